@@ -1,0 +1,208 @@
+"""What the rendered book adds to Jupyter Book, as a Sphinx extension.
+
+The pages are the notebooks as they stand; nothing in a notebook is written
+for this extension. It numbers a chapter's page, says on each exported cell
+where the code goes, gives each figure its caption as alternative text, shows
+plain-text docstrings without reading them as markup, and lets a Markdown
+link point at a documented name: `[text](api/cpu.md#llmnb.cpu.jit.kernel)`.
+"""
+
+import html
+import json
+import re
+import sys
+from pathlib import Path
+
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.ext.autodoc import Documenter, ModuleDocumenter
+from sphinx.util import logging
+
+ROOT = Path(__file__).parents[2]
+EXPORT_TAGS = {"export", "exporti"}
+CHAPTER = re.compile(r"notebooks/(\d\d)_\w+")
+DERIVED = re.compile(r"Derived in chapter (\d+)\.")
+log = logging.getLogger(__name__)
+
+
+def number_chapter(doctree, docname):
+    """Put "Chapter 4" above the title of notebooks/04_*."""
+    match = CHAPTER.fullmatch(docname)
+    title = next(doctree.findall(nodes.title), None)
+    if match and title is not None:
+        text = f"Chapter {int(match[1])}"
+        mark = nodes.inline(text, text, classes=["chapter-number"])
+        title.insert(0, [mark, nodes.Text(" ")])
+
+
+def mark_exports(doctree, default):
+    """Say above each exported cell which module its code becomes part of."""
+    for cell in doctree.findall(nodes.container):
+        if cell.get("nb_element") != "cell_code":
+            continue
+        data = cell["cell_metadata"]
+        if not EXPORT_TAGS & set(data.get("tags", [])):
+            continue
+        module = f"llmnb.{data.get('module', default)}"
+        module = module.removesuffix(".__init__")
+        name = nodes.literal(module, module)
+        xref = addnodes.pending_xref(
+            "",
+            name,
+            refdomain="py",
+            reftype="mod",
+            reftarget=module,
+            refexplicit=True,
+            refwarn=True,
+        )
+        label = nodes.paragraph(classes=["export-label"])
+        label += [nodes.Text("exported to "), xref]
+        if data.get("title"):
+            label += nodes.Text(f": {data['title']}")
+        cell.insert(0, label)
+
+
+def name_folds(doctree):
+    """Say on a folded cell what is in it: the cell's name."""
+    for cell in doctree.findall(nodes.container):
+        title = cell.get("cell_metadata", {}).get("title")
+        if title and cell.get("hide_mode"):
+            cell["prompt_show"] = f"Show {{type}}: {title}"
+            cell["prompt_hide"] = f"Hide {{type}}: {title}"
+
+
+def free_tags(doctree):
+    """Keep Sphinx from wrapping an equation of several lines in `split`.
+
+    MathJax refuses a \\tag inside that, and the notebooks bring their own
+    environments.
+    """
+    for equation in doctree.findall(nodes.math_block):
+        if not equation.get("nowrap"):
+            equation["nowrap"] = True
+            text = nodes.Text(f"\\[{equation.astext()}\\]")
+            equation.children = []
+            equation += text
+
+
+def outer(node):
+    """The cell that holds a node, or else the node's block in its section."""
+    while not isinstance(node.parent, (nodes.section, nodes.document)):
+        node = node.parent
+    return node
+
+
+def caption_figures(doctree, docname):
+    """Take an image's alternative text from the caption below its cell."""
+    for image in doctree.findall(nodes.image):
+        if image.get("alt"):
+            continue
+        block = outer(image)
+        below = block.next_node(descend=False, siblings=True)
+        text = below.astext() if isinstance(below, nodes.paragraph) else ""
+        if not text.startswith("Figure "):
+            log.warning(
+                "%s: an image without a caption 'Figure N.M. ...' below it",
+                docname,
+                location=image,
+            )
+            continue
+        image["alt"] = " ".join(text.split())
+        below["classes"].append("figure-caption")
+
+
+class SourceOrderDocumenter(ModuleDocumenter):
+    """List a module's names as its source does: forward, then backward."""
+
+    def sort_members(self, documenters, order):
+        return Documenter.sort_members(self, documenters, order)
+
+
+def describe(app, doctree, docname):
+    """Keep the first paragraph as the description that search engines show."""
+    first = next(doctree.findall(nodes.paragraph), None)
+    if first is not None:
+        text = " ".join(first.astext().split())
+        app.env.metadata[docname]["description"] = text
+
+
+def name_anchors(app, doctree, docname):
+    """Let Markdown links reach the documented names of an API page."""
+    slugs = app.env.metadata[docname].setdefault("myst_slugs", {})
+    for node in doctree.findall():
+        for name in getattr(node, "attributes", {}).get("ids", []):
+            if name.startswith(("llmnb.", "module-llmnb")):
+                slugs.setdefault(name, (node.line or 0, name, name))
+
+
+def on_doctree(app, doctree):
+    docname = app.env.docname
+    if docname.startswith("notebooks/"):
+        header = app.env.metadata[docname].get("llmnb", "{}")
+        default = json.loads(header).get("module", "")
+        mark_exports(doctree, default)
+        name_folds(doctree)
+        number_chapter(doctree, docname)
+    free_tags(doctree)
+    describe(app, doctree, docname)
+    name_anchors(app, doctree, docname)
+
+
+def escape(text):
+    """Plain text as reStructuredText; `name` becomes a literal."""
+    parts = re.split(r"`([^`\n]+)`", text)
+    plain = [re.sub(r"([\\*|_`:<>\[\]])", r"\\\1", p) for p in parts[::2]]
+    code = [f" ``{p}`` " for p in parts[1::2]]
+    return "".join(
+        p + (c and f"\\{c}\\") for p, c in zip(plain, [*code, ""], strict=True)
+    )
+
+
+def show_docstring(app, what, name, obj, options, lines):
+    """Show a docstring as the plain text it is.
+
+    Paragraphs stay paragraphs, an indented block keeps its lines, and the
+    closing "Derived in chapter N." becomes a link to that chapter.
+    """
+    blocks = re.split(r"\n\s*\n", "\n".join(lines).strip("\n"))
+    lines.clear()
+    for block in blocks:
+        derived = DERIVED.fullmatch(block.strip())
+        if derived:
+            number = int(derived[1])
+            page = next((ROOT / "notebooks").glob(f"{number:02}_*.py"))
+            link = f":doc:`chapter {number} </notebooks/{page.stem}>`"
+            lines += [f"Derived in {link}.", ""]
+        elif block.startswith(" "):
+            lines += ["::", "", *("    " + x for x in block.split("\n")), ""]
+        else:
+            lines += [*escape(block).split("\n"), ""]
+
+
+def skip_bare_fields(app, what, name, obj, skip, options):
+    """Leave out a class's fields that have no docstring of their own."""
+    if what == "class" and not (callable(obj) or isinstance(obj, property)):
+        return True
+    return None
+
+
+def add_description(app, pagename, templatename, context, doctree):
+    text = app.env.metadata.get(pagename, {}).get("description")
+    if text:
+        tag = f'<meta name="description" content="{html.escape(text)}" />'
+        context["metatags"] = context.get("metatags", "") + tag
+
+
+def setup(app):
+    sys.path.insert(0, str(ROOT))
+    app.setup_extension("sphinx.ext.autodoc")
+    app.add_autodocumenter(SourceOrderDocumenter, override=True)
+    app.connect("doctree-read", on_doctree, priority=900)
+    app.connect("autodoc-process-docstring", show_docstring)
+    app.connect("autodoc-skip-member", skip_bare_fields)
+    app.connect("html-page-context", add_description)
+    app.connect(
+        "doctree-resolved",
+        lambda app, doctree, docname: caption_figures(doctree, docname),
+    )
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,93 @@
+# Written by `make export` from notebooks/02_memory.py: edit that file.
+
+"""Lay out one block of memory.
+
+One allocation holds every tensor of the model as a named view, so the
+footprint is known before training begins and never grows.
+"""
+
+__all__ = [
+    "Arena",
+]
+
+
+# imports of the arena
+import math
+
+import numpy as np
+
+
+# a view
+ALIGN = 64  # bytes in a cache line, and in the widest vector register
+
+
+def _round_up(n, to):
+    return -(-n // to) * to
+
+
+# allocate
+def _allocate(nbytes):
+    try:
+        block = np.zeros(nbytes + ALIGN, np.uint8)
+    except MemoryError:
+        raise MemoryError(
+            f"the model needs one block of {nbytes:,} bytes, more than this "
+            f"system gives; lower batch_size or seq_len, or the model's size"
+        ) from None
+    skip = -block.ctypes.data % ALIGN
+    return block[skip : skip + nbytes]
+
+
+# the arena
+class Arena:
+    """One zeroed block of memory that holds named groups of named tensors.
+
+    groups: a mapping from group name to (dtype, shapes), where shapes maps
+    tensor names to shapes. The tensors of a group lie one after the other
+    without a gap, so that a group is also one flat array; each group begins
+    at a multiple of 64 bytes. The block is allocated once, here: the system
+    hands out its pages, zeroed, when they are first written. Raises
+    MemoryError, which says how many bytes were asked for.
+
+    arena[group][tensor] is the view of a tensor; .nbytes the block's size.
+
+    Derived in chapter 2.
+    """
+
+    def __init__(self, groups):
+        self._rows, self._spans, offset = [], {}, 0
+        for group, (dtype, shapes) in groups.items():
+            dtype = np.dtype(dtype)
+            start = offset = _round_up(offset, ALIGN)
+            for name, shape in shapes.items():
+                row = (group, name, tuple(shape), dtype, offset)
+                self._rows.append(row)
+                offset += math.prod(shape) * dtype.itemsize
+            self._spans[group] = start, offset, dtype
+        self.nbytes = _round_up(offset, ALIGN)
+        self._block = _allocate(self.nbytes)
+        self._views = {group: {} for group in groups}
+        for group, name, shape, dtype, offset in self._rows:
+            size = math.prod(shape) * dtype.itemsize
+            flat = self._block[offset : offset + size].view(dtype)
+            self._views[group][name] = flat.reshape(shape)
+
+    def __getitem__(self, group):
+        """The tensors of a group: a mapping from name to view."""
+        return self._views[group]
+
+    def flat(self, group):
+        """A whole group as one 1-D view."""
+        start, stop, dtype = self._spans[group]
+        return self._block[start:stop].view(dtype)
+
+    def table(self):
+        """Rows (group, tensor, shape, dtype name, offset, bytes) in order."""
+        return [
+            (g, name, shape, d.name, at, math.prod(shape) * d.itemsize)
+            for g, name, shape, d, at in self._rows
+        ]
+
+    def sizes(self):
+        """Bytes of each group, padding left out."""
+        return {g: stop - start for g, (start, stop, _) in self._spans.items()}

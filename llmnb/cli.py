@@ -1,0 +1,479 @@
+# Written by `make export` from notebooks/14_generation.py: edit that file.
+
+"""Write text by drawing tokens.
+
+A trained model gives a distribution over the next token. Temperature, top-k
+and top-p reshape it, a seeded draw picks one, and the loop repeats.
+"""
+
+__all__ = [
+    "USER_ERRORS",
+    "main",
+]
+
+
+# imports of the command line
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from llmnb.train import (
+    DataOptions,
+    LearningOptions,
+    ModelOptions,
+    TrainConfig,
+)
+
+
+# errors in one line
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors take one line instead of the whole usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (try --help)\n")
+
+
+def _one_line(error):
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# options from fields
+PARTS = {
+    "what to read": DataOptions,
+    "what the model looks like": ModelOptions,
+    "how it learns": LearningOptions,
+}
+
+
+def _add_fields(parser, part, names=None):
+    """One option for each field of a dataclass, or for those in names."""
+    for field in fields(part):
+        if names and field.name not in names:
+            continue
+        many = isinstance(field.default, tuple)
+        shown = " ".join(field.default) if many else field.default
+        note = f" (default: {shown})" if shown != "" else ""
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=str if many else field.type,
+            nargs="+" if many else None,
+            default=field.default,
+            metavar=field.name.upper() if many else field.type.__name__,
+            help=field.metadata["help"] + note,
+        )
+
+
+def _from_fields(args, part):
+    values = {f.name: getattr(args, f.name) for f in fields(part)}
+    return {k: tuple(v) if type(v) is list else v for k, v in values.items()}
+
+
+def _add_threads(parser):
+    parser.add_argument(
+        "--threads", type=int, metavar="int",
+        help="threads of the kernels (default: one for each core)",
+    )  # fmt: skip
+
+
+def _set_threads(args):
+    import numba
+
+    if args.threads is not None:
+        numba.set_num_threads(args.threads)
+
+
+# llmnb train
+def _add_train(commands):
+    parser = commands.add_parser(
+        "train",
+        help="train a GPT-2 and write a run folder",
+        description="Train a GPT-2 from scratch. The defaults take about two "
+        "minutes on two cores.",
+    )
+    parser.add_argument(
+        "--out", metavar="FOLDER",
+        help="where to write (default: a new folder in runs/)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--force", action="store_true", help="write into a folder in use"
+    )
+    _add_threads(parser)
+    for title, part in PARTS.items():
+        _add_fields(parser.add_argument_group(title), part)
+    parser.set_defaults(run=_train)
+
+
+# a name for a run
+RUNS = Path("runs")
+
+
+def _new_folder(config):
+    """runs/NAME, or the first of runs/NAME-2, -3, ... that is free."""
+    first = Path(config.shards or config.corpus[0]).resolve().stem or "run"
+    folder, number = RUNS / first, 1
+    while folder.exists():
+        number += 1
+        folder = RUNS / f"{first}-{number}"
+    return folder
+
+
+def _newest_run():
+    found = [x.parent for x in RUNS.glob("*/model.bin")]
+    if not found:
+        raise FileNotFoundError(
+            f"there is no run in {RUNS}/ here: name a folder, or train one "
+            "with `llmnb train`"
+        )
+    return max(found, key=lambda x: (x / "model.bin").stat().st_mtime)
+
+
+# train, with a bar
+def _train(args):
+    from llmnb import train as t
+
+    config = TrainConfig(**_from_fields(args, TrainConfig))
+    _set_threads(args)
+    folder = t.run_folder(args.out or _new_folder(config), args.force)
+    start = time.perf_counter()
+    data = t.prepare(config)
+    _say("corpus", data.source)
+    tokens = len(data.train_tokens), len(data.val_tokens)
+    _say("tokens", "{:,} to train on, {:,} to validate on".format(*tokens))
+    batches, validation = t.loaders(config, data)
+    model = t.new_model(config, data.encoding.n_vocab)
+    _say("model", _size_of(model))
+    _say("folder", folder)
+    run = t.train(config, model, batches, validation)
+    steps = _follow(run, config, folder / "log.csv")
+    t.save_run(folder, config, model, data, steps)
+    _say("took", f"{time.perf_counter() - start:.0f} s")
+    _report(folder, steps, t.landmarks(config, data))
+
+
+def _say(label, text):
+    print(f"{label:<10} {text}", flush=True)
+
+
+def _size_of(model):
+    cfg = model.cfg
+    count = sum(x.size for x in model.params.values())
+    return (
+        f"{cfg.num_layers} layers, {cfg.num_heads} heads, {cfg.channels} "
+        f"channels, {cfg.vocab_size} tokens: {count:,} parameters, "
+        f"{model.memory.nbytes / 1e6:.0f} MB in all"
+    )
+
+
+# follow a run
+def _follow(run, config, log):
+    """Collect the steps of a run; show a bar; keep the log up to date."""
+    from tqdm import tqdm
+
+    from llmnb.train import write_log
+
+    steps, shown = [], {}
+    bar = tqdm(total=config.steps, unit="step", dynamic_ncols=True)
+    try:
+        with bar:
+            for step in run:
+                steps.append(step)
+                if step.val_loss is not None:
+                    shown["val"] = f"{step.val_loss:.3f}"
+                    write_log(log, steps)
+                if step.loss is not None:
+                    shown["loss"] = f"{step.loss:.3f}"
+                    shown["tok/s"] = f"{step.tokens_per_second:,.0f}"
+                    bar.update()
+                bar.set_postfix(shown, refresh=False)
+    except KeyboardInterrupt:
+        if not steps:
+            raise
+        print("stopped: keeping what there is", file=sys.stderr)
+    except FloatingPointError:
+        write_log(log, steps)
+        raise
+    return steps
+
+
+# the end of a run
+SAMPLE = {"count": 200, "temperature": 0.8, "top_p": 0.95}
+
+
+def _report(folder, steps, marks):
+    from llmnb.files import replacing
+    from llmnb.generate import decoded, generate
+    from llmnb.train import load_run
+
+    losses = [x.val_loss for x in steps if x.val_loss is not None]
+    known = ", ".join(f"{name} {loss:.3f}" for name, loss in marks.items())
+    _say("loss", f"{losses[-1]:.3f} on validation text ({known})")
+    model, encoding, _ = load_run(folder)
+    eot = encoding.eot_token
+    tokens = generate(model, [eot], stop=eot, **SAMPLE)
+    text = "".join(decoded(encoding, tokens))
+    with replacing(folder / "sample.txt") as file:
+        file.write(text.encode("utf-8"))
+    print(f"\n{text}\n")
+    names = " ".join(sorted(x.name for x in folder.iterdir()))
+    _say("wrote", f"{folder}: {names}")
+    _say("go on", f'llmnb generate {folder} --prompt "def "')
+
+
+# llmnb generate
+DRAWS = {
+    "prompt": (str, "", "the beginning of the text"),
+    "tokens": (int, 200, "tokens to write at most"),
+    "temperature": (
+        float,
+        0.8,
+        "0: the likeliest token; 1: as the model says",
+    ),
+    "top_k": (int, None, "draw among the k likeliest tokens only"),
+    "top_p": (float, None, "draw among the likeliest that make up p only"),
+    "seed": (int, 42, "another seed, another text"),
+    "tokenizer": (str, "gpt2", "of a .bin file: gpt2, byte or a rank file"),
+}
+
+
+def _add_generate(commands):
+    parser = commands.add_parser(
+        "generate",
+        help="continue a prompt",
+        description="Continue a prompt with the model of a run folder, or "
+        "of a .bin file in llm.c's format.",
+    )
+    parser.add_argument(
+        "model", nargs="?", metavar="RUN",
+        help="a run folder or a .bin file (default: the newest in runs/)",
+    )  # fmt: skip
+    for name, (kind, default, text) in DRAWS.items():
+        shown = "none" if default in (None, "") else default
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            type=kind,
+            default=default,
+            metavar=kind.__name__,
+            help=f"{text} (default: {shown})",
+        )
+    _add_threads(parser)
+    parser.set_defaults(run=_generate)
+
+
+# write to the terminal
+def _generate(args):
+    from llmnb.generate import check_sampling, decoded, generate
+
+    settings = args.temperature, args.top_k, args.top_p
+    check_sampling(*settings)
+    _set_threads(args)
+    model, encoding = _load_model(args)
+    eot = encoding.eot_token
+    ids = [eot, *encoding.encode_ordinary(args.prompt)]
+    tokens = generate(
+        model, ids, args.tokens, *settings, seed=args.seed, stop=eot
+    )
+    print(args.prompt, end="", flush=True)
+    for piece in decoded(encoding, tokens):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _load_model(args):
+    from llmnb.train import load_run
+
+    path = Path(args.model) if args.model else _newest_run()
+    if not args.model:
+        print(f"model: {path}", file=sys.stderr)
+    if path.is_file():
+        return _load_file(path, args)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no run {path}")
+    model, encoding, _ = load_run(path)
+    return model, encoding
+
+
+def _load_file(path, args):
+    """A .bin file's model, laid out for no more tokens than are asked for."""
+    from llmnb.checkpoint import read_config
+    from llmnb.gpt2 import GPT2
+    from llmnb.train import make_encoding
+
+    cfg = read_config(path)
+    encoding = make_encoding(TrainConfig(tokenizer=args.tokenizer), [])
+    if encoding.n_vocab != cfg.vocab_size:
+        raise ValueError(
+            f"{path} has {cfg.vocab_size} tokens, the tokenizer "
+            f"{args.tokenizer} has {encoding.n_vocab}"
+        )
+    length = 1 + len(encoding.encode_ordinary(args.prompt)) + args.tokens
+    length = max(1, min(length, cfg.max_seq_len))
+    return GPT2.from_checkpoint(path, 1, length), encoding
+
+
+# llmnb data
+def _add_data(commands):
+    parser = commands.add_parser(
+        "data",
+        help="turn text into token shards",
+        description="Write train.bin, val.bin and tokenizer.tiktoken, for "
+        "`llmnb train --shards FOLDER`.",
+    )
+    parser.add_argument("out", metavar="FOLDER", help="where to write")
+    parser.add_argument(
+        "--force", action="store_true", help="write into a folder in use"
+    )
+    names = "corpus", "limit", "tokenizer", "vocab_size"
+    _add_fields(parser, DataOptions, names)
+    parser.set_defaults(run=_data)
+
+
+def _data(args):
+    from llmnb import tokenizer
+    from llmnb.data import write_shard
+    from llmnb.train import prepare, run_folder
+
+    config = TrainConfig(
+        corpus=tuple(args.corpus),
+        limit=args.limit,
+        tokenizer=args.tokenizer,
+        vocab_size=args.vocab_size,
+    )
+    folder = run_folder(args.out, args.force)
+    data = prepare(config)
+    _say("corpus", data.source)
+    for name, tokens in (
+        ("train", data.train_tokens),
+        ("val", data.val_tokens),
+    ):
+        write_shard(folder / f"{name}.bin", tokens)
+        _say(name, f"{len(tokens):,} tokens in {folder / name}.bin")
+    tokenizer.save(data.encoding, folder / "tokenizer.tiktoken")
+    _say("go on", f"llmnb train --shards {folder}")
+
+
+# llmnb bench
+def _add_bench(commands):
+    parser = commands.add_parser(
+        "bench",
+        help="measure a training step",
+        description="Time training steps on random tokens: tokens a second, "
+        "memory, and where the time goes.",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=10, metavar="int",
+        help="steps to measure (default: 10)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON instead of a table"
+    )
+    _add_threads(parser)
+    _add_fields(parser, DataOptions, ["vocab_size"])
+    _add_fields(parser, ModelOptions)
+    parser.set_defaults(run=_bench)
+
+
+def _config_of(args):
+    shape = {**_from_fields(args, ModelOptions), "vocab_size": args.vocab_size}
+    return TrainConfig(**shape)
+
+
+def _bench(args):
+    from llmnb.bench import bench, report
+
+    config = _config_of(args)
+    _set_threads(args)
+    result = bench(
+        config.model(config.vocab_size),
+        config.batch_size,
+        config.seq_len,
+        args.steps,
+        backend=config.backend,
+        precision=config.precision,
+    )
+    print(json.dumps(result, indent=1) if args.json else report(result))
+
+
+# llmnb info
+def _add_info(commands):
+    parser = commands.add_parser(
+        "info",
+        help="versions, threads, and the size of a model",
+        description="Print versions, and what a configuration takes: "
+        "parameters, bytes, operations a token.",
+    )
+    _add_fields(parser, DataOptions, ["vocab_size"])
+    _add_fields(parser, ModelOptions)
+    parser.set_defaults(run=_info)
+
+
+def _info(args):
+    import numba
+
+    from llmnb.config import flops_per_token, parameter_count
+    from llmnb.layout import gpt2_layout
+    from llmnb.timing import machine
+
+    config = _config_of(args)
+    cfg = config.model(config.vocab_size)
+    names = "llmnb", "numpy", "numba", "tiktoken"
+    _say("versions", ", ".join(f"{x} {version(x)}" for x in names))
+    _say("machine", machine())
+    _say("threads", numba.get_num_threads())
+    _say("parameters", f"{parameter_count(cfg):,}")
+    layout = gpt2_layout(cfg, config.batch_size, config.seq_len)
+    sizes = {name: _bytes(*group) for name, group in layout.items()}
+    shown = ", ".join(f"{k} {v / 1e6:.1f}" for k, v in sizes.items())
+    _say("memory", f"{sum(sizes.values()) / 1e6:.1f} MB ({shown})")
+    flops = flops_per_token(cfg, config.seq_len)
+    _say("work", f"{flops / 1e6:.1f} MFLOP to train on a token")
+
+
+def _bytes(dtype, shapes):
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    return sum(sizes) * np.dtype(dtype).itemsize
+
+
+# the command
+USER_ERRORS = (ValueError, TypeError, OSError, ArithmeticError, MemoryError)
+
+
+def main(argv=None):
+    """Run the `llmnb` command; argv defaults to the process's arguments.
+
+    Exits with code 2 for a wrong option and 1 for an error that the user
+    can mend, each in one line on stderr; with 130 when interrupted. When
+    the variable LLMNB_TRACEBACK is set, errors keep their traceback.
+
+    Derived in chapter 14.
+    """
+    parser = _Parser("llmnb", description="Train GPT-2 and write with it.")
+    parser.add_argument(
+        "--version", action="version", version=f"llmnb {version('llmnb')}"
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in (_add_train, _add_generate, _add_bench, _add_data, _add_info):
+        add(commands)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except USER_ERRORS as error:
+        if "LLMNB_TRACEBACK" in os.environ:
+            raise
+        print(f"llmnb: error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

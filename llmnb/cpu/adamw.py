@@ -1,0 +1,138 @@
+# Written by `make export` from notebooks/10_adamw.py: edit that file.
+
+"""Step downhill with AdamW.
+
+AdamW divides each parameter's averaged gradient by its usual size and shrinks
+the parameter itself; a schedule sets the pace, a clip bounds it.
+"""
+
+__all__ = [
+    "adamw_update",
+    "check_flat",
+    "clip_gradients",
+    "global_norm",
+]
+
+
+# imports of the kernels
+import math
+
+import numba
+import numpy as np
+
+from llmnb.checks import check_array, check_float
+from llmnb.cpu.jit import kernel
+from llmnb.reference.adamw import check_settings
+
+
+# the kernel
+PIECE = 16384  # elements; of four float32 arrays, 256 KB
+
+
+@kernel
+def _adamw_update(
+    params, grads, m, v, keep, rate1, beta2, rate2, root, eps, size
+):
+    for piece in numba.prange((params.size + PIECE - 1) // PIECE):
+        part = slice(piece * PIECE, (piece + 1) * PIECE)
+        p, g, mean, square = params[part], grads[part], m[part], v[part]
+        for i in range(p.size):
+            mean[i] += rate1 * (g[i] - mean[i])
+            square[i] = beta2 * square[i] + rate2 * g[i] * g[i]
+            spread = math.sqrt(square[i]) / root + eps
+            p[i] = keep * p[i] - size * mean[i] / spread
+
+
+# check flat arrays
+def check_flat(name, **arrays):
+    """Raise unless these are flat arrays of one length and float dtype.
+
+    Derived in chapter 10.
+    """
+    first = next(iter(arrays.values()))
+    check_float(f"{name}: {next(iter(arrays))}", first)
+    for key, array in arrays.items():
+        check_array(f"{name}: {key}", array, (first.size,), first.dtype)
+
+
+# one step of AdamW
+def adamw_update(
+    params, grads, m, v,
+    learning_rate, beta1, beta2, eps, weight_decay, step,
+):  # fmt: skip
+    """Take one step of AdamW, in the order in which torch.optim.AdamW does.
+
+    params, grads, m, v: float32 or float64, flat, of one length; params, m
+    and v change in place. m and v are the running means of the gradient and
+    of its square, zero before the first step. step counts from 1.
+    weight_decay applies to every element. Raises TypeError or ValueError
+    for a wrong dtype or shape and for settings out of range.
+
+    Derived in chapter 10.
+    """
+    check_settings(learning_rate, beta1, beta2, eps, weight_decay, step)
+    check_flat("adamw_update", params=params, grads=grads, m=m, v=v)
+    keep = 1 - learning_rate * weight_decay
+    root = math.sqrt(1 - beta2**step)
+    size = learning_rate / (1 - beta1**step)
+    numbers = (keep, 1 - beta1, beta2, 1 - beta2, root, eps, size)
+    _adamw_update(params, grads, m, v, *map(params.dtype.type, numbers))
+
+
+# the sum of squares
+@kernel
+def _sum_of_squares(grads, sums):
+    length = (grads.size + sums.size - 1) // sums.size
+    for k in numba.prange(sums.size):
+        part = grads[k * length : (k + 1) * length]
+        total = 0.0
+        for i in range(part.size):
+            x = np.float64(part[i])
+            total += x * x
+        sums[k] = total
+
+
+@kernel
+def _scale(grads, factor):
+    for i in numba.prange(grads.size):
+        grads[i] *= factor
+
+
+# the norm of all gradients
+def global_norm(grads):
+    """The Euclidean norm of a flat array, summed in float64, as a float.
+
+    The sum is taken over 256 pieces whose bounds depend on the length alone
+    and then over the pieces in order, so that the number of threads does
+    not change it. Raises TypeError or ValueError unless `grads` is flat and
+    float32 or float64.
+
+    Derived in chapter 10.
+    """
+    check_flat("global_norm", grads=grads)
+    sums = np.empty(256)
+    _sum_of_squares(grads, sums)
+    return math.sqrt(sums.sum())
+
+
+# clip the gradients
+def clip_gradients(grads, max_norm):
+    """Scale a flat array down to norm `max_norm` if it is longer.
+
+    Returns the norm before clipping and scales `grads` in place by
+    max_norm / (norm + 1e-6) where that is below 1, as torch's
+    clip_grad_norm_. When the norm is infinite or NaN, `grads` is left as it
+    is: the caller sees the norm and decides. Raises ValueError unless
+    max_norm is positive, and as `global_norm` does.
+
+    Derived in chapter 10.
+    """
+    if not max_norm > 0:
+        raise ValueError(
+            f"clip_gradients: max_norm must be above 0, got {max_norm}"
+        )
+    norm = global_norm(grads)
+    scale = max_norm / (norm + 1e-6)
+    if math.isfinite(norm) and scale < 1:
+        _scale(grads, grads.dtype.type(scale))
+    return norm

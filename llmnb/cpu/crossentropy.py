@@ -1,0 +1,234 @@
+# Written by `make export` from notebooks/09_crossentropy.py: edit that file.
+
+"""Turn logits into a loss and its gradient.
+
+Softmax makes probabilities of logits, cross-entropy measures the surprise at
+the right token, and the gradient of both together is p - y.
+"""
+
+__all__ = [
+    "crossentropy_backward",
+    "crossentropy_forward",
+    "crossentropy_softmax_backward",
+    "crossentropy_softmax_forward",
+    "softmax_backward",
+    "softmax_forward",
+]
+
+
+# imports of the kernels
+import math
+
+import numba
+import numpy as np
+
+from llmnb.checks import check_array, check_float, check_tokens
+from llmnb.cpu.jit import kernel
+from llmnb.cpu.math import fast_exp
+
+
+# the fused forward kernel
+@kernel
+def _fused_forward(logits, losses, lse, targets, V):
+    for n in numba.prange(logits.shape[0]):
+        z = logits[n, :V]
+        top = z[0]
+        for i in range(V):
+            top = max(top, z[i])
+        total = z.dtype.type(0)
+        for i in range(V):
+            total += fast_exp(z[i] - top)
+        lse[n] = top + math.log(total)
+        losses[n] = lse[n] - z[targets[n]]
+
+
+# the fused backward kernel
+@kernel
+def _fused_backward(dlogits, dlosses, lse, targets, V):
+    for n in numba.prange(dlogits.shape[0]):
+        z = dlogits[n, :V]
+        scale, shift = dlosses[n], lse[n]
+        for i in range(V):
+            z[i] = scale * fast_exp(z[i] - shift)
+        z[targets[n]] -= scale
+        dlogits[n, V:] = 0
+
+
+# check the arrays
+def _rows(name, wide, narrow, V=1):
+    """Raise unless the arrays and V fit; return the arrays as rows.
+
+    wide: by name, arrays (B, T, Vp), of which the first sets shape and
+    dtype; narrow: by name, arrays (B, T).
+    """
+    first, main = next(iter(wide.items()))
+    check_float(f"{name}: {first}", main)
+    if main.ndim != 3 or main.size == 0:
+        raise ValueError(
+            f"{name}: {first} must have shape (B, T, Vp), got {main.shape}"
+        )
+    B, T, Vp = main.shape
+    for key, array in wide.items():
+        check_array(f"{name}: {key}", array, (B, T, Vp), main.dtype)
+    for key, array in narrow.items():
+        check_array(f"{name}: {key}", array, (B, T), main.dtype)
+    if not 1 <= V <= Vp:
+        raise ValueError(f"{name}: V must lie in [1, {Vp}], got {V}")
+    flat = [array.reshape(-1, Vp) for array in wide.values()]
+    return flat + [array.reshape(-1) for array in narrow.values()]
+
+
+# check the targets
+def _targets(name, targets, logits, V):
+    """Raise unless the targets fit the logits; return them as one row."""
+    check_array(f"{name}: targets", targets, logits.shape[:2], np.int32)
+    check_tokens(f"{name}: targets", targets, V)
+    return targets.reshape(-1)
+
+
+# the fused forward
+def crossentropy_softmax_forward(losses, lse, logits, targets, V):
+    """Losses straight from the logits; no probability is stored.
+
+    losses, lse: (B, T), written; lse is the log of the sum of the
+    exponentials of a row, all that the backward pass needs besides the
+    logits. logits: float32 or float64 (B, T, Vp), of which columns from V
+    on are not read. targets: int32 (B, T), each below V. Raises TypeError
+    or ValueError for a wrong dtype or shape, a target outside [0, V) and a
+    V outside [1, Vp].
+
+    Derived in chapter 9.
+    """
+    wide, narrow = {"logits": logits}, {"losses": losses, "lse": lse}
+    name = "crossentropy_softmax_forward"
+    rows = _rows(name, wide, narrow, V)
+    _fused_forward(*rows, _targets(name, targets, logits, V), V)
+
+
+# the fused backward
+def crossentropy_softmax_backward(dlogits, dlosses, logits, lse, targets, V):
+    """Write the gradient of the losses by the logits: p - y, scaled.
+
+    dlogits: (B, T, Vp), overwritten (not added to); it may be `logits`
+    itself, which then is lost. dlosses, lse: (B, T), lse from the forward
+    pass. logits: float32 or float64 (B, T, Vp). targets: int32 (B, T).
+    Columns from V on receive 0. Raises as the forward pass does.
+
+    Derived in chapter 9.
+    """
+    wide = {"logits": logits, "dlogits": dlogits}
+    narrow = {"dlosses": dlosses, "lse": lse}
+    name = "crossentropy_softmax_backward"
+    rows = _rows(name, wide, narrow, V)
+    k = _targets(name, targets, logits, V)
+    if dlogits is not logits:
+        np.copyto(dlogits, logits)
+    _fused_backward(*rows[1:], k, V)
+
+
+# the softmax kernel
+@kernel
+def _softmax_forward(probs, V):
+    for n in numba.prange(probs.shape[0]):
+        z = probs[n, :V]
+        top = z[0]
+        for i in range(V):
+            top = max(top, z[i])
+        total = z.dtype.type(0)
+        for i in range(V):
+            z[i] = fast_exp(z[i] - top)
+            total += z[i]
+        for i in range(V):
+            z[i] /= total
+        probs[n, V:] = 0
+
+
+# the softmax, forward
+def softmax_forward(probs, logits, V):
+    """Probabilities of the first V logits in each row.
+
+    probs, logits: float32 or float64 (B, T, Vp). Columns from V on are
+    padding: their logits are not read and their probability is 0. Writes
+    `probs`, which may be `logits` itself. Raises TypeError or ValueError
+    for a wrong dtype or shape and for V outside [1, Vp].
+
+    Derived in chapter 9.
+    """
+    wide = {"logits": logits, "probs": probs}
+    rows = _rows("softmax_forward", wide, {}, V)
+    if probs is not logits:
+        np.copyto(probs, logits)
+    _softmax_forward(rows[1], V)
+
+
+# the softmax, backward
+@kernel
+def _softmax_backward(probs, dlogits, dprobs):
+    for n in numba.prange(probs.shape[0]):
+        p, dz, dp = probs[n], dlogits[n], dprobs[n]
+        inside = p.dtype.type(0)
+        for i in range(p.size):
+            inside += p[i] * dp[i]
+        for i in range(p.size):
+            dz[i] += p[i] * (dp[i] - inside)
+
+
+def softmax_backward(dlogits, dprobs, probs):
+    """Add the gradient by the logits to `dlogits`.
+
+    dlogits, dprobs, probs: float32 or float64 (B, T, Vp). Padding has
+    probability 0, so its columns receive 0. Raises TypeError or ValueError
+    for a wrong dtype or shape.
+
+    Derived in chapter 9.
+    """
+    wide = {"probs": probs, "dlogits": dlogits, "dprobs": dprobs}
+    _softmax_backward(*_rows("softmax_backward", wide, {}))
+
+
+# the cross-entropy, forward
+@kernel
+def _crossentropy_forward(probs, losses, targets, tiny):
+    for n in numba.prange(losses.size):
+        losses[n] = -math.log(max(probs[n, targets[n]], tiny))
+
+
+def crossentropy_forward(losses, probs, targets):
+    """Surprise at each target, in nats: minus the log of its probability.
+
+    losses: (B, T), written. probs: float32 or float64 (B, T, Vp). targets:
+    int32 (B, T). A probability below the smallest normal number counts as
+    that number. Raises TypeError or ValueError for a wrong dtype or shape
+    and for a target outside [0, Vp).
+
+    Derived in chapter 9.
+    """
+    wide, narrow = {"probs": probs}, {"losses": losses}
+    name = "crossentropy_forward"
+    rows = _rows(name, wide, narrow)
+    k = _targets(name, targets, probs, probs.shape[-1])
+    _crossentropy_forward(*rows, k, np.finfo(probs.dtype).tiny)
+
+
+# the cross-entropy, backward
+@kernel
+def _crossentropy_backward(probs, dprobs, dlosses, targets, tiny):
+    for n in numba.prange(dlosses.size):
+        k = targets[n]
+        dprobs[n, k] -= dlosses[n] / max(probs[n, k], tiny)
+
+
+def crossentropy_backward(dprobs, dlosses, probs, targets):
+    """Add the gradient of the losses by the probabilities to `dprobs`.
+
+    dprobs, probs: float32 or float64 (B, T, Vp); dlosses: (B, T); targets:
+    int32 (B, T). Only the targets' columns of `dprobs` change. Raises as
+    `crossentropy_forward` does.
+
+    Derived in chapter 9.
+    """
+    wide, narrow = {"probs": probs, "dprobs": dprobs}, {"dlosses": dlosses}
+    name = "crossentropy_backward"
+    rows = _rows(name, wide, narrow)
+    k = _targets(name, targets, probs, probs.shape[-1])
+    _crossentropy_backward(*rows, k, np.finfo(probs.dtype).tiny)

@@ -1,0 +1,101 @@
+# Written by `make export` from notebooks/07_gelu.py: edit that file.
+
+"""Bend the line and differentiate the bend.
+
+GELU lets large numbers through and holds small ones back; written as a sigmoid
+it costs one exponential an element, forward and backward.
+"""
+
+__all__ = [
+    "gelu_backward",
+    "gelu_forward",
+]
+
+
+# imports of the CPU module
+import math
+
+import numba
+
+from llmnb.checks import check_array, check_float
+from llmnb.cpu.jit import inner, kernel
+from llmnb.cpu.math import fast_exp
+
+
+# the constants of the kernels
+SLOPE = 2 * math.sqrt(2 / math.pi)
+CUBIC = 0.044715
+BLOCK = 4096
+
+
+# the exponential inside
+@inner
+def _decay(x, slope, cubic, one):
+    return fast_exp(-abs(slope * x * (one + cubic * x * x)))
+
+
+# the forward kernel
+@kernel
+def _gelu_forward(out, inp):
+    number = inp.dtype.type
+    slope, cubic, one = number(SLOPE), number(CUBIC), number(1)
+    for t in numba.prange(-(-inp.size // BLOCK)):
+        first, last = t * BLOCK, (t + 1) * BLOCK
+        ys, xs = out[first:last], inp[first:last]
+        for i in range(xs.size):
+            x = xs[i]
+            q = _decay(x, slope, cubic, one)
+            ys[i] = x * (one if x > 0 else q) / (one + q)
+
+
+# the backward kernel
+@kernel
+def _gelu_backward(dinp, dout, inp):
+    number = inp.dtype.type
+    slope, cubic, one = number(SLOPE), number(CUBIC), number(1)
+    triple = number(3 * CUBIC)
+    for t in numba.prange(-(-inp.size // BLOCK)):
+        first, last = t * BLOCK, (t + 1) * BLOCK
+        dx, dy, xs = dinp[first:last], dout[first:last], inp[first:last]
+        for i in range(xs.size):
+            x = xs[i]
+            q = _decay(x, slope, cubic, one)
+            r = one / (one + q)
+            dv = slope * (one + triple * x * x)
+            s = (one if x > 0 else q) * r
+            dx[i] += dy[i] * (s + x * dv * q * r * r)
+
+
+# GELU, forward
+def gelu_forward(out, inp):
+    """Write GELU of every element of inp to out, by the tanh form.
+
+    out, inp: arrays of one shape, any; both float32 or both float64 and
+    C-contiguous; out is overwritten. Raises TypeError or ValueError before
+    it computes anything.
+
+    Derived in chapter 7.
+    """
+    _check("gelu_forward", inp, out=out)
+    _gelu_forward(out.reshape(-1), inp.reshape(-1))
+
+
+def _check(name, inp, **others):
+    check_float(f"{name}: inp", inp)
+    check_array(f"{name}: inp", inp, inp.shape, inp.dtype)
+    for label, array in others.items():
+        check_array(f"{name}: {label}", array, inp.shape, inp.dtype)
+
+
+# GELU, backward
+def gelu_backward(dinp, dout, inp):
+    """Add GELU's gradient to dinp.
+
+    dinp, dout, inp: arrays of one shape, any; all float32 or all float64
+    and C-contiguous; dinp is added to in place. Raises TypeError or
+    ValueError before it computes anything.
+
+    Derived in chapter 7.
+    """
+    _check("gelu_backward", inp, dinp=dinp, dout=dout)
+    _gelu_backward(dinp.reshape(-1), dout.reshape(-1), inp.reshape(-1))

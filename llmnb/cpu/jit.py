@@ -1,0 +1,82 @@
+# Written by `make export` from notebooks/03_encoder.py: edit that file.
+
+"""Turn tokens into vectors and send gradients back.
+
+A token's vector is a row of one table plus a row of another; the backward pass
+adds into the rows that were read.
+"""
+
+__all__ = [
+    "cache_folder",
+    "inner",
+    "kernel",
+]
+
+
+# imports of the decorator
+import functools
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import numba
+
+
+# where compiled kernels are kept
+@functools.cache
+def cache_folder():
+    """The folder for compiled kernels, named by a hash of their sources.
+
+    numba looks only at the file of the kernel it loads, so a change in a
+    function that the kernel calls would go unseen. A folder for each state
+    of the sources cannot hold a stale kernel. `LLMNB_CACHE` moves it. None
+    where no folder can be written.
+
+    Derived in chapter 3.
+    """
+    text = numba.__version__ + sys.version
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        text += path.name + path.read_text("utf-8")
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
+    home = os.environ.get("LLMNB_CACHE") or Path.home() / ".cache" / "llmnb"
+    folder = Path(home).absolute() / "kernels" / key
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
+# the decorator of all kernels
+def kernel(function, parallel=True):
+    """Compile a function with numba: parallel, fastmath, cached on disk.
+
+    `fastmath` lets LLVM reorder sums into vectors and assumes that no NaN or
+    infinity occurs; `error_model="numpy"` drops the test for division by
+    zero, which would keep loops from being vectorised. A function defined in
+    a notebook is compiled anew each time.
+
+    Derived in chapter 3.
+    """
+    options = {"fastmath": True, "error_model": "numpy"}
+    options["parallel"] = parallel
+    ours = function.__module__.startswith("llmnb.")
+    folder = cache_folder() if ours else None
+    if folder is None:
+        return numba.njit(function, **options)
+    saved = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(folder)
+    try:
+        return numba.njit(function, cache=True, **options)
+    finally:
+        numba.config.CACHE_DIR = saved
+
+
+# the decorator of what kernels call
+def inner(function):
+    """Compile a function that kernels call in their loops; see `kernel`.
+
+    Derived in chapter 3.
+    """
+    return kernel(function, parallel=False)

@@ -1,0 +1,76 @@
+# Written by `make export` from notebooks/08_residual.py: edit that file.
+
+"""Add a layer's output to its input.
+
+The sum of a layer's output and its input keeps a road open along which
+gradients reach the first layers unchanged.
+"""
+
+__all__ = [
+    "residual_backward",
+    "residual_forward",
+]
+
+
+# imports of the CPU version
+from itertools import combinations
+
+import numpy as np
+from numba import prange
+
+from llmnb.checks import check_array, check_float
+from llmnb.cpu.jit import kernel
+
+
+# the kernels
+@kernel
+def _residual_forward(out, inp1, inp2):
+    for i in prange(len(out)):
+        out[i] = inp1[i] + inp2[i]
+
+
+@kernel
+def _residual_backward(dinp1, dinp2, dout):
+    for i in prange(len(dout)):
+        dinp1[i] += dout[i]
+        dinp2[i] += dout[i]
+
+
+# residual, forward
+def residual_forward(out, inp1, inp2):
+    """Add two arrays.
+
+    out, inp1, inp2: float32 or float64, all of one shape; out is
+    overwritten, and may be inp1 or inp2.
+
+    Raises TypeError or ValueError where shapes or dtypes differ.
+
+    Derived in chapter 8.
+    """
+    check_float("residual_forward: out", out)
+    for name, x in (("out", out), ("inp1", inp1), ("inp2", inp2)):
+        check_array(f"residual_forward: {name}", x, out.shape, out.dtype)
+    _residual_forward(out.reshape(-1), inp1.reshape(-1), inp2.reshape(-1))
+
+
+# residual, backward
+def residual_backward(dinp1, dinp2, dout):
+    """Add the gradient of the sum to the gradients of both its terms.
+
+    dinp1, dinp2, dout: float32 or float64, all of one shape, three distinct
+    arrays; dinp1 and dinp2 are added to.
+
+    Raises TypeError or ValueError where shapes or dtypes differ, ValueError
+    where two of the arrays share memory.
+
+    Derived in chapter 8.
+    """
+    label = "residual_backward: "
+    arrays = {"dinp1": dinp1, "dinp2": dinp2, "dout": dout}
+    check_float(label + "dout", dout)
+    for name, x in arrays.items():
+        check_array(label + name, x, dout.shape, dout.dtype)
+    for a, b in combinations(arrays, 2):
+        if np.may_share_memory(arrays[a], arrays[b]):
+            raise ValueError(f"{label}{a} and {b} must not share memory")
+    _residual_backward(dinp1.reshape(-1), dinp2.reshape(-1), dout.reshape(-1))

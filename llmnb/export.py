@@ -1,0 +1,506 @@
+# Written by `make export` from notebooks/15_colophon.py: edit that file.
+
+"""Build the book from itself.
+
+The exporter turns marked cells into the package; the builder runs the
+notebooks and keeps what they print.
+"""
+
+__all__ = [
+    "ALLOWED",
+    "BANNER",
+    "Cell",
+    "Chapter",
+    "ExportError",
+    "IMPLICIT",
+    "LOADERS",
+    "Module",
+    "ROOT",
+    "build_module",
+    "cell_lines",
+    "check_import",
+    "check_imports",
+    "check_undefined",
+    "collect",
+    "defined_names",
+    "differences",
+    "global_names",
+    "main",
+    "parse_cell",
+    "read_chapter",
+    "read_chapters",
+    "read_heading",
+    "refuse_loading",
+    "render",
+    "render_folder",
+    "render_index",
+    "render_module",
+    "wrap",
+    "write_text",
+]
+
+
+# imports of the exporter
+import argparse
+import ast
+import builtins
+import json
+import symtable
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jupytext
+
+from llmnb.files import replacing
+
+
+# one exported cell
+ROOT = Path(__file__).parents[1] if "__file__" in globals() else Path("..")
+
+
+class ExportError(Exception):
+    """A notebook that cannot be exported; the message names file and line.
+
+    Derived in chapter 15.
+    """
+
+
+class Cell(NamedTuple):
+    """A code cell that goes into the package.
+
+    `line` is the line of its first statement in the notebook `path`;
+    `module` the dotted name of the module it goes to, without `llmnb.`.
+
+    Derived in chapter 15.
+    """
+
+    path: Path
+    line: int
+    name: str
+    module: str
+    public: bool
+    source: str
+
+    def fail(self, lineno, message):
+        """Raise an ExportError that names file and line."""
+        line = self.line + lineno - 1
+        raise ExportError(f"{self.path}:{line}: {message}")
+
+
+# one chapter
+class Chapter(NamedTuple):
+    """A notebook source: its title, its summary and its exported cells.
+
+    Derived in chapter 15.
+    """
+
+    path: Path
+    title: str
+    summary: str
+    cells: list
+
+
+def cell_lines(path):
+    """Line numbers of the first line of every cell in a percent file.
+
+    Derived in chapter 15.
+    """
+    lines = Path(path).read_text("utf-8").splitlines()
+    starts = []
+    for i, line in enumerate(lines):
+        if line.startswith("# %%"):
+            first = i + 1
+            while first < len(lines) and not lines[first].strip():
+                first += 1
+            starts.append(first + 1)
+    return starts
+
+
+# read a chapter
+def read_chapter(path):
+    """Read a notebook source into a Chapter.
+
+    Raises ExportError when the title, the summary or the module is missing.
+
+    Derived in chapter 15.
+    """
+    book = jupytext.read(path)
+    default = book.metadata.get("llmnb", {}).get("module")
+    title, summary = read_heading(path, book.cells[0].source)
+    cells = []
+    for cell, line in zip(book.cells, cell_lines(path), strict=True):
+        tags = cell.metadata.get("tags", [])
+        if cell.cell_type != "code" or not {"export", "exporti"} & {*tags}:
+            continue
+        module = cell.metadata.get("module", default)
+        name = cell.metadata.get("title", "")
+        public = "export" in tags
+        cells.append(Cell(path, line, name, module, public, cell.source))
+        if not module:
+            cells[-1].fail(1, "this cell names no module to go to")
+    return Chapter(path, title, summary, cells)
+
+
+def read_heading(path, source):
+    """Title and summary from the text of a chapter's first cell.
+
+    Derived in chapter 15.
+    """
+    lines = source.splitlines()
+    quoted = [x[1:].strip() for x in lines if x.startswith(">")]
+    if not lines or not lines[0].startswith("# ") or not quoted:
+        raise ExportError(
+            f"{path}:1: the first cell must hold '# Title' and '> summary'"
+        )
+    return lines[0][2:].strip(), " ".join(quoted)
+
+
+# what a cell may hold
+ALLOWED = (
+    ast.Import,
+    ast.ImportFrom,
+    ast.Assign,
+    ast.AnnAssign,
+    ast.FunctionDef,
+    ast.ClassDef,
+)
+LOADERS = {"open", "load", "loadtxt", "fromfile", "memmap", "read_text"}
+
+
+def parse_cell(cell):
+    """Parse an exported cell and refuse what has no place in a module.
+
+    Derived in chapter 15.
+    """
+    for i, line in enumerate(cell.source.splitlines(), 1):
+        if line.startswith(("%", "!")):
+            cell.fail(i, f"a magic in an export cell: {line}")
+    try:
+        tree = ast.parse(cell.source)
+    except SyntaxError as error:
+        cell.fail(error.lineno or 1, f"not Python: {error.msg}")
+    for node in tree.body:
+        if not isinstance(node, ALLOWED):
+            text = ast.unparse(node).splitlines()[0]
+            cell.fail(node.lineno, f"runs code in an export cell: {text}")
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            refuse_loading(cell, node)
+    return tree
+
+
+def refuse_loading(cell, node):
+    """Refuse a module-level assignment that prints or reads data.
+
+    Derived in chapter 15.
+    """
+    for call in ast.walk(node):
+        if isinstance(call, ast.Call):
+            name = ast.unparse(call.func).split(".")[-1]
+            if name in LOADERS | {"print", "input"}:
+                cell.fail(call.lineno, f"{name}() in an export cell")
+
+
+# names a cell defines
+def defined_names(node):
+    """Names that a module-level statement binds.
+
+    Derived in chapter 15.
+    """
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return [(a.asname or a.name).split(".")[0] for a in node.names]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    return [
+        x.id for t in targets for x in ast.walk(t) if isinstance(x, ast.Name)
+    ]
+
+
+def global_names(table):
+    """Global names that a symbol table and its children read.
+
+    Derived in chapter 15.
+    """
+    top = table.get_type() == "module"
+    names = {
+        s.get_name()
+        for s in table.get_symbols()
+        if s.is_referenced() and (top or s.is_global())
+    }
+    return names.union(*map(global_names, table.get_children()))
+
+
+# one module
+class Module(NamedTuple):
+    """A module to be written: its cells, trees, and the names it defines.
+
+    `names` maps each name to the cell and line that define it; `public`
+    lists those that stand in `__all__`.
+
+    Derived in chapter 15.
+    """
+
+    name: str
+    chapter: Chapter
+    cells: list
+    trees: list
+    names: dict
+    public: list
+
+
+def build_module(name, chapter):
+    """Collect one module's cells; refuse a name that is defined twice.
+
+    Derived in chapter 15.
+    """
+    cells = [c for c in chapter.cells if c.module == name]
+    trees = [parse_cell(c) for c in cells]
+    names, public = {}, []
+    for cell, tree in zip(cells, trees, strict=True):
+        for node in tree.body:
+            imported = isinstance(node, (ast.Import, ast.ImportFrom))
+            for x in defined_names(node):
+                if x in names and not imported:
+                    first = names[x][0].path.name, names[x][1]
+                    cell.fail(
+                        node.lineno,
+                        f"{x} is exported twice, first at "
+                        f"{first[0]}:{first[1]}",
+                    )
+                names[x] = cell, cell.line + node.lineno - 1
+                if cell.public and not imported and x[0] != "_":
+                    public.append(x)
+    return Module(name, chapter, cells, trees, names, public)
+
+
+# undefined names
+IMPLICIT = {"__file__", "__name__", "__doc__", "__path__"}
+
+
+def check_undefined(module):
+    """Refuse a name that nothing in the module defines.
+
+    Derived in chapter 15.
+    """
+    known = set(module.names) | set(dir(builtins)) | IMPLICIT
+    for cell, tree in zip(module.cells, module.trees, strict=True):
+        table = symtable.symtable(cell.source, str(cell.path), "exec")
+        for name in sorted(global_names(table) - known):
+            line = next(
+                x.lineno
+                for x in ast.walk(tree)
+                if isinstance(x, ast.Name) and x.id == name
+            )
+            cell.fail(line, f"{name} is not defined in llmnb.{module.name}")
+
+
+# imports from other chapters
+def check_imports(module, modules):
+    """Refuse an import from `llmnb` that no earlier chapter exports.
+
+    Derived in chapter 15.
+    """
+    for cell, tree in zip(module.cells, module.trees, strict=True):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                source, names = node.module, [a.name for a in node.names]
+                if source.split(".")[0] == "llmnb" and not node.level:
+                    for name in names:
+                        check_import(module, modules, cell, node, name)
+
+
+def check_import(module, modules, cell, node, name):
+    """Refuse one imported name unless its chapter comes first.
+
+    Derived in chapter 15.
+    """
+    source = node.module.partition("llmnb.")[2]
+    inner = f"{source}.{name}".strip(".")
+    if source in modules and name in modules[source].names:
+        owner = modules[source]
+    elif inner in modules:
+        owner = modules[inner]
+    else:
+        where = f"llmnb.{source}" if source else "llmnb"
+        cell.fail(node.lineno, f"no chapter exports {name} to {where}")
+    if owner.chapter.path.name > module.chapter.path.name:
+        cell.fail(
+            node.lineno,
+            f"{name} belongs to a later chapter, {owner.chapter.path.name}",
+        )
+
+
+# collect all modules
+def collect(chapters):
+    """Build and check all modules of these chapters, by dotted name.
+
+    Raises ExportError at the first defect.
+
+    Derived in chapter 15.
+    """
+    modules = {}
+    for chapter in chapters:
+        for name in dict.fromkeys(c.module for c in chapter.cells):
+            if name in modules:
+                first = modules[name].chapter.path.name
+                cell = next(c for c in chapter.cells if c.module == name)
+                cell.fail(1, f"llmnb.{name} already belongs to {first}")
+            modules[name] = build_module(name, chapter)
+    for module in modules.values():
+        check_undefined(module)
+        check_imports(module, modules)
+    return modules
+
+
+# the text of a module
+BANNER = "# Written by `make export` from notebooks/{}: edit that file.\n"
+
+
+def render_module(module):
+    """The text of a module: banner, docstring, `__all__`, cells in order.
+
+    Derived in chapter 15.
+    """
+    chapter = module.chapter
+    parts = [BANNER.format(chapter.path.name)]
+    parts.append(f'"""{chapter.title}.\n\n{wrap(chapter.summary)}\n"""\n')
+    names = "".join(f'    "{x}",\n' for x in sorted(module.public))
+    parts.append(f"__all__ = [\n{names}]\n" if names else "__all__ = []\n")
+    for cell in module.cells:
+        title = f"# {cell.name}\n" if cell.name else ""
+        parts.append("\n" + title + cell.source.strip() + "\n")
+    if "main" in module.public:
+        parts.append('\nif __name__ == "__main__":\n    main()\n')
+    return "\n".join(parts)
+
+
+def wrap(text, width=79):
+    """Break a text into lines of at most `width` characters.
+
+    Derived in chapter 15.
+    """
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + 1 + len(word) > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return "\n".join(lines)
+
+
+# the folders' own modules and the index
+def render_folder(folder, modules):
+    """`__init__.py` of a folder: every public name of its modules.
+
+    Derived in chapter 15.
+    """
+    inside = [m for n, m in modules.items() if n.startswith(folder + ".")]
+    lines = [BANNER.format("*.py"), f'"""The {folder} backend."""\n']
+    for m in sorted(inside):
+        if m.public:
+            names = "".join(f"    {x},\n" for x in sorted(m.public))
+            lines.append(f"from llmnb.{m.name} import (\n{names})")
+    names = sorted(x for m in inside for x in m.public)
+    lines.append("\n__all__ = [\n" + "".join(f'    "{x}",\n' for x in names))
+    return "\n".join(lines) + "]\n"
+
+
+def render_index(modules):
+    """`index.json`: for every chapter, what it exports and in a line why.
+
+    Derived in chapter 15.
+    """
+    index = {}
+    for module in modules.values():
+        rows = index.setdefault(module.chapter.path.stem, [])
+        nodes = {
+            node.name: node
+            for tree in module.trees
+            for node in tree.body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        }
+        for name in filter(nodes.get, module.public):
+            doc = ast.get_docstring(nodes[name]) or ""
+            line = doc.partition("\n")[0]
+            rows.append({"module": module.name, "name": name, "doc": line})
+    return json.dumps(index, indent=1) + "\n"
+
+
+# the whole package as text
+def render(modules):
+    """The package as a mapping from path below `llmnb/` to text.
+
+    Derived in chapter 15.
+    """
+    files = {}
+    for name, module in modules.items():
+        files[name.replace(".", "/") + ".py"] = render_module(module)
+    folders = {name.partition(".")[0] for name in modules if "." in name}
+    for folder in folders:
+        files[f"{folder}/__init__.py"] = render_folder(folder, modules)
+    files["index.json"] = render_index(modules)
+    return files
+
+
+def write_text(path, text):
+    """Write a text file, and the folders it needs, whole or not at all.
+
+    Derived in chapter 15.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+# compare and write
+def differences(files, package):
+    """Paths whose text in `package` is missing, different or superfluous.
+
+    Derived in chapter 15.
+    """
+    there = {
+        p.relative_to(package).as_posix()
+        for kind in ("*.py", "*.json")
+        for p in package.rglob(kind)
+    }
+    changed = [
+        f
+        for f in files
+        if f not in there or (package / f).read_text("utf-8") != files[f]
+    ]
+    return sorted(changed), sorted(there - set(files))
+
+
+def read_chapters(folder):
+    """Read every chapter of a folder in order.
+
+    Derived in chapter 15.
+    """
+    return [read_chapter(p) for p in sorted(folder.glob("[0-9]*.py"))]
+
+
+def main(argv=None):
+    """Regenerate the package, or with --check say what differs.
+
+    Derived in chapter 15.
+    """
+    parser = argparse.ArgumentParser("python -m llmnb.export")
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args(argv).check
+    try:
+        files = render(collect(read_chapters(ROOT / "notebooks")))
+    except ExportError as error:
+        sys.exit(str(error))
+    package = ROOT / "llmnb"
+    changed, extra = differences(files, package)
+    if check and (changed or extra):
+        sys.exit(f"run `make export`: out of date: {changed + extra}")
+    for name in changed:
+        write_text(package / name, files[name])
+    for name in extra:
+        (package / name).unlink()
+    print(f"llmnb: {len(files)} files, {len(changed)} written")
+
+
+if __name__ == "__main__":
+    main()

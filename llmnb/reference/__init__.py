@@ -1,0 +1,71 @@
+# Written by `make export` from notebooks/*.py: edit that file.
+
+"""The reference backend."""
+
+from llmnb.reference.adamw import (
+    adamw_update,
+    check_settings,
+    clip_gradients,
+    global_norm,
+)
+from llmnb.reference.attention import (
+    attention_backward,
+    attention_forward,
+    masked_scores,
+    split_heads,
+)
+from llmnb.reference.crossentropy import (
+    crossentropy_backward,
+    crossentropy_forward,
+    crossentropy_softmax_backward,
+    crossentropy_softmax_forward,
+    softmax_backward,
+    softmax_forward,
+)
+from llmnb.reference.encoder import (
+    encoder_backward,
+    encoder_forward,
+)
+from llmnb.reference.gelu import (
+    gelu_backward,
+    gelu_forward,
+)
+from llmnb.reference.layernorm import (
+    layernorm_backward,
+    layernorm_forward,
+)
+from llmnb.reference.matmul import (
+    matmul_backward,
+    matmul_forward,
+)
+from llmnb.reference.residual import (
+    residual_backward,
+    residual_forward,
+)
+
+__all__ = [
+    "adamw_update",
+    "attention_backward",
+    "attention_forward",
+    "check_settings",
+    "clip_gradients",
+    "crossentropy_backward",
+    "crossentropy_forward",
+    "crossentropy_softmax_backward",
+    "crossentropy_softmax_forward",
+    "encoder_backward",
+    "encoder_forward",
+    "gelu_backward",
+    "gelu_forward",
+    "global_norm",
+    "layernorm_backward",
+    "layernorm_forward",
+    "masked_scores",
+    "matmul_backward",
+    "matmul_forward",
+    "residual_backward",
+    "residual_forward",
+    "softmax_backward",
+    "softmax_forward",
+    "split_heads",
+]

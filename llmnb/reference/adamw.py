@@ -1,0 +1,103 @@
+# Written by `make export` from notebooks/10_adamw.py: edit that file.
+
+"""Step downhill with AdamW.
+
+AdamW divides each parameter's averaged gradient by its usual size and shrinks
+the parameter itself; a schedule sets the pace, a clip bounds it.
+"""
+
+__all__ = [
+    "adamw_update",
+    "check_settings",
+    "clip_gradients",
+    "global_norm",
+]
+
+
+# imports
+import math
+
+import numpy as np
+
+
+# check the settings
+def check_settings(learning_rate, beta1, beta2, eps, weight_decay, step):
+    """Raise ValueError unless AdamW can work with these numbers.
+
+    The learning rate and the decay must not be negative, the betas must lie
+    in [0, 1), eps must be positive (a gradient that is always zero would
+    divide zero by zero), and steps count from 1.
+
+    Derived in chapter 10.
+    """
+    limits = [
+        ("learning_rate", learning_rate, learning_rate >= 0, "at least 0"),
+        ("beta1", beta1, 0 <= beta1 < 1, "in [0, 1)"),
+        ("beta2", beta2, 0 <= beta2 < 1, "in [0, 1)"),
+        ("eps", eps, eps > 0, "above 0"),
+        ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
+        ("step", step, step >= 1, "at least 1"),
+    ]
+    for name, value, ok, limit in limits:
+        if not ok:
+            raise ValueError(
+                f"adamw_update: {name} must be {limit}, got {value}"
+            )
+
+
+# one step of AdamW
+def adamw_update(
+    params, grads, m, v,
+    learning_rate, beta1, beta2, eps, weight_decay, step,
+):  # fmt: skip
+    """Take one step of AdamW, in the order in which torch.optim.AdamW does.
+
+    params, grads, m, v: float, of one shape; params, m and v change in
+    place. m and v are the running means of the gradient and of its square,
+    zero before the first step. step counts from 1. weight_decay applies to
+    every element. Raises ValueError for settings out of range.
+
+    Derived in chapter 10.
+    """
+    check_settings(learning_rate, beta1, beta2, eps, weight_decay, step)
+    correction1 = 1 - beta1**step
+    correction2 = 1 - beta2**step
+    params *= 1 - learning_rate * weight_decay
+    m += (1 - beta1) * (grads - m)
+    v *= beta2
+    v += (1 - beta2) * grads * grads
+    spread = np.sqrt(v) / math.sqrt(correction2) + eps
+    params -= learning_rate / correction1 * m / spread
+
+
+# the norm of all gradients
+def global_norm(grads):
+    """The Euclidean norm of a flat array, summed in float64, as a float.
+
+    Derived in chapter 10.
+    """
+    wide = grads.astype(np.float64)
+    return math.sqrt(np.sum(wide * wide))
+
+
+# clip the gradients
+def clip_gradients(grads, max_norm):
+    """Scale a flat array down to norm `max_norm` if it is longer.
+
+    Returns the norm before clipping and scales `grads` in place by
+    max_norm / (norm + 1e-6) where that is below 1, as torch's
+    clip_grad_norm_. When the norm is infinite or NaN, `grads` is left as it
+    is: the caller sees the norm and decides. Raises ValueError unless
+    max_norm is positive.
+
+    Derived in chapter 10.
+    """
+    if not max_norm > 0:
+        raise ValueError(
+            f"clip_gradients: max_norm must be above 0, got {max_norm}"
+        )
+    norm = global_norm(grads)
+    scale = max_norm / (norm + 1e-6)
+    if math.isfinite(norm) and scale < 1:
+        grads *= scale
+    return norm

@@ -1,0 +1,47 @@
+# Written by `make export` from notebooks/03_encoder.py: edit that file.
+
+"""Turn tokens into vectors and send gradients back.
+
+A token's vector is a row of one table plus a row of another; the backward pass
+adds into the rows that were read.
+"""
+
+__all__ = [
+    "encoder_backward",
+    "encoder_forward",
+]
+
+
+# imports of the reference
+import numpy as np
+
+
+# the forward pass
+def encoder_forward(out, inp, wte, wpe):
+    """Sum the vector of each token and the vector of its position.
+
+    out   (B, T, C)      float, overwritten
+    inp   (B, T)         integer, each in [0, Vp)
+    wte   (Vp, C)        float, the table of tokens
+    wpe   (max_T, C)     float, the table of positions; T <= max_T
+
+    Derived in chapter 3.
+    """
+    T = inp.shape[1]
+    out[...] = wte[inp] + wpe[:T]
+
+
+# the backward pass
+def encoder_backward(dwte, dwpe, dout, inp):
+    """Add dout's rows to the rows of the tables that they came from.
+
+    dwte  (Vp, C)        float, added to; rows of absent tokens stay
+    dwpe  (max_T, C)     float, added to; rows from T on stay
+    dout  (B, T, C)      float
+    inp   (B, T)         integer, as in the forward pass
+
+    Derived in chapter 3.
+    """
+    T = inp.shape[1]
+    np.add.at(dwte, inp, dout)
+    dwpe[:T] += dout.sum(axis=0)

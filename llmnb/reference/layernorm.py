@@ -1,0 +1,56 @@
+# Written by `make export` from notebooks/04_layernorm.py: edit that file.
+
+"""Normalise a layer and differentiate it.
+
+LayerNorm gives every token's vector mean 0 and variance 1, then scales and
+shifts each channel; its backward pass takes three sums a row.
+"""
+
+__all__ = [
+    "layernorm_backward",
+    "layernorm_forward",
+]
+
+
+# imports
+import numpy as np
+
+
+# epsilon
+EPS = 1e-5
+
+
+# layernorm, forward
+def layernorm_forward(out, mean, rstd, inp, weight, bias):
+    """Normalise each row of inp, then scale and shift each channel.
+
+    out, inp: (B, T, C). mean, rstd: (B, T), the mean and the reciprocal
+    deviation of each row, saved for the backward pass. weight, bias: (C,).
+    All of one float dtype; out, mean and rstd are overwritten.
+
+    Derived in chapter 4.
+    """
+    mean[...] = inp.mean(axis=-1)
+    centred = inp - mean[..., None]
+    variance = (centred**2).mean(axis=-1)
+    rstd[...] = 1 / np.sqrt(variance + EPS)
+    out[...] = centred * rstd[..., None] * weight + bias
+
+
+# layernorm, backward
+def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
+    """Add LayerNorm's gradients to dinp, dweight and dbias.
+
+    dinp, dout, inp: (B, T, C). dweight, dbias, weight: (C,). mean, rstd:
+    (B, T), as the forward pass left them. All of one float dtype; the first
+    three are added to in place.
+
+    Derived in chapter 4.
+    """
+    norm = (inp - mean[..., None]) * rstd[..., None]
+    dweight += (dout * norm).sum(axis=(0, 1))
+    dbias += dout.sum(axis=(0, 1))
+    dnorm = dout * weight
+    a = dnorm.mean(axis=-1, keepdims=True)
+    b = (dnorm * norm).mean(axis=-1, keepdims=True)
+    dinp += rstd[..., None] * (dnorm - a - norm * b)

@@ -1,0 +1,50 @@
+# Written by `make export` from notebooks/00_gpt2.py: edit that file.
+
+"""See GPT-2 on one page.
+
+The model as one diagram, its shapes, and where its parameters, its operations
+and its bytes are.
+"""
+
+__all__ = [
+    "fastest",
+    "machine",
+]
+
+
+# imports of the stopwatch
+import platform
+import time
+from pathlib import Path
+
+
+# a stopwatch
+def fastest(function, *args, runs=15):
+    """The shortest of several runs of function(*args), in seconds.
+
+    Other programs on the machine can only make a run longer, so the
+    shortest one says most about the function.
+
+    Derived in chapter 0.
+    """
+    best = float("inf")
+    for _ in range(runs):
+        start = time.perf_counter()
+        function(*args)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def machine():
+    """One line that names this machine's processor, system and Python.
+
+    Derived in chapter 0.
+    """
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.partition(":")[2].strip()
+                break
+    return f"{cpu}, {platform.system()}, Python {platform.python_version()}"

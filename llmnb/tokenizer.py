@@ -1,0 +1,277 @@
+# Written by `make export` from notebooks/01_tokens.py: edit that file.
+
+"""Turn text into tokens.
+
+Byte-level BPE trained from scratch, the text to train on, and the shards and
+batches that bring tokens to the model.
+"""
+
+__all__ = [
+    "byte",
+    "gpt2",
+    "load",
+    "save",
+    "train",
+]
+
+
+# imports of the tokenizer
+import base64
+import heapq
+import os
+from collections import Counter
+from pathlib import Path
+
+import regex
+import tiktoken
+
+
+# how a text is cut into words
+EOT = "<|endoftext|>"
+WORDS = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+"
+    r"| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+)
+
+
+# count the words
+def _count_words(text):
+    """How often each word stands in a text or an iterable of texts."""
+    counts = Counter()
+    for document in [text] if isinstance(text, str) else text:
+        if not isinstance(document, str):
+            kind = type(document).__name__
+            raise TypeError(f"train: text must be str, got {kind}")
+        counts.update(regex.findall(WORDS, document))
+    return {word.encode("utf-8"): n for word, n in counts.items()}
+
+
+# the words as linked symbols
+class _Symbols:
+    """Words laid end to end as linked symbols, with their pairs counted."""
+
+    def __init__(self, words):
+        self.ids, self.weight = [], []
+        for word, count in words.items():
+            self.ids += [*word, -1]
+            self.weight += [count] * len(word) + [0]
+        self.next = [*range(1, len(self.ids)), 0]
+        self.prev = [*range(-1, len(self.ids) - 1)]
+        self.count, self.where = {}, {}
+        for i in range(len(self.ids) - 1):
+            self.add(i)
+
+    def add(self, i):
+        """Count the pair that begins at i and remember the place."""
+        pair = a, b = self.ids[i], self.ids[self.next[i]]
+        if a < 0 or b < 0:
+            return None
+        self.count[pair] = self.count.get(pair, 0) + self.weight[i]
+        self.where.setdefault(pair, []).append(i)
+        return pair
+
+    def drop(self, i):
+        """Uncount the pair that begins at i, if one does."""
+        pair = a, b = self.ids[i], self.ids[self.next[i]]
+        if a >= 0 and b >= 0:
+            self.count[pair] -= self.weight[i]
+
+
+# merge one pair everywhere
+def _merge(symbols, pair, new):
+    """Put `new` in place of `pair` everywhere; return the pairs it forms."""
+    ids, following, before = symbols.ids, symbols.next, symbols.prev
+    formed = set()
+    for i in sorted(symbols.where.pop(pair)):
+        j = following[i]
+        if (ids[i], ids[j]) != pair:
+            continue
+        h, k = before[i], following[j]
+        symbols.drop(h)
+        symbols.drop(j)
+        ids[i], ids[j] = new, -2
+        following[i], before[k] = k, i
+        formed |= {symbols.add(h), symbols.add(i)}
+    del symbols.count[pair]
+    return formed - {None}
+
+
+# the fast training
+def _best(heap, count):
+    """Take the pair with the largest count from the heap, or None."""
+    while heap:
+        promise, pair = heapq.heappop(heap)
+        if 0 < count[pair] == -promise:
+            return pair
+        if count[pair] > 0:
+            heapq.heappush(heap, (-count[pair], pair))
+    return None
+
+
+def _learn(words, number):
+    """At most `number` merges, as pairs of token numbers, in order."""
+    symbols, merges = _Symbols(words), []
+    heap = [(-n, pair) for pair, n in symbols.count.items()]
+    heapq.heapify(heap)
+    while len(merges) < number:
+        pair = _best(heap, symbols.count)
+        if pair is None:
+            break
+        for formed in _merge(symbols, pair, 256 + len(merges)):
+            heapq.heappush(heap, (-symbols.count[formed], formed))
+        merges.append(pair)
+    return merges
+
+
+# the encoding object
+def _encoding(name, tokens):
+    """A tiktoken.Encoding of these tokens, in order of rank, then EOT."""
+    return tiktoken.Encoding(
+        name,
+        pat_str=WORDS,
+        mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
+        special_tokens={EOT: len(tokens)},
+    )
+
+
+# bytes as tokens
+def byte():
+    """The encoding without merges: 256 bytes and `<|endoftext|>`.
+
+    Returns a tiktoken.Encoding with 257 tokens; a byte is its own number.
+
+    Derived in chapter 1.
+    """
+    return _encoding("byte", [bytes([i]) for i in range(256)])
+
+
+# train an encoding
+def train(text, vocab_size):
+    """Train a byte-level BPE and return it as a tiktoken.Encoding.
+
+    text: a str, or an iterable of str (documents). vocab_size counts the 256
+    bytes, the merges and `<|endoftext|>`, which is the last token: from 257
+    to 65,536, what a shard's uint16 can hold. The result depends on text and
+    vocab_size alone. Raises ValueError when vocab_size is out of range or
+    the text is too small to fill it, TypeError when the text is not str.
+
+    Derived in chapter 1.
+    """
+    if not 257 <= vocab_size <= 65536:
+        raise ValueError(
+            f"train: vocab_size must lie in [257, 65536], got {vocab_size}"
+        )
+    tokens = [bytes([i]) for i in range(256)]
+    for a, b in _learn(_count_words(text), vocab_size - 257):
+        tokens.append(tokens[a] + tokens[b])
+    if len(tokens) + 1 < vocab_size:
+        raise ValueError(
+            f"train: this text has pairs for a vocab_size of at most "
+            f"{len(tokens) + 1}, got {vocab_size}"
+        )
+    return _encoding(f"bpe-{vocab_size}", tokens)
+
+
+# save an encoding
+def save(encoding, path):
+    """Write an encoding's tokens as a tiktoken rank file.
+
+    encoding: a tiktoken.Encoding whose one special token is `<|endoftext|>`,
+    the last of its tokens; ValueError otherwise. The file is written beside
+    `path` and renamed into place.
+
+    Derived in chapter 1.
+    """
+    eot = encoding.n_vocab - 1
+    if encoding.special_tokens_set != {EOT} or encoding.eot_token != eot:
+        raise ValueError(
+            f"save: the one special token must be {EOT} with the last rank, "
+            f"got {sorted(encoding.special_tokens_set)}"
+        )
+    lines = []
+    for rank in range(eot):
+        token = base64.b64encode(encoding.decode_single_token_bytes(rank))
+        lines.append(b"%s %d\n" % (token, rank))
+    path = Path(path)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.new")
+    beside.write_bytes(b"".join(lines))
+    os.replace(beside, path)
+
+
+# read one line of a rank file
+def _read_line(where, line):
+    """Token and rank of a line, or a ValueError that names the place."""
+    fields = line.split()
+    if len(fields) != 2:
+        raise ValueError(
+            f"{where}: a line must be a token and its rank, got {line!r}"
+        )
+    try:
+        token = base64.b64decode(fields[0], validate=True)
+    except ValueError:
+        raise ValueError(
+            f"{where}: the token must be base64, got {fields[0]!r}"
+        ) from None
+    if not (token and fields[1].isascii() and fields[1].isdigit()):
+        raise ValueError(
+            f"{where}: the rank must be a whole number and the token not "
+            f"empty, got {line!r}"
+        )
+    return token, int(fields[1])
+
+
+# load an encoding
+def load(path):
+    """Read a tiktoken rank file into a tiktoken.Encoding.
+
+    The expression is GPT-2's and `<|endoftext|>` takes the rank after the
+    last. Raises ValueError, naming the file and the line, for a line that is
+    no token and rank, a rank or a token that comes twice, a gap in the ranks
+    or a byte that is missing.
+
+    Derived in chapter 1.
+    """
+    path, by_rank, seen = Path(path), {}, set()
+    text = path.read_text("ascii", errors="backslashreplace")
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            token, rank = _read_line(f"{path}:{number}", line)
+            if rank in by_rank:
+                raise ValueError(f"{path}:{number}: rank {rank} comes twice")
+            if token in seen:
+                raise ValueError(f"{path}:{number}: {token} comes twice")
+            by_rank[rank] = token
+            seen.add(token)
+    return _encoding(path.stem, _check_ranks(path, by_rank, seen))
+
+
+# check the ranks
+def _check_ranks(path, by_rank, seen):
+    """The tokens in order of rank, once the file is known to be whole."""
+    for byte in range(256):
+        if bytes([byte]) not in seen:
+            raise ValueError(f"{path}: no token for the byte {byte}")
+    for rank in range(len(by_rank)):
+        if rank not in by_rank:
+            raise ValueError(f"{path}: no token of rank {rank}")
+    return [by_rank[rank] for rank in range(len(by_rank))]
+
+
+# GPT-2's encoding
+def gpt2():
+    """GPT-2's encoding: 50,257 tokens, `<|endoftext|>` is number 50,256.
+
+    tiktoken downloads it once and keeps it in the folder that
+    TIKTOKEN_CACHE_DIR names, or in a temporary one. Raises ConnectionError
+    when the files are neither there nor to be had.
+
+    Derived in chapter 1.
+    """
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except OSError as error:
+        raise ConnectionError(
+            "gpt2: tiktoken cannot fetch GPT-2's vocabulary; connect to the "
+            "internet once, or name a folder that holds it in "
+            "TIKTOKEN_CACHE_DIR"
+        ) from error

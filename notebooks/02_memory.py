@@ -1,0 +1,764 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     module: arena
+# ---
+
+# %% [markdown]
+# # Lay out one block of memory
+#
+# > One allocation holds every tensor of the model as a named view, so the
+# > footprint is known before training begins and never grows.
+
+# %% [markdown]
+# ## Where we are
+
+# %% where we are
+from llmnb.diagram import gpt2_diagram
+
+gpt2_diagram(lit="all")
+
+# %% [markdown]
+# *Figure 2.1. Every box of the model reads arrays and writes arrays. This
+# chapter decides, for all of them at once, where those arrays are.*
+#
+# A framework creates an array whenever a layer produces one, and frees it when
+# nobody needs it any more. How much memory that takes is known only when it
+# has run, and it may run out in the middle of the night. We know all shapes
+# beforehand, so we can do better: add up the sizes, ask the system for memory
+# *once*, and give every tensor its place. Such a block is called an *arena*.
+# At the end of this chapter you can
+#
+# - say what a view is, and what a shape and strides do to plain bytes;
+# - compute a model's footprint to the byte before it exists;
+# - write a model to a file in llm.c's format, and read one without trusting
+#   it.
+#
+# You need the sixteen tensors of [chapter 0](00_gpt2.ipynb).
+
+# %% [markdown]
+# ## Setup
+
+# %% setup
+import tempfile
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from llmnb.config import parameter_shapes
+from llmnb.diagram import PALETTE
+from llmnb.verify import compare, verdict
+
+# %% [markdown]
+# ## By hand
+#
+# Memory is a row of bytes. A NumPy array is a note that says how to read some
+# of them: where to begin, of which type the numbers are (*dtype*), how many
+# there are along each axis (*shape*), and how many bytes to go forward for the
+# next index of each axis (*strides*). Two such notes may point at the same
+# bytes. The second is then a *view* of the first.
+#
+# Take 24 zeroed bytes and read them as six float32, then as a 2 x 3 matrix.
+# An element $(i, j)$ of the matrix begins at byte $12 i + 4 j$.
+
+# %% imports of the arena tags=["export"]
+import math
+
+import numpy as np
+
+# %% three notes on the same bytes
+block = np.zeros(24, np.uint8)
+six = block.view(np.float32)
+matrix = six.reshape(2, 3)
+matrix[1, 0] = 1.0
+print(matrix.strides)
+print(six)
+print(block)
+
+# %% [markdown]
+# We wrote through the matrix, and the other two saw it. In the bytes stands
+# `0 0 128 63`: the float32 number 1.0 is the bit pattern `0x3f800000`, lowest
+# byte first. The new values went to byte $12 \cdot 1 + 4 \cdot 0 = 12$, as
+# computed.
+#
+# An array whose last index moves by one element, the one before by a whole
+# row, and so on, is called *C-contiguous*. All arrays of this book are, and
+# that is why a (B, T, C) array can be read as (B·T, C) rows for free.
+
+# %% [markdown]
+# ## The arena
+#
+# So a table of names and shapes is enough to lay out a block: each tensor
+# begins where the one before it ends,
+#
+# $$ \text{offset}_{k+1} = \text{offset}_k
+#    + \text{itemsize}_k \prod_a \text{shape}_{k,a} . \tag{2.1} $$
+#
+# Two refinements. Tensors come in *groups*, such as all parameters, and a
+# group leaves no gaps: AdamW then updates all parameters as one long flat
+# array, and a file of them is one write. And a group begins at a multiple of
+# 64 bytes, the size of a cache line and of the widest vector register, so
+# that vector loads do not straddle two lines.
+
+# %% a view tags=["exporti"]
+ALIGN = 64  # bytes in a cache line, and in the widest vector register
+
+
+def _round_up(n, to):
+    return -(-n // to) * to
+
+
+# %% allocate tags=["exporti"]
+def _allocate(nbytes):
+    try:
+        block = np.zeros(nbytes + ALIGN, np.uint8)
+    except MemoryError:
+        raise MemoryError(
+            f"the model needs one block of {nbytes:,} bytes, more than this "
+            f"system gives; lower batch_size or seq_len, or the model's size"
+        ) from None
+    skip = -block.ctypes.data % ALIGN
+    return block[skip : skip + nbytes]
+
+
+# %% the arena tags=["export"]
+class Arena:
+    """One zeroed block of memory that holds named groups of named tensors.
+
+    groups: a mapping from group name to (dtype, shapes), where shapes maps
+    tensor names to shapes. The tensors of a group lie one after the other
+    without a gap, so that a group is also one flat array; each group begins
+    at a multiple of 64 bytes. The block is allocated once, here: the system
+    hands out its pages, zeroed, when they are first written. Raises
+    MemoryError, which says how many bytes were asked for.
+
+    arena[group][tensor] is the view of a tensor; .nbytes the block's size.
+
+    Derived in chapter 2.
+    """
+
+    def __init__(self, groups):
+        self._rows, self._spans, offset = [], {}, 0
+        for group, (dtype, shapes) in groups.items():
+            dtype = np.dtype(dtype)
+            start = offset = _round_up(offset, ALIGN)
+            for name, shape in shapes.items():
+                row = (group, name, tuple(shape), dtype, offset)
+                self._rows.append(row)
+                offset += math.prod(shape) * dtype.itemsize
+            self._spans[group] = start, offset, dtype
+        self.nbytes = _round_up(offset, ALIGN)
+        self._block = _allocate(self.nbytes)
+        self._views = {group: {} for group in groups}
+        for group, name, shape, dtype, offset in self._rows:
+            size = math.prod(shape) * dtype.itemsize
+            flat = self._block[offset : offset + size].view(dtype)
+            self._views[group][name] = flat.reshape(shape)
+
+    def __getitem__(self, group):
+        """The tensors of a group: a mapping from name to view."""
+        return self._views[group]
+
+    def flat(self, group):
+        """A whole group as one 1-D view."""
+        start, stop, dtype = self._spans[group]
+        return self._block[start:stop].view(dtype)
+
+    def table(self):
+        """Rows (group, tensor, shape, dtype name, offset, bytes) in order."""
+        return [
+            (g, name, shape, d.name, at, math.prod(shape) * d.itemsize)
+            for g, name, shape, d, at in self._rows
+        ]
+
+    def sizes(self):
+        """Bytes of each group, padding left out."""
+        return {g: stop - start for g, (start, stop, _) in self._spans.items()}
+
+
+# %% a small arena
+arena = Arena(
+    {
+        "params": (np.float32, {"weight": (2, 3), "bias": (2,)}),
+        "batch": (np.int32, {"tokens": (2, 4)}),
+    }
+)
+for row in arena.table():
+    print(row)
+print(arena.nbytes, "bytes")
+
+# %% [markdown]
+# The group `params` ends at byte 32, and `batch` begins at 64. A name gives a
+# view, and a group is also one flat view:
+
+# %% views of it
+arena["params"]["weight"][...] = [[1, 2, 3], [4, 5, 6]]
+arena["params"]["bias"][...] = [7, 8]
+print(arena.flat("params"))
+
+# %% [markdown]
+# `np.zeros` does not write zeros. It asks the system for pages, and the
+# system promises zeroed ones, each handed out when it is first written. So
+# parts of the arena that a program never touches, the optimizer's averages
+# when a model only generates text, cost address space and no memory.
+
+# %% [markdown]
+# ## The layout of GPT-2
+#
+# What must be in the block? The four groups with the parameters' shapes, and
+# the activations: everything the forward pass computes and the backward pass
+# needs. Each layer's chapter derives what its backward pass reads; here is the
+# sum. A leading $L$ means that each block keeps its own.
+#
+# | tensors | shape | kept because |
+# |---|---|---|
+# | `encoded`, `residual2`, `residual3` | (B, T, C) | LayerNorm's backward reads its input |
+# | `ln1`, `ln2`, `lnf` | (B, T, C) | the product that follows reads its input |
+# | `ln1_mean`, `ln1_rstd` and so on | (B, T) | two numbers a row, [chapter 4](04_layernorm.ipynb) |
+# | `qkv`, `atty`, `att_lse` | (B, T, 3C), (B, T, C), (B, NH, T) | attention, [chapter 6](06_attention.ipynb) |
+# | `fch`, `fch_gelu` | (B, T, 4C) | GELU reads its input, the product its output |
+# | `projected` | (B, T, C) | scratch: nobody reads it backwards, all blocks share it |
+# | `logits`, `lse`, `losses` | (B, T, Vp), (B, T) | [chapter 9](09_crossentropy.ipynb) |
+
+# %% imports of the layout tags=["export"] module="layout"
+import numpy as np
+
+from llmnb.config import parameter_shapes
+
+
+# %% activations tags=["export"] module="layout"
+def activation_shapes(cfg, batch_size, seq_len):
+    """Shapes of what the forward pass leaves for the backward pass.
+
+    A leading L marks what every block keeps for itself; `projected` and
+    `logits` are shared. By llm.c's names where it has one.
+
+    Derived in chapter 2.
+    """
+    B, T, L = batch_size, seq_len, cfg.num_layers
+    C, NH, Vp = cfg.channels, cfg.num_heads, cfg.padded_vocab_size
+    return {
+        "encoded": (B, T, C),
+        "ln1": (L, B, T, C),
+        "ln1_mean": (L, B, T),
+        "ln1_rstd": (L, B, T),
+        "qkv": (L, B, T, 3 * C),
+        "atty": (L, B, T, C),
+        "att_lse": (L, B, NH, T),
+        "residual2": (L, B, T, C),
+        "ln2": (L, B, T, C),
+        "ln2_mean": (L, B, T),
+        "ln2_rstd": (L, B, T),
+        "fch": (L, B, T, 4 * C),
+        "fch_gelu": (L, B, T, 4 * C),
+        "residual3": (L, B, T, C),
+        "projected": (B, T, C),
+        "lnf": (B, T, C),
+        "lnf_mean": (B, T),
+        "lnf_rstd": (B, T),
+        "logits": (B, T, Vp),
+        "lse": (B, T),
+        "losses": (B, T),
+        "dlosses": (B, T),
+    }
+
+
+# %% [markdown]
+# The gradients of activations need less. When the backward pass is done with
+# a block, it has no more use for the gradients inside it. One block's worth
+# of arrays is enough, and the blocks take turns. The gradient of the residual
+# stream, which runs through all of them, needs two: the one that comes from
+# above and the one that goes below. The logits' gradient is written over the
+# logits.
+
+
+# %% gradients of activations tags=["export"] module="layout"
+def gradient_shapes(cfg, batch_size, seq_len):
+    """Shapes of the gradients of activations: one block's worth.
+
+    The blocks take turns with them. Gradients of the logits stand where the
+    logits stood.
+
+    Derived in chapter 2.
+    """
+    B, T, C = batch_size, seq_len, cfg.channels
+    return {
+        "dresidual2": (B, T, C),
+        "dln": (B, T, C),
+        "dprojected": (B, T, C),
+        "datty": (B, T, C),
+        "dqkv": (B, T, 3 * C),
+        "dfch": (B, T, 4 * C),
+        "dfch_gelu": (B, T, 4 * C),
+    }
+
+
+# %% the whole layout tags=["export"] module="layout"
+def gpt2_layout(cfg, batch_size, seq_len, dtype=np.float32):
+    """The groups of the arena in which a GPT-2 trains.
+
+    Four of the groups, params, grads, m and v, have the parameters' shapes;
+    acts and block hold activations and their gradients, stream the two
+    gradients of the residual stream, batch the tokens and targets (int32).
+
+    Derived in chapter 2.
+    """
+    shapes = parameter_shapes(cfg)
+    B, T = batch_size, seq_len
+    stream = {"above": (B, T, cfg.channels), "below": (B, T, cfg.channels)}
+    return {
+        "params": (dtype, shapes),
+        "grads": (dtype, shapes),
+        "m": (dtype, shapes),
+        "v": (dtype, shapes),
+        "acts": (dtype, activation_shapes(cfg, B, T)),
+        "block": (dtype, gradient_shapes(cfg, B, T)),
+        "stream": (dtype, stream),
+        "batch": (np.int32, {"tokens": (B, T), "targets": (B, T)}),
+    }
+
+
+# %% the footprint of GPT-2 124M
+from llmnb.config import GPT2Config
+
+
+def footprint(cfg, B, T):
+    sizes = {}
+    for group, (dtype, shapes) in gpt2_layout(cfg, B, T).items():
+        count = sum(math.prod(s) for s in shapes.values())
+        sizes[group] = count * np.dtype(dtype).itemsize
+    return sizes
+
+
+for group, size in footprint(GPT2Config(), 4, 64).items():
+    print(f"{group:<7} {size:>13,} bytes")
+
+# %% [markdown]
+# Nothing was allocated to find that out. It is a sum over shapes, and the
+# arena takes exactly this, up to the padding between groups:
+
+# %% predicted and real
+small = GPT2Config(64, 1000, 2, 4, 64)
+arena = Arena(gpt2_layout(small, 4, 64))
+predicted = sum(footprint(small, 4, 64).values())
+extra = arena.nbytes - predicted
+verdict("footprint", 0 <= extra < 64 * 8, "as predicted, plus padding")
+verdict(
+    "one block", arena.flat("m").base is arena.flat("acts").base, "for all"
+)
+
+# %% [markdown]
+# ## See it
+#
+# Parameters and their three companions are fixed. Activations grow with
+# $B \cdot T$. At which batch does the second part overtake the first?
+
+# %% the footprint against the length
+lengths = 2 ** np.arange(4, 11)
+rows = [footprint(GPT2Config(), 4, int(T)) for T in lengths]
+still = np.array([4 * r["params"] for r in rows]) / 1e9
+moving = np.array([r["acts"] + r["block"] + r["stream"] for r in rows]) / 1e9
+fig, ax = plt.subplots(figsize=(7, 3.4), dpi=100)
+at = np.arange(len(lengths))
+ax.bar(at, still, 0.6, color=PALETTE["blue"])
+ax.bar(at, moving, 0.6, still, color=PALETTE["orange"])
+ax.text(
+    0,
+    1.0,
+    "parameters,\ngradients,\nm and v",
+    ha="center",
+    va="center",
+    color="white",
+    size=8,
+)
+ax.text(6, 4.0, "activations", ha="center", color="white", size=8)
+ax.set_xticks(at, [f"{T}" for T in lengths])
+ax.set(xlabel="tokens in a row, T (B = 4)", ylabel="GB")
+ax.spines[["top", "right"]].set_visible(False)
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 2.2. GPT-2 124M in float32 with four rows. Up to T = 256 the
+# parameters and their companions take most of the memory; at T = 1024 the
+# activations take two thirds.*
+
+# %% [markdown]
+# ## Why the footprint is constant
+#
+# After the arena is made, a training step writes into views. No layer
+# allocates its result, because the caller hands it the array to fill. That is
+# why every function of this book lists its outputs first and returns nothing.
+# It is also checked: a test runs 200 training steps in a process and compares
+# its peak memory after the first step and after the last.
+#
+# numba's compiled loops do not check bounds. A shape that does not fit would
+# read or write some neighbour's bytes in the block, and nobody would notice.
+# So every compiled layer checks its arguments before it starts, with the
+# functions below, and says in a sentence what is wrong.
+
+# %% imports of the checks tags=["export"] module="checks"
+import numpy as np
+
+
+# %% check an array tags=["export"] module="checks"
+def check_array(name, array, shape, dtype):
+    """Raise unless `array` is a C-contiguous ndarray of this shape and dtype.
+
+    name: what the message calls it, such as "layernorm_forward: out".
+    Raises TypeError (not an array, wrong dtype) or ValueError (wrong shape,
+    not contiguous).
+
+    Derived in chapter 2.
+    """
+    if not isinstance(array, np.ndarray):
+        kind = type(array).__name__
+        raise TypeError(f"{name} must be a NumPy array, got {kind}")
+    if array.dtype != dtype:
+        want = np.dtype(dtype)
+        raise TypeError(f"{name} must be {want}, got {array.dtype}")
+    if array.shape != tuple(shape):
+        raise ValueError(
+            f"{name} must have shape {tuple(shape)}, got {array.shape}"
+        )
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{name} must be C-contiguous")
+
+
+def check_float(name, array):
+    """Raise TypeError unless `array` is a float32 or float64 ndarray.
+
+    Derived in chapter 2.
+    """
+    kind = getattr(array, "dtype", type(array).__name__)
+    if kind not in (np.float32, np.float64):
+        raise TypeError(f"{name} must be float32 or float64, got {kind}")
+
+
+# %% check tokens tags=["export"] module="checks"
+def check_tokens(name, tokens, vocab_size):
+    """Raise unless `tokens` are integers in [0, vocab_size).
+
+    Raises TypeError (not integers) or ValueError, which names the first
+    token that is out of range and where it stands.
+
+    Derived in chapter 2.
+    """
+    kind = getattr(tokens, "dtype", type(tokens).__name__)
+    if not np.issubdtype(kind, np.integer):
+        raise TypeError(f"{name} must hold integers, got {kind}")
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+        bad = (tokens < 0) | (tokens >= vocab_size)
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise ValueError(
+            f"{name} must lie in [0, {vocab_size}), "
+            f"got {tokens[where]} at {where}"
+        )
+
+
+# %% four complaints
+good = np.zeros((2, 3), np.float32)
+for bad in ([1.0], good.astype(np.float64), good[:1], good.T.copy().T):
+    try:
+        check_array("layer: out", bad, (2, 3), np.float32)
+    except (TypeError, ValueError) as error:
+        print(error)
+
+# %% and one about tokens
+try:
+    check_tokens("tokens", np.array([[3, 1], [4, -1]]), 5)
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+# ## To a file and back
+#
+# A model on disk is its configuration and its parameters. llm.c's format is
+# the plainest there is: a header of 256 int32 numbers, 1,024 bytes, and then
+# the group `params`, byte for byte.
+#
+# | number | meaning |
+# |---|---|
+# | 0 | 20240326, which marks the file as a model |
+# | 1 | 3, the version: float32 |
+# | 2 to 7 | `max_seq_len`, `vocab_size`, `num_layers`, `num_heads`, `channels`, padded vocabulary |
+# | 8 to 255 | zero |
+#
+# Writing goes through `replacing` from chapter 0, in pieces of 16 MiB, so that
+# no second copy of the model is made.
+
+# %% imports of the checkpoint tags=["export"] module="checkpoint"
+import os
+
+import numpy as np
+
+from llmnb.config import GPT2Config, parameter_count
+from llmnb.files import replacing
+
+# %% the header tags=["export"] module="checkpoint"
+MAGIC, VERSION = 20240326, 3
+HEADER = 256  # int32 numbers, 1,024 bytes
+CHUNK = 1 << 22  # numbers read or written at a time: 16 MiB of float32
+
+
+# %% write a checkpoint tags=["export"] module="checkpoint"
+def write_checkpoint(path, cfg, params):
+    """Write a model in llm.c's .bin format, version 3 (float32).
+
+    params: the flat 1-D array of all parameters in the order of
+    parameter_shapes(cfg). The file appears whole or not at all.
+
+    Derived in chapter 2.
+    """
+    header = np.zeros(HEADER, "<i4")
+    header[:8] = MAGIC, VERSION, *_sizes(cfg)
+    with replacing(path) as file:
+        file.write(header.tobytes())
+        for first in range(0, params.size, CHUNK):
+            part = params[first : first + CHUNK]
+            file.write(part.astype("<f4", copy=False).data)
+
+
+def _sizes(cfg):
+    return (
+        cfg.max_seq_len,
+        cfg.vocab_size,
+        cfg.num_layers,
+        cfg.num_heads,
+        cfg.channels,
+        cfg.padded_vocab_size,
+    )
+
+
+# %% [markdown]
+# A file comes from outside, and what comes from outside is not to be trusted.
+# A download may have broken off; a file may be of another kind. The header's
+# six numbers decide how much memory we ask for, so they are compared with the
+# length of the file *before* anything is allocated.
+
+
+# %% read a header tags=["export"] module="checkpoint"
+def read_config(path):
+    """The configuration in a checkpoint's header, checked against the file.
+
+    Raises ValueError, naming the file, when it is not llm.c's .bin of
+    version 3, when its sizes make no model, or when its length is not what
+    these sizes require. Nothing is allocated before that is known.
+
+    Derived in chapter 2.
+    """
+    with open(path, "rb") as file:
+        raw = file.read(4 * HEADER)
+    if len(raw) < 4 * HEADER:
+        raise ValueError(
+            f"{path}: {len(raw)} bytes are too few for a header of 1024"
+        )
+    magic, version, *sizes = np.frombuffer(raw, "<i4")[:8].tolist()
+    if (magic, version) != (MAGIC, VERSION):
+        raise ValueError(
+            f"{path}: magic {magic} and version {version}, where a float32 "
+            f"model has {MAGIC} and {VERSION}"
+        )
+    try:
+        cfg = GPT2Config(*sizes[:5])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if cfg.padded_vocab_size != sizes[5]:
+        raise ValueError(
+            f"{path}: padded vocabulary {sizes[5]}, where "
+            f"{cfg.vocab_size} tokens make {cfg.padded_vocab_size}"
+        )
+    _check_length(path, cfg)
+    return cfg
+
+
+def _check_length(path, cfg):
+    count = parameter_count(cfg)
+    want, got = 4 * HEADER + 4 * count, os.path.getsize(path)
+    if got != want:
+        raise ValueError(
+            f"{path}: {got:,} bytes, where the header's model takes {want:,}"
+        )
+
+
+# %% read a checkpoint tags=["export"] module="checkpoint"
+def read_checkpoint(path, params):
+    """Read a checkpoint's parameters into a flat array, in place.
+
+    params: 1-D, float32 or float64, as long as the file's model, whose
+    header read_config has checked. Raises ValueError when the file is
+    shorter.
+
+    Derived in chapter 2.
+    """
+    with open(path, "rb") as file:
+        file.seek(4 * HEADER)
+        for first in range(0, params.size, CHUNK):
+            part = params[first : first + CHUNK]
+            body = np.fromfile(file, "<f4", count=part.size)
+            if body.size != part.size:
+                raise ValueError(
+                    f"{path}: ends after {first + body.size:,} numbers, "
+                    f"where the model has {params.size:,}"
+                )
+            part[...] = body
+
+
+# %% there and back
+folder = Path(tempfile.mkdtemp())
+params = arena.flat("params")
+params[...] = np.random.default_rng(2).normal(size=params.size)
+write_checkpoint(folder / "model.bin", small, params)
+again = np.zeros_like(params)
+read_checkpoint(folder / "model.bin", again)
+print(read_config(folder / "model.bin"))
+compare("parameters", again, params, tol=1e-30)
+
+# %% three bad files
+whole = (folder / "model.bin").read_bytes()
+header = np.frombuffer(whole[:1024], np.int32).copy()
+header[4] = 12  # claims twelve blocks
+bad_files = {
+    "short.bin": whole[:-100],
+    "other.bin": b"GGUF" + whole[4:],
+    "liar.bin": header.tobytes() + whole[1024:],
+}
+for name, raw in bad_files.items():
+    (folder / name).write_bytes(raw)
+    try:
+        read_config(folder / name)
+    except ValueError as error:
+        print(str(error).replace(str(folder), ""))
+
+# %% [markdown]
+# ## Count it
+#
+# The memory of a model that trains is, in numbers of four bytes,
+#
+# $$ M = 4 N + B T \left( L \cdot 16 C + 20 C + V_p \right) + \dots \tag{2.2} $$
+#
+# with $16 C$ numbers kept for each token by each block (five arrays of width
+# $C$, one of $3C$, two of $4C$) and, once for all blocks, $20 C$ more for
+# scratch, streams and gradients. The dots stand for the narrow arrays.
+
+# %% equation (2.2) against the table
+cfg, B, T = GPT2Config(), 4, 1024
+L, C, Vp = cfg.num_layers, cfg.channels, cfg.padded_vocab_size
+N = sum(math.prod(s) for s in parameter_shapes(cfg).values())
+formula = 4 * (4 * N + B * T * (L * 16 * C + 20 * C + Vp))
+exact = sum(footprint(cfg, B, T).values())
+print(f"{exact / 1e9:.3f} GB, by the formula {formula / 1e9:.3f} GB")
+
+# %% [markdown]
+# ## Take away
+#
+# - An array is bytes and a note on how to read them; a view is a second note.
+# - All shapes are known before the first step, so all memory can be laid out
+#   in one block; its size is a sum you can do beforehand.
+# - Forward activations are kept for every block, gradients of activations for
+#   one.
+# - Headers are checked against the file before they are believed.
+
+# %% [markdown]
+# ## Design note
+#
+# The arena keeps what the backward pass needs, and no more. One can keep less
+# still: drop `ln1`, `ln2` and `fch_gelu` and recompute them on the way back,
+# which saves six of sixteen arrays a block for a few per cent of time, or keep
+# only each block's input and run its forward pass again, which costs a third
+# more arithmetic. The plain layout is the one to understand first, and on a
+# CPU memory is the cheaper resource.
+#
+# Another way to save is to free arrays early and let later ones take their
+# place, as compilers do with registers. It would make the table harder to
+# read and save little: nearly all activations live until the backward pass
+# comes by.
+
+# %% [markdown]
+# ## Exercises
+#
+# **1** (★). At which byte of a float32 array of shape (4, 8, 768) does the
+# element (2, 5, 7) begin?
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# $4 \cdot (2 \cdot 8 \cdot 768 + 5 \cdot 768 + 7) = 64540$.
+# :::
+
+# %% exercise 1 tags=["hide-cell"]
+answer = 4 * (2 * 8 * 768 + 5 * 768 + 7)
+
+# %% exercise 1, checked
+strides = np.empty((4, 8, 768), np.float32).strides
+verdict("byte", answer == np.dot((2, 5, 7), strides), f"is {answer}")
+
+# %% [markdown]
+# **2** (★★). You have 8 GB for GPT-2 124M and rows of 1,024 tokens. How many
+# rows can a batch have?
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# Compute the footprint for one row and for two; it is linear in $B$.
+# :::
+
+# %% exercise 2 tags=["hide-cell"]
+one, two = (sum(footprint(GPT2Config(), b, 1024).values()) for b in (1, 2))
+most = int((8e9 - (2 * one - two)) // (two - one))
+
+# %% exercise 2, checked
+fits = [sum(footprint(GPT2Config(), most + k, 1024).values()) for k in (0, 1)]
+verdict(f"{most} rows", fits[0] <= 8e9 < fits[1], "fit, one more does not")
+
+# %% [markdown]
+# **3** (★★★). Write a function that finds every tensor that holds a given
+# byte of the block. What can it say about the bytes between two groups?
+#
+# :::{admonition} Solution to exercise 3
+# :class: dropdown
+# The table is sorted by offset, so a bisection would do; a scan is short
+# enough. Bytes between groups belong to nobody, and the function returns None.
+# :::
+
+
+# %% exercise 3 tags=["hide-cell"]
+def owner(arena, byte):
+    for group, name, _, _, offset, size in arena.table():
+        if offset <= byte < offset + size:
+            return group, name
+    return None
+
+
+# %% exercise 3, checked
+tiny = Arena({g: (np.int32, {g: (3,)}) for g in "ab"})
+found = [owner(tiny, byte) for byte in (0, 11, 12, 64)]
+print(found)
+verdict("owners", found == [("a", "a")] * 2 + [None, ("b", "b")], "are right")
+
+# %% [markdown]
+# ## Further reading
+#
+# - NumPy's manual on
+#   [the internal organisation of arrays](https://numpy.org/doc/stable/dev/internals.html):
+#   shape, strides and views, with more examples.
+# - Hanson (1990),
+#   [Fast allocation and deallocation of memory based on object lifetimes](https://doi.org/10.1002/spe.4380200104):
+#   the arena as a general technique.
+# - Chen et al. (2016),
+#   [Training Deep Nets with Sublinear Memory Cost](https://arxiv.org/abs/1604.06174):
+#   what the design note calls running the forward pass again.
+
+# %% [markdown]
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.index import gained
+
+gained("02_memory")

@@ -1,0 +1,1330 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     module: reference.attention
+# ---
+
+# %% [markdown]
+# # Let each position look back and differentiate the look
+#
+# > Causal self-attention: every position takes a weighted mean of the values
+# > at and before it, with weights from a softmax of dot products.
+
+# %% [markdown]
+# ## Where we are
+
+# %% where we are
+from llmnb.diagram import gpt2_diagram
+
+gpt2_diagram(lit="attention")
+
+# %% [markdown]
+# *Figure 6.1. Attention stands once in every block, between the linear layer
+# that makes q, k and v and the one that projects its output.*
+#
+# Every other layer of GPT-2 treats each token alone. Attention is the one
+# place where tokens meet: each position reads from the positions before it
+# and from itself. What it looks for, what it finds and what it takes home
+# are three vectors of the position, its *query*, *key* and *value*, which
+# the linear layer of [chapter 5](05_matmul.ipynb) has computed. This chapter
+# builds `attention_forward` and `attention_backward`. At its end you can
+#
+# - work out one attention by hand, from three vectors a position to the
+#   weighted mean;
+# - say why scores are divided by the root of the head size;
+# - derive the backward pass and say where $T^3$ turns into $T^2$;
+# - compute a softmax over a row that you never hold in memory;
+# - write an exponential that vectorises.
+#
+# You need central differences from [chapter 0](00_gpt2.ipynb) and the
+# `kernel` decorator from [chapter 3](03_encoder.ipynb).
+
+# %% [markdown]
+# ## Setup
+
+# %% setup
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+
+from llmnb.diagram import PALETTE
+from llmnb.timing import fastest, machine
+from llmnb.verify import compare, numerical_gradient, verdict
+
+# %% imports tags=["export"]
+import numpy as np
+
+# %% the seed
+rng = np.random.default_rng(6)
+
+# %% [markdown]
+# ## By hand
+#
+# Take $T = 3$ positions whose queries, keys and values have two numbers
+# each:
+#
+# | position | query | key | value |
+# |---|---|---|---|
+# | 0 | (1, 0) | (1, 0) | (1, 0) |
+# | 1 | (0, 2) | (0, 1) | (0, 1) |
+# | 2 | (1, 1) | (1, 1) | (2, 2) |
+#
+# Position 2 asks. The dot products of its query (1, 1) with the three keys
+# are 1, 1 and 2. We divide by $\sqrt 2$, for a reason given below:
+# $0.7071, 0.7071, 1.4142$. A *softmax* turns these *scores* into positive
+# weights with sum 1: exponentials $2.0281, 2.0281, 4.1133$, divided by
+# their sum $8.1695$, give $0.2483, 0.2483, 0.5035$. The output is the mean
+# of the values with these weights, $0.2483\,(1, 0) + 0.2483\,(0, 1) +
+# 0.5035\,(2, 2) = (1.2552, 1.2552)$, give or take the last digit.
+#
+# Position 1 may look at positions 0 and 1 only. Its scores are $0$ and
+# $1.4142$, its weights $0.1956$ and $0.8044$. Position 0 sees nobody but
+# itself: its weight is 1, whatever its score.
+
+# %% three positions by hand
+q = np.array([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+k = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+v = np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]])
+weights = np.exp(q @ k.T / np.sqrt(2)) * np.tri(3)
+weights /= weights.sum(axis=1, keepdims=True)
+print(np.round(weights, 4))
+print(np.round(weights @ v, 4))
+
+# %% who looks at whom
+fig, ax = plt.subplots(figsize=(4.6, 3.6), dpi=100)
+ax.imshow(weights, cmap="Blues", vmin=0, vmax=1.3)
+for t, u in np.ndindex(3, 3):
+    label = f"{weights[t, u]:.2f}" if u <= t else "future"
+    ax.text(u, t, label, ha="center", va="center", size=12)
+ax.set(xticks=range(3), yticks=range(3))
+ax.set(xlabel="is read (key, value)", ylabel="reads (query)")
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 6.2. Who looks at whom: each row holds the weights of one reading
+# position and sums to 1, and the triangle above the diagonal, the future,
+# has no weight.*
+#
+# Hiding the future is what makes the layer *causal*. GPT-2 learns to
+# predict the next token at every position of a text at once. A position
+# that could read the next one would learn to copy it.
+#
+# GPT-2 does this $NH$ times side by side. The $C$ channels are cut into
+# $NH$ *heads* of $hs = C / NH$ channels, each with weights of its own, so a
+# position can look at several places for several reasons.
+#
+# | tensor | shape | what it holds |
+# |---|---|---|
+# | `inp` | (B, T, 3C) | all queries, then keys, then values, of a position |
+# | `out` | (B, T, C) | the heads' weighted means, side by side |
+# | `lse` | (B, NH, T) | one number for each row of scores, explained below |
+#
+# A head's queries are a strided *view* into `inp`: the same memory, read
+# with other steps. `split_heads` makes such views, and copies nothing.
+
+
+# %% the heads as views tags=["export"]
+def split_heads(x, NH, parts):
+    """The heads of each part of x as views.
+
+    x: (B, T, parts * C), C-contiguous; parts is 3 for queries, keys and
+    values, 1 for an output. Returns a view (parts, B, NH, T, hs) with
+    hs = C / NH, so what is written into it lands in x.
+
+    Derived in chapter 6.
+    """
+    B, T, width = x.shape
+    heads = x.reshape(B, T, parts, NH, width // (parts * NH))
+    return heads.transpose(2, 0, 3, 1, 4)
+
+
+# %% one sequence of five positions, two heads of four channels
+inp = np.arange(5 * 24.0).reshape(1, 5, 24)
+q, k, v = split_heads(inp, 2, 3)
+print("q", q.shape, "strides in numbers", [s // 8 for s in q.strides])
+print("head 1, position 2, key:", k[0, 1, 2])
+verdict("views", np.shares_memory(q, inp), "share inp's memory")
+
+# %% [markdown]
+# ## Forward
+#
+# From here on we look at one head of one sequence; heads and sequences
+# never meet. Position $t$ reads, position $u \le t$ is read, $i$ counts the
+# $hs$ channels of the head. The score is
+#
+# $$ s_{tu} = \frac{1}{\sqrt{hs}} \sum_i q_{ti}\, k_{ui} , \qquad u \le t .
+#    \tag{6.1} $$
+#
+# **Why the root.** Suppose the components of $q_t$ and $k_u$ are
+# independent, with mean 0 and variance 1. Each product $q_{ti} k_{ui}$ then
+# has mean 0 and variance $1 \cdot 1 = 1$, and variances of independent terms
+# add up: the dot product has variance $hs$. Divided by $\sqrt{hs}$ it has
+# variance 1 for any head size. Without the division, scores of a head of 64
+# would spread by 8, the largest would take nearly all the weight, and
+# nothing would be left to learn from: we shall see that the gradient of a
+# score carries the factor $a_{tu}$, and that it vanishes when a weight is 1.
+
+# %% with and without the root
+q, k = rng.normal(size=(2, 2000, 64))
+keys = rng.normal(size=(2000, 32, 64))
+dots = np.einsum("ni,nui->nu", q, keys)
+for name, scores in (("plain", dots), ("scaled", dots / 8)):
+    e = np.exp(scores - scores.max(axis=1, keepdims=True))
+    largest = (e / e.sum(axis=1, keepdims=True)).max(axis=1).mean()
+    print(f"{name:<7} variance {scores.var():5.1f}", end="  ")
+    print(f"largest of 32 weights {largest:.2f}")
+
+# %% [markdown]
+# The weights are a softmax over the visible positions,
+#
+# $$ a_{tu} = \frac{e^{s_{tu}}}{\sum_{w \le t} e^{s_{tw}}} , \qquad
+#    a_{tu} = 0 \text{ for } u > t , \tag{6.2} $$
+#
+# and the output is the weighted mean of the values:
+#
+# $$ o_{ti} = \sum_{u \le t} a_{tu}\, v_{ui} . \tag{6.3} $$
+#
+# The exponential of a large score overflows. It helps that a softmax does
+# not change when the same number is taken from all scores of a row; we take
+# the largest, so that every exponent is at most 0. The logarithm of the
+# denominator, computed in this way, is the row's *log-sum-exp*,
+#
+# $$ L_t = m_t + \log \sum_{u \le t} e^{s_{tu} - m_t} , \quad
+#    m_t = \max_{u \le t} s_{tu} , \qquad
+#    a_{tu} = e^{s_{tu} - L_t} . \tag{6.4} $$
+#
+# One number a row, $L_t$, turns a score into its weight.
+
+
+# %% the scores tags=["export"]
+def masked_scores(q, k):
+    """Scaled dot products of queries and keys; the future is -inf.
+
+    q, k: (B, NH, T, hs). Returns a new array (B, NH, T, T), reading
+    positions along the third axis.
+
+    Derived in chapter 6.
+    """
+    T, hs = q.shape[-2:]
+    scores = (q @ k.swapaxes(-1, -2)) * q.dtype.type(1 / np.sqrt(hs))
+    scores[..., ~np.tri(T, dtype=bool)] = -np.inf
+    return scores
+
+
+# %% attention, forward tags=["export"]
+def attention_forward(out, lse, inp):
+    """Causal self-attention of NH heads.
+
+    inp: (B, T, 3C), queries, keys and values along the last axis. Writes
+    out (B, T, C) and lse (B, NH, T), the log-sum-exp of each row of scaled,
+    masked scores, which the backward pass needs. All of one float dtype.
+
+    Derived in chapter 6.
+    """
+    NH = lse.shape[1]
+    q, k, v = split_heads(inp, NH, 3)
+    scores = masked_scores(q, k)
+    top = scores.max(axis=-1)
+    lse[...] = top + np.log(np.exp(scores - top[..., None]).sum(axis=-1))
+    att = np.exp(scores - lse[..., None])
+    split_heads(out, NH, 1)[0] = att @ v
+
+
+# %% the three positions through the function
+q, k, v = [[1, 0], [0, 2], [1, 1]], [[1, 0], [0, 1], [1, 1]], np.eye(3, 2)
+v[2] = 2
+inp = np.concatenate((q, k, v), axis=1)[None]
+out, lse = np.empty((1, 3, 2)), np.empty((1, 1, 3))
+attention_forward(out, lse, inp)
+print("lse", np.round(lse, 4))
+compare("by hand", out[0], weights @ v, tol=1e-12)
+
+# %% [markdown]
+# The function builds all weights of a row before it uses them, so it holds
+# a (B, NH, T, T) array, and more than one at a time. For GPT-2 124M with
+# four sequences of 1024 positions one such array takes
+
+# %% the square and the row
+B, NH, T, L = 4, 12, 1024, 12
+square, row = 4 * B * NH * T * T, 4 * B * NH * T
+print(f"weights: {square / 1e6:6.1f} MB a layer, {L * square / 1e9:.1f} GB")
+print(f"lse:     {row / 1e6:6.1f} MB a layer, {L * row / 1e6:.1f} MB")
+
+# %% [markdown]
+# in float32. That is several times the model. So no weight is saved:
+# backward recomputes it from $q$ and $k$, which are in memory anyway, and
+# from $L_t$, by (6.4). The reference builds the square as a temporary; the
+# CPU version below never does.
+
+# %% [markdown]
+# ## Backward, derived
+#
+# The layers above hand us $do_{ti} = \partial \mathcal L / \partial o_{ti}$.
+# We owe $dq$, $dk$ and $dv$, and walk (6.3), (6.2), (6.1) backwards.
+#
+# **The values.** By (6.3), $v_{ui}$ enters $o_{ti}$ with factor $a_{tu}$,
+# for every $t \ge u$ that reads it:
+#
+# $$ dv_{ui} = \sum_{t \ge u} a_{tu}\, do_{ti} . \tag{6.5} $$
+#
+# **The weights.** By (6.3) again, $a_{tu}$ enters $o_{ti}$ with factor
+# $v_{ui}$, for every channel:
+#
+# $$ da_{tu} = \sum_i do_{ti}\, v_{ui} , \qquad u \le t . \tag{6.6} $$
+#
+# **The scores.** Each score enters all weights of its row, because it
+# stands in the denominator of (6.2). Differentiate the quotient. For $w = u$
+# the numerator depends on $s_{tu}$ too, which gives the first term:
+#
+# $$ \frac{\partial a_{tw}}{\partial s_{tu}}
+#    = a_{tw}\, \delta_{wu} - a_{tw}\, a_{tu} . \tag{6.7} $$
+#
+# Here $\delta_{wu}$ is 1 for $w = u$ and 0 otherwise. Summed over the
+# weights of the row,
+#
+# $$ ds_{tu} = \sum_{w \le t} da_{tw}\, a_{tw}\, (\delta_{wu} - a_{tu})
+#    = a_{tu} \Bigl( da_{tu} - \sum_{w \le t} a_{tw}\, da_{tw} \Bigr) .
+#    \tag{6.8} $$
+#
+# Stop here for a moment. A program that follows the left-hand sum as it
+# stands forms the matrix (6.7) of every row, $t^2$ numbers, and takes
+# $\sum_t t^2 \approx T^3/3$ steps. On the right the inner sum no longer
+# depends on $u$: one number a row, taken once, and $T^2$ steps in all. That
+# sum shrinks once more. Put in (6.6), change the order of the sums, and find
+# (6.3) inside:
+#
+# $$ D_t = \sum_{w \le t} a_{tw}\, da_{tw}
+#    = \sum_i do_{ti} \sum_{w \le t} a_{tw}\, v_{wi}
+#    = \sum_i do_{ti}\, o_{ti} . \tag{6.9} $$
+#
+# So $D_t$ is a dot product of $hs$ numbers, known before any weight of the
+# row is. Backward can take the weights in any order, one at a time.
+#
+# **Queries and keys.** By (6.1), $q_{ti}$ enters the scores of row $t$, and
+# $k_{ui}$ those of column $u$:
+#
+# $$ dq_{ti} = \frac{1}{\sqrt{hs}} \sum_{u \le t} ds_{tu}\, k_{ui} , \qquad
+#    dk_{ui} = \frac{1}{\sqrt{hs}} \sum_{t \ge u} ds_{tu}\, q_{ti} .
+#    \tag{6.10} $$
+#
+# **What to save.** $q$, $k$, $v$ and $o$ are in memory as input and output
+# of the layer. (6.4) rebuilds $a$ from $L$, (6.9) gets $D$ from $o$. So the
+# forward pass saves $L_t$, one number a row, and no more.
+
+
+# %% attention, backward tags=["export"]
+def attention_backward(dinp, dout, inp, out, lse):
+    """Add attention's gradient to dinp.
+
+    dinp, inp: (B, T, 3C). dout, out: (B, T, C). lse: (B, NH, T). out and
+    lse are as the forward pass left them. All of one float dtype; dinp is
+    added to in place.
+
+    Derived in chapter 6.
+    """
+    NH = lse.shape[1]
+    q, k, v = split_heads(inp, NH, 3)
+    dq, dk, dv = split_heads(dinp, NH, 3)
+    o, do = split_heads(out, NH, 1)[0], split_heads(dout, NH, 1)[0]
+    att = np.exp(masked_scores(q, k) - lse[..., None])
+    dv += att.swapaxes(-1, -2) @ do
+    datt = do @ v.swapaxes(-1, -2)
+    D = (do * o).sum(axis=-1, keepdims=True)
+    dscores = att * (datt - D) * q.dtype.type(1 / np.sqrt(q.shape[-1]))
+    dq += dscores @ k
+    dk += dscores.swapaxes(-1, -2) @ q
+
+
+# %% [markdown]
+# Each line is an equation: (6.4), (6.5), (6.6), (6.9), (6.8) with the scale
+# of (6.10) folded in, and the two halves of (6.10). The future needs no care
+# here, because its weights are zero.
+#
+# How much does the collapse of (6.8) save? We count the steps of the loop
+# that forms every row's matrix, as [llm.c](https://github.com/karpathy/llm.c)
+# does in its CPU version, at four operations a step (a comparison aside, a
+# subtraction, two products and an addition), against (6.8) with (6.9).
+
+
+# %% the softmax backward with the whole matrix
+def row_by_matrix(att, datt):
+    ds, steps = np.zeros_like(att), 0
+    for t in range(len(att)):
+        for w in range(t + 1):
+            for u in range(t + 1):
+                jacobian = att[t, w] * ((u == w) - att[t, u])
+                ds[t, u] += jacobian * datt[t, w]
+                steps += 1
+    return ds, steps
+
+
+att = np.exp(masked_scores(*rng.normal(size=(2, 20, 8))))
+att /= att.sum(axis=1, keepdims=True)
+datt = rng.normal(size=(20, 20))
+want, steps = row_by_matrix(att, datt)
+D = (att * datt).sum(axis=1, keepdims=True)
+compare("ds", att * (datt - D), want, tol=1e-12)
+verdict("steps", steps == 20 * 21 * 41 // 6, "T (T + 1) (2T + 1) / 6")
+
+# %% the price of the matrix
+hs = 64
+print("    T      matrix    collapsed  whole backward   (MFLOP a head)")
+for T in (64, 256, 1024):
+    matrix = 4 * T * (T + 1) * (2 * T + 1) // 6
+    pairs = T * (T + 1) // 2
+    collapsed = 2 * pairs + 2 * T * hs
+    rest = (2 + 2 + 2 + 2 + 2) * hs * pairs + collapsed
+    print(f"{T:5} {matrix / 1e6:11.2f} {collapsed / 1e6:12.2f}", end="")
+    print(f" {rest / 1e6:15.2f}")
+
+# %% [markdown]
+# The last column counts all of backward: the five sums over channels or
+# positions in (6.1), (6.5), (6.6) and (6.10), at two operations a pair and
+# channel. At $T = 1024$ the matrix alone costs several times as much as
+# everything else together, and it doubles its lead with every doubling
+# of $T$.
+
+# %% [markdown]
+# ## Proof
+#
+# As before, $\mathcal L = \sum g \cdot o$ for a fixed random $g$, float64,
+# step $h = 10^{-5}$, tolerance $10^{-8}$. `dinp` holds $dq$, $dk$ and $dv$
+# in one array, so one comparison tests all three.
+
+# %% a problem to differentiate
+B, T, NH, hs = 2, 5, 3, 4
+C = NH * hs
+inp = rng.normal(size=(B, T, 3 * C))
+g = rng.normal(size=(B, T, C))
+out, lse = np.empty((B, T, C)), np.empty((B, NH, T))
+
+
+def loss():
+    attention_forward(out, lse, inp)
+    return (g * out).sum()
+
+
+def gradient(backward):
+    dinp = np.zeros_like(inp)
+    loss()
+    backward(dinp, g, inp, out, lse)
+    return dinp
+
+
+# %% against central differences
+want = numerical_gradient(loss, inp)
+dinp = gradient(attention_backward)
+for name, mine, theirs in zip(
+    ("dq", "dk", "dv"),
+    split_heads(dinp, NH, 3),
+    split_heads(want, NH, 3),
+    strict=True,
+):
+    compare(name, mine, theirs, tol=1e-8)
+
+# %% [markdown]
+# Now leave out $D_t$, as if a score entered its own weight alone.
+
+
+# %% a gradient made wrong on purpose
+def without_denominator(dinp, dout, inp, out, lse):
+    attention_backward(dinp, dout, inp, np.zeros_like(out), lse)
+
+
+wrong = split_heads(gradient(without_denominator), NH, 3)
+right = split_heads(want, NH, 3)
+compare("dv, no D", wrong[2], right[2], tol=1e-8)
+try:
+    compare("dq, no D", wrong[0], right[0], tol=1e-8)
+    caught = False
+except AssertionError:
+    caught = True
+verdict("the mistake", caught, "is caught")
+
+# %% [markdown]
+# Causality has a proof of its own: change the input at one position, and no
+# output before it may move by a single bit.
+
+# %% the past does not depend on the future
+loss()
+before = out.copy()
+inp[:, 3] += 1
+loss()
+verdict("before", np.array_equal(out[:, :3], before[:, :3]), "is unchanged")
+verdict("after", bool((out[:, 3:] != before[:, 3:]).all()), "is changed")
+inp[:, 3] -= 1
+
+# %% [markdown]
+# ## Fast on a CPU
+#
+# NumPy computes the square of scores whole, though nearly half of it is
+# masked; it writes it to memory and reads it back for every step of the
+# softmax. We want one pass, the triangle only, and no square. Three pieces
+# are missing: an exponential that vectorises, a softmax that does not need
+# its row, and a way to share out the work.
+
+# %% keep the NumPy versions
+reference = SimpleNamespace(
+    forward=attention_forward, backward=attention_backward
+)
+
+# %% [markdown]
+# ### An exponential that vectorises
+#
+# `math.exp` in a compiled loop is a call of a library function, one number
+# at a time. Eight numbers at a time need a formula made of operations that
+# vector units have. Split the exponent at the powers of two:
+#
+# $$ x = n \log 2 + r , \qquad n = \lfloor x / \log 2 + \tfrac12 \rfloor ,
+#    \qquad e^x = 2^n e^r , \qquad |r| \le \tfrac12 \log 2 . \tag{6.11} $$
+#
+# On this short interval the series
+# $1 + r + r^2/2! + \dots + r^7/7!$ is off by about
+# $|r|^8 / 8! < 6 \cdot 10^{-9}$, well below the $6 \cdot 10^{-8}$ to which
+# float32 rounds. And $2^n$ costs nothing to compute: a float32 *is* a power
+# of two times a fraction, with $n + 127$ stored in the bits from the 23rd
+# upwards. The integer $(n + 127) \cdot 2^{23}$, read as a float32, is $2^n$.
+#
+# One trap is left. $n \log 2$ is rounded when we subtract it from $x$, and
+# $r$ inherits an error that grows with $n$. So $\log 2$ is split in two: a
+# high part of few bits, whose product with any $n$ in question is exact, and
+# a small low part. This works only if the compiler keeps the order of
+# operations. Our kernels allow it to reorder (`fastmath`), and then it
+# merges the two parts again, which undoes the repair. So this one function
+# is compiled with leave to contract a product and a sum into one
+# instruction, and with no other; the test of its error below fails when it
+# is not. numba's `overload` has the option, and it picks the function by
+# the type of the argument: a float64 goes to `math.exp`, slower, and exact
+# enough for proofs.
+
+# %% imports of the fast exponential tags=["export"] module="cpu.math"
+import math
+
+import numba
+import numpy as np
+from numba.extending import overload
+
+from llmnb.cpu.jit import inner
+
+# %% the constants tags=["exporti"] module="cpu.math"
+LIMIT = np.float32(88)
+LOG2_E = np.float32(math.log2(math.e))
+LOG_2_HIGH = np.float32(0.693359375)  # 355 / 512: nine bits
+LOG_2_LOW = np.float32(math.log(2) - 0.693359375)
+HALF, ONE, BIAS = np.float32(0.5), np.float32(1), np.float32(127)
+SHIFT = np.float32(2**23)
+E2, E3, E4, E5, E6, E7 = (
+    np.float32(1 / math.factorial(n)) for n in range(2, 8)
+)
+
+
+# %% e to the x in float32 tags=["exporti"] module="cpu.math"
+def _exp_float32(x):
+    x = min(max(x, -LIMIT), LIMIT)
+    n = np.floor(x * LOG2_E + HALF)
+    r = (x - n * LOG_2_HIGH) - n * LOG_2_LOW
+    p = E3 + r * (E4 + r * (E5 + r * (E6 + r * E7)))
+    p = ONE + r * (ONE + r * (E2 + r * p))
+    return p * np.int32((n + BIAS) * SHIFT).view(np.float32)
+
+
+def _exp(x):
+    raise NotImplementedError("for compiled code: call fast_exp")
+
+
+@overload(_exp, jit_options={"fastmath": {"contract"}})
+def _choose_exp(x):
+    if x == numba.float32:
+        return _exp_float32
+    return lambda x: math.exp(x)
+
+
+# %% the fast exponential tags=["export"] module="cpu.math"
+@inner
+def fast_exp(x):
+    """exp(x) for compiled kernels, in a form that LLVM vectorises.
+
+    A float32 gives a float32 with a relative error below 1.5e-7 for x from
+    -87 to 88. Below -88 it gives 0 and above 88 exp(88), so never an
+    infinity. Any other number goes to math.exp in float64.
+
+    Derived in chapter 6.
+    """
+    return _exp(x)
+
+
+# %% [markdown]
+# We measure its error against float64 on two million numbers, the ends
+# included.
+
+
+# %% the error of the fast exponential
+def fill(y, x):
+    for i in range(x.size):
+        y[i] = fast_exp(x[i])
+
+
+fill = inner(fill)
+grid = np.linspace(-87, 88, 2_000_001).astype(np.float32)
+got, exact = np.empty_like(grid), np.exp(grid.astype(np.float64))
+fill(got, grid)
+error = np.abs(got / exact - 1).max()
+verdict("fast_exp", error < 1.5e-7, "relative error < 1.5e-07")
+ends = np.empty(3, np.float32)
+fill(ends, np.array([-1000, 0, 1000], np.float32))
+verdict("ends", ends[0] == 0 and ends[1] == 1, "exp(-1000) = 0, exp(0) = 1")
+verdict("overflow", bool(np.isfinite(ends[2])), "none at 1000")
+
+
+# %% against the library's tags=["nbval-ignore-output"]
+def fill_by_library(y, x):
+    for i in range(x.size):
+        y[i] = math.exp(x[i])
+
+
+fill_by_library = inner(fill_by_library)
+fill_by_library(got, grid)
+print(f"{machine()}, one thread")
+for name, function in (("math.exp", fill_by_library), ("fast_exp", fill)):
+    seconds = fastest(function, got[:4096], grid[:4096], runs=200)
+    print(f"{name} {seconds / 4096 * 1e9:5.2f} ns a number")
+
+# %% [markdown]
+# ### A softmax without its row
+#
+# (6.4) needs the row's maximum before the first exponential. But a maximum
+# found so far, $m$, will do if we repair what we have when a larger one
+# comes along. Keep three things for a row: $m$, the sum $\ell = \sum
+# e^{s_u - m}$ and the unfinished output $\omega_i = \sum e^{s_u - m}\,
+# v_{ui}$, over the positions seen. A new group of scores arrives, with the
+# maximum $m'$ of old and new together. All that was summed carries the
+# factor $e^{-m}$ and should carry $e^{-m'}$, so multiply it by $e^{m - m'}$:
+#
+# $$ \ell \leftarrow e^{m - m'} \ell + \sum_{u \text{ new}} e^{s_u - m'} ,
+#    \qquad
+#    \omega_i \leftarrow e^{m - m'} \omega_i
+#      + \sum_{u \text{ new}} e^{s_u - m'} v_{ui} . \tag{6.12} $$
+#
+# At the end of the row
+#
+# $$ o_i = \omega_i / \ell , \qquad L = m + \log \ell . \tag{6.13} $$
+#
+# This is called *online softmax*. In NumPy, four scores at a time:
+
+
+# %% online softmax
+def online(scores, values, group=4):
+    m, total, out = -1e30, 0.0, np.zeros(values.shape[1])
+    for u in range(0, len(scores), group):
+        s, v = scores[u : u + group], values[u : u + group]
+        new = max(m, s.max())
+        e = np.exp(s - new)
+        total = np.exp(m - new) * total + e.sum()
+        out = np.exp(m - new) * out + e @ v
+        m = new
+    return out / total, m + np.log(total)
+
+
+scores, values = 30 * rng.normal(size=50), rng.normal(size=(50, 3))
+o, L = online(scores, values)
+e = np.exp(scores - scores.max())
+compare("output", o, e @ values / e.sum(), tol=1e-12)
+compare("log-sum-exp", L, scores.max() + np.log(e.sum()), tol=1e-12)
+
+# %% [markdown]
+# ### Tiles
+#
+# A thread takes `ROWS` consecutive rows of one head and walks over the keys
+# in groups of `KEYS`. One group of keys and values stays in the nearest
+# cache while all rows of the thread use it. For each row it needs a place
+# for `KEYS` scores, the *tile*. `np.empty` inside a kernel would allocate
+# it anew for every block; a few hundred bytes fit on the thread's own
+# stack, where a place costs nothing. numba has no word for that, and lets
+# us add one: an *intrinsic* is a function that writes LLVM's instructions
+# itself. Ours writes one, `alloca`.
+
+# %% imports of the kernels tags=["export"] module="cpu.attention"
+import math
+
+import numba
+from numba import carray, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from llmnb.checks import check_array, check_float
+from llmnb.cpu.jit import inner, kernel
+from llmnb.cpu.math import fast_exp
+
+
+# %% a place on the stack tags=["exporti"] module="cpu.attention"
+KEYS = 64  # scores in a tile
+ROWS = 32  # consecutive rows that a thread takes at a time
+
+
+@intrinsic(prefer_literal=True)
+def _reserve(typingctx, like, count):
+    def codegen(context, builder, signature, args):
+        kind = context.get_value_type(signature.args[0])
+        number = signature.args[1].literal_value
+        return cgutils.alloca_once(builder, kind, size=number)
+
+    return types.CPointer(like)(like, count), codegen
+
+
+# %% [markdown]
+# `carray(_reserve(zero, KEYS), KEYS)` is then an array of `KEYS` numbers of
+# the type of `zero`, gone when the function returns.
+#
+# All the work on channels is of two kinds, dot products of one row with the
+# rows of a group, and weighted sums of the rows of a group. Seen as
+# (B·T, 3·NH, hs), `inp` has a position's query of head $h$ in slot $h$, its
+# key in slot $NH + h$ and its value in slot $2 NH + h$. The loops run along
+# the channels, which are neighbours in memory, and take four rows at a
+# time, so that each number of `x` that is loaded serves four products.
+
+
+# %% dot products with a group of rows tags=["exporti"] module="cpu.attention"
+@inner
+def _dots(tile, x, row, slot, y, first, other, n, scale):
+    zero = tile.dtype.type(0)
+    four = n // 4 * 4
+    for j in range(0, four, 4):
+        u = first + j
+        s0 = s1 = s2 = s3 = zero
+        for i in range(x.shape[2]):
+            a = x[row, slot, i]
+            s0 += a * y[u, other, i]
+            s1 += a * y[u + 1, other, i]
+            s2 += a * y[u + 2, other, i]
+            s3 += a * y[u + 3, other, i]
+        tile[j] = s0 * scale
+        tile[j + 1] = s1 * scale
+        tile[j + 2] = s2 * scale
+        tile[j + 3] = s3 * scale
+    for j in range(four, n):
+        s0 = zero
+        for i in range(x.shape[2]):
+            s0 += x[row, slot, i] * y[first + j, other, i]
+        tile[j] = s0 * scale
+
+
+# %% weighted sums of a group of rows tags=["exporti"] module="cpu.attention"
+@inner
+def _add(x, row, slot, tile, y, first, other, n):
+    four = n // 4 * 4
+    for j in range(0, four, 4):
+        u = first + j
+        w0, w1, w2, w3 = tile[j], tile[j + 1], tile[j + 2], tile[j + 3]
+        for i in range(x.shape[2]):
+            x[row, slot, i] += (
+                w0 * y[u, other, i]
+                + w1 * y[u + 1, other, i]
+                + w2 * y[u + 2, other, i]
+                + w3 * y[u + 3, other, i]
+            )
+    for j in range(four, n):
+        for i in range(x.shape[2]):
+            x[row, slot, i] += tile[j] * y[first + j, other, i]
+
+
+# %% [markdown]
+# With these, the forward pass of a thread's rows is (6.12) and (6.13). The
+# output row itself holds $\omega$; the stack holds $m$ and $\ell$ of each
+# row. The last group of a row ends at the row's own position, which is the
+# causal mask.
+
+
+# %% scores to exponentials tags=["exporti"] module="cpu.attention"
+@inner
+def _exponentials(tile, n, top):
+    for j in range(n):
+        top = max(top, tile[j])
+    total = tile.dtype.type(0)
+    for j in range(n):
+        tile[j] = fast_exp(tile[j] - top)
+        total += tile[j]
+    return top, total
+
+
+@inner
+def _scale_row(x, row, slot, factor):
+    for i in range(x.shape[2]):
+        x[row, slot, i] *= factor
+
+
+# %% a block of rows, forward tags=["exporti"] module="cpu.attention"
+@inner
+def _forward_rows(out, lse, qkv, b, h, first):
+    _, NH, T = lse.shape
+    last = min(first + ROWS, T)
+    zero, one = lse.dtype.type(0), lse.dtype.type(1)
+    scale = lse.dtype.type(1 / math.sqrt(out.shape[2]))
+    tile = carray(_reserve(zero, KEYS), KEYS)
+    top = carray(_reserve(zero, ROWS), ROWS)
+    total = carray(_reserve(zero, ROWS), ROWS)
+    top[:], total[:] = lse.dtype.type(-1e30), zero
+    out[b * T + first : b * T + last, h] = zero
+    for u in range(0, last, KEYS):
+        for t in range(max(first, u), last):
+            r, row, n = t - first, b * T + t, min(KEYS, t + 1 - u)
+            _dots(tile, qkv, row, h, qkv, b * T + u, NH + h, n, scale)
+            new, part = _exponentials(tile, n, top[r])
+            if new > top[r]:
+                factor = fast_exp(top[r] - new)
+                _scale_row(out, row, h, factor)
+                top[r], total[r] = new, total[r] * factor
+            total[r] += part
+            _add(out, row, h, tile, qkv, b * T + u, 2 * NH + h, n)
+    for t in range(first, last):
+        lse[b, h, t] = top[t - first] + math.log(total[t - first])
+        _scale_row(out, b * T + t, h, one / total[t - first])
+
+
+# %% [markdown]
+# A late row has more to read than an early one. So a unit of work is a
+# block from the top of the triangle together with its mirror image from the
+# bottom: every unit costs the same, and threads that get equal numbers of
+# units finish together. There are $B \cdot NH \cdot T / 64$ units, so even
+# one long sequence keeps many cores busy.
+
+
+# %% the forward kernel tags=["exporti"] module="cpu.attention"
+@kernel
+def _attention_forward(out, lse, qkv):
+    B, NH, T = lse.shape
+    blocks = (T + ROWS - 1) // ROWS
+    pairs = (blocks + 1) // 2
+    for unit in numba.prange(B * NH * pairs):
+        b, h, low = unit // (NH * pairs), unit // pairs % NH, unit % pairs
+        high = blocks - 1 - low
+        _forward_rows(out, lse, qkv, b, h, low * ROWS)
+        if high != low:
+            _forward_rows(out, lse, qkv, b, h, high * ROWS)
+
+
+# %% [markdown]
+# numba does not check bounds, so the public function does.
+
+
+# %% attention, forward tags=["export"] module="cpu.attention"
+def attention_forward(out, lse, inp):
+    """Causal self-attention of NH heads.
+
+    inp: (B, T, 3C), queries, keys and values along the last axis. Writes
+    out (B, T, C) and lse (B, NH, T), the log-sum-exp of each row of scaled,
+    masked scores, which the backward pass needs. All float32 or all float64
+    and C-contiguous. Raises TypeError or ValueError before it computes
+    anything.
+
+    Derived in chapter 6.
+    """
+    B, T, NH, hs = _check("attention_forward", out, lse, inp)
+    heads = out.reshape(B * T, NH, hs)
+    _attention_forward(heads, lse, inp.reshape(B * T, 3 * NH, hs))
+
+
+# %% the checks tags=["exporti"] module="cpu.attention"
+def _check(name, out, lse, inp):
+    check_float(f"{name}: inp", inp)
+    if inp.ndim != 3 or inp.shape[2] % 3:
+        raise ValueError(
+            f"{name}: inp must have shape (B, T, 3C), got {inp.shape}"
+        )
+    B, T, C = inp.shape[0], inp.shape[1], inp.shape[2] // 3
+    NH = lse.shape[1] if getattr(lse, "ndim", 0) == 3 else 0
+    if NH == 0 or C % NH:
+        raise ValueError(
+            f"{name}: lse must have shape (B, NH, T) with an NH that "
+            f"divides C = {C}, got {getattr(lse, 'shape', type(lse))}"
+        )
+    check_array(f"{name}: inp", inp, (B, T, 3 * C), inp.dtype)
+    check_array(f"{name}: out", out, (B, T, C), inp.dtype)
+    check_array(f"{name}: lse", lse, (B, NH, T), inp.dtype)
+    return B, T, NH, C // NH
+
+
+# %% [markdown]
+# ### Two sweeps back
+#
+# Row $t$ of the triangle adds to $dq_t$ and to $dk_u$, $dv_u$ of every
+# $u \le t$. If threads own rows, two of them will add to the same $dk_u$,
+# in an order that changes from run to run. So there are two sweeps: one by
+# rows, whose thread owns $dq_t$, and one by columns, whose thread owns
+# $dk_u$ and $dv_u$. Each computes the weights anew. That is seven sums over
+# channels or positions instead of five, the price for results that do not
+# depend on the number of threads.
+#
+# The sweep by rows takes (6.9) once for each row, then tile by tile (6.1),
+# (6.6), (6.8) and the left half of (6.10):
+
+
+# %% a block of rows, backward tags=["exporti"] module="cpu.attention"
+@inner
+def _dot(x, y, row, slot):
+    total = x.dtype.type(0)
+    for i in range(x.shape[2]):
+        total += x[row, slot, i] * y[row, slot, i]
+    return total
+
+
+@inner
+def _backward_rows(dqkv, dout, qkv, out, lse, b, h, first):
+    _, NH, T = lse.shape
+    last = min(first + ROWS, T)
+    zero, one = lse.dtype.type(0), lse.dtype.type(1)
+    scale = lse.dtype.type(1 / math.sqrt(out.shape[2]))
+    s = carray(_reserve(zero, KEYS), KEYS)
+    ds = carray(_reserve(zero, KEYS), KEYS)
+    for u in range(0, last, KEYS):
+        for t in range(max(first, u), last):
+            row, key, n = b * T + t, b * T + u, min(KEYS, t + 1 - u)
+            _dots(s, qkv, row, h, qkv, key, NH + h, n, scale)
+            _dots(ds, dout, row, h, qkv, key, 2 * NH + h, n, one)
+            D, L = _dot(dout, out, row, h), lse[b, h, t]
+            for j in range(n):
+                ds[j] = fast_exp(s[j] - L) * (ds[j] - D) * scale
+            _add(dqkv, row, h, ds, qkv, key, NH + h, n)
+
+
+# %% [markdown]
+# The sweep by columns is the same with the roles exchanged: one key and its
+# value against a group of the queries that read it.
+
+
+# %% a block of columns, backward tags=["exporti"] module="cpu.attention"
+@inner
+def _backward_columns(dqkv, dout, qkv, out, lse, b, h, first):
+    _, NH, T = lse.shape
+    last = min(first + ROWS, T)
+    zero, one = lse.dtype.type(0), lse.dtype.type(1)
+    scale = lse.dtype.type(1 / math.sqrt(out.shape[2]))
+    a = carray(_reserve(zero, KEYS), KEYS)
+    ds = carray(_reserve(zero, KEYS), KEYS)
+    D = carray(_reserve(zero, KEYS), KEYS)
+    for group in range(first, T, KEYS):
+        end = min(group + KEYS, T)
+        for t in range(group, end):
+            D[t - group] = _dot(dout, out, b * T + t, h)
+        for u in range(first, min(last, end)):
+            t = max(group, u)
+            row, key, n = b * T + t, b * T + u, end - t
+            _dots(a, qkv, key, NH + h, qkv, row, h, n, scale)
+            _dots(ds, qkv, key, 2 * NH + h, dout, row, h, n, one)
+            for j in range(n):
+                a[j] = fast_exp(a[j] - lse[b, h, t + j])
+                ds[j] = a[j] * (ds[j] - D[t - group + j]) * scale
+            _add(dqkv, key, NH + h, ds, qkv, row, h, n)
+            _add(dqkv, key, 2 * NH + h, a, dout, row, h, n)
+
+
+# %% [markdown]
+# Rows are long at the end of the sequence, columns at its beginning. One
+# block of rows and the block of columns with the same number make up a unit
+# of nearly equal cost.
+
+
+# %% the backward kernel tags=["exporti"] module="cpu.attention"
+@kernel
+def _attention_backward(dqkv, dout, qkv, out, lse):
+    B, NH, T = lse.shape
+    blocks = (T + ROWS - 1) // ROWS
+    for unit in numba.prange(B * NH * blocks):
+        b, h = unit // (NH * blocks), unit // blocks % NH
+        first = unit % blocks * ROWS
+        _backward_rows(dqkv, dout, qkv, out, lse, b, h, first)
+        _backward_columns(dqkv, dout, qkv, out, lse, b, h, first)
+
+
+# %% attention, backward tags=["export"] module="cpu.attention"
+def attention_backward(dinp, dout, inp, out, lse):
+    """Add attention's gradient to dinp.
+
+    dinp, inp: (B, T, 3C). dout, out: (B, T, C). lse: (B, NH, T). out and
+    lse are as the forward pass left them. All float32 or all float64 and
+    C-contiguous; dinp is added to in place. Raises TypeError or ValueError
+    before it computes anything.
+
+    Derived in chapter 6.
+    """
+    B, T, NH, hs = _check("attention_backward", out, lse, inp)
+    check_array("attention_backward: dinp", dinp, inp.shape, inp.dtype)
+    check_array("attention_backward: dout", dout, out.shape, inp.dtype)
+    qkv, dqkv = (x.reshape(B * T, 3 * NH, hs) for x in (inp, dinp))
+    heads, dheads = (x.reshape(B * T, NH, hs) for x in (out, dout))
+    _attention_backward(dqkv, dheads, qkv, heads, lse)
+
+
+# %% [markdown]
+# The verdicts: the problem of the proof in float64, then one in float32
+# whose sizes divide nothing and whose rows span several tiles.
+
+# %% the same gradient from the kernels
+compare("dinp", gradient(attention_backward), dinp, tol=1e-12)
+
+
+# %% a problem of any size
+def problem(B, T, NH, hs, dtype=np.float32):
+    p = SimpleNamespace()
+    p.inp = rng.normal(size=(B, T, 3 * NH * hs)).astype(dtype)
+    p.dinp = np.zeros_like(p.inp)
+    p.dout = rng.normal(size=(B, T, NH * hs)).astype(dtype)
+    p.out, p.lse = np.zeros_like(p.dout), np.zeros((B, NH, T), dtype)
+    return p
+
+
+def forward_and_backward(p, layer):
+    layer.forward(p.out, p.lse, p.inp)
+    layer.backward(p.dinp, p.dout, p.inp, p.out, p.lse)
+
+
+# %% float32, odd sizes
+cpu = SimpleNamespace(forward=attention_forward, backward=attention_backward)
+p = problem(2, 151, 3, 17)
+forward_and_backward(p, cpu)
+got = {name: getattr(p, name).copy() for name in ("out", "lse", "dinp")}
+p.dinp[...] = 0
+forward_and_backward(p, reference)
+for name in got:
+    compare(name, got[name], getattr(p, name), tol=1e-5)
+
+# %% one thread or all, the same bits
+threads = numba.get_num_threads()
+numba.set_num_threads(1)
+p.dinp[...] = 0
+forward_and_backward(p, cpu)
+numba.set_num_threads(threads)
+same = all(np.array_equal(getattr(p, name), got[name]) for name in got)
+verdict("one thread", same, "gives the same bits")
+
+# %% a number of heads that does not fit
+try:
+    attention_forward(p.out, np.zeros((2, 4, 151), np.float32), p.inp)
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+# And the time, at the shape of one layer of GPT-2 124M, for sequences of 64
+# and of 1024 positions.
+
+
+# %% NumPy against the kernels tags=["nbval-ignore-output"]
+def race(p):
+    p.forward, p.backward = {}, {}
+    for name, layer in (("NumPy", reference), ("numba", cpu)):
+        args = p.dinp, p.dout, p.inp, p.out, p.lse
+        p.forward[name] = fastest(layer.forward, p.out, p.lse, p.inp, runs=5)
+        p.backward[name] = fastest(layer.backward, *args, runs=5)
+    for name in ("forward", "backward"):
+        times = getattr(p, name)
+        slow, fast = times["NumPy"] * 1e3, times["numba"] * 1e3
+        print(f"{name:<8} NumPy {slow:7.1f} ms, numba {fast:7.1f} ms", end="")
+        print(f", {slow / fast:.1f} times as fast")
+
+
+print(f"{machine()}, {numba.get_num_threads()} threads")
+for B, T in ((4, 64), (1, 1024)):
+    print(f"B = {B}, T = {T}")
+    long = problem(B, T, 12, 64)
+    race(long)
+
+# %% [markdown]
+# At 64 positions the square fits in the caches and NumPy's matrix products
+# are in their element: there is little to gain, and backward, with seven
+# sums for five, may even lose. At 1024 the square goes through memory many
+# times, and the kernels pull ahead.
+
+# %% [markdown]
+# ## Count it
+#
+# A head has $T(T+1)/2$ pairs $(t, u)$. Forward takes $2\,hs$ operations a
+# pair for the score and $2\,hs$ for the output; backward, in two sweeps,
+# seven such sums. The exponential adds about 20 operations a pair, once in
+# forward and twice in backward. The bytes are few: a tile of keys and values
+# is read from cache, and per block of 32 rows the keys and values of a head
+# pass by once.
+
+# %% predicted work and intensity
+B, T, NH, hs = 1, 1024, 12, 64
+pairs = B * NH * T * (T + 1) // 2
+forward_flops = (4 * hs + 20) * pairs
+backward_flops = (14 * hs + 40) * pairs
+forward_bytes = 4 * 2 * hs * pairs // 32
+print(f"forward  {forward_flops / 1e9:.2f} GFLOP")
+print(f"backward {backward_flops / 1e9:.2f} GFLOP")
+print(f"forward  {forward_flops / forward_bytes:.0f} FLOP a byte")
+
+# %% [markdown]
+# With so many operations a byte, arithmetic decides. The limit is what
+# the vector units can do; the best that we know how to get from them is
+# NumPy's matrix product.
+
+# %% predicted against measured time tags=["nbval-ignore-output"]
+x = np.ones((1024, 1024), np.float32)
+peak = 2 * 1024**3 / fastest(np.matmul, x, x)
+print(f"matrix product: {peak / 1e9:.0f} GFLOP/s")
+for name, flops in (("forward", forward_flops), ("backward", backward_flops)):
+    seconds = getattr(long, name)["numba"]
+    print(f"{name:<8} predicted {flops / peak * 1e3:6.1f} ms", end=", ")
+    print(f"measured {seconds * 1e3:6.1f} ms")
+
+# %% [markdown]
+# The kernels stay behind the matrix product. Their loops are as short as a
+# head, 64 numbers or eight vectors, so that each loop's start and end weigh
+# as much as its middle; and each dot product ends with a sum across the
+# lanes of a vector, for which such units are not made.
+#
+# Saved for the backward pass: $B \cdot NH \cdot T$ numbers. Attention's
+# share of a whole step grows with $T$, because its work is quadratic in $T$
+# and that of all other layers linear.
+
+# %% [markdown]
+# ## See it
+#
+# What can attention do that a fixed average cannot? We set queries and keys
+# by hand so that a head *completes a pattern*. The sequence is a word
+# spelt twice. A position's query is a code of its own letter, and its key
+# is a code of the letter *before* it. (In a trained network an earlier
+# layer's head, looking one place back, provides that.) So a query matches
+# the position that follows an earlier occurrence of its letter. The values
+# are the columns of an identity matrix: then (6.3) gives back the weights
+# themselves, and we can look at them without touching the code.
+
+# %% queries and keys made by hand
+text = "ORBITSORBITS"
+T, hs = len(text), 16
+code = {letter: np.eye(hs)[i] for i, letter in enumerate(dict.fromkeys(text))}
+q = 4 * np.sqrt(hs) * np.array([code[letter] for letter in text])
+k = np.array([np.zeros(hs)] + [code[letter] for letter in text[:-1]])
+
+
+def look(q, k):
+    inp = np.concatenate((q, k, np.eye(T, hs)), axis=1)[None]
+    out, lse = np.empty((1, T, hs)), np.empty((1, 1, T))
+    attention_forward(out, lse, inp)
+    return out[0, :, :T]
+
+
+chance = look(*rng.normal(size=(2, T, hs)))
+pattern = look(q, k)
+found = pattern[6:].argmax(axis=1)
+print("read from:", found, " letters there:", "".join(text[u] for u in found))
+verdict("second word", list(found) == [1, 2, 3, 4, 5, 6], "reads what follows")
+
+# %% draw both
+fig, axes = plt.subplots(1, 2, figsize=(8, 4.3), dpi=100)
+for ax, att, title in zip(
+    axes, (chance, pattern), ("random q and k", "pattern completion"),
+    strict=True,
+):  # fmt: skip
+    hidden = np.where(np.tri(T, dtype=bool), att, np.nan)
+    ax.set_facecolor(PALETTE["pale"])
+    ax.imshow(hidden, cmap="Blues", vmin=0, vmax=1)
+    ax.set_xticks(range(T), text)
+    ax.set_yticks(range(T), text)
+    ax.set_title(title)
+    ax.set_xlabel("is read")
+axes[0].set_ylabel("reads")
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 6.3. Left, random queries and keys: a causal average with uneven
+# weights that follow no letter. Right, queries and keys made by hand: in the
+# second word each letter reads the letter that followed it in the first, a
+# dark line parallel to the diagonal. In the first word there is nothing
+# to find yet, and a row spreads evenly over what it sees.*
+#
+# A head that works like the one on the right is called an *induction head*.
+# What it reads is a good guess of the next letter. Trained language models
+# are known to contain such heads; see the further reading.
+
+# %% [markdown]
+# ## Take away
+#
+# - Attention is a weighted mean of values at and before a position; the
+#   weights come from a softmax of scaled dot products.
+# - Its backward pass needs one number a row from the forward pass, the
+#   log-sum-exp. The weights are computed again.
+# - The softmax's matrix of derivatives is never formed: its product
+#   collapses to $a\,(da - D)$, with $D = do \cdot o$.
+# - A running maximum and sum give a softmax without its row, so no array
+#   of size T × T exists.
+
+# %% [markdown]
+# ## Design note
+#
+# One sweep back would do with five sums instead of seven. A thread that
+# owned a whole head could go through its rows in order and add to $dk$ and
+# $dv$ as it went. We turned that down because heads may be few: with one
+# sequence and 12 heads a machine of 64 cores would leave 52 of them idle.
+# The other way to one sweep is to let threads add to shared memory under a
+# lock or with atomic instructions. It makes the last bits depend on who
+# came first, and then a run that is resumed is not the run that was
+# interrupted. For forward, it is no question at all: rows are independent.
+#
+# Saving the weights would spare backward two of its seven sums and both
+# exponentials. For short sequences that is a fair trade. For four sequences
+# of 1024 positions it costs the 2.4 GB counted above, several times the
+# model itself. We keep one path for all lengths, the one whose memory grows
+# with $T$ and not with its square.
+
+# %% [markdown]
+# ## Exercises
+#
+# **1** (★). Add the same vector $c$ to all keys of a head. What happens to
+# the output? What does it say about $\sum_u dk_u$? Check both.
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# Every score of row $t$ grows by $q_t \cdot c / \sqrt{hs}$, the same for all
+# $u$, and a softmax does not see it: the output stays. So the loss has no
+# slope along that direction, and its slope is $c \cdot \sum_u dk_u$. As $c$
+# is arbitrary, $\sum_u dk_u = 0$. In a linear layer that makes $k$, this
+# sum is the gradient of the bias: the bias of the keys never learns.
+# :::
+
+# %% exercise 1, moved keys tags=["hide-cell"]
+p = problem(1, 9, 2, 4, np.float64)
+forward_and_backward(p, cpu)
+moved = p.inp.copy()
+split_heads(moved, 2, 3)[1] += rng.normal(size=4)
+moved_out = np.empty_like(p.out)
+attention_forward(moved_out, np.empty_like(p.lse), moved)
+
+# %% exercise 1, checked
+compare("output", moved_out, p.out, tol=1e-12)
+dk = split_heads(p.dinp, 2, 3)[1]
+compare("sum of dk", dk.sum(axis=2), np.zeros((1, 2, 4)), tol=1e-12)
+
+# %% [markdown]
+# **2** (★★). A text is too long for one machine's memory, so two machines
+# hold half of the keys and values each. Both get the query, and each sends
+# back its output $o$ and its log-sum-exp $L$ over its own half. Combine the
+# two into the output over all keys.
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# Over half 1, $\omega^{(1)}_i = e^{L_1} o^{(1)}_i$ is the sum of
+# $e^{s_u} v_{ui}$ and $e^{L_1}$ the sum of $e^{s_u}$. Both add up:
+# $o = (e^{L_1} o^{(1)} + e^{L_2} o^{(2)}) / (e^{L_1} + e^{L_2})$. Subtract
+# the larger of the two from both exponents, as ever.
+# :::
+
+
+# %% exercise 2, two halves merged tags=["hide-cell"]
+def merge(o1, L1, o2, L2):
+    L = np.logaddexp(L1, L2)
+    return np.exp(L1 - L) * o1 + np.exp(L2 - L) * o2, L
+
+
+# %% exercise 2, checked
+scores, values = 30 * rng.normal(size=50), rng.normal(size=(50, 3))
+halves = online(scores[:20], values[:20]), online(scores[20:], values[20:])
+o, L = merge(*halves[0], *halves[1])
+compare("merged o", o, online(scores, values)[0], tol=1e-12)
+compare("merged L", L, online(scores, values)[1], tol=1e-12)
+
+# %% [markdown]
+# **3** (★★). Scores may favour the near past: subtract a fixed slope
+# times the distance, $s_{tu} = q_t \cdot k_u / \sqrt{hs} - \beta\,(t - u)$.
+# What changes in the backward pass? Write both passes and check them.
+#
+# :::{admonition} Solution to exercise 3
+# :class: dropdown
+# The bias is a constant, so $\partial s_{tu} / \partial q_{ti}$ and
+# $\partial s_{tu} / \partial k_{ui}$ stay as they are. (6.5) to (6.10) hold
+# word for word; only the weights rebuilt from $L$ must include the bias.
+# :::
+
+
+# %% exercise 3, biased scores tags=["hide-cell"]
+def biased(x, g, slope=0.3):
+    q, k, v = split_heads(x, NH, 3)
+    age = np.arange(x.shape[1])[:, None] - np.arange(x.shape[1])
+    scores = masked_scores(q, k) - slope * age
+    a = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    a /= a.sum(axis=-1, keepdims=True)
+    o, do = a @ v, split_heads(g, NH, 1)[0]
+    ds = a * (do @ v.swapaxes(-1, -2) - (do * o).sum(-1, keepdims=True))
+    ds /= np.sqrt(q.shape[-1])
+    dx = np.zeros_like(x)
+    dx_heads = split_heads(dx, NH, 3)
+    dx_heads[0] = ds @ k
+    dx_heads[1] = ds.swapaxes(-1, -2) @ q
+    dx_heads[2] = a.swapaxes(-1, -2) @ do
+    return (do * o).sum(), dx
+
+
+# %% exercise 3, checked
+NH = 3
+want = numerical_gradient(lambda: biased(inp, g)[0], inp)
+compare("biased dinp", biased(inp, g)[1], want, tol=1e-8)
+
+# %% [markdown]
+# **4** (★★★). With a *sliding window* a position reads the last $W$
+# positions only, itself included. Write a forward pass that takes
+# $O(T\,W\,hs)$ time, and show that with $W = T$ it is (6.3). How far back
+# can information reach through $L$ such layers?
+#
+# :::{admonition} Solution to exercise 4
+# :class: dropdown
+# The first key of row $t$ is $\max(0, t - W + 1)$ instead of 0; nothing else
+# changes. Each layer lets a vector move up to $W - 1$ positions forward in
+# time, so $L$ layers reach back $L (W - 1)$ positions.
+# :::
+
+
+# %% exercise 4, a window tags=["hide-cell"]
+def windowed(q, k, v, W):
+    out = np.empty_like(v)
+    for t in range(len(q)):
+        first = max(0, t - W + 1)
+        scores = k[first : t + 1] @ q[t] / np.sqrt(len(q[t]))
+        out[t], _ = online(scores, v[first : t + 1])
+    return out
+
+
+# %% exercise 4, checked
+p = problem(1, 40, 1, 8, np.float64)
+attention_forward(p.out, p.lse, p.inp)
+q, k, v = split_heads(p.inp, 1, 3)[:, 0, 0]
+compare("W = T", windowed(q, k, v, 40), p.out[0], tol=1e-12)
+compare("W = 1", windowed(q, k, v, 1), v, tol=1e-12)
+near = windowed(q, k, v, 5)
+k[:30] += 1
+far = windowed(q, k, v, 5)
+verdict("out of sight", np.array_equal(near[34:], far[34:]), "is unread")
+
+# %% [markdown]
+# ## Further reading
+#
+# - Vaswani et al. (2017),
+#   [Attention Is All You Need](https://arxiv.org/abs/1706.03762): section
+#   3.2 defines what this chapter differentiates, with the reason for the
+#   root in a footnote.
+# - Milakov and Gimelshein (2018),
+#   [Online normalizer calculation for softmax](https://arxiv.org/abs/1805.02867):
+#   the running maximum and sum of (6.12).
+# - Dao et al. (2022),
+#   [FlashAttention](https://arxiv.org/abs/2205.14135): the same idea on a
+#   GPU, with the traffic between memories counted.
+# - Olsson et al. (2022),
+#   [In-context Learning and Induction Heads](https://arxiv.org/abs/2209.11895):
+#   the heads of figure 6.3, found in trained models.
+
+# %% [markdown]
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.index import gained
+
+gained("06_attention")

@@ -1,0 +1,81 @@
+"""Record PyTorch's training curve, which chapter 13 lays ours over.
+
+    python tests/record_curve.py
+
+needs torch (`pip install -e .[parity]`) and writes tests/data/torch_curve.csv
+from tests/data/curve_tokens.bin: 200 steps of the model in record_parity.py,
+in float32, and once more in float64 from the same float32 weights.
+"""
+
+import math
+
+import numpy as np
+import torch
+from record_parity import DATA, TorchGPT2, provenance
+from torch import nn
+
+B, T, STEPS, WARMUP, SEED = 8, 64, 200, 20, 42
+PEAK, FINAL = 2e-3, 2e-4
+MODEL = {
+    "max_seq_len": T,
+    "vocab_size": 257,
+    "num_layers": 2,
+    "num_heads": 4,
+    "channels": 64,
+}
+RULES = {"betas": [0.9, 0.95], "weight_decay": 0.1, "decay": "2-D"}
+
+
+def learning_rate(step):
+    if step < WARMUP:
+        return PEAK * (step + 1) / WARMUP
+    part = (step - WARMUP) / (STEPS - WARMUP)
+    return FINAL + (PEAK - FINAL) * 0.5 * (1 + math.cos(math.pi * part))
+
+
+def read_tokens(path):
+    header = np.fromfile(path, "<i4", 256)
+    tokens = np.fromfile(path, "<u2", offset=1024)
+    assert header[:3].tolist() == [20240520, 1, len(tokens)]
+    return torch.from_numpy(tokens.astype(np.int64))
+
+
+def curve(tokens, dtype):
+    """The loss of each step, before its update."""
+    model = TorchGPT2(**MODEL)
+    model.initialise(SEED)
+    model.to(dtype)
+    optimizer = model.optimizer(PEAK, **RULES)
+    # eight readers, each in its own eighth of the text: the text's changes
+    # reach a batch one row at a time
+    rows = torch.arange(B)[:, None] * STEPS * T + torch.arange(T + 1)
+    losses = []
+    for step in range(STEPS):
+        windows = tokens[rows + step * T]
+        loss = model.loss(model(windows[:, :-1]), windows[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    tokens = read_tokens(DATA / "curve_tokens.bin")
+    singles, doubles = (
+        curve(tokens, torch.float32),
+        curve(tokens, torch.float64),
+    )
+    order = "row b of step s is tokens[(200 b + s) 64 : (200 b + s) 64 + 65]"
+    facts = {**provenance(), "seed": SEED, "batch": order}
+    lines = [f"# {key}: {value}" for key, value in facts.items()]
+    lines.append("step,loss,loss64")
+    for step, pair in enumerate(zip(singles, doubles, strict=True)):
+        lines.append(f"{step},{pair[0]:.9g},{pair[1]:.9g}")
+    path = DATA / "torch_curve.csv"
+    path.write_text("\n".join(lines) + "\n", "utf-8")
+    print(f"{path.name}: {singles[0]} -> {singles[-1]}")

@@ -1,0 +1,458 @@
+"""The rendered book: its sources first, then the built pages in a browser.
+
+The built pages are those of `make book`; LLMNB_BOOK names another folder.
+Tests of the pages are skipped, with a reason, where there are none, where
+they are older than their sources, or where there is no Chromium.
+"""
+
+import functools
+import http.server
+import importlib
+import json
+import os
+import re
+import shutil
+import threading
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BOOK = ROOT / "book"
+HTML = Path(os.environ.get("LLMNB_BOOK", BOOK / "_build" / "html"))
+CHAPTERS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.py"))
+EXPORTED = {"export", "exporti"}
+FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run
+    --disable-background-networking --disable-component-update
+    --disable-sync""".split()
+
+
+# The sources
+
+
+def test_every_chapter_stands_in_the_contents_and_the_introduction():
+    names = [p.stem for p in CHAPTERS]
+    for page in ("_toc.yml", "intro.md"):
+        text = (BOOK / page).read_text("utf-8")
+        if page == "intro.md":
+            text = text[text.index("## The chapters") :]
+            text = text[: text.index("Read them in order")]
+        assert re.findall(r"notebooks/(\d\d_\w+)", text) == names, page
+
+
+def public_modules():
+    """Every module of the package that has public names."""
+    for path in sorted((ROOT / "llmnb").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[-1] != "__init__" and "__all__" in path.read_text("utf-8"):
+            module = importlib.import_module(".".join(parts))
+            if module.__all__:
+                yield module.__name__
+
+
+def test_every_public_module_stands_in_the_api_pages_once():
+    pages = (BOOK / "api").glob("*.md")
+    text = "\n".join(p.read_text("utf-8") for p in pages)
+    listed = re.findall(r"^\.\. automodule:: (\S+)$", text, re.M)
+    assert sorted(listed) == sorted(public_modules())
+
+
+def test_the_glossary_is_sorted_and_each_term_names_its_chapter():
+    text = (BOOK / "glossary.md").read_text("utf-8")
+    body = text[text.index("```{glossary}") :].split("\n", 1)[1]
+    terms = re.findall(r"^(?![` ])(.+)\n((?:  .+\n)+)", body, re.M)
+    names = [name.lower() for name, _ in terms]
+    assert len(names) >= 60
+    assert names == sorted(set(names))
+    for name, text in terms:
+        links = re.findall(r"\[Chapter\s+(\d+)\]\([^)]*/(\d\d)_\w+", text)
+        assert links, name
+        assert all(int(a) == int(b) for a, b in links), name
+
+
+def test_every_work_in_the_bibliography_is_introduced_once():
+    keys = re.findall(
+        r"^@\w+\{(\w+),", (BOOK / "references.bib").read_text(), re.M
+    )
+    text = (BOOK / "bibliography.md").read_text("utf-8")
+    cited = re.findall(r"\{cite:t\}`(\w+)`", text)
+    assert sorted(cited) == sorted(keys)
+
+
+# The built pages, as files
+
+
+def why_not_built():
+    """Why the pages cannot be tested, or None."""
+    if not (HTML / "book" / "intro.html").exists():
+        return f"no built book in {HTML}: run `make book`"
+    sources = [*BOOK.glob("*.*"), *BOOK.glob("[!_]*/*"), *BOOK.glob("_s*/*")]
+    sources += [*BOOK.glob("_e*/*.py"), *(ROOT / "notebooks").glob("*.ipynb")]
+    newest = max(p.stat().st_mtime for p in sources)
+    if newest > (HTML / "searchindex.js").stat().st_mtime:
+        return "the built book is older than its sources: run `make book`"
+    return None
+
+
+class Page(HTMLParser):
+    """The anchors, links, resources and images of one page."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.ids, self.links, self.resources = set(), [], []
+        self.images, self.classes = [], []
+        self.title = self.description = ""
+        self.inside = None
+        self.feed(path.read_text("utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        a = dict(attributes)
+        self.inside = tag
+        self.classes.append((a.get("class") or "").split())
+        if a.get("id"):
+            self.ids.add(a["id"])
+        if tag == "a" and a.get("href"):
+            self.links.append(a["href"])
+        if tag == "img":
+            self.images.append(a)
+        if tag == "meta" and a.get("name") == "description":
+            self.description = a.get("content", "")
+        for name in ("src", "poster", "data"):
+            if a.get(name):
+                self.resources.append(a[name])
+        if tag == "link" and a.get("href"):
+            self.resources.append(a["href"])
+
+    def handle_data(self, data):
+        if self.inside == "title" and not self.title:
+            self.title = data.strip()
+
+    def handle_endtag(self, tag):
+        self.inside = None
+
+
+def built_pages():
+    """The pages of the built book, by their path in it."""
+    if why_not_built():
+        return []
+    paths = (p.relative_to(HTML) for p in HTML.rglob("*.html"))
+    names = (p.as_posix() for p in paths if p.parts[0] != "_static")
+    return sorted(n for n in names if n != "index.html")
+
+
+@functools.cache
+def parsed(name):
+    return Page(HTML / name)
+
+
+@pytest.fixture
+def built():
+    if why_not_built():
+        pytest.skip(why_not_built())
+    return built_pages()
+
+
+def target(page, link):
+    """The file and the anchor that a link on a page leads to."""
+    parts = urlsplit(link)
+    path = HTML / page
+    if parts.path:
+        path = path.parent / unquote(parts.path)
+    return path.resolve(), unquote(parts.fragment)
+
+
+def test_no_link_is_dead(built):
+    dead = []
+    for page in built:
+        for link in parsed(page).links:
+            parts = urlsplit(link)
+            if parts.scheme in ("http", "https", "mailto"):
+                continue
+            path, anchor = target(page, link)
+            if not path.is_file():
+                dead.append(f"{page}: {link}")
+            elif anchor and path.suffix == ".html":
+                name = path.relative_to(HTML.resolve()).as_posix()
+                if anchor not in parsed(name).ids:
+                    dead.append(f"{page}: {link} (no such anchor)")
+    assert not dead
+
+
+def test_pages_load_nothing_from_elsewhere(built):
+    outside = []
+    for page in built:
+        for link in parsed(page).resources:
+            parts = urlsplit(link)
+            if parts.scheme == "data":
+                continue
+            if parts.scheme or parts.netloc:
+                outside.append(f"{page}: {link}")
+            elif parts.path and not target(page, link)[0].is_file():
+                outside.append(f"{page}: {link} is missing")
+    for path in [*HTML.rglob("*.html"), *HTML.glob("_static/*.css")]:
+        for word in ("unpkg.com", "jsdelivr", "cdnjs", "fonts.googleapis"):
+            if word in path.read_text("utf-8"):
+                outside.append(f"{path}: names {word}")
+    assert not outside
+
+
+def test_images_say_what_they_show(built):
+    bare = []
+    for page in built:
+        for image in parsed(page).images:
+            alt = image.get("alt") or ""
+            if len(alt.split()) < 2 or alt.startswith((".", "/", "_")):
+                bare.append(f"{page}: {image['src']}: {alt!r}")
+    assert not bare
+
+
+def test_pages_have_a_title_and_a_description(built):
+    for page in built:
+        assert parsed(page).title, page
+        if page.startswith(("notebooks/", "book/")):
+            assert len(parsed(page).description) > 30, page
+
+
+def test_chapters_show_their_exported_cells_and_their_number(built):
+    for path in CHAPTERS:
+        page = parsed(f"notebooks/{path.stem}.html")
+        notebook = json.loads(path.with_suffix(".ipynb").read_text("utf-8"))
+        tags = [c["metadata"].get("tags", []) for c in notebook["cells"]]
+        want = sum(bool(EXPORTED & set(t)) for t in tags)
+        marks = {"tag_export", "tag_exporti"}
+        assert want > 0, path.name
+        assert sum(bool(marks & set(c)) for c in page.classes) == want
+        assert sum("export-label" in c for c in page.classes) == want
+        assert sum("chapter-number" in c for c in page.classes) == 1
+
+
+def test_the_search_index_knows_every_page(built):
+    text = (HTML / "searchindex.js").read_text("utf-8")
+    for path in CHAPTERS:
+        assert f'"notebooks/{path.stem}"' in text
+    assert "layernorm_backward" in text
+
+
+# The built pages, in a browser
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def address():
+    """The built book behind a web server on this machine."""
+    handler = functools.partial(QuietHandler, directory=HTML)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if why_not_built():
+        pytest.skip(why_not_built())
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("no Chromium on this machine")
+    sync = pytest.importorskip("playwright.sync_api").sync_playwright
+    with sync() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+class Visit:
+    """A page in a window of its own, and what went wrong in loading it."""
+
+    def __init__(self, browser, home, width, scheme="light"):
+        self.home, self.trouble = home, []
+        self.context = browser.new_context(
+            viewport={"width": width, "height": 844}, color_scheme=scheme
+        )
+        self.page = self.context.new_page()
+        self.page.route("**/*", self.keep_home)
+        self.page.on("console", self.note_console)
+        self.page.on("pageerror", lambda e: self.trouble.append(str(e)))
+        self.page.on("response", self.note_response)
+        self.page.on(
+            "requestfailed", lambda r: self.trouble.append(f"failed: {r.url}")
+        )
+
+    def keep_home(self, route):
+        if route.request.url.startswith((self.home, "data:", "blob:")):
+            route.continue_()
+        else:
+            self.trouble.append(f"left the machine: {route.request.url}")
+            route.abort()
+
+    def note_console(self, message):
+        if message.type in ("error", "warning"):
+            self.trouble.append(f"console: {message.text}")
+
+    def note_response(self, response):
+        if response.status >= 400:
+            self.trouble.append(f"{response.status}: {response.url}")
+
+    def open(self, name):
+        self.page.goto(f"{self.home}/{name}")
+        self.page.wait_for_load_state("networkidle")
+        if self.page.evaluate("!!document.querySelector('.math')"):
+            self.page.wait_for_function("window.MathJax?.startup?.promise")
+            self.page.evaluate("MathJax.startup.promise")
+        return self.page
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.context.close()
+
+
+UNRENDERED = """() => [...document.querySelectorAll(".math")]
+    .filter(x => !x.querySelector("mjx-container")
+                 || x.querySelector("mjx-merror, [data-mjx-error]"))
+    .map(x => "equation not rendered: " + x.textContent.slice(0, 80))"""
+
+# Text that says TeX where TeX should have become an equation.
+RAW_TEX = r"""() => [...document.querySelectorAll("article p, article li")]
+    .filter(x => /\$\$|\\(frac|sum|tag|partial|mathcal)\b/.test(x.innerText))
+    .map(x => "TeX as text: " + x.innerText.slice(0, 80))"""
+
+# An element may be wider than the window only inside a box that scrolls, and
+# what scrolls must begin at the box's left edge, or its start is out of reach.
+TOO_WIDE = """() => {
+    const bad = [], width = document.documentElement.clientWidth;
+    if (document.scrollingElement.scrollWidth > innerWidth)
+        bad.push("the page is " + document.scrollingElement.scrollWidth
+                 + " wide in a window of " + innerWidth);
+    const scrolls = x => ["auto", "scroll"].includes(
+        getComputedStyle(x).overflowX);
+    for (const x of document.querySelectorAll("article *")) {
+        const box = x.getBoundingClientRect();
+        if (!box.width || !box.height) continue;
+        let up = x.parentElement;
+        while (up.tagName != "ARTICLE" && !scrolls(up))
+            up = up.parentElement;
+        const name = x.tagName.toLowerCase() + "." + x.className + ": "
+            + x.textContent.trim().slice(0, 40);
+        if (up.tagName == "ARTICLE" && box.right > width + 1
+            && !x.closest("mjx-assistive-mml, .visually-hidden"))
+            bad.push("sticks out at the right: " + name);
+        if (x.tagName == "MJX-MATH"
+            && box.left < x.closest(".math").getBoundingClientRect().left - 1)
+            bad.push("begins left of its box: " + name);
+    }
+    return bad.slice(0, 10);
+}"""
+
+UNLOADED = """() => [...document.images]
+    .filter(x => x.complete && !x.naturalWidth)
+    .map(x => "image not shown: " + x.src)"""
+
+
+def pages_to_visit():
+    """All pages, but of those that show a module's source only the longest."""
+    names = built_pages()
+    sources = [n for n in names if n.startswith("_modules/")]
+    sources.sort(key=lambda n: (HTML / n).stat().st_size)
+    return [n for n in names if n not in sources[:-1]] or ["book/intro.html"]
+
+
+@pytest.mark.parametrize("name", pages_to_visit())
+def test_page_renders(browser, address, name):
+    with Visit(browser, address, width=390) as visit:
+        page = visit.open(name)
+        found = page.evaluate(UNRENDERED) + page.evaluate(UNLOADED)
+        found += page.evaluate(RAW_TEX)
+        found += [f"at 390 px: {x}" for x in page.evaluate(TOO_WIDE)]
+        page.set_viewport_size({"width": 1280, "height": 844})
+        found += [f"at 1280 px: {x}" for x in page.evaluate(TOO_WIDE)]
+        assert visit.trouble + found == []
+
+
+# The contrast of WCAG 2 between a label and what it stands on.
+EXPORT_MARK = """() => {
+    const rgb = c => c.match(/[\\d.]+/g).slice(0, 3).map(Number);
+    const light = c => {
+        const [r, g, b] = rgb(c).map(v => (v /= 255) <= 0.04045
+            ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const contrast = (a, b) => {
+        const [x, y] = [light(a), light(b)].sort((p, q) => q - p);
+        return (x + 0.05) / (y + 0.05);
+    };
+    const page = getComputedStyle(document.body).backgroundColor;
+    const label = document.querySelector(".export-label");
+    const input = label.parentElement.querySelector(".cell_input");
+    const plain = [...document.querySelectorAll("div.cell > .cell_input")]
+        .find(x => !x.parentElement.querySelector(".export-label"));
+    const style = getComputedStyle(input), text = getComputedStyle(label);
+    return {
+        label: label.innerText,
+        edge: parseFloat(style.borderLeftWidth),
+        differs: style.borderLeftColor
+            != getComputedStyle(plain).borderLeftColor,
+        edgeContrast: contrast(style.borderLeftColor, page),
+        textContrast: contrast(text.color, text.backgroundColor),
+    };
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_exported_cells_are_marked(browser, address, scheme):
+    with Visit(browser, address, 1280, scheme) as visit:
+        page = visit.open("notebooks/04_layernorm.html")
+        mark = page.evaluate(EXPORT_MARK)
+    assert mark["label"].startswith("exported to llmnb.")
+    assert mark["edge"] >= 3
+    assert mark["differs"]
+    assert mark["edgeContrast"] >= 3
+    assert mark["textContrast"] >= 4.5
+
+
+def test_solutions_are_folded_and_open(browser, address):
+    with Visit(browser, address, 390) as visit:
+        page = visit.open("notebooks/04_layernorm.html")
+        cell = page.locator("details.hide").first
+        code = cell.locator("pre").first
+        assert not code.is_visible()
+        cell.locator("summary").click()
+        assert code.is_visible()
+        solution = page.locator(".admonition.dropdown").first
+        text = solution.locator("p").nth(1)
+        assert not text.is_visible()
+        solution.locator(".admonition-title").click()
+        text.wait_for(state="visible")
+        assert visit.trouble == []
+
+
+def test_search_finds_a_chapter(browser, address):
+    with Visit(browser, address, 1280) as visit:
+        page = visit.open("book/intro.html")
+        page.keyboard.press("Control+k")
+        page.locator("#pst-search-dialog input").fill("layernorm_backward")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#search-results li a")
+        links = page.locator("#search-results li a").all()
+        found = [link.get_attribute("href") for link in links]
+        assert any("notebooks/04_layernorm.html" in x for x in found)
+        assert visit.trouble == []
+
+
+def test_pages_work_from_disk_without_a_server(browser):
+    with Visit(browser, HTML.resolve().as_uri(), 1280) as visit:
+        page = visit.open("notebooks/04_layernorm.html")
+        assert page.evaluate(UNRENDERED) == []
+        assert page.locator("mjx-container").count() > 20
+        assert visit.trouble == []
+        # here Chromium forbids the extracts, which are fetched, not the list
+        page.goto(f"{visit.home}/search.html?q=attention")
+        page.wait_for_selector("#search-results li a")

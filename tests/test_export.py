@@ -1,0 +1,218 @@
+"""The exporter: what it writes, and what it refuses with file and line."""
+
+import subprocess
+import sys
+
+import pytest
+
+from llmnb import export
+
+HEADER = """# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   llmnb:
+#     module: {module}
+# ---
+
+# %% [markdown]
+# # Do a thing
+#
+# > One summary line.
+
+"""
+
+
+def chapter(folder, name, cells, module="thing"):
+    """Write a notebook source with these cells and read it."""
+    path = folder / name
+    path.write_text(HEADER.format(module=module) + cells)
+    return export.read_chapter(path)
+
+
+def refused(tmp_path, cells, *, line, says):
+    """Assert that these cells are refused, naming this line."""
+    marker = HEADER.count("\n") + line
+    with pytest.raises(export.ExportError) as error:
+        export.collect([chapter(tmp_path, "01_a.py", cells)])
+    assert str(error.value).startswith(f"{tmp_path}/01_a.py:{marker}: ")
+    assert says in str(error.value)
+
+
+def test_a_module_is_written_in_order(tmp_path):
+    cells = '''# %% imports tags=["export"]
+import math
+
+# %% not exported
+print(math.pi)
+
+# %% the thing tags=["export"]
+def thing(x):
+    """Do it."""
+    return helper(x) + math.pi
+
+# %% its helper tags=["exporti"]
+def helper(x):
+    return x
+'''
+    files = export.render(
+        export.collect([chapter(tmp_path, "01_a.py", cells)])
+    )
+    text = files["thing.py"]
+    assert text.startswith("# Written by `make export` from notebooks/01_a")
+    assert '"""Do a thing.\n\nOne summary line.\n"""' in text
+    assert '__all__ = [\n    "thing",\n]' in text
+    assert "# its helper\ndef helper" in text
+    assert "print" not in text
+    assert "# %%" not in text
+    assert text.index("def thing") < text.index("def helper")
+    compile(text, "thing.py", "exec")
+
+
+def test_a_cell_can_go_elsewhere(tmp_path):
+    cells = """# %% here tags=["export"]
+def here():
+    return 1
+
+# %% there tags=["export"] module="cpu.there"
+def there():
+    return 2
+"""
+    files = export.render(
+        export.collect([chapter(tmp_path, "01_a.py", cells)])
+    )
+    assert "def here" in files["thing.py"]
+    assert "def there" in files["cpu/there.py"]
+    assert "from llmnb.cpu.there import (\n    there,\n)" in (
+        files["cpu/__init__.py"]
+    )
+
+
+def test_a_main_runs_as_a_program(tmp_path):
+    cells = '# %% tags=["export"]\ndef main():\n    print("ran")\n'
+    files = export.render(
+        export.collect([chapter(tmp_path, "01_a.py", cells)])
+    )
+    got = subprocess.check_output([sys.executable, "-c", files["thing.py"]])
+    assert got.strip() == b"ran"
+
+
+def test_a_name_exported_twice_is_refused(tmp_path):
+    cells = """# %% one tags=["export"]
+def f():
+    return 1
+
+# %% two tags=["export"]
+x = 1
+def f():
+    return 2
+"""
+    refused(tmp_path, cells, line=7, says="f is exported twice, first at 01_a")
+
+
+def test_an_undefined_name_is_refused(tmp_path):
+    cells = """# %% one tags=["export"]
+def f(x):
+    y = x
+    return y + missing
+"""
+    refused(tmp_path, cells, line=4, says="missing is not defined")
+
+
+def test_a_name_defined_in_an_unexported_cell_is_undefined(tmp_path):
+    cells = """# %% a
+import numpy as np
+
+# %% b tags=["export"]
+def f(x):
+    return np.sum(x)
+"""
+    refused(tmp_path, cells, line=6, says="np is not defined")
+
+
+def test_a_magic_is_refused(tmp_path):
+    cells = '# %% one tags=["export"]\n# %timeit 1\nx = 1\n'
+    refused(tmp_path, cells, line=2, says="a magic in an export cell")
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("print(1)", "runs code in an export cell: print(1)"),
+        ("for i in range(3):\n    x = i", "runs code in an export cell"),
+        ("import numpy as np\nx = np.load('a')", "load() in an export cell"),
+        ("x = open('a').read()", "in an export cell"),
+        ("def f(:\n    pass", "not Python"),
+    ],
+)
+def test_code_that_runs_is_refused(tmp_path, code, says):
+    cells = f'# %% one tags=["export"]\n{code}\n'
+    with pytest.raises(export.ExportError, match="01_a.py:") as error:
+        export.collect([chapter(tmp_path, "01_a.py", cells)])
+    assert says in str(error.value)
+
+
+def test_a_later_chapters_name_is_refused(tmp_path):
+    first = chapter(
+        tmp_path,
+        "01_a.py",
+        '# %% tags=["export"]\nfrom llmnb.late import g\n\n'
+        "def f():\n    return g()\n",
+    )
+    later = chapter(
+        tmp_path,
+        "02_b.py",
+        '# %% tags=["export"]\ndef g():\n    return 1\n',
+        module="late",
+    )
+    line = HEADER.count("\n") + 2
+    with pytest.raises(export.ExportError) as error:
+        export.collect([first, later])
+    assert f"01_a.py:{line}: g belongs to a later chapter" in str(error.value)
+    turned = chapter(
+        tmp_path,
+        "03_c.py",
+        '# %% tags=["export"]\nfrom llmnb.late import g\n\n'
+        "def f():\n    return g()\n",
+    )
+    assert set(export.collect([later, turned])) == {"late", "thing"}
+
+
+def test_a_name_nobody_exports_is_refused(tmp_path):
+    cells = '# %% one tags=["export"]\nfrom llmnb.nowhere import g\n'
+    refused(tmp_path, cells, line=2, says="no chapter exports g")
+
+
+def test_a_module_of_two_chapters_is_refused(tmp_path):
+    cells = '# %% tags=["export"]\nx = 1\n'
+    one = chapter(tmp_path, "01_a.py", cells)
+    two = chapter(tmp_path, "02_b.py", cells)
+    with pytest.raises(export.ExportError, match="already belongs to 01_a"):
+        export.collect([one, two])
+
+
+def test_a_chapter_without_summary_is_refused(tmp_path):
+    path = tmp_path / "01_a.py"
+    path.write_text("# %% [markdown]\n# # Title only\n")
+    with pytest.raises(export.ExportError, match="01_a.py:1: .*summary"):
+        export.read_chapter(path)
+
+
+def test_differences_are_found(tmp_path):
+    (tmp_path / "a.py").write_text("one")
+    (tmp_path / "old.py").write_text("two")
+    files = {"a.py": "one", "b.py": "new"}
+    assert export.differences(files, tmp_path) == (["b.py"], ["old.py"])
+    files["a.py"] = "changed"
+    assert export.differences(files, tmp_path)[0] == ["a.py", "b.py"]
+
+
+def test_the_package_is_what_the_notebooks_export():
+    files = export.render(
+        export.collect(export.read_chapters(export.ROOT / "notebooks"))
+    )
+    changed, extra = export.differences(files, export.ROOT / "llmnb")
+    assert (changed, extra) == ([], []), "run `make export`"
+    assert not any("# %%" in text for text in files.values())

@@ -1,0 +1,165 @@
+"""The kernel decorator: its options, and a cache that is never stale."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numba
+import pytest
+
+import llmnb.cpu.jit as jit
+
+PACKAGE = Path(jit.__file__).parents[1]
+CALLEE = """from llmnb.cpu.jit import inner
+
+FACTOR = 2
+
+
+@inner
+def scaled(x):
+    return FACTOR * x
+"""
+KERNEL = """import numba
+
+from llmnb.cpu.callee import scaled
+from llmnb.cpu.jit import kernel
+
+
+@kernel
+def fill(out, x):
+    for i in numba.prange(len(out)):
+        out[i] = scaled(x)
+"""
+PROGRAM = """
+import json, numpy, numba
+before = numba.config.CACHE_DIR
+from llmnb.cpu.caller import fill
+out = numpy.zeros(3)
+fill(out, 10.0)
+print(json.dumps({
+    "result": out[0],
+    "hits": sum(fill.stats.cache_hits.values()),
+    "folder": str(fill.stats.cache_path),
+    "restored": numba.config.CACHE_DIR == before,
+}))
+"""
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the package with a kernel whose callee is another file."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(PACKAGE, tmp_path / "llmnb", ignore=ignore)
+    (tmp_path / "llmnb" / "cpu" / "callee.py").write_text(CALLEE)
+    (tmp_path / "llmnb" / "cpu" / "caller.py").write_text(KERNEL)
+    return tmp_path
+
+
+def run(copy, cache, program=PROGRAM):
+    """Run in a new process; -B because .pyc files go by whole seconds."""
+    variables = {**os.environ, "LLMNB_CACHE": str(cache)}
+    variables["PYTHONPATH"] = str(copy)
+    variables.pop("NUMBA_CACHE_DIR", None)
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", program],
+        cwd=copy,
+        env=variables,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def edit(copy, name, old, new):
+    path = copy / "llmnb" / "cpu" / name
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_editing_a_callee_changes_the_result(copy):
+    cache = copy / "cache"
+    first = run(copy, cache)
+    again = run(copy, cache)
+    assert first["result"] == again["result"] == 20
+    # without an edit the second process loads what the first compiled
+    assert (first["hits"], again["hits"]) == (0, 1)
+    assert first["folder"] == again["folder"]
+    assert Path(first["folder"]).is_relative_to(cache)
+    assert first["restored"]
+
+    edit(copy, "callee.py", "* x", "* x + 1")
+    edited = run(copy, cache)
+    assert edited["result"] == 21
+    assert edited["hits"] == 0
+
+    # a global that the callee reads is part of the compiled code as well
+    edit(copy, "callee.py", "FACTOR = 2", "FACTOR = 5")
+    assert run(copy, cache)["result"] == 51
+
+    # and an edit taken back finds the kernel of that state again
+    edit(copy, "callee.py", "FACTOR = 5", "FACTOR = 2")
+    edit(copy, "callee.py", "* x + 1", "* x")
+    back = run(copy, cache)
+    assert (back["result"], back["folder"]) == (20, first["folder"])
+
+
+def test_no_folder_to_write_to(copy):
+    """Kernels are compiled, and nothing is kept where it could be stale."""
+    file = copy / "file"
+    file.write_text("not a folder")
+    for expected in (20, 21):
+        assert run(copy, file / "cache")["result"] == expected
+        edit(copy, "callee.py", "* x", "* x + 1")
+    assert not list(copy.rglob("*.nbi"))
+
+
+def test_a_real_kernel_is_kept_and_recompiled(copy):
+    program = """
+import json, numpy
+from llmnb.cpu import residual
+a = numpy.ones((3, 5), numpy.float32)
+residual.residual_forward(out := numpy.zeros_like(a), a, a)
+kernel = residual._residual_forward
+print(json.dumps([float(out.sum()), sum(kernel.stats.cache_hits.values())]))
+"""
+    cache = copy / "cache"
+    assert run(copy, cache, program) == [30, 0]
+    assert run(copy, cache, program) == [30, 1]
+    edit(copy, "residual.py", "inp1[i] + inp2[i]", "inp1[i] - inp2[i]")
+    assert run(copy, cache, program) == [0, 0]
+
+
+def test_the_options_of_a_kernel():
+    @jit.kernel
+    def fill(out):
+        for i in numba.prange(len(out)):
+            out[i] = 1
+
+    @jit.inner
+    def ratio(a, b):
+        return a / b
+
+    options = fill.targetoptions
+    assert options["fastmath"] and options["parallel"]
+    assert options["error_model"] == "numpy"
+    assert not ratio.targetoptions["parallel"]
+    # under Python's error model this raises ZeroDivisionError
+    assert ratio(1.0, 0.0) != 0
+    # a function from outside the package is not kept on disk
+    assert fill.stats.cache_path is None
+
+
+def test_the_folder_is_named_by_the_sources(tmp_path, monkeypatch):
+    folder = jit.cache_folder.__wrapped__
+    monkeypatch.setenv("LLMNB_CACHE", str(tmp_path))
+    first = folder()
+    assert first.parent == tmp_path / "kernels"
+    assert first.is_dir()
+    assert folder() == first
+    monkeypatch.setattr(numba, "__version__", "0.0.0")
+    assert folder() != first

@@ -1,0 +1,165 @@
+"""The arena: its layout, and that training allocates nothing after a step."""
+
+import resource
+import subprocess
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from llmnb import GPT2, GPT2Config
+from llmnb.arena import Arena
+from llmnb.checks import check_array, check_tokens
+
+CFG = GPT2Config(
+    max_seq_len=32, vocab_size=200, num_layers=2, num_heads=4, channels=32
+)
+
+
+def test_views_lie_one_after_the_other():
+    arena = Arena(
+        {
+            "a": (np.float32, {"x": (2, 3), "y": (5,)}),
+            "b": (np.int32, {"z": (7,)}),
+        }
+    )
+    assert arena.table() == [
+        ("a", "x", (2, 3), "float32", 0, 24),
+        ("a", "y", (5,), "float32", 24, 20),
+        ("b", "z", (7,), "int32", 64, 28),
+    ]
+    assert arena.nbytes == 128
+    assert arena.sizes() == {"a": 44, "b": 28}
+    arena.flat("a")[:] = range(11)
+    assert arena["a"]["x"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert arena["a"]["y"].tolist() == [6, 7, 8, 9, 10]
+    assert not arena["b"]["z"].any()
+    assert arena["a"]["x"].ctypes.data % 64 == 0
+
+
+def test_every_tensor_of_a_model_is_a_view_of_one_block():
+    model = GPT2(CFG, 2, 16)
+    block = model.memory.flat("params").base
+    first = block.ctypes.data
+    last = first + block.nbytes
+    arrays = [
+        a
+        for group in ("params", "grads", "m", "v", "acts", "block", "stream")
+        for a in model.memory[group].values()
+    ]
+    assert len(arrays) > 90
+    spans = sorted((a.ctypes.data, a.nbytes) for a in arrays)
+    assert all(
+        first <= at and at + size <= last for at, size in spans
+    )
+    for (at, size), (following, _) in zip(spans, spans[1:], strict=False):
+        assert at + size <= following
+
+
+def step(model, tokens):
+    """One whole training step."""
+    model.forward(tokens, tokens)
+    model.backward()
+    model.clip_gradients(1.0)
+    model.update(step=1, decay={"wte", "qkvw"})
+
+
+def test_a_step_allocates_nothing():
+    model = GPT2(CFG, 2, 16)
+    tokens = np.arange(32).reshape(2, 16)
+    for _ in range(3):
+        step(model, tokens)
+    smallest = model.memory["acts"]["ln1_mean"].nbytes
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for _ in range(20):
+        step(model, tokens)
+    now = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert now - before < smallest + 20_000, now - before
+
+
+FOOTPRINT = """
+import resource, sys
+import numpy as np
+from llmnb import GPT2, GPT2Config
+cfg = GPT2Config(64, 1000, 2, 4, 64)
+model = GPT2(cfg, 4, 64)
+tokens = np.random.default_rng(0).integers(0, 1000, (4, 64))
+leak = []
+for i in range(200):
+    model.forward(tokens, tokens)
+    model.backward()
+    model.update(step=i + 1)
+    if "leak" in sys.argv:
+        leak.append(np.ones(20_000))
+    if i == 0:
+        first = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+last = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print((last - first) * (1 if sys.platform == "darwin" else 1024))
+"""
+
+
+def growth(*args):
+    """Bytes by which 200 steps raise the peak memory of a process."""
+    run = [sys.executable, "-c", FOOTPRINT, *args]
+    return int(subprocess.check_output(run))
+
+
+def test_the_peak_of_200_steps_is_that_of_the_first():
+    # a step's activations take 6 MB here: one copy kept would show
+    assert growth() < 2_000_000
+
+
+def test_a_leak_would_be_seen():
+    assert growth("leak") > 10_000_000
+
+
+def test_a_model_too_large_says_so(monkeypatch):
+    def refuse(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(np, "zeros", refuse)
+    with pytest.raises(MemoryError, match="one block of [0-9,]+ bytes"):
+        GPT2(CFG, 2, 16)
+
+
+@pytest.mark.parametrize(
+    ("array", "error", "says"),
+    [
+        ([1.0], TypeError, "f: x must be a NumPy array, got list"),
+        (np.zeros((2, 3)), TypeError, "f: x must be float32, got float64"),
+        (
+            np.zeros((3, 2), np.float32),
+            ValueError,
+            r"f: x must have shape \(2, 3\), got \(3, 2\)",
+        ),
+        (
+            np.zeros((3, 2), np.float32).T,
+            ValueError,
+            "f: x must be C-contiguous",
+        ),
+    ],
+)
+def test_arrays_are_checked(array, error, says):
+    with pytest.raises(error, match=says):
+        check_array("f: x", array, (2, 3), np.float32)
+
+
+def test_tokens_are_checked():
+    check_tokens("t", np.array([0, 4]), 5)
+    with pytest.raises(ValueError, match=r"\[0, 5\), got 5 at \(1,\)"):
+        check_tokens("t", np.array([0, 5]), 5)
+    with pytest.raises(ValueError, match=r"got -1 at \(0, 1\)"):
+        check_tokens("t", np.array([[0, -1]]), 5)
+    with pytest.raises(TypeError, match="integers, got float64"):
+        check_tokens("t", np.array([0.0]), 5)
+
+
+def test_peak_memory_is_known_beforehand():
+    """The arena is what a model takes: its table sums to its size."""
+    model = GPT2(CFG, 2, 16)
+    listed = sum(row[5] for row in model.memory.table())
+    assert 0 <= model.memory.nbytes - listed < 64 * 9
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > 0

@@ -1,0 +1,80 @@
+"""Every .ipynb is its .py, run to the end, with outputs nbval can compare."""
+
+import json
+import re
+
+import pytest
+
+from llmnb import notebook
+from llmnb.export import ROOT
+
+SOURCES = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
+SOURCE = """# %% [markdown]
+# # Title
+#
+# > Summary.
+
+# %%
+print(6 * 7)
+"""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A notebook built from a source of two cells."""
+    path = tmp_path_factory.mktemp("notebooks") / "01_a.py"
+    path.write_text(SOURCE)
+    notebook.build(path)
+    return path
+
+
+def edit(path, change):
+    """Apply a change to the cells of a built notebook."""
+    built = path.with_suffix(".ipynb")
+    book = json.loads(built.read_text())
+    change(book["cells"])
+    built.write_text(json.dumps(book))
+
+
+def test_a_notebook_is_built_and_run(built):
+    cells = json.loads(built.with_suffix(".ipynb").read_text())["cells"]
+    assert [c["id"] for c in cells] == ["01_a-0", "01_a-1"]
+    assert cells[1]["outputs"][0]["text"] == ["42\n"]
+    assert notebook.defects(built) == []
+
+
+def test_building_again_changes_nothing(built):
+    before = built.with_suffix(".ipynb").read_bytes()
+    notebook.build(built)
+    assert built.with_suffix(".ipynb").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda c: c[1].update(execution_count=None), "was never run"),
+        (lambda c: c[1].update(source="print(43)"), "differs from"),
+        (lambda c: c[0].update(source="# Other"), "differs from"),
+        (lambda c: c[1]["metadata"].update(tags=["x"]), "differs from"),
+        (lambda c: c.pop(), "not the cells of"),
+    ],
+)
+def test_a_defect_is_found(built, change, says):
+    kept = built.with_suffix(".ipynb").read_bytes()
+    edit(built, change)
+    found = notebook.defects(built)
+    built.with_suffix(".ipynb").write_bytes(kept)
+    assert len(found) == 1
+    assert says in found[0]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+def test_a_chapters_notebook_is_its_source(path):
+    assert notebook.defects(path) == [], "run `make notebooks`"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+def test_a_chapters_lines_fit_a_page(path):
+    code = re.sub(r"^#.*$", "", path.read_text("utf-8"), flags=re.M)
+    assert max(map(len, code.splitlines())) <= 79
+    assert "matplotlib inline" not in code

@@ -1,0 +1,124 @@
+"""The package as a user meets it: light, documented, one list of packages."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from llmnb.export import ROOT
+
+MODULES = sorted(
+    p.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+    for p in (ROOT / "llmnb").rglob("*.py")
+    if p.stem != "__init__"
+)
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_import_is_light():
+    code = (
+        "import sys, time; t = time.perf_counter(); import llmnb;"
+        "t = time.perf_counter() - t;"
+        "heavy = {'numba', 'matplotlib', 'tiktoken'} & set(sys.modules);"
+        "assert not heavy, heavy; assert t < 0.5, t"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_front_door():
+    import llmnb
+
+    assert llmnb.GPT2Config().num_layers == 12
+    assert llmnb.GPT2.__module__ == "llmnb.gpt2"
+    assert llmnb.tokenizer.byte().n_vocab == 257
+    with pytest.raises(AttributeError, match="llmnb has no 'nothing'"):
+        _ = llmnb.nothing
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_public_names_are_documented(name):
+    module = importlib.import_module(name)
+    assert module.__doc__
+    for public in module.__all__:
+        thing = getattr(module, public)
+        if not callable(thing) or thing.__module__ != name:
+            continue
+        doc = thing.__doc__ or ""
+        assert re.search(r"Derived in chapter \d+\.\s*$", doc), public
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_function_is_short(name):
+    tree = ast.parse(
+        (ROOT / (name.replace(".", "/") + ".py")).read_text("utf-8")
+    )
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            doc = ast.get_docstring(node, clean=False) or ""
+            lines = node.end_lineno - node.lineno - doc.count("\n")
+            assert lines <= 50, f"{name}.{node.name}: {lines} lines"
+
+
+def test_both_backends_have_the_same_layers():
+    import inspect
+
+    from llmnb import cpu, reference
+
+    layers = [n for n in reference.__all__ if callable(getattr(reference, n))]
+    assert len(layers) > 15
+    for name in layers:
+        want = inspect.signature(getattr(reference, name))
+        assert inspect.signature(getattr(cpu, name)) == want, name
+
+
+def test_the_cpu_core_is_about_a_thousand_lines():
+    files = [ROOT / f"llmnb/{n}.py" for n in ("arena", "layout", "gpt2")]
+    files += (ROOT / "llmnb/cpu").glob("*.py")
+    code = sum(code_lines(f.read_text("utf-8")) for f in files)
+    assert 400 < code < 1300, code
+
+
+def code_lines(text):
+    """Lines of a file that are neither blank, comment nor docstring."""
+    lines = {
+        i
+        for i, line in enumerate(text.splitlines(), 1)
+        if line.strip() and not line.strip().startswith("#")
+    }
+    kinds = (ast.Module, ast.FunctionDef, ast.ClassDef)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, kinds) and ast.get_docstring(node):
+            doc = node.body[0]
+            lines -= set(range(doc.lineno, doc.end_lineno + 1))
+    return len(lines)
+
+
+def test_one_list_of_packages():
+    """environment.yml installs the extras that the Makefile installs."""
+    text = (ROOT / "environment.yml").read_text()
+    extras = re.search(r"- -e \.\[([a-z,]+)\]", text)[1].split(",")
+    assert set(extras) <= set(PROJECT["optional-dependencies"])
+    make = (ROOT / "Makefile").read_text()
+    for wanted in re.findall(r'-e "\.\[([a-z,]+)\]"', make):
+        assert set(wanted.split(",")) <= set(extras)
+    names = re.findall(r"^ +- ([a-z]+)", text, re.M)
+    assert [n for n in names if n not in ("python", "pip")] == ["conda"]
+    low = PROJECT["requires-python"].removeprefix(">=")
+    assert f"python>={low}" in text
+
+
+def test_runtime_packages_are_few():
+    names = {re.match(r"[a-z]+", d)[0] for d in PROJECT["dependencies"]}
+    assert names == {
+        "numpy",
+        "numba",
+        "tiktoken",
+        "matplotlib",
+        "tqdm",
+        "safetensors",
+        "regex",
+    }
