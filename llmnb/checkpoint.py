@@ -9,11 +9,14 @@ footprint is known before training begins and never grows.
 __all__ = [
     "CHUNK",
     "HEADER",
+    "INNER",
     "MAGIC",
+    "OUTER",
     "VERSION",
     "read_checkpoint",
     "read_config",
     "write_checkpoint",
+    "write_safetensors",
 ]
 
 
@@ -126,3 +129,48 @@ def read_checkpoint(path, params):
                     f"where the model has {params.size:,}"
                 )
             part[...] = body
+
+
+# names elsewhere
+OUTER = {
+    "wte": "wte.weight",
+    "wpe": "wpe.weight",
+    "lnfw": "ln_f.weight",
+    "lnfb": "ln_f.bias",
+}
+INNER = {
+    "ln1": "ln_1",
+    "qkv": "attn.c_attn",
+    "attproj": "attn.c_proj",
+    "ln2": "ln_2",
+    "fc": "mlp.c_fc",
+    "fcproj": "mlp.c_proj",
+}
+
+
+# write safetensors
+def write_safetensors(path, cfg, params):
+    """Write a model as safetensors, in Hugging Face's layout of GPT-2.
+
+    params: a mapping from llm.c's names to arrays, as `GPT2.params`. The
+    tensors are float32, without padding. The file appears whole or not at
+    all.
+
+    Derived in chapter 2.
+    """
+    from safetensors.numpy import save
+
+    tensors = {OUTER[n]: params[n] for n in OUTER}
+    tensors["wte.weight"] = params["wte"][: cfg.vocab_size]
+    for layer in range(cfg.num_layers):
+        for ours, theirs in INNER.items():
+            weight, bias = params[ours + "w"][layer], params[ours + "b"][layer]
+            name = f"h.{layer}.{theirs}"
+            tensors[f"{name}.weight"] = weight.T
+            tensors[f"{name}.bias"] = bias
+    tensors = {
+        name: np.ascontiguousarray(x, np.float32)
+        for name, x in tensors.items()
+    }
+    with replacing(path) as file:
+        file.write(save(tensors, metadata={"format": "pt"}))

@@ -14,6 +14,7 @@ __all__ = [
     "ExportError",
     "IMPLICIT",
     "LOADERS",
+    "MARKER",
     "Module",
     "ROOT",
     "build_module",
@@ -56,6 +57,7 @@ from llmnb.files import replacing
 
 
 # one exported cell
+MARKER = "# " + "%%"  # apart, so that no module holds a marker itself
 ROOT = Path(__file__).parents[1] if "__file__" in globals() else Path("..")
 
 
@@ -109,7 +111,7 @@ def cell_lines(path):
     lines = Path(path).read_text("utf-8").splitlines()
     starts = []
     for i, line in enumerate(lines):
-        if line.startswith("# %%"):
+        if line.startswith(MARKER):
             first = i + 1
             while first < len(lines) and not lines[first].strip():
                 first += 1

@@ -113,9 +113,9 @@ def generate(
     Derived in chapter 14.
     """
     check_sampling(temperature, top_k, top_p)
-    check_tokens("generate: tokens", np.array(tokens), model.cfg.vocab_size)
     if not len(tokens):
         raise ValueError("generate: tokens must hold at least one token")
+    check_tokens("generate: tokens", np.array(tokens), model.cfg.vocab_size)
     if count < 0:
         raise ValueError(f"generate: count must be at least 0, got {count}")
     rng = np.random.RandomState(seed)

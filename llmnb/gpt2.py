@@ -19,7 +19,12 @@ import importlib
 import numpy as np
 
 from llmnb.arena import Arena
-from llmnb.checkpoint import read_checkpoint, read_config, write_checkpoint
+from llmnb.checkpoint import (
+    read_checkpoint,
+    read_config,
+    write_checkpoint,
+    write_safetensors,
+)
 from llmnb.checks import check_tokens
 from llmnb.init import init_params
 from llmnb.layout import gpt2_layout
@@ -216,12 +221,16 @@ class GPT2:
         return model
 
     def save_checkpoint(self, path):
-        """Write the parameters in llm.c's .bin format, version 3 (float32).
+        """Write the parameters in float32, in the format the name asks for.
 
-        The file is written beside its place and renamed; when that fails
-        the old one is untouched.
+        Hugging Face's layout for a name that ends in .safetensors, else
+        llm.c's .bin, version 3. The file is written beside its place and
+        renamed; when that fails the old one is untouched.
         """
-        write_checkpoint(path, self.cfg, self.memory.flat("params"))
+        if str(path).endswith(".safetensors"):
+            write_safetensors(path, self.cfg, self.params)
+        else:
+            write_checkpoint(path, self.cfg, self.memory.flat("params"))
 
     def forward(self, tokens, targets=None):
         """The mean loss of a batch as a float, or None without targets.

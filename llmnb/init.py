@@ -7,7 +7,6 @@ bits in PyTorch's order, so that one seed gives one model.
 """
 
 __all__ = [
-    "CHUNK",
     "Generator",
     "MersenneTwister",
     "ScalarNormals",
@@ -117,7 +116,10 @@ class ScalarNormals(MersenneTwister):
         return radius * math.cos(angle)
 
 
-# its checks
+# the size of a chunk and the checks
+CHUNK = 2**14  # numbers drawn at a time: they stay in the cache
+
+
 def check_normal(array, std):
     """Raise unless normal_ can fill `array`; std must not be negative."""
     check_float("normal_: array", array)
@@ -129,9 +131,6 @@ def check_normal(array, std):
 
 
 # the generator
-CHUNK = 2**14  # numbers drawn at a time: they stay in the cache
-
-
 class Generator(ScalarNormals):
     """Normal numbers as torch.Generator draws them on the CPU.
 
@@ -146,7 +145,8 @@ class Generator(ScalarNormals):
         check_normal(array, std)
         flat, n = array.reshape(-1), array.size
         if n < 16:
-            flat[:] = [self.normal() * std + mean for _ in range(n)]
+            few = [self.normal() * std + mean for _ in range(n)]
+            flat[:] = np.array(few, np.float32)
             return
         for start in range(0, n - n % 16, CHUNK):
             u = self.uniform(min(CHUNK, n - n % 16 - start))

@@ -639,6 +639,72 @@ for name, raw in bad_files.items():
         print(str(error).replace(str(folder), ""))
 
 # %% [markdown]
+# ## For other programs
+#
+# Most programs that read GPT-2 expect Hugging Face's layout: one file in the
+# *safetensors* format, a table of names, shapes and offsets followed by the
+# numbers, much like our arena. The names are others, each block's tensors
+# stand by themselves, the four matrices of a block are stored transposed,
+# (inputs, outputs), and there is no padding. The library `safetensors`
+# writes the file; we give it the tensors under their names.
+
+
+# %% names elsewhere tags=["export"] module="checkpoint"
+OUTER = {
+    "wte": "wte.weight",
+    "wpe": "wpe.weight",
+    "lnfw": "ln_f.weight",
+    "lnfb": "ln_f.bias",
+}
+INNER = {
+    "ln1": "ln_1",
+    "qkv": "attn.c_attn",
+    "attproj": "attn.c_proj",
+    "ln2": "ln_2",
+    "fc": "mlp.c_fc",
+    "fcproj": "mlp.c_proj",
+}
+
+
+# %% write safetensors tags=["export"] module="checkpoint"
+def write_safetensors(path, cfg, params):
+    """Write a model as safetensors, in Hugging Face's layout of GPT-2.
+
+    params: a mapping from llm.c's names to arrays, as `GPT2.params`. The
+    tensors are float32, without padding. The file appears whole or not at
+    all.
+
+    Derived in chapter 2.
+    """
+    from safetensors.numpy import save
+
+    tensors = {OUTER[n]: params[n] for n in OUTER}
+    tensors["wte.weight"] = params["wte"][: cfg.vocab_size]
+    for layer in range(cfg.num_layers):
+        for ours, theirs in INNER.items():
+            weight, bias = params[ours + "w"][layer], params[ours + "b"][layer]
+            name = f"h.{layer}.{theirs}"
+            tensors[f"{name}.weight"] = weight.T
+            tensors[f"{name}.bias"] = bias
+    tensors = {
+        name: np.ascontiguousarray(x, np.float32)
+        for name, x in tensors.items()
+    }
+    with replacing(path) as file:
+        file.write(save(tensors, metadata={"format": "pt"}))
+
+
+# %% what is in the file
+from safetensors.numpy import load_file
+
+write_safetensors(folder / "model.safetensors", small, arena["params"])
+tensors = load_file(folder / "model.safetensors")
+for name in list(tensors)[:4]:
+    print(name, tensors[name].shape)
+qkvw = arena["params"]["qkvw"]
+compare("qkvw", tensors["h.1.attn.c_attn.weight"].T, qkvw[1], tol=1e-30)
+
+# %% [markdown]
 # ## Count it
 #
 # The memory of a model that trains is, in numbers of four bytes,

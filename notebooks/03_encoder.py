@@ -703,14 +703,15 @@ def _encoder_forward(out, inp, wte, wpe):
 
 
 # %% [markdown]
-# **Backward.** The rule asks for an owner of each element of `dwte`. Rows
-# are bad property: a common token would keep one thread busy while the
-# others wait, and to find the places of its tokens each thread would search
-# the whole batch. Channels are good property. A thread takes 64 channels
-# and walks through the whole text with them; all threads have equal work,
-# and every element adds up its terms in the order of the text. Rows of absent tokens are never touched, so the time is
-# that of B·T·C additions whatever the size of the vocabulary. The position
-# table has the same owners, and each row of `dout` is read once for both.
+# **Backward.** The rule asks for an owner of each element of `dwte`. Rows are
+# bad property: a common token would keep one thread busy while the others
+# wait, and to find the places of its tokens each thread would search the
+# whole batch. Channels are good property. A thread takes 64 channels and
+# walks through the whole text with them; all threads have equal work, and
+# every element adds up its terms in the order of the text. Rows of absent
+# tokens are never touched, so the time is that of B·T·C additions whatever
+# the size of the vocabulary. The position table has the same owners, and each
+# row of `dout` is read once for both.
 
 # %% the backward kernel tags=["exporti"] module="cpu.encoder"
 SLICE = 64  # channels that one thread owns at a time: 256 bytes of a row
@@ -917,11 +918,11 @@ print(f"zero dwte {fastest(p.dwte.fill, 0, runs=5) * 1e3:.2f} ms")
 
 # %% [markdown]
 # A time below the prediction means that the rows were still in a cache from
-# the run before. The last line shows where the cost of an embedding lies. The table is much
-# larger than the rows that a batch reads, and to set its gradient to zero
-# takes longer than to compute it. The same holds for the optimiser, which
-# visits every parameter. The encoder saves nothing for its backward pass:
-# zero activations but its output, which the next layer needs.
+# the run before. The last line shows where the cost of an embedding lies. The
+# table is much larger than the rows that a batch reads, and to set its
+# gradient to zero takes longer than to compute it. The same holds for the
+# optimiser, which visits every parameter. The encoder saves nothing for its
+# backward pass: zero activations but its output, which the next layer needs.
 
 # %% [markdown]
 # ## See it

@@ -357,11 +357,11 @@ def _layernorm_forward(out, mean, rstd, inp, weight, bias):
     rows, C = inp.shape
     for n in numba.prange(rows):
         x, y = inp[n], out[n]
-        total = x[0] * 0
+        total = inp.dtype.type(0)
         for i in range(C):
             total += x[i]
         mu = total / inp.dtype.type(C)
-        squares = x[0] * 0
+        squares = inp.dtype.type(0)
         for i in range(C):
             squares += (x[i] - mu) * (x[i] - mu)
         variance = squares / inp.dtype.type(C)
@@ -373,9 +373,10 @@ def _layernorm_forward(out, mean, rstd, inp, weight, bias):
 
 
 # %% [markdown]
-# Every constant takes the array's own dtype. A bare `1e-5` is a float64
-# and would pull the whole row into float64, at half the speed and with
-# other rounding.
+# Every constant takes the array's own dtype, the zeros too. A bare `1e-5`
+# is a float64, and numba makes float64 of a float32 times an integer as
+# well; either would pull the whole row into float64, at half the speed and
+# with other rounding.
 #
 # numba does not check bounds: an array that is too short means a read from
 # somebody else's memory. So the public function checks shapes and dtypes
@@ -433,8 +434,7 @@ def _backward_rows(dinp, dout, inp, weight, mean, rstd):
     for n in numba.prange(rows):
         x, dy, dx = inp[n], dout[n], dinp[n]
         mu, r = mean[n], rstd[n]
-        a = mu * 0
-        b = mu * 0
+        a = b = inp.dtype.type(0)
         for i in range(C):
             dnorm = dy[i] * weight[i]
             a += dnorm

@@ -307,13 +307,13 @@ def wrong_order(out, a, w):
                 out[n, o] += a[n, c] * w[o, c]
 
 
-climb("wrong order", wrong_order, runs=2)
+climb("wrong order", wrong_order, runs=1)
 
 
 # %% [markdown]
 # **The right order.** Innermost over input channels, both factors run along
-# memory and the sum stays in a register. A register of this machine's
-# vector unit holds 8 numbers of float32, and one instruction, the fused
+# memory and the sum stays in a register. A vector register of an AVX2
+# processor holds 8 numbers of float32, and one instruction, the fused
 # multiply-add or FMA, multiplies 8 pairs and adds them to 8 running sums.
 # LLVM may use it because `fastmath` lets it split one sum into 8 that are
 # added at the end.
@@ -333,9 +333,9 @@ def right_order(out, a, w):
 climb("right order", right_order, runs=5)
 
 # %% [markdown]
-# **Nine sums at once.** Each FMA of step 2 needs two loads, and a core
-# does as many loads as FMAs in a cycle, or fewer. So it waits for data, even
-# when they are in its nearest cache. Take three tokens and three output
+# **Nine sums at once.** Each FMA of step 2 needs two loads, and a core can
+# do about as many loads as FMAs in a cycle. So it waits for data, even when
+# they are in its nearest cache. Take three tokens and three output
 # channels together: six loads bring what nine FMAs need. The nine running
 # sums fill nine of the sixteen vector registers. They also do not depend
 # on one another, which matters as much: an FMA takes about four cycles to
@@ -354,8 +354,9 @@ for ax, size in zip(axes, (1, 3), strict=True):
             orange = PALETTE["orange"]
             ax.add_patch(plt.Rectangle(cell, 0.8, 0.8, color=orange))
     ax.text(1.3, 3.0, "inp", ha="center", color=PALETTE["blue"])
-    ax.text(6.3, 4.3, "weight", ha="left", color=PALETTE["green"])
-    ax.text(6.3, 1.3, "sums", ha="left", color=PALETTE["orange"])
+    right, middle = 3.2 + size, 2.9 - size / 2
+    ax.text(right, 4.3, "weight", ha="left", color=PALETTE["green"])
+    ax.text(right, middle, "sums", va="center", color=PALETTE["orange"])
     title = f"{2 * size} loads for {size**2} FMA" + "s" * (size > 1)
     ax.set(xlim=(-0.2, 8.2), ylim=(-0.2, 5.6), title=title, aspect="equal")
     ax.axis("off")
@@ -515,9 +516,9 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 5.3. The order of the loops and the nine sums bring the largest
-# gains; with them a page of Python comes into the range of a tuned
-# library.*
+# *Figure 5.3. The order of the loops matters most. Nine sums and blocks each
+# gain on the step before, and bring a page of Python into the range of a
+# tuned library (grey).*
 
 # %% [markdown]
 # The public function checks its arguments and views (B, T, ·) as rows:
@@ -826,7 +827,11 @@ xs, ys = zip(*points.values(), strict=True)
 ax.plot(xs, ys, "o", color=PALETTE["orange"], label="forward, measured")
 for n, (x, y) in points.items():
     ax.annotate(f"N={n}", (x, y), (6, -12), textcoords="offset points")
-ax.set(xlabel="FLOP a byte", ylabel="GFLOP/s")
+ax.set(xlabel="FLOP a byte", ylabel="GFLOP/s", xticks=[1, 10, 100])
+ax.set_yticks([1, 10, 100])
+ax.xaxis.set_major_formatter("{x:g}")
+ax.yaxis.set_major_formatter("{x:g}")
+ax.tick_params(which="minor", labelleft=False, labelbottom=False)
 ax.legend(loc="lower right", frameon=False)
 ax.spines[["top", "right"]].set_visible(False)
 fig.tight_layout()
@@ -958,7 +963,7 @@ compare("dU", dU, numerical_gradient(corrected, U), tol=1e-8)
 compare("dV", dV, numerical_gradient(corrected, V), tol=1e-8)
 
 # %% [markdown]
-# **4** (★★★). The vector unit splits a sum into 8 sums that are added at
+# **4** (★★★). An AVX2 unit splits a sum into 8 sums that are added at
 # the end. Does that make the result better or worse? Add $2^{20}$ float32
 # numbers between 0 and 1 one after the other, then in 8 lanes, and compare
 # both errors.

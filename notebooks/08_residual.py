@@ -465,7 +465,7 @@ plt.show()
 # %% [markdown]
 # *Figure 8.2. The gradient enters at the right, above half block 24, and
 # travels left. With neither LayerNorm nor the addition it shrinks to a
-# third at each half block and ends at a millionth of a millionth of its
+# third at each half block and ends below a millionth of a millionth of its
 # size. LayerNorm alone keeps the size, and the direction is lost after one
 # half block. The addition alone keeps the size within a factor of ten, and
 # the direction fades. With both, size and direction last.*
@@ -480,7 +480,7 @@ plt.show()
 # %% the same in numbers that could fail
 ends = {name: grads[0] for name, (_, grads) in chains.items()}
 ratio = {name: size(d) / size(top) for name, d in ends.items()}
-verdict("neither", ratio["neither"] < 1e-9, "is below 1e-09 of the top")
+verdict("neither", ratio["neither"] < 1e-12, "is below 1e-12 of the top")
 for name in ("LayerNorm", "addition", "both"):
     verdict(name, 0.1 < ratio[name] < 10, "within 10 times the top")
 cosine = {

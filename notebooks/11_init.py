@@ -580,7 +580,10 @@ class ScalarNormals(MersenneTwister):
 # core's caches, and no temporary grows with the model.
 
 
-# %% its checks tags=["exporti"]
+# %% the size of a chunk and the checks tags=["exporti"]
+CHUNK = 2**14  # numbers drawn at a time: they stay in the cache
+
+
 def check_normal(array, std):
     """Raise unless normal_ can fill `array`; std must not be negative."""
     check_float("normal_: array", array)
@@ -592,9 +595,6 @@ def check_normal(array, std):
 
 
 # %% the generator tags=["export"]
-CHUNK = 2**14  # numbers drawn at a time: they stay in the cache
-
-
 class Generator(ScalarNormals):
     """Normal numbers as torch.Generator draws them on the CPU.
 
@@ -609,7 +609,8 @@ class Generator(ScalarNormals):
         check_normal(array, std)
         flat, n = array.reshape(-1), array.size
         if n < 16:
-            flat[:] = [self.normal() * std + mean for _ in range(n)]
+            few = [self.normal() * std + mean for _ in range(n)]
+            flat[:] = np.array(few, np.float32)
             return
         for start in range(0, n - n % 16, CHUNK):
             u = self.uniform(min(CHUNK, n - n % 16 - start))
@@ -837,7 +838,7 @@ print(f"124M weights in {words * each:.1f} s")
 # NumPy's own `Generator.normal` would have been one line and is as good a
 # source. It draws other numbers, though, and our model could then be
 # compared with PyTorch's only by carrying weights across, never from a bare
-# seed. So we pay forty lines for equal draws.
+# seed. So we pay a page of code for equal draws.
 #
 # MT19937 has a price too: word $k + 1$ needs the words before it, so one
 # thread draws them all. Counter-based generators, such as Philox, compute

@@ -718,7 +718,7 @@ plt.show()
 # | `tokenizer.tiktoken` | the tokenizer's ranks |
 #
 # Each file is written beside its place and renamed into it, by `replacing`
-# from [chapter 2](02_memory.ipynb). A run that is stopped in the middle of
+# from [chapter 0](00_gpt2.ipynb). A run that is stopped in the middle of
 # writing leaves the old file or the new one, and never half of one.
 
 

@@ -87,6 +87,7 @@ import jupytext
 from llmnb.files import replacing
 
 # %% one exported cell tags=["export"]
+MARKER = "# " + "%%"  # apart, so that no module holds a marker itself
 ROOT = Path(__file__).parents[1] if "__file__" in globals() else Path("..")
 
 
@@ -140,7 +141,7 @@ def cell_lines(path):
     lines = Path(path).read_text("utf-8").splitlines()
     starts = []
     for i, line in enumerate(lines):
-        if line.startswith("# %%"):
+        if line.startswith(MARKER):
             first = i + 1
             while first < len(lines) and not lines[first].strip():
                 first += 1

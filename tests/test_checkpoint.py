@@ -41,6 +41,27 @@ def test_the_bytes_are_llm_cs(saved):
     np.testing.assert_array_equal(body[-15:], model.params["lnfb"])
 
 
+def test_safetensors_are_hugging_faces(saved, tmp_path):
+    from safetensors.numpy import load_file
+
+    model, _ = saved
+    model.save_checkpoint(tmp_path / "model.safetensors")
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert len(tensors) == 4 + 2 * 12
+    p = model.params
+    for got, want in (
+        (tensors["wte.weight"], p["wte"][:131]),
+        (tensors["wpe.weight"], p["wpe"]),
+        (tensors["ln_f.bias"], p["lnfb"]),
+        (tensors["h.1.ln_2.weight"], p["ln2w"][1]),
+        (tensors["h.0.attn.c_attn.weight"], p["qkvw"][0].T),
+        (tensors["h.1.attn.c_proj.weight"], p["attprojw"][1].T),
+        (tensors["h.1.mlp.c_fc.bias"], p["fcb"][1]),
+        (tensors["h.1.mlp.c_proj.weight"], p["fcprojw"][1].T),
+    ):
+        np.testing.assert_array_equal(got, want)
+
+
 def header(path, index, value):
     """Overwrite one number of a file's header."""
     raw = bytearray(path.read_bytes())

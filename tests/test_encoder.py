@@ -108,7 +108,7 @@ def test_backward_reads_only_the_rows_of_its_tokens():
 def changed(i, change):
     """Arguments of both functions with one of them changed."""
     inp, wte, wpe, dout = problem(2, 3, 4, 5, np.float32)
-    forward = [np.empty_like(dout), inp, wte, wpe]
+    forward = [np.zeros_like(dout), inp, wte, wpe]
     backward = [np.zeros_like(wte), np.zeros_like(wpe), dout, inp]
     j = {0: 2, 1: 3, 2: 0, 3: 1}[i]
     forward[i] = change(forward[i])

@@ -85,8 +85,9 @@ def there():
     )
     assert "def here" in files["thing.py"]
     assert "def there" in files["cpu/there.py"]
-    assert "from llmnb.cpu.there import (\n    there,\n)" in (
-        files["cpu/__init__.py"]
+    assert (
+        "from llmnb.cpu.there import (\n    there,\n)"
+        in (files["cpu/__init__.py"])
     )
 
 

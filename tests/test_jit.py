@@ -22,27 +22,22 @@ FACTOR = 2
 def scaled(x):
     return FACTOR * x
 """
-KERNEL = """import numba
-
-from llmnb.cpu.callee import scaled
-from llmnb.cpu.jit import kernel
+CALLER = """from llmnb.cpu.callee import scaled
+from llmnb.cpu.jit import inner
 
 
-@kernel
-def fill(out, x):
-    for i in numba.prange(len(out)):
-        out[i] = scaled(x)
+@inner
+def call(x):
+    return scaled(x)
 """
 PROGRAM = """
-import json, numpy, numba
+import json, numba
 before = numba.config.CACHE_DIR
-from llmnb.cpu.caller import fill
-out = numpy.zeros(3)
-fill(out, 10.0)
+from llmnb.cpu.caller import call
 print(json.dumps({
-    "result": out[0],
-    "hits": sum(fill.stats.cache_hits.values()),
-    "folder": str(fill.stats.cache_path),
+    "result": call(10.0),
+    "hits": sum(call.stats.cache_hits.values()),
+    "folder": str(call.stats.cache_path),
     "restored": numba.config.CACHE_DIR == before,
 }))
 """
@@ -50,11 +45,11 @@ print(json.dumps({
 
 @pytest.fixture
 def copy(tmp_path):
-    """A copy of the package with a kernel whose callee is another file."""
+    """A copy of the package with a kernel and its callee in two files."""
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(PACKAGE, tmp_path / "llmnb", ignore=ignore)
     (tmp_path / "llmnb" / "cpu" / "callee.py").write_text(CALLEE)
-    (tmp_path / "llmnb" / "cpu" / "caller.py").write_text(KERNEL)
+    (tmp_path / "llmnb" / "cpu" / "caller.py").write_text(CALLER)
     return tmp_path
 
 

@@ -112,9 +112,8 @@ def _forward_rows(out, lse, qkv, b, h, first):
     tile = carray(_reserve(zero, KEYS), KEYS)
     top = carray(_reserve(zero, ROWS), ROWS)
     total = carray(_reserve(zero, ROWS), ROWS)
-    for t in range(first, last):
-        top[t - first], total[t - first] = lse.dtype.type(-1e30), zero
-        out[b * T + t, h] = zero
+    top[:], total[:] = lse.dtype.type(-1e30), zero
+    out[b * T + first : b * T + last, h] = zero
     for u in range(0, last, KEYS):
         for t in range(max(first, u), last):
             r, row, n = t - first, b * T + t, min(KEYS, t + 1 - u)

@@ -31,11 +31,11 @@ def _layernorm_forward(out, mean, rstd, inp, weight, bias):
     rows, C = inp.shape
     for n in numba.prange(rows):
         x, y = inp[n], out[n]
-        total = x[0] * 0
+        total = inp.dtype.type(0)
         for i in range(C):
             total += x[i]
         mu = total / inp.dtype.type(C)
-        squares = x[0] * 0
+        squares = inp.dtype.type(0)
         for i in range(C):
             squares += (x[i] - mu) * (x[i] - mu)
         variance = squares / inp.dtype.type(C)
@@ -88,8 +88,7 @@ def _backward_rows(dinp, dout, inp, weight, mean, rstd):
     for n in numba.prange(rows):
         x, dy, dx = inp[n], dout[n], dinp[n]
         mu, r = mean[n], rstd[n]
-        a = mu * 0
-        b = mu * 0
+        a = b = inp.dtype.type(0)
         for i in range(C):
             dnorm = dy[i] * weight[i]
             a += dnorm

@@ -24,7 +24,7 @@ from llmnb.cpu.jit import inner
 # the constants
 LIMIT = np.float32(88)
 LOG2_E = np.float32(math.log2(math.e))
-LOG_2_HIGH = np.float32(0.693359375)  # 355 / 512: ten bits
+LOG_2_HIGH = np.float32(0.693359375)  # 355 / 512: nine bits
 LOG_2_LOW = np.float32(math.log(2) - 0.693359375)
 HALF, ONE, BIAS = np.float32(0.5), np.float32(1), np.float32(127)
 SHIFT = np.float32(2**23)

@@ -1,0 +1,18 @@
+// A formula within a line does not break. Where it is wider than its
+// paragraph (on a phone), it scrolls in a box of its own.
+addEventListener("load", async () => {
+  await window.MathJax?.startup?.promise;
+  const formulas = document.querySelectorAll("article span.math");
+  const fit = () => {
+    for (const x of formulas) x.classList.remove("wide");
+    for (const x of formulas) {
+      const block = x.closest("p, li, dd, td, th, h1, h2, h3");
+      if (!block || x.closest("table")) continue;
+      const right = block.getBoundingClientRect().right;
+      const wide = x.getBoundingClientRect().right > right + 1;
+      x.classList.toggle("wide", wide);
+    }
+  };
+  fit();
+  addEventListener("resize", fit);
+});

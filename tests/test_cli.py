@@ -1,0 +1,317 @@
+"""The command line: what users type, see and get wrong."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+from llmnb import tokenizer
+from llmnb.cli import main
+from llmnb.config import GPT2Config
+from llmnb.data import read_shard
+from llmnb.gpt2 import GPT2
+from llmnb.train import TrainConfig
+
+TINY = (
+    "--tokenizer byte --limit 30000 --num-layers 1 --num-heads 2 "
+    "--channels 16 --seq-len 16 --batch-size 2 --steps 6 --eval-every 4 "
+    "--backend reference"
+)
+FILES = [
+    "config.json",
+    "log.csv",
+    "loss.png",
+    "model.bin",
+    "sample.txt",
+    "tokenizer.tiktoken",
+]
+
+
+@pytest.fixture
+def llmnb(tmp_path, monkeypatch, capsys):
+    """Run a command in an empty folder; gives its code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LLMNB_TRACEBACK", raising=False)
+
+    def run(*args):
+        code = 0
+        try:
+            main([str(x) for x in args])
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    main(["train", "--out", str(folder), *TINY.split()])
+    return folder
+
+
+# train
+
+
+def test_train_twice_makes_two_folders(llmnb, tmp_path):
+    code, out, err = llmnb("train", *TINY.split())
+    assert code == 0
+    assert "stdlib (Python " in out and "30,000 characters" in out
+    assert "unigram" in out and "runs/stdlib" in out.replace("\\", "/")
+    assert "6/6" in err and "loss=" in err and "tok/s=" in err
+    run = tmp_path / "runs" / "stdlib"
+    assert sorted(x.name for x in run.iterdir()) == FILES
+    sample = (run / "sample.txt").read_bytes().decode("utf-8")
+    assert sample in out
+    code, out, _ = llmnb("train", *TINY.split())
+    assert code == 0
+    second = tmp_path / "runs" / "stdlib-2"
+    assert sorted(x.name for x in second.iterdir()) == FILES
+    first = (run / "model.bin").read_bytes()
+    assert first == (second / "model.bin").read_bytes()
+
+
+def test_train_records_what_was_asked(trained):
+    found = json.loads((trained / "config.json").read_text("utf-8"))
+    assert found["config"]["channels"] == 16
+    assert found["config"]["corpus"] == ["stdlib"]
+    lines = (trained / "log.csv").read_text("utf-8").splitlines()
+    assert len(lines) == 1 + 6 + 1
+
+
+def test_train_refuses_a_folder_in_use(llmnb, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").write_text("x")
+    code, out, err = llmnb("train", "--out", "mine", *TINY.split())
+    assert (code, out) == (1, "")
+    assert err == "llmnb: error: mine exists and is not empty\n"
+    code, _, _ = llmnb("train", "--out", "mine", "--force", *TINY.split())
+    assert code == 0
+    assert sorted(x.name for x in (tmp_path / "mine").iterdir()) == sorted(
+        [*FILES, "x"]
+    )
+
+
+def test_train_on_files(llmnb, tmp_path):
+    (tmp_path / "tale.txt").write_text("once upon a time " * 99, "utf-8")
+    code, out, _ = llmnb("train", "--corpus", "tale.txt", *TINY.split())
+    assert code == 0
+    assert "tale.txt: 1 documents, 1,683 characters" in out
+    assert (tmp_path / "runs" / "tale" / "model.bin").exists()
+
+
+def test_interrupted_training_keeps_what_there_is(
+    llmnb, tmp_path, monkeypatch
+):
+    from llmnb import train as module
+
+    whole = module.train
+
+    def interrupted(*args):
+        for step in whole(*args):
+            if step.step == 3:
+                raise KeyboardInterrupt
+            yield step
+
+    monkeypatch.setattr(module, "train", interrupted)
+    code, _, err = llmnb("train", "--out", "cut", *TINY.split())
+    assert code == 0 and "stopped" in err
+    assert sorted(x.name for x in (tmp_path / "cut").iterdir()) == FILES
+    lines = (tmp_path / "cut" / "log.csv").read_text("utf-8").splitlines()
+    assert len(lines) == 1 + 3
+
+
+def test_diverging_training(llmnb, tmp_path):
+    args = ["--learning-rate", "1e30", "--clip", "0", "--steps", "50"]
+    with np.errstate(all="ignore"):
+        code, _, err = llmnb("train", "--out", "bad", *TINY.split(), *args)
+    assert code == 1
+    assert re.search(r"llmnb: error: the .* at step \d+ .*", err)
+    assert "Traceback" not in err
+    assert (tmp_path / "bad" / "log.csv").exists()
+    assert not (tmp_path / "bad" / "model.bin").exists()
+
+
+# generate
+
+
+def test_generate(llmnb, trained):
+    ask = ["generate", trained, "--prompt", "def f", "--tokens", 30]
+    code, out, err = llmnb(*ask)
+    assert (code, err) == (0, "")
+    assert out.startswith("def f") and len(out) > 10
+    assert llmnb(*ask)[1] == out
+    assert llmnb(*ask, "--seed", 7)[1] != out
+    greedy = llmnb(*ask, "--temperature", 0)[1]
+    assert greedy == llmnb(*ask, "--top-k", 1, "--seed", 9)[1]
+    assert greedy == llmnb(*ask, "--top-p", 1e-9, "--seed", 9)[1]
+
+
+def test_generate_takes_the_newest_run(llmnb, tmp_path):
+    llmnb("train", *TINY.split())
+    llmnb("train", *TINY.split())
+    code, _, err = llmnb("generate", "--tokens", 3)
+    assert code == 0
+    assert "stdlib-2" in err
+
+
+def test_generate_from_a_bin_file(llmnb, tmp_path):
+    cfg = GPT2Config(32, 257, 1, 2, 16)
+    GPT2(cfg, 1, 8, "reference").save_checkpoint(tmp_path / "m.bin")
+    ask = ["generate", "m.bin", "--prompt", "ab", "--tokens", 50]
+    code, out, _ = llmnb(*ask, "--tokenizer", "byte")
+    assert code == 0 and out.startswith("ab")
+    tokens = [b"x" * 3, *(bytes([i]) for i in range(256))]
+    ranks = tokenizer._encoding("other", tokens)
+    tokenizer.save(ranks, tmp_path / "other.tiktoken")
+    code, _, err = llmnb(*ask, "--tokenizer", "other.tiktoken")
+    assert code == 1
+    assert "m.bin has 257 tokens, the tokenizer other.tiktoken has 258" in err
+
+
+# data
+
+
+def test_data_then_train(llmnb, tmp_path):
+    (tmp_path / "a.txt").write_text("spam and eggs. " * 200, "utf-8")
+    code, out, _ = llmnb(
+        "data", "shards", "--corpus", "a.txt", "--vocab-size", 260
+    )
+    assert code == 0 and "llmnb train --shards shards" in out
+    names = sorted(x.name for x in (tmp_path / "shards").iterdir())
+    assert names == ["tokenizer.tiktoken", "train.bin", "val.bin"]
+    encoding = tokenizer.load(tmp_path / "shards" / "tokenizer.tiktoken")
+    assert encoding.n_vocab == 260
+    parts = [
+        read_shard(tmp_path / "shards" / f"{x}.bin") for x in ("val", "train")
+    ]
+    text = encoding.decode(np.concatenate(parts).tolist())
+    assert text == "<|endoftext|>" + "spam and eggs. " * 200
+    code, out, _ = llmnb("train", "--shards", "shards", *TINY.split())
+    assert code == 0 and "shards in shards" in out
+    assert "260 tokens" in out
+
+
+# bench and info
+
+
+SMALL = (
+    "--num-layers 1 --num-heads 2 --channels 16 --seq-len 16 "
+    "--batch-size 2 --vocab-size 300 --backend reference"
+)
+
+
+def test_bench(llmnb):
+    code, out, _ = llmnb("bench", "--steps", 2, *SMALL.split())
+    assert code == 0
+    assert "tokens/s" in out and "matmul_backward" in out
+    code, out, _ = llmnb("bench", "--steps", 2, "--json", *SMALL.split())
+    assert code == 0
+    assert json.loads(out)["model"]["vocab_size"] == 300
+
+
+def test_info(llmnb):
+    code, out, _ = llmnb("info")
+    assert code == 0
+    assert re.search(r"versions +llmnb \d", out)
+    args = "--num-layers 12 --num-heads 12 --channels 768 --seq-len 1024"
+    code, out, _ = llmnb("info", *args.split(), "--vocab-size", 50257)
+    assert "124,475,904" in out
+    model = GPT2(GPT2Config(16, 300, 1, 2, 16), 2, 16, "reference")
+    megabytes = f"{model.memory.nbytes / 1e6:.1f} MB"
+    assert megabytes in llmnb("info", *SMALL.split())[1]
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        ("", 2, "the following arguments are required: COMMAND"),
+        ("trian", 2, "invalid choice: 'trian'"),
+        ("train --stepz 3", 2, "unrecognized arguments: --stepz 3"),
+        ("train --steps three", 2, "--steps: invalid int value: 'three'"),
+        ("train --steps 0", 1, "steps must be at least 1, got 0"),
+        ("train --channels 130", 1, "channels must be a multiple"),
+        ("train --schedule stairs", 1, "no kind 'stairs'"),
+        ("train --corpus nowhere", 1, "nowhere"),
+        ("train --tokenizer none --limit 99", 1, "none: No such file"),
+        ("train --limit 200 --tokenizer byte", 1, "token"),
+        ("train --threads 0", 1, "threads"),
+        ("train --backend quantum --limit 300000", 1, "quantum"),
+        ("generate", 1, "there is no run in runs/ here"),
+        ("generate nowhere", 1, "there is no run nowhere"),
+        ("generate . ", 1, "config.json: No such file"),
+        ("generate x --temperature -1", 1, "temperature must be at least 0"),
+        ("generate x --top-p 2", 1, "top_p must be above 0 and at most 1"),
+        ("generate x --top-k 0", 1, "top_k must be a whole number"),
+        ("data", 2, "the following arguments are required: FOLDER"),
+        ("data out --vocab-size 3", 1, "3"),
+        ("bench --steps 0 --backend reference", 1, "steps must be at least 1"),
+        ("info --num-heads 7", 1, "multiple of num_heads"),
+    ],
+)
+def test_mistakes_get_one_line(llmnb, command, code, message):
+    got, _, err = llmnb(*command.split())
+    assert got == code
+    assert message in err
+    assert err.count("\n") == 1 and "rror: " in err
+
+
+def test_tracebacks_on_request(llmnb, monkeypatch):
+    monkeypatch.setenv("LLMNB_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        llmnb("train", "--steps", 0)
+
+
+# help
+
+
+def test_help_explains_every_option(llmnb):
+    code, out, _ = llmnb("train", "--help")
+    assert code == 0
+    text = " ".join(out.split())
+    for field in fields(TrainConfig):
+        assert "--" + field.name.replace("_", "-") in text
+        assert field.metadata["help"] in text
+        if field.default not in ("", ("stdlib",)):
+            shown = f"{field.metadata['help']} (default: {field.default})"
+            assert shown in text
+    assert "(default: stdlib)" in text
+
+
+def test_every_command_has_help(llmnb):
+    for command in ("train", "generate", "data", "bench", "info"):
+        code, out, _ = llmnb(command, "--help")
+        assert code == 0 and len(out) > 200
+        assert f"  {command} " in llmnb("--help")[1]
+
+
+def test_help_is_light():
+    code = (
+        "import sys\n"
+        "from llmnb.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'numba', 'matplotlib', 'tiktoken'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        timeout=60,
+        stdout=subprocess.DEVNULL,
+    )
+
+
+def test_as_a_module():
+    command = [sys.executable, "-m", "llmnb.cli", "--version"]
+    got = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert got.returncode == 0
+    assert re.fullmatch(r"llmnb \d+\.\d+\S*\n", got.stdout)
