@@ -31,6 +31,7 @@ notebooks: export ## run the notebooks (ARGS="04 05" for some) and keep outputs
 	$(BIN)/python -m llmnb.notebook $(ARGS)
 
 book: .venv/.book ## build the book into book/_build/html
+	rm -rf book/_build
 	$(BIN)/jupyter-book build . --config book/_config.yml \
 		--toc book/_toc.yml --path-output book -W -n --keep-going
 

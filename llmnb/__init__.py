@@ -11,7 +11,7 @@ __all__ = []
 
 # imports of the package
 import importlib
-from pathlib import Path
+import importlib.util
 
 
 # the package's front door
@@ -23,6 +23,6 @@ def __getattr__(name):
     """Import a module, GPT2 or GPT2Config when it is first asked for."""
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
-    if next(Path(__file__).parent.glob(f"{name}*"), None):
+    if importlib.util.find_spec(f"llmnb.{name}"):
         return importlib.import_module(f"llmnb.{name}")
     raise AttributeError(f"llmnb has no {name!r}")

@@ -53,6 +53,7 @@ def write_checkpoint(path, cfg, params):
             file.write(part.astype("<f4", copy=False).data)
 
 
+# the six sizes
 def _sizes(cfg):
     return (
         cfg.max_seq_len,
@@ -99,6 +100,7 @@ def read_config(path):
     return cfg
 
 
+# check the length
 def _check_length(path, cfg):
     count = parameter_count(cfg)
     want, got = 4 * HEADER + 4 * count, os.path.getsize(path)

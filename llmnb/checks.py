@@ -41,6 +41,7 @@ def check_array(name, array, shape, dtype):
         raise ValueError(f"{name} must be C-contiguous")
 
 
+# check a dtype
 def check_float(name, array):
     """Raise TypeError unless `array` is a float32 or float64 ndarray.
 

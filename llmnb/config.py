@@ -22,7 +22,7 @@ from dataclasses import dataclass
 # the configuration
 @dataclass(frozen=True)
 class GPT2Config:
-    """The six numbers that fix a GPT-2's shape; the defaults are its 124M.
+    """The numbers that fix a GPT-2's shape; the defaults are its 124M.
 
     max_seq_len: positions the model knows. vocab_size: tokens it knows (V).
     num_layers (L), num_heads (NH) and channels (C): C must be a multiple of

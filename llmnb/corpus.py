@@ -26,6 +26,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from llmnb.files import replacing
+
 
 # where the text is
 SKIPPED = {
@@ -110,25 +112,23 @@ def _cache_folder():
 def _download(url, path):
     """Fetch a file into place; progress goes to stderr."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        with urllib.request.urlopen(url, timeout=30) as reply:
-            size = int(reply.headers.get("Content-Length") or 0) or None
-            bar = tqdm(total=size, unit="B", unit_scale=True, desc=path.name)
-            with bar, open(beside, "wb") as file:
-                while block := reply.read(1 << 16):
-                    file.write(block)
-                    bar.update(len(block))
-        _check_hash(beside, url)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    raw = bytearray()
+    with urllib.request.urlopen(url, timeout=30) as reply:
+        size = int(reply.headers.get("Content-Length") or 0) or None
+        bar = tqdm(total=size, unit="B", unit_scale=True, desc=path.name)
+        with bar:
+            while block := reply.read(1 << 16):
+                raw += block
+                bar.update(len(block))
+    _check_hash(raw, url)
+    with replacing(path) as file:
+        file.write(raw)
 
 
 # check a download
-def _check_hash(path, name):
-    """Raise ValueError unless the file is tinyshakespeare."""
-    got = hashlib.sha256(path.read_bytes()).hexdigest()
+def _check_hash(raw, name):
+    """Raise ValueError unless these bytes are tinyshakespeare."""
+    got = hashlib.sha256(raw).hexdigest()
     if got != SHAKESPEARE_SHA256:
         raise ValueError(
             f"{name} must have the SHA-256 {SHAKESPEARE_SHA256} to be "
@@ -153,8 +153,9 @@ def _tinyshakespeare():
                     f"({error}); put it as {name} into a folder and name "
                     f"the folder in LLMNB_DATA"
                 ) from error
-    _check_hash(path, path)
-    return path.read_bytes().decode("utf-8")
+    raw = path.read_bytes()
+    _check_hash(raw, path)
+    return raw.decode("utf-8")
 
 
 # documents

@@ -15,9 +15,10 @@ __all__ = [
 
 # imports of the data
 import os
-from pathlib import Path
 
 import numpy as np
+
+from llmnb.files import replacing
 
 
 # the header of a shard
@@ -50,12 +51,9 @@ def write_shard(path, tokens):
         )
     header = np.zeros(256, "<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens.size
-    path = Path(path)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.new")
-    with open(beside, "wb") as file:
+    with replacing(path) as file:
         header.tofile(file)
         tokens.astype("<u2", copy=False).tofile(file)
-    os.replace(beside, path)
 
 
 # check a stream of tokens

@@ -84,6 +84,7 @@ def draw_box(ax, label, x, y, lit):
     )  # fmt: skip
 
 
+# one arrow
 def draw_arrow(ax, points):
     """Draw an arrow through these points.
 

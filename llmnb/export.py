@@ -32,6 +32,7 @@ __all__ = [
     "read_chapters",
     "read_heading",
     "refuse_loading",
+    "refuse_other_forms",
     "render",
     "render_folder",
     "render_index",
@@ -305,11 +306,26 @@ def check_imports(module, modules):
     """
     for cell, tree in zip(module.cells, module.trees, strict=True):
         for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                source, names = node.module, [a.name for a in node.names]
-                if source.split(".")[0] == "llmnb" and not node.level:
-                    for name in names:
-                        check_import(module, modules, cell, node, name)
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                refuse_other_forms(cell, node)
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            if node.module.split(".")[0] == "llmnb":
+                for name in node.names:
+                    check_import(module, modules, cell, node, name.name)
+
+
+def refuse_other_forms(cell, node):
+    """Refuse `import llmnb.module`, and an import that begins with a dot.
+
+    Derived in chapter 15.
+    """
+    whole = isinstance(node, ast.Import) and any(
+        a.name.split(".")[0] == "llmnb" for a in node.names
+    )
+    if whole or getattr(node, "level", 0):
+        text = ast.unparse(node)
+        cell.fail(node.lineno, f"write `from llmnb.module import`: {text}")
 
 
 def check_import(module, modules, cell, node, name):

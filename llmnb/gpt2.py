@@ -171,7 +171,7 @@ def _check_shape(cfg, batch_size, seq_len):
 
 # the model
 class GPT2:
-    """GPT-2 with its gradients and its optimizer, in one block of memory.
+    """GPT-2 with its gradients and its optimiser, in one block of memory.
 
     cfg: a GPT2Config. batch_size (B) and seq_len (T): the shape of every
     batch. backend: "cpu" or "reference". precision: "fp32" or "fp64".
@@ -239,9 +239,11 @@ class GPT2:
         `logits`. Raises TypeError or ValueError for anything else before it
         computes.
         """
-        self._take("tokens", tokens)
+        batch = {"tokens": self._checked("tokens", tokens)}
         if targets is not None:
-            self._take("targets", targets)
+            batch["targets"] = self._checked("targets", targets)
+        for name, array in batch.items():
+            self._batch[name][...] = array
         self._state = "logits"
         self._forward()
         if targets is None:
@@ -257,8 +259,8 @@ class GPT2:
         )
         return float(a["losses"].mean(dtype=np.float64))
 
-    def _take(self, name, tokens):
-        """Check a batch of tokens and copy it into the arena."""
+    def _checked(self, name, tokens):
+        """A batch of tokens as an array, if it can be one."""
         tokens = np.asarray(tokens)
         shape = self.batch_size, self.seq_len
         if tokens.shape != shape:
@@ -267,7 +269,7 @@ class GPT2:
                 f"got {tokens.shape}"
             )
         check_tokens(f"GPT2.forward: {name}", tokens, self.cfg.vocab_size)
-        self._batch[name][...] = tokens
+        return tokens
 
     def _forward(self):
         a, p = self._acts, self.params
@@ -370,8 +372,11 @@ class GPT2:
         """One step of AdamW on all parameters; step counts from 1.
 
         decay: the names of the tensors that weight_decay applies to, or
-        None for all of them. Raises ValueError for a value out of range.
+        None for all of them. Raises ValueError for a value out of range and
+        for a name that is no tensor's.
         """
+        for name in () if decay is None else decay:
+            _choose("a name in decay", name, self.params)
         numbers = learning_rate, beta1, beta2, eps
         if decay is None:
             groups = [("flat", weight_decay)]

@@ -16,6 +16,10 @@ __all__ = [
 ]
 
 
+# imports of the schedule
+import math
+
+
 # which tensors decay
 MATRICES = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")
 VECTORS = (
@@ -35,10 +39,6 @@ def decayed(name):
     if name not in MATRICES + VECTORS:
         raise ValueError(f"decayed: no tensor is called {name!r}")
     return name in MATRICES
-
-
-# imports of the schedule
-import math
 
 
 # the schedule

@@ -35,6 +35,7 @@ def fastest(function, *args, runs=15):
     return best
 
 
+# the machine's name
 def machine():
     """One line that names this machine's processor, system and Python.
 

@@ -18,12 +18,13 @@ __all__ = [
 # imports of the tokenizer
 import base64
 import heapq
-import os
 from collections import Counter
 from pathlib import Path
 
 import regex
 import tiktoken
+
+from llmnb.files import replacing
 
 
 # how a text is cut into words
@@ -192,10 +193,8 @@ def save(encoding, path):
     for rank in range(eot):
         token = base64.b64encode(encoding.decode_single_token_bytes(rank))
         lines.append(b"%s %d\n" % (token, rank))
-    path = Path(path)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.new")
-    beside.write_bytes(b"".join(lines))
-    os.replace(beside, path)
+    with replacing(path) as file:
+        file.write(b"".join(lines))
 
 
 # read one line of a rank file

@@ -30,6 +30,7 @@ def verdict(name, ok, claim):
         raise AssertionError(f"{name}: not {claim}")
 
 
+# compare two arrays
 def compare(name, got, want, tol=1e-5):
     """Print a verdict on two arrays: is their largest difference below tol?
 

@@ -48,7 +48,14 @@ import numpy as np
 # ## The model
 #
 # Every chapter opens with the same picture and lights the part that it
-# builds. Here is all of it.
+# builds. The cells that draw it come first.
+#
+# They are the first of many that are marked as *exported*. What they define
+# is written, under the same names, to the Python package `llmnb`, here to its
+# module `llmnb.diagram`, and later chapters import it from there
+# ([chapter 15](15_colophon.ipynb) shows how). The package has no other source
+# than these chapters. If you want to see the model first, go on to figure
+# 0.1.
 
 # %% imports of the diagram tags=["export"] module="diagram"
 import matplotlib.pyplot as plt
@@ -116,6 +123,7 @@ def draw_box(ax, label, x, y, lit):
     )  # fmt: skip
 
 
+# %% one arrow tags=["export"] module="diagram"
 def draw_arrow(ax, points):
     """Draw an arrow through these points.
 
@@ -208,9 +216,10 @@ gpt2_diagram()
 #    of it ([chapter 5](05_matmul.ipynb)), attention mixes those of different
 #    tokens ([chapter 6](06_attention.ipynb)), another product returns to 768
 #    numbers, and the result is *added* to the vector
-#    ([chapter 8](08_residual.ipynb)). The second half works on each token
-#    alone: up to 3,072 numbers, through a curve called GELU
-#    ([chapter 7](07_gelu.ipynb)), back down to 768, and added.
+#    ([chapter 8](08_residual.ipynb)). The second half, called *feed-forward*
+#    or *MLP* (multi-layer perceptron), works on each token alone: up to 3,072
+#    numbers, through a curve called GELU ([chapter 7](07_gelu.ipynb)), back
+#    down to 768, and added.
 # 4. **Logits.** A last LayerNorm, and a product with the first table: one
 #    score, called a *logit*, for each of the 50,257 pieces.
 # 5. **Loss.** Softmax turns scores into probabilities; cross-entropy is the
@@ -223,7 +232,7 @@ gpt2_diagram()
 # ([chapter 10](10_adamw.ipynb)).
 
 # %% [markdown]
-# ## Six numbers fix it
+# ## Five numbers fix it
 #
 # | symbol | name in code | GPT-2 124M | what it counts |
 # |---|---|---|---|
@@ -234,10 +243,15 @@ gpt2_diagram()
 # | $C$ | `channels` | 768 | numbers in a token's vector |
 # | $V_p$ | `padded_vocab_size` | 50304 | $V$ rounded up to a multiple of 128 |
 #
-# Two more belong to the batch and not to the model: $B$ rows of $T$ tokens
-# each go through at once. The padding of the vocabulary adds rows that no
-# token uses; it makes the largest product of the model a round size, which
-# suits hardware, and we shall see to it that these rows get no probability.
+# The last follows from $V$. A *head* is one of the equal parts, of $C / NH$
+# numbers each, into which attention divides a vector, so $C$ must be a
+# multiple of $NH$.
+#
+# Two more numbers belong to the batch and not to the model: $B$ rows of $T$
+# tokens each go through at once. The padding of the vocabulary adds rows to
+# the token table that no token uses; it makes the largest product of the model
+# a round size, which suits hardware, and we shall see to it that these rows
+# get no probability.
 
 # %% imports of the configuration tags=["export"]
 import math
@@ -247,7 +261,7 @@ from dataclasses import dataclass
 # %% the configuration tags=["export"]
 @dataclass(frozen=True)
 class GPT2Config:
-    """The six numbers that fix a GPT-2's shape; the defaults are its 124M.
+    """The numbers that fix a GPT-2's shape; the defaults are its 124M.
 
     max_seq_len: positions the model knows. vocab_size: tokens it knows (V).
     num_layers (L), num_heads (NH) and channels (C): C must be a multiple of
@@ -298,8 +312,10 @@ except ValueError as error:
 # %% [markdown]
 # ## Sixteen tensors
 #
-# All parameters live in sixteen arrays, named as in llm.c. Those with a
-# leading $L$ hold one slice for each block. A weight matrix has shape
+# A *tensor* is an array of numbers with any number of axes. All parameters
+# live in sixteen of them, named as in llm.c, Andrej Karpathy's GPT-2 in plain
+# C, which this book re-creates in Python. Those with a leading $L$ hold one
+# slice for each block. A weight matrix has shape
 # (outputs, inputs): row $o$ holds the factors that make output $o$.
 #
 # | tensors | where | what they do |
@@ -393,7 +409,8 @@ assert parameter_count(cfg, padded=False) == N
 # The function also counts the operations. A product of a vector with an
 # $(O, I)$ matrix multiplies and adds $O \cdot I$ times: two operations for
 # each weight. Going backward there are two such products for each forward
-# one, as chapter 5 derives. So each weight costs six operations a token, and
+# one, as [chapter 5](05_matmul.ipynb) derives. So each weight costs six
+# operations a token, and
 #
 # $$ \text{FLOPs a token} = 6 N + 6\, L\, C\, T . \tag{0.2} $$
 #
@@ -404,7 +421,8 @@ assert parameter_count(cfg, padded=False) == N
 # compares itself with the tokens before it, $T/2$ on average, and takes a
 # weighted sum of as many vectors: two products of $C$ multiplications and
 # additions with each, $2 C T$ operations a block forward and twice that
-# backward.
+# backward. (What chapter 6 computes a second time, to save memory, is not
+# counted.)
 
 # %% for one batch of 4 x 1024
 T, B = 1024, 4
@@ -413,8 +431,8 @@ print(f"{per_token / 1e6:.0f} MFLOP a token")
 print(f"{per_token * B * T / 1e12:.2f} TFLOP a training step")
 
 # %% [markdown]
-# Let us draw both. We split the parameters by their part in the model, and
-# the operations too; the logits' product uses the weights of `wte`.
+# We draw both, the parameters and the operations split by their part in the
+# model; the logits' product uses the weights of `wte`.
 
 # %% who has what
 mlp = L * 8 * C * C
@@ -447,9 +465,9 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 0.2. A third of the parameters sits in the token table, which works
-# only at the logits. Two fifths of the arithmetic are the MLP's; attention
-# itself, at T = 1024, takes a small share.*
+# *Figure 0.2. Nearly a third of the parameters sits in the token table, which
+# works only at the logits. Two fifths of the arithmetic are the MLP's;
+# attention itself, at T = 1024, takes a small share.*
 
 # %% [markdown]
 # ## Where the bytes are
@@ -474,7 +492,8 @@ for T in (64, 1024):
 
 # %% [markdown]
 # One layer's output is larger than all others: the logits, with 50,304
-# numbers for each token. Chapter 9 takes care not to store it twice.
+# numbers for each token. [Chapter 9](09_crossentropy.ipynb) takes care not to
+# store it twice.
 
 # %% [markdown]
 # ## How this book proves things
@@ -502,6 +521,7 @@ def verdict(name, ok, claim):
         raise AssertionError(f"{name}: not {claim}")
 
 
+# %% compare two arrays tags=["export"] module="verify"
 def compare(name, got, want, tol=1e-5):
     """Print a verdict on two arrays: is their largest difference below tol?
 
@@ -540,16 +560,15 @@ except AssertionError:
 # $$ \frac{f(x+h) - f(x-h)}{2h} = f'(x) + \frac{h^2}{6} f'''(x) + O(h^4) .
 # \tag{0.3} $$
 #
-# The error falls with $h^2$. But the difference in the numerator is known
-# only to about $\epsilon\,|f|$, where $\epsilon$ is the spacing of floating
-# point numbers near 1, so dividing by $2h$ brings an error of
+# The error falls with $h^2$. But each of the two values in the numerator is
+# known only to about $\epsilon\,|f|$, where $\epsilon$ is the spacing of
+# floating-point numbers near 1. Divided by $2h$, that is an error of up to
 # $\epsilon |f| / h$, which *grows* as $h$ falls. In float64, with
 # $\epsilon \approx 2 \cdot 10^{-16}$, the two errors balance near
-# $h = 10^{-5}$, and a gradient can be proved to nine or ten digits. In
-# float32, with $\epsilon \approx 10^{-7}$, the best is about five digits, and fewer
+# $h = 10^{-5}$, and a gradient can be proved to about ten digits. In float32,
+# with $\epsilon \approx 10^{-7}$, the best is about five digits, and fewer
 # for a sum over thousands of terms: too few to tell a wrong formula from a
-# rounded one. That is why the proofs of this
-# book run in float64.
+# rounded one. That is why the proofs of this book run in float64.
 
 
 # %% central differences tags=["export"] module="verify"
@@ -598,7 +617,7 @@ fig, ax = plt.subplots(figsize=(7, 3.4), dpi=100)
 ax.loglog(steps, errors(np.float64), "o-", color=PALETTE["blue"])
 ax.loglog(steps, errors(np.float32), "s-", color=PALETTE["orange"])
 ax.axvline(1e-5, color=PALETTE["grey"], lw=1, ls="--")
-ax.text(1e-11, 1e-8, "float64", color=PALETTE["blue"])
+ax.text(2e-12, 1e-9, "float64", color=PALETTE["blue"])
 ax.text(1e-9, 1e-2, "float32", color=PALETTE["orange"])
 ax.set(xlabel="step h", ylabel="error of the central difference")
 ax.spines[["top", "right"]].set_visible(False)
@@ -608,8 +627,8 @@ plt.show()
 # %% [markdown]
 # *Figure 0.3. The derivative of sin at 1 by central differences. From the
 # right the error falls with the square of the step, until rounding takes
-# over. At the dashed line, h = 1e-5, float64 has eleven digits and float32
-# has three; it never has more than five.*
+# over. At the dashed line, h = 1e-5, float64 has about eleven digits and
+# float32 three; float32 never has more than about five.*
 
 # %% [markdown]
 # **Speed** is measured by the shortest of several runs, always next to
@@ -638,6 +657,7 @@ def fastest(function, *args, runs=15):
     return best
 
 
+# %% the machine's name tags=["export"] module="timing"
 def machine():
     """One line that names this machine's processor, system and Python.
 
@@ -718,12 +738,11 @@ print((folder / "kept.txt").read_bytes())
 # %% [markdown]
 # ## Design note
 #
-# PyTorch would let us write this model in fifty lines and would find the
-# gradients by itself. We write each gradient by hand, for three reasons. You
+# PyTorch would let us write this model in a fraction of the lines and would
+# find the gradients by itself. We write each gradient by hand, for three reasons. You
 # see what a framework does, and what it costs. The whole memory can be laid
 # out beforehand, because nothing is created on the way. And what is left when
-# the framework is gone is small: an install of a few packages that starts at
-# once.
+# the framework is gone is small: a handful of packages to install.
 #
 # The price is that a new layer needs a new derivation. For a fixed model that
 # is a good bargain; for research into new layers it is not.
@@ -752,8 +771,8 @@ sizes = [
 ]
 
 # %% exercise 1, checked
-print([round(n / 1e6) for n in sizes])
-verdict("four sizes", sizes[0] == N and sizes == sorted(sizes), "grow from N")
+millions = [round(n / 1e6) for n in sizes]
+verdict("four sizes", millions == [124, 355, 774, 1558], f"{millions}")
 
 # %% [markdown]
 # **2** (★★). At which length $T$ does attention cost as much as everything
@@ -781,7 +800,7 @@ compare("all / rest", ratio, 2.0, tol=1e-3)
 # :class: dropdown
 # Their error is $\tfrac h2 |f''| + \epsilon |f| / h$. It is least near
 # $h = \sqrt\epsilon \approx 10^{-8}$, where both terms are about $10^{-8}$:
-# eight digits, two fewer than the central form.
+# eight digits, two or three fewer than the central form has.
 # :::
 
 
@@ -801,13 +820,14 @@ verdict("central", errors(np.float64).min() < best / 10, "is better")
 #
 # - Radford et al. (2019),
 #   [Language Models are Unsupervised Multitask Learners](https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf):
-#   the paper on GPT-2; section 2 describes the model in half a page.
+#   the paper on GPT-2; section 2.3 describes the model in half a page.
 # - Vaswani et al. (2017),
 #   [Attention Is All You Need](https://arxiv.org/abs/1706.03762): the
 #   architecture's origin; GPT-2 is its decoder with the LayerNorms moved.
 # - Kaplan et al. (2020),
 #   [Scaling Laws for Neural Language Models](https://arxiv.org/abs/2001.08361):
-#   section 2.1 counts parameters and operations as we did.
+#   section 2.1 counts parameters and operations much as we did, without the
+#   two tables.
 # - Karpathy (2024), [llm.c](https://github.com/karpathy/llm.c): the model in
 #   about a thousand lines of C, which this book re-creates.
 

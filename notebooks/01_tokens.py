@@ -24,8 +24,8 @@
 # GPT-2 does not read letters. It reads whole numbers below a limit $V$, and
 # it predicts the next number from those before it. Such a number is a
 # **token**, and $V$ is the size of the **vocabulary**. This chapter makes the
-# first row of the diagram: from text to tokens, and from tokens to the arrays
-# of shape $(B, T)$ that a training step takes.
+# first two boxes of the diagram: from text to tokens, and from tokens to the
+# arrays of shape $(B, T)$ that a training step takes.
 
 # %% where we are
 from llmnb.diagram import PALETTE, gpt2_diagram
@@ -38,12 +38,12 @@ gpt2_diagram(lit="tokens")
 #
 # At the end you can
 #
-# - train a byte-level BPE by hand on one line of text and say why each merge
-#   was chosen;
+# - train a byte-level BPE (byte-pair encoding) by hand on one line of text and
+#   say why each merge was chosen;
 # - say why the fast training finds the same merges as the slow one, and what
 #   each of them costs;
 # - encode and decode any sequence of bytes;
-# - read the header of a token shard byte by byte;
+# - read the header of a shard, a file of tokens, byte by byte;
 # - say which windows the next batch holds, also after a restart.
 #
 # You need the letters $B$, $T$ and $V$ from [chapter 0](00_gpt2.ipynb).
@@ -52,12 +52,14 @@ gpt2_diagram(lit="tokens")
 # ## Setup
 
 # %% setup
+import os
 import random
 import tempfile
 import time
 
 import matplotlib.pyplot as plt
-from llmnb.timing import machine
+
+from llmnb.timing import fastest, machine
 from llmnb.verify import verdict
 
 # %% [markdown]
@@ -132,12 +134,13 @@ for char in "aé€🙂":
 # %% imports of the tokenizer tags=["export"]
 import base64
 import heapq
-import os
 from collections import Counter
 from pathlib import Path
 
 import regex
 import tiktoken
+
+from llmnb.files import replacing
 
 # %% how a text is cut into words tags=["exporti"]
 EOT = "<|endoftext|>"
@@ -600,13 +603,15 @@ print(tokens[256:270])
 print(tokens[-4:])
 
 # %% [markdown]
-# Common letter pairs first, then whole words with their space. `tiktoken`'s
+# Common pairs of letters come first, and ` the` with its space is the third
+# token already. The last merges make parts of words. Here is `tiktoken`'s
 # answer for a sentence, cut into its parts:
 
 # %% a sentence in tokens
-ids = enc.encode_ordinary("The dog counts the boats, and nobody asked.")
+sentence = "The dog counts the boats, and nobody asked."
+ids = enc.encode_ordinary(sentence)
 print("|".join(tokens[i].decode() for i in ids))
-print(len("The dog counts the boats, and nobody asked."), "bytes,", len(ids))
+print(len(sentence), "bytes,", len(ids), "tokens")
 
 # %% [markdown]
 # ## Proof
@@ -661,8 +666,8 @@ verdict("greedy", wrong, "is caught by the first claim")
 # `tiktoken` keeps ranks in a text file: a line for each token, its bytes in
 # base64 (64 printable characters stand for any bytes), a space, its rank. The
 # file holds neither the expression nor the special token; ours are always the
-# same. We write beside the file and rename, so that a reader
-# never meets half a vocabulary.
+# same. It is written by `replacing` of [chapter 0](00_gpt2.ipynb), so that a
+# reader never meets half a vocabulary.
 
 
 # %% save an encoding tags=["export"]
@@ -685,10 +690,8 @@ def save(encoding, path):
     for rank in range(eot):
         token = base64.b64encode(encoding.decode_single_token_bytes(rank))
         lines.append(b"%s %d\n" % (token, rank))
-    path = Path(path)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.new")
-    beside.write_bytes(b"".join(lines))
-    os.replace(beside, path)
+    with replacing(path) as file:
+        file.write(b"".join(lines))
 
 
 # %% [markdown]
@@ -830,9 +833,9 @@ except ConnectionError as error:
 #
 # ## A text to train on
 #
-# We need megabytes of text, at best without a network. Your Python has them:
-# the source of its standard library and the manual pages that `help()` shows.
-# We leave out tests, installed packages, and tables that a program has
+# We need megabytes of text, preferably without a network. Your Python has
+# them: the source of its standard library and the manual pages that `help()`
+# shows. We leave out tests, installed packages, and tables that a program has
 # written.
 
 
@@ -848,6 +851,8 @@ from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+
+from llmnb.files import replacing
 
 # %% where the text is tags=["exporti"] module="corpus"
 SKIPPED = {
@@ -925,8 +930,8 @@ def _hash(text):
 # %% [markdown]
 # The second corpus is `tinyshakespeare`, a megabyte of Shakespeare's plays
 # that Andrej Karpathy collected and that many small language models are tried
-# on. It is downloaded once. What arrives is believed only if its SHA-256 hash
-# is the right one, and it is renamed into place when it is whole.
+# on. It is downloaded once. What arrives is kept only if its SHA-256 hash is
+# the right one, which also tells that it is whole.
 
 
 # %% keep a download tags=["exporti"] module="corpus"
@@ -945,25 +950,23 @@ def _cache_folder():
 def _download(url, path):
     """Fetch a file into place; progress goes to stderr."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        with urllib.request.urlopen(url, timeout=30) as reply:
-            size = int(reply.headers.get("Content-Length") or 0) or None
-            bar = tqdm(total=size, unit="B", unit_scale=True, desc=path.name)
-            with bar, open(beside, "wb") as file:
-                while block := reply.read(1 << 16):
-                    file.write(block)
-                    bar.update(len(block))
-        _check_hash(beside, url)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    raw = bytearray()
+    with urllib.request.urlopen(url, timeout=30) as reply:
+        size = int(reply.headers.get("Content-Length") or 0) or None
+        bar = tqdm(total=size, unit="B", unit_scale=True, desc=path.name)
+        with bar:
+            while block := reply.read(1 << 16):
+                raw += block
+                bar.update(len(block))
+    _check_hash(raw, url)
+    with replacing(path) as file:
+        file.write(raw)
 
 
 # %% check a download tags=["exporti"] module="corpus"
-def _check_hash(path, name):
-    """Raise ValueError unless the file is tinyshakespeare."""
-    got = hashlib.sha256(path.read_bytes()).hexdigest()
+def _check_hash(raw, name):
+    """Raise ValueError unless these bytes are tinyshakespeare."""
+    got = hashlib.sha256(raw).hexdigest()
     if got != SHAKESPEARE_SHA256:
         raise ValueError(
             f"{name} must have the SHA-256 {SHAKESPEARE_SHA256} to be "
@@ -988,8 +991,9 @@ def _tinyshakespeare():
                     f"({error}); put it as {name} into a folder and name "
                     f"the folder in LLMNB_DATA"
                 ) from error
-    _check_hash(path, path)
-    return path.read_bytes().decode("utf-8")
+    raw = path.read_bytes()
+    _check_hash(raw, path)
+    return raw.decode("utf-8")
 
 
 # %% [markdown]
@@ -1138,9 +1142,9 @@ print("documents begin at", np.flatnonzero(stream == enc.eot_token))
 # %% [markdown]
 # ## Fast on a CPU
 #
-# The two trainings on the same text, and the slow one given little, for it
-# needs patience. The time of the slow one is $O(MS)$: twice the merges, twice
-# the time. The fast one counts once, and its merges cost little after that.
+# The two trainings on the same text, and few merges, for the slow one needs
+# patience. Its time is $O(MS)$: twice the merges should take about twice the
+# time. The fast one counts once, and its merges cost little after that.
 
 # %% slow against fast, timed tags=["nbval-ignore-output"]
 print(machine())
@@ -1167,9 +1171,9 @@ print(f"to count the words {middle - start:.1f} s")
 print(f"to learn 767 merges {end - middle:.1f} s")
 
 # %% [markdown]
-# Five million characters to a vocabulary of 1,024. To cut the text into words
-# takes a good part of the time; the merges see only the distinct words, which
-# are few beside all of them.
+# Five million characters to a vocabulary of 1,024. The merges see only the
+# distinct words, which are few beside all of them, so that cutting the text
+# into words is now a good part of the work.
 #
 # ## Count it
 #
@@ -1248,9 +1252,10 @@ print(50257 * 768, 50257 * 128, 1024 * 128)
 
 # %% imports of the data tags=["export"] module="data"
 import os
-from pathlib import Path
 
 import numpy as np
+
+from llmnb.files import replacing
 
 # %% the header of a shard tags=["exporti"] module="data"
 SHARD_MAGIC = 20240520
@@ -1282,12 +1287,9 @@ def write_shard(path, tokens):
         )
     header = np.zeros(256, "<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens.size
-    path = Path(path)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.new")
-    with open(beside, "wb") as file:
+    with replacing(path) as file:
         header.tofile(file)
         tokens.astype("<u2", copy=False).tofile(file)
-    os.replace(beside, path)
 
 
 # %% check a stream of tokens tags=["exporti"] module="data"
@@ -1383,7 +1385,8 @@ plt.show()
 
 # %% [markdown]
 # *Figure 1.5. A shard from its first byte on, with the offsets above: three
-# int32 that are used, zeros up to byte 1024, then two bytes a token.*
+# int32 that are used, zeros up to byte 1024, then two bytes a token. Not to
+# scale.*
 #
 # Four damaged shards and what is said about them:
 
@@ -1681,20 +1684,16 @@ verdict("drawn anew", drawn != every, "is caught")
 print(len(set(drawn)), "of", len(every), "windows seen")
 
 # %% [markdown]
-# How long does a batch take? The loader copies $2BT$ numbers of four bytes,
-# from memory that the operating system keeps.
+# How long does a batch take? The loader copies $2BT$ numbers, from pages of
+# the file that the operating system keeps in memory.
 
 # %% a batch, timed tags=["nbval-ignore-output"]
 big_shard = folder / "big.bin"
 write_shard(big_shard, np.arange(5_000_000) % 1024)
 loader = DataLoader([big_shard], batch_size=16, seq_len=128)
-loader.next_batch()
-start = time.perf_counter()
-for _ in range(1000):
-    loader.next_batch()
-elapsed = time.perf_counter() - start
+seconds = fastest(loader.next_batch, runs=1000)
 print(machine())
-print(f"{1e3 * elapsed:.0f} microseconds a batch of 16 x 128")
+print(f"{1e6 * seconds:.0f} microseconds a batch of 16 x 128")
 
 # %% [markdown]
 # A training step on such a batch takes milliseconds at best, so the loader
@@ -1809,7 +1808,8 @@ print(len(ids), "tokens,", len(pieces), "pieces:", pieces)
 whole = all(
     "".join(stream_text(enc, enc.encode_ordinary(t))) == t for t in texts
 )
-verdict("exercise 3", whole and "\ufffd" not in pieces, "nothing is split")
+split_up = any("\ufffd" in piece for piece in pieces)
+verdict("exercise 3", whole and not split_up, "nothing is split")
 
 # %% [markdown]
 # **4** (★★). A model with longer tokens has a larger loss a token, since each

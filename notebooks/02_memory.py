@@ -90,8 +90,9 @@ print(block)
 # computed.
 #
 # An array whose last index moves by one element, the one before by a whole
-# row, and so on, is called *C-contiguous*. All arrays of this book are, and
-# that is why a (B, T, C) array can be read as (B·T, C) rows for free.
+# row, and so on, is called *C-contiguous*. All arrays that layers read and
+# write are, and that is why a (B, T, C) array can be read as (B·T, C) rows
+# for free.
 
 # %% [markdown]
 # ## The arena
@@ -105,8 +106,10 @@ print(block)
 # Two refinements. Tensors come in *groups*, such as all parameters, and a
 # group leaves no gaps: AdamW then updates all parameters as one long flat
 # array, and a file of them is one write. And a group begins at a multiple of
-# 64 bytes, the size of a cache line and of the widest vector register, so
-# that vector loads do not straddle two lines.
+# 64 bytes. A processor moves memory in *cache lines*, which on most machines
+# are that long, and so are the widest registers with which one instruction
+# works on several numbers. A group that begins at such a border keeps loads
+# from straddling two lines.
 
 # %% a view tags=["exporti"]
 ALIGN = 64  # bytes in a cache line, and in the widest vector register
@@ -207,16 +210,17 @@ print(arena.flat("params"))
 # %% [markdown]
 # `np.zeros` does not write zeros. It asks the system for pages, and the
 # system promises zeroed ones, each handed out when it is first written. So
-# parts of the arena that a program never touches, the optimizer's averages
+# parts of the arena that a program never touches, the optimiser's averages
 # when a model only generates text, cost address space and no memory.
 
 # %% [markdown]
 # ## The layout of GPT-2
 #
-# What must be in the block? The four groups with the parameters' shapes, and
-# the activations: everything the forward pass computes and the backward pass
-# needs. Each layer's chapter derives what its backward pass reads; here is the
-# sum. A leading $L$ means that each block keeps its own.
+# What must be in the arena? Four groups with the parameters' shapes
+# (parameters, gradients and AdamW's two averages), and the activations:
+# everything the forward pass computes and the backward pass needs. Each
+# layer's chapter derives what its backward pass reads; here is the sum. In the
+# code, a leading $L$ means that each of the model's blocks keeps its own.
 #
 # | tensors | shape | kept because |
 # |---|---|---|
@@ -226,7 +230,7 @@ print(arena.flat("params"))
 # | `qkv`, `atty`, `att_lse` | (B, T, 3C), (B, T, C), (B, NH, T) | attention, [chapter 6](06_attention.ipynb) |
 # | `fch`, `fch_gelu` | (B, T, 4C) | GELU reads its input, the product its output |
 # | `projected` | (B, T, C) | scratch: nobody reads it backwards, all blocks share it |
-# | `logits`, `lse`, `losses` | (B, T, Vp), (B, T) | [chapter 9](09_crossentropy.ipynb) |
+# | `logits`, `lse`, `losses`, `dlosses` | (B, T, Vp), (B, T) | [chapter 9](09_crossentropy.ipynb) |
 
 # %% imports of the layout tags=["export"] module="layout"
 import numpy as np
@@ -272,12 +276,12 @@ def activation_shapes(cfg, batch_size, seq_len):
 
 
 # %% [markdown]
-# The gradients of activations need less. When the backward pass is done with
-# a block, it has no more use for the gradients inside it. One block's worth
-# of arrays is enough, and the blocks take turns. The gradient of the residual
-# stream, which runs through all of them, needs two: the one that comes from
-# above and the one that goes below. The logits' gradient is written over the
-# logits.
+# The gradients of activations need less. When the backward pass is done with a
+# block, it has no more use for the gradients inside it. One block's worth of
+# arrays is enough, and the blocks take turns. The *residual stream*, the
+# vector to which every half block adds, runs through all of them, and its
+# gradient needs two arrays: the one that comes from above and the one that
+# goes below. The logits' gradient is written over the logits.
 
 
 # %% gradients of activations tags=["export"] module="layout"
@@ -359,7 +363,8 @@ verdict(
 # ## See it
 #
 # Parameters and their three companions are fixed. Activations grow with
-# $B \cdot T$. At which batch does the second part overtake the first?
+# $B \cdot T$. At which length of four rows does the second part overtake the
+# first?
 
 # %% the footprint against the length
 lengths = 2 ** np.arange(4, 11)
@@ -368,18 +373,10 @@ still = np.array([4 * r["params"] for r in rows]) / 1e9
 moving = np.array([r["acts"] + r["block"] + r["stream"] for r in rows]) / 1e9
 fig, ax = plt.subplots(figsize=(7, 3.4), dpi=100)
 at = np.arange(len(lengths))
-ax.bar(at, still, 0.6, color=PALETTE["blue"])
-ax.bar(at, moving, 0.6, still, color=PALETTE["orange"])
-ax.text(
-    0,
-    1.0,
-    "parameters,\ngradients,\nm and v",
-    ha="center",
-    va="center",
-    color="white",
-    size=8,
-)
-ax.text(6, 4.0, "activations", ha="center", color="white", size=8)
+top = ax.bar(at, moving, 0.6, still, color=PALETTE["orange"])
+foot = ax.bar(at, still, 0.6, color=PALETTE["blue"])
+names = "activations and their gradients", "parameters, gradients, m and v"
+ax.legend((top, foot), names, loc="upper left", frameon=False, fontsize=11)
 ax.set_xticks(at, [f"{T}" for T in lengths])
 ax.set(xlabel="tokens in a row, T (B = 4)", ylabel="GB")
 ax.spines[["top", "right"]].set_visible(False)
@@ -387,23 +384,24 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 2.2. GPT-2 124M in float32 with four rows. Up to T = 256 the
+# *Figure 2.2. GPT-2 124M in float32 with four rows. Up to T = 512 the
 # parameters and their companions take most of the memory; at T = 1024 the
-# activations take two thirds.*
+# activations and their gradients take nearly two thirds.*
 
 # %% [markdown]
 # ## Why the footprint is constant
 #
 # After the arena is made, a training step writes into views. No layer
 # allocates its result, because the caller hands it the array to fill. That is
-# why every function of this book lists its outputs first and returns nothing.
+# why every layer of this book lists its outputs first and returns nothing.
 # It is also checked: a test runs 200 training steps in a process and compares
 # its peak memory after the first step and after the last.
 #
-# numba's compiled loops do not check bounds. A shape that does not fit would
-# read or write some neighbour's bytes in the block, and nobody would notice.
-# So every compiled layer checks its arguments before it starts, with the
-# functions below, and says in a sentence what is wrong.
+# The fast layers are loops that the package numba compiles to machine code
+# ([chapter 3](03_encoder.ipynb)), and such loops do not check bounds. A shape
+# that does not fit would read or write some neighbour's bytes in the arena,
+# and nobody would notice. So every compiled layer checks its arguments before
+# it starts, with the functions below, and says in a sentence what is wrong.
 
 # %% imports of the checks tags=["export"] module="checks"
 import numpy as np
@@ -433,6 +431,7 @@ def check_array(name, array, shape, dtype):
         raise ValueError(f"{name} must be C-contiguous")
 
 
+# %% check a dtype tags=["export"] module="checks"
 def check_float(name, array):
     """Raise TypeError unless `array` is a float32 or float64 ndarray.
 
@@ -492,8 +491,8 @@ except ValueError as error:
 # | 2 to 7 | `max_seq_len`, `vocab_size`, `num_layers`, `num_heads`, `channels`, padded vocabulary |
 # | 8 to 255 | zero |
 #
-# Writing goes through `replacing` from chapter 0, in pieces of 16 MiB, so that
-# no second copy of the model is made.
+# Writing goes through `replacing` from [chapter 0](00_gpt2.ipynb), in pieces
+# of 16 MiB, so that no second copy of the model is made.
 
 # %% imports of the checkpoint tags=["export"] module="checkpoint"
 import os
@@ -527,6 +526,7 @@ def write_checkpoint(path, cfg, params):
             file.write(part.astype("<f4", copy=False).data)
 
 
+# %% the six sizes tags=["exporti"] module="checkpoint"
 def _sizes(cfg):
     return (
         cfg.max_seq_len,
@@ -580,6 +580,7 @@ def read_config(path):
     return cfg
 
 
+# %% check the length tags=["exporti"] module="checkpoint"
 def _check_length(path, cfg):
     count = parameter_count(cfg)
     want, got = 4 * HEADER + 4 * count, os.path.getsize(path)
@@ -636,7 +637,7 @@ for name, raw in bad_files.items():
     try:
         read_config(folder / name)
     except ValueError as error:
-        print(str(error).replace(str(folder), ""))
+        print(str(error).replace(f"{folder}{os.sep}", ""))
 
 # %% [markdown]
 # ## For other programs
@@ -712,8 +713,10 @@ compare("qkvw", tensors["h.1.attn.c_attn.weight"].T, qkvw[1], tol=1e-30)
 # $$ M = 4 N + B T \left( L \cdot 16 C + 20 C + V_p \right) + \dots \tag{2.2} $$
 #
 # with $16 C$ numbers kept for each token by each block (five arrays of width
-# $C$, one of $3C$, two of $4C$) and, once for all blocks, $20 C$ more for
-# scratch, streams and gradients. The dots stand for the narrow arrays.
+# $C$, one of $3C$, two of $4C$) and, once for all blocks, $20 C$ more:
+# `encoded`, `projected` and `lnf`, the two streams, and the $15 C$ of a
+# block's gradients. $N$ counts the parameters with the padding here, and the
+# dots stand for the narrow arrays.
 
 # %% equation (2.2) against the table
 cfg, B, T = GPT2Config(), 4, 1024
@@ -722,6 +725,7 @@ N = sum(math.prod(s) for s in parameter_shapes(cfg).values())
 formula = 4 * (4 * N + B * T * (L * 16 * C + 20 * C + Vp))
 exact = sum(footprint(cfg, B, T).values())
 print(f"{exact / 1e9:.3f} GB, by the formula {formula / 1e9:.3f} GB")
+verdict("narrow arrays", 0 < exact - formula < 0.01 * exact, "take below 1 %")
 
 # %% [markdown]
 # ## Take away
@@ -738,10 +742,10 @@ print(f"{exact / 1e9:.3f} GB, by the formula {formula / 1e9:.3f} GB")
 #
 # The arena keeps what the backward pass needs, and no more. One can keep less
 # still: drop `ln1`, `ln2` and `fch_gelu` and recompute them on the way back,
-# which saves six of sixteen arrays a block for a few per cent of time, or keep
-# only each block's input and run its forward pass again, which costs a third
-# more arithmetic. The plain layout is the one to understand first, and on a
-# CPU memory is the cheaper resource.
+# which saves $6 C$ of the $16 C$ numbers a block and costs two LayerNorms and
+# a GELU more; or keep only each block's input and run its forward pass again,
+# which costs a third more arithmetic. The plain layout is the one to
+# understand first, and on a CPU time is scarcer than memory.
 #
 # Another way to save is to free arrays early and let later ones take their
 # place, as compilers do with registers. It would make the table harder to
@@ -784,8 +788,8 @@ fits = [sum(footprint(GPT2Config(), most + k, 1024).values()) for k in (0, 1)]
 verdict(f"{most} rows", fits[0] <= 8e9 < fits[1], "fit, one more does not")
 
 # %% [markdown]
-# **3** (★★★). Write a function that finds every tensor that holds a given
-# byte of the block. What can it say about the bytes between two groups?
+# **3** (★★★). Write a function that finds the tensor that holds a given byte
+# of the arena. What can it say about the bytes between two groups?
 #
 # :::{admonition} Solution to exercise 3
 # :class: dropdown

@@ -61,6 +61,7 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 
 from llmnb.diagram import PALETTE
+from llmnb.timing import fastest, machine
 from llmnb.verify import compare, numerical_gradient, verdict
 
 # %% imports of the reference tags=["export"]
@@ -254,9 +255,9 @@ lossy_backward(lost, np.zeros((4, 2)), np.ones((2, 3, 2)), inp)
 print(lost.T.astype(int))
 
 # %% [markdown]
-# The letters a and c count once now. Nothing warns you, and training with
-# this line still lowers the loss, only worse: frequent tokens learn far too
-# slowly.
+# The letters a and c count once now. Nothing warns you: the shapes are right,
+# and rare tokens get the right gradient. A frequent one learns from the last
+# of its places only.
 
 # %% [markdown]
 # ## Proof
@@ -317,19 +318,17 @@ verdict("the trap", caught, "is caught")
 #
 # ### What NumPy wastes
 #
-# `wte[inp]` copies the rows into a temporary of the size of the output, and
-# the addition reads it again. `np.add.at` takes its rows one element at a
+# `wte[inp]` copies the rows into a temporary of the size of the output, the
+# addition reads it again and makes a second one, and that is copied into
+# `out`. `np.add.at` takes its rows one element at a
 # time through general code that serves every type and shape. And NumPy uses
 # one core for both. A loop that does the work in one sweep needs neither
 # temporaries nor generality, but a loop in Python is slow: every `+` looks
 # up the types of its operands, finds the function to call and allocates the
-# result. Here is one loop to experiment with, the sum of $x/(1 + x^2)$, and
-# a stopwatch that takes the fastest of several runs, because other programs
-# can only slow a run down.
+# result. numba is a package that compiles such a loop to machine code. Here is
+# one to experiment with, the sum of $x/(1 + x^2)$.
 
-# %% a loop and a stopwatch
-import time
-
+# %% a loop
 import numba
 
 
@@ -338,15 +337,6 @@ def total(x):
     for i in range(len(x)):
         s += x[i] / (one + x[i] * x[i])
     return s
-
-
-def fastest(function, *args, runs=15):
-    best = float("inf")
-    for _ in range(runs):
-        start = time.perf_counter()
-        function(*args)
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 # %% [markdown]
@@ -371,7 +361,7 @@ print([str(s.return_type) for s in compiled.nopython_signatures])
 # The types are fixed when the code is compiled, so they deserve a look. We
 # wrote `x.dtype.type(1)` where Python would let us write `1`. In numba an
 # integer plus a float32 is a float64, and one careless literal pulls the
-# whole loop into float64, at half the speed:
+# whole loop into float64, of which a register holds half as many:
 
 
 # %% one literal changes the type
@@ -389,14 +379,14 @@ print([str(s.return_type) for s in careless.nopython_signatures])
 # %% [markdown]
 # ### Two promises that let LLVM use vectors
 #
-# A core of today's CPUs adds 8 or 16 float32 numbers in one instruction,
-# if LLVM may use such vector instructions. In our loop two things forbid it.
+# A core of today's CPUs adds 4, 8 or 16 float32 numbers in one instruction, if
+# LLVM may use such vector instructions. In our loop two things forbid it.
 #
-# **The order of the sum.** Floating-point addition rounds, so
-# $(a + b) + c$ and $a + (b + c)$ may differ in the last bit. LLVM respects
-# the order you wrote, one number after the other. `fastmath=True` permits it
-# to regroup: eight partial sums side by side, added up at the end. It also
-# promises that no NaN and no infinity occurs.
+# **The order of the sum.** Floating-point addition rounds, so $(a + b) + c$
+# and $a + (b + c)$ may differ in the last bit. LLVM respects the order you
+# wrote, one number after the other. `fastmath=True` permits it to regroup:
+# say, eight partial sums side by side, added up at the end. It also promises
+# that no NaN and no infinity occurs.
 #
 # **The division.** Python raises an error when you divide by zero, and
 # numba keeps that behaviour with a test before each division. A loop that
@@ -417,9 +407,7 @@ for name, version in versions.items():
     compare(name, version(x), exact, tol=1e-4)
 
 # %% nanoseconds an element tags=["nbval-ignore-output"]
-import platform
-
-print(platform.processor() or platform.machine())
+print(machine())
 seconds = {"Python": fastest(total, x[:4096], runs=3) * len(x) / 4096}
 seconds["NumPy"] = fastest(lambda x: (x / (1 + x * x)).sum(), x)
 seconds |= {name: fastest(f, x) for name, f in versions.items()}
@@ -427,9 +415,10 @@ for name, s in seconds.items():
     print(f"{name:<12} {s / len(x) * 1e9:8.2f} ns an element")
 
 # %% [markdown]
-# Neither option helps much alone; together they do. All four sums agree
-# with the float64 sum to four digits and more, and the regrouped one is in
-# general the closer, because eight short sums round less than one long one.
+# Each option alone takes one obstacle away and leaves the other; the last line
+# is the loop with both gone. All four sums agree with the float64 sum to four
+# digits and more, and a regrouped one is in general the closer, because eight
+# short sums round less than one long one.
 #
 # The promise about NaN is serious. A compiler that may assume there is none
 # answers the question `isnan` without looking:
@@ -446,9 +435,10 @@ print("plain:   ", numba.njit(is_nan)(math.nan))
 print("fastmath:", numba.njit(is_nan, fastmath=True)(math.nan))
 
 # %% [markdown]
-# So no kernel of this book asks for NaN or marks a masked place with
-# infinity. Attention, for one, skips masked scores where other programs set
-# them to $-\infty$.
+# So no kernel of this book asks for NaN, or uses infinity as a mark.
+# [Attention](06_attention.ipynb), for one, must hide from each token those
+# that come later: it skips them, where other programs set their scores to
+# $-\infty$.
 #
 # ### Threads
 #
@@ -520,13 +510,13 @@ verdict("row totals", np.array_equal(one, many), "same bits, any threads")
 # ### The decorator, and where compiled kernels live
 #
 # Every CPU layer takes the same three options, so we give them one name,
-# `kernel`. It has a second duty. To compile takes a fraction of a second a
-# function, and a model has some twenty, so the machine code should be kept
-# on disk for the next start of Python. `numba.njit(cache=True)` does that,
-# next to the source file. But it compiles again only when *that file*
-# changes. When a kernel calls a function of another file, and you edit that
-# one, numba runs the old machine code without a word. To see it, we build a
-# little package in which `triple.py` calls `scale.py`, run it, edit
+# `kernel`. It has a second duty. To compile takes time, for each function and
+# each set of types, and a model has dozens of functions, so the machine code
+# should be kept on disk for the next start of Python. `numba.njit(cache=True)`
+# does that, next to the source file. But it compiles again only when *that
+# file* changes. When a kernel calls a function of another file, and you edit
+# that one, numba runs the old machine code without a word. To see it, we build
+# a little package in which `triple.py` calls `scale.py`, run it, edit
 # `scale.py`, and run it again. The editor is Python, and each run is a new
 # process.
 
@@ -552,7 +542,8 @@ def write_package(folder, decorator, factor):
     body = f"scale(x):\n    return {factor} * x\n"
     (cpu / "scale.py").write_text(top + at + body)
     body = "triple(x):\n    return scale(x)\n"
-    (cpu / "triple.py").write_text(top + call + at + body)
+    if not (cpu / "triple.py").exists():
+        (cpu / "triple.py").write_text(top + call + at + body)
 
 
 # %% run, edit the callee, run again
@@ -580,11 +571,11 @@ def run_edit_run(decorator):
 print(run_edit_run("numba.njit(cache=True)"))
 
 # %% [markdown]
-# The second number should be 30. Our repair is to keep compiled kernels in
-# a folder that is named by a hash of all the sources they could be made
-# from: the files of `llmnb/cpu`, numba's version and Python's. Change one
-# letter, and the folder has another name and starts empty. What is in it
-# cannot be stale.
+# The second number should be 30, and numba's own cache gives 20. Our repair is
+# to keep compiled kernels in a folder that is named by a hash of all the
+# sources they could be made from: the files of `llmnb/cpu`, numba's version
+# and Python's. Change one letter, and the folder has another name and starts
+# empty. What is in it cannot be stale.
 
 # %% imports of the decorator tags=["export"] module="cpu.jit"
 import functools
@@ -705,13 +696,13 @@ def _encoder_forward(out, inp, wte, wpe):
 # %% [markdown]
 # **Backward.** The rule asks for an owner of each element of `dwte`. Rows are
 # bad property: a common token would keep one thread busy while the others
-# wait, and to find the places of its tokens each thread would search the
-# whole batch. Channels are good property. A thread takes 64 channels and
-# walks through the whole text with them; all threads have equal work, and
-# every element adds up its terms in the order of the text. Rows of absent
-# tokens are never touched, so the time is that of B·T·C additions whatever
-# the size of the vocabulary. The position table has the same owners, and each
-# row of `dout` is read once for both.
+# wait, and to find the places of its tokens each thread would search the whole
+# batch. Channels are good property. A thread takes a slice of 64 channels and
+# walks through the whole batch with it; all slices are equal work, and every
+# element adds up its terms in the order of the text. Rows of absent tokens are
+# never touched, so the time is that of B·T·C additions whatever the size of
+# the vocabulary. The position table has the same owners, and each row of
+# `dout` is read once for both.
 
 # %% the backward kernel tags=["exporti"] module="cpu.encoder"
 SLICE = 64  # channels that one thread owns at a time: 256 bytes of a row
@@ -875,7 +866,7 @@ calls = {
     "forward": (p.out, p.inp, p.wte, p.wpe),
     "backward": (p.dwte, p.dwpe, p.dout, p.inp),
 }
-print(platform.processor() or platform.machine(), numba.get_num_threads())
+print(f"{machine()}, {numba.get_num_threads()} threads")
 times = {}
 for name, args in calls.items():
     slow = fastest(getattr(reference, name), *args, runs=5)
@@ -918,11 +909,13 @@ print(f"zero dwte {fastest(p.dwte.fill, 0, runs=5) * 1e3:.2f} ms")
 
 # %% [markdown]
 # A time below the prediction means that the rows were still in a cache from
-# the run before. The last line shows where the cost of an embedding lies. The
-# table is much larger than the rows that a batch reads, and to set its
-# gradient to zero takes longer than to compute it. The same holds for the
-# optimiser, which visits every parameter. The encoder saves nothing for its
-# backward pass: zero activations but its output, which the next layer needs.
+# the run before. One above it holds the start of the threads, too, and on a
+# machine whose cores are busy with other programs the wait for the slowest.
+# The last line shows where the cost of an embedding lies. The table is much
+# larger than the rows that a batch reads, and to set its gradient to zero
+# takes longer than to compute it. The same holds for the optimiser, which
+# visits every parameter. The encoder saves nothing for its backward pass: zero
+# activations but its output, which the next layer needs.
 
 # %% [markdown]
 # ## See it

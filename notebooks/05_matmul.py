@@ -844,8 +844,7 @@ plt.show()
 #
 # A point may lie above the slope: the copy goes to main memory, while a
 # weight of 9.4 MB may stay in the last-level cache from one run to the
-# next. And the points for few tokens lie lower than they could, since they
-# run at the edges of the tile.
+# next.
 
 # %% [markdown]
 # ## Take away

@@ -260,10 +260,10 @@ print(f"weights: {square / 1e6:6.1f} MB a layer, {L * square / 1e9:.1f} GB")
 print(f"lse:     {row / 1e6:6.1f} MB a layer, {L * row / 1e6:.1f} MB")
 
 # %% [markdown]
-# in float32. That is several times the model. So no weight is saved:
-# backward recomputes it from $q$ and $k$, which are in memory anyway, and
-# from $L_t$, by (6.4). The reference builds the square as a temporary; the
-# CPU version below never does.
+# in float32. The weights of all layers together would be several times the
+# model. So no weight is saved: backward recomputes it from $q$ and $k$, which
+# are in memory anyway, and from $L_t$, by (6.4). The reference builds the
+# square as a temporary; the CPU version below never does.
 
 # %% [markdown]
 # ## Backward, derived
@@ -432,7 +432,7 @@ for name, mine, theirs in zip(
     compare(name, mine, theirs, tol=1e-8)
 
 # %% [markdown]
-# Now leave out $D_t$, as if a score entered its own weight alone.
+# Now leave out $D_t$, as if the denominator of (6.2) were a constant.
 
 
 # %% a gradient made wrong on purpose
@@ -502,9 +502,9 @@ reference = SimpleNamespace(
 # merges the two parts again, which undoes the repair. So this one function
 # is compiled with leave to contract a product and a sum into one
 # instruction, and with no other; the test of its error below fails when it
-# is not. numba's `overload` has the option, and it picks the function by
-# the type of the argument: a float64 goes to `math.exp`, slower, and exact
-# enough for proofs.
+# is not. numba's `overload`, which says what the compiler is to put in the
+# place of a call, has the option, and it picks by the type of the argument:
+# a float64 goes to `math.exp`, slower, and exact enough for proofs.
 
 # %% imports of the fast exponential tags=["export"] module="cpu.math"
 import math
@@ -644,13 +644,13 @@ compare("log-sum-exp", L, scores.max() + np.log(e.sum()), tol=1e-12)
 # ### Tiles
 #
 # A thread takes `ROWS` consecutive rows of one head and walks over the keys
-# in groups of `KEYS`. One group of keys and values stays in the nearest
-# cache while all rows of the thread use it. For each row it needs a place
-# for `KEYS` scores, the *tile*. `np.empty` inside a kernel would allocate
-# it anew for every block; a few hundred bytes fit on the thread's own
-# stack, where a place costs nothing. numba has no word for that, and lets
-# us add one: an *intrinsic* is a function that writes LLVM's instructions
-# itself. Ours writes one, `alloca`.
+# in groups of `KEYS`. One group of keys and values, 32 KB for a head of 64,
+# stays in the caches near the core while all rows of the thread use it. For
+# each row it needs a place for `KEYS` scores, the *tile*. `np.empty` inside
+# a kernel would allocate it anew for every block; a few hundred bytes fit on
+# the thread's own stack, where a place costs nothing. numba has no word for
+# that, and lets us add one: an *intrinsic* is a function that writes LLVM's
+# instructions itself. Ours writes one, `alloca`.
 
 # %% imports of the kernels tags=["export"] module="cpu.attention"
 import math
@@ -792,9 +792,9 @@ def _forward_rows(out, lse, qkv, b, h, first):
 # %% [markdown]
 # A late row has more to read than an early one. So a unit of work is a
 # block from the top of the triangle together with its mirror image from the
-# bottom: every unit costs the same, and threads that get equal numbers of
-# units finish together. There are $B \cdot NH \cdot T / 64$ units, so even
-# one long sequence keeps many cores busy.
+# bottom: all units cost about the same, and threads that get equal numbers
+# of units finish together. There are about $B \cdot NH \cdot T / 64$ units,
+# so even one long sequence keeps many cores busy.
 
 
 # %% the forward kernel tags=["exporti"] module="cpu.attention"
@@ -863,8 +863,9 @@ def _check(name, out, lse, inp):
 # channels or positions instead of five, the price for results that do not
 # depend on the number of threads.
 #
-# The sweep by rows takes (6.9) once for each row, then tile by tile (6.1),
-# (6.6), (6.8) and the left half of (6.10):
+# The sweep by rows takes, tile by tile and row by row, (6.1), (6.6), (6.9),
+# (6.8) and the left half of (6.10). So (6.9) is taken again for every tile:
+# one dot product beside 128 others is not worth a place to keep it.
 
 
 # %% a block of rows, backward tags=["exporti"] module="cpu.attention"
@@ -928,8 +929,9 @@ def _backward_columns(dqkv, dout, qkv, out, lse, b, h, first):
 
 # %% [markdown]
 # Rows are long at the end of the sequence, columns at its beginning. One
-# block of rows and the block of columns with the same number make up a unit
-# of nearly equal cost.
+# block of rows and the block of columns with the same number make up a unit.
+# A position of a column costs four sums and one of a row three, so the units
+# differ by a quarter at most.
 
 
 # %% the backward kernel tags=["exporti"] module="cpu.attention"
@@ -1012,8 +1014,8 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
-# And the time, at the shape of one layer of GPT-2 124M, for sequences of 64
-# and of 1024 positions.
+# And the time, at the shape of one layer of GPT-2 124M, for four sequences of
+# 64 positions and for one of 1024.
 
 
 # %% NumPy against the kernels tags=["nbval-ignore-output"]
@@ -1038,16 +1040,17 @@ for B, T in ((4, 64), (1, 1024)):
 
 # %% [markdown]
 # At 64 positions the square fits in the caches and NumPy's matrix products
-# are in their element: there is little to gain, and backward, with seven
-# sums for five, may even lose. At 1024 the square goes through memory many
-# times, and the kernels pull ahead.
+# are in their element: a kernel has little to gain there, and may lose,
+# backward above all, with seven sums for NumPy's five. At 1024 positions a
+# square takes 50 MB, and NumPy moves it through memory many times; the
+# kernels have no square.
 
 # %% [markdown]
 # ## Count it
 #
 # A head has $T(T+1)/2$ pairs $(t, u)$. Forward takes $2\,hs$ operations a
 # pair for the score and $2\,hs$ for the output; backward, in two sweeps,
-# seven such sums. The exponential adds about 20 operations a pair, once in
+# seven such sums. The exponential adds about 25 operations a pair, once in
 # forward and twice in backward. The bytes are few: a tile of keys and values
 # is read from cache, and per block of 32 rows the keys and values of a head
 # pass by once.
@@ -1055,8 +1058,8 @@ for B, T in ((4, 64), (1, 1024)):
 # %% predicted work and intensity
 B, T, NH, hs = 1, 1024, 12, 64
 pairs = B * NH * T * (T + 1) // 2
-forward_flops = (4 * hs + 20) * pairs
-backward_flops = (14 * hs + 40) * pairs
+forward_flops = (4 * hs + 25) * pairs
+backward_flops = (14 * hs + 50) * pairs
 forward_bytes = 4 * 2 * hs * pairs // 32
 print(f"forward  {forward_flops / 1e9:.2f} GFLOP")
 print(f"backward {backward_flops / 1e9:.2f} GFLOP")
@@ -1077,10 +1080,10 @@ for name, flops in (("forward", forward_flops), ("backward", backward_flops)):
     print(f"measured {seconds * 1e3:6.1f} ms")
 
 # %% [markdown]
-# The kernels stay behind the matrix product. Their loops are as short as a
-# head, 64 numbers or eight vectors, so that each loop's start and end weigh
-# as much as its middle; and each dot product ends with a sum across the
-# lanes of a vector, for which such units are not made.
+# Two things hold the kernels back from that. Their loops are as short as a
+# head, 64 numbers or eight vectors, so that each loop's start and end
+# weigh as much as its middle; and each dot product ends with a sum across
+# the lanes of a vector, for which such units are not made.
 #
 # Saved for the backward pass: $B \cdot NH \cdot T$ numbers. Attention's
 # share of a whole step grows with $T$, because its work is quadratic in $T$
@@ -1095,7 +1098,7 @@ for name, flops in (("forward", forward_flops), ("backward", backward_flops)):
 # is a code of the letter *before* it. (In a trained network an earlier
 # layer's head, looking one place back, provides that.) So a query matches
 # the position that follows an earlier occurrence of its letter. The values
-# are the columns of an identity matrix: then (6.3) gives back the weights
+# are the rows of an identity matrix: then (6.3) gives back the weights
 # themselves, and we can look at them without touching the code.
 
 # %% queries and keys made by hand

@@ -56,6 +56,7 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 
 from llmnb.diagram import PALETTE
+from llmnb.timing import fastest, machine
 from llmnb.verify import compare, numerical_gradient, verdict
 
 # %% imports of the reference tags=["export"]
@@ -115,8 +116,8 @@ compare("by hand", out[0], [[11, 2, 3], [4, 5, 0]], tol=1e-12)
 # ## Backward, derived
 #
 # Element $i$ of the output is $y_i = a_i + b_i$, with $a$ for `inp1` and
-# $b$ for `inp2`, so $\partial y_i / \partial a_j = \delta_{i,j}$, and the
-# same for $b$. The chain rule gives
+# $b$ for `inp2`, so $\partial y_i / \partial a_j = \delta_{i,j}$, which is 1
+# for $i = j$ and 0 otherwise, and the same for $b$. The chain rule gives
 #
 # $$ da_j = \sum_i dy_i\, \delta_{i,j} = dy_j , \qquad
 #    db_j = dy_j . \tag{8.2} $$
@@ -132,7 +133,7 @@ compare("by hand", out[0], [[11, 2, 3], [4, 5, 0]], tol=1e-12)
 #
 # The first term comes from `residual_backward`, the second from the
 # backward pass of the half block's first layer, and both go into the same
-# array. This is why every backward function in this book adds.
+# array. This is why a backward function of this book adds.
 
 
 # %% the backward pass tags=["export"]
@@ -307,22 +308,9 @@ for args in ((a, b[:2], d), (a, b.astype(np.float64), d), (a, d, d[:])):
         print(error)
 
 # %% NumPy against the kernels tags=["nbval-ignore-output"]
-import platform
-import time
+from numba import get_num_threads
 
-import numba
-
-
-def fastest(function, *args, runs=15):
-    best = float("inf")
-    for _ in range(runs):
-        start = time.perf_counter()
-        function(*args)
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-print(platform.processor() or platform.machine(), numba.get_num_threads())
+print(f"{machine()}, {get_num_threads()} threads")
 big = rng.normal(size=(3, 4, 1024, 768)).astype(np.float32)
 times = {}
 for name in ("forward", "backward"):
@@ -355,7 +343,8 @@ for name, moved in traffic.items():
 
 # %% [markdown]
 # A time below the prediction means that part of the arrays was still in
-# the last-level cache. Nothing is saved for the backward pass.
+# the last-level cache, or that the copy, which runs on one core, did not use
+# all that the memory can deliver. Nothing is saved for the backward pass.
 #
 # ## See it: a gradient on its way down
 #
@@ -379,7 +368,10 @@ for name, moved in traffic.items():
 # LayerNorm, a matrix up to 4C channels, GELU, a matrix down to C, with
 # GPT-2's first weights. Those are normal with deviation 0.02 at C = 768; we
 # take fewer channels and raise the deviation, so that sums have the same
-# size as there. We can leave LayerNorm out to see the bare chain.
+# size as there. We can leave out LayerNorm, the addition, or both. Besides
+# the size of a gradient we watch its *alignment* with the one at the top,
+# the cosine of the angle between the two: 1 for the same direction, near 0
+# for directions that have nothing to do with each other.
 
 # %% one half block
 from llmnb.reference.layernorm import layernorm_backward, layernorm_forward
@@ -435,6 +427,13 @@ def chain(halves, residual, norm, scale=1.0):
     return np.array(variances), grads[::-1]
 
 
+size = np.linalg.norm
+
+
+def alignment(d):
+    return (d * top).sum() / size(d) / size(top)
+
+
 chains = {
     "neither": chain(2 * L, residual=False, norm=False),
     "LayerNorm": chain(2 * L, residual=False, norm=True),
@@ -445,14 +444,12 @@ chains = {
 # %% the size and the direction of the gradient
 fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), dpi=100)
 colours = [PALETTE[c] for c in ("blue", "purple", "green", "orange")]
-size = np.linalg.norm
 for (name, (_, grads)), colour, style in zip(
     chains.items(), colours, ("-", "--", ":", "-"), strict=True
 ):
     line = {"color": colour, "ls": style, "label": name, "lw": 2}
     left.semilogy([size(d) / size(top) for d in grads], **line)
-    cosine = [(d * top).sum() / size(d) / size(top) for d in grads]
-    right.plot(cosine, **line)
+    right.plot([alignment(d) for d in grads], **line)
 left.set(title="size of the gradient", xlabel="half block")
 right.set(title="alignment with the top", xlabel="half block")
 right.set(ylim=(-0.15, 1.05))
@@ -468,14 +465,15 @@ plt.show()
 # third at each half block and ends below a millionth of a millionth of its
 # size. LayerNorm alone keeps the size, and the direction is lost after one
 # half block. The addition alone keeps the size within a factor of ten, and
-# the direction fades. With both, size and direction last.*
+# the direction fades. With both, the size lasts, and nearly half of the
+# alignment is left at the bottom.*
 #
 # The left panel shows what (8.4) promised. The right one shows why size is
 # not enough: LayerNorm multiplies a vanishing signal up again, and what
 # comes out is large and scrambled. The addition keeps a share of the loss's
-# own gradient in every layer. In the bare chain, each half block adds in
-# proportion to the stream, which grows like compound interest; LayerNorm in
-# front of the half block makes that a straight line, as we see next.
+# own gradient in every layer. With the addition alone, each half block adds
+# in proportion to the stream, which grows like compound interest; LayerNorm
+# in front of the half block makes that a straight line, as we see next.
 
 # %% the same in numbers that could fail
 ends = {name: grads[0] for name, (_, grads) in chains.items()}
@@ -483,9 +481,7 @@ ratio = {name: size(d) / size(top) for name, d in ends.items()}
 verdict("neither", ratio["neither"] < 1e-12, "is below 1e-12 of the top")
 for name in ("LayerNorm", "addition", "both"):
     verdict(name, 0.1 < ratio[name] < 10, "within 10 times the top")
-cosine = {
-    name: (d * top).sum() / size(d) / size(top) for name, d in ends.items()
-}
+cosine = {name: alignment(d) for name, d in ends.items()}
 verdict("both", cosine["both"] > 0.3, "aligned more than 0.3")
 for name in ("neither", "LayerNorm"):
     verdict(name, abs(cosine[name]) < 0.1, "aligned less than 0.1")
@@ -496,7 +492,7 @@ for name in ("neither", "LayerNorm"):
 # The addition has a price. Each half block adds something to the stream.
 # LayerNorm stands first in $f$, so the size of what is added does not depend
 # on the size of the stream: every half block adds about the same variance
-# $s$, and at the start, with random weights, what it adds is unrelated to
+# $s$; and before training, with random weights, what it adds is unrelated to
 # what is there, so variances sum:
 #
 # $$ \operatorname{Var}(x_{l+1}) \approx \operatorname{Var}(x_l) + s ,
@@ -556,10 +552,9 @@ for (depth, scaled), (variances, bottom) in streams.items():
     growth = variances[-1] - variances[0]
     predicted = s if scaled else 2 * depth * s
     close = abs(growth / predicted - 1) < 0.25
-    verdict(name, close, "growth within 25 % of it")
+    verdict(name, close, "as predicted, to 25 %")
     if scaled:
-        cosine = (bottom * top).sum() / size(bottom) / size(top)
-        verdict("", cosine > 0.9, "gradient aligned > 0.9")
+        verdict(name, alignment(bottom) > 0.9, "gradient aligned > 0.9")
 
 # %% [markdown]
 # [Chapter 11](11_init.ipynb) draws the first weights with this factor.
@@ -586,8 +581,8 @@ for (depth, scaled), (variances, bottom) in streams.items():
 #
 # In the backward pass we could spare the copy from `dout` to `dinp1` by
 # letting both be one array, since (8.2) says that they are equal. The rule
-# that every backward adds would then have an exception, known only to the
-# caller. We prefer the rule, and refuse such a call.
+# that backward adds would then have an exception, known only to the caller.
+# We prefer the rule, and refuse such a call.
 
 # %% [markdown]
 # ## Exercises
@@ -676,8 +671,8 @@ def norm_after(halves):
 
 # %% exercise 3, checked
 after, before = norm_after(2 * L), ends["both"]
-cosines = [(d * top).sum() / size(d) / size(top) for d in (after, before)]
-verdict("LN after", cosines[0] < cosines[1] - 0.1, "aligned less")
+less = alignment(after) < alignment(before) - 0.1
+verdict("LN after", less, "aligned less")
 
 # %% [markdown]
 # ## Further reading
@@ -687,7 +682,8 @@ verdict("LN after", cosines[0] < cosines[1] - 0.1, "aligned less")
 #   figure 1, where a deeper network without the addition trains worse.
 # - He, Zhang, Ren and Sun (2016),
 #   [Identity Mappings in Deep Residual Networks](https://arxiv.org/abs/1603.05027):
-#   section 2 derives (8.4) and argues for a stream that nothing interrupts.
+#   section 2 derives the road of (8.4) that passes no layer, and argues for
+#   a stream that nothing interrupts.
 # - Balduzzi et al. (2017),
 #   [The Shattered Gradients Problem](https://arxiv.org/abs/1702.08591):
 #   why size alone does not make a gradient useful.

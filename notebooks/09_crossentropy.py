@@ -197,9 +197,10 @@ print(probs[0].round(4))
 #
 # The last sum, the Kullback-Leibler divergence, is never negative and is 0
 # only for $p = q$ (because $\log x \le x - 1$, it is at least
-# $\sum_i q_i (1 - p_i / q_i) = 0$). So the cross-entropy has a floor, the
-# entropy of the data, and the only way down to it is to believe what is
-# true. That is why we minimise it.
+# $\sum_i q_i (1 - p_i / q_i) = 0$). With $p_i = 1 / V$ the left side is
+# $\log V$, so no entropy exceeds that. And the cross-entropy has a floor, the
+# entropy of the data; the only way down to it is to believe what is true.
+# That is why we minimise it.
 
 # %% entropy and cross-entropy
 q = np.array([0.5, 0.25, 0.25])
@@ -329,9 +330,9 @@ print(f"GPT-2: {50257**2 * 4 / 1e9:.1f} GB a row")
 #
 # $$ dz_j = p_j\, \Bigl( dp_j - \sum_i p_i\, dp_i \Bigr) . \tag{9.8} $$
 #
-# In words: each logit hears how much better its token is than the average,
-# the average being taken with the model's own probabilities. A padding
-# column has $p_j = 0$ and hears nothing.
+# In words: each logit hears by how much the gradient of its own probability
+# differs from the average, the average being taken with the model's own
+# probabilities. A padding column has $p_j = 0$ and hears nothing.
 
 
 # %% the gradient of the softmax tags=["export"]
@@ -418,8 +419,8 @@ def crossentropy_softmax_forward(losses, lse, logits, targets, V):
 
 
 # %% [markdown]
-# The backward pass is the one function of this book that overwrites its
-# gradient instead of adding to it. Nothing else reads the logits, so there
+# The fused backward pass is the one function of this book that overwrites
+# its gradient instead of adding to it. Nothing else reads the logits, so there
 # is no earlier contribution to keep; and when it works in place, what
 # stands there is not a gradient yet.
 
@@ -487,8 +488,8 @@ print("fused   ", int(losses[0, 0]), dlogits[0, 0].astype(int))
 # form with unequal weights `dlosses` for the positions.
 #
 # The cross-entropy alone needs care: the error of central differences grows
-# with the third derivative, here $2 / p_k^3$. Its test takes probabilities
-# above 0.5, a softmax would give some near 0.001.
+# with the third derivative, here $2 / p_k^3$ in size. So its test takes
+# probabilities above 0.5, where a softmax would give some near 0.001.
 
 # %% a problem to differentiate
 B, T, V, Vp = 2, 3, 5, 8
@@ -624,11 +625,13 @@ def _fused_forward(logits, losses, lse, targets, V):
 
 
 # %% [markdown]
-# The backward kernel works in place and takes one array, not two. That is
-# not only the common case. Given two arrays, LLVM must allow for their
-# overlapping; it compiles a vector loop and a scalar loop, compares the
-# addresses at run time, and takes the scalar loop when they overlap, which
-# an array does with itself. With one array there is nothing to compare.
+# The backward kernel works in place and takes one array, not two; where the
+# caller brings two, the logits are copied first. In place is the common
+# case, and there is a second reason. In a kernel that takes slices of its
+# arrays, numba gives LLVM no promise that two of them do not overlap. LLVM
+# then compiles a vector loop and a scalar loop, compares the addresses at run
+# time, and takes the scalar loop when they overlap, which an array does with
+# itself. With one array there is nothing to compare.
 
 
 # %% the fused backward kernel tags=["exporti"] module="cpu.crossentropy"
@@ -644,9 +647,9 @@ def _fused_backward(dlogits, dlosses, lse, targets, V):
 
 
 # %% [markdown]
-# numba does not check bounds, and a target of 50,300 would read a padding
-# column, or the next row, without a word. So every public function checks
-# its arrays first, and views them as rows.
+# numba does not check bounds: a target of 50,300 would read a padding column,
+# and one of 60,000 the next row, without a word. So every public function
+# checks its arrays first, and views them as rows.
 
 
 # %% check the arrays tags=["exporti"] module="cpu.crossentropy"
@@ -904,7 +907,7 @@ except ValueError as error:
 
 
 # %% with the library's exponential
-@numba.njit(parallel=True, fastmath=True, error_model="numpy")
+@kernel
 def library_forward(logits, losses, lse, targets, V):
     for n in numba.prange(logits.shape[0]):
         z = logits[n, :V]

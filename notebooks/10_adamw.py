@@ -32,7 +32,7 @@ gpt2_diagram(lit="adamw")
 #
 # The layers so far have produced one gradient for each parameter: the
 # direction in which the loss grows. This chapter turns gradients into
-# steps. It builds the optimizer, the schedule of its learning rate, and the
+# steps. It builds the optimiser, the schedule of its learning rate, and the
 # guard against gradients that are too large. At its end you can
 #
 # - say what momentum, Adam and AdamW each add to gradient descent, and see
@@ -99,7 +99,7 @@ print("stepped ", p - 0.1 * (m / 0.1) / np.sqrt(v / 0.001))
 # | `m`, `v` | (N,) | the running means of gradient and squared gradient |
 # | `step` | integer | how many steps with this one, from 1 |
 #
-# Layers have shapes; the optimizer has none. Every parameter is treated
+# Layers have shapes; the optimiser has none. Every parameter is treated
 # alike, so it works on flat arrays, as [chapter 2](02_memory.ipynb) lays
 # them out: all parameters one after the other.
 
@@ -148,8 +148,8 @@ def report(path):
 # $w_i - c_i \leftarrow (1 - \eta a_i)(w_i - c_i)$. Each coordinate shrinks by
 # its own factor. The steep one allows no $\eta$ above $2/50 = 0.04$, or
 # $|1 - 50 \eta|$ exceeds 1 and the path flies apart. With that $\eta$ the
-# gentle one shrinks by $1 - 0.04$ a step at best. One learning rate has to
-# serve both.
+# gentle one shrinks by the factor $1 - 0.04 = 0.96$ a step. One learning
+# rate has to serve both.
 
 
 # %% gradient descent
@@ -222,7 +222,8 @@ report(paths["momentum"])
 # parameter moves by $\eta$, up or down. Without the correction the first
 # step would be
 # $\eta \cdot 0.1 / \sqrt{0.001} \approx 3.2\, \eta$, and for a thousand
-# steps $v$ would be too small, and the steps too large.
+# steps $v$ would be too small, and the steps too large. (The race below lasts
+# sixty steps, so it takes $\beta_2 = 0.99$, which forgets faster.)
 
 # %% the correction, step by step
 steps = np.array([1, 10, 100, 1000, 10000])
@@ -280,11 +281,12 @@ paths["AdamW"] = descend(adamw, lr=0.2, decay=0.1)
 report(paths["AdamW"])
 
 # %% [markdown]
-# AdamW stops short of the lowest point, and means to: decay pulls towards
-# the origin, and the path comes to a halt where the two pulls balance. (In
-# a valley without noise the balance is not for ever. The gradient there is
+# AdamW stays short of the lowest point, and means to: decay pulls towards
+# the origin, and the path turns back where that pull is the stronger one.
+# (In a valley without noise this is not for ever. The gradient there is
 # small and steady, $\sqrt{\hat v}$ shrinks to its size, Adam's pull grows,
-# and the path creeps on. In training, noise keeps $\sqrt{\hat v}$ up.)
+# and after the sixty steps the path creeps on to the lowest point. In
+# training, noise keeps $\sqrt{\hat v}$ up.)
 
 # %% four trajectories
 x, y = np.meshgrid(np.linspace(-1.6, 4.4, 121), np.linspace(-0.6, 2.4, 91))
@@ -304,7 +306,7 @@ plt.show()
 # *Figure 10.2. Sixty steps from the lower left; the cross is the lowest
 # point. Gradient descent bounces between the walls and creeps along the
 # floor. Momentum overshoots but arrives. Adam ignores the steepness and
-# sets off diagonally. AdamW halts a little nearer to the origin.*
+# sets off diagonally. AdamW does too, and turns back before the cross.*
 #
 # To see the two decays differ, take parameters whose gradients are pure
 # noise, of size 0.1, 1 and 10, a thousand of each. There is nothing to
@@ -439,6 +441,9 @@ compare("same path", path, paths["AdamW"], tol=1e-10)
 # dimension. Ours are stacked over the L layers, so that `ln1w` has shape
 # (L, C), and counting dimensions would mislead. We decide by name.
 
+# %% imports of the schedule tags=["export"] module="schedule"
+import math
+
 # %% which tensors decay tags=["export"] module="schedule"
 MATRICES = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")
 VECTORS = (
@@ -482,7 +487,8 @@ print(f"not decayed {vectors:11,}  {vectors / (matrices + vectors):.2%}")
 # **Decline.** Near the end a large step keeps throwing the parameters to
 # and fro across the valley; a small one lets them sink. Let $S$ be the
 # number of steps in all, and $u$ run from 0 to 1 over the declining part.
-# With $f$ the fraction of the peak that is left at the end,
+# With $f$ the fraction of the peak that is left at the end, in step $S$,
+# the first that is not taken,
 #
 # $$ \eta_s = \eta_{\max} \bigl( f + (1 - f)\, d(u) \bigr) , \qquad
 #    u = \frac{s - W}{S - W} , \tag{10.13} $$
@@ -491,11 +497,8 @@ print(f"not decayed {vectors:11,}  {vectors / (matrices + vectors):.2%}")
 # **cosine**, $1 - u$ for **linear**, 1 for **constant**. The fourth,
 # **wsd** (warm-up, stable, decay), stays at the peak until 80 % of all
 # steps, $D = \lfloor 0.8\, S \rfloor$, and then falls as
-# $d(u) = 1 - \sqrt u$ with $u = (s - D) / (S - D)$. Its long flat part does
-# not depend on $S$: one may decide late when to stop.
-
-# %% imports of the schedule tags=["export"] module="schedule"
-import math
+# $d(u) = 1 - \sqrt u$ with $u = (s - D) / (S - D)$. The rates of its long
+# flat part do not depend on $S$: one may decide late when to stop.
 
 # %% the schedule tags=["export"] module="schedule"
 KINDS = ("cosine", "linear", "constant", "wsd")
@@ -580,9 +583,10 @@ plt.show()
 # Now and then a batch has a gradient many times as long as usual. Adam's
 # division does not tame it: with $\beta_2 = 0.999$ a tenth of the spike
 # enters $m$, but only $\sqrt{0.001}$, three hundredths, enters $\sqrt v$.
-# The next steps follow the spike, at up to three times the usual length;
+# The next steps follow the spike, at about three times the usual length;
 # and $v$ remembers it for some $1 / (1 - \beta_2)$ steps, in which ordinary
 # gradients hardly count.
+#
 # **Clipping** measures the length of the gradient of *all* parameters taken
 # as one vector, the **global norm**, and shortens it to a given $c$ when it
 # is longer:
@@ -593,7 +597,8 @@ plt.show()
 #
 # The direction stays. The $10^{-6}$ is PyTorch's, and we follow it. Squares
 # are summed in float64: the sum of 124 million squares has too many digits
-# for a float32, and the square of a float32 above $10^{19}$ overflows it.
+# for a float32, and the square of a number above $2 \cdot 10^{19}$ overflows
+# it.
 #
 # What if a gradient is infinite or not a number? Then so is the norm, and
 # (10.14) would multiply *every* gradient by 0 or by NaN. We leave the
@@ -675,11 +680,11 @@ compare("float32", six_steps(adamw_update, np.float32), recorded, tol=1e-6)
 
 # %% [markdown]
 # Agreement to the last digits has to be hard to get by chance. Here is a
-# version that adds $\epsilon$ before the correction rather than after, a
-# difference of $10^{-8}$, and one with L2 for decay:
+# version that adds $\epsilon = 10^{-8}$ before the correction rather than
+# after, and one with L2 for decay:
 
 
-# %% two optimizers made wrong on purpose
+# %% two optimisers made wrong on purpose
 def eps_too_early(p, g, m, v, lr, beta1, beta2, eps, decay, t):
     p *= 1 - lr * decay
     m += (1 - beta1) * (g - m)
@@ -796,7 +801,10 @@ def adamw_update(
 # The norm is one long sum, and a sum in another order is another sum. Again
 # the pieces must not depend on the threads: 256 of them, their bounds set
 # by the length alone, each summed by one thread; then the 256 sums, in
-# order.
+# a fixed order. The kernel is compiled under the promise that no NaN occurs
+# ([chapter 3](03_encoder.ipynb)), and a gradient may break it; but products
+# and sums hand a NaN on whatever was promised, and the verdict below sees to
+# it that they do. The question itself, `math.isfinite`, is asked in Python.
 
 
 # %% the sum of squares tags=["exporti"] module="cpu.adamw"
@@ -823,8 +831,8 @@ def global_norm(grads):
     """The Euclidean norm of a flat array, summed in float64, as a float.
 
     The sum is taken over 256 pieces whose bounds depend on the length alone
-    and then over the pieces in order, so that the number of threads does
-    not change it. Raises TypeError or ValueError unless `grads` is flat and
+    and then over the pieces, so that the number of threads does not change
+    it. Raises TypeError or ValueError unless `grads` is flat and
     float32 or float64.
 
     Derived in chapter 10.
@@ -1029,7 +1037,7 @@ def turned(method, steps=60, **settings):
 
 # %% exercise 3, checked
 straight = np.hypot(*(paths["Adam"][-1] - lowest))
-verdict("Adam", turned(adam, lr=0.2) > 10 * straight, "is ten times as far")
+verdict("Adam", turned(adam, lr=0.2) > 10 * straight, "is 10 times as far off")
 verdict("momentum", turned(momentum, lr=0.02) < 0.1, "still arrives")
 
 # %% [markdown]

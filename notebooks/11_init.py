@@ -183,7 +183,7 @@ plt.show()
 # of 0.02 shrinks the activations to $10^{-12}$ and one of 0.12 blows them up
 # past $10^6$; gradients do the same on their way back. With
 # $1/\sqrt{256}$ both keep their size. Dots are measured, dashed lines are
-# (11.2).*
+# the root of (11.2).*
 
 # %% [markdown]
 # ## Why 0.02 serves, and what 1/√(2L) is for
@@ -194,7 +194,8 @@ plt.show()
 # then has some mean square $s^2$ that depends on $\sigma$ and not on how
 # deep the branch sits.
 #
-# Depth returns through the residual connections. They add the branches up:
+# Depth returns through the residual connections of
+# [chapter 8](08_residual.ipynb). They add the branches up:
 # $x_{d+1} = x_d + f_d(x_d)$. At the start the branches' outputs are close to
 # independent, with mean 0, and variances add once more. After the $2L$
 # branches of $L$ blocks the stream has mean square
@@ -256,7 +257,7 @@ for ax, scaled in zip(axes, (False, True), strict=True):
     ax.set(xlim=(0, 1.35), xlabel="part of the way through the model")
     ax.set_xticks([0, 0.5, 1])
 axes[1].annotate("all three", (1.02, y[-1]), va="center")
-axes[0].set(title="std 0.02 everywhere", ylabel="RMS of the stream")
+axes[0].set(title="one std for all matrices", ylabel="RMS of the stream")
 axes[1].set(title="last matrices divided by √(2L)")
 fig.tight_layout()
 plt.show()
@@ -268,9 +269,8 @@ plt.show()
 #
 # What would be wrong with a large stream? The last LayerNorm divides by its
 # size, and by (4.10) of [chapter 4](04_layernorm.ipynb) the gradient that
-# enters the stream from above is divided too. Gradients would shrink as
-# models grow deeper. With (11.4) they keep one size, and one norm for
-# clipping serves models of different depth.
+# enters the stream from above is divided too. It would shrink as models grow
+# deeper. With (11.4) it enters with one size at any depth.
 
 # %% [markdown]
 # ## Bits: MT19937
@@ -449,8 +449,9 @@ verdict("32 bits", np.float32(2**32 - 1) / np.float32(2**32) == 1, "reach 1")
 #    \tag{11.11} $$
 #
 # and a uniform $u_1$ becomes such a radius if we set it equal to the
-# distribution function and solve for $r$. With a second uniform for the
-# angle,
+# distribution function and solve for $r$: then $R \le r$ exactly when
+# $u_1 \le 1 - e^{-r^2/2}$, which has the probability it should. With a second
+# uniform for the angle,
 #
 # $$ r = \sqrt{-2 \ln(1 - u_1)} , \qquad \theta = 2\pi u_2 , \tag{11.12} $$
 #
@@ -534,8 +535,8 @@ plt.show()
 # %% [markdown]
 # *Figure 11.4. Box-Muller wraps the unit square around the origin: upright
 # lines of constant $u_1$ become circles, level lines of constant $u_2$
-# become rays, and 400 evenly strewn points become a round cloud that is
-# densest in the middle.*
+# become rays, and 400 points strewn over the square become a round cloud that
+# is densest in the middle.*
 
 # %% [markdown]
 # ## The last sixteen, and fewer than sixteen
@@ -576,8 +577,8 @@ class ScalarNormals(MersenneTwister):
 
 # %% [markdown]
 # The generator puts the roads together. It works on 16,384 numbers at a
-# time: uniforms, radii and angles of a chunk are 64 kB each and stay in a
-# core's caches, and no temporary grows with the model.
+# time: words, uniforms, radii and angles of a chunk take 128 KiB each at most
+# and stay in a core's caches, and no temporary grows with the model.
 
 
 # %% the size of a chunk and the checks tags=["exporti"]
@@ -803,21 +804,23 @@ print(f"124M weights in {words * each:.1f} s")
 # three statements, each with its tolerance:
 #
 # - **The same start.** Every weight equals PyTorch's for the same seed, up
-#   to the last place of a float32.
+#   to the last places of a float32: $2 \cdot 10^{-8}$ at most.
 # - **The same function.** From equal weights, in float64, the losses of ten
 #   AdamW steps, the logits and all 16 gradients agree to $10^{-13}$. Two
 #   programs that compute different functions do not agree to 13 digits by
-#   accident; a forgotten bias or a wrong $\epsilon$ shows in the first few.
+#   accident; a forgotten bias or a wrong $\epsilon$ shows long before.
 # - **The same up to rounding.** In float32, which training uses, sums in
 #   another order round differently. The losses agree to $10^{-6}$, relative;
-#   a gradient tensor to $5 \cdot 10^{-6}$: the norm of the difference over
-#   the norm.
+#   the logits to $2 \cdot 10^{-6}$ and a gradient tensor to
+#   $5 \cdot 10^{-6}$: the norm of the difference over the norm.
 #
-# The numbers come from four configurations, two of them with sizes that
-# divide nothing, recorded once with PyTorch; `tests/test_parity.py` holds
-# our model to them. Without equal draws none of this could be said: curves
-# from different weights differ in the second digit, and a small mistake
-# hides in that difference for ever.
+# These are limits, each some way above what was measured. Four configurations,
+# two of them with odd sizes, were recorded once with PyTorch, and
+# `tests/test_parity.py` holds our model to them. The second and third
+# statement start from PyTorch's recorded weights. The first is what lets a run
+# start from a bare seed and still be compared: losses from other weights
+# differ by far more than rounding, and a small mistake would hide there for
+# ever.
 
 # %% [markdown]
 # ## Take away
@@ -829,8 +832,8 @@ print(f"124M weights in {words * each:.1f} s")
 #   depth, hence $1/\sqrt{2L}$ on the matrices that write into the stream.
 # - A seed becomes 624 words, words become uniforms, pairs of uniforms become
 #   pairs of normals. Each step is short, and its order is part of it.
-# - Equal draws make a comparison with PyTorch exact where it could only be
-#   statistical.
+# - Equal draws let a run that starts from a seed be compared with PyTorch's,
+#   number by number, where otherwise only statistics could be.
 
 # %% [markdown]
 # ## Design note

@@ -25,8 +25,9 @@
 # program that runs are two texts, and they drift apart. Knuth's answer was to
 # write one text from which both are made, and he called it *literate
 # programming*. This book does the same with Python's means. A chapter is a
-# notebook; cells with the tag `export` are the package. This last chapter, the
-# colophon, derives the program that does it. It exports itself. At its end you
+# notebook; cells with the tag `export` are the package. This last chapter
+# derives the program that does it. A *colophon* is the note at the end of a
+# book that says how it was made, and this one exports itself. At its end you
 # can
 #
 # - say what happens between a cell on this page and `import llmnb`;
@@ -154,7 +155,8 @@ def cell_lines(path):
 #
 # jupytext knows how to parse the format, but not on which line of the file a
 # cell began, and an error message without a line number is half a message. So
-# we find the marker lines ourselves and pair them with the cells.
+# `cell_lines` above finds the marker lines itself, and `read_chapter` pairs
+# them with the cells.
 
 
 # %% read a chapter tags=["export"]
@@ -208,7 +210,9 @@ print(here.cells[1].line, here.cells[1].name, "->", here.cells[1].module)
 # computing of tables. So an exported cell may hold imports, assignments,
 # functions and classes, and nothing else. We do not search for forbidden words
 # in the text. Python's own parser turns the cell into a tree, the *abstract
-# syntax tree*, and each statement is a node with a type.
+# syntax tree*, and each statement is a node with a type. (One thing is sought
+# in the text first: a line that begins with `%` or `!`, a command to the
+# notebook and not Python. Such a line is called a *magic*.)
 
 # %% a tree
 for node in ast.parse("import math\nx = 1\nprint(x)").body:
@@ -261,7 +265,9 @@ def refuse_loading(cell, node):
 
 # %% [markdown]
 # The third statement above is an expression on its own, which does something
-# or is useless, and is refused in either case.
+# or is useless, and is refused in either case. An assignment may compute its
+# value, but a call there of a function that prints or reads files is refused by
+# its name.
 #
 # ## Names that nothing defines
 #
@@ -379,7 +385,8 @@ def check_undefined(module):
 # A reader goes through the chapters in order, so a chapter may use what came
 # before it, and nothing that comes later. For notebooks that is a matter of
 # taste; for exported cells it is checked. An import from `llmnb` must name
-# something that an earlier chapter exports, or this one.
+# something that an earlier chapter exports, or this one. So that every such
+# name is seen, there is one way to write it, `from llmnb.module import name`.
 
 
 # %% imports from other chapters tags=["export"]
@@ -390,11 +397,26 @@ def check_imports(module, modules):
     """
     for cell, tree in zip(module.cells, module.trees, strict=True):
         for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                source, names = node.module, [a.name for a in node.names]
-                if source.split(".")[0] == "llmnb" and not node.level:
-                    for name in names:
-                        check_import(module, modules, cell, node, name)
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                refuse_other_forms(cell, node)
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            if node.module.split(".")[0] == "llmnb":
+                for name in node.names:
+                    check_import(module, modules, cell, node, name.name)
+
+
+def refuse_other_forms(cell, node):
+    """Refuse `import llmnb.module`, and an import that begins with a dot.
+
+    Derived in chapter 15.
+    """
+    whole = isinstance(node, ast.Import) and any(
+        a.name.split(".")[0] == "llmnb" for a in node.names
+    )
+    if whole or getattr(node, "level", 0):
+        text = ast.unparse(node)
+        cell.fail(node.lineno, f"write `from llmnb.module import`: {text}")
 
 
 def check_import(module, modules, cell, node, name):
@@ -467,7 +489,8 @@ for name, text in bad.items():
 #
 # The text of a module is a banner that names its source, the chapter's title
 # and summary as its docstring, `__all__`, and the cells in order with their
-# names as comments. No date and no version number goes in: the same source
+# names as comments; a module that exports `main` also gets the two lines that
+# run it as a program. No date and no version number goes in: the same source
 # gives the same bytes on every machine, so a difference in `llmnb/` always
 # means a difference in a chapter.
 
@@ -742,11 +765,12 @@ def cell_defects(name, cell):
 
 
 # %% [markdown]
-# `pytest --nbval` runs each notebook again and compares every output with the
-# stored one. It has two blind spots. A cell that was never run has nothing to
-# compare with and passes. And it looks at the .ipynb only: if someone edits
+# `pytest --nbval` runs each notebook again and compares the outputs with the
+# stored ones. It has three blind spots. A cell that was never run has nothing
+# to compare with and passes. It looks at the .ipynb only: if someone edits
 # the .py and forgets to build, the old page goes on passing. `defects` looks
-# for both.
+# for both. The third stays: pictures are not compared. Where what a figure
+# shows matters, a verdict beside it has to say so.
 
 # %% how a stale notebook shows
 path = folder / "02_small.py"
@@ -792,7 +816,7 @@ def main(argv=None):
 
 # %% imports of the package tags=["export"] module="__init__"
 import importlib
-from pathlib import Path
+import importlib.util
 
 # %% the package's front door tags=["exporti"] module="__init__"
 __version__ = "0.1.0"
@@ -803,13 +827,16 @@ def __getattr__(name):
     """Import a module, GPT2 or GPT2Config when it is first asked for."""
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
-    if next(Path(__file__).parent.glob(f"{name}*"), None):
+    if importlib.util.find_spec(f"llmnb.{name}"):
         return importlib.import_module(f"llmnb.{name}")
     raise AttributeError(f"llmnb has no {name!r}")
 
 
 # %% [markdown]
 # ## What a chapter gained
+#
+# The table at the end of every chapter comes from the index, so it cannot
+# promise what the package does not hold.
 
 # %% what a chapter gained tags=["export"] module="index"
 import json
@@ -870,9 +897,25 @@ def gained(chapter):
 # :class: dropdown
 # The module that the chapter's header names, the `__init__.py` of its folder if
 # it has one, and `index.json`. `make check` then asks for `make notebooks`,
-# because the page shows the index.
+# because the .ipynb lacks the new cell.
 # :::
-#
+
+# %% exercise 1, on a copy tags=["hide-cell"]
+copies = Path(tempfile.mkdtemp())
+mine = '\n# %% mine tags=["export"]\ndef mine():\n    return 4\n'
+for source in (ROOT / "notebooks").glob("[0-9]*.py"):
+    text = source.read_text("utf-8")
+    if source.stem == "04_layernorm":
+        text += mine
+    (copies / source.name).write_text(text, "utf-8")
+
+# %% exercise 1, checked
+files = render(collect(read_chapters(copies)))
+changed, extra = differences(files, ROOT / "llmnb")
+print(changed)
+verdict("one cell", len(changed) == 3 and not extra, "changes three files")
+
+# %% [markdown]
 # **2** (★★). `refuse_loading` knows some names of functions that read files.
 # Write a chapter that reads a file on import all the same, without these
 # names, and see whether it is refused.
@@ -889,6 +932,35 @@ path.write_text(
 )
 let_through = "n" in collect([read_chapter(path)])["thing"].names
 verdict("glob", let_through, "is let through")
+
+# %% [markdown]
+# **3** (★★★). An import that nothing uses does no harm, and stays in the
+# package for ever. Write a function that lists such names of a `Module`.
+#
+# :::{admonition} Solution to exercise 3
+# :class: dropdown
+# The trees say what is imported, the symbol tables what is read. The
+# difference of the two sets is the answer.
+# :::
+
+
+# %% exercise 3 tags=["hide-cell"]
+def unused(module):
+    imported, read = set(), set()
+    for cell, tree in zip(module.cells, module.trees, strict=True):
+        read |= global_names(symtable.symtable(cell.source, "", "exec"))
+        for node in tree.body:
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                imported |= set(defined_names(node))
+    return sorted(imported - read)
+
+
+# %% exercise 3, checked
+path.write_text(
+    HEAD + CELL + "import json\nimport math\n\nroot = math.sqrt(2)\n"
+)
+found = unused(collect([read_chapter(path)])["thing"])
+verdict("unused", found == ["json"], "is found, used is not")
 
 # %% [markdown]
 # ## Further reading

@@ -15,7 +15,7 @@ import shutil
 import threading
 from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import pytest
 
@@ -24,9 +24,16 @@ BOOK = ROOT / "book"
 HTML = Path(os.environ.get("LLMNB_BOOK", BOOK / "_build" / "html"))
 CHAPTERS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.py"))
 EXPORTED = {"export", "exporti"}
-FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run
-    --disable-background-networking --disable-component-update
-    --disable-sync""".split()
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 # The sources
@@ -315,9 +322,10 @@ class Visit:
         self.context.close()
 
 
+# MathJax shows an unknown command as red text, not as an error.
 UNRENDERED = """() => [...document.querySelectorAll(".math")]
-    .filter(x => !x.querySelector("mjx-container")
-                 || x.querySelector("mjx-merror, [data-mjx-error]"))
+    .filter(x => !x.querySelector("mjx-container") || x.querySelector(
+        "mjx-merror, [data-mjx-error], [mathcolor=red]"))
     .map(x => "equation not rendered: " + x.textContent.slice(0, 80))"""
 
 # Text that says TeX where TeX should have become an equation.
@@ -445,6 +453,19 @@ def test_search_finds_a_chapter(browser, address):
         found = [link.get_attribute("href") for link in links]
         assert any("notebooks/04_layernorm.html" in x for x in found)
         assert visit.trouble == []
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda p: p.stem)
+def test_search_finds_a_chapter_by_its_subject(browser, address, path):
+    contents = (BOOK / "_toc.yml").read_text("utf-8")
+    subject = re.search(rf'{path.stem}\n +title: "\d+\. (.+)"', contents)[1]
+    with Visit(browser, address, 1280) as visit:
+        page = visit.page
+        page.goto(f"{address}/search.html?q={quote(subject)}")
+        page.wait_for_selector("#search-results li a")
+        links = page.locator("#search-results li a").all()[:3]
+        found = [link.get_attribute("href") for link in links]
+    assert any(f"notebooks/{path.stem}.html" in x for x in found)
 
 
 def test_pages_work_from_disk_without_a_server(browser):

@@ -97,6 +97,29 @@ def test_a_truncated_file_is_refused(saved, size):
         read_config(path)
 
 
+def test_a_file_that_is_too_long_is_refused(saved):
+    _, path = saved
+    path.write_bytes(path.read_bytes() + b"\0\0\0\0")
+    with pytest.raises(ValueError, match="where the header's model takes"):
+        read_config(path)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.bin"):
+        GPT2.from_checkpoint(tmp_path / "none.bin", 1, 5)
+
+
+def test_float64_is_stored_as_float32(tmp_path):
+    model = GPT2(CFG, 1, 5, "reference", "fp64")
+    model.params["fcw"][...] = 1 / 3
+    model.save_checkpoint(tmp_path / "double.bin")
+    again = GPT2.from_checkpoint(
+        tmp_path / "double.bin", 1, 5, "reference", "fp64"
+    )
+    assert again.params["fcw"].dtype == np.float64
+    assert (again.params["fcw"] == np.float32(1 / 3)).all()
+
+
 def test_a_body_that_is_too_short_is_refused(saved):
     model, path = saved
     flat = model.memory.flat("params")

@@ -186,6 +186,15 @@ def test_a_name_nobody_exports_is_refused(tmp_path):
     refused(tmp_path, cells, line=2, says="no chapter exports g")
 
 
+@pytest.mark.parametrize(
+    "code", ["import llmnb.late", "from .late import g", "from . import late"]
+)
+def test_another_form_of_import_is_refused(tmp_path, code):
+    """These would get round the check of the chapters' order."""
+    cells = f'# %% one tags=["export"]\n{code}\n'
+    refused(tmp_path, cells, line=2, says="write `from llmnb.module import`")
+
+
 def test_a_module_of_two_chapters_is_refused(tmp_path):
     cells = '# %% tags=["export"]\nx = 1\n'
     one = chapter(tmp_path, "01_a.py", cells)

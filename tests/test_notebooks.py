@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -77,4 +79,28 @@ def test_a_chapters_notebook_is_its_source(path):
 def test_a_chapters_lines_fit_a_page(path):
     code = re.sub(r"^#.*$", "", path.read_text("utf-8"), flags=re.M)
     assert max(map(len, code.splitlines())) <= 79
-    assert "matplotlib inline" not in code
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+def test_what_differs_between_machines_is_not_compared(path):
+    """A cell that prints the machine's name is tagged for nbval."""
+    book = notebook.from_source(path)
+    for cell in book.cells:
+        shows = re.search(r"^print\(machine\(", cell.source, re.M)
+        if cell.cell_type == "code" and shows:
+            assert "nbval-ignore-output" in cell.metadata.tags, cell.id
+
+
+def test_nbval_sees_a_changed_output(built, tmp_path):
+    """The stored 42 made a 43: running the notebook again must fail."""
+    text = built.with_suffix(".ipynb").read_text()
+    (tmp_path / "a.ipynb").write_text(text.replace("42\\n", "43\\n"))
+    run = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env"]
+    found = subprocess.run(
+        [*run, "-p", "no:cacheprovider", "-o", "addopts=", "a.ipynb"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 1, found.stdout
+    assert "1 failed" in found.stdout

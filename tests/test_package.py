@@ -38,6 +38,7 @@ def test_the_front_door():
     assert llmnb.tokenizer.byte().n_vocab == 257
     with pytest.raises(AttributeError, match="llmnb has no 'nothing'"):
         _ = llmnb.nothing
+    assert not hasattr(llmnb, "conf")  # the beginning of a module's name
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -122,3 +123,27 @@ def test_runtime_packages_are_few():
         "safetensors",
         "regex",
     }
+
+
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_readmes_program_runs(tmp_path):
+    code = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    short = code.replace("range(1, 101)", "range(1, 3)")
+    assert short != code
+    short += "assert 0 < loss < 6, loss\n"
+    subprocess.run([sys.executable, "-c", short], cwd=tmp_path, check=True)
+    wrote = {p.name for p in tmp_path.iterdir()}
+    assert wrote == {"model.bin", "model.safetensors"}
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(([^):]+)\)", README))
+def test_the_readmes_links_lead_somewhere(link):
+    assert (ROOT / link).exists(), link
+
+
+def test_the_readme_lists_every_chapter():
+    chapters = sorted(p.stem for p in (ROOT / "notebooks").glob("[0-9]*.py"))
+    listed = re.findall(r"^\| \d+ \| .*notebooks/(\w+)\.ipynb", README, re.M)
+    assert listed == chapters

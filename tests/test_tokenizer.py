@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 import regex
 import tiktoken
+import tiktoken.load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -1,10 +1,11 @@
 """What the rendered book adds to Jupyter Book, as a Sphinx extension.
 
 The pages are the notebooks as they stand; nothing in a notebook is written
-for this extension. It numbers a chapter's page, says on each exported cell
-where the code goes, gives each figure its caption as alternative text, shows
-plain-text docstrings without reading them as markup, and lets a Markdown
-link point at a documented name: `[text](api/cpu.md#llmnb.cpu.jit.kernel)`.
+for this extension. It numbers a chapter's page and puts its subject into the
+index, says on each exported cell where the code goes, gives each figure its
+caption as alternative text, shows plain-text docstrings without reading them
+as markup, and lets a Markdown link point at a documented name:
+`[text](api/cpu.md#llmnb.cpu.jit.kernel)`.
 """
 
 import html
@@ -33,6 +34,18 @@ def number_chapter(doctree, docname):
         text = f"Chapter {int(match[1])}"
         mark = nodes.inline(text, text, classes=["chapter-number"])
         title.insert(0, [mark, nodes.Text(" ")])
+
+
+def index_chapter(app, doctree, docname):
+    """Let search and the index find a chapter by its name in the contents."""
+    entry = app.config.external_site_map.get(docname)
+    section = next(doctree.findall(nodes.section), None)
+    if entry is not None and entry.title and section is not None:
+        subject = re.sub(r"^\d+\. ", "", entry.title)
+        found = [("single", subject, section["ids"][0], "main", None)]
+        known = app.env.get_domain("index").entries
+        known.setdefault(docname, []).extend(found)
+        section.insert(1, addnodes.index(entries=found))
 
 
 def mark_exports(doctree, default):
@@ -143,6 +156,7 @@ def on_doctree(app, doctree):
         mark_exports(doctree, default)
         name_folds(doctree)
         number_chapter(doctree, docname)
+        index_chapter(app, doctree, docname)
     free_tags(doctree)
     describe(app, doctree, docname)
     name_anchors(app, doctree, docname)

@@ -103,8 +103,8 @@ def global_norm(grads):
     """The Euclidean norm of a flat array, summed in float64, as a float.
 
     The sum is taken over 256 pieces whose bounds depend on the length alone
-    and then over the pieces in order, so that the number of threads does
-    not change it. Raises TypeError or ValueError unless `grads` is flat and
+    and then over the pieces, so that the number of threads does not change
+    it. Raises TypeError or ValueError unless `grads` is flat and
     float32 or float64.
 
     Derived in chapter 10.

@@ -3,7 +3,7 @@
 """Normalise a layer and differentiate it.
 
 LayerNorm gives every token's vector mean 0 and variance 1, then scales and
-shifts each channel; its backward pass takes three sums a row.
+shifts each channel; its backward pass takes two sums a row.
 """
 
 __all__ = [
@@ -46,6 +46,23 @@ def _layernorm_forward(out, mean, rstd, inp, weight, bias):
         rstd[n] = r
 
 
+# the checks
+def _check(name, inp, like, mean, rstd, *channels):
+    check_float(f"{name}: inp", inp)
+    if inp.ndim != 3:
+        raise ValueError(
+            f"{name}: inp must have shape (B, T, C), got {inp.shape}"
+        )
+    B, T, C = inp.shape
+    check_array(f"{name}: inp", inp, (B, T, C), inp.dtype)
+    for label, array in like.items():
+        check_array(f"{name}: {label}", array, (B, T, C), inp.dtype)
+    check_array(f"{name}: mean", mean, (B, T), inp.dtype)
+    check_array(f"{name}: rstd", rstd, (B, T), inp.dtype)
+    for array in channels:
+        check_array(f"{name}: each (C,) array", array, (C,), inp.dtype)
+
+
 # layernorm, forward
 def layernorm_forward(out, mean, rstd, inp, weight, bias):
     """Normalise each row of inp, then scale and shift each channel.
@@ -65,23 +82,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     )
 
 
-def _check(name, inp, like, mean, rstd, *channels):
-    check_float(f"{name}: inp", inp)
-    if inp.ndim != 3:
-        raise ValueError(
-            f"{name}: inp must have shape (B, T, C), got {inp.shape}"
-        )
-    B, T, C = inp.shape
-    check_array(f"{name}: inp", inp, (B, T, C), inp.dtype)
-    for label, array in like.items():
-        check_array(f"{name}: {label}", array, (B, T, C), inp.dtype)
-    check_array(f"{name}: mean", mean, (B, T), inp.dtype)
-    check_array(f"{name}: rstd", rstd, (B, T), inp.dtype)
-    for array in channels:
-        check_array(f"{name}: each (C,) array", array, (C,), inp.dtype)
-
-
-# the backward kernels
+# the backward kernel by rows
 @kernel
 def _backward_rows(dinp, dout, inp, weight, mean, rstd):
     rows, C = inp.shape
@@ -100,6 +101,7 @@ def _backward_rows(dinp, dout, inp, weight, mean, rstd):
             dx[i] += r * (dy[i] * weight[i] - a - norm * b)
 
 
+# the backward kernel by channels
 BLOCK = 64  # channels a thread owns: 256 bytes of each row, 4 cache lines
 
 
@@ -107,13 +109,14 @@ BLOCK = 64  # channels a thread owns: 256 bytes of each row, 4 cache lines
 def _backward_channels(dweight, dbias, dout, inp, mean, rstd):
     rows, C = inp.shape
     for block in numba.prange((C + BLOCK - 1) // BLOCK):
-        first = block * BLOCK
-        last = min(first + BLOCK, C)
+        first, last = block * BLOCK, min((block + 1) * BLOCK, C)
+        dw, db = dweight[first:last], dbias[first:last]
         for n in range(rows):
+            x, dy = inp[n, first:last], dout[n, first:last]
             mu, r = mean[n], rstd[n]
-            for i in range(first, last):
-                dweight[i] += dout[n, i] * (inp[n, i] - mu) * r
-                dbias[i] += dout[n, i]
+            for i in range(dw.size):
+                dw[i] += dy[i] * (x[i] - mu) * r
+                db[i] += dy[i]
 
 
 # layernorm, backward

@@ -3,7 +3,7 @@
 """Normalise a layer and differentiate it.
 
 LayerNorm gives every token's vector mean 0 and variance 1, then scales and
-shifts each channel; its backward pass takes three sums a row.
+shifts each channel; its backward pass takes two sums a row.
 """
 
 __all__ = [
