@@ -105,7 +105,7 @@ class ModelOptions:
     num_layers: int = _option(4, "transformer blocks (L)")
     num_heads: int = _option(4, "attention heads (NH)")
     channels: int = _option(128, "channels (C), a multiple of the heads")
-    seq_len: int = _option(128, "tokens the model sees at once (T)")
+    seq_len: int = _option(64, "tokens the model sees at once (T)")
     batch_size: int = _option(8, "sequences in a batch (B)")
     backend: str = _option("cpu", "cpu, or reference (NumPy, slow)")
     precision: str = _option("fp32", "numbers of the model")
@@ -119,8 +119,8 @@ class LearningOptions:
     Derived in chapter 13.
     """
 
-    steps: int = _option(600, "updates of the weights")
-    learning_rate: float = _option(3e-3, "the highest learning rate")
+    steps: int = _option(1000, "updates of the weights")
+    learning_rate: float = _option(2e-3, "the highest learning rate")
     warmup_fraction: float = _option(0.1, "share of the steps it rises in")
     schedule: str = _option("cosine", "cosine, linear, constant or wsd")
     final_fraction: float = _option(0.1, "the last rate over the highest")
@@ -129,8 +129,8 @@ class LearningOptions:
     eps: float = _option(1e-8, "AdamW: added to the denominator")
     weight_decay: float = _option(0.1, "AdamW: decay of 2-D tensors")
     clip: float = _option(1.0, "largest gradient norm; 0 means no limit")
-    eval_every: int = _option(50, "steps between two validations")
-    eval_batches: int = _option(16, "batches in a validation")
+    eval_every: int = _option(100, "steps between two validations")
+    eval_batches: int = _option(20, "batches in a validation")
     seed: int = _option(42, "seed of the weights and of the shuffle")
 
 

@@ -612,6 +612,18 @@ def cache_folder():
     return folder if os.access(folder, os.W_OK) else None
 
 
+# %% [markdown]
+# One more default needs changing. Between two kernels the threads have
+# nothing to do. On Linux numba uses GNU's OpenMP, whose threads *spin*: they
+# ask again and again whether there is work, for many milliseconds, and a
+# spinning thread keeps its core from others. Alone on a machine that costs
+# nothing. With a second program on the same cores the two get into each
+# other's way, and a training step can take several times as long. A limit
+# of 1,000 rounds, some microseconds, lets the threads go to sleep early. It
+# has to be set before the first kernel runs, and a value that you have set
+# yourself is kept.
+
+
 # %% the decorator of all kernels tags=["export"] module="cpu.jit"
 def kernel(function, parallel=True):
     """Compile a function with numba: parallel, fastmath, cached on disk.
@@ -619,10 +631,12 @@ def kernel(function, parallel=True):
     `fastmath` lets LLVM reorder sums into vectors and assumes that no NaN or
     infinity occurs; `error_model="numpy"` drops the test for division by
     zero, which would keep loops from being vectorised. A function defined in
-    a notebook is compiled anew each time.
+    a notebook is compiled anew each time. Sets GOMP_SPINCOUNT, unless it is
+    set, so that idle threads soon sleep.
 
     Derived in chapter 3.
     """
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     options = {"fastmath": True, "error_model": "numpy"}
     options["parallel"] = parallel
     ours = function.__module__.startswith("llmnb.")

@@ -55,10 +55,12 @@ def kernel(function, parallel=True):
     `fastmath` lets LLVM reorder sums into vectors and assumes that no NaN or
     infinity occurs; `error_model="numpy"` drops the test for division by
     zero, which would keep loops from being vectorised. A function defined in
-    a notebook is compiled anew each time.
+    a notebook is compiled anew each time. Sets GOMP_SPINCOUNT, unless it is
+    set, so that idle threads soon sleep.
 
     Derived in chapter 3.
     """
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     options = {"fastmath": True, "error_model": "numpy"}
     options["parallel"] = parallel
     ours = function.__module__.startswith("llmnb.")
