@@ -699,9 +699,12 @@ plt.show()
 
 # %% [markdown]
 # *Figure 13.2. The loss falls steeply from the uniform guess to the unigram
-# entropy while the model learns which tokens are frequent, bends there, and
-# falls on more slowly as it learns what follows what. Training and
-# validation stay close: the model has read too little to memorise it.*
+# entropy while the model learns which tokens are frequent, bends below it,
+# and falls on more slowly as it learns what follows what. Validation runs a
+# little above training and falls with it to the end.*
+#
+# A gap between the two curves can mean that the model memorises its
+# training text. Exercise 1 shows that here it cannot.
 
 # %% [markdown]
 # ## Keep the run
@@ -1232,9 +1235,9 @@ print(report(result))
 
 # %% [markdown]
 # Most of the time goes into `matmul`, as the counts of
-# [chapter 5](05_matmul.ipynb) foretold, and the backward pass takes about
-# twice as long as the forward pass: it forms two products for each one of
-# the forward pass. `llmnb bench` prints this table for any configuration.
+# [chapter 5](05_matmul.ipynb) foretold, and the backward pass takes more
+# than the forward pass: it forms two products for each one of the forward
+# pass. `llmnb bench` prints this table for any configuration.
 #
 # The memory line shows a promise of [chapter 2](02_memory.ipynb) kept. The
 # arena is laid out before the first step and holds weights, gradients,
@@ -1279,20 +1282,25 @@ for group, size in model.memory.sizes().items():
 # %% [markdown]
 # ## Exercises
 #
-# **1** (★). How much of its training text did the run read, in epochs?
-# How does that bear on the small gap between the two losses?
+# **1** (★). How much of its training text did the run read, in epochs? What
+# does that say about the gap between the two curves of figure 13.2?
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
-# Steps times B·T, divided by the number of training tokens: less than one.
-# No batch came twice, so every training batch was new text when its loss
-# was taken, as new as the validation text. A gap opens when the model sees
-# the same tokens again and again.
+# Steps times B·T, divided by the number of training tokens: well below one.
+# No batch came twice, so each was new to the model when its loss was taken,
+# as new as the validation text, and nothing could be remembered. What gap
+# there is comes from the documents: those held out are a little harder or
+# easier than the rest, and the unigram entropy sees that too.
 # :::
 
 # %% exercise 1, checked tags=["hide-cell"]
 seen = config.steps * config.batch_size * config.seq_len
-verdict("epochs", seen < len(data.train_tokens), "less than one")
+verdict("epochs", seen < len(data.train_tokens) / 4, "less than a quarter")
+
+# %% exercise 1, how hard the texts are tags=["nbval-ignore-output"]
+whole = unigram_entropy(data.train_tokens, data.train_tokens, V)
+print(f"{whole:.3f} training, {marks['unigram']:.3f} validation (unigram)")
 
 # %% [markdown]
 # **2** (★★). The next landmark is a table of pairs: predict each token from

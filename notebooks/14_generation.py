@@ -350,7 +350,7 @@ from llmnb.train import TrainConfig, loaders, new_model, prepare, train
 RUN = None  # or a folder such as "../runs/stdlib"
 
 config = TrainConfig(
-    limit=2_000_000, num_layers=2, channels=96, seq_len=64, steps=300
+    limit=2_000_000, num_layers=2, channels=96, seq_len=64, steps=500
 )
 data = prepare(config)
 teacher = new_model(config, data.encoding.n_vocab)
@@ -1203,7 +1203,7 @@ print(f"{forward * T / seconds / 1e9:.1f} GFLOP/s")
 # the learned positions of GPT-2 a sliding window moves every token to
 # another position, which makes the whole cache worthless at that moment.
 # For a book whose subject is training, one path that is proven serves
-# better than two; a window of 128 tokens is computed in milliseconds.
+# better than two; a window of 64 tokens is computed in milliseconds.
 #
 # The other choice is the random stream. `RandomState` is NumPy's old
 # generator, and NumPy has promised never to change what it draws. A text
