@@ -35,7 +35,13 @@ book: .venv/.book ## build the book into book/_build/html
 	$(BIN)/jupyter-book build . --config book/_config.yml \
 		--toc book/_toc.yml --path-output book -W -n --keep-going
 
+# opens a .py as a notebook, in this environment's JupyterLab only
+VIEWER := {"@jupyterlab/docmanager-extension:plugin": \
+	{"defaultViewers": {"python": "Jupytext Notebook"}}}
+
 lab: .venv/.test ## open the notebooks' sources in JupyterLab
+	mkdir -p .venv/share/jupyter/lab/settings
+	echo '$(VIEWER)' > .venv/share/jupyter/lab/settings/overrides.json
 	cd notebooks && ../$(BIN)/jupyter lab $(ARGS)
 
 bench: .venv/.run ## time a training step on this machine

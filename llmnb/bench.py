@@ -152,6 +152,7 @@ def _summary(model, rows):
     }
 
 
+# medians, layer by layer
 def _layers(rows):
     """One dict a backend function, in the order of first use."""
     table = []
@@ -187,6 +188,7 @@ def report(result):
     return "\n".join([*head, "", *_table(result)])
 
 
+# the table
 def _table(result):
     total = result["step_seconds"]
     rows = [(name, "", s) for name, s in result["parts"].items()]

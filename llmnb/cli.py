@@ -73,11 +73,13 @@ def _add_fields(parser, part, names=None):
         )
 
 
+# fields from options
 def _from_fields(args, part):
     values = {f.name: getattr(args, f.name) for f in fields(part)}
     return {k: tuple(v) if type(v) is list else v for k, v in values.items()}
 
 
+# the number of threads
 def _add_threads(parser):
     parser.add_argument(
         "--threads", type=int, metavar="int",
@@ -160,6 +162,7 @@ def _train(args):
     _report(folder, steps, t.landmarks(config, data))
 
 
+# lines of a report
 def _say(label, text):
     print(f"{label:<10} {text}", flush=True)
 
@@ -245,6 +248,7 @@ DRAWS = {
 }
 
 
+# the options of generate
 def _add_generate(commands):
     parser = commands.add_parser(
         "generate",
@@ -288,6 +292,7 @@ def _generate(args):
     print()
 
 
+# which model
 def _load_model(args):
     from llmnb.train import load_run
 
@@ -302,6 +307,7 @@ def _load_model(args):
     return model, encoding
 
 
+# a model from a file
 def _load_file(path, args):
     """A .bin file's model, laid out for no more tokens than are asked for."""
     from llmnb.checkpoint import read_config
@@ -337,6 +343,7 @@ def _add_data(commands):
     parser.set_defaults(run=_data)
 
 
+# write the shards
 def _data(args):
     from llmnb import tokenizer
     from llmnb.data import write_shard
@@ -382,6 +389,7 @@ def _add_bench(commands):
     parser.set_defaults(run=_bench)
 
 
+# measure
 def _config_of(args):
     shape = {**_from_fields(args, ModelOptions), "vocab_size": args.vocab_size}
     return TrainConfig(**shape)
@@ -416,6 +424,7 @@ def _add_info(commands):
     parser.set_defaults(run=_info)
 
 
+# report
 def _info(args):
     import numba
 

@@ -85,6 +85,7 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=None):
     return _only(kept, p, len(z))
 
 
+# probabilities in their places
 def _only(tokens, probs, size):
     out = np.zeros(size)
     out[tokens] = probs
@@ -123,6 +124,7 @@ def generate(
     return _continue(model, list(tokens), count, settings, rng, stop)
 
 
+# window by window
 def _continue(model, text, count, settings, rng, stop):
     T = model.seq_len
     window = np.zeros((model.batch_size, T), np.int32)

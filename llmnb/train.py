@@ -38,7 +38,6 @@ __all__ = [
 import json
 import math
 import sys
-import sysconfig
 import time
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -108,7 +107,7 @@ class ModelOptions:
     seq_len: int = _option(64, "tokens the model sees at once (T)")
     batch_size: int = _option(8, "sequences in a batch (B)")
     backend: str = _option("cpu", "cpu, or reference (NumPy, slow)")
-    precision: str = _option("fp32", "numbers of the model")
+    precision: str = _option("fp32", "fp32, or fp64 (slow)")
 
 
 # how it learns
@@ -121,7 +120,7 @@ class LearningOptions:
 
     steps: int = _option(1000, "updates of the weights")
     learning_rate: float = _option(2e-3, "the highest learning rate")
-    warmup_fraction: float = _option(0.1, "share of the steps it rises in")
+    warmup_fraction: float = _option(0.1, "share of steps spent rising to it")
     schedule: str = _option("cosine", "cosine, linear, constant or wsd")
     final_fraction: float = _option(0.1, "the last rate over the highest")
     beta1: float = _option(0.9, "AdamW: memory of the gradient")
@@ -132,6 +131,16 @@ class LearningOptions:
     eval_every: int = _option(100, "steps between two validations")
     eval_batches: int = _option(20, "batches in a validation")
     seed: int = _option(42, "seed of the weights and of the shuffle")
+
+
+# a number in its range
+def _check_range(name, value, least, below):
+    if not least <= value < below:
+        end = f"and below {below}" if below < math.inf else ""
+        raise ValueError(
+            f"{name} must be at least {least} {end}".rstrip()
+            + f", got {value}"
+        )
 
 
 # a run
@@ -172,15 +181,6 @@ class TrainConfig(LearningOptions, ModelOptions, DataOptions):
         return learning_rate(step, *plan, self.schedule, self.final_fraction)
 
 
-def _check_range(name, value, least, below):
-    if not least <= value < below:
-        end = f"and below {below}" if below < math.inf else ""
-        raise ValueError(
-            f"{name} must be at least {least} {end}".rstrip()
-            + f", got {value}"
-        )
-
-
 # the data of a run
 TOKENIZER_TEXT = 2_000_000  # characters the bpe tokenizer learns from
 
@@ -200,6 +200,7 @@ class Data(NamedTuple):
     source: str
 
 
+# from text to tokens
 def prepare(config):
     """Load the text of a run and turn it into tokens; returns a `Data`.
 
@@ -226,7 +227,7 @@ def _describe(sources, documents):
     where = " ".join(str(x) for x in sources)
     if where == "stdlib":
         version = ".".join(str(x) for x in sys.version_info[:3])
-        where += f" (Python {version}, {sysconfig.get_path('stdlib')})"
+        where += f" (Python {version})"
     size = sum(len(x) for x in documents)
     return f"{where}: {len(documents):,} documents, {size:,} characters"
 
@@ -355,6 +356,7 @@ def train_step(config, model, step, tokens, targets):
     return loss, rate, norm
 
 
+# finite or not
 def _check_finite(what, value, step, rate):
     if not math.isfinite(value):
         raise FloatingPointError(
@@ -381,6 +383,7 @@ def new_model(config, vocab_size):
     )
 
 
+# its batches
 def loaders(config, data):
     """The DataLoaders of a run: shuffled for training, fixed to validate.
 
@@ -560,6 +563,7 @@ def load_run(folder, batch_size=1, seq_len=None, backend=None):
     return model, encoding, config
 
 
+# the numbers of a run, read back
 def read_run(folder):
     """The TrainConfig in a run folder's config.json.
 

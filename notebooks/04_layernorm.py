@@ -1,9 +1,5 @@
 # ---
 # jupyter:
-#   jupytext:
-#     text_representation:
-#       extension: .py
-#       format_name: percent
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -636,9 +632,9 @@ for r in radius[:, 0]:
 ax.quiver(
     u, v, field @ e1, field @ e2, color=PALETTE["blue"], scale=18, width=0.005
 )
-ax.annotate("channel 0", (3.05, 0), ha="center", va="bottom")
-ax.annotate("", (3.3, 0), (0, 0), arrowprops={"arrowstyle": "->"})
-ax.set(xlim=(-3.4, 3.5), ylim=(-3.4, 3.4), aspect="equal")
+ax.text(3.1, 0, "channel 0", va="center")
+ax.annotate("", (3.0, 0), (0, 0), arrowprops={"arrowstyle": "->"})
+ax.set(xlim=(-2.6, 4.4), ylim=(-2.8, 2.8), aspect="equal")
 ax.axis("off")
 plt.show()
 

@@ -1,9 +1,5 @@
 # ---
 # jupyter:
-#   jupytext:
-#     text_representation:
-#       extension: .py
-#       format_name: percent
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -826,7 +822,9 @@ ax.loglog(i, roof, color=PALETTE["ink"], label="roof: copy and BLAS")
 xs, ys = zip(*points.values(), strict=True)
 ax.plot(xs, ys, "o", color=PALETTE["orange"], label="forward, measured")
 for n, (x, y) in points.items():
-    ax.annotate(f"N={n}", (x, y), (6, -12), textcoords="offset points")
+    above = y > np.interp(x, i, roof)  # keep the label off the line
+    side, shift = ("right", (-6, 6)) if above else ("left", (6, -12))
+    ax.annotate(f"N={n}", (x, y), shift, textcoords="offset points", ha=side)
 ax.set(xlabel="FLOP a byte", ylabel="GFLOP/s", xticks=[1, 10, 100])
 ax.set_yticks([1, 10, 100])
 ax.xaxis.set_major_formatter("{x:g}")

@@ -1,9 +1,5 @@
 # ---
 # jupyter:
-#   jupytext:
-#     text_representation:
-#       extension: .py
-#       format_name: percent
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -82,8 +78,12 @@ rng = np.random.default_rng(6)
 # $0.7071, 0.7071, 1.4142$. A *softmax* turns these *scores* into positive
 # weights with sum 1: exponentials $2.0281, 2.0281, 4.1133$, divided by
 # their sum $8.1695$, give $0.2483, 0.2483, 0.5035$. The output is the mean
-# of the values with these weights, $0.2483\,(1, 0) + 0.2483\,(0, 1) +
-# 0.5035\,(2, 2) = (1.2552, 1.2552)$, give or take the last digit.
+# of the values with these weights,
+#
+# $$ 0.2483\,(1, 0) + 0.2483\,(0, 1) + 0.5035\,(2, 2)
+#    = (1.2552, 1.2552), $$
+#
+# give or take the last digit.
 #
 # Position 1 may look at positions 0 and 1 only. Its scores are $0$ and
 # $1.4142$, its weights $0.1956$ and $0.8044$. Position 0 sees nobody but
@@ -103,7 +103,8 @@ fig, ax = plt.subplots(figsize=(4.6, 3.6), dpi=100)
 ax.imshow(weights, cmap="Blues", vmin=0, vmax=1.3)
 for t, u in np.ndindex(3, 3):
     label = f"{weights[t, u]:.2f}" if u <= t else "future"
-    ax.text(u, t, label, ha="center", va="center", size=12)
+    ink = "white" if weights[t, u] > 0.9 else PALETTE["ink"]
+    ax.text(u, t, label, ha="center", va="center", size=12, color=ink)
 ax.set(xticks=range(3), yticks=range(3))
 ax.set(xlabel="is read (key, value)", ylabel="reads (query)")
 fig.tight_layout()

@@ -1,9 +1,5 @@
 # ---
 # jupyter:
-#   jupytext:
-#     text_representation:
-#       extension: .py
-#       format_name: percent
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -720,7 +716,8 @@ recorded = np.load(Path("../tests/data/parity_odd.npz"))
 meta = json.loads(str(recorded["meta"]))
 case = meta["case"]
 print("torch", meta["torch"])
-print(case["model"])
+for name, value in case["model"].items():
+    print(f"{name:<13}{value:>4}")
 batch = recorded["tokens"]
 inputs, answers = batch[:, :-1], batch[:, 1:]
 

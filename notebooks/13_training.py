@@ -1,9 +1,5 @@
 # ---
 # jupyter:
-#   jupytext:
-#     text_representation:
-#       extension: .py
-#       format_name: percent
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -60,7 +56,6 @@ from llmnb.verify import compare, verdict
 import json
 import math
 import sys
-import sysconfig
 import time
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -183,7 +178,7 @@ class ModelOptions:
     seq_len: int = _option(64, "tokens the model sees at once (T)")
     batch_size: int = _option(8, "sequences in a batch (B)")
     backend: str = _option("cpu", "cpu, or reference (NumPy, slow)")
-    precision: str = _option("fp32", "numbers of the model")
+    precision: str = _option("fp32", "fp32, or fp64 (slow)")
 
 
 # %% how it learns tags=["export"]
@@ -196,7 +191,7 @@ class LearningOptions:
 
     steps: int = _option(1000, "updates of the weights")
     learning_rate: float = _option(2e-3, "the highest learning rate")
-    warmup_fraction: float = _option(0.1, "share of the steps it rises in")
+    warmup_fraction: float = _option(0.1, "share of steps spent rising to it")
     schedule: str = _option("cosine", "cosine, linear, constant or wsd")
     final_fraction: float = _option(0.1, "the last rate over the highest")
     beta1: float = _option(0.9, "AdamW: memory of the gradient")
@@ -214,6 +209,17 @@ class LearningOptions:
 # not twenty seconds into a run. Most of the checks exist already:
 # `GPT2Config` knows which shapes are possible and `learning_rate` which
 # schedules, so building one of each asks them.
+
+
+# %% a number in its range tags=["exporti"]
+def _check_range(name, value, least, below):
+    if not least <= value < below:
+        end = f"and below {below}" if below < math.inf else ""
+        raise ValueError(
+            f"{name} must be at least {least} {end}".rstrip()
+            + f", got {value}"
+        )
+
 
 # %% a run tags=["export"]
 AT_LEAST = {
@@ -251,15 +257,6 @@ class TrainConfig(LearningOptions, ModelOptions, DataOptions):
         warmup = round(self.warmup_fraction * self.steps)
         plan = self.learning_rate, warmup, self.steps
         return learning_rate(step, *plan, self.schedule, self.final_fraction)
-
-
-def _check_range(name, value, least, below):
-    if not least <= value < below:
-        end = f"and below {below}" if below < math.inf else ""
-        raise ValueError(
-            f"{name} must be at least {least} {end}".rstrip()
-            + f", got {value}"
-        )
 
 
 # %% a number out of range
@@ -300,6 +297,7 @@ class Data(NamedTuple):
     source: str
 
 
+# %% from text to tokens tags=["export"]
 def prepare(config):
     """Load the text of a run and turn it into tokens; returns a `Data`.
 
@@ -326,7 +324,7 @@ def _describe(sources, documents):
     where = " ".join(str(x) for x in sources)
     if where == "stdlib":
         version = ".".join(str(x) for x in sys.version_info[:3])
-        where += f" (Python {version}, {sysconfig.get_path('stdlib')})"
+        where += f" (Python {version})"
     size = sum(len(x) for x in documents)
     return f"{where}: {len(documents):,} documents, {size:,} characters"
 
@@ -499,6 +497,7 @@ def train_step(config, model, step, tokens, targets):
     return loss, rate, norm
 
 
+# %% finite or not tags=["exporti"]
 def _check_finite(what, value, step, rate):
     if not math.isfinite(value):
         raise FloatingPointError(
@@ -538,6 +537,7 @@ def new_model(config, vocab_size):
     )
 
 
+# %% its batches tags=["export"]
 def loaders(config, data):
     """The DataLoaders of a run: shuffled for training, fixed to validate.
 
@@ -837,6 +837,7 @@ def load_run(folder, batch_size=1, seq_len=None, backend=None):
     return model, encoding, config
 
 
+# %% the numbers of a run, read back tags=["export"]
 def read_run(folder):
     """The TrainConfig in a run folder's config.json.
 
@@ -913,7 +914,7 @@ print(continued("def read(self, name", 100))
 #
 # The tokens come from a file this time, because the text of the standard
 # library differs between Python versions. They are bytes of five modules of
-# Python 3.11, read once from end to end.
+# Python 3.11, and every byte is read once.
 
 # %% the run that PyTorch recorded
 recorded = Path("../tests/data/torch_curve.csv").read_text("utf-8")
@@ -1178,6 +1179,7 @@ def _summary(model, rows):
     }
 
 
+# %% medians, layer by layer tags=["exporti"] module="bench"
 def _layers(rows):
     """One dict a backend function, in the order of first use."""
     table = []
@@ -1213,6 +1215,7 @@ def report(result):
     return "\n".join([*head, "", *_table(result)])
 
 
+# %% the table tags=["exporti"] module="bench"
 def _table(result):
     total = result["step_seconds"]
     rows = [(name, "", s) for name, s in result["parts"].items()]

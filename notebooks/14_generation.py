@@ -1,9 +1,5 @@
 # ---
 # jupyter:
-#   jupytext:
-#     text_representation:
-#       extension: .py
-#       format_name: percent
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -110,9 +106,8 @@ probs = np.array([0.0, 0.5, 0.3, 0.0, 0.2, 0.0])
 drawn = np.bincount([draw(probs, u) for u in rng.random_sample(100_000)])
 compare("frequencies", drawn / 100_000, probs[:5], tol=0.01)
 verdict("never drawn", drawn[0] == drawn[3] == 0, "probability 0")
-verdict(
-    "the ends", (draw(probs, 0.0), draw(probs, 1 - 2**-53)) == (1, 4), "ok"
-)
+ends = draw(probs, 0.0), draw(probs, 1 - 2**-53)
+verdict("u at its ends", ends == (1, 4), "the first and the last")
 
 # %% [markdown]
 # ## Temperature
@@ -148,9 +143,9 @@ verdict(
 #    = \sum_v z_v\, p_v \, (z_v - \langle z \rangle)
 #    = \operatorname{Var}(z) . \tag{14.4} $$
 #
-# So $\partial H / \partial \beta = \langle z \rangle - \langle z \rangle
-# - \beta \operatorname{Var}(z)$, and with
-# $d\beta / d\tau = -1/\tau^2$
+# So $\partial H / \partial \beta =
+# \langle z \rangle - \langle z \rangle - \beta \operatorname{Var}(z)$,
+# and with $d\beta / d\tau = -1/\tau^2$
 #
 # $$ \frac{d H}{d \tau} = \frac{\operatorname{Var}(z)}{\tau^3} \ge 0 .
 #    \tag{14.5} $$
@@ -173,7 +168,7 @@ def entropy(p):
 z = np.array([2.0, 1.0, 0.0, -1.0])
 for tau in (0.25, 0.5, 1.0, 2.0, 100.0):
     p = softmax(z, tau)
-    print(f"{tau:6}", np.round(p, 4) + 0.0, np.round(entropy(p), 4))
+    print(f"{tau:6}: p", *(f"{x:.4f}" for x in p), f" H {entropy(p):.4f}")
 
 # %% (14.5) against central differences
 h = 1e-5
@@ -293,6 +288,7 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=None):
     return _only(kept, p, len(z))
 
 
+# %% probabilities in their places tags=["exporti"]
 def _only(tokens, probs, size):
     out = np.zeros(size)
     out[tokens] = probs
@@ -301,7 +297,7 @@ def _only(tokens, probs, size):
 
 # %% a small distribution, cut
 z = np.log([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])
-for cut in ({}, {"top_k": 3}, {"top_p": 0.7}, {"temperature": 0}):
+for cut in ({}, {"top_k": 3}, {"top_p": 0.6}, {"temperature": 0}):
     print(f"{cut!s:<20}", np.round(distribution(z, **cut), 4) + 0.0)
 
 # %% [markdown]
@@ -454,6 +450,7 @@ def generate(
     return _continue(model, list(tokens), count, settings, rng, stop)
 
 
+# %% window by window tags=["exporti"]
 def _continue(model, text, count, settings, rng, stop):
     T = model.seq_len
     window = np.zeros((model.batch_size, T), np.int32)
@@ -562,9 +559,9 @@ plt.show()
 
 # %% [markdown]
 # *Figure 14.3. The likeliest tokens after `import`, after `def __init__(` and
-# after `return self`: after the opening bracket of a method the model puts
-# its money on `self`, after `self` on a dot, and after `import` it spreads
-# it over many beginnings of names.*
+# after `return self` (␣ is a space, ⏎ a line's end): after the opening
+# bracket of a method the model puts its money on `self`, after `self` on a
+# dot, and after `import` it spreads it over many tokens.*
 
 
 # %% what it knows about brackets
@@ -618,9 +615,11 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 14.4. What each token of three lines of Python costs. Tokens that
-# the syntax or the indentation calls for cost less than one nat (blue);
-# names and numbers, which the author chose, cost most.*
+# *Figure 14.4. What each token of three lines of Python costs. Blue bars cost
+# less than one nat: `self`, the sign that must follow it, and a line's end
+# with the right indentation. Names and operators, which the author chose,
+# cost several nats, and so does the first indentation, which nothing
+# announces.*
 #
 # This is the loss of chapter 13 token by token: its mean over many lines is
 # the validation loss.
@@ -635,7 +634,7 @@ plt.show()
 # |---|---|
 # | `llmnb train` | trains on a corpus and writes a run folder |
 # | `llmnb generate RUN` | continues a prompt with a run's model |
-# | `llmnb data OUT FILES` | turns text files into token shards |
+# | `llmnb data FOLDER` | turns text into token shards |
 # | `llmnb bench` | measures a training step on this machine |
 # | `llmnb info` | versions, threads, and the size of a configuration |
 #
@@ -706,11 +705,13 @@ def _add_fields(parser, part, names=None):
         )
 
 
+# %% fields from options tags=["exporti"] module="cli"
 def _from_fields(args, part):
     values = {f.name: getattr(args, f.name) for f in fields(part)}
     return {k: tuple(v) if type(v) is list else v for k, v in values.items()}
 
 
+# %% the number of threads tags=["exporti"] module="cli"
 def _add_threads(parser):
     parser.add_argument(
         "--threads", type=int, metavar="int",
@@ -793,6 +794,7 @@ def _train(args):
     _report(folder, steps, t.landmarks(config, data))
 
 
+# %% lines of a report tags=["exporti"] module="cli"
 def _say(label, text):
     print(f"{label:<10} {text}", flush=True)
 
@@ -878,6 +880,7 @@ DRAWS = {
 }
 
 
+# %% the options of generate tags=["exporti"] module="cli"
 def _add_generate(commands):
     parser = commands.add_parser(
         "generate",
@@ -921,6 +924,7 @@ def _generate(args):
     print()
 
 
+# %% which model tags=["exporti"] module="cli"
 def _load_model(args):
     from llmnb.train import load_run
 
@@ -935,6 +939,7 @@ def _load_model(args):
     return model, encoding
 
 
+# %% a model from a file tags=["exporti"] module="cli"
 def _load_file(path, args):
     """A .bin file's model, laid out for no more tokens than are asked for."""
     from llmnb.checkpoint import read_config
@@ -970,6 +975,7 @@ def _add_data(commands):
     parser.set_defaults(run=_data)
 
 
+# %% write the shards tags=["exporti"] module="cli"
 def _data(args):
     from llmnb import tokenizer
     from llmnb.data import write_shard
@@ -1015,6 +1021,7 @@ def _add_bench(commands):
     parser.set_defaults(run=_bench)
 
 
+# %% measure tags=["exporti"] module="cli"
 def _config_of(args):
     shape = {**_from_fields(args, ModelOptions), "vocab_size": args.vocab_size}
     return TrainConfig(**shape)
@@ -1049,6 +1056,7 @@ def _add_info(commands):
     parser.set_defaults(run=_info)
 
 
+# %% report tags=["exporti"] module="cli"
 def _info(args):
     import numba
 
@@ -1162,7 +1170,7 @@ for args in (
 # ## Count it
 #
 # A token costs a forward pass over the whole window, $2N + 2LCT$ operations
-# for each of its T positions, of which T - 1 are recomputed from the token
+# for each of its T positions, of which $T - 1$ are recomputed from the token
 # before. A **key-value cache** would keep the keys and values of earlier
 # positions and compute one position a token: T times less arithmetic.
 

@@ -1,9 +1,5 @@
 # ---
 # jupyter:
-#   jupytext:
-#     text_representation:
-#       extension: .py
-#       format_name: percent
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -49,7 +45,6 @@
 #                                      |
 #                                      |  pytest --nbval     runs it again, compares
 #                                      |  make book          shows it
-#                                      +
 #
 # The source is in jupytext's *percent format*: a plain Python file in which a
 # line `# %%` begins a cell. Such a file can be read in a difference, searched,

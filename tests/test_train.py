@@ -334,8 +334,8 @@ CURVE = TrainConfig(
     ("backend", "precision", "steps", "column", "tolerance"),
     [
         ("cpu", "fp32", 60, 1, 1e-4),
-        ("reference", "fp32", 10, 1, 1e-4),
-        ("reference", "fp64", 10, 2, 1e-6),
+        ("reference", "fp32", 4, 1, 1e-4),
+        ("reference", "fp64", 4, 2, 1e-6),
     ],
 )
 def test_the_curve_of_pytorch(backend, precision, steps, column, tolerance):

@@ -3,6 +3,17 @@
 addEventListener("load", async () => {
   await window.MathJax?.startup?.promise;
   const formulas = document.querySelectorAll("article span.math");
+  // A full stop or comma after a formula stays on the formula's line.
+  for (const x of formulas) {
+    const after = x.nextSibling;
+    const mark = after?.nodeType === 3 && after.data.match(/^[.,:;?!)’]+/);
+    if (!mark || x.closest("table")) continue;
+    const line = document.createElement("span");
+    line.className = "formula-and-mark";
+    x.replaceWith(line);
+    after.data = after.data.slice(mark[0].length);
+    line.append(x, mark[0]);
+  }
   const fit = () => {
     for (const x of formulas) x.classList.remove("wide");
     for (const x of formulas) {
