@@ -7,24 +7,20 @@ predicts better than counting can, along the curve PyTorch draws.
 """
 
 __all__ = [
+    "CONFIGS",
+    "PARTS",
+    "SMALL",
     "Stopwatch",
-    "WARM_UP",
     "bench",
-    "peak_memory",
+    "layers_figure",
+    "load",
     "report",
+    "timed_step",
 ]
 
 
 # imports of the benchmark
-import sys
 import time
-from statistics import median
-
-import numba
-import numpy as np
-
-from llmnb.config import flops_per_token, parameter_count
-from llmnb.timing import machine
 
 
 # a stopwatch around a backend
@@ -61,105 +57,172 @@ class Stopwatch:
         return timed
 
 
-# peak memory
-def peak_memory():
-    """The most bytes this process has held in memory; None if unknown.
+# one measured step
+PARTS = ("forward", "backward", "update")
 
-    It counts everything: Python, NumPy, the compiler, the model.
+
+def timed_step(model, tokens, targets, step):
+    """Train a GPT2 once; say what each part and each layer took.
+
+    model.ops must be a `Stopwatch`. step: counts from 1. Returns a dict: the
+    loss, a float; parts and layers, dicts from name to seconds; calls, a
+    dict from layer to a count.
 
     Derived in chapter 13.
     """
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-# one measured step
-def _timed_step(model, watch, tokens, targets, step):
-    """Seconds of the four parts of a step, and of each layer in them."""
-    parts = {
-        "forward": lambda: model.forward(tokens, targets),
-        "backward": model.backward,
-        "clip": lambda: model.clip_gradients(1.0),
-        "update": lambda: model.update(step=step),
+    model.ops.reset()
+    times = [time.perf_counter()]
+    loss = model.forward(tokens, targets)
+    times.append(time.perf_counter())
+    model.backward()
+    times.append(time.perf_counter())
+    model.update(step=step)
+    times.append(time.perf_counter())
+    spent = [b - a for a, b in zip(times, times[1:], strict=False)]
+    return {
+        "loss": loss,
+        "parts": dict(zip(PARTS, spent, strict=True)),
+        "layers": model.ops.seconds,
+        "calls": model.ops.calls,
     }
-    watch.reset()
-    seconds = {}
-    for name, work in parts.items():
-        start = time.perf_counter()
-        work()
-        seconds[name] = time.perf_counter() - start
-    return seconds, watch.seconds, watch.calls
+
+
+# imports of the report
+import os
+import re
+import subprocess
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+from llmnb import peers
+from llmnb.config import GPT2Config, flops_per_token, parameter_count
+from llmnb.race import (
+    WARM_UP,
+    Settings,
+    cores,
+    lineup,
+    race,
+    ratios,
+    start_times,
+)
+from llmnb.timing import machine
+
+
+# named configurations
+SMALL = GPT2Config(64, 256, 4, 4, 128)
+CONFIGS = {
+    "small": (SMALL, 12, 64),
+    "124m-64": (GPT2Config(), 4, 64),
+    "124m-1024": (GPT2Config(), 1, 1024),
+}
+
+
+# a shape
+def _shape(cfg, batch_size, seq_len):
+    sizes = {"batch_size": batch_size, "seq_len": seq_len}
+    return {"model": dict(vars(cfg)), **sizes}
 
 
 # the benchmark
-WARM_UP = 2  # steps that are not measured: they compile and touch memory
+def bench(configs, settings=None, start=False, bar=iter):
+    """Measure training steps, and starts; a dict ready for JSON.
 
-
-def bench(cfg, batch_size=4, seq_len=64, steps=10, **options):
-    """Time training steps of a GPT2 on random tokens.
-
-    cfg: a GPT2Config. steps: how many are measured, after `WARM_UP` others.
-    options: what else GPT2 takes. Returns a dict ready for JSON: seconds
-    are medians over the steps, memory is in bytes. Raises ValueError when
-    steps is below 1.
+    configs: a dict from name to (GPT2Config, batch_size, seq_len), such as
+    `CONFIGS`. settings: a `race.Settings`. start: whether to measure
+    `start_times` of the small model too. bar: see `race`. Seconds are those
+    of the rounds, in order; memory is in bytes. Raises ValueError or
+    ChildProcessError in one sentence.
 
     Derived in chapter 13.
     """
-    from llmnb.gpt2 import GPT2
-
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    model = GPT2(cfg, batch_size, seq_len, **options)
-    draw = np.random.RandomState(0)
-    shape = 2, batch_size, seq_len
-    tokens, targets = draw.randint(0, cfg.vocab_size, shape)
-    model.ops = watch = Stopwatch(model.ops)
-    rows = [
-        _timed_step(model, watch, tokens, targets, 1 + step)
-        for step in range(WARM_UP + steps)
+    settings = settings or Settings()
+    lineup(settings)  # so that a mistake is found before anything is built
+    result = {"date": date.today().isoformat(), "commit": _commit()}
+    result |= {"machine": machine(), "threads": settings.threads or cores()}
+    result |= {"load": load(), "backend": settings.backend}
+    result["configs"] = [
+        _config_result(name, *what, settings, bar)
+        for name, what in configs.items()
     ]
-    return _summary(model, rows[WARM_UP:])
+    shape = _shape(*CONFIGS["small"])
+    result["start"] = start_times(shape, settings, bar) if start else []
+    return result
+
+
+# is the machine busy
+def load():
+    """How many threads have wanted to run in the last minute, on average.
+
+    None where the system does not say.
+
+    Derived in chapter 13.
+    """
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+# which llmnb
+def _commit():
+    """The commit of the checkout that this file is in; None elsewhere."""
+    command = ["git", "describe", "--always", "--dirty"]
+    folder = Path(peers.__file__).parents[1]
+    if not (folder / ".git").exists():
+        return None
+    try:
+        found = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip() or None
+
+
+# one configuration
+def _config_result(name, cfg, batch_size, seq_len, settings, bar):
+    shape = _shape(cfg, batch_size, seq_len)
+    found, why = race(shape, settings, bar)
+    flops = flops_per_token(cfg, seq_len) * batch_size * seq_len
+    peaks = [x["facts"].get("fma_peak", 0) for x in found.values()]
+    peak = max(peaks, default=0)  # the machine's, whoever has measured it
+    rows = [_row(name, flops, peak, shape, **x) for name, x in found.items()]
+    rows += [{"name": k, "unmeasured": v} for k, v in why.items()]
+    order = [*lineup(settings)]
+    rows.sort(key=lambda row: order.index(row["name"]))
+    seconds = {x["name"]: x["seconds"] for x in rows if "seconds" in x}
+    facts = {"parameters": parameter_count(cfg), "flops_per_step": flops}
+    facts |= {"contestants": rows, "ratios": ratios(seconds)}
+    return {"name": name, **shape, **facts}
+
+
+# one contestant
+def _row(name, flops, peak, shape, steps, facts):
+    measured = steps[WARM_UP:]
+    seconds = [x["seconds"] for x in measured]
+    middle = median(seconds)
+    row = {"name": name, "seconds": seconds, "step_seconds": middle}
+    tokens = shape["batch_size"] * shape["seq_len"]
+    row["tokens_per_second"] = tokens / middle
+    row["flops_per_second"] = flops / middle
+    if peak:
+        row["share_of_peak"] = flops / middle / peak
+    row |= {"first_loss": steps[0]["loss"], **facts}
+    if "layers" in steps[0]:
+        row |= {"parts": _parts(measured), "layers": _layers(measured)}
+    return row
 
 
 # medians
-def _summary(model, rows):
-    cfg, tokens = model.cfg, model.batch_size * model.seq_len
-    whole = [sum(parts.values()) for parts, _, _ in rows]
-    flops = flops_per_token(cfg, model.seq_len) * tokens
-    return {
-        "machine": machine(),
-        "threads": numba.get_num_threads(),
-        "model": vars(cfg),
-        "batch_size": model.batch_size,
-        "seq_len": model.seq_len,
-        "parameters": parameter_count(cfg),
-        "steps": len(rows),
-        "step_seconds": median(whole),
-        "step_seconds_range": [min(whole), max(whole)],
-        "tokens_per_second": tokens / median(whole),
-        "flops_per_second": flops / median(whole),
-        "arena_bytes": model.memory.nbytes,
-        "peak_bytes": peak_memory(),
-        "parts": {
-            name: median(parts[name] for parts, _, _ in rows)
-            for name in rows[0][0]
-        },
-        "layers": _layers(rows),
-    }
+def _parts(steps):
+    return {x: median(s["parts"][x] for s in steps) for x in PARTS}
 
 
-# medians, layer by layer
-def _layers(rows):
+def _layers(steps):
     """One dict a backend function, in the order of first use."""
     table = []
-    for name, calls in rows[0][2].items():
-        seconds = median(spent[name] for _, spent, _ in rows)
+    for name, calls in steps[0]["calls"].items():
+        seconds = median(x["layers"][name] for x in steps)
         table.append({"name": name, "calls": calls, "seconds": seconds})
-    rest = [sum(p.values()) - sum(s.values()) for p, s, _ in rows]
+    rest = [x["seconds"] - sum(x["layers"].values()) for x in steps]
     table.append({"name": "(the rest)", "calls": 1, "seconds": median(rest)})
     return table
 
@@ -170,33 +233,119 @@ def report(result):
 
     Derived in chapter 13.
     """
-    low, high = result["step_seconds_range"]
+    lines = [f"machine  {result['machine']}, {result['threads']} threads"]
+    if result["load"] is not None:
+        lines += [f"load     {result['load']:.2f} before the race"]
+    for config in result["configs"]:
+        lines += ["", *_config_lines(config)]
+    if result["start"]:
+        lines += ["", "seconds to the first step of the small model", ""]
+        lines += [f"{'':<16} {'cold':>9} {'warm':>9}"]
+        for row in result["start"]:
+            times = row.get("unmeasured") or " ".join(
+                f"{median(row[kind]):9.2f}" for kind in ("cold", "warm")
+            )
+            lines.append(f"{row['name']:<16} {times}")
+    return "\n".join(lines)
+
+
+# one configuration in words
+def _config_lines(config):
     shape = "L {num_layers}  NH {num_heads}  C {channels}  V {vocab_size}"
-    peak = result["peak_bytes"]
-    head = [
-        f"machine  {result['machine']}, {result['threads']} threads",
-        f"model    {shape.format(**result['model'])}  "
-        f"B {result['batch_size']}  T {result['seq_len']}: "
-        f"{result['parameters']:,} parameters",
-        f"step     {result['step_seconds'] * 1e3:.1f} ms, median of "
-        f"{result['steps']} ({low * 1e3:.1f} to {high * 1e3:.1f})",
-        f"speed    {result['tokens_per_second']:,.0f} tokens/s, "
-        f"{result['flops_per_second'] / 1e9:.1f} GFLOP/s",
-        f"memory   {result['arena_bytes'] / 1e6:.1f} MB in the arena, "
-        + (f"{peak / 1e6:.0f} MB at most in all" if peak else "peak unknown"),
+    yield (
+        f"{config['name']}  {shape.format(**config['model'])}  "
+        f"B {config['batch_size']}  T {config['seq_len']}: "
+        f"{config['parameters']:,} parameters"
+    )
+    titles = "ms a step", "tokens/s", "GFLOP/s", "of peak", "peak MB"
+    yield ""
+    yield f"{'':<16}" + "".join(f"{x:>11}" for x in titles)
+    for row in config["contestants"]:
+        yield f"{row['name']:<16}" + _numbers(row)
+    yield ""
+    for x in config["ratios"]:
+        yield (
+            f"{x['ours']} / {x['peer']}: {x['ratio']:.2f} of its time, median "
+            f"of the rounds ({x['low']:.2f} to {x['high']:.2f})"
+        )
+    for row in config["contestants"]:
+        if "layers" in row:
+            yield from ("", f"{row['name']}, where the time goes", "")
+            yield from _table(row)
+
+
+# the numbers of a row
+def _numbers(row):
+    if "unmeasured" in row:
+        return "  " + row["unmeasured"]
+    share, peak = row.get("share_of_peak"), row["peak_bytes"]
+    cells = [
+        f"{row['step_seconds'] * 1e3:.1f}",
+        f"{row['tokens_per_second']:,.0f}",
+        f"{row['flops_per_second'] / 1e9:.1f}",
+        f"{share:.0%}" if share else "-",
+        f"{peak / 1e6:,.0f}" if peak else "-",
     ]
-    return "\n".join([*head, "", *_table(result)])
+    return "".join(f"{x:>11}" for x in cells)
 
 
 # the table
-def _table(result):
-    total = result["step_seconds"]
-    rows = [(name, "", s) for name, s in result["parts"].items()]
+def _table(row):
+    total = row["step_seconds"]
+    rows = [(name, "", s) for name, s in row["parts"].items()]
     rows += [("", "", None)]
-    rows += [(x["name"], x["calls"], x["seconds"]) for x in result["layers"]]
+    rows += [(x["name"], x["calls"], x["seconds"]) for x in row["layers"]]
     yield f"{'':<30} {'calls':>6} {'ms':>9} {'share':>7}"
     for name, calls, s in rows:
         if s is None:
             yield ""
             continue
         yield f"{name:<30} {calls:>6} {s * 1e3:9.2f} {s / total:7.1%}"
+
+
+# the bars
+def layers_figure(result):
+    """Where the time goes: a matplotlib figure, a panel for each llmnb row.
+
+    result: of `bench`. Raises ValueError when it has no such row.
+
+    Derived in chapter 13.
+    """
+    from matplotlib.figure import Figure
+
+    rows = [
+        (f"{config['name']}, {row['name']}", row)
+        for config in result["configs"]
+        for row in config["contestants"]
+        if "layers" in row
+    ]
+    if not rows:
+        raise ValueError("there is nothing to draw: no layer was measured")
+    fig = Figure(figsize=(8, 0.4 + 2.9 * len(rows)), dpi=100)
+    panels = fig.subplots(len(rows), squeeze=False)[:, 0]
+    for ax, (title, row) in zip(panels, rows, strict=True):
+        _draw_bars(ax, row)
+        ax.set_title(title, loc="left", size=11)
+    fig.tight_layout()
+    return fig
+
+
+# one panel
+def _draw_bars(ax, row):
+    """Bars of milliseconds: a layer's forward and backward in one bar."""
+    from llmnb.diagram import PALETTE
+
+    times, names = {x["name"]: x["seconds"] * 1e3 for x in row["layers"]}, {}
+    for name in times:
+        names.setdefault(re.sub(r"_(for|back)ward$", "", name), None)
+    left = dict.fromkeys(names, 0.0)
+    for way, colour in (("forward", "blue"), ("backward", "orange")):
+        width = [times.get(f"{x}_{way}", 0.0) for x in names]
+        ax.barh([*names], width, left=[*left.values()], label=way,
+                color=PALETTE[colour])  # fmt: skip
+        left = dict(zip(names, width, strict=True))
+    ax.barh([*names], [times.get(x, 0.0) for x in names], label="neither",
+            color=PALETTE["grey"])  # fmt: skip
+    ax.invert_yaxis()
+    ax.set_xlabel("milliseconds of a step")
+    ax.legend(loc="lower right")

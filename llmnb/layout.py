@@ -23,8 +23,8 @@ from llmnb.config import parameter_shapes
 def activation_shapes(cfg, batch_size, seq_len):
     """Shapes of what the forward pass leaves for the backward pass.
 
-    A leading L marks what every block keeps for itself; `projected` and
-    `logits` are shared. By llm.c's names where it has one.
+    A leading L marks what every block keeps for itself. By llm.c's names
+    where it has one.
 
     Derived in chapter 2.
     """
@@ -45,7 +45,6 @@ def activation_shapes(cfg, batch_size, seq_len):
         "fch": (L, B, T, 4 * C),
         "fch_gelu": (L, B, T, 4 * C),
         "residual3": (L, B, T, C),
-        "projected": (B, T, C),
         "lnf": (B, T, C),
         "lnf_mean": (B, T),
         "lnf_rstd": (B, T),
@@ -61,19 +60,17 @@ def gradient_shapes(cfg, batch_size, seq_len):
     """Shapes of the gradients of activations: one block's worth.
 
     The blocks take turns with them. Gradients of the logits stand where the
-    logits stood.
+    logits stood, and those of fch_gelu give their place to those of fch.
 
     Derived in chapter 2.
     """
     B, T, C = batch_size, seq_len, cfg.channels
     return {
-        "dresidual2": (B, T, C),
+        "dstream": (B, T, C),
         "dln": (B, T, C),
-        "dprojected": (B, T, C),
         "datty": (B, T, C),
         "dqkv": (B, T, 3 * C),
         "dfch": (B, T, 4 * C),
-        "dfch_gelu": (B, T, 4 * C),
     }
 
 
@@ -82,14 +79,13 @@ def gpt2_layout(cfg, batch_size, seq_len, dtype=np.float32):
     """The groups of the arena in which a GPT-2 trains.
 
     Four of the groups, params, grads, m and v, have the parameters' shapes;
-    acts and block hold activations and their gradients, stream the two
-    gradients of the residual stream, batch the tokens and targets (int32).
+    acts and block hold activations and their gradients, batch the tokens
+    and targets (int32). A backend may add scratch memory of its own.
 
     Derived in chapter 2.
     """
     shapes = parameter_shapes(cfg)
     B, T = batch_size, seq_len
-    stream = {"above": (B, T, cfg.channels), "below": (B, T, cfg.channels)}
     return {
         "params": (dtype, shapes),
         "grads": (dtype, shapes),
@@ -97,6 +93,5 @@ def gpt2_layout(cfg, batch_size, seq_len, dtype=np.float32):
         "v": (dtype, shapes),
         "acts": (dtype, activation_shapes(cfg, B, T)),
         "block": (dtype, gradient_shapes(cfg, B, T)),
-        "stream": (dtype, stream),
         "batch": (np.int32, {"tokens": (B, T), "targets": (B, T)}),
     }

@@ -225,7 +225,6 @@ print(arena.flat("params"))
 # | `ln1_mean`, `ln1_rstd` and so on | (B, T) | two numbers a row, [chapter 4](04_layernorm.ipynb) |
 # | `qkv`, `atty`, `att_lse` | (B, T, 3C), (B, T, C), (B, NH, T) | attention, [chapter 6](06_attention.ipynb) |
 # | `fch`, `fch_gelu` | (B, T, 4C) | GELU reads its input, the product its output |
-# | `projected` | (B, T, C) | scratch: nobody reads it backwards, all blocks share it |
 # | `logits`, `lse`, `losses`, `dlosses` | (B, T, Vp), (B, T) | [chapter 9](09_crossentropy.ipynb) |
 
 # %% imports of the layout tags=["export"] module="layout"
@@ -238,8 +237,8 @@ from llmnb.config import parameter_shapes
 def activation_shapes(cfg, batch_size, seq_len):
     """Shapes of what the forward pass leaves for the backward pass.
 
-    A leading L marks what every block keeps for itself; `projected` and
-    `logits` are shared. By llm.c's names where it has one.
+    A leading L marks what every block keeps for itself. By llm.c's names
+    where it has one.
 
     Derived in chapter 2.
     """
@@ -260,7 +259,6 @@ def activation_shapes(cfg, batch_size, seq_len):
         "fch": (L, B, T, 4 * C),
         "fch_gelu": (L, B, T, 4 * C),
         "residual3": (L, B, T, C),
-        "projected": (B, T, C),
         "lnf": (B, T, C),
         "lnf_mean": (B, T),
         "lnf_rstd": (B, T),
@@ -276,8 +274,9 @@ def activation_shapes(cfg, batch_size, seq_len):
 # block, it has no more use for the gradients inside it. One block's worth of
 # arrays is enough, and the blocks take turns. The *residual stream*, the
 # vector to which every half block adds, runs through all of them, and its
-# gradient needs two arrays: the one that comes from above and the one that
-# goes below. The logits' gradient is written over the logits.
+# gradient is one array, `dstream`, to which every half block adds in turn.
+# GELU's gradient is written over the gradient that came in, and the logits'
+# gradient over the logits.
 
 
 # %% gradients of activations tags=["export"] module="layout"
@@ -285,19 +284,17 @@ def gradient_shapes(cfg, batch_size, seq_len):
     """Shapes of the gradients of activations: one block's worth.
 
     The blocks take turns with them. Gradients of the logits stand where the
-    logits stood.
+    logits stood, and those of fch_gelu give their place to those of fch.
 
     Derived in chapter 2.
     """
     B, T, C = batch_size, seq_len, cfg.channels
     return {
-        "dresidual2": (B, T, C),
+        "dstream": (B, T, C),
         "dln": (B, T, C),
-        "dprojected": (B, T, C),
         "datty": (B, T, C),
         "dqkv": (B, T, 3 * C),
         "dfch": (B, T, 4 * C),
-        "dfch_gelu": (B, T, 4 * C),
     }
 
 
@@ -306,14 +303,13 @@ def gpt2_layout(cfg, batch_size, seq_len, dtype=np.float32):
     """The groups of the arena in which a GPT-2 trains.
 
     Four of the groups, params, grads, m and v, have the parameters' shapes;
-    acts and block hold activations and their gradients, stream the two
-    gradients of the residual stream, batch the tokens and targets (int32).
+    acts and block hold activations and their gradients, batch the tokens
+    and targets (int32). A backend may add scratch memory of its own.
 
     Derived in chapter 2.
     """
     shapes = parameter_shapes(cfg)
     B, T = batch_size, seq_len
-    stream = {"above": (B, T, cfg.channels), "below": (B, T, cfg.channels)}
     return {
         "params": (dtype, shapes),
         "grads": (dtype, shapes),
@@ -321,7 +317,6 @@ def gpt2_layout(cfg, batch_size, seq_len, dtype=np.float32):
         "v": (dtype, shapes),
         "acts": (dtype, activation_shapes(cfg, B, T)),
         "block": (dtype, gradient_shapes(cfg, B, T)),
-        "stream": (dtype, stream),
         "batch": (np.int32, {"tokens": (B, T), "targets": (B, T)}),
     }
 
@@ -706,19 +701,18 @@ compare("qkvw", tensors["h.1.attn.c_attn.weight"].T, qkvw[1], tol=1e-30)
 #
 # The memory of a model that trains is, in numbers of four bytes,
 #
-# $$ M = 4 N + B T \left( L \cdot 16 C + 20 C + V_p \right) + \dots \tag{2.2} $$
+# $$ M = 4 N + B T \left( L \cdot 16 C + 12 C + V_p \right) + \dots \tag{2.2} $$
 #
 # with $16 C$ numbers kept for each token by each block (five arrays of width
-# $C$, one of $3C$, two of $4C$) and, once for all blocks, $20 C$ more:
-# `encoded`, `projected` and `lnf`, the two streams, and the $15 C$ of a
-# block's gradients. $N$ counts the parameters with the padding here, and the
-# dots stand for the narrow arrays.
+# $C$, one of $3C$, two of $4C$) and, once for all blocks, $12 C$ more:
+# `encoded`, `lnf`, and the $10 C$ of a block's gradients. $N$ counts the
+# parameters with the padding here, and the dots stand for the narrow arrays.
 
 # %% equation (2.2) against the table
 cfg, B, T = GPT2Config(), 4, 1024
 L, C, Vp = cfg.num_layers, cfg.channels, cfg.padded_vocab_size
 N = sum(math.prod(s) for s in parameter_shapes(cfg).values())
-formula = 4 * (4 * N + B * T * (L * 16 * C + 20 * C + Vp))
+formula = 4 * (4 * N + B * T * (L * 16 * C + 12 * C + Vp))
 exact = sum(footprint(cfg, B, T).values())
 print(f"{exact / 1e9:.3f} GB, by the formula {formula / 1e9:.3f} GB")
 verdict("narrow arrays", 0 < exact - formula < 0.01 * exact, "take below 1 %")

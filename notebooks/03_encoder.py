@@ -505,7 +505,7 @@ verdict("row totals", np.array_equal(one, many), "same bits, any threads")
 # %% [markdown]
 # ### The decorator, and where compiled kernels live
 #
-# Every CPU layer takes the same three options, so we give them one name,
+# Every CPU layer takes the same options, so we give them one name,
 # `kernel`. It has a second duty. To compile takes time, for each function and
 # each set of types, and a model has dozens of functions, so the machine code
 # should be kept on disk for the next start of Python. `numba.njit(cache=True)`
@@ -596,6 +596,7 @@ def cache_folder():
     Derived in chapter 3.
     """
     text = numba.__version__ + sys.version
+    text += os.environ.get("LLMNB_TILE", "")  # see chapter 5
     for path in sorted(Path(__file__).parent.glob("*.py")):
         text += path.name + path.read_text("utf-8")
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -618,6 +619,40 @@ def cache_folder():
 # of 1,000 rounds, some microseconds, lets the threads go to sleep early. It
 # has to be set before the first kernel runs, and a value that you have set
 # yourself is kept.
+#
+# `fastmath=True` is a bundle of seven permissions, and we grant five of
+# them by name: to regroup (`reassoc`), to fuse a product and a sum
+# (`contract`), and to count on there being no NaN, no infinity and no
+# difference between 0 and -0. The two that we withhold allow approximate
+# functions and let LLVM put a rough reciprocal and a correction in the
+# place of a division. It would do so in vector instructions only, and the
+# few elements that are left over at the end of an array, which it computes
+# one by one, would be rounded otherwise. With exact division each element
+# gets the same bits wherever it falls, so a `prange` over single elements
+# may be cut at any place.
+#
+# Last, `no_cfunc_wrapper` leaves out of a kernel the entry for callers
+# written in C, which shortens compilation a little. A function that is to
+# be called as C functions are is made by `routine`.
+
+
+# %% compile, with or without a cache tags=["exporti"] module="cpu.jit"
+FASTMATH = {"reassoc", "contract", "nnan", "ninf", "nsz"}
+
+
+def _compile(decorator, function, *args, **options):
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    options |= {"fastmath": FASTMATH, "error_model": "numpy"}
+    ours = function.__module__.startswith("llmnb.")
+    folder = cache_folder() if ours else None
+    if folder is None:
+        return decorator(*args, **options)(function)
+    saved = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(folder)
+    try:
+        return decorator(*args, cache=True, **options)(function)
+    finally:
+        numba.config.CACHE_DIR = saved
 
 
 # %% the decorator of all kernels tags=["export"] module="cpu.jit"
@@ -625,35 +660,37 @@ def kernel(function, parallel=True):
     """Compile a function with numba: parallel, fastmath, cached on disk.
 
     `fastmath` lets LLVM reorder sums into vectors and assumes that no NaN or
-    infinity occurs; `error_model="numpy"` drops the test for division by
-    zero, which would keep loops from being vectorised. A function defined in
-    a notebook is compiled anew each time. Sets GOMP_SPINCOUNT, unless it is
-    set, so that idle threads soon sleep.
+    infinity occurs; division stays exact. `error_model="numpy"` drops the
+    test for division by zero, which would keep loops from being vectorised.
+    A function defined in a notebook is compiled anew each time. Sets
+    GOMP_SPINCOUNT, unless it is set, so that idle threads soon sleep.
 
     Derived in chapter 3.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    options = {"fastmath": True, "error_model": "numpy"}
-    options["parallel"] = parallel
-    ours = function.__module__.startswith("llmnb.")
-    folder = cache_folder() if ours else None
-    if folder is None:
-        return numba.njit(function, **options)
-    saved = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(folder)
-    try:
-        return numba.njit(function, cache=True, **options)
-    finally:
-        numba.config.CACHE_DIR = saved
+    options = {"parallel": parallel, "no_cfunc_wrapper": True}
+    return _compile(numba.njit, function, **options)
 
 
-# %% the decorator of what kernels call tags=["export"] module="cpu.jit"
+# %% the decorator for one thread tags=["export"] module="cpu.jit"
 def inner(function):
-    """Compile a function that kernels call in their loops; see `kernel`.
+    """Compile a function for the thread that calls it; see `kernel`.
+
+    For what kernels call in their loops, and for work too small to share.
 
     Derived in chapter 3.
     """
     return kernel(function, parallel=False)
+
+
+def routine(function, signature):
+    """Compile a function for C, with the same options.
+
+    signature: of numba's types. Returns numba's CFunc, whose address is
+    good as long as it is kept.
+
+    Derived in chapter 3.
+    """
+    return _compile(numba.cfunc, function, signature)
 
 
 # %% [markdown]
@@ -681,45 +718,30 @@ reference = SimpleNamespace(forward=encoder_forward, backward=encoder_backward)
 
 # %% imports of the CPU version tags=["export"] module="cpu.encoder"
 import numpy as np
-from numba import prange
 
 from llmnb.checks import check_array, check_float, check_tokens
+from llmnb.cpu.jit import inner
+
+# %% [markdown]
+# How would threads share the backward pass? The rule asks for an owner of
+# each element of `dwte`. Rows are bad property: a common token would keep
+# one thread busy while the others wait, and to find the places of its
+# tokens each thread would search the whole batch. Channels are good
+# property. A thread takes a slice of 64 channels and walks through the
+# whole batch with it; all slices are equal work, and every element adds up
+# its terms in the order of the text. The position table has the same
+# owners, and each row of `dout` is read once for both.
+
+# %% slices of channels
+from numba import prange
+
 from llmnb.cpu.jit import kernel
 
-# %% [markdown]
-# **Forward.** Every row of the output is its own work, so `prange` runs
-# over the B·T rows. Division and remainder give back the text and the
-# position.
-
-
-# %% the forward kernel tags=["exporti"] module="cpu.encoder"
-@kernel
-def _encoder_forward(out, inp, wte, wpe):
-    B, T, C = out.shape
-    for row in prange(B * T):
-        b, t = row // T, row % T
-        token = inp[b, t]
-        for c in range(C):
-            out[b, t, c] = wte[token, c] + wpe[t, c]
-
-
-# %% [markdown]
-# **Backward.** The rule asks for an owner of each element of `dwte`. Rows are
-# bad property: a common token would keep one thread busy while the others
-# wait, and to find the places of its tokens each thread would search the whole
-# batch. Channels are good property. A thread takes a slice of 64 channels and
-# walks through the whole batch with it; all slices are equal work, and every
-# element adds up its terms in the order of the text. Rows of absent tokens are
-# never touched, so the time is that of B·T·C additions whatever the size of
-# the vocabulary. The position table has the same owners, and each row of
-# `dout` is read once for both.
-
-# %% the backward kernel tags=["exporti"] module="cpu.encoder"
 SLICE = 64  # channels that one thread owns at a time: 256 bytes of a row
 
 
 @kernel
-def _encoder_backward(dwte, dwpe, dout, inp):
+def sliced_backward(dwte, dwpe, dout, inp):
     B, T, C = dout.shape
     for s in prange((C + SLICE - 1) // SLICE):
         first, last = s * SLICE, min((s + 1) * SLICE, C)
@@ -730,6 +752,47 @@ def _encoder_backward(dwte, dwpe, dout, inp):
                     dwte[token, c] += dout[b, t, c]
                     dwpe[t, c] += dout[b, t, c]
 
+
+# %% [markdown]
+# It keeps the rule, and it is not what we export. The encoder is one
+# addition for every few bytes, so its time is that of moving rows through
+# memory, and memory is fastest when whole rows are read from end to end.
+# The slices take every row in a dozen short pieces, at a dozen different
+# times. Nor is there much to share: the layer runs once in a step, beside
+# twelve blocks of matrix products. One thread that goes through the text
+# row by row is hard to beat, and a loop without `prange` takes a fraction
+# of the time to compile, because numba need not make a second function to run
+# in the threads. So both kernels of the encoder run on one thread, as
+# `inner` compiles them. Below we measure whether that was wise.
+#
+# The texts of the batch follow each other in memory: B·T rows, of which row
+# $n$ stands at position $n \bmod T$ of its text.
+
+
+# %% the kernels tags=["exporti"] module="cpu.encoder"
+@inner
+def _encoder_forward(out, inp, wte, wpe, T):
+    rows, C = out.shape
+    for n in range(rows):
+        y, token, position = out[n], wte[inp[n]], wpe[n % T]
+        for c in range(C):
+            y[c] = token[c] + position[c]
+
+
+@inner
+def _encoder_backward(dwte, dwpe, dout, inp, T):
+    rows, C = dout.shape
+    for n in range(rows):
+        dtoken, dposition, dy = dwte[inp[n]], dwpe[n % T], dout[n]
+        for c in range(C):
+            dtoken[c] += dy[c]
+            dposition[c] += dy[c]
+
+
+# %% [markdown]
+# Each element adds up its terms in the order of the text, as in the slices.
+# Rows of absent tokens are never touched, so the time is that of B·T·C
+# additions whatever the size of the vocabulary.
 
 # %% [markdown]
 # **Checks.** A compiled kernel does not check its indices: token 60000
@@ -778,7 +841,8 @@ def encoder_forward(out, inp, wte, wpe):
     Derived in chapter 3.
     """
     check_encoder("encoder_forward", "", out, inp, wte, wpe)
-    _encoder_forward(out, inp, wte, wpe)
+    rows = out.reshape(inp.size, out.shape[2])
+    _encoder_forward(rows, inp.reshape(-1), wte, wpe, inp.shape[1])
 
 
 # %% encoder, backward tags=["export"] module="cpu.encoder"
@@ -790,13 +854,14 @@ def encoder_backward(dwte, dwpe, dout, inp):
     dout  (B, T, C)      float32 or float64
     inp   (B, T)         int32, as in the forward pass
 
-    Raises as `encoder_forward` does. Bit-identical for any number of
-    threads: each adds its own channels, in the order of the text.
+    Raises as `encoder_forward` does. One thread adds all rows in the order
+    of the text.
 
     Derived in chapter 3.
     """
     check_encoder("encoder_backward", "d", dout, inp, dwte, dwpe)
-    _encoder_backward(dwte, dwpe, dout, inp)
+    rows = dout.reshape(inp.size, dout.shape[2])
+    _encoder_backward(dwte, dwpe, rows, inp.reshape(-1), inp.shape[1])
 
 
 # %% [markdown]
@@ -827,22 +892,25 @@ def run(p, layer):
     layer.backward(p.dwte, p.dwpe, p.dout, p.inp)
 
 
-# %% float32, odd sizes, against NumPy and against one thread
+sliced = SimpleNamespace(forward=encoder_forward, backward=sliced_backward)
+
+# %% float32, odd sizes: against NumPy, and the slices against one thread
 p = problem(3, 37, 51, 331)
 results = {}
 for name, n, layer in (
     ("numpy", 1, reference),
-    ("one", 1, cpu),
-    ("many", 99, cpu),
+    ("cpu", 1, cpu),
+    ("sliced", 99, sliced),
 ):
     for grad in (p.dwte, p.dwpe):
         grad[...] = 0
     with_threads(n, run, p, layer)
     results[name] = [a.copy() for a in (p.out, p.dwte, p.dwpe)]
 for i, name in enumerate(("out", "dwte", "dwpe")):
-    compare(name, results["many"][i], results["numpy"][i])
-    same = np.array_equal(results["one"][i], results["many"][i])
-    verdict(name, same, "same bits, any threads")
+    compare(name, results["cpu"][i], results["numpy"][i])
+for i, name in ((1, "dwte"), (2, "dwpe")):
+    same = np.array_equal(results["cpu"][i], results["sliced"][i])
+    verdict(f"{name}, sliced", same, "the same bits")
 
 # %% [markdown]
 # Rows that no token points to are left alone, here the odd ones, and what
@@ -883,6 +951,25 @@ for name, args in calls.items():
     times[name] = fast = fastest(getattr(cpu, name), *args)
     print(f"{name:<9} NumPy {slow * 1e3:7.2f} ms, numba {fast * 1e3:6.2f} ms")
     print(f"{'':<9} {slow / fast:.1f} times as fast")
+shared = fastest(sliced_backward, *calls["backward"])
+print(f"backward in slices, all threads: {shared * 1e3:.2f} ms")
+
+# %% [markdown]
+# The last line is the answer to our question. On a machine with many cores
+# and fast memory the slices may win, by a time that no training step
+# notices. What everybody notices is the wait at the very first step, while
+# the kernels are compiled. `py_func` is the Python function that a compiled
+# one was made from, so we can compile both once more and look at the clock:
+
+# %% seconds to compile tags=["nbval-ignore-output"]
+small = problem(1, 2, 8, 5)
+grads = small.dwte, small.dwpe
+flat = small.dout[0], small.inp[0], 2
+sliced_anew = kernel(sliced_backward.py_func)
+single_anew = inner(_encoder_backward.py_func)
+seconds = fastest(sliced_anew, *grads, small.dout, small.inp, runs=1)
+print(f"slices, prange  {seconds:.2f} s")
+print(f"one thread      {fastest(single_anew, *grads, *flat, runs=1):.2f} s")
 
 # %% [markdown]
 # ## Count it
@@ -919,9 +1006,9 @@ print(f"zero dwte {fastest(p.dwte.fill, 0, runs=5) * 1e3:.2f} ms")
 
 # %% [markdown]
 # A time below the prediction means that the rows were still in a cache from
-# the run before. One above it holds the start of the threads, too, and on a
-# machine whose cores are busy with other programs the wait for the slowest.
-# The last line shows where the cost of an embedding lies. The table is much
+# the run before. One above it has to do with the order: the copy runs
+# straight through memory, the encoder jumps to another row of the table for
+# each token. The last line shows where the cost of an embedding lies. The table is much
 # larger than the rows that a batch reads, and to set its gradient to zero
 # takes longer than to compute it. The same holds for the optimiser, which
 # visits every parameter. The encoder saves nothing for its backward pass: zero
@@ -996,8 +1083,9 @@ plt.show()
 # For the backward pass we could have sorted the tokens and let one thread
 # sum each group of equal ones, as a GPU program may prefer, with thousands
 # of threads to feed. It needs room for the sorted order and balance between
-# rare and common tokens. Slices of channels need neither, and with 768
-# channels there are 12 of them, enough for the cores of a desktop machine.
+# rare and common tokens. On a CPU one thread in the order of the text is
+# the shortest program, and its only rivals for the memory are the other
+# threads that it does not start.
 
 # %% [markdown]
 # ## Exercises

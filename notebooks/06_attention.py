@@ -323,15 +323,17 @@ print(f"lse:     {row / 1e6:6.1f} MB a layer, {L * row / 1e6:.1f} MB")
 
 
 # %% attention, backward tags=["export"]
-def attention_backward(dinp, dout, inp, out, lse):
+def attention_backward(dinp, dout, inp, out, lse, add=True):
     """Add attention's gradient to dinp.
 
     dinp, inp: (B, T, 3C). dout, out: (B, T, C). lse: (B, NH, T). out and
-    lse are as the forward pass left them. All of one float dtype; dinp is
-    added to in place.
+    lse are as the forward pass left them. All of one float dtype. add:
+    False overwrites dinp instead of adding.
 
     Derived in chapter 6.
     """
+    if not add:
+        dinp.fill(0)
     NH = lse.shape[1]
     q, k, v = split_heads(inp, NH, 3)
     dq, dk, dv = split_heads(dinp, NH, 3)
@@ -642,174 +644,247 @@ compare("output", o, e @ values / e.sum(), tol=1e-12)
 compare("log-sum-exp", L, scores.max() + np.log(e.sum()), tol=1e-12)
 
 # %% [markdown]
-# ### Tiles
+# ### First version: a row at a time
 #
-# A thread takes `ROWS` consecutive rows of one head and walks over the keys
-# in groups of `KEYS`. One group of keys and values, 32 KB for a head of 64,
-# stays in the caches near the core while all rows of the thread use it. For
-# each row it needs a place for `KEYS` scores, the *tile*. `np.empty` inside
-# a kernel would allocate it anew for every block; a few hundred bytes fit on
-# the thread's own stack, where a place costs nothing. numba has no word for
-# that, and lets us add one: an *intrinsic* is a function that writes LLVM's
-# instructions itself. Ours writes one, `alloca`.
+# A thread takes a row and walks over the keys before it in groups of 64:
+# 64 dot products, 64 exponentials, 64 additions to the row of `out`, which
+# holds $\omega$ until the end. The last group ends at the row's own
+# position, which is the causal mask. Seen as (B·T, 3·NH, hs), `inp` has a
+# position's query of head $h$ in slot $h$, its key in slot $NH + h$ and its
+# value in slot $2 NH + h$.
+
+
+# %% first version, one row
+from llmnb.cpu.jit import kernel
+
+
+@inner
+def one_row(out, scores, qkv, row, h, NH, first, last, scale):
+    """Row `row` of head h, over positions first to last: (6.12), (6.13)."""
+    m, total = scores.dtype.type(-1e30), scores.dtype.type(0)
+    y = out[row, h]
+    for u in range(first, last, 64):
+        n = min(64, last - u)
+        new = m
+        for j in range(n):
+            dot = scores.dtype.type(0)
+            for i in range(y.size):
+                dot += qkv[row, h, i] * qkv[u + j, NH + h, i]
+            scores[j] = dot * scale
+            new = max(new, scores[j])
+        factor, m = fast_exp(m - new), new
+        total *= factor
+        for i in range(y.size):
+            y[i] *= factor
+        for j in range(n):
+            e = fast_exp(scores[j] - m)
+            total += e
+            for i in range(y.size):
+                y[i] += e * qkv[u + j, 2 * NH + h, i]
+    for i in range(y.size):
+        y[i] /= total
+
+
+# %% first version, all rows
+@kernel
+def all_rows(out, qkv, T):
+    NH, hs = out.shape[1:]
+    scale = out.dtype.type(1 / math.sqrt(hs))
+    for row in numba.prange(out.shape[0]):
+        scores, first = np.empty(64, out.dtype), row // T * T
+        out[row] = 0
+        for h in range(NH):
+            one_row(out, scores, qkv, row, h, NH, first, row + 1, scale)
+
+
+def first_version(out, lse, inp):
+    NH, rows = lse.shape[1], inp.shape[0] * inp.shape[1]
+    heads = out.reshape(rows, NH, -1)
+    all_rows(heads, inp.reshape(rows, 3 * NH, -1), inp.shape[1])
+
+
+check = np.empty_like(out)
+first_version(check, lse, inp)
+compare("first version", check, out, tol=1e-12)
+
+# %% [markdown]
+# No square is stored, and the masked half is never computed. But the inner
+# loops are as short as a head, each dot product ends with a sum across the
+# lanes of a vector, for which such units are not made, and a key is loaded
+# anew for every row.
+#
+# ### Second version: blocks of rows
+#
+# [Chapter 5](05_matmul.ipynb) has the cure, if we can say attention in
+# matrix products. Take 96 rows at once, and the keys in groups of 96. The
+# scores of such a block are a product, $S = Q K^\top$, and so is what
+# the group adds to the output, $\Omega \mathrel{+}= E V$ with $E = e^{S -
+# m}$. Between the two stands (6.12), for 96 rows. Everything that a block
+# needs, 96 by 96 scores and a few panels, fits in the second-level cache of
+# a core. Blocks right of the diagonal are skipped; in the blocks on the
+# diagonal the masked scores are computed and then set to zero.
+#
+# We use the pieces of chapter 5: the routines that pack rows, pack columns
+# and multiply panels, on flat arrays by offset and step. `code` holds their
+# addresses.
+# All scratch lies in the thread's own row of `work`, which the products of
+# the linear layers use too, though not at the same time.
 
 # %% imports of the kernels tags=["export"] module="cpu.attention"
 import math
 
 import numba
-from numba import carray, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+import numpy as np
 
 from llmnb.checks import check_array, check_float
 from llmnb.cpu.jit import inner, kernel
 from llmnb.cpu.math import fast_exp
+from llmnb.cpu.panels import (
+    SPARE,
+    check_scratch,
+    multiply_panels,
+    pack,
+    scratch,
+)
+from llmnb.cpu.tile import COLS, ROWS
+
+# %% [markdown]
+# The places of the panels and tables in a thread's scratch. A panel takes
+# whole tiles, so sizes are rounded up.
+
+# %% places in the scratch memory tags=["exporti"] module="cpu.attention"
+BLOCK = 96  # rows, and keys, that are taken at once
+ZEROS = SPARE + ROWS * COLS  # in work: a row of zeros
 
 
-# %% a place on the stack tags=["exporti"] module="cpu.attention"
-KEYS = 64  # scores in a tile
-ROWS = 32  # consecutive rows that a thread takes at a time
+def _places(block, hs):
+    """Offsets in a thread's scratch of the panels and tables, and its end.
+
+    Panels of rows: queries (later weights), gradients. Panels of columns:
+    keys, values, their transposes. Tables: scores, their gradients, output.
+    """
+    tall, wide = (-(-block // n) * n for n in (ROWS, COLS))
+    deep = max(block, hs)
+    head = -(-hs // COLS) * COLS
+    sizes = [tall * deep, wide * hs, wide * hs, head * block, head * block]
+    sizes += [block * block, block * block, block * (hs + 2)]
+    return tuple(int(n) for n in np.cumsum([0, *sizes]))
 
 
-@intrinsic(prefer_literal=True)
-def _reserve(typingctx, like, count):
-    def codegen(context, builder, signature, args):
-        kind = context.get_value_type(signature.args[0])
-        number = signature.args[1].literal_value
-        return cgutils.alloca_once(builder, kind, size=number)
+def _block_size(hs):
+    """The largest block that fits."""
+    block = BLOCK
+    while _places(block, hs)[-1] > SPARE:
+        block //= 2
+    return block
 
-    return types.CPointer(like)(like, count), codegen
+
+# %% a product of two panels tags=["exporti"] module="cpu.attention"
+@inner
+def _add_product(code, out, at, step, fresh, panels, a, b, sizes, w):
+    """Add a product to the block of out that begins at `at`, or write it."""
+    place, start = (at, step, at, step, 1, ZEROS, 0), out
+    if fresh:
+        place, start = (at, step, ZEROS, 0, 0, ZEROS, 0), w
+    spare = w[SPARE:]
+    multiply_panels(code[2], out, place, start, w, panels, a, b, sizes, spare)
 
 
 # %% [markdown]
-# `carray(_reserve(zero, KEYS), KEYS)` is then an array of `KEYS` numbers of
-# the type of `zero`, gone when the function returns.
-#
-# All the work on channels is of two kinds, dot products of one row with the
-# rows of a group, and weighted sums of the rows of a group. Seen as
-# (B·T, 3·NH, hs), `inp` has a position's query of head $h$ in slot $h$, its
-# key in slot $NH + h$ and its value in slot $2 NH + h$. The loops run along
-# the channels, which are neighbours in memory, and take four rows at a
-# time, so that each number of `x` that is loaded serves four products.
+# The softmax of a block. `w` is the thread's scratch. Row `i` of the scores
+# begins at `s + i * n`; its maximum and sum so far follow the table of
+# outputs. A row sees `seen` of the block's keys, which on the diagonal is
+# one more for each row.
 
 
-# %% dot products with a group of rows tags=["exporti"] module="cpu.attention"
+# %% one row of the softmax tags=["exporti"] module="cpu.attention"
 @inner
-def _dots(tile, x, row, slot, y, first, other, n, scale):
-    zero = tile.dtype.type(0)
-    four = n // 4 * 4
-    for j in range(0, four, 4):
-        u = first + j
-        s0 = s1 = s2 = s3 = zero
-        for i in range(x.shape[2]):
-            a = x[row, slot, i]
-            s0 += a * y[u, other, i]
-            s1 += a * y[u + 1, other, i]
-            s2 += a * y[u + 2, other, i]
-            s3 += a * y[u + 3, other, i]
-        tile[j] = s0 * scale
-        tile[j + 1] = s1 * scale
-        tile[j + 2] = s2 * scale
-        tile[j + 3] = s3 * scale
-    for j in range(four, n):
-        s0 = zero
-        for i in range(x.shape[2]):
-            s0 += x[row, slot, i] * y[first + j, other, i]
-        tile[j] = s0 * scale
-
-
-# %% weighted sums of a group of rows tags=["exporti"] module="cpu.attention"
-@inner
-def _add(x, row, slot, tile, y, first, other, n):
-    four = n // 4 * 4
-    for j in range(0, four, 4):
-        u = first + j
-        w0, w1, w2, w3 = tile[j], tile[j + 1], tile[j + 2], tile[j + 3]
-        for i in range(x.shape[2]):
-            x[row, slot, i] += (
-                w0 * y[u, other, i]
-                + w1 * y[u + 1, other, i]
-                + w2 * y[u + 2, other, i]
-                + w3 * y[u + 3, other, i]
-            )
-    for j in range(four, n):
-        for i in range(x.shape[2]):
-            x[row, slot, i] += tile[j] * y[first + j, other, i]
-
-
-# %% [markdown]
-# With these, the forward pass of a thread's rows is (6.12) and (6.13). The
-# output row itself holds $\omega$; the stack holds $m$ and $\ell$ of each
-# row. The last group of a row ends at the row's own position, which is the
-# causal mask.
-
-
-# %% scores to exponentials tags=["exporti"] module="cpu.attention"
-@inner
-def _exponentials(tile, n, top):
-    for j in range(n):
-        top = max(top, tile[j])
-    total = tile.dtype.type(0)
-    for j in range(n):
-        tile[j] = fast_exp(tile[j] - top)
-        total += tile[j]
+def _softmax_row(scores, seen, top, scale):
+    """Scores to exponentials; returns the new maximum and their sum."""
+    total, largest = scores.dtype.type(0), scores[0]
+    for j in range(seen):
+        largest = max(largest, scores[j])
+    top = max(top, largest * scale)
+    for j in range(seen):
+        scores[j] = fast_exp(scores[j] * scale - top)
+        total += scores[j]
+    scores[seen:] = 0
     return top, total
 
 
+# %% the softmax of a block tags=["exporti"] module="cpu.attention"
 @inner
-def _scale_row(x, row, slot, factor):
-    for i in range(x.shape[2]):
-        x[row, slot, i] *= factor
+def _softmax_block(w, s, acc, first, rows, cols, n, hs, scale):
+    """first: how many of the block's keys row 0 sees."""
+    for i in range(rows):
+        state, seen = acc + n * hs + 2 * i, min(cols, first + i)
+        before, scores = w[state], w[s + i * n : s + i * n + cols]
+        top, total = _softmax_row(scores, seen, before, scale)
+        factor = fast_exp(before - top)
+        w[state] = top
+        w[state + 1] = w[state + 1] * factor + total
+        out = w[acc + i * hs : acc + i * hs + hs]
+        for k in range(hs):
+            out[k] *= factor
 
 
 # %% a block of rows, forward tags=["exporti"] module="cpu.attention"
 @inner
-def _forward_rows(out, lse, qkv, b, h, first):
-    _, NH, T = lse.shape
-    last = min(first + ROWS, T)
-    zero, one = lse.dtype.type(0), lse.dtype.type(1)
-    scale = lse.dtype.type(1 / math.sqrt(out.shape[2]))
-    tile = carray(_reserve(zero, KEYS), KEYS)
-    top = carray(_reserve(zero, ROWS), ROWS)
-    total = carray(_reserve(zero, ROWS), ROWS)
-    top[:], total[:] = lse.dtype.type(-1e30), zero
-    out[b * T + first : b * T + last, h] = zero
-    for u in range(0, last, KEYS):
-        for t in range(max(first, u), last):
-            r, row, n = t - first, b * T + t, min(KEYS, t + 1 - u)
-            _dots(tile, qkv, row, h, qkv, b * T + u, NH + h, n, scale)
-            new, part = _exponentials(tile, n, top[r])
-            if new > top[r]:
-                factor = fast_exp(top[r] - new)
-                _scale_row(out, row, h, factor)
-                top[r], total[r] = new, total[r] * factor
-            total[r] += part
-            _add(out, row, h, tile, qkv, b * T + u, 2 * NH + h, n)
-    for t in range(first, last):
-        lse[b, h, t] = top[t - first] + math.log(total[t - first])
-        _scale_row(out, b * T + t, h, one / total[t - first])
+def _forward_block(out, lse, qkv, b, h, first, sizes, places, code, panels, w):
+    T, NH, hs, n = sizes
+    A, K, _, _, B, S, _, acc, _ = places
+    C, rows = NH * hs, min(n, T - first)
+    scale = w.dtype.type(1 / math.sqrt(hs))
+    q = (b * T + first) * 3 * C + h * hs
+    w[acc : acc + n * hs] = 0
+    for i in range(rows):
+        w[acc + n * hs + 2 * i] = -1e30
+        w[acc + n * hs + 2 * i + 1] = 0
+    for u in range(0, first + rows, n):
+        cols, k = min(n, T - u), (b * T + u) * 3 * C + C + h * hs
+        pack(code[0], panels, A, qkv, q, 3 * C, 1, rows, hs)
+        pack(code[1], panels, K, qkv, k, 3 * C, 1, cols, hs)
+        _add_product(code, w, S, n, True, panels, A, K, (rows, cols, hs), w)
+        seen = first - u + 1
+        _softmax_block(w, S, acc, seen, rows, cols, n, hs, scale)
+        pack(code[0], panels, A, w, S, n, 1, rows, cols)
+        pack(code[1], panels, B, qkv, k + C, 1, 3 * C, hs, cols)
+        _add_product(
+            code, w, acc, hs, False, panels, A, B, (rows, hs, cols), w
+        )
+    for i in range(rows):
+        t, state = first + i, acc + n * hs + 2 * i
+        lse[b, h, t] = w[state] + math.log(w[state + 1])
+        y, total = (b * T + t) * C + h * hs, w[state + 1]
+        row, sums = out[y : y + hs], w[acc + i * hs : acc + i * hs + hs]
+        for k in range(hs):
+            row[k] = sums[k] / total
 
 
 # %% [markdown]
-# A late row has more to read than an early one. So a unit of work is a
-# block from the top of the triangle together with its mirror image from the
-# bottom: all units cost about the same, and threads that get equal numbers
-# of units finish together. There are about $B \cdot NH \cdot T / 64$ units,
-# so even one long sequence keeps many cores busy.
+# A late block has more keys to read than an early one. Each thread takes
+# every second block, or every third, as many as there are threads: long and
+# short ones come out evenly, and which thread has a block changes nothing
+# in it.
 
 
 # %% the forward kernel tags=["exporti"] module="cpu.attention"
 @kernel
-def _attention_forward(out, lse, qkv):
+def _attention_forward(
+    out, lse, qkv, sizes, places, parts, code, panels, work
+):
     B, NH, T = lse.shape
-    blocks = (T + ROWS - 1) // ROWS
-    pairs = (blocks + 1) // 2
-    for unit in numba.prange(B * NH * pairs):
-        b, h, low = unit // (NH * pairs), unit // pairs % NH, unit % pairs
-        high = blocks - 1 - low
-        _forward_rows(out, lse, qkv, b, h, low * ROWS)
-        if high != low:
-            _forward_rows(out, lse, qkv, b, h, high * ROWS)
+    blocks = -(-T // sizes[3])
+    for part in numba.prange(parts):
+        w = work[part]
+        w[ZEROS : ZEROS + COLS] = 0
+        for unit in range(part, B * NH * blocks, parts):
+            b, h = unit // (NH * blocks), unit // blocks % NH
+            first = unit % blocks * sizes[3]
+            _forward_block(
+                *(out, lse, qkv, b, h, first),
+                *(sizes, places, code, panels[part], w),
+            )
 
 
 # %% [markdown]
@@ -817,24 +892,34 @@ def _attention_forward(out, lse, qkv):
 
 
 # %% attention, forward tags=["export"] module="cpu.attention"
-def attention_forward(out, lse, inp):
+def attention_forward(out, lse, inp, work=None, bf16=False):
     """Causal self-attention of NH heads.
 
     inp: (B, T, 3C), queries, keys and values along the last axis. Writes
     out (B, T, C) and lse (B, NH, T), the log-sum-exp of each row of scaled,
     masked scores, which the backward pass needs. All float32 or all float64
-    and C-contiguous. Raises TypeError or ValueError before it computes
-    anything.
+    and C-contiguous. work: scratch of work_shape() and the same dtype, or
+    None to allocate it. bf16: round the factors of every product to
+    bfloat16, for float32 only. Raises TypeError or ValueError before it
+    computes anything.
 
     Derived in chapter 6.
     """
-    B, T, NH, hs = _check("attention_forward", out, lse, inp)
-    heads = out.reshape(B * T, NH, hs)
-    _attention_forward(heads, lse, inp.reshape(B * T, 3 * NH, hs))
+    sizes = _check("attention_forward", out, lse, inp, work, bf16)
+    scratch = _scratch(sizes, inp.dtype, work, bf16)
+    _attention_forward(out.reshape(-1), lse, inp.reshape(-1), *scratch)
+
+
+# %% what both kernels take tags=["exporti"] module="cpu.attention"
+def _scratch(sizes, dtype, work, bf16):
+    """Sizes, places, number of threads, and chapter 5's scratch."""
+    places = _places(sizes[3], sizes[2])
+    return sizes, places, numba.get_num_threads(), *scratch(work, bf16, dtype)
 
 
 # %% the checks tags=["exporti"] module="cpu.attention"
-def _check(name, out, lse, inp):
+def _check(name, out, lse, inp, work, bf16):
+    """T, NH, hs and the size of a block."""
     check_float(f"{name}: inp", inp)
     if inp.ndim != 3 or inp.shape[2] % 3:
         raise ValueError(
@@ -850,120 +935,170 @@ def _check(name, out, lse, inp):
     check_array(f"{name}: inp", inp, (B, T, 3 * C), inp.dtype)
     check_array(f"{name}: out", out, (B, T, C), inp.dtype)
     check_array(f"{name}: lse", lse, (B, NH, T), inp.dtype)
-    return B, T, NH, C // NH
+    check_scratch(name, work, bf16, inp.dtype)
+    return T, NH, C // NH, _block_size(C // NH)
 
 
 # %% [markdown]
-# ### Two sweeps back
+# ### Backward in blocks
 #
 # Row $t$ of the triangle adds to $dq_t$ and to $dk_u$, $dv_u$ of every
-# $u \le t$. If threads own rows, two of them will add to the same $dk_u$,
-# in an order that changes from run to run. So there are two sweeps: one by
-# rows, whose thread owns $dq_t$, and one by columns, whose thread owns
-# $dk_u$ and $dv_u$. Each computes the weights anew. That is seven sums over
-# channels or positions instead of five, the price for results that do not
-# depend on the number of threads.
+# $u \le t$. If two threads shared a head, they would add to the same rows
+# in an order that changes from run to run. So a thread takes a head whole,
+# and the order is that of its loops. The price: no more threads can work
+# than there are heads in the batch, $B \cdot NH$.
 #
-# The sweep by rows takes, tile by tile and row by row, (6.1), (6.6), (6.9),
-# (6.8) and the left half of (6.10). So (6.9) is taken again for every tile:
-# one dot product beside 128 others is not worth a place to keep it.
+# For a block of rows and a block of keys, (6.6) to (6.10) are five products:
+#
+# $$ S = Q K^\top , \quad dE = dO\, V^\top , \quad
+#    dV \mathrel{+}= E^\top dO , \quad dK \mathrel{+}= dS^\top Q , \quad
+#    dQ \mathrel{+}= dS\, K , \tag{6.14} $$
+#
+# with $E = e^{S / \sqrt{hs} - L}$ and $dS = E \circ (dE - D) / \sqrt{hs}$ in
+# between. A transpose costs nothing: packing takes the same table with its
+# two steps exchanged.
 
 
-# %% a block of rows, backward tags=["exporti"] module="cpu.attention"
+# %% the softmax of a block, backward tags=["exporti"] module="cpu.attention"
 @inner
-def _dot(x, y, row, slot):
-    total = x.dtype.type(0)
-    for i in range(x.shape[2]):
-        total += x[row, slot, i] * y[row, slot, i]
-    return total
+def _softmax_row_backward(scores, grads, seen, y, dy, L, scale):
+    """Scores to weights, their gradients to dS; masked ones to 0."""
+    D = scores.dtype.type(0)
+    for k in range(y.size):
+        D += y[k] * dy[k]
+    for j in range(seen):
+        scores[j] = fast_exp(scores[j] * scale - L)
+        grads[j] = scores[j] * (grads[j] - D) * scale
+    scores[seen:] = 0
+    grads[seen:] = 0
 
 
+# %% all rows of a block tags=["exporti"] module="cpu.attention"
 @inner
-def _backward_rows(dqkv, dout, qkv, out, lse, b, h, first):
-    _, NH, T = lse.shape
-    last = min(first + ROWS, T)
-    zero, one = lse.dtype.type(0), lse.dtype.type(1)
-    scale = lse.dtype.type(1 / math.sqrt(out.shape[2]))
-    s = carray(_reserve(zero, KEYS), KEYS)
-    ds = carray(_reserve(zero, KEYS), KEYS)
-    for u in range(0, last, KEYS):
-        for t in range(max(first, u), last):
-            row, key, n = b * T + t, b * T + u, min(KEYS, t + 1 - u)
-            _dots(s, qkv, row, h, qkv, key, NH + h, n, scale)
-            _dots(ds, dout, row, h, qkv, key, 2 * NH + h, n, one)
-            D, L = _dot(dout, out, row, h), lse[b, h, t]
-            for j in range(n):
-                ds[j] = fast_exp(s[j] - L) * (ds[j] - D) * scale
-            _add(dqkv, row, h, ds, qkv, key, NH + h, n)
+def _weights_block(w, S, dS, dout, out, lse, y, C, hs, n, seen, rows, cols):
+    """y: where the block's rows begin in dout and out; lse: theirs."""
+    scale = w.dtype.type(1 / math.sqrt(hs))
+    for i in range(rows):
+        at = y + i * C
+        _softmax_row_backward(
+            *(
+                w[S + i * n : S + i * n + cols],
+                w[dS + i * n : dS + i * n + cols],
+            ),
+            *(min(seen + i, cols), out[at : at + hs], dout[at : at + hs]),
+            *(lse[i], scale),
+        )
+
+
+# %% the weights of a block tags=["exporti"] module="cpu.attention"
+@inner
+def _backward_scores(
+    dout, qkv, out, lse, q, y, seen, sizes, places, code, panels, w
+):
+    """S and dS of a block of rows; its keys and values are packed."""
+    C, hs, n, rows, cols = sizes
+    A, K, V, _, _, S, dS, _, _ = places
+    shape = rows, cols, hs
+    pack(code[0], panels, A, qkv, q, 3 * C, 1, rows, hs)
+    _add_product(code, w, S, n, True, panels, A, K, shape, w)
+    pack(code[0], panels, A, dout, y, C, 1, rows, hs)
+    _add_product(code, w, dS, n, True, panels, A, V, shape, w)
+    shape = hs, n, seen, rows, cols
+    _weights_block(w, S, dS, dout, out, lse, y, C, *shape)
+
+
+# %% the gradients of a block tags=["exporti"] module="cpu.attention"
+@inner
+def _backward_sums(
+    dqkv, dout, qkv, q, k, y, fresh, sizes, places, code, panels, w
+):
+    """The last three products of (6.14); fresh: of keys, of queries."""
+    C, hs, n, rows, cols = sizes
+    A, _, _, KT, B, S, dS, _, _ = places
+    step, shape = 3 * C, (cols, hs, rows)
+    pack(code[0], panels, A, w, S, 1, n, cols, rows)
+    pack(code[1], panels, B, dout, y, 1, C, hs, rows)
+    _add_product(code, dqkv, k + C, step, fresh[0], panels, A, B, shape, w)
+    pack(code[0], panels, A, w, dS, 1, n, cols, rows)
+    pack(code[1], panels, B, qkv, q, 1, step, hs, rows)
+    _add_product(code, dqkv, k, step, fresh[0], panels, A, B, shape, w)
+    pack(code[0], panels, A, w, dS, n, 1, rows, cols)
+    shape = rows, hs, cols
+    _add_product(code, dqkv, q, step, fresh[1], panels, A, KT, shape, w)
+
+
+# %% a head, backward tags=["exporti"] module="cpu.attention"
+@inner
+def _backward_head(
+    dqkv, dout, qkv, out, lse, b, h, add, sizes, places, code, panels, w
+):
+    T, NH, hs, n = sizes
+    _, K, V, KT, _, _, _, _, _ = places
+    C = NH * hs
+    for u in range(0, T, n):
+        cols, k = min(n, T - u), (b * T + u) * 3 * C + C + h * hs
+        pack(code[1], panels, K, qkv, k, 3 * C, 1, cols, hs)
+        pack(code[1], panels, V, qkv, k + C, 3 * C, 1, cols, hs)
+        pack(code[1], panels, KT, qkv, k, 1, 3 * C, hs, cols)
+        for t in range(u, T, n):
+            shape = C, hs, n, min(n, T - t), cols
+            q, y = (b * T + t) * 3 * C + h * hs, (b * T + t) * C + h * hs
+            L, seen = lse[b, h, t:], t - u + 1
+            _backward_scores(
+                *(dout, qkv, out, L, q, y, seen),
+                *(shape, places, code, panels, w),
+            )
+            fresh = not add and t == u, not add and u == 0
+            _backward_sums(
+                *(dqkv, dout, qkv, q, k, y, fresh),
+                *(shape, places, code, panels, w),
+            )
 
 
 # %% [markdown]
-# The sweep by columns is the same with the roles exchanged: one key and its
-# value against a group of the queries that read it.
-
-
-# %% a block of columns, backward tags=["exporti"] module="cpu.attention"
-@inner
-def _backward_columns(dqkv, dout, qkv, out, lse, b, h, first):
-    _, NH, T = lse.shape
-    last = min(first + ROWS, T)
-    zero, one = lse.dtype.type(0), lse.dtype.type(1)
-    scale = lse.dtype.type(1 / math.sqrt(out.shape[2]))
-    a = carray(_reserve(zero, KEYS), KEYS)
-    ds = carray(_reserve(zero, KEYS), KEYS)
-    D = carray(_reserve(zero, KEYS), KEYS)
-    for group in range(first, T, KEYS):
-        end = min(group + KEYS, T)
-        for t in range(group, end):
-            D[t - group] = _dot(dout, out, b * T + t, h)
-        for u in range(first, min(last, end)):
-            t = max(group, u)
-            row, key, n = b * T + t, b * T + u, end - t
-            _dots(a, qkv, key, NH + h, qkv, row, h, n, scale)
-            _dots(ds, qkv, key, 2 * NH + h, dout, row, h, n, one)
-            for j in range(n):
-                a[j] = fast_exp(a[j] - lse[b, h, t + j])
-                ds[j] = a[j] * (ds[j] - D[t - group + j]) * scale
-            _add(dqkv, key, NH + h, ds, qkv, row, h, n)
-            _add(dqkv, key, 2 * NH + h, a, dout, row, h, n)
-
-
-# %% [markdown]
-# Rows are long at the end of the sequence, columns at its beginning. One
-# block of rows and the block of columns with the same number make up a unit.
-# A position of a column costs four sums and one of a row three, so the units
-# differ by a quarter at most.
+# A key block first meets the rows of its own block, and a row block first
+# meets key block 0. With `add=False` the first meeting writes and the later
+# ones add, so nobody has to clear the gradient before.
 
 
 # %% the backward kernel tags=["exporti"] module="cpu.attention"
 @kernel
-def _attention_backward(dqkv, dout, qkv, out, lse):
+def _attention_backward(
+    dqkv, dout, qkv, out, lse, add, sizes, places, parts, code, panels, work
+):
     B, NH, T = lse.shape
-    blocks = (T + ROWS - 1) // ROWS
-    for unit in numba.prange(B * NH * blocks):
-        b, h = unit // (NH * blocks), unit // blocks % NH
-        first = unit % blocks * ROWS
-        _backward_rows(dqkv, dout, qkv, out, lse, b, h, first)
-        _backward_columns(dqkv, dout, qkv, out, lse, b, h, first)
+    for part in numba.prange(parts):
+        w = work[part]
+        w[ZEROS : ZEROS + COLS] = 0
+        for unit in range(part, B * NH, parts):
+            b, h = unit // NH, unit % NH
+            _backward_head(
+                *(dqkv, dout, qkv, out, lse, b, h, add),
+                *(sizes, places, code, panels[part], w),
+            )
 
 
 # %% attention, backward tags=["export"] module="cpu.attention"
-def attention_backward(dinp, dout, inp, out, lse):
+def attention_backward(
+    dinp, dout, inp, out, lse, add=True, work=None, bf16=False
+):
     """Add attention's gradient to dinp.
 
     dinp, inp: (B, T, 3C). dout, out: (B, T, C). lse: (B, NH, T). out and
     lse are as the forward pass left them. All float32 or all float64 and
-    C-contiguous; dinp is added to in place. Raises TypeError or ValueError
-    before it computes anything.
+    C-contiguous. add: False overwrites dinp instead of adding. work, bf16:
+    as in attention_forward. Raises TypeError or ValueError before it
+    computes anything.
 
     Derived in chapter 6.
     """
-    B, T, NH, hs = _check("attention_backward", out, lse, inp)
-    check_array("attention_backward: dinp", dinp, inp.shape, inp.dtype)
-    check_array("attention_backward: dout", dout, out.shape, inp.dtype)
-    qkv, dqkv = (x.reshape(B * T, 3 * NH, hs) for x in (inp, dinp))
-    heads, dheads = (x.reshape(B * T, NH, hs) for x in (out, dout))
-    _attention_backward(dqkv, dheads, qkv, heads, lse)
+    name = "attention_backward"
+    sizes = _check(name, out, lse, inp, work, bf16)
+    check_array(f"{name}: dinp", dinp, inp.shape, inp.dtype)
+    check_array(f"{name}: dout", dout, out.shape, inp.dtype)
+    scratch = _scratch(sizes, inp.dtype, work, bf16)
+    flat = (x.reshape(-1) for x in (dinp, dout, inp, out))
+    _attention_backward(*flat, lse, add, *scratch)
 
 
 # %% [markdown]

@@ -205,17 +205,19 @@ compare("tanh form", y, exact_gelu(five), tol=1e-3)
 
 
 # %% GELU, backward tags=["export"]
-def gelu_backward(dinp, dout, inp):
-    """Add GELU's gradient to dinp.
+def gelu_backward(dinp, dout, inp, add=True):
+    """Add GELU's gradient to dinp, or overwrite dinp with it.
 
     dinp, dout, inp: arrays of one shape, any, and one float dtype; dinp is
-    added to in place.
+    added to in place. With add=False it is overwritten and its old contents
+    are not used, so it need not be zeroed.
 
     Derived in chapter 7.
     """
     t = np.tanh(ROOT * (inp + CUBIC * inp**3))
     du = ROOT * (1 + 3 * CUBIC * inp**2)
-    dinp += dout * 0.5 * (1 + t + inp * (1 - t**2) * du)
+    grad = dout * 0.5 * (1 + t + inp * (1 - t**2) * du)
+    dinp[...] = dinp + grad if add else grad
 
 
 # %% [markdown]
@@ -318,27 +320,18 @@ import math
 import numba
 
 from llmnb.checks import check_array, check_float
-from llmnb.cpu.jit import inner, kernel
+from llmnb.cpu.jit import kernel
 from llmnb.cpu.math import fast_exp
 
 # %% the constants of the kernels tags=["exporti"] module="cpu.gelu"
 SLOPE = 2 * math.sqrt(2 / math.pi)
 CUBIC = 0.044715
-BLOCK = 4096
 
 
 # %% [markdown]
-# The kernels take the array as one row of numbers and deal blocks of 4096
-# out to the threads. The size of a block is fixed, so each number falls at
-# the same place of the same vector loop whatever the number of threads, and
-# its bits are the same. Every constant has the array's own dtype. In
-# float64, `fast_exp` is the library's exponential, with all its digits.
-
-
-# %% the exponential inside tags=["exporti"] module="cpu.gelu"
-@inner
-def _decay(x, slope, cubic, one):
-    return fast_exp(-abs(slope * x * (one + cubic * x * x)))
+# The kernels take the array as one row of numbers, and `prange` deals it
+# out. Every constant has the array's own dtype. In float64, `fast_exp` is
+# the library's exponential, with all its digits.
 
 
 # %% the forward kernel tags=["exporti"] module="cpu.gelu"
@@ -346,36 +339,34 @@ def _decay(x, slope, cubic, one):
 def _gelu_forward(out, inp):
     number = inp.dtype.type
     slope, cubic, one = number(SLOPE), number(CUBIC), number(1)
-    for t in numba.prange(-(-inp.size // BLOCK)):
-        first, last = t * BLOCK, (t + 1) * BLOCK
-        ys, xs = out[first:last], inp[first:last]
-        for i in range(xs.size):
-            x = xs[i]
-            q = _decay(x, slope, cubic, one)
-            ys[i] = x * (one if x > 0 else q) / (one + q)
+    for i in numba.prange(inp.size):
+        x = inp[i]
+        q = fast_exp(-abs(slope * x * (one + cubic * x * x)))
+        out[i] = x * (one if x > 0 else q) / (one + q)
 
 
 # %% [markdown]
 # The choice `one if x > 0 else q` is no branch: LLVM computes both and
-# selects.
+# selects. The next kernel uses the same trick for a second purpose. In the
+# model, `dinp` holds nothing yet when GELU's gradient arrives, and to set
+# it to zero first, only to add to it, would be one more trip through
+# memory. With `add=False` the kernel overwrites it.
 
 
 # %% the backward kernel tags=["exporti"] module="cpu.gelu"
 @kernel
-def _gelu_backward(dinp, dout, inp):
+def _gelu_backward(dinp, dout, inp, add):
     number = inp.dtype.type
     slope, cubic, one = number(SLOPE), number(CUBIC), number(1)
-    triple = number(3 * CUBIC)
-    for t in numba.prange(-(-inp.size // BLOCK)):
-        first, last = t * BLOCK, (t + 1) * BLOCK
-        dx, dy, xs = dinp[first:last], dout[first:last], inp[first:last]
-        for i in range(xs.size):
-            x = xs[i]
-            q = _decay(x, slope, cubic, one)
-            r = one / (one + q)
-            dv = slope * (one + triple * x * x)
-            s = (one if x > 0 else q) * r
-            dx[i] += dy[i] * (s + x * dv * q * r * r)
+    triple, zero = number(3 * CUBIC), number(0)
+    for i in numba.prange(inp.size):
+        x = inp[i]
+        q = fast_exp(-abs(slope * x * (one + cubic * x * x)))
+        r = one / (one + q)
+        dv = slope * (one + triple * x * x)
+        s = (one if x > 0 else q) * r
+        before = dinp[i] if add else zero
+        dinp[i] = before + dout[i] * (s + x * dv * q * r * r)
 
 
 # %% GELU, forward tags=["export"] module="cpu.gelu"
@@ -400,17 +391,19 @@ def _check(name, inp, **others):
 
 
 # %% GELU, backward tags=["export"] module="cpu.gelu"
-def gelu_backward(dinp, dout, inp):
-    """Add GELU's gradient to dinp.
+def gelu_backward(dinp, dout, inp, add=True):
+    """Add GELU's gradient to dinp, or overwrite dinp with it.
 
     dinp, dout, inp: arrays of one shape, any; all float32 or all float64
-    and C-contiguous; dinp is added to in place. Raises TypeError or
-    ValueError before it computes anything.
+    and C-contiguous; dinp is added to in place. With add=False it is
+    overwritten and its old contents are not used, so it need not be zeroed.
+    Raises TypeError or ValueError before it computes anything.
 
     Derived in chapter 7.
     """
     _check("gelu_backward", inp, dinp=dinp, dout=dout)
-    _gelu_backward(dinp.reshape(-1), dout.reshape(-1), inp.reshape(-1))
+    flat = dinp.reshape(-1), dout.reshape(-1), inp.reshape(-1)
+    _gelu_backward(*flat, bool(add))
 
 
 # %% [markdown]
@@ -422,6 +415,9 @@ cpu = SimpleNamespace(forward=gelu_forward, backward=gelu_backward)
 got = np.zeros_like(inp)
 cpu.backward(got, g, inp)
 compare("dinp", got, dinp, tol=1e-12)
+got = np.full_like(inp, np.nan)
+cpu.backward(got, g, inp, add=False)
+compare("dinp, overwritten", got, dinp, tol=1e-12)
 got = np.empty_like(inp)
 cpu.forward(got, inp)
 reference.forward(out, inp)
@@ -471,13 +467,10 @@ def library_forward(out, inp):
     number = inp.dtype.type
     root, cubic = number(ROOT), number(CUBIC)
     half, one = number(0.5), number(1)
-    for t in numba.prange(-(-inp.size // BLOCK)):
-        first, last = t * BLOCK, (t + 1) * BLOCK
-        ys, xs = out[first:last], inp[first:last]
-        for i in range(xs.size):
-            x = xs[i]
-            t = math.tanh(root * (x + cubic * x * x * x))
-            ys[i] = half * x * (one + t)
+    for i in numba.prange(inp.size):
+        x = inp[i]
+        t = math.tanh(root * (x + cubic * x * x * x))
+        out[i] = half * x * (one + t)
 
 
 # %% NumPy, a compiled tanh, the sigmoid tags=["nbval-ignore-output"]
@@ -492,6 +485,7 @@ times = {
     "sigmoid": fastest(cpu.forward, y, x),
     "NumPy, backward": fastest(reference.backward, dx, x, x, runs=5),
     "sigmoid, backward": fastest(cpu.backward, dx, x, x),
+    "overwriting": fastest(lambda: cpu.backward(dx, x, x, add=False)),
 }
 print(f"{machine()}, {most} threads")
 for name, seconds in times.items():
@@ -503,7 +497,9 @@ for name, seconds in times.items():
 # Per element the forward pass takes about 20 operations, most of them in the
 # exponential, and moves 8 bytes: it reads `inp` and writes `out`. The
 # backward pass takes about 30 and moves 16: it reads `inp`, `dout` and
-# `dinp`, and writes `dinp`. The two linear layers around GELU take
+# `dinp`, and writes `dinp`. (When it overwrites, most processors still read
+# what they are about to write; spared is the pass that would set `dinp` to
+# zero.) The two linear layers around GELU take
 # $2 \cdot 2 C$ operations for each of the 4C numbers, over 3000 at C = 768.
 # So GELU is no cost in arithmetic, as long as it runs in vector
 # instructions as they do.

@@ -576,9 +576,10 @@ for (depth, scaled), (variances, bottom) in streams.items():
 # matrix products.
 #
 # In the backward pass we could spare the copy from `dout` to `dinp1` by
-# letting both be one array, since (8.2) says that they are equal. The rule
-# that backward adds would then have an exception, known only to the caller.
-# We prefer the rule, and refuse such a call.
+# letting both be one array, since (8.2) says that they are equal. But the
+# rule is that backward adds, and an exception to it should stand in the
+# call, as `add=False` does for GELU. An array that is passed twice says
+# nothing, so we refuse such a call.
 
 # %% [markdown]
 # ## Exercises

@@ -608,38 +608,34 @@ from llmnb.cpu.math import fast_exp
 # %% the fused forward kernel tags=["exporti"] module="cpu.crossentropy"
 @kernel
 def _fused_forward(logits, losses, lse, targets, V):
-    for n in numba.prange(logits.shape[0]):
-        z = logits[n, :V]
-        top = z[0]
+    zero = logits.dtype.type(0)
+    for n in numba.prange(len(logits)):
+        top, total = logits[n, 0], zero
         for i in range(V):
-            top = max(top, z[i])
-        total = z.dtype.type(0)
+            top = max(top, logits[n, i])
         for i in range(V):
-            total += fast_exp(z[i] - top)
+            total += fast_exp(logits[n, i] - top)
         lse[n] = top + math.log(total)
-        losses[n] = lse[n] - z[targets[n]]
+        losses[n] = lse[n] - logits[n, targets[n]]
 
 
 # %% [markdown]
 # The backward kernel works in place and takes one array, not two; where the
 # caller brings two, the logits are copied first. In place is the common
-# case, and there is a second reason. In a kernel that takes slices of its
-# arrays, numba gives LLVM no promise that two of them do not overlap. LLVM
-# then compiles a vector loop and a scalar loop, compares the addresses at run
-# time, and takes the scalar loop when they overlap, which an array does with
-# itself. With one array there is nothing to compare.
+# case, and there is a second reason: numba tells LLVM that the arrays of a
+# parallel loop do not overlap, and an array that is passed twice would make
+# that a lie. The few columns of padding are set to zero by NumPy, outside,
+# so that the kernel is one loop and soon compiled.
 
 
 # %% the fused backward kernel tags=["exporti"] module="cpu.crossentropy"
 @kernel
 def _fused_backward(dlogits, dlosses, lse, targets, V):
-    for n in numba.prange(dlogits.shape[0]):
-        z = dlogits[n, :V]
+    for n in numba.prange(len(dlogits)):
         scale, shift = dlosses[n], lse[n]
         for i in range(V):
-            z[i] = scale * fast_exp(z[i] - shift)
-        z[targets[n]] -= scale
-        dlogits[n, V:] = 0
+            dlogits[n, i] = scale * fast_exp(dlogits[n, i] - shift)
+        dlogits[n, targets[n]] -= scale
 
 
 # %% [markdown]
@@ -718,6 +714,7 @@ def crossentropy_softmax_backward(dlogits, dlosses, logits, lse, targets, V):
     if dlogits is not logits:
         np.copyto(dlogits, logits)
     _fused_backward(*rows[1:], k, V)
+    dlogits[..., V:] = 0
 
 
 # %% [markdown]
@@ -727,18 +724,17 @@ def crossentropy_softmax_backward(dlogits, dlosses, logits, lse, targets, V):
 # %% the softmax kernel tags=["export"] module="cpu.crossentropy"
 @kernel
 def _softmax_forward(probs, V):
-    for n in numba.prange(probs.shape[0]):
-        z = probs[n, :V]
-        top = z[0]
+    zero, one = probs.dtype.type(0), probs.dtype.type(1)
+    for n in numba.prange(len(probs)):
+        top, total = probs[n, 0], zero
         for i in range(V):
-            top = max(top, z[i])
-        total = z.dtype.type(0)
+            top = max(top, probs[n, i])
         for i in range(V):
-            z[i] = fast_exp(z[i] - top)
-            total += z[i]
+            probs[n, i] = fast_exp(probs[n, i] - top)
+            total += probs[n, i]
+        share = one / total
         for i in range(V):
-            z[i] /= total
-        probs[n, V:] = 0
+            probs[n, i] *= share
 
 
 # %% the softmax, forward tags=["export"] module="cpu.crossentropy"
@@ -757,18 +753,20 @@ def softmax_forward(probs, logits, V):
     if probs is not logits:
         np.copyto(probs, logits)
     _softmax_forward(rows[1], V)
+    probs[..., V:] = 0
 
 
 # %% the softmax, backward tags=["export"] module="cpu.crossentropy"
 @kernel
 def _softmax_backward(probs, dlogits, dprobs):
-    for n in numba.prange(probs.shape[0]):
-        p, dz, dp = probs[n], dlogits[n], dprobs[n]
-        inside = p.dtype.type(0)
-        for i in range(p.size):
-            inside += p[i] * dp[i]
-        for i in range(p.size):
-            dz[i] += p[i] * (dp[i] - inside)
+    rows, Vp = probs.shape
+    zero = probs.dtype.type(0)
+    for n in numba.prange(rows):
+        inside = zero
+        for i in range(Vp):
+            inside += probs[n, i] * dprobs[n, i]
+        for i in range(Vp):
+            dlogits[n, i] += probs[n, i] * (dprobs[n, i] - inside)
 
 
 def softmax_backward(dlogits, dprobs, probs):
@@ -905,16 +903,15 @@ except ValueError as error:
 # %% with the library's exponential
 @kernel
 def library_forward(logits, losses, lse, targets, V):
-    for n in numba.prange(logits.shape[0]):
-        z = logits[n, :V]
-        top = z[0]
+    zero = logits.dtype.type(0)
+    for n in numba.prange(len(logits)):
+        top, total = logits[n, 0], zero
         for i in range(V):
-            top = max(top, z[i])
-        total = z.dtype.type(0)
+            top = max(top, logits[n, i])
         for i in range(V):
-            total += math.exp(z[i] - top)
+            total += math.exp(logits[n, i] - top)
         lse[n] = top + math.log(total)
-        losses[n] = lse[n] - z[targets[n]]
+        losses[n] = lse[n] - logits[n, targets[n]]
 
 
 p = problem(1, 64, 50257, 50304)

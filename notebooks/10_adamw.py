@@ -725,30 +725,25 @@ from llmnb.cpu.jit import kernel
 from llmnb.reference.adamw import check_settings
 
 # %% [markdown]
-# One thing needs care. LLVM turns the loop into vector instructions, with a
-# scalar loop for the few elements left over at the end, and the two may
-# round differently (a vector division may be a reciprocal and a
-# correction). If `prange` cut the array into as many parts as there are
-# threads, the left-over elements would be others for two threads than for
-# one, and so would the last bits of some parameters. So we cut it into
-# pieces of a fixed length, and deal out pieces.
+# Elements do not meet, so `prange` may run over single elements and numba
+# may cut the array where it likes. That the bits do not depend on the cut
+# is owed to `kernel`: it asks for exact division
+# ([chapter 3](03_encoder.ipynb)), and exact square roots come with it, so
+# an element is rounded alike in a vector and in the rest that is left over
+# at the end of a thread's share.
+
 
 # %% the kernel tags=["exporti"] module="cpu.adamw"
-PIECE = 16384  # elements; of four float32 arrays, 256 KB
-
-
 @kernel
 def _adamw_update(
     params, grads, m, v, keep, rate1, beta2, rate2, root, eps, size
 ):
-    for piece in numba.prange((params.size + PIECE - 1) // PIECE):
-        part = slice(piece * PIECE, (piece + 1) * PIECE)
-        p, g, mean, square = params[part], grads[part], m[part], v[part]
-        for i in range(p.size):
-            mean[i] += rate1 * (g[i] - mean[i])
-            square[i] = beta2 * square[i] + rate2 * g[i] * g[i]
-            spread = math.sqrt(square[i]) / root + eps
-            p[i] = keep * p[i] - size * mean[i] / spread
+    for i in numba.prange(params.size):
+        g = grads[i]
+        m[i] += rate1 * (g - m[i])
+        v[i] = beta2 * v[i] + rate2 * g * g
+        spread = math.sqrt(v[i]) / root + eps
+        params[i] = keep * params[i] - size * m[i] / spread
 
 
 # %% [markdown]

@@ -59,6 +59,7 @@ from llmnb.verify import compare, numerical_gradient, verdict
 
 # %% imports of the model tags=["export"]
 import importlib
+import warnings
 
 import numpy as np
 
@@ -95,36 +96,37 @@ from llmnb.layout import gpt2_layout
 
 
 # %% one block, forward tags=["export"]
-def block_forward(ops, out, inp, w, a, projected):
+def block_forward(ops, out, inp, w, a, **how):
     """One block: attention, then the feed-forward half, both residual.
 
-    out, inp, projected: (B, T, C); projected is scratch. w and a map names
-    to this block's weights and activations, as in llmnb.layout; a is
-    overwritten. ops: the layers.
+    out, inp: (B, T, C). w and a map names to this block's weights and
+    activations, as in llmnb.layout; a is overwritten. ops: the layers. how:
+    what else ops takes for its products, such as scratch memory.
 
     Derived in chapter 12.
     """
     ops.layernorm_forward(
         a["ln1"], a["ln1_mean"], a["ln1_rstd"], inp, w["ln1w"], w["ln1b"]
     )
-    ops.matmul_forward(a["qkv"], a["ln1"], w["qkvw"], w["qkvb"])
-    ops.attention_forward(a["atty"], a["att_lse"], a["qkv"])
-    ops.matmul_forward(projected, a["atty"], w["attprojw"], w["attprojb"])
-    ops.residual_forward(a["residual2"], inp, projected)
+    ops.matmul_forward(a["qkv"], a["ln1"], w["qkvw"], w["qkvb"], **how)
+    ops.attention_forward(a["atty"], a["att_lse"], a["qkv"], **how)
     x = a["residual2"]
+    weights = w["attprojw"], w["attprojb"]
+    ops.matmul_forward(x, a["atty"], *weights, residual=inp, **how)
     ops.layernorm_forward(
         a["ln2"], a["ln2_mean"], a["ln2_rstd"], x, w["ln2w"], w["ln2b"]
     )
-    ops.matmul_forward(a["fch"], a["ln2"], w["fcw"], w["fcb"])
+    ops.matmul_forward(a["fch"], a["ln2"], w["fcw"], w["fcb"], **how)
     ops.gelu_forward(a["fch_gelu"], a["fch"])
-    ops.matmul_forward(projected, a["fch_gelu"], w["fcprojw"], w["fcprojb"])
-    ops.residual_forward(out, x, projected)
+    weights = w["fcprojw"], w["fcprojb"]
+    ops.matmul_forward(out, a["fch_gelu"], *weights, residual=x, **how)
 
 
 # %% [markdown]
-# `projected` is a scratch array: once it has been added to the stream, nobody
-# needs it, not even the backward pass, because the derivative of a sum does
-# not depend on what was added.
+# The sums of [chapter 8](08_residual.ipynb) are inside the two products that
+# end the halves: `residual=` adds the stream while the result is still in
+# registers. Nobody needs the product alone, not even the backward pass,
+# because the derivative of a sum does not depend on what was added.
 #
 # ## By hand
 #
@@ -136,13 +138,11 @@ def block_forward(ops, out, inp, w, a, projected):
 # | `layernorm_forward` | (2, 4, 6) | (2, 4, 6), and two numbers a token |
 # | `matmul_forward`, qkv | (2, 4, 6) | (2, 4, 18) |
 # | `attention_forward` | (2, 4, 18) | (2, 4, 6), and one number a token and head |
-# | `matmul_forward`, projection | (2, 4, 6) | (2, 4, 6) |
-# | `residual_forward` | (2, 4, 6) twice | (2, 4, 6) |
+# | `matmul_forward`, projection and sum | (2, 4, 6) twice | (2, 4, 6) |
 # | `layernorm_forward` | (2, 4, 6) | (2, 4, 6), and two numbers a token |
 # | `matmul_forward`, up | (2, 4, 6) | (2, 4, 24) |
 # | `gelu_forward` | (2, 4, 24) | (2, 4, 24) |
-# | `matmul_forward`, down | (2, 4, 24) | (2, 4, 6) |
-# | `residual_forward` | (2, 4, 6) twice | (2, 4, 6) |
+# | `matmul_forward`, down and sum | (2, 4, 24), (2, 4, 6) | (2, 4, 6) |
 #
 # A block takes (B, T, C) to (B, T, C), which is why one can stack any number
 # of them.
@@ -164,92 +164,85 @@ def block_forward(ops, out, inp, w, a, projected):
 #    residual sum.
 # 3. **The token table.** `wte` is read by the encoder and again at the logits.
 #
-# This is why the backward functions of this book add to their outputs instead
-# of overwriting them (the loss's, which comes first and alone, is the one
-# exception). The caller zeroes an array, lets all contributions come in, and
-# passes it on.
+# This is why the backward functions of this book can add to their outputs.
+# For the stream it makes the code short. A residual sum hands its gradient
+# on unchanged ([chapter 8](08_residual.ipynb)), so one array, `dstream`,
+# serves for $dy$, $dx'$ and $dx$ in turn: it comes in as $dy$, each half of
+# the block reads it, and LayerNorm's backward pass adds the half's share.
+#
+# Every other array is written by exactly one function. There adding would
+# mean to clear the array first, a pass over memory for nothing, so these
+# calls say `add=False` and overwrite. For gradients of weights the caller
+# decides: `add=True` sums the gradients of several batches.
 #
 # `dw` holds the gradients of the block's weights, and `d` those of its
 # activations.
 
 
 # %% the feed-forward half, backward tags=["exporti"]
-def _feedforward_backward(ops, dout, w, a, dw, d):
-    ops.residual_backward(d["dresidual2"], d["dprojected"], dout)
+def _feedforward_backward(ops, w, a, dw, d, add, how):
+    dfch, dln = d["dfch"], d["dln"]
+    options = {"add_dinp": False, "add_dweight": add} | how
     ops.matmul_backward(
-        d["dfch_gelu"],
-        dw["fcprojw"],
-        dw["fcprojb"],
-        d["dprojected"],
-        a["fch_gelu"],
-        w["fcprojw"],
+        *(dfch, dw["fcprojw"], dw["fcprojb"]),
+        *(d["dstream"], a["fch_gelu"], w["fcprojw"]),
+        **options,
     )
-    ops.gelu_backward(d["dfch"], d["dfch_gelu"], a["fch"])
+    ops.gelu_backward(dfch, dfch, a["fch"], add=False)
     ops.matmul_backward(
-        d["dln"], dw["fcw"], dw["fcb"], d["dfch"], a["ln2"], w["fcw"]
+        *(dln, dw["fcw"], dw["fcb"], dfch, a["ln2"], w["fcw"]),
+        **options,
     )
     ops.layernorm_backward(
-        d["dresidual2"],
-        dw["ln2w"],
-        dw["ln2b"],
-        d["dln"],
-        a["residual2"],
-        w["ln2w"],
-        a["ln2_mean"],
-        a["ln2_rstd"],
+        *(d["dstream"], dw["ln2w"], dw["ln2b"], dln),
+        *(a["residual2"], w["ln2w"], a["ln2_mean"], a["ln2_rstd"]),
     )
 
 
 # %% [markdown]
-# `dresidual2` collects the first of the three sums: `residual_backward` puts
-# $dy$ there, and `layernorm_backward` adds the other share. When the function
-# ends it is complete, and the first half can begin. It uses the same scratch
-# arrays again, so it clears them.
+# `dfch` first receives the gradient of GELU's output, and GELU's backward
+# pass then writes the gradient of its input in the same place.
 
 
 # %% the attention half, backward tags=["exporti"]
-def _attention_half_backward(ops, dinp, inp, w, a, dw, d):
-    d["dprojected"].fill(0)
-    d["dln"].fill(0)
-    ops.residual_backward(dinp, d["dprojected"], d["dresidual2"])
+def _attention_half_backward(ops, inp, w, a, dw, d, add, how):
+    dln, dqkv = d["dln"], d["dqkv"]
+    options = {"add_dinp": False, "add_dweight": add} | how
     ops.matmul_backward(
-        d["datty"],
-        dw["attprojw"],
-        dw["attprojb"],
-        d["dprojected"],
-        a["atty"],
-        w["attprojw"],
+        *(d["datty"], dw["attprojw"], dw["attprojb"]),
+        *(d["dstream"], a["atty"], w["attprojw"]),
+        **options,
     )
     ops.attention_backward(
-        d["dqkv"], d["datty"], a["qkv"], a["atty"], a["att_lse"]
+        *(dqkv, d["datty"], a["qkv"], a["atty"], a["att_lse"]),
+        **{"add": False} | how,
     )
     ops.matmul_backward(
-        d["dln"], dw["qkvw"], dw["qkvb"], d["dqkv"], a["ln1"], w["qkvw"]
+        *(dln, dw["qkvw"], dw["qkvb"], dqkv, a["ln1"], w["qkvw"]),
+        **options,
     )
     ops.layernorm_backward(
-        dinp,
-        dw["ln1w"],
-        dw["ln1b"],
-        d["dln"],
-        inp,
-        w["ln1w"],
-        a["ln1_mean"],
-        a["ln1_rstd"],
+        *(d["dstream"], dw["ln1w"], dw["ln1b"], dln),
+        *(inp, w["ln1w"], a["ln1_mean"], a["ln1_rstd"]),
     )
 
 
 # %% one block, backward tags=["export"]
-def block_backward(ops, dinp, dout, inp, w, a, dw, d):
-    """Add a block's gradients to dinp and to dw.
+def block_backward(ops, inp, w, a, dw, d, add=False, **how):
+    """Take d["dstream"] from a block's output to its input.
 
-    dinp, dout, inp: (B, T, C). w, a: this block's weights and activations,
-    as block_forward left them; dw: the gradients of its weights; d: scratch
-    for the gradients of its activations, zero on entry. ops: the layers.
+    inp: (B, T, C). w, a: this block's weights and activations, as
+    block_forward left them; dw: the gradients of its weights; d: the
+    gradients of its activations, as in llmnb.layout. d["dstream"] holds the
+    gradient of the output and receives that of the input; the rest of d is
+    overwritten. add: whether to add to dw's matrices and their biases or to
+    overwrite them; LayerNorm's are always added to. ops, how: as for
+    block_forward.
 
     Derived in chapter 12.
     """
-    _feedforward_backward(ops, dout, w, a, dw, d)
-    _attention_half_backward(ops, dinp, inp, w, a, dw, d)
+    _feedforward_backward(ops, w, a, dw, d, add, how)
+    _attention_half_backward(ops, inp, w, a, dw, d, add, how)
 
 
 # %% [markdown]
@@ -258,8 +251,7 @@ def block_backward(ops, dinp, dout, inp, w, a, dw, d):
 # A block by itself is a function from (B, T, C) to (B, T, C). Its gradient
 # against central differences, in float64 as always, for the input and for
 # two tensors at the ends of it. The arena is that of a model with one block, so
-# what a block keeps for itself stands at index 0; fresh memory is zero, as
-# `block_backward` wants it:
+# what a block keeps for itself stands at index 0:
 
 # %% one block by itself
 cfg = GPT2Config(
@@ -274,19 +266,20 @@ a = {n: x[0] for n, x in arena["acts"].items() if len(x) == 1}
 for x in w.values():
     x[...] = rng.normal(size=x.shape)
 inp, g = rng.normal(size=(2, 2, 4, 6))
-scratch = np.empty_like(inp)
 
 
 # %% its gradient
 def loss():
-    block_forward(reference, a["residual3"], inp, w, a, scratch)
+    block_forward(reference, a["residual3"], inp, w, a)
     return (g * a["residual3"]).sum()
 
 
 loss()
-dinp = np.zeros_like(inp)
-block_backward(reference, dinp, g, inp, w, a, dw, arena["block"])
-compare("dinp", dinp, numerical_gradient(loss, inp), tol=1e-7)
+arena["block"]["dstream"][...] = g
+block_backward(reference, inp, w, a, dw, arena["block"])
+compare(
+    "dinp", arena["block"]["dstream"], numerical_gradient(loss, inp), tol=1e-7
+)
 for name in ("qkvw", "fcprojb"):
     want = numerical_gradient(loss, w[name])
     compare(f"d{name}", dw[name], want, tol=1e-7)
@@ -302,13 +295,14 @@ for name in ("qkvw", "fcprojb"):
 # run up again. The others open the door, guard it, or ask AdamW to act.
 
 # %% choose tags=["exporti"]
-_DTYPES = {"fp32": np.float32, "fp64": np.float64}
+_DTYPES = {"fp32": np.float32, "fp64": np.float64, "bf16": np.float32}
 _BACKENDS = ("reference", "cpu")
+# gradients that layers add to: backward clears them, the others it overwrites
+_ADDED_TO = ("wpe", "ln1w", "ln1b", "ln2w", "ln2b", "lnfw", "lnfb")
 # tensors that the blocks share: all others have a leading L
 _NOT_STACKED = {"wte", "wpe", "lnfw", "lnfb"}
 _SHARED = {
     "encoded",
-    "projected",
     "lnf",
     "lnf_mean",
     "lnf_rstd",
@@ -326,6 +320,22 @@ def _choose(name, value, choices):
             f"GPT2: {name} must be one of {listed}, got {value!r}"
         )
     return value
+
+
+def _possible(precision, backend, ops):
+    """The precision, or fp32 with a warning where bf16 gains nothing."""
+    if precision != "bf16":
+        return precision
+    if backend != "cpu":
+        raise ValueError("GPT2: precision 'bf16' needs the backend 'cpu'")
+    if ops.has_bf16():
+        return precision
+    warnings.warn(
+        "GPT2: this processor has no bfloat16 products (AVX512-BF16); "
+        "computing in fp32",
+        stacklevel=3,
+    )
+    return "fp32"
 
 
 def _check_shape(cfg, batch_size, seq_len):
@@ -346,7 +356,10 @@ class GPT2:
     """GPT-2 with its gradients and its optimiser, in one block of memory.
 
     cfg: a GPT2Config. batch_size (B) and seq_len (T): the shape of every
-    batch. backend: "cpu" or "reference". precision: "fp32" or "fp64".
+    batch. backend: "cpu" or "reference". precision: "fp32", "fp64", or, for
+    the cpu backend, "bf16": float32 with the factors of all products rounded
+    to bfloat16. Where the processor has no such products a warning says so
+    and precision becomes "fp32".
     seed: of the initial weights; None leaves them zero. Raises ValueError
     for a value out of range and MemoryError when the block cannot be had.
 
@@ -370,7 +383,15 @@ class GPT2:
         _check_shape(cfg, batch_size, seq_len)
         self.cfg, self.batch_size, self.seq_len = cfg, batch_size, seq_len
         self.ops = importlib.import_module(f"llmnb.{backend}")
-        self.memory = Arena(gpt2_layout(cfg, batch_size, seq_len, dtype))
+        self.precision = _possible(precision, backend, self.ops)
+        layout = gpt2_layout(cfg, batch_size, seq_len, dtype)
+        if backend == "cpu":
+            layout["work"] = dtype, {"panels": self.ops.work_shape()}
+        self.memory = Arena(layout)
+        self._how = {}
+        if backend == "cpu":
+            self._how["work"] = self.memory["work"]["panels"]
+            self._how["bf16"] = self.precision == "bf16"
         self.params, self.grads = self.memory["params"], self.memory["grads"]
         self._acts, self._batch = self.memory["acts"], self.memory["batch"]
         self._layers = [self._layer(i) for i in range(cfg.num_layers)]
@@ -451,67 +472,57 @@ class GPT2:
         x = a["encoded"]
         for w, acts, _ in self._layers:
             out = acts["residual3"]
-            block_forward(self.ops, out, x, w, acts, a["projected"])
+            block_forward(self.ops, out, x, w, acts, **self._how)
             x = out
         self.ops.layernorm_forward(
             a["lnf"], a["lnf_mean"], a["lnf_rstd"], x, p["lnfw"], p["lnfb"]
         )
-        self.ops.matmul_forward(a["logits"], a["lnf"], p["wte"], None)
+        self.ops.matmul_forward(
+            a["logits"], a["lnf"], p["wte"], None, **self._how
+        )
 
-    def backward(self):
+    def backward(self, add=False):
         """Write the gradients of the last loss into `grads`.
 
-        Raises RuntimeError unless the last call was forward with targets;
-        the logits are lost.
+        add: True adds them to what is there, for a sum over batches. Raises
+        RuntimeError unless the last call was forward with targets; the
+        logits are lost.
         """
         if self._state != "loss":
             raise RuntimeError(
                 "GPT2.backward: call forward(tokens, targets) first"
             )
         self._state = "backward"
-        self.memory.flat("grads").fill(0)
-        dx = self._head_backward()
-        a, g = self._acts, self.grads
+        if not add:
+            for name in _ADDED_TO:
+                self.grads[name].fill(0)
+        self._head_backward(add)
+        a, g, d = self._acts, self.grads, self.memory["block"]
         inputs = [a["encoded"], *a["residual3"][:-1]]
-        dy = self.memory["stream"]["below"]
         for x, layer in zip(inputs[::-1], self._layers[::-1], strict=True):
             w, acts, dw = layer
-            dx, dy = dy, dx
-            dx.fill(0)
-            self.memory.flat("block").fill(0)
-            d = self.memory["block"]
-            block_backward(self.ops, dx, dy, x, w, acts, dw, d)
+            block_backward(self.ops, x, w, acts, dw, d, add, **self._how)
         tokens = self._batch["tokens"]
-        self.ops.encoder_backward(g["wte"], g["wpe"], dx, tokens)
+        self.ops.encoder_backward(g["wte"], g["wpe"], d["dstream"], tokens)
 
-    def _head_backward(self):
+    def _head_backward(self, add):
         """From the losses back to the end of the residual stream."""
-        a, p, g, ops = self._acts, self.params, self.grads, self.ops
+        a, p, g, d = self._acts, self.params, self.grads, self.memory["block"]
         dlogits = a["logits"]  # takes the place of the logits
         a["dlosses"].fill(1 / a["dlosses"].size)
-        ops.crossentropy_softmax_backward(
-            dlogits,
-            a["dlosses"],
-            a["logits"],
-            a["lse"],
-            self._batch["targets"],
-            self.cfg.vocab_size,
+        self.ops.crossentropy_softmax_backward(
+            *(dlogits, a["dlosses"], a["logits"], a["lse"]),
+            *(self._batch["targets"], self.cfg.vocab_size),
         )
-        dlnf, dx = self.memory["block"]["dln"], self.memory["stream"]["above"]
-        dlnf.fill(0)
-        dx.fill(0)
-        ops.matmul_backward(dlnf, g["wte"], None, dlogits, a["lnf"], p["wte"])
-        ops.layernorm_backward(
-            dx,
-            g["lnfw"],
-            g["lnfb"],
-            dlnf,
-            a["residual3"][-1],
-            p["lnfw"],
-            a["lnf_mean"],
-            a["lnf_rstd"],
+        self.ops.matmul_backward(
+            *(d["dln"], g["wte"], None, dlogits, a["lnf"], p["wte"]),
+            **{"add_dinp": False, "add_dweight": add} | self._how,
         )
-        return dx
+        d["dstream"].fill(0)
+        self.ops.layernorm_backward(
+            *(d["dstream"], g["lnfw"], g["lnfb"], d["dln"]),
+            *(a["residual3"][-1], p["lnfw"], a["lnf_mean"], a["lnf_rstd"]),
+        )
 
     @property
     def logits(self):
@@ -946,10 +957,11 @@ def share(without):
         ops.encoder_backward = lambda *arrays: None
     if without == "logits":
 
-        def only_dinp(dinp, dweight, dbias, dout, inp, weight):
-            last = dweight is model.grads["wte"]
-            dweight = np.zeros_like(dweight) if last else dweight
-            reference.matmul_backward(dinp, dweight, dbias, dout, inp, weight)
+        def only_dinp(dinp, dweight, *rest, **how):
+            if dweight is model.grads["wte"]:
+                dweight.fill(0)
+                dweight = np.empty_like(dweight)
+            reference.matmul_backward(dinp, dweight, *rest, **how)
 
         ops.matmul_backward = only_dinp
     model.ops = ops
@@ -967,30 +979,31 @@ verdict("neither", min(sizes) > 1e-4, "is zero")
 
 # %% [markdown]
 # **3** (★★★). Two half batches, each with its own loss, should give the
-# gradient of the whole batch as the mean of theirs. Show it, and say why the
-# caller of `backward` cannot get it by calling `backward` twice.
+# gradient of the whole batch as the mean of theirs. Show it with `add=True`,
+# and say what would go wrong if every gradient were overwritten.
 #
 # :::{admonition} Solution to exercise 3
 # :class: dropdown
 # The loss is a mean over tokens, so for halves of equal size the gradient is
-# the mean of the two. `backward` zeroes the gradients before it starts, so the
-# first half's are lost; copy them out, as below.
+# the mean of the two. A `backward` that overwrites loses the first half's; with
+# `add=True` the second half's come on top, and the sum is divided by 2. This
+# is how one trains with batches that do not fit in memory.
 # :::
 
 
 # %% exercise 3 tags=["hide-cell"]
-def gradient(rows):
+def gradient(rows, parts):
     small = GPT2Config(5, 7, 2, 2, 6)
-    model = GPT2(small, len(rows), 5, "reference", "fp64")
-    model.forward(rows, (rows + 1) % 7)
-    model.backward()
-    return model.memory.flat("grads").copy()
+    model = GPT2(small, len(rows) // parts, 5, "reference", "fp64")
+    for i, part in enumerate(np.split(rows, parts)):
+        model.forward(part, (part + 1) % 7)
+        model.backward(add=i > 0)
+    return model.memory.flat("grads") / parts
 
 
 # %% exercise 3, checked
 rows = np.random.default_rng(5).integers(0, 7, (4, 5))
-halves = (gradient(rows[:2]) + gradient(rows[2:])) / 2
-compare("two halves", halves, gradient(rows), tol=1e-12)
+compare("two halves", gradient(rows, 2), gradient(rows, 1), tol=1e-12)
 
 # %% [markdown]
 # ## Further reading

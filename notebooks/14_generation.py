@@ -635,7 +635,7 @@ plt.show()
 # | `llmnb train` | trains on a corpus and writes a run folder |
 # | `llmnb generate RUN` | continues a prompt with a run's model |
 # | `llmnb data FOLDER` | turns text into token shards |
-# | `llmnb bench` | measures a training step on this machine |
+# | `llmnb bench` | measures a training step, alone or against others |
 # | `llmnb info` | versions, threads, and the size of a configuration |
 #
 # Three rules make it pleasant to use. `--help` answers at once: numba and
@@ -649,14 +649,17 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
+from llmnb.files import replacing
 from llmnb.train import (
     DataOptions,
     LearningOptions,
@@ -1004,43 +1007,123 @@ def _data(args):
 def _add_bench(commands):
     parser = commands.add_parser(
         "bench",
-        help="measure a training step",
+        help="measure a training step, alone or against others",
         description="Time training steps on random tokens: tokens a second, "
-        "memory, and where the time goes.",
+        "memory, where the time goes. Every contestant has a process of its "
+        "own; they take turns, and all are in memory at once.",
     )
-    parser.add_argument(
-        "--steps", type=int, default=10, metavar="int",
-        help="steps to measure (default: 10)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--json", action="store_true", help="print JSON instead of a table"
-    )
+    _add_race(parser)
+    _add_outputs(parser)
     _add_threads(parser)
-    _add_fields(parser, DataOptions, ["vocab_size"])
-    _add_fields(parser, ModelOptions)
+    shape = parser.add_argument_group("the model, without --config")
+    _add_fields(shape, DataOptions, ["vocab_size"])
+    names = [x.name for x in fields(ModelOptions) if x.name != "precision"]
+    _add_fields(shape, ModelOptions, names)
     parser.set_defaults(run=_bench)
 
 
-# %% measure tags=["exporti"] module="cli"
-def _config_of(args):
-    shape = {**_from_fields(args, ModelOptions), "vocab_size": args.vocab_size}
-    return TrainConfig(**shape)
+# %% who races, on what tags=["exporti"] module="cli"
+def _add_race(parser):
+    add = parser.add_argument
+    add(
+        "--config", nargs="+", default=[], metavar="NAME",
+        help="small, 124m-64, 124m-1024, or several of them",
+    )  # fmt: skip
+    add(
+        "--precision", nargs="+", default=["fp32", "bf16"], metavar="NAME",
+        help="what llmnb computes in (default: fp32 bf16)",
+    )  # fmt: skip
+    add(
+        "--against", nargs="+", default=[], metavar="NAME",
+        help="torch, torch-compile, torch-bf16, or llmc=PATH of llm.c's "
+        "train_gpt2",
+    )  # fmt: skip
+    add(
+        "--torch-python", default=sys.executable, metavar="PATH",
+        help="the Python that has torch (default: this one)",
+    )  # fmt: skip
+    add(
+        "--steps", type=int, default=10, metavar="int",
+        help="steps of each to measure (default: 10)",
+    )  # fmt: skip
+    add(
+        "--start", action="store_true",
+        help="time the first step of fresh processes; without --config this "
+        "alone",
+    )  # fmt: skip
 
 
-def _bench(args):
-    from llmnb.bench import bench, report
-
-    config = _config_of(args)
-    _set_threads(args)
-    result = bench(
-        config.model(config.vocab_size),
-        config.batch_size,
-        config.seq_len,
-        args.steps,
-        backend=config.backend,
-        precision=config.precision,
+# %% what is written tags=["exporti"] module="cli"
+def _add_outputs(parser):
+    parser.add_argument(
+        "--json", metavar="FILE", help="write all numbers; - prints them"
     )
-    print(json.dumps(result, indent=1) if args.json else report(result))
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw where the time goes, as a PNG"
+    )
+
+
+# %% measure tags=["exporti"] module="cli"
+def _bench(args):
+    from tqdm import tqdm
+
+    from llmnb.bench import bench, report
+    from llmnb.race import Settings
+
+    settings = Settings(
+        tuple(args.precision), tuple(args.against), args.steps,
+        args.threads, args.backend, args.torch_python,
+    )  # fmt: skip
+    bar = partial(tqdm, unit="round", leave=False)
+    configs = _configs_of(args)
+    for path in filter(None, (args.json, args.plot)):
+        if not Path(path).parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {Path(path).parent}")
+    result = bench(configs, settings, args.start, bar)
+    result = {"command": _command(sys.argv[1:]), **result}
+    _write_result(args, result)
+    as_json = json.dumps(result, indent=1)
+    print(as_json if args.json == "-" else report(result))
+
+
+# %% write the files tags=["exporti"] module="cli"
+def _write_result(args, result):
+    from llmnb.bench import layers_figure
+
+    if args.json and args.json != "-":
+        with replacing(args.json) as file:
+            file.write(json.dumps(result, indent=1).encode() + b"\n")
+    if args.plot:
+        with replacing(args.plot) as file:
+            layers_figure(result).savefig(file, format="png")
+
+
+# %% the configurations tags=["exporti"] module="cli"
+def _configs_of(args):
+    from llmnb.bench import CONFIGS
+
+    for name in args.config:
+        if name not in CONFIGS:
+            known = ", ".join(CONFIGS)
+            raise ValueError(f"no config {name!r}: choose from {known}")
+    if args.config or args.start:
+        return {name: CONFIGS[name] for name in args.config}
+    config = _config_of(args)
+    cfg = config.model(config.vocab_size)
+    return {"custom": (cfg, config.batch_size, config.seq_len)}
+
+
+def _command(argv):
+    """The command without the folders of this machine."""
+    words = [re.sub(r"[^ =]*[/\\]", "", word) for word in argv]
+    return " ".join(["llmnb", *words])
+
+
+# %% the configuration of some options tags=["exporti"] module="cli"
+def _config_of(args):
+    names = {x.name for x in fields(ModelOptions)} - {"precision"}
+    shape = {name: getattr(args, name) for name in names}
+    return TrainConfig(**shape, vocab_size=args.vocab_size)
 
 
 # %% llmnb info tags=["exporti"] module="cli"
@@ -1162,6 +1245,7 @@ for args in (
     ["train", "--corpus", "no-such-file"],
     ["generate", "no-such-run"],
     ["bench", "--num-layers", "many"],
+    ["bench", "--against", "nobody"],
 ):
     _, message, code = run(*args)
     print(code, message, end="")

@@ -219,6 +219,18 @@ def test_large_float32_gradients_do_not_overflow(backend):
     assert backend.global_norm(grads) == pytest.approx(1, rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_element_gets_the_same_bits_wherever_it_stands(dtype):
+    """In a vector, in the rest after the vectors, or alone."""
+    start = np.random.default_rng(4).uniform(0.1, 2, (4, 200)).astype(dtype)
+    whole = start.copy()
+    cpu.adamw_update(*whole, *NUMBERS, 3)
+    for n in range(1, 70):
+        part = start[:, :n].copy()
+        cpu.adamw_update(*part, *NUMBERS, 3)
+        np.testing.assert_array_equal(part, whole[:, :n])
+
+
 @pytest.mark.skipif(
     numba.config.NUMBA_NUM_THREADS < 2, reason="needs two threads"
 )

@@ -9,7 +9,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from llmnb import tokenizer
+from llmnb import cli, tokenizer
 from llmnb.cli import main
 from llmnb.config import GPT2Config
 from llmnb.data import read_shard
@@ -206,13 +206,54 @@ SMALL = (
 )
 
 
-def test_bench(llmnb):
-    code, out, _ = llmnb("bench", "--steps", 2, *SMALL.split())
+def test_bench(llmnb, tmp_path):
+    files = ["--json", "a.json", "--plot", "a.png"]
+    code, out, err = llmnb("bench", "--steps", 2, *files, *SMALL.split())
     assert code == 0
     assert "tokens/s" in out and "matmul_backward" in out
-    code, out, _ = llmnb("bench", "--steps", 2, "--json", *SMALL.split())
+    assert "llmnb bf16" in out and "not available" in out
+    assert "2/4" in err  # a bar over two rounds and two to warm up
+    found = json.loads((tmp_path / "a.json").read_text("utf-8"))
+    assert found["configs"][0]["model"]["vocab_size"] == 300
+    assert found["configs"][0]["batch_size"] == 2
+    assert found["start"] == []
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_bench_prints_json(llmnb):
+    args = ["--steps", 1, "--precision", "fp32", "--json", "-"]
+    code, out, _ = llmnb("bench", *args, *SMALL.split(), "--threads", 1)
     assert code == 0
-    assert json.loads(out)["model"]["vocab_size"] == 300
+    found = json.loads(out)
+    assert found["threads"] == 1
+    (row,) = found["configs"][0]["contestants"]
+    assert row["name"] == "llmnb fp32" and row["threads"] == 1
+
+
+def test_bench_writes_no_folders_of_this_machine():
+    argv = ["bench", "--json", "/a/b.json", "--against", "llmc=../c/d"]
+    found = cli._command(argv)
+    assert found == "llmnb bench --json b.json --against llmc=d"
+
+
+def test_bench_takes_named_configurations(llmnb, monkeypatch):
+    asked = []
+
+    def fake(configs, settings, start, bar):
+        asked.append((configs, settings, start))
+        facts = {"machine": "m", "threads": 1, "load": 0.0}
+        return {**facts, "configs": [], "start": []}
+
+    monkeypatch.setattr("llmnb.bench.bench", fake)
+    llmnb("bench", "--config", "124m-64", "small", "--against", "torch")
+    llmnb("bench", "--start", "--threads", 3, "--torch-python", "py")
+    (first, racing, start), (second, starting, started) = asked
+    assert [*first] == ["124m-64", "small"] and second == {}
+    assert first["small"][1:] == (12, 64)
+    assert racing.against == ("torch",) and starting.threads == 3
+    assert racing.precisions == ("fp32", "bf16")
+    assert starting.torch_python == "py"
+    assert (start, started) == (False, True)
 
 
 def test_info(llmnb):
@@ -254,6 +295,12 @@ def test_info(llmnb):
         ("data", 2, "the following arguments are required: FOLDER"),
         ("data out --vocab-size 3", 1, "3"),
         ("bench --steps 0 --backend reference", 1, "steps must be at least 1"),
+        ("bench --threads 0", 1, "threads must be at least 1, got 0"),
+        ("bench --config big", 1, "no config 'big': choose from small, 124m"),
+        ("bench --against nobody", 1, "no contestant 'nobody': choose from"),
+        ("bench --against llmc=no-file", 1, "no-file is not a program"),
+        ("bench --json no/folder/a.json", 1, "there is no folder no/folder"),
+        ("bench --precision fp99", 1, "precision must be one of"),
         ("info --num-heads 7", 1, "multiple of num_heads"),
     ],
 )

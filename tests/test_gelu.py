@@ -73,6 +73,18 @@ def test_backward_adds(backend):
     np.testing.assert_allclose(dinp, alone + [[10, 20]], atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("backend", [cpu, reference])
+def test_backward_overwrites(backend, dtype):
+    """add=False gives what adding to zeros gives, whatever was there."""
+    x, dout = np.random.default_rng(3).normal(size=(2, 5, 1001)).astype(dtype)
+    _, want = results(backend, x, dout)
+    for old in (7, np.nan, np.inf):
+        dinp = np.full_like(x, old)
+        backend.gelu_backward(dinp, dout, x, add=False)
+        np.testing.assert_array_equal(dinp, want)
+
+
 def test_accuracy_in_float32():
     """Against float64 over a dense grid, and far outside it."""
     x = np.linspace(-30, 30, 400_001, dtype=np.float32)
@@ -115,6 +127,15 @@ def test_threads_change_no_bit(n):
         numba.set_num_threads(before)
     for one, two in zip(alone, together, strict=True):
         np.testing.assert_array_equal(one, two)
+
+
+def test_an_element_gets_the_same_bits_wherever_it_stands():
+    """In a vector, in the rest after the vectors, or alone."""
+    x, dout = np.random.default_rng(4).normal(size=(2, 200)).astype("f4")
+    whole = results(cpu, x, dout)
+    for n in range(1, 70):
+        for part, want in zip(results(cpu, x[:n], dout[:n]), whole, strict=1):
+            np.testing.assert_array_equal(part, want[:n])
 
 
 BAD = [

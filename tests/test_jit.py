@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numba
+import numpy as np
 import pytest
 
 import llmnb.cpu.jit as jit
@@ -140,13 +141,33 @@ def test_the_options_of_a_kernel():
         return a / b
 
     options = fill.targetoptions
-    assert options["fastmath"] and options["parallel"]
+    assert {"reassoc", "contract"} < set(options["fastmath"])
+    assert options["parallel"]
+    # with these, division in vectors would be rounded unlike in single steps
+    assert not {"arcp", "afn", "fast"} & set(options["fastmath"])
     assert options["error_model"] == "numpy"
     assert not ratio.targetoptions["parallel"]
     # under Python's error model this raises ZeroDivisionError
     assert ratio(1.0, 0.0) != 0
     # a function from outside the package is not kept on disk
     assert fill.stats.cache_path is None
+
+
+def test_an_element_is_rounded_alike_wherever_it_stands():
+    """In the vectors of a loop and in the rest that is done one by one."""
+
+    @jit.kernel
+    def quotient(out, a, b):
+        for i in numba.prange(len(out)):
+            out[i] = a[i] / (b[i] * b[i] + a[0])
+
+    a, b = np.random.default_rng(0).uniform(1, 2, (2, 1000)).astype("f4")
+    a[:65] = a[0]
+    whole, part = np.empty_like(a), np.empty_like(a)
+    quotient(whole, a, b)
+    for n in range(1, 65):
+        quotient(part[:n], a[:n], b[:n])
+        np.testing.assert_array_equal(part[:n], whole[:n])
 
 
 def test_the_folder_is_named_by_the_sources(tmp_path, monkeypatch):

@@ -49,6 +49,19 @@ def test_cpu_equals_reference(shape, dtype):
         assert np.abs(got[name] - want[name]).max() / scale < tol, name
 
 
+@pytest.mark.parametrize("rows", [15, 16, 17, 1023, 1024, 1025, 1200])
+def test_every_row_is_counted_once(rows):
+    """The sums over rows are taken in parts; no row is lost between them."""
+    p = problem(1, rows, 3, np.float64)
+    for name in ("dweight", "dbias"):
+        p[name][...] = 0
+    p["dout"][...] = 1
+    run(cpu, p)
+    np.testing.assert_array_equal(p["dbias"], rows)
+    norm = (p["inp"] - p["mean"][..., None]) * p["rstd"][..., None]
+    np.testing.assert_allclose(p["dweight"], norm.sum((0, 1)), atol=1e-9)
+
+
 @pytest.mark.parametrize("layer", [reference, cpu])
 @pytest.mark.parametrize("shape", [(2, 3, 5), (1, 1, 2), (1, 4, 70)])
 def test_gradients(layer, shape):

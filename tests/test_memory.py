@@ -44,7 +44,7 @@ def test_every_tensor_of_a_model_is_a_view_of_one_block():
     last = first + block.nbytes
     arrays = [
         a
-        for group in ("params", "grads", "m", "v", "acts", "block", "stream")
+        for group in ("params", "grads", "m", "v", "acts", "block", "work")
         for a in model.memory[group].values()
     ]
     assert len(arrays) > 90

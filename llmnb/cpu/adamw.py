@@ -26,21 +26,16 @@ from llmnb.reference.adamw import check_settings
 
 
 # the kernel
-PIECE = 16384  # elements; of four float32 arrays, 256 KB
-
-
 @kernel
 def _adamw_update(
     params, grads, m, v, keep, rate1, beta2, rate2, root, eps, size
 ):
-    for piece in numba.prange((params.size + PIECE - 1) // PIECE):
-        part = slice(piece * PIECE, (piece + 1) * PIECE)
-        p, g, mean, square = params[part], grads[part], m[part], v[part]
-        for i in range(p.size):
-            mean[i] += rate1 * (g[i] - mean[i])
-            square[i] = beta2 * square[i] + rate2 * g[i] * g[i]
-            spread = math.sqrt(square[i]) / root + eps
-            p[i] = keep * p[i] - size * mean[i] / spread
+    for i in numba.prange(params.size):
+        g = grads[i]
+        m[i] += rate1 * (g - m[i])
+        v[i] = beta2 * v[i] + rate2 * g * g
+        spread = math.sqrt(v[i]) / root + eps
+        params[i] = keep * params[i] - size * m[i] / spread
 
 
 # check flat arrays

@@ -16,153 +16,171 @@ __all__ = [
 import math
 
 import numba
-from numba import carray, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+import numpy as np
 
 from llmnb.checks import check_array, check_float
 from llmnb.cpu.jit import inner, kernel
 from llmnb.cpu.math import fast_exp
+from llmnb.cpu.panels import (
+    SPARE,
+    check_scratch,
+    multiply_panels,
+    pack,
+    scratch,
+)
+from llmnb.cpu.tile import COLS, ROWS
 
 
-# a place on the stack
-KEYS = 64  # scores in a tile
-ROWS = 32  # consecutive rows that a thread takes at a time
+# places in the scratch memory
+BLOCK = 96  # rows, and keys, that are taken at once
+ZEROS = SPARE + ROWS * COLS  # in work: a row of zeros
 
 
-@intrinsic(prefer_literal=True)
-def _reserve(typingctx, like, count):
-    def codegen(context, builder, signature, args):
-        kind = context.get_value_type(signature.args[0])
-        number = signature.args[1].literal_value
-        return cgutils.alloca_once(builder, kind, size=number)
+def _places(block, hs):
+    """Offsets in a thread's scratch of the panels and tables, and its end.
 
-    return types.CPointer(like)(like, count), codegen
+    Panels of rows: queries (later weights), gradients. Panels of columns:
+    keys, values, their transposes. Tables: scores, their gradients, output.
+    """
+    tall, wide = (-(-block // n) * n for n in (ROWS, COLS))
+    deep = max(block, hs)
+    head = -(-hs // COLS) * COLS
+    sizes = [tall * deep, wide * hs, wide * hs, head * block, head * block]
+    sizes += [block * block, block * block, block * (hs + 2)]
+    return tuple(int(n) for n in np.cumsum([0, *sizes]))
 
 
-# dot products with a group of rows
+def _block_size(hs):
+    """The largest block that fits."""
+    block = BLOCK
+    while _places(block, hs)[-1] > SPARE:
+        block //= 2
+    return block
+
+
+# a product of two panels
 @inner
-def _dots(tile, x, row, slot, y, first, other, n, scale):
-    zero = tile.dtype.type(0)
-    four = n // 4 * 4
-    for j in range(0, four, 4):
-        u = first + j
-        s0 = s1 = s2 = s3 = zero
-        for i in range(x.shape[2]):
-            a = x[row, slot, i]
-            s0 += a * y[u, other, i]
-            s1 += a * y[u + 1, other, i]
-            s2 += a * y[u + 2, other, i]
-            s3 += a * y[u + 3, other, i]
-        tile[j] = s0 * scale
-        tile[j + 1] = s1 * scale
-        tile[j + 2] = s2 * scale
-        tile[j + 3] = s3 * scale
-    for j in range(four, n):
-        s0 = zero
-        for i in range(x.shape[2]):
-            s0 += x[row, slot, i] * y[first + j, other, i]
-        tile[j] = s0 * scale
+def _add_product(code, out, at, step, fresh, panels, a, b, sizes, w):
+    """Add a product to the block of out that begins at `at`, or write it."""
+    place, start = (at, step, at, step, 1, ZEROS, 0), out
+    if fresh:
+        place, start = (at, step, ZEROS, 0, 0, ZEROS, 0), w
+    spare = w[SPARE:]
+    multiply_panels(code[2], out, place, start, w, panels, a, b, sizes, spare)
 
 
-# weighted sums of a group of rows
+# one row of the softmax
 @inner
-def _add(x, row, slot, tile, y, first, other, n):
-    four = n // 4 * 4
-    for j in range(0, four, 4):
-        u = first + j
-        w0, w1, w2, w3 = tile[j], tile[j + 1], tile[j + 2], tile[j + 3]
-        for i in range(x.shape[2]):
-            x[row, slot, i] += (
-                w0 * y[u, other, i]
-                + w1 * y[u + 1, other, i]
-                + w2 * y[u + 2, other, i]
-                + w3 * y[u + 3, other, i]
-            )
-    for j in range(four, n):
-        for i in range(x.shape[2]):
-            x[row, slot, i] += tile[j] * y[first + j, other, i]
-
-
-# scores to exponentials
-@inner
-def _exponentials(tile, n, top):
-    for j in range(n):
-        top = max(top, tile[j])
-    total = tile.dtype.type(0)
-    for j in range(n):
-        tile[j] = fast_exp(tile[j] - top)
-        total += tile[j]
+def _softmax_row(scores, seen, top, scale):
+    """Scores to exponentials; returns the new maximum and their sum."""
+    total, largest = scores.dtype.type(0), scores[0]
+    for j in range(seen):
+        largest = max(largest, scores[j])
+    top = max(top, largest * scale)
+    for j in range(seen):
+        scores[j] = fast_exp(scores[j] * scale - top)
+        total += scores[j]
+    scores[seen:] = 0
     return top, total
 
 
+# the softmax of a block
 @inner
-def _scale_row(x, row, slot, factor):
-    for i in range(x.shape[2]):
-        x[row, slot, i] *= factor
+def _softmax_block(w, s, acc, first, rows, cols, n, hs, scale):
+    """first: how many of the block's keys row 0 sees."""
+    for i in range(rows):
+        state, seen = acc + n * hs + 2 * i, min(cols, first + i)
+        before, scores = w[state], w[s + i * n : s + i * n + cols]
+        top, total = _softmax_row(scores, seen, before, scale)
+        factor = fast_exp(before - top)
+        w[state] = top
+        w[state + 1] = w[state + 1] * factor + total
+        out = w[acc + i * hs : acc + i * hs + hs]
+        for k in range(hs):
+            out[k] *= factor
 
 
 # a block of rows, forward
 @inner
-def _forward_rows(out, lse, qkv, b, h, first):
-    _, NH, T = lse.shape
-    last = min(first + ROWS, T)
-    zero, one = lse.dtype.type(0), lse.dtype.type(1)
-    scale = lse.dtype.type(1 / math.sqrt(out.shape[2]))
-    tile = carray(_reserve(zero, KEYS), KEYS)
-    top = carray(_reserve(zero, ROWS), ROWS)
-    total = carray(_reserve(zero, ROWS), ROWS)
-    top[:], total[:] = lse.dtype.type(-1e30), zero
-    out[b * T + first : b * T + last, h] = zero
-    for u in range(0, last, KEYS):
-        for t in range(max(first, u), last):
-            r, row, n = t - first, b * T + t, min(KEYS, t + 1 - u)
-            _dots(tile, qkv, row, h, qkv, b * T + u, NH + h, n, scale)
-            new, part = _exponentials(tile, n, top[r])
-            if new > top[r]:
-                factor = fast_exp(top[r] - new)
-                _scale_row(out, row, h, factor)
-                top[r], total[r] = new, total[r] * factor
-            total[r] += part
-            _add(out, row, h, tile, qkv, b * T + u, 2 * NH + h, n)
-    for t in range(first, last):
-        lse[b, h, t] = top[t - first] + math.log(total[t - first])
-        _scale_row(out, b * T + t, h, one / total[t - first])
+def _forward_block(out, lse, qkv, b, h, first, sizes, places, code, panels, w):
+    T, NH, hs, n = sizes
+    A, K, _, _, B, S, _, acc, _ = places
+    C, rows = NH * hs, min(n, T - first)
+    scale = w.dtype.type(1 / math.sqrt(hs))
+    q = (b * T + first) * 3 * C + h * hs
+    w[acc : acc + n * hs] = 0
+    for i in range(rows):
+        w[acc + n * hs + 2 * i] = -1e30
+        w[acc + n * hs + 2 * i + 1] = 0
+    for u in range(0, first + rows, n):
+        cols, k = min(n, T - u), (b * T + u) * 3 * C + C + h * hs
+        pack(code[0], panels, A, qkv, q, 3 * C, 1, rows, hs)
+        pack(code[1], panels, K, qkv, k, 3 * C, 1, cols, hs)
+        _add_product(code, w, S, n, True, panels, A, K, (rows, cols, hs), w)
+        seen = first - u + 1
+        _softmax_block(w, S, acc, seen, rows, cols, n, hs, scale)
+        pack(code[0], panels, A, w, S, n, 1, rows, cols)
+        pack(code[1], panels, B, qkv, k + C, 1, 3 * C, hs, cols)
+        _add_product(
+            code, w, acc, hs, False, panels, A, B, (rows, hs, cols), w
+        )
+    for i in range(rows):
+        t, state = first + i, acc + n * hs + 2 * i
+        lse[b, h, t] = w[state] + math.log(w[state + 1])
+        y, total = (b * T + t) * C + h * hs, w[state + 1]
+        row, sums = out[y : y + hs], w[acc + i * hs : acc + i * hs + hs]
+        for k in range(hs):
+            row[k] = sums[k] / total
 
 
 # the forward kernel
 @kernel
-def _attention_forward(out, lse, qkv):
+def _attention_forward(
+    out, lse, qkv, sizes, places, parts, code, panels, work
+):
     B, NH, T = lse.shape
-    blocks = (T + ROWS - 1) // ROWS
-    pairs = (blocks + 1) // 2
-    for unit in numba.prange(B * NH * pairs):
-        b, h, low = unit // (NH * pairs), unit // pairs % NH, unit % pairs
-        high = blocks - 1 - low
-        _forward_rows(out, lse, qkv, b, h, low * ROWS)
-        if high != low:
-            _forward_rows(out, lse, qkv, b, h, high * ROWS)
+    blocks = -(-T // sizes[3])
+    for part in numba.prange(parts):
+        w = work[part]
+        w[ZEROS : ZEROS + COLS] = 0
+        for unit in range(part, B * NH * blocks, parts):
+            b, h = unit // (NH * blocks), unit // blocks % NH
+            first = unit % blocks * sizes[3]
+            _forward_block(
+                *(out, lse, qkv, b, h, first),
+                *(sizes, places, code, panels[part], w),
+            )
 
 
 # attention, forward
-def attention_forward(out, lse, inp):
+def attention_forward(out, lse, inp, work=None, bf16=False):
     """Causal self-attention of NH heads.
 
     inp: (B, T, 3C), queries, keys and values along the last axis. Writes
     out (B, T, C) and lse (B, NH, T), the log-sum-exp of each row of scaled,
     masked scores, which the backward pass needs. All float32 or all float64
-    and C-contiguous. Raises TypeError or ValueError before it computes
-    anything.
+    and C-contiguous. work: scratch of work_shape() and the same dtype, or
+    None to allocate it. bf16: round the factors of every product to
+    bfloat16, for float32 only. Raises TypeError or ValueError before it
+    computes anything.
 
     Derived in chapter 6.
     """
-    B, T, NH, hs = _check("attention_forward", out, lse, inp)
-    heads = out.reshape(B * T, NH, hs)
-    _attention_forward(heads, lse, inp.reshape(B * T, 3 * NH, hs))
+    sizes = _check("attention_forward", out, lse, inp, work, bf16)
+    scratch = _scratch(sizes, inp.dtype, work, bf16)
+    _attention_forward(out.reshape(-1), lse, inp.reshape(-1), *scratch)
+
+
+# what both kernels take
+def _scratch(sizes, dtype, work, bf16):
+    """Sizes, places, number of threads, and chapter 5's scratch."""
+    places = _places(sizes[3], sizes[2])
+    return sizes, places, numba.get_num_threads(), *scratch(work, bf16, dtype)
 
 
 # the checks
-def _check(name, out, lse, inp):
+def _check(name, out, lse, inp, work, bf16):
+    """T, NH, hs and the size of a block."""
     check_float(f"{name}: inp", inp)
     if inp.ndim != 3 or inp.shape[2] % 3:
         raise ValueError(
@@ -178,89 +196,141 @@ def _check(name, out, lse, inp):
     check_array(f"{name}: inp", inp, (B, T, 3 * C), inp.dtype)
     check_array(f"{name}: out", out, (B, T, C), inp.dtype)
     check_array(f"{name}: lse", lse, (B, NH, T), inp.dtype)
-    return B, T, NH, C // NH
+    check_scratch(name, work, bf16, inp.dtype)
+    return T, NH, C // NH, _block_size(C // NH)
 
 
-# a block of rows, backward
+# the softmax of a block, backward
 @inner
-def _dot(x, y, row, slot):
-    total = x.dtype.type(0)
-    for i in range(x.shape[2]):
-        total += x[row, slot, i] * y[row, slot, i]
-    return total
+def _softmax_row_backward(scores, grads, seen, y, dy, L, scale):
+    """Scores to weights, their gradients to dS; masked ones to 0."""
+    D = scores.dtype.type(0)
+    for k in range(y.size):
+        D += y[k] * dy[k]
+    for j in range(seen):
+        scores[j] = fast_exp(scores[j] * scale - L)
+        grads[j] = scores[j] * (grads[j] - D) * scale
+    scores[seen:] = 0
+    grads[seen:] = 0
 
 
+# all rows of a block
 @inner
-def _backward_rows(dqkv, dout, qkv, out, lse, b, h, first):
-    _, NH, T = lse.shape
-    last = min(first + ROWS, T)
-    zero, one = lse.dtype.type(0), lse.dtype.type(1)
-    scale = lse.dtype.type(1 / math.sqrt(out.shape[2]))
-    s = carray(_reserve(zero, KEYS), KEYS)
-    ds = carray(_reserve(zero, KEYS), KEYS)
-    for u in range(0, last, KEYS):
-        for t in range(max(first, u), last):
-            row, key, n = b * T + t, b * T + u, min(KEYS, t + 1 - u)
-            _dots(s, qkv, row, h, qkv, key, NH + h, n, scale)
-            _dots(ds, dout, row, h, qkv, key, 2 * NH + h, n, one)
-            D, L = _dot(dout, out, row, h), lse[b, h, t]
-            for j in range(n):
-                ds[j] = fast_exp(s[j] - L) * (ds[j] - D) * scale
-            _add(dqkv, row, h, ds, qkv, key, NH + h, n)
+def _weights_block(w, S, dS, dout, out, lse, y, C, hs, n, seen, rows, cols):
+    """y: where the block's rows begin in dout and out; lse: theirs."""
+    scale = w.dtype.type(1 / math.sqrt(hs))
+    for i in range(rows):
+        at = y + i * C
+        _softmax_row_backward(
+            *(
+                w[S + i * n : S + i * n + cols],
+                w[dS + i * n : dS + i * n + cols],
+            ),
+            *(min(seen + i, cols), out[at : at + hs], dout[at : at + hs]),
+            *(lse[i], scale),
+        )
 
 
-# a block of columns, backward
+# the weights of a block
 @inner
-def _backward_columns(dqkv, dout, qkv, out, lse, b, h, first):
-    _, NH, T = lse.shape
-    last = min(first + ROWS, T)
-    zero, one = lse.dtype.type(0), lse.dtype.type(1)
-    scale = lse.dtype.type(1 / math.sqrt(out.shape[2]))
-    a = carray(_reserve(zero, KEYS), KEYS)
-    ds = carray(_reserve(zero, KEYS), KEYS)
-    D = carray(_reserve(zero, KEYS), KEYS)
-    for group in range(first, T, KEYS):
-        end = min(group + KEYS, T)
-        for t in range(group, end):
-            D[t - group] = _dot(dout, out, b * T + t, h)
-        for u in range(first, min(last, end)):
-            t = max(group, u)
-            row, key, n = b * T + t, b * T + u, end - t
-            _dots(a, qkv, key, NH + h, qkv, row, h, n, scale)
-            _dots(ds, qkv, key, 2 * NH + h, dout, row, h, n, one)
-            for j in range(n):
-                a[j] = fast_exp(a[j] - lse[b, h, t + j])
-                ds[j] = a[j] * (ds[j] - D[t - group + j]) * scale
-            _add(dqkv, key, NH + h, ds, qkv, row, h, n)
-            _add(dqkv, key, 2 * NH + h, a, dout, row, h, n)
+def _backward_scores(
+    dout, qkv, out, lse, q, y, seen, sizes, places, code, panels, w
+):
+    """S and dS of a block of rows; its keys and values are packed."""
+    C, hs, n, rows, cols = sizes
+    A, K, V, _, _, S, dS, _, _ = places
+    shape = rows, cols, hs
+    pack(code[0], panels, A, qkv, q, 3 * C, 1, rows, hs)
+    _add_product(code, w, S, n, True, panels, A, K, shape, w)
+    pack(code[0], panels, A, dout, y, C, 1, rows, hs)
+    _add_product(code, w, dS, n, True, panels, A, V, shape, w)
+    shape = hs, n, seen, rows, cols
+    _weights_block(w, S, dS, dout, out, lse, y, C, *shape)
+
+
+# the gradients of a block
+@inner
+def _backward_sums(
+    dqkv, dout, qkv, q, k, y, fresh, sizes, places, code, panels, w
+):
+    """The last three products of (6.14); fresh: of keys, of queries."""
+    C, hs, n, rows, cols = sizes
+    A, _, _, KT, B, S, dS, _, _ = places
+    step, shape = 3 * C, (cols, hs, rows)
+    pack(code[0], panels, A, w, S, 1, n, cols, rows)
+    pack(code[1], panels, B, dout, y, 1, C, hs, rows)
+    _add_product(code, dqkv, k + C, step, fresh[0], panels, A, B, shape, w)
+    pack(code[0], panels, A, w, dS, 1, n, cols, rows)
+    pack(code[1], panels, B, qkv, q, 1, step, hs, rows)
+    _add_product(code, dqkv, k, step, fresh[0], panels, A, B, shape, w)
+    pack(code[0], panels, A, w, dS, n, 1, rows, cols)
+    shape = rows, hs, cols
+    _add_product(code, dqkv, q, step, fresh[1], panels, A, KT, shape, w)
+
+
+# a head, backward
+@inner
+def _backward_head(
+    dqkv, dout, qkv, out, lse, b, h, add, sizes, places, code, panels, w
+):
+    T, NH, hs, n = sizes
+    _, K, V, KT, _, _, _, _, _ = places
+    C = NH * hs
+    for u in range(0, T, n):
+        cols, k = min(n, T - u), (b * T + u) * 3 * C + C + h * hs
+        pack(code[1], panels, K, qkv, k, 3 * C, 1, cols, hs)
+        pack(code[1], panels, V, qkv, k + C, 3 * C, 1, cols, hs)
+        pack(code[1], panels, KT, qkv, k, 1, 3 * C, hs, cols)
+        for t in range(u, T, n):
+            shape = C, hs, n, min(n, T - t), cols
+            q, y = (b * T + t) * 3 * C + h * hs, (b * T + t) * C + h * hs
+            L, seen = lse[b, h, t:], t - u + 1
+            _backward_scores(
+                *(dout, qkv, out, L, q, y, seen),
+                *(shape, places, code, panels, w),
+            )
+            fresh = not add and t == u, not add and u == 0
+            _backward_sums(
+                *(dqkv, dout, qkv, q, k, y, fresh),
+                *(shape, places, code, panels, w),
+            )
 
 
 # the backward kernel
 @kernel
-def _attention_backward(dqkv, dout, qkv, out, lse):
+def _attention_backward(
+    dqkv, dout, qkv, out, lse, add, sizes, places, parts, code, panels, work
+):
     B, NH, T = lse.shape
-    blocks = (T + ROWS - 1) // ROWS
-    for unit in numba.prange(B * NH * blocks):
-        b, h = unit // (NH * blocks), unit // blocks % NH
-        first = unit % blocks * ROWS
-        _backward_rows(dqkv, dout, qkv, out, lse, b, h, first)
-        _backward_columns(dqkv, dout, qkv, out, lse, b, h, first)
+    for part in numba.prange(parts):
+        w = work[part]
+        w[ZEROS : ZEROS + COLS] = 0
+        for unit in range(part, B * NH, parts):
+            b, h = unit // NH, unit % NH
+            _backward_head(
+                *(dqkv, dout, qkv, out, lse, b, h, add),
+                *(sizes, places, code, panels[part], w),
+            )
 
 
 # attention, backward
-def attention_backward(dinp, dout, inp, out, lse):
+def attention_backward(
+    dinp, dout, inp, out, lse, add=True, work=None, bf16=False
+):
     """Add attention's gradient to dinp.
 
     dinp, inp: (B, T, 3C). dout, out: (B, T, C). lse: (B, NH, T). out and
     lse are as the forward pass left them. All float32 or all float64 and
-    C-contiguous; dinp is added to in place. Raises TypeError or ValueError
-    before it computes anything.
+    C-contiguous. add: False overwrites dinp instead of adding. work, bf16:
+    as in attention_forward. Raises TypeError or ValueError before it
+    computes anything.
 
     Derived in chapter 6.
     """
-    B, T, NH, hs = _check("attention_backward", out, lse, inp)
-    check_array("attention_backward: dinp", dinp, inp.shape, inp.dtype)
-    check_array("attention_backward: dout", dout, out.shape, inp.dtype)
-    qkv, dqkv = (x.reshape(B * T, 3 * NH, hs) for x in (inp, dinp))
-    heads, dheads = (x.reshape(B * T, NH, hs) for x in (out, dout))
-    _attention_backward(dqkv, dheads, qkv, heads, lse)
+    name = "attention_backward"
+    sizes = _check(name, out, lse, inp, work, bf16)
+    check_array(f"{name}: dinp", dinp, inp.shape, inp.dtype)
+    check_array(f"{name}: dout", dout, out.shape, inp.dtype)
+    scratch = _scratch(sizes, inp.dtype, work, bf16)
+    flat = (x.reshape(-1) for x in (dinp, dout, inp, out))
+    _attention_backward(*flat, lse, add, *scratch)

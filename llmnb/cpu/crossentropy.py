@@ -30,28 +30,25 @@ from llmnb.cpu.math import fast_exp
 # the fused forward kernel
 @kernel
 def _fused_forward(logits, losses, lse, targets, V):
-    for n in numba.prange(logits.shape[0]):
-        z = logits[n, :V]
-        top = z[0]
+    zero = logits.dtype.type(0)
+    for n in numba.prange(len(logits)):
+        top, total = logits[n, 0], zero
         for i in range(V):
-            top = max(top, z[i])
-        total = z.dtype.type(0)
+            top = max(top, logits[n, i])
         for i in range(V):
-            total += fast_exp(z[i] - top)
+            total += fast_exp(logits[n, i] - top)
         lse[n] = top + math.log(total)
-        losses[n] = lse[n] - z[targets[n]]
+        losses[n] = lse[n] - logits[n, targets[n]]
 
 
 # the fused backward kernel
 @kernel
 def _fused_backward(dlogits, dlosses, lse, targets, V):
-    for n in numba.prange(dlogits.shape[0]):
-        z = dlogits[n, :V]
+    for n in numba.prange(len(dlogits)):
         scale, shift = dlosses[n], lse[n]
         for i in range(V):
-            z[i] = scale * fast_exp(z[i] - shift)
-        z[targets[n]] -= scale
-        dlogits[n, V:] = 0
+            dlogits[n, i] = scale * fast_exp(dlogits[n, i] - shift)
+        dlogits[n, targets[n]] -= scale
 
 
 # check the arrays
@@ -124,23 +121,23 @@ def crossentropy_softmax_backward(dlogits, dlosses, logits, lse, targets, V):
     if dlogits is not logits:
         np.copyto(dlogits, logits)
     _fused_backward(*rows[1:], k, V)
+    dlogits[..., V:] = 0
 
 
 # the softmax kernel
 @kernel
 def _softmax_forward(probs, V):
-    for n in numba.prange(probs.shape[0]):
-        z = probs[n, :V]
-        top = z[0]
+    zero, one = probs.dtype.type(0), probs.dtype.type(1)
+    for n in numba.prange(len(probs)):
+        top, total = probs[n, 0], zero
         for i in range(V):
-            top = max(top, z[i])
-        total = z.dtype.type(0)
+            top = max(top, probs[n, i])
         for i in range(V):
-            z[i] = fast_exp(z[i] - top)
-            total += z[i]
+            probs[n, i] = fast_exp(probs[n, i] - top)
+            total += probs[n, i]
+        share = one / total
         for i in range(V):
-            z[i] /= total
-        probs[n, V:] = 0
+            probs[n, i] *= share
 
 
 # the softmax, forward
@@ -159,18 +156,20 @@ def softmax_forward(probs, logits, V):
     if probs is not logits:
         np.copyto(probs, logits)
     _softmax_forward(rows[1], V)
+    probs[..., V:] = 0
 
 
 # the softmax, backward
 @kernel
 def _softmax_backward(probs, dlogits, dprobs):
-    for n in numba.prange(probs.shape[0]):
-        p, dz, dp = probs[n], dlogits[n], dprobs[n]
-        inside = p.dtype.type(0)
-        for i in range(p.size):
-            inside += p[i] * dp[i]
-        for i in range(p.size):
-            dz[i] += p[i] * (dp[i] - inside)
+    rows, Vp = probs.shape
+    zero = probs.dtype.type(0)
+    for n in numba.prange(rows):
+        inside = zero
+        for i in range(Vp):
+            inside += probs[n, i] * dprobs[n, i]
+        for i in range(Vp):
+            dlogits[n, i] += probs[n, i] * (dprobs[n, i] - inside)
 
 
 def softmax_backward(dlogits, dprobs, probs):

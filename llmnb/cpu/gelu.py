@@ -18,20 +18,13 @@ import math
 import numba
 
 from llmnb.checks import check_array, check_float
-from llmnb.cpu.jit import inner, kernel
+from llmnb.cpu.jit import kernel
 from llmnb.cpu.math import fast_exp
 
 
 # the constants of the kernels
 SLOPE = 2 * math.sqrt(2 / math.pi)
 CUBIC = 0.044715
-BLOCK = 4096
-
-
-# the exponential inside
-@inner
-def _decay(x, slope, cubic, one):
-    return fast_exp(-abs(slope * x * (one + cubic * x * x)))
 
 
 # the forward kernel
@@ -39,31 +32,26 @@ def _decay(x, slope, cubic, one):
 def _gelu_forward(out, inp):
     number = inp.dtype.type
     slope, cubic, one = number(SLOPE), number(CUBIC), number(1)
-    for t in numba.prange(-(-inp.size // BLOCK)):
-        first, last = t * BLOCK, (t + 1) * BLOCK
-        ys, xs = out[first:last], inp[first:last]
-        for i in range(xs.size):
-            x = xs[i]
-            q = _decay(x, slope, cubic, one)
-            ys[i] = x * (one if x > 0 else q) / (one + q)
+    for i in numba.prange(inp.size):
+        x = inp[i]
+        q = fast_exp(-abs(slope * x * (one + cubic * x * x)))
+        out[i] = x * (one if x > 0 else q) / (one + q)
 
 
 # the backward kernel
 @kernel
-def _gelu_backward(dinp, dout, inp):
+def _gelu_backward(dinp, dout, inp, add):
     number = inp.dtype.type
     slope, cubic, one = number(SLOPE), number(CUBIC), number(1)
-    triple = number(3 * CUBIC)
-    for t in numba.prange(-(-inp.size // BLOCK)):
-        first, last = t * BLOCK, (t + 1) * BLOCK
-        dx, dy, xs = dinp[first:last], dout[first:last], inp[first:last]
-        for i in range(xs.size):
-            x = xs[i]
-            q = _decay(x, slope, cubic, one)
-            r = one / (one + q)
-            dv = slope * (one + triple * x * x)
-            s = (one if x > 0 else q) * r
-            dx[i] += dy[i] * (s + x * dv * q * r * r)
+    triple, zero = number(3 * CUBIC), number(0)
+    for i in numba.prange(inp.size):
+        x = inp[i]
+        q = fast_exp(-abs(slope * x * (one + cubic * x * x)))
+        r = one / (one + q)
+        dv = slope * (one + triple * x * x)
+        s = (one if x > 0 else q) * r
+        before = dinp[i] if add else zero
+        dinp[i] = before + dout[i] * (s + x * dv * q * r * r)
 
 
 # GELU, forward
@@ -88,14 +76,16 @@ def _check(name, inp, **others):
 
 
 # GELU, backward
-def gelu_backward(dinp, dout, inp):
-    """Add GELU's gradient to dinp.
+def gelu_backward(dinp, dout, inp, add=True):
+    """Add GELU's gradient to dinp, or overwrite dinp with it.
 
     dinp, dout, inp: arrays of one shape, any; all float32 or all float64
-    and C-contiguous; dinp is added to in place. Raises TypeError or
-    ValueError before it computes anything.
+    and C-contiguous; dinp is added to in place. With add=False it is
+    overwritten and its old contents are not used, so it need not be zeroed.
+    Raises TypeError or ValueError before it computes anything.
 
     Derived in chapter 7.
     """
     _check("gelu_backward", inp, dinp=dinp, dout=dout)
-    _gelu_backward(dinp.reshape(-1), dout.reshape(-1), inp.reshape(-1))
+    flat = dinp.reshape(-1), dout.reshape(-1), inp.reshape(-1)
+    _gelu_backward(*flat, bool(add))

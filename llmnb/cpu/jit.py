@@ -10,6 +10,7 @@ __all__ = [
     "cache_folder",
     "inner",
     "kernel",
+    "routine",
 ]
 
 
@@ -36,6 +37,7 @@ def cache_folder():
     Derived in chapter 3.
     """
     text = numba.__version__ + sys.version
+    text += os.environ.get("LLMNB_TILE", "")  # see chapter 5
     for path in sorted(Path(__file__).parent.glob("*.py")):
         text += path.name + path.read_text("utf-8")
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -48,37 +50,58 @@ def cache_folder():
     return folder if os.access(folder, os.W_OK) else None
 
 
+# compile, with or without a cache
+FASTMATH = {"reassoc", "contract", "nnan", "ninf", "nsz"}
+
+
+def _compile(decorator, function, *args, **options):
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    options |= {"fastmath": FASTMATH, "error_model": "numpy"}
+    ours = function.__module__.startswith("llmnb.")
+    folder = cache_folder() if ours else None
+    if folder is None:
+        return decorator(*args, **options)(function)
+    saved = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(folder)
+    try:
+        return decorator(*args, cache=True, **options)(function)
+    finally:
+        numba.config.CACHE_DIR = saved
+
+
 # the decorator of all kernels
 def kernel(function, parallel=True):
     """Compile a function with numba: parallel, fastmath, cached on disk.
 
     `fastmath` lets LLVM reorder sums into vectors and assumes that no NaN or
-    infinity occurs; `error_model="numpy"` drops the test for division by
-    zero, which would keep loops from being vectorised. A function defined in
-    a notebook is compiled anew each time. Sets GOMP_SPINCOUNT, unless it is
-    set, so that idle threads soon sleep.
+    infinity occurs; division stays exact. `error_model="numpy"` drops the
+    test for division by zero, which would keep loops from being vectorised.
+    A function defined in a notebook is compiled anew each time. Sets
+    GOMP_SPINCOUNT, unless it is set, so that idle threads soon sleep.
 
     Derived in chapter 3.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    options = {"fastmath": True, "error_model": "numpy"}
-    options["parallel"] = parallel
-    ours = function.__module__.startswith("llmnb.")
-    folder = cache_folder() if ours else None
-    if folder is None:
-        return numba.njit(function, **options)
-    saved = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(folder)
-    try:
-        return numba.njit(function, cache=True, **options)
-    finally:
-        numba.config.CACHE_DIR = saved
+    options = {"parallel": parallel, "no_cfunc_wrapper": True}
+    return _compile(numba.njit, function, **options)
 
 
-# the decorator of what kernels call
+# the decorator for one thread
 def inner(function):
-    """Compile a function that kernels call in their loops; see `kernel`.
+    """Compile a function for the thread that calls it; see `kernel`.
+
+    For what kernels call in their loops, and for work too small to share.
 
     Derived in chapter 3.
     """
     return kernel(function, parallel=False)
+
+
+def routine(function, signature):
+    """Compile a function for C, with the same options.
+
+    signature: of numba's types. Returns numba's CFunc, whose address is
+    good as long as it is kept.
+
+    Derived in chapter 3.
+    """
+    return _compile(numba.cfunc, function, signature)

@@ -29,19 +29,18 @@ EPS = 1e-5
 @kernel
 def _layernorm_forward(out, mean, rstd, inp, weight, bias):
     rows, C = inp.shape
+    number = inp.dtype.type
+    zero, one, size, eps = number(0), number(1), number(C), number(EPS)
     for n in numba.prange(rows):
-        x, y = inp[n], out[n]
-        total = inp.dtype.type(0)
+        total = squares = zero
         for i in range(C):
-            total += x[i]
-        mu = total / inp.dtype.type(C)
-        squares = inp.dtype.type(0)
+            total += inp[n, i]
+        mu = total / size
         for i in range(C):
-            squares += (x[i] - mu) * (x[i] - mu)
-        variance = squares / inp.dtype.type(C)
-        r = inp.dtype.type(1) / math.sqrt(variance + inp.dtype.type(EPS))
+            squares += (inp[n, i] - mu) * (inp[n, i] - mu)
+        r = one / math.sqrt(squares / size + eps)
         for i in range(C):
-            y[i] = (x[i] - mu) * r * weight[i] + bias[i]
+            out[n, i] = (inp[n, i] - mu) * r * weight[i] + bias[i]
         mean[n] = mu
         rstd[n] = r
 
@@ -82,41 +81,26 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     )
 
 
-# the backward kernel by rows
+# the backward kernel
 @kernel
-def _backward_rows(dinp, dout, inp, weight, mean, rstd):
+def _layernorm_backward(dinp, dw, db, dout, inp, weight, mean, rstd):
     rows, C = inp.shape
-    for n in numba.prange(rows):
-        x, dy, dx = inp[n], dout[n], dinp[n]
-        mu, r = mean[n], rstd[n]
-        a = b = inp.dtype.type(0)
-        for i in range(C):
-            dnorm = dy[i] * weight[i]
-            a += dnorm
-            b += dnorm * (x[i] - mu) * r
-        a /= inp.dtype.type(C)
-        b /= inp.dtype.type(C)
-        for i in range(C):
-            norm = (x[i] - mu) * r
-            dx[i] += r * (dy[i] * weight[i] - a - norm * b)
-
-
-# the backward kernel by channels
-BLOCK = 64  # channels a thread owns: 256 bytes of each row, 4 cache lines
-
-
-@kernel
-def _backward_channels(dweight, dbias, dout, inp, mean, rstd):
-    rows, C = inp.shape
-    for block in numba.prange((C + BLOCK - 1) // BLOCK):
-        first, last = block * BLOCK, min((block + 1) * BLOCK, C)
-        dw, db = dweight[first:last], dbias[first:last]
-        for n in range(rows):
-            x, dy = inp[n, first:last], dout[n, first:last]
+    parts, zero, size = len(dw), inp.dtype.type(0), inp.dtype.type(C)
+    for k in numba.prange(parts):
+        for n in range(k * rows // parts, (k + 1) * rows // parts):
             mu, r = mean[n], rstd[n]
-            for i in range(dw.size):
-                dw[i] += dy[i] * (x[i] - mu) * r
-                db[i] += dy[i]
+            a = b = zero
+            for i in range(C):
+                dnorm = dout[n, i] * weight[i]
+                a += dnorm
+                b += dnorm * (inp[n, i] - mu) * r
+            a /= size
+            b /= size
+            for i in range(C):
+                norm = (inp[n, i] - mu) * r
+                dw[k, i] += dout[n, i] * norm
+                db[k, i] += dout[n, i]
+                dinp[n, i] += r * (dout[n, i] * weight[i] - a - norm * b)
 
 
 # layernorm, backward
@@ -135,6 +119,8 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
     _check("layernorm_backward", inp, like, mean, rstd, *channels)
     C = inp.shape[-1]
     dx, dy, x = (a.reshape(-1, C) for a in (dinp, dout, inp))
-    mu, r = mean.reshape(-1), rstd.reshape(-1)
-    _backward_rows(dx, dy, x, weight, mu, r)
-    _backward_channels(dweight, dbias, dy, x, mu, r)
+    sums = np.zeros((2, min(64, -(-len(x) // 16)), C), inp.dtype)
+    stats = mean.reshape(-1), rstd.reshape(-1)
+    _layernorm_backward(dx, *sums, dy, x, weight, *stats)
+    dweight += sums[0].sum(axis=0)
+    dbias += sums[1].sum(axis=0)

@@ -68,15 +68,17 @@ def attention_forward(out, lse, inp):
 
 
 # attention, backward
-def attention_backward(dinp, dout, inp, out, lse):
+def attention_backward(dinp, dout, inp, out, lse, add=True):
     """Add attention's gradient to dinp.
 
     dinp, inp: (B, T, 3C). dout, out: (B, T, C). lse: (B, NH, T). out and
-    lse are as the forward pass left them. All of one float dtype; dinp is
-    added to in place.
+    lse are as the forward pass left them. All of one float dtype. add:
+    False overwrites dinp instead of adding.
 
     Derived in chapter 6.
     """
+    if not add:
+        dinp.fill(0)
     NH = lse.shape[1]
     q, k, v = split_heads(inp, NH, 3)
     dq, dk, dv = split_heads(dinp, NH, 3)

@@ -35,14 +35,16 @@ def gelu_forward(out, inp):
 
 
 # GELU, backward
-def gelu_backward(dinp, dout, inp):
-    """Add GELU's gradient to dinp.
+def gelu_backward(dinp, dout, inp, add=True):
+    """Add GELU's gradient to dinp, or overwrite dinp with it.
 
     dinp, dout, inp: arrays of one shape, any, and one float dtype; dinp is
-    added to in place.
+    added to in place. With add=False it is overwritten and its old contents
+    are not used, so it need not be zeroed.
 
     Derived in chapter 7.
     """
     t = np.tanh(ROOT * (inp + CUBIC * inp**3))
     du = ROOT * (1 + 3 * CUBIC * inp**2)
-    dinp += dout * 0.5 * (1 + t + inp * (1 - t**2) * du)
+    grad = dout * 0.5 * (1 + t + inp * (1 - t**2) * du)
+    dinp[...] = dinp + grad if add else grad

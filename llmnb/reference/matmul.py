@@ -13,29 +13,49 @@ __all__ = [
 
 
 # the linear layer, forward
-def matmul_forward(out, inp, weight, bias):
+def matmul_forward(out, inp, weight, bias, residual=None):
     """Map each row of inp to a row of out: out = inp @ weight.T + bias.
 
     out: (B, T, OC). inp: (B, T, C). weight: (OC, C). bias: (OC,) or None.
-    All of one float dtype; out is overwritten.
+    residual: (B, T, OC), added to the result, or None. All of one float
+    dtype; out is overwritten, and may be residual itself.
 
     Derived in chapter 5.
     """
-    out[...] = inp @ weight.T
+    y = inp @ weight.T
     if bias is not None:
-        out += bias
+        y += bias
+    if residual is not None:
+        y += residual
+    out[...] = y
 
 
 # the linear layer, backward
-def matmul_backward(dinp, dweight, dbias, dout, inp, weight):
+def matmul_backward(
+    dinp,
+    dweight,
+    dbias,
+    dout,
+    inp,
+    weight,
+    add_dinp=True,
+    add_dweight=True,
+):
     """Add the linear layer's gradients to dinp, dweight and dbias.
 
     dinp, inp: (B, T, C). dout: (B, T, OC). dweight, weight: (OC, C).
-    dbias: (OC,), or None for a layer without bias. All of one float dtype;
-    the first three are added to in place.
+    dbias: (OC,), or None for a layer without bias. All of one float dtype.
+    add_dinp, add_dweight: False overwrites dinp, or dweight and dbias,
+    instead of adding.
 
     Derived in chapter 5.
     """
+    if not add_dinp:
+        dinp.fill(0)
+    if not add_dweight:
+        dweight.fill(0)
+        if dbias is not None:
+            dbias.fill(0)
     OC, C = weight.shape
     rows, drows = inp.reshape(-1, C), dout.reshape(-1, OC)
     dinp += dout @ weight

@@ -1,0 +1,243 @@
+"""Write book/results.md and its figures from book/results/*.json.
+
+    .venv/bin/python book/_ext/results_page.py
+
+Each JSON file is what `llmnb bench --json FILE` wrote on some machine. The
+page holds no number that does not stand in one of them, and a test compares
+the page with the files.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from statistics import median
+
+from matplotlib.figure import Figure
+
+from llmnb.bench import layers_figure
+from llmnb.diagram import PALETTE
+from llmnb.files import replacing
+
+BOOK = Path(__file__).parents[1]
+NAMES = {
+    "llmnb fp32": "llmnb, float32",
+    "llmnb bf16": "llmnb, bfloat16",
+    "torch": "PyTorch",
+    "torch-compile": "PyTorch, compiled",
+    "torch-bf16": "PyTorch, bfloat16",
+    "llm.c": "llm.c",
+}
+HEAD = """\
+# Results
+
+> How long a training step takes in llmnb, in PyTorch and in llm.c, measured
+> in turns on the same machine.
+
+Every number on this page comes from a file in `book/results/`, which
+`llmnb bench` wrote; each section gives its command. All programs train the
+same model on random tokens with AdamW, in the same number of threads, each
+in a process of its own. They take turns, one step each, and do not clip
+gradients. Times are medians over the rounds. A ratio is the median of the
+ratios within the rounds, with the lowest and the highest beside it: below 1,
+llmnb takes less time. The load is the number of threads that other programs
+wanted to run just before; when it is not far below 1, distrust the numbers.
+[Chapter 13](../notebooks/13_training.ipynb) says why we measure so.
+
+*Of peak* compares the operations of a step, done in the time it took, with
+the multiply-adds that this machine reached in a loop of nothing else
+([chapter 5](../notebooks/05_matmul.ipynb)), in float32. *Memory* is the most
+that the process held: the model, the libraries, and the compiler where it
+ran.
+"""
+
+FIGURES = (
+    (
+        "Bars: milliseconds a step of each program, by configuration",
+        "",
+        "Milliseconds of a step, median; the thin lines reach from the "
+        "fastest round to the slowest.",
+    ),
+    (
+        "Bars: milliseconds of a step that each layer of llmnb takes",
+        "-layers",
+        "Where the time of llmnb goes, layer by layer.",
+    ),
+)
+
+
+def name(row):
+    return NAMES.get(row["name"], row["name"])
+
+
+def table(head, rows):
+    """A Markdown table; its first column holds words, the others numbers."""
+    yield "| " + " | ".join(head) + " |"
+    yield "|---|" + "---:|" * (len(head) - 1)
+    for row in rows:
+        yield "| " + " | ".join(row) + " |"
+
+
+def numbers(row):
+    """The cells of a contestant that are there for all."""
+    share, peak = row.get("share_of_peak"), row["peak_bytes"]
+    return [
+        f"{row['step_seconds'] * 1e3:,.1f}",
+        f"{row['tokens_per_second']:,.0f}",
+        f"{share:.0%}" if share else "",
+        f"{peak / 1e6:,.0f}" if peak else "",
+    ]
+
+
+def config_rows(config, ours):
+    for row in config["contestants"]:
+        if "unmeasured" in row:
+            continue
+        found = {
+            x["ours"]: f"{x['ratio']:.2f} ({x['low']:.2f} to {x['high']:.2f})"
+            for x in config["ratios"]
+            if x["peer"] == row["name"]
+        }
+        yield [name(row), *numbers(row), *(found.get(x, "") for x in ours)]
+
+
+def unmeasured(rows):
+    """A sentence for each row that was not measured."""
+    for row in rows:
+        if "unmeasured" in row:
+            yield f"Not measured: {name(row)} ({row['unmeasured']})."
+
+
+def config_section(config):
+    ours = list(dict.fromkeys(x["ours"] for x in config["ratios"]))
+    sizes = "{num_layers} layers, {channels} channels, {num_heads} heads"
+    rounds = max(len(x.get("seconds", [])) for x in config["contestants"])
+    yield (
+        f"**{config['name']}**: {sizes.format(**config['model'])}, "
+        f"{config['model']['vocab_size']:,} tokens in the vocabulary, "
+        f"{config['parameters']:,} parameters; batches of "
+        f"{config['batch_size']} times {config['seq_len']} tokens; "
+        f"{rounds} rounds."
+    )
+    yield ""
+    head = ["", "ms a step", "tokens/s", "of peak", "memory, MB"]
+    head += [f"{NAMES.get(x, x)}: ratio" for x in ours]
+    yield from table(head, config_rows(config, ours))
+    yield ""
+    for line in unmeasured(config["contestants"]):
+        yield from (line, "")
+
+
+def start_section(start):
+    starts = max(len(x.get("cold", [])) for x in start)
+    yield (
+        "**To the first step** of the small model, in seconds from the start "
+        "of a process: cold, with nothing compiled before, and warm, with "
+        f"what the cold start compiled. Medians of {starts} starts."
+    )
+    yield ""
+    rows = [
+        [name(x), *(f"{median(x[k]):.1f}" for k in ("cold", "warm"))]
+        for x in start
+        if "cold" in x
+    ]
+    yield from table(["", "cold", "warm"], rows)
+    yield ""
+    for line in unmeasured(start):
+        yield from (line, "")
+
+
+def versions(result):
+    """The versions of the libraries, each named once."""
+    found = {}
+    for config in result["configs"]:
+        for row in config["contestants"]:
+            found |= row.get("versions", {})
+    return ", ".join(f"{k} {v}" for k, v in found.items()) or "llmnb"
+
+
+def section(stem, result):
+    """The lines about one file."""
+    yield f"## {result['machine']}, {result['threads']} threads"
+    yield ""
+    yield (
+        f"Measured on {result['date']} at commit {result['commit']} with "
+        f"{versions(result)}, the machine's load being "
+        f"{result['load']:.2f} before, by"
+    )
+    yield from ("", f"    {result['command']}", "")
+    for config in result["configs"]:
+        yield from config_section(config)
+    if result["configs"]:
+        for alt, end, caption in FIGURES:
+            yield from (f"![{alt}](_static/results-{stem}{end}.png)", "")
+            yield from (f"*{caption}*", "")
+    if result["start"]:
+        yield from start_section(result["start"])
+
+
+def steps_figure(result):
+    """Bars of milliseconds a step, one panel for each configuration."""
+    configs = result["configs"]
+    counts = [len(x["contestants"]) for x in configs]
+    fig = Figure(figsize=(8, sum(0.9 + 0.4 * n for n in counts)), dpi=100)
+    panels = fig.subplots(len(configs), squeeze=False, height_ratios=counts)
+    for ax, config in zip(panels[:, 0], configs, strict=True):
+        rows = [x for x in config["contestants"] if "seconds" in x]
+        times = [x["step_seconds"] * 1e3 for x in rows]
+        reach = [
+            [1e3 * (x["step_seconds"] - min(x["seconds"])) for x in rows],
+            [1e3 * (max(x["seconds"]) - x["step_seconds"]) for x in rows],
+        ]
+        ours = [x["name"].startswith("llmnb") for x in rows]
+        colours = [PALETTE["blue" if x else "grey"] for x in ours]
+        ink = {"ecolor": PALETTE["ink"], "error_kw": {"lw": 1}}
+        ax.barh([*map(name, rows)], times, xerr=reach, color=colours, **ink)
+        ax.invert_yaxis()
+        ax.set_title(config["name"], loc="left", size=11)
+        ax.set_xlabel("milliseconds a step")
+    fig.tight_layout()
+    return fig
+
+
+def results(book=BOOK):
+    """The results by the stem of their file, in the order of the files."""
+    paths = sorted((book / "results").glob("*.json"))
+    return {path.stem: json.loads(path.read_text("utf-8")) for path in paths}
+
+
+def page(found):
+    """The text of results.md."""
+    lines = [HEAD]
+    for stem, result in found.items():
+        lines += section(stem, result)
+    return "\n".join(lines).strip() + "\n"
+
+
+def digest(result):
+    """What a figure carries to say which numbers it was drawn from."""
+    return hashlib.sha256(json.dumps(result).encode()).hexdigest()
+
+
+def figures(found):
+    """Pairs of a figure's file name and the function that draws it."""
+    for stem, result in found.items():
+        if result["configs"]:
+            yield f"results-{stem}.png", steps_figure, result
+            yield f"results-{stem}-layers.png", layers_figure, result
+
+
+def main(book=BOOK):
+    found = results(book)
+    if not found:
+        sys.exit(f"there are no results in {book / 'results'}")
+    for file_name, draw, result in figures(found):
+        with replacing(book / "_static" / file_name) as file:
+            meta = {"Description": digest(result)}
+            draw(result).savefig(file, format="png", metadata=meta)
+    with replacing(book / "results.md") as file:
+        file.write(page(found).encode())
+
+
+if __name__ == "__main__":
+    main()

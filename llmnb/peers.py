@@ -1,0 +1,281 @@
+# Written by `make export` from notebooks/13_training.py: edit that file.
+
+"""Train a GPT-2 and watch it learn.
+
+Text becomes batches, batches become gradients, gradients become a model that
+predicts better than counting can, along the curve PyTorch draws.
+"""
+
+__all__ = [
+    "CONTESTANTS",
+    "llmnb_contestant",
+    "main",
+    "missing",
+    "peak_memory",
+    "random_batch",
+    "serve",
+    "torch_contestant",
+]
+
+
+# imports of the peers
+import json
+import os
+import sys
+import time
+from statistics import median
+
+
+# peak memory
+def peak_memory(pid="self"):
+    """The most bytes a process has held in memory; None if unknown.
+
+    pid: a process's number; only Linux knows about others. It counts
+    everything: Python, NumPy, the compiler, the model.
+
+    Derived in chapter 13.
+    """
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            rows = dict(line.split(":", 1) for line in file)
+        return int(rows["VmHWM"].split()[0]) * 1024
+    except (OSError, KeyError):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    if pid != "self":
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# take orders
+def serve(step, facts, commands, reply):
+    """Train one step for each line "step" of a file, until another line.
+
+    step: a function that returns a dict, which is answered with the
+    seconds it took. facts: a function that returns what to answer at the
+    end. commands: a text file. reply: takes each answer, a dict.
+
+    Derived in chapter 13.
+    """
+    waits = []
+    while True:
+        start = time.process_time()
+        command = commands.readline().strip()
+        waits.append(time.process_time() - start)
+        if command != "step":
+            break
+        start = time.perf_counter()
+        found = step()
+        reply({"seconds": time.perf_counter() - start, **found})
+    waited = {"cpu_seconds_a_wait": median(waits)}
+    reply({"peak_bytes": peak_memory(), **waited, **facts()})
+
+
+# the batch
+def random_batch(spec):
+    """Tokens and targets for a spec: the same for every contestant.
+
+    spec: a dict with model, batch_size and seq_len. Returns an int64 array
+    (2, B, T).
+
+    Derived in chapter 13.
+    """
+    import numpy as np
+
+    shape = 2, spec["batch_size"], spec["seq_len"]
+    draw = np.random.RandomState(0)
+    return draw.randint(0, spec["model"]["vocab_size"], shape, np.int64)
+
+
+# why a precision is missing
+def missing(precision, backend="cpu"):
+    """Why a backend cannot train with a precision here; None if it can.
+
+    Derived in chapter 13.
+    """
+    if precision != "bf16":
+        return None
+    if backend != "cpu":
+        return f"not available in the {backend} backend"
+    from importlib import import_module
+
+    has_bf16 = getattr(import_module("llmnb.cpu"), "has_bf16", None)
+    if has_bf16 is None or not has_bf16():
+        return "not available on this CPU"
+    return None
+
+
+# our contestant
+def llmnb_contestant(spec):
+    """A step of a GPT2 and its facts: two functions for `serve`.
+
+    spec: a dict with model, batch_size, seq_len, backend and precision.
+    Raises NotImplementedError, saying why, when the precision is missing.
+
+    Derived in chapter 13.
+    """
+    from itertools import count
+
+    from llmnb.bench import Stopwatch, timed_step
+    from llmnb.config import GPT2Config
+    from llmnb.gpt2 import GPT2
+
+    backend, precision = spec["backend"], spec["precision"]
+    if missing(precision, backend):
+        raise NotImplementedError(missing(precision, backend))
+    cfg = GPT2Config(**spec["model"])
+    sizes = spec["batch_size"], spec["seq_len"]
+    model = GPT2(cfg, *sizes, backend=backend, precision=precision)
+    model.ops = Stopwatch(model.ops)
+    batch, numbers = random_batch(spec), count(1)
+    return (
+        lambda: timed_step(model, *batch, next(numbers)),
+        lambda: {"arena_bytes": model.memory.nbytes, **_our_facts(backend)},
+    )
+
+
+# our facts
+def _our_facts(backend):
+    """Threads, versions, and the peak of multiply-adds where known."""
+    from importlib import import_module
+    from importlib.metadata import version
+
+    import numba
+
+    names = "llmnb", "numpy", "numba"
+    facts = {"threads": numba.get_num_threads()}
+    facts["versions"] = {name: version(name) for name in names}
+    peak = getattr(import_module("llmnb.cpu"), "fma_peak", None)
+    if peak is not None and backend == "cpu":
+        facts["fma_peak"] = float(peak())
+    return facts
+
+
+# a block in PyTorch
+def _torch_block(C, NH):
+    from torch import nn
+    from torch.nn import functional as F
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ln1, self.ln2 = nn.LayerNorm(C), nn.LayerNorm(C)
+            self.qkv, self.attproj = nn.Linear(C, 3 * C), nn.Linear(C, C)
+            self.fc, self.fcproj = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
+
+        def attention(self, x):
+            B, T, _ = x.shape
+            qkv = self.qkv(x).view(B, T, 3, NH, C // NH)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            return self.attproj(y.transpose(1, 2).reshape(B, T, C))
+
+        def forward(self, x):
+            x = x + self.attention(self.ln1(x))
+            h = F.gelu(self.fc(self.ln2(x)), approximate="tanh")
+            return x + self.fcproj(h)
+
+    return Block()
+
+
+# GPT-2 in PyTorch
+def _torch_gpt2(max_seq_len, vocab_size, num_layers, num_heads, channels):
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wte = nn.Embedding(-(-vocab_size // 128) * 128, channels)
+            self.wpe = nn.Embedding(max_seq_len, channels)
+            blocks = [_torch_block(channels, num_heads)]
+            for _ in range(num_layers - 1):
+                blocks.append(_torch_block(channels, num_heads))
+            self.blocks = nn.Sequential(*blocks)
+            self.lnf = nn.LayerNorm(channels)
+
+        def forward(self, tokens, targets):
+            x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
+            x = self.lnf(self.blocks(x))
+            logits = F.linear(x, self.wte.weight)
+            return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    model = Model()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.normal_(0.0, 0.02)
+    return model
+
+
+# PyTorch's contestant
+def torch_contestant(spec):
+    """A step of PyTorch's GPT-2 and its facts: two functions for `serve`.
+
+    spec: a dict with model, batch_size, seq_len, compile and bf16. Raises
+    ImportError where there is no torch.
+
+    Derived in chapter 13.
+    """
+    import torch
+
+    torch.manual_seed(0)
+    model = _torch_gpt2(**spec["model"])
+    run = torch.compile(model) if spec["compile"] else model
+    rules = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, fused=True, **rules
+    )
+    batch = torch.from_numpy(random_batch(spec))
+    half = {"dtype": torch.bfloat16, "enabled": spec["bf16"]}
+
+    def step():
+        with torch.autocast("cpu", **half):
+            loss = run(*batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return {"loss": loss.item()}
+
+    versions = {"torch": torch.__version__}
+    facts = {"threads": torch.get_num_threads(), "versions": versions}
+    return step, lambda: facts
+
+
+# the contestant's program
+CONTESTANTS = {"llmnb": llmnb_contestant, "torch": torch_contestant}
+
+
+def main(argv=None):
+    """Be a contestant: build what a spec says, then `serve` standard input.
+
+    argv: one argument, the spec as JSON; its kind is a name in
+    `CONTESTANTS`. The first answer says {"ready": true}, or why not. What
+    libraries print goes to standard error.
+
+    Derived in chapter 13.
+    """
+    spec = json.loads((sys.argv[1:] if argv is None else argv)[0])
+    with os.fdopen(os.dup(1), "w") as out:
+        os.dup2(2, 1)
+
+        def reply(answer):
+            print(json.dumps(answer), file=out, flush=True)
+
+        try:
+            contestant = CONTESTANTS[spec["kind"]](spec)
+        except NotImplementedError as why:
+            return reply({"unmeasured": str(why)})
+        except Exception as error:
+            return reply({"error": str(error) or type(error).__name__})
+        reply({"ready": True})
+        return serve(*contestant, sys.stdin, reply)
+
+
+if __name__ == "__main__":
+    main()
