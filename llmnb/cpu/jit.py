@@ -55,7 +55,7 @@ FASTMATH = {"reassoc", "contract", "nnan", "ninf", "nsz"}
 
 
 def _compile(decorator, function, *args, **options):
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     options |= {"fastmath": FASTMATH, "error_model": "numpy"}
     ours = function.__module__.startswith("llmnb.")
     folder = cache_folder() if ours else None
