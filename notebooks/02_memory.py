@@ -361,7 +361,7 @@ verdict(
 lengths = 2 ** np.arange(4, 11)
 rows = [footprint(GPT2Config(), 4, int(T)) for T in lengths]
 still = np.array([4 * r["params"] for r in rows]) / 1e9
-moving = np.array([r["acts"] + r["block"] + r["stream"] for r in rows]) / 1e9
+moving = np.array([r["acts"] + r["block"] for r in rows]) / 1e9
 fig, ax = plt.subplots(figsize=(7, 3.4), dpi=100)
 at = np.arange(len(lengths))
 top = ax.bar(at, moving, 0.6, still, color=PALETTE["orange"])

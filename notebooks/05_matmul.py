@@ -34,8 +34,9 @@ gpt2_diagram(lit="matmul")
 #
 # - derive the three products of training and check each by its shapes;
 # - say what the layer saves for its backward pass, and why that is nothing;
-# - turn a triple loop into one that keeps the arithmetic units busy, and
-#   name what each step bought;
+# - climb from a triple loop to a product as fast as a library written in
+#   assembly, and name what each rung bought;
+# - measure the peak of a machine and say how far a product is from it;
 # - tell from a layer's shapes whether memory or arithmetic sets its speed.
 #
 # You need central differences from [chapter 0](00_gpt2.ipynb), the
@@ -1657,19 +1658,30 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
-# The backward pass of the large layer against the BLAS of the yardstick,
-# in the same units:
+# All three products of the large layer, in the same units. The backward
+# pass has two of them, and the sum over the rows for the bias.
 
-# %% the backward pass, measured tags=["nbval-ignore-output"]
+# %% the layer, measured tags=["nbval-ignore-output"]
+from llmnb.cpu.panels import work_shape
+
 p = problem(1, N, C, OC)
-seconds = fastest(backward, p, cpu, runs=10)
-speed = 4 * N * C * OC / seconds / 1e9
-print(f"{machine()}, {most} threads")
-print(f"backward {speed:.1f} GFLOP/s, {speed / many:.0%} of BLAS")
+work = np.empty(work_shape(), np.float32)
 
-# %% [markdown]
-# It falls behind the forward pass because of its stores: sums that stay in
-# registers beat sums that go back to the cache after every four terms.
+
+def timed(function, *args):
+    return fastest(lambda: function(*args, work=work), runs=10)
+
+
+forward = timed(cpu.forward, p.out, p.inp, p.weight, p.bias)
+both = p.dinp, p.dweight, p.dbias, p.dout, p.inp, p.weight
+seconds = forward, timed(cpu.backward, *both)
+print(f"{machine()}, {most} threads")
+for name, s, products in zip(
+    ("forward", "backward"), seconds, (1, 2), strict=True
+):
+    speed = products * 2 * N * C * OC / s / 1e9
+    print(f"{name:<9}{speed:6.1f} GFLOP/s, {speed / top:.0%} of peak", end="")
+    print(f", {speed / many:.0%} of BLAS")
 
 # %% [markdown]
 # ## Count it
@@ -1730,20 +1742,18 @@ bandwidth = 2 * source.nbytes / fastest(np.copyto, target, source, runs=5)
 points = {}
 for n in (1, 4, 16, 64, 256):
     p = problem(1, n, 768, 3072)
-    args = p.out, p.inp, p.weight, p.bias
-    cpu.forward(*args)
-    seconds = fastest(cpu.forward, *args, runs=10)
+    seconds = timed(cpu.forward, p.out, p.inp, p.weight, p.bias)
     points[n] = intensity(n, 768, 3072), 2 * n * 768 * 3072 / seconds / 1e9
-print(f"copy {bandwidth / 1e9:.1f} GB/s, BLAS {many:.0f} GFLOP/s")
+print(f"copy {bandwidth / 1e9:.1f} GB/s, peak {top:.0f} GFLOP/s")
 for n, (i, speed) in points.items():
-    roof = min(many, i * bandwidth / 1e9)
+    roof = min(top, i * bandwidth / 1e9)
     print(f"N = {n:3}: I = {i:5.1f}, roof {roof:6.1f}, measured {speed:6.1f}")
 
 # %% draw the roofline tags=["nbval-ignore-output"]
 fig, ax = plt.subplots(figsize=(7, 3.8), dpi=100)
 i = np.geomspace(0.25, 512, 100)
-roof = np.minimum(many, i * bandwidth / 1e9)
-ax.loglog(i, roof, color=PALETTE["ink"], label="roof: copy and BLAS")
+roof = np.minimum(top, i * bandwidth / 1e9)
+ax.loglog(i, roof, color=PALETTE["ink"], label="roof: copy and FMA peak")
 xs, ys = zip(*points.values(), strict=True)
 ax.plot(xs, ys, "o", color=PALETTE["orange"], label="forward, measured")
 for n, (x, y) in points.items():
@@ -1761,7 +1771,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 5.4. With one token the layer lies at the left end, where memory
+# *Figure 5.5. With one token the layer lies at the left end, where memory
 # is the limit: every weight is read for a single multiplication. With the
 # tokens of a batch it lies under the flat part, where arithmetic is.*
 #
@@ -1775,26 +1785,31 @@ plt.show()
 # - Forward is $X W^\top + b$; backward is $dY\,W$, $dY^\top X$ and the
 #   column sums of $dY$. Each of the three indices is summed once.
 # - The layer saves nothing: it needs its input, and that is there already.
-# - Speed comes from using a loaded number several times: nine sums for six
-#   loads in registers, 48 rows for one read in cache.
+# - Speed comes from using a loaded number several times: twelve FMAs for
+#   eight loads in registers, a panel for 144 rows in the nearest cache.
+# - Packing puts the numbers in the order in which they are read, and makes
+#   one inner loop of three products.
 # - The sums run in one order for any number of threads.
 
 # %% [markdown]
 # ## Design note
 #
-# Tuned libraries first copy both factors into a buffer, in the order in
-# which the innermost loop will read them. Then every load is the next one in
-# memory, whatever the strides of the matrices, and the same inner loop
-# serves all three products. The price is the buffer, the copying, and code
-# for both. Here we read the matrices where they lie: no memory beyond the
-# tensors themselves, and two short inner loops, one for sums along rows and
-# one for sums of rows.
+# We could have read the matrices where they lie, with one inner loop for
+# sums along rows and another for sums down them: no scratch memory, no
+# intrinsics, and numba in its plainest form. Such a pair of loops reaches
+# rung 3, and each new use, attention's five products among them, wants its
+# own. Panels cost a megabyte for each thread and a page of LLVM's language,
+# once.
 #
 # The other choice is the layout of the weight. Stored as (C, OC), as
 # OpenAI's own GPT-2 files have it, forward would be a sum of rows and the
-# gradient of the input a sum along rows: the two inner loops would trade
-# places. (OC, C) is what PyTorch and llm.c use, so checkpoints load without
-# a transpose.
+# gradient of the input a sum along rows: packing would trade places. (OC, C)
+# is what PyTorch and llm.c use, so checkpoints load without a transpose.
+#
+# What is not fused: GELU. It could be applied in the epilogue too. On the
+# machine that built this page it takes about a hundredth of a step (see
+# [chapter 13](13_training.ipynb)), and most of that is arithmetic, which
+# fusing would not save.
 
 # %% [markdown]
 # ## Exercises
@@ -1807,10 +1822,11 @@ plt.show()
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
 # 3 by 4 with 16 registers: 12 + 3 + 1 = 16, and 12/7 FMAs a load. With 32
-# registers it is 5 by 5: 25 + 5 + 1 = 31, and 2.5 FMAs a load. We chose
-# 3 by 3 all the same: it leaves three registers over, and a compiler uses
-# them to load ahead. When registers run out it moves sums to memory and
-# back, and each such sum then waits for its store in every step.
+# registers it is 5 by 5: 25 + 5 + 1 = 31, and 2.5 FMAs a load. Ours, 2
+# vectors by 6 rows, makes 12/8. Once the loads are no longer what one waits
+# for, more FMAs a load buy nothing: `LLMNB_TILE=4x3x8` is no faster than
+# `6x2x8`. And 64, the width of a head, is a multiple of 16 columns but not
+# of 24.
 # :::
 
 
@@ -1919,7 +1935,7 @@ verdict("8 lanes", eight < serial, "err less than 1")
 #   sections 4 and 5, which operand to keep in which cache, and why.
 # - Williams, Waterman and Patterson (2009),
 #   [Roofline](https://doi.org/10.1145/1498765.1498785): the picture of
-#   figure 5.4 and how to read it.
+#   figure 5.5 and how to read it.
 # - Hu et al. (2021),
 #   [LoRA](https://arxiv.org/abs/2106.09685): section 4 for the correction of
 #   exercise 3 and what it saves.

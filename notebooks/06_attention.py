@@ -40,8 +40,9 @@ gpt2_diagram(lit="attention")
 # - compute a softmax over a row that you never hold in memory;
 # - write an exponential that vectorises.
 #
-# You need central differences from [chapter 0](00_gpt2.ipynb) and the
-# `kernel` decorator from [chapter 3](03_encoder.ipynb).
+# You need central differences from [chapter 0](00_gpt2.ipynb), the `kernel`
+# decorator from [chapter 3](03_encoder.ipynb), and the panels of
+# [chapter 5](05_matmul.ipynb).
 
 # %% [markdown]
 # ## Setup
@@ -703,6 +704,7 @@ def first_version(out, lse, inp):
     all_rows(heads, inp.reshape(rows, 3 * NH, -1), inp.shape[1])
 
 
+reference.forward(out, lse, inp)
 check = np.empty_like(out)
 first_version(check, lse, inp)
 compare("first version", check, out, tol=1e-12)
@@ -1103,7 +1105,7 @@ def attention_backward(
 
 # %% [markdown]
 # The verdicts: the problem of the proof in float64, then one in float32
-# whose sizes divide nothing and whose rows span several tiles.
+# whose sizes divide nothing and whose rows span several blocks.
 
 # %% the same gradient from the kernels
 compare("dinp", gradient(attention_backward), dinp, tol=1e-12)
@@ -1156,16 +1158,16 @@ except ValueError as error:
 
 # %% NumPy against the kernels tags=["nbval-ignore-output"]
 def race(p):
-    p.forward, p.backward = {}, {}
-    for name, layer in (("NumPy", reference), ("numba", cpu)):
-        args = p.dinp, p.dout, p.inp, p.out, p.lse
-        p.forward[name] = fastest(layer.forward, p.out, p.lse, p.inp, runs=5)
-        p.backward[name] = fastest(layer.backward, *args, runs=5)
-    for name in ("forward", "backward"):
-        times = getattr(p, name)
-        slow, fast = times["NumPy"] * 1e3, times["numba"] * 1e3
-        print(f"{name:<8} NumPy {slow:7.1f} ms, numba {fast:7.1f} ms", end="")
-        print(f", {slow / fast:.1f} times as fast")
+    """Milliseconds of NumPy and of both versions."""
+    rows = [("forward, NumPy", reference.forward, p.out, p.lse, p.inp)]
+    rows += [("first version", first_version, p.out, p.lse, p.inp)]
+    rows += [("second version", cpu.forward, p.out, p.lse, p.inp)]
+    args = p.dinp, p.dout, p.inp, p.out, p.lse
+    rows += [("backward, NumPy", reference.backward, *args)]
+    rows += [("second version", cpu.backward, *args)]
+    p.seconds = [fastest(f, *args, runs=5) for _, f, *args in rows]
+    for (name, *_), seconds in zip(rows, p.seconds, strict=True):
+        print(f"{name:<16} {seconds * 1e3:7.1f} ms")
 
 
 print(f"{machine()}, {numba.get_num_threads()} threads")
@@ -1175,51 +1177,49 @@ for B, T in ((4, 64), (1, 1024)):
     race(long)
 
 # %% [markdown]
-# At 64 positions the square fits in the caches and NumPy's matrix products
-# are in their element: a kernel has little to gain there, and may lose,
-# backward above all, with seven sums for NumPy's five. At 1024 positions a
-# square takes 50 MB, and NumPy moves it through memory many times; the
-# kernels have no square.
+# At 1024 positions a square takes 50 MB, and NumPy moves it through memory
+# many times; the kernels have no square. At 64 positions one block holds a
+# whole head: half of its scores are computed to be set to zero.
 
 # %% [markdown]
 # ## Count it
 #
 # A head has $T(T+1)/2$ pairs $(t, u)$. Forward takes $2\,hs$ operations a
-# pair for the score and $2\,hs$ for the output; backward, in two sweeps,
-# seven such sums. The exponential adds about 25 operations a pair, once in
-# forward and twice in backward. The bytes are few: a tile of keys and values
-# is read from cache, and per block of 32 rows the keys and values of a head
-# pass by once.
+# pair for the score and $2\,hs$ for the output; backward, by (6.14), five
+# such sums. The exponential adds about 25 operations a pair, once in forward
+# and once in backward. The bytes are few: for each block of 96 rows the keys
+# and values of a head pass by once.
 
 # %% predicted work and intensity
 B, T, NH, hs = 1, 1024, 12, 64
 pairs = B * NH * T * (T + 1) // 2
 forward_flops = (4 * hs + 25) * pairs
-backward_flops = (14 * hs + 50) * pairs
-forward_bytes = 4 * 2 * hs * pairs // 32
+backward_flops = (10 * hs + 25) * pairs
+forward_bytes = 4 * 2 * hs * pairs // 96
 print(f"forward  {forward_flops / 1e9:.2f} GFLOP")
 print(f"backward {backward_flops / 1e9:.2f} GFLOP")
 print(f"forward  {forward_flops / forward_bytes:.0f} FLOP a byte")
 
 # %% [markdown]
-# With so many operations a byte, arithmetic decides. The limit is what
-# the vector units can do; the best that we know how to get from them is
-# NumPy's matrix product.
+# With so many operations a byte, arithmetic decides, and its limit is the
+# FMA peak of [chapter 5](05_matmul.ipynb).
 
 # %% predicted against measured time tags=["nbval-ignore-output"]
-x = np.ones((1024, 1024), np.float32)
-peak = 2 * 1024**3 / fastest(np.matmul, x, x)
-print(f"matrix product: {peak / 1e9:.0f} GFLOP/s")
-for name, flops in (("forward", forward_flops), ("backward", backward_flops)):
-    seconds = getattr(long, name)["numba"]
+from llmnb.cpu.peak import fma_peak
+
+peak = fma_peak()
+print(f"FMA peak: {peak / 1e9:.0f} GFLOP/s")
+for name, flops, seconds in (
+    ("forward", forward_flops, long.seconds[2]),
+    ("backward", backward_flops, long.seconds[4]),
+):
     print(f"{name:<8} predicted {flops / peak * 1e3:6.1f} ms", end=", ")
     print(f"measured {seconds * 1e3:6.1f} ms")
 
 # %% [markdown]
-# Two things hold the kernels back from that. Their loops are as short as a
-# head, 64 numbers or eight vectors, so that each loop's start and end
-# weigh as much as its middle; and each dot product ends with a sum across
-# the lanes of a vector, for which such units are not made.
+# What stands between: the masked part of the blocks on the diagonal, the
+# packing of 96 by 64 numbers for products of 96 by 96 by 64, and the
+# exponentials, which are not all FMAs.
 #
 # Saved for the backward pass: $B \cdot NH \cdot T$ numbers. Attention's
 # share of a whole step grows with $T$, because its work is quadratic in $T$
@@ -1301,16 +1301,17 @@ plt.show()
 # %% [markdown]
 # ## Design note
 #
-# One sweep back would do with five sums instead of seven. A thread that
-# owned a whole head could go through its rows in order and add to $dk$ and
-# $dv$ as it went. We turned that down because heads may be few: with one
-# sequence and 12 heads a machine of 64 cores would leave 52 of them idle.
-# The other way to one sweep is to let threads add to shared memory under a
-# lock or with atomic instructions. It makes the last bits depend on who
-# came first, and then a run that is resumed is not the run that was
-# interrupted. For forward, it is no question at all: rows are independent.
+# A thread that owns a whole head adds to $dk$ and $dv$ in the order of its
+# loops. The price is that heads may be few: with one sequence and 12 heads a
+# machine of 64 cores leaves 52 of them idle in this layer. Two sweeps, one by
+# rows for $dq$ and one by columns for $dk$ and $dv$, would keep them all
+# busy, with seven products instead of five. The other way out is to let
+# threads add to shared memory under a lock or with atomic instructions. It
+# makes the last bits depend on who came first, and then a run that is resumed
+# is not the run that was interrupted. Forward, it is no question at all: rows
+# are independent.
 #
-# Saving the weights would spare backward two of its seven sums and both
+# Saving the weights would spare backward one of its five products and all
 # exponentials. For short sequences that is a fair trade. For four sequences
 # of 1024 positions it costs the 2.4 GB counted above, several times the
 # model itself. We keep one path for all lengths, the one whose memory grows
