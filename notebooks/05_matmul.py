@@ -871,6 +871,7 @@ def _pair(builder, low, high):
 # %% multiply and add pairs tags=["exporti"] module="cpu.tile"
 def _multiply_add_pairs(builder, a, b, c):
     if HALVES:
+        llvm.initialize_native_asmparser()  # reads the instruction's name
         kind = ir.FunctionType(c.type, [a.type, b.type, c.type])
         text, where = "vdpbf16ps $2, $1, $0", "=v,v,v,0"
         return builder.call(ir.InlineAsm(kind, text, where), [b, a, c])
@@ -1428,7 +1429,7 @@ def fma_peak():
 
 
 # %% the yardsticks
-def blas(threads):
+def blas(threads, N=N, C=C, OC=OC):
     code = f"""if True:
         import numpy as np
         from llmnb.timing import fastest
@@ -1682,6 +1683,18 @@ for name, s, products in zip(
     speed = products * 2 * N * C * OC / s / 1e9
     print(f"{name:<9}{speed:6.1f} GFLOP/s, {speed / top:.0%} of peak", end="")
     print(f", {speed / many:.0%} of BLAS")
+
+# %% [markdown]
+# And two larger products, forward: the same layer for one sequence of 1024
+# tokens, and a square one.
+
+# %% larger products tags=["nbval-ignore-output"]
+for N, C, OC in ((1024, 768, 3072), (2048, 2048, 2048)):
+    p = problem(1, N, C, OC)
+    seconds = timed(cpu.forward, p.out, p.inp, p.weight, p.bias)
+    speed = 2 * N * C * OC / seconds / 1e9
+    print(f"{N} x {C} x {OC}: {speed:.0f} GFLOP/s, {speed / top:.0%}", end="")
+    print(f" of peak, {speed / blas(most, N, C, OC):.0%} of BLAS")
 
 # %% [markdown]
 # ## Count it

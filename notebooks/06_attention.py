@@ -776,8 +776,10 @@ def _places(block, hs):
 def _block_size(hs):
     """The largest block that fits."""
     block = BLOCK
-    while _places(block, hs)[-1] > SPARE:
+    while block and _places(block, hs)[-1] > SPARE:
         block //= 2
+    if not block:
+        raise ValueError(f"attention: a head of {hs} channels is too wide")
     return block
 
 

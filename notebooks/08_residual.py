@@ -569,17 +569,19 @@ for (depth, scaled), (variances, bottom) in streams.items():
 # %% [markdown]
 # ## Design note
 #
-# Every addition is followed by a LayerNorm that reads its result at once.
-# One kernel could do both and spare a trip through memory, and programs for
-# GPUs do so. We keep them apart: each function then has one equation, and
-# on a CPU both together take a small part of a step, whose time lies in the
-# matrix products.
+# The model of [chapter 12](12_model.ipynb) calls neither function. Forward,
+# the product that makes a layer's output adds the stream on the way to
+# memory (`residual=` in [chapter 5](05_matmul.ipynb)), and a pass over three
+# arrays is saved. Backward, (8.2) says that the gradient of the stream is the
+# gradient of the sum. So the model keeps one array for both and lets each
+# layer add its share to it: nothing is left to compute. The functions stay
+# because they are the equations, and everything faster is tested against
+# them.
 #
-# In the backward pass we could spare the copy from `dout` to `dinp1` by
-# letting both be one array, since (8.2) says that they are equal. But the
-# rule is that backward adds, and an exception to it should stand in the
-# call, as `add=False` does for GELU. An array that is passed twice says
-# nothing, so we refuse such a call.
+# That one array must not be had by accident. The rule is that backward adds,
+# and an exception to it should stand in the call, as `add=False` does for
+# GELU. An array that is passed twice says nothing, so `residual_backward`
+# refuses such a call.
 
 # %% [markdown]
 # ## Exercises

@@ -1,10 +1,12 @@
-"""Record PyTorch's training curve, which chapter 13 lays ours over.
+"""Record PyTorch's training curves, which chapter 13 lays ours over.
 
     python tests/record_curve.py
 
-needs torch (`pip install -e .[parity]`) and writes tests/data/torch_curve.csv
-from tests/data/curve_tokens.bin: 200 steps of the model in record_parity.py,
-in float32, and once more in float64 from the same float32 weights.
+needs torch (`pip install -e .[parity]`) and writes two files from
+tests/data/curve_tokens.bin. Each holds 200 steps of the model in
+record_parity.py: torch_curve.csv in float32, and once more in float64 from
+the same float32 weights; torch_curve_bf16.csv in float32 under autocast to
+bfloat16. A file that would change only in its date is left as it is.
 """
 
 import math
@@ -40,8 +42,12 @@ def read_tokens(path):
     return torch.from_numpy(tokens.astype(np.int64))
 
 
-def curve(tokens, dtype):
-    """The loss of each step, before its update."""
+def curve(tokens, dtype, bf16=False):
+    """The loss of each step, before its update.
+
+    bf16: whether the forward pass runs under autocast to bfloat16; the
+    backward pass then takes the same types, as autocast means it to.
+    """
     model = TorchGPT2(**MODEL)
     model.initialise(SEED)
     model.to(dtype)
@@ -52,7 +58,8 @@ def curve(tokens, dtype):
     losses = []
     for step in range(STEPS):
         windows = tokens[rows + step * T]
-        loss = model.loss(model(windows[:, :-1]), windows[:, 1:])
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            loss = model.loss(model(windows[:, :-1]), windows[:, 1:])
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -63,19 +70,35 @@ def curve(tokens, dtype):
     return losses
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    tokens = read_tokens(DATA / "curve_tokens.bin")
-    singles, doubles = (
-        curve(tokens, torch.float32),
-        curve(tokens, torch.float64),
-    )
+def write(path, **columns):
+    """Losses by step, after what made them."""
     order = "row b of step s is tokens[(200 b + s) 64 : (200 b + s) 64 + 65]"
     facts = {**provenance(), "seed": SEED, "batch": order}
     lines = [f"# {key}: {value}" for key, value in facts.items()]
-    lines.append("step,loss,loss64")
-    for step, pair in enumerate(zip(singles, doubles, strict=True)):
-        lines.append(f"{step},{pair[0]:.9g},{pair[1]:.9g}")
-    path = DATA / "torch_curve.csv"
+    lines.append(",".join(["step", *columns]))
+    for step, losses in enumerate(zip(*columns.values(), strict=True)):
+        lines.append(f"{step}," + ",".join(f"{x:.9g}" for x in losses))
+
+    def undated(lines):
+        return [x for x in lines if not x.startswith("# date")]
+
+    old = path.read_text("utf-8").splitlines() if path.exists() else []
+    if undated(old) == undated(lines):
+        print(f"{path.name}: unchanged")
+        return
     path.write_text("\n".join(lines) + "\n", "utf-8")
-    print(f"{path.name}: {singles[0]} -> {singles[-1]}")
+    print(f"{path.name}: {columns['loss'][0]} -> {columns['loss'][-1]}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    tokens = read_tokens(DATA / "curve_tokens.bin")
+    write(
+        DATA / "torch_curve.csv",
+        loss=curve(tokens, torch.float32),
+        loss64=curve(tokens, torch.float64),
+    )
+    write(
+        DATA / "torch_curve_bf16.csv",
+        loss=curve(tokens, torch.float32, bf16=True),
+    )

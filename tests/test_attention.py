@@ -23,14 +23,14 @@ def problem(B, T, NH, hs, dtype, seed=0):
     return inp, dout
 
 
-def run(layer, inp, dout, NH):
+def run(layer, inp, dout, NH, **how):
     """out, lse and dinp; dinp starts at 1 to show that backward adds."""
     B, T, _ = inp.shape
     out = np.full_like(dout, 7)
     lse = np.full((B, NH, T), 7, inp.dtype)
     dinp = np.ones_like(inp)
-    layer.attention_forward(out, lse, inp)
-    layer.attention_backward(dinp, dout, inp, out, lse)
+    layer.attention_forward(out, lse, inp, **how)
+    layer.attention_backward(dinp, dout, inp, out, lse, **how)
     return out, lse, dinp
 
 
@@ -77,6 +77,20 @@ def test_cpu_against_reference(dtype, B, T, NH, hs):
     inp, dout = problem(B, T, NH, hs, dtype)
     want = run(reference, inp.astype(np.float64), dout.astype(np.float64), NH)
     assert_close(run(cpu, inp, dout, NH), want, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("shape", ((1, 97, 2, 5), (2, 200, 1, 140)))
+def test_backward_overwrites(shape):
+    """Also with scratch memory of one's own, and heads of many channels."""
+    inp, dout = problem(*shape, np.float32)
+    work = np.full(work_shape(), np.nan, np.float32)
+    out, lse, added = run(cpu, inp, dout, shape[2], work=work)
+    got = np.full_like(inp, np.nan)
+    cpu.attention_backward(got, dout, inp, out, lse, add=False, work=work)
+    assert_close([got], [added - 1], 2e-6)
+    double = inp.astype(np.float64), dout.astype(np.float64)
+    want = run(reference, *double, shape[2])[2] - 1
+    assert_close([got], [want], 2e-6)
 
 
 @pytest.mark.parametrize("T", (31, 32, 33, 63, 64, 65, 128, 129, 257))
@@ -222,3 +236,23 @@ def test_backward_refuses(name, spoil, error, message):
     a[name] = spoil(a[name])
     with pytest.raises(error, match=f"attention_backward: .*{message}"):
         cpu.attention_backward(*a.values())
+
+
+def test_bf16_wants_float32():
+    a = arrays(np.float64)
+    wanted = "bf16 wants float32 arrays, got float64"
+    with pytest.raises(TypeError, match=f"attention_forward: {wanted}"):
+        cpu.attention_forward(a["out"], a["lse"], a["inp"], bf16=True)
+    with pytest.raises(TypeError, match=f"attention_backward: {wanted}"):
+        cpu.attention_backward(*a.values(), bf16=True)
+
+
+def test_a_head_too_wide_for_the_scratch_memory():
+    hs = 10_000
+    inp = np.zeros((1, 1, 3 * hs), np.float32)
+    out, lse = (
+        np.zeros((1, 1, hs), np.float32),
+        np.zeros((1, 1, 1), np.float32),
+    )
+    with pytest.raises(ValueError, match="10000 channels is too wide"):
+        cpu.attention_forward(out, lse, inp)

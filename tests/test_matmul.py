@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmnb.cpu import matmul as cpu
+from llmnb.cpu.panels import work_shape
 from llmnb.reference import matmul as reference
 from llmnb.verify import numerical_gradient
 
@@ -30,19 +31,38 @@ class Problem:
         self.dinp, self.dweight = draw(B, T, C), draw(OC, C)
         self.dbias = draw(OC) if bias else None
 
-    def forward(self, backend):
+    def forward(self, backend, **how):
         out = self.out.copy()
-        backend.matmul_forward(out, self.inp, self.weight, self.bias)
+        arrays = out, self.inp, self.weight, self.bias
+        backend.matmul_forward(*arrays, **how)
         return out
 
-    def backward(self, backend):
+    def forward_in_place(self, backend, work):
+        """The output written over the residual."""
+        out = self.out.copy()
+        arrays = out, self.inp, self.weight, self.bias
+        backend.matmul_forward(*arrays, residual=out, work=work)
+        return out
+
+    def backward(self, backend, **how):
         grads = [self.dinp.copy(), self.dweight.copy()]
         grads.append(None if self.dbias is None else self.dbias.copy())
-        backend.matmul_backward(*grads, self.dout, self.inp, self.weight)
+        arrays = *grads, self.dout, self.inp, self.weight
+        backend.matmul_backward(*arrays, **how)
         return [grad for grad in grads if grad is not None]
 
-    def results(self, backend):
-        return [self.forward(backend), *self.backward(backend)]
+    def results(self, backend, **how):
+        return [self.forward(backend, **how), *self.backward(backend, **how)]
+
+    def assert_close(self, got, want):
+        """Equal but for the rounding of sums as long as the layer's."""
+        dtype = self.inp.dtype
+        tokens = self.inp.size // self.inp.shape[-1]
+        longest = max(*self.weight.shape, tokens)
+        for x, y in zip(got, want, strict=True):
+            assert x.dtype == dtype
+            scale = np.sqrt(longest) * max(1, np.abs(y).max())
+            assert np.abs(x - y).max() < TOLERANCE[dtype.type] * scale
 
 
 @quick
@@ -56,11 +76,40 @@ class Problem:
 )
 def test_cpu_equals_reference(B, T, C, OC, bias, dtype):
     p = Problem(B, T, C, OC, bias, dtype)
-    pairs = zip(p.results(cpu), p.results(reference), strict=True)
-    for got, want in pairs:
-        assert got.dtype == dtype
-        scale = np.sqrt(max(C, OC, B * T)) * max(1, np.abs(want).max())
-        assert np.abs(got - want).max() < TOLERANCE[dtype] * scale
+    p.assert_close(p.results(cpu), p.results(reference))
+
+
+@quick
+@given(
+    T=size,
+    C=size,
+    OC=size,
+    bias=st.booleans(),
+    in_place=st.booleans(),
+    add=st.tuples(st.booleans(), st.booleans()),
+    dtype=st.sampled_from([np.float32, np.float64]),
+)
+def test_options(T, C, OC, bias, in_place, add, dtype):
+    """A residual, gradients that overwrite, scratch memory of one's own."""
+    p = Problem(2, T, C, OC, bias, dtype)
+    residual = p.dout.copy()
+    want = [p.forward(reference, residual=residual)]
+    flags = dict(zip(("add_dinp", "add_dweight"), add, strict=True))
+    want += p.backward(reference, **flags)
+    if not add[0]:
+        p.dinp[...] = np.nan
+    if not add[1]:
+        p.dweight[...] = np.nan
+    if not add[1] and bias:
+        p.dbias[...] = np.nan
+    work = np.full(work_shape(), np.nan, dtype)
+    if in_place:
+        p.out = residual
+        got = p.forward_in_place(cpu, work)
+    else:
+        p.out[...] = np.nan
+        got = p.forward(cpu, residual=residual, work=work)
+    p.assert_close([got, *p.backward(cpu, work=work, **flags)], want)
 
 
 @pytest.mark.parametrize("C, OC", [(768, 5), (5, 1537), (1600, 64)])
@@ -184,3 +233,31 @@ def test_a_weight_with_three_axes_is_refused():
     p = Problem(2, 3, 4, 5)
     with pytest.raises(ValueError, match=r"weight must have shape \(OC, C\)"):
         cpu.matmul_forward(p.out, p.inp, p.weight[None], p.bias)
+
+
+@pytest.mark.parametrize(
+    ("work", "error", "message"),
+    [
+        (np.empty((1, 3), np.float32), ValueError, "must have shape"),
+        (np.empty(work_shape(), np.float64), TypeError, "must be float32"),
+    ],
+)
+def test_wrong_scratch_memory_is_refused(work, error, message):
+    p = Problem(2, 3, 4, 5)
+    for name, call in (("forward", p.forward), ("backward", p.backward)):
+        with pytest.raises(error, match=f"matmul_{name}: work {message}"):
+            call(cpu, work=work)
+
+
+def test_a_residual_of_another_shape_is_refused():
+    p = Problem(2, 3, 4, 5)
+    with pytest.raises(ValueError, match="residual must have shape"):
+        p.forward(cpu, residual=p.out[:1])
+
+
+def test_bf16_wants_float32():
+    p = Problem(2, 3, 4, 5, dtype=np.float64)
+    for name, call in (("forward", p.forward), ("backward", p.backward)):
+        wanted = f"matmul_{name}: bf16 wants float32 arrays, got float64"
+        with pytest.raises(TypeError, match=wanted):
+            call(cpu, bf16=True)

@@ -328,6 +328,7 @@ def _pair(builder, low, high):
 # multiply and add pairs
 def _multiply_add_pairs(builder, a, b, c):
     if HALVES:
+        llvm.initialize_native_asmparser()  # reads the instruction's name
         kind = ir.FunctionType(c.type, [a.type, b.type, c.type])
         text, where = "vdpbf16ps $2, $1, $0", "=v,v,v,0"
         return builder.call(ir.InlineAsm(kind, text, where), [b, a, c])
