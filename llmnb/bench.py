@@ -114,6 +114,7 @@ SMALL = GPT2Config(64, 256, 4, 4, 128)
 CONFIGS = {
     "small": (SMALL, 12, 64),
     "124m-64": (GPT2Config(), 4, 64),
+    "124m-256": (GPT2Config(), 4, 256),
     "124m-1024": (GPT2Config(), 1, 1024),
 }
 

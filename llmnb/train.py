@@ -107,7 +107,7 @@ class ModelOptions:
     seq_len: int = _option(64, "tokens the model sees at once (T)")
     batch_size: int = _option(8, "sequences in a batch (B)")
     backend: str = _option("cpu", "cpu, or reference (NumPy, slow)")
-    precision: str = _option("fp32", "fp32, or fp64 (slow)")
+    precision: str = _option("fp32", "fp32, bf16, or fp64 (slow)")
 
 
 # how it learns
