@@ -15,6 +15,7 @@ __all__ = [
     "layers_figure",
     "load",
     "report",
+    "shares",
     "timed_step",
 ]
 
@@ -148,7 +149,7 @@ def bench(configs, settings=None, start=False, bar=iter):
     ]
     shape = _shape(*CONFIGS["small"])
     result["start"] = start_times(shape, settings, bar) if start else []
-    return result
+    return shares(result)
 
 
 # is the machine busy
@@ -183,9 +184,7 @@ def _config_result(name, cfg, batch_size, seq_len, settings, bar):
     shape = _shape(cfg, batch_size, seq_len)
     found, why = race(shape, settings, bar)
     flops = flops_per_token(cfg, seq_len) * batch_size * seq_len
-    peaks = [x["facts"].get("fma_peak", 0) for x in found.values()]
-    peak = max(peaks, default=0)  # the machine's, whoever has measured it
-    rows = [_row(name, flops, peak, shape, **x) for name, x in found.items()]
+    rows = [_row(name, flops, shape, **x) for name, x in found.items()]
     rows += [{"name": k, "unmeasured": v} for k, v in why.items()]
     order = [*lineup(settings)]
     rows.sort(key=lambda row: order.index(row["name"]))
@@ -195,8 +194,25 @@ def _config_result(name, cfg, batch_size, seq_len, settings, bar):
     return {"name": name, **shape, **facts}
 
 
+# shares of the peak
+def shares(result):
+    """Give each row of a result its share of the machine's FMA peak.
+
+    The peak is the highest that any row has measured: other programs can
+    only lower it. Changes result in place and returns it.
+
+    Derived in chapter 13.
+    """
+    rows = [row for c in result["configs"] for row in c["contestants"]]
+    peak = max((row.get("fma_peak", 0) for row in rows), default=0)
+    for row in rows:
+        if peak and "flops_per_second" in row:
+            row["share_of_peak"] = row["flops_per_second"] / peak
+    return result
+
+
 # one contestant
-def _row(name, flops, peak, shape, steps, facts):
+def _row(name, flops, shape, steps, facts):
     measured = steps[WARM_UP:]
     seconds = [x["seconds"] for x in measured]
     middle = median(seconds)
@@ -204,8 +220,6 @@ def _row(name, flops, peak, shape, steps, facts):
     tokens = shape["batch_size"] * shape["seq_len"]
     row["tokens_per_second"] = tokens / middle
     row["flops_per_second"] = flops / middle
-    if peak:
-        row["share_of_peak"] = flops / middle / peak
     row |= {"first_loss": steps[0]["loss"], **facts}
     if "layers" in steps[0]:
         row |= {"parts": _parts(measured), "layers": _layers(measured)}

@@ -411,11 +411,15 @@ def test_layers(result):
 
 def test_share_of_the_peak():
     steps = [{"seconds": s, "loss": 5.0} for s in (9.0, 9.0, 2.0, 4.0, 3.0)]
-    row = module._row("x", 600.0, 400.0, SHAPE, steps, {})
+    row = module._row("x", 600.0, SHAPE, steps, {"fma_peak": 300.0})
     assert row["seconds"] == [2.0, 4.0, 3.0]
     assert row["flops_per_second"] == 200.0
+    other = {"contestants": [{"name": "y", "fma_peak": 400.0}]}
+    module.shares({"configs": [{"contestants": [row]}, other]})
     assert row["share_of_peak"] == 0.5
-    assert "share_of_peak" not in module._row("x", 1.0, 0, SHAPE, steps, {})
+    row = module._row("x", 1.0, SHAPE, steps, {})
+    module.shares({"configs": [{"contestants": [row]}]})
+    assert "share_of_peak" not in row
 
 
 def test_the_peak_of_one_is_the_peak_of_all(monkeypatch):

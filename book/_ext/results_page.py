@@ -15,7 +15,7 @@ from statistics import median
 
 from matplotlib.figure import Figure
 
-from llmnb.bench import layers_figure
+from llmnb.bench import layers_figure, shares
 from llmnb.diagram import PALETTE
 from llmnb.files import replacing
 
@@ -203,7 +203,8 @@ def steps_figure(result):
 def results(book=BOOK):
     """The results by the stem of their file, in the order of the files."""
     paths = sorted((book / "results").glob("*.json"))
-    return {path.stem: json.loads(path.read_text("utf-8")) for path in paths}
+    found = {path.stem: path.read_text("utf-8") for path in paths}
+    return {stem: shares(json.loads(text)) for stem, text in found.items()}
 
 
 def page(found):

@@ -70,5 +70,5 @@ def fma_peak():
     Derived in chapter 5.
     """
     x = np.full(numba.get_num_threads(), 0.5, np.float32)
-    seconds = fastest(_all_threads, x, runs=20)
+    seconds = fastest(_all_threads, x, runs=200)
     return 2 * LANES * CHAINS * TURNS * x.size / seconds
