@@ -715,8 +715,8 @@ def multiply_tile(typing, out, at, start, bias, panels, a, b, depth):
 
 
 # %% [markdown]
-# **Packing by vectors.** Packing one number at a time would cost some 5 % of
-# the whole product, more in thin layers. Where the columns of a panel run
+# **Packing by vectors.** Packing one number at a time would take a good part
+# of a thin layer's time. Where the columns of a panel run
 # along memory, a vector can be copied as it is. Where the sum runs along
 # memory, a square of 8 by 8 numbers is read as 8 vectors, transposed in
 # registers, and written as 8 others. The transpose takes three rounds: swap

@@ -1027,7 +1027,7 @@ def _add_race(parser):
     add = parser.add_argument
     add(
         "--config", nargs="+", default=[], metavar="NAME",
-        help="small, 124m-64, 124m-1024, or several of them",
+        help="small, 124m-64, 124m-256, 124m-1024, or several",
     )  # fmt: skip
     add(
         "--precision", nargs="+", default=["fp32", "bf16"], metavar="NAME",

@@ -503,10 +503,11 @@ def test_layers_figure():
 
 
 def test_named_configurations():
-    assert [*CONFIGS] == ["small", "124m-64", "124m-1024"]
+    assert [*CONFIGS] == ["small", "124m-64", "124m-256", "124m-1024"]
     counts = [parameter_count(cfg) for cfg, _, _ in CONFIGS.values()]
-    assert counts == [834_304, 124_475_904, 124_475_904]
-    assert [x[1:] for x in CONFIGS.values()] == [(12, 64), (4, 64), (1, 1024)]
+    assert counts == [834_304] + 3 * [124_475_904]
+    shapes = [(12, 64), (4, 64), (4, 256), (1, 1024)]
+    assert [x[1:] for x in CONFIGS.values()] == shapes
 
 
 # the page of results
