@@ -672,7 +672,7 @@ def _prefetch(builder, pointers):
         builder.call(function, [address, I32(1), I32(3), I32(1)])
 
 
-# %% one tile tags=["export"] module="cpu.tile"
+# %% one tile tags=["exporti"] module="cpu.tile"
 I64 = types.int64
 
 
@@ -900,7 +900,7 @@ def has_bf16():
     return HALVES or os.environ.get("LLMNB_BF16") == "emulate"
 
 
-# %% one number at a time tags=["export"] module="cpu.tile"
+# %% one number at a time tags=["exporti"] module="cpu.tile"
 @intrinsic
 def pack_one(typing, panels, to, low, high):
     """Write one number of a panel; high is the second of a pair, if any.
@@ -1152,7 +1152,7 @@ def _jump(context, builder, signature, args):
     return context.get_dummy_value()
 
 
-# %% the routines, called from kernels tags=["export"] module="cpu.panels"
+# %% the routines, called from kernels tags=["exporti"] module="cpu.panels"
 @intrinsic
 def pack(typing, code, panels, to, source, at, row, col, rows, depth):
     """Pack a block of a matrix into panels; code: a packing routine.

@@ -1031,7 +1031,11 @@ plt.show()
 #
 # The verdict on the rerun is stricter: our own run, repeated, gives the
 # same bits. Every kernel takes its sums in one fixed order, so neither the
-# number of threads nor their timing can change a digit.
+# number of threads nor their timing can change a digit. The compiler can: a
+# process that has just compiled its kernels may round a last bit otherwise
+# than a later one that finds them in the cache, because numba optimises some
+# code once more when it stores it. Runs that are to agree bit for bit should
+# both start with the kernels in the cache.
 #
 # **In bfloat16.** `precision="bf16"` rounds the factors of every product to
 # 8 significant bits, and the products of its backward pass likewise. Then

@@ -51,8 +51,6 @@ from llmnb.cpu.panels import (
     SPARE,
     WIDTH,
     check_scratch,
-    multiply_panels,
-    pack,
     scratch,
     work_shape,
 )
@@ -65,15 +63,11 @@ from llmnb.cpu.residual import (
 )
 from llmnb.cpu.tile import (
     COLS,
-    I64,
     LANES,
     ROWS,
     VECTORS,
     cpu_features,
     has_bf16,
-    multiply_tile,
-    pack_one,
-    steps_per_line,
     tile_shape,
 )
 
@@ -81,7 +75,6 @@ __all__ = [
     "COLS",
     "DEPTH",
     "HEIGHT",
-    "I64",
     "LANES",
     "ROWS",
     "SPARE",
@@ -113,17 +106,12 @@ __all__ = [
     "layernorm_forward",
     "matmul_backward",
     "matmul_forward",
-    "multiply_panels",
-    "multiply_tile",
-    "pack",
-    "pack_one",
     "residual_backward",
     "residual_forward",
     "routine",
     "scratch",
     "softmax_backward",
     "softmax_forward",
-    "steps_per_line",
     "tile_shape",
     "work_shape",
 ]

@@ -12,8 +12,6 @@ __all__ = [
     "SPARE",
     "WIDTH",
     "check_scratch",
-    "multiply_panels",
-    "pack",
     "scratch",
     "work_shape",
 ]

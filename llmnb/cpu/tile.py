@@ -8,15 +8,11 @@ GPT-2's arithmetic happens in these three.
 
 __all__ = [
     "COLS",
-    "I64",
     "LANES",
     "ROWS",
     "VECTORS",
     "cpu_features",
     "has_bf16",
-    "multiply_tile",
-    "pack_one",
-    "steps_per_line",
     "tile_shape",
 ]
 
