@@ -34,8 +34,8 @@ gpt2_diagram(lit="matmul")
 #
 # - derive the three products of training and check each by its shapes;
 # - say what the layer saves for its backward pass, and why that is nothing;
-# - climb from a triple loop to a product as fast as a library written in
-#   assembly, and name what each rung bought;
+# - climb from a triple loop to a product near the speed of a library written
+#   in assembly, and name what each rung bought;
 # - measure the peak of a machine and say how far a product is from it;
 # - tell from a layer's shapes whether memory or arithmetic sets its speed.
 #
@@ -715,10 +715,10 @@ def multiply_tile(typing, out, at, start, bias, panels, a, b, depth):
 
 
 # %% [markdown]
-# **Packing by vectors.** Packing one number at a time would take a good part
-# of a thin layer's time. Where the columns of a panel run
-# along memory, a vector can be copied as it is. Where the sum runs along
-# memory, a square of 8 by 8 numbers is read as 8 vectors, transposed in
+# **Packing by vectors.** A thin layer uses each packed number only a few
+# times, so packing must be quick. Where the columns of a panel run along
+# memory, a vector can be copied as it is. Where the sum runs along memory, a
+# square of 8 by 8 numbers is read as 8 vectors, transposed in
 # registers, and written as 8 others. The transpose takes three rounds: swap
 # blocks of 4 between vectors that are 4 apart, then of 2, then of 1.
 
@@ -936,7 +936,7 @@ def steps_per_line(typing, panels):
 
 
 # %% [markdown]
-# From here on it is plain numba again. `_pack` copies a block of a matrix
+# From here on it is plain numba again. `pack` copies a block of a matrix
 # into panels: whole squares by vectors, whatever is left over one number at
 # a time, with zeros where a panel reaches beyond the matrix. `row` is the
 # step between the panel's rows (or columns), `col` the step along the sum.
@@ -1480,16 +1480,16 @@ plt.show()
 # %% [markdown]
 # *Figure 5.4. The order of the loops and the tile bring one factor each.
 # Packing alone loses, because LLVM leaves the sums in memory; vectors by
-# hand then bring numba level with a library written in assembly.*
+# hand then bring numba near a library written in assembly.*
 #
 # **The layer.** The public functions check their arguments and view (B, T, ·)
 # as rows. Forward can add a `residual` in the same pass. Backward can
 # overwrite instead of adding, so that nobody needs to clear the memory
 # first. The gradient of the bias, (5.4), could be one more product, of a row
 # of ones with `dout`, but a tile of one row leaves most of its registers
-# idle. A plain loop over the rows of `dout` waits for memory and nothing
-# else. It goes along strips of `STRIP` columns, whose sums stay in the
-# first-level cache.
+# idle. A plain loop over the rows of `dout` does one addition a number. It
+# goes along strips of `STRIP` columns, whose sums stay in the first-level
+# cache.
 
 
 # %% add up the columns tags=["exporti"] module="cpu.matmul"

@@ -1362,12 +1362,9 @@ def missing(precision, backend="cpu"):
         return None
     if backend != "cpu":
         return f"not available in the {backend} backend"
-    from importlib import import_module
+    from llmnb.cpu.tile import has_bf16
 
-    has_bf16 = getattr(import_module("llmnb.cpu"), "has_bf16", None)
-    if has_bf16 is None or not has_bf16():
-        return "not available on this CPU"
-    return None
+    return None if has_bf16() else "not available on this CPU"
 
 
 # %% our contestant tags=["export"] module="peers"
@@ -1401,8 +1398,7 @@ def llmnb_contestant(spec):
 
 # %% our facts tags=["exporti"] module="peers"
 def _our_facts(backend):
-    """Threads, versions, and the peak of multiply-adds where known."""
-    from importlib import import_module
+    """Threads, versions, and for the cpu backend the peak of FMAs."""
     from importlib.metadata import version
 
     import numba
@@ -1410,9 +1406,10 @@ def _our_facts(backend):
     names = "llmnb", "numpy", "numba"
     facts = {"threads": numba.get_num_threads()}
     facts["versions"] = {name: version(name) for name in names}
-    peak = getattr(import_module("llmnb.cpu"), "fma_peak", None)
-    if peak is not None and backend == "cpu":
-        facts["fma_peak"] = float(peak())
+    if backend == "cpu":
+        from llmnb.cpu.peak import fma_peak
+
+        facts["fma_peak"] = float(fma_peak())
     return facts
 
 
