@@ -1,9 +1,9 @@
-# Written by `make export` from notebooks/13_training.py: edit that file.
+# Written by `make export` from notebooks/19_benchmark.py: edit that file.
 
-"""Train a GPT-2 and watch it learn.
+"""Measure a training step and race it.
 
-Text becomes batches, batches become gradients, gradients become a model that
-predicts better than counting can, along the curve PyTorch draws.
+Where a step's time goes, layer by layer, and how to say that one program is
+faster than another on a machine that never keeps still.
 """
 
 __all__ = [
@@ -31,7 +31,7 @@ class Stopwatch:
     backend: an object with functions as attributes. seconds, calls: dicts
     from function name to what has been added up since `reset`.
 
-    Derived in chapter 13.
+    Derived in chapter 19.
     """
 
     def __init__(self, backend):
@@ -69,7 +69,7 @@ def timed_step(model, tokens, targets, step):
     loss, a float; parts and layers, dicts from name to seconds; calls, a
     dict from layer to a count.
 
-    Derived in chapter 13.
+    Derived in chapter 19.
     """
     model.ops.reset()
     times = [time.perf_counter()]
@@ -136,7 +136,7 @@ def bench(configs, settings=None, start=False, bar=iter):
     of the rounds, in order; memory is in bytes. Raises ValueError or
     ChildProcessError in one sentence.
 
-    Derived in chapter 13.
+    Derived in chapter 19.
     """
     settings = settings or Settings()
     lineup(settings)  # so that a mistake is found before anything is built
@@ -158,7 +158,7 @@ def load():
 
     None where the system does not say.
 
-    Derived in chapter 13.
+    Derived in chapter 19.
     """
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
@@ -201,7 +201,7 @@ def shares(result):
     The peak is the highest that any row has measured: other programs can
     only lower it. Changes result in place and returns it.
 
-    Derived in chapter 13.
+    Derived in chapter 19.
     """
     rows = [row for c in result["configs"] for row in c["contestants"]]
     peak = max((row.get("fma_peak", 0) for row in rows), default=0)
@@ -246,7 +246,7 @@ def _layers(steps):
 def report(result):
     """The result of `bench` as a text of lines to print.
 
-    Derived in chapter 13.
+    Derived in chapter 19.
     """
     lines = [f"machine  {result['machine']}, {result['threads']} threads"]
     if result["load"] is not None:
@@ -324,7 +324,7 @@ def layers_figure(result):
 
     result: of `bench`. Raises ValueError when it has no such row.
 
-    Derived in chapter 13.
+    Derived in chapter 19.
     """
     from matplotlib.figure import Figure
 

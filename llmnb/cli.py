@@ -1,12 +1,13 @@
-# Written by `make export` from notebooks/14_generation.py: edit that file.
+# Written by `make export` from notebooks/20_command.py: edit that file.
 
-"""Write text by drawing tokens.
+"""Put the chapters on the command line.
 
-A trained model gives a distribution over the next token. Temperature, top-k
-and top-p reshape it, a seeded draw picks one, and the loop repeats.
+Every command is a short function over what the chapters have built, its
+options are the fields of a dataclass, and a mistake gets one line.
 """
 
 __all__ = [
+    "COMMANDS",
     "USER_ERRORS",
     "main",
 ]
@@ -536,6 +537,13 @@ def _bytes(dtype, shapes):
 
 
 # the command
+COMMANDS = (
+    _add_train,
+    _add_generate,
+    _add_data,
+    _add_bench,
+    _add_info,
+)
 USER_ERRORS = (ValueError, TypeError, OSError, ArithmeticError, MemoryError)
 
 
@@ -546,14 +554,14 @@ def main(argv=None):
     can mend, each in one line on stderr; with 130 when interrupted. When
     the variable LLMNB_TRACEBACK is set, errors keep their traceback.
 
-    Derived in chapter 14.
+    Derived in chapter 20.
     """
     parser = _Parser("llmnb", description="Train GPT-2 and write with it.")
     parser.add_argument(
         "--version", action="version", version=f"llmnb {version('llmnb')}"
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_train, _add_generate, _add_bench, _add_data, _add_info):
+    for add in COMMANDS:
         add(commands)
     args = parser.parse_args(argv)
     try:

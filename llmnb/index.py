@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/15_colophon.py: edit that file.
+# Written by `make export` from notebooks/21_colophon.py: edit that file.
 
 """Build the book from itself.
 
@@ -24,7 +24,7 @@ def gained(chapter):
     `chapter` is the stem of its file, such as "04_layernorm". Raises
     KeyError when no such chapter exports anything.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     index = json.loads(files("llmnb").joinpath("index.json").read_text())
     rows = ["| module | name | what it does |", "|---|---|---|"]

@@ -1,9 +1,9 @@
-# Written by `make export` from notebooks/13_training.py: edit that file.
+# Written by `make export` from notebooks/19_benchmark.py: edit that file.
 
-"""Train a GPT-2 and watch it learn.
+"""Measure a training step and race it.
 
-Text becomes batches, batches become gradients, gradients become a model that
-predicts better than counting can, along the curve PyTorch draws.
+Where a step's time goes, layer by layer, and how to say that one program is
+faster than another on a machine that never keeps still.
 """
 
 __all__ = [
@@ -33,7 +33,7 @@ def peak_memory(pid="self"):
     pid: a process's number; only Linux knows about others. It counts
     everything: Python, NumPy, the compiler, the model.
 
-    Derived in chapter 13.
+    Derived in chapter 19.
     """
     try:
         with open(f"/proc/{pid}/status") as file:
@@ -59,7 +59,7 @@ def serve(step, facts, commands, reply):
     seconds it took. facts: a function that returns what to answer at the
     end. commands: a text file. reply: takes each answer, a dict.
 
-    Derived in chapter 13.
+    Derived in chapter 19.
     """
     waits = []
     while True:
@@ -82,7 +82,7 @@ def random_batch(spec):
     spec: a dict with model, batch_size and seq_len. Returns an int64 array
     (2, B, T).
 
-    Derived in chapter 13.
+    Derived in chapter 19.
     """
     import numpy as np
 
@@ -95,7 +95,7 @@ def random_batch(spec):
 def missing(precision, backend="cpu"):
     """Why a backend cannot train with a precision here; None if it can.
 
-    Derived in chapter 13.
+    Derived in chapter 19.
     """
     if precision != "bf16":
         return None
@@ -113,7 +113,7 @@ def llmnb_contestant(spec):
     spec: a dict with model, batch_size, seq_len, backend and precision.
     Raises NotImplementedError, saying why, when the precision is missing.
 
-    Derived in chapter 13.
+    Derived in chapter 19.
     """
     from itertools import count
 
@@ -217,7 +217,7 @@ def torch_contestant(spec):
     spec: a dict with model, batch_size, seq_len, compile and bf16. Raises
     ImportError where there is no torch.
 
-    Derived in chapter 13.
+    Derived in chapter 19.
     """
     import torch
 
@@ -255,7 +255,7 @@ def main(argv=None):
     `CONTESTANTS`. The first answer says {"ready": true}, or why not. What
     libraries print goes to standard error.
 
-    Derived in chapter 13.
+    Derived in chapter 19.
     """
     spec = json.loads((sys.argv[1:] if argv is None else argv)[0])
     with os.fdopen(os.dup(1), "w") as out:

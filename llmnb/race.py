@@ -1,9 +1,9 @@
-# Written by `make export` from notebooks/13_training.py: edit that file.
+# Written by `make export` from notebooks/19_benchmark.py: edit that file.
 
-"""Train a GPT-2 and watch it learn.
+"""Measure a training step and race it.
 
-Text becomes batches, batches become gradients, gradients become a model that
-predicts better than counting can, along the curve PyTorch draws.
+Where a step's time goes, layer by layer, and how to say that one program is
+faster than another on a machine that never keeps still.
 """
 
 __all__ = [
@@ -65,7 +65,7 @@ class Settings(NamedTuple):
     round. threads: of each contestant, or None for all cores. backend: of
     `GPT2`. torch_python: the interpreter that has torch.
 
-    Derived in chapter 13.
+    Derived in chapter 19.
     """
 
     precisions: tuple = ("fp32",)
@@ -80,7 +80,7 @@ class Settings(NamedTuple):
 def cores():
     """How many cores this process may use.
 
-    Derived in chapter 13.
+    Derived in chapter 19.
     """
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -109,7 +109,7 @@ class Contestant:
     or why there is nothing to measure. Raises ChildProcessError, in one
     sentence, when the process cannot do what it was asked.
 
-    Derived in chapter 13.
+    Derived in chapter 19.
     """
 
     def __init__(self, name, spec, python, threads=None, cache=None):
@@ -194,7 +194,7 @@ class LlmC:
     binary: the path of the program. shape: a dict with model, batch_size and
     seq_len.
 
-    Derived in chapter 13.
+    Derived in chapter 19.
     """
 
     def __init__(self, binary, shape, threads=None):
@@ -265,7 +265,7 @@ def lineup(settings):
     ValueError for a name that nobody has and a number below 1, OSError for
     a program that is not there.
 
-    Derived in chapter 13.
+    Derived in chapter 19.
     """
     for name in ("steps", "threads"):
         number = getattr(settings, name)
@@ -315,7 +315,7 @@ def take_turns(contestants, rounds):
     iterable of round numbers. Returns a dict from name to a list of what
     `step` returned.
 
-    Derived in chapter 13.
+    Derived in chapter 19.
     """
     names = [*contestants]
     replies = {name: [] for name in names}
@@ -336,7 +336,7 @@ def race(shape, settings, bar=iter):
     dicts by name: of each contestant its steps (one dict a round, the
     `WARM_UP` rounds first) and its facts, or else why it is unmeasured.
 
-    Derived in chapter 13.
+    Derived in chapter 19.
     """
     found, why = {}, {}
     with ExitStack() as stack:
@@ -365,7 +365,7 @@ def ratios(seconds):
     "llmnb". Returns a list of dicts: ours, peer, and of the rounds' ratios
     of our time to the peer's the median, the lowest and the highest.
 
-    Derived in chapter 13.
+    Derived in chapter 19.
     """
     ours = [x for x in seconds if x.startswith("llmnb")]
     table = []
@@ -390,7 +390,7 @@ def start_times(shape, settings, bar=iter):
     of seconds), or name and unmeasured. llm.c is left out: it has no
     compiled code to keep.
 
-    Derived in chapter 13.
+    Derived in chapter 19.
     """
     specs = lineup(settings)
     specs.pop("llm.c", None)

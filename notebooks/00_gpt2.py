@@ -49,7 +49,7 @@ import numpy as np
 # They are the first of many that are marked as *exported*. What they define
 # is written, under the same names, to the Python package `llmnb`, here to its
 # module `llmnb.diagram`, and later chapters import it from there
-# ([chapter 15](15_colophon.ipynb) shows how). The package has no other source
+# ([chapter 21](21_colophon.ipynb) shows how). The package has no other source
 # than these chapters. If you want to see the model first, go on to figure
 # 0.1.
 

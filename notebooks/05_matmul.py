@@ -1821,7 +1821,7 @@ plt.show()
 #
 # What is not fused: GELU. It could be applied in the epilogue too. On the
 # machine that built this page it takes about a hundredth of a step (see
-# [chapter 13](13_training.ipynb)), and most of that is arithmetic, which
+# [chapter 19](19_benchmark.ipynb)), and most of that is arithmetic, which
 # fusing would not save.
 
 # %% [markdown]

@@ -42,7 +42,7 @@ gradients. Times are medians over the rounds. A ratio is the median of the
 ratios within the rounds, with the lowest and the highest beside it: below 1,
 llmnb takes less time. The load is the number of threads that other programs
 wanted to run just before; when it is not far below 1, distrust the numbers.
-[Chapter 13](../notebooks/13_training.ipynb) says why we measure so.
+[Chapter 19](../notebooks/19_benchmark.ipynb) says why we measure so.
 
 *Of peak* compares the operations of a step, done in the time it took, with
 the multiply-adds that this machine reached in a loop of nothing else

@@ -90,7 +90,7 @@ ROOT = Path(__file__).parents[1] if "__file__" in globals() else Path("..")
 class ExportError(Exception):
     """A notebook that cannot be exported; the message names file and line.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
 
 
@@ -100,7 +100,7 @@ class Cell(NamedTuple):
     `line` is the line of its first statement in the notebook `path`;
     `module` the dotted name of the module it goes to, without `llmnb.`.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
 
     path: Path
@@ -120,7 +120,7 @@ class Cell(NamedTuple):
 class Chapter(NamedTuple):
     """A notebook source: its title, its summary and its exported cells.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
 
     path: Path
@@ -132,7 +132,7 @@ class Chapter(NamedTuple):
 def cell_lines(path):
     """Line numbers of the first line of every cell in a percent file.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     lines = Path(path).read_text("utf-8").splitlines()
     starts = []
@@ -160,7 +160,7 @@ def read_chapter(path):
 
     Raises ExportError when the title, the summary or the module is missing.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     book = jupytext.read(path)
     default = book.metadata.get("llmnb", {}).get("module")
@@ -182,7 +182,7 @@ def read_chapter(path):
 def read_heading(path, source):
     """Title and summary from the text of a chapter's first cell.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     lines = source.splitlines()
     quoted = [x[1:].strip() for x in lines if x.startswith(">")]
@@ -194,7 +194,7 @@ def read_heading(path, source):
 
 
 # %% this very chapter
-here = read_chapter(ROOT / "notebooks" / "15_colophon.py")
+here = read_chapter(ROOT / "notebooks" / "21_colophon.py")
 print(here.title)
 print(here.cells[1].line, here.cells[1].name, "->", here.cells[1].module)
 
@@ -228,7 +228,7 @@ LOADERS = {"open", "load", "loadtxt", "fromfile", "memmap", "read_text"}
 def parse_cell(cell):
     """Parse an exported cell and refuse what has no place in a module.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     for i, line in enumerate(cell.source.splitlines(), 1):
         if line.startswith(("%", "!")):
@@ -249,7 +249,7 @@ def parse_cell(cell):
 def refuse_loading(cell, node):
     """Refuse a module-level assignment that prints or reads data.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     for call in ast.walk(node):
         if isinstance(call, ast.Call):
@@ -284,7 +284,7 @@ for symbol in inner.get_symbols():
 def defined_names(node):
     """Names that a module-level statement binds.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return [node.name]
@@ -299,7 +299,7 @@ def defined_names(node):
 def global_names(table):
     """Global names that a symbol table and its children read.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     top = table.get_type() == "module"
     names = {
@@ -317,7 +317,7 @@ class Module(NamedTuple):
     `names` maps each name to the cell and line that define it; `public`
     lists those that stand in `__all__`.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
 
     name: str
@@ -331,7 +331,7 @@ class Module(NamedTuple):
 def build_module(name, chapter):
     """Collect one module's cells; refuse a name that is defined twice.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     cells = [c for c in chapter.cells if c.module == name]
     trees = [parse_cell(c) for c in cells]
@@ -360,7 +360,7 @@ IMPLICIT = {"__file__", "__name__", "__doc__", "__path__"}
 def check_undefined(module):
     """Refuse a name that nothing in the module defines.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     known = set(module.names) | set(dir(builtins)) | IMPLICIT
     for cell, tree in zip(module.cells, module.trees, strict=True):
@@ -388,7 +388,7 @@ def check_undefined(module):
 def check_imports(module, modules):
     """Refuse an import from `llmnb` that no earlier chapter exports.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     for cell, tree in zip(module.cells, module.trees, strict=True):
         for node in ast.walk(tree):
@@ -404,7 +404,7 @@ def check_imports(module, modules):
 def refuse_other_forms(cell, node):
     """Refuse `import llmnb.module`, and an import that begins with a dot.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     whole = isinstance(node, ast.Import) and any(
         a.name.split(".")[0] == "llmnb" for a in node.names
@@ -417,7 +417,7 @@ def refuse_other_forms(cell, node):
 def check_import(module, modules, cell, node, name):
     """Refuse one imported name unless its chapter comes first.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     source = node.module.partition("llmnb.")[2]
     inner = f"{source}.{name}".strip(".")
@@ -441,7 +441,7 @@ def collect(chapters):
 
     Raises ExportError at the first defect.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     modules = {}
     for chapter in chapters:
@@ -496,7 +496,7 @@ BANNER = "# Written by `make export` from notebooks/{}: edit that file.\n"
 def render_module(module):
     """The text of a module: banner, docstring, `__all__`, cells in order.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     chapter = module.chapter
     parts = [BANNER.format(chapter.path.name)]
@@ -514,7 +514,7 @@ def render_module(module):
 def wrap(text, width=79):
     """Break a text into lines of at most `width` characters.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     lines = [""]
     for word in text.split():
@@ -528,7 +528,7 @@ def wrap(text, width=79):
 def render_folder(folder, modules):
     """`__init__.py` of a folder: every public name of its modules.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     inside = [m for n, m in modules.items() if n.startswith(folder + ".")]
     lines = [BANNER.format("*.py"), f'"""The {folder} backend."""\n']
@@ -544,7 +544,7 @@ def render_folder(folder, modules):
 def render_index(modules):
     """`index.json`: for every chapter, what it exports and in a line why.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     index = {}
     for module in modules.values():
@@ -566,7 +566,7 @@ def render_index(modules):
 def render(modules):
     """The package as a mapping from path below `llmnb/` to text.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     files = {}
     for name, module in modules.items():
@@ -581,7 +581,7 @@ def render(modules):
 def write_text(path, text):
     """Write a text file, and the folders it needs, whole or not at all.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
@@ -601,7 +601,7 @@ def write_text(path, text):
 def differences(files, package):
     """Paths whose text in `package` is missing, different or superfluous.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     there = {
         p.relative_to(package).as_posix()
@@ -619,7 +619,7 @@ def differences(files, package):
 def read_chapters(folder):
     """Read every chapter of a folder in order.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     return [read_chapter(p) for p in sorted(folder.glob("[0-9]*.py"))]
 
@@ -627,7 +627,7 @@ def read_chapters(folder):
 def main(argv=None):
     """Regenerate the package, or with --check say what differs.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     parser = argparse.ArgumentParser("python -m llmnb.export")
     parser.add_argument("--check", action="store_true", help="write nothing")
@@ -679,7 +679,7 @@ from llmnb.export import ROOT, write_text
 def from_source(path):
     """The notebook of a percent source, not run, with stable cell ids.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     book = jupytext.read(path)
     book.metadata = {
@@ -698,7 +698,7 @@ def run(book, folder):
 
     Raises nbclient's CellExecutionError at the first cell that fails.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     NotebookClient(
         book,
@@ -719,7 +719,7 @@ def run(book, folder):
 def build(path):
     """Write the .ipynb of a source, run from top to bottom.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     book = from_source(path)
     run(book, path.parent)
@@ -729,7 +729,7 @@ def build(path):
 def defects(path):
     """Sentences that say where a .ipynb does not match its source.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     built = path.with_suffix(".ipynb")
     if not built.exists():
@@ -750,7 +750,7 @@ def defects(path):
 def cell_defects(name, cell):
     """Sentences that say what is wrong with a cell's outputs.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     if cell.execution_count is None:
         return [f"{name}: cell {cell.id} was never run: nbval would skip it"]
@@ -785,7 +785,7 @@ print(defects(path))
 def main(argv=None):
     """Write and run the notebooks, or with --check say what differs.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     parser = argparse.ArgumentParser("python -m llmnb.notebook")
     parser.add_argument("--check", action="store_true", help="run nothing")
@@ -846,7 +846,7 @@ def gained(chapter):
     `chapter` is the stem of its file, such as "04_layernorm". Raises
     KeyError when no such chapter exports anything.
 
-    Derived in chapter 15.
+    Derived in chapter 21.
     """
     index = json.loads(files("llmnb").joinpath("index.json").read_text())
     rows = ["| module | name | what it does |", "|---|---|---|"]
@@ -977,4 +977,4 @@ verdict("unused", found == ["json"], "is found, used is not")
 # %% what llmnb gained
 from llmnb.index import gained
 
-gained("15_colophon")
+gained("21_colophon")
