@@ -536,6 +536,39 @@ def _bytes(dtype, shapes):
     return sum(sizes) * np.dtype(dtype).itemsize
 
 
+# llmnb plot
+def _add_plot(commands):
+    parser = commands.add_parser(
+        "plot",
+        help="draw and compare runs",
+        description="Draw the losses, learning rates, gradient norms and "
+        "speeds of runs in one picture, and print a table. A run may still "
+        "be going on.",
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="a run folder or a log.csv")
+    add(
+        "--out", default="runs.png", metavar="FILE",
+        help="the picture, a PNG (default: runs.png)",
+    )  # fmt: skip
+    add(
+        "--window", type=int, default=20, metavar="int",
+        help="steps in a running mean (default: 20)",
+    )  # fmt: skip
+    parser.set_defaults(run=_plot)
+
+
+def _plot(args):
+    from llmnb.watch import compare_runs, read_log, run_table
+
+    logs = {path: read_log(path) for path in args.runs}
+    figure = compare_runs(logs, args.window)
+    print(*run_table(logs), sep="\n")
+    with replacing(args.out) as file:
+        figure.savefig(file, format="png")
+    _say("wrote", args.out)
+
+
 # llmnb fetch and llmnb verify
 def _add_fetch(commands):
     from llmnb.hub import SOURCES
@@ -599,12 +632,20 @@ COMMANDS = (
     _add_train,
     _add_generate,
     _add_data,
+    _add_plot,
     _add_fetch,
     _add_verify,
     _add_bench,
     _add_info,
 )
-USER_ERRORS = (ValueError, TypeError, OSError, ArithmeticError, MemoryError)
+USER_ERRORS = (
+    ValueError,
+    TypeError,
+    OSError,
+    ArithmeticError,
+    MemoryError,
+    ImportError,  # of an extra that is not installed
+)
 
 
 def main(argv=None):

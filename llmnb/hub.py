@@ -47,8 +47,8 @@ def fetch(name):
     name: one of SOURCES, else ValueError. The library huggingface_hub, the
     extra `hub` of llmnb, downloads what its cache lacks, with a bar on
     stderr, and goes on where an earlier download broke off; with the files
-    in the cache no network is needed. Raises OSError, in one sentence, when
-    the library is missing or the files cannot be had.
+    in the cache no network is needed. Raises ImportError when the library
+    is missing and OSError when the files cannot be had, in one sentence.
 
     Derived in chapter 16.
     """
@@ -58,7 +58,7 @@ def fetch(name):
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
-        raise OSError(
+        raise ImportError(
             "fetch needs the package huggingface_hub: pip install 'llmnb[hub]'"
         ) from None
     kind, repo, files = SOURCES[name]

@@ -1,10 +1,11 @@
 """Write a starter pack as llm.c's: a model and what PyTorch computes with it.
 
-    python tests/record_starter.py FOLDER [d12]
+    python tests/record_starter.py FOLDER [d12 | large]
 
 needs torch. FOLDER then holds NAME.bin, NAME_debug_state.bin and
 NAME_losses.txt for `llmnb verify FOLDER`. The weights are random: a small
-model, or one of GPT-2's 124 million parameters with d12.
+model; with d12, one of GPT-2's 124 million parameters; with large, one with
+fewer tokens and with weights as large as trained ones.
 """
 
 import sys
@@ -68,5 +69,8 @@ if __name__ == "__main__":
     Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
     if "d12" in sys.argv:
         record(sys.argv[1], GPT2Config(), 4, 64)
+    elif "large" in sys.argv:
+        large = GPT2Config(128, 5000, 12, 12, 768)
+        record(sys.argv[1], large, 4, 64, spread=5)
     else:
         record(sys.argv[1], SMALL, 4, 32)
