@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import tracemalloc
+from functools import partial
 
 import numpy as np
 import pytest
@@ -572,3 +574,34 @@ def test_a_damaged_file_is_an_answer_or_one_error(tiny, data):
         assert isinstance(model, (GPT2, Exception))
     finally:
         shutil.copy(good / name, bad / name)
+
+
+# memory
+
+
+def peak(work):
+    """The most bytes that NumPy and Python held at once during `work`."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_files_are_read_and_written_a_tensor_at_a_time(tmp_path, monkeypatch):
+    cfg = GPT2Config(64, 1000, 6, 4, 128)
+    model = GPT2(cfg, 1, 4, "reference", seed=None)
+    whole = model.memory.flat("params").nbytes
+    largest = model.params["wte"].nbytes
+    limit = 2 * largest
+    assert whole > 3 * limit
+    monkeypatch.setattr(checkpoint, "CHUNK", largest // 32)
+    folder = tmp_path / "folder"
+    assert peak(partial(write_folder, folder, cfg, model.params)) < limit
+    for name, precision in (("a.bin", "fp32"), ("b.bin", "bf16")):
+        save = partial(model.save_checkpoint, tmp_path / name, precision)
+        assert peak(save) < limit
+    for path in (folder, tmp_path / "a.bin", tmp_path / "b.bin"):
+        read = partial(read_checkpoint, path, cfg, model.params)
+        assert peak(read) < limit
