@@ -32,7 +32,7 @@ gpt2_diagram(lit="all")
 # which was read *is* the model that was written. At its end you can
 #
 # - say which bits bfloat16 keeps, and prove a rounding for all $2^{32}$ floats
-#   with some 260,000 of them;
+#   with some 330,000 of them;
 # - find the one transposed matrix that no check of shapes can find;
 # - list what to compare before a header's numbers become memory;
 # - derive a tolerance from rounding, and show a wrong gradient that a looser
@@ -117,14 +117,16 @@ verdict("pi", from_bfloat16(half)[0] == 3 + 9 / 64, "becomes 3 + 9/64")
 #
 # Equation (2.2) says
 # $r(u) = \lfloor (u + 2^{15} - 1 + b_{16}(u)) / 2^{16} \rfloor$. To try it on
-# all $2^{32}$ floats would take a while, and we need not. Between two
-# neighbouring bfloat16 numbers lie $2^{16} - 1$ other floats, with $2^{15}$ the
-# *midpoint*. Within that stretch $b_{16}$ is constant, so $r$ can only grow
-# with $u$. If it is right for the float below the midpoint and for the
-# midpoint itself, and for the float above, it is right for all of them. That is
-# three floats, and the bfloat16 itself, for each of 65,536 upper halves.
+# all $2^{32}$ floats would take a while, and we need not. Take the $2^{16}$
+# floats that share an upper half: a bfloat16 number and what lies between it
+# and the next. Among them $b_{16}$ is constant, so $r$ can only grow with $u$.
+# If $r$ is right for the first of them and for the last below the middle, it
+# is right for all between those two; likewise from the first above the middle
+# to the last of all. With the middle that makes five floats for each of 65,536
+# upper halves. (The sign is a bit like the others here: a negative number is
+# rounded as its absolute value.)
 
-# %% every upper half, at the four places that matter
+# %% every upper half, at the five places that matter
 upper = np.arange(1 << 16, dtype=np.uint32)
 finite = (upper & 0x7F80) != 0x7F80  # the exponent of all ones is special
 upper = upper[finite]
@@ -133,6 +135,7 @@ cases = {
     "below the middle": (0x7FFF, upper),
     "the middle": (0x8000, upper + (upper & 1)),  # to the even neighbour
     "above the middle": (0x8001, upper + 1),
+    "the last": (0xFFFF, upper + 1),
 }
 for name, (lower, want) in cases.items():
     x = (upper << 16 | lower).view(np.float32)
@@ -196,8 +199,8 @@ for name, wrong in (
 # A bfloat16 file is half as long, and every weight is off by at most
 # $2^{-8}$, four thousandths. A matrix product adds up many such errors of
 # either sign, and they mostly cancel. Let us see what is left of them in the
-# loss of a small model, trained here for a few steps on the text of this
-# chapter's tokenizer.
+# loss of a small model, which learns here in a few steps to repeat one line,
+# the expression that cuts a text into words.
 
 # %% a small trained model
 CFG = GPT2Config(64, 257, 2, 4, 64)
@@ -227,8 +230,8 @@ verdict("loss", 0 < moved < 0.02, "moves by less than 0.02")
 # %% [markdown]
 # So bfloat16 does for storing a model that will be *used*. It does not do for a
 # model that will be trained on: a step of AdamW at a learning rate of
-# $10^{-4}$ moves a weight by about as much, and between 0.1 and its neighbour
-# lie $2^{-11} \approx 5 \cdot 10^{-4}$. The step is rounded away, and so are
+# $10^{-4}$ moves a weight by about $10^{-4}$, and from 0.1 to its neighbour it
+# is $2^{-11} \approx 5 \cdot 10^{-4}$. The step is rounded away, and so are
 # all the steps after it.
 
 # %% a hundred steps that go nowhere
@@ -657,8 +660,8 @@ for sample in ("newer lowest", "naïve\n\n", "<|endoftext|>"):
 # $10^{-4}$ for the gradients, twice what the last row shows and more.
 # $10^{-5}$ for the loss, which is a mean, and $10^{-4}$ for the losses
 # after steps, which the chaotic row exceeds and nothing sensible should:
-# llm.c's test for the GPU in float32 finds its ten losses of GPT-2
-# 124M within $10^{-5}$.
+# llm.c's own test for the GPU, when it computes in float32, allows the ten
+# losses of GPT-2 124M no more than $10^{-5}$.
 
 
 # %% one check tags=["export"]
@@ -1049,7 +1052,7 @@ verdict("version 3", 1024 + 4 * padded == 497_904_640, "as llm.c's file")
 # ## Take away
 #
 # - bfloat16 is the upper half of a float32, rounded to nearest with ties to
-#   even; four floats for each upper half prove the rounding for all.
+#   even; five floats for each upper half prove the rounding for all.
 # - Shapes catch three of four forgotten transposes. The square matrix needs
 #   numbers.
 # - A header is a claim. The length of the file is the evidence, and memory
