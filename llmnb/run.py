@@ -190,6 +190,7 @@ def read_state(path):
             record["place"],
             record["text"],
         )
+        _check_progress(state.at)
         _check_arrays(file, state, record["sums"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a whole state: {error}") from None
@@ -203,6 +204,14 @@ def _record(note):
     if str(zlib.crc32(note["record"].encode())) != note["sum"]:
         raise ValueError("its record is damaged")
     return json.loads(note["record"])
+
+
+def _check_progress(at):
+    whole = all(isinstance(x, int) for x in (at.step, at.updates))
+    known = [x for x in (at.last_loss, at.best_loss) if x is not None]
+    floats = all(isinstance(x, float) for x in at.losses + at.norms + known)
+    if not (whole and floats and 0 <= at.updates <= at.step):
+        raise ValueError(f"its progress makes no sense: {at}")
 
 
 def _check_arrays(file, state, sums):

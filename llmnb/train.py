@@ -804,10 +804,10 @@ def starting_from(init, **given):
     """The TrainConfig of a run that starts from a checkpoint's weights.
 
     init: the path of a run's folder, or of what GPT2.from_checkpoint reads.
-    given: other fields. Unless given, the learning rate is 1e-4 and the
-    tokenizer the folder's own, or else GPT-2's. Raises OSError or
-    ValueError when the checkpoint cannot be read or has another shape than
-    is given.
+    given: other fields. Unless given, the learning rate is 1e-4, the
+    tokenizer the folder's own, or else GPT-2's, and seq_len no more than
+    the checkpoint allows. Raises OSError or ValueError when it cannot be
+    read or has another shape than is given.
 
     Derived in chapter 13.
     """
@@ -815,6 +815,7 @@ def starting_from(init, **given):
     own = Path(init) / "tokenizer.tiktoken"
     tokenizer = str(own) if own.is_file() else "gpt2"
     usual = {"learning_rate": 1e-4, "tokenizer": tokenizer}
+    usual["seq_len"] = min(TrainConfig.seq_len, cfg.max_seq_len)
     shape = {name: getattr(cfg, name) for name in SHAPE}
     asked = dict(given)
     if asked.get("depth"):

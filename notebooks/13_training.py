@@ -1248,10 +1248,10 @@ def starting_from(init, **given):
     """The TrainConfig of a run that starts from a checkpoint's weights.
 
     init: the path of a run's folder, or of what GPT2.from_checkpoint reads.
-    given: other fields. Unless given, the learning rate is 1e-4 and the
-    tokenizer the folder's own, or else GPT-2's. Raises OSError or
-    ValueError when the checkpoint cannot be read or has another shape than
-    is given.
+    given: other fields. Unless given, the learning rate is 1e-4, the
+    tokenizer the folder's own, or else GPT-2's, and seq_len no more than
+    the checkpoint allows. Raises OSError or ValueError when it cannot be
+    read or has another shape than is given.
 
     Derived in chapter 13.
     """
@@ -1259,6 +1259,7 @@ def starting_from(init, **given):
     own = Path(init) / "tokenizer.tiktoken"
     tokenizer = str(own) if own.is_file() else "gpt2"
     usual = {"learning_rate": 1e-4, "tokenizer": tokenizer}
+    usual["seq_len"] = min(TrainConfig.seq_len, cfg.max_seq_len)
     shape = {name: getattr(cfg, name) for name in SHAPE}
     asked = dict(given)
     if asked.get("depth"):
@@ -1811,6 +1812,7 @@ def read_state(path):
             record["place"],
             record["text"],
         )
+        _check_progress(state.at)
         _check_arrays(file, state, record["sums"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a whole state: {error}") from None
@@ -1824,6 +1826,14 @@ def _record(note):
     if str(zlib.crc32(note["record"].encode())) != note["sum"]:
         raise ValueError("its record is damaged")
     return json.loads(note["record"])
+
+
+def _check_progress(at):
+    whole = all(isinstance(x, int) for x in (at.step, at.updates))
+    known = [x for x in (at.last_loss, at.best_loss) if x is not None]
+    floats = all(isinstance(x, float) for x in at.losses + at.norms + known)
+    if not (whole and floats and 0 <= at.updates <= at.step):
+        raise ValueError(f"its progress makes no sense: {at}")
 
 
 def _check_arrays(file, state, sums):
