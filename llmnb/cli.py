@@ -680,7 +680,14 @@ COMMANDS = (
     _add_bench,
     _add_info,
 )
-USER_ERRORS = (ValueError, TypeError, OSError, ArithmeticError, MemoryError)
+USER_ERRORS = (
+    ValueError,
+    TypeError,
+    OSError,
+    ArithmeticError,
+    MemoryError,
+    ImportError,  # of an extra that is not installed
+)
 
 
 def main(argv=None):

@@ -98,7 +98,7 @@ def test_the_picture_holds_every_run(log):
 
 def test_the_table(log):
     head, row = run_table({"a run": read_log(log)})
-    assert head.split() == ["run", "steps", "last", "val", "best", "val", "tokens/s"]
+    assert " ".join(head.split()) == "run steps last val best val tokens/s"
     assert row.split() == ["a", "run", "3", "6.4000", "6.4000", "9,100"]
 
 
