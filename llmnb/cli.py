@@ -694,8 +694,9 @@ def main(argv=None):
     """Run the `llmnb` command; argv defaults to the process's arguments.
 
     Exits with code 2 for a wrong option and 1 for an error that the user
-    can mend, each in one line on stderr; with 130 when interrupted. When
-    the variable LLMNB_TRACEBACK is set, errors keep their traceback.
+    can mend, each in one line on stderr; with 130 when interrupted, and 143
+    when training was ended by SIGTERM. When the variable LLMNB_TRACEBACK is
+    set, errors keep their traceback.
 
     Derived in chapter 20.
     """

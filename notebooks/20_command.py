@@ -295,7 +295,7 @@ except ImportError as error:
 #
 # | command | what it does |
 # |---|---|
-# | `llmnb train` | trains on a corpus and writes a run folder |
+# | `llmnb train` | trains on a corpus, writes a run folder, resumes |
 # | `llmnb generate RUN` | continues a prompt with a run's model |
 # | `llmnb data FOLDER` | turns text into token shards |
 # | `llmnb plot RUN...` | draws and compares runs |
@@ -527,6 +527,17 @@ def _size_of(model):
         f"channels, {cfg.vocab_size} tokens: {count:,} parameters, "
         f"{model.memory.nbytes / 1e6:.0f} MB in all"
     )
+
+
+# %% [markdown]
+# Ctrl-C sends a process the signal `SIGINT`, and a system that shuts down,
+# or a scheduler that wants the machine back, sends `SIGTERM`. Left alone,
+# they would end training in the middle of a step. So while `train` runs they
+# only set a note; the loop finishes its step, finds the note, saves the
+# state and leaves. The handlers go with the first signal: a second one does
+# what it always did, and stops at once. The exit code is 128 plus the
+# signal's number, 130 or 143, so that a script can tell a run that was
+# stopped from one that is done.
 
 
 # %% stop when asked to tags=["exporti"] module="cli"
@@ -989,8 +1000,9 @@ def main(argv=None):
     """Run the `llmnb` command; argv defaults to the process's arguments.
 
     Exits with code 2 for a wrong option and 1 for an error that the user
-    can mend, each in one line on stderr; with 130 when interrupted. When
-    the variable LLMNB_TRACEBACK is set, errors keep their traceback.
+    can mend, each in one line on stderr; with 130 when interrupted, and 143
+    when training was ended by SIGTERM. When the variable LLMNB_TRACEBACK is
+    set, errors keep their traceback.
 
     Derived in chapter 20.
     """
@@ -1049,6 +1061,8 @@ with TemporaryDirectory() as place:
     text, _, code = run(*ask)
     verdict("generate", code == 0 and text.startswith("def "), "goes on")
     verdict("generate", run(*ask)[0] == text, "same seed, same text")
+    text, _, code = run("train", "--resume", folder, "--steps", 40)
+    verdict("resume", code == 0 and "step 30 of 40" in text, "goes on")
     _, _, code = run("train", "--out", folder, *TINY.split())
     verdict("train", code == 1, "keeps a folder in use")
 
@@ -1057,6 +1071,8 @@ for args in (
     ["train", "--stepz", 3],
     ["train", "--channels", 130],
     ["train", "--corpus", "no-such-file"],
+    ["train", "--depth", 12, "--channels", 64],
+    ["train", "--resume", "no-such-run"],
     ["generate", "no-such-run"],
     ["bench", "--num-layers", "many"],
     ["bench", "--against", "nobody"],
@@ -1090,7 +1106,8 @@ for args in (
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
 # 2 from `_Parser.error`, 1 from the last line of `main`, and 130, which is
-# 128 plus the number of the signal, from its `KeyboardInterrupt`.
+# 128 plus the number of the signal: from `_train` after it has saved, or
+# from the `KeyboardInterrupt` in `main` when nothing was there to finish.
 # :::
 
 # %% exercise 1, checked tags=["hide-cell"]
