@@ -1026,6 +1026,7 @@ plt.show()
 # | `log.csv` | one line for every `Step` |
 # | `loss.png` | the figure above |
 # | `model.bin` | the weights, in the format of [chapter 2](02_memory.ipynb) |
+# | `state_*.safetensors` | what it takes to go on; see *Nothing lost* |
 # | `tokenizer.tiktoken` | the tokenizer's ranks |
 #
 # Each file is written beside its place and renamed into it, by `replacing`
@@ -1589,9 +1590,9 @@ plt.show()
 
 # %% [markdown]
 # *Figure 13.5. One batch of random bytes, at the dashed line, and what it
-# costs the steps behind it. The run that takes the batch predicts the real
-# text worse for ten steps; the run that skips it is only one batch behind
-# the run that was spared.*
+# costs the steps behind it. The run that takes the batch still pays for it
+# thirty steps later; the run that skips it stays close to the run that was
+# spared, one batch behind.*
 
 # %% [markdown]
 # ## Nothing lost
@@ -2133,6 +2134,7 @@ def telling(run):
 # every five steps. First it runs straight to its end.
 
 # %% a run with everything in it
+from llmnb.config import parameter_count
 from llmnb.init import init_params
 
 place = TemporaryDirectory()
@@ -2303,6 +2305,17 @@ place.cleanup()
 # a system asks a program to end. The tests go further: they kill the process
 # with a signal that cannot be caught, at random moments, and compare.
 #
+# **What it costs.** A parameter takes 12 bytes in a state: its weight and
+# AdamW's two averages. The checksums read these once more from memory, and
+# the disk gets them once.
+
+# %% bytes of a state
+for depth in (12, 48):
+    shape = GPT2Config(1024, 50257, *depth_shape(depth))
+    size = 12 * parameter_count(shape)
+    print(f"d{depth}: {size / 1e9:.1f} GB a state")
+
+# %% [markdown]
 # **What is not promised.** Another machine, another version of numba, or a
 # text that changes where the fingerprint does not look may lead elsewhere.
 
@@ -2317,6 +2330,10 @@ place.cleanup()
 # - Two hundred losses equal to PyTorch's test every gradient, the
 #   optimiser, the schedule and the initialisation at once, and show a
 #   mistake that a falling loss hides.
+# - The gradient of a mean is the mean of the gradients: a batch of any size
+#   fits into memory, in pieces.
+# - A run can go on to the last bit if all that one step hands to the next
+#   is kept, and if the file that keeps it appears whole or not at all.
 
 # %% [markdown]
 # ## Design note
@@ -2335,7 +2352,14 @@ place.cleanup()
 # A second choice concerns an infinite or undefined loss. Some trainers skip
 # such a step and go on. Skipping hides the cause, and the batch comes again
 # in the next epoch. We stop with the step, the value and the learning rate,
-# before the update has spoilt the weights.
+# before the update has spoilt the weights. What we skip, if asked to, is
+# finite and rare, and the log says so.
+#
+# A third concerns the state of a run. It would be shorter to pickle the
+# loader, the model and the rest, as they are. But a pickle runs code when it
+# is read, and it breaks when a class is renamed. Arrays with names, and a
+# page of JSON, can be read by any program, checked before they are used,
+# and understood in ten years.
 
 # %% [markdown]
 # ## Exercises
