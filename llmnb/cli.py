@@ -38,6 +38,7 @@ from llmnb.train import (
     LearningOptions,
     ModelOptions,
     TrainConfig,
+    UpdateOptions,
 )
 
 
@@ -60,6 +61,7 @@ PARTS = {
     "what to read": DataOptions,
     "what the model looks like": ModelOptions,
     "how it learns": LearningOptions,
+    "what an update is": UpdateOptions,
     "what it keeps": KeepOptions,
 }
 

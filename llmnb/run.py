@@ -170,6 +170,7 @@ class State(NamedTuple):
     text: list
 
 
+# read and check
 def read_state(path):
     """Read and check a state; returns a `State`, whose arrays are not kept.
 
@@ -206,6 +207,7 @@ def _record(note):
     return json.loads(note["record"])
 
 
+# its parts
 def _check_progress(at):
     whole = all(isinstance(x, int) for x in (at.step, at.updates))
     known = [x for x in (at.last_loss, at.best_loss) if x is not None]
@@ -288,6 +290,7 @@ def add_to_log(path, step):
         file.write(f"{log_row(step)}\n".encode())
 
 
+# rows safe on the disk
 def sync_log(path):
     """Have the system bring all rows of a log to the disk.
 
@@ -353,13 +356,14 @@ def begin(folder, config):
     return Run(Path(folder), config, data, model, *feeds, Progress(), text)
 
 
-# go on with a run
+# what may change
 CHANGEABLE = (
     "steps", "eval_every", "eval_batches", "save_every", "keep",
     "sample_every",
 )  # fmt: skip
 
 
+# go on with a run
 def resume(folder, **changes):
     """Take up the run in a folder; returns a `Run` and a list of warnings.
 
@@ -394,7 +398,7 @@ def resume(folder, **changes):
     return Run(folder, config, data, model, *feeds, at, text), warnings
 
 
-# what may change
+# change it
 def _changed(folder, changes):
     """The run's configuration with changes, if they are possible."""
     config = read_run(folder)

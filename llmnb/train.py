@@ -19,6 +19,7 @@ __all__ = [
     "Step",
     "TOKENIZER_TEXT",
     "TrainConfig",
+    "UpdateOptions",
     "WIDTHS",
     "accumulate",
     "config_from",
@@ -143,6 +144,19 @@ class LearningOptions:
     warmup_fraction: float = _option(0.1, "share of steps spent rising to it")
     schedule: str = _option("cosine", "cosine, linear, constant or wsd")
     final_fraction: float = _option(0.1, "the last rate over the highest")
+    eval_every: int = _option(100, "steps between two validations")
+    eval_batches: int = _option(20, "batches in a validation")
+    seed: int = _option(42, "seed of the weights and of the shuffle")
+
+
+# what an update is
+@dataclass(frozen=True)
+class UpdateOptions:
+    """What an update of the weights is; see `TrainConfig`.
+
+    Derived in chapter 13.
+    """
+
     beta1: float = _option(0.9, "AdamW: memory of the gradient")
     beta2: float = _option(0.95, "AdamW: memory of its square")
     eps: float = _option(1e-8, "AdamW: added to the denominator")
@@ -159,9 +173,6 @@ class LearningOptions:
     )
     skip_window: int = _option(128, "steps that an update is compared with")
     overfit: bool = _option(False, "learn the first batch again and again")
-    eval_every: int = _option(100, "steps between two validations")
-    eval_batches: int = _option(20, "batches in a validation")
-    seed: int = _option(42, "seed of the weights and of the shuffle")
 
 
 # what it keeps
@@ -209,7 +220,7 @@ def depth_shape(depth):
     return depth, heads, heads * HEAD
 
 
-# a run
+# the least values
 SHAPE = "num_layers", "num_heads", "channels"
 AT_LEAST = {
     2: ("skip_window",),
@@ -225,8 +236,32 @@ AT_LEAST = {
 }  # fmt: skip
 
 
+# numbers that go together
+def _take_shape(config, shape):
+    for name, value in zip(SHAPE, shape, strict=True):
+        was = getattr(config, name)
+        if was not in (value, getattr(TrainConfig, name)):
+            raise ValueError(
+                f"depth {config.depth} makes {name} {value}, not {was}: "
+                "choose one of the two"
+            )
+        object.__setattr__(config, name, value)
+
+
+def _check_total(config):
+    batch = config.batch_size * config.seq_len
+    if config.total_batch % batch:
+        raise ValueError(
+            f"total_batch must be a multiple of a batch's {batch} tokens "
+            f"(batch_size times seq_len), got {config.total_batch}"
+        )
+
+
+# a run
 @dataclass(frozen=True)
-class TrainConfig(KeepOptions, LearningOptions, ModelOptions, DataOptions):
+class TrainConfig(
+    KeepOptions, UpdateOptions, LearningOptions, ModelOptions, DataOptions
+):
     """Every number that fixes a training run.
 
     With a depth, num_layers, num_heads and channels are set by it. Raises
@@ -241,27 +276,13 @@ class TrainConfig(KeepOptions, LearningOptions, ModelOptions, DataOptions):
             for name in names:
                 _check_range(name, getattr(self, name), least, math.inf)
         if self.depth:
-            self._take_shape(depth_shape(self.depth))
+            _take_shape(self, depth_shape(self.depth))
         for name in ("beta1", "beta2"):
             _check_range(name, getattr(self, name), 0, 1)
         _check_range("seed", self.seed, 0, 2**32)
         self.model(self.vocab_size)
         self.rate(0)
-        batch = self.batch_size * self.seq_len
-        if self.total_batch % batch:
-            raise ValueError(
-                f"total_batch must be a multiple of a batch's {batch} tokens "
-                f"(batch_size times seq_len), got {self.total_batch}"
-            )
-
-    def _take_shape(self, shape):
-        for name, value in zip(SHAPE, shape, strict=True):
-            if getattr(self, name) not in (value, getattr(TrainConfig, name)):
-                raise ValueError(
-                    f"depth {self.depth} makes {name} {value}, not "
-                    f"{getattr(self, name)}: choose one of the two"
-                )
-            object.__setattr__(self, name, value)
+        _check_total(self)
 
     @property
     def micro_batches(self):

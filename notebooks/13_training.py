@@ -135,7 +135,7 @@ compare("toy language", far, -(p * np.log(p)).sum(), tol=1e-3)
 # ## The numbers of a run
 #
 # A run is fixed by its numbers: what it reads, what the model looks like,
-# how it learns. They live in one frozen dataclass, `TrainConfig`, in three
+# how it learns. They live in one frozen dataclass, `TrainConfig`, in five
 # parts. Each number carries a sentence of help, because the command line
 # of [chapter 20](20_command.ipynb) makes its options from these fields.
 
@@ -203,6 +203,19 @@ class LearningOptions:
     warmup_fraction: float = _option(0.1, "share of steps spent rising to it")
     schedule: str = _option("cosine", "cosine, linear, constant or wsd")
     final_fraction: float = _option(0.1, "the last rate over the highest")
+    eval_every: int = _option(100, "steps between two validations")
+    eval_batches: int = _option(20, "batches in a validation")
+    seed: int = _option(42, "seed of the weights and of the shuffle")
+
+
+# %% what an update is tags=["export"]
+@dataclass(frozen=True)
+class UpdateOptions:
+    """What an update of the weights is; see `TrainConfig`.
+
+    Derived in chapter 13.
+    """
+
     beta1: float = _option(0.9, "AdamW: memory of the gradient")
     beta2: float = _option(0.95, "AdamW: memory of its square")
     eps: float = _option(1e-8, "AdamW: added to the denominator")
@@ -219,9 +232,6 @@ class LearningOptions:
     )
     skip_window: int = _option(128, "steps that an update is compared with")
     overfit: bool = _option(False, "learn the first batch again and again")
-    eval_every: int = _option(100, "steps between two validations")
-    eval_batches: int = _option(20, "batches in a validation")
-    seed: int = _option(42, "seed of the weights and of the shuffle")
 
 
 # %% what it keeps tags=["export"]
@@ -287,7 +297,7 @@ def depth_shape(depth):
 for depth in (4, 6, 12, 16, 24, 36, 48):
     print(f"d{depth:<3}", *depth_shape(depth))
 
-# %% a run tags=["export"]
+# %% the least values tags=["export"]
 SHAPE = "num_layers", "num_heads", "channels"
 AT_LEAST = {
     2: ("skip_window",),
@@ -303,8 +313,32 @@ AT_LEAST = {
 }  # fmt: skip
 
 
+# %% numbers that go together tags=["exporti"]
+def _take_shape(config, shape):
+    for name, value in zip(SHAPE, shape, strict=True):
+        was = getattr(config, name)
+        if was not in (value, getattr(TrainConfig, name)):
+            raise ValueError(
+                f"depth {config.depth} makes {name} {value}, not {was}: "
+                "choose one of the two"
+            )
+        object.__setattr__(config, name, value)
+
+
+def _check_total(config):
+    batch = config.batch_size * config.seq_len
+    if config.total_batch % batch:
+        raise ValueError(
+            f"total_batch must be a multiple of a batch's {batch} tokens "
+            f"(batch_size times seq_len), got {config.total_batch}"
+        )
+
+
+# %% a run tags=["export"]
 @dataclass(frozen=True)
-class TrainConfig(KeepOptions, LearningOptions, ModelOptions, DataOptions):
+class TrainConfig(
+    KeepOptions, UpdateOptions, LearningOptions, ModelOptions, DataOptions
+):
     """Every number that fixes a training run.
 
     With a depth, num_layers, num_heads and channels are set by it. Raises
@@ -319,27 +353,13 @@ class TrainConfig(KeepOptions, LearningOptions, ModelOptions, DataOptions):
             for name in names:
                 _check_range(name, getattr(self, name), least, math.inf)
         if self.depth:
-            self._take_shape(depth_shape(self.depth))
+            _take_shape(self, depth_shape(self.depth))
         for name in ("beta1", "beta2"):
             _check_range(name, getattr(self, name), 0, 1)
         _check_range("seed", self.seed, 0, 2**32)
         self.model(self.vocab_size)
         self.rate(0)
-        batch = self.batch_size * self.seq_len
-        if self.total_batch % batch:
-            raise ValueError(
-                f"total_batch must be a multiple of a batch's {batch} tokens "
-                f"(batch_size times seq_len), got {self.total_batch}"
-            )
-
-    def _take_shape(self, shape):
-        for name, value in zip(SHAPE, shape, strict=True):
-            if getattr(self, name) not in (value, getattr(TrainConfig, name)):
-                raise ValueError(
-                    f"depth {self.depth} makes {name} {value}, not "
-                    f"{getattr(self, name)}: choose one of the two"
-                )
-            object.__setattr__(self, name, value)
+        _check_total(self)
 
     @property
     def micro_batches(self):
@@ -1793,6 +1813,7 @@ class State(NamedTuple):
     text: list
 
 
+# %% read and check tags=["export"] module="run"
 def read_state(path):
     """Read and check a state; returns a `State`, whose arrays are not kept.
 
@@ -1829,6 +1850,7 @@ def _record(note):
     return json.loads(note["record"])
 
 
+# %% its parts tags=["exporti"] module="run"
 def _check_progress(at):
     whole = all(isinstance(x, int) for x in (at.step, at.updates))
     known = [x for x in (at.last_loss, at.best_loss) if x is not None]
@@ -1920,6 +1942,7 @@ def add_to_log(path, step):
         file.write(f"{log_row(step)}\n".encode())
 
 
+# %% rows safe on the disk tags=["export"] module="run"
 def sync_log(path):
     """Have the system bring all rows of a log to the disk.
 
@@ -1995,13 +2018,14 @@ def begin(folder, config):
     return Run(Path(folder), config, data, model, *feeds, Progress(), text)
 
 
-# %% go on with a run tags=["export"] module="run"
+# %% what may change tags=["export"] module="run"
 CHANGEABLE = (
     "steps", "eval_every", "eval_batches", "save_every", "keep",
     "sample_every",
 )  # fmt: skip
 
 
+# %% go on with a run tags=["export"] module="run"
 def resume(folder, **changes):
     """Take up the run in a folder; returns a `Run` and a list of warnings.
 
@@ -2036,7 +2060,7 @@ def resume(folder, **changes):
     return Run(folder, config, data, model, *feeds, at, text), warnings
 
 
-# %% what may change tags=["exporti"] module="run"
+# %% change it tags=["exporti"] module="run"
 def _changed(folder, changes):
     """The run's configuration with changes, if they are possible."""
     config = read_run(folder)
