@@ -194,7 +194,10 @@ def _resumed(args):
     run, warnings = resume(folder, **_from_fields(args, TrainConfig))
     for warning in warnings:
         print(f"llmnb: warning: {warning}", file=sys.stderr)
-    _say("resumes", f"at step {run.at.step:,} of {run.config.steps:,}")
+    where = f"at step {run.at.step:,} of {run.config.steps:,}"
+    known = {"loss": run.at.last_loss, "best validation": run.at.best_loss}
+    known = [f", {k} {x:.3f}" for k, x in known.items() if x is not None]
+    _say("resumes", where + "".join(known))
     return run
 
 

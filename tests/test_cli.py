@@ -121,6 +121,7 @@ def interrupt(monkeypatch, at, number=signal.SIGINT, times=1):
         return whole(config, model, batches, progress)
 
     monkeypatch.setattr(module, "train_step", interrupted)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

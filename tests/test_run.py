@@ -13,6 +13,7 @@ import sys
 import time
 import zlib
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -615,10 +616,13 @@ COMMAND = (
 def start(folder, *args):
     command = [sys.executable, "-m", "llmnb.cli", *map(str, args)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
+    # a shell's background job ignores Ctrl-C, and so do its children
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(
         command,
         cwd=folder,
         env=env,
+        preexec_fn=listen if os.name == "posix" else None,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
