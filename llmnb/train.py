@@ -53,7 +53,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -808,16 +808,24 @@ def read_run(folder):
     path = Path(folder) / "config.json"
     try:
         return config_from(json.loads(path.read_text("utf-8"))["config"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a run's: {error}") from None
 
 
 def config_from(found):
     """The TrainConfig of its fields, a dict as JSON holds them.
 
+    Raises KeyError, TypeError or ValueError when it holds anything else.
+
     Derived in chapter 13.
     """
-    return TrainConfig(**{**found, "corpus": tuple(found["corpus"])})
+    config = TrainConfig(**{**found, "corpus": tuple(found["corpus"])})
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if type(value) not in (each.type, int if each.type is float else None):
+            kind = each.type.__name__
+            raise TypeError(f"{each.name} must be {kind}, got {value!r}")
+    return config
 
 
 # a run from a checkpoint

@@ -59,7 +59,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -1194,16 +1194,24 @@ def read_run(folder):
     path = Path(folder) / "config.json"
     try:
         return config_from(json.loads(path.read_text("utf-8"))["config"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a run's: {error}") from None
 
 
 def config_from(found):
     """The TrainConfig of its fields, a dict as JSON holds them.
 
+    Raises KeyError, TypeError or ValueError when it holds anything else.
+
     Derived in chapter 13.
     """
-    return TrainConfig(**{**found, "corpus": tuple(found["corpus"])})
+    config = TrainConfig(**{**found, "corpus": tuple(found["corpus"])})
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if type(value) not in (each.type, int if each.type is float else None):
+            kind = each.type.__name__
+            raise TypeError(f"{each.name} must be {kind}, got {value!r}")
+    return config
 
 
 # %% write and read back
@@ -1438,11 +1446,9 @@ plt.show()
 #
 # The verdict on the rerun is stricter: our own run, repeated, gives the
 # same bits. Every kernel takes its sums in one fixed order, so neither the
-# number of threads nor their timing can change a digit. The compiler can: a
-# process that has just compiled its kernels may round a last bit otherwise
-# than a later one that finds them in the cache, because numba optimises some
-# code once more when it stores it. Runs that are to agree bit for bit should
-# both start with the kernels in the cache.
+# number of threads nor their timing can change a digit; and
+# [chapter 3](03_encoder.ipynb) sees to it that a process which has just
+# compiled its kernels computes like one that finds them in the cache.
 #
 # **In bfloat16.** `precision="bf16"` rounds the factors of every product to
 # 8 significant bits, and the products of its backward pass likewise. Then
@@ -1648,7 +1654,6 @@ plt.show()
 # other, and see the run go astray each time; and with all rows, not at all.
 
 # %% imports of the run tags=["export"] module="run"
-import csv
 import json
 import os
 import zlib
@@ -1836,7 +1841,7 @@ def read_state(path):
         )
         _check_progress(state.at)
         _check_arrays(file, state, record["sums"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a whole state: {error}") from None
     return state
 
@@ -1974,18 +1979,16 @@ def read_steps(path):
 
     Derived in chapter 13.
     """
-    steps = []
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = csv.reader(file)
-        next(rows, None)
-        for line, row in enumerate(rows, 2):
-            try:
-                values = (float(x) if x else None for x in row[1:])
-                steps.append(Step(int(row[0]), *values))
-            except (ValueError, TypeError, IndexError):
-                raise ValueError(
-                    f"{path}, line {line}: not a row of a log"
-                ) from None
+    text, steps = Path(path).read_bytes().decode("utf-8", "replace"), []
+    for line, row in enumerate(text.splitlines()[1:], 2):
+        first, *rest = row.split(",")
+        try:
+            values = (float(x) if x else None for x in rest)
+            steps.append(Step(int(first), *values))
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"{path}, line {line}: not a row of a log"
+            ) from None
     return steps
 
 

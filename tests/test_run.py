@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmnb import tokenizer
 from llmnb.run import (
@@ -599,6 +601,21 @@ def test_a_damaged_log(tmp_path, row):
     path.write_text(f"step,loss,val_loss\n0,1,\n{row}\n", "utf-8")
     with pytest.raises(ValueError, match=r"log\.csv, line 3: not a row"):
         read_steps(path)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(text=st.binary() | st.text("0123456789,.-en\n").map(str.encode))
+def test_any_log(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("log") / "log.csv"
+    path.write_bytes(b"step,loss\n" + text)
+    try:
+        steps = read_steps(path)
+    except ValueError as error:
+        assert str(error).startswith(f"{path}, line ")
+    else:
+        assert len(steps) == len(text.decode("utf-8", "replace").splitlines())
+    start_log(path, 3)
+    assert path.read_bytes().startswith(b"step,loss,val_loss,")
 
 
 # kills

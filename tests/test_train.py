@@ -12,6 +12,8 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmnb import tokenizer
 from llmnb.data import DataLoader, read_shard, write_shard
@@ -595,6 +597,37 @@ def test_a_damaged_configuration(tmp_path, text):
     (tmp_path / "config.json").write_text(text, "utf-8")
     with pytest.raises(ValueError, match="config.json is not a run's: "):
         load_run(tmp_path)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_configuration(tmp_path_factory, data):
+    """A changed value, or changed bytes: a configuration or one error."""
+    found = {"config": json.loads(json.dumps(asdict(TINY)))}
+    name = data.draw(st.sampled_from([*found["config"]]))
+    scalars = st.none() | st.booleans() | st.integers() | st.floats()
+    found["config"][name] = data.draw(
+        scalars | st.text() | st.lists(scalars | st.text(), max_size=2)
+    )
+    text = bytearray(json.dumps(found).encode())
+    for at in data.draw(st.lists(st.integers(0, len(text) - 1), max_size=1)):
+        text[at] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp("config") / "config.json"
+    path.write_bytes(text)
+    try:
+        config = read_run(path.parent)
+    except ValueError as error:
+        assert str(error).startswith(f"{path} is not a run's: ")
+    else:
+        assert isinstance(config, TrainConfig)
+        assert config.rate(0) >= 0 and config.micro_batches >= 1
+        assert isinstance(config.tokenizer, str)
+
+
+def test_a_configuration_too_deep(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000, "utf-8")
+    with pytest.raises(ValueError, match="config.json is not a run's: "):
+        read_run(tmp_path)
 
 
 def test_a_loader_of_shards_gives_the_recorded_tokens():
