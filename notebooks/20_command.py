@@ -299,6 +299,8 @@ except ImportError as error:
 # | `llmnb generate RUN` | continues a prompt with a run's model |
 # | `llmnb data FOLDER` | turns text into token shards |
 # | `llmnb plot RUN...` | draws and compares runs |
+# | `llmnb fetch NAME` | downloads a published model |
+# | `llmnb verify FOLDER` | runs llm.c's acceptance test |
 # | `llmnb bench` | measures a training step, alone or against others |
 # | `llmnb info` | versions, threads, and the size of a configuration |
 #
@@ -864,12 +866,72 @@ def _plot(args):
     _say("wrote", args.out)
 
 
+# %% llmnb fetch and llmnb verify tags=["exporti"] module="cli"
+def _add_fetch(commands):
+    from llmnb.hub import SOURCES
+
+    parser = commands.add_parser(
+        "fetch",
+        help="download a published model",
+        description="Download a model, or llm.c's starter pack, with "
+        "huggingface_hub, and print its folder.",
+    )
+    names = ", ".join(SOURCES)
+    parser.add_argument("name", metavar="NAME", help=f"one of {names}")
+    parser.set_defaults(run=_fetch)
+
+
+def _fetch(args):
+    from llmnb.hub import fetch
+
+    print(fetch(args.name))
+
+
+def _add_verify(commands):
+    parser = commands.add_parser(
+        "verify",
+        help="run llm.c's acceptance test",
+        description="Compare logits, loss, gradients and ten losses with "
+        "what PyTorch recorded, in a folder with NAME.bin and "
+        "NAME_debug_state.bin, such as llm.c's starter pack.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="the starter pack")
+    parser.add_argument(
+        "--backend", default="cpu", metavar="NAME",
+        help="cpu or reference (default: cpu)",
+    )  # fmt: skip
+    _add_threads(parser)
+    parser.set_defaults(run=_verify)
+
+
+# %% a table of verdicts tags=["exporti"] module="cli"
+def _verify(args):
+    from llmnb.starter import accept
+
+    _set_threads(args)
+    row = "{:<10} {:>8} {:>8}  {}".format
+    verdicts = {True: "ok", False: "FAIL", None: "no reference"}
+    shown, bad = 0, 0
+    for check in accept(args.folder, args.backend):
+        if not shown:
+            print(row("", "error", "allowed", ""))
+        error = "-" if check.error is None else f"{check.error:.1e}"
+        allowed = f"{check.allowed:.0e}"
+        print(row(check.name, error, allowed, verdicts[check.ok]), flush=True)
+        shown, bad = shown + 1, bad + (check.ok is False)
+    if bad:
+        print(f"{bad} of {shown} checks failed", file=sys.stderr)
+        sys.exit(1)
+
+
 # %% the command tags=["export"] module="cli"
 COMMANDS = (
     _add_train,
     _add_generate,
     _add_data,
     _add_plot,
+    _add_fetch,
+    _add_verify,
     _add_bench,
     _add_info,
 )
