@@ -92,7 +92,9 @@ def _rows_by_panel(rows):
 
             def places(i, vectors):
                 at, step = cgutils.unpack_tuple(builder, args[i + 1])
-                base = builder.gep(_data(context, builder, kinds[i], args[i]), [at])
+                base = builder.gep(
+                    _data(context, builder, kinds[i], args[i]), [at]
+                )
                 for r in range(rows):
                     down = builder.mul(step, step.type(r))
                     for v in range(vectors):
@@ -128,9 +130,7 @@ _all_rows, _two_rows, _one_row = map(_rows_by_panel, (ROWS, 2, 1))
 
 # all rows by a panel
 @inner
-def _panel_product(
-    out, o, start, s, bias, b, inp, x, panel, p, depth, count
-):
+def _panel_product(out, o, start, s, bias, b, inp, x, panel, p, depth, count):
     """o, s, x: where the first row begins, and the step to the next."""
     i = 0
     while i < count:
