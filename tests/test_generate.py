@@ -277,7 +277,7 @@ def test_samples_are_the_texts_of_the_next_seeds(batch_size):
     for i in range(3):
         alone = list(generate(model, [1, 2], 25, seed=5 + i))
         assert [step[i] for step in steps] == alone
-    assert len({step for step in zip(*steps, strict=True)}) == 3
+    assert len(set(zip(*steps, strict=True))) == 3
 
 
 def test_the_seed_after_the_last_is_the_first():
