@@ -767,6 +767,10 @@ def _add_race(parser):
         help="steps of each to measure (default: 10)",
     )  # fmt: skip
     add(
+        "--write", action="store_true",
+        help="time tokens of a 124M model instead, against transformers",
+    )  # fmt: skip
+    add(
         "--start", action="store_true",
         help="time the first step of fresh processes; without --config this "
         "alone",
@@ -785,6 +789,13 @@ def _add_outputs(parser):
 
 # %% measure tags=["exporti"] module="cli"
 def _bench(args):
+    for path in filter(None, (args.json, args.plot)):
+        if not Path(path).parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {Path(path).parent}")
+    (_bench_writers if args.write else _bench_steps)(args)
+
+
+def _bench_steps(args):
     from tqdm import tqdm
 
     from llmnb.bench import bench, report
@@ -796,14 +807,29 @@ def _bench(args):
     )  # fmt: skip
     bar = partial(tqdm, unit="round", leave=False)
     configs = _configs_of(args)
-    for path in filter(None, (args.json, args.plot)):
-        if not Path(path).parent.is_dir():
-            raise FileNotFoundError(f"there is no folder {Path(path).parent}")
     result = bench(configs, settings, args.start, bar)
     result = {"command": _command(sys.argv[1:]), **result}
     _write_result(args, result)
     as_json = json.dumps(result, indent=1)
     print(as_json if args.json == "-" else report(result))
+
+
+# %% measure writing tags=["exporti"] module="cli"
+def _bench_writers(args):
+    from llmnb.bench import bench_writers, writers_report
+    from llmnb.config import GPT2Config
+
+    if args.config or args.against or args.plot:
+        raise ValueError(
+            "--write has a model and a rival of its own, and no picture: "
+            "leave out --config, --against and --plot"
+        )
+    how = {"threads": args.threads, "python": args.torch_python}
+    result = bench_writers(GPT2Config(), rounds=args.steps, **how)
+    result = {"command": _command(sys.argv[1:]), **result}
+    _write_result(args, result)
+    as_json = json.dumps(result, indent=1)
+    print(as_json if args.json == "-" else writers_report(result))
 
 
 # %% write the files tags=["exporti"] module="cli"
