@@ -542,7 +542,7 @@ for rows, C, OC in ((1, 768, 2304), (5, 1000, 50), (64, 384, 131)):
 # %% [markdown]
 # What does it gain, and how near does it come to memory? A kernel that only
 # adds up the weights shows how fast they can be read. The weight here has
-# 38 MB, more than most caches hold.
+# 151 MB, more than a processor's cache holds.
 
 # %% a product with one row tags=["nbval-ignore-output"]
 import numba
@@ -560,10 +560,10 @@ def read_all(sums, x):
         sums[t] = total
 
 
-weight = rng.normal(0, 1, (12288, 768)).astype(np.float32)
+weight = rng.normal(0, 1, (49152, 768)).astype(np.float32)
 panels = np.empty(panels_shape(*weight.shape), np.float32)
 pack_weight(panels, weight)
-inp, out = np.ones((1, 1, 768), "f"), np.empty((1, 1, 12288), "f")
+inp, out = np.ones((1, 1, 768), "f"), np.empty((1, 1, 49152), "f")
 sums = np.zeros(numba.get_num_threads(), np.float32)
 times = {
     "read": fastest(read_all, sums, weight.reshape(len(sums), -1)),
