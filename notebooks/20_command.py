@@ -385,41 +385,95 @@ def _add_data(commands):
     parser = commands.add_parser(
         "data",
         help="turn text into token shards",
-        description="Write train.bin, val.bin and tokenizer.tiktoken, for "
-        "`llmnb train --shards FOLDER`.",
+        description="Write train and val shards and tokenizer.tiktoken, for "
+        "`llmnb train --shards FOLDER`. The corpus is stdlib, "
+        "tinyshakespeare, or files and folders of text and of JSON lines "
+        "(.jsonl), plain or packed (.gz, .zst). The same command goes on "
+        "where it was stopped.",
     )
     parser.add_argument("out", metavar="FOLDER", help="where to write")
     parser.add_argument(
-        "--force", action="store_true", help="write into a folder in use"
+        "--force", action="store_true", help="start anew in a folder in use"
     )
     names = "corpus", "limit", "tokenizer", "vocab_size"
     _add_fields(parser, DataOptions, names)
+    _add_shards(parser)
     parser.set_defaults(run=_data)
 
 
-# %% write the shards tags=["exporti"] module="cli"
-def _data(args):
-    from llmnb import tokenizer
-    from llmnb.data import write_shard
-    from llmnb.train import prepare, run_folder
+# %% the sizes of the shards tags=["exporti"] module="cli"
+def _add_shards(parser):
+    add = parser.add_argument
+    add(
+        "--field", default="text", metavar="NAME",
+        help="field of a JSON line that has the text (default: text)",
+    )  # fmt: skip
+    add(
+        "--shard-tokens", type=int, default=100_000_000, metavar="int",
+        help="tokens in a shard (default: 100000000)",
+    )  # fmt: skip
+    add(
+        "--val-tokens", type=int, default=0, metavar="int",
+        help="tokens to set aside for validation (default: a tenth, at most "
+        "32768)",
+    )  # fmt: skip
+    add(
+        "--threads", type=int, default=0, metavar="int",
+        help="threads that encode (default: one for each core)",
+    )  # fmt: skip
 
-    config = TrainConfig(
-        corpus=tuple(args.corpus),
-        limit=args.limit,
-        tokenizer=args.tokenizer,
-        vocab_size=args.vocab_size,
+
+# %% write the shards tags=["exporti"] module="cli"
+SHARD_OPTIONS = (
+    "corpus", "limit", "tokenizer", "vocab_size", "field", "shard_tokens",
+    "val_tokens",
+)  # fmt: skip
+
+
+def _data(args):
+    from llmnb import shards
+    from llmnb.documents import sources
+    from llmnb.train import make_encoding
+
+    names = [field.name for field in fields(DataOptions)]
+    options = {name: getattr(args, name) for name in SHARD_OPTIONS}
+    options["corpus"] = list(args.corpus)
+    config = TrainConfig(**{k: v for k, v in options.items() if k in names})
+    folder = shards.shards_folder(args.out, args.force)
+    corpus = sources(args.corpus, args.field)
+    pieces = shards.pieces_from(corpus, limit=args.limit)
+    encoding = make_encoding(config, (text for _, _, text, _ in pieces))
+    work = shards.write_shards(
+        folder, corpus, encoding, options, args.force, args.threads
     )
-    folder = run_folder(args.out, args.force)
-    data = prepare(config)
-    _say("corpus", data.source)
-    for name, tokens in (
-        ("train", data.train_tokens),
-        ("val", data.val_tokens),
-    ):
-        write_shard(folder / f"{name}.bin", tokens)
-        _say(name, f"{len(tokens):,} tokens in {folder / name}.bin")
-    tokenizer.save(data.encoding, folder / "tokenizer.tiktoken")
+    done = _follow_data(work, sum(source.size for source in corpus))
+    _say("corpus", _described(args.corpus, done))
+    for name, count in done.shards:
+        _say(name, f"{count:,} tokens in {folder / name}")
     _say("go on", f"llmnb train --shards {folder}")
+
+
+# %% follow the work tags=["exporti"] module="cli"
+def _follow_data(work, size):
+    """Draw a bar over the bytes read; returns the last `Progress`."""
+    from tqdm import tqdm
+
+    bar = tqdm(total=size, unit="B", unit_scale=True, dynamic_ncols=True)
+    with bar:
+        for done in work:
+            bar.update(done.read - bar.n)
+            bar.set_postfix(tokens=f"{done.tokens:,}", refresh=False)
+    return done
+
+
+def _described(names, done):
+    where = " ".join(names)
+    if where == "stdlib":
+        where += f" (Python {'.'.join(map(str, sys.version_info[:3]))})"
+    return (
+        f"{where}: {done.documents:,} documents, {done.characters:,} "
+        "characters"
+    )
 
 
 # %% llmnb bench tags=["exporti"] module="cli"
