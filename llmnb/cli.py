@@ -590,15 +590,116 @@ def _bytes(dtype, shapes):
     return sum(sizes) * np.dtype(dtype).itemsize
 
 
+# llmnb plot
+def _add_plot(commands):
+    parser = commands.add_parser(
+        "plot",
+        help="draw and compare runs",
+        description="Draw the losses, learning rates, gradient norms and "
+        "speeds of runs in one picture, and print a table. A run may still "
+        "be going on.",
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="a run folder or a log.csv")
+    add(
+        "--out", default="runs.png", metavar="FILE",
+        help="the picture, a PNG (default: runs.png)",
+    )  # fmt: skip
+    add(
+        "--window", type=int, default=20, metavar="int",
+        help="steps in a running mean (default: 20)",
+    )  # fmt: skip
+    parser.set_defaults(run=_plot)
+
+
+def _plot(args):
+    from llmnb.watch import compare_runs, read_log, run_table
+
+    logs = {path: read_log(path) for path in args.runs}
+    figure = compare_runs(logs, args.window)
+    print(*run_table(logs), sep="\n")
+    with replacing(args.out) as file:
+        figure.savefig(file, format="png")
+    _say("wrote", args.out)
+
+
+# llmnb fetch and llmnb verify
+def _add_fetch(commands):
+    from llmnb.hub import SOURCES
+
+    parser = commands.add_parser(
+        "fetch",
+        help="download a published model",
+        description="Download a model, or llm.c's starter pack, with "
+        "huggingface_hub, and print its folder.",
+    )
+    names = ", ".join(SOURCES)
+    parser.add_argument("name", metavar="NAME", help=f"one of {names}")
+    parser.set_defaults(run=_fetch)
+
+
+def _fetch(args):
+    from llmnb.hub import fetch
+
+    print(fetch(args.name))
+
+
+def _add_verify(commands):
+    parser = commands.add_parser(
+        "verify",
+        help="run llm.c's acceptance test",
+        description="Compare logits, loss, gradients and ten losses with "
+        "what PyTorch recorded, in a folder with NAME.bin and "
+        "NAME_debug_state.bin, such as llm.c's starter pack.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="the starter pack")
+    parser.add_argument(
+        "--backend", default="cpu", metavar="NAME",
+        help="cpu or reference (default: cpu)",
+    )  # fmt: skip
+    _add_threads(parser)
+    parser.set_defaults(run=_verify)
+
+
+# a table of verdicts
+def _verify(args):
+    from llmnb.starter import accept
+
+    _set_threads(args)
+    row = "{:<10} {:>8} {:>8}  {}".format
+    verdicts = {True: "ok", False: "FAIL", None: "no reference"}
+    shown, bad = 0, 0
+    for check in accept(args.folder, args.backend):
+        if not shown:
+            print(row("", "error", "allowed", ""))
+        error = "-" if check.error is None else f"{check.error:.1e}"
+        allowed = f"{check.allowed:.0e}"
+        print(row(check.name, error, allowed, verdicts[check.ok]), flush=True)
+        shown, bad = shown + 1, bad + (check.ok is False)
+    if bad:
+        print(f"{bad} of {shown} checks failed", file=sys.stderr)
+        sys.exit(1)
+
+
 # the command
 COMMANDS = (
     _add_train,
     _add_generate,
     _add_data,
+    _add_plot,
+    _add_fetch,
+    _add_verify,
     _add_bench,
     _add_info,
 )
-USER_ERRORS = (ValueError, TypeError, OSError, ArithmeticError, MemoryError)
+USER_ERRORS = (
+    ValueError,
+    TypeError,
+    OSError,
+    ArithmeticError,
+    MemoryError,
+    ImportError,  # of an extra that is not installed
+)
 
 
 def main(argv=None):

@@ -473,51 +473,122 @@ except ValueError as error:
 #
 # A model on disk is its configuration and its parameters. llm.c's format is
 # the plainest there is: a header of 256 int32 numbers, 1,024 bytes, and then
-# the group `params`, byte for byte.
+# the group `params`, number for number.
 #
 # | number | meaning |
 # |---|---|
 # | 0 | 20240326, which marks the file as a model |
-# | 1 | 3, the version: float32 |
+# | 1 | the version: 3 for float32, 5 for bfloat16 |
 # | 2 to 7 | `max_seq_len`, `vocab_size`, `num_layers`, `num_heads`, `channels`, padded vocabulary |
 # | 8 to 255 | zero |
 #
-# Writing goes through `replacing` from [chapter 0](00_gpt2.ipynb), in pieces
-# of 16 MiB, so that no second copy of the model is made.
+# *bfloat16* is the upper half of a float32: the sign, all eight bits of the
+# exponent, and seven of the 23 bits behind the point. It reads back by putting
+# 16 zero bits below. To write it we must round. Let $u$ be a float32's 32
+# bits, taken as a whole number. The bits of positive floats count upwards as
+# the floats do, so rounding the number is rounding $u / 2^{16}$ to a whole
+# number. Adding half, $2^{15}$, and dropping 16 bits rounds to the nearest,
+# and a tie upwards. IEEE sends a tie to the even neighbour, that is, down
+# when bit 16 of $u$ is 0. So add one less in that case:
+#
+# $$ \text{bf16}(u) = \Big\lfloor \frac{u + 2^{15} - 1 + b_{16}(u)}{2^{16}}
+#    \Big\rfloor , \tag{2.2} $$
+#
+# where $b_{16}(u)$ is bit 16. A carry runs from the fraction into the exponent,
+# which is right: above the largest fraction comes the next power of two, and
+# above the largest number infinity. What (2.2) spoils is NaN, whose fraction
+# is not zero but may be in its upper half, or overflow. So a NaN is cut
+# off instead, with one bit set.
 
 # %% imports of the checkpoint tags=["export"] module="checkpoint"
 import os
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
-from llmnb.config import GPT2Config, parameter_count
+from llmnb.checks import check_array, check_float
+from llmnb.config import GPT2Config, parameter_count, parameter_shapes
 from llmnb.files import replacing
 
+
+# %% to bfloat16 and back tags=["export"] module="checkpoint"
+def to_bfloat16(x):
+    """The 16 bits of the bfloat16 nearest to each number, equation (2.2).
+
+    x: float32, of any shape. Returns uint16 of the same shape. A tie goes
+    to the even neighbour, what is too large to infinity; NaN stays NaN.
+
+    Derived in chapter 2.
+    """
+    bits = x.view(np.uint32)
+    nearest = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
+    cut = bits >> 16 | 0x40
+    return np.where(np.isnan(x), cut, nearest).astype(np.uint16)
+
+
+def from_bfloat16(bits):
+    """The float32 numbers that bfloat16 bits (uint16) stand for, exactly.
+
+    Derived in chapter 2.
+    """
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+# %% four numbers, rounded
+numbers = [1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, np.nan]
+halves = to_bfloat16(np.array(numbers, np.float32))
+print([f"{h:04x}" for h in halves])
+
+# %% [markdown]
+# The first two lie halfway between neighbours and went to the even one, one
+# down and one up; the third lies above the largest bfloat16 by more than half a
+# step, and became infinity; NaN stayed NaN. [Chapter 16](16_models.ipynb) proves the rounding for every
+# bfloat16 and measures what it does to a model.
+#
+# Writing goes through `replacing` from [chapter 0](00_gpt2.ipynb), in pieces
+# of 4 Mi numbers, so that no second copy of the model is made.
+
 # %% the header tags=["export"] module="checkpoint"
-MAGIC, VERSION = 20240326, 3
+MAGIC = 20240326
+BODIES = {3: "<f4", 5: "<u2"}  # a version and how its numbers are stored
 HEADER = 256  # int32 numbers, 1,024 bytes
 CHUNK = 1 << 22  # numbers read or written at a time: 16 MiB of float32
 
 
 # %% write a checkpoint tags=["export"] module="checkpoint"
-def write_checkpoint(path, cfg, params):
-    """Write a model in llm.c's .bin format, version 3 (float32).
+def write_checkpoint(path, cfg, params, version=3):
+    """Write a model in llm.c's .bin format.
 
     params: the flat 1-D array of all parameters in the order of
-    parameter_shapes(cfg). The file appears whole or not at all.
+    parameter_shapes(cfg). version: 3 for float32, 5 for bfloat16, rounded
+    from float32 to nearest; ValueError for another. The file appears whole
+    or not at all.
 
     Derived in chapter 2.
     """
+    if version not in BODIES:
+        raise ValueError(
+            f"write_checkpoint: version must be 3 (float32) or 5 (bfloat16), "
+            f"got {version!r}"
+        )
     header = np.zeros(HEADER, "<i4")
-    header[:8] = MAGIC, VERSION, *_sizes(cfg)
+    header[:8] = MAGIC, version, *_sizes(cfg)
     with replacing(path) as file:
         file.write(header.tobytes())
-        for first in range(0, params.size, CHUNK):
-            part = params[first : first + CHUNK]
-            file.write(part.astype("<f4", copy=False).data)
+        for part in _pieces(params):
+            part = part.astype(np.float32, copy=False)
+            body = to_bfloat16(part) if version == 5 else part
+            file.write(body.astype(BODIES[version], copy=False).data)
 
 
-# %% the six sizes tags=["exporti"] module="checkpoint"
+# %% pieces, and the six sizes tags=["exporti"] module="checkpoint"
+def _pieces(flat):
+    """A 1-D array as views of at most CHUNK numbers."""
+    for first in range(0, flat.size, CHUNK):
+        yield flat[first : first + CHUNK]
+
+
 def _sizes(cfg):
     return (
         cfg.max_seq_len,
@@ -536,16 +607,9 @@ def _sizes(cfg):
 # length of the file *before* anything is allocated.
 
 
-# %% read a header tags=["export"] module="checkpoint"
-def read_config(path):
-    """The configuration in a checkpoint's header, checked against the file.
-
-    Raises ValueError, naming the file, when it is not llm.c's .bin of
-    version 3, when its sizes make no model, or when its length is not what
-    these sizes require. Nothing is allocated before that is known.
-
-    Derived in chapter 2.
-    """
+# %% read a header tags=["exporti"] module="checkpoint"
+def _bin_header(path):
+    """Version and configuration of a .bin, checked against its length."""
     with open(path, "rb") as file:
         raw = file.read(4 * HEADER)
     if len(raw) < 4 * HEADER:
@@ -553,68 +617,57 @@ def read_config(path):
             f"{path}: {len(raw)} bytes are too few for a header of 1024"
         )
     magic, version, *sizes = np.frombuffer(raw, "<i4")[:8].tolist()
-    if (magic, version) != (MAGIC, VERSION):
+    if magic != MAGIC or version not in BODIES:
         raise ValueError(
-            f"{path}: magic {magic} and version {version}, where a float32 "
-            f"model has {MAGIC} and {VERSION}"
+            f"{path}: magic {magic} and version {version}, where a model "
+            f"has {MAGIC} and 3 or 5"
         )
-    try:
-        cfg = GPT2Config(*sizes[:5])
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    cfg = _config(path, sizes[:5])
     if cfg.padded_vocab_size != sizes[5]:
         raise ValueError(
             f"{path}: padded vocabulary {sizes[5]}, where "
             f"{cfg.vocab_size} tokens make {cfg.padded_vocab_size}"
         )
-    _check_length(path, cfg)
-    return cfg
+    _check_length(path, version, cfg)
+    return version, cfg
 
 
-# %% check the length tags=["exporti"] module="checkpoint"
-def _check_length(path, cfg):
-    count = parameter_count(cfg)
-    want, got = 4 * HEADER + 4 * count, os.path.getsize(path)
+# %% check the sizes and the length tags=["exporti"] module="checkpoint"
+def _config(path, sizes):
+    try:
+        return GPT2Config(*sizes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _check_length(path, version, cfg):
+    width = np.dtype(BODIES[version]).itemsize
+    want = 4 * HEADER + width * parameter_count(cfg)
+    got = os.path.getsize(path)
     if got != want:
         raise ValueError(
             f"{path}: {got:,} bytes, where the header's model takes {want:,}"
         )
 
 
-# %% read a checkpoint tags=["export"] module="checkpoint"
-def read_checkpoint(path, params):
-    """Read a checkpoint's parameters into a flat array, in place.
-
-    params: 1-D, float32 or float64, as long as the file's model, whose
-    header read_config has checked. Raises ValueError when the file is
-    shorter.
-
-    Derived in chapter 2.
-    """
+# %% read a .bin tags=["exporti"] module="checkpoint"
+def _read_bin(path, version, params):
+    """Fill params, checked before, from the numbers behind the header."""
     with open(path, "rb") as file:
         file.seek(4 * HEADER)
-        for first in range(0, params.size, CHUNK):
-            part = params[first : first + CHUNK]
-            body = np.fromfile(file, "<f4", count=part.size)
-            if body.size != part.size:
-                raise ValueError(
-                    f"{path}: ends after {first + body.size:,} numbers, "
-                    f"where the model has {params.size:,}"
-                )
-            part[...] = body
+        for name, array in params.items():
+            for part in _pieces(array.reshape(-1)):
+                body = np.fromfile(file, BODIES[version], part.size)
+                if body.size != part.size:
+                    raise ValueError(f"{path}: ends within {name}")
+                part[...] = from_bfloat16(body) if version == 5 else body
 
 
-# %% there and back
+# %% three bad files
 folder = Path(tempfile.mkdtemp())
 params = arena.flat("params")
 params[...] = np.random.default_rng(2).normal(size=params.size)
 write_checkpoint(folder / "model.bin", small, params)
-again = np.zeros_like(params)
-read_checkpoint(folder / "model.bin", again)
-print(read_config(folder / "model.bin"))
-compare("parameters", again, params, tol=1e-30)
-
-# %% three bad files
 whole = (folder / "model.bin").read_bytes()
 header = np.frombuffer(whole[:1024], np.int32).copy()
 header[4] = 12  # claims twelve blocks
@@ -626,20 +679,192 @@ bad_files = {
 for name, raw in bad_files.items():
     (folder / name).write_bytes(raw)
     try:
-        read_config(folder / name)
+        _bin_header(folder / name)
     except ValueError as error:
         print(str(error).replace(f"{folder}{os.sep}", ""))
 
 # %% [markdown]
-# ## For other programs
+# ## Any arrays in one file
 #
-# Most programs that read GPT-2 expect Hugging Face's layout: one file in the
-# *safetensors* format, a table of names, shapes and offsets followed by the
-# numbers, much like our arena. The names are others, each block's tensors
-# stand by themselves, the four matrices of a block are stored transposed,
-# (inputs, outputs), and there is no padding. The library `safetensors`
-# writes the file; we give it the tensors under their names.
+# The header of a `.bin` has room for one kind of model. For anything else we
+# use *safetensors*, the format of the Hugging Face hub, and it is much like
+# our arena: a table of names, types, shapes and places, then the numbers.
+#
+# | bytes | meaning |
+# |---|---|
+# | 0 to 7 | $n$, the length of the table |
+# | 8 to $8 + n$ | the table, as JSON: for each name its `dtype`, `shape` and `data_offsets`, counted from the table's end; under `__metadata__` pairs of strings |
+# | the rest | the arrays one after the other, without a gap |
+#
+# The library `safetensors` writes such a file from a copy of all arrays in
+# memory. Our models fill half of a machine's memory, so we write ourselves,
+# one array after the other.
 
+# %% imports of the container tags=["export"] module="tensors"
+import json
+
+import numpy as np
+
+from llmnb.files import replacing
+
+# %% types by their names tags=["export"] module="tensors"
+DTYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "I64": "<i8",
+    "U64": "<u8",
+    "I32": "<i4",
+    "U32": "<u4",
+    "U16": "<u2",
+    "U8": "|u1",
+    "BF16": "<u2",  # read as float32; we write none
+}
+NAMES = {np.dtype(v): k for k, v in DTYPES.items() if k != "BF16"}
+
+
+# %% write tensors tags=["export"] module="tensors"
+def write_tensors(path, tensors, metadata=None):
+    """Write named arrays as one safetensors file.
+
+    tensors: a mapping from name to array, of any shape and a dtype in
+    `DTYPES`, or TypeError is raised. metadata: a mapping from str to str.
+    No more than one array is copied at a time. The file appears whole or
+    not at all.
+
+    Derived in chapter 2.
+    """
+    table, at = {"__metadata__": dict(metadata or {})}, 0
+    # the widest numbers first, so that each array begins at a multiple of
+    # its numbers' size
+    order = sorted(tensors, key=lambda name: -tensors[name].itemsize)
+    for name in order:
+        x = tensors[name]
+        table[name] = _entry(name, x, at)
+        at += x.nbytes
+    head = json.dumps(table).encode()
+    head += b" " * (-len(head) % 8)
+    with replacing(path) as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for name in order:
+            file.write(np.ascontiguousarray(tensors[name]).reshape(-1).data)
+
+
+# %% a row of the table tags=["exporti"] module="tensors"
+def _entry(name, x, at):
+    kind = NAMES.get(x.dtype)
+    if kind is None:
+        known = ", ".join(d.name for d in NAMES)
+        raise TypeError(
+            f"write_tensors: {name} must be one of {known}, got {x.dtype}"
+        )
+    places = [at, at + x.nbytes]
+    return {"dtype": kind, "shape": list(x.shape), "data_offsets": places}
+
+
+# %% [markdown]
+# Reading is the library's job: it knows how a table can lie. Names that
+# overlap, offsets beyond the end, a shape that does not match its bytes, a
+# table of a gigabyte: it refuses them all before a number is read. What it
+# cannot give to NumPy is bfloat16, a type that NumPy does not have: the
+# upper half of a float32. So after the library has checked the table we read
+# the bytes ourselves, and put 16 zero bits below each bfloat16.
+
+
+# %% read tensors tags=["export"] module="tensors"
+class TensorFile:
+    """The arrays of a safetensors file, each read when it is asked for.
+
+    Raises ValueError, naming the file, when it is not a whole safetensors
+    file, and OSError when it cannot be read. metadata: a dict of str. names:
+    a list. file[name] is a new array; bfloat16 becomes float32. ValueError
+    for a dtype that is not in `DTYPES`, KeyError for an unknown name.
+
+    Derived in chapter 2.
+    """
+
+    def __init__(self, path):
+        from safetensors import SafetensorError, safe_open
+
+        self.path = path
+        with open(path, "rb") as file:
+            try:
+                with safe_open(path, framework="numpy") as checked:
+                    self.metadata = dict(checked.metadata() or {})
+            except SafetensorError as error:
+                raise ValueError(
+                    f"{path}: not a whole safetensors file ({error})"
+                ) from None
+            size = int.from_bytes(file.read(8), "little")
+            self._table = json.loads(file.read(size))
+        self._table.pop("__metadata__", None)
+        self._start = 8 + size
+        self.names = list(self._table)
+
+    def shape(self, name):
+        """The shape of an array, a tuple; nothing is read."""
+        return tuple(self._table[name]["shape"])
+
+    def dtype(self, name):
+        """The format's name for an array's type, such as "F32"."""
+        return self._table[name]["dtype"]
+
+    def __getitem__(self, name):
+        kind, (start, stop) = self.dtype(name), self._span(name)
+        if kind not in DTYPES:
+            raise ValueError(f"{self.path}: {name} is {kind}, not a number")
+        offset, dtype = self._start + start, np.dtype(DTYPES[kind])
+        count = (stop - start) // dtype.itemsize
+        x = np.fromfile(self.path, dtype, count, offset=offset)
+        if x.size != count:
+            raise ValueError(f"{self.path}: ends within {name}")
+        if kind == "BF16":
+            x = (x.astype(np.uint32) << 16).view(np.float32)
+        return x.reshape(self.shape(name))
+
+    def _span(self, name):
+        return self._table[name]["data_offsets"]
+
+
+# %% any arrays, there and back
+from llmnb.tensors import TensorFile, write_tensors
+
+arrays = {
+    "weights": np.random.default_rng(3).normal(size=(3, 5)).T,
+    "step": np.array(17),
+    "nothing": np.zeros((0, 4), np.float32),
+}
+write_tensors(folder / "any.safetensors", arrays, {"note": "hello"})
+file = TensorFile(folder / "any.safetensors")
+print(file.metadata, {x: file.shape(x) for x in file.names})
+same = all(np.array_equal(file[x], arrays[x]) for x in arrays)
+verdict("arrays", same, "come back to the last bit")
+
+# %% a file that ends early
+whole = (folder / "any.safetensors").read_bytes()
+(folder / "short.safetensors").write_bytes(whole[:-8])
+try:
+    TensorFile(folder / "short.safetensors")
+except ValueError as error:
+    print(str(error).replace(f"{folder}{os.sep}", ""))
+
+# %% [markdown]
+# ## From and for other programs
+#
+# Most programs that read GPT-2 expect Hugging Face's layout: safetensors with
+# other names, each block's tensors by themselves, no padding, and the four
+# matrices of a block transposed, (inputs, outputs). GPT-2 was first written
+# with a one-wide convolution in the place of a linear layer, and the layout
+# has kept its order. Ours, (outputs, inputs), is that of llm.c and PyTorch.
+#
+# `_places` below says of each tensor there which of our sixteen it belongs
+# to, and at which index. Reading, writing and checking all go by it.
+
+# %% imports for the hub's layout tags=["export"] module="checkpoint"
+import json
+import re
+
+from llmnb.tensors import TensorFile, write_tensors
 
 # %% names elsewhere tags=["export"] module="checkpoint"
 OUTER = {
@@ -658,57 +883,384 @@ INNER = {
 }
 
 
+# %% where each tensor belongs tags=["exporti"] module="checkpoint"
+def _places(cfg):
+    """Name elsewhere -> (our name, index): a block's number, or a slice."""
+    places = {there: (ours, slice(None)) for ours, there in OUTER.items()}
+    places["wte.weight"] = "wte", slice(cfg.vocab_size)
+    for layer in range(cfg.num_layers):
+        for ours, there in INNER.items():
+            for kind in ("weight", "bias"):
+                name = f"h.{layer}.{there}.{kind}"
+                places[name] = ours + kind[0], layer
+    return places
+
+
+def _part(array, index):
+    """The part of one of our arrays that is a tensor there: a view."""
+    return array[index] if isinstance(index, slice) else array[index].T
+
+
 # %% write safetensors tags=["export"] module="checkpoint"
 def write_safetensors(path, cfg, params):
     """Write a model as safetensors, in Hugging Face's layout of GPT-2.
 
     params: a mapping from llm.c's names to arrays, as `GPT2.params`. The
-    tensors are float32, without padding. The file appears whole or not at
+    tensors are float32, without padding; the number of heads, which no
+    shape shows, stands in the metadata. The file appears whole or not at
     all.
 
     Derived in chapter 2.
     """
-    from safetensors.numpy import save
-
-    tensors = {OUTER[n]: params[n] for n in OUTER}
-    tensors["wte.weight"] = params["wte"][: cfg.vocab_size]
-    for layer in range(cfg.num_layers):
-        for ours, theirs in INNER.items():
-            weight, bias = params[ours + "w"][layer], params[ours + "b"][layer]
-            name = f"h.{layer}.{theirs}"
-            tensors[f"{name}.weight"] = weight.T
-            tensors[f"{name}.bias"] = bias
     tensors = {
-        name: np.ascontiguousarray(x, np.float32)
-        for name, x in tensors.items()
+        name: _part(params[ours], index).astype(np.float32, copy=False)
+        for name, (ours, index) in _places(cfg).items()
     }
-    with replacing(path) as file:
-        file.write(save(tensors, metadata={"format": "pt"}))
+    # the library transformers wants the format named
+    metadata = {"format": "pt", "n_head": str(cfg.num_heads)}
+    write_tensors(path, tensors, metadata)
 
 
 # %% what is in the file
-from safetensors.numpy import load_file
-
 write_safetensors(folder / "model.safetensors", small, arena["params"])
-tensors = load_file(folder / "model.safetensors")
-for name in list(tensors)[:4]:
-    print(name, tensors[name].shape)
+file = TensorFile(folder / "model.safetensors")
+for name in file.names[:4]:
+    print(name, file.shape(name))
 qkvw = arena["params"]["qkvw"]
-compare("qkvw", tensors["h.1.attn.c_attn.weight"].T, qkvw[1], tol=1e-30)
+compare("qkvw", file["h.1.attn.c_attn.weight"].T, qkvw[1], tol=1e-30)
+
+# %% [markdown]
+# A *model folder* holds such a file as `model.safetensors`, and the numbers
+# of the configuration in `config.json`. With the two, `transformers` loads
+# the model by the folder's name.
+
+# %% the model's description tags=["exporti"] module="checkpoint"
+# settings that change what a GPT-2 computes, and the values we compute with
+FIXED = {
+    "model_type": ["gpt2"],
+    "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+    "layer_norm_epsilon": [1e-5],
+    "scale_attn_weights": [True],
+    "scale_attn_by_inverse_layer_idx": [False],
+    "add_cross_attention": [False],
+    "tie_word_embeddings": [True],
+}
+
+
+def _described(cfg):
+    """The sizes of a model by the names of config.json."""
+    return {
+        "n_positions": cfg.max_seq_len,
+        "vocab_size": cfg.vocab_size,
+        "n_layer": cfg.num_layers,
+        "n_head": cfg.num_heads,
+        "n_embd": cfg.channels,
+    }
+
+
+# %% write a folder tags=["export"] module="checkpoint"
+def write_folder(folder, cfg, params):
+    """Write a model folder that `transformers` reads: GPT2LMHeadModel.
+
+    The folder is made if it is not there; in it config.json and
+    model.safetensors are replaced. params: as for write_safetensors. Raises
+    ValueError when there is a config.json that describes no GPT-2.
+
+    Derived in chapter 2.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    if path.exists() and _read_json(path).get("model_type") != "gpt2":
+        raise ValueError(f"{path}: describes no GPT-2, and is left alone")
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {name: values[0] for name, values in FIXED.items()}
+    config |= _described(cfg)
+    config["architectures"] = ["GPT2LMHeadModel"]
+    # our encodings end with the token that ends a text
+    config["bos_token_id"] = config["eos_token_id"] = cfg.vocab_size - 1
+    write_safetensors(folder / "model.safetensors", cfg, params)
+    with replacing(path) as file:
+        file.write(json.dumps(config, indent=1).encode() + b"\n")
+
+
+# %% read JSON tags=["exporti"] module="checkpoint"
+def _read_json(path):
+    try:
+        found = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: must hold a JSON object")
+    return found
+
+
+# %% [markdown]
+# Files by others vary. Some names begin with `transformer.`; some files hold
+# the causal masks, `attn.bias` and `attn.masked_bias`, which are no parameters;
+# some hold the output matrix once more as `lm_head.weight`, which must then
+# equal `wte`. And a large model lies in several files, with an *index* that
+# names the file of each tensor. A name from a file is used as a path here, and
+# must not lead out of the folder.
+
+# %% files and their index tags=["exporti"] module="checkpoint"
+INDEX = "model.safetensors.index.json"
+
+
+def _indexed(path):
+    """Tensor name -> TensorFile, for the files that an index names."""
+    table = _read_json(path).get("weight_map")
+    names = table.values() if isinstance(table, dict) else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: weight_map must map tensors to files")
+    files = {name: _neighbour(path, name) for name in set(names)}
+    held = {name: set(file.names) for name, file in files.items()}
+    for tensor, name in table.items():
+        if tensor not in held[name]:
+            raise ValueError(f"{path}: {name} has no tensor {tensor}")
+    return {tensor: files[name] for tensor, name in table.items()}
+
+
+def _neighbour(path, name):
+    """The TensorFile of that name in the folder of `path`."""
+    if name in ("", ".", "..") or set(name) & set("/\\:\0"):
+        raise ValueError(
+            f"{path}: {name!r} must name a file in the same folder"
+        )
+    return TensorFile(path.parent / name)
+
+
+# %% tensors by their short names tags=["exporti"] module="checkpoint"
+def _tensors(path):
+    """Name without prefix -> (TensorFile, name in it)."""
+    if path.suffix == ".json":
+        found = _indexed(path)
+    else:
+        file = TensorFile(path)
+        found = dict.fromkeys(file.names, file)
+    tensors = {}
+    for name, file in found.items():
+        short = name.removeprefix("transformer.")
+        if short in tensors:
+            raise ValueError(f"{path}: {short} comes twice")
+        tensors[short] = file, name
+    return tensors
+
+
+# %% [markdown]
+# The shapes tell the configuration, all but the number of heads: our own
+# files name it, a `config.json` beside the file does, and otherwise a head
+# is taken to have 64 channels, as in every GPT-2 that was published. A
+# `config.json` that contradicts the shapes is an error, and so is one that asks
+# for another computation than ours.
+
+
+# %% the configuration of a set of tensors tags=["exporti"] module="checkpoint"
+def _hub_config(path, tensors):
+    """The configuration that the shapes give, checked tensor by tensor."""
+    described = path.parent / "config.json"
+    config = _read_json(described) if described.exists() else {}
+    for name, known in FIXED.items():
+        if config.get(name, known[0]) not in known:
+            raise ValueError(
+                f"{described}: {name} is {config[name]!r}, where a GPT-2 "
+                f"has {known[0]!r}"
+            )
+    sizes = _sizes_of(path, tensors)
+    heads = _heads(path, tensors, config, sizes[-1])
+    cfg = _config(path, [*sizes[:3], heads, sizes[-1]])
+    for name, value in _described(cfg).items():
+        if config.get(name, value) != value:
+            raise ValueError(
+                f"{described}: {name} is {config[name]!r}, where "
+                f"{path.name} has {value}"
+            )
+    _check_shapes(path, cfg, tensors)
+    return cfg
+
+
+# %% sizes from shapes tags=["exporti"] module="checkpoint"
+def _sizes_of(path, tensors):
+    """max_T, V, L and C from the embeddings and the number of blocks."""
+    for name in ("wte.weight", "wpe.weight"):
+        if name not in tensors:
+            raise ValueError(f"{path}: no GPT-2, it has no tensor {name}")
+        file, full = tensors[name]
+        if len(file.shape(full)) != 2:
+            raise ValueError(
+                f"{path}: {full} must be a matrix, got {file.shape(full)}"
+            )
+    (wte, long), (wpe, full) = tensors["wte.weight"], tensors["wpe.weight"]
+    layers = 0
+    while f"h.{layers}.ln_1.weight" in tensors:
+        layers += 1
+    vocab_size, channels = wte.shape(long)
+    return wpe.shape(full)[0], vocab_size, layers, channels
+
+
+def _heads(path, tensors, config, channels):
+    """The number of heads: written down, or one for 64 channels."""
+    file, _ = tensors["wte.weight"]
+    written = file.metadata.get("n_head", "")
+    if written.isdecimal() and len(written) < 10:
+        return int(written)
+    if "n_head" in config:
+        return config["n_head"]
+    if channels % 64:
+        raise ValueError(
+            f"{path}: how many heads? There is no config.json beside it, "
+            f"and {channels} channels are no multiple of 64"
+        )
+    return channels // 64
+
+
+# %% check all shapes tags=["exporti"] module="checkpoint"
+# masks, and the output matrix that is wte once more
+IGNORED = re.compile(r"h\.\d+\.attn\.(masked_)?bias|lm_head\.weight")
+
+
+def _check_shapes(path, cfg, tensors):
+    """Raise unless there is each tensor of the model, and no other."""
+    shapes = parameter_shapes(cfg) | {"wte": (cfg.vocab_size, cfg.channels)}
+    places = _places(cfg)
+    for name, (ours, index) in places.items():
+        if name not in tensors:
+            raise ValueError(f"{path}: has no tensor {name}")
+        file, full = tensors[name]
+        outer = isinstance(index, slice)
+        want = shapes[ours] if outer else shapes[ours][:0:-1]
+        if file.shape(full) != want:
+            raise ValueError(
+                f"{path}: {full} must be {want}, got {file.shape(full)}"
+            )
+        if file.dtype(full) not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(
+                f"{path}: {full} must be a float, got {file.dtype(full)}"
+            )
+    for name in sorted(set(tensors) - set(places)):
+        if not IGNORED.fullmatch(name):
+            raise ValueError(f"{path}: GPT-2 has no tensor {name}")
+
+
+# %% read tensors into place tags=["exporti"] module="checkpoint"
+def _read_hub(path, cfg, tensors, params):
+    """Fill params, checked before, one tensor at a time."""
+    if "lm_head.weight" in tensors:
+        (head, name), (file, wte) = (
+            tensors[x] for x in ("lm_head.weight", "wte.weight")
+        )
+        if not np.array_equal(head[name], file[wte], equal_nan=True):
+            raise ValueError(f"{path}: lm_head.weight must equal {wte}")
+    for name, (ours, index) in _places(cfg).items():
+        file, full = tensors[name]
+        _part(params[ours], index)[...] = file[full]
+    params["wte"][cfg.vocab_size :] = 0
+
+
+# %% [markdown]
+# ## One door for every format
+#
+# A caller should not need to know which format it has. A folder is looked
+# into; otherwise the name's ending decides.
+
+
+# %% which file it is tags=["exporti"] module="checkpoint"
+def _find(path):
+    """The file to read: the path itself, or what a folder holds."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    names = "model.safetensors", INDEX, "model.bin"
+    for name in names:
+        if (path / name).exists():
+            return path / name
+    raise FileNotFoundError(f"{path}: holds none of {', '.join(names)}")
+
+
+def _open(path):
+    """A model's configuration, and the function that fills its params."""
+    path = _find(path)
+    if path.suffix in (".safetensors", ".json"):
+        tensors = _tensors(path)
+        cfg = _hub_config(path, tensors)
+        return cfg, partial(_read_hub, path, cfg, tensors)
+    version, cfg = _bin_header(path)
+    return cfg, partial(_read_bin, path, version)
+
+
+# %% read any model tags=["export"] module="checkpoint"
+def read_config(path):
+    """The configuration of a model on disk, checked against its files.
+
+    path: llm.c's .bin (float32 or bfloat16), a .safetensors file or the
+    index of several in Hugging Face's layout, or a folder that holds one
+    of these as model.bin, model.safetensors or model.safetensors.index.json.
+    Raises ValueError, naming the file, when it is no GPT-2, or when its
+    sizes, its shapes or its length do not fit; OSError when it cannot be
+    read. Nothing is allocated before that is known.
+
+    Derived in chapter 2.
+    """
+    return _open(path)[0]
+
+
+def read_checkpoint(path, cfg, params):
+    """Read a model's parameters into arrays, in place.
+
+    path: as for read_config, and cfg what that returned. params: a mapping
+    from llm.c's names to arrays in the shapes of parameter_shapes(cfg),
+    float32 or float64, as `GPT2.params`. Raises ValueError or TypeError when
+    they do not fit the file, before any is written to, and ValueError when
+    the file ends early after all.
+
+    Derived in chapter 2.
+    """
+    found, fill = _open(path)
+    if found != cfg:
+        raise ValueError(f"{path}: holds {found}, not {cfg}")
+    ours = {}
+    for name, shape in parameter_shapes(cfg).items():
+        ours[name] = params[name]
+        check_float(f"read_checkpoint: {name}", params[name])
+        dtype = params[name].dtype
+        check_array(f"read_checkpoint: {name}", params[name], shape, dtype)
+    fill(ours)
+
+
+# %% there and back
+write_folder(folder / "elsewhere", small, arena["params"])
+write_checkpoint(folder / "half.bin", small, params, version=5)
+again = Arena({"params": (np.float32, parameter_shapes(small))})
+arena["params"]["wte"][small.vocab_size :] = 0  # the padding is not kept
+for name, tol in (
+    ("model.bin", 1e-30),
+    ("elsewhere", 1e-30),
+    ("half.bin", 2**-8),
+):
+    cfg = read_config(folder / name)
+    read_checkpoint(folder / name, cfg, again["params"])
+    compare(name, again["params"]["fcw"], arena["params"]["fcw"], tol)
+
+# %% a folder that leads elsewhere
+index = {"weight_map": {"wte.weight": "../model.safetensors"}}
+(folder / "index.json").write_text(json.dumps(index))
+try:
+    read_config(folder / "index.json")
+except ValueError as error:
+    print(str(error).replace(f"{folder}{os.sep}", ""))
 
 # %% [markdown]
 # ## Count it
 #
 # The memory of a model that trains is, in numbers of four bytes,
 #
-# $$ M = 4 N + B T \left( L \cdot 16 C + 12 C + V_p \right) + \dots \tag{2.2} $$
+# $$ M = 4 N + B T \left( L \cdot 16 C + 12 C + V_p \right) + \dots \tag{2.3} $$
 #
 # with $16 C$ numbers kept for each token by each block (five arrays of width
 # $C$, one of $3C$, two of $4C$) and, once for all blocks, $12 C$ more:
 # `encoded`, `lnf`, and the $10 C$ of a block's gradients. $N$ counts the
 # parameters with the padding here, and the dots stand for the narrow arrays.
 
-# %% equation (2.2) against the table
+# %% equation (2.3) against the table
 cfg, B, T = GPT2Config(), 4, 1024
 L, C, Vp = cfg.num_layers, cfg.channels, cfg.padded_vocab_size
 N = sum(math.prod(s) for s in parameter_shapes(cfg).values())

@@ -403,27 +403,34 @@ class GPT2:
     def from_checkpoint(
         cls, path, batch_size, seq_len, backend="cpu", precision="fp32"
     ):
-        """A GPT2 with the weights of a file in llm.c's .bin format.
+        """A GPT2 with weights from disk, in any format that is known.
 
-        Raises ValueError, naming the file, when its header, its length or
-        its sizes do not fit; FileNotFoundError when there is none.
+        path: llm.c's .bin, a .safetensors file or the index of several, or
+        a model folder; see llmnb.checkpoint.read_config. Raises ValueError,
+        naming the file, when its sizes do not fit; OSError when it cannot
+        be read.
         """
         cfg = read_config(path)
         model = cls(cfg, batch_size, seq_len, backend, precision, seed=None)
-        read_checkpoint(path, model.memory.flat("params"))
+        read_checkpoint(path, cfg, model.params)
         return model
 
-    def save_checkpoint(self, path):
-        """Write the parameters in float32, in the format the name asks for.
+    def save_checkpoint(self, path, precision="fp32"):
+        """Write the parameters in the format that the name asks for.
 
-        Hugging Face's layout for a name that ends in .safetensors, else
-        llm.c's .bin, version 3. The file is written beside its place and
-        renamed; when that fails the old one is untouched.
+        Hugging Face's layout for a name that ends in .safetensors, float32
+        only; else llm.c's .bin, with precision "fp32" version 3, with
+        "bf16" version 5, half as long. The file is written beside its place
+        and renamed; when that fails the old one is untouched. Raises
+        ValueError for a precision that the format lacks.
         """
-        if str(path).endswith(".safetensors"):
+        known = {"fp32": 3, "bf16": 5}
+        if not str(path).endswith(".safetensors"):
+            version = known[_choose("precision", precision, known)]
+            flat = self.memory.flat("params")
+            write_checkpoint(path, self.cfg, flat, version)
+        elif _choose("precision", precision, ["fp32"]):
             write_safetensors(path, self.cfg, self.params)
-        else:
-            write_checkpoint(path, self.cfg, self.memory.flat("params"))
 
     def forward(self, tokens, targets=None):
         """The mean loss of a batch as a float, or None without targets.

@@ -28,6 +28,7 @@ gpt2_diagram(lit="all")
 #
 # At the end of this chapter you can
 #
+# - watch a run, and lay several over one another;
 # - find the function behind each command of `llmnb`;
 # - add an option, in one place;
 # - say what a command does with a mistake of its user, and why.
@@ -44,16 +45,262 @@ from tempfile import TemporaryDirectory
 from llmnb.verify import verdict
 
 # %% [markdown]
+# ## Watch a run
+#
+# A run writes a row of numbers a step into `log.csv`, and each row is on
+# disk before the next step begins. So a run can be watched while it goes on,
+# and read after it has died. The last row may be half a row, when the power
+# failed while it was written: a row without its line's end is left out.
+
+# %% imports of the watcher tags=["export"] module="watch"
+import csv
+import time
+from pathlib import Path
+
+import numpy as np
+
+
+# %% read a log tags=["export"] module="watch"
+def read_log(path):
+    """The columns of a run's log, by name.
+
+    path: a log.csv, or the folder of a run. Returns a dict from a column's
+    name to an array (2, N) of float64: steps, and the values that the
+    column has at them; N is 0 for an empty column. A last row without a
+    line's end is left out. Raises OSError, or ValueError with the file's
+    name and the line that is no row of numbers.
+
+    Derived in chapter 20.
+    """
+    path = Path(path)
+    path = path / "log.csv" if path.is_dir() else path
+    text = path.read_bytes().decode("utf-8", "replace")
+    rows = csv.reader(text[: text.rfind("\n") + 1].splitlines())
+    names = next(rows, [])
+    if names[:1] != ["step"] or len({*names}) < len(names):
+        raise ValueError(
+            f"{path}: the first line must name the columns, step first"
+        )
+    points = {name: [] for name in names[1:]}
+    for line, row in enumerate(rows, 2):
+        for name, point in _points(f"{path}, line {line}", names, row):
+            points[name].append(point)
+    return {k: np.array(v, float).reshape(-1, 2).T for k, v in points.items()}
+
+
+# %% one row tags=["exporti"] module="watch"
+def _points(where, names, row):
+    """Name and (step, value) of each number in a row."""
+    if len(row) != len(names):
+        raise ValueError(
+            f"{where}: must have {len(names)} values, has {len(row)}"
+        )
+    try:
+        step, *values = [float(x) if x else None for x in row]
+    except ValueError:
+        raise ValueError(f"{where}: must hold numbers, not {row}") from None
+    if step is None:
+        raise ValueError(f"{where}: has no step")
+    pairs = zip(names[1:], values, strict=True)
+    return [(k, (step, v)) for k, v in pairs if v is not None]
+
+
+# %% [markdown]
+# To compare runs, their curves belong into one picture. The losses of single
+# batches scatter, and a running mean is drawn over them; its window is the
+# number of steps that you choose.
+
+
+# %% a running mean tags=["export"] module="watch"
+def smooth(points, window):
+    """Running means of a column over `window` rows.
+
+    points: an array (2, N) as in `read_log`. Returns such an array, of
+    N - window + 1 columns; its steps are the windows' means too. A column
+    shorter than the window comes back as it is.
+
+    Derived in chapter 20.
+    """
+    if window < 1:
+        raise ValueError(f"the window must be at least 1, got {window}")
+    if points.shape[1] < window:
+        return points
+    sums = np.cumsum(np.pad(points, ((0, 0), (1, 0))), axis=1)
+    return (sums[:, window:] - sums[:, :-window]) / window
+
+
+# %% runs in one picture tags=["export"] module="watch"
+PANELS = {
+    "loss": "loss (nats a token)",
+    "learning_rate": "learning rate",
+    "grad_norm": "norm of the gradient",
+    "tokens_per_second": "tokens a second",
+}
+
+
+def compare_runs(logs, window=20):
+    """A matplotlib Figure of several runs: loss, rate, norm, speed.
+
+    logs: a dict from a run's name to what `read_log` returns. window: rows
+    in the running mean. Dots are validation losses.
+
+    Derived in chapter 20.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6.5), dpi=100, layout="constrained")
+    axes = figure.subplots(2, 2).flat
+    for ax, (name, label) in zip(axes, PANELS.items(), strict=True):
+        for number, (run, log) in enumerate(logs.items()):
+            _draw(ax, log, name, run, f"C{number % 10}", window)
+        ax.set(xlabel="step", ylabel=label)
+        if name != "loss":
+            ax.set_ylim(bottom=0)
+    figure.axes[0].legend(frameon=False)
+    return figure
+
+
+# %% one curve tags=["exporti"] module="watch"
+def _draw(ax, log, name, run, colour, window):
+    empty = np.empty((2, 0))
+    raw = log.get(name, empty)
+    if name == "learning_rate":
+        window = 1  # chosen, not measured: nothing scatters
+    ax.plot(*smooth(raw, window), color=colour, label=run)
+    if name == "loss":
+        ax.plot(*log.get("val_loss", empty), "o", color=colour, ms=4)
+
+
+# %% runs in one table tags=["export"] module="watch"
+def run_table(logs):
+    """Lines of text: a row a run, with steps, losses and speed.
+
+    logs: as for `compare_runs`. The best loss is the lowest of the
+    validations, the last one the latest.
+
+    Derived in chapter 20.
+    """
+    wide = max(map(len, ["run", *logs]))
+    lines = [
+        f"{'run':<{wide}}  {'steps':>7} {'last val':>9} {'best val':>9} "
+        f"{'tokens/s':>9}"
+    ]
+    for run, log in logs.items():
+        steps, losses = log.get("loss", np.empty((2, 0)))
+        val = log.get("val_loss", np.empty((2, 0)))[1]
+        speed = log.get("tokens_per_second", np.empty((2, 0)))[1]
+        last, best = (val[-1], val.min()) if len(val) else (np.nan, np.nan)
+        middle = np.median(speed) if len(speed) else np.nan
+        lines.append(
+            f"{run:<{wide}}  {len(losses):7,} {last:9.4f} {best:9.4f} "
+            f"{middle:9,.0f}"
+        )
+    return lines
+
+
+# %% [markdown]
+# We make up two runs to try it: the second learns twice as fast, and the row
+# it was writing when it stopped is cut off.
+
+# %% two runs, made up
+from llmnb.watch import compare_runs, read_log, run_table, smooth
+
+
+def pretend(path, speed, steps=300):
+    noise = np.random.RandomState(20).normal(0, 0.15, steps)
+    lines = ["step,loss,val_loss,learning_rate,grad_norm,tokens_per_second"]
+    for step in range(steps):
+        loss = 4 + 3 / (1 + speed * step / 50)
+        val = f"{loss:.4f}" if step % 50 == 0 else ""
+        rate, norm = 1e-3 * (1 - step / steps), 1 + 3 / (1 + step)
+        numbers = f"{rate:.9g},{norm:.9g},{9000 + 100 * noise[step]:.9g}"
+        lines.append(f"{step},{loss + noise[step]:.9g},{val},{numbers}")
+    path.write_text("\n".join(lines))
+
+
+place = TemporaryDirectory()
+for name, speed in {"slow": 1, "fast": 2}.items():
+    pretend(Path(place.name, f"{name}.csv"), speed)
+logs = {x: read_log(Path(place.name, f"{x}.csv")) for x in ("slow", "fast")}
+print(*run_table(logs), sep="\n")
+verdict("rows", logs["fast"]["loss"].shape == (2, 299), "the half row is out")
+
+# %% see them
+compare_runs(logs)
+
+# %% [markdown]
+# *Figure 20.2. Two runs in one picture. Lines are running means over 20
+# steps, dots the validations. The second run reaches at step 150 what the
+# first reaches at step 300; the rate, the norm and the speed are the same.*
+#
+# TensorBoard shows such curves in a browser and keeps them up to date. It
+# reads a file of events, which its own package can write; you need it only
+# if you ask for it.
+
+
+# %% events for TensorBoard tags=["export"] module="watch"
+class Board:
+    """Writes numbers into a folder that TensorBoard watches.
+
+    folder: where the file of events goes. Raises ImportError, in one
+    sentence, when the package tensorboard is not installed.
+
+    Derived in chapter 20.
+    """
+
+    def __init__(self, folder):
+        try:
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer import event_file_writer
+        except ImportError:
+            raise ImportError(
+                "TensorBoard's package is missing: "
+                "pip install 'llmnb[tensorboard]'"
+            ) from None
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._file = event_file_writer.EventFileWriter(str(folder))
+
+    def write(self, step, numbers):
+        """Write a step's numbers, a dict from name to float or None."""
+        values = [
+            self._summary.Value(tag=name, simple_value=value)
+            for name, value in numbers.items()
+            if value is not None
+        ]
+        summary = self._summary(value=values)
+        event = self._event(wall_time=time.time(), step=step, summary=summary)
+        self._file.add_event(event)
+        self._file.flush()
+
+    def close(self):
+        """Finish the file."""
+        self._file.close()
+
+
+# %% written and read, where TensorBoard is tags=["nbval-ignore-output"]
+from llmnb.watch import Board
+
+try:
+    board = Board(place.name)
+    board.write(3, {"loss": 1.5, "val_loss": None})
+    board.close()
+    print(*[x.name[:20] for x in Path(place.name).glob("events*")])
+except ImportError as error:
+    print(error)
+
+# %% [markdown]
 # ## The commands
 #
-# `llmnb` has five commands, and each is a short function over what the
-# chapters have built:
+# Each command is a short function over what the chapters have built:
 #
 # | command | what it does |
 # |---|---|
 # | `llmnb train` | trains on a corpus and writes a run folder |
 # | `llmnb generate RUN` | continues a prompt with a run's model |
 # | `llmnb data FOLDER` | turns text into token shards |
+# | `llmnb plot RUN...` | draws and compares runs |
+# | `llmnb fetch NAME` | downloads a published model |
+# | `llmnb verify FOLDER` | runs llm.c's acceptance test |
 # | `llmnb bench` | measures a training step, alone or against others |
 # | `llmnb info` | versions, threads, and the size of a configuration |
 #
@@ -640,15 +887,116 @@ def _bytes(dtype, shapes):
     return sum(sizes) * np.dtype(dtype).itemsize
 
 
+# %% llmnb plot tags=["exporti"] module="cli"
+def _add_plot(commands):
+    parser = commands.add_parser(
+        "plot",
+        help="draw and compare runs",
+        description="Draw the losses, learning rates, gradient norms and "
+        "speeds of runs in one picture, and print a table. A run may still "
+        "be going on.",
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="a run folder or a log.csv")
+    add(
+        "--out", default="runs.png", metavar="FILE",
+        help="the picture, a PNG (default: runs.png)",
+    )  # fmt: skip
+    add(
+        "--window", type=int, default=20, metavar="int",
+        help="steps in a running mean (default: 20)",
+    )  # fmt: skip
+    parser.set_defaults(run=_plot)
+
+
+def _plot(args):
+    from llmnb.watch import compare_runs, read_log, run_table
+
+    logs = {path: read_log(path) for path in args.runs}
+    figure = compare_runs(logs, args.window)
+    print(*run_table(logs), sep="\n")
+    with replacing(args.out) as file:
+        figure.savefig(file, format="png")
+    _say("wrote", args.out)
+
+
+# %% llmnb fetch and llmnb verify tags=["exporti"] module="cli"
+def _add_fetch(commands):
+    from llmnb.hub import SOURCES
+
+    parser = commands.add_parser(
+        "fetch",
+        help="download a published model",
+        description="Download a model, or llm.c's starter pack, with "
+        "huggingface_hub, and print its folder.",
+    )
+    names = ", ".join(SOURCES)
+    parser.add_argument("name", metavar="NAME", help=f"one of {names}")
+    parser.set_defaults(run=_fetch)
+
+
+def _fetch(args):
+    from llmnb.hub import fetch
+
+    print(fetch(args.name))
+
+
+def _add_verify(commands):
+    parser = commands.add_parser(
+        "verify",
+        help="run llm.c's acceptance test",
+        description="Compare logits, loss, gradients and ten losses with "
+        "what PyTorch recorded, in a folder with NAME.bin and "
+        "NAME_debug_state.bin, such as llm.c's starter pack.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="the starter pack")
+    parser.add_argument(
+        "--backend", default="cpu", metavar="NAME",
+        help="cpu or reference (default: cpu)",
+    )  # fmt: skip
+    _add_threads(parser)
+    parser.set_defaults(run=_verify)
+
+
+# %% a table of verdicts tags=["exporti"] module="cli"
+def _verify(args):
+    from llmnb.starter import accept
+
+    _set_threads(args)
+    row = "{:<10} {:>8} {:>8}  {}".format
+    verdicts = {True: "ok", False: "FAIL", None: "no reference"}
+    shown, bad = 0, 0
+    for check in accept(args.folder, args.backend):
+        if not shown:
+            print(row("", "error", "allowed", ""))
+        error = "-" if check.error is None else f"{check.error:.1e}"
+        allowed = f"{check.allowed:.0e}"
+        print(row(check.name, error, allowed, verdicts[check.ok]), flush=True)
+        shown, bad = shown + 1, bad + (check.ok is False)
+    if bad:
+        print(f"{bad} of {shown} checks failed", file=sys.stderr)
+        sys.exit(1)
+
+
 # %% the command tags=["export"] module="cli"
 COMMANDS = (
     _add_train,
     _add_generate,
     _add_data,
+    _add_plot,
+    _add_fetch,
+    _add_verify,
     _add_bench,
     _add_info,
 )
-USER_ERRORS = (ValueError, TypeError, OSError, ArithmeticError, MemoryError)
+USER_ERRORS = (
+    ValueError,
+    TypeError,
+    OSError,
+    ArithmeticError,
+    MemoryError,
+    ImportError,  # of an extra that is not installed
+)
 
 
 def main(argv=None):

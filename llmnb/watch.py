@@ -1,0 +1,195 @@
+# Written by `make export` from notebooks/20_command.py: edit that file.
+
+"""Put the chapters on the command line.
+
+Every command is a short function over what the chapters have built, its
+options are the fields of a dataclass, and a mistake gets one line.
+"""
+
+__all__ = [
+    "Board",
+    "PANELS",
+    "compare_runs",
+    "read_log",
+    "run_table",
+    "smooth",
+]
+
+
+# imports of the watcher
+import csv
+import time
+from pathlib import Path
+
+import numpy as np
+
+
+# read a log
+def read_log(path):
+    """The columns of a run's log, by name.
+
+    path: a log.csv, or the folder of a run. Returns a dict from a column's
+    name to an array (2, N) of float64: steps, and the values that the
+    column has at them; N is 0 for an empty column. A last row without a
+    line's end is left out. Raises OSError, or ValueError with the file's
+    name and the line that is no row of numbers.
+
+    Derived in chapter 20.
+    """
+    path = Path(path)
+    path = path / "log.csv" if path.is_dir() else path
+    text = path.read_bytes().decode("utf-8", "replace")
+    rows = csv.reader(text[: text.rfind("\n") + 1].splitlines())
+    names = next(rows, [])
+    if names[:1] != ["step"] or len({*names}) < len(names):
+        raise ValueError(
+            f"{path}: the first line must name the columns, step first"
+        )
+    points = {name: [] for name in names[1:]}
+    for line, row in enumerate(rows, 2):
+        for name, point in _points(f"{path}, line {line}", names, row):
+            points[name].append(point)
+    return {k: np.array(v, float).reshape(-1, 2).T for k, v in points.items()}
+
+
+# one row
+def _points(where, names, row):
+    """Name and (step, value) of each number in a row."""
+    if len(row) != len(names):
+        raise ValueError(
+            f"{where}: must have {len(names)} values, has {len(row)}"
+        )
+    try:
+        step, *values = [float(x) if x else None for x in row]
+    except ValueError:
+        raise ValueError(f"{where}: must hold numbers, not {row}") from None
+    if step is None:
+        raise ValueError(f"{where}: has no step")
+    pairs = zip(names[1:], values, strict=True)
+    return [(k, (step, v)) for k, v in pairs if v is not None]
+
+
+# a running mean
+def smooth(points, window):
+    """Running means of a column over `window` rows.
+
+    points: an array (2, N) as in `read_log`. Returns such an array, of
+    N - window + 1 columns; its steps are the windows' means too. A column
+    shorter than the window comes back as it is.
+
+    Derived in chapter 20.
+    """
+    if window < 1:
+        raise ValueError(f"the window must be at least 1, got {window}")
+    if points.shape[1] < window:
+        return points
+    sums = np.cumsum(np.pad(points, ((0, 0), (1, 0))), axis=1)
+    return (sums[:, window:] - sums[:, :-window]) / window
+
+
+# runs in one picture
+PANELS = {
+    "loss": "loss (nats a token)",
+    "learning_rate": "learning rate",
+    "grad_norm": "norm of the gradient",
+    "tokens_per_second": "tokens a second",
+}
+
+
+def compare_runs(logs, window=20):
+    """A matplotlib Figure of several runs: loss, rate, norm, speed.
+
+    logs: a dict from a run's name to what `read_log` returns. window: rows
+    in the running mean. Dots are validation losses.
+
+    Derived in chapter 20.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6.5), dpi=100, layout="constrained")
+    axes = figure.subplots(2, 2).flat
+    for ax, (name, label) in zip(axes, PANELS.items(), strict=True):
+        for number, (run, log) in enumerate(logs.items()):
+            _draw(ax, log, name, run, f"C{number % 10}", window)
+        ax.set(xlabel="step", ylabel=label)
+        if name != "loss":
+            ax.set_ylim(bottom=0)
+    figure.axes[0].legend(frameon=False)
+    return figure
+
+
+# one curve
+def _draw(ax, log, name, run, colour, window):
+    empty = np.empty((2, 0))
+    raw = log.get(name, empty)
+    if name == "learning_rate":
+        window = 1  # chosen, not measured: nothing scatters
+    ax.plot(*smooth(raw, window), color=colour, label=run)
+    if name == "loss":
+        ax.plot(*log.get("val_loss", empty), "o", color=colour, ms=4)
+
+
+# runs in one table
+def run_table(logs):
+    """Lines of text: a row a run, with steps, losses and speed.
+
+    logs: as for `compare_runs`. The best loss is the lowest of the
+    validations, the last one the latest.
+
+    Derived in chapter 20.
+    """
+    wide = max(map(len, ["run", *logs]))
+    lines = [
+        f"{'run':<{wide}}  {'steps':>7} {'last val':>9} {'best val':>9} "
+        f"{'tokens/s':>9}"
+    ]
+    for run, log in logs.items():
+        steps, losses = log.get("loss", np.empty((2, 0)))
+        val = log.get("val_loss", np.empty((2, 0)))[1]
+        speed = log.get("tokens_per_second", np.empty((2, 0)))[1]
+        last, best = (val[-1], val.min()) if len(val) else (np.nan, np.nan)
+        middle = np.median(speed) if len(speed) else np.nan
+        lines.append(
+            f"{run:<{wide}}  {len(losses):7,} {last:9.4f} {best:9.4f} "
+            f"{middle:9,.0f}"
+        )
+    return lines
+
+
+# events for TensorBoard
+class Board:
+    """Writes numbers into a folder that TensorBoard watches.
+
+    folder: where the file of events goes. Raises ImportError, in one
+    sentence, when the package tensorboard is not installed.
+
+    Derived in chapter 20.
+    """
+
+    def __init__(self, folder):
+        try:
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer import event_file_writer
+        except ImportError:
+            raise ImportError(
+                "TensorBoard's package is missing: "
+                "pip install 'llmnb[tensorboard]'"
+            ) from None
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._file = event_file_writer.EventFileWriter(str(folder))
+
+    def write(self, step, numbers):
+        """Write a step's numbers, a dict from name to float or None."""
+        values = [
+            self._summary.Value(tag=name, simple_value=value)
+            for name, value in numbers.items()
+            if value is not None
+        ]
+        summary = self._summary(value=values)
+        event = self._event(wall_time=time.time(), step=step, summary=summary)
+        self._file.add_event(event)
+        self._file.flush()
+
+    def close(self):
+        """Finish the file."""
+        self._file.close()

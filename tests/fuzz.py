@@ -1,0 +1,63 @@
+"""Damaged copies of good files: a reader must answer or give one error."""
+
+import tracemalloc
+import warnings
+
+from hypothesis import strategies as st
+
+# what a reader may raise; the command line shows each in one line
+ERRORS = (ValueError, TypeError, OSError)
+# numbers that headers lie with, as 4 or 8 little-endian bytes
+LIES = [0, 1, -1, 2**16, 2**31 - 1, -(2**31), 2**40, 2**63 - 1, -(2**63)]
+
+
+@st.composite
+def mangled(draw, good):
+    """The bytes `good` after one to four of: a byte or a number changed, a
+    piece cut out, the end cut off, bytes put in.
+
+    Half of the changes fall into the first 64 bytes, where headers are.
+    """
+    raw = bytearray(good)
+    for _ in range(draw(st.integers(1, 4))):
+        early = st.integers(0, min(64, len(raw)))
+        at = draw(early | st.integers(0, len(raw)))
+        kind = draw(st.sampled_from(["byte", "number", "cut", "end", "more"]))
+        if kind == "byte":
+            raw[at : at + 1] = draw(st.binary(min_size=1, max_size=1))
+        elif kind == "number":
+            lie = draw(st.sampled_from(LIES))
+            width = draw(st.sampled_from([4, 8]))
+            at -= at % 4
+            low = lie % 2 ** (8 * width)
+            raw[at : at + width] = low.to_bytes(width, "little")
+        elif kind == "cut":
+            del raw[at : at + draw(st.integers(1, 40))]
+        elif kind == "end":
+            del raw[at:]
+        else:
+            raw[at:at] = draw(st.binary(min_size=1, max_size=40))
+    return bytes(raw)
+
+
+def answer(read, path, raw, limit=16 << 20):
+    """What read(path) makes of `path` holding `raw`: result, or error.
+
+    Fails when it raises anything but ERRORS, when the error names no file
+    in the folder of `path`, and when NumPy or Python ask for more than
+    `limit` bytes.
+    """
+    path.write_bytes(raw)
+    tracemalloc.start()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged numbers, not files
+            result = read(path)
+    except ERRORS as error:
+        assert str(path.parent) in str(error), error
+        result = error
+    finally:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < limit, f"{peak:,} bytes for a file of {len(raw):,}"
+    return result

@@ -1,0 +1,76 @@
+"""Write a starter pack as llm.c's: a model and what PyTorch computes with it.
+
+    python tests/record_starter.py FOLDER [d12 | large]
+
+needs torch. FOLDER then holds NAME.bin, NAME_debug_state.bin and
+NAME_losses.txt for `llmnb verify FOLDER`. The weights are random: a small
+model; with d12, one of GPT-2's 124 million parameters; with large, one with
+fewer tokens and with weights as large as trained ones.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from record_parity import TorchGPT2
+
+from llmnb.checkpoint import write_checkpoint
+from llmnb.config import GPT2Config
+from llmnb.starter import State, write_state
+
+SMALL = GPT2Config(64, 300, 3, 4, 64)
+
+
+def arrays(model, of=lambda p: p):
+    """The model's tensors, float32, by llm.c's names."""
+    return {k: x.astype(np.float32) for k, x in model.tensors(of).items()}
+
+
+def record(folder, cfg, batch_size, seq_len, name="gpt2_124M", spread=1):
+    """Write a pack of a random model; spread: makes its weights larger."""
+    folder = Path(folder)
+    torch.manual_seed(0)
+    model = TorchGPT2(**vars(cfg))
+    model.initialise(42)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 2:
+                p *= spread
+    rng = np.random.default_rng(1)
+    shape = batch_size, seq_len + 1
+    tokens = rng.integers(0, cfg.vocab_size, shape, np.int32)
+    batch = torch.from_numpy(tokens.astype(np.int64))
+    flat = np.concatenate([x.ravel() for x in arrays(model).values()])
+    write_checkpoint(folder / f"{name}.bin", cfg, flat)
+    optimizer = model.optimizer(1e-4, (0.9, 0.999), 0.01)
+    losses = []
+    for step in range(10):
+        logits = model(batch[:, :-1])
+        loss = model.loss(logits, batch[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        if step == 0:
+            write_state(
+                folder / f"{name}_debug_state.bin",
+                cfg,
+                State(
+                    *(tokens[:, :-1], tokens[:, 1:], logits.detach().numpy()),
+                    *(loss.item(), arrays(model, lambda p: p.grad)),
+                ),
+            )
+        optimizer.step()
+    text = "".join(f"{loss:.6f}\n" for loss in losses)
+    (folder / f"{name}_losses.txt").write_text(text, "ascii")
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
+    if "d12" in sys.argv:
+        record(sys.argv[1], GPT2Config(), 4, 64)
+    elif "large" in sys.argv:
+        large = GPT2Config(128, 5000, 12, 12, 768)
+        record(sys.argv[1], large, 4, 64, spread=5)
+    else:
+        record(sys.argv[1], SMALL, 4, 32)

@@ -1,0 +1,147 @@
+"""Logs are read row by row, damaged ones with one error, and drawn."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmnb.watch import Board, compare_runs, read_log, run_table, smooth
+
+LOG = """step,loss,val_loss,learning_rate,grad_norm,tokens_per_second
+0,6.9,6.95,0.001,2.5,9000
+1,6.8,,0.002,2.4,9100
+2,6.5,6.6,0.003,2.2,9200
+3,,6.4,,,
+"""
+
+
+@pytest.fixture
+def log(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text(LOG)
+    return path
+
+
+def test_columns(log):
+    columns = read_log(log)
+    assert [*columns] == LOG.split("\n")[0].split(",")[1:]
+    assert columns["loss"].tolist() == [[0, 1, 2], [6.9, 6.8, 6.5]]
+    assert columns["val_loss"].tolist() == [[0, 2, 3], [6.95, 6.6, 6.4]]
+    for name, points in read_log(log.parent).items():  # the folder of a run
+        assert np.array_equal(points, columns[name])
+
+
+def test_half_a_row_is_left_out(log):
+    log.write_text(LOG + "4,6.1,,0.0")
+    assert read_log(log)["loss"][0, -1] == 2
+    log.write_text(LOG + "4,6.1,,0.001,2.0,9000\n")
+    assert read_log(log)["loss"][0, -1] == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "the first line must name the columns"),
+        ("loss,step\n", "the first line must name the columns"),
+        ("step,loss,loss\n", "the first line must name the columns"),
+        ("step,loss\n1,2,3\n", "line 2: must have 2 values, has 3"),
+        ("step,loss\n1,2\n1\n", "line 3: must have 2 values, has 1"),
+        ("step,loss\n1,two\n", "line 2: must hold numbers"),
+        ("step,loss\n,2\n", "line 2: has no step"),
+    ],
+)
+def test_bad_logs_are_refused(log, text, says):
+    log.write_text(text)
+    with pytest.raises(ValueError, match=says) as error:
+        read_log(log)
+    assert str(log) in str(error.value)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_damage_is_an_answer_or_one_error(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("x") / "log.csv"
+    raw = bytearray(LOG.encode())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(raw) - 1))
+        raw[at] = data.draw(st.integers(0, 255))
+    path.write_bytes(raw[: data.draw(st.integers(0, len(raw)))])
+    try:
+        for points in read_log(path).values():
+            assert points.shape[0] == 2
+    except ValueError as error:
+        assert str(path) in str(error)
+
+
+def test_running_means():
+    points = np.array([[0.0, 1, 2, 3, 4], [5.0, 1, 3, 2, 4]])
+    assert smooth(points, 2).tolist() == [[0.5, 1.5, 2.5, 3.5], [3, 2, 2.5, 3]]
+    assert np.array_equal(smooth(points, 1), points)
+    assert np.array_equal(smooth(points, 6), points)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        smooth(points, 0)
+
+
+def test_the_picture_holds_every_run(log):
+    logs = {"a": read_log(log), "b": read_log(log)}
+    figure = compare_runs(logs, window=2)
+    loss, rate, norm, speed = figure.axes
+    labels = [line.get_label() for line in loss.lines]
+    assert labels[0::2] == ["a", "b"]
+    assert loss.lines[0].get_ydata() == pytest.approx([6.85, 6.65])
+    assert loss.lines[1].get_ydata() == pytest.approx([6.95, 6.6, 6.4])
+    assert rate.lines[0].get_ydata().tolist() == [0.001, 0.002, 0.003]
+
+
+def test_the_table(log):
+    head, row = run_table({"a run": read_log(log)})
+    assert " ".join(head.split()) == "run steps last val best val tokens/s"
+    assert row.split() == ["a", "run", "3", "6.4000", "6.4000", "9,100"]
+
+
+def test_a_run_that_has_barely_begun(log):
+    log.write_text(LOG.split("\n")[0] + "\n")
+    columns = read_log(log)
+    assert columns["loss"].shape == (2, 0)
+    compare_runs({"a": columns})
+    assert "nan" in run_table({"a": columns})[1]
+
+
+def test_the_command(log):
+    run = [sys.executable, "-m", "llmnb.cli", "plot", str(log), str(log)]
+    out = log.parent / "x.png"
+    done = subprocess.run(
+        [*run, "--out", str(out)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "6.4000" in done.stdout
+    log.write_text("no log")
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "the first line must name the columns" in done.stderr
+
+
+def test_events_for_tensorboard(tmp_path):
+    events = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    board = Board(tmp_path)
+    board.write(0, {"loss": 6.5, "val_loss": None})
+    board.write(1, {"loss": 6.25, "val_loss": 6.0})
+    board.close()
+    read = events.EventAccumulator(str(tmp_path))
+    read.Reload()
+    found = [(x.step, x.value) for x in read.Scalars("loss")]
+    assert found == [(0, 6.5), (1, 6.25)]
+    assert [x.value for x in read.Scalars("val_loss")] == [6.0]
+
+
+def test_without_tensorboard_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
+    with pytest.raises(ImportError, match=r"pip install 'llmnb\[tensorb"):
+        Board(tmp_path)
