@@ -12,11 +12,13 @@ __all__ = [
     "SMALL",
     "Stopwatch",
     "bench",
+    "bench_writers",
     "layers_figure",
     "load",
     "report",
     "shares",
     "timed_step",
+    "writers_report",
 ]
 
 
@@ -104,6 +106,7 @@ from llmnb.race import (
     cores,
     lineup,
     race,
+    race_writers,
     ratios,
     start_times,
 )
@@ -150,6 +153,67 @@ def bench(configs, settings=None, start=False, bar=iter):
     shape = _shape(*CONFIGS["small"])
     result["start"] = start_times(shape, settings, bar) if start else []
     return shares(result)
+
+
+# the benchmark of writing
+def bench_writers(cfg, prompt=64, count=64, rounds=10, threads=None, **how):
+    """Measure tokens written against transformers; a dict ready for JSON.
+
+    The arguments are those of `race_writers`, and so is what it raises.
+    Seconds are those of the rounds, in order: of the first token, which
+    reads the prompt, and of a later one, the median of a text.
+
+    Derived in chapter 19.
+    """
+    result = {"date": date.today().isoformat(), "commit": _commit()}
+    result |= {"machine": machine(), "threads": threads or cores()}
+    result |= {"load": load(), "model": dict(vars(cfg))}
+    found = race_writers(cfg, prompt, count, rounds, threads, **how)
+    rows, texts = {}, []
+    for name, each in found.items():
+        steps = each["steps"]
+        texts.append([x["tokens"] for x in steps])
+        rows[name] = {
+            kind: [x[kind] for x in steps]
+            for kind in ("first_seconds", "token_seconds")
+        }
+    for kind in ("first_seconds", "token_seconds"):
+        seconds = {name: row[kind] for name, row in rows.items()}
+        result[f"{kind}_ratios"] = ratios(seconds)
+    same = all(text == texts[0] for text in texts)
+    result |= {"prompt": prompt, "count": count, "same_tokens": same}
+    result["writers"] = {n: rows[n] | found[n]["facts"] for n in rows}
+    return result
+
+
+def writers_report(result):
+    """The result of `bench_writers` as a text of lines to print.
+
+    Derived in chapter 19.
+    """
+    lines = [f"machine  {result['machine']}, {result['threads']} threads"]
+    if result["load"] is not None:
+        lines += [f"load     {result['load']:.2f} before the race"]
+    same = "the same tokens" if result["same_tokens"] else "OTHER TOKENS"
+    lines += [
+        f"a prompt of {result['prompt']} tokens, {result['count']} more: "
+        f"{same}",
+        "",
+        f"{'':<16}{'first ms':>11}{'ms a token':>11}{'tokens/s':>11}",
+    ]
+    for name, row in result["writers"].items():
+        first, each = (
+            median(row[x]) for x in ("first_seconds", "token_seconds")
+        )
+        numbers = f"{first * 1e3:11.1f}{each * 1e3:11.2f}{1 / each:11.1f}"
+        lines.append(f"{name:<16}{numbers}")
+    for kind, what in (("first", "first token"), ("token", "later token")):
+        for x in result[f"{kind}_seconds_ratios"]:
+            lines.append(
+                f"{what}: {x['ours']} / {x['peer']}: {x['ratio']:.2f} of its "
+                f"time ({x['low']:.2f} to {x['high']:.2f})"
+            )
+    return "\n".join(lines)
 
 
 # is the machine busy

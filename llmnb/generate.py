@@ -12,12 +12,16 @@ __all__ = [
     "distribution",
     "draw",
     "generate",
+    "generate_samples",
+    "window_logits",
+    "window_start",
 ]
 
 
 # imports of the sampler
 import codecs
 import math
+from functools import partial
 
 import numpy as np
 
@@ -57,6 +61,28 @@ def check_sampling(temperature, top_k, top_p):
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
 
 
+# the largest, in order
+def _largest(x, count):
+    """Places of the `count` largest numbers, downwards; of equals the first."""
+    if count >= len(x):
+        return np.argsort(-x, kind="stable")
+    border = np.partition(x, len(x) - count)[len(x) - count]
+    found = np.flatnonzero(x >= border)
+    return found[np.argsort(-x[found], kind="stable")][:count]
+
+
+def _nucleus(p, top_p):
+    """Places of the fewest probabilities whose sum reaches top_p."""
+    count = 64
+    while True:
+        order = _largest(p, count)
+        sums = np.cumsum(p[order])
+        if count >= len(p) or sums[-1] >= top_p:
+            kept = int((sums - p[order] < top_p).sum())
+            return order[: max(1, kept)]
+        count *= 8
+
+
 # the distribution we draw from
 def distribution(logits, temperature=1.0, top_k=None, top_p=None):
     """The probabilities a token is drawn with, a float64 array (V,).
@@ -72,16 +98,14 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=None):
     z = np.asarray(logits, np.float64)
     if not np.isfinite(z.max()) or np.isnan(z).any():
         raise ValueError("the logits are not finite: the model is damaged")
-    order = np.argsort(-z, kind="stable")
     if temperature == 0:
-        return _only(order[:1], np.ones(1), len(z))
-    kept = order[:top_k]
-    p = np.exp((z[kept] - z[kept[0]]) / temperature)
+        return _only([np.argmax(z)], 1.0, len(z))
+    kept = np.arange(len(z)) if top_k is None else _largest(z, int(top_k))
+    p = np.exp((z[kept] - z.max()) / temperature)
     p /= p.sum()
     if top_p is not None:
-        before = np.cumsum(p) - p
-        count = max(1, int((before < top_p).sum()))
-        kept, p = kept[:count], p[:count] / p[:count].sum()
+        chosen = _nucleus(p, top_p)
+        kept, p = kept[chosen], p[chosen] / p[chosen].sum()
     return _only(kept, p, len(z))
 
 
@@ -92,7 +116,79 @@ def _only(tokens, probs, size):
     return out
 
 
+# where the window begins
+def window_start(length, T):
+    """The first of `length` tokens that a model of T positions still sees.
+
+    0 as long as all fit; then it moves on by half a window at a time.
+
+    Derived in chapter 14.
+    """
+    half = (T + 1) // 2
+    return max(0, -(-(length - T) // half) * half)
+
+
+# what follows some texts
+def window_logits(model, texts):
+    """The logits (N, V) of the token that follows each of N texts.
+
+    model: a GPT2. texts: lists of tokens of one length, 1 to model.seq_len.
+    Everything is computed anew, for batch_size texts at a time.
+
+    Derived in chapter 14.
+    """
+    found = []
+    for i in range(0, len(texts), model.batch_size):
+        rows = np.array(texts[i : i + model.batch_size])
+        count, length = rows.shape
+        window = np.zeros((model.batch_size, model.seq_len), np.int32)
+        window[:count, :length] = rows
+        model.forward(window)
+        found.append(model.logits[:count, length - 1].copy())
+    return np.concatenate(found)
+
+
 # the loop
+def generate_samples(
+    model,
+    tokens,
+    count,
+    samples,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    seed=42,
+    stop=None,
+):
+    """An iterator over steps in which several texts continue `tokens`.
+
+    model: a GPT2, or another object with cfg, seq_len and a method
+    following(texts), such as a Decoder. tokens: a sequence of at least one
+    int in [0, V). count: the most steps. temperature, top_k, top_p: as in
+    `distribution`. seed: in [0, 2**32); text i draws with seed + i, so it
+    does not depend on how many there are. stop: a token that ends a text.
+    Each step is a list of `samples` tokens, with None for a text that has
+    ended. Raises ValueError for a value out of range, before anything is
+    computed.
+
+    Derived in chapter 14.
+    """
+    check_sampling(temperature, top_k, top_p)
+    if not len(tokens):
+        raise ValueError("generate: tokens must hold at least one token")
+    check_tokens("generate: tokens", np.array(tokens), model.cfg.vocab_size)
+    if count < 0:
+        raise ValueError(f"generate: count must be at least 0, got {count}")
+    if samples < 1:
+        raise ValueError(f"generate: samples must be at least 1: {samples}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"generate: seed must be in [0, 2**32), got {seed}")
+    settings = temperature, top_k, top_p
+    texts = [list(tokens) for _ in range(samples)]
+    seeds = [(seed + i) % 2**32 for i in range(samples)]
+    return _continue(model, texts, count, settings, seeds, stop)
+
+
 def generate(
     model,
     tokens,
@@ -105,39 +201,35 @@ def generate(
 ):
     """An iterator over at most `count` tokens that continue `tokens`.
 
-    model: a GPT2; row 0 of its batch is used, so a batch size of 1 wastes
-    nothing. tokens: a sequence of at least one int in [0, V). temperature,
-    top_k, top_p: as in `distribution`. seed: of the draws, in [0, 2**32).
-    stop: a token that ends the text and is not yielded. Raises ValueError
-    for a value out of range, before anything is computed.
+    It ends before `stop`. The arguments are those of `generate_samples`,
+    and so is what it raises. A GPT2's batch size of 1 wastes nothing.
 
     Derived in chapter 14.
     """
-    check_sampling(temperature, top_k, top_p)
-    if not len(tokens):
-        raise ValueError("generate: tokens must hold at least one token")
-    check_tokens("generate: tokens", np.array(tokens), model.cfg.vocab_size)
-    if count < 0:
-        raise ValueError(f"generate: count must be at least 0, got {count}")
-    rng = np.random.RandomState(seed)
-    settings = temperature, top_k, top_p
-    return _continue(model, list(tokens), count, settings, rng, stop)
+    settings = temperature, top_k, top_p, seed, stop
+    steps = generate_samples(model, tokens, count, 1, *settings)
+    return (step[0] for step in steps)
 
 
-# window by window
-def _continue(model, text, count, settings, rng, stop):
-    T = model.seq_len
-    window = np.zeros((model.batch_size, T), np.int32)
+# step by step
+def _continue(model, texts, count, settings, seeds, stop):
+    following = getattr(model, "following", partial(window_logits, model))
+    streams = [np.random.RandomState(seed) for seed in seeds]
+    ended = [False] * len(texts)
     for _ in range(count):
-        last = text[-T:]
-        window[0, : len(last)] = last
-        model.forward(window)
-        probs = distribution(model.logits[0, len(last) - 1], *settings)
-        token = draw(probs, rng.random_sample())
-        if token == stop:
+        first = window_start(len(texts[0]), model.seq_len)
+        logits = following([text[first:] for text in texts])
+        for i, text in enumerate(texts):
+            token = stop
+            if not ended[i]:
+                probs = distribution(logits[i], *settings)
+                token = draw(probs, streams[i].random_sample())
+                ended[i] = token == stop
+            text.append(token)
+        if all(ended):
             return
-        text.append(token)
-        yield token
+        pairs = zip(texts, ended, strict=True)
+        yield [None if over else text[-1] for text, over in pairs]
 
 
 # tokens become text

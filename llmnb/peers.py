@@ -8,6 +8,7 @@ faster than another on a machine that never keeps still.
 
 __all__ = [
     "CONTESTANTS",
+    "decoder_contestant",
     "llmnb_contestant",
     "main",
     "missing",
@@ -15,6 +16,7 @@ __all__ = [
     "random_batch",
     "serve",
     "torch_contestant",
+    "transformers_contestant",
 ]
 
 
@@ -244,8 +246,96 @@ def torch_contestant(spec):
     return step, lambda: facts
 
 
+# one text with a clock
+def _prompts(spec):
+    """Lists of random tokens without end, the same for every writer."""
+    import numpy as np
+
+    draw = np.random.RandomState(0)
+    while True:
+        yield draw.randint(0, spec["vocab_size"], spec["prompt"]).tolist()
+
+
+def _pace(times, tokens):
+    """The answer to a step, from the clock at the start and each token."""
+    spent = [b - a for a, b in zip(times, times[1:], strict=False)]
+    pace = {"first_seconds": spent[0], "token_seconds": median(spent[1:])}
+    return {**pace, "tokens": tokens}
+
+
+# our writer
+def decoder_contestant(spec):
+    """A text from a Decoder and its facts: two functions for `serve`.
+
+    spec: a dict with folder (of a model), vocab_size, prompt and count:
+    tokens to read and to write, at least 2.
+
+    Derived in chapter 19.
+    """
+    from llmnb.decode import Decoder
+    from llmnb.generate import generate
+
+    length = spec["prompt"] + spec["count"]
+    decoder = Decoder.from_checkpoint(spec["folder"], 1, length)
+    prompts = _prompts(spec)
+
+    def step():
+        prompt, tokens = next(prompts), []
+        times = [time.perf_counter()]
+        for token in generate(decoder, prompt, spec["count"], temperature=0):
+            tokens.append(token)
+            times.append(time.perf_counter())
+        return _pace(times, tokens)
+
+    return step, lambda: _our_facts("reference")
+
+
+# their writer
+def transformers_contestant(spec):
+    """A text from transformers' generate, and its facts, for `serve`.
+
+    spec: as for decoder_contestant; the folder must be one that
+    transformers reads. Raises ImportError where it is not installed.
+
+    Derived in chapter 19.
+    """
+    import torch
+    import transformers
+
+    model = transformers.GPT2LMHeadModel.from_pretrained(spec["folder"])
+    model.eval()
+    how = {"max_new_tokens": spec["count"], "do_sample": False}
+    how |= {"eos_token_id": None, "pad_token_id": 0}
+    prompts, times = _prompts(spec), []
+
+    class Clock:
+        def put(self, value):
+            times.append(time.perf_counter())
+
+        def end(self):
+            pass
+
+    def step():
+        prompt = torch.tensor([next(prompts)])
+        mask = torch.ones_like(prompt)
+        times[:] = []  # the clock is given the prompt first
+        out = model.generate(
+            prompt, attention_mask=mask, streamer=Clock(), **how
+        )
+        return _pace(times, out[0, prompt.shape[1] :].tolist())
+
+    versions = {x.__name__: x.__version__ for x in (torch, transformers)}
+    facts = {"threads": torch.get_num_threads(), "versions": versions}
+    return step, lambda: facts
+
+
 # the contestant's program
-CONTESTANTS = {"llmnb": llmnb_contestant, "torch": torch_contestant}
+CONTESTANTS = {
+    "llmnb": llmnb_contestant,
+    "torch": torch_contestant,
+    "llmnb-decoder": decoder_contestant,
+    "transformers": transformers_contestant,
+}
 
 
 def main(argv=None):

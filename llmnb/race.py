@@ -14,9 +14,11 @@ __all__ = [
     "STARTS",
     "Settings",
     "WARM_UP",
+    "WRITERS",
     "cores",
     "lineup",
     "race",
+    "race_writers",
     "ratios",
     "start_times",
     "take_turns",
@@ -41,7 +43,7 @@ import numpy as np
 
 from llmnb import peers
 from llmnb.arena import Arena
-from llmnb.checkpoint import write_checkpoint
+from llmnb.checkpoint import write_checkpoint, write_folder
 from llmnb.config import GPT2Config, parameter_shapes
 from llmnb.data import write_shard
 from llmnb.init import init_params
@@ -49,6 +51,7 @@ from llmnb.init import init_params
 
 # what a race is told
 WARM_UP = 2  # rounds that are not measured: they compile and touch memory
+WRITERS = {"llmnb": "llmnb-decoder", "transformers": "transformers"}
 PAUSE = 0.05  # seconds between two turns, in which threads fall asleep
 PEERS = {
     "torch": {"kind": "torch", "compile": False, "bf16": False},
@@ -116,7 +119,7 @@ class Contestant:
         self.name = name
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         env = _environment(threads, cache)
-        if spec["kind"] == "llmnb":
+        if spec["kind"].startswith("llmnb"):
             package = str(Path(peers.__file__).parents[1])
             env["PYTHONPATH"] = package
         self._process = subprocess.Popen(
@@ -355,6 +358,44 @@ def race(shape, settings, bar=iter):
                 facts = runner.finish()
                 found[name] = {"steps": replies[name], "facts": facts}
     return found, why
+
+
+# a race of writers
+def race_writers(cfg, prompt, count, rounds, threads=None, python=None):
+    """Race a Decoder and transformers' generate on one random model.
+
+    cfg: a GPT2Config. prompt, count: tokens to read and to write. rounds:
+    texts of each to measure, after one that is not. threads: of each, or
+    None for all cores. python: the interpreter that has transformers.
+    Returns a dict from name to the steps (dicts, as `peers` answers) and
+    the facts. Raises ValueError for numbers that do not fit the model and
+    ChildProcessError in one sentence.
+
+    Derived in chapter 19.
+    """
+    if prompt < 1 or count < 2 or prompt + count > cfg.max_seq_len:
+        raise ValueError(
+            f"a prompt of {prompt} and {count} more tokens: must be at least "
+            f"1 and 2, together at most {cfg.max_seq_len}"
+        )
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        arena = Arena({"params": (np.float32, parameter_shapes(cfg))})
+        init_params(arena["params"], cfg, 42)
+        write_folder(folder, cfg, arena["params"])
+        spec = {"folder": folder, "vocab_size": cfg.vocab_size}
+        spec |= {"prompt": prompt, "count": count}
+        runners = {}
+        for name, kind in WRITERS.items():
+            ours = kind.startswith("llmnb")
+            program = sys.executable if ours else python or sys.executable
+            runner = Contestant(name, spec | {"kind": kind}, program, threads)
+            stack.callback(runner.close)
+            runners[name] = runner
+        replies = take_turns(runners, range(1 + rounds))
+        return {
+            name: {"steps": replies[name][1:], "facts": runner.finish()}
+            for name, runner in runners.items()
+        }
 
 
 # ratios

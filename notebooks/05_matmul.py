@@ -1017,18 +1017,20 @@ _pack_rows, _pack_cols = _packing(ROWS), _packing(COLS)
 # %% [markdown]
 # `_multiply_panels` goes through all tiles of a block. Tiles at the right and
 # lower edge are computed in a spare tile, and only the part that exists is
-# copied to `out`. So nothing is ever written outside of it.
+# copied to `out`. So nothing is ever written outside of it. The spare tile
+# has a row for the bias, which is added first there too: a number does not
+# depend on where its row lies in the batch, down to its last bit.
 
 
 # %% a tile at the edge tags=["exporti"] module="cpu.panels"
 @inner
 def _edge_tile(out, at, start, bias, panels, a, b, lines, spare, rows, cols):
-    zeros = ROWS * COLS
-    for i in range(rows):
-        for j in range(cols):
-            x = start[at[2] + i * at[3] + j * at[4]]
-            spare[i * COLS + j] = x + bias[at[5] + j * at[6]]
-    place = 0, COLS, 0, COLS, 1, zeros, 0
+    shift = (ROWS + 1) * COLS
+    for j in range(cols):
+        spare[shift + j] = bias[at[5] + j * at[6]]
+        for i in range(rows):
+            spare[i * COLS + j] = start[at[2] + i * at[3] + j * at[4]]
+    place = 0, COLS, 0, COLS, 1, shift, 1
     multiply_tile(spare, place, spare, spare, panels, a, b, lines)
     for i in range(rows):
         for j in range(cols):
@@ -1175,7 +1177,7 @@ def multiply_panels(
 
     For kernels. code: the multiplying routine. Arguments as for
     multiply_tile; sizes: rows, columns and steps of the block. spare: room
-    for a tile, then a row of zeros.
+    for a tile, a row of zeros, and one for the bias.
 
     Derived in chapter 5.
     """
@@ -1215,7 +1217,7 @@ def work_shape():
 
     Derived in chapter 5.
     """
-    return numba.config.NUMBA_NUM_THREADS, SPARE + (ROWS + 1) * COLS
+    return numba.config.NUMBA_NUM_THREADS, SPARE + (ROWS + 2) * COLS
 
 
 # %% the scratch memory tags=["export"] module="cpu.panels"

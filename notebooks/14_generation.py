@@ -29,11 +29,12 @@ gpt2_diagram(lit="crossentropy")
 #
 # [Chapter 13](13_training.ipynb) ended with a text that nobody wrote, drawn
 # by ten lines of code. This chapter takes those lines apart and builds
-# `generate`. At its end you can
+# `generate`, which the command `llmnb generate` calls. At its end you can
 #
 # - say what temperature does to the entropy of a distribution, and prove it;
 # - derive top-k and top-p from one principle;
 # - show why the padding behind a text cannot change what comes next;
+# - draw several texts at once, each as if it were alone;
 # - read off a model's probabilities what it has learnt.
 #
 # You need softmax from [chapter 9](09_crossentropy.ipynb) and the training
@@ -51,6 +52,7 @@ from llmnb.verify import compare, verdict
 # %% imports of the sampler tags=["export"]
 import codecs
 import math
+from functools import partial
 
 import numpy as np
 
@@ -254,9 +256,38 @@ def check_sampling(temperature, top_k, top_p):
 
 # %% [markdown]
 # The order of the three matters, and this is the usual one: temperature
-# first, then top-k, then top-p on what top-k has left, renormalised. The
-# tokens are sorted once, from the most probable down; among equals the
-# lower number comes first, so that the result is the same everywhere.
+# first, then top-k, then top-p on what top-k has left, renormalised. Among
+# equals the lower number comes first, so that the result is the same
+# everywhere.
+#
+# Both cuts need the largest of V numbers in order, and V is 50,257 for
+# GPT-2. To sort them all takes some milliseconds, a good part of what a
+# token costs. But we want only the first few in order. A **partition** finds
+# the $k$-th largest number in time proportional to V, without sorting; what
+# reaches it is then sorted, and that is little. Top-p does not know its $k$
+# beforehand. It tries 64, and eight times more until the sum is reached.
+
+
+# %% the largest, in order tags=["exporti"]
+def _largest(x, count):
+    """Places of the `count` largest numbers, downwards; of equals the first."""
+    if count >= len(x):
+        return np.argsort(-x, kind="stable")
+    border = np.partition(x, len(x) - count)[len(x) - count]
+    found = np.flatnonzero(x >= border)
+    return found[np.argsort(-x[found], kind="stable")][:count]
+
+
+def _nucleus(p, top_p):
+    """Places of the fewest probabilities whose sum reaches top_p."""
+    count = 64
+    while True:
+        order = _largest(p, count)
+        sums = np.cumsum(p[order])
+        if count >= len(p) or sums[-1] >= top_p:
+            kept = int((sums - p[order] < top_p).sum())
+            return order[: max(1, kept)]
+        count *= 8
 
 
 # %% the distribution we draw from tags=["export"]
@@ -274,16 +305,14 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=None):
     z = np.asarray(logits, np.float64)
     if not np.isfinite(z.max()) or np.isnan(z).any():
         raise ValueError("the logits are not finite: the model is damaged")
-    order = np.argsort(-z, kind="stable")
     if temperature == 0:
-        return _only(order[:1], np.ones(1), len(z))
-    kept = order[:top_k]
-    p = np.exp((z[kept] - z[kept[0]]) / temperature)
+        return _only([np.argmax(z)], 1.0, len(z))
+    kept = np.arange(len(z)) if top_k is None else _largest(z, int(top_k))
+    p = np.exp((z[kept] - z.max()) / temperature)
     p /= p.sum()
     if top_p is not None:
-        before = np.cumsum(p) - p
-        count = max(1, int((before < top_p).sum()))
-        kept, p = kept[:count], p[:count] / p[:count].sum()
+        chosen = _nucleus(p, top_p)
+        kept, p = kept[chosen], p[chosen] / p[chosen].sum()
     return _only(kept, p, len(z))
 
 
@@ -322,6 +351,35 @@ best = min(prices, key=prices.get)
 verdict("best set", best == (0, 1, 2), "the three most probable")
 compare("its price", prices[best], -np.log(p[:3].sum()), tol=1e-12)
 compare("top_k=3", distribution(z, top_k=3)[:3], p[:3] / 0.8, tol=1e-12)
+
+
+# %% the same as with a sort of everything
+def sorted_cut(z, top_k=None, top_p=None):
+    order = np.argsort(-z, kind="stable")[:top_k]
+    p = np.exp(z[order] - z.max())
+    p /= p.sum()
+    inside = np.cumsum(p) - p < (top_p or 2)
+    out = np.zeros(len(z))
+    out[order[inside]] = p[inside] / p[inside].sum()
+    return out
+
+
+z = np.random.RandomState(6).normal(0, 2, 5000).round(2)  # many equals
+for cut in ({"top_k": 40}, {"top_p": 0.9}, {"top_k": 700, "top_p": 0.5}):
+    got, want = distribution(z, **cut), sorted_cut(z, **cut)
+    same = np.array_equal(got > 0, want > 0)
+    verdict("partition", same, f"keeps what a sort keeps: {(got > 0).sum()}")
+    compare("partition", got, want, tol=1e-15)
+
+# %% what a draw costs tags=["nbval-ignore-output"]
+from llmnb.timing import fastest, machine
+
+z = np.random.RandomState(7).normal(0, 2, 50257)
+print(machine())
+print(f"{'a sort of all':<16} {fastest(sorted_cut, z) * 1e3:6.2f} ms")
+for cut in ({"temperature": 0}, {"top_k": 40}, {"top_p": 0.9}):
+    ms = fastest(lambda cut=cut: draw(distribution(z, **cut), 0.5)) * 1e3
+    print(f"{cut!s:<16} {ms:6.2f} ms")
 
 # %% bad settings are refused
 for bad in ({"temperature": -1}, {"top_k": 0}, {"top_p": 1.5}):
@@ -404,10 +462,38 @@ verdict("in the text", same, "equal to the last bit")
 verdict("in the padding", not np.array_equal(*seen), "differs")
 
 # %% [markdown]
-# When the text is longer than the window, we keep its last T tokens. The
-# model forgets what came before, and the tokens that stay move to lower
-# positions, so nothing computed for the last window can be used again.
-#
+# What if the text grows longer than the window? The model knows no more
+# than T positions, so it must forget the beginning. It could drop one token
+# for each that it draws. But then the tokens that stay move to other
+# positions each time, and all that was computed for them is void. We drop
+# half a window at once instead: when T tokens are full, the older half goes,
+# and the text grows in peace until the window is full again. The model sees
+# between T/2 and T tokens. Where its window begins is a function of the
+# length of the text alone, which will let
+# [the next chapter](15_cache.ipynb) keep what it has computed and still draw
+# the same tokens.
+
+
+# %% where the window begins tags=["export"]
+def window_start(length, T):
+    """The first of `length` tokens that a model of T positions still sees.
+
+    0 as long as all fit; then it moves on by half a window at a time.
+
+    Derived in chapter 14.
+    """
+    half = (T + 1) // 2
+    return max(0, -(-(length - T) // half) * half)
+
+
+# %% a window of 8
+for length in (1, 8, 9, 12, 13, 100):
+    first = window_start(length, 8)
+    print(f"{length:4} tokens: the model sees {first} to {length - 1}")
+spans = [n - window_start(n, 8) for n in range(9, 1000)]
+verdict("the window", min(spans) == 5 and max(spans) == 8, "5 to 8 tokens")
+
+# %% [markdown]
 # ## The loop
 #
 # Fill the window, run forward, shape the distribution, draw, append. The
@@ -415,9 +501,80 @@ verdict("in the padding", not np.array_equal(*seen), "differs")
 # multiple of 128 are cut off, so their numbers are never drawn. The end of
 # a text is itself a token, `<|endoftext|>`: when it is drawn, the text is
 # over.
+#
+# Often we want several texts that continue one prompt. They are rows of a
+# batch, and one forward pass serves all of them. Each has a random stream of
+# its own: text $i$ draws with seed + $i$. So it comes out the same however
+# many are written beside it, and to see the third text of seed 42 again you
+# ask for seed 44. A text that has ended keeps its row until all have ended;
+# what the model says there is thrown away.
+#
+# The loop asks for one thing only, the logits that follow some texts. A
+# model that has a method `following` answers by itself; for a GPT2 the
+# function below fills a window and runs it forward.
+
+
+# %% what follows some texts tags=["export"]
+def window_logits(model, texts):
+    """The logits (N, V) of the token that follows each of N texts.
+
+    model: a GPT2. texts: lists of tokens of one length, 1 to model.seq_len.
+    Everything is computed anew, for batch_size texts at a time.
+
+    Derived in chapter 14.
+    """
+    found = []
+    for i in range(0, len(texts), model.batch_size):
+        rows = np.array(texts[i : i + model.batch_size])
+        count, length = rows.shape
+        window = np.zeros((model.batch_size, model.seq_len), np.int32)
+        window[:count, :length] = rows
+        model.forward(window)
+        found.append(model.logits[:count, length - 1].copy())
+    return np.concatenate(found)
 
 
 # %% the loop tags=["export"]
+def generate_samples(
+    model,
+    tokens,
+    count,
+    samples,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    seed=42,
+    stop=None,
+):
+    """An iterator over steps in which several texts continue `tokens`.
+
+    model: a GPT2, or another object with cfg, seq_len and a method
+    following(texts), such as a Decoder. tokens: a sequence of at least one
+    int in [0, V). count: the most steps. temperature, top_k, top_p: as in
+    `distribution`. seed: in [0, 2**32); text i draws with seed + i, so it
+    does not depend on how many there are. stop: a token that ends a text.
+    Each step is a list of `samples` tokens, with None for a text that has
+    ended. Raises ValueError for a value out of range, before anything is
+    computed.
+
+    Derived in chapter 14.
+    """
+    check_sampling(temperature, top_k, top_p)
+    if not len(tokens):
+        raise ValueError("generate: tokens must hold at least one token")
+    check_tokens("generate: tokens", np.array(tokens), model.cfg.vocab_size)
+    if count < 0:
+        raise ValueError(f"generate: count must be at least 0, got {count}")
+    if samples < 1:
+        raise ValueError(f"generate: samples must be at least 1: {samples}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"generate: seed must be in [0, 2**32), got {seed}")
+    settings = temperature, top_k, top_p
+    texts = [list(tokens) for _ in range(samples)]
+    seeds = [(seed + i) % 2**32 for i in range(samples)]
+    return _continue(model, texts, count, settings, seeds, stop)
+
+
 def generate(
     model,
     tokens,
@@ -430,39 +587,35 @@ def generate(
 ):
     """An iterator over at most `count` tokens that continue `tokens`.
 
-    model: a GPT2; row 0 of its batch is used, so a batch size of 1 wastes
-    nothing. tokens: a sequence of at least one int in [0, V). temperature,
-    top_k, top_p: as in `distribution`. seed: of the draws, in [0, 2**32).
-    stop: a token that ends the text and is not yielded. Raises ValueError
-    for a value out of range, before anything is computed.
+    It ends before `stop`. The arguments are those of `generate_samples`,
+    and so is what it raises. A GPT2's batch size of 1 wastes nothing.
 
     Derived in chapter 14.
     """
-    check_sampling(temperature, top_k, top_p)
-    if not len(tokens):
-        raise ValueError("generate: tokens must hold at least one token")
-    check_tokens("generate: tokens", np.array(tokens), model.cfg.vocab_size)
-    if count < 0:
-        raise ValueError(f"generate: count must be at least 0, got {count}")
-    rng = np.random.RandomState(seed)
-    settings = temperature, top_k, top_p
-    return _continue(model, list(tokens), count, settings, rng, stop)
+    settings = temperature, top_k, top_p, seed, stop
+    steps = generate_samples(model, tokens, count, 1, *settings)
+    return (step[0] for step in steps)
 
 
-# %% window by window tags=["exporti"]
-def _continue(model, text, count, settings, rng, stop):
-    T = model.seq_len
-    window = np.zeros((model.batch_size, T), np.int32)
+# %% step by step tags=["exporti"]
+def _continue(model, texts, count, settings, seeds, stop):
+    following = getattr(model, "following", partial(window_logits, model))
+    streams = [np.random.RandomState(seed) for seed in seeds]
+    ended = [False] * len(texts)
     for _ in range(count):
-        last = text[-T:]
-        window[0, : len(last)] = last
-        model.forward(window)
-        probs = distribution(model.logits[0, len(last) - 1], *settings)
-        token = draw(probs, rng.random_sample())
-        if token == stop:
+        first = window_start(len(texts[0]), model.seq_len)
+        logits = following([text[first:] for text in texts])
+        for i, text in enumerate(texts):
+            token = stop
+            if not ended[i]:
+                probs = distribution(logits[i], *settings)
+                token = draw(probs, streams[i].random_sample())
+                ended[i] = token == stop
+            text.append(token)
+        if all(ended):
             return
-        text.append(token)
-        yield token
+        pairs = zip(texts, ended, strict=True)
+        yield [None if over else text[-1] for text, over in pairs]
 
 
 # %% [markdown]
@@ -498,6 +651,8 @@ pieces = list(decoded(tokenizer.byte(), "café".encode()))
 print(pieces)
 
 # %% the promises, checked
+from llmnb.generate import generate_samples
+
 start = [encoding.eot_token]
 once = list(generate(model, start, 30, seed=7))
 verdict("seeded", once == list(generate(model, start, 30, seed=7)), "repeats")
@@ -508,6 +663,8 @@ cold = list(generate(model, start, 30, top_k=1, seed=8))
 verdict("greedy", greedy == cold, "temperature 0 is top_k 1")
 hot = list(generate(model, start, 200, temperature=1e6))
 verdict("the padding", max(hot) < V, "never drawn, at any heat")
+three = [*generate_samples(model, start, 30, 3, seed=6)]
+verdict("three texts", [x[1] for x in three] == once, "the second is seed 7")
 
 # %% four ways to continue tags=["nbval-ignore-output"]
 prompt = [encoding.eot_token, *encoding.encode_ordinary("def close(self")]
@@ -627,20 +784,19 @@ plt.show()
 # ## Count it
 #
 # A token costs a forward pass over the whole window, $2N + 2LCT$ operations
-# for each of its T positions, of which $T - 1$ are recomputed from the token
-# before. A **key-value cache** would keep the keys and values of earlier
-# positions and compute one position a token: T times less arithmetic.
+# for each of its T positions. All but one of these positions held the same
+# tokens the last time, and by the proof above their vectors are the same
+# too. [The next chapter](15_cache.ipynb) keeps what they leave behind, and
+# computes one position a token.
 
-# %% what a cache would save
+# %% operations a token
 from llmnb.config import flops_per_token
 
 forward = flops_per_token(model.cfg, T) / 3  # a third of training's
-print(f"the window, each token: {T} positions")
-print(f"with a cache: 1 position, {T} times fewer operations")
+print(f"a window of {T} positions: {forward * T / 1e6:.0f} MFLOP a token")
+print(f"its last position alone: {forward / 1e6:.1f} MFLOP")
 
 # %% measured tags=["nbval-ignore-output"]
-from llmnb.timing import fastest, machine
-
 ids = np.zeros((1, T), np.int32)
 seconds = fastest(model.forward, ids)
 print(machine())
@@ -658,19 +814,24 @@ print(f"{forward * T / seconds / 1e9:.1f} GFLOP/s")
 #   that is the least distortion, at the price $-\log P(S)$.
 # - Causal attention makes padding behind a text invisible to it, to the
 #   last bit.
+# - Text $i$ of several draws with seed + $i$, and does not depend on the
+#   others.
 #
 # ## Design note
 #
-# We recompute the window for every token. A key-value cache saves most of
-# that work, and every program that serves a model has one. It would need a
-# second path through the model: attention from one query to many stored
-# keys, activations for one position, and care when the window slides. With
-# the learned positions of GPT-2 a sliding window moves every token to
-# another position, which makes the whole cache worthless at that moment.
-# For a book whose subject is training, one path that is proven serves
-# better than two; a window of 64 tokens is computed in milliseconds.
+# When the window is full, most programs either stop or drop one token for
+# each they draw. To stop leaves the reader without a text; to slide by one
+# gives the model the longest memory, and costs a whole window for every
+# token, because GPT-2 has learned a vector for each position and a token
+# that moves is another input. Half a window at once costs one window for
+# every T/2 tokens. The price is that right after the cut the model sees half
+# of what it could.
 #
-# The other choice is the random stream. `RandomState` is NumPy's old
+# `distribution` could return the few tokens it kept and their probabilities
+# alone. It returns all V, most of them 0, because that is what the formulas
+# mean and what tests and figures use.
+#
+# The last choice is the random stream. `RandomState` is NumPy's old
 # generator, and NumPy has promised never to change what it draws. A text
 # drawn today with seed 42 will be drawn again in ten years from the same
 # probabilities.

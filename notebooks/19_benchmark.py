@@ -460,8 +460,105 @@ def torch_contestant(spec):
     return step, lambda: facts
 
 
+# %% [markdown]
+# Two more write text instead of training: the `Decoder` of
+# [chapter 15](15_cache.ipynb), and the `generate` of Hugging Face's
+# transformers. A step continues a prompt of random tokens, new in each round
+# and the same for both, always by the likeliest token. A clock is read at
+# each token. The first one costs the whole prompt; the median of the others
+# is what a token costs.
+
+
+# %% one text with a clock tags=["exporti"] module="peers"
+def _prompts(spec):
+    """Lists of random tokens without end, the same for every writer."""
+    import numpy as np
+
+    draw = np.random.RandomState(0)
+    while True:
+        yield draw.randint(0, spec["vocab_size"], spec["prompt"]).tolist()
+
+
+def _pace(times, tokens):
+    """The answer to a step, from the clock at the start and each token."""
+    spent = [b - a for a, b in zip(times, times[1:], strict=False)]
+    pace = {"first_seconds": spent[0], "token_seconds": median(spent[1:])}
+    return {**pace, "tokens": tokens}
+
+
+# %% our writer tags=["export"] module="peers"
+def decoder_contestant(spec):
+    """A text from a Decoder and its facts: two functions for `serve`.
+
+    spec: a dict with folder (of a model), vocab_size, prompt and count:
+    tokens to read and to write, at least 2.
+
+    Derived in chapter 19.
+    """
+    from llmnb.decode import Decoder
+    from llmnb.generate import generate
+
+    length = spec["prompt"] + spec["count"]
+    decoder = Decoder.from_checkpoint(spec["folder"], 1, length)
+    prompts = _prompts(spec)
+
+    def step():
+        prompt, tokens = next(prompts), []
+        times = [time.perf_counter()]
+        for token in generate(decoder, prompt, spec["count"], temperature=0):
+            tokens.append(token)
+            times.append(time.perf_counter())
+        return _pace(times, tokens)
+
+    return step, lambda: _our_facts("reference")
+
+
+# %% their writer tags=["export"] module="peers"
+def transformers_contestant(spec):
+    """A text from transformers' generate, and its facts, for `serve`.
+
+    spec: as for decoder_contestant; the folder must be one that
+    transformers reads. Raises ImportError where it is not installed.
+
+    Derived in chapter 19.
+    """
+    import torch
+    import transformers
+
+    model = transformers.GPT2LMHeadModel.from_pretrained(spec["folder"])
+    model.eval()
+    how = {"max_new_tokens": spec["count"], "do_sample": False}
+    how |= {"eos_token_id": None, "pad_token_id": 0}
+    prompts, times = _prompts(spec), []
+
+    class Clock:
+        def put(self, value):
+            times.append(time.perf_counter())
+
+        def end(self):
+            pass
+
+    def step():
+        prompt = torch.tensor([next(prompts)])
+        mask = torch.ones_like(prompt)
+        times[:] = []  # the clock is given the prompt first
+        out = model.generate(
+            prompt, attention_mask=mask, streamer=Clock(), **how
+        )
+        return _pace(times, out[0, prompt.shape[1] :].tolist())
+
+    versions = {x.__name__: x.__version__ for x in (torch, transformers)}
+    facts = {"threads": torch.get_num_threads(), "versions": versions}
+    return step, lambda: facts
+
+
 # %% the contestant's program tags=["export"] module="peers"
-CONTESTANTS = {"llmnb": llmnb_contestant, "torch": torch_contestant}
+CONTESTANTS = {
+    "llmnb": llmnb_contestant,
+    "torch": torch_contestant,
+    "llmnb-decoder": decoder_contestant,
+    "transformers": transformers_contestant,
+}
 
 
 def main(argv=None):
@@ -521,7 +618,7 @@ import numpy as np
 
 from llmnb import peers
 from llmnb.arena import Arena
-from llmnb.checkpoint import write_checkpoint
+from llmnb.checkpoint import write_checkpoint, write_folder
 from llmnb.config import GPT2Config, parameter_shapes
 from llmnb.data import write_shard
 from llmnb.init import init_params
@@ -529,6 +626,7 @@ from llmnb.init import init_params
 
 # %% what a race is told tags=["export"] module="race"
 WARM_UP = 2  # rounds that are not measured: they compile and touch memory
+WRITERS = {"llmnb": "llmnb-decoder", "transformers": "transformers"}
 PAUSE = 0.05  # seconds between two turns, in which threads fall asleep
 PEERS = {
     "torch": {"kind": "torch", "compile": False, "bf16": False},
@@ -596,7 +694,7 @@ class Contestant:
         self.name = name
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         env = _environment(threads, cache)
-        if spec["kind"] == "llmnb":
+        if spec["kind"].startswith("llmnb"):
             package = str(Path(peers.__file__).parents[1])
             env["PYTHONPATH"] = package
         self._process = subprocess.Popen(
@@ -850,6 +948,44 @@ def race(shape, settings, bar=iter):
     return found, why
 
 
+# %% a race of writers tags=["export"] module="race"
+def race_writers(cfg, prompt, count, rounds, threads=None, python=None):
+    """Race a Decoder and transformers' generate on one random model.
+
+    cfg: a GPT2Config. prompt, count: tokens to read and to write. rounds:
+    texts of each to measure, after one that is not. threads: of each, or
+    None for all cores. python: the interpreter that has transformers.
+    Returns a dict from name to the steps (dicts, as `peers` answers) and
+    the facts. Raises ValueError for numbers that do not fit the model and
+    ChildProcessError in one sentence.
+
+    Derived in chapter 19.
+    """
+    if prompt < 1 or count < 2 or prompt + count > cfg.max_seq_len:
+        raise ValueError(
+            f"a prompt of {prompt} and {count} more tokens: must be at least "
+            f"1 and 2, together at most {cfg.max_seq_len}"
+        )
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        arena = Arena({"params": (np.float32, parameter_shapes(cfg))})
+        init_params(arena["params"], cfg, 42)
+        write_folder(folder, cfg, arena["params"])
+        spec = {"folder": folder, "vocab_size": cfg.vocab_size}
+        spec |= {"prompt": prompt, "count": count}
+        runners = {}
+        for name, kind in WRITERS.items():
+            ours = kind.startswith("llmnb")
+            program = sys.executable if ours else python or sys.executable
+            runner = Contestant(name, spec | {"kind": kind}, program, threads)
+            stack.callback(runner.close)
+            runners[name] = runner
+        replies = take_turns(runners, range(1 + rounds))
+        return {
+            name: {"steps": replies[name][1:], "facts": runner.finish()}
+            for name, runner in runners.items()
+        }
+
+
 # %% ratios tags=["export"] module="race"
 def ratios(seconds):
     """Compare every llmnb with every peer, round by round.
@@ -975,6 +1111,7 @@ from llmnb.race import (
     cores,
     lineup,
     race,
+    race_writers,
     ratios,
     start_times,
 )
@@ -1020,6 +1157,67 @@ def bench(configs, settings=None, start=False, bar=iter):
     shape = _shape(*CONFIGS["small"])
     result["start"] = start_times(shape, settings, bar) if start else []
     return shares(result)
+
+
+# %% the benchmark of writing tags=["export"] module="bench"
+def bench_writers(cfg, prompt=64, count=64, rounds=10, threads=None, **how):
+    """Measure tokens written against transformers; a dict ready for JSON.
+
+    The arguments are those of `race_writers`, and so is what it raises.
+    Seconds are those of the rounds, in order: of the first token, which
+    reads the prompt, and of a later one, the median of a text.
+
+    Derived in chapter 19.
+    """
+    result = {"date": date.today().isoformat(), "commit": _commit()}
+    result |= {"machine": machine(), "threads": threads or cores()}
+    result |= {"load": load(), "model": dict(vars(cfg))}
+    found = race_writers(cfg, prompt, count, rounds, threads, **how)
+    rows, texts = {}, []
+    for name, each in found.items():
+        steps = each["steps"]
+        texts.append([x["tokens"] for x in steps])
+        rows[name] = {
+            kind: [x[kind] for x in steps]
+            for kind in ("first_seconds", "token_seconds")
+        }
+    for kind in ("first_seconds", "token_seconds"):
+        seconds = {name: row[kind] for name, row in rows.items()}
+        result[f"{kind}_ratios"] = ratios(seconds)
+    same = all(text == texts[0] for text in texts)
+    result |= {"prompt": prompt, "count": count, "same_tokens": same}
+    result["writers"] = {n: rows[n] | found[n]["facts"] for n in rows}
+    return result
+
+
+def writers_report(result):
+    """The result of `bench_writers` as a text of lines to print.
+
+    Derived in chapter 19.
+    """
+    lines = [f"machine  {result['machine']}, {result['threads']} threads"]
+    if result["load"] is not None:
+        lines += [f"load     {result['load']:.2f} before the race"]
+    same = "the same tokens" if result["same_tokens"] else "OTHER TOKENS"
+    lines += [
+        f"a prompt of {result['prompt']} tokens, {result['count']} more: "
+        f"{same}",
+        "",
+        f"{'':<16}{'first ms':>11}{'ms a token':>11}{'tokens/s':>11}",
+    ]
+    for name, row in result["writers"].items():
+        first, each = (
+            median(row[x]) for x in ("first_seconds", "token_seconds")
+        )
+        numbers = f"{first * 1e3:11.1f}{each * 1e3:11.2f}{1 / each:11.1f}"
+        lines.append(f"{name:<16}{numbers}")
+    for kind, what in (("first", "first token"), ("token", "later token")):
+        for x in result[f"{kind}_seconds_ratios"]:
+            lines.append(
+                f"{what}: {x['ours']} / {x['peer']}: {x['ratio']:.2f} of its "
+                f"time ({x['low']:.2f} to {x['high']:.2f})"
+            )
+    return "\n".join(lines)
 
 
 # %% is the machine busy tags=["export"] module="bench"

@@ -535,8 +535,9 @@ def _report(folder, steps, marks):
 
 # %% llmnb generate tags=["exporti"] module="cli"
 DRAWS = {
-    "prompt": (str, "", "the beginning of the text"),
+    "prompt": (str, "", "the beginning of the text; - reads standard input"),
     "tokens": (int, 200, "tokens to write at most"),
+    "samples": (int, 1, "texts to write, each with the next seed"),
     "temperature": (
         float,
         0.8,
@@ -545,7 +546,7 @@ DRAWS = {
     "top_k": (int, None, "draw among the k likeliest tokens only"),
     "top_p": (float, None, "draw among the likeliest that make up p only"),
     "seed": (int, 42, "another seed, another text"),
-    "tokenizer": (str, "gpt2", "of a .bin file: gpt2, byte or a rank file"),
+    "tokenizer": (str, "gpt2", "unless RUN has one: gpt2, byte or a file"),
 }
 
 
@@ -554,12 +555,13 @@ def _add_generate(commands):
     parser = commands.add_parser(
         "generate",
         help="continue a prompt",
-        description="Continue a prompt with the model of a run folder, or "
-        "of a .bin file in llm.c's format.",
+        description="Continue a prompt with the model of a run folder, of a "
+        ".bin or .safetensors file, or of a Hugging Face model folder.",
     )
     parser.add_argument(
         "model", nargs="?", metavar="RUN",
-        help="a run folder or a .bin file (default: the newest in runs/)",
+        help="a run folder, a model file or a model folder (default: the "
+        "newest in runs/)",
     )  # fmt: skip
     for name, (kind, default, text) in DRAWS.items():
         shown = "none" if default in (None, "") else default
@@ -570,61 +572,113 @@ def _add_generate(commands):
             metavar=kind.__name__,
             help=f"{text} (default: {shown})",
         )
+    parser.add_argument(
+        "--stats", action="store_true", help="print tokens a second at the end"
+    )
     _add_threads(parser)
     parser.set_defaults(run=_generate)
 
 
 # %% write to the terminal tags=["exporti"] module="cli"
 def _generate(args):
-    from llmnb.generate import check_sampling, decoded, generate
+    from llmnb.generate import check_sampling, decoded, generate_samples
 
     settings = args.temperature, args.top_k, args.top_p
     check_sampling(*settings)
+    if args.samples < 1:
+        raise ValueError(f"samples must be at least 1, got {args.samples}")
     _set_threads(args)
-    model, encoding = _load_model(args)
-    eot = encoding.eot_token
-    ids = [eot, *encoding.encode_ordinary(args.prompt)]
-    tokens = generate(
-        model, ids, args.tokens, *settings, seed=args.seed, stop=eot
-    )
-    print(args.prompt, end="", flush=True)
-    for piece in decoded(encoding, tokens):
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    decoder, encoding, ids = _load_model(args, prompt)
+    steps = generate_samples(
+        decoder, ids, args.tokens, args.samples, *settings,
+        seed=args.seed, stop=encoding.eot_token,
+    )  # fmt: skip
+    texts, times = [[] for _ in range(args.samples)], [time.perf_counter()]
+    _heading(args, 0)
+    print(prompt, end="", flush=True)
+    for piece in decoded(encoding, _first_text(steps, texts, times)):
         print(piece, end="", flush=True)
     print()
+    for i in range(1, args.samples):
+        _heading(args, i)
+        print(prompt + "".join(decoded(encoding, texts[i])))
+    if args.stats:
+        _stats(len(ids), texts, times)
+
+
+# %% several texts, one terminal tags=["exporti"] module="cli"
+def _first_text(steps, texts, times):
+    """The first text's tokens as they come; the others are gathered."""
+    for step in steps:
+        times.append(time.perf_counter())
+        for text, token in zip(texts, step, strict=True):
+            if token is not None:
+                text.append(token)
+        if step[0] is not None:
+            yield step[0]
+
+
+def _heading(args, i):
+    if args.samples > 1:
+        print(f"--- {i + 1} of {args.samples}, seed {args.seed + i}")
+
+
+def _stats(length, texts, times):
+    """How fast it was, on standard error: the first token apart."""
+    seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
+    lines = [f"prompt: {length:,} tokens, the first token after {s:.3f} s"
+             for s in seconds[:1]]  # fmt: skip
+    rest, count = sum(seconds[1:]), sum(len(text) - 1 for text in texts)
+    if rest and count > 0:
+        lines.append(
+            f"then: {count:,} tokens in {rest:.3f} s, {count / rest:,.1f} "
+            f"tokens/s, {rest / len(seconds[1:]) * 1e3:.1f} ms a step"
+        )
+    print(*lines, sep="\n", file=sys.stderr)
 
 
 # %% which model tags=["exporti"] module="cli"
-def _load_model(args):
-    from llmnb.train import load_run
+def _load_model(args, prompt):
+    """A Decoder with room for the prompt and the text; the tokenizer; ids."""
+    from llmnb.checkpoint import read_config
+    from llmnb.decode import Decoder
+    from llmnb.generate import window_start
 
     path = Path(args.model) if args.model else _newest_run()
     if not args.model:
         print(f"model: {path}", file=sys.stderr)
-    if path.is_file():
-        return _load_file(path, args)
     if not path.exists():
         raise FileNotFoundError(f"there is no run {path}")
-    model, encoding, _ = load_run(path)
-    return model, encoding
-
-
-# %% a model from a file tags=["exporti"] module="cli"
-def _load_file(path, args):
-    """A .bin file's model, laid out for no more tokens than are asked for."""
-    from llmnb.checkpoint import read_config
-    from llmnb.gpt2 import GPT2
-    from llmnb.train import make_encoding
-
     cfg = read_config(path)
-    encoding = make_encoding(TrainConfig(tokenizer=args.tokenizer), [])
+    encoding = _encoding_of(path, args)
     if encoding.n_vocab != cfg.vocab_size:
         raise ValueError(
             f"{path} has {cfg.vocab_size} tokens, the tokenizer "
             f"{args.tokenizer} has {encoding.n_vocab}"
         )
-    length = 1 + len(encoding.encode_ordinary(args.prompt)) + args.tokens
-    length = max(1, min(length, cfg.max_seq_len))
-    return GPT2.from_checkpoint(path, 1, length), encoding
+    ids = [encoding.eot_token, *encoding.encode_ordinary(prompt)]
+    length = min(len(ids) + max(args.tokens, 0), cfg.max_seq_len)
+    if len(ids) > length:
+        seen = len(ids) - window_start(len(ids), length)
+        print(
+            f"the prompt has {len(ids):,} tokens; the model sees the last "
+            f"{seen:,} of them",
+            file=sys.stderr,
+        )
+    return Decoder.from_checkpoint(path, args.samples, length), encoding, ids
+
+
+# %% which tokenizer tags=["exporti"] module="cli"
+def _encoding_of(path, args):
+    """A run's own, or else the one that was asked for."""
+    from llmnb import tokenizer
+    from llmnb.train import make_encoding
+
+    own = path / "tokenizer.tiktoken"
+    if own.exists():
+        return tokenizer.load(own)
+    return make_encoding(TrainConfig(tokenizer=args.tokenizer), [])
 
 
 # %% llmnb data tags=["exporti"] module="cli"
@@ -767,6 +821,10 @@ def _add_race(parser):
         help="steps of each to measure (default: 10)",
     )  # fmt: skip
     add(
+        "--write", action="store_true",
+        help="time tokens of a 124M model instead, against transformers",
+    )  # fmt: skip
+    add(
         "--start", action="store_true",
         help="time the first step of fresh processes; without --config this "
         "alone",
@@ -785,6 +843,13 @@ def _add_outputs(parser):
 
 # %% measure tags=["exporti"] module="cli"
 def _bench(args):
+    for path in filter(None, (args.json, args.plot)):
+        if not Path(path).parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {Path(path).parent}")
+    (_bench_writers if args.write else _bench_steps)(args)
+
+
+def _bench_steps(args):
     from tqdm import tqdm
 
     from llmnb.bench import bench, report
@@ -796,14 +861,29 @@ def _bench(args):
     )  # fmt: skip
     bar = partial(tqdm, unit="round", leave=False)
     configs = _configs_of(args)
-    for path in filter(None, (args.json, args.plot)):
-        if not Path(path).parent.is_dir():
-            raise FileNotFoundError(f"there is no folder {Path(path).parent}")
     result = bench(configs, settings, args.start, bar)
     result = {"command": _command(sys.argv[1:]), **result}
     _write_result(args, result)
     as_json = json.dumps(result, indent=1)
     print(as_json if args.json == "-" else report(result))
+
+
+# %% measure writing tags=["exporti"] module="cli"
+def _bench_writers(args):
+    from llmnb.bench import bench_writers, writers_report
+    from llmnb.config import GPT2Config
+
+    if args.config or args.against or args.plot:
+        raise ValueError(
+            "--write has a model and a rival of its own, and no picture: "
+            "leave out --config, --against and --plot"
+        )
+    how = {"threads": args.threads, "python": args.torch_python}
+    result = bench_writers(GPT2Config(), rounds=args.steps, **how)
+    result = {"command": _command(sys.argv[1:]), **result}
+    _write_result(args, result)
+    as_json = json.dumps(result, indent=1)
+    print(as_json if args.json == "-" else writers_report(result))
 
 
 # %% write the files tags=["exporti"] module="cli"
@@ -1063,6 +1143,8 @@ with TemporaryDirectory() as place:
     text, _, code = run(*ask)
     verdict("generate", code == 0 and text.startswith("def "), "goes on")
     verdict("generate", run(*ask)[0] == text, "same seed, same text")
+    two, _, code = run(*ask, "--samples", 2)
+    verdict("generate", text in two, "the first of two is the same")
     _, _, code = run("train", "--out", folder, *TINY.split())
     verdict("train", code == 1, "keeps a folder in use")
 

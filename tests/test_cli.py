@@ -1,5 +1,6 @@
 """The command line: what users type, see and get wrong."""
 
+import io
 import json
 import re
 import subprocess
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from llmnb import cli, tokenizer
+from llmnb.checkpoint import write_folder
 from llmnb.cli import main
 from llmnb.config import GPT2Config
 from llmnb.data import read_shard
@@ -174,6 +176,65 @@ def test_generate_from_a_bin_file(llmnb, tmp_path):
     assert "m.bin has 257 tokens, the tokenizer other.tiktoken has 258" in err
 
 
+def test_generate_several(llmnb, trained):
+    ask = ["generate", trained, "--prompt", "def f", "--tokens", 30]
+    code, out, err = llmnb(*ask, "--samples", 3, "--seed", 7)
+    assert (code, err) == (0, "")
+    alone = [llmnb(*ask, "--seed", 7 + i)[1] for i in range(3)]
+    heads = [f"--- {i + 1} of 3, seed {7 + i}\n" for i in range(3)]
+    assert out == "".join(h + t for h, t in zip(heads, alone, strict=True))
+
+
+def test_generate_reads_the_prompt(llmnb, trained, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("def f"))
+    ask = ["generate", trained, "--tokens", 9]
+    piped = llmnb(*ask, "--prompt", "-")
+    assert piped[0] == 0 and piped == llmnb(*ask, "--prompt", "def f")
+
+
+def test_generate_counts(llmnb, trained):
+    ask = ["generate", trained, "--prompt", "def f", "--stats", "--tokens"]
+    code, _, err = llmnb(*ask, 9, "--samples", 2)
+    assert code == 0
+    assert re.search(r"prompt: 6 tokens, the first token after [\d.]+ s", err)
+    assert re.search(r"then: 16 tokens in .* tokens/s, .* ms a step", err)
+    assert llmnb(*ask, 0)[::2] == (0, "\n")
+
+
+def test_generate_with_a_long_prompt(llmnb, trained):
+    ask = ["generate", trained, "--tokens", 9]
+    code, out, err = llmnb(*ask, "--prompt", "x" * 500 + "def f")
+    assert code == 0 and out.startswith("x" * 500 + "def f")
+    assert "the prompt has 506 tokens; the model sees the last 10" in err
+    # the same 10 tokens of a shorter prompt, which is cut at the same place
+    short = llmnb(*ask, "--prompt", "x" * 12 + "def f")
+    assert "18 tokens; the model sees the last 10" in short[2]
+    assert short[1][12:] == out[500:]
+
+
+def test_generate_from_other_files(llmnb, tmp_path):
+    cfg = GPT2Config(32, 257, 1, 2, 16)
+    model = GPT2(cfg, 1, 8, "reference")
+    model.save_checkpoint("m.bin")
+    model.save_checkpoint("m.safetensors")
+    write_folder(tmp_path / "hub", cfg, model.params)
+    ask = ["--prompt", "ab", "--tokens", 50, "--tokenizer", "byte"]
+    want = llmnb("generate", "m.bin", *ask)
+    assert want[0] == 0
+    for path in ("m.safetensors", "hub"):
+        assert llmnb("generate", path, *ask) == want
+
+
+def test_generate_from_a_damaged_file(llmnb, tmp_path):
+    GPT2(GPT2Config(32, 257, 1, 2, 16), 1, 8).save_checkpoint("m.bin")
+    whole = (tmp_path / "m.bin").read_bytes()
+    for damaged in (b"", whole[:500], whole[:-4], whole + b"1234"):
+        (tmp_path / "m.bin").write_bytes(damaged)
+        code, out, err = llmnb("generate", "m.bin", "--tokenizer", "byte")
+        assert (code, out) == (1, "") and "m.bin" in err
+        assert err.count("\n") == 1
+
+
 # data
 
 
@@ -288,10 +349,11 @@ def test_info(llmnb):
         ("train --backend quantum --limit 300000", 1, "quantum"),
         ("generate", 1, "there is no run in runs/ here"),
         ("generate nowhere", 1, "there is no run nowhere"),
-        ("generate . ", 1, "config.json: No such file"),
+        ("generate . ", 1, ".: holds none of model.safetensors, "),
         ("generate x --temperature -1", 1, "temperature must be at least 0"),
         ("generate x --top-p 2", 1, "top_p must be above 0 and at most 1"),
         ("generate x --top-k 0", 1, "top_k must be a whole number"),
+        ("generate x --samples 0", 1, "samples must be at least 1, got 0"),
         ("data", 2, "the following arguments are required: FOLDER"),
         ("data out --vocab-size 3", 1, "3"),
         ("bench --steps 0 --backend reference", 1, "steps must be at least 1"),

@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 
 from llmnb import tokenizer
 from llmnb.config import GPT2Config
-from llmnb.generate import decoded, distribution, draw, generate
+from llmnb.generate import (
+    decoded,
+    distribution,
+    draw,
+    generate,
+    generate_samples,
+    window_start,
+)
 from llmnb.gpt2 import GPT2
 
 few = settings(max_examples=50, deadline=None, derandomize=True)
@@ -69,6 +76,39 @@ def test_top_p_is_the_fewest_that_reach_p(z, top_p):
     assert p[kept].sum() - p[kept].min() < top_p + 1e-9
     assert p[kept].min() >= p[~kept].max(initial=0)
     np.testing.assert_allclose(got[kept], p[kept] / p[kept].sum(), 1e-9)
+
+
+def sorted_cut(z, top_k, top_p):
+    """The plain rule: sort all, then cut."""
+    order = sorted(range(len(z)), key=lambda i: (-z[i], i))[:top_k]
+    p = np.exp(z[order] - z.max())
+    p /= p.sum()
+    inside = np.cumsum(p) - p < top_p
+    inside[0] = True
+    out = np.zeros(len(z))
+    out[np.array(order)[inside]] = p[inside] / p[inside].sum()
+    return out
+
+
+@few
+@given(
+    st.integers(0, 99),
+    st.integers(1, 3000),
+    st.integers(0, 2),
+    st.none() | st.integers(1, 4000),
+    st.floats(0.01, 1),
+)
+def test_partition_keeps_what_a_sort_keeps(seed, V, digits, top_k, top_p):
+    z = np.random.RandomState(seed).normal(0, 2, V).round(digits)  # equals
+    got = distribution(z, top_k=top_k, top_p=top_p)
+    want = sorted_cut(z, top_k, top_p)
+    assert abs(got - want).max() < 1e-12 or near_the_border(z, top_k, top_p)
+
+
+def near_the_border(z, top_k, top_p):
+    """Whether a rounding decides if one more token is kept."""
+    p = -np.sort(-plain_softmax(z))[:top_k]
+    return abs(np.cumsum(p / p.sum()) - top_p).min() < 1e-12
 
 
 def test_order_of_the_three():
@@ -144,7 +184,9 @@ def by_hand(model_of, tokens, count):
     """Greedy continuation with a model of exactly the text's length."""
     text = list(tokens)
     for _ in range(count):
-        last = text[-T:]
+        last = list(text)
+        while len(last) > T:
+            last = last[T // 2 :]
         model = model_of(len(last))
         model.forward(np.array([last]))
         text.append(int(np.argmax(model.logits[0, -1])))
@@ -218,9 +260,59 @@ def test_bad_text_is_refused_at_once(tokens, count, error, message):
         generate(tiny_model(), tokens, count)
 
 
-def test_bad_seed_is_refused_at_once():
-    with pytest.raises(ValueError, match="[Ss]eed"):
-        generate(tiny_model(), [1], 1, seed=-1)
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_bad_seed_is_refused_at_once(seed):
+    with pytest.raises(ValueError, match=r"seed must be in \[0, 2\*\*32\)"):
+        generate(tiny_model(), [1], 1, seed=seed)
+
+
+# several texts
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_samples_are_the_texts_of_the_next_seeds(batch_size):
+    model = tiny_model(batch_size=batch_size)
+    steps = list(generate_samples(model, [1, 2], 25, 3, seed=5))
+    assert len(steps) == 25 and all(len(step) == 3 for step in steps)
+    for i in range(3):
+        alone = list(generate(model, [1, 2], 25, seed=5 + i))
+        assert [step[i] for step in steps] == alone
+    assert len(set(zip(*steps, strict=True))) == 3
+
+
+def test_the_seed_after_the_last_is_the_first():
+    steps = generate_samples(tiny_model(), [1], 5, 2, seed=2**32 - 1)
+    second = [step[1] for step in steps]
+    assert second == list(generate(tiny_model(), [1], 5, seed=0))
+
+
+def test_samples_end_one_by_one():
+    model = tiny_model()
+    free = [list(generate(model, [1], 40, seed=s)) for s in (3, 4, 5)]
+    stop = free[1][2]
+    want = [x[: x.index(stop)] if stop in x else x for x in free]
+    steps = list(generate_samples(model, [1], 40, 3, seed=3, stop=stop))
+    for i, text in enumerate(want):
+        got = [step[i] for step in steps]
+        assert got == text + [None] * (len(steps) - len(text))
+    assert len(steps) == max(map(len, want))
+
+
+@pytest.mark.parametrize("samples", [0, -1])
+def test_no_samples(samples):
+    with pytest.raises(ValueError, match="samples must be at least 1"):
+        generate_samples(tiny_model(), [1], 1, samples)
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 8, 1024])
+def test_window(T):
+    before = 0
+    for length in range(1, 5 * T + 3):
+        first = window_start(length, T)
+        assert length - first <= T and first >= before
+        assert first == 0 if length <= T else length - first >= T // 2
+        assert first == before or length - before > T, "moves when full"
+        before = first
 
 
 def test_no_tokens():

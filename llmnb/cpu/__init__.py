@@ -20,6 +20,14 @@ from llmnb.cpu.crossentropy import (
     softmax_backward,
     softmax_forward,
 )
+from llmnb.cpu.decode import (
+    cache_attention,
+    cache_shapes,
+    embed_forward,
+    pack_weight,
+    panels_forward,
+    panels_shape,
+)
 from llmnb.cpu.encoder import (
     encoder_backward,
     encoder_forward,
@@ -83,7 +91,9 @@ __all__ = [
     "adamw_update",
     "attention_backward",
     "attention_forward",
+    "cache_attention",
     "cache_folder",
+    "cache_shapes",
     "check_flat",
     "check_scratch",
     "clip_gradients",
@@ -92,6 +102,7 @@ __all__ = [
     "crossentropy_forward",
     "crossentropy_softmax_backward",
     "crossentropy_softmax_forward",
+    "embed_forward",
     "encoder_backward",
     "encoder_forward",
     "fast_exp",
@@ -106,6 +117,9 @@ __all__ = [
     "layernorm_forward",
     "matmul_backward",
     "matmul_forward",
+    "pack_weight",
+    "panels_forward",
+    "panels_shape",
     "residual_backward",
     "residual_forward",
     "routine",

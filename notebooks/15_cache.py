@@ -1,0 +1,652 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     module: decode
+# ---
+
+# %% [markdown]
+# # Keep keys and values
+#
+# > What a position has computed never changes when the text grows. Keep it,
+# > and the next token costs one position, not all of them.
+
+# %% imports of the kernels tags=["export"] module="cpu.decode"
+import math
+
+import numba
+import numpy as np
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from llmnb.checks import check_array, check_float, check_tokens
+from llmnb.cpu.attention import _block_size, _softmax_block
+from llmnb.cpu.jit import inner, kernel
+from llmnb.cpu.panels import DEPTH, pack, scratch
+from llmnb.cpu.tile import (
+    COLS,
+    I32,
+    I64,
+    LANES,
+    ROWS,
+    VECTORS,
+    _constant,
+    _data,
+    _load,
+    _multiply_add,
+    _spread,
+    _store,
+)
+
+
+# %% the loop over the sum tags=["exporti"] module="cpu.decode"
+def _sums(builder, inp, panel, line, depth, rows):
+    """The sums of some rows over a panel, as vectors, row by row."""
+    before = builder.block
+    loop = builder.append_basic_block("step")
+    after = builder.append_basic_block("done")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    zero = _constant(panel.type.pointee, [0.0] * LANES)
+    entry = [depth.type(0), panel, *inp] + [zero] * (rows * VECTORS)
+    phis = [builder.phi(value.type) for value in entry]
+    k, panel, *rest = phis
+    inp, sums = rest[:rows], rest[rows:]
+    weights = [
+        _load(builder, builder.gep(panel, [I32(v * LANES)]), LANES)
+        for v in range(VECTORS)
+    ]
+    steps = [builder.add(k, k.type(1)), builder.gep(panel, [line])]
+    steps += [builder.gep(row, [I32(1)]) for row in inp]
+    for row in inp:
+        x = _spread(builder, builder.load(row))
+        for y in weights:
+            place = len(steps) - 2 - rows
+            steps.append(_multiply_add(builder, x, y, sums[place]))
+    for phi, first, then in zip(phis, entry, steps, strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(then, loop)
+    again = builder.icmp_signed("<", steps[0], depth)
+    builder.cbranch(again, loop, after)
+    builder.position_at_end(after)
+    return steps[2 + rows :]
+
+
+# %% some rows by a panel tags=["exporti"] module="cpu.decode"
+def _rows_by_panel(rows):
+    @intrinsic
+    def multiply(typing, out, o, start, s, bias, b, inp, x, panel, p, depth):
+        two = types.UniTuple(I64, 2)
+        signature = types.void(
+            out, two, start, two, bias, I64, inp, two, panel, two, I64
+        )
+
+        def codegen(context, builder, signature, args):
+            kinds = signature.args
+
+            def places(i, vectors):
+                at, step = cgutils.unpack_tuple(builder, args[i + 1])
+                base = builder.gep(
+                    _data(context, builder, kinds[i], args[i]), [at]
+                )
+                for r in range(rows):
+                    down = builder.mul(step, step.type(r))
+                    for v in range(vectors):
+                        place = builder.add(down, step.type(v * LANES))
+                        yield builder.gep(base, [place])
+
+            panel = _data(context, builder, kinds[8], args[8])
+            p, line = cgutils.unpack_tuple(builder, args[9])
+            inputs = [*places(6, 1)]
+            found = _sums(
+                builder, inputs, builder.gep(panel, [p]), line, args[10], rows
+            )
+            bias = builder.gep(
+                _data(context, builder, kinds[4], args[4]), [args[5]]
+            )
+            shift = [
+                _load(builder, builder.gep(bias, [I32(v * LANES)]), LANES)
+                for v in range(VECTORS)
+            ] * rows
+            outs, starts = places(0, VECTORS), places(2, VECTORS)
+            for q, f, z, y in zip(outs, starts, found, shift, strict=True):
+                z = builder.fadd(builder.fadd(z, y), _load(builder, f, LANES))
+                _store(builder, z, q)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return multiply
+
+
+_all_rows, _two_rows, _one_row = map(_rows_by_panel, (ROWS, 2, 1))
+
+
+# %% all rows by a panel tags=["exporti"] module="cpu.decode"
+@inner
+def _panel_product(out, o, start, s, bias, b, inp, x, panel, p, depth, count):
+    """o, s, x: where the first row begins, and the step to the next."""
+    i = 0
+    while i < count:
+        at = (o[0] + i * o[1], o[1]), (s[0] + i * s[1], s[1])
+        row = x[0] + i * x[1], x[1]
+        if count - i >= ROWS:
+            _all_rows(
+                out, at[0], start, at[1], bias, b, inp, row, panel, p, depth
+            )
+            i += ROWS
+        elif count - i >= 2:
+            _two_rows(
+                out, at[0], start, at[1], bias, b, inp, row, panel, p, depth
+            )
+            i += 2
+        else:
+            _one_row(
+                out, at[0], start, at[1], bias, b, inp, row, panel, p, depth
+            )
+            i += 1
+
+
+# %% a column of the output tags=["exporti"] module="cpu.decode"
+@inner
+def _column(out, start, s, inp, panels, p, j, sizes, zeros):
+    """Columns j to j + COLS of all rows; s: the step of start's rows."""
+    count, OC, C = sizes
+    for k in range(0, C, DEPTH):
+        depth = min(DEPTH, C - k)
+        x, panel = (k, C), (p + k * COLS, COLS)
+        if k == 0:
+            at = (j if s else 0), s
+            _panel_product(
+                *(out, (j, OC), start, at, panels, p + C * COLS),
+                *(inp, x, panels, panel, depth, count),
+            )
+        else:
+            _panel_product(
+                *(out, (j, OC), out, (j, OC), zeros, 0),
+                *(inp, x, panels, panel, depth, count),
+            )
+
+
+# %% the column at the edge tags=["exporti"] module="cpu.decode"
+@inner
+def _edge_column(out, start, s, inp, panels, p, j, sizes, zeros):
+    """A column of fewer than COLS numbers, by way of a wider copy."""
+    count, OC, C = sizes
+    wide = np.zeros(count * COLS, out.dtype)
+    for i in range(count):
+        for c in range(OC - j if s else 0):
+            wide[i * COLS + c] = start[i * s + j + c]
+    shape = count, COLS, C
+    _column(wide, wide, COLS, inp, panels, p, 0, shape, zeros)
+    for i in range(count):
+        for c in range(OC - j):
+            out[i * OC + j + c] = wide[i * COLS + c]
+
+
+# %% the kernel of the product tags=["exporti"] module="cpu.decode"
+@kernel
+def _panels_forward(out, start, s, inp, panels, sizes, parts):
+    _, OC, C = sizes
+    count, size = -(-OC // COLS), (C + 1) * COLS
+    for t in numba.prange(parts):
+        zeros = np.zeros(COLS, out.dtype)
+        first = start if s else zeros
+        for q in range(t * count // parts, (t + 1) * count // parts):
+            j, p = q * COLS, q * size
+            if j + COLS <= OC:
+                _column(out, first, s, inp, panels, p, j, sizes, zeros)
+            else:
+                _edge_column(out, first, s, inp, panels, p, j, sizes, zeros)
+
+
+# %% the product tags=["export"] module="cpu.decode"
+def panels_shape(OC, C):
+    """The shape of a weight (OC, C) and its bias as panels.
+
+    A panel holds COLS rows of the weight, side by side, and below them the
+    numbers of the bias.
+
+    Derived in chapter 15.
+    """
+    return -(-OC // COLS), C + 1, COLS
+
+
+def panels_forward(out, inp, panels, residual=None):
+    """out = inp @ weight.T + bias + residual, from packed weights.
+
+    out, residual: (B, T, OC). inp: (B, T, C). panels: panels_shape(OC, C),
+    as pack_weight leaves them. residual may be None or out itself. All
+    float32 or all float64 and C-contiguous. Every number equals that of
+    matmul_forward to the last bit. Raises TypeError or ValueError before it
+    computes anything.
+
+    Derived in chapter 15.
+    """
+    name = "panels_forward"
+    check_float(f"{name}: inp", inp)
+    (B, T, C), OC = inp.shape, out.shape[-1]
+    check_array(f"{name}: inp", inp, (B, T, C), inp.dtype)
+    check_array(f"{name}: out", out, (B, T, OC), inp.dtype)
+    check_array(f"{name}: panels", panels, panels_shape(OC, C), inp.dtype)
+    start = out if residual is None else residual
+    check_array(f"{name}: residual", start, out.shape, inp.dtype)
+    s = 0 if residual is None else OC
+    flat = (x.reshape(-1) for x in (start, inp, panels))
+    start, inp, panels = flat
+    sizes, parts = (B * T, OC, C), numba.get_num_threads()
+    _panels_forward(out.reshape(-1), start, s, inp, panels, sizes, parts)
+
+
+# %% pack a weight tags=["exporti"] module="cpu.decode"
+@kernel
+def _pack_weight(panels, weight, OC, C, code):
+    size = (C + 1) * COLS
+    for q in numba.prange(-(-OC // COLS)):
+        rows = min(COLS, OC - q * COLS)
+        pack(code, panels, q * size, weight, q * COLS * C, C, 1, rows, C)
+
+
+# %% weights into panels tags=["export"] module="cpu.decode"
+def pack_weight(panels, weight, bias=None):
+    """Write a weight (OC, C) and a bias (OC,) into panels, in place.
+
+    panels: panels_shape(OC, C). All float32 or all float64 and
+    C-contiguous. Raises TypeError or ValueError before anything is written.
+
+    Derived in chapter 15.
+    """
+    check_float("pack_weight: weight", weight)
+    OC, C = weight.shape
+    check_array("pack_weight: weight", weight, (OC, C), weight.dtype)
+    shape = panels_shape(OC, C)
+    check_array("pack_weight: panels", panels, shape, weight.dtype)
+    if bias is not None:
+        check_array("pack_weight: bias", bias, (OC,), weight.dtype)
+    code = scratch(np.empty(0, weight.dtype), False, weight.dtype)[0][1]
+    _pack_weight(panels.reshape(-1), weight.reshape(-1), OC, C, code)
+    last = np.zeros(shape[0] * COLS, weight.dtype)
+    last[:OC] = 0 if bias is None else bias
+    panels[:, -1] = last.reshape(-1, COLS)
+
+
+# %% a row back out of panels tags=["exporti"] module="cpu.decode"
+@inner
+def _embed(out, tokens, panels, wpe, first):
+    B, T, C = out.shape
+    for b in range(B):
+        for t in range(T):
+            panel, lane = tokens[b, t] // COLS, tokens[b, t] % COLS
+            for c in range(C):
+                out[b, t, c] = panels[panel, c, lane] + wpe[first + t, c]
+
+
+# %% embed from panels tags=["export"] module="cpu.decode"
+def embed_forward(out, tokens, panels, wpe, first):
+    """Sum each token's vector and its position's, from packed wte.
+
+    out: (B, T, C), overwritten. tokens: int32 (B, T). panels: wte, packed.
+    wpe: (max_T, C). first: the position of the first token. Raises
+    TypeError or ValueError where they do not fit.
+
+    Derived in chapter 15.
+    """
+    name = "embed_forward"
+    check_float(f"{name}: out", out)
+    B, T, C = out.shape
+    check_array(f"{name}: tokens", tokens, (B, T), np.int32)
+    check_array(f"{name}: wpe", wpe, (len(wpe), C), out.dtype)
+    shape = len(panels), C + 1, COLS
+    check_array(f"{name}: panels", panels, shape, out.dtype)
+    check_tokens(f"{name}: tokens", tokens, len(panels) * COLS)
+    if not 0 <= first <= len(wpe) - T:
+        raise ValueError(
+            f"{name}: positions {first} to {first + T - 1}, where wpe has "
+            f"{len(wpe)}"
+        )
+    _embed(out, tokens, panels, wpe, first)
+
+
+# %% the shape of a cache tags=["export"] module="cpu.decode"
+def cache_shapes(B, NH, T, hs):
+    """Shapes of the cached keys and values of T positions.
+
+    Keys (B, NH, T / COLS, hs, COLS) are panels of COLS positions; values
+    (B, NH, T, hs), with hs rounded up to a multiple of COLS.
+
+    Derived in chapter 15.
+    """
+    wide = -(-hs // COLS) * COLS
+    keys = B, NH, -(-T // COLS), hs, COLS
+    return {"keys": keys, "values": (B, NH, T, wide)}
+
+
+# %% keep keys and values tags=["exporti"] module="cpu.decode"
+@inner
+def _keep(keys, values, qkv, first, h):
+    """Of one row of the batch and one head: the new positions."""
+    T, C = qkv.shape[0], qkv.shape[1] // 3
+    hs = keys.shape[1]
+    for t in range(T):
+        panel, lane = (first + t) // COLS, (first + t) % COLS
+        for c in range(hs):
+            keys[panel, c, lane] = qkv[t, C + h * hs + c]
+            values[first + t, c] = qkv[t, 2 * C + h * hs + c]
+
+
+# %% one query tags=["exporti"] module="cpu.decode"
+@inner
+def _look_back(out, query, keys, values, seen, hs, block, w, zeros):
+    """Attention from one position to `seen` keys; w: scores, then sums."""
+    wide, scale = len(zeros), w.dtype.type(1 / math.sqrt(hs))
+    acc, none = len(w) - wide - 2, (0, 0)
+    for j in range(0, seen, COLS):
+        _one_row(
+            *(w, (j, 0), zeros, none, zeros, 0, query, none),
+            *(keys, (j * hs, COLS), hs),
+        )
+    w[acc : acc + wide] = 0
+    w[acc + wide], w[acc + wide + 1] = -1e30, 0
+    for u in range(0, seen, block):
+        cols = min(block, seen - u)
+        _softmax_block(w, u, acc, cols, 1, cols, 1, wide, scale)
+        for c in range(0, wide, COLS):
+            at = acc + c, 0
+            _one_row(
+                *(w, at, w, at, zeros, 0, w, (u, 0)),
+                *(values, (u * wide + c, wide), cols),
+            )
+    total = w[acc + wide + 1]
+    sums = w[acc : acc + wide]
+    for c in range(hs):
+        out[c] = sums[c] / total
+
+
+# %% all heads tags=["exporti"] module="cpu.decode"
+@kernel
+def _cache_attention(out, keys, values, qkv, first, block, parts):
+    B, T, C = out.shape
+    NH, hs, wide = keys.shape[1], keys.shape[3], values.shape[3]
+    room = keys.shape[2] * COLS + wide + 2
+    for part in numba.prange(parts):
+        w, zeros = np.empty(room, out.dtype), np.zeros(wide, out.dtype)
+        for unit in range(part, B * NH, parts):
+            b, h = unit // NH, unit % NH
+            K, V, a = keys[b, h], values[b, h], h * hs
+            _keep(K, V, qkv[b], first, h)
+            K, V = K.reshape(-1), V.reshape(-1)
+            for t in range(T):
+                y, q = out[b, t, a : a + hs], qkv[b, t, a : a + hs]
+                seen = first + t + 1
+                _look_back(y, q, K, V, seen, hs, block, w, zeros)
+
+
+# %% attention over a cache tags=["export"] module="cpu.decode"
+def cache_attention(out, keys, values, inp, first):
+    """Attention of new positions to all before them; keeps theirs.
+
+    out: (B, T, C), overwritten. inp: (B, T, 3C), queries, keys and values
+    of positions first to first + T - 1. keys, values: as cache_shapes has
+    it; positions before `first` are read, the new ones written. All float32
+    or all float64 and C-contiguous. Every number equals that of
+    attention_forward to the last bit. Raises TypeError or ValueError before
+    it computes anything.
+
+    Derived in chapter 15.
+    """
+    name = "cache_attention"
+    check_float(f"{name}: inp", inp)
+    (B, T, C), (NH, room) = out.shape, values.shape[1:3]
+    if C % NH:
+        raise ValueError(f"{name}: {NH} heads do not divide {C} channels")
+    if not 0 <= first <= room - T:
+        raise ValueError(
+            f"{name}: positions {first} to {first + T - 1}, where the cache "
+            f"has {room}"
+        )
+    check_array(f"{name}: inp", inp, (B, T, 3 * C), inp.dtype)
+    check_array(f"{name}: out", out, (B, T, C), inp.dtype)
+    shapes = cache_shapes(B, NH, room, C // NH)
+    check_array(f"{name}: keys", keys, shapes["keys"], inp.dtype)
+    check_array(f"{name}: values", values, shapes["values"], inp.dtype)
+    block, parts = _block_size(C // NH), numba.get_num_threads()
+    _cache_attention(out, keys, values, inp, first, block, parts)
+
+
+# %% imports of the decoder tags=["export"] module="decode"
+import importlib
+
+import numpy as np
+
+from llmnb.arena import Arena
+from llmnb.checkpoint import read_checkpoint, read_config
+from llmnb.checks import check_tokens
+from llmnb.config import parameter_shapes
+
+# %% its memory tags=["export"] module="decode"
+CHUNK = 128  # positions, of all texts, that are computed at once
+LIGHT = 1 << 14  # numbers that one thread finishes before a second wakes
+PACKED = {"qkv": (3, 1), "attproj": (1, 1), "fc": (4, 1), "fcproj": (1, 4)}
+
+
+def decoder_layout(cfg, batch_size, seq_len, dtype=np.float32):
+    """The groups of the arena in which a Decoder works.
+
+    vectors: parameters as they are; panels: weights, packed with their
+    biases; cache: keys and values of every block; acts: what one block
+    computes for at most max(batch_size, CHUNK) positions, and the logits of
+    the last.
+
+    Derived in chapter 15.
+    """
+    from llmnb.cpu.decode import cache_shapes, panels_shape
+
+    L, C, Vp = cfg.num_layers, cfg.channels, cfg.padded_vocab_size
+    B, R, shapes = batch_size, max(batch_size, CHUNK), parameter_shapes(cfg)
+    panels = {
+        name: (L, *panels_shape(m * C, n * C))
+        for name, (m, n) in PACKED.items()
+    }
+    panels["wte"] = panels_shape(Vp, C)
+    cache = cache_shapes(B, cfg.num_heads, seq_len, C // cfg.num_heads)
+    widths = {"x": C, "y": C, "ln": C, "atty": C}
+    widths |= {"qkv": 3 * C, "fch": 4 * C, "fch_gelu": 4 * C}
+    acts = {name: (R, width) for name, width in widths.items()}
+    acts |= {"mean": (R,), "rstd": (R,), "last": (B, C), "logits": (B, Vp)}
+    vectors = {n: s for n, s in shapes.items() if n == "wpe" or "ln" in n}
+    return {
+        "vectors": (dtype, vectors),
+        "panels": (dtype, panels),
+        "cache": (dtype, {k: (L, *s) for k, s in cache.items()}),
+        "acts": (dtype, acts),
+        "batch": (np.int32, {"tokens": (B, seq_len)}),
+    }
+
+
+# %% work too small to share tags=["exporti"] module="decode"
+def _light(function, out, *args):
+    """Call a layer with one thread, where out is only a few rows."""
+    from numba import get_num_threads, set_num_threads
+
+    threads = get_num_threads()
+    set_num_threads(1 if out.size < LIGHT else threads)
+    try:
+        function(out, *args)
+    finally:
+        set_num_threads(threads)
+
+
+# %% the decoder tags=["export"] module="decode"
+class Decoder:
+    """GPT-2 for writing: no gradients, and keys and values are kept.
+
+    cfg: a GPT2Config. batch_size: the most texts at once. seq_len: the
+    longest text, by default cfg.max_seq_len. dtype: float32 or float64.
+    Its weights are zero until `load`. Raises ValueError for a value out of
+    range and MemoryError when its block of memory cannot be had.
+
+    Derived in chapter 15.
+    """
+
+    def __init__(self, cfg, batch_size=1, seq_len=None, dtype=np.float32):
+        seq_len = cfg.max_seq_len if seq_len is None else seq_len
+        if batch_size < 1 or not 1 <= seq_len <= cfg.max_seq_len:
+            raise ValueError(
+                f"Decoder: batch_size must be at least 1 and seq_len 1 to "
+                f"{cfg.max_seq_len}, got {batch_size} and {seq_len}"
+            )
+        self.cfg, self.batch_size, self.seq_len = cfg, batch_size, seq_len
+        self._ops = importlib.import_module("llmnb.cpu")
+        layout = decoder_layout(cfg, batch_size, seq_len, dtype)
+        self.memory = Arena(layout)
+        self._acts, self._tokens = self.memory["acts"], self.memory["batch"]
+        self._layers = [self._layer(i) for i in range(cfg.num_layers)]
+        self._held = 0, 0  # rows and positions whose keys are kept
+
+    def _layer(self, i):
+        groups = ("vectors", "panels", "cache")
+        return {
+            name: array[i]
+            for group in groups
+            for name, array in self.memory[group].items()
+            if name not in ("wte", "wpe", "lnfw", "lnfb")
+        }
+
+    def load(self, params):
+        """Take the weights of a mapping such as `GPT2.params`.
+
+        They are copied: after another step of training, load them again.
+        """
+        pack, panels = self._ops.pack_weight, self.memory["panels"]
+        for name, array in self.memory["vectors"].items():
+            array[...] = params[name]
+        pack(panels["wte"], params["wte"])
+        for name in PACKED:
+            each = panels[name], params[name + "w"], params[name + "b"]
+            for one in zip(*each, strict=True):
+                pack(*one)
+        self._held = 0, 0
+        return self
+
+    @classmethod
+    def of(cls, model, batch_size=1, seq_len=None):
+        """A Decoder with the weights of a GPT2, as they are now."""
+        seq_len = model.seq_len if seq_len is None else seq_len
+        dtype = model.params["wte"].dtype
+        return cls(model.cfg, batch_size, seq_len, dtype).load(model.params)
+
+    @classmethod
+    def from_checkpoint(cls, path, batch_size=1, seq_len=None):
+        """A Decoder with weights from disk; path: as for read_config.
+
+        For a while it holds them twice: as they are read, and packed.
+        """
+        cfg = read_config(path)
+        decoder = cls(cfg, batch_size, seq_len)
+        arena = Arena({"params": (np.float32, parameter_shapes(cfg))})
+        read_checkpoint(path, cfg, arena["params"])
+        return decoder.load(arena["params"])
+
+    def following(self, texts):
+        """The logits (N, V) of the token that follows each of N texts.
+
+        texts: N lists of tokens, of one length from 1 to seq_len; N is at
+        most batch_size. A view, good until the next call. What the texts
+        share with those of the last call, from the first token on, is not
+        computed again; the logits are the same to the last bit. Raises
+        TypeError or ValueError before it computes anything.
+        """
+        texts = self._checked(texts)
+        rows, length = texts.shape
+        first = self._shared(texts)
+        alone = first == 0 and (texts == texts[0]).all()
+        self._held = 0, 0
+        self._tokens["tokens"][:rows, :length] = texts
+        some = texts[:1] if alone else texts
+        size = max(1, CHUNK // len(some))
+        for start in range(first, length, size):
+            self._extend(some[:, start : start + size], start)
+        if alone:
+            self._copy_first_row(rows, length)
+        self._held = rows, length
+        return self._logits(rows)
+
+    def _checked(self, texts):
+        """The texts as an array, if they can be one."""
+        texts = np.asarray(texts)
+        rows, length = texts.shape if texts.ndim == 2 else (0, 0)
+        if not (1 <= rows <= self.batch_size and 1 <= length <= self.seq_len):
+            raise ValueError(
+                f"Decoder.following: texts must have shape (N, T), N at most "
+                f"{self.batch_size} and T at most {self.seq_len}, got "
+                f"{texts.shape}"
+            )
+        name = "Decoder.following: texts"
+        check_tokens(name, texts, self.cfg.vocab_size)
+        return texts.astype(np.int32)
+
+    def _shared(self, texts):
+        """How many positions are kept already; never the last."""
+        rows, length = self._held
+        if len(texts) > rows:
+            return 0
+        length = min(length, texts.shape[1] - 1)
+        held = self._tokens["tokens"][: len(texts), :length]
+        differs = (held != texts[:, :length]).any(axis=0)
+        return int(differs.argmax()) if differs.any() else length
+
+    def _extend(self, tokens, first):
+        """Run some positions (B, T) through all blocks."""
+        tokens = np.ascontiguousarray(tokens)
+        rows, new = tokens.shape
+        a = {
+            name: self._acts[name][: tokens.size].reshape(rows, new, -1)
+            for name in self._acts
+            if name not in ("last", "logits")
+        }
+        embedding = self.memory["panels"]["wte"], self.memory["vectors"]["wpe"]
+        self._ops.embed_forward(a["x"], tokens, *embedding, first)
+        for w in self._layers:
+            self._block(a, w, first)
+        self._acts["last"][:rows] = a["x"][:, -1]
+
+    def _block(self, a, w, first):
+        """One block, as in chapter 12, over the positions in a["x"]."""
+        ops, rows = self._ops, len(a["x"])
+        cache = w["keys"][:rows], w["values"][:rows]
+        self._norm(a, "x", w["ln1w"], w["ln1b"])
+        ops.panels_forward(a["qkv"], a["ln"], w["qkv"])
+        ops.cache_attention(a["atty"], *cache, a["qkv"], first)
+        ops.panels_forward(a["y"], a["atty"], w["attproj"], a["x"])
+        self._norm(a, "y", w["ln2w"], w["ln2b"])
+        ops.panels_forward(a["fch"], a["ln"], w["fc"])
+        _light(ops.gelu_forward, a["fch_gelu"], a["fch"])
+        ops.panels_forward(a["x"], a["fch_gelu"], w["fcproj"], a["y"])
+
+    def _copy_first_row(self, rows, length):
+        """Texts that are the same share what the first has computed."""
+        keys, values = self.memory["cache"].values()
+        panels = -(-length // keys.shape[-1])
+        keys[:, 1:rows, :, :panels] = keys[:, :1, :, :panels]
+        values[:, 1:rows, :, :length] = values[:, :1, :, :length]
+        self._acts["last"][1:rows] = self._acts["last"][:1]
+
+    def _logits(self, rows):
+        """The head of the model, for the last position of each text."""
+        a, v = self._acts, self.memory["vectors"]
+        names = "last", "ln", "mean", "rstd", "logits"
+        a = {x: a[x][:rows].reshape(rows, 1, -1) for x in names}
+        self._norm(a, "last", v["lnfw"], v["lnfb"])
+        wte = self.memory["panels"]["wte"]
+        self._ops.panels_forward(a["logits"], a["ln"], wte)
+        return a["logits"][:, 0, : self.cfg.vocab_size]
+
+    def _norm(self, a, name, weight, bias):
+        """LayerNorm of an activation, into a["ln"]."""
+        stats = (a[x].reshape(a["ln"].shape[:2]) for x in ("mean", "rstd"))
+        how = a["ln"], *stats, a[name], weight, bias
+        _light(self._ops.layernorm_forward, *how)
