@@ -7,10 +7,14 @@ all cores in bounded memory, and written so that a kill costs nothing.
 """
 
 __all__ = [
+    "LINE",
     "Source",
+    "check_text",
     "open_stream",
     "read_lines",
+    "read_record",
     "sources",
+    "text_of",
 ]
 
 
@@ -181,12 +185,17 @@ def _encoding_of(path):
             raise _NotText(f"{path} must be UTF-8 text") from None
 
 
-# the text of a line
+# the record in a line
 LINE = 1 << 24  # bytes of a line of JSON, at most
 
 
-def _text_of(where, line, field):
-    """The text in a line of JSON, or a ValueError that names the place."""
+def read_record(where, line):
+    """The JSON object in a line of bytes, a dict.
+
+    Raises ValueError, naming `where`, for anything else.
+
+    Derived in chapter 17.
+    """
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -196,16 +205,29 @@ def _text_of(where, line, field):
         ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: must be JSON: {error}") from None
-    if not isinstance(record, dict) or field not in record:
-        got = type(record).__name__
-        if isinstance(record, dict):
-            got = f"the fields {', '.join(map(repr, [*record][:9]))}"
+    if not isinstance(record, dict):
+        kind = type(record).__name__
+        raise ValueError(f"{where}: must be a JSON object, got {kind}")
+    return record
+
+
+# the text of a record
+def text_of(where, record, field):
+    """The text in a field of a record, or ValueError, naming `where`.
+
+    Derived in chapter 17.
+    """
+    if field not in record:
+        got = ", ".join(repr(name[:30]) for name in [*record][:9])
         raise ValueError(f"{where}: must have a field {field!r}, got {got}")
-    return _checked_text(f"{where}: {field!r}", record[field])
+    return check_text(f"{where}: {field!r}", record[field])
 
 
-# text that can be written
-def _checked_text(where, text):
+def check_text(where, text):
+    """A text, or ValueError when it is none or has half a character.
+
+    Derived in chapter 17.
+    """
     if not isinstance(text, str):
         kind = type(text).__name__
         raise ValueError(f"{where} must be text, got {kind}")
@@ -265,7 +287,7 @@ def _file_pieces(path, field):
     with open_stream(path) as (stream, raw):
         if _is_json_lines(path):
             for where, line in read_lines(path, stream):
-                text = _text_of(where, line, field)
+                text = text_of(where, read_record(where, line), field)
                 for first, piece in _cut(where, _blocks(text)):
                     yield first, piece, raw.tell()
         else:

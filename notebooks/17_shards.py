@@ -18,7 +18,7 @@
 # ## Where we are
 
 # %% where we are
-from llmnb.diagram import gpt2_diagram
+from llmnb.diagram import PALETTE, gpt2_diagram
 
 gpt2_diagram(lit="tokens")
 
@@ -359,12 +359,17 @@ def _encoding_of(path):
             raise _NotText(f"{path} must be UTF-8 text") from None
 
 
-# %% the text of a line tags=["exporti"] module="documents"
+# %% the record in a line tags=["export"] module="documents"
 LINE = 1 << 24  # bytes of a line of JSON, at most
 
 
-def _text_of(where, line, field):
-    """The text in a line of JSON, or a ValueError that names the place."""
+def read_record(where, line):
+    """The JSON object in a line of bytes, a dict.
+
+    Raises ValueError, naming `where`, for anything else.
+
+    Derived in chapter 17.
+    """
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -374,16 +379,29 @@ def _text_of(where, line, field):
         ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: must be JSON: {error}") from None
-    if not isinstance(record, dict) or field not in record:
-        got = type(record).__name__
-        if isinstance(record, dict):
-            got = f"the fields {', '.join(map(repr, [*record][:9]))}"
+    if not isinstance(record, dict):
+        kind = type(record).__name__
+        raise ValueError(f"{where}: must be a JSON object, got {kind}")
+    return record
+
+
+# %% the text of a record tags=["export"] module="documents"
+def text_of(where, record, field):
+    """The text in a field of a record, or ValueError, naming `where`.
+
+    Derived in chapter 17.
+    """
+    if field not in record:
+        got = ", ".join(repr(name[:30]) for name in [*record][:9])
         raise ValueError(f"{where}: must have a field {field!r}, got {got}")
-    return _checked_text(f"{where}: {field!r}", record[field])
+    return check_text(f"{where}: {field!r}", record[field])
 
 
-# %% text that can be written tags=["exporti"] module="documents"
-def _checked_text(where, text):
+def check_text(where, text):
+    """A text, or ValueError when it is none or has half a character.
+
+    Derived in chapter 17.
+    """
     if not isinstance(text, str):
         kind = type(text).__name__
         raise ValueError(f"{where} must be text, got {kind}")
@@ -483,7 +501,7 @@ def _file_pieces(path, field):
     with open_stream(path) as (stream, raw):
         if _is_json_lines(path):
             for where, line in read_lines(path, stream):
-                text = _text_of(where, line, field)
+                text = text_of(where, read_record(where, line), field)
                 for first, piece in _cut(where, _blocks(text)):
                     yield first, piece, raw.tell()
         else:
@@ -613,6 +631,7 @@ from llmnb.corpus import split
 from llmnb.data import shard_length, write_shard
 from llmnb.files import replacing
 from llmnb.tokenizer import save
+
 
 # %% results in the order of the items tags=["exporti"]
 def _in_order(function, items, workers):
@@ -1086,3 +1105,250 @@ def _check_end(note):
             f"the corpus has {total:,} tokens, all of them for validation "
             f"({note['val_tokens']:,}): none is left to train on"
         )
+
+
+# %% [markdown]
+# ## Proof
+#
+# A folder of files of all kinds becomes shards of 5,000 tokens. Three claims:
+# the tokens are those of chapter 1's encoder; the files do not depend on the
+# number of threads; and they do not depend on how often the work was stopped.
+# To stop it we leave the generator after a few reports, as a kill would: what
+# is on the disk at that moment is all that the next attempt knows. (The tests
+# of the package kill real processes, also within the renaming of a file.)
+
+# %% a folder of many kinds
+from llmnb import corpus, shards
+from llmnb.data import read_shard
+from llmnb.shards import shards_folder, write_shards
+
+mixed = folder / "mixed"
+mixed.mkdir()
+for k in range(8):
+    words = ["".join(rng.choices("aehst", k=4)) for _ in range(1500)]
+    (mixed / f"{k}.txt").write_text(" ".join(words))
+    lines = [json.dumps({"text": " ".join(words[:n])}) for n in range(60)]
+    packed = gzip.compress("\n".join(lines).encode(), mtime=0)
+    (mixed / f"{k}.jsonl.gz").write_bytes(packed)
+
+OPTIONS = {"limit": 0, "shard_tokens": 5000, "val_tokens": 0}
+shards.BATCH = 20_000  # small, so that there are many
+corpora = sources([mixed])
+
+
+def files_of(name):
+    return {x.name: x.read_bytes() for x in sorted((folder / name).iterdir())}
+
+
+# %% written at once, by one thread and by three
+for name, workers in (("one", 1), ("three", 3)):
+    out = shards_folder(folder / name)
+    reports = list(
+        write_shards(out, corpora, encoding, OPTIONS, workers=workers)
+    )
+print(*[f"{name} {count:,}" for name, count in reports[-1].shards[:3]])
+verdict("threads", files_of("one") == files_of("three"), "same files")
+
+# %% the tokens of chapter 1
+documents = []
+for first, text in [x[:2] for s in corpora for x in s.pieces()]:
+    documents += [text] if first else []
+    documents[-1] += "" if first else text
+want = corpus.encode_documents(encoding, documents)
+names = [name for name, _ in reports[-1].shards]
+got = np.concatenate([read_shard(folder / "one" / name) for name in names])
+verdict("tokens", np.array_equal(got, want), "chapter 1's")
+
+# %% stopped again and again
+attempts = 0
+while attempts == 0 or (folder / "stopped" / shards.NOTE).exists():
+    out = shards_folder(folder / "stopped")
+    work = write_shards(out, corpora, encoding, OPTIONS, workers=2)
+    for _ in islice(work, 4 + attempts % 3):
+        pass
+    work.close()
+    attempts += 1
+verdict("stopped", attempts > 5, "many times over")
+verdict("stopped", files_of("stopped") == files_of("one"), "same files")
+
+# %% [markdown]
+# Which of the five numbers could be left out? Try it without `drop`: the next
+# attempt then begins at the batch, and writes some tokens twice.
+
+
+# %% a place without drop
+class Forgetful(shards._Stream):
+    @property
+    def place(self):
+        return super().place._replace(drop=0)
+
+
+kept, shards._Stream = shards._Stream, Forgetful
+while (
+    not (folder / "wrong").exists()
+    or (folder / "wrong/unfinished.json").exists()
+):
+    out = shards_folder(folder / "wrong")
+    work = write_shards(out, corpora, encoding, OPTIONS, workers=2)
+    for _ in islice(work, 8):
+        pass
+    work.close()
+shards._Stream = kept
+verdict("without drop", files_of("wrong") != files_of("one"), "is caught")
+
+# %% [markdown]
+# ## Count it
+#
+# What is in memory? With $w$ threads at most $2w$ batches wait or are worked on.
+# A batch has a million characters, or nearly three million if a long piece
+# comes last, and about as many tokens at most, and one shard of $s$ tokens of two
+# bytes is being filled:
+#
+# $$ M \approx 2s + 2w \cdot (\text{1 to 8 MB}) + \text{a line of 16 MB} .
+#    \tag{17.4} $$
+#
+# With the default $s = 10^8$ that is 200 MB and little more, for any corpus.
+# The time is that of the encoder: $10^{10}$ tokens, some 45 GB of English, at
+# ten megabytes a second and core take 75 minutes of one core's time, and the
+# shards are 20 GB on the disk.
+
+# %% memory does not grow tags=["nbval-ignore-output"]
+import tracemalloc
+
+for times in (20, 80):
+    (folder / "big.txt").write_text(
+        text * 1 + "spam and eggs " * 10**4 * times
+    )
+    size = (folder / "big.txt").stat().st_size
+    (big,) = sources([folder / "big.txt"])
+    out = shards_folder(folder / f"memory{times}")
+    sizes = OPTIONS | {"shard_tokens": 500_000}
+    shards.BATCH = 1 << 20
+    tracemalloc.start()
+    for _ in write_shards(out, [big], encoding, sizes, workers=2):
+        pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    print(f"{size / 1e6:5.1f} MB of text, {peak / 1e6:4.1f} MB at the peak")
+
+# %% the stream drawn
+import matplotlib.pyplot as plt
+
+fig, ax = plt.subplots(figsize=(8, 2.4), dpi=100)
+BLUE, ORANGE, PALE = (PALETTE[x] for x in ("blue", "orange", "pale"))
+rows = (
+    (2, [3, 1.2, 2.6, 0.9, 2.3], "documents", [PALE] * 5),
+    (1, [4.2, 3.5, 2.3], "batches", [PALE] * 3),
+    (0, [1.5, 2.8, 2.8, 2.8], "shards", [ORANGE, BLUE, BLUE, PALE]),
+)
+for y, widths, label, colours in rows:
+    left = np.cumsum([0, *widths[:-1]])
+    ax.barh(y, widths, left=left, color=colours, edgecolor="white", height=0.6)
+    ax.text(-0.15, y, label, ha="right", va="center")
+for x, name in ((0.75, "val"), (2.9, "train 0"), (5.7, "train 1")):
+    ax.text(x, 0, name, ha="center", va="center", color="white")
+ax.text(8.5, 0, "not yet", ha="center", va="center")
+ax.plot([7.1, 7.1], [-0.4, 1.4], color=PALETTE["ink"], lw=2)
+ax.annotate("drop", (7.1, 1.55), (4.2, 1.55), va="center", ha="center",
+            size=9, arrowprops={"arrowstyle": "<->"})  # fmt: skip
+ax.set(xlim=(-1.6, 10.1), ylim=(-0.5, 2.5))
+ax.axis("off")
+fig.subplots_adjust(0, 0, 1, 1)
+plt.show()
+
+# %% [markdown]
+# *Figure 17.2. One stream of tokens, cut three times: by the documents, by the
+# batches in which it is encoded, by the shards in which it is kept. The borders
+# need not meet. The place to go on from (black) is a batch and the number of
+# its tokens that are already in a shard, `drop`.*
+#
+# ## Take away
+#
+# - A text may be cut where a blank follows something that is no blank. No word
+#   crosses there, and nothing to the left looks further.
+# - Read in blocks, bound every line and every unpacked bite, name the place of
+#   what is wrong.
+# - Threads suffice when the work is in compiled code that lets go of the lock.
+# - Write beside and rename; note what is done after it is done. The place of
+#   the next token is five numbers, and reading on from it is exact.
+#
+# ## Design note
+#
+# A simpler program gives each worker some of the files and lets it write shards
+# of its own. It needs no order and no queue. But then the shards depend on the
+# number of workers, each of them leaves a short last shard, and one huge file
+# keeps one worker busy while the others rest. One reader and one writer with
+# encoders in between cost nothing here, because reading is so much faster than
+# encoding; past some thirty cores the reader would become the limit, and
+# several programs over parts of the corpus are the way out.
+#
+# ## Exercises
+#
+# **1** (★). A place between two blanks would be safe only sometimes. Find a text
+# of four characters for which it is not.
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# `a␣␣b`: the words are `a`, `␣`, `␣b`. Cut between the blanks: `a`, `␣` and
+# `␣b`, the same. Cut `a␣␣␣` (then `b` elsewhere): with three blanks before
+# `b` the words are `␣␣` and `␣b`; a cut after the first blank makes it `␣`,
+# `␣`, `␣b`. Four characters suffice with a line break: `\n\n\n` is one word.
+# :::
+
+# %% exercise 1, checked tags=["hide-cell"]
+import regex
+
+from llmnb.tokenizer import WORDS
+
+
+def cut_is_safe(x, p):
+    parts = regex.findall(WORDS, x[:p]) + regex.findall(WORDS, x[p:])
+    return parts == regex.findall(WORDS, x)
+
+
+unsafe = [not cut_is_safe(x, p) for x, p in (("   b", 1), ("\n\n\na", 1))]
+verdict("exercise 1", all(unsafe) and cut_is_safe("a  b", 2), "not always")
+
+# %% [markdown]
+# **2** (★★). A program takes up unfinished work with another number of threads.
+# Why are the files the same all the same? Which change of the program's
+# constants would break them?
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# The threads change neither batches nor their order. `BATCH` and `PIECE` do
+# change the batches, and `drop` counts tokens of a batch; but the batch is read
+# again from the place on, so a batch of another size has the same first tokens.
+# Only a batch that became shorter than `drop` would be refused. So even then
+# nothing wrong is written.
+# :::
+
+# %% exercise 2, checked tags=["hide-cell"]
+out = shards_folder(folder / "other")
+for batch in (20_000, 1 << 20):
+    shards.BATCH = batch
+    work = write_shards(out, corpora, encoding, OPTIONS, workers=2)
+    for _ in islice(work, 6 if batch == 20_000 else None):
+        pass
+    work.close()
+verdict("exercise 2", files_of("other") == files_of("one"), "same files")
+
+# %% [markdown]
+# ## Further reading
+#
+# - [RFC 8878](https://www.rfc-editor.org/rfc/rfc8878), 2021: read section 3.1.1
+#   for frames and blocks, from which (17.3) follows, and section 7 on what a
+#   stranger's file can do.
+# - [JSON Lines](https://jsonlines.org/): the format on one page.
+# - Pillai and others, "All File Systems Are Not Created Equal", OSDI 2014: what a
+#   renaming promises after a crash, and what it does not.
+# - [llm.c](https://github.com/karpathy/llm.c): `dev/data/fineweb.py` writes such
+#   shards with a process a core.
+
+# %% [markdown]
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.index import gained
+
+gained("17_shards")

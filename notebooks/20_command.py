@@ -777,6 +777,123 @@ def _described(names, done):
     )
 
 
+# %% llmnb eval tags=["exporti"] module="cli"
+def _add_eval(commands):
+    parser = commands.add_parser(
+        "eval",
+        help="measure a model on a text or on HellaSwag",
+        description="Perplexity and bits a byte of a text; accuracy on "
+        "HellaSwag, from llm.c's .bin or from JSON lines.",
+    )
+    add = parser.add_argument
+    add(
+        "model", nargs="?", metavar="MODEL",
+        help="a run folder, a .bin or .safetensors file, or a Hugging Face "
+        "model folder (default: the newest in runs/)",
+    )  # fmt: skip
+    add("--text", nargs="+", default=[], metavar="FILE", help="text to score")
+    add("--hellaswag", metavar="FILE", help="a .bin file, or JSON lines")
+    _add_eval_options(parser)
+    _add_threads(parser)
+    parser.set_defaults(run=_eval)
+
+
+# %% its options tags=["exporti"] module="cli"
+EVAL = {
+    "field": (str, "text", "field of a JSON line that has the text"),
+    "limit": (int, 0, "characters or examples at most; 0 means all"),
+    "seq_len": (int, 0, "context in tokens; 0: all the model has"),
+    "stride": (int, 0, "tokens scored a window; 0: half the context"),
+    "tokenizer": (str, "gpt2", "unless the model has its own: gpt2, byte, "
+                  "or a rank file"),
+}  # fmt: skip
+
+
+def _add_eval_options(parser):
+    for name, (kind, default, text) in EVAL.items():
+        parser.add_argument(
+            "--" + name.replace("_", "-"), type=kind, default=default,
+            metavar=kind.__name__, help=f"{text} (default: {default})",
+        )  # fmt: skip
+
+
+# %% measure a model tags=["exporti"] module="cli"
+def _eval(args):
+    from llmnb.checkpoint import read_config
+
+    if not (args.text or args.hellaswag):
+        raise ValueError("name a file: --text FILE or --hellaswag FILE")
+    for name in ("limit", "seq_len", "stride"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"{name} must be at least 0")
+    path = Path(args.model) if args.model else _newest_run()
+    if not path.exists():
+        raise FileNotFoundError(f"there is no run {path}")
+    _set_threads(args)
+    cfg, encoding = read_config(path), _encoding_of(path, args)
+    if encoding.n_vocab != cfg.vocab_size:
+        raise ValueError(
+            f"{path} has {cfg.vocab_size} tokens, the tokenizer "
+            f"{args.tokenizer} has {encoding.n_vocab}"
+        )
+    context = min(args.seq_len or cfg.max_seq_len, cfg.max_seq_len)
+    _say("model", path)
+    if args.text:
+        _eval_text(args, path, encoding, context)
+    if args.hellaswag:
+        _eval_hellaswag(args, path, encoding, context)
+
+
+# %% perplexity tags=["exporti"] module="cli"
+def _eval_text(args, path, encoding, context):
+    from tqdm import tqdm
+
+    from llmnb.documents import sources
+    from llmnb.evaluation import score_pieces
+    from llmnb.gpt2 import GPT2
+    from llmnb.shards import pieces_from
+
+    found = pieces_from(sources(args.text, args.field), limit=args.limit)
+    pieces = ((first, text) for _, first, text, _ in found)
+    model = GPT2.from_checkpoint(path, 1, context)
+    stride = args.stride or max(1, context // 2)
+    bar = partial(tqdm, unit="window", leave=False)
+    score = score_pieces(model, encoding, pieces, stride, bar)
+    _say("text", f"{' '.join(args.text)}: {score.bytes:,} bytes")
+    _say("tokens", f"{score.tokens:,}, context {context}, stride {stride}")
+    _say("loss", f"{score.loss:.4f} nats a token")
+    _say("perplexity", f"{score.perplexity:.2f} a token")
+    _say("bits", f"{score.bits_per_byte:.4f} a byte")
+
+
+# %% multiple choice tags=["exporti"] module="cli"
+def _eval_hellaswag(args, path, encoding, context):
+    from tqdm import tqdm
+
+    from llmnb import evaluation as e
+    from llmnb.gpt2 import GPT2
+
+    if args.hellaswag.endswith(".bin"):
+        examples = e.read_examples(args.hellaswag)
+    else:
+        examples = e.read_examples_json(args.hellaswag, encoding)
+    examples = examples[: args.limit or None]
+    longest = max(map(e.longest_row, examples)) - 1
+    model = GPT2.from_checkpoint(path, 4, max(1, min(context, longest)))
+    bar = tqdm(total=len(examples), unit="example", leave=False)
+    with bar:
+        found = []
+        for choice in e.choose(model, examples):
+            found.append(choice)
+            bar.update()
+    _say("hellaswag", f"{args.hellaswag}: {len(found):,} examples")
+    for name in ("by_mean", "by_sum"):
+        right = sum(getattr(c, name) == c.label for c in found) / len(found)
+        error = e.standard_error(right, len(found))
+        label = {"by_mean": "acc_norm", "by_sum": "acc"}[name]
+        _say(label, f"{right:.4f} +- {error:.4f}")
+
+
 # %% llmnb bench tags=["exporti"] module="cli"
 def _add_bench(commands):
     parser = commands.add_parser(
@@ -1063,6 +1180,7 @@ COMMANDS = (
     _add_train,
     _add_generate,
     _add_data,
+    _add_eval,
     _add_plot,
     _add_fetch,
     _add_verify,
