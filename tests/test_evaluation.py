@@ -389,7 +389,8 @@ def test_eval_text(saved, capsys):
     (saved / "a.txt").write_text("some text é\n" * 9, "utf-8")
     with gzip.open("a.jsonl.gz", "wt") as file:
         file.write(json.dumps({"body": "some text é\n" * 9}))
-    main("eval m.bin --tokenizer byte --text a.txt".split())
+    command = ["eval", "m.bin", "--tokenizer", "byte", "--text"]
+    main([*command, "a.txt"])
     first = capsys.readouterr().out
     model = GPT2.from_checkpoint("m.bin", 1, 48)
     text = "some text é\n" * 9
@@ -398,7 +399,7 @@ def test_eval_text(saved, capsys):
     assert f"{score.perplexity:.2f} a token" in first
     assert f"{score.bits_per_byte:.4f} a byte" in first
     assert "117 bytes" in first and "context 48, stride 24" in first
-    main("eval m.bin --tokenizer byte --text a.jsonl.gz --field body".split())
+    main([*command, "a.jsonl.gz", "--field", "body"])
     assert capsys.readouterr().out.splitlines()[3:] == first.splitlines()[3:]
 
 
