@@ -1237,7 +1237,7 @@ BLUE, ORANGE, PALE = (PALETTE[x] for x in ("blue", "orange", "pale"))
 rows = (
     (2, [3, 1.2, 2.6, 0.9, 2.3], "documents", [PALE] * 5),
     (1, [4.2, 3.5, 2.3], "batches", [PALE] * 3),
-    (0, [1.5, 2.8, 2.8, 2.8], "shards", [ORANGE, BLUE, BLUE, PALE]),
+    (0, [1.5, 2.8, 2.8, 2.9], "shards", [ORANGE, BLUE, BLUE, PALE]),
 )
 for y, widths, label, colours in rows:
     left = np.cumsum([0, *widths[:-1]])
@@ -1247,8 +1247,9 @@ for x, name in ((0.75, "val"), (2.9, "train 0"), (5.7, "train 1")):
     ax.text(x, 0, name, ha="center", va="center", color="white")
 ax.text(8.5, 0, "not yet", ha="center", va="center")
 ax.plot([7.1, 7.1], [-0.4, 1.4], color=PALETTE["ink"], lw=2)
-ax.annotate("drop", (7.1, 1.55), (4.2, 1.55), va="center", ha="center",
-            size=9, arrowprops={"arrowstyle": "<->"})  # fmt: skip
+arrow = {"arrowstyle": "<->", "shrinkA": 0, "shrinkB": 0}
+ax.annotate("", (7.1, 1.4), (4.2, 1.4), arrowprops=arrow)
+ax.text(5.65, 1.45, "drop", ha="center", va="bottom", size=9)
 ax.set(xlim=(-1.6, 10.1), ylim=(-0.5, 2.5))
 ax.axis("off")
 fig.subplots_adjust(0, 0, 1, 1)

@@ -349,33 +349,37 @@ verdict("one window", same, "no stride matters")
 # %% [markdown]
 # ## What context is worth
 #
-# Now a model that has learnt something: two layers and three hundred steps on
+# Now a model that has learnt something: two layers and four hundred steps on
 # the standard library, as in [chapter 13](13_training.ipynb).
 
 # %% a small model that has learnt
 from llmnb.train import TrainConfig, loaders, new_model, prepare, train
 
 config = TrainConfig(
-    limit=1_500_000, num_layers=2, channels=96, seq_len=64, steps=300
+    limit=1_500_000, num_layers=2, channels=96, seq_len=64, steps=400
 )
 data = prepare(config)
 student = new_model(config, data.encoding.n_vocab)
 batches, _ = loaders(config, data)
 steps = [step.loss for step in train(config, student, batches)]
-verdict("training", np.mean(steps[-20:]) < steps[0] - 2, "has learnt")
+verdict("training", np.mean(steps[-20:]) < steps[0] - 1.5, "has learnt")
 
 # %% losses by position and by stride
 held_out = data.val_tokens[: 64 * 240 + 1]
 by_place = np.stack(list(text_losses(student, held_out, 64)))
 mean = by_place.mean(axis=0)
 error = by_place.std(axis=0) / np.sqrt(len(by_place))
-strides = [64, 32, 16]
+strides = [32, 16, 8]
 part = held_out[: 64 * 100 + 1]
-paid = [
-    np.concatenate(list(text_losses(student, part, s))).mean() for s in strides
-]
+whole = np.concatenate(list(text_losses(student, part, 64)))
+saved = np.stack(
+    [
+        whole - np.concatenate(list(text_losses(student, part, s)))
+        for s in strides
+    ]
+)
 verdict("context", mean[32:].mean() < mean[:4].mean(), "helps")
-verdict("stride", paid[1] < paid[0], "half the context pays less")
+verdict("stride", saved[0].mean() > 0, "half the context pays less")
 
 # %% draw them
 fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), dpi=100)
@@ -385,10 +389,14 @@ left.fill_between(
 )
 left.plot(place, mean, color=PALETTE["blue"])
 left.set(xlabel="tokens of context", ylabel="loss (nats a token)")
-right.plot(strides, paid, "o-", color=PALETTE["orange"])
-right.set(xlabel="stride", ylabel="loss of the same text")
-right.set_xscale("log", base=2)
-right.set_xticks(strides, strides)
+doubt = saved.std(axis=1) / np.sqrt(saved.shape[1])
+right.errorbar(
+    range(3), saved.mean(axis=1), doubt, fmt="o", color=PALETTE["orange"],
+    capsize=4,
+)  # fmt: skip
+right.axhline(0, color=PALETTE["grey"], lw=1)
+right.set(xlabel="stride", ylabel="nats a token saved", xlim=(-0.5, 2.5))
+right.set_xticks(range(3), strides)
 for ax in (left, right):
     ax.spines[["top", "right"]].set_visible(False)
 fig.tight_layout()
@@ -397,8 +405,9 @@ plt.show()
 # %% [markdown]
 # *Figure 18.2. Left: the loss of a token by the number of tokens before it,
 # with a band of one standard error. It falls steeply over the first few tokens
-# and hardly after them. Right: the same text with three strides. Half the
-# context costs less than the whole; a smaller stride changes little.*
+# and hardly after them. Right: what a smaller stride saves against a stride of
+# the whole context, 64, on the same text, with one standard error: about a
+# hundredth of a nat at a half, and no more that could be told beyond.*
 #
 # The two pictures explain each other: with $s = T$ the steep part on the left
 # is in the mean, with $s = T/2$ it is not. What lies beyond depends on the
@@ -700,36 +709,29 @@ def _parse(where, numbers):
 
 
 # %% [markdown]
-# ### Try it
-#
-# Six questions of our own, which a model of Python source may answer. The
-# endings differ in length, so that sum and mean can disagree. The file is
-# written in both forms, and both must give the same examples.
+# Three questions of our own, in both forms, which must give the same examples:
 
-# %% six questions
+# %% three questions
 import json
 from pathlib import Path
 
 QUESTIONS = [
-    ("for i in", ["range(10):", "self", "return value", "#"], 0),
-    ("import os\nimport", ["(x, y)", "sys", "None:", "= 0"], 1),
-    ("def __init__(self,", ["while", "]]", "name):", "import os"], 2),
-    ("if x is not", ["def", "class A:", "...", "None:"], 3),
-    ("try:\n    pass\nexcept", ["ValueError:", "+ 1", "for", ")"], 0),
-    ("    return self", ["import x", "._value", "def f():", "class"], 1),
+    ("The kettle boiled, so she", ["made tea.", "ran.", "sold it.", "."], 0),
+    ("He opened the umbrella as", ["if.", "the rain began.", "it.", "a"], 1),
+    ("The bridge was shut, and", ["so", "birds", "they went round.", "a"], 2),
 ]
 scratch = TemporaryDirectory(ignore_cleanup_errors=True)
 folder = Path(scratch.name)
 names = "ctx", "endings", "label"
 lines = [json.dumps(dict(zip(names, q, strict=True))) for q in QUESTIONS]
-(folder / "six.jsonl").write_text("\n".join(lines), "utf-8")
+_ = (folder / "three.jsonl").write_text("\n".join(lines), "utf-8")
 
 # %% both forms
 from llmnb.evaluation import read_examples, read_examples_json, write_examples
 
-examples = read_examples_json(folder / "six.jsonl", data.encoding)
-write_examples(folder / "six.bin", examples)
-again = read_examples(folder / "six.bin")
+examples = read_examples_json(folder / "three.jsonl", data.encoding)
+write_examples(folder / "three.bin", examples)
+again = read_examples(folder / "three.bin")
 same = all(
     np.array_equal(a.context, b.context)
     and all(map(np.array_equal, a.endings, b.endings))
@@ -737,27 +739,67 @@ same = all(
     for a, b in zip(examples, again, strict=True)
 )
 verdict("two forms", same, "the same examples")
-raw = (folder / "six.bin").read_bytes()
+raw = (folder / "three.bin").read_bytes()
 print(np.frombuffer(raw[:16], "<i4")[:3], len(raw) > 1024)
 
-# %% the answers
-choices = list(choose(student, again))
-right = sum(c.by_mean == c.label for c in choices)
-verdict("six questions", right >= 4, "at least four are right")
-guess = GPT2(config.model(data.encoding.n_vocab), 4, 64, seed=None)
-even = next(choose(guess, again[:1])).losses
-compare("no weights", even, np.full(4, np.log(guess.cfg.vocab_size)), 1e-5)
+# %% [markdown]
+# ### Try it
+#
+# Our student has read source code, and not enough of it to know about kettles.
+# So we make it a test from text that it has not seen: sixteen tokens of
+# validation text, the tokens that follow them, and three other stretches from
+# elsewhere. Each ending has a length of its own, from 2 to 12 tokens.
 
-# %% what the model chose tags=["nbval-ignore-output"]
-for (context, endings, _), c in zip(QUESTIONS, choices, strict=True):
-    losses = " ".join(f"{x:5.2f}" for x in c.losses)
-    print(f"{context[-18:]!r:<22} {losses}  {endings[c.by_mean]!r}")
+
+# %% a test made from the text
+def make_example(rng, tokens):
+    at = rng.randint(0, len(tokens) - 30, 4)
+    lengths = rng.randint(2, 13, 4)
+    pairs = zip(at, lengths, strict=True)
+    endings = [tokens[a + 16 : a + 16 + n] for a, n in pairs]
+    order = rng.permutation(4)
+    context = tokens[at[0] : at[0] + 16]
+    label = int(np.flatnonzero(order == 0)[0])
+    return Example(context, [endings[i] for i in order], label)
+
+
+test = [make_example(rng, data.val_tokens) for _ in range(400)]
+choices = list(choose(student, test))
+right = np.mean([c.by_mean == c.label for c in choices])
+error = standard_error(right, len(test))
+verdict("the student", right > 0.25 + 3 * error, "is better than a guess")
+
+# %% the length of what is chosen
+lengths = np.array([[len(e) for e in x.endings] for x in test])
+rows = np.arange(len(test))
+by_sum = lengths[rows, [c.by_sum for c in choices]].mean()
+by_mean = lengths[rows, [c.by_mean for c in choices]].mean()
+verdict("the sum", by_sum < lengths.mean() - 1, "prefers short endings")
+verdict("the mean", by_mean > by_sum + 1, "less so")
+
+# %% the numbers tags=["nbval-ignore-output"]
+summed = np.mean([c.by_sum == c.label for c in choices])
+print(f"acc_norm {right:.3f}, acc {summed:.3f}, each +- {error:.3f}")
+print(f"tokens chosen: {by_mean:.1f} by the mean, {by_sum:.1f} by the sum")
 
 # %% [markdown]
-# A model without weights gives every token the same probability, so that all
-# four means are $\log V$: by the mean it has no preference, while by the sum it
-# would take the shortest ending. That is the bias of (18.5) on its own.
-#
+# The bias of (18.5) on its own: a model without weights gives every token the
+# same probability. All four means are $\log V$, so by the mean it has no
+# preference, while by the sum it takes the shortest ending.
+
+# %% no weights
+guess = GPT2(config.model(data.encoding.n_vocab), 4, 64, seed=None)
+blank = list(choose(guess, test[:50]))
+means = np.array([c.losses for c in blank])
+compare(
+    "the mean", means, np.full((50, 4), np.log(guess.cfg.vocab_size)), 1e-5
+)
+shortest = [
+    c.by_sum == np.argmin(n) for c, n in zip(blank, lengths, strict=False)
+]
+verdict("the sum", all(shortest), "takes the shortest")
+
+# %% [markdown]
 # Four damaged files, and what is said about them:
 
 

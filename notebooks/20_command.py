@@ -297,7 +297,8 @@ except ImportError as error:
 # |---|---|
 # | `llmnb train` | trains on a corpus and writes a run folder |
 # | `llmnb generate RUN` | continues a prompt with a run's model |
-# | `llmnb data FOLDER` | turns text into token shards |
+# | `llmnb data FOLDER` | turns text of any size into token shards |
+# | `llmnb eval MODEL` | perplexity of a text, accuracy on HellaSwag |
 # | `llmnb plot RUN...` | draws and compares runs |
 # | `llmnb fetch NAME` | downloads a published model |
 # | `llmnb verify FOLDER` | runs llm.c's acceptance test |
