@@ -2,8 +2,8 @@
 
 """Keep keys and values.
 
-What a position has computed never changes when the text grows. Keep it, and
-the next token costs one position, not all of them.
+What a position has computed never changes when the text grows. Keep its keys
+and values, and the next token costs one position, not all of them.
 """
 
 __all__ = [
@@ -154,10 +154,10 @@ class Decoder:
         """The logits (N, V) of the token that follows each of N texts.
 
         texts: N lists of tokens, of one length from 1 to seq_len; N is at
-        most batch_size. A view, good until the next call. What the texts
-        share with those of the last call, from the first token on, is not
-        computed again; the logits are the same to the last bit. Raises
-        TypeError or ValueError before it computes anything.
+        most batch_size. What the texts share with those of the last call,
+        from the first token on, is not computed again; the logits are the
+        same to the last bit. Raises TypeError or ValueError before it
+        computes anything.
         """
         texts = self._checked(texts)
         rows, length = texts.shape
@@ -242,7 +242,7 @@ class Decoder:
         self._norm(a, "last", v["lnfw"], v["lnfb"])
         wte = self.memory["panels"]["wte"]
         self._ops.panels_forward(a["logits"], a["ln"], wte)
-        return a["logits"][:, 0, : self.cfg.vocab_size]
+        return a["logits"][:, 0, : self.cfg.vocab_size].copy()
 
     def _norm(self, a, name, weight, bias):
         """LayerNorm of an activation, into a["ln"]."""

@@ -10,17 +10,27 @@ __all__ = [
     "AT_LEAST",
     "Data",
     "DataOptions",
+    "HEAD",
+    "KeepOptions",
     "LANDMARK_TOKENS",
     "LearningOptions",
     "ModelOptions",
+    "Progress",
+    "SHAPE",
     "Step",
     "TOKENIZER_TEXT",
     "TrainConfig",
+    "UpdateOptions",
+    "WIDTHS",
+    "accumulate",
+    "config_from",
+    "depth_shape",
     "draw_losses",
     "evaluate",
     "landmarks",
     "load_run",
     "loaders",
+    "log_row",
     "make_encoding",
     "new_model",
     "prepare",
@@ -28,10 +38,14 @@ __all__ = [
     "run_folder",
     "save_figure",
     "save_run",
+    "starting_from",
     "train",
     "train_step",
     "unigram_entropy",
+    "weights_path",
     "write_log",
+    "write_record",
+    "z_score",
 ]
 
 
@@ -40,13 +54,14 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from llmnb.checkpoint import read_config
 from llmnb.config import GPT2Config
 from llmnb.data import (
     DataLoader,
@@ -108,6 +123,9 @@ class ModelOptions:
     Derived in chapter 13.
     """
 
+    depth: int = _option(
+        0, "layers of a usual shape (12: GPT-2's 124M); 0: as said below"
+    )
     num_layers: int = _option(4, "transformer blocks (L)")
     num_heads: int = _option(4, "attention heads (NH)")
     channels: int = _option(128, "channels (C), a multiple of the heads")
@@ -125,19 +143,60 @@ class LearningOptions:
     Derived in chapter 13.
     """
 
+    init: str = _option(
+        "", "start from this checkpoint: a file, or a folder with a model"
+    )
     steps: int = _option(1000, "updates of the weights")
     learning_rate: float = _option(2e-3, "the highest learning rate")
     warmup_fraction: float = _option(0.1, "share of steps spent rising to it")
     schedule: str = _option("cosine", "cosine, linear, constant or wsd")
     final_fraction: float = _option(0.1, "the last rate over the highest")
+    eval_every: int = _option(100, "steps between two validations")
+    eval_batches: int = _option(20, "batches in a validation")
+    seed: int = _option(42, "seed of the weights and of the shuffle")
+
+
+# what an update is
+@dataclass(frozen=True)
+class UpdateOptions:
+    """What an update of the weights is; see `TrainConfig`.
+
+    Derived in chapter 13.
+    """
+
     beta1: float = _option(0.9, "AdamW: memory of the gradient")
     beta2: float = _option(0.95, "AdamW: memory of its square")
     eps: float = _option(1e-8, "AdamW: added to the denominator")
     weight_decay: float = _option(0.1, "AdamW: decay of 2-D tensors")
     clip: float = _option(1.0, "largest gradient norm; 0 means no limit")
-    eval_every: int = _option(100, "steps between two validations")
-    eval_batches: int = _option(20, "batches in a validation")
-    seed: int = _option(42, "seed of the weights and of the shuffle")
+    total_batch: int = _option(
+        0, "tokens in an update, a multiple of B*T; 0: one batch"
+    )
+    skip_loss: float = _option(
+        0.0, "skip updates whose loss stands out by this z-score; 0: never"
+    )
+    skip_norm: float = _option(
+        0.0, "the same for the norm of the gradient; 0: never"
+    )
+    skip_window: int = _option(128, "steps that an update is compared with")
+    overfit: bool = _option(False, "learn the first batch again and again")
+
+
+# what it keeps
+@dataclass(frozen=True)
+class KeepOptions:
+    """What a run keeps and shows on its way; see `TrainConfig`.
+
+    Derived in chapter 13.
+    """
+
+    save_every: int = _option(
+        250, "steps between two checkpoints; 0: only when it stops"
+    )
+    keep: int = _option(2, "checkpoints that are kept, the newest ones")
+    sample_every: int = _option(
+        0, "steps between two samples in the terminal; 0: none"
+    )
 
 
 # a number in its range
@@ -150,18 +209,71 @@ def _check_range(name, value, least, below):
         )
 
 
-# a run
+# a shape from a depth
+WIDTHS = {0: 0, 6: 384, 12: 768, 24: 1024, 36: 1280, 48: 1600}
+HEAD = 64  # channels of a head
+
+
+def depth_shape(depth):
+    """Layers, heads and channels of a GPT-2 of this depth.
+
+    Heads have 64 channels. Raises ValueError unless 1 <= depth <= 48.
+
+    Derived in chapter 13.
+    """
+    _check_range("depth", depth, 1, 1 + max(WIDTHS))
+    width = round(np.interp(depth, [*WIDTHS], [*WIDTHS.values()]))
+    heads = -(-width // HEAD)
+    return depth, heads, heads * HEAD
+
+
+# the least values
+SHAPE = "num_layers", "num_heads", "channels"
 AT_LEAST = {
-    1: ("vocab_size", "batch_size", "steps", "eval_every", "eval_batches"),
-    0: ("limit", "warmup_fraction", "eps", "weight_decay", "clip", "seed"),
-}
+    2: ("skip_window",),
+    1: (
+        "vocab_size", "batch_size", "steps", "eval_every", "eval_batches",
+        "keep",
+    ),
+    0: (
+        "limit", "warmup_fraction", "eps", "weight_decay", "clip", "seed",
+        "depth", "total_batch", "skip_loss", "skip_norm", "save_every",
+        "sample_every",
+    ),
+}  # fmt: skip
 
 
+# numbers that go together
+def _take_shape(config, shape):
+    for name, value in zip(SHAPE, shape, strict=True):
+        was = getattr(config, name)
+        if was not in (value, getattr(TrainConfig, name)):
+            raise ValueError(
+                f"depth {config.depth} makes {name} {value}, not {was}: "
+                "choose one of the two"
+            )
+        object.__setattr__(config, name, value)
+
+
+def _check_total(config):
+    batch = config.batch_size * config.seq_len
+    if config.total_batch % batch:
+        raise ValueError(
+            f"total_batch must be a multiple of a batch's {batch} tokens "
+            f"(batch_size times seq_len), got {config.total_batch}"
+        )
+
+
+# a run
 @dataclass(frozen=True)
-class TrainConfig(LearningOptions, ModelOptions, DataOptions):
+class TrainConfig(
+    KeepOptions, UpdateOptions, LearningOptions, ModelOptions, DataOptions
+):
     """Every number that fixes a training run.
 
-    Raises ValueError, in one sentence, when a number is out of its range.
+    With a depth, num_layers, num_heads and channels are set by it. Raises
+    ValueError, in one sentence, when a number is out of its range or does
+    not go with another.
 
     Derived in chapter 13.
     """
@@ -170,11 +282,19 @@ class TrainConfig(LearningOptions, ModelOptions, DataOptions):
         for least, names in AT_LEAST.items():
             for name in names:
                 _check_range(name, getattr(self, name), least, math.inf)
+        if self.depth:
+            _take_shape(self, depth_shape(self.depth))
         for name in ("beta1", "beta2"):
             _check_range(name, getattr(self, name), 0, 1)
         _check_range("seed", self.seed, 0, 2**32)
         self.model(self.vocab_size)
         self.rate(0)
+        _check_total(self)
+
+    @property
+    def micro_batches(self):
+        """Batches whose gradients make one update."""
+        return max(1, self.total_batch // (self.batch_size * self.seq_len))
 
     def model(self, vocab_size):
         """The GPT2Config of this run for a vocabulary of this size."""
@@ -291,6 +411,82 @@ def make_encoding(config, documents):
     return tokenizer.train(learnt, config.vocab_size)
 
 
+# the gradient of an update
+def accumulate(config, model, batches, step=0):
+    """Leave the gradient of one update in model.grads; return its loss.
+
+    Takes `config.micro_batches` batches from `batches`, whatever has a
+    next_batch. The loss, a float, is the mean over all of them, and the
+    gradient is that of this mean. Raises FloatingPointError, naming the
+    step, at a loss that is not finite.
+
+    Derived in chapter 13.
+    """
+    count, losses = config.micro_batches, []
+    for k in range(count):
+        losses.append(model.forward(*batches.next_batch()))
+        _check_finite("loss", losses[-1], step, config.rate(step))
+        model.backward(add=k > 0, share=1 / count)  # (13.5)
+    return sum(losses) / count
+
+
+# finite or not
+def _check_finite(what, value, step, rate):
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"the {what} is {value} at step {step} (learning rate {rate:.3g})"
+            ": try a lower learning rate or a longer warm-up"
+        )
+
+
+# how far out a value is
+def z_score(recent, value):
+    """How many standard deviations `value` lies above the mean of `recent`.
+
+    recent: a list of floats. 0 where they have no spread. A float.
+
+    Derived in chapter 13.
+    """
+    spread = np.std(recent)
+    return float((value - np.mean(recent)) / spread) if spread > 0 else 0.0
+
+
+# where a run stands
+@dataclass
+class Progress:
+    """Where a run stands, apart from its weights and its data.
+
+    step: steps taken, which set the learning rate. updates: those that were
+    not skipped, which AdamW counts. losses, norms: of the last
+    `skip_window` steps. last_loss, best_loss: the latest training loss and
+    the lowest validation loss, or None.
+
+    Derived in chapter 13.
+    """
+
+    step: int = 0
+    updates: int = 0
+    losses: list = field(default_factory=list)
+    norms: list = field(default_factory=list)
+    last_loss: float | None = None
+    best_loss: float | None = None
+
+
+# does it stand out
+def _stands_out(config, at, loss, norm):
+    """Whether a limit is exceeded; notes the step's loss and its norm."""
+    found, size = False, config.skip_window
+    for recent, value, limit in (
+        (at.losses, loss, config.skip_loss),
+        (at.norms, norm, config.skip_norm),
+    ):
+        full = len(recent) == size
+        found |= full and 0 < limit < z_score(recent, value)
+        recent.append(value)
+        del recent[:-size]
+    return found
+
+
 # validation
 def evaluate(model, batches, count):
     """Mean loss of a model over the first `count` batches; trains nothing.
@@ -313,8 +509,8 @@ class Step(NamedTuple):
     step: updates made before it. loss: on the step's batch, before its
     update. val_loss: with the same weights, or None between validations.
     learning_rate, grad_norm (before clipping), tokens_per_second: of the
-    step. In the last report, which follows the last update, only step and
-    val_loss are given.
+    step. skipped: 1 if the step made no update, else 0. In the last report,
+    which follows the last update, only step and val_loss are given.
 
     Derived in chapter 13.
     """
@@ -325,87 +521,108 @@ class Step(NamedTuple):
     learning_rate: float | None = None
     grad_norm: float | None = None
     tokens_per_second: float | None = None
+    skipped: int | None = None
 
 
 # the loop
-def train(config, model, batches, validation=None):
-    """Train a GPT2 in place; yield a `Step` before each update, one after.
+def train(config, model, batches, validation=None, at=None):
+    """Train a GPT2 in place; yield a `Step` after each step, one at the end.
 
     config: a TrainConfig. batches: a DataLoader, read on from where it is.
     validation: None or a DataLoader whose first `config.eval_batches`
     batches are evaluated every `config.eval_every` steps and at the end.
+    at: the `Progress` to go on from, changed in place; None for the start.
     Raises FloatingPointError when a loss or a gradient is not finite.
 
     Derived in chapter 13.
     """
-    for step in range(config.steps):
-        val_loss = None
+    at = Progress() if at is None else at
+    tokens = config.micro_batches * config.batch_size * config.seq_len
+    while at.step < config.steps:
+        step, val_loss = at.step, None
         if validation and step % config.eval_every == 0:
-            val_loss = evaluate(model, validation, config.eval_batches)
+            val_loss = _validate(config, model, validation, at)
         start = time.perf_counter()
-        tokens, targets = batches.next_batch()
-        result = train_step(config, model, step, tokens, targets)
-        speed = tokens.size / (time.perf_counter() - start)
-        loss, rate, norm = result
-        yield Step(step, loss, val_loss, rate, norm, speed)
+        if config.overfit:
+            batches.reset()
+        *result, skipped = train_step(config, model, batches, at)
+        speed = tokens / (time.perf_counter() - start)
+        yield Step(step, result[0], val_loss, *result[1:], speed, skipped)
     if validation:
-        val_loss = evaluate(model, validation, config.eval_batches)
-        yield Step(config.steps, None, val_loss)
+        yield Step(at.step, None, _validate(config, model, validation, at))
+
+
+# validation, and the best so far
+def _validate(config, model, validation, at):
+    loss = evaluate(model, validation, config.eval_batches)
+    at.best_loss = loss if at.best_loss is None else min(at.best_loss, loss)
+    return loss
 
 
 # one step
-def train_step(config, model, step, tokens, targets):
-    """Update a GPT2 once; returns the loss, the rate and the norm.
+def train_step(config, model, batches, at):
+    """Update a GPT2 once, or skip it; returns loss, rate, norm, skipped.
 
-    step: updates made before this one. tokens, targets: int arrays (B, T).
-    Raises FloatingPointError, before the update, when the loss or the norm
-    of the gradient is not finite.
+    batches: as in `accumulate`. at: a `Progress`, changed in place. skipped
+    is 1 if the loss or the norm stood out, else 0. Raises
+    FloatingPointError, before the update, when one is not finite.
 
     Derived in chapter 13.
     """
-    rate = config.rate(step)
-    loss = model.forward(tokens, targets)
-    _check_finite("loss", loss, step, rate)
-    model.backward()
+    rate = config.rate(at.step)
+    loss = accumulate(config, model, batches, at.step)
     norm = model.clip_gradients(config.clip or math.inf)
-    _check_finite("norm of the gradient", norm, step, rate)
-    model.update(
-        learning_rate=rate,
-        beta1=config.beta1,
-        beta2=config.beta2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        step=step + 1,
-        decay=[name for name in model.params if decayed(name)],
-    )
-    return loss, rate, norm
-
-
-# finite or not
-def _check_finite(what, value, step, rate):
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"the {what} is {value} at step {step} (learning rate {rate:.3g})"
-            ": try a lower learning rate or a longer warm-up"
+    _check_finite("norm of the gradient", norm, at.step, rate)
+    skipped = _stands_out(config, at, loss, norm)
+    if not skipped:
+        at.updates += 1
+        model.update(
+            learning_rate=rate,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            step=at.updates,
+            decay=[name for name in model.params if decayed(name)],
         )
+    at.step, at.last_loss = at.step + 1, loss
+    return loss, rate, norm, int(skipped)
 
 
 # the model and its batches
 def new_model(config, vocab_size):
-    """A freshly initialised GPT2 for a TrainConfig and a vocabulary size.
+    """The GPT2 that a run starts with, for a vocabulary of this size.
+
+    Freshly initialised, or with the weights of `config.init`. Raises
+    ValueError when these are for another vocabulary, and as
+    GPT2.from_checkpoint does.
 
     Derived in chapter 13.
     """
     from llmnb.gpt2 import GPT2
 
-    return GPT2(
-        config.model(vocab_size),
-        batch_size=config.batch_size,
-        seq_len=config.seq_len,
-        backend=config.backend,
-        precision=config.precision,
-        seed=config.seed,
-    )
+    names = "batch_size", "seq_len", "backend", "precision"
+    how = {name: getattr(config, name) for name in names}
+    if not config.init:
+        return GPT2(config.model(vocab_size), **how, seed=config.seed)
+    path = weights_path(config.init)
+    known = read_config(path).vocab_size
+    if known != vocab_size:
+        raise ValueError(
+            f"{path} knows {known} tokens, the text is made of {vocab_size}: "
+            "choose the tokenizer that it was trained with"
+        )
+    return GPT2.from_checkpoint(path, **how)
+
+
+# where the weights are
+def weights_path(path):
+    """The model.bin in a run's folder; any other path as it is.
+
+    Derived in chapter 13.
+    """
+    inside = Path(path) / "model.bin"
+    return inside if inside.is_file() else Path(path)
 
 
 # its batches
@@ -519,11 +736,17 @@ def write_log(path, steps):
 
     Derived in chapter 13.
     """
-    lines = [",".join(Step._fields)]
-    for step in steps:
-        given = ("" if x is None else f"{x:.9g}" for x in step[1:])
-        lines.append(",".join([str(step.step), *given]))
+    lines = [",".join(Step._fields), *map(log_row, steps)]
     _write_text(path, "\n".join(lines) + "\n")
+
+
+def log_row(step):
+    """The row of a `Step` in a log: numbers with nine digits, and commas.
+
+    Derived in chapter 13.
+    """
+    given = ("" if x is None else f"{x:.9g}" for x in step[1:])
+    return ",".join([str(step.step), *given])
 
 
 def _write_text(path, text):
@@ -539,19 +762,29 @@ def save_run(folder, config, model, data, steps):
 
     Derived in chapter 13.
     """
-    from llmnb import tokenizer
-
-    marks = landmarks(config, data)
-    record = json.dumps(_record(config, data, marks), indent=1)
-    _write_text(folder / "config.json", record + "\n")
+    marks = write_record(folder, config, data)
     write_log(folder / "log.csv", steps)
     save_figure(folder / "loss.png", steps, marks)
     model.save_checkpoint(folder / "model.bin")
+
+
+# what a run was
+def write_record(folder, config, data):
+    """Write tokenizer.tiktoken and config.json; returns the landmarks.
+
+    Derived in chapter 13.
+    """
+    from llmnb import tokenizer
+
+    folder, marks = Path(folder), landmarks(config, data)
     tokenizer.save(data.encoding, folder / "tokenizer.tiktoken")
+    record = json.dumps(_facts(config, data, marks), indent=1)
+    _write_text(folder / "config.json", record + "\n")
+    return marks
 
 
 # what is written down
-def _record(config, data, marks):
+def _facts(config, data, marks):
     names = "llmnb", "numpy", "numba", "tiktoken"
     return {
         "config": asdict(config),
@@ -614,7 +847,54 @@ def read_run(folder):
     """
     path = Path(folder) / "config.json"
     try:
-        found = json.loads(path.read_text("utf-8"))["config"]
-        return TrainConfig(**{**found, "corpus": tuple(found["corpus"])})
-    except (ValueError, KeyError, TypeError) as error:
+        return config_from(json.loads(path.read_text("utf-8"))["config"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a run's: {error}") from None
+
+
+def config_from(found):
+    """The TrainConfig of its fields, a dict as JSON holds them.
+
+    Raises KeyError, TypeError or ValueError when it holds anything else.
+
+    Derived in chapter 13.
+    """
+    config = TrainConfig(**{**found, "corpus": tuple(found["corpus"])})
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if type(value) not in (each.type, int if each.type is float else None):
+            kind = each.type.__name__
+            raise TypeError(f"{each.name} must be {kind}, got {value!r}")
+    return config
+
+
+# a run from a checkpoint
+def starting_from(init, **given):
+    """The TrainConfig of a run that starts from a checkpoint's weights.
+
+    init: the path of a run's folder, or of what GPT2.from_checkpoint reads.
+    given: other fields. Unless given, the learning rate is 1e-4, the
+    tokenizer the folder's own, or else GPT-2's, and seq_len no more than
+    the checkpoint allows. Raises OSError or ValueError when it cannot be
+    read or has another shape than is given.
+
+    Derived in chapter 13.
+    """
+    cfg = read_config(weights_path(init))
+    own = Path(init) / "tokenizer.tiktoken"
+    tokenizer = str(own) if own.is_file() else "gpt2"
+    usual = {"learning_rate": 1e-4, "tokenizer": tokenizer}
+    usual["seq_len"] = min(TrainConfig.seq_len, cfg.max_seq_len)
+    shape = {name: getattr(cfg, name) for name in SHAPE}
+    asked = dict(given)
+    if asked.get("depth"):
+        asked |= zip(SHAPE, depth_shape(asked["depth"]), strict=True)
+    for name, value in shape.items():
+        if asked.get(name, value) != value:
+            raise ValueError(
+                f"{init} has {name} {value}, not {asked[name]}: leave out "
+                "the shape, or do not start from it"
+            )
+    config = TrainConfig(**{**usual, **given, **shape, "init": str(init)})
+    _check_range("seq_len", config.seq_len, 1, cfg.max_seq_len + 1)
+    return config

@@ -488,12 +488,13 @@ class GPT2:
             a["logits"], a["lnf"], p["wte"], None, **self._how
         )
 
-    def backward(self, add=False):
+    def backward(self, add=False, share=1.0):
         """Write the gradients of the last loss into `grads`.
 
-        add: True adds them to what is there, for a sum over batches. Raises
-        RuntimeError unless the last call was forward with targets; the
-        logits are lost.
+        add: True adds them to what is there, for a sum over batches. share:
+        what they are multiplied by, such as 1/n in a mean over n batches.
+        Raises RuntimeError unless the last call was forward with targets;
+        the logits are lost.
         """
         if self._state != "loss":
             raise RuntimeError(
@@ -503,7 +504,7 @@ class GPT2:
         if not add:
             for name in _ADDED_TO:
                 self.grads[name].fill(0)
-        self._head_backward(add)
+        self._head_backward(add, share)
         a, g, d = self._acts, self.grads, self.memory["block"]
         inputs = [a["encoded"], *a["residual3"][:-1]]
         for x, layer in zip(inputs[::-1], self._layers[::-1], strict=True):
@@ -512,11 +513,11 @@ class GPT2:
         tokens = self._batch["tokens"]
         self.ops.encoder_backward(g["wte"], g["wpe"], d["dstream"], tokens)
 
-    def _head_backward(self, add):
+    def _head_backward(self, add, share):
         """From the losses back to the end of the residual stream."""
         a, p, g, d = self._acts, self.params, self.grads, self.memory["block"]
         dlogits = a["logits"]  # takes the place of the logits
-        a["dlosses"].fill(1 / a["dlosses"].size)
+        a["dlosses"].fill(share / a["dlosses"].size)
         self.ops.crossentropy_softmax_backward(
             *(dlogits, a["dlosses"], a["logits"], a["lse"]),
             *(self._batch["targets"], self.cfg.vocab_size),

@@ -295,7 +295,7 @@ except ImportError as error:
 #
 # | command | what it does |
 # |---|---|
-# | `llmnb train` | trains on a corpus and writes a run folder |
+# | `llmnb train` | trains on a corpus, writes a run folder, resumes |
 # | `llmnb generate RUN` | continues a prompt with a run's model |
 # | `llmnb data FOLDER` | turns text of any size into token shards |
 # | `llmnb eval MODEL` | perplexity of a text, accuracy on HellaSwag |
@@ -317,8 +317,10 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from importlib.metadata import version
@@ -328,10 +330,13 @@ import numpy as np
 
 from llmnb.files import replacing
 from llmnb.train import (
+    SHAPE,
     DataOptions,
+    KeepOptions,
     LearningOptions,
     ModelOptions,
     TrainConfig,
+    UpdateOptions,
 )
 
 
@@ -354,30 +359,41 @@ PARTS = {
     "what to read": DataOptions,
     "what the model looks like": ModelOptions,
     "how it learns": LearningOptions,
+    "what an update is": UpdateOptions,
+    "what it keeps": KeepOptions,
 }
 
 
-def _add_fields(parser, part, names=None):
-    """One option for each field of a dataclass, or for those in names."""
+def _add_fields(parser, part, names=None, asked=False):
+    """One option for each field of a dataclass, or for those in names.
+
+    asked: leave out of the result what the user has not asked for.
+    """
     for field in fields(part):
         if names and field.name not in names:
             continue
         many = isinstance(field.default, tuple)
         shown = " ".join(field.default) if many else field.default
         note = f" (default: {shown})" if shown != "" else ""
+        if field.type is bool:
+            how = {"action": "store_true"}
+        elif many:
+            how = {"nargs": "+", "metavar": field.name.upper()}
+        else:
+            how = {"type": field.type, "metavar": field.type.__name__}
         parser.add_argument(
             "--" + field.name.replace("_", "-"),
-            type=str if many else field.type,
-            nargs="+" if many else None,
-            default=field.default,
-            metavar=field.name.upper() if many else field.type.__name__,
+            default=argparse.SUPPRESS if asked else field.default,
             help=field.metadata["help"] + note,
+            **how,
         )
 
 
 # %% fields from options tags=["exporti"] module="cli"
 def _from_fields(args, part):
-    values = {f.name: getattr(args, f.name) for f in fields(part)}
+    """The fields that are among the options."""
+    names = [x.name for x in fields(part) if hasattr(args, x.name)]
+    values = {name: getattr(args, name) for name in names}
     return {k: tuple(v) if type(v) is list else v for k, v in values.items()}
 
 
@@ -401,19 +417,28 @@ def _add_train(commands):
     parser = commands.add_parser(
         "train",
         help="train a GPT-2 and write a run folder",
-        description="Train a GPT-2 from scratch. The defaults take about two "
-        "minutes on two cores.",
+        description="Train a GPT-2 from scratch, or from a checkpoint. The "
+        "defaults take about two minutes on two cores. Ctrl-C finishes the "
+        "step and saves; a second one stops at once.",
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--out", metavar="FOLDER",
         help="where to write (default: a new folder in runs/)",
     )  # fmt: skip
-    parser.add_argument(
-        "--force", action="store_true", help="write into a folder in use"
-    )
+    add("--force", action="store_true", help="write into a folder in use")
+    add(
+        "--resume", nargs="?", const="", metavar="FOLDER",
+        help="go on with a run from its newest checkpoint (default: the "
+        "newest run in runs/)",
+    )  # fmt: skip
+    add(
+        "--tensorboard", action="store_true",
+        help="write events for TensorBoard into the folder as well",
+    )  # fmt: skip
     _add_threads(parser)
     for title, part in PARTS.items():
-        _add_fields(parser.add_argument_group(title), part)
+        _add_fields(parser.add_argument_group(title), part, asked=True)
     parser.set_defaults(run=_train)
 
 
@@ -431,37 +456,70 @@ def _new_folder(config):
     return folder
 
 
-def _newest_run():
-    found = [x.parent for x in RUNS.glob("*/model.bin")]
+def _newest_run(file="model.bin"):
+    found = [x.parent for x in RUNS.glob(f"*/{file}")]
     if not found:
         raise FileNotFoundError(
             f"there is no run in {RUNS}/ here: name a folder, or train one "
             "with `llmnb train`"
         )
-    return max(found, key=lambda x: (x / "model.bin").stat().st_mtime)
+    return max(found, key=lambda x: (x / file).stat().st_mtime)
+
+
+# %% begin or go on tags=["exporti"] module="cli"
+def _begun(args):
+    """A new run, from scratch or from a checkpoint."""
+    from llmnb.run import begin
+    from llmnb.train import run_folder, starting_from
+
+    given = _from_fields(args, TrainConfig)
+    if given.get("depth") and not given.keys().isdisjoint(SHAPE):
+        names = ", ".join(name.replace("_", "-") for name in SHAPE)
+        raise ValueError(f"--depth sets {names}: leave those out")
+    make = starting_from if given.get("init") else TrainConfig
+    config = make(**given)
+    folder = run_folder(args.out or _new_folder(config), args.force)
+    return begin(folder, config)
+
+
+def _resumed(args):
+    """The run that --resume names, at its newest checkpoint."""
+    from llmnb.run import resume
+
+    if args.out or args.force:
+        raise ValueError("--resume needs neither --out nor --force")
+    folder = args.resume or _newest_run("config.json")
+    run, warnings = resume(folder, **_from_fields(args, TrainConfig))
+    for warning in warnings:
+        print(f"llmnb: warning: {warning}", file=sys.stderr)
+    where = f"at step {run.at.step:,} of {run.config.steps:,}"
+    known = {"loss": run.at.last_loss, "best validation": run.at.best_loss}
+    known = [f", {k} {x:.3f}" for k, x in known.items() if x is not None]
+    _say("resumes", where + "".join(known))
+    return run
 
 
 # %% train, with a bar tags=["exporti"] module="cli"
 def _train(args):
-    from llmnb import train as t
+    from llmnb.run import finish
 
-    config = TrainConfig(**_from_fields(args, TrainConfig))
     _set_threads(args)
-    folder = t.run_folder(args.out or _new_folder(config), args.force)
     start = time.perf_counter()
-    data = t.prepare(config)
+    run = _begun(args) if args.resume is None else _resumed(args)
+    data = run.data
     _say("corpus", data.source)
     tokens = len(data.train_tokens), len(data.val_tokens)
     _say("tokens", "{:,} to train on, {:,} to validate on".format(*tokens))
-    batches, validation = t.loaders(config, data)
-    model = t.new_model(config, data.encoding.n_vocab)
-    _say("model", _size_of(model))
-    _say("folder", folder)
-    run = t.train(config, model, batches, validation)
-    steps = _follow(run, config, folder / "log.csv")
-    t.save_run(folder, config, model, data, steps)
+    _say("model", _size_of(run.model))
+    _say("folder", run.folder)
+    stopped = _follow(run, args)
+    steps = finish(run)
     _say("took", f"{time.perf_counter() - start:.0f} s")
-    _report(folder, steps, t.landmarks(config, data))
+    if stopped:
+        _say("stopped", f"at step {run.at.step:,}, and saved")
+        _say("go on", f"llmnb train --resume {run.folder}")
+        sys.exit(128 + stopped)
+    _report(run, steps)
 
 
 # %% lines of a report tags=["exporti"] module="cli"
@@ -479,53 +537,113 @@ def _size_of(model):
     )
 
 
+# %% [markdown]
+# Ctrl-C sends a process the signal `SIGINT`, and a system that shuts down,
+# or a scheduler that wants the machine back, sends `SIGTERM`. Left alone,
+# they would end training in the middle of a step. So while `train` runs they
+# only set a note; the loop finishes its step, finds the note, saves the
+# state and leaves. The handlers go with the first signal: a second one does
+# what it always did, and stops at once. The exit code is 128 plus the
+# signal's number, 130 or 143, so that a script can tell a run that was
+# stopped from one that is done.
+
+
+# %% stop when asked to tags=["exporti"] module="cli"
+class _Stop:
+    """Notes the first Ctrl-C or SIGTERM; the next one stops at once."""
+
+    signal = 0
+
+    def __enter__(self):
+        both = signal.SIGINT, signal.SIGTERM
+        self.old = {x: signal.signal(x, self._note) for x in both}
+        return self
+
+    def _note(self, number, frame):
+        self.signal = number
+        self.__exit__()
+        # not print, which may be at work when the signal comes
+        os.write(2, b"\nfinishing the step; once more to stop at once\n")
+
+    def __exit__(self, *error):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
 # %% follow a run tags=["exporti"] module="cli"
-def _follow(run, config, log):
-    """Collect the steps of a run; show a bar; keep the log up to date."""
+def _follow(run, args):
+    """Train to the end, or to a signal; returns the signal's number or 0."""
     from tqdm import tqdm
 
-    from llmnb.train import write_log
+    from llmnb.run import follow, save_state, telling
 
-    steps, shown = [], {}
-    bar = tqdm(total=config.steps, unit="step", dynamic_ncols=True)
-    try:
-        with bar:
-            for step in run:
-                steps.append(step)
-                if step.val_loss is not None:
-                    shown["val"] = f"{step.val_loss:.3f}"
-                    write_log(log, steps)
-                if step.loss is not None:
-                    shown["loss"] = f"{step.loss:.3f}"
-                    shown["tok/s"] = f"{step.tokens_per_second:,.0f}"
-                    bar.update()
-                bar.set_postfix(shown, refresh=False)
-    except KeyboardInterrupt:
-        if not steps:
-            raise
-        print("stopped: keeping what there is", file=sys.stderr)
-    except FloatingPointError:
-        write_log(log, steps)
-        raise
-    return steps
+    done, total, shown = run.at.step, run.config.steps, {}
+    bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
+    with bar, _Stop() as stop, _board(run, args) as board:
+        for step in follow(run):
+            board(step)
+            _show(bar, run, step, shown)
+            if stop.signal and step.loss is not None:
+                with telling(run):
+                    save_state(run)
+                return stop.signal
+    return 0
+
+
+# %% show a step tags=["exporti"] module="cli"
+def _show(bar, run, step, shown):
+    """Bring the bar up to date, and print a sample when it is time."""
+    if step.val_loss is not None:
+        shown["val"] = f"{step.val_loss:.3f}"
+    if step.loss is not None:
+        shown["loss"] = f"{step.loss:.3f}"
+        shown["tok/s"] = f"{step.tokens_per_second:,.0f}"
+        if step.skipped:
+            bar.write(f"step {step.step}: an outlier, skipped")
+        every = run.config.sample_every
+        if every and run.at.step % every == 0:
+            text = _sample(run.model, run.data.encoding)
+            bar.write(f"after {run.at.step} steps:\n{text}\n")
+        bar.update()
+    bar.set_postfix(shown, refresh=False)
+
+
+# %% events for TensorBoard tags=["exporti"] module="cli"
+@contextmanager
+def _board(run, args):
+    """A function that writes a step for TensorBoard, if that is wanted."""
+    if not args.tensorboard:
+        yield lambda step: None
+        return
+    from llmnb.watch import Board
+
+    board = Board(run.folder)
+    yield lambda step: board.write(step.step, step._asdict())
+    board.close()
 
 
 # %% the end of a run tags=["exporti"] module="cli"
 SAMPLE = {"count": 200, "temperature": 0.8, "top_p": 0.95}
 
 
-def _report(folder, steps, marks):
-    from llmnb.files import replacing
+def _sample(model, encoding):
     from llmnb.generate import decoded, generate
-    from llmnb.train import load_run
 
-    losses = [x.val_loss for x in steps if x.val_loss is not None]
-    known = ", ".join(f"{name} {loss:.3f}" for name, loss in marks.items())
-    _say("loss", f"{losses[-1]:.3f} on validation text ({known})")
-    model, encoding, _ = load_run(folder)
     eot = encoding.eot_token
     tokens = generate(model, [eot], stop=eot, **SAMPLE)
-    text = "".join(decoded(encoding, tokens))
+    return "".join(decoded(encoding, tokens))
+
+
+def _report(run, steps):
+    from llmnb.train import landmarks, load_run
+
+    losses = [x.val_loss for x in steps if x.val_loss is not None]
+    marks = landmarks(run.config, run.data)
+    known = ", ".join(f"{name} {loss:.3f}" for name, loss in marks.items())
+    _say("loss", f"{losses[-1]:.3f} on validation text ({known})")
+    folder = run.folder
+    model, encoding, _ = load_run(folder)
+    text = _sample(model, encoding)
     with replacing(folder / "sample.txt") as file:
         file.write(text.encode("utf-8"))
     print(f"\n{text}\n")
@@ -1202,8 +1320,9 @@ def main(argv=None):
     """Run the `llmnb` command; argv defaults to the process's arguments.
 
     Exits with code 2 for a wrong option and 1 for an error that the user
-    can mend, each in one line on stderr; with 130 when interrupted. When
-    the variable LLMNB_TRACEBACK is set, errors keep their traceback.
+    can mend, each in one line on stderr; with 130 when interrupted, and 143
+    when training was ended by SIGTERM. When the variable LLMNB_TRACEBACK is
+    set, errors keep their traceback.
 
     Derived in chapter 20.
     """
@@ -1264,6 +1383,8 @@ with TemporaryDirectory() as place:
     verdict("generate", run(*ask)[0] == text, "same seed, same text")
     two, _, code = run(*ask, "--samples", 2)
     verdict("generate", text in two, "the first of two is the same")
+    text, _, code = run("train", "--resume", folder, "--steps", 40)
+    verdict("resume", code == 0 and "step 30 of 40" in text, "goes on")
     _, _, code = run("train", "--out", folder, *TINY.split())
     verdict("train", code == 1, "keeps a folder in use")
 
@@ -1272,6 +1393,8 @@ for args in (
     ["train", "--stepz", 3],
     ["train", "--channels", 130],
     ["train", "--corpus", "no-such-file"],
+    ["train", "--depth", 12, "--channels", 64],
+    ["train", "--resume", "no-such-run"],
     ["generate", "no-such-run"],
     ["bench", "--num-layers", "many"],
     ["bench", "--against", "nobody"],
@@ -1305,7 +1428,8 @@ for args in (
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
 # 2 from `_Parser.error`, 1 from the last line of `main`, and 130, which is
-# 128 plus the number of the signal, from its `KeyboardInterrupt`.
+# 128 plus the number of the signal: from `_train` after it has saved, or
+# from the `KeyboardInterrupt` in `main` when nothing was there to finish.
 # :::
 
 # %% exercise 1, checked tags=["hide-cell"]

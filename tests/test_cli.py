@@ -3,9 +3,11 @@
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +31,7 @@ FILES = [
     "loss.png",
     "model.bin",
     "sample.txt",
+    "state_00000006.safetensors",
     "tokenizer.tiktoken",
 ]
 
@@ -107,25 +110,133 @@ def test_train_on_files(llmnb, tmp_path):
     assert (tmp_path / "runs" / "tale" / "model.bin").exists()
 
 
-def test_interrupted_training_keeps_what_there_is(
-    llmnb, tmp_path, monkeypatch
-):
+def interrupt(monkeypatch, at, number=signal.SIGINT, times=1):
+    """Have a signal come while step `at` is computed."""
     from llmnb import train as module
 
-    whole = module.train
+    whole = module.train_step
 
-    def interrupted(*args):
-        for step in whole(*args):
-            if step.step == 3:
-                raise KeyboardInterrupt
-            yield step
+    def interrupted(config, model, batches, progress):
+        if progress.step == at:
+            for _ in range(times):
+                signal.raise_signal(number)
+        return whole(config, model, batches, progress)
 
-    monkeypatch.setattr(module, "train", interrupted)
-    code, _, err = llmnb("train", "--out", "cut", *TINY.split())
-    assert code == 0 and "stopped" in err
-    assert sorted(x.name for x in (tmp_path / "cut").iterdir()) == FILES
+    monkeypatch.setattr(module, "train_step", interrupted)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_training_goes_on(llmnb, tmp_path, monkeypatch, number):
+    llmnb("train", "--out", "whole", *TINY.split())
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(number)
+    interrupt(monkeypatch, 3, number)
+    code, out, _ = llmnb("train", "--out", "cut", *TINY.split())
+    assert code == 128 + number
+    assert "stopped    at step 4, and saved" in out
+    assert "llmnb train --resume cut" in out
+    assert handlers == (
+        signal.getsignal(signal.SIGINT),
+        signal.getsignal(number),
+    )
+    found = {x.name for x in (tmp_path / "cut").iterdir()}
+    assert {"model.bin", "state_00000004.safetensors"} < found
     lines = (tmp_path / "cut" / "log.csv").read_text("utf-8").splitlines()
-    assert len(lines) == 1 + 3
+    assert len(lines) == 1 + 4
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = llmnb("train", "--resume", "cut")
+    assert code == 0 and "resumes    at step 4 of 6" in out
+    pair = [
+        (tmp_path / x / "model.bin").read_bytes() for x in ("whole", "cut")
+    ]
+    assert pair[0] == pair[1]
+
+
+def test_a_second_interrupt_stops_at_once(llmnb, tmp_path, monkeypatch):
+    interrupt(monkeypatch, 3, times=2)
+    code, _, err = llmnb("train", "--out", "cut", *TINY.split())
+    assert code == 130 and "Traceback" not in err
+    assert not list((tmp_path / "cut").glob("state_*"))
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = llmnb("train", "--resume", "cut")
+    assert code == 0 and "resumes    at step 0 of 6" in out
+
+
+def test_resume_takes_the_newest_run(llmnb, tmp_path):
+    llmnb("train", *TINY.split())
+    llmnb("train", *TINY.split())
+    code, out, _ = llmnb("train", "--resume", "--steps", 8)
+    assert code == 0 and "stdlib-2" in out and "at step 6 of 8" in out
+    lines = (tmp_path / "runs/stdlib-2/log.csv").read_text("utf-8")
+    assert [x.split(",")[0] for x in lines.splitlines()[1:]] == list(
+        "012345678"
+    )
+
+
+def test_a_damaged_checkpoint_is_passed_over(llmnb, tmp_path):
+    llmnb("train", "--out", "run", *TINY.split(), "--save-every", 4)
+    newest = tmp_path / "run" / "state_00000006.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-3])
+    code, out, err = llmnb("train", "--resume", "run")
+    assert code == 0 and "resumes    at step 4 of 6" in out
+    warning = [x for x in err.splitlines() if x.startswith("llmnb: warning")]
+    assert len(warning) == 1 and "state_00000006" in warning[0]
+
+
+def test_a_full_disk(llmnb, tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.csv").symlink_to("/dev/full")
+    code, _, err = llmnb("train", "--out", "run", "--force", *TINY.split())
+    assert code == 1
+    (line,) = [x for x in err.splitlines() if "error" in x]
+    assert "run: No space left on device; there is no checkpoint yet" in line
+
+
+def test_fine_tuning(llmnb, tmp_path, trained):
+    args = "--limit 20000 --batch-size 2 --steps 3 --backend reference"
+    code, out, _ = llmnb("train", "--init", trained, *args.split())
+    assert code == 0
+    assert "1 layers, 2 heads, 16 channels, 257 tokens" in out
+    (run,) = (tmp_path / "runs").iterdir()
+    config = json.loads((run / "config.json").read_text("utf-8"))["config"]
+    assert config["init"] == str(trained) and config["seq_len"] == 16
+    assert config["learning_rate"] == 1e-4
+    first = (run / "log.csv").read_text("utf-8").splitlines()[1]
+    assert float(first.split(",")[1]) < 5.4, "it has learnt before"
+
+
+def test_accumulation_and_depth(llmnb, tmp_path):
+    args = TINY.replace("--num-heads 2", "").replace("--channels 16", "")
+    args = args.replace("--num-layers 1", "--depth 1").split()
+    code, out, _ = llmnb("train", *args, "--total-batch", 128, "--overfit")
+    assert code == 0 and "1 layers, 1 heads, 64 channels" in out
+
+
+def test_samples_leave_no_trace(llmnb, tmp_path):
+    for name, extra in (("a", []), ("b", ["--sample-every", 2])):
+        args = [*TINY.split(), "--backend", "cpu", *extra]
+        code, _, err = llmnb("train", "--out", name, *args)
+        assert code == 0
+    for name in ("model.bin", "loss.png"):
+        pair = [(tmp_path / x / name).read_bytes() for x in "ab"]
+        assert pair[0] == pair[1]
+
+
+def test_samples_are_shown(llmnb):
+    code, out, _ = llmnb("train", *TINY.split(), "--sample-every", 3)
+    assert code == 0
+    assert "after 3 steps:" in out and "after 6 steps:" in out
+
+
+def test_events_for_tensorboard(llmnb, tmp_path):
+    pytest.importorskip("tensorboard")
+    code, _, _ = llmnb("train", "--out", "a", *TINY.split(), "--tensorboard")
+    assert code == 0
+    assert len(list((tmp_path / "a").glob("events*"))) == 1
 
 
 def test_diverging_training(llmnb, tmp_path):
@@ -340,6 +451,14 @@ def test_info(llmnb):
         ("train --stepz 3", 2, "unrecognized arguments: --stepz 3"),
         ("train --steps three", 2, "--steps: invalid int value: 'three'"),
         ("train --steps 0", 1, "steps must be at least 1, got 0"),
+        ("train --depth 49", 1, "depth must be at least 1 and below 49"),
+        ("train --depth 4 --num-layers 4", 1, "--depth sets num-layers"),
+        ("train --total-batch 700", 1, "multiple of a batch's 512 tokens"),
+        ("train --init none.bin", 1, "none.bin: No such file"),
+        ("train --resume", 1, "there is no run in runs/ here"),
+        ("train --resume nowhere", 1, "config.json: No such file"),
+        ("train --resume x --out y", 1, "needs neither --out nor --force"),
+        ("info --depth 12 --channels 64", 1, "depth 12 makes channels 768"),
         ("train --channels 130", 1, "channels must be a multiple"),
         ("train --schedule stairs", 1, "no kind 'stairs'"),
         ("train --corpus nowhere", 1, "nowhere"),

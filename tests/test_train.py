@@ -12,14 +12,19 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmnb import tokenizer
 from llmnb.data import DataLoader, read_shard, write_shard
 from llmnb.gpt2 import GPT2
 from llmnb.train import (
     Data,
+    Progress,
     Step,
     TrainConfig,
+    accumulate,
+    depth_shape,
     evaluate,
     landmarks,
     load_run,
@@ -30,10 +35,12 @@ from llmnb.train import (
     read_run,
     run_folder,
     save_run,
+    starting_from,
     train,
     train_step,
     unigram_entropy,
     write_log,
+    z_score,
 )
 
 RECORDED = Path(__file__).parent / "data"
@@ -88,6 +95,13 @@ def tiny_run(config=TINY):
         ({"seed": -1}, "seed must be at least 0"),
         ({"seed": 2**32}, "seed must be at least 0 and below 4294967296"),
         ({"limit": -1}, "limit must be at least 0"),
+        ({"depth": 49}, "depth must be at least 1 and below 49, got 49"),
+        ({"depth": 12, "channels": 64}, "depth 12 makes channels 768, not 64"),
+        ({"total_batch": 700}, "multiple of a batch's 512 tokens .* got 700"),
+        ({"skip_window": 1}, "skip_window must be at least 2, got 1"),
+        ({"skip_loss": -1.0}, "skip_loss must be at least 0"),
+        ({"keep": 0}, "keep must be at least 1, got 0"),
+        ({"save_every": -1}, "save_every must be at least 0"),
     ],
 )
 def test_config_refuses(wrong, message):
@@ -102,6 +116,25 @@ def test_config_rates():
     assert max(rates) == rates[9] == rates[10] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert config.rate(100) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("depth", "channels"),
+    [(1, 64), (4, 256), (6, 384), (8, 512), (12, 768), (13, 832), (18, 896),
+     (24, 1024), (36, 1280), (42, 1472), (48, 1600)],
+)  # fmt: skip
+def test_depth(depth, channels):
+    assert depth_shape(depth) == (depth, channels // 64, channels)
+    config = TrainConfig(depth=depth)
+    shape = config.num_layers, config.num_heads, config.channels
+    assert shape == depth_shape(depth)
+    assert TrainConfig(**asdict(config)) == config
+
+
+def test_depth_is_monotone_and_made_of_whole_heads():
+    shapes = [depth_shape(x) for x in range(1, 49)]
+    assert [x[2] for x in shapes] == sorted(x[2] for x in shapes)
+    assert all(c == 64 * heads for _, heads, c in shapes)
 
 
 def test_every_field_has_help():
@@ -201,7 +234,7 @@ def test_steps_reported():
     assert [s.step for s in steps] == list(range(13))
     known = [s.step for s in steps if s.val_loss is not None]
     assert known == [0, 5, 10, 12]
-    assert steps[-1][3:] == (None, None, None) and steps[-1].loss is None
+    assert steps[-1][3:] == (None,) * 4 and steps[-1].loss is None
     for s in steps[:-1]:
         assert s.learning_rate == TINY.rate(s.step)
         assert s.grad_norm > 0 and s.tokens_per_second > 0
@@ -241,7 +274,9 @@ def test_a_step_is_adamw_with_clipping_and_decay_of_matrices():
     config = replace(TINY, clip=0.25, weight_decay=0.5)
     ours, want = new_model(config, 257), new_model(config, 257)
     x, y = loaders(config, tiny_data())[0].next_batch()
-    _, rate, norm = train_step(config, ours, 0, x, y)
+    batches = Same(x, y)
+    _, rate, norm, skipped = train_step(config, ours, batches, Progress())
+    assert skipped == 0
     want.forward(x, y)
     want.backward()
     assert want.clip_gradients(0.25) == norm > 0.25
@@ -252,6 +287,161 @@ def test_a_step_is_adamw_with_clipping_and_decay_of_matrices():
         decay = 0.5 if name == "wpe" else decay
         after = p * (1 - rate * decay) - rate * g / (abs(g) + config.eps)
         np.testing.assert_allclose(ours.params[name], after, atol=1e-5)
+
+
+class Same:
+    """Feeds one batch, or some in turn."""
+
+    def __init__(self, *batch):
+        self.batches = [batch]
+
+    def next_batch(self):
+        self.batches.append(self.batches.pop(0))
+        return self.batches[-1]
+
+
+# accumulation
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_accumulated_gradients_are_those_of_one_batch(backend, rows):
+    config = replace(TINY, precision="fp64", backend=backend, batch_size=6)
+    tokens = np.random.RandomState(rows).randint(0, 257, (2, 6, 16))
+    one = new_model(config, 257)
+    loss = accumulate(config, one, Same(*tokens))
+    parts = replace(config, batch_size=rows, total_batch=6 * 16)
+    assert parts.micro_batches == 6 // rows
+    feed = Same()
+    pieces = (np.split(x, 6 // rows) for x in tokens)
+    feed.batches = list(zip(*pieces, strict=True))
+    some = new_model(parts, 257)
+    assert accumulate(parts, some, feed) == pytest.approx(loss, abs=1e-12)
+    ours, want = (m.memory.flat("grads") for m in (some, one))
+    np.testing.assert_allclose(ours, want, rtol=0, atol=1e-12)
+    assert np.abs(want).max() > 1e-3
+
+
+def test_a_run_that_accumulates_takes_the_path_of_large_batches():
+    """The order in which a loader cuts its text is that of its batches."""
+    large = replace(TINY, precision="fp64", batch_size=4, eval_every=100)
+    small = replace(large, batch_size=2, total_batch=64)
+    runs = [tiny_run(config)[2][:-1] for config in (large, small)]
+    losses = [[s.loss for s in steps] for steps in runs]
+    np.testing.assert_allclose(*losses, rtol=0, atol=1e-9)
+    assert losses[0][0] - losses[0][-1] > 0.5
+
+
+def test_overfit():
+    config = replace(TINY, overfit=True, total_batch=64, steps=60)
+    steps = tiny_run(replace(config, schedule="constant"))[2]
+    assert steps[59].loss < 0.5 * steps[-1].val_loss < steps[0].val_loss
+    whole = tiny_run(replace(config, overfit=False, steps=3))[2]
+    assert whole[0].loss == steps[0].loss and whole[2].loss != steps[2].loss
+
+
+# outliers
+
+
+def test_z_score():
+    recent = [1.0, 2.0, 3.0, 4.0]
+    assert z_score(recent, 2.5) == 0
+    assert z_score(recent, 5.0) == pytest.approx(2.5 / math.sqrt(1.25))
+    assert z_score(recent, 0.0) == pytest.approx(-2.5 / math.sqrt(1.25))
+    assert z_score([2.0, 2.0], 9.0) == 0
+
+
+class Shouting:
+    """A loader whose batch number `at` is random."""
+
+    def __init__(self, batches, at):
+        self.batches, self.at, self.count = batches, at, 0
+
+    def next_batch(self):
+        x, y = self.batches.next_batch()
+        self.count += 1
+        if self.count == self.at + 1:
+            rng = np.random.RandomState(1)
+            return rng.randint(0, 257, x.shape), rng.randint(0, 257, x.shape)
+        return x, y
+
+
+@pytest.mark.parametrize("name", ["skip_loss", "skip_norm"])
+def test_an_outlier_is_skipped(name):
+    config = replace(TINY, steps=60, skip_window=20, clip=0.0, **{name: 8.0})
+    model, batches = new_model(config, 257), loaders(config, tiny_data())[0]
+    at, weights, moments = Progress(), [], []
+    for s in train(config, model, Shouting(batches, 50), at=at):
+        weights.append(model.memory.flat("params").copy())
+        moments.append(model.memory.flat("m").copy())
+        assert s.skipped == (s.step == 50)
+    assert np.array_equal(weights[50], weights[49])
+    assert np.array_equal(moments[50], moments[49])
+    assert not np.array_equal(weights[51], weights[50])
+    assert (at.step, at.updates) == (60, 59)
+    assert len(at.losses) == len(at.norms) == 20
+
+
+def test_bias_correction_counts_the_updates():
+    """A skipped step leaves no trace but in the schedule."""
+    config = replace(TINY, schedule="constant", warmup_fraction=0.0)
+    x, y = loaders(config, tiny_data())[0].next_batch()
+    one, two = new_model(config, 257), new_model(config, 257)
+    train_step(config, one, Same(x, y), Progress())
+    train_step(config, two, Same(x, y), Progress(step=7, updates=0))
+    assert np.array_equal(*(m.memory.flat("params") for m in (one, two)))
+
+
+def test_nothing_is_skipped_before_the_window_is_full():
+    config = replace(TINY, skip_loss=1e-9, skip_norm=1e-9, skip_window=30)
+    assert not any(s.skipped for s in tiny_run(config)[2])
+    some = [s.skipped for s in tiny_run(replace(config, skip_window=5))[2]]
+    assert some[:5] == [0] * 5 and any(some[5:-1])
+
+
+# from a checkpoint
+
+
+def test_starting_from_a_run(tmp_path):
+    data, model, steps = tiny_run()
+    save_run(tmp_path, TINY, model, data, steps)
+    config = starting_from(
+        str(tmp_path), seq_len=8, batch_size=2, backend="reference"
+    )
+    assert (config.num_layers, config.channels) == (1, 16)
+    assert config.learning_rate == 1e-4
+    assert config.tokenizer == str(tmp_path / "tokenizer.tiktoken")
+    tuned = new_model(config, 257)
+    assert tuned.cfg == model.cfg and tuned.seq_len == 8
+    for name, x in model.params.items():
+        assert np.array_equal(tuned.params[name], x)
+    assert TrainConfig(**asdict(config)) == config
+    assert starting_from(tmp_path, learning_rate=0.1).learning_rate == 0.1
+    with pytest.raises(ValueError, match="knows 257 tokens, .* made of 300"):
+        new_model(config, 300)
+
+
+def test_starting_from_a_file(tmp_path):
+    model = new_model(TINY, 257)
+    model.save_checkpoint(tmp_path / "some.bin")
+    config = starting_from(tmp_path / "some.bin")
+    assert config.seq_len == 16
+    assert config.tokenizer == "gpt2"
+    for wrong, message in (
+        ({"channels": 64}, "has channels 16, not 64"),
+        ({"depth": 4}, "has num_layers 1, not 4"),
+        ({"seq_len": 17}, "seq_len must be at least 1 and below 17"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            starting_from(tmp_path / "some.bin", **wrong)
+    with pytest.raises(FileNotFoundError):
+        starting_from(tmp_path / "none.bin")
+    (tmp_path / "some.bin").write_bytes(b"x" * 2000)
+    with pytest.raises(ValueError, match="some.bin"):
+        starting_from(tmp_path / "some.bin")
+
+
+# clipping and divergence
 
 
 def test_no_clipping():
@@ -279,7 +469,7 @@ def test_bad_weights_are_noticed_before_the_update(backend):
         np.errstate(all="ignore"),
         pytest.raises(FloatingPointError, match="loss is nan at step 3"),
     ):
-        train_step(config, model, 3, x, y)
+        train_step(config, model, Same(x, y), Progress(step=3))
     after = model.memory.flat("params")
     assert np.array_equal(before, after, equal_nan=True)
 
@@ -407,6 +597,37 @@ def test_a_damaged_configuration(tmp_path, text):
     (tmp_path / "config.json").write_text(text, "utf-8")
     with pytest.raises(ValueError, match="config.json is not a run's: "):
         load_run(tmp_path)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_configuration(tmp_path_factory, data):
+    """A changed value, or changed bytes: a configuration or one error."""
+    found = {"config": json.loads(json.dumps(asdict(TINY)))}
+    name = data.draw(st.sampled_from([*found["config"]]))
+    scalars = st.none() | st.booleans() | st.integers() | st.floats()
+    found["config"][name] = data.draw(
+        scalars | st.text() | st.lists(scalars | st.text(), max_size=2)
+    )
+    text = bytearray(json.dumps(found).encode())
+    for at in data.draw(st.lists(st.integers(0, len(text) - 1), max_size=1)):
+        text[at] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp("config") / "config.json"
+    path.write_bytes(text)
+    try:
+        config = read_run(path.parent)
+    except ValueError as error:
+        assert str(error).startswith(f"{path} is not a run's: ")
+    else:
+        assert isinstance(config, TrainConfig)
+        assert config.rate(0) >= 0 and config.micro_batches >= 1
+        assert isinstance(config.tokenizer, str)
+
+
+def test_a_configuration_too_deep(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000, "utf-8")
+    with pytest.raises(ValueError, match="config.json is not a run's: "):
+        read_run(tmp_path)
 
 
 def test_a_loader_of_shards_gives_the_recorded_tokens():

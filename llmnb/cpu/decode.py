@@ -2,8 +2,8 @@
 
 """Keep keys and values.
 
-What a position has computed never changes when the text grows. Keep it, and
-the next token costs one position, not all of them.
+What a position has computed never changes when the text grows. Keep its keys
+and values, and the next token costs one position, not all of them.
 """
 
 __all__ = [
@@ -276,43 +276,6 @@ def pack_weight(panels, weight, bias=None):
     panels[:, -1] = last.reshape(-1, COLS)
 
 
-# a row back out of panels
-@inner
-def _embed(out, tokens, panels, wpe, first):
-    B, T, C = out.shape
-    for b in range(B):
-        for t in range(T):
-            panel, lane = tokens[b, t] // COLS, tokens[b, t] % COLS
-            for c in range(C):
-                out[b, t, c] = panels[panel, c, lane] + wpe[first + t, c]
-
-
-# embed from panels
-def embed_forward(out, tokens, panels, wpe, first):
-    """Sum each token's vector and its position's, from packed wte.
-
-    out: (B, T, C), overwritten. tokens: int32 (B, T). panels: wte, packed.
-    wpe: (max_T, C). first: the position of the first token. Raises
-    TypeError or ValueError where they do not fit.
-
-    Derived in chapter 15.
-    """
-    name = "embed_forward"
-    check_float(f"{name}: out", out)
-    B, T, C = out.shape
-    check_array(f"{name}: tokens", tokens, (B, T), np.int32)
-    check_array(f"{name}: wpe", wpe, (len(wpe), C), out.dtype)
-    shape = len(panels), C + 1, COLS
-    check_array(f"{name}: panels", panels, shape, out.dtype)
-    check_tokens(f"{name}: tokens", tokens, len(panels) * COLS)
-    if not 0 <= first <= len(wpe) - T:
-        raise ValueError(
-            f"{name}: positions {first} to {first + T - 1}, where wpe has "
-            f"{len(wpe)}"
-        )
-    _embed(out, tokens, panels, wpe, first)
-
-
 # the shape of a cache
 def cache_shapes(B, NH, T, hs):
     """Shapes of the cached keys and values of T positions.
@@ -417,3 +380,40 @@ def cache_attention(out, keys, values, inp, first):
     check_array(f"{name}: values", values, shapes["values"], inp.dtype)
     block, parts = _block_size(C // NH), numba.get_num_threads()
     _cache_attention(out, keys, values, inp, first, block, parts)
+
+
+# a row back out of panels
+@inner
+def _embed(out, tokens, panels, wpe, first):
+    B, T, C = out.shape
+    for b in range(B):
+        for t in range(T):
+            panel, lane = tokens[b, t] // COLS, tokens[b, t] % COLS
+            for c in range(C):
+                out[b, t, c] = panels[panel, c, lane] + wpe[first + t, c]
+
+
+# embed from panels
+def embed_forward(out, tokens, panels, wpe, first):
+    """Sum each token's vector and its position's, from packed wte.
+
+    out: (B, T, C), overwritten. tokens: int32 (B, T). panels: wte, packed.
+    wpe: (max_T, C). first: the position of the first token. Raises
+    TypeError or ValueError where they do not fit.
+
+    Derived in chapter 15.
+    """
+    name = "embed_forward"
+    check_float(f"{name}: out", out)
+    B, T, C = out.shape
+    check_array(f"{name}: tokens", tokens, (B, T), np.int32)
+    check_array(f"{name}: wpe", wpe, (len(wpe), C), out.dtype)
+    shape = len(panels), C + 1, COLS
+    check_array(f"{name}: panels", panels, shape, out.dtype)
+    check_tokens(f"{name}: tokens", tokens, len(panels) * COLS)
+    if not 0 <= first <= len(wpe) - T:
+        raise ValueError(
+            f"{name}: positions {first} to {first + T - 1}, where wpe has "
+            f"{len(wpe)}"
+        )
+    _embed(out, tokens, panels, wpe, first)

@@ -1,0 +1,750 @@
+"""Nothing lost: states, resuming, kills, signals, full disks, bad files."""
+
+import contextlib
+import errno
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmnb import tokenizer
+from llmnb.run import (
+    CHANGEABLE,
+    begin,
+    finish,
+    follow,
+    newest_state,
+    read_state,
+    read_steps,
+    restore,
+    resume,
+    save_state,
+    start_log,
+    states,
+)
+from llmnb.tensors import TensorFile, write_tensors
+from llmnb.train import Data, TrainConfig, run_folder
+
+ROOT = Path(__file__).parent.parent
+KILLS = int(os.environ.get("LLMNB_KILLS", 4))
+TINY = TrainConfig(
+    tokenizer="byte",
+    num_layers=1,
+    num_heads=2,
+    channels=16,
+    seq_len=16,
+    batch_size=2,
+    total_batch=64,
+    steps=20,
+    eval_every=7,
+    eval_batches=3,
+    backend="reference",
+    learning_rate=1e-3,
+    skip_loss=1.0,
+    skip_norm=1.0,
+    skip_window=5,
+    save_every=5,
+)
+
+
+@pytest.fixture(autouse=True)
+def small_data(monkeypatch):
+    """A text of some thousand bytes in place of a corpus."""
+    stream = random.Random(5)
+    kinds = ["spam ", "0123456789", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+    lines = (stream.choices(stream.choice(kinds), k=90) for _ in range(150))
+    text = "".join("".join(line) for line in lines).encode()
+    tokens = np.frombuffer(text, np.uint8).astype(np.uint16)
+
+    def prepare(config):
+        return Data(tokenizer.byte(), tokens[900:], tokens[:900], "a test")
+
+    monkeypatch.setattr("llmnb.run.prepare", prepare)
+
+
+def straight(folder, config=TINY):
+    run = begin(run_folder(folder), config)
+    steps = list(follow(run))
+    return run, steps
+
+
+def cut(folder, count, config=TINY):
+    """A run that was left after so many steps."""
+    run = begin(run_folder(folder), config)
+    list(islice(follow(run), count))
+    return run
+
+
+def weights(run):
+    return run.model.memory.flat("params").copy()
+
+
+def log_of(folder):
+    """The rows of a log, but for the speed."""
+    steps = read_steps(folder / "log.csv")
+    return [x._replace(tokens_per_second=None) for x in steps]
+
+
+def files_of(folder):
+    """What is in a run folder, the log without its speeds."""
+    found = {x.name: x.read_bytes() for x in folder.iterdir()}
+    found["log.csv"] = log_of(folder)
+    return found
+
+
+# resuming
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 6, 13, 15, 19, 20])
+def test_a_resumed_run_is_the_straight_run(tmp_path, count):
+    want, _ = straight(tmp_path / "a")
+    cut(tmp_path / "b", count)
+    run, warnings = resume(tmp_path / "b")
+    assert warnings == [] and run.at.step == count // 5 * 5
+    list(follow(run))
+    assert np.array_equal(weights(run), weights(want))
+    assert run.at == want.at
+    finish(want)
+    finish(run)
+    assert files_of(tmp_path / "b") == files_of(tmp_path / "a")
+
+
+def test_the_kernels_resume_too(tmp_path):
+    config = replace(TINY, backend="cpu")
+    want, _ = straight(tmp_path / "warm", config)  # compiles what is missing
+    want, _ = straight(tmp_path / "a", config)
+    cut(tmp_path / "b", 13, config)
+    run, _ = resume(tmp_path / "b")
+    list(follow(run))
+    for group in ("params", "m", "v"):
+        pair = (x.model.memory.flat(group) for x in (run, want))
+        assert np.array_equal(*pair)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"precision": "fp64"}, {"overfit": True}, {"schedule": "wsd"}],
+)
+def test_other_runs_resume(tmp_path, options):
+    config = replace(TINY, **options)
+    want, _ = straight(tmp_path / "a", config)
+    cut(tmp_path / "b", 8, config)
+    run, _ = resume(tmp_path / "b")
+    list(follow(run))
+    assert np.array_equal(weights(run), weights(want))
+
+
+def test_the_state_is_all_there_is(tmp_path):
+    """Each part of it, set back to its beginning, changes the end."""
+    want, steps = straight(tmp_path / "a")
+    skipped = [s.step for s in steps if s.skipped]
+    assert skipped[0] < 10 < skipped[1] < 15 < skipped[-1]
+    new = begin(run_folder(tmp_path / "new"), TINY)
+
+    def group(name):
+        def forget(run):
+            run.model.memory.flat(name)[:] = new.model.memory.flat(name)
+
+        return forget
+
+    forgetting = {
+        "nothing": lambda run: None,
+        "gradients": lambda run: run.model.memory.flat("grads").fill(9),
+        "activations": lambda run: run.model.memory.flat("acts").fill(9),
+        "best": lambda run: setattr(run.at, "best_loss", 9.0),
+        "params": group("params"),
+        "m": group("m"),
+        "v": group("v"),
+        "place": lambda run: run.batches.reset(),
+        "step": lambda run: setattr(run.at, "step", 9),
+        "updates": lambda run: setattr(run.at, "updates", run.at.step),
+        "losses": lambda run: run.at.losses.clear(),
+        "norms": lambda run: run.at.norms.clear(),
+    }
+    same = []
+    for name, forget in forgetting.items():
+        ends = []
+        for count in (12, 17):  # goes on from 10 and from 15
+            folder = tmp_path / f"{name}-{count}"
+            cut(folder, count)
+            run = resume(folder)[0]
+            forget(run)
+            list(follow(run))
+            ends.append(np.array_equal(weights(run), weights(want)))
+        if all(ends):
+            same.append(name)
+    assert same == ["nothing", "gradients", "activations", "best"]
+
+
+def test_a_longer_run(tmp_path):
+    cut(tmp_path / "a", 12)
+    run, _ = resume(tmp_path / "a", steps=30, keep=3, save_every=4)
+    assert [s.step for s in follow(run)] == list(range(10, 31))
+    kept = [x.name[6:14] for x in states(tmp_path / "a")]
+    assert kept == ["00000024", "00000028", "00000030"]
+    again, _ = resume(tmp_path / "a")
+    assert again.config.steps == 30 and again.at.step == 30
+    assert [s.step for s in follow(again)] == [30]
+    assert [s.step for s in log_of(tmp_path / "a")] == list(range(31))
+
+
+def test_the_newest_states_are_kept(tmp_path):
+    config = replace(TINY, save_every=3, keep=2)
+    seen = []
+    run = begin(run_folder(tmp_path / "a"), config)
+    for _ in follow(run):
+        seen.append([int(x.stem[6:]) for x in states(run.folder)])
+    assert seen[1:4] == [[], [3], [3]]
+    assert seen[8] == [6, 9] and seen[-1] == [18, 20]
+
+
+def test_only_at_the_end(tmp_path):
+    run = straight(tmp_path / "a", replace(TINY, save_every=0))[0]
+    assert [x.name for x in states(run.folder)] == [
+        "state_00000020.safetensors"
+    ]
+
+
+def test_a_new_run_removes_old_states(tmp_path):
+    straight(tmp_path / "a")
+    run = begin(tmp_path / "a", replace(TINY, seed=1))
+    assert states(tmp_path / "a") == []
+    list(islice(follow(run), 2))
+    assert [s.step for s in log_of(run.folder)] == [0, 1]
+
+
+def test_leftovers_are_swept_away(tmp_path):
+    cut(tmp_path / "a", 7)
+    left = tmp_path / "a" / "state_00000010.safetensors.1234.new"
+    left.write_bytes(b"half")
+    other = tmp_path / "a" / "notes.new"
+    other.write_bytes(b"mine")
+    resume(tmp_path / "a")
+    assert not left.exists() and other.exists()
+
+
+# what cannot be resumed
+
+
+def test_no_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        resume(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["channels", "seed", "learning_rate"])
+def test_what_must_not_change(tmp_path, name):
+    cut(tmp_path / "a", 7)
+    assert name not in CHANGEABLE
+    value = getattr(TINY, name)
+    resume(tmp_path / "a", **{name: value})
+    with pytest.raises(ValueError, match=f"{name} of a run in progress can"):
+        resume(tmp_path / "a", **{name: value * 2})
+    with pytest.raises(ValueError, match="steps must be at least 5, which"):
+        resume(tmp_path / "a", steps=4)
+
+
+def test_another_text(tmp_path, monkeypatch):
+    cut(tmp_path / "a", 7)
+    before = files_of(tmp_path / "a")
+    tokens = np.arange(4000).astype(np.uint16) % 250
+    other = Data(tokenizer.byte(), tokens[400:], tokens[:400], "another")
+    monkeypatch.setattr("llmnb.run.prepare", lambda config: other)
+    with pytest.raises(ValueError, match="the text is not the one it began"):
+        resume(tmp_path / "a")
+    assert files_of(tmp_path / "a") == before, "nothing is written"
+
+
+def test_a_state_of_another_run(tmp_path):
+    cut(tmp_path / "a", 7)
+    other = cut(tmp_path / "b", 12, replace(TINY, seed=7))
+    shutil.copy(states(other.folder)[-1], tmp_path / "a")
+    with pytest.raises(ValueError, match="is of a run with other options"):
+        resume(tmp_path / "a")
+
+
+# damaged files
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The bytes of a good state."""
+    with pytest.MonkeyPatch.context() as patch:
+        small_data.__wrapped__(patch)
+        run = cut(tmp_path_factory.mktemp("state") / "a", 5)
+    return states(run.folder)[0].read_bytes()
+
+
+def damaged_state(folder, data):
+    path = folder / "state_00000010.safetensors"
+    path.write_bytes(data)
+    with pytest.raises((ValueError, OSError)) as error:
+        read_state(path)
+    message = str(error.value)
+    assert str(path) in message and "\n" not in message
+
+
+def test_truncated_states(tmp_path, whole):
+    for size in {0, 1, 7, 8, 9, 100, *range(0, len(whole), len(whole) // 40)}:
+        damaged_state(tmp_path, whole[:size])
+    damaged_state(tmp_path, whole + b"\0")
+
+
+def test_flipped_bits(tmp_path, whole):
+    """Anywhere but in the spaces that pad the header."""
+    head = 8 + int.from_bytes(whole[:8], "little")
+    stream = random.Random(1)
+    places = [*range(16), *(stream.randrange(head) for _ in range(150))]
+    places += [stream.randrange(head, len(whole)) for _ in range(150)]
+    path = tmp_path / "state_00000010.safetensors"
+    missed = 0
+    for at in places:
+        data = bytearray(whole)
+        data[at] ^= 1 << stream.randrange(8)
+        path.write_bytes(data)
+        try:
+            state = read_state(path)
+        except (ValueError, OSError) as error:
+            assert str(path) in str(error)
+        else:
+            missed += 1
+            model = restore(state)
+            path.write_bytes(whole)
+            good = restore(read_state(path))
+            for group in ("params", "m", "v"):
+                pair = (x.memory.flat(group) for x in (model, good))
+                assert np.array_equal(*pair), at
+    assert missed < 10
+
+
+def rewritten(whole, tmp_path, change, tensors=lambda x: x):
+    """The state with another record, its checksum in order."""
+    path = tmp_path / "state_00000010.safetensors"
+    path.write_bytes(whole)
+    file = TensorFile(path)
+    record = json.loads(file.metadata["record"])
+    arrays = tensors({name: file[name].copy() for name in file.names})
+    record["sums"] = {k: zlib.crc32(x) for k, x in arrays.items()}
+    change(record)
+    text = json.dumps(record)
+    check = str(zlib.crc32(text.encode()))
+    note = file.metadata | {"record": text, "sum": check}
+    write_tensors(path, arrays, note)
+    return path
+
+
+def less(arrays):
+    del arrays["m.wpe"]
+    return arrays
+
+
+def more(arrays):
+    return arrays | {"w": np.zeros(3, np.float32)}
+
+
+def wide(arrays):
+    return arrays | {"v.wte": arrays["v.wte"].astype(np.float64)}
+
+
+def turned(arrays):
+    return arrays | {"v.wte": arrays["v.wte"].T.copy()}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (less, "m.wpe must be .*, got None"),
+        (more, "w must be None"),
+        (wide, "v.wte must be .'F32', .*, got .'F64'"),
+        (turned, "v.wte must be .*, got"),
+    ],
+)
+def test_arrays_of_another_model(tmp_path, whole, tensors, message):
+    path = rewritten(whole, tmp_path, lambda x: None, tensors)
+    with pytest.raises(ValueError, match=message):
+        read_state(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"config": {}}, {"config": None}, {"config": {"corpus": 3}},
+        {"model": {"channels": 0}}, {"model": {"channels": 64}},
+        {"model": []}, {"progress": {"stepz": 1}}, {"progress": 3},
+        {"progress": {"step": -1}}, {"progress": {"step": "5"}},
+        {"progress": {"step": 3, "updates": 4}},
+        {"progress": {"losses": ["x"]}}, {"progress": {"norms": 3.0}},
+        {"sums": {}}, {"sums": 3}, {"model": {"num_layers": 10**9}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_other_records(tmp_path, whole, change):
+    path = rewritten(whole, tmp_path, lambda x: x.update(change))
+    with pytest.raises(ValueError, match="is not a whole state: "):
+        read_state(path)
+
+
+def test_a_place_that_is_none(tmp_path):
+    run = cut(tmp_path / "a", 7)
+    good = states(run.folder)[0]
+    for place in ({}, 3, {"epoch": 0, "shard": 9, "position": 0}):
+        path = rewritten(
+            good.read_bytes(),
+            tmp_path,
+            lambda x, place=place: x.update(place=place),
+        )
+        shutil.copy(path, good)
+        with pytest.raises((ValueError, TypeError)):
+            resume(tmp_path / "a")
+
+
+def test_other_files(tmp_path):
+    path = tmp_path / "state_00000010.safetensors"
+    write_tensors(path, {"x": np.zeros(3)})
+    with pytest.raises(ValueError, match="its format must be"):
+        read_state(path)
+    damaged_state(tmp_path, b"")
+    damaged_state(tmp_path, b"\xff" * 5000)
+
+
+def test_the_state_before_the_damaged_one(tmp_path):
+    want = straight(tmp_path / "a")[0]
+    cut(tmp_path / "b", 12)
+    newest = states(tmp_path / "b")[-1]
+    newest.write_bytes(newest.read_bytes()[:-1])
+    run, warnings = resume(tmp_path / "b")
+    assert run.at.step == 5
+    assert len(warnings) == 1 and str(newest) in warnings[0]
+    list(follow(run))
+    assert np.array_equal(weights(run), weights(want))
+
+
+def test_a_damaged_state_does_not_push_out_good_ones(tmp_path):
+    config = replace(TINY, keep=1, save_every=2)
+    run = cut(tmp_path / "a", 9, config)
+    (only,) = states(run.folder)
+    (run.folder / "state_00000099.safetensors").write_bytes(b"damaged")
+    run, warnings = resume(run.folder)
+    assert run.at.step == 8 and len(warnings) == 1
+    list(islice(follow(run), 2))
+    assert [x.name for x in states(run.folder)] == [
+        "state_00000010.safetensors"
+    ]
+
+
+def test_no_state_is_whole(tmp_path):
+    run = cut(tmp_path / "a", 12)
+    for path in states(run.folder):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="has no state to go on from: "):
+        resume(tmp_path / "a")
+
+
+# full disks
+
+
+class SmallDisk(io.FileIO):
+    """A file that fails when it is given more than `left` bytes."""
+
+    def __init__(self, path, mode, left):
+        super().__init__(path, mode)
+        self.left = left
+
+    def write(self, data):
+        size = memoryview(data).nbytes
+        super().write(memoryview(data).cast("B")[: max(0, self.left)])
+        self.left -= size
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return size
+
+
+def test_a_full_disk_at_every_block_of_a_state(tmp_path, monkeypatch):
+    run = cut(tmp_path / "a", 7)
+    before = files_of(run.folder)
+    size = states(run.folder)[0].stat().st_size
+    run.at.step = 8
+    for left in range(0, size, 512):
+
+        def opened(path, mode, left=left):
+            return SmallDisk(path, mode, left)
+
+        monkeypatch.setattr("llmnb.files.open", opened, raising=False)
+        with pytest.raises(OSError, match="No space"):
+            save_state(run)
+        assert files_of(run.folder) == before, left
+    monkeypatch.undo()
+    read_state(states(run.folder)[0])
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failure_at_the_end_of_a_state(tmp_path, monkeypatch, call):
+    run = cut(tmp_path / "a", 7)
+    before = files_of(run.folder)
+
+    def fail(*args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(f"llmnb.files.os.{call}", fail)
+    with pytest.raises(OSError):
+        save_state(run)
+    assert files_of(run.folder) == before
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
+    run = begin(run_folder(tmp_path / "a"), TINY)
+    with pytest.raises(OSError) as error:
+        for step in follow(run):
+            if step.step == 7:
+                monkeypatch.setattr(
+                    "llmnb.files.open",
+                    lambda path, mode: SmallDisk(path, mode, 999),
+                    raising=False,
+                )
+    message = str(error.value)
+    assert "No space left" in message and "\n" not in message
+    assert message.endswith(
+        "the last checkpoint is state_00000005.safetensors"
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_for_the_log(tmp_path):
+    run = begin(run_folder(tmp_path / "a"), TINY)
+    steps = follow(run)
+    list(islice(steps, 7))
+    log = run.folder / "log.csv"
+    kept = log.read_bytes()
+    log.unlink()
+    log.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left.*state_00000005"):
+        next(steps)
+    log.unlink()
+    log.write_bytes(kept + b"7,3.1")
+    run, _ = resume(run.folder)
+    list(follow(run))
+    want = straight(tmp_path / "b")[0]
+    assert np.array_equal(weights(run), weights(want))
+    assert log_of(run.folder) == log_of(want.folder)
+
+
+def mounted(folder, size):
+    """Whether a small file system could be mounted."""
+    if sys.platform != "linux" or os.geteuid():
+        return False
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder]
+    try:
+        return not subprocess.run(command, capture_output=True).returncode
+    except OSError:
+        return False
+
+
+def test_a_small_disk(tmp_path):
+    """A real one: there is room for one state, and no more."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if not mounted(place, "500k"):
+        pytest.skip("cannot mount a tmpfs")
+    try:
+        run = begin(run_folder(place / "a"), replace(TINY, channels=32))
+        with pytest.raises(OSError, match="No space.*state_00000005"):
+            list(follow(run))
+        assert [x.name for x in run.folder.glob("*.new")] == []
+        assert newest_state(run.folder)[0].at.step == 5
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+# the log
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        (b"", 0), (b"step,loss\n", 0), (b"step,loss\n0,1\n1,2\n2,3\n", 2),
+        (b"step,loss\n0,1\n1,2\n2,", 2), (b"step,loss\n\n0,1\nx\n\xff\n", 1),
+    ],
+)  # fmt: skip
+def test_rows_of_a_log_that_stay(tmp_path, text, kept):
+    path = tmp_path / "log.csv"
+    path.write_bytes(text)
+    start_log(path, 2)
+    lines = path.read_text("utf-8").splitlines()
+    assert lines[0].startswith("step,loss,val_loss")
+    assert len(lines) == 1 + kept
+
+
+def test_a_missing_log_is_begun_anew(tmp_path):
+    cut(tmp_path / "a", 7)
+    (tmp_path / "a" / "log.csv").unlink()
+    list(follow(resume(tmp_path / "a")[0]))
+    assert [s.step for s in log_of(tmp_path / "a")] == list(range(5, 21))
+
+
+@pytest.mark.parametrize("row", ["x", "1,y", "1,2,3,4,5,6,7,8", "1.5"])
+def test_a_damaged_log(tmp_path, row):
+    path = tmp_path / "log.csv"
+    path.write_text(f"step,loss,val_loss\n0,1,\n{row}\n", "utf-8")
+    with pytest.raises(ValueError, match=r"log\.csv, line 3: not a row"):
+        read_steps(path)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(text=st.binary() | st.text("0123456789,.-en\n").map(str.encode))
+def test_any_log(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("log") / "log.csv"
+    path.write_bytes(b"step,loss\n" + text)
+    try:
+        steps = read_steps(path)
+    except ValueError as error:
+        assert str(error).startswith(f"{path}, line ")
+    else:
+        assert len(steps) == len(text.decode("utf-8", "replace").splitlines())
+    start_log(path, 3)
+    assert path.read_bytes().startswith(b"step,loss,val_loss,")
+
+
+# kills
+
+
+COMMAND = (
+    "train --tokenizer byte --num-layers 1 --num-heads 2 --channels 96 "
+    "--seq-len 32 --batch-size 2 --total-batch 128 --steps 20 "
+    "--eval-every 6 --eval-batches 2 --save-every 1 --keep 2 "
+    "--skip-loss 1 --skip-norm 1 --skip-window 6 --corpus text.txt "
+    "--threads 1"
+)
+
+
+def start(folder, *args):
+    command = [sys.executable, "-m", "llmnb.cli", *map(str, args)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    # a shell's background job ignores Ctrl-C, and so do its children
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=env,
+        preexec_fn=listen if os.name == "posix" else None,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait(process, code=0):
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == code, err
+    return err
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a text and a run that nobody disturbed."""
+    place = tmp_path_factory.mktemp("kills")
+    words = random.Random(3)
+    text = " ".join(words.choice(["spam", "eggs", "ham"]) for _ in range(9000))
+    (place / "text.txt").write_text(text, "utf-8")
+    wait(start(place, *COMMAND.split(), "--out", "warm"))  # compiles
+    wait(start(place, *COMMAND.split(), "--out", "straight"))
+    return place
+
+
+def rows(folder):
+    with contextlib.suppress(OSError):
+        return (folder / "log.csv").read_bytes().count(b"\n") - 1
+    return -1
+
+
+def kill(process, folder, stream):
+    """Kill -9 after a random number of further rows and a random while."""
+    target = rows(folder) + stream.randint(0, 5)
+    pause = stream.random() * 0.04
+    while process.poll() is None and rows(folder) < target:
+        time.sleep(0.001)
+    time.sleep(pause)
+    process.kill()
+    process.communicate()
+    if process.returncode == 0:
+        return "over"
+    if any(folder.glob("state_*.new")):
+        return "in a state"
+    if any(folder.glob("*.new")):
+        return "in another file"
+    return "between" if states(folder) else "before the first state"
+
+
+def test_killed_at_any_moment(finished):
+    """Kill, resume, kill again; the end is that of the run in peace."""
+    stream, seen, number = random.Random(KILLS), {}, 0
+    while sum(seen.values()) < KILLS:
+        number += 1
+        folder = finished / f"killed-{number}"
+        process = start(finished, *COMMAND.split(), "--out", folder.name)
+        while True:
+            moment = kill(process, folder, stream)
+            if moment == "over":
+                break
+            seen[moment] = seen.get(moment, 0) + 1
+            if not (folder / "config.json").exists():
+                args = [*COMMAND.split(), "--force", "--out", folder.name]
+            else:
+                args = ["train", "--threads", 1, "--resume", folder.name]
+            process = start(finished, *args)
+            if sum(seen.values()) >= KILLS:
+                wait(process)
+                break
+        assert files_of(folder) == files_of(finished / "straight")
+    print(f"\n{KILLS} kills: {seen}")
+    if KILLS >= 50:
+        assert seen["in a state"] > 5 and seen["between"] > 5
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_signal_finishes_the_step(finished, name):
+    number, folder = getattr(signal, name), finished / name
+    args = COMMAND.replace("--save-every 1", "--save-every 0").split()
+    process = start(finished, *args, "--out", name)
+    while rows(folder) < 5:
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(number)
+    err = wait(process, 128 + number)
+    assert "finishing the step" in err and "Traceback" not in err
+    assert len(states(folder)) == 1
+    assert (folder / "model.bin").exists(), "it can be used"
+    wait(start(finished, "train", "--threads", 1, "--resume", name))
+    want, got = files_of(finished / "straight"), files_of(folder)
+    assert want["model.bin"] == got["model.bin"]
+    assert want["log.csv"] == got["log.csv"]
+
+
+def test_a_second_signal_stops_at_once(finished):
+    args = COMMAND.replace("--steps 20", "--steps 4").split()
+    slow = ["--total-batch", 64 * 4000, "--save-every", 1]
+    process = start(finished, *args, *slow, "--out", "slow")
+    while rows(finished / "slow") < 0:
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None, "the step is still going on"
+    process.send_signal(signal.SIGINT)
+    start_time = time.perf_counter()
+    wait(process, 130)
+    assert time.perf_counter() - start_time < 5
+    assert states(finished / "slow") == []
