@@ -8,6 +8,7 @@ batches that bring tokens to the model.
 
 __all__ = [
     "encode_documents",
+    "files_below",
     "load",
     "split",
 ]
@@ -50,8 +51,13 @@ SHAKESPEARE_SHA256 = (
 
 
 # files below a folder
-def _files(folder, skipped=()):
-    """Paths of all files below a folder, sorted; hidden ones left out."""
+def files_below(folder, skipped=()):
+    """Paths of all files below a folder, sorted by name.
+
+    Hidden files and folders are left out, and folders named in `skipped`.
+
+    Derived in chapter 1.
+    """
     found = []
     for here, folders, names in os.walk(folder):
         folders[:] = [x for x in folders if x not in skipped and x[0] != "."]
@@ -59,6 +65,7 @@ def _files(folder, skipped=()):
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
+# the text of a file
 def _read(path):
     """The text of a file: UTF-8, or what a .py file declares; else None."""
     try:
@@ -77,7 +84,7 @@ def _standard_library():
     """Yield the source and the manual pages of the running Python."""
     root = Path(sysconfig.get_path("stdlib"))
     readers = {}
-    for path in _files(root, SKIPPED):
+    for path in files_below(root, SKIPPED):
         name = path.relative_to(root).as_posix()
         if path.suffix == ".py" and not name.startswith("_sysconfigdata"):
             readers[name] = lambda path=path: _read(path)
@@ -173,7 +180,7 @@ def _own_files(paths):
         paths = [paths]
     for path in map(Path, paths):
         if path.is_dir():
-            yield from map(_read, _files(path))
+            yield from map(_read, files_below(path))
         elif path.is_file():
             text = _read(path)
             if text is None:

@@ -8,13 +8,20 @@ batches that bring tokens to the model.
 
 __all__ = [
     "DataLoader",
+    "SHARD_NAME",
+    "Shards",
+    "find_shards",
     "read_shard",
+    "sample_tokens",
+    "shard_length",
     "write_shard",
 ]
 
 
 # imports of the data
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 
@@ -69,24 +76,24 @@ def _check_stream(name, tokens):
     return tokens
 
 
-# read a shard
-def read_shard(path):
-    """Map a shard's tokens into memory, read only.
+# read a shard's header
+def shard_length(path):
+    """The number of tokens in a shard, from its header alone.
 
-    Returns a np.memmap, uint16, of shape (N,). Raises ValueError, naming the
-    file, what is wrong and what would be right, for a file shorter than its
-    header, another magic number or version, and a size that does not match
-    the count.
+    Raises ValueError, naming the file, what is wrong and what would be
+    right, for a file shorter than its header, another magic number or
+    version, and a size that does not match the count.
 
     Derived in chapter 1.
     """
-    size = os.path.getsize(path)
-    if size < HEADER_BYTES:
+    with open(path, "rb", buffering=0) as file:
+        size, header = os.fstat(file.fileno()).st_size, file.read(12)
+    if size < HEADER_BYTES or len(header) < 12:
         raise ValueError(
             f"{path}: a shard has a header of {HEADER_BYTES} bytes, "
             f"the file has {size}"
         )
-    magic, version, count = np.fromfile(path, "<i4", 3).tolist()
+    magic, version, count = np.frombuffer(header, "<i4").tolist()
     right = HEADER_BYTES + 2 * count
     for ok, what, must, got in (
         (magic == SHARD_MAGIC, "magic number", SHARD_MAGIC, magic),
@@ -96,7 +103,78 @@ def read_shard(path):
     ):
         if not ok:
             raise ValueError(f"{path}: the {what} must be {must}, got {got}")
+    return count
+
+
+# read a shard
+def read_shard(path):
+    """Map a shard's tokens into memory, read only.
+
+    Returns a np.memmap, uint16, of shape (N,). Raises ValueError as
+    `shard_length` does.
+
+    Derived in chapter 1.
+    """
+    count = shard_length(path)
     return np.memmap(path, "<u2", "r", offset=HEADER_BYTES, shape=(count,))
+
+
+# the shards of a folder
+SHARD_NAME = re.compile(r"(?:.*_)?(train|val)(?:_\d+)?\.bin")
+
+
+def find_shards(folder):
+    """The shards in a folder: two lists of paths, (train, val), by name.
+
+    Raises FileNotFoundError when either list is empty.
+
+    Derived in chapter 1.
+    """
+    found = {"train": [], "val": []}
+    for path in sorted(Path(folder).iterdir()):
+        if match := SHARD_NAME.fullmatch(path.name):
+            found[match[1]].append(path)
+    for part, paths in found.items():
+        if not paths:
+            raise FileNotFoundError(
+                f"{folder} has no {part}.bin and no *{part}_*.bin: it must "
+                "hold shards for training and for validation"
+            )
+    return found["train"], found["val"]
+
+
+# many shards as one text
+class Shards:
+    """The tokens of many shards, of which none is open.
+
+    paths: the shards, in order. lengths: how many tokens each holds, from
+    its header. len() is the sum. Raises ValueError for a damaged header.
+
+    Derived in chapter 1.
+    """
+
+    def __init__(self, paths):
+        self.paths = list(paths)
+        self.lengths = [shard_length(path) for path in self.paths]
+
+    def __len__(self):
+        return sum(self.lengths)
+
+
+# a sample of them
+def sample_tokens(tokens, count):
+    """At most `count` tokens, an array: from an array or from `Shards`.
+
+    Of an array the first are taken, of shards the first of each of up to 64
+    that lie evenly among them.
+
+    Derived in chapter 1.
+    """
+    if not isinstance(tokens, Shards):
+        return tokens[:count]
+    chosen = tokens.paths[:: -(-len(tokens.paths) // 64)]
+    share = count // len(chosen)
+    return np.concatenate([read_shard(path)[:share] for path in chosen])
 
 
 # shards and their order
@@ -109,9 +187,9 @@ def _open(shard):
 
 def _count_windows(shard, batch_size, seq_len):
     """W of (1.8), or an error when there is not one batch."""
-    count = len(_open(shard))
+    path = isinstance(shard, (str, os.PathLike))
+    count = shard_length(shard) if path else len(_open(shard))
     if count < batch_size * seq_len + 1:
-        path = isinstance(shard, (str, os.PathLike))
         raise ValueError(
             f"DataLoader: {shard if path else 'an array'} has {count} "
             f"tokens, one batch of {batch_size} x {seq_len} needs "

@@ -18,6 +18,7 @@ __all__ = [
 # imports of the tokenizer
 import base64
 import heapq
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -203,18 +204,18 @@ def _read_line(where, line):
     fields = line.split()
     if len(fields) != 2:
         raise ValueError(
-            f"{where}: a line must be a token and its rank, got {line!r}"
+            f"{where}: a line must be a token and its rank, got {line!r:.99}"
         )
     try:
         token = base64.b64decode(fields[0], validate=True)
     except ValueError:
         raise ValueError(
-            f"{where}: the token must be base64, got {fields[0]!r}"
+            f"{where}: the token must be base64, got {fields[0]!r:.99}"
         ) from None
-    if not (token and fields[1].isascii() and fields[1].isdigit()):
+    if not (token and re.fullmatch("[0-9]{1,9}", fields[1])):
         raise ValueError(
             f"{where}: the rank must be a whole number and the token not "
-            f"empty, got {line!r}"
+            f"empty, got {line!r:.99}"
         )
     return token, int(fields[1])
 

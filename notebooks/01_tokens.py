@@ -130,6 +130,7 @@ for char in "aé€🙂":
 # %% imports of the tokenizer tags=["export"]
 import base64
 import heapq
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -702,18 +703,18 @@ def _read_line(where, line):
     fields = line.split()
     if len(fields) != 2:
         raise ValueError(
-            f"{where}: a line must be a token and its rank, got {line!r}"
+            f"{where}: a line must be a token and its rank, got {line!r:.99}"
         )
     try:
         token = base64.b64decode(fields[0], validate=True)
     except ValueError:
         raise ValueError(
-            f"{where}: the token must be base64, got {fields[0]!r}"
+            f"{where}: the token must be base64, got {fields[0]!r:.99}"
         ) from None
-    if not (token and fields[1].isascii() and fields[1].isdigit()):
+    if not (token and re.fullmatch("[0-9]{1,9}", fields[1])):
         raise ValueError(
             f"{where}: the rank must be a whole number and the token not "
-            f"empty, got {line!r}"
+            f"empty, got {line!r:.99}"
         )
     return token, int(fields[1])
 
@@ -870,9 +871,14 @@ SHAKESPEARE_SHA256 = (
 )
 
 
-# %% files below a folder tags=["exporti"] module="corpus"
-def _files(folder, skipped=()):
-    """Paths of all files below a folder, sorted; hidden ones left out."""
+# %% files below a folder tags=["export"] module="corpus"
+def files_below(folder, skipped=()):
+    """Paths of all files below a folder, sorted by name.
+
+    Hidden files and folders are left out, and folders named in `skipped`.
+
+    Derived in chapter 1.
+    """
     found = []
     for here, folders, names in os.walk(folder):
         folders[:] = [x for x in folders if x not in skipped and x[0] != "."]
@@ -880,6 +886,7 @@ def _files(folder, skipped=()):
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
+# %% the text of a file tags=["exporti"] module="corpus"
 def _read(path):
     """The text of a file: UTF-8, or what a .py file declares; else None."""
     try:
@@ -904,7 +911,7 @@ def _standard_library():
     """Yield the source and the manual pages of the running Python."""
     root = Path(sysconfig.get_path("stdlib"))
     readers = {}
-    for path in _files(root, SKIPPED):
+    for path in files_below(root, SKIPPED):
         name = path.relative_to(root).as_posix()
         if path.suffix == ".py" and not name.startswith("_sysconfigdata"):
             readers[name] = lambda path=path: _read(path)
@@ -1014,7 +1021,7 @@ def _own_files(paths):
         paths = [paths]
     for path in map(Path, paths):
         if path.is_dir():
-            yield from map(_read, _files(path))
+            yield from map(_read, files_below(path))
         elif path.is_file():
             text = _read(path)
             if text is None:
@@ -1248,6 +1255,8 @@ print(50257 * 768, 50257 * 128, 1024 * 128)
 
 # %% imports of the data tags=["export"] module="data"
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 
@@ -1307,24 +1316,24 @@ def _check_stream(name, tokens):
 # of (1.6) is checked.
 
 
-# %% read a shard tags=["export"] module="data"
-def read_shard(path):
-    """Map a shard's tokens into memory, read only.
+# %% read a shard's header tags=["export"] module="data"
+def shard_length(path):
+    """The number of tokens in a shard, from its header alone.
 
-    Returns a np.memmap, uint16, of shape (N,). Raises ValueError, naming the
-    file, what is wrong and what would be right, for a file shorter than its
-    header, another magic number or version, and a size that does not match
-    the count.
+    Raises ValueError, naming the file, what is wrong and what would be
+    right, for a file shorter than its header, another magic number or
+    version, and a size that does not match the count.
 
     Derived in chapter 1.
     """
-    size = os.path.getsize(path)
-    if size < HEADER_BYTES:
+    with open(path, "rb", buffering=0) as file:
+        size, header = os.fstat(file.fileno()).st_size, file.read(12)
+    if size < HEADER_BYTES or len(header) < 12:
         raise ValueError(
             f"{path}: a shard has a header of {HEADER_BYTES} bytes, "
             f"the file has {size}"
         )
-    magic, version, count = np.fromfile(path, "<i4", 3).tolist()
+    magic, version, count = np.frombuffer(header, "<i4").tolist()
     right = HEADER_BYTES + 2 * count
     for ok, what, must, got in (
         (magic == SHARD_MAGIC, "magic number", SHARD_MAGIC, magic),
@@ -1334,6 +1343,19 @@ def read_shard(path):
     ):
         if not ok:
             raise ValueError(f"{path}: the {what} must be {must}, got {got}")
+    return count
+
+
+# %% read a shard tags=["export"] module="data"
+def read_shard(path):
+    """Map a shard's tokens into memory, read only.
+
+    Returns a np.memmap, uint16, of shape (N,). Raises ValueError as
+    `shard_length` does.
+
+    Derived in chapter 1.
+    """
+    count = shard_length(path)
     return np.memmap(path, "<u2", "r", offset=HEADER_BYTES, shape=(count,))
 
 
@@ -1398,6 +1420,83 @@ for damaged in (
     print(complaint(read_shard, wrong))
 
 # %% [markdown]
+# ### A folder of shards
+#
+# Some shards of a text are for training, the others for validation, and their
+# names say which: `train.bin` and `val.bin` when there is one of each, else
+# `train_000000.bin` and so on. llm.c puts the name of the text in front, as in
+# `fineweb_train_000001.bin`. The order is that of the names.
+
+
+# %% the shards of a folder tags=["export"] module="data"
+SHARD_NAME = re.compile(r"(?:.*_)?(train|val)(?:_\d+)?\.bin")
+
+
+def find_shards(folder):
+    """The shards in a folder: two lists of paths, (train, val), by name.
+
+    Raises FileNotFoundError when either list is empty.
+
+    Derived in chapter 1.
+    """
+    found = {"train": [], "val": []}
+    for path in sorted(Path(folder).iterdir()):
+        if match := SHARD_NAME.fullmatch(path.name):
+            found[match[1]].append(path)
+    for part, paths in found.items():
+        if not paths:
+            raise FileNotFoundError(
+                f"{folder} has no {part}.bin and no *{part}_*.bin: it must "
+                "hold shards for training and for validation"
+            )
+    return found["train"], found["val"]
+
+
+# %% many shards as one text tags=["export"] module="data"
+class Shards:
+    """The tokens of many shards, of which none is open.
+
+    paths: the shards, in order. lengths: how many tokens each holds, from
+    its header. len() is the sum. Raises ValueError for a damaged header.
+
+    Derived in chapter 1.
+    """
+
+    def __init__(self, paths):
+        self.paths = list(paths)
+        self.lengths = [shard_length(path) for path in self.paths]
+
+    def __len__(self):
+        return sum(self.lengths)
+
+
+# %% a sample of them tags=["export"] module="data"
+def sample_tokens(tokens, count):
+    """At most `count` tokens, an array: from an array or from `Shards`.
+
+    Of an array the first are taken, of shards the first of each of up to 64
+    that lie evenly among them.
+
+    Derived in chapter 1.
+    """
+    if not isinstance(tokens, Shards):
+        return tokens[:count]
+    chosen = tokens.paths[:: -(-len(tokens.paths) // 64)]
+    share = count // len(chosen)
+    return np.concatenate([read_shard(path)[:share] for path in chosen])
+
+
+# %% a folder of two kinds
+two = folder / "two"
+two.mkdir()
+for name in ("val.bin", "train_000000.bin", "train_000001.bin"):
+    write_shard(two / name, stream)
+several, single = find_shards(two)
+print([x.name for x in several], [x.name for x in single])
+count = len(Shards(several))
+verdict("two shards", count == 2 * len(stream), "the sum of their tokens")
+
+# %% [markdown]
 # ## The data loader
 #
 # A training step takes a batch: `tokens` and `targets`, both of shape
@@ -1423,6 +1522,10 @@ for damaged in (
 # speak of one matter, and their gradients would agree with each other more
 # than with the rest of the text.
 #
+# A large text is ten thousand shards. The loader reads only their headers when
+# it is made, and maps one shard at a time: a mapped file counts as an open one,
+# of which a process may have a thousand or so.
+#
 # The shuffle must be the same wherever the program runs. NumPy promises that
 # for the old generator, `RandomState`, whose numbers are frozen; it does not
 # for the new one.
@@ -1438,9 +1541,9 @@ def _open(shard):
 
 def _count_windows(shard, batch_size, seq_len):
     """W of (1.8), or an error when there is not one batch."""
-    count = len(_open(shard))
+    path = isinstance(shard, (str, os.PathLike))
+    count = shard_length(shard) if path else len(_open(shard))
     if count < batch_size * seq_len + 1:
-        path = isinstance(shard, (str, os.PathLike))
         raise ValueError(
             f"DataLoader: {shard if path else 'an array'} has {count} "
             f"tokens, one batch of {batch_size} x {seq_len} needs "

@@ -68,7 +68,13 @@ import numpy as np
 
 from llmnb.checkpoint import read_config
 from llmnb.config import GPT2Config
-from llmnb.data import DataLoader, read_shard
+from llmnb.data import (
+    DataLoader,
+    Shards,
+    find_shards,
+    read_shard,
+    sample_tokens,
+)
 from llmnb.files import replacing
 from llmnb.schedule import decayed, learning_rate
 from llmnb.timing import machine
@@ -411,7 +417,8 @@ class Data(NamedTuple):
     """The tokens of a run: what `prepare` returns.
 
     encoding: a tiktoken.Encoding. train_tokens, val_tokens: 1-D uint16
-    arrays. source: a sentence that says where the text came from.
+    arrays, or `Shards` where a folder holds several. source: a sentence that
+    says where the text came from.
 
     Derived in chapter 13.
     """
@@ -434,7 +441,7 @@ def prepare(config):
     from llmnb import corpus
 
     if config.shards:
-        return _from_shards(Path(config.shards))
+        return _from_shards(config)
     sources = [*config.corpus]
     source = sources[0] if len(sources) == 1 else sources
     documents = corpus.load(source, limit=config.limit or None)
@@ -454,21 +461,38 @@ def _describe(sources, documents):
     return f"{where}: {len(documents):,} documents, {size:,} characters"
 
 
-def _from_shards(folder):
-    from llmnb import tokenizer
-
-    encoding = tokenizer.load(folder / "tokenizer.tiktoken")
-    parts = [read_shard(folder / f"{x}.bin") for x in ("train", "val")]
+# %% from a folder of shards tags=["exporti"]
+def _from_shards(config):
+    """The tokens of a folder: one shard is mapped, many are left closed."""
+    folder = Path(config.shards)
+    found = find_shards(folder)
+    encoding = _encoding_of(config, folder)
+    parts = [read_shard(x[0]) if len(x) == 1 else Shards(x) for x in found]
     total = sum(len(x) for x in parts)
     return Data(encoding, *parts, f"shards in {folder}: {total:,} tokens")
+
+
+def _encoding_of(config, folder):
+    """The tokenizer in a folder, or the one that the run names."""
+    from llmnb import tokenizer
+
+    path = folder / "tokenizer.tiktoken"
+    if path.exists():
+        return tokenizer.load(path)
+    if config.tokenizer == "bpe":
+        raise FileNotFoundError(
+            f"{folder} has no tokenizer.tiktoken: name the tokenizer of its "
+            "tokens, such as --tokenizer gpt2"
+        )
+    return make_encoding(config, [])
 
 
 # %% the tokenizer of a run tags=["export"]
 def make_encoding(config, documents):
     """The tokenizer that a TrainConfig names, trained if it is "bpe".
 
-    documents: list of str, of which the first `TOKENIZER_TEXT` characters
-    are learnt from. Raises ValueError, OSError or RuntimeError, in one
+    documents: an iterable of str, of which the first `TOKENIZER_TEXT`
+    characters are learnt from. Raises ValueError, OSError or RuntimeError, in one
     sentence.
 
     Derived in chapter 13.
@@ -869,31 +893,46 @@ def weights_path(path):
 def loaders(config, data):
     """The DataLoaders of a run: shuffled for training, fixed to validate.
 
-    Raises ValueError when there are fewer tokens than one batch takes.
+    A shard of fewer tokens than one batch takes is left out. Raises
+    ValueError when all are.
 
     Derived in chapter 13.
     """
-    shape = config.batch_size, config.seq_len
     return (
-        DataLoader([data.train_tokens], *shape, seed=config.seed),
-        DataLoader([data.val_tokens], *shape, shuffle=False),
+        _loader(config, data.train_tokens, seed=config.seed),
+        _loader(config, data.val_tokens, shuffle=False),
     )
 
 
+# %% a loader of an array or of shards tags=["exporti"]
+def _loader(config, tokens, **how):
+    shape = config.batch_size, config.seq_len
+    if not isinstance(tokens, Shards):
+        return DataLoader([tokens], *shape, **how)
+    pairs = zip(tokens.paths, tokens.lengths, strict=True)
+    long = [path for path, n in pairs if n > math.prod(shape)]
+    return DataLoader(long or tokens.paths, *shape, **how)
+
+
 # %% the landmarks tags=["export"]
+LANDMARK_TOKENS = 8_000_000  # training tokens that are counted
+
+
 def landmarks(config, data):
     """The losses a run is measured against, in nats a token.
 
     Returns a dict: "uniform", log V; "unigram", what the token frequencies
-    of the training text pay on the tokens that validation uses.
+    of the training text pay on the tokens that validation uses. Of a long
+    training text a sample of `LANDMARK_TOKENS` is counted.
 
     Derived in chapter 13.
     """
     V = data.encoding.n_vocab
-    batch = config.batch_size * config.seq_len
-    count = min(config.eval_batches, (len(data.val_tokens) - 1) // batch)
-    targets = data.val_tokens[1 : count * batch + 1]
-    unigram = unigram_entropy(data.train_tokens, targets, V)
+    batches = _loader(config, data.val_tokens, shuffle=False)
+    count = min(config.eval_batches, batches.batches_per_epoch)
+    targets = [batches.next_batch()[1].ravel().copy() for _ in range(count)]
+    sample = sample_tokens(data.train_tokens, LANDMARK_TOKENS)
+    unigram = unigram_entropy(sample, np.concatenate(targets), V)
     return {"uniform": math.log(V), "unigram": unigram}
 
 

@@ -297,7 +297,8 @@ except ImportError as error:
 # |---|---|
 # | `llmnb train` | trains on a corpus, writes a run folder, resumes |
 # | `llmnb generate RUN` | continues a prompt with a run's model |
-# | `llmnb data FOLDER` | turns text into token shards |
+# | `llmnb data FOLDER` | turns text of any size into token shards |
+# | `llmnb eval MODEL` | perplexity of a text, accuracy on HellaSwag |
 # | `llmnb plot RUN...` | draws and compares runs |
 # | `llmnb fetch NAME` | downloads a published model |
 # | `llmnb verify FOLDER` | runs llm.c's acceptance test |
@@ -804,41 +805,212 @@ def _add_data(commands):
     parser = commands.add_parser(
         "data",
         help="turn text into token shards",
-        description="Write train.bin, val.bin and tokenizer.tiktoken, for "
-        "`llmnb train --shards FOLDER`.",
+        description="Write train and val shards and tokenizer.tiktoken, for "
+        "`llmnb train --shards FOLDER`. The corpus is stdlib, "
+        "tinyshakespeare, or files and folders of text and of JSON lines "
+        "(.jsonl), plain or packed (.gz, .zst). The same command goes on "
+        "where it was stopped.",
     )
     parser.add_argument("out", metavar="FOLDER", help="where to write")
     parser.add_argument(
-        "--force", action="store_true", help="write into a folder in use"
+        "--force", action="store_true", help="start anew in a folder in use"
     )
     names = "corpus", "limit", "tokenizer", "vocab_size"
     _add_fields(parser, DataOptions, names)
+    _add_shards(parser)
     parser.set_defaults(run=_data)
 
 
-# %% write the shards tags=["exporti"] module="cli"
-def _data(args):
-    from llmnb import tokenizer
-    from llmnb.data import write_shard
-    from llmnb.train import prepare, run_folder
+# %% the sizes of the shards tags=["exporti"] module="cli"
+def _add_shards(parser):
+    add = parser.add_argument
+    add(
+        "--field", default="text", metavar="NAME",
+        help="field of a JSON line that has the text (default: text)",
+    )  # fmt: skip
+    add(
+        "--shard-tokens", type=int, default=100_000_000, metavar="int",
+        help="tokens in a shard (default: 100000000)",
+    )  # fmt: skip
+    add(
+        "--val-tokens", type=int, default=0, metavar="int",
+        help="tokens to set aside for validation (default: a tenth, at most "
+        "32768)",
+    )  # fmt: skip
+    add(
+        "--threads", type=int, default=0, metavar="int",
+        help="threads that encode (default: one for each core)",
+    )  # fmt: skip
 
-    config = TrainConfig(
-        corpus=tuple(args.corpus),
-        limit=args.limit,
-        tokenizer=args.tokenizer,
-        vocab_size=args.vocab_size,
+
+# %% write the shards tags=["exporti"] module="cli"
+SHARD_OPTIONS = (
+    "corpus", "limit", "tokenizer", "vocab_size", "field", "shard_tokens",
+    "val_tokens",
+)  # fmt: skip
+
+
+def _data(args):
+    from llmnb import shards
+    from llmnb.documents import sources
+    from llmnb.train import make_encoding
+
+    names = [field.name for field in fields(DataOptions)]
+    options = {name: getattr(args, name) for name in SHARD_OPTIONS}
+    options["corpus"] = list(args.corpus)
+    config = TrainConfig(**{k: v for k, v in options.items() if k in names})
+    folder = shards.shards_folder(args.out, args.force)
+    corpus = sources(args.corpus, args.field)
+    pieces = shards.pieces_from(corpus, limit=args.limit)
+    encoding = make_encoding(config, (text for _, _, text, _ in pieces))
+    work = shards.write_shards(
+        folder, corpus, encoding, options, args.force, args.threads
     )
-    folder = run_folder(args.out, args.force)
-    data = prepare(config)
-    _say("corpus", data.source)
-    for name, tokens in (
-        ("train", data.train_tokens),
-        ("val", data.val_tokens),
-    ):
-        write_shard(folder / f"{name}.bin", tokens)
-        _say(name, f"{len(tokens):,} tokens in {folder / name}.bin")
-    tokenizer.save(data.encoding, folder / "tokenizer.tiktoken")
+    done = _follow_data(work, sum(source.size for source in corpus))
+    _say("corpus", _described(args.corpus, done))
+    for name, count in done.shards:
+        _say(name, f"{count:,} tokens in {folder / name}")
     _say("go on", f"llmnb train --shards {folder}")
+
+
+# %% follow the work tags=["exporti"] module="cli"
+def _follow_data(work, size):
+    """Draw a bar over the bytes read; returns the last `Progress`."""
+    from tqdm import tqdm
+
+    bar = tqdm(total=size, unit="B", unit_scale=True, dynamic_ncols=True)
+    with bar:
+        for done in work:
+            bar.update(done.read - bar.n)
+            bar.set_postfix(tokens=f"{done.tokens:,}", refresh=False)
+    return done
+
+
+def _described(names, done):
+    where = " ".join(names)
+    if where == "stdlib":
+        where += f" (Python {'.'.join(map(str, sys.version_info[:3]))})"
+    return (
+        f"{where}: {done.documents:,} documents, {done.characters:,} "
+        "characters"
+    )
+
+
+# %% llmnb eval tags=["exporti"] module="cli"
+def _add_eval(commands):
+    parser = commands.add_parser(
+        "eval",
+        help="measure a model on a text or on HellaSwag",
+        description="Perplexity and bits a byte of a text; accuracy on "
+        "HellaSwag, from llm.c's .bin or from JSON lines.",
+    )
+    add = parser.add_argument
+    add(
+        "model", nargs="?", metavar="MODEL",
+        help="a run folder, a .bin or .safetensors file, or a Hugging Face "
+        "model folder (default: the newest in runs/)",
+    )  # fmt: skip
+    add("--text", nargs="+", default=[], metavar="FILE", help="text to score")
+    add("--hellaswag", metavar="FILE", help="a .bin file, or JSON lines")
+    _add_eval_options(parser)
+    _add_threads(parser)
+    parser.set_defaults(run=_eval)
+
+
+# %% its options tags=["exporti"] module="cli"
+EVAL = {
+    "field": (str, "text", "field of a JSON line that has the text"),
+    "limit": (int, 0, "characters or examples at most; 0 means all"),
+    "seq_len": (int, 0, "context in tokens; 0: all the model has"),
+    "stride": (int, 0, "tokens scored a window; 0: half the context"),
+    "tokenizer": (str, "gpt2", "unless the model has its own: gpt2, byte, "
+                  "or a rank file"),
+}  # fmt: skip
+
+
+def _add_eval_options(parser):
+    for name, (kind, default, text) in EVAL.items():
+        parser.add_argument(
+            "--" + name.replace("_", "-"), type=kind, default=default,
+            metavar=kind.__name__, help=f"{text} (default: {default})",
+        )  # fmt: skip
+
+
+# %% measure a model tags=["exporti"] module="cli"
+def _eval(args):
+    from llmnb.checkpoint import read_config
+
+    if not (args.text or args.hellaswag):
+        raise ValueError("name a file: --text FILE or --hellaswag FILE")
+    for name in ("limit", "seq_len", "stride"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"{name} must be at least 0")
+    path = Path(args.model) if args.model else _newest_run()
+    if not path.exists():
+        raise FileNotFoundError(f"there is no run {path}")
+    _set_threads(args)
+    cfg, encoding = read_config(path), _encoding_of(path, args)
+    if encoding.n_vocab != cfg.vocab_size:
+        raise ValueError(
+            f"{path} has {cfg.vocab_size} tokens, the tokenizer "
+            f"{args.tokenizer} has {encoding.n_vocab}"
+        )
+    context = min(args.seq_len or cfg.max_seq_len, cfg.max_seq_len)
+    _say("model", path)
+    if args.text:
+        _eval_text(args, path, encoding, context)
+    if args.hellaswag:
+        _eval_hellaswag(args, path, encoding, context)
+
+
+# %% perplexity tags=["exporti"] module="cli"
+def _eval_text(args, path, encoding, context):
+    from tqdm import tqdm
+
+    from llmnb.documents import sources
+    from llmnb.evaluation import score_pieces
+    from llmnb.gpt2 import GPT2
+    from llmnb.shards import pieces_from
+
+    found = pieces_from(sources(args.text, args.field), limit=args.limit)
+    pieces = ((first, text) for _, first, text, _ in found)
+    model = GPT2.from_checkpoint(path, 1, context)
+    stride = args.stride or max(1, context // 2)
+    bar = partial(tqdm, unit="window", leave=False)
+    score = score_pieces(model, encoding, pieces, stride, bar)
+    _say("text", f"{' '.join(args.text)}: {score.bytes:,} bytes")
+    _say("tokens", f"{score.tokens:,}, context {context}, stride {stride}")
+    _say("loss", f"{score.loss:.4f} nats a token")
+    _say("perplexity", f"{score.perplexity:.2f} a token")
+    _say("bits", f"{score.bits_per_byte:.4f} a byte")
+
+
+# %% multiple choice tags=["exporti"] module="cli"
+def _eval_hellaswag(args, path, encoding, context):
+    from tqdm import tqdm
+
+    from llmnb import evaluation as e
+    from llmnb.gpt2 import GPT2
+
+    if args.hellaswag.endswith(".bin"):
+        examples = e.read_examples(args.hellaswag)
+    else:
+        examples = e.read_examples_json(args.hellaswag, encoding)
+    examples = examples[: args.limit or None]
+    longest = max(map(e.longest_row, examples)) - 1
+    model = GPT2.from_checkpoint(path, 4, max(1, min(context, longest)))
+    bar = tqdm(total=len(examples), unit="example", leave=False)
+    with bar:
+        found = []
+        for choice in e.choose(model, examples):
+            found.append(choice)
+            bar.update()
+    _say("hellaswag", f"{args.hellaswag}: {len(found):,} examples")
+    for name in ("by_mean", "by_sum"):
+        right = sum(getattr(c, name) == c.label for c in found) / len(found)
+        error = e.standard_error(right, len(found))
+        label = {"by_mean": "acc_norm", "by_sum": "acc"}[name]
+        _say(label, f"{right:.4f} +- {error:.4f}")
 
 
 # %% llmnb bench tags=["exporti"] module="cli"
@@ -1127,6 +1299,7 @@ COMMANDS = (
     _add_train,
     _add_generate,
     _add_data,
+    _add_eval,
     _add_plot,
     _add_fetch,
     _add_verify,

@@ -5,10 +5,19 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from fuzz import answer, mangled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmnb.data import DataLoader, read_shard, write_shard
+from llmnb.data import (
+    DataLoader,
+    Shards,
+    find_shards,
+    read_shard,
+    sample_tokens,
+    shard_length,
+    write_shard,
+)
 
 QUICK = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -100,6 +109,65 @@ def test_missing_shard(tmp_path):
         read_shard(tmp_path / "none.bin")
     with pytest.raises(FileNotFoundError, match=r"none\.bin"):
         DataLoader([tmp_path / "none.bin"], 1, 1)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(raw=mangled(GOOD.tobytes() + bytes(range(8))))
+def test_a_mangled_shard(tmp_path_factory, raw):
+    path = tmp_path_factory.getbasetemp() / "mangled.bin"
+    got = answer(read_shard, path, raw)
+    if not isinstance(got, Exception):
+        assert 2 * len(got) == len(raw) - 1024
+        got.sum()
+
+
+# folders of shards
+
+
+def test_the_length_of_a_shard(tmp_path):
+    write_shard(tmp_path / "a.bin", np.arange(300))
+    assert shard_length(tmp_path / "a.bin") == 300
+
+
+@pytest.mark.parametrize(
+    "train, val",
+    [
+        (["train.bin"], ["val.bin"]),
+        (["train_000000.bin", "train_000001.bin"], ["val_000000.bin"]),
+        (["fineweb_train_000001.bin"], ["fineweb_val_000000.bin"]),
+        (["tiny_shakespeare_train.bin"], ["tiny_shakespeare_val.bin"]),
+    ],
+)
+def test_shards_are_found_by_name(tmp_path, train, val):
+    for name in [*train, *val, "tokenizer.bin", "trainx.bin", "train.txt"]:
+        (tmp_path / name).write_bytes(b"")
+    got = [[x.name for x in part] for part in find_shards(tmp_path)]
+    assert got == [train, val]
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_a_folder_without_shards(tmp_path, name):
+    other = {"train": "val", "val": "train"}[name]
+    (tmp_path / f"{other}.bin").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=f"has no {name}.bin"):
+        find_shards(tmp_path)
+
+
+def test_many_shards_as_one_text(tmp_path):
+    paths = [tmp_path / f"train_{k:06}.bin" for k in range(100)]
+    for k, path in enumerate(paths):
+        write_shard(path, np.arange(50) + 100 * k)
+    shards = Shards(paths)
+    assert len(shards) == 5000 and shards.paths == paths
+    sample = sample_tokens(shards, 500)
+    assert sample.tolist() == [
+        100 * k + i for k in range(0, 100, 2) for i in range(10)
+    ]
+    assert len(sample_tokens(shards, 10**9)) == 2500
+    assert sample_tokens(np.arange(9), 4).tolist() == [0, 1, 2, 3]
+    paths[7].write_bytes(b"")
+    with pytest.raises(ValueError, match="train_000007"):
+        Shards(paths)
 
 
 # the loader

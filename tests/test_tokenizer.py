@@ -10,6 +10,7 @@ import pytest
 import regex
 import tiktoken
 import tiktoken.load
+from fuzz import answer, mangled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,6 +24,31 @@ Four frogs sat on a log. One frog jumped, and three frogs sat on the log.
 Then it rained for a week; the log floated off with three frogs on it, and
 the fourth, who couldn't swim well, swam after them anyway. 'Wait!' it cried.
 """
+
+
+RANKS = b"".join(
+    base64.b64encode(token) + b" %d\n" % rank
+    for rank, token in enumerate([*(bytes([i]) for i in range(256)), b"ab"])
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(raw=mangled(RANKS))
+def test_a_mangled_rank_file(tmp_path_factory, raw):
+    path = tmp_path_factory.getbasetemp() / "mangled.tiktoken"
+    got = answer(tokenizer.load, path, raw)
+    if not isinstance(got, Exception):
+        assert got.decode(got.encode_ordinary("tab")) == "tab"
+    assert not isinstance(got, Exception) or len(str(got)) < 400
+
+
+@pytest.mark.parametrize("rank", ["9" * 5000, "1" * 10, "\u0663", "-1"])
+def test_ranks_that_are_no_numbers(tmp_path, rank):
+    path = tmp_path / "a.tiktoken"
+    path.write_text(f"YQ== {rank}\n", "utf-8")
+    with pytest.raises(ValueError, match=":1: the rank must be") as error:
+        tokenizer.load(path)
+    assert len(str(error.value)) < 400
 
 
 def slow_merges(text, number):

@@ -189,6 +189,32 @@ def test_prepare_files(tmp_path):
     assert str(tmp_path) in data.source
 
 
+def test_prepare_many_shards(tmp_path, monkeypatch):
+    data = tiny_data()
+    parts = {"train": data.train_tokens, "val": data.val_tokens}
+    for name, tokens in parts.items():
+        for k, part in enumerate(np.array_split(tokens, 3)):
+            write_shard(tmp_path / f"x_{name}_{k:06}.bin", part)
+    write_shard(tmp_path / "x_train_000003.bin", [1])
+    config = replace(TINY, shards=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="such as --tokenizer gpt2"):
+        prepare(replace(config, tokenizer="bpe"))
+    got = prepare(replace(config, tokenizer="byte"))
+    assert len(got.train_tokens) == len(data.train_tokens) + 1
+    assert len(got.val_tokens) == len(data.val_tokens)
+    assert got.encoding.n_vocab == 257
+    batches, validation = loaders(config, got)
+    assert batches.batches_per_epoch > 3
+    assert len(batches.next_batch()[0]) == TINY.batch_size
+    seen = [validation.next_batch()[1].ravel().copy() for _ in range(2)]
+    assert np.isin(np.concatenate(seen), data.val_tokens).all()
+    assert landmarks(config, got)["unigram"] < math.log(257)
+    for path in tmp_path.glob("*_train_*"):
+        write_shard(path, [1])
+    with pytest.raises(ValueError, match="has 1 tokens, one batch"):
+        loaders(config, prepare(replace(config, tokenizer="byte")))
+
+
 def test_prepare_shards(tmp_path):
     data = tiny_data()
     write_shard(tmp_path / "train.bin", data.train_tokens)
