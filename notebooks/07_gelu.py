@@ -320,7 +320,7 @@ import math
 import numba
 
 from llmnb.checks import check_array, check_float
-from llmnb.cpu.jit import kernel
+from llmnb.cpu.jit import arguments, share, team
 from llmnb.cpu.math import fast_exp
 
 # %% the constants of the kernels tags=["exporti"] module="cpu.gelu"
@@ -329,17 +329,19 @@ CUBIC = 0.044715
 
 
 # %% [markdown]
-# The kernels take the array as one row of numbers, and `prange` deals it
-# out. Every constant has the array's own dtype. In float64, `fast_exp` is
+# The kernels take the array as one row of numbers, and each thread does its
+# share of it. Every constant has the array's own dtype. In float64, `fast_exp` is
 # the library's exponential, with all its digits.
 
 
 # %% the forward kernel tags=["exporti"] module="cpu.gelu"
-@kernel
-def _gelu_forward(out, inp):
-    number = inp.dtype.type
+@team
+def _gelu_forward(part, parts, address):
+    out, inp = arguments(address)
+    number, mine = inp.dtype.type, share(inp.size, part, parts)
     slope, cubic, one = number(SLOPE), number(CUBIC), number(1)
-    for i in numba.prange(inp.size):
+    out, inp = out[mine], inp[mine]
+    for i in range(inp.size):
         x = inp[i]
         q = fast_exp(-abs(slope * x * (one + cubic * x * x)))
         out[i] = x * (one if x > 0 else q) / (one + q)
@@ -354,12 +356,14 @@ def _gelu_forward(out, inp):
 
 
 # %% the backward kernel tags=["exporti"] module="cpu.gelu"
-@kernel
-def _gelu_backward(dinp, dout, inp, add):
-    number = inp.dtype.type
+@team
+def _gelu_backward(part, parts, address):
+    dinp, dout, inp, add = arguments(address)
+    number, mine = inp.dtype.type, share(inp.size, part, parts)
     slope, cubic, one = number(SLOPE), number(CUBIC), number(1)
     triple, zero = number(3 * CUBIC), number(0)
-    for i in numba.prange(inp.size):
+    dinp, dout, inp = dinp[mine], dout[mine], inp[mine]
+    for i in range(inp.size):
         x = inp[i]
         q = fast_exp(-abs(slope * x * (one + cubic * x * x)))
         r = one / (one + q)
@@ -462,12 +466,14 @@ except ValueError as error:
 
 
 # %% the tanh form, compiled
-@kernel
-def library_forward(out, inp):
-    number = inp.dtype.type
+@team
+def library_forward(part, parts, address):
+    out, inp = arguments(address)
+    number, mine = inp.dtype.type, share(inp.size, part, parts)
     root, cubic = number(ROOT), number(CUBIC)
     half, one = number(0.5), number(1)
-    for i in numba.prange(inp.size):
+    out, inp = out[mine], inp[mine]
+    for i in range(inp.size):
         x = inp[i]
         t = math.tanh(root * (x + cubic * x * x * x))
         out[i] = half * x * (one + t)

@@ -29,10 +29,14 @@ from llmnb.cpu.gelu import (
     gelu_forward,
 )
 from llmnb.cpu.jit import (
+    arguments,
     cache_folder,
+    device,
     inner,
     kernel,
     routine,
+    share,
+    team,
 )
 from llmnb.cpu.layernorm import (
     layernorm_backward,
@@ -81,6 +85,7 @@ __all__ = [
     "VECTORS",
     "WIDTH",
     "adamw_update",
+    "arguments",
     "attention_backward",
     "attention_forward",
     "cache_folder",
@@ -92,6 +97,7 @@ __all__ = [
     "crossentropy_forward",
     "crossentropy_softmax_backward",
     "crossentropy_softmax_forward",
+    "device",
     "encoder_backward",
     "encoder_forward",
     "fast_exp",
@@ -110,8 +116,10 @@ __all__ = [
     "residual_forward",
     "routine",
     "scratch",
+    "share",
     "softmax_backward",
     "softmax_forward",
+    "team",
     "tile_shape",
     "work_shape",
 ]

@@ -18,7 +18,7 @@ import math
 import numba
 
 from llmnb.checks import check_array, check_float
-from llmnb.cpu.jit import kernel
+from llmnb.cpu.jit import arguments, share, team
 from llmnb.cpu.math import fast_exp
 
 
@@ -28,23 +28,27 @@ CUBIC = 0.044715
 
 
 # the forward kernel
-@kernel
-def _gelu_forward(out, inp):
-    number = inp.dtype.type
+@team
+def _gelu_forward(part, parts, address):
+    out, inp = arguments(address)
+    number, mine = inp.dtype.type, share(inp.size, part, parts)
     slope, cubic, one = number(SLOPE), number(CUBIC), number(1)
-    for i in numba.prange(inp.size):
+    out, inp = out[mine], inp[mine]
+    for i in range(inp.size):
         x = inp[i]
         q = fast_exp(-abs(slope * x * (one + cubic * x * x)))
         out[i] = x * (one if x > 0 else q) / (one + q)
 
 
 # the backward kernel
-@kernel
-def _gelu_backward(dinp, dout, inp, add):
-    number = inp.dtype.type
+@team
+def _gelu_backward(part, parts, address):
+    dinp, dout, inp, add = arguments(address)
+    number, mine = inp.dtype.type, share(inp.size, part, parts)
     slope, cubic, one = number(SLOPE), number(CUBIC), number(1)
     triple, zero = number(3 * CUBIC), number(0)
-    for i in numba.prange(inp.size):
+    dinp, dout, inp = dinp[mine], dout[mine], inp[mine]
+    for i in range(inp.size):
         x = inp[i]
         q = fast_exp(-abs(slope * x * (one + cubic * x * x)))
         r = one / (one + q)
