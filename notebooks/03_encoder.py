@@ -683,7 +683,8 @@ def inner(function):
 
     Derived in chapter 3.
     """
-    return kernel(function, parallel=False)
+    options = {"forceinline": True, "no_cfunc_wrapper": True}
+    return _compile(numba.njit, function, **options)
 
 
 def device(function):
@@ -695,7 +696,7 @@ def device(function):
     Derived in chapter 3.
     """
     options = {"fastmath": FASTMATH, "error_model": "numpy"}
-    return register_jitable(**options)(function)
+    return register_jitable(forceinline=True, **options)(function)
 
 
 def routine(function, signature, parallel=False):
@@ -729,10 +730,12 @@ verdict("the cache", results == [20, 30], "no stale kernel")
 # A `prange` is dear to compile. numba makes a second function of the loop's
 # body, wraps that for threads, and optimises all of it two or three times:
 # about a second for a kernel that takes a quarter of that without
-# `prange`. It even optimises the body once more on the way to the cache, so
-# that a process which has just compiled a kernel and one which loads it may
-# round the last bit of a sum differently. A run that you stop and resume
-# would not be the run that you did not stop.
+# `prange`. And it leaves copies of one function, optimised in different
+# company. A process that has just compiled a kernel may run another copy
+# than one that loads it from the cache, and round the last bit of a sum
+# differently. A run that you stop and resume would not be the run that you
+# did not stop. That is also why `forceinline` stands above: code that is
+# part of its caller has no other copy.
 #
 # So the book has one `prange`, compiled once. Its body calls a function by
 # its address, with three numbers: which part of the work to do, of how many,
@@ -848,7 +851,7 @@ def team(function):
 
     Derived in chapter 3.
     """
-    made = {}
+    made, places = {}, {}
 
     @functools.wraps(function)
     def call(*args):
@@ -857,8 +860,8 @@ def team(function):
             address = types.CPointer(numba.typeof(args))
             signature = types.void(types.int64, types.int64, address)
             made[kinds] = routine(function, signature)
-        places = _loop().address, made[kinds].address
-        _begin(*places, numba.get_num_threads(), *args)
+            places[kinds] = _loop().address, made[kinds].address
+        _begin(*places[kinds], numba.get_num_threads(), *args)
 
     call.routines = made
     return call

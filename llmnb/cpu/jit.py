@@ -98,7 +98,8 @@ def inner(function):
 
     Derived in chapter 3.
     """
-    return kernel(function, parallel=False)
+    options = {"forceinline": True, "no_cfunc_wrapper": True}
+    return _compile(numba.njit, function, **options)
 
 
 def device(function):
@@ -110,7 +111,7 @@ def device(function):
     Derived in chapter 3.
     """
     options = {"fastmath": FASTMATH, "error_model": "numpy"}
-    return register_jitable(**options)(function)
+    return register_jitable(forceinline=True, **options)(function)
 
 
 def routine(function, signature, parallel=False):
@@ -213,7 +214,7 @@ def team(function):
 
     Derived in chapter 3.
     """
-    made = {}
+    made, places = {}, {}
 
     @functools.wraps(function)
     def call(*args):
@@ -222,8 +223,8 @@ def team(function):
             address = types.CPointer(numba.typeof(args))
             signature = types.void(types.int64, types.int64, address)
             made[kinds] = routine(function, signature)
-        places = _loop().address, made[kinds].address
-        _begin(*places, numba.get_num_threads(), *args)
+            places[kinds] = _loop().address, made[kinds].address
+        _begin(*places[kinds], numba.get_num_threads(), *args)
 
     call.routines = made
     return call
