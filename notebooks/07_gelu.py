@@ -523,9 +523,8 @@ for name, seconds in times.items():
 # Per element the forward pass takes about 20 operations, most of them in the
 # exponential, and moves 8 bytes: it reads `inp` and writes `out`. The
 # backward pass takes about 30 and moves 16: it reads `inp`, `dout` and
-# `dinp`, and writes `dinp`. (When it overwrites, most processors still read
-# what they are about to write; spared is the pass that would set `dinp` to
-# zero.) The two linear layers around GELU take
+# `dinp`, and writes `dinp`. (In place it moves 12, and needs no pass that
+# sets `dinp` to zero.) The two linear layers around GELU take
 # $2 \cdot 2 C$ operations for each of the 4C numbers, over 3000 at C = 768.
 # So GELU is no cost in arithmetic, as long as it runs in vector
 # instructions as they do.
@@ -548,7 +547,9 @@ for name, moved in (("sigmoid", 8), ("sigmoid, backward", 16)):
 # the last-level cache; the copy went to main memory.
 #
 # The bytes also count as memory: `inp` is saved for the backward pass, 4C
-# numbers a token in each of 12 layers.
+# numbers a token in each of 12 layers. `out` is not: the product that reads
+# it needs it again on the way back, and computing it once more costs less
+# than keeping it ([chapter 2](02_memory.ipynb)).
 
 # %% saved for the backward pass
 print(f"{12 * hidden * 4 / 1e3:.1f} kB a token")
