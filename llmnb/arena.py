@@ -45,9 +45,10 @@ class Arena:
     groups: a mapping from group name to (dtype, shapes), where shapes maps
     tensor names to shapes. The tensors of a group lie one after the other
     without a gap, so that a group is also one flat array; each group begins
-    at a multiple of 64 bytes. The block is allocated once, here: the system
-    hands out its pages, zeroed, when they are first written. Raises
-    MemoryError, which says how many bytes were asked for.
+    at a multiple of 64 bytes. (dtype, shapes, True) lays a group over the
+    one before it: both begin at the same byte. The block is allocated once,
+    here: the system hands out its pages, zeroed, when they are first
+    written. Raises MemoryError, which says how many bytes were asked for.
 
     arena[group][tensor] is the view of a tensor; .nbytes the block's size.
 
@@ -55,16 +56,17 @@ class Arena:
     """
 
     def __init__(self, groups):
-        self._rows, self._spans, offset = [], {}, 0
-        for group, (dtype, shapes) in groups.items():
+        self._rows, self._spans, start, end = [], {}, 0, 0
+        for group, (dtype, shapes, *over) in groups.items():
             dtype = np.dtype(dtype)
-            start = offset = _round_up(offset, ALIGN)
+            offset = start = start if over else _round_up(end, ALIGN)
             for name, shape in shapes.items():
                 row = (group, name, tuple(shape), dtype, offset)
                 self._rows.append(row)
                 offset += math.prod(shape) * dtype.itemsize
             self._spans[group] = start, offset, dtype
-        self.nbytes = _round_up(offset, ALIGN)
+            end = max(end, offset)
+        self.nbytes = _round_up(end, ALIGN)
         self._block = _allocate(self.nbytes)
         self._views = {group: {} for group in groups}
         for group, name, shape, dtype, offset in self._rows:

@@ -16,7 +16,6 @@ __all__ = [
 # imports of the command line
 import argparse
 import json
-import math
 import os
 import re
 import signal
@@ -29,7 +28,6 @@ from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 
 from llmnb.files import replacing
 from llmnb.train import (
@@ -873,7 +871,7 @@ def _info(args):
     import numba
 
     from llmnb.config import flops_per_token, parameter_count
-    from llmnb.layout import gpt2_layout
+    from llmnb.layout import footprint, gpt2_layout
     from llmnb.timing import machine
 
     config = _config_of(args)
@@ -883,17 +881,11 @@ def _info(args):
     _say("machine", machine())
     _say("threads", numba.get_num_threads())
     _say("parameters", f"{parameter_count(cfg):,}")
-    layout = gpt2_layout(cfg, config.batch_size, config.seq_len)
-    sizes = {name: _bytes(*group) for name, group in layout.items()}
+    sizes = footprint(gpt2_layout(cfg, config.batch_size, config.seq_len))
     shown = ", ".join(f"{k} {v / 1e6:.1f}" for k, v in sizes.items())
     _say("memory", f"{sum(sizes.values()) / 1e6:.1f} MB ({shown})")
     flops = flops_per_token(cfg, config.seq_len)
     _say("work", f"{flops / 1e6:.1f} MFLOP to train on a token")
-
-
-def _bytes(dtype, shapes):
-    sizes = [math.prod(shape) for shape in shapes.values()]
-    return sum(sizes) * np.dtype(dtype).itemsize
 
 
 # llmnb plot

@@ -62,25 +62,27 @@ def check_sampling(temperature, top_k, top_p):
 
 
 # the largest, in order
-def _largest(x, count):
-    """Places of the `count` largest numbers, downwards; of equals the first."""
+def _above(x, count):
+    """Places of the `count` largest numbers, and of what equals the last."""
     if count >= len(x):
-        return np.argsort(-x, kind="stable")
-    border = np.partition(x, len(x) - count)[len(x) - count]
-    found = np.flatnonzero(x >= border)
+        return np.arange(len(x))
+    return np.flatnonzero(x >= np.partition(x, -count)[-count])
+
+
+def _largest(x, count):
+    """Places of the largest numbers, downwards; of equals the first."""
+    found = _above(x, count)
     return found[np.argsort(-x[found], kind="stable")][:count]
 
 
 def _nucleus(p, top_p):
     """Places of the fewest probabilities whose sum reaches top_p."""
     count = 64
-    while True:
-        order = _largest(p, count)
-        sums = np.cumsum(p[order])
-        if count >= len(p) or sums[-1] >= top_p:
-            kept = int((sums - p[order] < top_p).sum())
-            return order[: max(1, kept)]
+    while count < len(p) and p[_above(p, count)].sum() < top_p:
         count *= 8
+    order = _largest(p, max(count, len(_above(p, count))))
+    before = np.cumsum(p[order]) - p[order]
+    return order[: max(1, int((before < top_p).sum()))]
 
 
 # the distribution we draw from

@@ -144,7 +144,7 @@ class LearningOptions:
     """
 
     init: str = _option(
-        "", "start from this checkpoint: a file, or a folder with a model"
+        "", "start from this checkpoint, a file or a folder, at a rate of 1e-4"
     )
     steps: int = _option(1000, "updates of the weights")
     learning_rate: float = _option(2e-3, "the highest learning rate")

@@ -473,13 +473,13 @@ plt.show()
 # Then the *activations*, what the forward pass must keep so that the
 # backward pass can run: they grow with $B \cdot T$.
 # [Chapter 2](02_memory.ipynb) lays all of it out in one block. The rough sum,
-# for each token: $16 C$ numbers a block, and the logits.
+# for each token: $10 C$ numbers a block, and the logits.
 
 # %% bytes for four rows of two lengths
 static = 4 * 4 * parameter_count(cfg)
 print(f"parameters, gradients, m, v: {static / 1e9:.2f} GB")
 for T in (64, 1024):
-    blocks = 4 * B * T * L * 16 * C
+    blocks = 4 * B * T * L * 10 * C
     logits = 4 * B * T * cfg.padded_vocab_size
     print(
         f"T = {T:<5} blocks {blocks / 1e9:.2f} GB, "

@@ -106,6 +106,10 @@ print(block)
 # are that long, and so are the widest registers with which one instruction
 # works on several numbers. A group that begins at such a border keeps loads
 # from straddling two lines.
+#
+# A third refinement saves memory: two groups of which only one is in use at
+# any time can have the same bytes. The second then begins where the first
+# begins, and what follows begins after the longer one.
 
 # %% a view tags=["exporti"]
 ALIGN = 64  # bytes in a cache line, and in the widest vector register
@@ -135,9 +139,10 @@ class Arena:
     groups: a mapping from group name to (dtype, shapes), where shapes maps
     tensor names to shapes. The tensors of a group lie one after the other
     without a gap, so that a group is also one flat array; each group begins
-    at a multiple of 64 bytes. The block is allocated once, here: the system
-    hands out its pages, zeroed, when they are first written. Raises
-    MemoryError, which says how many bytes were asked for.
+    at a multiple of 64 bytes. (dtype, shapes, True) lays a group over the
+    one before it: both begin at the same byte. The block is allocated once,
+    here: the system hands out its pages, zeroed, when they are first
+    written. Raises MemoryError, which says how many bytes were asked for.
 
     arena[group][tensor] is the view of a tensor; .nbytes the block's size.
 
@@ -145,16 +150,17 @@ class Arena:
     """
 
     def __init__(self, groups):
-        self._rows, self._spans, offset = [], {}, 0
-        for group, (dtype, shapes) in groups.items():
+        self._rows, self._spans, start, end = [], {}, 0, 0
+        for group, (dtype, shapes, *over) in groups.items():
             dtype = np.dtype(dtype)
-            start = offset = _round_up(offset, ALIGN)
+            offset = start = start if over else _round_up(end, ALIGN)
             for name, shape in shapes.items():
                 row = (group, name, tuple(shape), dtype, offset)
                 self._rows.append(row)
                 offset += math.prod(shape) * dtype.itemsize
             self._spans[group] = start, offset, dtype
-        self.nbytes = _round_up(offset, ALIGN)
+            end = max(end, offset)
+        self.nbytes = _round_up(end, ALIGN)
         self._block = _allocate(self.nbytes)
         self._views = {group: {} for group in groups}
         for group, name, shape, dtype, offset in self._rows:
@@ -208,26 +214,48 @@ print(arena.flat("params"))
 # system promises zeroed ones, each handed out when it is first written. So
 # parts of the arena that a program never touches, the optimiser's averages
 # when a model only generates text, cost address space and no memory.
+#
+# And here are two groups in one place. What is written to one is seen, as
+# other bits, in the other:
+
+# %% one group over another
+both = {"a": (np.float32, {"x": (2,)}), "b": (np.int32, {"y": (3,)}, True)}
+shared = Arena(both)
+shared["a"]["x"][...] = 1.0
+print(shared.table())
+print(shared["b"]["y"], "in", shared.nbytes, "bytes")
+verdict("the bits", hex(shared["b"]["y"][0]) == "0x3f800000", "are 1.0's")
+
+# %% [markdown]
+# So an overlay asks for care, and this book has one, below.
 
 # %% [markdown]
 # ## The layout of GPT-2
 #
 # What must be in the arena? Four groups with the parameters' shapes
 # (parameters, gradients and AdamW's two averages), and the activations:
-# everything the forward pass computes and the backward pass needs. Each
+# what the forward pass computes and the backward pass needs. Each
 # layer's chapter derives what its backward pass reads; here is the sum. In the
 # code, a leading $L$ means that each of the model's blocks keeps its own.
 #
 # | tensors | shape | kept because |
 # |---|---|---|
 # | `encoded`, `residual2`, `residual3` | (B, T, C) | LayerNorm's backward reads its input |
-# | `ln1`, `ln2`, `lnf` | (B, T, C) | the product that follows reads its input |
+# | `lnf` | (B, T, C) | the product that follows reads its input |
 # | `ln1_mean`, `ln1_rstd` and so on | (B, T) | two numbers a row, [chapter 4](04_layernorm.ipynb) |
 # | `qkv`, `atty`, `att_lse` | (B, T, 3C), (B, T, C), (B, NH, T) | attention, [chapter 6](06_attention.ipynb) |
-# | `fch`, `fch_gelu` | (B, T, 4C) | GELU reads its input, the product its output |
+# | `fch` | (B, T, 4C) | GELU reads its input |
 # | `logits`, `lse`, `losses`, `dlosses` | (B, T, Vp), (B, T) | [chapter 9](09_crossentropy.ipynb) |
+#
+# Three arrays of a block are missing there, and the products that follow
+# them do read them in the backward pass: the outputs of the two LayerNorms
+# and of GELU. They take $6C$ numbers a token and block, and their inputs are
+# kept anyway. So the backward pass computes them again, one block's at a
+# time, which costs about one part in a hundred of a step.
 
 # %% imports of the layout tags=["export"] module="layout"
+import math
+
 import numpy as np
 
 from llmnb.config import parameter_shapes
@@ -238,31 +266,27 @@ def activation_shapes(cfg, batch_size, seq_len):
     """Shapes of what the forward pass leaves for the backward pass.
 
     A leading L marks what every block keeps for itself. By llm.c's names
-    where it has one.
+    where it has one. The logits are a group by themselves.
 
     Derived in chapter 2.
     """
     B, T, L = batch_size, seq_len, cfg.num_layers
-    C, NH, Vp = cfg.channels, cfg.num_heads, cfg.padded_vocab_size
+    C, NH = cfg.channels, cfg.num_heads
     return {
         "encoded": (B, T, C),
-        "ln1": (L, B, T, C),
         "ln1_mean": (L, B, T),
         "ln1_rstd": (L, B, T),
         "qkv": (L, B, T, 3 * C),
         "atty": (L, B, T, C),
         "att_lse": (L, B, NH, T),
         "residual2": (L, B, T, C),
-        "ln2": (L, B, T, C),
         "ln2_mean": (L, B, T),
         "ln2_rstd": (L, B, T),
         "fch": (L, B, T, 4 * C),
-        "fch_gelu": (L, B, T, 4 * C),
         "residual3": (L, B, T, C),
         "lnf": (B, T, C),
         "lnf_mean": (B, T),
         "lnf_rstd": (B, T),
-        "logits": (B, T, Vp),
         "lse": (B, T),
         "losses": (B, T),
         "dlosses": (B, T),
@@ -272,26 +296,51 @@ def activation_shapes(cfg, batch_size, seq_len):
 # %% [markdown]
 # The gradients of activations need less. When the backward pass is done with a
 # block, it has no more use for the gradients inside it. One block's worth of
-# arrays is enough, and the blocks take turns. The *residual stream*, the
-# vector to which every half block adds, runs through all of them, and its
-# gradient is one array, `dstream`, to which every half block adds in turn.
-# GELU's gradient is written over the gradient that came in, and the logits'
-# gradient over the logits.
+# arrays is enough, and the blocks take turns; so they do with what is
+# computed again. The *residual stream*, the vector to which every half block
+# adds, runs through all of them, and its gradient is one array, `dstream`,
+# to which every half block adds in turn. GELU's gradient is written over the
+# gradient that came in, and the logits' gradient over the logits.
+#
+# When are the logits in use? From the end of the forward pass, when all
+# blocks are done, to the beginning of the backward pass, before any block's
+# turn. So the group that the blocks take turns with lies over the logits.
+# `dstream` and `dln` stay outside: they receive the gradient that comes from
+# the logits.
+#
+# ```text
+#           forward                     backward
+#           blocks ...      head        head          blocks ...
+#           block           logits      the gradient  block
+#                                       of logits
+# ```
 
 
 # %% gradients of activations tags=["export"] module="layout"
 def gradient_shapes(cfg, batch_size, seq_len):
-    """Shapes of the gradients of activations: one block's worth.
+    """Shapes of the gradients that run through all blocks.
 
-    The blocks take turns with them. Gradients of the logits stand where the
-    logits stood, and those of fch_gelu give their place to those of fch.
+    dln is that of any LayerNorm's output, dstream that of the stream.
+
+    Derived in chapter 2.
+    """
+    B, T, C = batch_size, seq_len, cfg.channels
+    return {"dstream": (B, T, C), "dln": (B, T, C)}
+
+
+# %% what blocks take turns with tags=["export"] module="layout"
+def block_shapes(cfg, batch_size, seq_len):
+    """Shapes of what one block needs at a time, in either direction.
+
+    ln is the output of ln1, then of ln2. Gradients of fch_gelu give their
+    place to those of fch.
 
     Derived in chapter 2.
     """
     B, T, C = batch_size, seq_len, cfg.channels
     return {
-        "dstream": (B, T, C),
-        "dln": (B, T, C),
+        "ln": (B, T, C),
+        "fch_gelu": (B, T, 4 * C),
         "datty": (B, T, C),
         "dqkv": (B, T, 3 * C),
         "dfch": (B, T, 4 * C),
@@ -303,8 +352,9 @@ def gpt2_layout(cfg, batch_size, seq_len, dtype=np.float32):
     """The groups of the arena in which a GPT-2 trains.
 
     Four of the groups, params, grads, m and v, have the parameters' shapes;
-    acts and block hold activations and their gradients, batch the tokens
-    and targets (int32). A backend may add scratch memory of its own.
+    acts and dacts hold activations and their gradients, batch the tokens
+    and targets (int32). block, what the blocks take turns with, lies over
+    the logits. A backend may add scratch memory of its own.
 
     Derived in chapter 2.
     """
@@ -316,24 +366,37 @@ def gpt2_layout(cfg, batch_size, seq_len, dtype=np.float32):
         "m": (dtype, shapes),
         "v": (dtype, shapes),
         "acts": (dtype, activation_shapes(cfg, B, T)),
-        "block": (dtype, gradient_shapes(cfg, B, T)),
+        "dacts": (dtype, gradient_shapes(cfg, B, T)),
+        "logits": (dtype, {"logits": (B, T, cfg.padded_vocab_size)}),
+        "block": (dtype, block_shapes(cfg, B, T), True),
         "batch": (np.int32, {"tokens": (B, T), "targets": (B, T)}),
     }
+
+
+# %% bytes of each group tags=["export"] module="layout"
+def footprint(layout):
+    """Bytes of each group of an arena, as a dict, before there is one.
+
+    layout: as Arena takes it. A group that lies over another counts for
+    what it is longer, so that the sum is what the arena takes, up to the
+    padding between groups.
+
+    Derived in chapter 2.
+    """
+    sizes, before = {}, 0
+    for group, (dtype, shapes, *over) in layout.items():
+        count = sum(math.prod(shape) for shape in shapes.values())
+        size = count * np.dtype(dtype).itemsize
+        sizes[group] = max(0, size - before) if over else size
+        before = size
+    return sizes
 
 
 # %% the footprint of GPT-2 124M
 from llmnb.config import GPT2Config
 
 
-def footprint(cfg, B, T):
-    sizes = {}
-    for group, (dtype, shapes) in gpt2_layout(cfg, B, T).items():
-        count = sum(math.prod(s) for s in shapes.values())
-        sizes[group] = count * np.dtype(dtype).itemsize
-    return sizes
-
-
-for group, size in footprint(GPT2Config(), 4, 64).items():
+for group, size in footprint(gpt2_layout(GPT2Config(), 4, 64)).items():
     print(f"{group:<7} {size:>13,} bytes")
 
 # %% [markdown]
@@ -343,7 +406,7 @@ for group, size in footprint(GPT2Config(), 4, 64).items():
 # %% predicted and real
 small = GPT2Config(64, 1000, 2, 4, 64)
 arena = Arena(gpt2_layout(small, 4, 64))
-predicted = sum(footprint(small, 4, 64).values())
+predicted = sum(footprint(gpt2_layout(small, 4, 64)).values())
 extra = arena.nbytes - predicted
 verdict("footprint", 0 <= extra < 64 * 8, "as predicted, plus padding")
 verdict(
@@ -359,9 +422,9 @@ verdict(
 
 # %% the footprint against the length
 lengths = 2 ** np.arange(4, 11)
-rows = [footprint(GPT2Config(), 4, int(T)) for T in lengths]
+rows = [footprint(gpt2_layout(GPT2Config(), 4, int(T))) for T in lengths]
 still = np.array([4 * r["params"] for r in rows]) / 1e9
-moving = np.array([r["acts"] + r["block"] for r in rows]) / 1e9
+moving = np.array([sum(r.values()) for r in rows]) / 1e9 - still
 fig, ax = plt.subplots(figsize=(7, 3.4), dpi=100)
 at = np.arange(len(lengths))
 top = ax.bar(at, moving, 0.6, still, color=PALETTE["orange"])
@@ -377,7 +440,7 @@ plt.show()
 # %% [markdown]
 # *Figure 2.2. GPT-2 124M in float32 with four rows. Up to T = 512 the
 # parameters and their companions take most of the memory; at T = 1024 the
-# activations and their gradients take nearly two thirds.*
+# activations and their gradients take more than half.*
 
 # %% [markdown]
 # ## Why the footprint is constant
@@ -1253,19 +1316,21 @@ except ValueError as error:
 #
 # The memory of a model that trains is, in numbers of four bytes,
 #
-# $$ M = 4 N + B T \left( L \cdot 16 C + 12 C + V_p \right) + \dots \tag{2.3} $$
+# $$ M = 4 N + B T \left( L \cdot 10 C + 4 C + \max(V_p, 13 C) \right)
+#    + \dots \tag{2.3} $$
 #
-# with $16 C$ numbers kept for each token by each block (five arrays of width
-# $C$, one of $3C$, two of $4C$) and, once for all blocks, $12 C$ more:
-# `encoded`, `lnf`, and the $10 C$ of a block's gradients. $N$ counts the
-# parameters with the padding here, and the dots stand for the narrow arrays.
+# with $10 C$ numbers kept for each token by each block (three arrays of width
+# $C$, one of $3C$, one of $4C$) and, once for all blocks, $4 C$ more:
+# `encoded`, `lnf`, `dstream` and `dln`. Then the logits, or the $13 C$ that
+# the blocks take turns with, if that is more. $N$ counts the parameters with
+# the padding here, and the dots stand for the narrow arrays.
 
 # %% equation (2.3) against the table
 cfg, B, T = GPT2Config(), 4, 1024
 L, C, Vp = cfg.num_layers, cfg.channels, cfg.padded_vocab_size
 N = sum(math.prod(s) for s in parameter_shapes(cfg).values())
-formula = 4 * (4 * N + B * T * (L * 16 * C + 12 * C + Vp))
-exact = sum(footprint(cfg, B, T).values())
+formula = 4 * (4 * N + B * T * (L * 10 * C + 4 * C + max(Vp, 13 * C)))
+exact = sum(footprint(gpt2_layout(cfg, B, T)).values())
 print(f"{exact / 1e9:.3f} GB, by the formula {formula / 1e9:.3f} GB")
 verdict("narrow arrays", 0 < exact - formula < 0.01 * exact, "take below 1 %")
 
@@ -1276,23 +1341,22 @@ verdict("narrow arrays", 0 < exact - formula < 0.01 * exact, "take below 1 %")
 # - All shapes are known before the first step, so all memory can be laid out
 #   in one block; its size is a sum you can do beforehand.
 # - Forward activations are kept for every block, gradients of activations for
-#   one.
+#   one. What is cheap to compute again need not be kept.
+# - Groups that are never in use at the same time can have the same bytes.
 # - Headers are checked against the file before they are believed.
 
 # %% [markdown]
 # ## Design note
 #
-# The arena keeps what the backward pass needs, and no more. One can keep less
-# still: drop `ln1`, `ln2` and `fch_gelu` and recompute them on the way back,
-# which saves $6 C$ of the $16 C$ numbers a block and costs two LayerNorms and
-# a GELU more; or keep only each block's input and run its forward pass again,
-# which costs a third more arithmetic. The plain layout is the one to
-# understand first, and on a CPU time is scarcer than memory.
+# The arena keeps what is dear to compute again, and no more. One can keep
+# less still: only each block's input, and run its forward pass again, which
+# costs a third more arithmetic. On a CPU time is scarcer than memory, so we
+# stop where an array costs a sweep over memory and no product.
 #
-# Another way to save is to free arrays early and let later ones take their
-# place, as compilers do with registers. It would make the table harder to
-# read and save little: nearly all activations live until the backward pass
-# comes by.
+# Another way to save is to let every array take the place of one that is no
+# longer needed, as compilers do with registers. It would make the table hard
+# to read and save little beyond our one overlay: nearly all activations live
+# until the backward pass comes by.
 
 # %% [markdown]
 # ## Exercises
@@ -1321,13 +1385,18 @@ verdict("byte", answer == np.dot((2, 5, 7), strides), f"is {answer}")
 # Compute the footprint for one row and for two; it is linear in $B$.
 # :::
 
+
 # %% exercise 2 tags=["hide-cell"]
-one, two = (sum(footprint(GPT2Config(), b, 1024).values()) for b in (1, 2))
+def total(rows):
+    return sum(footprint(gpt2_layout(GPT2Config(), rows, 1024)).values())
+
+
+one, two = total(1), total(2)
 most = int((8e9 - (2 * one - two)) // (two - one))
 
 # %% exercise 2, checked
-fits = [sum(footprint(GPT2Config(), most + k, 1024).values()) for k in (0, 1)]
-verdict(f"{most} rows", fits[0] <= 8e9 < fits[1], "fit, one more does not")
+fits = total(most) <= 8e9 < total(most + 1)
+verdict(f"{most} rows", fits, "fit, one more does not")
 
 # %% [markdown]
 # **3** (★★★). Write a function that finds the tensor that holds a given byte

@@ -581,6 +581,7 @@ import sys
 from pathlib import Path
 
 import numba
+from numba.extending import register_jitable
 
 
 # %% where compiled kernels are kept tags=["export"] module="cpu.jit"
@@ -633,8 +634,10 @@ def cache_folder():
 # may be cut at any place.
 #
 # Last, `no_cfunc_wrapper` leaves out of a kernel the entry for callers
-# written in C, which shortens compilation a little. A function that is to
-# be called as C functions are is made by `routine`.
+# written in C, which shortens compilation a little. A function that only
+# kernels call needs no entry at all, not even for Python; we make it a
+# `device` function, a word from the world of GPUs. A function that is to be
+# called as C functions are is made by `routine`.
 
 
 # %% compile, with or without a cache tags=["exporti"] module="cpu.jit"
@@ -672,7 +675,7 @@ def kernel(function, parallel=True):
     return _compile(numba.njit, function, **options)
 
 
-# %% the decorator for one thread tags=["export"] module="cpu.jit"
+# %% the decorators for one thread tags=["export"] module="cpu.jit"
 def inner(function):
     """Compile a function for the thread that calls it; see `kernel`.
 
@@ -680,10 +683,23 @@ def inner(function):
 
     Derived in chapter 3.
     """
-    return kernel(function, parallel=False)
+    options = {"forceinline": True, "no_cfunc_wrapper": True}
+    return _compile(numba.njit, function, **options)
 
 
-def routine(function, signature):
+def device(function):
+    """Let kernels call a function, which is compiled along with them.
+
+    Quicker to compile than `inner`, and not a compiled function for Python:
+    a call from there runs it as it is written.
+
+    Derived in chapter 3.
+    """
+    options = {"fastmath": FASTMATH, "error_model": "numpy"}
+    return register_jitable(forceinline=True, **options)(function)
+
+
+def routine(function, signature, parallel=False):
     """Compile a function for C, with the same options.
 
     signature: of numba's types. Returns numba's CFunc, whose address is
@@ -691,7 +707,7 @@ def routine(function, signature):
 
     Derived in chapter 3.
     """
-    return _compile(numba.cfunc, function, signature)
+    return _compile(numba.cfunc, function, signature, parallel=parallel)
 
 
 # %% [markdown]
@@ -707,6 +723,183 @@ def routine(function, signature):
 results = run_edit_run("inner")
 print(results)
 verdict("the cache", results == [20, 30], "no stale kernel")
+
+# %% [markdown]
+# ### One parallel loop for all kernels
+#
+# A `prange` is dear to compile. numba makes a second function of the loop's
+# body, wraps that for threads, and optimises all of it two or three times:
+# about a second for a kernel that takes a quarter of that without
+# `prange`. And it leaves copies of one function, optimised in different
+# company. A process that has just compiled a kernel may run another copy
+# than one that loads it from the cache, and round the last bit of a sum
+# differently. A run that you stop and resume would not be the run that you
+# did not stop. That is also why `forceinline` stands above: code that is
+# part of its caller has no other copy.
+#
+# So the book has one `prange`, compiled once. Its body calls a function by
+# its address, with three numbers: which part of the work to do, of how many,
+# and where the arguments lie. A kernel is that function, compiled for one
+# thread. We call it a *team*: every thread runs it, and takes its share.
+#
+#     Python        _begin                    the loop          each thread
+#     f(x, y)  ->   puts x and y in memory -> for part in   ->  f(part, parts,
+#                   at some address           prange(parts)       address)
+#
+# Three small pieces of LLVM do what Python's syntax cannot say: store a
+# tuple and give its address, load a tuple from an address, and call an
+# address.
+
+# %% imports of the team tags=["export"] module="cpu.jit"
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+
+# %% arguments by address tags=["export"] module="cpu.jit"
+@intrinsic
+def arguments(typing, address):
+    """The arguments of a team, as a tuple; address: what its thread got.
+
+    For functions that `team` compiles.
+
+    Derived in chapter 3.
+    """
+    kind = address.dtype
+
+    def load(context, builder, signature, args):
+        value = context.unpack_value(builder, kind, args[0])
+        context.nrt.incref(builder, kind, value)  # the caller's, on loan
+        return value
+
+    return kind(address), load
+
+
+# %% store a tuple, call an address tags=["exporti"] module="cpu.jit"
+@intrinsic
+def _stored(typing, args):
+    def store(context, builder, signature, values):
+        kind = context.get_data_type(args)
+        place = cgutils.alloca_once(builder, kind)
+        context.pack_value(builder, args, values[0], place)
+        return builder.ptrtoint(place, ir.IntType(64))
+
+    return types.int64(args), store
+
+
+@intrinsic
+def _call(typing, code, part, parts, address):
+    n, number = types.int64, ir.IntType(64)
+
+    def call(context, builder, signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [number] * 3)
+        function = builder.inttoptr(args[0], kind.as_pointer())
+        builder.call(function, args[1:])
+        return context.get_dummy_value()
+
+    return types.void(n, n, n, n), call
+
+
+# %% [markdown]
+# `_begin` is compiled for each list of types, which is quick, since it only
+# puts the arguments in their place. With one thread there is nothing to
+# share, and it calls the kernel itself.
+
+
+# %% the one parallel loop tags=["exporti"] module="cpu.jit"
+def _every_part(code, parts, address):
+    for part in numba.prange(parts):
+        _call(code, part, parts, address)
+
+
+@functools.cache
+def _loop():
+    n = types.int64
+    return routine(_every_part, types.void(n, n, n), parallel=True)
+
+
+@inner
+def _begin(loop, code, parts, *args):
+    if parts > 1:
+        _call(loop, code, parts, _stored(args))
+    else:
+        _call(code, 0, 1, _stored(args))
+
+
+# %% [markdown]
+# The decorator compiles a routine for each list of types that it meets, and
+# finds it again by the arrays' dtypes and dimensions. An array with gaps
+# is another type for numba, so that counts too.
+
+
+# %% the decorator for teams tags=["export"] module="cpu.jit"
+def _kind(x):
+    if isinstance(x, np.ndarray):
+        return x.dtype, x.ndim, x.flags.c_contiguous
+    return type(x)
+
+
+def team(function):
+    """Compile a function that all threads run, each for its share.
+
+    function: takes part, parts and address. It gets its arguments by
+    `arguments(address)` and does part number `part` of `parts` of the work;
+    `share` says which. What is returned here is called from Python with the
+    arguments. Options and cache are those of `kernel`.
+
+    Derived in chapter 3.
+    """
+    made, places = {}, {}
+
+    @functools.wraps(function)
+    def call(*args):
+        kinds = tuple([_kind(x) for x in args])
+        if kinds not in made:
+            address = types.CPointer(numba.typeof(args))
+            signature = types.void(types.int64, types.int64, address)
+            made[kinds] = routine(function, signature)
+            places[kinds] = _loop().address, made[kinds].address
+        _begin(*places[kinds], numba.get_num_threads(), *args)
+
+    call.routines = made
+    return call
+
+
+@device
+def share(size, part, parts):
+    """The slice of range(size) that is part number `part` of `parts`.
+
+    For functions that `team` compiles.
+
+    Derived in chapter 3.
+    """
+    return slice(part * size // parts, (part + 1) * size // parts)
+
+
+# %% [markdown]
+# Here is a team that takes square roots. Each thread cuts its share out of
+# both arrays and walks through it from 0, which spares every index the
+# question whether it is negative and counts from the end.
+
+
+# %% a team of threads
+@team
+def roots(part, parts, address):
+    out, inp = arguments(address)
+    mine = share(inp.size, part, parts)
+    y, x = out[mine], inp[mine]
+    for i in range(y.size):
+        y[i] = math.sqrt(x[i])
+
+
+squares = np.arange(1000.0) ** 2
+one, many = np.empty((2, 1000))
+with_threads(1, roots, one, squares)
+with_threads(99, roots, many, squares)
+verdict("one thread", np.array_equal(one, np.arange(1000.0)), "0 to 999")
+verdict("all threads", np.array_equal(many, one), "the same bits")
 
 # %% [markdown]
 # ### The encoder's kernels
@@ -761,10 +954,8 @@ def sliced_backward(dwte, dwpe, dout, inp):
 # The slices take every row in a dozen short pieces, at a dozen different
 # times. Nor is there much to share: the layer runs once in a step, beside
 # twelve blocks of matrix products. One thread that goes through the text
-# row by row is hard to beat, and a loop without `prange` takes a fraction
-# of the time to compile, because numba need not make a second function to run
-# in the threads. So both kernels of the encoder run on one thread, as
-# `inner` compiles them. Below we measure whether that was wise.
+# row by row is hard to beat. So both kernels of the encoder run on one
+# thread, as `inner` compiles them. Below we measure whether that was wise.
 #
 # The texts of the batch follow each other in memory: B·T rows, of which row
 # $n$ stands at position $n \bmod T$ of its text.

@@ -954,7 +954,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from llmnb.checks import check_array
-from llmnb.cpu.jit import inner, routine
+from llmnb.cpu.jit import device, routine
 from llmnb.cpu.tile import (
     COLS,
     LANES,
@@ -968,7 +968,7 @@ from llmnb.cpu.tile import (
 
 
 # %% pack what is left over tags=["exporti"] module="cpu.panels"
-@inner
+@device
 def _pack_rest(panels, to, source, at, row, col, rows, depth, first, width):
     per = steps_per_line(panels)
     lines = (depth + per - 1) // per
@@ -987,7 +987,7 @@ def _pack_rest(panels, to, source, at, row, col, rows, depth, first, width):
 
 # %% pack a block tags=["exporti"] module="cpu.panels"
 def _packing(width):
-    @inner
+    @device
     def pack(panels, to, source, at, row, col, rows, depth):
         per = steps_per_line(panels)
         lines = (depth + per - 1) // per
@@ -1023,7 +1023,7 @@ _pack_rows, _pack_cols = _packing(ROWS), _packing(COLS)
 
 
 # %% a tile at the edge tags=["exporti"] module="cpu.panels"
-@inner
+@device
 def _edge_tile(out, at, start, bias, panels, a, b, lines, spare, rows, cols):
     shift = (ROWS + 1) * COLS
     for j in range(cols):
@@ -1038,7 +1038,7 @@ def _edge_tile(out, at, start, bias, panels, a, b, lines, spare, rows, cols):
 
 
 # %% all tiles of a block tags=["exporti"] module="cpu.panels"
-@inner
+@device
 def _multiply_panels(out, at, start, bias, panels, a, b, sizes, spare):
     rows, cols, depth = sizes
     o, out_row, s, row, col, c, bias_col = at
@@ -1061,9 +1061,8 @@ def _multiply_panels(out, at, start, bias, panels, a, b, sizes, spare):
 
 
 # %% [markdown]
-# **Compile once.** A kernel that calls an `inner` function takes a copy of
-# its code, and numba compiles a parallel kernel's code several times over.
-# With packing and tiles in every product and, in
+# **Compile once.** A kernel that calls a compiled function takes a copy of
+# its code and optimises it again. With packing and tiles in every product and, in
 # [chapter 6](06_attention.ipynb), ten times in attention, the first step of
 # a training run would wait half a minute for the compiler. So these three
 # functions are compiled once for each type of number, into routines with an
@@ -1256,7 +1255,7 @@ import numba
 import numpy as np
 
 from llmnb.checks import check_array, check_float
-from llmnb.cpu.jit import inner, kernel
+from llmnb.cpu.jit import arguments, device, team
 from llmnb.cpu.panels import (
     DEPTH,
     HEIGHT,
@@ -1272,7 +1271,7 @@ from llmnb.cpu.tile import COLS, ROWS
 
 
 # %% a strip tags=["exporti"] module="cpu.matmul"
-@inner
+@device
 def _multiply_strip(out, start, bias, a, b, strip, steps, code, panels, spare):
     i0, i1, j0, j1, depth = strip
     out_row, row, col, bias_col, a_row, a_col, b_row, b_col = steps
@@ -1305,25 +1304,25 @@ def _multiply_strip(out, start, bias, a, b, strip, steps, code, panels, spare):
 
 
 # %% the kernel of all three products tags=["exporti"] module="cpu.matmul"
-@kernel
-def _multiply(out, start, bias, a, b, sizes, steps, code, panels, work):
-    rows, cols, depth, parts = sizes
+@team
+def _multiply(part, parts, address):
+    out, start, bias, a, b, sizes, steps, code, panels, work = arguments(
+        address
+    )
+    rows, cols, depth = sizes
     down, across = rows, cols
     if rows > cols:
         down = -(-rows // (parts * ROWS)) * ROWS
     else:
         across = -(-cols // (parts * COLS)) * COLS
-    for t in numba.prange(parts):
-        i = t * down if down < rows else 0
-        j = t * across if across < cols else 0
-        if t == 0 or i + j > 0:
-            last = min(rows, i + down), min(cols, j + across)
-            strip = i, last[0], j, last[1], depth
-            spare = work[t, SPARE:]
-            _multiply_strip(
-                *(out, start, bias, a, b, strip, steps),
-                *(code, panels[t], spare),
-            )
+    i = part * down if down < rows else 0
+    j = part * across if across < cols else 0
+    if part == 0 or i + j > 0:
+        strip = i, min(rows, i + down), j, min(cols, j + across), depth
+        _multiply_strip(
+            *(out, start, bias, a, b, strip, steps),
+            *(code, panels[part], work[part, SPARE:]),
+        )
 
 
 # %% [markdown]
@@ -1341,7 +1340,7 @@ def _flat(x):
 def _product(out, a, b, start=None, bias=None, work=None, bf16=False):
     """out = start + bias + a @ b for matrices; the first two may be None."""
     made = scratch(work, bf16, out.dtype)
-    sizes = *out.shape, a.shape[1], numba.get_num_threads()
+    sizes = *out.shape, a.shape[1]
     (a, *a_steps), (b, *b_steps), (out, out_row, _) = map(_flat, (a, b, out))
     start, *start_steps = (out, 0, 0) if start is None else _flat(start)
     steps = out_row, *start_steps, int(bias is not None), *a_steps, *b_steps
@@ -1498,10 +1497,11 @@ plt.show()
 STRIP = 512
 
 
-@kernel
-def _sum_columns(dbias, dout, add):
+@team
+def _sum_columns(part, parts, address):
+    dbias, dout, add = arguments(address)
     rows, OC = dout.shape
-    for t in numba.prange(-(-OC // STRIP)):
+    for t in range(part, -(-OC // STRIP), parts):
         total = dbias[t * STRIP : (t + 1) * STRIP]
         if not add:
             total[:] = 0

@@ -739,7 +739,7 @@ import numba
 import numpy as np
 
 from llmnb.checks import check_array, check_float
-from llmnb.cpu.jit import inner, kernel
+from llmnb.cpu.jit import arguments, device, team
 from llmnb.cpu.math import fast_exp
 from llmnb.cpu.panels import (
     SPARE,
@@ -784,7 +784,7 @@ def _block_size(hs):
 
 
 # %% a product of two panels tags=["exporti"] module="cpu.attention"
-@inner
+@device
 def _add_product(code, out, at, step, fresh, panels, a, b, sizes, w):
     """Add a product to the block of out that begins at `at`, or write it."""
     place, start = (at, step, at, step, 1, ZEROS, 0), out
@@ -802,7 +802,7 @@ def _add_product(code, out, at, step, fresh, panels, a, b, sizes, w):
 
 
 # %% one row of the softmax tags=["exporti"] module="cpu.attention"
-@inner
+@device
 def _softmax_row(scores, seen, top, scale):
     """Scores to exponentials; returns the new maximum and their sum."""
     total, largest = scores.dtype.type(0), scores[0]
@@ -817,7 +817,7 @@ def _softmax_row(scores, seen, top, scale):
 
 
 # %% the softmax of a block tags=["exporti"] module="cpu.attention"
-@inner
+@device
 def _softmax_block(w, s, acc, first, rows, cols, n, hs, scale):
     """first: how many of the block's keys row 0 sees."""
     for i in range(rows):
@@ -833,7 +833,7 @@ def _softmax_block(w, s, acc, first, rows, cols, n, hs, scale):
 
 
 # %% a block of rows, forward tags=["exporti"] module="cpu.attention"
-@inner
+@device
 def _forward_block(out, lse, qkv, b, h, first, sizes, places, code, panels, w):
     T, NH, hs, n = sizes
     A, K, _, _, B, S, _, acc, _ = places
@@ -873,22 +873,20 @@ def _forward_block(out, lse, qkv, b, h, first, sizes, places, code, panels, w):
 
 
 # %% the forward kernel tags=["exporti"] module="cpu.attention"
-@kernel
-def _attention_forward(
-    out, lse, qkv, sizes, places, parts, code, panels, work
-):
+@team
+def _attention_forward(part, parts, address):
+    out, lse, qkv, sizes, places, code, panels, work = arguments(address)
     B, NH, T = lse.shape
     blocks = -(-T // sizes[3])
-    for part in numba.prange(parts):
-        w = work[part]
-        w[ZEROS : ZEROS + COLS] = 0
-        for unit in range(part, B * NH * blocks, parts):
-            b, h = unit // (NH * blocks), unit // blocks % NH
-            first = unit % blocks * sizes[3]
-            _forward_block(
-                *(out, lse, qkv, b, h, first),
-                *(sizes, places, code, panels[part], w),
-            )
+    w = work[part]
+    w[ZEROS : ZEROS + COLS] = 0
+    for unit in range(part, B * NH * blocks, parts):
+        b, h = unit // (NH * blocks), unit // blocks % NH
+        first = unit % blocks * sizes[3]
+        _forward_block(
+            *(out, lse, qkv, b, h, first),
+            *(sizes, places, code, panels[part], w),
+        )
 
 
 # %% [markdown]
@@ -916,9 +914,9 @@ def attention_forward(out, lse, inp, work=None, bf16=False):
 
 # %% what both kernels take tags=["exporti"] module="cpu.attention"
 def _scratch(sizes, dtype, work, bf16):
-    """Sizes, places, number of threads, and chapter 5's scratch."""
+    """Sizes, places, and chapter 5's scratch."""
     places = _places(sizes[3], sizes[2])
-    return sizes, places, numba.get_num_threads(), *scratch(work, bf16, dtype)
+    return sizes, places, *scratch(work, bf16, dtype)
 
 
 # %% the checks tags=["exporti"] module="cpu.attention"
@@ -964,7 +962,7 @@ def _check(name, out, lse, inp, work, bf16):
 
 
 # %% the softmax of a block, backward tags=["exporti"] module="cpu.attention"
-@inner
+@device
 def _softmax_row_backward(scores, grads, seen, y, dy, L, scale):
     """Scores to weights, their gradients to dS; masked ones to 0."""
     D = scores.dtype.type(0)
@@ -978,7 +976,7 @@ def _softmax_row_backward(scores, grads, seen, y, dy, L, scale):
 
 
 # %% all rows of a block tags=["exporti"] module="cpu.attention"
-@inner
+@device
 def _weights_block(w, S, dS, dout, out, lse, y, C, hs, n, seen, rows, cols):
     """y: where the block's rows begin in dout and out; lse: theirs."""
     scale = w.dtype.type(1 / math.sqrt(hs))
@@ -995,7 +993,7 @@ def _weights_block(w, S, dS, dout, out, lse, y, C, hs, n, seen, rows, cols):
 
 
 # %% the weights of a block tags=["exporti"] module="cpu.attention"
-@inner
+@device
 def _backward_scores(
     dout, qkv, out, lse, q, y, seen, sizes, places, code, panels, w
 ):
@@ -1012,7 +1010,7 @@ def _backward_scores(
 
 
 # %% the gradients of a block tags=["exporti"] module="cpu.attention"
-@inner
+@device
 def _backward_sums(
     dqkv, dout, qkv, q, k, y, fresh, sizes, places, code, panels, w
 ):
@@ -1032,7 +1030,7 @@ def _backward_sums(
 
 
 # %% a head, backward tags=["exporti"] module="cpu.attention"
-@inner
+@device
 def _backward_head(
     dqkv, dout, qkv, out, lse, b, h, add, sizes, places, code, panels, w
 ):
@@ -1066,20 +1064,20 @@ def _backward_head(
 
 
 # %% the backward kernel tags=["exporti"] module="cpu.attention"
-@kernel
-def _attention_backward(
-    dqkv, dout, qkv, out, lse, add, sizes, places, parts, code, panels, work
-):
+@team
+def _attention_backward(part, parts, address):
+    given = arguments(address)
+    dqkv, dout, qkv, out, lse, add = given[:6]
+    sizes, places, code, panels, work = given[6:]
     B, NH, T = lse.shape
-    for part in numba.prange(parts):
-        w = work[part]
-        w[ZEROS : ZEROS + COLS] = 0
-        for unit in range(part, B * NH, parts):
-            b, h = unit // NH, unit % NH
-            _backward_head(
-                *(dqkv, dout, qkv, out, lse, b, h, add),
-                *(sizes, places, code, panels[part], w),
-            )
+    w = work[part]
+    w[ZEROS : ZEROS + COLS] = 0
+    for unit in range(part, B * NH, parts):
+        b, h = unit // NH, unit % NH
+        _backward_head(
+            *(dqkv, dout, qkv, out, lse, b, h, add),
+            *(sizes, places, code, panels[part], w),
+        )
 
 
 # %% attention, backward tags=["export"] module="cpu.attention"

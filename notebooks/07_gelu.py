@@ -317,10 +317,10 @@ reference = SimpleNamespace(forward=gelu_forward, backward=gelu_backward)
 # %% imports of the CPU module tags=["export"] module="cpu.gelu"
 import math
 
-import numba
+import numpy as np
 
 from llmnb.checks import check_array, check_float
-from llmnb.cpu.jit import kernel
+from llmnb.cpu.jit import arguments, device, share, team
 from llmnb.cpu.math import fast_exp
 
 # %% the constants of the kernels tags=["exporti"] module="cpu.gelu"
@@ -329,17 +329,19 @@ CUBIC = 0.044715
 
 
 # %% [markdown]
-# The kernels take the array as one row of numbers, and `prange` deals it
-# out. Every constant has the array's own dtype. In float64, `fast_exp` is
+# The kernels take the array as one row of numbers, and each thread does its
+# share of it. Every constant has the array's own dtype. In float64, `fast_exp` is
 # the library's exponential, with all its digits.
 
 
 # %% the forward kernel tags=["exporti"] module="cpu.gelu"
-@kernel
-def _gelu_forward(out, inp):
-    number = inp.dtype.type
+@team
+def _gelu_forward(part, parts, address):
+    out, inp = arguments(address)
+    number, mine = inp.dtype.type, share(inp.size, part, parts)
     slope, cubic, one = number(SLOPE), number(CUBIC), number(1)
-    for i in numba.prange(inp.size):
+    out, inp = out[mine], inp[mine]
+    for i in range(inp.size):
         x = inp[i]
         q = fast_exp(-abs(slope * x * (one + cubic * x * x)))
         out[i] = x * (one if x > 0 else q) / (one + q)
@@ -347,26 +349,41 @@ def _gelu_forward(out, inp):
 
 # %% [markdown]
 # The choice `one if x > 0 else q` is no branch: LLVM computes both and
-# selects. The next kernel uses the same trick for a second purpose. In the
-# model, `dinp` holds nothing yet when GELU's gradient arrives, and to set
-# it to zero first, only to add to it, would be one more trip through
-# memory. With `add=False` the kernel overwrites it.
+# selects. Backward comes in two kernels. In the model, `dinp` holds nothing
+# yet when GELU's gradient arrives, and to set it to zero first, only to add
+# to it, would be one more trip through memory. What is more, the model wants
+# the gradient in the place of the one that came in. So one kernel adds, and
+# one multiplies in place. The slope is (7.8) in both.
 
 
-# %% the backward kernel tags=["exporti"] module="cpu.gelu"
-@kernel
-def _gelu_backward(dinp, dout, inp, add):
-    number = inp.dtype.type
+# %% the slope tags=["exporti"] module="cpu.gelu"
+@device
+def _slope(x, slope, cubic, one):
+    q = fast_exp(-abs(slope * x * (one + cubic * x * x)))
+    r = one / (one + q)
+    dv = slope * (one + (cubic + cubic + cubic) * x * x)
+    return (one if x > 0 else q) * r + x * dv * q * r * r
+
+
+# %% the backward kernels tags=["exporti"] module="cpu.gelu"
+@team
+def _gelu_backward(part, parts, address):
+    dinp, dout, inp = arguments(address)
+    number, mine = inp.dtype.type, share(inp.size, part, parts)
     slope, cubic, one = number(SLOPE), number(CUBIC), number(1)
-    triple, zero = number(3 * CUBIC), number(0)
-    for i in numba.prange(inp.size):
-        x = inp[i]
-        q = fast_exp(-abs(slope * x * (one + cubic * x * x)))
-        r = one / (one + q)
-        dv = slope * (one + triple * x * x)
-        s = (one if x > 0 else q) * r
-        before = dinp[i] if add else zero
-        dinp[i] = before + dout[i] * (s + x * dv * q * r * r)
+    dinp, dout, inp = dinp[mine], dout[mine], inp[mine]
+    for i in range(inp.size):
+        dinp[i] += dout[i] * _slope(inp[i], slope, cubic, one)
+
+
+@team
+def _gelu_backward_in_place(part, parts, address):
+    grad, inp = arguments(address)
+    number, mine = inp.dtype.type, share(inp.size, part, parts)
+    slope, cubic, one = number(SLOPE), number(CUBIC), number(1)
+    grad, inp = grad[mine], inp[mine]
+    for i in range(inp.size):
+        grad[i] *= _slope(inp[i], slope, cubic, one)
 
 
 # %% GELU, forward tags=["export"] module="cpu.gelu"
@@ -396,14 +413,19 @@ def gelu_backward(dinp, dout, inp, add=True):
 
     dinp, dout, inp: arrays of one shape, any; all float32 or all float64
     and C-contiguous; dinp is added to in place. With add=False it is
-    overwritten and its old contents are not used, so it need not be zeroed.
+    overwritten, and it may be dout itself.
     Raises TypeError or ValueError before it computes anything.
 
     Derived in chapter 7.
     """
     _check("gelu_backward", inp, dinp=dinp, dout=dout)
-    flat = dinp.reshape(-1), dout.reshape(-1), inp.reshape(-1)
-    _gelu_backward(*flat, bool(add))
+    dx, dy, x = dinp.reshape(-1), dout.reshape(-1), inp.reshape(-1)
+    if add:
+        _gelu_backward(dx, dy, x)
+    else:
+        if dinp is not dout:
+            np.copyto(dinp, dout)
+        _gelu_backward_in_place(dx, x)
 
 
 # %% [markdown]
@@ -443,6 +465,8 @@ verdict("dinp", np.abs(d32 - d64).max() < 1e-6, "err < 1e-06")
 verdict("all of it", np.isfinite(y32).all(), "is finite")
 
 # %% one thread and several, bit for bit
+import numba
+
 most = numba.get_num_threads()
 numba.set_num_threads(1)
 alone = both(cpu, grid)
@@ -462,12 +486,14 @@ except ValueError as error:
 
 
 # %% the tanh form, compiled
-@kernel
-def library_forward(out, inp):
-    number = inp.dtype.type
+@team
+def library_forward(part, parts, address):
+    out, inp = arguments(address)
+    number, mine = inp.dtype.type, share(inp.size, part, parts)
     root, cubic = number(ROOT), number(CUBIC)
     half, one = number(0.5), number(1)
-    for i in numba.prange(inp.size):
+    out, inp = out[mine], inp[mine]
+    for i in range(inp.size):
         x = inp[i]
         t = math.tanh(root * (x + cubic * x * x * x))
         out[i] = half * x * (one + t)
@@ -497,9 +523,8 @@ for name, seconds in times.items():
 # Per element the forward pass takes about 20 operations, most of them in the
 # exponential, and moves 8 bytes: it reads `inp` and writes `out`. The
 # backward pass takes about 30 and moves 16: it reads `inp`, `dout` and
-# `dinp`, and writes `dinp`. (When it overwrites, most processors still read
-# what they are about to write; spared is the pass that would set `dinp` to
-# zero.) The two linear layers around GELU take
+# `dinp`, and writes `dinp`. (In place it moves 12, and needs no pass that
+# sets `dinp` to zero.) The two linear layers around GELU take
 # $2 \cdot 2 C$ operations for each of the 4C numbers, over 3000 at C = 768.
 # So GELU is no cost in arithmetic, as long as it runs in vector
 # instructions as they do.
@@ -522,7 +547,9 @@ for name, moved in (("sigmoid", 8), ("sigmoid, backward", 16)):
 # the last-level cache; the copy went to main memory.
 #
 # The bytes also count as memory: `inp` is saved for the backward pass, 4C
-# numbers a token in each of 12 layers.
+# numbers a token in each of 12 layers. `out` is not: the product that reads
+# it needs it again on the way back, and computing it once more costs less
+# than keeping it ([chapter 2](02_memory.ipynb)).
 
 # %% saved for the backward pass
 print(f"{12 * hidden * 4 / 1e3:.1f} kB a token")

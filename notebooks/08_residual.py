@@ -203,7 +203,7 @@ verdict("the mistake", caught, "is caught")
 # One addition an element leaves nothing to compute faster; what costs is
 # moving the numbers. NumPy's forward is one sweep and already good. Its
 # backward is two sweeps and reads `dout` twice; a compiled loop reads it
-# once, and `prange` brings in the other cores.
+# once, and a team of threads brings in the other cores.
 
 # %% keep the NumPy versions
 reference = SimpleNamespace(
@@ -214,22 +214,27 @@ reference = SimpleNamespace(
 from itertools import combinations
 
 import numpy as np
-from numba import prange
 
 from llmnb.checks import check_array, check_float
-from llmnb.cpu.jit import kernel
+from llmnb.cpu.jit import arguments, share, team
 
 
 # %% the kernels tags=["exporti"] module="cpu.residual"
-@kernel
-def _residual_forward(out, inp1, inp2):
-    for i in prange(len(out)):
+@team
+def _residual_forward(part, parts, address):
+    out, inp1, inp2 = arguments(address)
+    mine = share(out.size, part, parts)
+    out, inp1, inp2 = out[mine], inp1[mine], inp2[mine]
+    for i in range(out.size):
         out[i] = inp1[i] + inp2[i]
 
 
-@kernel
-def _residual_backward(dinp1, dinp2, dout):
-    for i in prange(len(dout)):
+@team
+def _residual_backward(part, parts, address):
+    dinp1, dinp2, dout = arguments(address)
+    mine = share(dout.size, part, parts)
+    dinp1, dinp2, dout = dinp1[mine], dinp2[mine], dout[mine]
+    for i in range(dout.size):
         dinp1[i] += dout[i]
         dinp2[i] += dout[i]
 
@@ -238,9 +243,7 @@ def _residual_backward(dinp1, dinp2, dout):
 # The kernels see flat arrays: `reshape(-1)` of a contiguous array is a view
 # and copies nothing. Besides shapes and dtypes, backward checks that no two
 # of its arrays share memory. Were `dout` the same array as `dinp1`, the
-# first addition would double it before the second one reads it; and numba
-# tells LLVM that the arrays of a parallel loop do not overlap, so that it
-# may load both before it stores either.
+# first addition would double it before the second one reads it.
 
 
 # %% residual, forward tags=["export"] module="cpu.residual"

@@ -587,7 +587,7 @@ import numba
 import numpy as np
 
 from llmnb.checks import check_array, check_float, check_tokens
-from llmnb.cpu.jit import kernel
+from llmnb.cpu.jit import arguments, share, team
 from llmnb.cpu.math import fast_exp
 
 # %% [markdown]
@@ -597,8 +597,8 @@ from llmnb.cpu.math import fast_exp
 # that takes one number at a time; `fast_exp` is a polynomial, which LLVM
 # turns into vector instructions like any other arithmetic.
 #
-# Rows are independent, so `numba.prange` deals them out to the threads, and
-# each sum is taken by one thread in one order.
+# Rows are independent, so the threads share them out, and each sum is taken
+# by one thread in one order.
 #
 # The sum starts as a zero of the row's own dtype. `top * 0` would not do:
 # numba, like NumPy's arrays, takes float32 times a 64-bit integer for
@@ -606,10 +606,11 @@ from llmnb.cpu.math import fast_exp
 
 
 # %% the fused forward kernel tags=["exporti"] module="cpu.crossentropy"
-@kernel
-def _fused_forward(logits, losses, lse, targets, V):
-    zero = logits.dtype.type(0)
-    for n in numba.prange(len(logits)):
+@team
+def _fused_forward(part, parts, address):
+    logits, losses, lse, targets, V = arguments(address)
+    zero, mine = logits.dtype.type(0), share(len(logits), part, parts)
+    for n in range(mine.start, mine.stop):
         top, total = logits[n, 0], zero
         for i in range(V):
             top = max(top, logits[n, i])
@@ -622,16 +623,16 @@ def _fused_forward(logits, losses, lse, targets, V):
 # %% [markdown]
 # The backward kernel works in place and takes one array, not two; where the
 # caller brings two, the logits are copied first. In place is the common
-# case, and there is a second reason: numba tells LLVM that the arrays of a
-# parallel loop do not overlap, and an array that is passed twice would make
-# that a lie. The few columns of padding are set to zero by NumPy, outside,
+# case. The few columns of padding are set to zero by NumPy, outside,
 # so that the kernel is one loop and soon compiled.
 
 
 # %% the fused backward kernel tags=["exporti"] module="cpu.crossentropy"
-@kernel
-def _fused_backward(dlogits, dlosses, lse, targets, V):
-    for n in numba.prange(len(dlogits)):
+@team
+def _fused_backward(part, parts, address):
+    dlogits, dlosses, lse, targets, V = arguments(address)
+    mine = share(len(dlogits), part, parts)
+    for n in range(mine.start, mine.stop):
         scale, shift = dlosses[n], lse[n]
         for i in range(V):
             dlogits[n, i] = scale * fast_exp(dlogits[n, i] - shift)
@@ -722,19 +723,21 @@ def crossentropy_softmax_backward(dlogits, dlosses, logits, lse, targets, V):
 
 
 # %% the softmax kernel tags=["export"] module="cpu.crossentropy"
-@kernel
-def _softmax_forward(probs, V):
+@team
+def _softmax_forward(part, parts, address):
+    probs, V = arguments(address)
     zero, one = probs.dtype.type(0), probs.dtype.type(1)
-    for n in numba.prange(len(probs)):
+    mine = share(len(probs), part, parts)
+    for n in range(mine.start, mine.stop):
         top, total = probs[n, 0], zero
         for i in range(V):
             top = max(top, probs[n, i])
         for i in range(V):
             probs[n, i] = fast_exp(probs[n, i] - top)
             total += probs[n, i]
-        share = one / total
+        factor = one / total
         for i in range(V):
-            probs[n, i] *= share
+            probs[n, i] *= factor
 
 
 # %% the softmax, forward tags=["export"] module="cpu.crossentropy"
@@ -757,11 +760,12 @@ def softmax_forward(probs, logits, V):
 
 
 # %% the softmax, backward tags=["export"] module="cpu.crossentropy"
-@kernel
-def _softmax_backward(probs, dlogits, dprobs):
+@team
+def _softmax_backward(part, parts, address):
+    probs, dlogits, dprobs = arguments(address)
     rows, Vp = probs.shape
-    zero = probs.dtype.type(0)
-    for n in numba.prange(rows):
+    zero, mine = probs.dtype.type(0), share(rows, part, parts)
+    for n in range(mine.start, mine.stop):
         inside = zero
         for i in range(Vp):
             inside += probs[n, i] * dprobs[n, i]
@@ -783,9 +787,11 @@ def softmax_backward(dlogits, dprobs, probs):
 
 
 # %% the cross-entropy, forward tags=["export"] module="cpu.crossentropy"
-@kernel
-def _crossentropy_forward(probs, losses, targets, tiny):
-    for n in numba.prange(losses.size):
+@team
+def _crossentropy_forward(part, parts, address):
+    probs, losses, targets, tiny = arguments(address)
+    mine = share(losses.size, part, parts)
+    for n in range(mine.start, mine.stop):
         losses[n] = -math.log(max(probs[n, targets[n]], tiny))
 
 
@@ -807,9 +813,11 @@ def crossentropy_forward(losses, probs, targets):
 
 
 # %% the cross-entropy, backward tags=["export"] module="cpu.crossentropy"
-@kernel
-def _crossentropy_backward(probs, dprobs, dlosses, targets, tiny):
-    for n in numba.prange(dlosses.size):
+@team
+def _crossentropy_backward(part, parts, address):
+    probs, dprobs, dlosses, targets, tiny = arguments(address)
+    mine = share(dlosses.size, part, parts)
+    for n in range(mine.start, mine.stop):
         k = targets[n]
         dprobs[n, k] -= dlosses[n] / max(probs[n, k], tiny)
 
@@ -901,10 +909,11 @@ except ValueError as error:
 
 
 # %% with the library's exponential
-@kernel
-def library_forward(logits, losses, lse, targets, V):
-    zero = logits.dtype.type(0)
-    for n in numba.prange(len(logits)):
+@team
+def library_forward(part, parts, address):
+    logits, losses, lse, targets, V = arguments(address)
+    zero, mine = logits.dtype.type(0), share(len(logits), part, parts)
+    for n in range(mine.start, mine.stop):
         top, total = logits[n, 0], zero
         for i in range(V):
             top = max(top, logits[n, i])

@@ -100,26 +100,31 @@ def block_forward(ops, out, inp, w, a, **how):
     """One block: attention, then the feed-forward half, both residual.
 
     out, inp: (B, T, C). w and a map names to this block's weights and
-    activations, as in llmnb.layout; a is overwritten. ops: the layers. how:
-    what else ops takes for its products, such as scratch memory.
+    activations, as in llmnb.layout, with those that blocks take turns with;
+    a is overwritten. ops: the layers. how: what else ops takes for its
+    products, such as scratch memory.
 
     Derived in chapter 12.
     """
-    ops.layernorm_forward(
-        a["ln1"], a["ln1_mean"], a["ln1_rstd"], inp, w["ln1w"], w["ln1b"]
-    )
-    ops.matmul_forward(a["qkv"], a["ln1"], w["qkvw"], w["qkvb"], **how)
+    _normalise(ops, "ln1", inp, w, a)
+    ops.matmul_forward(a["qkv"], a["ln"], w["qkvw"], w["qkvb"], **how)
     ops.attention_forward(a["atty"], a["att_lse"], a["qkv"], **how)
     x = a["residual2"]
     weights = w["attprojw"], w["attprojb"]
     ops.matmul_forward(x, a["atty"], *weights, residual=inp, **how)
-    ops.layernorm_forward(
-        a["ln2"], a["ln2_mean"], a["ln2_rstd"], x, w["ln2w"], w["ln2b"]
-    )
-    ops.matmul_forward(a["fch"], a["ln2"], w["fcw"], w["fcb"], **how)
+    _normalise(ops, "ln2", x, w, a)
+    ops.matmul_forward(a["fch"], a["ln"], w["fcw"], w["fcb"], **how)
     ops.gelu_forward(a["fch_gelu"], a["fch"])
     weights = w["fcprojw"], w["fcprojb"]
     ops.matmul_forward(out, a["fch_gelu"], *weights, residual=x, **how)
+
+
+# %% one of its two LayerNorms tags=["exporti"]
+def _normalise(ops, name, inp, w, a):
+    ops.layernorm_forward(
+        *(a["ln"], a[f"{name}_mean"], a[f"{name}_rstd"]),
+        *(inp, w[f"{name}w"], w[f"{name}b"]),
+    )
 
 
 # %% [markdown]
@@ -175,6 +180,11 @@ def block_forward(ops, out, inp, w, a, **how):
 # calls say `add=False` and overwrite. For gradients of weights the caller
 # decides: `add=True` sums the gradients of several batches.
 #
+# The products read what they read before, and the outputs of LayerNorm and
+# GELU are no longer there: the next block has written its own in their place
+# ([chapter 2](02_memory.ipynb)). So they are computed again where they are
+# needed, from inputs that were kept, and come out with the same bits.
+#
 # `dw` holds the gradients of the block's weights, and `d` those of its
 # activations.
 
@@ -183,14 +193,16 @@ def block_forward(ops, out, inp, w, a, **how):
 def _feedforward_backward(ops, w, a, dw, d, add, how):
     dfch, dln = d["dfch"], d["dln"]
     options = {"add_dinp": False, "add_dweight": add} | how
+    ops.gelu_forward(a["fch_gelu"], a["fch"])
     ops.matmul_backward(
         *(dfch, dw["fcprojw"], dw["fcprojb"]),
         *(d["dstream"], a["fch_gelu"], w["fcprojw"]),
         **options,
     )
     ops.gelu_backward(dfch, dfch, a["fch"], add=False)
+    _normalise(ops, "ln2", a["residual2"], w, a)
     ops.matmul_backward(
-        *(dln, dw["fcw"], dw["fcb"], dfch, a["ln2"], w["fcw"]),
+        *(dln, dw["fcw"], dw["fcb"], dfch, a["ln"], w["fcw"]),
         **options,
     )
     ops.layernorm_backward(
@@ -217,8 +229,9 @@ def _attention_half_backward(ops, inp, w, a, dw, d, add, how):
         *(dqkv, d["datty"], a["qkv"], a["atty"], a["att_lse"]),
         **{"add": False} | how,
     )
+    _normalise(ops, "ln1", inp, w, a)
     ops.matmul_backward(
-        *(dln, dw["qkvw"], dw["qkvb"], dqkv, a["ln1"], w["qkvw"]),
+        *(dln, dw["qkvw"], dw["qkvb"], dqkv, a["ln"], w["qkvw"]),
         **options,
     )
     ops.layernorm_backward(
@@ -263,6 +276,8 @@ shared = ("wte", "wpe", "lnfw", "lnfb")
 w = {n: x[0] for n, x in arena["params"].items() if n not in shared}
 dw = {n: x[0] for n, x in arena["grads"].items() if n not in shared}
 a = {n: x[0] for n, x in arena["acts"].items() if len(x) == 1}
+a |= arena["block"]
+d = arena["dacts"] | arena["block"]
 for x in w.values():
     x[...] = rng.normal(size=x.shape)
 inp, g = rng.normal(size=(2, 2, 4, 6))
@@ -275,11 +290,9 @@ def loss():
 
 
 loss()
-arena["block"]["dstream"][...] = g
-block_backward(reference, inp, w, a, dw, arena["block"])
-compare(
-    "dinp", arena["block"]["dstream"], numerical_gradient(loss, inp), tol=1e-7
-)
+d["dstream"][...] = g
+block_backward(reference, inp, w, a, dw, d)
+compare("dinp", d["dstream"], numerical_gradient(loss, inp), tol=1e-7)
 for name in ("qkvw", "fcprojb"):
     want = numerical_gradient(loss, w[name])
     compare(f"d{name}", dw[name], want, tol=1e-7)
@@ -306,7 +319,6 @@ _SHARED = {
     "lnf",
     "lnf_mean",
     "lnf_rstd",
-    "logits",
     "lse",
     "losses",
     "dlosses",
@@ -393,7 +405,9 @@ class GPT2:
             self._how["work"] = self.memory["work"]["panels"]
             self._how["bf16"] = self.precision == "bf16"
         self.params, self.grads = self.memory["params"], self.memory["grads"]
-        self._acts, self._batch = self.memory["acts"], self.memory["batch"]
+        self._acts = self.memory["acts"] | self.memory["logits"]
+        self._dacts = self.memory["dacts"] | self.memory["block"]
+        self._batch = self.memory["batch"]
         self._layers = [self._layer(i) for i in range(cfg.num_layers)]
         self._state = "new"
         if seed is not None:
@@ -505,7 +519,7 @@ class GPT2:
             for name in _ADDED_TO:
                 self.grads[name].fill(0)
         self._head_backward(add, share)
-        a, g, d = self._acts, self.grads, self.memory["block"]
+        a, g, d = self._acts, self.grads, self._dacts
         inputs = [a["encoded"], *a["residual3"][:-1]]
         for x, layer in zip(inputs[::-1], self._layers[::-1], strict=True):
             w, acts, dw = layer
@@ -515,7 +529,7 @@ class GPT2:
 
     def _head_backward(self, add, share):
         """From the losses back to the end of the residual stream."""
-        a, p, g, d = self._acts, self.params, self.grads, self.memory["block"]
+        a, p, g, d = self._acts, self.params, self.grads, self._dacts
         dlogits = a["logits"]  # takes the place of the logits
         a["dlosses"].fill(share / a["dlosses"].size)
         self.ops.crossentropy_softmax_backward(
@@ -586,10 +600,11 @@ class GPT2:
     def _layer(self, i):
         """Views of block i: its weights, activations, weights' gradients."""
         stacked = [n for n in self.params if n not in _NOT_STACKED]
-        acts = [n for n in self._acts if n not in _SHARED]
+        acts, turns = self.memory["acts"], self.memory["block"]
+        own = [n for n in acts if n not in _SHARED]
         return (
             {n: self.params[n][i] for n in stacked},
-            {n: self._acts[n][i] for n in acts},
+            {n: acts[n][i] for n in own} | turns,
             {n: self.grads[n][i] for n in stacked},
         )
 

@@ -202,7 +202,7 @@ class LearningOptions:
     """
 
     init: str = _option(
-        "", "start from this checkpoint: a file, or a folder with a model"
+        "", "start from this checkpoint, a file or a folder, at a rate of 1e-4"
     )
     steps: int = _option(1000, "updates of the weights")
     learning_rate: float = _option(2e-3, "the highest learning rate")
@@ -611,7 +611,7 @@ def _check_finite(what, value, step, rate):
 #
 # $$ z = \frac{x - \mu}{\sigma} . \tag{13.6} $$
 #
-# If losses were normally distributed, $z > 5$ would come once in three
+# If losses were normally distributed, $z > 5$ would come once in 3.5
 # million steps. Only large values are suspect: a small loss does no harm.
 #
 # The window moves on by one step: $x$ enters and the oldest, $a$, leaves.
@@ -625,7 +625,7 @@ def _check_finite(what, value, step, rate):
 #    = (x - a)(x + a) - W (\mu' - \mu)(\mu' + \mu)
 #    = (x - a) \bigl[ (x - \mu') + (a - \mu) \bigr] , \tag{13.8} $$
 #
-# where the last step put in (13.7). Three numbers and a ring of $W$ values
+# where the last step put in (13.7). The two sums and a ring of $W$ values
 # are all it takes. Try it on a window through which a huge loss passes:
 
 
@@ -650,8 +650,8 @@ verdict("after it", far[-1] > 10, "(13.8) is never right again")
 
 # %% [markdown]
 # The derivation is right and the arithmetic is not. $Q$ rose to $10^{18}$,
-# where a float64 counts in steps of about a hundred, and fell back to a
-# tenth: what was rounded away stays away. And outliers are what the window
+# where a float64 counts in steps of about a hundred, and fell back to less
+# than a tenth: what was rounded away stays away. And outliers are what the window
 # is there for. A window has some hundred numbers, a step takes millions of
 # operations for each; so we take the sums anew at every step, and have
 # nothing to remember but the window.
@@ -1824,7 +1824,7 @@ def states(folder):
 
 
 # %% [markdown]
-# **Why a rename is enough.** The kernel keeps a folder as a table from names
+# **Why a rename is enough.** A system keeps a folder as a table from names
 # to files. `replacing` writes the new file under another name, asks the
 # system to bring its bytes to the disk (`fsync`), and then has the name
 # moved, which changes one entry of the table. A process can be killed

@@ -25,7 +25,9 @@ from llmnb.bench import (
     report,
     timed_step,
 )
+from llmnb.checkpoint import write_folder
 from llmnb.config import GPT2Config, flops_per_token, parameter_count
+from llmnb.generate import generate
 from llmnb.gpt2 import GPT2
 from llmnb.peers import missing, peak_memory, random_batch, serve
 from llmnb.race import (
@@ -571,3 +573,68 @@ def test_peers_runs_without_llmnb():
     top = [x.split()[1] for x in text.split("\n") if x.startswith("import ")]
     top += [x.split()[1] for x in text.split("\n") if x.startswith("from ")]
     assert set(top) <= set(sys.stdlib_module_names)
+
+
+# writers
+
+
+WRITING = {"prompt": 5, "count": 6, "rounds": 2, "threads": 1}
+
+
+def test_our_writer(tmp_path):
+    model = GPT2(CFG, 1, 16, "cpu")
+    write_folder(tmp_path, CFG, model.params)
+    spec = {"folder": str(tmp_path), "vocab_size": 131, "prompt": 5}
+    step, facts = peers.decoder_contestant(spec | {"count": 6})
+    draw = np.random.RandomState(0)
+    for _ in range(2):
+        answer, prompt = step(), draw.randint(0, 131, 5).tolist()
+        want = list(generate(model, prompt, 6, temperature=0))
+        assert answer["tokens"] == want
+        assert answer["first_seconds"] > 0 < answer["token_seconds"]
+    assert facts()["threads"] >= 1
+
+
+def test_pace():
+    answer = peers._pace([1.0, 5.0, 6.0, 8.0, 11.0], [7, 8, 9, 10])
+    assert (answer["first_seconds"], answer["token_seconds"]) == (4.0, 2.0)
+
+
+def test_writers_race():
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    result = module.bench_writers(CFG, **WRITING)
+    assert result["same_tokens"]
+    assert set(result["writers"]) == {"llmnb", "transformers"}
+    for row in result["writers"].values():
+        assert len(row["first_seconds"]) == len(row["token_seconds"]) == 2
+        assert row["threads"] == 1
+    for kind in ("first", "token"):
+        (ratio,) = result[f"{kind}_seconds_ratios"]
+        assert (ratio["ours"], ratio["peer"]) == ("llmnb", "transformers")
+        assert 0 < ratio["low"] <= ratio["ratio"] <= ratio["high"]
+    json.dumps(result)
+    text = module.writers_report(result)
+    assert "a prompt of 5 tokens, 6 more: the same tokens" in text
+    assert "later token: llmnb / transformers: " in text
+    other = {**result, "same_tokens": False}
+    assert "OTHER TOKENS" in module.writers_report(other)
+
+
+def test_writers_where_there_are_no_transformers(tmp_path):
+    fake = tmp_path / "transformers.py"
+    fake.write_text("raise ImportError(\"No module named 'transformers'\")")
+    (tmp_path / "torch.py").write_text("")
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\nPYTHONPATH={tmp_path} exec "{sys.executable}" "$@"\n'
+    )
+    python.chmod(0o755)
+    with pytest.raises(ChildProcessError, match="No module named 'transf"):
+        module.bench_writers(CFG, **WRITING, python=str(python))
+
+
+@pytest.mark.parametrize("sizes", [(0, 4), (4, 1), (10, 7)])
+def test_writers_that_do_not_fit(sizes):
+    with pytest.raises(ValueError, match="together at most 16"):
+        race.race_writers(CFG, *sizes, rounds=1)

@@ -535,6 +535,7 @@ def test_info(llmnb):
         ("bench --against nobody", 1, "no contestant 'nobody': choose from"),
         ("bench --against llmc=no-file", 1, "no-file is not a program"),
         ("bench --json no/folder/a.json", 1, "there is no folder no/folder"),
+        ("bench --write --config small", 1, "leave out --config, --against"),
         ("bench --precision fp99", 1, "precision must be one of"),
         ("info --num-heads 7", 1, "multiple of num_heads"),
     ],

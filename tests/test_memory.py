@@ -10,6 +10,7 @@ import pytest
 from llmnb import GPT2, GPT2Config
 from llmnb.arena import Arena
 from llmnb.checks import check_array, check_tokens
+from llmnb.layout import footprint, gpt2_layout
 
 CFG = GPT2Config(
     max_seq_len=32, vocab_size=200, num_layers=2, num_heads=4, channels=32
@@ -47,7 +48,7 @@ def test_every_tensor_of_a_model_is_a_view_of_one_block():
         for group in ("params", "grads", "m", "v", "acts", "block", "work")
         for a in model.memory[group].values()
     ]
-    assert len(arrays) > 90
+    assert len(arrays) > 80
     spans = sorted((a.ctypes.data, a.nbytes) for a in arrays)
     assert all(first <= at and at + size <= last for at, size in spans)
     for (at, size), (following, _) in zip(spans, spans[1:], strict=False):
@@ -171,7 +172,48 @@ def test_tokens_are_checked():
 
 
 def test_the_footprint_is_known_beforehand():
-    """The arena is what a model takes: its table sums to its size."""
+    """The arena is what a model takes: its layout sums to its size."""
+    for seq_len, channels in ((16, 32), (8, 4)):
+        cfg = GPT2Config(32, 200, 2, 4, channels)
+        sizes = footprint(gpt2_layout(cfg, 2, seq_len))
+        memory = Arena(gpt2_layout(cfg, 2, seq_len))
+        assert 0 <= memory.nbytes - sum(sizes.values()) < 64 * 9
+        # the longer of the two that share their bytes
+        assert (sizes["block"] == 0) == (channels == 4)
+
+
+def test_a_group_over_the_one_before():
+    arena = Arena(
+        {
+            "a": (np.float32, {"x": (40,)}),
+            "b": (np.int32, {"y": (2,), "z": (1,)}, True),
+            "c": (np.float32, {"x": (1,)}),
+            "d": (np.float32, {"x": (50,)}, True),
+            "e": (np.float32, {"x": (1,)}),
+        }
+    )
+    offsets = {(g, name): at for g, name, _, _, at, _ in arena.table()}
+    assert offsets["a", "x"] == offsets["b", "y"] == 0
+    assert offsets["b", "z"] == 8
+    assert offsets["c", "x"] == offsets["d", "x"] == 192
+    assert offsets["e", "x"] == 448
+    assert arena.nbytes == 512
+
+
+def test_logits_last_until_backward_and_blocks_share_their_place():
     model = GPT2(CFG, 2, 16)
-    listed = sum(row[5] for row in model.memory.table())
-    assert 0 <= model.memory.nbytes - listed < 64 * 9
+    tokens = np.arange(32).reshape(2, 16)
+    model.forward(tokens)
+    first = model.logits.copy()
+    model.forward(tokens, tokens)
+    np.testing.assert_array_equal(model.logits, first)
+    logits, block = (model.memory[g] for g in ("logits", "block"))
+    assert np.shares_memory(logits["logits"], block["ln"])
+    model.backward()
+    grads = model.memory.flat("grads").copy()
+    # what the blocks leave behind changes nothing
+    for x in (*block.values(), *model.memory["dacts"].values()):
+        x.fill(7)
+    model.forward(tokens, tokens)
+    model.backward()
+    np.testing.assert_array_equal(model.memory.flat("grads"), grads)

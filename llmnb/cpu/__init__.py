@@ -37,10 +37,14 @@ from llmnb.cpu.gelu import (
     gelu_forward,
 )
 from llmnb.cpu.jit import (
+    arguments,
     cache_folder,
+    device,
     inner,
     kernel,
     routine,
+    share,
+    team,
 )
 from llmnb.cpu.layernorm import (
     layernorm_backward,
@@ -89,6 +93,7 @@ __all__ = [
     "VECTORS",
     "WIDTH",
     "adamw_update",
+    "arguments",
     "attention_backward",
     "attention_forward",
     "cache_attention",
@@ -102,6 +107,7 @@ __all__ = [
     "crossentropy_forward",
     "crossentropy_softmax_backward",
     "crossentropy_softmax_forward",
+    "device",
     "embed_forward",
     "encoder_backward",
     "encoder_forward",
@@ -124,8 +130,10 @@ __all__ = [
     "residual_forward",
     "routine",
     "scratch",
+    "share",
     "softmax_backward",
     "softmax_forward",
+    "team",
     "tile_shape",
     "work_shape",
 ]

@@ -21,16 +21,18 @@ import numba
 import numpy as np
 
 from llmnb.checks import check_array, check_float
-from llmnb.cpu.jit import kernel
+from llmnb.cpu.jit import arguments, share, team
 from llmnb.reference.adamw import check_settings
 
 
 # the kernel
-@kernel
-def _adamw_update(
-    params, grads, m, v, keep, rate1, beta2, rate2, root, eps, size
-):
-    for i in numba.prange(params.size):
+@team
+def _adamw_update(part, parts, address):
+    params, grads, m, v, numbers = arguments(address)
+    keep, rate1, beta2, rate2, root, eps, size = numbers
+    mine = share(params.size, part, parts)
+    params, grads, m, v = params[mine], grads[mine], m[mine], v[mine]
+    for i in range(params.size):
         g = grads[i]
         m[i] += rate1 * (g - m[i])
         v[i] = beta2 * v[i] + rate2 * g * g
@@ -71,26 +73,30 @@ def adamw_update(
     root = math.sqrt(1 - beta2**step)
     size = learning_rate / (1 - beta1**step)
     numbers = (keep, 1 - beta1, beta2, 1 - beta2, root, eps, size)
-    _adamw_update(params, grads, m, v, *map(params.dtype.type, numbers))
+    numbers = tuple([params.dtype.type(x) for x in numbers])
+    _adamw_update(params, grads, m, v, numbers)
 
 
 # the sum of squares
-@kernel
-def _sum_of_squares(grads, sums):
+@team
+def _sum_of_squares(part, parts, address):
+    grads, sums = arguments(address)
     length = (grads.size + sums.size - 1) // sums.size
-    for k in numba.prange(sums.size):
-        part = grads[k * length : (k + 1) * length]
+    for k in range(part, sums.size, parts):
+        piece = grads[k * length : (k + 1) * length]
         total = 0.0
-        for i in range(part.size):
-            x = np.float64(part[i])
+        for i in range(piece.size):
+            x = np.float64(piece[i])
             total += x * x
         sums[k] = total
 
 
-@kernel
-def _scale(grads, factor):
-    for i in numba.prange(grads.size):
-        grads[i] *= factor
+@team
+def _scale(part, parts, address):
+    grads, factor = arguments(address)
+    mine = grads[share(grads.size, part, parts)]
+    for i in range(mine.size):
+        mine[i] *= factor
 
 
 # the norm of all gradients

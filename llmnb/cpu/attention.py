@@ -19,7 +19,7 @@ import numba
 import numpy as np
 
 from llmnb.checks import check_array, check_float
-from llmnb.cpu.jit import inner, kernel
+from llmnb.cpu.jit import arguments, device, team
 from llmnb.cpu.math import fast_exp
 from llmnb.cpu.panels import (
     SPARE,
@@ -61,7 +61,7 @@ def _block_size(hs):
 
 
 # a product of two panels
-@inner
+@device
 def _add_product(code, out, at, step, fresh, panels, a, b, sizes, w):
     """Add a product to the block of out that begins at `at`, or write it."""
     place, start = (at, step, at, step, 1, ZEROS, 0), out
@@ -72,7 +72,7 @@ def _add_product(code, out, at, step, fresh, panels, a, b, sizes, w):
 
 
 # one row of the softmax
-@inner
+@device
 def _softmax_row(scores, seen, top, scale):
     """Scores to exponentials; returns the new maximum and their sum."""
     total, largest = scores.dtype.type(0), scores[0]
@@ -87,7 +87,7 @@ def _softmax_row(scores, seen, top, scale):
 
 
 # the softmax of a block
-@inner
+@device
 def _softmax_block(w, s, acc, first, rows, cols, n, hs, scale):
     """first: how many of the block's keys row 0 sees."""
     for i in range(rows):
@@ -103,7 +103,7 @@ def _softmax_block(w, s, acc, first, rows, cols, n, hs, scale):
 
 
 # a block of rows, forward
-@inner
+@device
 def _forward_block(out, lse, qkv, b, h, first, sizes, places, code, panels, w):
     T, NH, hs, n = sizes
     A, K, _, _, B, S, _, acc, _ = places
@@ -136,22 +136,20 @@ def _forward_block(out, lse, qkv, b, h, first, sizes, places, code, panels, w):
 
 
 # the forward kernel
-@kernel
-def _attention_forward(
-    out, lse, qkv, sizes, places, parts, code, panels, work
-):
+@team
+def _attention_forward(part, parts, address):
+    out, lse, qkv, sizes, places, code, panels, work = arguments(address)
     B, NH, T = lse.shape
     blocks = -(-T // sizes[3])
-    for part in numba.prange(parts):
-        w = work[part]
-        w[ZEROS : ZEROS + COLS] = 0
-        for unit in range(part, B * NH * blocks, parts):
-            b, h = unit // (NH * blocks), unit // blocks % NH
-            first = unit % blocks * sizes[3]
-            _forward_block(
-                *(out, lse, qkv, b, h, first),
-                *(sizes, places, code, panels[part], w),
-            )
+    w = work[part]
+    w[ZEROS : ZEROS + COLS] = 0
+    for unit in range(part, B * NH * blocks, parts):
+        b, h = unit // (NH * blocks), unit // blocks % NH
+        first = unit % blocks * sizes[3]
+        _forward_block(
+            *(out, lse, qkv, b, h, first),
+            *(sizes, places, code, panels[part], w),
+        )
 
 
 # attention, forward
@@ -175,9 +173,9 @@ def attention_forward(out, lse, inp, work=None, bf16=False):
 
 # what both kernels take
 def _scratch(sizes, dtype, work, bf16):
-    """Sizes, places, number of threads, and chapter 5's scratch."""
+    """Sizes, places, and chapter 5's scratch."""
     places = _places(sizes[3], sizes[2])
-    return sizes, places, numba.get_num_threads(), *scratch(work, bf16, dtype)
+    return sizes, places, *scratch(work, bf16, dtype)
 
 
 # the checks
@@ -203,7 +201,7 @@ def _check(name, out, lse, inp, work, bf16):
 
 
 # the softmax of a block, backward
-@inner
+@device
 def _softmax_row_backward(scores, grads, seen, y, dy, L, scale):
     """Scores to weights, their gradients to dS; masked ones to 0."""
     D = scores.dtype.type(0)
@@ -217,7 +215,7 @@ def _softmax_row_backward(scores, grads, seen, y, dy, L, scale):
 
 
 # all rows of a block
-@inner
+@device
 def _weights_block(w, S, dS, dout, out, lse, y, C, hs, n, seen, rows, cols):
     """y: where the block's rows begin in dout and out; lse: theirs."""
     scale = w.dtype.type(1 / math.sqrt(hs))
@@ -234,7 +232,7 @@ def _weights_block(w, S, dS, dout, out, lse, y, C, hs, n, seen, rows, cols):
 
 
 # the weights of a block
-@inner
+@device
 def _backward_scores(
     dout, qkv, out, lse, q, y, seen, sizes, places, code, panels, w
 ):
@@ -251,7 +249,7 @@ def _backward_scores(
 
 
 # the gradients of a block
-@inner
+@device
 def _backward_sums(
     dqkv, dout, qkv, q, k, y, fresh, sizes, places, code, panels, w
 ):
@@ -271,7 +269,7 @@ def _backward_sums(
 
 
 # a head, backward
-@inner
+@device
 def _backward_head(
     dqkv, dout, qkv, out, lse, b, h, add, sizes, places, code, panels, w
 ):
@@ -299,20 +297,20 @@ def _backward_head(
 
 
 # the backward kernel
-@kernel
-def _attention_backward(
-    dqkv, dout, qkv, out, lse, add, sizes, places, parts, code, panels, work
-):
+@team
+def _attention_backward(part, parts, address):
+    given = arguments(address)
+    dqkv, dout, qkv, out, lse, add = given[:6]
+    sizes, places, code, panels, work = given[6:]
     B, NH, T = lse.shape
-    for part in numba.prange(parts):
-        w = work[part]
-        w[ZEROS : ZEROS + COLS] = 0
-        for unit in range(part, B * NH, parts):
-            b, h = unit // NH, unit % NH
-            _backward_head(
-                *(dqkv, dout, qkv, out, lse, b, h, add),
-                *(sizes, places, code, panels[part], w),
-            )
+    w = work[part]
+    w[ZEROS : ZEROS + COLS] = 0
+    for unit in range(part, B * NH, parts):
+        b, h = unit // NH, unit % NH
+        _backward_head(
+            *(dqkv, dout, qkv, out, lse, b, h, add),
+            *(sizes, places, code, panels[part], w),
+        )
 
 
 # attention, backward

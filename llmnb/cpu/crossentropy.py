@@ -23,15 +23,16 @@ import numba
 import numpy as np
 
 from llmnb.checks import check_array, check_float, check_tokens
-from llmnb.cpu.jit import kernel
+from llmnb.cpu.jit import arguments, share, team
 from llmnb.cpu.math import fast_exp
 
 
 # the fused forward kernel
-@kernel
-def _fused_forward(logits, losses, lse, targets, V):
-    zero = logits.dtype.type(0)
-    for n in numba.prange(len(logits)):
+@team
+def _fused_forward(part, parts, address):
+    logits, losses, lse, targets, V = arguments(address)
+    zero, mine = logits.dtype.type(0), share(len(logits), part, parts)
+    for n in range(mine.start, mine.stop):
         top, total = logits[n, 0], zero
         for i in range(V):
             top = max(top, logits[n, i])
@@ -42,9 +43,11 @@ def _fused_forward(logits, losses, lse, targets, V):
 
 
 # the fused backward kernel
-@kernel
-def _fused_backward(dlogits, dlosses, lse, targets, V):
-    for n in numba.prange(len(dlogits)):
+@team
+def _fused_backward(part, parts, address):
+    dlogits, dlosses, lse, targets, V = arguments(address)
+    mine = share(len(dlogits), part, parts)
+    for n in range(mine.start, mine.stop):
         scale, shift = dlosses[n], lse[n]
         for i in range(V):
             dlogits[n, i] = scale * fast_exp(dlogits[n, i] - shift)
@@ -125,19 +128,21 @@ def crossentropy_softmax_backward(dlogits, dlosses, logits, lse, targets, V):
 
 
 # the softmax kernel
-@kernel
-def _softmax_forward(probs, V):
+@team
+def _softmax_forward(part, parts, address):
+    probs, V = arguments(address)
     zero, one = probs.dtype.type(0), probs.dtype.type(1)
-    for n in numba.prange(len(probs)):
+    mine = share(len(probs), part, parts)
+    for n in range(mine.start, mine.stop):
         top, total = probs[n, 0], zero
         for i in range(V):
             top = max(top, probs[n, i])
         for i in range(V):
             probs[n, i] = fast_exp(probs[n, i] - top)
             total += probs[n, i]
-        share = one / total
+        factor = one / total
         for i in range(V):
-            probs[n, i] *= share
+            probs[n, i] *= factor
 
 
 # the softmax, forward
@@ -160,11 +165,12 @@ def softmax_forward(probs, logits, V):
 
 
 # the softmax, backward
-@kernel
-def _softmax_backward(probs, dlogits, dprobs):
+@team
+def _softmax_backward(part, parts, address):
+    probs, dlogits, dprobs = arguments(address)
     rows, Vp = probs.shape
-    zero = probs.dtype.type(0)
-    for n in numba.prange(rows):
+    zero, mine = probs.dtype.type(0), share(rows, part, parts)
+    for n in range(mine.start, mine.stop):
         inside = zero
         for i in range(Vp):
             inside += probs[n, i] * dprobs[n, i]
@@ -186,9 +192,11 @@ def softmax_backward(dlogits, dprobs, probs):
 
 
 # the cross-entropy, forward
-@kernel
-def _crossentropy_forward(probs, losses, targets, tiny):
-    for n in numba.prange(losses.size):
+@team
+def _crossentropy_forward(part, parts, address):
+    probs, losses, targets, tiny = arguments(address)
+    mine = share(losses.size, part, parts)
+    for n in range(mine.start, mine.stop):
         losses[n] = -math.log(max(probs[n, targets[n]], tiny))
 
 
@@ -210,9 +218,11 @@ def crossentropy_forward(losses, probs, targets):
 
 
 # the cross-entropy, backward
-@kernel
-def _crossentropy_backward(probs, dprobs, dlosses, targets, tiny):
-    for n in numba.prange(dlosses.size):
+@team
+def _crossentropy_backward(part, parts, address):
+    probs, dprobs, dlosses, targets, tiny = arguments(address)
+    mine = share(dlosses.size, part, parts)
+    for n in range(mine.start, mine.stop):
         k = targets[n]
         dprobs[n, k] -= dlosses[n] / max(probs[n, k], tiny)
 

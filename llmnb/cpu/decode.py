@@ -134,22 +134,17 @@ def _panel_product(out, o, start, s, bias, b, inp, x, panel, p, depth, count):
     """o, s, x: where the first row begins, and the step to the next."""
     i = 0
     while i < count:
-        at = (o[0] + i * o[1], o[1]), (s[0] + i * s[1], s[1])
+        places = (o[0] + i * o[1], o[1]), (s[0] + i * s[1], s[1])
         row = x[0] + i * x[1], x[1]
+        how = bias, b, inp, row, panel, p, depth
         if count - i >= ROWS:
-            _all_rows(
-                out, at[0], start, at[1], bias, b, inp, row, panel, p, depth
-            )
+            _all_rows(out, places[0], start, places[1], *how)
             i += ROWS
         elif count - i >= 2:
-            _two_rows(
-                out, at[0], start, at[1], bias, b, inp, row, panel, p, depth
-            )
+            _two_rows(out, places[0], start, places[1], *how)
             i += 2
         else:
-            _one_row(
-                out, at[0], start, at[1], bias, b, inp, row, panel, p, depth
-            )
+            _one_row(out, places[0], start, places[1], *how)
             i += 1
 
 

@@ -15,10 +15,10 @@ __all__ = [
 # imports of the CPU module
 import math
 
-import numba
+import numpy as np
 
 from llmnb.checks import check_array, check_float
-from llmnb.cpu.jit import kernel
+from llmnb.cpu.jit import arguments, device, share, team
 from llmnb.cpu.math import fast_exp
 
 
@@ -28,30 +28,46 @@ CUBIC = 0.044715
 
 
 # the forward kernel
-@kernel
-def _gelu_forward(out, inp):
-    number = inp.dtype.type
+@team
+def _gelu_forward(part, parts, address):
+    out, inp = arguments(address)
+    number, mine = inp.dtype.type, share(inp.size, part, parts)
     slope, cubic, one = number(SLOPE), number(CUBIC), number(1)
-    for i in numba.prange(inp.size):
+    out, inp = out[mine], inp[mine]
+    for i in range(inp.size):
         x = inp[i]
         q = fast_exp(-abs(slope * x * (one + cubic * x * x)))
         out[i] = x * (one if x > 0 else q) / (one + q)
 
 
-# the backward kernel
-@kernel
-def _gelu_backward(dinp, dout, inp, add):
-    number = inp.dtype.type
+# the slope
+@device
+def _slope(x, slope, cubic, one):
+    q = fast_exp(-abs(slope * x * (one + cubic * x * x)))
+    r = one / (one + q)
+    dv = slope * (one + (cubic + cubic + cubic) * x * x)
+    return (one if x > 0 else q) * r + x * dv * q * r * r
+
+
+# the backward kernels
+@team
+def _gelu_backward(part, parts, address):
+    dinp, dout, inp = arguments(address)
+    number, mine = inp.dtype.type, share(inp.size, part, parts)
     slope, cubic, one = number(SLOPE), number(CUBIC), number(1)
-    triple, zero = number(3 * CUBIC), number(0)
-    for i in numba.prange(inp.size):
-        x = inp[i]
-        q = fast_exp(-abs(slope * x * (one + cubic * x * x)))
-        r = one / (one + q)
-        dv = slope * (one + triple * x * x)
-        s = (one if x > 0 else q) * r
-        before = dinp[i] if add else zero
-        dinp[i] = before + dout[i] * (s + x * dv * q * r * r)
+    dinp, dout, inp = dinp[mine], dout[mine], inp[mine]
+    for i in range(inp.size):
+        dinp[i] += dout[i] * _slope(inp[i], slope, cubic, one)
+
+
+@team
+def _gelu_backward_in_place(part, parts, address):
+    grad, inp = arguments(address)
+    number, mine = inp.dtype.type, share(inp.size, part, parts)
+    slope, cubic, one = number(SLOPE), number(CUBIC), number(1)
+    grad, inp = grad[mine], inp[mine]
+    for i in range(inp.size):
+        grad[i] *= _slope(inp[i], slope, cubic, one)
 
 
 # GELU, forward
@@ -81,11 +97,16 @@ def gelu_backward(dinp, dout, inp, add=True):
 
     dinp, dout, inp: arrays of one shape, any; all float32 or all float64
     and C-contiguous; dinp is added to in place. With add=False it is
-    overwritten and its old contents are not used, so it need not be zeroed.
+    overwritten, and it may be dout itself.
     Raises TypeError or ValueError before it computes anything.
 
     Derived in chapter 7.
     """
     _check("gelu_backward", inp, dinp=dinp, dout=dout)
-    flat = dinp.reshape(-1), dout.reshape(-1), inp.reshape(-1)
-    _gelu_backward(*flat, bool(add))
+    dx, dy, x = dinp.reshape(-1), dout.reshape(-1), inp.reshape(-1)
+    if add:
+        _gelu_backward(dx, dy, x)
+    else:
+        if dinp is not dout:
+            np.copyto(dinp, dout)
+        _gelu_backward_in_place(dx, x)

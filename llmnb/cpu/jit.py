@@ -7,10 +7,14 @@ adds into the rows that were read.
 """
 
 __all__ = [
+    "arguments",
     "cache_folder",
+    "device",
     "inner",
     "kernel",
     "routine",
+    "share",
+    "team",
 ]
 
 
@@ -22,6 +26,7 @@ import sys
 from pathlib import Path
 
 import numba
+from numba.extending import register_jitable
 
 
 # where compiled kernels are kept
@@ -85,7 +90,7 @@ def kernel(function, parallel=True):
     return _compile(numba.njit, function, **options)
 
 
-# the decorator for one thread
+# the decorators for one thread
 def inner(function):
     """Compile a function for the thread that calls it; see `kernel`.
 
@@ -93,10 +98,23 @@ def inner(function):
 
     Derived in chapter 3.
     """
-    return kernel(function, parallel=False)
+    options = {"forceinline": True, "no_cfunc_wrapper": True}
+    return _compile(numba.njit, function, **options)
 
 
-def routine(function, signature):
+def device(function):
+    """Let kernels call a function, which is compiled along with them.
+
+    Quicker to compile than `inner`, and not a compiled function for Python:
+    a call from there runs it as it is written.
+
+    Derived in chapter 3.
+    """
+    options = {"fastmath": FASTMATH, "error_model": "numpy"}
+    return register_jitable(forceinline=True, **options)(function)
+
+
+def routine(function, signature, parallel=False):
     """Compile a function for C, with the same options.
 
     signature: of numba's types. Returns numba's CFunc, whose address is
@@ -104,4 +122,120 @@ def routine(function, signature):
 
     Derived in chapter 3.
     """
-    return _compile(numba.cfunc, function, signature)
+    return _compile(numba.cfunc, function, signature, parallel=parallel)
+
+
+# imports of the team
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+
+# arguments by address
+@intrinsic
+def arguments(typing, address):
+    """The arguments of a team, as a tuple; address: what its thread got.
+
+    For functions that `team` compiles.
+
+    Derived in chapter 3.
+    """
+    kind = address.dtype
+
+    def load(context, builder, signature, args):
+        value = context.unpack_value(builder, kind, args[0])
+        context.nrt.incref(builder, kind, value)  # the caller's, on loan
+        return value
+
+    return kind(address), load
+
+
+# store a tuple, call an address
+@intrinsic
+def _stored(typing, args):
+    def store(context, builder, signature, values):
+        kind = context.get_data_type(args)
+        place = cgutils.alloca_once(builder, kind)
+        context.pack_value(builder, args, values[0], place)
+        return builder.ptrtoint(place, ir.IntType(64))
+
+    return types.int64(args), store
+
+
+@intrinsic
+def _call(typing, code, part, parts, address):
+    n, number = types.int64, ir.IntType(64)
+
+    def call(context, builder, signature, args):
+        kind = ir.FunctionType(ir.VoidType(), [number] * 3)
+        function = builder.inttoptr(args[0], kind.as_pointer())
+        builder.call(function, args[1:])
+        return context.get_dummy_value()
+
+    return types.void(n, n, n, n), call
+
+
+# the one parallel loop
+def _every_part(code, parts, address):
+    for part in numba.prange(parts):
+        _call(code, part, parts, address)
+
+
+@functools.cache
+def _loop():
+    n = types.int64
+    return routine(_every_part, types.void(n, n, n), parallel=True)
+
+
+@inner
+def _begin(loop, code, parts, *args):
+    if parts > 1:
+        _call(loop, code, parts, _stored(args))
+    else:
+        _call(code, 0, 1, _stored(args))
+
+
+# the decorator for teams
+def _kind(x):
+    if isinstance(x, np.ndarray):
+        return x.dtype, x.ndim, x.flags.c_contiguous
+    return type(x)
+
+
+def team(function):
+    """Compile a function that all threads run, each for its share.
+
+    function: takes part, parts and address. It gets its arguments by
+    `arguments(address)` and does part number `part` of `parts` of the work;
+    `share` says which. What is returned here is called from Python with the
+    arguments. Options and cache are those of `kernel`.
+
+    Derived in chapter 3.
+    """
+    made, places = {}, {}
+
+    @functools.wraps(function)
+    def call(*args):
+        kinds = tuple([_kind(x) for x in args])
+        if kinds not in made:
+            address = types.CPointer(numba.typeof(args))
+            signature = types.void(types.int64, types.int64, address)
+            made[kinds] = routine(function, signature)
+            places[kinds] = _loop().address, made[kinds].address
+        _begin(*places[kinds], numba.get_num_threads(), *args)
+
+    call.routines = made
+    return call
+
+
+@device
+def share(size, part, parts):
+    """The slice of range(size) that is part number `part` of `parts`.
+
+    For functions that `team` compiles.
+
+    Derived in chapter 3.
+    """
+    return slice(part * size // parts, (part + 1) * size // parts)

@@ -19,19 +19,21 @@ import numba
 import numpy as np
 
 from llmnb.checks import check_array, check_float
-from llmnb.cpu.jit import kernel
+from llmnb.cpu.jit import arguments, share, team
 
 
 # the forward kernel
 EPS = 1e-5
 
 
-@kernel
-def _layernorm_forward(out, mean, rstd, inp, weight, bias):
+@team
+def _layernorm_forward(part, parts, address):
+    out, mean, rstd, inp, weight, bias = arguments(address)
     rows, C = inp.shape
     number = inp.dtype.type
     zero, one, size, eps = number(0), number(1), number(C), number(EPS)
-    for n in numba.prange(rows):
+    mine = share(rows, part, parts)
+    for n in range(mine.start, mine.stop):
         total = squares = zero
         for i in range(C):
             total += inp[n, i]
@@ -82,12 +84,14 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
 
 
 # the backward kernel
-@kernel
-def _layernorm_backward(dinp, dw, db, dout, inp, weight, mean, rstd):
-    rows, C = inp.shape
-    parts, zero, size = len(dw), inp.dtype.type(0), inp.dtype.type(C)
-    for k in numba.prange(parts):
-        for n in range(k * rows // parts, (k + 1) * rows // parts):
+@team
+def _layernorm_backward(part, parts, address):
+    dinp, dw, db, dout, inp, weight, mean, rstd = arguments(address)
+    (rows, C), number = inp.shape, inp.dtype.type
+    mine, zero, size = share(len(dw), part, parts), number(0), number(C)
+    for k in range(mine.start, mine.stop):
+        some = share(rows, k, len(dw))
+        for n in range(some.start, some.stop):
             mu, r = mean[n], rstd[n]
             a = b = zero
             for i in range(C):
@@ -98,9 +102,10 @@ def _layernorm_backward(dinp, dw, db, dout, inp, weight, mean, rstd):
             b /= size
             for i in range(C):
                 norm = (inp[n, i] - mu) * r
-                dw[k, i] += dout[n, i] * norm
-                db[k, i] += dout[n, i]
                 dinp[n, i] += r * (dout[n, i] * weight[i] - a - norm * b)
+            for i in range(C):
+                dw[k, i] += dout[n, i] * (inp[n, i] - mu) * r
+                db[k, i] += dout[n, i]
 
 
 # layernorm, backward

@@ -17,7 +17,7 @@ import numba
 import numpy as np
 
 from llmnb.checks import check_array, check_float
-from llmnb.cpu.jit import inner, kernel
+from llmnb.cpu.jit import arguments, device, team
 from llmnb.cpu.panels import (
     DEPTH,
     HEIGHT,
@@ -33,7 +33,7 @@ from llmnb.cpu.tile import COLS, ROWS
 
 
 # a strip
-@inner
+@device
 def _multiply_strip(out, start, bias, a, b, strip, steps, code, panels, spare):
     i0, i1, j0, j1, depth = strip
     out_row, row, col, bias_col, a_row, a_col, b_row, b_col = steps
@@ -66,25 +66,25 @@ def _multiply_strip(out, start, bias, a, b, strip, steps, code, panels, spare):
 
 
 # the kernel of all three products
-@kernel
-def _multiply(out, start, bias, a, b, sizes, steps, code, panels, work):
-    rows, cols, depth, parts = sizes
+@team
+def _multiply(part, parts, address):
+    out, start, bias, a, b, sizes, steps, code, panels, work = arguments(
+        address
+    )
+    rows, cols, depth = sizes
     down, across = rows, cols
     if rows > cols:
         down = -(-rows // (parts * ROWS)) * ROWS
     else:
         across = -(-cols // (parts * COLS)) * COLS
-    for t in numba.prange(parts):
-        i = t * down if down < rows else 0
-        j = t * across if across < cols else 0
-        if t == 0 or i + j > 0:
-            last = min(rows, i + down), min(cols, j + across)
-            strip = i, last[0], j, last[1], depth
-            spare = work[t, SPARE:]
-            _multiply_strip(
-                *(out, start, bias, a, b, strip, steps),
-                *(code, panels[t], spare),
-            )
+    i = part * down if down < rows else 0
+    j = part * across if across < cols else 0
+    if part == 0 or i + j > 0:
+        strip = i, min(rows, i + down), j, min(cols, j + across), depth
+        _multiply_strip(
+            *(out, start, bias, a, b, strip, steps),
+            *(code, panels[part], work[part, SPARE:]),
+        )
 
 
 # any product
@@ -97,7 +97,7 @@ def _flat(x):
 def _product(out, a, b, start=None, bias=None, work=None, bf16=False):
     """out = start + bias + a @ b for matrices; the first two may be None."""
     made = scratch(work, bf16, out.dtype)
-    sizes = *out.shape, a.shape[1], numba.get_num_threads()
+    sizes = *out.shape, a.shape[1]
     (a, *a_steps), (b, *b_steps), (out, out_row, _) = map(_flat, (a, b, out))
     start, *start_steps = (out, 0, 0) if start is None else _flat(start)
     steps = out_row, *start_steps, int(bias is not None), *a_steps, *b_steps
@@ -109,10 +109,11 @@ def _product(out, a, b, start=None, bias=None, work=None, bf16=False):
 STRIP = 512
 
 
-@kernel
-def _sum_columns(dbias, dout, add):
+@team
+def _sum_columns(part, parts, address):
+    dbias, dout, add = arguments(address)
     rows, OC = dout.shape
-    for t in numba.prange(-(-OC // STRIP)):
+    for t in range(part, -(-OC // STRIP), parts):
         total = dbias[t * STRIP : (t + 1) * STRIP]
         if not add:
             total[:] = 0

@@ -28,7 +28,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from llmnb.checks import check_array
-from llmnb.cpu.jit import inner, routine
+from llmnb.cpu.jit import device, routine
 from llmnb.cpu.tile import (
     COLS,
     LANES,
@@ -42,7 +42,7 @@ from llmnb.cpu.tile import (
 
 
 # pack what is left over
-@inner
+@device
 def _pack_rest(panels, to, source, at, row, col, rows, depth, first, width):
     per = steps_per_line(panels)
     lines = (depth + per - 1) // per
@@ -61,7 +61,7 @@ def _pack_rest(panels, to, source, at, row, col, rows, depth, first, width):
 
 # pack a block
 def _packing(width):
-    @inner
+    @device
     def pack(panels, to, source, at, row, col, rows, depth):
         per = steps_per_line(panels)
         lines = (depth + per - 1) // per
@@ -90,7 +90,7 @@ _pack_rows, _pack_cols = _packing(ROWS), _packing(COLS)
 
 
 # a tile at the edge
-@inner
+@device
 def _edge_tile(out, at, start, bias, panels, a, b, lines, spare, rows, cols):
     shift = (ROWS + 1) * COLS
     for j in range(cols):
@@ -105,7 +105,7 @@ def _edge_tile(out, at, start, bias, panels, a, b, lines, spare, rows, cols):
 
 
 # all tiles of a block
-@inner
+@device
 def _multiply_panels(out, at, start, bias, panels, a, b, sizes, spare):
     rows, cols, depth = sizes
     o, out_row, s, row, col, c, bias_col = at

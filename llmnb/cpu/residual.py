@@ -16,22 +16,27 @@ __all__ = [
 from itertools import combinations
 
 import numpy as np
-from numba import prange
 
 from llmnb.checks import check_array, check_float
-from llmnb.cpu.jit import kernel
+from llmnb.cpu.jit import arguments, share, team
 
 
 # the kernels
-@kernel
-def _residual_forward(out, inp1, inp2):
-    for i in prange(len(out)):
+@team
+def _residual_forward(part, parts, address):
+    out, inp1, inp2 = arguments(address)
+    mine = share(out.size, part, parts)
+    out, inp1, inp2 = out[mine], inp1[mine], inp2[mine]
+    for i in range(out.size):
         out[i] = inp1[i] + inp2[i]
 
 
-@kernel
-def _residual_backward(dinp1, dinp2, dout):
-    for i in prange(len(dout)):
+@team
+def _residual_backward(part, parts, address):
+    dinp1, dinp2, dout = arguments(address)
+    mine = share(dout.size, part, parts)
+    dinp1, dinp2, dout = dinp1[mine], dinp2[mine], dout[mine]
+    for i in range(dout.size):
         dinp1[i] += dout[i]
         dinp2[i] += dout[i]
 
