@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 
@@ -567,9 +568,10 @@ def _follow_data(work, size):
     """Draw a bar over the bytes read; returns the last `Progress`."""
     from tqdm import tqdm
 
+    first = next(work)  # what is wrong from the beginning gets no bar
     bar = tqdm(total=size, unit="B", unit_scale=True, dynamic_ncols=True)
     with bar:
-        for done in work:
+        for done in chain([first], work):
             bar.update(done.read - bar.n)
             bar.set_postfix(tokens=f"{done.tokens:,}", refresh=False)
     return done

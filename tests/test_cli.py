@@ -1,5 +1,6 @@
 """The command line: what users type, see and get wrong."""
 
+import gzip
 import io
 import json
 import re
@@ -12,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmnb import cli, tokenizer
+from llmnb import cli, shards, tokenizer
 from llmnb.checkpoint import write_folder
 from llmnb.cli import main
 from llmnb.config import GPT2Config
-from llmnb.data import read_shard
+from llmnb.data import read_shard, write_shard
 from llmnb.gpt2 import GPT2
 from llmnb.train import TrainConfig
 
@@ -369,6 +370,57 @@ def test_data_then_train(llmnb, tmp_path):
     assert "260 tokens" in out
 
 
+def test_data_from_json_lines(llmnb, tmp_path):
+    lines = [json.dumps({"body": f"spam and {k} eggs"}) for k in range(300)]
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write("\n".join(lines))
+    ask = ["data", "out", "--corpus", "a.jsonl.gz", "--tokenizer", "byte"]
+    code, _, err = llmnb(*ask)
+    assert code == 1 and "a.jsonl.gz:1: must have a field 'text'" in err
+    sizes = ["--shard-tokens", 1500, "--val-tokens", 2000]
+    code, out, err = llmnb(*ask, "--field", "body", *sizes)
+    assert code == 0 and "300 documents, " in out and "100%" in err
+    names = sorted(x.name for x in (tmp_path / "out").iterdir())
+    assert names[0] == "tokenizer.tiktoken" and names[-1] == "val_000001.bin"
+    assert names[1:3] == ["train_000000.bin", "train_000001.bin"]
+    code, out, _ = llmnb("train", "--shards", "out", *TINY.split())
+    assert code == 0 and "2,000 to validate on" in out
+    code, _, err = llmnb(*ask, "--field", "body", *sizes)
+    assert code == 1 and "out exists and is not empty" in err
+    ask += ["--field", "body", "--shard-tokens", 10**6, "--force"]
+    assert llmnb(*ask)[0] == 0
+    names = sorted(x.name for x in (tmp_path / "out").iterdir())
+    assert names == ["tokenizer.tiktoken", "train.bin", "val.bin"]
+
+
+def test_data_goes_on_and_refuses_other_options(llmnb, tmp_path):
+    (tmp_path / "a.txt").write_text("spam and eggs. " * 900, "utf-8")
+    ask = ["data", "out", "--corpus", "a.txt", "--tokenizer", "byte"]
+    ask += ["--shard-tokens", 5000]
+
+    written = []
+
+    def write_two(path, tokens):
+        if len(written) == 2:
+            raise OSError(28, "No space left on device", str(path))
+        written.append(path)
+        write_shard(path, tokens)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "write_shard", write_two)
+        code, _, err = llmnb(*ask)
+    assert code == 1 and "out/train_000001.bin: No space left" in err
+    names = {x.name for x in (tmp_path / "out").iterdir()}
+    assert {"unfinished.json", "val.bin", "train_000000.bin"} < names
+    code, _, err = llmnb(*ask, "--limit", 99)
+    assert code == 1 and "begun with limit 0, not 99" in err
+    assert llmnb(*ask)[0] == 0
+    ask[1] = "other"
+    assert llmnb(*ask)[0] == 0
+    for path in (tmp_path / "other").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
 # bench and info
 
 
@@ -475,6 +527,8 @@ def test_info(llmnb):
         ("generate x --samples 0", 1, "samples must be at least 1, got 0"),
         ("data", 2, "the following arguments are required: FOLDER"),
         ("data out --vocab-size 3", 1, "3"),
+        ("data out --shard-tokens 0 --tokenizer byte --limit 9", 1, "1, 2147"),
+        ("data out --corpus nothing", 1, "no file called nothing"),
         ("bench --steps 0 --backend reference", 1, "steps must be at least 1"),
         ("bench --threads 0", 1, "threads must be at least 1, got 0"),
         ("bench --config big", 1, "no config 'big': choose from small, 124m"),
@@ -516,7 +570,7 @@ def test_help_explains_every_option(llmnb):
 
 
 def test_every_command_has_help(llmnb):
-    for command in ("train", "generate", "data", "bench", "info"):
+    for command in ("train", "generate", "data", "eval", "bench", "info"):
         code, out, _ = llmnb(command, "--help")
         assert code == 0 and len(out) > 200
         assert f"  {command} " in llmnb("--help")[1]
