@@ -27,12 +27,13 @@ NAMES = {
     "torch-compile": "PyTorch, compiled",
     "torch-bf16": "PyTorch, bfloat16",
     "llm.c": "llm.c",
+    "transformers": "transformers",
 }
 HEAD = """\
 # Results
 
-> How long a training step takes in llmnb, in PyTorch and in llm.c, measured
-> in turns on the same machine.
+> How long a training step takes in llmnb, in PyTorch and in llm.c, and a
+> token in llmnb and in transformers, measured in turns on the same machine.
 
 Every number on this page comes from a file in `book/results/`, which
 `llmnb bench` wrote; each section gives its command. All programs train the
@@ -176,6 +177,52 @@ def section(stem, result):
         yield from start_section(result["start"])
 
 
+def writers_section(result):
+    """The lines about one race of writers."""
+    cfg = result["model"]
+    facts = [x.get("versions", {}) for x in result["writers"].values()]
+    libraries = {k: v for found in facts for k, v in found.items()}
+    named = ", ".join(f"{k} {v}" for k, v in libraries.items())
+    rounds = max(len(x["token_seconds"]) for x in result["writers"].values())
+    same = "the same tokens" if result["same_tokens"] else "other tokens"
+    yield from (f"## Writing: {result['machine']}", "")
+    yield (
+        f"Measured on {result['date']} at commit {result['commit']} with "
+        f"{named}, {result['threads']} threads, the machine's load being "
+        f"{result['load']:.2f} before, by"
+    )
+    yield from ("", f"    {result['command']}", "")
+    yield (
+        f"{cfg['num_layers']} layers, {cfg['channels']} channels, "
+        f"{cfg['vocab_size']:,} tokens in the vocabulary, random weights: a "
+        f"prompt of {result['prompt']} tokens and {result['count']} more, "
+        f"always the likeliest one, with keys and values kept. Medians of "
+        f"{rounds} texts; both programs wrote {same}. "
+        "[Chapter 15](../notebooks/15_cache.ipynb) says what is kept."
+    )
+    yield ""
+    kinds = "first_seconds", "token_seconds"
+    rows = [
+        [name({"name": who})]
+        + [f"{median(row[k]) * 1e3:,.1f}" for k in kinds]
+        + [f"{1 / median(row['token_seconds']):,.1f}"]
+        + [ratio_to(result[f"{k}_ratios"], who) for k in kinds]
+        for who, row in result["writers"].items()
+    ]
+    head = ["", "first token, ms", "later token, ms", "later tokens/s"]
+    head += ["llmnb's first: ratio", "llmnb's later: ratio"]
+    yield from table(head, rows)
+    yield ""
+
+
+def ratio_to(ratios, peer):
+    """The cell of a ratio to a peer; empty for llmnb itself."""
+    for x in ratios:
+        if x["peer"] == peer:
+            return f"{x['ratio']:.2f} ({x['low']:.2f} to {x['high']:.2f})"
+    return ""
+
+
 def steps_figure(result):
     """Bars of milliseconds a step, one panel for each configuration."""
     configs = result["configs"]
@@ -203,15 +250,19 @@ def steps_figure(result):
 def results(book=BOOK):
     """The results by the stem of their file, in the order of the files."""
     paths = sorted((book / "results").glob("*.json"))
-    found = {path.stem: path.read_text("utf-8") for path in paths}
-    return {stem: shares(json.loads(text)) for stem, text in found.items()}
+    found = {path.stem: json.loads(path.read_text("utf-8")) for path in paths}
+    return {
+        stem: result if "writers" in result else shares(result)
+        for stem, result in found.items()
+    }
 
 
 def page(found):
     """The text of results.md."""
     lines = [HEAD]
     for stem, result in found.items():
-        lines += section(stem, result)
+        writing = "writers" in result
+        lines += writers_section(result) if writing else section(stem, result)
     return "\n".join(lines).strip() + "\n"
 
 
@@ -223,7 +274,7 @@ def digest(result):
 def figures(found):
     """Pairs of a figure's file name and the function that draws it."""
     for stem, result in found.items():
-        if result["configs"]:
+        if result.get("configs"):
             yield f"results-{stem}.png", steps_figure, result
             yield f"results-{stem}-layers.png", layers_figure, result
 
