@@ -758,7 +758,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 
-# %% arguments by address tags=["export"] module="cpu.jit"
+# %% arguments by address tags=["exporti"] module="cpu.jit"
 @intrinsic
 def arguments(typing, address):
     """The arguments of a team, as a tuple; address: what its thread got.

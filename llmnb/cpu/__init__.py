@@ -37,7 +37,6 @@ from llmnb.cpu.gelu import (
     gelu_forward,
 )
 from llmnb.cpu.jit import (
-    arguments,
     cache_folder,
     device,
     inner,
@@ -93,7 +92,6 @@ __all__ = [
     "VECTORS",
     "WIDTH",
     "adamw_update",
-    "arguments",
     "attention_backward",
     "attention_forward",
     "cache_attention",

@@ -7,7 +7,6 @@ adds into the rows that were read.
 """
 
 __all__ = [
-    "arguments",
     "cache_folder",
     "device",
     "inner",
