@@ -113,7 +113,7 @@ def compare_runs(logs, window=20):
             _draw(ax, log, name, run, f"C{number % 10}", window)
         ax.set(xlabel="step", ylabel=label)
         if name != "loss":
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
     figure.axes[0].legend(frameon=False)
     return figure
 

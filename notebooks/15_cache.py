@@ -222,11 +222,12 @@ for n in (16, 128, 1024):
 # blocks of `DEPTH` = 384 steps, $S_b$ for the sum over block $b$, bias $\beta$
 # and residual $r$,
 #
-# $$ \text{out} = \bigl(\dots\bigl((S_0 + \beta) + r\bigr) + S_1\bigr) + \dots,
-#    \qquad
-#    S_b = \operatorname{fma}(x_{k}, w_{k}, \dots
-#          \operatorname{fma}(x_1, w_1, \operatorname{fma}(x_0, w_0, 0))) .
-#    \tag{15.5} $$
+# $$ \begin{aligned}
+#    \text{out} &= \bigl(\dots\bigl((S_0 + \beta) + r\bigr) + S_1\bigr)
+#                  + \dots, \\
+#    S_b &= \operatorname{fma}(x_{k}, w_{k}, \dots
+#           \operatorname{fma}(x_1, w_1, \operatorname{fma}(x_0, w_0, 0))) .
+#    \end{aligned} \tag{15.5} $$
 #
 # No thread and no tile has a part in (15.5): a number does not depend on where
 # its row lies, on how many rows there are, or on who computes it. So a product
@@ -1180,8 +1181,8 @@ plt.show()
 # %% [markdown]
 # *Figure 15.2. The time of the next token against the length of the text, on
 # logarithmic axes. Recomputed it grows with the length, as soon as there are
-# more rows than memory leaves time for. Cached it stays near the time of
-# reading the weights once, the dashed line.*
+# more rows than memory leaves time for. Cached it hardly grows, and stays
+# within some two times of reading the weights once, the dashed line.*
 #
 # How does that compare? [Chapter 19](19_benchmark.ipynb) races the decoder
 # against `generate` of Hugging Face's transformers, which keeps keys and
