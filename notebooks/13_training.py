@@ -492,8 +492,8 @@ def make_encoding(config, documents):
     """The tokenizer that a TrainConfig names, trained if it is "bpe".
 
     documents: an iterable of str, of which the first `TOKENIZER_TEXT`
-    characters are learnt from. Raises ValueError, OSError or RuntimeError, in one
-    sentence.
+    characters are learnt from. Raises ValueError, OSError or RuntimeError,
+    in one sentence.
 
     Derived in chapter 13.
     """
