@@ -47,10 +47,11 @@ from llmnb.verify import verdict
 # %% [markdown]
 # ## Watch a run
 #
-# A run writes a row of numbers a step into `log.csv`, and each row is on
-# disk before the next step begins. So a run can be watched while it goes on,
-# and read after it has died. The last row may be half a row, when the power
-# failed while it was written: a row without its line's end is left out.
+# A run writes a row of numbers a step into `log.csv`, and hands each row to
+# the system before the next step begins. So a run can be watched while it goes
+# on, and read after its process has died. The last row may be half a row, when
+# the process was killed while it wrote: a row without its line's end is left
+# out.
 
 # %% imports of the watcher tags=["export"] module="watch"
 import csv
