@@ -1,0 +1,59 @@
+# Written by `make export` from notebooks/*.py: edit that file.
+
+"""The cuda backend."""
+
+from llmnb.cuda.launch import (
+    DeviceArray,
+    Kernel,
+    device,
+    empty,
+    kernel,
+    missing,
+    stream,
+    to_device,
+    to_host,
+)
+from llmnb.cuda.ptx import (
+    Compiled,
+    compile_kernel,
+    no_compiler,
+)
+from llmnb.cuda.simulator import (
+    Seen,
+    cuda,
+    load4,
+    simulate,
+    store4,
+    watch,
+)
+from llmnb.cuda.warp import (
+    block_max,
+    block_sum,
+    warp_max,
+    warp_sum,
+)
+
+__all__ = [
+    "Compiled",
+    "DeviceArray",
+    "Kernel",
+    "Seen",
+    "block_max",
+    "block_sum",
+    "compile_kernel",
+    "cuda",
+    "device",
+    "empty",
+    "kernel",
+    "load4",
+    "missing",
+    "no_compiler",
+    "simulate",
+    "store4",
+    "stream",
+    "to_device",
+    "to_host",
+    "warp_max",
+    "warp_sum",
+    "watch",
+]

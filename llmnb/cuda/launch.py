@@ -1,0 +1,321 @@
+# Written by `make export` from notebooks/04_gpu.py: edit that file.
+
+"""Run a thousand threads at once.
+
+A graphics processor runs one short function in thousands of threads; a
+simulator of it in Python finds the races that hardware hides.
+"""
+
+__all__ = [
+    "DeviceArray",
+    "Kernel",
+    "device",
+    "empty",
+    "kernel",
+    "missing",
+    "stream",
+    "to_device",
+    "to_host",
+]
+
+
+# imports of the launch
+import functools
+import importlib.util
+import os
+import types
+from contextlib import contextmanager
+
+import numpy as np
+
+from llmnb.cuda.simulator import cuda, load4, record, simulate, store4
+
+
+# is there a GPU
+@functools.cache
+def missing():
+    """Why kernels run on the simulator; empty where they run on a GPU.
+
+    LLMNB_CUDA=simulator chooses the simulator even where there is a GPU.
+
+    Derived in chapter 4.
+    """
+    if os.environ.get("LLMNB_CUDA") == "simulator":
+        return "LLMNB_CUDA asks for the simulator"
+    if importlib.util.find_spec("numba_cuda") is None:
+        return "numba-cuda is not installed: pip install 'llmnb[cuda]'"
+    from numba import cuda as real
+
+    if not real.is_available():
+        return "numba-cuda finds no NVIDIA GPU with a driver"
+    return ""
+
+
+# arrays on the device
+class DeviceArray:
+    """A simulated GPU's array: only kernels and copies reach its elements.
+
+    It answers to what llmnb uses of numba's device arrays, and to no more,
+    so that code written for it runs on a GPU. array: C-contiguous.
+
+    Derived in chapter 4.
+    """
+
+    def __init__(self, array):
+        self._array = array
+        self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
+        self.size, self.nbytes = array.size, array.nbytes
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, index):
+        return DeviceArray(self._array[index])
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self._array, dtype)
+
+    def is_c_contiguous(self):
+        """Whether the elements lie one after the other."""
+        return self._array.flags.c_contiguous
+
+    def view(self, dtype):
+        """The same bytes as elements of another type."""
+        return DeviceArray(self._array.view(dtype))
+
+    def reshape(self, *shape):
+        """The same elements in another shape."""
+        return DeviceArray(self._array.reshape(*shape))
+
+    def copy_to_host(self, ary=None, stream=0):
+        """A NumPy array of the elements; ary, if given, receives them."""
+        if ary is None:
+            return self._array.copy()
+        ary[...] = self._array
+        return ary
+
+    def copy_to_device(self, ary, stream=0):
+        """Overwrite the elements with those of `ary`."""
+        self._array[...] = np.asarray(ary)
+
+
+# to the device and back
+def to_device(array):
+    """A copy of a NumPy array on the GPU, or on the simulated one.
+
+    Derived in chapter 4.
+    """
+    array = np.ascontiguousarray(array)
+    if missing():
+        return DeviceArray(_aligned(array))
+    from numba import cuda as real
+
+    return real.to_device(array)
+
+
+def empty(shape, dtype=np.float32):
+    """An array on the device that nobody has written to yet.
+
+    On the simulator it is full of NaN, or of a senseless integer.
+
+    Derived in chapter 4.
+    """
+    if missing():
+        dtype = np.dtype(dtype)
+        poison = np.nan if dtype.kind == "f" else np.iinfo(dtype).max - 77
+        return DeviceArray(_aligned(np.full(shape, poison, dtype)))
+    from numba import cuda as real
+
+    return real.device_array(shape, dtype)
+
+
+def to_host(array):
+    """A copy of a device's array as a NumPy array.
+
+    Waits for the kernels that were launched before.
+
+    Derived in chapter 4.
+    """
+    return array.copy_to_host()
+
+
+# aligned as a GPU's memory is
+ALIGN = 256  # bytes: every allocation on a GPU begins at a multiple
+
+
+def _aligned(array):
+    block = np.empty(array.nbytes + ALIGN, np.uint8)
+    skip = -block.ctypes.data % ALIGN
+    there = block[skip : skip + array.nbytes].view(array.dtype)
+    there = there.reshape(array.shape)
+    there[...] = array
+    return there
+
+
+# what stands for a name on a GPU
+@functools.cache
+def _real_names():
+    """numba's own objects for the simulator's, by id."""
+    from llvmlite import ir
+    from numba import cuda as real
+    from numba.core import types as nb
+    from numba.cuda.extending import intrinsic
+
+    def place(context, builder, signature, args):
+        data = context.make_array(signature.args[0])
+        first = builder.gep(data(context, builder, args[0]).data, [args[1]])
+        four = ir.VectorType(ir.FloatType(), 4)
+        return builder.bitcast(first, four.as_pointer()), four
+
+    @intrinsic
+    def load(typing, array, i):
+        def generate(context, builder, signature, args):
+            pointer, _ = place(context, builder, signature, args)
+            vector = builder.load(pointer, align=16)
+            number = ir.IntType(32)
+            parts = [
+                builder.extract_element(vector, number(k)) for k in range(4)
+            ]
+            kind = signature.return_type
+            return context.make_tuple(builder, kind, parts)
+
+        return nb.UniTuple(nb.float32, 4)(array, nb.intp), generate
+
+    @intrinsic
+    def store(typing, array, i, a, b, c, d):
+        def generate(context, builder, signature, args):
+            pointer, four = place(context, builder, signature, args)
+            vector, number = four(ir.Undefined), ir.IntType(32)
+            for k in range(4):
+                part, at = args[2 + k], number(k)
+                vector = builder.insert_element(vector, part, at)
+            builder.store(vector, pointer, align=16)
+            return context.get_dummy_value()
+
+        f = nb.float32
+        return nb.void(array, nb.intp, f, f, f, f), generate
+
+    return {id(cuda): real, id(load4): load, id(store4): store}
+
+
+# the same function for numba
+def _real_function(function):
+    """A copy of a function in which names mean what they do on a GPU."""
+    names, codes = set(), [function.__code__]
+    for code in codes:
+        names.update(code.co_names)
+        codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    known = function.__globals__
+    swapped = {n: _real(known[n]) for n in names & set(known)}
+    cells = [x.cell_contents for x in function.__closure__ or ()]
+    return types.FunctionType(
+        function.__code__,
+        known | swapped,
+        function.__name__,
+        function.__defaults__,
+        tuple(types.CellType(_real(x)) for x in cells) or None,
+    )
+
+
+@functools.cache
+def _real_device(function):
+    from numba.cuda.extending import register_jitable
+
+    return register_jitable(_real_function(function))
+
+
+def _real(value):
+    if getattr(value, "on_device", False):
+        return _real_device(value)
+    return _real_names().get(id(value), value)
+
+
+# the stream
+_current = types.SimpleNamespace(stream=0)
+
+
+def _kinds(args):
+    """(dtype, ndim) of each argument of a launch; ndim 0 is a number."""
+    kinds = []
+    for x in args:
+        whole = "int64" if isinstance(x, int) else None
+        kinds.append((whole or x.dtype.name, getattr(x, "ndim", 0)))
+    return tuple(kinds)
+
+
+# a launch
+class Kernel:
+    """A function that every thread of a grid runs: kernel[grid, block](...).
+
+    On a device's arrays it runs there, in the current stream; on those of
+    the simulated GPU it is simulated. A call returns nothing. Raises
+    TypeError for a number that is no int and no NumPy number: a Python float
+    would be computed with in float64.
+
+    Derived in chapter 4.
+    """
+
+    def __init__(self, function, **options):
+        self.function, self.options, self._made = function, options, None
+        functools.update_wrapper(self, function)
+
+    def __getitem__(self, size):
+        grid, block = size
+        return functools.partial(self._launch, grid, block)
+
+    def _launch(self, grid, block, *args):
+        for x in args:
+            if isinstance(x, float) and not isinstance(x, np.floating):
+                raise TypeError(
+                    f"{self.__name__}: pass np.float32(...), not a float"
+                )
+        if any(isinstance(x, DeviceArray) for x in args):
+            record((self, grid, block, _kinds(args)))
+            plain = [x._array if isinstance(x, DeviceArray) else x for x in args]
+            simulate(self.function, grid, block, plain)
+        else:
+            self.compiled()[grid, block, _current.stream](*args)
+
+    def compiled(self):
+        """The kernel as numba compiles it; needs numba-cuda, and no GPU."""
+        if self._made is None:
+            from numba import cuda as real
+
+            self._made = real.jit(_real_function(self.function), **self.options)
+        return self._made
+
+
+# decorators
+def kernel(function=None, **options):
+    """Make a Kernel of a function; options are numba's, such as
+    max_registers. `fastmath` is on: sums and products may be contracted.
+
+    Derived in chapter 4.
+    """
+    options = {"fastmath": True} | options
+    if function is None:
+        return functools.partial(kernel, **options)
+    return Kernel(function, **options)
+
+
+def device(function):
+    """Let kernels call a function; it is compiled along with them.
+
+    Derived in chapter 4.
+    """
+    function.on_device = True
+    return function
+
+
+# streams
+@contextmanager
+def stream(handle):
+    """Launch on this stream of numba's what is launched inside.
+
+    Derived in chapter 4.
+    """
+    before, _current.stream = _current.stream, handle
+    try:
+        yield handle
+    finally:
+        _current.stream = before

@@ -1,0 +1,1077 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     module: cuda.simulator
+# ---
+
+# %% [markdown]
+# # Run a thousand threads at once
+#
+# > A graphics processor runs one short function in thousands of threads;
+# > a simulator of it in Python finds the races that hardware hides.
+
+# %% imports of the simulator tags=["export"]
+import functools
+import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+
+# %% where a thread stands tags=["exporti"]
+WARP = 32  # threads that a processor moves together
+FULL = 0xFFFFFFFF  # a mask that names all of them
+
+
+class _Three(NamedTuple):
+    x: int = 1
+    y: int = 1
+    z: int = 1
+
+
+def _three(size):
+    return _Three(*(size if isinstance(size, tuple) else (size,)))
+
+
+# %% what a thread runs in tags=["exporti"]
+@functools.cache
+def _greenlet():
+    try:
+        from greenlet import greenlet
+    except ImportError:
+        raise ImportError(
+            "the simulated GPU needs the package greenlet: "
+            "pip install 'llmnb[simulator]'"
+        ) from None
+    return greenlet
+
+
+# %% one thread tags=["exporti"]
+class _Lane:
+    """A thread: its place, and what it waits for."""
+
+    __slots__ = ("thread", "number", "block", "fiber", "waits", "value")
+    __slots__ += ("values", "block_era", "warp_era", "counts")
+
+    def __init__(self, block, number, thread, fiber):
+        self.thread, self.number, self.block = thread, number, block
+        self.fiber, self.waits, self.value = fiber, None, None
+        self.values, self.block_era, self.warp_era = None, 0, 0
+        self.counts = {} if block.seen else None
+
+
+class _Block:
+    """A block of threads, all about to run `body`, and their memory."""
+
+    def __init__(self, index, shape, grid, seen, body):
+        self.index, self.shape, self.grid = index, shape, grid
+        self.seen, self.shared, self.log = seen, {}, {}
+        fiber = _greenlet()
+        self.lanes = [
+            _Lane(self, n, thread, fiber(body))
+            for n, thread in enumerate(_threads(shape))
+        ]
+
+
+@functools.cache
+def _threads(shape):
+    """The places of a block's threads: x runs fastest."""
+    x, y, z = map(range, shape)
+    return [_Three(i, j, k) for k in z for j in y for i in x]
+
+
+# the lane that runs, and what watches it
+_now = SimpleNamespace(lane=None, seen=None)
+
+
+# %% run a block tags=["exporti"]
+def _run_block(block):
+    """Run every lane to its next barrier, in turns, until all are done."""
+    live = block.lanes
+    while live:
+        for lane in live:
+            if lane.waits is None:
+                _now.lane = lane
+                lane.fiber.switch()
+        live = [lane for lane in live if not lane.fiber.dead]
+        _release(block, live)
+
+
+# %% barriers tags=["exporti"]
+def _release(block, live):
+    """Let lanes go on whose barrier is complete; raise when none is."""
+    if not live:
+        return
+    size, free = len(block.lanes), False
+    if all(lane.waits == "block" for lane in live) and len(live) == size:
+        for lane in live:
+            lane.waits, lane.block_era = None, lane.block_era + 1
+        free = True
+    for start in range(0, size, WARP):
+        warp = block.lanes[start : start + WARP]
+        if all(x.waits == "warp" for x in warp) and not warp[0].fiber.dead:
+            values = [x.value for x in warp]
+            for x in warp:
+                x.waits, x.values, x.warp_era = None, values, x.warp_era + 1
+            free = True
+    if not free:
+        raise BarrierError(_stuck(block, live))
+
+
+class BarrierError(RuntimeError):
+    """Some threads wait at a barrier that others never reach.
+
+    Derived in chapter 4.
+    """
+
+
+def _stuck(block, live):
+    """Say who waits where: the text of a BarrierError."""
+    count = {"block": 0, "warp": 0}
+    for lane in live:
+        count[lane.waits] += 1
+    return (
+        f"block {tuple(block.index)} stands still: {count['block']} of "
+        f"{len(block.lanes)} threads wait for the block, {count['warp']} "
+        f"for their warp, {len(block.lanes) - len(live)} have ended"
+    )
+
+
+def _wait(what):
+    lane = _now.lane
+    lane.waits = what
+    lane.fiber.parent.switch()
+
+
+# %% exchange in a warp tags=["exporti"]
+def _exchange(mask, value):
+    """Hand in a value; return those of all 32 lanes and one's own place."""
+    lane = _now.lane
+    if mask != FULL or len(lane.block.lanes) % WARP:
+        raise ValueError(
+            "the simulator knows the mask 0xFFFFFFFF alone, and blocks of "
+            f"whole warps: got {mask:#x} and {len(lane.block.lanes)} threads"
+        )
+    if lane.block.seen is not None:
+        lane.block.seen.exchanges += 1
+    lane.value = value
+    _wait("warp")
+    return lane.values, lane.number % WARP
+
+
+# %% memory of a block and of a thread tags=["exporti"]
+def _poisoned(shape, dtype):
+    """An array of what memory holds before anyone writes: nothing good."""
+    dtype = np.dtype(getattr(dtype, "name", dtype))
+    poison = np.nan if dtype.kind == "f" else np.iinfo(dtype).min + 77
+    return np.full(shape, poison, dtype)
+
+
+class _Shared:
+    """cuda.shared: one array for each place in the code that asks."""
+
+    def array(self, shape, dtype):
+        block, frame = _now.lane.block, sys._getframe(1)
+        key = frame.f_code, frame.f_lasti
+        if key not in block.shared:
+            memory = _poisoned(shape, dtype)
+            if block.seen is not None:
+                memory = _Watched(memory, "shared", block.seen, block.log)
+            block.shared[key] = memory
+        return block.shared[key]
+
+
+class _Local:
+    """cuda.local: memory of one thread, in registers where that is small."""
+
+    def array(self, shape, dtype):
+        return _poisoned(shape, dtype)
+
+
+# %% atomics tags=["exporti"]
+class _Atomic:
+    """cuda.atomic: read, change and write with nobody in between."""
+
+    def add(self, array, index, value):
+        return self._change(array, index, lambda old: old + value)
+
+    def max(self, array, index, value):
+        return self._change(array, index, lambda old: max(old, value))
+
+    def _change(self, array, index, function):
+        if isinstance(array, _Watched):
+            array.seen.atomics += 1
+            place = array._place(index)
+            array.note(place, array.itemsize, True, atomic=True)
+            array = array.array
+        old = array[index]
+        array[index] = function(old)
+        return old
+
+
+# %% what kernels call cuda tags=["exporti"]
+class _Cuda:
+    """What kernels know as `cuda`, answered for the lane that runs."""
+
+    shared, local, atomic = _Shared(), _Local(), _Atomic()
+    threadIdx = property(lambda self: _now.lane.thread)
+    blockIdx = property(lambda self: _now.lane.block.index)
+    blockDim = property(lambda self: _now.lane.block.shape)
+    gridDim = property(lambda self: _now.lane.block.grid)
+    laneid = property(lambda self: _now.lane.number % WARP)
+
+    def grid(self, ndim):
+        at, of, n = self.blockIdx, self.blockDim, self.threadIdx
+        places = [a * b + c for a, b, c in zip(at, of, n, strict=True)]
+        return places[0] if ndim == 1 else tuple(places[:ndim])
+
+    def gridsize(self, ndim):
+        pairs = zip(self.gridDim, self.blockDim, strict=True)
+        sizes = [a * b for a, b in pairs]
+        return sizes[0] if ndim == 1 else tuple(sizes[:ndim])
+
+    def syncthreads(self):
+        if _now.seen is not None:
+            _now.seen.barriers += 1
+        _wait("block")
+
+    def syncwarp(self, mask=FULL):
+        _exchange(mask, None)
+
+    def shfl_sync(self, mask, value, source):
+        values, _ = _exchange(mask, value)
+        return values[source % WARP]
+
+    def shfl_xor_sync(self, mask, value, bits):
+        values, lane = _exchange(mask, value)
+        return values[lane ^ bits]
+
+    def shfl_down_sync(self, mask, value, delta):
+        values, lane = _exchange(mask, value)
+        return values[lane + delta] if lane + delta < WARP else value
+
+    def shfl_up_sync(self, mask, value, delta):
+        values, lane = _exchange(mask, value)
+        return values[lane - delta] if lane >= delta else value
+
+    def ballot_sync(self, mask, predicate):
+        values, _ = _exchange(mask, bool(predicate))
+        return sum(1 << i for i, v in enumerate(values) if v)
+
+    def any_sync(self, mask, predicate):
+        return any(_exchange(mask, bool(predicate))[0])
+
+    def all_sync(self, mask, predicate):
+        return all(_exchange(mask, bool(predicate))[0])
+
+    def fma(self, a, b, c):
+        return type(a)(np.float64(a) * np.float64(b) + np.float64(c))
+
+
+# %% the object tags=["export"]
+cuda = _Cuda()
+
+
+# %% vectors of four tags=["export"]
+def load4(array, i):
+    """Elements i to i + 3 of a flat view of `array`, in one access.
+
+    array: float32, C-contiguous, any shape; its element i must begin at a
+    multiple of 16 bytes. Returns four numbers.
+
+    Derived in chapter 4.
+    """
+    if isinstance(array, _Watched):
+        array.note(array.vector(i), 16, False)
+        array = array.array
+    a, b, c, d = array.reshape(-1)[i : i + 4]
+    return a, b, c, d
+
+
+def store4(array, i, a, b, c, d):
+    """Write elements i to i + 3 of a flat view of `array`, in one access.
+
+    As `load4`, the other way.
+
+    Derived in chapter 4.
+    """
+    if isinstance(array, _Watched):
+        array.note(array.vector(i), 16, True)
+        array = array.array
+    array.reshape(-1)[i : i + 4] = a, b, c, d
+
+
+# %% an array under watch tags=["exporti"]
+class _Watched:
+    """An array that reports each access to a Seen, and checks it first."""
+
+    def __init__(self, array, name, seen, log):
+        self.array, self.name, self.seen, self.log = array, name, seen, log
+        self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
+        self.size, self.itemsize = array.size, array.itemsize
+        self.start = array.ctypes.data
+
+    def __len__(self):
+        return self.shape[0]
+
+    def _place(self, index):
+        """The address of an element; raise where there is none."""
+        index = index if isinstance(index, tuple) else (index,)
+        address = self.start
+        for i, n, stride in zip(
+            index, self.shape, self.array.strides, strict=True
+        ):
+            if not 0 <= i < n:
+                raise IndexError(
+                    f"{self.name}[{', '.join(map(str, index))}] lies outside "
+                    f"its shape {self.shape}"
+                )
+            address += int(i) * stride
+        return address
+
+    def vector(self, i):
+        """The address of four elements from i on."""
+        if not 0 <= i <= self.size - 4:
+            raise IndexError(
+                f"{self.name}: elements {i} to {i + 3} of {self.size}"
+            )
+        address = self.start + int(i) * self.itemsize
+        if address % 16:
+            raise ValueError(
+                f"{self.name}: element {i} is not at a multiple of 16 bytes"
+            )
+        return address
+
+    def note(self, address, nbytes, write, atomic=False):
+        offset = (address - self.start) // self.itemsize
+        if not atomic:
+            self.seen.count(self.name == "shared", address, nbytes, write)
+        for i in range(nbytes // self.itemsize):
+            where = address + i * self.itemsize
+            clash = _clash(self.log, where, write, atomic)
+            if clash:
+                self.seen.race(self.name, offset + i, clash, write)
+
+    def __getitem__(self, index):
+        self.note(self._place(index), self.itemsize, False)
+        return self.array[index]
+
+    def __setitem__(self, index, value):
+        self.note(self._place(index), self.itemsize, True)
+        self.array[index] = value
+
+
+# %% races tags=["exporti"]
+class _Access(NamedTuple):
+    lane: _Lane
+    block_era: int
+    warp_era: int
+    atomic: bool
+
+
+def _ordered(before, lane):
+    """Whether a barrier stands between an access and this lane's next."""
+    other = before.lane
+    if other is lane:
+        return True
+    if other.block is not lane.block:
+        return False
+    if before.block_era < lane.block_era:
+        return True
+    same_warp = other.number // WARP == lane.number // WARP
+    return same_warp and before.warp_era < lane.warp_era
+
+
+def _clash(log, address, write, atomic):
+    """An earlier access that nothing orders before this one, or None.
+
+    Two reads never clash, nor do two atomics. A lane is kept once.
+    """
+    lane = _now.lane
+    written, reads = log.setdefault(address, (None, {}))
+    now = _Access(lane, lane.block_era, lane.warp_era, atomic)
+    found = None
+    if written and not (atomic and written.atomic):
+        found = None if _ordered(written, lane) else written
+    if write:
+        for read in reads.values():
+            if not (_ordered(read, lane) or (atomic and read.atomic)):
+                found = read
+        log[address] = now, {}
+    else:
+        reads[lane] = now
+    return found
+
+
+class RaceError(RuntimeError):
+    """Two threads touch one element, one writes, and nothing orders them.
+
+    Derived in chapter 4.
+    """
+
+
+# %% what was seen tags=["export"]
+class Seen:
+    """What `watch` counted while simulated kernels ran.
+
+    threads: how many ran. reads, writes: accesses to global memory by
+    single threads; read_bytes, written_bytes: their bytes. requests: such
+    accesses by whole warps; sectors: the pieces of 32 bytes that these
+    touched, each moved whole. shared_requests, shared_passes: accesses of
+    whole warps to shared memory, and the passes they took: more than one
+    where lanes want different words of one bank. barriers, exchanges,
+    atomics: calls by single threads. launches: (kernel, grid, block,
+    arguments' types) of each launch.
+
+    Derived in chapter 4.
+    """
+
+    def __init__(self, races=True):
+        self.threads = self.reads = self.writes = 0
+        self.read_bytes = self.written_bytes = 0
+        self.barriers = self.exchanges = self.atomics = 0
+        self.launches, self._races, self._groups = [], races, {}
+
+    def count(self, shared, address, nbytes, write):
+        """Count one access of the lane that runs, and its warp's request."""
+        lane, frame = _now.lane, sys._getframe(3)
+        key = frame.f_code, frame.f_lasti
+        n = lane.counts[key] = lane.counts.get(key, 0) + 1
+        warp = lane.block, lane.number // WARP
+        group = (shared, nbytes, write, key, n, warp)
+        self._groups.setdefault(group, []).append(address)
+        if shared:
+            return
+        if write:
+            self.writes += 1
+            self.written_bytes += nbytes
+        else:
+            self.reads += 1
+            self.read_bytes += nbytes
+
+    def race(self, name, element, before, write):
+        """Raise a RaceError, unless races are only to be counted."""
+        if not self._races:
+            return
+        one, two = before.lane, _now.lane
+        raise RaceError(
+            f"{name}, element {element}: thread {two.number} of block "
+            f"{two.block.index[0]} {'writes' if write else 'reads'} it, and "
+            f"nothing orders that after the access by thread {one.number} "
+            f"of block {one.block.index[0]}"
+        )
+
+    @property
+    def requests(self):
+        return sum(not group[0] for group in self._groups)
+
+    @property
+    def sectors(self):
+        return sum(
+            len({a // 32 for a in places})
+            for group, places in self._groups.items()
+            if not group[0]
+        )
+
+    @property
+    def shared_requests(self):
+        return sum(group[0] for group in self._groups)
+
+    @property
+    def shared_passes(self):
+        return sum(
+            _passes(places, group[1])
+            for group, places in self._groups.items()
+            if group[0]
+        )
+
+
+# %% banks tags=["exporti"]
+def _passes(places, nbytes):
+    """Passes that one request of a warp takes in shared memory.
+
+    Its 32 banks give one word of four bytes each in a pass; a request for
+    16 bytes a lane is served eight lanes at a time.
+    """
+    together = WARP * 4 // max(nbytes, 4)
+    total = 0
+    for start in range(0, len(places), together):
+        words = {
+            a // 4 + i
+            for a in places[start : start + together]
+            for i in range(max(nbytes // 4, 1))
+        }
+        banks = [w % WARP for w in words]
+        total += max(banks.count(b) for b in set(banks))
+    return total
+
+
+# %% watch tags=["export"]
+@contextmanager
+def watch(races=True):
+    """Check and count what simulated kernels do; yields a Seen.
+
+    Every element that a kernel touches must lie inside its array, and no
+    two threads may touch one element, one of them writing, with no barrier
+    between: IndexError, ValueError and RaceError tell. Some twenty times
+    slower than without. races: False lets races pass.
+
+    Derived in chapter 4.
+    """
+    before, _now.seen = _now.seen, Seen(races)
+    try:
+        yield _now.seen
+    finally:
+        _now.seen = before
+
+
+# %% note a launch tags=["exporti"]
+def record(launch):
+    """Add to the launches of the Seen that watches, if any does."""
+    if _now.seen is not None:
+        _now.seen.launches.append(launch)
+
+
+# %% simulate a launch tags=["export"]
+def simulate(function, grid, block, args):
+    """Run a kernel's function in every thread of a grid, one at a time.
+
+    grid, block: blocks in the grid and threads in a block, an int or a
+    tuple of up to three. args: NumPy arrays, which the kernel may write,
+    and NumPy or Python numbers. Raises BarrierError, and whatever the
+    function raises, with the thread that raised it.
+
+    Derived in chapter 4.
+    """
+    grid, shape, seen, log = _three(grid), _three(block), _now.seen, {}
+    if seen is not None:
+        names = function.__code__.co_varnames
+        args = [
+            _Watched(a, name, seen, log) if isinstance(a, np.ndarray) else a
+            for a, name in zip(args, names, strict=False)
+        ]
+    places, body = np.ndindex(grid[::-1]), functools.partial(function, *args)
+    outside = _now.lane
+    try:
+        for z, y, x in places:
+            block = _Block(_Three(x, y, z), shape, grid, seen, body)
+            if seen is not None:
+                seen.threads += len(block.lanes)
+            _run_block(block)
+    except Exception as error:
+        lane = _now.lane
+        error.add_note(
+            f"in {function.__name__}, thread {tuple(lane.thread)} of block "
+            f"{tuple(lane.block.index)}"
+        )
+        raise
+    finally:
+        _now.lane = outside
+
+
+# %% imports of the launch tags=["export"] module="cuda.launch"
+import functools
+import importlib.util
+import os
+import types
+from contextlib import contextmanager
+
+import numpy as np
+
+from llmnb.cuda.simulator import cuda, load4, record, simulate, store4
+
+
+# %% is there a GPU tags=["export"] module="cuda.launch"
+@functools.cache
+def missing():
+    """Why kernels run on the simulator; empty where they run on a GPU.
+
+    LLMNB_CUDA=simulator chooses the simulator even where there is a GPU.
+
+    Derived in chapter 4.
+    """
+    if os.environ.get("LLMNB_CUDA") == "simulator":
+        return "LLMNB_CUDA asks for the simulator"
+    if importlib.util.find_spec("numba_cuda") is None:
+        return "numba-cuda is not installed: pip install 'llmnb[cuda]'"
+    from numba import cuda as real
+
+    if not real.is_available():
+        return "numba-cuda finds no NVIDIA GPU with a driver"
+    return ""
+
+
+# %% arrays on the device tags=["export"] module="cuda.launch"
+class DeviceArray:
+    """A simulated GPU's array: only kernels and copies reach its elements.
+
+    It answers to what llmnb uses of numba's device arrays, and to no more,
+    so that code written for it runs on a GPU. array: C-contiguous.
+
+    Derived in chapter 4.
+    """
+
+    def __init__(self, array):
+        self._array = array
+        self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
+        self.size, self.nbytes = array.size, array.nbytes
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, index):
+        return DeviceArray(self._array[index])
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self._array, dtype)
+
+    def is_c_contiguous(self):
+        """Whether the elements lie one after the other."""
+        return self._array.flags.c_contiguous
+
+    def view(self, dtype):
+        """The same bytes as elements of another type."""
+        return DeviceArray(self._array.view(dtype))
+
+    def reshape(self, *shape):
+        """The same elements in another shape."""
+        return DeviceArray(self._array.reshape(*shape))
+
+    def copy_to_host(self, ary=None, stream=0):
+        """A NumPy array of the elements; ary, if given, receives them."""
+        if ary is None:
+            return self._array.copy()
+        ary[...] = self._array
+        return ary
+
+    def copy_to_device(self, ary, stream=0):
+        """Overwrite the elements with those of `ary`."""
+        self._array[...] = np.asarray(ary)
+
+
+# %% to the device and back tags=["export"] module="cuda.launch"
+def to_device(array):
+    """A copy of a NumPy array on the GPU, or on the simulated one.
+
+    Derived in chapter 4.
+    """
+    array = np.ascontiguousarray(array)
+    if missing():
+        return DeviceArray(_aligned(array))
+    from numba import cuda as real
+
+    return real.to_device(array)
+
+
+def empty(shape, dtype=np.float32):
+    """An array on the device that nobody has written to yet.
+
+    On the simulator it is full of NaN, or of a senseless integer.
+
+    Derived in chapter 4.
+    """
+    if missing():
+        dtype = np.dtype(dtype)
+        poison = np.nan if dtype.kind == "f" else np.iinfo(dtype).max - 77
+        return DeviceArray(_aligned(np.full(shape, poison, dtype)))
+    from numba import cuda as real
+
+    return real.device_array(shape, dtype)
+
+
+def to_host(array):
+    """A copy of a device's array as a NumPy array.
+
+    Waits for the kernels that were launched before.
+
+    Derived in chapter 4.
+    """
+    return array.copy_to_host()
+
+
+# %% aligned as a GPU's memory is tags=["exporti"] module="cuda.launch"
+ALIGN = 256  # bytes: every allocation on a GPU begins at a multiple
+
+
+def _aligned(array):
+    block = np.empty(array.nbytes + ALIGN, np.uint8)
+    skip = -block.ctypes.data % ALIGN
+    there = block[skip : skip + array.nbytes].view(array.dtype)
+    there = there.reshape(array.shape)
+    there[...] = array
+    return there
+
+
+# %% what stands for a name on a GPU tags=["exporti"] module="cuda.launch"
+@functools.cache
+def _real_names():
+    """numba's own objects for the simulator's, by id."""
+    from llvmlite import ir
+    from numba import cuda as real
+    from numba.core import types as nb
+    from numba.cuda.extending import intrinsic
+
+    def place(context, builder, signature, args):
+        data = context.make_array(signature.args[0])
+        first = builder.gep(data(context, builder, args[0]).data, [args[1]])
+        four = ir.VectorType(ir.FloatType(), 4)
+        return builder.bitcast(first, four.as_pointer()), four
+
+    @intrinsic
+    def load(typing, array, i):
+        def generate(context, builder, signature, args):
+            pointer, _ = place(context, builder, signature, args)
+            vector = builder.load(pointer, align=16)
+            number = ir.IntType(32)
+            parts = [
+                builder.extract_element(vector, number(k)) for k in range(4)
+            ]
+            kind = signature.return_type
+            return context.make_tuple(builder, kind, parts)
+
+        return nb.UniTuple(nb.float32, 4)(array, nb.intp), generate
+
+    @intrinsic
+    def store(typing, array, i, a, b, c, d):
+        def generate(context, builder, signature, args):
+            pointer, four = place(context, builder, signature, args)
+            vector, number = four(ir.Undefined), ir.IntType(32)
+            for k in range(4):
+                part, at = args[2 + k], number(k)
+                vector = builder.insert_element(vector, part, at)
+            builder.store(vector, pointer, align=16)
+            return context.get_dummy_value()
+
+        f = nb.float32
+        return nb.void(array, nb.intp, f, f, f, f), generate
+
+    return {id(cuda): real, id(load4): load, id(store4): store}
+
+
+# %% the same function for numba tags=["exporti"] module="cuda.launch"
+def _real_function(function):
+    """A copy of a function in which names mean what they do on a GPU."""
+    names, codes = set(), [function.__code__]
+    for code in codes:
+        names.update(code.co_names)
+        codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    known = function.__globals__
+    swapped = {n: _real(known[n]) for n in names & set(known)}
+    cells = [x.cell_contents for x in function.__closure__ or ()]
+    return types.FunctionType(
+        function.__code__,
+        known | swapped,
+        function.__name__,
+        function.__defaults__,
+        tuple(types.CellType(_real(x)) for x in cells) or None,
+    )
+
+
+@functools.cache
+def _real_device(function):
+    from numba.cuda.extending import register_jitable
+
+    return register_jitable(_real_function(function))
+
+
+def _real(value):
+    if getattr(value, "on_device", False):
+        return _real_device(value)
+    return _real_names().get(id(value), value)
+
+
+# %% the stream tags=["exporti"] module="cuda.launch"
+_current = types.SimpleNamespace(stream=0)
+
+
+def _kinds(args):
+    """(dtype, ndim) of each argument of a launch; ndim 0 is a number."""
+    kinds = []
+    for x in args:
+        whole = "int64" if isinstance(x, int) else None
+        kinds.append((whole or x.dtype.name, getattr(x, "ndim", 0)))
+    return tuple(kinds)
+
+
+# %% a launch tags=["export"] module="cuda.launch"
+class Kernel:
+    """A function that every thread of a grid runs: kernel[grid, block](...).
+
+    On a device's arrays it runs there, in the current stream; on those of
+    the simulated GPU it is simulated. A call returns nothing. Raises
+    TypeError for a number that is no int and no NumPy number: a Python float
+    would be computed with in float64.
+
+    Derived in chapter 4.
+    """
+
+    def __init__(self, function, **options):
+        self.function, self.options, self._made = function, options, None
+        functools.update_wrapper(self, function)
+
+    def __getitem__(self, size):
+        grid, block = size
+        return functools.partial(self._launch, grid, block)
+
+    def _launch(self, grid, block, *args):
+        for x in args:
+            if isinstance(x, float) and not isinstance(x, np.floating):
+                raise TypeError(
+                    f"{self.__name__}: pass np.float32(...), not a float"
+                )
+        if any(isinstance(x, DeviceArray) for x in args):
+            record((self, grid, block, _kinds(args)))
+            plain = [x._array if isinstance(x, DeviceArray) else x for x in args]
+            simulate(self.function, grid, block, plain)
+        else:
+            self.compiled()[grid, block, _current.stream](*args)
+
+    def compiled(self):
+        """The kernel as numba compiles it; needs numba-cuda, and no GPU."""
+        if self._made is None:
+            from numba import cuda as real
+
+            self._made = real.jit(_real_function(self.function), **self.options)
+        return self._made
+
+
+# %% decorators tags=["export"] module="cuda.launch"
+def kernel(function=None, **options):
+    """Make a Kernel of a function, to be launched as kernel[grid, block](...).
+
+    options: numba's `launch_bounds`, the largest number of threads a block
+    will have; `fastmath`, on unless False: a product and a sum become one
+    instruction, exp and division are approximate.
+
+    Derived in chapter 4.
+    """
+    options = {"fastmath": True} | options
+    if function is None:
+        return functools.partial(kernel, **options)
+    return Kernel(function, **options)
+
+
+def device(function):
+    """Let kernels call a function; it is compiled along with them.
+
+    Derived in chapter 4.
+    """
+    function.on_device = True
+    return function
+
+
+# %% streams tags=["export"] module="cuda.launch"
+@contextmanager
+def stream(handle):
+    """Launch on this stream of numba's what is launched inside.
+
+    Derived in chapter 4.
+    """
+    before, _current.stream = _current.stream, handle
+    try:
+        yield handle
+    finally:
+        _current.stream = before
+
+
+# %% imports of the compiler tags=["export"] module="cuda.ptx"
+import importlib.util
+import re
+import types
+from contextlib import contextmanager
+from typing import NamedTuple
+
+
+# %% what a compiled kernel is like tags=["export"] module="cuda.ptx"
+class Compiled(NamedTuple):
+    """A kernel compiled for a GPU that need not be there.
+
+    ptx: the text for any GPU of that generation or a later one. registers:
+    a thread's; spilled: bytes of them kept in memory for want of room;
+    stack: bytes of a thread's arrays that are in memory; shared: bytes of a
+    block's memory, with what the system takes. float64, vector_loads,
+    vector_stores: how many instructions compute in double precision, or
+    move 16 bytes at once from global or shared memory.
+
+    Derived in chapter 4.
+    """
+
+    ptx: str
+    registers: int
+    spilled: int
+    stack: int
+    shared: int
+    float64: int
+    vector_loads: int
+    vector_stores: int
+
+
+# %% compile tags=["export"] module="cuda.ptx"
+def no_compiler():
+    """Why kernels cannot be compiled here; empty where they can.
+
+    Derived in chapter 4.
+    """
+    if importlib.util.find_spec("numba_cuda") is None:
+        return "numba-cuda is not installed: pip install 'llmnb[ptx]'"
+    return ""
+
+
+def compile_kernel(kernel, kinds, cc=(9, 0)):
+    """Compile a Kernel to PTX and on to machine code, with no GPU.
+
+    kinds: (dtype name, number of dimensions) of each argument, as
+    `Seen.launches` holds them; a number has none. cc: the generation, (8, 0)
+    for an A100, (9, 0) for an H100. Returns a Compiled. Raises
+    ModuleNotFoundError without numba-cuda, numba's errors for what it
+    cannot compile, and RuntimeError for what the assembler refuses.
+
+    Derived in chapter 4.
+    """
+    from numba import cuda as real
+    from numba.core import types as nb
+
+    signature = nb.void(
+        *[
+            nb.Array(getattr(nb, name), ndim, "C") if ndim else getattr(nb, name)
+            for name, ndim in kinds
+        ]
+    )
+    function = kernel.compiled().py_func
+    with _pretend(cc):
+        ptx, _ = real.compile_ptx(
+            function, signature, cc=cc, **kernel.options
+        )
+    log = _assemble(ptx, cc)
+    wide = r"(?:ld|st)\.(?:global|shared)\S*\.v4"
+    kinds = re.findall(wide, ptx)
+    return Compiled(
+        ptx,
+        _number(r"Used (\d+) registers", log),
+        _number(r"(\d+) bytes spill stores", log),
+        _number(r"(\d+) bytes stack frame", log),
+        _number(r"(\d+) bytes smem", log),
+        len(re.findall(r"\.f64\b", ptx)),
+        sum(x.startswith("ld") for x in kinds),
+        sum(x.startswith("st") for x in kinds),
+    )
+
+
+@contextmanager
+def _pretend(cc):
+    """Answer numba, which asks the GPU of what generation it is."""
+    from numba.cuda import dispatcher
+
+    asked = dispatcher.get_current_device
+    answer = types.SimpleNamespace(compute_capability=cc)
+    dispatcher.get_current_device = lambda: answer
+    try:
+        yield
+    finally:
+        dispatcher.get_current_device = asked
+
+
+def _number(pattern, log):
+    """The largest number that a pattern finds; 0 where it finds none."""
+    return max(map(int, re.findall(pattern, log)), default=0)
+
+
+def _assemble(ptx, cc):
+    """Assemble PTX to a cubin; return what the assembler says of it."""
+    from cuda.bindings import nvjitlink
+
+    arch = f"-arch=sm_{cc[0]}{cc[1]}"
+    handle = nvjitlink.create(3, [arch, "-O3", "-verbose"])
+    try:
+        text = ptx.encode()
+        kind = nvjitlink.InputType.PTX
+        nvjitlink.add_data(handle, kind, text, len(text), "kernel.ptx")
+        nvjitlink.complete(handle)
+        log = bytearray(nvjitlink.get_info_log_size(handle))
+        nvjitlink.get_info_log(handle, log)
+    except Exception as error:
+        log = bytearray(nvjitlink.get_error_log_size(handle))
+        nvjitlink.get_error_log(handle, log)
+        raise RuntimeError(log.decode(errors="replace").strip()) from error
+    finally:
+        nvjitlink.destroy(handle)
+    return log.decode(errors="replace")
+
+
+# %% imports of the warp tags=["export"] module="cuda.warp"
+import numpy as np
+
+from llmnb.cuda.launch import device
+from llmnb.cuda.simulator import cuda
+
+
+# %% sums in a warp tags=["export"] module="cuda.warp"
+@device
+def warp_sum(value):
+    """The sum of `value` over the 32 lanes of a warp, in every lane.
+
+    Every lane of the warp must call it. The order of the additions is
+    fixed.
+
+    Derived in chapter 4.
+    """
+    for step in (16, 8, 4, 2, 1):
+        value += cuda.shfl_xor_sync(0xFFFFFFFF, value, step)
+    return value
+
+
+@device
+def warp_max(value):
+    """The largest `value` of the 32 lanes of a warp, in every lane.
+
+    Derived in chapter 4.
+    """
+    for step in (16, 8, 4, 2, 1):
+        value = max(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, step))
+    return value
+
+
+# %% sums in a block tags=["export"] module="cuda.warp"
+@device
+def block_sum(value, parts):
+    """The sum of `value` over the threads of a block, in every thread.
+
+    Every thread must call it. parts: shared memory, one element for each
+    warp of the block (at most 32); it is free again when the call returns.
+    Blocks are whole warps, in one dimension.
+
+    Derived in chapter 4.
+    """
+    value = warp_sum(value)
+    warp, lane = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
+    if lane == 0:
+        parts[warp] = value
+    cuda.syncthreads()
+    total = np.float32(0)
+    for i in range(cuda.blockDim.x // 32):
+        total += parts[i]
+    cuda.syncthreads()
+    return total
+
+
+@device
+def block_max(value, parts):
+    """The largest `value` of a block's threads; otherwise as `block_sum`.
+
+    Derived in chapter 4.
+    """
+    value = warp_max(value)
+    warp, lane = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
+    if lane == 0:
+        parts[warp] = value
+    cuda.syncthreads()
+    top = parts[0]
+    for i in range(1, cuda.blockDim.x // 32):
+        top = max(top, parts[i])
+    cuda.syncthreads()
+    return top
