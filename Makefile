@@ -27,7 +27,7 @@ check: .venv/.test ## the fast checks: package and notebooks in step, linter
 export: .venv/.test ## write llmnb/ from the notebooks' marked cells
 	$(BIN)/python -m llmnb.export
 
-notebooks: export ## run the notebooks (ARGS="04 05" for some) and keep outputs
+notebooks: export ## run the notebooks (ARGS="05 06" for some) and keep outputs
 	$(BIN)/python -m llmnb.notebook $(ARGS)
 
 book: .venv/.book ## build the book into book/_build/html

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/21_colophon.py: edit that file.
+# Written by `make export` from notebooks/22_colophon.py: edit that file.
 
 """Build the book from itself.
 

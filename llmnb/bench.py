@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/19_benchmark.py: edit that file.
+# Written by `make export` from notebooks/20_benchmark.py: edit that file.
 
 """Measure a training step and race it.
 
@@ -33,7 +33,7 @@ class Stopwatch:
     backend: an object with functions as attributes. seconds, calls: dicts
     from function name to what has been added up since `reset`.
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
 
     def __init__(self, backend):
@@ -71,7 +71,7 @@ def timed_step(model, tokens, targets, step):
     loss, a float; parts and layers, dicts from name to seconds; calls, a
     dict from layer to a count.
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
     model.ops.reset()
     times = [time.perf_counter()]
@@ -139,7 +139,7 @@ def bench(configs, settings=None, start=False, bar=iter):
     of the rounds, in order; memory is in bytes. Raises ValueError or
     ChildProcessError in one sentence.
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
     settings = settings or Settings()
     lineup(settings)  # so that a mistake is found before anything is built
@@ -163,7 +163,7 @@ def bench_writers(cfg, prompt=64, count=64, rounds=10, threads=None, **how):
     Seconds are those of the rounds, in order: of the first token, which
     reads the prompt, and of a later one, the median of a text.
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
     result = {"date": date.today().isoformat(), "commit": _commit()}
     result |= {"machine": machine(), "threads": threads or cores()}
@@ -189,7 +189,7 @@ def bench_writers(cfg, prompt=64, count=64, rounds=10, threads=None, **how):
 def writers_report(result):
     """The result of `bench_writers` as a text of lines to print.
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
     lines = [f"machine  {result['machine']}, {result['threads']} threads"]
     if result["load"] is not None:
@@ -222,7 +222,7 @@ def load():
 
     None where the system does not say.
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
@@ -265,7 +265,7 @@ def shares(result):
     The peak is the highest that any row has measured: other programs can
     only lower it. Changes result in place and returns it.
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
     rows = [row for c in result["configs"] for row in c["contestants"]]
     peak = max((row.get("fma_peak", 0) for row in rows), default=0)
@@ -310,7 +310,7 @@ def _layers(steps):
 def report(result):
     """The result of `bench` as a text of lines to print.
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
     lines = [f"machine  {result['machine']}, {result['threads']} threads"]
     if result["load"] is not None:
@@ -388,7 +388,7 @@ def layers_figure(result):
 
     result: of `bench`. Raises ValueError when it has no such row.
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/20_command.py: edit that file.
+# Written by `make export` from notebooks/21_command.py: edit that file.
 
 """Put the chapters on the command line.
 
@@ -1009,7 +1009,7 @@ def main(argv=None):
     when training was ended by SIGTERM. When the variable LLMNB_TRACEBACK is
     set, errors keep their traceback.
 
-    Derived in chapter 20.
+    Derived in chapter 21.
     """
     parser = _Parser("llmnb", description="Train GPT-2 and write with it.")
     parser.add_argument(

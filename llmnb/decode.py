@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/15_cache.py: edit that file.
+# Written by `make export` from notebooks/16_cache.py: edit that file.
 
 """Keep keys and values.
 
@@ -40,7 +40,7 @@ def decoder_layout(cfg, batch_size, seq_len, dtype=np.float32):
     computes for at most max(batch_size, CHUNK) positions, and the logits of
     the last.
 
-    Derived in chapter 15.
+    Derived in chapter 16.
     """
     from llmnb.cpu.decode import cache_shapes, panels_shape
 
@@ -88,7 +88,7 @@ class Decoder:
     Its weights are zero until `load`. Raises ValueError for a value out of
     range and MemoryError when its block of memory cannot be had.
 
-    Derived in chapter 15.
+    Derived in chapter 16.
     """
 
     def __init__(self, cfg, batch_size=1, seq_len=None, dtype=np.float32):
@@ -214,7 +214,7 @@ class Decoder:
         self._acts["last"][:rows] = a["x"][:, -1]
 
     def _block(self, a, w, first):
-        """One block, as in chapter 12, over the positions in a["x"]."""
+        """One block, as in chapter 13, over the positions in a["x"]."""
         ops, rows = self._ops, len(a["x"])
         cache = w["keys"][:rows], w["values"][:rows]
         self._norm(a, "x", w["ln1w"], w["ln1b"])

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/17_shards.py: edit that file.
+# Written by `make export` from notebooks/18_shards.py: edit that file.
 
 """Turn any text into shards.
 
@@ -51,7 +51,7 @@ def _last_cut(text, start):
 
 # cut a document into pieces
 def _cut(where, blocks):
-    """Yield (is it the first, text): a document, cut where (17.2) holds."""
+    """Yield (is it the first, text): a document, cut where (18.2) holds."""
     first, held, searched = True, "", 0
     for block in blocks:
         held += block
@@ -83,7 +83,7 @@ class _Zstd(io.RawIOBase):
 
     def readinto(self, buffer):
         while not self.ready:
-            self.packed = self.packed or self.raw.read(1024)  # (17.3)
+            self.packed = self.packed or self.raw.read(1024)  # (18.3)
             if not self.packed and self.frame:
                 raise EOFError("the file ends within a zstd frame")
             if not self.packed:
@@ -129,7 +129,7 @@ def open_stream(path):
     how much of it is read. Raises ValueError, naming the file and the byte,
     when it is damaged or ends early, and when zstandard is missing.
 
-    Derived in chapter 17.
+    Derived in chapter 18.
     """
     suffix = Path(path).suffix.lower()
     with open(path, "rb") as raw:
@@ -194,7 +194,7 @@ def read_record(where, line):
 
     Raises ValueError, naming `where`, for anything else.
 
-    Derived in chapter 17.
+    Derived in chapter 18.
     """
     try:
         record = json.loads(line.decode("utf-8"))
@@ -215,7 +215,7 @@ def read_record(where, line):
 def text_of(where, record, field):
     """The text in a field of a record, or ValueError, naming `where`.
 
-    Derived in chapter 17.
+    Derived in chapter 18.
     """
     if field not in record:
         got = ", ".join(repr(name[:30]) for name in [*record][:9])
@@ -226,7 +226,7 @@ def text_of(where, record, field):
 def check_text(where, text):
     """A text, or ValueError when it is none or has half a character.
 
-    Derived in chapter 17.
+    Derived in chapter 18.
     """
     if not isinstance(text, str):
         kind = type(text).__name__
@@ -248,7 +248,7 @@ def read_lines(path, stream):
     where: "path:number", for messages. Raises ValueError for a line of more
     than 16 MB.
 
-    Derived in chapter 17.
+    Derived in chapter 18.
     """
     number = 0
     while line := stream.readline(LINE + 1):
@@ -272,7 +272,7 @@ class Source(NamedTuple):
     that yields (first, text, position): whether a document begins, text,
     and how much of `size` is read.
 
-    Derived in chapter 17.
+    Derived in chapter 18.
     """
 
     name: str
@@ -347,7 +347,7 @@ def sources(names, field="text"):
     unpacked when it ends in .gz or .zst, is a document. Files in folders
     that are no text are passed over. Raises FileNotFoundError.
 
-    Derived in chapter 17.
+    Derived in chapter 18.
     """
     found = []
     for name in names:

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/18_evaluation.py: edit that file.
+# Written by `make export` from notebooks/19_evaluation.py: edit that file.
 
 """Measure what a model knows.
 
@@ -51,7 +51,7 @@ class Score(NamedTuple):
 
     nats: in all. tokens, bytes: that were scored.
 
-    Derived in chapter 18.
+    Derived in chapter 19.
     """
 
     nats: float
@@ -65,12 +65,12 @@ class Score(NamedTuple):
 
     @property
     def perplexity(self):
-        """e to the loss; (18.1)."""
+        """e to the loss; (19.1)."""
         return math.exp(min(self.loss, 700))
 
     @property
     def bits_per_byte(self):
-        """Bits of an ideal code for each byte of the text; (18.2)."""
+        """Bits of an ideal code for each byte of the text; (19.2)."""
         return self.nats / math.log(2) / self.bytes
 
 
@@ -83,7 +83,7 @@ def row_losses(model, rows):
     float64 array of len(row) - 1 nats for each. Raises ValueError for a row
     of another length.
 
-    Derived in chapter 18.
+    Derived in chapter 19.
     """
     rows, shape = iter(rows), (model.batch_size, model.seq_len)
     while batch := list(islice(rows, model.batch_size)):
@@ -110,7 +110,7 @@ def windows(count, seq_len, stride):
     end (past its last) are scored, each of the `count` in one window.
     Raises ValueError unless 1 <= stride <= seq_len.
 
-    Derived in chapter 18.
+    Derived in chapter 19.
     """
     if not 1 <= stride <= seq_len:
         raise ValueError(
@@ -133,7 +133,7 @@ def text_losses(model, tokens, stride=None, progress=iter):
     list of windows, as tqdm does. Together the arrays have N - 1 numbers, in
     order.
 
-    Derived in chapter 18.
+    Derived in chapter 19.
     """
     if len(tokens) < 2:
         raise ValueError("there must be at least one token to score")
@@ -155,7 +155,7 @@ def score_text(model, encoding, documents, stride=None):
     `<|endoftext|>`, which is not scored. stride: as for text_losses. Raises
     ValueError when there is no text.
 
-    Derived in chapter 18.
+    Derived in chapter 19.
     """
     if isinstance(documents, str):
         documents = [documents]
@@ -169,7 +169,7 @@ def score_pieces(model, encoding, pieces, stride=None, progress=iter):
     pieces: an iterable of (whether a document begins, str). progress: wraps
     the list of windows, as tqdm does.
 
-    Derived in chapter 18.
+    Derived in chapter 19.
     """
     parts, size, eot = [], 0, encoding.eot_token
     for first, text in pieces:
@@ -191,7 +191,7 @@ class Example(NamedTuple):
     context: a 1-D integer array. endings: four of them. label: the index of
     the true one.
 
-    Derived in chapter 18.
+    Derived in chapter 19.
     """
 
     context: np.ndarray
@@ -204,7 +204,7 @@ class Choice(NamedTuple):
 
     losses: of the four endings, (4,) means.
 
-    Derived in chapter 18.
+    Derived in chapter 19.
     """
 
     by_mean: int
@@ -221,7 +221,7 @@ def choose(model, examples):
     model's batches: in one if batch_size is 4. Raises ValueError, before
     anything is computed, when a row is too long.
 
-    Derived in chapter 18.
+    Derived in chapter 19.
     """
     examples = list(examples)
     for i, example in enumerate(examples):
@@ -239,8 +239,8 @@ def choose(model, examples):
         four = list(islice(losses, 4))
         pairs = zip(four, example.endings, strict=True)
         ending = [row[-len(e) :] for row, e in pairs]
-        means = np.array([x.mean() for x in ending])  # (18.6)
-        sums = [x.sum() for x in ending]  # (18.5)
+        means = np.array([x.mean() for x in ending])  # (19.6)
+        sums = [x.sum() for x in ending]  # (19.5)
         best = int(np.argmin(means)), int(np.argmin(sums))
         yield Choice(*best, example.label, means)
 
@@ -248,16 +248,16 @@ def choose(model, examples):
 def longest_row(example):
     """The tokens of an example's longest row.
 
-    Derived in chapter 18.
+    Derived in chapter 19.
     """
     return len(example.context) + max(map(len, example.endings))
 
 
 # the error of an accuracy
 def standard_error(accuracy, count):
-    """The standard error of a fraction of `count` answers; (18.7).
+    """The standard error of a fraction of `count` answers; (19.7).
 
-    Derived in chapter 18.
+    Derived in chapter 19.
     """
     return math.sqrt(accuracy * (1 - accuracy) / count)
 
@@ -269,7 +269,7 @@ def read_examples_json(path, encoding):
     Each line has ctx, four endings, and label, from 0 to 3; the file may be
     packed (.gz, .zst). Raises ValueError, naming the file and the line.
 
-    Derived in chapter 18.
+    Derived in chapter 19.
     """
     with open_stream(path) as (stream, _):
         found = [
@@ -308,7 +308,7 @@ def write_examples(path, examples):
     The file is written beside `path` and renamed. Raises ValueError for an
     example that takes 65,536 bytes or more, and for an empty list.
 
-    Derived in chapter 18.
+    Derived in chapter 19.
     """
     blocks = []
     for i, example in enumerate(examples):
@@ -338,7 +338,7 @@ def read_examples(path):
     Raises ValueError, naming the file, what is wrong and what would be
     right.
 
-    Derived in chapter 18.
+    Derived in chapter 19.
     """
     size = os.path.getsize(path)
     if size < 1024 or size % 2:

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/21_colophon.py: edit that file.
+# Written by `make export` from notebooks/22_colophon.py: edit that file.
 
 """Build the book from itself.
 
@@ -65,7 +65,7 @@ ROOT = Path(__file__).parents[1] if "__file__" in globals() else Path("..")
 class ExportError(Exception):
     """A notebook that cannot be exported; the message names file and line.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
 
 
@@ -75,7 +75,7 @@ class Cell(NamedTuple):
     `line` is the line of its first statement in the notebook `path`;
     `module` the dotted name of the module it goes to, without `llmnb.`.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
 
     path: Path
@@ -95,7 +95,7 @@ class Cell(NamedTuple):
 class Chapter(NamedTuple):
     """A notebook source: its title, its summary and its exported cells.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
 
     path: Path
@@ -107,7 +107,7 @@ class Chapter(NamedTuple):
 def cell_lines(path):
     """Line numbers of the first line of every cell in a percent file.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     lines = Path(path).read_text("utf-8").splitlines()
     starts = []
@@ -126,7 +126,7 @@ def read_chapter(path):
 
     Raises ExportError when the title, the summary or the module is missing.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     book = jupytext.read(path)
     default = book.metadata.get("llmnb", {}).get("module")
@@ -148,7 +148,7 @@ def read_chapter(path):
 def read_heading(path, source):
     """Title and summary from the text of a chapter's first cell.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     lines = source.splitlines()
     quoted = [x[1:].strip() for x in lines if x.startswith(">")]
@@ -174,7 +174,7 @@ LOADERS = {"open", "load", "loadtxt", "fromfile", "memmap", "read_text"}
 def parse_cell(cell):
     """Parse an exported cell and refuse what has no place in a module.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     for i, line in enumerate(cell.source.splitlines(), 1):
         if line.startswith(("%", "!")):
@@ -195,7 +195,7 @@ def parse_cell(cell):
 def refuse_loading(cell, node):
     """Refuse a module-level assignment that prints or reads data.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     for call in ast.walk(node):
         if isinstance(call, ast.Call):
@@ -208,7 +208,7 @@ def refuse_loading(cell, node):
 def defined_names(node):
     """Names that a module-level statement binds.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return [node.name]
@@ -223,7 +223,7 @@ def defined_names(node):
 def global_names(table):
     """Global names that a symbol table and its children read.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     top = table.get_type() == "module"
     names = {
@@ -241,7 +241,7 @@ class Module(NamedTuple):
     `names` maps each name to the cell and line that define it; `public`
     lists those that stand in `__all__`.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
 
     name: str
@@ -255,7 +255,7 @@ class Module(NamedTuple):
 def build_module(name, chapter):
     """Collect one module's cells; refuse a name that is defined twice.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     cells = [c for c in chapter.cells if c.module == name]
     trees = [parse_cell(c) for c in cells]
@@ -284,7 +284,7 @@ IMPLICIT = {"__file__", "__name__", "__doc__", "__path__"}
 def check_undefined(module):
     """Refuse a name that nothing in the module defines.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     known = set(module.names) | set(dir(builtins)) | IMPLICIT
     for cell, tree in zip(module.cells, module.trees, strict=True):
@@ -302,7 +302,7 @@ def check_undefined(module):
 def check_imports(module, modules):
     """Refuse an import from `llmnb` that no earlier chapter exports.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     for cell, tree in zip(module.cells, module.trees, strict=True):
         for node in ast.walk(tree):
@@ -318,7 +318,7 @@ def check_imports(module, modules):
 def refuse_other_forms(cell, node):
     """Refuse `import llmnb.module`, and an import that begins with a dot.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     whole = isinstance(node, ast.Import) and any(
         a.name.split(".")[0] == "llmnb" for a in node.names
@@ -331,7 +331,7 @@ def refuse_other_forms(cell, node):
 def check_import(module, modules, cell, node, name):
     """Refuse one imported name unless its chapter comes first.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     source = node.module.partition("llmnb.")[2]
     inner = f"{source}.{name}".strip(".")
@@ -355,7 +355,7 @@ def collect(chapters):
 
     Raises ExportError at the first defect.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     modules = {}
     for chapter in chapters:
@@ -378,7 +378,7 @@ BANNER = "# Written by `make export` from notebooks/{}: edit that file.\n"
 def render_module(module):
     """The text of a module: banner, docstring, `__all__`, cells in order.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     chapter = module.chapter
     parts = [BANNER.format(chapter.path.name)]
@@ -396,7 +396,7 @@ def render_module(module):
 def wrap(text, width=79):
     """Break a text into lines of at most `width` characters.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     lines = [""]
     for word in text.split():
@@ -410,7 +410,7 @@ def wrap(text, width=79):
 def render_folder(folder, modules):
     """`__init__.py` of a folder: every public name of its modules.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     inside = [m for n, m in modules.items() if n.startswith(folder + ".")]
     lines = [BANNER.format("*.py"), f'"""The {folder} backend."""\n']
@@ -426,7 +426,7 @@ def render_folder(folder, modules):
 def render_index(modules):
     """`index.json`: for every chapter, what it exports and in a line why.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     index = {}
     for module in modules.values():
@@ -448,7 +448,7 @@ def render_index(modules):
 def render(modules):
     """The package as a mapping from path below `llmnb/` to text.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     files = {}
     for name, module in modules.items():
@@ -463,7 +463,7 @@ def render(modules):
 def write_text(path, text):
     """Write a text file, and the folders it needs, whole or not at all.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
@@ -474,7 +474,7 @@ def write_text(path, text):
 def differences(files, package):
     """Paths whose text in `package` is missing, different or superfluous.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     there = {
         p.relative_to(package).as_posix()
@@ -492,7 +492,7 @@ def differences(files, package):
 def read_chapters(folder):
     """Read every chapter of a folder in order.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     return [read_chapter(p) for p in sorted(folder.glob("[0-9]*.py"))]
 
@@ -500,7 +500,7 @@ def read_chapters(folder):
 def main(argv=None):
     """Regenerate the package, or with --check say what differs.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     parser = argparse.ArgumentParser("python -m llmnb.export")
     parser.add_argument("--check", action="store_true", help="write nothing")

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/12_model.py: edit that file.
+# Written by `make export` from notebooks/13_model.py: edit that file.
 
 """Assemble GPT-2 and prove its gradient.
 
@@ -40,7 +40,7 @@ def block_forward(ops, out, inp, w, a, **how):
     a is overwritten. ops: the layers. how: what else ops takes for its
     products, such as scratch memory.
 
-    Derived in chapter 12.
+    Derived in chapter 13.
     """
     _normalise(ops, "ln1", inp, w, a)
     ops.matmul_forward(a["qkv"], a["ln"], w["qkvw"], w["qkvb"], **how)
@@ -121,7 +121,7 @@ def block_backward(ops, inp, w, a, dw, d, add=False, **how):
     overwrite them; LayerNorm's are always added to. ops, how: as for
     block_forward.
 
-    Derived in chapter 12.
+    Derived in chapter 13.
     """
     _feedforward_backward(ops, w, a, dw, d, add, how)
     _attention_half_backward(ops, inp, w, a, dw, d, add, how)
@@ -198,7 +198,7 @@ class GPT2:
     params and grads map llm.c's names to arrays, memory is the arena, and
     ops holds the layers: any object with their names will do.
 
-    Derived in chapter 12.
+    Derived in chapter 13.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/16_models.py: edit that file.
+# Written by `make export` from notebooks/17_models.py: edit that file.
 
 """Carry models in and out.
 
@@ -50,7 +50,7 @@ def fetch(name):
     in the cache no network is needed. Raises ImportError when the library
     is missing and OSError when the files cannot be had, in one sentence.
 
-    Derived in chapter 16.
+    Derived in chapter 17.
     """
     if name not in SOURCES:
         known = ", ".join(SOURCES)
@@ -90,7 +90,7 @@ def read_vocab(path):
     Raises ValueError, naming the file, when its numbers are not 0, 1, 2, ...
     or its tokens not those of a byte-level BPE in order of rank.
 
-    Derived in chapter 16.
+    Derived in chapter 17.
     """
     vocab, letters = _read_json(path), _letters()
     if set(map(repr, vocab.values())) != set(map(str, range(len(vocab)))):

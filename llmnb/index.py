@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/21_colophon.py: edit that file.
+# Written by `make export` from notebooks/22_colophon.py: edit that file.
 
 """Build the book from itself.
 
@@ -21,10 +21,10 @@ from IPython.display import Markdown, display
 def gained(chapter):
     """Show what `llmnb` gained in a chapter, linked to the API pages.
 
-    `chapter` is the stem of its file, such as "04_layernorm". Raises
+    `chapter` is the stem of its file, such as "05_layernorm". Raises
     KeyError when no such chapter exports anything.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     index = json.loads(files("llmnb").joinpath("index.json").read_text())
     rows = ["| module | name | what it does |", "|---|---|---|"]

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/11_init.py: edit that file.
+# Written by `make export` from notebooks/12_init.py: edit that file.
 
 """Draw the first weights as PyTorch draws them.
 
@@ -32,7 +32,7 @@ def seed_state(seed):
     seed: an integer in [0, 2**32), else TypeError or ValueError. Returns a
     list of 624 integers below 2**32.
 
-    Derived in chapter 11.
+    Derived in chapter 12.
     """
     if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool):
         raise TypeError(f"seed must be an integer, got {seed!r}")
@@ -49,7 +49,7 @@ def seed_state(seed):
 class MersenneTwister:
     """MT19937 seeded as PyTorch seeds its CPU generator.
 
-    Derived in chapter 11.
+    Derived in chapter 12.
     """
 
     def __init__(self, seed):
@@ -81,7 +81,7 @@ def box_muller(uniforms, mean, std):
     gives the radius and number j + 8 the angle of one pair, whose cosine
     goes to place j and whose sine to place j + 8. Returns float32 (n).
 
-    Derived in chapter 11.
+    Derived in chapter 12.
     """
     u = uniforms.reshape(-1, 2, 8)
     radius = np.sqrt(np.float32(-2) * np.log(np.float32(1) - u[:, 0]))
@@ -98,7 +98,7 @@ def box_muller(uniforms, mean, std):
 class ScalarNormals(MersenneTwister):
     """MT19937 with the draws PyTorch makes for fewer than 16 numbers.
 
-    Derived in chapter 11.
+    Derived in chapter 12.
     """
 
     def __init__(self, seed):
@@ -134,7 +134,7 @@ def check_normal(array, std):
 class Generator(ScalarNormals):
     """Normal numbers as torch.Generator draws them on the CPU.
 
-    Derived in chapter 11.
+    Derived in chapter 12.
     """
 
     def normal_(self, array, mean=0.0, std=1.0):
@@ -165,7 +165,7 @@ def init_params(params, cfg, seed):
     write into the residual stream divided by sqrt(2 L); biases and padded
     rows of wte are 0, layernorm weights 1. Raises TypeError or ValueError.
 
-    Derived in chapter 11.
+    Derived in chapter 12.
     """
     for name, shape in parameter_shapes(cfg).items():
         check_float(f"init_params: {name}", params[name])

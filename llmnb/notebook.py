@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/21_colophon.py: edit that file.
+# Written by `make export` from notebooks/22_colophon.py: edit that file.
 
 """Build the book from itself.
 
@@ -31,7 +31,7 @@ from llmnb.export import ROOT, write_text
 def from_source(path):
     """The notebook of a percent source, not run, with stable cell ids.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     book = jupytext.read(path)
     book.metadata = {
@@ -50,7 +50,7 @@ def run(book, folder):
 
     Raises nbclient's CellExecutionError at the first cell that fails.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     NotebookClient(
         book,
@@ -71,7 +71,7 @@ def run(book, folder):
 def build(path):
     """Write the .ipynb of a source, run from top to bottom.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     book = from_source(path)
     run(book, path.parent)
@@ -81,7 +81,7 @@ def build(path):
 def defects(path):
     """Sentences that say where a .ipynb does not match its source.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     built = path.with_suffix(".ipynb")
     if not built.exists():
@@ -102,7 +102,7 @@ def defects(path):
 def cell_defects(name, cell):
     """Sentences that say what is wrong with a cell's outputs.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     if cell.execution_count is None:
         return [f"{name}: cell {cell.id} was never run: nbval would skip it"]
@@ -115,11 +115,11 @@ def cell_defects(name, cell):
 def main(argv=None):
     """Write and run the notebooks, or with --check say what differs.
 
-    Derived in chapter 21.
+    Derived in chapter 22.
     """
     parser = argparse.ArgumentParser("python -m llmnb.notebook")
     parser.add_argument("--check", action="store_true", help="run nothing")
-    parser.add_argument("chapters", nargs="*", help="such as 04; default all")
+    parser.add_argument("chapters", nargs="*", help="such as 05; default all")
     args = parser.parse_args(argv)
     starts = tuple(args.chapters) or ("",)
     paths = sorted((ROOT / "notebooks").glob("[0-9]*.py"))

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/19_benchmark.py: edit that file.
+# Written by `make export` from notebooks/20_benchmark.py: edit that file.
 
 """Measure a training step and race it.
 
@@ -35,7 +35,7 @@ def peak_memory(pid="self"):
     pid: a process's number; only Linux knows about others. It counts
     everything: Python, NumPy, the compiler, the model.
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
     try:
         with open(f"/proc/{pid}/status") as file:
@@ -61,7 +61,7 @@ def serve(step, facts, commands, reply):
     seconds it took. facts: a function that returns what to answer at the
     end. commands: a text file. reply: takes each answer, a dict.
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
     waits = []
     while True:
@@ -84,7 +84,7 @@ def random_batch(spec):
     spec: a dict with model, batch_size and seq_len. Returns an int64 array
     (2, B, T).
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
     import numpy as np
 
@@ -97,7 +97,7 @@ def random_batch(spec):
 def missing(precision, backend="cpu"):
     """Why a backend cannot train with a precision here; None if it can.
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
     if precision != "bf16":
         return None
@@ -115,7 +115,7 @@ def llmnb_contestant(spec):
     spec: a dict with model, batch_size, seq_len, backend and precision.
     Raises NotImplementedError, saying why, when the precision is missing.
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
     from itertools import count
 
@@ -219,7 +219,7 @@ def torch_contestant(spec):
     spec: a dict with model, batch_size, seq_len, compile and bf16. Raises
     ImportError where there is no torch.
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
     import torch
 
@@ -270,7 +270,7 @@ def decoder_contestant(spec):
     spec: a dict with folder (of a model), vocab_size, prompt and count:
     tokens to read and to write, at least 2.
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
     from llmnb.decode import Decoder
     from llmnb.generate import generate
@@ -297,7 +297,7 @@ def transformers_contestant(spec):
     spec: as for decoder_contestant; the folder must be one that
     transformers reads. Raises ImportError where it is not installed.
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
     import torch
     import transformers
@@ -345,7 +345,7 @@ def main(argv=None):
     `CONTESTANTS`. The first answer says {"ready": true}, or why not. What
     libraries print goes to standard error.
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
     spec = json.loads((sys.argv[1:] if argv is None else argv)[0])
     with os.fdopen(os.dup(1), "w") as out:

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/19_benchmark.py: edit that file.
+# Written by `make export` from notebooks/20_benchmark.py: edit that file.
 
 """Measure a training step and race it.
 
@@ -68,7 +68,7 @@ class Settings(NamedTuple):
     round. threads: of each contestant, or None for all cores. backend: of
     `GPT2`. torch_python: the interpreter that has torch.
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
 
     precisions: tuple = ("fp32",)
@@ -83,7 +83,7 @@ class Settings(NamedTuple):
 def cores():
     """How many cores this process may use.
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -112,7 +112,7 @@ class Contestant:
     or why there is nothing to measure. Raises ChildProcessError, in one
     sentence, when the process cannot do what it was asked.
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
 
     def __init__(self, name, spec, python, threads=None, cache=None):
@@ -197,7 +197,7 @@ class LlmC:
     binary: the path of the program. shape: a dict with model, batch_size and
     seq_len.
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
 
     def __init__(self, binary, shape, threads=None):
@@ -268,7 +268,7 @@ def lineup(settings):
     ValueError for a name that nobody has and a number below 1, OSError for
     a program that is not there.
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
     for name in ("steps", "threads"):
         number = getattr(settings, name)
@@ -318,7 +318,7 @@ def take_turns(contestants, rounds):
     iterable of round numbers. Returns a dict from name to a list of what
     `step` returned.
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
     names = [*contestants]
     replies = {name: [] for name in names}
@@ -339,7 +339,7 @@ def race(shape, settings, bar=iter):
     dicts by name: of each contestant its steps (one dict a round, the
     `WARM_UP` rounds first) and its facts, or else why it is unmeasured.
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
     found, why = {}, {}
     with ExitStack() as stack:
@@ -371,7 +371,7 @@ def race_writers(cfg, prompt, count, rounds, threads=None, python=None):
     the facts. Raises ValueError for numbers that do not fit the model and
     ChildProcessError in one sentence.
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
     if prompt < 1 or count < 2 or prompt + count > cfg.max_seq_len:
         raise ValueError(
@@ -406,7 +406,7 @@ def ratios(seconds):
     "llmnb". Returns a list of dicts: ours, peer, and of the rounds' ratios
     of our time to the peer's the median, the lowest and the highest.
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
     ours = [x for x in seconds if x.startswith("llmnb")]
     table = []
@@ -431,7 +431,7 @@ def start_times(shape, settings, bar=iter):
     of seconds), or name and unmeasured. llm.c is left out: it has no
     compiled code to keep.
 
-    Derived in chapter 19.
+    Derived in chapter 20.
     """
     specs = lineup(settings)
     specs.pop("llm.c", None)

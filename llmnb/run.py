@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/13_training.py: edit that file.
+# Written by `make export` from notebooks/14_training.py: edit that file.
 
 """Train a GPT-2 and watch it learn.
 
@@ -68,7 +68,7 @@ class Run(NamedTuple):
     folder: a Path. model: a GPT2. batches, validation: DataLoaders. at: the
     Progress. text: a fingerprint of the text, see `fingerprint`.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
 
     folder: Path
@@ -89,7 +89,7 @@ def fingerprint(*batches):
     batches and a checksum of the first. Cheap for any number of shards; a
     change that leaves both as they are goes unseen.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     found = []
     for loader in batches:
@@ -111,7 +111,7 @@ def save_state(run):
     The file appears whole or not at all. Then all but the newest
     `config.keep` are removed, and those from beyond the run's step.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     memory, path = run.model.memory, state_path(run.folder, run.at.step)
     tensors = {f"{g}.{n}": x for g in GROUPS for n, x in memory[g].items()}
@@ -138,7 +138,7 @@ def save_state(run):
 def state_path(folder, step):
     """Where the state after so many steps is kept.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     return Path(folder) / f"state_{step:08d}.safetensors"
 
@@ -146,7 +146,7 @@ def state_path(folder, step):
 def states(folder):
     """The paths of the states in a run's folder, the oldest first.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     return sorted(Path(folder).glob("state_*.safetensors"))
 
@@ -158,7 +158,7 @@ class State(NamedTuple):
     cfg: the model's GPT2Config. place: of the DataLoader. text: as
     `fingerprint` gives it.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
 
     path: Path
@@ -177,7 +177,7 @@ def read_state(path):
     and the defect, when it is not whole: names, shapes, types and checksums
     of all arrays are checked.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     file = TensorFile(path)
     try:
@@ -233,7 +233,7 @@ def _check_arrays(file, state, sums):
 def restore(state):
     """The GPT2 of a `State`: its weights and AdamW's averages.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     from llmnb.gpt2 import GPT2
 
@@ -253,7 +253,7 @@ def newest_state(folder):
     Returns (a `State` or None when there is none, a list of sentences).
     Raises ValueError when there are states and none of them is whole.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     wrong = []
     for path in reversed(states(folder)):
@@ -270,7 +270,7 @@ def newest_state(folder):
 def start_log(path, step=0):
     """Begin a log.csv, or keep of an old one the rows before a step.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     rows = _rows_before(path, step) if step else []
     if rows:
@@ -283,7 +283,7 @@ def start_log(path, step=0):
 def add_to_log(path, step):
     """Add the row of a `Step` to a log.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     with open(path, "ab") as file:
         file.write(f"{log_row(step)}\n".encode())
@@ -293,7 +293,7 @@ def add_to_log(path, step):
 def sync_log(path):
     """Have the system bring all rows of a log to the disk.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     with open(path, "ab") as file:
         os.fsync(file.fileno())
@@ -319,7 +319,7 @@ def read_steps(path):
 
     Raises OSError, or ValueError naming the file and the line.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     text, steps = Path(path).read_bytes().decode("utf-8", "replace"), []
     for line, row in enumerate(text.splitlines()[1:], 2):
@@ -341,7 +341,7 @@ def begin(folder, config):
     Writes config.json and the tokenizer, and removes the states of an older
     run there. Raises ValueError, OSError, RuntimeError or MemoryError.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     data = prepare(config)
     feeds = loaders(config, data)
@@ -370,7 +370,7 @@ def resume(folder, **changes):
     ValueError when the folder holds no run, no state of it is whole, or the
     text is not the one it began with.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     folder = Path(folder)
     config = _changed(folder, changes)
@@ -429,7 +429,7 @@ def follow(run):
     Raises OSError, in one sentence that says which checkpoint is the last
     good one, when something cannot be written; and as `train` does.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     config, at, log = run.config, run.at, run.folder / "log.csv"
     steps = train(config, run.model, run.batches, run.validation, at)
@@ -450,7 +450,7 @@ def finish(run):
 
     Raises as `follow` does.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     with telling(run):
         steps = read_steps(run.folder / "log.csv")
@@ -463,7 +463,7 @@ def finish(run):
 def telling(run):
     """Make an OSError within say which checkpoint is the last good one.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     try:
         yield

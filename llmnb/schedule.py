@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/10_adamw.py: edit that file.
+# Written by `make export` from notebooks/11_adamw.py: edit that file.
 
 """Step downhill with AdamW.
 
@@ -34,7 +34,7 @@ def decayed(name):
     True for the matrices and the two tables, False for biases and for
     LayerNorm's scales and shifts. Raises ValueError for another name.
 
-    Derived in chapter 10.
+    Derived in chapter 11.
     """
     if name not in MATRICES + VECTORS:
         raise ValueError(f"decayed: no tensor is called {name!r}")
@@ -53,7 +53,7 @@ def learning_rate(step, peak, warmup, total, kind="cosine", final=0.0):
     ("constant"), or stays until 80 % of `total` and falls as 1 - sqrt
     ("wsd"). Raises ValueError for an unknown kind and numbers out of range.
 
-    Derived in chapter 10.
+    Derived in chapter 11.
     """
     check_schedule(step, peak, warmup, total, kind, final)
     if step < warmup:
@@ -73,7 +73,7 @@ def learning_rate(step, peak, warmup, total, kind="cosine", final=0.0):
 def check_schedule(step, peak, warmup, total, kind, final):
     """Raise ValueError unless `learning_rate` can work with these.
 
-    Derived in chapter 10.
+    Derived in chapter 11.
     """
     if kind not in KINDS:
         known = ", ".join(KINDS)

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/17_shards.py: edit that file.
+# Written by `make export` from notebooks/18_shards.py: edit that file.
 
 """Turn any text into shards.
 
@@ -74,7 +74,7 @@ class Place(NamedTuple):
     source, piece: where its batch begins. drop: tokens of the batch before
     it. documents, characters: what lies before the batch.
 
-    Derived in chapter 17.
+    Derived in chapter 18.
     """
 
     source: int = 0
@@ -96,7 +96,7 @@ def pieces_from(sources, place=START, limit=0):
     the sizes of all sources is read. Sources before the place are not
     opened.
 
-    Derived in chapter 17.
+    Derived in chapter 18.
     """
     _, skipped, _, documents, characters = place
     before = sum(source.size for source in sources[: place.source])
@@ -263,7 +263,7 @@ def shards_folder(path, force=False):
     A folder is taken up when it is empty, holds unfinished work, or `force`
     is given. Raises FileExistsError otherwise.
 
-    Derived in chapter 17.
+    Derived in chapter 18.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -328,7 +328,7 @@ class Progress(NamedTuple):
     read: of the sum of the sources' sizes. documents, characters: encoded.
     tokens: written or about to be. shards: [name, tokens] of each file.
 
-    Derived in chapter 17.
+    Derived in chapter 18.
     """
 
     read: int
@@ -348,7 +348,7 @@ def write_shards(folder, sources, encoding, options, force=False, workers=0):
     threads, 0 for one a core. Unfinished work is gone on with, and the
     files are those of an uninterrupted run. Raises ValueError or OSError.
 
-    Derived in chapter 17.
+    Derived in chapter 18.
     """
     _check_options(encoding, options)
     note = _note_of(folder, sources, encoding, options, force)
@@ -390,7 +390,7 @@ def _progress(stream, note, filled):
 
 # the next shard
 def _size_of_next(note, shard_tokens):
-    """The tokens of the next shard, at most; (17.1)."""
+    """The tokens of the next shard, at most; (18.1)."""
     left = note["val_tokens"] - sum(n for _, n in note["shards"])
     return min(left, shard_tokens) if left > 0 else shard_tokens
 

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/16_models.py: edit that file.
+# Written by `make export` from notebooks/17_models.py: edit that file.
 
 """Carry models in and out.
 
@@ -57,7 +57,7 @@ class State(NamedTuple):
     tokens, targets: int32 (B, T). logits: float32 (B, T, V). loss: a float.
     grads: a mapping from the 16 names to float32 arrays.
 
-    Derived in chapter 16.
+    Derived in chapter 17.
     """
 
     tokens: np.ndarray
@@ -105,7 +105,7 @@ def read_state(path, cfg):
     version 2, when its length is not what B, T and cfg require, and for
     tokens that the model lacks.
 
-    Derived in chapter 16.
+    Derived in chapter 17.
     """
     size, magic, version, B, T = _read_header(path, 4)
     counts = {n: math.prod(s) for n, s in _parts(cfg, B, T).items()}
@@ -138,7 +138,7 @@ def write_state(path, cfg, state):
     Raises ValueError when an array has not the shape that cfg requires. The
     file appears whole or not at all.
 
-    Derived in chapter 16.
+    Derived in chapter 17.
     """
     arrays = state._asdict() | {"loss": np.array([state.loss])}
     arrays |= arrays.pop("grads")
@@ -169,7 +169,7 @@ def read_tokenizer(path):
     Raises ValueError, naming the file, when it is none of version 2, when
     it ends early or late, and for an empty token.
 
-    Derived in chapter 16.
+    Derived in chapter 17.
     """
     size, magic, version, count, eot = _read_header(path, 4)
     # a token takes two bytes at least and 256 at most
@@ -204,7 +204,7 @@ def write_tokenizer(path, encoding):
     Raises ValueError for a token that is longer than 255 bytes, which one
     byte cannot count. The file appears whole or not at all.
 
-    Derived in chapter 16.
+    Derived in chapter 17.
     """
     count, body = encoding.n_vocab, []
     for number in range(count):
@@ -228,7 +228,7 @@ def read_encoding(path):
     The text is split as GPT-2 does, which the file does not say. Raises
     ValueError, naming the file, as encoding_of does.
 
-    Derived in chapter 16.
+    Derived in chapter 17.
     """
     tokens, eot = read_tokenizer(path)
     if eot != len(tokens) - 1:
@@ -243,7 +243,7 @@ def encoding_of(path, tokens):
     ValueError unless there are the 256 bytes, each other token joins two
     earlier ones, none comes twice, and the last is `<|endoftext|>`.
 
-    Derived in chapter 16.
+    Derived in chapter 17.
     """
     from llmnb.tokenizer import EOT, _encoding
 
@@ -278,7 +278,7 @@ class Check(NamedTuple):
     error: the largest difference, divided by the largest element of what
     was expected; None where nothing was. allowed: the tolerance.
 
-    Derived in chapter 16.
+    Derived in chapter 17.
     """
 
     name: str
@@ -302,7 +302,7 @@ def relative_error(got, want):
     Where max|want| is below 1e-3, that takes its place: a gradient that is
     zero but for rounding has no size of its own.
 
-    Derived in chapter 16.
+    Derived in chapter 17.
     """
     got, want = np.reshape(got, -1), np.reshape(want, -1)
     worst = scale = 0.0
@@ -364,7 +364,7 @@ def accept(folder, backend="cpu"):
     steps of AdamW on it. Raises OSError or ValueError for a missing or a
     damaged file, before anything is computed.
 
-    Derived in chapter 16.
+    Derived in chapter 17.
     """
     path, state_path, losses_path = _find_pack(folder)
     cfg = read_config(path)

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/13_training.py: edit that file.
+# Written by `make export` from notebooks/14_training.py: edit that file.
 
 """Train a GPT-2 and watch it learn.
 
@@ -82,7 +82,7 @@ def unigram_entropy(train_tokens, tokens, vocab_size):
     train_tokens, tokens: 1-D integer arrays with values in [0, vocab_size).
     Every count is raised by 1. Returns nats a token, a float.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     counts = np.bincount(train_tokens, minlength=vocab_size) + 1.0
     return float(-np.log(counts / counts.sum())[tokens].mean())
@@ -98,7 +98,7 @@ def _option(default, text):
 class DataOptions:
     """What a run reads; see `TrainConfig`.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
 
     corpus: tuple = _option(
@@ -120,7 +120,7 @@ class DataOptions:
 class ModelOptions:
     """What the model looks like; see `TrainConfig`.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
 
     depth: int = _option(
@@ -140,7 +140,7 @@ class ModelOptions:
 class LearningOptions:
     """How a run learns; see `TrainConfig`.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
 
     init: str = _option(
@@ -161,7 +161,7 @@ class LearningOptions:
 class UpdateOptions:
     """What an update of the weights is; see `TrainConfig`.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
 
     beta1: float = _option(0.9, "AdamW: memory of the gradient")
@@ -187,7 +187,7 @@ class UpdateOptions:
 class KeepOptions:
     """What a run keeps and shows on its way; see `TrainConfig`.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
 
     save_every: int = _option(
@@ -219,7 +219,7 @@ def depth_shape(depth):
 
     Heads have 64 channels. Raises ValueError unless 1 <= depth <= 48.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     _check_range("depth", depth, 1, 1 + max(WIDTHS))
     width = round(np.interp(depth, [*WIDTHS], [*WIDTHS.values()]))
@@ -275,7 +275,7 @@ class TrainConfig(
     ValueError, in one sentence, when a number is out of its range or does
     not go with another.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
 
     def __post_init__(self):
@@ -319,7 +319,7 @@ class Data(NamedTuple):
     arrays, or `Shards` where a folder holds several. source: a sentence that
     says where the text came from.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
 
     encoding: object
@@ -335,7 +335,7 @@ def prepare(config):
     Raises ValueError, OSError or RuntimeError, in one sentence, when the
     text is missing, too short, or cannot be downloaded.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     from llmnb import corpus
 
@@ -394,7 +394,7 @@ def make_encoding(config, documents):
     characters are learnt from. Raises ValueError, OSError or RuntimeError,
     in one sentence.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     from llmnb import tokenizer
 
@@ -420,13 +420,13 @@ def accumulate(config, model, batches, step=0):
     gradient is that of this mean. Raises FloatingPointError, naming the
     step, at a loss that is not finite.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     count, losses = config.micro_batches, []
     for k in range(count):
         losses.append(model.forward(*batches.next_batch()))
         _check_finite("loss", losses[-1], step, config.rate(step))
-        model.backward(add=k > 0, share=1 / count)  # (13.5)
+        model.backward(add=k > 0, share=1 / count)  # (14.5)
     return sum(losses) / count
 
 
@@ -445,7 +445,7 @@ def z_score(recent, value):
 
     recent: a list of floats. 0 where they have no spread. A float.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     spread = np.std(recent)
     return float((value - np.mean(recent)) / spread) if spread > 0 else 0.0
@@ -461,7 +461,7 @@ class Progress:
     `skip_window` steps. last_loss, best_loss: the latest training loss and
     the lowest validation loss, or None.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
 
     step: int = 0
@@ -494,7 +494,7 @@ def evaluate(model, batches, count):
     batches: a DataLoader, which is set back to its first batch. At most one
     epoch is read. Returns nats a token, a float.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     batches.reset()
     count = min(count, batches.batches_per_epoch)
@@ -512,7 +512,7 @@ class Step(NamedTuple):
     step. skipped: 1 if the step made no update, else 0. In the last report,
     which follows the last update, only step and val_loss are given.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
 
     step: int
@@ -534,7 +534,7 @@ def train(config, model, batches, validation=None, at=None):
     at: the `Progress` to go on from, changed in place; None for the start.
     Raises FloatingPointError when a loss or a gradient is not finite.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     at = Progress() if at is None else at
     tokens = config.micro_batches * config.batch_size * config.seq_len
@@ -567,7 +567,7 @@ def train_step(config, model, batches, at):
     is 1 if the loss or the norm stood out, else 0. Raises
     FloatingPointError, before the update, when one is not finite.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     rate = config.rate(at.step)
     loss = accumulate(config, model, batches, at.step)
@@ -597,7 +597,7 @@ def new_model(config, vocab_size):
     ValueError when these are for another vocabulary, and as
     GPT2.from_checkpoint does.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     from llmnb.gpt2 import GPT2
 
@@ -619,7 +619,7 @@ def new_model(config, vocab_size):
 def weights_path(path):
     """The model.bin in a run's folder; any other path as it is.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     inside = Path(path) / "model.bin"
     return inside if inside.is_file() else Path(path)
@@ -632,7 +632,7 @@ def loaders(config, data):
     A shard of fewer tokens than one batch takes is left out. Raises
     ValueError when all are.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     return (
         _loader(config, data.train_tokens, seed=config.seed),
@@ -661,7 +661,7 @@ def landmarks(config, data):
     of the training text pay on the tokens that validation uses. Of a long
     training text a sample of `LANDMARK_TOKENS` is counted.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     V = data.encoding.n_vocab
     batches = _loader(config, data.val_tokens, shuffle=False)
@@ -679,7 +679,7 @@ def draw_losses(ax, steps, landmarks):
     steps: list of `Step`. landmarks: dict from name to a loss, each drawn
     as a dashed line with its name.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     from llmnb.diagram import PALETTE
 
@@ -719,7 +719,7 @@ def run_folder(path, force=False):
 
     Raises FileExistsError when it holds anything, unless `force`.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -734,7 +734,7 @@ def run_folder(path, force=False):
 def write_log(path, steps):
     """Write a list of `Step` as CSV; what a step does not give stays empty.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     lines = [",".join(Step._fields), *map(log_row, steps)]
     _write_text(path, "\n".join(lines) + "\n")
@@ -743,7 +743,7 @@ def write_log(path, steps):
 def log_row(step):
     """The row of a `Step` in a log: numbers with nine digits, and commas.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     given = ("" if x is None else f"{x:.9g}" for x in step[1:])
     return ",".join([str(step.step), *given])
@@ -760,7 +760,7 @@ def save_run(folder, config, model, data, steps):
 
     folder: the Path that `run_folder` made. steps: list of `Step`.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     marks = write_record(folder, config, data)
     write_log(folder / "log.csv", steps)
@@ -772,7 +772,7 @@ def save_run(folder, config, model, data, steps):
 def write_record(folder, config, data):
     """Write tokenizer.tiktoken and config.json; returns the landmarks.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     from llmnb import tokenizer
 
@@ -801,7 +801,7 @@ def _facts(config, data, marks):
 def save_figure(path, steps, landmarks):
     """Write the loss curves of a run as PNG, needing no display.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     from matplotlib.figure import Figure
 
@@ -818,7 +818,7 @@ def load_run(folder, batch_size=1, seq_len=None, backend=None):
     seq_len and backend default to the run's own. Raises OSError or
     ValueError, in one sentence, when a file is missing or damaged.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     from llmnb import tokenizer
     from llmnb.gpt2 import GPT2
@@ -843,7 +843,7 @@ def read_run(folder):
     Raises OSError or ValueError, in one sentence, when it is missing or
     holds something else.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     path = Path(folder) / "config.json"
     try:
@@ -857,7 +857,7 @@ def config_from(found):
 
     Raises KeyError, TypeError or ValueError when it holds anything else.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     config = TrainConfig(**{**found, "corpus": tuple(found["corpus"])})
     for each in fields(config):
@@ -878,7 +878,7 @@ def starting_from(init, **given):
     the checkpoint allows. Raises OSError or ValueError when it cannot be
     read or has another shape than is given.
 
-    Derived in chapter 13.
+    Derived in chapter 14.
     """
     cfg = read_config(weights_path(init))
     own = Path(init) / "tokenizer.tiktoken"

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/20_command.py: edit that file.
+# Written by `make export` from notebooks/21_command.py: edit that file.
 
 """Put the chapters on the command line.
 
@@ -34,7 +34,7 @@ def read_log(path):
     line's end is left out. Raises OSError, or ValueError with the file's
     name and the line that is no row of numbers.
 
-    Derived in chapter 20.
+    Derived in chapter 21.
     """
     path = Path(path)
     path = path / "log.csv" if path.is_dir() else path
@@ -77,7 +77,7 @@ def smooth(points, window):
     N - window + 1 columns; its steps are the windows' means too. A column
     shorter than the window comes back as it is.
 
-    Derived in chapter 20.
+    Derived in chapter 21.
     """
     if window < 1:
         raise ValueError(f"the window must be at least 1, got {window}")
@@ -102,7 +102,7 @@ def compare_runs(logs, window=20):
     logs: a dict from a run's name to what `read_log` returns. window: rows
     in the running mean. Dots are validation losses.
 
-    Derived in chapter 20.
+    Derived in chapter 21.
     """
     from matplotlib.figure import Figure
 
@@ -136,7 +136,7 @@ def run_table(logs):
     logs: as for `compare_runs`. The best loss is the lowest of the
     validations, the last one the latest.
 
-    Derived in chapter 20.
+    Derived in chapter 21.
     """
     wide = max(map(len, ["run", *logs]))
     lines = [
@@ -163,7 +163,7 @@ class Board:
     folder: where the file of events goes. Raises ImportError, in one
     sentence, when the package tensorboard is not installed.
 
-    Derived in chapter 20.
+    Derived in chapter 21.
     """
 
     def __init__(self, folder):

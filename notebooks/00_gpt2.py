@@ -49,7 +49,7 @@ import numpy as np
 # They are the first of many that are marked as *exported*. What they define
 # is written, under the same names, to the Python package `llmnb`, here to its
 # module `llmnb.diagram`, and later chapters import it from there
-# ([chapter 21](21_colophon.ipynb) shows how). The package has no other source
+# ([chapter 22](22_colophon.ipynb) shows how). The package has no other source
 # than these chapters. If you want to see the model first, go on to figure
 # 0.1.
 
@@ -208,24 +208,24 @@ gpt2_diagram()
 #    this vector.
 # 3. **Block**, twelve times. Its first half lets the token look at the tokens
 #    before it: LayerNorm brings the vector to a standard size
-#    ([chapter 4](04_layernorm.ipynb)), a matrix product makes three vectors
-#    of it ([chapter 5](05_matmul.ipynb)), attention mixes those of different
-#    tokens ([chapter 6](06_attention.ipynb)), another product returns to 768
+#    ([chapter 5](05_layernorm.ipynb)), a matrix product makes three vectors
+#    of it ([chapter 6](06_matmul.ipynb)), attention mixes those of different
+#    tokens ([chapter 7](07_attention.ipynb)), another product returns to 768
 #    numbers, and the result is *added* to the vector
-#    ([chapter 8](08_residual.ipynb)). The second half, called *feed-forward*
+#    ([chapter 9](09_residual.ipynb)). The second half, called *feed-forward*
 #    or *MLP* (multi-layer perceptron), works on each token alone: up to 3,072
-#    numbers, through a curve called GELU ([chapter 7](07_gelu.ipynb)), back
+#    numbers, through a curve called GELU ([chapter 8](08_gelu.ipynb)), back
 #    down to 768, and added.
 # 4. **Logits.** A last LayerNorm, and a product with the first table: one
 #    score, called a *logit*, for each of the 50,257 pieces.
 # 5. **Loss.** Softmax turns scores into probabilities; cross-entropy is the
 #    surprise at what really came next
-#    ([chapter 9](09_crossentropy.ipynb)). The mean of it over all places is
+#    ([chapter 10](10_crossentropy.ipynb)). The mean of it over all places is
 #    the one number that training lowers.
 #
 # Then everything runs backwards: from the loss, gradient by gradient, to each
 # of the parameters, and AdamW moves them a little
-# ([chapter 10](10_adamw.ipynb)).
+# ([chapter 11](11_adamw.ipynb)).
 
 # %% [markdown]
 # ## Five numbers fix it
@@ -405,7 +405,7 @@ assert parameter_count(cfg, padded=False) == N
 # The function also counts the operations. A product of a vector with an
 # $(O, I)$ matrix multiplies and adds $O \cdot I$ times: two operations for
 # each weight. Going backward there are two such products for each forward
-# one, as [chapter 5](05_matmul.ipynb) derives. So each weight costs six
+# one, as [chapter 6](06_matmul.ipynb) derives. So each weight costs six
 # operations a token, and
 #
 # $$ \text{FLOPs a token} = 6 N + 6\, L\, C\, T . \tag{0.2} $$
@@ -417,7 +417,7 @@ assert parameter_count(cfg, padded=False) == N
 # compares itself with the tokens before it, $T/2$ on average, and takes a
 # weighted sum of as many vectors: two products of $C$ multiplications and
 # additions with each, $2 C T$ operations a block forward and twice that
-# backward. (What chapter 6 computes a second time, to save memory, is not
+# backward. (What chapter 7 computes a second time, to save memory, is not
 # counted.)
 
 # %% for one batch of 4 x 1024
@@ -488,7 +488,7 @@ for T in (64, 1024):
 
 # %% [markdown]
 # One layer's output is larger than all others: the logits, with 50,304
-# numbers for each token. [Chapter 9](09_crossentropy.ipynb) takes care not to
+# numbers for each token. [Chapter 10](10_crossentropy.ipynb) takes care not to
 # store it twice.
 
 # %% [markdown]

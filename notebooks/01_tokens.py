@@ -79,7 +79,7 @@ for char in "aé€🙂":
 # %% [markdown]
 # Bytes alone make a complete vocabulary with $V = 256$. Its fault is the
 # length of the sequences: one token a byte. A model of $T$ positions then
-# sees $T$ bytes of the past, and [attention](06_attention.ipynb) compares
+# sees $T$ bytes of the past, and [attention](07_attention.ipynb) compares
 # every position with all those before it. Longer tokens let the same $T$
 # reach further back.
 #
@@ -1229,7 +1229,7 @@ plt.show()
 # size, $C = 768$, 50,257 rows are 38.6 million parameters, near a third of the
 # model's 124 million. At the size that a laptop trains in minutes, $C = 128$,
 # a table of that height would outweigh all the rest; with $V = 1024$ it has
-# 131,072 numbers. That is why [training](13_training.ipynb) uses a small
+# 131,072 numbers. That is why [training](14_training.ipynb) uses a small
 # vocabulary of its own.
 
 # %% rows times channels

@@ -242,10 +242,10 @@ verdict("the bits", hex(shared["b"]["y"][0]) == "0x3f800000", "are 1.0's")
 # |---|---|---|
 # | `encoded`, `residual2`, `residual3` | (B, T, C) | LayerNorm's backward reads its input |
 # | `lnf` | (B, T, C) | the product that follows reads its input |
-# | `ln1_mean`, `ln1_rstd` and so on | (B, T) | two numbers a row, [chapter 4](04_layernorm.ipynb) |
-# | `qkv`, `atty`, `att_lse` | (B, T, 3C), (B, T, C), (B, NH, T) | attention, [chapter 6](06_attention.ipynb) |
+# | `ln1_mean`, `ln1_rstd` and so on | (B, T) | two numbers a row, [chapter 5](05_layernorm.ipynb) |
+# | `qkv`, `atty`, `att_lse` | (B, T, 3C), (B, T, C), (B, NH, T) | attention, [chapter 7](07_attention.ipynb) |
 # | `fch` | (B, T, 4C) | GELU reads its input |
-# | `logits`, `lse`, `losses`, `dlosses` | (B, T, Vp), (B, T) | [chapter 9](09_crossentropy.ipynb) |
+# | `logits`, `lse`, `losses`, `dlosses` | (B, T, Vp), (B, T) | [chapter 10](10_crossentropy.ipynb) |
 #
 # Three arrays of a block are missing there, and the products that follow
 # them do read them in the backward pass: the outputs of the two LayerNorms
@@ -606,7 +606,7 @@ print([f"{h:04x}" for h in halves])
 # %% [markdown]
 # The first two lie halfway between neighbours and went to the even one, one
 # down and one up; the third lies above the largest bfloat16 by more than half a
-# step, and became infinity; NaN stayed NaN. [Chapter 16](16_models.ipynb) proves the rounding for every
+# step, and became infinity; NaN stayed NaN. [Chapter 17](17_models.ipynb) proves the rounding for every
 # bfloat16 and measures what it does to a model.
 #
 # Writing goes through `replacing` from [chapter 0](00_gpt2.ipynb), in pieces

@@ -31,7 +31,7 @@ gpt2_diagram(lit="encoder")
 # that it can shift a little when it learns. So each token gets a vector of
 # C numbers, its *embedding*, and these vectors are parameters, trained like
 # all others. A second table holds a vector for each position in the text,
-# because attention ([chapter 6](06_attention.ipynb)) sees a set of vectors
+# because attention ([chapter 7](07_attention.ipynb)) sees a set of vectors
 # and would otherwise not know which came first. The encoder adds the two.
 #
 # This chapter builds `encoder_forward` and `encoder_backward`, and on the
@@ -230,7 +230,7 @@ print(dwpe.T.astype(int))
 # %% [markdown]
 # Both gradients are *added* to what is there. `wte` has a second use at the
 # other end of the model, where it turns vectors into logits
-# ([chapter 12](12_model.ipynb)), so its gradient is the sum of two layers'
+# ([chapter 13](13_model.ipynb)), so its gradient is the sum of two layers'
 # contributions.
 #
 # **The trap.** The line `dwte[inp] += dout` looks like (3.4) and is not.
@@ -432,7 +432,7 @@ print("fastmath:", numba.njit(is_nan, fastmath=True)(math.nan))
 
 # %% [markdown]
 # So no kernel of this book asks for NaN, or uses infinity as a mark.
-# [Attention](06_attention.ipynb), for one, must hide from each token those
+# [Attention](07_attention.ipynb), for one, must hide from each token those
 # that come later: it skips them, where other programs set their scores to
 # $-\infty$.
 #
@@ -597,7 +597,7 @@ def cache_folder():
     Derived in chapter 3.
     """
     text = numba.__version__ + sys.version
-    text += os.environ.get("LLMNB_TILE", "")  # see chapter 5
+    text += os.environ.get("LLMNB_TILE", "")  # see chapter 6
     for path in sorted(Path(__file__).parent.glob("*.py")):
         text += path.name + path.read_text("utf-8")
     key = hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -41,7 +41,7 @@ def assert_close(got, want, tolerance):
 
 
 def by_definition(inp, NH):
-    """Output and log-sum-exp by plain loops over (6.1) to (6.4)."""
+    """Output and log-sum-exp by plain loops over (7.1) to (7.4)."""
     B, T, width = inp.shape
     C = width // 3
     hs = C // NH

@@ -417,7 +417,7 @@ EXPORT_MARK = """() => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_exported_cells_are_marked(browser, address, scheme):
     with Visit(browser, address, 1280, scheme) as visit:
-        page = visit.open("notebooks/04_layernorm.html")
+        page = visit.open("notebooks/05_layernorm.html")
         mark = page.evaluate(EXPORT_MARK)
     assert mark["label"].startswith("exported to llmnb.")
     assert mark["edge"] >= 3
@@ -428,7 +428,7 @@ def test_exported_cells_are_marked(browser, address, scheme):
 
 def test_solutions_are_folded_and_open(browser, address):
     with Visit(browser, address, 390) as visit:
-        page = visit.open("notebooks/04_layernorm.html")
+        page = visit.open("notebooks/05_layernorm.html")
         cell = page.locator("details.hide").first
         code = cell.locator("pre").first
         assert not code.is_visible()
@@ -449,7 +449,7 @@ def test_search_finds_a_chapter(browser, address):
         page.locator("#pst-search-dialog input").fill("layernorm_backward")
         page.keyboard.press("Enter")
         # the page lists what it finds one by one: wait for this one
-        wanted = '#search-results li a[href*="notebooks/04_layernorm.html"]'
+        wanted = '#search-results li a[href*="notebooks/05_layernorm.html"]'
         page.wait_for_selector(wanted)
         assert visit.trouble == []
 
@@ -469,7 +469,7 @@ def test_search_finds_a_chapter_by_its_subject(browser, address, path):
 
 def test_pages_work_from_disk_without_a_server(browser):
     with Visit(browser, HTML.resolve().as_uri(), 1280) as visit:
-        page = visit.open("notebooks/04_layernorm.html")
+        page = visit.open("notebooks/05_layernorm.html")
         assert page.evaluate(UNRENDERED) == []
         assert page.locator("mjx-container").count() > 20
         assert visit.trouble == []

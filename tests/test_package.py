@@ -91,7 +91,7 @@ def test_gpt2_in_numpy_takes_less_than_a_thousand_lines():
 
 
 def test_the_compiled_backend_stays_small():
-    writing = count_lines("cpu/decode.py")  # inference: chapter 15
+    writing = count_lines("cpu/decode.py")  # inference: chapter 16
     assert 100 < writing < 300
     assert 400 < count_lines("cpu/*.py") - writing < 1600
 

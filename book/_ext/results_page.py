@@ -43,11 +43,11 @@ gradients. Times are medians over the rounds. A ratio is the median of the
 ratios within the rounds, with the lowest and the highest beside it: below 1,
 llmnb takes less time. The load is the number of threads that other programs
 wanted to run just before; when it is not far below 1, distrust the numbers.
-[Chapter 19](../notebooks/19_benchmark.ipynb) says why we measure so.
+[Chapter 20](../notebooks/20_benchmark.ipynb) says why we measure so.
 
 *Of peak* compares the operations of a step, done in the time it took, with
 the multiply-adds that this machine reached in a loop of nothing else
-([chapter 5](../notebooks/05_matmul.ipynb)), in float32. *Memory* is the most
+([chapter 6](../notebooks/06_matmul.ipynb)), in float32. *Memory* is the most
 that the process held: the model, the libraries, and the compiler where it
 ran.
 """
@@ -198,7 +198,7 @@ def writers_section(result):
         f"prompt of {result['prompt']} tokens and {result['count']} more, "
         f"always the likeliest one, with keys and values kept. Medians of "
         f"{rounds} texts; both programs wrote {same}. "
-        "[Chapter 15](../notebooks/15_cache.ipynb) says what is kept."
+        "[Chapter 16](../notebooks/16_cache.ipynb) says what is kept."
     )
     yield ""
     kinds = "first_seconds", "token_seconds"

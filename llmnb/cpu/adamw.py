@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/10_adamw.py: edit that file.
+# Written by `make export` from notebooks/11_adamw.py: edit that file.
 
 """Step downhill with AdamW.
 
@@ -44,7 +44,7 @@ def _adamw_update(part, parts, address):
 def check_flat(name, **arrays):
     """Raise unless these are flat arrays of one length and float dtype.
 
-    Derived in chapter 10.
+    Derived in chapter 11.
     """
     first = next(iter(arrays.values()))
     check_float(f"{name}: {next(iter(arrays))}", first)
@@ -65,7 +65,7 @@ def adamw_update(
     weight_decay applies to every element. Raises TypeError or ValueError
     for a wrong dtype or shape and for settings out of range.
 
-    Derived in chapter 10.
+    Derived in chapter 11.
     """
     check_settings(learning_rate, beta1, beta2, eps, weight_decay, step)
     check_flat("adamw_update", params=params, grads=grads, m=m, v=v)
@@ -108,7 +108,7 @@ def global_norm(grads):
     it. Raises TypeError or ValueError unless `grads` is flat and
     float32 or float64.
 
-    Derived in chapter 10.
+    Derived in chapter 11.
     """
     check_flat("global_norm", grads=grads)
     sums = np.empty(256)
@@ -126,7 +126,7 @@ def clip_gradients(grads, max_norm):
     is: the caller sees the norm and decides. Raises ValueError unless
     max_norm is positive, and as `global_norm` does.
 
-    Derived in chapter 10.
+    Derived in chapter 11.
     """
     if not max_norm > 0:
         raise ValueError(

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/06_attention.py: edit that file.
+# Written by `make export` from notebooks/07_attention.py: edit that file.
 
 """Let each position look back and differentiate the look.
 
@@ -164,7 +164,7 @@ def attention_forward(out, lse, inp, work=None, bf16=False):
     bfloat16, for float32 only. Raises TypeError or ValueError before it
     computes anything.
 
-    Derived in chapter 6.
+    Derived in chapter 7.
     """
     sizes = _check("attention_forward", out, lse, inp, work, bf16)
     scratch = _scratch(sizes, inp.dtype, work, bf16)
@@ -173,7 +173,7 @@ def attention_forward(out, lse, inp, work=None, bf16=False):
 
 # what both kernels take
 def _scratch(sizes, dtype, work, bf16):
-    """Sizes, places, and chapter 5's scratch."""
+    """Sizes, places, and chapter 6's scratch."""
     places = _places(sizes[3], sizes[2])
     return sizes, places, *scratch(work, bf16, dtype)
 
@@ -253,7 +253,7 @@ def _backward_scores(
 def _backward_sums(
     dqkv, dout, qkv, q, k, y, fresh, sizes, places, code, panels, w
 ):
-    """The last three products of (6.14); fresh: of keys, of queries."""
+    """The last three products of (7.14); fresh: of keys, of queries."""
     C, hs, n, rows, cols = sizes
     A, _, _, KT, B, S, dS, _, _ = places
     step, shape = 3 * C, (cols, hs, rows)
@@ -325,7 +325,7 @@ def attention_backward(
     as in attention_forward. Raises TypeError or ValueError before it
     computes anything.
 
-    Derived in chapter 6.
+    Derived in chapter 7.
     """
     name = "attention_backward"
     sizes = _check(name, out, lse, inp, work, bf16)

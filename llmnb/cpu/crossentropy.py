@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/09_crossentropy.py: edit that file.
+# Written by `make export` from notebooks/10_crossentropy.py: edit that file.
 
 """Turn logits into a loss and its gradient.
 
@@ -97,7 +97,7 @@ def crossentropy_softmax_forward(losses, lse, logits, targets, V):
     or ValueError for a wrong dtype or shape, a target outside [0, V) and a
     V outside [1, Vp].
 
-    Derived in chapter 9.
+    Derived in chapter 10.
     """
     wide, narrow = {"logits": logits}, {"losses": losses, "lse": lse}
     name = "crossentropy_softmax_forward"
@@ -114,7 +114,7 @@ def crossentropy_softmax_backward(dlogits, dlosses, logits, lse, targets, V):
     pass. logits: float32 or float64 (B, T, Vp). targets: int32 (B, T).
     Columns from V on receive 0. Raises as the forward pass does.
 
-    Derived in chapter 9.
+    Derived in chapter 10.
     """
     wide = {"logits": logits, "dlogits": dlogits}
     narrow = {"dlosses": dlosses, "lse": lse}
@@ -154,7 +154,7 @@ def softmax_forward(probs, logits, V):
     `probs`, which may be `logits` itself. Raises TypeError or ValueError
     for a wrong dtype or shape and for V outside [1, Vp].
 
-    Derived in chapter 9.
+    Derived in chapter 10.
     """
     wide = {"logits": logits, "probs": probs}
     rows = _rows("softmax_forward", wide, {}, V)
@@ -185,7 +185,7 @@ def softmax_backward(dlogits, dprobs, probs):
     probability 0, so its columns receive 0. Raises TypeError or ValueError
     for a wrong dtype or shape.
 
-    Derived in chapter 9.
+    Derived in chapter 10.
     """
     wide = {"probs": probs, "dlogits": dlogits, "dprobs": dprobs}
     _softmax_backward(*_rows("softmax_backward", wide, {}))
@@ -208,7 +208,7 @@ def crossentropy_forward(losses, probs, targets):
     that number. Raises TypeError or ValueError for a wrong dtype or shape
     and for a target outside [0, Vp).
 
-    Derived in chapter 9.
+    Derived in chapter 10.
     """
     wide, narrow = {"probs": probs}, {"losses": losses}
     name = "crossentropy_forward"
@@ -234,7 +234,7 @@ def crossentropy_backward(dprobs, dlosses, probs, targets):
     int32 (B, T). Only the targets' columns of `dprobs` change. Raises as
     `crossentropy_forward` does.
 
-    Derived in chapter 9.
+    Derived in chapter 10.
     """
     wide, narrow = {"probs": probs, "dprobs": dprobs}, {"dlosses": dlosses}
     name = "crossentropy_backward"

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/15_cache.py: edit that file.
+# Written by `make export` from notebooks/16_cache.py: edit that file.
 
 """Keep keys and values.
 
@@ -208,7 +208,7 @@ def panels_shape(OC, C):
     A panel holds COLS rows of the weight, side by side, and below them the
     numbers of the bias.
 
-    Derived in chapter 15.
+    Derived in chapter 16.
     """
     return -(-OC // COLS), C + 1, COLS
 
@@ -222,7 +222,7 @@ def panels_forward(out, inp, panels, residual=None):
     matmul_forward to the last bit. Raises TypeError or ValueError before it
     computes anything.
 
-    Derived in chapter 15.
+    Derived in chapter 16.
     """
     name = "panels_forward"
     check_float(f"{name}: inp", inp)
@@ -255,7 +255,7 @@ def pack_weight(panels, weight, bias=None):
     panels: panels_shape(OC, C). All float32 or all float64 and
     C-contiguous. Raises TypeError or ValueError before anything is written.
 
-    Derived in chapter 15.
+    Derived in chapter 16.
     """
     check_float("pack_weight: weight", weight)
     OC, C = weight.shape
@@ -278,7 +278,7 @@ def cache_shapes(B, NH, T, hs):
     Keys (B, NH, T / COLS, hs, COLS) are panels of COLS positions; values
     (B, NH, T, hs), with hs rounded up to a multiple of COLS.
 
-    Derived in chapter 15.
+    Derived in chapter 16.
     """
     wide = -(-hs // COLS) * COLS
     keys = B, NH, -(-T // COLS), hs, COLS
@@ -356,7 +356,7 @@ def cache_attention(out, keys, values, inp, first):
     attention_forward to the last bit. Raises TypeError or ValueError before
     it computes anything.
 
-    Derived in chapter 15.
+    Derived in chapter 16.
     """
     name = "cache_attention"
     check_float(f"{name}: inp", inp)
@@ -396,7 +396,7 @@ def embed_forward(out, tokens, panels, wpe, first):
     wpe: (max_T, C). first: the position of the first token. Raises
     TypeError or ValueError where they do not fit.
 
-    Derived in chapter 15.
+    Derived in chapter 16.
     """
     name = "embed_forward"
     check_float(f"{name}: out", out)

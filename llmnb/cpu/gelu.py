@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/07_gelu.py: edit that file.
+# Written by `make export` from notebooks/08_gelu.py: edit that file.
 
 """Bend the line and differentiate the bend.
 
@@ -78,7 +78,7 @@ def gelu_forward(out, inp):
     C-contiguous; out is overwritten. Raises TypeError or ValueError before
     it computes anything.
 
-    Derived in chapter 7.
+    Derived in chapter 8.
     """
     _check("gelu_forward", inp, out=out)
     _gelu_forward(out.reshape(-1), inp.reshape(-1))
@@ -100,7 +100,7 @@ def gelu_backward(dinp, dout, inp, add=True):
     overwritten, and it may be dout itself.
     Raises TypeError or ValueError before it computes anything.
 
-    Derived in chapter 7.
+    Derived in chapter 8.
     """
     _check("gelu_backward", inp, dinp=dinp, dout=dout)
     dx, dy, x = dinp.reshape(-1), dout.reshape(-1), inp.reshape(-1)

@@ -41,7 +41,7 @@ def cache_folder():
     Derived in chapter 3.
     """
     text = numba.__version__ + sys.version
-    text += os.environ.get("LLMNB_TILE", "")  # see chapter 5
+    text += os.environ.get("LLMNB_TILE", "")  # see chapter 6
     for path in sorted(Path(__file__).parent.glob("*.py")):
         text += path.name + path.read_text("utf-8")
     key = hashlib.sha256(text.encode()).hexdigest()[:16]

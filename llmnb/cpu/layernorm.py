@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/04_layernorm.py: edit that file.
+# Written by `make export` from notebooks/05_layernorm.py: edit that file.
 
 """Normalise a layer and differentiate it.
 
@@ -73,7 +73,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     All float32 or all float64 and C-contiguous; out, mean and rstd are
     overwritten. Raises TypeError or ValueError before it computes anything.
 
-    Derived in chapter 4.
+    Derived in chapter 5.
     """
     _check("layernorm_forward", inp, {"out": out}, mean, rstd, weight, bias)
     C = inp.shape[-1]
@@ -117,7 +117,7 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
     C-contiguous; the first three are added to in place. Raises TypeError or
     ValueError before it computes anything.
 
-    Derived in chapter 4.
+    Derived in chapter 5.
     """
     like = {"dinp": dinp, "dout": dout}
     channels = dweight, dbias, weight

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/06_attention.py: edit that file.
+# Written by `make export` from notebooks/07_attention.py: edit that file.
 
 """Let each position look back and differentiate the look.
 
@@ -63,6 +63,6 @@ def fast_exp(x):
     -87 to 88. Below -88 it gives 0 and above 88 exp(88), so never an
     infinity. Any other number goes to math.exp in float64.
 
-    Derived in chapter 6.
+    Derived in chapter 7.
     """
     return _exp(x)

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/05_matmul.py: edit that file.
+# Written by `make export` from notebooks/06_matmul.py: edit that file.
 
 """Multiply by a weight matrix and differentiate it.
 
@@ -136,7 +136,7 @@ def matmul_forward(
     bf16: round inp and weight to bfloat16, for float32 only. Raises
     TypeError or ValueError before it computes anything.
 
-    Derived in chapter 5.
+    Derived in chapter 6.
     """
     name = "matmul_forward"
     _check(name, inp, weight, work, bf16, out=out)
@@ -172,7 +172,7 @@ def matmul_backward(
     matmul_forward. Raises TypeError or ValueError before it computes
     anything.
 
-    Derived in chapter 5.
+    Derived in chapter 6.
     """
     name = "matmul_backward"
     _check(name, inp, weight, work, bf16, dout=dout)

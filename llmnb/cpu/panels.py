@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/05_matmul.py: edit that file.
+# Written by `make export` from notebooks/06_matmul.py: edit that file.
 
 """Multiply by a weight matrix and differentiate it.
 
@@ -219,7 +219,7 @@ def pack(typing, code, panels, to, source, at, row, col, rows, depth):
     `depth` numbers, row and col apart; for a routine that packs columns,
     columns are meant where it says rows. The panels begin at panels[to].
 
-    Derived in chapter 5.
+    Derived in chapter 6.
     """
     n = types.int64
     return types.void(n, panels, n, source, n, n, n, n, n), _jump
@@ -235,7 +235,7 @@ def multiply_panels(
     multiply_tile; sizes: rows, columns and steps of the block. spare: room
     for a tile, a row of zeros, and one for the bias.
 
-    Derived in chapter 5.
+    Derived in chapter 6.
     """
     n, seven, three = (
         types.int64,
@@ -258,7 +258,7 @@ def work_shape():
 
     A row for each thread that numba may use, of 1.4 MB in float32.
 
-    Derived in chapter 5.
+    Derived in chapter 6.
     """
     return numba.config.NUMBA_NUM_THREADS, SPARE + (ROWS + 2) * COLS
 
@@ -267,7 +267,7 @@ def work_shape():
 def check_scratch(name, work, bf16, dtype):
     """Raise unless work and bf16 fit a product in dtype.
 
-    Derived in chapter 5.
+    Derived in chapter 6.
     """
     if work is not None:
         check_array(f"{name}: work", work, work_shape(), dtype)
@@ -282,7 +282,7 @@ def scratch(work, bf16, dtype):
     and multiply; they are compiled when they are not in the cache. work is
     allocated if it is None. panels is the same memory, for bf16 as uint32.
 
-    Derived in chapter 5.
+    Derived in chapter 6.
     """
     if work is None:
         work = np.empty(work_shape(), dtype)

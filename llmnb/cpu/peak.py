@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/05_matmul.py: edit that file.
+# Written by `make export` from notebooks/06_matmul.py: edit that file.
 
 """Multiply by a weight matrix and differentiate it.
 
@@ -67,7 +67,7 @@ def fma_peak():
 
     A measurement of about a tenth of a second, after compiling.
 
-    Derived in chapter 5.
+    Derived in chapter 6.
     """
     x = np.full(numba.get_num_threads(), 0.5, np.float32)
     seconds = fastest(_all_threads, x, runs=200)

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/08_residual.py: edit that file.
+# Written by `make export` from notebooks/09_residual.py: edit that file.
 
 """Add a layer's output to its input.
 
@@ -50,7 +50,7 @@ def residual_forward(out, inp1, inp2):
 
     Raises TypeError or ValueError where shapes or dtypes differ.
 
-    Derived in chapter 8.
+    Derived in chapter 9.
     """
     check_float("residual_forward: out", out)
     for name, x in (("out", out), ("inp1", inp1), ("inp2", inp2)):
@@ -68,7 +68,7 @@ def residual_backward(dinp1, dinp2, dout):
     Raises TypeError or ValueError where shapes or dtypes differ, ValueError
     where two of the arrays share memory.
 
-    Derived in chapter 8.
+    Derived in chapter 9.
     """
     label = "residual_backward: "
     arrays = {"dinp1": dinp1, "dinp2": dinp2, "dout": dout}

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/05_matmul.py: edit that file.
+# Written by `make export` from notebooks/06_matmul.py: edit that file.
 
 """Multiply by a weight matrix and differentiate it.
 
@@ -36,7 +36,7 @@ def cpu_features():
     By LLVM's names, such as "avx2". NUMBA_CPU_FEATURES masks them, as it
     does for numba.
 
-    Derived in chapter 5.
+    Derived in chapter 6.
     """
     chosen = numba.config.CPU_FEATURES
     if chosen is not None:
@@ -50,7 +50,7 @@ def tile_shape():
     From the processor's features, or from LLMNB_TILE, as in "6x2x8". Raises
     ValueError when that is not three such numbers.
 
-    Derived in chapter 5.
+    Derived in chapter 6.
     """
     chosen = os.environ.get("LLMNB_TILE")
     if chosen and not re.fullmatch(r"[1-9]\d?x[1-9]x(4|8|16)", chosen):
@@ -176,7 +176,7 @@ def multiply_tile(typing, out, at, start, bias, panels, a, b, depth):
     column to column; where it begins in bias and the step from column to
     column. a, b: where the panels begin; depth: their lines, at least 1.
 
-    Derived in chapter 5.
+    Derived in chapter 6.
     """
     signature = types.void(out, at, start, bias, panels, I64, I64, I64)
 
@@ -348,7 +348,7 @@ def has_bf16():
 
     LLMNB_BF16=emulate says yes anyway, for tests on other processors.
 
-    Derived in chapter 5.
+    Derived in chapter 6.
     """
     return HALVES or os.environ.get("LLMNB_BF16") == "emulate"
 
@@ -360,7 +360,7 @@ def pack_one(typing, panels, to, low, high):
 
     For kernels.
 
-    Derived in chapter 5.
+    Derived in chapter 6.
     """
     signature = types.void(panels, I64, low, high)
 
@@ -382,7 +382,7 @@ def steps_per_line(typing, panels):
 
     For kernels.
 
-    Derived in chapter 5.
+    Derived in chapter 6.
     """
     count = ir.IntType(64)(_per_line(panels))
     return I64(panels), lambda context, builder, signature, args: count

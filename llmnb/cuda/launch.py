@@ -287,8 +287,11 @@ class Kernel:
 
 # decorators
 def kernel(function=None, **options):
-    """Make a Kernel of a function; options are numba's, such as
-    max_registers. `fastmath` is on: sums and products may be contracted.
+    """Make a Kernel of a function, to be launched as kernel[grid, block](...).
+
+    options: numba's `launch_bounds`, the largest number of threads a block
+    will have; `fastmath`, on unless False: a product and a sum become one
+    instruction, exp and division are approximate.
 
     Derived in chapter 4.
     """

@@ -17,6 +17,7 @@ __all__ = [
 
 
 # imports of the simulator
+import functools
 import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -40,51 +41,8 @@ def _three(size):
     return _Three(*(size if isinstance(size, tuple) else (size,)))
 
 
-# one thread
-class _Lane:
-    """A thread: its place, and what it waits for."""
-
-    __slots__ = ("thread", "number", "block", "fiber", "waits", "value")
-    __slots__ += ("values", "block_era", "warp_era", "counts")
-
-    def __init__(self, block, number):
-        x, y, _ = block.shape
-        self.thread = _Three(number % x, number // x % y, number // (x * y))
-        self.number, self.block = number, block
-        self.waits = self.value = self.values = None
-        self.block_era = self.warp_era = 0
-        self.counts = {}
-
-
-class _Block:
-    """A block of threads and the memory they share."""
-
-    def __init__(self, index, shape, grid, seen):
-        self.index, self.shape, self.grid = index, shape, grid
-        self.seen, self.shared, self.log = seen, {}, {}
-        size = shape.x * shape.y * shape.z
-        self.lanes = [_Lane(self, n) for n in range(size)]
-
-
-# the lane that runs, and what watches it
-_now = SimpleNamespace(lane=None, seen=None)
-
-
-# run a block
-def _run_block(block, body):
-    """Run every lane to its next barrier, in turns, until all are done."""
-    for lane in block.lanes:
-        lane.fiber = _greenlet()(body)
-    live = block.lanes
-    while live:
-        for lane in live:
-            if lane.waits is None:
-                _now.lane = lane
-                lane.fiber.switch()
-        live = [lane for lane in live if not lane.fiber.dead]
-        _release(block, live)
-
-
+# what a thread runs in
+@functools.cache
 def _greenlet():
     try:
         from greenlet import greenlet
@@ -94,6 +52,57 @@ def _greenlet():
             "pip install 'llmnb[simulator]'"
         ) from None
     return greenlet
+
+
+# one thread
+class _Lane:
+    """A thread: its place, and what it waits for."""
+
+    __slots__ = ("thread", "number", "block", "fiber", "waits", "value")
+    __slots__ += ("values", "block_era", "warp_era", "counts")
+
+    def __init__(self, block, number, thread, fiber):
+        self.thread, self.number, self.block = thread, number, block
+        self.fiber, self.waits, self.value = fiber, None, None
+        self.values, self.block_era, self.warp_era = None, 0, 0
+        self.counts = {} if block.seen else None
+
+
+class _Block:
+    """A block of threads, all about to run `body`, and their memory."""
+
+    def __init__(self, index, shape, grid, seen, body):
+        self.index, self.shape, self.grid = index, shape, grid
+        self.seen, self.shared, self.log = seen, {}, {}
+        fiber = _greenlet()
+        self.lanes = [
+            _Lane(self, n, thread, fiber(body))
+            for n, thread in enumerate(_threads(shape))
+        ]
+
+
+@functools.cache
+def _threads(shape):
+    """The places of a block's threads: x runs fastest."""
+    x, y, z = map(range, shape)
+    return [_Three(i, j, k) for k in z for j in y for i in x]
+
+
+# the lane that runs, and what watches it
+_now = SimpleNamespace(lane=None, seen=None)
+
+
+# run a block
+def _run_block(block):
+    """Run every lane to its next barrier, in turns, until all are done."""
+    live = block.lanes
+    while live:
+        for lane in live:
+            if lane.waits is None:
+                _now.lane = lane
+                lane.fiber.switch()
+        live = [lane for lane in live if not lane.fiber.dead]
+        _release(block, live)
 
 
 # barriers
@@ -549,14 +558,14 @@ def simulate(function, grid, block, args):
             _Watched(a, name, seen, log) if isinstance(a, np.ndarray) else a
             for a, name in zip(args, names, strict=False)
         ]
-    places = np.ndindex(grid.z, grid.y, grid.x)
+    places, body = np.ndindex(grid[::-1]), functools.partial(function, *args)
     outside = _now.lane
     try:
         for z, y, x in places:
-            block = _Block(_Three(x, y, z), shape, grid, seen)
+            block = _Block(_Three(x, y, z), shape, grid, seen, body)
             if seen is not None:
                 seen.threads += len(block.lanes)
-            _run_block(block, lambda: function(*args))
+            _run_block(block)
     except Exception as error:
         lane = _now.lane
         error.add_note(

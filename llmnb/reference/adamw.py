@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/10_adamw.py: edit that file.
+# Written by `make export` from notebooks/11_adamw.py: edit that file.
 
 """Step downhill with AdamW.
 
@@ -28,7 +28,7 @@ def check_settings(learning_rate, beta1, beta2, eps, weight_decay, step):
     in [0, 1), eps must be positive (a gradient that is always zero would
     divide zero by zero), and steps count from 1.
 
-    Derived in chapter 10.
+    Derived in chapter 11.
     """
     limits = [
         ("learning_rate", learning_rate, learning_rate >= 0, "at least 0"),
@@ -57,7 +57,7 @@ def adamw_update(
     zero before the first step. step counts from 1. weight_decay applies to
     every element. Raises ValueError for settings out of range.
 
-    Derived in chapter 10.
+    Derived in chapter 11.
     """
     check_settings(learning_rate, beta1, beta2, eps, weight_decay, step)
     correction1 = 1 - beta1**step
@@ -74,7 +74,7 @@ def adamw_update(
 def global_norm(grads):
     """The Euclidean norm of a flat array, summed in float64, as a float.
 
-    Derived in chapter 10.
+    Derived in chapter 11.
     """
     wide = grads.astype(np.float64)
     return math.sqrt(np.sum(wide * wide))
@@ -90,7 +90,7 @@ def clip_gradients(grads, max_norm):
     is: the caller sees the norm and decides. Raises ValueError unless
     max_norm is positive.
 
-    Derived in chapter 10.
+    Derived in chapter 11.
     """
     if not max_norm > 0:
         raise ValueError(

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/06_attention.py: edit that file.
+# Written by `make export` from notebooks/07_attention.py: edit that file.
 
 """Let each position look back and differentiate the look.
 
@@ -26,7 +26,7 @@ def split_heads(x, NH, parts):
     values, 1 for an output. Returns a view (parts, B, NH, T, hs) with
     hs = C / NH, so what is written into it lands in x.
 
-    Derived in chapter 6.
+    Derived in chapter 7.
     """
     B, T, width = x.shape
     heads = x.reshape(B, T, parts, NH, width // (parts * NH))
@@ -40,7 +40,7 @@ def masked_scores(q, k):
     q, k: (B, NH, T, hs). Returns a new array (B, NH, T, T), reading
     positions along the third axis.
 
-    Derived in chapter 6.
+    Derived in chapter 7.
     """
     T, hs = q.shape[-2:]
     scores = (q @ k.swapaxes(-1, -2)) * q.dtype.type(1 / np.sqrt(hs))
@@ -56,7 +56,7 @@ def attention_forward(out, lse, inp):
     out (B, T, C) and lse (B, NH, T), the log-sum-exp of each row of scaled,
     masked scores, which the backward pass needs. All of one float dtype.
 
-    Derived in chapter 6.
+    Derived in chapter 7.
     """
     NH = lse.shape[1]
     q, k, v = split_heads(inp, NH, 3)
@@ -75,7 +75,7 @@ def attention_backward(dinp, dout, inp, out, lse, add=True):
     lse are as the forward pass left them. All of one float dtype. add:
     False overwrites dinp instead of adding.
 
-    Derived in chapter 6.
+    Derived in chapter 7.
     """
     if not add:
         dinp.fill(0)

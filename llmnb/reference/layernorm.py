@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/04_layernorm.py: edit that file.
+# Written by `make export` from notebooks/05_layernorm.py: edit that file.
 
 """Normalise a layer and differentiate it.
 
@@ -28,7 +28,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     deviation of each row, saved for the backward pass. weight, bias: (C,).
     All of one float dtype; out, mean and rstd are overwritten.
 
-    Derived in chapter 4.
+    Derived in chapter 5.
     """
     mean[...] = inp.mean(axis=-1)
     centred = inp - mean[..., None]
@@ -45,7 +45,7 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
     (B, T), as the forward pass left them. All of one float dtype; the first
     three are added to in place.
 
-    Derived in chapter 4.
+    Derived in chapter 5.
     """
     norm = (inp - mean[..., None]) * rstd[..., None]
     dweight += (dout * norm).sum(axis=(0, 1))

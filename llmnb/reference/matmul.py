@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/05_matmul.py: edit that file.
+# Written by `make export` from notebooks/06_matmul.py: edit that file.
 
 """Multiply by a weight matrix and differentiate it.
 
@@ -20,7 +20,7 @@ def matmul_forward(out, inp, weight, bias, residual=None):
     residual: (B, T, OC), added to the result, or None. All of one float
     dtype; out is overwritten, and may be residual itself.
 
-    Derived in chapter 5.
+    Derived in chapter 6.
     """
     y = inp @ weight.T
     if bias is not None:
@@ -48,7 +48,7 @@ def matmul_backward(
     add_dinp, add_dweight: False overwrites dinp, or dweight and dbias,
     instead of adding.
 
-    Derived in chapter 5.
+    Derived in chapter 6.
     """
     if not add_dinp:
         dinp.fill(0)

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/08_residual.py: edit that file.
+# Written by `make export` from notebooks/09_residual.py: edit that file.
 
 """Add a layer's output to its input.
 
@@ -23,7 +23,7 @@ def residual_forward(out, inp1, inp2):
     out, inp1, inp2: float, all of one shape; out is overwritten, and may be
     inp1 or inp2.
 
-    Derived in chapter 8.
+    Derived in chapter 9.
     """
     np.add(inp1, inp2, out=out)
 
@@ -35,7 +35,7 @@ def residual_backward(dinp1, dinp2, dout):
     dinp1, dinp2, dout: float, all of one shape; dinp1 and dinp2 are added
     to, and neither may share memory with dout.
 
-    Derived in chapter 8.
+    Derived in chapter 9.
     """
     dinp1 += dout
     dinp2 += dout

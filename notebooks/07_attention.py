@@ -1,0 +1,1470 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     module: reference.attention
+# ---
+
+# %% [markdown]
+# # Let each position look back and differentiate the look
+#
+# > Causal self-attention: every position takes a weighted mean of the values
+# > at and before it, with weights from a softmax of dot products.
+
+# %% [markdown]
+# ## Where we are
+
+# %% where we are
+from llmnb.diagram import gpt2_diagram
+
+gpt2_diagram(lit="attention")
+
+# %% [markdown]
+# *Figure 7.1. Attention stands once in every block, between the linear layer
+# that makes q, k and v and the one that projects its output.*
+#
+# Every other layer of GPT-2 treats each token alone. Attention is the one
+# place where tokens meet: each position reads from the positions before it
+# and from itself. What it looks for, what it finds and what it takes home
+# are three vectors of the position, its *query*, *key* and *value*, which
+# the linear layer of [chapter 6](06_matmul.ipynb) has computed. This chapter
+# builds `attention_forward` and `attention_backward`. At its end you can
+#
+# - work out one attention by hand, from three vectors a position to the
+#   weighted mean;
+# - say why scores are divided by the root of the head size;
+# - derive the backward pass and say where $T^3$ turns into $T^2$;
+# - compute a softmax over a row that you never hold in memory;
+# - write an exponential that vectorises.
+#
+# You need central differences from [chapter 0](00_gpt2.ipynb), the `kernel`
+# decorator from [chapter 3](03_encoder.ipynb), and the panels of
+# [chapter 6](06_matmul.ipynb).
+
+# %% [markdown]
+# ## Setup
+
+# %% setup
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+
+from llmnb.diagram import PALETTE
+from llmnb.timing import fastest, machine
+from llmnb.verify import compare, numerical_gradient, verdict
+
+# %% imports tags=["export"]
+import numpy as np
+
+# %% the seed
+rng = np.random.default_rng(6)
+
+# %% [markdown]
+# ## By hand
+#
+# Take $T = 3$ positions whose queries, keys and values have two numbers
+# each:
+#
+# | position | query | key | value |
+# |---|---|---|---|
+# | 0 | (1, 0) | (1, 0) | (1, 0) |
+# | 1 | (0, 2) | (0, 1) | (0, 1) |
+# | 2 | (1, 1) | (1, 1) | (2, 2) |
+#
+# Position 2 asks. The dot products of its query (1, 1) with the three keys
+# are 1, 1 and 2. We divide by $\sqrt 2$, for a reason given below:
+# $0.7071, 0.7071, 1.4142$. A *softmax* turns these *scores* into positive
+# weights with sum 1: exponentials $2.0281, 2.0281, 4.1133$, divided by
+# their sum $8.1695$, give $0.2483, 0.2483, 0.5035$. The output is the mean
+# of the values with these weights,
+#
+# $$ 0.2483\,(1, 0) + 0.2483\,(0, 1) + 0.5035\,(2, 2)
+#    = (1.2552, 1.2552), $$
+#
+# give or take the last digit.
+#
+# Position 1 may look at positions 0 and 1 only. Its scores are $0$ and
+# $1.4142$, its weights $0.1956$ and $0.8044$. Position 0 sees nobody but
+# itself: its weight is 1, whatever its score.
+
+# %% three positions by hand
+q = np.array([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+k = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+v = np.array([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]])
+weights = np.exp(q @ k.T / np.sqrt(2)) * np.tri(3)
+weights /= weights.sum(axis=1, keepdims=True)
+print(np.round(weights, 4))
+print(np.round(weights @ v, 4))
+
+# %% who looks at whom
+fig, ax = plt.subplots(figsize=(4.6, 3.6), dpi=100)
+ax.imshow(weights, cmap="Blues", vmin=0, vmax=1.3)
+for t, u in np.ndindex(3, 3):
+    label = f"{weights[t, u]:.2f}" if u <= t else "future"
+    ink = "white" if weights[t, u] > 0.9 else PALETTE["ink"]
+    ax.text(u, t, label, ha="center", va="center", size=12, color=ink)
+ax.set(xticks=range(3), yticks=range(3))
+ax.set(xlabel="is read (key, value)", ylabel="reads (query)")
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 7.2. Who looks at whom: each row holds the weights of one reading
+# position and sums to 1, and the triangle above the diagonal, the future,
+# has no weight.*
+#
+# Hiding the future is what makes the layer *causal*. GPT-2 learns to
+# predict the next token at every position of a text at once. A position
+# that could read the next one would learn to copy it.
+#
+# GPT-2 does this $NH$ times side by side. The $C$ channels are cut into
+# $NH$ *heads* of $hs = C / NH$ channels, each with weights of its own, so a
+# position can look at several places for several reasons.
+#
+# | tensor | shape | what it holds |
+# |---|---|---|
+# | `inp` | (B, T, 3C) | all queries, then keys, then values, of a position |
+# | `out` | (B, T, C) | the heads' weighted means, side by side |
+# | `lse` | (B, NH, T) | one number for each row of scores, explained below |
+#
+# A head's queries are a strided *view* into `inp`: the same memory, read
+# with other steps. `split_heads` makes such views, and copies nothing.
+
+
+# %% the heads as views tags=["export"]
+def split_heads(x, NH, parts):
+    """The heads of each part of x as views.
+
+    x: (B, T, parts * C), C-contiguous; parts is 3 for queries, keys and
+    values, 1 for an output. Returns a view (parts, B, NH, T, hs) with
+    hs = C / NH, so what is written into it lands in x.
+
+    Derived in chapter 7.
+    """
+    B, T, width = x.shape
+    heads = x.reshape(B, T, parts, NH, width // (parts * NH))
+    return heads.transpose(2, 0, 3, 1, 4)
+
+
+# %% one sequence of five positions, two heads of four channels
+inp = np.arange(5 * 24.0).reshape(1, 5, 24)
+q, k, v = split_heads(inp, 2, 3)
+print("q", q.shape, "strides in numbers", [s // 8 for s in q.strides])
+print("head 1, position 2, key:", k[0, 1, 2])
+verdict("views", np.shares_memory(q, inp), "share inp's memory")
+
+# %% [markdown]
+# ## Forward
+#
+# From here on we look at one head of one sequence; heads and sequences
+# never meet. Position $t$ reads, position $u \le t$ is read, $i$ counts the
+# $hs$ channels of the head. The score is
+#
+# $$ s_{tu} = \frac{1}{\sqrt{hs}} \sum_i q_{ti}\, k_{ui} , \qquad u \le t .
+#    \tag{7.1} $$
+#
+# **Why the root.** Suppose the components of $q_t$ and $k_u$ are
+# independent, with mean 0 and variance 1. Each product $q_{ti} k_{ui}$ then
+# has mean 0 and variance $1 \cdot 1 = 1$, and variances of independent terms
+# add up: the dot product has variance $hs$. Divided by $\sqrt{hs}$ it has
+# variance 1 for any head size. Without the division, scores of a head of 64
+# would spread by 8, the largest would take nearly all the weight, and
+# nothing would be left to learn from: we shall see that the gradient of a
+# score carries the factor $a_{tu}$, and that it vanishes when a weight is 1.
+
+# %% with and without the root
+q, k = rng.normal(size=(2, 2000, 64))
+keys = rng.normal(size=(2000, 32, 64))
+dots = np.einsum("ni,nui->nu", q, keys)
+for name, scores in (("plain", dots), ("scaled", dots / 8)):
+    e = np.exp(scores - scores.max(axis=1, keepdims=True))
+    largest = (e / e.sum(axis=1, keepdims=True)).max(axis=1).mean()
+    print(f"{name:<7} variance {scores.var():5.1f}", end="  ")
+    print(f"largest of 32 weights {largest:.2f}")
+
+# %% [markdown]
+# The weights are a softmax over the visible positions,
+#
+# $$ a_{tu} = \frac{e^{s_{tu}}}{\sum_{w \le t} e^{s_{tw}}} , \qquad
+#    a_{tu} = 0 \text{ for } u > t , \tag{7.2} $$
+#
+# and the output is the weighted mean of the values:
+#
+# $$ o_{ti} = \sum_{u \le t} a_{tu}\, v_{ui} . \tag{7.3} $$
+#
+# The exponential of a large score overflows. It helps that a softmax does
+# not change when the same number is taken from all scores of a row; we take
+# the largest, so that every exponent is at most 0. The logarithm of the
+# denominator, computed in this way, is the row's *log-sum-exp*,
+#
+# $$ L_t = m_t + \log \sum_{u \le t} e^{s_{tu} - m_t} , \quad
+#    m_t = \max_{u \le t} s_{tu} , \qquad
+#    a_{tu} = e^{s_{tu} - L_t} . \tag{7.4} $$
+#
+# One number a row, $L_t$, turns a score into its weight.
+
+
+# %% the scores tags=["export"]
+def masked_scores(q, k):
+    """Scaled dot products of queries and keys; the future is -inf.
+
+    q, k: (B, NH, T, hs). Returns a new array (B, NH, T, T), reading
+    positions along the third axis.
+
+    Derived in chapter 7.
+    """
+    T, hs = q.shape[-2:]
+    scores = (q @ k.swapaxes(-1, -2)) * q.dtype.type(1 / np.sqrt(hs))
+    scores[..., ~np.tri(T, dtype=bool)] = -np.inf
+    return scores
+
+
+# %% attention, forward tags=["export"]
+def attention_forward(out, lse, inp):
+    """Causal self-attention of NH heads.
+
+    inp: (B, T, 3C), queries, keys and values along the last axis. Writes
+    out (B, T, C) and lse (B, NH, T), the log-sum-exp of each row of scaled,
+    masked scores, which the backward pass needs. All of one float dtype.
+
+    Derived in chapter 7.
+    """
+    NH = lse.shape[1]
+    q, k, v = split_heads(inp, NH, 3)
+    scores = masked_scores(q, k)
+    top = scores.max(axis=-1)
+    lse[...] = top + np.log(np.exp(scores - top[..., None]).sum(axis=-1))
+    att = np.exp(scores - lse[..., None])
+    split_heads(out, NH, 1)[0] = att @ v
+
+
+# %% the three positions through the function
+q, k, v = [[1, 0], [0, 2], [1, 1]], [[1, 0], [0, 1], [1, 1]], np.eye(3, 2)
+v[2] = 2
+inp = np.concatenate((q, k, v), axis=1)[None]
+out, lse = np.empty((1, 3, 2)), np.empty((1, 1, 3))
+attention_forward(out, lse, inp)
+print("lse", np.round(lse, 4))
+compare("by hand", out[0], weights @ v, tol=1e-12)
+
+# %% [markdown]
+# The function builds all weights of a row before it uses them, so it holds
+# a (B, NH, T, T) array, and more than one at a time. For GPT-2 124M with
+# four sequences of 1024 positions one such array takes
+
+# %% the square and the row
+B, NH, T, L = 4, 12, 1024, 12
+square, row = 4 * B * NH * T * T, 4 * B * NH * T
+print(f"weights: {square / 1e6:6.1f} MB a layer, {L * square / 1e9:.1f} GB")
+print(f"lse:     {row / 1e6:6.1f} MB a layer, {L * row / 1e6:.1f} MB")
+
+# %% [markdown]
+# in float32. The weights of all layers together would be several times the
+# model. So no weight is saved: backward recomputes it from $q$ and $k$, which
+# are in memory anyway, and from $L_t$, by (7.4). The reference builds the
+# square as a temporary; the CPU version below never does.
+
+# %% [markdown]
+# ## Backward, derived
+#
+# The layers above hand us $do_{ti} = \partial \mathcal L / \partial o_{ti}$.
+# We owe $dq$, $dk$ and $dv$, and walk (7.3), (7.2), (7.1) backwards.
+#
+# **The values.** By (7.3), $v_{ui}$ enters $o_{ti}$ with factor $a_{tu}$,
+# for every $t \ge u$ that reads it:
+#
+# $$ dv_{ui} = \sum_{t \ge u} a_{tu}\, do_{ti} . \tag{7.5} $$
+#
+# **The weights.** By (7.3) again, $a_{tu}$ enters $o_{ti}$ with factor
+# $v_{ui}$, for every channel:
+#
+# $$ da_{tu} = \sum_i do_{ti}\, v_{ui} , \qquad u \le t . \tag{7.6} $$
+#
+# **The scores.** Each score enters all weights of its row, because it
+# stands in the denominator of (7.2). Differentiate the quotient. For $w = u$
+# the numerator depends on $s_{tu}$ too, which gives the first term:
+#
+# $$ \frac{\partial a_{tw}}{\partial s_{tu}}
+#    = a_{tw}\, \delta_{wu} - a_{tw}\, a_{tu} . \tag{7.7} $$
+#
+# Here $\delta_{wu}$ is 1 for $w = u$ and 0 otherwise. Summed over the
+# weights of the row,
+#
+# $$ ds_{tu} = \sum_{w \le t} da_{tw}\, a_{tw}\, (\delta_{wu} - a_{tu})
+#    = a_{tu} \Bigl( da_{tu} - \sum_{w \le t} a_{tw}\, da_{tw} \Bigr) .
+#    \tag{7.8} $$
+#
+# Stop here for a moment. A program that follows the left-hand sum as it
+# stands forms the matrix (7.7) of every row, $t^2$ numbers, and takes
+# $\sum_t t^2 \approx T^3/3$ steps. On the right the inner sum no longer
+# depends on $u$: one number a row, taken once, and $T^2$ steps in all. That
+# sum shrinks once more. Put in (7.6), change the order of the sums, and find
+# (7.3) inside:
+#
+# $$ D_t = \sum_{w \le t} a_{tw}\, da_{tw}
+#    = \sum_i do_{ti} \sum_{w \le t} a_{tw}\, v_{wi}
+#    = \sum_i do_{ti}\, o_{ti} . \tag{7.9} $$
+#
+# So $D_t$ is a dot product of $hs$ numbers, known before any weight of the
+# row is. Backward can take the weights in any order, one at a time.
+#
+# **Queries and keys.** By (7.1), $q_{ti}$ enters the scores of row $t$, and
+# $k_{ui}$ those of column $u$:
+#
+# $$ dq_{ti} = \frac{1}{\sqrt{hs}} \sum_{u \le t} ds_{tu}\, k_{ui} , \qquad
+#    dk_{ui} = \frac{1}{\sqrt{hs}} \sum_{t \ge u} ds_{tu}\, q_{ti} .
+#    \tag{7.10} $$
+#
+# **What to save.** $q$, $k$, $v$ and $o$ are in memory as input and output
+# of the layer. (7.4) rebuilds $a$ from $L$, (7.9) gets $D$ from $o$. So the
+# forward pass saves $L_t$, one number a row, and no more.
+
+
+# %% attention, backward tags=["export"]
+def attention_backward(dinp, dout, inp, out, lse, add=True):
+    """Add attention's gradient to dinp.
+
+    dinp, inp: (B, T, 3C). dout, out: (B, T, C). lse: (B, NH, T). out and
+    lse are as the forward pass left them. All of one float dtype. add:
+    False overwrites dinp instead of adding.
+
+    Derived in chapter 7.
+    """
+    if not add:
+        dinp.fill(0)
+    NH = lse.shape[1]
+    q, k, v = split_heads(inp, NH, 3)
+    dq, dk, dv = split_heads(dinp, NH, 3)
+    o, do = split_heads(out, NH, 1)[0], split_heads(dout, NH, 1)[0]
+    att = np.exp(masked_scores(q, k) - lse[..., None])
+    dv += att.swapaxes(-1, -2) @ do
+    datt = do @ v.swapaxes(-1, -2)
+    D = (do * o).sum(axis=-1, keepdims=True)
+    dscores = att * (datt - D) * q.dtype.type(1 / np.sqrt(q.shape[-1]))
+    dq += dscores @ k
+    dk += dscores.swapaxes(-1, -2) @ q
+
+
+# %% [markdown]
+# Each line is an equation: (7.4), (7.5), (7.6), (7.9), (7.8) with the scale
+# of (7.10) folded in, and the two halves of (7.10). The future needs no care
+# here, because its weights are zero.
+#
+# How much does the collapse of (7.8) save? We count the steps of the loop
+# that forms every row's matrix, as [llm.c](https://github.com/karpathy/llm.c)
+# does in its CPU version, at four operations a step (a comparison aside, a
+# subtraction, two products and an addition), against (7.8) with (7.9).
+
+
+# %% the softmax backward with the whole matrix
+def row_by_matrix(att, datt):
+    ds, steps = np.zeros_like(att), 0
+    for t in range(len(att)):
+        for w in range(t + 1):
+            for u in range(t + 1):
+                jacobian = att[t, w] * ((u == w) - att[t, u])
+                ds[t, u] += jacobian * datt[t, w]
+                steps += 1
+    return ds, steps
+
+
+att = np.exp(masked_scores(*rng.normal(size=(2, 20, 8))))
+att /= att.sum(axis=1, keepdims=True)
+datt = rng.normal(size=(20, 20))
+want, steps = row_by_matrix(att, datt)
+D = (att * datt).sum(axis=1, keepdims=True)
+compare("ds", att * (datt - D), want, tol=1e-12)
+verdict("steps", steps == 20 * 21 * 41 // 6, "T (T + 1) (2T + 1) / 6")
+
+# %% the price of the matrix
+hs = 64
+print("    T      matrix    collapsed  whole backward   (MFLOP a head)")
+for T in (64, 256, 1024):
+    matrix = 4 * T * (T + 1) * (2 * T + 1) // 6
+    pairs = T * (T + 1) // 2
+    collapsed = 2 * pairs + 2 * T * hs
+    rest = (2 + 2 + 2 + 2 + 2) * hs * pairs + collapsed
+    print(f"{T:5} {matrix / 1e6:11.2f} {collapsed / 1e6:12.2f}", end="")
+    print(f" {rest / 1e6:15.2f}")
+
+# %% [markdown]
+# The last column counts all of backward: the five sums over channels or
+# positions in (7.1), (7.5), (7.6) and (7.10), at two operations a pair and
+# channel. At $T = 1024$ the matrix alone costs several times as much as
+# everything else together, and it doubles its lead with every doubling
+# of $T$.
+
+# %% [markdown]
+# ## Proof
+#
+# As before, $\mathcal L = \sum g \cdot o$ for a fixed random $g$, float64,
+# step $h = 10^{-5}$, tolerance $10^{-8}$. `dinp` holds $dq$, $dk$ and $dv$
+# in one array, so one comparison tests all three.
+
+# %% a problem to differentiate
+B, T, NH, hs = 2, 5, 3, 4
+C = NH * hs
+inp = rng.normal(size=(B, T, 3 * C))
+g = rng.normal(size=(B, T, C))
+out, lse = np.empty((B, T, C)), np.empty((B, NH, T))
+
+
+def loss():
+    attention_forward(out, lse, inp)
+    return (g * out).sum()
+
+
+def gradient(backward):
+    dinp = np.zeros_like(inp)
+    loss()
+    backward(dinp, g, inp, out, lse)
+    return dinp
+
+
+# %% against central differences
+want = numerical_gradient(loss, inp)
+dinp = gradient(attention_backward)
+for name, mine, theirs in zip(
+    ("dq", "dk", "dv"),
+    split_heads(dinp, NH, 3),
+    split_heads(want, NH, 3),
+    strict=True,
+):
+    compare(name, mine, theirs, tol=1e-8)
+
+# %% [markdown]
+# Now leave out $D_t$, as if the denominator of (7.2) were a constant.
+
+
+# %% a gradient made wrong on purpose
+def without_denominator(dinp, dout, inp, out, lse):
+    attention_backward(dinp, dout, inp, np.zeros_like(out), lse)
+
+
+wrong = split_heads(gradient(without_denominator), NH, 3)
+right = split_heads(want, NH, 3)
+compare("dv, no D", wrong[2], right[2], tol=1e-8)
+try:
+    compare("dq, no D", wrong[0], right[0], tol=1e-8)
+    caught = False
+except AssertionError:
+    caught = True
+verdict("the mistake", caught, "is caught")
+
+# %% [markdown]
+# Causality has a proof of its own: change the input at one position, and no
+# output before it may move by a single bit.
+
+# %% the past does not depend on the future
+loss()
+before = out.copy()
+inp[:, 3] += 1
+loss()
+verdict("before", np.array_equal(out[:, :3], before[:, :3]), "is unchanged")
+verdict("after", bool((out[:, 3:] != before[:, 3:]).all()), "is changed")
+inp[:, 3] -= 1
+
+# %% [markdown]
+# ## Fast on a CPU
+#
+# NumPy computes the square of scores whole, though nearly half of it is
+# masked; it writes it to memory and reads it back for every step of the
+# softmax. We want one pass, the triangle only, and no square. Three pieces
+# are missing: an exponential that vectorises, a softmax that does not need
+# its row, and a way to share out the work.
+
+# %% keep the NumPy versions
+reference = SimpleNamespace(
+    forward=attention_forward, backward=attention_backward
+)
+
+# %% [markdown]
+# ### An exponential that vectorises
+#
+# `math.exp` in a compiled loop is a call of a library function, one number
+# at a time. Eight numbers at a time need a formula made of operations that
+# vector units have. Split the exponent at the powers of two:
+#
+# $$ x = n \log 2 + r , \qquad n = \lfloor x / \log 2 + \tfrac12 \rfloor ,
+#    \qquad e^x = 2^n e^r , \qquad |r| \le \tfrac12 \log 2 . \tag{7.11} $$
+#
+# On this short interval the series
+# $1 + r + r^2/2! + \dots + r^7/7!$ is off by about
+# $|r|^8 / 8! < 6 \cdot 10^{-9}$, well below the $6 \cdot 10^{-8}$ to which
+# float32 rounds. And $2^n$ costs nothing to compute: a float32 *is* a power
+# of two times a fraction, with $n + 127$ stored in the bits from the 23rd
+# upwards. The integer $(n + 127) \cdot 2^{23}$, read as a float32, is $2^n$.
+#
+# One trap is left. $n \log 2$ is rounded when we subtract it from $x$, and
+# $r$ inherits an error that grows with $n$. So $\log 2$ is split in two: a
+# high part of few bits, whose product with any $n$ in question is exact, and
+# a small low part. This works only if the compiler keeps the order of
+# operations. Our kernels allow it to reorder (`fastmath`), and then it
+# merges the two parts again, which undoes the repair. So this one function
+# is compiled with leave to contract a product and a sum into one
+# instruction, and with no other; the test of its error below fails when it
+# is not. numba's `overload`, which says what the compiler is to put in the
+# place of a call, has the option, and it picks by the type of the argument:
+# a float64 goes to `math.exp`, slower, and exact enough for proofs.
+
+# %% imports of the fast exponential tags=["export"] module="cpu.math"
+import math
+
+import numba
+import numpy as np
+from numba.extending import overload
+
+from llmnb.cpu.jit import inner
+
+# %% the constants tags=["exporti"] module="cpu.math"
+LIMIT = np.float32(88)
+LOG2_E = np.float32(math.log2(math.e))
+LOG_2_HIGH = np.float32(0.693359375)  # 355 / 512: nine bits
+LOG_2_LOW = np.float32(math.log(2) - 0.693359375)
+HALF, ONE, BIAS = np.float32(0.5), np.float32(1), np.float32(127)
+SHIFT = np.float32(2**23)
+E2, E3, E4, E5, E6, E7 = (
+    np.float32(1 / math.factorial(n)) for n in range(2, 8)
+)
+
+
+# %% e to the x in float32 tags=["exporti"] module="cpu.math"
+def _exp_float32(x):
+    x = min(max(x, -LIMIT), LIMIT)
+    n = np.floor(x * LOG2_E + HALF)
+    r = (x - n * LOG_2_HIGH) - n * LOG_2_LOW
+    p = E3 + r * (E4 + r * (E5 + r * (E6 + r * E7)))
+    p = ONE + r * (ONE + r * (E2 + r * p))
+    return p * np.int32((n + BIAS) * SHIFT).view(np.float32)
+
+
+def _exp(x):
+    raise NotImplementedError("for compiled code: call fast_exp")
+
+
+@overload(_exp, jit_options={"fastmath": {"contract"}})
+def _choose_exp(x):
+    if x == numba.float32:
+        return _exp_float32
+    return lambda x: math.exp(x)
+
+
+# %% the fast exponential tags=["export"] module="cpu.math"
+@inner
+def fast_exp(x):
+    """exp(x) for compiled kernels, in a form that LLVM vectorises.
+
+    A float32 gives a float32 with a relative error below 1.5e-7 for x from
+    -87 to 88. Below -88 it gives 0 and above 88 exp(88), so never an
+    infinity. Any other number goes to math.exp in float64.
+
+    Derived in chapter 7.
+    """
+    return _exp(x)
+
+
+# %% [markdown]
+# We measure its error against float64 on two million numbers, the ends
+# included.
+
+
+# %% the error of the fast exponential
+def fill(y, x):
+    for i in range(x.size):
+        y[i] = fast_exp(x[i])
+
+
+fill = inner(fill)
+grid = np.linspace(-87, 88, 2_000_001).astype(np.float32)
+got, exact = np.empty_like(grid), np.exp(grid.astype(np.float64))
+fill(got, grid)
+error = np.abs(got / exact - 1).max()
+verdict("fast_exp", error < 1.5e-7, "relative error < 1.5e-07")
+ends = np.empty(3, np.float32)
+fill(ends, np.array([-1000, 0, 1000], np.float32))
+verdict("ends", ends[0] == 0 and ends[1] == 1, "exp(-1000) = 0, exp(0) = 1")
+verdict("overflow", bool(np.isfinite(ends[2])), "none at 1000")
+
+
+# %% against the library's tags=["nbval-ignore-output"]
+def fill_by_library(y, x):
+    for i in range(x.size):
+        y[i] = math.exp(x[i])
+
+
+fill_by_library = inner(fill_by_library)
+fill_by_library(got, grid)
+print(f"{machine()}, one thread")
+for name, function in (("math.exp", fill_by_library), ("fast_exp", fill)):
+    seconds = fastest(function, got[:4096], grid[:4096], runs=200)
+    print(f"{name} {seconds / 4096 * 1e9:5.2f} ns a number")
+
+# %% [markdown]
+# ### A softmax without its row
+#
+# (7.4) needs the row's maximum before the first exponential. But a maximum
+# found so far, $m$, will do if we repair what we have when a larger one
+# comes along. Keep three things for a row: $m$, the sum $\ell = \sum
+# e^{s_u - m}$ and the unfinished output $\omega_i = \sum e^{s_u - m}\,
+# v_{ui}$, over the positions seen. A new group of scores arrives, with the
+# maximum $m'$ of old and new together. All that was summed carries the
+# factor $e^{-m}$ and should carry $e^{-m'}$, so multiply it by $e^{m - m'}$:
+#
+# $$ \ell \leftarrow e^{m - m'} \ell + \sum_{u \text{ new}} e^{s_u - m'} ,
+#    \qquad
+#    \omega_i \leftarrow e^{m - m'} \omega_i
+#      + \sum_{u \text{ new}} e^{s_u - m'} v_{ui} . \tag{7.12} $$
+#
+# At the end of the row
+#
+# $$ o_i = \omega_i / \ell , \qquad L = m + \log \ell . \tag{7.13} $$
+#
+# This is called *online softmax*. In NumPy, four scores at a time:
+
+
+# %% online softmax
+def online(scores, values, group=4):
+    m, total, out = -1e30, 0.0, np.zeros(values.shape[1])
+    for u in range(0, len(scores), group):
+        s, v = scores[u : u + group], values[u : u + group]
+        new = max(m, s.max())
+        e = np.exp(s - new)
+        total = np.exp(m - new) * total + e.sum()
+        out = np.exp(m - new) * out + e @ v
+        m = new
+    return out / total, m + np.log(total)
+
+
+scores, values = 30 * rng.normal(size=50), rng.normal(size=(50, 3))
+o, L = online(scores, values)
+e = np.exp(scores - scores.max())
+compare("output", o, e @ values / e.sum(), tol=1e-12)
+compare("log-sum-exp", L, scores.max() + np.log(e.sum()), tol=1e-12)
+
+# %% [markdown]
+# ### First version: a row at a time
+#
+# A thread takes a row and walks over the keys before it in groups of 64:
+# 64 dot products, 64 exponentials, 64 additions to the row of `out`, which
+# holds $\omega$ until the end. The last group ends at the row's own
+# position, which is the causal mask. Seen as (B·T, 3·NH, hs), `inp` has a
+# position's query of head $h$ in slot $h$, its key in slot $NH + h$ and its
+# value in slot $2 NH + h$.
+
+
+# %% first version, one row
+from llmnb.cpu.jit import kernel
+
+
+@inner
+def one_row(out, scores, qkv, row, h, NH, first, last, scale):
+    """Row `row` of head h, over positions first to last: (7.12), (7.13)."""
+    m, total = scores.dtype.type(-1e30), scores.dtype.type(0)
+    y = out[row, h]
+    for u in range(first, last, 64):
+        n = min(64, last - u)
+        new = m
+        for j in range(n):
+            dot = scores.dtype.type(0)
+            for i in range(y.size):
+                dot += qkv[row, h, i] * qkv[u + j, NH + h, i]
+            scores[j] = dot * scale
+            new = max(new, scores[j])
+        factor, m = fast_exp(m - new), new
+        total *= factor
+        for i in range(y.size):
+            y[i] *= factor
+        for j in range(n):
+            e = fast_exp(scores[j] - m)
+            total += e
+            for i in range(y.size):
+                y[i] += e * qkv[u + j, 2 * NH + h, i]
+    for i in range(y.size):
+        y[i] /= total
+
+
+# %% first version, all rows
+@kernel
+def all_rows(out, qkv, T):
+    NH, hs = out.shape[1:]
+    scale = out.dtype.type(1 / math.sqrt(hs))
+    for row in numba.prange(out.shape[0]):
+        scores, first = np.empty(64, out.dtype), row // T * T
+        out[row] = 0
+        for h in range(NH):
+            one_row(out, scores, qkv, row, h, NH, first, row + 1, scale)
+
+
+def first_version(out, lse, inp):
+    NH, rows = lse.shape[1], inp.shape[0] * inp.shape[1]
+    heads = out.reshape(rows, NH, -1)
+    all_rows(heads, inp.reshape(rows, 3 * NH, -1), inp.shape[1])
+
+
+reference.forward(out, lse, inp)
+check = np.empty_like(out)
+first_version(check, lse, inp)
+compare("first version", check, out, tol=1e-12)
+
+# %% [markdown]
+# No square is stored, and the masked half is never computed. But the inner
+# loops are as short as a head, each dot product ends with a sum across the
+# lanes of a vector, for which such units are not made, and a key is loaded
+# anew for every row.
+#
+# ### Second version: blocks of rows
+#
+# [Chapter 6](06_matmul.ipynb) has the cure, if we can say attention in
+# matrix products. Take 96 rows at once, and the keys in groups of 96. The
+# scores of such a block are a product, $S = Q K^\top$, and so is what
+# the group adds to the output, $\Omega \mathrel{+}= E V$ with $E = e^{S -
+# m}$. Between the two stands (7.12), for 96 rows. Everything that a block
+# needs, 96 by 96 scores and a few panels, fits in the second-level cache of
+# a core. Blocks right of the diagonal are skipped; in the blocks on the
+# diagonal the masked scores are computed and then set to zero.
+#
+# We use the pieces of chapter 6: the routines that pack rows, pack columns
+# and multiply panels, on flat arrays by offset and step. `code` holds their
+# addresses.
+# All scratch lies in the thread's own row of `work`, which the products of
+# the linear layers use too, though not at the same time.
+
+# %% imports of the kernels tags=["export"] module="cpu.attention"
+import math
+
+import numba
+import numpy as np
+
+from llmnb.checks import check_array, check_float
+from llmnb.cpu.jit import arguments, device, team
+from llmnb.cpu.math import fast_exp
+from llmnb.cpu.panels import (
+    SPARE,
+    check_scratch,
+    multiply_panels,
+    pack,
+    scratch,
+)
+from llmnb.cpu.tile import COLS, ROWS
+
+# %% [markdown]
+# The places of the panels and tables in a thread's scratch. A panel takes
+# whole tiles, so sizes are rounded up.
+
+# %% places in the scratch memory tags=["exporti"] module="cpu.attention"
+BLOCK = 96  # rows, and keys, that are taken at once
+ZEROS = SPARE + ROWS * COLS  # in work: a row of zeros
+
+
+def _places(block, hs):
+    """Offsets in a thread's scratch of the panels and tables, and its end.
+
+    Panels of rows: queries (later weights), gradients. Panels of columns:
+    keys, values, their transposes. Tables: scores, their gradients, output.
+    """
+    tall, wide = (-(-block // n) * n for n in (ROWS, COLS))
+    deep = max(block, hs)
+    head = -(-hs // COLS) * COLS
+    sizes = [tall * deep, wide * hs, wide * hs, head * block, head * block]
+    sizes += [block * block, block * block, block * (hs + 2)]
+    return tuple(int(n) for n in np.cumsum([0, *sizes]))
+
+
+def _block_size(hs):
+    """The largest block that fits."""
+    block = BLOCK
+    while block and _places(block, hs)[-1] > SPARE:
+        block //= 2
+    if not block:
+        raise ValueError(f"attention: a head of {hs} channels is too wide")
+    return block
+
+
+# %% a product of two panels tags=["exporti"] module="cpu.attention"
+@device
+def _add_product(code, out, at, step, fresh, panels, a, b, sizes, w):
+    """Add a product to the block of out that begins at `at`, or write it."""
+    place, start = (at, step, at, step, 1, ZEROS, 0), out
+    if fresh:
+        place, start = (at, step, ZEROS, 0, 0, ZEROS, 0), w
+    spare = w[SPARE:]
+    multiply_panels(code[2], out, place, start, w, panels, a, b, sizes, spare)
+
+
+# %% [markdown]
+# The softmax of a block. `w` is the thread's scratch. Row `i` of the scores
+# begins at `s + i * n`; its maximum and sum so far follow the table of
+# outputs. A row sees `seen` of the block's keys, which on the diagonal is
+# one more for each row.
+
+
+# %% one row of the softmax tags=["exporti"] module="cpu.attention"
+@device
+def _softmax_row(scores, seen, top, scale):
+    """Scores to exponentials; returns the new maximum and their sum."""
+    total, largest = scores.dtype.type(0), scores[0]
+    for j in range(seen):
+        largest = max(largest, scores[j])
+    top = max(top, largest * scale)
+    for j in range(seen):
+        scores[j] = fast_exp(scores[j] * scale - top)
+        total += scores[j]
+    scores[seen:] = 0
+    return top, total
+
+
+# %% the softmax of a block tags=["exporti"] module="cpu.attention"
+@device
+def _softmax_block(w, s, acc, first, rows, cols, n, hs, scale):
+    """first: how many of the block's keys row 0 sees."""
+    for i in range(rows):
+        state, seen = acc + n * hs + 2 * i, min(cols, first + i)
+        before, scores = w[state], w[s + i * n : s + i * n + cols]
+        top, total = _softmax_row(scores, seen, before, scale)
+        factor = fast_exp(before - top)
+        w[state] = top
+        w[state + 1] = w[state + 1] * factor + total
+        out = w[acc + i * hs : acc + i * hs + hs]
+        for k in range(hs):
+            out[k] *= factor
+
+
+# %% a block of rows, forward tags=["exporti"] module="cpu.attention"
+@device
+def _forward_block(out, lse, qkv, b, h, first, sizes, places, code, panels, w):
+    T, NH, hs, n = sizes
+    A, K, _, _, B, S, _, acc, _ = places
+    C, rows = NH * hs, min(n, T - first)
+    scale = w.dtype.type(1 / math.sqrt(hs))
+    q = (b * T + first) * 3 * C + h * hs
+    w[acc : acc + n * hs] = 0
+    for i in range(rows):
+        w[acc + n * hs + 2 * i] = -1e30
+        w[acc + n * hs + 2 * i + 1] = 0
+    for u in range(0, first + rows, n):
+        cols, k = min(n, T - u), (b * T + u) * 3 * C + C + h * hs
+        pack(code[0], panels, A, qkv, q, 3 * C, 1, rows, hs)
+        pack(code[1], panels, K, qkv, k, 3 * C, 1, cols, hs)
+        _add_product(code, w, S, n, True, panels, A, K, (rows, cols, hs), w)
+        seen = first - u + 1
+        _softmax_block(w, S, acc, seen, rows, cols, n, hs, scale)
+        pack(code[0], panels, A, w, S, n, 1, rows, cols)
+        pack(code[1], panels, B, qkv, k + C, 1, 3 * C, hs, cols)
+        _add_product(
+            code, w, acc, hs, False, panels, A, B, (rows, hs, cols), w
+        )
+    for i in range(rows):
+        t, state = first + i, acc + n * hs + 2 * i
+        lse[b, h, t] = w[state] + math.log(w[state + 1])
+        y, total = (b * T + t) * C + h * hs, w[state + 1]
+        row, sums = out[y : y + hs], w[acc + i * hs : acc + i * hs + hs]
+        for k in range(hs):
+            row[k] = sums[k] / total
+
+
+# %% [markdown]
+# A late block has more keys to read than an early one. Each thread takes
+# every second block, or every third, as many as there are threads: long and
+# short ones come out evenly, and which thread has a block changes nothing
+# in it.
+
+
+# %% the forward kernel tags=["exporti"] module="cpu.attention"
+@team
+def _attention_forward(part, parts, address):
+    out, lse, qkv, sizes, places, code, panels, work = arguments(address)
+    B, NH, T = lse.shape
+    blocks = -(-T // sizes[3])
+    w = work[part]
+    w[ZEROS : ZEROS + COLS] = 0
+    for unit in range(part, B * NH * blocks, parts):
+        b, h = unit // (NH * blocks), unit // blocks % NH
+        first = unit % blocks * sizes[3]
+        _forward_block(
+            *(out, lse, qkv, b, h, first),
+            *(sizes, places, code, panels[part], w),
+        )
+
+
+# %% [markdown]
+# numba does not check bounds, so the public function does.
+
+
+# %% attention, forward tags=["export"] module="cpu.attention"
+def attention_forward(out, lse, inp, work=None, bf16=False):
+    """Causal self-attention of NH heads.
+
+    inp: (B, T, 3C), queries, keys and values along the last axis. Writes
+    out (B, T, C) and lse (B, NH, T), the log-sum-exp of each row of scaled,
+    masked scores, which the backward pass needs. All float32 or all float64
+    and C-contiguous. work: scratch of work_shape() and the same dtype, or
+    None to allocate it. bf16: round the factors of every product to
+    bfloat16, for float32 only. Raises TypeError or ValueError before it
+    computes anything.
+
+    Derived in chapter 7.
+    """
+    sizes = _check("attention_forward", out, lse, inp, work, bf16)
+    scratch = _scratch(sizes, inp.dtype, work, bf16)
+    _attention_forward(out.reshape(-1), lse, inp.reshape(-1), *scratch)
+
+
+# %% what both kernels take tags=["exporti"] module="cpu.attention"
+def _scratch(sizes, dtype, work, bf16):
+    """Sizes, places, and chapter 6's scratch."""
+    places = _places(sizes[3], sizes[2])
+    return sizes, places, *scratch(work, bf16, dtype)
+
+
+# %% the checks tags=["exporti"] module="cpu.attention"
+def _check(name, out, lse, inp, work, bf16):
+    """T, NH, hs and the size of a block."""
+    check_float(f"{name}: inp", inp)
+    if inp.ndim != 3 or inp.shape[2] % 3:
+        raise ValueError(
+            f"{name}: inp must have shape (B, T, 3C), got {inp.shape}"
+        )
+    B, T, C = inp.shape[0], inp.shape[1], inp.shape[2] // 3
+    NH = lse.shape[1] if getattr(lse, "ndim", 0) == 3 else 0
+    if NH == 0 or C % NH:
+        raise ValueError(
+            f"{name}: lse must have shape (B, NH, T) with an NH that "
+            f"divides C = {C}, got {getattr(lse, 'shape', type(lse))}"
+        )
+    check_array(f"{name}: inp", inp, (B, T, 3 * C), inp.dtype)
+    check_array(f"{name}: out", out, (B, T, C), inp.dtype)
+    check_array(f"{name}: lse", lse, (B, NH, T), inp.dtype)
+    check_scratch(name, work, bf16, inp.dtype)
+    return T, NH, C // NH, _block_size(C // NH)
+
+
+# %% [markdown]
+# ### Backward in blocks
+#
+# Row $t$ of the triangle adds to $dq_t$ and to $dk_u$, $dv_u$ of every
+# $u \le t$. If two threads shared a head, they would add to the same rows
+# in an order that changes from run to run. So a thread takes a head whole,
+# and the order is that of its loops. The price: no more threads can work
+# than there are heads in the batch, $B \cdot NH$.
+#
+# For a block of rows and a block of keys, (7.6) to (7.10) are five products:
+#
+# $$ S = Q K^\top , \quad dE = dO\, V^\top , \quad
+#    dV \mathrel{+}= E^\top dO , \quad dK \mathrel{+}= dS^\top Q , \quad
+#    dQ \mathrel{+}= dS\, K , \tag{7.14} $$
+#
+# with $E = e^{S / \sqrt{hs} - L}$ and $dS = E \circ (dE - D) / \sqrt{hs}$ in
+# between. A transpose costs nothing: packing takes the same table with its
+# two steps exchanged.
+
+
+# %% the softmax of a block, backward tags=["exporti"] module="cpu.attention"
+@device
+def _softmax_row_backward(scores, grads, seen, y, dy, L, scale):
+    """Scores to weights, their gradients to dS; masked ones to 0."""
+    D = scores.dtype.type(0)
+    for k in range(y.size):
+        D += y[k] * dy[k]
+    for j in range(seen):
+        scores[j] = fast_exp(scores[j] * scale - L)
+        grads[j] = scores[j] * (grads[j] - D) * scale
+    scores[seen:] = 0
+    grads[seen:] = 0
+
+
+# %% all rows of a block tags=["exporti"] module="cpu.attention"
+@device
+def _weights_block(w, S, dS, dout, out, lse, y, C, hs, n, seen, rows, cols):
+    """y: where the block's rows begin in dout and out; lse: theirs."""
+    scale = w.dtype.type(1 / math.sqrt(hs))
+    for i in range(rows):
+        at = y + i * C
+        _softmax_row_backward(
+            *(
+                w[S + i * n : S + i * n + cols],
+                w[dS + i * n : dS + i * n + cols],
+            ),
+            *(min(seen + i, cols), out[at : at + hs], dout[at : at + hs]),
+            *(lse[i], scale),
+        )
+
+
+# %% the weights of a block tags=["exporti"] module="cpu.attention"
+@device
+def _backward_scores(
+    dout, qkv, out, lse, q, y, seen, sizes, places, code, panels, w
+):
+    """S and dS of a block of rows; its keys and values are packed."""
+    C, hs, n, rows, cols = sizes
+    A, K, V, _, _, S, dS, _, _ = places
+    shape = rows, cols, hs
+    pack(code[0], panels, A, qkv, q, 3 * C, 1, rows, hs)
+    _add_product(code, w, S, n, True, panels, A, K, shape, w)
+    pack(code[0], panels, A, dout, y, C, 1, rows, hs)
+    _add_product(code, w, dS, n, True, panels, A, V, shape, w)
+    shape = hs, n, seen, rows, cols
+    _weights_block(w, S, dS, dout, out, lse, y, C, *shape)
+
+
+# %% the gradients of a block tags=["exporti"] module="cpu.attention"
+@device
+def _backward_sums(
+    dqkv, dout, qkv, q, k, y, fresh, sizes, places, code, panels, w
+):
+    """The last three products of (7.14); fresh: of keys, of queries."""
+    C, hs, n, rows, cols = sizes
+    A, _, _, KT, B, S, dS, _, _ = places
+    step, shape = 3 * C, (cols, hs, rows)
+    pack(code[0], panels, A, w, S, 1, n, cols, rows)
+    pack(code[1], panels, B, dout, y, 1, C, hs, rows)
+    _add_product(code, dqkv, k + C, step, fresh[0], panels, A, B, shape, w)
+    pack(code[0], panels, A, w, dS, 1, n, cols, rows)
+    pack(code[1], panels, B, qkv, q, 1, step, hs, rows)
+    _add_product(code, dqkv, k, step, fresh[0], panels, A, B, shape, w)
+    pack(code[0], panels, A, w, dS, n, 1, rows, cols)
+    shape = rows, hs, cols
+    _add_product(code, dqkv, q, step, fresh[1], panels, A, KT, shape, w)
+
+
+# %% a head, backward tags=["exporti"] module="cpu.attention"
+@device
+def _backward_head(
+    dqkv, dout, qkv, out, lse, b, h, add, sizes, places, code, panels, w
+):
+    T, NH, hs, n = sizes
+    _, K, V, KT, _, _, _, _, _ = places
+    C = NH * hs
+    for u in range(0, T, n):
+        cols, k = min(n, T - u), (b * T + u) * 3 * C + C + h * hs
+        pack(code[1], panels, K, qkv, k, 3 * C, 1, cols, hs)
+        pack(code[1], panels, V, qkv, k + C, 3 * C, 1, cols, hs)
+        pack(code[1], panels, KT, qkv, k, 1, 3 * C, hs, cols)
+        for t in range(u, T, n):
+            shape = C, hs, n, min(n, T - t), cols
+            q, y = (b * T + t) * 3 * C + h * hs, (b * T + t) * C + h * hs
+            L, seen = lse[b, h, t:], t - u + 1
+            _backward_scores(
+                *(dout, qkv, out, L, q, y, seen),
+                *(shape, places, code, panels, w),
+            )
+            fresh = not add and t == u, not add and u == 0
+            _backward_sums(
+                *(dqkv, dout, qkv, q, k, y, fresh),
+                *(shape, places, code, panels, w),
+            )
+
+
+# %% [markdown]
+# A key block first meets the rows of its own block, and a row block first
+# meets key block 0. With `add=False` the first meeting writes and the later
+# ones add, so nobody has to clear the gradient before.
+
+
+# %% the backward kernel tags=["exporti"] module="cpu.attention"
+@team
+def _attention_backward(part, parts, address):
+    given = arguments(address)
+    dqkv, dout, qkv, out, lse, add = given[:6]
+    sizes, places, code, panels, work = given[6:]
+    B, NH, T = lse.shape
+    w = work[part]
+    w[ZEROS : ZEROS + COLS] = 0
+    for unit in range(part, B * NH, parts):
+        b, h = unit // NH, unit % NH
+        _backward_head(
+            *(dqkv, dout, qkv, out, lse, b, h, add),
+            *(sizes, places, code, panels[part], w),
+        )
+
+
+# %% attention, backward tags=["export"] module="cpu.attention"
+def attention_backward(
+    dinp, dout, inp, out, lse, add=True, work=None, bf16=False
+):
+    """Add attention's gradient to dinp.
+
+    dinp, inp: (B, T, 3C). dout, out: (B, T, C). lse: (B, NH, T). out and
+    lse are as the forward pass left them. All float32 or all float64 and
+    C-contiguous. add: False overwrites dinp instead of adding. work, bf16:
+    as in attention_forward. Raises TypeError or ValueError before it
+    computes anything.
+
+    Derived in chapter 7.
+    """
+    name = "attention_backward"
+    sizes = _check(name, out, lse, inp, work, bf16)
+    check_array(f"{name}: dinp", dinp, inp.shape, inp.dtype)
+    check_array(f"{name}: dout", dout, out.shape, inp.dtype)
+    scratch = _scratch(sizes, inp.dtype, work, bf16)
+    flat = (x.reshape(-1) for x in (dinp, dout, inp, out))
+    _attention_backward(*flat, lse, add, *scratch)
+
+
+# %% [markdown]
+# The verdicts: the problem of the proof in float64, then one in float32
+# whose sizes divide nothing and whose rows span several blocks.
+
+# %% the same gradient from the kernels
+compare("dinp", gradient(attention_backward), dinp, tol=1e-12)
+
+
+# %% a problem of any size
+def problem(B, T, NH, hs, dtype=np.float32):
+    p = SimpleNamespace()
+    p.inp = rng.normal(size=(B, T, 3 * NH * hs)).astype(dtype)
+    p.dinp = np.zeros_like(p.inp)
+    p.dout = rng.normal(size=(B, T, NH * hs)).astype(dtype)
+    p.out, p.lse = np.zeros_like(p.dout), np.zeros((B, NH, T), dtype)
+    return p
+
+
+def forward_and_backward(p, layer):
+    layer.forward(p.out, p.lse, p.inp)
+    layer.backward(p.dinp, p.dout, p.inp, p.out, p.lse)
+
+
+# %% float32, odd sizes
+cpu = SimpleNamespace(forward=attention_forward, backward=attention_backward)
+p = problem(2, 151, 3, 17)
+forward_and_backward(p, cpu)
+got = {name: getattr(p, name).copy() for name in ("out", "lse", "dinp")}
+p.dinp[...] = 0
+forward_and_backward(p, reference)
+for name in got:
+    compare(name, got[name], getattr(p, name), tol=1e-5)
+
+# %% one thread or all, the same bits
+threads = numba.get_num_threads()
+numba.set_num_threads(1)
+p.dinp[...] = 0
+forward_and_backward(p, cpu)
+numba.set_num_threads(threads)
+same = all(np.array_equal(getattr(p, name), got[name]) for name in got)
+verdict("one thread", same, "gives the same bits")
+
+# %% a number of heads that does not fit
+try:
+    attention_forward(p.out, np.zeros((2, 4, 151), np.float32), p.inp)
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+# And the time, at the shape of one layer of GPT-2 124M, for four sequences of
+# 64 positions and for one of 1024.
+
+
+# %% NumPy against the kernels tags=["nbval-ignore-output"]
+def race(p):
+    """Milliseconds of NumPy and of both versions."""
+    rows = [("forward, NumPy", reference.forward, p.out, p.lse, p.inp)]
+    rows += [("first version", first_version, p.out, p.lse, p.inp)]
+    rows += [("second version", cpu.forward, p.out, p.lse, p.inp)]
+    args = p.dinp, p.dout, p.inp, p.out, p.lse
+    rows += [("backward, NumPy", reference.backward, *args)]
+    rows += [("second version", cpu.backward, *args)]
+    p.seconds = [fastest(f, *args, runs=5) for _, f, *args in rows]
+    for (name, *_), seconds in zip(rows, p.seconds, strict=True):
+        print(f"{name:<16} {seconds * 1e3:7.1f} ms")
+
+
+print(f"{machine()}, {numba.get_num_threads()} threads")
+for B, T in ((4, 64), (1, 1024)):
+    print(f"B = {B}, T = {T}")
+    long = problem(B, T, 12, 64)
+    race(long)
+
+# %% [markdown]
+# At 1024 positions a square takes 50 MB, and NumPy moves it through memory
+# many times; the kernels have no square. At 64 positions one block holds a
+# whole head: half of its scores are computed to be set to zero.
+
+# %% [markdown]
+# ## Count it
+#
+# A head has $T(T+1)/2$ pairs $(t, u)$. Forward takes $2\,hs$ operations a
+# pair for the score and $2\,hs$ for the output; backward, by (7.14), five
+# such sums. The exponential adds about 25 operations a pair, once in forward
+# and once in backward. The bytes are few: for each block of 96 rows the keys
+# and values of a head pass by once.
+
+# %% predicted work and intensity
+B, T, NH, hs = 1, 1024, 12, 64
+pairs = B * NH * T * (T + 1) // 2
+forward_flops = (4 * hs + 25) * pairs
+backward_flops = (10 * hs + 25) * pairs
+forward_bytes = 4 * 2 * hs * pairs // 96
+print(f"forward  {forward_flops / 1e9:.2f} GFLOP")
+print(f"backward {backward_flops / 1e9:.2f} GFLOP")
+print(f"forward  {forward_flops / forward_bytes:.0f} FLOP a byte")
+
+# %% [markdown]
+# With so many operations a byte, arithmetic decides, and its limit is the
+# FMA peak of [chapter 6](06_matmul.ipynb).
+
+# %% predicted against measured time tags=["nbval-ignore-output"]
+from llmnb.cpu.peak import fma_peak
+
+peak = fma_peak()
+print(f"FMA peak: {peak / 1e9:.0f} GFLOP/s")
+for name, flops, seconds in (
+    ("forward", forward_flops, long.seconds[2]),
+    ("backward", backward_flops, long.seconds[4]),
+):
+    print(f"{name:<8} predicted {flops / peak * 1e3:6.1f} ms", end=", ")
+    print(f"measured {seconds * 1e3:6.1f} ms")
+
+# %% [markdown]
+# What stands between: the masked part of the blocks on the diagonal, the
+# packing of 96 by 64 numbers for products of 96 by 96 by 64, and the
+# exponentials, which are not all FMAs.
+#
+# Saved for the backward pass: $B \cdot NH \cdot T$ numbers. Attention's
+# share of a whole step grows with $T$, because its work is quadratic in $T$
+# and that of all other layers linear.
+
+# %% [markdown]
+# ## See it
+#
+# What can attention do that a fixed average cannot? We set queries and keys
+# by hand so that a head *completes a pattern*. The sequence is a word
+# spelt twice. A position's query is a code of its own letter, and its key
+# is a code of the letter *before* it. (In a trained network an earlier
+# layer's head, looking one place back, provides that.) So a query matches
+# the position that follows an earlier occurrence of its letter. The values
+# are the rows of an identity matrix: then (7.3) gives back the weights
+# themselves, and we can look at them without touching the code.
+
+# %% queries and keys made by hand
+text = "ORBITSORBITS"
+T, hs = len(text), 16
+code = {letter: np.eye(hs)[i] for i, letter in enumerate(dict.fromkeys(text))}
+q = 4 * np.sqrt(hs) * np.array([code[letter] for letter in text])
+k = np.array([np.zeros(hs)] + [code[letter] for letter in text[:-1]])
+
+
+def look(q, k):
+    inp = np.concatenate((q, k, np.eye(T, hs)), axis=1)[None]
+    out, lse = np.empty((1, T, hs)), np.empty((1, 1, T))
+    attention_forward(out, lse, inp)
+    return out[0, :, :T]
+
+
+chance = look(*rng.normal(size=(2, T, hs)))
+pattern = look(q, k)
+found = pattern[6:].argmax(axis=1)
+print("read from:", found, " letters there:", "".join(text[u] for u in found))
+verdict("second word", list(found) == [1, 2, 3, 4, 5, 6], "reads what follows")
+
+# %% draw both
+fig, axes = plt.subplots(1, 2, figsize=(8, 4.3), dpi=100)
+for ax, att, title in zip(
+    axes, (chance, pattern), ("random q and k", "pattern completion"),
+    strict=True,
+):  # fmt: skip
+    hidden = np.where(np.tri(T, dtype=bool), att, np.nan)
+    ax.set_facecolor(PALETTE["pale"])
+    ax.imshow(hidden, cmap="Blues", vmin=0, vmax=1)
+    ax.set_xticks(range(T), text)
+    ax.set_yticks(range(T), text)
+    ax.set_title(title)
+    ax.set_xlabel("is read")
+axes[0].set_ylabel("reads")
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 7.3. Left, random queries and keys: a causal average with uneven
+# weights that follow no letter. Right, queries and keys made by hand: in the
+# second word each letter reads the letter that followed it in the first, a
+# dark line parallel to the diagonal. In the first word there is nothing
+# to find yet, and a row spreads evenly over what it sees.*
+#
+# A head that works like the one on the right is called an *induction head*.
+# What it reads is a good guess of the next letter. Trained language models
+# are known to contain such heads; see the further reading.
+
+# %% [markdown]
+# ## Take away
+#
+# - Attention is a weighted mean of values at and before a position; the
+#   weights come from a softmax of scaled dot products.
+# - Its backward pass needs one number a row from the forward pass, the
+#   log-sum-exp. The weights are computed again.
+# - The softmax's matrix of derivatives is never formed: its product
+#   collapses to $a\,(da - D)$, with $D = do \cdot o$.
+# - A running maximum and sum give a softmax without its row, so no array
+#   of size T × T exists.
+
+# %% [markdown]
+# ## Design note
+#
+# A thread that owns a whole head adds to $dk$ and $dv$ in the order of its
+# loops. The price is that heads may be few: with one sequence and 12 heads a
+# machine of 64 cores leaves 52 of them idle in this layer. Two sweeps, one by
+# rows for $dq$ and one by columns for $dk$ and $dv$, would keep them all
+# busy, with seven products instead of five. The other way out is to let
+# threads add to shared memory under a lock or with atomic instructions. It
+# makes the last bits depend on who came first, and then a run that is resumed
+# is not the run that was interrupted. Forward, it is no question at all: rows
+# are independent.
+#
+# Saving the weights would spare backward one of its five products and all
+# exponentials. For short sequences that is a fair trade. For four sequences
+# of 1024 positions it costs the 2.4 GB counted above, several times the
+# model itself. We keep one path for all lengths, the one whose memory grows
+# with $T$ and not with its square.
+
+# %% [markdown]
+# ## Exercises
+#
+# **1** (★). Add the same vector $c$ to all keys of a head. What happens to
+# the output? What does it say about $\sum_u dk_u$? Check both.
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# Every score of row $t$ grows by $q_t \cdot c / \sqrt{hs}$, the same for all
+# $u$, and a softmax does not see it: the output stays. So the loss has no
+# slope along that direction, and its slope is $c \cdot \sum_u dk_u$. As $c$
+# is arbitrary, $\sum_u dk_u = 0$. In a linear layer that makes $k$, this
+# sum is the gradient of the bias: the bias of the keys never learns.
+# :::
+
+# %% exercise 1, moved keys tags=["hide-cell"]
+p = problem(1, 9, 2, 4, np.float64)
+forward_and_backward(p, cpu)
+moved = p.inp.copy()
+split_heads(moved, 2, 3)[1] += rng.normal(size=4)
+moved_out = np.empty_like(p.out)
+attention_forward(moved_out, np.empty_like(p.lse), moved)
+
+# %% exercise 1, checked
+compare("output", moved_out, p.out, tol=1e-12)
+dk = split_heads(p.dinp, 2, 3)[1]
+compare("sum of dk", dk.sum(axis=2), np.zeros((1, 2, 4)), tol=1e-12)
+
+# %% [markdown]
+# **2** (★★). A text is too long for one machine's memory, so two machines
+# hold half of the keys and values each. Both get the query, and each sends
+# back its output $o$ and its log-sum-exp $L$ over its own half. Combine the
+# two into the output over all keys.
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# Over half 1, $\omega^{(1)}_i = e^{L_1} o^{(1)}_i$ is the sum of
+# $e^{s_u} v_{ui}$ and $e^{L_1}$ the sum of $e^{s_u}$. Both add up:
+# $o = (e^{L_1} o^{(1)} + e^{L_2} o^{(2)}) / (e^{L_1} + e^{L_2})$. Subtract
+# the larger of the two from both exponents, as ever.
+# :::
+
+
+# %% exercise 2, two halves merged tags=["hide-cell"]
+def merge(o1, L1, o2, L2):
+    L = np.logaddexp(L1, L2)
+    return np.exp(L1 - L) * o1 + np.exp(L2 - L) * o2, L
+
+
+# %% exercise 2, checked
+scores, values = 30 * rng.normal(size=50), rng.normal(size=(50, 3))
+halves = online(scores[:20], values[:20]), online(scores[20:], values[20:])
+o, L = merge(*halves[0], *halves[1])
+compare("merged o", o, online(scores, values)[0], tol=1e-12)
+compare("merged L", L, online(scores, values)[1], tol=1e-12)
+
+# %% [markdown]
+# **3** (★★). Scores may favour the near past: subtract a fixed slope
+# times the distance, $s_{tu} = q_t \cdot k_u / \sqrt{hs} - \beta\,(t - u)$.
+# What changes in the backward pass? Write both passes and check them.
+#
+# :::{admonition} Solution to exercise 3
+# :class: dropdown
+# The bias is a constant, so $\partial s_{tu} / \partial q_{ti}$ and
+# $\partial s_{tu} / \partial k_{ui}$ stay as they are. (7.5) to (7.10) hold
+# word for word; only the weights rebuilt from $L$ must include the bias.
+# :::
+
+
+# %% exercise 3, biased scores tags=["hide-cell"]
+def biased(x, g, slope=0.3):
+    q, k, v = split_heads(x, NH, 3)
+    age = np.arange(x.shape[1])[:, None] - np.arange(x.shape[1])
+    scores = masked_scores(q, k) - slope * age
+    a = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    a /= a.sum(axis=-1, keepdims=True)
+    o, do = a @ v, split_heads(g, NH, 1)[0]
+    ds = a * (do @ v.swapaxes(-1, -2) - (do * o).sum(-1, keepdims=True))
+    ds /= np.sqrt(q.shape[-1])
+    dx = np.zeros_like(x)
+    dx_heads = split_heads(dx, NH, 3)
+    dx_heads[0] = ds @ k
+    dx_heads[1] = ds.swapaxes(-1, -2) @ q
+    dx_heads[2] = a.swapaxes(-1, -2) @ do
+    return (do * o).sum(), dx
+
+
+# %% exercise 3, checked
+NH = 3
+want = numerical_gradient(lambda: biased(inp, g)[0], inp)
+compare("biased dinp", biased(inp, g)[1], want, tol=1e-8)
+
+# %% [markdown]
+# **4** (★★★). With a *sliding window* a position reads the last $W$
+# positions only, itself included. Write a forward pass that takes
+# $O(T\,W\,hs)$ time, and show that with $W = T$ it is (7.3). How far back
+# can information reach through $L$ such layers?
+#
+# :::{admonition} Solution to exercise 4
+# :class: dropdown
+# The first key of row $t$ is $\max(0, t - W + 1)$ instead of 0; nothing else
+# changes. Each layer lets a vector move up to $W - 1$ positions forward in
+# time, so $L$ layers reach back $L (W - 1)$ positions.
+# :::
+
+
+# %% exercise 4, a window tags=["hide-cell"]
+def windowed(q, k, v, W):
+    out = np.empty_like(v)
+    for t in range(len(q)):
+        first = max(0, t - W + 1)
+        scores = k[first : t + 1] @ q[t] / np.sqrt(len(q[t]))
+        out[t], _ = online(scores, v[first : t + 1])
+    return out
+
+
+# %% exercise 4, checked
+p = problem(1, 40, 1, 8, np.float64)
+attention_forward(p.out, p.lse, p.inp)
+q, k, v = split_heads(p.inp, 1, 3)[:, 0, 0]
+compare("W = T", windowed(q, k, v, 40), p.out[0], tol=1e-12)
+compare("W = 1", windowed(q, k, v, 1), v, tol=1e-12)
+near = windowed(q, k, v, 5)
+k[:30] += 1
+far = windowed(q, k, v, 5)
+verdict("out of sight", np.array_equal(near[34:], far[34:]), "is unread")
+
+# %% [markdown]
+# ## Further reading
+#
+# - Vaswani et al. (2017),
+#   [Attention Is All You Need](https://arxiv.org/abs/1706.03762): section
+#   3.2 defines what this chapter differentiates, with the reason for the
+#   root in a footnote.
+# - Milakov and Gimelshein (2018),
+#   [Online normalizer calculation for softmax](https://arxiv.org/abs/1805.02867):
+#   the running maximum and sum of (7.12).
+# - Dao et al. (2022),
+#   [FlashAttention](https://arxiv.org/abs/2205.14135): the same idea on a
+#   GPU, with the traffic between memories counted.
+# - Olsson et al. (2022),
+#   [In-context Learning and Induction Heads](https://arxiv.org/abs/2209.11895):
+#   the heads of figure 7.3, found in trained models.
+
+# %% [markdown]
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.index import gained
+
+gained("07_attention")

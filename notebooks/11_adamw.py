@@ -1,0 +1,1064 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     module: reference.adamw
+# ---
+
+# %% [markdown]
+# # Step downhill with AdamW
+#
+# > AdamW divides each parameter's averaged gradient by its usual size and
+# > shrinks the parameter itself; a schedule sets the pace, a clip bounds it.
+
+# %% [markdown]
+# ## Where we are
+
+# %% where we are
+from llmnb.diagram import gpt2_diagram
+
+gpt2_diagram(lit="adamw")
+
+# %% [markdown]
+# *Figure 11.1. AdamW is no layer: it stands after the loss. When the
+# backward pass has filled every gradient, it changes every parameter.*
+#
+# The layers so far have produced one gradient for each parameter: the
+# direction in which the loss grows. This chapter turns gradients into
+# steps. It builds the optimiser, the schedule of its learning rate, and the
+# guard against gradients that are too large. At its end you can
+#
+# - say what momentum, Adam and AdamW each add to gradient descent, and see
+#   it on one and the same valley;
+# - derive the bias correction and say what goes wrong without it;
+# - say why weight decay must not pass through the gradient;
+# - compute the learning rate of any step under four schedules;
+# - update 124 million parameters in the time that memory needs to move them.
+#
+# You need the `kernel` decorator from [chapter 3](03_encoder.ipynb). Neither
+# layers nor their gradients are needed.
+
+# %% [markdown]
+# ## Setup
+
+# %% setup
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+
+from llmnb.config import GPT2Config
+from llmnb.diagram import PALETTE
+from llmnb.timing import fastest, machine
+from llmnb.verify import compare, verdict
+
+# %% imports tags=["export"]
+import math
+
+import numpy as np
+
+# %% the seed
+rng = np.random.default_rng(10)
+
+# %% [markdown]
+# ## By hand
+#
+# AdamW keeps two running means for each parameter: $m$ of its gradient and
+# $v$ of its squared gradient. Take a parameter at 1 with the gradient 0.5,
+# a learning rate $\eta = 0.1$, a weight decay $\lambda = 0.1$, and the
+# usual $\beta_1 = 0.9$, $\beta_2 = 0.999$. In the first step
+#
+# - decay shrinks the parameter by the factor $1 - 0.1 \cdot 0.1$ to 0.99;
+# - $m$ goes from 0 to $0.1 \cdot 0.5 = 0.05$, and $v$ to
+#   $0.001 \cdot 0.25 = 0.00025$;
+# - both are divided by what they lack so far, 0.1 and 0.001, and become 0.5
+#   and 0.25;
+# - the parameter moves by $-0.1 \cdot 0.5 / \sqrt{0.25} = -0.1$ to 0.89.
+#
+# A second parameter, also at 1, has the gradient 0.001. It moves to 0.89
+# as well: the size of a gradient cancels, and its sign remains.
+
+# %% two parameters, one step by hand
+p, g = np.array([1.0, 1.0]), np.array([0.5, 0.001])
+p = p * (1 - 0.1 * 0.1)
+m, v = 0.1 * g, 0.001 * g**2
+print("decayed ", p)
+print("m, v    ", m, v)
+print("stepped ", p - 0.1 * (m / 0.1) / np.sqrt(v / 0.001))
+
+# %% [markdown]
+# | array | shape | what it holds |
+# |---|---|---|
+# | `params`, `grads` | (N,) | all parameters and their gradients, flat |
+# | `m`, `v` | (N,) | the running means of gradient and squared gradient |
+# | `step` | integer | how many steps with this one, from 1 |
+#
+# Layers have shapes; the optimiser has none. Every parameter is treated
+# alike, so it works on flat arrays, as [chapter 2](02_memory.ipynb) lays
+# them out: all parameters one after the other.
+
+# %% [markdown]
+# ## From gradient descent to AdamW
+#
+# Four methods, each a few lines, will race in one valley. Its floor slopes
+# gently in one direction, and its walls are 50 times as steep:
+#
+# $$ \mathcal L(w) = \tfrac12 \sum_i a_i (w_i - c_i)^2 , \qquad
+#    a = (1, 50) , \quad c = (3, 1) . \tag{11.1} $$
+#
+# The gradient is $g_i = a_i (w_i - c_i)$. The ratio of the largest to the
+# smallest curvature, here 50, is the **condition number**; in a network it
+# is far larger.
+
+# %% the valley
+curvature, lowest = np.array([1.0, 50.0]), np.array([3.0, 1.0])
+
+
+def descend(method, steps=60, **settings):
+    """The points a method visits from (-1, -0.2)."""
+    w, state = np.array([-1.0, -0.2]), SimpleNamespace(m=0, v=0, step=0)
+    path = [w]
+    for _ in range(steps):
+        state.step += 1
+        w = method(w, curvature * (w - lowest), state, **settings)
+        path.append(w)
+    return np.array(path)
+
+
+def report(path):
+    distances = np.hypot(*(path - lowest).T)
+    for step in (0, 10, 20, 40, 60):
+        print(f"step {step:2}  distance {distances[step]:7.4f}")
+
+
+# %% [markdown]
+# ### Gradient descent
+#
+# Step against the gradient:
+#
+# $$ w \leftarrow w - \eta\, g . \tag{11.2} $$
+#
+# On (11.1) the distance to the lowest point obeys
+# $w_i - c_i \leftarrow (1 - \eta a_i)(w_i - c_i)$. Each coordinate shrinks by
+# its own factor. The steep one allows no $\eta$ above $2/50 = 0.04$, or
+# $|1 - 50 \eta|$ exceeds 1 and the path flies apart. With that $\eta$ the
+# gentle one shrinks by the factor $1 - 0.04 = 0.96$ a step. One learning
+# rate has to serve both.
+
+
+# %% gradient descent
+def gradient_descent(w, g, state, lr):
+    return w - lr * g
+
+
+paths = {"gradient descent": descend(gradient_descent, lr=0.036)}
+report(paths["gradient descent"])
+
+# %% [markdown]
+# ### Momentum
+#
+# Let past gradients count:
+#
+# $$ m \leftarrow \beta m + g , \qquad
+#    w \leftarrow w - \eta\, m . \tag{11.3} $$
+#
+# A gradient that stays the same adds up to
+# $g\,(1 + \beta + \beta^2 + \dots) = g / (1 - \beta)$, ten times itself for
+# $\beta = 0.9$. A gradient that changes sign at every step comes to
+# $g / (1 + \beta)$, about half. So the path gains speed along the floor and
+# not across it.
+
+
+# %% momentum
+def momentum(w, g, state, lr, beta=0.9):
+    state.m = beta * state.m + g
+    return w - lr * state.m
+
+
+paths["momentum"] = descend(momentum, lr=0.02)
+report(paths["momentum"])
+
+# %% [markdown]
+# ### Adam
+#
+# Momentum still has one learning rate for all. Adam gives each parameter
+# its own: it divides by the usual size of that parameter's gradient. It
+# keeps running *means*, with weights that sum to (nearly) one,
+#
+# $$ m \leftarrow \beta_1 m + (1 - \beta_1)\, g , \qquad
+#    v \leftarrow \beta_2 v + (1 - \beta_2)\, g^2 , \tag{11.4} $$
+#
+# and steps by their ratio:
+#
+# $$ w \leftarrow w - \eta\, \frac{\hat m}{\sqrt{\hat v} + \epsilon} .
+#    \tag{11.5} $$
+#
+# The hats need an explanation. Both means start at 0, and a mean that
+# starts at 0 is too small for a while. How much too small? Unroll (11.4):
+# after $t$ steps
+#
+# $$ m_t = (1 - \beta_1) \sum_{s=1}^{t} \beta_1^{\,t-s} g_s . \tag{11.6} $$
+#
+# Suppose that all gradients have the same expected value $\bar g$. The
+# weights form a geometric series, so
+#
+# $$ \mathbb E\, m_t = \bar g\, (1 - \beta_1)
+#    \sum_{s=1}^{t} \beta_1^{\,t-s} = \bar g\, (1 - \beta_1^{\,t}) ,
+#    \tag{11.7} $$
+#
+# because $(1 - \beta)(1 + \beta + \dots + \beta^{t-1}) = 1 - \beta^t$. The
+# same holds for $v$ and $g^2$. Dividing by the factor removes the bias:
+#
+# $$ \hat m = \frac{m}{1 - \beta_1^{\,t}} , \qquad
+#    \hat v = \frac{v}{1 - \beta_2^{\,t}} . \tag{11.8} $$
+#
+# In step 1 this gives $\hat m = g$ and $\hat v = g^2$, so that every
+# parameter moves by $\eta$, up or down. Without the correction the first
+# step would be
+# $\eta \cdot 0.1 / \sqrt{0.001} \approx 3.2\, \eta$, and for a thousand
+# steps $v$ would be too small, and the steps too large. (The race below lasts
+# sixty steps, so it takes $\beta_2 = 0.99$, which forgets faster.)
+
+# %% the correction, step by step
+steps = np.array([1, 10, 100, 1000, 10000])
+ratio = (1 - 0.9**steps) / np.sqrt(1 - 0.999**steps)
+for t, r in zip(steps, ratio, strict=True):
+    print(f"step {t:5}: uncorrected steps are {r:.2f} times as long")
+
+
+# %% Adam
+def adam(w, g, state, lr, beta1=0.9, beta2=0.99, eps=1e-8):
+    state.m = beta1 * state.m + (1 - beta1) * g
+    state.v = beta2 * state.v + (1 - beta2) * g**2
+    mean = state.m / (1 - beta1**state.step)
+    square = state.v / (1 - beta2**state.step)
+    return w - lr * mean / (np.sqrt(square) + eps)
+
+
+paths["Adam"] = descend(adam, lr=0.2)
+report(paths["Adam"])
+
+# %% [markdown]
+# The $\epsilon$ keeps a parameter whose gradient is always 0 from dividing
+# 0 by 0. The rows of the padded vocabulary are such parameters.
+#
+# ### AdamW
+#
+# A model generalises better when its weights stay small. **Weight decay**
+# shrinks them a little at every step. There are two ways to write it. The
+# first adds $\tfrac{\lambda}{2} \sum w^2$ to the loss, hence $\lambda w$ to
+# the gradient ("L2"):
+#
+# $$ g \leftarrow g + \lambda w . \tag{11.9} $$
+#
+# The second leaves the gradient alone and shrinks the weights themselves:
+#
+# $$ w \leftarrow (1 - \eta \lambda)\, w . \tag{11.10} $$
+#
+# In gradient descent both are the same: (11.2) with (11.9) reads
+# $w - \eta g - \eta \lambda w$. In Adam they are not. There $\lambda w$
+# passes through the division by $\sqrt{\hat v}$, so a weight with large
+# gradients is hardly shrunk, and a weight with small ones collapses. AdamW
+# is Adam with (11.10), decay **decoupled** from the gradient.
+
+
+# %% AdamW and the other way
+def adamw(w, g, state, lr, decay, **settings):
+    return adam((1 - lr * decay) * w, g, state, lr, **settings)
+
+
+def adam_l2(w, g, state, lr, decay, **settings):
+    return adam(w, g + decay * w, state, lr, **settings)
+
+
+paths["AdamW"] = descend(adamw, lr=0.2, decay=0.1)
+report(paths["AdamW"])
+
+# %% [markdown]
+# AdamW stays short of the lowest point, and means to: decay pulls towards
+# the origin, and the path turns back where that pull is the stronger one.
+# (In a valley without noise this is not for ever. The gradient there is
+# small and steady, $\sqrt{\hat v}$ shrinks to its size, Adam's pull grows,
+# and after the sixty steps the path creeps on to the lowest point. In
+# training, noise keeps $\sqrt{\hat v}$ up.)
+
+# %% four trajectories
+x, y = np.meshgrid(np.linspace(-1.6, 4.4, 121), np.linspace(-0.6, 2.4, 91))
+height = (x - 3) ** 2 / 2 + 25 * (y - 1) ** 2
+fig, axes = plt.subplots(2, 2, figsize=(7.6, 5.4), dpi=100)
+for ax, (name, path) in zip(axes.flat, paths.items(), strict=True):
+    levels = [0.1, 1, 4, 10, 20, 40]
+    ax.contour(x, y, height, levels, colors=PALETTE["grey"], linewidths=0.7)
+    ax.plot(*path.T, "o-", color=PALETTE["blue"], ms=2.5, lw=1)
+    ax.plot(*lowest, "+", color=PALETTE["orange"], ms=14, mew=2.5)
+    ax.set_title(name)
+    ax.set(xlim=(-1.6, 4.4), ylim=(-0.6, 2.4))
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 11.2. Sixty steps from the lower left; the cross is the lowest
+# point. Gradient descent bounces between the walls and creeps along the
+# floor. Momentum overshoots but arrives. Adam ignores the steepness and
+# sets off diagonally. AdamW does too, and turns back before the cross.*
+#
+# To see the two decays differ, take parameters whose gradients are pure
+# noise, of size 0.1, 1 and 10, a thousand of each. There is nothing to
+# learn from them, so decay alone should move their mean.
+
+
+# %% decay in noise
+def fade(method, size, steps=300):
+    """The mean of 1000 weights, starting at 1, with noise as gradient."""
+    w, state = np.ones(1000), SimpleNamespace(m=0, v=0, step=0)
+    means = [1.0]
+    for _ in range(steps):
+        state.step += 1
+        noise = size * rng.normal(size=1000)
+        w = method(w, noise, state, lr=0.01, decay=0.1)
+        means.append(w.mean())
+    return np.array(means)
+
+
+sizes = 0.1, 1, 10
+faded = {f: [fade(f, s) for s in sizes] for f in (adam_l2, adamw)}
+law = (1 - 0.01 * 0.1) ** np.arange(301)
+compare("AdamW, all sizes", faded[adamw], [law] * 3, tol=0.03)
+spread = faded[adam_l2][2][-1] - faded[adam_l2][0][-1]
+verdict("L2 by size", spread > 0.5, "ends more than 0.5 apart")
+
+# %% draw it
+fig, axes = plt.subplots(1, 2, figsize=(7.6, 3.4), dpi=100, sharey=True)
+looks = zip(("blue", "orange", "green"), ("-", "--", ":"), strict=True)
+looks = [{"color": PALETTE[c], "ls": ls, "lw": 2} for c, ls in looks]
+titles = {adam_l2: "L2 through the gradient", adamw: "decoupled"}
+for ax, (method, title) in zip(axes, titles.items(), strict=True):
+    for size, means, look in zip(sizes, faded[method], looks, strict=True):
+        ax.plot(means, label=f"gradients of size {size}", **look)
+    ax.set(title=title, xlabel="step", ylim=(0, 1.05))
+    ax.spines[["top", "right"]].set_visible(False)
+axes[0].set_ylabel("mean weight")
+axes[1].legend(frameon=False, loc="lower left")
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 11.3. With L2 the weights whose gradients are small lose almost
+# everything and those whose gradients are large lose almost nothing. With
+# decoupled decay all three groups follow one curve.*
+#
+# ### The function
+#
+# It does (11.10), (11.4), (11.8) and (11.5), in the order in which
+# PyTorch's `torch.optim.AdamW` does them, so that both give the same
+# numbers. Mathematics leaves some freedom here, and rounding does not:
+# PyTorch moves $m$ by $(1 - \beta_1)(g - m)$, corrects $v$ *after* the root,
+# adds $\epsilon$ to the corrected root, and folds the correction of $m$ into
+# the learning rate:
+#
+# $$ w \leftarrow w - \frac{\eta}{1 - \beta_1^{\,t}} \cdot
+#    \frac{m}{\sqrt v \,/ \sqrt{1 - \beta_2^{\,t}} + \epsilon} .
+#    \tag{11.11} $$
+
+
+# %% check the settings tags=["export"]
+def check_settings(learning_rate, beta1, beta2, eps, weight_decay, step):
+    """Raise ValueError unless AdamW can work with these numbers.
+
+    The learning rate and the decay must not be negative, the betas must lie
+    in [0, 1), eps must be positive (a gradient that is always zero would
+    divide zero by zero), and steps count from 1.
+
+    Derived in chapter 11.
+    """
+    limits = [
+        ("learning_rate", learning_rate, learning_rate >= 0, "at least 0"),
+        ("beta1", beta1, 0 <= beta1 < 1, "in [0, 1)"),
+        ("beta2", beta2, 0 <= beta2 < 1, "in [0, 1)"),
+        ("eps", eps, eps > 0, "above 0"),
+        ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
+        ("step", step, step >= 1, "at least 1"),
+    ]
+    for name, value, ok, limit in limits:
+        if not ok:
+            raise ValueError(
+                f"adamw_update: {name} must be {limit}, got {value}"
+            )
+
+
+# %% one step of AdamW tags=["export"]
+def adamw_update(
+    params, grads, m, v,
+    learning_rate, beta1, beta2, eps, weight_decay, step,
+):  # fmt: skip
+    """Take one step of AdamW, in the order in which torch.optim.AdamW does.
+
+    params, grads, m, v: float, of one shape; params, m and v change in
+    place. m and v are the running means of the gradient and of its square,
+    zero before the first step. step counts from 1. weight_decay applies to
+    every element. Raises ValueError for settings out of range.
+
+    Derived in chapter 11.
+    """
+    check_settings(learning_rate, beta1, beta2, eps, weight_decay, step)
+    correction1 = 1 - beta1**step
+    correction2 = 1 - beta2**step
+    params *= 1 - learning_rate * weight_decay
+    m += (1 - beta1) * (grads - m)
+    v *= beta2
+    v += (1 - beta2) * grads * grads
+    spread = np.sqrt(v) / math.sqrt(correction2) + eps
+    params -= learning_rate / correction1 * m / spread
+
+
+# %% the two parameters through the function
+p, m, v = np.ones(2), np.zeros(2), np.zeros(2)
+adamw_update(p, g, m, v, 0.1, 0.9, 0.999, 1e-8, 0.1, step=1)
+compare("by hand", p, [0.89, 0.89], tol=1e-5)
+
+# %% the valley through the function
+w, m, v = np.array([-1.0, -0.2]), np.zeros(2), np.zeros(2)
+path = [w.copy()]
+for step in range(1, 61):
+    slope = curvature * (w - lowest)
+    adamw_update(w, slope, m, v, 0.2, 0.9, 0.99, 1e-8, 0.1, step)
+    path.append(w.copy())
+compare("same path", path, paths["AdamW"], tol=1e-10)
+
+# %% [markdown]
+# ## Which tensors decay
+#
+# Decay belongs to weights that multiply their input: the matrices, and the
+# two tables that the encoder reads. A bias, or LayerNorm's scale and shift,
+# moves or rescales a whole channel; to pull a scale of 1 towards 0 would
+# work against its purpose. In a single layer these are the tensors with one
+# dimension. Ours are stacked over the L layers, so that `ln1w` has shape
+# (L, C), and counting dimensions would mislead. We decide by name.
+
+# %% imports of the schedule tags=["export"] module="schedule"
+import math
+
+# %% which tensors decay tags=["export"] module="schedule"
+MATRICES = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")
+VECTORS = (
+    "ln1w", "ln1b", "qkvb", "attprojb", "ln2w", "ln2b", "fcb", "fcprojb",
+    "lnfw", "lnfb",
+)  # fmt: skip
+
+
+def decayed(name):
+    """Whether weight decay applies to the parameter tensor of this name.
+
+    True for the matrices and the two tables, False for biases and for
+    LayerNorm's scales and shifts. Raises ValueError for another name.
+
+    Derived in chapter 11.
+    """
+    if name not in MATRICES + VECTORS:
+        raise ValueError(f"decayed: no tensor is called {name!r}")
+    return name in MATRICES
+
+
+# %% how many parameters that is
+cfg = GPT2Config()
+L, C, Vp = cfg.num_layers, cfg.channels, cfg.padded_vocab_size
+matrices = (Vp + cfg.max_seq_len) * C + 12 * L * C * C
+vectors = (2 + 2 + 3 + 1 + 4 + 1) * L * C + 2 * C
+print(f"decayed     {matrices:11,}")
+print(f"not decayed {vectors:11,}  {vectors / (matrices + vectors):.2%}")
+
+# %% [markdown]
+# ## The schedule
+#
+# **Warm-up.** In the first steps $\hat v$ rests on a handful of gradients,
+# and (11.5) moves every parameter by almost $\eta$ however uncertain its
+# direction. So the learning rate climbs from near 0 to its peak
+# $\eta_{\max}$ over the first $W$ steps. With steps counted from 0, step
+# $s$ gets
+#
+# $$ \eta_s = \eta_{\max} \frac{s + 1}{W} \qquad (s < W) . \tag{11.12} $$
+#
+# **Decline.** Near the end a large step keeps throwing the parameters to
+# and fro across the valley; a small one lets them sink. Let $S$ be the
+# number of steps in all, and $u$ run from 0 to 1 over the declining part.
+# With $f$ the fraction of the peak that is left at the end, in step $S$,
+# the first that is not taken,
+#
+# $$ \eta_s = \eta_{\max} \bigl( f + (1 - f)\, d(u) \bigr) , \qquad
+#    u = \frac{s - W}{S - W} , \tag{11.13} $$
+#
+# and the schedules differ in $d$: $\tfrac12 (1 + \cos \pi u)$ for
+# **cosine**, $1 - u$ for **linear**, 1 for **constant**. The fourth,
+# **wsd** (warm-up, stable, decay), stays at the peak until 80 % of all
+# steps, $D = \lfloor 0.8\, S \rfloor$, and then falls as
+# $d(u) = 1 - \sqrt u$ with $u = (s - D) / (S - D)$. The rates of its long
+# flat part do not depend on $S$: one may decide late when to stop.
+
+# %% the schedule tags=["export"] module="schedule"
+KINDS = ("cosine", "linear", "constant", "wsd")
+
+
+def learning_rate(step, peak, warmup, total, kind="cosine", final=0.0):
+    """The learning rate of a step, counted from 0, of `total` steps.
+
+    For `warmup` steps it climbs in equal stairs to `peak`. Then it falls to
+    `final * peak` along half a cosine ("cosine") or a line ("linear"), stays
+    ("constant"), or stays until 80 % of `total` and falls as 1 - sqrt
+    ("wsd"). Raises ValueError for an unknown kind and numbers out of range.
+
+    Derived in chapter 11.
+    """
+    check_schedule(step, peak, warmup, total, kind, final)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    start = max(warmup, int(0.8 * total)) if kind == "wsd" else warmup
+    u = min(1, max(0, step - start) / max(1, total - start))
+    left = {
+        "cosine": (1 + math.cos(math.pi * u)) / 2,
+        "linear": 1 - u,
+        "constant": 1,
+        "wsd": 1 - math.sqrt(u),
+    }
+    return peak * (final + (1 - final) * left[kind])
+
+
+# %% check a schedule tags=["export"] module="schedule"
+def check_schedule(step, peak, warmup, total, kind, final):
+    """Raise ValueError unless `learning_rate` can work with these.
+
+    Derived in chapter 11.
+    """
+    if kind not in KINDS:
+        known = ", ".join(KINDS)
+        raise ValueError(f"learning_rate: no kind {kind!r}, only {known}")
+    limits = [
+        ("step", step, step >= 0, "at least 0"),
+        ("peak", peak, peak >= 0, "at least 0"),
+        ("total", total, total >= 1, "at least 1"),
+        ("warmup", warmup, 0 <= warmup <= total, f"in [0, {total}]"),
+        ("final", final, 0 <= final <= 1, "in [0, 1]"),
+    ]
+    for name, value, ok, limit in limits:
+        if not ok:
+            raise ValueError(
+                f"learning_rate: {name} must be {limit}, got {value}"
+            )
+
+
+# %% ten steps of each
+for kind in KINDS:
+    rates = [learning_rate(s, 100, 3, 10, kind, 0.1) for s in range(11)]
+    print(f"{kind:9}", " ".join(f"{x:5.1f}" for x in rates))
+
+# %% four schedules
+fig, ax = plt.subplots(figsize=(6.4, 3.6), dpi=100)
+looks = zip(
+    KINDS,
+    ("blue", "orange", "grey", "green"),
+    ("-", "--", "-.", ":"),
+    strict=True,
+)
+for kind, colour, line in looks:
+    rates = [learning_rate(s, 1, 100, 1000, kind, 0.1) for s in range(1000)]
+    ax.plot(rates, line, color=PALETTE[colour], lw=2, label=kind)
+ax.set(xlabel="step", ylabel="fraction of the peak", ylim=(0, 1.08))
+ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.12, 0))
+ax.spines[["top", "right"]].set_visible(False)
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 11.4. All four schedules climb for 100 steps. Cosine and linear
+# then spend the rest of the run on the way down, wsd only its last fifth;
+# here all but the constant one end at a tenth of the peak.*
+#
+# ## Clipping
+#
+# Now and then a batch has a gradient many times as long as usual. Adam's
+# division does not tame it: with $\beta_2 = 0.999$ a tenth of the spike
+# enters $m$, but only $\sqrt{0.001}$, three hundredths, enters $\sqrt v$.
+# The next steps follow the spike, at about three times the usual length;
+# and $v$ remembers it for some $1 / (1 - \beta_2)$ steps, in which ordinary
+# gradients hardly count.
+#
+# **Clipping** measures the length of the gradient of *all* parameters taken
+# as one vector, the **global norm**, and shortens it to a given $c$ when it
+# is longer:
+#
+# $$ \lVert g \rVert = \sqrt{\textstyle\sum_i g_i^2} , \qquad
+#    g \leftarrow g \cdot \min \Bigl( 1,
+#    \frac{c}{\lVert g \rVert + 10^{-6}} \Bigr) . \tag{11.14} $$
+#
+# The direction stays. The $10^{-6}$ is PyTorch's, and we follow it. Squares
+# are summed in float64: the sum of 124 million squares has too many digits
+# for a float32, and the square of a number above $2 \cdot 10^{19}$ overflows
+# it.
+#
+# What if a gradient is infinite or not a number? Then so is the norm, and
+# (11.14) would multiply *every* gradient by 0 or by NaN. We leave the
+# gradients as they are and return the norm. The caller looks at it and
+# decides: skip the step, or stop.
+
+
+# %% the norm of all gradients tags=["export"]
+def global_norm(grads):
+    """The Euclidean norm of a flat array, summed in float64, as a float.
+
+    Derived in chapter 11.
+    """
+    wide = grads.astype(np.float64)
+    return math.sqrt(np.sum(wide * wide))
+
+
+# %% clip the gradients tags=["export"]
+def clip_gradients(grads, max_norm):
+    """Scale a flat array down to norm `max_norm` if it is longer.
+
+    Returns the norm before clipping and scales `grads` in place by
+    max_norm / (norm + 1e-6) where that is below 1, as torch's
+    clip_grad_norm_. When the norm is infinite or NaN, `grads` is left as it
+    is: the caller sees the norm and decides. Raises ValueError unless
+    max_norm is positive.
+
+    Derived in chapter 11.
+    """
+    if not max_norm > 0:
+        raise ValueError(
+            f"clip_gradients: max_norm must be above 0, got {max_norm}"
+        )
+    norm = global_norm(grads)
+    scale = max_norm / (norm + 1e-6)
+    if math.isfinite(norm) and scale < 1:
+        grads *= scale
+    return norm
+
+
+# %% a long, a short and a broken gradient
+for values in ([3.0, 4.0], [0.3, 0.4], [3.0, np.inf]):
+    grads = np.array(values)
+    norm = clip_gradients(grads, 1.0)
+    print(f"norm {norm:3.1f}  {values} becomes {grads.round(4)}")
+
+# %% [markdown]
+# ## Proof
+#
+# There is no gradient to check here: AdamW is a definition. What can be
+# checked is that ours is PyTorch's. The numbers below were computed with
+# `torch.optim.AdamW` (PyTorch 2.13.0, float64, six steps, learning rate
+# 0.01, betas 0.9 and 0.999, epsilon 1e-8, decay 0.1) for seven parameters
+# and gradients of very different sizes, one of them 0.
+
+# %% six steps of PyTorch
+start = [1.0, -0.5, 0.03125, -2.0, 0.0, 8.0, 0.25]
+slope = [0.5, -0.25, 2**-10, 0.0, -8.0, 2**-20, 0.125]
+factor = [1.0, -0.5, 2.0, 0.25, -1.0, 1.5]
+recorded = [
+    0.9618985060667378, -0.4648910166476362, -0.0010532051555053666,
+    -1.988029960029988, 0.03211647449987729, 7.920308854785162,
+    0.21638727282067885,
+]  # fmt: skip
+
+
+def six_steps(update, dtype=np.float64):
+    p, g = np.array([start, slope], dtype)
+    m, v = np.zeros((2, 7), dtype)
+    for t, f in enumerate(factor, 1):
+        scaled = g * dtype(f)
+        update(p, scaled, m, v, 0.01, 0.9, 0.999, 1e-8, 0.1, t)
+    return p
+
+
+# %% ours and PyTorch's
+compare("float64", six_steps(adamw_update), recorded, tol=1e-14)
+compare("float32", six_steps(adamw_update, np.float32), recorded, tol=1e-6)
+
+# %% [markdown]
+# Agreement to the last digits has to be hard to get by chance. Here is a
+# version that adds $\epsilon = 10^{-8}$ before the correction rather than
+# after, and one with L2 for decay:
+
+
+# %% two optimisers made wrong on purpose
+def eps_too_early(p, g, m, v, lr, beta1, beta2, eps, decay, t):
+    p *= 1 - lr * decay
+    m += (1 - beta1) * (g - m)
+    v += (1 - beta2) * (g * g - v)
+    spread = (np.sqrt(v) + eps) / math.sqrt(1 - beta2**t)
+    p -= lr / (1 - beta1**t) * m / spread
+
+
+def with_l2(p, g, m, v, lr, beta1, beta2, eps, decay, t):
+    adamw_update(p, g + decay * p, m, v, lr, beta1, beta2, eps, 0, t)
+
+
+for name, wrong in (("eps", eps_too_early), ("L2", with_l2)):
+    try:
+        compare(name, six_steps(wrong), recorded, tol=1e-14)
+        caught = False
+    except AssertionError:
+        caught = True
+    verdict(f"{name} mistake", caught, "is caught")
+
+# %% [markdown]
+# ## Fast on a CPU
+#
+# NumPy's update makes a dozen passes over arrays as large as the model, most
+# of them to write a temporary and read it back. But each parameter needs
+# only its own four numbers, and a loop can do all its arithmetic while they
+# are in registers.
+
+# %% keep the NumPy versions
+reference = SimpleNamespace(
+    update=adamw_update, norm=global_norm, clip=clip_gradients
+)
+
+# %% imports of the kernels tags=["export"] module="cpu.adamw"
+import math
+
+import numba
+import numpy as np
+
+from llmnb.checks import check_array, check_float
+from llmnb.cpu.jit import arguments, share, team
+from llmnb.reference.adamw import check_settings
+
+# %% [markdown]
+# Elements do not meet, so each thread takes a share of them, and the array
+# may be cut anywhere. That the bits do not depend on the cut
+# is owed to `kernel`: it asks for exact division
+# ([chapter 3](03_encoder.ipynb)), and exact square roots come with it, so
+# an element is rounded alike in a vector and in the rest that is left over
+# at the end of a thread's share.
+
+
+# %% the kernel tags=["exporti"] module="cpu.adamw"
+@team
+def _adamw_update(part, parts, address):
+    params, grads, m, v, numbers = arguments(address)
+    keep, rate1, beta2, rate2, root, eps, size = numbers
+    mine = share(params.size, part, parts)
+    params, grads, m, v = params[mine], grads[mine], m[mine], v[mine]
+    for i in range(params.size):
+        g = grads[i]
+        m[i] += rate1 * (g - m[i])
+        v[i] = beta2 * v[i] + rate2 * g * g
+        spread = math.sqrt(v[i]) / root + eps
+        params[i] = keep * params[i] - size * m[i] / spread
+
+
+# %% [markdown]
+# All that does not depend on the element is computed once, in Python's
+# float64, and passed in the array's dtype, so that no float64 enters the
+# loop. PyTorch does the same.
+
+
+# %% check flat arrays tags=["export"] module="cpu.adamw"
+def check_flat(name, **arrays):
+    """Raise unless these are flat arrays of one length and float dtype.
+
+    Derived in chapter 11.
+    """
+    first = next(iter(arrays.values()))
+    check_float(f"{name}: {next(iter(arrays))}", first)
+    for key, array in arrays.items():
+        check_array(f"{name}: {key}", array, (first.size,), first.dtype)
+
+
+# %% one step of AdamW tags=["export"] module="cpu.adamw"
+def adamw_update(
+    params, grads, m, v,
+    learning_rate, beta1, beta2, eps, weight_decay, step,
+):  # fmt: skip
+    """Take one step of AdamW, in the order in which torch.optim.AdamW does.
+
+    params, grads, m, v: float32 or float64, flat, of one length; params, m
+    and v change in place. m and v are the running means of the gradient and
+    of its square, zero before the first step. step counts from 1.
+    weight_decay applies to every element. Raises TypeError or ValueError
+    for a wrong dtype or shape and for settings out of range.
+
+    Derived in chapter 11.
+    """
+    check_settings(learning_rate, beta1, beta2, eps, weight_decay, step)
+    check_flat("adamw_update", params=params, grads=grads, m=m, v=v)
+    keep = 1 - learning_rate * weight_decay
+    root = math.sqrt(1 - beta2**step)
+    size = learning_rate / (1 - beta1**step)
+    numbers = (keep, 1 - beta1, beta2, 1 - beta2, root, eps, size)
+    numbers = tuple([params.dtype.type(x) for x in numbers])
+    _adamw_update(params, grads, m, v, numbers)
+
+
+# %% [markdown]
+# The norm is one long sum, and a sum in another order is another sum. Again
+# the pieces must not depend on the threads: 256 of them, their bounds set
+# by the length alone, each summed by one thread; then the 256 sums, in
+# a fixed order. The kernel is compiled under the promise that no NaN occurs
+# ([chapter 3](03_encoder.ipynb)), and a gradient may break it; but products
+# and sums hand a NaN on whatever was promised, and the verdict below sees to
+# it that they do. The question itself, `math.isfinite`, is asked in Python.
+
+
+# %% the sum of squares tags=["exporti"] module="cpu.adamw"
+@team
+def _sum_of_squares(part, parts, address):
+    grads, sums = arguments(address)
+    length = (grads.size + sums.size - 1) // sums.size
+    for k in range(part, sums.size, parts):
+        piece = grads[k * length : (k + 1) * length]
+        total = 0.0
+        for i in range(piece.size):
+            x = np.float64(piece[i])
+            total += x * x
+        sums[k] = total
+
+
+@team
+def _scale(part, parts, address):
+    grads, factor = arguments(address)
+    mine = grads[share(grads.size, part, parts)]
+    for i in range(mine.size):
+        mine[i] *= factor
+
+
+# %% the norm of all gradients tags=["export"] module="cpu.adamw"
+def global_norm(grads):
+    """The Euclidean norm of a flat array, summed in float64, as a float.
+
+    The sum is taken over 256 pieces whose bounds depend on the length alone
+    and then over the pieces, so that the number of threads does not change
+    it. Raises TypeError or ValueError unless `grads` is flat and
+    float32 or float64.
+
+    Derived in chapter 11.
+    """
+    check_flat("global_norm", grads=grads)
+    sums = np.empty(256)
+    _sum_of_squares(grads, sums)
+    return math.sqrt(sums.sum())
+
+
+# %% clip the gradients tags=["export"] module="cpu.adamw"
+def clip_gradients(grads, max_norm):
+    """Scale a flat array down to norm `max_norm` if it is longer.
+
+    Returns the norm before clipping and scales `grads` in place by
+    max_norm / (norm + 1e-6) where that is below 1, as torch's
+    clip_grad_norm_. When the norm is infinite or NaN, `grads` is left as it
+    is: the caller sees the norm and decides. Raises ValueError unless
+    max_norm is positive, and as `global_norm` does.
+
+    Derived in chapter 11.
+    """
+    if not max_norm > 0:
+        raise ValueError(
+            f"clip_gradients: max_norm must be above 0, got {max_norm}"
+        )
+    norm = global_norm(grads)
+    scale = max_norm / (norm + 1e-6)
+    if math.isfinite(norm) and scale < 1:
+        _scale(grads, grads.dtype.type(scale))
+    return norm
+
+
+# %% the same numbers from the kernels
+cpu = SimpleNamespace(
+    update=adamw_update, norm=global_norm, clip=clip_gradients
+)
+compare("float64", six_steps(cpu.update), recorded, tol=1e-14)
+compare("float32", six_steps(cpu.update, np.float32), recorded, tol=1e-6)
+grads = rng.normal(size=100_003).astype(np.float32)
+compare("norm", cpu.norm(grads), reference.norm(grads), tol=1e-12)
+grads[77] = np.nan
+before = grads.copy()
+verdict("NaN", math.isnan(cpu.clip(grads, 1.0)), "is reported")
+same = np.array_equal(grads, before, equal_nan=True)
+verdict("gradients", same, "are left alone")
+
+
+# %% one thread and many
+def five_steps(threads, n=100_003):
+    stream = np.random.default_rng(1)
+    p, g = stream.normal(size=(2, n)).astype(np.float32)
+    m, v = np.zeros((2, n), np.float32)
+    numba.set_num_threads(threads)
+    for t in range(1, 6):
+        clip_gradients(g, 1.0)
+        adamw_update(p, g, m, v, 0.01, 0.9, 0.95, 1e-8, 0.1, t)
+        g += p
+    return p
+
+
+most = numba.get_num_threads()
+same = np.array_equal(five_steps(1), five_steps(most))
+verdict("threads", same, "do not change a bit")
+try:
+    adamw_update(grads, grads, grads, grads[:5], 0.1, 0.9, 0.9, 1e-8, 0, 1)
+except ValueError as error:
+    print(error)
+
+# %% NumPy against the kernel tags=["nbval-ignore-output"]
+n = 1 << 24
+params, grads, m, v = np.ones((4, n), np.float32)
+arrays = params, grads, m, v, 1e-3, 0.9, 0.95, 1e-8, 0.1, 5
+slow = fastest(reference.update, *arrays, runs=3)
+fast = fastest(cpu.update, *arrays)
+print(f"{machine()}, {numba.get_num_threads()} threads")
+print(f"NumPy   {slow * 1e3:7.1f} ms for {n / 1e6:.1f} M parameters")
+print(f"kernel  {fast * 1e3:7.1f} ms, {slow / fast:.1f} times as fast")
+
+# %% [markdown]
+# ## Count it
+#
+# For each parameter the kernel reads four float32 numbers and writes three,
+# 28 bytes, and does about 14 operations: half an operation a byte. Memory
+# decides, as it did for LayerNorm, and nothing can be saved here short of
+# smaller numbers. Clipping reads the gradients once more, and reads and
+# writes them where it has to scale: 4 or 12 bytes.
+
+# %% bytes for GPT-2
+total = matrices + vectors
+print(f"parameters            {total:,}")
+print(f"m and v, float32      {8 * total / 1e9:.3f} GB")
+print(f"moved by an update    {28 * total / 1e9:.3f} GB")
+print(f"moved by the norm     {4 * total / 1e9:.3f} GB")
+
+# %% predicted against measured time tags=["nbval-ignore-output"]
+bandwidth = 2 * m.nbytes / fastest(np.copyto, m, v)
+predicted = 28 * n / bandwidth
+norm_time = fastest(cpu.norm, grads)
+print(f"copy: {bandwidth / 1e9:.1f} GB/s")
+print(f"update: predicted {predicted * 1e3:.1f} ms", end=", ")
+print(f"measured {fast * 1e3:.1f}")
+print(f"norm: predicted {4 * n / bandwidth * 1e3:.1f} ms", end=", ")
+print(f"measured {norm_time * 1e3:.1f}")
+
+# %% [markdown]
+# The copy runs on one thread, the kernels on all; where one core cannot use
+# the whole bandwidth of the memory, the kernels beat the prediction.
+
+# %% [markdown]
+# ## Take away
+#
+# - Momentum adds up what the gradients agree on. Adam divides by their
+#   usual size, so that each parameter moves by about the learning rate.
+# - Means that start at 0 must be divided by $1 - \beta^t$.
+# - Decay acts on the weights, not through the gradient, and on matrices and
+#   tables only.
+# - The learning rate warms up, then declines; the gradient is clipped by its
+#   norm over all parameters.
+# - The update costs 28 bytes of traffic a parameter, and that is its time.
+
+# %% [markdown]
+# ## Design note
+#
+# Clipping and updating could be one pass: measure the norm, then let the
+# update multiply each gradient by the factor as it reads it. That saves 8
+# bytes a parameter in the steps that clip. We keep two functions, because
+# then `grads` holds what the update used, for whoever wants to look.
+#
+# Decay in (11.10) is multiplied by the learning rate, as PyTorch does it, so
+# it fades out with the schedule. The paper on AdamW multiplies it by the
+# schedule's fraction only, not by the peak. Under that convention the best
+# $\lambda$ depends less on the learning rate; under ours, the one in common
+# use, a number found in somebody's recipe means the same here.
+
+# %% [markdown]
+# ## Exercises
+#
+# **1** (★). A weight never receives a gradient. With a constant learning
+# rate of $6 \cdot 10^{-4}$ and a decay of 0.1, after how many steps has it
+# lost half its size?
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# $(1 - \eta\lambda)^t = \tfrac12$ gives
+# $t = \ln \tfrac12 / \ln (1 - 6 \cdot 10^{-5}) = 11552.1$, about
+# $\ln 2 / (\eta \lambda)$.
+# :::
+
+# %% exercise 1, checked tags=["hide-cell"]
+halving = math.log(0.5) / math.log(1 - 6e-4 * 0.1)
+w, m, v, g = np.ones(1), np.zeros(1), np.zeros(1), np.zeros(1)
+for step in range(1, round(halving) + 1):
+    adamw_update(w, g, m, v, 6e-4, 0.9, 0.95, 1e-8, 0.1, step)
+print(round(halving), "steps")
+compare("what is left", w, [0.5], tol=1e-4)
+
+# %% [markdown]
+# **2** (★★). Multiply the loss (11.1) by 1000. What happens to Adam's path,
+# and what to that of gradient descent? Show that one path stays the same.
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# $m$ becomes 1000 times as large and $\sqrt v$ too; their ratio, and with
+# it Adam's path, stays the same, but for $\epsilon$. Gradient descent steps
+# 1000 times as far and flies apart. This is why the loss may be a sum or a
+# mean for Adam, and why clipping that scaled *every* gradient of a run by
+# one factor would do nothing to it.
+# :::
+
+# %% exercise 2, checked tags=["hide-cell"]
+curvature *= 1000
+compare("Adam", descend(adam, lr=0.2), paths["Adam"], tol=1e-6)
+steep = descend(gradient_descent, steps=5, lr=0.036)
+curvature /= 1000
+away = np.hypot(*(steep[5] - lowest))
+verdict("gradient descent", away > 1e6, "flies apart")
+
+# %% [markdown]
+# **3** (★★★). Adam has one scale for each *coordinate*. Turn the valley by
+# 45 degrees, so that neither its floor nor its walls lie along a
+# coordinate. Who still arrives after 60 steps?
+#
+# :::{admonition} Solution to exercise 3
+# :class: dropdown
+# Both coordinates now see the steep wall, so both get the same small step,
+# and Adam's advantage is gone. Momentum does not know what a coordinate is;
+# but for the turned starting point its path is the old one.
+# :::
+
+
+# %% exercise 3, the turned valley tags=["hide-cell"]
+def turned(method, steps=60, **settings):
+    turn = np.array([[1.0, 1.0], [-1.0, 1.0]]) / np.sqrt(2)
+    w, state = np.array([-1.0, -0.2]), SimpleNamespace(m=0, v=0, step=0)
+    for _ in range(steps):
+        state.step += 1
+        g = turn.T @ (curvature * (turn @ (w - lowest)))
+        w = method(w, g, state, **settings)
+    return np.hypot(*(w - lowest))
+
+
+# %% exercise 3, checked
+straight = np.hypot(*(paths["Adam"][-1] - lowest))
+verdict("Adam", turned(adam, lr=0.2) > 10 * straight, "is 10 times as far off")
+verdict("momentum", turned(momentum, lr=0.02) < 0.1, "still arrives")
+
+# %% [markdown]
+# ## Further reading
+#
+# - Goh (2017), [Why Momentum Really Works](https://distill.pub/2017/momentum/):
+#   the quadratic of this chapter worked out in full, to be played with.
+# - Kingma and Ba (2014),
+#   [Adam](https://arxiv.org/abs/1412.6980): section 3 for the bias
+#   correction.
+# - Loshchilov and Hutter (2017),
+#   [Decoupled Weight Decay Regularization](https://arxiv.org/abs/1711.05101):
+#   section 2 for the difference that figure 11.3 shows.
+# - Pascanu, Mikolov and Bengio (2012),
+#   [On the Difficulty of Training Recurrent Neural Networks](https://arxiv.org/abs/1211.5063):
+#   where clipping by the norm comes from, with pictures of the cliffs.
+# - Hägele et al. (2024),
+#   [Scaling Laws and Compute-Optimal Training Beyond Fixed Training Durations](https://arxiv.org/abs/2405.18392):
+#   the schedule that stays flat and falls as one minus a root.
+
+# %% [markdown]
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.index import gained
+
+gained("11_adamw")

@@ -1,0 +1,1049 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     module: gpt2
+# ---
+
+# %% [markdown]
+# # Assemble GPT-2 and prove its gradient
+#
+# > The layers of the chapters before make the model; its losses, its logits
+# > and every gradient are those of PyTorch.
+
+# %% [markdown]
+# ## Where we are
+
+# %% where we are
+from llmnb.diagram import gpt2_diagram
+
+gpt2_diagram(lit="all")
+
+# %% [markdown]
+# *Figure 13.1. All boxes are built. This chapter draws the arrows.*
+#
+# Each layer has been derived and proved alone. That leaves the wiring: which
+# array goes where, in which order, and what is added to what on the way back.
+# Wiring has its own mistakes, and they are quiet ones. A model with one
+# gradient missing still learns, only worse. At the end of this chapter you can
+#
+# - write a transformer block, forward and backward, as a list of calls;
+# - say where gradients add up, and find all three such places in GPT-2;
+# - prove the gradient of the whole model;
+# - state what it means that two programs compute the same training run, and
+#   show it for this one and PyTorch's.
+#
+# You need the arena of [chapter 2](02_memory.ipynb), the layers of chapters
+# [3](03_encoder.ipynb) to [10](10_crossentropy.ipynb), AdamW from
+# [chapter 11](11_adamw.ipynb) and the weights of
+# [chapter 12](12_init.ipynb).
+
+# %% [markdown]
+# ## Setup
+
+# %% setup
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+
+from llmnb import reference
+from llmnb.config import GPT2Config, parameter_count
+from llmnb.diagram import PALETTE
+from llmnb.timing import fastest, machine
+from llmnb.verify import compare, numerical_gradient, verdict
+
+# %% imports of the model tags=["export"]
+import importlib
+import warnings
+
+import numpy as np
+
+from llmnb.arena import Arena
+from llmnb.checkpoint import (
+    read_checkpoint,
+    read_config,
+    write_checkpoint,
+    write_safetensors,
+)
+from llmnb.checks import check_tokens
+from llmnb.init import init_params
+from llmnb.layout import gpt2_layout
+
+# %% [markdown]
+# ## One block, forward
+#
+# Read figure 13.1 from left to right, twice, and write down the calls. In the
+# first half the token looks at others, in the second it works alone; each half
+# ends by adding its result to what it started from. With $x$ for the stream of
+# vectors that comes in,
+#
+# $$ x' = x + \mathrm{proj}(\mathrm{attention}(\mathrm{qkv}(
+#    \mathrm{ln}_1(x)))) , \tag{13.1} $$
+#
+# $$ y = x' + \mathrm{down}(\mathrm{gelu}(\mathrm{up}(\mathrm{ln}_2(x')))) .
+#    \tag{13.2} $$
+#
+# Here proj, qkv, up and down are the four linear layers of a block. `w` holds
+# this block's weights and `a` its activations, by the names of
+# [chapter 2](02_memory.ipynb). `ops` holds the layers: `llmnb.reference` and
+# `llmnb.cpu` have the same functions, so the model is written once for both.
+# Such a set of functions is called a *backend*.
+
+
+# %% one block, forward tags=["export"]
+def block_forward(ops, out, inp, w, a, **how):
+    """One block: attention, then the feed-forward half, both residual.
+
+    out, inp: (B, T, C). w and a map names to this block's weights and
+    activations, as in llmnb.layout, with those that blocks take turns with;
+    a is overwritten. ops: the layers. how: what else ops takes for its
+    products, such as scratch memory.
+
+    Derived in chapter 13.
+    """
+    _normalise(ops, "ln1", inp, w, a)
+    ops.matmul_forward(a["qkv"], a["ln"], w["qkvw"], w["qkvb"], **how)
+    ops.attention_forward(a["atty"], a["att_lse"], a["qkv"], **how)
+    x = a["residual2"]
+    weights = w["attprojw"], w["attprojb"]
+    ops.matmul_forward(x, a["atty"], *weights, residual=inp, **how)
+    _normalise(ops, "ln2", x, w, a)
+    ops.matmul_forward(a["fch"], a["ln"], w["fcw"], w["fcb"], **how)
+    ops.gelu_forward(a["fch_gelu"], a["fch"])
+    weights = w["fcprojw"], w["fcprojb"]
+    ops.matmul_forward(out, a["fch_gelu"], *weights, residual=x, **how)
+
+
+# %% one of its two LayerNorms tags=["exporti"]
+def _normalise(ops, name, inp, w, a):
+    ops.layernorm_forward(
+        *(a["ln"], a[f"{name}_mean"], a[f"{name}_rstd"]),
+        *(inp, w[f"{name}w"], w[f"{name}b"]),
+    )
+
+
+# %% [markdown]
+# The sums of [chapter 9](09_residual.ipynb) are inside the two products that
+# end the halves: `residual=` adds the stream while the result is still in
+# registers. Nobody needs the product alone, not even the backward pass,
+# because the derivative of a sum does not depend on what was added.
+#
+# ## By hand
+#
+# Count how the shapes change, for two rows of four tokens and six channels
+# with two heads:
+#
+# | line | reads | writes |
+# |---|---|---|
+# | `layernorm_forward` | (2, 4, 6) | (2, 4, 6), and two numbers a token |
+# | `matmul_forward`, qkv | (2, 4, 6) | (2, 4, 18) |
+# | `attention_forward` | (2, 4, 18) | (2, 4, 6), and one number a token and head |
+# | `matmul_forward`, projection and sum | (2, 4, 6) twice | (2, 4, 6) |
+# | `layernorm_forward` | (2, 4, 6) | (2, 4, 6), and two numbers a token |
+# | `matmul_forward`, up | (2, 4, 6) | (2, 4, 24) |
+# | `gelu_forward` | (2, 4, 24) | (2, 4, 24) |
+# | `matmul_forward`, down and sum | (2, 4, 24), (2, 4, 6) | (2, 4, 6) |
+#
+# A block takes (B, T, C) to (B, T, C), which is why one can stack any number
+# of them.
+
+# %% [markdown]
+# ## One block, backward
+#
+# The chain rule runs through the list from the bottom to the top. Every call
+# becomes its backward twin; what it wrote becomes what it reads. One rule
+# needs care:
+#
+# > An array that was read twice receives two gradients, and they add up.
+#
+# It happens in three places.
+#
+# 1. **The stream in the second half.** $x'$ is read by `ln2` and by the
+#    residual sum: $dx' = dy + \mathrm{ln}_2\text{'s share}$.
+# 2. **The stream in the first half.** $x$ is read by `ln1` and by the
+#    residual sum.
+# 3. **The token table.** `wte` is read by the encoder and again at the logits.
+#
+# This is why the backward functions of this book can add to their outputs.
+# For the stream it makes the code short. A residual sum hands its gradient
+# on unchanged ([chapter 9](09_residual.ipynb)), so one array, `dstream`,
+# serves for $dy$, $dx'$ and $dx$ in turn: it comes in as $dy$, each half of
+# the block reads it, and LayerNorm's backward pass adds the half's share.
+#
+# Every other array is written by exactly one function. There adding would
+# mean to clear the array first, a pass over memory for nothing, so these
+# calls say `add=False` and overwrite. For gradients of weights the caller
+# decides: `add=True` sums the gradients of several batches.
+#
+# The products read what they read before, and the outputs of LayerNorm and
+# GELU are no longer there: the next block has written its own in their place
+# ([chapter 2](02_memory.ipynb)). So they are computed again where they are
+# needed, from inputs that were kept, and come out with the same bits.
+#
+# `dw` holds the gradients of the block's weights, and `d` those of its
+# activations.
+
+
+# %% the feed-forward half, backward tags=["exporti"]
+def _feedforward_backward(ops, w, a, dw, d, add, how):
+    dfch, dln = d["dfch"], d["dln"]
+    options = {"add_dinp": False, "add_dweight": add} | how
+    ops.gelu_forward(a["fch_gelu"], a["fch"])
+    ops.matmul_backward(
+        *(dfch, dw["fcprojw"], dw["fcprojb"]),
+        *(d["dstream"], a["fch_gelu"], w["fcprojw"]),
+        **options,
+    )
+    ops.gelu_backward(dfch, dfch, a["fch"], add=False)
+    _normalise(ops, "ln2", a["residual2"], w, a)
+    ops.matmul_backward(
+        *(dln, dw["fcw"], dw["fcb"], dfch, a["ln"], w["fcw"]),
+        **options,
+    )
+    ops.layernorm_backward(
+        *(d["dstream"], dw["ln2w"], dw["ln2b"], dln),
+        *(a["residual2"], w["ln2w"], a["ln2_mean"], a["ln2_rstd"]),
+    )
+
+
+# %% [markdown]
+# `dfch` first receives the gradient of GELU's output, and GELU's backward
+# pass then writes the gradient of its input in the same place.
+
+
+# %% the attention half, backward tags=["exporti"]
+def _attention_half_backward(ops, inp, w, a, dw, d, add, how):
+    dln, dqkv = d["dln"], d["dqkv"]
+    options = {"add_dinp": False, "add_dweight": add} | how
+    ops.matmul_backward(
+        *(d["datty"], dw["attprojw"], dw["attprojb"]),
+        *(d["dstream"], a["atty"], w["attprojw"]),
+        **options,
+    )
+    ops.attention_backward(
+        *(dqkv, d["datty"], a["qkv"], a["atty"], a["att_lse"]),
+        **{"add": False} | how,
+    )
+    _normalise(ops, "ln1", inp, w, a)
+    ops.matmul_backward(
+        *(dln, dw["qkvw"], dw["qkvb"], dqkv, a["ln"], w["qkvw"]),
+        **options,
+    )
+    ops.layernorm_backward(
+        *(d["dstream"], dw["ln1w"], dw["ln1b"], dln),
+        *(inp, w["ln1w"], a["ln1_mean"], a["ln1_rstd"]),
+    )
+
+
+# %% one block, backward tags=["export"]
+def block_backward(ops, inp, w, a, dw, d, add=False, **how):
+    """Take d["dstream"] from a block's output to its input.
+
+    inp: (B, T, C). w, a: this block's weights and activations, as
+    block_forward left them; dw: the gradients of its weights; d: the
+    gradients of its activations, as in llmnb.layout. d["dstream"] holds the
+    gradient of the output and receives that of the input; the rest of d is
+    overwritten. add: whether to add to dw's matrices and their biases or to
+    overwrite them; LayerNorm's are always added to. ops, how: as for
+    block_forward.
+
+    Derived in chapter 13.
+    """
+    _feedforward_backward(ops, w, a, dw, d, add, how)
+    _attention_half_backward(ops, inp, w, a, dw, d, add, how)
+
+
+# %% [markdown]
+# ## Proof of a block
+#
+# A block by itself is a function from (B, T, C) to (B, T, C). Its gradient
+# against central differences, in float64 as always, for the input and for
+# two tensors at the ends of it. The arena is that of a model with one block, so
+# what a block keeps for itself stands at index 0:
+
+# %% one block by itself
+cfg = GPT2Config(
+    max_seq_len=4, vocab_size=7, num_layers=1, num_heads=2, channels=6
+)
+arena = Arena(gpt2_layout(cfg, 2, 4, np.float64))
+rng = np.random.default_rng(12)
+shared = ("wte", "wpe", "lnfw", "lnfb")
+w = {n: x[0] for n, x in arena["params"].items() if n not in shared}
+dw = {n: x[0] for n, x in arena["grads"].items() if n not in shared}
+a = {n: x[0] for n, x in arena["acts"].items() if len(x) == 1}
+a |= arena["block"]
+d = arena["dacts"] | arena["block"]
+for x in w.values():
+    x[...] = rng.normal(size=x.shape)
+inp, g = rng.normal(size=(2, 2, 4, 6))
+
+
+# %% its gradient
+def loss():
+    block_forward(reference, a["residual3"], inp, w, a)
+    return (g * a["residual3"]).sum()
+
+
+loss()
+d["dstream"][...] = g
+block_backward(reference, inp, w, a, dw, d)
+compare("dinp", d["dstream"], numerical_gradient(loss, inp), tol=1e-7)
+for name in ("qkvw", "fcprojb"):
+    want = numerical_gradient(loss, w[name])
+    compare(f"d{name}", dw[name], want, tol=1e-7)
+
+# %% [markdown]
+# ## The model
+#
+# What is left is the encoder before the blocks and the head after them (the
+# last LayerNorm, the logits, the loss), the arena, and some care with what
+# comes from outside. The class has no arithmetic of its own. It knows where the
+# arrays are and in which order the layers run. Four methods are the model:
+# `_forward` and `forward` run down the diagram, `backward` and `_head_backward`
+# run up again. The others open the door, guard it, or ask AdamW to act.
+
+# %% choose tags=["exporti"]
+_DTYPES = {"fp32": np.float32, "fp64": np.float64, "bf16": np.float32}
+_BACKENDS = ("reference", "cpu")
+# gradients that layers add to: backward clears them, the others it overwrites
+_ADDED_TO = ("wpe", "ln1w", "ln1b", "ln2w", "ln2b", "lnfw", "lnfb")
+# tensors that the blocks share: all others have a leading L
+_NOT_STACKED = {"wte", "wpe", "lnfw", "lnfb"}
+_SHARED = {
+    "encoded",
+    "lnf",
+    "lnf_mean",
+    "lnf_rstd",
+    "lse",
+    "losses",
+    "dlosses",
+}
+
+
+def _choose(name, value, choices):
+    if value not in choices:
+        listed = ", ".join(map(repr, choices))
+        raise ValueError(
+            f"GPT2: {name} must be one of {listed}, got {value!r}"
+        )
+    return value
+
+
+def _possible(precision, backend, ops):
+    """The precision, or fp32 with a warning where bf16 gains nothing."""
+    if precision != "bf16":
+        return precision
+    if backend != "cpu":
+        raise ValueError("GPT2: precision 'bf16' needs the backend 'cpu'")
+    if ops.has_bf16():
+        return precision
+    warnings.warn(
+        "GPT2: this processor has no bfloat16 products (AVX512-BF16); "
+        "computing in fp32",
+        stacklevel=3,
+    )
+    return "fp32"
+
+
+def _check_shape(cfg, batch_size, seq_len):
+    for name, n in (("batch_size", batch_size), ("seq_len", seq_len)):
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(
+                f"GPT2: {name} must be a positive integer, got {n!r}"
+            )
+    if seq_len > cfg.max_seq_len:
+        raise ValueError(
+            f"GPT2: seq_len must be at most max_seq_len = {cfg.max_seq_len}, "
+            f"got {seq_len}"
+        )
+
+
+# %% the model tags=["export"]
+class GPT2:
+    """GPT-2 with its gradients and its optimiser, in one block of memory.
+
+    cfg: a GPT2Config. batch_size (B) and seq_len (T): the shape of every
+    batch. backend: "cpu" or "reference". precision: "fp32", "fp64", or, for
+    the cpu backend, "bf16": float32 with the factors of all products rounded
+    to bfloat16. Where the processor has no such products a warning says so
+    and precision becomes "fp32".
+    seed: of the initial weights; None leaves them zero. Raises ValueError
+    for a value out of range and MemoryError when the block cannot be had.
+
+    params and grads map llm.c's names to arrays, memory is the arena, and
+    ops holds the layers: any object with their names will do.
+
+    Derived in chapter 13.
+    """
+
+    def __init__(
+        self,
+        cfg,
+        batch_size,
+        seq_len,
+        backend="cpu",
+        precision="fp32",
+        seed=42,
+    ):
+        dtype = _DTYPES[_choose("precision", precision, _DTYPES)]
+        _choose("backend", backend, _BACKENDS)
+        _check_shape(cfg, batch_size, seq_len)
+        self.cfg, self.batch_size, self.seq_len = cfg, batch_size, seq_len
+        self.ops = importlib.import_module(f"llmnb.{backend}")
+        self.precision = _possible(precision, backend, self.ops)
+        layout = gpt2_layout(cfg, batch_size, seq_len, dtype)
+        if backend == "cpu":
+            layout["work"] = dtype, {"panels": self.ops.work_shape()}
+        self.memory = Arena(layout)
+        self._how = {}
+        if backend == "cpu":
+            self._how["work"] = self.memory["work"]["panels"]
+            self._how["bf16"] = self.precision == "bf16"
+        self.params, self.grads = self.memory["params"], self.memory["grads"]
+        self._acts = self.memory["acts"] | self.memory["logits"]
+        self._dacts = self.memory["dacts"] | self.memory["block"]
+        self._batch = self.memory["batch"]
+        self._layers = [self._layer(i) for i in range(cfg.num_layers)]
+        self._state = "new"
+        if seed is not None:
+            init_params(self.params, cfg, seed)
+
+    @classmethod
+    def from_checkpoint(
+        cls, path, batch_size, seq_len, backend="cpu", precision="fp32"
+    ):
+        """A GPT2 with weights from disk, in any format that is known.
+
+        path: llm.c's .bin, a .safetensors file or the index of several, or
+        a model folder; see llmnb.checkpoint.read_config. Raises ValueError,
+        naming the file, when its sizes do not fit; OSError when it cannot
+        be read.
+        """
+        cfg = read_config(path)
+        model = cls(cfg, batch_size, seq_len, backend, precision, seed=None)
+        read_checkpoint(path, cfg, model.params)
+        return model
+
+    def save_checkpoint(self, path, precision="fp32"):
+        """Write the parameters in the format that the name asks for.
+
+        Hugging Face's layout for a name that ends in .safetensors, float32
+        only; else llm.c's .bin, with precision "fp32" version 3, with
+        "bf16" version 5, half as long. The file is written beside its place
+        and renamed; when that fails the old one is untouched. Raises
+        ValueError for a precision that the format lacks.
+        """
+        known = {"fp32": 3, "bf16": 5}
+        if not str(path).endswith(".safetensors"):
+            version = known[_choose("precision", precision, known)]
+            flat = self.memory.flat("params")
+            write_checkpoint(path, self.cfg, flat, version)
+        elif _choose("precision", precision, ["fp32"]):
+            write_safetensors(path, self.cfg, self.params)
+
+    def forward(self, tokens, targets=None):
+        """The mean loss of a batch as a float, or None without targets.
+
+        tokens, targets: integers (B, T) in [0, V). Leaves the logits in
+        `logits`. Raises TypeError or ValueError for anything else before it
+        computes.
+        """
+        batch = {"tokens": self._checked("tokens", tokens)}
+        if targets is not None:
+            batch["targets"] = self._checked("targets", targets)
+        for name, array in batch.items():
+            self._batch[name][...] = array
+        self._state = "logits"
+        self._forward()
+        if targets is None:
+            return None
+        self._state = "loss"
+        a = self._acts
+        self.ops.crossentropy_softmax_forward(
+            a["losses"],
+            a["lse"],
+            a["logits"],
+            self._batch["targets"],
+            self.cfg.vocab_size,
+        )
+        return float(a["losses"].mean(dtype=np.float64))
+
+    def _checked(self, name, tokens):
+        """A batch of tokens as an array, if it can be one."""
+        tokens = np.asarray(tokens)
+        shape = self.batch_size, self.seq_len
+        if tokens.shape != shape:
+            raise ValueError(
+                f"GPT2.forward: {name} must have shape {shape}, "
+                f"got {tokens.shape}"
+            )
+        check_tokens(f"GPT2.forward: {name}", tokens, self.cfg.vocab_size)
+        return tokens
+
+    def _forward(self):
+        a, p = self._acts, self.params
+        self.ops.encoder_forward(
+            a["encoded"], self._batch["tokens"], p["wte"], p["wpe"]
+        )
+        x = a["encoded"]
+        for w, acts, _ in self._layers:
+            out = acts["residual3"]
+            block_forward(self.ops, out, x, w, acts, **self._how)
+            x = out
+        self.ops.layernorm_forward(
+            a["lnf"], a["lnf_mean"], a["lnf_rstd"], x, p["lnfw"], p["lnfb"]
+        )
+        self.ops.matmul_forward(
+            a["logits"], a["lnf"], p["wte"], None, **self._how
+        )
+
+    def backward(self, add=False, share=1.0):
+        """Write the gradients of the last loss into `grads`.
+
+        add: True adds them to what is there, for a sum over batches. share:
+        what they are multiplied by, such as 1/n in a mean over n batches.
+        Raises RuntimeError unless the last call was forward with targets;
+        the logits are lost.
+        """
+        if self._state != "loss":
+            raise RuntimeError(
+                "GPT2.backward: call forward(tokens, targets) first"
+            )
+        self._state = "backward"
+        if not add:
+            for name in _ADDED_TO:
+                self.grads[name].fill(0)
+        self._head_backward(add, share)
+        a, g, d = self._acts, self.grads, self._dacts
+        inputs = [a["encoded"], *a["residual3"][:-1]]
+        for x, layer in zip(inputs[::-1], self._layers[::-1], strict=True):
+            w, acts, dw = layer
+            block_backward(self.ops, x, w, acts, dw, d, add, **self._how)
+        tokens = self._batch["tokens"]
+        self.ops.encoder_backward(g["wte"], g["wpe"], d["dstream"], tokens)
+
+    def _head_backward(self, add, share):
+        """From the losses back to the end of the residual stream."""
+        a, p, g, d = self._acts, self.params, self.grads, self._dacts
+        dlogits = a["logits"]  # takes the place of the logits
+        a["dlosses"].fill(share / a["dlosses"].size)
+        self.ops.crossentropy_softmax_backward(
+            *(dlogits, a["dlosses"], a["logits"], a["lse"]),
+            *(self._batch["targets"], self.cfg.vocab_size),
+        )
+        self.ops.matmul_backward(
+            *(d["dln"], g["wte"], None, dlogits, a["lnf"], p["wte"]),
+            **{"add_dinp": False, "add_dweight": add} | self._how,
+        )
+        d["dstream"].fill(0)
+        self.ops.layernorm_backward(
+            *(d["dstream"], g["lnfw"], g["lnfb"], d["dln"]),
+            *(a["residual3"][-1], p["lnfw"], a["lnf_mean"], a["lnf_rstd"]),
+        )
+
+    @property
+    def logits(self):
+        """The logits (B, T, V) of the last forward; a view.
+
+        Raises RuntimeError before the first forward and after a backward,
+        which puts their gradients in the same place.
+        """
+        if self._state in ("new", "backward"):
+            raise RuntimeError("GPT2.logits: there are none; call forward")
+        return self._acts["logits"][..., : self.cfg.vocab_size]
+
+    def clip_gradients(self, max_norm):
+        """Scale the gradients to a norm of at most max_norm, in place.
+
+        Returns their norm before, as a float.
+        """
+        return self.ops.clip_gradients(self.memory.flat("grads"), max_norm)
+
+    def update(
+        self,
+        learning_rate=1e-4,
+        beta1=0.9,
+        beta2=0.999,
+        eps=1e-8,
+        weight_decay=0.01,
+        step=1,
+        decay=None,
+    ):
+        """One step of AdamW on all parameters; step counts from 1.
+
+        decay: the names of the tensors that weight_decay applies to, or
+        None for all of them. Raises ValueError for a value out of range and
+        for a name that is no tensor's.
+        """
+        for name in () if decay is None else decay:
+            _choose("a name in decay", name, self.params)
+        numbers = learning_rate, beta1, beta2, eps
+        if decay is None:
+            groups = [("flat", weight_decay)]
+        else:
+            groups = [(n, weight_decay * (n in decay)) for n in self.params]
+        for name, rate in groups:
+            self.ops.adamw_update(*self._flat(name), *numbers, rate, step)
+
+    def _flat(self, name):
+        """params, grads, m, v as 1-D arrays: one tensor's, or all."""
+        groups = ("params", "grads", "m", "v")
+        if name == "flat":
+            return [self.memory.flat(g) for g in groups]
+        return [self.memory[g][name].reshape(-1) for g in groups]
+
+    def _layer(self, i):
+        """Views of block i: its weights, activations, weights' gradients."""
+        stacked = [n for n in self.params if n not in _NOT_STACKED]
+        acts, turns = self.memory["acts"], self.memory["block"]
+        own = [n for n in acts if n not in _SHARED]
+        return (
+            {n: self.params[n][i] for n in stacked},
+            {n: acts[n][i] for n in own} | turns,
+            {n: self.grads[n][i] for n in stacked},
+        )
+
+
+# %% [markdown]
+# A few lines deserve a comment.
+#
+# - `forward` checks the tokens and *copies* them. The backward pass reads them
+#   again, and by then the caller may have changed the array. It checks all
+#   before it copies any, so that a batch that is refused leaves no trace.
+# - `backward` walks the blocks from the last to the first with two stream
+#   arrays that change places: one holds the gradient that came from above,
+#   the other receives what goes below.
+# - `_head_backward` passes the same array as logits and as their gradient.
+#   Chapter 10 showed that this is safe. It is also why `logits` cannot be read
+#   after `backward`, and says so.
+# - The state, one word, remembers what the arrays hold, so that calls in a
+#   wrong order are refused and do not return yesterday's gradient.
+
+# %% a tiny GPT-2
+cfg = GPT2Config(
+    max_seq_len=5, vocab_size=7, num_layers=2, num_heads=2, channels=6
+)
+model = GPT2(cfg, 2, 5, backend="reference", precision="fp64", seed=1)
+tokens, targets = rng.integers(0, 7, (2, 2, 5))
+first = model.forward(tokens, targets)
+print(model.logits.shape)
+verdict("first loss", abs(first - np.log(7)) < 0.01, "is near log 7")
+
+# %% [markdown]
+# Fresh weights are small, so are the logits, and softmax of equal logits is
+# the uniform guess: the first loss of an untrained model is about $\log V$. If
+# yours is not, look for the mistake before training. (A loss well *below*
+# $\log V$ on fresh weights means that targets leak into the input.)
+
+# %% what is refused
+for call in (
+    lambda: model.forward(tokens[:, :4], targets),
+    lambda: model.forward(tokens + 1, targets),
+    lambda: model.forward(tokens * 0.5, targets),
+    lambda: GPT2(cfg, 2, 6),
+    lambda: GPT2(cfg, 2, 5, backend="gpu"),
+):
+    try:
+        call()
+        print("accepted")
+    except (TypeError, ValueError) as error:
+        print(error)
+
+# %% and an order that makes no sense
+model.forward(tokens)
+try:
+    model.backward()
+except RuntimeError as error:
+    print(error)
+
+# %% [markdown]
+# ## Proof
+#
+# Now the gradient of the whole: every parameter of a two-block GPT-2, the
+# padded rows of `wte` included, against central differences. We draw the
+# weights wide, so that no gradient is too small to test; only those of the
+# padded rows are zero, and must be.
+
+# %% every parameter
+for x in model.params.values():
+    x[...] = rng.normal(scale=0.5, size=x.shape)
+model.forward(tokens, targets)
+model.backward()
+flat = model.memory.flat("grads").copy()
+everything = model.memory.flat("params")
+want = numerical_gradient(lambda: model.forward(tokens, targets), everything)
+compare(f"{flat.size} of them", flat, want, tol=1e-8)
+
+# %% [markdown]
+# Would the test notice a wire that is missing? Take out the third of the three
+# sums: let the encoder's backward pass do nothing, so that `wte` receives a
+# gradient only from the logits. This model would train.
+
+# %% a wire taken out
+broken = SimpleNamespace(**vars(reference))
+broken.encoder_backward = lambda *arrays: None
+model.ops = broken
+model.forward(tokens, targets)
+model.backward()
+wrong = model.memory.flat("grads").copy()
+model.ops = reference
+try:
+    compare("no encoder", wrong, want, tol=1e-8)
+    caught = False
+except AssertionError:
+    caught = True
+verdict("the mistake", caught, "is caught")
+
+# %% [markdown]
+# Central differences say that the backward pass fits the forward pass. They do
+# not say that the forward pass is the one we want. That attention is causal
+# has to be seen directly: change the last token, and no logit before it may
+# move, not by a single bit.
+
+# %% the future is not read
+model.forward(tokens)
+before = model.logits.copy()
+changed = tokens.copy()
+changed[:, -1] = (changed[:, -1] + 1) % 7
+model.forward(changed)
+same = np.array_equal(model.logits[:, :-1], before[:, :-1])
+verdict("the future", same, "does not reach the past")
+moved = np.abs(model.logits[:, -1] - before[:, -1]).min() > 0
+verdict("the present", moved, "does move")
+
+# %% [markdown]
+# ## The same on the CPU backend
+#
+# Nothing to write: the model asks another module for its layers.
+
+# %% compiled, in float64
+fast = GPT2(cfg, 2, 5, backend="cpu", precision="fp64")
+fast.memory.flat("params")[...] = everything
+got = fast.forward(tokens, targets)
+compare("loss", got, model.forward(tokens, targets), tol=1e-12)
+fast.backward()
+compare("all gradients", fast.memory.flat("grads"), flat, tol=1e-10)
+
+# %% [markdown]
+# ## Parity with PyTorch
+#
+# What does it mean that two programs compute the same? Not the same bits:
+# floating-point sums depend on their order, and PyTorch's order is its own.
+# It means that the differences are those of rounding and nothing else. That
+# can be tested, because rounding has a size. In float64 the two must agree to
+# thirteen digits, in float32 to about six; a difference in the mathematics (an
+# $\epsilon$ in another place, a GELU of the other form) has the same size in
+# both.
+#
+# The script `tests/record_parity.py` holds GPT-2 in PyTorch. It ran ten steps
+# of AdamW at four configurations and stored weights, tokens, losses, logits
+# and all gradients. The tests check all four in both backends and precisions;
+# here is one of the odd ones, with 51 channels and rows of 37 tokens.
+
+# %% what PyTorch computed
+recorded = np.load(Path("../tests/data/parity_odd.npz"))
+meta = json.loads(str(recorded["meta"]))
+case = meta["case"]
+print("torch", meta["torch"])
+for name, value in case["model"].items():
+    print(f"{name:<13}{value:>4}")
+batch = recorded["tokens"]
+inputs, answers = batch[:, :-1], batch[:, 1:]
+
+
+# %% the same first weights, from the seed
+def ours(backend, precision):
+    return GPT2(
+        GPT2Config(**case["model"]),
+        case["batch_size"],
+        case["seq_len"],
+        backend,
+        precision,
+        case["seed"],
+    )
+
+
+model = ours("cpu", "fp64")
+for name in ("wte", "qkvw", "fcprojw"):
+    compare(name, model.params[name], recorded[f"initial.{name}"], tol=2e-8)
+
+# %% [markdown]
+# Our draws differ from PyTorch's by roundings in float32
+# ([chapter 12](12_init.ipynb)), which is far too much for thirteen digits. To
+# compare functions and not draws, we copy PyTorch's weights into the model.
+# The distance of two arrays is the norm of their difference over the norm of
+# what PyTorch computed.
+
+
+# %% logits and gradients of the first step
+def distance(got, key):
+    want = recorded[key]
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def started_as_pytorch(backend, precision):
+    model = ours(backend, precision)
+    for name, x in model.params.items():
+        x[...] = recorded[f"initial.{name}"]
+    return model
+
+
+model = started_as_pytorch("cpu", "fp64")
+model.forward(inputs, answers)
+apart = {"logits": distance(model.logits, "logits.fp64")}
+model.backward()
+for name, grad in model.grads.items():
+    apart[f"d{name}"] = distance(grad, f"grads.fp64.{name}")
+for name, far in apart.items():
+    verdict(name, far < 1e-13, "within 1e-13 of PyTorch's")
+
+# %% [markdown]
+# Ten steps of training, in float64 and float32 from PyTorch's weights, and in
+# float64 from our own draws, where only the seed is shared:
+
+
+# %% ten steps
+def train(model, steps=10):
+    losses = []
+    for step in range(1, steps + 1):
+        losses.append(model.forward(inputs, answers))
+        model.backward()
+        model.update(
+            case["learning_rate"],
+            *case["betas"],
+            weight_decay=case["weight_decay"],
+            step=step,
+        )
+    return np.array(losses)
+
+
+losses64 = train(started_as_pytorch("cpu", "fp64"))
+losses32 = train(started_as_pytorch("cpu", "fp32"))
+compare("ten, float64", losses64, recorded["losses.fp64"], tol=1e-13)
+compare("ten, float32", losses32, recorded["losses.fp32"], tol=1e-6)
+drawn = train(ours("cpu", "fp64"))
+compare("ten, own draws", drawn, recorded["losses.fp64"], tol=1e-6)
+verdict("training", losses32[-1] < losses32[0] - 0.5, "lowers the loss")
+
+# %% [markdown]
+# ## See it
+#
+# How large is the difference for each tensor, and how does it compare with
+# what rounding alone does? PyTorch recorded the same step in float32 and in
+# float64. The distance between these two is the rounding error of float32. If
+# our float32 gradient is about as close to the float64 truth as PyTorch's is,
+# rounding explains it.
+
+# %% distance from the float64 gradient
+model = started_as_pytorch("cpu", "fp32")
+model.forward(inputs, answers)
+model.backward()
+us, torch = {}, {}
+for name, grad in model.grads.items():
+    exact = f"grads.fp64.{name}"
+    us[name] = distance(grad, exact)
+    torch[name] = distance(recorded[f"grads.fp32.{name}"], exact)
+verdict("every tensor", max(us.values()) < 5e-6, "within 5e-06 of float64")
+close = all(us[name] < 3 * torch[name] for name in us)
+verdict("every tensor", close, "less than 3 x PyTorch's")
+
+# %% draw it
+fig, ax = plt.subplots(figsize=(7.5, 3.6), dpi=100)
+at = np.arange(len(us))
+ax.semilogy(
+    at, list(torch.values()), "s", color=PALETTE["orange"], label="PyTorch"
+)
+ax.semilogy(at, list(us.values()), "o", color=PALETTE["blue"], label="llmnb")
+ax.set_xticks(at, list(us), rotation=60, ha="right")
+ax.set(
+    ylim=(1e-8, 1e-5), ylabel="relative distance\nfrom the float64 gradient"
+)
+ax.grid(axis="y", color=PALETTE["pale"])
+ax.spines[["top", "right"]].set_visible(False)
+ax.legend(frameon=False)
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 13.2. The float32 gradients of llmnb and of PyTorch, each compared
+# with PyTorch's float64 gradient, tensor by tensor. Both are off by a few
+# parts in ten million, which is the rounding error of float32. Ours is often
+# the larger, by less than a factor of three: our sums take another order.*
+
+# %% [markdown]
+# ## Count it
+#
+# [Chapter 0](00_gpt2.ipynb) counted $6N + 6LCT$ operations a token. Divide them
+# by the time that a step takes, and you have the speed at which the machine
+# works, in operations a second. The four products of a block should come near
+# the speed of [chapter 6](06_matmul.ipynb); all that stands between them, and
+# AdamW, adds time and few operations. Here is a model of 3 million parameters.
+
+# %% a step, timed tags=["nbval-ignore-output"]
+from llmnb.config import flops_per_token
+
+cfg = GPT2Config(128, 1024, 4, 4, 256)
+model = GPT2(cfg, 4, 128)
+tokens = rng.integers(0, 1024, (4, 128))
+
+
+def step():
+    model.forward(tokens, tokens)
+    model.backward()
+    model.update(step=1)
+
+
+step()
+seconds = fastest(step, runs=3)
+work = flops_per_token(cfg, 128) * tokens.size
+print(machine())
+print(f"{parameter_count(cfg):,} parameters, {model.memory.nbytes:,} bytes")
+print(
+    f"{work / seconds / 1e9:.0f} GFLOP/s, "
+    f"{tokens.size / seconds:,.0f} tokens/s"
+)
+
+# %% [markdown]
+# ## Take away
+#
+# - The model is a list of calls; the backward pass is the list reversed.
+# - What was read twice receives two gradients. GPT-2 has three such places in
+#   kind, and central differences on the whole model watch over them.
+# - The first loss is about $\log V$. The future does not reach the past.
+# - Parity is a statement about the size of differences: float64 tells
+#   mathematics from rounding.
+
+# %% [markdown]
+# ## Design note
+#
+# The class could have been a tree of small objects, a `Block` with an
+# `Attention` and an `MLP`, each with its `forward` and `backward`. Frameworks
+# do it so, and for a model that changes every day it pays. Here the model is
+# fixed, and objects would hide the one thing this chapter is about: which
+# array goes where. Two lists of ten calls show it.
+#
+# The order in which a step runs is fixed too. That gives up some speed: the
+# gradient of a block's weights could be computed while the next block's
+# begins. In return the list on the page is what happens, and a run that goes
+# wrong can be followed call by call.
+
+# %% [markdown]
+# ## Exercises
+#
+# **1** (★). Let the model learn one batch by heart. How low can the loss go?
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# To zero, nearly, unless the same tokens so far are followed by different
+# ones in the batch. It is the quickest test that a training loop works at all.
+# :::
+
+
+# %% exercise 1 tags=["hide-cell"]
+def overfit(steps=60):
+    cfg = GPT2Config(16, 64, 2, 2, 32)
+    model = GPT2(cfg, 2, 16, seed=3)
+    batch = np.random.default_rng(0).integers(0, 64, (2, 17))
+    for step in range(1, steps + 1):
+        last = model.forward(batch[:, :-1], batch[:, 1:])
+        model.backward()
+        model.update(1e-2, 0.9, 0.99, weight_decay=0.0, step=step)
+    return last
+
+
+# %% exercise 1, checked
+verdict("by heart", overfit() < 0.05, "loss below 0.05")
+
+# %% [markdown]
+# **2** (★★). The gradient of `wte` is a sum of two. Compute the encoder's share
+# and the logits' share apart, and show that they add up.
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# Run the backward pass with the encoder's backward switched off, as above:
+# that leaves the logits' share. For the encoder's share give the product at
+# the logits a scratch array as its `dweight`.
+# :::
+
+
+# %% exercise 2 tags=["hide-cell"]
+def share(without):
+    small = GPT2Config(5, 7, 2, 2, 6)
+    model = GPT2(small, 2, 5, "reference", "fp64")
+    ops = SimpleNamespace(**vars(reference))
+    if without == "encoder":
+        ops.encoder_backward = lambda *arrays: None
+    if without == "logits":
+
+        def only_dinp(dinp, dweight, *rest, **how):
+            if dweight is model.grads["wte"]:
+                dweight.fill(0)
+                dweight = np.empty_like(dweight)
+            reference.matmul_backward(dinp, dweight, *rest, **how)
+
+        ops.matmul_backward = only_dinp
+    model.ops = ops
+    batch = np.arange(10).reshape(2, 5) % 7
+    model.forward(batch, batch[::-1])
+    model.backward()
+    return model.grads["wte"].copy()
+
+
+# %% exercise 2, checked
+parts = share("encoder"), share("logits")
+compare("two shares", parts[0] + parts[1], share("nothing"), tol=1e-12)
+sizes = [np.abs(part).max() for part in parts]
+verdict("neither", min(sizes) > 1e-4, "is zero")
+
+# %% [markdown]
+# **3** (★★★). Two half batches, each with its own loss, should give the
+# gradient of the whole batch as the mean of theirs. Show it with `add=True`,
+# and say what would go wrong if every gradient were overwritten.
+#
+# :::{admonition} Solution to exercise 3
+# :class: dropdown
+# The loss is a mean over tokens, so for halves of equal size the gradient is
+# the mean of the two. A `backward` that overwrites loses the first half's; with
+# `add=True` the second half's come on top, and the sum is divided by 2. This
+# is how one trains with batches that do not fit in memory.
+# :::
+
+
+# %% exercise 3 tags=["hide-cell"]
+def gradient(rows, parts):
+    small = GPT2Config(5, 7, 2, 2, 6)
+    model = GPT2(small, len(rows) // parts, 5, "reference", "fp64")
+    for i, part in enumerate(np.split(rows, parts)):
+        model.forward(part, (part + 1) % 7)
+        model.backward(add=i > 0)
+    return model.memory.flat("grads") / parts
+
+
+# %% exercise 3, checked
+rows = np.random.default_rng(5).integers(0, 7, (4, 5))
+compare("two halves", gradient(rows, 2), gradient(rows, 1), tol=1e-12)
+
+# %% [markdown]
+# ## Further reading
+#
+# - Press and Wolf (2017),
+#   [Using the Output Embedding to Improve Language Models](https://arxiv.org/abs/1608.05859):
+#   why one table may serve at both ends.
+# - Karpathy (2024), [llm.c](https://github.com/karpathy/llm.c): `train_gpt2.c`
+#   has the same list of calls in C; compare it with `block_forward`.
+# - Goldberg (1991),
+#   [What Every Computer Scientist Should Know About Floating-Point Arithmetic](https://doi.org/10.1145/103162.103163):
+#   where the digits go when sums change their order.
+
+# %% [markdown]
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.index import gained
+
+gained("13_model")

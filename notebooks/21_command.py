@@ -1,0 +1,1440 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     module: cli
+# ---
+
+# %% [markdown]
+# # Put the chapters on the command line
+#
+# > Every command is a short function over what the chapters have built, its
+# > options are the fields of a dataclass, and a mistake gets one line.
+
+# %% [markdown]
+# ## Where we are
+
+# %% where we are
+from llmnb.diagram import gpt2_diagram
+
+gpt2_diagram(lit="all")
+
+# %% [markdown]
+# *Figure 21.1. The model, its training and its writing are built. What is
+# left is a way to reach them from a terminal.*
+#
+# At the end of this chapter you can
+#
+# - watch a run, and lay several over one another;
+# - find the function behind each command of `llmnb`;
+# - add an option, in one place;
+# - say what a command does with a mistake of its user, and why.
+#
+# You need [chapter 14](14_training.ipynb) for the run and
+# [chapter 15](15_generation.ipynb) for the text it writes.
+
+# %% [markdown]
+# ## Setup
+
+# %% setup
+from tempfile import TemporaryDirectory
+
+from llmnb.verify import verdict
+
+# %% [markdown]
+# ## Watch a run
+#
+# A run writes a row of numbers a step into `log.csv`, and hands each row to
+# the system before the next step begins. So a run can be watched while it goes
+# on, and read after its process has died. The last row may be half a row, when
+# the process was killed while it wrote: a row without its line's end is left
+# out.
+
+# %% imports of the watcher tags=["export"] module="watch"
+import csv
+import time
+from pathlib import Path
+
+import numpy as np
+
+
+# %% read a log tags=["export"] module="watch"
+def read_log(path):
+    """The columns of a run's log, by name.
+
+    path: a log.csv, or the folder of a run. Returns a dict from a column's
+    name to an array (2, N) of float64: steps, and the values that the
+    column has at them; N is 0 for an empty column. A last row without a
+    line's end is left out. Raises OSError, or ValueError with the file's
+    name and the line that is no row of numbers.
+
+    Derived in chapter 21.
+    """
+    path = Path(path)
+    path = path / "log.csv" if path.is_dir() else path
+    text = path.read_bytes().decode("utf-8", "replace")
+    rows = csv.reader(text[: text.rfind("\n") + 1].splitlines())
+    names = next(rows, [])
+    if names[:1] != ["step"] or len({*names}) < len(names):
+        raise ValueError(
+            f"{path}: the first line must name the columns, step first"
+        )
+    points = {name: [] for name in names[1:]}
+    for line, row in enumerate(rows, 2):
+        for name, point in _points(f"{path}, line {line}", names, row):
+            points[name].append(point)
+    return {k: np.array(v, float).reshape(-1, 2).T for k, v in points.items()}
+
+
+# %% one row tags=["exporti"] module="watch"
+def _points(where, names, row):
+    """Name and (step, value) of each number in a row."""
+    if len(row) != len(names):
+        raise ValueError(
+            f"{where}: must have {len(names)} values, has {len(row)}"
+        )
+    try:
+        step, *values = [float(x) if x else None for x in row]
+    except ValueError:
+        raise ValueError(f"{where}: must hold numbers, not {row}") from None
+    if step is None:
+        raise ValueError(f"{where}: has no step")
+    pairs = zip(names[1:], values, strict=True)
+    return [(k, (step, v)) for k, v in pairs if v is not None]
+
+
+# %% [markdown]
+# To compare runs, their curves belong into one picture. The losses of single
+# batches scatter, and a running mean is drawn over them; its window is the
+# number of steps that you choose.
+
+
+# %% a running mean tags=["export"] module="watch"
+def smooth(points, window):
+    """Running means of a column over `window` rows.
+
+    points: an array (2, N) as in `read_log`. Returns such an array, of
+    N - window + 1 columns; its steps are the windows' means too. A column
+    shorter than the window comes back as it is.
+
+    Derived in chapter 21.
+    """
+    if window < 1:
+        raise ValueError(f"the window must be at least 1, got {window}")
+    if points.shape[1] < window:
+        return points
+    sums = np.cumsum(np.pad(points, ((0, 0), (1, 0))), axis=1)
+    return (sums[:, window:] - sums[:, :-window]) / window
+
+
+# %% runs in one picture tags=["export"] module="watch"
+PANELS = {
+    "loss": "loss (nats a token)",
+    "learning_rate": "learning rate",
+    "grad_norm": "norm of the gradient",
+    "tokens_per_second": "tokens a second",
+}
+
+
+def compare_runs(logs, window=20):
+    """A matplotlib Figure of several runs: loss, rate, norm, speed.
+
+    logs: a dict from a run's name to what `read_log` returns. window: rows
+    in the running mean. Dots are validation losses.
+
+    Derived in chapter 21.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6.5), dpi=100, layout="constrained")
+    axes = figure.subplots(2, 2).flat
+    for ax, (name, label) in zip(axes, PANELS.items(), strict=True):
+        for number, (run, log) in enumerate(logs.items()):
+            _draw(ax, log, name, run, f"C{number % 10}", window)
+        ax.set(xlabel="step", ylabel=label)
+        if name != "loss":
+            ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
+    figure.axes[0].legend(frameon=False)
+    return figure
+
+
+# %% one curve tags=["exporti"] module="watch"
+def _draw(ax, log, name, run, colour, window):
+    empty = np.empty((2, 0))
+    raw = log.get(name, empty)
+    if name == "learning_rate":
+        window = 1  # chosen, not measured: nothing scatters
+    ax.plot(*smooth(raw, window), color=colour, label=run)
+    if name == "loss":
+        ax.plot(*log.get("val_loss", empty), "o", color=colour, ms=4)
+
+
+# %% runs in one table tags=["export"] module="watch"
+def run_table(logs):
+    """Lines of text: a row a run, with steps, losses and speed.
+
+    logs: as for `compare_runs`. The best loss is the lowest of the
+    validations, the last one the latest.
+
+    Derived in chapter 21.
+    """
+    wide = max(map(len, ["run", *logs]))
+    lines = [
+        f"{'run':<{wide}}  {'steps':>7} {'last val':>9} {'best val':>9} "
+        f"{'tokens/s':>9}"
+    ]
+    for run, log in logs.items():
+        steps, losses = log.get("loss", np.empty((2, 0)))
+        val = log.get("val_loss", np.empty((2, 0)))[1]
+        speed = log.get("tokens_per_second", np.empty((2, 0)))[1]
+        last, best = (val[-1], val.min()) if len(val) else (np.nan, np.nan)
+        middle = np.median(speed) if len(speed) else np.nan
+        lines.append(
+            f"{run:<{wide}}  {len(losses):7,} {last:9.4f} {best:9.4f} "
+            f"{middle:9,.0f}"
+        )
+    return lines
+
+
+# %% [markdown]
+# We make up two runs to try it: the second learns twice as fast, and the row
+# it was writing when it stopped is cut off.
+
+# %% two runs, made up
+from llmnb.watch import compare_runs, read_log, run_table, smooth
+
+
+def pretend(path, speed, steps=300):
+    noise = np.random.RandomState(20).normal(0, 0.15, steps)
+    lines = ["step,loss,val_loss,learning_rate,grad_norm,tokens_per_second"]
+    for step in range(steps):
+        loss = 4 + 3 / (1 + speed * step / 50)
+        val = f"{loss:.4f}" if step % 50 == 0 else ""
+        rate, norm = 1e-3 * (1 - step / steps), 1 + 3 / (1 + step)
+        numbers = f"{rate:.9g},{norm:.9g},{9000 + 100 * noise[step]:.9g}"
+        lines.append(f"{step},{loss + noise[step]:.9g},{val},{numbers}")
+    path.write_text("\n".join(lines))
+
+
+place = TemporaryDirectory()
+for name, speed in {"slow": 1, "fast": 2}.items():
+    pretend(Path(place.name, f"{name}.csv"), speed)
+logs = {x: read_log(Path(place.name, f"{x}.csv")) for x in ("slow", "fast")}
+print(*run_table(logs), sep="\n")
+verdict("rows", logs["fast"]["loss"].shape == (2, 299), "the half row is out")
+
+# %% see them
+compare_runs(logs)
+
+# %% [markdown]
+# *Figure 21.2. Two runs in one picture. Lines are running means over 20
+# steps, dots the validations. The second run reaches at step 150 what the
+# first reaches at step 300; the rate, the norm and the speed are the same.*
+#
+# TensorBoard shows such curves in a browser and keeps them up to date. It
+# reads a file of events, which its own package can write; you need it only
+# if you ask for it.
+
+
+# %% events for TensorBoard tags=["export"] module="watch"
+class Board:
+    """Writes numbers into a folder that TensorBoard watches.
+
+    folder: where the file of events goes. Raises ImportError, in one
+    sentence, when the package tensorboard is not installed.
+
+    Derived in chapter 21.
+    """
+
+    def __init__(self, folder):
+        try:
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer import event_file_writer
+        except ImportError:
+            raise ImportError(
+                "TensorBoard's package is missing: "
+                "pip install 'llmnb[tensorboard]'"
+            ) from None
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._file = event_file_writer.EventFileWriter(str(folder))
+
+    def write(self, step, numbers):
+        """Write a step's numbers, a dict from name to float or None."""
+        values = [
+            self._summary.Value(tag=name, simple_value=value)
+            for name, value in numbers.items()
+            if value is not None
+        ]
+        summary = self._summary(value=values)
+        event = self._event(wall_time=time.time(), step=step, summary=summary)
+        self._file.add_event(event)
+        self._file.flush()
+
+    def close(self):
+        """Finish the file."""
+        self._file.close()
+
+
+# %% written and read, where TensorBoard is tags=["nbval-ignore-output"]
+from llmnb.watch import Board
+
+try:
+    board = Board(place.name)
+    board.write(3, {"loss": 1.5, "val_loss": None})
+    board.close()
+    print(*[x.name[:20] for x in Path(place.name).glob("events*")])
+except ImportError as error:
+    print(error)
+
+# %% [markdown]
+# ## The commands
+#
+# Each command is a short function over what the chapters have built:
+#
+# | command | what it does |
+# |---|---|
+# | `llmnb train` | trains on a corpus, writes a run folder, resumes |
+# | `llmnb generate RUN` | continues a prompt with a run's model |
+# | `llmnb data FOLDER` | turns text of any size into token shards |
+# | `llmnb eval MODEL` | perplexity of a text, accuracy on HellaSwag |
+# | `llmnb plot RUN...` | draws and compares runs |
+# | `llmnb fetch NAME` | downloads a published model |
+# | `llmnb verify FOLDER` | runs llm.c's acceptance test |
+# | `llmnb bench` | measures a training step, alone or against others |
+# | `llmnb info` | versions, threads, and the size of a configuration |
+#
+# Three rules make it pleasant to use. `--help` answers at once: numba and
+# matplotlib are imported by the commands that need them, when they run. An
+# option has one home: the fields of `TrainConfig` with their help become
+# the options of `llmnb train`. And a mistake of the user gets one line and
+# an exit code that is not zero, without a traceback.
+
+# %% imports of the command line tags=["export"] module="cli"
+import argparse
+import json
+import os
+import re
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import partial
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+
+
+from llmnb.files import replacing
+from llmnb.train import (
+    SHAPE,
+    DataOptions,
+    KeepOptions,
+    LearningOptions,
+    ModelOptions,
+    TrainConfig,
+    UpdateOptions,
+)
+
+
+# %% errors in one line tags=["exporti"] module="cli"
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors take one line instead of the whole usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (try --help)\n")
+
+
+def _one_line(error):
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# %% options from fields tags=["exporti"] module="cli"
+PARTS = {
+    "what to read": DataOptions,
+    "what the model looks like": ModelOptions,
+    "how it learns": LearningOptions,
+    "what an update is": UpdateOptions,
+    "what it keeps": KeepOptions,
+}
+
+
+def _add_fields(parser, part, names=None, asked=False):
+    """One option for each field of a dataclass, or for those in names.
+
+    asked: leave out of the result what the user has not asked for.
+    """
+    for field in fields(part):
+        if names and field.name not in names:
+            continue
+        many = isinstance(field.default, tuple)
+        shown = " ".join(field.default) if many else field.default
+        note = f" (default: {shown})" if shown != "" else ""
+        if field.type is bool:
+            how = {"action": "store_true"}
+        elif many:
+            how = {"nargs": "+", "metavar": field.name.upper()}
+        else:
+            how = {"type": field.type, "metavar": field.type.__name__}
+        parser.add_argument(
+            "--" + field.name.replace("_", "-"),
+            default=argparse.SUPPRESS if asked else field.default,
+            help=field.metadata["help"] + note,
+            **how,
+        )
+
+
+# %% fields from options tags=["exporti"] module="cli"
+def _from_fields(args, part):
+    """The fields that are among the options."""
+    names = [x.name for x in fields(part) if hasattr(args, x.name)]
+    values = {name: getattr(args, name) for name in names}
+    return {k: tuple(v) if type(v) is list else v for k, v in values.items()}
+
+
+# %% the number of threads tags=["exporti"] module="cli"
+def _add_threads(parser):
+    parser.add_argument(
+        "--threads", type=int, metavar="int",
+        help="threads of the kernels (default: one for each core)",
+    )  # fmt: skip
+
+
+def _set_threads(args):
+    import numba
+
+    if args.threads is not None:
+        numba.set_num_threads(args.threads)
+
+
+# %% llmnb train tags=["exporti"] module="cli"
+def _add_train(commands):
+    parser = commands.add_parser(
+        "train",
+        help="train a GPT-2 and write a run folder",
+        description="Train a GPT-2 from scratch, or from a checkpoint. The "
+        "defaults take about two minutes on two cores. Ctrl-C finishes the "
+        "step and saves; a second one stops at once.",
+    )
+    add = parser.add_argument
+    add(
+        "--out", metavar="FOLDER",
+        help="where to write (default: a new folder in runs/)",
+    )  # fmt: skip
+    add("--force", action="store_true", help="write into a folder in use")
+    add(
+        "--resume", nargs="?", const="", metavar="FOLDER",
+        help="go on with a run from its newest checkpoint (default: the "
+        "newest run in runs/)",
+    )  # fmt: skip
+    add(
+        "--tensorboard", action="store_true",
+        help="write events for TensorBoard into the folder as well",
+    )  # fmt: skip
+    _add_threads(parser)
+    for title, part in PARTS.items():
+        _add_fields(parser.add_argument_group(title), part, asked=True)
+    parser.set_defaults(run=_train)
+
+
+# %% a name for a run tags=["exporti"] module="cli"
+RUNS = Path("runs")
+
+
+def _new_folder(config):
+    """runs/NAME, or the first of runs/NAME-2, -3, ... that is free."""
+    first = Path(config.shards or config.corpus[0]).resolve().stem or "run"
+    folder, number = RUNS / first, 1
+    while folder.exists():
+        number += 1
+        folder = RUNS / f"{first}-{number}"
+    return folder
+
+
+def _newest_run(file="model.bin"):
+    found = [x.parent for x in RUNS.glob(f"*/{file}")]
+    if not found:
+        raise FileNotFoundError(
+            f"there is no run in {RUNS}/ here: name a folder, or train one "
+            "with `llmnb train`"
+        )
+    return max(found, key=lambda x: (x / file).stat().st_mtime)
+
+
+# %% begin or go on tags=["exporti"] module="cli"
+def _begun(args):
+    """A new run, from scratch or from a checkpoint."""
+    from llmnb.run import begin
+    from llmnb.train import run_folder, starting_from
+
+    given = _from_fields(args, TrainConfig)
+    if given.get("depth") and not given.keys().isdisjoint(SHAPE):
+        names = ", ".join(name.replace("_", "-") for name in SHAPE)
+        raise ValueError(f"--depth sets {names}: leave those out")
+    make = starting_from if given.get("init") else TrainConfig
+    config = make(**given)
+    folder = run_folder(args.out or _new_folder(config), args.force)
+    return begin(folder, config)
+
+
+def _resumed(args):
+    """The run that --resume names, at its newest checkpoint."""
+    from llmnb.run import resume
+
+    if args.out or args.force:
+        raise ValueError("--resume needs neither --out nor --force")
+    folder = args.resume or _newest_run("config.json")
+    run, warnings = resume(folder, **_from_fields(args, TrainConfig))
+    for warning in warnings:
+        print(f"llmnb: warning: {warning}", file=sys.stderr)
+    where = f"at step {run.at.step:,} of {run.config.steps:,}"
+    known = {"loss": run.at.last_loss, "best validation": run.at.best_loss}
+    known = [f", {k} {x:.3f}" for k, x in known.items() if x is not None]
+    _say("resumes", where + "".join(known))
+    return run
+
+
+# %% train, with a bar tags=["exporti"] module="cli"
+def _train(args):
+    from llmnb.run import finish
+
+    _set_threads(args)
+    start = time.perf_counter()
+    run = _begun(args) if args.resume is None else _resumed(args)
+    data = run.data
+    _say("corpus", data.source)
+    tokens = len(data.train_tokens), len(data.val_tokens)
+    _say("tokens", "{:,} to train on, {:,} to validate on".format(*tokens))
+    _say("model", _size_of(run.model))
+    _say("folder", run.folder)
+    stopped = _follow(run, args)
+    steps = finish(run)
+    _say("took", f"{time.perf_counter() - start:.0f} s")
+    if stopped:
+        _say("stopped", f"at step {run.at.step:,}, and saved")
+        _say("go on", f"llmnb train --resume {run.folder}")
+        sys.exit(128 + stopped)
+    _report(run, steps)
+
+
+# %% lines of a report tags=["exporti"] module="cli"
+def _say(label, text):
+    print(f"{label:<10} {text}", flush=True)
+
+
+def _size_of(model):
+    cfg = model.cfg
+    count = sum(x.size for x in model.params.values())
+    return (
+        f"{cfg.num_layers} layers, {cfg.num_heads} heads, {cfg.channels} "
+        f"channels, {cfg.vocab_size} tokens: {count:,} parameters, "
+        f"{model.memory.nbytes / 1e6:.0f} MB in all"
+    )
+
+
+# %% [markdown]
+# Ctrl-C sends a process the signal `SIGINT`, and a system that shuts down,
+# or a scheduler that wants the machine back, sends `SIGTERM`. Left alone,
+# they would end training in the middle of a step. So while `train` runs they
+# only set a note; the loop finishes its step, finds the note, saves the
+# state and leaves. The handlers go with the first signal: a second one does
+# what it always did, and stops at once. The exit code is 128 plus the
+# signal's number, 130 or 143, so that a script can tell a run that was
+# stopped from one that is done.
+
+
+# %% stop when asked to tags=["exporti"] module="cli"
+class _Stop:
+    """Notes the first Ctrl-C or SIGTERM; the next one stops at once."""
+
+    signal = 0
+
+    def __enter__(self):
+        both = signal.SIGINT, signal.SIGTERM
+        self.old = {x: signal.signal(x, self._note) for x in both}
+        return self
+
+    def _note(self, number, frame):
+        self.signal = number
+        self.__exit__()
+        # not print, which may be at work when the signal comes
+        os.write(2, b"\nfinishing the step; once more to stop at once\n")
+
+    def __exit__(self, *error):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+# %% follow a run tags=["exporti"] module="cli"
+def _follow(run, args):
+    """Train to the end, or to a signal; returns the signal's number or 0."""
+    from tqdm import tqdm
+
+    from llmnb.run import follow, save_state, telling
+
+    done, total, shown = run.at.step, run.config.steps, {}
+    bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
+    with bar, _Stop() as stop, _board(run, args) as board:
+        for step in follow(run):
+            board(step)
+            _show(bar, run, step, shown)
+            if stop.signal and step.loss is not None:
+                with telling(run):
+                    save_state(run)
+                return stop.signal
+    return 0
+
+
+# %% show a step tags=["exporti"] module="cli"
+def _show(bar, run, step, shown):
+    """Bring the bar up to date, and print a sample when it is time."""
+    if step.val_loss is not None:
+        shown["val"] = f"{step.val_loss:.3f}"
+    if step.loss is not None:
+        shown["loss"] = f"{step.loss:.3f}"
+        shown["tok/s"] = f"{step.tokens_per_second:,.0f}"
+        if step.skipped:
+            bar.write(f"step {step.step}: an outlier, skipped")
+        every = run.config.sample_every
+        if every and run.at.step % every == 0:
+            text = _sample(run.model, run.data.encoding)
+            bar.write(f"after {run.at.step} steps:\n{text}\n")
+        bar.update()
+    bar.set_postfix(shown, refresh=False)
+
+
+# %% events for TensorBoard tags=["exporti"] module="cli"
+@contextmanager
+def _board(run, args):
+    """A function that writes a step for TensorBoard, if that is wanted."""
+    if not args.tensorboard:
+        yield lambda step: None
+        return
+    from llmnb.watch import Board
+
+    board = Board(run.folder)
+    yield lambda step: board.write(step.step, step._asdict())
+    board.close()
+
+
+# %% the end of a run tags=["exporti"] module="cli"
+SAMPLE = {"count": 200, "temperature": 0.8, "top_p": 0.95}
+
+
+def _sample(model, encoding):
+    from llmnb.generate import decoded, generate
+
+    eot = encoding.eot_token
+    tokens = generate(model, [eot], stop=eot, **SAMPLE)
+    return "".join(decoded(encoding, tokens))
+
+
+def _report(run, steps):
+    from llmnb.train import landmarks, load_run
+
+    losses = [x.val_loss for x in steps if x.val_loss is not None]
+    marks = landmarks(run.config, run.data)
+    known = ", ".join(f"{name} {loss:.3f}" for name, loss in marks.items())
+    _say("loss", f"{losses[-1]:.3f} on validation text ({known})")
+    folder = run.folder
+    model, encoding, _ = load_run(folder)
+    text = _sample(model, encoding)
+    with replacing(folder / "sample.txt") as file:
+        file.write(text.encode("utf-8"))
+    print(f"\n{text}\n")
+    names = " ".join(sorted(x.name for x in folder.iterdir()))
+    _say("wrote", f"{folder}: {names}")
+    _say("go on", f'llmnb generate {folder} --prompt "def "')
+
+
+# %% llmnb generate tags=["exporti"] module="cli"
+DRAWS = {
+    "prompt": (str, "", "the beginning of the text; - reads standard input"),
+    "tokens": (int, 200, "tokens to write at most"),
+    "samples": (int, 1, "texts to write, each with the next seed"),
+    "temperature": (
+        float,
+        0.8,
+        "0: the likeliest token; 1: as the model says",
+    ),
+    "top_k": (int, None, "draw among the k likeliest tokens only"),
+    "top_p": (float, None, "draw among the likeliest that make up p only"),
+    "seed": (int, 42, "another seed, another text"),
+    "tokenizer": (str, "gpt2", "unless RUN has one: gpt2, byte or a file"),
+}
+
+
+# %% the options of generate tags=["exporti"] module="cli"
+def _add_generate(commands):
+    parser = commands.add_parser(
+        "generate",
+        help="continue a prompt",
+        description="Continue a prompt with the model of a run folder, of a "
+        ".bin or .safetensors file, or of a Hugging Face model folder.",
+    )
+    parser.add_argument(
+        "model", nargs="?", metavar="RUN",
+        help="a run folder, a model file or a model folder (default: the "
+        "newest in runs/)",
+    )  # fmt: skip
+    for name, (kind, default, text) in DRAWS.items():
+        shown = "none" if default in (None, "") else default
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            type=kind,
+            default=default,
+            metavar=kind.__name__,
+            help=f"{text} (default: {shown})",
+        )
+    parser.add_argument(
+        "--stats", action="store_true", help="print tokens a second at the end"
+    )
+    _add_threads(parser)
+    parser.set_defaults(run=_generate)
+
+
+# %% write to the terminal tags=["exporti"] module="cli"
+def _generate(args):
+    from llmnb.generate import check_sampling, decoded, generate_samples
+
+    settings = args.temperature, args.top_k, args.top_p
+    check_sampling(*settings)
+    if args.samples < 1:
+        raise ValueError(f"samples must be at least 1, got {args.samples}")
+    _set_threads(args)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    decoder, encoding, ids = _load_model(args, prompt)
+    steps = generate_samples(
+        decoder, ids, args.tokens, args.samples, *settings,
+        seed=args.seed, stop=encoding.eot_token,
+    )  # fmt: skip
+    texts, times = [[] for _ in range(args.samples)], [time.perf_counter()]
+    _heading(args, 0)
+    print(prompt, end="", flush=True)
+    for piece in decoded(encoding, _first_text(steps, texts, times)):
+        print(piece, end="", flush=True)
+    print()
+    for i in range(1, args.samples):
+        _heading(args, i)
+        print(prompt + "".join(decoded(encoding, texts[i])))
+    if args.stats:
+        _stats(len(ids), texts, times)
+
+
+# %% several texts, one terminal tags=["exporti"] module="cli"
+def _first_text(steps, texts, times):
+    """The first text's tokens as they come; the others are gathered."""
+    for step in steps:
+        times.append(time.perf_counter())
+        for text, token in zip(texts, step, strict=True):
+            if token is not None:
+                text.append(token)
+        if step[0] is not None:
+            yield step[0]
+
+
+def _heading(args, i):
+    if args.samples > 1:
+        print(f"--- {i + 1} of {args.samples}, seed {args.seed + i}")
+
+
+def _stats(length, texts, times):
+    """How fast it was, on standard error: the first token apart."""
+    seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
+    lines = [f"prompt: {length:,} tokens, the first token after {s:.3f} s"
+             for s in seconds[:1]]  # fmt: skip
+    rest, count = sum(seconds[1:]), sum(len(text) - 1 for text in texts)
+    if rest and count > 0:
+        lines.append(
+            f"then: {count:,} tokens in {rest:.3f} s, {count / rest:,.1f} "
+            f"tokens/s, {rest / len(seconds[1:]) * 1e3:.1f} ms a step"
+        )
+    print(*lines, sep="\n", file=sys.stderr)
+
+
+# %% which model tags=["exporti"] module="cli"
+def _load_model(args, prompt):
+    """A Decoder with room for the prompt and the text; the tokenizer; ids."""
+    from llmnb.checkpoint import read_config
+    from llmnb.decode import Decoder
+    from llmnb.generate import window_start
+
+    path = Path(args.model) if args.model else _newest_run()
+    if not args.model:
+        print(f"model: {path}", file=sys.stderr)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no run {path}")
+    cfg = read_config(path)
+    encoding = _encoding_of(path, args)
+    if encoding.n_vocab != cfg.vocab_size:
+        raise ValueError(
+            f"{path} has {cfg.vocab_size} tokens, the tokenizer "
+            f"{args.tokenizer} has {encoding.n_vocab}"
+        )
+    ids = [encoding.eot_token, *encoding.encode_ordinary(prompt)]
+    length = min(len(ids) + max(args.tokens, 0), cfg.max_seq_len)
+    if len(ids) > length:
+        seen = len(ids) - window_start(len(ids), length)
+        print(
+            f"the prompt has {len(ids):,} tokens; the model sees the last "
+            f"{seen:,} of them",
+            file=sys.stderr,
+        )
+    return Decoder.from_checkpoint(path, args.samples, length), encoding, ids
+
+
+# %% which tokenizer tags=["exporti"] module="cli"
+def _encoding_of(path, args):
+    """A run's own, or else the one that was asked for."""
+    from llmnb import tokenizer
+    from llmnb.train import make_encoding
+
+    own = path / "tokenizer.tiktoken"
+    if own.exists():
+        return tokenizer.load(own)
+    return make_encoding(TrainConfig(tokenizer=args.tokenizer), [])
+
+
+# %% llmnb data tags=["exporti"] module="cli"
+def _add_data(commands):
+    parser = commands.add_parser(
+        "data",
+        help="turn text into token shards",
+        description="Write train and val shards and tokenizer.tiktoken, for "
+        "`llmnb train --shards FOLDER`. The corpus is stdlib, "
+        "tinyshakespeare, or files and folders of text and of JSON lines "
+        "(.jsonl), plain or packed (.gz, .zst). The same command goes on "
+        "where it was stopped.",
+    )
+    parser.add_argument("out", metavar="FOLDER", help="where to write")
+    parser.add_argument(
+        "--force", action="store_true", help="start anew in a folder in use"
+    )
+    names = "corpus", "limit", "tokenizer", "vocab_size"
+    _add_fields(parser, DataOptions, names)
+    _add_shards(parser)
+    parser.set_defaults(run=_data)
+
+
+# %% the sizes of the shards tags=["exporti"] module="cli"
+def _add_shards(parser):
+    add = parser.add_argument
+    add(
+        "--field", default="text", metavar="NAME",
+        help="field of a JSON line that has the text (default: text)",
+    )  # fmt: skip
+    add(
+        "--shard-tokens", type=int, default=100_000_000, metavar="int",
+        help="tokens in a shard (default: 100000000)",
+    )  # fmt: skip
+    add(
+        "--val-tokens", type=int, default=0, metavar="int",
+        help="tokens to set aside for validation (default: a tenth, at most "
+        "32768)",
+    )  # fmt: skip
+    add(
+        "--threads", type=int, default=0, metavar="int",
+        help="threads that encode (default: one for each core)",
+    )  # fmt: skip
+
+
+# %% write the shards tags=["exporti"] module="cli"
+SHARD_OPTIONS = (
+    "corpus", "limit", "tokenizer", "vocab_size", "field", "shard_tokens",
+    "val_tokens",
+)  # fmt: skip
+
+
+def _data(args):
+    from llmnb import shards
+    from llmnb.documents import sources
+    from llmnb.train import make_encoding
+
+    names = [field.name for field in fields(DataOptions)]
+    options = {name: getattr(args, name) for name in SHARD_OPTIONS}
+    options["corpus"] = list(args.corpus)
+    config = TrainConfig(**{k: v for k, v in options.items() if k in names})
+    folder = shards.shards_folder(args.out, args.force)
+    corpus = sources(args.corpus, args.field)
+    pieces = shards.pieces_from(corpus, limit=args.limit)
+    encoding = make_encoding(config, (text for _, _, text, _ in pieces))
+    work = shards.write_shards(
+        folder, corpus, encoding, options, args.force, args.threads
+    )
+    done = _follow_data(work, sum(source.size for source in corpus))
+    _say("corpus", _described(args.corpus, done))
+    for name, count in done.shards:
+        _say(name, f"{count:,} tokens in {folder / name}")
+    _say("go on", f"llmnb train --shards {folder}")
+
+
+# %% follow the work tags=["exporti"] module="cli"
+def _follow_data(work, size):
+    """Draw a bar over the bytes read; returns the last `Progress`."""
+    from tqdm import tqdm
+
+    first = next(work)  # what is wrong from the beginning gets no bar
+    bar = tqdm(total=size, unit="B", unit_scale=True, dynamic_ncols=True)
+    with bar:
+        for done in chain([first], work):
+            bar.update(done.read - bar.n)
+            bar.set_postfix(tokens=f"{done.tokens:,}", refresh=False)
+    return done
+
+
+def _described(names, done):
+    where = " ".join(names)
+    if where == "stdlib":
+        where += f" (Python {'.'.join(map(str, sys.version_info[:3]))})"
+    return (
+        f"{where}: {done.documents:,} documents, {done.characters:,} "
+        "characters"
+    )
+
+
+# %% llmnb eval tags=["exporti"] module="cli"
+def _add_eval(commands):
+    parser = commands.add_parser(
+        "eval",
+        help="measure a model on a text or on HellaSwag",
+        description="Perplexity and bits a byte of a text; accuracy on "
+        "HellaSwag, from llm.c's .bin or from JSON lines.",
+    )
+    add = parser.add_argument
+    add(
+        "model", nargs="?", metavar="MODEL",
+        help="a run folder, a .bin or .safetensors file, or a Hugging Face "
+        "model folder (default: the newest in runs/)",
+    )  # fmt: skip
+    add("--text", nargs="+", default=[], metavar="FILE", help="text to score")
+    add("--hellaswag", metavar="FILE", help="a .bin file, or JSON lines")
+    _add_eval_options(parser)
+    _add_threads(parser)
+    parser.set_defaults(run=_eval)
+
+
+# %% its options tags=["exporti"] module="cli"
+EVAL = {
+    "field": (str, "text", "field of a JSON line that has the text"),
+    "limit": (int, 0, "characters or examples at most; 0 means all"),
+    "seq_len": (int, 0, "context in tokens; 0: all the model has"),
+    "stride": (int, 0, "tokens scored a window; 0: half the context"),
+    "tokenizer": (str, "gpt2", "unless the model has its own: gpt2, byte, "
+                  "or a rank file"),
+}  # fmt: skip
+
+
+def _add_eval_options(parser):
+    for name, (kind, default, text) in EVAL.items():
+        parser.add_argument(
+            "--" + name.replace("_", "-"), type=kind, default=default,
+            metavar=kind.__name__, help=f"{text} (default: {default})",
+        )  # fmt: skip
+
+
+# %% measure a model tags=["exporti"] module="cli"
+def _eval(args):
+    from llmnb.checkpoint import read_config
+
+    if not (args.text or args.hellaswag):
+        raise ValueError("name a file: --text FILE or --hellaswag FILE")
+    for name in ("limit", "seq_len", "stride"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"{name} must be at least 0")
+    path = Path(args.model) if args.model else _newest_run()
+    if not path.exists():
+        raise FileNotFoundError(f"there is no run {path}")
+    _set_threads(args)
+    cfg, encoding = read_config(path), _encoding_of(path, args)
+    if encoding.n_vocab != cfg.vocab_size:
+        raise ValueError(
+            f"{path} has {cfg.vocab_size} tokens, the tokenizer "
+            f"{args.tokenizer} has {encoding.n_vocab}"
+        )
+    context = min(args.seq_len or cfg.max_seq_len, cfg.max_seq_len)
+    _say("model", path)
+    if args.text:
+        _eval_text(args, path, encoding, context)
+    if args.hellaswag:
+        _eval_hellaswag(args, path, encoding, context)
+
+
+# %% perplexity tags=["exporti"] module="cli"
+def _eval_text(args, path, encoding, context):
+    from tqdm import tqdm
+
+    from llmnb.documents import sources
+    from llmnb.evaluation import score_pieces
+    from llmnb.gpt2 import GPT2
+    from llmnb.shards import pieces_from
+
+    found = pieces_from(sources(args.text, args.field), limit=args.limit)
+    pieces = ((first, text) for _, first, text, _ in found)
+    model = GPT2.from_checkpoint(path, 1, context)
+    stride = args.stride or max(1, context // 2)
+    bar = partial(tqdm, unit="window", leave=False)
+    score = score_pieces(model, encoding, pieces, stride, bar)
+    _say("text", f"{' '.join(args.text)}: {score.bytes:,} bytes")
+    _say("tokens", f"{score.tokens:,}, context {context}, stride {stride}")
+    _say("loss", f"{score.loss:.4f} nats a token")
+    _say("perplexity", f"{score.perplexity:.2f} a token")
+    _say("bits", f"{score.bits_per_byte:.4f} a byte")
+
+
+# %% multiple choice tags=["exporti"] module="cli"
+def _eval_hellaswag(args, path, encoding, context):
+    from tqdm import tqdm
+
+    from llmnb import evaluation as e
+    from llmnb.gpt2 import GPT2
+
+    if args.hellaswag.endswith(".bin"):
+        examples = e.read_examples(args.hellaswag)
+    else:
+        examples = e.read_examples_json(args.hellaswag, encoding)
+    examples = examples[: args.limit or None]
+    longest = max(map(e.longest_row, examples)) - 1
+    model = GPT2.from_checkpoint(path, 4, max(1, min(context, longest)))
+    bar = tqdm(total=len(examples), unit="example", leave=False)
+    with bar:
+        found = []
+        for choice in e.choose(model, examples):
+            found.append(choice)
+            bar.update()
+    _say("hellaswag", f"{args.hellaswag}: {len(found):,} examples")
+    for name in ("by_mean", "by_sum"):
+        right = sum(getattr(c, name) == c.label for c in found) / len(found)
+        error = e.standard_error(right, len(found))
+        label = {"by_mean": "acc_norm", "by_sum": "acc"}[name]
+        _say(label, f"{right:.4f} +- {error:.4f}")
+
+
+# %% llmnb bench tags=["exporti"] module="cli"
+def _add_bench(commands):
+    parser = commands.add_parser(
+        "bench",
+        help="measure a training step, alone or against others",
+        description="Time training steps on random tokens: tokens a second, "
+        "memory, where the time goes. Every contestant has a process of its "
+        "own; they take turns, and all are in memory at once.",
+    )
+    _add_race(parser)
+    _add_outputs(parser)
+    _add_threads(parser)
+    shape = parser.add_argument_group("the model, without --config")
+    _add_fields(shape, DataOptions, ["vocab_size"])
+    names = [x.name for x in fields(ModelOptions) if x.name != "precision"]
+    _add_fields(shape, ModelOptions, names)
+    parser.set_defaults(run=_bench)
+
+
+# %% who races, on what tags=["exporti"] module="cli"
+def _add_race(parser):
+    add = parser.add_argument
+    add(
+        "--config", nargs="+", default=[], metavar="NAME",
+        help="small, 124m-64, 124m-256, 124m-1024, or several",
+    )  # fmt: skip
+    add(
+        "--precision", nargs="+", default=["fp32", "bf16"], metavar="NAME",
+        help="what llmnb computes in (default: fp32 bf16)",
+    )  # fmt: skip
+    add(
+        "--against", nargs="+", default=[], metavar="NAME",
+        help="torch, torch-compile, torch-bf16, or llmc=PATH of llm.c's "
+        "train_gpt2",
+    )  # fmt: skip
+    add(
+        "--torch-python", default=sys.executable, metavar="PATH",
+        help="the Python that has torch (default: this one)",
+    )  # fmt: skip
+    add(
+        "--steps", type=int, default=10, metavar="int",
+        help="steps of each to measure (default: 10)",
+    )  # fmt: skip
+    add(
+        "--write", action="store_true",
+        help="time tokens of a 124M model instead, against transformers",
+    )  # fmt: skip
+    add(
+        "--start", action="store_true",
+        help="time the first step of fresh processes; without --config this "
+        "alone",
+    )  # fmt: skip
+
+
+# %% what is written tags=["exporti"] module="cli"
+def _add_outputs(parser):
+    parser.add_argument(
+        "--json", metavar="FILE", help="write all numbers; - prints them"
+    )
+    parser.add_argument(
+        "--plot", metavar="FILE", help="draw where the time goes, as a PNG"
+    )
+
+
+# %% measure tags=["exporti"] module="cli"
+def _bench(args):
+    for path in filter(None, (args.json, args.plot)):
+        if not Path(path).parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {Path(path).parent}")
+    (_bench_writers if args.write else _bench_steps)(args)
+
+
+def _bench_steps(args):
+    from tqdm import tqdm
+
+    from llmnb.bench import bench, report
+    from llmnb.race import Settings
+
+    settings = Settings(
+        tuple(args.precision), tuple(args.against), args.steps,
+        args.threads, args.backend, args.torch_python,
+    )  # fmt: skip
+    bar = partial(tqdm, unit="round", leave=False)
+    configs = _configs_of(args)
+    result = bench(configs, settings, args.start, bar)
+    result = {"command": _command(sys.argv[1:]), **result}
+    _write_result(args, result)
+    as_json = json.dumps(result, indent=1)
+    print(as_json if args.json == "-" else report(result))
+
+
+# %% measure writing tags=["exporti"] module="cli"
+def _bench_writers(args):
+    from llmnb.bench import bench_writers, writers_report
+    from llmnb.config import GPT2Config
+
+    if args.config or args.against or args.plot:
+        raise ValueError(
+            "--write has a model and a rival of its own, and no picture: "
+            "leave out --config, --against and --plot"
+        )
+    how = {"threads": args.threads, "python": args.torch_python}
+    result = bench_writers(GPT2Config(), rounds=args.steps, **how)
+    result = {"command": _command(sys.argv[1:]), **result}
+    _write_result(args, result)
+    as_json = json.dumps(result, indent=1)
+    print(as_json if args.json == "-" else writers_report(result))
+
+
+# %% write the files tags=["exporti"] module="cli"
+def _write_result(args, result):
+    from llmnb.bench import layers_figure
+
+    if args.json and args.json != "-":
+        with replacing(args.json) as file:
+            file.write(json.dumps(result, indent=1).encode() + b"\n")
+    if args.plot:
+        with replacing(args.plot) as file:
+            layers_figure(result).savefig(file, format="png")
+
+
+# %% the configurations tags=["exporti"] module="cli"
+def _configs_of(args):
+    from llmnb.bench import CONFIGS
+
+    for name in args.config:
+        if name not in CONFIGS:
+            known = ", ".join(CONFIGS)
+            raise ValueError(f"no config {name!r}: choose from {known}")
+    if args.config or args.start:
+        return {name: CONFIGS[name] for name in args.config}
+    config = _config_of(args)
+    cfg = config.model(config.vocab_size)
+    return {"custom": (cfg, config.batch_size, config.seq_len)}
+
+
+def _command(argv):
+    """The command without the folders of this machine."""
+    words = [re.sub(r"[^ =]*[/\\]", "", word) for word in argv]
+    return " ".join(["llmnb", *words])
+
+
+# %% the configuration of some options tags=["exporti"] module="cli"
+def _config_of(args):
+    names = {x.name for x in fields(ModelOptions)} - {"precision"}
+    shape = {name: getattr(args, name) for name in names}
+    return TrainConfig(**shape, vocab_size=args.vocab_size)
+
+
+# %% llmnb info tags=["exporti"] module="cli"
+def _add_info(commands):
+    parser = commands.add_parser(
+        "info",
+        help="versions, threads, and the size of a model",
+        description="Print versions, and what a configuration takes: "
+        "parameters, bytes, operations a token.",
+    )
+    _add_fields(parser, DataOptions, ["vocab_size"])
+    _add_fields(parser, ModelOptions)
+    parser.set_defaults(run=_info)
+
+
+# %% report tags=["exporti"] module="cli"
+def _info(args):
+    import numba
+
+    from llmnb.config import flops_per_token, parameter_count
+    from llmnb.layout import footprint, gpt2_layout
+    from llmnb.timing import machine
+
+    config = _config_of(args)
+    cfg = config.model(config.vocab_size)
+    names = "llmnb", "numpy", "numba", "tiktoken"
+    _say("versions", ", ".join(f"{x} {version(x)}" for x in names))
+    _say("machine", machine())
+    _say("threads", numba.get_num_threads())
+    _say("parameters", f"{parameter_count(cfg):,}")
+    sizes = footprint(gpt2_layout(cfg, config.batch_size, config.seq_len))
+    shown = ", ".join(f"{k} {v / 1e6:.1f}" for k, v in sizes.items())
+    _say("memory", f"{sum(sizes.values()) / 1e6:.1f} MB ({shown})")
+    flops = flops_per_token(cfg, config.seq_len)
+    _say("work", f"{flops / 1e6:.1f} MFLOP to train on a token")
+
+
+# %% llmnb plot tags=["exporti"] module="cli"
+def _add_plot(commands):
+    parser = commands.add_parser(
+        "plot",
+        help="draw and compare runs",
+        description="Draw the losses, learning rates, gradient norms and "
+        "speeds of runs in one picture, and print a table. A run may still "
+        "be going on.",
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="a run folder or a log.csv")
+    add(
+        "--out", default="runs.png", metavar="FILE",
+        help="the picture, a PNG (default: runs.png)",
+    )  # fmt: skip
+    add(
+        "--window", type=int, default=20, metavar="int",
+        help="steps in a running mean (default: 20)",
+    )  # fmt: skip
+    parser.set_defaults(run=_plot)
+
+
+def _plot(args):
+    from llmnb.watch import compare_runs, read_log, run_table
+
+    logs = {path: read_log(path) for path in args.runs}
+    figure = compare_runs(logs, args.window)
+    print(*run_table(logs), sep="\n")
+    with replacing(args.out) as file:
+        figure.savefig(file, format="png")
+    _say("wrote", args.out)
+
+
+# %% llmnb fetch and llmnb verify tags=["exporti"] module="cli"
+def _add_fetch(commands):
+    from llmnb.hub import SOURCES
+
+    parser = commands.add_parser(
+        "fetch",
+        help="download a published model",
+        description="Download a model, or llm.c's starter pack, with "
+        "huggingface_hub, and print its folder.",
+    )
+    names = ", ".join(SOURCES)
+    parser.add_argument("name", metavar="NAME", help=f"one of {names}")
+    parser.set_defaults(run=_fetch)
+
+
+def _fetch(args):
+    from llmnb.hub import fetch
+
+    print(fetch(args.name))
+
+
+def _add_verify(commands):
+    parser = commands.add_parser(
+        "verify",
+        help="run llm.c's acceptance test",
+        description="Compare logits, loss, gradients and ten losses with "
+        "what PyTorch recorded, in a folder with NAME.bin and "
+        "NAME_debug_state.bin, such as llm.c's starter pack.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="the starter pack")
+    parser.add_argument(
+        "--backend", default="cpu", metavar="NAME",
+        help="cpu or reference (default: cpu)",
+    )  # fmt: skip
+    _add_threads(parser)
+    parser.set_defaults(run=_verify)
+
+
+# %% a table of verdicts tags=["exporti"] module="cli"
+def _verify(args):
+    from llmnb.starter import accept
+
+    _set_threads(args)
+    row = "{:<10} {:>8} {:>8}  {}".format
+    verdicts = {True: "ok", False: "FAIL", None: "no reference"}
+    shown, bad = 0, 0
+    for check in accept(args.folder, args.backend):
+        if not shown:
+            print(row("", "error", "allowed", ""))
+        error = "-" if check.error is None else f"{check.error:.1e}"
+        allowed = f"{check.allowed:.0e}"
+        print(row(check.name, error, allowed, verdicts[check.ok]), flush=True)
+        shown, bad = shown + 1, bad + (check.ok is False)
+    if bad:
+        print(f"{bad} of {shown} checks failed", file=sys.stderr)
+        sys.exit(1)
+
+
+# %% the command tags=["export"] module="cli"
+COMMANDS = (
+    _add_train,
+    _add_generate,
+    _add_data,
+    _add_eval,
+    _add_plot,
+    _add_fetch,
+    _add_verify,
+    _add_bench,
+    _add_info,
+)
+USER_ERRORS = (
+    ValueError,
+    TypeError,
+    OSError,
+    ArithmeticError,
+    MemoryError,
+    ImportError,  # of an extra that is not installed
+)
+
+
+def main(argv=None):
+    """Run the `llmnb` command; argv defaults to the process's arguments.
+
+    Exits with code 2 for a wrong option and 1 for an error that the user
+    can mend, each in one line on stderr; with 130 when interrupted, and 143
+    when training was ended by SIGTERM. When the variable LLMNB_TRACEBACK is
+    set, errors keep their traceback.
+
+    Derived in chapter 21.
+    """
+    parser = _Parser("llmnb", description="Train GPT-2 and write with it.")
+    parser.add_argument(
+        "--version", action="version", version=f"llmnb {version('llmnb')}"
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in COMMANDS:
+        add(commands)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except USER_ERRORS as error:
+        if "LLMNB_TRACEBACK" in os.environ:
+            raise
+        print(f"llmnb: error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+# %% [markdown]
+# Now the commands themselves, from a notebook cell as from a terminal. A
+# small run, then its model asked to go on:
+
+# %% train from the command line
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+
+from llmnb.cli import main as llmnb
+
+TINY = (
+    "--tokenizer byte --limit 100000 --num-layers 1 --channels 32 "
+    "--num-heads 2 --seq-len 32 --batch-size 4 --steps 30"
+)
+
+
+def run(*args):
+    """What a command prints, and its exit code."""
+    out, err, code = StringIO(), StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            llmnb([str(x) for x in args])
+        except SystemExit as stop:
+            code = stop.code
+    return out.getvalue(), err.getvalue(), code
+
+
+# %% a run folder, written and used
+with TemporaryDirectory() as place:
+    folder = Path(place, "run")
+    _, _, code = run("train", "--out", folder, *TINY.split())
+    print(code, *sorted(x.name for x in folder.iterdir()))
+    ask = ["generate", folder, "--prompt", "def ", "--tokens", 20]
+    text, _, code = run(*ask)
+    verdict("generate", code == 0 and text.startswith("def "), "goes on")
+    verdict("generate", run(*ask)[0] == text, "same seed, same text")
+    two, _, code = run(*ask, "--samples", 2)
+    verdict("generate", text in two, "the first of two is the same")
+    text, _, code = run("train", "--resume", folder, "--steps", 40)
+    verdict("resume", code == 0 and "step 30 of 40" in text, "goes on")
+    _, _, code = run("train", "--out", folder, *TINY.split())
+    verdict("train", code == 1, "keeps a folder in use")
+
+# %% mistakes get one line
+for args in (
+    ["train", "--stepz", 3],
+    ["train", "--channels", 130],
+    ["train", "--corpus", "no-such-file"],
+    ["train", "--depth", 12, "--channels", 64],
+    ["train", "--resume", "no-such-run"],
+    ["generate", "no-such-run"],
+    ["bench", "--num-layers", "many"],
+    ["bench", "--against", "nobody"],
+):
+    _, message, code = run(*args)
+    print(code, message, end="")
+
+# %% [markdown]
+# ## Take away
+#
+# - A command is a function over the package; what it does, you can do in a
+#   notebook.
+# - The fields of a dataclass, with their help, are the options.
+# - A user's mistake is one line on standard error and an exit code.
+
+# %% [markdown]
+# ## Design note
+#
+# Libraries such as click or typer build a command line from decorated
+# functions, with colours and completion. `argparse` is in the standard
+# library, starts in milliseconds and needs no dependency; and since our
+# options come from dataclasses, the code that declares them is a loop of
+# ten lines either way.
+
+# %% [markdown]
+# ## Exercises
+#
+# **1** (★). Which exit code does a shell see after a wrong option, after a
+# missing file, and after Ctrl-C? Find the three places in the code above.
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# 2 from `_Parser.error`, 1 from the last line of `main`, and 130, which is
+# 128 plus the number of the signal: from `_train` after it has saved, or
+# from the `KeyboardInterrupt` in `main` when nothing was there to finish.
+# :::
+
+# %% exercise 1, checked tags=["hide-cell"]
+codes = [run("info", "--layers", "x")[2], run("generate", "nothing")[2]]
+verdict("exit codes", codes == [2, 1], "a wrong option, a missing file")
+
+# %% [markdown]
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.index import gained
+
+gained("21_command")
