@@ -312,7 +312,11 @@ class _Watched:
 
     def __init__(self, array, name, seen, log):
         self.array, self.name, self.seen, self.log = array, name, seen, log
-        self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
+        self.shape, self.dtype, self.ndim = (
+            array.shape,
+            array.dtype,
+            array.ndim,
+        )
         self.size, self.itemsize = array.size, array.itemsize
         self.start = array.ctypes.data
 
@@ -530,9 +534,12 @@ def watch(races=True):
         _now.seen = before
 
 
-# %% note a launch tags=["exporti"]
+# %% note a launch tags=["export"]
 def record(launch):
-    """Add to the launches of the Seen that watches, if any does."""
+    """Add to the launches of the Seen that watches, if any does.
+
+    Derived in chapter 4.
+    """
     if _now.seen is not None:
         _now.seen.launches.append(launch)
 
@@ -607,6 +614,9 @@ def missing():
 
 
 # %% arrays on the device tags=["export"] module="cuda.launch"
+ALIGN = 256  # bytes: every allocation on a GPU begins at a multiple
+
+
 class DeviceArray:
     """A simulated GPU's array: only kernels and copies reach its elements.
 
@@ -618,7 +628,11 @@ class DeviceArray:
 
     def __init__(self, array):
         self._array = array
-        self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
+        self.shape, self.dtype, self.ndim = (
+            array.shape,
+            array.dtype,
+            array.ndim,
+        )
         self.size, self.nbytes = array.size, array.nbytes
 
     def __len__(self):
@@ -655,33 +669,30 @@ class DeviceArray:
 
 
 # %% to the device and back tags=["export"] module="cuda.launch"
-def to_device(array):
-    """A copy of a NumPy array on the GPU, or on the simulated one.
+def simulated(array):
+    """A copy of a NumPy array on the simulated GPU, wherever this runs.
 
     Derived in chapter 4.
     """
     array = np.ascontiguousarray(array)
-    if missing():
-        return DeviceArray(_aligned(array))
-    from numba import cuda as real
+    block = np.empty(array.nbytes + ALIGN, np.uint8)
+    skip = -block.ctypes.data % ALIGN
+    there = block[skip : skip + array.nbytes].view(array.dtype)
+    there = there.reshape(array.shape)
+    there[...] = array
+    return DeviceArray(there)
 
-    return real.to_device(array)
 
-
-def empty(shape, dtype=np.float32):
-    """An array on the device that nobody has written to yet.
-
-    On the simulator it is full of NaN, or of a senseless integer.
+def to_device(array):
+    """A copy of a NumPy array on the GPU, or else on the simulated one.
 
     Derived in chapter 4.
     """
     if missing():
-        dtype = np.dtype(dtype)
-        poison = np.nan if dtype.kind == "f" else np.iinfo(dtype).max - 77
-        return DeviceArray(_aligned(np.full(shape, poison, dtype)))
+        return simulated(array)
     from numba import cuda as real
 
-    return real.device_array(shape, dtype)
+    return real.to_device(np.ascontiguousarray(array))
 
 
 def to_host(array):
@@ -694,17 +705,46 @@ def to_host(array):
     return array.copy_to_host()
 
 
-# %% aligned as a GPU's memory is tags=["exporti"] module="cuda.launch"
-ALIGN = 256  # bytes: every allocation on a GPU begins at a multiple
+# %% new memory tags=["export"] module="cuda.launch"
+def empty(shape, dtype=np.float32, like=None):
+    """An array on the device that nobody has written to yet.
+
+    like: a device's array; the new one is where that is. On the simulator
+    it is full of NaN, or of a senseless integer.
+
+    Derived in chapter 4.
+    """
+    if isinstance(like, DeviceArray) or (like is None and missing()):
+        dtype = np.dtype(dtype)
+        poison = np.nan if dtype.kind == "f" else np.iinfo(dtype).max - 77
+        return simulated(np.full(shape, poison, dtype))
+    from numba import cuda as real
+
+    return real.device_array(shape, dtype)
 
 
-def _aligned(array):
-    block = np.empty(array.nbytes + ALIGN, np.uint8)
-    skip = -block.ctypes.data % ALIGN
-    there = block[skip : skip + array.nbytes].view(array.dtype)
-    there = there.reshape(array.shape)
-    there[...] = array
-    return there
+# %% check an array tags=["export"] module="cuda.launch"
+def check_device(name, array, shape, dtype=np.float32):
+    """Raise unless `array` is a device's, of this shape and dtype.
+
+    name: what the message calls it, such as "gelu_forward: out". Raises
+    TypeError (not on a device, wrong dtype) or ValueError (wrong shape, not
+    C-contiguous).
+
+    Derived in chapter 4.
+    """
+    if not hasattr(array, "copy_to_host"):
+        kind = type(array).__name__
+        raise TypeError(f"{name} must be a device's array, got {kind}")
+    if array.dtype != dtype:
+        want = np.dtype(dtype)
+        raise TypeError(f"{name} must be {want}, got {array.dtype}")
+    if tuple(array.shape) != tuple(shape):
+        raise ValueError(
+            f"{name} must have shape {tuple(shape)}, got {array.shape}"
+        )
+    if not array.is_c_contiguous():
+        raise ValueError(f"{name} must be C-contiguous")
 
 
 # %% what stands for a name on a GPU tags=["exporti"] module="cuda.launch"
@@ -826,17 +866,21 @@ class Kernel:
                 )
         if any(isinstance(x, DeviceArray) for x in args):
             record((self, grid, block, _kinds(args)))
-            plain = [x._array if isinstance(x, DeviceArray) else x for x in args]
+            plain = [
+                x._array if isinstance(x, DeviceArray) else x for x in args
+            ]
             simulate(self.function, grid, block, plain)
         else:
             self.compiled()[grid, block, _current.stream](*args)
 
     def compiled(self):
-        """The kernel as numba compiles it; needs numba-cuda, and no GPU."""
+        """numba's kernel, compiled when first launched; needs numba-cuda."""
         if self._made is None:
             from numba import cuda as real
 
-            self._made = real.jit(_real_function(self.function), **self.options)
+            self._made = real.jit(
+                _real_function(self.function), **self.options
+            )
         return self._made
 
 
@@ -938,15 +982,15 @@ def compile_kernel(kernel, kinds, cc=(9, 0)):
 
     signature = nb.void(
         *[
-            nb.Array(getattr(nb, name), ndim, "C") if ndim else getattr(nb, name)
+            nb.Array(getattr(nb, name), ndim, "C")
+            if ndim
+            else getattr(nb, name)
             for name, ndim in kinds
         ]
     )
     function = kernel.compiled().py_func
     with _pretend(cc):
-        ptx, _ = real.compile_ptx(
-            function, signature, cc=cc, **kernel.options
-        )
+        ptx, _ = real.compile_ptx(function, signature, cc=cc, **kernel.options)
     log = _assemble(ptx, cc)
     wide = r"(?:ld|st)\.(?:global|shared)\S*\.v4"
     kinds = re.findall(wide, ptx)
@@ -1075,3 +1119,32 @@ def block_max(value, parts):
         top = max(top, parts[i])
     cuda.syncthreads()
     return top
+
+
+# %% draw who owns what tags=["export"] module="owners"
+from matplotlib.patches import Rectangle
+
+from llmnb.diagram import PALETTE
+
+
+# %% the owners of elements tags=["export"] module="owners"
+def draw_owners(ax, who, title="", group=None, rows="", cols=""):
+    """Draw a matrix of which each element bears the number of its owner.
+
+    ax: matplotlib's axes. who: a list of rows of ints, threads, warps or
+    blocks; a negative number stands for nobody. group: how many owners have
+    one colour, such as 32 for threads that are coloured by warp; None gives
+    each its own. rows, cols: what the two directions are.
+
+    Derived in chapter 4.
+    """
+    colours = [PALETTE[k] for k in ("blue", "orange", "green", "yellow")]
+    for i, row in enumerate(who):
+        for j, owner in enumerate(row):
+            colour = colours[owner // (group or 1) % len(colours)]
+            box = Rectangle((j, i), 1, 1, fc=colour, ec="white", alpha=0.45)
+            if owner >= 0:
+                ax.add_patch(box)
+                ax.text(j + 0.5, i + 0.5, owner, ha="center", va="center")
+    ax.set(xlim=(0, len(who[0])), ylim=(len(who), 0), title=title)
+    ax.set(xticks=[], yticks=[], xlabel=cols, ylabel=rows, aspect="equal")

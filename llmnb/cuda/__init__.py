@@ -3,12 +3,15 @@
 """The cuda backend."""
 
 from llmnb.cuda.launch import (
+    ALIGN,
     DeviceArray,
     Kernel,
+    check_device,
     device,
     empty,
     kernel,
     missing,
+    simulated,
     stream,
     to_device,
     to_host,
@@ -22,6 +25,7 @@ from llmnb.cuda.simulator import (
     Seen,
     cuda,
     load4,
+    record,
     simulate,
     store4,
     watch,
@@ -34,12 +38,14 @@ from llmnb.cuda.warp import (
 )
 
 __all__ = [
+    "ALIGN",
     "Compiled",
     "DeviceArray",
     "Kernel",
     "Seen",
     "block_max",
     "block_sum",
+    "check_device",
     "compile_kernel",
     "cuda",
     "device",
@@ -48,7 +54,9 @@ __all__ = [
     "load4",
     "missing",
     "no_compiler",
+    "record",
     "simulate",
+    "simulated",
     "store4",
     "stream",
     "to_device",

@@ -7,12 +7,15 @@ simulator of it in Python finds the races that hardware hides.
 """
 
 __all__ = [
+    "ALIGN",
     "DeviceArray",
     "Kernel",
+    "check_device",
     "device",
     "empty",
     "kernel",
     "missing",
+    "simulated",
     "stream",
     "to_device",
     "to_host",
@@ -52,6 +55,9 @@ def missing():
 
 
 # arrays on the device
+ALIGN = 256  # bytes: every allocation on a GPU begins at a multiple
+
+
 class DeviceArray:
     """A simulated GPU's array: only kernels and copies reach its elements.
 
@@ -63,7 +69,11 @@ class DeviceArray:
 
     def __init__(self, array):
         self._array = array
-        self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
+        self.shape, self.dtype, self.ndim = (
+            array.shape,
+            array.dtype,
+            array.ndim,
+        )
         self.size, self.nbytes = array.size, array.nbytes
 
     def __len__(self):
@@ -100,33 +110,30 @@ class DeviceArray:
 
 
 # to the device and back
-def to_device(array):
-    """A copy of a NumPy array on the GPU, or on the simulated one.
+def simulated(array):
+    """A copy of a NumPy array on the simulated GPU, wherever this runs.
 
     Derived in chapter 4.
     """
     array = np.ascontiguousarray(array)
-    if missing():
-        return DeviceArray(_aligned(array))
-    from numba import cuda as real
+    block = np.empty(array.nbytes + ALIGN, np.uint8)
+    skip = -block.ctypes.data % ALIGN
+    there = block[skip : skip + array.nbytes].view(array.dtype)
+    there = there.reshape(array.shape)
+    there[...] = array
+    return DeviceArray(there)
 
-    return real.to_device(array)
 
-
-def empty(shape, dtype=np.float32):
-    """An array on the device that nobody has written to yet.
-
-    On the simulator it is full of NaN, or of a senseless integer.
+def to_device(array):
+    """A copy of a NumPy array on the GPU, or else on the simulated one.
 
     Derived in chapter 4.
     """
     if missing():
-        dtype = np.dtype(dtype)
-        poison = np.nan if dtype.kind == "f" else np.iinfo(dtype).max - 77
-        return DeviceArray(_aligned(np.full(shape, poison, dtype)))
+        return simulated(array)
     from numba import cuda as real
 
-    return real.device_array(shape, dtype)
+    return real.to_device(np.ascontiguousarray(array))
 
 
 def to_host(array):
@@ -139,17 +146,46 @@ def to_host(array):
     return array.copy_to_host()
 
 
-# aligned as a GPU's memory is
-ALIGN = 256  # bytes: every allocation on a GPU begins at a multiple
+# new memory
+def empty(shape, dtype=np.float32, like=None):
+    """An array on the device that nobody has written to yet.
+
+    like: a device's array; the new one is where that is. On the simulator
+    it is full of NaN, or of a senseless integer.
+
+    Derived in chapter 4.
+    """
+    if isinstance(like, DeviceArray) or (like is None and missing()):
+        dtype = np.dtype(dtype)
+        poison = np.nan if dtype.kind == "f" else np.iinfo(dtype).max - 77
+        return simulated(np.full(shape, poison, dtype))
+    from numba import cuda as real
+
+    return real.device_array(shape, dtype)
 
 
-def _aligned(array):
-    block = np.empty(array.nbytes + ALIGN, np.uint8)
-    skip = -block.ctypes.data % ALIGN
-    there = block[skip : skip + array.nbytes].view(array.dtype)
-    there = there.reshape(array.shape)
-    there[...] = array
-    return there
+# check an array
+def check_device(name, array, shape, dtype=np.float32):
+    """Raise unless `array` is a device's, of this shape and dtype.
+
+    name: what the message calls it, such as "gelu_forward: out". Raises
+    TypeError (not on a device, wrong dtype) or ValueError (wrong shape, not
+    C-contiguous).
+
+    Derived in chapter 4.
+    """
+    if not hasattr(array, "copy_to_host"):
+        kind = type(array).__name__
+        raise TypeError(f"{name} must be a device's array, got {kind}")
+    if array.dtype != dtype:
+        want = np.dtype(dtype)
+        raise TypeError(f"{name} must be {want}, got {array.dtype}")
+    if tuple(array.shape) != tuple(shape):
+        raise ValueError(
+            f"{name} must have shape {tuple(shape)}, got {array.shape}"
+        )
+    if not array.is_c_contiguous():
+        raise ValueError(f"{name} must be C-contiguous")
 
 
 # what stands for a name on a GPU
@@ -271,17 +307,21 @@ class Kernel:
                 )
         if any(isinstance(x, DeviceArray) for x in args):
             record((self, grid, block, _kinds(args)))
-            plain = [x._array if isinstance(x, DeviceArray) else x for x in args]
+            plain = [
+                x._array if isinstance(x, DeviceArray) else x for x in args
+            ]
             simulate(self.function, grid, block, plain)
         else:
             self.compiled()[grid, block, _current.stream](*args)
 
     def compiled(self):
-        """The kernel as numba compiles it; needs numba-cuda, and no GPU."""
+        """numba's kernel, compiled when first launched; needs numba-cuda."""
         if self._made is None:
             from numba import cuda as real
 
-            self._made = real.jit(_real_function(self.function), **self.options)
+            self._made = real.jit(
+                _real_function(self.function), **self.options
+            )
         return self._made
 
 

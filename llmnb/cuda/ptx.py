@@ -72,15 +72,15 @@ def compile_kernel(kernel, kinds, cc=(9, 0)):
 
     signature = nb.void(
         *[
-            nb.Array(getattr(nb, name), ndim, "C") if ndim else getattr(nb, name)
+            nb.Array(getattr(nb, name), ndim, "C")
+            if ndim
+            else getattr(nb, name)
             for name, ndim in kinds
         ]
     )
     function = kernel.compiled().py_func
     with _pretend(cc):
-        ptx, _ = real.compile_ptx(
-            function, signature, cc=cc, **kernel.options
-        )
+        ptx, _ = real.compile_ptx(function, signature, cc=cc, **kernel.options)
     log = _assemble(ptx, cc)
     wide = r"(?:ld|st)\.(?:global|shared)\S*\.v4"
     kinds = re.findall(wide, ptx)

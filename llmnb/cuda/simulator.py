@@ -10,6 +10,7 @@ __all__ = [
     "Seen",
     "cuda",
     "load4",
+    "record",
     "simulate",
     "store4",
     "watch",
@@ -315,7 +316,11 @@ class _Watched:
 
     def __init__(self, array, name, seen, log):
         self.array, self.name, self.seen, self.log = array, name, seen, log
-        self.shape, self.dtype, self.ndim = array.shape, array.dtype, array.ndim
+        self.shape, self.dtype, self.ndim = (
+            array.shape,
+            array.dtype,
+            array.ndim,
+        )
         self.size, self.itemsize = array.size, array.itemsize
         self.start = array.ctypes.data
 
@@ -535,7 +540,10 @@ def watch(races=True):
 
 # note a launch
 def record(launch):
-    """Add to the launches of the Seen that watches, if any does."""
+    """Add to the launches of the Seen that watches, if any does.
+
+    Derived in chapter 4.
+    """
     if _now.seen is not None:
         _now.seen.launches.append(launch)
 

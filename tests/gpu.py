@@ -1,0 +1,84 @@
+"""What the tests of llmnb.cuda share.
+
+A layer is run on the simulated GPU with every access checked, and on the
+real one where there is one, and its results are compared with those of the
+reference in float64. Each kernel that was launched is compiled for two
+generations of GPU, with none at hand.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+
+from llmnb.cuda.launch import missing, simulated, to_device, to_host
+from llmnb.cuda.ptx import compile_kernel, no_compiler
+from llmnb.cuda.simulator import watch
+
+PLACES = [simulated] if missing() else [simulated, to_device]
+GENERATIONS = [(8, 0), (9, 0)]
+
+
+def check_layer(layer, reference, arrays, writes, tol=2e-6, **options):
+    """Run a layer and its reference on the same arguments and compare.
+
+    arrays: the arguments in order, by name; floats are drawn as float32,
+    None and numbers pass as they are. writes: names of those that the layer
+    writes; give them as NaN where it must not read them. tol: relative to
+    the largest element of each result. Returns what the simulator saw.
+    """
+    wide = {k: _wide(v) for k, v in arrays.items()}
+    reference(*wide.values())
+    for place in PLACES:
+        there = {
+            k: place(v) if isinstance(v, np.ndarray) else v
+            for k, v in arrays.items()
+        }
+        with watch() as seen:
+            layer(*there.values(), **options)
+        if place is simulated:
+            simulation = seen
+        for name in writes:
+            _close(name, to_host(there[name]), wide[name], tol)
+        for name in set(arrays) - set(writes):
+            if isinstance(arrays[name], np.ndarray):
+                same = to_host(there[name])
+                np.testing.assert_array_equal(same, arrays[name], name)
+    return simulation
+
+
+def _wide(x):
+    if not isinstance(x, np.ndarray):
+        return x
+    return x.astype(np.float64 if x.dtype.kind == "f" else x.dtype)
+
+
+def _close(name, got, want, tol):
+    assert np.isfinite(got).all(), f"{name} holds what was never written"
+    scale = max(1.0, np.abs(want).max(initial=0))
+    error = np.abs(got - want).max(initial=0) / scale
+    assert error < tol, f"{name}: {error:.1e} from the reference"
+
+
+@functools.cache
+def compiled(kernel, kinds, cc):
+    return compile_kernel(kernel, kinds, cc)
+
+
+def check_machine_code(seen, stack=0):
+    """Compile what was launched; no float64, no spills, no stack.
+
+    Returns the Compiled of each kernel for the last generation, by name.
+    """
+    if no_compiler():
+        pytest.skip(no_compiler())
+    found = {}
+    for kernel, _, _, kinds in seen.launches:
+        for cc in GENERATIONS:
+            made = compiled(kernel, kinds, cc)
+            name = kernel.__name__
+            assert made.float64 == 0, f"{name} computes in float64"
+            assert made.spilled == 0, f"{name} spills registers"
+            assert made.stack <= stack, f"{name} keeps arrays in memory"
+            found[name] = made
+    return found
