@@ -2,23 +2,18 @@
 
 """The cuda backend."""
 
-from llmnb.cuda.attention import (
-    ATTENTION_BACKWARD,
-    ATTENTION_FORWARD,
-    WIDEST_HEAD,
-    attention_backward,
-    attention_forward,
-    attention_scratch,
-)
 from llmnb.cuda.launch import (
     ALIGN,
     DeviceArray,
     Kernel,
+    address,
+    aligned,
     check_device,
     device,
     empty,
     kernel,
     missing,
+    numbered,
     simulated,
     stream,
     to_device,
@@ -47,16 +42,12 @@ from llmnb.cuda.warp import (
 
 __all__ = [
     "ALIGN",
-    "ATTENTION_BACKWARD",
-    "ATTENTION_FORWARD",
     "Compiled",
     "DeviceArray",
     "Kernel",
     "Seen",
-    "WIDEST_HEAD",
-    "attention_backward",
-    "attention_forward",
-    "attention_scratch",
+    "address",
+    "aligned",
     "block_max",
     "block_sum",
     "check_device",
@@ -68,6 +59,7 @@ __all__ = [
     "load4",
     "missing",
     "no_compiler",
+    "numbered",
     "record",
     "simulate",
     "simulated",
