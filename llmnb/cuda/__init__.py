@@ -2,6 +2,12 @@
 
 """The cuda backend."""
 
+from llmnb.cuda.gelu import (
+    GELU_BACKWARD,
+    GELU_FORWARD,
+    gelu_backward,
+    gelu_forward,
+)
 from llmnb.cuda.launch import (
     ALIGN,
     DeviceArray,
@@ -44,6 +50,8 @@ __all__ = [
     "ALIGN",
     "Compiled",
     "DeviceArray",
+    "GELU_BACKWARD",
+    "GELU_FORWARD",
     "Kernel",
     "Seen",
     "address",
@@ -55,6 +63,8 @@ __all__ = [
     "cuda",
     "device",
     "empty",
+    "gelu_backward",
+    "gelu_forward",
     "kernel",
     "load4",
     "missing",
