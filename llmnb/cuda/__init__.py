@@ -22,6 +22,8 @@ from llmnb.cuda.ptx import (
     no_compiler,
 )
 from llmnb.cuda.simulator import (
+    BarrierError,
+    RaceError,
     Seen,
     cuda,
     load4,
@@ -39,9 +41,11 @@ from llmnb.cuda.warp import (
 
 __all__ = [
     "ALIGN",
+    "BarrierError",
     "Compiled",
     "DeviceArray",
     "Kernel",
+    "RaceError",
     "Seen",
     "block_max",
     "block_sum",
