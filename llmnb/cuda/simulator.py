@@ -239,10 +239,27 @@ def _instruction(code, last):
     return id(code), max(x for x in begins if x <= last)
 
 
-class _Shared:
-    """cuda.shared: one array for each place in the code that asks."""
+def _placed(array, alignment):
+    """A copy at a multiple of `alignment` bytes, at most 128.
 
-    def array(self, shape, dtype):
+    None: at a multiple of the elements' size and of nothing more, which is
+    all that numba promises of shared memory.
+    """
+    block = np.empty(array.nbytes + 256, np.uint8)
+    skip = -block.ctypes.data % 128 + (0 if alignment else array.itemsize)
+    there = block[skip : skip + array.nbytes].view(array.dtype)
+    there = there.reshape(array.shape)
+    there[...] = array
+    return there
+
+
+class _Shared:
+    """cuda.shared: one array for each place in the code that asks.
+
+    Vectors of four need `alignment=16`.
+    """
+
+    def array(self, shape, dtype, alignment=None):
         block, frame = _now.lane.block, sys._getframe(1)
         key = _instruction(frame.f_code, frame.f_lasti)
         if key not in block.shared:
@@ -357,7 +374,8 @@ def load4(array, i):
     """Elements i to i + 3 of a flat view of `array`, in one access.
 
     array: float32, C-contiguous, any shape; its element i must begin at a
-    multiple of 16 bytes. Returns four numbers.
+    multiple of 16 bytes: a shared array is made with `alignment=16`.
+    Returns four numbers.
 
     Derived in chapter 4.
     """
@@ -556,6 +574,18 @@ class RaceError(RuntimeError):
 
     Derived in chapter 4.
     """
+
+
+# where in the code
+@functools.cache
+def _instruction(code, place):
+    """Where the instruction begins that a frame's f_lasti points into.
+
+    Python moves f_lasti past an instruction's cache once it has specialised
+    the instruction: the same access would count as two.
+    """
+    starts = (x.offset for x in dis.get_instructions(code))
+    return max(start for start in starts if start <= place)
 
 
 # what was seen
