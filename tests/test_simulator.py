@@ -310,6 +310,17 @@ def test_a_vector_must_be_aligned_and_inside():
         simulate(move, 1, 1, (out.base[4:].view(np.float32)[:4], inp, 0))
 
 
+def test_shared_memory_is_aligned_when_asked():
+    def move(alignment):
+        tile = cuda.shared.array(8, np.float32, alignment=alignment)
+        store4(tile, 4, 1, 2, 3, 4)
+
+    with watch():
+        simulate(move, 1, 1, (16,))
+    with pytest.raises(ValueError, match="multiple of 16 bytes"), watch():
+        simulate(move, 1, 1, (None,))
+
+
 # races
 
 
@@ -584,7 +595,7 @@ def test_banks(stride, passes):
 
 def test_banks_of_vectors():
     def move(out, stride):
-        tile = cuda.shared.array(1024, np.float32)
+        tile = cuda.shared.array(1024, np.float32, alignment=16)
         store4(tile, cuda.threadIdx.x * 4, 1, 1, 1, 1)
         cuda.syncthreads()
         load4(tile, cuda.threadIdx.x * stride)

@@ -234,8 +234,12 @@ def _poison(shape, dtype):
 
 @functools.cache
 def _instruction(code, last):
-    """Where an instruction begins; `last` may point to its inline cache."""
-    begins = [x.offset for x in dis.get_instructions(code)]
+    """Where the instruction begins that a frame's f_lasti points into.
+
+    Python moves f_lasti past an instruction's cache once it has specialised
+    the instruction: the same access would count as two.
+    """
+    begins = (x.offset for x in dis.get_instructions(code))
     return id(code), max(x for x in begins if x <= last)
 
 
@@ -263,7 +267,7 @@ class _Shared:
         block, frame = _now.lane.block, sys._getframe(1)
         key = _instruction(frame.f_code, frame.f_lasti)
         if key not in block.shared:
-            memory = _poison(shape, dtype).copy()
+            memory = _placed(_poison(shape, dtype), alignment)
             if block.seen is not None:
                 log = _Log() if block.seen.races else None
                 memory = _Watched(memory, "shared", log, shared=True)
@@ -574,18 +578,6 @@ class RaceError(RuntimeError):
 
     Derived in chapter 4.
     """
-
-
-# where in the code
-@functools.cache
-def _instruction(code, place):
-    """Where the instruction begins that a frame's f_lasti points into.
-
-    Python moves f_lasti past an instruction's cache once it has specialised
-    the instruction: the same access would count as two.
-    """
-    starts = (x.offset for x in dis.get_instructions(code))
-    return max(start for start in starts if start <= place)
 
 
 # what was seen
