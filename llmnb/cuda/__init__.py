@@ -16,6 +16,13 @@ from llmnb.cuda.launch import (
     to_device,
     to_host,
 )
+from llmnb.cuda.layernorm import (
+    LAYERNORM_BACKWARD,
+    LAYERNORM_FORWARD,
+    layernorm_backward,
+    layernorm_forward,
+    layernorm_scratch,
+)
 from llmnb.cuda.ptx import (
     Compiled,
     compile_kernel,
@@ -42,6 +49,8 @@ __all__ = [
     "Compiled",
     "DeviceArray",
     "Kernel",
+    "LAYERNORM_BACKWARD",
+    "LAYERNORM_FORWARD",
     "Seen",
     "block_max",
     "block_sum",
@@ -51,6 +60,9 @@ __all__ = [
     "device",
     "empty",
     "kernel",
+    "layernorm_backward",
+    "layernorm_forward",
+    "layernorm_scratch",
     "load4",
     "missing",
     "no_compiler",
