@@ -164,6 +164,25 @@ def _exchange(mask, value):
     return lane.values, lane.number % WARP
 
 
+# %% a place in the code tags=["exporti"]
+_sites = {}  # of each code by id: itself, and where instructions begin
+
+
+def _site(frame):
+    """The instruction that a frame is at.
+
+    f_lasti alone would not do: once Python has specialised an instruction,
+    it may point to the cache behind it.
+    """
+    code = frame.f_code
+    if id(code) not in _sites:
+        starts = []
+        for i, opcode in enumerate(code.co_code[::2]):
+            starts.append(i if opcode else starts[-1])  # 0: a cache
+        _sites[id(code)] = code, starts
+    return id(code), _sites[id(code)][1][frame.f_lasti // 2]
+
+
 # %% memory of a block and of a thread tags=["exporti"]
 def _poisoned(shape, dtype):
     """An array of what memory holds before anyone writes: nothing good."""
@@ -193,8 +212,7 @@ class _Shared:
     """
 
     def array(self, shape, dtype, alignment=None):
-        block, frame = _now.lane.block, sys._getframe(1)
-        key = frame.f_code, frame.f_lasti
+        block, key = _now.lane.block, _site(sys._getframe(1))
         if key not in block.shared:
             memory = _placed(_poisoned(shape, dtype), alignment)
             if block.seen is not None:
@@ -461,8 +479,7 @@ class Seen:
 
     def count(self, shared, address, nbytes, write):
         """Count one access of the lane that runs, and its warp's request."""
-        lane, frame = _now.lane, sys._getframe(3)
-        key = frame.f_code, frame.f_lasti
+        lane, key = _now.lane, _site(sys._getframe(3))
         n = lane.counts[key] = lane.counts.get(key, 0) + 1
         warp = lane.block, lane.number // WARP
         group = (shared, nbytes, write, key, n, warp)
