@@ -16,6 +16,13 @@ from llmnb.cuda.launch import (
     to_device,
     to_host,
 )
+from llmnb.cuda.matmul import (
+    MATMUL_BACKWARD,
+    MATMUL_FORWARD,
+    matmul_backward,
+    matmul_forward,
+    matmul_scratch,
+)
 from llmnb.cuda.ptx import (
     Compiled,
     compile_kernel,
@@ -42,6 +49,8 @@ __all__ = [
     "Compiled",
     "DeviceArray",
     "Kernel",
+    "MATMUL_BACKWARD",
+    "MATMUL_FORWARD",
     "Seen",
     "block_max",
     "block_sum",
@@ -52,6 +61,9 @@ __all__ = [
     "empty",
     "kernel",
     "load4",
+    "matmul_backward",
+    "matmul_forward",
+    "matmul_scratch",
     "missing",
     "no_compiler",
     "record",
