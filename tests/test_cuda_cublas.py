@@ -1,4 +1,4 @@
-"""cuBLASLt's products: the plans, what the library is told, and on a GPU the results.
+"""cuBLASLt: the plans, what the library is told, on a GPU the results.
 
 With no GPU the library's place is taken by `Library`, which keeps what it is
 told and multiplies with NumPy at the addresses it is given: that proves what
@@ -30,7 +30,13 @@ def by_columns(address, rows, cols, ld):
 class Library:
     """What of cublasLt our module calls, with descriptions as dicts."""
 
-    names = "TRANSA TRANSB EPILOGUE BIAS_POINTER MAX_WORKSPACE_BYTES".split()
+    names = [
+        "TRANSA",
+        "TRANSB",
+        "EPILOGUE",
+        "BIAS_POINTER",
+        "MAX_WORKSPACE_BYTES",
+    ]
     names += [f"MIN_ALIGNMENT_{x}_BYTES" for x in "ABCD"]
     MatmulDescAttribute = MatmulPreferenceAttribute = {x: x for x in names}
     Epilogue = SimpleNamespace(BIAS=4)
@@ -179,10 +185,14 @@ def test_shapes_are_checked(place):
     x = place(np.zeros((1, 2, 3), np.float32))
     w = place(np.zeros((4, 3), np.float32))
     with pytest.raises(ValueError, match="cublas_forward: out must have sha"):
-        cublas.cublas_forward(place(np.zeros((1, 2, 3), np.float32)), x, w, None)
+        cublas.cublas_forward(
+            place(np.zeros((1, 2, 3), np.float32)), x, w, None
+        )
 
 
-@pytest.mark.parametrize("address, want", [(0, 256), (16, 16), (4, 4), (768, 256)])
+@pytest.mark.parametrize(
+    "address, want", [(0, 256), (16, 16), (4, 4), (768, 256)]
+)
 def test_alignment_is_what_divides_the_address(address, want):
     places = cublas._Places(address, 0, 0, 0, 0)
     assert places.alignments()[0] == want
