@@ -1472,23 +1472,24 @@ def _forward_flash(out, lse, inp, work):
 # In version 2 every product of two numbers reads both of them from shared
 # memory. [Chapter 6](06_matmul.ipynb) met the same on the CPU, and the cure
 # is the same: a thread takes a small tile of the result in registers. Here
-# 64 threads stand in 8 rows of 8. Row $r$ of them owns queries
-# $r, r + 8, r + 16, \dots$, and lane $l$ of a row keys $l, l + 8, \dots$:
-# with 8 queries and 4 keys a thread, 12 numbers read serve 32 products. And
-# it reads four channels at once, with `load4`.
+# 128 threads stand in 16 rows of 8 and share 64 queries and 32 keys. Row $r$
+# of them owns queries $r, r + 16, r + 32, r + 48$, and lane $l$ of a row
+# keys $l, l + 8, l + 16, l + 24$. With 4 queries and 4 keys a thread, 8
+# numbers read serve 16 products. And it reads four channels at once, with
+# `load4`.
 
 # %% which thread owns which scores
-fig, ax = plt.subplots(figsize=(5.2, 4.6), dpi=100)
-who = [[8 * (t % 8) + u % 8 for u in range(16)] for t in range(12)]
-draw_owners(ax, who, group=8, rows="queries", cols="keys")
+fig, ax = plt.subplots(figsize=(5.6, 6.0), dpi=100)
+who = [[8 * (t % 16) + u % 8 for u in range(16)] for t in range(18)]
+draw_owners(ax, who, group=32, rows="queries", cols="keys")
 fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 7.4. The corner of a block's tile of scores with the numbers of
-# their threads, coloured by row of threads. A thread's scores stand 8 apart
-# in both directions; the eight lanes of a row of scores share a warp, so
-# that its maximum takes three exchanges.*
+# *Figure 7.4. A corner of a block's 64 x 32 scores, each with the number of
+# its thread, coloured by warp. A thread's scores stand 16 queries and 8 keys
+# apart; the eight threads of a row of scores share a warp, so that its
+# maximum takes three exchanges and no barrier of the block.*
 #
 # The plan of shared memory, of which a block may have 48 KB, at $hs = 64$:
 #
@@ -1507,11 +1508,12 @@ plt.show()
 # and then by four. The weights' rows are 40 apart for a like reason: the
 # four rows that a warp writes begin 8 banks apart.
 #
-# For heads of more than 64 channels a thread takes half as many rows and
-# half as many keys, which fits up to 128 channels.
+# For heads of more than 64 channels a thread takes 2 queries and 2 keys
+# instead of 4 and 4; that fits up to 128 channels.
 #
-# Three pieces serve forward and backward alike, with $R$ rows and $J$ columns
-# a thread. The first copies a tile.
+# Three pieces serve forward and backward alike. $G$ is how many rows of
+# threads there are, and $R$ how many rows, and how many columns, a thread
+# takes. The first piece copies a tile.
 
 
 # %% copy a tile tags=["exporti"] module="cuda.attention"
@@ -1526,7 +1528,7 @@ def _tile_copy(hs):
 
     @device
     def copy(tile, x, at, step, first, T):
-        for e in range(cuda.threadIdx.x, len(tile) * QUADS, 64):
+        for e in range(cuda.threadIdx.x, len(tile) * QUADS, cuda.blockDim.x):
             row, col = e // QUADS, e % QUADS * 4
             i = at + (first + row) * step + col
             a = b = c = d = np.float32(0)
@@ -1556,46 +1558,46 @@ def _tile_copy(hs):
 
 # %% products of rows with rows tags=["exporti"] module="cuda.attention"
 @functools.cache
-def _tile_dots(hs, R, J):
-    """dots(s, one, two): s = dot products of R rows of one, J of two."""
-    STRIDE, LENGTH = -(-hs // 32) * 32 + 4, 4 * J
+def _tile_dots(hs, G, R):
+    """dots(s, one, two): s = dot products of R rows of one, R of two."""
+    STRIDE, LENGTH = -(-hs // 32) * 32 + 4, 4 * R
 
     @device
     def dots(s, one, two):
         row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
         y = cuda.local.array(LENGTH, np.float32)
-        for n in range(R * J):
+        for n in range(R * R):
             s[n] = np.float32(0)
         for i in range(0, hs, 4):
-            for j in range(J):
+            for j in range(R):
                 a, b, c, d = load4(two, (lane + 8 * j) * STRIDE + i)
                 y[4 * j], y[4 * j + 1] = a, b
                 y[4 * j + 2], y[4 * j + 3] = c, d
             for r in range(R):
-                a, b, c, d = load4(one, (row + 8 * r) * STRIDE + i)
-                for j in range(J):
-                    dot = s[J * r + j] + a * y[4 * j]
+                a, b, c, d = load4(one, (row + G * r) * STRIDE + i)
+                for j in range(R):
+                    dot = s[R * r + j] + a * y[4 * j]
                     dot += b * y[4 * j + 1]
                     dot += c * y[4 * j + 2]
-                    s[J * r + j] = dot + d * y[4 * j + 3]
+                    s[R * r + j] = dot + d * y[4 * j + 3]
 
     return dots
 
 
 # %% products of weights with rows tags=["exporti"] module="cuda.attention"
 @functools.cache
-def _tile_add(hs, R, J):
-    """add(sums, weights, tile): sums += weights @ tile, 8 * J rows of it."""
+def _tile_add(hs, G, R):
+    """add(sums, weights, tile): sums += weights @ tile, 8 * R rows of it."""
     PARTS, STRIDE = -(-hs // 32), -(-hs // 32) * 32 + 4
-    WIDTH, LENGTH = 8 * J + 8, 4 * R
+    WIDTH, LENGTH = 8 * R + 8, 4 * R
 
     @device
     def add(sums, weights, tile):
         row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
         w = cuda.local.array(LENGTH, np.float32)
-        for u in range(0, 8 * J, 4):
+        for u in range(0, 8 * R, 4):
             for r in range(R):
-                a, b, c, d = load4(weights, (row + 8 * r) * WIDTH + u)
+                a, b, c, d = load4(weights, (row + G * r) * WIDTH + u)
                 w[r], w[R + r], w[2 * R + r], w[3 * R + r] = a, b, c, d
             for v in range(4):
                 for n in range(PARTS):
@@ -1613,7 +1615,7 @@ def _tile_add(hs, R, J):
 
 # %% write the sums tags=["exporti"] module="cuda.attention"
 @functools.cache
-def _tile_write(hs, R):
+def _tile_write(hs, G, R):
     """write(x, sums, at, step, first, T, more): rows first.. of a head.
 
     more: whether to add to what x holds.
@@ -1625,7 +1627,7 @@ def _tile_write(hs, R):
         row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
         for r in range(R):
             for n in range(PARTS):
-                t, col = first + row + 8 * r, 32 * n + 4 * lane
+                t, col = first + row + G * r, 32 * n + 4 * lane
                 i, k = at + t * step + col, 4 * (PARTS * r + n)
                 if ALIGNED and t < T and col < hs:
                     a = b = c = d = np.float32(0)
@@ -1665,7 +1667,7 @@ def _lanes_sum(value):
 
 # %% the softmax of a tile tags=["exporti"] module="cuda.attention"
 @functools.cache
-def _tile_softmax(hs, R, J):
+def _tile_softmax(hs, G, R):
     """softmax(weights, sums, s, top, total, first, start, scale): (7.12).
 
     first, start: the tile's first query and first key.
@@ -1677,16 +1679,16 @@ def _tile_softmax(hs, R, J):
         row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
         for r in range(R):
             new = top[r]
-            for j in range(J):
-                seen = start + lane + 8 * j <= first + row + 8 * r
-                s[J * r + j] = s[J * r + j] * scale if seen else LOWEST
-                new = max(new, s[J * r + j])
+            for j in range(R):
+                seen = start + lane + 8 * j <= first + row + G * r
+                s[R * r + j] = s[R * r + j] * scale if seen else LOWEST
+                new = max(new, s[R * r + j])
             new = _lanes_max(new)
             factor = math.exp(top[r] - new)
             top[r], total[r] = new, total[r] * factor
-            for j in range(J):
-                e = math.exp(s[J * r + j] - new)
-                weights[row + 8 * r, lane + 8 * j] = e
+            for j in range(R):
+                e = math.exp(s[R * r + j] - new)
+                weights[row + G * r, lane + 8 * j] = e
                 total[r] += e
             for n in range(PER):
                 sums[PER * r + n] *= factor
@@ -1696,7 +1698,7 @@ def _tile_softmax(hs, R, J):
 
 # %% the end of the rows tags=["exporti"] module="cuda.attention"
 @functools.cache
-def _tile_finish(hs, R):
+def _tile_finish(hs, G, R):
     """finish(lse, head, sums, top, total, first): (7.13)."""
     PER = -(-hs // 32) * 4
 
@@ -1704,7 +1706,7 @@ def _tile_finish(hs, R):
     def finish(lse, head, sums, top, total, first):
         row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
         for r in range(R):
-            t, whole = first + row + 8 * r, _lanes_sum(total[r])
+            t, whole = first + row + G * r, _lanes_sum(total[r])
             for n in range(PER):
                 sums[PER * r + n] /= whole
             if lane == 0 and t < lse.shape[1]:
@@ -1716,14 +1718,14 @@ def _tile_finish(hs, R):
 # %% version 3, the kernel tags=["exporti"] module="cuda.attention"
 @functools.cache
 def _forward_kernel(hs):
-    R, J = (8, 4) if hs <= 64 else (4, 2)
-    ROWS, COLS, STRIDE = 8 * R, 8 * J, -(-hs // 32) * 32 + 4
-    WIDTH, SUMS, PAIRS = COLS + 8, R * (STRIDE // 8), R * J
-    copy, write = _tile_copy(hs), _tile_write(hs, R)
-    dots, add = _tile_dots(hs, R, J), _tile_add(hs, R, J)
-    softmax, finish = _tile_softmax(hs, R, J), _tile_finish(hs, R)
+    R, STRIDE = 4 if hs <= 64 else 2, -(-hs // 32) * 32 + 4
+    ROWS, COLS, WIDTH = 16 * R, 8 * R, 8 * R + 8
+    SUMS, PAIRS = R * (STRIDE // 8), R * R
+    copy, write = _tile_copy(hs), _tile_write(hs, 16, R)
+    dots, add = _tile_dots(hs, 16, R), _tile_add(hs, 16, R)
+    softmax, finish = _tile_softmax(hs, 16, R), _tile_finish(hs, 16, R)
 
-    @kernel(launch_bounds=64)
+    @kernel(launch_bounds=128)
     def attention_forward_tiles(out, lse, inp, NH, scale):
         T, C = lse.shape[1], NH * hs
         tiles = (T + ROWS - 1) // ROWS
@@ -1761,13 +1763,13 @@ def _forward_kernel(hs):
 
 # %% version 3 tags=["exporti"] module="cuda.attention"
 def _forward_tiles(out, lse, inp, work):
-    """A block for 64 queries, 8 queries and 4 keys a thread."""
+    """A block for 64 queries, 4 queries and 4 keys a thread."""
     B, NH, T = lse.shape
     hs = out.shape[2] // NH
     scale = np.float32(1 / math.sqrt(hs))
     grid = B * NH * -(-T // (64 if hs <= 64 else 32))
     out, inp, lse = out.reshape(-1), inp.reshape(-1), lse.reshape(B * NH, T)
-    _forward_kernel(hs)[grid, 64](out, lse, inp, NH, scale)
+    _forward_kernel(hs)[grid, 128](out, lse, inp, NH, scale)
 
 
 # %% [markdown]
@@ -1910,12 +1912,14 @@ what = "requests", "sectors", "shared_requests", "shared_passes"
 count(lambda version: on_gpu(p, version, simulated), (1, 2, 3), what)
 
 # %% [markdown]
-# Version 2 moves a small part of version 1's sectors through global memory,
-# and pays with shared memory: two reads for each product. Version 3 asks
-# shared memory far less often, and a request for four floats a lane takes
-# four passes, so compare the passes. That is with a thread for 32 scores; how
-# many registers that takes, and whether a smaller tile with more threads
-# would do better, is a question for a measurement.
+# Version 2 moves a small part of version 1's sectors, and pays with shared
+# memory: two reads for each product. Version 3 asks shared memory a ninth as
+# often. But a request for four floats a lane is served in four passes, so
+# compare the passes: fewer than half. A larger tile a thread, of 8 queries
+# and 4 keys, would take fewer still; compiled, it wants more than the 255
+# registers that a thread can have, and spills.
+#
+# Version 1's count has no caches: a sector counts each time a warp asks.
 #
 # What a block reads for its tile of queries grows with the tile. At
 # $T = 1024$ and $hs = 64$ a head has 1 MB of queries, keys, values and
@@ -2050,11 +2054,12 @@ def _backward_unfused(dinp, dout, inp, out, lse, add, work):
 
 # %% weights and gradients of a tile tags=["exporti"] module="cuda.attention"
 @functools.cache
-def _tile_gradients(R, J, BY_KEY):
-    """gradients(weights, s, ds, L, D, row, col, T, scale): (7.4), (7.8).
+def _tile_gradients(R, BY_KEY):
+    """gradients(s, ds, lse, D, head, first, start, scale): (7.4), (7.8).
 
-    Writes weights to s and gradients of scores to ds; L, D are those of one
-    head. BY_KEY: whether a tile's rows are keys, from `row` on.
+    s, ds hold dot products of a tile; they become weights and gradients of
+    scores. BY_KEY: whether its rows, from `first` on, are keys and its
+    columns, from `start` on, queries; else the other way.
     """
 
     @device
@@ -2062,31 +2067,31 @@ def _tile_gradients(R, J, BY_KEY):
         row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
         T = lse.shape[1]
         for r in range(R):
-            for j in range(J):
+            for j in range(R):
                 t, u = first + row + 8 * r, start + lane + 8 * j
                 if BY_KEY:
                     t, u = u, t
                 a = d = np.float32(0)
                 if u <= t and t < T:
-                    a = math.exp(s[J * r + j] * scale - lse[head, t])
-                    d = a * (ds[J * r + j] - D[head, t]) * scale
-                s[J * r + j], ds[J * r + j] = a, d
+                    a = math.exp(s[R * r + j] * scale - lse[head, t])
+                    d = a * (ds[R * r + j] - D[head, t]) * scale
+                s[R * r + j], ds[R * r + j] = a, d
 
     return gradients
 
 
 # %% hand numbers to the warp tags=["exporti"] module="cuda.attention"
 @functools.cache
-def _tile_share(R, J):
-    """share(weights, s): a thread's R * J numbers to shared memory."""
+def _tile_share(R):
+    """share(weights, s): a thread's R * R numbers to shared memory."""
 
     @device
     def share(weights, s):
         row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
         cuda.syncwarp()  # whoever still reads the last ones
         for r in range(R):
-            for j in range(J):
-                weights[row + 8 * r, lane + 8 * j] = s[J * r + j]
+            for j in range(R):
+                weights[row + 8 * r, lane + 8 * j] = s[R * r + j]
         cuda.syncwarp()
 
     return share
@@ -2095,12 +2100,12 @@ def _tile_share(R, J):
 # %% walk over queries tags=["exporti"] module="cuda.attention"
 @functools.cache
 def _keys_kernel(hs):
-    R, J = (4, 4) if hs <= 64 else (2, 2)
-    ROWS, STRIDE = 8 * R, -(-hs // 32) * 32 + 4
-    WIDTH, SUMS, PAIRS = ROWS + 8, R * (STRIDE // 8), R * J
-    copy, write = _tile_copy(hs), _tile_write(hs, R)
-    dots, add = _tile_dots(hs, R, J), _tile_add(hs, R, J)
-    gradients, share = _tile_gradients(R, J, True), _tile_share(R, J)
+    R, STRIDE = 4 if hs <= 64 else 2, -(-hs // 32) * 32 + 4
+    ROWS, WIDTH = 8 * R, 8 * R + 8
+    SUMS, PAIRS = R * (STRIDE // 8), R * R
+    copy, write = _tile_copy(hs), _tile_write(hs, 8, R)
+    dots, add = _tile_dots(hs, 8, R), _tile_add(hs, 8, R)
+    gradients, share = _tile_gradients(R, True), _tile_share(R)
 
     @kernel(launch_bounds=64)
     def attention_backward_keys(dinp, dout, inp, lse, D, NH, scale, more):
@@ -2144,14 +2149,14 @@ def _keys_kernel(hs):
 # %% walk over keys tags=["exporti"] module="cuda.attention"
 @functools.cache
 def _queries_kernel(hs):
-    R, J = (4, 4) if hs <= 64 else (2, 2)
-    ROWS, STRIDE = 8 * R, -(-hs // 32) * 32 + 4
-    WIDTH, SUMS, PAIRS = ROWS + 8, R * (STRIDE // 8), R * J
-    copy, write = _tile_copy(hs), _tile_write(hs, R)
-    dots, add = _tile_dots(hs, R, J), _tile_add(hs, R, J)
-    gradients, share = _tile_gradients(R, J, False), _tile_share(R, J)
+    R, STRIDE = 4 if hs <= 64 else 2, -(-hs // 32) * 32 + 4
+    ROWS, WIDTH = 8 * R, 8 * R + 8
+    SUMS, PAIRS = R * (STRIDE // 8), R * R
+    copy, write = _tile_copy(hs), _tile_write(hs, 8, R)
+    dots, add = _tile_dots(hs, 8, R), _tile_add(hs, 8, R)
+    gradients, share = _tile_gradients(R, False), _tile_share(R)
 
-    @kernel(launch_bounds=64)
+    @kernel(launch_bounds=(64, 5))
     def attention_backward_queries(dinp, dout, inp, lse, D, NH, scale, more):
         T, C = lse.shape[1], NH * hs
         tiles = (T + ROWS - 1) // ROWS
@@ -2228,9 +2233,7 @@ def attention_backward(
     check_device(f"{name}: dout", dout, out.shape)
     count = attention_scratch(*_sizes(lse), 0, version)
     work = _find_work(name, work, count, inp)
-    ATTENTION_BACKWARD[version - 1](
-        dinp, dout, inp, out, lse, int(add), work
-    )
+    ATTENTION_BACKWARD[version - 1](dinp, dout, inp, out, lse, int(add), work)
 
 
 # %% backward against NumPy
