@@ -176,14 +176,31 @@ def _poisoned(shape, dtype):
     return np.full(shape, poison, dtype)
 
 
-class _Shared:
-    """cuda.shared: one array for each place in the code that asks."""
+def _placed(array, alignment):
+    """A copy at a multiple of `alignment` bytes, at most 128.
 
-    def array(self, shape, dtype):
+    None: at a multiple of the elements' size and of nothing more, which is
+    all that numba promises of shared memory.
+    """
+    block = np.empty(array.nbytes + 256, np.uint8)
+    skip = -block.ctypes.data % 128 + (0 if alignment else array.itemsize)
+    there = block[skip : skip + array.nbytes].view(array.dtype)
+    there = there.reshape(array.shape)
+    there[...] = array
+    return there
+
+
+class _Shared:
+    """cuda.shared: one array for each place in the code that asks.
+
+    Vectors of four need `alignment=16`.
+    """
+
+    def array(self, shape, dtype, alignment=None):
         block, frame = _now.lane.block, sys._getframe(1)
         key = frame.f_code, frame.f_lasti
         if key not in block.shared:
-            memory = _poisoned(shape, dtype)
+            memory = _placed(_poisoned(shape, dtype), alignment)
             if block.seen is not None:
                 memory = _Watched(memory, "shared", block.seen, block.log)
             block.shared[key] = memory
@@ -286,7 +303,8 @@ def load4(array, i):
     """Elements i to i + 3 of a flat view of `array`, in one access.
 
     array: float32, C-contiguous, any shape; its element i must begin at a
-    multiple of 16 bytes. Returns four numbers.
+    multiple of 16 bytes: a shared array is made with `alignment=16`.
+    Returns four numbers.
 
     Derived in chapter 4.
     """
