@@ -18,6 +18,7 @@ __all__ = [
 
 
 # imports of the simulator
+import dis
 import functools
 import sys
 from contextlib import contextmanager
@@ -441,6 +442,18 @@ class RaceError(RuntimeError):
     """
 
 
+# where in the code
+@functools.cache
+def _instruction(code, place):
+    """Where the instruction begins that a frame's f_lasti points into.
+
+    Python moves f_lasti past an instruction's cache once it has specialised
+    the instruction: the same access would count as two.
+    """
+    starts = (x.offset for x in dis.get_instructions(code))
+    return max(start for start in starts if start <= place)
+
+
 # what was seen
 class Seen:
     """What `watch` counted while simulated kernels ran.
@@ -466,7 +479,7 @@ class Seen:
     def count(self, shared, address, nbytes, write):
         """Count one access of the lane that runs, and its warp's request."""
         lane, frame = _now.lane, sys._getframe(3)
-        key = frame.f_code, frame.f_lasti
+        key = frame.f_code, _instruction(frame.f_code, frame.f_lasti)
         n = lane.counts[key] = lane.counts.get(key, 0) + 1
         warp = lane.block, lane.number // WARP
         group = (shared, nbytes, write, key, n, warp)
