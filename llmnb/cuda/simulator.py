@@ -199,7 +199,7 @@ class _Shared:
 
     def array(self, shape, dtype, alignment=None):
         block, frame = _now.lane.block, sys._getframe(1)
-        key = frame.f_code, frame.f_lasti
+        key = frame.f_code, _instruction(frame.f_code, frame.f_lasti)
         if key not in block.shared:
             memory = _placed(_poisoned(shape, dtype), alignment)
             if block.seen is not None:
