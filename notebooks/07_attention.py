@@ -1550,8 +1550,8 @@ def _tile_copy(hs):
 
 # %% [markdown]
 # A row begins at a multiple of 16 bytes where $hs$ is a multiple of 4.
-# Otherwise the copy reads float by float; all that follows reads shared
-# memory, where every row is aligned.
+# Otherwise the copy reads float by float. All that follows reads shared
+# memory, where every row is aligned: `alignment=16` asks for that.
 #
 # The second piece takes the scores of a tile, or anything that is a product
 # of rows with rows. The third multiplies weights with a tile and adds to
@@ -1736,10 +1736,10 @@ def _forward_kernel(hs):
         first = (tiles - 1 - cuda.blockIdx.x % tiles) * ROWS
         y = head // NH * T * C + head % NH * hs
         x = head // NH * T * 3 * C + head % NH * hs
-        q = cuda.shared.array((ROWS, STRIDE), np.float32)
-        k = cuda.shared.array((COLS, STRIDE), np.float32)
-        v = cuda.shared.array((COLS, STRIDE), np.float32)
-        weights = cuda.shared.array((ROWS, WIDTH), np.float32)
+        q = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        k = cuda.shared.array((COLS, STRIDE), np.float32, alignment=16)
+        v = cuda.shared.array((COLS, STRIDE), np.float32, alignment=16)
+        weights = cuda.shared.array((ROWS, WIDTH), np.float32, alignment=16)
         sums = cuda.local.array(SUMS, np.float32)
         s = cuda.local.array(PAIRS, np.float32)
         top = cuda.local.array(R, np.float32)
@@ -2140,11 +2140,11 @@ def _keys_kernel(hs):
         first = cuda.blockIdx.x % tiles * ROWS
         y = head // NH * T * C + head % NH * hs
         x = head // NH * T * 3 * C + head % NH * hs
-        k = cuda.shared.array((ROWS, STRIDE), np.float32)
-        v = cuda.shared.array((ROWS, STRIDE), np.float32)
-        q = cuda.shared.array((ROWS, STRIDE), np.float32)
-        do = cuda.shared.array((ROWS, STRIDE), np.float32)
-        weights = cuda.shared.array((ROWS, WIDTH), np.float32)
+        k = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        v = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        q = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        do = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        weights = cuda.shared.array((ROWS, WIDTH), np.float32, alignment=16)
         dk = cuda.local.array(SUMS, np.float32)
         dv = cuda.local.array(SUMS, np.float32)
         s = cuda.local.array(PAIRS, np.float32)
@@ -2189,11 +2189,11 @@ def _queries_kernel(hs):
         first = (tiles - 1 - cuda.blockIdx.x % tiles) * ROWS
         y = head // NH * T * C + head % NH * hs
         x = head // NH * T * 3 * C + head % NH * hs
-        q = cuda.shared.array((ROWS, STRIDE), np.float32)
-        do = cuda.shared.array((ROWS, STRIDE), np.float32)
-        k = cuda.shared.array((ROWS, STRIDE), np.float32)
-        v = cuda.shared.array((ROWS, STRIDE), np.float32)
-        weights = cuda.shared.array((ROWS, WIDTH), np.float32)
+        q = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        do = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        k = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        v = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        weights = cuda.shared.array((ROWS, WIDTH), np.float32, alignment=16)
         dq = cuda.local.array(SUMS, np.float32)
         s = cuda.local.array(PAIRS, np.float32)
         ds = cuda.local.array(PAIRS, np.float32)
