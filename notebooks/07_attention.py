@@ -38,11 +38,14 @@ gpt2_diagram(lit="attention")
 # - say why scores are divided by the root of the head size;
 # - derive the backward pass and say where $T^3$ turns into $T^2$;
 # - compute a softmax over a row that you never hold in memory;
-# - write an exponential that vectorises.
+# - write an exponential that vectorises;
+# - share the scores of a head among the blocks of a GPU, so that every
+#   element of the result has one owner, forward and backward.
 #
 # You need central differences from [chapter 0](00_gpt2.ipynb), the `kernel`
-# decorator from [chapter 3](03_encoder.ipynb), and the panels of
-# [chapter 6](06_matmul.ipynb).
+# decorator from [chapter 3](03_encoder.ipynb), the panels of
+# [chapter 6](06_matmul.ipynb), and for the GPU the simulator of
+# [chapter 4](04_gpu.ipynb).
 
 # %% [markdown]
 # ## Setup
@@ -1472,23 +1475,24 @@ def _forward_flash(out, lse, inp, work):
 # In version 2 every product of two numbers reads both of them from shared
 # memory. [Chapter 6](06_matmul.ipynb) met the same on the CPU, and the cure
 # is the same: a thread takes a small tile of the result in registers. Here
-# 64 threads stand in 8 rows of 8. Row $r$ of them owns queries
-# $r, r + 8, r + 16, \dots$, and lane $l$ of a row keys $l, l + 8, \dots$:
-# with 8 queries and 4 keys a thread, 12 numbers read serve 32 products. And
-# it reads four channels at once, with `load4`.
+# 128 threads stand in 16 rows of 8 and share 64 queries and 32 keys. Row $r$
+# of them owns queries $r, r + 16, r + 32, r + 48$, and lane $l$ of a row
+# keys $l, l + 8, l + 16, l + 24$. With 4 queries and 4 keys a thread, 8
+# numbers read serve 16 products. And it reads four channels at once, with
+# `load4`.
 
 # %% which thread owns which scores
-fig, ax = plt.subplots(figsize=(5.2, 4.6), dpi=100)
-who = [[8 * (t % 8) + u % 8 for u in range(16)] for t in range(12)]
-draw_owners(ax, who, group=8, rows="queries", cols="keys")
+fig, ax = plt.subplots(figsize=(5.6, 6.0), dpi=100)
+who = [[8 * (t % 16) + u % 8 for u in range(16)] for t in range(18)]
+draw_owners(ax, who, group=32, rows="queries", cols="keys")
 fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 7.4. The corner of a block's tile of scores with the numbers of
-# their threads, coloured by row of threads. A thread's scores stand 8 apart
-# in both directions; the eight lanes of a row of scores share a warp, so
-# that its maximum takes three exchanges.*
+# *Figure 7.4. A corner of a block's 64 x 32 scores, each with the number of
+# its thread, coloured by warp. A thread's scores stand 16 queries and 8 keys
+# apart; the eight threads of a row of scores share a warp, so that its
+# maximum takes three exchanges and no barrier of the block.*
 #
 # The plan of shared memory, of which a block may have 48 KB, at $hs = 64$:
 #
@@ -1507,11 +1511,12 @@ plt.show()
 # and then by four. The weights' rows are 40 apart for a like reason: the
 # four rows that a warp writes begin 8 banks apart.
 #
-# For heads of more than 64 channels a thread takes half as many rows and
-# half as many keys, which fits up to 128 channels.
+# For heads of more than 64 channels a thread takes 2 queries and 2 keys
+# instead of 4 and 4; that fits up to 128 channels.
 #
-# Three pieces serve forward and backward alike, with $R$ rows and $J$ columns
-# a thread. The first copies a tile.
+# Three pieces serve forward and backward alike. $G$ is how many rows of
+# threads there are, and $R$ how many rows, and how many columns, a thread
+# takes. The first piece copies a tile.
 
 
 # %% copy a tile tags=["exporti"] module="cuda.attention"
@@ -1526,7 +1531,7 @@ def _tile_copy(hs):
 
     @device
     def copy(tile, x, at, step, first, T):
-        for e in range(cuda.threadIdx.x, len(tile) * QUADS, 64):
+        for e in range(cuda.threadIdx.x, len(tile) * QUADS, cuda.blockDim.x):
             row, col = e // QUADS, e % QUADS * 4
             i = at + (first + row) * step + col
             a = b = c = d = np.float32(0)
@@ -1545,8 +1550,8 @@ def _tile_copy(hs):
 
 # %% [markdown]
 # A row begins at a multiple of 16 bytes where $hs$ is a multiple of 4.
-# Otherwise the copy reads float by float; all that follows reads shared
-# memory, where every row is aligned.
+# Otherwise the copy reads float by float. All that follows reads shared
+# memory, where every row is aligned: `alignment=16` asks for that.
 #
 # The second piece takes the scores of a tile, or anything that is a product
 # of rows with rows. The third multiplies weights with a tile and adds to
@@ -1556,46 +1561,46 @@ def _tile_copy(hs):
 
 # %% products of rows with rows tags=["exporti"] module="cuda.attention"
 @functools.cache
-def _tile_dots(hs, R, J):
-    """dots(s, one, two): s = dot products of R rows of one, J of two."""
-    STRIDE, LENGTH = -(-hs // 32) * 32 + 4, 4 * J
+def _tile_dots(hs, G, R):
+    """dots(s, one, two): s = dot products of R rows of one, R of two."""
+    STRIDE, LENGTH = -(-hs // 32) * 32 + 4, 4 * R
 
     @device
     def dots(s, one, two):
         row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
         y = cuda.local.array(LENGTH, np.float32)
-        for n in range(R * J):
+        for n in range(R * R):
             s[n] = np.float32(0)
         for i in range(0, hs, 4):
-            for j in range(J):
+            for j in range(R):
                 a, b, c, d = load4(two, (lane + 8 * j) * STRIDE + i)
                 y[4 * j], y[4 * j + 1] = a, b
                 y[4 * j + 2], y[4 * j + 3] = c, d
             for r in range(R):
-                a, b, c, d = load4(one, (row + 8 * r) * STRIDE + i)
-                for j in range(J):
-                    dot = s[J * r + j] + a * y[4 * j]
+                a, b, c, d = load4(one, (row + G * r) * STRIDE + i)
+                for j in range(R):
+                    dot = s[R * r + j] + a * y[4 * j]
                     dot += b * y[4 * j + 1]
                     dot += c * y[4 * j + 2]
-                    s[J * r + j] = dot + d * y[4 * j + 3]
+                    s[R * r + j] = dot + d * y[4 * j + 3]
 
     return dots
 
 
 # %% products of weights with rows tags=["exporti"] module="cuda.attention"
 @functools.cache
-def _tile_add(hs, R, J):
-    """add(sums, weights, tile): sums += weights @ tile, 8 * J rows of it."""
+def _tile_add(hs, G, R):
+    """add(sums, weights, tile): sums += weights @ tile, 8 * R rows of it."""
     PARTS, STRIDE = -(-hs // 32), -(-hs // 32) * 32 + 4
-    WIDTH, LENGTH = 8 * J + 8, 4 * R
+    WIDTH, LENGTH = 8 * R + 8, 4 * R
 
     @device
     def add(sums, weights, tile):
         row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
         w = cuda.local.array(LENGTH, np.float32)
-        for u in range(0, 8 * J, 4):
+        for u in range(0, 8 * R, 4):
             for r in range(R):
-                a, b, c, d = load4(weights, (row + 8 * r) * WIDTH + u)
+                a, b, c, d = load4(weights, (row + G * r) * WIDTH + u)
                 w[r], w[R + r], w[2 * R + r], w[3 * R + r] = a, b, c, d
             for v in range(4):
                 for n in range(PARTS):
@@ -1613,7 +1618,7 @@ def _tile_add(hs, R, J):
 
 # %% write the sums tags=["exporti"] module="cuda.attention"
 @functools.cache
-def _tile_write(hs, R):
+def _tile_write(hs, G, R):
     """write(x, sums, at, step, first, T, more): rows first.. of a head.
 
     more: whether to add to what x holds.
@@ -1625,7 +1630,7 @@ def _tile_write(hs, R):
         row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
         for r in range(R):
             for n in range(PARTS):
-                t, col = first + row + 8 * r, 32 * n + 4 * lane
+                t, col = first + row + G * r, 32 * n + 4 * lane
                 i, k = at + t * step + col, 4 * (PARTS * r + n)
                 if ALIGNED and t < T and col < hs:
                     a = b = c = d = np.float32(0)
@@ -1665,7 +1670,7 @@ def _lanes_sum(value):
 
 # %% the softmax of a tile tags=["exporti"] module="cuda.attention"
 @functools.cache
-def _tile_softmax(hs, R, J):
+def _tile_softmax(hs, G, R):
     """softmax(weights, sums, s, top, total, first, start, scale): (7.12).
 
     first, start: the tile's first query and first key.
@@ -1677,16 +1682,16 @@ def _tile_softmax(hs, R, J):
         row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
         for r in range(R):
             new = top[r]
-            for j in range(J):
-                seen = start + lane + 8 * j <= first + row + 8 * r
-                s[J * r + j] = s[J * r + j] * scale if seen else LOWEST
-                new = max(new, s[J * r + j])
+            for j in range(R):
+                seen = start + lane + 8 * j <= first + row + G * r
+                s[R * r + j] = s[R * r + j] * scale if seen else LOWEST
+                new = max(new, s[R * r + j])
             new = _lanes_max(new)
             factor = math.exp(top[r] - new)
             top[r], total[r] = new, total[r] * factor
-            for j in range(J):
-                e = math.exp(s[J * r + j] - new)
-                weights[row + 8 * r, lane + 8 * j] = e
+            for j in range(R):
+                e = math.exp(s[R * r + j] - new)
+                weights[row + G * r, lane + 8 * j] = e
                 total[r] += e
             for n in range(PER):
                 sums[PER * r + n] *= factor
@@ -1696,7 +1701,7 @@ def _tile_softmax(hs, R, J):
 
 # %% the end of the rows tags=["exporti"] module="cuda.attention"
 @functools.cache
-def _tile_finish(hs, R):
+def _tile_finish(hs, G, R):
     """finish(lse, head, sums, top, total, first): (7.13)."""
     PER = -(-hs // 32) * 4
 
@@ -1704,7 +1709,7 @@ def _tile_finish(hs, R):
     def finish(lse, head, sums, top, total, first):
         row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
         for r in range(R):
-            t, whole = first + row + 8 * r, _lanes_sum(total[r])
+            t, whole = first + row + G * r, _lanes_sum(total[r])
             for n in range(PER):
                 sums[PER * r + n] /= whole
             if lane == 0 and t < lse.shape[1]:
@@ -1716,14 +1721,14 @@ def _tile_finish(hs, R):
 # %% version 3, the kernel tags=["exporti"] module="cuda.attention"
 @functools.cache
 def _forward_kernel(hs):
-    R, J = (8, 4) if hs <= 64 else (4, 2)
-    ROWS, COLS, STRIDE = 8 * R, 8 * J, -(-hs // 32) * 32 + 4
-    WIDTH, SUMS, PAIRS = COLS + 8, R * (STRIDE // 8), R * J
-    copy, write = _tile_copy(hs), _tile_write(hs, R)
-    dots, add = _tile_dots(hs, R, J), _tile_add(hs, R, J)
-    softmax, finish = _tile_softmax(hs, R, J), _tile_finish(hs, R)
+    R, STRIDE = 4 if hs <= 64 else 2, -(-hs // 32) * 32 + 4
+    ROWS, COLS, WIDTH = 16 * R, 8 * R, 8 * R + 8
+    SUMS, PAIRS = R * (STRIDE // 8), R * R
+    copy, write = _tile_copy(hs), _tile_write(hs, 16, R)
+    dots, add = _tile_dots(hs, 16, R), _tile_add(hs, 16, R)
+    softmax, finish = _tile_softmax(hs, 16, R), _tile_finish(hs, 16, R)
 
-    @kernel(launch_bounds=64)
+    @kernel(launch_bounds=128)
     def attention_forward_tiles(out, lse, inp, NH, scale):
         T, C = lse.shape[1], NH * hs
         tiles = (T + ROWS - 1) // ROWS
@@ -1731,10 +1736,10 @@ def _forward_kernel(hs):
         first = (tiles - 1 - cuda.blockIdx.x % tiles) * ROWS
         y = head // NH * T * C + head % NH * hs
         x = head // NH * T * 3 * C + head % NH * hs
-        q = cuda.shared.array((ROWS, STRIDE), np.float32)
-        k = cuda.shared.array((COLS, STRIDE), np.float32)
-        v = cuda.shared.array((COLS, STRIDE), np.float32)
-        weights = cuda.shared.array((ROWS, WIDTH), np.float32)
+        q = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        k = cuda.shared.array((COLS, STRIDE), np.float32, alignment=16)
+        v = cuda.shared.array((COLS, STRIDE), np.float32, alignment=16)
+        weights = cuda.shared.array((ROWS, WIDTH), np.float32, alignment=16)
         sums = cuda.local.array(SUMS, np.float32)
         s = cuda.local.array(PAIRS, np.float32)
         top = cuda.local.array(R, np.float32)
@@ -1761,13 +1766,13 @@ def _forward_kernel(hs):
 
 # %% version 3 tags=["exporti"] module="cuda.attention"
 def _forward_tiles(out, lse, inp, work):
-    """A block for 64 queries, 8 queries and 4 keys a thread."""
+    """A block for 64 queries, 4 queries and 4 keys a thread."""
     B, NH, T = lse.shape
     hs = out.shape[2] // NH
     scale = np.float32(1 / math.sqrt(hs))
     grid = B * NH * -(-T // (64 if hs <= 64 else 32))
     out, inp, lse = out.reshape(-1), inp.reshape(-1), lse.reshape(B * NH, T)
-    _forward_kernel(hs)[grid, 64](out, lse, inp, NH, scale)
+    _forward_kernel(hs)[grid, 128](out, lse, inp, NH, scale)
 
 
 # %% [markdown]
@@ -1893,7 +1898,7 @@ for hs in (5, 12):
 # serves at once.
 
 # %% forward, counted
-from llmnb.cuda.simulator import watch
+from llmnb.cuda.simulator import RaceError, watch
 
 
 def count(run, versions, what):
@@ -1910,12 +1915,14 @@ what = "requests", "sectors", "shared_requests", "shared_passes"
 count(lambda version: on_gpu(p, version, simulated), (1, 2, 3), what)
 
 # %% [markdown]
-# Version 2 moves a small part of version 1's sectors through global memory,
-# and pays with shared memory: two reads for each product. Version 3 asks
-# shared memory far less often, and a request for four floats a lane takes
-# four passes, so compare the passes. That is with a thread for 32 scores; how
-# many registers that takes, and whether a smaller tile with more threads
-# would do better, is a question for a measurement.
+# Version 2 moves a small part of version 1's sectors, and pays with shared
+# memory: two reads for each product. Version 3 asks shared memory a ninth as
+# often. But a request for four floats a lane is served in four passes, so
+# compare the passes: fewer than half. A larger tile a thread, of 8 queries
+# and 4 keys, would take fewer still; compiled, it wants more than the 255
+# registers that a thread can have, and spills.
+#
+# Version 1's count has no caches: a sector counts each time a warp asks.
 #
 # What a block reads for its tile of queries grows with the tile. At
 # $T = 1024$ and $hs = 64$ a head has 1 MB of queries, keys, values and
@@ -2030,14 +2037,36 @@ def _backward_unfused(dinp, dout, inp, out, lse, add, work):
 #
 # Without the square, $dq_t$ is a sum over keys and $dk_u$ one over queries.
 # The two want different owners, as the two halves of figure 7.3. Could a
-# block that owns keys add to $dq$ on its way? Other blocks would add to the
-# same numbers at the same time, and without atomic additions some of that
-# would be lost; with them the order of the additions, and the last bits,
-# would change from run to run. So we walk twice: one kernel owns tiles of
-# keys and walks down, for $dk$ and $dv$, and another owns tiles of queries
-# and walks to the right, for $dq$. The price is that both take the products
-# $S$ and $dE$ of (7.14): seven in all instead of five. It buys that every
-# number has one owner, which sums in one order.
+# block that owns keys add to $dq$ on its way? Here is that in small, a block
+# for each key and a thread for each channel:
+
+
+# %% a block for each key adds to dq
+@kernel
+def dq_by_key(dq, ds, k):
+    u, i = cuda.blockIdx.x, cuda.threadIdx.x
+    for t in range(u, dq.shape[0]):
+        dq[t, i] += ds[t, u] * k[u, i]
+
+
+small = [rng.normal(size=(3, n)).astype(np.float32) for n in (4, 3, 4)]
+with watch():
+    try:
+        dq_by_key[3, 4](*map(simulated, small))
+        caught = False
+    except RaceError as error:
+        print(error)
+        caught = True
+verdict("the race", caught, "is caught")
+
+# %% [markdown]
+# Other blocks add to the same numbers at the same time, and some of what
+# they add is lost. Atomic additions would lose nothing, but their order, and
+# with it the last bits, would change from run to run. So we walk twice: one
+# kernel owns tiles of keys and walks down, for $dk$ and $dv$, and another
+# owns tiles of queries and walks to the right, for $dq$. The price is that
+# both take the products $S$ and $dE$ of (7.14): seven in all instead of
+# five. It buys that every number has one owner, which sums in one order.
 #
 # The pieces of the forward pass do the work. In the first kernel the *rows*
 # of a tile are keys and its columns queries, so its scores are transposed:
@@ -2050,11 +2079,12 @@ def _backward_unfused(dinp, dout, inp, out, lse, add, work):
 
 # %% weights and gradients of a tile tags=["exporti"] module="cuda.attention"
 @functools.cache
-def _tile_gradients(R, J, BY_KEY):
-    """gradients(weights, s, ds, L, D, row, col, T, scale): (7.4), (7.8).
+def _tile_gradients(R, BY_KEY):
+    """gradients(s, ds, lse, D, head, first, start, scale): (7.4), (7.8).
 
-    Writes weights to s and gradients of scores to ds; L, D are those of one
-    head. BY_KEY: whether a tile's rows are keys, from `row` on.
+    s, ds hold dot products of a tile; they become weights and gradients of
+    scores. BY_KEY: whether its rows, from `first` on, are keys and its
+    columns, from `start` on, queries; else the other way.
     """
 
     @device
@@ -2062,31 +2092,31 @@ def _tile_gradients(R, J, BY_KEY):
         row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
         T = lse.shape[1]
         for r in range(R):
-            for j in range(J):
+            for j in range(R):
                 t, u = first + row + 8 * r, start + lane + 8 * j
                 if BY_KEY:
                     t, u = u, t
                 a = d = np.float32(0)
                 if u <= t and t < T:
-                    a = math.exp(s[J * r + j] * scale - lse[head, t])
-                    d = a * (ds[J * r + j] - D[head, t]) * scale
-                s[J * r + j], ds[J * r + j] = a, d
+                    a = math.exp(s[R * r + j] * scale - lse[head, t])
+                    d = a * (ds[R * r + j] - D[head, t]) * scale
+                s[R * r + j], ds[R * r + j] = a, d
 
     return gradients
 
 
 # %% hand numbers to the warp tags=["exporti"] module="cuda.attention"
 @functools.cache
-def _tile_share(R, J):
-    """share(weights, s): a thread's R * J numbers to shared memory."""
+def _tile_share(R):
+    """share(weights, s): a thread's R * R numbers to shared memory."""
 
     @device
     def share(weights, s):
         row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
         cuda.syncwarp()  # whoever still reads the last ones
         for r in range(R):
-            for j in range(J):
-                weights[row + 8 * r, lane + 8 * j] = s[J * r + j]
+            for j in range(R):
+                weights[row + 8 * r, lane + 8 * j] = s[R * r + j]
         cuda.syncwarp()
 
     return share
@@ -2095,12 +2125,12 @@ def _tile_share(R, J):
 # %% walk over queries tags=["exporti"] module="cuda.attention"
 @functools.cache
 def _keys_kernel(hs):
-    R, J = (4, 4) if hs <= 64 else (2, 2)
-    ROWS, STRIDE = 8 * R, -(-hs // 32) * 32 + 4
-    WIDTH, SUMS, PAIRS = ROWS + 8, R * (STRIDE // 8), R * J
-    copy, write = _tile_copy(hs), _tile_write(hs, R)
-    dots, add = _tile_dots(hs, R, J), _tile_add(hs, R, J)
-    gradients, share = _tile_gradients(R, J, True), _tile_share(R, J)
+    R, STRIDE = 4 if hs <= 64 else 2, -(-hs // 32) * 32 + 4
+    ROWS, WIDTH = 8 * R, 8 * R + 8
+    SUMS, PAIRS = R * (STRIDE // 8), R * R
+    copy, write = _tile_copy(hs), _tile_write(hs, 8, R)
+    dots, add = _tile_dots(hs, 8, R), _tile_add(hs, 8, R)
+    gradients, share = _tile_gradients(R, True), _tile_share(R)
 
     @kernel(launch_bounds=64)
     def attention_backward_keys(dinp, dout, inp, lse, D, NH, scale, more):
@@ -2110,11 +2140,11 @@ def _keys_kernel(hs):
         first = cuda.blockIdx.x % tiles * ROWS
         y = head // NH * T * C + head % NH * hs
         x = head // NH * T * 3 * C + head % NH * hs
-        k = cuda.shared.array((ROWS, STRIDE), np.float32)
-        v = cuda.shared.array((ROWS, STRIDE), np.float32)
-        q = cuda.shared.array((ROWS, STRIDE), np.float32)
-        do = cuda.shared.array((ROWS, STRIDE), np.float32)
-        weights = cuda.shared.array((ROWS, WIDTH), np.float32)
+        k = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        v = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        q = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        do = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        weights = cuda.shared.array((ROWS, WIDTH), np.float32, alignment=16)
         dk = cuda.local.array(SUMS, np.float32)
         dv = cuda.local.array(SUMS, np.float32)
         s = cuda.local.array(PAIRS, np.float32)
@@ -2144,14 +2174,14 @@ def _keys_kernel(hs):
 # %% walk over keys tags=["exporti"] module="cuda.attention"
 @functools.cache
 def _queries_kernel(hs):
-    R, J = (4, 4) if hs <= 64 else (2, 2)
-    ROWS, STRIDE = 8 * R, -(-hs // 32) * 32 + 4
-    WIDTH, SUMS, PAIRS = ROWS + 8, R * (STRIDE // 8), R * J
-    copy, write = _tile_copy(hs), _tile_write(hs, R)
-    dots, add = _tile_dots(hs, R, J), _tile_add(hs, R, J)
-    gradients, share = _tile_gradients(R, J, False), _tile_share(R, J)
+    R, STRIDE = 4 if hs <= 64 else 2, -(-hs // 32) * 32 + 4
+    ROWS, WIDTH = 8 * R, 8 * R + 8
+    SUMS, PAIRS = R * (STRIDE // 8), R * R
+    copy, write = _tile_copy(hs), _tile_write(hs, 8, R)
+    dots, add = _tile_dots(hs, 8, R), _tile_add(hs, 8, R)
+    gradients, share = _tile_gradients(R, False), _tile_share(R)
 
-    @kernel(launch_bounds=64)
+    @kernel(launch_bounds=(64, 5))
     def attention_backward_queries(dinp, dout, inp, lse, D, NH, scale, more):
         T, C = lse.shape[1], NH * hs
         tiles = (T + ROWS - 1) // ROWS
@@ -2159,11 +2189,11 @@ def _queries_kernel(hs):
         first = (tiles - 1 - cuda.blockIdx.x % tiles) * ROWS
         y = head // NH * T * C + head % NH * hs
         x = head // NH * T * 3 * C + head % NH * hs
-        q = cuda.shared.array((ROWS, STRIDE), np.float32)
-        do = cuda.shared.array((ROWS, STRIDE), np.float32)
-        k = cuda.shared.array((ROWS, STRIDE), np.float32)
-        v = cuda.shared.array((ROWS, STRIDE), np.float32)
-        weights = cuda.shared.array((ROWS, WIDTH), np.float32)
+        q = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        do = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        k = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        v = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        weights = cuda.shared.array((ROWS, WIDTH), np.float32, alignment=16)
         dq = cuda.local.array(SUMS, np.float32)
         s = cuda.local.array(PAIRS, np.float32)
         ds = cuda.local.array(PAIRS, np.float32)
@@ -2228,9 +2258,7 @@ def attention_backward(
     check_device(f"{name}: dout", dout, out.shape)
     count = attention_scratch(*_sizes(lse), 0, version)
     work = _find_work(name, work, count, inp)
-    ATTENTION_BACKWARD[version - 1](
-        dinp, dout, inp, out, lse, int(add), work
-    )
+    ATTENTION_BACKWARD[version - 1](dinp, dout, inp, out, lse, int(add), work)
 
 
 # %% backward against NumPy
@@ -2249,11 +2277,26 @@ for hs in (5, 12):
         got = back_on_gpu(p, version)
         compare(f"{version}: dinp", got, want, tol=1e-5)
 
+# %% [markdown]
+# The counts once more, for 16 channels and 32 positions, and the scratch of
+# the batch above.
+
 # %% backward, counted
-p = problem(1, 64, 1, 16)
+p = problem(1, 32, 1, 16)
 reference.forward(p.out, p.lse, p.inp)
 count(lambda version: back_on_gpu(p, version, simulated), (1, 2), what)
-print(f"scratch at B = 16, T = 1024: {4 * attention_scratch(16, 1024, 12):,}")
+for version in (1, 2):
+    floats = attention_scratch(16, 1024, 12, 0, version)
+    print(f"version {version}: {4 * floats:,} bytes of scratch")
+
+# %% the same bits on every run
+same = np.array_equal(back_on_gpu(p, 2), back_on_gpu(p, 2))
+verdict("another run", same, "gives the same bits")
+
+# %% [markdown]
+# What is left on the table: the tiles on the diagonal are computed whole, the
+# copies do not overlap with the arithmetic, and the products run on the
+# ordinary units, in float32, and not on tensor cores.
 
 # %% [markdown]
 # ## Count it
@@ -2371,6 +2414,9 @@ plt.show()
 #   collapses to $a\,(da - D)$, with $D = do \cdot o$.
 # - A running maximum and sum give a softmax without its row, so no array
 #   of size T × T exists.
+# - On a GPU a block owns a tile of queries and walks over the keys. Backward
+#   walks twice, by keys and by queries, so that no two blocks add to one
+#   number.
 
 # %% [markdown]
 # ## Design note
@@ -2382,8 +2428,9 @@ plt.show()
 # busy, with seven products instead of five. The other way out is to let
 # threads add to shared memory under a lock or with atomic instructions. It
 # makes the last bits depend on who came first, and then a run that is resumed
-# is not the run that was interrupted. Forward, it is no question at all: rows
-# are independent.
+# is not the run that was interrupted. The GPU, which has far more places to
+# fill than there are heads, takes the two sweeps. Forward, it is no question
+# at all: rows are independent.
 #
 # Saving the weights would spare backward one of its five products and all
 # exponentials. For short sequences that is a fair trade. For four sequences
@@ -2519,6 +2566,36 @@ far = windowed(q, k, v, 5)
 verdict("out of sight", np.array_equal(near[34:], far[34:]), "is unread")
 
 # %% [markdown]
+# **5** (★★). How many tiles of scores do the blocks of version 3 of the GPU's
+# forward pass visit for one head of 64 channels or fewer and $T$ positions?
+# Check it by the barriers that its threads reach. Which part of the scores
+# that they compute at $T = 1024$ is masked?
+#
+# :::{admonition} Solution to exercise 5
+# :class: dropdown
+# Block $n$ owns queries $64n$ to $\min(64(n + 1), T) - 1$ and visits every
+# tile of 32 keys that begins before that end. Each visit has two barriers
+# for each of 128 threads. At $T = 1024$ they visit $2 + 4 + \dots + 32 = 272$
+# tiles of $64 \cdot 32$ scores, of which $T(T + 1)/2$ are wanted: about 6 %
+# are masked.
+# :::
+
+
+# %% exercise 5, tiles visited tags=["hide-cell"]
+def visited(T):
+    ends = [min(first + 64, T) for first in range(0, T, 64)]
+    return sum(-(-end // 32) for end in ends)
+
+
+# %% exercise 5, checked
+p = problem(1, 70, 1, 4)
+with watch() as seen:
+    on_gpu(p, 3, simulated)
+verdict("barriers", seen.barriers == 2 * 128 * visited(70), "2 a tile")
+masked = 1 - 1024 * 1025 / 2 / (visited(1024) * 64 * 32)
+print(f"{visited(1024)} tiles at T = 1024, {masked:.0%} of them masked")
+
+# %% [markdown]
 # ## Further reading
 #
 # - Vaswani et al. (2017),
@@ -2529,8 +2606,8 @@ verdict("out of sight", np.array_equal(near[34:], far[34:]), "is unread")
 #   [Online normalizer calculation for softmax](https://arxiv.org/abs/1805.02867):
 #   the running maximum and sum of (7.12).
 # - Dao et al. (2022),
-#   [FlashAttention](https://arxiv.org/abs/2205.14135): the same idea on a
-#   GPU, with the traffic between memories counted.
+#   [FlashAttention](https://arxiv.org/abs/2205.14135): versions 2 and 3 of
+#   the GPU section, with the traffic between memories counted.
 # - Olsson et al. (2022),
 #   [In-context Learning and Induction Heads](https://arxiv.org/abs/2209.11895):
 #   the heads of figure 7.5, found in trained models.

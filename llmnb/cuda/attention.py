@@ -212,7 +212,7 @@ def _tile_copy(hs):
 
     @device
     def copy(tile, x, at, step, first, T):
-        for e in range(cuda.threadIdx.x, len(tile) * QUADS, 64):
+        for e in range(cuda.threadIdx.x, len(tile) * QUADS, cuda.blockDim.x):
             row, col = e // QUADS, e % QUADS * 4
             i = at + (first + row) * step + col
             a = b = c = d = np.float32(0)
@@ -231,46 +231,46 @@ def _tile_copy(hs):
 
 # products of rows with rows
 @functools.cache
-def _tile_dots(hs, R, J):
-    """dots(s, one, two): s = dot products of R rows of one, J of two."""
-    STRIDE, LENGTH = -(-hs // 32) * 32 + 4, 4 * J
+def _tile_dots(hs, G, R):
+    """dots(s, one, two): s = dot products of R rows of one, R of two."""
+    STRIDE, LENGTH = -(-hs // 32) * 32 + 4, 4 * R
 
     @device
     def dots(s, one, two):
         row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
         y = cuda.local.array(LENGTH, np.float32)
-        for n in range(R * J):
+        for n in range(R * R):
             s[n] = np.float32(0)
         for i in range(0, hs, 4):
-            for j in range(J):
+            for j in range(R):
                 a, b, c, d = load4(two, (lane + 8 * j) * STRIDE + i)
                 y[4 * j], y[4 * j + 1] = a, b
                 y[4 * j + 2], y[4 * j + 3] = c, d
             for r in range(R):
-                a, b, c, d = load4(one, (row + 8 * r) * STRIDE + i)
-                for j in range(J):
-                    dot = s[J * r + j] + a * y[4 * j]
+                a, b, c, d = load4(one, (row + G * r) * STRIDE + i)
+                for j in range(R):
+                    dot = s[R * r + j] + a * y[4 * j]
                     dot += b * y[4 * j + 1]
                     dot += c * y[4 * j + 2]
-                    s[J * r + j] = dot + d * y[4 * j + 3]
+                    s[R * r + j] = dot + d * y[4 * j + 3]
 
     return dots
 
 
 # products of weights with rows
 @functools.cache
-def _tile_add(hs, R, J):
-    """add(sums, weights, tile): sums += weights @ tile, 8 * J rows of it."""
+def _tile_add(hs, G, R):
+    """add(sums, weights, tile): sums += weights @ tile, 8 * R rows of it."""
     PARTS, STRIDE = -(-hs // 32), -(-hs // 32) * 32 + 4
-    WIDTH, LENGTH = 8 * J + 8, 4 * R
+    WIDTH, LENGTH = 8 * R + 8, 4 * R
 
     @device
     def add(sums, weights, tile):
         row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
         w = cuda.local.array(LENGTH, np.float32)
-        for u in range(0, 8 * J, 4):
+        for u in range(0, 8 * R, 4):
             for r in range(R):
-                a, b, c, d = load4(weights, (row + 8 * r) * WIDTH + u)
+                a, b, c, d = load4(weights, (row + G * r) * WIDTH + u)
                 w[r], w[R + r], w[2 * R + r], w[3 * R + r] = a, b, c, d
             for v in range(4):
                 for n in range(PARTS):
@@ -288,7 +288,7 @@ def _tile_add(hs, R, J):
 
 # write the sums
 @functools.cache
-def _tile_write(hs, R):
+def _tile_write(hs, G, R):
     """write(x, sums, at, step, first, T, more): rows first.. of a head.
 
     more: whether to add to what x holds.
@@ -300,7 +300,7 @@ def _tile_write(hs, R):
         row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
         for r in range(R):
             for n in range(PARTS):
-                t, col = first + row + 8 * r, 32 * n + 4 * lane
+                t, col = first + row + G * r, 32 * n + 4 * lane
                 i, k = at + t * step + col, 4 * (PARTS * r + n)
                 if ALIGNED and t < T and col < hs:
                     a = b = c = d = np.float32(0)
@@ -336,7 +336,7 @@ def _lanes_sum(value):
 
 # the softmax of a tile
 @functools.cache
-def _tile_softmax(hs, R, J):
+def _tile_softmax(hs, G, R):
     """softmax(weights, sums, s, top, total, first, start, scale): (7.12).
 
     first, start: the tile's first query and first key.
@@ -348,16 +348,16 @@ def _tile_softmax(hs, R, J):
         row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
         for r in range(R):
             new = top[r]
-            for j in range(J):
-                seen = start + lane + 8 * j <= first + row + 8 * r
-                s[J * r + j] = s[J * r + j] * scale if seen else LOWEST
-                new = max(new, s[J * r + j])
+            for j in range(R):
+                seen = start + lane + 8 * j <= first + row + G * r
+                s[R * r + j] = s[R * r + j] * scale if seen else LOWEST
+                new = max(new, s[R * r + j])
             new = _lanes_max(new)
             factor = math.exp(top[r] - new)
             top[r], total[r] = new, total[r] * factor
-            for j in range(J):
-                e = math.exp(s[J * r + j] - new)
-                weights[row + 8 * r, lane + 8 * j] = e
+            for j in range(R):
+                e = math.exp(s[R * r + j] - new)
+                weights[row + G * r, lane + 8 * j] = e
                 total[r] += e
             for n in range(PER):
                 sums[PER * r + n] *= factor
@@ -367,7 +367,7 @@ def _tile_softmax(hs, R, J):
 
 # the end of the rows
 @functools.cache
-def _tile_finish(hs, R):
+def _tile_finish(hs, G, R):
     """finish(lse, head, sums, top, total, first): (7.13)."""
     PER = -(-hs // 32) * 4
 
@@ -375,7 +375,7 @@ def _tile_finish(hs, R):
     def finish(lse, head, sums, top, total, first):
         row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
         for r in range(R):
-            t, whole = first + row + 8 * r, _lanes_sum(total[r])
+            t, whole = first + row + G * r, _lanes_sum(total[r])
             for n in range(PER):
                 sums[PER * r + n] /= whole
             if lane == 0 and t < lse.shape[1]:
@@ -387,14 +387,14 @@ def _tile_finish(hs, R):
 # version 3, the kernel
 @functools.cache
 def _forward_kernel(hs):
-    R, J = (8, 4) if hs <= 64 else (4, 2)
-    ROWS, COLS, STRIDE = 8 * R, 8 * J, -(-hs // 32) * 32 + 4
-    WIDTH, SUMS, PAIRS = COLS + 8, R * (STRIDE // 8), R * J
-    copy, write = _tile_copy(hs), _tile_write(hs, R)
-    dots, add = _tile_dots(hs, R, J), _tile_add(hs, R, J)
-    softmax, finish = _tile_softmax(hs, R, J), _tile_finish(hs, R)
+    R, STRIDE = 4 if hs <= 64 else 2, -(-hs // 32) * 32 + 4
+    ROWS, COLS, WIDTH = 16 * R, 8 * R, 8 * R + 8
+    SUMS, PAIRS = R * (STRIDE // 8), R * R
+    copy, write = _tile_copy(hs), _tile_write(hs, 16, R)
+    dots, add = _tile_dots(hs, 16, R), _tile_add(hs, 16, R)
+    softmax, finish = _tile_softmax(hs, 16, R), _tile_finish(hs, 16, R)
 
-    @kernel(launch_bounds=64)
+    @kernel(launch_bounds=128)
     def attention_forward_tiles(out, lse, inp, NH, scale):
         T, C = lse.shape[1], NH * hs
         tiles = (T + ROWS - 1) // ROWS
@@ -402,10 +402,10 @@ def _forward_kernel(hs):
         first = (tiles - 1 - cuda.blockIdx.x % tiles) * ROWS
         y = head // NH * T * C + head % NH * hs
         x = head // NH * T * 3 * C + head % NH * hs
-        q = cuda.shared.array((ROWS, STRIDE), np.float32)
-        k = cuda.shared.array((COLS, STRIDE), np.float32)
-        v = cuda.shared.array((COLS, STRIDE), np.float32)
-        weights = cuda.shared.array((ROWS, WIDTH), np.float32)
+        q = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        k = cuda.shared.array((COLS, STRIDE), np.float32, alignment=16)
+        v = cuda.shared.array((COLS, STRIDE), np.float32, alignment=16)
+        weights = cuda.shared.array((ROWS, WIDTH), np.float32, alignment=16)
         sums = cuda.local.array(SUMS, np.float32)
         s = cuda.local.array(PAIRS, np.float32)
         top = cuda.local.array(R, np.float32)
@@ -432,13 +432,13 @@ def _forward_kernel(hs):
 
 # version 3
 def _forward_tiles(out, lse, inp, work):
-    """A block for 64 queries, 8 queries and 4 keys a thread."""
+    """A block for 64 queries, 4 queries and 4 keys a thread."""
     B, NH, T = lse.shape
     hs = out.shape[2] // NH
     scale = np.float32(1 / math.sqrt(hs))
     grid = B * NH * -(-T // (64 if hs <= 64 else 32))
     out, inp, lse = out.reshape(-1), inp.reshape(-1), lse.reshape(B * NH, T)
-    _forward_kernel(hs)[grid, 64](out, lse, inp, NH, scale)
+    _forward_kernel(hs)[grid, 128](out, lse, inp, NH, scale)
 
 
 # the versions of forward
@@ -618,11 +618,12 @@ def _backward_unfused(dinp, dout, inp, out, lse, add, work):
 
 # weights and gradients of a tile
 @functools.cache
-def _tile_gradients(R, J, BY_KEY):
-    """gradients(weights, s, ds, L, D, row, col, T, scale): (7.4), (7.8).
+def _tile_gradients(R, BY_KEY):
+    """gradients(s, ds, lse, D, head, first, start, scale): (7.4), (7.8).
 
-    Writes weights to s and gradients of scores to ds; L, D are those of one
-    head. BY_KEY: whether a tile's rows are keys, from `row` on.
+    s, ds hold dot products of a tile; they become weights and gradients of
+    scores. BY_KEY: whether its rows, from `first` on, are keys and its
+    columns, from `start` on, queries; else the other way.
     """
 
     @device
@@ -630,31 +631,31 @@ def _tile_gradients(R, J, BY_KEY):
         row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
         T = lse.shape[1]
         for r in range(R):
-            for j in range(J):
+            for j in range(R):
                 t, u = first + row + 8 * r, start + lane + 8 * j
                 if BY_KEY:
                     t, u = u, t
                 a = d = np.float32(0)
                 if u <= t and t < T:
-                    a = math.exp(s[J * r + j] * scale - lse[head, t])
-                    d = a * (ds[J * r + j] - D[head, t]) * scale
-                s[J * r + j], ds[J * r + j] = a, d
+                    a = math.exp(s[R * r + j] * scale - lse[head, t])
+                    d = a * (ds[R * r + j] - D[head, t]) * scale
+                s[R * r + j], ds[R * r + j] = a, d
 
     return gradients
 
 
 # hand numbers to the warp
 @functools.cache
-def _tile_share(R, J):
-    """share(weights, s): a thread's R * J numbers to shared memory."""
+def _tile_share(R):
+    """share(weights, s): a thread's R * R numbers to shared memory."""
 
     @device
     def share(weights, s):
         row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
         cuda.syncwarp()  # whoever still reads the last ones
         for r in range(R):
-            for j in range(J):
-                weights[row + 8 * r, lane + 8 * j] = s[J * r + j]
+            for j in range(R):
+                weights[row + 8 * r, lane + 8 * j] = s[R * r + j]
         cuda.syncwarp()
 
     return share
@@ -663,12 +664,12 @@ def _tile_share(R, J):
 # walk over queries
 @functools.cache
 def _keys_kernel(hs):
-    R, J = (4, 4) if hs <= 64 else (2, 2)
-    ROWS, STRIDE = 8 * R, -(-hs // 32) * 32 + 4
-    WIDTH, SUMS, PAIRS = ROWS + 8, R * (STRIDE // 8), R * J
-    copy, write = _tile_copy(hs), _tile_write(hs, R)
-    dots, add = _tile_dots(hs, R, J), _tile_add(hs, R, J)
-    gradients, share = _tile_gradients(R, J, True), _tile_share(R, J)
+    R, STRIDE = 4 if hs <= 64 else 2, -(-hs // 32) * 32 + 4
+    ROWS, WIDTH = 8 * R, 8 * R + 8
+    SUMS, PAIRS = R * (STRIDE // 8), R * R
+    copy, write = _tile_copy(hs), _tile_write(hs, 8, R)
+    dots, add = _tile_dots(hs, 8, R), _tile_add(hs, 8, R)
+    gradients, share = _tile_gradients(R, True), _tile_share(R)
 
     @kernel(launch_bounds=64)
     def attention_backward_keys(dinp, dout, inp, lse, D, NH, scale, more):
@@ -678,11 +679,11 @@ def _keys_kernel(hs):
         first = cuda.blockIdx.x % tiles * ROWS
         y = head // NH * T * C + head % NH * hs
         x = head // NH * T * 3 * C + head % NH * hs
-        k = cuda.shared.array((ROWS, STRIDE), np.float32)
-        v = cuda.shared.array((ROWS, STRIDE), np.float32)
-        q = cuda.shared.array((ROWS, STRIDE), np.float32)
-        do = cuda.shared.array((ROWS, STRIDE), np.float32)
-        weights = cuda.shared.array((ROWS, WIDTH), np.float32)
+        k = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        v = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        q = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        do = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        weights = cuda.shared.array((ROWS, WIDTH), np.float32, alignment=16)
         dk = cuda.local.array(SUMS, np.float32)
         dv = cuda.local.array(SUMS, np.float32)
         s = cuda.local.array(PAIRS, np.float32)
@@ -712,14 +713,14 @@ def _keys_kernel(hs):
 # walk over keys
 @functools.cache
 def _queries_kernel(hs):
-    R, J = (4, 4) if hs <= 64 else (2, 2)
-    ROWS, STRIDE = 8 * R, -(-hs // 32) * 32 + 4
-    WIDTH, SUMS, PAIRS = ROWS + 8, R * (STRIDE // 8), R * J
-    copy, write = _tile_copy(hs), _tile_write(hs, R)
-    dots, add = _tile_dots(hs, R, J), _tile_add(hs, R, J)
-    gradients, share = _tile_gradients(R, J, False), _tile_share(R, J)
+    R, STRIDE = 4 if hs <= 64 else 2, -(-hs // 32) * 32 + 4
+    ROWS, WIDTH = 8 * R, 8 * R + 8
+    SUMS, PAIRS = R * (STRIDE // 8), R * R
+    copy, write = _tile_copy(hs), _tile_write(hs, 8, R)
+    dots, add = _tile_dots(hs, 8, R), _tile_add(hs, 8, R)
+    gradients, share = _tile_gradients(R, False), _tile_share(R)
 
-    @kernel(launch_bounds=64)
+    @kernel(launch_bounds=(64, 5))
     def attention_backward_queries(dinp, dout, inp, lse, D, NH, scale, more):
         T, C = lse.shape[1], NH * hs
         tiles = (T + ROWS - 1) // ROWS
@@ -727,11 +728,11 @@ def _queries_kernel(hs):
         first = (tiles - 1 - cuda.blockIdx.x % tiles) * ROWS
         y = head // NH * T * C + head % NH * hs
         x = head // NH * T * 3 * C + head % NH * hs
-        q = cuda.shared.array((ROWS, STRIDE), np.float32)
-        do = cuda.shared.array((ROWS, STRIDE), np.float32)
-        k = cuda.shared.array((ROWS, STRIDE), np.float32)
-        v = cuda.shared.array((ROWS, STRIDE), np.float32)
-        weights = cuda.shared.array((ROWS, WIDTH), np.float32)
+        q = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        do = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        k = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        v = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        weights = cuda.shared.array((ROWS, WIDTH), np.float32, alignment=16)
         dq = cuda.local.array(SUMS, np.float32)
         s = cuda.local.array(PAIRS, np.float32)
         ds = cuda.local.array(PAIRS, np.float32)
@@ -796,6 +797,4 @@ def attention_backward(
     check_device(f"{name}: dout", dout, out.shape)
     count = attention_scratch(*_sizes(lse), 0, version)
     work = _find_work(name, work, count, inp)
-    ATTENTION_BACKWARD[version - 1](
-        dinp, dout, inp, out, lse, int(add), work
-    )
+    ATTENTION_BACKWARD[version - 1](dinp, dout, inp, out, lse, int(add), work)

@@ -18,6 +18,7 @@ __all__ = [
 
 
 # imports of the simulator
+import dis
 import functools
 import sys
 from contextlib import contextmanager
@@ -168,25 +169,6 @@ def _exchange(mask, value):
     return lane.values, lane.number % WARP
 
 
-# a place in the code
-_sites = {}  # of each code by id: itself, and where instructions begin
-
-
-def _site(frame):
-    """The instruction that a frame is at.
-
-    f_lasti alone would not do: once Python has specialised an instruction,
-    it may point to the cache behind it.
-    """
-    code = frame.f_code
-    if id(code) not in _sites:
-        starts = []
-        for i, opcode in enumerate(code.co_code[::2]):
-            starts.append(i if opcode else starts[-1])  # 0: a cache
-        _sites[id(code)] = code, starts
-    return id(code), _sites[id(code)][1][frame.f_lasti // 2]
-
-
 # memory of a block and of a thread
 def _poisoned(shape, dtype):
     """An array of what memory holds before anyone writes: nothing good."""
@@ -216,7 +198,8 @@ class _Shared:
     """
 
     def array(self, shape, dtype, alignment=None):
-        block, key = _now.lane.block, _site(sys._getframe(1))
+        block, frame = _now.lane.block, sys._getframe(1)
+        key = frame.f_code, _instruction(frame.f_code, frame.f_lasti)
         if key not in block.shared:
             memory = _placed(_poisoned(shape, dtype), alignment)
             if block.seen is not None:
@@ -459,6 +442,18 @@ class RaceError(RuntimeError):
     """
 
 
+# where in the code
+@functools.cache
+def _instruction(code, place):
+    """Where the instruction begins that a frame's f_lasti points into.
+
+    Python moves f_lasti past an instruction's cache once it has specialised
+    the instruction: the same access would count as two.
+    """
+    starts = (x.offset for x in dis.get_instructions(code))
+    return max(start for start in starts if start <= place)
+
+
 # what was seen
 class Seen:
     """What `watch` counted while simulated kernels ran.
@@ -483,7 +478,8 @@ class Seen:
 
     def count(self, shared, address, nbytes, write):
         """Count one access of the lane that runs, and its warp's request."""
-        lane, key = _now.lane, _site(sys._getframe(3))
+        lane, frame = _now.lane, sys._getframe(3)
+        key = frame.f_code, _instruction(frame.f_code, frame.f_lasti)
         n = lane.counts[key] = lane.counts.get(key, 0) + 1
         warp = lane.block, lane.number // WARP
         group = (shared, nbytes, write, key, n, warp)
