@@ -1163,8 +1163,8 @@ for number, run in enumerate(ladder, 1):
     count_softmax(number, run, 32, 125, 128)
 
 # %% [markdown]
-# The bytes that the threads ask for are the same; the sectors that move are
-# an eighth of the former number.
+# The bytes that the threads ask for are the same; the sectors are about an
+# eighth of what they were, because each is now used whole.
 #
 # ### Version 3: a block a row
 #
@@ -1897,7 +1897,7 @@ def _classify_two_reads(losses, logits, dlosses, targets, V):
 # There is a memory nearer by. The registers of a processor hold 256 KB, and
 # a row needs 201 KB. But a thread needs registers for other things too.
 # With 512 threads a block, of at most 128 registers each, the compiler finds
-# room for twelve vectors, 48 registers; with fourteen it spills on the older
+# room for twelve vectors, 48 registers; with thirteen it spills on the older
 # of the two generations. So a block keeps the exponentials of the first
 # 24,576 columns, about half of a row of GPT-2, and reads the others twice as
 # before. When the block's maximum is known, all that a thread kept is off by
