@@ -1102,7 +1102,7 @@ from llmnb.cuda import layernorm, matmul, residual
 from llmnb.cuda.cublas import cublas_backward, cublas_forward
 from llmnb.cuda.cublas import cublas_scratch, no_cublas
 from llmnb.cuda.graph import Graph
-from llmnb.cuda.launch import kernel, missing, simulated
+from llmnb.cuda.launch import kernel, missing, simulated, to_host
 from llmnb.cuda.simulator import cuda
 
 
@@ -1204,7 +1204,7 @@ def model_layout(cfg, batch_size, seq_len, precision="fp32"):
     ]
     if products() == "cublas":
         wanted.append(cublas_scratch())
-    rows = dict.fromkeys(("decays", "stays"), (adamw.SETTINGS,))
+    rows = dict.fromkeys(("decays", "stays"), (adamw.adamw_scratch(),))
     return {
         "work": (np.float32, {"floats": (max(wanted),)}),
         "settings": (np.float32, rows),
@@ -1237,7 +1237,15 @@ def model_layers(work, precision="fp32"):
     for name, function in found.items():
         if callable(function) and "work" in signature(function).parameters:
             found[name] = partial(function, work=work)
-    return SimpleNamespace(**found, fill=fill, Graph=Graph)
+    norm = partial(_norm, work)
+    return SimpleNamespace(
+        **found, fill=fill, Graph=Graph, gradient_norm=norm
+    )
+
+
+def _norm(work):
+    """What clip_apply has left behind."""
+    return float(to_host(work[:1])[0])
 
 # %% [markdown]
 # ## Count it
