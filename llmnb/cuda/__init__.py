@@ -2,6 +2,12 @@
 
 """The cuda backend."""
 
+from llmnb.cuda.encoder import (
+    ENCODER_BACKWARD,
+    ENCODER_FORWARD,
+    encoder_backward,
+    encoder_forward,
+)
 from llmnb.cuda.launch import (
     ALIGN,
     DeviceArray,
@@ -47,6 +53,8 @@ __all__ = [
     "BarrierError",
     "Compiled",
     "DeviceArray",
+    "ENCODER_BACKWARD",
+    "ENCODER_FORWARD",
     "Kernel",
     "RaceError",
     "Seen",
@@ -59,6 +67,8 @@ __all__ = [
     "cuda",
     "device",
     "empty",
+    "encoder_backward",
+    "encoder_forward",
     "kernel",
     "load4",
     "missing",
