@@ -1122,6 +1122,15 @@ def stream(handle):
         _current.stream = before
 
 
+# %% the stream's address tags=["export"] module="cuda.launch"
+def stream_address():
+    """The current stream as libraries take it; 0 is the default one.
+
+    Derived in chapter 4.
+    """
+    return int(getattr(_current.stream, "handle", 0))
+
+
 # %% imports of the compiler tags=["export"] module="cuda.ptx"
 import importlib.util
 import re
