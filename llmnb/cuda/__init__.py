@@ -2,6 +2,14 @@
 
 """The cuda backend."""
 
+from llmnb.cuda.attention import (
+    ATTENTION_BACKWARD,
+    ATTENTION_FORWARD,
+    WIDEST_HEAD,
+    attention_backward,
+    attention_forward,
+    attention_scratch,
+)
 from llmnb.cuda.crossentropy import (
     CROSSENTROPY_BACKWARD,
     CROSSENTROPY_FORWARD,
@@ -78,6 +86,8 @@ from llmnb.cuda.warp import (
 
 __all__ = [
     "ALIGN",
+    "ATTENTION_BACKWARD",
+    "ATTENTION_FORWARD",
     "BarrierError",
     "CROSSENTROPY_BACKWARD",
     "CROSSENTROPY_FORWARD",
@@ -94,8 +104,12 @@ __all__ = [
     "SOFTMAX_BACKWARD",
     "SOFTMAX_FORWARD",
     "Seen",
+    "WIDEST_HEAD",
     "address",
     "aligned",
+    "attention_backward",
+    "attention_forward",
+    "attention_scratch",
     "block_max",
     "block_sum",
     "check_device",
