@@ -2,6 +2,18 @@
 
 """The cuda backend."""
 
+from llmnb.cuda.adamw import (
+    ADAMW_UPDATE,
+    adamw_apply,
+    adamw_scratch,
+    adamw_settings,
+    adamw_update,
+    clip_apply,
+    clip_gradients,
+    clip_scratch,
+    global_norm,
+    norm_apply,
+)
 from llmnb.cuda.attention import (
     ATTENTION_BACKWARD,
     ATTENTION_FORWARD,
@@ -36,6 +48,12 @@ from llmnb.cuda.cublas import (
     forward_plan,
     no_cublas,
 )
+from llmnb.cuda.gelu import (
+    GELU_BACKWARD,
+    GELU_FORWARD,
+    gelu_backward,
+    gelu_forward,
+)
 from llmnb.cuda.launch import (
     ALIGN,
     DeviceArray,
@@ -66,6 +84,14 @@ from llmnb.cuda.ptx import (
     compile_kernel,
     no_compiler,
 )
+from llmnb.cuda.residual import (
+    FUSED_RESIDUAL_FORWARD,
+    RESIDUAL_BACKWARD,
+    RESIDUAL_FORWARD,
+    fused_residual_forward,
+    residual_backward,
+    residual_forward,
+)
 from llmnb.cuda.simulator import (
     BarrierError,
     RaceError,
@@ -85,6 +111,7 @@ from llmnb.cuda.warp import (
 )
 
 __all__ = [
+    "ADAMW_UPDATE",
     "ALIGN",
     "ATTENTION_BACKWARD",
     "ATTENTION_FORWARD",
@@ -96,15 +123,24 @@ __all__ = [
     "Compiled",
     "DeviceArray",
     "FUSED_CLASSIFIER",
+    "FUSED_RESIDUAL_FORWARD",
+    "GELU_BACKWARD",
+    "GELU_FORWARD",
     "Kernel",
     "MATMUL_BACKWARD",
     "MATMUL_FORWARD",
     "Plan",
+    "RESIDUAL_BACKWARD",
+    "RESIDUAL_FORWARD",
     "RaceError",
     "SOFTMAX_BACKWARD",
     "SOFTMAX_FORWARD",
     "Seen",
     "WIDEST_HEAD",
+    "adamw_apply",
+    "adamw_scratch",
+    "adamw_settings",
+    "adamw_update",
     "address",
     "aligned",
     "attention_backward",
@@ -113,6 +149,9 @@ __all__ = [
     "block_max",
     "block_sum",
     "check_device",
+    "clip_apply",
+    "clip_gradients",
+    "clip_scratch",
     "compile_kernel",
     "crossentropy_backward",
     "crossentropy_forward",
@@ -128,6 +167,10 @@ __all__ = [
     "empty",
     "forward_plan",
     "fused_classifier",
+    "fused_residual_forward",
+    "gelu_backward",
+    "gelu_forward",
+    "global_norm",
     "kernel",
     "load4",
     "matmul_backward",
@@ -136,8 +179,11 @@ __all__ = [
     "missing",
     "no_compiler",
     "no_cublas",
+    "norm_apply",
     "numbered",
     "record",
+    "residual_backward",
+    "residual_forward",
     "simulate",
     "simulated",
     "softmax_backward",
