@@ -72,6 +72,13 @@ from llmnb.cuda.launch import (
     to_device,
     to_host,
 )
+from llmnb.cuda.layernorm import (
+    LAYERNORM_BACKWARD,
+    LAYERNORM_FORWARD,
+    layernorm_backward,
+    layernorm_forward,
+    layernorm_scratch,
+)
 from llmnb.cuda.matmul import (
     MATMUL_BACKWARD,
     MATMUL_FORWARD,
@@ -127,6 +134,8 @@ __all__ = [
     "GELU_BACKWARD",
     "GELU_FORWARD",
     "Kernel",
+    "LAYERNORM_BACKWARD",
+    "LAYERNORM_FORWARD",
     "MATMUL_BACKWARD",
     "MATMUL_FORWARD",
     "Plan",
@@ -172,6 +181,9 @@ __all__ = [
     "gelu_forward",
     "global_norm",
     "kernel",
+    "layernorm_backward",
+    "layernorm_forward",
+    "layernorm_scratch",
     "load4",
     "matmul_backward",
     "matmul_forward",
