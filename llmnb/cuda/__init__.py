@@ -48,11 +48,20 @@ from llmnb.cuda.cublas import (
     forward_plan,
     no_cublas,
 )
+from llmnb.cuda.encoder import (
+    ENCODER_BACKWARD,
+    ENCODER_FORWARD,
+    encoder_backward,
+    encoder_forward,
+)
 from llmnb.cuda.gelu import (
     GELU_BACKWARD,
     GELU_FORWARD,
     gelu_backward,
     gelu_forward,
+)
+from llmnb.cuda.graph import (
+    Graph,
 )
 from llmnb.cuda.launch import (
     ALIGN,
@@ -85,6 +94,15 @@ from llmnb.cuda.matmul import (
     matmul_backward,
     matmul_forward,
     matmul_scratch,
+)
+from llmnb.cuda.model import (
+    LAYERS,
+    fill,
+    model_layers,
+    model_layout,
+    no_gpu,
+    products,
+    zeros,
 )
 from llmnb.cuda.ptx import (
     Compiled,
@@ -129,13 +147,17 @@ __all__ = [
     "CROSSENTROPY_SOFTMAX_FORWARD",
     "Compiled",
     "DeviceArray",
+    "ENCODER_BACKWARD",
+    "ENCODER_FORWARD",
     "FUSED_CLASSIFIER",
     "FUSED_RESIDUAL_FORWARD",
     "GELU_BACKWARD",
     "GELU_FORWARD",
+    "Graph",
     "Kernel",
     "LAYERNORM_BACKWARD",
     "LAYERNORM_FORWARD",
+    "LAYERS",
     "MATMUL_BACKWARD",
     "MATMUL_FORWARD",
     "Plan",
@@ -174,6 +196,9 @@ __all__ = [
     "dinp_plan",
     "dweight_plan",
     "empty",
+    "encoder_backward",
+    "encoder_forward",
+    "fill",
     "forward_plan",
     "fused_classifier",
     "fused_residual_forward",
@@ -189,10 +214,14 @@ __all__ = [
     "matmul_forward",
     "matmul_scratch",
     "missing",
+    "model_layers",
+    "model_layout",
     "no_compiler",
     "no_cublas",
+    "no_gpu",
     "norm_apply",
     "numbered",
+    "products",
     "record",
     "residual_backward",
     "residual_forward",
@@ -208,4 +237,5 @@ __all__ = [
     "warp_max",
     "warp_sum",
     "watch",
+    "zeros",
 ]
