@@ -18,7 +18,7 @@
 # ## Where we are
 
 # %% where we are
-from llmnb.diagram import gpt2_diagram
+from llmnb.diagram import PALETTE, gpt2_diagram
 
 gpt2_diagram(lit="encoder")
 
@@ -110,22 +110,22 @@ print(y)
 # long as each thread touches elements of its own, nobody can tell the
 # difference. Threads become interesting when they exchange something. Let
 # each thread of a block put a number on a common board, and then read what
-# its left neighbour has put there:
+# the thread after it has put there:
 
 
 # %% threads that exchange
-def left_neighbour(thread, board, out):
+def next_one(thread, board, out):
     board[thread] = 10 * thread
     out[thread] = board[(thread + 1) % 4]
 
 
 board, out = np.full(4, -1), np.zeros(4, int)
 for thread in range(4):
-    left_neighbour(thread, board, out)
+    next_one(thread, board, out)
 print(out)
 
 # %% [markdown]
-# Three threads have read the board before their neighbour wrote to it.
+# Three threads have read the board before the next one wrote to it.
 # The function needs a *barrier* between its two lines: a place where each
 # thread waits until all have come. No loop over threads that runs each of
 # them to its end can do that. A simulator must be able to stop a thread in
@@ -1310,8 +1310,8 @@ for body, blocks in ((copy1, 8), (copy4, 2)):
 # of our kernels consists. It does not look for races, and it counts
 # nothing. And it runs each thread of a block in a thread of the operating
 # system: on the two cores where this was written, with other programs
-# running, 3,400 threads a second of a kernel that adds two arrays, and 1,000 of one
-# like the reversal; ours 180,000 and 32,000.
+# running, 3,400 threads a second of a kernel that adds two arrays, and
+# 1,000 of one like the reversal; ours 180,000 and 32,000.
 #
 # Ours has limits as well. It is no proof of a kernel for all inputs: it
 # judges the accesses of one run. It knows full warps alone. And it knows
@@ -2176,9 +2176,9 @@ plt.show()
 # ### Version 1: a thread an element
 #
 # Thread $i$ owns element $i$ of the output, seen as one long array: place
-# $n = \lfloor i / C \rfloor$ and channel $c = i \bmod C$. The lanes of a warp read 32
-# neighbours of a row of each table. The token `inp[n]` is the same for
-# (nearly) all of them, and one sector serves the warp.
+# $n = \lfloor i / C \rfloor$ and channel $c = i \bmod C$. The lanes of a
+# warp read 32 neighbours of a row of each table. The token `inp[n]` is the
+# same for (nearly) all of them, and one sector serves the warp.
 
 # %% imports of the encoder tags=["export"] module="cuda.encoder"
 import numpy as np
@@ -2641,11 +2641,12 @@ for version in (1, 2, 3):
     count(encoder_backward, wte, wpe, dout, inp, version=version)
 
 # %% [markdown]
-# The table is honest about the price of order. Version 1 has the fewest
-# requests, and thousands of atomics, each of which is a reading and a
-# writing that the memory does by itself and that our requests do not
-# count. Version 2 reads every token again and again; version 3 asks for
-# them 32 at a time and for rows in vectors.
+# The table shows the price of order. Version 1 moves the fewest sectors, and
+# has 16,384 atomics besides, two for each element, which the memory carries
+# out by itself and which our requests do not count. Version 2 reads every
+# token again and again. Version 3 asks for them 32 at a time and for rows
+# in vectors: a twentieth of the requests of version 2, and fewer than
+# version 1 makes before its atomics.
 #
 # No GPU has run this yet; where one is, `llmnb bench --backend cuda
 # --kernels` measures it, and the results page shows the times once they are
@@ -2685,7 +2686,7 @@ print(f"the same, one token at a time  {places**2 * C // 32 / 1e6:6.1f} M")
 strides = list(range(1, 33))
 used = [128 / (32 * sectors(s)) for s in strides]
 fig, ax = plt.subplots(figsize=(7, 2.8), dpi=100)
-ax.bar(strides, [100 * u for u in used], color="#0b6fb8")
+ax.bar(strides, [100 * u for u in used], color=PALETTE["blue"])
 ax.set(xlabel="stride between two lanes, in numbers of four bytes")
 ax.set(ylabel="bytes used, %", xlim=(0, 33), ylim=(0, 105))
 fig.tight_layout()
@@ -2717,10 +2718,10 @@ plt.show()
 #
 # llm.c, whose GPU code this book follows in its aims, sorts the tokens on
 # the CPU into buckets and hands each bucket to a warp. That reads each token
-# once, and keeps the CPU between the passes of the GPU. We search on the GPU,
-# which costs more reading and needs no host: the launches of a training step can
-# be recorded once as a whole, a *CUDA graph*, and be started with one
-# call.
+# once, and keeps the CPU between the passes of the GPU. We search on the
+# GPU, which costs more reading and needs no host: the launches of a training
+# step can be recorded once as a whole, a *CUDA graph*, and be started with
+# one call.
 #
 # Races could also be found by running a kernel many times in random
 # orders and comparing the results. That finds only those that show, in the
@@ -2784,8 +2785,8 @@ verdict("sectors", seen.sectors == 4 * seen.requests, "4 a request")
 verdict("banks", seen.shared_passes == seen.shared_requests, "no conflict")
 
 # %% [markdown]
-# **3** (★★★). Give each *token of the vocabulary* a block, in place of each
-# place of the text. Write the kernel for `dwte` and check it under watch.
+# **3** (★★★). Give each *token of the vocabulary* a block, not each place of
+# the text. Write the kernel for `dwte` and check it under watch.
 # What happens to the search, and for which sizes is it the better choice?
 #
 # :::{admonition} Solution to exercise 3
