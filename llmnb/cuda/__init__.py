@@ -48,6 +48,12 @@ from llmnb.cuda.cublas import (
     forward_plan,
     no_cublas,
 )
+from llmnb.cuda.encoder import (
+    ENCODER_BACKWARD,
+    ENCODER_FORWARD,
+    encoder_backward,
+    encoder_forward,
+)
 from llmnb.cuda.gelu import (
     GELU_BACKWARD,
     GELU_FORWARD,
@@ -129,6 +135,8 @@ __all__ = [
     "CROSSENTROPY_SOFTMAX_FORWARD",
     "Compiled",
     "DeviceArray",
+    "ENCODER_BACKWARD",
+    "ENCODER_FORWARD",
     "FUSED_CLASSIFIER",
     "FUSED_RESIDUAL_FORWARD",
     "GELU_BACKWARD",
@@ -174,6 +182,8 @@ __all__ = [
     "dinp_plan",
     "dweight_plan",
     "empty",
+    "encoder_backward",
+    "encoder_forward",
     "forward_plan",
     "fused_classifier",
     "fused_residual_forward",
