@@ -34,12 +34,14 @@ gpt2_diagram(lit="all")
 # - say where gradients add up, and find all three such places in GPT-2;
 # - prove the gradient of the whole model;
 # - state what it means that two programs compute the same training run, and
-#   show it for this one and PyTorch's.
+#   show it for this one and PyTorch's;
+# - say what of a step on a GPU crosses the bus, what is launched, and what
+#   a recorded graph of launches may not do.
 #
 # You need the arena of [chapter 2](02_memory.ipynb), the layers of chapters
 # [3](03_encoder.ipynb) to [10](10_crossentropy.ipynb), AdamW from
 # [chapter 11](11_adamw.ipynb) and the weights of
-# [chapter 12](12_init.ipynb).
+# [chapter 12](12_init.ipynb); for the GPU, [chapter 4](04_gpu.ipynb).
 
 # %% [markdown]
 # ## Setup
@@ -1382,7 +1384,7 @@ for each in (exact, gpu):
     put(each.memory.flat("params"), weights)
 batch = draw.integers(0, 61, (2, 2, 8))
 with watch() as seen:
-    loss, norm = gpu.step(*batch)
+    loss, norm = gpu.step(*batch, decay=["wte", "wpe"])
 compare("loss", loss, exact.forward(*batch), tol=1e-5)
 exact.backward()
 for name, want in exact.grads.items():
@@ -1400,7 +1402,7 @@ from collections import Counter
 small = on_gpu(GPT2Config(5, 29, 1, 2, 8), 2, 5, seed=3)
 data = draw.integers(0, 29, (2, 2, 5))
 with watch() as one:
-    small.step(*data, learning_rate=0.0)
+    small.step(*data, decay=["wte", "wpe"])
 where = Counter(k.__module__.split(".")[-1] for k, *_ in seen.launches)
 for name, count in sorted(where.items()):
     print(f"{name:<13} {count:>4}")
@@ -1506,6 +1508,9 @@ print(
 # - The first loss is about $\log V$. The future does not reach the past.
 # - Parity is a statement about the size of differences: float64 tells
 #   mathematics from rounding.
+# - On a GPU everything stays where the kernels are. A batch and sixteen
+#   numbers go up, losses and a norm come down, and what is launched in
+#   between is the same in every step, so it can be recorded.
 
 # %% [markdown]
 # ## Design note
@@ -1616,6 +1621,38 @@ def gradient(rows, parts):
 # %% exercise 3, checked
 rows = np.random.default_rng(5).integers(0, 7, (4, 5))
 compare("two halves", gradient(rows, 2), gradient(rows, 1), tol=1e-12)
+
+# %% [markdown]
+# **4** (★★). On a GPU, `step` leaves out what waits between its parts. Show
+# that it computes what `forward`, `backward`, `clip_gradients` and `update`
+# do one by one, to the last bit. Which of these four wait for the GPU?
+#
+# :::{admonition} Solution to exercise 4
+# :class: dropdown
+# `forward`, which copies the losses to the host, and `clip_gradients`, which
+# copies the norm. `backward` only launches. `update` copies numbers to the
+# device and launches. The kernels and their order are the same either way,
+# and each of them adds in an order of its own that never changes, so the
+# bits are the same.
+# :::
+
+
+# %% exercise 4 tags=["hide-cell"]
+def after_a_step(one_by_one):
+    model = on_gpu(GPT2Config(5, 29, 1, 2, 8), 2, 5, seed=4)
+    if one_by_one:
+        model.forward(*data)
+        model.backward()
+        model.clip_gradients(0.5)
+        model.update(1e-2)
+    else:
+        model.step(*data, 0.5, learning_rate=1e-2)
+    return np.asarray(model.memory.flat("params"))
+
+
+# %% exercise 4, checked
+same = np.array_equal(after_a_step(True), after_a_step(False))
+verdict("one by one", same, "or in one: the same bits")
 
 # %% [markdown]
 # ## Further reading
