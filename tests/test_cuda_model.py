@@ -120,7 +120,7 @@ def test_ten_steps_in_one_block_of_memory(ten, monkeypatch):
         for k in range(1, 11)
     ]
     np.testing.assert_allclose(steps, ten[0], rtol=1e-5)
-    assert np.abs(host(model, "params") - ten[1]).max() < 2e-4  # of steps of 1e-2
+    assert np.abs(host(model, "params") - ten[1]).max() < 2e-4
     assert model.memory.nbytes == before and len(model._graphs) == 1
     assert steps[-1][0] < steps[0][0] - 0.5
 
