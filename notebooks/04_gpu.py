@@ -1095,7 +1095,7 @@ class Seen:
     whole warps to shared memory, and the passes they took: more than one
     where lanes want different words of one bank. barriers, exchanges,
     atomics: calls by single threads. launches: (kernel, grid, block,
-    arguments' types) of each launch.
+    arguments' types) of each launch, those on a real GPU too.
 
     Derived in chapter 4.
     """
@@ -1733,8 +1733,8 @@ class Kernel:
                 raise TypeError(
                     f"{self.__name__}: pass np.float32(...), not a float"
                 )
+        record((self, grid, block, _kinds(args)))
         if any(isinstance(x, DeviceArray) for x in args):
-            record((self, grid, block, _kinds(args)))
             plain = [
                 x._array if isinstance(x, DeviceArray) else x for x in args
             ]

@@ -60,6 +60,9 @@ from llmnb.cuda.gelu import (
     gelu_backward,
     gelu_forward,
 )
+from llmnb.cuda.graph import (
+    Graph,
+)
 from llmnb.cuda.launch import (
     ALIGN,
     DeviceArray,
@@ -91,6 +94,15 @@ from llmnb.cuda.matmul import (
     matmul_backward,
     matmul_forward,
     matmul_scratch,
+)
+from llmnb.cuda.model import (
+    LAYERS,
+    fill,
+    model_layers,
+    model_layout,
+    no_gpu,
+    products,
+    zeros,
 )
 from llmnb.cuda.ptx import (
     Compiled,
@@ -141,9 +153,11 @@ __all__ = [
     "FUSED_RESIDUAL_FORWARD",
     "GELU_BACKWARD",
     "GELU_FORWARD",
+    "Graph",
     "Kernel",
     "LAYERNORM_BACKWARD",
     "LAYERNORM_FORWARD",
+    "LAYERS",
     "MATMUL_BACKWARD",
     "MATMUL_FORWARD",
     "Plan",
@@ -184,6 +198,7 @@ __all__ = [
     "empty",
     "encoder_backward",
     "encoder_forward",
+    "fill",
     "forward_plan",
     "fused_classifier",
     "fused_residual_forward",
@@ -199,10 +214,14 @@ __all__ = [
     "matmul_forward",
     "matmul_scratch",
     "missing",
+    "model_layers",
+    "model_layout",
     "no_compiler",
     "no_cublas",
+    "no_gpu",
     "norm_apply",
     "numbered",
+    "products",
     "record",
     "residual_backward",
     "residual_forward",
@@ -218,4 +237,5 @@ __all__ = [
     "warp_max",
     "warp_sum",
     "watch",
+    "zeros",
 ]

@@ -369,8 +369,8 @@ class Kernel:
                 raise TypeError(
                     f"{self.__name__}: pass np.float32(...), not a float"
                 )
+        record((self, grid, block, _kinds(args)))
         if any(isinstance(x, DeviceArray) for x in args):
-            record((self, grid, block, _kinds(args)))
             plain = [
                 x._array if isinstance(x, DeviceArray) else x for x in args
             ]

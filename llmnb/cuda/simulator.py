@@ -655,7 +655,7 @@ class Seen:
     whole warps to shared memory, and the passes they took: more than one
     where lanes want different words of one bank. barriers, exchanges,
     atomics: calls by single threads. launches: (kernel, grid, block,
-    arguments' types) of each launch.
+    arguments' types) of each launch, those on a real GPU too.
 
     Derived in chapter 4.
     """
