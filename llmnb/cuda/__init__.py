@@ -2,6 +2,13 @@
 
 """The cuda backend."""
 
+from llmnb.cuda.clock import (
+    Clock,
+    gpu_facts,
+    in_turns,
+    limits,
+    no_gpu,
+)
 from llmnb.cuda.launch import (
     ALIGN,
     DeviceArray,
@@ -39,6 +46,7 @@ from llmnb.cuda.warp import (
 
 __all__ = [
     "ALIGN",
+    "Clock",
     "Compiled",
     "DeviceArray",
     "Kernel",
@@ -50,10 +58,14 @@ __all__ = [
     "cuda",
     "device",
     "empty",
+    "gpu_facts",
+    "in_turns",
     "kernel",
+    "limits",
     "load4",
     "missing",
     "no_compiler",
+    "no_gpu",
     "record",
     "simulate",
     "simulated",
