@@ -832,13 +832,15 @@ def _bench_writers(args):
 # write the files
 def _write_result(args, result):
     from llmnb.bench import layers_figure
+    from llmnb.contest import ladders_figure
 
+    draw = layers_figure if result.get("configs") else ladders_figure
     if args.json and args.json != "-":
         with replacing(args.json) as file:
             file.write(json.dumps(result, indent=1).encode() + b"\n")
     if args.plot:
         with replacing(args.plot) as file:
-            layers_figure(result).savefig(file, format="png")
+            draw(result).savefig(file, format="png")
 
 
 # the configurations

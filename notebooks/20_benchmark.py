@@ -1509,12 +1509,12 @@ def report(result):
         lines += ["", *_config_lines(config)]
     if result["start"]:
         lines += ["", "seconds to the first step of the small model", ""]
-        lines += [f"{'':<16} {'cold':>9} {'warm':>9}"]
+        lines += [f"{'':<22} {'cold':>9} {'warm':>9}"]
         for row in result["start"]:
             times = row.get("unmeasured") or " ".join(
                 f"{median(row[kind]):9.2f}" for kind in ("cold", "warm")
             )
-            lines.append(f"{row['name']:<16} {times}")
+            lines.append(f"{row['name']:<22} {times}")
     return "\n".join(lines + [*_losses_lines(result.get("losses"))])
 
 
@@ -1539,9 +1539,9 @@ def _config_lines(config):
     )
     titles = "ms a step", "tokens/s", "GFLOP/s", "of peak", "peak MB"
     yield ""
-    yield f"{'':<16}" + "".join(f"{x:>11}" for x in titles)
+    yield f"{'':<22}" + "".join(f"{x:>11}" for x in titles)
     for row in config["contestants"]:
-        yield f"{row['name']:<16}" + _numbers(row)
+        yield f"{row['name']:<22}" + _numbers(row)
     yield ""
     for x in config["ratios"]:
         yield (
