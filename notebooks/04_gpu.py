@@ -15,6 +15,7 @@
 # > a simulator of it in Python finds the races that hardware hides.
 
 # %% imports of the simulator tags=["export"]
+import dis
 import functools
 import sys
 from contextlib import contextmanager
@@ -172,14 +173,31 @@ def _poisoned(shape, dtype):
     return np.full(shape, poison, dtype)
 
 
-class _Shared:
-    """cuda.shared: one array for each place in the code that asks."""
+def _placed(array, alignment):
+    """A copy at a multiple of `alignment` bytes, at most 128.
 
-    def array(self, shape, dtype):
+    None: at a multiple of the elements' size and of nothing more, which is
+    all that numba promises of shared memory.
+    """
+    block = np.empty(array.nbytes + 256, np.uint8)
+    skip = -block.ctypes.data % 128 + (0 if alignment else array.itemsize)
+    there = block[skip : skip + array.nbytes].view(array.dtype)
+    there = there.reshape(array.shape)
+    there[...] = array
+    return there
+
+
+class _Shared:
+    """cuda.shared: one array for each place in the code that asks.
+
+    Vectors of four need `alignment=16`.
+    """
+
+    def array(self, shape, dtype, alignment=None):
         block, frame = _now.lane.block, sys._getframe(1)
-        key = frame.f_code, frame.f_lasti
+        key = frame.f_code, _instruction(frame.f_code, frame.f_lasti)
         if key not in block.shared:
-            memory = _poisoned(shape, dtype)
+            memory = _placed(_poisoned(shape, dtype), alignment)
             if block.seen is not None:
                 memory = _Watched(memory, "shared", block.seen, block.log)
             block.shared[key] = memory
@@ -282,7 +300,8 @@ def load4(array, i):
     """Elements i to i + 3 of a flat view of `array`, in one access.
 
     array: float32, C-contiguous, any shape; its element i must begin at a
-    multiple of 16 bytes. Returns four numbers.
+    multiple of 16 bytes: a shared array is made with `alignment=16`.
+    Returns four numbers.
 
     Derived in chapter 4.
     """
@@ -419,6 +438,18 @@ class RaceError(RuntimeError):
     """
 
 
+# %% where in the code tags=["exporti"]
+@functools.cache
+def _instruction(code, place):
+    """Where the instruction begins that a frame's f_lasti points into.
+
+    Python moves f_lasti past an instruction's cache once it has specialised
+    the instruction: the same access would count as two.
+    """
+    starts = (x.offset for x in dis.get_instructions(code))
+    return max(start for start in starts if start <= place)
+
+
 # %% what was seen tags=["export"]
 class Seen:
     """What `watch` counted while simulated kernels ran.
@@ -444,7 +475,7 @@ class Seen:
     def count(self, shared, address, nbytes, write):
         """Count one access of the lane that runs, and its warp's request."""
         lane, frame = _now.lane, sys._getframe(3)
-        key = frame.f_code, frame.f_lasti
+        key = frame.f_code, _instruction(frame.f_code, frame.f_lasti)
         n = lane.counts[key] = lane.counts.get(key, 0) + 1
         warp = lane.block, lane.number // WARP
         group = (shared, nbytes, write, key, n, warp)
@@ -745,6 +776,41 @@ def check_device(name, array, shape, dtype=np.float32):
         )
     if not array.is_c_contiguous():
         raise ValueError(f"{name} must be C-contiguous")
+
+
+# %% where an array lies tags=["export"] module="cuda.launch"
+def address(array):
+    """Where the first element of a device's array lies in its memory.
+
+    Derived in chapter 4.
+    """
+    if isinstance(array, DeviceArray):
+        return array._array.ctypes.data
+    return array.__cuda_array_interface__["data"][0]
+
+
+def aligned(*arrays):
+    """Whether `load4` and `store4` can begin where these arrays begin.
+
+    Derived in chapter 4.
+    """
+    return all(address(array) % 16 == 0 for array in arrays)
+
+
+# %% choose a version tags=["export"] module="cuda.launch"
+def numbered(versions, version, name):
+    """The version of a layer that bears this number, counted from 1.
+
+    versions: a tuple of functions; name: what a message calls the layer.
+    Raises ValueError where there is no such version.
+
+    Derived in chapter 4.
+    """
+    if version not in range(1, len(versions) + 1):
+        raise ValueError(
+            f"{name}: version must be in 1 to {len(versions)}, got {version}"
+        )
+    return versions[version - 1]
 
 
 # %% what stands for a name on a GPU tags=["exporti"] module="cuda.launch"

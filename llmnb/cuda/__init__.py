@@ -2,22 +2,18 @@
 
 """The cuda backend."""
 
-from llmnb.cuda.clock import (
-    Clock,
-    gpu_facts,
-    in_turns,
-    limits,
-    no_gpu,
-)
 from llmnb.cuda.launch import (
     ALIGN,
     DeviceArray,
     Kernel,
+    address,
+    aligned,
     check_device,
     device,
     empty,
     kernel,
     missing,
+    numbered,
     simulated,
     stream,
     to_device,
@@ -46,11 +42,12 @@ from llmnb.cuda.warp import (
 
 __all__ = [
     "ALIGN",
-    "Clock",
     "Compiled",
     "DeviceArray",
     "Kernel",
     "Seen",
+    "address",
+    "aligned",
     "block_max",
     "block_sum",
     "check_device",
@@ -58,14 +55,11 @@ __all__ = [
     "cuda",
     "device",
     "empty",
-    "gpu_facts",
-    "in_turns",
     "kernel",
-    "limits",
     "load4",
     "missing",
     "no_compiler",
-    "no_gpu",
+    "numbered",
     "record",
     "simulate",
     "simulated",

@@ -10,11 +10,14 @@ __all__ = [
     "ALIGN",
     "DeviceArray",
     "Kernel",
+    "address",
+    "aligned",
     "check_device",
     "device",
     "empty",
     "kernel",
     "missing",
+    "numbered",
     "simulated",
     "stream",
     "to_device",
@@ -186,6 +189,41 @@ def check_device(name, array, shape, dtype=np.float32):
         )
     if not array.is_c_contiguous():
         raise ValueError(f"{name} must be C-contiguous")
+
+
+# where an array lies
+def address(array):
+    """Where the first element of a device's array lies in its memory.
+
+    Derived in chapter 4.
+    """
+    if isinstance(array, DeviceArray):
+        return array._array.ctypes.data
+    return array.__cuda_array_interface__["data"][0]
+
+
+def aligned(*arrays):
+    """Whether `load4` and `store4` can begin where these arrays begin.
+
+    Derived in chapter 4.
+    """
+    return all(address(array) % 16 == 0 for array in arrays)
+
+
+# choose a version
+def numbered(versions, version, name):
+    """The version of a layer that bears this number, counted from 1.
+
+    versions: a tuple of functions; name: what a message calls the layer.
+    Raises ValueError where there is no such version.
+
+    Derived in chapter 4.
+    """
+    if version not in range(1, len(versions) + 1):
+        raise ValueError(
+            f"{name}: version must be in 1 to {len(versions)}, got {version}"
+        )
+    return versions[version - 1]
 
 
 # what stands for a name on a GPU
