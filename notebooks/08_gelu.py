@@ -518,6 +518,295 @@ for name, seconds in times.items():
     print(f"{name:18} {seconds / x.size * 1e9:6.2f} ns an element")
 
 # %% [markdown]
+# ## On a GPU
+#
+# The compiled loop above is bound by memory, as soon as the arrays do not
+# fit in a cache: 8 bytes move for about 20 operations. On a GPU that
+# proportion is the same. What a GPU offers is thousands of threads, so that
+# while some wait for their numbers others compute; and no two elements of
+# GELU have anything to do with each other, so that all of them may run at
+# once. [Chapter 4](04_gpu.ipynb) has the words of this section: threads,
+# warps, sectors.
+#
+# No GPU has run these kernels yet. The simulator has; and they are compiled
+# for two generations of GPU, sm_80 and sm_90, and the machine code is
+# checked: no float64, no register spilled, and 16 bytes an access where we
+# ask for them.
+
+# %% keep the CPU's versions
+cpu = SimpleNamespace(forward=gelu_forward, backward=gelu_backward)
+
+# %% imports of the CUDA module tags=["export"] module="cuda.gelu"
+import math
+
+import numpy as np
+
+from llmnb.cuda.launch import aligned, check_device, device, kernel, numbered
+from llmnb.cuda.simulator import cuda, load4, store4
+
+# %% the constants of the GPU's kernels tags=["exporti"] module="cuda.gelu"
+BLOCK = 256  # threads
+SLOPE32 = np.float32(2 * math.sqrt(2 / math.pi))
+CUBIC32 = np.float32(0.044715)
+ONE, ZERO, THREE = np.float32(1), np.float32(0), np.float32(3)
+
+
+# %% [markdown]
+# ### An element and its slope
+#
+# Both kernels below call the same two functions, (8.8) with (8.9) and
+# (8.10). Every constant is a float32: one bare `1.0` would turn the whole
+# line into float64, of which a GPU computes far fewer in the same time.
+
+
+# %% GELU of one number tags=["exporti"] module="cuda.gelu"
+@device
+def _gelu(x):
+    q = math.exp(-abs(SLOPE32 * x * (ONE + CUBIC32 * x * x)))
+    return x * (ONE if x > ZERO else q) / (ONE + q)
+
+
+@device
+def _gelu_slope(x):
+    q = math.exp(-abs(SLOPE32 * x * (ONE + CUBIC32 * x * x)))
+    r = ONE / (ONE + q)
+    dv = SLOPE32 * (ONE + THREE * CUBIC32 * x * x)
+    return (ONE if x > ZERO else q) * r + x * dv * q * r * r
+
+
+# %% [markdown]
+# On the CPU the exponential needed a polynomial of our own. Here
+# `math.exp` will do. A GPU has an instruction for $2^x$, `ex2.approx`; the
+# compiler multiplies by $\log_2 e$ first and is careful about the rounding:
+# about ten instructions in all, and no branch. The `if` in the line after
+# becomes a selection, as it does on the CPU.
+#
+# A GPU also has an instruction for tanh, and with `fastmath`, which
+# `kernel` turns on, `math.tanh` becomes this one instruction. Then why not
+# keep (8.2)? It is a rough one: NVIDIA's manual allows it a relative error
+# of about $2^{-11}$, a dozen bits more than a float32 needs to lose, and in
+# $1 + \tanh u$ with $u$ far below 0 nothing but that error is left. The
+# small outputs for negative inputs would be noise. The sigmoid form costs a few instructions
+# more, and while memory is the limit they are hidden behind it.
+#
+# ### Version 1: a thread an element
+#
+# Thread $i$ reads element $i$ and writes element $i$. The 32 threads of a
+# warp read 32 neighbours, 128 bytes, four sectors of which every byte is
+# used. That is as few sectors as there can be.
+
+
+# %% version 1 tags=["exporti"] module="cuda.gelu"
+@kernel
+def _forward_elements(out, inp):
+    i = cuda.grid(1)
+    if i < inp.size:
+        out[i] = _gelu(inp[i])
+
+
+@kernel
+def _backward_elements(dinp, dout, inp, add):
+    i = cuda.grid(1)
+    if i < inp.size:
+        grad = dout[i] * _gelu_slope(inp[i])
+        if add:
+            grad += dinp[i]
+        dinp[i] = grad
+
+
+# %% [markdown]
+# `add` is the same for every thread, so no warp is split by it. Where it is
+# 0, `dinp` is not read: the counts below show it. And since each thread reads its `dout`
+# before it writes its `dinp`, both may be one array.
+#
+# ### Version 2: four elements at once
+#
+# What is left to save? Not bytes. But each warp's access is an instruction,
+# a *request*, and a request for 32 times 4 bytes costs as much to issue as
+# one for 32 times 16. With `load4` and `store4` one thread moves four
+# neighbours, and there is a quarter of the requests, of the threads, and of
+# the index arithmetic. Each thread has more bytes under way at a time.
+#
+# A size that is no multiple of 4 leaves up to three elements at the end.
+# They get a thread each, in the same launch: with $n$ elements and
+# $f = \lfloor n / 4 \rfloor$ fours, thread $i \ge f$ takes element
+# $4f + (i - f) = 3f + i$.
+
+
+# %% version 2, forward tags=["exporti"] module="cuda.gelu"
+@kernel
+def _forward_fours(out, inp):
+    i, fours = cuda.grid(1), inp.size // 4
+    if i < fours:
+        a, b, c, d = load4(inp, 4 * i)
+        store4(out, 4 * i, _gelu(a), _gelu(b), _gelu(c), _gelu(d))
+    elif 3 * fours + i < inp.size:
+        out[3 * fours + i] = _gelu(inp[3 * fours + i])
+
+
+# %% version 2, backward tags=["exporti"] module="cuda.gelu"
+@kernel
+def _backward_fours(dinp, dout, inp, add):
+    i, fours = cuda.grid(1), inp.size // 4
+    if i < fours:
+        a, b, c, d = load4(inp, 4 * i)
+        e, f, g, h = load4(dout, 4 * i)
+        e, f = e * _gelu_slope(a), f * _gelu_slope(b)
+        g, h = g * _gelu_slope(c), h * _gelu_slope(d)
+        if add:
+            a, b, c, d = load4(dinp, 4 * i)
+            e, f, g, h = a + e, b + f, c + g, d + h
+        store4(dinp, 4 * i, e, f, g, h)
+    elif 3 * fours + i < inp.size:
+        i += 3 * fours
+        grad = dout[i] * _gelu_slope(inp[i])
+        if add:
+            grad += dinp[i]
+        dinp[i] = grad
+
+
+# %% who owns what
+from llmnb.owners import draw_owners
+
+fig, axes = plt.subplots(2, 1, figsize=(8, 1.9), dpi=100)
+draw_owners(axes[0], [list(range(19))], "version 1")
+fours = [i // 4 for i in range(16)] + [4, 5, 6]
+draw_owners(axes[1], [fours], "version 2")
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 8.2. The threads that own 19 elements. In version 1 each owns one;
+# in version 2 each owns four neighbours, which move in one access of 16
+# bytes, and the three that are left over get a thread each.*
+#
+# On the host's side an array of any shape is taken as one row, and
+# the grid has enough blocks for every thread that is wanted. An access of
+# 16 bytes must begin at a multiple of 16 bytes; all memory that a GPU hands
+# out does, but a view may begin anywhere. Such a view goes to version 1.
+
+
+# %% launches tags=["exporti"] module="cuda.gelu"
+def _forward_by_element(out, inp):
+    blocks = (inp.size + BLOCK - 1) // BLOCK
+    _forward_elements[blocks, BLOCK](out, inp)
+
+
+def _forward_by_four(out, inp):
+    if not aligned(out, inp):
+        return _forward_by_element(out, inp)
+    threads = inp.size // 4 + inp.size % 4
+    blocks = (threads + BLOCK - 1) // BLOCK
+    return _forward_fours[blocks, BLOCK](out, inp)
+
+
+def _backward_by_element(dinp, dout, inp, add):
+    blocks = (inp.size + BLOCK - 1) // BLOCK
+    _backward_elements[blocks, BLOCK](dinp, dout, inp, add)
+
+
+def _backward_by_four(dinp, dout, inp, add):
+    if not aligned(dinp, dout, inp):
+        return _backward_by_element(dinp, dout, inp, add)
+    threads = inp.size // 4 + inp.size % 4
+    blocks = (threads + BLOCK - 1) // BLOCK
+    return _backward_fours[blocks, BLOCK](dinp, dout, inp, add)
+
+
+# %% GELU, forward tags=["export"] module="cuda.gelu"
+# one element a thread; four neighbours a thread
+GELU_FORWARD = (_forward_by_element, _forward_by_four)
+
+
+def gelu_forward(out, inp, version=2):
+    """Write GELU of every element of inp to out, by the tanh form.
+
+    out, inp: a device's arrays of one shape, any, float32; out is
+    overwritten, and may be inp. version: which kernel, from 1 on. Raises
+    TypeError or ValueError before it launches anything.
+
+    Derived in chapter 8.
+    """
+    run = numbered(GELU_FORWARD, version, "gelu_forward")
+    check_device("gelu_forward: inp", inp, inp.shape)
+    check_device("gelu_forward: out", out, inp.shape)
+    run(out.reshape(-1), inp.reshape(-1))
+
+
+# %% GELU, backward tags=["export"] module="cuda.gelu"
+# one element a thread; four neighbours a thread
+GELU_BACKWARD = (_backward_by_element, _backward_by_four)
+
+
+def gelu_backward(dinp, dout, inp, add=True, version=2):
+    """Add GELU's gradient to dinp, or overwrite dinp with it.
+
+    dinp, dout, inp: a device's arrays of one shape, any, float32; dinp is
+    added to in place. With add=False it is overwritten, and it may be dout
+    itself. version: which kernel, from 1 on. Raises TypeError or ValueError
+    before it launches anything.
+
+    Derived in chapter 8.
+    """
+    run = numbered(GELU_BACKWARD, version, "gelu_backward")
+    check_device("gelu_backward: inp", inp, inp.shape)
+    for name, array in (("dinp", dinp), ("dout", dout)):
+        check_device(f"gelu_backward: {name}", array, inp.shape)
+    arrays = (x.reshape(-1) for x in (dinp, dout, inp))
+    run(*arrays, int(add))
+
+
+# %% [markdown]
+# The verdicts, on a shape that leaves three elements over. They run on a
+# GPU where there is one, and else on the simulator:
+
+# %% the same results on the device
+from llmnb.cuda.launch import empty, simulated, to_device, to_host
+
+x, g = rng.normal(scale=2, size=(2, 3, 7, 23)).astype(np.float32)
+want, slope = np.empty_like(x), np.zeros_like(x)
+reference.forward(want, x)
+reference.backward(slope, g, x)
+for version in (1, 2):
+    there = to_device(x)
+    out, dinp = empty(x.shape, like=there), to_device(g)
+    gelu_forward(out, there, version=version)
+    gelu_backward(dinp, dinp, there, add=False, version=version)
+    compare(f"version {version}, out", to_host(out), want, tol=2e-6)
+    compare(f"version {version}, dinp", to_host(dinp), slope, tol=2e-6)
+
+# %% [markdown]
+# And what the simulator counts, for 1027 elements:
+
+# %% requests and sectors
+from llmnb.cuda.simulator import watch
+
+x = rng.normal(size=1027).astype(np.float32)
+there, out, dout = simulated(x), simulated(x), simulated(x)
+runs = {"forward": lambda n: gelu_forward(out, there, version=n)}
+for name, add in (("backward", True), ("overwriting", False)):
+    runs[name] = lambda n, add=add: gelu_backward(
+        out, dout, there, add=add, version=n
+    )
+print(f"{'':13}threads  requests  sectors  bytes an element")
+for name, run in runs.items():
+    for version in (1, 2):
+        with watch() as seen:
+            run(version)
+        moved = (seen.read_bytes + seen.written_bytes) // x.size
+        print(
+            f"{name:11} {version} {seen.threads:7} {seen.requests:9} "
+            f"{seen.sectors:8} {moved:17}"
+        )
+
+# %% [markdown]
+# Version 2 has about a quarter of the threads and of the requests. The
+# sectors are the same, because every sector was used in full from the
+# start. What that buys, only a GPU can say: `llmnb bench --backend cuda
+# --kernels` measures it where there is one, and the results page shows it
+# once it is measured.
+
+# %% [markdown]
 # ## Count it
 #
 # Per element the forward pass takes about 20 operations, most of them in the
@@ -577,7 +866,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 8.2. Left: GELU follows max(x, 0) at both ends and dips below 0
+# *Figure 8.3. Left: GELU follows max(x, 0) at both ends and dips below 0
 # between; its derivative overshoots 1 and is negative left of the dip.
 # Right: the tanh form stays within half a thousandth of the exact one.*
 #

@@ -910,6 +910,582 @@ print(f"NumPy   {slow * 1e3:7.1f} ms for {n / 1e6:.1f} M parameters")
 print(f"kernel  {fast * 1e3:7.1f} ms, {slow / fast:.1f} times as fast")
 
 # %% [markdown]
+# ## On a GPU
+#
+# The update is bound by memory here as there: 28 bytes for some 14
+# operations. Elements do not meet, so each may have a thread of its own.
+# The norm is another matter, because all elements meet in one sum. And a third thing is
+# new: the numbers that change from step to step have to reach
+# the GPU. [Chapter 4](04_gpu.ipynb) has the words of this section.
+#
+# No GPU has run these kernels yet. They run on the simulator; they are
+# compiled for two generations, sm_80 and sm_90, and what the compiler made
+# of them is checked.
+
+# %% imports of the GPU's kernels tags=["export"] module="cuda.adamw"
+import math
+
+import numpy as np
+
+from llmnb.cuda.launch import (
+    aligned,
+    check_device,
+    device,
+    empty,
+    kernel,
+    numbered,
+    to_host,
+)
+from llmnb.cuda.simulator import cuda, load4, store4
+from llmnb.cuda.warp import block_sum
+from llmnb.reference.adamw import check_settings
+
+# %% sizes tags=["exporti"] module="cuda.adamw"
+BLOCK = 256  # threads
+WARPS = 8  # of them in a block
+SETTINGS = 8  # numbers: seven of AdamW, and one to fill two vectors
+NORM_BLOCKS = 1024  # blocks at most that sum squares
+ZERO, ONE = np.float32(0), np.float32(1)
+TINY = np.float32(1e-6)  # (11.14)
+LARGEST = np.finfo(np.float32).max
+
+
+# %% [markdown]
+# ### The settings of a step
+#
+# A training step launches hundreds of kernels, and each launch costs the
+# CPU some time. A *CUDA graph* is the cure: the launches are recorded once,
+# with all their arguments, and then launched again as one. But an argument
+# that is a number is recorded with its value. Every later step would
+# run with the learning rate of the step that was recorded.
+#
+# An argument that is an array is recorded as an address. So the settings
+# travel in a small array: the host writes a step's numbers there, and then
+# launches the graph, in which nothing has changed.
+#
+# The numbers are computed on the host, in float64, because a float32 would
+# lose digits on the way: $\beta_2 = 0.999$ is so close to 1 that in the
+# difference $1 - \beta_2$ only ten of its 24 bits are left. Rounding comes
+# last.
+
+
+# %% the settings tags=["export"] module="cuda.adamw"
+def adamw_scratch():
+    """The number of floats that `adamw_update` wants as `work`.
+
+    Derived in chapter 11.
+    """
+    return SETTINGS
+
+
+def adamw_settings(
+    learning_rate, beta1, beta2, eps, weight_decay, step
+):  # fmt: skip
+    """What AdamW's kernel wants to know of a step, as a float32 array.
+
+    It is computed in float64 and rounded at the end. Copy it to the device
+    for `adamw_apply`. Raises ValueError for settings out of range.
+
+    Derived in chapter 11.
+    """
+    check_settings(learning_rate, beta1, beta2, eps, weight_decay, step)
+    keep = 1 - learning_rate * weight_decay
+    root = math.sqrt(1 - beta2**step)
+    size = learning_rate / (1 - beta1**step)
+    numbers = keep, 1 - beta1, beta2, 1 - beta2, root, eps, size, 0
+    return np.array(numbers, np.float32)
+
+
+# %% rounded last, and rounded first
+beta2 = np.float32(0.999)
+exact = 1 - 0.999
+late = float(adamw_settings(0.1, 0.9, 0.999, 1e-8, 0, 1)[3])
+early = float(1 - beta2)
+verdict("rounded last", abs(late / exact - 1) < 6e-8, "errs below 6e-8")
+verdict("rounded first", abs(early / exact - 1) > 1e-5, "errs above 1e-5")
+
+
+# %% [markdown]
+# ### Version 1: a thread an element
+#
+# A thread reads four numbers, computes, and writes three. It reads the
+# seven settings as well; all threads of a warp read the same ones, which
+# makes one sector a request, and a cache holds it.
+
+
+# %% AdamW of one element tags=["exporti"] module="cuda.adamw"
+@device
+def _adamw(p, g, m, v, settings):
+    keep, rate1, beta2, rate2, root, eps, size = settings
+    m += rate1 * (g - m)
+    v = beta2 * v + rate2 * g * g
+    spread = math.sqrt(v) / root + eps
+    return keep * p - size * m / spread, m, v
+
+
+@device
+def _adamw_at(i, params, grads, m, v, settings):
+    p, m1, v1 = _adamw(params[i], grads[i], m[i], v[i], settings)
+    params[i], m[i], v[i] = p, m1, v1
+
+
+# %% version 1 tags=["exporti"] module="cuda.adamw"
+@kernel
+def _adamw_elements(params, grads, m, v, settings):
+    i = cuda.grid(1)
+    if i < params.size:
+        keep, rate1, beta2 = settings[0], settings[1], settings[2]
+        rate2, root, eps = settings[3], settings[4], settings[5]
+        numbers = keep, rate1, beta2, rate2, root, eps, settings[6]
+        _adamw_at(i, params, grads, m, v, numbers)
+
+
+# %% [markdown]
+# ### Version 2: four elements at once
+#
+# As for GELU ([chapter 8](08_gelu.ipynb)): the bytes cannot be
+# fewer, the requests can. Each thread takes four neighbours, and
+# the settings come in two vectors as well, which is why there is an eighth.
+# Up to three elements at the end get a thread each.
+
+
+# %% version 2 tags=["exporti"] module="cuda.adamw"
+@kernel
+def _adamw_fours(params, grads, m, v, settings):
+    i, fours = cuda.grid(1), params.size // 4
+    rest = 3 * fours + i
+    if i >= fours and rest >= params.size:
+        return
+    keep, rate1, beta2, rate2 = load4(settings, 0)
+    root, eps, size, _ = load4(settings, 4)
+    numbers = keep, rate1, beta2, rate2, root, eps, size
+    if i >= fours:
+        _adamw_at(rest, params, grads, m, v, numbers)
+        return
+    p0, p1, p2, p3 = load4(params, 4 * i)
+    g0, g1, g2, g3 = load4(grads, 4 * i)
+    m0, m1, m2, m3 = load4(m, 4 * i)
+    v0, v1, v2, v3 = load4(v, 4 * i)
+    p0, m0, v0 = _adamw(p0, g0, m0, v0, numbers)
+    p1, m1, v1 = _adamw(p1, g1, m1, v1, numbers)
+    p2, m2, v2 = _adamw(p2, g2, m2, v2, numbers)
+    p3, m3, v3 = _adamw(p3, g3, m3, v3, numbers)
+    store4(params, 4 * i, p0, p1, p2, p3)
+    store4(m, 4 * i, m0, m1, m2, m3)
+    store4(v, 4 * i, v0, v1, v2, v3)
+
+
+# %% launches tags=["exporti"] module="cuda.adamw"
+def _update_by_element(*arrays):
+    blocks = (arrays[0].size + BLOCK - 1) // BLOCK
+    _adamw_elements[blocks, BLOCK](*arrays)
+
+
+def _update_by_four(*arrays):
+    if not aligned(*arrays):
+        return _update_by_element(*arrays)
+    return _adamw_fours[_blocks_of_fours(arrays[0]), BLOCK](*arrays)
+
+
+def _blocks_of_fours(array):
+    threads = array.size // 4 + array.size % 4
+    return (threads + BLOCK - 1) // BLOCK
+
+
+# %% [markdown]
+# Now the functions. `adamw_apply` launches and does nothing else, so a
+# graph may record it; `adamw_update` has the arguments that all backends
+# have, and brings the settings to the device first.
+
+
+# %% check arrays tags=["exporti"] module="cuda.adamw"
+def _check_all_flat(name, **arrays):
+    """Raise unless these are flat, float32 and of the first one's length."""
+    size = getattr(next(iter(arrays.values())), "size", 0)
+    for key, array in arrays.items():
+        check_device(f"{name}: {key}", array, (size,))
+
+
+def _check_work(name, work, size):
+    """Raise unless `work` is flat, float32 and at least that long."""
+    check_device(f"{name}: work", work, (max(size, work.size),))
+
+
+# %% AdamW on arrays tags=["export"] module="cuda.adamw"
+# one element a thread; four neighbours a thread
+ADAMW_UPDATE = (_update_by_element, _update_by_four)
+
+
+def adamw_apply(params, grads, m, v, settings, version=2):
+    """Take one step of AdamW with settings that are on the device.
+
+    params, grads, m, v: a device's arrays, float32, flat, of one length.
+    settings: what `adamw_settings` computed, on the device. Allocates
+    nothing and does not wait: a CUDA graph may record it, and new settings
+    may be copied into the array before the graph is launched again.
+    version: which kernel, from 1 on. Raises TypeError or ValueError for
+    arrays that do not fit.
+
+    Derived in chapter 11.
+    """
+    run = numbered(ADAMW_UPDATE, version, "adamw_update")
+    _check_all_flat("adamw_update", params=params, grads=grads, m=m, v=v)
+    check_device("adamw_update: settings", settings, (SETTINGS,))
+    run(params, grads, m, v, settings)
+
+
+# %% AdamW tags=["export"] module="cuda.adamw"
+def adamw_update(
+    params, grads, m, v,
+    learning_rate, beta1, beta2, eps, weight_decay, step,
+    work=None, version=2,
+):  # fmt: skip
+    """Take one step of AdamW, in the order in which torch.optim.AdamW does.
+
+    params, grads, m, v: a device's arrays, float32, flat, of one length;
+    params, m and v change in place. m and v are the running means of the
+    gradient and of its square, zero before the first step. step counts from
+    1. weight_decay applies to every element. work: a device's array of
+    `adamw_scratch()` floats, or None to have one made. version: which
+    kernel, from 1 on. Raises TypeError or ValueError for arrays that do not
+    fit and settings out of range, before it launches anything.
+
+    Derived in chapter 11.
+    """
+    numbers = adamw_settings(
+        learning_rate, beta1, beta2, eps, weight_decay, step
+    )
+    _check_all_flat("adamw_update", params=params, grads=grads, m=m, v=v)
+    if work is None:
+        work = empty(SETTINGS, like=params)
+    _check_work("adamw_update", work, SETTINGS)
+    settings = work[:SETTINGS]
+    settings.copy_to_device(numbers)
+    adamw_apply(params, grads, m, v, settings, version)
+
+
+# %% PyTorch's six steps on the device
+from llmnb.cuda.launch import simulated, to_device
+from llmnb.cuda.simulator import watch
+
+
+def on_device(version):
+    def update(p, g, m, v, *settings):
+        there = [to_device(x) for x in (p, g, m, v)]
+        adamw_update(*there, *settings, version=version)
+        for x, array in zip((p, g, m, v), there, strict=True):
+            x[...] = to_host(array)
+
+    return update
+
+
+for version in (1, 2):
+    got = six_steps(on_device(version), np.float32)
+    compare(f"version {version}", got, recorded, tol=2e-6)
+
+
+# %% what the simulator counts
+four = [simulated(np.ones(1027, np.float32)) for _ in range(4)]
+settings = simulated(adamw_settings(0.1, 0.9, 0.999, 1e-8, 0.1, 1))
+print("version  threads  requests  sectors")
+for version in (1, 2):
+    with watch() as seen:
+        adamw_apply(*four, settings, version=version)
+    print(f"{version:7} {seen.threads:8} {seen.requests:9} {seen.sectors:8}")
+
+# %% [markdown]
+# The seven arrays hold $7 \cdot 129 = 903$ sectors in both versions. The
+# rest of the sectors, 231 and 18, are the settings, the same few bytes over
+# and over, which come from a cache. Version 2 has less than a sixth of the
+# requests: it needs a quarter of the warps, and each of them asks 9 times
+# and not 14.
+#
+# ### The norm: one sum, one order
+#
+# All threads could add their squares to one number by an atomic addition.
+# Then whoever comes first is added first, the order differs from run to
+# run, and so do the last bits of the norm, of the clipped gradients, and of
+# the model. We want the same bits each time. So each part of the sum has
+# its owner and its place in the order:
+#
+# 1. Thread $t$ of $T$ sums the squares of fours $t$, $t + T$, $t + 2T$ and
+#    so on, one sum for each of the four places, then adds these four.
+# 2. The block adds its threads' sums by `block_sum` and writes one number.
+# 3. A second kernel of one block adds these numbers in the same way and
+#    writes the root.
+#
+# A second kernel and not a barrier, because there is none across blocks:
+# only the end of a launch orders all of them before what comes next. The
+# number of blocks depends on the length alone, up to 1024, and not on the
+# GPU.
+
+# %% who sums what
+from llmnb.owners import draw_owners
+
+place = np.arange(32) // 4
+tail = np.where(np.arange(32) < 20, place, -1)
+tail[20:23] = 0, 1, 2
+fig, ax = plt.subplots(figsize=(8, 1.7), dpi=100)
+draw_owners(ax, [place, place, tail], group=4, cols="32 elements a row")
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 11.5. 87 gradients, summed by two blocks (two colours) of four
+# threads; the number is the thread. In each sweep a thread takes four
+# neighbours; the three elements that make no four go to the first three
+# threads. Which thread adds what, and in which order, depends on
+# nothing but the length.*
+#
+# The CPU sums in float64. Here that would be out of proportion, and with
+# this order it is not needed. What counts for rounding is not how
+# many numbers there are but the longest chain of additions that one number
+# passes through. With $n$ squares and $T = 262{,}144$ threads that chain
+# has $n / 4T$ links, then 2 for the four places, $5 + 8$ in the block, 4,
+# and $5 + 8$ again. For 124 million that is about 150 in place of
+# 124 million, and the relative error is below $150 \cdot 2^{-24}$, or
+# $9 \cdot 10^{-6}$, at worst; the root halves it.
+
+
+# %% the sum of squares tags=["exporti"] module="cuda.adamw"
+@kernel(fastmath=False)
+def _squares(grads, work, vectors):
+    parts = cuda.shared.array(WARPS, np.float32)
+    i, fours = cuda.grid(1), grads.size // 4
+    s0 = s1 = s2 = s3 = ZERO
+    for k in range(i, fours, cuda.gridsize(1)):
+        if vectors:
+            a, b, c, d = load4(grads, 4 * k)
+        else:
+            a, b = grads[4 * k], grads[4 * k + 1]
+            c, d = grads[4 * k + 2], grads[4 * k + 3]
+        s0, s1, s2, s3 = s0 + a * a, s1 + b * b, s2 + c * c, s3 + d * d
+    total = (s0 + s1) + (s2 + s3)
+    if 4 * fours + i < grads.size:
+        a = grads[4 * fours + i]
+        total += a * a
+    total = block_sum(total, parts)
+    if cuda.threadIdx.x == 0:
+        work[1 + cuda.blockIdx.x] = total
+
+
+# %% the sum of the blocks' sums tags=["exporti"] module="cuda.adamw"
+@kernel(fastmath=False)
+def _root_of_sum(work, blocks):
+    parts = cuda.shared.array(WARPS, np.float32)
+    total = ZERO
+    for k in range(cuda.threadIdx.x, blocks, BLOCK):
+        total += work[1 + k]
+    total = block_sum(total, parts)
+    if cuda.threadIdx.x == 0:
+        work[0] = math.sqrt(total)
+
+
+# %% [markdown]
+# The norm stays on the device, in `work[0]`, and the kernel that scales
+# reads it there. To bring it to the host first would make the CPU wait for
+# all that is under way, and a graph could not record it.
+#
+# So the question whether the norm is finite must be asked on the device
+# now. A NaN fails every comparison, and infinity fails `norm <= LARGEST`:
+# in both cases the gradients are left as they are. But `fastmath` promises
+# the compiler that there are no such numbers, and it may drop the question.
+# (It also divides by an approximation that gives 0 for divisors from
+# $2^{126}$ on.) These three kernels are compiled without it. That costs
+# instructions, and memory hides them.
+
+
+# %% by how much to scale tags=["exporti"] module="cuda.adamw"
+@device
+def _clip_factor(norm, max_norm):
+    """The factor of (11.14); 1 where the norm is NaN or infinite."""
+    if norm <= LARGEST:
+        factor = max_norm / (norm + TINY)
+        if factor < ONE:
+            return factor
+    return ONE
+
+
+# %% scale tags=["exporti"] module="cuda.adamw"
+@kernel(fastmath=False)
+def _shrink_fours(grads, work, max_norm):
+    factor = _clip_factor(work[0], max_norm)
+    if factor == ONE:
+        return
+    i, fours = cuda.grid(1), grads.size // 4
+    if i < fours:
+        a, b, c, d = load4(grads, 4 * i)
+        store4(grads, 4 * i, a * factor, b * factor, c * factor, d * factor)
+    elif 3 * fours + i < grads.size:
+        grads[3 * fours + i] *= factor
+
+
+@kernel(fastmath=False)
+def _shrink_elements(grads, work, max_norm):
+    i, factor = cuda.grid(1), _clip_factor(work[0], max_norm)
+    if factor < ONE and i < grads.size:
+        grads[i] *= factor
+
+
+# %% what a graph may record tags=["export"] module="cuda.adamw"
+def clip_scratch():
+    """The number of floats that the norm and the clip want as `work`.
+
+    Derived in chapter 11.
+    """
+    return 1 + NORM_BLOCKS
+
+
+def norm_apply(work, grads):
+    """Leave the Euclidean norm of a flat array in work[0].
+
+    work: a device's array of `clip_scratch()` floats; grads: flat, float32.
+    Allocates nothing and does not wait: a CUDA graph may record it. Raises
+    TypeError or ValueError for arrays that do not fit.
+
+    Derived in chapter 11.
+    """
+    _check_all_flat("global_norm", grads=grads)
+    _check_work("global_norm", work, clip_scratch())
+    blocks = (grads.size + 4 * BLOCK - 1) // (4 * BLOCK)
+    blocks = min(NORM_BLOCKS, blocks)
+    _squares[blocks, BLOCK](grads, work, int(aligned(grads)))
+    _root_of_sum[1, BLOCK](work, blocks)
+
+
+def clip_apply(grads, max_norm, work):
+    """Clip a flat array to norm `max_norm`; leave its old norm in work[0].
+
+    As `clip_gradients`, but it allocates nothing and does not wait: a CUDA
+    graph may record it, with this `max_norm`.
+
+    Derived in chapter 11.
+    """
+    if not max_norm > 0:
+        raise ValueError(
+            f"clip_gradients: max_norm must be above 0, got {max_norm}"
+        )
+    norm_apply(work, grads)
+    most = np.float32(max_norm if max_norm <= LARGEST else math.inf)
+    if aligned(grads):
+        _shrink_fours[_blocks_of_fours(grads), BLOCK](grads, work, most)
+    else:
+        blocks = (grads.size + BLOCK - 1) // BLOCK
+        _shrink_elements[blocks, BLOCK](grads, work, most)
+
+
+# %% the norm and the clip tags=["export"] module="cuda.adamw"
+def global_norm(grads, work=None):
+    """The Euclidean norm of a flat array, as a float.
+
+    It is summed in float32, in an order that the length alone decides, and
+    infinite where a square exceeds float32. work: a device's array of
+    `clip_scratch()` floats, or None to have one made. Waits for the result.
+    Raises TypeError or ValueError for arrays that do not fit.
+
+    Derived in chapter 11.
+    """
+    _check_all_flat("global_norm", grads=grads)
+    if work is None:
+        work = empty(clip_scratch(), like=grads)
+    norm_apply(work, grads)
+    return float(to_host(work[:1])[0])
+
+
+def clip_gradients(grads, max_norm, work=None):
+    """Scale a flat array down to norm `max_norm` if it is longer.
+
+    Returns the norm before clipping and scales `grads` in place by
+    max_norm / (norm + 1e-6) where that is below 1, as torch's
+    clip_grad_norm_. When the norm is infinite or NaN, `grads` is left as it
+    is: the caller sees the norm and decides. work: a device's array of
+    `clip_scratch()` floats, or None to have one made. Waits for the norm.
+    Raises ValueError unless max_norm is positive, and as `global_norm` does.
+
+    Derived in chapter 11.
+    """
+    _check_all_flat("clip_gradients", grads=grads)
+    if work is None:
+        work = empty(clip_scratch(), like=grads)
+    clip_apply(grads, max_norm, work)
+    return float(to_host(work[:1])[0])
+
+
+# %% a long, a short and a broken gradient, on the device
+g = rng.normal(size=5003).astype(np.float32)
+there = to_device(g)
+norm = clip_gradients(there, 1.0)
+close = abs(norm / reference.norm(g) - 1) < 1e-6
+verdict("the norm", close, "to 1e-06 of float64's")
+g *= np.float32(1 / (norm + 1e-6))
+compare("clipped", to_host(there), g, tol=1e-7)
+clip_gradients(there, 2.0)
+compare("short", to_host(there), g, tol=1e-7)
+for bad in (np.nan, np.inf):
+    g[77] = bad
+    there = to_device(g)
+    norm = clip_gradients(there, 1.0)
+    same = np.array_equal(to_host(there), g, equal_nan=True)
+    verdict(f"{bad}", same and not math.isfinite(norm), "left alone")
+
+
+# %% [markdown]
+# To see what the order is worth, we follow it in NumPy, for more
+# numbers than the simulator could sum. The butterfly of `warp_sum` adds
+# lane $l$ and lane $l \oplus s$ for $s = 16, 8, 4, 2, 1$; after it every
+# lane has the same sum.
+
+
+# %% the kernels' order in NumPy
+def in_block(x):
+    """block_sum of each row of 256, in float32."""
+    x = x.reshape(-1, 8, 32)
+    for s in (16, 8, 4, 2, 1):
+        x = x + x[..., np.arange(32) ^ s]
+    total = x[:, 0, 0].copy()
+    for warp in range(1, 8):
+        total += x[:, warp, 0]
+    return total
+
+
+def norm_in_order(g):
+    blocks = min(1024, -(-g.size // 1024))
+    T = 256 * blocks
+    padded = np.zeros(-(-g.size // (4 * T)) * 4 * T, np.float32)
+    padded[: g.size // 4 * 4] = g[: g.size // 4 * 4] ** 2
+    sums = np.zeros((T, 4), np.float32)
+    for sweep in padded.reshape(-1, T, 4):
+        sums += sweep
+    total = (sums[:, 0] + sums[:, 1]) + (sums[:, 2] + sums[:, 3])
+    total[: g.size % 4] += g[g.size // 4 * 4 :] ** 2
+    parts = np.zeros((4, 256), np.float32)
+    parts.reshape(-1)[:blocks] = in_block(total)
+    sums = ((parts[0] + parts[1]) + parts[2]) + parts[3]
+    return np.sqrt(in_block(sums)[0])
+
+
+# %% the same order, another order
+g = rng.normal(size=5003).astype(np.float32)
+same = global_norm(simulated(g)) == norm_in_order(g)
+verdict("NumPy", same, "has the simulator's bits")
+g = rng.normal(size=1 << 24) * 10.0 ** rng.uniform(-4, 0, 1 << 24)
+g = g.astype(np.float32)
+exact = reference.norm(g)
+ours = abs(norm_in_order(g) / exact - 1)
+straight = abs(np.sqrt(np.cumsum(g * g)[-1]) / exact - 1)
+verdict("16 million", ours < 1e-7, "err < 1e-07 in the kernels' order")
+verdict("one by one", straight > 1e-6, "err > 1e-06")
+
+# %% [markdown]
+# A GPU contracts a product and a sum into one instruction with one
+# rounding, so its last bits are not those of the simulator. From run to
+# run they are the same.
+#
+# How long the update and the clip take on a GPU is measured by
+# `llmnb bench --backend cuda --kernels`, where there is one; the results
+# page shows it once it is measured.
+
+# %% [markdown]
 # ## Count it
 #
 # For each parameter the kernel reads four float32 numbers and writes three,
@@ -983,7 +1559,7 @@ print(f"measured {norm_time * 1e3:.1f}")
 halving = math.log(0.5) / math.log(1 - 6e-4 * 0.1)
 w, m, v, g = np.ones(1), np.zeros(1), np.zeros(1), np.zeros(1)
 for step in range(1, round(halving) + 1):
-    adamw_update(w, g, m, v, 6e-4, 0.9, 0.95, 1e-8, 0.1, step)
+    cpu.update(w, g, m, v, 6e-4, 0.9, 0.95, 1e-8, 0.1, step)
 print(round(halving), "steps")
 compare("what is left", w, [0.5], tol=1e-4)
 

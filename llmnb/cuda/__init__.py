@@ -2,6 +2,24 @@
 
 """The cuda backend."""
 
+from llmnb.cuda.adamw import (
+    ADAMW_UPDATE,
+    adamw_apply,
+    adamw_scratch,
+    adamw_settings,
+    adamw_update,
+    clip_apply,
+    clip_gradients,
+    clip_scratch,
+    global_norm,
+    norm_apply,
+)
+from llmnb.cuda.gelu import (
+    GELU_BACKWARD,
+    GELU_FORWARD,
+    gelu_backward,
+    gelu_forward,
+)
 from llmnb.cuda.launch import (
     ALIGN,
     DeviceArray,
@@ -41,24 +59,38 @@ from llmnb.cuda.warp import (
 )
 
 __all__ = [
+    "ADAMW_UPDATE",
     "ALIGN",
     "Compiled",
     "DeviceArray",
+    "GELU_BACKWARD",
+    "GELU_FORWARD",
     "Kernel",
     "Seen",
+    "adamw_apply",
+    "adamw_scratch",
+    "adamw_settings",
+    "adamw_update",
     "address",
     "aligned",
     "block_max",
     "block_sum",
     "check_device",
+    "clip_apply",
+    "clip_gradients",
+    "clip_scratch",
     "compile_kernel",
     "cuda",
     "device",
     "empty",
+    "gelu_backward",
+    "gelu_forward",
+    "global_norm",
     "kernel",
     "load4",
     "missing",
     "no_compiler",
+    "norm_apply",
     "numbered",
     "record",
     "simulate",

@@ -1,0 +1,362 @@
+# Written by `make export` from notebooks/11_adamw.py: edit that file.
+
+"""Step downhill with AdamW.
+
+AdamW divides each parameter's averaged gradient by its usual size and shrinks
+the parameter itself; a schedule sets the pace, a clip bounds it.
+"""
+
+__all__ = [
+    "ADAMW_UPDATE",
+    "adamw_apply",
+    "adamw_scratch",
+    "adamw_settings",
+    "adamw_update",
+    "clip_apply",
+    "clip_gradients",
+    "clip_scratch",
+    "global_norm",
+    "norm_apply",
+]
+
+
+# imports of the GPU's kernels
+import math
+
+import numpy as np
+
+from llmnb.cuda.launch import (
+    aligned,
+    check_device,
+    device,
+    empty,
+    kernel,
+    numbered,
+    to_host,
+)
+from llmnb.cuda.simulator import cuda, load4, store4
+from llmnb.cuda.warp import block_sum
+from llmnb.reference.adamw import check_settings
+
+
+# sizes
+BLOCK = 256  # threads
+WARPS = 8  # of them in a block
+SETTINGS = 8  # numbers: seven of AdamW, and one to fill two vectors
+NORM_BLOCKS = 1024  # blocks at most that sum squares
+ZERO, ONE = np.float32(0), np.float32(1)
+TINY = np.float32(1e-6)  # (11.14)
+LARGEST = np.finfo(np.float32).max
+
+
+# the settings
+def adamw_scratch():
+    """The number of floats that `adamw_update` wants as `work`.
+
+    Derived in chapter 11.
+    """
+    return SETTINGS
+
+
+def adamw_settings(
+    learning_rate, beta1, beta2, eps, weight_decay, step
+):  # fmt: skip
+    """What AdamW's kernel wants to know of a step, as a float32 array.
+
+    It is computed in float64 and rounded at the end. Copy it to the device
+    for `adamw_apply`. Raises ValueError for settings out of range.
+
+    Derived in chapter 11.
+    """
+    check_settings(learning_rate, beta1, beta2, eps, weight_decay, step)
+    keep = 1 - learning_rate * weight_decay
+    root = math.sqrt(1 - beta2**step)
+    size = learning_rate / (1 - beta1**step)
+    numbers = keep, 1 - beta1, beta2, 1 - beta2, root, eps, size, 0
+    return np.array(numbers, np.float32)
+
+
+# AdamW of one element
+@device
+def _adamw(p, g, m, v, settings):
+    keep, rate1, beta2, rate2, root, eps, size = settings
+    m += rate1 * (g - m)
+    v = beta2 * v + rate2 * g * g
+    spread = math.sqrt(v) / root + eps
+    return keep * p - size * m / spread, m, v
+
+
+@device
+def _adamw_at(i, params, grads, m, v, settings):
+    p, m1, v1 = _adamw(params[i], grads[i], m[i], v[i], settings)
+    params[i], m[i], v[i] = p, m1, v1
+
+
+# version 1
+@kernel
+def _adamw_elements(params, grads, m, v, settings):
+    i = cuda.grid(1)
+    if i < params.size:
+        keep, rate1, beta2 = settings[0], settings[1], settings[2]
+        rate2, root, eps = settings[3], settings[4], settings[5]
+        numbers = keep, rate1, beta2, rate2, root, eps, settings[6]
+        _adamw_at(i, params, grads, m, v, numbers)
+
+
+# version 2
+@kernel
+def _adamw_fours(params, grads, m, v, settings):
+    i, fours = cuda.grid(1), params.size // 4
+    rest = 3 * fours + i
+    if i >= fours and rest >= params.size:
+        return
+    keep, rate1, beta2, rate2 = load4(settings, 0)
+    root, eps, size, _ = load4(settings, 4)
+    numbers = keep, rate1, beta2, rate2, root, eps, size
+    if i >= fours:
+        _adamw_at(rest, params, grads, m, v, numbers)
+        return
+    p0, p1, p2, p3 = load4(params, 4 * i)
+    g0, g1, g2, g3 = load4(grads, 4 * i)
+    m0, m1, m2, m3 = load4(m, 4 * i)
+    v0, v1, v2, v3 = load4(v, 4 * i)
+    p0, m0, v0 = _adamw(p0, g0, m0, v0, numbers)
+    p1, m1, v1 = _adamw(p1, g1, m1, v1, numbers)
+    p2, m2, v2 = _adamw(p2, g2, m2, v2, numbers)
+    p3, m3, v3 = _adamw(p3, g3, m3, v3, numbers)
+    store4(params, 4 * i, p0, p1, p2, p3)
+    store4(m, 4 * i, m0, m1, m2, m3)
+    store4(v, 4 * i, v0, v1, v2, v3)
+
+
+# launches
+def _update_by_element(*arrays):
+    blocks = (arrays[0].size + BLOCK - 1) // BLOCK
+    _adamw_elements[blocks, BLOCK](*arrays)
+
+
+def _update_by_four(*arrays):
+    if not aligned(*arrays):
+        return _update_by_element(*arrays)
+    return _adamw_fours[_blocks_of_fours(arrays[0]), BLOCK](*arrays)
+
+
+def _blocks_of_fours(array):
+    threads = array.size // 4 + array.size % 4
+    return (threads + BLOCK - 1) // BLOCK
+
+
+# check arrays
+def _check_all_flat(name, **arrays):
+    """Raise unless these are flat, float32 and of the first one's length."""
+    size = getattr(next(iter(arrays.values())), "size", 0)
+    for key, array in arrays.items():
+        check_device(f"{name}: {key}", array, (size,))
+
+
+def _check_work(name, work, size):
+    """Raise unless `work` is flat, float32 and at least that long."""
+    check_device(f"{name}: work", work, (max(size, work.size),))
+
+
+# AdamW on arrays
+# one element a thread; four neighbours a thread
+ADAMW_UPDATE = (_update_by_element, _update_by_four)
+
+
+def adamw_apply(params, grads, m, v, settings, version=2):
+    """Take one step of AdamW with settings that are on the device.
+
+    params, grads, m, v: a device's arrays, float32, flat, of one length.
+    settings: what `adamw_settings` computed, on the device. Allocates
+    nothing and does not wait: a CUDA graph may record it, and new settings
+    may be copied into the array before the graph is launched again.
+    version: which kernel, from 1 on. Raises TypeError or ValueError for
+    arrays that do not fit.
+
+    Derived in chapter 11.
+    """
+    run = numbered(ADAMW_UPDATE, version, "adamw_update")
+    _check_all_flat("adamw_update", params=params, grads=grads, m=m, v=v)
+    check_device("adamw_update: settings", settings, (SETTINGS,))
+    run(params, grads, m, v, settings)
+
+
+# AdamW
+def adamw_update(
+    params, grads, m, v,
+    learning_rate, beta1, beta2, eps, weight_decay, step,
+    work=None, version=2,
+):  # fmt: skip
+    """Take one step of AdamW, in the order in which torch.optim.AdamW does.
+
+    params, grads, m, v: a device's arrays, float32, flat, of one length;
+    params, m and v change in place. m and v are the running means of the
+    gradient and of its square, zero before the first step. step counts from
+    1. weight_decay applies to every element. work: a device's array of
+    `adamw_scratch()` floats, or None to have one made. version: which
+    kernel, from 1 on. Raises TypeError or ValueError for arrays that do not
+    fit and settings out of range, before it launches anything.
+
+    Derived in chapter 11.
+    """
+    numbers = adamw_settings(
+        learning_rate, beta1, beta2, eps, weight_decay, step
+    )
+    _check_all_flat("adamw_update", params=params, grads=grads, m=m, v=v)
+    if work is None:
+        work = empty(SETTINGS, like=params)
+    _check_work("adamw_update", work, SETTINGS)
+    settings = work[:SETTINGS]
+    settings.copy_to_device(numbers)
+    adamw_apply(params, grads, m, v, settings, version)
+
+
+# the sum of squares
+@kernel(fastmath=False)
+def _squares(grads, work, vectors):
+    parts = cuda.shared.array(WARPS, np.float32)
+    i, fours = cuda.grid(1), grads.size // 4
+    s0 = s1 = s2 = s3 = ZERO
+    for k in range(i, fours, cuda.gridsize(1)):
+        if vectors:
+            a, b, c, d = load4(grads, 4 * k)
+        else:
+            a, b = grads[4 * k], grads[4 * k + 1]
+            c, d = grads[4 * k + 2], grads[4 * k + 3]
+        s0, s1, s2, s3 = s0 + a * a, s1 + b * b, s2 + c * c, s3 + d * d
+    total = (s0 + s1) + (s2 + s3)
+    if 4 * fours + i < grads.size:
+        a = grads[4 * fours + i]
+        total += a * a
+    total = block_sum(total, parts)
+    if cuda.threadIdx.x == 0:
+        work[1 + cuda.blockIdx.x] = total
+
+
+# the sum of the blocks' sums
+@kernel(fastmath=False)
+def _root_of_sum(work, blocks):
+    parts = cuda.shared.array(WARPS, np.float32)
+    total = ZERO
+    for k in range(cuda.threadIdx.x, blocks, BLOCK):
+        total += work[1 + k]
+    total = block_sum(total, parts)
+    if cuda.threadIdx.x == 0:
+        work[0] = math.sqrt(total)
+
+
+# by how much to scale
+@device
+def _clip_factor(norm, max_norm):
+    """The factor of (11.14); 1 where the norm is NaN or infinite."""
+    if norm <= LARGEST:
+        factor = max_norm / (norm + TINY)
+        if factor < ONE:
+            return factor
+    return ONE
+
+
+# scale
+@kernel(fastmath=False)
+def _shrink_fours(grads, work, max_norm):
+    factor = _clip_factor(work[0], max_norm)
+    if factor == ONE:
+        return
+    i, fours = cuda.grid(1), grads.size // 4
+    if i < fours:
+        a, b, c, d = load4(grads, 4 * i)
+        store4(grads, 4 * i, a * factor, b * factor, c * factor, d * factor)
+    elif 3 * fours + i < grads.size:
+        grads[3 * fours + i] *= factor
+
+
+@kernel(fastmath=False)
+def _shrink_elements(grads, work, max_norm):
+    i, factor = cuda.grid(1), _clip_factor(work[0], max_norm)
+    if factor < ONE and i < grads.size:
+        grads[i] *= factor
+
+
+# what a graph may record
+def clip_scratch():
+    """The number of floats that the norm and the clip want as `work`.
+
+    Derived in chapter 11.
+    """
+    return 1 + NORM_BLOCKS
+
+
+def norm_apply(work, grads):
+    """Leave the Euclidean norm of a flat array in work[0].
+
+    work: a device's array of `clip_scratch()` floats; grads: flat, float32.
+    Allocates nothing and does not wait: a CUDA graph may record it. Raises
+    TypeError or ValueError for arrays that do not fit.
+
+    Derived in chapter 11.
+    """
+    _check_all_flat("global_norm", grads=grads)
+    _check_work("global_norm", work, clip_scratch())
+    blocks = (grads.size + 4 * BLOCK - 1) // (4 * BLOCK)
+    blocks = min(NORM_BLOCKS, blocks)
+    _squares[blocks, BLOCK](grads, work, int(aligned(grads)))
+    _root_of_sum[1, BLOCK](work, blocks)
+
+
+def clip_apply(grads, max_norm, work):
+    """Clip a flat array to norm `max_norm`; leave its old norm in work[0].
+
+    As `clip_gradients`, but it allocates nothing and does not wait: a CUDA
+    graph may record it, with this `max_norm`.
+
+    Derived in chapter 11.
+    """
+    if not max_norm > 0:
+        raise ValueError(
+            f"clip_gradients: max_norm must be above 0, got {max_norm}"
+        )
+    norm_apply(work, grads)
+    most = np.float32(max_norm if max_norm <= LARGEST else math.inf)
+    if aligned(grads):
+        _shrink_fours[_blocks_of_fours(grads), BLOCK](grads, work, most)
+    else:
+        blocks = (grads.size + BLOCK - 1) // BLOCK
+        _shrink_elements[blocks, BLOCK](grads, work, most)
+
+
+# the norm and the clip
+def global_norm(grads, work=None):
+    """The Euclidean norm of a flat array, as a float.
+
+    It is summed in float32, in an order that the length alone decides, and
+    infinite where a square exceeds float32. work: a device's array of
+    `clip_scratch()` floats, or None to have one made. Waits for the result.
+    Raises TypeError or ValueError for arrays that do not fit.
+
+    Derived in chapter 11.
+    """
+    _check_all_flat("global_norm", grads=grads)
+    if work is None:
+        work = empty(clip_scratch(), like=grads)
+    norm_apply(work, grads)
+    return float(to_host(work[:1])[0])
+
+
+def clip_gradients(grads, max_norm, work=None):
+    """Scale a flat array down to norm `max_norm` if it is longer.
+
+    Returns the norm before clipping and scales `grads` in place by
+    max_norm / (norm + 1e-6) where that is below 1, as torch's
+    clip_grad_norm_. When the norm is infinite or NaN, `grads` is left as it
+    is: the caller sees the norm and decides. work: a device's array of
+    `clip_scratch()` floats, or None to have one made. Waits for the norm.
+    Raises ValueError unless max_norm is positive, and as `global_norm` does.
+
+    Derived in chapter 11.
+    """
+    _check_all_flat("clip_gradients", grads=grads)
+    if work is None:
+        work = empty(clip_scratch(), like=grads)
+    clip_apply(grads, max_norm, work)
+    return float(to_host(work[:1])[0])

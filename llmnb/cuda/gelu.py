@@ -1,0 +1,165 @@
+# Written by `make export` from notebooks/08_gelu.py: edit that file.
+
+"""Bend the line and differentiate the bend.
+
+GELU lets large numbers through and holds small ones back; written as a sigmoid
+it costs one exponential an element, forward and backward.
+"""
+
+__all__ = [
+    "GELU_BACKWARD",
+    "GELU_FORWARD",
+    "gelu_backward",
+    "gelu_forward",
+]
+
+
+# imports of the CUDA module
+import math
+
+import numpy as np
+
+from llmnb.cuda.launch import aligned, check_device, device, kernel, numbered
+from llmnb.cuda.simulator import cuda, load4, store4
+
+
+# the constants of the GPU's kernels
+BLOCK = 256  # threads
+SLOPE32 = np.float32(2 * math.sqrt(2 / math.pi))
+CUBIC32 = np.float32(0.044715)
+ONE, ZERO, THREE = np.float32(1), np.float32(0), np.float32(3)
+
+
+# GELU of one number
+@device
+def _gelu(x):
+    q = math.exp(-abs(SLOPE32 * x * (ONE + CUBIC32 * x * x)))
+    return x * (ONE if x > ZERO else q) / (ONE + q)
+
+
+@device
+def _gelu_slope(x):
+    q = math.exp(-abs(SLOPE32 * x * (ONE + CUBIC32 * x * x)))
+    r = ONE / (ONE + q)
+    dv = SLOPE32 * (ONE + THREE * CUBIC32 * x * x)
+    return (ONE if x > ZERO else q) * r + x * dv * q * r * r
+
+
+# version 1
+@kernel
+def _forward_elements(out, inp):
+    i = cuda.grid(1)
+    if i < inp.size:
+        out[i] = _gelu(inp[i])
+
+
+@kernel
+def _backward_elements(dinp, dout, inp, add):
+    i = cuda.grid(1)
+    if i < inp.size:
+        grad = dout[i] * _gelu_slope(inp[i])
+        if add:
+            grad += dinp[i]
+        dinp[i] = grad
+
+
+# version 2, forward
+@kernel
+def _forward_fours(out, inp):
+    i, fours = cuda.grid(1), inp.size // 4
+    if i < fours:
+        a, b, c, d = load4(inp, 4 * i)
+        store4(out, 4 * i, _gelu(a), _gelu(b), _gelu(c), _gelu(d))
+    elif 3 * fours + i < inp.size:
+        out[3 * fours + i] = _gelu(inp[3 * fours + i])
+
+
+# version 2, backward
+@kernel
+def _backward_fours(dinp, dout, inp, add):
+    i, fours = cuda.grid(1), inp.size // 4
+    if i < fours:
+        a, b, c, d = load4(inp, 4 * i)
+        e, f, g, h = load4(dout, 4 * i)
+        e, f = e * _gelu_slope(a), f * _gelu_slope(b)
+        g, h = g * _gelu_slope(c), h * _gelu_slope(d)
+        if add:
+            a, b, c, d = load4(dinp, 4 * i)
+            e, f, g, h = a + e, b + f, c + g, d + h
+        store4(dinp, 4 * i, e, f, g, h)
+    elif 3 * fours + i < inp.size:
+        i += 3 * fours
+        grad = dout[i] * _gelu_slope(inp[i])
+        if add:
+            grad += dinp[i]
+        dinp[i] = grad
+
+
+# launches
+def _forward_by_element(out, inp):
+    blocks = (inp.size + BLOCK - 1) // BLOCK
+    _forward_elements[blocks, BLOCK](out, inp)
+
+
+def _forward_by_four(out, inp):
+    if not aligned(out, inp):
+        return _forward_by_element(out, inp)
+    threads = inp.size // 4 + inp.size % 4
+    blocks = (threads + BLOCK - 1) // BLOCK
+    return _forward_fours[blocks, BLOCK](out, inp)
+
+
+def _backward_by_element(dinp, dout, inp, add):
+    blocks = (inp.size + BLOCK - 1) // BLOCK
+    _backward_elements[blocks, BLOCK](dinp, dout, inp, add)
+
+
+def _backward_by_four(dinp, dout, inp, add):
+    if not aligned(dinp, dout, inp):
+        return _backward_by_element(dinp, dout, inp, add)
+    threads = inp.size // 4 + inp.size % 4
+    blocks = (threads + BLOCK - 1) // BLOCK
+    return _backward_fours[blocks, BLOCK](dinp, dout, inp, add)
+
+
+# GELU, forward
+# one element a thread; four neighbours a thread
+GELU_FORWARD = (_forward_by_element, _forward_by_four)
+
+
+def gelu_forward(out, inp, version=2):
+    """Write GELU of every element of inp to out, by the tanh form.
+
+    out, inp: a device's arrays of one shape, any, float32; out is
+    overwritten, and may be inp. version: which kernel, from 1 on. Raises
+    TypeError or ValueError before it launches anything.
+
+    Derived in chapter 8.
+    """
+    run = numbered(GELU_FORWARD, version, "gelu_forward")
+    check_device("gelu_forward: inp", inp, inp.shape)
+    check_device("gelu_forward: out", out, inp.shape)
+    run(out.reshape(-1), inp.reshape(-1))
+
+
+# GELU, backward
+# one element a thread; four neighbours a thread
+GELU_BACKWARD = (_backward_by_element, _backward_by_four)
+
+
+def gelu_backward(dinp, dout, inp, add=True, version=2):
+    """Add GELU's gradient to dinp, or overwrite dinp with it.
+
+    dinp, dout, inp: a device's arrays of one shape, any, float32; dinp is
+    added to in place. With add=False it is overwritten, and it may be dout
+    itself. version: which kernel, from 1 on. Raises TypeError or ValueError
+    before it launches anything.
+
+    Derived in chapter 8.
+    """
+    run = numbered(GELU_BACKWARD, version, "gelu_backward")
+    check_device("gelu_backward: inp", inp, inp.shape)
+    for name, array in (("dinp", dinp), ("dout", dout)):
+        check_device(f"gelu_backward: {name}", array, inp.shape)
+    arrays = (x.reshape(-1) for x in (dinp, dout, inp))
+    run(*arrays, int(add))
