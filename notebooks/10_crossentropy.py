@@ -39,15 +39,19 @@ gpt2_diagram(lit="crossentropy")
 #   a row, then to p - y;
 # - say why the fused form saves one number a row where the separate form
 #   saves V, and survives logits on which the separate one loses its
-#   gradient.
+#   gradient;
+# - merge the maxima and sums that a thousand threads of a GPU have found in
+#   one row, and count the bytes that a kernel moves for it.
 #
 # You need central differences from [chapter 0](00_gpt2.ipynb) and, for the
-# kernels, `fast_exp` from [chapter 7](07_attention.ipynb).
+# kernels, `fast_exp` from [chapter 7](07_attention.ipynb) and the GPU of
+# [chapter 4](04_gpu.ipynb).
 
 # %% [markdown]
 # ## Setup
 
 # %% setup
+import functools
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -949,6 +953,1108 @@ print(f"kernels, separate   {apart_time * 1e3:7.2f} ms")
 print(f"kernels, fused      {fused_time * 1e3:7.2f} ms")
 
 # %% [markdown]
+# ## On a GPU
+#
+# On the CPU a row stayed in a core's cache between two sweeps, and the
+# exponential decided the time. A GPU has many more units for arithmetic
+# than its memory can feed: an H100's data sheet gives 67 TFLOP/s in float32
+# and 3.35 TB/s, 20 operations a byte, and the fused forward pass needs
+# about ten operations for a logit of four bytes. Memory is the limit, so
+# this section counts what is moved. For the softmax the least is 8 bytes an
+# element: each logit read once, each probability written once.
+#
+# The work of a row can be given to one thread, to a warp, or to a block.
+
+# %% who owns what
+from llmnb.owners import draw_owners
+
+rows, columns = range(3), range(16)
+panels = {
+    "a thread a row": ([[i for j in columns] for i in rows], None),
+    "a warp a row": ([[4 * i + j % 4 for j in columns] for i in rows], 4),
+    "vectors of four": ([[4 * i + j // 4 for j in columns] for i in rows], 4),
+}
+fig, axes = plt.subplots(3, 1, figsize=(6, 4.8), dpi=100)
+for ax, (title, (who, group)) in zip(axes, panels.items(), strict=True):
+    draw_owners(ax, who, title, group, rows="rows")
+axes[2].set_xlabel("columns; the number is the thread's")
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 10.2. Three rows of 16 logits, for warps that are drawn with four
+# threads instead of 32. Above, threads that run together read a column, one
+# element of each row; in the middle, they read neighbours; below, each
+# takes four neighbours at a time.*
+#
+# The arguments are checked as on the CPU, with one exception. The targets
+# lie in the GPU's memory, and looking at them would mean to wait for all
+# work before and to copy them back. So the caller checks their range on the
+# host, where they come from, before they are copied to the GPU.
+
+
+# %% imports of the GPU's kernels tags=["export"] module="cuda.crossentropy"
+import math
+
+import numpy as np
+
+from llmnb.cuda.launch import check_device, device, kernel
+from llmnb.cuda.simulator import cuda, load4, store4
+from llmnb.cuda.warp import block_max, block_sum, warp_max, warp_sum
+
+
+# %% check the device's arrays tags=["exporti"] module="cuda.crossentropy"
+def _device_rows(name, wide, narrow, targets=None, V=1):
+    """Raise unless the device's arrays and V fit; return them as rows.
+
+    wide: by name, arrays (B, T, Vp), of which the first sets the shape;
+    narrow: by name, arrays (B, T). Targets come last where there are any.
+    """
+    first, main = next(iter(wide.items()))
+    shape = tuple(main.shape)
+    if len(shape) != 3 or main.size == 0:
+        raise ValueError(
+            f"{name}: {first} must have shape (B, T, Vp), got {shape}"
+        )
+    for key, array in wide.items():
+        check_device(f"{name}: {key}", array, shape)
+    for key, array in narrow.items():
+        check_device(f"{name}: {key}", array, shape[:2])
+    if not 1 <= V <= shape[2]:
+        raise ValueError(f"{name}: V must lie in [1, {shape[2]}], got {V}")
+    flat = [array.reshape(-1, shape[2]) for array in wide.values()]
+    flat += [array.reshape(-1) for array in narrow.values()]
+    if targets is not None:
+        check_device(f"{name}: targets", targets, shape[:2], np.int32)
+        flat.append(targets.reshape(-1))
+    return flat
+
+
+# %% pick a version tags=["exporti"] module="cuda.crossentropy"
+def _rung(name, ladder, version):
+    """The version that bears this number; raise where there is none."""
+    if version not in range(1, len(ladder) + 1):
+        raise ValueError(
+            f"{name}: version must lie in [1, {len(ladder)}], got {version}"
+        )
+    return ladder[version - 1]
+
+
+# %% [markdown]
+# Each version gets a verdict on six rows of 101 logits, padded to 128 with
+# NaN, and is counted by the simulator of [chapter 4](04_gpu.ipynb). No GPU
+# has run these kernels yet. They are compiled for two generations of GPU
+# (compute capability 8.0 and 9.0) when the tests run, and what the text
+# says of registers and vector loads is checked there. Times are missing for
+# that reason: `llmnb bench --backend cuda --kernels` measures them where
+# there is a GPU, and the results page shows them once they are measured.
+
+# %% a verdict and counts for a version
+from llmnb.cuda.launch import empty, simulated, to_device, to_host
+from llmnb.cuda.simulator import RaceError, watch
+
+small = problem(2, 3, 101, 128)
+small.logits[..., 101:] = np.nan
+reference.softmax_forward(small.probs, small.logits, 101)
+
+
+def try_softmax(run):
+    probs = empty((6, 128))
+    run(probs, to_device(small.logits.reshape(6, 128)), 101)
+    compare("softmax", to_host(probs), small.probs.reshape(6, 128))
+
+
+def count_softmax(number, run, rows, V, Vp):
+    logits = simulated(np.zeros((rows, Vp), np.float32))
+    with watch() as seen:
+        run(empty((rows, Vp), like=logits), logits, V)
+    each = seen.barriers // seen.threads
+    print(f"version {number}: {seen.read_bytes:6,} bytes read,", end=" ")
+    print(f"{seen.requests:5,} requests,", end=" ")
+    print(f"{seen.sectors:6,} sectors, {each} barriers")
+
+
+# %% [markdown]
+# ### Version 1: a thread a row
+#
+# The CPU's kernel with the loop over the rows taken off: three sweeps, for
+# the maximum, for the sum, and for the probabilities. The last computes
+# each exponential again. The CPU's kernel stored it in `probs` and read it
+# back, 8 bytes more an element; here arithmetic is what there is plenty of.
+
+
+# %% version 1 tags=["exporti"] module="cuda.crossentropy"
+@kernel
+def _softmax_by_threads(probs, logits, V):
+    row = cuda.grid(1)
+    if row >= len(logits):
+        return
+    top, total = logits[row, 0], np.float32(0)
+    for i in range(1, V):
+        top = max(top, logits[row, i])
+    for i in range(V):
+        total += math.exp(logits[row, i] - top)
+    scale = np.float32(1) / total
+    for i in range(V):
+        probs[row, i] = scale * math.exp(logits[row, i] - top)
+    for i in range(V, logits.shape[1]):
+        probs[row, i] = np.float32(0)
+
+
+def _softmax_thread_a_row(probs, logits, V):
+    grid = -(-len(logits) // 64)
+    _softmax_by_threads[grid, 64](probs, logits, V)
+
+
+# %% version 1, tried
+try_softmax(_softmax_thread_a_row)
+
+# %% [markdown]
+# ### Version 2: a warp a row
+#
+# In version 1 the 32 threads of a warp read one column of 32 rows at once:
+# 32 addresses that lie a row apart, each in a sector of its own of which 28
+# bytes are not asked for. Let the lanes of a warp share a row instead, lane
+# 0 taking columns 0, 32, 64 and so on. One request then covers 128 bytes in
+# a row, four sectors.
+#
+# Each lane ends with the maximum of its own columns. `warp_max` exchanges
+# these until all lanes have the largest, and `warp_sum` does the same for
+# the sums. A lane that has no column brings `_LOWEST`. On paper this is
+# $-\infty$, but fastmath assumes that there is no infinity. The GPU computes
+# $e^x$ as $2^{x \log_2 e}$, so the number is chosen such that this product
+# is finite too.
+
+
+# %% version 2 tags=["exporti"] module="cuda.crossentropy"
+_LOWEST = np.float32(-1e38)  # below every logit; times log2(e) still finite
+
+
+@device
+def _put_probs(probs, logits, row, V, first, step, top, scale):
+    """Write every step-th probability of a row, and 0 in the padding."""
+    for i in range(first, logits.shape[1], step):
+        p = np.float32(0)
+        if i < V:
+            p = scale * math.exp(logits[row, i] - top)
+        probs[row, i] = p
+
+
+@kernel
+def _softmax_by_warps(probs, logits, V):
+    row, lane = cuda.grid(1) // 32, cuda.threadIdx.x % 32
+    if row >= len(logits):
+        return
+    top, total = _LOWEST, np.float32(0)
+    for i in range(lane, V, 32):
+        top = max(top, logits[row, i])
+    top = warp_max(top)
+    for i in range(lane, V, 32):
+        total += math.exp(logits[row, i] - top)
+    scale = np.float32(1) / warp_sum(total)
+    _put_probs(probs, logits, row, V, lane, 32, top, scale)
+
+
+def _softmax_warp_a_row(probs, logits, V):
+    grid = -(-len(logits) // 4)
+    _softmax_by_warps[grid, 128](probs, logits, V)
+
+
+# %% version 2, tried and counted
+try_softmax(_softmax_warp_a_row)
+ladder = _softmax_thread_a_row, _softmax_warp_a_row
+for number, run in enumerate(ladder, 1):
+    count_softmax(number, run, 32, 125, 128)
+
+# %% [markdown]
+# The bytes that the threads ask for are the same; the sectors that move are
+# an eighth of the former number.
+#
+# ### Version 3: a block a row
+#
+# GPT-2's rows have 50,257 logits. A lane of version 2 takes 1,571 of them
+# one after the other, three times. And a batch of 4 x 64 positions makes 256
+# warps, two for each of the 132 processors of an H100, which has room for
+# 64: too few requests under way to keep the memory busy. With 1,024 threads
+# a row a thread takes 50 logits, and the same batch fills the processors.
+#
+# The price is that 32 warps have to agree. `block_max` and `block_sum`
+# pass through shared memory, with two barriers each. A short row gets a
+# smaller block, no more threads than it has logits.
+
+
+# %% version 3 tags=["exporti"] module="cuda.crossentropy"
+def _threads(n, most=1024):
+    """Threads for n things: whole warps, and no more than `most`."""
+    return min(most, -(-n // 32) * 32)
+
+
+@kernel(launch_bounds=1024)
+def _softmax_by_blocks(probs, logits, V):
+    row, me = cuda.blockIdx.x, cuda.threadIdx.x
+    step, parts = cuda.blockDim.x, cuda.shared.array(32, np.float32)
+    top, total = _LOWEST, np.float32(0)
+    for i in range(me, V, step):
+        top = max(top, logits[row, i])
+    top = block_max(top, parts)
+    for i in range(me, V, step):
+        total += math.exp(logits[row, i] - top)
+    scale = np.float32(1) / block_sum(total, parts)
+    _put_probs(probs, logits, row, V, me, step, top, scale)
+
+
+def _softmax_block_a_row(probs, logits, V):
+    block = _threads(V)
+    _softmax_by_blocks[len(logits), block](probs, logits, V)
+
+
+# %% version 3, tried
+try_softmax(_softmax_block_a_row)
+
+# %% [markdown]
+# ### Version 4: maximum and sum in one pass
+#
+# Versions 1 to 3 read each logit three times and write it once, 16 bytes an
+# element. A row of GPT-2 has 201 KB and does not fit into the 48 KB of
+# shared memory that a block may use here, so the way to read less is to
+# need less: the online softmax of [chapter 7](07_attention.ipynb). Keep a
+# pair $(m, s)$ of the largest logit so far and of the sum
+# $s = \sum e^{z_i - m}$ of those read. One more logit $z$ changes it to
+#
+# $$ (m', s') = \begin{cases}
+#    (z,\; s\, e^{-|z - m|} + 1) & z > m, \\
+#    (m,\; s + e^{-|z - m|}) & \text{otherwise.} \end{cases} $$
+#
+# Both cases need the same exponential, so the lanes of a warp do not have
+# to part ways.
+
+
+# %% one more logit tags=["exporti"] module="cuda.crossentropy"
+@device
+def _with_logit(top, total, x):
+    """The pair of some logits, and of one more: one exponential."""
+    less = math.exp(-abs(x - top))
+    if x > top:
+        return x, total * less + np.float32(1)
+    return top, total + less
+
+
+# %% [markdown]
+# Lanes and warps now exchange pairs. Two sets of logits with the pairs
+# $(m_a, s_a)$ and $(m_b, s_b)$ have together the pair
+#
+# $$ m = \max(m_a, m_b), \qquad
+#    s = s_a\, e^{m_a - m} + s_b\, e^{m_b - m} , \tag{10.13} $$
+#
+# and one of the two exponentials is $e^0$. A lane that has seen nothing
+# brings (`_LOWEST`, 0): whatever it is merged with stays as it is. Five
+# exchanges merge 32 lanes, each with the lane whose number differs in one
+# bit.
+
+
+# %% two pairs tags=["exporti"] module="cuda.crossentropy"
+@device
+def _merged(top, total, other, more):
+    """The pair of two sets of logits from the pair of each."""
+    less = math.exp(-abs(other - top))
+    if other > top:
+        return other, total * less + more
+    return top, total + more * less
+
+
+@device
+def _warp_merged(top, total):
+    """The pair of all logits that the lanes of a warp have seen."""
+    for step in (16, 8, 4, 2, 1):
+        other = cuda.shfl_xor_sync(0xFFFFFFFF, top, step)
+        more = cuda.shfl_xor_sync(0xFFFFFFFF, total, step)
+        top, total = _merged(top, total, other, more)
+    return top, total
+
+
+# %% pairs of four lanes
+logits_of = [[0.5, 1.2], [2.0, -0.5], [-1.0, 1.0], [0.0, -2.0]]
+pairs = []
+for two in logits_of:
+    pair = _LOWEST, np.float32(0)
+    for number in np.float32(two):
+        pair = _with_logit(*pair, number)
+    pairs.append(pair)
+stages = [pairs]
+for bit in (2, 1):
+    last = stages[-1]
+    stages.append([_merged(*last[i], *last[i ^ bit]) for i in range(4)])
+want = np.exp(np.float32(logits_of) - 2).sum()
+compare("sum of eight", np.float32([x[1] for x in stages[-1]]), want.repeat(4))
+
+# %% the merging of pairs, drawn
+fig, ax = plt.subplots(figsize=(6, 3.2), dpi=100)
+for row, stage in enumerate(stages):
+    for lane, (top, total) in enumerate(stage):
+        colour = PALETTE["orange" if top == 2 else "blue"]
+        box = {"boxstyle": "round", "fc": "white", "ec": colour, "lw": 1.5}
+        text = f"({top:.1f}, {total:.3f})"
+        ax.text(lane, -row, text, ha="center", va="center", bbox=box)
+        for source in (lane, lane ^ (0, 2, 1)[row]) if row else ():
+            ends = {"xy": (lane, 0.2 - row), "xytext": (source, 0.8 - row)}
+            arrow = {"arrowstyle": "->", "color": PALETTE["ink"], "lw": 0.8}
+            ax.annotate("", **ends, arrowprops=arrow)
+for lane, two in enumerate(logits_of):
+    label = f"lane {lane}\nreads {two[0]}, {two[1]}"
+    ax.text(lane, 0.35, label, ha="center", va="bottom")
+ax.set(xlim=(-0.5, 3.5), ylim=(-2.3, 0.9))
+ax.axis("off")
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 10.3. Pairs (m, s) of four lanes that read two logits each. Every
+# lane merges its pair with that of the lane two further, then with that of
+# its neighbour. The largest logit, 2.0 (orange), has reached every lane,
+# and all hold the same sum of eight exponentials.*
+#
+# Across the warps of a block the pairs pass through shared memory, and one
+# barrier is enough: every warp merges the pairs of all for itself.
+
+
+# %% the pairs of a block tags=["exporti"] module="cuda.crossentropy"
+@device
+def _block_merged(top, total, tops, totals):
+    """The pair of all logits that the threads of a block have seen.
+
+    tops, totals: shared memory, 32 elements each.
+    """
+    warp, lane = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
+    top, total = _warp_merged(top, total)
+    if lane == 0:
+        tops[warp], totals[warp] = top, total
+    cuda.syncthreads()
+    top, total = _LOWEST, np.float32(0)
+    if lane < cuda.blockDim.x // 32:
+        top, total = tops[lane], totals[lane]
+    return _warp_merged(top, total)
+
+
+# %% version 4 tags=["exporti"] module="cuda.crossentropy"
+@kernel(launch_bounds=1024)
+def _softmax_online(probs, logits, V):
+    row, me, step = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
+    tops = cuda.shared.array(32, np.float32)
+    totals = cuda.shared.array(32, np.float32)
+    top, total = _LOWEST, np.float32(0)
+    for i in range(me, V, step):
+        top, total = _with_logit(top, total, logits[row, i])
+    top, total = _block_merged(top, total, tops, totals)
+    scale = np.float32(1) / total
+    _put_probs(probs, logits, row, V, me, step, top, scale)
+
+
+def _softmax_one_pass(probs, logits, V):
+    _softmax_online[len(logits), _threads(V)](probs, logits, V)
+
+
+# %% version 4, tried
+try_softmax(_softmax_one_pass)
+
+# %% [markdown]
+# ### Version 5: vectors of four
+#
+# A lane may ask for 16 bytes at once, where its address is a multiple of
+# 16. The bytes stay the same, and the requests become a quarter. The online
+# sum gains something else: four logits need one rescaling together.
+#
+# A row begins at such an address when Vp is a multiple of 4, which the
+# padding to 128 sees to. V is odd: 50,257 logits are 12,564 vectors and one
+# more, which a loop over single elements takes, and it takes all of a row
+# whose length is no multiple of 4. So no vector reaches into the padding,
+# and no number that may be NaN enters the arithmetic.
+
+
+# %% four logits at once tags=["exporti"] module="cuda.crossentropy"
+@device
+def _whole(V, Vp):
+    """How many of the first V columns are moved in vectors of four."""
+    return V - V % 4 if Vp % 4 == 0 else 0
+
+
+@device
+def _with_four(top, total, a, b, c, d):
+    """The pair of some logits, and of four more: five exponentials."""
+    most = max(max(top, max(a, b)), max(c, d))
+    total *= math.exp(top - most)
+    total += math.exp(a - most) + math.exp(b - most)
+    total += math.exp(c - most) + math.exp(d - most)
+    return most, total
+
+
+@device
+def _row_pair(logits, row, V, done):
+    """The pair of those logits of a row that are this thread's to read.
+
+    done: this many columns were read before, as vectors.
+    """
+    me, step, Vp = cuda.threadIdx.x, cuda.blockDim.x, logits.shape[1]
+    top, total, whole = _LOWEST, np.float32(0), _whole(V, Vp)
+    for i in range(done + 4 * me, whole, 4 * step):
+        a, b, c, d = load4(logits, row * Vp + i)
+        top, total = _with_four(top, total, a, b, c, d)
+    for i in range(whole + me, V, step):
+        top, total = _with_logit(top, total, logits[row, i])
+    return top, total
+
+
+# %% version 5 tags=["exporti"] module="cuda.crossentropy"
+@kernel(launch_bounds=1024)
+def _softmax_in_fours(probs, logits, V):
+    row, me, step = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
+    tops = cuda.shared.array(32, np.float32)
+    totals = cuda.shared.array(32, np.float32)
+    top, total = _row_pair(logits, row, V, 0)
+    top, total = _block_merged(top, total, tops, totals)
+    scale, Vp = np.float32(1) / total, logits.shape[1]
+    whole = _whole(V, Vp)
+    for i in range(4 * me, whole, 4 * step):
+        a, b, c, d = load4(logits, row * Vp + i)
+        a, b = scale * math.exp(a - top), scale * math.exp(b - top)
+        c, d = scale * math.exp(c - top), scale * math.exp(d - top)
+        store4(probs, row * Vp + i, a, b, c, d)
+    _put_probs(probs, logits, row, V, whole + me, step, top, scale)
+
+
+def _softmax_vectors(probs, logits, V):
+    block = _threads(-(-V // 4))
+    _softmax_in_fours[len(logits), block](probs, logits, V)
+
+
+# %% versions 3 to 5, counted
+try_softmax(_softmax_vectors)
+ladder = ladder[1], _softmax_block_a_row, _softmax_one_pass, _softmax_vectors
+for number, run in enumerate(ladder, 2):
+    count_softmax(number, run, 1, 1021, 1024)
+
+# %% [markdown]
+# One row of 1,021 logits. Version 3 moves what version 2 moved and pays
+# four barriers; what it buys is not in this table, but 32 warps on the row
+# instead of one. Version 4 leaves out one of three readings. Version 5
+# moves as many sectors with a quarter of the requests, or a little more for
+# the tail. Two readings are left, because a probability needs the sum of
+# all logits before the first of them can be written.
+
+
+# %% the softmax on a GPU tags=["export"] module="cuda.crossentropy"
+# a thread a row, a warp a row, a block a row, maximum and sum in one pass,
+# vectors of four
+SOFTMAX_FORWARD = (
+    _softmax_thread_a_row,
+    _softmax_warp_a_row,
+    _softmax_block_a_row,
+    _softmax_one_pass,
+    _softmax_vectors,
+)
+
+
+def softmax_forward(probs, logits, V, version=5):
+    """Probabilities of the first V logits in each row.
+
+    probs, logits: device's float32 (B, T, Vp), logits above -1e38. Columns
+    from V on are padding: their logits are not read and their probability
+    is 0. Writes `probs`, which may be `logits` itself. version: 1 to 5, the
+    place in SOFTMAX_FORWARD. Raises TypeError or ValueError for a wrong
+    dtype, shape or version and for V outside [1, Vp].
+
+    Derived in chapter 10.
+    """
+    run = _rung("softmax_forward", SOFTMAX_FORWARD, version)
+    wide = {"logits": logits, "probs": probs}
+    logits, probs = _device_rows("softmax_forward", wide, {}, V=V)
+    run(probs, logits, V)
+
+
+# %% [markdown]
+# Its gradient (10.8) has one sum a row and no maximum: a warp a row, and
+# then a block a row with vectors of four. It reads two arrays twice and
+# `dlogits` once, and writes `dlogits`.
+
+
+# %% the gradient by warps tags=["exporti"] module="cuda.crossentropy"
+@kernel
+def _softmax_back_by_warps(dlogits, dprobs, probs):
+    row, lane = cuda.grid(1) // 32, cuda.threadIdx.x % 32
+    if row >= len(probs):
+        return
+    inside = np.float32(0)
+    for i in range(lane, probs.shape[1], 32):
+        inside += probs[row, i] * dprobs[row, i]
+    inside = warp_sum(inside)
+    for i in range(lane, probs.shape[1], 32):
+        dlogits[row, i] += probs[row, i] * (dprobs[row, i] - inside)
+
+
+def _softmax_back_warp_a_row(dlogits, dprobs, probs):
+    grid = -(-len(probs) // 4)
+    _softmax_back_by_warps[grid, 128](dlogits, dprobs, probs)
+
+
+# %% the gradient by blocks tags=["exporti"] module="cuda.crossentropy"
+@kernel(launch_bounds=1024)
+def _softmax_back_in_fours(dlogits, dprobs, probs):
+    row, me, step = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
+    parts, Vp = cuda.shared.array(32, np.float32), probs.shape[1]
+    inside, whole = np.float32(0), _whole(Vp, Vp)
+    for i in range(row * Vp + 4 * me, row * Vp + whole, 4 * step):
+        a, b, c, d = load4(probs, i)
+        e, f, g, h = load4(dprobs, i)
+        inside += a * e + b * f + c * g + d * h
+    for i in range(whole + me, Vp, step):
+        inside += probs[row, i] * dprobs[row, i]
+    inside = block_sum(inside, parts)
+    for i in range(row * Vp + 4 * me, row * Vp + whole, 4 * step):
+        a, b, c, d = load4(probs, i)
+        e, f, g, h = load4(dprobs, i)
+        a, b = a * (e - inside), b * (f - inside)
+        c, d = c * (g - inside), d * (h - inside)
+        e, f, g, h = load4(dlogits, i)
+        store4(dlogits, i, e + a, f + b, g + c, h + d)
+    for i in range(whole + me, Vp, step):
+        dlogits[row, i] += probs[row, i] * (dprobs[row, i] - inside)
+
+
+def _softmax_back_vectors(dlogits, dprobs, probs):
+    block = _threads(-(-probs.shape[1] // 4))
+    _softmax_back_in_fours[len(probs), block](dlogits, dprobs, probs)
+
+
+# %% its gradient on a GPU tags=["export"] module="cuda.crossentropy"
+# a warp a row; a block a row, vectors of four
+SOFTMAX_BACKWARD = (_softmax_back_warp_a_row, _softmax_back_vectors)
+
+
+def softmax_backward(dlogits, dprobs, probs, version=2):
+    """Add the gradient by the logits to `dlogits`.
+
+    dlogits, dprobs, probs: device's float32 (B, T, Vp). Padding has
+    probability 0, so its columns receive 0. version: 1 or 2, the place in
+    SOFTMAX_BACKWARD. Raises TypeError or ValueError for a wrong dtype,
+    shape or version.
+
+    Derived in chapter 10.
+    """
+    run = _rung("softmax_backward", SOFTMAX_BACKWARD, version)
+    wide = {"probs": probs, "dlogits": dlogits, "dprobs": dprobs}
+    probs, dlogits, dprobs = _device_rows("softmax_backward", wide, {})
+    run(dlogits, dprobs, probs)
+
+
+# %% [markdown]
+# The cross-entropy touches one element of a row, so a thread a row is all
+# there is to do. Every target lies in a sector of its own, whoever reads it.
+
+
+# %% a thread a target tags=["exporti"] module="cuda.crossentropy"
+_TINY = np.finfo(np.float32).tiny
+
+
+@kernel
+def _surprise_by_threads(losses, probs, targets):
+    row = cuda.grid(1)
+    if row < len(losses):
+        losses[row] = -math.log(max(probs[row, targets[row]], _TINY))
+
+
+@kernel
+def _surprise_back_by_threads(dprobs, dlosses, probs, targets):
+    row = cuda.grid(1)
+    if row < len(dlosses):
+        k = targets[row]
+        dprobs[row, k] -= dlosses[row] / max(probs[row, k], _TINY)
+
+
+def _surprise_thread_a_row(losses, probs, targets):
+    grid = -(-len(losses) // 128)
+    _surprise_by_threads[grid, 128](losses, probs, targets)
+
+
+def _surprise_back_thread_a_row(dprobs, dlosses, probs, targets):
+    grid = -(-len(dlosses) // 128)
+    _surprise_back_by_threads[grid, 128](dprobs, dlosses, probs, targets)
+
+
+# %% the surprise on a GPU tags=["export"] module="cuda.crossentropy"
+# a thread a row, each
+CROSSENTROPY_FORWARD = (_surprise_thread_a_row,)
+CROSSENTROPY_BACKWARD = (_surprise_back_thread_a_row,)
+
+
+def crossentropy_forward(losses, probs, targets, version=1):
+    """Surprise at each target, in nats: minus the log of its probability.
+
+    losses: device's float32 (B, T), written. probs: (B, T, Vp). targets:
+    device's int32 (B, T), each in [0, Vp): the caller checks that on the
+    host. A probability below the smallest normal number counts as that
+    number. version: 1. Raises TypeError or ValueError for a wrong dtype,
+    shape or version.
+
+    Derived in chapter 10.
+    """
+    name = "crossentropy_forward"
+    run = _rung(name, CROSSENTROPY_FORWARD, version)
+    wide, narrow = {"probs": probs}, {"losses": losses}
+    probs, losses, targets = _device_rows(name, wide, narrow, targets)
+    run(losses, probs, targets)
+
+
+def crossentropy_backward(dprobs, dlosses, probs, targets, version=1):
+    """Add the gradient of the losses by the probabilities to `dprobs`.
+
+    dprobs, probs: device's float32 (B, T, Vp); dlosses: (B, T); targets:
+    device's int32 (B, T), each in [0, Vp). Only the targets' columns of
+    `dprobs` change. version and what is raised: as `crossentropy_forward`.
+
+    Derived in chapter 10.
+    """
+    name = "crossentropy_backward"
+    run = _rung(name, CROSSENTROPY_BACKWARD, version)
+    wide, narrow = {"probs": probs, "dprobs": dprobs}, {"dlosses": dlosses}
+    rows = _device_rows(name, wide, narrow, targets)
+    probs, dprobs, dlosses, targets = rows
+    run(dprobs, dlosses, probs, targets)
+
+
+# %% [markdown]
+# ### The classifier: loss and lse
+#
+# For training the fused form is what counts. Its forward pass needs the
+# pair of a row and nothing else, $\lambda = m + \log s$. It reads each logit
+# once, and writes two numbers a row: with the pieces above, first a warp a
+# row, then a block a row with vectors.
+
+
+# %% loss and lse by warps tags=["exporti"] module="cuda.crossentropy"
+@kernel
+def _loss_by_warps(losses, lse, logits, targets, V):
+    row, lane = cuda.grid(1) // 32, cuda.threadIdx.x % 32
+    if row >= len(logits):
+        return
+    top, total = _LOWEST, np.float32(0)
+    for i in range(lane, V, 32):
+        top, total = _with_logit(top, total, logits[row, i])
+    top, total = _warp_merged(top, total)
+    if lane == 0:
+        lse[row] = top + math.log(total)
+        losses[row] = top + math.log(total) - logits[row, targets[row]]
+
+
+def _loss_warp_a_row(losses, lse, logits, targets, V):
+    grid = -(-len(logits) // 4)
+    _loss_by_warps[grid, 128](losses, lse, logits, targets, V)
+
+
+# %% loss and lse by blocks tags=["exporti"] module="cuda.crossentropy"
+@kernel(launch_bounds=1024)
+def _loss_in_fours(losses, lse, logits, targets, V):
+    row, me = cuda.blockIdx.x, cuda.threadIdx.x
+    tops = cuda.shared.array(32, np.float32)
+    totals = cuda.shared.array(32, np.float32)
+    top, total = _row_pair(logits, row, V, 0)
+    top, total = _block_merged(top, total, tops, totals)
+    if me == 0:
+        lse[row] = top + math.log(total)
+        losses[row] = top + math.log(total) - logits[row, targets[row]]
+
+
+def _loss_vectors(losses, lse, logits, targets, V):
+    block = _threads(-(-V // 4))
+    _loss_in_fours[len(logits), block](losses, lse, logits, targets, V)
+
+
+# %% the fused forward pass tags=["export"] module="cuda.crossentropy"
+# a warp a row; a block a row, vectors of four
+CROSSENTROPY_SOFTMAX_FORWARD = (_loss_warp_a_row, _loss_vectors)
+
+
+def crossentropy_softmax_forward(losses, lse, logits, targets, V, version=2):
+    """Losses straight from the logits; no probability is stored.
+
+    losses, lse: device's float32 (B, T), written; lse is the log of the sum
+    of the exponentials of a row, all that the backward pass needs besides
+    the logits. logits: (B, T, Vp), each read once, above -1e38; columns
+    from V on are not read. targets: device's int32 (B, T), each in [0, V):
+    the caller checks that on the host. version: 1 or 2, the place in
+    CROSSENTROPY_SOFTMAX_FORWARD. Raises TypeError or ValueError for a wrong
+    dtype, shape or version and for V outside [1, Vp].
+
+    Derived in chapter 10.
+    """
+    name = "crossentropy_softmax_forward"
+    run = _rung(name, CROSSENTROPY_SOFTMAX_FORWARD, version)
+    wide, narrow = {"logits": logits}, {"losses": losses, "lse": lse}
+    rows = _device_rows(name, wide, narrow, targets, V)
+    logits, losses, lse, targets = rows
+    run(losses, lse, logits, targets, V)
+
+
+# %% [markdown]
+# ### The classifier: p - y in place
+#
+# Backward, (10.12) needs its own logit alone and no other: nothing is summed
+# and nobody waits. Every element is read once and written once, in place if
+# you like, because the thread that writes it is the one that read it. The
+# padding is not read, and its zeros are written.
+
+
+# %% p - y tags=["exporti"] module="cuda.crossentropy"
+@device
+def _slope(x, shift, scale, hit):
+    """The gradient by one logit: (10.12)."""
+    y = np.float32(1) if hit else np.float32(0)
+    return scale * (math.exp(x - shift) - y)
+
+
+@device
+def _put_slopes(out, logits, row, V, first, step, shift, scale, k):
+    """Write every step-th gradient of a row, and 0 in the padding."""
+    for i in range(first, logits.shape[1], step):
+        slope = np.float32(0)
+        if i < V:
+            slope = _slope(logits[row, i], shift, scale, i == k)
+        out[row, i] = slope
+
+
+# %% dlogits by warps tags=["exporti"] module="cuda.crossentropy"
+@kernel
+def _slopes_by_warps(dlogits, dlosses, logits, lse, targets, V):
+    row, lane = cuda.grid(1) // 32, cuda.threadIdx.x % 32
+    if row < len(logits):
+        k, shift, scale = targets[row], lse[row], dlosses[row]
+        _put_slopes(dlogits, logits, row, V, lane, 32, shift, scale, k)
+
+
+def _slopes_warp_a_row(dlogits, dlosses, logits, lse, targets, V):
+    grid = -(-len(logits) // 4)
+    arrays = dlogits, dlosses, logits, lse, targets
+    _slopes_by_warps[grid, 128](*arrays, V)
+
+
+# %% dlogits by blocks tags=["exporti"] module="cuda.crossentropy"
+@device
+def _put_row(out, logits, row, V, shift, scale, k, done):
+    """Write a row's gradient by its block: vectors, the rest, padding.
+
+    done: this many columns are written elsewhere, as vectors.
+    """
+    me, step, Vp = cuda.threadIdx.x, cuda.blockDim.x, logits.shape[1]
+    whole = _whole(V, Vp)
+    for i in range(done + 4 * me, whole, 4 * step):
+        a, b, c, d = load4(logits, row * Vp + i)
+        a = _slope(a, shift, scale, i == k)
+        b = _slope(b, shift, scale, i + 1 == k)
+        c = _slope(c, shift, scale, i + 2 == k)
+        d = _slope(d, shift, scale, i + 3 == k)
+        store4(out, row * Vp + i, a, b, c, d)
+    _put_slopes(out, logits, row, V, whole + me, step, shift, scale, k)
+
+
+@kernel(launch_bounds=1024)
+def _slopes_in_fours(dlogits, dlosses, logits, lse, targets, V):
+    row = cuda.blockIdx.x
+    k, shift, scale = targets[row], lse[row], dlosses[row]
+    _put_row(dlogits, logits, row, V, shift, scale, k, 0)
+
+
+def _slopes_vectors(dlogits, dlosses, logits, lse, targets, V):
+    block = _threads(-(-V // 4))
+    arrays = dlogits, dlosses, logits, lse, targets
+    _slopes_in_fours[len(logits), block](*arrays, V)
+
+
+# %% the fused backward pass tags=["export"] module="cuda.crossentropy"
+# a warp a row; a block a row, vectors of four
+CROSSENTROPY_SOFTMAX_BACKWARD = (_slopes_warp_a_row, _slopes_vectors)
+
+
+def crossentropy_softmax_backward(
+    dlogits, dlosses, logits, lse, targets, V, version=2
+):
+    """Write the gradient of the losses by the logits: p - y, scaled.
+
+    dlogits: device's float32 (B, T, Vp), overwritten (not added to); it may
+    be `logits` itself, which then is lost. dlosses, lse: (B, T), lse from
+    the forward pass. targets: device's int32 (B, T), each in [0, V).
+    Columns from V on receive 0. version: 1 or 2, the place in
+    CROSSENTROPY_SOFTMAX_BACKWARD. Raises as the forward pass does.
+
+    Derived in chapter 10.
+    """
+    name = "crossentropy_softmax_backward"
+    run = _rung(name, CROSSENTROPY_SOFTMAX_BACKWARD, version)
+    wide = {"logits": logits, "dlogits": dlogits}
+    narrow = {"dlosses": dlosses, "lse": lse}
+    rows = _device_rows(name, wide, narrow, targets, V)
+    logits, dlogits, dlosses, lse, targets = rows
+    run(dlogits, dlosses, logits, lse, targets, V)
+
+
+# %% keep the GPU's functions
+gpu = SimpleNamespace(
+    softmax_forward=softmax_forward,
+    softmax_backward=softmax_backward,
+    crossentropy_forward=crossentropy_forward,
+    crossentropy_backward=crossentropy_backward,
+    fused_forward=crossentropy_softmax_forward,
+    fused_backward=crossentropy_softmax_backward,
+)
+
+
+# %% all six against NumPy
+def on_device(problem):
+    known = vars(problem).items()
+    arrays = {k: to_device(v) for k, v in known if isinstance(v, np.ndarray)}
+    return SimpleNamespace(V=problem.V, **arrays)
+
+
+there = on_device(small)
+for q, layer in (there, gpu), (small, reference):
+    separate(q, layer)
+    fused(q, layer, q.fused)
+for k in names:
+    compare(k, to_host(getattr(there, k)), getattr(small, k))
+
+# %% [markdown]
+# ### One launch instead of two
+#
+# llm.c's trainer goes one step further: one kernel computes the loss and
+# leaves the gradient where the logits were. In two launches the logits of a
+# batch pass by three times, read, read, written. GPT-2's logits are larger
+# than any cache, so that the backward launch finds none of what the forward
+# launch has read. One block that does both for its row can be better off,
+# and $\lambda$ never leaves it.
+#
+# There is a race in it. The loss needs $z_k$, and the place of $z_k$ is
+# about to be overwritten by whichever thread owns it:
+
+
+# %% a classifier that reads too late
+@kernel
+def too_late(losses, logits, dlosses, targets, V):
+    row = cuda.blockIdx.x
+    tops = cuda.shared.array(32, np.float32)
+    totals = cuda.shared.array(32, np.float32)
+    top, total = _row_pair(logits, row, V, 0)
+    top, total = _block_merged(top, total, tops, totals)
+    shift, k = top + math.log(total), targets[row]
+    _put_row(logits, logits, row, V, shift, dlosses[row], k, 0)
+    if cuda.threadIdx.x == 0:
+        losses[row] = shift - logits[row, k]
+
+
+ones = simulated(np.ones((2, 1), np.float32))
+row_of_zeros = simulated(np.zeros((1, 128), np.float32))
+fifty = simulated(np.array([50], np.int32))
+try:
+    with watch():
+        too_late[1, 32](ones[0], row_of_zeros, ones[1], fifty, 101)
+    caught = False
+except RaceError as error:
+    print(str(error).replace(": ", ":\n").replace(", and", ",\nand"))
+    caught = True
+verdict("the race", caught, "is caught")
+
+# %% [markdown]
+# The repair is to read $z_k$ at the start. The barrier in `_block_merged`
+# then stands between that and every write.
+
+
+# %% loss and gradient in one launch tags=["exporti"] module="cuda.crossentropy"
+@kernel(launch_bounds=1024)
+def _classify_in_fours(losses, logits, dlosses, targets, V):
+    row, me = cuda.blockIdx.x, cuda.threadIdx.x
+    tops = cuda.shared.array(32, np.float32)
+    totals = cuda.shared.array(32, np.float32)
+    k = targets[row]
+    right = logits[row, k]  # before the barrier: it is overwritten below
+    top, total = _row_pair(logits, row, V, 0)
+    top, total = _block_merged(top, total, tops, totals)
+    shift = top + math.log(total)
+    if me == 0:
+        losses[row] = shift - right
+    _put_row(logits, logits, row, V, shift, dlosses[row], k, 0)
+
+
+def _classify_two_reads(losses, logits, dlosses, targets, V):
+    block = _threads(-(-V // 4))
+    arrays = losses, logits, dlosses, targets
+    _classify_in_fours[len(logits), block](*arrays, V)
+
+
+# %% [markdown]
+# Written like that, the kernel still asks for each logit twice. The second
+# time the row may come from the cache of the whole GPU, which has 50 MB on
+# an H100. 132 processors with two blocks of 1,024 threads each work on 264
+# rows at a time, 53 MB: about as much, so it may as well not.
+#
+# There is a memory nearer by. The registers of a processor hold 256 KB, and
+# a row needs 201 KB. But a thread needs registers for other things too.
+# With 512 threads a block, of at most 128 registers each, the compiler finds
+# room for twelve vectors, 48 registers, and spills from fourteen on. So a
+# block keeps the exponentials of the first 24,576 columns, about half of a
+# row of GPT-2, and reads the others twice as before. When the block's
+# maximum is known, what a thread kept is off by one factor,
+# $e^{m_a - m}$, the same for all: kept logits also need one exponential
+# instead of two.
+
+
+# %% a row in registers tags=["exporti"] module="cuda.crossentropy"
+_KEEPERS = 512  # threads of a block, constant so that addresses are too
+_VECTORS = 12  # that each keeps
+_KEPT = 4 * _VECTORS
+_DONE = _KEPT * _KEEPERS  # columns that a block keeps: 24,576
+
+
+@device
+def _keep(held, logits, row, whole):
+    """Read this thread's vectors of a row, and leave their exponentials.
+
+    Returns the pair of what was read; held: _KEPT numbers of this thread.
+    """
+    start, top = row * logits.shape[1], _LOWEST
+    for j in range(_VECTORS):
+        i = 4 * (cuda.threadIdx.x + j * _KEEPERS)
+        a, b, c, d = _LOWEST, _LOWEST, _LOWEST, _LOWEST
+        if i < whole:
+            a, b, c, d = load4(logits, start + i)
+        held[4 * j], held[4 * j + 1] = a, b
+        held[4 * j + 2], held[4 * j + 3] = c, d
+        top = max(max(top, max(a, b)), max(c, d))
+    total = np.float32(0)
+    for j in range(_KEPT):
+        held[j] = math.exp(held[j] - top)
+        total += held[j]
+    return top, total
+
+
+# %% the gradient from registers tags=["exporti"] module="cuda.crossentropy"
+@device
+def _put_kept(logits, row, whole, held, factor, scale, k):
+    """Write the gradients of what `_keep` read."""
+    start, zero = row * logits.shape[1], np.float32(0)
+    for j in range(_VECTORS):
+        i = 4 * (cuda.threadIdx.x + j * _KEEPERS)
+        if i < whole:
+            a = factor * held[4 * j] - (scale if i == k else zero)
+            b = factor * held[4 * j + 1] - (scale if i + 1 == k else zero)
+            c = factor * held[4 * j + 2] - (scale if i + 2 == k else zero)
+            d = factor * held[4 * j + 3] - (scale if i + 3 == k else zero)
+            store4(logits, start + i, a, b, c, d)
+
+
+# %% most of a row read once tags=["exporti"] module="cuda.crossentropy"
+@kernel(launch_bounds=_KEEPERS)
+def _classify_kept(losses, logits, dlosses, targets, V):
+    row, me, Vp = cuda.blockIdx.x, cuda.threadIdx.x, logits.shape[1]
+    tops = cuda.shared.array(32, np.float32)
+    totals = cuda.shared.array(32, np.float32)
+    held, whole = cuda.local.array(_KEPT, np.float32), _whole(V, Vp)
+    k, scale = targets[row], dlosses[row]
+    right = logits[row, k]  # before the barrier: it is overwritten below
+    mine, total = _keep(held, logits, row, whole)
+    other, more = _row_pair(logits, row, V, _DONE)
+    top, total = _merged(mine, total, other, more)
+    top, total = _block_merged(top, total, tops, totals)
+    shift = top + math.log(total)
+    if me == 0:
+        losses[row] = shift - right
+    factor = scale * math.exp(mine - shift)
+    _put_kept(logits, row, whole, held, factor, scale, k)
+    _put_row(logits, logits, row, V, shift, scale, k, _DONE)
+
+
+def _classify_one_read(losses, logits, dlosses, targets, V):
+    arrays = losses, logits, dlosses, targets
+    if logits.shape[1] % 4 or V <= 4 * _KEEPERS:
+        _classify_two_reads(*arrays, V)
+    else:
+        _classify_kept[len(logits), _KEEPERS](*arrays, V)
+
+
+# %% the whole classifier tags=["export"] module="cuda.crossentropy"
+# each logit read twice; the first 24,576 of a row once
+FUSED_CLASSIFIER = (_classify_two_reads, _classify_one_read)
+
+
+def fused_classifier(losses, logits, dlosses, targets, V, version=2):
+    """Write the losses and put their gradient in the logits' place.
+
+    In one launch what `crossentropy_softmax_forward` and then
+    `crossentropy_softmax_backward` in place do in two. losses: device's
+    float32 (B, T), written. logits: (B, T, Vp), above -1e38, overwritten by
+    their gradient; columns from V on are not read and receive 0. dlosses:
+    (B, T), known before the losses are. targets: device's int32 (B, T),
+    each in [0, V): the caller checks that on the host. version: 1 or 2, the
+    place in FUSED_CLASSIFIER; 2 is 1 where Vp is no multiple of 4 or V at
+    most 2048. Raises TypeError or ValueError for a wrong dtype, shape or
+    version and for V outside [1, Vp].
+
+    Derived in chapter 10.
+    """
+    run = _rung("fused_classifier", FUSED_CLASSIFIER, version)
+    wide, narrow = {"logits": logits}, {"losses": losses, "dlosses": dlosses}
+    rows = _device_rows("fused_classifier", wide, narrow, targets, V)
+    logits, losses, dlosses, targets = rows
+    run(losses, logits, dlosses, targets, V)
+
+
+# %% the classifier against NumPy
+wide = problem(1, 2, 2101, 2176)
+fused(wide, reference, wide.fused)
+for version in (1, 2):
+    there = on_device(wide)
+    arrays = there.losses, there.logits, there.dlosses, there.targets
+    fused_classifier(*arrays, wide.V, version=version)
+    compare("losses", to_host(there.losses), wide.losses)
+    compare("gradient", to_host(there.logits), wide.fused)
+
+
+# %% what fusing saves, counted on a row of GPT-2
+def count_classifier(name, *calls):
+    with watch() as seen:
+        for call, args in calls:
+            call(*args)
+    print(f"{name} {len(seen.launches)} launches,", end=" ")
+    print(f"{seen.read_bytes:7,} bytes read,", end=" ")
+    print(f"{seen.written_bytes:7,} written, {seen.sectors:6,} sectors")
+
+
+V, Vp = 50257, 50304
+z = simulated(np.zeros((1, 1, Vp), np.float32))
+k = simulated(np.zeros((1, 1), np.int32))
+one = simulated(np.ones((1, 1), np.float32))
+loss, lse = empty((1, 1), like=z), empty((1, 1), like=z)
+forward = gpu.fused_forward, (loss, lse, z, k, V)
+backward = gpu.fused_backward, (z, one, z, lse, k, V)
+count_classifier("two calls  ", forward, backward)
+for version in (1, 2):
+    call = functools.partial(fused_classifier, version=version)
+    count_classifier(f"version {version}  ", (call, (loss, z, one, k, V)))
+
+# %% [markdown]
+# Each row of the batch needs that much. The bytes read are what threads ask
+# for, and they count the target and the three numbers of a row once for
+# every thread; the sectors count what moves when no cache helps. Version 1
+# saves a launch and the way of $\lambda$ through memory, hardly anything,
+# unless the cache keeps the row. Version 2 saves a sixth of the sectors
+# whatever the cache does. Whether that outweighs that one block fills a
+# processor, and that nothing is being read while its threads compute and
+# write, is for a measurement to say.
+#
+# `llmnb` keeps both forms. A model's forward pass leaves logits to its
+# caller: to sample from them, to evaluate a loss that nobody differentiates,
+# to look at them. One call for both would overwrite them, and would need
+# `dlosses` before the first loss is known. With two calls `backward` decides
+# that the logits may go. A trainer that always goes forward and backward
+# loses nothing by `fused_classifier`.
+
+
+# %% [markdown]
 # ## Count it
 #
 # An array of the size of the logits is the largest thing in the model. The
@@ -1017,7 +2123,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 10.2. The gradient equals the probabilities except at the token
+# *Figure 10.4. The gradient equals the probabilities except at the token
 # that came, where it is negative and balances all the others. Tokens that
 # the model did not believe in are left in peace.*
 #
@@ -1045,7 +2151,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 10.3. Where the model is wrong (left), cross-entropy pulls with a
+# *Figure 10.5. Where the model is wrong (left), cross-entropy pulls with a
 # slope near -1 however far away it is, while the slope of the squared
 # distance fades to 0: a hopeless prediction would stay hopeless. Where the
 # model is right (right), both let go.*
@@ -1061,6 +2167,8 @@ plt.show()
 #   p - y.
 # - The fused form keeps one number a row, works in place, and stays exact
 #   where probabilities underflow.
+# - On a GPU the pair of a maximum and a sum can be merged in any grouping, so
+#   that one reading of a row is enough for its loss.
 
 # %% [markdown]
 # ## Design note
@@ -1074,9 +2182,9 @@ plt.show()
 #
 # Another alternative reads each row once, not twice: keep a running
 # maximum and rescale the running sum when it changes, as attention does in
-# [chapter 7](07_attention.ipynb). Here a row stays in cache between the two
-# sweeps, and a sweep for the maximum costs little beside one for the
-# exponentials. Exercise 4 builds the single sweep.
+# [chapter 7](07_attention.ipynb) and the GPU's kernels above. On a CPU a row
+# stays in cache between the two sweeps, and a sweep for the maximum costs
+# little beside one for the exponentials. Exercise 4 builds the single sweep.
 
 # %% [markdown]
 # ## Exercises
@@ -1181,6 +2289,44 @@ z = 500 * rng.normal(size=1000)
 losses, lse = np.empty((1, 1)), np.empty((1, 1))
 reference.fused_forward(losses, lse, z[None, None], np.array([[0]]), 1000)
 compare("one pass", one_pass(z), lse[0, 0], tol=1e-12)
+
+# %% [markdown]
+# **5** (★★★). Write a kernel that finds the token with the largest logit of
+# each row, a warp a row. Where two are equally large, the first counts. What
+# do the lanes exchange, and what makes all of them agree?
+#
+# :::{admonition} Solution to exercise 5
+# :class: dropdown
+# They exchange pairs of a logit and its token. Of two pairs the one with the
+# larger logit wins, or, where these are equal, the one with the smaller
+# token. Any two lanes that meet decide alike, and the winner does not depend
+# on the order of the meetings.
+# :::
+
+
+# %% exercise 5, the kernel tags=["hide-cell"]
+@kernel
+def largest(tokens, logits, V):
+    row, lane = cuda.blockIdx.x, cuda.threadIdx.x
+    top, token = _LOWEST, 0
+    for i in range(lane, V, 32):
+        if logits[row, i] > top:
+            top, token = logits[row, i], i
+    for step in (16, 8, 4, 2, 1):
+        other = cuda.shfl_xor_sync(0xFFFFFFFF, top, step)
+        theirs = cuda.shfl_xor_sync(0xFFFFFFFF, token, step)
+        if other > top or (other == top and theirs < token):
+            top, token = other, theirs
+    if lane == 0:
+        tokens[row] = token
+
+
+# %% exercise 5, checked
+z = rng.integers(0, 20, (9, 64)).astype(np.float32)
+tokens = to_device(np.zeros(9, np.int32))
+largest[9, 32](tokens, to_device(z), 61)
+same = np.array_equal(to_host(tokens), z[:, :61].argmax(-1))
+verdict("largest", same, "first of the largest")
 
 # %% [markdown]
 # ## Further reading
