@@ -1,0 +1,519 @@
+# Written by `make export` from notebooks/05_layernorm.py: edit that file.
+
+"""Normalise a layer and differentiate it.
+
+LayerNorm gives every token's vector mean 0 and variance 1, then scales and
+shifts each channel; its backward pass takes two sums a row.
+"""
+
+__all__ = [
+    "LAYERNORM_BACKWARD",
+    "LAYERNORM_FORWARD",
+    "layernorm_backward",
+    "layernorm_forward",
+    "layernorm_scratch",
+]
+
+
+# imports of the GPU module
+import functools
+import math
+
+import numpy as np
+
+from llmnb.cuda.launch import check_device, device, empty, kernel
+from llmnb.cuda.simulator import cuda, load4, store4
+from llmnb.cuda.warp import warp_sum
+
+
+# constants of the GPU module
+EPS32 = np.float32(1e-5)  # a Python float would be float64
+LANES = 32  # threads of a warp
+
+
+def _blocks(n, size):
+    return -(-n // size)
+
+
+# a thread a row, the kernel
+@kernel(launch_bounds=128)
+def _forward_thread(out, mean, rstd, inp, weight, bias):
+    n = cuda.grid(1)
+    rows, C = inp.shape
+    if n >= rows:
+        return
+    size, total, squares = np.float32(C), np.float32(0), np.float32(0)
+    for i in range(C):
+        total += inp[n, i]
+    mu = total / size
+    for i in range(C):
+        squares += (inp[n, i] - mu) * (inp[n, i] - mu)
+    r = np.float32(1) / math.sqrt(squares / size + EPS32)
+    for i in range(C):
+        out[n, i] = (inp[n, i] - mu) * r * weight[i] + bias[i]
+    mean[n] = mu
+    rstd[n] = r
+
+
+# a thread a row, the launch
+def _thread_a_row(out, mean, rstd, inp, weight, bias):
+    grid = _blocks(len(inp), 128)
+    _forward_thread[grid, 128](out, mean, rstd, inp, weight, bias)
+
+
+# a warp a row, the kernel
+@kernel(launch_bounds=256)
+def _forward_warp(out, mean, rstd, inp, weight, bias):
+    n, lane = cuda.grid(1) // 32, cuda.threadIdx.x % 32
+    rows, C = inp.shape
+    if n >= rows:  # the whole warp leaves, so exchanges stay complete
+        return
+    size, total, squares = np.float32(C), np.float32(0), np.float32(0)
+    for i in range(lane, C, 32):
+        total += inp[n, i]
+    mu = warp_sum(total) / size
+    for i in range(lane, C, 32):
+        squares += (inp[n, i] - mu) * (inp[n, i] - mu)
+    r = np.float32(1) / math.sqrt(warp_sum(squares) / size + EPS32)
+    for i in range(lane, C, 32):
+        out[n, i] = (inp[n, i] - mu) * r * weight[i] + bias[i]
+    if lane == 0:
+        mean[n] = mu
+        rstd[n] = r
+
+
+# a warp a row, the launch
+def _warp_a_row(out, mean, rstd, inp, weight, bias):
+    grid = _blocks(len(inp), 256 // LANES)
+    _forward_warp[grid, 256](out, mean, rstd, inp, weight, bias)
+
+
+# sums and outputs in fours
+@device
+def _deviations(mu, a, b, c, d):
+    """The squared distances of four numbers from mu, added."""
+    a, b, c, d = a - mu, b - mu, c - mu, d - mu
+    return (a * a + b * b) + (c * c + d * d)
+
+
+@device
+def _write_four(out, at, weight, bias, i, mu, r, a, b, c, d):
+    """Normalise four channels from i on and store them at `at`."""
+    w0, w1, w2, w3 = load4(weight, i)
+    b0, b1, b2, b3 = load4(bias, i)
+    a, b = (a - mu) * r * w0 + b0, (b - mu) * r * w1 + b1
+    c, d = (c - mu) * r * w2 + b2, (d - mu) * r * w3 + b3
+    store4(out, at, a, b, c, d)
+
+
+# vectors of four, the kernel
+@kernel(launch_bounds=256)
+def _forward_vector(out, mean, rstd, inp, weight, bias):
+    n, lane = cuda.grid(1) // 32, cuda.threadIdx.x % 32
+    rows, C = inp.shape
+    if n >= rows:
+        return
+    size, total, squares = np.float32(C), np.float32(0), np.float32(0)
+    for i in range(4 * lane, C, 128):
+        a, b, c, d = load4(inp, n * C + i)
+        total += (a + b) + (c + d)
+    mu = warp_sum(total) / size
+    for i in range(4 * lane, C, 128):
+        a, b, c, d = load4(inp, n * C + i)
+        squares += _deviations(mu, a, b, c, d)
+    r = np.float32(1) / math.sqrt(warp_sum(squares) / size + EPS32)
+    for i in range(4 * lane, C, 128):
+        a, b, c, d = load4(inp, n * C + i)
+        _write_four(out, n * C + i, weight, bias, i, mu, r, a, b, c, d)
+    if lane == 0:
+        mean[n] = mu
+        rstd[n] = r
+
+
+# vectors of four, the launch
+def _vector_a_row(out, mean, rstd, inp, weight, bias):
+    rows, C = inp.shape
+    if C % 4:
+        _warp_a_row(out, mean, rstd, inp, weight, bias)
+        return
+    grid = _blocks(rows, 256 // LANES)
+    _forward_vector[grid, 256](out, mean, rstd, inp, weight, bias)
+
+
+# kept rows, the kernel
+KEPT_ROWS = 4  # rows, and warps, of a block
+MOST_KEPT = 3072  # channels: four such rows fill 48 KB
+
+
+@functools.cache
+def _forward_kept(room):
+    """The kernel for rows of at most `room` channels."""
+    floats = KEPT_ROWS * room
+
+    @kernel(launch_bounds=128)
+    def forward_kept(out, mean, rstd, inp, weight, bias):
+        kept = cuda.shared.array(floats, np.float32, alignment=16)
+        n, lane = cuda.grid(1) // 32, cuda.threadIdx.x % 32
+        rows, C = inp.shape
+        if n >= rows:
+            return
+        at = cuda.threadIdx.x // 32 * room  # this warp's row in `kept`
+        size, total, squares = np.float32(C), np.float32(0), np.float32(0)
+        for i in range(4 * lane, C, 128):
+            a, b, c, d = load4(inp, n * C + i)
+            store4(kept, at + i, a, b, c, d)
+            total += (a + b) + (c + d)
+        mu = warp_sum(total) / size
+        for i in range(4 * lane, C, 128):
+            a, b, c, d = load4(kept, at + i)
+            squares += _deviations(mu, a, b, c, d)
+        r = np.float32(1) / math.sqrt(warp_sum(squares) / size + EPS32)
+        for i in range(4 * lane, C, 128):
+            a, b, c, d = load4(kept, at + i)
+            _write_four(out, n * C + i, weight, bias, i, mu, r, a, b, c, d)
+        if lane == 0:
+            mean[n] = mu
+            rstd[n] = r
+
+    return forward_kept
+
+
+# kept rows, the launch
+def _kept_a_row(out, mean, rstd, inp, weight, bias):
+    rows, C = inp.shape
+    if C % 4 or C > MOST_KEPT:
+        _vector_a_row(out, mean, rstd, inp, weight, bias)
+        return
+    grid, block = _blocks(rows, KEPT_ROWS), KEPT_ROWS * LANES
+    forward = _forward_kept(_blocks(C, 256) * 256)
+    forward[grid, block](out, mean, rstd, inp, weight, bias)
+
+
+# the checks of the GPU module
+def _check_rows(name, inp, like, stats, channels):
+    """Raise unless all fit inp's (B, T, C); return B * T and C."""
+    check_device(f"{name}: inp", inp, getattr(inp, "shape", ()))
+    if inp.ndim != 3:
+        raise ValueError(
+            f"{name}: inp must have shape (B, T, C), got {inp.shape}"
+        )
+    B, T, C = inp.shape
+    shapes = (B, T, C), (B, T), (C,)
+    for arrays, shape in zip((like, stats, channels), shapes, strict=True):
+        for label, array in arrays.items():
+            check_device(f"{name}: {label}", array, shape)
+    return B * T, C
+
+
+def _chosen(name, versions, version):
+    if version not in range(1, len(versions) + 1):
+        raise ValueError(
+            f"{name}: version must be 1 to {len(versions)}, got {version}"
+        )
+    return versions[version - 1]
+
+
+# layernorm, forward
+# from a thread a row to rows kept in shared memory; see chapter 5
+LAYERNORM_FORWARD = _thread_a_row, _warp_a_row, _vector_a_row, _kept_a_row
+
+
+def layernorm_forward(out, mean, rstd, inp, weight, bias, version=4):
+    """Normalise each row of inp, then scale and shift each channel.
+
+    out, inp: (B, T, C). mean, rstd: (B, T), the mean and the reciprocal
+    deviation of each row, saved for the backward pass. weight, bias: (C,).
+    All float32 on a device and C-contiguous, beginning at multiples of 16
+    bytes; out, mean and rstd are overwritten. version: a rung of the
+    chapter's ladder, 1 to 4. Version 3 needs C % 4 == 0 and version 4 also
+    C <= 3072; where that does not hold, the next lower one runs. Raises
+    TypeError or ValueError before it computes anything.
+
+    Derived in chapter 5.
+    """
+    name = "layernorm_forward"
+    forward = _chosen(name, LAYERNORM_FORWARD, version)
+    stats = {"mean": mean, "rstd": rstd}
+    channels = {"weight": weight, "bias": bias}
+    rows, C = _check_rows(name, inp, {"out": out}, stats, channels)
+    flat = mean.reshape(rows), rstd.reshape(rows)
+    rows_in, rows_out = inp.reshape(rows, C), out.reshape(rows, C)
+    forward(rows_out, *flat, rows_in, weight, bias)
+
+
+# the sums of a row
+@device
+def _two_means(n, lane, dout, inp, weight, mu, r):
+    """a and b of (5.10) for row n, in every lane of a warp."""
+    C = inp.shape[1]
+    a, b, size = np.float32(0), np.float32(0), np.float32(C)
+    for i in range(lane, C, 32):
+        dnorm = dout[n, i] * weight[i]
+        a += dnorm
+        b += dnorm * ((inp[n, i] - mu) * r)
+    return warp_sum(a) / size, warp_sum(b) / size
+
+
+# backward with atomics, the kernel
+@kernel(launch_bounds=256)
+def _backward_atomic(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
+    n, lane = cuda.grid(1) // 32, cuda.threadIdx.x % 32
+    rows, C = inp.shape
+    if n >= rows:
+        return
+    mu, r = mean[n], rstd[n]
+    a, b = _two_means(n, lane, dout, inp, weight, mu, r)
+    for i in range(lane, C, 32):
+        norm, dy = (inp[n, i] - mu) * r, dout[n, i]
+        dinp[n, i] += r * (dy * weight[i] - a - norm * b)
+        cuda.atomic.add(dweight, i, dy * norm)
+        cuda.atomic.add(dbias, i, dy)
+
+
+# backward with atomics, the launch
+def _atomic_sums(dinp, dweight, dbias, dout, inp, weight, mean, rstd, table):
+    grid = _blocks(len(inp), 256 // LANES)
+    _backward_atomic[grid, 256](
+        dinp, dweight, dbias, dout, inp, weight, mean, rstd
+    )
+
+
+# room for sums on their way
+def _parts(rows):
+    """Into how many parts the rows are cut for dweight and dbias."""
+    return min(512, _blocks(rows, 4))
+
+
+def layernorm_scratch(rows, C):
+    """How many floats layernorm_backward wants to work in.
+
+    rows: B * T, cut into at most 512 parts; there are two sums for each
+    part and channel.
+
+    Derived in chapter 5.
+    """
+    return _parts(rows) * 2 * C
+
+
+# dx alone
+@kernel(launch_bounds=256)
+def _backward_rows(dinp, dout, inp, weight, mean, rstd):
+    n, lane = cuda.grid(1) // 32, cuda.threadIdx.x % 32
+    rows, C = inp.shape
+    if n >= rows:
+        return
+    mu, r = mean[n], rstd[n]
+    a, b = _two_means(n, lane, dout, inp, weight, mu, r)
+    for i in range(lane, C, 32):
+        norm = (inp[n, i] - mu) * r
+        dinp[n, i] += r * (dout[n, i] * weight[i] - a - norm * b)
+
+
+# the sums of a part
+@kernel(launch_bounds=256)
+def _backward_parts(table, dout, inp, mean, rstd):
+    tile = cuda.shared.array((2, 8, 32), np.float32)
+    warp, lane = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
+    rows, C = inp.shape
+    i, part, parts = (
+        cuda.blockIdx.x * 32 + lane,
+        cuda.blockIdx.y,
+        cuda.gridDim.y,
+    )
+    dw, db = np.float32(0), np.float32(0)
+    if i < C:
+        for n in range(part + warp * parts, rows, 8 * parts):
+            dy = dout[n, i]
+            dw += dy * ((inp[n, i] - mean[n]) * rstd[n])
+            db += dy
+    tile[0, warp, lane], tile[1, warp, lane] = dw, db
+    cuda.syncthreads()
+    if warp < 2 and i < C:  # warp 0 adds up dw, warp 1 db
+        total = np.float32(0)
+        for k in range(8):
+            total += tile[warp, k, lane]
+        table[(2 * part + warp) * C + i] = total
+
+
+# the sums of the table
+@kernel(launch_bounds=512)
+def _add_table(dweight, dbias, table, parts):
+    tile = cuda.shared.array((16, 32), np.float32)
+    warp, lane = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
+    C, j = dweight.shape[0], cuda.blockIdx.x * 32 + lane
+    total = np.float32(0)
+    if j < 2 * C:
+        for k in range(warp, parts, 16):
+            total += table[k * 2 * C + j]
+    tile[warp, lane] = total
+    cuda.syncthreads()
+    if warp == 0 and j < 2 * C:
+        total = np.float32(0)
+        for k in range(16):
+            total += tile[k, lane]
+        if j < C:
+            dweight[j] += total
+        else:
+            dbias[j - C] += total
+
+
+# sums of parts, the launches
+def _sums_of_parts(dinp, dweight, dbias, dout, inp, weight, mean, rstd, table):
+    rows, C = inp.shape
+    parts = _parts(rows)
+    grid = _blocks(rows, 256 // LANES)
+    _backward_rows[grid, 256](dinp, dout, inp, weight, mean, rstd)
+    grid = _blocks(C, LANES), parts
+    _backward_parts[grid, 256](table, dout, inp, mean, rstd)
+    grid = _blocks(2 * C, LANES)
+    _add_table[grid, 512](dweight, dbias, table, parts)
+
+
+# sums of two over a block
+@device
+def _block_sums(a, b, tables, turn):
+    """a and b summed over the block, in every thread.
+
+    tables: shared, (2, 2, 32). turn: 0 and 1 from call to call, so that one
+    barrier is enough.
+    """
+    a, b = warp_sum(a), warp_sum(b)
+    if cuda.threadIdx.x % 32 == 0:
+        tables[turn, 0, cuda.threadIdx.x // 32] = a
+        tables[turn, 1, cuda.threadIdx.x // 32] = b
+    cuda.syncthreads()
+    a, b, lane = np.float32(0), np.float32(0), cuda.threadIdx.x % 32
+    if lane < cuda.blockDim.x // 32:
+        a, b = tables[turn, 0, lane], tables[turn, 1, lane]
+    return warp_sum(a), warp_sum(b)
+
+
+# four channels of a row
+@device
+def _load_row(x, dy, dx, inp, dout, dinp, at):
+    """Three vectors of a row, all asked for before any is needed."""
+    x[0], x[1], x[2], x[3] = load4(inp, at)
+    dy[0], dy[1], dy[2], dy[3] = load4(dout, at)
+    dx[0], dx[1], dx[2], dx[3] = load4(dinp, at)
+
+
+@device
+def _add_four(dw, db, x, dy, w, mu, r):
+    """Normalise x, add to dw and db; return this thread's part of a and b."""
+    a, b = np.float32(0), np.float32(0)
+    for k in range(4):
+        x[k] = (x[k] - mu) * r
+        dw[k] += dy[k] * x[k]
+        db[k] += dy[k]
+        a += dy[k] * w[k]
+        b += dy[k] * w[k] * x[k]
+    return a, b
+
+
+# a block a row, the kernel
+@kernel(launch_bounds=512)
+def _backward_block(dinp, table, dout, inp, weight, mean, rstd):
+    tables = cuda.shared.array((2, 2, 32), np.float32)
+    x = cuda.local.array(4, np.float32)  # of a row: inp, then normalised
+    dy = cuda.local.array(4, np.float32)
+    dx = cuda.local.array(4, np.float32)
+    w = cuda.local.array(4, np.float32)
+    dw = cuda.local.array(4, np.float32)
+    db = cuda.local.array(4, np.float32)
+    (rows, C), turn = inp.shape, 0
+    i, part, size = 4 * cuda.threadIdx.x, cuda.blockIdx.x, np.float32(C)
+    mine = i < C  # the last warp may hold threads with no channels
+    for k in range(4):
+        w[k] = dw[k] = db[k] = np.float32(0)
+    if mine:
+        w[0], w[1], w[2], w[3] = load4(weight, i)
+    for n in range(part, rows, cuda.gridDim.x):
+        a, b, r = np.float32(0), np.float32(0), rstd[n]
+        if mine:
+            _load_row(x, dy, dx, inp, dout, dinp, n * C + i)
+            a, b = _add_four(dw, db, x, dy, w, mean[n], r)
+        a, b = _block_sums(a, b, tables, turn)
+        turn = 1 - turn
+        if mine:
+            a, b = a / size, b / size
+            for k in range(4):
+                dx[k] += r * (dy[k] * w[k] - a - x[k] * b)
+            store4(dinp, n * C + i, dx[0], dx[1], dx[2], dx[3])
+    if mine:
+        at = 2 * part * C + i
+        store4(table, at, dw[0], dw[1], dw[2], dw[3])
+        store4(table, at + C, db[0], db[1], db[2], db[3])
+
+
+# a block a row, the launches
+MOST_THREADS = 512  # of a block; each has four channels
+
+
+def _rows_once(dinp, dweight, dbias, dout, inp, weight, mean, rstd, table):
+    rows, C = inp.shape
+    if C % 4 or C > 4 * MOST_THREADS:
+        _sums_of_parts(
+            dinp, dweight, dbias, dout, inp, weight, mean, rstd, table
+        )
+        return
+    parts, block = _parts(rows), _blocks(C, 4 * LANES) * LANES
+    _backward_block[parts, block](dinp, table, dout, inp, weight, mean, rstd)
+    grid = _blocks(2 * C, LANES)
+    _add_table[grid, 512](dweight, dbias, table, parts)
+
+
+# the check of the work space
+def _check_work(name, work, floats, inp):
+    """The memory to work in: `work` if it is large enough, or a new one."""
+    if work is None:
+        return empty(floats, like=inp)
+    check_device(f"{name}: work", work, (getattr(work, "size", 0),))
+    if work.size < floats:
+        raise ValueError(
+            f"{name}: work must hold {floats} floats, got {work.size}"
+        )
+    return work
+
+
+# layernorm, backward
+# from atomics to a block a row, each row read once; see chapter 5
+LAYERNORM_BACKWARD = _atomic_sums, _sums_of_parts, _rows_once
+
+
+def layernorm_backward(
+    dinp,
+    dweight,
+    dbias,
+    dout,
+    inp,
+    weight,
+    mean,
+    rstd,
+    work=None,
+    version=3,
+):
+    """Add LayerNorm's gradients to dinp, dweight and dbias.
+
+    dinp, dout, inp: (B, T, C). dweight, dbias, weight: (C,). mean, rstd:
+    (B, T), as the forward pass left them. work: at least
+    layernorm_scratch(B * T, C) floats in one dimension, whose contents are
+    lost; allocated if None. All float32 on a device and C-contiguous,
+    beginning at multiples of 16 bytes; the first three are added to in
+    place. version: a rung of the chapter's ladder, 1 to 3. Version 3 needs
+    C % 4 == 0 and C <= 2048; where that does not hold, version 2 runs. The
+    result of version 1 depends on the order in which threads happen to run,
+    in the last bits; that of the others does not. Raises TypeError or
+    ValueError before it computes anything.
+
+    Derived in chapter 5.
+    """
+    name = "layernorm_backward"
+    backward = _chosen(name, LAYERNORM_BACKWARD, version)
+    like = {"dinp": dinp, "dout": dout}
+    stats = {"mean": mean, "rstd": rstd}
+    channels = {"dweight": dweight, "dbias": dbias, "weight": weight}
+    rows, C = _check_rows(name, inp, like, stats, channels)
+    work = _check_work(name, work, layernorm_scratch(rows, C), inp)
+    dx, dy, x = (a.reshape(rows, C) for a in (dinp, dout, inp))
+    flat = mean.reshape(rows), rstd.reshape(rows)
+    backward(dx, dweight, dbias, dy, x, weight, *flat, work)
