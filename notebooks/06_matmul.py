@@ -1699,6 +1699,744 @@ for N, C, OC in ((1024, 768, 3072), (2048, 2048, 2048)):
     print(f" of peak, {speed / blas(most, N, C, OC):.0%} of BLAS")
 
 # %% [markdown]
+# ## On a GPU
+#
+# A GPU has the same problem with other numbers. By NVIDIA's data sheets an
+# A100 computes 19.5 · 10¹² operations a second in float32 and reads
+# 1.6 · 10¹² bytes from its memory: 12 operations for each byte. An H100
+# offers 20 for each byte. One FMA is two operations, and it needs two
+# factors, eight bytes: a product that fetches both for every FMA does a
+# quarter of an operation for each byte. So again a number that has been
+# fetched must be used many times, and again in two places: in the memory
+# that a block of threads shares, and in the registers of one thread.
+#
+# The ladder has four versions. No GPU has run them yet. They are compiled
+# for the A100's and the H100's generations, and the tests read the machine
+# code; they run on the simulator of [chapter 4](04_gpu.ipynb), which counts
+# what they move. Where they are measured, `llmnb bench --backend cuda
+# --kernels` does it, and the results page will show it.
+#
+# All three products of this chapter are one sum, $\sum_k a_{i,k}\,
+# b_{j,k}$; they differ in how the factors lie. Either k runs *along* the
+# rows of a matrix in memory, or *across* them:
+#
+# | product | a | k in a | b | k in b |
+# |---|---|---|---|---|
+# | forward, (6.1) | `inp` | along | `weight` | along |
+# | `dinp`, (6.2) | `dout` | along | `weight` | across |
+# | `dweight`, (6.3) | `dout` | across | `inp` | across |
+#
+# numba compiles a kernel when it is first launched and takes the variables
+# of an enclosing function as constants. So each version is a function that
+# returns a kernel, made for `along_a` and `along_b`, and no thread has to ask
+# which product it is in. The bias and a start, which is the residual or a
+# gradient so far, are added at the end on the way out of the registers.
+
+# %% imports of the GPU's products tags=["export"] module="cuda.matmul"
+import functools
+
+import numpy as np
+
+from llmnb.cuda.launch import check_device, device, empty, kernel
+from llmnb.cuda.simulator import cuda, load4, store4
+
+# %% nothing tags=["exporti"] module="cuda.matmul"
+ZERO = np.float32(0)
+
+
+@device
+def _write(out, start, at, value, add):
+    """out[at] = value, plus what start holds there if `add`."""
+    if add:
+        value += start[at]
+    out[at] = value
+
+
+def _named(function, name, along_a, along_b, threads):
+    """A kernel, with a name that a profiler can show."""
+    layout = ("n" if along_a else "t") + ("t" if along_b else "n")
+    function.__name__ = f"matmul_{layout}_{name}"
+    return kernel(function, launch_bounds=threads)
+
+
+# %% start a product tags=["exporti"] module="cuda.matmul"
+def _start(made, tile, threads, out, start, bias, a, b, sizes):
+    """Launch a kernel with a block for each tile of out, (down, across)."""
+    rows, cols, steps = sizes
+    grid = -(-cols // tile[1]), -(-rows // tile[0])
+    add, shift = int(start is not None), int(bias is not None)
+    start = out if start is None else start  # not read then
+    bias = out if bias is None else bias
+    made[grid, threads](
+        *(out, start, bias, a, b, rows, cols, steps, add, shift)
+    )
+
+
+# %% [markdown]
+# **Version 1, a thread an output.** The equation, as it stands. A warp is
+# 32 columns of one row, so that its results lie side by side in `out`.
+
+
+# %% version 1 tags=["exporti"] module="cuda.matmul"
+@functools.cache
+def _simple_kernel(along_a, along_b):
+    def multiply(out, start, bias, a, b, rows, cols, steps, add, shift):
+        j, i = cuda.grid(2)
+        if i >= rows or j >= cols:
+            return
+        a_at, a_step = (i * steps, 1) if along_a else (i, rows)
+        b_at, b_step = (j * steps, 1) if along_b else (j, cols)
+        total = ZERO
+        for k in range(steps):
+            total += a[a_at + k * a_step] * b[b_at + k * b_step]
+        if shift:
+            total += bias[j]
+        _write(out, start, i * cols + j, total, add)
+
+    return _named(multiply, "simple", along_a, along_b, 256)
+
+
+def _thread_an_output(out, start, bias, a, b, sizes, along):
+    made = _simple_kernel(*along)
+    _start(made, (8, 32), (32, 8), out, start, bias, a, b, sizes)
+
+
+# %% [markdown]
+# The verdict on a small problem that divides nothing, for all three
+# layouts; and a product to count with, 64 tokens of 16 channels to 64,
+# which is 65,536 FMAs or 2,048 by whole warps.
+
+# %% check a version of the product
+from llmnb.cuda.launch import simulated, to_device, to_host
+from llmnb.cuda.simulator import watch
+
+small = np.random.default_rng(6)
+LAYOUTS = {"a bT": (True, True), "a b": (True, False), "aT b": (False, False)}
+
+
+def check_product(product, rows, cols, steps):
+    a, b = (
+        small.normal(size=(n, steps)).astype(np.float32) for n in (rows, cols)
+    )
+    for name, along in LAYOUTS.items():
+        out = empty(rows * cols)
+        flat = [
+            to_device((x if way else x.T).reshape(-1))
+            for x, way in zip((a, b), along, strict=True)
+        ]
+        product(out, None, None, *flat, (rows, cols, steps), along)
+        compare(name, to_host(out).reshape(rows, cols), a @ b.T, tol=1e-5)
+
+
+check_product(_thread_an_output, 9, 35, 17)
+
+# %% count what a version moves
+counted = {}
+
+
+def count(name, product, along=(True, True), rows=64, cols=64, steps=16):
+    out, a, b = (
+        simulated(np.ones(m * n, np.float32))
+        for m, n in ((rows, cols), (rows, steps), (cols, steps))
+    )
+    with watch() as seen:
+        product(out, None, None, a, b, (rows, cols, steps), along)
+    counted[name] = seen
+    fmas = rows * cols * steps
+    print(f"read {seen.read_bytes / fmas:.3f} bytes for each FMA")
+    print(f"global memory: {seen.requests} requests, {seen.sectors} sectors")
+    print(f"shared memory: {seen.shared_requests} requests, ", end="")
+    print(f"{seen.shared_passes} passes; {fmas // 32} FMAs by warps")
+
+
+count("1", _thread_an_output)
+
+# %% [markdown]
+# Eight bytes for an FMA, as predicted. The sectors are worse. `weight` runs
+# along k, so the 32 lanes of a warp read 32 rows of it, C numbers apart:
+# a request touches 32 sectors and uses 4 of the 32 bytes of each. The
+# caches may save some of it; nothing in the kernel does.
+#
+# **Version 2, square tiles in shared memory.** Let a block of 256 threads
+# own 16 by 16 outputs. All of them together need 16 rows of `a` and 16 of
+# `b`. They read 16 steps of those at a time into shared memory, wait, and
+# then take the factors from there. Each number is read from global memory
+# once for a block and used 16 times.
+#
+# The lanes go along the matrix when they read it, whichever way it lies, so
+# that they share sectors. In shared memory both factors lie the same way:
+# all numbers of step 0, then all of step 1, as in the panels of figure 6.3.
+# Where k runs along the matrix, neighbouring lanes then write a whole line
+# apart. Lines of 64 numbers would put those in one bank; a few numbers of
+# padding spread them. The padding that fits follows from the lanes: with
+# steps of 16, two rows are read at once, so two more numbers; with steps of
+# 8, four.
+
+
+# %% lanes that want one bank
+def most_in_a_bank(tile, depth, padding):
+    pitch = tile + padding
+    words = [e % depth * pitch + e // depth for e in range(32)]
+    banks = [word % 32 for word in words]
+    return max(banks.count(bank) for bank in banks)
+
+
+for tile, depth in ((16, 16), (64, 8), (128, 8)):
+    passes = [most_in_a_bank(tile, depth, n) for n in (0, 32 // depth)]
+    print(f"{tile:3} numbers of {depth:2} steps: {passes[0]} passes, ", end="")
+    print(f"{passes[1]} with {32 // depth} numbers of padding")
+
+# %% [markdown]
+# What lies outside of the matrix is filled with zeros, which add nothing;
+# only the results need a guard. `own` says how many rows and columns a
+# thread has, here one. It will be used in a moment.
+
+
+# %% fill a tile tags=["exporti"] module="cuda.matmul"
+def _filler(tile, depth, threads, along):
+    """How a block brings `tile` rows (or columns) of `depth` steps."""
+    pitch = tile + 32 // depth
+
+    @device
+    def fill_along(shared, source, first, size, k, steps):
+        for turn in range(tile * depth // threads):
+            e = cuda.threadIdx.x + turn * threads
+            i, j, value = first + e // depth, k + e % depth, ZERO
+            if i < size and j < steps:
+                value = source[i * steps + j]
+            shared[e % depth * pitch + e // depth] = value
+
+    @device
+    def fill_across(shared, source, first, size, k, steps):
+        for turn in range(tile * depth // threads):
+            e = cuda.threadIdx.x + turn * threads
+            i, j, value = k + e // tile, first + e % tile, ZERO
+            if i < steps and j < size:
+                value = source[i * size + j]
+            shared[e // tile * pitch + e % tile] = value
+
+    return fill_along if along else fill_across
+
+
+# %% versions 2 and 3 tags=["exporti"] module="cuda.matmul"
+@functools.cache
+def _tile_kernel(tile, depth, own, along_a, along_b):
+    side, pitch = tile // own, tile + 32 // depth
+    room, count = depth * pitch, own * own
+    fill_a = _filler(tile, depth, side * side, along_a)
+    fill_b = _filler(tile, depth, side * side, along_b)
+
+    def multiply(out, start, bias, a, b, rows, cols, steps, add, shift):
+        left = cuda.shared.array(room, np.float32)
+        right = cuda.shared.array(room, np.float32)
+        sums = cuda.local.array(count, np.float32)
+        p = cuda.local.array(own, np.float32)
+        q = cuda.local.array(own, np.float32)
+        top, edge = cuda.blockIdx.y * tile, cuda.blockIdx.x * tile
+        y, x = cuda.threadIdx.x // side, cuda.threadIdx.x % side
+        for i in range(count):
+            sums[i] = ZERO
+        for k in range(0, steps, depth):
+            fill_a(left, a, top, rows, k, steps)
+            fill_b(right, b, edge, cols, k, steps)
+            cuda.syncthreads()
+            for step in range(depth):
+                for i in range(own):
+                    p[i] = left[step * pitch + y + i * side]
+                    q[i] = right[step * pitch + x + i * side]
+                for i in range(own):
+                    for j in range(own):
+                        sums[i * own + j] += p[i] * q[j]
+            cuda.syncthreads()  # before the next tiles overwrite these
+        for j in range(own):
+            c = edge + x + j * side
+            q[j] = bias[c] if shift and c < cols else ZERO
+        for i in range(own):
+            r = top + y + i * side
+            for j in range(own):
+                c, value = edge + x + j * side, sums[i * own + j] + q[j]
+                if r < rows and c < cols:
+                    _write(out, start, r * cols + c, value, add)
+
+    name = f"{tile}_scalars_{count}"
+    return _named(multiply, name, along_a, along_b, side * side)
+
+
+# %% version 2, launched tags=["exporti"] module="cuda.matmul"
+def _square_tiles(out, start, bias, a, b, sizes, along):
+    made = _tile_kernel(16, 16, 1, *along)
+    _start(made, (16, 16), 256, out, start, bias, a, b, sizes)
+
+
+# %% version 2, checked and counted
+check_product(_square_tiles, 9, 35, 17)
+count("2", _square_tiles)
+
+# %% [markdown]
+# A sixteenth of the bytes, half a byte for an FMA, and a request for 32
+# lanes now touches four sectors, all of which are used. But look at shared
+# memory. Each FMA still reads its two factors, from there, and a processor
+# has four times as many FMA units as shared memory can serve with a number
+# each: it issues FMAs for 128 lanes in a cycle, shared memory gives 32
+# words. Two loads for one FMA leave it idle seven cycles out of eight.
+#
+# **Version 3, register tiles.** The remedy is that of the CPU, figure 6.2,
+# a tile in registers: a thread owns 8 by 8 outputs. A step brings 8 numbers
+# of `a` and 8 of `b`, 16 loads for 64 FMAs. With 8 by 8 a block of 64
+# threads covers 64 by 64 outputs, one of 256 threads 128 by 128, and each
+# number from global memory is used that many times. It is the kernel above
+# with other constants. In Python the sums are a small array; the compiler
+# unrolls the loops over it and keeps all 64 in registers, and the tests
+# look whether it did.
+#
+# The larger tile reads less, $8/128$ of a byte for an FMA or 32 operations
+# a byte, more than the ratio of either GPU; the smaller one makes 16. But a
+# GPU must have work for all its processors, 108 in an A100: a product of
+# 256 by 768 has 12 tiles of 128, and 48 of 64. So the large tile is for
+# products that have at least 108 of them. No result depends on the choice:
+# each output is a sum over k in rising order, in every version.
+
+
+# %% version 3, launched tags=["exporti"] module="cuda.matmul"
+PROCESSORS = 108  # of an A100
+
+
+def _tile_size(rows, cols):
+    tiles = -(-rows // 128) * -(-cols // 128)
+    return 128 if tiles >= PROCESSORS else 64
+
+
+def _register_tiles(out, start, bias, a, b, sizes, along):
+    tile = _tile_size(*sizes[:2])
+    made, threads = _tile_kernel(tile, 8, 8, *along), tile * tile // 64
+    _start(made, (tile, tile), threads, out, start, bias, a, b, sizes)
+
+
+# %% version 3, checked and counted
+check_product(_register_tiles, 9, 67, 17)
+count("3", _register_tiles)
+
+# %% [markdown]
+# The requests to shared memory are an eighth of those of version 2 for the
+# same FMAs, and each is one pass. In a warp of this picture eight
+# lanes lie in a row of the tile; the lanes below read the same words of
+# `b`, which costs nothing extra.
+#
+# **Version 4, vectors.** A load of four numbers is one instruction instead
+# of four. For that a thread's eight columns must lie in fours. Eight in one
+# piece would do, but then neighbouring lanes begin eight numbers apart, and
+# the banks between are left out: two passes where one would serve. So a
+# thread takes four columns in the left half of the tile and four in the
+# right, and rows likewise.
+
+# %% passes of eight lanes, four numbers each
+for apart, name in ((8, "eight in a piece"), (4, "four and four")):
+    words = [lane * apart + i for lane in range(8) for i in range(4)]
+    banks = [word % 32 for word in words]
+    passes = max(banks.count(bank) for bank in banks)
+    print(f"{name}: {passes} passes for eight lanes")
+
+# %% draw the tiles
+from llmnb.owners import draw_owners
+
+fig, axes = plt.subplots(1, 2, figsize=(8.6, 4.8), dpi=100)
+shades = [PALETTE[name] for name in ("blue", "green", "orange")]
+places = (((0, 4.4), 1.4, 1.2), ((3, 7), 1.2, 1.4), ((3, 4.4), 1.2, 1.2))
+for (corner, wide, high), shade in zip(places, shades, strict=True):
+    axes[0].add_patch(plt.Rectangle(corner, wide, high, color=shade))
+for corner, wide, high in (((0, 2), 1.4, 3.6), ((1.8, 7), 3.6, 1.4)):
+    axes[0].add_patch(plt.Rectangle(corner, wide, high, fill=False))
+for i, j in np.ndindex(3, 3):
+    square = (1.8 + 1.2 * j, 2 + 1.2 * i)
+    axes[0].add_patch(plt.Rectangle(square, 1.2, 1.2, fill=False))
+axes[0].text(0.7, 1.5, "a", ha="center")
+axes[0].text(3.6, 1.5, "out, in tiles", ha="center")
+axes[0].text(3.6, 8.6, "b", ha="center")
+axes[0].set(xlim=(-0.2, 5.6), ylim=(1.2, 9), aspect="equal")
+axes[0].set_title("a block owns a tile")
+axes[0].axis("off")
+pieces = np.arange(64).reshape(8, 8)
+title = "a tile of 64 by 64 in pieces of 4 by 4"
+with plt.rc_context({"font.size": 7}):
+    draw_owners(axes[1], np.tile(pieces, (2, 2)).tolist(), group=32)
+axes[1].set_title(title)
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 6.5. Left, a block needs the rows of `a` and `b` that meet in its
+# tile. Right, which thread owns each piece of 4 by 4 outputs, coloured by
+# warp: a thread has four pieces, 8 by 8 outputs in all, and neighbours
+# read neighbouring fours.*
+#
+# Global memory is read by fours too. And the threads no longer wait for it:
+# while a block multiplies one tile, the loads of the next are under way.
+# Their numbers arrive in registers, four or eight for each factor, and go to
+# a second pair of tiles in shared memory. The two pairs take turns, and one
+# barrier a tile is enough: whoever passes it knows that the tile to come is
+# written and that nobody reads the one before any more.
+
+
+# %% fetch the next tile tags=["exporti"] module="cuda.matmul"
+SLICE = 8  # steps of the sum in a tile
+
+
+def _fetcher(tile, along):
+    """How a thread fetches its fours of a tile into registers."""
+    threads = tile * tile // 64
+    # fours that stand side by side, and the fours of one thread
+    line, turns = (SLICE if along else tile) // 4, 128 // tile
+
+    @device
+    def fetch(held, source, first, size, k, steps):
+        for turn in range(turns):
+            e = cuda.threadIdx.x + turn * threads
+            far, near = e // line, e % line * 4
+            v = ZERO, ZERO, ZERO, ZERO
+            if along:
+                if first + far < size and k + near < steps:
+                    v = load4(source, (first + far) * steps + k + near)
+            elif k + far < steps and first + near < size:
+                v = load4(source, (k + far) * size + first + near)
+            for n in range(4):
+                held[4 * turn + n] = v[n]
+
+    return fetch
+
+
+# %% put it into shared memory tags=["exporti"] module="cuda.matmul"
+def _putter(tile, along):
+    """How a thread puts what it fetched into shared memory, from `base`."""
+    threads, pitch = tile * tile // 64, tile + 4
+    line, turns = (SLICE if along else tile) // 4, 128 // tile
+
+    @device
+    def put(shared, base, held):
+        for turn in range(turns):
+            e, n = cuda.threadIdx.x + turn * threads, 4 * turn
+            far, near = e // line, e % line * 4
+            if along:
+                for m in range(4):
+                    at = base + (near + m) * pitch + far
+                    shared[at] = held[n + m]
+            else:
+                v, w, y, z = held[n], held[n + 1], held[n + 2], held[n + 3]
+                store4(shared, base + far * pitch + near, v, w, y, z)
+
+    return put
+
+
+# %% by fours tags=["exporti"] module="cuda.matmul"
+@device
+def _take(eight, shared, at, half):
+    """Four numbers from `at` on, and four from half a tile further."""
+    v, w = load4(shared, at), load4(shared, at + half)
+    for n in range(4):
+        eight[n], eight[4 + n] = v[n], w[n]
+
+
+@device
+def _plus(v, w):
+    return v[0] + w[0], v[1] + w[1], v[2] + w[2], v[3] + w[3]
+
+
+@device
+def _write4(out, start, bias, at, column, v, add, shift):
+    if shift:
+        v = _plus(v, load4(bias, column))
+    if add:
+        v = _plus(v, load4(start, at))
+    store4(out, at, v[0], v[1], v[2], v[3])
+
+
+# %% version 4 tags=["exporti"] module="cuda.matmul"
+@functools.cache
+def _vector_kernel(tile, along_a, along_b):
+    side, pitch, half = tile // 8, tile + 4, tile // 2
+    room, few = 2 * SLICE * pitch, 512 // tile
+    fetch_a, put_a = _fetcher(tile, along_a), _putter(tile, along_a)
+    fetch_b, put_b = _fetcher(tile, along_b), _putter(tile, along_b)
+
+    def multiply(out, start, bias, a, b, rows, cols, steps, add, shift):
+        left = cuda.shared.array(room, np.float32)
+        right = cuda.shared.array(room, np.float32)
+        next_a = cuda.local.array(few, np.float32)
+        next_b = cuda.local.array(few, np.float32)
+        sums = cuda.local.array(64, np.float32)
+        p = cuda.local.array(8, np.float32)
+        q = cuda.local.array(8, np.float32)
+        top, edge = cuda.blockIdx.y * tile, cuda.blockIdx.x * tile
+        y, x = cuda.threadIdx.x // side * 4, cuda.threadIdx.x % side * 4
+        for i in range(64):
+            sums[i] = ZERO
+        fetch_a(next_a, a, top, rows, 0, steps)
+        fetch_b(next_b, b, edge, cols, 0, steps)
+        put_a(left, 0, next_a)
+        put_b(right, 0, next_b)
+        now = 0
+        for k in range(SLICE, steps + SLICE, SLICE):
+            cuda.syncthreads()
+            if k < steps:
+                fetch_a(next_a, a, top, rows, k, steps)
+                fetch_b(next_b, b, edge, cols, k, steps)
+            for at in range(now, now + SLICE * pitch, pitch):
+                _take(p, left, at + y, half)
+                _take(q, right, at + x, half)
+                for i in range(8):
+                    for j in range(8):
+                        sums[8 * i + j] += p[i] * q[j]
+            now = SLICE * pitch - now
+            if k < steps:
+                put_a(left, now, next_a)
+                put_b(right, now, next_b)
+        for i in range(8):
+            r = top + y + i % 4 + i // 4 * half
+            for n in range(8 * i, 8 * i + 8, 4):
+                c = edge + x + n // 4 % 2 * half
+                if r < rows and c < cols:
+                    v = sums[n], sums[n + 1], sums[n + 2], sums[n + 3]
+                    at = r * cols + c
+                    _write4(out, start, bias, at, c, v, add, shift)
+
+    return _named(multiply, f"{tile}_vectors", along_a, along_b, side * side)
+
+
+# %% [markdown]
+# Four numbers at once must begin at a multiple of 16 bytes, so every row
+# that is read or written by fours must be a multiple of four numbers long.
+# GPT-2's are; for other sizes version 4 calls version 3.
+
+
+# %% version 4, launched tags=["exporti"] module="cuda.matmul"
+def _vectors(out, start, bias, a, b, sizes, along):
+    rows, cols, steps = sizes
+    lines = cols, steps if along[0] else rows, steps if along[1] else cols
+    if any(n % 4 for n in lines):
+        _register_tiles(out, start, bias, a, b, sizes, along)
+        return
+    tile = _tile_size(rows, cols)
+    made, threads = _vector_kernel(tile, *along), tile * tile // 64
+    _start(made, (tile, tile), threads, out, start, bias, a, b, sizes)
+
+
+# %% version 4, checked and counted
+check_product(_vectors, 12, 68, 20)
+count("4", _vectors)
+
+# %% the ladder, counted
+print("version  bytes an FMA  sectors  requests, shared  passes  barriers")
+for name, seen in counted.items():
+    each = seen.read_bytes / 64**2 / 16
+    print(f"{name:>7}{each:14.3f}{seen.sectors:9}", end="")
+    print(f"{seen.shared_requests:18}{seen.shared_passes:8}", end="")
+    print(f"{seen.barriers // 32:10}")
+
+# %% [markdown]
+# From version 3 to 4 the bytes stay and the instructions go: four loads
+# from shared memory stand in front of 64 FMAs, where there were sixteen.
+# The passes tell what shared memory still has to do. It serves eight lanes
+# of such a load in a pass, so the words are not cheaper than before, they
+# are asked for with fewer instructions, and instructions are what a
+# scheduler can issue one of in a cycle. Barriers are counted by warps: one
+# for a tile instead of two.
+#
+# Compiled for an A100 or an H100, a thread of version 4 with the tile of
+# 128 takes at most 128 registers, 64 of them sums: two blocks of 256
+# threads fit on a processor, which has 65,536. With the tile of 64 it takes
+# some more, for it fetches twice as many numbers ahead, but a block has a
+# quarter of the threads. Nothing is spilled, and no array is in memory.
+#
+# **The gradient of the bias**, (6.4), is a sum for each column. A thread a
+# column reads whole sectors, for neighbours read neighbours, but 2304
+# threads for as many columns leave most of a GPU idle. So the rows are cut
+# into chunks of 64. A first kernel gives each chunk and column a thread and
+# writes its sum to `work`; a second adds these up, chunk by chunk. Atomic
+# additions would save the second kernel, and the order would be whatever
+# the threads' luck is, another in each run. With two kernels the order is
+# fixed, and so is every bit.
+
+
+# %% add up the columns tags=["exporti"] module="cuda.matmul"
+CHUNK = 64  # rows that a thread adds up
+
+
+@kernel(launch_bounds=128)
+def _sum_chunks(work, dout, rows, cols):
+    c, chunk, total = cuda.grid(1), cuda.blockIdx.y, ZERO
+    if c < cols:
+        last = min(rows, (chunk + 1) * CHUNK)
+        for r in range(chunk * CHUNK, last):
+            total += dout[r * cols + c]
+        work[chunk * cols + c] = total
+
+
+@kernel(launch_bounds=128)
+def _add_chunks(dbias, work, chunks, cols, add):
+    c, total = cuda.grid(1), ZERO
+    if c < cols:
+        for chunk in range(chunks):
+            total += work[chunk * cols + c]
+        _write(dbias, dbias, c, total, add)
+
+
+def _bias_gradient(dbias, dout, rows, add, work):
+    cols, chunks = dbias.size, -(-rows // CHUNK)
+    across = -(-cols // 128)
+    _sum_chunks[(across, chunks), 128](work, dout, rows, cols)
+    _add_chunks[across, 128](dbias, work, chunks, cols, int(add))
+
+
+# %% [markdown]
+# The public functions check what they are given before they launch
+# anything. Scratch memory is needed for the bias's gradient alone.
+
+# %% the versions and their scratch tags=["export"] module="cuda.matmul"
+# the products, from the simplest to the best
+MATMUL_FORWARD = (
+    _thread_an_output,
+    _square_tiles,
+    _register_tiles,
+    _vectors,
+)
+MATMUL_BACKWARD = MATMUL_FORWARD
+
+
+def matmul_scratch(rows, OC):
+    """How many floats of scratch memory matmul_backward wants.
+
+    rows: B * T.
+
+    Derived in chapter 6.
+    """
+    return -(-rows // CHUNK) * OC
+
+
+# %% the checks on a GPU tags=["exporti"] module="cuda.matmul"
+def _check_layer(name, inp, weight, version, work, floats, **others):
+    """Check what both directions take; others: name=(array, shape)."""
+    for label, x, ndim in (("inp", inp, 3), ("weight", weight, 2)):
+        check_device(f"{name}: {label}", x, getattr(x, "shape", ()))
+        if x.ndim != ndim:
+            raise ValueError(
+                f"{name}: {label} must have {ndim} dimensions, got {x.shape}"
+            )
+    shape = weight.shape[0], inp.shape[2]
+    check_device(f"{name}: weight", weight, shape)
+    for label, (x, shape) in others.items():
+        if x is not None:
+            check_device(f"{name}: {label}", x, shape)
+    if version not in range(1, len(MATMUL_FORWARD) + 1):
+        raise ValueError(
+            f"{name}: version must be 1 to {len(MATMUL_FORWARD)}, "
+            f"got {version}"
+        )
+    if work is not None:
+        check_device(f"{name}: work", work, (work.size,))
+        if work.size < floats:
+            raise ValueError(
+                f"{name}: work must hold {floats} floats, got {work.size}"
+            )
+
+
+# %% the layer on a GPU, forward tags=["export"] module="cuda.matmul"
+def matmul_forward(
+    out, inp, weight, bias, residual=None, work=None, version=4
+):
+    """out = inp @ weight.T + bias + residual, in one launch.
+
+    out, residual: (B, T, OC). inp: (B, T, C). weight: (OC, C). bias: (OC,).
+    bias and residual may be None. Device arrays of float32; out is
+    overwritten, and may be residual itself. work: not used, there for the
+    sake of one signature. version: 1 to 4, the rungs of the ladder; no
+    result depends on it but by rounding. Raises TypeError or ValueError
+    before it launches anything.
+
+    Derived in chapter 6.
+    """
+    name = "matmul_forward"
+    shape = (*getattr(inp, "shape", ())[:2], *getattr(weight, "shape", ())[:1])
+    _check_layer(
+        *(name, inp, weight, version, work, 0),
+        out=(out, shape),
+        bias=(bias, shape[-1:]),
+        residual=(residual, shape),
+    )
+    (B, T, C), OC = inp.shape, weight.shape[0]
+    if residual is not None:
+        residual = residual.reshape(-1)
+    MATMUL_FORWARD[version - 1](
+        *(out.reshape(-1), residual, bias),
+        *(inp.reshape(-1), weight.reshape(-1)),
+        *((B * T, OC, C), (True, True)),
+    )
+
+
+# %% the layer on a GPU, backward tags=["export"] module="cuda.matmul"
+def matmul_backward(
+    dinp,
+    dweight,
+    dbias,
+    dout,
+    inp,
+    weight,
+    add_dinp=True,
+    add_dweight=True,
+    work=None,
+    version=4,
+):
+    """Add the linear layer's gradients to dinp, dweight and dbias.
+
+    dinp, inp: (B, T, C). dout: (B, T, OC). dweight, weight: (OC, C).
+    dbias: (OC,), or None for a layer without bias. Device arrays of
+    float32. add_dinp, add_dweight: False overwrites dinp, or dweight and
+    dbias, instead of adding. work: scratch of matmul_scratch(B * T, OC)
+    floats or more, or None to allocate it; not used without dbias.
+    version: as in matmul_forward. Raises TypeError or ValueError before it
+    launches anything.
+
+    Derived in chapter 6.
+    """
+    name = "matmul_backward"
+    rows = int(np.prod(getattr(inp, "shape", ())[:2]))
+    OC = getattr(weight, "shape", (0,))[0]
+    floats = 0 if dbias is None else matmul_scratch(rows, OC)
+    _check_layer(
+        *(name, inp, weight, version, work, floats),
+        dout=(dout, (*getattr(inp, "shape", ())[:2], OC)),
+        dinp=(dinp, getattr(inp, "shape", ())),
+        dweight=(dweight, weight.shape),
+        dbias=(dbias, (OC,)),
+    )
+    C, product = inp.shape[2], MATMUL_BACKWARD[version - 1]
+    x, w, dx, dw, dy = (
+        z.reshape(-1) for z in (inp, weight, dinp, dweight, dout)
+    )
+    start, along = dx if add_dinp else None, (True, False)
+    product(dx, start, None, dy, w, (rows, C, OC), along)
+    start, along = dw if add_dweight else None, (False, False)
+    product(dw, start, None, dy, x, (OC, C, rows), along)
+    if dbias is not None:
+        work = empty(floats, like=dout) if work is None else work
+        _bias_gradient(dbias, dy, rows, add_dweight, work)
+
+
+# %% [markdown]
+# The verdict, layer against layer, for every version:
+
+# %% the same results from a GPU's kernels
+gpu = SimpleNamespace(forward=matmul_forward, backward=matmul_backward)
+p = problem(1, 9, 8, 68)
+expected = results(p, reference)
+for version in range(1, len(MATMUL_FORWARD) + 1):
+    x, w, b, dy = map(to_device, (p.inp, p.weight, p.bias, p.dout))
+    y, dx, dw, db = (empty(x.shape) for x in (p.out, p.inp, p.weight, p.bias))
+    gpu.forward(y, x, w, b, version=version)
+    gpu.backward(dx, dw, db, dy, x, w, False, False, version=version)
+    for name, got in zip(outputs, (y, dx, dw, db), strict=True):
+        label = f"version {version}, {name}"
+        compare(label, to_host(got), expected[name], tol=1e-5)
+
+# %% [markdown]
 # ## Count it
 #
 # Each of the three products takes $2 N C \cdot OC$ operations, so a training
@@ -1786,7 +2524,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 6.5. With one token the layer lies at the left end, where memory
+# *Figure 6.6. With one token the layer lies at the left end, where memory
 # is the limit: every weight is read for a single multiplication. With the
 # tokens of a batch it lies under the flat part, where arithmetic is.*
 #
@@ -1907,7 +2645,7 @@ U, V = rng.normal(size=(2, 4)), rng.normal(size=(4, 2))
 
 
 def corrected():
-    matmul_forward(out, inp, weight + V @ U, bias)
+    cpu.forward(out, inp, weight + V @ U, bias)
     return (g * out).sum()
 
 
@@ -1950,7 +2688,7 @@ verdict("8 lanes", eight < serial, "err less than 1")
 #   sections 4 and 5, which operand to keep in which cache, and why.
 # - Williams, Waterman and Patterson (2009),
 #   [Roofline](https://doi.org/10.1145/1498765.1498785): the picture of
-#   figure 6.5 and how to read it.
+#   figure 6.6 and how to read it.
 # - Hu et al. (2021),
 #   [LoRA](https://arxiv.org/abs/2106.09685): section 4 for the correction of
 #   exercise 3 and what it saves.

@@ -16,12 +16,12 @@ from llmnb.cuda.launch import (
     to_device,
     to_host,
 )
-from llmnb.cuda.layernorm import (
-    LAYERNORM_BACKWARD,
-    LAYERNORM_FORWARD,
-    layernorm_backward,
-    layernorm_forward,
-    layernorm_scratch,
+from llmnb.cuda.matmul import (
+    MATMUL_BACKWARD,
+    MATMUL_FORWARD,
+    matmul_backward,
+    matmul_forward,
+    matmul_scratch,
 )
 from llmnb.cuda.ptx import (
     Compiled,
@@ -49,8 +49,8 @@ __all__ = [
     "Compiled",
     "DeviceArray",
     "Kernel",
-    "LAYERNORM_BACKWARD",
-    "LAYERNORM_FORWARD",
+    "MATMUL_BACKWARD",
+    "MATMUL_FORWARD",
     "Seen",
     "block_max",
     "block_sum",
@@ -60,10 +60,10 @@ __all__ = [
     "device",
     "empty",
     "kernel",
-    "layernorm_backward",
-    "layernorm_forward",
-    "layernorm_scratch",
     "load4",
+    "matmul_backward",
+    "matmul_forward",
+    "matmul_scratch",
     "missing",
     "no_compiler",
     "record",
