@@ -1182,6 +1182,1083 @@ for B, T in ((4, 64), (1, 1024)):
 # whole head: half of its scores are computed to be set to zero.
 
 # %% [markdown]
+# ## On a GPU
+#
+# Attention gives a GPU plenty to do at once: $B \cdot NH$ heads that never
+# meet, and in each of them $T$ rows that need nothing of one another. The
+# CPU version was bound by arithmetic, because its blocks stay in a cache. On
+# a GPU that is a goal to be reached. A processor of it has a few ten
+# kilobytes of *shared memory* for a block of threads, and what does not fit
+# there travels through the memory of the whole device.
+#
+# No GPU has run this section yet. Its kernels are compiled for two
+# generations, sm_80 and sm_90, and their tests read the machine code: no
+# double precision, no registers spilled to memory. What they compute, and
+# what they count, comes from the simulator of [chapter 4](04_gpu.ipynb).
+# `llmnb bench --backend cuda --kernels` measures them where there is a GPU,
+# and the results page shows it once measured.
+#
+# The names of the functions below are those of the CPU's again, so we keep
+# the CPU's as `cpu.forward` and `cpu.backward`.
+
+# %% imports of the GPU's kernels tags=["export"] module="cuda.attention"
+import functools
+import math
+
+import numpy as np
+
+from llmnb.cuda.launch import check_device, device, empty, kernel
+from llmnb.cuda.simulator import cuda, load4, store4
+from llmnb.cuda.warp import warp_max, warp_sum
+
+# %% what a score is before one is seen tags=["exporti"] module="cuda.attention"
+LOWEST = np.float32(-1e30)  # e to it is 0, and no infinity: fastmath
+
+# %% [markdown]
+# ### Forward, version 1: three kernels and a square
+#
+# The shortest way to a GPU: one kernel for each of (7.1), (7.2) and (7.3).
+# The first has a thread for each pair $(t, u)$. The second has a warp for
+# each row, as in [chapter 5](05_layernorm.ipynb), and turns scores into
+# weights in place. The third has a thread for each number of `out`. What
+# passes between them is the square of scores, in scratch memory.
+
+
+# %% version 1, scores tags=["exporti"] module="cuda.attention"
+@kernel
+def _attention_scores(att, inp, NH, scale):
+    """A thread a pair (t, u): (7.1). att: (B * NH, T, T)."""
+    heads, T, _ = att.shape
+    hs = inp.shape[2] // (3 * NH)
+    pair = cuda.grid(1)
+    head, t, u = pair // (T * T), pair // T % T, pair % T
+    if head < heads and u <= t:
+        b, q = head // NH, head % NH * hs
+        dot = np.float32(0)
+        for i in range(q, q + hs):
+            dot += inp[b, t, i] * inp[b, u, NH * hs + i]
+        att[head, t, u] = dot * scale
+
+
+# %% version 1, weights tags=["exporti"] module="cuda.attention"
+@kernel
+def _attention_softmax(att, lse):
+    """A warp a row: (7.4), in place. lse: (B * NH, T)."""
+    heads, T = lse.shape
+    row, lane = cuda.grid(1) // 32, cuda.grid(1) % 32
+    head, t = row // T, row % T
+    if head < heads:
+        top, total = LOWEST, np.float32(0)
+        for u in range(lane, t + 1, 32):
+            top = max(top, att[head, t, u])
+        top = warp_max(top)
+        for u in range(lane, t + 1, 32):
+            total += math.exp(att[head, t, u] - top)
+        total = warp_sum(total)
+        for u in range(lane, t + 1, 32):
+            att[head, t, u] = math.exp(att[head, t, u] - top) / total
+        if lane == 0:
+            lse[head, t] = top + math.log(total)
+
+
+# %% version 1, means tags=["exporti"] module="cuda.attention"
+@kernel
+def _attention_means(out, att, inp, NH):
+    """A thread a number of out: (7.3)."""
+    B, T, C = out.shape
+    place = cuda.grid(1)
+    b, t, c = place // (T * C), place // C % T, place % C
+    if b < B:
+        head, mean = b * NH + c * NH // C, np.float32(0)
+        for u in range(t + 1):
+            mean += att[head, t, u] * inp[b, u, 2 * C + c]
+        out[b, t, c] = mean
+
+
+# %% version 1 tags=["exporti"] module="cuda.attention"
+def _forward_unfused(out, lse, inp, work):
+    """Scores, weights and means, one after the other."""
+    B, NH, T = lse.shape
+    hs = out.shape[2] // NH
+    att, lse = work.reshape(B * NH, T, T), lse.reshape(B * NH, T)
+    scale = np.float32(1 / math.sqrt(hs))
+    _attention_scores[-(-att.size // 128), 128](att, inp, NH, scale)
+    _attention_softmax[-(-lse.size // 4), 128](att, lse)
+    _attention_means[-(-out.size // 128), 128](out, att, inp, NH)
+
+
+# %% [markdown]
+# The scratch is what the CPU version was built to avoid, and the batch of a
+# GPU is larger. For 16 sequences of 1024 positions and the 12 heads of GPT-2
+# 124M:
+
+# %% the square on a GPU
+B, T, NH = 16, 1024, 12
+square = 4 * B * NH * T * T
+print(f"{square:,} bytes of scratch, {square / (4 * B * T * 768):.0f}", end="")
+print(" times the output of the layer")
+
+# %% [markdown]
+# The half below the diagonal is written by the first kernel, read and written
+# by the second and read by the third. No cache of a GPU holds it, so it
+# passes through the device's memory at least four times.
+#
+# ### Forward, version 2: tiles and no square
+#
+# Online softmax, (7.12), lets one kernel do all three steps. A block of
+# threads owns a *tile* of 16 queries of one head, which it copies to shared
+# memory. Then it walks over the keys of the head, 16 at a time, up to the
+# diagonal. Each step copies a tile of keys and one of values, takes
+# 16 x 16 scores, one by each of 256 threads, repairs what was summed and
+# adds to it. This way of working is known as FlashAttention; see the
+# further reading. Backward will walk too, so here are both walks.
+
+# %% the tiles and the walks
+from llmnb.owners import draw_owners
+
+fig, axes = plt.subplots(1, 2, figsize=(7.4, 3.9), dpi=100)
+tiles = range(5)
+by_query = [[t if u <= t else -1 for u in tiles] for t in tiles]
+by_key = [[u if u <= t else -1 for u in tiles] for t in tiles]
+draw_owners(axes[0], by_query, "out and dq", rows="tiles of queries")
+draw_owners(axes[1], by_key, "dk and dv")
+walk = {"arrowstyle": "->", "color": PALETTE["ink"], "lw": 1.5}
+for n in tiles:
+    start, end = (0.1, n + 0.82), (n + 0.9, n + 0.82)
+    axes[0].annotate("", end, start, arrowprops=walk)
+    start, end = (n + 0.82, n + 0.1), (n + 0.82, 4.9)
+    axes[1].annotate("", end, start, arrowprops=walk)
+for ax in axes:
+    ax.set_xlabel("tiles of keys")
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 7.3. The scores of one head in tiles, each with the number of the
+# block that computes it. Left, a block owns a row of tiles and walks to the
+# right until the diagonal; right, it owns a column and walks down from the
+# diagonal. Nobody visits the empty triangle, and every element of a result
+# has one owner that sums along its arrow.*
+#
+# A row of scores lies in 16 neighbouring lanes, half a warp, and its maximum
+# is found with four exchanges. Every lane of the row keeps the row's $m$; it
+# sums $\ell$ over its own scores only, and the parts are added at the end.
+#
+# The size of a head is a constant of the kernel, so that shared memory and
+# registers can be laid out when it is compiled. `functools.cache` keeps one
+# kernel for each size. Rows in shared memory are an odd number of floats
+# apart: 16 lanes that read the same channel of 16 keys then find them in 16
+# different banks.
+
+
+# %% version 2, copy a tile tags=["exporti"] module="cuda.attention"
+@device
+def _copy_rows(tile, inp, b, first, col, hs):
+    """Rows first.. of inp[b], hs columns from col on; zeros beyond T."""
+    for e in range(cuda.threadIdx.x, 16 * hs, 256):
+        r, i = e // hs, e % hs
+        value = np.float32(0)
+        if first + r < inp.shape[1]:
+            value = inp[b, first + r, col + i]
+        tile[r, i] = value
+
+
+@device
+def _half_warp_max(value):
+    """The largest value of 16 lanes."""
+    for step in (8, 4, 2, 1):
+        value = max(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, step))
+    return value
+
+
+@device
+def _half_warp_sum(value):
+    """The sum of value over 16 lanes."""
+    for step in (8, 4, 2, 1):
+        value += cuda.shfl_xor_sync(0xFFFFFFFF, value, step)
+    return value
+
+
+# %% version 2, scores and sums tags=["exporti"] module="cuda.attention"
+@device
+def _one_score(q, k, row, lane, hs):
+    """The dot product of a query and a key."""
+    dot = np.float32(0)
+    for i in range(hs):
+        dot += q[row, i] * k[lane, i]
+    return dot
+
+
+@device
+def _add_values(sums, factor, weights, v, row, lane, hs):
+    """(7.12) for this thread's channels: lane, lane + 16 and so on."""
+    for n in range(len(sums)):
+        i, mean = lane + 16 * n, sums[n] * factor
+        if i < hs:
+            for u in range(16):
+                mean += weights[row, u] * v[u, i]
+        sums[n] = mean
+
+
+# %% version 2, the kernel tags=["exporti"] module="cuda.attention"
+@functools.cache
+def _flash_kernel(hs):
+    STRIDE, PER = hs | 1, -(-hs // 16)
+
+    @kernel(launch_bounds=256)
+    def attention_forward_flash(out, lse, inp, NH, scale):
+        T, C = lse.shape[1], NH * hs
+        tiles = (T + 15) // 16
+        head = cuda.blockIdx.x // tiles
+        first = (tiles - 1 - cuda.blockIdx.x % tiles) * 16
+        row, lane = cuda.threadIdx.x // 16, cuda.threadIdx.x % 16
+        b, col, t = head // NH, head % NH * hs, first + row
+        q = cuda.shared.array((16, STRIDE), np.float32)
+        k = cuda.shared.array((16, STRIDE), np.float32)
+        v = cuda.shared.array((16, STRIDE), np.float32)
+        weights = cuda.shared.array((16, 17), np.float32)
+        sums = cuda.local.array(PER, np.float32)
+        for n in range(PER):
+            sums[n] = np.float32(0)
+        top, total = LOWEST, np.float32(0)
+        _copy_rows(q, inp, b, first, col, hs)
+        for start in range(0, first + 16, 16):
+            cuda.syncthreads()
+            _copy_rows(k, inp, b, start, C + col, hs)
+            _copy_rows(v, inp, b, start, 2 * C + col, hs)
+            cuda.syncthreads()
+            s = _one_score(q, k, row, lane, hs) * scale
+            s = s if start + lane <= t else LOWEST
+            new = max(top, _half_warp_max(s))
+            e, factor = math.exp(s - new), math.exp(top - new)
+            weights[row, lane] = e
+            top, total = new, total * factor + e
+            cuda.syncwarp()
+            _add_values(sums, factor, weights, v, row, lane, hs)
+        total = _half_warp_sum(total)
+        if t < T:
+            for n in range(PER):
+                if lane + 16 * n < hs:
+                    out[b, t, col + lane + 16 * n] = sums[n] / total
+            if lane == 0:
+                lse[head, t] = top + math.log(total)
+
+    return attention_forward_flash
+
+
+# %% [markdown]
+# Two kinds of barriers: all threads wait before a tile is overwritten and
+# after it is written, but a row's weights are written and read by lanes of
+# one warp, so there the warp's own barrier is enough. Blocks start in the
+# order of their numbers, more or less, and those of the last queries have
+# the longest walk. They get the first numbers of their head, so that short
+# walks fill the end.
+
+
+# %% version 2 tags=["exporti"] module="cuda.attention"
+def _forward_flash(out, lse, inp, work):
+    """A block for 16 queries, a thread a score."""
+    B, NH, T = lse.shape
+    hs = out.shape[2] // NH
+    scale = np.float32(1 / math.sqrt(hs))
+    grid = B * NH * -(-T // 16)
+    lse = lse.reshape(B * NH, T)
+    _flash_kernel(hs)[grid, 256](out, lse, inp, NH, scale)
+
+
+# %% [markdown]
+# ### Forward, version 3: tiles in registers
+#
+# In version 2 every product of two numbers reads both of them from shared
+# memory. [Chapter 6](06_matmul.ipynb) met the same on the CPU, and the cure
+# is the same: a thread takes a small tile of the result in registers. Here
+# 128 threads stand in 16 rows of 8 and share 64 queries and 32 keys. Row $r$
+# of them owns queries $r, r + 16, r + 32, r + 48$, and lane $l$ of a row
+# keys $l, l + 8, l + 16, l + 24$. With 4 queries and 4 keys a thread, 8
+# numbers read serve 16 products. And it reads four channels at once, with
+# `load4`.
+
+# %% which thread owns which scores
+fig, ax = plt.subplots(figsize=(5.6, 6.0), dpi=100)
+who = [[8 * (t % 16) + u % 8 for u in range(16)] for t in range(18)]
+draw_owners(ax, who, group=32, rows="queries", cols="keys")
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 7.4. A corner of a block's 64 x 32 scores, each with the number of
+# its thread, coloured by warp. A thread's scores stand 16 queries and 8 keys
+# apart; the eight threads of a row of scores share a warp, so that its
+# maximum takes three exchanges and no barrier of the block.*
+#
+# The plan of shared memory, of which a block may have 48 KB, at $hs = 64$:
+#
+# | tile | rows | floats a row | bytes |
+# |---|---|---|---|
+# | queries | 64 | 68 | 17,408 |
+# | keys | 32 | 68 | 8,704 |
+# | values | 32 | 68 | 8,704 |
+# | weights | 64 | 40 | 10,240 |
+# | all | | | 45,056 |
+#
+# Why 68? Eight lanes read four floats each from eight neighbouring keys. A
+# row of 64 would put all of them into the same four banks; with four more
+# each row begins four banks further, and the eight lanes meet all 32 banks
+# once. Other heads are padded with zeros up to a multiple of 32 channels,
+# and then by four. The weights' rows are 40 apart for a like reason: the
+# four rows that a warp writes begin 8 banks apart.
+#
+# For heads of more than 64 channels a thread takes 2 queries and 2 keys
+# instead of 4 and 4; that fits up to 128 channels.
+#
+# Three pieces serve forward and backward alike. $G$ is how many rows of
+# threads there are, and $R$ how many rows, and how many columns, a thread
+# takes. The first piece copies a tile.
+
+
+# %% copy a tile tags=["exporti"] module="cuda.attention"
+@functools.cache
+def _tile_copy(hs):
+    """copy(tile, x, at, step, first, T): rows first.. of a head to shared.
+
+    x is flat, row r begins at `at + r * step`; zeros beyond T and hs.
+    """
+    QUADS = -(-hs // 32) * 8
+    STRIDE, ALIGNED = 4 * QUADS + 4, hs % 4 == 0
+
+    @device
+    def copy(tile, x, at, step, first, T):
+        for e in range(cuda.threadIdx.x, len(tile) * QUADS, cuda.blockDim.x):
+            row, col = e // QUADS, e % QUADS * 4
+            i = at + (first + row) * step + col
+            a = b = c = d = np.float32(0)
+            if first + row < T and col < hs:
+                if ALIGNED:
+                    a, b, c, d = load4(x, i)
+                else:
+                    a = x[i]
+                    b = x[i + 1] if col + 1 < hs else np.float32(0)
+                    c = x[i + 2] if col + 2 < hs else np.float32(0)
+                    d = x[i + 3] if col + 3 < hs else np.float32(0)
+            store4(tile, row * STRIDE + col, a, b, c, d)
+
+    return copy
+
+
+# %% [markdown]
+# A row begins at a multiple of 16 bytes where $hs$ is a multiple of 4.
+# Otherwise the copy reads float by float; all that follows reads shared
+# memory, where every row is aligned.
+#
+# The second piece takes the scores of a tile, or anything that is a product
+# of rows with rows. The third multiplies weights with a tile and adds to
+# sums, $\Omega \mathrel{+}= E V$; a thread sums for its $R$ rows, and for
+# channels $4l$ to $4l + 3$ of every 32.
+
+
+# %% products of rows with rows tags=["exporti"] module="cuda.attention"
+@functools.cache
+def _tile_dots(hs, G, R):
+    """dots(s, one, two): s = dot products of R rows of one, R of two."""
+    STRIDE, LENGTH = -(-hs // 32) * 32 + 4, 4 * R
+
+    @device
+    def dots(s, one, two):
+        row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
+        y = cuda.local.array(LENGTH, np.float32)
+        for n in range(R * R):
+            s[n] = np.float32(0)
+        for i in range(0, hs, 4):
+            for j in range(R):
+                a, b, c, d = load4(two, (lane + 8 * j) * STRIDE + i)
+                y[4 * j], y[4 * j + 1] = a, b
+                y[4 * j + 2], y[4 * j + 3] = c, d
+            for r in range(R):
+                a, b, c, d = load4(one, (row + G * r) * STRIDE + i)
+                for j in range(R):
+                    dot = s[R * r + j] + a * y[4 * j]
+                    dot += b * y[4 * j + 1]
+                    dot += c * y[4 * j + 2]
+                    s[R * r + j] = dot + d * y[4 * j + 3]
+
+    return dots
+
+
+# %% products of weights with rows tags=["exporti"] module="cuda.attention"
+@functools.cache
+def _tile_add(hs, G, R):
+    """add(sums, weights, tile): sums += weights @ tile, 8 * R rows of it."""
+    PARTS, STRIDE = -(-hs // 32), -(-hs // 32) * 32 + 4
+    WIDTH, LENGTH = 8 * R + 8, 4 * R
+
+    @device
+    def add(sums, weights, tile):
+        row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
+        w = cuda.local.array(LENGTH, np.float32)
+        for u in range(0, 8 * R, 4):
+            for r in range(R):
+                a, b, c, d = load4(weights, (row + G * r) * WIDTH + u)
+                w[r], w[R + r], w[2 * R + r], w[3 * R + r] = a, b, c, d
+            for v in range(4):
+                for n in range(PARTS):
+                    at = (u + v) * STRIDE + 32 * n + 4 * lane
+                    a, b, c, d = load4(tile, at)
+                    for r in range(R):
+                        e, k = w[R * v + r], 4 * (PARTS * r + n)
+                        sums[k] += e * a
+                        sums[k + 1] += e * b
+                        sums[k + 2] += e * c
+                        sums[k + 3] += e * d
+
+    return add
+
+
+# %% write the sums tags=["exporti"] module="cuda.attention"
+@functools.cache
+def _tile_write(hs, G, R):
+    """write(x, sums, at, step, first, T, more): rows first.. of a head.
+
+    more: whether to add to what x holds.
+    """
+    PARTS, ALIGNED = -(-hs // 32), hs % 4 == 0
+
+    @device
+    def write(x, sums, at, step, first, T, more):
+        row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
+        for r in range(R):
+            for n in range(PARTS):
+                t, col = first + row + G * r, 32 * n + 4 * lane
+                i, k = at + t * step + col, 4 * (PARTS * r + n)
+                if ALIGNED and t < T and col < hs:
+                    a = b = c = d = np.float32(0)
+                    if more:
+                        a, b, c, d = load4(x, i)
+                    a, b = a + sums[k], b + sums[k + 1]
+                    c, d = c + sums[k + 2], d + sums[k + 3]
+                    store4(x, i, a, b, c, d)
+                for m in range(4):
+                    if not ALIGNED and t < T and col + m < hs:
+                        old = x[i + m] if more else np.float32(0)
+                        x[i + m] = old + sums[k + m]
+
+    return write
+
+
+# %% [markdown]
+# Between the products stands (7.12), for the $R$ rows of a thread.
+
+
+# %% over the eight lanes of a row tags=["exporti"] module="cuda.attention"
+@device
+def _lanes_max(value):
+    """The largest value of 8 lanes."""
+    for step in (4, 2, 1):
+        value = max(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, step))
+    return value
+
+
+@device
+def _lanes_sum(value):
+    """The sum of value over 8 lanes."""
+    for step in (4, 2, 1):
+        value += cuda.shfl_xor_sync(0xFFFFFFFF, value, step)
+    return value
+
+
+# %% the softmax of a tile tags=["exporti"] module="cuda.attention"
+@functools.cache
+def _tile_softmax(hs, G, R):
+    """softmax(weights, sums, s, top, total, first, start, scale): (7.12).
+
+    first, start: the tile's first query and first key.
+    """
+    PER = -(-hs // 32) * 4
+
+    @device
+    def softmax(weights, sums, s, top, total, first, start, scale):
+        row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
+        for r in range(R):
+            new = top[r]
+            for j in range(R):
+                seen = start + lane + 8 * j <= first + row + G * r
+                s[R * r + j] = s[R * r + j] * scale if seen else LOWEST
+                new = max(new, s[R * r + j])
+            new = _lanes_max(new)
+            factor = math.exp(top[r] - new)
+            top[r], total[r] = new, total[r] * factor
+            for j in range(R):
+                e = math.exp(s[R * r + j] - new)
+                weights[row + G * r, lane + 8 * j] = e
+                total[r] += e
+            for n in range(PER):
+                sums[PER * r + n] *= factor
+
+    return softmax
+
+
+# %% the end of the rows tags=["exporti"] module="cuda.attention"
+@functools.cache
+def _tile_finish(hs, G, R):
+    """finish(lse, head, sums, top, total, first): (7.13)."""
+    PER = -(-hs // 32) * 4
+
+    @device
+    def finish(lse, head, sums, top, total, first):
+        row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
+        for r in range(R):
+            t, whole = first + row + G * r, _lanes_sum(total[r])
+            for n in range(PER):
+                sums[PER * r + n] /= whole
+            if lane == 0 and t < lse.shape[1]:
+                lse[head, t] = top[r] + math.log(whole)
+
+    return finish
+
+
+# %% version 3, the kernel tags=["exporti"] module="cuda.attention"
+@functools.cache
+def _forward_kernel(hs):
+    R, STRIDE = 4 if hs <= 64 else 2, -(-hs // 32) * 32 + 4
+    ROWS, COLS, WIDTH = 16 * R, 8 * R, 8 * R + 8
+    SUMS, PAIRS = R * (STRIDE // 8), R * R
+    copy, write = _tile_copy(hs), _tile_write(hs, 16, R)
+    dots, add = _tile_dots(hs, 16, R), _tile_add(hs, 16, R)
+    softmax, finish = _tile_softmax(hs, 16, R), _tile_finish(hs, 16, R)
+
+    @kernel(launch_bounds=128)
+    def attention_forward_tiles(out, lse, inp, NH, scale):
+        T, C = lse.shape[1], NH * hs
+        tiles = (T + ROWS - 1) // ROWS
+        head = cuda.blockIdx.x // tiles
+        first = (tiles - 1 - cuda.blockIdx.x % tiles) * ROWS
+        y = head // NH * T * C + head % NH * hs
+        x = head // NH * T * 3 * C + head % NH * hs
+        q = cuda.shared.array((ROWS, STRIDE), np.float32)
+        k = cuda.shared.array((COLS, STRIDE), np.float32)
+        v = cuda.shared.array((COLS, STRIDE), np.float32)
+        weights = cuda.shared.array((ROWS, WIDTH), np.float32)
+        sums = cuda.local.array(SUMS, np.float32)
+        s = cuda.local.array(PAIRS, np.float32)
+        top = cuda.local.array(R, np.float32)
+        total = cuda.local.array(R, np.float32)
+        for n in range(SUMS):
+            sums[n] = np.float32(0)
+        for r in range(R):
+            top[r], total[r] = LOWEST, np.float32(0)
+        copy(q, inp, x, 3 * C, first, T)
+        for start in range(0, min(first + ROWS, T), COLS):
+            cuda.syncthreads()
+            copy(k, inp, x + C, 3 * C, start, T)
+            copy(v, inp, x + 2 * C, 3 * C, start, T)
+            cuda.syncthreads()
+            dots(s, q, k)
+            softmax(weights, sums, s, top, total, first, start, scale)
+            cuda.syncwarp()
+            add(sums, weights, v)
+        finish(lse, head, sums, top, total, first)
+        write(out, sums, y, C, first, T, 0)
+
+    return attention_forward_tiles
+
+
+# %% version 3 tags=["exporti"] module="cuda.attention"
+def _forward_tiles(out, lse, inp, work):
+    """A block for 64 queries, 4 queries and 4 keys a thread."""
+    B, NH, T = lse.shape
+    hs = out.shape[2] // NH
+    scale = np.float32(1 / math.sqrt(hs))
+    grid = B * NH * -(-T // (64 if hs <= 64 else 32))
+    out, inp, lse = out.reshape(-1), inp.reshape(-1), lse.reshape(B * NH, T)
+    _forward_kernel(hs)[grid, 128](out, lse, inp, NH, scale)
+
+
+# %% [markdown]
+# Rows of the last tile that lie beyond $T$ are zeros, compute something
+# finite, and are not written. The public function checks, finds the scratch
+# and calls a version. Only version 1 takes a head of more than 128 channels.
+
+
+# %% the versions of forward tags=["export"] module="cuda.attention"
+# the square in memory; tiles in shared memory; tiles in registers as well
+ATTENTION_FORWARD = (_forward_unfused, _forward_flash, _forward_tiles)
+WIDEST_HEAD = 128  # channels of a head; only version 1 takes more
+
+
+# %% the checks on a GPU tags=["exporti"] module="cuda.attention"
+def _check_heads(name, out, lse, inp, version, versions):
+    """Raise for what the kernels cannot take."""
+    if version not in range(1, len(versions) + 1):
+        raise ValueError(
+            f"{name}: version must be 1 to {len(versions)}, got {version}"
+        )
+    shape = tuple(getattr(inp, "shape", ()))
+    if len(shape) != 3 or shape[2] % 3 or 0 in shape:
+        raise ValueError(f"{name}: inp must be (B, T, 3C), got {shape}")
+    B, T, C = *shape[:2], shape[2] // 3
+    heads = tuple(getattr(lse, "shape", ()))
+    NH = heads[1] if len(heads) == 3 else 0
+    if NH == 0 or C % NH:
+        raise ValueError(
+            f"{name}: lse must have shape (B, NH, T) with an NH that "
+            f"divides C = {C}, got {heads}"
+        )
+    check_device(f"{name}: inp", inp, shape)
+    check_device(f"{name}: out", out, (B, T, C))
+    check_device(f"{name}: lse", lse, (B, NH, T))
+    if version > 1 and C // NH > WIDEST_HEAD:
+        raise ValueError(
+            f"{name}: a head of {C // NH} channels is too wide for version "
+            f"{version}, which takes {WIDEST_HEAD}; version 1 takes any"
+        )
+
+
+# %% scratch tags=["export"] module="cuda.attention"
+def attention_scratch(B, T, NH, forward=3, backward=2):
+    """How many floats of `work` attention wants, for both passes.
+
+    forward, backward: their versions; 0 for a pass that will not run.
+
+    Derived in chapter 7.
+    """
+    square, row = B * NH * T * T, B * NH * T
+    return max(
+        (0, square, 0, 0)[forward], (0, 2 * square + row, row)[backward]
+    )
+
+
+# %% find the scratch tags=["exporti"] module="cuda.attention"
+def _find_work(name, work, count, like):
+    """`count` floats of work, which is allocated where it is None."""
+    if work is None:
+        return empty(count, like=like) if count else None
+    size = getattr(work, "size", 0)
+    check_device(f"{name}: work", work, (size,))
+    if size < count:
+        raise ValueError(f"{name}: work must hold {count} floats, got {size}")
+    return work[:count]
+
+
+# %% attention, forward tags=["export"] module="cuda.attention"
+def attention_forward(out, lse, inp, work=None, version=3):
+    """Causal self-attention of NH heads.
+
+    inp: (B, T, 3C), queries, keys and values along the last axis. Writes
+    out (B, T, C) and lse (B, NH, T), the log-sum-exp of each row of scaled,
+    masked scores, which the backward pass needs. All float32 on a device.
+    work: scratch of attention_scratch() floats, or None to allocate it.
+    version: 1 keeps the scores in memory, 2 and 3 take heads of up to 128
+    channels and need no scratch. Raises TypeError or ValueError before it
+    launches anything.
+
+    Derived in chapter 7.
+    """
+    name = "attention_forward"
+    _check_heads(name, out, lse, inp, version, ATTENTION_FORWARD)
+    count = attention_scratch(*_sizes(lse), version, 0)
+    work = _find_work(name, work, count, inp)
+    ATTENTION_FORWARD[version - 1](out, lse, inp, work)
+
+
+def _sizes(lse):
+    """B, T and NH."""
+    B, NH, T = lse.shape
+    return B, T, NH
+
+
+# %% [markdown]
+# The verdicts, at sizes that divide no tile: 37 positions, heads of 5 and of
+# 12 channels.
+
+# %% forward against NumPy
+from llmnb.cuda.launch import simulated, to_device, to_host
+
+
+def on_gpu(p, version, place=to_device):
+    """out and lse of a problem, as one version computes them."""
+    there = place(p.out), place(p.lse)
+    attention_forward(*there, place(p.inp), version=version)
+    return [to_host(x) for x in there]
+
+
+for hs in (5, 12):
+    p = problem(1, 37, 2, hs)
+    reference.forward(p.out, p.lse, p.inp)
+    for version in (1, 2, 3):
+        out, lse = on_gpu(p, version)
+        compare(f"{version}: out", out, p.out, tol=1e-5)
+        compare(f"{version}: lse", lse, p.lse, tol=1e-5)
+
+# %% [markdown]
+# And the counts, on the simulator, for one head of 32 channels and 64
+# positions. A *request* is an access by a whole warp, a *sector* one of the
+# pieces of 32 bytes that global memory moves, a *pass* what shared memory
+# serves at once.
+
+# %% forward, counted
+from llmnb.cuda.simulator import watch
+
+
+def count(run, versions, what):
+    """Print what `watch` sees of each version."""
+    print("version", *(f"{name:>16}" for name in what))
+    for version in versions:
+        with watch() as seen:
+            run(version)
+        print(f"{version:7}", *(f"{getattr(seen, k):16,}" for k in what))
+
+
+p = problem(1, 64, 1, 32)
+what = "requests", "sectors", "shared_requests", "shared_passes"
+count(lambda version: on_gpu(p, version, simulated), (1, 2, 3), what)
+
+# %% [markdown]
+# Version 2 moves a small part of version 1's sectors, and pays with shared
+# memory: two reads for each product. Version 3 asks shared memory a ninth as
+# often. But a request for four floats a lane is served in four passes, so
+# compare the passes: fewer than half. A larger tile a thread, of 8 queries
+# and 4 keys, would take fewer still; compiled, it wants more than the 255
+# registers that a thread can have, and spills.
+#
+# Version 1's count has no caches: a sector counts each time a warp asks.
+#
+# What a block reads for its tile of queries grows with the tile. At
+# $T = 1024$ and $hs = 64$ a head has 1 MB of queries, keys, values and
+# outputs, and its keys and values are read again by each block after them:
+
+# %% keys and values read by the blocks of a head
+T, hs = 1024, 64
+for tile in (16, 64):
+    rows = sum(range(tile, T + 1, tile))
+    print(f"tiles of {tile} queries: {2 * 4 * hs * rows / 1e6:5.1f} MB")
+
+# %% [markdown]
+# ### Backward, version 1: the square, twice
+#
+# As before, a kernel for each step, and what passes between them in scratch
+# memory. A warp for each row of each head takes $D_t$, (7.9). A thread for
+# each pair takes the weight $a_{tu}$ and $ds_{tu}$, (7.4), (7.6) and (7.8).
+# Then a thread for each number of $dq$ sums over keys, and one for each
+# number of $dk$ and $dv$ over queries.
+
+
+# %% the dot products of the rows tags=["exporti"] module="cuda.attention"
+@kernel
+def _attention_rows(D, dout, out, NH):
+    """A warp a row of a head: (7.9). D: (B * NH, T)."""
+    B, T, C = out.shape
+    row, lane = cuda.grid(1) // 32, cuda.grid(1) % 32
+    b, t, h = row // (T * NH), row // NH % T, row % NH
+    hs = C // NH
+    if b < B:
+        total = np.float32(0)
+        for i in range(h * hs + lane, h * hs + hs, 32):
+            total += dout[b, t, i] * out[b, t, i]
+        total = warp_sum(total)
+        if lane == 0:
+            D[b * NH + h, t] = total
+
+
+# %% version 1, the scores' gradients tags=["exporti"] module="cuda.attention"
+@kernel
+def _attention_pairs(att, ds, dout, inp, lse, D, NH, scale):
+    """A thread a pair (t, u): its weight, and the gradient of its score."""
+    heads, T, _ = att.shape
+    C = dout.shape[2]
+    hs = C // NH
+    pair = cuda.grid(1)
+    head, t, u = pair // (T * T), pair // T % T, pair % T
+    if head < heads and u <= t:
+        b, q = head // NH, head % NH * hs
+        s, da = np.float32(0), np.float32(0)
+        for i in range(q, q + hs):
+            s += inp[b, t, i] * inp[b, u, C + i]
+            da += dout[b, t, i] * inp[b, u, 2 * C + i]
+        a = np.float32(math.exp(s * scale - lse[head, t]))
+        att[head, t, u] = a
+        ds[head, t, u] = a * (da - D[head, t]) * scale
+
+
+# %% version 1, queries tags=["exporti"] module="cuda.attention"
+@kernel
+def _attention_dq(dinp, ds, inp, NH, add):
+    """A thread a number of dq: (7.10)."""
+    B, T, C = inp.shape[0], inp.shape[1], inp.shape[2] // 3
+    place = cuda.grid(1)
+    b, t, c = place // (T * C), place // C % T, place % C
+    if b < B:
+        head, dq = b * NH + c * NH // C, np.float32(0)
+        if add:
+            dq = dinp[b, t, c]
+        for u in range(t + 1):
+            dq += ds[head, t, u] * inp[b, u, C + c]
+        dinp[b, t, c] = dq
+
+
+# %% version 1, keys and values tags=["exporti"] module="cuda.attention"
+@kernel
+def _attention_dk_dv(dinp, att, ds, dout, inp, NH, add):
+    """A thread a number of dk and its twin of dv: (7.10), (7.5)."""
+    B, T, C = dout.shape
+    place = cuda.grid(1)
+    b, u, c = place // (T * C), place // C % T, place % C
+    if b < B:
+        head, dk, dv = b * NH + c * NH // C, np.float32(0), np.float32(0)
+        if add:
+            dk, dv = dinp[b, u, C + c], dinp[b, u, 2 * C + c]
+        for t in range(u, T):
+            dk += ds[head, t, u] * inp[b, t, c]
+            dv += att[head, t, u] * dout[b, t, c]
+        dinp[b, u, C + c], dinp[b, u, 2 * C + c] = dk, dv
+
+
+# %% backward, version 1 tags=["exporti"] module="cuda.attention"
+def _backward_unfused(dinp, dout, inp, out, lse, add, work):
+    """A kernel a step, with two squares between them."""
+    B, NH, T = lse.shape
+    heads, square = B * NH, B * NH * T * T
+    scale = np.float32(1 / math.sqrt(out.shape[2] // NH))
+    att = work[:square].reshape(heads, T, T)
+    ds = work[square : 2 * square].reshape(heads, T, T)
+    D, lse = work[2 * square :].reshape(heads, T), lse.reshape(heads, T)
+    _attention_rows[-(-lse.size // 4), 128](D, dout, out, NH)
+    _attention_pairs[-(-square // 128), 128](
+        att, ds, dout, inp, lse, D, NH, scale
+    )
+    grid = -(-out.size // 128)
+    _attention_dq[grid, 128](dinp, ds, inp, NH, add)
+    _attention_dk_dv[grid, 128](dinp, att, ds, dout, inp, NH, add)
+
+
+# %% [markdown]
+# ### Backward, version 2: two walks
+#
+# Without the square, $dq_t$ is a sum over keys and $dk_u$ one over queries.
+# The two want different owners, as the two halves of figure 7.3. Could a
+# block that owns keys add to $dq$ on its way? Other blocks would add to the
+# same numbers at the same time, and without atomic additions some of that
+# would be lost; with them the order of the additions, and the last bits,
+# would change from run to run. So we walk twice: one kernel owns tiles of
+# keys and walks down, for $dk$ and $dv$, and another owns tiles of queries
+# and walks to the right, for $dq$. The price is that both take the products
+# $S$ and $dE$ of (7.14): seven in all instead of five. It buys that every
+# number has one owner, which sums in one order.
+#
+# The pieces of the forward pass do the work. In the first kernel the *rows*
+# of a tile are keys and its columns queries, so its scores are transposed:
+# $E^\top$ and $dS^\top$ stand in shared memory ready for
+# $dV \mathrel{+}= E^\top dO$ and $dK \mathrel{+}= dS^\top Q$. Four tiles of
+# 32 rows and one of 32 x 40 weights take 39,936 bytes at $hs = 64$. The
+# weights' tile serves twice: $E^\top$ first, and once the warp has read it,
+# $dS^\top$.
+
+
+# %% weights and gradients of a tile tags=["exporti"] module="cuda.attention"
+@functools.cache
+def _tile_gradients(R, BY_KEY):
+    """gradients(s, ds, lse, D, head, first, start, scale): (7.4), (7.8).
+
+    s, ds hold dot products of a tile; they become weights and gradients of
+    scores. BY_KEY: whether its rows, from `first` on, are keys and its
+    columns, from `start` on, queries; else the other way.
+    """
+
+    @device
+    def gradients(s, ds, lse, D, head, first, start, scale):
+        row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
+        T = lse.shape[1]
+        for r in range(R):
+            for j in range(R):
+                t, u = first + row + 8 * r, start + lane + 8 * j
+                if BY_KEY:
+                    t, u = u, t
+                a = d = np.float32(0)
+                if u <= t and t < T:
+                    a = math.exp(s[R * r + j] * scale - lse[head, t])
+                    d = a * (ds[R * r + j] - D[head, t]) * scale
+                s[R * r + j], ds[R * r + j] = a, d
+
+    return gradients
+
+
+# %% hand numbers to the warp tags=["exporti"] module="cuda.attention"
+@functools.cache
+def _tile_share(R):
+    """share(weights, s): a thread's R * R numbers to shared memory."""
+
+    @device
+    def share(weights, s):
+        row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
+        cuda.syncwarp()  # whoever still reads the last ones
+        for r in range(R):
+            for j in range(R):
+                weights[row + 8 * r, lane + 8 * j] = s[R * r + j]
+        cuda.syncwarp()
+
+    return share
+
+
+# %% walk over queries tags=["exporti"] module="cuda.attention"
+@functools.cache
+def _keys_kernel(hs):
+    R, STRIDE = 4 if hs <= 64 else 2, -(-hs // 32) * 32 + 4
+    ROWS, WIDTH = 8 * R, 8 * R + 8
+    SUMS, PAIRS = R * (STRIDE // 8), R * R
+    copy, write = _tile_copy(hs), _tile_write(hs, 8, R)
+    dots, add = _tile_dots(hs, 8, R), _tile_add(hs, 8, R)
+    gradients, share = _tile_gradients(R, True), _tile_share(R)
+
+    @kernel(launch_bounds=64)
+    def attention_backward_keys(dinp, dout, inp, lse, D, NH, scale, more):
+        T, C = lse.shape[1], NH * hs
+        tiles = (T + ROWS - 1) // ROWS
+        head = cuda.blockIdx.x // tiles
+        first = cuda.blockIdx.x % tiles * ROWS
+        y = head // NH * T * C + head % NH * hs
+        x = head // NH * T * 3 * C + head % NH * hs
+        k = cuda.shared.array((ROWS, STRIDE), np.float32)
+        v = cuda.shared.array((ROWS, STRIDE), np.float32)
+        q = cuda.shared.array((ROWS, STRIDE), np.float32)
+        do = cuda.shared.array((ROWS, STRIDE), np.float32)
+        weights = cuda.shared.array((ROWS, WIDTH), np.float32)
+        dk = cuda.local.array(SUMS, np.float32)
+        dv = cuda.local.array(SUMS, np.float32)
+        s = cuda.local.array(PAIRS, np.float32)
+        ds = cuda.local.array(PAIRS, np.float32)
+        for n in range(SUMS):
+            dk[n] = dv[n] = np.float32(0)
+        copy(k, inp, x + C, 3 * C, first, T)
+        copy(v, inp, x + 2 * C, 3 * C, first, T)
+        for start in range(first, T, ROWS):
+            cuda.syncthreads()
+            copy(q, inp, x, 3 * C, start, T)
+            copy(do, dout, y, C, start, T)
+            cuda.syncthreads()
+            dots(s, k, q)
+            dots(ds, v, do)
+            gradients(s, ds, lse, D, head, first, start, scale)
+            share(weights, s)
+            add(dv, weights, do)
+            share(weights, ds)
+            add(dk, weights, q)
+        write(dinp, dk, x + C, 3 * C, first, T, more)
+        write(dinp, dv, x + 2 * C, 3 * C, first, T, more)
+
+    return attention_backward_keys
+
+
+# %% walk over keys tags=["exporti"] module="cuda.attention"
+@functools.cache
+def _queries_kernel(hs):
+    R, STRIDE = 4 if hs <= 64 else 2, -(-hs // 32) * 32 + 4
+    ROWS, WIDTH = 8 * R, 8 * R + 8
+    SUMS, PAIRS = R * (STRIDE // 8), R * R
+    copy, write = _tile_copy(hs), _tile_write(hs, 8, R)
+    dots, add = _tile_dots(hs, 8, R), _tile_add(hs, 8, R)
+    gradients, share = _tile_gradients(R, False), _tile_share(R)
+
+    @kernel(launch_bounds=(64, 5))
+    def attention_backward_queries(dinp, dout, inp, lse, D, NH, scale, more):
+        T, C = lse.shape[1], NH * hs
+        tiles = (T + ROWS - 1) // ROWS
+        head = cuda.blockIdx.x // tiles
+        first = (tiles - 1 - cuda.blockIdx.x % tiles) * ROWS
+        y = head // NH * T * C + head % NH * hs
+        x = head // NH * T * 3 * C + head % NH * hs
+        q = cuda.shared.array((ROWS, STRIDE), np.float32)
+        do = cuda.shared.array((ROWS, STRIDE), np.float32)
+        k = cuda.shared.array((ROWS, STRIDE), np.float32)
+        v = cuda.shared.array((ROWS, STRIDE), np.float32)
+        weights = cuda.shared.array((ROWS, WIDTH), np.float32)
+        dq = cuda.local.array(SUMS, np.float32)
+        s = cuda.local.array(PAIRS, np.float32)
+        ds = cuda.local.array(PAIRS, np.float32)
+        for n in range(SUMS):
+            dq[n] = np.float32(0)
+        copy(q, inp, x, 3 * C, first, T)
+        copy(do, dout, y, C, first, T)
+        for start in range(0, min(first + ROWS, T), ROWS):
+            cuda.syncthreads()
+            copy(k, inp, x + C, 3 * C, start, T)
+            copy(v, inp, x + 2 * C, 3 * C, start, T)
+            cuda.syncthreads()
+            dots(s, q, k)
+            dots(ds, do, v)
+            gradients(s, ds, lse, D, head, first, start, scale)
+            share(weights, ds)
+            add(dq, weights, k)
+        write(dinp, dq, x, 3 * C, first, T, more)
+
+    return attention_backward_queries
+
+
+# %% backward, version 2 tags=["exporti"] module="cuda.attention"
+def _backward_tiles(dinp, dout, inp, out, lse, add, work):
+    """The rows' D, then a walk for dk and dv and a walk for dq."""
+    B, NH, T = lse.shape
+    hs = out.shape[2] // NH
+    scale = np.float32(1 / math.sqrt(hs))
+    D, lse = work.reshape(B * NH, T), lse.reshape(B * NH, T)
+    _attention_rows[-(-lse.size // 4), 128](D, dout, out, NH)
+    grid = B * NH * -(-T // (32 if hs <= 64 else 16))
+    flat = [x.reshape(-1) for x in (dinp, dout, inp)]
+    rest = lse, D, NH, scale, add
+    _keys_kernel(hs)[grid, 64](*flat, *rest)
+    _queries_kernel(hs)[grid, 64](*flat, *rest)
+
+
+# %% the versions of backward tags=["export"] module="cuda.attention"
+# two squares in memory; two walks over tiles
+ATTENTION_BACKWARD = (_backward_unfused, _backward_tiles)
+
+
+# %% attention, backward tags=["export"] module="cuda.attention"
+def attention_backward(
+    dinp, dout, inp, out, lse, add=True, work=None, version=2
+):
+    """Add attention's gradient to dinp.
+
+    dinp, inp: (B, T, 3C). dout, out: (B, T, C). lse: (B, NH, T). out and
+    lse are as the forward pass left them. All float32 on a device. add:
+    False overwrites dinp instead of adding. work: scratch of
+    attention_scratch() floats, or None to allocate it. version: 1 keeps the
+    weights in memory, 2 takes heads of up to 128 channels and needs one
+    float a row. Every element is summed in one order. Raises TypeError or
+    ValueError before it launches anything.
+
+    Derived in chapter 7.
+    """
+    name = "attention_backward"
+    _check_heads(name, out, lse, inp, version, ATTENTION_BACKWARD)
+    check_device(f"{name}: dinp", dinp, inp.shape)
+    check_device(f"{name}: dout", dout, out.shape)
+    count = attention_scratch(*_sizes(lse), 0, version)
+    work = _find_work(name, work, count, inp)
+    ATTENTION_BACKWARD[version - 1](dinp, dout, inp, out, lse, int(add), work)
+
+
+# %% backward against NumPy
+def back_on_gpu(p, version, place=to_device):
+    """dinp of a problem, as one version computes it."""
+    there = [place(x) for x in (p.dinp, p.dout, p.inp, p.out, p.lse)]
+    attention_backward(*there, version=version)
+    return to_host(there[0])
+
+
+for hs in (5, 12):
+    p = problem(1, 37, 2, hs)
+    forward_and_backward(p, reference)
+    want, p.dinp = p.dinp, np.zeros_like(p.dinp)
+    for version in (1, 2):
+        got = back_on_gpu(p, version)
+        compare(f"{version}: dinp", got, want, tol=1e-5)
+
+# %% backward, counted
+p = problem(1, 64, 1, 16)
+reference.forward(p.out, p.lse, p.inp)
+count(lambda version: back_on_gpu(p, version, simulated), (1, 2), what)
+print(f"scratch at B = 16, T = 1024: {4 * attention_scratch(16, 1024, 12):,}")
+
+# %% [markdown]
 # ## Count it
 #
 # A head has $T(T+1)/2$ pairs $(t, u)$. Forward takes $2\,hs$ operations a
@@ -1248,7 +2325,7 @@ k = np.array([np.zeros(hs)] + [code[letter] for letter in text[:-1]])
 def look(q, k):
     inp = np.concatenate((q, k, np.eye(T, hs)), axis=1)[None]
     out, lse = np.empty((1, T, hs)), np.empty((1, 1, T))
-    attention_forward(out, lse, inp)
+    cpu.forward(out, lse, inp)
     return out[0, :, :T]
 
 
@@ -1276,7 +2353,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 7.3. Left, random queries and keys: a causal average with uneven
+# *Figure 7.5. Left, random queries and keys: a causal average with uneven
 # weights that follow no letter. Right, queries and keys made by hand: in the
 # second word each letter reads the letter that followed it in the first, a
 # dark line parallel to the diagonal. In the first word there is nothing
@@ -1338,7 +2415,7 @@ forward_and_backward(p, cpu)
 moved = p.inp.copy()
 split_heads(moved, 2, 3)[1] += rng.normal(size=4)
 moved_out = np.empty_like(p.out)
-attention_forward(moved_out, np.empty_like(p.lse), moved)
+cpu.forward(moved_out, np.empty_like(p.lse), moved)
 
 # %% exercise 1, checked
 compare("output", moved_out, p.out, tol=1e-12)
@@ -1435,7 +2512,7 @@ def windowed(q, k, v, W):
 
 # %% exercise 4, checked
 p = problem(1, 40, 1, 8, np.float64)
-attention_forward(p.out, p.lse, p.inp)
+cpu.forward(p.out, p.lse, p.inp)
 q, k, v = split_heads(p.inp, 1, 3)[:, 0, 0]
 compare("W = T", windowed(q, k, v, 40), p.out[0], tol=1e-12)
 compare("W = 1", windowed(q, k, v, 1), v, tol=1e-12)
@@ -1459,7 +2536,7 @@ verdict("out of sight", np.array_equal(near[34:], far[34:]), "is unread")
 #   GPU, with the traffic between memories counted.
 # - Olsson et al. (2022),
 #   [In-context Learning and Induction Heads](https://arxiv.org/abs/2209.11895):
-#   the heads of figure 7.3, found in trained models.
+#   the heads of figure 7.5, found in trained models.
 
 # %% [markdown]
 # ## What llmnb gained

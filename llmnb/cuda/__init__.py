@@ -2,6 +2,14 @@
 
 """The cuda backend."""
 
+from llmnb.cuda.attention import (
+    ATTENTION_BACKWARD,
+    ATTENTION_FORWARD,
+    WIDEST_HEAD,
+    attention_backward,
+    attention_forward,
+    attention_scratch,
+)
 from llmnb.cuda.launch import (
     ALIGN,
     DeviceArray,
@@ -46,12 +54,18 @@ from llmnb.cuda.warp import (
 
 __all__ = [
     "ALIGN",
+    "ATTENTION_BACKWARD",
+    "ATTENTION_FORWARD",
     "Compiled",
     "DeviceArray",
     "Kernel",
     "MATMUL_BACKWARD",
     "MATMUL_FORWARD",
     "Seen",
+    "WIDEST_HEAD",
+    "attention_backward",
+    "attention_forward",
+    "attention_scratch",
     "block_max",
     "block_sum",
     "check_device",
