@@ -84,7 +84,8 @@ class Ladder(NamedTuple):
     function of the module of llmnb.cuda, Sizes and a version, the floats of
     scratch memory. reference: in place of the function of that name. checked: at
     most how many rows of the batch are compared with the reference.
-    tolerance: of that, relative to the largest element of a result.
+    tolerance: of that, relative to the largest element of a result. named:
+    the tuple of versions, where it does not bear the layer's name.
 
     Derived in chapter 20.
     """
@@ -101,6 +102,7 @@ class Ladder(NamedTuple):
     reference: object = None
     checked: int = 16
     tolerance: float = 5e-5
+    named: str = ""
 
     def _found(self, package, name):
         module = importlib.import_module(f"llmnb.{package}.{self.module}")
@@ -109,7 +111,7 @@ class Ladder(NamedTuple):
     @property
     def versions(self):
         """The functions of the versions, in order."""
-        return self._found("cuda", self.layer.upper())
+        return self._found("cuda", self.named or self.layer.upper())
 
     def function(self, version):
         """The layer in a version."""
@@ -444,23 +446,35 @@ def _classify(losses, logits, dlosses, targets, V):
 
 
 # AdamW's row
+_SETTINGS = {
+    **{"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
+    **{"weight_decay": 0.01, "step": 3},
+}
+
+
 def _adamw(s, draw):
     """As many parameters as twelve blocks and the tables have."""
     size = (s.Vp + s.T + 12 * 12 * s.C) * s.C
+    from llmnb.cuda.adamw import adamw_settings
+
     arrays = {x: draw.floats(size) for x in ("params", "grads", "m", "v")}
     arrays["v"] **= 2
-    numbers = {"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.999}
-    return arrays | numbers | {"eps": 1e-8, "weight_decay": 0.01, "step": 3}
+    return arrays | {"settings": adamw_settings(**_SETTINGS)}
+
+
+def _adamw_as_written(params, grads, m, v, settings):
+    """The reference of adamw_apply, which reads its settings from memory."""
+    from llmnb.reference.adamw import adamw_update
+
+    adamw_update(params, grads, m, v, *_SETTINGS.values())
 
 
 def _torch_adamw(torch, a):
     weights = torch.nn.Parameter(a.params)
     weights.grad = a.grads
-    rules = {"betas": (a.beta1, a.beta2), "eps": a.eps}
-    optimizer = torch.optim.AdamW(
-        [weights], a.learning_rate, weight_decay=a.weight_decay,
-        fused=True, **rules,
-    )  # fmt: skip
+    lr, *betas, eps, decay, _ = _SETTINGS.values()
+    rules = {"betas": betas, "eps": eps, "weight_decay": decay}
+    optimizer = torch.optim.AdamW([weights], lr, fused=True, **rules)
 
     def run():
         optimizer.step()
@@ -515,8 +529,9 @@ LADDERS = (
     Ladder("crossentropy", "fused_classifier", _classifier, ("losses",),
            ("logits",), torch=_torch_classifier, reference=_classify,
            checked=1),
-    Ladder("adamw", "adamw_update", _adamw,
-           changes=("params", "m", "v"), torch=_torch_adamw),
+    Ladder("adamw", "adamw_apply", _adamw, changes=("params", "m", "v"),
+           torch=_torch_adamw, named="ADAMW_UPDATE",
+           reference=_adamw_as_written),
 )  # fmt: skip
 
 

@@ -355,9 +355,12 @@ def llmnb_contestant(spec):
 
 # %% [markdown]
 # On a GPU the contestant is the same model. It waits until the work is done
-# before the clock is read. It comes in two kinds: one launches its kernels
-# one by one, the other as the CUDA graph that it captured in its first
-# steps, and the difference is what capturing saves. Layers cannot be told
+# before the clock is read. It comes in two kinds: one calls the model's
+# `step`, which launches the CUDA graph that it captured
+# ([chapter 13](13_model.ipynb)); the other launches its kernels one by one
+# and waits for the loss and for the norm, and the difference is what
+# capturing saves. `step` computes the norm of the gradients, so on a GPU all
+# contestants do, PyTorch too; nobody scales them. Layers cannot be told
 # apart inside a graph, nor without waiting after each of them. So the layers
 # are timed after the race, in three steps of their own.
 
@@ -378,15 +381,19 @@ def _cuda_contestant(spec):
     cfg = GPT2Config(**spec["model"])
     sizes = spec["batch_size"], spec["seq_len"]
     how = {name: spec[name] for name in ("backend", "precision")}
-    model = GPT2(cfg, *sizes, **how, graph=spec["graph"])
+    model = GPT2(cfg, *sizes, **how)
     batch, numbers = random_batch(spec), count(1)
 
     def step():
-        loss = model.forward(*batch)
-        model.backward()
-        model.update(step=next(numbers))
+        if spec["graph"]:
+            loss, _ = model.step(*batch, step=next(numbers))
+        else:
+            loss = model.forward(*batch)
+            model.backward()
+            model.clip_gradients(float("inf"))
+            model.update(step=next(numbers))
         real.synchronize()
-        return {"loss": float(loss)}
+        return {"loss": loss}
 
     return step, lambda: _cuda_facts(model, batch, numbers, spec["graph"])
 
@@ -518,6 +525,9 @@ def torch_contestant(spec):
         with torch.autocast(device, **half):
             loss = run(*batch)
         loss.backward()
+        if device == "cuda":
+            grads = [p.grad for p in model.parameters()]
+            torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         optimizer.step()
         optimizer.zero_grad()
         if device == "cuda":
@@ -1986,7 +1996,8 @@ class Ladder(NamedTuple):
     function of the module of llmnb.cuda, Sizes and a version, the floats of
     scratch memory. reference: in place of the function of that name. checked: at
     most how many rows of the batch are compared with the reference.
-    tolerance: of that, relative to the largest element of a result.
+    tolerance: of that, relative to the largest element of a result. named:
+    the tuple of versions, where it does not bear the layer's name.
 
     Derived in chapter 20.
     """
@@ -2003,6 +2014,7 @@ class Ladder(NamedTuple):
     reference: object = None
     checked: int = 16
     tolerance: float = 5e-5
+    named: str = ""
 
     def _found(self, package, name):
         module = importlib.import_module(f"llmnb.{package}.{self.module}")
@@ -2011,7 +2023,7 @@ class Ladder(NamedTuple):
     @property
     def versions(self):
         """The functions of the versions, in order."""
-        return self._found("cuda", self.layer.upper())
+        return self._found("cuda", self.named or self.layer.upper())
 
     def function(self, version):
         """The layer in a version."""
@@ -2353,23 +2365,35 @@ def _classify(losses, logits, dlosses, targets, V):
 
 
 # %% AdamW's row tags=["exporti"] module="ladders"
+_SETTINGS = {
+    **{"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
+    **{"weight_decay": 0.01, "step": 3},
+}
+
+
 def _adamw(s, draw):
     """As many parameters as twelve blocks and the tables have."""
     size = (s.Vp + s.T + 12 * 12 * s.C) * s.C
+    from llmnb.cuda.adamw import adamw_settings
+
     arrays = {x: draw.floats(size) for x in ("params", "grads", "m", "v")}
     arrays["v"] **= 2
-    numbers = {"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.999}
-    return arrays | numbers | {"eps": 1e-8, "weight_decay": 0.01, "step": 3}
+    return arrays | {"settings": adamw_settings(**_SETTINGS)}
+
+
+def _adamw_as_written(params, grads, m, v, settings):
+    """The reference of adamw_apply, which reads its settings from memory."""
+    from llmnb.reference.adamw import adamw_update
+
+    adamw_update(params, grads, m, v, *_SETTINGS.values())
 
 
 def _torch_adamw(torch, a):
     weights = torch.nn.Parameter(a.params)
     weights.grad = a.grads
-    rules = {"betas": (a.beta1, a.beta2), "eps": a.eps}
-    optimizer = torch.optim.AdamW(
-        [weights], a.learning_rate, weight_decay=a.weight_decay,
-        fused=True, **rules,
-    )  # fmt: skip
+    lr, *betas, eps, decay, _ = _SETTINGS.values()
+    rules = {"betas": betas, "eps": eps, "weight_decay": decay}
+    optimizer = torch.optim.AdamW([weights], lr, fused=True, **rules)
 
     def run():
         optimizer.step()
@@ -2424,8 +2448,9 @@ LADDERS = (
     Ladder("crossentropy", "fused_classifier", _classifier, ("losses",),
            ("logits",), torch=_torch_classifier, reference=_classify,
            checked=1),
-    Ladder("adamw", "adamw_update", _adamw,
-           changes=("params", "m", "v"), torch=_torch_adamw),
+    Ladder("adamw", "adamw_apply", _adamw, changes=("params", "m", "v"),
+           torch=_torch_adamw, named="ADAMW_UPDATE",
+           reference=_adamw_as_written),
 )  # fmt: skip
 
 
