@@ -39,15 +39,16 @@ class Sizes(NamedTuple):
     C: int
     NH: int
     V: int
+    L: int
 
     @property
     def Vp(self):
         return -(-self.V // 128) * 128
 
 
-GPT2_124M = Sizes(16, 1024, 768, 12, 50257)
-COUNTED = Sizes(1, 32, 64, 1, 253)  # what the simulator counts
-TINY = Sizes(2, 5, 32, 2, 61)  # for tests
+GPT2_124M = Sizes(16, 1024, 768, 12, 50257, 12)
+COUNTED = Sizes(1, 32, 64, 1, 253, 1)  # what the simulator counts
+TINY = Sizes(2, 5, 32, 2, 61, 1)  # for tests
 
 
 # draw arguments
@@ -447,16 +448,20 @@ def _classify(losses, logits, dlosses, targets, V):
 
 # AdamW's row
 _SETTINGS = {
-    **{"learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8},
-    **{"weight_decay": 0.01, "step": 3},
+    "learning_rate": 1e-4,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 0.01,
+    "step": 3,
 }
 
 
 def _adamw(s, draw):
-    """As many parameters as twelve blocks and the tables have."""
-    size = (s.Vp + s.T + 12 * 12 * s.C) * s.C
+    """As many parameters as L blocks and the tables have, nearly."""
     from llmnb.cuda.adamw import adamw_settings
 
+    size = (s.Vp + s.T + 12 * s.L * s.C) * s.C
     arrays = {x: draw.floats(size) for x in ("params", "grads", "m", "v")}
     arrays["v"] **= 2
     return arrays | {"settings": adamw_settings(**_SETTINGS)}
