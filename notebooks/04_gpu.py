@@ -18,17 +18,15 @@
 import dis
 import functools
 import sys
+import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 
+
 # %% where a thread stands tags=["exporti"]
-WARP = 32  # threads that a processor moves together
-FULL = 0xFFFFFFFF  # a mask that names all of them
-
-
 class _Three(NamedTuple):
     x: int = 1
     y: int = 1
@@ -39,7 +37,14 @@ def _three(size):
     return _Three(*(size if isinstance(size, tuple) else (size,)))
 
 
-# %% what a thread runs in tags=["exporti"]
+@functools.cache
+def _threads(shape):
+    """The places of a block's threads: x runs fastest."""
+    x, y, z = map(range, shape)
+    return [_Three(i, j, k) for k in z for j in y for i in x]
+
+
+# %% fibers tags=["exporti"]
 @functools.cache
 def _greenlet():
     try:
@@ -52,18 +57,34 @@ def _greenlet():
     return greenlet
 
 
-# %% one thread tags=["exporti"]
+class _Rest(threading.local):
+    """Fibers that wait for work; a fiber belongs to one thread of Python."""
+
+    def __init__(self):
+        self.fibers = []
+
+
+_rest = _Rest()
+
+
+# %% threads, warps and blocks tags=["exporti"]
+WARP = 32  # threads that a processor moves together
+
+
+class _Warp:
+    def __init__(self):
+        self.arrived, self.values, self.shown = [], [None] * WARP, None
+        self.since = 0
+
+
 class _Lane:
-    """A thread: its place, and what it waits for."""
+    """A thread: its place, and the fiber that runs it."""
 
-    __slots__ = ("thread", "number", "block", "fiber", "waits", "value")
-    __slots__ += ("values", "block_era", "warp_era", "counts")
+    __slots__ = ("thread", "number", "block", "warp", "fiber", "trace")
 
-    def __init__(self, block, number, thread, fiber):
+    def __init__(self, thread, number, block, warp):
         self.thread, self.number, self.block = thread, number, block
-        self.fiber, self.waits, self.value = fiber, None, None
-        self.values, self.block_era, self.warp_era = None, 0, 0
-        self.counts = {} if block.seen else None
+        self.warp, self.fiber, self.trace = warp, None, {}
 
 
 class _Block:
@@ -71,59 +92,92 @@ class _Block:
 
     def __init__(self, index, shape, grid, seen, body):
         self.index, self.shape, self.grid = index, shape, grid
-        self.seen, self.shared, self.log = seen, {}, {}
-        fiber = _greenlet()
+        self.seen, self.body, self.shared = seen, body, {}
+        threads = _threads(shape)
+        self.warps = [_Warp() for _ in range(-(-len(threads) // WARP))]
         self.lanes = [
-            _Lane(self, n, thread, fiber(body))
-            for n, thread in enumerate(_threads(shape))
+            _Lane(thread, n, self, self.warps[n // WARP])
+            for n, thread in enumerate(threads)
         ]
+        self.todo, self.ended = iter(self.lanes), 0
+        self.arrived, self.ready = [], []
+        self.clock = self.since = 0
 
 
-@functools.cache
-def _threads(shape):
-    """The places of a block's threads: x runs fastest."""
-    x, y, z = map(range, shape)
-    return [_Three(i, j, k) for k in z for j in y for i in x]
-
-
+# %% the thread that runs tags=["exporti"]
 # the lane that runs, and what watches it
 _now = SimpleNamespace(lane=None, seen=None)
+
+
+def _enter(lane):
+    _now.lane, cuda.threadIdx = lane, lane.thread
+
+
+def _enter_block(block):
+    cuda.blockIdx, cuda.blockDim = block.index, block.shape
+    cuda.gridDim = block.grid
+
+
+# %% a fiber's life tags=["exporti"]
+def _serve(block, lane):
+    """Run this lane, then others that nobody has begun; then rest."""
+    me = _greenlet().getcurrent()
+    while True:
+        while lane is not None:
+            lane.fiber = me
+            _enter(lane)
+            block.body()
+            block.ended += 1
+            lane = next(block.todo, None)
+        _rest.fibers.append(me)
+        block = None  # nothing of it may be kept while we rest
+        block, lane = me.parent.switch()
+
+
+def _fiber():
+    """A fiber to switch to, with (block, lane)."""
+    greenlet = _greenlet()
+    if not _rest.fibers:
+        return greenlet(_serve)
+    fiber = _rest.fibers.pop()
+    fiber.parent = greenlet.getcurrent()
+    return fiber
 
 
 # %% run a block tags=["exporti"]
 def _run_block(block):
     """Run every lane to its next barrier, in turns, until all are done."""
-    live = block.lanes
-    while live:
-        for lane in live:
-            if lane.waits is None:
-                _now.lane = lane
-                lane.fiber.switch()
-        live = [lane for lane in live if not lane.fiber.dead]
-        _release(block, live)
+    _enter_block(block)
+    for lane in block.todo:
+        _fiber().switch(block, lane)
+    while block.ended < len(block.lanes):
+        ready, block.ready = block.ready, []
+        if not ready:
+            raise BarrierError(_stuck(block))
+        for lane in ready:
+            _enter(lane)
+            lane.fiber.switch()
 
 
 # %% barriers tags=["exporti"]
-def _release(block, live):
-    """Let lanes go on whose barrier is complete; raise when none is."""
-    if not live:
-        return
-    size, free = len(block.lanes), False
-    if all(lane.waits == "block" for lane in live) and len(live) == size:
-        for lane in live:
-            lane.waits, lane.block_era = None, lane.block_era + 1
-        free = True
-    for start in range(0, size, WARP):
-        warp = block.lanes[start : start + WARP]
-        if all(x.waits == "warp" for x in warp) and not warp[0].fiber.dead:
-            values = [x.value for x in warp]
-            for x in warp:
-                x.waits, x.values, x.warp_era = None, values, x.warp_era + 1
-            free = True
-    if not free:
-        raise BarrierError(_stuck(block, live))
+def _wait(group, size, orders=True):
+    """Wait till `size` lanes have come; group: the block, or a warp of it.
+
+    orders: whether what they wrote before is seen by all of them after.
+    """
+    lane = _now.lane
+    block = lane.block
+    group.arrived.append(lane)
+    if len(group.arrived) == size:
+        block.ready += group.arrived
+        group.arrived.clear()
+        block.clock += 1
+        if orders:
+            group.since = block.clock
+    lane.fiber.parent.switch()
 
 
+# %% a barrier that is never complete tags=["export"]
 class BarrierError(RuntimeError):
     """Some threads wait at a barrier that others never reach.
 
@@ -131,26 +185,22 @@ class BarrierError(RuntimeError):
     """
 
 
-def _stuck(block, live):
+# %% who waits where tags=["exporti"]
+def _stuck(block):
     """Say who waits where: the text of a BarrierError."""
-    count = {"block": 0, "warp": 0}
-    for lane in live:
-        count[lane.waits] += 1
+    warps = sum(len(warp.arrived) for warp in block.warps)
     return (
-        f"block {tuple(block.index)} stands still: {count['block']} of "
-        f"{len(block.lanes)} threads wait for the block, {count['warp']} "
-        f"for their warp, {len(block.lanes) - len(live)} have ended"
+        f"block {tuple(block.index)} stands still: {len(block.arrived)} of "
+        f"{len(block.lanes)} threads wait for the block, {warps} for their "
+        f"warp, {block.ended} have ended"
     )
 
 
-def _wait(what):
-    lane = _now.lane
-    lane.waits = what
-    lane.fiber.parent.switch()
-
-
 # %% exchange in a warp tags=["exporti"]
-def _exchange(mask, value):
+FULL = 0xFFFFFFFF  # a mask that names all lanes
+
+
+def _exchange(mask, value, orders=False):
     """Hand in a value; return those of all 32 lanes and one's own place."""
     lane = _now.lane
     if mask != FULL or len(lane.block.lanes) % WARP:
@@ -158,19 +208,34 @@ def _exchange(mask, value):
             "the simulator knows the mask 0xFFFFFFFF alone, and blocks of "
             f"whole warps: got {mask:#x} and {len(lane.block.lanes)} threads"
         )
-    if lane.block.seen is not None:
-        lane.block.seen.exchanges += 1
-    lane.value = value
-    _wait("warp")
-    return lane.values, lane.number % WARP
+    if _now.seen is not None:
+        _now.seen.exchanges += 1
+    warp, place = lane.warp, lane.number % WARP
+    warp.values[place] = value
+    if len(warp.arrived) == WARP - 1:  # the last one: all values are there
+        warp.shown, warp.values = warp.values, [None] * WARP
+    _wait(warp, WARP, orders)
+    return warp.shown, place
 
 
 # %% memory of a block and of a thread tags=["exporti"]
-def _poisoned(shape, dtype):
-    """An array of what memory holds before anyone writes: nothing good."""
+@functools.cache
+def _poison(shape, dtype):
+    """What memory holds before anyone writes to it: nothing good."""
     dtype = np.dtype(getattr(dtype, "name", dtype))
-    poison = np.nan if dtype.kind == "f" else np.iinfo(dtype).min + 77
-    return np.full(shape, poison, dtype)
+    bad = np.nan if dtype.kind == "f" else np.iinfo(dtype).min + 77
+    return np.full(shape, bad, dtype)
+
+
+@functools.cache
+def _instruction(code, last):
+    """Where the instruction begins that a frame's f_lasti points into.
+
+    Python moves f_lasti past an instruction's cache once it has specialised
+    the instruction: the same access would count as two.
+    """
+    begins = (x.offset for x in dis.get_instructions(code))
+    return id(code), max(x for x in begins if x <= last)
 
 
 def _placed(array, alignment):
@@ -195,11 +260,12 @@ class _Shared:
 
     def array(self, shape, dtype, alignment=None):
         block, frame = _now.lane.block, sys._getframe(1)
-        key = frame.f_code, _instruction(frame.f_code, frame.f_lasti)
+        key = _instruction(frame.f_code, frame.f_lasti)
         if key not in block.shared:
-            memory = _placed(_poisoned(shape, dtype), alignment)
+            memory = _placed(_poison(shape, dtype), alignment)
             if block.seen is not None:
-                memory = _Watched(memory, "shared", block.seen, block.log)
+                log = _Log() if block.seen.races else None
+                memory = _Watched(memory, "shared", log, shared=True)
             block.shared[key] = memory
         return block.shared[key]
 
@@ -208,7 +274,7 @@ class _Local:
     """cuda.local: memory of one thread, in registers where that is small."""
 
     def array(self, shape, dtype):
-        return _poisoned(shape, dtype)
+        return _poison(shape, dtype).copy()
 
 
 # %% atomics tags=["exporti"]
@@ -223,47 +289,54 @@ class _Atomic:
 
     def _change(self, array, index, function):
         if isinstance(array, _Watched):
-            array.seen.atomics += 1
-            place = array._place(index)
-            array.note(place, array.itemsize, True, atomic=True)
+            _now.seen.atomics += 1
+            array.note(array.place(index), array.itemsize, ATOMIC)
             array = array.array
         old = array[index]
         array[index] = function(old)
         return old
 
 
-# %% what kernels call cuda tags=["exporti"]
-class _Cuda:
-    """What kernels know as `cuda`, answered for the lane that runs."""
+# %% where am I tags=["exporti"]
+class _Places:
+    """What a kernel asks `cuda` about the thread that runs it."""
 
-    shared, local, atomic = _Shared(), _Local(), _Atomic()
-    threadIdx = property(lambda self: _now.lane.thread)
-    blockIdx = property(lambda self: _now.lane.block.index)
-    blockDim = property(lambda self: _now.lane.block.shape)
-    gridDim = property(lambda self: _now.lane.block.grid)
+    # threadIdx, blockIdx, blockDim, gridDim are set when a thread goes on
     laneid = property(lambda self: _now.lane.number % WARP)
 
     def grid(self, ndim):
         at, of, n = self.blockIdx, self.blockDim, self.threadIdx
-        places = [a * b + c for a, b, c in zip(at, of, n, strict=True)]
-        return places[0] if ndim == 1 else tuple(places[:ndim])
+        x = at.x * of.x + n.x
+        if ndim == 1:
+            return x
+        return (x, at.y * of.y + n.y, at.z * of.z + n.z)[:ndim]
 
     def gridsize(self, ndim):
         pairs = zip(self.gridDim, self.blockDim, strict=True)
-        sizes = [a * b for a, b in pairs]
-        return sizes[0] if ndim == 1 else tuple(sizes[:ndim])
+        sizes = tuple(a * b for a, b in pairs)
+        return sizes[0] if ndim == 1 else sizes[:ndim]
+
+
+# %% wait for the block tags=["exporti"]
+class _Barriers(_Places):
+    shared, local, atomic = _Shared(), _Local(), _Atomic()
 
     def syncthreads(self):
         if _now.seen is not None:
             _now.seen.barriers += 1
-        _wait("block")
+        block = _now.lane.block
+        _wait(block, len(block.lanes))
+
+
+# %% exchange with the warp tags=["exporti"]
+class _Cuda(_Barriers):
+    """What kernels know as `cuda`, answered for the lane that runs."""
 
     def syncwarp(self, mask=FULL):
-        _exchange(mask, None)
+        _exchange(mask, None, orders=True)
 
     def shfl_sync(self, mask, value, source):
-        values, _ = _exchange(mask, value)
-        return values[source % WARP]
+        return _exchange(mask, value)[0][source % WARP]
 
     def shfl_xor_sync(self, mask, value, bits):
         values, lane = _exchange(mask, value)
@@ -306,10 +379,10 @@ def load4(array, i):
     Derived in chapter 4.
     """
     if isinstance(array, _Watched):
-        array.note(array.vector(i), 16, False)
+        array.note(array.place4(i), 16, READ)
         array = array.array
-    a, b, c, d = array.reshape(-1)[i : i + 4]
-    return a, b, c, d
+    flat = array if array.ndim == 1 else array.reshape(-1)
+    return flat[i], flat[i + 1], flat[i + 2], flat[i + 3]
 
 
 def store4(array, i, a, b, c, d):
@@ -320,35 +393,48 @@ def store4(array, i, a, b, c, d):
     Derived in chapter 4.
     """
     if isinstance(array, _Watched):
-        array.note(array.vector(i), 16, True)
+        array.note(array.place4(i), 16, WRITE)
         array = array.array
-    array.reshape(-1)[i : i + 4] = a, b, c, d
+    flat = array if array.ndim == 1 else array.reshape(-1)
+    flat[i : i + 4] = a, b, c, d
+
+
+# %% kinds of access tags=["exporti"]
+READ, WRITE, ATOMIC = range(3)
 
 
 # %% an array under watch tags=["exporti"]
 class _Watched:
-    """An array that reports each access to a Seen, and checks it first."""
+    """An array that checks each access and notes it for its lane.
 
-    def __init__(self, array, name, seen, log):
-        self.array, self.name, self.seen, self.log = array, name, seen, log
-        self.shape, self.dtype, self.ndim = (
-            array.shape,
-            array.dtype,
-            array.ndim,
-        )
-        self.size, self.itemsize = array.size, array.itemsize
-        self.start = array.ctypes.data
+    log: what was touched, by address, or None where races may pass.
+    """
+
+    def __init__(self, array, name, log, shared=False):
+        self.array, self.name, self.log = array, name, log
+        self.shape, self.ndim, self.size = array.shape, array.ndim, array.size
+        self.dtype, self.start = array.dtype, array.ctypes.data
+        self.itemsize, self.strides = array.itemsize, array.strides
+        self.shared = shared
 
     def __len__(self):
         return self.shape[0]
 
-    def _place(self, index):
+    def __getitem__(self, index):
+        self.note(self.place(index), self.itemsize, READ)
+        return self.array[index]
+
+    def __setitem__(self, index, value):
+        self.note(self.place(index), self.itemsize, WRITE)
+        self.array[index] = value
+
+    def place(self, index):
         """The address of an element; raise where there is none."""
-        index = index if isinstance(index, tuple) else (index,)
+        if self.ndim == 1 and 0 <= index < self.size:
+            return self.start + int(index) * self.strides[0]
+        index = index if type(index) is tuple else (index,)
         address = self.start
-        for i, n, stride in zip(
-            index, self.shape, self.array.strides, strict=True
-        ):
+        for i, n, stride in zip(index, self.shape, self.strides, strict=True):
             if not 0 <= i < n:
                 raise IndexError(
                     f"{self.name}[{', '.join(map(str, index))}] lies outside "
@@ -357,7 +443,7 @@ class _Watched:
             address += int(i) * stride
         return address
 
-    def vector(self, i):
+    def place4(self, i):
         """The address of four elements from i on."""
         if not 0 <= i <= self.size - 4:
             raise IndexError(
@@ -370,84 +456,123 @@ class _Watched:
             )
         return address
 
-    def note(self, address, nbytes, write, atomic=False):
-        offset = (address - self.start) // self.itemsize
-        if not atomic:
-            self.seen.count(self.name == "shared", address, nbytes, write)
-        for i in range(nbytes // self.itemsize):
-            where = address + i * self.itemsize
-            clash = _clash(self.log, where, write, atomic)
-            if clash:
-                self.seen.race(self.name, offset + i, clash, write)
-
-    def __getitem__(self, index):
-        self.note(self._place(index), self.itemsize, False)
-        return self.array[index]
-
-    def __setitem__(self, index, value):
-        self.note(self._place(index), self.itemsize, True)
-        self.array[index] = value
-
-
-# %% races tags=["exporti"]
-class _Access(NamedTuple):
-    lane: _Lane
-    block_era: int
-    warp_era: int
-    atomic: bool
+    def note(self, address, nbytes, access):
+        """Note an access of the lane that runs, and look for a race."""
+        lane = _now.lane
+        if access != ATOMIC:
+            frame, kind = sys._getframe(2), (nbytes, access, self.shared)
+            key = kind, id(frame.f_code), frame.f_lasti
+            site = _now.seen.sites.get(key)
+            if site is None:
+                site = _now.seen.add_site(key, frame.f_code)
+            lane.trace.setdefault(site, []).append(address)
+        if self.log is None:
+            return
+        now, size = (lane, lane.block.clock), self.itemsize
+        for word in range(address, address + nbytes, size):
+            before = _CLASHES[access](self.log, word, now)
+            if before is not None:
+                element = (word - self.start) // size
+                raise RaceError(_clashing(self.name, element, before, access))
 
 
+# %% in what order tags=["exporti"]
 def _ordered(before, lane):
-    """Whether a barrier stands between an access and this lane's next."""
-    other = before.lane
+    """Whether an access of another lane is over when this one goes on."""
+    other, time = before
     if other is lane:
         return True
     if other.block is not lane.block:
         return False
-    if before.block_era < lane.block_era:
+    if time < lane.block.since:
         return True
-    same_warp = other.number // WARP == lane.number // WARP
-    return same_warp and before.warp_era < lane.warp_era
+    return other.warp is lane.warp and time < lane.warp.since
 
 
-def _clash(log, address, write, atomic):
-    """An earlier access that nothing orders before this one, or None.
+# %% what was touched tags=["exporti"]
+class _Log:
+    """By address: the last write, and the reads and atomics since.
 
-    Two reads never clash, nor do two atomics. A lane is kept once.
+    Of these, two are kept that stand for all.
     """
-    lane = _now.lane
-    written, reads = log.setdefault(address, (None, {}))
-    now = _Access(lane, lane.block_era, lane.warp_era, atomic)
-    found = None
-    if written and not (atomic and written.atomic):
-        found = None if _ordered(written, lane) else written
-    if write:
-        for read in reads.values():
-            if not (_ordered(read, lane) or (atomic and read.atomic)):
-                found = read
-        log[address] = now, {}
-    else:
-        reads[lane] = now
-    return found
+
+    def __init__(self):
+        self.write, self.reads, self.atomics = {}, {}, {}
 
 
+def _keep(kept, now):
+    """The newest access and one other, the one that most could clash with."""
+    lane = now[0]
+    for before in reversed(kept):
+        if before[0].warp is not lane.warp and not _ordered(before, lane):
+            return now, before
+    for before in kept:
+        if not _ordered(before, lane):
+            return now, before
+    return (now,)
+
+
+# %% races tags=["exporti"]
+def _read(log, address, now):
+    """An earlier access that nothing orders before this read, or None."""
+    before = log.write.get(address)
+    if before is not None and not _ordered(before, now[0]):
+        return before
+    for before in log.atomics.get(address, ()) if log.atomics else ():
+        if not _ordered(before, now[0]):
+            return before
+    log.reads[address] = _keep(log.reads.get(address, ()), now)
+    return None
+
+
+def _write(log, address, now):
+    """The same before this write, after which the others do not matter."""
+    before = log.write.get(address)
+    if before is not None and not _ordered(before, now[0]):
+        return before
+    for before in log.reads.pop(address, ()):
+        if not _ordered(before, now[0]):
+            return before
+    for before in log.atomics.pop(address, ()):
+        if not _ordered(before, now[0]):
+            return before
+    log.write[address] = now
+    return None
+
+
+def _atomic(log, address, now):
+    """The same before this atomic."""
+    before = log.write.get(address)
+    if before is not None and not _ordered(before, now[0]):
+        return before
+    for before in log.reads.get(address, ()):
+        if not _ordered(before, now[0]):
+            return before
+    log.atomics[address] = _keep(log.atomics.get(address, ()), now)
+    return None
+
+
+_CLASHES = _read, _write, _atomic  # in the order of READ, WRITE, ATOMIC
+
+
+# %% who meets whom tags=["exporti"]
+def _clashing(name, element, before, access):
+    """Say who meets whom: the text of a RaceError."""
+    one, two = before[0], _now.lane
+    return (
+        f"{name}, element {element}: thread {two.number} of block "
+        f"{tuple(two.block.index)} {('reads', 'writes', 'adds to')[access]} "
+        f"it, and nothing orders that after the access by thread "
+        f"{one.number} of block {tuple(one.block.index)}"
+    )
+
+
+# %% the error of a race tags=["export"]
 class RaceError(RuntimeError):
     """Two threads touch one element, one writes, and nothing orders them.
 
     Derived in chapter 4.
     """
-
-
-# %% where in the code tags=["exporti"]
-@functools.cache
-def _instruction(code, place):
-    """Where the instruction begins that a frame's f_lasti points into.
-
-    Python moves f_lasti past an instruction's cache once it has specialised
-    the instruction: the same access would count as two.
-    """
-    starts = (x.offset for x in dis.get_instructions(code))
-    return max(start for start in starts if start <= place)
 
 
 # %% what was seen tags=["export"]
@@ -469,81 +594,79 @@ class Seen:
     def __init__(self, races=True):
         self.threads = self.reads = self.writes = 0
         self.read_bytes = self.written_bytes = 0
+        self.requests = self.sectors = 0
+        self.shared_requests = self.shared_passes = 0
         self.barriers = self.exchanges = self.atomics = 0
-        self.launches, self._races, self._groups = [], races, {}
+        self.launches, self.races = [], races
+        self.sites, self._codes = {}, []
 
-    def count(self, shared, address, nbytes, write):
-        """Count one access of the lane that runs, and its warp's request."""
-        lane, frame = _now.lane, sys._getframe(3)
-        key = frame.f_code, _instruction(frame.f_code, frame.f_lasti)
-        n = lane.counts[key] = lane.counts.get(key, 0) + 1
-        warp = lane.block, lane.number // WARP
-        group = (shared, nbytes, write, key, n, warp)
-        self._groups.setdefault(group, []).append(address)
-        if shared:
-            return
-        if write:
-            self.writes += 1
-            self.written_bytes += nbytes
-        else:
-            self.reads += 1
-            self.read_bytes += nbytes
+    def add_site(self, key, code):
+        """Name the place in the code of an access that is seen first."""
+        kind, _, last = key
+        self._codes.append(code)  # which keeps its id from being used again
+        self.sites[key] = kind, _instruction(code, last)
+        return self.sites[key]
 
-    def race(self, name, element, before, write):
-        """Raise a RaceError, unless races are only to be counted."""
-        if not self._races:
-            return
-        one, two = before.lane, _now.lane
-        raise RaceError(
-            f"{name}, element {element}: thread {two.number} of block "
-            f"{two.block.index[0]} {'writes' if write else 'reads'} it, and "
-            f"nothing orders that after the access by thread {one.number} "
-            f"of block {one.block.index[0]}"
-        )
+    def add_block(self, block):
+        """Count what the lanes of a block have noted, warp by warp."""
+        self.threads += len(block.lanes)
+        sites = {site: None for lane in block.lanes for site in lane.trace}
+        for site in sites:
+            nbytes, access, shared = site[0]
+            table = _requests([x.trace.get(site, ()) for x in block.lanes])
+            if shared:
+                self.shared_requests += len(table)
+                self.shared_passes += _passes(table, nbytes)
+                continue
+            self.requests += len(table)
+            self.sectors += int(_distinct(table // 32)[1].sum())
+            accesses = int((table >= 0).sum())
+            if access == READ:
+                self.reads += accesses
+                self.read_bytes += accesses * nbytes
+            else:
+                self.writes += accesses
+                self.written_bytes += accesses * nbytes
 
-    @property
-    def requests(self):
-        return sum(not group[0] for group in self._groups)
 
-    @property
-    def sectors(self):
-        return sum(
-            len({a // 32 for a in places})
-            for group, places in self._groups.items()
-            if not group[0]
-        )
+# %% requests of whole warps tags=["exporti"]
+def _requests(traces):
+    """A row for each request of a warp: 32 addresses, -1 where none.
 
-    @property
-    def shared_requests(self):
-        return sum(group[0] for group in self._groups)
+    traces: for each lane of a block the addresses that it touched, at one
+    place in the code. The nth of each lane of a warp make one request.
+    """
+    longest = max(map(len, traces))
+    traces = [[*x] + [-1] * (longest - len(x)) for x in traces]
+    traces += [[-1] * longest] * (-len(traces) % WARP)
+    table = np.array(traces, np.int64).reshape(-1, WARP, longest)
+    table = table.transpose(0, 2, 1).reshape(-1, WARP)
+    return table[(table >= 0).any(axis=1)]
 
-    @property
-    def shared_passes(self):
-        return sum(
-            _passes(places, group[1])
-            for group, places in self._groups.items()
-            if group[0]
-        )
+
+def _distinct(table):
+    """The rows sorted, and where a number stands for the first time."""
+    table = np.sort(table, axis=1)
+    first = table >= 0
+    first[:, 1:] &= table[:, 1:] != table[:, :-1]
+    return table, first
 
 
 # %% banks tags=["exporti"]
-def _passes(places, nbytes):
-    """Passes that one request of a warp takes in shared memory.
+def _passes(table, nbytes):
+    """Passes that requests of warps take in shared memory.
 
     Its 32 banks give one word of four bytes each in a pass; a request for
     16 bytes a lane is served eight lanes at a time.
     """
-    together = WARP * 4 // max(nbytes, 4)
-    total = 0
-    for start in range(0, len(places), together):
-        words = {
-            a // 4 + i
-            for a in places[start : start + together]
-            for i in range(max(nbytes // 4, 1))
-        }
-        banks = [w % WARP for w in words]
-        total += max(banks.count(b) for b in set(banks))
-    return total
+    wide = max(nbytes // 4, 1)
+    words = table.reshape(-1, WARP // wide, 1) // 4
+    words = np.where(words < 0, -1, words + np.arange(wide))
+    words, first = _distinct(words.reshape(-1, WARP))
+    row = np.arange(len(words))[:, None]
+    bank = (row * WARP + words % WARP)[first]
+    counts = np.bincount(bank, minlength=len(words) * WARP)
+    return int(counts.reshape(-1, WARP).max(axis=1).sum())
 
 
 # %% watch tags=["export"]
@@ -552,9 +675,9 @@ def watch(races=True):
     """Check and count what simulated kernels do; yields a Seen.
 
     Every element that a kernel touches must lie inside its array, and no
-    two threads may touch one element, one of them writing, with no barrier
-    between: IndexError, ValueError and RaceError tell. Some twenty times
-    slower than without. races: False lets races pass.
+    two threads may touch one element, one of them writing, with nothing
+    that orders them: IndexError, ValueError and RaceError tell. Several
+    times slower than without. races: False lets races pass.
 
     Derived in chapter 4.
     """
@@ -575,6 +698,18 @@ def record(launch):
         _now.seen.launches.append(launch)
 
 
+# %% arguments under watch tags=["exporti"]
+def _watched(function, args, seen):
+    """The arguments of a kernel, the arrays of them under watch."""
+    names, log = function.__code__.co_varnames, _Log()
+    return [
+        _Watched(a, name, log if seen.races else None)
+        if isinstance(a, np.ndarray)
+        else a
+        for a, name in zip(args, names, strict=False)
+    ]
+
+
 # %% simulate a launch tags=["export"]
 def simulate(function, grid, block, args):
     """Run a kernel's function in every thread of a grid, one at a time.
@@ -586,30 +721,28 @@ def simulate(function, grid, block, args):
 
     Derived in chapter 4.
     """
-    grid, shape, seen, log = _three(grid), _three(block), _now.seen, {}
+    grid, shape, seen = _three(grid), _three(block), _now.seen
     if seen is not None:
-        names = function.__code__.co_varnames
-        args = [
-            _Watched(a, name, seen, log) if isinstance(a, np.ndarray) else a
-            for a, name in zip(args, names, strict=False)
-        ]
-    places, body = np.ndindex(grid[::-1]), functools.partial(function, *args)
+        args = _watched(function, args, seen)
+    body = functools.partial(function, *args)
     outside = _now.lane
     try:
-        for z, y, x in places:
+        for z, y, x in np.ndindex(grid[::-1]):
             block = _Block(_Three(x, y, z), shape, grid, seen, body)
-            if seen is not None:
-                seen.threads += len(block.lanes)
             _run_block(block)
+            if seen is not None:
+                seen.add_block(block)
     except Exception as error:
-        lane = _now.lane
-        error.add_note(
-            f"in {function.__name__}, thread {tuple(lane.thread)} of block "
-            f"{tuple(lane.block.index)}"
-        )
+        at = f"block {tuple(block.index)}"
+        if not isinstance(error, BarrierError):
+            at = f"thread {tuple(_now.lane.thread)} of {at}"
+        error.add_note(f"in {function.__name__}, {at}")
         raise
     finally:
         _now.lane = outside
+        if outside is not None:  # a launch within a thread
+            _enter_block(outside.block)
+            _enter(outside)
 
 
 # %% imports of the launch tags=["export"] module="cuda.launch"
@@ -987,6 +1120,15 @@ def stream(handle):
         yield handle
     finally:
         _current.stream = before
+
+
+# %% the stream's address tags=["export"] module="cuda.launch"
+def stream_address():
+    """The current stream as libraries take it; 0 is the default one.
+
+    Derived in chapter 4.
+    """
+    return int(getattr(_current.stream, "handle", 0))
 
 
 # %% imports of the compiler tags=["export"] module="cuda.ptx"

@@ -4,11 +4,11 @@ import re
 
 import numpy as np
 import pytest
-from gpu import check_layer, check_machine_code, compiled
+from gpu import GENERATIONS, check_layer, check_machine_code, compiled
 
 import llmnb.cuda.matmul as module
 from llmnb import reference
-from llmnb.cuda.launch import empty, simulated, to_device, to_host
+from llmnb.cuda.launch import empty, missing, simulated, to_device, to_host
 from llmnb.cuda.matmul import (
     MATMUL_BACKWARD,
     MATMUL_FORWARD,
@@ -21,7 +21,7 @@ from llmnb.cuda.simulator import watch
 rng = np.random.default_rng(0)
 VERSIONS = range(1, len(MATMUL_FORWARD) + 1)
 # B, T, C, OC: tiny, odd, by fours, more than a tile each way
-SHAPES = [(1, 1, 1, 1), (1, 5, 7, 9), (3, 11, 17, 65), (2, 5, 12, 20)]
+SHAPES = [(1, 1, 1, 1), (1, 5, 7, 9), (3, 11, 9, 33), (2, 5, 12, 20)]
 LAYOUTS = [(True, True), (True, False), (False, False)]
 
 
@@ -66,17 +66,16 @@ def check_backward(B, T, C, OC, version, bias, add_dinp, add_dweight):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward(shape, version):
     extra = int(sum(shape)) % 2 == 0
-    check_machine_code(check_forward(*shape, version, True, extra))
-    check_forward(*shape[:3], shape[3] + 3, version, False, not extra)
+    check_forward(*shape, version, True, extra)
+    check_forward(*shape[:2], 3, 4, version, False, not extra)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_backward(shape, version):
     add = int(sum(shape)) % 2 == 0
-    seen = check_backward(*shape, version, True, add, not add)
-    check_machine_code(seen)
-    check_backward(*shape[:3], shape[3] + 3, version, False, not add, add)
+    check_backward(*shape, version, True, add, not add)
+    check_backward(*shape[:2], 3, 4, version, False, not add, add)
 
 
 def flats(product, rows, cols, steps, along, place=to_device):
@@ -120,7 +119,6 @@ def test_large_tiles(product, along, monkeypatch):
     assert "_128_" in kernel.__name__
     assert grid == (1, 1)
     assert block == 256
-    assert check_machine_code(seen)[kernel.__name__].stack == 0
     got, want = flats(product, 132, 136, 4, along)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
@@ -137,12 +135,13 @@ def test_versions_and_tiles_change_no_bit(along, monkeypatch):
     """Every output is summed over k in rising order."""
     global rng
     results = []
-    for size in (64, 128):
+    for product, size in [(p, 64) for p in MATMUL_FORWARD] + [
+        (p, 128) for p in MATMUL_FORWARD[2:]
+    ]:
         monkeypatch.setattr(module, "_tile_size", lambda *_, n=size: n)
-        for product in MATMUL_FORWARD:
-            rng = np.random.default_rng(1)
-            got, _ = flats(product, 20, 24, 28, along, simulated)
-            results.append(got)
+        rng = np.random.default_rng(1)
+        got, _ = flats(product, 8, 12, 20, along, simulated)
+        results.append(got)
     assert all(np.array_equal(results[0], got) for got in results)
 
 
@@ -156,7 +155,7 @@ def test_residual_may_be_out():
 
 
 def test_column_sums_of_many_rows_in_given_scratch():
-    B, T, C, OC = 3, 50, 4, 132
+    B, T, C, OC = 3, 43, 1, 132
     x, w, dy = normal(B, T, C), normal(OC, C), normal(B, T, OC)
     size = matmul_scratch(B * T, OC)
     assert size == 3 * OC
@@ -165,11 +164,11 @@ def test_column_sums_of_many_rows_in_given_scratch():
         start = to_device(db)
         grads = to_device(x), to_device(w), start
         arrays = map(to_device, (dy, x, w))
-        matmul_backward(*grads, *arrays, False, add, work=work, version=2)
+        matmul_backward(*grads, *arrays, False, add, work=work, version=1)
         want = dy.astype(np.float64).sum((0, 1)) + add * db
-        np.testing.assert_allclose(to_host(start), want, atol=1e-5)
+        np.testing.assert_allclose(to_host(start), want, rtol=0, atol=1e-4)
     assert np.isfinite(to_host(work)[:-1]).all()
-    if not hasattr(work, "gpu_data"):
+    if missing():  # what nobody wrote is poison
         assert np.isnan(to_host(work)[-1])
 
 
@@ -226,38 +225,61 @@ def test_every_sector_is_used(product, along):
     assert seen.sectors == moved // 32
 
 
+def machine_code(kernel, seen):
+    """Compile a kernel of the ladder's arguments for both generations."""
+    seen.launches[:] = [(kernel, 1, 1, seen.launches[0][3])]
+    check_machine_code(seen)
+    return [compiled(kernel, seen.launches[0][3], cc) for cc in GENERATIONS]
+
+
+def found(pattern, made):
+    return len(re.findall(pattern, made.ptx))
+
+
 @pytest.mark.parametrize("tile", [64, 128])
 @pytest.mark.parametrize("along", LAYOUTS)
-def test_machine_code(tile, along, ladder):
-    kinds = ladder[0].launches[0][3]
-    scalars = module._tile_kernel(tile, 8, 8, *along)
-    vectors = module._vector_kernel(tile, *along)
-    for kernel, wide in ((scalars, False), (vectors, True)):
-        for seen in ladder[:1]:  # the checks that all kernels have
-            seen.launches[:] = [(kernel, 1, 1, kinds)]
-            check_machine_code(seen)
-        for cc in ((8, 0), (9, 0)):
-            made = compiled(kernel, kinds, cc)
-            fmas = len(re.findall(r"fma\.rn\S*\.f32", made.ptx))
-            fours = len(re.findall(r"ld\.shared\.v4\.f32", made.ptx))
-            single = len(re.findall(r"ld\.shared\.f32", made.ptx))
-            assert fmas % 64 == 0  # whole steps of the sum
-            steps = fmas // 64
-            assert fours == (4 * steps if wide else 0)
-            assert single == (0 if wide else 16 * steps)
-            fetches = len(re.findall(r"ld\.global\S*\.v4\.f32", made.ptx))
-            assert (fetches > 0) == wide
-            assert (made.vector_stores > 0) == wide
-            if wide and tile == 128:  # two blocks fit on a processor
-                assert made.registers <= 128
-            assert made.registers <= 255
+def test_machine_code_of_vectors(tile, along, ladder):
+    for made in machine_code(module._vector_kernel(tile, *along), ladder[0]):
+        steps, rest = divmod(found(r"fma\.rn\S*\.f32", made), 64)
+        assert steps > 0
+        assert rest == 0
+        assert found(r"ld\.shared\.v4\.f32", made) == 4 * steps
+        assert found(r"ld\.shared\.f32", made) == 0
+        assert found(r"ld\.global\S*\.v4\.f32", made) > 0
+        assert found(r"ld\.global\S*\.f32", made) == found(
+            r"ld\.global\S*\.v4\.f32", made
+        )
+        assert found(r"st\.global\S*\.v4\.f32", made) == 16
+        # two blocks of the large tile fit on a processor
+        assert made.registers <= (128 if tile == 128 else 168)
+
+
+@pytest.mark.parametrize(
+    ("tile", "along"), [(128, LAYOUTS[0])] + [(64, along) for along in LAYOUTS]
+)
+def test_machine_code_of_scalars(tile, along, ladder):
+    kernel = module._tile_kernel(tile, 8, 8, *along)
+    for made in machine_code(kernel, ladder[0]):
+        steps, rest = divmod(found(r"fma\.rn\S*\.f32", made), 64)
+        assert steps > 0
+        assert rest == 0
+        assert found(r"ld\.shared\.f32", made) == 16 * steps
+
+
+def test_machine_code_of_the_first_versions(ladder):
+    for kernel in (
+        module._simple_kernel(*LAYOUTS[0]),
+        module._tile_kernel(16, 16, 1, *LAYOUTS[0]),
+    ):
+        machine_code(kernel, ladder[0])
 
 
 def test_the_column_sums_compile():
     seen = check_backward(1, 3, 4, 8, 4, True, False, False)
     assert len(seen.launches) == 4
+    seen.launches[:] = seen.launches[2:]
     made = check_machine_code(seen)
-    assert {"_sum_chunks", "_add_chunks"} < set(made)
+    assert set(made) == {"_sum_chunks", "_add_chunks"}
 
 
 def test_a_row_of_no_four_takes_scalars():

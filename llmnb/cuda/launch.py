@@ -20,6 +20,7 @@ __all__ = [
     "numbered",
     "simulated",
     "stream",
+    "stream_address",
     "to_device",
     "to_host",
 ]
@@ -400,3 +401,12 @@ def stream(handle):
         yield handle
     finally:
         _current.stream = before
+
+
+# the stream's address
+def stream_address():
+    """The current stream as libraries take it; 0 is the default one.
+
+    Derived in chapter 4.
+    """
+    return int(getattr(_current.stream, "handle", 0))

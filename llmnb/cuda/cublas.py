@@ -1,0 +1,294 @@
+# Written by `make export` from notebooks/06_matmul.py: edit that file.
+
+"""Multiply by a weight matrix and differentiate it.
+
+The linear layer is one matrix product forward and two backward; nearly all of
+GPT-2's arithmetic happens in these three.
+"""
+
+__all__ = [
+    "Plan",
+    "cublas_backward",
+    "cublas_forward",
+    "cublas_scratch",
+    "dinp_plan",
+    "dweight_plan",
+    "forward_plan",
+    "no_cublas",
+]
+
+
+# imports of the library's product
+import functools
+import importlib.util
+from typing import NamedTuple
+
+import numpy as np
+
+from llmnb.cuda.launch import (
+    address,
+    check_device,
+    empty,
+    missing,
+    stream_address,
+)
+from llmnb.cuda.matmul import _bias_gradient
+
+
+# a plan
+class Plan(NamedTuple):
+    """A product of matrices that lie by columns: D = op(A) op(B) + beta C.
+
+    op(A) is (m, k), op(B) is (k, n), D and C are (m, n). transa, transb:
+    whether op transposes what is stored. lda, ldb, ldd: elements from one
+    column to the next; C has D's. bias: whether a vector of m numbers is
+    added to every column.
+
+    Derived in chapter 6.
+    """
+
+    transa: bool
+    transb: bool
+    m: int
+    n: int
+    k: int
+    lda: int
+    ldb: int
+    ldd: int
+    bias: bool = False
+
+    def stored(self):
+        """Rows, columns and leading dimension of A, B and D as stored."""
+        a = (self.k, self.m) if self.transa else (self.m, self.k)
+        b = (self.n, self.k) if self.transb else (self.k, self.n)
+        return (*a, self.lda), (*b, self.ldb), (self.m, self.n, self.ldd)
+
+
+# the three plans
+def forward_plan(rows, C, OC, bias):
+    """out = inp weight^T: A is weight, B is inp, D is out.
+
+    rows: of inp (rows, C) and out (rows, OC); weight is (OC, C).
+
+    Derived in chapter 6.
+    """
+    return Plan(True, False, OC, rows, C, C, C, OC, bias)
+
+
+def dinp_plan(rows, C, OC):
+    """dinp = dout weight: A is weight, B is dout, D is dinp.
+
+    Derived in chapter 6.
+    """
+    return Plan(False, False, C, rows, OC, C, OC, C)
+
+
+def dweight_plan(rows, C, OC):
+    """dweight = dout^T inp: A is inp, B is dout, D is dweight.
+
+    Derived in chapter 6.
+    """
+    return Plan(False, True, C, OC, rows, C, OC, C)
+
+
+# places and numbers
+WORKSPACE = 8 << 20  # floats: 32 MiB, what NVIDIA advises for an H100
+ALIGNED = 256  # bytes: the library asks for no more
+ZERO, ONE = np.zeros(1, np.float32), np.ones(1, np.float32)
+
+
+class _Places(NamedTuple):
+    """The addresses of a product's operands on the device."""
+
+    a: int
+    b: int
+    c: int
+    d: int
+    bias: int
+
+    def alignments(self):
+        """Of each, the largest power of two, up to 256, that divides it."""
+        return tuple(min(x & -x or ALIGNED, ALIGNED) for x in self)
+
+
+# set an attribute
+def _set(what, thing, name, value):
+    """Set an attribute of a description; what: "matmul_desc" or so."""
+    from nvmath.bindings import cublasLt as lt
+
+    kinds = {
+        "matmul_desc": lt.MatmulDescAttribute,
+        "matmul_preference": lt.MatmulPreferenceAttribute,
+    }
+    attribute = kinds[what][name]
+    dtype = getattr(lt, f"get_{what}_attribute_dtype")(attribute)
+    value = np.array([value], dtype)
+    change = getattr(lt, f"{what}_set_attribute")
+    change(thing, attribute, value.ctypes.data, value.nbytes)
+
+
+# describe a plan
+def _describe(plan, bias, tf32):
+    """A plan as the library knows it: a product and three matrices."""
+    from nvmath.bindings import cublas
+    from nvmath.bindings import cublasLt as lt
+
+    kind = cublas.ComputeType
+    kind = kind.COMPUTE_32F_FAST_TF32 if tf32 else kind.COMPUTE_32F
+    product = lt.matmul_desc_create(kind, 0)  # 0 is float32
+    _set("matmul_desc", product, "TRANSA", int(plan.transa))
+    _set("matmul_desc", product, "TRANSB", int(plan.transb))
+    if plan.bias:
+        _set("matmul_desc", product, "EPILOGUE", int(lt.Epilogue.BIAS))
+        _set("matmul_desc", product, "BIAS_POINTER", bias)
+    return product, *[lt.matrix_layout_create(0, *x) for x in plan.stored()]
+
+
+# the library itself
+@functools.cache
+def _library():
+    """The library's handle; made once, on the GPU that is current."""
+    from nvmath.bindings import cublasLt as lt
+
+    return lt.create()
+
+
+# choose a kernel
+@functools.cache
+def _product(plan, alignments, size, tf32):
+    """A plan described, and the kernel that the library chose for it.
+
+    size: bytes that the kernel may use for itself. Kept for every later
+    call with operands that are aligned alike. Raises RuntimeError when the
+    library knows no kernel.
+    """
+    from nvmath.bindings import cublasLt as lt
+
+    # the search looks at how the bias is aligned, so it needs an address
+    product, A, B, D = _describe(plan, alignments[-1], tf32)
+    wish = lt.matmul_preference_create()
+    _set("matmul_preference", wish, "MAX_WORKSPACE_BYTES", size)
+    for name, bytes_ in zip("ABCD", alignments, strict=False):
+        _set("matmul_preference", wish, f"MIN_ALIGNMENT_{name}_BYTES", bytes_)
+    found = np.zeros(1, lt.matmul_heuristic_result_dtype)
+    count = np.zeros(1, np.int32)
+    lt.matmul_algo_get_heuristic(
+        *(_library(), product, A, B, D, D, wish, 1),
+        *(found.ctypes.data, count.ctypes.data),
+    )
+    lt.matmul_preference_destroy(wish)
+    if not count[0] or found["state"][0]:
+        raise RuntimeError(f"cuBLASLt has no kernel for {plan}")
+    return product, A, B, D, found
+
+
+# carry it out
+def _multiply(plan, places, beta, work, tf32):
+    """Enqueue D = op(A) op(B) + beta C on the current stream."""
+    from nvmath.bindings import cublasLt as lt
+
+    start = -(-address(work) // ALIGNED) * ALIGNED
+    size = max(0, address(work) + work.nbytes - start)
+    kept = _product(plan, places.alignments(), size, tf32)
+    product, A, B, D, found = kept
+    if plan.bias:
+        _set("matmul_desc", product, "BIAS_POINTER", places.bias)
+    lt.matmul(
+        *(_library(), product, ONE.ctypes.data, places.a, A, places.b, B),
+        *((ONE if beta else ZERO).ctypes.data, places.c, D, places.d, D),
+        *(found.ctypes.data, start, size, stream_address()),
+    )
+
+
+# can it be had
+@functools.cache
+def no_cublas():
+    """Why cuBLASLt cannot multiply here; empty where it can.
+
+    Derived in chapter 6.
+    """
+    if missing():
+        return missing()
+    if importlib.util.find_spec("nvmath") is None:
+        return "nvmath-python is not installed: pip install 'llmnb[cuda]'"
+    try:
+        _library()
+    except Exception as error:  # no library to load, or one that refuses
+        return f"cuBLASLt does not start: {error}"
+    return ""
+
+
+def cublas_scratch():
+    """How many floats of scratch memory cuBLASLt should be given.
+
+    Derived in chapter 6.
+    """
+    return WORKSPACE
+
+
+# the linear layer, forward, by cuBLASLt
+def cublas_forward(
+    out, inp, weight, bias, residual=None, work=None, tf32=False
+):
+    """The linear layer by cuBLASLt; otherwise as cuda.matmul_forward.
+
+    work: float32, 1-D, of `cublas_scratch()` elements, allocated when None.
+    tf32: round the factors to 10 bits after the point, on tensor cores.
+    Needs a GPU: raises RuntimeError with `no_cublas()` otherwise, and where
+    the library has no kernel for the shape.
+
+    Derived in chapter 6.
+    """
+    rows = _shapes("cublas_forward", out, inp, weight, bias)
+    if residual is not None:
+        check_device("cublas_forward: residual", residual, out.shape)
+    OC, C = weight.shape
+    work = empty(WORKSPACE, like=inp) if work is None else work
+    d = address(out)
+    c = d if residual is None else address(residual)
+    b = 0 if bias is None else address(bias)
+    plan = forward_plan(rows, C, OC, bias is not None)
+    places = _Places(address(weight), address(inp), c, d, b)
+    _multiply(plan, places, residual is not None, work, tf32)
+
+
+# check the arrays
+def _shapes(name, out, inp, weight, bias):
+    """Raise unless the arrays fit; return the number of rows."""
+    if no_cublas():
+        raise RuntimeError(f"{name}: {no_cublas()}")
+    OC, C = weight.shape
+    check_device(f"{name}: weight", weight, (OC, C))
+    check_device(f"{name}: inp", inp, (*inp.shape[:-1], C))
+    check_device(f"{name}: out", out, (*inp.shape[:-1], OC))
+    if bias is not None:
+        check_device(f"{name}: bias", bias, (OC,))
+    return inp.size // C
+
+
+# the linear layer, backward, by cuBLASLt
+def cublas_backward(
+    dinp, dweight, dbias, dout, inp, weight,
+    add_dinp=True, add_dweight=True, work=None, tf32=False,
+):  # fmt: skip
+    """The linear layer's gradients by cuBLASLt; as cuda.matmul_backward.
+
+    work, tf32, what is raised: as for `cublas_forward`. dbias is summed by
+    this chapter's own kernel, in a fixed order.
+
+    Derived in chapter 6.
+    """
+    rows = _shapes("cublas_backward", dout, inp, weight, dbias)
+    check_device("cublas_backward: dinp", dinp, inp.shape)
+    check_device("cublas_backward: dweight", dweight, weight.shape)
+    OC, C = weight.shape
+    work = empty(WORKSPACE, like=inp) if work is None else work
+    x, w, dy = address(inp), address(weight), address(dout)
+    dx, dw = address(dinp), address(dweight)
+    places = _Places(w, dy, dx, dx, 0)
+    _multiply(dinp_plan(rows, C, OC), places, add_dinp, work, tf32)
+    places = _Places(x, dy, dw, dw, 0)
+    _multiply(dweight_plan(rows, C, OC), places, add_dweight, work, tf32)
+    if dbias is not None:
+        flat = dout.reshape(-1)
+        _bias_gradient(dbias, flat, rows, add_dweight, work)
