@@ -319,6 +319,471 @@ for name in ("forward", "backward"):
     print(f"{'':<9} {slow / fast:.1f} times as fast")
 
 # %% [markdown]
+# ## On a GPU
+#
+# One addition for 12 bytes: what bounds this layer on a CPU bounds it on a
+# GPU. Every element may have a thread of its own, and nothing but traffic
+# is left to think about. So this section has two parts. The first adds, with
+# as few requests as it can. The second asks what traffic the addition
+# could share with the layer that comes next. [Chapter 4](04_gpu.ipynb) has
+# the words: warps, sectors, requests.
+#
+# No GPU has run these kernels yet. They run on the simulator; they are
+# compiled for two generations, sm_80 and sm_90, and what the compiler made
+# of them is checked.
+
+# %% imports of the GPU's kernels tags=["export"] module="cuda.residual"
+import functools
+import math
+from itertools import combinations
+
+import numpy as np
+
+from llmnb.cuda.launch import address, aligned, check_device, kernel, numbered
+from llmnb.cuda.simulator import cuda, load4, store4
+from llmnb.cuda.warp import warp_sum
+
+# %% sizes tags=["exporti"] module="cuda.residual"
+BLOCK = 256  # threads
+ROWS = 4  # a block's, one for each warp, where a warp owns a row
+WIDEST = 2048  # channels that a warp can keep in registers
+EPS = np.float32(1e-5)
+ZERO, ONE = np.float32(0), np.float32(1)
+
+
+# %% [markdown]
+# ### Version 1: a thread an element
+#
+# The whole layer, forward and backward. Backward reads `dout` once for both
+# sums.
+
+
+# %% version 1 tags=["exporti"] module="cuda.residual"
+@kernel
+def _add_elements(out, inp1, inp2):
+    i = cuda.grid(1)
+    if i < out.size:
+        out[i] = inp1[i] + inp2[i]
+
+
+@kernel
+def _add_back_elements(dinp1, dinp2, dout):
+    i = cuda.grid(1)
+    if i < dout.size:
+        d = dout[i]
+        dinp1[i] += d
+        dinp2[i] += d
+
+
+# %% [markdown]
+# ### Version 2: four elements at once
+#
+# As in [chapter 8](08_gelu.ipynb): with accesses of 16 bytes a
+# warp moves 512 bytes a request where it moved 128. Up to three elements at
+# the end get a thread each.
+
+
+# %% version 2 tags=["exporti"] module="cuda.residual"
+@kernel
+def _add_fours(out, inp1, inp2):
+    i, fours = cuda.grid(1), out.size // 4
+    if i < fours:
+        a, b, c, d = load4(inp1, 4 * i)
+        e, f, g, h = load4(inp2, 4 * i)
+        store4(out, 4 * i, a + e, b + f, c + g, d + h)
+    elif 3 * fours + i < out.size:
+        i += 3 * fours
+        out[i] = inp1[i] + inp2[i]
+
+
+@kernel
+def _add_back_fours(dinp1, dinp2, dout):
+    i, fours = cuda.grid(1), dout.size // 4
+    if i < fours:
+        a, b, c, d = load4(dout, 4 * i)
+        e, f, g, h = load4(dinp1, 4 * i)
+        store4(dinp1, 4 * i, a + e, b + f, c + g, d + h)
+        e, f, g, h = load4(dinp2, 4 * i)
+        store4(dinp2, 4 * i, a + e, b + f, c + g, d + h)
+    elif 3 * fours + i < dout.size:
+        i += 3 * fours
+        d = dout[i]
+        dinp1[i] += d
+        dinp2[i] += d
+
+
+# %% launches tags=["exporti"] module="cuda.residual"
+def _by_element(run, *arrays):
+    blocks = (arrays[0].size + BLOCK - 1) // BLOCK
+    run[blocks, BLOCK](*arrays)
+
+
+def _by_four(run, otherwise, *arrays):
+    if not aligned(*arrays):  # a view may begin anywhere
+        return _by_element(otherwise, *arrays)
+    threads = arrays[0].size // 4 + arrays[0].size % 4
+    return run[(threads + BLOCK - 1) // BLOCK, BLOCK](*arrays)
+
+
+# %% residual, forward tags=["export"] module="cuda.residual"
+# one element a thread; four neighbours a thread
+RESIDUAL_FORWARD = (
+    functools.partial(_by_element, _add_elements),
+    functools.partial(_by_four, _add_fours, _add_elements),
+)
+
+
+def residual_forward(out, inp1, inp2, version=2):
+    """Add two arrays.
+
+    out, inp1, inp2: a device's arrays, float32, all of one shape; out is
+    overwritten, and may be inp1 or inp2. version: which kernel, from 1 on.
+    Raises TypeError or ValueError before it launches anything.
+
+    Derived in chapter 9.
+    """
+    run = numbered(RESIDUAL_FORWARD, version, "residual_forward")
+    shape = getattr(out, "shape", ())
+    for name, x in (("out", out), ("inp1", inp1), ("inp2", inp2)):
+        check_device(f"residual_forward: {name}", x, shape)
+    run(out.reshape(-1), inp1.reshape(-1), inp2.reshape(-1))
+
+
+# %% residual, backward tags=["export"] module="cuda.residual"
+# one element a thread; four neighbours a thread
+RESIDUAL_BACKWARD = (
+    functools.partial(_by_element, _add_back_elements),
+    functools.partial(_by_four, _add_back_fours, _add_back_elements),
+)
+
+
+def residual_backward(dinp1, dinp2, dout, version=2):
+    """Add the gradient of the sum to the gradients of both its terms.
+
+    dinp1, dinp2, dout: a device's arrays, float32, all of one shape, three
+    distinct ones; dinp1 and dinp2 are added to. version: which kernel, from
+    1 on. Raises TypeError or ValueError before it launches anything.
+
+    Derived in chapter 9.
+    """
+    label = "residual_backward: "
+    run = numbered(RESIDUAL_BACKWARD, version, "residual_backward")
+    arrays = {"dinp1": dinp1, "dinp2": dinp2, "dout": dout}
+    for name, x in arrays.items():
+        check_device(label + name, x, getattr(dout, "shape", ()))
+    for a, b in combinations(arrays, 2):
+        if abs(address(arrays[a]) - address(arrays[b])) < dout.nbytes:
+            raise ValueError(f"{label}{a} and {b} must not share memory")
+    run(dinp1.reshape(-1), dinp2.reshape(-1), dout.reshape(-1))
+
+
+# %% the same results on the device
+from llmnb.cuda.launch import empty, simulated, to_device, to_host
+
+for version in (1, 2):
+    there = [to_device(x) for x in (a, b, d)]
+    total = empty(a.shape, like=there[0])
+    residual_forward(total, *there[:2], version=version)
+    residual_backward(*there, version=version)
+    equal = np.array_equal([to_host(x) for x in (total, *there[:2])], exact)
+    verdict(f"version {version}", equal, "all three equal to NumPy's")
+
+# %% [markdown]
+# One rounding for one addition: the results are NumPy's, bit for bit. What
+# the simulator counts, for 1027 elements:
+
+# %% requests and sectors
+from llmnb.cuda.simulator import watch
+
+
+def counted(name, version, run, *arrays):
+    with watch() as seen:
+        run(*arrays, version=version)
+    moved = (seen.read_bytes + seen.written_bytes) / arrays[0].size
+    print(
+        f"{name:9} version {version}: {len(seen.launches)} launches, "
+        f"{seen.requests:3} requests, {seen.sectors:4} sectors, "
+        f"{moved:4.1f} bytes an element"
+    )
+
+
+three = [simulated(np.ones(1027, np.float32)) for _ in range(3)]
+for version in (1, 2):
+    counted("forward", version, residual_forward, *three)
+for version in (1, 2):
+    counted("backward", version, residual_backward, *three)
+
+# %% [markdown]
+# The same sectors, with about a quarter of the requests.
+#
+# ### The addition and what follows it
+#
+# The sum goes to memory, and the next layer, LayerNorm
+# ([chapter 5](05_layernorm.ipynb)), reads it back at once. A *fused* kernel
+# does both: whoever has computed a sum still has it in a register. Sum and
+# normalised sum are both written, because the stream needs the one and the
+# next product the other. Count the bytes of main memory for an element:
+#
+# | | reads | writes | |
+# |---|---|---|---|
+# | addition | `inp1`, `inp2` | the sum | 12 |
+# | LayerNorm | the sum | `out` | 8 |
+# | both in one | `inp1`, `inp2` | the sum, `out` | 16 |
+#
+# The numbers of a row, its mean and its deviation, hardly count, and
+# `weight` and `bias`, which every row reads, come from a cache.
+#
+# **Version 1** has two launches: the addition above, and a LayerNorm in
+# which each warp owns a row. Lane $l$ takes channels $l$, $l + 32$,
+# $l + 64$ and so on, and all lanes sweep over the row three times: for the
+# mean and for the variance of (5.1), and for the output.
+
+
+# %% fused, version 1 tags=["exporti"] module="cuda.residual"
+@kernel
+def _normalise(out, mean, rstd, inp, weight, bias):
+    row, lane = cuda.grid(1) // 32, cuda.threadIdx.x % 32
+    rows, C = inp.shape
+    if row >= rows:
+        return
+    total, size = ZERO, np.float32(C)
+    for c in range(lane, C, 32):
+        total += inp[row, c]
+    mu = warp_sum(total) / size
+    total = ZERO
+    for c in range(lane, C, 32):
+        x = inp[row, c] - mu
+        total += x * x
+    r = ONE / math.sqrt(warp_sum(total) / size + EPS)
+    if lane == 0:
+        mean[row], rstd[row] = mu, r
+    for c in range(lane, C, 32):
+        out[row, c] = (inp[row, c] - mu) * r * weight[c] + bias[c]
+
+
+def _unfused(residual, out, mean, rstd, inp1, inp2, weight, bias):
+    residual_forward(residual, inp1, inp2)
+    blocks = (len(out) + ROWS - 1) // ROWS
+    _normalise[blocks, 32 * ROWS](out, mean, rstd, residual, weight, bias)
+
+
+# %% [markdown]
+# **Version 2** is one kernel. A lane keeps its share of the row in an array
+# of its own. Where every index into such an array is known to the compiler,
+# the array is no memory at all: its elements are registers. So the loops
+# need a number of turns that is fixed when the kernel is compiled, and
+# there is one kernel for each number. A function makes it, and `turns` is a
+# constant to the compiler. Lanes without a channel in the last turn take no
+# part in it.
+
+
+# %% fused, version 2 tags=["exporti"] module="cuda.residual"
+@functools.cache
+def _fused_elements(turns):
+    @kernel
+    def fused_elements(residual, out, mean, rstd, inp1, inp2, weight, bias):
+        row, lane = cuda.grid(1) // 32, cuda.threadIdx.x % 32
+        rows, C = out.shape
+        if row >= rows:
+            return
+        mine, size = cuda.local.array(turns, np.float32), np.float32(C)
+        total = ZERO
+        for k in range(turns):
+            c = lane + 32 * k
+            if c < C:
+                x = inp1[row, c] + inp2[row, c]
+                residual[row, c] = mine[k] = x
+                total += x
+        mu = warp_sum(total) / size
+        total = ZERO
+        for k in range(turns):
+            if lane + 32 * k < C:
+                x = mine[k] - mu
+                total += x * x
+        r = ONE / math.sqrt(warp_sum(total) / size + EPS)
+        if lane == 0:
+            mean[row], rstd[row] = mu, r
+        for k in range(turns):
+            c = lane + 32 * k
+            if c < C:
+                out[row, c] = (mine[k] - mu) * r * weight[c] + bias[c]
+
+    return fused_elements
+
+
+# %% [markdown]
+# **Version 3** moves four channels at once. Lane $l$ takes channels $4l$ to
+# $4l + 3$, then the four that begin at $4l + 128$, and so on. It needs rows
+# that begin at a multiple of 16 bytes, hence a number of channels that is
+# divisible by 4; other rows go to version 2. A row of more than 2048
+# channels is too long for registers and goes to version 1.
+
+
+# %% fused, version 3 tags=["exporti"] module="cuda.residual"
+@functools.cache
+def _fused_fours(turns):
+    width = 4 * turns
+
+    @kernel
+    def fused_fours(residual, out, mean, rstd, inp1, inp2, weight, bias):
+        row, lane = cuda.grid(1) // 32, cuda.threadIdx.x % 32
+        rows, C = out.shape
+        if row >= rows:
+            return
+        mine, size = cuda.local.array(width, np.float32), np.float32(C)
+        total = ZERO
+        for k in range(turns):
+            i = 4 * (lane + 32 * k)
+            if i < C:
+                a, b, c, d = load4(inp1, row * C + i)
+                e, f, g, h = load4(inp2, row * C + i)
+                a, b, c, d = a + e, b + f, c + g, d + h
+                store4(residual, row * C + i, a, b, c, d)
+                mine[4 * k], mine[4 * k + 1] = a, b
+                mine[4 * k + 2], mine[4 * k + 3] = c, d
+                total += (a + b) + (c + d)
+        mu = warp_sum(total) / size
+        total = ZERO
+        for k in range(width):
+            if 4 * (lane + 32 * (k // 4)) < C:
+                x = mine[k] - mu
+                total += x * x
+        r = ONE / math.sqrt(warp_sum(total) / size + EPS)
+        if lane == 0:
+            mean[row], rstd[row] = mu, r
+        for k in range(turns):
+            i = 4 * (lane + 32 * k)
+            if i < C:
+                e, f, g, h = load4(weight, i)
+                a, b = (mine[4 * k] - mu) * r, (mine[4 * k + 1] - mu) * r
+                c, d = (mine[4 * k + 2] - mu) * r, (mine[4 * k + 3] - mu) * r
+                a, b, c, d = a * e, b * f, c * g, d * h
+                e, f, g, h = load4(bias, i)
+                store4(out, row * C + i, a + e, b + f, c + g, d + h)
+
+    return fused_fours
+
+
+# %% who owns what
+from llmnb.owners import draw_owners
+
+fig, axes = plt.subplots(2, 1, figsize=(9, 1.7), dpi=100)
+lanes = np.arange(40)
+draw_owners(axes[0], [lanes % 32], "versions 1 and 2")
+draw_owners(axes[1], [lanes // 4], "version 3")
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 9.2. The lanes of a warp that own the 40 channels of a row. By
+# ones, all 32 lanes work in the first turn and 8 in the second. By fours,
+# one turn is enough, and 10 lanes work: vectors pay where a row is longer
+# than 128 channels, as all of GPT-2's are.*
+
+
+# %% launches of the fused kernels tags=["exporti"] module="cuda.residual"
+def _by_rows(make, per_turn, *arrays):
+    rows, C = arrays[1].shape
+    turns, blocks = (C + per_turn - 1) // per_turn, (rows + ROWS - 1) // ROWS
+    make(turns)[blocks, 32 * ROWS](*arrays)
+
+
+def _fused_by_element(*arrays):
+    if arrays[1].shape[1] > WIDEST:
+        return _unfused(*arrays)
+    return _by_rows(_fused_elements, 32, *arrays)
+
+
+def _fused_by_four(*arrays):
+    residual, out, _, _, *others = arrays
+    C = out.shape[1]
+    if C % 4 or C > WIDEST or not aligned(residual, out, *others):
+        return _fused_by_element(*arrays)
+    return _by_rows(_fused_fours, 128, *arrays)
+
+
+# %% residual and LayerNorm tags=["export"] module="cuda.residual"
+# two launches; a warp a row, the sum in registers; the same with vectors
+FUSED_RESIDUAL_FORWARD = (_unfused, _fused_by_element, _fused_by_four)
+
+
+def fused_residual_forward(
+    residual, out, mean, rstd, inp1, inp2, weight, bias, version=3
+):  # fmt: skip
+    """Add two arrays, and normalise each row of the sum.
+
+    As `residual_forward(residual, inp1, inp2)` and then `layernorm_forward(
+    out, mean, rstd, residual, weight, bias)`. residual, out, inp1, inp2: a
+    device's arrays of one shape (..., C), float32; residual may be inp1 or
+    inp2. mean, rstd: (...). weight, bias: (C,). residual, out, mean and rstd
+    are overwritten. version: which kernel, from 1 on. Raises TypeError or
+    ValueError before it launches anything.
+
+    Derived in chapter 9.
+    """
+    label = "fused_residual_forward"
+    run = numbered(FUSED_RESIDUAL_FORWARD, version, label)
+    shape, rows = getattr(inp1, "shape", ()), {"mean": mean, "rstd": rstd}
+    whole = {"residual": residual, "out": out, "inp1": inp1, "inp2": inp2}
+    for name, x in whole.items():
+        check_device(f"{label}: {name}", x, shape)
+    for name, x in rows.items():
+        check_device(f"{label}: {name}", x, shape[:-1])
+    for name, x in (("weight", weight), ("bias", bias)):
+        check_device(f"{label}: {name}", x, shape[-1:])
+    sums, outs, a, b = (x.reshape(-1, shape[-1]) for x in whole.values())
+    stats = (x.reshape(-1) for x in rows.values())
+    run(sums, outs, *stats, a, b, weight, bias)
+
+
+# %% the same results from one kernel
+from llmnb.reference.layernorm import layernorm_backward, layernorm_forward
+
+draw = np.random.default_rng(9).normal
+p, q = draw(size=(2, 3, 2, 100)).astype(np.float32)
+w, c = draw(size=(2, 100)).astype(np.float32)
+want = np.empty_like(p), np.empty_like(p), *np.empty((2, 3, 2), "f4")
+reference.forward(want[0], p, q)
+layernorm_forward(*want[1:], want[0], w, c)
+for version in (1, 2, 3):
+    there = [to_device(x) for x in (p, q, w, c)]
+    got = [empty(x.shape, like=there[0]) for x in want]
+    fused_residual_forward(*got, *there, version=version)
+    off = [
+        np.abs(to_host(x) - y).max() for x, y in zip(got, want, strict=True)
+    ]
+    verdict(f"version {version}", max(off) < 3e-6, "all four within 3e-06")
+
+# %% what the simulator counts
+shapes = [(6, 256)] * 2 + [(6,)] * 2 + [(6, 256)] * 2 + [(256,)] * 2
+arrays = [simulated(np.ones(x, np.float32)) for x in shapes]
+for version in (1, 2, 3):
+    counted("fused", version, fused_residual_forward, *arrays)
+
+# %% [markdown]
+# The simulator knows no cache: it counts every access, also the second and
+# third sweep of version 1 and the 8 bytes of `weight` and `bias`. Without
+# these, 36 become the 20 of the table, and 24 the 16. So fusion moves a
+# fifth less, and it saves a launch; version 3 asks a quarter as often for
+# it. The compiler counts registers: at 768 channels version 3 keeps 24 sums
+# a lane, and needs about half as many registers as version 2, which computes
+# an address for each channel by itself. That leaves room for more warps.
+#
+# **Where it would be used.** The model calls neither this function nor the
+# plain ones: as on the CPU, the product that comes before folds the addition
+# into its own last step (`residual=` in [chapter 6](06_matmul.ipynb)),
+# where the other term is in registers already. Compare all three layers,
+# from the product's result on: the product writes 4 bytes, the fused kernel
+# moves 16, together 20 bytes an element. The product that adds reads the
+# stream and writes the sum, 8, and LayerNorm moves 8, together 16. The fused
+# kernel is for a product that comes from a library and cannot add a second
+# array as it ends, or for a stream that gets its second term from elsewhere.
+#
+# How long any of these takes on a GPU is measured by `llmnb bench --backend
+# cuda --kernels`, where there is one; the results page shows it once it is
+# measured.
+
+# %% [markdown]
 # ## Count it
 #
 # With 4-byte numbers forward moves 12 bytes an element, two reads and one
@@ -459,7 +924,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 9.2. The gradient enters at the right, above half block 24, and
+# *Figure 9.3. The gradient enters at the right, above half block 24, and
 # travels left. With neither LayerNorm nor the addition it shrinks to a
 # third at each half block and ends below a millionth of a millionth of its
 # size. LayerNorm alone keeps the size, and the direction is lost after one
@@ -536,7 +1001,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 9.3. Without scaling, the variance of the stream climbs on a
+# *Figure 9.4. Without scaling, the variance of the stream climbs on a
 # straight line with the number of half blocks, four times as far for 48
 # blocks as for 12. With the factor $1/\sqrt{2L}$ both depths end at the
 # same variance, a little above where they began. Thin grey lines: (9.5)
@@ -650,7 +1115,7 @@ compare("limit", mean_square(0.09 / 1e6, 1e6), np.exp(0.09), tol=1e-6)
 # No. Every LayerNorm stands in the stream itself, divides the gradient by
 # the deviation there and takes two components away, so no road is left on
 # which the gradient passes unchanged. Its alignment with the top ends
-# below that of figure 9.2.
+# below that of figure 9.3.
 # :::
 
 

@@ -1196,9 +1196,9 @@ for version in (1, 2):
 # %% [markdown]
 # The seven arrays hold $7 \cdot 129 = 903$ sectors in both versions. The
 # rest of the sectors, 231 and 18, are the settings, the same few bytes over
-# and over, which come from a cache. Version 2 has less than a sixth of the
-# requests: it needs a quarter of the warps, and each of them asks 9 times
-# and not 14.
+# and over, which come from a cache. Version 2 asks 81 times where version 1
+# asks 462 times: it needs about a quarter of the warps, and each of them has
+# 9 requests and not 14.
 #
 # ### The norm: one sum, one order
 #

@@ -137,8 +137,8 @@ def gelu_forward(out, inp, version=2):
     Derived in chapter 8.
     """
     run = numbered(GELU_FORWARD, version, "gelu_forward")
-    check_device("gelu_forward: inp", inp, inp.shape)
-    check_device("gelu_forward: out", out, inp.shape)
+    for name, array in (("inp", inp), ("out", out)):
+        check_device(f"gelu_forward: {name}", array, getattr(inp, "shape", ()))
     run(out.reshape(-1), inp.reshape(-1))
 
 
@@ -158,8 +158,9 @@ def gelu_backward(dinp, dout, inp, add=True, version=2):
     Derived in chapter 8.
     """
     run = numbered(GELU_BACKWARD, version, "gelu_backward")
-    check_device("gelu_backward: inp", inp, inp.shape)
-    for name, array in (("dinp", dinp), ("dout", dout)):
-        check_device(f"gelu_backward: {name}", array, inp.shape)
+    for name, array in (("inp", inp), ("dinp", dinp), ("dout", dout)):
+        check_device(
+            f"gelu_backward: {name}", array, getattr(inp, "shape", ())
+        )
     arrays = (x.reshape(-1) for x in (dinp, dout, inp))
     run(*arrays, int(add))

@@ -1,0 +1,309 @@
+# Written by `make export` from notebooks/09_residual.py: edit that file.
+
+"""Add a layer's output to its input.
+
+The sum of a layer's output and its input keeps a road open along which
+gradients reach the first layers unchanged.
+"""
+
+__all__ = [
+    "FUSED_RESIDUAL_FORWARD",
+    "RESIDUAL_BACKWARD",
+    "RESIDUAL_FORWARD",
+    "fused_residual_forward",
+    "residual_backward",
+    "residual_forward",
+]
+
+
+# imports of the GPU's kernels
+import functools
+import math
+from itertools import combinations
+
+import numpy as np
+
+from llmnb.cuda.launch import address, aligned, check_device, kernel, numbered
+from llmnb.cuda.simulator import cuda, load4, store4
+from llmnb.cuda.warp import warp_sum
+
+
+# sizes
+BLOCK = 256  # threads
+ROWS = 4  # a block's, one for each warp, where a warp owns a row
+WIDEST = 2048  # channels that a warp can keep in registers
+EPS = np.float32(1e-5)
+ZERO, ONE = np.float32(0), np.float32(1)
+
+
+# version 1
+@kernel
+def _add_elements(out, inp1, inp2):
+    i = cuda.grid(1)
+    if i < out.size:
+        out[i] = inp1[i] + inp2[i]
+
+
+@kernel
+def _add_back_elements(dinp1, dinp2, dout):
+    i = cuda.grid(1)
+    if i < dout.size:
+        d = dout[i]
+        dinp1[i] += d
+        dinp2[i] += d
+
+
+# version 2
+@kernel
+def _add_fours(out, inp1, inp2):
+    i, fours = cuda.grid(1), out.size // 4
+    if i < fours:
+        a, b, c, d = load4(inp1, 4 * i)
+        e, f, g, h = load4(inp2, 4 * i)
+        store4(out, 4 * i, a + e, b + f, c + g, d + h)
+    elif 3 * fours + i < out.size:
+        i += 3 * fours
+        out[i] = inp1[i] + inp2[i]
+
+
+@kernel
+def _add_back_fours(dinp1, dinp2, dout):
+    i, fours = cuda.grid(1), dout.size // 4
+    if i < fours:
+        a, b, c, d = load4(dout, 4 * i)
+        e, f, g, h = load4(dinp1, 4 * i)
+        store4(dinp1, 4 * i, a + e, b + f, c + g, d + h)
+        e, f, g, h = load4(dinp2, 4 * i)
+        store4(dinp2, 4 * i, a + e, b + f, c + g, d + h)
+    elif 3 * fours + i < dout.size:
+        i += 3 * fours
+        d = dout[i]
+        dinp1[i] += d
+        dinp2[i] += d
+
+
+# launches
+def _by_element(run, *arrays):
+    blocks = (arrays[0].size + BLOCK - 1) // BLOCK
+    run[blocks, BLOCK](*arrays)
+
+
+def _by_four(run, otherwise, *arrays):
+    if not aligned(*arrays):  # a view may begin anywhere
+        return _by_element(otherwise, *arrays)
+    threads = arrays[0].size // 4 + arrays[0].size % 4
+    return run[(threads + BLOCK - 1) // BLOCK, BLOCK](*arrays)
+
+
+# residual, forward
+# one element a thread; four neighbours a thread
+RESIDUAL_FORWARD = (
+    functools.partial(_by_element, _add_elements),
+    functools.partial(_by_four, _add_fours, _add_elements),
+)
+
+
+def residual_forward(out, inp1, inp2, version=2):
+    """Add two arrays.
+
+    out, inp1, inp2: a device's arrays, float32, all of one shape; out is
+    overwritten, and may be inp1 or inp2. version: which kernel, from 1 on.
+    Raises TypeError or ValueError before it launches anything.
+
+    Derived in chapter 9.
+    """
+    run = numbered(RESIDUAL_FORWARD, version, "residual_forward")
+    shape = getattr(out, "shape", ())
+    for name, x in (("out", out), ("inp1", inp1), ("inp2", inp2)):
+        check_device(f"residual_forward: {name}", x, shape)
+    run(out.reshape(-1), inp1.reshape(-1), inp2.reshape(-1))
+
+
+# residual, backward
+# one element a thread; four neighbours a thread
+RESIDUAL_BACKWARD = (
+    functools.partial(_by_element, _add_back_elements),
+    functools.partial(_by_four, _add_back_fours, _add_back_elements),
+)
+
+
+def residual_backward(dinp1, dinp2, dout, version=2):
+    """Add the gradient of the sum to the gradients of both its terms.
+
+    dinp1, dinp2, dout: a device's arrays, float32, all of one shape, three
+    distinct ones; dinp1 and dinp2 are added to. version: which kernel, from
+    1 on. Raises TypeError or ValueError before it launches anything.
+
+    Derived in chapter 9.
+    """
+    label = "residual_backward: "
+    run = numbered(RESIDUAL_BACKWARD, version, "residual_backward")
+    arrays = {"dinp1": dinp1, "dinp2": dinp2, "dout": dout}
+    for name, x in arrays.items():
+        check_device(label + name, x, getattr(dout, "shape", ()))
+    for a, b in combinations(arrays, 2):
+        if abs(address(arrays[a]) - address(arrays[b])) < dout.nbytes:
+            raise ValueError(f"{label}{a} and {b} must not share memory")
+    run(dinp1.reshape(-1), dinp2.reshape(-1), dout.reshape(-1))
+
+
+# fused, version 1
+@kernel
+def _normalise(out, mean, rstd, inp, weight, bias):
+    row, lane = cuda.grid(1) // 32, cuda.threadIdx.x % 32
+    rows, C = inp.shape
+    if row >= rows:
+        return
+    total, size = ZERO, np.float32(C)
+    for c in range(lane, C, 32):
+        total += inp[row, c]
+    mu = warp_sum(total) / size
+    total = ZERO
+    for c in range(lane, C, 32):
+        x = inp[row, c] - mu
+        total += x * x
+    r = ONE / math.sqrt(warp_sum(total) / size + EPS)
+    if lane == 0:
+        mean[row], rstd[row] = mu, r
+    for c in range(lane, C, 32):
+        out[row, c] = (inp[row, c] - mu) * r * weight[c] + bias[c]
+
+
+def _unfused(residual, out, mean, rstd, inp1, inp2, weight, bias):
+    residual_forward(residual, inp1, inp2)
+    blocks = (len(out) + ROWS - 1) // ROWS
+    _normalise[blocks, 32 * ROWS](out, mean, rstd, residual, weight, bias)
+
+
+# fused, version 2
+@functools.cache
+def _fused_elements(turns):
+    @kernel
+    def fused_elements(residual, out, mean, rstd, inp1, inp2, weight, bias):
+        row, lane = cuda.grid(1) // 32, cuda.threadIdx.x % 32
+        rows, C = out.shape
+        if row >= rows:
+            return
+        mine, size = cuda.local.array(turns, np.float32), np.float32(C)
+        total = ZERO
+        for k in range(turns):
+            c = lane + 32 * k
+            if c < C:
+                x = inp1[row, c] + inp2[row, c]
+                residual[row, c] = mine[k] = x
+                total += x
+        mu = warp_sum(total) / size
+        total = ZERO
+        for k in range(turns):
+            if lane + 32 * k < C:
+                x = mine[k] - mu
+                total += x * x
+        r = ONE / math.sqrt(warp_sum(total) / size + EPS)
+        if lane == 0:
+            mean[row], rstd[row] = mu, r
+        for k in range(turns):
+            c = lane + 32 * k
+            if c < C:
+                out[row, c] = (mine[k] - mu) * r * weight[c] + bias[c]
+
+    return fused_elements
+
+
+# fused, version 3
+@functools.cache
+def _fused_fours(turns):
+    width = 4 * turns
+
+    @kernel
+    def fused_fours(residual, out, mean, rstd, inp1, inp2, weight, bias):
+        row, lane = cuda.grid(1) // 32, cuda.threadIdx.x % 32
+        rows, C = out.shape
+        if row >= rows:
+            return
+        mine, size = cuda.local.array(width, np.float32), np.float32(C)
+        total = ZERO
+        for k in range(turns):
+            i = 4 * (lane + 32 * k)
+            if i < C:
+                a, b, c, d = load4(inp1, row * C + i)
+                e, f, g, h = load4(inp2, row * C + i)
+                a, b, c, d = a + e, b + f, c + g, d + h
+                store4(residual, row * C + i, a, b, c, d)
+                mine[4 * k], mine[4 * k + 1] = a, b
+                mine[4 * k + 2], mine[4 * k + 3] = c, d
+                total += (a + b) + (c + d)
+        mu = warp_sum(total) / size
+        total = ZERO
+        for k in range(width):
+            if 4 * (lane + 32 * (k // 4)) < C:
+                x = mine[k] - mu
+                total += x * x
+        r = ONE / math.sqrt(warp_sum(total) / size + EPS)
+        if lane == 0:
+            mean[row], rstd[row] = mu, r
+        for k in range(turns):
+            i = 4 * (lane + 32 * k)
+            if i < C:
+                e, f, g, h = load4(weight, i)
+                a, b = (mine[4 * k] - mu) * r, (mine[4 * k + 1] - mu) * r
+                c, d = (mine[4 * k + 2] - mu) * r, (mine[4 * k + 3] - mu) * r
+                a, b, c, d = a * e, b * f, c * g, d * h
+                e, f, g, h = load4(bias, i)
+                store4(out, row * C + i, a + e, b + f, c + g, d + h)
+
+    return fused_fours
+
+
+# launches of the fused kernels
+def _by_rows(make, per_turn, *arrays):
+    rows, C = arrays[1].shape
+    turns, blocks = (C + per_turn - 1) // per_turn, (rows + ROWS - 1) // ROWS
+    make(turns)[blocks, 32 * ROWS](*arrays)
+
+
+def _fused_by_element(*arrays):
+    if arrays[1].shape[1] > WIDEST:
+        return _unfused(*arrays)
+    return _by_rows(_fused_elements, 32, *arrays)
+
+
+def _fused_by_four(*arrays):
+    residual, out, _, _, *others = arrays
+    C = out.shape[1]
+    if C % 4 or C > WIDEST or not aligned(residual, out, *others):
+        return _fused_by_element(*arrays)
+    return _by_rows(_fused_fours, 128, *arrays)
+
+
+# residual and LayerNorm
+# two launches; a warp a row, the sum in registers; the same with vectors
+FUSED_RESIDUAL_FORWARD = (_unfused, _fused_by_element, _fused_by_four)
+
+
+def fused_residual_forward(
+    residual, out, mean, rstd, inp1, inp2, weight, bias, version=3
+):  # fmt: skip
+    """Add two arrays, and normalise each row of the sum.
+
+    As `residual_forward(residual, inp1, inp2)` and then `layernorm_forward(
+    out, mean, rstd, residual, weight, bias)`. residual, out, inp1, inp2: a
+    device's arrays of one shape (..., C), float32; residual may be inp1 or
+    inp2. mean, rstd: (...). weight, bias: (C,). residual, out, mean and rstd
+    are overwritten. version: which kernel, from 1 on. Raises TypeError or
+    ValueError before it launches anything.
+
+    Derived in chapter 9.
+    """
+    label = "fused_residual_forward"
+    run = numbered(FUSED_RESIDUAL_FORWARD, version, label)
+    shape, rows = getattr(inp1, "shape", ()), {"mean": mean, "rstd": rstd}
+    whole = {"residual": residual, "out": out, "inp1": inp1, "inp2": inp2}
+    for name, x in whole.items():
+        check_device(f"{label}: {name}", x, shape)
+    for name, x in rows.items():
+        check_device(f"{label}: {name}", x, shape[:-1])
+    for name, x in (("weight", weight), ("bias", bias)):
+        check_device(f"{label}: {name}", x, shape[-1:])
+    sums, outs, a, b = (x.reshape(-1, shape[-1]) for x in whole.values())
+    stats = (x.reshape(-1) for x in rows.values())
+    run(sums, outs, *stats, a, b, weight, bias)
