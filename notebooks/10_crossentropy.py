@@ -998,7 +998,13 @@ import math
 
 import numpy as np
 
-from llmnb.cuda.launch import check_device, device, kernel
+from llmnb.cuda.launch import (
+    aligned,
+    check_device,
+    device,
+    kernel,
+    numbered,
+)
 from llmnb.cuda.simulator import cuda, load4, store4
 from llmnb.cuda.warp import block_max, block_sum, warp_max, warp_sum
 
@@ -1028,16 +1034,6 @@ def _device_rows(name, wide, narrow, targets=None, V=1):
         check_device(f"{name}: targets", targets, shape[:2], np.int32)
         flat.append(targets.reshape(-1))
     return flat
-
-
-# %% pick a version tags=["exporti"] module="cuda.crossentropy"
-def _rung(name, ladder, version):
-    """The version that bears this number; raise where there is none."""
-    if version not in range(1, len(ladder) + 1):
-        raise ValueError(
-            f"{name}: version must lie in [1, {len(ladder)}], got {version}"
-        )
-    return ladder[version - 1]
 
 
 # %% [markdown]
@@ -1071,7 +1067,7 @@ def count_softmax(number, run, rows, V, Vp):
     each = seen.barriers // seen.threads
     print(f"version {number}: {seen.read_bytes:6,} bytes read,", end=" ")
     print(f"{seen.requests:5,} requests,", end=" ")
-    print(f"{seen.sectors:6,} sectors, {each} barriers")
+    print(f"{seen.sectors:6,} sectors, barriers: {each}")
 
 
 # %% [markdown]
@@ -1167,16 +1163,17 @@ for number, run in enumerate(ladder, 1):
     count_softmax(number, run, 32, 125, 128)
 
 # %% [markdown]
-# The bytes that the threads ask for are the same; the sectors that move are
-# an eighth of the former number.
+# The bytes that the threads ask for are the same; the sectors are about an
+# eighth of what they were, because each is now used whole.
 #
 # ### Version 3: a block a row
 #
 # GPT-2's rows have 50,257 logits. A lane of version 2 takes 1,571 of them
 # one after the other, three times. And a batch of 4 x 64 positions makes 256
 # warps, two for each of the 132 processors of an H100, which has room for
-# 64: too few requests under way to keep the memory busy. With 1,024 threads
-# a row a thread takes 50 logits, and the same batch fills the processors.
+# 64: few requests under way. With 1,024 threads a row a thread takes 50
+# logits, and the same batch has 32 warps for each processor and as many that
+# wait for their turn.
 #
 # The price is that 32 warps have to agree. `block_max` and `block_sum`
 # pass through shared memory, with two barriers each. A short row gets a
@@ -1365,16 +1362,17 @@ try_softmax(_softmax_one_pass)
 #
 # A row begins at such an address when Vp is a multiple of 4, which the
 # padding to 128 sees to. V is odd: 50,257 logits are 12,564 vectors and one
-# more, which a loop over single elements takes, and it takes all of a row
-# whose length is no multiple of 4. So no vector reaches into the padding,
+# more, which a loop over single elements takes. The host counts `whole`, the
+# columns that go by vectors: none where Vp is no multiple of 4 or an array
+# begins elsewhere. So no vector reaches into the padding,
 # and no number that may be NaN enters the arithmetic.
 
 
 # %% four logits at once tags=["exporti"] module="cuda.crossentropy"
-@device
-def _whole(V, Vp):
-    """How many of the first V columns are moved in vectors of four."""
-    return V - V % 4 if Vp % 4 == 0 else 0
+def _whole(V, *arrays):
+    """How many of the first V columns can be moved in vectors of four."""
+    fits = arrays[0].shape[1] % 4 == 0 and aligned(*arrays)
+    return V - V % 4 if fits else 0
 
 
 @device
@@ -1388,13 +1386,13 @@ def _with_four(top, total, a, b, c, d):
 
 
 @device
-def _row_pair(logits, row, V, done):
+def _row_pair(logits, row, V, whole, done):
     """The pair of those logits of a row that are this thread's to read.
 
     done: this many columns were read before, as vectors.
     """
     me, step, Vp = cuda.threadIdx.x, cuda.blockDim.x, logits.shape[1]
-    top, total, whole = _LOWEST, np.float32(0), _whole(V, Vp)
+    top, total = _LOWEST, np.float32(0)
     for i in range(done + 4 * me, whole, 4 * step):
         a, b, c, d = load4(logits, row * Vp + i)
         top, total = _with_four(top, total, a, b, c, d)
@@ -1405,14 +1403,13 @@ def _row_pair(logits, row, V, done):
 
 # %% version 5 tags=["exporti"] module="cuda.crossentropy"
 @kernel(launch_bounds=1024)
-def _softmax_in_fours(probs, logits, V):
+def _softmax_in_fours(probs, logits, V, whole):
     row, me, step = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
     tops = cuda.shared.array(32, np.float32)
     totals = cuda.shared.array(32, np.float32)
-    top, total = _row_pair(logits, row, V, 0)
+    top, total = _row_pair(logits, row, V, whole, 0)
     top, total = _block_merged(top, total, tops, totals)
     scale, Vp = np.float32(1) / total, logits.shape[1]
-    whole = _whole(V, Vp)
     for i in range(4 * me, whole, 4 * step):
         a, b, c, d = load4(logits, row * Vp + i)
         a, b = scale * math.exp(a - top), scale * math.exp(b - top)
@@ -1422,8 +1419,9 @@ def _softmax_in_fours(probs, logits, V):
 
 
 def _softmax_vectors(probs, logits, V):
+    whole = _whole(V, probs, logits)
     block = _threads(-(-V // 4))
-    _softmax_in_fours[len(logits), block](probs, logits, V)
+    _softmax_in_fours[len(logits), block](probs, logits, V, whole)
 
 
 # %% versions 3 to 5, counted
@@ -1464,7 +1462,7 @@ def softmax_forward(probs, logits, V, version=5):
 
     Derived in chapter 10.
     """
-    run = _rung("softmax_forward", SOFTMAX_FORWARD, version)
+    run = numbered(SOFTMAX_FORWARD, version, "softmax_forward")
     wide = {"logits": logits, "probs": probs}
     logits, probs = _device_rows("softmax_forward", wide, {}, V=V)
     run(probs, logits, V)
@@ -1497,10 +1495,10 @@ def _softmax_back_warp_a_row(dlogits, dprobs, probs):
 
 # %% the gradient by blocks tags=["exporti"] module="cuda.crossentropy"
 @kernel(launch_bounds=1024)
-def _softmax_back_in_fours(dlogits, dprobs, probs):
+def _softmax_back_in_fours(dlogits, dprobs, probs, whole):
     row, me, step = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
     parts, Vp = cuda.shared.array(32, np.float32), probs.shape[1]
-    inside, whole = np.float32(0), _whole(Vp, Vp)
+    inside = np.float32(0)
     for i in range(row * Vp + 4 * me, row * Vp + whole, 4 * step):
         a, b, c, d = load4(probs, i)
         e, f, g, h = load4(dprobs, i)
@@ -1520,8 +1518,9 @@ def _softmax_back_in_fours(dlogits, dprobs, probs):
 
 
 def _softmax_back_vectors(dlogits, dprobs, probs):
-    block = _threads(-(-probs.shape[1] // 4))
-    _softmax_back_in_fours[len(probs), block](dlogits, dprobs, probs)
+    arrays, Vp = (dlogits, dprobs, probs), probs.shape[1]
+    block = _threads(-(-Vp // 4))
+    _softmax_back_in_fours[len(probs), block](*arrays, _whole(Vp, *arrays))
 
 
 # %% its gradient on a GPU tags=["export"] module="cuda.crossentropy"
@@ -1539,7 +1538,7 @@ def softmax_backward(dlogits, dprobs, probs, version=2):
 
     Derived in chapter 10.
     """
-    run = _rung("softmax_backward", SOFTMAX_BACKWARD, version)
+    run = numbered(SOFTMAX_BACKWARD, version, "softmax_backward")
     wide = {"probs": probs, "dlogits": dlogits, "dprobs": dprobs}
     probs, dlogits, dprobs = _device_rows("softmax_backward", wide, {})
     run(dlogits, dprobs, probs)
@@ -1597,7 +1596,7 @@ def crossentropy_forward(losses, probs, targets, version=1):
     Derived in chapter 10.
     """
     name = "crossentropy_forward"
-    run = _rung(name, CROSSENTROPY_FORWARD, version)
+    run = numbered(CROSSENTROPY_FORWARD, version, name)
     wide, narrow = {"probs": probs}, {"losses": losses}
     probs, losses, targets = _device_rows(name, wide, narrow, targets)
     run(losses, probs, targets)
@@ -1613,7 +1612,7 @@ def crossentropy_backward(dprobs, dlosses, probs, targets, version=1):
     Derived in chapter 10.
     """
     name = "crossentropy_backward"
-    run = _rung(name, CROSSENTROPY_BACKWARD, version)
+    run = numbered(CROSSENTROPY_BACKWARD, version, name)
     wide, narrow = {"probs": probs, "dprobs": dprobs}, {"dlosses": dlosses}
     rows = _device_rows(name, wide, narrow, targets)
     probs, dprobs, dlosses, targets = rows
@@ -1651,11 +1650,11 @@ def _loss_warp_a_row(losses, lse, logits, targets, V):
 
 # %% loss and lse by blocks tags=["exporti"] module="cuda.crossentropy"
 @kernel(launch_bounds=1024)
-def _loss_in_fours(losses, lse, logits, targets, V):
+def _loss_in_fours(losses, lse, logits, targets, V, whole):
     row, me = cuda.blockIdx.x, cuda.threadIdx.x
     tops = cuda.shared.array(32, np.float32)
     totals = cuda.shared.array(32, np.float32)
-    top, total = _row_pair(logits, row, V, 0)
+    top, total = _row_pair(logits, row, V, whole, 0)
     top, total = _block_merged(top, total, tops, totals)
     if me == 0:
         lse[row] = top + math.log(total)
@@ -1663,8 +1662,9 @@ def _loss_in_fours(losses, lse, logits, targets, V):
 
 
 def _loss_vectors(losses, lse, logits, targets, V):
+    arrays = losses, lse, logits, targets
     block = _threads(-(-V // 4))
-    _loss_in_fours[len(logits), block](losses, lse, logits, targets, V)
+    _loss_in_fours[len(logits), block](*arrays, V, _whole(V, logits))
 
 
 # %% the fused forward pass tags=["export"] module="cuda.crossentropy"
@@ -1686,7 +1686,7 @@ def crossentropy_softmax_forward(losses, lse, logits, targets, V, version=2):
     Derived in chapter 10.
     """
     name = "crossentropy_softmax_forward"
-    run = _rung(name, CROSSENTROPY_SOFTMAX_FORWARD, version)
+    run = numbered(CROSSENTROPY_SOFTMAX_FORWARD, version, name)
     wide, narrow = {"logits": logits}, {"losses": losses, "lse": lse}
     rows = _device_rows(name, wide, narrow, targets, V)
     logits, losses, lse, targets = rows
@@ -1737,13 +1737,12 @@ def _slopes_warp_a_row(dlogits, dlosses, logits, lse, targets, V):
 
 # %% dlogits by blocks tags=["exporti"] module="cuda.crossentropy"
 @device
-def _put_row(out, logits, row, V, shift, scale, k, done):
+def _put_row(out, logits, row, V, whole, done, shift, scale, k):
     """Write a row's gradient by its block: vectors, the rest, padding.
 
     done: this many columns are written elsewhere, as vectors.
     """
     me, step, Vp = cuda.threadIdx.x, cuda.blockDim.x, logits.shape[1]
-    whole = _whole(V, Vp)
     for i in range(done + 4 * me, whole, 4 * step):
         a, b, c, d = load4(logits, row * Vp + i)
         a = _slope(a, shift, scale, i == k)
@@ -1755,16 +1754,17 @@ def _put_row(out, logits, row, V, shift, scale, k, done):
 
 
 @kernel(launch_bounds=1024)
-def _slopes_in_fours(dlogits, dlosses, logits, lse, targets, V):
+def _slopes_in_fours(dlogits, dlosses, logits, lse, targets, V, whole):
     row = cuda.blockIdx.x
     k, shift, scale = targets[row], lse[row], dlosses[row]
-    _put_row(dlogits, logits, row, V, shift, scale, k, 0)
+    _put_row(dlogits, logits, row, V, whole, 0, shift, scale, k)
 
 
 def _slopes_vectors(dlogits, dlosses, logits, lse, targets, V):
     block = _threads(-(-V // 4))
     arrays = dlogits, dlosses, logits, lse, targets
-    _slopes_in_fours[len(logits), block](*arrays, V)
+    whole = _whole(V, dlogits, logits)
+    _slopes_in_fours[len(logits), block](*arrays, V, whole)
 
 
 # %% the fused backward pass tags=["export"] module="cuda.crossentropy"
@@ -1786,7 +1786,7 @@ def crossentropy_softmax_backward(
     Derived in chapter 10.
     """
     name = "crossentropy_softmax_backward"
-    run = _rung(name, CROSSENTROPY_SOFTMAX_BACKWARD, version)
+    run = numbered(CROSSENTROPY_SOFTMAX_BACKWARD, version, name)
     wide = {"logits": logits, "dlogits": dlogits}
     narrow = {"dlosses": dlosses, "lse": lse}
     rows = _device_rows(name, wide, narrow, targets, V)
@@ -1835,14 +1835,14 @@ for k in names:
 
 # %% a classifier that reads too late
 @kernel
-def too_late(losses, logits, dlosses, targets, V):
+def too_late(losses, logits, dlosses, targets, V, whole):
     row = cuda.blockIdx.x
     tops = cuda.shared.array(32, np.float32)
     totals = cuda.shared.array(32, np.float32)
-    top, total = _row_pair(logits, row, V, 0)
+    top, total = _row_pair(logits, row, V, whole, 0)
     top, total = _block_merged(top, total, tops, totals)
     shift, k = top + math.log(total), targets[row]
-    _put_row(logits, logits, row, V, shift, dlosses[row], k, 0)
+    _put_row(logits, logits, row, V, whole, 0, shift, dlosses[row], k)
     if cuda.threadIdx.x == 0:
         losses[row] = shift - logits[row, k]
 
@@ -1852,7 +1852,7 @@ row_of_zeros = simulated(np.zeros((1, 128), np.float32))
 fifty = simulated(np.array([50], np.int32))
 try:
     with watch():
-        too_late[1, 32](ones[0], row_of_zeros, ones[1], fifty, 101)
+        too_late[1, 32](ones[0], row_of_zeros, ones[1], fifty, 101, 100)
     caught = False
 except RaceError as error:
     print(str(error).replace(": ", ":\n").replace(", and", ",\nand"))
@@ -1866,41 +1866,43 @@ verdict("the race", caught, "is caught")
 
 # %% loss and gradient in one launch tags=["exporti"] module="cuda.crossentropy"
 @kernel(launch_bounds=1024)
-def _classify_in_fours(losses, logits, dlosses, targets, V):
+def _classify_in_fours(losses, logits, dlosses, targets, V, whole):
     row, me = cuda.blockIdx.x, cuda.threadIdx.x
     tops = cuda.shared.array(32, np.float32)
     totals = cuda.shared.array(32, np.float32)
     k = targets[row]
     right = logits[row, k]  # before the barrier: it is overwritten below
-    top, total = _row_pair(logits, row, V, 0)
+    top, total = _row_pair(logits, row, V, whole, 0)
     top, total = _block_merged(top, total, tops, totals)
     shift = top + math.log(total)
     if me == 0:
         losses[row] = shift - right
-    _put_row(logits, logits, row, V, shift, dlosses[row], k, 0)
+    _put_row(logits, logits, row, V, whole, 0, shift, dlosses[row], k)
 
 
 def _classify_two_reads(losses, logits, dlosses, targets, V):
     block = _threads(-(-V // 4))
     arrays = losses, logits, dlosses, targets
-    _classify_in_fours[len(logits), block](*arrays, V)
+    _classify_in_fours[len(logits), block](*arrays, V, _whole(V, logits))
 
 
 # %% [markdown]
 # Written like that, the kernel still asks for each logit twice. The second
 # time the row may come from the cache of the whole GPU, which has 50 MB on
-# an H100. 132 processors with two blocks of 1,024 threads each work on 264
-# rows at a time, 53 MB: about as much, so it may as well not.
+# an H100. The compiler gives a thread of it some 48 registers, so each of
+# 132 processors has room for one block of 1,024 threads: 132 rows are under
+# way at a time, 27 MB. They should fit, but nothing that is counted here can
+# tell.
 #
 # There is a memory nearer by. The registers of a processor hold 256 KB, and
 # a row needs 201 KB. But a thread needs registers for other things too.
 # With 512 threads a block, of at most 128 registers each, the compiler finds
-# room for twelve vectors, 48 registers, and spills from fourteen on. So a
-# block keeps the exponentials of the first 24,576 columns, about half of a
-# row of GPT-2, and reads the others twice as before. When the block's
-# maximum is known, what a thread kept is off by one factor,
-# $e^{m_a - m}$, the same for all: kept logits also need one exponential
-# instead of two.
+# room for twelve vectors, 48 registers; with thirteen it spills on the older
+# of the two generations. So a block keeps the exponentials of the first
+# 24,576 columns, about half of a row of GPT-2, and reads the others twice as
+# before. When the block's maximum is known, all that a thread kept is off by
+# the same factor $e^{m_a - m}$: kept logits need one exponential instead of
+# two.
 
 
 # %% a row in registers tags=["exporti"] module="cuda.crossentropy"
@@ -1949,15 +1951,15 @@ def _put_kept(logits, row, whole, held, factor, scale, k):
 
 # %% most of a row read once tags=["exporti"] module="cuda.crossentropy"
 @kernel(launch_bounds=_KEEPERS)
-def _classify_kept(losses, logits, dlosses, targets, V):
-    row, me, Vp = cuda.blockIdx.x, cuda.threadIdx.x, logits.shape[1]
+def _classify_kept(losses, logits, dlosses, targets, V, whole):
+    row, me = cuda.blockIdx.x, cuda.threadIdx.x
     tops = cuda.shared.array(32, np.float32)
     totals = cuda.shared.array(32, np.float32)
-    held, whole = cuda.local.array(_KEPT, np.float32), _whole(V, Vp)
+    held = cuda.local.array(_KEPT, np.float32)
     k, scale = targets[row], dlosses[row]
     right = logits[row, k]  # before the barrier: it is overwritten below
     mine, total = _keep(held, logits, row, whole)
-    other, more = _row_pair(logits, row, V, _DONE)
+    other, more = _row_pair(logits, row, V, whole, _DONE)
     top, total = _merged(mine, total, other, more)
     top, total = _block_merged(top, total, tops, totals)
     shift = top + math.log(total)
@@ -1965,15 +1967,16 @@ def _classify_kept(losses, logits, dlosses, targets, V):
         losses[row] = shift - right
     factor = scale * math.exp(mine - shift)
     _put_kept(logits, row, whole, held, factor, scale, k)
-    _put_row(logits, logits, row, V, shift, scale, k, _DONE)
+    _put_row(logits, logits, row, V, whole, _DONE, shift, scale, k)
 
 
 def _classify_one_read(losses, logits, dlosses, targets, V):
     arrays = losses, logits, dlosses, targets
-    if logits.shape[1] % 4 or V <= 4 * _KEEPERS:
+    whole = _whole(V, logits)
+    if whole < 4 * _KEEPERS:  # no vector for every thread
         _classify_two_reads(*arrays, V)
     else:
-        _classify_kept[len(logits), _KEEPERS](*arrays, V)
+        _classify_kept[len(logits), _KEEPERS](*arrays, V, whole)
 
 
 # %% the whole classifier tags=["export"] module="cuda.crossentropy"
@@ -1990,13 +1993,13 @@ def fused_classifier(losses, logits, dlosses, targets, V, version=2):
     their gradient; columns from V on are not read and receive 0. dlosses:
     (B, T), known before the losses are. targets: device's int32 (B, T),
     each in [0, V): the caller checks that on the host. version: 1 or 2, the
-    place in FUSED_CLASSIFIER; 2 is 1 where Vp is no multiple of 4 or V at
-    most 2048. Raises TypeError or ValueError for a wrong dtype, shape or
+    place in FUSED_CLASSIFIER; 2 is 1 where Vp is no multiple of 4 or V less
+    than 2048. Raises TypeError or ValueError for a wrong dtype, shape or
     version and for V outside [1, Vp].
 
     Derived in chapter 10.
     """
-    run = _rung("fused_classifier", FUSED_CLASSIFIER, version)
+    run = numbered(FUSED_CLASSIFIER, version, "fused_classifier")
     wide, narrow = {"logits": logits}, {"losses": losses, "dlosses": dlosses}
     rows = _device_rows("fused_classifier", wide, narrow, targets, V)
     logits, losses, dlosses, targets = rows
@@ -2042,9 +2045,8 @@ for version in (1, 2):
 # every thread; the sectors count what moves when no cache helps. Version 1
 # saves a launch and the way of $\lambda$ through memory, hardly anything,
 # unless the cache keeps the row. Version 2 saves a sixth of the sectors
-# whatever the cache does. Whether that outweighs that one block fills a
-# processor, and that nothing is being read while its threads compute and
-# write, is for a measurement to say.
+# whatever the cache does. Its price is 16 warps on a processor instead of
+# 32; whether the saving outweighs that is for a measurement to say.
 #
 # `llmnb` keeps both forms. A model's forward pass leaves logits to its
 # caller: to sample from them, to evaluate a loss that nobody differentiates,

@@ -29,7 +29,13 @@ import math
 
 import numpy as np
 
-from llmnb.cuda.launch import check_device, device, kernel
+from llmnb.cuda.launch import (
+    aligned,
+    check_device,
+    device,
+    kernel,
+    numbered,
+)
 from llmnb.cuda.simulator import cuda, load4, store4
 from llmnb.cuda.warp import block_max, block_sum, warp_max, warp_sum
 
@@ -59,16 +65,6 @@ def _device_rows(name, wide, narrow, targets=None, V=1):
         check_device(f"{name}: targets", targets, shape[:2], np.int32)
         flat.append(targets.reshape(-1))
     return flat
-
-
-# pick a version
-def _rung(name, ladder, version):
-    """The version that bears this number; raise where there is none."""
-    if version not in range(1, len(ladder) + 1):
-        raise ValueError(
-            f"{name}: version must lie in [1, {len(ladder)}], got {version}"
-        )
-    return ladder[version - 1]
 
 
 # version 1
@@ -220,10 +216,10 @@ def _softmax_one_pass(probs, logits, V):
 
 
 # four logits at once
-@device
-def _whole(V, Vp):
-    """How many of the first V columns are moved in vectors of four."""
-    return V - V % 4 if Vp % 4 == 0 else 0
+def _whole(V, *arrays):
+    """How many of the first V columns can be moved in vectors of four."""
+    fits = arrays[0].shape[1] % 4 == 0 and aligned(*arrays)
+    return V - V % 4 if fits else 0
 
 
 @device
@@ -237,13 +233,13 @@ def _with_four(top, total, a, b, c, d):
 
 
 @device
-def _row_pair(logits, row, V, done):
+def _row_pair(logits, row, V, whole, done):
     """The pair of those logits of a row that are this thread's to read.
 
     done: this many columns were read before, as vectors.
     """
     me, step, Vp = cuda.threadIdx.x, cuda.blockDim.x, logits.shape[1]
-    top, total, whole = _LOWEST, np.float32(0), _whole(V, Vp)
+    top, total = _LOWEST, np.float32(0)
     for i in range(done + 4 * me, whole, 4 * step):
         a, b, c, d = load4(logits, row * Vp + i)
         top, total = _with_four(top, total, a, b, c, d)
@@ -254,14 +250,13 @@ def _row_pair(logits, row, V, done):
 
 # version 5
 @kernel(launch_bounds=1024)
-def _softmax_in_fours(probs, logits, V):
+def _softmax_in_fours(probs, logits, V, whole):
     row, me, step = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
     tops = cuda.shared.array(32, np.float32)
     totals = cuda.shared.array(32, np.float32)
-    top, total = _row_pair(logits, row, V, 0)
+    top, total = _row_pair(logits, row, V, whole, 0)
     top, total = _block_merged(top, total, tops, totals)
     scale, Vp = np.float32(1) / total, logits.shape[1]
-    whole = _whole(V, Vp)
     for i in range(4 * me, whole, 4 * step):
         a, b, c, d = load4(logits, row * Vp + i)
         a, b = scale * math.exp(a - top), scale * math.exp(b - top)
@@ -271,8 +266,9 @@ def _softmax_in_fours(probs, logits, V):
 
 
 def _softmax_vectors(probs, logits, V):
+    whole = _whole(V, probs, logits)
     block = _threads(-(-V // 4))
-    _softmax_in_fours[len(logits), block](probs, logits, V)
+    _softmax_in_fours[len(logits), block](probs, logits, V, whole)
 
 
 # the softmax on a GPU
@@ -298,7 +294,7 @@ def softmax_forward(probs, logits, V, version=5):
 
     Derived in chapter 10.
     """
-    run = _rung("softmax_forward", SOFTMAX_FORWARD, version)
+    run = numbered(SOFTMAX_FORWARD, version, "softmax_forward")
     wide = {"logits": logits, "probs": probs}
     logits, probs = _device_rows("softmax_forward", wide, {}, V=V)
     run(probs, logits, V)
@@ -325,10 +321,10 @@ def _softmax_back_warp_a_row(dlogits, dprobs, probs):
 
 # the gradient by blocks
 @kernel(launch_bounds=1024)
-def _softmax_back_in_fours(dlogits, dprobs, probs):
+def _softmax_back_in_fours(dlogits, dprobs, probs, whole):
     row, me, step = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
     parts, Vp = cuda.shared.array(32, np.float32), probs.shape[1]
-    inside, whole = np.float32(0), _whole(Vp, Vp)
+    inside = np.float32(0)
     for i in range(row * Vp + 4 * me, row * Vp + whole, 4 * step):
         a, b, c, d = load4(probs, i)
         e, f, g, h = load4(dprobs, i)
@@ -348,8 +344,9 @@ def _softmax_back_in_fours(dlogits, dprobs, probs):
 
 
 def _softmax_back_vectors(dlogits, dprobs, probs):
-    block = _threads(-(-probs.shape[1] // 4))
-    _softmax_back_in_fours[len(probs), block](dlogits, dprobs, probs)
+    arrays, Vp = (dlogits, dprobs, probs), probs.shape[1]
+    block = _threads(-(-Vp // 4))
+    _softmax_back_in_fours[len(probs), block](*arrays, _whole(Vp, *arrays))
 
 
 # its gradient on a GPU
@@ -367,7 +364,7 @@ def softmax_backward(dlogits, dprobs, probs, version=2):
 
     Derived in chapter 10.
     """
-    run = _rung("softmax_backward", SOFTMAX_BACKWARD, version)
+    run = numbered(SOFTMAX_BACKWARD, version, "softmax_backward")
     wide = {"probs": probs, "dlogits": dlogits, "dprobs": dprobs}
     probs, dlogits, dprobs = _device_rows("softmax_backward", wide, {})
     run(dlogits, dprobs, probs)
@@ -420,7 +417,7 @@ def crossentropy_forward(losses, probs, targets, version=1):
     Derived in chapter 10.
     """
     name = "crossentropy_forward"
-    run = _rung(name, CROSSENTROPY_FORWARD, version)
+    run = numbered(CROSSENTROPY_FORWARD, version, name)
     wide, narrow = {"probs": probs}, {"losses": losses}
     probs, losses, targets = _device_rows(name, wide, narrow, targets)
     run(losses, probs, targets)
@@ -436,7 +433,7 @@ def crossentropy_backward(dprobs, dlosses, probs, targets, version=1):
     Derived in chapter 10.
     """
     name = "crossentropy_backward"
-    run = _rung(name, CROSSENTROPY_BACKWARD, version)
+    run = numbered(CROSSENTROPY_BACKWARD, version, name)
     wide, narrow = {"probs": probs, "dprobs": dprobs}, {"dlosses": dlosses}
     rows = _device_rows(name, wide, narrow, targets)
     probs, dprobs, dlosses, targets = rows
@@ -465,11 +462,11 @@ def _loss_warp_a_row(losses, lse, logits, targets, V):
 
 # loss and lse by blocks
 @kernel(launch_bounds=1024)
-def _loss_in_fours(losses, lse, logits, targets, V):
+def _loss_in_fours(losses, lse, logits, targets, V, whole):
     row, me = cuda.blockIdx.x, cuda.threadIdx.x
     tops = cuda.shared.array(32, np.float32)
     totals = cuda.shared.array(32, np.float32)
-    top, total = _row_pair(logits, row, V, 0)
+    top, total = _row_pair(logits, row, V, whole, 0)
     top, total = _block_merged(top, total, tops, totals)
     if me == 0:
         lse[row] = top + math.log(total)
@@ -477,8 +474,9 @@ def _loss_in_fours(losses, lse, logits, targets, V):
 
 
 def _loss_vectors(losses, lse, logits, targets, V):
+    arrays = losses, lse, logits, targets
     block = _threads(-(-V // 4))
-    _loss_in_fours[len(logits), block](losses, lse, logits, targets, V)
+    _loss_in_fours[len(logits), block](*arrays, V, _whole(V, logits))
 
 
 # the fused forward pass
@@ -500,7 +498,7 @@ def crossentropy_softmax_forward(losses, lse, logits, targets, V, version=2):
     Derived in chapter 10.
     """
     name = "crossentropy_softmax_forward"
-    run = _rung(name, CROSSENTROPY_SOFTMAX_FORWARD, version)
+    run = numbered(CROSSENTROPY_SOFTMAX_FORWARD, version, name)
     wide, narrow = {"logits": logits}, {"losses": losses, "lse": lse}
     rows = _device_rows(name, wide, narrow, targets, V)
     logits, losses, lse, targets = rows
@@ -542,13 +540,12 @@ def _slopes_warp_a_row(dlogits, dlosses, logits, lse, targets, V):
 
 # dlogits by blocks
 @device
-def _put_row(out, logits, row, V, shift, scale, k, done):
+def _put_row(out, logits, row, V, whole, done, shift, scale, k):
     """Write a row's gradient by its block: vectors, the rest, padding.
 
     done: this many columns are written elsewhere, as vectors.
     """
     me, step, Vp = cuda.threadIdx.x, cuda.blockDim.x, logits.shape[1]
-    whole = _whole(V, Vp)
     for i in range(done + 4 * me, whole, 4 * step):
         a, b, c, d = load4(logits, row * Vp + i)
         a = _slope(a, shift, scale, i == k)
@@ -560,16 +557,17 @@ def _put_row(out, logits, row, V, shift, scale, k, done):
 
 
 @kernel(launch_bounds=1024)
-def _slopes_in_fours(dlogits, dlosses, logits, lse, targets, V):
+def _slopes_in_fours(dlogits, dlosses, logits, lse, targets, V, whole):
     row = cuda.blockIdx.x
     k, shift, scale = targets[row], lse[row], dlosses[row]
-    _put_row(dlogits, logits, row, V, shift, scale, k, 0)
+    _put_row(dlogits, logits, row, V, whole, 0, shift, scale, k)
 
 
 def _slopes_vectors(dlogits, dlosses, logits, lse, targets, V):
     block = _threads(-(-V // 4))
     arrays = dlogits, dlosses, logits, lse, targets
-    _slopes_in_fours[len(logits), block](*arrays, V)
+    whole = _whole(V, dlogits, logits)
+    _slopes_in_fours[len(logits), block](*arrays, V, whole)
 
 
 # the fused backward pass
@@ -591,7 +589,7 @@ def crossentropy_softmax_backward(
     Derived in chapter 10.
     """
     name = "crossentropy_softmax_backward"
-    run = _rung(name, CROSSENTROPY_SOFTMAX_BACKWARD, version)
+    run = numbered(CROSSENTROPY_SOFTMAX_BACKWARD, version, name)
     wide = {"logits": logits, "dlogits": dlogits}
     narrow = {"dlosses": dlosses, "lse": lse}
     rows = _device_rows(name, wide, narrow, targets, V)
@@ -601,24 +599,24 @@ def crossentropy_softmax_backward(
 
 # loss and gradient in one launch
 @kernel(launch_bounds=1024)
-def _classify_in_fours(losses, logits, dlosses, targets, V):
+def _classify_in_fours(losses, logits, dlosses, targets, V, whole):
     row, me = cuda.blockIdx.x, cuda.threadIdx.x
     tops = cuda.shared.array(32, np.float32)
     totals = cuda.shared.array(32, np.float32)
     k = targets[row]
     right = logits[row, k]  # before the barrier: it is overwritten below
-    top, total = _row_pair(logits, row, V, 0)
+    top, total = _row_pair(logits, row, V, whole, 0)
     top, total = _block_merged(top, total, tops, totals)
     shift = top + math.log(total)
     if me == 0:
         losses[row] = shift - right
-    _put_row(logits, logits, row, V, shift, dlosses[row], k, 0)
+    _put_row(logits, logits, row, V, whole, 0, shift, dlosses[row], k)
 
 
 def _classify_two_reads(losses, logits, dlosses, targets, V):
     block = _threads(-(-V // 4))
     arrays = losses, logits, dlosses, targets
-    _classify_in_fours[len(logits), block](*arrays, V)
+    _classify_in_fours[len(logits), block](*arrays, V, _whole(V, logits))
 
 
 # a row in registers
@@ -667,15 +665,15 @@ def _put_kept(logits, row, whole, held, factor, scale, k):
 
 # most of a row read once
 @kernel(launch_bounds=_KEEPERS)
-def _classify_kept(losses, logits, dlosses, targets, V):
-    row, me, Vp = cuda.blockIdx.x, cuda.threadIdx.x, logits.shape[1]
+def _classify_kept(losses, logits, dlosses, targets, V, whole):
+    row, me = cuda.blockIdx.x, cuda.threadIdx.x
     tops = cuda.shared.array(32, np.float32)
     totals = cuda.shared.array(32, np.float32)
-    held, whole = cuda.local.array(_KEPT, np.float32), _whole(V, Vp)
+    held = cuda.local.array(_KEPT, np.float32)
     k, scale = targets[row], dlosses[row]
     right = logits[row, k]  # before the barrier: it is overwritten below
     mine, total = _keep(held, logits, row, whole)
-    other, more = _row_pair(logits, row, V, _DONE)
+    other, more = _row_pair(logits, row, V, whole, _DONE)
     top, total = _merged(mine, total, other, more)
     top, total = _block_merged(top, total, tops, totals)
     shift = top + math.log(total)
@@ -683,15 +681,16 @@ def _classify_kept(losses, logits, dlosses, targets, V):
         losses[row] = shift - right
     factor = scale * math.exp(mine - shift)
     _put_kept(logits, row, whole, held, factor, scale, k)
-    _put_row(logits, logits, row, V, shift, scale, k, _DONE)
+    _put_row(logits, logits, row, V, whole, _DONE, shift, scale, k)
 
 
 def _classify_one_read(losses, logits, dlosses, targets, V):
     arrays = losses, logits, dlosses, targets
-    if logits.shape[1] % 4 or V <= 4 * _KEEPERS:
+    whole = _whole(V, logits)
+    if whole < 4 * _KEEPERS:  # no vector for every thread
         _classify_two_reads(*arrays, V)
     else:
-        _classify_kept[len(logits), _KEEPERS](*arrays, V)
+        _classify_kept[len(logits), _KEEPERS](*arrays, V, whole)
 
 
 # the whole classifier
@@ -708,13 +707,13 @@ def fused_classifier(losses, logits, dlosses, targets, V, version=2):
     their gradient; columns from V on are not read and receive 0. dlosses:
     (B, T), known before the losses are. targets: device's int32 (B, T),
     each in [0, V): the caller checks that on the host. version: 1 or 2, the
-    place in FUSED_CLASSIFIER; 2 is 1 where Vp is no multiple of 4 or V at
-    most 2048. Raises TypeError or ValueError for a wrong dtype, shape or
+    place in FUSED_CLASSIFIER; 2 is 1 where Vp is no multiple of 4 or V less
+    than 2048. Raises TypeError or ValueError for a wrong dtype, shape or
     version and for V outside [1, Vp].
 
     Derived in chapter 10.
     """
-    run = _rung("fused_classifier", FUSED_CLASSIFIER, version)
+    run = numbered(FUSED_CLASSIFIER, version, "fused_classifier")
     wide, narrow = {"logits": logits}, {"losses": losses, "dlosses": dlosses}
     rows = _device_rows("fused_classifier", wide, narrow, targets, V)
     logits, losses, dlosses, targets = rows
