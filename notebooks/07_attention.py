@@ -38,11 +38,14 @@ gpt2_diagram(lit="attention")
 # - say why scores are divided by the root of the head size;
 # - derive the backward pass and say where $T^3$ turns into $T^2$;
 # - compute a softmax over a row that you never hold in memory;
-# - write an exponential that vectorises.
+# - write an exponential that vectorises;
+# - share the scores of a head among the blocks of a GPU, so that every
+#   element of the result has one owner, forward and backward.
 #
 # You need central differences from [chapter 0](00_gpt2.ipynb), the `kernel`
-# decorator from [chapter 3](03_encoder.ipynb), and the panels of
-# [chapter 6](06_matmul.ipynb).
+# decorator from [chapter 3](03_encoder.ipynb), the panels of
+# [chapter 6](06_matmul.ipynb), and for the GPU the simulator of
+# [chapter 4](04_gpu.ipynb).
 
 # %% [markdown]
 # ## Setup
@@ -1547,8 +1550,8 @@ def _tile_copy(hs):
 
 # %% [markdown]
 # A row begins at a multiple of 16 bytes where $hs$ is a multiple of 4.
-# Otherwise the copy reads float by float; all that follows reads shared
-# memory, where every row is aligned.
+# Otherwise the copy reads float by float. All that follows reads shared
+# memory, where every row is aligned: `alignment=16` asks for that.
 #
 # The second piece takes the scores of a tile, or anything that is a product
 # of rows with rows. The third multiplies weights with a tile and adds to
@@ -1733,10 +1736,10 @@ def _forward_kernel(hs):
         first = (tiles - 1 - cuda.blockIdx.x % tiles) * ROWS
         y = head // NH * T * C + head % NH * hs
         x = head // NH * T * 3 * C + head % NH * hs
-        q = cuda.shared.array((ROWS, STRIDE), np.float32)
-        k = cuda.shared.array((COLS, STRIDE), np.float32)
-        v = cuda.shared.array((COLS, STRIDE), np.float32)
-        weights = cuda.shared.array((ROWS, WIDTH), np.float32)
+        q = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        k = cuda.shared.array((COLS, STRIDE), np.float32, alignment=16)
+        v = cuda.shared.array((COLS, STRIDE), np.float32, alignment=16)
+        weights = cuda.shared.array((ROWS, WIDTH), np.float32, alignment=16)
         sums = cuda.local.array(SUMS, np.float32)
         s = cuda.local.array(PAIRS, np.float32)
         top = cuda.local.array(R, np.float32)
@@ -1895,7 +1898,7 @@ for hs in (5, 12):
 # serves at once.
 
 # %% forward, counted
-from llmnb.cuda.simulator import watch
+from llmnb.cuda.simulator import RaceError, watch
 
 
 def count(run, versions, what):
@@ -2034,14 +2037,36 @@ def _backward_unfused(dinp, dout, inp, out, lse, add, work):
 #
 # Without the square, $dq_t$ is a sum over keys and $dk_u$ one over queries.
 # The two want different owners, as the two halves of figure 7.3. Could a
-# block that owns keys add to $dq$ on its way? Other blocks would add to the
-# same numbers at the same time, and without atomic additions some of that
-# would be lost; with them the order of the additions, and the last bits,
-# would change from run to run. So we walk twice: one kernel owns tiles of
-# keys and walks down, for $dk$ and $dv$, and another owns tiles of queries
-# and walks to the right, for $dq$. The price is that both take the products
-# $S$ and $dE$ of (7.14): seven in all instead of five. It buys that every
-# number has one owner, which sums in one order.
+# block that owns keys add to $dq$ on its way? Here is that in small, a block
+# for each key and a thread for each channel:
+
+
+# %% a block for each key adds to dq
+@kernel
+def dq_by_key(dq, ds, k):
+    u, i = cuda.blockIdx.x, cuda.threadIdx.x
+    for t in range(u, dq.shape[0]):
+        dq[t, i] += ds[t, u] * k[u, i]
+
+
+small = [rng.normal(size=(3, n)).astype(np.float32) for n in (4, 3, 4)]
+with watch():
+    try:
+        dq_by_key[3, 4](*map(simulated, small))
+        caught = False
+    except RaceError as error:
+        print(error)
+        caught = True
+verdict("the race", caught, "is caught")
+
+# %% [markdown]
+# Other blocks add to the same numbers at the same time, and some of what
+# they add is lost. Atomic additions would lose nothing, but their order, and
+# with it the last bits, would change from run to run. So we walk twice: one
+# kernel owns tiles of keys and walks down, for $dk$ and $dv$, and another
+# owns tiles of queries and walks to the right, for $dq$. The price is that
+# both take the products $S$ and $dE$ of (7.14): seven in all instead of
+# five. It buys that every number has one owner, which sums in one order.
 #
 # The pieces of the forward pass do the work. In the first kernel the *rows*
 # of a tile are keys and its columns queries, so its scores are transposed:
@@ -2115,11 +2140,11 @@ def _keys_kernel(hs):
         first = cuda.blockIdx.x % tiles * ROWS
         y = head // NH * T * C + head % NH * hs
         x = head // NH * T * 3 * C + head % NH * hs
-        k = cuda.shared.array((ROWS, STRIDE), np.float32)
-        v = cuda.shared.array((ROWS, STRIDE), np.float32)
-        q = cuda.shared.array((ROWS, STRIDE), np.float32)
-        do = cuda.shared.array((ROWS, STRIDE), np.float32)
-        weights = cuda.shared.array((ROWS, WIDTH), np.float32)
+        k = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        v = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        q = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        do = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        weights = cuda.shared.array((ROWS, WIDTH), np.float32, alignment=16)
         dk = cuda.local.array(SUMS, np.float32)
         dv = cuda.local.array(SUMS, np.float32)
         s = cuda.local.array(PAIRS, np.float32)
@@ -2164,11 +2189,11 @@ def _queries_kernel(hs):
         first = (tiles - 1 - cuda.blockIdx.x % tiles) * ROWS
         y = head // NH * T * C + head % NH * hs
         x = head // NH * T * 3 * C + head % NH * hs
-        q = cuda.shared.array((ROWS, STRIDE), np.float32)
-        do = cuda.shared.array((ROWS, STRIDE), np.float32)
-        k = cuda.shared.array((ROWS, STRIDE), np.float32)
-        v = cuda.shared.array((ROWS, STRIDE), np.float32)
-        weights = cuda.shared.array((ROWS, WIDTH), np.float32)
+        q = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        do = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        k = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        v = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        weights = cuda.shared.array((ROWS, WIDTH), np.float32, alignment=16)
         dq = cuda.local.array(SUMS, np.float32)
         s = cuda.local.array(PAIRS, np.float32)
         ds = cuda.local.array(PAIRS, np.float32)
@@ -2252,11 +2277,26 @@ for hs in (5, 12):
         got = back_on_gpu(p, version)
         compare(f"{version}: dinp", got, want, tol=1e-5)
 
+# %% [markdown]
+# The counts once more, for 16 channels and 32 positions, and the scratch of
+# the batch above.
+
 # %% backward, counted
-p = problem(1, 64, 1, 16)
+p = problem(1, 32, 1, 16)
 reference.forward(p.out, p.lse, p.inp)
 count(lambda version: back_on_gpu(p, version, simulated), (1, 2), what)
-print(f"scratch at B = 16, T = 1024: {4 * attention_scratch(16, 1024, 12):,}")
+for version in (1, 2):
+    floats = attention_scratch(16, 1024, 12, 0, version)
+    print(f"version {version}: {4 * floats:,} bytes of scratch")
+
+# %% the same bits on every run
+same = np.array_equal(back_on_gpu(p, 2), back_on_gpu(p, 2))
+verdict("another run", same, "gives the same bits")
+
+# %% [markdown]
+# What is left on the table: the tiles on the diagonal are computed whole, the
+# copies do not overlap with the arithmetic, and the products run on the
+# ordinary units, in float32, and not on tensor cores.
 
 # %% [markdown]
 # ## Count it
@@ -2374,6 +2414,9 @@ plt.show()
 #   collapses to $a\,(da - D)$, with $D = do \cdot o$.
 # - A running maximum and sum give a softmax without its row, so no array
 #   of size T × T exists.
+# - On a GPU a block owns a tile of queries and walks over the keys. Backward
+#   walks twice, by keys and by queries, so that no two blocks add to one
+#   number.
 
 # %% [markdown]
 # ## Design note
@@ -2385,8 +2428,9 @@ plt.show()
 # busy, with seven products instead of five. The other way out is to let
 # threads add to shared memory under a lock or with atomic instructions. It
 # makes the last bits depend on who came first, and then a run that is resumed
-# is not the run that was interrupted. Forward, it is no question at all: rows
-# are independent.
+# is not the run that was interrupted. The GPU, which has far more places to
+# fill than there are heads, takes the two sweeps. Forward, it is no question
+# at all: rows are independent.
 #
 # Saving the weights would spare backward one of its five products and all
 # exponentials. For short sequences that is a fair trade. For four sequences
@@ -2522,6 +2566,36 @@ far = windowed(q, k, v, 5)
 verdict("out of sight", np.array_equal(near[34:], far[34:]), "is unread")
 
 # %% [markdown]
+# **5** (★★). How many tiles of scores do the blocks of version 3 of the GPU's
+# forward pass visit for one head of 64 channels or fewer and $T$ positions?
+# Check it by the barriers that its threads reach. Which part of the scores
+# that they compute at $T = 1024$ is masked?
+#
+# :::{admonition} Solution to exercise 5
+# :class: dropdown
+# Block $n$ owns queries $64n$ to $\min(64(n + 1), T) - 1$ and visits every
+# tile of 32 keys that begins before that end. Each visit has two barriers
+# for each of 128 threads. At $T = 1024$ they visit $2 + 4 + \dots + 32 = 272$
+# tiles of $64 \cdot 32$ scores, of which $T(T + 1)/2$ are wanted: about 6 %
+# are masked.
+# :::
+
+
+# %% exercise 5, tiles visited tags=["hide-cell"]
+def visited(T):
+    ends = [min(first + 64, T) for first in range(0, T, 64)]
+    return sum(-(-end // 32) for end in ends)
+
+
+# %% exercise 5, checked
+p = problem(1, 70, 1, 4)
+with watch() as seen:
+    on_gpu(p, 3, simulated)
+verdict("barriers", seen.barriers == 2 * 128 * visited(70), "2 a tile")
+masked = 1 - 1024 * 1025 / 2 / (visited(1024) * 64 * 32)
+print(f"{visited(1024)} tiles at T = 1024, {masked:.0%} of them masked")
+
+# %% [markdown]
 # ## Further reading
 #
 # - Vaswani et al. (2017),
@@ -2532,8 +2606,8 @@ verdict("out of sight", np.array_equal(near[34:], far[34:]), "is unread")
 #   [Online normalizer calculation for softmax](https://arxiv.org/abs/1805.02867):
 #   the running maximum and sum of (7.12).
 # - Dao et al. (2022),
-#   [FlashAttention](https://arxiv.org/abs/2205.14135): the same idea on a
-#   GPU, with the traffic between memories counted.
+#   [FlashAttention](https://arxiv.org/abs/2205.14135): versions 2 and 3 of
+#   the GPU section, with the traffic between memories counted.
 # - Olsson et al. (2022),
 #   [In-context Learning and Induction Heads](https://arxiv.org/abs/2209.11895):
 #   the heads of figure 7.5, found in trained models.

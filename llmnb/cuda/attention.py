@@ -402,10 +402,10 @@ def _forward_kernel(hs):
         first = (tiles - 1 - cuda.blockIdx.x % tiles) * ROWS
         y = head // NH * T * C + head % NH * hs
         x = head // NH * T * 3 * C + head % NH * hs
-        q = cuda.shared.array((ROWS, STRIDE), np.float32)
-        k = cuda.shared.array((COLS, STRIDE), np.float32)
-        v = cuda.shared.array((COLS, STRIDE), np.float32)
-        weights = cuda.shared.array((ROWS, WIDTH), np.float32)
+        q = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        k = cuda.shared.array((COLS, STRIDE), np.float32, alignment=16)
+        v = cuda.shared.array((COLS, STRIDE), np.float32, alignment=16)
+        weights = cuda.shared.array((ROWS, WIDTH), np.float32, alignment=16)
         sums = cuda.local.array(SUMS, np.float32)
         s = cuda.local.array(PAIRS, np.float32)
         top = cuda.local.array(R, np.float32)
@@ -679,11 +679,11 @@ def _keys_kernel(hs):
         first = cuda.blockIdx.x % tiles * ROWS
         y = head // NH * T * C + head % NH * hs
         x = head // NH * T * 3 * C + head % NH * hs
-        k = cuda.shared.array((ROWS, STRIDE), np.float32)
-        v = cuda.shared.array((ROWS, STRIDE), np.float32)
-        q = cuda.shared.array((ROWS, STRIDE), np.float32)
-        do = cuda.shared.array((ROWS, STRIDE), np.float32)
-        weights = cuda.shared.array((ROWS, WIDTH), np.float32)
+        k = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        v = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        q = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        do = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        weights = cuda.shared.array((ROWS, WIDTH), np.float32, alignment=16)
         dk = cuda.local.array(SUMS, np.float32)
         dv = cuda.local.array(SUMS, np.float32)
         s = cuda.local.array(PAIRS, np.float32)
@@ -728,11 +728,11 @@ def _queries_kernel(hs):
         first = (tiles - 1 - cuda.blockIdx.x % tiles) * ROWS
         y = head // NH * T * C + head % NH * hs
         x = head // NH * T * 3 * C + head % NH * hs
-        q = cuda.shared.array((ROWS, STRIDE), np.float32)
-        do = cuda.shared.array((ROWS, STRIDE), np.float32)
-        k = cuda.shared.array((ROWS, STRIDE), np.float32)
-        v = cuda.shared.array((ROWS, STRIDE), np.float32)
-        weights = cuda.shared.array((ROWS, WIDTH), np.float32)
+        q = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        do = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        k = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        v = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        weights = cuda.shared.array((ROWS, WIDTH), np.float32, alignment=16)
         dq = cuda.local.array(SUMS, np.float32)
         s = cuda.local.array(PAIRS, np.float32)
         ds = cuda.local.array(PAIRS, np.float32)
