@@ -1222,11 +1222,11 @@ count_backward(_atomic_sums)
 # last has ended, and that is the barrier.
 #
 # 1. `_backward_rows` writes $dx$, a warp a row, as before.
-# 2. `_backward_parts` sums down the rows. A block has 8 warps, 32 channels
-#    and one part: each lane its channel, each warp every eighth row of the
-#    part. The 8 sums of a channel meet in shared memory.
-# 3. `_add_table` sums down the table in the same manner, 16 warps a block,
-#    and adds the outcome to $dw$ and $db$.
+# 2. `_backward_parts` sums down the rows. A block has 4 warps, 32 channels
+#    and one part: each lane its channel, each warp every fourth row of the
+#    part. The 4 sums of a channel meet in shared memory.
+# 3. `_add_table` sums down the table in the same manner, with up to 16
+#    warps a block, and adds the outcome to $dw$ and $db$.
 
 
 # %% dx alone tags=["exporti"] module="cuda.layernorm"
@@ -1244,9 +1244,9 @@ def _backward_rows(dinp, dout, inp, weight, mean, rstd):
 
 
 # %% the sums of a part tags=["exporti"] module="cuda.layernorm"
-@kernel(launch_bounds=256)
+@kernel(launch_bounds=128)
 def _backward_parts(table, dout, inp, mean, rstd):
-    tile = cuda.shared.array((2, 8, 32), np.float32)
+    tile = cuda.shared.array((2, 4, 32), np.float32)
     warp, lane = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
     rows, C = inp.shape
     i, part, parts = (
@@ -1256,7 +1256,7 @@ def _backward_parts(table, dout, inp, mean, rstd):
     )
     dw, db = np.float32(0), np.float32(0)
     if i < C:
-        for n in range(part + warp * parts, rows, 8 * parts):
+        for n in range(part + warp * parts, rows, 4 * parts):
             dy = dout[n, i]
             dw += dy * ((inp[n, i] - mean[n]) * rstd[n])
             db += dy
@@ -1264,7 +1264,7 @@ def _backward_parts(table, dout, inp, mean, rstd):
     cuda.syncthreads()
     if warp < 2 and i < C:  # warp 0 adds up dw, warp 1 db
         total = np.float32(0)
-        for k in range(8):
+        for k in range(4):
             total += tile[warp, k, lane]
         table[(2 * part + warp) * C + i] = total
 
@@ -1274,21 +1274,28 @@ def _backward_parts(table, dout, inp, mean, rstd):
 def _add_table(dweight, dbias, table, parts):
     tile = cuda.shared.array((16, 32), np.float32)
     warp, lane = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
+    warps = cuda.blockDim.x // 32
     C, j = dweight.shape[0], cuda.blockIdx.x * 32 + lane
     total = np.float32(0)
     if j < 2 * C:
-        for k in range(warp, parts, 16):
+        for k in range(warp, parts, warps):
             total += table[k * 2 * C + j]
     tile[warp, lane] = total
     cuda.syncthreads()
     if warp == 0 and j < 2 * C:
         total = np.float32(0)
-        for k in range(16):
+        for k in range(warps):
             total += tile[k, lane]
         if j < C:
             dweight[j] += total
         else:
             dbias[j - C] += total
+
+
+def _add_parts(dweight, dbias, table, parts):
+    grid = _blocks(2 * len(dweight), LANES)
+    block = LANES * min(16, parts)
+    _add_table[grid, block](dweight, dbias, table, parts)
 
 
 # %% sums of parts, the launches tags=["exporti"] module="cuda.layernorm"
@@ -1298,9 +1305,8 @@ def _sums_of_parts(dinp, dweight, dbias, dout, inp, weight, mean, rstd, table):
     grid = _blocks(rows, 256 // LANES)
     _backward_rows[grid, 256](dinp, dout, inp, weight, mean, rstd)
     grid = _blocks(C, LANES), parts
-    _backward_parts[grid, 256](table, dout, inp, mean, rstd)
-    grid = _blocks(2 * C, LANES)
-    _add_table[grid, 512](dweight, dbias, table, parts)
+    _backward_parts[grid, 128](table, dout, inp, mean, rstd)
+    _add_parts(dweight, dbias, table, parts)
 
 
 # %% version 2, verdict and counts
@@ -1442,8 +1448,7 @@ def _rows_once(dinp, dweight, dbias, dout, inp, weight, mean, rstd, table):
         return
     parts, block = _parts(rows), _blocks(C, 4 * LANES) * LANES
     _backward_block[parts, block](dinp, table, dout, inp, weight, mean, rstd)
-    grid = _blocks(2 * C, LANES)
-    _add_table[grid, 512](dweight, dbias, table, parts)
+    _add_parts(dweight, dbias, table, parts)
 
 
 # %% version 3, verdict and counts
