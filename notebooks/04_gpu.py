@@ -1356,3 +1356,241 @@ def draw_owners(ax, who, title="", group=None, rows="", cols=""):
                 ax.text(j + 0.5, i + 0.5, owner, ha="center", va="center")
     ax.set(xlim=(0, len(who[0])), ylim=(len(who), 0), title=title)
     ax.set(xticks=[], yticks=[], xlabel=cols, ylabel=rows, aspect="equal")
+
+
+# %% imports of the encoder tags=["export"] module="cuda.encoder"
+import numpy as np
+
+from llmnb.cuda.launch import (
+    aligned,
+    check_device,
+    device,
+    kernel,
+    numbered,
+)
+from llmnb.cuda.simulator import cuda, load4, store4
+
+# %% block size tags=["exporti"] module="cuda.encoder"
+THREADS = 128  # in a block
+
+
+def _blocks(n):
+    return -(-n // THREADS)
+
+
+# %% forward, a thread an element tags=["exporti"] module="cuda.encoder"
+@kernel
+def _forward_by_one(out, inp, wte, wpe, T):
+    i = cuda.grid(1)
+    rows, C = out.shape
+    if i < rows * C:
+        n, c = i // C, i % C
+        out[n, c] = wte[inp[n], c] + wpe[n % T, c]
+
+
+def _thread_an_element(out, inp, wte, wpe, T):
+    grid = _blocks(out.size)
+    _forward_by_one[grid, THREADS](out, inp, wte, wpe, T)
+
+
+# %% forward, a thread four channels tags=["exporti"] module="cuda.encoder"
+@kernel
+def _forward_by_four(out, inp, wte, wpe, T):
+    i = cuda.grid(1) * 4
+    rows, C = out.shape
+    if i < rows * C:
+        n, c = i // C, i % C
+        x, y, z, w = load4(wte, int(inp[n]) * C + c)
+        p, q, r, s = load4(wpe, n % T * C + c)
+        store4(out, i, x + p, y + q, z + r, w + s)
+
+
+def _thread_four_channels(out, inp, wte, wpe, T):
+    if out.shape[1] % 4 or not aligned(out, wte, wpe):
+        _thread_an_element(out, inp, wte, wpe, T)
+        return
+    grid = _blocks(out.size // 4)
+    _forward_by_four[grid, THREADS](out, inp, wte, wpe, T)
+
+
+# %% check the arrays tags=["exporti"] module="cuda.encoder"
+def _check_encoder(name, d, out, inp, wte, wpe):
+    for what, array in (("out", out), ("wte", wte), ("wpe", wpe)):
+        ndim = 3 if what == "out" else 2
+        shape = getattr(array, "shape", ())
+        check_device(f"{name}: {d}{what}", array, shape)
+        if len(shape) != ndim:
+            raise ValueError(
+                f"{name}: {d}{what} must have {ndim} dimensions, got "
+                f"{len(shape)}"
+            )
+    B, T, C = out.shape
+    check_device(f"{name}: inp", inp, (B, T), np.int32)
+    check_device(f"{name}: {d}wte", wte, (len(wte), C))
+    check_device(f"{name}: {d}wpe", wpe, (len(wpe), C))
+    if len(wpe) < T:
+        raise ValueError(
+            f"{name}: T must be at most {len(wpe)}, the number of rows "
+            f"of {d}wpe, got {T}"
+        )
+
+
+# %% the encoder, forward tags=["export"] module="cuda.encoder"
+ENCODER_FORWARD = (_thread_an_element, _thread_four_channels)
+
+
+def encoder_forward(out, inp, wte, wpe, version=2):
+    """Sum the vector of each token and the vector of its position.
+
+    out   (B, T, C)      float32, overwritten
+    inp   (B, T)         int32, each in [0, Vp): the caller sees to that
+    wte   (Vp, C)        float32, the table of tokens
+    wpe   (max_T, C)     float32, the table of positions; T <= max_T
+
+    All on a device. version: 1 has a thread for each element, 2 for four
+    channels; that needs C % 4 == 0 and arrays that begin at multiples of 16
+    bytes, and runs as 1 for others. Raises TypeError or ValueError where an
+    array does not fit.
+
+    Derived in chapter 4.
+    """
+    run = numbered(ENCODER_FORWARD, version, "encoder_forward")
+    _check_encoder("encoder_forward", "", out, inp, wte, wpe)
+    B, T, C = out.shape
+    run(out.reshape(B * T, C), inp.reshape(B * T), wte, wpe, T)
+
+
+# %% backward, atomics tags=["exporti"] module="cuda.encoder"
+@kernel
+def _backward_atomic(dwte, dwpe, dout, inp, T):
+    i = cuda.grid(1)
+    rows, C = dout.shape
+    if i < rows * C:
+        n, c = i // C, i % C
+        dy = dout[n, c]
+        cuda.atomic.add(dwte, (inp[n], c), dy)
+        cuda.atomic.add(dwpe, (n % T, c), dy)
+
+
+def _atomics(dwte, dwpe, dout, inp, T):
+    grid = _blocks(dout.size)
+    _backward_atomic[grid, THREADS](dwte, dwpe, dout, inp, T)
+
+
+# %% backward, the first place of a token tags=["exporti"] module="cuda.encoder"
+@kernel
+def _tokens_by_one(dwte, dout, inp):
+    n, c = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
+    rows, C = dout.shape
+    token = inp[n]
+    for m in range(n):
+        if inp[m] == token:
+            return  # the block of place m, or an earlier one, does it all
+    if c < C:
+        total = dwte[token, c]
+        for m in range(n, rows):
+            if inp[m] == token:
+                total += dout[m, c]
+        dwte[token, c] = total
+
+
+@kernel
+def _positions_by_one(dwpe, dout, T):
+    i = cuda.grid(1)
+    rows, C = dout.shape
+    if i < T * C:
+        t, c = i // C, i % C
+        total = dwpe[t, c]
+        for n in range(t, rows, T):
+            total += dout[n, c]
+        dwpe[t, c] = total
+
+
+def _block_a_place(dwte, dwpe, dout, inp, T):
+    rows, C = dout.shape
+    _tokens_by_one[(rows, _blocks(C)), THREADS](dwte, dout, inp)
+    _positions_by_one[_blocks(T * C), THREADS](dwpe, dout, T)
+
+
+# %% backward, four channels a thread tags=["exporti"] module="cuda.encoder"
+@device
+def _where(inp, first, begin, end, token):
+    """A bit for each lane's place, first + lane: whether token stands there.
+
+    Places outside begin to end do not count. For whole warps.
+    """
+    i = first + cuda.laneid
+    here = i >= begin and i < end and inp[i] == token
+    return cuda.ballot_sync(0xFFFFFFFF, here)
+
+
+@kernel
+def _tokens_by_four(dwte, dout, inp):
+    n, i = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
+    rows, C = dout.shape
+    if (i - cuda.laneid) * 4 >= C:
+        return  # nothing is left for this warp
+    token, c, mine = int(inp[n]), i * 4, i * 4 < C
+    for first in range(0, n, 32):
+        if _where(inp, first, 0, n, token) != 0:
+            return
+    x = y = z = w = np.float32(0)
+    if mine:
+        x, y, z, w = load4(dwte, token * C + c)
+    for first in range(n // 32 * 32, rows, 32):
+        bits = _where(inp, first, n, rows, token)
+        if mine and bits != 0:
+            for k in range(32):
+                if (bits >> k) & 1:
+                    p, q, r, s = load4(dout, (first + k) * C + c)
+                    x, y, z, w = x + p, y + q, z + r, w + s
+    if mine:
+        store4(dwte, token * C + c, x, y, z, w)
+
+
+@kernel
+def _positions_by_four(dwpe, dout, T):
+    i = cuda.grid(1) * 4
+    rows, C = dout.shape
+    if i < T * C:
+        x, y, z, w = load4(dwpe, i)
+        for n in range(0, rows, T):
+            p, q, r, s = load4(dout, n * C + i)
+            x, y, z, w = x + p, y + q, z + r, w + s
+        store4(dwpe, i, x, y, z, w)
+
+
+def _warp_votes(dwte, dwpe, dout, inp, T):
+    rows, C = dout.shape
+    if C % 4 or not aligned(dwte, dwpe, dout):
+        _block_a_place(dwte, dwpe, dout, inp, T)
+        return
+    _tokens_by_four[(rows, _blocks(C // 4)), THREADS](dwte, dout, inp)
+    _positions_by_four[_blocks(T * C // 4), THREADS](dwpe, dout, T)
+
+
+# %% the encoder, backward tags=["export"] module="cuda.encoder"
+ENCODER_BACKWARD = (_atomics, _block_a_place, _warp_votes)
+
+
+def encoder_backward(dwte, dwpe, dout, inp, version=3):
+    """Add dout's rows to the rows of the tables that they came from.
+
+    dwte  (Vp, C)        float32, added to; rows of absent tokens stay
+    dwpe  (max_T, C)     float32, added to; rows from T on stay
+    dout  (B, T, C)      float32
+    inp   (B, T)         int32, as in the forward pass
+
+    All on a device. version: 1 adds with atomics, in an order that changes
+    from run to run; 2 has a block for each place, of which the first of each
+    token adds all rows in the order of the text; 3 is 2 with four channels a
+    thread and votes of a warp over 32 places, and runs as 2 where C % 4 or
+    an array that begins elsewhere than at 16 bytes forbids it. Raises as
+    `encoder_forward` does.
+
+    Derived in chapter 4.
+    """
+    run = numbered(ENCODER_BACKWARD, version, "encoder_backward")
+    _check_encoder("encoder_backward", "d", dout, inp, dwte, dwpe)
+    B, T, C = dout.shape
+    run(dwte, dwpe, dout.reshape(B * T, C), inp.reshape(B * T), T)
