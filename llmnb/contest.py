@@ -27,10 +27,18 @@ from statistics import median
 import numpy as np
 
 from llmnb.cuda.clock import Clock, gpu_facts, in_turns, limits, no_gpu
+from llmnb.cuda.cublas import no_cublas
 from llmnb.cuda.launch import empty, simulated, to_device, to_host
 from llmnb.cuda.ptx import compile_kernel, no_compiler
 from llmnb.cuda.simulator import watch
-from llmnb.ladders import COUNTED, GPT2_124M, LADDERS, is_float, ladder_named
+from llmnb.ladders import (
+    COUNTED,
+    GPT2_124M,
+    LADDERS,
+    is_float,
+    ladder_named,
+    version_name,
+)
 from llmnb.timing import machine
 
 
@@ -176,8 +184,9 @@ def timed(ladder, versions, sizes, clock, peer=None):
     """Let versions of a layer take turns on a GPU, and PyTorch with them.
 
     versions: numbers from 1. clock: a `Clock`. peer: the module torch, or
-    None. Returns the least bytes and a dict from number, and "torch", to
-    lists of seconds.
+    None. NVIDIA's library joins in where the layer has one that starts.
+    Returns the least bytes and a dict from number, the library's names and
+    "torch" to lists of seconds.
 
     Derived in chapter 20.
     """
@@ -191,6 +200,9 @@ def timed(ladder, versions, sizes, clock, peer=None):
         if floats:
             run = functools.partial(run, work=empty(floats))
         runs[version] = functools.partial(run, *there.values())
+    if ladder.library and not no_cublas():
+        for name, run in ladder.library().items():
+            runs[name] = functools.partial(run, *there.values())
     if peer and ladder.torch:
         runs["torch"] = _torch_run(ladder, peer, there)
     return least, in_turns(clock, runs)
@@ -199,13 +211,14 @@ def timed(ladder, versions, sizes, clock, peer=None):
 # one layer
 def _says(function):
     """What a version is, in a line: its docstring's first, or its name."""
-    said = (function.__doc__ or "").strip().split("\n")[0]
-    return said or function.__name__.strip("_").replace("_", " ")
+    plain = getattr(function, "func", function)
+    said = (plain.__doc__ or "").strip().split("\n")[0].rstrip(".")
+    return said or version_name(function).replace("_", " ")
 
 
 def _without_gpu(ladder, number, function, counted, why):
     """The row of a version: what can be known with no GPU."""
-    row = {"version": number, "name": function.__name__.strip("_")}
+    row = {"version": number, "name": version_name(function)}
     row |= {"says": _says(function)}
     row["counted"], launches = count(ladder, number, counted)
     if no_compiler():
@@ -237,12 +250,17 @@ def _time_layer(ladder, rows, sizes, clock):
     found = {"sizes": sizes._asdict(), "least_bytes": least}
     if ladder.flops:
         found["flops"] = ladder.flops(sizes)
-    if "torch" in seconds:
-        return found | {"torch": {"seconds": seconds["torch"]}}
-    return found | {"torch": {"unmeasured": why or NO_OPERATION}}
-
-
-NO_OPERATION = "PyTorch has no such operation by itself"
+    found["peers"] = {
+        name: {"seconds": spent}
+        for name, spent in seconds.items()
+        if isinstance(name, str)
+    }
+    if "torch" not in seconds:
+        why = why or "PyTorch has no such operation by itself"
+        found["peers"]["torch"] = {"unmeasured": why}
+    if ladder.library and no_cublas():
+        found["peers"]["cuBLASLt"] = {"unmeasured": no_cublas()}
+    return found
 
 
 # the contest
@@ -272,7 +290,9 @@ def contest(layers=(), sizes=GPT2_124M, counted=COUNTED, bar=iter):
         if clock:
             found |= _time_layer(ladder, rows, sizes, clock)
         else:
-            found["torch"] = {"unmeasured": why}
+            found["peers"] = {"torch": {"unmeasured": why}}
+            if ladder.library:
+                found["peers"]["cuBLASLt"] = {"unmeasured": why}
         result["ladders"].append(found)
     return result
 
@@ -281,7 +301,7 @@ def contest(layers=(), sizes=GPT2_124M, counted=COUNTED, bar=iter):
 def speeds(result):
     """What follows from the times of a contest, for tables and figures.
 
-    Yields dicts: layer, version (a number or "torch"), seconds (the
+    Yields dicts: layer, version (a number, or a peer's name), seconds (the
     median), low, high, and rate and share: bytes a second of what a copy
     reaches, or FLOP/s of the peak, whichever the layer counts. Rows
     without a time are left out.
@@ -292,7 +312,7 @@ def speeds(result):
         rows = [(x["version"], x["time"]) for x in found["versions"]]
         work = found.get("flops", found.get("least_bytes"))
         kind = "fma_peak" if "flops" in found else "copy_bytes"
-        for version, each in [*rows, ("torch", found["torch"])]:
+        for version, each in [*rows, *found["peers"].items()]:
             if "unmeasured" in each:
                 continue
             middle = median(each["seconds"])
@@ -326,9 +346,10 @@ def contest_report(result):
         for row in found["versions"]:
             speed = fast.get((found["layer"], row["version"]))
             lines += _version_lines(row, speed)
-        peer = fast.get((found["layer"], "torch"))
-        why = found["torch"].get("unmeasured")
-        lines.append("PyTorch: " + (_speed(peer) if peer else why))
+        for name, row in found["peers"].items():
+            speed = fast.get((found["layer"], name))
+            said = _speed(speed) if speed else row["unmeasured"]
+            lines.append(f"{name}: {said}")
     return "\n".join(lines)
 
 
@@ -380,11 +401,11 @@ def ladders_figure(result):
     fig = Figure(figsize=size, dpi=100)
     axes = fig.subplots(len(panels), squeeze=False, height_ratios=counts)
     for ax, (layer, rows) in zip(axes[:, 0], panels.items(), strict=True):
+        ours = [isinstance(x["version"], int) for x in rows]
         names = [
-            "PyTorch" if x["version"] == "torch" else f"version {x['version']}"
-            for x in rows
+            f"version {x['version']}" if mine else x["version"]
+            for x, mine in zip(rows, ours, strict=True)
         ]
-        ours = [x["version"] != "torch" for x in rows]
         colours = [PALETTE["blue" if x else "grey"] for x in ours]
         ax.barh(names, [100 * x["share"] for x in rows], color=colours)
         ax.invert_yaxis()

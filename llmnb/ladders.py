@@ -15,6 +15,7 @@ __all__ = [
     "TINY",
     "is_float",
     "ladder_named",
+    "version_name",
 ]
 
 
@@ -25,6 +26,8 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
+
+from llmnb.cuda.launch import empty
 
 
 # sizes
@@ -86,7 +89,9 @@ class Ladder(NamedTuple):
     scratch memory. reference: in place of the function of that name. checked: at
     most how many rows of the batch are compared with the reference.
     tolerance: of that, relative to the largest element of a result. named:
-    the tuple of versions, where it does not bear the layer's name.
+    the tuple of versions, where it does not bear the layer's name. library:
+    returns what NVIDIA's library is called with, by name, to be timed where
+    it can be.
 
     Derived in chapter 20.
     """
@@ -104,6 +109,7 @@ class Ladder(NamedTuple):
     checked: int = 16
     tolerance: float = 5e-5
     named: str = ""
+    library: object = None
 
     def _found(self, package, name):
         module = importlib.import_module(f"llmnb.{package}.{self.module}")
@@ -150,6 +156,14 @@ class Ladder(NamedTuple):
             for k, v in arrays.items()
             if getattr(v, "ndim", 0)
         )
+
+
+def version_name(function):
+    """The name of a version's function, which may be a functools.partial.
+
+    Derived in chapter 20.
+    """
+    return getattr(function, "func", function).__name__.strip("_")
 
 
 def is_float(x):
@@ -255,6 +269,18 @@ def _matmul_backward(s, draw):
     }
 
 
+def _library(name):
+    """cuBLASLt's product, without and with TF32."""
+    from llmnb.cuda import cublas
+
+    multiply = getattr(cublas, name)
+    work = empty(cublas.cublas_scratch())
+    return {
+        "cuBLASLt": functools.partial(multiply, work=work),
+        "cuBLASLt, TF32": functools.partial(multiply, work=work, tf32=True),
+    }
+
+
 def _torch_matmul(torch, a):
     from torch.nn import functional as F
 
@@ -347,6 +373,34 @@ def _residual_backward(s, draw):
     return {x: draw.floats(s.B, s.T, s.C) for x in names}
 
 
+def _fused_residual(s, draw):
+    arrays = _layernorm_forward(s, draw)
+    arrays["inp1"] = arrays.pop("inp")
+    arrays |= {"inp2": draw.floats(s.B, s.T, s.C)}
+    arrays |= {"residual": draw.nothing(s.B, s.T, s.C)}
+    first = "residual", "out", "mean", "rstd", "inp1", "inp2"
+    return {x: arrays[x] for x in (*first, "weight", "bias")}
+
+
+def _add_and_normalise(residual, out, mean, rstd, inp1, inp2, weight, bias):
+    """The reference of the fused residual: the two functions, in turn."""
+    from llmnb.reference.layernorm import layernorm_forward
+    from llmnb.reference.residual import residual_forward
+
+    residual_forward(residual, inp1, inp2)
+    layernorm_forward(out, mean, rstd, residual, weight, bias)
+
+
+def _torch_fused_residual(torch, a):
+    layer, C = torch.native_layer_norm, a.weight.shape
+
+    def run():
+        x = torch.add(a.inp1, a.inp2)
+        return x, *layer(x, C, a.weight, a.bias, 1e-5)
+
+    return run
+
+
 def _torch_residual(torch, a):
     return lambda: (torch.add(a.inp1, a.inp2),)
 
@@ -370,6 +424,42 @@ def _softmax_forward(s, draw):
 
 def _torch_softmax(torch, a):
     return lambda: (torch.softmax(a.logits, -1),)
+
+
+def _probs(s, draw):
+    """Probabilities; those of the padding are 0."""
+    probs = np.exp(draw.floats(s.B, s.T, s.Vp))
+    probs[..., s.V :] = 0
+    probs /= probs.sum(-1, keepdims=True)
+    return probs
+
+
+def _softmax_backward(s, draw):
+    shape, probs = (s.B, s.T, s.Vp), _probs(s, draw)
+    arrays = {x: draw.floats(*shape) for x in ("dlogits", "dprobs")}
+    return arrays | {"probs": probs}
+
+
+def _torch_softmax_back(torch, a):
+    back, kind = torch.ops.aten._softmax_backward_data, torch.float32
+    return lambda: (back(a.dprobs, a.probs, -1, kind),)
+
+
+def _surprise_forward(s, draw):
+    return {
+        "losses": draw.nothing(s.B, s.T),
+        "probs": _probs(s, draw),
+        "targets": draw.tokens(s.V, s.B, s.T),
+    }
+
+
+def _surprise_backward(s, draw):
+    return {
+        "dprobs": draw.floats(s.B, s.T, s.Vp),
+        "dlosses": draw.floats(s.B, s.T, scale=1 / (s.B * s.T)),
+        "probs": _probs(s, draw),
+        "targets": draw.tokens(s.V, s.B, s.T),
+    }
 
 
 def _loss_forward(s, draw):
@@ -504,11 +594,13 @@ LADDERS = (
            changes=("dinp", "dweight", "dbias"), torch=_torch_layernorm_back,
            work=lambda m, s, v: m.layernorm_scratch(s.B * s.T, s.C)),
     Ladder("matmul", "matmul_forward", _matmul_forward, ("out",),
-           torch=_torch_matmul, flops=lambda s: 8 * s.B * s.T * s.C**2),
+           torch=_torch_matmul, flops=lambda s: 8 * s.B * s.T * s.C**2,
+           library=lambda: _library("cublas_forward")),
     Ladder("matmul", "matmul_backward", _matmul_backward,
            changes=("dinp", "dweight", "dbias"), torch=_torch_matmul_back,
            flops=lambda s: 16 * s.B * s.T * s.C**2,
-           work=lambda m, s, v: m.matmul_scratch(s.B * s.T, 4 * s.C)),
+           work=lambda m, s, v: m.matmul_scratch(s.B * s.T, 4 * s.C),
+           library=lambda: _library("cublas_backward")),
     Ladder("attention", "attention_forward", _attention_forward,
            ("out", "lse"), torch=_torch_attention, checked=2,
            flops=lambda s: 2 * s.B * s.T * (s.T + 1) * s.C,
@@ -525,8 +617,19 @@ LADDERS = (
            torch=_torch_residual),
     Ladder("residual", "residual_backward", _residual_backward,
            changes=("dinp1", "dinp2"), torch=_torch_residual_back),
+    Ladder("residual", "fused_residual_forward", _fused_residual,
+           ("residual", "out", "mean", "rstd"), torch=_torch_fused_residual,
+           reference=_add_and_normalise),
     Ladder("crossentropy", "softmax_forward", _softmax_forward, ("probs",),
            torch=_torch_softmax, checked=1),
+    Ladder("crossentropy", "softmax_backward", _softmax_backward,
+           changes=("dlogits",), torch=_torch_softmax_back, checked=1),
+    Ladder("crossentropy", "crossentropy_forward", _surprise_forward,
+           ("losses",), checked=1,
+           moved=lambda a: a.targets.nbytes + 2 * a.losses.nbytes),
+    Ladder("crossentropy", "crossentropy_backward", _surprise_backward,
+           changes=("dprobs",), checked=1,
+           moved=lambda a: a.targets.nbytes + 4 * a.dlosses.nbytes),
     Ladder("crossentropy", "crossentropy_softmax_forward", _loss_forward,
            ("losses", "lse"), torch=_torch_loss, checked=1),
     Ladder("crossentropy", "crossentropy_softmax_backward", _loss_backward,

@@ -1938,6 +1938,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llmnb.cuda.launch import empty
+
 
 # %% sizes tags=["export"] module="ladders"
 class Sizes(NamedTuple):
@@ -1998,7 +2000,9 @@ class Ladder(NamedTuple):
     scratch memory. reference: in place of the function of that name. checked: at
     most how many rows of the batch are compared with the reference.
     tolerance: of that, relative to the largest element of a result. named:
-    the tuple of versions, where it does not bear the layer's name.
+    the tuple of versions, where it does not bear the layer's name. library:
+    returns what NVIDIA's library is called with, by name, to be timed where
+    it can be.
 
     Derived in chapter 20.
     """
@@ -2016,6 +2020,7 @@ class Ladder(NamedTuple):
     checked: int = 16
     tolerance: float = 5e-5
     named: str = ""
+    library: object = None
 
     def _found(self, package, name):
         module = importlib.import_module(f"llmnb.{package}.{self.module}")
@@ -2062,6 +2067,14 @@ class Ladder(NamedTuple):
             for k, v in arrays.items()
             if getattr(v, "ndim", 0)
         )
+
+
+def version_name(function):
+    """The name of a version's function, which may be a functools.partial.
+
+    Derived in chapter 20.
+    """
+    return getattr(function, "func", function).__name__.strip("_")
 
 
 def is_float(x):
@@ -2174,6 +2187,18 @@ def _matmul_backward(s, draw):
     }
 
 
+def _library(name):
+    """cuBLASLt's product, without and with TF32."""
+    from llmnb.cuda import cublas
+
+    multiply = getattr(cublas, name)
+    work = empty(cublas.cublas_scratch())
+    return {
+        "cuBLASLt": functools.partial(multiply, work=work),
+        "cuBLASLt, TF32": functools.partial(multiply, work=work, tf32=True),
+    }
+
+
 def _torch_matmul(torch, a):
     from torch.nn import functional as F
 
@@ -2266,6 +2291,34 @@ def _residual_backward(s, draw):
     return {x: draw.floats(s.B, s.T, s.C) for x in names}
 
 
+def _fused_residual(s, draw):
+    arrays = _layernorm_forward(s, draw)
+    arrays["inp1"] = arrays.pop("inp")
+    arrays |= {"inp2": draw.floats(s.B, s.T, s.C)}
+    arrays |= {"residual": draw.nothing(s.B, s.T, s.C)}
+    first = "residual", "out", "mean", "rstd", "inp1", "inp2"
+    return {x: arrays[x] for x in (*first, "weight", "bias")}
+
+
+def _add_and_normalise(residual, out, mean, rstd, inp1, inp2, weight, bias):
+    """The reference of the fused residual: the two functions, in turn."""
+    from llmnb.reference.layernorm import layernorm_forward
+    from llmnb.reference.residual import residual_forward
+
+    residual_forward(residual, inp1, inp2)
+    layernorm_forward(out, mean, rstd, residual, weight, bias)
+
+
+def _torch_fused_residual(torch, a):
+    layer, C = torch.native_layer_norm, a.weight.shape
+
+    def run():
+        x = torch.add(a.inp1, a.inp2)
+        return x, *layer(x, C, a.weight, a.bias, 1e-5)
+
+    return run
+
+
 def _torch_residual(torch, a):
     return lambda: (torch.add(a.inp1, a.inp2),)
 
@@ -2289,6 +2342,42 @@ def _softmax_forward(s, draw):
 
 def _torch_softmax(torch, a):
     return lambda: (torch.softmax(a.logits, -1),)
+
+
+def _probs(s, draw):
+    """Probabilities; those of the padding are 0."""
+    probs = np.exp(draw.floats(s.B, s.T, s.Vp))
+    probs[..., s.V :] = 0
+    probs /= probs.sum(-1, keepdims=True)
+    return probs
+
+
+def _softmax_backward(s, draw):
+    shape, probs = (s.B, s.T, s.Vp), _probs(s, draw)
+    arrays = {x: draw.floats(*shape) for x in ("dlogits", "dprobs")}
+    return arrays | {"probs": probs}
+
+
+def _torch_softmax_back(torch, a):
+    back, kind = torch.ops.aten._softmax_backward_data, torch.float32
+    return lambda: (back(a.dprobs, a.probs, -1, kind),)
+
+
+def _surprise_forward(s, draw):
+    return {
+        "losses": draw.nothing(s.B, s.T),
+        "probs": _probs(s, draw),
+        "targets": draw.tokens(s.V, s.B, s.T),
+    }
+
+
+def _surprise_backward(s, draw):
+    return {
+        "dprobs": draw.floats(s.B, s.T, s.Vp),
+        "dlosses": draw.floats(s.B, s.T, scale=1 / (s.B * s.T)),
+        "probs": _probs(s, draw),
+        "targets": draw.tokens(s.V, s.B, s.T),
+    }
 
 
 def _loss_forward(s, draw):
@@ -2423,11 +2512,13 @@ LADDERS = (
            changes=("dinp", "dweight", "dbias"), torch=_torch_layernorm_back,
            work=lambda m, s, v: m.layernorm_scratch(s.B * s.T, s.C)),
     Ladder("matmul", "matmul_forward", _matmul_forward, ("out",),
-           torch=_torch_matmul, flops=lambda s: 8 * s.B * s.T * s.C**2),
+           torch=_torch_matmul, flops=lambda s: 8 * s.B * s.T * s.C**2,
+           library=lambda: _library("cublas_forward")),
     Ladder("matmul", "matmul_backward", _matmul_backward,
            changes=("dinp", "dweight", "dbias"), torch=_torch_matmul_back,
            flops=lambda s: 16 * s.B * s.T * s.C**2,
-           work=lambda m, s, v: m.matmul_scratch(s.B * s.T, 4 * s.C)),
+           work=lambda m, s, v: m.matmul_scratch(s.B * s.T, 4 * s.C),
+           library=lambda: _library("cublas_backward")),
     Ladder("attention", "attention_forward", _attention_forward,
            ("out", "lse"), torch=_torch_attention, checked=2,
            flops=lambda s: 2 * s.B * s.T * (s.T + 1) * s.C,
@@ -2444,8 +2535,19 @@ LADDERS = (
            torch=_torch_residual),
     Ladder("residual", "residual_backward", _residual_backward,
            changes=("dinp1", "dinp2"), torch=_torch_residual_back),
+    Ladder("residual", "fused_residual_forward", _fused_residual,
+           ("residual", "out", "mean", "rstd"), torch=_torch_fused_residual,
+           reference=_add_and_normalise),
     Ladder("crossentropy", "softmax_forward", _softmax_forward, ("probs",),
            torch=_torch_softmax, checked=1),
+    Ladder("crossentropy", "softmax_backward", _softmax_backward,
+           changes=("dlogits",), torch=_torch_softmax_back, checked=1),
+    Ladder("crossentropy", "crossentropy_forward", _surprise_forward,
+           ("losses",), checked=1,
+           moved=lambda a: a.targets.nbytes + 2 * a.losses.nbytes),
+    Ladder("crossentropy", "crossentropy_backward", _surprise_backward,
+           changes=("dprobs",), checked=1,
+           moved=lambda a: a.targets.nbytes + 4 * a.dlosses.nbytes),
     Ladder("crossentropy", "crossentropy_softmax_forward", _loss_forward,
            ("losses", "lse"), torch=_torch_loss, checked=1),
     Ladder("crossentropy", "crossentropy_softmax_backward", _loss_backward,
@@ -2494,10 +2596,18 @@ from statistics import median
 import numpy as np
 
 from llmnb.cuda.clock import Clock, gpu_facts, in_turns, limits, no_gpu
+from llmnb.cuda.cublas import no_cublas
 from llmnb.cuda.launch import empty, simulated, to_device, to_host
 from llmnb.cuda.ptx import compile_kernel, no_compiler
 from llmnb.cuda.simulator import watch
-from llmnb.ladders import COUNTED, GPT2_124M, LADDERS, is_float, ladder_named
+from llmnb.ladders import (
+    COUNTED,
+    GPT2_124M,
+    LADDERS,
+    is_float,
+    ladder_named,
+    version_name,
+)
 from llmnb.timing import machine
 
 
@@ -2643,8 +2753,9 @@ def timed(ladder, versions, sizes, clock, peer=None):
     """Let versions of a layer take turns on a GPU, and PyTorch with them.
 
     versions: numbers from 1. clock: a `Clock`. peer: the module torch, or
-    None. Returns the least bytes and a dict from number, and "torch", to
-    lists of seconds.
+    None. NVIDIA's library joins in where the layer has one that starts.
+    Returns the least bytes and a dict from number, the library's names and
+    "torch" to lists of seconds.
 
     Derived in chapter 20.
     """
@@ -2658,6 +2769,9 @@ def timed(ladder, versions, sizes, clock, peer=None):
         if floats:
             run = functools.partial(run, work=empty(floats))
         runs[version] = functools.partial(run, *there.values())
+    if ladder.library and not no_cublas():
+        for name, run in ladder.library().items():
+            runs[name] = functools.partial(run, *there.values())
     if peer and ladder.torch:
         runs["torch"] = _torch_run(ladder, peer, there)
     return least, in_turns(clock, runs)
@@ -2666,13 +2780,14 @@ def timed(ladder, versions, sizes, clock, peer=None):
 # %% one layer tags=["exporti"] module="contest"
 def _says(function):
     """What a version is, in a line: its docstring's first, or its name."""
-    said = (function.__doc__ or "").strip().split("\n")[0]
-    return said or function.__name__.strip("_").replace("_", " ")
+    plain = getattr(function, "func", function)
+    said = (plain.__doc__ or "").strip().split("\n")[0].rstrip(".")
+    return said or version_name(function).replace("_", " ")
 
 
 def _without_gpu(ladder, number, function, counted, why):
     """The row of a version: what can be known with no GPU."""
-    row = {"version": number, "name": function.__name__.strip("_")}
+    row = {"version": number, "name": version_name(function)}
     row |= {"says": _says(function)}
     row["counted"], launches = count(ladder, number, counted)
     if no_compiler():
@@ -2704,12 +2819,17 @@ def _time_layer(ladder, rows, sizes, clock):
     found = {"sizes": sizes._asdict(), "least_bytes": least}
     if ladder.flops:
         found["flops"] = ladder.flops(sizes)
-    if "torch" in seconds:
-        return found | {"torch": {"seconds": seconds["torch"]}}
-    return found | {"torch": {"unmeasured": why or NO_OPERATION}}
-
-
-NO_OPERATION = "PyTorch has no such operation by itself"
+    found["peers"] = {
+        name: {"seconds": spent}
+        for name, spent in seconds.items()
+        if isinstance(name, str)
+    }
+    if "torch" not in seconds:
+        why = why or "PyTorch has no such operation by itself"
+        found["peers"]["torch"] = {"unmeasured": why}
+    if ladder.library and no_cublas():
+        found["peers"]["cuBLASLt"] = {"unmeasured": no_cublas()}
+    return found
 
 
 # %% the contest tags=["export"] module="contest"
@@ -2739,7 +2859,9 @@ def contest(layers=(), sizes=GPT2_124M, counted=COUNTED, bar=iter):
         if clock:
             found |= _time_layer(ladder, rows, sizes, clock)
         else:
-            found["torch"] = {"unmeasured": why}
+            found["peers"] = {"torch": {"unmeasured": why}}
+            if ladder.library:
+                found["peers"]["cuBLASLt"] = {"unmeasured": why}
         result["ladders"].append(found)
     return result
 
@@ -2748,7 +2870,7 @@ def contest(layers=(), sizes=GPT2_124M, counted=COUNTED, bar=iter):
 def speeds(result):
     """What follows from the times of a contest, for tables and figures.
 
-    Yields dicts: layer, version (a number or "torch"), seconds (the
+    Yields dicts: layer, version (a number, or a peer's name), seconds (the
     median), low, high, and rate and share: bytes a second of what a copy
     reaches, or FLOP/s of the peak, whichever the layer counts. Rows
     without a time are left out.
@@ -2759,7 +2881,7 @@ def speeds(result):
         rows = [(x["version"], x["time"]) for x in found["versions"]]
         work = found.get("flops", found.get("least_bytes"))
         kind = "fma_peak" if "flops" in found else "copy_bytes"
-        for version, each in [*rows, ("torch", found["torch"])]:
+        for version, each in [*rows, *found["peers"].items()]:
             if "unmeasured" in each:
                 continue
             middle = median(each["seconds"])
@@ -2793,9 +2915,10 @@ def contest_report(result):
         for row in found["versions"]:
             speed = fast.get((found["layer"], row["version"]))
             lines += _version_lines(row, speed)
-        peer = fast.get((found["layer"], "torch"))
-        why = found["torch"].get("unmeasured")
-        lines.append("PyTorch: " + (_speed(peer) if peer else why))
+        for name, row in found["peers"].items():
+            speed = fast.get((found["layer"], name))
+            said = _speed(speed) if speed else row["unmeasured"]
+            lines.append(f"{name}: {said}")
     return "\n".join(lines)
 
 
@@ -2847,11 +2970,11 @@ def ladders_figure(result):
     fig = Figure(figsize=size, dpi=100)
     axes = fig.subplots(len(panels), squeeze=False, height_ratios=counts)
     for ax, (layer, rows) in zip(axes[:, 0], panels.items(), strict=True):
+        ours = [isinstance(x["version"], int) for x in rows]
         names = [
-            "PyTorch" if x["version"] == "torch" else f"version {x['version']}"
-            for x in rows
+            f"version {x['version']}" if mine else x["version"]
+            for x, mine in zip(rows, ours, strict=True)
         ]
-        ours = [x["version"] != "torch" for x in rows]
         colours = [PALETTE["blue" if x else "grey"] for x in ours]
         ax.barh(names, [100 * x["share"] for x in rows], color=colours)
         ax.invert_yaxis()

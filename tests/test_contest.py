@@ -22,6 +22,7 @@ from llmnb.contest import (
     judge,
     ladders_figure,
     speeds,
+    timed,
 )
 from llmnb.cuda import clock
 from llmnb.cuda.launch import missing, simulated, to_host
@@ -54,17 +55,12 @@ def test_the_best_version_is_right(name):
 def test_every_tuple_of_versions_has_a_ladder():
     """A layer that is written must be measured: add it to LADDERS."""
     known = {(x.module, x.named or x.layer.upper()) for x in LADDERS}
-    apart = {  # parts that the model does not use: the fused layers do
-        ("crossentropy", "CROSSENTROPY_FORWARD"),
-        ("crossentropy", "CROSSENTROPY_BACKWARD"),
-        ("crossentropy", "SOFTMAX_BACKWARD"),
-    }
     for info in pkgutil.iter_modules(llmnb.cuda.__path__):
         found = importlib.import_module(f"llmnb.cuda.{info.name}")
         for name, value in vars(found).items():
             tuple_ = isinstance(value, tuple) and value
             if name.isupper() and tuple_ and all(map(callable, value)):
-                assert (info.name, name) in known | apart
+                assert (info.name, name) in known
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -72,9 +68,11 @@ def test_torch_does_the_same(name):
     """PyTorch's operation, on a CPU, where V fills the padded rows."""
     torch = pytest.importorskip("torch")
     ladder = ladder_named(name)
+    if ladder.torch is None:
+        pytest.skip("PyTorch has no such operation")
     arguments = ladder.draw(TINY._replace(V=128))
     for key in ladder.changes:
-        if key.startswith("d") and "residual" not in name:
+        if key.startswith("d") and name != "residual_backward":
             arguments[key][...] = 0  # PyTorch writes where we add
     want = ladder.expected(arguments)
     tensors = {
@@ -167,6 +165,49 @@ def test_fewer_rows_are_compared():
     assert [s.B for s in seen] == [1]
 
 
+def test_the_library_takes_turns(monkeypatch):
+    """cuBLASLt is timed where it starts, on the same arrays."""
+    seen = []
+
+    def multiply(out, inp, weight, bias):
+        seen.append(out.shape)
+
+    ladder = ladder_named("matmul_forward")._replace(
+        library=lambda: {"cuBLASLt": multiply}
+    )
+    monkeypatch.setattr(module, "to_device", simulated)
+    monkeypatch.setattr(module, "in_turns", lambda clock, runs: runs)
+    for why, names in (("", [2, "cuBLASLt"]), ("no library", [2])):
+        monkeypatch.setattr(module, "no_cublas", lambda why=why: why)
+        _, runs = timed(ladder, [2], TINY, None)
+        assert [*runs] == names
+    _, runs = timed(ladder, [], TINY, None)
+    assert runs == {}
+    monkeypatch.setattr(module, "no_cublas", lambda: "")
+    _, runs = timed(ladder, [], TINY, None)
+    runs["cuBLASLt"]()
+    assert seen == [(2, 5, 128)]
+
+
+def test_torch_takes_turns(monkeypatch):
+    torch = pytest.importorskip("torch")
+    ladder = ladder_named("gelu_forward")
+    monkeypatch.setattr(module, "to_device", simulated)
+    monkeypatch.setattr(module, "in_turns", lambda clock, runs: runs)
+
+    class Here:
+        """torch, for which a simulated array is on the GPU."""
+
+        as_tensor = staticmethod(
+            lambda x, device: torch.from_numpy(np.array(x))
+        )
+
+    _, runs = timed(ladder, [1], TINY, None, Here)
+    assert [*runs] == [1, "torch"]
+    (out,) = runs["torch"]()
+    assert out.shape == (2, 5, 128)
+
+
 # without a GPU
 
 
@@ -187,7 +228,7 @@ def test_no_time_without_a_gpu(result):
         "residual_forward",
     ]
     for found in result["ladders"]:
-        assert found["torch"] == why
+        assert found["peers"] == {"torch": why}
         for row in found["versions"]:
             assert row["time"] == why
             assert "judged" not in row
@@ -349,7 +390,8 @@ def test_the_contest_on_a_gpu_that_is_made_up(monkeypatch):
     one, two = found["ladders"][0]["versions"]
     assert one["time"] == {"unmeasured": "wrong: out is 9 off"}
     assert two["time"] == {"seconds": [3e-6, 1e-6, 2e-6]}
-    assert found["ladders"][0]["torch"] == {"unmeasured": "no torch here"}
+    peers = {"torch": {"unmeasured": "no torch here"}}
+    assert found["ladders"][0]["peers"] == peers
     (speed,) = speeds(found)
     least = right.least_bytes(right.draw(TINY))
     assert speed["rate"] == pytest.approx(least / 2e-6)
@@ -371,7 +413,7 @@ def fake_times(found):
         ladder |= {"sizes": {}, "least_bytes": 1000 * (1 + i)}
         for row in ladder["versions"]:
             row["time"] = {"seconds": [4e-6 / row["version"]] * 3}
-        ladder["torch"] = {"seconds": [1e-6]}
+        ladder["peers"]["torch"] = {"seconds": [1e-6]}
     return found
 
 
@@ -380,7 +422,7 @@ def test_the_figure(result):
     widths = [round(x.get_width()) for x in first.patches]
     assert widths == [25, 50, 100]  # 250, 500 and 1000 MB/s of 1 GB/s
     names = [x.get_text() for x in first.get_yticklabels()]
-    assert names == ["version 1", "version 2", "PyTorch"]
+    assert names == ["version 1", "version 2", "torch"]
     assert [round(x.get_width()) for x in second.patches] == [50, 100, 200]
 
 
@@ -434,7 +476,8 @@ def test_no_number_stands_for_a_time():
         assert set(found["losses"]) == {"unmeasured"}
         assert found["ladders"], "no kernel is named"
         for ladder in found["ladders"]:
-            assert set(ladder["torch"]) == {"unmeasured"}
+            for peer in ladder["peers"].values():
+                assert set(peer) == {"unmeasured"}
             for row in ladder["versions"]:
                 assert set(row["time"]) == {"unmeasured"}
                 assert "wrong" not in row["counted"]

@@ -377,10 +377,12 @@ def ladders_section(stem, result):
             ladder_row(row, fast.get((layer, row["version"])))
             for row in found["versions"]
         ]
-        peer = fast.get((layer, "torch"))
-        if peer:
-            time = f"{peer['seconds'] * 1e6:,.1f}", f"{peer['share']:.0%}"
-            rows.append(["PyTorch", *[""] * (len(head) + 1), *time])
+        for who in found["peers"]:
+            peer = fast.get((layer, who))
+            if peer:
+                time = f"{peer['seconds'] * 1e6:,.1f}", f"{peer['share']:.0%}"
+                title = name({"name": who})
+                rows.append([title, *[""] * (len(head) + 1), *time])
         title = [f"`{layer}`", "launches", *head, "time, us", "share"]
         yield from (*table(title, rows), "")
     if any(speeds(result)):

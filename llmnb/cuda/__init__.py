@@ -22,6 +22,13 @@ from llmnb.cuda.attention import (
     attention_forward,
     attention_scratch,
 )
+from llmnb.cuda.clock import (
+    Clock,
+    gpu_facts,
+    in_turns,
+    limits,
+    no_gpu,
+)
 from llmnb.cuda.crossentropy import (
     CROSSENTROPY_BACKWARD,
     CROSSENTROPY_FORWARD,
@@ -48,6 +55,12 @@ from llmnb.cuda.cublas import (
     forward_plan,
     no_cublas,
 )
+from llmnb.cuda.encoder import (
+    ENCODER_BACKWARD,
+    ENCODER_FORWARD,
+    encoder_backward,
+    encoder_forward,
+)
 from llmnb.cuda.gelu import (
     GELU_BACKWARD,
     GELU_FORWARD,
@@ -71,6 +84,13 @@ from llmnb.cuda.launch import (
     stream_address,
     to_device,
     to_host,
+)
+from llmnb.cuda.layernorm import (
+    LAYERNORM_BACKWARD,
+    LAYERNORM_FORWARD,
+    layernorm_backward,
+    layernorm_forward,
+    layernorm_scratch,
 )
 from llmnb.cuda.matmul import (
     MATMUL_BACKWARD,
@@ -120,13 +140,18 @@ __all__ = [
     "CROSSENTROPY_FORWARD",
     "CROSSENTROPY_SOFTMAX_BACKWARD",
     "CROSSENTROPY_SOFTMAX_FORWARD",
+    "Clock",
     "Compiled",
     "DeviceArray",
+    "ENCODER_BACKWARD",
+    "ENCODER_FORWARD",
     "FUSED_CLASSIFIER",
     "FUSED_RESIDUAL_FORWARD",
     "GELU_BACKWARD",
     "GELU_FORWARD",
     "Kernel",
+    "LAYERNORM_BACKWARD",
+    "LAYERNORM_FORWARD",
     "MATMUL_BACKWARD",
     "MATMUL_FORWARD",
     "Plan",
@@ -165,13 +190,21 @@ __all__ = [
     "dinp_plan",
     "dweight_plan",
     "empty",
+    "encoder_backward",
+    "encoder_forward",
     "forward_plan",
     "fused_classifier",
     "fused_residual_forward",
     "gelu_backward",
     "gelu_forward",
     "global_norm",
+    "gpu_facts",
+    "in_turns",
     "kernel",
+    "layernorm_backward",
+    "layernorm_forward",
+    "layernorm_scratch",
+    "limits",
     "load4",
     "matmul_backward",
     "matmul_forward",
@@ -179,6 +212,7 @@ __all__ = [
     "missing",
     "no_compiler",
     "no_cublas",
+    "no_gpu",
     "norm_apply",
     "numbered",
     "record",
