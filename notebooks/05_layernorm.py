@@ -34,10 +34,13 @@ gpt2_diagram(lit="layernorm")
 # - compute a LayerNorm by hand and name what it cannot change;
 # - derive its gradient without matrices, and say why two sums a row suffice;
 # - say what the forward pass must save, and why two numbers a row do;
-# - write it as a compiled loop that reads each row from memory once.
+# - write it as a compiled loop that reads each row from memory once;
+# - give its rows to the threads of a GPU, and show the race of two sums that
+#   share one piece of memory.
 #
-# You need central differences from [chapter 0](00_gpt2.ipynb) and the
-# `kernel` decorator from [chapter 3](03_encoder.ipynb).
+# You need central differences from [chapter 0](00_gpt2.ipynb), the
+# `kernel` decorator from [chapter 3](03_encoder.ipynb), and for the GPU
+# the simulator from [chapter 4](04_gpu.ipynb).
 
 # %% [markdown]
 # ## Setup
@@ -657,7 +660,8 @@ def _forward_thread(out, mean, rstd, inp, weight, bias):
         total += inp[n, i]
     mu = total / size
     for i in range(C):
-        squares += (inp[n, i] - mu) * (inp[n, i] - mu)
+        away = inp[n, i] - mu
+        squares += away * away
     r = np.float32(1) / math.sqrt(squares / size + EPS32)
     for i in range(C):
         out[n, i] = (inp[n, i] - mu) * r * weight[i] + bias[i]
@@ -699,9 +703,9 @@ def forward_verdict(version, *shape):
     d = on_device(p)
     version(*rows_of(d))
     reference.forward(p.out, p.mean, p.rstd, p.inp, p.weight, p.bias)
+    print(f"{title(version)}, {shape[-1]} channels")
     for k in ("out", "mean", "rstd"):
-        label = f"{title(version)}, {k}"
-        compare(label, to_host(d[k]), getattr(p, k), tol=1e-5)
+        compare(k, to_host(d[k]), getattr(p, k), tol=1e-5)
 
 
 forward_verdict(_thread_a_row, 3, 11, 37)
@@ -759,7 +763,8 @@ def _forward_warp(out, mean, rstd, inp, weight, bias):
         total += inp[n, i]
     mu = warp_sum(total) / size
     for i in range(lane, C, 32):
-        squares += (inp[n, i] - mu) * (inp[n, i] - mu)
+        away = inp[n, i] - mu
+        squares += away * away
     r = np.float32(1) / math.sqrt(warp_sum(squares) / size + EPS32)
     for i in range(lane, C, 32):
         out[n, i] = (inp[n, i] - mu) * r * weight[i] + bias[i]
@@ -996,7 +1001,7 @@ d = on_device(p)
 names = "out", "mean", "rstd", "inp", "weight", "bias"
 layernorm_forward(*(d[k] for k in names))
 reference.forward(*(getattr(p, k) for k in names))
-compare("layernorm_forward", to_host(d["out"]), p.out, tol=1e-5)
+compare("out", to_host(d["out"]), p.out, tol=1e-5)
 try:
     layernorm_forward(*(d[k] for k in names[:-1]), d["bias"][:5])
 except ValueError as error:
@@ -1035,7 +1040,8 @@ def block_a_row(add):
             total += inp[n, i]
         mu = add(total, parts) / size
         for i in range(cuda.threadIdx.x, C, cuda.blockDim.x):
-            squares += (inp[n, i] - mu) * (inp[n, i] - mu)
+            away = inp[n, i] - mu
+            squares += away * away
         r = np.float32(1) / math.sqrt(add(squares, parts) / size + EPS32)
         for i in range(cuda.threadIdx.x, C, cuda.blockDim.x):
             out[n, i] = (inp[n, i] - mu) * r
@@ -1179,9 +1185,9 @@ def backward_verdict(version, *shape):
     names = "dinp", "dweight", "dbias"
     rest = p.dout, p.inp, p.weight, p.mean, p.rstd
     reference.backward(*(getattr(p, k) for k in names), *rest)
+    print(f"{title(version)}, {shape[-1]} channels")
     for k in names:
-        label = f"{title(version)}, {k}"
-        compare(label, to_host(d[k]), getattr(p, k), tol=1e-5)
+        compare(k, to_host(d[k]), getattr(p, k), tol=1e-5)
 
 
 backward_verdict(_atomic_sums, 3, 11, 37)
@@ -1457,9 +1463,10 @@ backward_verdict(_rows_once, 1, 5, 37)
 count_backward(_sums_of_parts, _rows_once)
 
 # %% [markdown]
-# `watch` raised no RaceError over the two tables. `inp`, `dout` and `dinp`
+# `watch` raised no RaceError over the two tables in shared memory. `inp`, `dout` and `dinp`
 # come once and `dinp` goes once, the least there is; `weight` is read once
-# for each part instead of once a row. The table comes on top, written and
+# for each part instead of once a row. The price is in exchanges, twenty for
+# each row in place of ten, and in one barrier a row. The table comes on top, written and
 # read once. With 4,096 rows it is a quarter of the size of `inp`, with
 # 16,384 rows a sixteenth. Rows whose $C$ is not a multiple of 4 or above
 # 2,048 go to version 2.
@@ -1539,7 +1546,7 @@ for _ in range(2):
     layernorm_backward(*(d[k] for k in names + rest), work=work)
     results.append([to_host(d[k]) for k in names])
 same = all(map(np.array_equal, *results))
-verdict("layernorm_backward", same, "the same bits twice")
+verdict("backward", same, "the same bits twice")
 
 # %% [markdown]
 # On the simulator, which runs threads in one order, even atomics would pass
@@ -1581,6 +1588,9 @@ print(f"predicted {moved / bandwidth * 1e3:.2f} ms, measured {fast * 1e3:.2f}")
 #
 # Saved for the backward pass: two numbers a row, $2BT$, against $BTC$ had
 # we kept $\hat x$.
+#
+# The last versions for a GPU move the same six arrays of $BTC$, and on top
+# of them the table of sums, at most $512 \cdot 2\,C$ numbers, out and back.
 
 # %% [markdown]
 # ## See it
@@ -1637,6 +1647,9 @@ plt.show()
 #   component along them; (5.10) subtracts exactly these two.
 # - Two saved numbers a row are enough to rebuild what backward needs.
 # - Its speed is that of memory. One row at a time in cache is what helps.
+# - On a GPU a warp shares a row, so that its lanes read neighbours. Memory
+#   that threads share and use again needs an order between the last read
+#   and the next write: a second barrier, or a second piece of memory.
 
 # %% [markdown]
 # ## Design note
@@ -1723,6 +1736,68 @@ one_sweep = np.mean(row * row) - np.mean(row) ** 2
 two_sweeps = np.mean((row - np.mean(row)) ** 2)
 verdict("one sweep", abs(one_sweep - exact) > 0.1 * exact, "is off by > 10 %")
 verdict("two sweeps", abs(two_sweeps - exact) < 1e-5, "is right to 1e-05")
+
+# %% [markdown]
+# **4** (★★★). Version 4 reads `weight` and `bias` for each row. Let a block
+# of 4 warps copy both to shared memory first, and then take 32 rows, 8 a
+# warp. How many sectors do 32 rows of 256 channels take, in place of 4,160?
+# Write the kernel for $C = 256$ and any number of rows, and beware of the
+# barrier: a warp without rows must reach it too.
+#
+# :::{admonition} Solution to exercise 4
+# :class: dropdown
+# `inp` and `out` take 1,024 sectors each, `weight` and `bias` 32 each, once,
+# and a row's `mean` and `rstd` one each: 2,176. Against it stands that 32
+# rows now need one block where version 4 has eight, so a small batch leaves
+# most of a GPU without work.
+# :::
+
+
+# %% exercise 4, the kernel tags=["hide-cell"]
+@kernel(launch_bounds=128)
+def shared_weights(out, mean, rstd, inp, weight, bias):
+    w = cuda.shared.array(256, np.float32, alignment=16)
+    b = cuda.shared.array(256, np.float32, alignment=16)
+    warp, lane = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
+    for i in range(cuda.threadIdx.x, 256, 128):
+        w[i], b[i] = weight[i], bias[i]
+    cuda.syncthreads()
+    first = cuda.blockIdx.x * 32 + warp
+    for n in range(first, min(first + 32, len(inp)), 4):
+        normalise(out, mean, rstd, inp, w, b, n, lane)
+
+
+# %% exercise 4, a row tags=["hide-cell"]
+@device
+def normalise(out, mean, rstd, inp, w, b, n, lane):
+    kept = cuda.shared.array(1024, np.float32, alignment=16)
+    total, squares, size = np.float32(0), np.float32(0), np.float32(256)
+    here = cuda.threadIdx.x // 32 * 256
+    for i in range(4 * lane, 256, 128):
+        four = load4(inp, n * 256 + i)
+        store4(kept, here + i, four[0], four[1], four[2], four[3])
+        total += (four[0] + four[1]) + (four[2] + four[3])
+    mu = warp_sum(total) / size
+    for i in range(4 * lane, 256, 128):
+        four = load4(kept, here + i)
+        squares += _deviations(mu, four[0], four[1], four[2], four[3])
+    r = np.float32(1) / math.sqrt(warp_sum(squares) / size + EPS32)
+    for i in range(4 * lane, 256, 128):
+        x0, x1, x2, x3 = load4(kept, here + i)
+        _write_four(out, n * 256 + i, w, b, i, mu, r, x0, x1, x2, x3)
+    if lane == 0:
+        mean[n], rstd[n] = mu, r
+
+
+# %% exercise 4, checked
+def eight_rows_a_warp(*arrays):
+    shared_weights[-(-len(arrays[0]) // 32), 128](*arrays)
+
+
+forward_verdict(eight_rows_a_warp, 3, 11, 256)
+with watch() as seen:
+    eight_rows_a_warp(*rows_of(on_device(q, simulated)))
+verdict("sectors", seen.sectors == 2176, "are 2,176")
 
 # %% [markdown]
 # ## Further reading

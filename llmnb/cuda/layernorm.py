@@ -47,7 +47,8 @@ def _forward_thread(out, mean, rstd, inp, weight, bias):
         total += inp[n, i]
     mu = total / size
     for i in range(C):
-        squares += (inp[n, i] - mu) * (inp[n, i] - mu)
+        away = inp[n, i] - mu
+        squares += away * away
     r = np.float32(1) / math.sqrt(squares / size + EPS32)
     for i in range(C):
         out[n, i] = (inp[n, i] - mu) * r * weight[i] + bias[i]
@@ -73,7 +74,8 @@ def _forward_warp(out, mean, rstd, inp, weight, bias):
         total += inp[n, i]
     mu = warp_sum(total) / size
     for i in range(lane, C, 32):
-        squares += (inp[n, i] - mu) * (inp[n, i] - mu)
+        away = inp[n, i] - mu
+        squares += away * away
     r = np.float32(1) / math.sqrt(warp_sum(squares) / size + EPS32)
     for i in range(lane, C, 32):
         out[n, i] = (inp[n, i] - mu) * r * weight[i] + bias[i]
