@@ -20,7 +20,14 @@ import functools
 
 import numpy as np
 
-from llmnb.cuda.launch import check_device, device, empty, kernel
+from llmnb.cuda.launch import (
+    aligned,
+    check_device,
+    device,
+    empty,
+    kernel,
+    numbered,
+)
 from llmnb.cuda.simulator import cuda, load4, store4
 
 
@@ -252,8 +259,8 @@ def _vector_kernel(tile, along_a, along_b):
     fetch_b, put_b = _fetcher(tile, along_b), _putter(tile, along_b)
 
     def multiply(out, start, bias, a, b, rows, cols, steps, add, shift):
-        left = cuda.shared.array(room, np.float32)
-        right = cuda.shared.array(room, np.float32)
+        left = cuda.shared.array(room, np.float32, alignment=16)
+        right = cuda.shared.array(room, np.float32, alignment=16)
         next_a = cuda.local.array(few, np.float32)
         next_b = cuda.local.array(few, np.float32)
         sums = cuda.local.array(64, np.float32)
@@ -299,7 +306,8 @@ def _vector_kernel(tile, along_a, along_b):
 def _vectors(out, start, bias, a, b, sizes, along):
     rows, cols, steps = sizes
     lines = cols, steps if along[0] else rows, steps if along[1] else cols
-    if any(n % 4 for n in lines):
+    used = [x for x in (out, start, bias, a, b) if x is not None]
+    if any(n % 4 for n in lines) or not aligned(*used):
         _register_tiles(out, start, bias, a, b, sizes, along)
         return
     tile = _tile_size(rows, cols)
@@ -359,24 +367,29 @@ def matmul_scratch(rows, OC):
 
 
 # the checks on a GPU
-def _check_layer(name, inp, weight, version, work, floats, **others):
-    """Check what both directions take; others: name=(array, shape)."""
+OPTIONAL = "bias", "residual", "dbias"
+
+
+def _sizes(name, inp, weight):
+    """B, T, C and OC, or an error that says what is wrong with the two."""
     for label, x, ndim in (("inp", inp, 3), ("weight", weight, 2)):
         check_device(f"{name}: {label}", x, getattr(x, "shape", ()))
         if x.ndim != ndim:
             raise ValueError(
                 f"{name}: {label} must have {ndim} dimensions, got {x.shape}"
             )
-    shape = weight.shape[0], inp.shape[2]
-    check_device(f"{name}: weight", weight, shape)
-    for label, (x, shape) in others.items():
-        if x is not None:
+    check_device(f"{name}: weight", weight, (weight.shape[0], inp.shape[2]))
+    return *inp.shape, weight.shape[0]
+
+
+def _check_arrays(name, **arrays):
+    """Check label=(array, shape); those that are OPTIONAL may be None."""
+    for label, (x, shape) in arrays.items():
+        if x is not None or label not in OPTIONAL:
             check_device(f"{name}: {label}", x, shape)
-    if version not in range(1, len(MATMUL_FORWARD) + 1):
-        raise ValueError(
-            f"{name}: version must be 1 to {len(MATMUL_FORWARD)}, "
-            f"got {version}"
-        )
+
+
+def _check_work(name, work, floats):
     if work is not None:
         check_device(f"{name}: work", work, (work.size,))
         if work.size < floats:
@@ -401,21 +414,15 @@ def matmul_forward(
     Derived in chapter 6.
     """
     name = "matmul_forward"
-    shape = (*getattr(inp, "shape", ())[:2], *getattr(weight, "shape", ())[:1])
-    _check_layer(
-        *(name, inp, weight, version, work, 0),
-        out=(out, shape),
-        bias=(bias, shape[-1:]),
-        residual=(residual, shape),
+    product = numbered(MATMUL_FORWARD, version, name)
+    B, T, C, OC = _sizes(name, inp, weight)
+    shape = B, T, OC
+    _check_arrays(
+        name, out=(out, shape), bias=(bias, (OC,)), residual=(residual, shape)
     )
-    (B, T, C), OC = inp.shape, weight.shape[0]
-    if residual is not None:
-        residual = residual.reshape(-1)
-    MATMUL_FORWARD[version - 1](
-        *(out.reshape(-1), residual, bias),
-        *(inp.reshape(-1), weight.reshape(-1)),
-        *((B * T, OC, C), (True, True)),
-    )
+    start = None if residual is None else residual.reshape(-1)
+    y, x, w = (z.reshape(-1) for z in (out, inp, weight))
+    product(y, start, bias, x, w, (B * T, OC, C), (True, True))
 
 
 # the layer on a GPU, backward
@@ -444,17 +451,18 @@ def matmul_backward(
     Derived in chapter 6.
     """
     name = "matmul_backward"
-    rows = int(np.prod(getattr(inp, "shape", ())[:2]))
-    OC = getattr(weight, "shape", (0,))[0]
+    product = numbered(MATMUL_BACKWARD, version, name)
+    B, T, C, OC = _sizes(name, inp, weight)
+    rows = B * T
     floats = 0 if dbias is None else matmul_scratch(rows, OC)
-    _check_layer(
-        *(name, inp, weight, version, work, floats),
-        dout=(dout, (*getattr(inp, "shape", ())[:2], OC)),
-        dinp=(dinp, getattr(inp, "shape", ())),
+    _check_work(name, work, floats)
+    _check_arrays(
+        name,
+        dinp=(dinp, inp.shape),
         dweight=(dweight, weight.shape),
         dbias=(dbias, (OC,)),
+        dout=(dout, (B, T, OC)),
     )
-    C, product = inp.shape[2], MATMUL_BACKWARD[version - 1]
     x, w, dx, dw, dy = (
         z.reshape(-1) for z in (inp, weight, dinp, dweight, dout)
     )
