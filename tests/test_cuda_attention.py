@@ -167,10 +167,15 @@ def test_machine_code_of_gpt2s_heads(launches):
     check_machine(found, True)
 
 
-@pytest.mark.parametrize("hs, cc", ((5, (8, 0)), (128, (9, 0))))
-def test_machine_code_of_other_heads(monkeypatch, launches, hs, cc):
+@pytest.mark.parametrize(
+    "hs, cc, forward, backward",
+    ((5, (8, 0), (3,), ()), (128, (9, 0), (), (2,))),
+)
+def test_machine_code_of_other_heads(
+    monkeypatch, launches, hs, cc, forward, backward
+):
     monkeypatch.setattr("gpu.GENERATIONS", [cc])
-    found = check_machine_code(launches(hs, (3,), (2,)))
+    found = check_machine_code(launches(hs, forward, backward))
     check_machine(found, hs % 4 == 0)
 
 
@@ -184,8 +189,6 @@ def test_counts_that_the_chapter_claims():
     assert three.sectors < two.sectors
     assert three.shared_requests < two.shared_requests / 5
     assert three.shared_passes < two.shared_passes / 1.5
-    one, two = (backward(v, shape) for v in BACKWARD)
-    assert two.sectors < one.sectors / 4
 
 
 def test_shared_memory_has_few_conflicts():
