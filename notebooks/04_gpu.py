@@ -721,6 +721,7 @@ def simulate(function, grid, block, args):
 
     Derived in chapter 4.
     """
+    _greenlet()  # or say at once that it is missing
     grid, shape, seen = _three(grid), _three(block), _now.seen
     if seen is not None:
         args = _watched(function, args, seen)
@@ -803,7 +804,8 @@ class DeviceArray:
         return self.shape[0]
 
     def __getitem__(self, index):
-        return DeviceArray(self._array[index])
+        part = self._array[index]
+        return DeviceArray(part) if isinstance(part, np.ndarray) else part
 
     def __array__(self, dtype=None, copy=None):
         return np.array(self._array, dtype)

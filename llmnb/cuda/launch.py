@@ -84,7 +84,8 @@ class DeviceArray:
         return self.shape[0]
 
     def __getitem__(self, index):
-        return DeviceArray(self._array[index])
+        part = self._array[index]
+        return DeviceArray(part) if isinstance(part, np.ndarray) else part
 
     def __array__(self, dtype=None, copy=None):
         return np.array(self._array, dtype)

@@ -726,6 +726,7 @@ def simulate(function, grid, block, args):
 
     Derived in chapter 4.
     """
+    _greenlet()  # or say at once that it is missing
     grid, shape, seen = _three(grid), _three(block), _now.seen
     if seen is not None:
         args = _watched(function, args, seen)
