@@ -603,6 +603,85 @@ def test_no_gpu(no_gpu):
         peers.llmnb_contestant(spec)
 
 
+class OnGpu(GPT2):
+    """A model on the host that passes for one on a GPU, and takes notes."""
+
+    log = []
+
+    def __init__(self, cfg, B, T, backend="cuda", precision="fp32"):
+        assert backend in ("cpu", "cuda")
+        self.log.append((backend, precision))
+        super().__init__(cfg, B, T, "reference", "fp32")
+
+    def clip_gradients(self, max_norm):
+        self.log.append(("clip", max_norm))
+
+    def step(self, tokens, targets, step):
+        self.log.append(("step", step))
+        loss = self.forward(tokens, targets)
+        self.backward()
+        self.update(step=step)
+        return loss, 1.0
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that is made up; what waits for it is noted."""
+    import numba
+
+    from llmnb import gpt2
+    from llmnb.cuda import clock
+
+    log = []
+    real = SimpleNamespace(synchronize=lambda: log.append("synchronize"))
+    monkeypatch.setattr(OnGpu, "log", log)
+    monkeypatch.setattr(numba, "cuda", real, raising=False)
+    monkeypatch.setitem(sys.modules, "numba.cuda", real)
+    monkeypatch.setattr(clock, "no_gpu", lambda: "")
+    monkeypatch.setattr(clock, "Clock", lambda: "clock")
+    monkeypatch.setattr(clock, "limits", lambda clock: {"fma_peak": 9.0})
+    monkeypatch.setattr(peers, "_our_facts", lambda backend: {"for": backend})
+    monkeypatch.setattr(gpt2, "GPT2", OnGpu)
+    monkeypatch.setattr(module, "GPT2", OnGpu)
+    return log
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_our_contestant_on_a_gpu(gpu, graph):
+    spec = {**SHAPE, **OURS, "backend": "cuda", "precision": "tf32"}
+    step, facts = peers.llmnb_contestant(spec | {"graph": graph})
+    assert gpu == [("cuda", "tf32")]
+    model, batch = GPT2(CFG, 2, 16, "reference"), random_batch(SHAPE)
+    for number in (1, 2):
+        loss = model.forward(*batch)
+        model.backward()
+        model.update(step=number)
+        gpu.clear()
+        assert step() == {"loss": loss}
+        own = ("step", number) if graph else ("clip", math.inf)
+        assert gpu == [own, "synchronize"]  # before the clock is read
+    found = facts()
+    assert found["for"] == "cuda" and found["fma_peak"] == 9.0
+    assert found["device_bytes"] == found["arena_bytes"] > 1e5
+    assert ("apart" in found) is not graph
+    if not graph:
+        assert len(found["apart"]) == 3
+        assert found["apart"][0]["calls"]["adamw_update"] == 1
+        assert set(found["apart"][0]["parts"]) == set(module.PARTS)
+
+
+def test_loss_curves(gpu):
+    shape = CFG, 2, 16
+    found = module.loss_curves(("fp32", "bf16", "tf32"), 3, shape)
+    runs = ["cpu fp32", "cuda fp32", "cuda tf32"]  # and no bf16
+    assert [*found] == [*runs, "worst"]
+    assert all(len(found[x]) == 3 for x in runs)
+    assert found["cpu fp32"][0] > found["cpu fp32"][-1]
+    assert found["worst"] == {"cuda fp32": 0.0, "cuda tf32": 0.0}
+    lines = [*module._losses_lines(found)]
+    assert lines[-1].endswith("differ from the CPU's by at most 0.0e+00")
+
+
 def test_tf32_is_missing_on_a_cpu():
     assert missing("tf32", "cuda") is None
     assert missing("tf32", "cpu") == "not available in the cpu backend"

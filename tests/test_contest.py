@@ -59,8 +59,8 @@ def test_every_tuple_of_versions_has_a_ladder():
     for info in pkgutil.iter_modules(llmnb.cuda.__path__):
         found = importlib.import_module(f"llmnb.cuda.{info.name}")
         for name, value in vars(found).items():
-            tuple_ = isinstance(value, tuple) and value
-            if name.isupper() and name[0] != "_" and tuple_ and all(map(callable, value)):
+            public = name.isupper() and name[0] != "_"
+            if public and isinstance(value, tuple) and callable(value[0]):
                 assert (info.name, name) in known
 
 
