@@ -77,12 +77,13 @@ class Clock:
 
         gpu = real.get_current_device()
         self._grid = 8 * gpu.MULTIPROCESSOR_COUNT
-        block = np.zeros(gpu.L2_CACHE_SIZE, np.float32)  # four times it
+        floats = max(gpu.L2_CACHE_SIZE, 1 << 20)  # four times its bytes
+        block = np.zeros(floats, np.float32)
         self._block, self._wait = to_device(block), real.synchronize
         self._sums = empty(256 * self._grid, like=self._block)
         self._marks = real.event(), real.event()
-        self._swept = 0.0
-        self._swept = min(self._between(self._sweep) for _ in range(5))
+        swept = min(self._between(self._sweep) for _ in range(5))
+        self._swept = max(swept, 1e-6)
 
     def _sweep(self):
         _sweep[self._grid, 256](self._sums, self._block)
