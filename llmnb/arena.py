@@ -8,6 +8,7 @@ footprint is known before training begins and never grows.
 
 __all__ = [
     "Arena",
+    "put",
 ]
 
 
@@ -26,16 +27,20 @@ def _round_up(n, to):
 
 
 # allocate
-def _allocate(nbytes):
+def _zeros(nbytes):
+    block = np.zeros(nbytes + ALIGN, np.uint8)
+    skip = -block.ctypes.data % ALIGN
+    return block[skip : skip + nbytes]
+
+
+def _allocate(nbytes, zeros):
     try:
-        block = np.zeros(nbytes + ALIGN, np.uint8)
+        return zeros(nbytes)
     except MemoryError:
         raise MemoryError(
             f"the model needs one block of {nbytes:,} bytes, more than this "
             f"system gives; lower batch_size or seq_len, or the model's size"
         ) from None
-    skip = -block.ctypes.data % ALIGN
-    return block[skip : skip + nbytes]
 
 
 # the arena
@@ -48,14 +53,16 @@ class Arena:
     at a multiple of 64 bytes. (dtype, shapes, True) lays a group over the
     one before it: both begin at the same byte. The block is allocated once,
     here: the system hands out its pages, zeroed, when they are first
-    written. Raises MemoryError, which says how many bytes were asked for.
+    written. zeros: a function from a number of bytes to such a block, a 1-D
+    uint8 array, where memory is not the host's. Raises MemoryError, which
+    says how many bytes were asked for.
 
     arena[group][tensor] is the view of a tensor; .nbytes the block's size.
 
     Derived in chapter 2.
     """
 
-    def __init__(self, groups):
+    def __init__(self, groups, zeros=_zeros):
         self._rows, self._spans, start, end = [], {}, 0, 0
         for group, (dtype, shapes, *over) in groups.items():
             dtype = np.dtype(dtype)
@@ -67,7 +74,7 @@ class Arena:
             self._spans[group] = start, offset, dtype
             end = max(end, offset)
         self.nbytes = _round_up(end, ALIGN)
-        self._block = _allocate(self.nbytes)
+        self._block = _allocate(self.nbytes, zeros)
         self._views = {group: {} for group in groups}
         for group, name, shape, dtype, offset in self._rows:
             size = math.prod(shape) * dtype.itemsize
@@ -93,3 +100,17 @@ class Arena:
     def sizes(self):
         """Bytes of each group, padding left out."""
         return {g: stop - start for g, (start, stop, _) in self._spans.items()}
+
+
+# overwrite a tensor
+def put(array, values):
+    """Overwrite an array, on the host or on a device, with a host's values.
+
+    values: an array of the same shape, of any dtype that can be converted.
+
+    Derived in chapter 2.
+    """
+    if isinstance(array, np.ndarray):
+        np.copyto(array, values, casting="unsafe")
+    else:
+        array.copy_to_device(np.ascontiguousarray(values, array.dtype))

@@ -113,6 +113,20 @@ def _set_threads(args):
         numba.set_num_threads(args.threads)
 
 
+# is the GPU there
+def _check_backend(name):
+    """Refuse a GPU that is not there, unless the simulator is asked for."""
+    if name != "cuda":
+        return
+    from llmnb.cuda.model import no_gpu
+
+    if no_gpu():
+        raise ValueError(
+            f"no backend cuda here: {no_gpu()}; LLMNB_CUDA=simulator runs "
+            "small models without a GPU"
+        )
+
+
 # llmnb train
 def _add_train(commands):
     parser = commands.add_parser(
@@ -177,6 +191,7 @@ def _begun(args):
     if given.get("depth") and not given.keys().isdisjoint(SHAPE):
         names = ", ".join(name.replace("_", "-") for name in SHAPE)
         raise ValueError(f"--depth sets {names}: leave those out")
+    _check_backend(given.get("backend"))
     make = starting_from if given.get("init") else TrainConfig
     config = make(**given)
     folder = run_folder(args.out or _new_folder(config), args.force)
@@ -186,10 +201,12 @@ def _begun(args):
 def _resumed(args):
     """The run that --resume names, at its newest checkpoint."""
     from llmnb.run import resume
+    from llmnb.train import read_run
 
     if args.out or args.force:
         raise ValueError("--resume needs neither --out nor --force")
     folder = args.resume or _newest_run("config.json")
+    _check_backend(read_run(folder).backend)
     run, warnings = resume(folder, **_from_fields(args, TrainConfig))
     for warning in warnings:
         print(f"llmnb: warning: {warning}", file=sys.stderr)
@@ -317,8 +334,11 @@ SAMPLE = {"count": 200, "temperature": 0.8, "top_p": 0.95}
 
 
 def _sample(model, encoding):
+    from llmnb.decode import Decoder
     from llmnb.generate import decoded, generate
 
+    # a GPU would compute the whole window for every token
+    model = Decoder.of(model) if model.backend == "cuda" else model
     eot = encoding.eot_token
     tokens = generate(model, [eot], stop=eot, **SAMPLE)
     return "".join(decoded(encoding, tokens))
@@ -331,8 +351,8 @@ def _report(run, steps):
     marks = landmarks(run.config, run.data)
     known = ", ".join(f"{name} {loss:.3f}" for name, loss in marks.items())
     _say("loss", f"{losses[-1]:.3f} on validation text ({known})")
-    folder = run.folder
-    model, encoding, _ = load_run(folder)
+    folder, on_gpu = run.folder, run.config.backend == "cuda"
+    model, encoding, _ = load_run(folder, backend="cpu" if on_gpu else None)
     text = _sample(model, encoding)
     with replacing(folder / "sample.txt") as file:
         file.write(text.encode("utf-8"))
@@ -356,6 +376,12 @@ DRAWS = {
     "top_p": (float, None, "draw among the likeliest that make up p only"),
     "seed": (int, 42, "another seed, another text"),
     "tokenizer": (str, "gpt2", "unless RUN has one: gpt2, byte or a file"),
+    "backend": (
+        str,
+        "cpu",
+        "cpu keeps keys and values; cuda and reference compute the whole "
+        "window for every token",
+    ),
 }
 
 
@@ -394,6 +420,7 @@ def _generate(args):
 
     settings = args.temperature, args.top_k, args.top_p
     check_sampling(*settings)
+    _check_backend(args.backend)
     if args.samples < 1:
         raise ValueError(f"samples must be at least 1, got {args.samples}")
     _set_threads(args)
@@ -449,10 +476,11 @@ def _stats(length, texts, times):
 
 # which model
 def _load_model(args, prompt):
-    """A Decoder with room for the prompt and the text; the tokenizer; ids."""
+    """A model with room for the prompt and the text; the tokenizer; ids."""
     from llmnb.checkpoint import read_config
     from llmnb.decode import Decoder
     from llmnb.generate import window_start
+    from llmnb.gpt2 import GPT2
 
     path = Path(args.model) if args.model else _newest_run()
     if not args.model:
@@ -475,7 +503,10 @@ def _load_model(args, prompt):
             f"{seen:,} of them",
             file=sys.stderr,
         )
-    return Decoder.from_checkpoint(path, args.samples, length), encoding, ids
+    how = path, args.samples, length
+    if args.backend == "cpu":
+        return Decoder.from_checkpoint(*how), encoding, ids
+    return GPT2.from_checkpoint(*how, args.backend), encoding, ids
 
 
 # which tokenizer
@@ -778,6 +809,7 @@ def _bench(args):
     for path in filter(None, (args.json, args.plot)):
         if not Path(path).parent.is_dir():
             raise FileNotFoundError(f"there is no folder {Path(path).parent}")
+    _check_backend(args.backend)
     (_bench_writers if args.write else _bench_steps)(args)
 
 
@@ -884,6 +916,20 @@ def _add_info(commands):
     parser.set_defaults(run=_info)
 
 
+# the GPU in words
+def _gpu():
+    from llmnb.cuda.launch import missing
+    from llmnb.cuda.model import products
+
+    if missing():
+        return f"none: {missing()}"
+    from numba import cuda
+
+    name = cuda.get_current_device().name
+    name = name.decode() if isinstance(name, bytes) else name
+    return f"{name}, products by {products()}"
+
+
 # report
 def _info(args):
     import numba
@@ -898,6 +944,7 @@ def _info(args):
     _say("versions", ", ".join(f"{x} {version(x)}" for x in names))
     _say("machine", machine())
     _say("threads", numba.get_num_threads())
+    _say("gpu", _gpu())
     _say("parameters", f"{parameter_count(cfg):,}")
     sizes = footprint(gpt2_layout(cfg, config.batch_size, config.seq_len))
     shown = ", ".join(f"{k} {v / 1e6:.1f}" for k, v in sizes.items())
@@ -971,7 +1018,7 @@ def _add_verify(commands):
     parser.add_argument("folder", metavar="FOLDER", help="the starter pack")
     parser.add_argument(
         "--backend", default="cpu", metavar="NAME",
-        help="cpu or reference (default: cpu)",
+        help="cpu, cuda or reference (default: cpu)",
     )  # fmt: skip
     _add_threads(parser)
     parser.set_defaults(run=_verify)
@@ -981,6 +1028,7 @@ def _add_verify(commands):
 def _verify(args):
     from llmnb.starter import accept
 
+    _check_backend(args.backend)
     _set_threads(args)
     row = "{:<10} {:>8} {:>8}  {}".format
     verdicts = {True: "ok", False: "FAIL", None: "no reference"}

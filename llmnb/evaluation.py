@@ -97,7 +97,7 @@ def row_losses(model, rows):
             tokens[b, : len(row) - 1] = row[:-1]
             targets[b, : len(row) - 1] = row[1:]
         model.forward(tokens, targets)
-        losses = model.memory["acts"]["losses"]
+        losses = np.asarray(model.memory["acts"]["losses"])
         for b, row in enumerate(batch):
             yield losses[b, : len(row) - 1].astype(np.float64)
 

@@ -15,11 +15,13 @@ __all__ = [
 
 # imports of the model
 import importlib
+import math
 import warnings
+from functools import partial
 
 import numpy as np
 
-from llmnb.arena import Arena
+from llmnb.arena import Arena, put
 from llmnb.checkpoint import (
     read_checkpoint,
     read_config,
@@ -128,8 +130,14 @@ def block_backward(ops, inp, w, a, dw, d, add=False, **how):
 
 
 # choose
-_DTYPES = {"fp32": np.float32, "fp64": np.float64, "bf16": np.float32}
-_BACKENDS = ("reference", "cpu")
+_BACKENDS = ("reference", "cpu", "cuda")
+# precisions, and the backends that have them
+_PRECISIONS = {
+    "fp32": _BACKENDS,
+    "fp64": ("reference", "cpu"),
+    "bf16": ("cpu",),
+    "tf32": ("cuda",),
+}
 # gradients that layers add to: backward clears them, the others it overwrites
 _ADDED_TO = ("wpe", "ln1w", "ln1b", "ln2w", "ln2b", "lnfw", "lnfb")
 # tensors that the blocks share: all others have a leading L
@@ -156,11 +164,13 @@ def _choose(name, value, choices):
 
 def _possible(precision, backend, ops):
     """The precision, or fp32 with a warning where bf16 gains nothing."""
-    if precision != "bf16":
-        return precision
-    if backend != "cpu":
-        raise ValueError("GPT2: precision 'bf16' needs the backend 'cpu'")
-    if ops.has_bf16():
+    needs = _PRECISIONS[precision]
+    if backend not in needs:
+        raise ValueError(
+            f"GPT2: precision {precision!r} needs the backend "
+            + " or ".join(map(repr, needs))
+        )
+    if precision != "bf16" or ops.has_bf16():
         return precision
     warnings.warn(
         "GPT2: this processor has no bfloat16 products (AVX512-BF16); "
@@ -188,15 +198,19 @@ class GPT2:
     """GPT-2 with its gradients and its optimiser, in one block of memory.
 
     cfg: a GPT2Config. batch_size (B) and seq_len (T): the shape of every
-    batch. backend: "cpu" or "reference". precision: "fp32", "fp64", or, for
-    the cpu backend, "bf16": float32 with the factors of all products rounded
-    to bfloat16. Where the processor has no such products a warning says so
-    and precision becomes "fp32".
+    batch. backend: "cpu", "reference" or "cuda". precision: "fp32"; "fp64"
+    on the host; for the cpu backend "bf16": float32 with the factors of all
+    products rounded to bfloat16. Where the processor has no such products a
+    warning says so and precision becomes "fp32". For the cuda backend
+    "tf32": factors rounded to 10 bits after the point, on tensor cores.
     seed: of the initial weights; None leaves them zero. Raises ValueError
     for a value out of range and MemoryError when the block cannot be had.
 
     params and grads map llm.c's names to arrays, memory is the arena, and
-    ops holds the layers: any object with their names will do.
+    ops holds the layers: any object with their names will do. With the cuda
+    backend the arrays are the GPU's: np.asarray copies one to the host, and
+    llmnb.arena.put overwrites one. Where there is no GPU a warning says so,
+    and the kernels are simulated.
 
     Derived in chapter 13.
     """
@@ -210,28 +224,50 @@ class GPT2:
         precision="fp32",
         seed=42,
     ):
-        dtype = _DTYPES[_choose("precision", precision, _DTYPES)]
+        _choose("precision", precision, _PRECISIONS)
         _choose("backend", backend, _BACKENDS)
         _check_shape(cfg, batch_size, seq_len)
         self.cfg, self.batch_size, self.seq_len = cfg, batch_size, seq_len
+        self.backend = backend
         self.ops = importlib.import_module(f"llmnb.{backend}")
         self.precision = _possible(precision, backend, self.ops)
-        layout = gpt2_layout(cfg, batch_size, seq_len, dtype)
-        if backend == "cpu":
-            layout["work"] = dtype, {"panels": self.ops.work_shape()}
-        self.memory = Arena(layout)
-        self._how = {}
-        if backend == "cpu":
-            self._how["work"] = self.memory["work"]["panels"]
-            self._how["bf16"] = self.precision == "bf16"
+        dtype = np.float64 if precision == "fp64" else np.float32
+        self._allocate(gpt2_layout(cfg, batch_size, seq_len, dtype))
         self.params, self.grads = self.memory["params"], self.memory["grads"]
         self._acts = self.memory["acts"] | self.memory["logits"]
         self._dacts = self.memory["dacts"] | self.memory["block"]
         self._batch = self.memory["batch"]
         self._layers = [self._layer(i) for i in range(cfg.num_layers)]
-        self._state = "new"
+        self._state, self._graphs = "new", {}
         if seed is not None:
-            init_params(self.params, cfg, seed)
+            self._fill_params(partial(init_params, cfg=cfg, seed=seed))
+
+    def _allocate(self, layout):
+        """The arena, with what the backend wants besides the tensors."""
+        ops, self._how = self.ops, {}
+        if self.backend == "cuda":
+            shape = self.cfg, self.batch_size, self.seq_len
+            layout |= ops.model_layout(*shape, self.precision)
+            self.memory = Arena(layout, ops.zeros)
+            work = self.memory["work"]["floats"]
+            self.ops = ops.model_layers(work, self.precision)
+            return
+        if self.backend == "cpu":
+            layout["work"] = layout["params"][0], {"panels": ops.work_shape()}
+        self.memory = Arena(layout)
+        if self.backend == "cpu":
+            self._how["work"] = self.memory["work"]["panels"]
+            self._how["bf16"] = self.precision == "bf16"
+
+    def _fill_params(self, function):
+        """Let a function write the parameters, by way of the host's memory."""
+        here, host = self.backend != "cuda", {}
+        for name, x in self.params.items():
+            host[name] = x if here else np.zeros(x.shape, x.dtype)
+        function(host)
+        for name, x in host.items():
+            if not here:
+                put(self.params[name], x)
 
     @classmethod
     def from_checkpoint(
@@ -246,7 +282,7 @@ class GPT2:
         """
         cfg = read_config(path)
         model = cls(cfg, batch_size, seq_len, backend, precision, seed=None)
-        read_checkpoint(path, cfg, model.params)
+        model._fill_params(partial(read_checkpoint, path, cfg))
         return model
 
     def save_checkpoint(self, path, precision="fp32"):
@@ -261,10 +297,11 @@ class GPT2:
         known = {"fp32": 3, "bf16": 5}
         if not str(path).endswith(".safetensors"):
             version = known[_choose("precision", precision, known)]
-            flat = self.memory.flat("params")
+            flat = np.asarray(self.memory.flat("params"))
             write_checkpoint(path, self.cfg, flat, version)
         elif _choose("precision", precision, ["fp32"]):
-            write_safetensors(path, self.cfg, self.params)
+            params = {n: np.asarray(x) for n, x in self.params.items()}
+            write_safetensors(path, self.cfg, params)
 
     def forward(self, tokens, targets=None):
         """The mean loss of a batch as a float, or None without targets.
@@ -273,25 +310,33 @@ class GPT2:
         `logits`. Raises TypeError or ValueError for anything else before it
         computes.
         """
-        batch = {"tokens": self._checked("tokens", tokens)}
-        if targets is not None:
-            batch["targets"] = self._checked("targets", targets)
-        for name, array in batch.items():
-            self._batch[name][...] = array
+        self._take(tokens, targets)
         self._state = "logits"
         self._forward()
         if targets is None:
             return None
         self._state = "loss"
-        a = self._acts
+        self._classify()
+        return self._loss()
+
+    def _take(self, tokens, targets):
+        """Check a batch, and copy it to where the layers read it."""
+        batch = {"tokens": self._checked("tokens", tokens)}
+        if targets is not None:
+            batch["targets"] = self._checked("targets", targets)
+        for name, array in batch.items():
+            put(self._batch[name], array)
+
+    def _classify(self):
+        """From the logits to each token's loss."""
+        a, targets = self._acts, self._batch["targets"]
         self.ops.crossentropy_softmax_forward(
-            a["losses"],
-            a["lse"],
-            a["logits"],
-            self._batch["targets"],
+            *(a["losses"], a["lse"], a["logits"], targets),
             self.cfg.vocab_size,
         )
-        return float(a["losses"].mean(dtype=np.float64))
+
+    def _loss(self):
+        return float(np.asarray(self._acts["losses"]).mean(dtype=np.float64))
 
     def _checked(self, name, tokens):
         """A batch of tokens as an array, if it can be one."""
@@ -335,23 +380,26 @@ class GPT2:
                 "GPT2.backward: call forward(tokens, targets) first"
             )
         self._state = "backward"
+        self._backward(add, share)
+
+    def _backward(self, add=False, share=1.0):
         if not add:
             for name in _ADDED_TO:
-                self.grads[name].fill(0)
+                self._fill(self.grads[name], 0)
         self._head_backward(add, share)
-        a, g, d = self._acts, self.grads, self._dacts
-        inputs = [a["encoded"], *a["residual3"][:-1]]
-        for x, layer in zip(inputs[::-1], self._layers[::-1], strict=True):
-            w, acts, dw = layer
+        g, d, tokens = self.grads, self._dacts, self._batch["tokens"]
+        for i in reversed(range(self.cfg.num_layers)):
+            w, acts, dw = self._layers[i]
+            x = self._layers[i - 1][1]["residual3"]
+            x = x if i else self._acts["encoded"]
             block_backward(self.ops, x, w, acts, dw, d, add, **self._how)
-        tokens = self._batch["tokens"]
         self.ops.encoder_backward(g["wte"], g["wpe"], d["dstream"], tokens)
 
     def _head_backward(self, add, share):
         """From the losses back to the end of the residual stream."""
         a, p, g, d = self._acts, self.params, self.grads, self._dacts
         dlogits = a["logits"]  # takes the place of the logits
-        a["dlosses"].fill(share / a["dlosses"].size)
+        self._fill(a["dlosses"], share / a["dlosses"].size)
         self.ops.crossentropy_softmax_backward(
             *(dlogits, a["dlosses"], a["logits"], a["lse"]),
             *(self._batch["targets"], self.cfg.vocab_size),
@@ -360,22 +408,41 @@ class GPT2:
             *(d["dln"], g["wte"], None, dlogits, a["lnf"], p["wte"]),
             **{"add_dinp": False, "add_dweight": add} | self._how,
         )
-        d["dstream"].fill(0)
+        self._fill(d["dstream"], 0)
+        stream = self._layers[-1][1]["residual3"]
         self.ops.layernorm_backward(
             *(d["dstream"], g["lnfw"], g["lnfb"], d["dln"]),
-            *(a["residual3"][-1], p["lnfw"], a["lnf_mean"], a["lnf_rstd"]),
+            *(stream, p["lnfw"], a["lnf_mean"], a["lnf_rstd"]),
         )
+
+    def _fill(self, array, value):
+        """NumPy's fill, or the backend's own for arrays of its own."""
+        getattr(self.ops, "fill", np.ndarray.fill)(array, value)
 
     @property
     def logits(self):
-        """The logits (B, T, V) of the last forward; a view.
+        """The logits (B, T, V) of the last forward; a view, or a copy of
+        a GPU's.
 
         Raises RuntimeError before the first forward and after a backward,
         which puts their gradients in the same place.
         """
+        self._check_logits()
+        return np.asarray(self._acts["logits"])[..., : self.cfg.vocab_size]
+
+    def logits_at(self, position):
+        """The logits (B, V) of one position of the rows; a copy.
+
+        Raises as `logits` does.
+        """
+        self._check_logits()
+        rows = self._acts["logits"]
+        rows = [np.asarray(rows[i, position]) for i in range(len(rows))]
+        return np.stack(rows)[:, : self.cfg.vocab_size]
+
+    def _check_logits(self):
         if self._state in ("new", "backward"):
             raise RuntimeError("GPT2.logits: there are none; call forward")
-        return self._acts["logits"][..., : self.cfg.vocab_size]
 
     def clip_gradients(self, max_norm):
         """Scale the gradients to a norm of at most max_norm, in place.
@@ -400,15 +467,72 @@ class GPT2:
         None for all of them. Raises ValueError for a value out of range and
         for a name that is no tensor's.
         """
+        numbers = learning_rate, beta1, beta2, eps
+        self._tune(*numbers, weight_decay, step, decay)
+        self._apply(decay)
+
+    def _tune(
+        self,
+        learning_rate=1e-4,
+        beta1=0.9,
+        beta2=0.999,
+        eps=1e-8,
+        weight_decay=0.01,
+        step=1,
+        decay=None,
+    ):
+        """Check AdamW's numbers, and keep them where _apply reads them."""
         for name in () if decay is None else decay:
             _choose("a name in decay", name, self.params)
         numbers = learning_rate, beta1, beta2, eps
-        if decay is None:
-            groups = [("flat", weight_decay)]
-        else:
-            groups = [(n, weight_decay * (n in decay)) for n in self.params]
-        for name, rate in groups:
-            self.ops.adamw_update(*self._flat(name), *numbers, rate, step)
+        rows = [(*numbers, rate, step) for rate in (weight_decay, 0.0)]
+        if self.backend == "cuda":
+            names, places = ("decays", "stays"), self.memory["settings"]
+            for name, row in zip(names, rows, strict=True):
+                put(places[name], self.ops.adamw_settings(*row))
+            rows = [(places[name],) for name in names]
+        self._settings = rows
+
+    def _apply(self, decay):
+        """AdamW on all parameters: those in decay, or all, decay."""
+        on_gpu = self.backend == "cuda"
+        update = self.ops.adamw_apply if on_gpu else self.ops.adamw_update
+        names = ["flat"] if decay is None else self.params
+        for name in names:
+            row = self._settings[decay is not None and name not in decay]
+            update(*self._flat(name), *row)
+
+    def step(self, tokens, targets, max_norm=math.inf, **settings):
+        """Train once; returns the loss and the norm of the gradients.
+
+        The same as forward, backward, clip_gradients(max_norm) and
+        update(**settings), one after the other, and raises what they raise.
+        With the cuda backend it is one launch: see llmnb.cuda.graph.
+        """
+        if self.backend != "cuda":
+            loss = self.forward(tokens, targets)
+            self.backward()
+            norm = self.clip_gradients(max_norm)
+            self.update(**settings)
+            return loss, norm
+        self._tune(**settings)
+        self._take(tokens, targets)
+        decay = settings.get("decay")
+        key = max_norm, decay if decay is None else tuple(decay)
+        if key not in self._graphs:
+            whole = partial(self._whole_step, *key)
+            self._graphs[key] = self.ops.Graph(whole, self.params["wte"])
+        self._state = "backward"
+        self._graphs[key]()
+        return self._loss(), self.ops.gradient_norm()
+
+    def _whole_step(self, max_norm, decay):
+        """All launches of a step; nothing here waits for the GPU."""
+        self._forward()
+        self._classify()
+        self._backward()
+        self.ops.clip_apply(self.memory.flat("grads"), max_norm)
+        self._apply(decay)
 
     def _flat(self, name):
         """params, grads, m, v as 1-D arrays: one tensor's, or all."""

@@ -28,7 +28,9 @@ def activation_shapes(cfg, batch_size, seq_len):
     """Shapes of what the forward pass leaves for the backward pass.
 
     A leading L marks what every block keeps for itself. By llm.c's names
-    where it has one. The logits are a group by themselves.
+    where it has one. What has rows of C comes first: where C is a multiple
+    of 4, each such row then begins at one of 16 bytes. The logits are a
+    group by themselves.
 
     Derived in chapter 2.
     """
@@ -36,17 +38,17 @@ def activation_shapes(cfg, batch_size, seq_len):
     C, NH = cfg.channels, cfg.num_heads
     return {
         "encoded": (B, T, C),
-        "ln1_mean": (L, B, T),
-        "ln1_rstd": (L, B, T),
         "qkv": (L, B, T, 3 * C),
         "atty": (L, B, T, C),
-        "att_lse": (L, B, NH, T),
         "residual2": (L, B, T, C),
-        "ln2_mean": (L, B, T),
-        "ln2_rstd": (L, B, T),
         "fch": (L, B, T, 4 * C),
         "residual3": (L, B, T, C),
         "lnf": (B, T, C),
+        "att_lse": (L, B, NH, T),
+        "ln1_mean": (L, B, T),
+        "ln1_rstd": (L, B, T),
+        "ln2_mean": (L, B, T),
+        "ln2_rstd": (L, B, T),
         "lnf_mean": (B, T),
         "lnf_rstd": (B, T),
         "lse": (B, T),

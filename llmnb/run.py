@@ -40,6 +40,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
+from llmnb.arena import put
 from llmnb.config import GPT2Config, parameter_shapes
 from llmnb.data import DataLoader
 from llmnb.files import replacing
@@ -114,7 +117,11 @@ def save_state(run):
     Derived in chapter 14.
     """
     memory, path = run.model.memory, state_path(run.folder, run.at.step)
-    tensors = {f"{g}.{n}": x for g in GROUPS for n, x in memory[g].items()}
+    tensors = {
+        f"{group}.{name}": np.asarray(x)  # a GPU's array comes to the host
+        for group in GROUPS
+        for name, x in memory[group].items()
+    }
     record = {
         "config": asdict(run.config),
         "model": asdict(run.model.cfg),
@@ -242,7 +249,7 @@ def restore(state):
     model, file = GPT2(state.cfg, **how, seed=None), TensorFile(state.path)
     for group in GROUPS:
         for name, x in model.memory[group].items():
-            x[...] = file[f"{group}.{name}"]
+            put(x, file[f"{group}.{name}"])
     return model
 
 

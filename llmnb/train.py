@@ -131,8 +131,10 @@ class ModelOptions:
     channels: int = _option(128, "channels (C), a multiple of the heads")
     seq_len: int = _option(64, "tokens the model sees at once (T)")
     batch_size: int = _option(8, "sequences in a batch (B)")
-    backend: str = _option("cpu", "cpu, or reference (NumPy, slow)")
-    precision: str = _option("fp32", "fp32, bf16, or fp64 (slow)")
+    backend: str = _option("cpu", "cpu, cuda (a GPU), or reference (NumPy, slow)")
+    precision: str = _option(
+        "fp32", "fp32, bf16 (cpu), tf32 (cuda), or fp64 (slow)"
+    )
 
 
 # how it learns
@@ -565,28 +567,45 @@ def train_step(config, model, batches, at):
 
     batches: as in `accumulate`. at: a `Progress`, changed in place. skipped
     is 1 if the loss or the norm stood out, else 0. Raises
-    FloatingPointError, before the update, when one is not finite.
+    FloatingPointError when one is not finite, before the update, or after
+    it where the GPU makes the step in one launch.
 
     Derived in chapter 14.
     """
-    rate = config.rate(at.step)
-    loss = accumulate(config, model, batches, at.step)
-    norm = model.clip_gradients(config.clip or math.inf)
+    rate, settings = config.rate(at.step), _settings(config, model, at)
+    most, whole = config.clip or math.inf, _in_one_launch(config, model)
+    if whole:
+        batch = batches.next_batch()
+        loss, norm = model.step(*batch, most, **settings)
+        _check_finite("loss", loss, at.step, rate)
+    else:
+        loss = accumulate(config, model, batches, at.step)
+        norm = model.clip_gradients(most)
     _check_finite("norm of the gradient", norm, at.step, rate)
     skipped = _stands_out(config, at, loss, norm)
     if not skipped:
         at.updates += 1
-        model.update(
-            learning_rate=rate,
-            beta1=config.beta1,
-            beta2=config.beta2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            step=at.updates,
-            decay=[name for name in model.params if decayed(name)],
-        )
+        if not whole:
+            model.update(**settings)
     at.step, at.last_loss = at.step + 1, loss
     return loss, rate, norm, int(skipped)
+
+
+# the numbers of an update
+def _settings(config, model, at):
+    """AdamW's numbers for the next update, by their names in `update`."""
+    names = "beta1", "beta2", "eps", "weight_decay"
+    return {name: getattr(config, name) for name in names} | {
+        "learning_rate": config.rate(at.step),
+        "step": at.updates + 1,
+        "decay": [name for name in model.params if decayed(name)],
+    }
+
+
+def _in_one_launch(config, model):
+    """Whether nothing has to be decided between a gradient and its use."""
+    decides = config.micro_batches > 1 or config.skip_loss or config.skip_norm
+    return model.backend == "cuda" and not decides
 
 
 # the model and its batches
@@ -815,8 +834,9 @@ def save_figure(path, steps, landmarks):
 def load_run(folder, batch_size=1, seq_len=None, backend=None):
     """Read the model, the tokenizer and the TrainConfig of a run folder.
 
-    seq_len and backend default to the run's own. Raises OSError or
-    ValueError, in one sentence, when a file is missing or damaged.
+    seq_len and backend default to the run's own; of a run in TF32 the model
+    computes in float32 on another backend. Raises OSError or ValueError, in
+    one sentence, when a file is missing or damaged.
 
     Derived in chapter 14.
     """
@@ -825,13 +845,16 @@ def load_run(folder, batch_size=1, seq_len=None, backend=None):
 
     folder = Path(folder)
     config = read_run(folder)
+    backend, precision = backend or config.backend, config.precision
+    if precision == "tf32" and backend != "cuda":
+        precision = "fp32"
     encoding = tokenizer.load(folder / "tokenizer.tiktoken")
     model = GPT2.from_checkpoint(
         folder / "model.bin",
         batch_size=batch_size,
         seq_len=seq_len or config.seq_len,
-        backend=backend or config.backend,
-        precision=config.precision,
+        backend=backend,
+        precision=precision,
     )
     return model, encoding, config
 

@@ -120,16 +120,20 @@ def _round_up(n, to):
 
 
 # %% allocate tags=["exporti"]
-def _allocate(nbytes):
+def _zeros(nbytes):
+    block = np.zeros(nbytes + ALIGN, np.uint8)
+    skip = -block.ctypes.data % ALIGN
+    return block[skip : skip + nbytes]
+
+
+def _allocate(nbytes, zeros):
     try:
-        block = np.zeros(nbytes + ALIGN, np.uint8)
+        return zeros(nbytes)
     except MemoryError:
         raise MemoryError(
             f"the model needs one block of {nbytes:,} bytes, more than this "
             f"system gives; lower batch_size or seq_len, or the model's size"
         ) from None
-    skip = -block.ctypes.data % ALIGN
-    return block[skip : skip + nbytes]
 
 
 # %% the arena tags=["export"]
@@ -142,14 +146,16 @@ class Arena:
     at a multiple of 64 bytes. (dtype, shapes, True) lays a group over the
     one before it: both begin at the same byte. The block is allocated once,
     here: the system hands out its pages, zeroed, when they are first
-    written. Raises MemoryError, which says how many bytes were asked for.
+    written. zeros: a function from a number of bytes to such a block, a 1-D
+    uint8 array, where memory is not the host's. Raises MemoryError, which
+    says how many bytes were asked for.
 
     arena[group][tensor] is the view of a tensor; .nbytes the block's size.
 
     Derived in chapter 2.
     """
 
-    def __init__(self, groups):
+    def __init__(self, groups, zeros=_zeros):
         self._rows, self._spans, start, end = [], {}, 0, 0
         for group, (dtype, shapes, *over) in groups.items():
             dtype = np.dtype(dtype)
@@ -161,7 +167,7 @@ class Arena:
             self._spans[group] = start, offset, dtype
             end = max(end, offset)
         self.nbytes = _round_up(end, ALIGN)
-        self._block = _allocate(self.nbytes)
+        self._block = _allocate(self.nbytes, zeros)
         self._views = {group: {} for group in groups}
         for group, name, shape, dtype, offset in self._rows:
             size = math.prod(shape) * dtype.itemsize
@@ -188,6 +194,25 @@ class Arena:
         """Bytes of each group, padding left out."""
         return {g: stop - start for g, (start, stop, _) in self._spans.items()}
 
+
+# %% overwrite a tensor tags=["export"]
+def put(array, values):
+    """Overwrite an array, on the host or on a device, with a host's values.
+
+    values: an array of the same shape, of any dtype that can be converted.
+
+    Derived in chapter 2.
+    """
+    if isinstance(array, np.ndarray):
+        np.copyto(array, values, casting="unsafe")
+    else:
+        array.copy_to_device(np.ascontiguousarray(values, array.dtype))
+
+
+# %% [markdown]
+# `zeros` and `put` are for a block that is not in the processor's own
+# memory. That of a GPU can be cut and viewed like any other, and NumPy
+# cannot write into it: [chapter 13](13_model.ipynb) trains there.
 
 # %% a small arena
 arena = Arena(
@@ -266,7 +291,9 @@ def activation_shapes(cfg, batch_size, seq_len):
     """Shapes of what the forward pass leaves for the backward pass.
 
     A leading L marks what every block keeps for itself. By llm.c's names
-    where it has one. The logits are a group by themselves.
+    where it has one. What has rows of C comes first: where C is a multiple
+    of 4, each such row then begins at one of 16 bytes. The logits are a
+    group by themselves.
 
     Derived in chapter 2.
     """
@@ -274,17 +301,17 @@ def activation_shapes(cfg, batch_size, seq_len):
     C, NH = cfg.channels, cfg.num_heads
     return {
         "encoded": (B, T, C),
-        "ln1_mean": (L, B, T),
-        "ln1_rstd": (L, B, T),
         "qkv": (L, B, T, 3 * C),
         "atty": (L, B, T, C),
-        "att_lse": (L, B, NH, T),
         "residual2": (L, B, T, C),
-        "ln2_mean": (L, B, T),
-        "ln2_rstd": (L, B, T),
         "fch": (L, B, T, 4 * C),
         "residual3": (L, B, T, C),
         "lnf": (B, T, C),
+        "att_lse": (L, B, NH, T),
+        "ln1_mean": (L, B, T),
+        "ln1_rstd": (L, B, T),
+        "ln2_mean": (L, B, T),
+        "ln2_rstd": (L, B, T),
         "lnf_mean": (B, T),
         "lnf_rstd": (B, T),
         "lse": (B, T),

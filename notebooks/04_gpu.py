@@ -14,6 +14,59 @@
 # > A graphics processor runs one short function in thousands of threads;
 # > a simulator of it in Python finds the races that hardware hides.
 
+# %% [markdown]
+# ## Where we are
+
+# %% where we are
+from llmnb.diagram import PALETTE, gpt2_diagram
+
+gpt2_diagram(lit="encoder")
+
+# %% [markdown]
+# *Figure 4.1. We stay with the encoder, the smallest layer there is, and
+# learn on it how all the others will run on a graphics processor.*
+#
+# A core of a CPU is built to finish one thing soon. A graphics processor, a
+# *GPU*, is built to have very many things under way. It runs one short
+# function, a *kernel*, in thousands of *threads*, each of which does its
+# small part of an array; while some wait for memory, others compute. The
+# layers of GPT-2 are made for that: a million output elements, each
+# computed by the same few lines.
+#
+# Such a program is easy to get wrong. Two threads that write one number
+# leave the sum of one of them, and they do so on some days only. So we
+# first build an instrument: a GPU simulated in Python, which runs the very
+# functions that a real one will run, anywhere, and which raises an error
+# when a result would depend on who comes first. It also counts what
+# decides the speed of a kernel. With it we write the encoder. At the end
+# you can
+#
+# - say which element a thread owns, from its place in block and grid;
+# - name the memories of a GPU and count what a warp asks of them;
+# - find a race, say what orders two accesses, and put a barrier where one
+#   is missing;
+# - say how a Python function is simulated, and how it becomes machine code;
+# - write the encoder's backward pass in threads, without a race and with a
+#   sum in a fixed order.
+#
+# You need the encoder and numba from [chapter 3](03_encoder.ipynb).
+#
+# No GPU has run this book's code yet. Its kernels run on the simulator,
+# and they are compiled for two generations of NVIDIA's GPUs, which needs
+# none of them. What we state about speed is therefore counted, never timed:
+# bytes, requests, barriers.
+
+# %% [markdown]
+# ## Setup
+
+# %% setup
+import re
+
+import matplotlib.pyplot as plt
+
+from llmnb.reference import encoder as reference
+from llmnb.verify import compare, verdict
+
 # %% imports of the simulator tags=["export"]
 import dis
 import functools
@@ -24,6 +77,75 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
+
+# %% the seed
+rng = np.random.default_rng(4)
+
+# %% [markdown]
+# ## By hand
+#
+# Eight threads shall add 1 to seven numbers. We make two groups of four,
+# *blocks*, and give each thread two numbers: that of its block and its own
+# within the block. Thread 2 of block 1 owns element $1 \cdot 4 + 2 = 6$.
+# Thread 3 of block 1 would own element 7, which is not there, so it must do
+# nothing. All run the same function and differ in these two numbers alone:
+
+
+# %% eight threads by hand
+def by_hand(block, thread, y, x):
+    i = block * 4 + thread
+    if i < 7:
+        y[i] = x[i] + 1
+
+
+x, y = np.arange(10, 17), np.zeros(7, int)
+for block in range(2):
+    for thread in range(4):
+        by_hand(block, thread, y, x)
+print(y)
+
+# %% [markdown]
+# This loop *is* a simulator of a GPU, if a poor one. It lets one thread
+# finish before the next begins, and a GPU runs them at the same time. As
+# long as each thread touches elements of its own, nobody can tell the
+# difference. Threads become interesting when they exchange something. Let
+# each thread of a block put a number on a common board, and then read what
+# the thread after it has put there:
+
+
+# %% threads that exchange
+def next_one(thread, board, out):
+    board[thread] = 10 * thread
+    out[thread] = board[(thread + 1) % 4]
+
+
+board, out = np.full(4, -1), np.zeros(4, int)
+for thread in range(4):
+    next_one(thread, board, out)
+print(out)
+
+# %% [markdown]
+# Three threads have read the board before the next one wrote to it.
+# The function needs a *barrier* between its two lines: a place where each
+# thread waits until all have come. No loop over threads that runs each of
+# them to its end can do that. A simulator must be able to stop a thread in
+# the middle of a function, run another, and come back.
+#
+# ## Threads, blocks and the grid
+#
+# A launch of a kernel names two sizes: how many blocks there are, the
+# *grid*, and how many threads each block has, at most 1024. Both may have
+# up to three dimensions, x, y and z, for the convenience of those who work
+# on matrices. In one dimension, thread $t$ of block $b$ with blocks of $D$
+# threads has the place
+#
+# $$ i = b D + t \tag{4.1} $$
+#
+# in the grid. The blocks are the unit in which work is handed out. A GPU
+# has many *multiprocessors* (132 in an H100); each takes up blocks as it
+# has room for them and keeps a block until its last thread has ended. In
+# what order blocks run, and which run at the same time, is nobody's to
+# know. A program whose result depends on it is wrong.
 
 
 # %% where a thread stands tags=["exporti"]
@@ -42,6 +164,56 @@ def _threads(shape):
     """The places of a block's threads: x runs fastest."""
     x, y, z = map(range, shape)
     return [_Three(i, j, k) for k in z for j in y for i in x]
+
+
+# %% the threads of a block
+print(_three(5))
+print([tuple(t) for t in _threads(_Three(3, 2))])
+
+# %% [markdown]
+# Within a block the threads are numbered with x running fastest, and each
+# 32 that follow each other form a *warp*. A warp is what a multiprocessor
+# moves: it takes the next instruction of one warp and carries it out for
+# all 32 threads, its *lanes*. Where some lanes take a branch and others do
+# not, the warp goes both ways, one after the other, with the lanes of the
+# other side switched off.
+#
+# ## A fiber for each thread
+#
+# To stop a function in the middle, Python offers three things. A
+# *generator* stops at `yield`, but only there: a kernel would have to say
+# `yield` at each barrier, a function that it calls could not stop at all,
+# and numba does not compile such a kernel. A *thread* of the operating
+# system can stop anywhere, and a block of 256 would need 256 of them, which
+# the system wakes and stops. A *fiber* is a stack of its own, with a call,
+# `switch`, that leaves this stack and goes on with another. It is as light
+# as a generator and stops in any depth of calls. The package greenlet
+# provides it. Two fibers and the main program take turns:
+
+# %% two fibers
+from greenlet import greenlet
+
+said = []
+
+
+def speak(name):
+    for word in ("one", "two"):
+        said.append(f"{name} {word}")
+        fibers[name].parent.switch()  # back to whoever is above
+
+
+fibers = {name: greenlet(speak) for name in "ab"}
+for name in "abab":
+    fibers[name].switch(name)
+print(said)
+
+# %% [markdown]
+# A barrier is a switch, then: a thread that comes to it leaves its stack,
+# and goes on when somebody switches back. That is the whole idea of the
+# simulator. The rest is bookkeeping.
+#
+# To make a new fiber takes longer than to run a short kernel in it, so we
+# use them again. Those that have nothing to do rest in a list.
 
 
 # %% fibers tags=["exporti"]
@@ -66,6 +238,10 @@ class _Rest(threading.local):
 
 _rest = _Rest()
 
+# %% [markdown]
+# A thread, its warp and its block know what barriers need to know: who has
+# arrived. The block has a *clock*, which ticks whenever a barrier opens;
+# races will be judged by it.
 
 # %% threads, warps and blocks tags=["exporti"]
 WARP = 32  # threads that a processor moves together
@@ -104,6 +280,10 @@ class _Block:
         self.clock = self.since = 0
 
 
+# %% [markdown]
+# One thread runs at a time. `_now` says which, and an object `cuda`, of
+# which more soon, tells the kernel where it stands.
+
 # %% the thread that runs tags=["exporti"]
 # the lane that runs, and what watches it
 _now = SimpleNamespace(lane=None, seen=None)
@@ -116,6 +296,13 @@ def _enter(lane):
 def _enter_block(block):
     cuda.blockIdx, cuda.blockDim = block.index, block.shape
     cuda.gridDim = block.grid
+
+
+# %% [markdown]
+# A fiber takes a thread of a block and runs the kernel, called `body` here.
+# When that ends without having waited, the same fiber takes the next thread:
+# a kernel without barriers needs one fiber in all. When it waits, the fiber
+# is left standing, and another fiber goes on with the next thread.
 
 
 # %% a fiber's life tags=["exporti"]
@@ -144,6 +331,13 @@ def _fiber():
     return fiber
 
 
+# %% [markdown]
+# So a block runs in rounds. In the first, each thread runs to its first
+# barrier. In each later round those run on whose barrier has opened, in
+# the order of their numbers. If none can, and some have not ended, the
+# block stands still.
+
+
 # %% run a block tags=["exporti"]
 def _run_block(block):
     """Run every lane to its next barrier, in turns, until all are done."""
@@ -159,66 +353,116 @@ def _run_block(block):
             lane.fiber.switch()
 
 
-# %% barriers tags=["exporti"]
-def _wait(group, size, orders=True):
-    """Wait till `size` lanes have come; group: the block, or a warp of it.
-
-    orders: whether what they wrote before is seen by all of them after.
-    """
-    lane = _now.lane
-    block = lane.block
-    group.arrived.append(lane)
-    if len(group.arrived) == size:
-        block.ready += group.arrived
-        group.arrived.clear()
-        block.clock += 1
-        if orders:
-            group.since = block.clock
-    lane.fiber.parent.switch()
+# %% [markdown]
+# A launch runs the blocks one after the other. What an error says is
+# worth much when there are thousands of threads, so we add to it which one
+# raised it.
 
 
-# %% a barrier that is never complete tags=["export"]
-class BarrierError(RuntimeError):
-    """Some threads wait at a barrier that others never reach.
+# %% simulate a launch tags=["export"]
+def simulate(function, grid, block, args):
+    """Run a kernel's function in every thread of a grid, one at a time.
+
+    grid, block: blocks in the grid and threads in a block, an int or a
+    tuple of up to three. args: NumPy arrays, which the kernel may write,
+    and NumPy or Python numbers. Raises BarrierError, and whatever the
+    function raises, with the thread that raised it.
 
     Derived in chapter 4.
     """
+    _greenlet()  # or say at once that it is missing
+    grid, shape, seen = _three(grid), _three(block), _now.seen
+    if seen is not None:
+        args = _watched(function, args, seen)
+    body = functools.partial(function, *args)
+    outside = _now.lane
+    try:
+        for z, y, x in np.ndindex(grid[::-1]):
+            block = _Block(_Three(x, y, z), shape, grid, seen, body)
+            _run_block(block)
+            if seen is not None:
+                seen.add_block(block)
+    except Exception as error:
+        at = f"block {tuple(block.index)}"
+        if not isinstance(error, BarrierError):
+            at = f"thread {tuple(_now.lane.thread)} of {at}"
+        error.add_note(f"in {function.__name__}, {at}")
+        raise
+    finally:
+        _now.lane = outside
+        if outside is not None:  # a launch within a thread
+            _enter_block(outside.block)
+            _enter(outside)
 
 
-# %% who waits where tags=["exporti"]
-def _stuck(block):
-    """Say who waits where: the text of a BarrierError."""
-    warps = sum(len(warp.arrived) for warp in block.warps)
-    return (
-        f"block {tuple(block.index)} stands still: {len(block.arrived)} of "
-        f"{len(block.lanes)} threads wait for the block, {warps} for their "
-        f"warp, {block.ended} have ended"
-    )
+# %% [markdown]
+# A kernel asks `cuda` where it is. These are the names that numba gives to
+# CUDA, NVIDIA's system for programs on its GPUs; `cuda.grid(1)` is (4.1).
 
 
-# %% exchange in a warp tags=["exporti"]
-FULL = 0xFFFFFFFF  # a mask that names all lanes
+# %% where am I tags=["exporti"]
+class _Places:
+    """What a kernel asks `cuda` about the thread that runs it."""
+
+    # threadIdx, blockIdx, blockDim, gridDim are set when a thread goes on
+    laneid = property(lambda self: _now.lane.number % WARP)
+
+    def grid(self, ndim):
+        at, of, n = self.blockIdx, self.blockDim, self.threadIdx
+        x = at.x * of.x + n.x
+        if ndim == 1:
+            return x
+        return (x, at.y * of.y + n.y, at.z * of.z + n.z)[:ndim]
+
+    def gridsize(self, ndim):
+        pairs = zip(self.gridDim, self.blockDim, strict=True)
+        sizes = tuple(a * b for a, b in pairs)
+        return sizes[0] if ndim == 1 else sizes[:ndim]
 
 
-def _exchange(mask, value, orders=False):
-    """Hand in a value; return those of all 32 lanes and one's own place."""
-    lane = _now.lane
-    if mask != FULL or len(lane.block.lanes) % WARP:
-        raise ValueError(
-            "the simulator knows the mask 0xFFFFFFFF alone, and blocks of "
-            f"whole warps: got {mask:#x} and {len(lane.block.lanes)} threads"
-        )
-    if _now.seen is not None:
-        _now.seen.exchanges += 1
-    warp, place = lane.warp, lane.number % WARP
-    warp.values[place] = value
-    if len(warp.arrived) == WARP - 1:  # the last one: all values are there
-        warp.shown, warp.values = warp.values, [None] * WARP
-    _wait(warp, WARP, orders)
-    return warp.shown, place
+# %% our first kernel
+cuda = _Places()
 
 
-# %% memory of a block and of a thread tags=["exporti"]
+def add_one(out, inp, n):
+    i = cuda.grid(1)
+    if i < n:
+        out[i] = inp[i] + np.float32(1)
+
+
+inp, out = np.arange(7, dtype=np.float32), np.zeros(7, np.float32)
+simulate(add_one, 2, 4, (out, inp, 7))
+compare("add one", out, inp + 1, tol=1e-7)
+
+# %% [markdown]
+# The number 1 is written `np.float32(1)`. numba would compute with a plain
+# `1.0` in float64, of which a GPU does few in the time of many float32.
+# Chapter 3 met the same trap.
+#
+# ## Memories
+#
+# | memory | who sees it | size, on an H100 | kernels say |
+# |---|---|---|---|
+# | registers | one thread | 255 numbers a thread, 65,536 a multiprocessor | variables |
+# | local | one thread | in registers if small and indexed by constants | `cuda.local.array` |
+# | shared | one block | 227 KB a multiprocessor | `cuda.shared.array` |
+# | global | all | 80 GB | arguments of the kernel |
+#
+# A variable lives in a register, which costs no time to reach. Global
+# memory lies outside the chip, and a thread that reads it waits for
+# hundreds of cycles; a GPU hides that by running other warps, as long as
+# there are others. How many warps a multiprocessor holds, against the 64
+# that it could, is the *occupancy*: 65,536 registers for 2048 threads are
+# 32 for each, and a kernel that uses more runs with fewer warps at hand.
+# *Shared* memory is the block's board. It lies on the chip and ends with
+# the block.
+#
+# Memory that nobody has written to holds what was left there. A test would
+# like it to hold zeros, and then fails to see that a kernel forgot to write
+# them. Ours holds NaN, or a number that no sum survives.
+
+
+# %% poison tags=["exporti"]
 @functools.cache
 def _poison(shape, dtype):
     """What memory holds before anyone writes to it: nothing good."""
@@ -252,6 +496,13 @@ def _placed(array, alignment):
     return there
 
 
+# %% [markdown]
+# `cuda.shared.array(...)` must give all threads of a block the same
+# array. We know them to be the same by the place in the code that asks: the
+# instruction at which the calling frame stands.
+
+
+# %% shared and local memory tags=["exporti"]
 class _Shared:
     """cuda.shared: one array for each place in the code that asks.
 
@@ -277,6 +528,60 @@ class _Local:
         return _poison(shape, dtype).copy()
 
 
+# %% [markdown]
+# An array of float32 begins at some multiple of 4 bytes, and of no more if
+# the kernel does not ask for more. That will matter for vectors, and so the
+# simulator places such an array badly on purpose.
+#
+# ## Barriers
+#
+# A thread that comes to a barrier joins those that have arrived. The last
+# one opens it: all are ready for the next round, and the clock ticks.
+
+
+# %% barriers tags=["exporti"]
+def _wait(group, size, orders=True):
+    """Wait till `size` lanes have come; group: the block, or a warp of it.
+
+    orders: whether what they wrote before is seen by all of them after.
+    """
+    lane = _now.lane
+    block = lane.block
+    group.arrived.append(lane)
+    if len(group.arrived) == size:
+        block.ready += group.arrived
+        group.arrived.clear()
+        block.clock += 1
+        if orders:
+            group.since = block.clock
+    lane.fiber.parent.switch()
+
+
+# %% [markdown]
+# What if some threads never come? On a GPU the block waits for ever, or
+# goes on with whatever is there: the language calls it undefined. Here, no
+# thread is ready, and we can say who waits where.
+
+
+# %% a barrier that is never complete tags=["export"]
+class BarrierError(RuntimeError):
+    """Some threads wait at a barrier that others never reach.
+
+    Derived in chapter 4.
+    """
+
+
+# %% who waits where tags=["exporti"]
+def _stuck(block):
+    """Say who waits where: the text of a BarrierError."""
+    warps = sum(len(warp.arrived) for warp in block.warps)
+    return (
+        f"block {tuple(block.index)} stands still: {len(block.arrived)} of "
+        f"{len(block.lanes)} threads wait for the block, {warps} for their "
+        f"warp, {block.ended} have ended"
+    )
+
+
 # %% atomics tags=["exporti"]
 class _Atomic:
     """cuda.atomic: read, change and write with nobody in between."""
@@ -297,26 +602,6 @@ class _Atomic:
         return old
 
 
-# %% where am I tags=["exporti"]
-class _Places:
-    """What a kernel asks `cuda` about the thread that runs it."""
-
-    # threadIdx, blockIdx, blockDim, gridDim are set when a thread goes on
-    laneid = property(lambda self: _now.lane.number % WARP)
-
-    def grid(self, ndim):
-        at, of, n = self.blockIdx, self.blockDim, self.threadIdx
-        x = at.x * of.x + n.x
-        if ndim == 1:
-            return x
-        return (x, at.y * of.y + n.y, at.z * of.z + n.z)[:ndim]
-
-    def gridsize(self, ndim):
-        pairs = zip(self.gridDim, self.blockDim, strict=True)
-        sizes = tuple(a * b for a, b in pairs)
-        return sizes[0] if ndim == 1 else sizes[:ndim]
-
-
 # %% wait for the block tags=["exporti"]
 class _Barriers(_Places):
     shared, local, atomic = _Shared(), _Local(), _Atomic()
@@ -326,6 +611,78 @@ class _Barriers(_Places):
             _now.seen.barriers += 1
         block = _now.lane.block
         _wait(block, len(block.lanes))
+
+
+# %% [markdown]
+# `cuda.syncthreads()` waits for the block. With it the board works; the
+# threads of a block turn its numbers round.
+
+
+# %% a block turns its numbers round
+cuda = _Barriers()
+
+
+def reverse(out, inp):
+    board = cuda.shared.array(64, np.float32)
+    i, t = cuda.grid(1), cuda.threadIdx.x
+    board[t] = inp[i]
+    cuda.syncthreads()
+    out[i] = board[63 - t]
+
+
+inp, out = rng.normal(size=(2, 128)).astype(np.float32)
+simulate(reverse, 2, 64, (out, inp))
+compare("reverse", out.reshape(2, 64), inp.reshape(2, 64)[:, ::-1], tol=1e-7)
+
+# %% [markdown]
+# And a kernel in which eight threads go home early:
+
+
+# %% a barrier that some never reach
+def torn(out):
+    if cuda.threadIdx.x >= 8:
+        cuda.syncthreads()
+    out[cuda.grid(1)] = 1
+
+
+try:
+    simulate(torn, 2, 64, (out,))
+    verdict("torn", False, "is refused")
+except BarrierError as error:
+    print(error, *error.__notes__, sep="\n")
+
+# %% [markdown]
+# The atomics above stand for a different kind of help. `cuda.atomic.add`
+# reads a number, adds to it and writes it back with nobody in between. On a
+# GPU that is one instruction of the memory. It needs no barrier, and it
+# promises no order.
+#
+# ## Warps talk among themselves
+#
+# The lanes of a warp can hand each other a register without any memory. In a
+# *shuffle* each lane offers a value and receives that of the lane it names.
+# For us that is a barrier for 32, at which everybody leaves a value.
+
+# %% exchange in a warp tags=["exporti"]
+FULL = 0xFFFFFFFF  # a mask that names all lanes
+
+
+def _exchange(mask, value, orders=False):
+    """Hand in a value; return those of all 32 lanes and one's own place."""
+    lane = _now.lane
+    if mask != FULL or len(lane.block.lanes) % WARP:
+        raise ValueError(
+            "the simulator knows the mask 0xFFFFFFFF alone, and blocks of "
+            f"whole warps: got {mask:#x} and {len(lane.block.lanes)} threads"
+        )
+    if _now.seen is not None:
+        _now.seen.exchanges += 1
+    warp, place = lane.warp, lane.number % WARP
+    warp.values[place] = value
+    if len(warp.arrived) == WARP - 1:  # the last one: all values are there
+        warp.shown, warp.values = warp.values, [None] * WARP
+    _wait(warp, WARP, orders)
+    return warp.shown, place
 
 
 # %% exchange with the warp tags=["exporti"]
@@ -367,113 +724,69 @@ class _Cuda(_Barriers):
 # %% the object tags=["export"]
 cuda = _Cuda()
 
-
-# %% vectors of four tags=["export"]
-def load4(array, i):
-    """Elements i to i + 3 of a flat view of `array`, in one access.
-
-    array: float32, C-contiguous, any shape; its element i must begin at a
-    multiple of 16 bytes: a shared array is made with `alignment=16`.
-    Returns four numbers.
-
-    Derived in chapter 4.
-    """
-    if isinstance(array, _Watched):
-        array.note(array.place4(i), 16, READ)
-        array = array.array
-    flat = array if array.ndim == 1 else array.reshape(-1)
-    return flat[i], flat[i + 1], flat[i + 2], flat[i + 3]
+# %% [markdown]
+# With shuffles a warp adds its 32 numbers in five steps. In the first, a
+# lane exchanges with the one 16 places away, then 8, 4, 2 and 1; the binary
+# digits of the two lanes' numbers differ in one place, and `xor` finds the
+# partner. After the first step a lane holds a sum of two numbers, then of
+# four, and after the fifth all lanes hold the sum of all.
 
 
-def store4(array, i, a, b, c, d):
-    """Write elements i to i + 3 of a flat view of `array`, in one access.
-
-    As `load4`, the other way.
-
-    Derived in chapter 4.
-    """
-    if isinstance(array, _Watched):
-        array.note(array.place4(i), 16, WRITE)
-        array = array.array
-    flat = array if array.ndim == 1 else array.reshape(-1)
-    flat[i : i + 4] = a, b, c, d
+# %% a sum in five steps
+def butterfly(out, inp):
+    value = inp[cuda.threadIdx.x]
+    for step in (16, 8, 4, 2, 1):
+        value += cuda.shfl_xor_sync(FULL, value, step)
+    out[cuda.threadIdx.x] = value
 
 
-# %% kinds of access tags=["exporti"]
-READ, WRITE, ATOMIC = range(3)
+inp, out = np.arange(32.0), np.zeros(32)
+simulate(butterfly, 1, 32, (out, inp))
+print(set(out.tolist()), inp.sum())
+
+# %% [markdown]
+# A *vote* answers a question about all lanes: does it hold for any, for
+# all, for which? The last is `ballot_sync`, a number with a bit for each
+# lane.
 
 
-# %% an array under watch tags=["exporti"]
-class _Watched:
-    """An array that checks each access and notes it for its lane.
+# %% a vote
+def odd(out, inp):
+    bits = cuda.ballot_sync(FULL, inp[cuda.threadIdx.x] % 2 == 1)
+    if cuda.threadIdx.x == 0:
+        out[0] = bits
 
-    log: what was touched, by address, or None where races may pass.
-    """
 
-    def __init__(self, array, name, log, shared=False):
-        self.array, self.name, self.log = array, name, log
-        self.shape, self.ndim, self.size = array.shape, array.ndim, array.size
-        self.dtype, self.start = array.dtype, array.ctypes.data
-        self.itemsize, self.strides = array.itemsize, array.strides
-        self.shared = shared
+votes = np.zeros(1, np.int64)
+simulate(odd, 1, 32, (votes, np.arange(32)))
+print(f"{votes[0]:032b}")
 
-    def __len__(self):
-        return self.shape[0]
-
-    def __getitem__(self, index):
-        self.note(self.place(index), self.itemsize, READ)
-        return self.array[index]
-
-    def __setitem__(self, index, value):
-        self.note(self.place(index), self.itemsize, WRITE)
-        self.array[index] = value
-
-    def place(self, index):
-        """The address of an element; raise where there is none."""
-        if self.ndim == 1 and 0 <= index < self.size:
-            return self.start + int(index) * self.strides[0]
-        index = index if type(index) is tuple else (index,)
-        address = self.start
-        for i, n, stride in zip(index, self.shape, self.strides, strict=True):
-            if not 0 <= i < n:
-                raise IndexError(
-                    f"{self.name}[{', '.join(map(str, index))}] lies outside "
-                    f"its shape {self.shape}"
-                )
-            address += int(i) * stride
-        return address
-
-    def place4(self, i):
-        """The address of four elements from i on."""
-        if not 0 <= i <= self.size - 4:
-            raise IndexError(
-                f"{self.name}: elements {i} to {i + 3} of {self.size}"
-            )
-        address = self.start + int(i) * self.itemsize
-        if address % 16:
-            raise ValueError(
-                f"{self.name}: element {i} is not at a multiple of 16 bytes"
-            )
-        return address
-
-    def note(self, address, nbytes, access):
-        """Note an access of the lane that runs, and look for a race."""
-        lane = _now.lane
-        if access != ATOMIC:
-            frame, kind = sys._getframe(2), (nbytes, access, self.shared)
-            key = kind, id(frame.f_code), frame.f_lasti
-            site = _now.seen.sites.get(key)
-            if site is None:
-                site = _now.seen.add_site(key, frame.f_code)
-            lane.trace.setdefault(site, []).append(address)
-        if self.log is None:
-            return
-        now, size = (lane, lane.block.clock), self.itemsize
-        for word in range(address, address + nbytes, size):
-            before = _CLASHES[access](self.log, word, now)
-            if before is not None:
-                element = (word - self.start) // size
-                raise RaceError(_clashing(self.name, element, before, access))
+# %% [markdown]
+# ## Races
+#
+# Our simulator runs one thread at a time, in order, and so the reversal
+# above without its barrier would give some definite wrong answer. A worse
+# kernel gives the right one: here, by luck of the order. We need a
+# definition that does not depend on luck.
+#
+# Two accesses of one element form a *race* if two different threads make
+# them, at least one writes, they are not both atomic, and **nothing orders
+# them**. What orders accesses $p$ of thread $P$ and $q$ of thread $Q$ is
+#
+# - $P = Q$: a thread does one thing after the other;
+# - a barrier of the block that both have joined, between $p$ and $q$;
+# - a barrier of the warp (`syncwarp`) that both have joined, between them.
+#
+# Nothing orders the threads of two blocks of a launch. One launch is over
+# before the next one begins. And a shuffle orders nothing in *memory*: it
+# exchanges registers, and CUDA promises no more. A kernel that writes a
+# board, shuffles and reads the board happens to work in many a simulator;
+# ours calls it a race.
+#
+# This can be decided while the simulation runs, whatever order it runs in.
+# With each access we keep the thread and the time on the block's clock. An
+# access is over, as seen from another thread, if a barrier that both had
+# to join has opened since:
 
 
 # %% in what order tags=["exporti"]
@@ -487,6 +800,16 @@ def _ordered(before, lane):
     if time < lane.block.since:
         return True
     return other.warp is lane.warp and time < lane.warp.since
+
+
+# %% [markdown]
+# To keep all accesses of all elements would take much memory, and it
+# is not needed. Of the writes, the last one stands for all: if that is
+# ordered before us, so are those before it, or the race was reported then.
+# Of the reads since, two are enough: the newest one, and one by a thread
+# as far away from it as there is, in another warp or block if possible. A
+# later write that is ordered after both of them is ordered after all. The
+# same holds for the atomics.
 
 
 # %% what was touched tags=["exporti"]
@@ -512,7 +835,15 @@ def _keep(kept, now):
     return (now,)
 
 
-# %% races tags=["exporti"]
+# %% [markdown]
+# Now each kind of access has its rivals. A read clashes with writes and
+# atomics, an atomic with writes and reads, and a write with everything.
+
+# %% kinds of access tags=["exporti"]
+READ, WRITE, ATOMIC = range(3)
+
+
+# %% a read tags=["exporti"]
 def _read(log, address, now):
     """An earlier access that nothing orders before this read, or None."""
     before = log.write.get(address)
@@ -525,6 +856,7 @@ def _read(log, address, now):
     return None
 
 
+# %% a write or an atomic tags=["exporti"]
 def _write(log, address, now):
     """The same before this write, after which the others do not matter."""
     before = log.write.get(address)
@@ -575,6 +907,183 @@ class RaceError(RuntimeError):
     """
 
 
+# %% [markdown]
+# Who calls these functions? Under watch, a kernel does not get its arrays
+# but stand-ins that look like arrays. Each access passes through
+# `__getitem__` or `__setitem__`, and there we first check that the element
+# exists. Python's arrays allow the index -1, and a GPU's memory has
+# something at every address, someone else's.
+
+
+# %% an array that knows its bounds tags=["exporti"]
+class _Bounded:
+    """An array that raises where it has no element.
+
+    log: what was touched, by address, or None where races may pass.
+    """
+
+    def __init__(self, array, name, log, shared=False):
+        self.array, self.name, self.log = array, name, log
+        self.shape, self.ndim, self.size = array.shape, array.ndim, array.size
+        self.dtype, self.start = array.dtype, array.ctypes.data
+        self.itemsize, self.strides = array.itemsize, array.strides
+        self.shared = shared
+
+    def __len__(self):
+        return self.shape[0]
+
+    def place(self, index):
+        """The address of an element; raise where there is none."""
+        if self.ndim == 1 and 0 <= index < self.size:
+            return self.start + int(index) * self.strides[0]
+        index = index if type(index) is tuple else (index,)
+        address = self.start
+        for i, n, stride in zip(index, self.shape, self.strides, strict=True):
+            if not 0 <= i < n:
+                raise IndexError(
+                    f"{self.name}[{', '.join(map(str, index))}] lies outside "
+                    f"its shape {self.shape}"
+                )
+            address += int(i) * stride
+        return address
+
+    def place4(self, i):
+        """The address of four elements from i on."""
+        if not 0 <= i <= self.size - 4:
+            raise IndexError(
+                f"{self.name}: elements {i} to {i + 3} of {self.size}"
+            )
+        address = self.start + int(i) * self.itemsize
+        if address % 16:
+            raise ValueError(
+                f"{self.name}: element {i} is not at a multiple of 16 bytes"
+            )
+        return address
+
+
+# %% [markdown]
+# The stand-in then notes the access in its lane, at which instruction of
+# the code it was and which address, and looks for a race. Four-byte words
+# are looked at one by one, since an access may have 16 bytes.
+
+
+# %% an array under watch tags=["exporti"]
+class _Watched(_Bounded):
+    """An array that notes each access for its lane."""
+
+    def __getitem__(self, index):
+        self.note(self.place(index), self.itemsize, READ)
+        return self.array[index]
+
+    def __setitem__(self, index, value):
+        self.note(self.place(index), self.itemsize, WRITE)
+        self.array[index] = value
+
+    def note(self, address, nbytes, access):
+        """Note an access of the lane that runs, and look for a race."""
+        lane = _now.lane
+        if access != ATOMIC:
+            frame, kind = sys._getframe(2), (nbytes, access, self.shared)
+            key = kind, id(frame.f_code), frame.f_lasti
+            site = _now.seen.sites.get(key)
+            if site is None:
+                site = _now.seen.add_site(key, frame.f_code)
+            lane.trace.setdefault(site, []).append(address)
+        if self.log is None:
+            return
+        now, size = (lane, lane.block.clock), self.itemsize
+        for word in range(address, address + nbytes, size):
+            before = _CLASHES[access](self.log, word, now)
+            if before is not None:
+                element = (word - self.start) // size
+                raise RaceError(_clashing(self.name, element, before, access))
+
+
+# %% arguments under watch tags=["exporti"]
+def _watched(function, args, seen):
+    """The arguments of a kernel, the arrays of them under watch."""
+    names, log = function.__code__.co_varnames, _Log()
+    return [
+        _Watched(a, name, log if seen.races else None)
+        if isinstance(a, np.ndarray)
+        else a
+        for a, name in zip(args, names, strict=False)
+    ]
+
+
+# %% [markdown]
+# ## What memory costs: sectors and banks
+#
+# When the lanes of a warp reach a line that reads `x[i]`, the multiprocessor
+# makes *one* request of their 32 addresses. Global memory answers in
+# *sectors*: pieces of 32 bytes that begin at multiples of 32. If the 32
+# lanes want 32 numbers that lie next to each other, that is 128 bytes or
+# four sectors, and every byte that moves is wanted: the access is
+# *coalesced*. If they want one number each from 32 different rows of a
+# matrix, 32 sectors move, 1024 bytes, for the same 128.
+#
+# So we count, for each request of a warp, the distinct sectors it touches.
+# The requests are reconstructed from the notes of the lanes: the $n$th time
+# that a lane came to an instruction belongs with the $n$th time of the
+# other lanes of its warp.
+
+
+# %% requests of whole warps tags=["exporti"]
+def _requests(traces):
+    """A row for each request of a warp: 32 addresses, -1 where none.
+
+    traces: for each lane of a block the addresses that it touched, at one
+    place in the code. The nth of each lane of a warp make one request.
+    """
+    longest = max(map(len, traces))
+    traces = [[*x] + [-1] * (longest - len(x)) for x in traces]
+    traces += [[-1] * longest] * (-len(traces) % WARP)
+    table = np.array(traces, np.int64).reshape(-1, WARP, longest)
+    table = table.transpose(0, 2, 1).reshape(-1, WARP)
+    return table[(table >= 0).any(axis=1)]
+
+
+def _distinct(table):
+    """The rows sorted, and where a number stands for the first time."""
+    table = np.sort(table, axis=1)
+    first = table >= 0
+    first[:, 1:] &= table[:, 1:] != table[:, :-1]
+    return table, first
+
+
+# %% [markdown]
+# Shared memory has a different rule. It consists of 32 *banks*, and word
+# $w$ (of four bytes) lies in bank $w \bmod 32$. In one pass each bank gives
+# one word, to as many lanes as want that word. A request takes as many
+# passes as there are different words wanted from its busiest bank:
+#
+# $$ \text{passes} = \max_{b} \bigl| \{ w \text{ wanted} :
+#    w \bmod 32 = b \} \bigr| . \tag{4.2} $$
+
+
+# %% banks tags=["exporti"]
+def _passes(table, nbytes):
+    """Passes that requests of warps take in shared memory.
+
+    Its 32 banks give one word of four bytes each in a pass; a request for
+    16 bytes a lane is served eight lanes at a time.
+    """
+    wide = max(nbytes // 4, 1)
+    words = table.reshape(-1, WARP // wide, 1) // 4
+    words = np.where(words < 0, -1, words + np.arange(wide))
+    words, first = _distinct(words.reshape(-1, WARP))
+    row = np.arange(len(words))[:, None]
+    bank = (row * WARP + words % WARP)[first]
+    counts = np.bincount(bank, minlength=len(words) * WARP)
+    return int(counts.reshape(-1, WARP).max(axis=1).sum())
+
+
+# %% [markdown]
+# A `Seen` holds the counts, and names the places in the code. One detail of
+# Python shows up here: where a frame stands may be told by the instruction
+# or by the cache behind it, and `_instruction` above makes them one.
+
+
 # %% what was seen tags=["export"]
 class Seen:
     """What `watch` counted while simulated kernels ran.
@@ -586,7 +1095,7 @@ class Seen:
     whole warps to shared memory, and the passes they took: more than one
     where lanes want different words of one bank. barriers, exchanges,
     atomics: calls by single threads. launches: (kernel, grid, block,
-    arguments' types) of each launch.
+    arguments' types) of each launch, those on a real GPU too.
 
     Derived in chapter 4.
     """
@@ -629,46 +1138,6 @@ class Seen:
                 self.written_bytes += accesses * nbytes
 
 
-# %% requests of whole warps tags=["exporti"]
-def _requests(traces):
-    """A row for each request of a warp: 32 addresses, -1 where none.
-
-    traces: for each lane of a block the addresses that it touched, at one
-    place in the code. The nth of each lane of a warp make one request.
-    """
-    longest = max(map(len, traces))
-    traces = [[*x] + [-1] * (longest - len(x)) for x in traces]
-    traces += [[-1] * longest] * (-len(traces) % WARP)
-    table = np.array(traces, np.int64).reshape(-1, WARP, longest)
-    table = table.transpose(0, 2, 1).reshape(-1, WARP)
-    return table[(table >= 0).any(axis=1)]
-
-
-def _distinct(table):
-    """The rows sorted, and where a number stands for the first time."""
-    table = np.sort(table, axis=1)
-    first = table >= 0
-    first[:, 1:] &= table[:, 1:] != table[:, :-1]
-    return table, first
-
-
-# %% banks tags=["exporti"]
-def _passes(table, nbytes):
-    """Passes that requests of warps take in shared memory.
-
-    Its 32 banks give one word of four bytes each in a pass; a request for
-    16 bytes a lane is served eight lanes at a time.
-    """
-    wide = max(nbytes // 4, 1)
-    words = table.reshape(-1, WARP // wide, 1) // 4
-    words = np.where(words < 0, -1, words + np.arange(wide))
-    words, first = _distinct(words.reshape(-1, WARP))
-    row = np.arange(len(words))[:, None]
-    bank = (row * WARP + words % WARP)[first]
-    counts = np.bincount(bank, minlength=len(words) * WARP)
-    return int(counts.reshape(-1, WARP).max(axis=1).sum())
-
-
 # %% watch tags=["export"]
 @contextmanager
 def watch(races=True):
@@ -698,53 +1167,163 @@ def record(launch):
         _now.seen.launches.append(launch)
 
 
-# %% arguments under watch tags=["exporti"]
-def _watched(function, args, seen):
-    """The arguments of a kernel, the arrays of them under watch."""
-    names, log = function.__code__.co_varnames, _Log()
-    return [
-        _Watched(a, name, log if seen.races else None)
-        if isinstance(a, np.ndarray)
-        else a
-        for a, name in zip(args, names, strict=False)
-    ]
+# %% [markdown]
+# Everything is there. The reversal with its barrier passes under watch, and
+# without it does not:
 
 
-# %% simulate a launch tags=["export"]
-def simulate(function, grid, block, args):
-    """Run a kernel's function in every thread of a grid, one at a time.
+# %% a barrier that is missing
+def hasty(out, inp):
+    board = cuda.shared.array(64, np.float32)
+    i, t = cuda.grid(1), cuda.threadIdx.x
+    board[t] = inp[i]
+    out[i] = board[63 - t]
 
-    grid, block: blocks in the grid and threads in a block, an int or a
-    tuple of up to three. args: NumPy arrays, which the kernel may write,
-    and NumPy or Python numbers. Raises BarrierError, and whatever the
-    function raises, with the thread that raised it.
+
+inp, out = rng.normal(size=(2, 128)).astype(np.float32)
+with watch() as seen:
+    simulate(reverse, 2, 64, (out, inp))
+print(seen.threads, "threads,", seen.barriers, "arrivals at a barrier")
+try:
+    with watch():
+        simulate(hasty, 2, 64, (out, inp))
+    verdict("hasty", False, "is caught")
+except RaceError as error:
+    print(error)
+
+# %% [markdown]
+# Now the price of a stride. A warp reads 32 numbers that lie $s$ apart:
+
+
+# %% sectors of a strided read
+def strided(out, inp, s):
+    out[cuda.threadIdx.x] = inp[cuda.threadIdx.x * s]
+
+
+# simulated memory begins at a multiple of 256 bytes, as a GPU's does
+def at_256(size):
+    memory = np.zeros(size + 64, np.float32)
+    skip = -memory.ctypes.data % 256 // 4
+    return memory[skip : skip + size]
+
+
+def sectors(s):
+    with watch() as seen:
+        simulate(strided, 1, 32, (at_256(32), at_256(32 * 32), s))
+    return seen.sectors - 4  # without the four that it writes
+
+
+print({s: sectors(s) for s in (0, 1, 2, 4, 8, 16, 32)})
+
+# %% [markdown]
+# From stride 8 on, each lane has a sector to itself and uses an eighth of
+# it. And the banks: the lanes of a warp read a column of a board, first
+# with rows of 32 numbers, then of 33.
+
+
+# %% passes of a column
+def column(out, width):
+    board = cuda.shared.array(32 * 33, np.float32)
+    board[cuda.threadIdx.x * width] = 1
+    cuda.syncthreads()
+    out[cuda.threadIdx.x] = board[cuda.threadIdx.x * width]
+
+
+for width in (32, 33):
+    with watch() as seen:
+        simulate(column, 1, 32, (at_256(32), width))
+    print(width, seen.shared_requests, "requests,", seen.shared_passes)
+
+# %% [markdown]
+# With rows of 32 a column lies in one bank, and the warp passes 32 times
+# for each request. One unused number at the end of each row moves the next
+# row to the next bank, and the conflict is gone.
+#
+# ### Four numbers at once
+#
+# A lane may also ask for 16 bytes in one instruction, four numbers that lie
+# together at a multiple of 16. The sectors are the same, since the bytes
+# are, but the warp makes a quarter of the requests, and fewer
+# instructions stand between the memory and the arithmetic. numba does not
+# do this by itself, so we have `load4` and `store4`. In the simulator they
+# are four accesses with one note.
+
+
+# %% vectors of four tags=["export"]
+def load4(array, i):
+    """Elements i to i + 3 of a flat view of `array`, in one access.
+
+    array: float32, C-contiguous, any shape; its element i must begin at a
+    multiple of 16 bytes: a shared array is made with `alignment=16`.
+    Returns four numbers.
 
     Derived in chapter 4.
     """
-    _greenlet()  # or say at once that it is missing
-    grid, shape, seen = _three(grid), _three(block), _now.seen
-    if seen is not None:
-        args = _watched(function, args, seen)
-    body = functools.partial(function, *args)
-    outside = _now.lane
-    try:
-        for z, y, x in np.ndindex(grid[::-1]):
-            block = _Block(_Three(x, y, z), shape, grid, seen, body)
-            _run_block(block)
-            if seen is not None:
-                seen.add_block(block)
-    except Exception as error:
-        at = f"block {tuple(block.index)}"
-        if not isinstance(error, BarrierError):
-            at = f"thread {tuple(_now.lane.thread)} of {at}"
-        error.add_note(f"in {function.__name__}, {at}")
-        raise
-    finally:
-        _now.lane = outside
-        if outside is not None:  # a launch within a thread
-            _enter_block(outside.block)
-            _enter(outside)
+    if isinstance(array, _Watched):
+        array.note(array.place4(i), 16, READ)
+        array = array.array
+    flat = array if array.ndim == 1 else array.reshape(-1)
+    return flat[i], flat[i + 1], flat[i + 2], flat[i + 3]
 
+
+def store4(array, i, a, b, c, d):
+    """Write elements i to i + 3 of a flat view of `array`, in one access.
+
+    As `load4`, the other way.
+
+    Derived in chapter 4.
+    """
+    if isinstance(array, _Watched):
+        array.note(array.place4(i), 16, WRITE)
+        array = array.array
+    flat = array if array.ndim == 1 else array.reshape(-1)
+    flat[i : i + 4] = a, b, c, d
+
+
+# %% one number a lane, or four
+def copy1(out, inp):
+    i = cuda.grid(1)
+    out[i] = inp[i]
+
+
+def copy4(out, inp):
+    i = cuda.grid(1) * 4
+    a, b, c, d = load4(inp, i)
+    store4(out, i, a, b, c, d)
+
+
+for body, blocks in ((copy1, 8), (copy4, 2)):
+    with watch() as seen:
+        simulate(body, blocks, 128, (at_256(1024), at_256(1024)))
+    print(
+        f"{body.__name__}  {seen.requests:>3} requests {seen.sectors} sectors"
+    )
+
+# %% [markdown]
+# ### Why a simulator of our own
+#
+# numba has a simulator of CUDA too. It takes effect when an environment
+# variable is set before numba is imported, and then numba's compiler for
+# GPUs is gone for that process. We want both in one process: to simulate a
+# kernel and to compile it and read its registers in the same test. It has
+# no shuffles, votes or `syncwarp` (numba-cuda 0.30), of which the better half
+# of our kernels consists. It does not look for races, and it counts
+# nothing. And it runs each thread of a block in a thread of the operating
+# system: on the two cores where this was written, with other programs
+# running, 3,400 threads a second of a kernel that adds two arrays, and
+# 1,000 of one like the reversal; ours 180,000 and 32,000.
+#
+# Ours has limits as well. It is no proof of a kernel for all inputs: it
+# judges the accesses of one run. It knows full warps alone. And it knows
+# nothing of time.
+
+# %% [markdown]
+# ## One kernel, two machines
+#
+# A kernel should be written once. Where there is a GPU, it is compiled and
+# runs there; where there is none, it is simulated. The next module decides.
+# It imports the simulator from the package, which was made from the cells
+# above, and from here on we use the package's names.
 
 # %% imports of the launch tags=["export"] module="cuda.launch"
 import functools
@@ -756,6 +1335,9 @@ from contextlib import contextmanager
 import numpy as np
 
 from llmnb.cuda.simulator import cuda, load4, record, simulate, store4
+
+# %% the rest of the simulator, from the package
+from llmnb.cuda.simulator import RaceError, watch
 
 
 # %% is there a GPU tags=["export"] module="cuda.launch"
@@ -777,6 +1359,16 @@ def missing():
         return "numba-cuda finds no NVIDIA GPU with a driver"
     return ""
 
+
+# %% what runs here tags=["nbval-ignore-output"]
+print(missing() or "a GPU")
+
+# %% [markdown]
+# A GPU has a memory of its own, and arrays must be copied there. numba's
+# arrays on a device know their shape and can be copied back, cut and
+# reshaped; they cannot compute. A simulated device should offer the same and
+# no more, or else a program would run on the simulator and fail on the
+# GPU. So a `DeviceArray` hides a NumPy array.
 
 # %% arrays on the device tags=["export"] module="cuda.launch"
 ALIGN = 256  # bytes: every allocation on a GPU begins at a multiple
@@ -834,6 +1426,10 @@ class DeviceArray:
         self._array[...] = np.asarray(ary)
 
 
+# %% [markdown]
+# Its memory begins at a multiple of 256 bytes, as a GPU's allocations do.
+
+
 # %% to the device and back tags=["export"] module="cuda.launch"
 def simulated(array):
     """A copy of a NumPy array on the simulated GPU, wherever this runs.
@@ -889,6 +1485,15 @@ def empty(shape, dtype=np.float32, like=None):
     return real.device_array(shape, dtype)
 
 
+# %% there and back
+there = to_device(np.arange(6.0).reshape(2, 3))
+print(there.shape, there.nbytes, to_host(there[1]))
+
+# %% [markdown]
+# A kernel checks nothing: on a GPU, an element beyond the end of an array
+# is somebody else's. So each layer checks its arguments before it launches.
+
+
 # %% check an array tags=["export"] module="cuda.launch"
 def check_device(name, array, shape, dtype=np.float32):
     """Raise unless `array` is a device's, of this shape and dtype.
@@ -911,6 +1516,17 @@ def check_device(name, array, shape, dtype=np.float32):
         )
     if not array.is_c_contiguous():
         raise ValueError(f"{name} must be C-contiguous")
+
+
+# %% a message
+try:
+    check_device("encoder_forward: out", there, (2, 3))
+except TypeError as error:
+    print(error)
+
+# %% [markdown]
+# Two more questions that layers ask: does an array begin where a vector of
+# four can begin, and which of the versions of a layer does the caller want?
 
 
 # %% where an array lies tags=["export"] module="cuda.launch"
@@ -948,25 +1564,42 @@ def numbered(versions, version, name):
     return versions[version - 1]
 
 
-# %% what stands for a name on a GPU tags=["exporti"] module="cuda.launch"
-@functools.cache
-def _real_names():
-    """numba's own objects for the simulator's, by id."""
+# %% [markdown]
+# ### The same function, compiled
+#
+# A kernel names `cuda`, `load4` and `store4`, and finds them among the
+# globals of its module: the simulator's. numba must find its own `cuda`
+# there. It compiles a function by looking up its global names in a
+# dictionary that the function carries. So we make a second function of
+# the same code with another dictionary, in which three names are exchanged.
+#
+# Two of them, vectors of four, numba does not have. Its *intrinsics* let us
+# write them in LLVM's language, as chapter 3 did for its team of threads:
+# point to the element, call it a pointer to four floats, and load, with the
+# promise that the address is a multiple of 16.
+
+
+# %% where four numbers begin tags=["exporti"] module="cuda.launch"
+def _vector_place(context, builder, signature, args):
+    """A pointer to four floats from an element on, and their type."""
     from llvmlite import ir
-    from numba import cuda as real
+
+    data = context.make_array(signature.args[0])
+    first = builder.gep(data(context, builder, args[0]).data, [args[1]])
+    four = ir.VectorType(ir.FloatType(), 4)
+    return builder.bitcast(first, four.as_pointer()), four
+
+
+# %% load four on a GPU tags=["exporti"] module="cuda.launch"
+def _real_load4():
+    from llvmlite import ir
     from numba.core import types as nb
     from numba.cuda.extending import intrinsic
-
-    def place(context, builder, signature, args):
-        data = context.make_array(signature.args[0])
-        first = builder.gep(data(context, builder, args[0]).data, [args[1]])
-        four = ir.VectorType(ir.FloatType(), 4)
-        return builder.bitcast(first, four.as_pointer()), four
 
     @intrinsic
     def load(typing, array, i):
         def generate(context, builder, signature, args):
-            pointer, _ = place(context, builder, signature, args)
+            pointer, _ = _vector_place(context, builder, signature, args)
             vector = builder.load(pointer, align=16)
             number = ir.IntType(32)
             parts = [
@@ -977,10 +1610,19 @@ def _real_names():
 
         return nb.UniTuple(nb.float32, 4)(array, nb.intp), generate
 
+    return load
+
+
+# %% store four on a GPU tags=["exporti"] module="cuda.launch"
+def _real_store4():
+    from llvmlite import ir
+    from numba.core import types as nb
+    from numba.cuda.extending import intrinsic
+
     @intrinsic
     def store(typing, array, i, a, b, c, d):
         def generate(context, builder, signature, args):
-            pointer, four = place(context, builder, signature, args)
+            pointer, four = _vector_place(context, builder, signature, args)
             vector, number = four(ir.Undefined), ir.IntType(32)
             for k in range(4):
                 part, at = args[2 + k], number(k)
@@ -991,7 +1633,26 @@ def _real_names():
         f = nb.float32
         return nb.void(array, nb.intp, f, f, f, f), generate
 
-    return {id(cuda): real, id(load4): load, id(store4): store}
+    return store
+
+
+# %% what stands for a name on a GPU tags=["exporti"] module="cuda.launch"
+@functools.cache
+def _real_names():
+    """numba's own objects for the simulator's, by id."""
+    from numba import cuda as real
+
+    return {
+        id(cuda): real,
+        id(load4): _real_load4(),
+        id(store4): _real_store4(),
+    }
+
+
+# %% [markdown]
+# A function that a kernel calls is treated alike, and so are the values that
+# a kernel has closed over: a function that makes kernels, of different tile
+# sizes say, compiles a size in as a constant.
 
 
 # %% the same function for numba tags=["exporti"] module="cuda.launch"
@@ -1025,6 +1686,13 @@ def _real(value):
         return _real_device(value)
     return _real_names().get(id(value), value)
 
+
+# %% [markdown]
+# A `Kernel` is launched as numba's are, `kernel[grid, block](arguments)`.
+# Where the arrays are decides which machine runs it. A launch on a GPU
+# returns at once, while the GPU works; a *stream* is the queue in which it
+# is put, and its launches run one after the other. A Python float is
+# refused, because numba would pass it as a float64.
 
 # %% the stream tags=["exporti"] module="cuda.launch"
 _current = types.SimpleNamespace(stream=0)
@@ -1065,8 +1733,8 @@ class Kernel:
                 raise TypeError(
                     f"{self.__name__}: pass np.float32(...), not a float"
                 )
+        record((self, grid, block, _kinds(args)))
         if any(isinstance(x, DeviceArray) for x in args):
-            record((self, grid, block, _kinds(args)))
             plain = [
                 x._array if isinstance(x, DeviceArray) else x for x in args
             ]
@@ -1133,6 +1801,31 @@ def stream_address():
     return int(getattr(_current.stream, "handle", 0))
 
 
+# %% a kernel, launched
+add_one_kernel = kernel(add_one)
+inp = to_device(np.arange(300, dtype=np.float32))
+out = empty(300)
+add_one_kernel[3, 128](out, inp, 300)
+compare("add one", to_host(out), np.arange(300) + 1, tol=1e-7)
+try:
+    add_one_kernel[3, 128](out, inp, 300.0)
+except TypeError as error:
+    print(error)
+
+# %% [markdown]
+# Cells that print counts use `simulated(array)` in place of `to_device`.
+# So they print the same where there is a GPU.
+#
+# ## What the compiler makes of it
+#
+# numba translates a kernel to *PTX*, an assembly language for a GPU that
+# does not exist, and NVIDIA's assembler turns that into the machine code
+# of one that does. Neither needs a GPU. That gives us a second instrument:
+# from the text of the PTX and the words of the assembler we learn how many
+# registers a thread takes, whether some of them had to be *spilled* to
+# memory, whether anything computes in float64, and whether our vectors are
+# vectors.
+
 # %% imports of the compiler tags=["export"] module="cuda.ptx"
 import importlib.util
 import re
@@ -1165,7 +1858,7 @@ class Compiled(NamedTuple):
     vector_stores: int
 
 
-# %% compile tags=["export"] module="cuda.ptx"
+# %% is there a compiler tags=["export"] module="cuda.ptx"
 def no_compiler():
     """Why kernels cannot be compiled here; empty where they can.
 
@@ -1176,6 +1869,7 @@ def no_compiler():
     return ""
 
 
+# %% compile tags=["export"] module="cuda.ptx"
 def compile_kernel(kernel, kinds, cc=(9, 0)):
     """Compile a Kernel to PTX and on to machine code, with no GPU.
 
@@ -1216,6 +1910,7 @@ def compile_kernel(kernel, kinds, cc=(9, 0)):
     )
 
 
+# %% no GPU to ask tags=["exporti"] module="cuda.ptx"
 @contextmanager
 def _pretend(cc):
     """Answer numba, which asks the GPU of what generation it is."""
@@ -1230,6 +1925,7 @@ def _pretend(cc):
         dispatcher.get_current_device = asked
 
 
+# %% assemble tags=["exporti"] module="cuda.ptx"
 def _number(pattern, log):
     """The largest number that a pattern finds; 0 where it finds none."""
     return max(map(int, re.findall(pattern, log)), default=0)
@@ -1256,6 +1952,63 @@ def _assemble(ptx, cc):
         nvjitlink.destroy(handle)
     return log.decode(errors="replace")
 
+
+# %% [markdown]
+# Here is `add_one` for an H100. (Your copy may be without numba-cuda, which
+# is not to be had for macOS, for one; then the cell says so, and the text
+# below has the lines.)
+
+# %% the PTX of a small kernel tags=["nbval-ignore-output"]
+kinds = ("float32", 1), ("float32", 1), ("int64", 0)
+if no_compiler():
+    print(no_compiler())
+else:
+    made = compile_kernel(add_one_kernel, kinds)
+    body = made.ptx[made.ptx.index("\n{") :]
+    print(re.sub(r"_Z\w+_param", "param", body))
+    print(made.registers, "registers,", made.spilled, "bytes spilled")
+
+# %% [markdown]
+# Line by line, as numba-cuda 0.30 wrote it for us:
+#
+# | PTX | what it does |
+# |---|---|
+# | `.reg .f32 %f<3>` | names for float32 values, as many as it likes |
+# | `ld.param.u64 %rd6, [param_14]` | the arguments: an array is seven numbers, its address and size among them; the last one is `n` |
+# | `mov.u32 %r1, %tid.x` | `threadIdx.x`; `%ntid.x` and `%ctaid.x` are `blockDim.x` and `blockIdx.x` |
+# | `mul.wide.s32 %rd8, %r2, %r3` | $bD$ of (4.1), in 64 bits |
+# | `add.s64 %rd1, %rd8, %rd7` | plus $t$: the place $i$ |
+# | `setp.ge.s64 %p1, %rd1, %rd6` | is $i \ge n$? |
+# | `@%p1 bra $L__BB0_2` | those lanes go to the end |
+# | `shr.s64 %rd10, %rd1, 63` | all ones if $i$ is negative, else zero |
+# | `and.b64 %rd11, %rd10, %rd5` | ... the length of the array, then, or 0 |
+# | `add.s64 %rd12, %rd11, %rd1` | so that index -1 is the last element, as in Python |
+# | `shl.b64 %rd13, %rd12, 2` | times four bytes |
+# | `ld.global.f32 %f1, [%rd14]` | read `inp[i]` |
+# | `add.ftz.f32 %f2, %f1, 0f3F800000` | add 1, whose bits are 3F800000 |
+# | `st.global.f32 [%rd19], %f2` | write `out[i]` |
+#
+# One load, one addition, one store, and ten instructions to find the place:
+# that is the price of a thread for each element, and one reason to give a
+# thread four of them. And Python's rule for negative indices costs three
+# instructions for each access. `load4` has no such rule; it takes the place
+# as it is.
+
+# %% vectors are vectors tags=["nbval-ignore-output"]
+kinds = ("float32", 1), ("float32", 1)
+for body in (copy1, copy4):
+    if no_compiler():
+        print(no_compiler())
+        break
+    made = compile_kernel(kernel(body), kinds)
+    print(f"{body.__name__} {made.vector_loads} load, ", end="")
+    print(f"{made.vector_stores} store of 16 bytes")
+
+# %% [markdown]
+# ## Sums of a warp and of a block
+#
+# Many layers need the sum of a row, so we keep the butterfly as a function
+# that kernels call, and its sister for the maximum.
 
 # %% imports of the warp tags=["export"] module="cuda.warp"
 import numpy as np
@@ -1288,6 +2041,14 @@ def warp_max(value):
     for step in (16, 8, 4, 2, 1):
         value = max(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, step))
     return value
+
+
+# %% [markdown]
+# A block adds in two storeys. Each warp adds its own numbers, and its first
+# lane puts the sum on a board; after a barrier, every thread adds up the
+# few numbers on the board, in the same order, so all get the same bits. The
+# second barrier is for the caller: it may use the board again at once, and
+# someone may still be reading it.
 
 
 # %% sums in a block tags=["export"] module="cuda.warp"
@@ -1331,6 +2092,43 @@ def block_max(value, parts):
     return top
 
 
+# %% the sum of each row
+@kernel
+def row_sums(out, inp):
+    parts = cuda.shared.array(4, np.float32)
+    row, columns = cuda.blockIdx.x, inp.shape[1]
+    total = np.float32(0)
+    for c in range(cuda.threadIdx.x, columns, 128):
+        total += inp[row, c]
+    total = block_sum(total, parts)
+    if cuda.threadIdx.x == 0:
+        out[row] = total
+
+
+x = rng.normal(size=(3, 300)).astype(np.float32)
+out = simulated(np.zeros(3, np.float32))
+with watch() as seen:
+    row_sums[3, 128](out, simulated(x))
+compare("row sums", to_host(out), x.sum(axis=1), tol=1e-4)
+print(
+    seen.barriers // seen.threads, "barriers,", seen.exchanges // 384, "swaps"
+)
+
+# %% [markdown]
+# ## The encoder on a GPU
+#
+# The forward pass reads a row of `wte` and a row of `wpe` for each place and
+# writes their sum. It has one addition for twelve bytes: memory decides.
+# There is nothing to share and nothing to wait for, so each output element
+# gets a thread. We must only see to it that neighbours in memory belong to
+# neighbours in a warp.
+#
+# From the foundation we take the package's copy, and a picture: who owns
+# which element.
+
+# %% the foundation, from the package
+from llmnb.cuda import RaceError, empty, simulated, to_device, to_host, watch
+
 # %% draw who owns what tags=["export"] module="owners"
 from matplotlib.patches import Rectangle
 
@@ -1359,6 +2157,28 @@ def draw_owners(ax, who, title="", group=None, rows="", cols=""):
     ax.set(xlim=(0, len(who[0])), ylim=(len(who), 0), title=title)
     ax.set(xticks=[], yticks=[], xlabel=cols, ylabel=rows, aspect="equal")
 
+
+# %% owners in the forward pass
+fig, axes = plt.subplots(1, 2, figsize=(8, 2.4), dpi=100)
+who = np.arange(32).reshape(4, 8)
+names = {"rows": "place", "cols": "channel"}
+draw_owners(axes[0], who.tolist(), "one element", 8, **names)
+draw_owners(axes[1], (who // 4).tolist(), "four channels", 2, **names)
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 4.2. The owners of an output with four places and eight channels.
+# Left: a thread for each element. Right: a thread for four channels, a
+# quarter of the threads. In both, neighbours in a row belong to neighbours
+# in a warp, or to one thread, so no byte of a sector is left unused.*
+#
+# ### Version 1: a thread an element
+#
+# Thread $i$ owns element $i$ of the output, seen as one long array: place
+# $n = \lfloor i / C \rfloor$ and channel $c = i \bmod C$. The lanes of a
+# warp read 32 neighbours of a row of each table. The token `inp[n]` is the
+# same for (nearly) all of them, and one sector serves the warp.
 
 # %% imports of the encoder tags=["export"] module="cuda.encoder"
 import numpy as np
@@ -1393,6 +2213,17 @@ def _forward_by_one(out, inp, wte, wpe, T):
 def _thread_an_element(out, inp, wte, wpe, T):
     grid = _blocks(out.size)
     _forward_by_one[grid, THREADS](out, inp, wte, wpe, T)
+
+
+# %% [markdown]
+# ### Version 2: a thread four channels
+#
+# What bounds version 1 is not the bytes, of which it moves hardly more than
+# it must, but that each warp makes four requests for 128 bytes of output:
+# for the token, for both rows and for the result. With four channels a
+# thread it makes four for 512 bytes, and finds its place once in place of
+# four times. A row must begin at a multiple of 16 bytes, so $C$ must be a
+# multiple of 4. GPT-2's are; other sizes run as version 1.
 
 
 # %% forward, a thread four channels tags=["exporti"] module="cuda.encoder"
@@ -1437,6 +2268,11 @@ def _check_encoder(name, d, out, inp, wte, wpe):
         )
 
 
+# %% [markdown]
+# Shapes and types are checked. The *values* of the tokens are on the device,
+# and to look at them would mean to wait for it; whoever sends the tokens
+# there must have checked them.
+
 # %% the encoder, forward tags=["export"] module="cuda.encoder"
 ENCODER_FORWARD = (_thread_an_element, _thread_four_channels)
 
@@ -1462,6 +2298,109 @@ def encoder_forward(out, inp, wte, wpe, version=2):
     run(out.reshape(B * T, C), inp.reshape(B * T), wte, wpe, T)
 
 
+# %% a problem, and where it runs
+def problem(B, T, C, Vp, place):
+    inp = rng.integers(0, Vp, (B, T), dtype=np.int32)
+    wte, wpe = rng.normal(size=(2, max(Vp, T), C)).astype(np.float32)
+    dout = rng.normal(size=(B, T, C)).astype(np.float32)
+    arrays = inp, wte[:Vp], wpe[:T], dout
+    return arrays, [place(a) for a in arrays]
+
+
+for C in (5, 8):
+    (inp, wte, wpe, want), there = problem(3, 7, C, 11, to_device)
+    reference.encoder_forward(want, inp, wte, wpe)
+    for version in (1, 2):
+        out = empty(want.shape)
+        encoder_forward(out, *there[:3], version=version)
+        compare(f"C = {C}, version {version}", to_host(out), want, tol=1e-6)
+
+
+# %% what version 2 moves less of
+def count(layer, *arrays, **options):
+    with watch() as seen:
+        layer(*(simulated(a) for a in arrays), **options)
+    print(
+        f"{seen.requests:>6} requests {seen.sectors:>6} sectors"
+        f"{seen.reads:>7} reads {seen.atomics:>5} atomics"
+    )
+    return seen
+
+
+(inp, wte, wpe, dout), _ = problem(2, 8, 128, 11, simulated)
+for version in (1, 2):
+    count(encoder_forward, dout, inp, wte, wpe, version=version)
+
+# %% [markdown]
+# A quarter of the requests. Three times 2048 elements of four bytes are 768
+# sectors, which nobody can save; the rest is tokens, which version 1 reads
+# for each warp of 32 elements and version 2 for each of 128.
+#
+# ## The encoder's backward pass
+#
+# Backward adds each row of `dout` to the row of `dwte` that its token names.
+# Turned round from the forward pass, it would give each element of `dout`
+# a thread, which adds it where it belongs. We know from chapter 3 that
+# repeated tokens are the trap; now see it with threads.
+
+
+# %% version 0: a thread an element, wrong
+@kernel
+def scatter(dwte, dout, inp):
+    i = cuda.grid(1)
+    rows, C = dout.shape
+    if i < rows * C:
+        n, c = i // C, i % C
+        dwte[inp[n], c] += dout[n, c]
+
+
+def scattered(body, watched=True):
+    dwte = simulated(np.zeros((4, 8), np.float32))
+    tokens = simulated(np.array([2, 0, 2, 2], np.int32))
+    rows = simulated(np.ones((4, 8), np.float32))
+    body[1, 32](dwte, rows, tokens)
+    return to_host(dwte)[:, 0].astype(int)
+
+
+print(scattered(scatter))
+try:
+    with watch():
+        scattered(scatter)
+    verdict("version 0", False, "is caught")
+except RaceError as error:
+    print(error)
+
+# %% [markdown]
+# The first line is right: token 2 stands in three places. It is right
+# because the simulator runs one thread after the other, and each finds the
+# sum that the one before it has left. The `+=` is three steps: read, add,
+# write. A real warp takes each step with all its lanes before it takes the
+# next. We can make the simulator keep step as well, with a barrier of the
+# warp between reading and writing:
+
+
+# %% version 0 in step
+@kernel
+def scatter_in_step(dwte, dout, inp):
+    i = cuda.grid(1)
+    n, c = i // dout.shape[1], i % dout.shape[1]
+    old = dwte[inp[n], c]
+    cuda.syncwarp()
+    dwte[inp[n], c] = old + dout[n, c]
+
+
+print(scattered(scatter_in_step))
+
+# %% [markdown]
+# All three have read 0, and token 2 counts once. The watch had said so when
+# the sum was still right: that is what a definition is good for.
+#
+# ### Version 1: atomics
+#
+# An atomic addition cannot be torn apart. The kernel below is correct, and
+# watch has nothing to say.
+
+
 # %% backward, atomics tags=["exporti"] module="cuda.encoder"
 @kernel
 def _backward_atomic(dwte, dwpe, dout, inp, T):
@@ -1479,7 +2418,54 @@ def _atomics(dwte, dwpe, dout, inp, T):
     _backward_atomic[grid, THREADS](dwte, dwpe, dout, inp, T)
 
 
-# %% backward, the first place of a token tags=["exporti"] module="cuda.encoder"
+# %% [markdown]
+# But in which order does the memory add? In that in which the requests
+# arrive, which depends on what the multiprocessors are doing. The order of
+# a sum of float32 changes its last bits:
+
+# %% the same numbers, two orders
+numbers = rng.normal(size=1000).astype(np.float32)
+there = {}
+for name, order in (("forth", numbers), ("back", numbers[::-1])):
+    total = np.float32(0)
+    for number in order:
+        total += number
+    there[name] = total
+verdict("two orders", there["forth"] != there["back"], "differ in their bits")
+
+# %% [markdown]
+# The simulator always adds in the order of the threads, so it cannot show
+# this. On a GPU two runs of one training would part after the first step.
+# This book has promised runs that can be repeated and resumed to the last
+# bit, so version 1 is a rung to stand on and not our choice.
+#
+# ### Version 2: a block a place
+#
+# Chapter 3 asked who may own a row of `dwte` so that nobody else adds to
+# it. Let each *place* of the text have a block of threads, one thread for
+# each channel. A block looks whether its token stands at an earlier place.
+# If so, it ends: an earlier block will do the work. If not, it is the
+# first, and it walks through the rest of the text, adds up the rows of its
+# token in the order of the text, and writes the sum. Each row of `dwte` has
+# one block, the order is fixed, and nobody sorts anything.
+
+# %% owners in the backward pass
+text = "cacbca"
+who = [[text.index(token)] * 4 for token in text]
+fig, ax = plt.subplots(figsize=(4.4, 3.2), dpi=100)
+draw_owners(ax, who, rows="place", cols="channel")
+ax.set_yticks(np.arange(len(text)) + 0.5, list(text))
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 4.3. The rows of `dout` for the text "cacbca", each with the
+# number of the block that adds it. Blocks 0, 1 and 3 stand at the first
+# place of their letter and do the work; blocks 2, 4 and 5 have found
+# theirs before them and ended.*
+
+
+# %% the first place of a token tags=["exporti"] module="cuda.encoder"
 @kernel
 def _tokens_by_one(dwte, dout, inp):
     n, c = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
@@ -1496,6 +2482,12 @@ def _tokens_by_one(dwte, dout, inp):
         dwte[token, c] = total
 
 
+# %% [markdown]
+# A row of `dwpe` has an owner without any search: position $t$ occurs once
+# in each of the B texts. A thread for each element adds them up.
+
+
+# %% the rows of a position tags=["exporti"] module="cuda.encoder"
 @kernel
 def _positions_by_one(dwpe, dout, T):
     i = cuda.grid(1)
@@ -1514,7 +2506,16 @@ def _block_a_place(dwte, dwpe, dout, inp, T):
     _positions_by_one[_blocks(T * C), THREADS](dwpe, dout, T)
 
 
-# %% backward, four channels a thread tags=["exporti"] module="cuda.encoder"
+# %% [markdown]
+# ### Version 3: votes and vectors
+#
+# Version 2 adds few numbers and reads many tokens: each warp of each block
+# asks for one token at a time, and all its lanes for the same. A warp can
+# read 32 tokens in one request, each lane one, and vote. The bits of the
+# vote say where the token stands.
+
+
+# %% a vote on 32 places tags=["exporti"] module="cuda.encoder"
 @device
 def _where(inp, first, begin, end, token):
     """A bit for each lane's place, first + lane: whether token stands there.
@@ -1526,6 +2527,14 @@ def _where(inp, first, begin, end, token):
     return cuda.ballot_sync(0xFFFFFFFF, here)
 
 
+# %% [markdown]
+# The rows are read as vectors of four. The lanes beyond the last channel
+# must come along to the votes, and touch no row. (A first draft let them
+# read the last vector in place of none. Watch called it a race: the owner
+# of that vector was writing it.)
+
+
+# %% four channels a thread tags=["exporti"] module="cuda.encoder"
 @kernel
 def _tokens_by_four(dwte, dout, inp):
     n, i = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
@@ -1550,6 +2559,7 @@ def _tokens_by_four(dwte, dout, inp):
         store4(dwte, token * C + c, x, y, z, w)
 
 
+# %% four channels of a position tags=["exporti"] module="cuda.encoder"
 @kernel
 def _positions_by_four(dwpe, dout, T):
     i = cuda.grid(1) * 4
@@ -1596,3 +2606,240 @@ def encoder_backward(dwte, dwpe, dout, inp, version=3):
     _check_encoder("encoder_backward", "d", dout, inp, dwte, dwpe)
     B, T, C = dout.shape
     run(dwte, dwpe, dout.reshape(B * T, C), inp.reshape(B * T), T)
+
+
+# %% three versions against NumPy
+for C in (5, 8):
+    (inp, wte, wpe, dout), there = problem(3, 13, C, 4, to_device)
+    want = np.zeros_like(wte), np.zeros_like(wpe)
+    reference.encoder_backward(*want, dout, inp)
+    for version in (1, 2, 3):
+        dwte, dwpe = (to_device(np.zeros_like(a)) for a in want)
+        encoder_backward(dwte, dwpe, there[3], there[0], version=version)
+        name = f"C = {C}, version {version}"
+        compare(f"{name}, dwte", to_host(dwte), want[0], tol=1e-5)
+        compare(f"{name}, dwpe", to_host(dwpe), want[1], tol=1e-5)
+
+# %% [markdown]
+# The fixed order is the order of the text, and that is the order of the
+# CPU's one thread. Then even the bits must agree, at least where the
+# additions are simulated:
+
+# %% the same bits as on the CPU
+from llmnb.cpu import encoder as cpu_encoder
+
+(inp, wte, wpe, dout), there = problem(3, 13, 8, 4, simulated)
+encoder_backward(*there[1:], there[0])
+cpu_encoder.encoder_backward(wte, wpe, dout, inp)
+for name, got, want in (("dwte", there[1], wte), ("dwpe", there[2], wpe)):
+    same = np.array_equal(to_host(got), want)
+    verdict(f"{name}, CPU", same, "the same bits")
+
+# %% what the three ask of the memory
+(inp, wte, wpe, dout), _ = problem(1, 64, 128, 30, simulated)
+for version in (1, 2, 3):
+    count(encoder_backward, wte, wpe, dout, inp, version=version)
+
+# %% [markdown]
+# The table shows the price of order. Version 1 moves the fewest sectors, and
+# has 16,384 atomics besides, two for each element, which the memory carries
+# out by itself and which our requests do not count. Version 2 reads every
+# token again and again. Version 3 asks for them 32 at a time and for rows
+# in vectors: a twentieth of the requests of version 2, and fewer than
+# version 1 makes before its atomics.
+#
+# No GPU has run this yet; where one is, `llmnb bench --backend cuda
+# --kernels` measures it, and the results page shows the times once they are
+# measured.
+#
+# ## Count it
+#
+# How many tokens does the search read at GPT-2's size? A block at place $n$
+# reads at most $n$ tokens before it knows, and the first of a token reads
+# on to the end. At worst, when no token repeats, each of the $BT$ blocks
+# reads all $BT$, with every one of its warps. Each warp of version 3 owns
+# 128 channels.
+
+# %% the search at GPT-2's size
+B, T, C = 4, 1024, 768
+places, warps = B * T, C // 128
+rows = 3 * places * C * 4
+tokens = places * places * warps * 4
+print(f"dout, and dwte there and back  {rows / 1e6:6.0f} MB")
+print(f"tokens, at worst               {tokens / 1e6:6.0f} MB")
+print(f"requests for tokens, at worst  {places**2 * warps // 32 / 1e6:6.1f} M")
+print(f"the same, one token at a time  {places**2 * C // 32 / 1e6:6.1f} M")
+
+# %% [markdown]
+# The tokens of a batch are 16 KB, which stay in the cache of every
+# multiprocessor, so hardly any of those bytes come from global memory. But
+# they are asked for, and the number grows with the square of the batch.
+# For batches ten times as large a sort would pay.
+
+# %% [markdown]
+# ## See it
+#
+# The strides of the section on sectors, all of them: what part of the
+# bytes that move does a warp want?
+
+# %% bytes wanted of bytes moved
+strides = list(range(1, 33))
+used = [128 / (32 * sectors(s)) for s in strides]
+fig, ax = plt.subplots(figsize=(7, 2.8), dpi=100)
+ax.bar(strides, [100 * u for u in used], color=PALETTE["blue"])
+ax.set(xlabel="stride between two lanes, in numbers of four bytes")
+ax.set(ylabel="bytes used, %", xlim=(0, 33), ylim=(0, 105))
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 4.4. Of the bytes that move, a warp that reads neighbours uses all.
+# With each step of the stride it uses less, and from stride 8 on an eighth:
+# a column of a matrix costs eight times its bytes, however long the rows.*
+
+# %% [markdown]
+# ## Take away
+#
+# - A launch runs one function in a grid of blocks of threads. A thread
+#   finds its element from its place; 32 threads form a warp, which makes
+#   one request of the memory at a time.
+# - Neighbours in a warp should read neighbours in memory: whole sectors of
+#   32 bytes move. In shared memory they should read different banks.
+# - Only a barrier that both have joined orders two threads of a block.
+#   Blocks are not ordered at all. Two accesses that nothing orders, one of
+#   them a write, are a race, whatever the sum looks like today.
+# - A fiber for each thread makes a simulator that stops at barriers, and an
+#   array that answers `__getitem__` itself makes one that sees races.
+# - A sum whose every element has one owner needs no atomics, and has the
+#   same bits every time.
+
+# %% [markdown]
+# ## Design note
+#
+# llm.c, whose GPU code this book follows in its aims, sorts the tokens on
+# the CPU into buckets and hands each bucket to a warp. That reads each token
+# once, and keeps the CPU between the passes of the GPU. We search on the
+# GPU, which costs more reading and needs no host: the launches of a training
+# step can be recorded once as a whole, a *CUDA graph*, and be started with
+# one call.
+#
+# Races could also be found by running a kernel many times in random
+# orders and comparing the results. That finds only those that show, in the
+# orders it tried. The rule of what orders two accesses finds them in one run.
+
+# %% [markdown]
+# ## Exercises
+#
+# **1** (★). A warp reads 32 numbers of four bytes, $s$ apart, the first
+# at a multiple of 32 bytes. Write down the number of sectors for any
+# $s \ge 0$.
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# Lane $k$ reads byte $4 s k$. For $s \ge 8$ no two lanes share a sector.
+# Below, no sector between the first and the last is left out, and the last
+# is number $\lfloor 4 \cdot 31 s / 32 \rfloor$.
+# :::
+
+
+# %% exercise 1, a solution tags=["hide-cell"]
+def sectors_of_stride(s):
+    return 32 if s >= 8 else 4 * 31 * s // 32 + 1
+
+
+# %% exercise 1, checked
+same = all(sectors_of_stride(s) == sectors(s) for s in range(33))
+verdict("sectors", same, "counted as predicted")
+
+# %% [markdown]
+# **2** (★★). Transpose a matrix of 32 by 32 with a block of 32 by 32
+# threads, so that reading and writing both touch 4 sectors a request, and
+# no request to shared memory takes more than one pass. Which barrier do you
+# need?
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# Read rows, put them on a board with rows of 33, and after a barrier of the
+# block read its columns and write rows: a warp's column was written by 32
+# different warps.
+# :::
+
+
+# %% exercise 2, a solution tags=["hide-cell"]
+@kernel
+def transpose(out, inp):
+    board = cuda.shared.array((32, 33), np.float32)
+    x, y = cuda.threadIdx.x, cuda.threadIdx.y
+    board[y, x] = inp[y, x]
+    cuda.syncthreads()
+    out[y, x] = board[x, y]
+
+
+# %% exercise 2, checked
+x = rng.normal(size=(32, 32)).astype(np.float32)
+out = empty(x.shape, like=simulated(x))
+with watch() as seen:
+    transpose[1, (32, 32)](out, simulated(x))
+compare("transposed", to_host(out), x.T, tol=1e-7)
+verdict("sectors", seen.sectors == 4 * seen.requests, "4 a request")
+verdict("banks", seen.shared_passes == seen.shared_requests, "no conflict")
+
+# %% [markdown]
+# **3** (★★★). Give each *token of the vocabulary* a block, not each place of
+# the text. Write the kernel for `dwte` and check it under watch.
+# What happens to the search, and for which sizes is it the better choice?
+#
+# :::{admonition} Solution to exercise 3
+# :class: dropdown
+# There is no first place to look for: the owner is there from the start. But
+# all 50,257 blocks walk through all of the text, while most tokens do not
+# occur in it. It is better where the vocabulary is small against the text,
+# bytes for example: 256 blocks in place of $BT$.
+# :::
+
+
+# %% exercise 3, a solution tags=["hide-cell"]
+@kernel
+def block_a_token(dwte, dout, inp):
+    token, c = cuda.blockIdx.x, cuda.threadIdx.x
+    rows, C = dout.shape
+    if c < C:
+        total = dwte[token, c]
+        for n in range(rows):
+            if inp[n] == token:
+                total += dout[n, c]
+        dwte[token, c] = total
+
+
+# %% exercise 3, checked
+(inp, wte, wpe, dout), there = problem(2, 9, 8, 5, simulated)
+with watch():
+    flat = there[3].reshape(18, 8), there[0].reshape(18)
+    block_a_token[5, 32](there[1], *flat)
+reference.encoder_backward(wte, wpe, dout, inp)
+compare("block a token", to_host(there[1]), wte, tol=1e-5)
+
+# %% [markdown]
+# ## Further reading
+#
+# - [CUDA C++ Programming Guide](https://docs.nvidia.com/cuda/cuda-c-programming-guide/),
+#   NVIDIA: the chapters on the programming model and on warp functions, for
+#   what is promised and what is not.
+# - [PTX ISA](https://docs.nvidia.com/cuda/parallel-thread-execution/), NVIDIA:
+#   the meaning of every line of the table above.
+# - Lamport (1978),
+#   [Time, Clocks, and the Ordering of Events in a Distributed System](https://doi.org/10.1145/359545.359563):
+#   where "nothing orders them" was first made precise.
+# - Flanagan and Freund (2009),
+#   [FastTrack: Efficient and Precise Dynamic Race Detection](https://doi.org/10.1145/1542476.1542490):
+#   why the last access can stand for all.
+# - [numba-cuda](https://nvidia.github.io/numba-cuda/): the functions that
+#   `cuda` offers to kernels.
+
+# %% [markdown]
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.index import gained
+
+gained("04_gpu")

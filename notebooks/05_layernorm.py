@@ -586,8 +586,9 @@ print(f"numba  {fast * 1e3:7.2f} ms, {slow / fast:.1f} times as fast")
 # `inp`, `dout` and `dinp` and write `dinp`, 16 bytes for 17 operations.
 # Every sector beyond that is waste, and the simulator counts sectors.
 #
-# No GPU has run these kernels yet. They are compiled for two generations
-# (`sm_80` and `sm_90`) and their machine code is checked in tests; their
+# No GPU has run these kernels yet. Tests compile them for two generations
+# (`sm_80` and `sm_90`) and look at the machine code: no double precision, no
+# register spilled to memory, vector loads where the text claims them. Their
 # results come from the simulator. So this section states no times:
 # `llmnb bench --backend cuda --kernels` measures them where there is a GPU,
 # and the results page shows what was measured.
@@ -681,11 +682,12 @@ def _thread_a_row(out, mean, rstd, inp, weight, bias):
 # reference fills its own, and a version fills copies on the device.
 
 
-# %% the verdict on a forward version
+# %% what a version is called
 def title(version):
     return version.__name__.strip("_").replace("_", " ")
 
 
+# %% arrays on the device, as rows
 def on_device(p, place=to_device):
     return {k: place(v) for k, v in vars(p).items()}
 
@@ -698,6 +700,7 @@ def rows_of(d):
     return three[0], *flat, three[1], d["weight"], d["bias"]
 
 
+# %% the verdict on a forward version
 def forward_verdict(version, *shape):
     p = problem(*shape)
     d = on_device(p)
@@ -735,10 +738,9 @@ count_forward(_thread_a_row)
 # %% [markdown]
 # Sixteen times the least. Each request of the warp asks for one element in
 # each of 32 rows, which lie in 32 sectors, and uses 4 of the 32 bytes of
-# each. A cache may keep the rest until the neighbours are wanted, seven
-# steps later; with 2,048 threads on a processor that is 64 KB, of which
-# every byte must survive. And with B·T = 1024 rows, only 1024 threads have
-# work.
+# each. A cache may keep the rest until it is wanted, in the next seven
+# steps; with 2,048 threads on a processor that is 64 KB which must survive
+# so long. And with B·T = 1024 rows, only 1024 threads have work.
 #
 # ### Version 2: a warp a row
 #
@@ -1320,8 +1322,10 @@ backward_verdict(_sums_of_parts, 3, 11, 37)
 count_backward(_atomic_sums, _sums_of_parts)
 
 # %% [markdown]
-# No atomics, and a fixed order. The two kernels that take rows read `inp`
-# and `dout` three times between them, twice for $dx$ and once for the sums.
+# No atomics, and a fixed order; the atomics, 16,384 of them, stood apart from
+# the sectors in the count of version 1. The two kernels that take rows read
+# `inp` and `dout` three times between them, twice for $dx$ and once for the
+# sums.
 #
 # ### Backward, version 3: every row once
 #
@@ -1463,13 +1467,13 @@ backward_verdict(_rows_once, 1, 5, 37)
 count_backward(_sums_of_parts, _rows_once)
 
 # %% [markdown]
-# `watch` raised no RaceError over the two tables in shared memory. `inp`, `dout` and `dinp`
-# come once and `dinp` goes once, the least there is; `weight` is read once
-# for each part instead of once a row. The price is in exchanges, twenty for
-# each row in place of ten, and in one barrier a row. The table comes on top, written and
-# read once. With 4,096 rows it is a quarter of the size of `inp`, with
-# 16,384 rows a sixteenth. Rows whose $C$ is not a multiple of 4 or above
-# 2,048 go to version 2.
+# `watch` raised no RaceError over the two tables in shared memory. `inp`,
+# `dout` and `dinp` come once and `dinp` goes once, the least there is;
+# `weight` is read once for each part instead of once a row. The price is in
+# exchanges, twenty for each row in place of ten, and in one barrier a row.
+# The table comes on top, written and read once. With 4,096 rows it is a
+# quarter of the size of `inp`, with 16,384 rows a sixteenth. Rows whose $C$
+# is not a multiple of 4 or above 2,048 go to version 2.
 
 
 # %% the check of the work space tags=["exporti"] module="cuda.layernorm"

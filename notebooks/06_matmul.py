@@ -37,11 +37,14 @@ gpt2_diagram(lit="matmul")
 # - climb from a triple loop to a product near the speed of a library written
 #   in assembly, and name what each rung bought;
 # - measure the peak of a machine and say how far a product is from it;
+# - give each thread of a GPU its part of a product, and count what each of
+#   four versions reads from global and from shared memory;
 # - tell from a layer's shapes whether memory or arithmetic sets its speed.
 #
 # You need central differences from [chapter 0](00_gpt2.ipynb), the
-# decorators `kernel` and `inner` from [chapter 3](03_encoder.ipynb), and
-# the way a layer is laid out in [chapter 5](05_layernorm.ipynb).
+# decorators `kernel` and `inner` from [chapter 3](03_encoder.ipynb), the
+# threads, warps and simulator of [chapter 4](04_gpu.ipynb), and the way a
+# layer is laid out in [chapter 5](05_layernorm.ipynb).
 
 # %% [markdown]
 # ## Setup
@@ -1982,10 +1985,10 @@ count("2", _square_tiles)
 # %% [markdown]
 # A sixteenth of the bytes, half a byte for an FMA, and a request for 32
 # lanes now touches four sectors, all of which are used. But look at shared
-# memory. Each FMA still reads its two factors, from there, and a processor
-# has four times as many FMA units as shared memory can serve with a number
-# each: it issues FMAs for 128 lanes in a cycle, shared memory gives 32
-# words. Two loads for one FMA leave it idle seven cycles out of eight.
+# memory. Each FMA still needs two requests, only that they now go there. In
+# a cycle a processor of an A100 can do FMAs for two warps, one of an H100
+# for four, and shared memory serves one pass to either. So version 2 leaves
+# its arithmetic idle three cycles of four, or seven of eight.
 #
 # **Version 3, register tiles.** The remedy is that of the CPU, figure 6.2,
 # a tile in registers: a thread owns 8 by 8 outputs. A step brings 8 numbers
@@ -2024,10 +2027,11 @@ check_product(_register_tiles, 9, 67, 17)
 count("3", _register_tiles)
 
 # %% [markdown]
-# The requests to shared memory are an eighth of those of version 2 for the
-# same FMAs, and each is one pass. In a warp of this picture eight
-# lanes lie in a row of the tile; the lanes below read the same words of
-# `b`, which costs nothing extra.
+# A quarter of the bytes again, and shared memory is asked 576 times, not
+# 4352, of which 512 are the reads: four FMAs for each, as many as an H100
+# does in a cycle and twice as many as an A100. In a warp eight lanes lie in
+# a row of the tile; those below want the same words of `b`, and a word that
+# several lanes want is served to all in one pass.
 #
 # **Version 4, vectors.** A load of four numbers is one instruction instead
 # of four. For that a thread's eight columns must lie in fours. Eight in one
@@ -2036,12 +2040,12 @@ count("3", _register_tiles)
 # thread takes four columns in the left half of the tile and four in the
 # right, and rows likewise.
 
-# %% passes of eight lanes, four numbers each
+# %% passes of eight lanes that read four numbers each
 for apart, name in ((8, "eight in a piece"), (4, "four and four")):
     words = [lane * apart + i for lane in range(8) for i in range(4)]
     banks = [word % 32 for word in words]
     passes = max(banks.count(bank) for bank in banks)
-    print(f"{name}: {passes} passes for eight lanes")
+    print(f"{name}: eight lanes take {passes}")
 
 # %% draw the tiles
 from llmnb.owners import draw_owners
@@ -2243,11 +2247,10 @@ for name, seen in counted.items():
 # %% [markdown]
 # From version 3 to 4 the bytes stay and the instructions go: four loads
 # from shared memory stand in front of 64 FMAs, where there were sixteen.
-# The passes tell what shared memory still has to do. It serves eight lanes
-# of such a load in a pass, so the words are not cheaper than before, they
-# are asked for with fewer instructions, and instructions are what a
-# scheduler can issue one of in a cycle. Barriers are counted by warps: one
-# for a tile instead of two.
+# The passes stay too, for one pass serves eight lanes of a load of four
+# numbers. The words are no cheaper; there are fewer instructions to ask for
+# them, and a scheduler issues one instruction in a cycle, a load or an FMA.
+# Barriers are counted by warps: one for a tile instead of two.
 #
 # Compiled for an A100 or an H100, a thread of version 4 with the tile of
 # 128 takes at most 128 registers, 64 of them sums: two blocks of 256
@@ -2442,7 +2445,7 @@ for version in range(1, len(MATMUL_FORWARD) + 1):
     gpu.forward(y, x, w, b, version=version)
     gpu.backward(dx, dw, db, dy, x, w, False, False, version=version)
     for name, got in zip(outputs, (y, dx, dw, db), strict=True):
-        label = f"version {version}, {name}"
+        label = f"{version}, {name}"
         compare(label, to_host(got), expected[name], tol=1e-5)
 
 # %% [markdown]
@@ -2909,6 +2912,9 @@ plt.show()
 # - Packing puts the numbers in the order in which they are read, and makes
 #   one inner loop of three products.
 # - The sums run in one order for any number of threads.
+# - A GPU uses a number again in two places, as the CPU does: a block shares
+#   a tile in its memory, and a thread keeps 8 by 8 sums in registers, 64
+#   FMAs for four loads of four numbers.
 
 # %% [markdown]
 # ## Design note
@@ -2924,6 +2930,12 @@ plt.show()
 # OpenAI's own GPT-2 files have it, forward would be a sum of rows and the
 # gradient of the input a sum along rows: packing would trade places. (OC, C)
 # is what PyTorch and llm.c use, so checkpoints load without a transpose.
+#
+# On the GPU we cut the output only. Where the output is small and the sum
+# long, as for the weight's gradient of a narrow layer, several blocks could
+# share the sum of one tile, and a second kernel add up their parts, as for
+# the bias. That fills a GPU that would be partly idle, takes memory for the
+# parts, and makes the order of the sum depend on the number of parts.
 #
 # What is not fused: GELU. It could be applied in the epilogue too. On the
 # machine that built this page it takes about a hundredth of a step (see
@@ -3045,6 +3057,35 @@ def sum_errors(x):
 # %% exercise 4, checked
 serial, eight = sum_errors(rng.random(1 << 20).astype(np.float32))
 verdict("8 lanes", eight < serial, "err less than 1")
+
+# %% [markdown]
+# **5** (★★). Tiles of R by S outputs: how many numbers does a GPU's product
+# read from global memory? Compare with what the simulator counted for
+# versions 2 and 3. How many operations for a byte does a tile of 128 by 64
+# do, and would that suffice for an H100, were there no caches?
+#
+# :::{admonition} Solution to exercise 5
+# :class: dropdown
+# There are $N \cdot OC / (R S)$ tiles, rounded up each way, and each reads
+# R rows and S columns of C numbers: $N\,C \cdot OC\,(1/R + 1/S)$ numbers.
+# At four bytes a number and two operations for each of $N\,C \cdot OC$
+# FMAs that is $1 / (2/R + 2/S)$ operations a byte: 21.3 for 128 by 64, just
+# above the 20 of an H100. A square of the same area, 90.5, would make 22.6.
+# :::
+
+
+# %% exercise 5, numbers read tags=["hide-cell"]
+def numbers_read(N, C, OC, R, S):
+    tiles = -(-N // R) * -(-OC // S)
+    return tiles * (R + S) * C
+
+
+# %% exercise 5, checked
+for version, side in (("2", 16), ("3", 64)):
+    same = numbers_read(64, 16, 64, side, side) == counted[version].reads
+    verdict(f"version {version}", same, "as counted")
+per_byte = 2 * 128 * 64 * 16 / (4 * numbers_read(128, 16, 64, 128, 64))
+verdict("128 by 64", 21 < per_byte < 22, "21.3 a byte")
 
 # %% [markdown]
 # ## Further reading

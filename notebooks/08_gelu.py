@@ -36,10 +36,13 @@ gpt2_diagram(lit="gelu")
 # - derive its gradient, and say why the input must be saved and the output
 #   would not do;
 # - rewrite a formula so that it keeps its digits in float32 and so that a
-#   compiler can turn it into vector instructions.
+#   compiler can turn it into vector instructions;
+# - say what a thread that takes four elements spares a GPU, and what it does
+#   not.
 #
 # You need central differences from [chapter 0](00_gpt2.ipynb) and the fast
-# exponential from [chapter 7](07_attention.ipynb).
+# exponential from [chapter 7](07_attention.ipynb); for the section on a GPU
+# also [chapter 4](04_gpu.ipynb).
 
 # %% [markdown]
 # ## Setup
@@ -525,8 +528,7 @@ for name, seconds in times.items():
 # proportion is the same. What a GPU offers is thousands of threads, so that
 # while some wait for their numbers others compute; and no two elements of
 # GELU have anything to do with each other, so that all of them may run at
-# once. [Chapter 4](04_gpu.ipynb) has the words of this section: threads,
-# warps, sectors.
+# once.
 #
 # No GPU has run these kernels yet. The simulator has; and they are compiled
 # for two generations of GPU, sm_80 and sm_90, and the machine code is
@@ -584,10 +586,11 @@ def _gelu_slope(x):
 # A GPU also has an instruction for tanh, and with `fastmath`, which
 # `kernel` turns on, `math.tanh` becomes this one instruction. Then why not
 # keep (8.2)? It is a rough one: NVIDIA's manual allows it a relative error
-# of about $2^{-11}$, a dozen bits more than a float32 needs to lose, and in
-# $1 + \tanh u$ with $u$ far below 0 nothing but that error is left. The
-# small outputs for negative inputs would be noise. The sigmoid form costs a few instructions
-# more, and while memory is the limit they are hidden behind it.
+# of about $2^{-11}$, thousands of times what float32 can do, and where
+# $\tanh u$ is close to $-1$ nothing but that error is left of
+# $1 + \tanh u$: the small outputs for negative inputs would be noise. The
+# sigmoid form costs a few instructions more, and while memory is the limit
+# they are hidden behind it.
 #
 # ### Version 1: a thread an element
 #
@@ -616,8 +619,8 @@ def _backward_elements(dinp, dout, inp, add):
 
 # %% [markdown]
 # `add` is the same for every thread, so no warp is split by it. Where it is
-# 0, `dinp` is not read: the counts below show it. And since each thread reads its `dout`
-# before it writes its `dinp`, both may be one array.
+# 0, `dinp` is not read: the counts below show it. And since each thread
+# reads its `dout` before it writes its `dinp`, both may be one array.
 #
 # ### Version 2: four elements at once
 #
@@ -680,10 +683,10 @@ plt.show()
 # in version 2 each owns four neighbours, which move in one access of 16
 # bytes, and the three that are left over get a thread each.*
 #
-# On the host's side an array of any shape is taken as one row, and
-# the grid has enough blocks for every thread that is wanted. An access of
-# 16 bytes must begin at a multiple of 16 bytes; all memory that a GPU hands
-# out does, but a view may begin anywhere. Such a view goes to version 1.
+# On the host's side an array of any shape is taken as one row, and the grid
+# has enough blocks for every thread that is wanted. An access of 16 bytes
+# must begin at a multiple of 16 bytes; all memory that a GPU hands out does,
+# but a view may begin anywhere. Such a view goes to version 1.
 
 
 # %% launches tags=["exporti"] module="cuda.gelu"
@@ -802,11 +805,10 @@ for name, run in runs.items():
 
 # %% [markdown]
 # Version 2 has about a quarter of the requests. (Of threads it wants a
-# quarter as well, 259, and gets two whole blocks.) The
-# sectors are the same, because every sector was used in full from the
-# start. What that buys, only a GPU can say: `llmnb bench --backend cuda
-# --kernels` measures it where there is one, and the results page shows it
-# once it is measured.
+# quarter as well, 259, and gets two whole blocks.) The sectors are the
+# same, because every sector was used in full from the start. What that
+# buys, only a GPU can say: `llmnb bench --backend cuda --kernels` measures
+# it where there is one, and the results page shows it once it is measured.
 
 # %% [markdown]
 # ## Count it
@@ -887,6 +889,8 @@ plt.show()
 #   digits.
 # - A call into a library, once for each number, costs more than all the
 #   arithmetic around it.
+# - A GPU needs no fewer bytes for it. A thread that moves four neighbours
+#   at once needs a quarter of the requests.
 
 # %% [markdown]
 # ## Design note
@@ -1011,6 +1015,40 @@ def preimages(y):
 values, ends = both(reference, preimages(-0.1))
 compare("both outputs", values, [-0.1, -0.1], tol=1e-10)
 verdict("derivatives", ends[0] < 0 < ends[1], "have two signs")
+
+# %% [markdown]
+# **5** (★★). A kernel lets thread $i$ take elements $4i$ to $4i + 3$, as
+# version 2 does, but with four plain accesses each way. For 1024 elements,
+# how many requests and how many sectors does the simulator count, against
+# version 1?
+#
+# :::{admonition} Solution to exercise 5
+# :class: dropdown
+# As many requests: a quarter of the warps, each of which asks four times
+# as often. Four times as many sectors: the lanes of a warp are 16 bytes
+# apart, so one request spreads over 512 bytes and touches 16 sectors where
+# it uses 128 bytes. The next three requests touch the same 16 again. A
+# cache may save them; version 2 does not depend on that.
+# :::
+
+
+# %% exercise 5, the kernel tags=["hide-cell"]
+@kernel
+def four_by_one(out, inp):
+    first = 4 * cuda.grid(1)
+    if first < inp.size:
+        for i in range(first, first + 4):
+            out[i] = _gelu(inp[i])
+
+
+# %% exercise 5, checked
+x = simulated(np.ones(1024, np.float32))
+with watch() as one:
+    gelu_forward(x, x, version=1)
+with watch() as scattered:
+    four_by_one[1, 256](x, x)
+verdict("requests", scattered.requests == one.requests, "are as many")
+verdict("sectors", scattered.sectors == 4 * one.sectors, "are four times")
 
 # %% [markdown]
 # ## Further reading

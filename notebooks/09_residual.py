@@ -36,12 +36,14 @@ gpt2_diagram(lit="residual")
 #
 # - derive its gradient, and say why a gradient is added and not written;
 # - say what a chain of layers does to a gradient without the addition;
+# - count what a kernel saves that adds and normalises in one go;
 # - compute how the variance of the stream grows with depth;
 # - say where the factor $1/\sqrt{2L}$ in GPT-2's first weights comes from.
 #
 # You need central differences from [chapter 0](00_gpt2.ipynb), LayerNorm
 # from [chapter 5](05_layernorm.ipynb) and GELU from
-# [chapter 8](08_gelu.ipynb).
+# [chapter 8](08_gelu.ipynb); for the section on a GPU also
+# [chapter 4](04_gpu.ipynb).
 
 # %% [markdown]
 # ## Setup
@@ -325,8 +327,7 @@ for name in ("forward", "backward"):
 # GPU. Every element may have a thread of its own, and nothing but traffic
 # is left to think about. So this section has two parts. The first adds, with
 # as few requests as it can. The second asks what traffic the addition
-# could share with the layer that comes next. [Chapter 4](04_gpu.ipynb) has
-# the words: warps, sectors, requests.
+# could share with the layer that comes next.
 #
 # No GPU has run these kernels yet. They run on the simulator; they are
 # compiled for two generations, sm_80 and sm_90, and what the compiler made
@@ -668,17 +669,17 @@ def _fused_fours(turns):
 from llmnb.owners import draw_owners
 
 fig, axes = plt.subplots(2, 1, figsize=(9, 1.7), dpi=100)
-lanes = np.arange(40)
+lanes = np.arange(36)
 draw_owners(axes[0], [lanes % 32], "versions 1 and 2")
 draw_owners(axes[1], [lanes // 4], "version 3")
 fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 9.2. The lanes of a warp that own the 40 channels of a row. By
-# ones, all 32 lanes work in the first turn and 8 in the second. By fours,
-# one turn is enough, and 10 lanes work: vectors pay where a row is longer
-# than 128 channels, as all of GPT-2's are.*
+# *Figure 9.2. The lanes of a warp that own the 36 channels of a row. By
+# ones, all 32 lanes work in the first turn and 4 in the second. By fours,
+# one turn is enough, and 9 lanes work. The 768 channels of GPT-2 keep all
+# lanes busy for 24 turns by ones, and for 6 by fours.*
 
 
 # %% launches of the fused kernels tags=["exporti"] module="cuda.residual"
@@ -766,8 +767,8 @@ for version in (1, 2, 3):
 # these, 36 become the 20 of the table, and 24 the 16. So fusion moves a
 # fifth less, and it saves a launch; version 3 asks a quarter as often for
 # it. The compiler counts registers: at 768 channels version 3 keeps 24 sums
-# a lane, and needs about half as many registers as version 2, which computes
-# an address for each channel by itself. That leaves room for more warps.
+# a lane, and needs about half as many registers as version 2, which has to
+# find a place for each channel by itself. That leaves room for more warps.
 #
 # **Where it would be used.** The model calls neither this function nor the
 # plain ones: as on the CPU, the product that comes before folds the addition
@@ -1029,6 +1030,8 @@ for (depth, scaled), (variances, bottom) in streams.items():
 # - A residual connection adds a layer's output to its input; its gradient
 #   goes to both unchanged.
 # - The stream is read twice, so its gradient is a sum: backward adds.
+# - An addition is all traffic. Fused with what comes before or after it, it
+#   spares a trip through memory.
 # - Along a chain the addition puts $I + J$ in place of $J$. The gradient
 #   reaches the first layer with its size and much of its direction.
 # - The stream's variance grows with depth; $1/\sqrt{2L}$ in the first
@@ -1140,6 +1143,38 @@ def norm_after(halves):
 after, before = norm_after(2 * L), ends["both"]
 less = alignment(after) < alignment(before) - 0.1
 verdict("LN after", less, "aligned less")
+
+# %% [markdown]
+# **4** (★★). A stream gets two terms at once, $y = x + f(x) + h(x)$. Write a
+# kernel that adds three arrays, a thread an element. How many bytes does it
+# move for an element, and how many do two calls of `residual_forward`?
+#
+# :::{admonition} Solution to exercise 4
+# :class: dropdown
+# Three reads and a write, 16 bytes, against two times 12. The first sum
+# stays in a register.
+# :::
+
+
+# %% exercise 4, the kernel tags=["hide-cell"]
+@kernel
+def add_three(out, x, f, h):
+    i = cuda.grid(1)
+    if i < out.size:
+        out[i] = x[i] + f[i] + h[i]
+
+
+# %% exercise 4, checked
+arrays = [simulated(np.full(500, k, np.float32)) for k in (0, 1, 2, 4)]
+with watch() as together:
+    add_three[2, 256](*arrays)
+verdict("the sum", (to_host(arrays[0]) == 7).all(), "is right")
+with watch() as apart:
+    residual_forward(arrays[0], arrays[1], arrays[2])
+    residual_forward(arrays[0], arrays[0], arrays[3])
+for name, seen, want in (("one", together, 16), ("two", apart, 24)):
+    moved = seen.read_bytes + seen.written_bytes
+    verdict(f"{name}", moved == want * 500, f"{want} bytes an element")
 
 # %% [markdown]
 # ## Further reading

@@ -36,10 +36,13 @@ gpt2_diagram(lit="adamw")
 # - derive the bias correction and say what goes wrong without it;
 # - say why weight decay must not pass through the gradient;
 # - compute the learning rate of any step under four schedules;
-# - update 124 million parameters in the time that memory needs to move them.
+# - update 124 million parameters in the time that memory needs to move them;
+# - sum 124 million squares on a GPU in one order, and say how new settings
+#   reach launches that were recorded.
 #
-# You need the `kernel` decorator from [chapter 3](03_encoder.ipynb). Neither
-# layers nor their gradients are needed.
+# You need the `kernel` decorator from [chapter 3](03_encoder.ipynb); for the
+# section on a GPU also [chapter 4](04_gpu.ipynb). Neither layers nor their
+# gradients are needed.
 
 # %% [markdown]
 # ## Setup
@@ -914,9 +917,9 @@ print(f"kernel  {fast * 1e3:7.1f} ms, {slow / fast:.1f} times as fast")
 #
 # The update is bound by memory here as there: 28 bytes for some 14
 # operations. Elements do not meet, so each may have a thread of its own.
-# The norm is another matter, because all elements meet in one sum. And a third thing is
-# new: the numbers that change from step to step have to reach
-# the GPU. [Chapter 4](04_gpu.ipynb) has the words of this section.
+# The norm is another matter, because all elements meet in one sum. And one
+# thing is new: the numbers that change from step to step have to reach the
+# GPU.
 #
 # No GPU has run these kernels yet. They run on the simulator; they are
 # compiled for two generations, sm_80 and sm_90, and what the compiler made
@@ -1043,10 +1046,11 @@ def _adamw_elements(params, grads, m, v, settings):
 # %% [markdown]
 # ### Version 2: four elements at once
 #
-# As for GELU ([chapter 8](08_gelu.ipynb)): the bytes cannot be
-# fewer, the requests can. Each thread takes four neighbours, and
-# the settings come in two vectors as well, which is why there is an eighth.
-# Up to three elements at the end get a thread each.
+# As for GELU ([chapter 8](08_gelu.ipynb)): the bytes cannot be fewer, the
+# requests can. Each thread takes four neighbours, and the settings come in
+# two vectors as well, which is why there is an eighth. Up to three elements
+# at the end get a thread each. A view that begins at no multiple of 16 bytes
+# goes to version 1.
 
 
 # %% version 2 tags=["exporti"] module="cuda.adamw"
@@ -1234,17 +1238,17 @@ plt.show()
 # *Figure 11.5. 87 gradients, summed by two blocks (two colours) of four
 # threads; the number is the thread. In each sweep a thread takes four
 # neighbours; the three elements that make no four go to the first three
-# threads. Which thread adds what, and in which order, depends on
-# nothing but the length.*
+# threads. Which thread adds what, and in which order, depends on nothing but
+# the length.*
 #
-# The CPU sums in float64. Here that would be out of proportion, and with
-# this order it is not needed. What counts for rounding is not how
-# many numbers there are but the longest chain of additions that one number
-# passes through. With $n$ squares and $T = 262{,}144$ threads that chain
-# has $n / 4T$ links, then 2 for the four places, $5 + 8$ in the block, 4,
-# and $5 + 8$ again. For 124 million that is about 150 in place of
-# 124 million, and the relative error is below $150 \cdot 2^{-24}$, or
-# $9 \cdot 10^{-6}$, at worst; the root halves it.
+# The CPU sums in float64, of which many GPUs compute little. With this order
+# it is not needed. What counts for rounding is not how many numbers there
+# are but the longest chain of additions that one number passes through. With
+# $n$ squares and $T = 262{,}144$ threads that chain has $n / 4T$ links, then
+# 2 for the four places, $5 + 8$ in the block, 4, and $5 + 8$ again. For 124
+# million that is about 150 in place of 124 million, and the relative error is
+# below $150 \cdot 2^{-24}$, or $9 \cdot 10^{-6}$, at worst; the root halves
+# it.
 
 
 # %% the sum of squares tags=["exporti"] module="cuda.adamw"
@@ -1327,7 +1331,7 @@ def _shrink_elements(grads, work, max_norm):
         grads[i] *= factor
 
 
-# %% what a graph may record tags=["export"] module="cuda.adamw"
+# %% the norm, for a graph tags=["export"] module="cuda.adamw"
 def clip_scratch():
     """The number of floats that the norm and the clip want as `work`.
 
@@ -1353,6 +1357,7 @@ def norm_apply(work, grads):
     _root_of_sum[1, BLOCK](work, blocks)
 
 
+# %% the clip, for a graph tags=["export"] module="cuda.adamw"
 def clip_apply(grads, max_norm, work):
     """Clip a flat array to norm `max_norm`; leave its old norm in work[0].
 
@@ -1374,7 +1379,7 @@ def clip_apply(grads, max_norm, work):
         _shrink_elements[blocks, BLOCK](grads, work, most)
 
 
-# %% the norm and the clip tags=["export"] module="cuda.adamw"
+# %% the norm of all gradients tags=["export"] module="cuda.adamw"
 def global_norm(grads, work=None):
     """The Euclidean norm of a flat array, as a float.
 
@@ -1392,6 +1397,7 @@ def global_norm(grads, work=None):
     return float(to_host(work[:1])[0])
 
 
+# %% clip the gradients tags=["export"] module="cuda.adamw"
 def clip_gradients(grads, max_norm, work=None):
     """Scale a flat array down to norm `max_norm` if it is longer.
 
@@ -1430,8 +1436,12 @@ for bad in (np.nan, np.inf):
 
 
 # %% [markdown]
-# To see what the order is worth, we follow it in NumPy, for more
-# numbers than the simulator could sum. The butterfly of `warp_sum` adds
+# float32 has one price: the square of a gradient beyond $1.8 \cdot 10^{19}$
+# is infinite, and so is the norm, which float64 could still hold. Such a
+# gradient is as broken as an infinite one, and is treated as one.
+#
+# To see what the order is worth, we follow it in NumPy, for more numbers
+# than the simulator could sum. The butterfly of `warp_sum` adds
 # lane $l$ and lane $l \oplus s$ for $s = 16, 8, 4, 2, 1$; after it every
 # lane has the same sum.
 
@@ -1526,6 +1536,8 @@ print(f"measured {norm_time * 1e3:.1f}")
 # - The learning rate warms up, then declines; the gradient is clipped by its
 #   norm over all parameters.
 # - The update costs 28 bytes of traffic a parameter, and that is its time.
+# - A sum with a fixed order gives the same bits in each run, and short chains
+#   of additions make float32 enough for it.
 
 # %% [markdown]
 # ## Design note
@@ -1612,6 +1624,32 @@ def turned(method, steps=60, **settings):
 straight = np.hypot(*(paths["Adam"][-1] - lowest))
 verdict("Adam", turned(adam, lr=0.2) > 10 * straight, "is 10 times as far off")
 verdict("momentum", turned(momentum, lr=0.02) < 0.1, "still arrives")
+
+# %% [markdown]
+# **4** (★). If the blocks added their sums to one number by atomic
+# additions, the order would change from run to run. Take a thousand sums,
+# put them in a hundred orders, and add each up in float32. How many results
+# are there, and how far apart?
+#
+# :::{admonition} Solution to exercise 4
+# :class: dropdown
+# About twenty, within a few millionths of each other. Each is as good as
+# the next; but two runs would no longer give the same model.
+# :::
+
+
+# %% exercise 4, a hundred orders tags=["hide-cell"]
+def results(sums, orders=100):
+    # cumsum adds one after the other, as atomics do
+    found = [np.cumsum(rng.permutation(sums))[-1] for _ in range(orders)]
+    return np.array(found)
+
+
+# %% exercise 4, checked
+found = results(rng.chisquare(10, 1000).astype(np.float32))
+verdict("the order", len(set(found)) > 1, "changes the sum")
+close = found.max() / found.min() - 1 < 1e-5
+verdict("all orders", close, "agree to 1e-5")
 
 # %% [markdown]
 # ## Further reading

@@ -59,11 +59,13 @@ from llmnb.verify import compare, numerical_gradient, verdict
 
 # %% imports of the model tags=["export"]
 import importlib
+import math
 import warnings
+from functools import partial
 
 import numpy as np
 
-from llmnb.arena import Arena
+from llmnb.arena import Arena, put
 from llmnb.checkpoint import (
     read_checkpoint,
     read_config,
@@ -308,8 +310,14 @@ for name in ("qkvw", "fcprojb"):
 # run up again. The others open the door, guard it, or ask AdamW to act.
 
 # %% choose tags=["exporti"]
-_DTYPES = {"fp32": np.float32, "fp64": np.float64, "bf16": np.float32}
-_BACKENDS = ("reference", "cpu")
+_BACKENDS = ("reference", "cpu", "cuda")
+# precisions, and the backends that have them
+_PRECISIONS = {
+    "fp32": _BACKENDS,
+    "fp64": ("reference", "cpu"),
+    "bf16": ("cpu",),
+    "tf32": ("cuda",),
+}
 # gradients that layers add to: backward clears them, the others it overwrites
 _ADDED_TO = ("wpe", "ln1w", "ln1b", "ln2w", "ln2b", "lnfw", "lnfb")
 # tensors that the blocks share: all others have a leading L
@@ -336,11 +344,13 @@ def _choose(name, value, choices):
 
 def _possible(precision, backend, ops):
     """The precision, or fp32 with a warning where bf16 gains nothing."""
-    if precision != "bf16":
-        return precision
-    if backend != "cpu":
-        raise ValueError("GPT2: precision 'bf16' needs the backend 'cpu'")
-    if ops.has_bf16():
+    needs = _PRECISIONS[precision]
+    if backend not in needs:
+        raise ValueError(
+            f"GPT2: precision {precision!r} needs the backend "
+            + " or ".join(map(repr, needs))
+        )
+    if precision != "bf16" or ops.has_bf16():
         return precision
     warnings.warn(
         "GPT2: this processor has no bfloat16 products (AVX512-BF16); "
@@ -368,15 +378,19 @@ class GPT2:
     """GPT-2 with its gradients and its optimiser, in one block of memory.
 
     cfg: a GPT2Config. batch_size (B) and seq_len (T): the shape of every
-    batch. backend: "cpu" or "reference". precision: "fp32", "fp64", or, for
-    the cpu backend, "bf16": float32 with the factors of all products rounded
-    to bfloat16. Where the processor has no such products a warning says so
-    and precision becomes "fp32".
+    batch. backend: "cpu", "reference" or "cuda". precision: "fp32"; "fp64"
+    on the host; for the cpu backend "bf16": float32 with the factors of all
+    products rounded to bfloat16. Where the processor has no such products a
+    warning says so and precision becomes "fp32". For the cuda backend
+    "tf32": factors rounded to 10 bits after the point, on tensor cores.
     seed: of the initial weights; None leaves them zero. Raises ValueError
     for a value out of range and MemoryError when the block cannot be had.
 
     params and grads map llm.c's names to arrays, memory is the arena, and
-    ops holds the layers: any object with their names will do.
+    ops holds the layers: any object with their names will do. With the cuda
+    backend the arrays are the GPU's: np.asarray copies one to the host, and
+    llmnb.arena.put overwrites one. Where there is no GPU a warning says so,
+    and the kernels are simulated.
 
     Derived in chapter 13.
     """
@@ -390,28 +404,50 @@ class GPT2:
         precision="fp32",
         seed=42,
     ):
-        dtype = _DTYPES[_choose("precision", precision, _DTYPES)]
+        _choose("precision", precision, _PRECISIONS)
         _choose("backend", backend, _BACKENDS)
         _check_shape(cfg, batch_size, seq_len)
         self.cfg, self.batch_size, self.seq_len = cfg, batch_size, seq_len
+        self.backend = backend
         self.ops = importlib.import_module(f"llmnb.{backend}")
         self.precision = _possible(precision, backend, self.ops)
-        layout = gpt2_layout(cfg, batch_size, seq_len, dtype)
-        if backend == "cpu":
-            layout["work"] = dtype, {"panels": self.ops.work_shape()}
-        self.memory = Arena(layout)
-        self._how = {}
-        if backend == "cpu":
-            self._how["work"] = self.memory["work"]["panels"]
-            self._how["bf16"] = self.precision == "bf16"
+        dtype = np.float64 if precision == "fp64" else np.float32
+        self._allocate(gpt2_layout(cfg, batch_size, seq_len, dtype))
         self.params, self.grads = self.memory["params"], self.memory["grads"]
         self._acts = self.memory["acts"] | self.memory["logits"]
         self._dacts = self.memory["dacts"] | self.memory["block"]
         self._batch = self.memory["batch"]
         self._layers = [self._layer(i) for i in range(cfg.num_layers)]
-        self._state = "new"
+        self._state, self._graphs = "new", {}
         if seed is not None:
-            init_params(self.params, cfg, seed)
+            self._fill_params(partial(init_params, cfg=cfg, seed=seed))
+
+    def _allocate(self, layout):
+        """The arena, with what the backend wants besides the tensors."""
+        ops, self._how = self.ops, {}
+        if self.backend == "cuda":
+            shape = self.cfg, self.batch_size, self.seq_len
+            layout |= ops.model_layout(*shape, self.precision)
+            self.memory = Arena(layout, ops.zeros)
+            work = self.memory["work"]["floats"]
+            self.ops = ops.model_layers(work, self.precision)
+            return
+        if self.backend == "cpu":
+            layout["work"] = layout["params"][0], {"panels": ops.work_shape()}
+        self.memory = Arena(layout)
+        if self.backend == "cpu":
+            self._how["work"] = self.memory["work"]["panels"]
+            self._how["bf16"] = self.precision == "bf16"
+
+    def _fill_params(self, function):
+        """Let a function write the parameters, by way of the host's memory."""
+        here, host = self.backend != "cuda", {}
+        for name, x in self.params.items():
+            host[name] = x if here else np.zeros(x.shape, x.dtype)
+        function(host)
+        for name, x in host.items():
+            if not here:
+                put(self.params[name], x)
 
     @classmethod
     def from_checkpoint(
@@ -426,7 +462,7 @@ class GPT2:
         """
         cfg = read_config(path)
         model = cls(cfg, batch_size, seq_len, backend, precision, seed=None)
-        read_checkpoint(path, cfg, model.params)
+        model._fill_params(partial(read_checkpoint, path, cfg))
         return model
 
     def save_checkpoint(self, path, precision="fp32"):
@@ -441,10 +477,11 @@ class GPT2:
         known = {"fp32": 3, "bf16": 5}
         if not str(path).endswith(".safetensors"):
             version = known[_choose("precision", precision, known)]
-            flat = self.memory.flat("params")
+            flat = np.asarray(self.memory.flat("params"))
             write_checkpoint(path, self.cfg, flat, version)
         elif _choose("precision", precision, ["fp32"]):
-            write_safetensors(path, self.cfg, self.params)
+            params = {n: np.asarray(x) for n, x in self.params.items()}
+            write_safetensors(path, self.cfg, params)
 
     def forward(self, tokens, targets=None):
         """The mean loss of a batch as a float, or None without targets.
@@ -453,25 +490,33 @@ class GPT2:
         `logits`. Raises TypeError or ValueError for anything else before it
         computes.
         """
-        batch = {"tokens": self._checked("tokens", tokens)}
-        if targets is not None:
-            batch["targets"] = self._checked("targets", targets)
-        for name, array in batch.items():
-            self._batch[name][...] = array
+        self._take(tokens, targets)
         self._state = "logits"
         self._forward()
         if targets is None:
             return None
         self._state = "loss"
-        a = self._acts
+        self._classify()
+        return self._loss()
+
+    def _take(self, tokens, targets):
+        """Check a batch, and copy it to where the layers read it."""
+        batch = {"tokens": self._checked("tokens", tokens)}
+        if targets is not None:
+            batch["targets"] = self._checked("targets", targets)
+        for name, array in batch.items():
+            put(self._batch[name], array)
+
+    def _classify(self):
+        """From the logits to each token's loss."""
+        a, targets = self._acts, self._batch["targets"]
         self.ops.crossentropy_softmax_forward(
-            a["losses"],
-            a["lse"],
-            a["logits"],
-            self._batch["targets"],
+            *(a["losses"], a["lse"], a["logits"], targets),
             self.cfg.vocab_size,
         )
-        return float(a["losses"].mean(dtype=np.float64))
+
+    def _loss(self):
+        return float(np.asarray(self._acts["losses"]).mean(dtype=np.float64))
 
     def _checked(self, name, tokens):
         """A batch of tokens as an array, if it can be one."""
@@ -515,23 +560,26 @@ class GPT2:
                 "GPT2.backward: call forward(tokens, targets) first"
             )
         self._state = "backward"
+        self._backward(add, share)
+
+    def _backward(self, add=False, share=1.0):
         if not add:
             for name in _ADDED_TO:
-                self.grads[name].fill(0)
+                self._fill(self.grads[name], 0)
         self._head_backward(add, share)
-        a, g, d = self._acts, self.grads, self._dacts
-        inputs = [a["encoded"], *a["residual3"][:-1]]
-        for x, layer in zip(inputs[::-1], self._layers[::-1], strict=True):
-            w, acts, dw = layer
+        g, d, tokens = self.grads, self._dacts, self._batch["tokens"]
+        for i in reversed(range(self.cfg.num_layers)):
+            w, acts, dw = self._layers[i]
+            x = self._layers[i - 1][1]["residual3"]
+            x = x if i else self._acts["encoded"]
             block_backward(self.ops, x, w, acts, dw, d, add, **self._how)
-        tokens = self._batch["tokens"]
         self.ops.encoder_backward(g["wte"], g["wpe"], d["dstream"], tokens)
 
     def _head_backward(self, add, share):
         """From the losses back to the end of the residual stream."""
         a, p, g, d = self._acts, self.params, self.grads, self._dacts
         dlogits = a["logits"]  # takes the place of the logits
-        a["dlosses"].fill(share / a["dlosses"].size)
+        self._fill(a["dlosses"], share / a["dlosses"].size)
         self.ops.crossentropy_softmax_backward(
             *(dlogits, a["dlosses"], a["logits"], a["lse"]),
             *(self._batch["targets"], self.cfg.vocab_size),
@@ -540,22 +588,41 @@ class GPT2:
             *(d["dln"], g["wte"], None, dlogits, a["lnf"], p["wte"]),
             **{"add_dinp": False, "add_dweight": add} | self._how,
         )
-        d["dstream"].fill(0)
+        self._fill(d["dstream"], 0)
+        stream = self._layers[-1][1]["residual3"]
         self.ops.layernorm_backward(
             *(d["dstream"], g["lnfw"], g["lnfb"], d["dln"]),
-            *(a["residual3"][-1], p["lnfw"], a["lnf_mean"], a["lnf_rstd"]),
+            *(stream, p["lnfw"], a["lnf_mean"], a["lnf_rstd"]),
         )
+
+    def _fill(self, array, value):
+        """NumPy's fill, or the backend's own for arrays of its own."""
+        getattr(self.ops, "fill", np.ndarray.fill)(array, value)
 
     @property
     def logits(self):
-        """The logits (B, T, V) of the last forward; a view.
+        """The logits (B, T, V) of the last forward; a view, or a copy of
+        a GPU's.
 
         Raises RuntimeError before the first forward and after a backward,
         which puts their gradients in the same place.
         """
+        self._check_logits()
+        return np.asarray(self._acts["logits"])[..., : self.cfg.vocab_size]
+
+    def logits_at(self, position):
+        """The logits (B, V) of one position of the rows; a copy.
+
+        Raises as `logits` does.
+        """
+        self._check_logits()
+        rows = self._acts["logits"]
+        rows = [np.asarray(rows[i, position]) for i in range(len(rows))]
+        return np.stack(rows)[:, : self.cfg.vocab_size]
+
+    def _check_logits(self):
         if self._state in ("new", "backward"):
             raise RuntimeError("GPT2.logits: there are none; call forward")
-        return self._acts["logits"][..., : self.cfg.vocab_size]
 
     def clip_gradients(self, max_norm):
         """Scale the gradients to a norm of at most max_norm, in place.
@@ -580,15 +647,72 @@ class GPT2:
         None for all of them. Raises ValueError for a value out of range and
         for a name that is no tensor's.
         """
+        numbers = learning_rate, beta1, beta2, eps
+        self._tune(*numbers, weight_decay, step, decay)
+        self._apply(decay)
+
+    def _tune(
+        self,
+        learning_rate=1e-4,
+        beta1=0.9,
+        beta2=0.999,
+        eps=1e-8,
+        weight_decay=0.01,
+        step=1,
+        decay=None,
+    ):
+        """Check AdamW's numbers, and keep them where _apply reads them."""
         for name in () if decay is None else decay:
             _choose("a name in decay", name, self.params)
         numbers = learning_rate, beta1, beta2, eps
-        if decay is None:
-            groups = [("flat", weight_decay)]
-        else:
-            groups = [(n, weight_decay * (n in decay)) for n in self.params]
-        for name, rate in groups:
-            self.ops.adamw_update(*self._flat(name), *numbers, rate, step)
+        rows = [(*numbers, rate, step) for rate in (weight_decay, 0.0)]
+        if self.backend == "cuda":
+            names, places = ("decays", "stays"), self.memory["settings"]
+            for name, row in zip(names, rows, strict=True):
+                put(places[name], self.ops.adamw_settings(*row))
+            rows = [(places[name],) for name in names]
+        self._settings = rows
+
+    def _apply(self, decay):
+        """AdamW on all parameters: those in decay, or all, decay."""
+        on_gpu = self.backend == "cuda"
+        update = self.ops.adamw_apply if on_gpu else self.ops.adamw_update
+        names = ["flat"] if decay is None else self.params
+        for name in names:
+            row = self._settings[decay is not None and name not in decay]
+            update(*self._flat(name), *row)
+
+    def step(self, tokens, targets, max_norm=math.inf, **settings):
+        """Train once; returns the loss and the norm of the gradients.
+
+        The same as forward, backward, clip_gradients(max_norm) and
+        update(**settings), one after the other, and raises what they raise.
+        With the cuda backend it is one launch: see llmnb.cuda.graph.
+        """
+        if self.backend != "cuda":
+            loss = self.forward(tokens, targets)
+            self.backward()
+            norm = self.clip_gradients(max_norm)
+            self.update(**settings)
+            return loss, norm
+        self._tune(**settings)
+        self._take(tokens, targets)
+        decay = settings.get("decay")
+        key = max_norm, decay if decay is None else tuple(decay)
+        if key not in self._graphs:
+            whole = partial(self._whole_step, *key)
+            self._graphs[key] = self.ops.Graph(whole, self.params["wte"])
+        self._state = "backward"
+        self._graphs[key]()
+        return self._loss(), self.ops.gradient_norm()
+
+    def _whole_step(self, max_norm, decay):
+        """All launches of a step; nothing here waits for the GPU."""
+        self._forward()
+        self._classify()
+        self._backward()
+        self.ops.clip_apply(self.memory.flat("grads"), max_norm)
+        self._apply(decay)
 
     def _flat(self, name):
         """params, grads, m, v as 1-D arrays: one tensor's, or all."""
@@ -874,6 +998,254 @@ plt.show()
 # with PyTorch's float64 gradient, tensor by tensor. Both are off by a few
 # parts in ten million, which is the rounding error of float32. Ours is often
 # the larger, by less than a factor of three: our sums take another order.*
+
+# %% [markdown]
+# ## On a GPU
+#
+# XXX
+
+# %% imports of the graph tags=["export"] module="cuda.graph"
+import functools
+import gc
+import weakref
+
+from llmnb.cuda.launch import DeviceArray, stream
+
+
+# %% a graph tags=["export"] module="cuda.graph"
+class Graph:
+    """What a function launches, as one launch.
+
+    function: called with nothing, it launches kernels on a device's arrays
+    and does nothing else: it must not allocate, copy or wait. like: one of
+    those arrays. A call runs the function as it is on the simulated GPU,
+    and so does the first call on a real one, which compiles what is not
+    compiled yet. The second call there records what is launched, as a CUDA
+    graph, and from then on a call launches the record. A record holds
+    addresses and numbers: what is to change between two calls must lie in
+    the arrays. Raises RuntimeError when the driver refuses.
+
+    Derived in chapter 13.
+    """
+
+    def __init__(self, function, like):
+        self.function, self.calls, self._made = function, 0, None
+        self._simulated = isinstance(like, DeviceArray)
+
+    def __call__(self):
+        self.calls += 1
+        if self._simulated or self.calls == 1:
+            self.function()
+            return
+        from cuda.bindings import driver
+
+        if self._made is None:
+            self._made = _recorded(self.function)
+            weakref.finalize(self, driver.cuGraphExecDestroy, self._made)
+        _asked(driver.cuGraphLaunch(self._made, _stream().handle))
+
+
+# %% a stream to record on tags=["exporti"] module="cuda.graph"
+@functools.cache
+def _stream():
+    """A stream of our own: the default one cannot be recorded.
+
+    It waits for what was put on the default stream before, and that for it.
+    """
+    from numba import cuda as real
+
+    return real.stream()
+
+
+def _asked(answer):
+    """What the driver answers: raise its error, or return its values."""
+    code, *values = answer
+    if int(code):
+        raise RuntimeError(f"CUDA driver: {code.name}")
+    return values[0] if len(values) == 1 else values
+
+
+# %% record tags=["exporti"] module="cuda.graph"
+def _recorded(function):
+    """An executable graph of what a function launches; nothing runs yet."""
+    from cuda.bindings import driver
+    from numba import cuda as real
+
+    place = _stream()
+    mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+    place.synchronize()
+    gc.collect()  # what dies now is not freed while we record
+    with real.defer_cleanup(), stream(place):
+        _asked(driver.cuStreamBeginCapture(place.handle, mode))
+        try:
+            function()
+        finally:  # leave the mode whatever happened
+            answer = driver.cuStreamEndCapture(place.handle)
+    graph = _asked(answer)
+    try:
+        return _asked(driver.cuGraphInstantiate(graph, 0))
+    finally:
+        driver.cuGraphDestroy(graph)
+
+
+# %% imports of the model's GPU side tags=["export"] module="cuda.model"
+import os
+import warnings
+from functools import partial
+from inspect import signature
+from types import SimpleNamespace
+
+import numpy as np
+
+from llmnb.cuda import adamw, attention, crossentropy, encoder, gelu
+from llmnb.cuda import layernorm, matmul, residual
+from llmnb.cuda.cublas import cublas_backward, cublas_forward
+from llmnb.cuda.cublas import cublas_scratch, no_cublas
+from llmnb.cuda.graph import Graph
+from llmnb.cuda.launch import kernel, missing, simulated, to_host
+from llmnb.cuda.simulator import cuda
+
+
+# %% fill an array tags=["export"] module="cuda.model"
+@kernel
+def _fill_flat(array, value):
+    i = cuda.grid(1)
+    if i < array.size:
+        array[i] = value
+
+
+def fill(array, value):
+    """Write one number into all elements of a device's array.
+
+    Derived in chapter 13.
+    """
+    flat = array.reshape(-1)
+    _fill_flat[-(-flat.size // 256), 256](flat, flat.dtype.type(value))
+
+
+# %% a block of zeros tags=["export"] module="cuda.model"
+def zeros(nbytes):
+    """Zeroed bytes on the GPU, or else on the simulated one; for an Arena.
+
+    Raises MemoryError when the GPU has not as many.
+
+    Derived in chapter 13.
+    """
+    if missing():
+        return simulated(np.zeros(nbytes, np.uint8))
+    from numba import cuda as real
+
+    try:
+        block = real.device_array(nbytes, np.uint8)
+    except real.cudadrv.driver.CudaAPIError as error:
+        if "OUT_OF_MEMORY" in str(error):
+            raise MemoryError(f"{nbytes:,} bytes on the GPU") from None
+        raise
+    fill(block, 0)
+    return block
+
+
+# %% is a GPU wanted in vain tags=["export"] module="cuda.model"
+def no_gpu():
+    """Why there is none where one is wanted; else empty.
+
+    Empty, too, where LLMNB_CUDA=simulator asks for the simulator.
+
+    Derived in chapter 13.
+    """
+    return "" if os.environ.get("LLMNB_CUDA") == "simulator" else missing()
+
+
+# %% which products tags=["export"] module="cuda.model"
+def products():
+    """Whose products a GPT2 takes on a GPU: "cublas" or "llmnb".
+
+    cuBLASLt's where it can be had, else those of chapter 6. The variable
+    LLMNB_MATMUL chooses: ValueError when it asks for what there is not.
+
+    Derived in chapter 13.
+    """
+    asked = os.environ.get("LLMNB_MATMUL", "")
+    if asked not in ("", "cublas", "llmnb"):
+        raise ValueError(
+            f"LLMNB_MATMUL must be 'cublas' or 'llmnb', got {asked!r}"
+        )
+    if asked == "cublas" and no_cublas():
+        raise ValueError(f"LLMNB_MATMUL asks for cuBLASLt: {no_cublas()}")
+    return asked or ("llmnb" if no_cublas() else "cublas")
+
+
+# %% what a model wants besides its tensors tags=["export"] module="cuda.model"
+def model_layout(cfg, batch_size, seq_len, precision="fp32"):
+    """Groups of the arena that a GPT2 on a GPU has besides those of others.
+
+    work: scratch memory that the layers take turns with. settings: AdamW's
+    numbers for tensors that decay, and for those that do not. Raises
+    ValueError for a precision of "tf32" where it cannot be had. Where there
+    is no GPU, though one is wanted, a warning says why.
+
+    Derived in chapter 13.
+    """
+    if no_gpu():
+        warnings.warn(
+            f"GPT2: {no_gpu()}; the kernels run on the simulator, which is "
+            "for tests of small models",
+            stacklevel=4,
+        )
+    if precision == "tf32" and products() != "cublas":
+        why = no_cublas() or "LLMNB_MATMUL asks for other products"
+        raise ValueError(f"GPT2: precision 'tf32' needs cuBLASLt: {why}")
+    B, T, C, NH = batch_size, seq_len, cfg.channels, cfg.num_heads
+    wanted = [
+        layernorm.layernorm_scratch(B * T, C),
+        attention.attention_scratch(B, T, NH),
+        adamw.clip_scratch(),
+        *[matmul.matmul_scratch(B * T, n * C) for n in (1, 3, 4)],
+    ]
+    if products() == "cublas":
+        wanted.append(cublas_scratch())
+    rows = dict.fromkeys(("decays", "stays"), (adamw.adamw_scratch(),))
+    return {
+        "work": (np.float32, {"floats": (max(wanted),)}),
+        "settings": (np.float32, rows),
+    }
+
+
+# %% the layers of a model tags=["export"] module="cuda.model"
+LAYERS = (
+    encoder, layernorm, matmul, attention, gelu, residual, crossentropy,
+    adamw,
+)  # fmt: skip
+
+
+def model_layers(work, precision="fp32"):
+    """The layers as a GPT2 calls them: none of them allocates.
+
+    work: as `model_layout` says. precision: "fp32" or "tf32". Returns an
+    object with the functions of all layers.
+
+    Derived in chapter 13.
+    """
+    found = {}
+    for module in LAYERS:
+        for name in module.__all__:
+            found[name] = getattr(module, name)
+    if products() == "cublas":
+        tf32 = {"tf32": precision == "tf32"}
+        found["matmul_forward"] = partial(cublas_forward, **tf32)
+        found["matmul_backward"] = partial(cublas_backward, **tf32)
+    for name, function in found.items():
+        if callable(function) and "work" in signature(function).parameters:
+            found[name] = partial(function, work=work)
+    norm = partial(_norm, work)
+    return SimpleNamespace(
+        **found, fill=fill, Graph=Graph, gradient_norm=norm
+    )
+
+
+def _norm(work):
+    """What clip_apply has left behind."""
+    return float(to_host(work[:1])[0])
 
 # %% [markdown]
 # ## Count it

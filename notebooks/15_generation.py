@@ -532,7 +532,7 @@ def window_logits(model, texts):
         window = np.zeros((model.batch_size, model.seq_len), np.int32)
         window[:count, :length] = rows
         model.forward(window)
-        found.append(model.logits[:count, length - 1].copy())
+        found.append(model.logits_at(length - 1)[:count])
     return np.concatenate(found)
 
 

@@ -887,15 +887,16 @@ class Decoder:
     def load(self, params):
         """Take the weights of a mapping such as `GPT2.params`.
 
-        They are copied: after another step of training, load them again.
+        They are copied, from a GPU too: after another step of training,
+        load them again.
         """
         pack, panels = self._ops.pack_weight, self.memory["panels"]
         for name, array in self.memory["vectors"].items():
             array[...] = params[name]
-        pack(panels["wte"], params["wte"])
+        pack(panels["wte"], np.asarray(params["wte"]))
         for name in PACKED:
-            each = panels[name], params[name + "w"], params[name + "b"]
-            for one in zip(*each, strict=True):
+            weight, bias = (np.asarray(params[name + x]) for x in "wb")
+            for one in zip(panels[name], weight, bias, strict=True):
                 pack(*one)
         self._held = 0, 0
         return self

@@ -67,6 +67,9 @@ from llmnb.cuda.gelu import (
     gelu_backward,
     gelu_forward,
 )
+from llmnb.cuda.graph import (
+    Graph,
+)
 from llmnb.cuda.launch import (
     ALIGN,
     DeviceArray,
@@ -98,6 +101,15 @@ from llmnb.cuda.matmul import (
     matmul_backward,
     matmul_forward,
     matmul_scratch,
+)
+from llmnb.cuda.model import (
+    LAYERS,
+    fill,
+    model_layers,
+    model_layout,
+    no_gpu,
+    products,
+    zeros,
 )
 from llmnb.cuda.ptx import (
     Compiled,
@@ -149,9 +161,11 @@ __all__ = [
     "FUSED_RESIDUAL_FORWARD",
     "GELU_BACKWARD",
     "GELU_FORWARD",
+    "Graph",
     "Kernel",
     "LAYERNORM_BACKWARD",
     "LAYERNORM_FORWARD",
+    "LAYERS",
     "MATMUL_BACKWARD",
     "MATMUL_FORWARD",
     "Plan",
@@ -192,6 +206,7 @@ __all__ = [
     "empty",
     "encoder_backward",
     "encoder_forward",
+    "fill",
     "forward_plan",
     "fused_classifier",
     "fused_residual_forward",
@@ -210,11 +225,15 @@ __all__ = [
     "matmul_forward",
     "matmul_scratch",
     "missing",
+    "model_layers",
+    "model_layout",
     "no_compiler",
     "no_cublas",
     "no_gpu",
+    "no_gpu",
     "norm_apply",
     "numbered",
+    "products",
     "record",
     "residual_backward",
     "residual_forward",
@@ -230,4 +249,5 @@ __all__ = [
     "warp_max",
     "warp_sum",
     "watch",
+    "zeros",
 ]

@@ -278,7 +278,7 @@ def _shrink_elements(grads, work, max_norm):
         grads[i] *= factor
 
 
-# what a graph may record
+# the norm, for a graph
 def clip_scratch():
     """The number of floats that the norm and the clip want as `work`.
 
@@ -304,6 +304,7 @@ def norm_apply(work, grads):
     _root_of_sum[1, BLOCK](work, blocks)
 
 
+# the clip, for a graph
 def clip_apply(grads, max_norm, work):
     """Clip a flat array to norm `max_norm`; leave its old norm in work[0].
 
@@ -325,7 +326,7 @@ def clip_apply(grads, max_norm, work):
         _shrink_elements[blocks, BLOCK](grads, work, most)
 
 
-# the norm and the clip
+# the norm of all gradients
 def global_norm(grads, work=None):
     """The Euclidean norm of a flat array, as a float.
 
@@ -343,6 +344,7 @@ def global_norm(grads, work=None):
     return float(to_host(work[:1])[0])
 
 
+# clip the gradients
 def clip_gradients(grads, max_norm, work=None):
     """Scale a flat array down to norm `max_norm` if it is longer.
 

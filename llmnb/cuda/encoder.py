@@ -134,7 +134,7 @@ def _atomics(dwte, dwpe, dout, inp, T):
     _backward_atomic[grid, THREADS](dwte, dwpe, dout, inp, T)
 
 
-# backward, the first place of a token
+# the first place of a token
 @kernel
 def _tokens_by_one(dwte, dout, inp):
     n, c = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
@@ -151,6 +151,7 @@ def _tokens_by_one(dwte, dout, inp):
         dwte[token, c] = total
 
 
+# the rows of a position
 @kernel
 def _positions_by_one(dwpe, dout, T):
     i = cuda.grid(1)
@@ -169,7 +170,7 @@ def _block_a_place(dwte, dwpe, dout, inp, T):
     _positions_by_one[_blocks(T * C), THREADS](dwpe, dout, T)
 
 
-# backward, four channels a thread
+# a vote on 32 places
 @device
 def _where(inp, first, begin, end, token):
     """A bit for each lane's place, first + lane: whether token stands there.
@@ -181,6 +182,7 @@ def _where(inp, first, begin, end, token):
     return cuda.ballot_sync(0xFFFFFFFF, here)
 
 
+# four channels a thread
 @kernel
 def _tokens_by_four(dwte, dout, inp):
     n, i = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
@@ -205,6 +207,7 @@ def _tokens_by_four(dwte, dout, inp):
         store4(dwte, token * C + c, x, y, z, w)
 
 
+# four channels of a position
 @kernel
 def _positions_by_four(dwpe, dout, T):
     i = cuda.grid(1) * 4

@@ -228,25 +228,27 @@ def numbered(versions, version, name):
     return versions[version - 1]
 
 
-# what stands for a name on a GPU
-@functools.cache
-def _real_names():
-    """numba's own objects for the simulator's, by id."""
+# where four numbers begin
+def _vector_place(context, builder, signature, args):
+    """A pointer to four floats from an element on, and their type."""
     from llvmlite import ir
-    from numba import cuda as real
+
+    data = context.make_array(signature.args[0])
+    first = builder.gep(data(context, builder, args[0]).data, [args[1]])
+    four = ir.VectorType(ir.FloatType(), 4)
+    return builder.bitcast(first, four.as_pointer()), four
+
+
+# load four on a GPU
+def _real_load4():
+    from llvmlite import ir
     from numba.core import types as nb
     from numba.cuda.extending import intrinsic
-
-    def place(context, builder, signature, args):
-        data = context.make_array(signature.args[0])
-        first = builder.gep(data(context, builder, args[0]).data, [args[1]])
-        four = ir.VectorType(ir.FloatType(), 4)
-        return builder.bitcast(first, four.as_pointer()), four
 
     @intrinsic
     def load(typing, array, i):
         def generate(context, builder, signature, args):
-            pointer, _ = place(context, builder, signature, args)
+            pointer, _ = _vector_place(context, builder, signature, args)
             vector = builder.load(pointer, align=16)
             number = ir.IntType(32)
             parts = [
@@ -257,10 +259,19 @@ def _real_names():
 
         return nb.UniTuple(nb.float32, 4)(array, nb.intp), generate
 
+    return load
+
+
+# store four on a GPU
+def _real_store4():
+    from llvmlite import ir
+    from numba.core import types as nb
+    from numba.cuda.extending import intrinsic
+
     @intrinsic
     def store(typing, array, i, a, b, c, d):
         def generate(context, builder, signature, args):
-            pointer, four = place(context, builder, signature, args)
+            pointer, four = _vector_place(context, builder, signature, args)
             vector, number = four(ir.Undefined), ir.IntType(32)
             for k in range(4):
                 part, at = args[2 + k], number(k)
@@ -271,7 +282,20 @@ def _real_names():
         f = nb.float32
         return nb.void(array, nb.intp, f, f, f, f), generate
 
-    return {id(cuda): real, id(load4): load, id(store4): store}
+    return store
+
+
+# what stands for a name on a GPU
+@functools.cache
+def _real_names():
+    """numba's own objects for the simulator's, by id."""
+    from numba import cuda as real
+
+    return {
+        id(cuda): real,
+        id(load4): _real_load4(),
+        id(store4): _real_store4(),
+    }
 
 
 # the same function for numba
@@ -345,8 +369,8 @@ class Kernel:
                 raise TypeError(
                     f"{self.__name__}: pass np.float32(...), not a float"
                 )
+        record((self, grid, block, _kinds(args)))
         if any(isinstance(x, DeviceArray) for x in args):
-            record((self, grid, block, _kinds(args)))
             plain = [
                 x._array if isinstance(x, DeviceArray) else x for x in args
             ]

@@ -45,7 +45,7 @@ class Compiled(NamedTuple):
     vector_stores: int
 
 
-# compile
+# is there a compiler
 def no_compiler():
     """Why kernels cannot be compiled here; empty where they can.
 
@@ -56,6 +56,7 @@ def no_compiler():
     return ""
 
 
+# compile
 def compile_kernel(kernel, kinds, cc=(9, 0)):
     """Compile a Kernel to PTX and on to machine code, with no GPU.
 
@@ -96,6 +97,7 @@ def compile_kernel(kernel, kinds, cc=(9, 0)):
     )
 
 
+# no GPU to ask
 @contextmanager
 def _pretend(cc):
     """Answer numba, which asks the GPU of what generation it is."""
@@ -110,6 +112,7 @@ def _pretend(cc):
         dispatcher.get_current_device = asked
 
 
+# assemble
 def _number(pattern, log):
     """The largest number that a pattern finds; 0 where it finds none."""
     return max(map(int, re.findall(pattern, log)), default=0)

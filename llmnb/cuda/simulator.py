@@ -164,6 +164,122 @@ def _run_block(block):
             lane.fiber.switch()
 
 
+# simulate a launch
+def simulate(function, grid, block, args):
+    """Run a kernel's function in every thread of a grid, one at a time.
+
+    grid, block: blocks in the grid and threads in a block, an int or a
+    tuple of up to three. args: NumPy arrays, which the kernel may write,
+    and NumPy or Python numbers. Raises BarrierError, and whatever the
+    function raises, with the thread that raised it.
+
+    Derived in chapter 4.
+    """
+    _greenlet()  # or say at once that it is missing
+    grid, shape, seen = _three(grid), _three(block), _now.seen
+    if seen is not None:
+        args = _watched(function, args, seen)
+    body = functools.partial(function, *args)
+    outside = _now.lane
+    try:
+        for z, y, x in np.ndindex(grid[::-1]):
+            block = _Block(_Three(x, y, z), shape, grid, seen, body)
+            _run_block(block)
+            if seen is not None:
+                seen.add_block(block)
+    except Exception as error:
+        at = f"block {tuple(block.index)}"
+        if not isinstance(error, BarrierError):
+            at = f"thread {tuple(_now.lane.thread)} of {at}"
+        error.add_note(f"in {function.__name__}, {at}")
+        raise
+    finally:
+        _now.lane = outside
+        if outside is not None:  # a launch within a thread
+            _enter_block(outside.block)
+            _enter(outside)
+
+
+# where am I
+class _Places:
+    """What a kernel asks `cuda` about the thread that runs it."""
+
+    # threadIdx, blockIdx, blockDim, gridDim are set when a thread goes on
+    laneid = property(lambda self: _now.lane.number % WARP)
+
+    def grid(self, ndim):
+        at, of, n = self.blockIdx, self.blockDim, self.threadIdx
+        x = at.x * of.x + n.x
+        if ndim == 1:
+            return x
+        return (x, at.y * of.y + n.y, at.z * of.z + n.z)[:ndim]
+
+    def gridsize(self, ndim):
+        pairs = zip(self.gridDim, self.blockDim, strict=True)
+        sizes = tuple(a * b for a, b in pairs)
+        return sizes[0] if ndim == 1 else sizes[:ndim]
+
+
+# poison
+@functools.cache
+def _poison(shape, dtype):
+    """What memory holds before anyone writes to it: nothing good."""
+    dtype = np.dtype(getattr(dtype, "name", dtype))
+    bad = np.nan if dtype.kind == "f" else np.iinfo(dtype).min + 77
+    return np.full(shape, bad, dtype)
+
+
+@functools.cache
+def _instruction(code, last):
+    """Where the instruction begins that a frame's f_lasti points into.
+
+    Python moves f_lasti past an instruction's cache once it has specialised
+    the instruction: the same access would count as two.
+    """
+    begins = (x.offset for x in dis.get_instructions(code))
+    return id(code), max(x for x in begins if x <= last)
+
+
+def _placed(array, alignment):
+    """A copy at a multiple of `alignment` bytes, at most 128.
+
+    None: at a multiple of the elements' size and of nothing more, which is
+    all that numba promises of shared memory.
+    """
+    block = np.empty(array.nbytes + 256, np.uint8)
+    skip = -block.ctypes.data % 128 + (0 if alignment else array.itemsize)
+    there = block[skip : skip + array.nbytes].view(array.dtype)
+    there = there.reshape(array.shape)
+    there[...] = array
+    return there
+
+
+# shared and local memory
+class _Shared:
+    """cuda.shared: one array for each place in the code that asks.
+
+    Vectors of four need `alignment=16`.
+    """
+
+    def array(self, shape, dtype, alignment=None):
+        block, frame = _now.lane.block, sys._getframe(1)
+        key = _instruction(frame.f_code, frame.f_lasti)
+        if key not in block.shared:
+            memory = _placed(_poison(shape, dtype), alignment)
+            if block.seen is not None:
+                log = _Log() if block.seen.races else None
+                memory = _Watched(memory, "shared", log, shared=True)
+            block.shared[key] = memory
+        return block.shared[key]
+
+
+class _Local:
+    """cuda.local: memory of one thread, in registers where that is small."""
+
+    def array(self, shape, dtype):
+        return _poison(shape, dtype).copy()
+
+
 # barriers
 def _wait(group, size, orders=True):
     """Wait till `size` lanes have come; group: the block, or a warp of it.
@@ -201,87 +317,6 @@ def _stuck(block):
     )
 
 
-# exchange in a warp
-FULL = 0xFFFFFFFF  # a mask that names all lanes
-
-
-def _exchange(mask, value, orders=False):
-    """Hand in a value; return those of all 32 lanes and one's own place."""
-    lane = _now.lane
-    if mask != FULL or len(lane.block.lanes) % WARP:
-        raise ValueError(
-            "the simulator knows the mask 0xFFFFFFFF alone, and blocks of "
-            f"whole warps: got {mask:#x} and {len(lane.block.lanes)} threads"
-        )
-    if _now.seen is not None:
-        _now.seen.exchanges += 1
-    warp, place = lane.warp, lane.number % WARP
-    warp.values[place] = value
-    if len(warp.arrived) == WARP - 1:  # the last one: all values are there
-        warp.shown, warp.values = warp.values, [None] * WARP
-    _wait(warp, WARP, orders)
-    return warp.shown, place
-
-
-# memory of a block and of a thread
-@functools.cache
-def _poison(shape, dtype):
-    """What memory holds before anyone writes to it: nothing good."""
-    dtype = np.dtype(getattr(dtype, "name", dtype))
-    bad = np.nan if dtype.kind == "f" else np.iinfo(dtype).min + 77
-    return np.full(shape, bad, dtype)
-
-
-@functools.cache
-def _instruction(code, last):
-    """Where the instruction begins that a frame's f_lasti points into.
-
-    Python moves f_lasti past an instruction's cache once it has specialised
-    the instruction: the same access would count as two.
-    """
-    begins = (x.offset for x in dis.get_instructions(code))
-    return id(code), max(x for x in begins if x <= last)
-
-
-def _placed(array, alignment):
-    """A copy at a multiple of `alignment` bytes, at most 128.
-
-    None: at a multiple of the elements' size and of nothing more, which is
-    all that numba promises of shared memory.
-    """
-    block = np.empty(array.nbytes + 256, np.uint8)
-    skip = -block.ctypes.data % 128 + (0 if alignment else array.itemsize)
-    there = block[skip : skip + array.nbytes].view(array.dtype)
-    there = there.reshape(array.shape)
-    there[...] = array
-    return there
-
-
-class _Shared:
-    """cuda.shared: one array for each place in the code that asks.
-
-    Vectors of four need `alignment=16`.
-    """
-
-    def array(self, shape, dtype, alignment=None):
-        block, frame = _now.lane.block, sys._getframe(1)
-        key = _instruction(frame.f_code, frame.f_lasti)
-        if key not in block.shared:
-            memory = _placed(_poison(shape, dtype), alignment)
-            if block.seen is not None:
-                log = _Log() if block.seen.races else None
-                memory = _Watched(memory, "shared", log, shared=True)
-            block.shared[key] = memory
-        return block.shared[key]
-
-
-class _Local:
-    """cuda.local: memory of one thread, in registers where that is small."""
-
-    def array(self, shape, dtype):
-        return _poison(shape, dtype).copy()
-
-
 # atomics
 class _Atomic:
     """cuda.atomic: read, change and write with nobody in between."""
@@ -302,26 +337,6 @@ class _Atomic:
         return old
 
 
-# where am I
-class _Places:
-    """What a kernel asks `cuda` about the thread that runs it."""
-
-    # threadIdx, blockIdx, blockDim, gridDim are set when a thread goes on
-    laneid = property(lambda self: _now.lane.number % WARP)
-
-    def grid(self, ndim):
-        at, of, n = self.blockIdx, self.blockDim, self.threadIdx
-        x = at.x * of.x + n.x
-        if ndim == 1:
-            return x
-        return (x, at.y * of.y + n.y, at.z * of.z + n.z)[:ndim]
-
-    def gridsize(self, ndim):
-        pairs = zip(self.gridDim, self.blockDim, strict=True)
-        sizes = tuple(a * b for a, b in pairs)
-        return sizes[0] if ndim == 1 else sizes[:ndim]
-
-
 # wait for the block
 class _Barriers(_Places):
     shared, local, atomic = _Shared(), _Local(), _Atomic()
@@ -331,6 +346,28 @@ class _Barriers(_Places):
             _now.seen.barriers += 1
         block = _now.lane.block
         _wait(block, len(block.lanes))
+
+
+# exchange in a warp
+FULL = 0xFFFFFFFF  # a mask that names all lanes
+
+
+def _exchange(mask, value, orders=False):
+    """Hand in a value; return those of all 32 lanes and one's own place."""
+    lane = _now.lane
+    if mask != FULL or len(lane.block.lanes) % WARP:
+        raise ValueError(
+            "the simulator knows the mask 0xFFFFFFFF alone, and blocks of "
+            f"whole warps: got {mask:#x} and {len(lane.block.lanes)} threads"
+        )
+    if _now.seen is not None:
+        _now.seen.exchanges += 1
+    warp, place = lane.warp, lane.number % WARP
+    warp.values[place] = value
+    if len(warp.arrived) == WARP - 1:  # the last one: all values are there
+        warp.shown, warp.values = warp.values, [None] * WARP
+    _wait(warp, WARP, orders)
+    return warp.shown, place
 
 
 # exchange with the warp
@@ -373,114 +410,6 @@ class _Cuda(_Barriers):
 cuda = _Cuda()
 
 
-# vectors of four
-def load4(array, i):
-    """Elements i to i + 3 of a flat view of `array`, in one access.
-
-    array: float32, C-contiguous, any shape; its element i must begin at a
-    multiple of 16 bytes: a shared array is made with `alignment=16`.
-    Returns four numbers.
-
-    Derived in chapter 4.
-    """
-    if isinstance(array, _Watched):
-        array.note(array.place4(i), 16, READ)
-        array = array.array
-    flat = array if array.ndim == 1 else array.reshape(-1)
-    return flat[i], flat[i + 1], flat[i + 2], flat[i + 3]
-
-
-def store4(array, i, a, b, c, d):
-    """Write elements i to i + 3 of a flat view of `array`, in one access.
-
-    As `load4`, the other way.
-
-    Derived in chapter 4.
-    """
-    if isinstance(array, _Watched):
-        array.note(array.place4(i), 16, WRITE)
-        array = array.array
-    flat = array if array.ndim == 1 else array.reshape(-1)
-    flat[i : i + 4] = a, b, c, d
-
-
-# kinds of access
-READ, WRITE, ATOMIC = range(3)
-
-
-# an array under watch
-class _Watched:
-    """An array that checks each access and notes it for its lane.
-
-    log: what was touched, by address, or None where races may pass.
-    """
-
-    def __init__(self, array, name, log, shared=False):
-        self.array, self.name, self.log = array, name, log
-        self.shape, self.ndim, self.size = array.shape, array.ndim, array.size
-        self.dtype, self.start = array.dtype, array.ctypes.data
-        self.itemsize, self.strides = array.itemsize, array.strides
-        self.shared = shared
-
-    def __len__(self):
-        return self.shape[0]
-
-    def __getitem__(self, index):
-        self.note(self.place(index), self.itemsize, READ)
-        return self.array[index]
-
-    def __setitem__(self, index, value):
-        self.note(self.place(index), self.itemsize, WRITE)
-        self.array[index] = value
-
-    def place(self, index):
-        """The address of an element; raise where there is none."""
-        if self.ndim == 1 and 0 <= index < self.size:
-            return self.start + int(index) * self.strides[0]
-        index = index if type(index) is tuple else (index,)
-        address = self.start
-        for i, n, stride in zip(index, self.shape, self.strides, strict=True):
-            if not 0 <= i < n:
-                raise IndexError(
-                    f"{self.name}[{', '.join(map(str, index))}] lies outside "
-                    f"its shape {self.shape}"
-                )
-            address += int(i) * stride
-        return address
-
-    def place4(self, i):
-        """The address of four elements from i on."""
-        if not 0 <= i <= self.size - 4:
-            raise IndexError(
-                f"{self.name}: elements {i} to {i + 3} of {self.size}"
-            )
-        address = self.start + int(i) * self.itemsize
-        if address % 16:
-            raise ValueError(
-                f"{self.name}: element {i} is not at a multiple of 16 bytes"
-            )
-        return address
-
-    def note(self, address, nbytes, access):
-        """Note an access of the lane that runs, and look for a race."""
-        lane = _now.lane
-        if access != ATOMIC:
-            frame, kind = sys._getframe(2), (nbytes, access, self.shared)
-            key = kind, id(frame.f_code), frame.f_lasti
-            site = _now.seen.sites.get(key)
-            if site is None:
-                site = _now.seen.add_site(key, frame.f_code)
-            lane.trace.setdefault(site, []).append(address)
-        if self.log is None:
-            return
-        now, size = (lane, lane.block.clock), self.itemsize
-        for word in range(address, address + nbytes, size):
-            before = _CLASHES[access](self.log, word, now)
-            if before is not None:
-                element = (word - self.start) // size
-                raise RaceError(_clashing(self.name, element, before, access))
-
-
 # in what order
 def _ordered(before, lane):
     """Whether an access of another lane is over when this one goes on."""
@@ -517,7 +446,11 @@ def _keep(kept, now):
     return (now,)
 
 
-# races
+# kinds of access
+READ, WRITE, ATOMIC = range(3)
+
+
+# a read
 def _read(log, address, now):
     """An earlier access that nothing orders before this read, or None."""
     before = log.write.get(address)
@@ -530,6 +463,7 @@ def _read(log, address, now):
     return None
 
 
+# a write or an atomic
 def _write(log, address, now):
     """The same before this write, after which the others do not matter."""
     before = log.write.get(address)
@@ -580,58 +514,94 @@ class RaceError(RuntimeError):
     """
 
 
-# what was seen
-class Seen:
-    """What `watch` counted while simulated kernels ran.
+# an array that knows its bounds
+class _Bounded:
+    """An array that raises where it has no element.
 
-    threads: how many ran. reads, writes: accesses to global memory by
-    single threads; read_bytes, written_bytes: their bytes. requests: such
-    accesses by whole warps; sectors: the pieces of 32 bytes that these
-    touched, each moved whole. shared_requests, shared_passes: accesses of
-    whole warps to shared memory, and the passes they took: more than one
-    where lanes want different words of one bank. barriers, exchanges,
-    atomics: calls by single threads. launches: (kernel, grid, block,
-    arguments' types) of each launch.
-
-    Derived in chapter 4.
+    log: what was touched, by address, or None where races may pass.
     """
 
-    def __init__(self, races=True):
-        self.threads = self.reads = self.writes = 0
-        self.read_bytes = self.written_bytes = 0
-        self.requests = self.sectors = 0
-        self.shared_requests = self.shared_passes = 0
-        self.barriers = self.exchanges = self.atomics = 0
-        self.launches, self.races = [], races
-        self.sites, self._codes = {}, []
+    def __init__(self, array, name, log, shared=False):
+        self.array, self.name, self.log = array, name, log
+        self.shape, self.ndim, self.size = array.shape, array.ndim, array.size
+        self.dtype, self.start = array.dtype, array.ctypes.data
+        self.itemsize, self.strides = array.itemsize, array.strides
+        self.shared = shared
 
-    def add_site(self, key, code):
-        """Name the place in the code of an access that is seen first."""
-        kind, _, last = key
-        self._codes.append(code)  # which keeps its id from being used again
-        self.sites[key] = kind, _instruction(code, last)
-        return self.sites[key]
+    def __len__(self):
+        return self.shape[0]
 
-    def add_block(self, block):
-        """Count what the lanes of a block have noted, warp by warp."""
-        self.threads += len(block.lanes)
-        sites = {site: None for lane in block.lanes for site in lane.trace}
-        for site in sites:
-            nbytes, access, shared = site[0]
-            table = _requests([x.trace.get(site, ()) for x in block.lanes])
-            if shared:
-                self.shared_requests += len(table)
-                self.shared_passes += _passes(table, nbytes)
-                continue
-            self.requests += len(table)
-            self.sectors += int(_distinct(table // 32)[1].sum())
-            accesses = int((table >= 0).sum())
-            if access == READ:
-                self.reads += accesses
-                self.read_bytes += accesses * nbytes
-            else:
-                self.writes += accesses
-                self.written_bytes += accesses * nbytes
+    def place(self, index):
+        """The address of an element; raise where there is none."""
+        if self.ndim == 1 and 0 <= index < self.size:
+            return self.start + int(index) * self.strides[0]
+        index = index if type(index) is tuple else (index,)
+        address = self.start
+        for i, n, stride in zip(index, self.shape, self.strides, strict=True):
+            if not 0 <= i < n:
+                raise IndexError(
+                    f"{self.name}[{', '.join(map(str, index))}] lies outside "
+                    f"its shape {self.shape}"
+                )
+            address += int(i) * stride
+        return address
+
+    def place4(self, i):
+        """The address of four elements from i on."""
+        if not 0 <= i <= self.size - 4:
+            raise IndexError(
+                f"{self.name}: elements {i} to {i + 3} of {self.size}"
+            )
+        address = self.start + int(i) * self.itemsize
+        if address % 16:
+            raise ValueError(
+                f"{self.name}: element {i} is not at a multiple of 16 bytes"
+            )
+        return address
+
+
+# an array under watch
+class _Watched(_Bounded):
+    """An array that notes each access for its lane."""
+
+    def __getitem__(self, index):
+        self.note(self.place(index), self.itemsize, READ)
+        return self.array[index]
+
+    def __setitem__(self, index, value):
+        self.note(self.place(index), self.itemsize, WRITE)
+        self.array[index] = value
+
+    def note(self, address, nbytes, access):
+        """Note an access of the lane that runs, and look for a race."""
+        lane = _now.lane
+        if access != ATOMIC:
+            frame, kind = sys._getframe(2), (nbytes, access, self.shared)
+            key = kind, id(frame.f_code), frame.f_lasti
+            site = _now.seen.sites.get(key)
+            if site is None:
+                site = _now.seen.add_site(key, frame.f_code)
+            lane.trace.setdefault(site, []).append(address)
+        if self.log is None:
+            return
+        now, size = (lane, lane.block.clock), self.itemsize
+        for word in range(address, address + nbytes, size):
+            before = _CLASHES[access](self.log, word, now)
+            if before is not None:
+                element = (word - self.start) // size
+                raise RaceError(_clashing(self.name, element, before, access))
+
+
+# arguments under watch
+def _watched(function, args, seen):
+    """The arguments of a kernel, the arrays of them under watch."""
+    names, log = function.__code__.co_varnames, _Log()
+    return [
+        _Watched(a, name, log if seen.races else None)
+        if isinstance(a, np.ndarray)
+        else a
+        for a, name in zip(args, names, strict=False)
+    ]
 
 
 # requests of whole warps
@@ -674,6 +644,60 @@ def _passes(table, nbytes):
     return int(counts.reshape(-1, WARP).max(axis=1).sum())
 
 
+# what was seen
+class Seen:
+    """What `watch` counted while simulated kernels ran.
+
+    threads: how many ran. reads, writes: accesses to global memory by
+    single threads; read_bytes, written_bytes: their bytes. requests: such
+    accesses by whole warps; sectors: the pieces of 32 bytes that these
+    touched, each moved whole. shared_requests, shared_passes: accesses of
+    whole warps to shared memory, and the passes they took: more than one
+    where lanes want different words of one bank. barriers, exchanges,
+    atomics: calls by single threads. launches: (kernel, grid, block,
+    arguments' types) of each launch, those on a real GPU too.
+
+    Derived in chapter 4.
+    """
+
+    def __init__(self, races=True):
+        self.threads = self.reads = self.writes = 0
+        self.read_bytes = self.written_bytes = 0
+        self.requests = self.sectors = 0
+        self.shared_requests = self.shared_passes = 0
+        self.barriers = self.exchanges = self.atomics = 0
+        self.launches, self.races = [], races
+        self.sites, self._codes = {}, []
+
+    def add_site(self, key, code):
+        """Name the place in the code of an access that is seen first."""
+        kind, _, last = key
+        self._codes.append(code)  # which keeps its id from being used again
+        self.sites[key] = kind, _instruction(code, last)
+        return self.sites[key]
+
+    def add_block(self, block):
+        """Count what the lanes of a block have noted, warp by warp."""
+        self.threads += len(block.lanes)
+        sites = {site: None for lane in block.lanes for site in lane.trace}
+        for site in sites:
+            nbytes, access, shared = site[0]
+            table = _requests([x.trace.get(site, ()) for x in block.lanes])
+            if shared:
+                self.shared_requests += len(table)
+                self.shared_passes += _passes(table, nbytes)
+                continue
+            self.requests += len(table)
+            self.sectors += int(_distinct(table // 32)[1].sum())
+            accesses = int((table >= 0).sum())
+            if access == READ:
+                self.reads += accesses
+                self.read_bytes += accesses * nbytes
+            else:
+                self.writes += accesses
+                self.written_bytes += accesses * nbytes
+
+
 # watch
 @contextmanager
 def watch(races=True):
@@ -703,49 +727,32 @@ def record(launch):
         _now.seen.launches.append(launch)
 
 
-# arguments under watch
-def _watched(function, args, seen):
-    """The arguments of a kernel, the arrays of them under watch."""
-    names, log = function.__code__.co_varnames, _Log()
-    return [
-        _Watched(a, name, log if seen.races else None)
-        if isinstance(a, np.ndarray)
-        else a
-        for a, name in zip(args, names, strict=False)
-    ]
+# vectors of four
+def load4(array, i):
+    """Elements i to i + 3 of a flat view of `array`, in one access.
 
-
-# simulate a launch
-def simulate(function, grid, block, args):
-    """Run a kernel's function in every thread of a grid, one at a time.
-
-    grid, block: blocks in the grid and threads in a block, an int or a
-    tuple of up to three. args: NumPy arrays, which the kernel may write,
-    and NumPy or Python numbers. Raises BarrierError, and whatever the
-    function raises, with the thread that raised it.
+    array: float32, C-contiguous, any shape; its element i must begin at a
+    multiple of 16 bytes: a shared array is made with `alignment=16`.
+    Returns four numbers.
 
     Derived in chapter 4.
     """
-    _greenlet()  # or say at once that it is missing
-    grid, shape, seen = _three(grid), _three(block), _now.seen
-    if seen is not None:
-        args = _watched(function, args, seen)
-    body = functools.partial(function, *args)
-    outside = _now.lane
-    try:
-        for z, y, x in np.ndindex(grid[::-1]):
-            block = _Block(_Three(x, y, z), shape, grid, seen, body)
-            _run_block(block)
-            if seen is not None:
-                seen.add_block(block)
-    except Exception as error:
-        at = f"block {tuple(block.index)}"
-        if not isinstance(error, BarrierError):
-            at = f"thread {tuple(_now.lane.thread)} of {at}"
-        error.add_note(f"in {function.__name__}, {at}")
-        raise
-    finally:
-        _now.lane = outside
-        if outside is not None:  # a launch within a thread
-            _enter_block(outside.block)
-            _enter(outside)
+    if isinstance(array, _Watched):
+        array.note(array.place4(i), 16, READ)
+        array = array.array
+    flat = array if array.ndim == 1 else array.reshape(-1)
+    return flat[i], flat[i + 1], flat[i + 2], flat[i + 3]
+
+
+def store4(array, i, a, b, c, d):
+    """Write elements i to i + 3 of a flat view of `array`, in one access.
+
+    As `load4`, the other way.
+
+    Derived in chapter 4.
+    """
+    if isinstance(array, _Watched):
+        array.note(array.place4(i), 16, WRITE)
+        array = array.array
+    flat = array if array.ndim == 1 else array.reshape(-1)
+    flat[i : i + 4] = a, b, c, d

@@ -1,0 +1,177 @@
+# Written by `make export` from notebooks/13_model.py: edit that file.
+
+"""Assemble GPT-2 and prove its gradient.
+
+The layers of the chapters before make the model; its losses, its logits and
+every gradient are those of PyTorch.
+"""
+
+__all__ = [
+    "LAYERS",
+    "fill",
+    "model_layers",
+    "model_layout",
+    "no_gpu",
+    "products",
+    "zeros",
+]
+
+
+# imports of the model's GPU side
+import os
+import warnings
+from functools import partial
+from inspect import signature
+from types import SimpleNamespace
+
+import numpy as np
+
+from llmnb.cuda import adamw, attention, crossentropy, encoder, gelu
+from llmnb.cuda import layernorm, matmul, residual
+from llmnb.cuda.cublas import cublas_backward, cublas_forward
+from llmnb.cuda.cublas import cublas_scratch, no_cublas
+from llmnb.cuda.graph import Graph
+from llmnb.cuda.launch import kernel, missing, simulated, to_host
+from llmnb.cuda.simulator import cuda
+
+
+# fill an array
+@kernel
+def _fill_flat(array, value):
+    i = cuda.grid(1)
+    if i < array.size:
+        array[i] = value
+
+
+def fill(array, value):
+    """Write one number into all elements of a device's array.
+
+    Derived in chapter 13.
+    """
+    flat = array.reshape(-1)
+    _fill_flat[-(-flat.size // 256), 256](flat, flat.dtype.type(value))
+
+
+# a block of zeros
+def zeros(nbytes):
+    """Zeroed bytes on the GPU, or else on the simulated one; for an Arena.
+
+    Raises MemoryError when the GPU has not as many.
+
+    Derived in chapter 13.
+    """
+    if missing():
+        return simulated(np.zeros(nbytes, np.uint8))
+    from numba import cuda as real
+
+    try:
+        block = real.device_array(nbytes, np.uint8)
+    except real.cudadrv.driver.CudaAPIError as error:
+        if "OUT_OF_MEMORY" in str(error):
+            raise MemoryError(f"{nbytes:,} bytes on the GPU") from None
+        raise
+    fill(block, 0)
+    return block
+
+
+# is a GPU wanted in vain
+def no_gpu():
+    """Why there is none where one is wanted; else empty.
+
+    Empty, too, where LLMNB_CUDA=simulator asks for the simulator.
+
+    Derived in chapter 13.
+    """
+    return "" if os.environ.get("LLMNB_CUDA") == "simulator" else missing()
+
+
+# which products
+def products():
+    """Whose products a GPT2 takes on a GPU: "cublas" or "llmnb".
+
+    cuBLASLt's where it can be had, else those of chapter 6. The variable
+    LLMNB_MATMUL chooses: ValueError when it asks for what there is not.
+
+    Derived in chapter 13.
+    """
+    asked = os.environ.get("LLMNB_MATMUL", "")
+    if asked not in ("", "cublas", "llmnb"):
+        raise ValueError(
+            f"LLMNB_MATMUL must be 'cublas' or 'llmnb', got {asked!r}"
+        )
+    if asked == "cublas" and no_cublas():
+        raise ValueError(f"LLMNB_MATMUL asks for cuBLASLt: {no_cublas()}")
+    return asked or ("llmnb" if no_cublas() else "cublas")
+
+
+# what a model wants besides its tensors
+def model_layout(cfg, batch_size, seq_len, precision="fp32"):
+    """Groups of the arena that a GPT2 on a GPU has besides those of others.
+
+    work: scratch memory that the layers take turns with. settings: AdamW's
+    numbers for tensors that decay, and for those that do not. Raises
+    ValueError for a precision of "tf32" where it cannot be had. Where there
+    is no GPU, though one is wanted, a warning says why.
+
+    Derived in chapter 13.
+    """
+    if no_gpu():
+        warnings.warn(
+            f"GPT2: {no_gpu()}; the kernels run on the simulator, which is "
+            "for tests of small models",
+            stacklevel=4,
+        )
+    if precision == "tf32" and products() != "cublas":
+        why = no_cublas() or "LLMNB_MATMUL asks for other products"
+        raise ValueError(f"GPT2: precision 'tf32' needs cuBLASLt: {why}")
+    B, T, C, NH = batch_size, seq_len, cfg.channels, cfg.num_heads
+    wanted = [
+        layernorm.layernorm_scratch(B * T, C),
+        attention.attention_scratch(B, T, NH),
+        adamw.clip_scratch(),
+        *[matmul.matmul_scratch(B * T, n * C) for n in (1, 3, 4)],
+    ]
+    if products() == "cublas":
+        wanted.append(cublas_scratch())
+    rows = dict.fromkeys(("decays", "stays"), (adamw.adamw_scratch(),))
+    return {
+        "work": (np.float32, {"floats": (max(wanted),)}),
+        "settings": (np.float32, rows),
+    }
+
+
+# the layers of a model
+LAYERS = (
+    encoder, layernorm, matmul, attention, gelu, residual, crossentropy,
+    adamw,
+)  # fmt: skip
+
+
+def model_layers(work, precision="fp32"):
+    """The layers as a GPT2 calls them: none of them allocates.
+
+    work: as `model_layout` says. precision: "fp32" or "tf32". Returns an
+    object with the functions of all layers.
+
+    Derived in chapter 13.
+    """
+    found = {}
+    for module in LAYERS:
+        for name in module.__all__:
+            found[name] = getattr(module, name)
+    if products() == "cublas":
+        tf32 = {"tf32": precision == "tf32"}
+        found["matmul_forward"] = partial(cublas_forward, **tf32)
+        found["matmul_backward"] = partial(cublas_backward, **tf32)
+    for name, function in found.items():
+        if callable(function) and "work" in signature(function).parameters:
+            found[name] = partial(function, work=work)
+    norm = partial(_norm, work)
+    return SimpleNamespace(
+        **found, fill=fill, Graph=Graph, gradient_norm=norm
+    )
+
+
+def _norm(work):
+    """What clip_apply has left behind."""
+    return float(to_host(work[:1])[0])
