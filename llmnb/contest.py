@@ -32,7 +32,6 @@ from llmnb.cuda.launch import empty, simulated, to_device, to_host
 from llmnb.cuda.ptx import compile_kernel, no_compiler
 from llmnb.cuda.simulator import watch
 from llmnb.ladders import (
-    COUNTED,
     GPT2_124M,
     LADDERS,
     is_float,
@@ -102,16 +101,17 @@ SEEN = (
 )
 
 
-def count(ladder, version, sizes=COUNTED):
+def count(ladder, version, sizes=None):
     """Simulate a version under watch, and compare what it leaves.
 
-    Returns two things: a dict with the sizes, the least bytes, the number
+    sizes: None for the ladder's own. Returns two things: a dict with the sizes, the least bytes, the number
     of launches, the counts of `SEEN` and, where the result is not that of
     the reference, wrong; and the launches, as `Seen` holds them. An error
     of the watch is raised.
 
     Derived in chapter 20.
     """
+    sizes = sizes or ladder.counted
     arguments = ladder.draw(sizes)
     run, there = _prepared(ladder, version, arguments, sizes, simulated)
     with watch() as seen:
@@ -264,11 +264,12 @@ def _time_layer(ladder, rows, sizes, clock):
 
 
 # the contest
-def contest(layers=(), sizes=GPT2_124M, counted=COUNTED, bar=iter):
+def contest(layers=(), sizes=GPT2_124M, counted=None, bar=iter):
     """Compare the versions of layers; a dict ready for JSON.
 
     layers: names in `LADDERS`, or none for all. sizes: of what is timed,
-    where there is a GPU. counted: of what is simulated. bar: takes the
+    where there is a GPU. counted: of what is simulated; None for the
+    ladders' own. bar: takes the
     ladders and gives them back, such as tqdm. Raises ValueError for a name
     that is not there.
 
@@ -332,6 +333,7 @@ def contest_report(result):
     Derived in chapter 20.
     """
     gpu, most = result["gpu"], result["limits"]
+    nothing = gpu.get("unmeasured")  # the one reason of all rows
     lines = [f"GPU      {gpu.get('name') or 'none: ' + gpu['unmeasured']}"]
     if "fma_peak" in most:
         lines.append(
@@ -345,25 +347,29 @@ def contest_report(result):
         lines.append(f"{'':<34}" + "".join(f"{x:>11}" for x in titles))
         for row in found["versions"]:
             speed = fast.get((found["layer"], row["version"]))
-            lines += _version_lines(row, speed)
+            lines += _version_lines(row, speed, nothing)
         for name, row in found["peers"].items():
             speed = fast.get((found["layer"], name))
             said = _speed(speed) if speed else row["unmeasured"]
-            lines.append(f"{name}: {said}")
+            lines += [] if said == nothing else [f"{name}: {said}"]
+        if nothing:
+            lines.append(f"  all of these and PyTorch's: {nothing}")
     return "\n".join(lines)
 
 
-def _version_lines(row, speed):
-    """A line of counts, and one of the time, or why there is none."""
+def _version_lines(row, speed, nothing):
+    """A line of counts, and one of the time, or why this row has none."""
     seen, made = row["counted"], row["compiled"]
     least = seen["sectors"] * 32 / seen["least_bytes"]
     cells = [f"{seen['sectors']:,}", f"{least:.2f}", f"{seen['requests']:,}"]
     if isinstance(made, list):
-        cells.append(", ".join(f"{x['sm_90']['registers']}" for x in made))
-        cells.append(", ".join(f"{x['sm_90']['vector_loads']}" for x in made))
+        for fact in ("registers", "vector_loads"):
+            cells.append("+".join(f"{x['sm_90'][fact]}" for x in made))
     title = f"{row['version']} {row['says']}"
-    yield f"{title[:34]:<34}" + "".join(f"{x:>11}" for x in cells)
-    yield "  " + (_speed(speed) if speed else row["time"]["unmeasured"])
+    yield f"{title[:33]:<34}" + "".join(f" {x:>10}" for x in cells)
+    said = _speed(speed) if speed else row["time"]["unmeasured"]
+    if said != nothing:
+        yield f"  {said}"
     if "wrong" in seen:
         yield f"  WRONG on the simulator: {seen['wrong']}"
 

@@ -10,6 +10,7 @@ __all__ = [
     "COUNTED",
     "GPT2_124M",
     "LADDERS",
+    "LONG_ROWS",
     "Ladder",
     "Sizes",
     "TINY",
@@ -51,6 +52,7 @@ class Sizes(NamedTuple):
 
 GPT2_124M = Sizes(16, 1024, 768, 12, 50257, 12)
 COUNTED = Sizes(1, 32, 64, 1, 253, 1)  # what the simulator counts
+LONG_ROWS = Sizes(1, 4, 64, 1, 4301, 1)  # and of logits
 TINY = Sizes(2, 5, 32, 2, 61, 1)  # for tests
 
 
@@ -91,7 +93,8 @@ class Ladder(NamedTuple):
     tolerance: of that, relative to the largest element of a result. named:
     the tuple of versions, where it does not bear the layer's name. library:
     returns what NVIDIA's library is called with, by name, to be timed where
-    it can be.
+    it can be. counted: the sizes that the simulator counts at; its kernels
+    are those of large sizes.
 
     Derived in chapter 20.
     """
@@ -110,6 +113,7 @@ class Ladder(NamedTuple):
     tolerance: float = 5e-5
     named: str = ""
     library: object = None
+    counted: Sizes = COUNTED
 
     def _found(self, package, name):
         module = importlib.import_module(f"llmnb.{package}.{self.module}")
@@ -621,22 +625,22 @@ LADDERS = (
            ("residual", "out", "mean", "rstd"), torch=_torch_fused_residual,
            reference=_add_and_normalise),
     Ladder("crossentropy", "softmax_forward", _softmax_forward, ("probs",),
-           torch=_torch_softmax, checked=1),
+           torch=_torch_softmax, checked=1, counted=LONG_ROWS),
     Ladder("crossentropy", "softmax_backward", _softmax_backward,
-           changes=("dlogits",), torch=_torch_softmax_back, checked=1),
+           changes=("dlogits",), torch=_torch_softmax_back, checked=1, counted=LONG_ROWS),
     Ladder("crossentropy", "crossentropy_forward", _surprise_forward,
-           ("losses",), checked=1,
+           ("losses",), checked=1, counted=LONG_ROWS,
            moved=lambda a: a.targets.nbytes + 2 * a.losses.nbytes),
     Ladder("crossentropy", "crossentropy_backward", _surprise_backward,
-           changes=("dprobs",), checked=1,
+           changes=("dprobs",), checked=1, counted=LONG_ROWS,
            moved=lambda a: a.targets.nbytes + 4 * a.dlosses.nbytes),
     Ladder("crossentropy", "crossentropy_softmax_forward", _loss_forward,
-           ("losses", "lse"), torch=_torch_loss, checked=1),
+           ("losses", "lse"), torch=_torch_loss, checked=1, counted=LONG_ROWS),
     Ladder("crossentropy", "crossentropy_softmax_backward", _loss_backward,
-           ("dlogits",), torch=_torch_loss_back, checked=1),
+           ("dlogits",), torch=_torch_loss_back, checked=1, counted=LONG_ROWS),
     Ladder("crossentropy", "fused_classifier", _classifier, ("losses",),
            ("logits",), torch=_torch_classifier, reference=_classify,
-           checked=1),
+           checked=1, counted=LONG_ROWS),
     Ladder("adamw", "adamw_apply", _adamw, changes=("params", "m", "v"),
            torch=_torch_adamw, named="ADAMW_UPDATE",
            reference=_adamw_as_written),

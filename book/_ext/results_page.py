@@ -350,7 +350,8 @@ def ladder_row(row, speed):
 
 LADDERS = """\
 **Every version of every layer.** What is known of each kernel without a GPU
-stands here. The simulator counts at a small size, {sizes}: *moved* is the
+stands here. The simulator counts at a small size, {sizes}, or what stands
+above a table: *moved* is the
 bytes of all sectors over the least bytes that the layer must move (more than
 1 where elements are read again, and caches may help then), *requests* are
 the warps' accesses. The compiler says how many *registers* a thread takes
@@ -365,14 +366,20 @@ own limit.
 """
 
 
+def sizes_of(ladder):
+    sizes = ladder["versions"][0]["counted"]["sizes"]
+    return ", ".join(f"{k} = {v}" for k, v in sizes.items())
+
+
 def ladders_section(stem, result):
-    sizes = result["ladders"][0]["versions"][0]["counted"]["sizes"]
-    named = ", ".join(f"{k} = {v}" for k, v in sizes.items())
-    yield from (LADDERS.format(sizes=named), "")
+    sizes = sizes_of(result["ladders"][0])
+    yield from (LADDERS.format(sizes=sizes), "")
     fast = {(x["layer"], x["version"]): x for x in speeds(result)}
     head = ["moved", "requests", "registers", "shared", "vectors", "spilled"]
     for found in result["ladders"]:
-        layer = found["layer"]
+        layer, own = found["layer"], sizes_of(found)
+        if own != sizes:
+            yield from (f"Counted at {own}:", "")
         rows = [
             ladder_row(row, fast.get((layer, row["version"])))
             for row in found["versions"]
