@@ -131,7 +131,9 @@ class ModelOptions:
     channels: int = _option(128, "channels (C), a multiple of the heads")
     seq_len: int = _option(64, "tokens the model sees at once (T)")
     batch_size: int = _option(8, "sequences in a batch (B)")
-    backend: str = _option("cpu", "cpu, cuda (a GPU), or reference (NumPy, slow)")
+    backend: str = _option(
+        "cpu", "cpu, cuda (a GPU), or reference (NumPy, slow)"
+    )
     precision: str = _option(
         "fp32", "fp32, bf16 (cpu), tf32 (cuda), or fp64 (slow)"
     )

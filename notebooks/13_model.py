@@ -1238,14 +1238,13 @@ def model_layers(work, precision="fp32"):
         if callable(function) and "work" in signature(function).parameters:
             found[name] = partial(function, work=work)
     norm = partial(_norm, work)
-    return SimpleNamespace(
-        **found, fill=fill, Graph=Graph, gradient_norm=norm
-    )
+    return SimpleNamespace(**found, fill=fill, Graph=Graph, gradient_norm=norm)
 
 
 def _norm(work):
     """What clip_apply has left behind."""
     return float(to_host(work[:1])[0])
+
 
 # %% [markdown]
 # ## Count it

@@ -348,7 +348,10 @@ def test_calls_out_of_order():
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"backend": "gpu"}, "backend must be one of 'reference', 'cpu', 'cuda'"),
+        (
+            {"backend": "gpu"},
+            "backend must be one of 'reference', 'cpu', 'cuda'",
+        ),
         ({"precision": "fp16"}, "precision must be one of 'fp32', 'fp64'"),
         ({"batch_size": 0}, "batch_size must be a positive integer, got 0"),
         ({"batch_size": 2.0}, "batch_size must be a positive integer, got 2"),

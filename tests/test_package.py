@@ -65,16 +65,18 @@ def test_every_function_is_short(name):
             assert lines <= 50, f"{name}.{node.name}: {lines} lines"
 
 
-def test_both_backends_have_the_same_layers():
-    from llmnb import cpu, reference
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_the_backends_have_the_same_layers(backend):
+    from llmnb import reference
 
+    there = importlib.import_module(f"llmnb.{backend}")
     ends = ("_forward", "_backward", "_update", "_norm", "_gradients")
     layers = [n for n in reference.__all__ if n.endswith(ends)]
     assert len(layers) == 21, layers
-    extra = {"work", "bf16"}  # what only the compiled products take
+    extra = {"work", "bf16", "version"}  # what only compiled layers take
     for name in layers:
         want = inspect.signature(getattr(reference, name))
-        got = inspect.signature(getattr(cpu, name))
+        got = inspect.signature(getattr(there, name))
         shared = [p for n, p in got.parameters.items() if n not in extra]
         assert shared == list(want.parameters.values()), name
 
@@ -94,6 +96,15 @@ def test_the_compiled_backend_stays_small():
     writing = count_lines("cpu/decode.py")  # inference: chapter 16
     assert 100 < writing < 300
     assert 400 < count_lines("cpu/*.py") - writing < 1600
+
+
+def test_importing_the_gpu_kernels_compiles_nothing():
+    """And without a GPU, numba's CUDA is not even imported."""
+    code = (
+        "import sys, llmnb.cuda; heavy = {'numba.cuda', 'nvmath', 'torch', "
+        "'matplotlib'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def code_lines(text):

@@ -167,9 +167,7 @@ def model_layers(work, precision="fp32"):
         if callable(function) and "work" in signature(function).parameters:
             found[name] = partial(function, work=work)
     norm = partial(_norm, work)
-    return SimpleNamespace(
-        **found, fill=fill, Graph=Graph, gradient_norm=norm
-    )
+    return SimpleNamespace(**found, fill=fill, Graph=Graph, gradient_norm=norm)
 
 
 def _norm(work):
