@@ -809,7 +809,6 @@ def _bench(args):
     for path in filter(None, (args.json, args.plot)):
         if not Path(path).parent.is_dir():
             raise FileNotFoundError(f"there is no folder {Path(path).parent}")
-    _check_backend(args.backend)
     (_bench_writers if args.write else _bench_steps)(args)
 
 

@@ -26,7 +26,7 @@ from statistics import median
 
 import numpy as np
 
-from llmnb.cuda.clock import Clock, gpu_facts, in_turns, limits, no_gpu
+from llmnb.cuda.clock import Clock, gpu_facts, in_turns, limits, no_times
 from llmnb.cuda.cublas import no_cublas
 from llmnb.cuda.launch import empty, simulated, to_device, to_host
 from llmnb.cuda.ptx import compile_kernel, no_compiler
@@ -276,7 +276,7 @@ def contest(layers=(), sizes=GPT2_124M, counted=None, bar=iter):
     Derived in chapter 20.
     """
     ladders = [ladder_named(x) for x in layers] or [*LADDERS]
-    why = no_gpu()
+    why = no_times()
     clock = None if why else Clock()
     result = {"gpu": {"unmeasured": why}, "limits": {"unmeasured": why}}
     if clock:

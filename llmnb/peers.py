@@ -146,11 +146,11 @@ def _cuda_contestant(spec):
     from itertools import count
 
     from llmnb.config import GPT2Config
-    from llmnb.cuda.clock import no_gpu
+    from llmnb.cuda.clock import no_times
     from llmnb.gpt2 import GPT2
 
-    if no_gpu():
-        raise NotImplementedError(no_gpu())
+    if no_times():
+        raise NotImplementedError(no_times())
     from numba import cuda as real
 
     cfg = GPT2Config(**spec["model"])

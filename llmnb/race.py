@@ -317,9 +317,9 @@ def no_device(backend):
     """
     if backend != "cuda":
         return ""
-    from llmnb.cuda.clock import no_gpu
+    from llmnb.cuda.clock import no_times
 
-    return no_gpu()
+    return no_times()
 
 
 # start a contestant

@@ -371,11 +371,11 @@ def _cuda_contestant(spec):
     from itertools import count
 
     from llmnb.config import GPT2Config
-    from llmnb.cuda.clock import no_gpu
+    from llmnb.cuda.clock import no_times
     from llmnb.gpt2 import GPT2
 
-    if no_gpu():
-        raise NotImplementedError(no_gpu())
+    if no_times():
+        raise NotImplementedError(no_times())
     from numba import cuda as real
 
     cfg = GPT2Config(**spec["model"])
@@ -1003,9 +1003,9 @@ def no_device(backend):
     """
     if backend != "cuda":
         return ""
-    from llmnb.cuda.clock import no_gpu
+    from llmnb.cuda.clock import no_times
 
-    return no_gpu()
+    return no_times()
 
 
 # %% start a contestant tags=["exporti"] module="race"
@@ -1879,7 +1879,7 @@ def limits(clock):
 
 
 # %% which GPU tags=["export"] module="cuda.clock"
-def no_gpu():
+def no_times():
     """Why nothing can be timed on a GPU here; empty where it can.
 
     Derived in chapter 20.
@@ -2599,7 +2599,7 @@ from statistics import median
 
 import numpy as np
 
-from llmnb.cuda.clock import Clock, gpu_facts, in_turns, limits, no_gpu
+from llmnb.cuda.clock import Clock, gpu_facts, in_turns, limits, no_times
 from llmnb.cuda.cublas import no_cublas
 from llmnb.cuda.launch import empty, simulated, to_device, to_host
 from llmnb.cuda.ptx import compile_kernel, no_compiler
@@ -2849,7 +2849,7 @@ def contest(layers=(), sizes=GPT2_124M, counted=None, bar=iter):
     Derived in chapter 20.
     """
     ladders = [ladder_named(x) for x in layers] or [*LADDERS]
-    why = no_gpu()
+    why = no_times()
     clock = None if why else Clock()
     result = {"gpu": {"unmeasured": why}, "limits": {"unmeasured": why}}
     if clock:

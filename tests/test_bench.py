@@ -579,7 +579,7 @@ def no_gpu(monkeypatch):
     """A machine without a GPU, whatever this one has."""
     from llmnb.cuda import clock
 
-    monkeypatch.setattr(clock, "no_gpu", lambda: "no GPU: says the test")
+    monkeypatch.setattr(clock, "no_times", lambda: "no GPU: says the test")
     monkeypatch.setattr(race, "_start", None)  # no process is started
     return "no GPU: says the test"
 
@@ -637,7 +637,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(OnGpu, "log", log)
     monkeypatch.setattr(numba, "cuda", real, raising=False)
     monkeypatch.setitem(sys.modules, "numba.cuda", real)
-    monkeypatch.setattr(clock, "no_gpu", lambda: "")
+    monkeypatch.setattr(clock, "no_times", lambda: "")
     monkeypatch.setattr(clock, "Clock", lambda: "clock")
     monkeypatch.setattr(clock, "limits", lambda clock: {"fma_peak": 9.0})
     monkeypatch.setattr(peers, "_our_facts", lambda backend: {"for": backend})

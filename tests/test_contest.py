@@ -215,7 +215,7 @@ def test_torch_takes_turns(monkeypatch):
 def result():
     with pytest.MonkeyPatch.context() as patch:
         why = "no GPU: this test says so"
-        patch.setattr(module, "no_gpu", lambda: why)
+        patch.setattr(module, "no_times", lambda: why)
         names = ["gelu_forward", "residual_forward"]
         return contest(names, counted=TINY)
 
@@ -370,7 +370,7 @@ def test_versions_take_turns(gpu):
 def test_the_contest_on_a_gpu_that_is_made_up(monkeypatch):
     """All that follows the clock: which rows are timed, and their shares."""
     right = ladder_named("gelu_forward")
-    monkeypatch.setattr(module, "no_gpu", lambda: "")
+    monkeypatch.setattr(module, "no_times", lambda: "")
     monkeypatch.setattr(module, "Clock", lambda: "clock")
     monkeypatch.setattr(module, "gpu_facts", lambda: {"name": "Nothing 1"})
     most = {"fma_peak": 1e12, "copy_bytes": 1e9}
@@ -499,4 +499,4 @@ def test_the_gpu_file_names_every_version():
 
 
 def test_this_machine():
-    assert clock.no_gpu() == (f"no GPU: {missing()}" if missing() else "")
+    assert clock.no_times() == (f"no GPU: {missing()}" if missing() else "")

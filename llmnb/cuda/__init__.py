@@ -27,7 +27,7 @@ from llmnb.cuda.clock import (
     gpu_facts,
     in_turns,
     limits,
-    no_gpu,
+    no_times,
 )
 from llmnb.cuda.crossentropy import (
     CROSSENTROPY_BACKWARD,
@@ -230,7 +230,7 @@ __all__ = [
     "no_compiler",
     "no_cublas",
     "no_gpu",
-    "no_gpu",
+    "no_times",
     "norm_apply",
     "numbered",
     "products",

@@ -11,7 +11,7 @@ __all__ = [
     "gpu_facts",
     "in_turns",
     "limits",
-    "no_gpu",
+    "no_times",
 ]
 
 
@@ -165,7 +165,7 @@ def limits(clock):
 
 
 # which GPU
-def no_gpu():
+def no_times():
     """Why nothing can be timed on a GPU here; empty where it can.
 
     Derived in chapter 20.
