@@ -1162,6 +1162,8 @@ def _bench_writers(args):
             "--write has a model and a rival of its own, and no picture: "
             "leave out --config, --against and --plot"
         )
+    if args.backend != "cpu" or args.kernels is not None:
+        raise ValueError("--write times the backend cpu alone")
     how = {"threads": args.threads, "python": args.torch_python}
     result = bench_writers(GPT2Config(), rounds=args.steps, **how)
     result = {"command": _command(sys.argv[1:]), **result}

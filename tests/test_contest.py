@@ -14,6 +14,7 @@ import pytest
 
 import llmnb.cuda
 from llmnb import contest as module
+from llmnb.cli import main
 from llmnb.contest import (
     compiled,
     contest,
@@ -459,6 +460,41 @@ def test_the_page_with_times(results_page, result):
     assert "| 4.0 | 25% |" in text and "| 1.0 | 100% |" in text
     names = [name for name, _, _ in results_page.figures(found)]
     assert names == ["results-gpu-ladders.png"]
+
+
+# the command
+
+
+def test_the_command(monkeypatch, capsys, tmp_path):
+    """llmnb bench --kernels: the whole way, without a GPU."""
+    why = "no GPU: this test says so"
+    for place in (module, clock):
+        monkeypatch.setattr(place, "no_times", lambda: why)
+    path = tmp_path / "gpu.json"
+    asked = ["bench", "--backend", "cuda", "--kernels", "crossentropy_forward"]
+    monkeypatch.setattr(sys, "argv", ["llmnb", *asked])
+    assert not main([*asked, "--json", str(path)])
+    text = capsys.readouterr().out
+    assert "crossentropy_forward" in text and why in text
+    found = json.loads(path.read_text("utf-8"))
+    assert found["configs"] == [] and "losses" not in found
+    assert [x["layer"] for x in found["ladders"]] == ["crossentropy_forward"]
+    assert found["gpu"] == {"unmeasured": why}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--kernels"], "--kernels needs a GPU: add --backend cuda"),
+        (["--backend", "cuda", "--kernels", "gelo"], "no layer 'gelo'"),
+        (["--backend", "cuda", "--write"], "--write times the backend cpu"),
+    ],
+)
+def test_commands_that_cannot_be(words, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["bench", *words])
+    assert end.value.code == 1
+    assert message in capsys.readouterr().err
 
 
 # what is committed
