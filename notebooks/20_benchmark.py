@@ -1763,7 +1763,8 @@ total = to_host(block).sum(dtype=np.float64)
 compare("sweep", to_host(sums).sum(dtype=np.float64), total, tol=1e-4)
 errors = to_host(chain) / want.sum(1)
 compare("multiply-add", errors, np.ones(64), tol=1e-5)
-print(f"{seen.sectors} sectors for {3 * 640 * 4 // 32 + 3 * 8} of the least")
+least = (3 * 640 + 3 * 64) * 4 // 32
+print(f"{seen.sectors} sectors moved; the least are {least}")
 
 # %% [markdown]
 # `Clock` puts the events around what it is given. It asks how long the host
