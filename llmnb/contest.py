@@ -104,10 +104,10 @@ SEEN = (
 def count(ladder, version, sizes=None):
     """Simulate a version under watch, and compare what it leaves.
 
-    sizes: None for the ladder's own. Returns two things: a dict with the sizes, the least bytes, the number
-    of launches, the counts of `SEEN` and, where the result is not that of
-    the reference, wrong; and the launches, as `Seen` holds them. An error
-    of the watch is raised.
+    sizes: None for the ladder's own. Returns two things: a dict with the
+    sizes, the least bytes, the number of launches, the counts of `SEEN` and,
+    where the result is not that of the reference, wrong; and the launches,
+    as `Seen` holds them. An error of the watch is raised.
 
     Derived in chapter 20.
     """

@@ -88,13 +88,13 @@ class Ladder(NamedTuple):
     where the bytes are what takes the time. moved: a function of the
     arguments, the least bytes; None for each array once or twice. work: a
     function of the module of llmnb.cuda, Sizes and a version, the floats of
-    scratch memory. reference: in place of the function of that name. checked: at
-    most how many rows of the batch are compared with the reference.
-    tolerance: of that, relative to the largest element of a result. named:
-    the tuple of versions, where it does not bear the layer's name. library:
-    returns what NVIDIA's library is called with, by name, to be timed where
-    it can be. counted: the sizes that the simulator counts at; its kernels
-    are those of large sizes.
+    scratch memory. reference: in place of the function of that name.
+    checked: at most how many rows of the batch are compared with the
+    reference. tolerance: of that, relative to the largest element of a
+    result. named: the tuple of versions, where it does not bear the layer's
+    name. library: returns the calls of NVIDIA's library, by name, which are
+    timed where it starts. counted: the sizes that the simulator counts at,
+    large enough for the kernels that large sizes get.
 
     Derived in chapter 20.
     """
@@ -627,7 +627,8 @@ LADDERS = (
     Ladder("crossentropy", "softmax_forward", _softmax_forward, ("probs",),
            torch=_torch_softmax, checked=1, counted=LONG_ROWS),
     Ladder("crossentropy", "softmax_backward", _softmax_backward,
-           changes=("dlogits",), torch=_torch_softmax_back, checked=1, counted=LONG_ROWS),
+           changes=("dlogits",), torch=_torch_softmax_back, checked=1,
+           counted=LONG_ROWS),
     Ladder("crossentropy", "crossentropy_forward", _surprise_forward,
            ("losses",), checked=1, counted=LONG_ROWS,
            moved=lambda a: a.targets.nbytes + 2 * a.losses.nbytes),

@@ -350,19 +350,20 @@ def ladder_row(row, speed):
 
 LADDERS = """\
 **Every version of every layer.** What is known of each kernel without a GPU
-stands here. The simulator counts at a small size, {sizes}, or what stands
-above a table: *moved* is the
-bytes of all sectors over the least bytes that the layer must move (more than
-1 where elements are read again, and caches may help then), *requests* are
-the warps' accesses. The compiler says how many *registers* a thread takes
+stands here, counted and compiled on {date} at commit {commit}. The simulator
+counts at a small size, {sizes}, or what stands above a table. *Moved* is the
+bytes of all sectors over the least bytes that the layer must move: more than
+1 where elements are read again, and caches may help then; atomic additions
+are not counted, so a version that uses them may seem to move less. *Requests*
+are the warps' accesses. The compiler says how many *registers* a thread takes
 and how many bytes of *shared* memory a block, for compute capability 8.0 (an
-A100), and after a semicolon for 9.0 (an H100) where that differs; a plus
-stands between the kernels of a version that launches several. *Vectors*
-counts the instructions that move 16 bytes, *spilled* the bytes of registers
-that did not fit. Each version was compared with the reference in the
-simulator. *Time* is the median on the GPU, at the sizes of GPT-2 124M in
-batches of 16 times 1024, with a cold L2; *share* compares it with the GPU's
-own limit.
+A100), and after a semicolon for 9.0 (an H100, where the system takes 1,024
+of them) where that differs; a plus stands between the kernels of a version
+that launches several. *Vectors* counts the instructions that move 16 bytes,
+*spilled* the bytes of registers that did not fit. Each version was compared
+with the reference in the simulator. *Time* is the median on the GPU, at the
+sizes of GPT-2 124M in batches of 16 times 1024, with a cold L2; *share*
+compares it with the GPU's own limit.
 """
 
 
@@ -373,7 +374,8 @@ def sizes_of(ladder):
 
 def ladders_section(stem, result):
     sizes = sizes_of(result["ladders"][0])
-    yield from (LADDERS.format(sizes=sizes), "")
+    facts = {k: result[k] for k in ("date", "commit")}
+    yield LADDERS.format(sizes=sizes, **facts)
     fast = {(x["layer"], x["version"]): x for x in speeds(result)}
     head = ["moved", "requests", "registers", "shared", "vectors", "spilled"]
     for found in result["ladders"]:
@@ -390,7 +392,7 @@ def ladders_section(stem, result):
                 time = f"{peer['seconds'] * 1e6:,.1f}", f"{peer['share']:.0%}"
                 title = name({"name": who})
                 rows.append([title, *[""] * (len(head) + 1), *time])
-        title = [f"`{layer}`", "launches", *head, "time, us", "share"]
+        title = [f"`{layer}`", "launches", *head, "time, µs", "share"]
         yield from (*table(title, rows), "")
     if any(speeds(result)):
         alt = "Bars: the share of its limit that each version reaches"
