@@ -72,13 +72,9 @@ class DeviceArray:
     """
 
     def __init__(self, array):
-        self._array = array
-        self.shape, self.dtype, self.ndim = (
-            array.shape,
-            array.dtype,
-            array.ndim,
-        )
-        self.size, self.nbytes = array.size, array.nbytes
+        self._array, self.shape, self.ndim = array, array.shape, array.ndim
+        self.dtype, self.size = array.dtype, array.size
+        self.nbytes = array.nbytes
 
     def __len__(self):
         return self.shape[0]
