@@ -680,7 +680,7 @@ except BarrierError as error:
 # The lanes of a warp can hand each other a register without any memory. In a
 # *shuffle* each lane offers a value and receives that of the lane it names.
 # For us that is a barrier for 32, at which everybody leaves a value. All must
-# call the same function: lanes that shuffle and lanes that vote do not meet.
+# call the same function: lanes that call different ones never meet.
 
 # %% exchange in a warp tags=["exporti"]
 FULL = 0xFFFFFFFF  # a mask that names all lanes
@@ -1697,12 +1697,12 @@ def _kinds(args):
 
 # %% a launch tags=["export"] module="cuda.launch"
 class Kernel:
-    """A function that every thread of a grid runs: kernel[grid, block](...).
+    """A function that every thread of a grid runs.
 
-    On a device's arrays it runs there, in the current stream; on those of
-    the simulated GPU it is simulated. A call returns nothing. Raises
-    TypeError for a number that is no int and no NumPy number: a Python float
-    would be computed with in float64.
+    `kernel[grid, block](arguments)` launches it: on a device's arrays it runs
+    there, in the current stream; on those of the simulated GPU it is
+    simulated. A call returns nothing. Raises TypeError for a Python float,
+    which would be computed with in float64.
 
     Derived in chapter 4.
     """
@@ -1743,7 +1743,7 @@ class Kernel:
 
 # %% decorators tags=["export"] module="cuda.launch"
 def kernel(function=None, **options):
-    """Make a Kernel of a function, to be launched as kernel[grid, block](...).
+    """Make a Kernel of a function.
 
     options: numba's `launch_bounds`, the largest number of threads a block
     will have; `fastmath`, on unless False: a product and a sum become one
@@ -2148,9 +2148,9 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 4.2. The owners of an output with four places and eight channels.
-# Left: a thread for each element. Right: a thread for four channels, a
-# quarter of the threads. In both, neighbours in a row belong to neighbours
+# *Figure 4.2. The owners of an output with four places and eight channels,
+# a colour for each place. Left: a thread for each element. Right: a thread
+# for four channels, a quarter of the threads. In both, neighbours in a row belong to neighbours
 # in a warp, or to one thread, so no byte of a sector is left unused.*
 #
 # ### Version 1: a thread an element
