@@ -30,37 +30,39 @@ gpt2_diagram(lit="encoder")
 # *GPU*, is built to have very many things under way. It runs one short
 # function, a *kernel*, in thousands of *threads*, each of which does its
 # small part of an array; while some wait for memory, others compute. The
-# layers of GPT-2 are made for that: a million output elements, each
-# computed by the same few lines.
+# layers of GPT-2 suit it: a million output elements, each computed by the
+# same few lines.
 #
-# Such a program is easy to get wrong. Two threads that write one number
-# leave the sum of one of them, and they do so on some days only. So we
-# first build an instrument: a GPU simulated in Python, which runs the very
-# functions that a real one will run, anywhere, and which raises an error
-# when a result would depend on who comes first. It also counts what
-# decides the speed of a kernel. With it we write the encoder. At the end
-# you can
+# Such a program is easy to get wrong. Two threads that add to one number
+# may lose one of the two additions, on some days only. So we first build an
+# instrument: a GPU simulated in Python, which runs the very functions that
+# a real one will run, and which raises an error when a result would depend
+# on who comes first. It also counts what a kernel asks of the memory. With
+# it we write the encoder. At the end you can
 #
-# - say which element a thread owns, from its place in block and grid;
-# - name the memories of a GPU and count what a warp asks of them;
-# - find a race, say what orders two accesses, and put a barrier where one
-#   is missing;
-# - say how a Python function is simulated, and how it becomes machine code;
+# - say which element a thread owns, from its place among the threads;
+# - name the memories of a GPU and count what is asked of them;
+# - find two accesses that nothing orders, a *race*, and put a barrier where
+#   one is missing;
+# - say how a Python function is simulated, and read the machine code that
+#   it becomes;
 # - write the encoder's backward pass in threads, without a race and with a
 #   sum in a fixed order.
 #
 # You need the encoder and numba from [chapter 3](03_encoder.ipynb).
 #
-# No GPU has run this book's code yet. Its kernels run on the simulator,
-# and they are compiled for two generations of NVIDIA's GPUs, which needs
-# none of them. What we state about speed is therefore counted, never timed:
-# bytes, requests, barriers.
+# No GPU has run this book's code yet. Its kernels run on the simulator, and
+# they are compiled for two generations of NVIDIA's GPUs, which needs none of
+# them. So what we say of their cost is counted, never timed. Figures of the
+# hardware come from NVIDIA's data sheets and its
+# [CUDA C++ Programming Guide](https://docs.nvidia.com/cuda/cuda-c-programming-guide/).
 
 # %% [markdown]
 # ## Setup
 
 # %% setup
 import re
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 
@@ -73,7 +75,6 @@ import functools
 import sys
 import threading
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -106,11 +107,10 @@ print(y)
 
 # %% [markdown]
 # This loop *is* a simulator of a GPU, if a poor one. It lets one thread
-# finish before the next begins, and a GPU runs them at the same time. As
-# long as each thread touches elements of its own, nobody can tell the
-# difference. Threads become interesting when they exchange something. Let
-# each thread of a block put a number on a common board, and then read what
-# the thread after it has put there:
+# finish before the next begins, and a GPU runs them at the same time. While
+# each thread touches elements of its own, nobody can tell the difference.
+# Now let each thread of a block put a number on a common board, and then
+# read what the thread after it has put there:
 
 
 # %% threads that exchange
@@ -127,13 +127,12 @@ print(out)
 # %% [markdown]
 # Three threads have read the board before the next one wrote to it.
 # The function needs a *barrier* between its two lines: a place where each
-# thread waits until all have come. No loop over threads that runs each of
-# them to its end can do that. A simulator must be able to stop a thread in
-# the middle of a function, run another, and come back.
+# thread waits until all have come. So a simulator must be able to stop a
+# thread in the middle of a function, run another, and come back.
 #
 # ## Threads, blocks and the grid
 #
-# A launch of a kernel names two sizes: how many blocks there are, the
+# A *launch* of a kernel names two sizes: how many blocks there are, the
 # *grid*, and how many threads each block has, at most 1024. Both may have
 # up to three dimensions, x, y and z, for the convenience of those who work
 # on matrices. In one dimension, thread $t$ of block $b$ with blocks of $D$
@@ -141,11 +140,11 @@ print(out)
 #
 # $$ i = b D + t \tag{4.1} $$
 #
-# in the grid. The blocks are the unit in which work is handed out. A GPU
-# has many *multiprocessors* (132 in an H100); each takes up blocks as it
-# has room for them and keeps a block until its last thread has ended. In
-# what order blocks run, and which run at the same time, is nobody's to
-# know. A program whose result depends on it is wrong.
+# in the grid. A GPU has many *multiprocessors* (108 in an A100, 132 in an
+# H100); each takes up blocks as it has room for them and keeps a block until
+# its last thread has ended. In what order blocks run, and which run at the
+# same time, is nobody's to know. A program whose result depends on it is
+# wrong.
 
 
 # %% where a thread stands tags=["exporti"]
@@ -157,6 +156,17 @@ class _Three(NamedTuple):
 
 def _three(size):
     return _Three(*(size if isinstance(size, tuple) else (size,)))
+
+
+def _check_sizes(grid, block):
+    """Raise for a launch that a GPU would refuse."""
+    if not 0 < block.x * block.y * block.z <= 1024 or block.z > 64:
+        raise ValueError(f"a block has 1 to 1024 threads, got {tuple(block)}")
+    if min(grid) < 1 or max(grid.y, grid.z) > 65535:
+        raise ValueError(
+            "a grid has 1 block or more, and at most 65535 in y and z, "
+            f"got {tuple(grid)}"
+        )
 
 
 @functools.cache
@@ -181,14 +191,13 @@ print([tuple(t) for t in _threads(_Three(3, 2))])
 # ## A fiber for each thread
 #
 # To stop a function in the middle, Python offers three things. A
-# *generator* stops at `yield`, but only there: a kernel would have to say
-# `yield` at each barrier, a function that it calls could not stop at all,
-# and numba does not compile such a kernel. A *thread* of the operating
-# system can stop anywhere, and a block of 256 would need 256 of them, which
-# the system wakes and stops. A *fiber* is a stack of its own, with a call,
-# `switch`, that leaves this stack and goes on with another. It is as light
-# as a generator and stops in any depth of calls. The package greenlet
-# provides it. Two fibers and the main program take turns:
+# *generator* stops at `yield`, but only there, and numba would not compile
+# such a kernel for a GPU. A *thread* of the operating system stops anywhere,
+# and a block of 256 would need 256 of them, which the system wakes and
+# stops. A *fiber* is a stack of its own, with a call, `switch`, that leaves
+# this stack and goes on with another, in any depth of calls and without the
+# system. The package greenlet provides it. Two fibers and the main program
+# take turns:
 
 # %% two fibers
 from greenlet import greenlet
@@ -211,9 +220,6 @@ print(said)
 # A barrier is a switch, then: a thread that comes to it leaves its stack,
 # and goes on when somebody switches back. That is the whole idea of the
 # simulator. The rest is bookkeeping.
-#
-# To make a new fiber takes longer than to run a short kernel in it, so we
-# use them again. Those that have nothing to do rest in a list.
 
 
 # %% fibers tags=["exporti"]
@@ -229,15 +235,6 @@ def _greenlet():
     return greenlet
 
 
-class _Rest(threading.local):
-    """Fibers that wait for work; a fiber belongs to one thread of Python."""
-
-    def __init__(self):
-        self.fibers = []
-
-
-_rest = _Rest()
-
 # %% [markdown]
 # A thread, its warp and its block know what barriers need to know: who has
 # arrived. The block has a *clock*, which ticks whenever a barrier opens;
@@ -250,7 +247,7 @@ WARP = 32  # threads that a processor moves together
 class _Warp:
     def __init__(self):
         self.arrived, self.values, self.shown = [], [None] * WARP, None
-        self.since = 0
+        self.since, self.kind = 0, None
 
 
 class _Lane:
@@ -277,16 +274,26 @@ class _Block:
         ]
         self.todo, self.ended = iter(self.lanes), 0
         self.arrived, self.ready = [], []
-        self.clock = self.since = 0
+        self.clock = self.since = self.bytes = 0
 
 
 # %% [markdown]
 # One thread runs at a time. `_now` says which, and an object `cuda`, of
-# which more soon, tells the kernel where it stands.
+# which more soon, tells the kernel where it stands. `seen` will hold what
+# we count and check; until somebody asks for that it is None. To make a
+# fiber takes longer than to run a short kernel in it, so those that have
+# nothing to do rest in a list, to be used again.
+
 
 # %% the thread that runs tags=["exporti"]
-# the lane that runs, and what watches it
-_now = SimpleNamespace(lane=None, seen=None)
+class _Now(threading.local):
+    """What runs: each thread of Python may simulate a GPU of its own."""
+
+    def __init__(self):
+        self.lane, self.seen, self.resting = None, None, []
+
+
+_now = _Now()
 
 
 def _enter(lane):
@@ -314,9 +321,9 @@ def _serve(block, lane):
             lane.fiber = me
             _enter(lane)
             block.body()
-            block.ended += 1
+            lane.fiber, block.ended = None, block.ended + 1
             lane = next(block.todo, None)
-        _rest.fibers.append(me)
+        _now.resting.append(me)
         block = None  # nothing of it may be kept while we rest
         block, lane = me.parent.switch()
 
@@ -324,9 +331,9 @@ def _serve(block, lane):
 def _fiber():
     """A fiber to switch to, with (block, lane)."""
     greenlet = _greenlet()
-    if not _rest.fibers:
+    if not _now.resting:
         return greenlet(_serve)
-    fiber = _rest.fibers.pop()
+    fiber = _now.resting.pop()
     fiber.parent = greenlet.getcurrent()
     return fiber
 
@@ -335,22 +342,28 @@ def _fiber():
 # So a block runs in rounds. In the first, each thread runs to its first
 # barrier. In each later round those run on whose barrier has opened, in
 # the order of their numbers. If none can, and some have not ended, the
-# block stands still.
+# block stands still. A fiber that stands somewhere refers to itself, and
+# Python never frees it; so after an error we end those that are left.
 
 
 # %% run a block tags=["exporti"]
 def _run_block(block):
     """Run every lane to its next barrier, in turns, until all are done."""
     _enter_block(block)
-    for lane in block.todo:
-        _fiber().switch(block, lane)
-    while block.ended < len(block.lanes):
-        ready, block.ready = block.ready, []
-        if not ready:
-            raise BarrierError(_stuck(block))
-        for lane in ready:
-            _enter(lane)
-            lane.fiber.switch()
+    try:
+        for lane in block.todo:
+            _fiber().switch(block, lane)
+        while block.ended < len(block.lanes):
+            ready, block.ready = block.ready, []
+            if not ready:
+                raise BarrierError(_stuck(block))
+            for lane in ready:
+                _enter(lane)
+                lane.fiber.switch()
+    finally:
+        for lane in block.lanes:  # those that an error left standing
+            if lane.fiber is not None and not lane.fiber.dead:
+                lane.fiber.throw()
 
 
 # %% [markdown]
@@ -365,13 +378,15 @@ def simulate(function, grid, block, args):
 
     grid, block: blocks in the grid and threads in a block, an int or a
     tuple of up to three. args: NumPy arrays, which the kernel may write,
-    and NumPy or Python numbers. Raises BarrierError, and whatever the
-    function raises, with the thread that raised it.
+    and NumPy or Python numbers. Raises ValueError for sizes that a GPU
+    refuses, BarrierError, and whatever the function raises, with the thread
+    that raised it.
 
     Derived in chapter 4.
     """
     _greenlet()  # or say at once that it is missing
     grid, shape, seen = _three(grid), _three(block), _now.seen
+    _check_sizes(grid, shape)
     if seen is not None:
         args = _watched(function, args, seen)
     body = functools.partial(function, *args)
@@ -401,7 +416,7 @@ def simulate(function, grid, block, args):
 
 
 # %% where am I tags=["exporti"]
-class _Places:
+class _Places(threading.local):
     """What a kernel asks `cuda` about the thread that runs it."""
 
     # threadIdx, blockIdx, blockDim, gridDim are set when a thread goes on
@@ -435,9 +450,10 @@ simulate(add_one, 2, 4, (out, inp, 7))
 compare("add one", out, inp + 1, tol=1e-7)
 
 # %% [markdown]
-# The number 1 is written `np.float32(1)`. numba would compute with a plain
-# `1.0` in float64, of which a GPU does few in the time of many float32.
-# Chapter 3 met the same trap.
+# The number 1 is written `np.float32(1)`: with a plain `1.0` numba would
+# compute in float64, the trap of chapter 3. An A100 does 9.7 instead of 19.5
+# million million such operations a second, an H100 34 instead of 67, and
+# GPUs made for games far fewer.
 #
 # ## Memories
 #
@@ -445,21 +461,23 @@ compare("add one", out, inp + 1, tol=1e-7)
 # |---|---|---|---|
 # | registers | one thread | 255 numbers a thread, 65,536 a multiprocessor | variables |
 # | local | one thread | in registers if small and indexed by constants | `cuda.local.array` |
-# | shared | one block | 227 KB a multiprocessor | `cuda.shared.array` |
+# | shared | one block | 48 KB a block | `cuda.shared.array` |
 # | global | all | 80 GB | arguments of the kernel |
 #
-# A variable lives in a register, which costs no time to reach. Global
-# memory lies outside the chip, and a thread that reads it waits for
-# hundreds of cycles; a GPU hides that by running other warps, as long as
-# there are others. How many warps a multiprocessor holds, against the 64
-# that it could, is the *occupancy*: 65,536 registers for 2048 threads are
-# 32 for each, and a kernel that uses more runs with fewer warps at hand.
+# A variable lives in a register. Global memory lies outside the chip, and a
+# thread that reads it waits; a GPU hides that by running other warps, as
+# long as there are others. How many warps a multiprocessor holds, against
+# the 64 that it could, is the *occupancy*: 65,536 registers for 2048 threads
+# are 32 for each, and a kernel that uses more runs with fewer warps at hand.
 # *Shared* memory is the block's board. It lies on the chip and ends with
 # the block.
 #
-# Memory that nobody has written to holds what was left there. A test would
-# like it to hold zeros, and then fails to see that a kernel forgot to write
-# them. Ours holds NaN, or a number that no sum survives.
+# Memory that nobody has written to holds what was left there. Were it zero
+# here, a test would not see that a kernel forgot to write. Ours holds NaN,
+# or a number that no sum survives. And an array of float32 in shared memory
+# begins at some multiple of 4 bytes, and of no more if the kernel does not
+# ask for more. That will matter, and so the simulator places such an array
+# badly on purpose.
 
 
 # %% poison tags=["exporti"]
@@ -471,22 +489,10 @@ def _poison(shape, dtype):
     return np.full(shape, bad, dtype)
 
 
-@functools.cache
-def _instruction(code, last):
-    """Where the instruction begins that a frame's f_lasti points into.
-
-    Python moves f_lasti past an instruction's cache once it has specialised
-    the instruction: the same access would count as two.
-    """
-    begins = (x.offset for x in dis.get_instructions(code))
-    return id(code), max(x for x in begins if x <= last)
-
-
 def _placed(array, alignment):
     """A copy at a multiple of `alignment` bytes, at most 128.
 
-    None: at a multiple of the elements' size and of nothing more, which is
-    all that numba promises of shared memory.
+    None: at a multiple of the elements' size and of nothing more.
     """
     block = np.empty(array.nbytes + 256, np.uint8)
     skip = -block.ctypes.data % 128 + (0 if alignment else array.itemsize)
@@ -502,7 +508,22 @@ def _placed(array, alignment):
 # instruction at which the calling frame stands.
 
 
+# %% a place in the code tags=["exporti"]
+@functools.cache
+def _instruction(code, last):
+    """Where the instruction begins that a frame's f_lasti points into.
+
+    Python moves f_lasti past an instruction's cache once it has specialised
+    the instruction: the same access would count as two.
+    """
+    begins = (x.offset for x in dis.get_instructions(code))
+    return id(code), max(x for x in begins if x <= last)
+
+
 # %% shared and local memory tags=["exporti"]
+SHARED = 48 * 1024  # bytes that a block may have without asking for more
+
+
 class _Shared:
     """cuda.shared: one array for each place in the code that asks.
 
@@ -511,11 +532,15 @@ class _Shared:
 
     def array(self, shape, dtype, alignment=None):
         block, frame = _now.lane.block, sys._getframe(1)
-        key = _instruction(frame.f_code, frame.f_lasti)
+        place = _instruction(frame.f_code, frame.f_lasti)
+        key = place, shape, dtype  # a factory's functions share their code
         if key not in block.shared:
             memory = _placed(_poison(shape, dtype), alignment)
+            block.bytes += memory.nbytes
+            if block.bytes > SHARED:
+                raise MemoryError(f"a block has {SHARED} bytes to share")
             if block.seen is not None:
-                log = _Log() if block.seen.races else None
+                log = _Log(memory.itemsize) if block.seen.races else None
                 memory = _Watched(memory, "shared", log, shared=True)
             block.shared[key] = memory
         return block.shared[key]
@@ -529,10 +554,6 @@ class _Local:
 
 
 # %% [markdown]
-# An array of float32 begins at some multiple of 4 bytes, and of no more if
-# the kernel does not ask for more. That will matter for vectors, and so the
-# simulator places such an array badly on purpose.
-#
 # ## Barriers
 #
 # A thread that comes to a barrier joins those that have arrived. The last
@@ -558,9 +579,10 @@ def _wait(group, size, orders=True):
 
 
 # %% [markdown]
-# What if some threads never come? On a GPU the block waits for ever, or
-# goes on with whatever is there: the language calls it undefined. Here, no
-# thread is ready, and we can say who waits where.
+# What if some threads never come? On a GPU the block waits for ever, unless
+# they have ended: NVIDIA's newer GPUs count those as arrived. Here, no
+# thread is ready, and we can say who waits where. That is stricter, and a
+# kernel that passes is right on older ones too.
 
 
 # %% a barrier that is never complete tags=["export"]
@@ -582,23 +604,24 @@ def _stuck(block):
     )
 
 
+# %% [markdown]
+# A different kind of help is an *atomic* addition: it reads a number, adds
+# to it and writes it back with nobody in between. It needs no barrier, and
+# it promises no order. (`_Watched` is an array that checks its accesses; it
+# comes with the races.)
+
+
 # %% atomics tags=["exporti"]
 class _Atomic:
     """cuda.atomic: read, change and write with nobody in between."""
 
     def add(self, array, index, value):
-        return self._change(array, index, lambda old: old + value)
-
-    def max(self, array, index, value):
-        return self._change(array, index, lambda old: max(old, value))
-
-    def _change(self, array, index, function):
         if isinstance(array, _Watched):
             _now.seen.atomics += 1
             array.note(array.place(index), array.itemsize, ATOMIC)
             array = array.array
         old = array[index]
-        array[index] = function(old)
+        array[index] = old + value
         return old
 
 
@@ -635,7 +658,7 @@ simulate(reverse, 2, 64, (out, inp))
 compare("reverse", out.reshape(2, 64), inp.reshape(2, 64)[:, ::-1], tol=1e-7)
 
 # %% [markdown]
-# And a kernel in which eight threads go home early:
+# A kernel in which eight threads go home early is refused:
 
 
 # %% a barrier that some never reach
@@ -652,22 +675,18 @@ except BarrierError as error:
     print(error, *error.__notes__, sep="\n")
 
 # %% [markdown]
-# The atomics above stand for a different kind of help. `cuda.atomic.add`
-# reads a number, adds to it and writes it back with nobody in between. On a
-# GPU that is one instruction of the memory. It needs no barrier, and it
-# promises no order.
-#
 # ## Warps talk among themselves
 #
 # The lanes of a warp can hand each other a register without any memory. In a
 # *shuffle* each lane offers a value and receives that of the lane it names.
-# For us that is a barrier for 32, at which everybody leaves a value.
+# For us that is a barrier for 32, at which everybody leaves a value. All must
+# call the same function: lanes that call different ones never meet.
 
 # %% exchange in a warp tags=["exporti"]
 FULL = 0xFFFFFFFF  # a mask that names all lanes
 
 
-def _exchange(mask, value, orders=False):
+def _exchange(kind, mask, value, orders=False):
     """Hand in a value; return those of all 32 lanes and one's own place."""
     lane = _now.lane
     if mask != FULL or len(lane.block.lanes) % WARP:
@@ -678,7 +697,9 @@ def _exchange(mask, value, orders=False):
     if _now.seen is not None:
         _now.seen.exchanges += 1
     warp, place = lane.warp, lane.number % WARP
-    warp.values[place] = value
+    if warp.arrived and warp.kind != kind:
+        raise BarrierError(f"lanes of a warp call {warp.kind} and {kind}")
+    warp.kind, warp.values[place] = kind, value
     if len(warp.arrived) == WARP - 1:  # the last one: all values are there
         warp.shown, warp.values = warp.values, [None] * WARP
     _wait(warp, WARP, orders)
@@ -690,35 +711,26 @@ class _Cuda(_Barriers):
     """What kernels know as `cuda`, answered for the lane that runs."""
 
     def syncwarp(self, mask=FULL):
-        _exchange(mask, None, orders=True)
+        _exchange("syncwarp", mask, None, orders=True)
 
     def shfl_sync(self, mask, value, source):
-        return _exchange(mask, value)[0][source % WARP]
+        return _exchange("shfl", mask, value)[0][source % WARP]
 
     def shfl_xor_sync(self, mask, value, bits):
-        values, lane = _exchange(mask, value)
+        values, lane = _exchange("shfl_xor", mask, value)
         return values[lane ^ bits]
 
     def shfl_down_sync(self, mask, value, delta):
-        values, lane = _exchange(mask, value)
+        values, lane = _exchange("shfl_down", mask, value)
         return values[lane + delta] if lane + delta < WARP else value
 
     def shfl_up_sync(self, mask, value, delta):
-        values, lane = _exchange(mask, value)
+        values, lane = _exchange("shfl_up", mask, value)
         return values[lane - delta] if lane >= delta else value
 
     def ballot_sync(self, mask, predicate):
-        values, _ = _exchange(mask, bool(predicate))
+        values, _ = _exchange("ballot", mask, bool(predicate))
         return sum(1 << i for i, v in enumerate(values) if v)
-
-    def any_sync(self, mask, predicate):
-        return any(_exchange(mask, bool(predicate))[0])
-
-    def all_sync(self, mask, predicate):
-        return all(_exchange(mask, bool(predicate))[0])
-
-    def fma(self, a, b, c):
-        return type(a)(np.float64(a) * np.float64(b) + np.float64(c))
 
 
 # %% the object tags=["export"]
@@ -745,9 +757,8 @@ simulate(butterfly, 1, 32, (out, inp))
 print(set(out.tolist()), inp.sum())
 
 # %% [markdown]
-# A *vote* answers a question about all lanes: does it hold for any, for
-# all, for which? The last is `ballot_sync`, a number with a bit for each
-# lane.
+# A *vote* says for which lanes something holds: `ballot_sync` returns a
+# number with a bit for each lane.
 
 
 # %% a vote
@@ -764,9 +775,8 @@ print(f"{votes[0]:032b}")
 # %% [markdown]
 # ## Races
 #
-# Our simulator runs one thread at a time, in order, and so the reversal
-# above without its barrier would give some definite wrong answer. A worse
-# kernel gives the right one: here, by luck of the order. We need a
+# Our simulator runs one thread at a time, in order. A kernel that lacks a
+# barrier may give the right answer here, by luck of that order. We need a
 # definition that does not depend on luck.
 #
 # Two accesses of one element form a *race* if two different threads make
@@ -779,11 +789,9 @@ print(f"{votes[0]:032b}")
 #
 # Nothing orders the threads of two blocks of a launch. One launch is over
 # before the next one begins. And a shuffle orders nothing in *memory*: it
-# exchanges registers, and CUDA promises no more. A kernel that writes a
-# board, shuffles and reads the board happens to work in many a simulator;
-# ours calls it a race.
+# exchanges registers, and NVIDIA's guide promises no more. A kernel that
+# writes a board, shuffles and reads the board has a race.
 #
-# This can be decided while the simulation runs, whatever order it runs in.
 # With each access we keep the thread and the time on the block's clock. An
 # access is over, as seen from another thread, if a barrier that both had
 # to join has opened since:
@@ -803,24 +811,29 @@ def _ordered(before, lane):
 
 
 # %% [markdown]
-# To keep all accesses of all elements would take much memory, and it
-# is not needed. Of the writes, the last one stands for all: if that is
-# ordered before us, so are those before it, or the race was reported then.
-# Of the reads since, two are enough: the newest one, and one by a thread
-# as far away from it as there is, in another warp or block if possible. A
+# Not all accesses must be kept. Of the writes, the last one stands for all:
+# if that is ordered before us, so are those before it, or the race was
+# reported then. Of the reads since, two are enough: the newest one, and one
+# that is not ordered before it, in another warp or block if possible. A
 # later write that is ordered after both of them is ordered after all. The
 # same holds for the atomics.
+#
+# Two arrays may be views of the same bytes, of elements of different sizes.
+# So accesses are kept by address, in steps of the smallest element.
 
 
 # %% what was touched tags=["exporti"]
-class _Log:
-    """By address: the last write, and the reads and atomics since.
+READ, WRITE, ATOMIC = range(3)  # kinds of access
 
-    Of these, two are kept that stand for all.
+
+class _Log:
+    """By kind and address: the accesses that stand for all so far.
+
+    step: bytes of the smallest element of the arrays that share this log.
     """
 
-    def __init__(self):
-        self.write, self.reads, self.atomics = {}, {}, {}
+    def __init__(self, step):
+        self.kept, self.step = ({}, {}, {}), step
 
 
 def _keep(kept, now):
@@ -839,52 +852,34 @@ def _keep(kept, now):
 # Now each kind of access has its rivals. A read clashes with writes and
 # atomics, an atomic with writes and reads, and a write with everything.
 
-# %% kinds of access tags=["exporti"]
-READ, WRITE, ATOMIC = range(3)
+# %% who clashes with whom tags=["exporti"]
+_RIVALS = (WRITE, ATOMIC), (READ, WRITE, ATOMIC), (READ, WRITE)
 
 
-# %% a read tags=["exporti"]
-def _read(log, address, now):
-    """An earlier access that nothing orders before this read, or None."""
-    before = log.write.get(address)
-    if before is not None and not _ordered(before, now[0]):
-        return before
-    for before in log.atomics.get(address, ()) if log.atomics else ():
-        if not _ordered(before, now[0]):
-            return before
-    log.reads[address] = _keep(log.reads.get(address, ()), now)
+def _clash(log, address, access, now):
+    """An earlier access that nothing orders before this one, or None."""
+    for kind in _RIVALS[access]:
+        for before in log.kept[kind].get(address, ()):
+            if not _ordered(before, now[0]):
+                return before
+    kept = log.kept[access]
+    if access == WRITE:  # after which the others do not matter
+        for others in log.kept:
+            others.pop(address, None)
+        kept[address] = (now,)
+    else:
+        kept[address] = _keep(kept.get(address, ()), now)
     return None
 
 
-# %% a write or an atomic tags=["exporti"]
-def _write(log, address, now):
-    """The same before this write, after which the others do not matter."""
-    before = log.write.get(address)
-    if before is not None and not _ordered(before, now[0]):
-        return before
-    for before in log.reads.pop(address, ()):
-        if not _ordered(before, now[0]):
-            return before
-    for before in log.atomics.pop(address, ()):
-        if not _ordered(before, now[0]):
-            return before
-    log.write[address] = now
-    return None
-
-
-def _atomic(log, address, now):
-    """The same before this atomic."""
-    before = log.write.get(address)
-    if before is not None and not _ordered(before, now[0]):
-        return before
-    for before in log.reads.get(address, ()):
-        if not _ordered(before, now[0]):
-            return before
-    log.atomics[address] = _keep(log.atomics.get(address, ()), now)
-    return None
-
-
-_CLASHES = _read, _write, _atomic  # in the order of READ, WRITE, ATOMIC
+# %% two threads write, by hand
+block, log = SimpleNamespace(clock=0, since=0), _Log(4)
+a, b = (_Lane(None, n, block, _Warp()) for n in range(2))
+for lane in (a, b):
+    before = _clash(log, 0, WRITE, (lane, block.clock))
+    print("fine" if before is None else f"clashes with {before[0].number}")
+block.clock = block.since = 1  # a barrier of the block opens
+print(_clash(log, 0, WRITE, (b, block.clock)))
 
 
 # %% who meets whom tags=["exporti"]
@@ -908,16 +903,17 @@ class RaceError(RuntimeError):
 
 
 # %% [markdown]
-# Who calls these functions? Under watch, a kernel does not get its arrays
+# Who calls these functions? Under *watch*, a kernel does not get its arrays
 # but stand-ins that look like arrays. Each access passes through
 # `__getitem__` or `__setitem__`, and there we first check that the element
-# exists. Python's arrays allow the index -1, and a GPU's memory has
-# something at every address, someone else's.
+# exists: a GPU's memory has something at every address, someone else's. An
+# index of -1 would mean the last element, in numba as in Python. No kernel
+# of ours intends that, so it is refused too.
 
 
 # %% an array that knows its bounds tags=["exporti"]
 class _Bounded:
-    """An array that raises where it has no element.
+    """An array that raises where it has no element; it has no slices.
 
     log: what was touched, by address, or None where races may pass.
     """
@@ -927,7 +923,7 @@ class _Bounded:
         self.shape, self.ndim, self.size = array.shape, array.ndim, array.size
         self.dtype, self.start = array.dtype, array.ctypes.data
         self.itemsize, self.strides = array.itemsize, array.strides
-        self.shared = shared
+        self.shared, self.flat = shared, array.flags.c_contiguous
 
     def __len__(self):
         return self.shape[0]
@@ -937,15 +933,16 @@ class _Bounded:
         if self.ndim == 1 and 0 <= index < self.size:
             return self.start + int(index) * self.strides[0]
         index = index if type(index) is tuple else (index,)
-        address = self.start
-        for i, n, stride in zip(index, self.shape, self.strides, strict=True):
-            if not 0 <= i < n:
-                raise IndexError(
-                    f"{self.name}[{', '.join(map(str, index))}] lies outside "
-                    f"its shape {self.shape}"
-                )
-            address += int(i) * stride
-        return address
+        inside = len(index) == self.ndim and all(
+            0 <= i < n for i, n in zip(index, self.shape, strict=True)
+        )
+        if not inside:
+            raise IndexError(
+                f"{self.name}[{', '.join(map(str, index))}] is no element of "
+                f"its shape {self.shape}"
+            )
+        pairs = zip(index, self.strides, strict=True)
+        return self.start + sum(int(i) * stride for i, stride in pairs)
 
     def place4(self, i):
         """The address of four elements from i on."""
@@ -954,17 +951,17 @@ class _Bounded:
                 f"{self.name}: elements {i} to {i + 3} of {self.size}"
             )
         address = self.start + int(i) * self.itemsize
-        if address % 16:
+        if address % 16 or not self.flat:
             raise ValueError(
-                f"{self.name}: element {i} is not at a multiple of 16 bytes"
+                f"{self.name}: element {i} is not at a multiple of 16 bytes "
+                "of an array without gaps"
             )
         return address
 
 
 # %% [markdown]
 # The stand-in then notes the access in its lane, at which instruction of
-# the code it was and which address, and looks for a race. Four-byte words
-# are looked at one by one, since an access may have 16 bytes.
+# the code it was and which address, and looks for a race.
 
 
 # %% an array under watch tags=["exporti"]
@@ -991,18 +988,20 @@ class _Watched(_Bounded):
             lane.trace.setdefault(site, []).append(address)
         if self.log is None:
             return
-        now, size = (lane, lane.block.clock), self.itemsize
-        for word in range(address, address + nbytes, size):
-            before = _CLASHES[access](self.log, word, now)
+        now, step = (lane, lane.block.clock), self.log.step
+        for at in range(address - address % step, address + nbytes, step):
+            before = _clash(self.log, at, access, now)
             if before is not None:
-                element = (word - self.start) // size
+                element = (max(at, address) - self.start) // self.itemsize
                 raise RaceError(_clashing(self.name, element, before, access))
 
 
 # %% arguments under watch tags=["exporti"]
 def _watched(function, args, seen):
     """The arguments of a kernel, the arrays of them under watch."""
-    names, log = function.__code__.co_varnames, _Log()
+    names = function.__code__.co_varnames
+    sizes = [a.itemsize for a in args if isinstance(a, np.ndarray)]
+    log = _Log(min(sizes, default=1))
     return [
         _Watched(a, name, log if seen.races else None)
         if isinstance(a, np.ndarray)
@@ -1020,10 +1019,10 @@ def _watched(function, args, seen):
 # lanes want 32 numbers that lie next to each other, that is 128 bytes or
 # four sectors, and every byte that moves is wanted: the access is
 # *coalesced*. If they want one number each from 32 different rows of a
-# matrix, 32 sectors move, 1024 bytes, for the same 128.
+# matrix, 32 sectors move, 1024 bytes, for the same 128. Which of them a
+# cache holds already we do not count.
 #
-# So we count, for each request of a warp, the distinct sectors it touches.
-# The requests are reconstructed from the notes of the lanes: the $n$th time
+# We reconstruct the requests from the notes of the lanes: the $n$th time
 # that a lane came to an instruction belongs with the $n$th time of the
 # other lanes of its warp.
 
@@ -1066,7 +1065,7 @@ def _passes(table, nbytes):
     """Passes that requests of warps take in shared memory.
 
     Its 32 banks give one word of four bytes each in a pass; a request for
-    16 bytes a lane is served eight lanes at a time.
+    16 bytes a lane counts as four of eight lanes, 32 words each.
     """
     wide = max(nbytes // 4, 1)
     words = table.reshape(-1, WARP // wide, 1) // 4
@@ -1078,10 +1077,12 @@ def _passes(table, nbytes):
     return int(counts.reshape(-1, WARP).max(axis=1).sum())
 
 
+# %% lanes that want one word, neighbours, every second word, a column
+for stride in (0, 1, 2, 32):
+    print(stride, _passes(4 * stride * np.arange(32)[None], 4))
+
 # %% [markdown]
-# A `Seen` holds the counts, and names the places in the code. One detail of
-# Python shows up here: where a frame stands may be told by the instruction
-# or by the cache behind it, and `_instruction` above makes them one.
+# A `Seen` holds the counts, and `watch` makes one.
 
 
 # %% what was seen tags=["export"]
@@ -1119,10 +1120,10 @@ class Seen:
     def add_block(self, block):
         """Count what the lanes of a block have noted, warp by warp."""
         self.threads += len(block.lanes)
-        sites = {site: None for lane in block.lanes for site in lane.trace}
-        for site in sites:
+        traces = [lane.trace for lane in block.lanes]
+        for site in dict.fromkeys(site for trace in traces for site in trace):
             nbytes, access, shared = site[0]
-            table = _requests([x.trace.get(site, ()) for x in block.lanes])
+            table = _requests([trace.get(site, ()) for trace in traces])
             if shared:
                 self.shared_requests += len(table)
                 self.shared_passes += _passes(table, nbytes)
@@ -1136,6 +1137,8 @@ class Seen:
             else:
                 self.writes += accesses
                 self.written_bytes += accesses * nbytes
+        for trace in traces:
+            trace.clear()  # the lanes live on in the log
 
 
 # %% watch tags=["export"]
@@ -1235,18 +1238,16 @@ for width in (32, 33):
     print(width, seen.shared_requests, "requests,", seen.shared_passes)
 
 # %% [markdown]
-# With rows of 32 a column lies in one bank, and the warp passes 32 times
-# for each request. One unused number at the end of each row moves the next
-# row to the next bank, and the conflict is gone.
+# With rows of 32 a column lies in one bank, and each request takes 32
+# passes. One unused number at the end of each row moves the next row to the
+# next bank, and the conflict is gone.
 #
 # ### Four numbers at once
 #
 # A lane may also ask for 16 bytes in one instruction, four numbers that lie
 # together at a multiple of 16. The sectors are the same, since the bytes
-# are, but the warp makes a quarter of the requests, and fewer
-# instructions stand between the memory and the arithmetic. numba does not
-# do this by itself, so we have `load4` and `store4`. In the simulator they
-# are four accesses with one note.
+# are, but the warp makes a quarter of the requests. numba does not do this
+# by itself, so we have `load4` and `store4`.
 
 
 # %% vectors of four tags=["export"]
@@ -1304,18 +1305,14 @@ for body, blocks in ((copy1, 8), (copy4, 2)):
 #
 # numba has a simulator of CUDA too. It takes effect when an environment
 # variable is set before numba is imported, and then numba's compiler for
-# GPUs is gone for that process. We want both in one process: to simulate a
-# kernel and to compile it and read its registers in the same test. It has
-# no shuffles, votes or `syncwarp` (numba-cuda 0.30), of which the better half
-# of our kernels consists. It does not look for races, and it counts
-# nothing. And it runs each thread of a block in a thread of the operating
-# system: on the two cores where this was written, with other programs
-# running, 3,400 threads a second of a kernel that adds two arrays, and
-# 1,000 of one like the reversal; ours 180,000 and 32,000.
+# GPUs is gone for that process; we simulate a kernel and compile it in one
+# test. It has no shuffles, votes or `syncwarp` (numba-cuda 0.30), does not
+# look for races and counts nothing.
 #
-# Ours has limits as well. It is no proof of a kernel for all inputs: it
-# judges the accesses of one run. It knows full warps alone. And it knows
-# nothing of time.
+# Ours has limits as well. It judges the accesses of one run, and is no proof
+# for all inputs. It watches single elements of global and shared arrays, not
+# slices, nor a thread's local arrays. It knows whole warps alone, no fences,
+# and nothing of time.
 
 # %% [markdown]
 # ## One kernel, two machines
@@ -1364,11 +1361,11 @@ def missing():
 print(missing() or "a GPU")
 
 # %% [markdown]
-# A GPU has a memory of its own, and arrays must be copied there. numba's
-# arrays on a device know their shape and can be copied back, cut and
-# reshaped; they cannot compute. A simulated device should offer the same and
-# no more, or else a program would run on the simulator and fail on the
-# GPU. So a `DeviceArray` hides a NumPy array.
+# A GPU, the *device*, has a memory of its own, and arrays must be copied
+# there from Python's, the *host*. numba's arrays on a device know their
+# shape and can be copied back, cut and reshaped; they cannot compute. A
+# simulated device should offer no more, or else a program would run on the
+# simulator and fail on the GPU. So a `DeviceArray` hides a NumPy array.
 
 # %% arrays on the device tags=["export"] module="cuda.launch"
 ALIGN = 256  # bytes: every allocation on a GPU begins at a multiple
@@ -1384,13 +1381,9 @@ class DeviceArray:
     """
 
     def __init__(self, array):
-        self._array = array
-        self.shape, self.dtype, self.ndim = (
-            array.shape,
-            array.dtype,
-            array.ndim,
-        )
-        self.size, self.nbytes = array.size, array.nbytes
+        self._array, self.shape, self.ndim = array, array.shape, array.ndim
+        self.dtype, self.size = array.dtype, array.size
+        self.nbytes = array.nbytes
 
     def __len__(self):
         return self.shape[0]
@@ -1424,10 +1417,6 @@ class DeviceArray:
     def copy_to_device(self, ary, stream=0):
         """Overwrite the elements with those of `ary`."""
         self._array[...] = np.asarray(ary)
-
-
-# %% [markdown]
-# Its memory begins at a multiple of 256 bytes, as a GPU's allocations do.
 
 
 # %% to the device and back tags=["export"] module="cuda.launch"
@@ -1567,16 +1556,15 @@ def numbered(versions, version, name):
 # %% [markdown]
 # ### The same function, compiled
 #
-# A kernel names `cuda`, `load4` and `store4`, and finds them among the
-# globals of its module: the simulator's. numba must find its own `cuda`
-# there. It compiles a function by looking up its global names in a
-# dictionary that the function carries. So we make a second function of
-# the same code with another dictionary, in which three names are exchanged.
+# A kernel finds `cuda`, `load4` and `store4` among the globals of its
+# module: the simulator's. numba looks up global names in a dictionary that
+# the function carries. So we make a second function of the same code with
+# another dictionary, in which the three are numba's own.
 #
-# Two of them, vectors of four, numba does not have. Its *intrinsics* let us
-# write them in LLVM's language, as chapter 3 did for its team of threads:
-# point to the element, call it a pointer to four floats, and load, with the
-# promise that the address is a multiple of 16.
+# Vectors of four numba does not have. Its *intrinsics* let us write them in
+# LLVM's language, as chapter 3 did for its team of threads: point to the
+# element, call it a pointer to four floats, and load, with the promise that
+# the address is a multiple of 16.
 
 
 # %% where four numbers begin tags=["exporti"] module="cuda.launch"
@@ -1709,12 +1697,12 @@ def _kinds(args):
 
 # %% a launch tags=["export"] module="cuda.launch"
 class Kernel:
-    """A function that every thread of a grid runs: kernel[grid, block](...).
+    """A function that every thread of a grid runs.
 
-    On a device's arrays it runs there, in the current stream; on those of
-    the simulated GPU it is simulated. A call returns nothing. Raises
-    TypeError for a number that is no int and no NumPy number: a Python float
-    would be computed with in float64.
+    `kernel[grid, block](arguments)` launches it: on a device's arrays it runs
+    there, in the current stream; on those of the simulated GPU it is
+    simulated. A call returns nothing. Raises TypeError for a Python float,
+    which would be computed with in float64.
 
     Derived in chapter 4.
     """
@@ -1758,7 +1746,7 @@ class Kernel:
 
 # %% decorators tags=["export"] module="cuda.launch"
 def kernel(function=None, **options):
-    """Make a Kernel of a function, to be launched as kernel[grid, block](...).
+    """Make a Kernel of a function.
 
     options: numba's `launch_bounds`, the largest number of threads a block
     will have; `fastmath`, on unless False: a product and a sum become one
@@ -1823,11 +1811,10 @@ except TypeError as error:
 #
 # numba translates a kernel to *PTX*, an assembly language for a GPU that
 # does not exist, and NVIDIA's assembler turns that into the machine code
-# of one that does. Neither needs a GPU. That gives us a second instrument:
-# from the text of the PTX and the words of the assembler we learn how many
-# registers a thread takes, whether some of them had to be *spilled* to
-# memory, whether anything computes in float64, and whether our vectors are
-# vectors.
+# of one that does. Neither needs a GPU. From the PTX and the words of the
+# assembler we learn how many registers a thread takes, whether some of them
+# had to be *spilled* to memory, whether anything computes in float64, and
+# whether our vectors are vectors.
 
 # %% imports of the compiler tags=["export"] module="cuda.ptx"
 import importlib.util
@@ -1957,9 +1944,8 @@ def _assemble(ptx, cc):
 
 
 # %% [markdown]
-# Here is `add_one` for an H100. (Your copy may be without numba-cuda, which
-# is not to be had for macOS, for one; then the cell says so, and the text
-# below has the lines.)
+# Here is `add_one` for an H100. (Where numba-cuda is not to be had, as on
+# macOS, the cell says so, and the text below has the lines.)
 
 # %% the PTX of a small kernel tags=["nbval-ignore-output"]
 kinds = ("float32", 1), ("float32", 1), ("int64", 0)
@@ -1983,19 +1969,16 @@ else:
 # | `add.s64 %rd1, %rd8, %rd7` | plus $t$: the place $i$ |
 # | `setp.ge.s64 %p1, %rd1, %rd6` | is $i \ge n$? |
 # | `@%p1 bra $L__BB0_2` | those lanes go to the end |
-# | `shr.s64 %rd10, %rd1, 63` | all ones if $i$ is negative, else zero |
-# | `and.b64 %rd11, %rd10, %rd5` | ... the length of the array, then, or 0 |
-# | `add.s64 %rd12, %rd11, %rd1` | so that index -1 is the last element, as in Python |
+# | `shr.s64`, `and.b64`, `add.s64` | add the array's length to a negative $i$, as Python does |
 # | `shl.b64 %rd13, %rd12, 2` | times four bytes |
 # | `ld.global.f32 %f1, [%rd14]` | read `inp[i]` |
 # | `add.ftz.f32 %f2, %f1, 0f3F800000` | add 1, whose bits are 3F800000 |
 # | `st.global.f32 [%rd19], %f2` | write `out[i]` |
 #
-# One load, one addition, one store, and ten instructions to find the place:
-# that is the price of a thread for each element, and one reason to give a
-# thread four of them. And Python's rule for negative indices costs three
-# instructions for each access. `load4` has no such rule; it takes the place
-# as it is.
+# One load, one addition, one store, and the rest finds the place: that is
+# the price of a thread for each element, and one reason to give a thread
+# four of them. And Python's rule for negative indices costs three
+# instructions for each access. `load4` has no such rule.
 
 # %% vectors are vectors tags=["nbval-ignore-output"]
 kinds = ("float32", 1), ("float32", 1)
@@ -2050,8 +2033,8 @@ def warp_max(value):
 # A block adds in two storeys. Each warp adds its own numbers, and its first
 # lane puts the sum on a board; after a barrier, every thread adds up the
 # few numbers on the board, in the same order, so all get the same bits. The
-# second barrier is for the caller: it may use the board again at once, and
-# someone may still be reading it.
+# second barrier lets the caller use the board again at once: nobody is
+# still reading it.
 
 
 # %% sums in a block tags=["export"] module="cuda.warp"
@@ -2122,12 +2105,9 @@ print(
 #
 # The forward pass reads a row of `wte` and a row of `wpe` for each place and
 # writes their sum. It has one addition for twelve bytes: memory decides.
-# There is nothing to share and nothing to wait for, so each output element
-# gets a thread. We must only see to it that neighbours in memory belong to
-# neighbours in a warp.
-#
-# From the foundation we take the package's copy, and a picture: who owns
-# which element.
+# There is nothing to share and nothing to wait for. We must only see to it
+# that neighbours in memory belong to neighbours in a warp. A picture shows
+# who owns which element.
 
 # %% the foundation, from the package
 from llmnb.cuda import RaceError, empty, simulated, to_device, to_host, watch
@@ -2171,9 +2151,9 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 4.2. The owners of an output with four places and eight channels.
-# Left: a thread for each element. Right: a thread for four channels, a
-# quarter of the threads. In both, neighbours in a row belong to neighbours
+# *Figure 4.2. The owners of an output with four places and eight channels,
+# a colour for each place. Left: a thread for each element. Right: a thread
+# for four channels, a quarter of the threads. In both, neighbours in a row belong to neighbours
 # in a warp, or to one thread, so no byte of a sector is left unused.*
 #
 # ### Version 1: a thread an element
@@ -2221,12 +2201,12 @@ def _thread_an_element(out, inp, wte, wpe, T):
 # %% [markdown]
 # ### Version 2: a thread four channels
 #
-# What bounds version 1 is not the bytes, of which it moves hardly more than
-# it must, but that each warp makes four requests for 128 bytes of output:
-# for the token, for both rows and for the result. With four channels a
-# thread it makes four for 512 bytes, and finds its place once in place of
-# four times. A row must begin at a multiple of 16 bytes, so $C$ must be a
-# multiple of 4. GPT-2's are; other sizes run as version 1.
+# Version 1 moves hardly more bytes than it must, but each warp makes four
+# requests for 128 bytes of output: for the token, for both rows and for the
+# result. With four channels a thread it makes four for 512 bytes, and finds
+# its place once in place of four times. A row must begin at a multiple of
+# 16 bytes, so $C$ must be a multiple of 4. GPT-2's are; other sizes run as
+# version 1.
 
 
 # %% forward, a thread four channels tags=["exporti"] module="cuda.encoder"
@@ -2342,9 +2322,8 @@ for version in (1, 2):
 # ## The encoder's backward pass
 #
 # Backward adds each row of `dout` to the row of `dwte` that its token names.
-# Turned round from the forward pass, it would give each element of `dout`
-# a thread, which adds it where it belongs. We know from chapter 3 that
-# repeated tokens are the trap; now see it with threads.
+# The forward pass turned round gives each element of `dout` a thread, which
+# adds it where it belongs. Repeated tokens are the trap, as in chapter 3:
 
 
 # %% version 0: a thread an element, wrong
@@ -2357,7 +2336,7 @@ def scatter(dwte, dout, inp):
         dwte[inp[n], c] += dout[n, c]
 
 
-def scattered(body, watched=True):
+def scattered(body):
     dwte = simulated(np.zeros((4, 8), np.float32))
     tokens = simulated(np.array([2, 0, 2, 2], np.int32))
     rows = simulated(np.ones((4, 8), np.float32))
@@ -2374,12 +2353,11 @@ except RaceError as error:
     print(error)
 
 # %% [markdown]
-# The first line is right: token 2 stands in three places. It is right
-# because the simulator runs one thread after the other, and each finds the
-# sum that the one before it has left. The `+=` is three steps: read, add,
-# write. A real warp takes each step with all its lanes before it takes the
-# next. We can make the simulator keep step as well, with a barrier of the
-# warp between reading and writing:
+# The first line is right, token 2 stands in three places, because the
+# simulator runs one thread after the other, and each finds the sum that the
+# one before it has left. The `+=` is three steps: read, add, write. A real
+# warp takes each step with all its lanes. We can make the simulator keep
+# step as well, with a barrier of the warp between reading and writing:
 
 
 # %% version 0 in step
@@ -2396,12 +2374,11 @@ print(scattered(scatter_in_step))
 
 # %% [markdown]
 # All three have read 0, and token 2 counts once. The watch had said so when
-# the sum was still right: that is what a definition is good for.
+# the sum was still right.
 #
 # ### Version 1: atomics
 #
-# An atomic addition cannot be torn apart. The kernel below is correct, and
-# watch has nothing to say.
+# An atomic addition cannot be torn apart, and watch has nothing to say.
 
 
 # %% backward, atomics tags=["exporti"] module="cuda.encoder"
@@ -2423,34 +2400,20 @@ def _atomics(dwte, dwpe, dout, inp, T):
 
 # %% [markdown]
 # But in which order does the memory add? In that in which the requests
-# arrive, which depends on what the multiprocessors are doing. The order of
-# a sum of float32 changes its last bits:
-
-# %% the same numbers, two orders
-numbers = rng.normal(size=1000).astype(np.float32)
-there = {}
-for name, order in (("forth", numbers), ("back", numbers[::-1])):
-    total = np.float32(0)
-    for number in order:
-        total += number
-    there[name] = total
-verdict("two orders", there["forth"] != there["back"], "differ in their bits")
-
-# %% [markdown]
-# The simulator always adds in the order of the threads, so it cannot show
-# this. On a GPU two runs of one training would part after the first step.
-# This book has promised runs that can be repeated and resumed to the last
-# bit, so version 1 is a rung to stand on and not our choice.
+# arrive, and the order of a sum of float32 changes its last bits (chapter
+# 3). The simulator adds in the order of the threads and cannot show it; on a
+# GPU two runs of one training would part after the first step. This book
+# has promised runs that repeat to the last bit, so version 1 is a rung to
+# stand on and not our choice.
 #
 # ### Version 2: a block a place
 #
-# Chapter 3 asked who may own a row of `dwte` so that nobody else adds to
-# it. Let each *place* of the text have a block of threads, one thread for
-# each channel. A block looks whether its token stands at an earlier place.
-# If so, it ends: an earlier block will do the work. If not, it is the
-# first, and it walks through the rest of the text, adds up the rows of its
-# token in the order of the text, and writes the sum. Each row of `dwte` has
-# one block, the order is fixed, and nobody sorts anything.
+# Who may own a row of `dwte`, so that nobody else adds to it? Let each
+# *place* of the text have a block of threads, one thread for each channel. A
+# block looks whether its token stands at an earlier place. If so, it ends:
+# an earlier block will do the work. If not, it is the first, and it walks
+# through the rest of the text, adds up the rows of its token in the order of
+# the text, and writes the sum.
 
 # %% owners in the backward pass
 text = "cacbca"
@@ -2532,9 +2495,7 @@ def _where(inp, first, begin, end, token):
 
 # %% [markdown]
 # The rows are read as vectors of four. The lanes beyond the last channel
-# must come along to the votes, and touch no row. (A first draft let them
-# read the last vector in place of none. Watch called it a race: the owner
-# of that vector was writing it.)
+# must come along to the votes, and touch no row.
 
 
 # %% four channels a thread tags=["exporti"] module="cuda.encoder"
@@ -2624,9 +2585,8 @@ for C in (5, 8):
         compare(f"{name}, dwpe", to_host(dwpe), want[1], tol=1e-5)
 
 # %% [markdown]
-# The fixed order is the order of the text, and that is the order of the
-# CPU's one thread. Then even the bits must agree, at least where the
-# additions are simulated:
+# The order of the text is also that of the CPU's one thread. Then even the
+# bits must agree, at least where the additions are simulated:
 
 # %% the same bits as on the CPU
 from llmnb.cpu import encoder as cpu_encoder
@@ -2674,10 +2634,9 @@ print(f"requests for tokens, at worst  {places**2 * warps // 32 / 1e6:6.1f} M")
 print(f"the same, one token at a time  {places**2 * C // 32 / 1e6:6.1f} M")
 
 # %% [markdown]
-# The tokens of a batch are 16 KB, which stay in the cache of every
-# multiprocessor, so hardly any of those bytes come from global memory. But
-# they are asked for, and the number grows with the square of the batch.
-# For batches ten times as large a sort would pay.
+# The tokens of a batch are 16 KB, small enough for a cache, so few of those
+# bytes should come from global memory. But they are asked for, and the
+# number grows with the square of the batch. For much larger batches, sort.
 
 # %% [markdown]
 # ## See it
@@ -2710,7 +2669,7 @@ plt.show()
 #   32 bytes move. In shared memory they should read different banks.
 # - Only a barrier that both have joined orders two threads of a block.
 #   Blocks are not ordered at all. Two accesses that nothing orders, one of
-#   them a write, are a race, whatever the sum looks like today.
+#   them a write, are a race, even where the result is right.
 # - A fiber for each thread makes a simulator that stops at barriers, and an
 #   array that answers `__getitem__` itself makes one that sees races.
 # - A sum whose every element has one owner needs no atomics, and has the
@@ -2719,16 +2678,16 @@ plt.show()
 # %% [markdown]
 # ## Design note
 #
-# llm.c, whose GPU code this book follows in its aims, sorts the tokens on
-# the CPU into buckets and hands each bucket to a warp. That reads each token
-# once, and keeps the CPU between the passes of the GPU. We search on the
-# GPU, which costs more reading and needs no host: the launches of a training
-# step can be recorded once as a whole, a *CUDA graph*, and be started with
-# one call.
+# llm.c sorts the tokens on the CPU into buckets, one for each token and
+# some of the channels, and gives each bucket a block. That reads each token
+# once, and puts the CPU between the passes of the GPU. We search on the GPU,
+# which costs more reading and needs no host: the launches of a training step
+# can be recorded once as a whole, a *CUDA graph*, and be started with one
+# call.
 #
 # Races could also be found by running a kernel many times in random
 # orders and comparing the results. That finds only those that show, in the
-# orders it tried. The rule of what orders two accesses finds them in one run.
+# orders it tried.
 
 # %% [markdown]
 # ## Exercises
@@ -2825,9 +2784,9 @@ compare("block a token", to_host(there[1]), wte, tol=1e-5)
 # %% [markdown]
 # ## Further reading
 #
-# - [CUDA C++ Programming Guide](https://docs.nvidia.com/cuda/cuda-c-programming-guide/),
-#   NVIDIA: the chapters on the programming model and on warp functions, for
-#   what is promised and what is not.
+# - The CUDA C++ Programming Guide, linked at the start: the chapters on the
+#   programming model and on warp functions, for what is promised and what is
+#   not.
 # - [PTX ISA](https://docs.nvidia.com/cuda/parallel-thread-execution/), NVIDIA:
 #   the meaning of every line of the table above.
 # - Lamport (1978),

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -171,17 +172,71 @@ def test_shuffles(name):
 def test_votes():
     def vote(out):
         i = cuda.threadIdx.x
-        out[0, i] = cuda.ballot_sync(ALL, i % 3 == 0)
-        out[1, i] = cuda.any_sync(ALL, i == 40)
-        out[2, i] = cuda.all_sync(ALL, i >= 32)
+        out[i] = cuda.ballot_sync(ALL, i % 3 == 0)
 
-    out = ints(3, 64)
+    out = ints(64)
     simulate(vote, 1, 64, (out,))
     bits = [
         sum(1 << k for k in range(32) if (k + b) % 3 == 0) for b in (0, 32)
     ]
-    assert (out[0].reshape(2, 32) == np.array(bits)[:, None]).all()
-    assert (out[1:].reshape(2, 2, 32) == [[[0], [1]], [[0], [1]]]).all()
+    assert (out.reshape(2, 32) == np.array(bits)[:, None]).all()
+
+
+def test_lanes_that_call_different_functions_do_not_meet():
+    def torn(first, second):
+        first() if cuda.threadIdx.x < 16 else second()
+
+    def vote():
+        cuda.ballot_sync(ALL, True)
+
+    text = "lanes of a warp call shfl_xor and ballot"
+    with pytest.raises(BarrierError, match=text):
+        simulate(torn, 1, 32, (shuffle, vote))
+    with pytest.raises(BarrierError, match="syncwarp and shfl_xor"):
+        simulate(torn, 1, 32, (cuda.syncwarp, shuffle))
+    simulate(torn, 1, 32, (vote, vote))
+
+
+@pytest.mark.parametrize(
+    "grid, block",
+    [
+        (1, 1025),
+        (1, (32, 33)),
+        (1, (1, 1, 65)),
+        (1, 0),
+        (0, 32),
+        ((1, 65536), 1),
+        ((1, 1, 65536), 1),
+    ],
+)
+def test_sizes_that_a_gpu_refuses(grid, block):
+    with pytest.raises(ValueError, match="a block has|a grid has"):
+        simulate(lambda: None, grid, block, ())
+
+
+def test_shared_memory_has_an_end():
+    def share(n):
+        for _ in range(3):
+            cuda.shared.array(n, np.float32)  # one place, one array
+
+    simulate(share, 2, 2, (12288,))
+    with pytest.raises(MemoryError, match="49152 bytes"):
+        simulate(share, 1, 1, (12289,))
+
+
+def test_functions_of_a_factory_share_nothing():
+    def tile(n):
+        def array():
+            return cuda.shared.array(n, np.float32)
+
+        return array
+
+    def sizes(out, one, two):
+        out[0], out[1] = one().shape[0], two().shape[0]
+
+    out = ints(2)
+    simulate(sizes, 1, 1, (out, tile(3), tile(5)))
+    assert (out == (3, 5)).all()
 
 
 def test_a_mask_or_a_block_that_the_simulator_does_not_know():
@@ -218,16 +273,16 @@ def test_sums_and_maxima():
 
 
 def test_atomics():
-    def count(out, top, old):
+    def count(out, two, old):
         i = cuda.grid(1)
         old[i] = cuda.atomic.add(out, i % 3, np.float32(1))
-        cuda.atomic.max(top, (0, i % 2), i)
+        cuda.atomic.add(two, (0, i % 2), i)
 
-    out, top, old = floats(3), ints(1, 2), floats(64)
+    out, two, old = floats(3), ints(1, 2), floats(64)
     with watch() as seen:
-        simulate(count, 2, 32, (out, top, old))
+        simulate(count, 2, 32, (out, two, old))
     assert (out == (22, 21, 21)).all()
-    assert (top == (62, 63)).all()
+    assert (two == (992, 1024)).all()
     assert sorted(old[::3]) == list(range(22))
     assert seen.atomics == 128
 
@@ -281,11 +336,26 @@ def test_bounds_name_the_array_and_the_thread():
     def past(inp):
         return inp[cuda.threadIdx.y, cuda.grid(1)]
 
-    text = r"inp\[0, 5\] lies outside its shape \(2, 5\)"
+    text = r"inp\[0, 5\] is no element of its shape \(2, 5\)"
     with pytest.raises(IndexError, match=text) as error, watch():
         simulate(past, 3, (2, 2), (floats(2, 5),))
     note = "in past, thread (1, 0, 0) of block (2, 0, 0)"
     assert error.value.__notes__ == [note]
+
+
+def test_a_slice_is_refused_under_watch():
+    def row(inp):
+        inp[0]
+
+    text = r"inp\[0\] is no element of its shape \(2, 5\)"
+    with pytest.raises(IndexError, match=text), watch():
+        simulate(row, 1, 1, (floats(2, 5),))
+
+
+def test_a_vector_of_an_array_with_gaps():
+    inp = simulated(floats(8, 8))._array[:, :4]
+    with pytest.raises(ValueError, match="without gaps"), watch():
+        simulate(load4, 1, 1, (inp, 0))
 
 
 def test_a_vector_must_be_aligned_and_inside():
@@ -504,6 +574,63 @@ def test_arrays_that_share_memory_race():
     assert not races(copy, 1, 8, memory[1:], memory[1:])
 
 
+@pytest.mark.parametrize("small", [np.int8, np.int16, np.float64])
+def test_views_with_elements_of_other_sizes_race(small):
+    """Thread 0 writes a float; thread 1 reads some bytes of it, or not."""
+
+    def body(out, same, i):
+        if cuda.threadIdx.x == 0:
+            out[1] = 1
+        else:
+            same[i]
+
+    out = floats(4)
+    same = out.view(small)
+    for i in range(len(same)):
+        n = same.itemsize
+        overlap = i * n < 8 and (i + 1) * n > 4
+        assert races(body, 1, 2, out, same, i) is overlap, i
+        assert races(body, 1, 2, same, out, 0) is (n * 1 < 4), i
+
+
+def test_the_accesses_that_are_kept_stand_for_all():
+    """Random accesses and barriers, judged as if all were kept."""
+    from types import SimpleNamespace
+
+    from llmnb.cuda import simulator as s
+
+    rng = np.random.default_rng(0)
+    found = 0
+    for _ in range(3000):
+        log, all_of_them = s._Log(4), []
+        for block in (SimpleNamespace(clock=0, since=0) for _ in range(2)):
+            warps = [s._Warp() for _ in range(2)]
+            lanes = [s._Lane(0, n, block, warps[n // 2]) for n in range(4)]
+            for step in rng.integers(0, 12, 6):
+                group = [block, *warps][step % 3]
+                if step < 3:
+                    block.clock += 1
+                    group.since = block.clock
+                    continue
+                access = rng.choice(3, p=(0.7, 0.1, 0.2))
+                now = lanes[step % 4], block.clock
+                want = any(
+                    not (access == kind != s.WRITE)
+                    and not s._ordered(before, now[0])
+                    for before, kind in all_of_them
+                )
+                got = s._clash(log, 0, access, now) is not None
+                assert got is want
+                found += got
+                if got:
+                    break  # RaceError: nothing goes on
+                all_of_them.append((now, access))
+            else:
+                continue
+            break
+    assert 300 < found < 2900
+
+
 def test_a_vector_races_element_by_element():
     def body(out):
         i = cuda.threadIdx.x
@@ -681,16 +808,93 @@ def test_an_error_names_thread_and_block():
 
 
 def test_fibers_are_used_again():
-    from llmnb.cuda.simulator import _rest
+    from llmnb.cuda.simulator import _now
 
     def meet(out):
         cuda.syncthreads()
 
     simulate(meet, 3, 64, (floats(1),))
-    many = len(_rest.fibers)
+    many = len(_now.resting)
     assert many >= 64
     simulate(meet, 3, 64, (floats(1),))
-    assert len(_rest.fibers) == many
+    assert len(_now.resting) == many
+
+
+def test_fibers_of_a_failed_launch_go():
+    import gc
+
+    from greenlet import greenlet
+
+    def fails():
+        if cuda.threadIdx.x == 40:
+            raise ZeroDivisionError
+        cuda.syncthreads()
+
+    def alive():
+        gc.collect()
+        return sum(
+            isinstance(x, greenlet) and not x.dead for x in gc.get_objects()
+        )
+
+    def many():
+        for _ in range(5):
+            with pytest.raises(ZeroDivisionError):
+                simulate(fails, 1, 64, ())
+
+    many()
+    before = alive()
+    many()
+    assert alive() <= before
+
+
+def test_an_error_of_a_launch_within_a_thread():
+    def inside():
+        if cuda.threadIdx.x == 2:
+            raise ZeroDivisionError
+        cuda.syncthreads()
+
+    def outside(out):
+        try:
+            simulate(inside, 1, 4, ())
+        except ZeroDivisionError:
+            cuda.syncthreads()
+            out[cuda.grid(1)] = cuda.blockDim.x
+
+    out = ints(6)
+    simulate(outside, 2, 3, (out,))
+    assert (out == 3).all()
+
+
+def test_two_threads_of_python_at_the_same_time():
+    """Each sees its own places, and the races of its own launches."""
+    import threading
+
+    both, results = threading.Barrier(2), {}
+
+    def places(out):
+        for _ in range(20):
+            cuda.syncthreads()
+            i = cuda.grid(1)
+            time.sleep(0)  # let the other go on
+            out[i] += cuda.blockDim.x
+
+    def run(threads):
+        out = ints(2 * threads)
+        both.wait()
+        with watch() as seen:
+            for _ in range(4):
+                simulate(places, 2, threads, (out,))
+        results[threads] = out, seen
+
+    pair = [threading.Thread(target=run, args=(n,)) for n in (32, 48)]
+    for thread in pair:
+        thread.start()
+    for thread in pair:
+        thread.join()
+    for threads, (out, seen) in results.items():
+        assert (out == 80 * threads).all()
+        assert (seen.threads, seen.reads) == (8 * threads, 160 * threads)
+    assert len(results) == 2
 
 
 def test_other_threads_of_python_have_fibers_of_their_own():

@@ -72,13 +72,9 @@ class DeviceArray:
     """
 
     def __init__(self, array):
-        self._array = array
-        self.shape, self.dtype, self.ndim = (
-            array.shape,
-            array.dtype,
-            array.ndim,
-        )
-        self.size, self.nbytes = array.size, array.nbytes
+        self._array, self.shape, self.ndim = array, array.shape, array.ndim
+        self.dtype, self.size = array.dtype, array.size
+        self.nbytes = array.nbytes
 
     def __len__(self):
         return self.shape[0]
@@ -345,12 +341,12 @@ def _kinds(args):
 
 # a launch
 class Kernel:
-    """A function that every thread of a grid runs: kernel[grid, block](...).
+    """A function that every thread of a grid runs.
 
-    On a device's arrays it runs there, in the current stream; on those of
-    the simulated GPU it is simulated. A call returns nothing. Raises
-    TypeError for a number that is no int and no NumPy number: a Python float
-    would be computed with in float64.
+    `kernel[grid, block](arguments)` launches it: on a device's arrays it runs
+    there, in the current stream; on those of the simulated GPU it is
+    simulated. A call returns nothing. Raises TypeError for a Python float,
+    which would be computed with in float64.
 
     Derived in chapter 4.
     """
@@ -394,7 +390,7 @@ class Kernel:
 
 # decorators
 def kernel(function=None, **options):
-    """Make a Kernel of a function, to be launched as kernel[grid, block](...).
+    """Make a Kernel of a function.
 
     options: numba's `launch_bounds`, the largest number of threads a block
     will have; `fastmath`, on unless False: a product and a sum become one

@@ -25,7 +25,6 @@ import functools
 import sys
 import threading
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +39,17 @@ class _Three(NamedTuple):
 
 def _three(size):
     return _Three(*(size if isinstance(size, tuple) else (size,)))
+
+
+def _check_sizes(grid, block):
+    """Raise for a launch that a GPU would refuse."""
+    if not 0 < block.x * block.y * block.z <= 1024 or block.z > 64:
+        raise ValueError(f"a block has 1 to 1024 threads, got {tuple(block)}")
+    if min(grid) < 1 or max(grid.y, grid.z) > 65535:
+        raise ValueError(
+            "a grid has 1 block or more, and at most 65535 in y and z, "
+            f"got {tuple(grid)}"
+        )
 
 
 @functools.cache
@@ -62,16 +72,6 @@ def _greenlet():
     return greenlet
 
 
-class _Rest(threading.local):
-    """Fibers that wait for work; a fiber belongs to one thread of Python."""
-
-    def __init__(self):
-        self.fibers = []
-
-
-_rest = _Rest()
-
-
 # threads, warps and blocks
 WARP = 32  # threads that a processor moves together
 
@@ -79,7 +79,7 @@ WARP = 32  # threads that a processor moves together
 class _Warp:
     def __init__(self):
         self.arrived, self.values, self.shown = [], [None] * WARP, None
-        self.since = 0
+        self.since, self.kind = 0, None
 
 
 class _Lane:
@@ -106,12 +106,18 @@ class _Block:
         ]
         self.todo, self.ended = iter(self.lanes), 0
         self.arrived, self.ready = [], []
-        self.clock = self.since = 0
+        self.clock = self.since = self.bytes = 0
 
 
 # the thread that runs
-# the lane that runs, and what watches it
-_now = SimpleNamespace(lane=None, seen=None)
+class _Now(threading.local):
+    """What runs: each thread of Python may simulate a GPU of its own."""
+
+    def __init__(self):
+        self.lane, self.seen, self.resting = None, None, []
+
+
+_now = _Now()
 
 
 def _enter(lane):
@@ -132,9 +138,9 @@ def _serve(block, lane):
             lane.fiber = me
             _enter(lane)
             block.body()
-            block.ended += 1
+            lane.fiber, block.ended = None, block.ended + 1
             lane = next(block.todo, None)
-        _rest.fibers.append(me)
+        _now.resting.append(me)
         block = None  # nothing of it may be kept while we rest
         block, lane = me.parent.switch()
 
@@ -142,9 +148,9 @@ def _serve(block, lane):
 def _fiber():
     """A fiber to switch to, with (block, lane)."""
     greenlet = _greenlet()
-    if not _rest.fibers:
+    if not _now.resting:
         return greenlet(_serve)
-    fiber = _rest.fibers.pop()
+    fiber = _now.resting.pop()
     fiber.parent = greenlet.getcurrent()
     return fiber
 
@@ -153,15 +159,20 @@ def _fiber():
 def _run_block(block):
     """Run every lane to its next barrier, in turns, until all are done."""
     _enter_block(block)
-    for lane in block.todo:
-        _fiber().switch(block, lane)
-    while block.ended < len(block.lanes):
-        ready, block.ready = block.ready, []
-        if not ready:
-            raise BarrierError(_stuck(block))
-        for lane in ready:
-            _enter(lane)
-            lane.fiber.switch()
+    try:
+        for lane in block.todo:
+            _fiber().switch(block, lane)
+        while block.ended < len(block.lanes):
+            ready, block.ready = block.ready, []
+            if not ready:
+                raise BarrierError(_stuck(block))
+            for lane in ready:
+                _enter(lane)
+                lane.fiber.switch()
+    finally:
+        for lane in block.lanes:  # those that an error left standing
+            if lane.fiber is not None and not lane.fiber.dead:
+                lane.fiber.throw()
 
 
 # simulate a launch
@@ -170,13 +181,15 @@ def simulate(function, grid, block, args):
 
     grid, block: blocks in the grid and threads in a block, an int or a
     tuple of up to three. args: NumPy arrays, which the kernel may write,
-    and NumPy or Python numbers. Raises BarrierError, and whatever the
-    function raises, with the thread that raised it.
+    and NumPy or Python numbers. Raises ValueError for sizes that a GPU
+    refuses, BarrierError, and whatever the function raises, with the thread
+    that raised it.
 
     Derived in chapter 4.
     """
     _greenlet()  # or say at once that it is missing
     grid, shape, seen = _three(grid), _three(block), _now.seen
+    _check_sizes(grid, shape)
     if seen is not None:
         args = _watched(function, args, seen)
     body = functools.partial(function, *args)
@@ -201,7 +214,7 @@ def simulate(function, grid, block, args):
 
 
 # where am I
-class _Places:
+class _Places(threading.local):
     """What a kernel asks `cuda` about the thread that runs it."""
 
     # threadIdx, blockIdx, blockDim, gridDim are set when a thread goes on
@@ -229,6 +242,20 @@ def _poison(shape, dtype):
     return np.full(shape, bad, dtype)
 
 
+def _placed(array, alignment):
+    """A copy at a multiple of `alignment` bytes, at most 128.
+
+    None: at a multiple of the elements' size and of nothing more.
+    """
+    block = np.empty(array.nbytes + 256, np.uint8)
+    skip = -block.ctypes.data % 128 + (0 if alignment else array.itemsize)
+    there = block[skip : skip + array.nbytes].view(array.dtype)
+    there = there.reshape(array.shape)
+    there[...] = array
+    return there
+
+
+# a place in the code
 @functools.cache
 def _instruction(code, last):
     """Where the instruction begins that a frame's f_lasti points into.
@@ -240,21 +267,10 @@ def _instruction(code, last):
     return id(code), max(x for x in begins if x <= last)
 
 
-def _placed(array, alignment):
-    """A copy at a multiple of `alignment` bytes, at most 128.
-
-    None: at a multiple of the elements' size and of nothing more, which is
-    all that numba promises of shared memory.
-    """
-    block = np.empty(array.nbytes + 256, np.uint8)
-    skip = -block.ctypes.data % 128 + (0 if alignment else array.itemsize)
-    there = block[skip : skip + array.nbytes].view(array.dtype)
-    there = there.reshape(array.shape)
-    there[...] = array
-    return there
-
-
 # shared and local memory
+SHARED = 48 * 1024  # bytes that a block may have without asking for more
+
+
 class _Shared:
     """cuda.shared: one array for each place in the code that asks.
 
@@ -263,11 +279,15 @@ class _Shared:
 
     def array(self, shape, dtype, alignment=None):
         block, frame = _now.lane.block, sys._getframe(1)
-        key = _instruction(frame.f_code, frame.f_lasti)
+        place = _instruction(frame.f_code, frame.f_lasti)
+        key = place, shape, dtype  # a factory's functions share their code
         if key not in block.shared:
             memory = _placed(_poison(shape, dtype), alignment)
+            block.bytes += memory.nbytes
+            if block.bytes > SHARED:
+                raise MemoryError(f"a block has {SHARED} bytes to share")
             if block.seen is not None:
-                log = _Log() if block.seen.races else None
+                log = _Log(memory.itemsize) if block.seen.races else None
                 memory = _Watched(memory, "shared", log, shared=True)
             block.shared[key] = memory
         return block.shared[key]
@@ -322,18 +342,12 @@ class _Atomic:
     """cuda.atomic: read, change and write with nobody in between."""
 
     def add(self, array, index, value):
-        return self._change(array, index, lambda old: old + value)
-
-    def max(self, array, index, value):
-        return self._change(array, index, lambda old: max(old, value))
-
-    def _change(self, array, index, function):
         if isinstance(array, _Watched):
             _now.seen.atomics += 1
             array.note(array.place(index), array.itemsize, ATOMIC)
             array = array.array
         old = array[index]
-        array[index] = function(old)
+        array[index] = old + value
         return old
 
 
@@ -352,7 +366,7 @@ class _Barriers(_Places):
 FULL = 0xFFFFFFFF  # a mask that names all lanes
 
 
-def _exchange(mask, value, orders=False):
+def _exchange(kind, mask, value, orders=False):
     """Hand in a value; return those of all 32 lanes and one's own place."""
     lane = _now.lane
     if mask != FULL or len(lane.block.lanes) % WARP:
@@ -363,7 +377,9 @@ def _exchange(mask, value, orders=False):
     if _now.seen is not None:
         _now.seen.exchanges += 1
     warp, place = lane.warp, lane.number % WARP
-    warp.values[place] = value
+    if warp.arrived and warp.kind != kind:
+        raise BarrierError(f"lanes of a warp call {warp.kind} and {kind}")
+    warp.kind, warp.values[place] = kind, value
     if len(warp.arrived) == WARP - 1:  # the last one: all values are there
         warp.shown, warp.values = warp.values, [None] * WARP
     _wait(warp, WARP, orders)
@@ -375,35 +391,26 @@ class _Cuda(_Barriers):
     """What kernels know as `cuda`, answered for the lane that runs."""
 
     def syncwarp(self, mask=FULL):
-        _exchange(mask, None, orders=True)
+        _exchange("syncwarp", mask, None, orders=True)
 
     def shfl_sync(self, mask, value, source):
-        return _exchange(mask, value)[0][source % WARP]
+        return _exchange("shfl", mask, value)[0][source % WARP]
 
     def shfl_xor_sync(self, mask, value, bits):
-        values, lane = _exchange(mask, value)
+        values, lane = _exchange("shfl_xor", mask, value)
         return values[lane ^ bits]
 
     def shfl_down_sync(self, mask, value, delta):
-        values, lane = _exchange(mask, value)
+        values, lane = _exchange("shfl_down", mask, value)
         return values[lane + delta] if lane + delta < WARP else value
 
     def shfl_up_sync(self, mask, value, delta):
-        values, lane = _exchange(mask, value)
+        values, lane = _exchange("shfl_up", mask, value)
         return values[lane - delta] if lane >= delta else value
 
     def ballot_sync(self, mask, predicate):
-        values, _ = _exchange(mask, bool(predicate))
+        values, _ = _exchange("ballot", mask, bool(predicate))
         return sum(1 << i for i, v in enumerate(values) if v)
-
-    def any_sync(self, mask, predicate):
-        return any(_exchange(mask, bool(predicate))[0])
-
-    def all_sync(self, mask, predicate):
-        return all(_exchange(mask, bool(predicate))[0])
-
-    def fma(self, a, b, c):
-        return type(a)(np.float64(a) * np.float64(b) + np.float64(c))
 
 
 # the object
@@ -424,14 +431,17 @@ def _ordered(before, lane):
 
 
 # what was touched
-class _Log:
-    """By address: the last write, and the reads and atomics since.
+READ, WRITE, ATOMIC = range(3)  # kinds of access
 
-    Of these, two are kept that stand for all.
+
+class _Log:
+    """By kind and address: the accesses that stand for all so far.
+
+    step: bytes of the smallest element of the arrays that share this log.
     """
 
-    def __init__(self):
-        self.write, self.reads, self.atomics = {}, {}, {}
+    def __init__(self, step):
+        self.kept, self.step = ({}, {}, {}), step
 
 
 def _keep(kept, now):
@@ -446,52 +456,24 @@ def _keep(kept, now):
     return (now,)
 
 
-# kinds of access
-READ, WRITE, ATOMIC = range(3)
+# who clashes with whom
+_RIVALS = (WRITE, ATOMIC), (READ, WRITE, ATOMIC), (READ, WRITE)
 
 
-# a read
-def _read(log, address, now):
-    """An earlier access that nothing orders before this read, or None."""
-    before = log.write.get(address)
-    if before is not None and not _ordered(before, now[0]):
-        return before
-    for before in log.atomics.get(address, ()) if log.atomics else ():
-        if not _ordered(before, now[0]):
-            return before
-    log.reads[address] = _keep(log.reads.get(address, ()), now)
+def _clash(log, address, access, now):
+    """An earlier access that nothing orders before this one, or None."""
+    for kind in _RIVALS[access]:
+        for before in log.kept[kind].get(address, ()):
+            if not _ordered(before, now[0]):
+                return before
+    kept = log.kept[access]
+    if access == WRITE:  # after which the others do not matter
+        for others in log.kept:
+            others.pop(address, None)
+        kept[address] = (now,)
+    else:
+        kept[address] = _keep(kept.get(address, ()), now)
     return None
-
-
-# a write or an atomic
-def _write(log, address, now):
-    """The same before this write, after which the others do not matter."""
-    before = log.write.get(address)
-    if before is not None and not _ordered(before, now[0]):
-        return before
-    for before in log.reads.pop(address, ()):
-        if not _ordered(before, now[0]):
-            return before
-    for before in log.atomics.pop(address, ()):
-        if not _ordered(before, now[0]):
-            return before
-    log.write[address] = now
-    return None
-
-
-def _atomic(log, address, now):
-    """The same before this atomic."""
-    before = log.write.get(address)
-    if before is not None and not _ordered(before, now[0]):
-        return before
-    for before in log.reads.get(address, ()):
-        if not _ordered(before, now[0]):
-            return before
-    log.atomics[address] = _keep(log.atomics.get(address, ()), now)
-    return None
-
-
-_CLASHES = _read, _write, _atomic  # in the order of READ, WRITE, ATOMIC
 
 
 # who meets whom
@@ -516,7 +498,7 @@ class RaceError(RuntimeError):
 
 # an array that knows its bounds
 class _Bounded:
-    """An array that raises where it has no element.
+    """An array that raises where it has no element; it has no slices.
 
     log: what was touched, by address, or None where races may pass.
     """
@@ -526,7 +508,7 @@ class _Bounded:
         self.shape, self.ndim, self.size = array.shape, array.ndim, array.size
         self.dtype, self.start = array.dtype, array.ctypes.data
         self.itemsize, self.strides = array.itemsize, array.strides
-        self.shared = shared
+        self.shared, self.flat = shared, array.flags.c_contiguous
 
     def __len__(self):
         return self.shape[0]
@@ -536,15 +518,16 @@ class _Bounded:
         if self.ndim == 1 and 0 <= index < self.size:
             return self.start + int(index) * self.strides[0]
         index = index if type(index) is tuple else (index,)
-        address = self.start
-        for i, n, stride in zip(index, self.shape, self.strides, strict=True):
-            if not 0 <= i < n:
-                raise IndexError(
-                    f"{self.name}[{', '.join(map(str, index))}] lies outside "
-                    f"its shape {self.shape}"
-                )
-            address += int(i) * stride
-        return address
+        inside = len(index) == self.ndim and all(
+            0 <= i < n for i, n in zip(index, self.shape, strict=True)
+        )
+        if not inside:
+            raise IndexError(
+                f"{self.name}[{', '.join(map(str, index))}] is no element of "
+                f"its shape {self.shape}"
+            )
+        pairs = zip(index, self.strides, strict=True)
+        return self.start + sum(int(i) * stride for i, stride in pairs)
 
     def place4(self, i):
         """The address of four elements from i on."""
@@ -553,9 +536,10 @@ class _Bounded:
                 f"{self.name}: elements {i} to {i + 3} of {self.size}"
             )
         address = self.start + int(i) * self.itemsize
-        if address % 16:
+        if address % 16 or not self.flat:
             raise ValueError(
-                f"{self.name}: element {i} is not at a multiple of 16 bytes"
+                f"{self.name}: element {i} is not at a multiple of 16 bytes "
+                "of an array without gaps"
             )
         return address
 
@@ -584,18 +568,20 @@ class _Watched(_Bounded):
             lane.trace.setdefault(site, []).append(address)
         if self.log is None:
             return
-        now, size = (lane, lane.block.clock), self.itemsize
-        for word in range(address, address + nbytes, size):
-            before = _CLASHES[access](self.log, word, now)
+        now, step = (lane, lane.block.clock), self.log.step
+        for at in range(address - address % step, address + nbytes, step):
+            before = _clash(self.log, at, access, now)
             if before is not None:
-                element = (word - self.start) // size
+                element = (max(at, address) - self.start) // self.itemsize
                 raise RaceError(_clashing(self.name, element, before, access))
 
 
 # arguments under watch
 def _watched(function, args, seen):
     """The arguments of a kernel, the arrays of them under watch."""
-    names, log = function.__code__.co_varnames, _Log()
+    names = function.__code__.co_varnames
+    sizes = [a.itemsize for a in args if isinstance(a, np.ndarray)]
+    log = _Log(min(sizes, default=1))
     return [
         _Watched(a, name, log if seen.races else None)
         if isinstance(a, np.ndarray)
@@ -632,7 +618,7 @@ def _passes(table, nbytes):
     """Passes that requests of warps take in shared memory.
 
     Its 32 banks give one word of four bytes each in a pass; a request for
-    16 bytes a lane is served eight lanes at a time.
+    16 bytes a lane counts as four of eight lanes, 32 words each.
     """
     wide = max(nbytes // 4, 1)
     words = table.reshape(-1, WARP // wide, 1) // 4
@@ -679,10 +665,10 @@ class Seen:
     def add_block(self, block):
         """Count what the lanes of a block have noted, warp by warp."""
         self.threads += len(block.lanes)
-        sites = {site: None for lane in block.lanes for site in lane.trace}
-        for site in sites:
+        traces = [lane.trace for lane in block.lanes]
+        for site in dict.fromkeys(site for trace in traces for site in trace):
             nbytes, access, shared = site[0]
-            table = _requests([x.trace.get(site, ()) for x in block.lanes])
+            table = _requests([trace.get(site, ()) for trace in traces])
             if shared:
                 self.shared_requests += len(table)
                 self.shared_passes += _passes(table, nbytes)
@@ -696,6 +682,8 @@ class Seen:
             else:
                 self.writes += accesses
                 self.written_bytes += accesses * nbytes
+        for trace in traces:
+            trace.clear()  # the lanes live on in the log
 
 
 # watch
