@@ -311,6 +311,10 @@ except ImportError as error:
 # option has one home: the fields of `TrainConfig` with their help become
 # the options of `llmnb train`. And a mistake of the user gets one line and
 # an exit code that is not zero, without a traceback.
+#
+# A run of `--backend cuda` where there is no GPU counts as a mistake: on the
+# simulator it would take days, and nobody means that. Who wants it for a tiny
+# model asks for it, with `LLMNB_CUDA=simulator` in the environment.
 
 # %% imports of the command line tags=["export"] module="cli"
 import argparse
