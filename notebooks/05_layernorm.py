@@ -1478,10 +1478,10 @@ count_backward(_sums_of_parts, _rows_once)
 # `dout` and `dinp` come once and `dinp` goes once, the least there is;
 # `weight` is read once for each part instead of twice a row. The price is in
 # exchanges, twenty a lane for each row in place of ten, by two warps here,
-# and in one barrier a row. The table comes on top, written and read once. With 4,096 rows it is a
-# quarter of the size of `inp`, with 16,384 rows a sixteenth. Where $C$ is
-# not a multiple of 4 or above 2,048, or where an array does not begin at a
-# multiple of 16 bytes, version 2 runs.
+# and in one barrier a row. The table comes on top, written and read once.
+# With 4,096 rows it is a quarter of the size of `inp`, with 16,384 rows a
+# sixteenth. Where $C$ is not a multiple of 4 or above 2,048, or where an
+# array does not begin at a multiple of 16 bytes, version 2 runs.
 
 
 # %% the check of the work space tags=["exporti"] module="cuda.layernorm"
