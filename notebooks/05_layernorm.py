@@ -577,21 +577,21 @@ print(f"numba  {fast * 1e3:7.2f} ms, {slow / fast:.1f} times as fast")
 # ## On a GPU
 #
 # The compiled loops left the layer bound by memory: about one operation a
-# byte, as the next section counts. A GPU changes the size of that bound and
-# not its nature. What it adds is tens of thousands of threads, and the
-# question which thread touches which element, because memory serves
+# byte, as the next section counts. On a GPU it is the same layer. New is
+# the question which thread touches which element, because memory serves
 # a warp's 32 threads at once, in sectors of 32 bytes
 # ([chapter 4](04_gpu.ipynb)). The forward pass must read `inp` and write
 # `out`, 8 bytes an element, for 8 operations; the backward pass must read
 # `inp`, `dout` and `dinp` and write `dinp`, 16 bytes for 17 operations.
 # Every sector beyond that is waste, and the simulator counts sectors.
 #
-# No GPU has run these kernels yet. Tests compile them for two generations
-# (`sm_80` and `sm_90`) and look at the machine code: no double precision, no
-# register spilled to memory, vector loads where the text claims them. Their
-# results come from the simulator. So this section states no times:
-# `llmnb bench --backend cuda --kernels` measures them where there is a GPU,
-# and the results page shows what was measured.
+# No GPU has run these kernels yet. Their results come from the simulator,
+# and tests compile them for two generations, `sm_80` (the A100's) and
+# `sm_90` (the H100's), and look at the machine code: no double precision, no
+# register spilled to memory, vector loads where the text claims them. So
+# this section states no times: `llmnb bench --backend cuda --kernels`
+# measures them where there is a GPU, and the results page shows what was
+# measured.
 
 # %% what a GPU section needs
 from llmnb.cuda.launch import simulated, to_device, to_host
@@ -605,7 +605,14 @@ import math
 
 import numpy as np
 
-from llmnb.cuda.launch import check_device, device, empty, kernel
+from llmnb.cuda.launch import (
+    aligned,
+    check_device,
+    device,
+    empty,
+    kernel,
+    numbered,
+)
 from llmnb.cuda.simulator import cuda, load4, store4
 from llmnb.cuda.warp import warp_sum
 
@@ -736,11 +743,13 @@ def count_forward(*versions):
 count_forward(_thread_a_row)
 
 # %% [markdown]
-# Sixteen times the least. Each request of the warp asks for one element in
+# Sixteen times the least. (Exchanges are the calls of warp operations, of
+# which there are none yet.) Each request of a warp asks for one element in
 # each of 32 rows, which lie in 32 sectors, and uses 4 of the 32 bytes of
 # each. A cache may keep the rest until it is wanted, in the next seven
-# steps; with 2,048 threads on a processor that is 64 KB which must survive
-# so long. And with B·T = 1024 rows, only 1024 threads have work.
+# steps. But it would have to keep a sector for every thread, and a
+# multiprocessor may hold 64 warps: that is 64 KB. And with B·T = 1024 rows,
+# only 1024 threads have work.
 #
 # ### Version 2: a warp a row
 #
@@ -798,9 +807,10 @@ count_forward(_thread_a_row, _warp_a_row)
 # A request has its own cost: an instruction, an address for each lane, a
 # place in the queue to memory. A lane can ask for 16 bytes as easily as for
 # 4. With `load4`, a warp's request is for 512 bytes in 16 sectors: the
-# sectors stay as many, the requests fall to a quarter. It needs rows that
-# begin at multiples of 16 bytes, so $C$ must be a multiple of 4; for any
-# other $C$ the host function falls back to version 2.
+# sectors stay as many, and four requests become one. It needs rows that
+# begin at multiples of 16 bytes, so $C$ must be a multiple of 4 and the
+# arrays must begin at one; otherwise the host function falls back to
+# version 2.
 
 
 # %% sums and outputs in fours tags=["exporti"] module="cuda.layernorm"
@@ -848,7 +858,7 @@ def _forward_vector(out, mean, rstd, inp, weight, bias):
 # %% vectors of four, the launch tags=["exporti"] module="cuda.layernorm"
 def _vector_a_row(out, mean, rstd, inp, weight, bias):
     rows, C = inp.shape
-    if C % 4:
+    if C % 4 or not aligned(out, inp, weight, bias):
         _warp_a_row(out, mean, rstd, inp, weight, bias)
         return
     grid = _blocks(rows, 256 // LANES)
@@ -861,23 +871,28 @@ forward_verdict(_vector_a_row, 1, 5, 37)
 count_forward(_warp_a_row, _vector_a_row)
 
 # %% [markdown]
+# Wherever channels are read or written, one request stands for four. Those
+# for `mean` and `rstd` stay, and so do the exchanges, for each lane still
+# has one sum.
+#
 # ### Version 4: the row stays at hand
 #
 # What is left is the row itself, read three times. The first time it comes
 # from memory, and after that from a cache, if other rows have not pushed it
-# out: a hope. Shared memory is a promise. A warp copies its row there while
-# it adds it up, and reads it there for the variance and for the output, so
-# that `inp` is read once.
+# out. What is put into shared memory stays there. A warp copies its row
+# while it adds it up, and reads the copy for the variance and for the
+# output, so that `inp` is read once.
 #
 # A lane reads back only what it wrote itself. So nothing has to be ordered
 # between threads, and there is no barrier.
 #
-# How much shared memory? Numba wants the size as a constant, and a block of
-# 4 warps that holds 4 rows of $C$ numbers takes $16\,C$ bytes; a block may
-# have 48 KB, hence rows of at most 3,072 channels. Room for 3,072 at all
-# times would leave a processor space for few blocks, so we make a kernel for
-# each multiple of 256 channels: GPT-2's 768 channels take 12 KB a block and
-# its largest model's 1,600 take 28 KB. Longer rows fall back to version 3.
+# How much shared memory? numba wants the size as a constant, and a block of
+# 4 warps that holds 4 rows of $C$ numbers takes $16\,C$ bytes. An array of
+# constant size may have 48 KB on any of NVIDIA's GPUs, hence rows of at most
+# 3,072 channels. But the more a block takes, the fewer blocks find room on a
+# multiprocessor. So we make a kernel for each multiple of 256 channels:
+# GPT-2's 768 channels take 12 KB a block, and the 1,600 of its largest model
+# are rounded up to 1,792 and take 28 KB. Longer rows fall back to version 3.
 
 # %% kept rows, the kernel tags=["exporti"] module="cuda.layernorm"
 KEPT_ROWS = 4  # rows, and warps, of a block
@@ -920,7 +935,8 @@ def _forward_kept(room):
 # %% kept rows, the launch tags=["exporti"] module="cuda.layernorm"
 def _kept_a_row(out, mean, rstd, inp, weight, bias):
     rows, C = inp.shape
-    if C % 4 or C > MOST_KEPT:
+    fours = C % 4 == 0 and aligned(out, inp, weight, bias)
+    if not fours or C > MOST_KEPT:
         _vector_a_row(out, mean, rstd, inp, weight, bias)
         return
     grid, block = _blocks(rows, KEPT_ROWS), KEPT_ROWS * LANES
@@ -935,8 +951,8 @@ count_forward(_vector_a_row, _kept_a_row)
 
 # %% [markdown]
 # A third of the sectors is gone: `inp` comes once and `out` goes once,
-# which is the least. What is above the least, `weight` and `bias` for each
-# row, is the same few kilobytes every time, which a cache holds.
+# 2,048 sectors. Nearly all of the rest is `weight` and `bias`, read for each
+# row: the same few kilobytes every time, which a cache can hold.
 #
 # The public function checks the arrays, then runs a version, the best
 # unless told otherwise.
@@ -958,14 +974,6 @@ def _check_rows(name, inp, like, stats, channels):
     return B * T, C
 
 
-def _chosen(name, versions, version):
-    if version not in range(1, len(versions) + 1):
-        raise ValueError(
-            f"{name}: version must be 1 to {len(versions)}, got {version}"
-        )
-    return versions[version - 1]
-
-
 # %% layernorm, forward tags=["export"] module="cuda.layernorm"
 # from a thread a row to rows kept in shared memory; see chapter 5
 LAYERNORM_FORWARD = _thread_a_row, _warp_a_row, _vector_a_row, _kept_a_row
@@ -976,16 +984,16 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias, version=4):
 
     out, inp: (B, T, C). mean, rstd: (B, T), the mean and the reciprocal
     deviation of each row, saved for the backward pass. weight, bias: (C,).
-    All float32 on a device and C-contiguous, beginning at multiples of 16
-    bytes; out, mean and rstd are overwritten. version: a rung of the
-    chapter's ladder, 1 to 4. Version 3 needs C % 4 == 0 and version 4 also
-    C <= 3072; where that does not hold, the next lower one runs. Raises
+    All float32 on a device and C-contiguous; out, mean and rstd are
+    overwritten. version: a rung of the chapter's ladder, 1 to 4. Version 3
+    needs C % 4 == 0 and arrays that begin at multiples of 16 bytes, version
+    4 also C <= 3072; where that does not hold, a lower one runs. Raises
     TypeError or ValueError before it computes anything.
 
     Derived in chapter 5.
     """
     name = "layernorm_forward"
-    forward = _chosen(name, LAYERNORM_FORWARD, version)
+    forward = numbered(LAYERNORM_FORWARD, version, name)
     stats = {"mean": mean, "rstd": rstd}
     channels = {"weight": weight, "bias": bias}
     rows, C = _check_rows(name, inp, {"out": out}, stats, channels)
@@ -1059,17 +1067,17 @@ def block_a_row(add):
 p = problem(1, 3, 150)
 ones, nil = np.ones(150, np.float32), np.zeros(150, np.float32)
 reference.forward(p.out, p.mean, p.rstd, p.inp, ones, nil)
-x, y = simulated(p.inp[0]), simulated(p.out[0])
-y.copy_to_device(np.zeros_like(p.out[0]))
+x = simulated(p.inp[0])
+y = empty((3, 150), like=x)
 block_a_row(hasty_sum)[3, 64](y, x)
 compare("hasty_sum", to_host(y), p.out[0], tol=1e-5)
 
 # %% [markdown]
-# Right, this time: the simulator let the warps take turns. Nothing obliges
-# a GPU to. The first warp may read the table, compute its squares and write
-# its second sum into `parts[0]`, all before the second warp has read the
-# first sum from there. `watch` needs no bad luck to see it. It asks whether
-# a barrier stands between the two accesses:
+# The simulator let the warps take turns. Nothing obliges a GPU to. The first
+# warp may read the table, compute its squares and write its second sum into
+# `parts[0]`, all before the second warp has read the first sum from there.
+# `watch` needs no bad luck to see it. It asks whether a barrier stands
+# between the two accesses:
 
 # %% the race, seen
 try:
@@ -1146,7 +1154,7 @@ def _atomic_sums(dinp, dweight, dbias, dout, inp, weight, mean, rstd, table):
 
 # %% [markdown]
 # The last argument is memory for sums on their way, of which this version
-# has no need. The next ones will; how much is fixed here, so that all
+# has no need. The next ones will have; we fix its size here, so that all
 # versions can be called alike.
 
 
@@ -1212,8 +1220,8 @@ def count_backward(*versions):
 count_backward(_atomic_sums)
 
 # %% [markdown]
-# Right, but not the same twice. Atomics come in the order in which warps
-# happen to run, and a sum in floating point depends on its order, so the
+# Right, but on a GPU not the same twice. Atomics come in the order in which
+# warps happen to run, and a sum in floating point depends on its order, so the
 # last bits of $dw$ and $db$ change from run to run, and two equal runs of a
 # training drift apart. Besides, all rows queue up at the same $2\,C$
 # addresses: one atomic for each element of `dout`, and another. $dx$ has
@@ -1223,11 +1231,12 @@ count_backward(_atomic_sums)
 #
 # The remedy is the CPU's: cut the rows into parts, give each part its own
 # row in a table of sums, and add the table in the end, always in the same
-# order. Here are at most 512 parts, of at least 4 rows; as on the CPU, the
-# number follows from the number of rows alone. The table has a row of
-# $2\,C$ numbers for each part, $dw$ and then $db$. It takes three launches,
-# because no barrier reaches beyond a block; the next kernel starts when the
-# last has ended, and that is the barrier.
+# order. There is a part for every 4 rows, up to 512 parts; as on the CPU,
+# the number follows from the number of rows alone. Part $p$ of $P$ has the
+# rows $p, p + P, p + 2P, \dots$ The table has a row of $2\,C$ numbers for
+# each part, $dw$ and then $db$. It takes three launches, because no barrier
+# reaches beyond a block; the next kernel starts when the last has ended, and
+# that is the barrier.
 #
 # 1. `_backward_rows` writes $dx$, a warp a row, as before.
 # 2. `_backward_parts` sums down the rows. A block has 4 warps, 32 channels
@@ -1257,11 +1266,8 @@ def _backward_parts(table, dout, inp, mean, rstd):
     tile = cuda.shared.array((2, 4, 32), np.float32)
     warp, lane = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
     rows, C = inp.shape
-    i, part, parts = (
-        cuda.blockIdx.x * 32 + lane,
-        cuda.blockIdx.y,
-        cuda.gridDim.y,
-    )
+    i = cuda.blockIdx.x * 32 + lane
+    part, parts = cuda.blockIdx.y, cuda.gridDim.y
     dw, db = np.float32(0), np.float32(0)
     if i < C:
         for n in range(part + warp * parts, rows, 4 * parts):
@@ -1322,8 +1328,8 @@ backward_verdict(_sums_of_parts, 3, 11, 37)
 count_backward(_atomic_sums, _sums_of_parts)
 
 # %% [markdown]
-# No atomics, and a fixed order; the atomics, 16,384 of them, stood apart from
-# the sectors in the count of version 1. The two kernels that take rows read
+# No atomics, and a fixed order. The sectors seem to rise, because those of
+# the 16,384 atomics are not counted. The two kernels that take rows read
 # `inp` and `dout` three times between them, twice for $dx$ and once for the
 # sums.
 #
@@ -1337,10 +1343,9 @@ count_backward(_atomic_sums, _sums_of_parts)
 # 255 that a thread may have. That is too tight. With a block for a row, each
 # thread has *four* channels, one vector: `inp`, `dout`, `dinp`, `weight`,
 # $dw$ and $db$ of it are 24 registers, however long the row. Then there are
-# addresses and whatever else the compiler keeps at hand. A block may have
-# 1,024 threads, but a processor has 65,536 registers, 64 for each of so
-# many threads, and the machine code for `sm_80` does not fit in 64. With
-# 512 threads it does fit, and serves rows of up to 2,048 channels.
+# addresses and whatever else the compiler keeps at hand. A multiprocessor
+# has 65,536 registers. We let a block have up to 512 threads, which leaves
+# 128 for each and serves rows of up to 2,048 channels.
 
 # %% who owns what, backward
 channels = np.arange(16) // 4
@@ -1361,12 +1366,13 @@ plt.show()
 # write to the table once.*
 #
 # The sums $a$ and $b$ now cross warps, by way of a table in shared memory,
-# for every row anew. That is the race of above: two barriers a row, or
-# else... There are *two* tables here, used in turn. The barrier of row $n$
-# stands between writing table 0 and reading it. Who writes table 0 next, for
-# row $n + 2$, has passed the barrier of row $n + 1$, and to that one every
-# thread comes only after it has read table 0. So the one barrier a row
-# orders both.
+# for every row anew. That is the race of above, and asks for a second
+# barrier. There are *two* tables here instead, used in turn. The barrier of
+# row $n$ stands between writing table 0 and reading it. Who writes table 0
+# next, for row $n + 2$, has passed the barrier of row $n + 1$, and to that
+# one every thread comes only after it has read table 0. So the one barrier a
+# row orders both. (In these two sentences row $n + 1$ is the next one of the
+# part.)
 
 
 # %% sums of two over a block tags=["exporti"] module="cuda.layernorm"
@@ -1451,7 +1457,8 @@ MOST_THREADS = 512  # of a block; each has four channels
 
 def _rows_once(dinp, dweight, dbias, dout, inp, weight, mean, rstd, table):
     rows, C = inp.shape
-    if C % 4 or C > 4 * MOST_THREADS:
+    fours = C % 4 == 0 and aligned(dinp, dout, inp, weight, table)
+    if not fours or C > 4 * MOST_THREADS:
         _sums_of_parts(
             dinp, dweight, dbias, dout, inp, weight, mean, rstd, table
         )
@@ -1469,11 +1476,12 @@ count_backward(_sums_of_parts, _rows_once)
 # %% [markdown]
 # `watch` raised no RaceError over the two tables in shared memory. `inp`,
 # `dout` and `dinp` come once and `dinp` goes once, the least there is;
-# `weight` is read once for each part instead of once a row. The price is in
-# exchanges, twenty for each row in place of ten, and in one barrier a row.
-# The table comes on top, written and read once. With 4,096 rows it is a
-# quarter of the size of `inp`, with 16,384 rows a sixteenth. Rows whose $C$
-# is not a multiple of 4 or above 2,048 go to version 2.
+# `weight` is read once for each part instead of twice a row. The price is in
+# exchanges, twenty a lane for each row in place of ten, by two warps here,
+# and in one barrier a row. The table comes on top, written and read once.
+# With 4,096 rows it is a quarter of the size of `inp`, with 16,384 rows a
+# sixteenth. Where $C$ is not a multiple of 4 or above 2,048, or where an
+# array does not begin at a multiple of 16 bytes, version 2 runs.
 
 
 # %% the check of the work space tags=["exporti"] module="cuda.layernorm"
@@ -1511,18 +1519,18 @@ def layernorm_backward(
     dinp, dout, inp: (B, T, C). dweight, dbias, weight: (C,). mean, rstd:
     (B, T), as the forward pass left them. work: at least
     layernorm_scratch(B * T, C) floats in one dimension, whose contents are
-    lost; allocated if None. All float32 on a device and C-contiguous,
-    beginning at multiples of 16 bytes; the first three are added to in
-    place. version: a rung of the chapter's ladder, 1 to 3. Version 3 needs
-    C % 4 == 0 and C <= 2048; where that does not hold, version 2 runs. The
-    result of version 1 depends on the order in which threads happen to run,
-    in the last bits; that of the others does not. Raises TypeError or
-    ValueError before it computes anything.
+    lost; allocated if None. All float32 on a device and C-contiguous; the
+    first three are added to in place. version: a rung of the chapter's
+    ladder, 1 to 3. Version 3 needs C % 4 == 0, C <= 2048 and arrays that
+    begin at multiples of 16 bytes; where that does not hold, version 2
+    runs. The result of version 1 depends on the order in which threads
+    happen to run, in the last bits; that of the others does not. Raises
+    TypeError or ValueError before it computes anything.
 
     Derived in chapter 5.
     """
     name = "layernorm_backward"
-    backward = _chosen(name, LAYERNORM_BACKWARD, version)
+    backward = numbered(LAYERNORM_BACKWARD, version, name)
     like = {"dinp": dinp, "dout": dout}
     stats = {"mean": mean, "rstd": rstd}
     channels = {"dweight": dweight, "dbias": dbias, "weight": weight}

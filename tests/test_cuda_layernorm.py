@@ -94,7 +94,7 @@ def scalar_accesses(made):
 
 @pytest.mark.parametrize("version", FORWARD)
 def test_machine_code_forward(version):
-    seen = forward((1, 1, 1600), version, tol=5e-6)
+    seen = forward((1, 1, 132), version, tol=5e-6)
     (made,) = check_machine_code(seen).values()
     if version < 3:
         assert made.vector_loads == made.vector_stores == 0
@@ -105,7 +105,7 @@ def test_machine_code_forward(version):
 
 @pytest.mark.parametrize("version", BACKWARD)
 def test_machine_code_backward(version):
-    made = check_machine_code(backward((1, 1, 1600), version, tol=1e-5))
+    made = check_machine_code(backward((1, 1, 132), version, tol=1e-5))
     if version == 3:
         block = made["_backward_block"]
         assert (block.vector_loads, block.vector_stores) == (4, 3)
@@ -114,26 +114,93 @@ def test_machine_code_backward(version):
 @pytest.mark.parametrize(
     ("C", "version", "kernel"),
     [
-        (3072, 4, "forward_kept"),
-        (3076, 4, "_forward_vector"),
-        (1601, 4, "_forward_warp"),
-        (1601, 3, "_forward_warp"),
+        (256, 4, "forward_kept"),
+        (260, 4, "_forward_vector"),
+        (257, 4, "_forward_warp"),
+        (129, 3, "_forward_warp"),
     ],
 )
-def test_long_rows_forward(C, version, kernel):
+def test_long_rows_forward(C, version, kernel, monkeypatch):
+    """Here rows of up to 256 channels are kept; the rest falls back."""
+    monkeypatch.setattr(layernorm, "MOST_KEPT", 256)
     assert names(forward((1, 1, C), version)) == [kernel]
 
 
 @pytest.mark.parametrize(
     ("C", "kernel"),
     [
-        (2048, "_backward_block"),
-        (2052, "_backward_rows"),
-        (1601, "_backward_rows"),
+        (256, "_backward_block"),
+        (260, "_backward_rows"),
+        (133, "_backward_rows"),
     ],
 )
-def test_long_rows_backward(C, kernel):
+def test_long_rows_backward(C, kernel, monkeypatch):
+    monkeypatch.setattr(layernorm, "MOST_THREADS", 64)
     assert names(backward((1, 1, C), 3, tol=1e-5))[0] == kernel
+
+
+def test_the_longest_rows():
+    """What is kept fits in 48 KB, and a block in its launch bounds."""
+    assert names(forward((1, 1, 3072), 4)) == ["forward_kept"]
+    seen = backward((1, 1, 2048), 3, tol=1e-5)
+    assert names(seen)[0] == "_backward_block"
+    assert seen.launches[0][2] == 512
+    assert layernorm.KEPT_ROWS * layernorm.MOST_KEPT * 4 == 48 << 10
+
+
+def elsewhere(array):
+    """A copy on the simulated device, four bytes off the 16."""
+    flat = simulated(np.full(array.size + 1, np.nan, np.float32))
+    flat[1:].copy_to_device(array.reshape(-1))
+    return flat[1:].reshape(*array.shape)
+
+
+@pytest.mark.parametrize("version", [3, 4])
+@pytest.mark.parametrize("name", ["out", "inp", "weight", "bias"])
+def test_rows_that_begin_elsewhere_forward(name, version):
+    p = forward_arrays(problem(1, 3, 8))
+    there = {k: simulated(v) for k, v in p.items()}
+    there[name] = elsewhere(p[name])
+    with watch() as seen:
+        layernorm_forward(*there.values(), version=version)
+    assert names(seen) == ["_forward_warp"]
+    reference.layernorm_forward(*p.values())
+    np.testing.assert_allclose(to_host(there["out"]), p["out"], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dinp", "dout", "inp", "weight", "work"])
+def test_rows_that_begin_elsewhere_backward(name):
+    p = backward_arrays(problem(1, 3, 8))
+    p["work"] = np.full(16, np.nan, np.float32)
+    there = {k: simulated(v) for k, v in p.items()}
+    there[name] = elsewhere(p[name])
+    with watch() as seen:
+        layernorm_backward(**there)
+    assert names(seen)[0] == "_backward_rows"
+    p.pop("work")
+    reference.layernorm_backward(*p.values())
+    for k in ("dinp", "dweight", "dbias"):
+        np.testing.assert_allclose(to_host(there[k]), p[k], atol=1e-5)
+
+
+def bits(version, backwards):
+    """The gradients, with the blocks run from the last to the first or not."""
+    there = [
+        simulated(v) for v in backward_arrays(problem(2, 19, 36)).values()
+    ]
+    straight = np.ndindex
+    with pytest.MonkeyPatch.context() as patch:
+        if backwards:
+            turned = lambda size: reversed([*straight(size)])  # noqa: E731
+            patch.setattr("llmnb.cuda.simulator.np.ndindex", turned)
+        layernorm_backward(*there, version=version)
+    return [to_host(x) for x in there[:3]]
+
+
+@pytest.mark.parametrize("version", BACKWARD)
+def test_the_order_of_blocks_changes_no_bit(version):
+    same = map(np.array_equal, bits(version, False), bits(version, True))
+    assert [*same] == [True, version != 1, version != 1]
 
 
 def test_what_forward_moves():
@@ -232,8 +299,8 @@ BAD = [
     ("bias", zeros(1, 4), ValueError, "bias must have shape"),
     ("inp", zeros(6, 4), ValueError, r"\(B, T, C\)"),
     ("inp", [[1.0]], TypeError, "inp must be a device's array"),
-    ("version", 0, ValueError, "version must be 1 to 4, got 0"),
-    ("version", 5, ValueError, "version must be 1 to 4, got 5"),
+    ("version", 0, ValueError, "version must be in 1 to 4, got 0"),
+    ("version", 5, ValueError, "version must be in 1 to 4, got 5"),
 ]
 BAD_BACKWARD = [
     ("dinp", zeros(2, 4, 3), ValueError, "dinp must have shape"),
@@ -244,7 +311,7 @@ BAD_BACKWARD = [
     ("work", zeros(4, 4), ValueError, r"work must have shape \(16,\)"),
     ("work", np.zeros(16, np.float32), TypeError, "work must be a device's"),
     ("work", zeros(16, dtype=np.int32), TypeError, "work must be float32"),
-    ("version", 4, ValueError, "version must be 1 to 3, got 4"),
+    ("version", 4, ValueError, "version must be in 1 to 3, got 4"),
 ]
 
 

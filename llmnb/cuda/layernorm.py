@@ -21,7 +21,14 @@ import math
 
 import numpy as np
 
-from llmnb.cuda.launch import check_device, device, empty, kernel
+from llmnb.cuda.launch import (
+    aligned,
+    check_device,
+    device,
+    empty,
+    kernel,
+    numbered,
+)
 from llmnb.cuda.simulator import cuda, load4, store4
 from llmnb.cuda.warp import warp_sum
 
@@ -135,7 +142,7 @@ def _forward_vector(out, mean, rstd, inp, weight, bias):
 # vectors of four, the launch
 def _vector_a_row(out, mean, rstd, inp, weight, bias):
     rows, C = inp.shape
-    if C % 4:
+    if C % 4 or not aligned(out, inp, weight, bias):
         _warp_a_row(out, mean, rstd, inp, weight, bias)
         return
     grid = _blocks(rows, 256 // LANES)
@@ -183,7 +190,8 @@ def _forward_kept(room):
 # kept rows, the launch
 def _kept_a_row(out, mean, rstd, inp, weight, bias):
     rows, C = inp.shape
-    if C % 4 or C > MOST_KEPT:
+    fours = C % 4 == 0 and aligned(out, inp, weight, bias)
+    if not fours or C > MOST_KEPT:
         _vector_a_row(out, mean, rstd, inp, weight, bias)
         return
     grid, block = _blocks(rows, KEPT_ROWS), KEPT_ROWS * LANES
@@ -207,14 +215,6 @@ def _check_rows(name, inp, like, stats, channels):
     return B * T, C
 
 
-def _chosen(name, versions, version):
-    if version not in range(1, len(versions) + 1):
-        raise ValueError(
-            f"{name}: version must be 1 to {len(versions)}, got {version}"
-        )
-    return versions[version - 1]
-
-
 # layernorm, forward
 # from a thread a row to rows kept in shared memory; see chapter 5
 LAYERNORM_FORWARD = _thread_a_row, _warp_a_row, _vector_a_row, _kept_a_row
@@ -225,16 +225,16 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias, version=4):
 
     out, inp: (B, T, C). mean, rstd: (B, T), the mean and the reciprocal
     deviation of each row, saved for the backward pass. weight, bias: (C,).
-    All float32 on a device and C-contiguous, beginning at multiples of 16
-    bytes; out, mean and rstd are overwritten. version: a rung of the
-    chapter's ladder, 1 to 4. Version 3 needs C % 4 == 0 and version 4 also
-    C <= 3072; where that does not hold, the next lower one runs. Raises
+    All float32 on a device and C-contiguous; out, mean and rstd are
+    overwritten. version: a rung of the chapter's ladder, 1 to 4. Version 3
+    needs C % 4 == 0 and arrays that begin at multiples of 16 bytes, version
+    4 also C <= 3072; where that does not hold, a lower one runs. Raises
     TypeError or ValueError before it computes anything.
 
     Derived in chapter 5.
     """
     name = "layernorm_forward"
-    forward = _chosen(name, LAYERNORM_FORWARD, version)
+    forward = numbered(LAYERNORM_FORWARD, version, name)
     stats = {"mean": mean, "rstd": rstd}
     channels = {"weight": weight, "bias": bias}
     rows, C = _check_rows(name, inp, {"out": out}, stats, channels)
@@ -317,11 +317,8 @@ def _backward_parts(table, dout, inp, mean, rstd):
     tile = cuda.shared.array((2, 4, 32), np.float32)
     warp, lane = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
     rows, C = inp.shape
-    i, part, parts = (
-        cuda.blockIdx.x * 32 + lane,
-        cuda.blockIdx.y,
-        cuda.gridDim.y,
-    )
+    i = cuda.blockIdx.x * 32 + lane
+    part, parts = cuda.blockIdx.y, cuda.gridDim.y
     dw, db = np.float32(0), np.float32(0)
     if i < C:
         for n in range(part + warp * parts, rows, 4 * parts):
@@ -459,7 +456,8 @@ MOST_THREADS = 512  # of a block; each has four channels
 
 def _rows_once(dinp, dweight, dbias, dout, inp, weight, mean, rstd, table):
     rows, C = inp.shape
-    if C % 4 or C > 4 * MOST_THREADS:
+    fours = C % 4 == 0 and aligned(dinp, dout, inp, weight, table)
+    if not fours or C > 4 * MOST_THREADS:
         _sums_of_parts(
             dinp, dweight, dbias, dout, inp, weight, mean, rstd, table
         )
@@ -504,18 +502,18 @@ def layernorm_backward(
     dinp, dout, inp: (B, T, C). dweight, dbias, weight: (C,). mean, rstd:
     (B, T), as the forward pass left them. work: at least
     layernorm_scratch(B * T, C) floats in one dimension, whose contents are
-    lost; allocated if None. All float32 on a device and C-contiguous,
-    beginning at multiples of 16 bytes; the first three are added to in
-    place. version: a rung of the chapter's ladder, 1 to 3. Version 3 needs
-    C % 4 == 0 and C <= 2048; where that does not hold, version 2 runs. The
-    result of version 1 depends on the order in which threads happen to run,
-    in the last bits; that of the others does not. Raises TypeError or
-    ValueError before it computes anything.
+    lost; allocated if None. All float32 on a device and C-contiguous; the
+    first three are added to in place. version: a rung of the chapter's
+    ladder, 1 to 3. Version 3 needs C % 4 == 0, C <= 2048 and arrays that
+    begin at multiples of 16 bytes; where that does not hold, version 2
+    runs. The result of version 1 depends on the order in which threads
+    happen to run, in the last bits; that of the others does not. Raises
+    TypeError or ValueError before it computes anything.
 
     Derived in chapter 5.
     """
     name = "layernorm_backward"
-    backward = _chosen(name, LAYERNORM_BACKWARD, version)
+    backward = numbered(LAYERNORM_BACKWARD, version, name)
     like = {"dinp": dinp, "dout": dout}
     stats = {"mean": mean, "rstd": rstd}
     channels = {"dweight": dweight, "dbias": dbias, "weight": weight}
