@@ -113,10 +113,10 @@ def place(monkeypatch):
     monkeypatch.setattr(cublas, "no_cublas", lambda: "")
     monkeypatch.setattr(cublas, "WORKSPACE", 1 << 10)
     cublas._library.cache_clear()
-    cublas._product.cache_clear()
+    cublas._prepared.cache_clear()
     yield simulated
     cublas._library.cache_clear()
-    cublas._product.cache_clear()
+    cublas._prepared.cache_clear()
 
 
 def draw(rng, *shape):
@@ -166,9 +166,9 @@ def test_a_description_is_made_once(place):
     x, w, out = (place(draw(rng, 1, 4, 4)) for _ in range(3))
     for _ in range(3):
         cublas.cublas_forward(out, x, w.reshape(4, 4), None)
-    assert cublas._product.cache_info().misses == 1
+    assert cublas._prepared.cache_info().misses == 1
     cublas.cublas_forward(out, x, w.reshape(4, 4), None, tf32=True)
-    assert cublas._product.cache_info().misses == 2
+    assert cublas._prepared.cache_info().misses == 2
 
 
 def test_without_a_gpu_it_says_so():

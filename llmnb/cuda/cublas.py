@@ -155,7 +155,7 @@ def _library():
 
 # choose a kernel
 @functools.cache
-def _product(plan, alignments, size, tf32):
+def _prepared(plan, alignments, size, tf32):
     """A plan described, and the kernel that the library chose for it.
 
     size: bytes that the kernel may use for itself. Kept for every later
@@ -183,13 +183,13 @@ def _product(plan, alignments, size, tf32):
 
 
 # carry it out
-def _multiply(plan, places, beta, work, tf32):
+def _enqueue(plan, places, beta, work, tf32):
     """Enqueue D = op(A) op(B) + beta C on the current stream."""
     from nvmath.bindings import cublasLt as lt
 
     start = -(-address(work) // ALIGNED) * ALIGNED
     size = max(0, address(work) + work.nbytes - start)
-    kept = _product(plan, places.alignments(), size, tf32)
+    kept = _prepared(plan, places.alignments(), size, tf32)
     product, A, B, D, found = kept
     if plan.bias:
         _set("matmul_desc", product, "BIAS_POINTER", places.bias)
@@ -251,7 +251,7 @@ def cublas_forward(
     b = 0 if bias is None else address(bias)
     plan = forward_plan(rows, C, OC, bias is not None)
     places = _Places(address(weight), address(inp), c, d, b)
-    _multiply(plan, places, residual is not None, work, tf32)
+    _enqueue(plan, places, residual is not None, work, tf32)
 
 
 # check the arrays
@@ -292,9 +292,9 @@ def cublas_backward(
     x, w, dy = address(inp), address(weight), address(dout)
     dx, dw = address(dinp), address(dweight)
     places = _Places(w, dy, dx, dx, 0)
-    _multiply(dinp_plan(rows, C, OC), places, add_dinp, work, tf32)
+    _enqueue(dinp_plan(rows, C, OC), places, add_dinp, work, tf32)
     places = _Places(x, dy, dw, dw, 0)
-    _multiply(dweight_plan(rows, C, OC), places, add_dweight, work, tf32)
+    _enqueue(dweight_plan(rows, C, OC), places, add_dweight, work, tf32)
     if dbias is not None:
         flat = dout.reshape(-1)
         _bias_gradient(dbias, flat, rows, add_dweight, work)
