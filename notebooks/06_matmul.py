@@ -1705,19 +1705,20 @@ for N, C, OC in ((1024, 768, 3072), (2048, 2048, 2048)):
 # ## On a GPU
 #
 # A GPU has the same problem with other numbers. By NVIDIA's data sheets an
-# A100 computes 19.5 · 10¹² operations a second in float32 and reads
-# 1.6 · 10¹² bytes from its memory: 12 operations for each byte. An H100
-# offers 20 for each byte. One FMA is two operations, and it needs two
-# factors, eight bytes: a product that fetches both for every FMA does a
-# quarter of an operation for each byte. So again a number that has been
-# fetched must be used many times, and again in two places: in the memory
-# that a block of threads shares, and in the registers of one thread.
+# A100 of 40 GB computes at 19.5 TFLOP/s in float32, 19.5 · 10¹² operations a
+# second, and its memory delivers 1,555 GB/s: 12.5 operations for each byte.
+# For an H100 SXM it is 67 TFLOP/s and 3,350 GB/s, 20 for each byte. One FMA
+# is two operations, and it needs two factors, eight bytes: a product that
+# fetches both for every FMA does a quarter of an operation for each byte. So
+# again a number that has been fetched must be used many times, and again in
+# two places: in the memory that a block of threads shares, and in the
+# registers of one thread.
 #
-# The ladder has four versions. No GPU has run them yet. They are compiled
-# for the A100's and the H100's generations, and the tests read the machine
-# code; they run on the simulator of [chapter 4](04_gpu.ipynb), which counts
-# what they move. Where they are measured, `llmnb bench --backend cuda
-# --kernels` does it, and the results page will show it.
+# The ladder has four versions. No GPU has run them yet. They run on the
+# simulator of [chapter 4](04_gpu.ipynb), which counts what they move, and
+# tests compile them for the A100's and the H100's generations and read the
+# machine code. `llmnb bench --backend cuda --kernels` measures them where
+# there is a GPU, and the results page shows what was measured.
 #
 # All three products of this chapter are one sum, $\sum_k a_{i,k}\,
 # b_{j,k}$; they differ in how the factors lie. Either k runs *along* the
@@ -1729,11 +1730,11 @@ for N, C, OC in ((1024, 768, 3072), (2048, 2048, 2048)):
 # | `dinp`, (6.2) | `dout` | along | `weight` | across |
 # | `dweight`, (6.3) | `dout` | across | `inp` | across |
 #
-# numba compiles a kernel when it is first launched and takes the variables
-# of an enclosing function as constants. So each version is a function that
-# returns a kernel, made for `along_a` and `along_b`, and no thread has to ask
-# which product it is in. The bias and a start, which is the residual or a
-# gradient so far, are added at the end on the way out of the registers.
+# numba takes the variables of an enclosing function as constants. So each
+# version is a function that returns a kernel, made for `along_a` and
+# `along_b`, and no thread has to ask which product it is in. The bias is
+# added at the end, on the way out of the registers, and so is a `start`: the
+# residual, or a gradient so far.
 
 # %% imports of the GPU's products tags=["export"] module="cuda.matmul"
 import functools
@@ -1864,8 +1865,7 @@ count("1", _thread_an_output)
 # %% [markdown]
 # Eight bytes for an FMA, as predicted. The sectors are worse. `weight` runs
 # along k, so the 32 lanes of a warp read 32 rows of it, C numbers apart:
-# a request touches 32 sectors and uses 4 of the 32 bytes of each. The
-# caches may save some of it; nothing in the kernel does.
+# a request touches 32 sectors and uses 4 of the 32 bytes of each.
 #
 # **Version 2, square tiles in shared memory.** Let a block of 256 threads
 # own 16 by 16 outputs. All of them together need 16 rows of `a` and 16 of
@@ -1985,10 +1985,8 @@ count("2", _square_tiles)
 # %% [markdown]
 # A sixteenth of the bytes, half a byte for an FMA, and a request for 32
 # lanes now touches four sectors, all of which are used. But look at shared
-# memory. Each FMA still needs two requests, only that they now go there. In
-# a cycle a processor of an A100 can do FMAs for two warps, one of an H100
-# for four, and shared memory serves one pass to either. So version 2 leaves
-# its arithmetic idle three cycles of four, or seven of eight.
+# memory. Each FMA still needs two requests; they only go there now: 4,096
+# for 2,048 FMAs, and 256 to write the tiles.
 #
 # **Version 3, register tiles.** The remedy is that of the CPU, figure 6.2,
 # a tile in registers: a thread owns 8 by 8 outputs. A step brings 8 numbers
@@ -2000,15 +1998,16 @@ count("2", _square_tiles)
 # look whether it did.
 #
 # The larger tile reads less, $8/128$ of a byte for an FMA or 32 operations
-# a byte, more than the ratio of either GPU; the smaller one makes 16. But a
-# GPU must have work for all its processors, 108 in an A100: a product of
-# 256 by 768 has 12 tiles of 128, and 48 of 64. So the large tile is for
-# products that have at least 108 of them. No result depends on the choice:
-# each output is a sum over k in rising order, in every version.
+# a byte, more than the 20 of an H100; the smaller one makes 16, more than
+# the 12.5 of an A100. But a GPU must have work for all its multiprocessors,
+# of which an A100 has 108: a product of 256 by 768 has 12 tiles of 128, and
+# 48 of 64. So the large tile is for products that have at least 108 of
+# them. No result depends on the choice: each output is a sum over k in
+# rising order, in every version.
 
 
 # %% version 3, launched tags=["exporti"] module="cuda.matmul"
-PROCESSORS = 108  # of an A100
+PROCESSORS = 108  # multiprocessors of an A100
 
 
 def _tile_size(rows, cols):
@@ -2027,18 +2026,17 @@ check_product(_register_tiles, 9, 67, 17)
 count("3", _register_tiles)
 
 # %% [markdown]
-# A quarter of the bytes again, and shared memory is asked 576 times, not
-# 4352, of which 512 are the reads: four FMAs for each, as many as an H100
-# does in a cycle and twice as many as an A100. In a warp eight lanes lie in
-# a row of the tile; those below want the same words of `b`, and a word that
-# several lanes want is served to all in one pass.
+# A quarter of the bytes of version 2, and shared memory is asked 576 times,
+# not 4,352. Of these 512 are the reads, one for every four FMAs. In a warp
+# eight lanes lie in a row of the tile; those below want the same words of
+# `b`, and a word that several lanes want is served to all in one pass.
 #
 # **Version 4, vectors.** A load of four numbers is one instruction instead
 # of four. For that a thread's eight columns must lie in fours. Eight in one
-# piece would do, but then neighbouring lanes begin eight numbers apart, and
-# the banks between are left out: two passes where one would serve. So a
-# thread takes four columns in the left half of the tile and four in the
-# right, and rows likewise.
+# piece would do, but a load takes four of them, and neighbouring lanes then
+# begin eight numbers apart and leave out the banks between: two passes
+# where one would serve. So a thread takes four columns in the left half of
+# the tile and four in the right, and rows likewise.
 
 # %% passes of eight lanes that read four numbers each
 for apart, name in ((8, "eight in a piece"), (4, "four and four")):
@@ -2215,8 +2213,8 @@ def _vector_kernel(tile, along_a, along_b):
 # %% [markdown]
 # Four numbers at once must begin at a multiple of 16 bytes, so every row
 # that is read or written by fours must be a multiple of four numbers long,
-# and the arrays must begin there. GPT-2's do; otherwise version 4 calls
-# version 3.
+# and the arrays must begin at such a place. GPT-2's do; otherwise version 4
+# calls version 3.
 
 
 # %% version 4, launched tags=["exporti"] module="cuda.matmul"
@@ -2248,24 +2246,24 @@ for name, seen in counted.items():
 # From version 3 to 4 the bytes stay and the instructions go: four loads
 # from shared memory stand in front of 64 FMAs, where there were sixteen.
 # The passes stay too, for one pass serves eight lanes of a load of four
-# numbers. The words are no cheaper; there are fewer instructions to ask for
-# them, and a scheduler issues one instruction in a cycle, a load or an FMA.
+# numbers. The words are no cheaper; fewer instructions ask for them.
 # Barriers are counted by warps: one for a tile instead of two.
 #
 # Compiled for an A100 or an H100, a thread of version 4 with the tile of
-# 128 takes at most 128 registers, 64 of them sums: two blocks of 256
-# threads fit on a processor, which has 65,536. With the tile of 64 it takes
-# some more, for it fetches twice as many numbers ahead, but a block has a
-# quarter of the threads. Nothing is spilled, and no array is in memory.
+# 128 takes at most 128 registers, 64 of them sums, so that two blocks of
+# 256 threads fit into the 65,536 of a multiprocessor. With the tile of 64
+# it takes some more, for it fetches twice as many numbers ahead, but a
+# block has a quarter of the threads. Nothing is spilled, and no array is in
+# memory.
 #
 # **The gradient of the bias**, (6.4), is a sum for each column. A thread a
-# column reads whole sectors, for neighbours read neighbours, but 2304
-# threads for as many columns leave most of a GPU idle. So the rows are cut
-# into chunks of 64. A first kernel gives each chunk and column a thread and
-# writes its sum to `work`; a second adds these up, chunk by chunk. Atomic
-# additions would save the second kernel, and the order would be whatever
-# the threads' luck is, another in each run. With two kernels the order is
-# fixed, and so is every bit.
+# column reads whole sectors, for neighbours read neighbours. But 2,304
+# columns make 72 warps, and one multiprocessor alone may hold 64. So the
+# rows are cut into chunks of 64. A first kernel gives each chunk and column
+# a thread and writes its sum to `work`; a second adds these up, chunk by
+# chunk. Atomic additions would save the second kernel, and add in whatever
+# order the threads come. With two kernels the order is fixed, and so is
+# every bit.
 
 
 # %% add up the columns tags=["exporti"] module="cuda.matmul"
@@ -2348,7 +2346,7 @@ def _check_arrays(name, **arrays):
 
 def _check_work(name, work, floats):
     if work is not None:
-        check_device(f"{name}: work", work, (work.size,))
+        check_device(f"{name}: work", work, (getattr(work, "size", 0),))
         if work.size < floats:
             raise ValueError(
                 f"{name}: work must hold {floats} floats, got {work.size}"
@@ -2452,11 +2450,10 @@ for version in range(1, len(MATMUL_FORWARD) + 1):
 # ### A library's product
 #
 # The last version of the ladder is as far as this chapter goes by hand. A
-# library goes further: for every generation of GPU it holds hundreds of
-# kernels, some for the tensor cores, and picks one by the shape. NVIDIA's
-# is cuBLASLt, and `nvmath.bindings` hands its functions to Python. llmnb
-# uses it where it is installed (`pip install 'llmnb[cuda]'`), and does
-# without where it is not.
+# library holds many kernels, for every generation of GPU, and picks one by
+# the shape. NVIDIA's is cuBLASLt, and `nvmath.bindings` hands its functions
+# to Python. llmnb uses it where it is installed (`pip install
+# 'llmnb[cuda]'`), and does without where it is not.
 #
 # cuBLASLt expects matrices by columns: element $(i, j)$ at $i + j\,\mathit{ld}$,
 # where $\mathit{ld}$, the *leading dimension*, is the distance between two
@@ -2465,12 +2462,13 @@ for version in range(1, len(MATMUL_FORWARD) + 1):
 #
 # $$ y^\top = W x^\top + b\,1^\top, \qquad
 #    dx^\top = W^\top dy^\top, \qquad
-#    dW^\top = x^\top dy . $$
+#    dW^\top = x^\top dy . \tag{6.5} $$
 #
 # What the library reads by columns is $W^\top$, $x^\top$ and $dy^\top$, and
 # a flag says that it should transpose one of them back. All of this can be
 # written down before any GPU is asked: the flags, the three sizes, the
-# three leading dimensions. We call that a *plan*.
+# three leading dimensions. We call that a *plan*. It calls the factors
+# `A` and `B` and the result `D`, as the library does.
 
 # %% imports of the library's product tags=["export"] module="cuda.cublas"
 import functools
@@ -2486,7 +2484,7 @@ from llmnb.cuda.launch import (
     missing,
     stream_address,
 )
-from llmnb.cuda.matmul import _bias_gradient
+from llmnb.cuda.matmul import _bias_gradient, _check_work, matmul_scratch
 
 
 # %% a plan tags=["export"] module="cuda.cublas"
@@ -2568,6 +2566,7 @@ def carry_out(plan, a, b, d, beta=0, c=None, bias=None):
     D[...] = product
 
 
+# %% the three plans, proved
 rows, C, OC = 7, 5, 3
 x, W = rng.normal(size=(rows, C)), rng.normal(size=(OC, C))
 dy, b = rng.normal(size=(rows, OC)), rng.normal(size=OC)
@@ -2589,16 +2588,20 @@ compare("dweight", dW, dy.T @ x, tol=1e-12)
 # and we must be able to add; it stays our own kernel of fixed order.
 #
 # To carry a plan out, the library wants three descriptions of matrices and
-# one of the product, and a search for the fastest kernel it knows. All are
-# made once for each plan and kept; after that a product is one call, which
-# allocates nothing and does not wait. TF32 is one word in the description:
-# the tensor cores then round each factor to 10 bits after the point, and
-# still add in float32.
+# one of the product, then a search among its kernels. All this is done once
+# for each plan and kept. The kernel that is found may want memory of its
+# own, a *workspace*. We offer 32 MiB, which the cuBLAS documentation, under
+# `cublasSetWorkspace`, recommends for an H100's generation.
+#
+# One word of the description allows *TF32*: the library may then round each
+# factor to 10 bits after the point instead of 23, and multiply on the
+# *tensor cores*, units of a GPU for products of small matrices. The sums are
+# still float32.
 
 # %% places and numbers tags=["exporti"] module="cuda.cublas"
-WORKSPACE = 8 << 20  # floats: 32 MiB, what NVIDIA advises for an H100
-ALIGNED = 256  # bytes: the library asks for no more
-ZERO, ONE = np.zeros(1, np.float32), np.ones(1, np.float32)
+WORKSPACE = 8 << 20  # floats: 32 MiB
+ALIGNED = 256  # bytes: the most that is claimed of an address
+NOUGHT, ONE = np.zeros(1, np.float32), np.ones(1, np.float32)
 
 
 class _Places(NamedTuple):
@@ -2659,7 +2662,7 @@ def _library():
 
 # %% choose a kernel tags=["exporti"] module="cuda.cublas"
 @functools.cache
-def _product(plan, alignments, size, tf32):
+def _prepared(plan, alignments, size, tf32):
     """A plan described, and the kernel that the library chose for it.
 
     size: bytes that the kernel may use for itself. Kept for every later
@@ -2687,19 +2690,19 @@ def _product(plan, alignments, size, tf32):
 
 
 # %% carry it out tags=["exporti"] module="cuda.cublas"
-def _multiply(plan, places, beta, work, tf32):
+def _enqueue(plan, places, beta, work, tf32):
     """Enqueue D = op(A) op(B) + beta C on the current stream."""
     from nvmath.bindings import cublasLt as lt
 
     start = -(-address(work) // ALIGNED) * ALIGNED
     size = max(0, address(work) + work.nbytes - start)
-    kept = _product(plan, places.alignments(), size, tf32)
+    kept = _prepared(plan, places.alignments(), size, tf32)
     product, A, B, D, found = kept
     if plan.bias:
         _set("matmul_desc", product, "BIAS_POINTER", places.bias)
     lt.matmul(
         *(_library(), product, ONE.ctypes.data, places.a, A, places.b, B),
-        *((ONE if beta else ZERO).ctypes.data, places.c, D, places.d, D),
+        *((ONE if beta else NOUGHT).ctypes.data, places.c, D, places.d, D),
         *(found.ctypes.data, start, size, stream_address()),
     )
 
@@ -2732,9 +2735,9 @@ def cublas_scratch():
 
 # %% [markdown]
 # The two functions take what `matmul_forward` and `matmul_backward` take.
-# They have never run on a GPU; the plans are proved above, the
-# descriptions have been accepted by the library itself, and the search and
-# the products wait for hardware.
+# This much is known of them: the plans are proved above, and cuBLASLt 13.10
+# has accepted the descriptions, on a machine without a GPU. The search for a
+# kernel needs a GPU, and neither it nor a product has ever run.
 
 
 # %% the linear layer, forward, by cuBLASLt tags=["export"] module="cuda.cublas"
@@ -2743,16 +2746,18 @@ def cublas_forward(
 ):
     """The linear layer by cuBLASLt; otherwise as cuda.matmul_forward.
 
-    work: float32, 1-D, of `cublas_scratch()` elements, allocated when None.
-    tf32: round the factors to 10 bits after the point, on tensor cores.
-    Needs a GPU: raises RuntimeError with `no_cublas()` otherwise, and where
-    the library has no kernel for the shape.
+    work: float32, 1-D, of `cublas_scratch()` elements or as many as there
+    are, allocated when None. tf32: let the library round the factors to 10
+    bits after the point and use tensor cores. Needs a GPU: raises
+    RuntimeError with `no_cublas()` otherwise, and where the library has no
+    kernel for the shape.
 
     Derived in chapter 6.
     """
     rows = _shapes("cublas_forward", out, inp, weight, bias)
     if residual is not None:
         check_device("cublas_forward: residual", residual, out.shape)
+    _check_work("cublas_forward", work, 0)
     OC, C = weight.shape
     work = empty(WORKSPACE, like=inp) if work is None else work
     d = address(out)
@@ -2760,7 +2765,7 @@ def cublas_forward(
     b = 0 if bias is None else address(bias)
     plan = forward_plan(rows, C, OC, bias is not None)
     places = _Places(address(weight), address(inp), c, d, b)
-    _multiply(plan, places, residual is not None, work, tf32)
+    _enqueue(plan, places, residual is not None, work, tf32)
 
 
 # %% check the arrays tags=["exporti"] module="cuda.cublas"
@@ -2785,7 +2790,8 @@ def cublas_backward(
     """The linear layer's gradients by cuBLASLt; as cuda.matmul_backward.
 
     work, tf32, what is raised: as for `cublas_forward`. dbias is summed by
-    this chapter's own kernel, in a fixed order.
+    this chapter's own kernel, in a fixed order; with it, work must also hold
+    matmul_scratch(B * T, OC) elements.
 
     Derived in chapter 6.
     """
@@ -2793,17 +2799,35 @@ def cublas_backward(
     check_device("cublas_backward: dinp", dinp, inp.shape)
     check_device("cublas_backward: dweight", dweight, weight.shape)
     OC, C = weight.shape
-    work = empty(WORKSPACE, like=inp) if work is None else work
+    sums = 0 if dbias is None else matmul_scratch(rows, OC)
+    _check_work("cublas_backward", work, sums)
+    if work is None:
+        work = empty(max(WORKSPACE, sums), like=inp)
     x, w, dy = address(inp), address(weight), address(dout)
     dx, dw = address(dinp), address(dweight)
     places = _Places(w, dy, dx, dx, 0)
-    _multiply(dinp_plan(rows, C, OC), places, add_dinp, work, tf32)
+    _enqueue(dinp_plan(rows, C, OC), places, add_dinp, work, tf32)
     places = _Places(x, dy, dw, dw, 0)
-    _multiply(dweight_plan(rows, C, OC), places, add_dweight, work, tf32)
+    _enqueue(dweight_plan(rows, C, OC), places, add_dweight, work, tf32)
     if dbias is not None:
         flat = dout.reshape(-1)
         _bias_gradient(dbias, flat, rows, add_dweight, work)
 
+
+# %% [markdown]
+# Where there is a GPU with cuBLASLt, this cell compares its products with
+# NumPy's. Elsewhere it says what is missing:
+
+# %% the library against NumPy tags=["nbval-ignore-output"]
+if no_cublas():
+    print(no_cublas())
+else:
+    x, w, b, dy = map(to_device, (p.inp, p.weight, p.bias, p.dout))
+    y, dx, dw, db = (empty(x.shape) for x in (p.out, p.inp, p.weight, p.bias))
+    cublas_forward(y, x, w, b)
+    cublas_backward(dx, dw, db, dy, x, w, False, False)
+    for name, got in zip(outputs, (y, dx, dw, db), strict=True):
+        compare(f"cuBLASLt, {name}", to_host(got), expected[name], tol=1e-5)
 
 # %% [markdown]
 # ## Count it

@@ -113,10 +113,10 @@ def place(monkeypatch):
     monkeypatch.setattr(cublas, "no_cublas", lambda: "")
     monkeypatch.setattr(cublas, "WORKSPACE", 1 << 10)
     cublas._library.cache_clear()
-    cublas._product.cache_clear()
+    cublas._prepared.cache_clear()
     yield simulated
     cublas._library.cache_clear()
-    cublas._product.cache_clear()
+    cublas._prepared.cache_clear()
 
 
 def draw(rng, *shape):
@@ -166,9 +166,9 @@ def test_a_description_is_made_once(place):
     x, w, out = (place(draw(rng, 1, 4, 4)) for _ in range(3))
     for _ in range(3):
         cublas.cublas_forward(out, x, w.reshape(4, 4), None)
-    assert cublas._product.cache_info().misses == 1
+    assert cublas._prepared.cache_info().misses == 1
     cublas.cublas_forward(out, x, w.reshape(4, 4), None, tf32=True)
-    assert cublas._product.cache_info().misses == 2
+    assert cublas._prepared.cache_info().misses == 2
 
 
 def test_without_a_gpu_it_says_so():
@@ -196,3 +196,63 @@ def test_shapes_are_checked(place):
 def test_alignment_is_what_divides_the_address(address, want):
     places = cublas._Places(address, 0, 0, 0, 0)
     assert places.alignments()[0] == want
+
+
+def test_work_must_hold_the_sums_of_the_bias(place):
+    x = place(np.zeros((1, 130, 2), np.float32))
+    dy = place(np.ones((1, 130, 3), np.float32))
+    w = place(np.zeros((3, 2), np.float32))
+    db, dx, dw = (
+        place(np.zeros(s, np.float32)) for s in (3, (1, 130, 2), (3, 2))
+    )
+    for work in (np.zeros(8, np.float32), np.zeros((2, 9), np.float32)):
+        with pytest.raises(ValueError, match="cublas_backward: work must"):
+            cublas.cublas_backward(dx, dw, db, dy, x, w, work=place(work))
+    with pytest.raises(TypeError, match="cublas_forward: work must be float"):
+        cublas.cublas_forward(dy, x, w, None, work=place(np.zeros(9)))
+    cublas.cublas_backward(dx, dw, db, dy, x, w, work=place(np.zeros(9, "f")))
+    np.testing.assert_array_equal(to_host(db), 130)
+
+
+PLANS = [
+    cublas.forward_plan(7, 5, 3, True),
+    cublas.forward_plan(7, 5, 3, False),
+    cublas.dinp_plan(7, 5, 3),
+    cublas.dweight_plan(7, 5, 3),
+]
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_real_library_takes_the_descriptions(plan, tf32):
+    """It needs no GPU for that, only a driver that it can load."""
+    try:
+        from nvmath.bindings import cublasLt as lt
+
+        lt.get_version()
+    except Exception as error:
+        pytest.skip(f"no cuBLASLt here: {error}")
+
+    def told(kind, kinds, thing, names):
+        values = []
+        for name in names.split():
+            key, ask = kinds[name], f"{kind}_attribute_dtype"
+            value = np.zeros(1, getattr(lt, f"get_{ask}")(key))
+            size, get = np.zeros(1, np.uint64), f"{kind}_get_attribute"
+            place = value.ctypes.data, value.nbytes, size.ctypes.data
+            getattr(lt, get)(thing, key, *place)
+            values.append(value.item())
+        return tuple(values)
+
+    product, *matrices = cublas._describe(plan, 256, tf32)
+    names = "TRANSA TRANSB COMPUTE_TYPE EPILOGUE"
+    got = told("matmul_desc", lt.MatmulDescAttribute, product, names)
+    assert got == (
+        plan.transa,
+        plan.transb,
+        77 if tf32 else 68,
+        4 if plan.bias else 1,
+    )
+    for matrix, sizes in zip(matrices, plan.stored(), strict=True):
+        kinds, names = lt.MatrixLayoutAttribute, "TYPE ORDER ROWS COLS LD"
+        assert told("matrix_layout", kinds, matrix, names) == (0, 0, *sizes)

@@ -32,7 +32,7 @@ from llmnb.cuda.launch import (
     missing,
     stream_address,
 )
-from llmnb.cuda.matmul import _bias_gradient
+from llmnb.cuda.matmul import _bias_gradient, _check_work, matmul_scratch
 
 
 # a plan
@@ -92,9 +92,9 @@ def dweight_plan(rows, C, OC):
 
 
 # places and numbers
-WORKSPACE = 8 << 20  # floats: 32 MiB, what NVIDIA advises for an H100
-ALIGNED = 256  # bytes: the library asks for no more
-ZERO, ONE = np.zeros(1, np.float32), np.ones(1, np.float32)
+WORKSPACE = 8 << 20  # floats: 32 MiB
+ALIGNED = 256  # bytes: the most that is claimed of an address
+NOUGHT, ONE = np.zeros(1, np.float32), np.ones(1, np.float32)
 
 
 class _Places(NamedTuple):
@@ -155,7 +155,7 @@ def _library():
 
 # choose a kernel
 @functools.cache
-def _product(plan, alignments, size, tf32):
+def _prepared(plan, alignments, size, tf32):
     """A plan described, and the kernel that the library chose for it.
 
     size: bytes that the kernel may use for itself. Kept for every later
@@ -183,19 +183,19 @@ def _product(plan, alignments, size, tf32):
 
 
 # carry it out
-def _multiply(plan, places, beta, work, tf32):
+def _enqueue(plan, places, beta, work, tf32):
     """Enqueue D = op(A) op(B) + beta C on the current stream."""
     from nvmath.bindings import cublasLt as lt
 
     start = -(-address(work) // ALIGNED) * ALIGNED
     size = max(0, address(work) + work.nbytes - start)
-    kept = _product(plan, places.alignments(), size, tf32)
+    kept = _prepared(plan, places.alignments(), size, tf32)
     product, A, B, D, found = kept
     if plan.bias:
         _set("matmul_desc", product, "BIAS_POINTER", places.bias)
     lt.matmul(
         *(_library(), product, ONE.ctypes.data, places.a, A, places.b, B),
-        *((ONE if beta else ZERO).ctypes.data, places.c, D, places.d, D),
+        *((ONE if beta else NOUGHT).ctypes.data, places.c, D, places.d, D),
         *(found.ctypes.data, start, size, stream_address()),
     )
 
@@ -232,16 +232,18 @@ def cublas_forward(
 ):
     """The linear layer by cuBLASLt; otherwise as cuda.matmul_forward.
 
-    work: float32, 1-D, of `cublas_scratch()` elements, allocated when None.
-    tf32: round the factors to 10 bits after the point, on tensor cores.
-    Needs a GPU: raises RuntimeError with `no_cublas()` otherwise, and where
-    the library has no kernel for the shape.
+    work: float32, 1-D, of `cublas_scratch()` elements or as many as there
+    are, allocated when None. tf32: let the library round the factors to 10
+    bits after the point and use tensor cores. Needs a GPU: raises
+    RuntimeError with `no_cublas()` otherwise, and where the library has no
+    kernel for the shape.
 
     Derived in chapter 6.
     """
     rows = _shapes("cublas_forward", out, inp, weight, bias)
     if residual is not None:
         check_device("cublas_forward: residual", residual, out.shape)
+    _check_work("cublas_forward", work, 0)
     OC, C = weight.shape
     work = empty(WORKSPACE, like=inp) if work is None else work
     d = address(out)
@@ -249,7 +251,7 @@ def cublas_forward(
     b = 0 if bias is None else address(bias)
     plan = forward_plan(rows, C, OC, bias is not None)
     places = _Places(address(weight), address(inp), c, d, b)
-    _multiply(plan, places, residual is not None, work, tf32)
+    _enqueue(plan, places, residual is not None, work, tf32)
 
 
 # check the arrays
@@ -274,7 +276,8 @@ def cublas_backward(
     """The linear layer's gradients by cuBLASLt; as cuda.matmul_backward.
 
     work, tf32, what is raised: as for `cublas_forward`. dbias is summed by
-    this chapter's own kernel, in a fixed order.
+    this chapter's own kernel, in a fixed order; with it, work must also hold
+    matmul_scratch(B * T, OC) elements.
 
     Derived in chapter 6.
     """
@@ -282,13 +285,16 @@ def cublas_backward(
     check_device("cublas_backward: dinp", dinp, inp.shape)
     check_device("cublas_backward: dweight", dweight, weight.shape)
     OC, C = weight.shape
-    work = empty(WORKSPACE, like=inp) if work is None else work
+    sums = 0 if dbias is None else matmul_scratch(rows, OC)
+    _check_work("cublas_backward", work, sums)
+    if work is None:
+        work = empty(max(WORKSPACE, sums), like=inp)
     x, w, dy = address(inp), address(weight), address(dout)
     dx, dw = address(dinp), address(dweight)
     places = _Places(w, dy, dx, dx, 0)
-    _multiply(dinp_plan(rows, C, OC), places, add_dinp, work, tf32)
+    _enqueue(dinp_plan(rows, C, OC), places, add_dinp, work, tf32)
     places = _Places(x, dy, dw, dw, 0)
-    _multiply(dweight_plan(rows, C, OC), places, add_dweight, work, tf32)
+    _enqueue(dweight_plan(rows, C, OC), places, add_dweight, work, tf32)
     if dbias is not None:
         flat = dout.reshape(-1)
         _bias_gradient(dbias, flat, rows, add_dweight, work)

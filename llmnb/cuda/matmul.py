@@ -164,7 +164,7 @@ def _square_tiles(out, start, bias, a, b, sizes, along):
 
 
 # version 3, launched
-PROCESSORS = 108  # of an A100
+PROCESSORS = 108  # multiprocessors of an A100
 
 
 def _tile_size(rows, cols):
@@ -391,7 +391,7 @@ def _check_arrays(name, **arrays):
 
 def _check_work(name, work, floats):
     if work is not None:
-        check_device(f"{name}: work", work, (work.size,))
+        check_device(f"{name}: work", work, (getattr(work, "size", 0),))
         if work.size < floats:
             raise ValueError(
                 f"{name}: work must hold {floats} floats, got {work.size}"
