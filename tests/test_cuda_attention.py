@@ -18,7 +18,6 @@ SHAPES = [
     (1, 17, 1, 3),
     (1, 4, 2, 5),
     (1, 33, 1, 8),
-    (1, 7, 1, 16),
 ]
 
 
@@ -85,9 +84,8 @@ def test_backward(version, shape):
     backward(version, shape, add=shape[1] % 2 == 1)
 
 
-@pytest.mark.parametrize("version", (2, 3))
-def test_forward_over_several_tiles(version):
-    forward(version, (1, 70, 1, 4))
+def test_forward_over_several_tiles():
+    forward(3, (1, 70, 1, 4))
 
 
 def run(version, back, shape):
