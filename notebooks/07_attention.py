@@ -1190,19 +1190,19 @@ for B, T in ((4, 64), (1, 1024)):
 # Attention gives a GPU plenty to do at once: $B \cdot NH$ heads that never
 # meet, and in each of them $T$ rows that need nothing of one another. The
 # CPU version was bound by arithmetic, because its blocks stay in a cache. On
-# a GPU that is a goal to be reached. A processor of it has a few ten
-# kilobytes of *shared memory* for a block of threads, and what does not fit
-# there travels through the memory of the whole device.
+# a GPU that is a goal to be reached. A block of threads may have 48 KB of
+# *shared memory* ([chapter 4](04_gpu.ipynb)), and what does not fit there
+# travels through global memory.
 #
 # No GPU has run this section yet. Its kernels are compiled for two
 # generations, sm_80 and sm_90, and their tests read the machine code: no
 # double precision, no registers spilled to memory. What they compute, and
-# what they count, comes from the simulator of [chapter 4](04_gpu.ipynb).
-# `llmnb bench --backend cuda --kernels` measures them where there is a GPU,
-# and the results page shows it once measured.
+# what they count, comes from the simulator. `llmnb bench --backend cuda
+# --kernels` measures them where there is a GPU, and the results page shows
+# it once measured.
 #
-# The names of the functions below are those of the CPU's again, so we keep
-# the CPU's as `cpu.forward` and `cpu.backward`.
+# The functions below bear the names of the CPU's; those stay with us as
+# `cpu.forward` and `cpu.backward`.
 
 # %% imports of the GPU's kernels tags=["export"] module="cuda.attention"
 import functools
@@ -1210,12 +1210,20 @@ import math
 
 import numpy as np
 
-from llmnb.cuda.launch import check_device, device, empty, kernel
+from llmnb.cuda.launch import (
+    aligned,
+    check_device,
+    device,
+    empty,
+    kernel,
+    numbered,
+)
 from llmnb.cuda.simulator import cuda, load4, store4
 from llmnb.cuda.warp import warp_max, warp_sum
 
 # %% what a score is before one is seen tags=["exporti"] module="cuda.attention"
-LOWEST = np.float32(-1e30)  # e to it is 0, and no infinity: fastmath
+# exp makes 0 of it; and it is no infinity, which fastmath rules out
+LOWEST = np.float32(-1e30)
 
 # %% [markdown]
 # ### Forward, version 1: three kernels and a square
@@ -1296,25 +1304,30 @@ def _forward_unfused(out, lse, inp, work):
 # 124M:
 
 # %% the square on a GPU
-B, T, NH = 16, 1024, 12
+B, T, NH, hs = 16, 1024, 12, 64
 square = 4 * B * NH * T * T
 print(f"{square:,} bytes of scratch, {square / (4 * B * T * 768):.0f}", end="")
 print(" times the output of the layer")
+print(f"{4 * hs / 16:.0f} operations a byte of traffic with the square")
 
 # %% [markdown]
 # The half below the diagonal is written by the first kernel, read and written
-# by the second and read by the third. No cache of a GPU holds it, so it
-# passes through the device's memory at least four times.
+# by the second and read by the third: 16 bytes a pair $(t, u)$, where no
+# cache helps. A pair takes $2\,hs$ operations for its score and as many for
+# the output, which makes 16 a byte. By NVIDIA's data sheet an H100 computes
+# 67 TFLOP/s in float32 and moves 3,350 GB/s, 20 operations for each byte:
+# the square alone asks more of its memory than of its arithmetic.
 #
 # ### Forward, version 2: tiles and no square
 #
 # Online softmax, (7.12), lets one kernel do all three steps. A block of
 # threads owns a *tile* of 16 queries of one head, which it copies to shared
 # memory. Then it walks over the keys of the head, 16 at a time, up to the
-# diagonal. Each step copies a tile of keys and one of values, takes
-# 16 x 16 scores, one by each of 256 threads, repairs what was summed and
-# adds to it. This way of working is known as FlashAttention; see the
-# further reading. Backward will walk too, so here are both walks.
+# diagonal. Each step copies a tile of keys and one of values and takes
+# 16 x 16 scores, one by each of 256 threads. Where a row's maximum grows it
+# rescales what was summed, and adds the new values. This way of working is
+# known as FlashAttention; see the further reading. The backward pass will
+# walk too, so here are both walks.
 
 # %% the tiles and the walks
 from llmnb.owners import draw_owners
@@ -1338,14 +1351,16 @@ plt.show()
 
 # %% [markdown]
 # *Figure 7.3. The scores of one head in tiles, each with the number of the
-# block that computes it. Left, a block owns a row of tiles and walks to the
-# right until the diagonal; right, it owns a column and walks down from the
-# diagonal. Nobody visits the empty triangle, and every element of a result
-# has one owner that sums along its arrow.*
+# tile that its block owns. Left, a block owns a tile of queries and walks to
+# the right until the diagonal; right, it owns a tile of keys and walks down
+# from the diagonal. Nobody visits the empty triangle, and every element of a
+# result has one owner that sums along its arrow.*
 #
 # A row of scores lies in 16 neighbouring lanes, half a warp, and its maximum
 # is found with four exchanges. Every lane of the row keeps the row's $m$; it
 # sums $\ell$ over its own scores only, and the parts are added at the end.
+# The first tile has key 0, which every query may read, so that from then on
+# $m$ is a real score and a masked one has the weight 0.
 #
 # The size of a head is a constant of the kernel, so that shared memory and
 # registers can be laid out when it is compiled. `functools.cache` keeps one
@@ -1354,7 +1369,7 @@ plt.show()
 # different banks.
 
 
-# %% version 2, copy a tile tags=["exporti"] module="cuda.attention"
+# %% version 2, copy and exchange tags=["exporti"] module="cuda.attention"
 @device
 def _copy_rows(tile, inp, b, first, col, hs):
     """Rows first.. of inp[b], hs columns from col on; zeros beyond T."""
@@ -1367,18 +1382,20 @@ def _copy_rows(tile, inp, b, first, col, hs):
 
 
 @device
-def _half_warp_max(value):
-    """The largest value of 16 lanes."""
+def _lanes_max(value, lanes):
+    """The largest value of 8 or 16 neighbouring lanes, in each of them."""
     for step in (8, 4, 2, 1):
-        value = max(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, step))
+        if step < lanes:
+            value = max(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, step))
     return value
 
 
 @device
-def _half_warp_sum(value):
-    """The sum of value over 16 lanes."""
+def _lanes_sum(value, lanes):
+    """The sum of value over 8 or 16 neighbouring lanes, in each of them."""
     for step in (8, 4, 2, 1):
-        value += cuda.shfl_xor_sync(0xFFFFFFFF, value, step)
+        if step < lanes:
+            value += cuda.shfl_xor_sync(0xFFFFFFFF, value, step)
     return value
 
 
@@ -1432,13 +1449,13 @@ def _flash_kernel(hs):
             cuda.syncthreads()
             s = _one_score(q, k, row, lane, hs) * scale
             s = s if start + lane <= t else LOWEST
-            new = max(top, _half_warp_max(s))
+            new = max(top, _lanes_max(s, 16))
             e, factor = math.exp(s - new), math.exp(top - new)
             weights[row, lane] = e
             top, total = new, total * factor + e
             cuda.syncwarp()
             _add_values(sums, factor, weights, v, row, lane, hs)
-        total = _half_warp_sum(total)
+        total = _lanes_sum(total, 16)
         if t < T:
             for n in range(PER):
                 if lane + 16 * n < hs:
@@ -1452,10 +1469,10 @@ def _flash_kernel(hs):
 # %% [markdown]
 # Two kinds of barriers: all threads wait before a tile is overwritten and
 # after it is written, but a row's weights are written and read by lanes of
-# one warp, so there the warp's own barrier is enough. Blocks start in the
-# order of their numbers, more or less, and those of the last queries have
-# the longest walk. They get the first numbers of their head, so that short
-# walks fill the end.
+# one warp, so there the warp's own barrier is enough. The last queries have
+# the longest walk. CUDA promises no order among blocks; in case they start
+# in the order of their numbers, those of the last queries have the first
+# ones, and short walks fill the end.
 
 
 # %% version 2 tags=["exporti"] module="cuda.attention"
@@ -1473,13 +1490,12 @@ def _forward_flash(out, lse, inp, work):
 # ### Forward, version 3: tiles in registers
 #
 # In version 2 every product of two numbers reads both of them from shared
-# memory. [Chapter 6](06_matmul.ipynb) met the same on the CPU, and the cure
-# is the same: a thread takes a small tile of the result in registers. Here
-# 128 threads stand in 16 rows of 8 and share 64 queries and 32 keys. Row $r$
-# of them owns queries $r, r + 16, r + 32, r + 48$, and lane $l$ of a row
-# keys $l, l + 8, l + 16, l + 24$. With 4 queries and 4 keys a thread, 8
-# numbers read serve 16 products. And it reads four channels at once, with
-# `load4`.
+# memory. [Chapter 6](06_matmul.ipynb) met the same, and the cure is the
+# same: a thread takes a small tile of the result in registers. Here 128
+# threads stand in 16 rows of 8 and share 64 queries and 32 keys. Row $r$ of
+# them owns queries $r, r + 16, r + 32, r + 48$, and lane $l$ of a row keys
+# $l, l + 8, l + 16, l + 24$. With 4 queries and 4 keys a thread, 8 numbers
+# read serve 16 products. And it reads four channels at once, with `load4`.
 
 # %% which thread owns which scores
 fig, ax = plt.subplots(figsize=(5.6, 6.0), dpi=100)
@@ -1514,20 +1530,33 @@ plt.show()
 # For heads of more than 64 channels a thread takes 2 queries and 2 keys
 # instead of 4 and 4; that fits up to 128 channels.
 #
-# Three pieces serve forward and backward alike. $G$ is how many rows of
-# threads there are, and $R$ how many rows, and how many columns, a thread
-# takes. The first piece copies a tile.
+# Four pieces serve forward and backward alike. $G$ is how many rows of
+# threads there are, and $R$ how many rows, and how many columns, of a tile a
+# thread takes. The first piece copies a tile to shared memory. Where $hs$ is
+# a multiple of 4 and the array begins at a multiple of 16 bytes, so does
+# every row of a head, and `FOURS` is true: then it reads vectors of four,
+# otherwise float by float. In shared memory every row is aligned;
+# `alignment=16` asks for that.
 
 
 # %% copy a tile tags=["exporti"] module="cuda.attention"
+def _side(hs):
+    """R: the rows, and the columns, of a tile that a thread takes."""
+    return 4 if hs <= 64 else 2
+
+
+def _stride(hs):
+    """Floats from one row of a head to the next in shared memory."""
+    return -(-hs // 32) * 32 + 4
+
+
 @functools.cache
-def _tile_copy(hs):
+def _tile_copy(hs, FOURS):
     """copy(tile, x, at, step, first, T): rows first.. of a head to shared.
 
     x is flat, row r begins at `at + r * step`; zeros beyond T and hs.
     """
-    QUADS = -(-hs // 32) * 8
-    STRIDE, ALIGNED = 4 * QUADS + 4, hs % 4 == 0
+    QUADS, STRIDE = -(-hs // 32) * 8, _stride(hs)
 
     @device
     def copy(tile, x, at, step, first, T):
@@ -1536,7 +1565,7 @@ def _tile_copy(hs):
             i = at + (first + row) * step + col
             a = b = c = d = np.float32(0)
             if first + row < T and col < hs:
-                if ALIGNED:
+                if FOURS:
                     a, b, c, d = load4(x, i)
                 else:
                     a = x[i]
@@ -1549,21 +1578,17 @@ def _tile_copy(hs):
 
 
 # %% [markdown]
-# A row begins at a multiple of 16 bytes where $hs$ is a multiple of 4.
-# Otherwise the copy reads float by float. All that follows reads shared
-# memory, where every row is aligned: `alignment=16` asks for that.
-#
 # The second piece takes the scores of a tile, or anything that is a product
 # of rows with rows. The third multiplies weights with a tile and adds to
 # sums, $\Omega \mathrel{+}= E V$; a thread sums for its $R$ rows, and for
-# channels $4l$ to $4l + 3$ of every 32.
+# channels $4l$ to $4l + 3$ of every 32. The fourth writes the sums.
 
 
 # %% products of rows with rows tags=["exporti"] module="cuda.attention"
 @functools.cache
 def _tile_dots(hs, G, R):
     """dots(s, one, two): s = dot products of R rows of one, R of two."""
-    STRIDE, LENGTH = -(-hs // 32) * 32 + 4, 4 * R
+    STRIDE, LENGTH = _stride(hs), 4 * R
 
     @device
     def dots(s, one, two):
@@ -1591,7 +1616,7 @@ def _tile_dots(hs, G, R):
 @functools.cache
 def _tile_add(hs, G, R):
     """add(sums, weights, tile): sums += weights @ tile, 8 * R rows of it."""
-    PARTS, STRIDE = -(-hs // 32), -(-hs // 32) * 32 + 4
+    PARTS, STRIDE = -(-hs // 32), _stride(hs)
     WIDTH, LENGTH = 8 * R + 8, 4 * R
 
     @device
@@ -1618,12 +1643,12 @@ def _tile_add(hs, G, R):
 
 # %% write the sums tags=["exporti"] module="cuda.attention"
 @functools.cache
-def _tile_write(hs, G, R):
+def _tile_write(hs, G, R, FOURS):
     """write(x, sums, at, step, first, T, more): rows first.. of a head.
 
     more: whether to add to what x holds.
     """
-    PARTS, ALIGNED = -(-hs // 32), hs % 4 == 0
+    PARTS = -(-hs // 32)
 
     @device
     def write(x, sums, at, step, first, T, more):
@@ -1632,7 +1657,7 @@ def _tile_write(hs, G, R):
             for n in range(PARTS):
                 t, col = first + row + G * r, 32 * n + 4 * lane
                 i, k = at + t * step + col, 4 * (PARTS * r + n)
-                if ALIGNED and t < T and col < hs:
+                if FOURS and t < T and col < hs:
                     a = b = c = d = np.float32(0)
                     if more:
                         a, b, c, d = load4(x, i)
@@ -1640,7 +1665,7 @@ def _tile_write(hs, G, R):
                     c, d = c + sums[k + 2], d + sums[k + 3]
                     store4(x, i, a, b, c, d)
                 for m in range(4):
-                    if not ALIGNED and t < T and col + m < hs:
+                    if not FOURS and t < T and col + m < hs:
                         old = x[i + m] if more else np.float32(0)
                         x[i + m] = old + sums[k + m]
 
@@ -1649,23 +1674,6 @@ def _tile_write(hs, G, R):
 
 # %% [markdown]
 # Between the products stands (7.12), for the $R$ rows of a thread.
-
-
-# %% over the eight lanes of a row tags=["exporti"] module="cuda.attention"
-@device
-def _lanes_max(value):
-    """The largest value of 8 lanes."""
-    for step in (4, 2, 1):
-        value = max(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, step))
-    return value
-
-
-@device
-def _lanes_sum(value):
-    """The sum of value over 8 lanes."""
-    for step in (4, 2, 1):
-        value += cuda.shfl_xor_sync(0xFFFFFFFF, value, step)
-    return value
 
 
 # %% the softmax of a tile tags=["exporti"] module="cuda.attention"
@@ -1686,7 +1694,7 @@ def _tile_softmax(hs, G, R):
                 seen = start + lane + 8 * j <= first + row + G * r
                 s[R * r + j] = s[R * r + j] * scale if seen else LOWEST
                 new = max(new, s[R * r + j])
-            new = _lanes_max(new)
+            new = _lanes_max(new, 8)
             factor = math.exp(top[r] - new)
             top[r], total[r] = new, total[r] * factor
             for j in range(R):
@@ -1709,7 +1717,7 @@ def _tile_finish(hs, G, R):
     def finish(lse, head, sums, top, total, first):
         row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
         for r in range(R):
-            t, whole = first + row + G * r, _lanes_sum(total[r])
+            t, whole = first + row + G * r, _lanes_sum(total[r], 8)
             for n in range(PER):
                 sums[PER * r + n] /= whole
             if lane == 0 and t < lse.shape[1]:
@@ -1720,11 +1728,11 @@ def _tile_finish(hs, G, R):
 
 # %% version 3, the kernel tags=["exporti"] module="cuda.attention"
 @functools.cache
-def _forward_kernel(hs):
-    R, STRIDE = 4 if hs <= 64 else 2, -(-hs // 32) * 32 + 4
+def _forward_kernel(hs, FOURS):
+    R, STRIDE = _side(hs), _stride(hs)
     ROWS, COLS, WIDTH = 16 * R, 8 * R, 8 * R + 8
     SUMS, PAIRS = R * (STRIDE // 8), R * R
-    copy, write = _tile_copy(hs), _tile_write(hs, 16, R)
+    copy, write = _tile_copy(hs, FOURS), _tile_write(hs, 16, R, FOURS)
     dots, add = _tile_dots(hs, 16, R), _tile_add(hs, 16, R)
     softmax, finish = _tile_softmax(hs, 16, R), _tile_finish(hs, 16, R)
 
@@ -1770,15 +1778,16 @@ def _forward_tiles(out, lse, inp, work):
     B, NH, T = lse.shape
     hs = out.shape[2] // NH
     scale = np.float32(1 / math.sqrt(hs))
-    grid = B * NH * -(-T // (64 if hs <= 64 else 32))
+    grid = B * NH * -(-T // (16 * _side(hs)))
+    tiles = _forward_kernel(hs, hs % 4 == 0 and aligned(out, inp))
     out, inp, lse = out.reshape(-1), inp.reshape(-1), lse.reshape(B * NH, T)
-    _forward_kernel(hs)[grid, 128](out, lse, inp, NH, scale)
+    tiles[grid, 128](out, lse, inp, NH, scale)
 
 
 # %% [markdown]
 # Rows of the last tile that lie beyond $T$ are zeros, compute something
 # finite, and are not written. The public function checks, finds the scratch
-# and calls a version. Only version 1 takes a head of more than 128 channels.
+# and calls a version. Versions 2 and 3 take heads of at most 128 channels.
 
 
 # %% the versions of forward tags=["export"] module="cuda.attention"
@@ -1788,15 +1797,13 @@ WIDEST_HEAD = 128  # channels of a head; only version 1 takes more
 
 
 # %% the checks on a GPU tags=["exporti"] module="cuda.attention"
-def _check_heads(name, out, lse, inp, version, versions):
-    """Raise for what the kernels cannot take."""
-    if version not in range(1, len(versions) + 1):
-        raise ValueError(
-            f"{name}: version must be 1 to {len(versions)}, got {version}"
-        )
+def _check_heads(name, out, lse, inp, version):
+    """Raise for what the kernels cannot take; return B, T and NH."""
     shape = tuple(getattr(inp, "shape", ()))
     if len(shape) != 3 or shape[2] % 3 or 0 in shape:
-        raise ValueError(f"{name}: inp must be (B, T, 3C), got {shape}")
+        raise ValueError(
+            f"{name}: inp must be (B, T, 3C) and not empty, got {shape}"
+        )
     B, T, C = *shape[:2], shape[2] // 3
     heads = tuple(getattr(lse, "shape", ()))
     NH = heads[1] if len(heads) == 3 else 0
@@ -1813,6 +1820,7 @@ def _check_heads(name, out, lse, inp, version, versions):
             f"{name}: a head of {C // NH} channels is too wide for version "
             f"{version}, which takes {WIDEST_HEAD}; version 1 takes any"
         )
+    return B, T, NH
 
 
 # %% scratch tags=["export"] module="cuda.attention"
@@ -1856,16 +1864,10 @@ def attention_forward(out, lse, inp, work=None, version=3):
     Derived in chapter 7.
     """
     name = "attention_forward"
-    _check_heads(name, out, lse, inp, version, ATTENTION_FORWARD)
-    count = attention_scratch(*_sizes(lse), version, 0)
-    work = _find_work(name, work, count, inp)
-    ATTENTION_FORWARD[version - 1](out, lse, inp, work)
-
-
-def _sizes(lse):
-    """B, T and NH."""
-    B, NH, T = lse.shape
-    return B, T, NH
+    run = numbered(ATTENTION_FORWARD, version, name)
+    sizes = _check_heads(name, out, lse, inp, version)
+    count = attention_scratch(*sizes, version, 0)
+    run(out, lse, inp, _find_work(name, work, count, inp))
 
 
 # %% [markdown]
@@ -1893,9 +1895,8 @@ for hs in (5, 12):
 
 # %% [markdown]
 # And the counts, on the simulator, for one head of 32 channels and 64
-# positions. A *request* is an access by a whole warp, a *sector* one of the
-# pieces of 32 bytes that global memory moves, a *pass* what shared memory
-# serves at once.
+# positions: requests of whole warps and sectors of global memory, requests
+# and passes of shared memory, all defined in [chapter 4](04_gpu.ipynb).
 
 # %% forward, counted
 from llmnb.cuda.simulator import RaceError, watch
@@ -1915,14 +1916,13 @@ what = "requests", "sectors", "shared_requests", "shared_passes"
 count(lambda version: on_gpu(p, version, simulated), (1, 2, 3), what)
 
 # %% [markdown]
-# Version 2 moves a small part of version 1's sectors, and pays with shared
-# memory: two reads for each product. Version 3 asks shared memory a ninth as
-# often. But a request for four floats a lane is served in four passes, so
-# compare the passes: fewer than half. A larger tile a thread, of 8 queries
-# and 4 keys, would take fewer still; compiled, it wants more than the 255
-# registers that a thread can have, and spills.
-#
-# Version 1's count has no caches: a sector counts each time a warp asks.
+# Version 2 touches a small part of version 1's sectors. (The count knows no
+# caches: a sector counts each time a warp asks for it.) It pays with shared
+# memory, two reads for each product. Version 3 asks shared memory a ninth as
+# often. But a request for four floats a lane takes four passes, so
+# compare the passes: fewer than half. A larger tile a thread would need
+# fewer still, and more registers. At $hs = 64$ a thread already takes more
+# than half of the 255 that it may have.
 #
 # What a block reads for its tile of queries grows with the tile. At
 # $T = 1024$ and $hs = 64$ a head has 1 MB of queries, keys, values and
@@ -1935,6 +1935,8 @@ for tile in (16, 64):
     print(f"tiles of {tile} queries: {2 * 4 * hs * rows / 1e6:5.1f} MB")
 
 # %% [markdown]
+# Four times the queries in a tile, about a quarter of the reads.
+#
 # ### Backward, version 1: the square, twice
 #
 # As before, a kernel for each step, and what passes between them in scratch
@@ -2035,10 +2037,10 @@ def _backward_unfused(dinp, dout, inp, out, lse, add, work):
 # %% [markdown]
 # ### Backward, version 2: two walks
 #
-# Without the square, $dq_t$ is a sum over keys and $dk_u$ one over queries.
-# The two want different owners, as the two halves of figure 7.3. Could a
-# block that owns keys add to $dq$ on its way? Here is that in small, a block
-# for each key and a thread for each channel:
+# $dq_t$ is a sum over keys; $dk_u$ and $dv_u$ are sums over queries. The two
+# want different owners, as in the two halves of figure 7.3. Could a block
+# that owns keys add to $dq$ on its way? Here is that in small, a block for
+# each key and a thread for each channel:
 
 
 # %% a block for each key adds to dq
@@ -2068,13 +2070,14 @@ verdict("the race", caught, "is caught")
 # both take the products $S$ and $dE$ of (7.14): seven in all instead of
 # five. It buys that every number has one owner, which sums in one order.
 #
-# The pieces of the forward pass do the work. In the first kernel the *rows*
-# of a tile are keys and its columns queries, so its scores are transposed:
-# $E^\top$ and $dS^\top$ stand in shared memory ready for
-# $dV \mathrel{+}= E^\top dO$ and $dK \mathrel{+}= dS^\top Q$. Four tiles of
-# 32 rows and one of 32 x 40 weights take 39,936 bytes at $hs = 64$. The
+# The pieces of the forward pass do the work, now for blocks of 64 threads in
+# 8 rows of 8, which take 32 queries and 32 keys ($G = 8$, $R = 4$). In the
+# first kernel the *rows* of a tile are keys and its columns queries, so its
+# scores are transposed: $E^\top$ and $dS^\top$ stand in shared memory ready
+# for $dV \mathrel{+}= E^\top dO$ and $dK \mathrel{+}= dS^\top Q$. Four tiles
+# of 32 rows and one of 32 x 40 weights take 39,936 bytes at $hs = 64$. The
 # weights' tile serves twice: $E^\top$ first, and once the warp has read it,
-# $dS^\top$.
+# $dS^\top$. Its rows again belong to one warp each, whose barrier is enough.
 
 
 # %% weights and gradients of a tile tags=["exporti"] module="cuda.attention"
@@ -2124,11 +2127,11 @@ def _tile_share(R):
 
 # %% walk over queries tags=["exporti"] module="cuda.attention"
 @functools.cache
-def _keys_kernel(hs):
-    R, STRIDE = 4 if hs <= 64 else 2, -(-hs // 32) * 32 + 4
+def _keys_kernel(hs, FOURS):
+    R, STRIDE = _side(hs), _stride(hs)
     ROWS, WIDTH = 8 * R, 8 * R + 8
     SUMS, PAIRS = R * (STRIDE // 8), R * R
-    copy, write = _tile_copy(hs), _tile_write(hs, 8, R)
+    copy, write = _tile_copy(hs, FOURS), _tile_write(hs, 8, R, FOURS)
     dots, add = _tile_dots(hs, 8, R), _tile_add(hs, 8, R)
     gradients, share = _tile_gradients(R, True), _tile_share(R)
 
@@ -2171,13 +2174,19 @@ def _keys_kernel(hs):
     return attention_backward_keys
 
 
+# %% [markdown]
+# The second kernel keeps half as many sums. `launch_bounds=(64, 5)` asks the
+# compiler to leave room for five of its blocks on a multiprocessor: 65,536
+# registers for 320 threads are 204 each.
+
+
 # %% walk over keys tags=["exporti"] module="cuda.attention"
 @functools.cache
-def _queries_kernel(hs):
-    R, STRIDE = 4 if hs <= 64 else 2, -(-hs // 32) * 32 + 4
+def _queries_kernel(hs, FOURS):
+    R, STRIDE = _side(hs), _stride(hs)
     ROWS, WIDTH = 8 * R, 8 * R + 8
     SUMS, PAIRS = R * (STRIDE // 8), R * R
-    copy, write = _tile_copy(hs), _tile_write(hs, 8, R)
+    copy, write = _tile_copy(hs, FOURS), _tile_write(hs, 8, R, FOURS)
     dots, add = _tile_dots(hs, 8, R), _tile_add(hs, 8, R)
     gradients, share = _tile_gradients(R, False), _tile_share(R)
 
@@ -2224,11 +2233,11 @@ def _backward_tiles(dinp, dout, inp, out, lse, add, work):
     scale = np.float32(1 / math.sqrt(hs))
     D, lse = work.reshape(B * NH, T), lse.reshape(B * NH, T)
     _attention_rows[-(-lse.size // 4), 128](D, dout, out, NH)
-    grid = B * NH * -(-T // (32 if hs <= 64 else 16))
-    flat = [x.reshape(-1) for x in (dinp, dout, inp)]
-    rest = lse, D, NH, scale, add
-    _keys_kernel(hs)[grid, 64](*flat, *rest)
-    _queries_kernel(hs)[grid, 64](*flat, *rest)
+    grid, arrays = B * NH * -(-T // (8 * _side(hs))), (dinp, dout, inp)
+    fours = hs % 4 == 0 and aligned(*arrays)
+    args = *(x.reshape(-1) for x in arrays), lse, D, NH, scale, add
+    _keys_kernel(hs, fours)[grid, 64](*args)
+    _queries_kernel(hs, fours)[grid, 64](*args)
 
 
 # %% the versions of backward tags=["export"] module="cuda.attention"
@@ -2253,12 +2262,13 @@ def attention_backward(
     Derived in chapter 7.
     """
     name = "attention_backward"
-    _check_heads(name, out, lse, inp, version, ATTENTION_BACKWARD)
+    run = numbered(ATTENTION_BACKWARD, version, name)
+    sizes = _check_heads(name, out, lse, inp, version)
     check_device(f"{name}: dinp", dinp, inp.shape)
     check_device(f"{name}: dout", dout, out.shape)
-    count = attention_scratch(*_sizes(lse), 0, version)
+    count = attention_scratch(*sizes, 0, version)
     work = _find_work(name, work, count, inp)
-    ATTENTION_BACKWARD[version - 1](dinp, dout, inp, out, lse, int(add), work)
+    run(dinp, dout, inp, out, lse, int(add), work)
 
 
 # %% backward against NumPy
@@ -2289,14 +2299,19 @@ for version in (1, 2):
     floats = attention_scratch(16, 1024, 12, 0, version)
     print(f"version {version}: {4 * floats:,} bytes of scratch")
 
+# %% [markdown]
+# Of version 1's sectors about a twentieth is left, and of its scratch the
+# numbers $D_t$, one a row.
+
 # %% the same bits on every run
 same = np.array_equal(back_on_gpu(p, 2), back_on_gpu(p, 2))
 verdict("another run", same, "gives the same bits")
 
 # %% [markdown]
-# What is left on the table: the tiles on the diagonal are computed whole, the
-# copies do not overlap with the arithmetic, and the products run on the
-# ordinary units, in float32, and not on tensor cores.
+# What these kernels leave undone: they compute the tiles on the diagonal
+# whole, their copies do not overlap with the arithmetic, and their products
+# run in float32, not on the units for products of small matrices in 16 bits
+# that are called tensor cores.
 
 # %% [markdown]
 # ## Count it

@@ -22,13 +22,21 @@ import math
 
 import numpy as np
 
-from llmnb.cuda.launch import check_device, device, empty, kernel
+from llmnb.cuda.launch import (
+    aligned,
+    check_device,
+    device,
+    empty,
+    kernel,
+    numbered,
+)
 from llmnb.cuda.simulator import cuda, load4, store4
 from llmnb.cuda.warp import warp_max, warp_sum
 
 
 # what a score is before one is seen
-LOWEST = np.float32(-1e30)  # e to it is 0, and no infinity: fastmath
+# exp makes 0 of it; and it is no infinity, which fastmath rules out
+LOWEST = np.float32(-1e30)
 
 
 # version 1, scores
@@ -94,7 +102,7 @@ def _forward_unfused(out, lse, inp, work):
     _attention_means[-(-out.size // 128), 128](out, att, inp, NH)
 
 
-# version 2, copy a tile
+# version 2, copy and exchange
 @device
 def _copy_rows(tile, inp, b, first, col, hs):
     """Rows first.. of inp[b], hs columns from col on; zeros beyond T."""
@@ -107,18 +115,20 @@ def _copy_rows(tile, inp, b, first, col, hs):
 
 
 @device
-def _half_warp_max(value):
-    """The largest value of 16 lanes."""
+def _lanes_max(value, lanes):
+    """The largest value of 8 or 16 neighbouring lanes, in each of them."""
     for step in (8, 4, 2, 1):
-        value = max(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, step))
+        if step < lanes:
+            value = max(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, step))
     return value
 
 
 @device
-def _half_warp_sum(value):
-    """The sum of value over 16 lanes."""
+def _lanes_sum(value, lanes):
+    """The sum of value over 8 or 16 neighbouring lanes, in each of them."""
     for step in (8, 4, 2, 1):
-        value += cuda.shfl_xor_sync(0xFFFFFFFF, value, step)
+        if step < lanes:
+            value += cuda.shfl_xor_sync(0xFFFFFFFF, value, step)
     return value
 
 
@@ -172,13 +182,13 @@ def _flash_kernel(hs):
             cuda.syncthreads()
             s = _one_score(q, k, row, lane, hs) * scale
             s = s if start + lane <= t else LOWEST
-            new = max(top, _half_warp_max(s))
+            new = max(top, _lanes_max(s, 16))
             e, factor = math.exp(s - new), math.exp(top - new)
             weights[row, lane] = e
             top, total = new, total * factor + e
             cuda.syncwarp()
             _add_values(sums, factor, weights, v, row, lane, hs)
-        total = _half_warp_sum(total)
+        total = _lanes_sum(total, 16)
         if t < T:
             for n in range(PER):
                 if lane + 16 * n < hs:
@@ -201,14 +211,23 @@ def _forward_flash(out, lse, inp, work):
 
 
 # copy a tile
+def _side(hs):
+    """R: the rows, and the columns, of a tile that a thread takes."""
+    return 4 if hs <= 64 else 2
+
+
+def _stride(hs):
+    """Floats from one row of a head to the next in shared memory."""
+    return -(-hs // 32) * 32 + 4
+
+
 @functools.cache
-def _tile_copy(hs):
+def _tile_copy(hs, FOURS):
     """copy(tile, x, at, step, first, T): rows first.. of a head to shared.
 
     x is flat, row r begins at `at + r * step`; zeros beyond T and hs.
     """
-    QUADS = -(-hs // 32) * 8
-    STRIDE, ALIGNED = 4 * QUADS + 4, hs % 4 == 0
+    QUADS, STRIDE = -(-hs // 32) * 8, _stride(hs)
 
     @device
     def copy(tile, x, at, step, first, T):
@@ -217,7 +236,7 @@ def _tile_copy(hs):
             i = at + (first + row) * step + col
             a = b = c = d = np.float32(0)
             if first + row < T and col < hs:
-                if ALIGNED:
+                if FOURS:
                     a, b, c, d = load4(x, i)
                 else:
                     a = x[i]
@@ -233,7 +252,7 @@ def _tile_copy(hs):
 @functools.cache
 def _tile_dots(hs, G, R):
     """dots(s, one, two): s = dot products of R rows of one, R of two."""
-    STRIDE, LENGTH = -(-hs // 32) * 32 + 4, 4 * R
+    STRIDE, LENGTH = _stride(hs), 4 * R
 
     @device
     def dots(s, one, two):
@@ -261,7 +280,7 @@ def _tile_dots(hs, G, R):
 @functools.cache
 def _tile_add(hs, G, R):
     """add(sums, weights, tile): sums += weights @ tile, 8 * R rows of it."""
-    PARTS, STRIDE = -(-hs // 32), -(-hs // 32) * 32 + 4
+    PARTS, STRIDE = -(-hs // 32), _stride(hs)
     WIDTH, LENGTH = 8 * R + 8, 4 * R
 
     @device
@@ -288,12 +307,12 @@ def _tile_add(hs, G, R):
 
 # write the sums
 @functools.cache
-def _tile_write(hs, G, R):
+def _tile_write(hs, G, R, FOURS):
     """write(x, sums, at, step, first, T, more): rows first.. of a head.
 
     more: whether to add to what x holds.
     """
-    PARTS, ALIGNED = -(-hs // 32), hs % 4 == 0
+    PARTS = -(-hs // 32)
 
     @device
     def write(x, sums, at, step, first, T, more):
@@ -302,7 +321,7 @@ def _tile_write(hs, G, R):
             for n in range(PARTS):
                 t, col = first + row + G * r, 32 * n + 4 * lane
                 i, k = at + t * step + col, 4 * (PARTS * r + n)
-                if ALIGNED and t < T and col < hs:
+                if FOURS and t < T and col < hs:
                     a = b = c = d = np.float32(0)
                     if more:
                         a, b, c, d = load4(x, i)
@@ -310,28 +329,11 @@ def _tile_write(hs, G, R):
                     c, d = c + sums[k + 2], d + sums[k + 3]
                     store4(x, i, a, b, c, d)
                 for m in range(4):
-                    if not ALIGNED and t < T and col + m < hs:
+                    if not FOURS and t < T and col + m < hs:
                         old = x[i + m] if more else np.float32(0)
                         x[i + m] = old + sums[k + m]
 
     return write
-
-
-# over the eight lanes of a row
-@device
-def _lanes_max(value):
-    """The largest value of 8 lanes."""
-    for step in (4, 2, 1):
-        value = max(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, step))
-    return value
-
-
-@device
-def _lanes_sum(value):
-    """The sum of value over 8 lanes."""
-    for step in (4, 2, 1):
-        value += cuda.shfl_xor_sync(0xFFFFFFFF, value, step)
-    return value
 
 
 # the softmax of a tile
@@ -352,7 +354,7 @@ def _tile_softmax(hs, G, R):
                 seen = start + lane + 8 * j <= first + row + G * r
                 s[R * r + j] = s[R * r + j] * scale if seen else LOWEST
                 new = max(new, s[R * r + j])
-            new = _lanes_max(new)
+            new = _lanes_max(new, 8)
             factor = math.exp(top[r] - new)
             top[r], total[r] = new, total[r] * factor
             for j in range(R):
@@ -375,7 +377,7 @@ def _tile_finish(hs, G, R):
     def finish(lse, head, sums, top, total, first):
         row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
         for r in range(R):
-            t, whole = first + row + G * r, _lanes_sum(total[r])
+            t, whole = first + row + G * r, _lanes_sum(total[r], 8)
             for n in range(PER):
                 sums[PER * r + n] /= whole
             if lane == 0 and t < lse.shape[1]:
@@ -386,11 +388,11 @@ def _tile_finish(hs, G, R):
 
 # version 3, the kernel
 @functools.cache
-def _forward_kernel(hs):
-    R, STRIDE = 4 if hs <= 64 else 2, -(-hs // 32) * 32 + 4
+def _forward_kernel(hs, FOURS):
+    R, STRIDE = _side(hs), _stride(hs)
     ROWS, COLS, WIDTH = 16 * R, 8 * R, 8 * R + 8
     SUMS, PAIRS = R * (STRIDE // 8), R * R
-    copy, write = _tile_copy(hs), _tile_write(hs, 16, R)
+    copy, write = _tile_copy(hs, FOURS), _tile_write(hs, 16, R, FOURS)
     dots, add = _tile_dots(hs, 16, R), _tile_add(hs, 16, R)
     softmax, finish = _tile_softmax(hs, 16, R), _tile_finish(hs, 16, R)
 
@@ -436,9 +438,10 @@ def _forward_tiles(out, lse, inp, work):
     B, NH, T = lse.shape
     hs = out.shape[2] // NH
     scale = np.float32(1 / math.sqrt(hs))
-    grid = B * NH * -(-T // (64 if hs <= 64 else 32))
+    grid = B * NH * -(-T // (16 * _side(hs)))
+    tiles = _forward_kernel(hs, hs % 4 == 0 and aligned(out, inp))
     out, inp, lse = out.reshape(-1), inp.reshape(-1), lse.reshape(B * NH, T)
-    _forward_kernel(hs)[grid, 128](out, lse, inp, NH, scale)
+    tiles[grid, 128](out, lse, inp, NH, scale)
 
 
 # the versions of forward
@@ -448,15 +451,13 @@ WIDEST_HEAD = 128  # channels of a head; only version 1 takes more
 
 
 # the checks on a GPU
-def _check_heads(name, out, lse, inp, version, versions):
-    """Raise for what the kernels cannot take."""
-    if version not in range(1, len(versions) + 1):
-        raise ValueError(
-            f"{name}: version must be 1 to {len(versions)}, got {version}"
-        )
+def _check_heads(name, out, lse, inp, version):
+    """Raise for what the kernels cannot take; return B, T and NH."""
     shape = tuple(getattr(inp, "shape", ()))
     if len(shape) != 3 or shape[2] % 3 or 0 in shape:
-        raise ValueError(f"{name}: inp must be (B, T, 3C), got {shape}")
+        raise ValueError(
+            f"{name}: inp must be (B, T, 3C) and not empty, got {shape}"
+        )
     B, T, C = *shape[:2], shape[2] // 3
     heads = tuple(getattr(lse, "shape", ()))
     NH = heads[1] if len(heads) == 3 else 0
@@ -473,6 +474,7 @@ def _check_heads(name, out, lse, inp, version, versions):
             f"{name}: a head of {C // NH} channels is too wide for version "
             f"{version}, which takes {WIDEST_HEAD}; version 1 takes any"
         )
+    return B, T, NH
 
 
 # scratch
@@ -516,16 +518,10 @@ def attention_forward(out, lse, inp, work=None, version=3):
     Derived in chapter 7.
     """
     name = "attention_forward"
-    _check_heads(name, out, lse, inp, version, ATTENTION_FORWARD)
-    count = attention_scratch(*_sizes(lse), version, 0)
-    work = _find_work(name, work, count, inp)
-    ATTENTION_FORWARD[version - 1](out, lse, inp, work)
-
-
-def _sizes(lse):
-    """B, T and NH."""
-    B, NH, T = lse.shape
-    return B, T, NH
+    run = numbered(ATTENTION_FORWARD, version, name)
+    sizes = _check_heads(name, out, lse, inp, version)
+    count = attention_scratch(*sizes, version, 0)
+    run(out, lse, inp, _find_work(name, work, count, inp))
 
 
 # the dot products of the rows
@@ -663,11 +659,11 @@ def _tile_share(R):
 
 # walk over queries
 @functools.cache
-def _keys_kernel(hs):
-    R, STRIDE = 4 if hs <= 64 else 2, -(-hs // 32) * 32 + 4
+def _keys_kernel(hs, FOURS):
+    R, STRIDE = _side(hs), _stride(hs)
     ROWS, WIDTH = 8 * R, 8 * R + 8
     SUMS, PAIRS = R * (STRIDE // 8), R * R
-    copy, write = _tile_copy(hs), _tile_write(hs, 8, R)
+    copy, write = _tile_copy(hs, FOURS), _tile_write(hs, 8, R, FOURS)
     dots, add = _tile_dots(hs, 8, R), _tile_add(hs, 8, R)
     gradients, share = _tile_gradients(R, True), _tile_share(R)
 
@@ -712,11 +708,11 @@ def _keys_kernel(hs):
 
 # walk over keys
 @functools.cache
-def _queries_kernel(hs):
-    R, STRIDE = 4 if hs <= 64 else 2, -(-hs // 32) * 32 + 4
+def _queries_kernel(hs, FOURS):
+    R, STRIDE = _side(hs), _stride(hs)
     ROWS, WIDTH = 8 * R, 8 * R + 8
     SUMS, PAIRS = R * (STRIDE // 8), R * R
-    copy, write = _tile_copy(hs), _tile_write(hs, 8, R)
+    copy, write = _tile_copy(hs, FOURS), _tile_write(hs, 8, R, FOURS)
     dots, add = _tile_dots(hs, 8, R), _tile_add(hs, 8, R)
     gradients, share = _tile_gradients(R, False), _tile_share(R)
 
@@ -763,11 +759,11 @@ def _backward_tiles(dinp, dout, inp, out, lse, add, work):
     scale = np.float32(1 / math.sqrt(hs))
     D, lse = work.reshape(B * NH, T), lse.reshape(B * NH, T)
     _attention_rows[-(-lse.size // 4), 128](D, dout, out, NH)
-    grid = B * NH * -(-T // (32 if hs <= 64 else 16))
-    flat = [x.reshape(-1) for x in (dinp, dout, inp)]
-    rest = lse, D, NH, scale, add
-    _keys_kernel(hs)[grid, 64](*flat, *rest)
-    _queries_kernel(hs)[grid, 64](*flat, *rest)
+    grid, arrays = B * NH * -(-T // (8 * _side(hs))), (dinp, dout, inp)
+    fours = hs % 4 == 0 and aligned(*arrays)
+    args = *(x.reshape(-1) for x in arrays), lse, D, NH, scale, add
+    _keys_kernel(hs, fours)[grid, 64](*args)
+    _queries_kernel(hs, fours)[grid, 64](*args)
 
 
 # the versions of backward
@@ -792,9 +788,10 @@ def attention_backward(
     Derived in chapter 7.
     """
     name = "attention_backward"
-    _check_heads(name, out, lse, inp, version, ATTENTION_BACKWARD)
+    run = numbered(ATTENTION_BACKWARD, version, name)
+    sizes = _check_heads(name, out, lse, inp, version)
     check_device(f"{name}: dinp", dinp, inp.shape)
     check_device(f"{name}: dout", dout, out.shape)
-    count = attention_scratch(*_sizes(lse), 0, version)
+    count = attention_scratch(*sizes, 0, version)
     work = _find_work(name, work, count, inp)
-    ATTENTION_BACKWARD[version - 1](dinp, dout, inp, out, lse, int(add), work)
+    run(dinp, dout, inp, out, lse, int(add), work)
