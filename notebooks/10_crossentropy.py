@@ -956,12 +956,14 @@ print(f"kernels, fused      {fused_time * 1e3:7.2f} ms")
 # ## On a GPU
 #
 # On the CPU a row stayed in a core's cache between two sweeps, and the
-# exponential decided the time. A GPU has many more units for arithmetic
-# than its memory can feed: an H100's data sheet gives 67 TFLOP/s in float32
-# and 3.35 TB/s, 20 operations a byte, and the fused forward pass needs
-# about ten operations for a logit of four bytes. Memory is the limit, so
-# this section counts what is moved. For the softmax the least is 8 bytes an
-# element: each logit read once, each probability written once.
+# exponential decided the time. On a GPU it is the memory that decides. By
+# NVIDIA's data sheet an H100 computes 67 TFLOP/s in float32 and moves 3,350
+# GB/s, 20 operations a byte or 80 for a logit of four bytes. The fused
+# forward pass needs for each logit a comparison, a difference, an
+# exponential and a sum, where the exponential is a product and an
+# instruction for $2^x$. So this section counts what is moved. For the
+# softmax the least is 8 bytes an element: each logit read once, each
+# probability written once.
 #
 # The work of a row can be given to one thread, to a warp, or to a block.
 
@@ -988,9 +990,9 @@ plt.show()
 # takes four neighbours at a time.*
 #
 # The arguments are checked as on the CPU, with one exception. The targets
-# lie in the GPU's memory, and looking at them would mean to wait for all
-# work before and to copy them back. So the caller checks their range on the
-# host, where they come from, before they are copied to the GPU.
+# lie in the GPU's memory; to look at them, the host would have to wait for
+# all work before and to copy them back. So the caller checks their range on
+# the host, before they are copied to the GPU.
 
 
 # %% imports of the GPU's kernels tags=["export"] module="cuda.crossentropy"
@@ -1020,7 +1022,7 @@ def _device_rows(name, wide, narrow, targets=None, V=1):
     shape = tuple(main.shape)
     if len(shape) != 3 or main.size == 0:
         raise ValueError(
-            f"{name}: {first} must have shape (B, T, Vp), got {shape}"
+            f"{name}: {first} must be (B, T, Vp) and not empty, got {shape}"
         )
     for key, array in wide.items():
         check_device(f"{name}: {key}", array, shape)
@@ -1039,11 +1041,11 @@ def _device_rows(name, wide, narrow, targets=None, V=1):
 # %% [markdown]
 # Each version gets a verdict on six rows of 101 logits, padded to 128 with
 # NaN, and is counted by the simulator of [chapter 4](04_gpu.ipynb). No GPU
-# has run these kernels yet. They are compiled for two generations of GPU
-# (compute capability 8.0 and 9.0) when the tests run, and what the text
-# says of registers and vector loads is checked there. Times are missing for
-# that reason: `llmnb bench --backend cuda --kernels` measures them where
-# there is a GPU, and the results page shows them once they are measured.
+# has run these kernels yet. The tests compile them for two generations of
+# GPU, sm_80 and sm_90, and check what the text says of registers and vector
+# loads. Times are missing for that reason: `llmnb bench --backend cuda
+# --kernels` measures them where there is a GPU, and the results page shows
+# them once they are measured.
 
 # %% a verdict and counts for a version
 from llmnb.cuda.launch import empty, simulated, to_device, to_host
@@ -1163,17 +1165,17 @@ for number, run in enumerate(ladder, 1):
     count_softmax(number, run, 32, 125, 128)
 
 # %% [markdown]
-# The bytes that the threads ask for are the same; the sectors are about an
+# The bytes that the threads ask for are the same. The sectors are about an
 # eighth of what they were, because each is now used whole.
 #
 # ### Version 3: a block a row
 #
 # GPT-2's rows have 50,257 logits. A lane of version 2 takes 1,571 of them
 # one after the other, three times. And a batch of 4 x 64 positions makes 256
-# warps, two for each of the 132 processors of an H100, which has room for
-# 64: few requests under way. With 1,024 threads a row a thread takes 50
-# logits, and the same batch has 32 warps for each processor and as many that
-# wait for their turn.
+# warps, where one multiprocessor of an A100 or H100 has room for 64 (by
+# NVIDIA's data sheet): four of them would hold the batch, and the others
+# stand idle. With 1,024 threads a row a thread takes 50 logits, and the same
+# batch has 8,192 warps.
 #
 # The price is that 32 warps have to agree. `block_max` and `block_sum`
 # pass through shared memory, with two barriers each. A short row gets a
@@ -1211,12 +1213,13 @@ try_softmax(_softmax_block_a_row)
 # %% [markdown]
 # ### Version 4: maximum and sum in one pass
 #
-# Versions 1 to 3 read each logit three times and write it once, 16 bytes an
-# element. A row of GPT-2 has 201 KB and does not fit into the 48 KB of
-# shared memory that a block may use here, so the way to read less is to
-# need less: the online softmax of [chapter 7](07_attention.ipynb). Keep a
-# pair $(m, s)$ of the largest logit so far and of the sum
-# $s = \sum e^{z_i - m}$ of those read. One more logit $z$ changes it to
+# Versions 1 to 3 read each logit three times and write a probability once,
+# 16 bytes an element. A row of GPT-2 has 201 KB and does not fit into the
+# 48 KB of shared memory that a block may use here, so the way to read less
+# is to need less: the online softmax (7.12) of
+# [chapter 7](07_attention.ipynb). Keep a pair $(m, s)$ of the largest logit
+# so far and of the sum $s = \sum e^{z_i - m}$ of those read. One more logit
+# $z$ changes it to
 #
 # $$ (m', s') = \begin{cases}
 #    (z,\; s\, e^{-|z - m|} + 1) & z > m, \\
@@ -1245,8 +1248,9 @@ def _with_logit(top, total, x):
 #
 # and one of the two exponentials is $e^0$. A lane that has seen nothing
 # brings (`_LOWEST`, 0): whatever it is merged with stays as it is. Five
-# exchanges merge 32 lanes, each with the lane whose number differs in one
-# bit.
+# exchanges merge 32 lanes; in each, a lane meets the one whose number
+# differs in one bit. Below, four lanes do it in Python, with the functions
+# of the kernel.
 
 
 # %% two pairs tags=["exporti"] module="cuda.crossentropy"
@@ -1358,14 +1362,15 @@ try_softmax(_softmax_one_pass)
 #
 # A lane may ask for 16 bytes at once, where its address is a multiple of
 # 16. The bytes stay the same, and the requests become a quarter. The online
-# sum gains something else: four logits need one rescaling together.
+# sum changes too: four logits rescale it once together, with five
+# exponentials of which none waits for another.
 #
 # A row begins at such an address when Vp is a multiple of 4, which the
 # padding to 128 sees to. V is odd: 50,257 logits are 12,564 vectors and one
 # more, which a loop over single elements takes. The host counts `whole`, the
 # columns that go by vectors: none where Vp is no multiple of 4 or an array
-# begins elsewhere. So no vector reaches into the padding,
-# and no number that may be NaN enters the arithmetic.
+# begins elsewhere. So no vector reaches into the padding, and no number that
+# may be NaN enters the arithmetic.
 
 
 # %% four logits at once tags=["exporti"] module="cuda.crossentropy"
@@ -1432,11 +1437,12 @@ for number, run in enumerate(ladder, 2):
 
 # %% [markdown]
 # One row of 1,021 logits. Version 3 moves what version 2 moved and pays
-# four barriers; what it buys is not in this table, but 32 warps on the row
-# instead of one. Version 4 leaves out one of three readings. Version 5
-# moves as many sectors with a quarter of the requests, or a little more for
-# the tail. Two readings are left, because a probability needs the sum of
-# all logits before the first of them can be written.
+# four barriers; what it buys is not in this table: 32 warps on the row
+# instead of one. Version 4 leaves out one of three readings. Version 5 makes
+# a little more than a quarter of the requests, for a few sectors more: the
+# last logit and the padding go one by one. Two readings are left, because a
+# probability needs the sum of all logits before the first of them can be
+# written.
 
 
 # %% the softmax on a GPU tags=["export"] module="cuda.crossentropy"
@@ -1546,7 +1552,8 @@ def softmax_backward(dlogits, dprobs, probs, version=2):
 
 # %% [markdown]
 # The cross-entropy touches one element of a row, so a thread a row is all
-# there is to do. Every target lies in a sector of its own, whoever reads it.
+# there is to do. The probabilities of the targets lie in sectors of their
+# own, whoever reads them.
 
 
 # %% a thread a target tags=["exporti"] module="cuda.crossentropy"
@@ -1824,11 +1831,11 @@ for k in names:
 #
 # llm.c's trainer goes one step further: one kernel computes the loss and
 # leaves the gradient where the logits were. In two launches the logits of a
-# batch pass by three times, read, read, written. GPT-2's logits of 4 x 1,024
-# positions, 824 MB, are sixteen times larger than an H100's cache: the
-# backward launch finds next to nothing of what the forward launch has read.
-# One block that does both for its row can be better off, and $\lambda$ never
-# leaves it.
+# batch pass by three times, read, read, written. Those of 4 x 1,024
+# positions of GPT-2 are 824 MB. By the time the backward launch starts, a
+# smaller cache has lost the first rows that the forward launch has read. One
+# block that does both for its row asks for them again much earlier, and
+# $\lambda$ never leaves it.
 #
 # There is a race in it. The loss needs $z_k$, and the place of $z_k$ is
 # about to be overwritten by whichever thread owns it:
@@ -1889,21 +1896,17 @@ def _classify_two_reads(losses, logits, dlosses, targets, V):
 
 # %% [markdown]
 # Written like that, the kernel still asks for each logit twice. The second
-# time the row may come from the cache of the whole GPU, which has 50 MB on
-# an H100. The compiler gives a thread of it some 48 registers, so each of
-# 132 processors has room for one block of 1,024 threads: 132 rows are under
-# way at a time, 27 MB. They should fit, but nothing that is counted here can
-# tell.
+# time the row may come from a cache; nothing that is counted here can tell.
 #
-# There is a memory nearer by. The registers of a processor hold 256 KB, and
-# a row needs 201 KB. But a thread needs registers for other things too.
-# With 512 threads a block, of at most 128 registers each, the compiler finds
-# room for twelve vectors, 48 registers; with thirteen it spills on the older
-# of the two generations. So a block keeps the exponentials of the first
-# 24,576 columns, about half of a row of GPT-2, and reads the others twice as
-# before. When the block's maximum is known, all that a thread kept is off by
-# the same factor $e^{m_a - m}$: kept logits need one exponential instead of
-# two.
+# There is a memory nearer by. A multiprocessor has 65,536 registers (by
+# NVIDIA's data sheet), 262 KB, and a row needs 201 KB. But a thread needs
+# registers for other things too. With 512 threads a block, of at most 128
+# registers each, the compiler finds room for twelve vectors, 48 registers.
+# So a block keeps the exponentials of the first 24,576 columns, about half
+# of a row of GPT-2, and reads the others twice as before. Each thread has
+# taken its exponentials with the maximum $m_a$ of its own columns. When the
+# block's $m$ is known, all of them are off by the same factor $e^{m_a - m}$:
+# a kept logit needs one exponential instead of two.
 
 
 # %% a row in registers tags=["exporti"] module="cuda.crossentropy"
@@ -1994,9 +1997,9 @@ def fused_classifier(losses, logits, dlosses, targets, V, version=2):
     their gradient; columns from V on are not read and receive 0. dlosses:
     (B, T), known before the losses are. targets: device's int32 (B, T),
     each in [0, V): the caller checks that on the host. version: 1 or 2, the
-    place in FUSED_CLASSIFIER; 2 is 1 where Vp is no multiple of 4 or V less
-    than 2048. Raises TypeError or ValueError for a wrong dtype, shape or
-    version and for V outside [1, Vp].
+    place in FUSED_CLASSIFIER; 2 is 1 where V is less than 2048, Vp no
+    multiple of 4 or logits not aligned. Raises TypeError or ValueError for a
+    wrong dtype, shape or version and for V outside [1, Vp].
 
     Derived in chapter 10.
     """
@@ -2045,9 +2048,11 @@ for version in (1, 2):
 # for, and they count the target and the three numbers of a row once for
 # every thread; the sectors count what moves when no cache helps. Version 1
 # saves a launch and the way of $\lambda$ through memory, hardly anything,
-# unless the cache keeps the row. Version 2 saves a sixth of the sectors
-# whatever the cache does. Its price is 16 warps on a processor instead of
-# 32; whether the saving outweighs that is for a measurement to say.
+# unless a cache keeps the row. Version 2 saves a sixth of the sectors
+# whatever a cache does. Its price is in the registers: with more than 64 for
+# each of 512 threads a multiprocessor has room for one such block, 16 warps.
+# A block of version 1 has 32. Whether the saving outweighs that is for a
+# measurement to say.
 #
 # `llmnb` keeps both forms. A model's forward pass leaves logits to its
 # caller: to sample from them, to evaluate a loss that nobody differentiates,

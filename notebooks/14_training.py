@@ -865,6 +865,12 @@ def _in_one_launch(config, model):
 # AdamW counts its updates from 1, the schedule its steps from 0. Only the
 # matrices and the two embedding tables decay;
 # [chapter 11](11_adamw.ipynb) says why.
+#
+# On a GPU a whole step can be one launch (`step` of
+# [chapter 13](13_model.ipynb)), if nothing has to be decided between its
+# parts: one batch to an update, and no updates that are skipped. Then the
+# loss is looked at when the update is done. A run whose loss is not finite
+# ends there all the same, and its last state on the disk is from before.
 
 # %% [markdown]
 # ## Before the first step

@@ -513,7 +513,11 @@ verdict("the window", min(spans) == 5 and max(spans) == 8, "5 to 8 tokens")
 #
 # The loop asks for one thing only, the logits that follow some texts. A
 # model that has a method `following` answers by itself; for a GPT2 the
-# function below fills a window and runs it forward.
+# function below fills a window and runs it forward. It does so on a GPU too:
+# a model of the backend `cuda` computes the whole window for every token, and
+# only the row of logits that is asked for comes down to the host. What keeps
+# keys and values is the `Decoder` of [chapter 16](16_cache.ipynb), which runs
+# on the CPU and takes weights from either.
 
 
 # %% what follows some texts tags=["export"]

@@ -391,4 +391,4 @@ def test_a_real_gpu_computes_the_same():
     assert np.array_equal(to_host(out), floats(48))
     with watch() as seen:
         double[2, 32](out, inp, 48)
-    assert seen.launches == []
+    assert len(seen.launches) == 1  # noted there too

@@ -429,6 +429,22 @@ def test_a_write_after_many_reads_of_one_warp_and_of_others():
         assert races(body, 1, 64, *args) is race, (first, second, writer)
 
 
+def test_a_read_of_another_warp_is_not_forgotten():
+    def body(out):
+        i = cuda.threadIdx.x
+        if i in (0, 40):
+            out[1 + i] = out[0]
+        shuffle()  # so that thread 1 reads after thread 40
+        if i == 1:
+            out[1 + i] = out[0]
+        cuda.syncwarp()
+        if i == 0:
+            out[0] = 1
+
+    assert races(body, 1, 64, floats(99))
+    assert not races(body, 1, 32, floats(99))
+
+
 def test_blocks_are_never_ordered():
     def later(out):
         if cuda.grid(1) == 0:

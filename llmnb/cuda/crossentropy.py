@@ -51,7 +51,7 @@ def _device_rows(name, wide, narrow, targets=None, V=1):
     shape = tuple(main.shape)
     if len(shape) != 3 or main.size == 0:
         raise ValueError(
-            f"{name}: {first} must have shape (B, T, Vp), got {shape}"
+            f"{name}: {first} must be (B, T, Vp) and not empty, got {shape}"
         )
     for key, array in wide.items():
         check_device(f"{name}: {key}", array, shape)
@@ -707,9 +707,9 @@ def fused_classifier(losses, logits, dlosses, targets, V, version=2):
     their gradient; columns from V on are not read and receive 0. dlosses:
     (B, T), known before the losses are. targets: device's int32 (B, T),
     each in [0, V): the caller checks that on the host. version: 1 or 2, the
-    place in FUSED_CLASSIFIER; 2 is 1 where Vp is no multiple of 4 or V less
-    than 2048. Raises TypeError or ValueError for a wrong dtype, shape or
-    version and for V outside [1, Vp].
+    place in FUSED_CLASSIFIER; 2 is 1 where V is less than 2048, Vp no
+    multiple of 4 or logits not aligned. Raises TypeError or ValueError for a
+    wrong dtype, shape or version and for V outside [1, Vp].
 
     Derived in chapter 10.
     """

@@ -382,7 +382,10 @@ class Kernel:
         """numba's kernel, compiled when first launched; needs numba-cuda."""
         if self._made is None:
             from numba import cuda as real
+            from numba.cuda.core import config
 
+            # a small grid is no mistake here, and no reason for a warning
+            config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
             self._made = real.jit(
                 _real_function(self.function), **self.options
             )
