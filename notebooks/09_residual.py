@@ -349,7 +349,7 @@ from llmnb.cuda.launch import (
     kernel,
     numbered,
 )
-from llmnb.cuda.layernorm import LAYERNORM_FORWARD
+from llmnb.cuda.layernorm import layernorm_forward as normalise
 from llmnb.cuda.simulator import cuda, load4, store4
 from llmnb.cuda.warp import warp_sum
 
@@ -538,9 +538,9 @@ for version in (1, 2):
 # %% fused, version 1 tags=["exporti"] module="cuda.residual"
 def _unfused(residual, out, mean, rstd, inp1, inp2, weight, bias):
     residual_forward(residual, inp1, inp2)
-    best = 4 if aligned(residual, out, weight, bias) else 2
-    normalise = LAYERNORM_FORWARD[best - 1]
-    normalise(out, mean, rstd, residual, weight, bias)
+    version = 4 if aligned(residual, out, weight, bias) else 2
+    rows = [x.reshape(1, *x.shape) for x in (out, mean, rstd, residual)]
+    normalise(*rows, weight, bias, version=version)
 
 
 # %% [markdown]
