@@ -523,31 +523,33 @@ for name, seconds in times.items():
 # %% [markdown]
 # ## On a GPU
 #
-# The compiled loop above is bound by memory, as soon as the arrays do not
-# fit in a cache: 8 bytes move for about 20 operations. On a GPU that
-# proportion is the same. What a GPU offers is thousands of threads, so that
-# while some wait for their numbers others compute; and no two elements of
-# GELU have anything to do with each other, so that all of them may run at
-# once.
+# GELU moves 8 bytes for about 20 operations, on a GPU as on a CPU. By
+# NVIDIA's data sheets an A100 with 1,555 GB/s does 19.5 TFLOP/s in float32,
+# and an H100 with 3,350 GB/s does 67: 12 and 20 operations for each byte.
+# GELU wants 2.5, so memory is the bound. What a GPU offers is thousands of
+# threads: while some wait for their numbers, others compute. No two elements
+# of GELU have anything to do with each other, so all of them may be under
+# way at once.
 #
-# No GPU has run these kernels yet. The simulator has; and they are compiled
-# for two generations of GPU, sm_80 and sm_90, and the machine code is
-# checked: no float64, no register spilled, and 16 bytes an access where we
-# ask for them.
+# No GPU has run these kernels yet. The simulator has; and tests compile them
+# for two generations of GPU, sm_80 (the A100's) and sm_90 (the H100's), and
+# look at the machine code: no float64, no register spilled, and 16 bytes an
+# access where we ask for them.
 
 # %% keep the CPU's versions
 cpu = SimpleNamespace(forward=gelu_forward, backward=gelu_backward)
 
 # %% imports of the CUDA module tags=["export"] module="cuda.gelu"
 import math
+from functools import partial
 
 import numpy as np
 
-from llmnb.cuda.launch import aligned, check_device, device, kernel, numbered
+from llmnb.cuda.elementwise import by_element, by_four
+from llmnb.cuda.launch import check_device, device, kernel, numbered
 from llmnb.cuda.simulator import cuda, load4, store4
 
 # %% the constants of the GPU's kernels tags=["exporti"] module="cuda.gelu"
-BLOCK = 256  # threads
 SLOPE32 = np.float32(2 * math.sqrt(2 / math.pi))
 CUBIC32 = np.float32(0.044715)
 ONE, ZERO, THREE = np.float32(1), np.float32(0), np.float32(3)
@@ -556,9 +558,9 @@ ONE, ZERO, THREE = np.float32(1), np.float32(0), np.float32(3)
 # %% [markdown]
 # ### An element and its slope
 #
-# Both kernels below call the same two functions, (8.8) with (8.9) and
-# (8.10). Every constant is a float32: one bare `1.0` would turn the whole
-# line into float64, of which a GPU computes far fewer in the same time.
+# All kernels below call the same two functions, (8.8) with (8.9) and
+# (8.10). Every constant is a float32: after one bare `1.0` the rest of the
+# line would be computed in float64.
 
 
 # %% GELU of one number tags=["exporti"] module="cuda.gelu"
@@ -578,19 +580,18 @@ def _gelu_slope(x):
 
 # %% [markdown]
 # On the CPU the exponential needed a polynomial of our own. Here
-# `math.exp` will do. A GPU has an instruction for $2^x$, `ex2.approx`; the
-# compiler multiplies by $\log_2 e$ first and is careful about the rounding:
-# about ten instructions in all, and no branch. The `if` in the line after
-# becomes a selection, as it does on the CPU.
+# `math.exp` will do. A GPU has an instruction for $2^x$, `ex2.approx`. The
+# compiler multiplies by $\log_2 e$ and moves the integer part of the product
+# straight into the exponent of the result: about a dozen instructions, and
+# no branch. The `if` in the line after becomes a selection, as it does on
+# the CPU.
 #
 # A GPU also has an instruction for tanh, and with `fastmath`, which
 # `kernel` turns on, `math.tanh` becomes this one instruction. Then why not
-# keep (8.2)? It is a rough one: NVIDIA's manual allows it a relative error
-# of about $2^{-11}$, thousands of times what float32 can do, and where
-# $\tanh u$ is close to $-1$ nothing but that error is left of
-# $1 + \tanh u$: the small outputs for negative inputs would be noise. The
-# sigmoid form costs a few instructions more, and while memory is the limit
-# they are hidden behind it.
+# keep (8.2)? Because it is rough. NVIDIA's manual of PTX states a relative
+# error of up to $2^{-11}$, where a rounding of float32 makes $2^{-24}$. Where
+# $\tanh u$ is close to $-1$, nothing but that error would be left of
+# $1 + \tanh u$, and the small outputs of negative inputs would be noise.
 #
 # ### Version 1: a thread an element
 #
@@ -624,11 +625,11 @@ def _backward_elements(dinp, dout, inp, add):
 #
 # ### Version 2: four elements at once
 #
-# What is left to save? Not bytes. But each warp's access is an instruction,
-# a *request*, and a request for 32 times 4 bytes costs as much to issue as
-# one for 32 times 16. With `load4` and `store4` one thread moves four
-# neighbours, and there is a quarter of the requests, of the threads, and of
-# the index arithmetic. Each thread has more bytes under way at a time.
+# What is left to save? Not bytes. But each access of a warp is an
+# instruction, a *request*, and in version 1 a request moves 128 bytes. With
+# `load4` and `store4` a thread moves four neighbours, and a request 512
+# bytes. That leaves a quarter of the requests, of the threads, and of the
+# index arithmetic.
 #
 # A size that is no multiple of 4 leaves up to three elements at the end.
 # They get a thread each, in the same launch: with $n$ elements and
@@ -686,39 +687,58 @@ plt.show()
 # On the host's side an array of any shape is taken as one row, and the grid
 # has enough blocks for every thread that is wanted. An access of 16 bytes
 # must begin at a multiple of 16 bytes; all memory that a GPU hands out does,
-# but a view may begin anywhere. Such a view goes to version 1.
+# but a view may begin anywhere. Such a view goes to version 1. And a grid
+# without blocks is an error to CUDA, so for an empty array nothing is
+# launched. Chapters 9 and 11 launch their kernels in the same two ways.
+
+# %% imports of the launches tags=["export"] module="cuda.elementwise"
+from llmnb.cuda.launch import aligned
+
+# %% threads of a block tags=["exporti"] module="cuda.elementwise"
+BLOCK = 256
 
 
-# %% launches tags=["exporti"] module="cuda.gelu"
-def _forward_by_element(out, inp):
-    blocks = (inp.size + BLOCK - 1) // BLOCK
-    _forward_elements[blocks, BLOCK](out, inp)
+def _launch(kernel, threads, arrays, numbers):
+    if threads:
+        blocks = (threads + BLOCK - 1) // BLOCK
+        kernel[blocks, BLOCK](*arrays, *numbers)
 
 
-def _forward_by_four(out, inp):
-    if not aligned(out, inp):
-        return _forward_by_element(out, inp)
-    threads = inp.size // 4 + inp.size % 4
-    blocks = (threads + BLOCK - 1) // BLOCK
-    return _forward_fours[blocks, BLOCK](out, inp)
+# %% launches tags=["export"] module="cuda.elementwise"
+def by_element(elements, arrays, *numbers):
+    """Launch a kernel with a thread for each element of a flat array.
+
+    elements: the kernel. arrays: its arguments that are arrays, the first
+    one decides; numbers: the other arguments. An empty array launches
+    nothing.
+
+    Derived in chapter 8.
+    """
+    _launch(elements, arrays[0].size, arrays, numbers)
 
 
-def _backward_by_element(dinp, dout, inp, add):
-    blocks = (inp.size + BLOCK - 1) // BLOCK
-    _backward_elements[blocks, BLOCK](dinp, dout, inp, add)
+def by_four(fours, elements, arrays, *numbers):
+    """Launch a kernel with a thread for each four elements of a flat array.
 
+    fours: the kernel; its last threads, up to three, own the elements that
+    are left over. elements: what is launched by element where an array does
+    not begin at a multiple of 16 bytes. Otherwise as `by_element`.
 
-def _backward_by_four(dinp, dout, inp, add):
-    if not aligned(dinp, dout, inp):
-        return _backward_by_element(dinp, dout, inp, add)
-    threads = inp.size // 4 + inp.size % 4
-    blocks = (threads + BLOCK - 1) // BLOCK
-    return _backward_fours[blocks, BLOCK](dinp, dout, inp, add)
+    Derived in chapter 8.
+    """
+    if aligned(*arrays):
+        threads = arrays[0].size // 4 + arrays[0].size % 4
+        _launch(fours, threads, arrays, numbers)
+    else:
+        by_element(elements, arrays, *numbers)
 
 
 # %% GELU, forward tags=["export"] module="cuda.gelu"
 # one element a thread; four neighbours a thread
-GELU_FORWARD = (_forward_by_element, _forward_by_four)
+GELU_FORWARD = (
+    partial(by_element, _forward_elements),
+    partial(by_four, _forward_fours, _forward_elements),
+)
 
 
 def gelu_forward(out, inp, version=2):
@@ -733,12 +753,15 @@ def gelu_forward(out, inp, version=2):
     run = numbered(GELU_FORWARD, version, "gelu_forward")
     for name, array in (("inp", inp), ("out", out)):
         check_device(f"gelu_forward: {name}", array, getattr(inp, "shape", ()))
-    run(out.reshape(-1), inp.reshape(-1))
+    run((out.reshape(-1), inp.reshape(-1)))
 
 
 # %% GELU, backward tags=["export"] module="cuda.gelu"
 # one element a thread; four neighbours a thread
-GELU_BACKWARD = (_backward_by_element, _backward_by_four)
+GELU_BACKWARD = (
+    partial(by_element, _backward_elements),
+    partial(by_four, _backward_fours, _backward_elements),
+)
 
 
 def gelu_backward(dinp, dout, inp, add=True, version=2):
@@ -756,8 +779,7 @@ def gelu_backward(dinp, dout, inp, add=True, version=2):
         check_device(
             f"gelu_backward: {name}", array, getattr(inp, "shape", ())
         )
-    arrays = (x.reshape(-1) for x in (dinp, dout, inp))
-    run(*arrays, int(add))
+    run([x.reshape(-1) for x in (dinp, dout, inp)], int(add))
 
 
 # %% [markdown]
@@ -767,13 +789,13 @@ def gelu_backward(dinp, dout, inp, add=True, version=2):
 # %% the same results on the device
 from llmnb.cuda.launch import empty, simulated, to_device, to_host
 
-x, g = rng.normal(scale=2, size=(2, 3, 7, 23)).astype(np.float32)
-want, slope = np.empty_like(x), np.zeros_like(x)
-reference.forward(want, x)
-reference.backward(slope, g, x)
+odd, g = rng.normal(scale=2, size=(2, 3, 7, 23)).astype(np.float32)
+want, slope = np.empty_like(odd), np.zeros_like(odd)
+reference.forward(want, odd)
+reference.backward(slope, g, odd)
 for version in (1, 2):
-    there = to_device(x)
-    out, dinp = empty(x.shape, like=there), to_device(g)
+    there = to_device(odd)
+    out, dinp = empty(odd.shape, like=there), to_device(g)
     gelu_forward(out, there, version=version)
     gelu_backward(dinp, dinp, there, add=False, version=version)
     compare(f"version {version}, out", to_host(out), want, tol=2e-6)
@@ -785,8 +807,8 @@ for version in (1, 2):
 # %% requests and sectors
 from llmnb.cuda.simulator import watch
 
-x = rng.normal(size=1027).astype(np.float32)
-there, out, dout = simulated(x), simulated(x), simulated(x)
+odd = rng.normal(size=1027).astype(np.float32)
+there, out, dout = simulated(odd), simulated(odd), simulated(odd)
 runs = {"forward": lambda n: gelu_forward(out, there, version=n)}
 for name, add in (("backward", True), ("overwriting", False)):
     runs[name] = lambda n, add=add: gelu_backward(
@@ -797,7 +819,7 @@ for name, run in runs.items():
     for version in (1, 2):
         with watch() as seen:
             run(version)
-        moved = (seen.read_bytes + seen.written_bytes) // x.size
+        moved = (seen.read_bytes + seen.written_bytes) // odd.size
         print(
             f"{name:11} {version} {seen.threads:7} {seen.requests:9} "
             f"{seen.sectors:8} {moved:17}"
@@ -889,8 +911,8 @@ plt.show()
 #   digits.
 # - A call into a library, once for each number, costs more than all the
 #   arithmetic around it.
-# - A GPU needs no fewer bytes for it. A thread that moves four neighbours
-#   at once needs a quarter of the requests.
+# - On a GPU it moves the same bytes. A thread that moves four neighbours at
+#   once makes a quarter of the requests.
 
 # %% [markdown]
 # ## Design note

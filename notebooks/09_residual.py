@@ -330,22 +330,30 @@ for name in ("forward", "backward"):
 # could share with the layer that comes next.
 #
 # No GPU has run these kernels yet. They run on the simulator; they are
-# compiled for two generations, sm_80 and sm_90, and what the compiler made
-# of them is checked.
+# compiled for two generations, sm_80 and sm_90, and tests look at what the
+# compiler made of them.
 
 # %% imports of the GPU's kernels tags=["export"] module="cuda.residual"
-import functools
 import math
+from functools import cache, partial
 from itertools import combinations
 
 import numpy as np
 
-from llmnb.cuda.launch import address, aligned, check_device, kernel, numbered
+from llmnb.cuda.elementwise import by_element, by_four
+from llmnb.cuda.launch import (
+    address,
+    aligned,
+    check_device,
+    device,
+    kernel,
+    numbered,
+)
+from llmnb.cuda.layernorm import layernorm_forward as normalise
 from llmnb.cuda.simulator import cuda, load4, store4
 from llmnb.cuda.warp import warp_sum
 
 # %% sizes tags=["exporti"] module="cuda.residual"
-BLOCK = 256  # threads
 ROWS = 4  # a block's, one for each warp, where a warp owns a row
 WIDEST = 2048  # channels that a warp can keep in registers
 EPS = np.float32(1e-5)
@@ -379,9 +387,10 @@ def _add_back_elements(dinp1, dinp2, dout):
 # %% [markdown]
 # ### Version 2: four elements at once
 #
-# As in [chapter 8](08_gelu.ipynb): with accesses of 16 bytes a
-# warp moves 512 bytes a request where it moved 128. Up to three elements at
-# the end get a thread each.
+# As in [chapter 8](08_gelu.ipynb), whose `by_element` and `by_four` launch
+# these kernels too: with accesses of 16 bytes a warp moves 512 bytes a
+# request where it moved 128. Up to three elements at the end get a thread
+# each, and a view that begins at no multiple of 16 bytes goes to version 1.
 
 
 # %% version 2 tags=["exporti"] module="cuda.residual"
@@ -413,24 +422,11 @@ def _add_back_fours(dinp1, dinp2, dout):
         dinp2[i] += d
 
 
-# %% launches tags=["exporti"] module="cuda.residual"
-def _by_element(run, *arrays):
-    blocks = (arrays[0].size + BLOCK - 1) // BLOCK
-    run[blocks, BLOCK](*arrays)
-
-
-def _by_four(run, otherwise, *arrays):
-    if not aligned(*arrays):  # a view may begin anywhere
-        return _by_element(otherwise, *arrays)
-    threads = arrays[0].size // 4 + arrays[0].size % 4
-    return run[(threads + BLOCK - 1) // BLOCK, BLOCK](*arrays)
-
-
 # %% residual, forward tags=["export"] module="cuda.residual"
 # one element a thread; four neighbours a thread
 RESIDUAL_FORWARD = (
-    functools.partial(_by_element, _add_elements),
-    functools.partial(_by_four, _add_fours, _add_elements),
+    partial(by_element, _add_elements),
+    partial(by_four, _add_fours, _add_elements),
 )
 
 
@@ -447,14 +443,14 @@ def residual_forward(out, inp1, inp2, version=2):
     shape = getattr(out, "shape", ())
     for name, x in (("out", out), ("inp1", inp1), ("inp2", inp2)):
         check_device(f"residual_forward: {name}", x, shape)
-    run(out.reshape(-1), inp1.reshape(-1), inp2.reshape(-1))
+    run([x.reshape(-1) for x in (out, inp1, inp2)])
 
 
 # %% residual, backward tags=["export"] module="cuda.residual"
 # one element a thread; four neighbours a thread
 RESIDUAL_BACKWARD = (
-    functools.partial(_by_element, _add_back_elements),
-    functools.partial(_by_four, _add_back_fours, _add_back_elements),
+    partial(by_element, _add_back_elements),
+    partial(by_four, _add_back_fours, _add_back_elements),
 )
 
 
@@ -475,7 +471,7 @@ def residual_backward(dinp1, dinp2, dout, version=2):
     for a, b in combinations(arrays, 2):
         if abs(address(arrays[a]) - address(arrays[b])) < dout.nbytes:
             raise ValueError(f"{label}{a} and {b} must not share memory")
-    run(dinp1.reshape(-1), dinp2.reshape(-1), dout.reshape(-1))
+    run([x.reshape(-1) for x in arrays.values()])
 
 
 # %% the same results on the device
@@ -531,45 +527,25 @@ for version in (1, 2):
 # | LayerNorm | the sum | `out` | 8 |
 # | both in one | `inp1`, `inp2` | the sum, `out` | 16 |
 #
-# The numbers of a row, its mean and its deviation, hardly count, and
+# The two numbers of a row, its mean and its deviation, hardly count, and
 # `weight` and `bias`, which every row reads, come from a cache.
 #
-# **Version 1** has two launches: the addition above, and a LayerNorm in
-# which each warp owns a row. Lane $l$ takes channels $l$, $l + 32$,
-# $l + 64$ and so on, and all lanes sweep over the row three times: for the
-# mean and for the variance of (5.1), and for the output.
+# **Version 1** has two launches: the addition above, and chapter 5's
+# LayerNorm, the version that reads a row once. Its vectors want aligned
+# arrays; a view that is not gets the version without vectors.
 
 
 # %% fused, version 1 tags=["exporti"] module="cuda.residual"
-@kernel
-def _normalise(out, mean, rstd, inp, weight, bias):
-    row, lane = cuda.grid(1) // 32, cuda.threadIdx.x % 32
-    rows, C = inp.shape
-    if row >= rows:
-        return
-    total, size = ZERO, np.float32(C)
-    for c in range(lane, C, 32):
-        total += inp[row, c]
-    mu = warp_sum(total) / size
-    total = ZERO
-    for c in range(lane, C, 32):
-        x = inp[row, c] - mu
-        total += x * x
-    r = ONE / math.sqrt(warp_sum(total) / size + EPS)
-    if lane == 0:
-        mean[row], rstd[row] = mu, r
-    for c in range(lane, C, 32):
-        out[row, c] = (inp[row, c] - mu) * r * weight[c] + bias[c]
-
-
 def _unfused(residual, out, mean, rstd, inp1, inp2, weight, bias):
     residual_forward(residual, inp1, inp2)
-    blocks = (len(out) + ROWS - 1) // ROWS
-    _normalise[blocks, 32 * ROWS](out, mean, rstd, residual, weight, bias)
+    version = 4 if aligned(residual, out, weight, bias) else 2
+    rows = [x.reshape(1, *x.shape) for x in (out, mean, rstd, residual)]
+    normalise(*rows, weight, bias, version=version)
 
 
 # %% [markdown]
-# **Version 2** is one kernel. A lane keeps its share of the row in an array
+# **Version 2** is one kernel, in which each warp owns a row. Lane $l$ takes
+# channels $l$, $l + 32$, $l + 64$ and so on, and keeps its sums in an array
 # of its own. Where every index into such an array is known to the compiler,
 # the array is no memory at all: its elements are registers. So the loops
 # need a number of turns that is fixed when the kernel is compiled, and
@@ -579,7 +555,7 @@ def _unfused(residual, out, mean, rstd, inp1, inp2, weight, bias):
 
 
 # %% fused, version 2 tags=["exporti"] module="cuda.residual"
-@functools.cache
+@cache
 def _fused_elements(turns):
     @kernel
     def fused_elements(residual, out, mean, rstd, inp1, inp2, weight, bias):
@@ -620,8 +596,31 @@ def _fused_elements(turns):
 # channels is too long for registers and goes to version 1.
 
 
+# %% four channels of a row tags=["exporti"] module="cuda.residual"
+@device
+def _add_four(mine, k, residual, inp1, inp2, i):
+    """Add, store and keep four channels from i on; return their sum."""
+    a, b, c, d = load4(inp1, i)
+    e, f, g, h = load4(inp2, i)
+    a, b, c, d = a + e, b + f, c + g, d + h
+    store4(residual, i, a, b, c, d)
+    mine[k], mine[k + 1], mine[k + 2], mine[k + 3] = a, b, c, d
+    return (a + b) + (c + d)
+
+
+@device
+def _normalise_four(mine, k, mu, r, out, i, weight, bias, channel):
+    """Normalise the four channels that were kept, and store them."""
+    a, b = (mine[k] - mu) * r, (mine[k + 1] - mu) * r
+    c, d = (mine[k + 2] - mu) * r, (mine[k + 3] - mu) * r
+    e, f, g, h = load4(weight, channel)
+    a, b, c, d = a * e, b * f, c * g, d * h
+    e, f, g, h = load4(bias, channel)
+    store4(out, i, a + e, b + f, c + g, d + h)
+
+
 # %% fused, version 3 tags=["exporti"] module="cuda.residual"
-@functools.cache
+@cache
 def _fused_fours(turns):
     width = 4 * turns
 
@@ -632,17 +631,11 @@ def _fused_fours(turns):
         if row >= rows:
             return
         mine, size = cuda.local.array(width, np.float32), np.float32(C)
-        total = ZERO
+        total, i = ZERO, row * C
         for k in range(turns):
-            i = 4 * (lane + 32 * k)
-            if i < C:
-                a, b, c, d = load4(inp1, row * C + i)
-                e, f, g, h = load4(inp2, row * C + i)
-                a, b, c, d = a + e, b + f, c + g, d + h
-                store4(residual, row * C + i, a, b, c, d)
-                mine[4 * k], mine[4 * k + 1] = a, b
-                mine[4 * k + 2], mine[4 * k + 3] = c, d
-                total += (a + b) + (c + d)
+            c = 4 * (lane + 32 * k)
+            if c < C:
+                total += _add_four(mine, 4 * k, residual, inp1, inp2, i + c)
         mu = warp_sum(total) / size
         total = ZERO
         for k in range(width):
@@ -653,14 +646,9 @@ def _fused_fours(turns):
         if lane == 0:
             mean[row], rstd[row] = mu, r
         for k in range(turns):
-            i = 4 * (lane + 32 * k)
-            if i < C:
-                e, f, g, h = load4(weight, i)
-                a, b = (mine[4 * k] - mu) * r, (mine[4 * k + 1] - mu) * r
-                c, d = (mine[4 * k + 2] - mu) * r, (mine[4 * k + 3] - mu) * r
-                a, b, c, d = a * e, b * f, c * g, d * h
-                e, f, g, h = load4(bias, i)
-                store4(out, row * C + i, a + e, b + f, c + g, d + h)
+            c, at = 4 * (lane + 32 * k), 4 * k
+            if c < C:
+                _normalise_four(mine, at, mu, r, out, i + c, weight, bias, c)
 
     return fused_fours
 
@@ -670,16 +658,17 @@ from llmnb.owners import draw_owners
 
 fig, axes = plt.subplots(2, 1, figsize=(9, 1.7), dpi=100)
 lanes = np.arange(36)
-draw_owners(axes[0], [lanes % 32], "versions 1 and 2")
+draw_owners(axes[0], [lanes % 32], "version 2")
 draw_owners(axes[1], [lanes // 4], "version 3")
 fig.tight_layout()
 plt.show()
 
 # %% [markdown]
 # *Figure 9.2. The lanes of a warp that own the 36 channels of a row. By
-# ones, all 32 lanes work in the first turn and 4 in the second. By fours,
-# one turn is enough, and 9 lanes work. The 768 channels of GPT-2 keep all
-# lanes busy for 24 turns by ones, and for 6 by fours.*
+# ones (version 2), all 32 lanes work in the first turn and 4 in the second.
+# By fours (version 3), one turn is enough, and 9 lanes work. The 768
+# channels of GPT-2 keep all lanes busy for 24 turns by ones, and for 6 by
+# fours.*
 
 
 # %% launches of the fused kernels tags=["exporti"] module="cuda.residual"
@@ -717,8 +706,9 @@ def fused_residual_forward(
     out, mean, rstd, residual, weight, bias)`. residual, out, inp1, inp2: a
     device's arrays of one shape (..., C), float32; residual may be inp1 or
     inp2. mean, rstd: (...). weight, bias: (C,). residual, out, mean and rstd
-    are overwritten. version: which kernel, from 1 on. Raises TypeError or
-    ValueError before it launches anything.
+    are overwritten. C must be at least 1; without rows nothing is launched.
+    version: which kernel, from 1 on. Raises TypeError or ValueError before
+    it launches anything.
 
     Derived in chapter 9.
     """
@@ -728,13 +718,16 @@ def fused_residual_forward(
     whole = {"residual": residual, "out": out, "inp1": inp1, "inp2": inp2}
     for name, x in whole.items():
         check_device(f"{label}: {name}", x, shape)
+    if not shape or not shape[-1]:
+        raise ValueError(f"{label}: inp1 must have channels, got {shape}")
     for name, x in rows.items():
         check_device(f"{label}: {name}", x, shape[:-1])
     for name, x in (("weight", weight), ("bias", bias)):
         check_device(f"{label}: {name}", x, shape[-1:])
     sums, outs, a, b = (x.reshape(-1, shape[-1]) for x in whole.values())
     stats = (x.reshape(-1) for x in rows.values())
-    run(sums, outs, *stats, a, b, weight, bias)
+    if inp1.size:
+        run(sums, outs, *stats, a, b, weight, bias)
 
 
 # %% the same results from one kernel
@@ -762,13 +755,14 @@ for version in (1, 2, 3):
     counted("fused", version, fused_residual_forward, *arrays)
 
 # %% [markdown]
-# The simulator knows no cache: it counts every access, also the second and
-# third sweep of version 1 and the 8 bytes of `weight` and `bias`. Without
-# these, 36 become the 20 of the table, and 24 the 16. So fusion moves a
-# fifth less, and it saves a launch; version 3 asks a quarter as often for
-# it. The compiler counts registers: at 768 channels version 3 keeps 24 sums
-# a lane, and needs about half as many registers as version 2, which has to
-# find a place for each channel by itself. That leaves room for more warps.
+# The simulator knows no cache: it counts the 8 bytes of `weight` and `bias`
+# for every element. Without these, 28 become the 20 of the table, and 24
+# the 16. So fusion moves a fifth less, and it saves a launch. Version 2
+# makes more requests than version 1, whose kernels have vectors; version 3
+# has them too. The compiler counts registers: at 768 channels both fused
+# kernels keep 24 sums a lane, and version 3 needs about half as many
+# registers as version 2, which finds a place for each channel and not for
+# every fourth. That leaves room for more warps.
 #
 # **Where it would be used.** The model calls neither this function nor the
 # plain ones: as on the CPU, the product that comes before folds the addition

@@ -927,9 +927,11 @@ print(f"kernel  {fast * 1e3:7.1f} ms, {slow / fast:.1f} times as fast")
 
 # %% imports of the GPU's kernels tags=["export"] module="cuda.adamw"
 import math
+from functools import partial
 
 import numpy as np
 
+from llmnb.cuda.elementwise import by_element, by_four
 from llmnb.cuda.launch import (
     aligned,
     check_device,
@@ -950,7 +952,8 @@ SETTINGS = 8  # numbers: seven of AdamW, and one to fill two vectors
 NORM_BLOCKS = 1024  # blocks at most that sum squares
 ZERO, ONE = np.float32(0), np.float32(1)
 TINY = np.float32(1e-6)  # (11.14)
-LARGEST = np.finfo(np.float32).max
+LARGEST = float(np.finfo(np.float32).max)
+EXPONENT = np.int32(0x7F800000)  # the bits of a float32's exponent
 
 
 # %% [markdown]
@@ -967,9 +970,8 @@ LARGEST = np.finfo(np.float32).max
 # launches the graph, in which nothing has changed.
 #
 # The numbers are computed on the host, in float64, because a float32 would
-# lose digits on the way: $\beta_2 = 0.999$ is so close to 1 that in the
-# difference $1 - \beta_2$ only ten of its 24 bits are left. Rounding comes
-# last.
+# lose digits on the way: $\beta_2 = 0.999$ is so close to 1 that the
+# difference $1 - \beta_2$ keeps 14 of its 24 bits. Rounding comes last.
 
 
 # %% the settings tags=["export"] module="cuda.adamw"
@@ -1012,8 +1014,8 @@ verdict("rounded first", abs(early / exact - 1) > 1e-5, "errs above 1e-5")
 # ### Version 1: a thread an element
 #
 # A thread reads four numbers, computes, and writes three. It reads the
-# seven settings as well; all threads of a warp read the same ones, which
-# makes one sector a request, and a cache holds it.
+# seven settings as well; all threads of a warp read the same ones, so each
+# of these requests is for one sector, which a cache holds.
 
 
 # %% AdamW of one element tags=["exporti"] module="cuda.adamw"
@@ -1079,23 +1081,6 @@ def _adamw_fours(params, grads, m, v, settings):
     store4(v, 4 * i, v0, v1, v2, v3)
 
 
-# %% launches tags=["exporti"] module="cuda.adamw"
-def _update_by_element(*arrays):
-    blocks = (arrays[0].size + BLOCK - 1) // BLOCK
-    _adamw_elements[blocks, BLOCK](*arrays)
-
-
-def _update_by_four(*arrays):
-    if not aligned(*arrays):
-        return _update_by_element(*arrays)
-    return _adamw_fours[_blocks_of_fours(arrays[0]), BLOCK](*arrays)
-
-
-def _blocks_of_fours(array):
-    threads = array.size // 4 + array.size % 4
-    return (threads + BLOCK - 1) // BLOCK
-
-
 # %% [markdown]
 # Now the functions. `adamw_apply` launches and does nothing else, so a
 # graph may record it; `adamw_update` has the arguments that all backends
@@ -1112,12 +1097,16 @@ def _check_all_flat(name, **arrays):
 
 def _check_work(name, work, size):
     """Raise unless `work` is flat, float32 and at least that long."""
-    check_device(f"{name}: work", work, (max(size, work.size),))
+    size = max(size, getattr(work, "size", 0))
+    check_device(f"{name}: work", work, (size,))
 
 
 # %% AdamW on arrays tags=["export"] module="cuda.adamw"
 # one element a thread; four neighbours a thread
-ADAMW_UPDATE = (_update_by_element, _update_by_four)
+ADAMW_UPDATE = (
+    partial(by_element, _adamw_elements),
+    partial(by_four, _adamw_fours, _adamw_elements),
+)
 
 
 def adamw_apply(params, grads, m, v, settings, version=2):
@@ -1135,7 +1124,7 @@ def adamw_apply(params, grads, m, v, settings, version=2):
     run = numbered(ADAMW_UPDATE, version, "adamw_update")
     _check_all_flat("adamw_update", params=params, grads=grads, m=m, v=v)
     check_device("adamw_update: settings", settings, (SETTINGS,))
-    run(params, grads, m, v, settings)
+    run((params, grads, m, v, settings))
 
 
 # %% AdamW tags=["export"] module="cuda.adamw"
@@ -1151,8 +1140,10 @@ def adamw_update(
     gradient and of its square, zero before the first step. step counts from
     1. weight_decay applies to every element. work: a device's array of
     `adamw_scratch()` floats, or None to have one made. version: which
-    kernel, from 1 on. Raises TypeError or ValueError for arrays that do not
-    fit and settings out of range, before it launches anything.
+    kernel, from 1 on. The settings are copied to the device, on its default
+    stream: a CUDA graph cannot record that, only `adamw_apply`. Raises
+    TypeError or ValueError for arrays that do not fit and settings out of
+    range, before it launches anything.
 
     Derived in chapter 11.
     """
@@ -1236,19 +1227,20 @@ plt.show()
 
 # %% [markdown]
 # *Figure 11.5. 87 gradients, summed by two blocks (two colours) of four
-# threads; the number is the thread. In each sweep a thread takes four
-# neighbours; the three elements that make no four go to the first three
+# threads; the number is the thread. In each sweep, a row of the figure, a
+# thread takes four neighbours; the three elements that make no four go to the first three
 # threads. Which thread adds what, and in which order, depends on nothing but
 # the length.*
 #
-# The CPU sums in float64, of which many GPUs compute little. With this order
-# it is not needed. What counts for rounding is not how many numbers there
-# are but the longest chain of additions that one number passes through. With
-# $n$ squares and $T = 262{,}144$ threads that chain has $n / 4T$ links, then
-# 2 for the four places, $5 + 8$ in the block, 4, and $5 + 8$ again. For 124
-# million that is about 150 in place of 124 million, and the relative error is
-# below $150 \cdot 2^{-24}$, or $9 \cdot 10^{-6}$, at worst; the root halves
-# it.
+# The CPU sums in float64. With this order float32 will do. What counts for
+# rounding is not how many numbers there are but the longest chain of
+# additions that one number passes through. With $n$ squares and
+# $T = 262{,}144$ threads, those of 1024 blocks, that chain has $n / 4T$
+# links in a thread and 2 for its four places. In a block it has 5 for the
+# butterfly of a warp and 8 for the warps. The second kernel adds 4, for 1024
+# sums on 256 threads, and $5 + 8$ again. For 124 million that is about 150
+# in place of 124 million, and the relative error is below
+# $150 \cdot 2^{-24}$, or $9 \cdot 10^{-6}$, at worst; the root halves it.
 
 
 # %% the sum of squares tags=["exporti"] module="cuda.adamw"
@@ -1291,29 +1283,29 @@ def _root_of_sum(work, blocks):
 # all that is under way, and a graph could not record it.
 #
 # So the question whether the norm is finite must be asked on the device
-# now. A NaN fails every comparison, and infinity fails `norm <= LARGEST`:
-# in both cases the gradients are left as they are. But `fastmath` promises
-# the compiler that there are no such numbers, and it may drop the question.
-# (It also divides by an approximation that gives 0 for divisors from
-# $2^{126}$ on.) These three kernels are compiled without it. That costs
-# instructions, and memory hides them.
+# now. `norm <= LARGEST` would ask it, since infinity and NaN both fail. But
+# `fastmath` promises the compiler that there are no such numbers, and it may
+# then drop the question. Nothing is promised of integers. A float32 is
+# infinite or NaN exactly if the eight bits of its exponent are all ones, and
+# `work[:1].view(np.int32)` is the norm's bits. Where they say so, the
+# gradients are left as they are. The sums may meet infinity and NaN too, so
+# all kernels of the norm and the clip are compiled without `fastmath`.
 
 
 # %% by how much to scale tags=["exporti"] module="cuda.adamw"
 @device
-def _clip_factor(norm, max_norm):
-    """The factor of (11.14); 1 where the norm is NaN or infinite."""
-    if norm <= LARGEST:
-        factor = max_norm / (norm + TINY)
-        if factor < ONE:
-            return factor
-    return ONE
+def _clip_factor(norm, bits, max_norm):
+    """The factor of (11.14); 1 where the bits are NaN's or infinity's."""
+    if bits & EXPONENT == EXPONENT:
+        return ONE
+    length = norm + TINY
+    return max_norm / length if length > max_norm else ONE
 
 
 # %% scale tags=["exporti"] module="cuda.adamw"
 @kernel(fastmath=False)
-def _shrink_fours(grads, work, max_norm):
-    factor = _clip_factor(work[0], max_norm)
+def _shrink_fours(grads, work, bits, max_norm):
+    factor = _clip_factor(work[0], bits[0], max_norm)
     if factor == ONE:
         return
     i, fours = cuda.grid(1), grads.size // 4
@@ -1325,8 +1317,8 @@ def _shrink_fours(grads, work, max_norm):
 
 
 @kernel(fastmath=False)
-def _shrink_elements(grads, work, max_norm):
-    i, factor = cuda.grid(1), _clip_factor(work[0], max_norm)
+def _shrink_elements(grads, work, bits, max_norm):
+    i, factor = cuda.grid(1), _clip_factor(work[0], bits[0], max_norm)
     if factor < ONE and i < grads.size:
         grads[i] *= factor
 
@@ -1344,15 +1336,17 @@ def norm_apply(work, grads):
     """Leave the Euclidean norm of a flat array in work[0].
 
     work: a device's array of `clip_scratch()` floats; grads: flat, float32.
-    Allocates nothing and does not wait: a CUDA graph may record it. Raises
-    TypeError or ValueError for arrays that do not fit.
+    The squares are summed in float32: a norm above 1.8e19 comes out
+    infinite, and a gradient below 2.6e-23 counts as 0. Allocates nothing
+    and does not wait: a CUDA graph may record it. Raises TypeError or
+    ValueError for arrays that do not fit.
 
     Derived in chapter 11.
     """
     _check_all_flat("global_norm", grads=grads)
     _check_work("global_norm", work, clip_scratch())
     blocks = (grads.size + 4 * BLOCK - 1) // (4 * BLOCK)
-    blocks = min(NORM_BLOCKS, blocks)
+    blocks = min(NORM_BLOCKS, max(1, blocks))
     _squares[blocks, BLOCK](grads, work, int(aligned(grads)))
     _root_of_sum[1, BLOCK](work, blocks)
 
@@ -1362,7 +1356,8 @@ def clip_apply(grads, max_norm, work):
     """Clip a flat array to norm `max_norm`; leave its old norm in work[0].
 
     As `clip_gradients`, but it allocates nothing and does not wait: a CUDA
-    graph may record it, with this `max_norm`.
+    graph may record it, with this `max_norm`. The old norm is that of
+    `norm_apply`.
 
     Derived in chapter 11.
     """
@@ -1371,20 +1366,18 @@ def clip_apply(grads, max_norm, work):
             f"clip_gradients: max_norm must be above 0, got {max_norm}"
         )
     norm_apply(work, grads)
-    most = np.float32(max_norm if max_norm <= LARGEST else math.inf)
-    if aligned(grads):
-        _shrink_fours[_blocks_of_fours(grads), BLOCK](grads, work, most)
-    else:
-        blocks = (grads.size + BLOCK - 1) // BLOCK
-        _shrink_elements[blocks, BLOCK](grads, work, most)
+    arrays = grads, work, work[:1].view(np.int32)
+    most = np.float32(min(max_norm, LARGEST))
+    by_four(_shrink_fours, _shrink_elements, arrays, most)
 
 
 # %% the norm of all gradients tags=["export"] module="cuda.adamw"
 def global_norm(grads, work=None):
     """The Euclidean norm of a flat array, as a float.
 
-    It is summed in float32, in an order that the length alone decides, and
-    infinite where a square exceeds float32. work: a device's array of
+    The squares are summed in float32, in an order that the length alone
+    decides: a norm above 1.8e19 comes out infinite, and a gradient below
+    2.6e-23 counts as 0. work: a device's array of
     `clip_scratch()` floats, or None to have one made. Waits for the result.
     Raises TypeError or ValueError for arrays that do not fit.
 
@@ -1404,7 +1397,8 @@ def clip_gradients(grads, max_norm, work=None):
     Returns the norm before clipping and scales `grads` in place by
     max_norm / (norm + 1e-6) where that is below 1, as torch's
     clip_grad_norm_. When the norm is infinite or NaN, `grads` is left as it
-    is: the caller sees the norm and decides. work: a device's array of
+    is: the caller sees the norm and decides. It is infinite already above
+    1.8e19, where the sum of squares exceeds float32. work: a device's array of
     `clip_scratch()` floats, or None to have one made. Waits for the norm.
     Raises ValueError unless max_norm is positive, and as `global_norm` does.
 
@@ -1436,9 +1430,9 @@ for bad in (np.nan, np.inf):
 
 
 # %% [markdown]
-# float32 has one price: the square of a gradient beyond $1.8 \cdot 10^{19}$
-# is infinite, and so is the norm, which float64 could still hold. Such a
-# gradient is as broken as an infinite one, and is treated as one.
+# float32 has one price: from a norm of $1.8 \cdot 10^{19}$ on, the sum of
+# squares is infinite, where float64 could still hold it. Such a gradient is
+# as broken as an infinite one, and is treated as one.
 #
 # To see what the order is worth, we follow it in NumPy, for more numbers
 # than the simulator could sum. The butterfly of `warp_sum` adds
@@ -1647,7 +1641,7 @@ def results(sums, orders=100):
 
 # %% exercise 4, checked
 found = results(rng.chisquare(10, 1000).astype(np.float32))
-verdict("the order", len(set(found)) > 1, "changes the sum")
+verdict("the order", 10 < len(set(found)) < 30, "makes 10 to 30 sums")
 close = found.max() / found.min() - 1 < 1e-5
 verdict("all orders", close, "agree to 1e-5")
 

@@ -5,7 +5,7 @@ import pytest
 from gpu import PLACES, check_layer, check_machine_code
 
 from llmnb.cuda import residual as cuda
-from llmnb.cuda.launch import simulated, to_host
+from llmnb.cuda.launch import DeviceArray, simulated, to_host
 from llmnb.cuda.simulator import watch
 from llmnb.reference import layernorm, residual
 
@@ -13,7 +13,7 @@ SHAPES = [(1,), (3,), (4,), (5,), (33,), (2, 3, 5), (7, 100), (1027,)]
 VERSIONS = [1, 2]
 FUSED = [1, 2, 3]
 # channels: fewer than a warp, around it, and several turns of it
-CHANNELS = [1, 3, 5, 32, 33, 64, 100, 128, 132, 260]
+CHANNELS = [1, 3, 32, 33, 100, 128, 132, 260]
 
 
 def draw(shape, seed=0):
@@ -96,13 +96,13 @@ def check_fused(version, *shape, **options):
 @pytest.mark.parametrize("version", FUSED)
 @pytest.mark.parametrize("C", CHANNELS)
 def test_fused(C, version):
-    for B, T in ((1, 1), (1, 5)):
-        check_fused(version, B, T, C)
+    check_fused(version, 1, 5, C)
 
 
 @pytest.mark.parametrize("version", FUSED)
-def test_fused_many_rows_and_an_offset(version):
+def test_fused_one_row_many_rows_and_an_offset(version):
     """Full and partial blocks; a mean that a one-pass variance would lose."""
+    check_fused(version, 1, 1, 36)
     check_fused(version, 3, 11, 36)
     check_fused(version, 2, 3, 132, shift=30.0)
 
@@ -114,7 +114,7 @@ def kernels(seen):
 @pytest.mark.parametrize("C", [2048, 2052, 2051])
 def test_long_rows(C):
     """Registers up to 2048 channels, two launches beyond."""
-    seen = check_fused(3, 1, 2, C)
+    seen = check_fused(3, 1, 1, C)
     if C == 2048:
         assert kernels(seen) == ["fused_fours"]
     else:
@@ -138,6 +138,63 @@ def test_rows_that_vectors_do_not_fit_go_to_version_2():
         )
         if place is simulated:
             assert kernels(seen) == ["fused_elements"]
+
+
+@pytest.mark.parametrize("name", ["residual", "out", "inp2", "bias"])
+def test_views_that_are_not_aligned(name):
+    """Every version takes them, by the kernels without vectors."""
+    arrays = fused_arrays(1, 3, 36)
+    want = {k: v.astype(np.float64) for k, v in arrays.items()}
+    fused_reference(*want.values())
+    for place in PLACES:
+        for version in FUSED:
+            there = {k: place(v) for k, v in arrays.items()}
+            x = arrays[name]
+            longer = place(np.append(np.float32(0), x.ravel()))
+            there[name] = longer[1:].reshape(x.shape)
+            with watch():
+                cuda.fused_residual_forward(*there.values(), version=version)
+            for key in ("residual", "out", "mean", "rstd"):
+                got = to_host(there[key])
+                np.testing.assert_allclose(got, want[key], atol=5e-6)
+
+
+def test_empty_arrays():
+    """Nothing is launched, as on the CPU nothing is done."""
+    for shape in ((0,), (2, 0), (0, 5)):
+        x, y, z = (simulated(np.empty(shape, np.float32)) for _ in range(3))
+        with watch() as seen:
+            for version in VERSIONS:
+                cuda.residual_forward(x, y, z, version=version)
+                cuda.residual_backward(x, y, z, version=version)
+        assert not seen.launches
+    for version in FUSED:
+        arrays = [simulated(v) for v in fused_arrays(0, 2, 8).values()]
+        with watch() as seen:
+            cuda.fused_residual_forward(*arrays, version=version)
+        assert not seen.launches
+        arrays = [simulated(v) for v in fused_arrays(1, 2, 0).values()]
+        with pytest.raises(ValueError, match="must have channels, got"):
+            cuda.fused_residual_forward(*arrays, version=version)
+    scalar = DeviceArray(np.zeros((), np.float32))
+    with pytest.raises(ValueError, match=r"must have channels, got \(\)"):
+        cuda.fused_residual_forward(*[scalar] * 8)
+
+
+def test_the_same_bits_twice():
+    """Of a row alone, and of the same row among others."""
+    found = []
+    for rows in (1, 9):
+        arrays = fused_arrays(1, 9, 132)
+        for name in ("residual", "out", "inp1", "inp2"):
+            arrays[name] = arrays[name][:, :rows]
+        for name in ("mean", "rstd"):
+            arrays[name] = arrays[name][:, :rows]
+        there = [simulated(v) for v in arrays.values()]
+        cuda.fused_residual_forward(*there)
+        found.append([to_host(x)[0, 0] for x in there[:4]])
+    for one, two in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, two)
 
 
 @pytest.mark.parametrize("version", FUSED)
@@ -165,7 +222,7 @@ def seen_by(run, *args, **options):
 
 def test_counts_of_the_text():
     """A quarter of the requests, the same sectors and bytes."""
-    n = 4096 + 3
+    n = 2048 + 3
     x, y, d = (simulated(draw(n, i)) for i in range(3))
     for run, nbytes in (
         (cuda.residual_forward, 12),
@@ -179,26 +236,27 @@ def test_counts_of_the_text():
 
 
 def test_counts_of_the_fused_text():
-    """36 bytes an element unfused and 24 fused, 8 of them for the scale."""
+    """28 bytes an element unfused and 24 fused, 8 of them for the scale."""
     rows, C = 6, 256
     arrays = [simulated(x) for x in fused_arrays(2, 3, C).values()]
     one, two, three = (
         seen_by(cuda.fused_residual_forward, *arrays, version=v) for v in FUSED
     )
     assert [len(x.launches) for x in (one, two, three)] == [2, 1, 1]
-    for seen, moved in ((one, 36), (two, 24), (three, 24)):
+    for seen, moved in ((one, 28), (two, 24), (three, 24)):
         found = seen.read_bytes + seen.written_bytes
         assert found == moved * rows * C + 8 * rows
         assert seen.sectors == moved * rows * C // 32 + 2 * rows
     stats = 2 * rows
     assert (two.requests - stats) == 4 * (three.requests - stats)
+    assert three.requests < one.requests < two.requests
     assert three.barriers == three.shared_requests == three.atomics == 0
 
 
-def launched(C):
+def launched(C, versions):
     arrays = fused_arrays(1, 2, C)
     with watch() as seen:
-        for version in FUSED:
+        for version in versions:
             there = [simulated(x) for x in arrays.values()]
             cuda.fused_residual_forward(*there, version=version)
     return seen
@@ -222,10 +280,10 @@ def test_machine_code():
         assert made[name].registers <= 40, name
 
 
-@pytest.mark.parametrize("C", [768, 1600, 2048])
+@pytest.mark.parametrize("C", [768, 2048])
 def test_rows_stay_in_registers(C):
     """No stack and no spills, up to the widest row that is allowed."""
-    made = check_machine_code(launched(C))
+    made = check_machine_code(launched(C, [2, 3]))
     turns = -(-C // 128)
     fours, elements = made["fused_fours"], made["fused_elements"]
     assert fours.vector_loads == 4 * turns

@@ -55,6 +55,10 @@ from llmnb.cuda.cublas import (
     forward_plan,
     no_cublas,
 )
+from llmnb.cuda.elementwise import (
+    by_element,
+    by_four,
+)
 from llmnb.cuda.encoder import (
     ENCODER_BACKWARD,
     ENCODER_FORWARD,
@@ -187,6 +191,8 @@ __all__ = [
     "attention_scratch",
     "block_max",
     "block_sum",
+    "by_element",
+    "by_four",
     "check_device",
     "clip_apply",
     "clip_gradients",

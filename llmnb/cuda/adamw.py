@@ -22,9 +22,11 @@ __all__ = [
 
 # imports of the GPU's kernels
 import math
+from functools import partial
 
 import numpy as np
 
+from llmnb.cuda.elementwise import by_element, by_four
 from llmnb.cuda.launch import (
     aligned,
     check_device,
@@ -46,7 +48,8 @@ SETTINGS = 8  # numbers: seven of AdamW, and one to fill two vectors
 NORM_BLOCKS = 1024  # blocks at most that sum squares
 ZERO, ONE = np.float32(0), np.float32(1)
 TINY = np.float32(1e-6)  # (11.14)
-LARGEST = np.finfo(np.float32).max
+LARGEST = float(np.finfo(np.float32).max)
+EXPONENT = np.int32(0x7F800000)  # the bits of a float32's exponent
 
 
 # the settings
@@ -129,23 +132,6 @@ def _adamw_fours(params, grads, m, v, settings):
     store4(v, 4 * i, v0, v1, v2, v3)
 
 
-# launches
-def _update_by_element(*arrays):
-    blocks = (arrays[0].size + BLOCK - 1) // BLOCK
-    _adamw_elements[blocks, BLOCK](*arrays)
-
-
-def _update_by_four(*arrays):
-    if not aligned(*arrays):
-        return _update_by_element(*arrays)
-    return _adamw_fours[_blocks_of_fours(arrays[0]), BLOCK](*arrays)
-
-
-def _blocks_of_fours(array):
-    threads = array.size // 4 + array.size % 4
-    return (threads + BLOCK - 1) // BLOCK
-
-
 # check arrays
 def _check_all_flat(name, **arrays):
     """Raise unless these are flat, float32 and of the first one's length."""
@@ -156,12 +142,16 @@ def _check_all_flat(name, **arrays):
 
 def _check_work(name, work, size):
     """Raise unless `work` is flat, float32 and at least that long."""
-    check_device(f"{name}: work", work, (max(size, work.size),))
+    size = max(size, getattr(work, "size", 0))
+    check_device(f"{name}: work", work, (size,))
 
 
 # AdamW on arrays
 # one element a thread; four neighbours a thread
-ADAMW_UPDATE = (_update_by_element, _update_by_four)
+ADAMW_UPDATE = (
+    partial(by_element, _adamw_elements),
+    partial(by_four, _adamw_fours, _adamw_elements),
+)
 
 
 def adamw_apply(params, grads, m, v, settings, version=2):
@@ -179,7 +169,7 @@ def adamw_apply(params, grads, m, v, settings, version=2):
     run = numbered(ADAMW_UPDATE, version, "adamw_update")
     _check_all_flat("adamw_update", params=params, grads=grads, m=m, v=v)
     check_device("adamw_update: settings", settings, (SETTINGS,))
-    run(params, grads, m, v, settings)
+    run((params, grads, m, v, settings))
 
 
 # AdamW
@@ -195,8 +185,10 @@ def adamw_update(
     gradient and of its square, zero before the first step. step counts from
     1. weight_decay applies to every element. work: a device's array of
     `adamw_scratch()` floats, or None to have one made. version: which
-    kernel, from 1 on. Raises TypeError or ValueError for arrays that do not
-    fit and settings out of range, before it launches anything.
+    kernel, from 1 on. The settings are copied to the device, on its default
+    stream: a CUDA graph cannot record that, only `adamw_apply`. Raises
+    TypeError or ValueError for arrays that do not fit and settings out of
+    range, before it launches anything.
 
     Derived in chapter 11.
     """
@@ -248,19 +240,18 @@ def _root_of_sum(work, blocks):
 
 # by how much to scale
 @device
-def _clip_factor(norm, max_norm):
-    """The factor of (11.14); 1 where the norm is NaN or infinite."""
-    if norm <= LARGEST:
-        factor = max_norm / (norm + TINY)
-        if factor < ONE:
-            return factor
-    return ONE
+def _clip_factor(norm, bits, max_norm):
+    """The factor of (11.14); 1 where the bits are NaN's or infinity's."""
+    if bits & EXPONENT == EXPONENT:
+        return ONE
+    length = norm + TINY
+    return max_norm / length if length > max_norm else ONE
 
 
 # scale
 @kernel(fastmath=False)
-def _shrink_fours(grads, work, max_norm):
-    factor = _clip_factor(work[0], max_norm)
+def _shrink_fours(grads, work, bits, max_norm):
+    factor = _clip_factor(work[0], bits[0], max_norm)
     if factor == ONE:
         return
     i, fours = cuda.grid(1), grads.size // 4
@@ -272,8 +263,8 @@ def _shrink_fours(grads, work, max_norm):
 
 
 @kernel(fastmath=False)
-def _shrink_elements(grads, work, max_norm):
-    i, factor = cuda.grid(1), _clip_factor(work[0], max_norm)
+def _shrink_elements(grads, work, bits, max_norm):
+    i, factor = cuda.grid(1), _clip_factor(work[0], bits[0], max_norm)
     if factor < ONE and i < grads.size:
         grads[i] *= factor
 
@@ -291,15 +282,17 @@ def norm_apply(work, grads):
     """Leave the Euclidean norm of a flat array in work[0].
 
     work: a device's array of `clip_scratch()` floats; grads: flat, float32.
-    Allocates nothing and does not wait: a CUDA graph may record it. Raises
-    TypeError or ValueError for arrays that do not fit.
+    The squares are summed in float32: a norm above 1.8e19 comes out
+    infinite, and a gradient below 2.6e-23 counts as 0. Allocates nothing
+    and does not wait: a CUDA graph may record it. Raises TypeError or
+    ValueError for arrays that do not fit.
 
     Derived in chapter 11.
     """
     _check_all_flat("global_norm", grads=grads)
     _check_work("global_norm", work, clip_scratch())
     blocks = (grads.size + 4 * BLOCK - 1) // (4 * BLOCK)
-    blocks = min(NORM_BLOCKS, blocks)
+    blocks = min(NORM_BLOCKS, max(1, blocks))
     _squares[blocks, BLOCK](grads, work, int(aligned(grads)))
     _root_of_sum[1, BLOCK](work, blocks)
 
@@ -309,7 +302,8 @@ def clip_apply(grads, max_norm, work):
     """Clip a flat array to norm `max_norm`; leave its old norm in work[0].
 
     As `clip_gradients`, but it allocates nothing and does not wait: a CUDA
-    graph may record it, with this `max_norm`.
+    graph may record it, with this `max_norm`. The old norm is that of
+    `norm_apply`.
 
     Derived in chapter 11.
     """
@@ -318,20 +312,18 @@ def clip_apply(grads, max_norm, work):
             f"clip_gradients: max_norm must be above 0, got {max_norm}"
         )
     norm_apply(work, grads)
-    most = np.float32(max_norm if max_norm <= LARGEST else math.inf)
-    if aligned(grads):
-        _shrink_fours[_blocks_of_fours(grads), BLOCK](grads, work, most)
-    else:
-        blocks = (grads.size + BLOCK - 1) // BLOCK
-        _shrink_elements[blocks, BLOCK](grads, work, most)
+    arrays = grads, work, work[:1].view(np.int32)
+    most = np.float32(min(max_norm, LARGEST))
+    by_four(_shrink_fours, _shrink_elements, arrays, most)
 
 
 # the norm of all gradients
 def global_norm(grads, work=None):
     """The Euclidean norm of a flat array, as a float.
 
-    It is summed in float32, in an order that the length alone decides, and
-    infinite where a square exceeds float32. work: a device's array of
+    The squares are summed in float32, in an order that the length alone
+    decides: a norm above 1.8e19 comes out infinite, and a gradient below
+    2.6e-23 counts as 0. work: a device's array of
     `clip_scratch()` floats, or None to have one made. Waits for the result.
     Raises TypeError or ValueError for arrays that do not fit.
 
@@ -351,7 +343,8 @@ def clip_gradients(grads, max_norm, work=None):
     Returns the norm before clipping and scales `grads` in place by
     max_norm / (norm + 1e-6) where that is below 1, as torch's
     clip_grad_norm_. When the norm is infinite or NaN, `grads` is left as it
-    is: the caller sees the norm and decides. work: a device's array of
+    is: the caller sees the norm and decides. It is infinite already above
+    1.8e19, where the sum of squares exceeds float32. work: a device's array of
     `clip_scratch()` floats, or None to have one made. Waits for the norm.
     Raises ValueError unless max_norm is positive, and as `global_norm` does.
 

@@ -16,15 +16,16 @@ __all__ = [
 
 # imports of the CUDA module
 import math
+from functools import partial
 
 import numpy as np
 
-from llmnb.cuda.launch import aligned, check_device, device, kernel, numbered
+from llmnb.cuda.elementwise import by_element, by_four
+from llmnb.cuda.launch import check_device, device, kernel, numbered
 from llmnb.cuda.simulator import cuda, load4, store4
 
 
 # the constants of the GPU's kernels
-BLOCK = 256  # threads
 SLOPE32 = np.float32(2 * math.sqrt(2 / math.pi))
 CUBIC32 = np.float32(0.044715)
 ONE, ZERO, THREE = np.float32(1), np.float32(0), np.float32(3)
@@ -95,36 +96,12 @@ def _backward_fours(dinp, dout, inp, add):
         dinp[i] = grad
 
 
-# launches
-def _forward_by_element(out, inp):
-    blocks = (inp.size + BLOCK - 1) // BLOCK
-    _forward_elements[blocks, BLOCK](out, inp)
-
-
-def _forward_by_four(out, inp):
-    if not aligned(out, inp):
-        return _forward_by_element(out, inp)
-    threads = inp.size // 4 + inp.size % 4
-    blocks = (threads + BLOCK - 1) // BLOCK
-    return _forward_fours[blocks, BLOCK](out, inp)
-
-
-def _backward_by_element(dinp, dout, inp, add):
-    blocks = (inp.size + BLOCK - 1) // BLOCK
-    _backward_elements[blocks, BLOCK](dinp, dout, inp, add)
-
-
-def _backward_by_four(dinp, dout, inp, add):
-    if not aligned(dinp, dout, inp):
-        return _backward_by_element(dinp, dout, inp, add)
-    threads = inp.size // 4 + inp.size % 4
-    blocks = (threads + BLOCK - 1) // BLOCK
-    return _backward_fours[blocks, BLOCK](dinp, dout, inp, add)
-
-
 # GELU, forward
 # one element a thread; four neighbours a thread
-GELU_FORWARD = (_forward_by_element, _forward_by_four)
+GELU_FORWARD = (
+    partial(by_element, _forward_elements),
+    partial(by_four, _forward_fours, _forward_elements),
+)
 
 
 def gelu_forward(out, inp, version=2):
@@ -139,12 +116,15 @@ def gelu_forward(out, inp, version=2):
     run = numbered(GELU_FORWARD, version, "gelu_forward")
     for name, array in (("inp", inp), ("out", out)):
         check_device(f"gelu_forward: {name}", array, getattr(inp, "shape", ()))
-    run(out.reshape(-1), inp.reshape(-1))
+    run((out.reshape(-1), inp.reshape(-1)))
 
 
 # GELU, backward
 # one element a thread; four neighbours a thread
-GELU_BACKWARD = (_backward_by_element, _backward_by_four)
+GELU_BACKWARD = (
+    partial(by_element, _backward_elements),
+    partial(by_four, _backward_fours, _backward_elements),
+)
 
 
 def gelu_backward(dinp, dout, inp, add=True, version=2):
@@ -162,5 +142,4 @@ def gelu_backward(dinp, dout, inp, add=True, version=2):
         check_device(
             f"gelu_backward: {name}", array, getattr(inp, "shape", ())
         )
-    arrays = (x.reshape(-1) for x in (dinp, dout, inp))
-    run(*arrays, int(add))
+    run([x.reshape(-1) for x in (dinp, dout, inp)], int(add))

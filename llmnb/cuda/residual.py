@@ -17,19 +17,27 @@ __all__ = [
 
 
 # imports of the GPU's kernels
-import functools
 import math
+from functools import cache, partial
 from itertools import combinations
 
 import numpy as np
 
-from llmnb.cuda.launch import address, aligned, check_device, kernel, numbered
+from llmnb.cuda.elementwise import by_element, by_four
+from llmnb.cuda.launch import (
+    address,
+    aligned,
+    check_device,
+    device,
+    kernel,
+    numbered,
+)
+from llmnb.cuda.layernorm import layernorm_forward as normalise
 from llmnb.cuda.simulator import cuda, load4, store4
 from llmnb.cuda.warp import warp_sum
 
 
 # sizes
-BLOCK = 256  # threads
 ROWS = 4  # a block's, one for each warp, where a warp owns a row
 WIDEST = 2048  # channels that a warp can keep in registers
 EPS = np.float32(1e-5)
@@ -82,24 +90,11 @@ def _add_back_fours(dinp1, dinp2, dout):
         dinp2[i] += d
 
 
-# launches
-def _by_element(run, *arrays):
-    blocks = (arrays[0].size + BLOCK - 1) // BLOCK
-    run[blocks, BLOCK](*arrays)
-
-
-def _by_four(run, otherwise, *arrays):
-    if not aligned(*arrays):  # a view may begin anywhere
-        return _by_element(otherwise, *arrays)
-    threads = arrays[0].size // 4 + arrays[0].size % 4
-    return run[(threads + BLOCK - 1) // BLOCK, BLOCK](*arrays)
-
-
 # residual, forward
 # one element a thread; four neighbours a thread
 RESIDUAL_FORWARD = (
-    functools.partial(_by_element, _add_elements),
-    functools.partial(_by_four, _add_fours, _add_elements),
+    partial(by_element, _add_elements),
+    partial(by_four, _add_fours, _add_elements),
 )
 
 
@@ -116,14 +111,14 @@ def residual_forward(out, inp1, inp2, version=2):
     shape = getattr(out, "shape", ())
     for name, x in (("out", out), ("inp1", inp1), ("inp2", inp2)):
         check_device(f"residual_forward: {name}", x, shape)
-    run(out.reshape(-1), inp1.reshape(-1), inp2.reshape(-1))
+    run([x.reshape(-1) for x in (out, inp1, inp2)])
 
 
 # residual, backward
 # one element a thread; four neighbours a thread
 RESIDUAL_BACKWARD = (
-    functools.partial(_by_element, _add_back_elements),
-    functools.partial(_by_four, _add_back_fours, _add_back_elements),
+    partial(by_element, _add_back_elements),
+    partial(by_four, _add_back_fours, _add_back_elements),
 )
 
 
@@ -144,39 +139,19 @@ def residual_backward(dinp1, dinp2, dout, version=2):
     for a, b in combinations(arrays, 2):
         if abs(address(arrays[a]) - address(arrays[b])) < dout.nbytes:
             raise ValueError(f"{label}{a} and {b} must not share memory")
-    run(dinp1.reshape(-1), dinp2.reshape(-1), dout.reshape(-1))
+    run([x.reshape(-1) for x in arrays.values()])
 
 
 # fused, version 1
-@kernel
-def _normalise(out, mean, rstd, inp, weight, bias):
-    row, lane = cuda.grid(1) // 32, cuda.threadIdx.x % 32
-    rows, C = inp.shape
-    if row >= rows:
-        return
-    total, size = ZERO, np.float32(C)
-    for c in range(lane, C, 32):
-        total += inp[row, c]
-    mu = warp_sum(total) / size
-    total = ZERO
-    for c in range(lane, C, 32):
-        x = inp[row, c] - mu
-        total += x * x
-    r = ONE / math.sqrt(warp_sum(total) / size + EPS)
-    if lane == 0:
-        mean[row], rstd[row] = mu, r
-    for c in range(lane, C, 32):
-        out[row, c] = (inp[row, c] - mu) * r * weight[c] + bias[c]
-
-
 def _unfused(residual, out, mean, rstd, inp1, inp2, weight, bias):
     residual_forward(residual, inp1, inp2)
-    blocks = (len(out) + ROWS - 1) // ROWS
-    _normalise[blocks, 32 * ROWS](out, mean, rstd, residual, weight, bias)
+    version = 4 if aligned(residual, out, weight, bias) else 2
+    rows = [x.reshape(1, *x.shape) for x in (out, mean, rstd, residual)]
+    normalise(*rows, weight, bias, version=version)
 
 
 # fused, version 2
-@functools.cache
+@cache
 def _fused_elements(turns):
     @kernel
     def fused_elements(residual, out, mean, rstd, inp1, inp2, weight, bias):
@@ -209,8 +184,31 @@ def _fused_elements(turns):
     return fused_elements
 
 
+# four channels of a row
+@device
+def _add_four(mine, k, residual, inp1, inp2, i):
+    """Add, store and keep four channels from i on; return their sum."""
+    a, b, c, d = load4(inp1, i)
+    e, f, g, h = load4(inp2, i)
+    a, b, c, d = a + e, b + f, c + g, d + h
+    store4(residual, i, a, b, c, d)
+    mine[k], mine[k + 1], mine[k + 2], mine[k + 3] = a, b, c, d
+    return (a + b) + (c + d)
+
+
+@device
+def _normalise_four(mine, k, mu, r, out, i, weight, bias, channel):
+    """Normalise the four channels that were kept, and store them."""
+    a, b = (mine[k] - mu) * r, (mine[k + 1] - mu) * r
+    c, d = (mine[k + 2] - mu) * r, (mine[k + 3] - mu) * r
+    e, f, g, h = load4(weight, channel)
+    a, b, c, d = a * e, b * f, c * g, d * h
+    e, f, g, h = load4(bias, channel)
+    store4(out, i, a + e, b + f, c + g, d + h)
+
+
 # fused, version 3
-@functools.cache
+@cache
 def _fused_fours(turns):
     width = 4 * turns
 
@@ -221,17 +219,11 @@ def _fused_fours(turns):
         if row >= rows:
             return
         mine, size = cuda.local.array(width, np.float32), np.float32(C)
-        total = ZERO
+        total, i = ZERO, row * C
         for k in range(turns):
-            i = 4 * (lane + 32 * k)
-            if i < C:
-                a, b, c, d = load4(inp1, row * C + i)
-                e, f, g, h = load4(inp2, row * C + i)
-                a, b, c, d = a + e, b + f, c + g, d + h
-                store4(residual, row * C + i, a, b, c, d)
-                mine[4 * k], mine[4 * k + 1] = a, b
-                mine[4 * k + 2], mine[4 * k + 3] = c, d
-                total += (a + b) + (c + d)
+            c = 4 * (lane + 32 * k)
+            if c < C:
+                total += _add_four(mine, 4 * k, residual, inp1, inp2, i + c)
         mu = warp_sum(total) / size
         total = ZERO
         for k in range(width):
@@ -242,14 +234,9 @@ def _fused_fours(turns):
         if lane == 0:
             mean[row], rstd[row] = mu, r
         for k in range(turns):
-            i = 4 * (lane + 32 * k)
-            if i < C:
-                e, f, g, h = load4(weight, i)
-                a, b = (mine[4 * k] - mu) * r, (mine[4 * k + 1] - mu) * r
-                c, d = (mine[4 * k + 2] - mu) * r, (mine[4 * k + 3] - mu) * r
-                a, b, c, d = a * e, b * f, c * g, d * h
-                e, f, g, h = load4(bias, i)
-                store4(out, row * C + i, a + e, b + f, c + g, d + h)
+            c, at = 4 * (lane + 32 * k), 4 * k
+            if c < C:
+                _normalise_four(mine, at, mu, r, out, i + c, weight, bias, c)
 
     return fused_fours
 
@@ -289,8 +276,9 @@ def fused_residual_forward(
     out, mean, rstd, residual, weight, bias)`. residual, out, inp1, inp2: a
     device's arrays of one shape (..., C), float32; residual may be inp1 or
     inp2. mean, rstd: (...). weight, bias: (C,). residual, out, mean and rstd
-    are overwritten. version: which kernel, from 1 on. Raises TypeError or
-    ValueError before it launches anything.
+    are overwritten. C must be at least 1; without rows nothing is launched.
+    version: which kernel, from 1 on. Raises TypeError or ValueError before
+    it launches anything.
 
     Derived in chapter 9.
     """
@@ -300,10 +288,13 @@ def fused_residual_forward(
     whole = {"residual": residual, "out": out, "inp1": inp1, "inp2": inp2}
     for name, x in whole.items():
         check_device(f"{label}: {name}", x, shape)
+    if not shape or not shape[-1]:
+        raise ValueError(f"{label}: inp1 must have channels, got {shape}")
     for name, x in rows.items():
         check_device(f"{label}: {name}", x, shape[:-1])
     for name, x in (("weight", weight), ("bias", bias)):
         check_device(f"{label}: {name}", x, shape[-1:])
     sums, outs, a, b = (x.reshape(-1, shape[-1]) for x in whole.values())
     stats = (x.reshape(-1) for x in rows.values())
-    run(sums, outs, *stats, a, b, weight, bias)
+    if inp1.size:
+        run(sums, outs, *stats, a, b, weight, bias)
