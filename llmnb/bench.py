@@ -13,8 +13,10 @@ __all__ = [
     "Stopwatch",
     "bench",
     "bench_writers",
+    "captures",
     "layers_figure",
     "load",
+    "loss_curves",
     "report",
     "shares",
     "timed_step",
@@ -30,14 +32,16 @@ import time
 class Stopwatch:
     """A backend whose functions add up the seconds they take.
 
-    backend: an object with functions as attributes. seconds, calls: dicts
-    from function name to what has been added up since `reset`.
+    backend: an object with functions as attributes. wait: what to call
+    before a clock is read, where functions return before their work is
+    done, as on a GPU. seconds, calls: dicts from function name to what has
+    been added up since `reset`.
 
     Derived in chapter 20.
     """
 
-    def __init__(self, backend):
-        self._backend = backend
+    def __init__(self, backend, wait=lambda: None):
+        self._backend, self.wait = backend, wait
         self.reset()
 
     def reset(self):
@@ -52,6 +56,7 @@ class Stopwatch:
         def timed(*args, **kwargs):
             start = time.perf_counter()
             result = function(*args, **kwargs)
+            self.wait()
             spent = time.perf_counter() - start
             self.seconds[name] = self.seconds.get(name, 0) + spent
             self.calls[name] = self.calls.get(name, 0) + 1
@@ -78,8 +83,10 @@ def timed_step(model, tokens, targets, step):
     loss = model.forward(tokens, targets)
     times.append(time.perf_counter())
     model.backward()
+    model.ops.wait()
     times.append(time.perf_counter())
     model.update(step=step)
+    model.ops.wait()
     times.append(time.perf_counter())
     spent = [b - a for a, b in zip(times, times[1:], strict=False)]
     return {
@@ -100,11 +107,13 @@ from statistics import median
 
 from llmnb import peers
 from llmnb.config import GPT2Config, flops_per_token, parameter_count
+from llmnb.gpt2 import GPT2
 from llmnb.race import (
     WARM_UP,
     Settings,
     cores,
     lineup,
+    no_device,
     race,
     race_writers,
     ratios,
@@ -120,6 +129,7 @@ CONFIGS = {
     "124m-64": (GPT2Config(), 4, 64),
     "124m-256": (GPT2Config(), 4, 256),
     "124m-1024": (GPT2Config(), 1, 1024),
+    "124m-16x1024": (GPT2Config(), 16, 1024),
 }
 
 
@@ -152,7 +162,40 @@ def bench(configs, settings=None, start=False, bar=iter):
     ]
     shape = _shape(*CONFIGS["small"])
     result["start"] = start_times(shape, settings, bar) if start else []
+    if settings.backend == "cuda" and configs:
+        result["losses"] = loss_curves(settings.precisions)
     return shares(result)
+
+
+# the same losses
+def loss_curves(precisions, steps=20, shape=(SMALL, 12, 64)):
+    """Train a small model on the CPU and on the GPU, from the same start.
+
+    shape: a GPT2Config, batch size and length. Returns a dict of lists of
+    losses, by backend and precision, and worst: the largest difference from
+    the CPU's in fp32, by precision. Without a GPU it says unmeasured alone.
+
+    Derived in chapter 20.
+    """
+    if no_device("cuda"):
+        return {"unmeasured": no_device("cuda")}
+    batch = peers.random_batch(_shape(*shape))
+    runs = [("cpu", "fp32"), *(("cuda", x) for x in precisions)]
+    found = {}
+    for backend, precision in runs:
+        if peers.missing(precision, backend):
+            continue
+        model = GPT2(*shape, backend=backend, precision=precision)
+        losses = found[f"{backend} {precision}"] = []
+        for step in range(1, 1 + steps):
+            losses.append(float(model.forward(*batch)))
+            model.backward()
+            model.update(step=step)
+    want, *others = found.values()
+    worst = [
+        max(abs(a - b) for a, b in zip(want, x, strict=True)) for x in others
+    ]
+    return found | {"worst": dict(zip([*found][1:], worst, strict=True))}
 
 
 # the benchmark of writing
@@ -255,7 +298,29 @@ def _config_result(name, cfg, batch_size, seq_len, settings, bar):
     seconds = {x["name"]: x["seconds"] for x in rows if "seconds" in x}
     facts = {"parameters": parameter_count(cfg), "flops_per_step": flops}
     facts |= {"contestants": rows, "ratios": ratios(seconds)}
+    if settings.backend == "cuda":
+        facts["captures"] = captures(seconds)
     return {"name": name, **shape, **facts}
+
+
+# what a graph saves
+def captures(seconds):
+    """Seconds a step that a captured graph saves, by contestant.
+
+    seconds: a dict from name to a list, one number a round. Returns a list
+    of dicts: name, and the median, lowest and highest of the rounds'
+    differences, saved, low and high.
+
+    Derived in chapter 20.
+    """
+    table = []
+    for name, fast in seconds.items():
+        slow = seconds.get(f"{name}, no graph")
+        if slow:
+            each = [b - a for a, b in zip(fast, slow, strict=True)]
+            row = {"name": name, "saved": median(each)}
+            table.append(row | {"low": min(each), "high": max(each)})
+    return table
 
 
 # shares of the peak
@@ -284,9 +349,11 @@ def _row(name, flops, shape, steps, facts):
     tokens = shape["batch_size"] * shape["seq_len"]
     row["tokens_per_second"] = tokens / middle
     row["flops_per_second"] = flops / middle
+    apart = facts.pop("apart", None)  # steps whose layers were timed alone
     row |= {"first_loss": steps[0]["loss"], **facts}
-    if "layers" in steps[0]:
-        row |= {"parts": _parts(measured), "layers": _layers(measured)}
+    timed = apart or (measured if "layers" in steps[0] else None)
+    if timed:
+        row |= {"parts": _parts(timed), "layers": _layers(timed)}
     return row
 
 
@@ -301,7 +368,9 @@ def _layers(steps):
     for name, calls in steps[0]["calls"].items():
         seconds = median(x["layers"][name] for x in steps)
         table.append({"name": name, "calls": calls, "seconds": seconds})
-    rest = [x["seconds"] - sum(x["layers"].values()) for x in steps]
+    whole = [sum(x["parts"].values()) for x in steps]
+    pairs = zip(whole, steps, strict=True)
+    rest = [total - sum(x["layers"].values()) for total, x in pairs]
     table.append({"name": "(the rest)", "calls": 1, "seconds": median(rest)})
     return table
 
@@ -319,13 +388,24 @@ def report(result):
         lines += ["", *_config_lines(config)]
     if result["start"]:
         lines += ["", "seconds to the first step of the small model", ""]
-        lines += [f"{'':<16} {'cold':>9} {'warm':>9}"]
+        lines += [f"{'':<22} {'cold':>9} {'warm':>9}"]
         for row in result["start"]:
             times = row.get("unmeasured") or " ".join(
                 f"{median(row[kind]):9.2f}" for kind in ("cold", "warm")
             )
-            lines.append(f"{row['name']:<16} {times}")
-    return "\n".join(lines)
+            lines.append(f"{row['name']:<22} {times}")
+    return "\n".join(lines + [*_losses_lines(result.get("losses"))])
+
+
+def _losses_lines(losses):
+    if losses is None:
+        return
+    yield ""
+    if "unmeasured" in losses:
+        yield f"losses against the CPU's: {losses['unmeasured']}"
+        return
+    for name, worst in losses["worst"].items():
+        yield f"losses of {name} differ from the CPU's by at most {worst:.1e}"
 
 
 # one configuration in words
@@ -338,15 +418,17 @@ def _config_lines(config):
     )
     titles = "ms a step", "tokens/s", "GFLOP/s", "of peak", "peak MB"
     yield ""
-    yield f"{'':<16}" + "".join(f"{x:>11}" for x in titles)
+    yield f"{'':<22}" + "".join(f"{x:>11}" for x in titles)
     for row in config["contestants"]:
-        yield f"{row['name']:<16}" + _numbers(row)
+        yield f"{row['name']:<22}" + _numbers(row)
     yield ""
     for x in config["ratios"]:
         yield (
             f"{x['ours']} / {x['peer']}: {x['ratio']:.2f} of its time, median "
             f"of the rounds ({x['low']:.2f} to {x['high']:.2f})"
         )
+    for x in config.get("captures", []):
+        yield f"{x['name']}: the graph saves {x['saved'] * 1e3:.2f} ms a step"
     for row in config["contestants"]:
         if "layers" in row:
             yield from ("", f"{row['name']}, where the time goes", "")
@@ -357,7 +439,8 @@ def _config_lines(config):
 def _numbers(row):
     if "unmeasured" in row:
         return "  " + row["unmeasured"]
-    share, peak = row.get("share_of_peak"), row["peak_bytes"]
+    share = row.get("share_of_peak")
+    peak = row.get("device_bytes", row["peak_bytes"])
     cells = [
         f"{row['step_seconds'] * 1e3:.1f}",
         f"{row['tokens_per_second']:,.0f}",

@@ -99,10 +99,11 @@ def missing(precision, backend="cpu"):
 
     Derived in chapter 20.
     """
+    home = {"bf16": "cpu", "tf32": "cuda"}.get(precision, backend)
+    if backend != home:
+        return f"not available in the {backend} backend"
     if precision != "bf16":
         return None
-    if backend != "cpu":
-        return f"not available in the {backend} backend"
     from llmnb.cpu.tile import has_bf16
 
     return None if has_bf16() else "not available on this CPU"
@@ -126,6 +127,8 @@ def llmnb_contestant(spec):
     backend, precision = spec["backend"], spec["precision"]
     if missing(precision, backend):
         raise NotImplementedError(missing(precision, backend))
+    if backend == "cuda":
+        return _cuda_contestant(spec)
     cfg = GPT2Config(**spec["model"])
     sizes = spec["batch_size"], spec["seq_len"]
     model = GPT2(cfg, *sizes, backend=backend, precision=precision)
@@ -137,6 +140,55 @@ def llmnb_contestant(spec):
     )
 
 
+# our contestant on a GPU
+def _cuda_contestant(spec):
+    """As llmnb_contestant, for the cuda backend; spec: also graph."""
+    from itertools import count
+
+    from llmnb.config import GPT2Config
+    from llmnb.cuda.clock import no_times
+    from llmnb.gpt2 import GPT2
+
+    if no_times():
+        raise NotImplementedError(no_times())
+    from numba import cuda as real
+
+    cfg = GPT2Config(**spec["model"])
+    sizes = spec["batch_size"], spec["seq_len"]
+    how = {name: spec[name] for name in ("backend", "precision")}
+    model = GPT2(cfg, *sizes, **how)
+    batch, numbers = random_batch(spec), count(1)
+
+    def step():
+        if spec["graph"]:
+            loss, _ = model.step(*batch, step=next(numbers))
+        else:
+            loss = model.forward(*batch)
+            model.backward()
+            model.clip_gradients(float("inf"))
+            model.update(step=next(numbers))
+        real.synchronize()
+        return {"loss": loss}
+
+    return step, lambda: _cuda_facts(model, batch, numbers, spec["graph"])
+
+
+def _cuda_facts(model, batch, numbers, graph):
+    """Memory, versions, limits, and without a graph where the time goes."""
+    from numba import cuda as real
+
+    from llmnb.bench import Stopwatch, timed_step
+    from llmnb.cuda.clock import Clock, limits
+
+    facts = {"arena_bytes": model.memory.nbytes, **_our_facts("cuda")}
+    facts |= {"device_bytes": model.memory.nbytes, **limits(Clock())}
+    if not graph:
+        model.ops = Stopwatch(model.ops, real.synchronize)
+        steps = [timed_step(model, *batch, next(numbers)) for _ in range(3)]
+        facts["apart"] = steps
+    return facts
+
+
 # our facts
 def _our_facts(backend):
     """Threads, versions, and for the cpu backend the peak of FMAs."""
@@ -144,7 +196,8 @@ def _our_facts(backend):
 
     import numba
 
-    names = "llmnb", "numpy", "numba"
+    names = ["llmnb", "numpy", "numba"]
+    names += ["numba-cuda"] * (backend == "cuda")
     facts = {"threads": numba.get_num_threads()}
     facts["versions"] = {name: version(name) for name in names}
     if backend == "cpu":
@@ -216,34 +269,61 @@ def _torch_gpt2(max_seq_len, vocab_size, num_layers, num_heads, channels):
 def torch_contestant(spec):
     """A step of PyTorch's GPT-2 and its facts: two functions for `serve`.
 
-    spec: a dict with model, batch_size, seq_len, compile and bf16. Raises
-    ImportError where there is no torch.
+    spec: a dict with model, batch_size, seq_len, compile and bf16, and for
+    a GPU device ("cuda") and tf32. Raises ImportError where there is no
+    torch, NotImplementedError where it finds no GPU.
 
     Derived in chapter 20.
     """
     import torch
 
+    device = _torch_device(torch, spec)
     torch.manual_seed(0)
-    model = _torch_gpt2(**spec["model"])
+    model = _torch_gpt2(**spec["model"]).to(device)
     run = torch.compile(model) if spec["compile"] else model
     rules = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-4, fused=True, **rules
     )
-    batch = torch.from_numpy(random_batch(spec))
+    batch = torch.from_numpy(random_batch(spec)).to(device)
     half = {"dtype": torch.bfloat16, "enabled": spec["bf16"]}
 
     def step():
-        with torch.autocast("cpu", **half):
+        with torch.autocast(device, **half):
             loss = run(*batch)
         loss.backward()
+        if device == "cuda":
+            grads = [p.grad for p in model.parameters()]
+            torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         optimizer.step()
         optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
         return {"loss": loss.item()}
 
+    return step, lambda: _torch_facts(torch, device)
+
+
+# PyTorch on a GPU
+def _torch_device(torch, spec):
+    """Where a spec trains; on a GPU with or without TF32, as it says."""
+    device = spec.get("device", "cpu")
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise NotImplementedError("torch finds no GPU")
+        torch.backends.cuda.matmul.allow_tf32 = spec["tf32"]
+        torch.backends.cudnn.allow_tf32 = spec["tf32"]
+    return device
+
+
+def _torch_facts(torch, device):
+    """Threads and versions; on a GPU the most memory that torch held."""
     versions = {"torch": torch.__version__}
     facts = {"threads": torch.get_num_threads(), "versions": versions}
-    return step, lambda: facts
+    if device == "cuda":
+        facts["device_bytes"] = torch.cuda.max_memory_reserved()
+        facts["used_bytes"] = torch.cuda.max_memory_allocated()
+    return facts
 
 
 # one text with a clock

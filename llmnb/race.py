@@ -17,6 +17,7 @@ __all__ = [
     "WRITERS",
     "cores",
     "lineup",
+    "no_device",
     "race",
     "race_writers",
     "ratios",
@@ -53,10 +54,13 @@ from llmnb.init import init_params
 WARM_UP = 2  # rounds that are not measured: they compile and touch memory
 WRITERS = {"llmnb": "llmnb-decoder", "transformers": "transformers"}
 PAUSE = 0.05  # seconds between two turns, in which threads fall asleep
+_PLAIN = {"kind": "torch", "compile": False, "bf16": False, "tf32": False}
 PEERS = {
-    "torch": {"kind": "torch", "compile": False, "bf16": False},
-    "torch-compile": {"kind": "torch", "compile": True, "bf16": False},
-    "torch-bf16": {"kind": "torch", "compile": False, "bf16": True},
+    "torch": _PLAIN,
+    "torch-compile": _PLAIN | {"compile": True},
+    "torch-bf16": _PLAIN | {"bf16": True},
+    "torch-tf32": _PLAIN | {"tf32": True},
+    "torch-compile-tf32": _PLAIN | {"compile": True, "tf32": True},
 }
 
 
@@ -278,18 +282,44 @@ def lineup(settings):
     for precision in settings.precisions:
         ours = {"backend": settings.backend, "precision": precision}
         specs[f"llmnb {precision}"] = {"kind": "llmnb", **ours}
+        if settings.backend == "cuda":
+            specs[f"llmnb {precision}"]["graph"] = True
+            alone = {"kind": "llmnb", **ours, "graph": False}
+            specs[f"llmnb {precision}, no graph"] = alone
     for name in settings.against:
+        _check_peer(name, settings.backend)
         kind, _, path = name.partition("=")
         if kind == "llmc" and path:
             if not os.access(path, os.X_OK):
                 raise FileNotFoundError(f"{path} is not a program")
             specs["llm.c"] = {"kind": "llmc", "path": path}
         elif name in PEERS:
-            specs[name] = PEERS[name]
+            device = "cuda" if settings.backend == "cuda" else "cpu"
+            specs[name] = PEERS[name] | {"device": device}
         else:
             known = ", ".join([*PEERS, "llmc=PATH"])
             raise ValueError(f"no contestant {name!r}: choose from {known}")
     return specs
+
+
+def _check_peer(name, backend):
+    """Raise for a contestant that the backend's device cannot run."""
+    if backend == "cuda" and name.startswith("llmc="):
+        raise ValueError("llmc: train_gpt2 runs on the CPU, not on a GPU")
+    if backend != "cuda" and name in PEERS and PEERS[name]["tf32"]:
+        raise ValueError(f"{name} needs a GPU: --backend cuda")
+
+
+def no_device(backend):
+    """Why nothing can be timed with a backend here; empty if it can.
+
+    Derived in chapter 20.
+    """
+    if backend != "cuda":
+        return ""
+    from llmnb.cuda.clock import no_times
+
+    return no_times()
 
 
 # start a contestant
@@ -342,6 +372,9 @@ def race(shape, settings, bar=iter):
     Derived in chapter 20.
     """
     found, why = {}, {}
+    if no_device(settings.backend):
+        reason = no_device(settings.backend)
+        return found, dict.fromkeys(lineup(settings), reason)
     with ExitStack() as stack:
         runners = {}
         for name, spec in lineup(settings).items():
@@ -435,6 +468,9 @@ def start_times(shape, settings, bar=iter):
     """
     specs = lineup(settings)
     specs.pop("llm.c", None)
+    why = no_device(settings.backend)
+    if why:
+        return [{"name": name, "unmeasured": why} for name in specs]
     rows = {name: {"name": name, "cold": [], "warm": []} for name in specs}
     for _ in bar(range(STARTS)):
         for name, spec in specs.items():

@@ -1073,16 +1073,16 @@ def _add_race(parser):
     add = parser.add_argument
     add(
         "--config", nargs="+", default=[], metavar="NAME",
-        help="small, 124m-64, 124m-256, 124m-1024, or several",
+        help="small, 124m-64, 124m-256, 124m-1024, 124m-16x1024, or several",
     )  # fmt: skip
     add(
-        "--precision", nargs="+", default=["fp32", "bf16"], metavar="NAME",
-        help="what llmnb computes in (default: fp32 bf16)",
+        "--precision", nargs="+", metavar="NAME",
+        help="what llmnb computes in (default: fp32 bf16, on a GPU fp32 tf32)",
     )  # fmt: skip
     add(
         "--against", nargs="+", default=[], metavar="NAME",
-        help="torch, torch-compile, torch-bf16, or llmc=PATH of llm.c's "
-        "train_gpt2",
+        help="torch, torch-compile, torch-bf16, torch-tf32, "
+        "torch-compile-tf32, or llmc=PATH of llm.c's train_gpt2",
     )  # fmt: skip
     add(
         "--torch-python", default=sys.executable, metavar="PATH",
@@ -1095,6 +1095,11 @@ def _add_race(parser):
     add(
         "--write", action="store_true",
         help="time tokens of a 124M model instead, against transformers",
+    )  # fmt: skip
+    add(
+        "--kernels", nargs="*", metavar="LAYER",
+        help="with --backend cuda: compare every version of these layers, or "
+        "of all; without --config this alone",
     )  # fmt: skip
     add(
         "--start", action="store_true",
@@ -1118,7 +1123,6 @@ def _bench(args):
     for path in filter(None, (args.json, args.plot)):
         if not Path(path).parent.is_dir():
             raise FileNotFoundError(f"there is no folder {Path(path).parent}")
-    _check_backend(args.backend)
     (_bench_writers if args.write else _bench_steps)(args)
 
 
@@ -1128,17 +1132,28 @@ def _bench_steps(args):
     from llmnb.bench import bench, report
     from llmnb.race import Settings
 
+    gpu = args.backend == "cuda"
+    if args.kernels is not None and not gpu:
+        raise ValueError("--kernels needs a GPU: add --backend cuda")
+    precisions = args.precision or ["fp32", "tf32" if gpu else "bf16"]
     settings = Settings(
-        tuple(args.precision), tuple(args.against), args.steps,
+        tuple(precisions), tuple(args.against), args.steps,
         args.threads, args.backend, args.torch_python,
     )  # fmt: skip
     bar = partial(tqdm, unit="round", leave=False)
     configs = _configs_of(args)
     result = bench(configs, settings, args.start, bar)
     result = {"command": _command(sys.argv[1:]), **result}
+    words = [report(result)]
+    if args.kernels is not None:
+        from llmnb.contest import contest, contest_report
+
+        kernels = contest(args.kernels, bar=partial(bar, unit="layer"))
+        words.append(contest_report(kernels))
+        result |= kernels
     _write_result(args, result)
     as_json = json.dumps(result, indent=1)
-    print(as_json if args.json == "-" else report(result))
+    print(as_json if args.json == "-" else "\n\n".join(words))
 
 
 # %% measure writing tags=["exporti"] module="cli"
@@ -1151,6 +1166,8 @@ def _bench_writers(args):
             "--write has a model and a rival of its own, and no picture: "
             "leave out --config, --against and --plot"
         )
+    if args.backend != "cpu" or args.kernels is not None:
+        raise ValueError("--write times the backend cpu alone")
     how = {"threads": args.threads, "python": args.torch_python}
     result = bench_writers(GPT2Config(), rounds=args.steps, **how)
     result = {"command": _command(sys.argv[1:]), **result}
@@ -1162,13 +1179,15 @@ def _bench_writers(args):
 # %% write the files tags=["exporti"] module="cli"
 def _write_result(args, result):
     from llmnb.bench import layers_figure
+    from llmnb.contest import ladders_figure
 
+    draw = layers_figure if result.get("configs") else ladders_figure
     if args.json and args.json != "-":
         with replacing(args.json) as file:
             file.write(json.dumps(result, indent=1).encode() + b"\n")
     if args.plot:
         with replacing(args.plot) as file:
-            layers_figure(result).savefig(file, format="png")
+            draw(result).savefig(file, format="png")
 
 
 # %% the configurations tags=["exporti"] module="cli"
@@ -1179,7 +1198,7 @@ def _configs_of(args):
         if name not in CONFIGS:
             known = ", ".join(CONFIGS)
             raise ValueError(f"no config {name!r}: choose from {known}")
-    if args.config or args.start:
+    if args.config or args.start or args.kernels is not None:
         return {name: CONFIGS[name] for name in args.config}
     config = _config_of(args)
     cfg = config.model(config.vocab_size)

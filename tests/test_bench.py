@@ -71,6 +71,16 @@ def test_stopwatch(monkeypatch):
         watch.nothing  # noqa: B018
 
 
+def test_a_stopwatch_that_waits(monkeypatch):
+    clock = iter([0.0, 5.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    log = []
+    ops = SimpleNamespace(f=lambda: log.append("f"))
+    watch = Stopwatch(ops, lambda: log.append("wait"))
+    watch.f()
+    assert log == ["f", "wait"] and watch.seconds == {"f": 5.0}
+
+
 def test_a_timed_step_is_a_step():
     a, b = GPT2(CFG, 2, 16, "reference"), GPT2(CFG, 2, 16, "reference")
     tokens, targets = random_batch(SHAPE)
@@ -291,6 +301,52 @@ def test_who_cannot_race(changes, message):
         lineup(Settings()._replace(**changes))
 
 
+@pytest.mark.parametrize(
+    ("backend", "against", "message"),
+    [
+        ("cpu", "torch-tf32", "torch-tf32 needs a GPU: --backend cuda"),
+        ("cpu", "torch-compile-tf32", "needs a GPU"),
+        ("cuda", "llmc={train_gpt2}", "train_gpt2 runs on the CPU"),
+    ],
+)
+def test_who_cannot_race_where(backend, against, message, train_gpt2):
+    against = against.format(train_gpt2=train_gpt2)
+    with pytest.raises(ValueError, match=message):
+        lineup(Settings(backend=backend, against=(against,)))
+
+
+def test_who_races_on_a_gpu():
+    against = "torch", "torch-tf32", "torch-compile-tf32"
+    specs = lineup(Settings(("fp32", "tf32"), against, backend="cuda"))
+    ours = [f"llmnb {p}{end}" for p in ("fp32", "tf32")
+            for end in ("", ", no graph")]  # fmt: skip
+    assert [*specs] == [*ours, *against]
+    assert [specs[x]["graph"] for x in ours] == [True, False] * 2
+    for name in against:
+        assert specs[name]["device"] == "cuda"
+        assert specs[name]["tf32"] is ("tf32" in name)
+        assert specs[name]["compile"] is ("compile" in name)
+
+
+def test_torch_is_told_where_and_how(monkeypatch):
+    settings = SimpleNamespace(
+        matmul=SimpleNamespace(allow_tf32=None),
+    )
+    cudnn = SimpleNamespace(allow_tf32=None)
+    has = SimpleNamespace(is_available=lambda: True)
+    backends = SimpleNamespace(cuda=settings, cudnn=cudnn)
+    torch = SimpleNamespace(cuda=has, backends=backends)
+    for tf32 in (True, False):
+        spec = {"device": "cuda", "tf32": tf32}
+        assert peers._torch_device(torch, spec) == "cuda"
+        assert settings.matmul.allow_tf32 is tf32
+        assert cudnn.allow_tf32 is tf32
+    assert peers._torch_device(torch, {}) == "cpu"
+    has.is_available = lambda: False
+    with pytest.raises(NotImplementedError, match="torch finds no GPU"):
+        peers._torch_device(torch, {"device": "cuda", "tf32": False})
+
+
 def test_who_races(train_gpt2):
     against = "torch-compile", "torch", f"llmc={train_gpt2}"
     specs = lineup(Settings(("fp32", "bf16"), against))
@@ -507,11 +563,156 @@ def test_layers_figure():
 
 
 def test_named_configurations():
-    assert [*CONFIGS] == ["small", "124m-64", "124m-256", "124m-1024"]
+    lengths = ["124m-64", "124m-256", "124m-1024", "124m-16x1024"]
+    assert [*CONFIGS] == ["small", *lengths]
     counts = [parameter_count(cfg) for cfg, _, _ in CONFIGS.values()]
-    assert counts == [834_304] + 3 * [124_475_904]
-    shapes = [(12, 64), (4, 64), (4, 256), (1, 1024)]
+    assert counts == [834_304] + 4 * [124_475_904]
+    shapes = [(12, 64), (4, 64), (4, 256), (1, 1024), (16, 1024)]
     assert [x[1:] for x in CONFIGS.values()] == shapes
+
+
+# a GPU
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """A machine without a GPU, whatever this one has."""
+    from llmnb.cuda import clock
+
+    monkeypatch.setattr(clock, "no_times", lambda: "no GPU: says the test")
+    monkeypatch.setattr(race, "_start", None)  # no process is started
+    return "no GPU: says the test"
+
+
+def test_no_gpu(no_gpu):
+    settings = Settings(("fp32", "tf32"), ("torch",), backend="cuda")
+    result = bench({"tiny": (CFG, 2, 16)}, settings, start=True)
+    (config,) = result["configs"]
+    names = ["llmnb fp32", "llmnb fp32, no graph", "llmnb tf32",
+             "llmnb tf32, no graph", "torch"]  # fmt: skip
+    rows = [{"name": x, "unmeasured": no_gpu} for x in names]
+    assert config["contestants"] == rows == result["start"]
+    assert config["ratios"] == config["captures"] == []
+    assert result["losses"] == {"unmeasured": no_gpu}
+    text = report(result)
+    assert text.count(no_gpu) == 2 * len(names) + 1
+    for backend, why in (("cpu", ""), ("cuda", no_gpu)):
+        assert race.no_device(backend) == why
+    spec = {**SHAPE, **OURS, "backend": "cuda", "graph": True}
+    with pytest.raises(NotImplementedError, match=no_gpu):
+        peers.llmnb_contestant(spec)
+
+
+class OnGpu(GPT2):
+    """A model on the host that passes for one on a GPU, and takes notes."""
+
+    log = []
+
+    def __init__(self, cfg, B, T, backend="cuda", precision="fp32"):
+        assert backend in ("cpu", "cuda")
+        self.log.append((backend, precision))
+        super().__init__(cfg, B, T, "reference", "fp32")
+
+    def clip_gradients(self, max_norm):
+        self.log.append(("clip", max_norm))
+
+    def step(self, tokens, targets, step):
+        self.log.append(("step", step))
+        loss = self.forward(tokens, targets)
+        self.backward()
+        self.update(step=step)
+        return loss, 1.0
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that is made up; what waits for it is noted."""
+    import numba
+
+    from llmnb import gpt2
+    from llmnb.cuda import clock
+
+    log = []
+    real = SimpleNamespace(synchronize=lambda: log.append("synchronize"))
+    monkeypatch.setattr(OnGpu, "log", log)
+    monkeypatch.setattr(numba, "cuda", real, raising=False)
+    monkeypatch.setitem(sys.modules, "numba.cuda", real)
+    monkeypatch.setattr(clock, "no_times", lambda: "")
+    monkeypatch.setattr(clock, "Clock", lambda: "clock")
+    monkeypatch.setattr(clock, "limits", lambda clock: {"fma_peak": 9.0})
+    monkeypatch.setattr(peers, "_our_facts", lambda backend: {"for": backend})
+    monkeypatch.setattr(gpt2, "GPT2", OnGpu)
+    monkeypatch.setattr(module, "GPT2", OnGpu)
+    return log
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_our_contestant_on_a_gpu(gpu, graph):
+    spec = {**SHAPE, **OURS, "backend": "cuda", "precision": "tf32"}
+    step, facts = peers.llmnb_contestant(spec | {"graph": graph})
+    assert gpu == [("cuda", "tf32")]
+    model, batch = GPT2(CFG, 2, 16, "reference"), random_batch(SHAPE)
+    for number in (1, 2):
+        loss = model.forward(*batch)
+        model.backward()
+        model.update(step=number)
+        gpu.clear()
+        assert step() == {"loss": loss}
+        own = ("step", number) if graph else ("clip", math.inf)
+        assert gpu == [own, "synchronize"]  # before the clock is read
+    found = facts()
+    assert found["for"] == "cuda" and found["fma_peak"] == 9.0
+    assert found["device_bytes"] == found["arena_bytes"] > 1e5
+    assert ("apart" in found) is not graph
+    if not graph:
+        assert len(found["apart"]) == 3
+        assert found["apart"][0]["calls"]["adamw_update"] == 1
+        assert set(found["apart"][0]["parts"]) == set(module.PARTS)
+
+
+def test_loss_curves(gpu):
+    shape = CFG, 2, 16
+    found = module.loss_curves(("fp32", "bf16", "tf32"), 3, shape)
+    runs = ["cpu fp32", "cuda fp32", "cuda tf32"]  # and no bf16
+    assert [*found] == [*runs, "worst"]
+    assert all(len(found[x]) == 3 for x in runs)
+    assert found["cpu fp32"][0] > found["cpu fp32"][-1]
+    assert found["worst"] == {"cuda fp32": 0.0, "cuda tf32": 0.0}
+    lines = [*module._losses_lines(found)]
+    assert lines[-1].endswith("differ from the CPU's by at most 0.0e+00")
+
+
+def test_tf32_is_missing_on_a_cpu():
+    assert missing("tf32", "cuda") is None
+    assert missing("tf32", "cpu") == "not available in the cpu backend"
+    assert missing("bf16", "cuda") == "not available in the cuda backend"
+
+
+def test_what_a_graph_saves():
+    seconds = {
+        "llmnb fp32": [1.0, 2.0, 1.0],
+        "llmnb fp32, no graph": [1.5, 2.25, 5.0],
+        "llmnb tf32": [1.0, 1.0, 1.0],
+        "torch": [9.0, 9.0, 9.0],
+    }
+    row = {"name": "llmnb fp32", "saved": 0.5, "low": 0.25, "high": 4.0}
+    assert module.captures(seconds) == [row]
+
+
+def test_layers_that_were_timed_apart():
+    """On a GPU the layers come from steps of their own."""
+    steps = [{"seconds": 1.0, "loss": 5.0}] * (WARM_UP + 2)
+    apart = {"loss": 4.0, "parts": dict.fromkeys(module.PARTS, 2.0)}
+    apart |= {"layers": {"f": 5.0}, "calls": {"f": 3}}
+    facts = {"apart": [apart] * 3, "peak_bytes": 1e6, "device_bytes": 7e6}
+    row = module._row("x", 600.0, SHAPE, steps, facts)
+    assert "apart" not in row
+    assert row["step_seconds"] == 1.0 and row["first_loss"] == 5.0
+    assert row["layers"] == [
+        {"name": "f", "calls": 3, "seconds": 5.0},
+        {"name": "(the rest)", "calls": 1, "seconds": 1.0},
+    ]
+    assert module._numbers(row).split()[-1] == "7"  # the GPU's memory
 
 
 # the page of results

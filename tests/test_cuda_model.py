@@ -435,7 +435,6 @@ def test_a_run_in_tf32_read_on_another_backend(small_text, tmp_path):
     [
         "train --backend cuda",
         "generate RUN --backend cuda",
-        "bench --backend cuda",
         "verify RUN --backend cuda",
     ],
 )

@@ -16,6 +16,7 @@ from statistics import median
 from matplotlib.figure import Figure
 
 from llmnb.bench import layers_figure, shares
+from llmnb.contest import ladders_figure, speeds
 from llmnb.diagram import PALETTE
 from llmnb.files import replacing
 
@@ -26,6 +27,11 @@ NAMES = {
     "torch": "PyTorch",
     "torch-compile": "PyTorch, compiled",
     "torch-bf16": "PyTorch, bfloat16",
+    "torch-tf32": "PyTorch, TF32",
+    "torch-compile-tf32": "PyTorch, compiled, TF32",
+    "llmnb tf32": "llmnb, TF32",
+    "llmnb fp32, no graph": "llmnb, float32, no graph",
+    "llmnb tf32, no graph": "llmnb, TF32, no graph",
     "llm.c": "llm.c",
     "transformers": "transformers",
 }
@@ -81,7 +87,8 @@ def table(head, rows):
 
 def numbers(row):
     """The cells of a contestant that are there for all."""
-    share, peak = row.get("share_of_peak"), row["peak_bytes"]
+    share = row.get("share_of_peak")
+    peak = row.get("device_bytes", row["peak_bytes"])
     return [
         f"{row['step_seconds'] * 1e3:,.1f}",
         f"{row['tokens_per_second']:,.0f}",
@@ -223,6 +230,176 @@ def ratio_to(ratios, peer):
     return ""
 
 
+# On a GPU
+
+
+def timed(result):
+    """Whether any step or kernel of a result from a GPU has a time."""
+    rows = [x for c in result["configs"] for x in c["contestants"]]
+    return any("seconds" in x for x in rows) or any(speeds(result))
+
+
+def again(result):
+    """The command of a result, to be given where there is a GPU."""
+    return result["command"].replace("LLMNB_CUDA=simulator ", "")
+
+
+def gpu_section(stem, result):
+    """The lines about one file from a GPU, or from a machine without."""
+    gpu = result["gpu"]
+    yield from (f"## On a GPU: {gpu.get('name', 'not measured yet')}", "")
+    if timed(result):
+        yield (
+            f"Measured on {result['date']} at commit {result['commit']} with "
+            f"{versions(result)} on {gpu['name']}, by"
+        )
+    else:
+        yield (
+            "**No time has been measured on a GPU yet.** The kernels have "
+            "run in the simulator of "
+            "[chapter 4](../notebooks/04_gpu.ipynb) and have been compiled; "
+            "no hardware has run them. This command, on a machine with a GPU, "
+            "measures a training step and every version of every layer, "
+            "against PyTorch on the same GPU:"
+        )
+    yield from ("", f"    {again(result)}", "")
+    yield from limits_lines(result)
+    for config in result["configs"]:
+        yield from gpu_config(config)
+    if any(
+        "seconds" in x for c in result["configs"] for x in c["contestants"]
+    ):
+        for alt, end, caption in FIGURES:
+            yield from (f"![{alt}](_static/results-{stem}{end}.png)", "")
+            yield from (f"*{caption}*", "")
+    if result["ladders"]:
+        yield from ladders_section(stem, result)
+
+
+def limits_lines(result):
+    most = result["limits"]
+    if "unmeasured" not in most:
+        yield (
+            f"The GPU's limits, as two kernels of "
+            "[chapter 20](../notebooks/20_benchmark.ipynb) found them: "
+            f"{most['fma_peak'] / 1e12:.1f} TFLOP/s of multiply-adds in "
+            f"float32, and {most['copy_bytes'] / 1e9:,.0f} GB/s of copying."
+        )
+        yield ""
+    losses = result.get("losses", {})
+    for run, worst in losses.get("worst", {}).items():
+        yield (
+            f"Twenty losses of the small model, {run}: at most {worst:.0e} "
+            "from those of the CPU."
+        )
+        yield ""
+
+
+def gpu_config(config):
+    """A configuration; one sentence where nothing of it was measured."""
+    rows = config["contestants"]
+    if any("seconds" in row for row in rows):
+        yield from config_section(config)
+        for x in config["captures"]:
+            yield (
+                f"{name(x)}: launching the step as a graph saves "
+                f"{x['saved'] * 1e3:.2f} ms of it."
+            )
+            yield ""
+        return
+    yield (
+        f"**{config['name']}**, batches of {config['batch_size']} times "
+        f"{config['seq_len']} tokens, not measured: "
+        + "; ".join(map(name, rows))
+        + f" ({rows[0]['unmeasured']})."
+    )
+    yield ""
+
+
+def per_kernel(row, fact):
+    """A fact of each kernel of a version, on an A100 and an H100."""
+    if not isinstance(row["compiled"], list):
+        return ""
+    found = {
+        cc: [f"{x[cc][fact]:,}" for x in row["compiled"]]
+        for cc in ("sm_80", "sm_90")
+    }
+    old, new = (" + ".join(x) for x in found.values())
+    return old if old == new else f"{old}; {new}"
+
+
+def ladder_row(row, speed):
+    seen, made = row["counted"], row["compiled"]
+    moved = 32 * seen["sectors"] / seen["least_bytes"]
+    cells = [f"{row['version']}: {row['says'].rstrip('.')}"]
+    cells += [f"{seen['launches']}", f"{moved:.2f}", f"{seen['requests']:,}"]
+    cells += [per_kernel(row, x) for x in ("registers", "shared")]
+    wide = isinstance(made, list) and sum(
+        x["sm_90"]["vector_loads"] + x["sm_90"]["vector_stores"] for x in made
+    )
+    spilled = isinstance(made, list) and max(
+        x[cc]["spilled"] for x in made for cc in ("sm_80", "sm_90")
+    )
+    cells += [f"{wide:d}", f"{spilled:d}"]
+    if speed:
+        cells += [f"{speed['seconds'] * 1e6:,.1f}", f"{speed['share']:.0%}"]
+    else:
+        cells += ["not measured", ""]
+    return cells
+
+
+LADDERS = """\
+**Every version of every layer.** What is known of each kernel without a GPU
+stands here, counted and compiled on {date} at commit {commit}. The simulator
+counts at a small size, {sizes}, or what stands above a table. *Moved* is the
+bytes of all sectors over the least bytes that the layer must move: more than
+1 where elements are read again, and caches may help then; atomic additions
+are not counted, so a version that uses them may seem to move less. *Requests*
+are the warps' accesses. The compiler says how many *registers* a thread takes
+and how many bytes of *shared* memory a block, for compute capability 8.0 (an
+A100), and after a semicolon for 9.0 (an H100, where the system takes 1,024
+of them) where that differs; a plus stands between the kernels of a version
+that launches several. *Vectors* counts the instructions that move 16 bytes,
+*spilled* the bytes of registers that did not fit. Each version was compared
+with the reference in the simulator. *Time* is the median on the GPU, at the
+sizes of GPT-2 124M in batches of 16 times 1024, with a cold L2; *share*
+compares it with the GPU's own limit.
+"""
+
+
+def sizes_of(ladder):
+    sizes = ladder["versions"][0]["counted"]["sizes"]
+    return ", ".join(f"{k} = {v}" for k, v in sizes.items())
+
+
+def ladders_section(stem, result):
+    sizes = sizes_of(result["ladders"][0])
+    facts = {k: result[k] for k in ("date", "commit")}
+    yield LADDERS.format(sizes=sizes, **facts)
+    fast = {(x["layer"], x["version"]): x for x in speeds(result)}
+    head = ["moved", "requests", "registers", "shared", "vectors", "spilled"]
+    for found in result["ladders"]:
+        layer, own = found["layer"], sizes_of(found)
+        if own != sizes:
+            yield from (f"Counted at {own}:", "")
+        rows = [
+            ladder_row(row, fast.get((layer, row["version"])))
+            for row in found["versions"]
+        ]
+        for who in found["peers"]:
+            peer = fast.get((layer, who))
+            if peer:
+                time = f"{peer['seconds'] * 1e6:,.1f}", f"{peer['share']:.0%}"
+                title = name({"name": who})
+                rows.append([title, *[""] * (len(head) + 1), *time])
+        title = [f"`{layer}`", "launches", *head, "time, µs", "share"]
+        yield from (*table(title, rows), "")
+    if any(speeds(result)):
+        alt = "Bars: the share of its limit that each version reaches"
+        yield from (f"![{alt}](_static/results-{stem}-ladders.png)", "")
+        yield from ("*How near each version comes to the GPU's limit.*", "")
+
+
 def steps_figure(result):
     """Bars of milliseconds a step, one panel for each configuration."""
     configs = result["configs"]
@@ -261,8 +438,12 @@ def page(found):
     """The text of results.md."""
     lines = [HEAD]
     for stem, result in found.items():
-        writing = "writers" in result
-        lines += writers_section(result) if writing else section(stem, result)
+        if "writers" in result:
+            lines += writers_section(result)
+        elif "ladders" in result:
+            lines += gpu_section(stem, result)
+        else:
+            lines += section(stem, result)
     return "\n".join(lines).strip() + "\n"
 
 
@@ -274,9 +455,12 @@ def digest(result):
 def figures(found):
     """Pairs of a figure's file name and the function that draws it."""
     for stem, result in found.items():
-        if result.get("configs"):
+        rows = [x for c in result.get("configs", []) for x in c["contestants"]]
+        if any("seconds" in x for x in rows):
             yield f"results-{stem}.png", steps_figure, result
             yield f"results-{stem}-layers.png", layers_figure, result
+        if "ladders" in result and any(speeds(result)):
+            yield f"results-{stem}-ladders.png", ladders_figure, result
 
 
 def main(book=BOOK):

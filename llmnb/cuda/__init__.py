@@ -22,6 +22,13 @@ from llmnb.cuda.attention import (
     attention_forward,
     attention_scratch,
 )
+from llmnb.cuda.clock import (
+    Clock,
+    gpu_facts,
+    in_turns,
+    limits,
+    no_times,
+)
 from llmnb.cuda.crossentropy import (
     CROSSENTROPY_BACKWARD,
     CROSSENTROPY_FORWARD,
@@ -145,6 +152,7 @@ __all__ = [
     "CROSSENTROPY_FORWARD",
     "CROSSENTROPY_SOFTMAX_BACKWARD",
     "CROSSENTROPY_SOFTMAX_FORWARD",
+    "Clock",
     "Compiled",
     "DeviceArray",
     "ENCODER_BACKWARD",
@@ -205,10 +213,13 @@ __all__ = [
     "gelu_backward",
     "gelu_forward",
     "global_norm",
+    "gpu_facts",
+    "in_turns",
     "kernel",
     "layernorm_backward",
     "layernorm_forward",
     "layernorm_scratch",
+    "limits",
     "load4",
     "matmul_backward",
     "matmul_forward",
@@ -219,6 +230,7 @@ __all__ = [
     "no_compiler",
     "no_cublas",
     "no_gpu",
+    "no_times",
     "norm_apply",
     "numbered",
     "products",
