@@ -204,23 +204,40 @@ def test_the_order_of_blocks_changes_no_bit(version):
 
 
 def test_what_forward_moves():
-    """The counts that the chapter states, of 32 rows of 256 channels."""
-    seen = [forward((2, 16, 256), v, tol=5e-6) for v in FORWARD]
-    assert [s.sectors for s in seen] == [33288, 6208, 6208, 4160]
-    assert [s.requests for s in seen] == [1538, 1600, 448, 320]
+    """What the chapter counts for 32 rows of 256 channels; here it is 8.
+
+    An array of 256 channels is 32 sectors, asked for in 8 requests or in 2.
+    """
+    rows = 8
+    seen = [forward((1, rows, 256), v, tol=5e-6) for v in FORWARD]
+    assert [s.sectors for s in seen] == [
+        4 * 256 * rows + 2 * 256 + 2,  # each lane a sector of its own
+        *2 * [rows * (6 * 32 + 2)],  # inp three times, and mean and rstd
+        rows * (4 * 32 + 2),
+    ]
+    requests = [6 * 256 + 2] + [rows * (6 * n + 2) for n in (8, 2)]
+    assert [s.requests for s in seen] == [*requests, rows * (4 * 2 + 2)]
     assert [s.barriers for s in seen] == [0, 0, 0, 0]
     kept = seen[3]  # no bank conflicts: a vector takes four passes
     assert kept.shared_passes == 4 * kept.shared_requests
-    rows_read = 32 * 256 * 4
-    assert kept.read_bytes == rows_read * 3  # inp once, weight and bias
-    assert seen[2].read_bytes == rows_read * 5
+    assert kept.read_bytes == rows * 1024 * 3  # inp once, weight and bias
+    assert seen[2].read_bytes == rows * 1024 * 5
+    each = 32 * rows * 10  # five steps for each of two sums
+    assert [s.exchanges for s in seen] == [0, each, each, each]
 
 
 def test_what_backward_moves():
-    seen = [backward((2, 16, 256), v, tol=1e-5) for v in BACKWARD]
-    assert [s.sectors for s in seen] == [8256, 11968, 5632]
-    assert [s.atomics for s in seen] == [2 * 32 * 256, 0, 0]
+    rows, parts = 8, 2
+    seen = [backward((1, rows, 256), v, tol=1e-5) for v in BACKWARD]
+    table = parts * 2 * 64 + 128  # written and read; dweight and dbias
+    assert [s.sectors for s in seen] == [
+        rows * (8 * 32 + 2),
+        rows * (8 * 32 + 2) + rows * (2 * 32 + 8 * 2) + table,
+        rows * (4 * 32 + 4) + parts * 32 + table,  # weight once a part
+    ]
+    assert [s.atomics for s in seen] == [2 * rows * 256, 0, 0]
     assert [len(s.launches) for s in seen] == [1, 3, 2]
+    assert [s.exchanges for s in seen] == [2560, 2560, rows * 64 * 20]
 
 
 @pytest.mark.parametrize("rows", [3, 4, 5, 31, 32, 33, 50])
