@@ -2785,10 +2785,8 @@ def timed(ladder, versions, sizes, clock, peer=None):
 
 # %% one layer tags=["exporti"] module="contest"
 def _says(function):
-    """What a version is, in a line: its docstring's first, or its name."""
-    plain = getattr(function, "func", function)
-    said = (plain.__doc__ or "").strip().split("\n")[0].rstrip(".")
-    return said or version_name(function).replace("_", " ")
+    """What a version is, in words: its name."""
+    return version_name(function).replace("_", " ")
 
 
 def _without_gpu(ladder, number, function, counted, why):
