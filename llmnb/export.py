@@ -12,12 +12,13 @@ __all__ = [
     "Cell",
     "Chapter",
     "ExportError",
-    "IMPLICIT",
+    "LINTER",
     "LOADERS",
     "MARKER",
     "Module",
     "ROOT",
     "build_module",
+    "cell_at",
     "cell_lines",
     "check_import",
     "check_imports",
@@ -25,9 +26,10 @@ __all__ = [
     "collect",
     "defined_names",
     "differences",
-    "global_names",
+    "findings",
     "main",
     "parse_cell",
+    "pointed_at",
     "read_chapter",
     "read_chapters",
     "read_heading",
@@ -45,10 +47,11 @@ __all__ = [
 # imports of the exporter
 import argparse
 import ast
-import builtins
+import itertools
 import json
-import symtable
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -180,7 +183,7 @@ def parse_cell(cell):
         if line.startswith(("%", "!")):
             cell.fail(i, f"a magic in an export cell: {line}")
     try:
-        tree = ast.parse(cell.source)
+        tree = ast.parse(cell.source, feature_version=(3, 11))
     except SyntaxError as error:
         cell.fail(error.lineno or 1, f"not Python: {error.msg}")
     for node in tree.body:
@@ -204,6 +207,45 @@ def refuse_loading(cell, node):
                 cell.fail(call.lineno, f"{name}() in an export cell")
 
 
+# what the linter says
+LINTER = (
+    *("-m", "ruff", "check", "--isolated", "--ignore-noqa", "--exit-zero"),
+    *("--quiet", "--output-format", "json", "--target-version", "py311"),
+)
+
+
+def findings(texts, rule):
+    """What the linter ruff finds in modules: tuples (module, line, words).
+
+    texts: dict from a module's dotted name to its text. rule: of ruff's, such
+    as F821 for a name that is not defined. words: what the rule is about, as
+    it stands in the text; where the text is not Python, ruff's own words.
+
+    Derived in chapter 22.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in texts.items():
+            Path(folder, f"{name}.py").write_text(text, "utf-8")
+        command = [sys.executable, *LINTER, "--select", rule, folder]
+        run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise ExportError(f"the linter does not run: {run.stderr.strip()}")
+    return [pointed_at(texts, rule, x) for x in json.loads(run.stdout)]
+
+
+def pointed_at(texts, rule, found):
+    """The module, the line and the words that one finding is about.
+
+    Derived in chapter 22.
+    """
+    name, start = Path(found["filename"]).stem, found["location"]
+    if found["code"] != rule:
+        return name, start["row"], found["message"]
+    line = texts[name].splitlines()[start["row"] - 1]
+    last = found["end_location"]["column"] - 1
+    return name, start["row"], line[start["column"] - 1 : last]
+
+
 # names a cell defines
 def defined_names(node):
     """Names that a module-level statement binds.
@@ -218,20 +260,6 @@ def defined_names(node):
     return [
         x.id for t in targets for x in ast.walk(t) if isinstance(x, ast.Name)
     ]
-
-
-def global_names(table):
-    """Global names that a symbol table and its children read.
-
-    Derived in chapter 22.
-    """
-    top = table.get_type() == "module"
-    names = {
-        s.get_name()
-        for s in table.get_symbols()
-        if s.is_referenced() and (top or s.is_global())
-    }
-    return names.union(*map(global_names, table.get_children()))
 
 
 # one module
@@ -278,24 +306,31 @@ def build_module(name, chapter):
 
 
 # undefined names
-IMPLICIT = {"__file__", "__name__", "__doc__", "__path__"}
-
-
-def check_undefined(module):
-    """Refuse a name that nothing in the module defines.
+def check_undefined(modules):
+    """Refuse a name that nothing in its module defines.
 
     Derived in chapter 22.
     """
-    known = set(module.names) | set(dir(builtins)) | IMPLICIT
-    for cell, tree in zip(module.cells, module.trees, strict=True):
-        table = symtable.symtable(cell.source, str(cell.path), "exec")
-        for name in sorted(global_names(table) - known):
-            line = next(
-                x.lineno
-                for x in ast.walk(tree)
-                if isinstance(x, ast.Name) and x.id == name
-            )
-            cell.fail(line, f"{name} is not defined in llmnb.{module.name}")
+    texts = {
+        name: "".join(f"{cell.source}\n" for cell in module.cells)
+        for name, module in modules.items()
+    }
+    for name, line, words in findings(texts, "F821"):
+        cell, line = cell_at(modules[name], line)
+        cell.fail(line, f"{words} is not defined in llmnb.{name}")
+
+
+def cell_at(module, line):
+    """The cell that holds a line of a module's cells, and its line there.
+
+    Derived in chapter 22.
+    """
+    lengths = [cell.source.count("\n") + 1 for cell in module.cells]
+    ends = itertools.accumulate(lengths)
+    for cell, length, end in zip(module.cells, lengths, ends, strict=True):
+        if line <= end:
+            return cell, line - end + length
+    raise IndexError(f"{module.name} has no line {line}")
 
 
 # imports from other chapters
@@ -365,8 +400,8 @@ def collect(chapters):
                 cell = next(c for c in chapter.cells if c.module == name)
                 cell.fail(1, f"llmnb.{name} already belongs to {first}")
             modules[name] = build_module(name, chapter)
+    check_undefined(modules)
     for module in modules.values():
-        check_undefined(module)
         check_imports(module, modules)
     return modules
 

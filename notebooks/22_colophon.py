@@ -64,17 +64,16 @@
 # ## Setup
 
 # %% setup
-import tempfile
-
 from llmnb.verify import verdict
 
 # %% imports of the exporter tags=["export"]
 import argparse
 import ast
-import builtins
+import itertools
 import json
-import symtable
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -234,7 +233,7 @@ def parse_cell(cell):
         if line.startswith(("%", "!")):
             cell.fail(i, f"a magic in an export cell: {line}")
     try:
-        tree = ast.parse(cell.source)
+        tree = ast.parse(cell.source, feature_version=(3, 11))
     except SyntaxError as error:
         cell.fail(error.lineno or 1, f"not Python: {error.msg}")
     for node in tree.body:
@@ -268,16 +267,55 @@ def refuse_loading(cell, node):
 #
 # In a notebook all cells share one namespace. A function that uses a name from
 # a cell that is *not* exported works there, and fails in the package, but only
-# when it is called. We want to know at once. Python compiles every function
-# with a *symbol table* that says of each name whether it is local, comes from
-# outside, or is global. Global names must be defined in the module, or be
-# built in.
+# when it is called. We want to know at once. To find such a name one must know
+# which names a function binds itself, and Python's rules for that are longer
+# than they look, and change: since Python 3.12 the variable of a comprehension
+# belongs to the function around it. A linter keeps up with them for a living,
+# so we ask one. It names a name that nothing binds, and the line it stands on.
 
-# %% a symbol table
-table = symtable.symtable("def f(x):\n    return np.sum(x) + y", "", "exec")
-inner = table.get_children()[0]
-for symbol in inner.get_symbols():
-    print(symbol.get_name(), "global" if symbol.is_global() else "local")
+
+# %% what the linter says tags=["export"]
+LINTER = (
+    *("-m", "ruff", "check", "--isolated", "--ignore-noqa", "--exit-zero"),
+    *("--quiet", "--output-format", "json", "--target-version", "py311"),
+)
+
+
+def findings(texts, rule):
+    """What the linter ruff finds in modules: tuples (module, line, words).
+
+    texts: dict from a module's dotted name to its text. rule: of ruff's, such
+    as F821 for a name that is not defined. words: what the rule is about, as
+    it stands in the text; where the text is not Python, ruff's own words.
+
+    Derived in chapter 22.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in texts.items():
+            Path(folder, f"{name}.py").write_text(text, "utf-8")
+        command = [sys.executable, *LINTER, "--select", rule, folder]
+        run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise ExportError(f"the linter does not run: {run.stderr.strip()}")
+    return [pointed_at(texts, rule, x) for x in json.loads(run.stdout)]
+
+
+def pointed_at(texts, rule, found):
+    """The module, the line and the words that one finding is about.
+
+    Derived in chapter 22.
+    """
+    name, start = Path(found["filename"]).stem, found["location"]
+    if found["code"] != rule:
+        return name, start["row"], found["message"]
+    line = texts[name].splitlines()[start["row"] - 1]
+    last = found["end_location"]["column"] - 1
+    return name, start["row"], line[start["column"] - 1 : last]
+
+
+# %% a name that nothing binds
+text = "def f(x):\n    return [k for k in x] + np.sum(x)\n"
+print(findings({"thing": text}, "F821"))
 
 
 # %% names a cell defines tags=["export"]
@@ -294,20 +332,6 @@ def defined_names(node):
     return [
         x.id for t in targets for x in ast.walk(t) if isinstance(x, ast.Name)
     ]
-
-
-def global_names(table):
-    """Global names that a symbol table and its children read.
-
-    Derived in chapter 22.
-    """
-    top = table.get_type() == "module"
-    names = {
-        s.get_name()
-        for s in table.get_symbols()
-        if s.is_referenced() and (top or s.is_global())
-    }
-    return names.union(*map(global_names, table.get_children()))
 
 
 # %% one module tags=["export"]
@@ -354,24 +378,31 @@ def build_module(name, chapter):
 
 
 # %% undefined names tags=["export"]
-IMPLICIT = {"__file__", "__name__", "__doc__", "__path__"}
-
-
-def check_undefined(module):
-    """Refuse a name that nothing in the module defines.
+def check_undefined(modules):
+    """Refuse a name that nothing in its module defines.
 
     Derived in chapter 22.
     """
-    known = set(module.names) | set(dir(builtins)) | IMPLICIT
-    for cell, tree in zip(module.cells, module.trees, strict=True):
-        table = symtable.symtable(cell.source, str(cell.path), "exec")
-        for name in sorted(global_names(table) - known):
-            line = next(
-                x.lineno
-                for x in ast.walk(tree)
-                if isinstance(x, ast.Name) and x.id == name
-            )
-            cell.fail(line, f"{name} is not defined in llmnb.{module.name}")
+    texts = {
+        name: "".join(f"{cell.source}\n" for cell in module.cells)
+        for name, module in modules.items()
+    }
+    for name, line, words in findings(texts, "F821"):
+        cell, line = cell_at(modules[name], line)
+        cell.fail(line, f"{words} is not defined in llmnb.{name}")
+
+
+def cell_at(module, line):
+    """The cell that holds a line of a module's cells, and its line there.
+
+    Derived in chapter 22.
+    """
+    lengths = [cell.source.count("\n") + 1 for cell in module.cells]
+    ends = itertools.accumulate(lengths)
+    for cell, length, end in zip(module.cells, lengths, ends, strict=True):
+        if line <= end:
+            return cell, line - end + length
+    raise IndexError(f"{module.name} has no line {line}")
 
 
 # %% [markdown]
@@ -451,8 +482,8 @@ def collect(chapters):
                 cell = next(c for c in chapter.cells if c.module == name)
                 cell.fail(1, f"llmnb.{name} already belongs to {first}")
             modules[name] = build_module(name, chapter)
+    check_undefined(modules)
     for module in modules.values():
-        check_undefined(module)
         check_imports(module, modules)
     return modules
 
@@ -867,7 +898,7 @@ def gained(chapter):
 #
 # - One source. The package and the pages are products, and a check says when
 #   a product is not what the source makes.
-# - A syntax tree tells what a cell does; a symbol table tells what it needs.
+# - A syntax tree tells what a cell does; a linter tells what it lacks.
 # - Products that are the same on every machine can be compared byte by byte.
 
 # %% [markdown]
@@ -934,20 +965,15 @@ verdict("glob", let_through, "is let through")
 #
 # :::{admonition} Solution to exercise 3
 # :class: dropdown
-# The trees say what is imported, the symbol tables what is read. The
-# difference of the two sets is the answer.
+# The linter has a rule for it, F401. It does not know which names a module
+# means to export, so an import that is there for others would be listed too.
 # :::
 
 
 # %% exercise 3 tags=["hide-cell"]
 def unused(module):
-    imported, read = set(), set()
-    for cell, tree in zip(module.cells, module.trees, strict=True):
-        read |= global_names(symtable.symtable(cell.source, "", "exec"))
-        for node in tree.body:
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                imported |= set(defined_names(node))
-    return sorted(imported - read)
+    text = "".join(f"{cell.source}\n" for cell in module.cells)
+    return [x for _, _, x in findings({module.name: text}, "F401")]
 
 
 # %% exercise 3, checked
@@ -967,9 +993,10 @@ verdict("unused", found == ["json"], "is found, used is not")
 #   percent format and its metadata.
 # - The documentation of [nbval](https://nbval.readthedocs.io): what it
 #   compares, and how to tell it what not to.
-# - Python's manual on [ast](https://docs.python.org/3/library/ast.html) and
-#   [symtable](https://docs.python.org/3/library/symtable.html): the two
-#   libraries that do the work.
+# - Python's manual on [ast](https://docs.python.org/3/library/ast.html), the
+#   library that reads a program as a tree.
+# - The rules of [ruff](https://docs.astral.sh/ruff/rules/): F821 is the one
+#   used here; read what its neighbours find.
 
 # %% [markdown]
 # ## What llmnb gained
