@@ -1,22 +1,31 @@
 # One command each; `make help` lists them. Every command first sets up what
-# it needs in .venv, again whenever pyproject.toml has changed.
-PYTHON ?= python3
-BIN := .venv/bin
+# it needs in .venv, again whenever pyproject.toml has changed. A Python that is
+# named gets an environment of its own: `make test PYTHON=python3.13`.
+ifeq ($(origin PYTHON),undefined)
+PYTHON := python3
+VENV := .venv
+else
+VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+endif
+BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check notebooks export book lab bench clean
+.PHONY: help train test shapes check notebooks export book lab bench clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-train: .venv/.run ## train a small GPT-2 on real text: loss curve and sample
+train: $(VENV)/.run ## train a small GPT-2 on real text: loss curve and sample
 	$(BIN)/llmnb train $(ARGS)
 
-test: .venv/.test ## run every test and verify every notebook
+test: $(VENV)/.test ## run every test and verify every notebook
 	$(BIN)/python -m pytest --nbval $(ARGS)
 
-check: .venv/.test ## the fast checks: package and notebooks in step, linter
+shapes: $(VENV)/.test ## verify the notebooks on every tile shape and on one thread
+	$(BIN)/python tests/shapes.py $(ARGS)
+
+check: $(VENV)/.test ## the fast checks: package and notebooks in step, linter
 	$(BIN)/python -m llmnb.export --check
 	$(BIN)/python -m llmnb.notebook --check
 	$(BIN)/ruff check
@@ -24,13 +33,13 @@ check: .venv/.test ## the fast checks: package and notebooks in step, linter
 	$(BIN)/python -m pytest -q -p no:nbval -o addopts= tests/test_export.py \
 		tests/test_package.py
 
-export: .venv/.test ## write llmnb/ from the notebooks' marked cells
+export: $(VENV)/.test ## write llmnb/ from the notebooks' marked cells
 	$(BIN)/python -m llmnb.export
 
 notebooks: export ## run the notebooks (ARGS="05 06" for some) and keep outputs
 	$(BIN)/python -m llmnb.notebook $(ARGS)
 
-book: .venv/.book ## build the book into book/_build/html
+book: $(VENV)/.book ## build the book into book/_build/html
 	rm -rf book/_build
 	$(BIN)/jupyter-book build . --config book/_config.yml \
 		--toc book/_toc.yml --path-output book -W -n --keep-going
@@ -39,29 +48,29 @@ book: .venv/.book ## build the book into book/_build/html
 VIEWER := {"@jupyterlab/docmanager-extension:plugin": \
 	{"defaultViewers": {"python": "Jupytext Notebook"}}}
 
-lab: .venv/.test ## open the notebooks' sources in JupyterLab
-	mkdir -p .venv/share/jupyter/lab/settings
-	echo '$(VIEWER)' > .venv/share/jupyter/lab/settings/overrides.json
+lab: $(VENV)/.test ## open the notebooks' sources in JupyterLab
+	mkdir -p $(VENV)/share/jupyter/lab/settings
+	echo '$(VIEWER)' > $(VENV)/share/jupyter/lab/settings/overrides.json
 	cd notebooks && ../$(BIN)/jupyter lab $(ARGS)
 
-bench: .venv/.run ## time a training step on this machine
+bench: $(VENV)/.run ## time a training step on this machine
 	$(BIN)/llmnb bench $(ARGS)
 
 clean: ## remove the environment, the built book and caches
-	rm -rf .venv book/_build build *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* book/_build build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(VENV)
 
-.venv/.run: pyproject.toml | $(BIN)/python
+$(VENV)/.run: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q -e .
 	touch $@
 
-.venv/.test: pyproject.toml | $(BIN)/python
+$(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q -e ".[test]"
-	touch $@ .venv/.run
+	touch $@ $(VENV)/.run
 
-.venv/.book: pyproject.toml | $(BIN)/python
+$(VENV)/.book: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q -e ".[test,book]"
-	touch $@ .venv/.test .venv/.run
+	touch $@ $(VENV)/.test $(VENV)/.run

@@ -868,7 +868,9 @@ def _pair(builder, low, high):
 # multiplied: a shift or a mask turns each half back into a float32. That is
 # slower than float32 throughout, so the model does not use it unless
 # `LLMNB_BF16=emulate` asks for it; the tests do, and check all of this on any
-# machine.
+# machine. One difference is left: `vdpbf16ps` takes *subnormal* numbers, those
+# below $2^{-126} \approx 10^{-38}$, for zero, among its factors and its sums.
+# The emulation keeps them, as float32 does.
 
 
 # %% multiply and add pairs tags=["exporti"] module="cpu.tile"

@@ -162,11 +162,14 @@ for name, spent in found["layers"].items():
 # The arena keeps a promise of [chapter 2](02_memory.ipynb). It is laid out
 # before the first step and holds weights, gradients, optimiser state and
 # activations. What the process holds beyond it is Python, the libraries,
-# the compiled kernels and the text.
+# the compiled kernels and the text. One group is left out below, `work`: it is
+# the scratch of the matrix products, some megabytes whose number goes by the
+# processor's tile and by its threads.
 
 # %% where the memory goes
 for group, size in model.memory.sizes().items():
-    print(f"{group:<8} {size / 1e6:8.2f} MB")
+    if group != "work":
+        print(f"{group:<8} {size / 1e6:8.2f} MB")
 
 # %% [markdown]
 # ## Fast compared with what?

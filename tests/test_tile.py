@@ -192,6 +192,18 @@ def test_bf16_rounds_to_nearest_even(C):
     np.testing.assert_array_equal(out[0].T, nearest(x[0]))
 
 
+@pytest.mark.parametrize(
+    ("a", "b", "kept"),
+    [(-127, 0, 0), (-127, 10, 0), (-70, -60, 0), (-126, 0, 1), (-63, -63, 1)],
+)
+def test_bf16_of_the_smallest_numbers(a, b, kept):
+    """vdpbf16ps takes subnormal factors and sums for 0, as chapter 6 says."""
+    x = np.full((1, 1, 1), 2.0**a, np.float32)
+    weight, out = np.full((1, 1), 2.0**b, np.float32), np.empty_like(x)
+    matmul.matmul_forward(out, x, weight, None, bf16=True)
+    assert out == (2.0 ** (a + b) if kept or not tile.HALVES else 0)
+
+
 BF16_SHAPES = [(1, 1, 1, 1), (2, 37, 51, 97), (1, 13, 801, 49), (3, 50, 64, 9)]
 
 
