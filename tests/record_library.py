@@ -1,0 +1,33 @@
+"""Write data/library.jsonl.gz, the text that chapters and tests learn from.
+
+    python3.11 tests/record_library.py
+
+The beginning of the corpus `stdlib`. It depends on the Python that runs this:
+the file that is kept was written by 3.11.7.
+"""
+
+import gzip
+import io
+import json
+import sys
+from pathlib import Path
+
+from llmnb import corpus
+
+HERE = Path(__file__).parent
+CHARACTERS = 2_000_000
+
+
+def main():
+    documents = corpus.load("stdlib", limit=CHARACTERS)
+    packed = io.BytesIO()
+    with gzip.GzipFile("", "wb", 9, packed, mtime=0) as file:
+        for text in documents:
+            line = json.dumps({"text": text}, ensure_ascii=False)
+            file.write(line.encode() + b"\n")
+    (HERE / "data" / "library.jsonl.gz").write_bytes(packed.getvalue())
+    print(f"Python {sys.version.split()[0]}: {len(documents)} documents")
+
+
+if __name__ == "__main__":
+    main()
