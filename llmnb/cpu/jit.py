@@ -59,7 +59,8 @@ def kernel(function, parallel=True):
     infinity occurs; division stays exact. `error_model="numpy"` drops the
     test for division by zero, which would keep loops from being vectorised.
     A function defined in a notebook is compiled anew each time. Sets
-    GOMP_SPINCOUNT, unless it is set, so that idle threads soon sleep.
+    GOMP_SPINCOUNT, unless it is set, so that idle threads soon sleep. What
+    must also run in a forked process is a `team`.
 
     Derived in chapter 3.
     """
