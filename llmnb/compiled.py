@@ -90,7 +90,7 @@ def _write(path, data):
 
 
 # options that change the code
-OPTIONS = (
+CHANGING = (
     *("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "USING_SVML", "ENABLE_AVX"),
     *("CPU_NAME", "CPU_FEATURES", "BOUNDSCHECK", "NRT_STATS", "DEBUG_NRT"),
     *("LLVM_REFPRUNE_PASS", "LLVM_REFPRUNE_FLAGS", "ENABLE_PROFILING"),
@@ -115,7 +115,7 @@ class KernelCache(FunctionCache):
         self.enable()
 
     def _path(self, signature, codegen):
-        options = [getattr(numba.config, name, None) for name in OPTIONS]
+        options = [getattr(numba.config, name, None) for name in CHANGING]
         key = repr((self._index_key(signature, codegen), options))
         one = self._py_func
         name = f"{one.__module__}.{one.__qualname__}-"

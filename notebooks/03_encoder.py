@@ -678,7 +678,7 @@ def _write(path, data):
 # the key as well.
 
 # %% options that change the code tags=["exporti"] module="compiled"
-OPTIONS = (
+CHANGING = (
     *("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "USING_SVML", "ENABLE_AVX"),
     *("CPU_NAME", "CPU_FEATURES", "BOUNDSCHECK", "NRT_STATS", "DEBUG_NRT"),
     *("LLVM_REFPRUNE_PASS", "LLVM_REFPRUNE_FLAGS", "ENABLE_PROFILING"),
@@ -703,7 +703,7 @@ class KernelCache(FunctionCache):
         self.enable()
 
     def _path(self, signature, codegen):
-        options = [getattr(numba.config, name, None) for name in OPTIONS]
+        options = [getattr(numba.config, name, None) for name in CHANGING]
         key = repr((self._index_key(signature, codegen), options))
         one = self._py_func
         name = f"{one.__module__}.{one.__qualname__}-"
@@ -776,8 +776,8 @@ def _kept(compiled, function):
             "run compiled: unset it, or use the backend 'reference'"
         )
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    folder = cache_folder()
-    if folder and function.__module__.startswith("llmnb."):
+    ours = function.__module__.startswith("llmnb.")
+    if ours and (folder := cache_folder()):
         compiled._cache = KernelCache(function, folder)
     return compiled
 

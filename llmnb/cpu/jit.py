@@ -41,8 +41,8 @@ def _kept(compiled, function):
             "run compiled: unset it, or use the backend 'reference'"
         )
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    folder = cache_folder()
-    if folder and function.__module__.startswith("llmnb."):
+    ours = function.__module__.startswith("llmnb.")
+    if ours and (folder := cache_folder()):
         compiled._cache = KernelCache(function, folder)
     return compiled
 
