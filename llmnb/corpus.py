@@ -150,16 +150,16 @@ def _tinyshakespeare():
     folder = os.environ.get("LLMNB_DATA")
     path = Path(folder, name) if folder else None
     if path is None or not path.exists():
-        path = _cache_folder() / name
-        if not path.exists():
-            try:
+        try:
+            path = _cache_folder() / name
+            if not path.exists():
                 _download(SHAKESPEARE_URL, path)
-            except OSError as error:
-                raise ConnectionError(
-                    f"cannot fetch tinyshakespeare from {SHAKESPEARE_URL} "
-                    f"({error}); put it as {name} into a folder and name "
-                    f"the folder in LLMNB_DATA"
-                ) from error
+        except (OSError, RuntimeError) as error:  # RuntimeError: no home
+            raise ConnectionError(
+                f"cannot fetch tinyshakespeare from {SHAKESPEARE_URL} "
+                f"({error}); put it as {name} into a folder and name "
+                f"the folder in LLMNB_DATA"
+            ) from error
     raw = path.read_bytes()
     _check_hash(raw, path)
     return raw.decode("utf-8")

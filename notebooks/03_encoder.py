@@ -530,8 +530,9 @@ def write_package(folder, decorator, factor):
     cpu.mkdir(parents=True, exist_ok=True)
     (folder / "llmnb" / "__init__.py").write_text("")
     (cpu / "__init__.py").write_text("")
-    jit = files("llmnb").joinpath("cpu", "jit.py").read_text("utf-8")
-    (cpu / "jit.py").write_text(jit, "utf-8")
+    for name in ("files.py", "compiled.py", "cpu/jit.py"):
+        text = files("llmnb").joinpath(name).read_text("utf-8")
+        (folder / "llmnb" / name).write_text(text, "utf-8")
     top = "import numba\nfrom llmnb.cpu.jit import inner\n"
     call = "from llmnb.cpu.scale import scale\n"
     at = f"@{decorator}\ndef "
@@ -568,46 +569,168 @@ print(run_edit_run("numba.njit(cache=True)"))
 
 # %% [markdown]
 # The second number should be 30, and numba's own cache gives 20. Our repair is
-# to keep compiled kernels in a folder that is named by a hash of all the
-# sources they could be made from: the files of `llmnb/cpu`, numba's version
-# and Python's. Change one letter, and the folder has another name and starts
-# empty. What is in it cannot be stale.
+# to keep compiled kernels in a folder that is named by a hash of all that they
+# are made from: the files of `llmnb/cpu`, and the versions of Python, of numba
+# and of llvmlite, which brings LLVM. Change one letter, and the folder has
+# another name and starts empty. What is in it cannot be stale.
+#
+# But it can be somebody else's. What numba keeps is a pickle with machine
+# code inside, and to load it is to run it: whoever may write in that folder
+# may run what they like as you. So the folder must belong to you, and nobody
+# else may enter. Where there is no such folder, because the home is missing,
+# the disk is full or another user was there first, the kernels are compiled
+# at each start, and that is all. The environment variable `LLMNB_CACHE` can
+# name another place.
 
-# %% imports of the decorator tags=["export"] module="cpu.jit"
+# %% imports of what is kept tags=["export"] module="compiled"
+import contextlib
 import functools
 import hashlib
 import os
+import pickle
 import sys
 from pathlib import Path
 
+import llvmlite
 import numba
-from numba.extending import register_jitable
+from numba.core.caching import FunctionCache
+from numba.core.compiler import CompileResult
+from numba.core.serialize import dumps
+
+from llmnb.files import replacing
 
 
-# %% where compiled kernels are kept tags=["export"] module="cpu.jit"
+# %% what kernels are made from tags=["exporti"] module="compiled"
+def _origin():
+    """A hash of the sources, and of the versions of what compiles them."""
+    parts = [numba.__version__, llvmlite.__version__, sys.version]
+    parts.append(os.environ.get("LLMNB_TILE", ""))  # see chapter 6
+    here = Path(__file__)
+    for path in [here, *sorted((here.parent / "cpu").glob("*.py"))]:
+        parts += [path.name, path.read_text("utf-8")]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _ours(status):
+    """Is a file this user's? Windows keeps the homes of users apart."""
+    return os.name == "nt" or status.st_uid == os.geteuid()
+
+
+# %% where compiled kernels are kept tags=["export"] module="compiled"
 @functools.cache
 def cache_folder():
     """The folder for compiled kernels, named by a hash of their sources.
 
     numba looks only at the file of the kernel it loads, so a change in a
     function that the kernel calls would go unseen. A folder for each state
-    of the sources cannot hold a stale kernel. `LLMNB_CACHE` moves it. None
-    where no folder can be written.
+    of the sources cannot hold a stale kernel. It is this user's, and closed
+    to others. `LLMNB_CACHE` moves it. None where no such folder can be had.
 
     Derived in chapter 3.
     """
-    text = numba.__version__ + sys.version
-    text += os.environ.get("LLMNB_TILE", "")  # see chapter 6
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        text += path.name + path.read_text("utf-8")
-    key = hashlib.sha256(text.encode()).hexdigest()[:16]
-    home = os.environ.get("LLMNB_CACHE") or Path.home() / ".cache" / "llmnb"
-    folder = Path(home).absolute() / "kernels" / key
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+        home = os.environ.get("LLMNB_CACHE") or Path.home() / ".cache/llmnb"
+        folder = Path(home).absolute() / "kernels" / _origin()
+        folder.mkdir(0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        if _ours(status) and status.st_mode & 0o077:
+            folder.chmod(0o700)
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
         return None
-    return folder if os.access(folder, os.W_OK) else None
+    return folder if _ours(status) else None
+
+
+# %% [markdown]
+# Files get damaged, too: a machine is switched off, a disk fills up, and half
+# of a pickle is an exception at every start from then on. So each file begins
+# with the SHA-256 of the rest and of its own name. What does not agree with
+# it is not unpickled, and the kernel is compiled again, as if there were no
+# file. A file that cannot be written is given up without a word.
+
+
+# %% read and write a kernel tags=["exporti"] module="compiled"
+def _seal(path, data):
+    return hashlib.sha256(path.name.encode() + data).digest()
+
+
+def _read(path):
+    """What `_write` wrote, or None if it is not there, whole and ours."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        seal, data = file.read(32), file.read()
+        if _ours(os.fstat(file.fileno())) and seal == _seal(path, data):
+            return data
+    return None
+
+
+def _write(path, data):
+    with contextlib.suppress(OSError), replacing(path) as file:
+        file.write(_seal(path, data) + data)
+
+
+# %% [markdown]
+# numba hands what it has compiled to an object that it calls the function's
+# cache, and asks this first when it is to compile. Ours inherits one thing
+# from numba's: the key, which tells apart functions, types of arguments and
+# processors. A few variables of the environment also change the code, some of
+# them to the last bit of a sum: `NUMBA_OPT=0` tells LLVM not to optimise, and
+# `NUMBA_BOUNDSCHECK=1` puts a test before each index. numba forgets these, so
+# a kernel compiled under one of them would be loaded for good. They go into
+# the key as well.
+
+# %% options that change the code tags=["exporti"] module="compiled"
+CHANGING = (
+    *("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "USING_SVML", "ENABLE_AVX"),
+    *("CPU_NAME", "CPU_FEATURES", "BOUNDSCHECK", "NRT_STATS", "DEBUG_NRT"),
+    *("LLVM_REFPRUNE_PASS", "LLVM_REFPRUNE_FLAGS", "ENABLE_PROFILING"),
+    *("DEBUGINFO_DEFAULT", "EXTEND_VARIABLE_LIFETIMES", "JIT_COVERAGE"),
+    *("DEBUG_JIT", "DEBUG_ARRAY_OPT_RUNTIME"),
+)
+
+
+# %% what numba asks for and hands over tags=["export"] module="compiled"
+class KernelCache(FunctionCache):
+    """Keeps what numba compiles of one function, a file for each key.
+
+    folder: what `cache_folder` gives. numba's own cache would choose the
+    place, trust what it finds there, and stop when it cannot write.
+
+    Derived in chapter 3.
+    """
+
+    def __init__(self, function, folder):
+        self._name, self._py_func = repr(function), function
+        self._cache_path = folder
+        self.enable()
+
+    def _path(self, signature, codegen):
+        options = [getattr(numba.config, name, None) for name in CHANGING]
+        key = repr((self._index_key(signature, codegen), options))
+        one = self._py_func
+        name = f"{one.__module__}.{one.__qualname__}-"
+        name += hashlib.sha256((name + key).encode()).hexdigest()[:16]
+        return self._cache_path / f"{name}.kernel"
+
+    def _load_overload(self, sig, target_context):
+        data = _read(self._path(sig, target_context.codegen()))
+        if data is None:
+            return None
+        return CompileResult._rebuild(target_context, *pickle.loads(data))
+
+    def _save_overload(self, sig, data):
+        if not data.library.has_dynamic_globals:  # addresses, of this process
+            _write(self._path(sig, data.codegen), dumps(data._reduce()))
+
+
+# %% imports of the decorator tags=["export"] module="cpu.jit"
+import contextlib
+import os
+
+import numba
+from numba.core.ccallback import CFunc
+from numba.core.sigutils import normalize_signature
+from numba.extending import register_jitable
+
+from llmnb.compiled import KernelCache, cache_folder
 
 
 # %% [markdown]
@@ -642,21 +765,25 @@ def cache_folder():
 
 # %% compile, with or without a cache tags=["exporti"] module="cpu.jit"
 FASTMATH = {"reassoc", "contract", "nnan", "ninf", "nsz"}
+OPTIONS = {"fastmath": FASTMATH, "error_model": "numpy"}
 
 
-def _compile(decorator, function, *args, **options):
+def _kept(compiled, function):
+    """Give a compiled function of this package a cache."""
+    if numba.config.DISABLE_JIT:
+        raise ImportError(
+            "NUMBA_DISABLE_JIT is set, and the cpu backend's kernels only "
+            "run compiled: unset it, or use the backend 'reference'"
+        )
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    options |= {"fastmath": FASTMATH, "error_model": "numpy"}
     ours = function.__module__.startswith("llmnb.")
-    folder = cache_folder() if ours else None
-    if folder is None:
-        return decorator(*args, **options)(function)
-    saved = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(folder)
-    try:
-        return decorator(*args, cache=True, **options)(function)
-    finally:
-        numba.config.CACHE_DIR = saved
+    if ours and (folder := cache_folder()):
+        compiled._cache = KernelCache(function, folder)
+    return compiled
+
+
+def _compile(function, **options):
+    return _kept(numba.njit(**options, **OPTIONS)(function), function)
 
 
 # %% the decorator of all kernels tags=["export"] module="cpu.jit"
@@ -667,12 +794,12 @@ def kernel(function, parallel=True):
     infinity occurs; division stays exact. `error_model="numpy"` drops the
     test for division by zero, which would keep loops from being vectorised.
     A function defined in a notebook is compiled anew each time. Sets
-    GOMP_SPINCOUNT, unless it is set, so that idle threads soon sleep.
+    GOMP_SPINCOUNT, unless it is set, so that idle threads soon sleep. What
+    must also run in a forked process is a `team`.
 
     Derived in chapter 3.
     """
-    options = {"parallel": parallel, "no_cfunc_wrapper": True}
-    return _compile(numba.njit, function, **options)
+    return _compile(function, parallel=parallel, no_cfunc_wrapper=True)
 
 
 # %% the decorators for one thread tags=["export"] module="cpu.jit"
@@ -683,8 +810,7 @@ def inner(function):
 
     Derived in chapter 3.
     """
-    options = {"forceinline": True, "no_cfunc_wrapper": True}
-    return _compile(numba.njit, function, **options)
+    return _compile(function, forceinline=True, no_cfunc_wrapper=True)
 
 
 def device(function):
@@ -695,8 +821,7 @@ def device(function):
 
     Derived in chapter 3.
     """
-    options = {"fastmath": FASTMATH, "error_model": "numpy"}
-    return register_jitable(forceinline=True, **options)(function)
+    return register_jitable(forceinline=True, **OPTIONS)(function)
 
 
 def routine(function, signature, parallel=False):
@@ -707,17 +832,16 @@ def routine(function, signature, parallel=False):
 
     Derived in chapter 3.
     """
-    return _compile(numba.cfunc, function, signature, parallel=parallel)
+    options = {"parallel": parallel, **OPTIONS}
+    made = CFunc(function, normalize_signature(signature), {}, options)
+    _kept(made, function).compile()
+    return made
 
 
 # %% [markdown]
-# numba reads the folder's place from its configuration when the decorator
-# runs, so we set it for that moment and put the old value back. A folder of
-# an old state of the sources stays behind; all of `~/.cache/llmnb/kernels`
-# may be deleted at any time. Where nothing can be written, kernels are
-# compiled at each start: numba's own choice would be the folder of the
-# sources, with the fault above. A kernel defined in a notebook is never
-# cached.
+# A folder of an old state of the sources stays behind; all of
+# `~/.cache/llmnb/kernels` may be deleted at any time. A kernel defined in a
+# notebook is never cached.
 
 # %% the callee's edit is seen
 results = run_edit_run("inner")
@@ -751,6 +875,9 @@ verdict("the cache", results == [20, 30], "no stale kernel")
 # address.
 
 # %% imports of the team tags=["export"] module="cpu.jit"
+import functools
+import threading
+
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -829,6 +956,43 @@ def _begin(loop, code, parts, *args):
 
 
 # %% [markdown]
+# Two things can go wrong with threads, and the one loop is the place to see
+# to both. A process that *forks* gets a child with a copy of its memory and
+# none of its threads. Python's `multiprocessing` makes its workers so on many
+# systems. A child that now asks for the threads waits for ever, or is ended by
+# GNU's OpenMP; a pool of workers hangs. In such a child a kernel runs on one
+# thread, and its results are the same. And two threads of Python that call
+# kernels at once abort the process where numba uses its own *workqueue*, which
+# serves one caller at a time. So they queue up at a lock. A fork waits there
+# too: the child of a thread that forks in the middle of another one's kernel
+# would inherit a lock that nobody opens.
+
+# %% one caller at a time tags=["exporti"] module="cpu.jit"
+_orphaned = []  # filled in a child whose parent had started threads
+
+
+def _door():
+    """The lock for those who call the threads."""
+    lock = threading.RLock()
+
+    def forked():
+        lock.release()
+        with contextlib.suppress(ValueError):  # if none were started
+            _orphaned.append(numba.threading_layer())
+
+    if hasattr(os, "register_at_fork"):  # Windows does not fork
+        os.register_at_fork(
+            before=lock.acquire,
+            after_in_parent=lock.release,
+            after_in_child=forked,
+        )
+    return lock
+
+
+_one_caller = _door()
+
+
+# %% [markdown]
 # The decorator compiles a routine for each list of types that it meets, and
 # finds it again by the arrays' dtypes and dimensions. An array with gaps
 # is another type for numba, so that counts too.
@@ -856,12 +1020,14 @@ def team(function):
     @functools.wraps(function)
     def call(*args):
         kinds = tuple([_kind(x) for x in args])
-        if kinds not in made:
-            address = types.CPointer(numba.typeof(args))
-            signature = types.void(types.int64, types.int64, address)
-            made[kinds] = routine(function, signature)
-            places[kinds] = _loop().address, made[kinds].address
-        _begin(*places[kinds], numba.get_num_threads(), *args)
+        parts = 1 if _orphaned else numba.get_num_threads()
+        with _one_caller:
+            if kinds not in made:
+                address = types.CPointer(numba.typeof(args))
+                signature = types.void(types.int64, types.int64, address)
+                made[kinds] = routine(function, signature)
+                places[kinds] = _loop().address, made[kinds].address
+            _begin(*places[kinds], parts, *args)
 
     call.routines = made
     return call

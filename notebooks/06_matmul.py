@@ -1380,7 +1380,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from llmnb.cpu.jit import kernel
+from llmnb.cpu.jit import arguments, team
 from llmnb.cpu.tile import LANES
 from llmnb.timing import fastest
 
@@ -1416,10 +1416,10 @@ def _run_chains(typing, x):
 
 
 # %% the peak of this machine tags=["export"] module="cpu.peak"
-@kernel
-def _all_threads(x):
-    for t in numba.prange(x.size):
-        x[t] = _run_chains(x[t])
+@team
+def _all_threads(part, parts, address):
+    (x,) = arguments(address)
+    x[part] = _run_chains(x[part])
 
 
 def fma_peak():

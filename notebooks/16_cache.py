@@ -258,7 +258,6 @@ for n in (16, 128, 1024):
 # %% imports of the kernels tags=["export"] module="cpu.decode"
 import math
 
-import numba
 import numpy as np
 from numba import types
 from numba.core import cgutils
@@ -266,7 +265,7 @@ from numba.extending import intrinsic
 
 from llmnb.checks import check_array, check_float, check_tokens
 from llmnb.cpu.attention import _block_size, _softmax_block
-from llmnb.cpu.jit import inner, kernel
+from llmnb.cpu.jit import arguments, inner, team
 from llmnb.cpu.panels import DEPTH, pack, scratch
 from llmnb.cpu.tile import (
     COLS,
@@ -438,19 +437,19 @@ def _edge_column(out, start, s, inp, panels, p, j, sizes, zeros):
 
 
 # %% the kernel of the product tags=["exporti"] module="cpu.decode"
-@kernel
-def _panels_forward(out, start, s, inp, panels, sizes, parts):
+@team
+def _panels_forward(part, parts, address):
+    out, start, s, inp, panels, sizes = arguments(address)
     _, OC, C = sizes
     count, size = -(-OC // COLS), (C + 1) * COLS
-    for t in numba.prange(parts):
-        zeros = np.zeros(COLS, out.dtype)
-        first = start if s else zeros
-        for q in range(t * count // parts, (t + 1) * count // parts):
-            j, p = q * COLS, q * size
-            if j + COLS <= OC:
-                _column(out, first, s, inp, panels, p, j, sizes, zeros)
-            else:
-                _edge_column(out, first, s, inp, panels, p, j, sizes, zeros)
+    zeros = np.zeros(COLS, out.dtype)
+    first = start if s else zeros
+    for q in range(part * count // parts, (part + 1) * count // parts):
+        j, p = q * COLS, q * size
+        if j + COLS <= OC:
+            _column(out, first, s, inp, panels, p, j, sizes, zeros)
+        else:
+            _edge_column(out, first, s, inp, panels, p, j, sizes, zeros)
 
 
 # %% the product tags=["export"] module="cpu.decode"
@@ -487,15 +486,16 @@ def panels_forward(out, inp, panels, residual=None):
     s = 0 if residual is None else OC
     flat = (x.reshape(-1) for x in (start, inp, panels))
     start, inp, panels = flat
-    sizes, parts = (B * T, OC, C), numba.get_num_threads()
-    _panels_forward(out.reshape(-1), start, s, inp, panels, sizes, parts)
+    sizes = B * T, OC, C
+    _panels_forward(out.reshape(-1), start, s, inp, panels, sizes)
 
 
 # %% pack a weight tags=["exporti"] module="cpu.decode"
-@kernel
-def _pack_weight(panels, weight, OC, C, code):
+@team
+def _pack_weight(part, parts, address):
+    panels, weight, OC, C, code = arguments(address)
     size = (C + 1) * COLS
-    for q in numba.prange(-(-OC // COLS)):
+    for q in range(part, -(-OC // COLS), parts):
         rows = min(COLS, OC - q * COLS)
         pack(code, panels, q * size, weight, q * COLS * C, C, 1, rows, C)
 
@@ -646,22 +646,22 @@ def _look_back(out, query, keys, values, seen, hs, block, w, zeros):
 
 
 # %% all heads tags=["exporti"] module="cpu.decode"
-@kernel
-def _cache_attention(out, keys, values, qkv, first, block, parts):
+@team
+def _cache_attention(part, parts, address):
+    out, keys, values, qkv, first, block = arguments(address)
     B, T, C = out.shape
     NH, hs, wide = keys.shape[1], keys.shape[3], values.shape[3]
     room = keys.shape[2] * COLS + wide + 2
-    for part in numba.prange(parts):
-        w, zeros = np.empty(room, out.dtype), np.zeros(wide, out.dtype)
-        for unit in range(part, B * NH, parts):
-            b, h = unit // NH, unit % NH
-            K, V, a = keys[b, h], values[b, h], h * hs
-            _keep(K, V, qkv[b], first, h)
-            K, V = K.reshape(-1), V.reshape(-1)
-            for t in range(T):
-                y, q = out[b, t, a : a + hs], qkv[b, t, a : a + hs]
-                seen = first + t + 1
-                _look_back(y, q, K, V, seen, hs, block, w, zeros)
+    w, zeros = np.empty(room, out.dtype), np.zeros(wide, out.dtype)
+    for unit in range(part, B * NH, parts):
+        b, h = unit // NH, unit % NH
+        K, V, a = keys[b, h], values[b, h], h * hs
+        _keep(K, V, qkv[b], first, h)
+        K, V = K.reshape(-1), V.reshape(-1)
+        for t in range(T):
+            y, q = out[b, t, a : a + hs], qkv[b, t, a : a + hs]
+            seen = first + t + 1
+            _look_back(y, q, K, V, seen, hs, block, w, zeros)
 
 
 # %% attention over a cache tags=["export"] module="cpu.decode"
@@ -692,8 +692,8 @@ def cache_attention(out, keys, values, inp, first):
     shapes = cache_shapes(B, NH, room, C // NH)
     check_array(f"{name}: keys", keys, shapes["keys"], inp.dtype)
     check_array(f"{name}: values", values, shapes["values"], inp.dtype)
-    block, parts = _block_size(C // NH), numba.get_num_threads()
-    _cache_attention(out, keys, values, inp, first, block, parts)
+    block = _block_size(C // NH)
+    _cache_attention(out, keys, values, inp, first, block)
 
 
 # %% the bits of chapter 7

@@ -416,6 +416,28 @@ def _set_threads(args):
         numba.set_num_threads(args.threads)
 
 
+# %% [markdown]
+# The first run on a machine compiles its kernels, and somebody who waits for
+# the first step should know for what. It is said on stderr, and only where
+# the folder of [chapter 3](03_encoder.ipynb) is still empty.
+
+
+# %% say what the wait is for tags=["exporti"] module="cli"
+def _tell_compiling(backend):
+    """Announce that kernels will be compiled, if none have been yet."""
+    if backend != "cpu":
+        return
+    from llmnb.compiled import cache_folder
+
+    folder, often = cache_folder(), "once"
+    if folder is None:
+        often = "each time, for want of a folder to keep them: set LLMNB_CACHE"
+    elif any(folder.iterdir()):
+        return
+    text = f"llmnb: compiling kernels takes up to half a minute, {often}"
+    print(text, file=sys.stderr, flush=True)
+
+
 # %% is the GPU there tags=["exporti"] module="cli"
 def _check_backend(name):
     """Refuse a GPU that is not there, unless the simulator is asked for."""
@@ -533,6 +555,7 @@ def _train(args):
     _say("tokens", "{:,} to train on, {:,} to validate on".format(*tokens))
     _say("model", _size_of(run.model))
     _say("folder", run.folder)
+    _tell_compiling(run.config.backend)
     stopped = _follow(run, args)
     steps = finish(run)
     _say("took", f"{time.perf_counter() - start:.0f} s")
@@ -818,6 +841,7 @@ def _load_model(args, prompt):
             file=sys.stderr,
         )
     how = path, args.samples, length
+    _tell_compiling(args.backend)
     if args.backend == "cpu":
         return Decoder.from_checkpoint(*how), encoding, ids
     return GPT2.from_checkpoint(*how, args.backend), encoding, ids
@@ -993,6 +1017,7 @@ def _eval(args):
         )
     context = min(args.seq_len or cfg.max_seq_len, cfg.max_seq_len)
     _say("model", path)
+    _tell_compiling("cpu")
     if args.text:
         _eval_text(args, path, encoding, context)
     if args.hellaswag:
@@ -1345,6 +1370,7 @@ def _verify(args):
 
     _check_backend(args.backend)
     _set_threads(args)
+    _tell_compiling(args.backend)
     row = "{:<10} {:>8} {:>8}  {}".format
     verdicts = {True: "ok", False: "FAIL", None: "no reference"}
     shown, bad = 0, 0

@@ -598,3 +598,39 @@ def test_as_a_module():
     got = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert got.returncode == 0
     assert re.fullmatch(r"llmnb \d+\.\d+\S*\n", got.stdout)
+
+
+# --- the wait before the first step
+
+
+def test_a_cold_start_says_what_it_waits_for(llmnb, tmp_path, monkeypatch):
+    """Train, write and measure: once where kernels are kept, else always."""
+    from llmnb import compiled, cpu
+
+    assert cpu  # has its own folder from here on
+
+    kernels = tmp_path / "kernels"
+    kernels.mkdir()
+    monkeypatch.setattr(compiled, "cache_folder", lambda: kernels)
+    (tmp_path / "text.txt").write_text("to be or not to be\n" * 9)
+    tiny = [*TINY.split()[:-1], "cpu"]
+    commands = (
+        ["train", "--out", "run", *tiny],
+        ["train", "--resume", "run", "--steps", 7],
+        ["generate", "run", "--tokens", 2],
+        ["eval", "run", "--text", "text.txt"],
+    )
+    wait = "compiling kernels takes up to half a minute"
+    for command in commands:
+        code, _, err = llmnb(*command)
+        assert (code, err.count(f"{wait}, once\n")) == (0, 1), err
+    code, _, err = llmnb("generate", "run", "--backend", "reference")
+    assert (code, wait in err) == (0, False)
+    (kernels / "one.kernel").write_bytes(b"")
+    for command in commands[1:]:
+        code, _, err = llmnb(*command)
+        assert (code, wait in err) == (0, False)
+    monkeypatch.setattr(compiled, "cache_folder", lambda: None)
+    _, _, err = llmnb(*commands[2])
+    assert "each time, for want of a folder" in err
+    assert "set LLMNB_CACHE" in err

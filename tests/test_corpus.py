@@ -261,6 +261,16 @@ def test_cache_folder(monkeypatch, system, name, variable, want):
     assert corpus._cache_folder().as_posix() == want
 
 
+def test_without_a_home_tinyshakespeare_says_where_to_put_it(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("LLMNB_DATA", raising=False)
+    monkeypatch.setattr(corpus, "_cache_folder", home)
+    with pytest.raises(ConnectionError, match="determine home.*LLMNB_DATA"):
+        corpus.load("tinyshakespeare")
+
+
 # tokens
 
 

@@ -37,7 +37,6 @@ from llmnb.cpu.gelu import (
     gelu_forward,
 )
 from llmnb.cpu.jit import (
-    cache_folder,
     device,
     inner,
     kernel,
@@ -95,7 +94,6 @@ __all__ = [
     "attention_backward",
     "attention_forward",
     "cache_attention",
-    "cache_folder",
     "cache_shapes",
     "check_flat",
     "check_scratch",

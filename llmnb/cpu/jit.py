@@ -7,7 +7,6 @@ adds into the rows that were read.
 """
 
 __all__ = [
-    "cache_folder",
     "device",
     "inner",
     "kernel",
@@ -18,59 +17,38 @@ __all__ = [
 
 
 # imports of the decorator
-import functools
-import hashlib
+import contextlib
 import os
-import sys
-from pathlib import Path
 
 import numba
+from numba.core.ccallback import CFunc
+from numba.core.sigutils import normalize_signature
 from numba.extending import register_jitable
 
-
-# where compiled kernels are kept
-@functools.cache
-def cache_folder():
-    """The folder for compiled kernels, named by a hash of their sources.
-
-    numba looks only at the file of the kernel it loads, so a change in a
-    function that the kernel calls would go unseen. A folder for each state
-    of the sources cannot hold a stale kernel. `LLMNB_CACHE` moves it. None
-    where no folder can be written.
-
-    Derived in chapter 3.
-    """
-    text = numba.__version__ + sys.version
-    text += os.environ.get("LLMNB_TILE", "")  # see chapter 6
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        text += path.name + path.read_text("utf-8")
-    key = hashlib.sha256(text.encode()).hexdigest()[:16]
-    home = os.environ.get("LLMNB_CACHE") or Path.home() / ".cache" / "llmnb"
-    folder = Path(home).absolute() / "kernels" / key
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    return folder if os.access(folder, os.W_OK) else None
+from llmnb.compiled import KernelCache, cache_folder
 
 
 # compile, with or without a cache
 FASTMATH = {"reassoc", "contract", "nnan", "ninf", "nsz"}
+OPTIONS = {"fastmath": FASTMATH, "error_model": "numpy"}
 
 
-def _compile(decorator, function, *args, **options):
+def _kept(compiled, function):
+    """Give a compiled function of this package a cache."""
+    if numba.config.DISABLE_JIT:
+        raise ImportError(
+            "NUMBA_DISABLE_JIT is set, and the cpu backend's kernels only "
+            "run compiled: unset it, or use the backend 'reference'"
+        )
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    options |= {"fastmath": FASTMATH, "error_model": "numpy"}
     ours = function.__module__.startswith("llmnb.")
-    folder = cache_folder() if ours else None
-    if folder is None:
-        return decorator(*args, **options)(function)
-    saved = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(folder)
-    try:
-        return decorator(*args, cache=True, **options)(function)
-    finally:
-        numba.config.CACHE_DIR = saved
+    if ours and (folder := cache_folder()):
+        compiled._cache = KernelCache(function, folder)
+    return compiled
+
+
+def _compile(function, **options):
+    return _kept(numba.njit(**options, **OPTIONS)(function), function)
 
 
 # the decorator of all kernels
@@ -81,12 +59,12 @@ def kernel(function, parallel=True):
     infinity occurs; division stays exact. `error_model="numpy"` drops the
     test for division by zero, which would keep loops from being vectorised.
     A function defined in a notebook is compiled anew each time. Sets
-    GOMP_SPINCOUNT, unless it is set, so that idle threads soon sleep.
+    GOMP_SPINCOUNT, unless it is set, so that idle threads soon sleep. What
+    must also run in a forked process is a `team`.
 
     Derived in chapter 3.
     """
-    options = {"parallel": parallel, "no_cfunc_wrapper": True}
-    return _compile(numba.njit, function, **options)
+    return _compile(function, parallel=parallel, no_cfunc_wrapper=True)
 
 
 # the decorators for one thread
@@ -97,8 +75,7 @@ def inner(function):
 
     Derived in chapter 3.
     """
-    options = {"forceinline": True, "no_cfunc_wrapper": True}
-    return _compile(numba.njit, function, **options)
+    return _compile(function, forceinline=True, no_cfunc_wrapper=True)
 
 
 def device(function):
@@ -109,8 +86,7 @@ def device(function):
 
     Derived in chapter 3.
     """
-    options = {"fastmath": FASTMATH, "error_model": "numpy"}
-    return register_jitable(forceinline=True, **options)(function)
+    return register_jitable(forceinline=True, **OPTIONS)(function)
 
 
 def routine(function, signature, parallel=False):
@@ -121,10 +97,16 @@ def routine(function, signature, parallel=False):
 
     Derived in chapter 3.
     """
-    return _compile(numba.cfunc, function, signature, parallel=parallel)
+    options = {"parallel": parallel, **OPTIONS}
+    made = CFunc(function, normalize_signature(signature), {}, options)
+    _kept(made, function).compile()
+    return made
 
 
 # imports of the team
+import functools
+import threading
+
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -196,6 +178,31 @@ def _begin(loop, code, parts, *args):
         _call(code, 0, 1, _stored(args))
 
 
+# one caller at a time
+_orphaned = []  # filled in a child whose parent had started threads
+
+
+def _door():
+    """The lock for those who call the threads."""
+    lock = threading.RLock()
+
+    def forked():
+        lock.release()
+        with contextlib.suppress(ValueError):  # if none were started
+            _orphaned.append(numba.threading_layer())
+
+    if hasattr(os, "register_at_fork"):  # Windows does not fork
+        os.register_at_fork(
+            before=lock.acquire,
+            after_in_parent=lock.release,
+            after_in_child=forked,
+        )
+    return lock
+
+
+_one_caller = _door()
+
+
 # the decorator for teams
 def _kind(x):
     if isinstance(x, np.ndarray):
@@ -218,12 +225,14 @@ def team(function):
     @functools.wraps(function)
     def call(*args):
         kinds = tuple([_kind(x) for x in args])
-        if kinds not in made:
-            address = types.CPointer(numba.typeof(args))
-            signature = types.void(types.int64, types.int64, address)
-            made[kinds] = routine(function, signature)
-            places[kinds] = _loop().address, made[kinds].address
-        _begin(*places[kinds], numba.get_num_threads(), *args)
+        parts = 1 if _orphaned else numba.get_num_threads()
+        with _one_caller:
+            if kinds not in made:
+                address = types.CPointer(numba.typeof(args))
+                signature = types.void(types.int64, types.int64, address)
+                made[kinds] = routine(function, signature)
+                places[kinds] = _loop().address, made[kinds].address
+            _begin(*places[kinds], parts, *args)
 
     call.routines = made
     return call
