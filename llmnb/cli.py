@@ -150,7 +150,7 @@ def _add_train(commands):
     add(
         "--resume", nargs="?", const="", metavar="FOLDER",
         help="go on with a run from its newest checkpoint (default: the "
-        "newest run in runs/)",
+        "newest run in runs/); --corpus or --shards say where its text is now",
     )  # fmt: skip
     add(
         "--tensorboard", action="store_true",
@@ -965,25 +965,12 @@ def _add_info(commands):
     parser.set_defaults(run=_info)
 
 
-# the GPU in words
-def _gpu():
-    from llmnb.cuda.launch import missing
-    from llmnb.cuda.model import products
-
-    if missing():
-        return f"none: {missing()}"
-    from numba import cuda
-
-    name = cuda.get_current_device().name
-    name = name.decode() if isinstance(name, bytes) else name
-    return f"{name}, products by {products()}"
-
-
 # report
 def _info(args):
     import numba
 
     from llmnb.config import flops_per_token, parameter_count
+    from llmnb.cuda.model import gpu
     from llmnb.layout import footprint, gpt2_layout
     from llmnb.timing import machine
 
@@ -993,7 +980,7 @@ def _info(args):
     _say("versions", ", ".join(f"{x} {version(x)}" for x in names))
     _say("machine", machine())
     _say("threads", numba.get_num_threads())
-    _say("gpu", _gpu())
+    _say("gpu", gpu())
     _say("parameters", f"{parameter_count(cfg):,}")
     sizes = footprint(gpt2_layout(cfg, config.batch_size, config.seq_len))
     shown = ", ".join(f"{k} {v / 1e6:.1f}" for k, v in sizes.items())

@@ -154,21 +154,20 @@ class Lock:
         LOCKS[key] = self
 
     def _hold(self):
-        place, path = _take(self.folder), os.path.realpath(self.folder / LOCK)
-        self.release = weakref.finalize(
-            self, _let_go, place, path, os.getpid()
-        )
+        self._at = _take(self.folder), os.path.realpath(self.folder / LOCK)
+        self.release = weakref.finalize(self, _let_go, *self._at, os.getpid())
 
     def check(self, hold=False):
         """Raise BlockingIOError if a newer Lock of this process has it.
 
-        hold: after a release, take it again.
+        hold: take it again if it was released, or if its file was removed.
         """
         if self._lost:
             raise BlockingIOError(
                 f"{self.folder} has been taken up anew, by this process"
             )
-        if hold and not self.release.alive:
+        if hold and not (self.release.alive and _same(*self._at)):
+            self.release()
             self._hold()
 
     def __enter__(self):

@@ -42,7 +42,7 @@ import zlib
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from hashlib import sha256
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -141,24 +141,34 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def surroundings():
+def surroundings(backend="cpu"):
     """What the bits of a run depend on besides its options and its text.
 
-    A dict of str to str: versions, the processor and its features, and the
-    environment variables in `SETTINGS` that are set.
+    A dict of str to str: versions, the processor and its features, the GPU
+    if that is the backend, and the variables in `SETTINGS` that are set.
 
     Derived in chapter 14.
     """
     from llmnb.cpu.tile import cpu_features
 
     names = "llmnb", "numpy", "numba", "llvmlite"
-    return {
-        "Python": platform.python_version(),
-        **{name: version(name) for name in names},
-        "processor": f"{platform.system()} {platform.machine()}",
-        "features": " ".join(sorted(cpu_features())),
-        **{name: os.environ[name] for name in SETTINGS if name in os.environ},
-    }
+    found = {name: version(name) for name in names}
+    found["Python"] = ".".join(platform.python_version_tuple()[:2])
+    found["processor"] = f"{platform.system()} {platform.machine()}"
+    found["features"] = " ".join(sorted(cpu_features()))
+    if backend == "cuda":
+        from llmnb.cuda.model import gpu
+
+        found["numba-cuda"], found["GPU"] = _version("numba-cuda"), gpu()
+    chosen = {x: os.environ[x] for x in SETTINGS if x in os.environ}
+    return found | chosen
+
+
+def _version(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
 
 
 def _differences(begun, now):
@@ -459,7 +469,8 @@ def begin(folder, config):
         data = prepare(config)
         feeds = loaders(config, data)
         model = new_model(config, data.encoding.n_vocab)
-        record = fingerprint(*feeds), surroundings(), [], lock
+        begun = surroundings(config.backend)
+        record = fingerprint(*feeds), begun, [], lock
         _sweep(folder, states(folder))
         write_record(folder, config, data)
         undo.pop_all()  # the lock stays
@@ -509,7 +520,7 @@ def resume(folder, **changes):
         state, warnings = newest_state(folder)
         data = _same_data(folder, config, state)
         feeds = loaders(config, data)
-        text, begun = fingerprint(*feeds), surroundings()
+        text, begun = fingerprint(*feeds), surroundings(config.backend)
         if state:
             warnings += _check_text(state, text, feeds)
             warnings += _differences(state.begun or begun, begun)

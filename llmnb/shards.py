@@ -374,7 +374,7 @@ def _written(folder, lock, sources, encoding, options, force, workers):
         for filled in _fill(stream, tokens):
             yield _progress(stream, note, filled)
         name = _name_of_next(note, size, not stream.more())
-        lock.check()
+        lock.check(hold=True)
         write_shard(folder / name, tokens[:filled])
         note["shards"].append([name, filled])
         note["next"] = stream.place

@@ -1272,21 +1272,20 @@ class Lock:
         LOCKS[key] = self
 
     def _hold(self):
-        place, path = _take(self.folder), os.path.realpath(self.folder / LOCK)
-        self.release = weakref.finalize(
-            self, _let_go, place, path, os.getpid()
-        )
+        self._at = _take(self.folder), os.path.realpath(self.folder / LOCK)
+        self.release = weakref.finalize(self, _let_go, *self._at, os.getpid())
 
     def check(self, hold=False):
         """Raise BlockingIOError if a newer Lock of this process has it.
 
-        hold: after a release, take it again.
+        hold: take it again if it was released, or if its file was removed.
         """
         if self._lost:
             raise BlockingIOError(
                 f"{self.folder} has been taken up anew, by this process"
             )
-        if hold and not self.release.alive:
+        if hold and not (self.release.alive and _same(*self._at)):
+            self.release()
             self._hold()
 
     def __enter__(self):
@@ -1926,7 +1925,7 @@ import zlib
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from hashlib import sha256
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -2018,8 +2017,8 @@ def _first_batches(batches):
 
 # %% [markdown]
 # The whole text is read for that, once, when a run begins or goes on. A core
-# gets through one or two gigabytes in a second, which are a billion tokens or
-# half of that: seconds before a run of days.
+# gets through about a gigabyte in a second, half a billion tokens: seconds
+# before a run of days.
 #
 # The program and the machine leave their mark as well. Another version of
 # numba, or a processor with other vectors, may add in another order and so end
@@ -2034,24 +2033,34 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def surroundings():
+def surroundings(backend="cpu"):
     """What the bits of a run depend on besides its options and its text.
 
-    A dict of str to str: versions, the processor and its features, and the
-    environment variables in `SETTINGS` that are set.
+    A dict of str to str: versions, the processor and its features, the GPU
+    if that is the backend, and the variables in `SETTINGS` that are set.
 
     Derived in chapter 14.
     """
     from llmnb.cpu.tile import cpu_features
 
     names = "llmnb", "numpy", "numba", "llvmlite"
-    return {
-        "Python": platform.python_version(),
-        **{name: version(name) for name in names},
-        "processor": f"{platform.system()} {platform.machine()}",
-        "features": " ".join(sorted(cpu_features())),
-        **{name: os.environ[name] for name in SETTINGS if name in os.environ},
-    }
+    found = {name: version(name) for name in names}
+    found["Python"] = ".".join(platform.python_version_tuple()[:2])
+    found["processor"] = f"{platform.system()} {platform.machine()}"
+    found["features"] = " ".join(sorted(cpu_features()))
+    if backend == "cuda":
+        from llmnb.cuda.model import gpu
+
+        found["numba-cuda"], found["GPU"] = _version("numba-cuda"), gpu()
+    chosen = {x: os.environ[x] for x in SETTINGS if x in os.environ}
+    return found | chosen
+
+
+def _version(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
 
 
 def _differences(begun, now):
@@ -2401,7 +2410,8 @@ def begin(folder, config):
         data = prepare(config)
         feeds = loaders(config, data)
         model = new_model(config, data.encoding.n_vocab)
-        record = fingerprint(*feeds), surroundings(), [], lock
+        begun = surroundings(config.backend)
+        record = fingerprint(*feeds), begun, [], lock
         _sweep(folder, states(folder))
         write_record(folder, config, data)
         undo.pop_all()  # the lock stays
@@ -2451,7 +2461,7 @@ def resume(folder, **changes):
         state, warnings = newest_state(folder)
         data = _same_data(folder, config, state)
         feeds = loaders(config, data)
-        text, begun = fingerprint(*feeds), surroundings()
+        text, begun = fingerprint(*feeds), surroundings(config.backend)
         if state:
             warnings += _check_text(state, text, feeds)
             warnings += _differences(state.begun or begun, begun)

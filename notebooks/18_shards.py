@@ -836,7 +836,9 @@ class _Stream:
 # token. Killed before the renaming of a shard, we redo it; killed between the
 # shard and the note, we redo it too and write the same bytes, by (18.1); killed
 # after the note, we go on behind it. When all is done the note is removed, and
-# a folder without it is finished.
+# a folder without it is finished. Meanwhile the folder is locked, as a run's is
+# ([chapter 14](14_training.ipynb)): two such jobs would write over each other's
+# notes.
 #
 # The note also holds what the work depends on: the options, a hash of the
 # marks of all sources, a hash of the tokenizer. If one has changed, the two
@@ -1048,7 +1050,7 @@ def _written(folder, lock, sources, encoding, options, force, workers):
         for filled in _fill(stream, tokens):
             yield _progress(stream, note, filled)
         name = _name_of_next(note, size, not stream.more())
-        lock.check()
+        lock.check(hold=True)
         write_shard(folder / name, tokens[:filled])
         note["shards"].append([name, filled])
         note["next"] = stream.place

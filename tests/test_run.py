@@ -559,6 +559,17 @@ def test_another_processor_is_told(tmp_path, monkeypatch):
     assert "Python" not in warning
 
 
+def test_another_gpu_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMNB_CUDA", "simulator")
+    cuda = pytest.importorskip("llmnb.cuda.model")
+    begun = the_run.surroundings("cuda")
+    monkeypatch.setattr(cuda, "gpu", lambda: "another")
+    now = the_run.surroundings("cuda")
+    (warning,) = the_run._differences(begun, now)
+    assert "began with GPU none" in warning and ", now another" in warning
+    assert "GPU" not in the_run.surroundings("cpu")
+
+
 @pytest.mark.parametrize(
     "name", ["LLMNB_TILE", "NUMBA_OPT", "NUMBA_CPU_FEATURES", "LLMNB_BF16"]
 )
@@ -693,6 +704,7 @@ def test_arrays_of_another_model(tmp_path, whole, tensors, message):
         {"progress": {"step": 3, "updates": 4}},
         {"progress": {"losses": ["x"]}}, {"progress": {"norms": 3.0}},
         {"sums": {}}, {"sums": 3}, {"model": {"num_layers": 10**9}},
+        {"begun": 3}, {"begun": ["numba"]},
     ],
     ids=str,
 )  # fmt: skip
@@ -997,6 +1009,22 @@ def test_a_lock_ends_with_its_run(tmp_path):
     with Lock(tmp_path / "a"):
         assert not free()
     assert free()
+
+
+def test_a_lock_whose_file_was_removed(tmp_path):
+    """The run takes it again, unless another process was faster."""
+    run = begin(run_folder(tmp_path / "a"), TINY)
+    steps = follow(run)
+    next(steps)
+    (run.folder / LOCK).unlink()
+    next(steps)
+    assert f"process {os.getpid()} on" in (run.folder / LOCK).read_text()
+    shutil.rmtree(run.folder)
+    run.folder.mkdir()
+    with held(run.folder) as process:
+        with pytest.raises(BlockingIOError, match=f"process {process.pid} on"):
+            next(steps)
+        assert [x.name for x in run.folder.iterdir()] == [LOCK]
 
 
 def test_a_lock_that_is_just_being_taken_away(tmp_path, monkeypatch):
