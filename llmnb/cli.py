@@ -21,7 +21,8 @@ import re
 import signal
 import sys
 import time
-from contextlib import contextmanager
+import warnings
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import partial
 from importlib.metadata import version
@@ -29,7 +30,7 @@ from itertools import chain
 from pathlib import Path
 
 
-from llmnb.files import replacing
+from llmnb.files import make_folder, replacing
 from llmnb.train import (
     SHAPE,
     DataOptions,
@@ -47,6 +48,10 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (try --help)\n")
+
+
+def _warn(message, *where):
+    print(f"llmnb: warning: {_one_line(message)}", file=sys.stderr)
 
 
 def _one_line(error):
@@ -161,7 +166,7 @@ def _add_train(commands):
     add(
         "--resume", nargs="?", const="", metavar="FOLDER",
         help="go on with a run from its newest checkpoint (default: the "
-        "newest run in runs/)",
+        "newest run in runs/); --corpus or --shards say where its text is now",
     )  # fmt: skip
     add(
         "--tensorboard", action="store_true",
@@ -178,23 +183,63 @@ RUNS = Path("runs")
 
 
 def _new_folder(config):
-    """runs/NAME, or the first of runs/NAME-2, -3, ... that is free."""
+    """Make runs/NAME, or the first of runs/NAME-2, -3, ... that is free."""
     first = Path(config.shards or config.corpus[0]).resolve().stem or "run"
     folder, number = RUNS / first, 1
-    while folder.exists():
+    make_folder(RUNS)
+    while True:
+        with suppress(FileExistsError):  # or made by another this instant
+            folder.mkdir()
+            return folder
         number += 1
         folder = RUNS / f"{first}-{number}"
-    return folder
+
+
+# the order of the runs
+ORDER = RUNS / ".order"
+
+
+def _ordered():
+    """Names of the runs in runs/, the last one worked on at the end."""
+    with suppress(OSError):
+        return ORDER.read_text("utf-8", "surrogateescape").splitlines()
+    return []
+
+
+def _note(run):
+    """Put a run in runs/ at the end of the list."""
+    folder = run.folder.resolve()
+    if folder.parent == RUNS.resolve() and _ordered()[-1:] != [folder.name]:
+        line = f"{folder.name}\n".encode("utf-8", "surrogateescape")
+        with suppress(OSError), open(ORDER, "ab") as file:
+            file.write(line)
 
 
 def _newest_run(file="model.bin"):
-    found = [x.parent for x in RUNS.glob(f"*/{file}")]
+    """The run in runs/ that was worked on last."""
+    ordered = _ordered()
+    found = {x.parent.name for x in RUNS.glob(f"*/{file}")}
     if not found:
         raise FileNotFoundError(
             f"there is no run in {RUNS}/ here: name a folder, or train one "
             "with `llmnb train`"
         )
-    return max(found, key=lambda x: (x / file).stat().st_mtime)
+    for name in reversed(ordered):
+        if name in found:
+            return RUNS / name
+        if not (RUNS / name).exists() and found - {*ordered}:
+            break  # it may have another name now
+    return _newest_by_clock(found, file)
+
+
+def _newest_by_clock(found, file):
+    newest = max(found, key=lambda x: (RUNS / x / file).stat().st_mtime)
+    if len(found) > 1:
+        _warn(
+            f"which of the {len(found)} runs in {RUNS}/ is the newest is not "
+            f"certain; taken is {RUNS / newest}: name one to be sure"
+        )
+    return RUNS / newest
 
 
 # begin or go on
@@ -223,9 +268,9 @@ def _resumed(args):
         raise ValueError("--resume needs neither --out nor --force")
     folder = args.resume or _newest_run("config.json")
     _check_backend(read_run(folder).backend)
-    run, warnings = resume(folder, **_from_fields(args, TrainConfig))
-    for warning in warnings:
-        print(f"llmnb: warning: {warning}", file=sys.stderr)
+    run, found = resume(folder, **_from_fields(args, TrainConfig))
+    for warning in found:
+        _warn(warning)
     where = f"at step {run.at.step:,} of {run.config.steps:,}"
     known = {"loss": run.at.last_loss, "best validation": run.at.best_loss}
     known = [f", {k} {x:.3f}" for k, x in known.items() if x is not None]
@@ -240,6 +285,7 @@ def _train(args):
     _set_threads(args)
     start = time.perf_counter()
     run = _begun(args) if args.resume is None else _resumed(args)
+    _note(run)
     data = run.data
     _say("corpus", data.source)
     tokens = len(data.train_tokens), len(data.val_tokens)
@@ -307,6 +353,8 @@ def _follow(run, args):
         for step in follow(run):
             board(step)
             _show(bar, run, step, shown)
+            if run.kept[-1:] == [run.at.step]:
+                _note(run)
             if stop.signal and step.loss is not None:
                 with telling(run):
                     save_state(run)
@@ -936,25 +984,12 @@ def _add_info(commands):
     parser.set_defaults(run=_info)
 
 
-# the GPU in words
-def _gpu():
-    from llmnb.cuda.launch import missing
-    from llmnb.cuda.model import products
-
-    if missing():
-        return f"none: {missing()}"
-    from numba import cuda
-
-    name = cuda.get_current_device().name
-    name = name.decode() if isinstance(name, bytes) else name
-    return f"{name}, products by {products()}"
-
-
 # report
 def _info(args):
     import numba
 
     from llmnb.config import flops_per_token, parameter_count
+    from llmnb.cuda.model import gpu
     from llmnb.layout import footprint, gpt2_layout
     from llmnb.timing import machine
 
@@ -964,7 +999,7 @@ def _info(args):
     _say("versions", ", ".join(f"{x} {version(x)}" for x in names))
     _say("machine", machine())
     _say("threads", numba.get_num_threads())
-    _say("gpu", _gpu())
+    _say("gpu", gpu())
     _say("parameters", f"{parameter_count(cfg):,}")
     sizes = footprint(gpt2_layout(cfg, config.batch_size, config.seq_len))
     shown = ", ".join(f"{k} {v / 1e6:.1f}" for k, v in sizes.items())
@@ -1107,7 +1142,9 @@ def main(argv=None):
         add(commands)
     args = parser.parse_args(argv)
     try:
-        args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            args.run(args)
     except KeyboardInterrupt:
         sys.exit(130)
     except USER_ERRORS as error:

@@ -281,9 +281,9 @@ class DataLoader(_Place):
     drawn from seed; without, as they lie. The windows of a shard that do not
     fill a batch are left out of that epoch. Raises TypeError or ValueError.
 
-    batches_per_epoch: batches in one epoch. state: the place of the next
-    batch, a dict of ints; set it to go on from there. reset(): back to the
-    start.
+    batches_per_epoch: batches in one epoch. shards: a list of what was
+    given. state: the place of the next batch, a dict of ints; set it to go
+    on from there. reset(): back to the start.
 
     Derived in chapter 1.
     """
@@ -293,7 +293,7 @@ class DataLoader(_Place):
         _check_int("DataLoader: seq_len", seq_len, 1, 2**31)
         _check_int("DataLoader: seed", seed, 0, 2**32)
         self._epochs = _Epochs(shards, batch_size, seq_len, seed, shuffle)
-        windows = self._epochs.windows
+        self.shards, windows = self._epochs.shards, self._epochs.windows
         self.batches_per_epoch = sum(w // batch_size for w in windows)
         self._tokens = np.empty((batch_size, seq_len), np.int32)
         self._targets = np.empty((batch_size, seq_len), np.int32)

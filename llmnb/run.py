@@ -11,6 +11,7 @@ __all__ = [
     "FORMAT",
     "GROUPS",
     "Run",
+    "SETTINGS",
     "State",
     "add_to_log",
     "begin",
@@ -26,6 +27,7 @@ __all__ = [
     "start_log",
     "state_path",
     "states",
+    "surroundings",
     "sync_log",
     "telling",
 ]
@@ -34,9 +36,13 @@ __all__ = [
 # imports of the run
 import json
 import os
+import platform
+import re
 import zlib
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,8 +50,9 @@ import numpy as np
 
 from llmnb.arena import put
 from llmnb.config import GPT2Config, parameter_shapes
-from llmnb.data import DataLoader
-from llmnb.files import replacing
+from llmnb.data import DataLoader, read_shard
+from llmnb.files import BESIDE, replacing
+from llmnb.lock import Lock
 from llmnb.tensors import TensorFile, write_tensors
 from llmnb.train import (
     Data,
@@ -69,7 +76,9 @@ class Run(NamedTuple):
     """A run in progress: all that `follow` works with.
 
     folder: a Path. model: a GPT2. batches, validation: DataLoaders. at: the
-    Progress. text: a fingerprint of the text, see `fingerprint`.
+    Progress. text: a fingerprint of the text, see `fingerprint`. begun: the
+    `surroundings` at its beginning. kept: the steps of the states to go on
+    from, the oldest first. lock: the folder's, see `Lock`.
 
     Derived in chapter 14.
     """
@@ -82,18 +91,38 @@ class Run(NamedTuple):
     validation: DataLoader
     at: Progress
     text: list
+    begun: dict
+    kept: list
+    lock: Lock
 
 
 # what text it is
 def fingerprint(*batches):
     """What tells one text from another, for JSON.
 
-    For each DataLoader, which is set back to its start: the number of its
-    batches and a checksum of the first. Cheap for any number of shards; a
-    change that leaves both as they are goes unseen.
+    For each DataLoader: the number of its batches, and a sha256 of all
+    tokens of all its shards. One shard is open at a time.
 
     Derived in chapter 14.
     """
+    return [[x.batches_per_epoch, _digest(x.shards)] for x in batches]
+
+
+def _digest(shards, piece=1 << 20):
+    """A sha256 of tokens, each as two bytes, and of where shards end."""
+    digest = sha256()
+    for shard in shards:
+        path = isinstance(shard, (str, os.PathLike))
+        tokens = read_shard(shard) if path else shard
+        digest.update(len(tokens).to_bytes(8, "little"))
+        for at in range(0, len(tokens), piece):
+            part = tokens[at : at + piece]
+            digest.update(np.ascontiguousarray(part, "<u2"))
+    return digest.hexdigest()
+
+
+def _first_batches(batches):
+    """What stood for `fingerprint` once: it saw the first batch alone."""
     found = []
     for loader in batches:
         loader.reset()
@@ -101,6 +130,65 @@ def fingerprint(*batches):
         loader.reset()
         found.append([loader.batches_per_epoch, first])
     return found
+
+
+# what else decides the bits
+SETTINGS = (
+    "LLMNB_BF16", "LLMNB_CUDA", "LLMNB_MATMUL", "LLMNB_TILE",
+    "NUMBA_BOUNDSCHECK", "NUMBA_CPU_FEATURES", "NUMBA_CPU_NAME",
+    "NUMBA_DISABLE_JIT", "NUMBA_LOOP_VECTORIZE", "NUMBA_OPT",
+    "NUMBA_SLP_VECTORIZE",
+)  # fmt: skip
+
+
+def surroundings(backend="cpu"):
+    """What the bits of a run depend on besides its options and its text.
+
+    A dict of str to str: versions, the processor and its features, the GPU
+    if that is the backend, and the variables in `SETTINGS` that are set.
+
+    Derived in chapter 14.
+    """
+    from llmnb.cpu.tile import cpu_features
+
+    names = "llmnb", "numpy", "numba", "llvmlite"
+    found = {name: version(name) for name in names}
+    found["Python"] = ".".join(platform.python_version_tuple()[:2])
+    found["processor"] = f"{platform.system()} {platform.machine()}"
+    found["features"] = " ".join(sorted(cpu_features()))
+    if backend == "cuda":
+        from llmnb.cuda.model import gpu
+
+        found["numba-cuda"], found["GPU"] = _version("numba-cuda"), gpu()
+    chosen = {x: os.environ[x] for x in SETTINGS if x in os.environ}
+    return found | chosen
+
+
+def _version(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _differences(begun, now):
+    """A list of one sentence on what has changed, or an empty one."""
+    found = []
+    for name in sorted(begun | now):
+        pair = [str(x.get(name, "none")) for x in (begun, now)]
+        words = [set(x.split()) for x in pair]
+        if name == "features":  # a hundred words: those that differ
+            pair = [" ".join(sorted(words[i] - words[1 - i])) for i in (0, 1)]
+        if words[0] != words[1]:
+            found.append(
+                f"{name} {pair[0] or 'none'}, now {pair[1] or 'none'}"
+            )
+    if not found:
+        return []
+    return [
+        "the weights may differ in their last bits from those of a run that "
+        f"was not interrupted: it began with {'; '.join(found)}"
+    ]
 
 
 # save the state
@@ -111,8 +199,10 @@ FORMAT = "llmnb training state 1"
 def save_state(run):
     """Write the state of a run into its folder; return the path.
 
-    The file appears whole or not at all. Then all but the newest
-    `config.keep` are removed, and those from beyond the run's step.
+    The file appears whole or not at all. Then all up to this step are
+    removed but the newest `config.keep` that the run itself has written or
+    gone on from. Those from beyond the step, which may be damaged, stay
+    until the run has come there.
 
     Derived in chapter 14.
     """
@@ -128,17 +218,24 @@ def save_state(run):
         "progress": asdict(run.at),
         "place": run.batches.state,
         "text": run.text,
+        "begun": run.begun,
         "sums": {name: zlib.crc32(x) for name, x in tensors.items()},
     }
     record = json.dumps(record)
     check = str(zlib.crc32(record.encode()))
     note = {"format": FORMAT, "record": record, "sum": check}
+    run.lock.check()
     write_tensors(path, tensors, note)
-    found = states(run.folder)
-    last = found.index(path) + 1
-    for old in found[: max(0, last - run.config.keep)] + found[last:]:
-        old.unlink()
+    _forget_old(run)
     return path
+
+
+def _forget_old(run):
+    step, kept = run.at.step, run.kept
+    kept[:] = [*(x for x in kept if x < step), step][-run.config.keep :]
+    for old in states(run.folder):
+        if _step_of(old) <= step and _step_of(old) not in kept:
+            old.unlink()
 
 
 # the files of the states
@@ -153,9 +250,22 @@ def state_path(folder, step):
 def states(folder):
     """The paths of the states in a run's folder, the oldest first.
 
+    Only what `state_path` names: no file of another name is a state.
+
     Derived in chapter 14.
     """
-    return sorted(Path(folder).glob("state_*.safetensors"))
+    found = Path(folder).glob("state_*.safetensors")
+    return sorted(filter(_is_state, found), key=_step_of)
+
+
+def _is_state(path):
+    digits = path.stem.removeprefix("state_")
+    return bool(re.fullmatch("[0-9]{8}|[1-9][0-9]{8,17}", digits))
+
+
+def _step_of(path):
+    """The step of a state, from its name."""
+    return int(path.stem.removeprefix("state_"))
 
 
 # a state read back
@@ -163,7 +273,7 @@ class State(NamedTuple):
     """What a file of `save_state` holds, but for the arrays.
 
     cfg: the model's GPT2Config. place: of the DataLoader. text: as
-    `fingerprint` gives it.
+    `fingerprint` gives it. begun: as `surroundings` gives it, or empty.
 
     Derived in chapter 14.
     """
@@ -174,6 +284,7 @@ class State(NamedTuple):
     at: Progress
     place: dict
     text: list
+    begun: dict
 
 
 # read and check
@@ -196,6 +307,7 @@ def read_state(path):
             Progress(**record["progress"]),
             record["place"],
             record["text"],
+            dict(record.get("begun", {})),
         )
         _check_progress(state.at)
         _check_arrays(file, state, record["sums"])
@@ -345,25 +457,44 @@ def read_steps(path):
 def begin(folder, config):
     """Make ready a new run in an existing folder; returns a `Run`.
 
-    Writes config.json and the tokenizer, and removes the states of an older
-    run there. Raises ValueError, OSError, RuntimeError or MemoryError.
+    Locks the folder until `finish`, or until the Run is gone. Writes
+    config.json and the tokenizer, and removes the states of an older run
+    there. Raises ValueError, OSError, RuntimeError or MemoryError.
 
     Derived in chapter 14.
     """
-    data = prepare(config)
-    feeds = loaders(config, data)
-    model = new_model(config, data.encoding.n_vocab)
-    for old in states(folder):
-        old.unlink()
-    write_record(folder, config, data)
-    text = fingerprint(*feeds)
-    return Run(Path(folder), config, data, model, *feeds, Progress(), text)
+    folder = Path(folder)
+    with ExitStack() as undo:
+        lock = undo.enter_context(Lock(folder))
+        data = prepare(config)
+        feeds = loaders(config, data)
+        model = new_model(config, data.encoding.n_vocab)
+        begun = surroundings(config.backend)
+        record = fingerprint(*feeds), begun, [], lock
+        _sweep(folder, states(folder))
+        write_record(folder, config, data)
+        undo.pop_all()  # the lock stays
+    return Run(folder, config, data, model, *feeds, Progress(), *record)
+
+
+# what a kill leaves
+HALF = re.compile(
+    r"(config\.json|log\.csv|loss\.png|model\.bin|sample\.txt"
+    r"|state_[0-9]+\.safetensors|tokenizer\.tiktoken)" + BESIDE
+)
+
+
+def _sweep(folder, old=()):
+    """Remove old states, and what was left half written."""
+    half = [x for x in folder.iterdir() if HALF.fullmatch(x.name)]
+    for path in [*old, *half]:
+        path.unlink()
 
 
 # what may change
 CHANGEABLE = (
     "steps", "eval_every", "eval_batches", "save_every", "keep",
-    "sample_every",
+    "sample_every", "corpus", "shards",
 )  # fmt: skip
 
 
@@ -372,40 +503,75 @@ def resume(folder, **changes):
     """Take up the run in a folder; returns a `Run` and a list of warnings.
 
     changes: fields of the TrainConfig, of which only those in `CHANGEABLE`
-    may differ from the run's. The warnings say which newer states are
-    damaged. Nothing is written before all is checked. Raises OSError or
-    ValueError when the folder holds no run, no state of it is whole, or the
-    text is not the one it began with.
+    may differ from the run's; `corpus` and `shards` say where the text is
+    now. The folder is locked as by `begin`. The warnings say which newer
+    states are damaged, and what else has changed since the beginning that
+    may change bits. Nothing is written before all is checked. Raises
+    OSError or ValueError when the folder holds no run, no state of it is
+    whole, or the text is not the one it began with.
 
     Derived in chapter 14.
     """
     folder = Path(folder)
-    config = _changed(folder, changes)
-    state, warnings = newest_state(folder)
+    read_run(folder)  # only a run is locked
+    with ExitStack() as undo:
+        lock = undo.enter_context(Lock(folder))
+        config = _changed(folder, changes)
+        state, warnings = newest_state(folder)
+        data = _same_data(folder, config, state)
+        feeds = loaders(config, data)
+        text, begun = fingerprint(*feeds), surroundings(config.backend)
+        if state:
+            warnings += _check_text(state, text, feeds)
+            warnings += _differences(state.begun or begun, begun)
+            feeds[0].state, begun = state.place, state.begun or begun
+            model, at = restore(state._replace(config=config)), state.at
+        else:
+            model, at = new_model(config, data.encoding.n_vocab), Progress()
+        kept = [x for x in map(_step_of, states(folder)) if x <= at.step]
+        _sweep(folder)
+        write_record(folder, config, data)
+        undo.pop_all()  # the lock stays
+    record = at, text, begun, kept, lock
+    return Run(folder, config, data, model, *feeds, *record), warnings
+
+
+# the text again
+def _same_data(folder, config, state):
+    """The Data of a run that goes on, if the state goes with it."""
     if state:
         _check_run(state, config)
-        state = state._replace(config=config)
     own = str(folder / "tokenizer.tiktoken")
-    data = prepare(replace(config, tokenizer=own))
-    feeds = loaders(config, data)
-    text = fingerprint(*feeds)
-    if not state:
-        model, at = new_model(config, data.encoding.n_vocab), Progress()
-    elif state.text != text:
-        raise ValueError(f"{folder}: the text is not the one it began with")
-    else:
-        feeds[0].state = state.place
-        model, at = restore(state), state.at
-    for part in folder.glob("*.[0-9]*.new"):
-        part.unlink()
-    write_record(folder, config, data)
-    return Run(folder, config, data, model, *feeds, at, text), warnings
+    try:
+        return prepare(replace(config, tokenizer=own))
+    except FileNotFoundError as error:
+        if error.filename == own:
+            raise
+        raise FileNotFoundError(
+            f"{error}; if the text has moved, name its new place with "
+            "--corpus or --shards"
+        ) from None
+
+
+def _check_text(state, text, feeds):
+    """Raise if the text is another; warn if that cannot be said for sure."""
+    if state.text == text:
+        return []
+    if state.text == _first_batches(feeds):
+        return [
+            f"{state.path} was written by an older llmnb: only the first "
+            "batch of the text was compared"
+        ]
+    folder = state.path.parent
+    raise ValueError(f"{folder}: the text is not the one it began with")
 
 
 # change it
 def _changed(folder, changes):
     """The run's configuration with changes, if they are possible."""
     config = read_run(folder)
+    if "corpus" in changes:  # shards come first where both are given
+        changes = {"shards": "", **changes}
     for name, value in changes.items():
         was = getattr(config, name)
         if value != was and name not in CHANGEABLE:
@@ -441,8 +607,10 @@ def follow(run):
     config, at, log = run.config, run.at, run.folder / "log.csv"
     steps = train(config, run.model, run.batches, run.validation, at)
     with telling(run):
+        run.lock.check(hold=True)
         start_log(log, at.step)
         for step in steps:
+            run.lock.check(hold=True)
             add_to_log(log, step)
             due = config.save_every and at.step % config.save_every == 0
             if step.loss is not None and (due or at.step == config.steps):
@@ -455,13 +623,15 @@ def follow(run):
 def finish(run):
     """Write the files of `save_run`, at any step; returns the log's steps.
 
-    Raises as `follow` does.
+    Then the folder is no longer locked. Raises as `follow` does.
 
     Derived in chapter 14.
     """
     with telling(run):
+        run.lock.check(hold=True)
         steps = read_steps(run.folder / "log.csv")
         save_run(run.folder, run.config, run.model, run.data, steps)
+    run.lock.release()
     return steps
 
 
@@ -474,12 +644,13 @@ def telling(run):
     """
     try:
         yield
+    except BlockingIOError:  # the folder is another's
+        raise
     except OSError as error:
         what = error.strerror or str(error)
-        now = state_path(run.folder, run.at.step)
-        kept = [x for x in states(run.folder) if x <= now]
+        kept = [state_path(run.folder, step).name for step in run.kept]
         left = (
-            f"the last checkpoint is {kept[-1].name}"
+            f"the last checkpoint is {kept[-1]}"
             if kept
             else ("there is no checkpoint yet")
         )

@@ -70,7 +70,8 @@ from llmnb.data import (
     read_shard,
     sample_tokens,
 )
-from llmnb.files import replacing
+from llmnb.files import make_folder, replacing
+from llmnb.lock import LOCK, in_use
 from llmnb.schedule import decayed, learning_rate
 from llmnb.timing import machine
 
@@ -745,9 +746,10 @@ def run_folder(path, force=False):
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file, not a folder")
-    if path.exists() and any(path.iterdir()) and not force:
-        raise FileExistsError(f"{path} exists and is not empty")
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
+    if any(x.name != LOCK for x in path.iterdir()) and not force:
+        state = in_use(path) or "exists and is not empty"
+        raise FileExistsError(f"{path} {state}")
     return path
 
 

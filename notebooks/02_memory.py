@@ -599,7 +599,7 @@ import numpy as np
 
 from llmnb.checks import check_array, check_float
 from llmnb.config import GPT2Config, parameter_count, parameter_shapes
-from llmnb.files import replacing
+from llmnb.files import make_folder, replacing
 
 
 # %% to bfloat16 and back tags=["export"] module="checkpoint"
@@ -1062,7 +1062,7 @@ def write_folder(folder, cfg, params):
     path = folder / "config.json"
     if path.exists() and _read_json(path).get("model_type") != "gpt2":
         raise ValueError(f"{path}: describes no GPT-2, and is left alone")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     config = {name: values[0] for name, values in FIXED.items()}
     config |= _described(cfg)
     config["architectures"] = ["GPT2LMHeadModel"]

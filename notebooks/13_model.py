@@ -1127,6 +1127,21 @@ def no_gpu():
     return "" if os.environ.get("LLMNB_CUDA") == "simulator" else missing()
 
 
+# %% the GPU in words tags=["export"] module="cuda.model"
+def gpu():
+    """The name of the GPU and whose products it takes, or why there is none.
+
+    Derived in chapter 13.
+    """
+    if missing():
+        return f"none: {missing()}"
+    from numba import cuda as real
+
+    name = real.get_current_device().name
+    name = name.decode() if isinstance(name, bytes) else name
+    return f"{name}, products by {products()}"
+
+
 # %% which products tags=["export"] module="cuda.model"
 def products():
     """Whose products a GPT2 takes on a GPU: "cublas" or "llmnb".

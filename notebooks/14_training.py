@@ -75,7 +75,8 @@ from llmnb.data import (
     read_shard,
     sample_tokens,
 )
-from llmnb.files import replacing
+from llmnb.files import make_folder, replacing
+from llmnb.lock import LOCK, in_use
 from llmnb.schedule import decayed, learning_rate
 from llmnb.timing import machine
 
@@ -1118,6 +1119,196 @@ plt.show()
 # Each file is written beside its place and renamed into it, by `replacing`
 # from [chapter 0](00_gpt2.ipynb). A run that is stopped in the middle of
 # writing leaves the old file or the new one, and never half of one.
+#
+# Half files are one danger, two writers another. A run that is started twice
+# in one folder, by mistake or by two scripts, would put every step into the log
+# twice, and one process would remove the states of the other. So a run
+# **locks** its folder. The file `.lock` says who has it, and the system keeps
+# a mark on the open file (`flock`), which no second process gets. That mark is
+# the point: it goes when its process goes, in whatever way, so that a run that
+# was killed locks nobody out, whatever its file still says.
+#
+# In a notebook, the same process often takes up a folder again while a variable
+# still holds the older run. There the newer one gets the folder, and the older
+# one is told so if it ever tries to go on.
+
+# %% imports of the lock tags=["export"] module="lock"
+import os
+import platform
+import time
+import warnings
+import weakref
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+# %% locked or not tags=["exporti"] module="lock"
+HELD = BlockingIOError, PermissionError  # another process has the lock
+
+
+def _flock(place):
+    """Lock an open file, or raise one of `HELD`, or another OSError."""
+    if os.name == "nt":
+        import msvcrt
+
+        # beyond the end, so that the text can be read
+        os.lseek(place, 1 << 30, os.SEEK_SET)
+        msvcrt.locking(place, msvcrt.LK_NBLCK, 1)
+        os.lseek(place, 0, os.SEEK_SET)
+    else:
+        import fcntl
+
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _open(path, create):
+    flags = os.O_RDWR | os.O_CREAT * create | getattr(os, "O_NOFOLLOW", 0)
+    return os.open(path, flags, 0o666)
+
+
+def _same(place, path):
+    """Whether an open file still is the one that its path names."""
+    with suppress(OSError):
+        return os.path.samestat(os.fstat(place), os.stat(path))
+    return False
+
+
+# %% who has it tags=["export"] module="lock"
+LOCK = ".lock"
+
+
+def in_use(folder):
+    """The words "is in use by ..." if another process has a folder, or "".
+
+    Derived in chapter 14.
+    """
+    own = LOCKS.get(os.path.realpath(folder))
+    if own and own.release.alive:
+        return ""
+    try:
+        place = _open(Path(folder, LOCK), create=False)
+    except OSError:
+        return ""
+    try:
+        _flock(place)
+    except HELD:
+        return _words(folder)
+    except OSError:
+        return ""
+    finally:
+        os.close(place)
+    return ""
+
+
+def _words(folder):
+    text = ""
+    with suppress(OSError), open(Path(folder, LOCK), "rb") as file:
+        text = file.read(200).decode("utf-8", "replace")
+    who = "".join(filter(str.isprintable, text)) or "another process"
+    return f"is in use by {who}"
+
+
+# %% take it and let it go tags=["exporti"] module="lock"
+def _take(folder):
+    """Lock a folder; returns the open file."""
+    path = Path(folder, LOCK)
+    place = _open(path, create=True)
+    try:
+        _flock(place)
+    except HELD:
+        os.close(place)
+        raise BlockingIOError(f"{folder} {_words(folder)}") from None
+    except OSError as error:
+        warnings.warn(
+            f"{folder}: no locks on this file system ({error.strerror}); "
+            "see to it that no other process writes there",
+            stacklevel=2,
+        )
+    if not _same(place, path):  # its last owner was just taking it away
+        os.close(place)
+        return _take(folder)
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    who = f"process {os.getpid()} on {platform.node()} since {now}"
+    with suppress(OSError):  # a full disk; the lock holds without the words
+        os.ftruncate(place, 0)
+        os.write(place, who.encode())
+    return place
+
+
+def _let_go(place, path, process):
+    """Remove the file and its lock; in a forked child, only close it."""
+    ours = process == os.getpid() and _same(place, path)
+    if os.name == "nt":
+        os.close(place)
+    if ours:
+        with suppress(OSError):
+            os.unlink(path)
+    if os.name != "nt":
+        os.close(place)
+
+
+# %% the lock of a folder tags=["export"] module="lock"
+class Lock:
+    """The right to write into a folder, which one process has at a time.
+
+    Taking it raises BlockingIOError, which names the process, while another
+    has it. In the process that has it the newer Lock takes it over. It ends
+    with release(), with a `with` statement, with the object, and with the
+    process, however that ends. Where the file system has no locks, a
+    warning is given instead.
+
+    Derived in chapter 14.
+    """
+
+    def __init__(self, folder):
+        _mind_forks()
+        self.folder, self._lost = Path(folder), False
+        key = os.path.realpath(folder)
+        older = LOCKS.get(key)
+        if older:
+            older._lost = True
+            older.release()
+        self._hold()
+        LOCKS[key] = self
+
+    def _hold(self):
+        self._at = _take(self.folder), os.path.realpath(self.folder / LOCK)
+        self.release = weakref.finalize(self, _let_go, *self._at, os.getpid())
+
+    def check(self, hold=False):
+        """Raise BlockingIOError if a newer Lock of this process has it.
+
+        hold: take it again if it was released, or if its file was removed.
+        """
+        if self._lost:
+            raise BlockingIOError(
+                f"{self.folder} has been taken up anew, by this process"
+            )
+        if hold and not (self.release.alive and _same(*self._at)):
+            self.release()
+            self._hold()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.release()
+
+
+# %% no lock is inherited tags=["exporti"] module="lock"
+LOCKS = weakref.WeakValueDictionary()  # folder: its Lock in this process
+
+
+@cache
+def _mind_forks():
+    """Let go of the locks in forked children, which might live longer."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_let_go_of_all)
+
+
+def _let_go_of_all():
+    for lock in list(LOCKS.values()):
+        lock.release()
 
 
 # %% a folder for a run tags=["export"]
@@ -1131,9 +1322,10 @@ def run_folder(path, force=False):
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file, not a folder")
-    if path.exists() and any(path.iterdir()) and not force:
-        raise FileExistsError(f"{path} exists and is not empty")
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
+    if any(x.name != LOCK for x in path.iterdir()) and not force:
+        state = in_use(path) or "exists and is not empty"
+        raise FileExistsError(f"{path} {state}")
     return path
 
 
@@ -1718,7 +1910,8 @@ plt.show()
 # and the epoch's number ([chapter 1](01_tokens.ipynb)), a sample has a seed
 # of its own, and the first weights are drawn once. And some things decide
 # the next step but never change: the configuration, the text, the program,
-# the machine. We keep the first, compare the second, and trust the others.
+# the machine. We keep the first, compare the second, and write down the
+# others, to warn when they have changed.
 #
 # The claim is that the table is complete. Below we drop one row after the
 # other, and see the run go astray each time; and with all rows, not at all.
@@ -1726,9 +1919,13 @@ plt.show()
 # %% imports of the run tags=["export"] module="run"
 import json
 import os
+import platform
+import re
 import zlib
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1736,8 +1933,9 @@ import numpy as np
 
 from llmnb.arena import put
 from llmnb.config import GPT2Config, parameter_shapes
-from llmnb.data import DataLoader
-from llmnb.files import replacing
+from llmnb.data import DataLoader, read_shard
+from llmnb.files import BESIDE, replacing
+from llmnb.lock import Lock
 from llmnb.tensors import TensorFile, write_tensors
 from llmnb.train import (
     Data,
@@ -1761,7 +1959,9 @@ class Run(NamedTuple):
     """A run in progress: all that `follow` works with.
 
     folder: a Path. model: a GPT2. batches, validation: DataLoaders. at: the
-    Progress. text: a fingerprint of the text, see `fingerprint`.
+    Progress. text: a fingerprint of the text, see `fingerprint`. begun: the
+    `surroundings` at its beginning. kept: the steps of the states to go on
+    from, the oldest first. lock: the folder's, see `Lock`.
 
     Derived in chapter 14.
     """
@@ -1774,18 +1974,38 @@ class Run(NamedTuple):
     validation: DataLoader
     at: Progress
     text: list
+    begun: dict
+    kept: list
+    lock: Lock
 
 
 # %% what text it is tags=["export"] module="run"
 def fingerprint(*batches):
     """What tells one text from another, for JSON.
 
-    For each DataLoader, which is set back to its start: the number of its
-    batches and a checksum of the first. Cheap for any number of shards; a
-    change that leaves both as they are goes unseen.
+    For each DataLoader: the number of its batches, and a sha256 of all
+    tokens of all its shards. One shard is open at a time.
 
     Derived in chapter 14.
     """
+    return [[x.batches_per_epoch, _digest(x.shards)] for x in batches]
+
+
+def _digest(shards, piece=1 << 20):
+    """A sha256 of tokens, each as two bytes, and of where shards end."""
+    digest = sha256()
+    for shard in shards:
+        path = isinstance(shard, (str, os.PathLike))
+        tokens = read_shard(shard) if path else shard
+        digest.update(len(tokens).to_bytes(8, "little"))
+        for at in range(0, len(tokens), piece):
+            part = tokens[at : at + piece]
+            digest.update(np.ascontiguousarray(part, "<u2"))
+    return digest.hexdigest()
+
+
+def _first_batches(batches):
+    """What stood for `fingerprint` once: it saw the first batch alone."""
     found = []
     for loader in batches:
         loader.reset()
@@ -1793,6 +2013,74 @@ def fingerprint(*batches):
         loader.reset()
         found.append([loader.batches_per_epoch, first])
     return found
+
+
+# %% [markdown]
+# The whole text is read for that, once, when a run begins or goes on. A core
+# gets through about a gigabyte in a second, half a billion tokens: seconds
+# before a run of days.
+#
+# The program and the machine leave their mark as well. Another version of
+# numba, or a processor with other vectors, may add in another order and so end
+# in other bits. All of that is written down when a run begins.
+
+# %% what else decides the bits tags=["export"] module="run"
+SETTINGS = (
+    "LLMNB_BF16", "LLMNB_CUDA", "LLMNB_MATMUL", "LLMNB_TILE",
+    "NUMBA_BOUNDSCHECK", "NUMBA_CPU_FEATURES", "NUMBA_CPU_NAME",
+    "NUMBA_DISABLE_JIT", "NUMBA_LOOP_VECTORIZE", "NUMBA_OPT",
+    "NUMBA_SLP_VECTORIZE",
+)  # fmt: skip
+
+
+def surroundings(backend="cpu"):
+    """What the bits of a run depend on besides its options and its text.
+
+    A dict of str to str: versions, the processor and its features, the GPU
+    if that is the backend, and the variables in `SETTINGS` that are set.
+
+    Derived in chapter 14.
+    """
+    from llmnb.cpu.tile import cpu_features
+
+    names = "llmnb", "numpy", "numba", "llvmlite"
+    found = {name: version(name) for name in names}
+    found["Python"] = ".".join(platform.python_version_tuple()[:2])
+    found["processor"] = f"{platform.system()} {platform.machine()}"
+    found["features"] = " ".join(sorted(cpu_features()))
+    if backend == "cuda":
+        from llmnb.cuda.model import gpu
+
+        found["numba-cuda"], found["GPU"] = _version("numba-cuda"), gpu()
+    chosen = {x: os.environ[x] for x in SETTINGS if x in os.environ}
+    return found | chosen
+
+
+def _version(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _differences(begun, now):
+    """A list of one sentence on what has changed, or an empty one."""
+    found = []
+    for name in sorted(begun | now):
+        pair = [str(x.get(name, "none")) for x in (begun, now)]
+        words = [set(x.split()) for x in pair]
+        if name == "features":  # a hundred words: those that differ
+            pair = [" ".join(sorted(words[i] - words[1 - i])) for i in (0, 1)]
+        if words[0] != words[1]:
+            found.append(
+                f"{name} {pair[0] or 'none'}, now {pair[1] or 'none'}"
+            )
+    if not found:
+        return []
+    return [
+        "the weights may differ in their last bits from those of a run that "
+        f"was not interrupted: it began with {'; '.join(found)}"
+    ]
 
 
 # %% [markdown]
@@ -1814,8 +2102,10 @@ FORMAT = "llmnb training state 1"
 def save_state(run):
     """Write the state of a run into its folder; return the path.
 
-    The file appears whole or not at all. Then all but the newest
-    `config.keep` are removed, and those from beyond the run's step.
+    The file appears whole or not at all. Then all up to this step are
+    removed but the newest `config.keep` that the run itself has written or
+    gone on from. Those from beyond the step, which may be damaged, stay
+    until the run has come there.
 
     Derived in chapter 14.
     """
@@ -1831,17 +2121,24 @@ def save_state(run):
         "progress": asdict(run.at),
         "place": run.batches.state,
         "text": run.text,
+        "begun": run.begun,
         "sums": {name: zlib.crc32(x) for name, x in tensors.items()},
     }
     record = json.dumps(record)
     check = str(zlib.crc32(record.encode()))
     note = {"format": FORMAT, "record": record, "sum": check}
+    run.lock.check()
     write_tensors(path, tensors, note)
-    found = states(run.folder)
-    last = found.index(path) + 1
-    for old in found[: max(0, last - run.config.keep)] + found[last:]:
-        old.unlink()
+    _forget_old(run)
     return path
+
+
+def _forget_old(run):
+    step, kept = run.at.step, run.kept
+    kept[:] = [*(x for x in kept if x < step), step][-run.config.keep :]
+    for old in states(run.folder):
+        if _step_of(old) <= step and _step_of(old) not in kept:
+            old.unlink()
 
 
 # %% the files of the states tags=["export"] module="run"
@@ -1856,9 +2153,22 @@ def state_path(folder, step):
 def states(folder):
     """The paths of the states in a run's folder, the oldest first.
 
+    Only what `state_path` names: no file of another name is a state.
+
     Derived in chapter 14.
     """
-    return sorted(Path(folder).glob("state_*.safetensors"))
+    found = Path(folder).glob("state_*.safetensors")
+    return sorted(filter(_is_state, found), key=_step_of)
+
+
+def _is_state(path):
+    digits = path.stem.removeprefix("state_")
+    return bool(re.fullmatch("[0-9]{8}|[1-9][0-9]{8,17}", digits))
+
+
+def _step_of(path):
+    """The step of a state, from its name."""
+    return int(path.stem.removeprefix("state_"))
 
 
 # %% [markdown]
@@ -1870,8 +2180,10 @@ def states(folder):
 # name leads to half a file. What a kill can leave is the unfinished file
 # under its other name, which nobody reads and the next start sweeps away.
 #
-# The old states are removed only when the new one has its name. So at every
-# moment there is at least one whole state, once there has been one.
+# The old states are removed only when the new one has its name, on the disk
+# too. So at every moment there is at least one whole state, once there has been
+# one. Only `state_` and digits make a state: a copy that you keep beside them
+# under a name of your own is neither gone on from nor removed.
 #
 # Reading trusts nothing. All is checked, each array against its checksum,
 # before a single weight is touched.
@@ -1882,7 +2194,7 @@ class State(NamedTuple):
     """What a file of `save_state` holds, but for the arrays.
 
     cfg: the model's GPT2Config. place: of the DataLoader. text: as
-    `fingerprint` gives it.
+    `fingerprint` gives it. begun: as `surroundings` gives it, or empty.
 
     Derived in chapter 14.
     """
@@ -1893,6 +2205,7 @@ class State(NamedTuple):
     at: Progress
     place: dict
     text: list
+    begun: dict
 
 
 # %% read and check tags=["export"] module="run"
@@ -1915,6 +2228,7 @@ def read_state(path):
             Progress(**record["progress"]),
             record["place"],
             record["text"],
+            dict(record.get("begun", {})),
         )
         _check_progress(state.at)
         _check_arrays(file, state, record["sums"])
@@ -2076,32 +2390,52 @@ def read_steps(path):
 # way. To **resume** is to build the same loaders, check that they hold the
 # same text, and take over the newest whole state. A few options may change
 # on the way, those that do not touch the path of the weights, and the
-# number of steps, for a run that shall go on longer.
+# number of steps, for a run that shall go on longer. The text may lie in
+# another place by now, as long as it is the same.
 
 
 # %% begin a run tags=["export"] module="run"
 def begin(folder, config):
     """Make ready a new run in an existing folder; returns a `Run`.
 
-    Writes config.json and the tokenizer, and removes the states of an older
-    run there. Raises ValueError, OSError, RuntimeError or MemoryError.
+    Locks the folder until `finish`, or until the Run is gone. Writes
+    config.json and the tokenizer, and removes the states of an older run
+    there. Raises ValueError, OSError, RuntimeError or MemoryError.
 
     Derived in chapter 14.
     """
-    data = prepare(config)
-    feeds = loaders(config, data)
-    model = new_model(config, data.encoding.n_vocab)
-    for old in states(folder):
-        old.unlink()
-    write_record(folder, config, data)
-    text = fingerprint(*feeds)
-    return Run(Path(folder), config, data, model, *feeds, Progress(), text)
+    folder = Path(folder)
+    with ExitStack() as undo:
+        lock = undo.enter_context(Lock(folder))
+        data = prepare(config)
+        feeds = loaders(config, data)
+        model = new_model(config, data.encoding.n_vocab)
+        begun = surroundings(config.backend)
+        record = fingerprint(*feeds), begun, [], lock
+        _sweep(folder, states(folder))
+        write_record(folder, config, data)
+        undo.pop_all()  # the lock stays
+    return Run(folder, config, data, model, *feeds, Progress(), *record)
+
+
+# %% what a kill leaves tags=["exporti"] module="run"
+HALF = re.compile(
+    r"(config\.json|log\.csv|loss\.png|model\.bin|sample\.txt"
+    r"|state_[0-9]+\.safetensors|tokenizer\.tiktoken)" + BESIDE
+)
+
+
+def _sweep(folder, old=()):
+    """Remove old states, and what was left half written."""
+    half = [x for x in folder.iterdir() if HALF.fullmatch(x.name)]
+    for path in [*old, *half]:
+        path.unlink()
 
 
 # %% what may change tags=["export"] module="run"
 CHANGEABLE = (
     "steps", "eval_every", "eval_batches", "save_every", "keep",
-    "sample_every",
+    "sample_every", "corpus", "shards",
 )  # fmt: skip
 
 
@@ -2110,40 +2444,75 @@ def resume(folder, **changes):
     """Take up the run in a folder; returns a `Run` and a list of warnings.
 
     changes: fields of the TrainConfig, of which only those in `CHANGEABLE`
-    may differ from the run's. The warnings say which newer states are
-    damaged. Nothing is written before all is checked. Raises OSError or
-    ValueError when the folder holds no run, no state of it is whole, or the
-    text is not the one it began with.
+    may differ from the run's; `corpus` and `shards` say where the text is
+    now. The folder is locked as by `begin`. The warnings say which newer
+    states are damaged, and what else has changed since the beginning that
+    may change bits. Nothing is written before all is checked. Raises
+    OSError or ValueError when the folder holds no run, no state of it is
+    whole, or the text is not the one it began with.
 
     Derived in chapter 14.
     """
     folder = Path(folder)
-    config = _changed(folder, changes)
-    state, warnings = newest_state(folder)
+    read_run(folder)  # only a run is locked
+    with ExitStack() as undo:
+        lock = undo.enter_context(Lock(folder))
+        config = _changed(folder, changes)
+        state, warnings = newest_state(folder)
+        data = _same_data(folder, config, state)
+        feeds = loaders(config, data)
+        text, begun = fingerprint(*feeds), surroundings(config.backend)
+        if state:
+            warnings += _check_text(state, text, feeds)
+            warnings += _differences(state.begun or begun, begun)
+            feeds[0].state, begun = state.place, state.begun or begun
+            model, at = restore(state._replace(config=config)), state.at
+        else:
+            model, at = new_model(config, data.encoding.n_vocab), Progress()
+        kept = [x for x in map(_step_of, states(folder)) if x <= at.step]
+        _sweep(folder)
+        write_record(folder, config, data)
+        undo.pop_all()  # the lock stays
+    record = at, text, begun, kept, lock
+    return Run(folder, config, data, model, *feeds, *record), warnings
+
+
+# %% the text again tags=["exporti"] module="run"
+def _same_data(folder, config, state):
+    """The Data of a run that goes on, if the state goes with it."""
     if state:
         _check_run(state, config)
-        state = state._replace(config=config)
     own = str(folder / "tokenizer.tiktoken")
-    data = prepare(replace(config, tokenizer=own))
-    feeds = loaders(config, data)
-    text = fingerprint(*feeds)
-    if not state:
-        model, at = new_model(config, data.encoding.n_vocab), Progress()
-    elif state.text != text:
-        raise ValueError(f"{folder}: the text is not the one it began with")
-    else:
-        feeds[0].state = state.place
-        model, at = restore(state), state.at
-    for part in folder.glob("*.[0-9]*.new"):
-        part.unlink()
-    write_record(folder, config, data)
-    return Run(folder, config, data, model, *feeds, at, text), warnings
+    try:
+        return prepare(replace(config, tokenizer=own))
+    except FileNotFoundError as error:
+        if error.filename == own:
+            raise
+        raise FileNotFoundError(
+            f"{error}; if the text has moved, name its new place with "
+            "--corpus or --shards"
+        ) from None
+
+
+def _check_text(state, text, feeds):
+    """Raise if the text is another; warn if that cannot be said for sure."""
+    if state.text == text:
+        return []
+    if state.text == _first_batches(feeds):
+        return [
+            f"{state.path} was written by an older llmnb: only the first "
+            "batch of the text was compared"
+        ]
+    folder = state.path.parent
+    raise ValueError(f"{folder}: the text is not the one it began with")
 
 
 # %% change it tags=["exporti"] module="run"
 def _changed(folder, changes):
     """The run's configuration with changes, if they are possible."""
     config = read_run(folder)
+    if "corpus" in changes:  # shards come first where both are given
+        changes = {"shards": "", **changes}
     for name, value in changes.items():
         was = getattr(config, name)
         if value != was and name not in CHANGEABLE:
@@ -2185,8 +2554,10 @@ def follow(run):
     config, at, log = run.config, run.at, run.folder / "log.csv"
     steps = train(config, run.model, run.batches, run.validation, at)
     with telling(run):
+        run.lock.check(hold=True)
         start_log(log, at.step)
         for step in steps:
+            run.lock.check(hold=True)
             add_to_log(log, step)
             due = config.save_every and at.step % config.save_every == 0
             if step.loss is not None and (due or at.step == config.steps):
@@ -2199,13 +2570,15 @@ def follow(run):
 def finish(run):
     """Write the files of `save_run`, at any step; returns the log's steps.
 
-    Raises as `follow` does.
+    Then the folder is no longer locked. Raises as `follow` does.
 
     Derived in chapter 14.
     """
     with telling(run):
+        run.lock.check(hold=True)
         steps = read_steps(run.folder / "log.csv")
         save_run(run.folder, run.config, run.model, run.data, steps)
+    run.lock.release()
     return steps
 
 
@@ -2218,12 +2591,13 @@ def telling(run):
     """
     try:
         yield
+    except BlockingIOError:  # the folder is another's
+        raise
     except OSError as error:
         what = error.strerror or str(error)
-        now = state_path(run.folder, run.at.step)
-        kept = [x for x in states(run.folder) if x <= now]
+        kept = [state_path(run.folder, step).name for step in run.kept]
         left = (
-            f"the last checkpoint is {kept[-1].name}"
+            f"the last checkpoint is {kept[-1]}"
             if kept
             else ("there is no checkpoint yet")
         )
@@ -2420,8 +2794,8 @@ for depth in (12, 48):
     print(f"d{depth}: {size / 1e9:.1f} GB a state")
 
 # %% [markdown]
-# **What is not promised.** Another machine, another version of numba, or a
-# text that changes where the fingerprint does not look may lead elsewhere.
+# **What is not promised.** Another machine or another version of numba may
+# lead elsewhere; `resume` warns of both.
 
 # %% [markdown]
 # ## Take away

@@ -629,7 +629,8 @@ import numpy as np
 
 from llmnb.corpus import split
 from llmnb.data import shard_length, write_shard
-from llmnb.files import replacing
+from llmnb.files import BESIDE, make_folder, replacing
+from llmnb.lock import LOCK, Lock, in_use
 from llmnb.tokenizer import save
 
 
@@ -835,7 +836,9 @@ class _Stream:
 # token. Killed before the renaming of a shard, we redo it; killed between the
 # shard and the note, we redo it too and write the same bytes, by (18.1); killed
 # after the note, we go on behind it. When all is done the note is removed, and
-# a folder without it is finished.
+# a folder without it is finished. Meanwhile the folder is locked, as a run's is
+# ([chapter 14](14_training.ipynb)): two such jobs would write over each other's
+# notes.
 #
 # The note also holds what the work depends on: the options, a hash of the
 # marks of all sources, a hash of the tokenizer. If one has changed, the two
@@ -844,8 +847,8 @@ class _Stream:
 # %% what the work depends on tags=["exporti"]
 NOTE = "unfinished.json"
 OURS = re.compile(
-    r"((train|val)(_\d{6})?\.bin|tokenizer\.tiktoken|unfinished\.json)"
-    r"(\.\d+\.new)?"
+    r"((train|val)(_[0-9]{6,})?\.bin|tokenizer\.tiktoken|unfinished\.json)"
+    rf"({BESIDE})?"
 )
 
 
@@ -936,10 +939,12 @@ def shards_folder(path, force=False):
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file, not a folder")
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     rest = [x for x in path.iterdir() if x.suffix != ".new"]
+    rest = [x for x in rest if x.name != LOCK]
     if rest and not force and not (path / NOTE).exists():
-        raise FileExistsError(f"{path} exists and is not empty")
+        state = in_use(path) or "exists and is not empty"
+        raise FileExistsError(f"{path} {state}")
     return path
 
 
@@ -1020,11 +1025,20 @@ def write_shards(folder, sources, encoding, options, force=False, workers=0):
     dict with at least limit (characters, 0 for all), shard_tokens and
     val_tokens (0: a tenth, at most 32,768). force: start anew. workers:
     threads, 0 for one a core. Unfinished work is gone on with, and the
-    files are those of an uninterrupted run. Raises ValueError or OSError.
+    files are those of an uninterrupted run. The folder is locked meanwhile.
+    Raises ValueError or OSError.
 
     Derived in chapter 18.
     """
     _check_options(encoding, options)
+    with Lock(folder) as lock:
+        folder = shards_folder(folder, force)  # nobody has filled it since
+        work = sources, encoding, options, force, workers
+        yield from _written(folder, lock, *work)
+
+
+# %% shard by shard tags=["exporti"]
+def _written(folder, lock, sources, encoding, options, force, workers):
     note = _note_of(folder, sources, encoding, options, force)
     save(encoding, folder / "tokenizer.tiktoken")
     place = note["next"]
@@ -1036,6 +1050,7 @@ def write_shards(folder, sources, encoding, options, force=False, workers=0):
         for filled in _fill(stream, tokens):
             yield _progress(stream, note, filled)
         name = _name_of_next(note, size, not stream.more())
+        lock.check(hold=True)
         write_shard(folder / name, tokens[:filled])
         note["shards"].append([name, filled])
         note["next"] = stream.place

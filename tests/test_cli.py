@@ -1,12 +1,17 @@
 """The command line: what users type, see and get wrong."""
 
+import argparse
+import errno
 import gzip
 import io
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
@@ -174,6 +179,135 @@ def test_resume_takes_the_newest_run(llmnb, tmp_path):
     assert [x.split(",")[0] for x in lines.splitlines()[1:]] == list(
         "012345678"
     )
+
+
+def aged(folder, seconds):
+    """As if a folder's files were written so long after 2001."""
+    for path in (*folder.rglob("*"), folder):
+        os.utime(path, (1e9 + seconds, 1e9 + seconds))
+
+
+@pytest.fixture
+def two_runs(llmnb, tmp_path):
+    """runs/stdlib and the newer runs/stdlib-2, which seems to be older."""
+    for _ in range(2):
+        llmnb("train", *TINY.split())
+    aged(tmp_path / "runs" / "stdlib-2", 0)
+    aged(tmp_path / "runs" / "stdlib", 5000)
+    return tmp_path / "runs"
+
+
+def newest(llmnb, warned=False):
+    """The run that each command takes when none is named."""
+    code, out, err = llmnb("train", "--resume")
+    assert code == 0
+    assert ("warning: which of the" in err) == warned
+    found = [re.search("^folder +(.*)", out, re.M)[1]]
+    code, _, err = llmnb("generate", "--tokens", 3)
+    assert code == 0
+    found.append(re.search("model: (.*)", err)[1])
+    Path("text.txt").write_text("spam and eggs, " * 30)
+    code, out, _ = llmnb("eval", "--text", "text.txt")
+    assert code == 0
+    found.append(re.search("^model +(.*)", out, re.M)[1])
+    assert len({Path(x).name for x in found}) == 1, found
+    return Path(found[0]).name
+
+
+def test_the_newest_run_does_not_depend_on_the_clock(llmnb, two_runs):
+    assert newest(llmnb) == "stdlib-2"
+    llmnb("train", "--resume", "runs/stdlib", "--steps", 7)
+    aged(two_runs / "stdlib", -5000)
+    assert newest(llmnb) == "stdlib"
+    shutil.rmtree(two_runs / "stdlib")
+    assert newest(llmnb) == "stdlib-2"
+
+
+def test_the_newest_run_of_a_copy(llmnb, two_runs, tmp_path, monkeypatch):
+    shutil.copytree(two_runs, tmp_path / "b" / "runs")
+    aged(tmp_path / "b" / "runs" / "stdlib", 9000)
+    monkeypatch.chdir(tmp_path / "b")
+    assert newest(llmnb) == "stdlib-2"
+
+
+def test_the_newest_run_is_the_one_that_saved_last(llmnb, tmp_path):
+    """Whichever was begun or ended first."""
+    from llmnb.cli import _note
+    from llmnb.run import begin, follow
+    from llmnb.train import run_folder
+
+    def run(name):
+        args = argparse.Namespace(tensorboard=False)
+        made = begin(run_folder(f"runs/{name}"), config)
+        _note(made)
+        return made, cli._follow, args
+
+    options = {"num_layers": 1, "num_heads": 2, "channels": 16, "steps": 6}
+    config = TrainConfig(
+        tokenizer="byte", limit=30000, seq_len=16, batch_size=2,
+        backend="reference", save_every=3, eval_every=4, **options,
+    )  # fmt: skip
+    first = run("first")
+    second = run("second")
+    second[1](second[0], second[2])
+    assert cli._newest_run("config.json").name == "second"
+    for _ in follow(first[0]):
+        pass
+    assert cli._newest_run("config.json").name == "second", "not noted"
+    first[1](first[0], first[2])
+    assert cli._newest_run("config.json").name == "first"
+
+
+def test_a_run_that_was_renamed_makes_it_uncertain(llmnb, two_runs):
+    (two_runs / "stdlib-2").rename(two_runs / "best")
+    code, out, err = llmnb("generate", "--tokens", 3)
+    assert code == 0 and "model: " + str(Path("runs/stdlib")) in err
+    (line,) = [x for x in err.splitlines() if "warning" in x]
+    assert "the 2 runs in runs/ is the newest is not certain" in line
+    assert "taken is runs" in line and "name one" in line
+    (two_runs / ".order").unlink()
+    assert newest(llmnb, warned=True) == "stdlib"
+    shutil.rmtree(two_runs / "best")
+    (two_runs / ".order").unlink()
+    assert newest(llmnb) == "stdlib", "the only one is certain"
+
+
+def test_trains_that_start_together_take_two_folders(llmnb, tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        names = [*pool.map(cli._new_folder, [TrainConfig()] * 8)]
+    assert len(set(names)) == 8 and all(x.is_dir() for x in names)
+
+
+def test_resume_with_a_text_that_has_moved(llmnb, tmp_path):
+    (tmp_path / "a.txt").write_text("spam and eggs, " * 900)
+    llmnb("train", "--out", "a", "--corpus", "a.txt", *TINY.split())
+    llmnb("data", "here", "--corpus", "a.txt", "--tokenizer", "byte")
+    llmnb("train", "--out", "b", "--shards", "here", *TINY.split())
+    (tmp_path / "a.txt").rename(tmp_path / "b.txt")
+    (tmp_path / "here").rename(tmp_path / "there")
+    for run, where in (
+        ("a", ["--corpus", "b.txt"]),
+        ("b", ["--shards", "there"]),
+    ):
+        again = "train", "--resume", run, "--steps", 8
+        code, _, err = llmnb(*again)
+        assert code == 1 and "name its new place with --corpus or" in err
+        code, out, _ = llmnb(*again, *where)
+        assert code == 0 and "at step 6 of 8" in out
+    (tmp_path / "c.txt").write_text("spam and eggs. " * 900)
+    code, _, err = llmnb("train", "--resume", "a", "--corpus", "c.txt")
+    assert code == 1 and "a: the text is not the one it began with" in err
+
+
+def test_warnings_take_one_line(llmnb, monkeypatch):
+    def fail(place):
+        raise OSError(errno.ENOLCK, "no locks\navailable")
+
+    monkeypatch.setattr("llmnb.lock._flock", fail)
+    code, _, err = llmnb("train", "--out", "run", *TINY.split())
+    assert code == 0
+    (line,) = [x for x in err.splitlines() if "warning" in x]
+    assert line.startswith("llmnb: warning: run: no locks on this file")
 
 
 def test_a_damaged_checkpoint_is_passed_over(llmnb, tmp_path):

@@ -22,10 +22,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmnb import run as the_run
 from llmnb import tokenizer
+from llmnb.cpu.tile import cpu_features
+from llmnb.data import write_shard
+from llmnb.lock import LOCK, Lock, in_use
 from llmnb.run import (
     CHANGEABLE,
     begin,
+    fingerprint,
     finish,
     follow,
     newest_state,
@@ -35,10 +40,11 @@ from llmnb.run import (
     resume,
     save_state,
     start_log,
+    state_path,
     states,
 )
 from llmnb.tensors import TensorFile, write_tensors
-from llmnb.train import Data, TrainConfig, run_folder
+from llmnb.train import Data, TrainConfig, loaders, prepare, run_folder
 
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("LLMNB_KILLS", 4))
@@ -238,6 +244,125 @@ def test_leftovers_are_swept_away(tmp_path):
     assert not left.exists() and other.exists()
 
 
+@pytest.mark.parametrize("how", ["resume", "begin"])
+def test_only_our_own_leftovers_are_swept_away(tmp_path, how):
+    cut(tmp_path / "a", 7)
+    ours = "state_00000010.safetensors", "log.csv", "model.bin", "config.json"
+    ours = [f"{name}.{i:016x}.new" for i, name in enumerate(ours)]
+    others = [
+        "notes.2024.new", "state_best.safetensors.12.new", "log.csv.new",
+        "my model.bin.0123456789abcdef.new", "log.csv.0123456789abcdef",
+    ]  # fmt: skip
+    for name in (*ours, *others):
+        (tmp_path / "a" / name).write_bytes(b"half")
+    run = (
+        resume(tmp_path / "a")[0]
+        if how == "resume"
+        else begin(tmp_path / "a", TINY)
+    )
+    left = {x.name for x in run.folder.iterdir()}
+    assert left & {*ours, *others} == {*others}
+
+
+# which files are states
+
+FOREIGN = (
+    "state_best.safetensors", "state_00000005 copy.safetensors",
+    "state_5.safetensors", "state_0000000005.safetensors",
+    "state_00000005.safetensors.bak", "state_-0000005.safetensors",
+    "state_٠٠٠٠٠٠٠٥.safetensors", "my_state_00000005.safetensors",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["resume", "begin", "follow"])
+def test_only_our_own_names_are_states(tmp_path, how):
+    """A copy beside the states is not gone on from, and stays."""
+    run = cut(tmp_path / "a", 12)
+    newest = states(run.folder)[-1].read_bytes()
+    del run
+    for name in FOREIGN:
+        (tmp_path / "a" / name).write_bytes(b"better: " + newest)
+    if how == "begin":
+        run = begin(tmp_path / "a", TINY)
+        assert states(run.folder) == []
+    else:
+        run, warnings = resume(tmp_path / "a")
+        assert run.at.step == 10 and warnings == []
+    if how == "follow":
+        list(follow(run))
+        assert [x.name[6:14] for x in states(run.folder)] == [
+            "00000015", "00000020",
+        ]  # fmt: skip
+    for name in FOREIGN:
+        assert (tmp_path / "a" / name).read_bytes() == b"better: " + newest
+
+
+def test_states_come_in_the_order_of_their_steps(tmp_path):
+    steps = [99_999_999, 100_000_000, 5, 123_456_789_012, 10**9]
+    for step in steps:
+        state_path(tmp_path, step).write_bytes(b"")
+    got = [int(x.stem[6:]) for x in states(tmp_path)]
+    assert got == sorted(steps)
+    assert states(tmp_path / "nowhere") == []
+
+
+def test_a_run_of_more_than_a_hundred_million_steps(tmp_path):
+    run = begin(run_folder(tmp_path / "a"), replace(TINY, steps=10**9))
+    for step in (99_999_998, 99_999_999, 100_000_000):
+        run.at.step = step
+        save_state(run)
+    assert [int(x.stem[6:]) for x in states(run.folder)] == [
+        99_999_999, 100_000_000,
+    ]  # fmt: skip
+    assert newest_state(run.folder)[0].at.step == 100_000_000
+
+
+def test_newer_states_stay_until_the_run_has_come_there(tmp_path):
+    """A damaged one takes no good one's place, and goes when it is passed."""
+    config = replace(TINY, keep=2, save_every=2)
+    cut(tmp_path / "a", 7, config)
+    for step in (9, 13, 99):
+        state_path(tmp_path / "a", step).write_bytes(b"damaged")
+    run, warnings = resume(tmp_path / "a")
+    assert run.at.step == 6 and len(warnings) == 3
+    seen = {}
+    for _ in follow(run):
+        seen[run.at.step] = [int(x.stem[6:]) for x in states(run.folder)]
+    assert seen[7] == [4, 6, 9, 13, 99]
+    assert seen[8] == [6, 8, 9, 13, 99]
+    assert seen[10] == [8, 10, 13, 99]
+    assert seen[14] == [12, 14, 99] and seen[20] == [18, 20, 99]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders cannot be synced")
+def test_a_state_is_safe_before_an_older_one_is_removed(tmp_path, monkeypatch):
+    run = begin(run_folder(tmp_path / "a"), replace(TINY, keep=1))
+    made = []
+
+    def noted(name):
+        call = getattr(os, name)
+
+        def wrapped(first, *rest, **more):
+            made.append(name)
+            return call(first, *rest, **more)
+
+        return wrapped
+
+    for step in (5, 10):
+        run.at.step = step
+        made.clear()
+        with monkeypatch.context() as patch:
+            for name in ("fsync", "replace", "unlink"):
+                patch.setattr(os, name, noted(name))
+            save_state(run)
+    assert [x.name for x in states(run.folder)] == [
+        "state_00000010.safetensors"
+    ]
+    while made[:4] != ["fsync", "replace", "unlink", "fsync"]:
+        assert made.pop(0) == "unlink"  # of the file beside, which is gone
+    assert made[4:] == ["unlink"]
+
+
 # what cannot be resumed
 
 
@@ -267,6 +392,196 @@ def test_another_text(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="the text is not the one it began"):
         resume(tmp_path / "a")
     assert files_of(tmp_path / "a") == before, "nothing is written"
+
+
+def changed(then, place, part, count):
+    """The text with some tokens changed on the way into a part."""
+
+    def prepare_other(config):
+        data = then(config)
+        tokens = getattr(data, part).copy()
+        at = int(len(tokens) * place)
+        tokens[at : at + count] ^= 1
+        return data._replace(**{part: tokens})
+
+    return prepare_other
+
+
+@pytest.mark.parametrize("part", ["train_tokens", "val_tokens"])
+@pytest.mark.parametrize("place, count", [(0.5, 300), (0.9, 1), (0.3, 1)])
+def test_a_text_changed_anywhere(tmp_path, monkeypatch, part, place, count):
+    cut(tmp_path / "a", 7)
+    before = files_of(tmp_path / "a")
+    other = changed(the_run.prepare, place, part, count)
+    monkeypatch.setattr("llmnb.run.prepare", other)
+    with pytest.raises(ValueError, match="the text is not the one it began"):
+        resume(tmp_path / "a")
+    assert files_of(tmp_path / "a") == before, "nothing is written"
+
+
+def shards_in(folder, change=None):
+    """A folder of five shards, of which one may have one token changed."""
+    folder.mkdir()
+    tokens = np.random.RandomState(3).randint(0, 256, (5, 900)).astype("u2")
+    if change is not None:
+        tokens[change, 450] ^= 1
+    write_shard(folder / "val.bin", tokens[0])
+    for k in range(1, 5):
+        write_shard(folder / f"train_{k:06}.bin", tokens[k])
+    tokenizer.save(tokenizer.byte(), folder / "tokenizer.tiktoken")
+    return str(folder)
+
+
+def test_shards_that_have_moved(tmp_path, monkeypatch):
+    monkeypatch.setattr("llmnb.run.prepare", prepare)
+    config = replace(TINY, shards=shards_in(tmp_path / "here"))
+    want = straight(tmp_path / "a", config)[0]
+    cut(tmp_path / "b", 7, config)
+    os.rename(tmp_path / "here", tmp_path / "there")
+    before = files_of(tmp_path / "b")
+    with pytest.raises(FileNotFoundError, match="moved, name its new place"):
+        resume(tmp_path / "b")
+    for change in (0, 1, 3):
+        other = shards_in(tmp_path / f"other{change}", change)
+        with pytest.raises(ValueError, match="the text is not the one it be"):
+            resume(tmp_path / "b", shards=other)
+    assert files_of(tmp_path / "b") == before, "nothing is written"
+    run, warnings = resume(tmp_path / "b", shards=str(tmp_path / "there"))
+    assert warnings == []
+    list(islice(follow(run), 9))
+    run, _ = resume(tmp_path / "b")  # it knows by now
+    list(follow(run))
+    assert np.array_equal(weights(run), weights(want))
+
+
+def test_a_corpus_that_has_moved(tmp_path, monkeypatch):
+    monkeypatch.setattr("llmnb.run.prepare", prepare)
+    (tmp_path / "here.txt").write_text("spam and eggs, " * 500)
+    config = replace(TINY, corpus=(str(tmp_path / "here.txt"),))
+    want = straight(tmp_path / "a", config)[0]
+    cut(tmp_path / "b", 7, config)
+    os.rename(tmp_path / "here.txt", tmp_path / "there.txt")
+    with pytest.raises(FileNotFoundError, match="moved, name its new place"):
+        resume(tmp_path / "b")
+    run, _ = resume(tmp_path / "b", corpus=(str(tmp_path / "there.txt"),))
+    list(follow(run))
+    assert np.array_equal(weights(run), weights(want))
+
+
+def test_a_corpus_in_place_of_shards(tmp_path, monkeypatch):
+    """The tokens decide, not the way they come."""
+    monkeypatch.setattr("llmnb.run.prepare", prepare)
+    text = tmp_path / "text.txt"
+    text.write_text("spam and eggs, " * 500)
+    config = replace(TINY, corpus=(str(text),))
+    data = prepare(config)
+    (tmp_path / "shards").mkdir()
+    write_shard(tmp_path / "shards" / "train.bin", data.train_tokens)
+    write_shard(tmp_path / "shards" / "val.bin", data.val_tokens)
+    tokenizer.save(data.encoding, tmp_path / "shards" / "tokenizer.tiktoken")
+    cut(tmp_path / "a", 7, replace(TINY, shards=str(tmp_path / "shards")))
+    run, _ = resume(tmp_path / "a", corpus=config.corpus)
+    assert run.config == config and run.at.step == 5
+
+
+def test_a_fingerprint_keeps_one_shard_open(tmp_path):
+    files = Path("/proc/self/fd")
+    if not files.exists():
+        pytest.skip("counts files in /proc")
+    config = replace(TINY, shards=shards_in(tmp_path / "here"))
+    feeds = loaders(config, prepare(config))
+    before = len(list(files.iterdir()))
+    found = fingerprint(*feeds)
+    assert len(list(files.iterdir())) <= before + 1
+    assert found == json.loads(json.dumps(found))
+    together = np.random.RandomState(3).randint(0, 256, (5, 900)).astype("u2")
+    data = Data(None, together[1:].ravel(), together[0], "")
+    other = fingerprint(*loaders(config, data))
+    assert other[0] != found[0], "where shards end is part of it"
+    assert other[1] == found[1]
+
+
+def older(path, first_batches):
+    """Make of a state what an older llmnb would have written."""
+    file = TensorFile(path)
+    record = json.loads(file.metadata["record"])
+    del record["begun"]
+    record["text"] = first_batches
+    text = json.dumps(record)
+    note = file.metadata | {
+        "record": text,
+        "sum": str(zlib.crc32(text.encode())),
+    }
+    write_tensors(path, {name: file[name] for name in file.names}, note)
+
+
+def test_a_state_of_an_older_llmnb(tmp_path):
+    want = straight(tmp_path / "want")[0]
+    run = cut(tmp_path / "a", 7)
+    found = []
+    for loader in (run.batches, run.validation):
+        loader.reset()
+        first = b"".join(x.tobytes() for x in loader.next_batch())
+        found.append([loader.batches_per_epoch, zlib.crc32(first)])
+    older(states(run.folder)[-1], found)
+    run, (warning,) = resume(tmp_path / "a")
+    assert "by an older llmnb: only the first batch of the text" in warning
+    list(follow(run))
+    assert np.array_equal(weights(run), weights(want))
+    cut(tmp_path / "b", 7)
+    found[1][1] ^= 1
+    older(states(tmp_path / "b")[-1], found)
+    with pytest.raises(ValueError, match="the text is not the one it began"):
+        resume(tmp_path / "b")
+
+
+# another machine
+
+
+def test_other_versions_are_told(tmp_path, monkeypatch):
+    cut(tmp_path / "a", 7)
+    monkeypatch.setattr("llmnb.run.version", lambda name: f"{name}-9")
+    for steps in (5, 99):  # of the new machine's own states too
+        run, (warning,) = resume(tmp_path / "a")
+        assert "may differ in their last bits" in warning
+        for name in ("llmnb", "numpy", "numba", "llvmlite"):
+            assert f"now {name}-9" in warning
+        list(islice(follow(run), steps))
+    monkeypatch.undo()
+
+
+def test_another_processor_is_told(tmp_path, monkeypatch):
+    cut(tmp_path / "a", 7)
+    features = cpu_features() - {"avx2", "neon"} | {"new"}
+    monkeypatch.setattr("llmnb.cpu.tile.cpu_features", lambda: features)
+    run, (warning,) = resume(tmp_path / "a")
+    assert "features " in warning and ", now new" in warning
+    assert "Python" not in warning
+
+
+def test_another_gpu_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMNB_CUDA", "simulator")
+    cuda = pytest.importorskip("llmnb.cuda.model")
+    begun = the_run.surroundings("cuda")
+    monkeypatch.setattr(cuda, "gpu", lambda: "another")
+    now = the_run.surroundings("cuda")
+    (warning,) = the_run._differences(begun, now)
+    assert "began with GPU none" in warning and ", now another" in warning
+    assert "GPU" not in the_run.surroundings("cpu")
+
+
+@pytest.mark.parametrize(
+    "name", ["LLMNB_TILE", "NUMBA_OPT", "NUMBA_CPU_FEATURES", "LLMNB_BF16"]
+)
+def test_another_setting_is_told(tmp_path, monkeypatch, name):
+    monkeypatch.delenv(name, raising=False)
+    cut(tmp_path / "a", 7)
+    monkeypatch.setenv(name, "other")
+    run, (warning,) = resume(tmp_path / "a")
+    assert warning.endswith(f"began with {name} none, now other")
+    monkeypatch.delenv(name)
+    del run
+    assert resume(tmp_path / "a")[1] == []
 
 
 def test_a_state_of_another_run(tmp_path):
@@ -389,6 +704,7 @@ def test_arrays_of_another_model(tmp_path, whole, tensors, message):
         {"progress": {"step": 3, "updates": 4}},
         {"progress": {"losses": ["x"]}}, {"progress": {"norms": 3.0}},
         {"sums": {}}, {"sums": 3}, {"model": {"num_layers": 10**9}},
+        {"begun": 3}, {"begun": ["numba"]},
     ],
     ids=str,
 )  # fmt: skip
@@ -442,8 +758,8 @@ def test_a_damaged_state_does_not_push_out_good_ones(tmp_path):
     assert run.at.step == 8 and len(warnings) == 1
     list(islice(follow(run), 2))
     assert [x.name for x in states(run.folder)] == [
-        "state_00000010.safetensors"
-    ]
+        "state_00000010.safetensors", "state_00000099.safetensors",
+    ]  # fmt: skip
 
 
 def test_no_state_is_whole(tmp_path):
@@ -565,8 +881,200 @@ def test_a_small_disk(tmp_path):
             list(follow(run))
         assert [x.name for x in run.folder.glob("*.new")] == []
         assert newest_state(run.folder)[0].at.step == 5
+        run.lock.release()
     finally:
         subprocess.run(["umount", place], check=True)
+
+
+# one folder, one owner
+
+HOLDER = """
+import sys
+from llmnb.lock import Lock
+lock = Lock(sys.argv[1])
+print("locked", flush=True)
+{then}
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def held(folder, then=""):
+    """Another process that has the lock of a folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER.format(then=then), str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout.readline() == b"locked\n"
+    try:
+        yield process
+    finally:
+        process.communicate(timeout=60)
+
+
+def test_a_folder_of_another_process_is_refused(tmp_path):
+    cut(tmp_path / "a", 7)
+    (tmp_path / "empty").mkdir()
+    before = files_of(tmp_path / "a")
+    with held(tmp_path / "a") as process, held(tmp_path / "empty"):
+        who = rf"is in use by process {process.pid} on \S+ since 20\d\d-"
+        for call in (
+            lambda: begin(tmp_path / "a", TINY),
+            lambda: resume(tmp_path / "a"),
+            lambda: run_folder(tmp_path / "a"),
+            lambda: begin(run_folder(tmp_path / "a", force=True), TINY),
+        ):
+            with pytest.raises(OSError, match=who) as error:
+                call()
+            assert "\n" not in str(error.value)
+            error = None  # noqa: F841
+        with pytest.raises(BlockingIOError, match="empty is in use by"):
+            begin(run_folder(tmp_path / "empty"), TINY)
+        assert in_use(tmp_path / "a") and in_use(tmp_path / "empty")
+    assert files_of(tmp_path / "a") == before, "nothing is written or removed"
+    assert in_use(tmp_path / "a") == ""
+    assert resume(tmp_path / "a")[0].at.step == 5
+
+
+def test_a_dead_process_locks_nobody_out(tmp_path):
+    folder = run_folder(tmp_path / "a")
+    with held(folder) as process:
+        process.kill()
+    assert (folder / LOCK).exists() and in_use(folder) == ""
+    assert run_folder(folder) == folder, "it counts as empty"
+    want, run = straight(tmp_path / "b")[0], begin(folder, TINY)
+    assert f"process {os.getpid()} on" in (folder / LOCK).read_text()
+    list(follow(run))
+    finish(run)
+    finish(want)
+    assert files_of(folder) == files_of(want.folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_holds_no_lock(tmp_path):
+    child = "import os, time\nif os.fork() == 0: time.sleep(9)"
+    with held(tmp_path, child) as process:
+        time.sleep(0.3)
+        assert in_use(tmp_path)
+        process.kill()
+        process.wait()
+        Lock(tmp_path).release()
+        process.stdout.close()
+        process.stdout = None  # the child has the other end
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_the_newer_run_of_a_process_has_the_folder(tmp_path):
+    older = cut(tmp_path / "a", 7)
+    steps = follow(older)
+    next(steps)
+    newer, _ = resume(tmp_path / "a")
+    for call in (
+        lambda: next(steps),
+        lambda: save_state(older),
+        lambda: finish(older),
+        lambda: next(follow(older)),
+    ):
+        with pytest.raises(BlockingIOError, match="taken up anew, by this pr"):
+            call()
+    list(follow(newer))
+    want = straight(tmp_path / "b")[0]
+    finish(newer)
+    finish(want)
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+
+
+def test_a_lock_ends_with_its_run(tmp_path):
+    def free():
+        return not (tmp_path / "a" / LOCK).exists()
+
+    run = cut(tmp_path / "a", 7)
+    assert not free()
+    finish(run)
+    assert free()
+    save_state(run)
+    next(follow(run))
+    assert not free(), "it goes on"
+    del run
+    assert free()
+    for change in ({"channels": 64}, {"steps": 2}):
+        with pytest.raises(ValueError) as error:
+            resume(tmp_path / "a", **change)
+        assert error and free()
+    with pytest.raises(ValueError) as error:
+        begin(tmp_path / "a", replace(TINY, seq_len=10**6, total_batch=0))
+    assert error and free()
+    with Lock(tmp_path / "a"):
+        assert not free()
+    assert free()
+
+
+def test_a_lock_whose_file_was_removed(tmp_path):
+    """The run takes it again, unless another process was faster."""
+    run = begin(run_folder(tmp_path / "a"), TINY)
+    steps = follow(run)
+    next(steps)
+    (run.folder / LOCK).unlink()
+    next(steps)
+    assert f"process {os.getpid()} on" in (run.folder / LOCK).read_text()
+    shutil.rmtree(run.folder)
+    run.folder.mkdir()
+    with held(run.folder) as process:
+        with pytest.raises(BlockingIOError, match=f"process {process.pid} on"):
+            next(steps)
+        assert [x.name for x in run.folder.iterdir()] == [LOCK]
+
+
+def test_a_lock_that_is_just_being_taken_away(tmp_path, monkeypatch):
+    """Between opening and locking, the last owner removes the file."""
+    from llmnb import lock
+
+    calls = []
+
+    def late(place, then=lock._flock):
+        if not calls:
+            os.unlink(tmp_path / LOCK)
+        calls.append(place)
+        then(place)
+
+    monkeypatch.setattr(lock, "_flock", late)
+    kept = Lock(tmp_path)
+    monkeypatch.undo()
+    assert len(calls) == 2 and kept.release.alive
+    process = [sys.executable, "-c", "import sys; from llmnb.lock import Lock"]
+    process[-1] += "; Lock(sys.argv[1])"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    got = subprocess.run(
+        [*process, tmp_path], env=env, capture_output=True, text=True
+    )
+    assert f"is in use by process {os.getpid()}" in got.stderr
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
+    def fail(place):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("llmnb.lock._flock", fail)
+    with pytest.warns(UserWarning, match="no locks on this file system"):
+        run = begin(run_folder(tmp_path / "a"), TINY)
+    list(follow(run))
+    finish(run)
+    assert not (tmp_path / "a" / LOCK).exists()
+
+
+def test_a_link_in_place_of_the_lock(tmp_path):
+    if not hasattr(os, "O_NOFOLLOW"):
+        pytest.skip("links are followed")
+    kept = tmp_path / "kept"
+    kept.write_bytes(b"mine")
+    run_folder(tmp_path / "a")
+    (tmp_path / "a" / LOCK).symlink_to(kept)
+    with pytest.raises(OSError):
+        begin(tmp_path / "a", TINY)
+    assert kept.read_bytes() == b"mine"
 
 
 # the log
@@ -731,6 +1239,30 @@ def test_a_signal_finishes_the_step(finished, name):
     want, got = files_of(finished / "straight"), files_of(folder)
     assert want["model.bin"] == got["model.bin"]
     assert want["log.csv"] == got["log.csv"]
+
+
+def test_two_commands_in_one_folder(finished):
+    """The second is refused, however it is started, and harms nothing."""
+    args = COMMAND.replace("--steps 20", "--steps 60").split()
+    wait(start(finished, *args, "--out", "alone"))
+    first = start(finished, *args, "--out", "shared")
+    while rows(finished / "shared") < 3:
+        assert first.poll() is None
+        time.sleep(0.001)
+    first.send_signal(signal.SIGSTOP)
+    threads = "train", "--threads", 1
+    seconds = [
+        start(finished, *args, "--out", "shared"),
+        start(finished, *args, "--out", "shared", "--force"),
+        start(finished, *threads, "--resume", "shared"),
+    ]
+    for second in seconds:
+        err = wait(second, 1)
+        assert f"shared is in use by process {first.pid} on " in err
+        assert err.count("\n") == 1
+    first.send_signal(signal.SIGCONT)
+    wait(first)
+    assert files_of(finished / "shared") == files_of(finished / "alone")
 
 
 def test_a_second_signal_stops_at_once(finished):

@@ -540,6 +540,74 @@ def test_a_folder_in_use_is_refused(tmp_path, texts, encoding):
         shards_folder(tmp_path / "file")
 
 
+HOLDER = """
+import sys
+from llmnb.lock import Lock
+lock = Lock(sys.argv[1])
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_of_another_process_is_refused(tmp_path, texts, encoding):
+    make(tmp_path / "whole", [texts], encoding)
+    out = begun(tmp_path / "out", texts, encoding)
+    full = tmp_path / "full"
+    make(full, [texts], encoding)
+    before = written(out)
+    holders = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(folder)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": root()},
+        )
+        for folder in (out, full)
+    ]  # fmt: skip
+    for holder in holders:
+        holder.stdout.readline()
+    process = rf"is in use by process {holders[0].pid} on "
+    for force in (False, True):
+        folder, found = shards_folder(out, force), sources([texts])
+        with pytest.raises(BlockingIOError, match=process):
+            next(write_shards(folder, found, encoding, OPTIONS, force))
+    with pytest.raises(FileExistsError, match="is in use by process"):
+        shards_folder(full)
+    assert (written(out) | {".lock": b""}) == before | {".lock": b""}
+    for holder in holders:
+        holder.kill()
+        holder.communicate()
+    assert (out / ".lock").exists()
+    make(out, [texts], encoding)
+    assert written(out) == written(tmp_path / "whole")
+
+
+def test_a_folder_that_was_filled_meanwhile(tmp_path, texts, encoding):
+    """Between the first look and the lock, another process did it all."""
+    folder = shards_folder(tmp_path / "out")
+    make(tmp_path / "out", [texts], encoding)
+    before = written(folder)
+    work = write_shards(
+        folder, sources([texts]), encoding, OPTIONS | {"shard_tokens": 700}
+    )
+    with pytest.raises(FileExistsError, match="is not empty"):
+        next(work)
+    assert written(folder) == before
+
+
+def test_the_newer_work_of_a_process_has_the_folder(tmp_path, texts, encoding):
+    folder, found = shards_folder(tmp_path / "out"), sources([texts])
+    older = write_shards(folder, found, encoding, OPTIONS)
+    for _ in range(4):
+        next(older)
+    list(write_shards(folder, found, encoding, OPTIONS))
+    before = written(folder)
+    with pytest.raises(BlockingIOError, match="taken up anew, by this proce"):
+        list(older)
+    assert written(folder) == before
+    make(tmp_path / "whole", [texts], encoding)
+    assert before == written(tmp_path / "whole")
+
+
 def test_force_removes_the_old_shards_and_nothing_else(
     tmp_path, texts, encoding
 ):

@@ -109,6 +109,7 @@ from llmnb.cuda.matmul import (
 from llmnb.cuda.model import (
     LAYERS,
     fill,
+    gpu,
     model_layers,
     model_layout,
     no_gpu,
@@ -219,6 +220,7 @@ __all__ = [
     "gelu_backward",
     "gelu_forward",
     "global_norm",
+    "gpu",
     "gpu_facts",
     "in_turns",
     "kernel",

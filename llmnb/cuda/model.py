@@ -9,6 +9,7 @@ every gradient are those of PyTorch.
 __all__ = [
     "LAYERS",
     "fill",
+    "gpu",
     "model_layers",
     "model_layout",
     "no_gpu",
@@ -83,6 +84,21 @@ def no_gpu():
     Derived in chapter 13.
     """
     return "" if os.environ.get("LLMNB_CUDA") == "simulator" else missing()
+
+
+# the GPU in words
+def gpu():
+    """The name of the GPU and whose products it takes, or why there is none.
+
+    Derived in chapter 13.
+    """
+    if missing():
+        return f"none: {missing()}"
+    from numba import cuda as real
+
+    name = real.get_current_device().name
+    name = name.decode() if isinstance(name, bytes) else name
+    return f"{name}, products by {products()}"
 
 
 # which products
