@@ -21,7 +21,7 @@ import math
 
 import numpy as np
 
-from llmnb.checks import check_array, check_float
+from llmnb.checks import check_array
 from llmnb.config import parameter_shapes
 
 
@@ -122,10 +122,7 @@ CHUNK = 2**14  # numbers drawn at a time: they stay in the cache
 
 def check_normal(array, std):
     """Raise unless normal_ can fill `array`; std must not be negative."""
-    check_float("normal_: array", array)
-    check_array("normal_: array", array, array.shape, array.dtype)
-    if not array.flags.writeable:
-        raise ValueError("normal_: array must be writeable")
+    check_array("normal_: array", array, written=True)
     if not std >= 0:
         raise ValueError(f"normal_: std must be at least 0, got {std}")
 
@@ -168,9 +165,8 @@ def init_params(params, cfg, seed):
     Derived in chapter 12.
     """
     for name, shape in parameter_shapes(cfg).items():
-        check_float(f"init_params: {name}", params[name])
-        dtype = params[name].dtype
-        check_array(f"init_params: {name}", params[name], shape, dtype)
+        check_array(f"init_params: {name}", params[name], shape, written=True)
+    for name in parameter_shapes(cfg):
         params[name].fill(name in ("ln1w", "ln2w", "lnfw"))
     generator = Generator(seed)
     generator.normal_(params["wte"][: cfg.vocab_size], std=0.02)

@@ -57,6 +57,8 @@ from llmnb.verify import compare, numerical_gradient, verdict
 # %% imports tags=["export"]
 import numpy as np
 
+from llmnb.shapes import shapes
+
 # %% the seed
 rng = np.random.default_rng(4)
 
@@ -114,6 +116,7 @@ EPS = 1e-5
 
 
 # %% layernorm, forward tags=["export"]
+@shapes("B T C!, B T!, B T!, B T C, C, C")
 def layernorm_forward(out, mean, rstd, inp, weight, bias):
     """Normalise each row of inp, then scale and shift each channel.
 
@@ -221,6 +224,7 @@ compare("row deviations", y.std(axis=-1), np.ones((2, 4)), tol=1e-8)
 
 
 # %% layernorm, backward tags=["export"]
+@shapes("B T C!, C!, C!, B T C, B T C, C, B T, B T")
 def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
     """Add LayerNorm's gradients to dinp, dweight and dbias.
 
@@ -336,8 +340,8 @@ import math
 import numba
 import numpy as np
 
-from llmnb.checks import check_array, check_float
 from llmnb.cpu.jit import arguments, share, team
+from llmnb.shapes import shapes
 
 # %% [markdown]
 # One row is one unit of work. Rows are independent, so the threads share them
@@ -382,29 +386,12 @@ def _layernorm_forward(part, parts, address):
 # would be shorter to read and longer to compile: numba makes an array of
 # it, with code that counts its owners.
 #
-# numba does not check bounds: an array that is too short means a read from
-# somebody else's memory. So the public function checks shapes and dtypes
-# first, and views the (B, T, C) arrays as rows.
-
-
-# %% the checks tags=["exporti"] module="cpu.layernorm"
-def _check(name, inp, like, mean, rstd, *channels):
-    check_float(f"{name}: inp", inp)
-    if inp.ndim != 3:
-        raise ValueError(
-            f"{name}: inp must have shape (B, T, C), got {inp.shape}"
-        )
-    B, T, C = inp.shape
-    check_array(f"{name}: inp", inp, (B, T, C), inp.dtype)
-    for label, array in like.items():
-        check_array(f"{name}: {label}", array, (B, T, C), inp.dtype)
-    check_array(f"{name}: mean", mean, (B, T), inp.dtype)
-    check_array(f"{name}: rstd", rstd, (B, T), inp.dtype)
-    for array in channels:
-        check_array(f"{name}: each (C,) array", array, (C,), inp.dtype)
+# The public function has the line of the reference above it, and views the
+# (B, T, C) arrays as rows.
 
 
 # %% layernorm, forward tags=["export"] module="cpu.layernorm"
+@shapes("B T C!, B T!, B T!, B T C, C, C")
 def layernorm_forward(out, mean, rstd, inp, weight, bias):
     """Normalise each row of inp, then scale and shift each channel.
 
@@ -415,7 +402,6 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
 
     Derived in chapter 5.
     """
-    _check("layernorm_forward", inp, {"out": out}, mean, rstd, weight, bias)
     C = inp.shape[-1]
     rows = [a.reshape(-1, C) for a in (out, inp)]
     _layernorm_forward(
@@ -470,6 +456,7 @@ def _layernorm_backward(part, parts, address):
 
 
 # %% layernorm, backward tags=["export"] module="cpu.layernorm"
+@shapes("B T C!, C!, C!, B T C, B T C, C, B T, B T")
 def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
     """Add LayerNorm's gradients to dinp, dweight and dbias.
 
@@ -480,9 +467,6 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
 
     Derived in chapter 5.
     """
-    like = {"dinp": dinp, "dout": dout}
-    channels = dweight, dbias, weight
-    _check("layernorm_backward", inp, like, mean, rstd, *channels)
     C = inp.shape[-1]
     dx, dy, x = (a.reshape(-1, C) for a in (dinp, dout, inp))
     sums = np.zeros((2, min(64, -(-len(x) // 16)), C), inp.dtype)

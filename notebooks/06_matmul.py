@@ -110,7 +110,12 @@ for token in x:
 # sum in (6.1) then run along memory, which will matter for speed.
 
 
+# %% imports tags=["export"]
+from llmnb.shapes import shapes
+
+
 # %% the linear layer, forward tags=["export"]
+@shapes("B T OC!, B T C, OC C, OC?, B T OC?~")
 def matmul_forward(out, inp, weight, bias, residual=None):
     """Map each row of inp to a row of out: out = inp @ weight.T + bias.
 
@@ -179,6 +184,7 @@ compare("without bias", y[0], [[-2, 4], [-1, 1]])
 
 
 # %% the linear layer, backward tags=["export"]
+@shapes("B T C!, OC C!, OC!?, B T OC, B T C, OC C")
 def matmul_backward(
     dinp,
     dweight,
@@ -956,7 +962,6 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from llmnb.checks import check_array
 from llmnb.cpu.jit import device, routine
 from llmnb.cpu.tile import (
     COLS,
@@ -1222,14 +1227,15 @@ def work_shape():
     return numba.config.NUMBA_NUM_THREADS, SPARE + (ROWS + 2) * COLS
 
 
+WORK = "{} {}!?".format(*work_shape())  # as `shapes` reads it
+
+
 # %% the scratch memory tags=["export"] module="cpu.panels"
-def check_scratch(name, work, bf16, dtype):
-    """Raise unless work and bf16 fit a product in dtype.
+def check_bf16(name, bf16, dtype):
+    """Raise TypeError where products in dtype cannot be rounded.
 
     Derived in chapter 6.
     """
-    if work is not None:
-        check_array(f"{name}: work", work, work_shape(), dtype)
     if bf16 and dtype != np.float32:
         raise TypeError(f"{name}: bf16 wants float32 arrays, got {dtype}")
 
@@ -1257,20 +1263,20 @@ def scratch(work, bf16, dtype):
 import numba
 import numpy as np
 
-from llmnb.checks import check_array, check_float
 from llmnb.cpu.jit import arguments, device, team
 from llmnb.cpu.panels import (
     DEPTH,
     HEIGHT,
     SPARE,
     WIDTH,
-    check_scratch,
+    WORK,
+    check_bf16,
     multiply_panels,
     pack,
     scratch,
-    work_shape,
 )
 from llmnb.cpu.tile import COLS, ROWS
+from llmnb.shapes import shapes
 
 
 # %% a strip tags=["exporti"] module="cpu.matmul"
@@ -1515,6 +1521,7 @@ def _sum_columns(part, parts, address):
 
 
 # %% the linear layer, forward tags=["export"] module="cpu.matmul"
+@shapes("B T OC!, B T C, OC C, OC?, B T OC?~", work=WORK)
 def matmul_forward(
     out, inp, weight, bias, residual=None, work=None, bf16=False
 ):
@@ -1529,19 +1536,16 @@ def matmul_forward(
 
     Derived in chapter 6.
     """
-    name = "matmul_forward"
-    _check(name, inp, weight, work, bf16, out=out)
+    check_bf16("matmul_forward", bf16, inp.dtype)
     OC, C = weight.shape
-    if bias is not None:
-        check_array(f"{name}: bias", bias, (OC,), inp.dtype)
     if residual is not None:
-        check_array(f"{name}: residual", residual, out.shape, inp.dtype)
         residual = residual.reshape(-1, OC)
     rows, out = inp.reshape(-1, C), out.reshape(-1, OC)
     _product(out, rows, weight.T, residual, bias, work, bf16)
 
 
 # %% the linear layer, backward tags=["export"] module="cpu.matmul"
+@shapes("B T C!, OC C!, OC!?, B T OC, B T C, OC C", work=WORK)
 def matmul_backward(
     dinp,
     dweight,
@@ -1565,13 +1569,7 @@ def matmul_backward(
 
     Derived in chapter 6.
     """
-    name = "matmul_backward"
-    _check(name, inp, weight, work, bf16, dout=dout)
-    OC, C = weight.shape
-    check_array(f"{name}: dinp", dinp, inp.shape, inp.dtype)
-    check_array(f"{name}: dweight", dweight, (OC, C), inp.dtype)
-    if dbias is not None:
-        check_array(f"{name}: dbias", dbias, (OC,), inp.dtype)
+    check_bf16("matmul_backward", bf16, inp.dtype)
     rows, drows, dinp = (x.reshape(-1, x.shape[2]) for x in (inp, dout, dinp))
     start = dinp if add_dinp else None
     _product(dinp, drows, weight, start, None, work, bf16)
@@ -1579,27 +1577,6 @@ def matmul_backward(
     _product(dweight, drows.T, rows, start, None, work, bf16)
     if dbias is not None:
         _sum_columns(dbias, drows, add_dweight)
-
-
-# %% the checks tags=["exporti"] module="cpu.matmul"
-def _check(name, inp, weight, work, bf16, **outs):
-    check_float(f"{name}: inp", inp)
-    check_float(f"{name}: weight", weight)
-    if inp.ndim != 3:
-        raise ValueError(
-            f"{name}: inp must have shape (B, T, C), got {inp.shape}"
-        )
-    if weight.ndim != 2:
-        raise ValueError(
-            f"{name}: weight must have shape (OC, C), got {weight.shape}"
-        )
-    B, T, C = inp.shape
-    OC = weight.shape[0]
-    check_array(f"{name}: inp", inp, (B, T, C), inp.dtype)
-    check_array(f"{name}: weight", weight, (OC, C), inp.dtype)
-    for label, array in outs.items():
-        check_array(f"{name}: {label}", array, (B, T, OC), inp.dtype)
-    check_scratch(name, work, bf16, inp.dtype)
 
 
 # %% [markdown]

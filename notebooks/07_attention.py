@@ -62,6 +62,8 @@ from llmnb.verify import compare, numerical_gradient, verdict
 # %% imports tags=["export"]
 import numpy as np
 
+from llmnb.shapes import shapes
+
 # %% the seed
 rng = np.random.default_rng(6)
 
@@ -226,6 +228,20 @@ def masked_scores(q, k):
 
 
 # %% attention, forward tags=["export"]
+def check_heads(layer, lse, C):
+    """Raise ValueError unless lse has a number of heads that divides C.
+
+    Derived in chapter 7.
+    """
+    NH = lse.shape[1]
+    if NH == 0 or C % NH:
+        raise ValueError(
+            f"{layer}: lse must have shape (B, NH, T) with an NH that "
+            f"divides C = {C}, got {lse.shape}"
+        )
+
+
+@shapes("B T C!, B NH T!, B T 3C")
 def attention_forward(out, lse, inp):
     """Causal self-attention of NH heads.
 
@@ -235,6 +251,7 @@ def attention_forward(out, lse, inp):
 
     Derived in chapter 7.
     """
+    check_heads("attention_forward", lse, out.shape[2])
     NH = lse.shape[1]
     q, k, v = split_heads(inp, NH, 3)
     scores = masked_scores(q, k)
@@ -327,6 +344,7 @@ print(f"lse:     {row / 1e6:6.1f} MB a layer, {L * row / 1e6:.1f} MB")
 
 
 # %% attention, backward tags=["export"]
+@shapes("B T 3C!, B T C, B T 3C, B T C, B NH T")
 def attention_backward(dinp, dout, inp, out, lse, add=True):
     """Add attention's gradient to dinp.
 
@@ -336,6 +354,7 @@ def attention_backward(dinp, dout, inp, out, lse, add=True):
 
     Derived in chapter 7.
     """
+    check_heads("attention_backward", lse, out.shape[2])
     if not add:
         dinp.fill(0)
     NH = lse.shape[1]
@@ -741,17 +760,19 @@ import math
 import numba
 import numpy as np
 
-from llmnb.checks import check_array, check_float
 from llmnb.cpu.jit import arguments, device, team
 from llmnb.cpu.math import fast_exp
 from llmnb.cpu.panels import (
     SPARE,
-    check_scratch,
+    WORK,
+    check_bf16,
     multiply_panels,
     pack,
     scratch,
 )
 from llmnb.cpu.tile import COLS, ROWS
+from llmnb.reference.attention import check_heads
+from llmnb.shapes import shapes
 
 # %% [markdown]
 # The places of the panels and tables in a thread's scratch. A panel takes
@@ -893,10 +914,11 @@ def _attention_forward(part, parts, address):
 
 
 # %% [markdown]
-# numba does not check bounds, so the public function does.
+# The public function checks, and finds sizes, places and scratch memory.
 
 
 # %% attention, forward tags=["export"] module="cpu.attention"
+@shapes("B T C!, B NH T!, B T 3C", work=WORK)
 def attention_forward(out, lse, inp, work=None, bf16=False):
     """Causal self-attention of NH heads.
 
@@ -910,38 +932,20 @@ def attention_forward(out, lse, inp, work=None, bf16=False):
 
     Derived in chapter 7.
     """
-    sizes = _check("attention_forward", out, lse, inp, work, bf16)
-    scratch = _scratch(sizes, inp.dtype, work, bf16)
+    check_bf16("attention_forward", bf16, inp.dtype)
+    check_heads("attention_forward", lse, out.shape[2])
+    scratch = _scratch(out, lse, work, bf16)
     _attention_forward(out.reshape(-1), lse, inp.reshape(-1), *scratch)
 
 
 # %% what both kernels take tags=["exporti"] module="cpu.attention"
-def _scratch(sizes, dtype, work, bf16):
-    """Sizes, places, and chapter 6's scratch."""
-    places = _places(sizes[3], sizes[2])
-    return sizes, places, *scratch(work, bf16, dtype)
-
-
-# %% the checks tags=["exporti"] module="cpu.attention"
-def _check(name, out, lse, inp, work, bf16):
-    """T, NH, hs and the size of a block."""
-    check_float(f"{name}: inp", inp)
-    if inp.ndim != 3 or inp.shape[2] % 3:
-        raise ValueError(
-            f"{name}: inp must have shape (B, T, 3C), got {inp.shape}"
-        )
-    B, T, C = inp.shape[0], inp.shape[1], inp.shape[2] // 3
-    NH = lse.shape[1] if getattr(lse, "ndim", 0) == 3 else 0
-    if NH == 0 or C % NH:
-        raise ValueError(
-            f"{name}: lse must have shape (B, NH, T) with an NH that "
-            f"divides C = {C}, got {getattr(lse, 'shape', type(lse))}"
-        )
-    check_array(f"{name}: inp", inp, (B, T, 3 * C), inp.dtype)
-    check_array(f"{name}: out", out, (B, T, C), inp.dtype)
-    check_array(f"{name}: lse", lse, (B, NH, T), inp.dtype)
-    check_scratch(name, work, bf16, inp.dtype)
-    return T, NH, C // NH, _block_size(C // NH)
+def _scratch(out, lse, work, bf16):
+    """T, NH, hs and the size of a block; places; chapter 6's scratch."""
+    _, NH, T = lse.shape
+    hs = out.shape[2] // NH
+    block = _block_size(hs)
+    made = scratch(work, bf16, out.dtype)
+    return (T, NH, hs, block), _places(block, hs), *made
 
 
 # %% [markdown]
@@ -1084,6 +1088,7 @@ def _attention_backward(part, parts, address):
 
 
 # %% attention, backward tags=["export"] module="cpu.attention"
+@shapes("B T 3C!, B T C, B T 3C, B T C, B NH T", work=WORK)
 def attention_backward(
     dinp, dout, inp, out, lse, add=True, work=None, bf16=False
 ):
@@ -1097,11 +1102,9 @@ def attention_backward(
 
     Derived in chapter 7.
     """
-    name = "attention_backward"
-    sizes = _check(name, out, lse, inp, work, bf16)
-    check_array(f"{name}: dinp", dinp, inp.shape, inp.dtype)
-    check_array(f"{name}: dout", dout, out.shape, inp.dtype)
-    scratch = _scratch(sizes, inp.dtype, work, bf16)
+    check_bf16("attention_backward", bf16, inp.dtype)
+    check_heads("attention_backward", lse, out.shape[2])
+    scratch = _scratch(out, lse, work, bf16)
     flat = (x.reshape(-1) for x in (dinp, dout, inp, out))
     _attention_backward(*flat, lse, add, *scratch)
 

@@ -60,6 +60,8 @@ from llmnb.verify import compare, numerical_gradient, verdict
 # %% imports of the reference tags=["export"]
 import numpy as np
 
+from llmnb.shapes import shapes
+
 # %% the seed
 rng = np.random.default_rng(8)
 
@@ -94,6 +96,7 @@ print((stream + layer).astype(int))
 
 
 # %% the forward pass tags=["export"]
+@shapes("...!, ...~, ...~")
 def residual_forward(out, inp1, inp2):
     """Add two arrays.
 
@@ -135,6 +138,7 @@ compare("by hand", out[0], [[11, 2, 3], [4, 5, 0]], tol=1e-12)
 
 
 # %% the backward pass tags=["export"]
+@shapes("...!, ...!, ...")
 def residual_backward(dinp1, dinp2, dout):
     """Add the gradient of the sum to the gradients of both its terms.
 
@@ -213,12 +217,8 @@ reference = SimpleNamespace(
 )
 
 # %% imports of the CPU version tags=["export"] module="cpu.residual"
-from itertools import combinations
-
-import numpy as np
-
-from llmnb.checks import check_array, check_float
 from llmnb.cpu.jit import arguments, share, team
+from llmnb.shapes import shapes
 
 
 # %% the kernels tags=["exporti"] module="cpu.residual"
@@ -243,12 +243,14 @@ def _residual_backward(part, parts, address):
 
 # %% [markdown]
 # The kernels see flat arrays: `reshape(-1)` of a contiguous array is a view
-# and copies nothing. Besides shapes and dtypes, backward checks that no two
-# of its arrays share memory. Were `dout` the same array as `dinp1`, the
-# first addition would double it before the second one reads it.
+# and copies nothing. That no two arrays of backward share memory is among
+# what `shapes` checks: were `dout` the same array as `dinp1`, the first
+# addition would double it before the second one reads it. The sum itself may
+# take the place of a term, `~`: each number is read before it is written.
 
 
 # %% residual, forward tags=["export"] module="cpu.residual"
+@shapes("...!, ...~, ...~")
 def residual_forward(out, inp1, inp2):
     """Add two arrays.
 
@@ -259,13 +261,11 @@ def residual_forward(out, inp1, inp2):
 
     Derived in chapter 9.
     """
-    check_float("residual_forward: out", out)
-    for name, x in (("out", out), ("inp1", inp1), ("inp2", inp2)):
-        check_array(f"residual_forward: {name}", x, out.shape, out.dtype)
     _residual_forward(out.reshape(-1), inp1.reshape(-1), inp2.reshape(-1))
 
 
 # %% residual, backward tags=["export"] module="cpu.residual"
+@shapes("...!, ...!, ...")
 def residual_backward(dinp1, dinp2, dout):
     """Add the gradient of the sum to the gradients of both its terms.
 
@@ -277,14 +277,6 @@ def residual_backward(dinp1, dinp2, dout):
 
     Derived in chapter 9.
     """
-    label = "residual_backward: "
-    arrays = {"dinp1": dinp1, "dinp2": dinp2, "dout": dout}
-    check_float(label + "dout", dout)
-    for name, x in arrays.items():
-        check_array(label + name, x, dout.shape, dout.dtype)
-    for a, b in combinations(arrays, 2):
-        if np.may_share_memory(arrays[a], arrays[b]):
-            raise ValueError(f"{label}{a} and {b} must not share memory")
     _residual_backward(dinp1.reshape(-1), dinp2.reshape(-1), dout.reshape(-1))
 
 

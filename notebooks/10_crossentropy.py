@@ -63,6 +63,8 @@ from llmnb.verify import compare, numerical_gradient, verdict
 # %% imports tags=["export"]
 import numpy as np
 
+from llmnb.shapes import shapes
+
 # %% the seed
 rng = np.random.default_rng(9)
 
@@ -149,6 +151,7 @@ with np.errstate(over="ignore", invalid="ignore"):
 
 
 # %% the softmax tags=["export"]
+@shapes("B T Vp!, B T Vp~, 1 to Vp")
 def softmax_forward(probs, logits, V):
     """Probabilities of the first V logits in each row.
 
@@ -241,6 +244,7 @@ for V in (256, 1024, 50257):
 
 
 # %% the cross-entropy tags=["export"]
+@shapes("B T!, B T Vp, B T of Vp")
 def crossentropy_forward(losses, probs, targets):
     """Surprise at each target, in nats: minus the log of its probability.
 
@@ -278,6 +282,7 @@ print("perplexity", np.exp(losses.mean()).round(4))
 
 
 # %% the gradient of the cross-entropy tags=["export"]
+@shapes("B T Vp!, B T, B T Vp, B T of Vp")
 def crossentropy_backward(dprobs, dlosses, probs, targets):
     """Add the gradient of the losses by the probabilities to `dprobs`.
 
@@ -336,6 +341,7 @@ print(f"GPT-2: {50257**2 * 4 / 1e9:.1f} GB a row")
 
 
 # %% the gradient of the softmax tags=["export"]
+@shapes("B T Vp!, B T Vp, B T Vp")
 def softmax_backward(dlogits, dprobs, probs):
     """Add the gradient by the logits to `dlogits`.
 
@@ -401,6 +407,7 @@ compare("p - y", dlogits, probs - onehot, tol=1e-12)
 
 
 # %% both in one tags=["export"]
+@shapes("B T!, B T!, B T Vp, B T of V, 1 to Vp")
 def crossentropy_softmax_forward(losses, lse, logits, targets, V):
     """Losses straight from the logits; no probability is stored.
 
@@ -426,6 +433,7 @@ def crossentropy_softmax_forward(losses, lse, logits, targets, V):
 
 
 # %% the gradient of both in one tags=["export"]
+@shapes("B T Vp!, B T, B T Vp~, B T, B T of V, 1 to Vp")
 def crossentropy_softmax_backward(dlogits, dlosses, logits, lse, targets, V):
     """Write the gradient of the losses by the logits: p - y, scaled.
 
@@ -590,9 +598,9 @@ import math
 import numba
 import numpy as np
 
-from llmnb.checks import check_array, check_float, check_tokens
 from llmnb.cpu.jit import arguments, share, team
 from llmnb.cpu.math import fast_exp
+from llmnb.shapes import shapes
 
 # %% [markdown]
 # The fused forward pass takes two sweeps over a row, one for $m$ and one
@@ -646,42 +654,17 @@ def _fused_backward(part, parts, address):
 # %% [markdown]
 # numba does not check bounds: a target of 50,300 would read a padding column,
 # and one of 60,000 the next row, without a word. So every public function
-# checks its arrays first, and views them as rows.
+# has the line of the reference above it, and then views its arrays as rows.
 
 
-# %% check the arrays tags=["exporti"] module="cpu.crossentropy"
-def _rows(name, wide, narrow, V=1):
-    """Raise unless the arrays and V fit; return the arrays as rows.
-
-    wide: by name, arrays (B, T, Vp), of which the first sets shape and
-    dtype; narrow: by name, arrays (B, T).
-    """
-    first, main = next(iter(wide.items()))
-    check_float(f"{name}: {first}", main)
-    if main.ndim != 3 or main.size == 0:
-        raise ValueError(
-            f"{name}: {first} must have shape (B, T, Vp), got {main.shape}"
-        )
-    B, T, Vp = main.shape
-    for key, array in wide.items():
-        check_array(f"{name}: {key}", array, (B, T, Vp), main.dtype)
-    for key, array in narrow.items():
-        check_array(f"{name}: {key}", array, (B, T), main.dtype)
-    if not 1 <= V <= Vp:
-        raise ValueError(f"{name}: V must lie in [1, {Vp}], got {V}")
-    flat = [array.reshape(-1, Vp) for array in wide.values()]
-    return flat + [array.reshape(-1) for array in narrow.values()]
-
-
-# %% check the targets tags=["exporti"] module="cpu.crossentropy"
-def _targets(name, targets, logits, V):
-    """Raise unless the targets fit the logits; return them as one row."""
-    check_array(f"{name}: targets", targets, logits.shape[:2], np.int32)
-    check_tokens(f"{name}: targets", targets, V)
-    return targets.reshape(-1)
+# %% views as rows tags=["exporti"] module="cpu.crossentropy"
+def _rows(*arrays):
+    """Arrays (B, T, Vp) or (B, T) with one row, or number, a token."""
+    return [x.reshape(-1, *x.shape[2:]) for x in arrays]
 
 
 # %% the fused forward tags=["export"] module="cpu.crossentropy"
+@shapes("B T!, B T!, B T Vp, B T of V, 1 to Vp", ints=["int32"])
 def crossentropy_softmax_forward(losses, lse, logits, targets, V):
     """Losses straight from the logits; no probability is stored.
 
@@ -694,13 +677,11 @@ def crossentropy_softmax_forward(losses, lse, logits, targets, V):
 
     Derived in chapter 10.
     """
-    wide, narrow = {"logits": logits}, {"losses": losses, "lse": lse}
-    name = "crossentropy_softmax_forward"
-    rows = _rows(name, wide, narrow, V)
-    _fused_forward(*rows, _targets(name, targets, logits, V), V)
+    _fused_forward(*_rows(logits, losses, lse, targets), V)
 
 
 # %% the fused backward tags=["export"] module="cpu.crossentropy"
+@shapes("B T Vp!, B T, B T Vp~, B T, B T of V, 1 to Vp", ints=["int32"])
 def crossentropy_softmax_backward(dlogits, dlosses, logits, lse, targets, V):
     """Write the gradient of the losses by the logits: p - y, scaled.
 
@@ -711,14 +692,9 @@ def crossentropy_softmax_backward(dlogits, dlosses, logits, lse, targets, V):
 
     Derived in chapter 10.
     """
-    wide = {"logits": logits, "dlogits": dlogits}
-    narrow = {"dlosses": dlosses, "lse": lse}
-    name = "crossentropy_softmax_backward"
-    rows = _rows(name, wide, narrow, V)
-    k = _targets(name, targets, logits, V)
     if dlogits is not logits:
         np.copyto(dlogits, logits)
-    _fused_backward(*rows[1:], k, V)
+    _fused_backward(*_rows(dlogits, dlosses, lse, targets), V)
     dlogits[..., V:] = 0
 
 
@@ -745,6 +721,7 @@ def _softmax_forward(part, parts, address):
 
 
 # %% the softmax, forward tags=["export"] module="cpu.crossentropy"
+@shapes("B T Vp!, B T Vp~, 1 to Vp")
 def softmax_forward(probs, logits, V):
     """Probabilities of the first V logits in each row.
 
@@ -755,11 +732,9 @@ def softmax_forward(probs, logits, V):
 
     Derived in chapter 10.
     """
-    wide = {"logits": logits, "probs": probs}
-    rows = _rows("softmax_forward", wide, {}, V)
     if probs is not logits:
         np.copyto(probs, logits)
-    _softmax_forward(rows[1], V)
+    _softmax_forward(*_rows(probs), V)
     probs[..., V:] = 0
 
 
@@ -777,6 +752,7 @@ def _softmax_backward(part, parts, address):
             dlogits[n, i] += probs[n, i] * (dprobs[n, i] - inside)
 
 
+@shapes("B T Vp!, B T Vp, B T Vp")
 def softmax_backward(dlogits, dprobs, probs):
     """Add the gradient by the logits to `dlogits`.
 
@@ -786,8 +762,7 @@ def softmax_backward(dlogits, dprobs, probs):
 
     Derived in chapter 10.
     """
-    wide = {"probs": probs, "dlogits": dlogits, "dprobs": dprobs}
-    _softmax_backward(*_rows("softmax_backward", wide, {}))
+    _softmax_backward(*_rows(probs, dlogits, dprobs))
 
 
 # %% the cross-entropy, forward tags=["export"] module="cpu.crossentropy"
@@ -799,6 +774,7 @@ def _crossentropy_forward(part, parts, address):
         losses[n] = -math.log(max(probs[n, targets[n]], tiny))
 
 
+@shapes("B T!, B T Vp, B T of Vp", ints=["int32"])
 def crossentropy_forward(losses, probs, targets):
     """Surprise at each target, in nats: minus the log of its probability.
 
@@ -809,11 +785,8 @@ def crossentropy_forward(losses, probs, targets):
 
     Derived in chapter 10.
     """
-    wide, narrow = {"probs": probs}, {"losses": losses}
-    name = "crossentropy_forward"
-    rows = _rows(name, wide, narrow)
-    k = _targets(name, targets, probs, probs.shape[-1])
-    _crossentropy_forward(*rows, k, np.finfo(probs.dtype).tiny)
+    rows = _rows(probs, losses, targets)
+    _crossentropy_forward(*rows, np.finfo(probs.dtype).tiny)
 
 
 # %% the cross-entropy, backward tags=["export"] module="cpu.crossentropy"
@@ -826,6 +799,7 @@ def _crossentropy_backward(part, parts, address):
         dprobs[n, k] -= dlosses[n] / max(probs[n, k], tiny)
 
 
+@shapes("B T Vp!, B T, B T Vp, B T of Vp", ints=["int32"])
 def crossentropy_backward(dprobs, dlosses, probs, targets):
     """Add the gradient of the losses by the probabilities to `dprobs`.
 
@@ -835,11 +809,8 @@ def crossentropy_backward(dprobs, dlosses, probs, targets):
 
     Derived in chapter 10.
     """
-    wide, narrow = {"probs": probs, "dprobs": dprobs}, {"dlosses": dlosses}
-    name = "crossentropy_backward"
-    rows = _rows(name, wide, narrow)
-    k = _targets(name, targets, probs, probs.shape[-1])
-    _crossentropy_backward(*rows, k, np.finfo(probs.dtype).tiny)
+    rows = _rows(probs, dprobs, dlosses, targets)
+    _crossentropy_backward(*rows, np.finfo(probs.dtype).tiny)
 
 
 # %% [markdown]

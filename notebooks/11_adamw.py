@@ -62,6 +62,8 @@ import math
 
 import numpy as np
 
+from llmnb.shapes import shapes
+
 # %% the seed
 rng = np.random.default_rng(10)
 
@@ -392,6 +394,7 @@ def check_settings(learning_rate, beta1, beta2, eps, weight_decay, step):
 
 
 # %% one step of AdamW tags=["export"]
+@shapes("N!, N, N!, N!")
 def adamw_update(
     params, grads, m, v,
     learning_rate, beta1, beta2, eps, weight_decay, step,
@@ -606,6 +609,7 @@ plt.show()
 
 
 # %% the norm of all gradients tags=["export"]
+@shapes("N")
 def global_norm(grads):
     """The Euclidean norm of a flat array, summed in float64, as a float.
 
@@ -616,6 +620,7 @@ def global_norm(grads):
 
 
 # %% clip the gradients tags=["export"]
+@shapes("N!")
 def clip_gradients(grads, max_norm):
     """Scale a flat array down to norm `max_norm` if it is longer.
 
@@ -723,9 +728,9 @@ import math
 import numba
 import numpy as np
 
-from llmnb.checks import check_array, check_float
 from llmnb.cpu.jit import arguments, share, team
 from llmnb.reference.adamw import check_settings
+from llmnb.shapes import shapes
 
 # %% [markdown]
 # Elements do not meet, so each thread takes a share of them, and the array
@@ -757,19 +762,8 @@ def _adamw_update(part, parts, address):
 # loop. PyTorch does the same.
 
 
-# %% check flat arrays tags=["export"] module="cpu.adamw"
-def check_flat(name, **arrays):
-    """Raise unless these are flat arrays of one length and float dtype.
-
-    Derived in chapter 11.
-    """
-    first = next(iter(arrays.values()))
-    check_float(f"{name}: {next(iter(arrays))}", first)
-    for key, array in arrays.items():
-        check_array(f"{name}: {key}", array, (first.size,), first.dtype)
-
-
 # %% one step of AdamW tags=["export"] module="cpu.adamw"
+@shapes("N!, N, N!, N!")
 def adamw_update(
     params, grads, m, v,
     learning_rate, beta1, beta2, eps, weight_decay, step,
@@ -785,7 +779,6 @@ def adamw_update(
     Derived in chapter 11.
     """
     check_settings(learning_rate, beta1, beta2, eps, weight_decay, step)
-    check_flat("adamw_update", params=params, grads=grads, m=m, v=v)
     keep = 1 - learning_rate * weight_decay
     root = math.sqrt(1 - beta2**step)
     size = learning_rate / (1 - beta1**step)
@@ -827,6 +820,7 @@ def _scale(part, parts, address):
 
 
 # %% the norm of all gradients tags=["export"] module="cpu.adamw"
+@shapes("N")
 def global_norm(grads):
     """The Euclidean norm of a flat array, summed in float64, as a float.
 
@@ -837,13 +831,13 @@ def global_norm(grads):
 
     Derived in chapter 11.
     """
-    check_flat("global_norm", grads=grads)
     sums = np.empty(256)
     _sum_of_squares(grads, sums)
     return math.sqrt(sums.sum())
 
 
 # %% clip the gradients tags=["export"] module="cpu.adamw"
+@shapes("N!")
 def clip_gradients(grads, max_norm):
     """Scale a flat array down to norm `max_norm` if it is longer.
 

@@ -11,6 +11,7 @@ from llmnb.reference.adamw import (
 from llmnb.reference.attention import (
     attention_backward,
     attention_forward,
+    check_heads,
     masked_scores,
     split_heads,
 )
@@ -23,6 +24,7 @@ from llmnb.reference.crossentropy import (
     softmax_forward,
 )
 from llmnb.reference.encoder import (
+    check_length,
     encoder_backward,
     encoder_forward,
 )
@@ -47,6 +49,8 @@ __all__ = [
     "adamw_update",
     "attention_backward",
     "attention_forward",
+    "check_heads",
+    "check_length",
     "check_settings",
     "clip_gradients",
     "crossentropy_backward",

@@ -19,6 +19,8 @@ import math
 
 import numpy as np
 
+from llmnb.shapes import shapes
+
 
 # check the settings
 def check_settings(learning_rate, beta1, beta2, eps, weight_decay, step):
@@ -46,6 +48,7 @@ def check_settings(learning_rate, beta1, beta2, eps, weight_decay, step):
 
 
 # one step of AdamW
+@shapes("N!, N, N!, N!")
 def adamw_update(
     params, grads, m, v,
     learning_rate, beta1, beta2, eps, weight_decay, step,
@@ -71,6 +74,7 @@ def adamw_update(
 
 
 # the norm of all gradients
+@shapes("N")
 def global_norm(grads):
     """The Euclidean norm of a flat array, summed in float64, as a float.
 
@@ -81,6 +85,7 @@ def global_norm(grads):
 
 
 # clip the gradients
+@shapes("N!")
 def clip_gradients(grads, max_norm):
     """Scale a flat array down to norm `max_norm` if it is longer.
 

@@ -12,7 +12,12 @@ __all__ = [
 ]
 
 
+# imports
+from llmnb.shapes import shapes
+
+
 # the linear layer, forward
+@shapes("B T OC!, B T C, OC C, OC?, B T OC?~")
 def matmul_forward(out, inp, weight, bias, residual=None):
     """Map each row of inp to a row of out: out = inp @ weight.T + bias.
 
@@ -31,6 +36,7 @@ def matmul_forward(out, inp, weight, bias, residual=None):
 
 
 # the linear layer, backward
+@shapes("B T C!, OC C!, OC!?, B T OC, B T C, OC C")
 def matmul_backward(
     dinp,
     dweight,

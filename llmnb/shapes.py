@@ -1,0 +1,213 @@
+# Written by `make export` from notebooks/02_memory.py: edit that file.
+
+"""Lay out one block of memory.
+
+One allocation holds every tensor of the model as a named view, so the
+footprint is known before training begins and never grows.
+"""
+
+__all__ = [
+    "Argument",
+    "shapes",
+]
+
+
+# imports of the decorator
+import functools
+import inspect
+import re
+from itertools import combinations
+
+import numpy as np
+
+from llmnb.checks import FLOATS, INTS, check_array, check_tokens
+
+
+# one argument
+def _factor(word):
+    """3 and "C" for "3C"."""
+    digits = re.match(r"\d*", word)[0]
+    return int(digits or 1), word[len(digits) :]
+
+
+class Argument:
+    """What one array of a layer must be; text: as `shapes` reads it.
+
+    Derived in chapter 2.
+    """
+
+    def __init__(self, place, label, text):
+        body, _, limit = text.partition(" of ")
+        sizes = body.rstrip("!?~")
+        marks = body[len(sizes) :]
+        self.place, self.label = place, label
+        self.written, self.optional = "!" in marks, "?" in marks
+        self.same, self.open = "~" in marks, sizes.startswith("...")
+        self.names = tuple(sizes.split())
+        self.sizes = [_factor(x) for x in self.names if x != "..."]
+        self.limit = _factor(limit) if limit else None
+
+    def found(self, shape):
+        """Pairs of a name and the size that it has in an array's shape.
+
+        None where the shape cannot be meant: it has another number of
+        sizes, or a multiple of 3 is not one.
+        """
+        more = len(shape) - len(self.sizes)
+        if more < 0 or (more > 0 and not self.open):
+            return None
+        pairs = [("...", shape[:more])] if self.open else []
+        for (factor, name), n in zip(self.sizes, shape[more:], strict=True):
+            if n % factor:
+                return None
+            pairs.append((name, n // factor))
+        return pairs
+
+    def wanted(self, shape, sizes):
+        """The shape that an array must have which has this one."""
+        if self.found(shape) is None:
+            return self.names
+        first = sizes["..."] if self.open else ()
+        return first + tuple(
+            factor * sizes[name] for factor, name in self.sizes
+        )
+
+
+# all arguments
+def _kind(x):
+    """All of an array that decides whether it fits."""
+    if isinstance(x, np.ndarray):
+        return type(x), x.dtype, x.shape, x.flags.num
+    return type(x)
+
+
+class _Arguments:
+    """What a layer may be called with; texts: by name, as `shapes` reads."""
+
+    def __init__(self, layer, texts, check, floats, ints, share, bounded):
+        self.layer, self.check, self.share = layer, check, share
+        self.floats, self.ints, self.fitted = floats, ints, {}
+        self.limits = {k: t[5:] for k, t in texts.items() if t[:5] == "1 to "}
+        self.names = [
+            k for k, t in texts.items() if k not in self.limits and t != "-"
+        ]
+        self.arrays = [
+            Argument(i, f"{layer}: {k}", texts[k])
+            for i, k in enumerate(self.names)
+        ]
+        self.whole = [a for a in self.arrays if a.limit and bounded]
+
+    def look(self, given):
+        """Raise unless these arguments, by name, are fit for the layer."""
+        arrays = [given.get(name) for name in self.names]
+        kinds = tuple([_kind(x) for x in arrays])
+        found = self.fitted.get(kinds)
+        if found is None or self.check is not check_array:
+            found = self.fitted[kinds] = self._fit(arrays)
+        sizes, pairs = found
+        for name, limit in self.limits.items():
+            self._limit(name, given.get(name), sizes[limit])
+        for a in self.whole:
+            factor, name = a.limit
+            limit = factor * sizes.get(name, given.get(name))
+            check_tokens(a.label, arrays[a.place], limit)
+        for i, j in pairs:
+            if self.share(arrays[i], arrays[j]):
+                self._same(i, arrays[i], j, arrays[j])
+
+    def _fit(self, arrays):
+        """The sizes that the arrays agree on; pairs that may not overlap."""
+        there = [a for a in self.arrays if arrays[a.place] is not None]
+        sizes, kinds = self._sizes(there, arrays), self._floats(there, arrays)
+        for a in self.arrays[::-1]:
+            array = arrays[a.place]
+            if array is None and a.optional:
+                continue
+            shape = a.wanted(getattr(array, "shape", ()), sizes)
+            kind = getattr(array, "dtype", None)
+            want = kinds if kind in self.floats else self.floats
+            want = self.ints if a.limit else want
+            self.check(a.label, array, shape, want, a.written)
+        pairs = [
+            (a.place, b.place)
+            for a, b in combinations(there, 2)
+            if a.written or b.written
+        ]
+        return sizes, pairs
+
+    def _floats(self, there, arrays):
+        """The float dtype that most of the arrays have."""
+        all = [arrays[a.place] for a in there[::-1] if not a.limit]
+        all = [x.dtype for x in all if hasattr(x, "dtype")]
+        return max(all, key=all.count, default=None)
+
+    def _sizes(self, there, arrays):
+        """The sizes, by name: what most of the arrays have.
+
+        Where they are at odds, the one with the most sizes is right, and of
+        two alike the last, which is an input.
+        """
+        seen = {}
+        for a in sorted(there, key=lambda a: (-len(a.sizes), -a.place)):
+            shape = getattr(arrays[a.place], "shape", ())
+            for name, n in a.found(shape) or ():
+                seen.setdefault(name, []).append(n)
+        most = {name: max(all, key=all.count) for name, all in seen.items()}
+        return most | {"": 1}
+
+    def _limit(self, name, value, limit):
+        whole = isinstance(value, (int, np.integer))
+        if not whole or not 1 <= value <= limit:
+            raise ValueError(
+                f"{self.layer}: {name} must lie in [1, {limit}], got {value}"
+            )
+
+    def _same(self, i, x, j, y):
+        """Raise unless the two may be, and are, the same array."""
+        begin = x.reshape(-1)[:1], y.reshape(-1)[:1]
+        if i > 0 or not self.arrays[j].same or not self.share(*begin):
+            raise ValueError(
+                f"{self.layer}: {self.names[i]} and {self.names[j]} must "
+                "not share memory"
+            )
+
+
+# the decorator of all layers
+def shapes(
+    spec, check=check_array, floats=FLOATS, ints=INTS,
+    share=np.may_share_memory, bounded=True, **named,
+):  # fmt: skip
+    """Let a layer look at its arguments before it runs.
+
+    spec: a text for each of the first arguments, with commas between them;
+    named: texts for others. A text has the sizes of an array, such as
+    "B T 3C", or "..." for any, and then marks: ! for an array that is
+    written; ? for one that may be None; ~ for one that may be the first
+    argument itself, where otherwise what is written shares no memory. All
+    are of one float dtype, those that end in "of V" integers in [0, V), for
+    a size or another argument V. "1 to Vp" is a whole number, "-" anything.
+
+    check, share, bounded: how to check one array, whether two share memory,
+    and whether the range of integers is looked at; floats, ints: the dtypes.
+    The layer raises TypeError or ValueError, which names it and the
+    argument, before it has written anything.
+
+    Derived in chapter 2.
+    """
+    floats, ints = (tuple(map(np.dtype, kinds)) for kinds in (floats, ints))
+
+    def decorate(layer):
+        names = list(inspect.signature(layer).parameters)
+        texts = dict(zip(names, spec.split(", "), strict=False)) | named
+        how = check, floats, ints, share, bounded
+        arguments = _Arguments(layer.__name__, texts, *how)
+
+        @functools.wraps(layer)
+        def call(*args, **options):
+            arguments.look(dict(zip(names, args, strict=False)) | options)
+            return layer(*args, **options)
+
+        call.arguments = arguments
+        return call
+
+    return decorate
