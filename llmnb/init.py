@@ -23,6 +23,7 @@ import numpy as np
 
 from llmnb.checks import check_array
 from llmnb.config import parameter_shapes
+from llmnb.shapes import check_number
 
 
 # the seed becomes 624 words
@@ -116,15 +117,8 @@ class ScalarNormals(MersenneTwister):
         return radius * math.cos(angle)
 
 
-# the size of a chunk and the checks
+# the size of a chunk
 CHUNK = 2**14  # numbers drawn at a time: they stay in the cache
-
-
-def check_normal(array, std):
-    """Raise unless normal_ can fill `array`; std must not be negative."""
-    check_array("normal_: array", array, written=True)
-    if not std >= 0:
-        raise ValueError(f"normal_: std must be at least 0, got {std}")
 
 
 # the generator
@@ -139,7 +133,8 @@ class Generator(ScalarNormals):
 
         float64 gets the float32 draws. Raises TypeError or ValueError.
         """
-        check_normal(array, std)
+        check_array("normal_: array", array, written=True)
+        check_number("normal_: std", std, "at least 0")
         flat, n = array.reshape(-1), array.size
         if n < 16:
             few = [self.normal() * std + mean for _ in range(n)]

@@ -605,11 +605,36 @@ except ValueError as error:
 import functools
 import inspect
 import re
+from collections.abc import Callable
 from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 
 from llmnb.checks import FLOATS, INTS, check_array, check_tokens
+
+
+# %% check a number tags=["export"] module="shapes"
+LIMITS = {
+    "at least 0": lambda x: x >= 0,
+    "at least 1": lambda x: x >= 1,
+    "above 0": lambda x: x > 0,
+    "in [0, 1)": lambda x: 0 <= x < 1,
+}
+
+
+def check_number(name, value, limit):
+    """Raise TypeError or ValueError unless `value` is a number in a limit.
+
+    limit: one of LIMITS; NaN is in none.
+
+    Derived in chapter 2.
+    """
+    if not isinstance(value, (int, float, np.number)):
+        kind = type(value).__name__
+        raise TypeError(f"{name} must be a number, got {kind}")
+    if not LIMITS[limit](value):
+        raise ValueError(f"{name} must be {limit}, got {value}")
 
 
 # %% one argument tags=["export"] module="shapes"
@@ -625,15 +650,15 @@ class Argument:
     Derived in chapter 2.
     """
 
-    def __init__(self, place, label, text):
+    def __init__(self, place, layer, name, text):
         body, _, limit = text.partition(" of ")
         sizes = body.rstrip("!?~")
         marks = body[len(sizes) :]
-        self.place, self.label = place, label
+        self.place, self.name, self.label = place, name, f"{layer}: {name}"
         self.written, self.optional = "!" in marks, "?" in marks
         self.same, self.open = "~" in marks, sizes.startswith("...")
-        self.names = tuple(sizes.split())
-        self.sizes = [_factor(x) for x in self.names if x != "..."]
+        self.sizes = [_factor(x) for x in sizes.split() if x != "..."]
+        self.names = tuple(re.sub(r"[+|]\w*", "", sizes).split())
         self.limit = _factor(limit) if limit else None
 
     def found(self, shape):
@@ -662,50 +687,80 @@ class Argument:
         )
 
 
-# %% all arguments tags=["exporti"] module="shapes"
-def _kind(x):
-    """All of an array that decides whether it fits."""
+# %% where arrays are tags=["export"] module="shapes"
+class Memory(NamedTuple):
+    """How to look at the arrays of a backend.
+
+    check: raises where one is not fit, as check_array; kind: all that
+    decides this, as a key; share: whether two share memory. floats, ints:
+    their dtypes. bounded: whether the range of integers is looked at.
+
+    Derived in chapter 2.
+    """
+
+    check: Callable
+    kind: Callable
+    share: Callable
+    floats: tuple
+    ints: tuple
+    bounded: bool
+
+
+def host_kind(x):
+    """All of a NumPy array that decides whether it fits.
+
+    Derived in chapter 2.
+    """
     if isinstance(x, np.ndarray):
         return type(x), x.dtype, x.shape, x.flags.num
     return type(x)
 
 
+HOST = Memory(check_array, host_kind, np.may_share_memory, FLOATS, INTS, True)
+COMPILED = HOST._replace(ints=INTS[:1])  # one type: each takes a compilation
+
+
+# %% all arguments tags=["exporti"] module="shapes"
 class _Arguments:
     """What a layer may be called with; texts: by name, as `shapes` reads."""
 
-    def __init__(self, layer, texts, check, floats, ints, share, bounded):
-        self.layer, self.check, self.share = layer, check, share
-        self.floats, self.ints, self.fitted = floats, ints, {}
-        self.limits = {k: t[5:] for k, t in texts.items() if t[:5] == "1 to "}
-        self.names = [
-            k for k, t in texts.items() if k not in self.limits and t != "-"
-        ]
+    def __init__(self, layer, texts, memory):
+        self.layer, self.memory, self.fitted = layer, memory, {}
+        self.numbers = {k: t for k, t in texts.items() if t in LIMITS}
+        self.below = {k: t[5:] for k, t in texts.items() if t[:5] == "1 to "}
+        others = {k for k, t in texts.items() if t == "-"}
+        others.update(self.numbers, self.below)
+        self.names = [k for k in texts if k not in others]
         self.arrays = [
-            Argument(i, f"{layer}: {k}", texts[k])
-            for i, k in enumerate(self.names)
+            Argument(i, layer, k, texts[k]) for i, k in enumerate(self.names)
         ]
-        self.whole = [a for a in self.arrays if a.limit and bounded]
+        self.whole = [a for a in self.arrays if a.limit and memory.bounded]
 
     def look(self, given):
         """Raise unless these arguments, by name, are fit for the layer."""
         arrays = [given.get(name) for name in self.names]
-        kinds = tuple([_kind(x) for x in arrays])
+        kinds = tuple([self.memory.kind(x) for x in arrays])
         found = self.fitted.get(kinds)
-        if found is None or self.check is not check_array:
+        if found is None:
             found = self.fitted[kinds] = self._fit(arrays)
         sizes, pairs = found
-        for name, limit in self.limits.items():
-            self._limit(name, given.get(name), sizes[limit])
+        for name, limit in self.numbers.items():
+            if name in given:
+                check_number(f"{self.layer}: {name}", given[name], limit)
+        for name, size in self.below.items():
+            if name in given:
+                self._limit(name, given[name], sizes[size])
         for a in self.whole:
             factor, name = a.limit
             limit = factor * sizes.get(name, given.get(name))
             check_tokens(a.label, arrays[a.place], limit)
         for i, j in pairs:
-            if self.share(arrays[i], arrays[j]):
+            if self.memory.share(arrays[i], arrays[j]):
                 self._same(i, arrays[i], j, arrays[j])
 
     def _fit(self, arrays):
         """The sizes that the arrays agree on; pairs that may not overlap."""
+        memory = self.memory
         there = [a for a in self.arrays if arrays[a.place] is not None]
         sizes, kinds = self._sizes(there, arrays), self._floats(there, arrays)
         for a in self.arrays[::-1]:
@@ -714,9 +769,11 @@ class _Arguments:
                 continue
             shape = a.wanted(getattr(array, "shape", ()), sizes)
             kind = getattr(array, "dtype", None)
-            want = kinds if kind in self.floats else self.floats
-            want = self.ints if a.limit else want
-            self.check(a.label, array, shape, want, a.written)
+            want = kinds if kind in memory.floats else memory.floats
+            want = memory.ints if a.limit else want
+            memory.check(a.label, array, shape, want, a.written)
+        for a in there:
+            self._relate(a, arrays[a.place].shape, sizes)
         pairs = [
             (a.place, b.place)
             for a, b in combinations(there, 2)
@@ -744,6 +801,23 @@ class _Arguments:
         most = {name: max(all, key=all.count) for name, all in seen.items()}
         return most | {"": 1}
 
+    def _relate(self, a, shape, sizes):
+        """Raise unless a size "T+" is at least T, and "NH|C" divides C."""
+        for _, size in a.sizes:
+            name, mark, other = re.match(r"(\w*)(\W?)(\w*)", size).groups()
+            n, of = sizes[size], sizes.get(other or name)
+            if mark == "+" and n < of:
+                raise ValueError(
+                    f"{self.layer}: {name} must be at most {n}, the number "
+                    f"of rows of {a.name}, got {of}"
+                )
+            if mark == "|" and (n == 0 or of % n):
+                names = ", ".join(a.names)
+                raise ValueError(
+                    f"{a.label} must have shape ({names}) with a {name} "
+                    f"that divides {other} = {of}, got {shape}"
+                )
+
     def _limit(self, name, value, limit):
         whole = isinstance(value, (int, np.integer))
         if not whole or not 1 <= value <= limit:
@@ -754,7 +828,7 @@ class _Arguments:
     def _same(self, i, x, j, y):
         """Raise unless the two may be, and are, the same array."""
         begin = x.reshape(-1)[:1], y.reshape(-1)[:1]
-        if i > 0 or not self.arrays[j].same or not self.share(*begin):
+        if i > 0 or not self.arrays[j].same or not self.memory.share(*begin):
             raise ValueError(
                 f"{self.layer}: {self.names[i]} and {self.names[j]} must "
                 "not share memory"
@@ -762,34 +836,28 @@ class _Arguments:
 
 
 # %% the decorator of all layers tags=["export"] module="shapes"
-def shapes(
-    spec, check=check_array, floats=FLOATS, ints=INTS,
-    share=np.may_share_memory, bounded=True, **named,
-):  # fmt: skip
+def shapes(spec, memory=HOST, **named):
     """Let a layer look at its arguments before it runs.
 
     spec: a text for each of the first arguments, with commas between them;
     named: texts for others. A text has the sizes of an array, such as
-    "B T 3C", or "..." for any, and then marks: ! for an array that is
-    written; ? for one that may be None; ~ for one that may be the first
-    argument itself, where otherwise what is written shares no memory. All
-    are of one float dtype, those that end in "of V" integers in [0, V), for
-    a size or another argument V. "1 to Vp" is a whole number, "-" anything.
+    "B T 3C", "T+ C" for at least T rows, "B NH|C T" for an NH that divides
+    C, or "..." for any sizes; and then marks: ! for an array that is written; ? for one that may be None; ~ for one that
+    may be the first argument itself, where otherwise what is written shares
+    no memory. All are of one float dtype, those that end in "of V" integers
+    in [0, V), for a size or another argument V. For numbers a text is one of
+    LIMITS or, for a whole one, "1 to Vp"; "-" is anything.
 
-    check, share, bounded: how to check one array, whether two share memory,
-    and whether the range of integers is looked at; floats, ints: the dtypes.
-    The layer raises TypeError or ValueError, which names it and the
+    memory: where the arrays are. The layer raises TypeError or ValueError, which names it and the
     argument, before it has written anything.
 
     Derived in chapter 2.
     """
-    floats, ints = (tuple(map(np.dtype, kinds)) for kinds in (floats, ints))
 
     def decorate(layer):
         names = list(inspect.signature(layer).parameters)
         texts = dict(zip(names, spec.split(", "), strict=False)) | named
-        how = check, floats, ints, share, bounded
-        arguments = _Arguments(layer.__name__, texts, *how)
+        arguments = _Arguments(layer.__qualname__, texts, memory)
 
         @functools.wraps(layer)
         def call(*args, **options):

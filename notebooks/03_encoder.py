@@ -115,19 +115,7 @@ by_hand = np.array(
 
 
 # %% the forward pass tags=["export"]
-def check_length(layer, table, rows, T):
-    """Raise ValueError unless the table has a row for each of T positions.
-
-    Derived in chapter 3.
-    """
-    if rows < T:
-        raise ValueError(
-            f"{layer}: T must be at most {rows}, the number of rows "
-            f"of {table}, got {T}"
-        )
-
-
-@shapes("B T C!, B T of Vp, Vp C, max_T C")
+@shapes("B T C!, B T of Vp, Vp C, T+ C")
 def encoder_forward(out, inp, wte, wpe):
     """Sum the vector of each token and the vector of its position.
 
@@ -139,7 +127,6 @@ def encoder_forward(out, inp, wte, wpe):
     Derived in chapter 3.
     """
     T = inp.shape[1]
-    check_length("encoder_forward", "wpe", len(wpe), T)
     out[...] = wte[inp] + wpe[:T]
 
 
@@ -216,7 +203,7 @@ print(f"one-hot matrix   {4 * B * T * Vp:>14,} bytes")
 
 
 # %% the backward pass tags=["export"]
-@shapes("Vp C!, max_T C!, B T C, B T of Vp")
+@shapes("Vp C!, T+ C!, B T C, B T of Vp")
 def encoder_backward(dwte, dwpe, dout, inp):
     """Add dout's rows to the rows of the tables that they came from.
 
@@ -228,7 +215,6 @@ def encoder_backward(dwte, dwpe, dout, inp):
     Derived in chapter 3.
     """
     T = inp.shape[1]
-    check_length("encoder_backward", "dwpe", len(dwpe), T)
     np.add.at(dwte, inp, dout)
     dwpe[:T] += dout.sum(axis=0)
 
@@ -931,8 +917,7 @@ reference = SimpleNamespace(forward=encoder_forward, backward=encoder_backward)
 
 # %% imports of the CPU version tags=["export"] module="cpu.encoder"
 from llmnb.cpu.jit import inner
-from llmnb.reference.encoder import check_length
-from llmnb.shapes import shapes
+from llmnb.shapes import COMPILED, shapes
 
 # %% [markdown]
 # How would threads share the backward pass? The rule asks for an owner of
@@ -1012,7 +997,7 @@ def _encoder_backward(dwte, dwpe, dout, inp, T):
 
 
 # %% encoder, forward tags=["export"] module="cpu.encoder"
-@shapes("B T C!, B T of Vp, Vp C, max_T C", ints=["int32"])
+@shapes("B T C!, B T of Vp, Vp C, T+ C", COMPILED)
 def encoder_forward(out, inp, wte, wpe):
     """Sum the vector of each token and the vector of its position.
 
@@ -1026,13 +1011,12 @@ def encoder_forward(out, inp, wte, wpe):
 
     Derived in chapter 3.
     """
-    check_length("encoder_forward", "wpe", len(wpe), inp.shape[1])
     rows = out.reshape(inp.size, out.shape[2])
     _encoder_forward(rows, inp.reshape(-1), wte, wpe, inp.shape[1])
 
 
 # %% encoder, backward tags=["export"] module="cpu.encoder"
-@shapes("Vp C!, max_T C!, B T C, B T of Vp", ints=["int32"])
+@shapes("Vp C!, T+ C!, B T C, B T of Vp", COMPILED)
 def encoder_backward(dwte, dwpe, dout, inp):
     """Add dout's rows to the rows of the tables that they came from.
 
@@ -1046,7 +1030,6 @@ def encoder_backward(dwte, dwpe, dout, inp):
 
     Derived in chapter 3.
     """
-    check_length("encoder_backward", "dwpe", len(dwpe), inp.shape[1])
     rows = dout.reshape(inp.size, dout.shape[2])
     _encoder_backward(dwte, dwpe, rows, inp.reshape(-1), inp.shape[1])
 

@@ -186,14 +186,7 @@ compare("without bias", y[0], [[-2, 4], [-1, 1]])
 # %% the linear layer, backward tags=["export"]
 @shapes("B T C!, OC C!, OC!?, B T OC, B T C, OC C")
 def matmul_backward(
-    dinp,
-    dweight,
-    dbias,
-    dout,
-    inp,
-    weight,
-    add_dinp=True,
-    add_dweight=True,
+    dinp, dweight, dbias, dout, inp, weight, add_dinp=True, add_dweight=True
 ):
     """Add the linear layer's gradients to dinp, dweight and dbias.
 
@@ -1719,14 +1712,15 @@ import functools
 import numpy as np
 
 from llmnb.cuda.launch import (
+    DEVICE,
     aligned,
-    check_device,
     device,
     empty,
     kernel,
     numbered,
 )
 from llmnb.cuda.simulator import cuda, load4, store4
+from llmnb.shapes import shapes
 
 # %% nothing tags=["exporti"] module="cuda.matmul"
 ZERO = np.float32(0)
@@ -2299,38 +2293,15 @@ def matmul_scratch(rows, OC):
 
 
 # %% the checks on a GPU tags=["exporti"] module="cuda.matmul"
-OPTIONAL = "bias", "residual", "dbias"
-
-
-def _sizes(name, inp, weight):
-    """B, T, C and OC, or an error that says what is wrong with the two."""
-    for label, x, ndim in (("inp", inp, 3), ("weight", weight, 2)):
-        check_device(f"{name}: {label}", x, getattr(x, "shape", ()))
-        if x.ndim != ndim:
-            raise ValueError(
-                f"{name}: {label} must have {ndim} dimensions, got {x.shape}"
-            )
-    check_device(f"{name}: weight", weight, (weight.shape[0], inp.shape[2]))
-    return *inp.shape, weight.shape[0]
-
-
-def _check_arrays(name, **arrays):
-    """Check label=(array, shape); those that are OPTIONAL may be None."""
-    for label, (x, shape) in arrays.items():
-        if x is not None or label not in OPTIONAL:
-            check_device(f"{name}: {label}", x, shape)
-
-
 def _check_work(name, work, floats):
-    if work is not None:
-        check_device(f"{name}: work", work, (getattr(work, "size", 0),))
-        if work.size < floats:
-            raise ValueError(
-                f"{name}: work must hold {floats} floats, got {work.size}"
-            )
+    if work is not None and work.size < floats:
+        raise ValueError(
+            f"{name}: work must hold {floats} floats, got {work.size}"
+        )
 
 
 # %% the layer on a GPU, forward tags=["export"] module="cuda.matmul"
+@shapes("B T OC!, B T C, OC C, OC?, B T OC?~, W!?", DEVICE)
 def matmul_forward(
     out, inp, weight, bias, residual=None, work=None, version=4
 ):
@@ -2347,17 +2318,14 @@ def matmul_forward(
     """
     name = "matmul_forward"
     product = numbered(MATMUL_FORWARD, version, name)
-    B, T, C, OC = _sizes(name, inp, weight)
-    shape = B, T, OC
-    _check_arrays(
-        name, out=(out, shape), bias=(bias, (OC,)), residual=(residual, shape)
-    )
+    (B, T, C), OC = inp.shape, len(weight)
     start = None if residual is None else residual.reshape(-1)
     y, x, w = (z.reshape(-1) for z in (out, inp, weight))
     product(y, start, bias, x, w, (B * T, OC, C), (True, True))
 
 
 # %% the layer on a GPU, backward tags=["export"] module="cuda.matmul"
+@shapes("B T C!, OC C!, OC!?, B T OC, B T C, OC C", DEVICE, work="W!?")
 def matmul_backward(
     dinp,
     dweight,
@@ -2384,17 +2352,10 @@ def matmul_backward(
     """
     name = "matmul_backward"
     product = numbered(MATMUL_BACKWARD, version, name)
-    B, T, C, OC = _sizes(name, inp, weight)
+    (B, T, C), OC = inp.shape, len(weight)
     rows = B * T
     floats = 0 if dbias is None else matmul_scratch(rows, OC)
     _check_work(name, work, floats)
-    _check_arrays(
-        name,
-        dinp=(dinp, inp.shape),
-        dweight=(dweight, weight.shape),
-        dbias=(dbias, (OC,)),
-        dout=(dout, (B, T, OC)),
-    )
     x, w, dx, dw, dy = (
         z.reshape(-1) for z in (inp, weight, dinp, dweight, dout)
     )
@@ -2455,13 +2416,14 @@ from typing import NamedTuple
 import numpy as np
 
 from llmnb.cuda.launch import (
+    DEVICE,
     address,
-    check_device,
     empty,
     missing,
     stream_address,
 )
 from llmnb.cuda.matmul import _bias_gradient, _check_work, matmul_scratch
+from llmnb.shapes import shapes
 
 
 # %% a plan tags=["export"] module="cuda.cublas"
@@ -2718,6 +2680,7 @@ def cublas_scratch():
 
 
 # %% the linear layer, forward, by cuBLASLt tags=["export"] module="cuda.cublas"
+@shapes("... OC!, ... C, OC C, OC?, ... OC?~, W!?", DEVICE)
 def cublas_forward(
     out, inp, weight, bias, residual=None, work=None, tf32=False
 ):
@@ -2731,9 +2694,7 @@ def cublas_forward(
 
     Derived in chapter 6.
     """
-    rows = _shapes("cublas_forward", out, inp, weight, bias)
-    if residual is not None:
-        check_device("cublas_forward: residual", residual, out.shape)
+    rows = _rows("cublas_forward", inp)
     _check_work("cublas_forward", work, 0)
     OC, C = weight.shape
     work = empty(WORKSPACE, like=inp) if work is None else work
@@ -2746,20 +2707,15 @@ def cublas_forward(
 
 
 # %% check the arrays tags=["exporti"] module="cuda.cublas"
-def _shapes(name, out, inp, weight, bias):
-    """Raise unless the arrays fit; return the number of rows."""
+def _rows(name, inp):
+    """The number of rows, where the library can be had."""
     if no_cublas():
         raise RuntimeError(f"{name}: {no_cublas()}")
-    OC, C = weight.shape
-    check_device(f"{name}: weight", weight, (OC, C))
-    check_device(f"{name}: inp", inp, (*inp.shape[:-1], C))
-    check_device(f"{name}: out", out, (*inp.shape[:-1], OC))
-    if bias is not None:
-        check_device(f"{name}: bias", bias, (OC,))
-    return inp.size // C
+    return inp.size // inp.shape[-1]
 
 
 # %% the linear layer, backward, by cuBLASLt tags=["export"] module="cuda.cublas"
+@shapes("... C!, OC C!, OC!?, ... OC, ... C, OC C", DEVICE, work="W!?")
 def cublas_backward(
     dinp, dweight, dbias, dout, inp, weight,
     add_dinp=True, add_dweight=True, work=None, tf32=False,
@@ -2772,9 +2728,7 @@ def cublas_backward(
 
     Derived in chapter 6.
     """
-    rows = _shapes("cublas_backward", dout, inp, weight, dbias)
-    check_device("cublas_backward: dinp", dinp, inp.shape)
-    check_device("cublas_backward: dweight", dweight, weight.shape)
+    rows = _rows("cublas_backward", inp)
     OC, C = weight.shape
     sums = 0 if dbias is None else matmul_scratch(rows, OC)
     _check_work("cublas_backward", work, sums)

@@ -228,20 +228,7 @@ def masked_scores(q, k):
 
 
 # %% attention, forward tags=["export"]
-def check_heads(layer, lse, C):
-    """Raise ValueError unless lse has a number of heads that divides C.
-
-    Derived in chapter 7.
-    """
-    NH = lse.shape[1]
-    if NH == 0 or C % NH:
-        raise ValueError(
-            f"{layer}: lse must have shape (B, NH, T) with an NH that "
-            f"divides C = {C}, got {lse.shape}"
-        )
-
-
-@shapes("B T C!, B NH T!, B T 3C")
+@shapes("B T C!, B NH|C T!, B T 3C")
 def attention_forward(out, lse, inp):
     """Causal self-attention of NH heads.
 
@@ -251,7 +238,6 @@ def attention_forward(out, lse, inp):
 
     Derived in chapter 7.
     """
-    check_heads("attention_forward", lse, out.shape[2])
     NH = lse.shape[1]
     q, k, v = split_heads(inp, NH, 3)
     scores = masked_scores(q, k)
@@ -344,7 +330,7 @@ print(f"lse:     {row / 1e6:6.1f} MB a layer, {L * row / 1e6:.1f} MB")
 
 
 # %% attention, backward tags=["export"]
-@shapes("B T 3C!, B T C, B T 3C, B T C, B NH T")
+@shapes("B T 3C!, B T C, B T 3C, B T C, B NH|C T")
 def attention_backward(dinp, dout, inp, out, lse, add=True):
     """Add attention's gradient to dinp.
 
@@ -354,7 +340,6 @@ def attention_backward(dinp, dout, inp, out, lse, add=True):
 
     Derived in chapter 7.
     """
-    check_heads("attention_backward", lse, out.shape[2])
     if not add:
         dinp.fill(0)
     NH = lse.shape[1]
@@ -771,7 +756,6 @@ from llmnb.cpu.panels import (
     scratch,
 )
 from llmnb.cpu.tile import COLS, ROWS
-from llmnb.reference.attention import check_heads
 from llmnb.shapes import shapes
 
 # %% [markdown]
@@ -918,7 +902,7 @@ def _attention_forward(part, parts, address):
 
 
 # %% attention, forward tags=["export"] module="cpu.attention"
-@shapes("B T C!, B NH T!, B T 3C", work=WORK)
+@shapes("B T C!, B NH|C T!, B T 3C", work=WORK)
 def attention_forward(out, lse, inp, work=None, bf16=False):
     """Causal self-attention of NH heads.
 
@@ -933,7 +917,6 @@ def attention_forward(out, lse, inp, work=None, bf16=False):
     Derived in chapter 7.
     """
     check_bf16("attention_forward", bf16, inp.dtype)
-    check_heads("attention_forward", lse, out.shape[2])
     scratch = _scratch(out, lse, work, bf16)
     _attention_forward(out.reshape(-1), lse, inp.reshape(-1), *scratch)
 
@@ -1088,7 +1071,7 @@ def _attention_backward(part, parts, address):
 
 
 # %% attention, backward tags=["export"] module="cpu.attention"
-@shapes("B T 3C!, B T C, B T 3C, B T C, B NH T", work=WORK)
+@shapes("B T 3C!, B T C, B T 3C, B T C, B NH|C T", work=WORK)
 def attention_backward(
     dinp, dout, inp, out, lse, add=True, work=None, bf16=False
 ):
@@ -1103,7 +1086,6 @@ def attention_backward(
     Derived in chapter 7.
     """
     check_bf16("attention_backward", bf16, inp.dtype)
-    check_heads("attention_backward", lse, out.shape[2])
     scratch = _scratch(out, lse, work, bf16)
     flat = (x.reshape(-1) for x in (dinp, dout, inp, out))
     _attention_backward(*flat, lse, add, *scratch)
@@ -1214,8 +1196,8 @@ import math
 import numpy as np
 
 from llmnb.cuda.launch import (
+    DEVICE,
     aligned,
-    check_device,
     device,
     empty,
     kernel,
@@ -1223,6 +1205,7 @@ from llmnb.cuda.launch import (
 )
 from llmnb.cuda.simulator import cuda, load4, store4
 from llmnb.cuda.warp import warp_max, warp_sum
+from llmnb.shapes import shapes
 
 # %% what a score is before one is seen tags=["exporti"] module="cuda.attention"
 # exp makes 0 of it; and it is no infinity, which fastmath rules out
@@ -1800,24 +1783,11 @@ WIDEST_HEAD = 128  # channels of a head; only version 1 takes more
 
 
 # %% the checks on a GPU tags=["exporti"] module="cuda.attention"
-def _check_heads(name, out, lse, inp, version):
-    """Raise for what the kernels cannot take; return B, T and NH."""
-    shape = tuple(getattr(inp, "shape", ()))
-    if len(shape) != 3 or shape[2] % 3 or 0 in shape:
-        raise ValueError(
-            f"{name}: inp must be (B, T, 3C) and not empty, got {shape}"
-        )
-    B, T, C = *shape[:2], shape[2] // 3
-    heads = tuple(getattr(lse, "shape", ()))
-    NH = heads[1] if len(heads) == 3 else 0
-    if NH == 0 or C % NH:
-        raise ValueError(
-            f"{name}: lse must have shape (B, NH, T) with an NH that "
-            f"divides C = {C}, got {heads}"
-        )
-    check_device(f"{name}: inp", inp, shape)
-    check_device(f"{name}: out", out, (B, T, C))
-    check_device(f"{name}: lse", lse, (B, NH, T))
+def _sizes(name, lse, C, version):
+    """B, T and NH; raise for what the kernels cannot take."""
+    B, NH, T = lse.shape
+    if not lse.size:
+        raise ValueError(f"{name}: lse must not be empty, got {lse.shape}")
     if version > 1 and C // NH > WIDEST_HEAD:
         raise ValueError(
             f"{name}: a head of {C // NH} channels is too wide for version "
@@ -1845,14 +1815,15 @@ def _find_work(name, work, count, like):
     """`count` floats of work, which is allocated where it is None."""
     if work is None:
         return empty(count, like=like) if count else None
-    size = getattr(work, "size", 0)
-    check_device(f"{name}: work", work, (size,))
-    if size < count:
-        raise ValueError(f"{name}: work must hold {count} floats, got {size}")
+    if work.size < count:
+        raise ValueError(
+            f"{name}: work must hold {count} floats, got {work.size}"
+        )
     return work[:count]
 
 
 # %% attention, forward tags=["export"] module="cuda.attention"
+@shapes("B T C!, B NH|C T!, B T 3C, W!?", DEVICE)
 def attention_forward(out, lse, inp, work=None, version=3):
     """Causal self-attention of NH heads.
 
@@ -1868,7 +1839,7 @@ def attention_forward(out, lse, inp, work=None, version=3):
     """
     name = "attention_forward"
     run = numbered(ATTENTION_FORWARD, version, name)
-    sizes = _check_heads(name, out, lse, inp, version)
+    sizes = _sizes(name, lse, out.shape[2], version)
     count = attention_scratch(*sizes, version, 0)
     run(out, lse, inp, _find_work(name, work, count, inp))
 
@@ -2249,6 +2220,7 @@ ATTENTION_BACKWARD = (_backward_unfused, _backward_tiles)
 
 
 # %% attention, backward tags=["export"] module="cuda.attention"
+@shapes("B T 3C!, B T C, B T 3C, B T C, B NH|C T", DEVICE, work="W!?")
 def attention_backward(
     dinp, dout, inp, out, lse, add=True, work=None, version=2
 ):
@@ -2266,9 +2238,7 @@ def attention_backward(
     """
     name = "attention_backward"
     run = numbered(ATTENTION_BACKWARD, version, name)
-    sizes = _check_heads(name, out, lse, inp, version)
-    check_device(f"{name}: dinp", dinp, inp.shape)
-    check_device(f"{name}: dout", dout, out.shape)
+    sizes = _sizes(name, lse, out.shape[2], version)
     count = attention_scratch(*sizes, 0, version)
     work = _find_work(name, work, count, inp)
     run(dinp, dout, inp, out, lse, int(add), work)

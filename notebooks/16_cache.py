@@ -282,7 +282,7 @@ from llmnb.cpu.tile import (
     _spread,
     _store,
 )
-from llmnb.shapes import shapes
+from llmnb.shapes import COMPILED, shapes
 
 
 # %% the loop over the sum tags=["exporti"] module="cpu.decode"
@@ -726,7 +726,7 @@ def _embed(out, tokens, panels, wpe, first):
 
 
 # %% embed from panels tags=["export"] module="cpu.decode"
-@shapes(f"B T C!, B T of {COLS}P, P D {COLS}, max_T C", ints=["int32"])
+@shapes(f"B T C!, B T of {COLS}P, P D {COLS}, T+ C", COMPILED)
 def embed_forward(out, tokens, panels, wpe, first):
     """Sum each token's vector and its position's, from packed wte.
 

@@ -256,6 +256,8 @@ def test_decay_reaches_the_tensors_named(decay):
     """With no gradient, a step multiplies what decays and nothing else."""
     model = wide(GPT2(TINY, 1, 3, "cpu", "fp64"))
     before = {name: x.copy() for name, x in model.params.items()}
+    model.forward(*batch(TINY, 1, 3))
+    model.backward(share=0.0)
     model.update(0.1, weight_decay=0.5, step=1, decay=decay)
     for name, x in model.params.items():
         factor = 0.95 if decay is None or name in decay else 1.0

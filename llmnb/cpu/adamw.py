@@ -20,7 +20,7 @@ import numba
 import numpy as np
 
 from llmnb.cpu.jit import arguments, share, team
-from llmnb.reference.adamw import check_settings
+from llmnb.reference.adamw import ADAMW_LIMITS
 from llmnb.shapes import shapes
 
 
@@ -40,7 +40,7 @@ def _adamw_update(part, parts, address):
 
 
 # one step of AdamW
-@shapes("N!, N, N!, N!")
+@shapes("N!, N, N!, N!", **ADAMW_LIMITS)
 def adamw_update(
     params, grads, m, v,
     learning_rate, beta1, beta2, eps, weight_decay, step,
@@ -55,7 +55,6 @@ def adamw_update(
 
     Derived in chapter 11.
     """
-    check_settings(learning_rate, beta1, beta2, eps, weight_decay, step)
     keep = 1 - learning_rate * weight_decay
     root = math.sqrt(1 - beta2**step)
     size = learning_rate / (1 - beta1**step)
@@ -104,7 +103,7 @@ def global_norm(grads):
 
 
 # clip the gradients
-@shapes("N!")
+@shapes("N!, above 0")
 def clip_gradients(grads, max_norm):
     """Scale a flat array down to norm `max_norm` if it is longer.
 
@@ -116,10 +115,6 @@ def clip_gradients(grads, max_norm):
 
     Derived in chapter 11.
     """
-    if not max_norm > 0:
-        raise ValueError(
-            f"clip_gradients: max_norm must be above 0, got {max_norm}"
-        )
     norm = global_norm(grads)
     scale = max_norm / (norm + 1e-6)
     if math.isfinite(norm) and scale < 1:

@@ -29,7 +29,6 @@ from llmnb.cpu.panels import (
     scratch,
 )
 from llmnb.cpu.tile import COLS, ROWS
-from llmnb.reference.attention import check_heads
 from llmnb.shapes import shapes
 
 
@@ -155,7 +154,7 @@ def _attention_forward(part, parts, address):
 
 
 # attention, forward
-@shapes("B T C!, B NH T!, B T 3C", work=WORK)
+@shapes("B T C!, B NH|C T!, B T 3C", work=WORK)
 def attention_forward(out, lse, inp, work=None, bf16=False):
     """Causal self-attention of NH heads.
 
@@ -170,7 +169,6 @@ def attention_forward(out, lse, inp, work=None, bf16=False):
     Derived in chapter 7.
     """
     check_bf16("attention_forward", bf16, inp.dtype)
-    check_heads("attention_forward", lse, out.shape[2])
     scratch = _scratch(out, lse, work, bf16)
     _attention_forward(out.reshape(-1), lse, inp.reshape(-1), *scratch)
 
@@ -299,7 +297,7 @@ def _attention_backward(part, parts, address):
 
 
 # attention, backward
-@shapes("B T 3C!, B T C, B T 3C, B T C, B NH T", work=WORK)
+@shapes("B T 3C!, B T C, B T 3C, B T C, B NH|C T", work=WORK)
 def attention_backward(
     dinp, dout, inp, out, lse, add=True, work=None, bf16=False
 ):
@@ -314,7 +312,6 @@ def attention_backward(
     Derived in chapter 7.
     """
     check_bf16("attention_backward", bf16, inp.dtype)
-    check_heads("attention_backward", lse, out.shape[2])
     scratch = _scratch(out, lse, work, bf16)
     flat = (x.reshape(-1) for x in (dinp, dout, inp, out))
     _attention_backward(*flat, lse, add, *scratch)

@@ -24,7 +24,7 @@ import numpy as np
 
 from llmnb.cpu.jit import arguments, share, team
 from llmnb.cpu.math import fast_exp
-from llmnb.shapes import shapes
+from llmnb.shapes import COMPILED, shapes
 
 
 # the fused forward kernel
@@ -61,7 +61,7 @@ def _rows(*arrays):
 
 
 # the fused forward
-@shapes("B T!, B T!, B T Vp, B T of V, 1 to Vp", ints=["int32"])
+@shapes("B T!, B T!, B T Vp, B T of V, 1 to Vp", COMPILED)
 def crossentropy_softmax_forward(losses, lse, logits, targets, V):
     """Losses straight from the logits; no probability is stored.
 
@@ -78,7 +78,7 @@ def crossentropy_softmax_forward(losses, lse, logits, targets, V):
 
 
 # the fused backward
-@shapes("B T Vp!, B T, B T Vp~, B T, B T of V, 1 to Vp", ints=["int32"])
+@shapes("B T Vp!, B T, B T Vp~, B T, B T of V, 1 to Vp", COMPILED)
 def crossentropy_softmax_backward(dlogits, dlosses, logits, lse, targets, V):
     """Write the gradient of the losses by the logits: p - y, scaled.
 
@@ -167,7 +167,7 @@ def _crossentropy_forward(part, parts, address):
         losses[n] = -math.log(max(probs[n, targets[n]], tiny))
 
 
-@shapes("B T!, B T Vp, B T of Vp", ints=["int32"])
+@shapes("B T!, B T Vp, B T of Vp", COMPILED)
 def crossentropy_forward(losses, probs, targets):
     """Surprise at each target, in nats: minus the log of its probability.
 
@@ -192,7 +192,7 @@ def _crossentropy_backward(part, parts, address):
         dprobs[n, k] -= dlosses[n] / max(probs[n, k], tiny)
 
 
-@shapes("B T Vp!, B T, B T Vp, B T of Vp", ints=["int32"])
+@shapes("B T Vp!, B T, B T Vp, B T of Vp", COMPILED)
 def crossentropy_backward(dprobs, dlosses, probs, targets):
     """Add the gradient of the losses by the probabilities to `dprobs`.
 

@@ -43,7 +43,7 @@ from llmnb.cpu.tile import (
     _spread,
     _store,
 )
-from llmnb.shapes import shapes
+from llmnb.shapes import COMPILED, shapes
 
 
 # the loop over the sum
@@ -385,7 +385,7 @@ def _embed(out, tokens, panels, wpe, first):
 
 
 # embed from panels
-@shapes(f"B T C!, B T of {COLS}P, P D {COLS}, max_T C", ints=["int32"])
+@shapes(f"B T C!, B T of {COLS}P, P D {COLS}, T+ C", COMPILED)
 def embed_forward(out, tokens, panels, wpe, first):
     """Sum each token's vector and its position's, from packed wte.
 

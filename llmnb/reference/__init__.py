@@ -4,14 +4,12 @@
 
 from llmnb.reference.adamw import (
     adamw_update,
-    check_settings,
     clip_gradients,
     global_norm,
 )
 from llmnb.reference.attention import (
     attention_backward,
     attention_forward,
-    check_heads,
     masked_scores,
     split_heads,
 )
@@ -24,7 +22,6 @@ from llmnb.reference.crossentropy import (
     softmax_forward,
 )
 from llmnb.reference.encoder import (
-    check_length,
     encoder_backward,
     encoder_forward,
 )
@@ -49,9 +46,6 @@ __all__ = [
     "adamw_update",
     "attention_backward",
     "attention_forward",
-    "check_heads",
-    "check_length",
-    "check_settings",
     "clip_gradients",
     "crossentropy_backward",
     "crossentropy_forward",

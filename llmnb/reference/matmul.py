@@ -38,14 +38,7 @@ def matmul_forward(out, inp, weight, bias, residual=None):
 # the linear layer, backward
 @shapes("B T C!, OC C!, OC!?, B T OC, B T C, OC C")
 def matmul_backward(
-    dinp,
-    dweight,
-    dbias,
-    dout,
-    inp,
-    weight,
-    add_dinp=True,
-    add_dweight=True,
+    dinp, dweight, dbias, dout, inp, weight, add_dinp=True, add_dweight=True
 ):
     """Add the linear layer's gradients to dinp, dweight and dbias.
 
