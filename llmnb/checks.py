@@ -33,9 +33,10 @@ def check_fit(name, array, shape, kinds):
     Derived in chapter 2.
     """
     kinds = kinds if isinstance(kinds, tuple) else (np.dtype(kinds),)
-    if array.dtype not in kinds:
+    kind = getattr(array, "dtype", type(array).__name__)
+    if kind not in kinds:
         want = " or ".join(map(str, kinds))
-        raise TypeError(f"{name} must be {want}, got {array.dtype}")
+        raise TypeError(f"{name} must be {want}, got {kind}")
     if shape is not None and array.shape != shape:
         want = str(tuple(shape)).replace("'", "")
         raise ValueError(f"{name} must have shape {want}, got {array.shape}")

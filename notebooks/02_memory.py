@@ -508,9 +508,10 @@ def check_fit(name, array, shape, kinds):
     Derived in chapter 2.
     """
     kinds = kinds if isinstance(kinds, tuple) else (np.dtype(kinds),)
-    if array.dtype not in kinds:
+    kind = getattr(array, "dtype", type(array).__name__)
+    if kind not in kinds:
         want = " or ".join(map(str, kinds))
-        raise TypeError(f"{name} must be {want}, got {array.dtype}")
+        raise TypeError(f"{name} must be {want}, got {kind}")
     if shape is not None and array.shape != shape:
         want = str(tuple(shape)).replace("'", "")
         raise ValueError(f"{name} must have shape {want}, got {array.shape}")
@@ -739,7 +740,8 @@ class _Arguments:
     def look(self, given):
         """Raise unless these arguments, by name, are fit for the layer."""
         arrays = [given.get(name) for name in self.names]
-        kinds = tuple([self.memory.kind(x) for x in arrays])
+        kind = self.memory.kind
+        kinds = tuple([kind(x) for x in arrays])
         found = self.fitted.get(kinds)
         if found is None:
             found = self.fitted[kinds] = self._fit(arrays)
@@ -754,8 +756,9 @@ class _Arguments:
             factor, name = a.limit
             limit = factor * sizes.get(name, given.get(name))
             check_tokens(a.label, arrays[a.place], limit)
+        share = self.memory.share
         for i, j in pairs:
-            if self.memory.share(arrays[i], arrays[j]):
+            if share(arrays[i], arrays[j]):
                 self._same(i, arrays[i], j, arrays[j])
 
     def _fit(self, arrays):
@@ -842,14 +845,15 @@ def shapes(spec, memory=HOST, **named):
     spec: a text for each of the first arguments, with commas between them;
     named: texts for others. A text has the sizes of an array, such as
     "B T 3C", "T+ C" for at least T rows, "B NH|C T" for an NH that divides
-    C, or "..." for any sizes; and then marks: ! for an array that is written; ? for one that may be None; ~ for one that
-    may be the first argument itself, where otherwise what is written shares
-    no memory. All are of one float dtype, those that end in "of V" integers
-    in [0, V), for a size or another argument V. For numbers a text is one of
-    LIMITS or, for a whole one, "1 to Vp"; "-" is anything.
+    C, or "..." for any. Marks follow: ! for an array that is written; ? for
+    one that may be None; ~ for one that may be the first argument itself,
+    where otherwise what is written shares no memory. All arrays are of one
+    float dtype; those that end in "of V" hold integers in [0, V), V a size
+    or another argument. For a number the text is one of LIMITS or, if it is
+    a whole one, "1 to Vp"; for what is not looked at it is "-".
 
-    memory: where the arrays are. The layer raises TypeError or ValueError, which names it and the
-    argument, before it has written anything.
+    memory: where the arrays are. The layer raises TypeError or ValueError,
+    which names it and the argument, before it has written anything.
 
     Derived in chapter 2.
     """

@@ -326,6 +326,49 @@ def test_the_callers_arrays_are_copied():
     assert (model.memory.flat("grads") == want).all()
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu", "cuda"])
+def test_no_update_before_a_gradient(backend):
+    model = GPT2(TINY, 2, 3, backend)
+    tokens, targets = batch(TINY, 2, 3)
+    before = np.array(model.memory.flat("params"))
+    for forward in (lambda: None, lambda: model.forward(tokens, targets)):
+        forward()
+        with pytest.raises(RuntimeError, match="GPT2.update: call backward"):
+            model.update()
+        early = "GPT2.clip_gradients: call backward first"
+        with pytest.raises(RuntimeError, match=early):
+            model.clip_gradients(1.0)
+    assert np.array_equal(np.array(model.memory.flat("params")), before)
+    assert not np.array(model.memory.flat("v")).any()
+    model.backward()
+    assert model.clip_gradients(1.0) > 0
+    model.update()
+    assert np.array(model.memory.flat("v")).any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "says"),
+    [
+        ({"step": 0}, ValueError, "step must be at least 1, got 0"),
+        ({"learning_rate": -1e-3}, ValueError, "learning_rate must be at lea"),
+        ({"beta2": np.nan}, ValueError, r"beta2 must be in \[0, 1\), got nan"),
+        ({"weight_decay": None}, TypeError, "weight_decay must be a number"),
+        ({"eps": "1e-8"}, TypeError, "eps must be a number, got str"),
+        ({"max_norm": 0}, ValueError, "max_norm must be above 0, got 0"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["reference", "cpu", "cuda"])
+def test_a_steps_settings_are_looked_at_first(backend, settings, error, says):
+    model = GPT2(TINY, 2, 3, backend)
+    with pytest.raises(error, match=f"GPT2.step: {says}"):
+        model.step(*batch(TINY, 2, 3), **settings)
+    with pytest.raises(RuntimeError, match="GPT2.logits: there are none"):
+        _ = model.logits
+    if "max_norm" not in settings:
+        with pytest.raises(error, match=f"GPT2.update: {says}"):
+            model.update(**settings)
+
+
 def test_calls_out_of_order():
     model = GPT2(TINY, 2, 3, "reference")
     tokens, targets = batch(TINY, 2, 3)
