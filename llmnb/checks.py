@@ -7,8 +7,10 @@ footprint is known before training begins and never grows.
 """
 
 __all__ = [
+    "FLOATS",
+    "INTS",
     "check_array",
-    "check_float",
+    "check_fit",
     "check_tokens",
 ]
 
@@ -18,38 +20,51 @@ import numpy as np
 
 
 # check an array
-def check_array(name, array, shape, dtype):
-    """Raise unless `array` is a C-contiguous ndarray of this shape and dtype.
+FLOATS = np.dtype(np.float32), np.dtype(np.float64)
+INTS = np.dtype(np.int32), np.dtype(np.int64)
+
+
+def check_fit(name, array, shape, kinds):
+    """Raise unless `array` has this shape and this dtype.
 
     name: what the message calls it, such as "layernorm_forward: out".
-    Raises TypeError (not an array, wrong dtype) or ValueError (wrong shape,
-    not contiguous).
+    shape: None for any. kinds: a dtype, or a tuple of several that will do.
 
     Derived in chapter 2.
     """
-    if not isinstance(array, np.ndarray):
-        kind = type(array).__name__
-        raise TypeError(f"{name} must be a NumPy array, got {kind}")
-    if array.dtype != dtype:
-        want = np.dtype(dtype)
-        raise TypeError(f"{name} must be {want}, got {array.dtype}")
-    if array.shape != tuple(shape):
-        raise ValueError(
-            f"{name} must have shape {tuple(shape)}, got {array.shape}"
-        )
-    if not array.flags.c_contiguous:
-        raise ValueError(f"{name} must be C-contiguous")
-
-
-# check a dtype
-def check_float(name, array):
-    """Raise TypeError unless `array` is a float32 or float64 ndarray.
-
-    Derived in chapter 2.
-    """
+    kinds = kinds if isinstance(kinds, tuple) else (np.dtype(kinds),)
     kind = getattr(array, "dtype", type(array).__name__)
-    if kind not in (np.float32, np.float64):
-        raise TypeError(f"{name} must be float32 or float64, got {kind}")
+    if kind not in kinds:
+        want = " or ".join(map(str, kinds))
+        raise TypeError(f"{name} must be {want}, got {kind}")
+    if shape is not None and array.shape != shape:
+        want = str(tuple(shape)).replace("'", "")
+        raise ValueError(f"{name} must have shape {want}, got {array.shape}")
+
+
+def check_array(name, array, shape=None, kinds=FLOATS, written=False):
+    """Raise unless a layer can work on `array`, and write it if `written`.
+
+    It must be a NumPy array itself, not of a subclass but np.memmap, with
+    this shape and dtype, C-contiguous and aligned. name, shape, kinds: as
+    for check_fit. Raises TypeError (not an array, wrong dtype) or
+    ValueError (all else).
+
+    Derived in chapter 2.
+    """
+    if type(array) not in (np.ndarray, np.memmap):
+        kind = type(array).__name__
+        kind += ", a subclass of it" * isinstance(array, np.ndarray)
+        raise TypeError(f"{name} must be a NumPy array, got {kind}")
+    check_fit(name, array, shape, kinds)
+    flags = array.flags
+    if not flags.c_contiguous:
+        raise ValueError(f"{name} must be C-contiguous")
+    if not flags.aligned:
+        size = array.itemsize
+        raise ValueError(f"{name} must begin at a multiple of {size} bytes")
+    if written and not flags.writeable:
+        raise ValueError(f"{name} must be writeable, got a read-only array")
 
 
 # check tokens

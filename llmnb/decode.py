@@ -22,7 +22,7 @@ import numpy as np
 
 from llmnb.arena import Arena
 from llmnb.checkpoint import read_checkpoint, read_config
-from llmnb.checks import check_tokens
+from llmnb.checks import FLOATS, check_fit, check_tokens
 from llmnb.config import parameter_shapes
 
 
@@ -119,8 +119,11 @@ class Decoder:
         """Take the weights of a mapping such as `GPT2.params`.
 
         They are copied, from a GPU too: after another step of training,
-        load them again.
+        load them again. Raises TypeError or ValueError before it copies any,
+        where one does not fit.
         """
+        for name, shape in parameter_shapes(self.cfg).items():
+            check_fit(f"Decoder.load: {name}", params[name], shape, FLOATS)
         pack, panels = self._ops.pack_weight, self.memory["panels"]
         for name, array in self.memory["vectors"].items():
             array[...] = params[name]

@@ -63,6 +63,8 @@ from llmnb.verify import compare, numerical_gradient, verdict
 # %% imports of the reference tags=["export"]
 import numpy as np
 
+from llmnb.shapes import shapes
+
 # %% the seed
 rng = np.random.default_rng(3)
 
@@ -108,10 +110,12 @@ by_hand = np.array(
 #
 # NumPy reads this almost as it stands. `wte[inp]` takes one row of the
 # table for each element of `inp` and has the shape (B, T, C); the first T
-# rows of `wpe` are added to every text of the batch.
+# rows of `wpe` are added to every text of the batch. The line above the
+# function says what the arrays must be: [chapter 2](02_memory.ipynb).
 
 
 # %% the forward pass tags=["export"]
+@shapes("B T C!, B T of Vp, Vp C, T+ C")
 def encoder_forward(out, inp, wte, wpe):
     """Sum the vector of each token and the vector of its position.
 
@@ -199,6 +203,7 @@ print(f"one-hot matrix   {4 * B * T * Vp:>14,} bytes")
 
 
 # %% the backward pass tags=["export"]
+@shapes("Vp C!, T+ C!, B T C, B T of Vp")
 def encoder_backward(dwte, dwpe, dout, inp):
     """Add dout's rows to the rows of the tables that they came from.
 
@@ -1077,10 +1082,8 @@ verdict("all threads", np.array_equal(many, one), "the same bits")
 reference = SimpleNamespace(forward=encoder_forward, backward=encoder_backward)
 
 # %% imports of the CPU version tags=["export"] module="cpu.encoder"
-import numpy as np
-
-from llmnb.checks import check_array, check_float, check_tokens
 from llmnb.cpu.jit import inner
+from llmnb.shapes import COMPILED, shapes
 
 # %% [markdown]
 # How would threads share the backward pass? The rule asks for an owner of
@@ -1155,36 +1158,12 @@ def _encoder_backward(dwte, dwpe, dout, inp, T):
 # %% [markdown]
 # **Checks.** A compiled kernel does not check its indices: token 60000
 # would read, or worse, write, memory that belongs to something else. So the
-# public functions look first. They check shapes, dtypes and the range of
-# every token, and that the text is no longer than the position table.
-
-
-# %% the checks tags=["exporti"] module="cpu.encoder"
-def check_encoder(name, d, out, inp, wte, wpe):
-    """Raise unless these fit together; `d` is "d" before gradients' names.
-
-    Derived in chapter 3.
-    """
-    check_float(f"{name}: {d}out", out)
-    if out.ndim != 3:
-        raise ValueError(
-            f"{name}: {d}out must have shape (B, T, C), got {out.shape}"
-        )
-    B, T, C = out.shape
-    check_array(f"{name}: {d}out", out, out.shape, out.dtype)
-    check_array(f"{name}: inp", inp, (B, T), np.int32)
-    for table, array in (("wte", wte), ("wpe", wpe)):
-        rows = len(array) if getattr(array, "ndim", 0) else 0
-        check_array(f"{name}: {d}{table}", array, (rows, C), out.dtype)
-    if len(wpe) < T:
-        raise ValueError(
-            f"{name}: T must be at most {len(wpe)}, the number of rows "
-            f"of {d}wpe, got {T}"
-        )
-    check_tokens(f"{name}: inp", inp, len(wte))
+# public functions look first, by the same line as the reference, and take
+# int32 alone: for each other type of integer numba would compile again.
 
 
 # %% encoder, forward tags=["export"] module="cpu.encoder"
+@shapes("B T C!, B T of Vp, Vp C, T+ C", COMPILED)
 def encoder_forward(out, inp, wte, wpe):
     """Sum the vector of each token and the vector of its position.
 
@@ -1198,12 +1177,12 @@ def encoder_forward(out, inp, wte, wpe):
 
     Derived in chapter 3.
     """
-    check_encoder("encoder_forward", "", out, inp, wte, wpe)
     rows = out.reshape(inp.size, out.shape[2])
     _encoder_forward(rows, inp.reshape(-1), wte, wpe, inp.shape[1])
 
 
 # %% encoder, backward tags=["export"] module="cpu.encoder"
+@shapes("Vp C!, T+ C!, B T C, B T of Vp", COMPILED)
 def encoder_backward(dwte, dwpe, dout, inp):
     """Add dout's rows to the rows of the tables that they came from.
 
@@ -1217,7 +1196,6 @@ def encoder_backward(dwte, dwpe, dout, inp):
 
     Derived in chapter 3.
     """
-    check_encoder("encoder_backward", "d", dout, inp, dwte, dwpe)
     rows = dout.reshape(inp.size, dout.shape[2])
     _encoder_backward(dwte, dwpe, rows, inp.reshape(-1), inp.shape[1])
 

@@ -1331,7 +1331,9 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from llmnb.checks import FLOATS, INTS, check_fit
 from llmnb.cuda.simulator import cuda, load4, record, simulate, store4
+from llmnb.shapes import Memory
 
 # %% the rest of the simulator, from the package
 from llmnb.cuda.simulator import RaceError, watch
@@ -1480,31 +1482,29 @@ print(there.shape, there.nbytes, to_host(there[1]))
 
 # %% [markdown]
 # A kernel checks nothing: on a GPU, an element beyond the end of an array
-# is somebody else's. So each layer checks its arguments before it launches.
+# is somebody else's. So each layer looks at its arguments before it launches,
+# by chapter 2's decorator with what is below in the place of NumPy's checks.
 
 
 # %% check an array tags=["export"] module="cuda.launch"
-def check_device(name, array, shape, dtype=np.float32):
+def check_device(name, array, shape=None, kinds=np.float32, written=False):
     """Raise unless `array` is a device's, of this shape and dtype.
 
-    name: what the message calls it, such as "gelu_forward: out". Raises
-    TypeError (not on a device, wrong dtype) or ValueError (wrong shape, not
-    C-contiguous).
+    name, shape, kinds: as for llmnb.checks.check_array; every device's array
+    may be written. Raises TypeError (not on a device, wrong dtype) or
+    ValueError (wrong shape, not C-contiguous, not aligned).
 
     Derived in chapter 4.
     """
     if not hasattr(array, "copy_to_host"):
         kind = type(array).__name__
         raise TypeError(f"{name} must be a device's array, got {kind}")
-    if array.dtype != dtype:
-        want = np.dtype(dtype)
-        raise TypeError(f"{name} must be {want}, got {array.dtype}")
-    if tuple(array.shape) != tuple(shape):
-        raise ValueError(
-            f"{name} must have shape {tuple(shape)}, got {array.shape}"
-        )
+    check_fit(name, array, shape, kinds)
     if not array.is_c_contiguous():
         raise ValueError(f"{name} must be C-contiguous")
+    size = array.dtype.itemsize
+    if address(array) % size:
+        raise ValueError(f"{name} must begin at a multiple of {size} bytes")
 
 
 # %% a message
@@ -1527,6 +1527,31 @@ def address(array):
     if isinstance(array, DeviceArray):
         return array._array.ctypes.data
     return array.__cuda_array_interface__["data"][0]
+
+
+def overlap(a, b):
+    """Whether two arrays on devices share memory; both contiguous.
+
+    Derived in chapter 4.
+    """
+    i, j = address(a), address(b)
+    return i < j + b.nbytes and j < i + a.nbytes
+
+
+# %% how layers look at them tags=["export"] module="cuda.launch"
+def device_kind(x):
+    """All of a device's array that decides whether it fits.
+
+    Derived in chapter 4.
+    """
+    if not hasattr(x, "copy_to_host"):
+        return type(x)
+    return x.dtype, x.shape, x.is_c_contiguous(), address(x) % ALIGN
+
+
+DEVICE = Memory(
+    check_device, device_kind, overlap, FLOATS[:1], INTS[:1], bounded=False
+)
 
 
 def aligned(*arrays):
@@ -2166,14 +2191,9 @@ plt.show()
 # %% imports of the encoder tags=["export"] module="cuda.encoder"
 import numpy as np
 
-from llmnb.cuda.launch import (
-    aligned,
-    check_device,
-    device,
-    kernel,
-    numbered,
-)
+from llmnb.cuda.launch import DEVICE, aligned, device, kernel, numbered
 from llmnb.cuda.simulator import cuda, load4, store4
+from llmnb.shapes import shapes
 
 # %% block size tags=["exporti"] module="cuda.encoder"
 THREADS = 128  # in a block
@@ -2229,28 +2249,6 @@ def _thread_four_channels(out, inp, wte, wpe, T):
     _forward_by_four[grid, THREADS](out, inp, wte, wpe, T)
 
 
-# %% check the arrays tags=["exporti"] module="cuda.encoder"
-def _check_encoder(name, d, out, inp, wte, wpe):
-    for what, array in (("out", out), ("wte", wte), ("wpe", wpe)):
-        ndim = 3 if what == "out" else 2
-        shape = getattr(array, "shape", ())
-        check_device(f"{name}: {d}{what}", array, shape)
-        if len(shape) != ndim:
-            raise ValueError(
-                f"{name}: {d}{what} must have {ndim} dimensions, got "
-                f"{len(shape)}"
-            )
-    B, T, C = out.shape
-    check_device(f"{name}: inp", inp, (B, T), np.int32)
-    check_device(f"{name}: {d}wte", wte, (len(wte), C))
-    check_device(f"{name}: {d}wpe", wpe, (len(wpe), C))
-    if len(wpe) < T:
-        raise ValueError(
-            f"{name}: T must be at most {len(wpe)}, the number of rows "
-            f"of {d}wpe, got {T}"
-        )
-
-
 # %% [markdown]
 # Shapes and types are checked. The *values* of the tokens are on the device,
 # and to look at them would mean to wait for it; whoever sends the tokens
@@ -2260,6 +2258,7 @@ def _check_encoder(name, d, out, inp, wte, wpe):
 ENCODER_FORWARD = (_thread_an_element, _thread_four_channels)
 
 
+@shapes("B T C!, B T of Vp, Vp C, T+ C", DEVICE)
 def encoder_forward(out, inp, wte, wpe, version=2):
     """Sum the vector of each token and the vector of its position.
 
@@ -2276,7 +2275,6 @@ def encoder_forward(out, inp, wte, wpe, version=2):
     Derived in chapter 4.
     """
     run = numbered(ENCODER_FORWARD, version, "encoder_forward")
-    _check_encoder("encoder_forward", "", out, inp, wte, wpe)
     B, T, C = out.shape
     run(out.reshape(B * T, C), inp.reshape(B * T), wte, wpe, T)
 
@@ -2549,6 +2547,7 @@ def _warp_votes(dwte, dwpe, dout, inp, T):
 ENCODER_BACKWARD = (_atomics, _block_a_place, _warp_votes)
 
 
+@shapes("Vp C!, T+ C!, B T C, B T of Vp", DEVICE)
 def encoder_backward(dwte, dwpe, dout, inp, version=3):
     """Add dout's rows to the rows of the tables that they came from.
 
@@ -2567,7 +2566,6 @@ def encoder_backward(dwte, dwpe, dout, inp, version=3):
     Derived in chapter 4.
     """
     run = numbered(ENCODER_BACKWARD, version, "encoder_backward")
-    _check_encoder("encoder_backward", "d", dout, inp, dwte, dwpe)
     B, T, C = dout.shape
     run(dwte, dwpe, dout.reshape(B * T, C), inp.reshape(B * T), T)
 

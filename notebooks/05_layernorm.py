@@ -57,6 +57,8 @@ from llmnb.verify import compare, numerical_gradient, verdict
 # %% imports tags=["export"]
 import numpy as np
 
+from llmnb.shapes import shapes
+
 # %% the seed
 rng = np.random.default_rng(4)
 
@@ -114,6 +116,7 @@ EPS = 1e-5
 
 
 # %% layernorm, forward tags=["export"]
+@shapes("B T C!, B T!, B T!, B T C, C, C")
 def layernorm_forward(out, mean, rstd, inp, weight, bias):
     """Normalise each row of inp, then scale and shift each channel.
 
@@ -221,6 +224,7 @@ compare("row deviations", y.std(axis=-1), np.ones((2, 4)), tol=1e-8)
 
 
 # %% layernorm, backward tags=["export"]
+@shapes("B T C!, C!, C!, B T C, B T C, C, B T, B T")
 def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
     """Add LayerNorm's gradients to dinp, dweight and dbias.
 
@@ -336,8 +340,8 @@ import math
 import numba
 import numpy as np
 
-from llmnb.checks import check_array, check_float
 from llmnb.cpu.jit import arguments, share, team
+from llmnb.shapes import shapes
 
 # %% [markdown]
 # One row is one unit of work. Rows are independent, so the threads share them
@@ -382,29 +386,12 @@ def _layernorm_forward(part, parts, address):
 # would be shorter to read and longer to compile: numba makes an array of
 # it, with code that counts its owners.
 #
-# numba does not check bounds: an array that is too short means a read from
-# somebody else's memory. So the public function checks shapes and dtypes
-# first, and views the (B, T, C) arrays as rows.
-
-
-# %% the checks tags=["exporti"] module="cpu.layernorm"
-def _check(name, inp, like, mean, rstd, *channels):
-    check_float(f"{name}: inp", inp)
-    if inp.ndim != 3:
-        raise ValueError(
-            f"{name}: inp must have shape (B, T, C), got {inp.shape}"
-        )
-    B, T, C = inp.shape
-    check_array(f"{name}: inp", inp, (B, T, C), inp.dtype)
-    for label, array in like.items():
-        check_array(f"{name}: {label}", array, (B, T, C), inp.dtype)
-    check_array(f"{name}: mean", mean, (B, T), inp.dtype)
-    check_array(f"{name}: rstd", rstd, (B, T), inp.dtype)
-    for array in channels:
-        check_array(f"{name}: each (C,) array", array, (C,), inp.dtype)
+# The public function has the line of the reference above it, and views the
+# (B, T, C) arrays as rows.
 
 
 # %% layernorm, forward tags=["export"] module="cpu.layernorm"
+@shapes("B T C!, B T!, B T!, B T C, C, C")
 def layernorm_forward(out, mean, rstd, inp, weight, bias):
     """Normalise each row of inp, then scale and shift each channel.
 
@@ -415,7 +402,6 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
 
     Derived in chapter 5.
     """
-    _check("layernorm_forward", inp, {"out": out}, mean, rstd, weight, bias)
     C = inp.shape[-1]
     rows = [a.reshape(-1, C) for a in (out, inp)]
     _layernorm_forward(
@@ -470,6 +456,7 @@ def _layernorm_backward(part, parts, address):
 
 
 # %% layernorm, backward tags=["export"] module="cpu.layernorm"
+@shapes("B T C!, C!, C!, B T C, B T C, C, B T, B T")
 def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
     """Add LayerNorm's gradients to dinp, dweight and dbias.
 
@@ -480,9 +467,6 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
 
     Derived in chapter 5.
     """
-    like = {"dinp": dinp, "dout": dout}
-    channels = dweight, dbias, weight
-    _check("layernorm_backward", inp, like, mean, rstd, *channels)
     C = inp.shape[-1]
     dx, dy, x = (a.reshape(-1, C) for a in (dinp, dout, inp))
     sums = np.zeros((2, min(64, -(-len(x) // 16)), C), inp.dtype)
@@ -606,8 +590,8 @@ import math
 import numpy as np
 
 from llmnb.cuda.launch import (
+    DEVICE,
     aligned,
-    check_device,
     device,
     empty,
     kernel,
@@ -615,6 +599,7 @@ from llmnb.cuda.launch import (
 )
 from llmnb.cuda.simulator import cuda, load4, store4
 from llmnb.cuda.warp import warp_sum
+from llmnb.shapes import shapes
 
 # %% [markdown]
 # Rows are independent, so rows are what threads can share out. Three ways to
@@ -958,27 +943,12 @@ count_forward(_vector_a_row, _kept_a_row)
 # unless told otherwise.
 
 
-# %% the checks of the GPU module tags=["exporti"] module="cuda.layernorm"
-def _check_rows(name, inp, like, stats, channels):
-    """Raise unless all fit inp's (B, T, C); return B * T and C."""
-    check_device(f"{name}: inp", inp, getattr(inp, "shape", ()))
-    if inp.ndim != 3:
-        raise ValueError(
-            f"{name}: inp must have shape (B, T, C), got {inp.shape}"
-        )
-    B, T, C = inp.shape
-    shapes = (B, T, C), (B, T), (C,)
-    for arrays, shape in zip((like, stats, channels), shapes, strict=True):
-        for label, array in arrays.items():
-            check_device(f"{name}: {label}", array, shape)
-    return B * T, C
-
-
 # %% layernorm, forward tags=["export"] module="cuda.layernorm"
 # from a thread a row to rows kept in shared memory; see chapter 5
 LAYERNORM_FORWARD = _thread_a_row, _warp_a_row, _vector_a_row, _kept_a_row
 
 
+@shapes("B T C!, B T!, B T!, B T C, C, C", DEVICE)
 def layernorm_forward(out, mean, rstd, inp, weight, bias, version=4):
     """Normalise each row of inp, then scale and shift each channel.
 
@@ -994,9 +964,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias, version=4):
     """
     name = "layernorm_forward"
     forward = numbered(LAYERNORM_FORWARD, version, name)
-    stats = {"mean": mean, "rstd": rstd}
-    channels = {"weight": weight, "bias": bias}
-    rows, C = _check_rows(name, inp, {"out": out}, stats, channels)
+    rows, C = mean.size, len(weight)
     flat = mean.reshape(rows), rstd.reshape(rows)
     rows_in, rows_out = inp.reshape(rows, C), out.reshape(rows, C)
     forward(rows_out, *flat, rows_in, weight, bias)
@@ -1489,7 +1457,6 @@ def _check_work(name, work, floats, inp):
     """The memory to work in: `work` if it is large enough, or a new one."""
     if work is None:
         return empty(floats, like=inp)
-    check_device(f"{name}: work", work, (getattr(work, "size", 0),))
     if work.size < floats:
         raise ValueError(
             f"{name}: work must hold {floats} floats, got {work.size}"
@@ -1502,6 +1469,7 @@ def _check_work(name, work, floats, inp):
 LAYERNORM_BACKWARD = _atomic_sums, _sums_of_parts, _rows_once
 
 
+@shapes("B T C!, C!, C!, B T C, B T C, C, B T, B T, W!?", DEVICE)
 def layernorm_backward(
     dinp,
     dweight,
@@ -1531,10 +1499,7 @@ def layernorm_backward(
     """
     name = "layernorm_backward"
     backward = numbered(LAYERNORM_BACKWARD, version, name)
-    like = {"dinp": dinp, "dout": dout}
-    stats = {"mean": mean, "rstd": rstd}
-    channels = {"dweight": dweight, "dbias": dbias, "weight": weight}
-    rows, C = _check_rows(name, inp, like, stats, channels)
+    rows, C = mean.size, len(weight)
     work = _check_work(name, work, layernorm_scratch(rows, C), inp)
     dx, dy, x = (a.reshape(rows, C) for a in (dinp, dout, inp))
     flat = mean.reshape(rows), rstd.reshape(rows)

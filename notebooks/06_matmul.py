@@ -110,7 +110,12 @@ for token in x:
 # sum in (6.1) then run along memory, which will matter for speed.
 
 
+# %% imports tags=["export"]
+from llmnb.shapes import shapes
+
+
 # %% the linear layer, forward tags=["export"]
+@shapes("B T OC!, B T C, OC C, OC?, B T OC?~")
 def matmul_forward(out, inp, weight, bias, residual=None):
     """Map each row of inp to a row of out: out = inp @ weight.T + bias.
 
@@ -179,15 +184,9 @@ compare("without bias", y[0], [[-2, 4], [-1, 1]])
 
 
 # %% the linear layer, backward tags=["export"]
+@shapes("B T C!, OC C!, OC!?, B T OC, B T C, OC C")
 def matmul_backward(
-    dinp,
-    dweight,
-    dbias,
-    dout,
-    inp,
-    weight,
-    add_dinp=True,
-    add_dweight=True,
+    dinp, dweight, dbias, dout, inp, weight, add_dinp=True, add_dweight=True
 ):
     """Add the linear layer's gradients to dinp, dweight and dbias.
 
@@ -958,7 +957,6 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from llmnb.checks import check_array
 from llmnb.cpu.jit import device, routine
 from llmnb.cpu.tile import (
     COLS,
@@ -1224,14 +1222,15 @@ def work_shape():
     return numba.config.NUMBA_NUM_THREADS, SPARE + (ROWS + 2) * COLS
 
 
+WORK = "{} {}!?".format(*work_shape())  # as `shapes` reads it
+
+
 # %% the scratch memory tags=["export"] module="cpu.panels"
-def check_scratch(name, work, bf16, dtype):
-    """Raise unless work and bf16 fit a product in dtype.
+def check_bf16(name, bf16, dtype):
+    """Raise TypeError where products in dtype cannot be rounded.
 
     Derived in chapter 6.
     """
-    if work is not None:
-        check_array(f"{name}: work", work, work_shape(), dtype)
     if bf16 and dtype != np.float32:
         raise TypeError(f"{name}: bf16 wants float32 arrays, got {dtype}")
 
@@ -1259,20 +1258,20 @@ def scratch(work, bf16, dtype):
 import numba
 import numpy as np
 
-from llmnb.checks import check_array, check_float
 from llmnb.cpu.jit import arguments, device, team
 from llmnb.cpu.panels import (
     DEPTH,
     HEIGHT,
     SPARE,
     WIDTH,
-    check_scratch,
+    WORK,
+    check_bf16,
     multiply_panels,
     pack,
     scratch,
-    work_shape,
 )
 from llmnb.cpu.tile import COLS, ROWS
+from llmnb.shapes import shapes
 
 
 # %% a strip tags=["exporti"] module="cpu.matmul"
@@ -1517,6 +1516,7 @@ def _sum_columns(part, parts, address):
 
 
 # %% the linear layer, forward tags=["export"] module="cpu.matmul"
+@shapes("B T OC!, B T C, OC C, OC?, B T OC?~", work=WORK)
 def matmul_forward(
     out, inp, weight, bias, residual=None, work=None, bf16=False
 ):
@@ -1531,19 +1531,16 @@ def matmul_forward(
 
     Derived in chapter 6.
     """
-    name = "matmul_forward"
-    _check(name, inp, weight, work, bf16, out=out)
+    check_bf16("matmul_forward", bf16, inp.dtype)
     OC, C = weight.shape
-    if bias is not None:
-        check_array(f"{name}: bias", bias, (OC,), inp.dtype)
     if residual is not None:
-        check_array(f"{name}: residual", residual, out.shape, inp.dtype)
         residual = residual.reshape(-1, OC)
     rows, out = inp.reshape(-1, C), out.reshape(-1, OC)
     _product(out, rows, weight.T, residual, bias, work, bf16)
 
 
 # %% the linear layer, backward tags=["export"] module="cpu.matmul"
+@shapes("B T C!, OC C!, OC!?, B T OC, B T C, OC C", work=WORK)
 def matmul_backward(
     dinp,
     dweight,
@@ -1567,13 +1564,7 @@ def matmul_backward(
 
     Derived in chapter 6.
     """
-    name = "matmul_backward"
-    _check(name, inp, weight, work, bf16, dout=dout)
-    OC, C = weight.shape
-    check_array(f"{name}: dinp", dinp, inp.shape, inp.dtype)
-    check_array(f"{name}: dweight", dweight, (OC, C), inp.dtype)
-    if dbias is not None:
-        check_array(f"{name}: dbias", dbias, (OC,), inp.dtype)
+    check_bf16("matmul_backward", bf16, inp.dtype)
     rows, drows, dinp = (x.reshape(-1, x.shape[2]) for x in (inp, dout, dinp))
     start = dinp if add_dinp else None
     _product(dinp, drows, weight, start, None, work, bf16)
@@ -1581,27 +1572,6 @@ def matmul_backward(
     _product(dweight, drows.T, rows, start, None, work, bf16)
     if dbias is not None:
         _sum_columns(dbias, drows, add_dweight)
-
-
-# %% the checks tags=["exporti"] module="cpu.matmul"
-def _check(name, inp, weight, work, bf16, **outs):
-    check_float(f"{name}: inp", inp)
-    check_float(f"{name}: weight", weight)
-    if inp.ndim != 3:
-        raise ValueError(
-            f"{name}: inp must have shape (B, T, C), got {inp.shape}"
-        )
-    if weight.ndim != 2:
-        raise ValueError(
-            f"{name}: weight must have shape (OC, C), got {weight.shape}"
-        )
-    B, T, C = inp.shape
-    OC = weight.shape[0]
-    check_array(f"{name}: inp", inp, (B, T, C), inp.dtype)
-    check_array(f"{name}: weight", weight, (OC, C), inp.dtype)
-    for label, array in outs.items():
-        check_array(f"{name}: {label}", array, (B, T, OC), inp.dtype)
-    check_scratch(name, work, bf16, inp.dtype)
 
 
 # %% [markdown]
@@ -1744,14 +1714,15 @@ import functools
 import numpy as np
 
 from llmnb.cuda.launch import (
+    DEVICE,
     aligned,
-    check_device,
     device,
     empty,
     kernel,
     numbered,
 )
 from llmnb.cuda.simulator import cuda, load4, store4
+from llmnb.shapes import shapes
 
 # %% nothing tags=["exporti"] module="cuda.matmul"
 ZERO = np.float32(0)
@@ -2324,38 +2295,15 @@ def matmul_scratch(rows, OC):
 
 
 # %% the checks on a GPU tags=["exporti"] module="cuda.matmul"
-OPTIONAL = "bias", "residual", "dbias"
-
-
-def _sizes(name, inp, weight):
-    """B, T, C and OC, or an error that says what is wrong with the two."""
-    for label, x, ndim in (("inp", inp, 3), ("weight", weight, 2)):
-        check_device(f"{name}: {label}", x, getattr(x, "shape", ()))
-        if x.ndim != ndim:
-            raise ValueError(
-                f"{name}: {label} must have {ndim} dimensions, got {x.shape}"
-            )
-    check_device(f"{name}: weight", weight, (weight.shape[0], inp.shape[2]))
-    return *inp.shape, weight.shape[0]
-
-
-def _check_arrays(name, **arrays):
-    """Check label=(array, shape); those that are OPTIONAL may be None."""
-    for label, (x, shape) in arrays.items():
-        if x is not None or label not in OPTIONAL:
-            check_device(f"{name}: {label}", x, shape)
-
-
 def _check_work(name, work, floats):
-    if work is not None:
-        check_device(f"{name}: work", work, (getattr(work, "size", 0),))
-        if work.size < floats:
-            raise ValueError(
-                f"{name}: work must hold {floats} floats, got {work.size}"
-            )
+    if work is not None and work.size < floats:
+        raise ValueError(
+            f"{name}: work must hold {floats} floats, got {work.size}"
+        )
 
 
 # %% the layer on a GPU, forward tags=["export"] module="cuda.matmul"
+@shapes("B T OC!, B T C, OC C, OC?, B T OC?~, W!?", DEVICE)
 def matmul_forward(
     out, inp, weight, bias, residual=None, work=None, version=4
 ):
@@ -2372,17 +2320,14 @@ def matmul_forward(
     """
     name = "matmul_forward"
     product = numbered(MATMUL_FORWARD, version, name)
-    B, T, C, OC = _sizes(name, inp, weight)
-    shape = B, T, OC
-    _check_arrays(
-        name, out=(out, shape), bias=(bias, (OC,)), residual=(residual, shape)
-    )
+    (B, T, C), OC = inp.shape, len(weight)
     start = None if residual is None else residual.reshape(-1)
     y, x, w = (z.reshape(-1) for z in (out, inp, weight))
     product(y, start, bias, x, w, (B * T, OC, C), (True, True))
 
 
 # %% the layer on a GPU, backward tags=["export"] module="cuda.matmul"
+@shapes("B T C!, OC C!, OC!?, B T OC, B T C, OC C", DEVICE, work="W!?")
 def matmul_backward(
     dinp,
     dweight,
@@ -2409,17 +2354,10 @@ def matmul_backward(
     """
     name = "matmul_backward"
     product = numbered(MATMUL_BACKWARD, version, name)
-    B, T, C, OC = _sizes(name, inp, weight)
+    (B, T, C), OC = inp.shape, len(weight)
     rows = B * T
     floats = 0 if dbias is None else matmul_scratch(rows, OC)
     _check_work(name, work, floats)
-    _check_arrays(
-        name,
-        dinp=(dinp, inp.shape),
-        dweight=(dweight, weight.shape),
-        dbias=(dbias, (OC,)),
-        dout=(dout, (B, T, OC)),
-    )
     x, w, dx, dw, dy = (
         z.reshape(-1) for z in (inp, weight, dinp, dweight, dout)
     )
@@ -2480,13 +2418,14 @@ from typing import NamedTuple
 import numpy as np
 
 from llmnb.cuda.launch import (
+    DEVICE,
     address,
-    check_device,
     empty,
     missing,
     stream_address,
 )
 from llmnb.cuda.matmul import _bias_gradient, _check_work, matmul_scratch
+from llmnb.shapes import shapes
 
 
 # %% a plan tags=["export"] module="cuda.cublas"
@@ -2743,6 +2682,7 @@ def cublas_scratch():
 
 
 # %% the linear layer, forward, by cuBLASLt tags=["export"] module="cuda.cublas"
+@shapes("... OC!, ... C, OC C, OC?, ... OC?~, W!?", DEVICE)
 def cublas_forward(
     out, inp, weight, bias, residual=None, work=None, tf32=False
 ):
@@ -2756,9 +2696,7 @@ def cublas_forward(
 
     Derived in chapter 6.
     """
-    rows = _shapes("cublas_forward", out, inp, weight, bias)
-    if residual is not None:
-        check_device("cublas_forward: residual", residual, out.shape)
+    rows = _rows("cublas_forward", inp)
     _check_work("cublas_forward", work, 0)
     OC, C = weight.shape
     work = empty(WORKSPACE, like=inp) if work is None else work
@@ -2771,20 +2709,15 @@ def cublas_forward(
 
 
 # %% check the arrays tags=["exporti"] module="cuda.cublas"
-def _shapes(name, out, inp, weight, bias):
-    """Raise unless the arrays fit; return the number of rows."""
+def _rows(name, inp):
+    """The number of rows, where the library can be had."""
     if no_cublas():
         raise RuntimeError(f"{name}: {no_cublas()}")
-    OC, C = weight.shape
-    check_device(f"{name}: weight", weight, (OC, C))
-    check_device(f"{name}: inp", inp, (*inp.shape[:-1], C))
-    check_device(f"{name}: out", out, (*inp.shape[:-1], OC))
-    if bias is not None:
-        check_device(f"{name}: bias", bias, (OC,))
-    return inp.size // C
+    return inp.size // inp.shape[-1]
 
 
 # %% the linear layer, backward, by cuBLASLt tags=["export"] module="cuda.cublas"
+@shapes("... C!, OC C!, OC!?, ... OC, ... C, OC C", DEVICE, work="W!?")
 def cublas_backward(
     dinp, dweight, dbias, dout, inp, weight,
     add_dinp=True, add_dweight=True, work=None, tf32=False,
@@ -2797,9 +2730,7 @@ def cublas_backward(
 
     Derived in chapter 6.
     """
-    rows = _shapes("cublas_backward", dout, inp, weight, dbias)
-    check_device("cublas_backward: dinp", dinp, inp.shape)
-    check_device("cublas_backward: dweight", dweight, weight.shape)
+    rows = _rows("cublas_backward", inp)
     OC, C = weight.shape
     sums = 0 if dbias is None else matmul_scratch(rows, OC)
     _check_work("cublas_backward", work, sums)

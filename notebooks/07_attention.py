@@ -62,6 +62,8 @@ from llmnb.verify import compare, numerical_gradient, verdict
 # %% imports tags=["export"]
 import numpy as np
 
+from llmnb.shapes import shapes
+
 # %% the seed
 rng = np.random.default_rng(6)
 
@@ -226,6 +228,7 @@ def masked_scores(q, k):
 
 
 # %% attention, forward tags=["export"]
+@shapes("B T C!, B NH|C T!, B T 3C")
 def attention_forward(out, lse, inp):
     """Causal self-attention of NH heads.
 
@@ -327,6 +330,7 @@ print(f"lse:     {row / 1e6:6.1f} MB a layer, {L * row / 1e6:.1f} MB")
 
 
 # %% attention, backward tags=["export"]
+@shapes("B T 3C!, B T C, B T 3C, B T C, B NH|C T")
 def attention_backward(dinp, dout, inp, out, lse, add=True):
     """Add attention's gradient to dinp.
 
@@ -741,17 +745,18 @@ import math
 import numba
 import numpy as np
 
-from llmnb.checks import check_array, check_float
 from llmnb.cpu.jit import arguments, device, team
 from llmnb.cpu.math import fast_exp
 from llmnb.cpu.panels import (
     SPARE,
-    check_scratch,
+    WORK,
+    check_bf16,
     multiply_panels,
     pack,
     scratch,
 )
 from llmnb.cpu.tile import COLS, ROWS
+from llmnb.shapes import shapes
 
 # %% [markdown]
 # The places of the panels and tables in a thread's scratch. A panel takes
@@ -893,10 +898,11 @@ def _attention_forward(part, parts, address):
 
 
 # %% [markdown]
-# numba does not check bounds, so the public function does.
+# The public function checks, and finds sizes, places and scratch memory.
 
 
 # %% attention, forward tags=["export"] module="cpu.attention"
+@shapes("B T C!, B NH|C T!, B T 3C", work=WORK)
 def attention_forward(out, lse, inp, work=None, bf16=False):
     """Causal self-attention of NH heads.
 
@@ -910,38 +916,19 @@ def attention_forward(out, lse, inp, work=None, bf16=False):
 
     Derived in chapter 7.
     """
-    sizes = _check("attention_forward", out, lse, inp, work, bf16)
-    scratch = _scratch(sizes, inp.dtype, work, bf16)
+    check_bf16("attention_forward", bf16, inp.dtype)
+    scratch = _scratch(out, lse, work, bf16)
     _attention_forward(out.reshape(-1), lse, inp.reshape(-1), *scratch)
 
 
 # %% what both kernels take tags=["exporti"] module="cpu.attention"
-def _scratch(sizes, dtype, work, bf16):
-    """Sizes, places, and chapter 6's scratch."""
-    places = _places(sizes[3], sizes[2])
-    return sizes, places, *scratch(work, bf16, dtype)
-
-
-# %% the checks tags=["exporti"] module="cpu.attention"
-def _check(name, out, lse, inp, work, bf16):
-    """T, NH, hs and the size of a block."""
-    check_float(f"{name}: inp", inp)
-    if inp.ndim != 3 or inp.shape[2] % 3:
-        raise ValueError(
-            f"{name}: inp must have shape (B, T, 3C), got {inp.shape}"
-        )
-    B, T, C = inp.shape[0], inp.shape[1], inp.shape[2] // 3
-    NH = lse.shape[1] if getattr(lse, "ndim", 0) == 3 else 0
-    if NH == 0 or C % NH:
-        raise ValueError(
-            f"{name}: lse must have shape (B, NH, T) with an NH that "
-            f"divides C = {C}, got {getattr(lse, 'shape', type(lse))}"
-        )
-    check_array(f"{name}: inp", inp, (B, T, 3 * C), inp.dtype)
-    check_array(f"{name}: out", out, (B, T, C), inp.dtype)
-    check_array(f"{name}: lse", lse, (B, NH, T), inp.dtype)
-    check_scratch(name, work, bf16, inp.dtype)
-    return T, NH, C // NH, _block_size(C // NH)
+def _scratch(out, lse, work, bf16):
+    """T, NH, hs and the size of a block; places; chapter 6's scratch."""
+    _, NH, T = lse.shape
+    hs = out.shape[2] // NH
+    block = _block_size(hs)
+    made = scratch(work, bf16, out.dtype)
+    return (T, NH, hs, block), _places(block, hs), *made
 
 
 # %% [markdown]
@@ -1084,6 +1071,7 @@ def _attention_backward(part, parts, address):
 
 
 # %% attention, backward tags=["export"] module="cpu.attention"
+@shapes("B T 3C!, B T C, B T 3C, B T C, B NH|C T", work=WORK)
 def attention_backward(
     dinp, dout, inp, out, lse, add=True, work=None, bf16=False
 ):
@@ -1097,11 +1085,8 @@ def attention_backward(
 
     Derived in chapter 7.
     """
-    name = "attention_backward"
-    sizes = _check(name, out, lse, inp, work, bf16)
-    check_array(f"{name}: dinp", dinp, inp.shape, inp.dtype)
-    check_array(f"{name}: dout", dout, out.shape, inp.dtype)
-    scratch = _scratch(sizes, inp.dtype, work, bf16)
+    check_bf16("attention_backward", bf16, inp.dtype)
+    scratch = _scratch(out, lse, work, bf16)
     flat = (x.reshape(-1) for x in (dinp, dout, inp, out))
     _attention_backward(*flat, lse, add, *scratch)
 
@@ -1211,8 +1196,8 @@ import math
 import numpy as np
 
 from llmnb.cuda.launch import (
+    DEVICE,
     aligned,
-    check_device,
     device,
     empty,
     kernel,
@@ -1220,6 +1205,7 @@ from llmnb.cuda.launch import (
 )
 from llmnb.cuda.simulator import cuda, load4, store4
 from llmnb.cuda.warp import warp_max, warp_sum
+from llmnb.shapes import shapes
 
 # %% what a score is before one is seen tags=["exporti"] module="cuda.attention"
 # exp makes 0 of it; and it is no infinity, which fastmath rules out
@@ -1797,24 +1783,11 @@ WIDEST_HEAD = 128  # channels of a head; only version 1 takes more
 
 
 # %% the checks on a GPU tags=["exporti"] module="cuda.attention"
-def _check_heads(name, out, lse, inp, version):
-    """Raise for what the kernels cannot take; return B, T and NH."""
-    shape = tuple(getattr(inp, "shape", ()))
-    if len(shape) != 3 or shape[2] % 3 or 0 in shape:
-        raise ValueError(
-            f"{name}: inp must be (B, T, 3C) and not empty, got {shape}"
-        )
-    B, T, C = *shape[:2], shape[2] // 3
-    heads = tuple(getattr(lse, "shape", ()))
-    NH = heads[1] if len(heads) == 3 else 0
-    if NH == 0 or C % NH:
-        raise ValueError(
-            f"{name}: lse must have shape (B, NH, T) with an NH that "
-            f"divides C = {C}, got {heads}"
-        )
-    check_device(f"{name}: inp", inp, shape)
-    check_device(f"{name}: out", out, (B, T, C))
-    check_device(f"{name}: lse", lse, (B, NH, T))
+def _sizes(name, lse, C, version):
+    """B, T and NH; raise for what the kernels cannot take."""
+    B, NH, T = lse.shape
+    if not lse.size:
+        raise ValueError(f"{name}: lse must not be empty, got {lse.shape}")
     if version > 1 and C // NH > WIDEST_HEAD:
         raise ValueError(
             f"{name}: a head of {C // NH} channels is too wide for version "
@@ -1842,14 +1815,15 @@ def _find_work(name, work, count, like):
     """`count` floats of work, which is allocated where it is None."""
     if work is None:
         return empty(count, like=like) if count else None
-    size = getattr(work, "size", 0)
-    check_device(f"{name}: work", work, (size,))
-    if size < count:
-        raise ValueError(f"{name}: work must hold {count} floats, got {size}")
+    if work.size < count:
+        raise ValueError(
+            f"{name}: work must hold {count} floats, got {work.size}"
+        )
     return work[:count]
 
 
 # %% attention, forward tags=["export"] module="cuda.attention"
+@shapes("B T C!, B NH|C T!, B T 3C, W!?", DEVICE)
 def attention_forward(out, lse, inp, work=None, version=3):
     """Causal self-attention of NH heads.
 
@@ -1865,7 +1839,7 @@ def attention_forward(out, lse, inp, work=None, version=3):
     """
     name = "attention_forward"
     run = numbered(ATTENTION_FORWARD, version, name)
-    sizes = _check_heads(name, out, lse, inp, version)
+    sizes = _sizes(name, lse, out.shape[2], version)
     count = attention_scratch(*sizes, version, 0)
     run(out, lse, inp, _find_work(name, work, count, inp))
 
@@ -2246,6 +2220,7 @@ ATTENTION_BACKWARD = (_backward_unfused, _backward_tiles)
 
 
 # %% attention, backward tags=["export"] module="cuda.attention"
+@shapes("B T 3C!, B T C, B T 3C, B T C, B NH|C T", DEVICE, work="W!?")
 def attention_backward(
     dinp, dout, inp, out, lse, add=True, work=None, version=2
 ):
@@ -2263,9 +2238,7 @@ def attention_backward(
     """
     name = "attention_backward"
     run = numbered(ATTENTION_BACKWARD, version, name)
-    sizes = _check_heads(name, out, lse, inp, version)
-    check_device(f"{name}: dinp", dinp, inp.shape)
-    check_device(f"{name}: dout", dout, out.shape)
+    sizes = _sizes(name, lse, out.shape[2], version)
     count = attention_scratch(*sizes, 0, version)
     work = _find_work(name, work, count, inp)
     run(dinp, dout, inp, out, lse, int(add), work)

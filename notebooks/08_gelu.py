@@ -60,6 +60,8 @@ from llmnb.verify import compare, numerical_gradient, verdict
 # %% imports tags=["export"]
 import numpy as np
 
+from llmnb.shapes import shapes
+
 # %% the seed
 rng = np.random.default_rng(7)
 
@@ -161,6 +163,7 @@ CUBIC = 0.044715
 
 
 # %% GELU, forward tags=["export"]
+@shapes("...!, ...~")
 def gelu_forward(out, inp):
     """Write GELU of every element of inp to out, by the tanh form.
 
@@ -208,6 +211,7 @@ compare("tanh form", y, exact_gelu(five), tol=1e-3)
 
 
 # %% GELU, backward tags=["export"]
+@shapes("...!, ...~, ...")
 def gelu_backward(dinp, dout, inp, add=True):
     """Add GELU's gradient to dinp, or overwrite dinp with it.
 
@@ -322,9 +326,9 @@ import math
 
 import numpy as np
 
-from llmnb.checks import check_array, check_float
 from llmnb.cpu.jit import arguments, device, share, team
 from llmnb.cpu.math import fast_exp
+from llmnb.shapes import shapes
 
 # %% the constants of the kernels tags=["exporti"] module="cpu.gelu"
 SLOPE = 2 * math.sqrt(2 / math.pi)
@@ -390,6 +394,7 @@ def _gelu_backward_in_place(part, parts, address):
 
 
 # %% GELU, forward tags=["export"] module="cpu.gelu"
+@shapes("...!, ...~")
 def gelu_forward(out, inp):
     """Write GELU of every element of inp to out, by the tanh form.
 
@@ -399,18 +404,11 @@ def gelu_forward(out, inp):
 
     Derived in chapter 8.
     """
-    _check("gelu_forward", inp, out=out)
     _gelu_forward(out.reshape(-1), inp.reshape(-1))
 
 
-def _check(name, inp, **others):
-    check_float(f"{name}: inp", inp)
-    check_array(f"{name}: inp", inp, inp.shape, inp.dtype)
-    for label, array in others.items():
-        check_array(f"{name}: {label}", array, inp.shape, inp.dtype)
-
-
 # %% GELU, backward tags=["export"] module="cpu.gelu"
+@shapes("...!, ...~, ...")
 def gelu_backward(dinp, dout, inp, add=True):
     """Add GELU's gradient to dinp, or overwrite dinp with it.
 
@@ -421,7 +419,6 @@ def gelu_backward(dinp, dout, inp, add=True):
 
     Derived in chapter 8.
     """
-    _check("gelu_backward", inp, dinp=dinp, dout=dout)
     dx, dy, x = dinp.reshape(-1), dout.reshape(-1), inp.reshape(-1)
     if add:
         _gelu_backward(dx, dy, x)
@@ -546,8 +543,9 @@ from functools import partial
 import numpy as np
 
 from llmnb.cuda.elementwise import by_element, by_four
-from llmnb.cuda.launch import check_device, device, kernel, numbered
+from llmnb.cuda.launch import DEVICE, device, kernel, numbered
 from llmnb.cuda.simulator import cuda, load4, store4
+from llmnb.shapes import shapes
 
 # %% the constants of the GPU's kernels tags=["exporti"] module="cuda.gelu"
 SLOPE32 = np.float32(2 * math.sqrt(2 / math.pi))
@@ -741,6 +739,7 @@ GELU_FORWARD = (
 )
 
 
+@shapes("...!, ...~", DEVICE)
 def gelu_forward(out, inp, version=2):
     """Write GELU of every element of inp to out, by the tanh form.
 
@@ -751,8 +750,6 @@ def gelu_forward(out, inp, version=2):
     Derived in chapter 8.
     """
     run = numbered(GELU_FORWARD, version, "gelu_forward")
-    for name, array in (("inp", inp), ("out", out)):
-        check_device(f"gelu_forward: {name}", array, getattr(inp, "shape", ()))
     run((out.reshape(-1), inp.reshape(-1)))
 
 
@@ -764,6 +761,7 @@ GELU_BACKWARD = (
 )
 
 
+@shapes("...!, ...~, ...", DEVICE)
 def gelu_backward(dinp, dout, inp, add=True, version=2):
     """Add GELU's gradient to dinp, or overwrite dinp with it.
 
@@ -775,10 +773,6 @@ def gelu_backward(dinp, dout, inp, add=True, version=2):
     Derived in chapter 8.
     """
     run = numbered(GELU_BACKWARD, version, "gelu_backward")
-    for name, array in (("inp", inp), ("dinp", dinp), ("dout", dout)):
-        check_device(
-            f"gelu_backward: {name}", array, getattr(inp, "shape", ())
-        )
     run([x.reshape(-1) for x in (dinp, dout, inp)], int(add))
 
 

@@ -60,6 +60,8 @@ from llmnb.verify import compare, numerical_gradient, verdict
 # %% imports of the reference tags=["export"]
 import numpy as np
 
+from llmnb.shapes import shapes
+
 # %% the seed
 rng = np.random.default_rng(8)
 
@@ -94,6 +96,7 @@ print((stream + layer).astype(int))
 
 
 # %% the forward pass tags=["export"]
+@shapes("...!, ...~, ...~")
 def residual_forward(out, inp1, inp2):
     """Add two arrays.
 
@@ -135,6 +138,7 @@ compare("by hand", out[0], [[11, 2, 3], [4, 5, 0]], tol=1e-12)
 
 
 # %% the backward pass tags=["export"]
+@shapes("...!, ...!, ...")
 def residual_backward(dinp1, dinp2, dout):
     """Add the gradient of the sum to the gradients of both its terms.
 
@@ -213,12 +217,8 @@ reference = SimpleNamespace(
 )
 
 # %% imports of the CPU version tags=["export"] module="cpu.residual"
-from itertools import combinations
-
-import numpy as np
-
-from llmnb.checks import check_array, check_float
 from llmnb.cpu.jit import arguments, share, team
+from llmnb.shapes import shapes
 
 
 # %% the kernels tags=["exporti"] module="cpu.residual"
@@ -243,12 +243,14 @@ def _residual_backward(part, parts, address):
 
 # %% [markdown]
 # The kernels see flat arrays: `reshape(-1)` of a contiguous array is a view
-# and copies nothing. Besides shapes and dtypes, backward checks that no two
-# of its arrays share memory. Were `dout` the same array as `dinp1`, the
-# first addition would double it before the second one reads it.
+# and copies nothing. That no two arrays of backward share memory is among
+# what `shapes` checks: were `dout` the same array as `dinp1`, the first
+# addition would double it before the second one reads it. The sum itself may
+# take the place of a term, `~`: each number is read before it is written.
 
 
 # %% residual, forward tags=["export"] module="cpu.residual"
+@shapes("...!, ...~, ...~")
 def residual_forward(out, inp1, inp2):
     """Add two arrays.
 
@@ -259,13 +261,11 @@ def residual_forward(out, inp1, inp2):
 
     Derived in chapter 9.
     """
-    check_float("residual_forward: out", out)
-    for name, x in (("out", out), ("inp1", inp1), ("inp2", inp2)):
-        check_array(f"residual_forward: {name}", x, out.shape, out.dtype)
     _residual_forward(out.reshape(-1), inp1.reshape(-1), inp2.reshape(-1))
 
 
 # %% residual, backward tags=["export"] module="cpu.residual"
+@shapes("...!, ...!, ...")
 def residual_backward(dinp1, dinp2, dout):
     """Add the gradient of the sum to the gradients of both its terms.
 
@@ -277,14 +277,6 @@ def residual_backward(dinp1, dinp2, dout):
 
     Derived in chapter 9.
     """
-    label = "residual_backward: "
-    arrays = {"dinp1": dinp1, "dinp2": dinp2, "dout": dout}
-    check_float(label + "dout", dout)
-    for name, x in arrays.items():
-        check_array(label + name, x, dout.shape, dout.dtype)
-    for a, b in combinations(arrays, 2):
-        if np.may_share_memory(arrays[a], arrays[b]):
-            raise ValueError(f"{label}{a} and {b} must not share memory")
     _residual_backward(dinp1.reshape(-1), dinp2.reshape(-1), dout.reshape(-1))
 
 
@@ -336,22 +328,15 @@ for name in ("forward", "backward"):
 # %% imports of the GPU's kernels tags=["export"] module="cuda.residual"
 import math
 from functools import cache, partial
-from itertools import combinations
 
 import numpy as np
 
 from llmnb.cuda.elementwise import by_element, by_four
-from llmnb.cuda.launch import (
-    address,
-    aligned,
-    check_device,
-    device,
-    kernel,
-    numbered,
-)
+from llmnb.cuda.launch import DEVICE, aligned, device, kernel, numbered
 from llmnb.cuda.layernorm import layernorm_forward as normalise
 from llmnb.cuda.simulator import cuda, load4, store4
 from llmnb.cuda.warp import warp_sum
+from llmnb.shapes import shapes
 
 # %% sizes tags=["exporti"] module="cuda.residual"
 ROWS = 4  # a block's, one for each warp, where a warp owns a row
@@ -430,6 +415,7 @@ RESIDUAL_FORWARD = (
 )
 
 
+@shapes("...!, ...~, ...~", DEVICE)
 def residual_forward(out, inp1, inp2, version=2):
     """Add two arrays.
 
@@ -440,9 +426,6 @@ def residual_forward(out, inp1, inp2, version=2):
     Derived in chapter 9.
     """
     run = numbered(RESIDUAL_FORWARD, version, "residual_forward")
-    shape = getattr(out, "shape", ())
-    for name, x in (("out", out), ("inp1", inp1), ("inp2", inp2)):
-        check_device(f"residual_forward: {name}", x, shape)
     run([x.reshape(-1) for x in (out, inp1, inp2)])
 
 
@@ -454,6 +437,7 @@ RESIDUAL_BACKWARD = (
 )
 
 
+@shapes("...!, ...!, ...", DEVICE)
 def residual_backward(dinp1, dinp2, dout, version=2):
     """Add the gradient of the sum to the gradients of both its terms.
 
@@ -463,15 +447,8 @@ def residual_backward(dinp1, dinp2, dout, version=2):
 
     Derived in chapter 9.
     """
-    label = "residual_backward: "
     run = numbered(RESIDUAL_BACKWARD, version, "residual_backward")
-    arrays = {"dinp1": dinp1, "dinp2": dinp2, "dout": dout}
-    for name, x in arrays.items():
-        check_device(label + name, x, getattr(dout, "shape", ()))
-    for a, b in combinations(arrays, 2):
-        if abs(address(arrays[a]) - address(arrays[b])) < dout.nbytes:
-            raise ValueError(f"{label}{a} and {b} must not share memory")
-    run([x.reshape(-1) for x in arrays.values()])
+    run([x.reshape(-1) for x in (dinp1, dinp2, dout)])
 
 
 # %% the same results on the device
@@ -697,6 +674,7 @@ def _fused_by_four(*arrays):
 FUSED_RESIDUAL_FORWARD = (_unfused, _fused_by_element, _fused_by_four)
 
 
+@shapes("... C!, ... C!, ...!, ...!, ... C~, ... C~, C, C", DEVICE)
 def fused_residual_forward(
     residual, out, mean, rstd, inp1, inp2, weight, bias, version=3
 ):  # fmt: skip
@@ -714,18 +692,12 @@ def fused_residual_forward(
     """
     label = "fused_residual_forward"
     run = numbered(FUSED_RESIDUAL_FORWARD, version, label)
-    shape, rows = getattr(inp1, "shape", ()), {"mean": mean, "rstd": rstd}
-    whole = {"residual": residual, "out": out, "inp1": inp1, "inp2": inp2}
-    for name, x in whole.items():
-        check_device(f"{label}: {name}", x, shape)
-    if not shape or not shape[-1]:
-        raise ValueError(f"{label}: inp1 must have channels, got {shape}")
-    for name, x in rows.items():
-        check_device(f"{label}: {name}", x, shape[:-1])
-    for name, x in (("weight", weight), ("bias", bias)):
-        check_device(f"{label}: {name}", x, shape[-1:])
-    sums, outs, a, b = (x.reshape(-1, shape[-1]) for x in whole.values())
-    stats = (x.reshape(-1) for x in rows.values())
+    C = len(weight)
+    if not C:
+        raise ValueError(f"{label}: inp1 must have channels, got {inp1.shape}")
+    whole, stats = (residual, out, inp1, inp2), (mean, rstd)
+    sums, outs, a, b = (x.reshape(-1, C) for x in whole)
+    stats = (x.reshape(-1) for x in stats)
     if inp1.size:
         run(sums, outs, *stats, a, b, weight, bias)
 

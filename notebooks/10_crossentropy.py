@@ -63,6 +63,8 @@ from llmnb.verify import compare, numerical_gradient, verdict
 # %% imports tags=["export"]
 import numpy as np
 
+from llmnb.shapes import shapes
+
 # %% the seed
 rng = np.random.default_rng(9)
 
@@ -149,6 +151,7 @@ with np.errstate(over="ignore", invalid="ignore"):
 
 
 # %% the softmax tags=["export"]
+@shapes("B T Vp!, B T Vp~, 1 to Vp")
 def softmax_forward(probs, logits, V):
     """Probabilities of the first V logits in each row.
 
@@ -241,6 +244,7 @@ for V in (256, 1024, 50257):
 
 
 # %% the cross-entropy tags=["export"]
+@shapes("B T!, B T Vp, B T of Vp")
 def crossentropy_forward(losses, probs, targets):
     """Surprise at each target, in nats: minus the log of its probability.
 
@@ -278,6 +282,7 @@ print("perplexity", np.exp(losses.mean()).round(4))
 
 
 # %% the gradient of the cross-entropy tags=["export"]
+@shapes("B T Vp!, B T, B T Vp, B T of Vp")
 def crossentropy_backward(dprobs, dlosses, probs, targets):
     """Add the gradient of the losses by the probabilities to `dprobs`.
 
@@ -336,6 +341,7 @@ print(f"GPT-2: {50257**2 * 4 / 1e9:.1f} GB a row")
 
 
 # %% the gradient of the softmax tags=["export"]
+@shapes("B T Vp!, B T Vp, B T Vp")
 def softmax_backward(dlogits, dprobs, probs):
     """Add the gradient by the logits to `dlogits`.
 
@@ -401,6 +407,7 @@ compare("p - y", dlogits, probs - onehot, tol=1e-12)
 
 
 # %% both in one tags=["export"]
+@shapes("B T!, B T!, B T Vp, B T of V, 1 to Vp")
 def crossentropy_softmax_forward(losses, lse, logits, targets, V):
     """Losses straight from the logits; no probability is stored.
 
@@ -426,6 +433,7 @@ def crossentropy_softmax_forward(losses, lse, logits, targets, V):
 
 
 # %% the gradient of both in one tags=["export"]
+@shapes("B T Vp!, B T, B T Vp~, B T, B T of V, 1 to Vp")
 def crossentropy_softmax_backward(dlogits, dlosses, logits, lse, targets, V):
     """Write the gradient of the losses by the logits: p - y, scaled.
 
@@ -590,9 +598,9 @@ import math
 import numba
 import numpy as np
 
-from llmnb.checks import check_array, check_float, check_tokens
 from llmnb.cpu.jit import arguments, share, team
 from llmnb.cpu.math import fast_exp
+from llmnb.shapes import COMPILED, shapes
 
 # %% [markdown]
 # The fused forward pass takes two sweeps over a row, one for $m$ and one
@@ -646,42 +654,17 @@ def _fused_backward(part, parts, address):
 # %% [markdown]
 # numba does not check bounds: a target of 50,300 would read a padding column,
 # and one of 60,000 the next row, without a word. So every public function
-# checks its arrays first, and views them as rows.
+# has the line of the reference above it, and then views its arrays as rows.
 
 
-# %% check the arrays tags=["exporti"] module="cpu.crossentropy"
-def _rows(name, wide, narrow, V=1):
-    """Raise unless the arrays and V fit; return the arrays as rows.
-
-    wide: by name, arrays (B, T, Vp), of which the first sets shape and
-    dtype; narrow: by name, arrays (B, T).
-    """
-    first, main = next(iter(wide.items()))
-    check_float(f"{name}: {first}", main)
-    if main.ndim != 3 or main.size == 0:
-        raise ValueError(
-            f"{name}: {first} must have shape (B, T, Vp), got {main.shape}"
-        )
-    B, T, Vp = main.shape
-    for key, array in wide.items():
-        check_array(f"{name}: {key}", array, (B, T, Vp), main.dtype)
-    for key, array in narrow.items():
-        check_array(f"{name}: {key}", array, (B, T), main.dtype)
-    if not 1 <= V <= Vp:
-        raise ValueError(f"{name}: V must lie in [1, {Vp}], got {V}")
-    flat = [array.reshape(-1, Vp) for array in wide.values()]
-    return flat + [array.reshape(-1) for array in narrow.values()]
-
-
-# %% check the targets tags=["exporti"] module="cpu.crossentropy"
-def _targets(name, targets, logits, V):
-    """Raise unless the targets fit the logits; return them as one row."""
-    check_array(f"{name}: targets", targets, logits.shape[:2], np.int32)
-    check_tokens(f"{name}: targets", targets, V)
-    return targets.reshape(-1)
+# %% views as rows tags=["exporti"] module="cpu.crossentropy"
+def _rows(*arrays):
+    """Arrays (B, T, Vp) or (B, T) with one row, or number, a token."""
+    return [x.reshape(-1, *x.shape[2:]) for x in arrays]
 
 
 # %% the fused forward tags=["export"] module="cpu.crossentropy"
+@shapes("B T!, B T!, B T Vp, B T of V, 1 to Vp", COMPILED)
 def crossentropy_softmax_forward(losses, lse, logits, targets, V):
     """Losses straight from the logits; no probability is stored.
 
@@ -694,13 +677,11 @@ def crossentropy_softmax_forward(losses, lse, logits, targets, V):
 
     Derived in chapter 10.
     """
-    wide, narrow = {"logits": logits}, {"losses": losses, "lse": lse}
-    name = "crossentropy_softmax_forward"
-    rows = _rows(name, wide, narrow, V)
-    _fused_forward(*rows, _targets(name, targets, logits, V), V)
+    _fused_forward(*_rows(logits, losses, lse, targets), V)
 
 
 # %% the fused backward tags=["export"] module="cpu.crossentropy"
+@shapes("B T Vp!, B T, B T Vp~, B T, B T of V, 1 to Vp", COMPILED)
 def crossentropy_softmax_backward(dlogits, dlosses, logits, lse, targets, V):
     """Write the gradient of the losses by the logits: p - y, scaled.
 
@@ -711,14 +692,9 @@ def crossentropy_softmax_backward(dlogits, dlosses, logits, lse, targets, V):
 
     Derived in chapter 10.
     """
-    wide = {"logits": logits, "dlogits": dlogits}
-    narrow = {"dlosses": dlosses, "lse": lse}
-    name = "crossentropy_softmax_backward"
-    rows = _rows(name, wide, narrow, V)
-    k = _targets(name, targets, logits, V)
     if dlogits is not logits:
         np.copyto(dlogits, logits)
-    _fused_backward(*rows[1:], k, V)
+    _fused_backward(*_rows(dlogits, dlosses, lse, targets), V)
     dlogits[..., V:] = 0
 
 
@@ -745,6 +721,7 @@ def _softmax_forward(part, parts, address):
 
 
 # %% the softmax, forward tags=["export"] module="cpu.crossentropy"
+@shapes("B T Vp!, B T Vp~, 1 to Vp")
 def softmax_forward(probs, logits, V):
     """Probabilities of the first V logits in each row.
 
@@ -755,11 +732,9 @@ def softmax_forward(probs, logits, V):
 
     Derived in chapter 10.
     """
-    wide = {"logits": logits, "probs": probs}
-    rows = _rows("softmax_forward", wide, {}, V)
     if probs is not logits:
         np.copyto(probs, logits)
-    _softmax_forward(rows[1], V)
+    _softmax_forward(*_rows(probs), V)
     probs[..., V:] = 0
 
 
@@ -777,6 +752,7 @@ def _softmax_backward(part, parts, address):
             dlogits[n, i] += probs[n, i] * (dprobs[n, i] - inside)
 
 
+@shapes("B T Vp!, B T Vp, B T Vp")
 def softmax_backward(dlogits, dprobs, probs):
     """Add the gradient by the logits to `dlogits`.
 
@@ -786,8 +762,7 @@ def softmax_backward(dlogits, dprobs, probs):
 
     Derived in chapter 10.
     """
-    wide = {"probs": probs, "dlogits": dlogits, "dprobs": dprobs}
-    _softmax_backward(*_rows("softmax_backward", wide, {}))
+    _softmax_backward(*_rows(probs, dlogits, dprobs))
 
 
 # %% the cross-entropy, forward tags=["export"] module="cpu.crossentropy"
@@ -799,6 +774,7 @@ def _crossentropy_forward(part, parts, address):
         losses[n] = -math.log(max(probs[n, targets[n]], tiny))
 
 
+@shapes("B T!, B T Vp, B T of Vp", COMPILED)
 def crossentropy_forward(losses, probs, targets):
     """Surprise at each target, in nats: minus the log of its probability.
 
@@ -809,11 +785,8 @@ def crossentropy_forward(losses, probs, targets):
 
     Derived in chapter 10.
     """
-    wide, narrow = {"probs": probs}, {"losses": losses}
-    name = "crossentropy_forward"
-    rows = _rows(name, wide, narrow)
-    k = _targets(name, targets, probs, probs.shape[-1])
-    _crossentropy_forward(*rows, k, np.finfo(probs.dtype).tiny)
+    rows = _rows(probs, losses, targets)
+    _crossentropy_forward(*rows, np.finfo(probs.dtype).tiny)
 
 
 # %% the cross-entropy, backward tags=["export"] module="cpu.crossentropy"
@@ -826,6 +799,7 @@ def _crossentropy_backward(part, parts, address):
         dprobs[n, k] -= dlosses[n] / max(probs[n, k], tiny)
 
 
+@shapes("B T Vp!, B T, B T Vp, B T of Vp", COMPILED)
 def crossentropy_backward(dprobs, dlosses, probs, targets):
     """Add the gradient of the losses by the probabilities to `dprobs`.
 
@@ -835,11 +809,8 @@ def crossentropy_backward(dprobs, dlosses, probs, targets):
 
     Derived in chapter 10.
     """
-    wide, narrow = {"probs": probs, "dprobs": dprobs}, {"dlosses": dlosses}
-    name = "crossentropy_backward"
-    rows = _rows(name, wide, narrow)
-    k = _targets(name, targets, probs, probs.shape[-1])
-    _crossentropy_backward(*rows, k, np.finfo(probs.dtype).tiny)
+    rows = _rows(probs, dprobs, dlosses, targets)
+    _crossentropy_backward(*rows, np.finfo(probs.dtype).tiny)
 
 
 # %% [markdown]
@@ -1000,42 +971,19 @@ import math
 
 import numpy as np
 
-from llmnb.cuda.launch import (
-    aligned,
-    check_device,
-    device,
-    kernel,
-    numbered,
-)
+from llmnb.cuda.launch import DEVICE, aligned, device, kernel, numbered
 from llmnb.cuda.simulator import cuda, load4, store4
 from llmnb.cuda.warp import block_max, block_sum, warp_max, warp_sum
+from llmnb.shapes import shapes
 
 
-# %% check the device's arrays tags=["exporti"] module="cuda.crossentropy"
-def _device_rows(name, wide, narrow, targets=None, V=1):
-    """Raise unless the device's arrays and V fit; return them as rows.
-
-    wide: by name, arrays (B, T, Vp), of which the first sets the shape;
-    narrow: by name, arrays (B, T). Targets come last where there are any.
-    """
-    first, main = next(iter(wide.items()))
-    shape = tuple(main.shape)
-    if len(shape) != 3 or main.size == 0:
-        raise ValueError(
-            f"{name}: {first} must be (B, T, Vp) and not empty, got {shape}"
-        )
-    for key, array in wide.items():
-        check_device(f"{name}: {key}", array, shape)
-    for key, array in narrow.items():
-        check_device(f"{name}: {key}", array, shape[:2])
-    if not 1 <= V <= shape[2]:
-        raise ValueError(f"{name}: V must lie in [1, {shape[2]}], got {V}")
-    flat = [array.reshape(-1, shape[2]) for array in wide.values()]
-    flat += [array.reshape(-1) for array in narrow.values()]
-    if targets is not None:
-        check_device(f"{name}: targets", targets, shape[:2], np.int32)
-        flat.append(targets.reshape(-1))
-    return flat
+# %% views as rows tags=["exporti"] module="cuda.crossentropy"
+def _device_rows(name, first, *others):
+    """The device's arrays with one row, or number, a token."""
+    if not first.size:
+        raise ValueError(f"{name}: B, T and Vp must not be 0")
+    arrays = (first, *others)
+    return [x.reshape(-1, *tuple(x.shape)[2:]) for x in arrays]
 
 
 # %% [markdown]
@@ -1457,6 +1405,7 @@ SOFTMAX_FORWARD = (
 )
 
 
+@shapes("B T Vp!, B T Vp~, 1 to Vp", DEVICE)
 def softmax_forward(probs, logits, V, version=5):
     """Probabilities of the first V logits in each row.
 
@@ -1469,9 +1418,7 @@ def softmax_forward(probs, logits, V, version=5):
     Derived in chapter 10.
     """
     run = numbered(SOFTMAX_FORWARD, version, "softmax_forward")
-    wide = {"logits": logits, "probs": probs}
-    logits, probs = _device_rows("softmax_forward", wide, {}, V=V)
-    run(probs, logits, V)
+    run(*_device_rows("softmax_forward", probs, logits), V)
 
 
 # %% [markdown]
@@ -1534,6 +1481,7 @@ def _softmax_back_vectors(dlogits, dprobs, probs):
 SOFTMAX_BACKWARD = (_softmax_back_warp_a_row, _softmax_back_vectors)
 
 
+@shapes("B T Vp!, B T Vp, B T Vp", DEVICE)
 def softmax_backward(dlogits, dprobs, probs, version=2):
     """Add the gradient by the logits to `dlogits`.
 
@@ -1545,9 +1493,7 @@ def softmax_backward(dlogits, dprobs, probs, version=2):
     Derived in chapter 10.
     """
     run = numbered(SOFTMAX_BACKWARD, version, "softmax_backward")
-    wide = {"probs": probs, "dlogits": dlogits, "dprobs": dprobs}
-    probs, dlogits, dprobs = _device_rows("softmax_backward", wide, {})
-    run(dlogits, dprobs, probs)
+    run(*_device_rows("softmax_backward", dlogits, dprobs, probs))
 
 
 # %% [markdown]
@@ -1591,6 +1537,7 @@ CROSSENTROPY_FORWARD = (_surprise_thread_a_row,)
 CROSSENTROPY_BACKWARD = (_surprise_back_thread_a_row,)
 
 
+@shapes("B T!, B T Vp, B T of Vp", DEVICE)
 def crossentropy_forward(losses, probs, targets, version=1):
     """Surprise at each target, in nats: minus the log of its probability.
 
@@ -1604,11 +1551,10 @@ def crossentropy_forward(losses, probs, targets, version=1):
     """
     name = "crossentropy_forward"
     run = numbered(CROSSENTROPY_FORWARD, version, name)
-    wide, narrow = {"probs": probs}, {"losses": losses}
-    probs, losses, targets = _device_rows(name, wide, narrow, targets)
-    run(losses, probs, targets)
+    run(*_device_rows(name, losses, probs, targets))
 
 
+@shapes("B T Vp!, B T, B T Vp, B T of Vp", DEVICE)
 def crossentropy_backward(dprobs, dlosses, probs, targets, version=1):
     """Add the gradient of the losses by the probabilities to `dprobs`.
 
@@ -1620,10 +1566,7 @@ def crossentropy_backward(dprobs, dlosses, probs, targets, version=1):
     """
     name = "crossentropy_backward"
     run = numbered(CROSSENTROPY_BACKWARD, version, name)
-    wide, narrow = {"probs": probs, "dprobs": dprobs}, {"dlosses": dlosses}
-    rows = _device_rows(name, wide, narrow, targets)
-    probs, dprobs, dlosses, targets = rows
-    run(dprobs, dlosses, probs, targets)
+    run(*_device_rows(name, dprobs, dlosses, probs, targets))
 
 
 # %% [markdown]
@@ -1679,6 +1622,7 @@ def _loss_vectors(losses, lse, logits, targets, V):
 CROSSENTROPY_SOFTMAX_FORWARD = (_loss_warp_a_row, _loss_vectors)
 
 
+@shapes("B T!, B T!, B T Vp, B T of V, 1 to Vp", DEVICE)
 def crossentropy_softmax_forward(losses, lse, logits, targets, V, version=2):
     """Losses straight from the logits; no probability is stored.
 
@@ -1694,10 +1638,7 @@ def crossentropy_softmax_forward(losses, lse, logits, targets, V, version=2):
     """
     name = "crossentropy_softmax_forward"
     run = numbered(CROSSENTROPY_SOFTMAX_FORWARD, version, name)
-    wide, narrow = {"logits": logits}, {"losses": losses, "lse": lse}
-    rows = _device_rows(name, wide, narrow, targets, V)
-    logits, losses, lse, targets = rows
-    run(losses, lse, logits, targets, V)
+    run(*_device_rows(name, losses, lse, logits, targets), V)
 
 
 # %% [markdown]
@@ -1779,6 +1720,7 @@ def _slopes_vectors(dlogits, dlosses, logits, lse, targets, V):
 CROSSENTROPY_SOFTMAX_BACKWARD = (_slopes_warp_a_row, _slopes_vectors)
 
 
+@shapes("B T Vp!, B T, B T Vp~, B T, B T of V, 1 to Vp", DEVICE)
 def crossentropy_softmax_backward(
     dlogits, dlosses, logits, lse, targets, V, version=2
 ):
@@ -1794,11 +1736,7 @@ def crossentropy_softmax_backward(
     """
     name = "crossentropy_softmax_backward"
     run = numbered(CROSSENTROPY_SOFTMAX_BACKWARD, version, name)
-    wide = {"logits": logits, "dlogits": dlogits}
-    narrow = {"dlosses": dlosses, "lse": lse}
-    rows = _device_rows(name, wide, narrow, targets, V)
-    logits, dlogits, dlosses, lse, targets = rows
-    run(dlogits, dlosses, logits, lse, targets, V)
+    run(*_device_rows(name, dlogits, dlosses, logits, lse, targets), V)
 
 
 # %% keep the GPU's functions
@@ -1988,6 +1926,7 @@ def _classify_one_read(losses, logits, dlosses, targets, V):
 FUSED_CLASSIFIER = (_classify_two_reads, _classify_one_read)
 
 
+@shapes("B T!, B T Vp!, B T, B T of V, 1 to Vp", DEVICE)
 def fused_classifier(losses, logits, dlosses, targets, V, version=2):
     """Write the losses and put their gradient in the logits' place.
 
@@ -2004,10 +1943,8 @@ def fused_classifier(losses, logits, dlosses, targets, V, version=2):
     Derived in chapter 10.
     """
     run = numbered(FUSED_CLASSIFIER, version, "fused_classifier")
-    wide, narrow = {"logits": logits}, {"losses": losses, "dlosses": dlosses}
-    rows = _device_rows("fused_classifier", wide, narrow, targets, V)
-    logits, losses, dlosses, targets = rows
-    run(losses, logits, dlosses, targets, V)
+    arrays = losses, logits, dlosses, targets
+    run(*_device_rows("fused_classifier", *arrays), V)
 
 
 # %% the classifier against NumPy

@@ -62,6 +62,8 @@ import math
 
 import numpy as np
 
+from llmnb.shapes import shapes
+
 # %% the seed
 rng = np.random.default_rng(10)
 
@@ -366,32 +368,19 @@ plt.show()
 #    \tag{11.11} $$
 
 
-# %% check the settings tags=["export"]
-def check_settings(learning_rate, beta1, beta2, eps, weight_decay, step):
-    """Raise ValueError unless AdamW can work with these numbers.
-
-    The learning rate and the decay must not be negative, the betas must lie
-    in [0, 1), eps must be positive (a gradient that is always zero would
-    divide zero by zero), and steps count from 1.
-
-    Derived in chapter 11.
-    """
-    limits = [
-        ("learning_rate", learning_rate, learning_rate >= 0, "at least 0"),
-        ("beta1", beta1, 0 <= beta1 < 1, "in [0, 1)"),
-        ("beta2", beta2, 0 <= beta2 < 1, "in [0, 1)"),
-        ("eps", eps, eps > 0, "above 0"),
-        ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
-        ("step", step, step >= 1, "at least 1"),
-    ]
-    for name, value, ok, limit in limits:
-        if not ok:
-            raise ValueError(
-                f"adamw_update: {name} must be {limit}, got {value}"
-            )
+# %% the settings tags=["exporti"]
+ADAMW_LIMITS = {
+    "learning_rate": "at least 0",
+    "beta1": "in [0, 1)",
+    "beta2": "in [0, 1)",
+    "eps": "above 0",  # a gradient that is always 0 would divide 0 by 0
+    "weight_decay": "at least 0",
+    "step": "at least 1",
+}
 
 
 # %% one step of AdamW tags=["export"]
+@shapes("N!, N, N!, N!", **ADAMW_LIMITS)
 def adamw_update(
     params, grads, m, v,
     learning_rate, beta1, beta2, eps, weight_decay, step,
@@ -405,7 +394,6 @@ def adamw_update(
 
     Derived in chapter 11.
     """
-    check_settings(learning_rate, beta1, beta2, eps, weight_decay, step)
     correction1 = 1 - beta1**step
     correction2 = 1 - beta2**step
     params *= 1 - learning_rate * weight_decay
@@ -606,6 +594,7 @@ plt.show()
 
 
 # %% the norm of all gradients tags=["export"]
+@shapes("N")
 def global_norm(grads):
     """The Euclidean norm of a flat array, summed in float64, as a float.
 
@@ -616,6 +605,7 @@ def global_norm(grads):
 
 
 # %% clip the gradients tags=["export"]
+@shapes("N!, above 0")
 def clip_gradients(grads, max_norm):
     """Scale a flat array down to norm `max_norm` if it is longer.
 
@@ -627,10 +617,6 @@ def clip_gradients(grads, max_norm):
 
     Derived in chapter 11.
     """
-    if not max_norm > 0:
-        raise ValueError(
-            f"clip_gradients: max_norm must be above 0, got {max_norm}"
-        )
     norm = global_norm(grads)
     scale = max_norm / (norm + 1e-6)
     if math.isfinite(norm) and scale < 1:
@@ -723,9 +709,9 @@ import math
 import numba
 import numpy as np
 
-from llmnb.checks import check_array, check_float
 from llmnb.cpu.jit import arguments, share, team
-from llmnb.reference.adamw import check_settings
+from llmnb.reference.adamw import ADAMW_LIMITS
+from llmnb.shapes import shapes
 
 # %% [markdown]
 # Elements do not meet, so each thread takes a share of them, and the array
@@ -757,19 +743,8 @@ def _adamw_update(part, parts, address):
 # loop. PyTorch does the same.
 
 
-# %% check flat arrays tags=["export"] module="cpu.adamw"
-def check_flat(name, **arrays):
-    """Raise unless these are flat arrays of one length and float dtype.
-
-    Derived in chapter 11.
-    """
-    first = next(iter(arrays.values()))
-    check_float(f"{name}: {next(iter(arrays))}", first)
-    for key, array in arrays.items():
-        check_array(f"{name}: {key}", array, (first.size,), first.dtype)
-
-
 # %% one step of AdamW tags=["export"] module="cpu.adamw"
+@shapes("N!, N, N!, N!", **ADAMW_LIMITS)
 def adamw_update(
     params, grads, m, v,
     learning_rate, beta1, beta2, eps, weight_decay, step,
@@ -784,8 +759,6 @@ def adamw_update(
 
     Derived in chapter 11.
     """
-    check_settings(learning_rate, beta1, beta2, eps, weight_decay, step)
-    check_flat("adamw_update", params=params, grads=grads, m=m, v=v)
     keep = 1 - learning_rate * weight_decay
     root = math.sqrt(1 - beta2**step)
     size = learning_rate / (1 - beta1**step)
@@ -827,6 +800,7 @@ def _scale(part, parts, address):
 
 
 # %% the norm of all gradients tags=["export"] module="cpu.adamw"
+@shapes("N")
 def global_norm(grads):
     """The Euclidean norm of a flat array, summed in float64, as a float.
 
@@ -837,13 +811,13 @@ def global_norm(grads):
 
     Derived in chapter 11.
     """
-    check_flat("global_norm", grads=grads)
     sums = np.empty(256)
     _sum_of_squares(grads, sums)
     return math.sqrt(sums.sum())
 
 
 # %% clip the gradients tags=["export"] module="cpu.adamw"
+@shapes("N!, above 0")
 def clip_gradients(grads, max_norm):
     """Scale a flat array down to norm `max_norm` if it is longer.
 
@@ -855,10 +829,6 @@ def clip_gradients(grads, max_norm):
 
     Derived in chapter 11.
     """
-    if not max_norm > 0:
-        raise ValueError(
-            f"clip_gradients: max_norm must be above 0, got {max_norm}"
-        )
     norm = global_norm(grads)
     scale = max_norm / (norm + 1e-6)
     if math.isfinite(norm) and scale < 1:
@@ -933,8 +903,8 @@ import numpy as np
 
 from llmnb.cuda.elementwise import by_element, by_four
 from llmnb.cuda.launch import (
+    DEVICE,
     aligned,
-    check_device,
     device,
     empty,
     kernel,
@@ -943,7 +913,8 @@ from llmnb.cuda.launch import (
 )
 from llmnb.cuda.simulator import cuda, load4, store4
 from llmnb.cuda.warp import block_sum
-from llmnb.reference.adamw import check_settings
+from llmnb.reference.adamw import ADAMW_LIMITS
+from llmnb.shapes import shapes
 
 # %% sizes tags=["exporti"] module="cuda.adamw"
 BLOCK = 256  # threads
@@ -983,6 +954,7 @@ def adamw_scratch():
     return SETTINGS
 
 
+@shapes("-", DEVICE, **ADAMW_LIMITS)
 def adamw_settings(
     learning_rate, beta1, beta2, eps, weight_decay, step
 ):  # fmt: skip
@@ -993,7 +965,6 @@ def adamw_settings(
 
     Derived in chapter 11.
     """
-    check_settings(learning_rate, beta1, beta2, eps, weight_decay, step)
     keep = 1 - learning_rate * weight_decay
     root = math.sqrt(1 - beta2**step)
     size = learning_rate / (1 - beta1**step)
@@ -1087,18 +1058,13 @@ def _adamw_fours(params, grads, m, v, settings):
 # have, and brings the settings to the device first.
 
 
-# %% check arrays tags=["exporti"] module="cuda.adamw"
-def _check_all_flat(name, **arrays):
-    """Raise unless these are flat, float32 and of the first one's length."""
-    size = getattr(next(iter(arrays.values())), "size", 0)
-    for key, array in arrays.items():
-        check_device(f"{name}: {key}", array, (size,))
-
-
+# %% check the scratch tags=["exporti"] module="cuda.adamw"
 def _check_work(name, work, size):
-    """Raise unless `work` is flat, float32 and at least that long."""
-    size = max(size, getattr(work, "size", 0))
-    check_device(f"{name}: work", work, (size,))
+    """Raise ValueError unless `work` is at least that long."""
+    if work.size < size:
+        raise ValueError(
+            f"{name}: work must have shape ({size},), got {work.shape}"
+        )
 
 
 # %% AdamW on arrays tags=["export"] module="cuda.adamw"
@@ -1109,6 +1075,7 @@ ADAMW_UPDATE = (
 )
 
 
+@shapes(f"N!, N, N!, N!, {SETTINGS}", DEVICE)
 def adamw_apply(params, grads, m, v, settings, version=2):
     """Take one step of AdamW with settings that are on the device.
 
@@ -1122,12 +1089,11 @@ def adamw_apply(params, grads, m, v, settings, version=2):
     Derived in chapter 11.
     """
     run = numbered(ADAMW_UPDATE, version, "adamw_update")
-    _check_all_flat("adamw_update", params=params, grads=grads, m=m, v=v)
-    check_device("adamw_update: settings", settings, (SETTINGS,))
     run((params, grads, m, v, settings))
 
 
 # %% AdamW tags=["export"] module="cuda.adamw"
+@shapes("N!, N, N!, N!", DEVICE, work="W!?", **ADAMW_LIMITS)
 def adamw_update(
     params, grads, m, v,
     learning_rate, beta1, beta2, eps, weight_decay, step,
@@ -1150,7 +1116,6 @@ def adamw_update(
     numbers = adamw_settings(
         learning_rate, beta1, beta2, eps, weight_decay, step
     )
-    _check_all_flat("adamw_update", params=params, grads=grads, m=m, v=v)
     if work is None:
         work = empty(SETTINGS, like=params)
     _check_work("adamw_update", work, SETTINGS)
@@ -1332,6 +1297,7 @@ def clip_scratch():
     return 1 + NORM_BLOCKS
 
 
+@shapes("W!, N", DEVICE)
 def norm_apply(work, grads):
     """Leave the Euclidean norm of a flat array in work[0].
 
@@ -1343,7 +1309,6 @@ def norm_apply(work, grads):
 
     Derived in chapter 11.
     """
-    _check_all_flat("global_norm", grads=grads)
     _check_work("global_norm", work, clip_scratch())
     blocks = (grads.size + 4 * BLOCK - 1) // (4 * BLOCK)
     blocks = min(NORM_BLOCKS, max(1, blocks))
@@ -1352,6 +1317,7 @@ def norm_apply(work, grads):
 
 
 # %% the clip, for a graph tags=["export"] module="cuda.adamw"
+@shapes("N!, above 0, W!", DEVICE)
 def clip_apply(grads, max_norm, work):
     """Clip a flat array to norm `max_norm`; leave its old norm in work[0].
 
@@ -1361,10 +1327,6 @@ def clip_apply(grads, max_norm, work):
 
     Derived in chapter 11.
     """
-    if not max_norm > 0:
-        raise ValueError(
-            f"clip_gradients: max_norm must be above 0, got {max_norm}"
-        )
     norm_apply(work, grads)
     arrays = grads, work, work[:1].view(np.int32)
     most = np.float32(min(max_norm, LARGEST))
@@ -1372,6 +1334,7 @@ def clip_apply(grads, max_norm, work):
 
 
 # %% the norm of all gradients tags=["export"] module="cuda.adamw"
+@shapes("N, W!?", DEVICE)
 def global_norm(grads, work=None):
     """The Euclidean norm of a flat array, as a float.
 
@@ -1383,7 +1346,6 @@ def global_norm(grads, work=None):
 
     Derived in chapter 11.
     """
-    _check_all_flat("global_norm", grads=grads)
     if work is None:
         work = empty(clip_scratch(), like=grads)
     norm_apply(work, grads)
@@ -1391,6 +1353,7 @@ def global_norm(grads, work=None):
 
 
 # %% clip the gradients tags=["export"] module="cuda.adamw"
+@shapes("N!, above 0, W!?", DEVICE)
 def clip_gradients(grads, max_norm, work=None):
     """Scale a flat array down to norm `max_norm` if it is longer.
 
@@ -1404,7 +1367,6 @@ def clip_gradients(grads, max_norm, work=None):
 
     Derived in chapter 11.
     """
-    _check_all_flat("clip_gradients", grads=grads)
     if work is None:
         work = empty(clip_scratch(), like=grads)
     clip_apply(grads, max_norm, work)

@@ -63,8 +63,9 @@ import math
 
 import numpy as np
 
-from llmnb.checks import check_array, check_float
+from llmnb.checks import check_array
 from llmnb.config import parameter_shapes
+from llmnb.shapes import check_number
 
 # %% the seed
 rng = np.random.default_rng(11)
@@ -577,18 +578,8 @@ class ScalarNormals(MersenneTwister):
 # and stay in a core's caches, and no temporary grows with the model.
 
 
-# %% the size of a chunk and the checks tags=["exporti"]
+# %% the size of a chunk tags=["exporti"]
 CHUNK = 2**14  # numbers drawn at a time: they stay in the cache
-
-
-def check_normal(array, std):
-    """Raise unless normal_ can fill `array`; std must not be negative."""
-    check_float("normal_: array", array)
-    check_array("normal_: array", array, array.shape, array.dtype)
-    if not array.flags.writeable:
-        raise ValueError("normal_: array must be writeable")
-    if not std >= 0:
-        raise ValueError(f"normal_: std must be at least 0, got {std}")
 
 
 # %% the generator tags=["export"]
@@ -603,7 +594,8 @@ class Generator(ScalarNormals):
 
         float64 gets the float32 draws. Raises TypeError or ValueError.
         """
-        check_normal(array, std)
+        check_array("normal_: array", array, written=True)
+        check_number("normal_: std", std, "at least 0")
         flat, n = array.reshape(-1), array.size
         if n < 16:
             few = [self.normal() * std + mean for _ in range(n)]
@@ -707,9 +699,8 @@ def init_params(params, cfg, seed):
     Derived in chapter 12.
     """
     for name, shape in parameter_shapes(cfg).items():
-        check_float(f"init_params: {name}", params[name])
-        dtype = params[name].dtype
-        check_array(f"init_params: {name}", params[name], shape, dtype)
+        check_array(f"init_params: {name}", params[name], shape, written=True)
+    for name in parameter_shapes(cfg):
         params[name].fill(name in ("ln1w", "ln2w", "lnfw"))
     generator = Generator(seed)
     generator.normal_(params["wte"][: cfg.vocab_size], std=0.02)

@@ -77,6 +77,8 @@ from llmnb.checkpoint import (
 from llmnb.checks import check_tokens
 from llmnb.init import init_params
 from llmnb.layout import gpt2_layout
+from llmnb.reference.adamw import ADAMW_LIMITS
+from llmnb.shapes import shapes
 
 # %% [markdown]
 # ## One block, forward
@@ -420,7 +422,7 @@ class GPT2:
         self._dacts = self.memory["dacts"] | self.memory["block"]
         self._batch = self.memory["batch"]
         self._layers = [self._layer(i) for i in range(cfg.num_layers)]
-        self._state, self._graphs = "new", {}
+        self._state, self._has_gradients, self._graphs = "new", False, {}
         if seed is not None:
             self._fill_params(partial(init_params, cfg=cfg, seed=seed))
 
@@ -561,7 +563,7 @@ class GPT2:
             raise RuntimeError(
                 "GPT2.backward: call forward(tokens, targets) first"
             )
-        self._state = "backward"
+        self._state, self._has_gradients = "backward", True
         self._backward(add, share)
 
     def _backward(self, add=False, share=1.0):
@@ -626,43 +628,39 @@ class GPT2:
         if self._state in ("new", "backward"):
             raise RuntimeError("GPT2.logits: there are none; call forward")
 
+    def _check_gradients(self, name):
+        if not self._has_gradients:
+            raise RuntimeError(f"GPT2.{name}: call backward first")
+
     def clip_gradients(self, max_norm):
         """Scale the gradients to a norm of at most max_norm, in place.
 
-        Returns their norm before, as a float.
+        Returns their norm before, as a float. Raises RuntimeError before a
+        backward.
         """
+        self._check_gradients("clip_gradients")
         return self.ops.clip_gradients(self.memory.flat("grads"), max_norm)
 
+    @shapes("-", **ADAMW_LIMITS)
     def update(
-        self,
-        learning_rate=1e-4,
-        beta1=0.9,
-        beta2=0.999,
-        eps=1e-8,
-        weight_decay=0.01,
-        step=1,
-        decay=None,
-    ):
+        self, learning_rate=1e-4, beta1=0.9, beta2=0.999, eps=1e-8,
+        weight_decay=0.01, step=1, decay=None,
+    ):  # fmt: skip
         """One step of AdamW on all parameters; step counts from 1.
 
         decay: the names of the tensors that weight_decay applies to, or
         None for all of them. Raises ValueError for a value out of range and
-        for a name that is no tensor's.
+        for a name that is no tensor's, RuntimeError before a backward.
         """
         numbers = learning_rate, beta1, beta2, eps
         self._tune(*numbers, weight_decay, step, decay)
+        self._check_gradients("update")
         self._apply(decay)
 
     def _tune(
-        self,
-        learning_rate=1e-4,
-        beta1=0.9,
-        beta2=0.999,
-        eps=1e-8,
-        weight_decay=0.01,
-        step=1,
-        decay=None,
-    ):
+        self, learning_rate=1e-4, beta1=0.9, beta2=0.999, eps=1e-8,
+        weight_decay=0.01, step=1, decay=None,
+    ):  # fmt: skip
         """Check AdamW's numbers, and keep them where _apply reads them."""
         for name in () if decay is None else decay:
             _choose("a name in decay", name, self.params)
@@ -684,6 +682,7 @@ class GPT2:
             row = self._settings[decay is not None and name not in decay]
             update(*self._flat(name), *row)
 
+    @shapes("-, -, -, above 0", **ADAMW_LIMITS)
     def step(self, tokens, targets, max_norm=math.inf, **settings):
         """Train once; returns the loss and the norm of the gradients.
 
@@ -691,20 +690,20 @@ class GPT2:
         update(**settings), one after the other, and raises what they raise.
         With the cuda backend it is one launch: see llmnb.cuda.graph.
         """
+        self._tune(**settings)
         if self.backend != "cuda":
             loss = self.forward(tokens, targets)
             self.backward()
             norm = self.clip_gradients(max_norm)
             self.update(**settings)
             return loss, norm
-        self._tune(**settings)
         self._take(tokens, targets)
         decay = settings.get("decay")
         key = max_norm, decay if decay is None else tuple(decay)
         if key not in self._graphs:
             whole = partial(self._whole_step, *key)
             self._graphs[key] = self.ops.Graph(whole, self.params["wte"])
-        self._state = "backward"
+        self._state, self._has_gradients = "backward", True
         self._graphs[key]()
         return self._loss(), self.ops.gradient_norm()
 
@@ -748,7 +747,9 @@ class GPT2:
 #   Chapter 10 showed that this is safe. It is also why `logits` cannot be read
 #   after `backward`, and says so.
 # - The state, one word, remembers what the arrays hold, so that calls in a
-#   wrong order are refused and do not return yesterday's gradient.
+#   wrong order are refused and do not return yesterday's gradient. There is
+#   no `update` before the first `backward`: its moments would begin with a
+#   gradient of zeros.
 
 # %% a tiny GPT-2
 cfg = GPT2Config(

@@ -263,7 +263,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from llmnb.checks import check_array, check_float, check_tokens
+from llmnb.checks import check_fit
 from llmnb.cpu.attention import _block_size, _softmax_block
 from llmnb.cpu.jit import arguments, inner, team
 from llmnb.cpu.panels import DEPTH, pack, scratch
@@ -281,6 +281,7 @@ from llmnb.cpu.tile import (
     _spread,
     _store,
 )
+from llmnb.shapes import COMPILED, shapes
 
 
 # %% the loop over the sum tags=["exporti"] module="cpu.decode"
@@ -464,6 +465,12 @@ def panels_shape(OC, C):
     return -(-OC // COLS), C + 1, COLS
 
 
+def _check_panels(layer, panels, OC, C):
+    shape = panels_shape(OC, C)
+    check_fit(f"{layer}: panels", panels, shape, panels.dtype)
+
+
+@shapes("B T OC!, B T C, P D S, B T OC?~")
 def panels_forward(out, inp, panels, residual=None):
     """out = inp @ weight.T + bias + residual, from packed weights.
 
@@ -475,14 +482,9 @@ def panels_forward(out, inp, panels, residual=None):
 
     Derived in chapter 16.
     """
-    name = "panels_forward"
-    check_float(f"{name}: inp", inp)
-    (B, T, C), OC = inp.shape, out.shape[-1]
-    check_array(f"{name}: inp", inp, (B, T, C), inp.dtype)
-    check_array(f"{name}: out", out, (B, T, OC), inp.dtype)
-    check_array(f"{name}: panels", panels, panels_shape(OC, C), inp.dtype)
+    (B, T, C), OC = inp.shape, out.shape[2]
+    _check_panels("panels_forward", panels, OC, C)
     start = out if residual is None else residual
-    check_array(f"{name}: residual", start, out.shape, inp.dtype)
     s = 0 if residual is None else OC
     flat = (x.reshape(-1) for x in (start, inp, panels))
     start, inp, panels = flat
@@ -501,6 +503,7 @@ def _pack_weight(part, parts, address):
 
 
 # %% weights into panels tags=["export"] module="cpu.decode"
+@shapes("P D S!, OC C, OC?")
 def pack_weight(panels, weight, bias=None):
     """Write a weight (OC, C) and a bias (OC,) into panels, in place.
 
@@ -509,16 +512,11 @@ def pack_weight(panels, weight, bias=None):
 
     Derived in chapter 16.
     """
-    check_float("pack_weight: weight", weight)
     OC, C = weight.shape
-    check_array("pack_weight: weight", weight, (OC, C), weight.dtype)
-    shape = panels_shape(OC, C)
-    check_array("pack_weight: panels", panels, shape, weight.dtype)
-    if bias is not None:
-        check_array("pack_weight: bias", bias, (OC,), weight.dtype)
+    _check_panels("pack_weight", panels, OC, C)
     code = scratch(np.empty(0, weight.dtype), False, weight.dtype)[0][1]
     _pack_weight(panels.reshape(-1), weight.reshape(-1), OC, C, code)
-    last = np.zeros(shape[0] * COLS, weight.dtype)
+    last = np.zeros(len(panels) * COLS, weight.dtype)
     last[:OC] = 0 if bias is None else bias
     panels[:, -1] = last.reshape(-1, COLS)
 
@@ -665,6 +663,7 @@ def _cache_attention(part, parts, address):
 
 
 # %% attention over a cache tags=["export"] module="cpu.decode"
+@shapes("B T C!, B NH P hs S!, B NH room W!, B T 3C")
 def cache_attention(out, keys, values, inp, first):
     """Attention of new positions to all before them; keeps theirs.
 
@@ -678,7 +677,6 @@ def cache_attention(out, keys, values, inp, first):
     Derived in chapter 16.
     """
     name = "cache_attention"
-    check_float(f"{name}: inp", inp)
     (B, T, C), (NH, room) = out.shape, values.shape[1:3]
     if C % NH:
         raise ValueError(f"{name}: {NH} heads do not divide {C} channels")
@@ -687,11 +685,9 @@ def cache_attention(out, keys, values, inp, first):
             f"{name}: positions {first} to {first + T - 1}, where the cache "
             f"has {room}"
         )
-    check_array(f"{name}: inp", inp, (B, T, 3 * C), inp.dtype)
-    check_array(f"{name}: out", out, (B, T, C), inp.dtype)
-    shapes = cache_shapes(B, NH, room, C // NH)
-    check_array(f"{name}: keys", keys, shapes["keys"], inp.dtype)
-    check_array(f"{name}: values", values, shapes["values"], inp.dtype)
+    want = cache_shapes(B, NH, room, C // NH)
+    check_fit(f"{name}: keys", keys, want["keys"], out.dtype)
+    check_fit(f"{name}: values", values, want["values"], out.dtype)
     block = _block_size(C // NH)
     _cache_attention(out, keys, values, inp, first, block)
 
@@ -730,6 +726,7 @@ def _embed(out, tokens, panels, wpe, first):
 
 
 # %% embed from panels tags=["export"] module="cpu.decode"
+@shapes(f"B T C!, B T of {COLS}P, P D {COLS}, T+ C", COMPILED)
 def embed_forward(out, tokens, panels, wpe, first):
     """Sum each token's vector and its position's, from packed wte.
 
@@ -740,13 +737,8 @@ def embed_forward(out, tokens, panels, wpe, first):
     Derived in chapter 16.
     """
     name = "embed_forward"
-    check_float(f"{name}: out", out)
     B, T, C = out.shape
-    check_array(f"{name}: tokens", tokens, (B, T), np.int32)
-    check_array(f"{name}: wpe", wpe, (len(wpe), C), out.dtype)
-    shape = len(panels), C + 1, COLS
-    check_array(f"{name}: panels", panels, shape, out.dtype)
-    check_tokens(f"{name}: tokens", tokens, len(panels) * COLS)
+    _check_panels(name, panels, len(panels) * COLS, C)
     if not 0 <= first <= len(wpe) - T:
         raise ValueError(
             f"{name}: positions {first} to {first + T - 1}, where wpe has "
@@ -772,7 +764,7 @@ import numpy as np
 
 from llmnb.arena import Arena
 from llmnb.checkpoint import read_checkpoint, read_config
-from llmnb.checks import check_tokens
+from llmnb.checks import FLOATS, check_fit, check_tokens
 from llmnb.config import parameter_shapes
 
 
@@ -888,8 +880,11 @@ class Decoder:
         """Take the weights of a mapping such as `GPT2.params`.
 
         They are copied, from a GPU too: after another step of training,
-        load them again.
+        load them again. Raises TypeError or ValueError before it copies any,
+        where one does not fit.
         """
+        for name, shape in parameter_shapes(self.cfg).items():
+            check_fit(f"Decoder.load: {name}", params[name], shape, FLOATS)
         pack, panels = self._ops.pack_weight, self.memory["panels"]
         for name, array in self.memory["vectors"].items():
             array[...] = params[name]

@@ -209,7 +209,7 @@ BAD = [
     ("out", lambda x: x.astype(np.float64), TypeError, "out must be float32"),
     ("out", lambda x: x[..., ::-1], ValueError, "out must be C-contiguous"),
     ("lse", lambda x: x[0], ValueError, r"lse must have shape \(B, NH, T\)"),
-    ("lse", lambda x: None, ValueError, r"lse must have shape \(B, NH, T\)"),
+    ("lse", lambda x: None, TypeError, "lse must be a NumPy array, got None"),
     ("lse", lambda x: x[:, :0].copy(), ValueError, "divides C = 12"),
     ("lse", lambda x: np.zeros((2, 5, 5), np.float32), ValueError, "C = 12"),
     ("lse", lambda x: x[..., :4].copy(), ValueError, "lse must have shape"),

@@ -417,17 +417,18 @@ def test_in_place(place):
 
 
 def test_bad_arguments():
-    z, n = simulated(np.zeros((1, 2, 4), np.float32)), np.zeros((1, 2))
-    r = simulated(n.astype(np.float32))
+    n = np.zeros((1, 2))
+    x, y, z = (simulated(np.zeros((1, 2, 4), "f4")) for _ in range(3))
+    r, s = (simulated(n.astype(np.float32)) for _ in range(2))
     k = simulated(n.astype(np.int32))
     calls = {
         layer.softmax_forward: (z, z, 3),
-        layer.softmax_backward: (z, z, z),
+        layer.softmax_backward: (x, y, z),
         layer.crossentropy_forward: (r, z, k),
-        layer.crossentropy_backward: (z, r, z, k),
-        layer.crossentropy_softmax_forward: (r, r, z, k, 3),
-        layer.crossentropy_softmax_backward: (z, r, z, r, k, 3),
-        layer.fused_classifier: (r, z, r, k, 3),
+        layer.crossentropy_backward: (y, r, z, k),
+        layer.crossentropy_softmax_forward: (r, s, z, k, 3),
+        layer.crossentropy_softmax_backward: (z, r, z, s, k, 3),
+        layer.fused_classifier: (r, z, s, k, 3),
     }
     wrong = simulated(np.zeros((1, 3), np.float32)), n
     with watch() as seen:

@@ -199,12 +199,12 @@ def changed(i, change):
     "i, change, error, text",
     [
         (0, to_host, TypeError, "out must be a device's array, got ndarray"),
-        (0, lambda x: x[0], ValueError, "out must have 3 dimensions, got 2"),
+        (0, lambda x: x[0], ValueError, r"out must have shape \(B, T, C\)"),
         (0, lambda x: x.view(np.int32), TypeError, "out must be float32"),
         (1, to_host, TypeError, "inp must be a device's array"),
         (1, lambda x: x.view(np.float32), TypeError, "inp must be int32"),
         (1, lambda x: x[:1], ValueError, r"inp must have shape \(2, 3\)"),
-        (2, lambda x: x[0], ValueError, "wte must have 2 dimensions, got 1"),
+        (2, lambda x: x[0], ValueError, r"wte must have shape \(Vp, C\)"),
         (
             2,
             lambda x: x.reshape(4, 5),
@@ -212,7 +212,7 @@ def changed(i, change):
             r"wte must have shape \(4, 4\)",
         ),
         (3, lambda x: x[:2], ValueError, "T must be at most 2, .* got 3"),
-        (3, lambda x: x[0], ValueError, "wpe must have 2 dimensions, got 1"),
+        (3, lambda x: x[0], ValueError, r"wpe must have shape \(T, C\)"),
         (3, lambda x: 5, TypeError, "wpe must be a device's array, got int"),
     ],
 )

@@ -223,11 +223,11 @@ def test_arrays_that_do_not_fit_are_refused(spoil, error, message):
 
 
 def test_bad_arguments():
-    x = simulated(draw(4))
+    x, y, z = (simulated(draw(4)) for _ in range(3))
     with pytest.raises(TypeError, match="must be a device's array"):
         cuda.gelu_forward(x, draw(4))
     for version in (0, 3, -1):
         with pytest.raises(ValueError, match="version must be in 1 to 2"):
             cuda.gelu_forward(x, x, version=version)
         with pytest.raises(ValueError, match="version must be in 1 to 2"):
-            cuda.gelu_backward(x, x, x, version=version)
+            cuda.gelu_backward(x, y, z, version=version)

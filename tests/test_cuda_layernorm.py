@@ -325,7 +325,7 @@ BAD_BACKWARD = [
     ("dweight", zeros(5), ValueError, "dweight must have shape"),
     ("dbias", zeros(5), ValueError, "dbias must have shape"),
     ("work", zeros(15), ValueError, "work must hold 16 floats, got 15"),
-    ("work", zeros(4, 4), ValueError, r"work must have shape \(16,\)"),
+    ("work", zeros(4, 4), ValueError, r"work must have shape \(W,\)"),
     ("work", np.zeros(16, np.float32), TypeError, "work must be a device's"),
     ("work", zeros(16, dtype=np.int32), TypeError, "work must be float32"),
     ("version", 4, ValueError, "version must be in 1 to 3, got 4"),

@@ -161,6 +161,8 @@ def test_decay_of_all_tensors():
     for decay in (None, [], ["wpe"]):
         model = wide(GPT2(SMALL, 1, 5, "cuda"))
         before = {n: np.asarray(x) for n, x in model.params.items()}
+        model.forward(*batch(SMALL, 1, 5))
+        model.backward(share=0.0)
         model.update(0.1, weight_decay=0.5, step=1, decay=decay)
         for name, x in model.params.items():
             factor = 0.95 if decay is None or name in decay else 1.0

@@ -229,6 +229,27 @@ def test_bad_texts(texts, error, message):
         Decoder.of(model_of(), 2).following(texts)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "error", "says"),
+    [
+        ("wpe", lambda x: x[:1], ValueError, r"must have shape \(\d+, "),
+        ("lnfb", lambda x: x.astype(int), TypeError, "must be float32 or flo"),
+        ("fcprojb", lambda x: x.tolist(), TypeError, "must be .* got list"),
+        ("qkvw", lambda x: None, TypeError, "must be .* got NoneType"),
+    ],
+)
+def test_weights_that_do_not_fit_are_not_loaded(name, change, error, says):
+    """One row of positions would fill all of them, were it not refused."""
+    model = model_of()
+    decoder = Decoder.of(model, 2)
+    before = decoder.memory.flat("vectors").copy()
+    params = {n: x + 1 for n, x in model.params.items()}
+    params[name] = change(params[name])
+    with pytest.raises(error, match=f"Decoder.load: {name} {says}"):
+        decoder.load(params)
+    assert np.array_equal(decoder.memory.flat("vectors"), before)
+
+
 @pytest.mark.parametrize("sizes", [(0, 8), (1, 0), (1, 65)])
 def test_bad_sizes(sizes):
     with pytest.raises(ValueError, match="seq_len 1 to 64, got"):

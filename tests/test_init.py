@@ -234,7 +234,7 @@ def test_a_seed_that_is_no_integer(seed):
     [
         (np.empty(20, np.float16), TypeError, "float32 or float64"),
         (np.empty(20, np.int32), TypeError, "float32 or float64"),
-        ([0.0] * 20, TypeError, "float32 or float64"),
+        ([0.0] * 20, TypeError, "a NumPy array, got list"),
         (np.empty((8, 8), np.float32)[:, :4], ValueError, "C-contiguous"),
         (np.broadcast_to(np.float32(0), 1), ValueError, "writeable"),
     ],

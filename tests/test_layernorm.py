@@ -129,7 +129,7 @@ def test_bits_do_not_depend_on_threads():
             "inp must be C-contiguous",
         ),
         ("inp", np.zeros((6, 4), np.float32), ValueError, r"\(B, T, C\)"),
-        ("inp", [[1.0]], TypeError, "inp must be float32 or float64"),
+        ("inp", [[1.0]], TypeError, "inp must be a NumPy array, got list"),
     ],
 )
 def test_what_does_not_fit_is_refused(name, bad, error, says):

@@ -256,6 +256,8 @@ def test_decay_reaches_the_tensors_named(decay):
     """With no gradient, a step multiplies what decays and nothing else."""
     model = wide(GPT2(TINY, 1, 3, "cpu", "fp64"))
     before = {name: x.copy() for name, x in model.params.items()}
+    model.forward(*batch(TINY, 1, 3))
+    model.backward(share=0.0)
     model.update(0.1, weight_decay=0.5, step=1, decay=decay)
     for name, x in model.params.items():
         factor = 0.95 if decay is None or name in decay else 1.0
@@ -322,6 +324,49 @@ def test_the_callers_arrays_are_copied():
     tokens[:], targets[:] = 0, 0
     model.backward()
     assert (model.memory.flat("grads") == want).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "cuda"])
+def test_no_update_before_a_gradient(backend):
+    model = GPT2(TINY, 2, 3, backend)
+    tokens, targets = batch(TINY, 2, 3)
+    before = np.array(model.memory.flat("params"))
+    for forward in (lambda: None, lambda: model.forward(tokens, targets)):
+        forward()
+        with pytest.raises(RuntimeError, match="GPT2.update: call backward"):
+            model.update()
+        early = "GPT2.clip_gradients: call backward first"
+        with pytest.raises(RuntimeError, match=early):
+            model.clip_gradients(1.0)
+    assert np.array_equal(np.array(model.memory.flat("params")), before)
+    assert not np.array(model.memory.flat("v")).any()
+    model.backward()
+    assert model.clip_gradients(1.0) > 0
+    model.update()
+    assert np.array(model.memory.flat("v")).any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "says"),
+    [
+        ({"step": 0}, ValueError, "step must be at least 1, got 0"),
+        ({"learning_rate": -1e-3}, ValueError, "learning_rate must be at lea"),
+        ({"beta2": np.nan}, ValueError, r"beta2 must be in \[0, 1\), got nan"),
+        ({"weight_decay": None}, TypeError, "weight_decay must be a number"),
+        ({"eps": "1e-8"}, TypeError, "eps must be a number, got str"),
+        ({"max_norm": 0}, ValueError, "max_norm must be above 0, got 0"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["reference", "cpu", "cuda"])
+def test_a_steps_settings_are_looked_at_first(backend, settings, error, says):
+    model = GPT2(TINY, 2, 3, backend)
+    with pytest.raises(error, match=f"GPT2.step: {says}"):
+        model.step(*batch(TINY, 2, 3), **settings)
+    with pytest.raises(RuntimeError, match="GPT2.logits: there are none"):
+        _ = model.logits
+    if "max_norm" not in settings:
+        with pytest.raises(error, match=f"GPT2.update: {says}"):
+            model.update(**settings)
 
 
 def test_calls_out_of_order():

@@ -4,7 +4,6 @@
 
 from llmnb.cpu.adamw import (
     adamw_update,
-    check_flat,
     clip_gradients,
     global_norm,
 )
@@ -60,7 +59,8 @@ from llmnb.cpu.panels import (
     HEIGHT,
     SPARE,
     WIDTH,
-    check_scratch,
+    WORK,
+    check_bf16,
     scratch,
     work_shape,
 )
@@ -90,13 +90,13 @@ __all__ = [
     "SPARE",
     "VECTORS",
     "WIDTH",
+    "WORK",
     "adamw_update",
     "attention_backward",
     "attention_forward",
     "cache_attention",
     "cache_shapes",
-    "check_flat",
-    "check_scratch",
+    "check_bf16",
     "clip_gradients",
     "cpu_features",
     "crossentropy_backward",

@@ -8,7 +8,6 @@ the parameter itself; a schedule sets the pace, a clip bounds it.
 
 __all__ = [
     "adamw_update",
-    "check_flat",
     "clip_gradients",
     "global_norm",
 ]
@@ -20,9 +19,9 @@ import math
 import numba
 import numpy as np
 
-from llmnb.checks import check_array, check_float
 from llmnb.cpu.jit import arguments, share, team
-from llmnb.reference.adamw import check_settings
+from llmnb.reference.adamw import ADAMW_LIMITS
+from llmnb.shapes import shapes
 
 
 # the kernel
@@ -40,19 +39,8 @@ def _adamw_update(part, parts, address):
         params[i] = keep * params[i] - size * m[i] / spread
 
 
-# check flat arrays
-def check_flat(name, **arrays):
-    """Raise unless these are flat arrays of one length and float dtype.
-
-    Derived in chapter 11.
-    """
-    first = next(iter(arrays.values()))
-    check_float(f"{name}: {next(iter(arrays))}", first)
-    for key, array in arrays.items():
-        check_array(f"{name}: {key}", array, (first.size,), first.dtype)
-
-
 # one step of AdamW
+@shapes("N!, N, N!, N!", **ADAMW_LIMITS)
 def adamw_update(
     params, grads, m, v,
     learning_rate, beta1, beta2, eps, weight_decay, step,
@@ -67,8 +55,6 @@ def adamw_update(
 
     Derived in chapter 11.
     """
-    check_settings(learning_rate, beta1, beta2, eps, weight_decay, step)
-    check_flat("adamw_update", params=params, grads=grads, m=m, v=v)
     keep = 1 - learning_rate * weight_decay
     root = math.sqrt(1 - beta2**step)
     size = learning_rate / (1 - beta1**step)
@@ -100,6 +86,7 @@ def _scale(part, parts, address):
 
 
 # the norm of all gradients
+@shapes("N")
 def global_norm(grads):
     """The Euclidean norm of a flat array, summed in float64, as a float.
 
@@ -110,13 +97,13 @@ def global_norm(grads):
 
     Derived in chapter 11.
     """
-    check_flat("global_norm", grads=grads)
     sums = np.empty(256)
     _sum_of_squares(grads, sums)
     return math.sqrt(sums.sum())
 
 
 # clip the gradients
+@shapes("N!, above 0")
 def clip_gradients(grads, max_norm):
     """Scale a flat array down to norm `max_norm` if it is longer.
 
@@ -128,10 +115,6 @@ def clip_gradients(grads, max_norm):
 
     Derived in chapter 11.
     """
-    if not max_norm > 0:
-        raise ValueError(
-            f"clip_gradients: max_norm must be above 0, got {max_norm}"
-        )
     norm = global_norm(grads)
     scale = max_norm / (norm + 1e-6)
     if math.isfinite(norm) and scale < 1:

@@ -18,17 +18,18 @@ import math
 import numba
 import numpy as np
 
-from llmnb.checks import check_array, check_float
 from llmnb.cpu.jit import arguments, device, team
 from llmnb.cpu.math import fast_exp
 from llmnb.cpu.panels import (
     SPARE,
-    check_scratch,
+    WORK,
+    check_bf16,
     multiply_panels,
     pack,
     scratch,
 )
 from llmnb.cpu.tile import COLS, ROWS
+from llmnb.shapes import shapes
 
 
 # places in the scratch memory
@@ -153,6 +154,7 @@ def _attention_forward(part, parts, address):
 
 
 # attention, forward
+@shapes("B T C!, B NH|C T!, B T 3C", work=WORK)
 def attention_forward(out, lse, inp, work=None, bf16=False):
     """Causal self-attention of NH heads.
 
@@ -166,38 +168,19 @@ def attention_forward(out, lse, inp, work=None, bf16=False):
 
     Derived in chapter 7.
     """
-    sizes = _check("attention_forward", out, lse, inp, work, bf16)
-    scratch = _scratch(sizes, inp.dtype, work, bf16)
+    check_bf16("attention_forward", bf16, inp.dtype)
+    scratch = _scratch(out, lse, work, bf16)
     _attention_forward(out.reshape(-1), lse, inp.reshape(-1), *scratch)
 
 
 # what both kernels take
-def _scratch(sizes, dtype, work, bf16):
-    """Sizes, places, and chapter 6's scratch."""
-    places = _places(sizes[3], sizes[2])
-    return sizes, places, *scratch(work, bf16, dtype)
-
-
-# the checks
-def _check(name, out, lse, inp, work, bf16):
-    """T, NH, hs and the size of a block."""
-    check_float(f"{name}: inp", inp)
-    if inp.ndim != 3 or inp.shape[2] % 3:
-        raise ValueError(
-            f"{name}: inp must have shape (B, T, 3C), got {inp.shape}"
-        )
-    B, T, C = inp.shape[0], inp.shape[1], inp.shape[2] // 3
-    NH = lse.shape[1] if getattr(lse, "ndim", 0) == 3 else 0
-    if NH == 0 or C % NH:
-        raise ValueError(
-            f"{name}: lse must have shape (B, NH, T) with an NH that "
-            f"divides C = {C}, got {getattr(lse, 'shape', type(lse))}"
-        )
-    check_array(f"{name}: inp", inp, (B, T, 3 * C), inp.dtype)
-    check_array(f"{name}: out", out, (B, T, C), inp.dtype)
-    check_array(f"{name}: lse", lse, (B, NH, T), inp.dtype)
-    check_scratch(name, work, bf16, inp.dtype)
-    return T, NH, C // NH, _block_size(C // NH)
+def _scratch(out, lse, work, bf16):
+    """T, NH, hs and the size of a block; places; chapter 6's scratch."""
+    _, NH, T = lse.shape
+    hs = out.shape[2] // NH
+    block = _block_size(hs)
+    made = scratch(work, bf16, out.dtype)
+    return (T, NH, hs, block), _places(block, hs), *made
 
 
 # the softmax of a block, backward
@@ -314,6 +297,7 @@ def _attention_backward(part, parts, address):
 
 
 # attention, backward
+@shapes("B T 3C!, B T C, B T 3C, B T C, B NH|C T", work=WORK)
 def attention_backward(
     dinp, dout, inp, out, lse, add=True, work=None, bf16=False
 ):
@@ -327,10 +311,7 @@ def attention_backward(
 
     Derived in chapter 7.
     """
-    name = "attention_backward"
-    sizes = _check(name, out, lse, inp, work, bf16)
-    check_array(f"{name}: dinp", dinp, inp.shape, inp.dtype)
-    check_array(f"{name}: dout", dout, out.shape, inp.dtype)
-    scratch = _scratch(sizes, inp.dtype, work, bf16)
+    check_bf16("attention_backward", bf16, inp.dtype)
+    scratch = _scratch(out, lse, work, bf16)
     flat = (x.reshape(-1) for x in (dinp, dout, inp, out))
     _attention_backward(*flat, lse, add, *scratch)

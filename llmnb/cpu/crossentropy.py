@@ -22,9 +22,9 @@ import math
 import numba
 import numpy as np
 
-from llmnb.checks import check_array, check_float, check_tokens
 from llmnb.cpu.jit import arguments, share, team
 from llmnb.cpu.math import fast_exp
+from llmnb.shapes import COMPILED, shapes
 
 
 # the fused forward kernel
@@ -54,39 +54,14 @@ def _fused_backward(part, parts, address):
         dlogits[n, targets[n]] -= scale
 
 
-# check the arrays
-def _rows(name, wide, narrow, V=1):
-    """Raise unless the arrays and V fit; return the arrays as rows.
-
-    wide: by name, arrays (B, T, Vp), of which the first sets shape and
-    dtype; narrow: by name, arrays (B, T).
-    """
-    first, main = next(iter(wide.items()))
-    check_float(f"{name}: {first}", main)
-    if main.ndim != 3 or main.size == 0:
-        raise ValueError(
-            f"{name}: {first} must have shape (B, T, Vp), got {main.shape}"
-        )
-    B, T, Vp = main.shape
-    for key, array in wide.items():
-        check_array(f"{name}: {key}", array, (B, T, Vp), main.dtype)
-    for key, array in narrow.items():
-        check_array(f"{name}: {key}", array, (B, T), main.dtype)
-    if not 1 <= V <= Vp:
-        raise ValueError(f"{name}: V must lie in [1, {Vp}], got {V}")
-    flat = [array.reshape(-1, Vp) for array in wide.values()]
-    return flat + [array.reshape(-1) for array in narrow.values()]
-
-
-# check the targets
-def _targets(name, targets, logits, V):
-    """Raise unless the targets fit the logits; return them as one row."""
-    check_array(f"{name}: targets", targets, logits.shape[:2], np.int32)
-    check_tokens(f"{name}: targets", targets, V)
-    return targets.reshape(-1)
+# views as rows
+def _rows(*arrays):
+    """Arrays (B, T, Vp) or (B, T) with one row, or number, a token."""
+    return [x.reshape(-1, *x.shape[2:]) for x in arrays]
 
 
 # the fused forward
+@shapes("B T!, B T!, B T Vp, B T of V, 1 to Vp", COMPILED)
 def crossentropy_softmax_forward(losses, lse, logits, targets, V):
     """Losses straight from the logits; no probability is stored.
 
@@ -99,13 +74,11 @@ def crossentropy_softmax_forward(losses, lse, logits, targets, V):
 
     Derived in chapter 10.
     """
-    wide, narrow = {"logits": logits}, {"losses": losses, "lse": lse}
-    name = "crossentropy_softmax_forward"
-    rows = _rows(name, wide, narrow, V)
-    _fused_forward(*rows, _targets(name, targets, logits, V), V)
+    _fused_forward(*_rows(logits, losses, lse, targets), V)
 
 
 # the fused backward
+@shapes("B T Vp!, B T, B T Vp~, B T, B T of V, 1 to Vp", COMPILED)
 def crossentropy_softmax_backward(dlogits, dlosses, logits, lse, targets, V):
     """Write the gradient of the losses by the logits: p - y, scaled.
 
@@ -116,14 +89,9 @@ def crossentropy_softmax_backward(dlogits, dlosses, logits, lse, targets, V):
 
     Derived in chapter 10.
     """
-    wide = {"logits": logits, "dlogits": dlogits}
-    narrow = {"dlosses": dlosses, "lse": lse}
-    name = "crossentropy_softmax_backward"
-    rows = _rows(name, wide, narrow, V)
-    k = _targets(name, targets, logits, V)
     if dlogits is not logits:
         np.copyto(dlogits, logits)
-    _fused_backward(*rows[1:], k, V)
+    _fused_backward(*_rows(dlogits, dlosses, lse, targets), V)
     dlogits[..., V:] = 0
 
 
@@ -146,6 +114,7 @@ def _softmax_forward(part, parts, address):
 
 
 # the softmax, forward
+@shapes("B T Vp!, B T Vp~, 1 to Vp")
 def softmax_forward(probs, logits, V):
     """Probabilities of the first V logits in each row.
 
@@ -156,11 +125,9 @@ def softmax_forward(probs, logits, V):
 
     Derived in chapter 10.
     """
-    wide = {"logits": logits, "probs": probs}
-    rows = _rows("softmax_forward", wide, {}, V)
     if probs is not logits:
         np.copyto(probs, logits)
-    _softmax_forward(rows[1], V)
+    _softmax_forward(*_rows(probs), V)
     probs[..., V:] = 0
 
 
@@ -178,6 +145,7 @@ def _softmax_backward(part, parts, address):
             dlogits[n, i] += probs[n, i] * (dprobs[n, i] - inside)
 
 
+@shapes("B T Vp!, B T Vp, B T Vp")
 def softmax_backward(dlogits, dprobs, probs):
     """Add the gradient by the logits to `dlogits`.
 
@@ -187,8 +155,7 @@ def softmax_backward(dlogits, dprobs, probs):
 
     Derived in chapter 10.
     """
-    wide = {"probs": probs, "dlogits": dlogits, "dprobs": dprobs}
-    _softmax_backward(*_rows("softmax_backward", wide, {}))
+    _softmax_backward(*_rows(probs, dlogits, dprobs))
 
 
 # the cross-entropy, forward
@@ -200,6 +167,7 @@ def _crossentropy_forward(part, parts, address):
         losses[n] = -math.log(max(probs[n, targets[n]], tiny))
 
 
+@shapes("B T!, B T Vp, B T of Vp", COMPILED)
 def crossentropy_forward(losses, probs, targets):
     """Surprise at each target, in nats: minus the log of its probability.
 
@@ -210,11 +178,8 @@ def crossentropy_forward(losses, probs, targets):
 
     Derived in chapter 10.
     """
-    wide, narrow = {"probs": probs}, {"losses": losses}
-    name = "crossentropy_forward"
-    rows = _rows(name, wide, narrow)
-    k = _targets(name, targets, probs, probs.shape[-1])
-    _crossentropy_forward(*rows, k, np.finfo(probs.dtype).tiny)
+    rows = _rows(probs, losses, targets)
+    _crossentropy_forward(*rows, np.finfo(probs.dtype).tiny)
 
 
 # the cross-entropy, backward
@@ -227,6 +192,7 @@ def _crossentropy_backward(part, parts, address):
         dprobs[n, k] -= dlosses[n] / max(probs[n, k], tiny)
 
 
+@shapes("B T Vp!, B T, B T Vp, B T of Vp", COMPILED)
 def crossentropy_backward(dprobs, dlosses, probs, targets):
     """Add the gradient of the losses by the probabilities to `dprobs`.
 
@@ -236,8 +202,5 @@ def crossentropy_backward(dprobs, dlosses, probs, targets):
 
     Derived in chapter 10.
     """
-    wide, narrow = {"probs": probs, "dprobs": dprobs}, {"dlosses": dlosses}
-    name = "crossentropy_backward"
-    rows = _rows(name, wide, narrow)
-    k = _targets(name, targets, probs, probs.shape[-1])
-    _crossentropy_backward(*rows, k, np.finfo(probs.dtype).tiny)
+    rows = _rows(probs, dprobs, dlosses, targets)
+    _crossentropy_backward(*rows, np.finfo(probs.dtype).tiny)

@@ -13,10 +13,8 @@ __all__ = [
 
 
 # imports of the CPU version
-import numpy as np
-
-from llmnb.checks import check_array, check_float, check_tokens
 from llmnb.cpu.jit import inner
+from llmnb.shapes import COMPILED, shapes
 
 
 # the kernels
@@ -39,32 +37,8 @@ def _encoder_backward(dwte, dwpe, dout, inp, T):
             dposition[c] += dy[c]
 
 
-# the checks
-def check_encoder(name, d, out, inp, wte, wpe):
-    """Raise unless these fit together; `d` is "d" before gradients' names.
-
-    Derived in chapter 3.
-    """
-    check_float(f"{name}: {d}out", out)
-    if out.ndim != 3:
-        raise ValueError(
-            f"{name}: {d}out must have shape (B, T, C), got {out.shape}"
-        )
-    B, T, C = out.shape
-    check_array(f"{name}: {d}out", out, out.shape, out.dtype)
-    check_array(f"{name}: inp", inp, (B, T), np.int32)
-    for table, array in (("wte", wte), ("wpe", wpe)):
-        rows = len(array) if getattr(array, "ndim", 0) else 0
-        check_array(f"{name}: {d}{table}", array, (rows, C), out.dtype)
-    if len(wpe) < T:
-        raise ValueError(
-            f"{name}: T must be at most {len(wpe)}, the number of rows "
-            f"of {d}wpe, got {T}"
-        )
-    check_tokens(f"{name}: inp", inp, len(wte))
-
-
 # encoder, forward
+@shapes("B T C!, B T of Vp, Vp C, T+ C", COMPILED)
 def encoder_forward(out, inp, wte, wpe):
     """Sum the vector of each token and the vector of its position.
 
@@ -78,12 +52,12 @@ def encoder_forward(out, inp, wte, wpe):
 
     Derived in chapter 3.
     """
-    check_encoder("encoder_forward", "", out, inp, wte, wpe)
     rows = out.reshape(inp.size, out.shape[2])
     _encoder_forward(rows, inp.reshape(-1), wte, wpe, inp.shape[1])
 
 
 # encoder, backward
+@shapes("Vp C!, T+ C!, B T C, B T of Vp", COMPILED)
 def encoder_backward(dwte, dwpe, dout, inp):
     """Add dout's rows to the rows of the tables that they came from.
 
@@ -97,6 +71,5 @@ def encoder_backward(dwte, dwpe, dout, inp):
 
     Derived in chapter 3.
     """
-    check_encoder("encoder_backward", "d", dout, inp, dwte, dwpe)
     rows = dout.reshape(inp.size, dout.shape[2])
     _encoder_backward(dwte, dwpe, rows, inp.reshape(-1), inp.shape[1])

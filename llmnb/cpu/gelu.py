@@ -17,9 +17,9 @@ import math
 
 import numpy as np
 
-from llmnb.checks import check_array, check_float
 from llmnb.cpu.jit import arguments, device, share, team
 from llmnb.cpu.math import fast_exp
+from llmnb.shapes import shapes
 
 
 # the constants of the kernels
@@ -71,6 +71,7 @@ def _gelu_backward_in_place(part, parts, address):
 
 
 # GELU, forward
+@shapes("...!, ...~")
 def gelu_forward(out, inp):
     """Write GELU of every element of inp to out, by the tanh form.
 
@@ -80,18 +81,11 @@ def gelu_forward(out, inp):
 
     Derived in chapter 8.
     """
-    _check("gelu_forward", inp, out=out)
     _gelu_forward(out.reshape(-1), inp.reshape(-1))
 
 
-def _check(name, inp, **others):
-    check_float(f"{name}: inp", inp)
-    check_array(f"{name}: inp", inp, inp.shape, inp.dtype)
-    for label, array in others.items():
-        check_array(f"{name}: {label}", array, inp.shape, inp.dtype)
-
-
 # GELU, backward
+@shapes("...!, ...~, ...")
 def gelu_backward(dinp, dout, inp, add=True):
     """Add GELU's gradient to dinp, or overwrite dinp with it.
 
@@ -102,7 +96,6 @@ def gelu_backward(dinp, dout, inp, add=True):
 
     Derived in chapter 8.
     """
-    _check("gelu_backward", inp, dinp=dinp, dout=dout)
     dx, dy, x = dinp.reshape(-1), dout.reshape(-1), inp.reshape(-1)
     if add:
         _gelu_backward(dx, dy, x)

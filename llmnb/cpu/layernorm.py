@@ -18,8 +18,8 @@ import math
 import numba
 import numpy as np
 
-from llmnb.checks import check_array, check_float
 from llmnb.cpu.jit import arguments, share, team
+from llmnb.shapes import shapes
 
 
 # the forward kernel
@@ -47,24 +47,8 @@ def _layernorm_forward(part, parts, address):
         rstd[n] = r
 
 
-# the checks
-def _check(name, inp, like, mean, rstd, *channels):
-    check_float(f"{name}: inp", inp)
-    if inp.ndim != 3:
-        raise ValueError(
-            f"{name}: inp must have shape (B, T, C), got {inp.shape}"
-        )
-    B, T, C = inp.shape
-    check_array(f"{name}: inp", inp, (B, T, C), inp.dtype)
-    for label, array in like.items():
-        check_array(f"{name}: {label}", array, (B, T, C), inp.dtype)
-    check_array(f"{name}: mean", mean, (B, T), inp.dtype)
-    check_array(f"{name}: rstd", rstd, (B, T), inp.dtype)
-    for array in channels:
-        check_array(f"{name}: each (C,) array", array, (C,), inp.dtype)
-
-
 # layernorm, forward
+@shapes("B T C!, B T!, B T!, B T C, C, C")
 def layernorm_forward(out, mean, rstd, inp, weight, bias):
     """Normalise each row of inp, then scale and shift each channel.
 
@@ -75,7 +59,6 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
 
     Derived in chapter 5.
     """
-    _check("layernorm_forward", inp, {"out": out}, mean, rstd, weight, bias)
     C = inp.shape[-1]
     rows = [a.reshape(-1, C) for a in (out, inp)]
     _layernorm_forward(
@@ -109,6 +92,7 @@ def _layernorm_backward(part, parts, address):
 
 
 # layernorm, backward
+@shapes("B T C!, C!, C!, B T C, B T C, C, B T, B T")
 def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
     """Add LayerNorm's gradients to dinp, dweight and dbias.
 
@@ -119,9 +103,6 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
 
     Derived in chapter 5.
     """
-    like = {"dinp": dinp, "dout": dout}
-    channels = dweight, dbias, weight
-    _check("layernorm_backward", inp, like, mean, rstd, *channels)
     C = inp.shape[-1]
     dx, dy, x = (a.reshape(-1, C) for a in (dinp, dout, inp))
     sums = np.zeros((2, min(64, -(-len(x) // 16)), C), inp.dtype)

@@ -16,20 +16,20 @@ __all__ = [
 import numba
 import numpy as np
 
-from llmnb.checks import check_array, check_float
 from llmnb.cpu.jit import arguments, device, team
 from llmnb.cpu.panels import (
     DEPTH,
     HEIGHT,
     SPARE,
     WIDTH,
-    check_scratch,
+    WORK,
+    check_bf16,
     multiply_panels,
     pack,
     scratch,
-    work_shape,
 )
 from llmnb.cpu.tile import COLS, ROWS
+from llmnb.shapes import shapes
 
 
 # a strip
@@ -124,6 +124,7 @@ def _sum_columns(part, parts, address):
 
 
 # the linear layer, forward
+@shapes("B T OC!, B T C, OC C, OC?, B T OC?~", work=WORK)
 def matmul_forward(
     out, inp, weight, bias, residual=None, work=None, bf16=False
 ):
@@ -138,19 +139,16 @@ def matmul_forward(
 
     Derived in chapter 6.
     """
-    name = "matmul_forward"
-    _check(name, inp, weight, work, bf16, out=out)
+    check_bf16("matmul_forward", bf16, inp.dtype)
     OC, C = weight.shape
-    if bias is not None:
-        check_array(f"{name}: bias", bias, (OC,), inp.dtype)
     if residual is not None:
-        check_array(f"{name}: residual", residual, out.shape, inp.dtype)
         residual = residual.reshape(-1, OC)
     rows, out = inp.reshape(-1, C), out.reshape(-1, OC)
     _product(out, rows, weight.T, residual, bias, work, bf16)
 
 
 # the linear layer, backward
+@shapes("B T C!, OC C!, OC!?, B T OC, B T C, OC C", work=WORK)
 def matmul_backward(
     dinp,
     dweight,
@@ -174,13 +172,7 @@ def matmul_backward(
 
     Derived in chapter 6.
     """
-    name = "matmul_backward"
-    _check(name, inp, weight, work, bf16, dout=dout)
-    OC, C = weight.shape
-    check_array(f"{name}: dinp", dinp, inp.shape, inp.dtype)
-    check_array(f"{name}: dweight", dweight, (OC, C), inp.dtype)
-    if dbias is not None:
-        check_array(f"{name}: dbias", dbias, (OC,), inp.dtype)
+    check_bf16("matmul_backward", bf16, inp.dtype)
     rows, drows, dinp = (x.reshape(-1, x.shape[2]) for x in (inp, dout, dinp))
     start = dinp if add_dinp else None
     _product(dinp, drows, weight, start, None, work, bf16)
@@ -188,24 +180,3 @@ def matmul_backward(
     _product(dweight, drows.T, rows, start, None, work, bf16)
     if dbias is not None:
         _sum_columns(dbias, drows, add_dweight)
-
-
-# the checks
-def _check(name, inp, weight, work, bf16, **outs):
-    check_float(f"{name}: inp", inp)
-    check_float(f"{name}: weight", weight)
-    if inp.ndim != 3:
-        raise ValueError(
-            f"{name}: inp must have shape (B, T, C), got {inp.shape}"
-        )
-    if weight.ndim != 2:
-        raise ValueError(
-            f"{name}: weight must have shape (OC, C), got {weight.shape}"
-        )
-    B, T, C = inp.shape
-    OC = weight.shape[0]
-    check_array(f"{name}: inp", inp, (B, T, C), inp.dtype)
-    check_array(f"{name}: weight", weight, (OC, C), inp.dtype)
-    for label, array in outs.items():
-        check_array(f"{name}: {label}", array, (B, T, OC), inp.dtype)
-    check_scratch(name, work, bf16, inp.dtype)

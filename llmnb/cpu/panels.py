@@ -11,7 +11,8 @@ __all__ = [
     "HEIGHT",
     "SPARE",
     "WIDTH",
-    "check_scratch",
+    "WORK",
+    "check_bf16",
     "scratch",
     "work_shape",
 ]
@@ -27,7 +28,6 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from llmnb.checks import check_array
 from llmnb.cpu.jit import device, routine
 from llmnb.cpu.tile import (
     COLS,
@@ -263,14 +263,15 @@ def work_shape():
     return numba.config.NUMBA_NUM_THREADS, SPARE + (ROWS + 2) * COLS
 
 
+WORK = "{} {}!?".format(*work_shape())  # as `shapes` reads it
+
+
 # the scratch memory
-def check_scratch(name, work, bf16, dtype):
-    """Raise unless work and bf16 fit a product in dtype.
+def check_bf16(name, bf16, dtype):
+    """Raise TypeError where products in dtype cannot be rounded.
 
     Derived in chapter 6.
     """
-    if work is not None:
-        check_array(f"{name}: work", work, work_shape(), dtype)
     if bf16 and dtype != np.float32:
         raise TypeError(f"{name}: bf16 wants float32 arrays, got {dtype}")
 

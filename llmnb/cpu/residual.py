@@ -13,12 +13,8 @@ __all__ = [
 
 
 # imports of the CPU version
-from itertools import combinations
-
-import numpy as np
-
-from llmnb.checks import check_array, check_float
 from llmnb.cpu.jit import arguments, share, team
+from llmnb.shapes import shapes
 
 
 # the kernels
@@ -42,6 +38,7 @@ def _residual_backward(part, parts, address):
 
 
 # residual, forward
+@shapes("...!, ...~, ...~")
 def residual_forward(out, inp1, inp2):
     """Add two arrays.
 
@@ -52,13 +49,11 @@ def residual_forward(out, inp1, inp2):
 
     Derived in chapter 9.
     """
-    check_float("residual_forward: out", out)
-    for name, x in (("out", out), ("inp1", inp1), ("inp2", inp2)):
-        check_array(f"residual_forward: {name}", x, out.shape, out.dtype)
     _residual_forward(out.reshape(-1), inp1.reshape(-1), inp2.reshape(-1))
 
 
 # residual, backward
+@shapes("...!, ...!, ...")
 def residual_backward(dinp1, dinp2, dout):
     """Add the gradient of the sum to the gradients of both its terms.
 
@@ -70,12 +65,4 @@ def residual_backward(dinp1, dinp2, dout):
 
     Derived in chapter 9.
     """
-    label = "residual_backward: "
-    arrays = {"dinp1": dinp1, "dinp2": dinp2, "dout": dout}
-    check_float(label + "dout", dout)
-    for name, x in arrays.items():
-        check_array(label + name, x, dout.shape, dout.dtype)
-    for a, b in combinations(arrays, 2):
-        if np.may_share_memory(arrays[a], arrays[b]):
-            raise ValueError(f"{label}{a} and {b} must not share memory")
     _residual_backward(dinp1.reshape(-1), dinp2.reshape(-1), dout.reshape(-1))

@@ -28,8 +28,8 @@ import numpy as np
 
 from llmnb.cuda.elementwise import by_element, by_four
 from llmnb.cuda.launch import (
+    DEVICE,
     aligned,
-    check_device,
     device,
     empty,
     kernel,
@@ -38,7 +38,8 @@ from llmnb.cuda.launch import (
 )
 from llmnb.cuda.simulator import cuda, load4, store4
 from llmnb.cuda.warp import block_sum
-from llmnb.reference.adamw import check_settings
+from llmnb.reference.adamw import ADAMW_LIMITS
+from llmnb.shapes import shapes
 
 
 # sizes
@@ -61,6 +62,7 @@ def adamw_scratch():
     return SETTINGS
 
 
+@shapes("-", DEVICE, **ADAMW_LIMITS)
 def adamw_settings(
     learning_rate, beta1, beta2, eps, weight_decay, step
 ):  # fmt: skip
@@ -71,7 +73,6 @@ def adamw_settings(
 
     Derived in chapter 11.
     """
-    check_settings(learning_rate, beta1, beta2, eps, weight_decay, step)
     keep = 1 - learning_rate * weight_decay
     root = math.sqrt(1 - beta2**step)
     size = learning_rate / (1 - beta1**step)
@@ -132,18 +133,13 @@ def _adamw_fours(params, grads, m, v, settings):
     store4(v, 4 * i, v0, v1, v2, v3)
 
 
-# check arrays
-def _check_all_flat(name, **arrays):
-    """Raise unless these are flat, float32 and of the first one's length."""
-    size = getattr(next(iter(arrays.values())), "size", 0)
-    for key, array in arrays.items():
-        check_device(f"{name}: {key}", array, (size,))
-
-
+# check the scratch
 def _check_work(name, work, size):
-    """Raise unless `work` is flat, float32 and at least that long."""
-    size = max(size, getattr(work, "size", 0))
-    check_device(f"{name}: work", work, (size,))
+    """Raise ValueError unless `work` is at least that long."""
+    if work.size < size:
+        raise ValueError(
+            f"{name}: work must have shape ({size},), got {work.shape}"
+        )
 
 
 # AdamW on arrays
@@ -154,6 +150,7 @@ ADAMW_UPDATE = (
 )
 
 
+@shapes(f"N!, N, N!, N!, {SETTINGS}", DEVICE)
 def adamw_apply(params, grads, m, v, settings, version=2):
     """Take one step of AdamW with settings that are on the device.
 
@@ -167,12 +164,11 @@ def adamw_apply(params, grads, m, v, settings, version=2):
     Derived in chapter 11.
     """
     run = numbered(ADAMW_UPDATE, version, "adamw_update")
-    _check_all_flat("adamw_update", params=params, grads=grads, m=m, v=v)
-    check_device("adamw_update: settings", settings, (SETTINGS,))
     run((params, grads, m, v, settings))
 
 
 # AdamW
+@shapes("N!, N, N!, N!", DEVICE, work="W!?", **ADAMW_LIMITS)
 def adamw_update(
     params, grads, m, v,
     learning_rate, beta1, beta2, eps, weight_decay, step,
@@ -195,7 +191,6 @@ def adamw_update(
     numbers = adamw_settings(
         learning_rate, beta1, beta2, eps, weight_decay, step
     )
-    _check_all_flat("adamw_update", params=params, grads=grads, m=m, v=v)
     if work is None:
         work = empty(SETTINGS, like=params)
     _check_work("adamw_update", work, SETTINGS)
@@ -278,6 +273,7 @@ def clip_scratch():
     return 1 + NORM_BLOCKS
 
 
+@shapes("W!, N", DEVICE)
 def norm_apply(work, grads):
     """Leave the Euclidean norm of a flat array in work[0].
 
@@ -289,7 +285,6 @@ def norm_apply(work, grads):
 
     Derived in chapter 11.
     """
-    _check_all_flat("global_norm", grads=grads)
     _check_work("global_norm", work, clip_scratch())
     blocks = (grads.size + 4 * BLOCK - 1) // (4 * BLOCK)
     blocks = min(NORM_BLOCKS, max(1, blocks))
@@ -298,6 +293,7 @@ def norm_apply(work, grads):
 
 
 # the clip, for a graph
+@shapes("N!, above 0, W!", DEVICE)
 def clip_apply(grads, max_norm, work):
     """Clip a flat array to norm `max_norm`; leave its old norm in work[0].
 
@@ -307,10 +303,6 @@ def clip_apply(grads, max_norm, work):
 
     Derived in chapter 11.
     """
-    if not max_norm > 0:
-        raise ValueError(
-            f"clip_gradients: max_norm must be above 0, got {max_norm}"
-        )
     norm_apply(work, grads)
     arrays = grads, work, work[:1].view(np.int32)
     most = np.float32(min(max_norm, LARGEST))
@@ -318,6 +310,7 @@ def clip_apply(grads, max_norm, work):
 
 
 # the norm of all gradients
+@shapes("N, W!?", DEVICE)
 def global_norm(grads, work=None):
     """The Euclidean norm of a flat array, as a float.
 
@@ -329,7 +322,6 @@ def global_norm(grads, work=None):
 
     Derived in chapter 11.
     """
-    _check_all_flat("global_norm", grads=grads)
     if work is None:
         work = empty(clip_scratch(), like=grads)
     norm_apply(work, grads)
@@ -337,6 +329,7 @@ def global_norm(grads, work=None):
 
 
 # clip the gradients
+@shapes("N!, above 0, W!?", DEVICE)
 def clip_gradients(grads, max_norm, work=None):
     """Scale a flat array down to norm `max_norm` if it is longer.
 
@@ -350,7 +343,6 @@ def clip_gradients(grads, max_norm, work=None):
 
     Derived in chapter 11.
     """
-    _check_all_flat("clip_gradients", grads=grads)
     if work is None:
         work = empty(clip_scratch(), like=grads)
     clip_apply(grads, max_norm, work)

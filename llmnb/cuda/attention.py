@@ -23,8 +23,8 @@ import math
 import numpy as np
 
 from llmnb.cuda.launch import (
+    DEVICE,
     aligned,
-    check_device,
     device,
     empty,
     kernel,
@@ -32,6 +32,7 @@ from llmnb.cuda.launch import (
 )
 from llmnb.cuda.simulator import cuda, load4, store4
 from llmnb.cuda.warp import warp_max, warp_sum
+from llmnb.shapes import shapes
 
 
 # what a score is before one is seen
@@ -451,24 +452,11 @@ WIDEST_HEAD = 128  # channels of a head; only version 1 takes more
 
 
 # the checks on a GPU
-def _check_heads(name, out, lse, inp, version):
-    """Raise for what the kernels cannot take; return B, T and NH."""
-    shape = tuple(getattr(inp, "shape", ()))
-    if len(shape) != 3 or shape[2] % 3 or 0 in shape:
-        raise ValueError(
-            f"{name}: inp must be (B, T, 3C) and not empty, got {shape}"
-        )
-    B, T, C = *shape[:2], shape[2] // 3
-    heads = tuple(getattr(lse, "shape", ()))
-    NH = heads[1] if len(heads) == 3 else 0
-    if NH == 0 or C % NH:
-        raise ValueError(
-            f"{name}: lse must have shape (B, NH, T) with an NH that "
-            f"divides C = {C}, got {heads}"
-        )
-    check_device(f"{name}: inp", inp, shape)
-    check_device(f"{name}: out", out, (B, T, C))
-    check_device(f"{name}: lse", lse, (B, NH, T))
+def _sizes(name, lse, C, version):
+    """B, T and NH; raise for what the kernels cannot take."""
+    B, NH, T = lse.shape
+    if not lse.size:
+        raise ValueError(f"{name}: lse must not be empty, got {lse.shape}")
     if version > 1 and C // NH > WIDEST_HEAD:
         raise ValueError(
             f"{name}: a head of {C // NH} channels is too wide for version "
@@ -496,14 +484,15 @@ def _find_work(name, work, count, like):
     """`count` floats of work, which is allocated where it is None."""
     if work is None:
         return empty(count, like=like) if count else None
-    size = getattr(work, "size", 0)
-    check_device(f"{name}: work", work, (size,))
-    if size < count:
-        raise ValueError(f"{name}: work must hold {count} floats, got {size}")
+    if work.size < count:
+        raise ValueError(
+            f"{name}: work must hold {count} floats, got {work.size}"
+        )
     return work[:count]
 
 
 # attention, forward
+@shapes("B T C!, B NH|C T!, B T 3C, W!?", DEVICE)
 def attention_forward(out, lse, inp, work=None, version=3):
     """Causal self-attention of NH heads.
 
@@ -519,7 +508,7 @@ def attention_forward(out, lse, inp, work=None, version=3):
     """
     name = "attention_forward"
     run = numbered(ATTENTION_FORWARD, version, name)
-    sizes = _check_heads(name, out, lse, inp, version)
+    sizes = _sizes(name, lse, out.shape[2], version)
     count = attention_scratch(*sizes, version, 0)
     run(out, lse, inp, _find_work(name, work, count, inp))
 
@@ -772,6 +761,7 @@ ATTENTION_BACKWARD = (_backward_unfused, _backward_tiles)
 
 
 # attention, backward
+@shapes("B T 3C!, B T C, B T 3C, B T C, B NH|C T", DEVICE, work="W!?")
 def attention_backward(
     dinp, dout, inp, out, lse, add=True, work=None, version=2
 ):
@@ -789,9 +779,7 @@ def attention_backward(
     """
     name = "attention_backward"
     run = numbered(ATTENTION_BACKWARD, version, name)
-    sizes = _check_heads(name, out, lse, inp, version)
-    check_device(f"{name}: dinp", dinp, inp.shape)
-    check_device(f"{name}: dout", dout, out.shape)
+    sizes = _sizes(name, lse, out.shape[2], version)
     count = attention_scratch(*sizes, 0, version)
     work = _find_work(name, work, count, inp)
     run(dinp, dout, inp, out, lse, int(add), work)

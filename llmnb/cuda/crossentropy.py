@@ -29,42 +29,19 @@ import math
 
 import numpy as np
 
-from llmnb.cuda.launch import (
-    aligned,
-    check_device,
-    device,
-    kernel,
-    numbered,
-)
+from llmnb.cuda.launch import DEVICE, aligned, device, kernel, numbered
 from llmnb.cuda.simulator import cuda, load4, store4
 from llmnb.cuda.warp import block_max, block_sum, warp_max, warp_sum
+from llmnb.shapes import shapes
 
 
-# check the device's arrays
-def _device_rows(name, wide, narrow, targets=None, V=1):
-    """Raise unless the device's arrays and V fit; return them as rows.
-
-    wide: by name, arrays (B, T, Vp), of which the first sets the shape;
-    narrow: by name, arrays (B, T). Targets come last where there are any.
-    """
-    first, main = next(iter(wide.items()))
-    shape = tuple(main.shape)
-    if len(shape) != 3 or main.size == 0:
-        raise ValueError(
-            f"{name}: {first} must be (B, T, Vp) and not empty, got {shape}"
-        )
-    for key, array in wide.items():
-        check_device(f"{name}: {key}", array, shape)
-    for key, array in narrow.items():
-        check_device(f"{name}: {key}", array, shape[:2])
-    if not 1 <= V <= shape[2]:
-        raise ValueError(f"{name}: V must lie in [1, {shape[2]}], got {V}")
-    flat = [array.reshape(-1, shape[2]) for array in wide.values()]
-    flat += [array.reshape(-1) for array in narrow.values()]
-    if targets is not None:
-        check_device(f"{name}: targets", targets, shape[:2], np.int32)
-        flat.append(targets.reshape(-1))
-    return flat
+# views as rows
+def _device_rows(name, first, *others):
+    """The device's arrays with one row, or number, a token."""
+    if not first.size:
+        raise ValueError(f"{name}: B, T and Vp must not be 0")
+    arrays = (first, *others)
+    return [x.reshape(-1, *tuple(x.shape)[2:]) for x in arrays]
 
 
 # version 1
@@ -283,6 +260,7 @@ SOFTMAX_FORWARD = (
 )
 
 
+@shapes("B T Vp!, B T Vp~, 1 to Vp", DEVICE)
 def softmax_forward(probs, logits, V, version=5):
     """Probabilities of the first V logits in each row.
 
@@ -295,9 +273,7 @@ def softmax_forward(probs, logits, V, version=5):
     Derived in chapter 10.
     """
     run = numbered(SOFTMAX_FORWARD, version, "softmax_forward")
-    wide = {"logits": logits, "probs": probs}
-    logits, probs = _device_rows("softmax_forward", wide, {}, V=V)
-    run(probs, logits, V)
+    run(*_device_rows("softmax_forward", probs, logits), V)
 
 
 # the gradient by warps
@@ -354,6 +330,7 @@ def _softmax_back_vectors(dlogits, dprobs, probs):
 SOFTMAX_BACKWARD = (_softmax_back_warp_a_row, _softmax_back_vectors)
 
 
+@shapes("B T Vp!, B T Vp, B T Vp", DEVICE)
 def softmax_backward(dlogits, dprobs, probs, version=2):
     """Add the gradient by the logits to `dlogits`.
 
@@ -365,9 +342,7 @@ def softmax_backward(dlogits, dprobs, probs, version=2):
     Derived in chapter 10.
     """
     run = numbered(SOFTMAX_BACKWARD, version, "softmax_backward")
-    wide = {"probs": probs, "dlogits": dlogits, "dprobs": dprobs}
-    probs, dlogits, dprobs = _device_rows("softmax_backward", wide, {})
-    run(dlogits, dprobs, probs)
+    run(*_device_rows("softmax_backward", dlogits, dprobs, probs))
 
 
 # a thread a target
@@ -405,6 +380,7 @@ CROSSENTROPY_FORWARD = (_surprise_thread_a_row,)
 CROSSENTROPY_BACKWARD = (_surprise_back_thread_a_row,)
 
 
+@shapes("B T!, B T Vp, B T of Vp", DEVICE)
 def crossentropy_forward(losses, probs, targets, version=1):
     """Surprise at each target, in nats: minus the log of its probability.
 
@@ -418,11 +394,10 @@ def crossentropy_forward(losses, probs, targets, version=1):
     """
     name = "crossentropy_forward"
     run = numbered(CROSSENTROPY_FORWARD, version, name)
-    wide, narrow = {"probs": probs}, {"losses": losses}
-    probs, losses, targets = _device_rows(name, wide, narrow, targets)
-    run(losses, probs, targets)
+    run(*_device_rows(name, losses, probs, targets))
 
 
+@shapes("B T Vp!, B T, B T Vp, B T of Vp", DEVICE)
 def crossentropy_backward(dprobs, dlosses, probs, targets, version=1):
     """Add the gradient of the losses by the probabilities to `dprobs`.
 
@@ -434,10 +409,7 @@ def crossentropy_backward(dprobs, dlosses, probs, targets, version=1):
     """
     name = "crossentropy_backward"
     run = numbered(CROSSENTROPY_BACKWARD, version, name)
-    wide, narrow = {"probs": probs, "dprobs": dprobs}, {"dlosses": dlosses}
-    rows = _device_rows(name, wide, narrow, targets)
-    probs, dprobs, dlosses, targets = rows
-    run(dprobs, dlosses, probs, targets)
+    run(*_device_rows(name, dprobs, dlosses, probs, targets))
 
 
 # loss and lse by warps
@@ -484,6 +456,7 @@ def _loss_vectors(losses, lse, logits, targets, V):
 CROSSENTROPY_SOFTMAX_FORWARD = (_loss_warp_a_row, _loss_vectors)
 
 
+@shapes("B T!, B T!, B T Vp, B T of V, 1 to Vp", DEVICE)
 def crossentropy_softmax_forward(losses, lse, logits, targets, V, version=2):
     """Losses straight from the logits; no probability is stored.
 
@@ -499,10 +472,7 @@ def crossentropy_softmax_forward(losses, lse, logits, targets, V, version=2):
     """
     name = "crossentropy_softmax_forward"
     run = numbered(CROSSENTROPY_SOFTMAX_FORWARD, version, name)
-    wide, narrow = {"logits": logits}, {"losses": losses, "lse": lse}
-    rows = _device_rows(name, wide, narrow, targets, V)
-    logits, losses, lse, targets = rows
-    run(losses, lse, logits, targets, V)
+    run(*_device_rows(name, losses, lse, logits, targets), V)
 
 
 # p - y
@@ -575,6 +545,7 @@ def _slopes_vectors(dlogits, dlosses, logits, lse, targets, V):
 CROSSENTROPY_SOFTMAX_BACKWARD = (_slopes_warp_a_row, _slopes_vectors)
 
 
+@shapes("B T Vp!, B T, B T Vp~, B T, B T of V, 1 to Vp", DEVICE)
 def crossentropy_softmax_backward(
     dlogits, dlosses, logits, lse, targets, V, version=2
 ):
@@ -590,11 +561,7 @@ def crossentropy_softmax_backward(
     """
     name = "crossentropy_softmax_backward"
     run = numbered(CROSSENTROPY_SOFTMAX_BACKWARD, version, name)
-    wide = {"logits": logits, "dlogits": dlogits}
-    narrow = {"dlosses": dlosses, "lse": lse}
-    rows = _device_rows(name, wide, narrow, targets, V)
-    logits, dlogits, dlosses, lse, targets = rows
-    run(dlogits, dlosses, logits, lse, targets, V)
+    run(*_device_rows(name, dlogits, dlosses, logits, lse, targets), V)
 
 
 # loss and gradient in one launch
@@ -698,6 +665,7 @@ def _classify_one_read(losses, logits, dlosses, targets, V):
 FUSED_CLASSIFIER = (_classify_two_reads, _classify_one_read)
 
 
+@shapes("B T!, B T Vp!, B T, B T of V, 1 to Vp", DEVICE)
 def fused_classifier(losses, logits, dlosses, targets, V, version=2):
     """Write the losses and put their gradient in the logits' place.
 
@@ -714,7 +682,5 @@ def fused_classifier(losses, logits, dlosses, targets, V, version=2):
     Derived in chapter 10.
     """
     run = numbered(FUSED_CLASSIFIER, version, "fused_classifier")
-    wide, narrow = {"logits": logits}, {"losses": losses, "dlosses": dlosses}
-    rows = _device_rows("fused_classifier", wide, narrow, targets, V)
-    logits, losses, dlosses, targets = rows
-    run(losses, logits, dlosses, targets, V)
+    arrays = losses, logits, dlosses, targets
+    run(*_device_rows("fused_classifier", *arrays), V)

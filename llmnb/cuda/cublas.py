@@ -26,13 +26,14 @@ from typing import NamedTuple
 import numpy as np
 
 from llmnb.cuda.launch import (
+    DEVICE,
     address,
-    check_device,
     empty,
     missing,
     stream_address,
 )
 from llmnb.cuda.matmul import _bias_gradient, _check_work, matmul_scratch
+from llmnb.shapes import shapes
 
 
 # a plan
@@ -227,6 +228,7 @@ def cublas_scratch():
 
 
 # the linear layer, forward, by cuBLASLt
+@shapes("... OC!, ... C, OC C, OC?, ... OC?~, W!?", DEVICE)
 def cublas_forward(
     out, inp, weight, bias, residual=None, work=None, tf32=False
 ):
@@ -240,9 +242,7 @@ def cublas_forward(
 
     Derived in chapter 6.
     """
-    rows = _shapes("cublas_forward", out, inp, weight, bias)
-    if residual is not None:
-        check_device("cublas_forward: residual", residual, out.shape)
+    rows = _rows("cublas_forward", inp)
     _check_work("cublas_forward", work, 0)
     OC, C = weight.shape
     work = empty(WORKSPACE, like=inp) if work is None else work
@@ -255,20 +255,15 @@ def cublas_forward(
 
 
 # check the arrays
-def _shapes(name, out, inp, weight, bias):
-    """Raise unless the arrays fit; return the number of rows."""
+def _rows(name, inp):
+    """The number of rows, where the library can be had."""
     if no_cublas():
         raise RuntimeError(f"{name}: {no_cublas()}")
-    OC, C = weight.shape
-    check_device(f"{name}: weight", weight, (OC, C))
-    check_device(f"{name}: inp", inp, (*inp.shape[:-1], C))
-    check_device(f"{name}: out", out, (*inp.shape[:-1], OC))
-    if bias is not None:
-        check_device(f"{name}: bias", bias, (OC,))
-    return inp.size // C
+    return inp.size // inp.shape[-1]
 
 
 # the linear layer, backward, by cuBLASLt
+@shapes("... C!, OC C!, OC!?, ... OC, ... C, OC C", DEVICE, work="W!?")
 def cublas_backward(
     dinp, dweight, dbias, dout, inp, weight,
     add_dinp=True, add_dweight=True, work=None, tf32=False,
@@ -281,9 +276,7 @@ def cublas_backward(
 
     Derived in chapter 6.
     """
-    rows = _shapes("cublas_backward", dout, inp, weight, dbias)
-    check_device("cublas_backward: dinp", dinp, inp.shape)
-    check_device("cublas_backward: dweight", dweight, weight.shape)
+    rows = _rows("cublas_backward", inp)
     OC, C = weight.shape
     sums = 0 if dbias is None else matmul_scratch(rows, OC)
     _check_work("cublas_backward", work, sums)

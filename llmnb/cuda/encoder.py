@@ -17,14 +17,9 @@ __all__ = [
 # imports of the encoder
 import numpy as np
 
-from llmnb.cuda.launch import (
-    aligned,
-    check_device,
-    device,
-    kernel,
-    numbered,
-)
+from llmnb.cuda.launch import DEVICE, aligned, device, kernel, numbered
 from llmnb.cuda.simulator import cuda, load4, store4
+from llmnb.shapes import shapes
 
 
 # block size
@@ -70,32 +65,11 @@ def _thread_four_channels(out, inp, wte, wpe, T):
     _forward_by_four[grid, THREADS](out, inp, wte, wpe, T)
 
 
-# check the arrays
-def _check_encoder(name, d, out, inp, wte, wpe):
-    for what, array in (("out", out), ("wte", wte), ("wpe", wpe)):
-        ndim = 3 if what == "out" else 2
-        shape = getattr(array, "shape", ())
-        check_device(f"{name}: {d}{what}", array, shape)
-        if len(shape) != ndim:
-            raise ValueError(
-                f"{name}: {d}{what} must have {ndim} dimensions, got "
-                f"{len(shape)}"
-            )
-    B, T, C = out.shape
-    check_device(f"{name}: inp", inp, (B, T), np.int32)
-    check_device(f"{name}: {d}wte", wte, (len(wte), C))
-    check_device(f"{name}: {d}wpe", wpe, (len(wpe), C))
-    if len(wpe) < T:
-        raise ValueError(
-            f"{name}: T must be at most {len(wpe)}, the number of rows "
-            f"of {d}wpe, got {T}"
-        )
-
-
 # the encoder, forward
 ENCODER_FORWARD = (_thread_an_element, _thread_four_channels)
 
 
+@shapes("B T C!, B T of Vp, Vp C, T+ C", DEVICE)
 def encoder_forward(out, inp, wte, wpe, version=2):
     """Sum the vector of each token and the vector of its position.
 
@@ -112,7 +86,6 @@ def encoder_forward(out, inp, wte, wpe, version=2):
     Derived in chapter 4.
     """
     run = numbered(ENCODER_FORWARD, version, "encoder_forward")
-    _check_encoder("encoder_forward", "", out, inp, wte, wpe)
     B, T, C = out.shape
     run(out.reshape(B * T, C), inp.reshape(B * T), wte, wpe, T)
 
@@ -233,6 +206,7 @@ def _warp_votes(dwte, dwpe, dout, inp, T):
 ENCODER_BACKWARD = (_atomics, _block_a_place, _warp_votes)
 
 
+@shapes("Vp C!, T+ C!, B T C, B T of Vp", DEVICE)
 def encoder_backward(dwte, dwpe, dout, inp, version=3):
     """Add dout's rows to the rows of the tables that they came from.
 
@@ -251,6 +225,5 @@ def encoder_backward(dwte, dwpe, dout, inp, version=3):
     Derived in chapter 4.
     """
     run = numbered(ENCODER_BACKWARD, version, "encoder_backward")
-    _check_encoder("encoder_backward", "d", dout, inp, dwte, dwpe)
     B, T, C = dout.shape
     run(dwte, dwpe, dout.reshape(B * T, C), inp.reshape(B * T), T)

@@ -21,8 +21,9 @@ from functools import partial
 import numpy as np
 
 from llmnb.cuda.elementwise import by_element, by_four
-from llmnb.cuda.launch import check_device, device, kernel, numbered
+from llmnb.cuda.launch import DEVICE, device, kernel, numbered
 from llmnb.cuda.simulator import cuda, load4, store4
+from llmnb.shapes import shapes
 
 
 # the constants of the GPU's kernels
@@ -104,6 +105,7 @@ GELU_FORWARD = (
 )
 
 
+@shapes("...!, ...~", DEVICE)
 def gelu_forward(out, inp, version=2):
     """Write GELU of every element of inp to out, by the tanh form.
 
@@ -114,8 +116,6 @@ def gelu_forward(out, inp, version=2):
     Derived in chapter 8.
     """
     run = numbered(GELU_FORWARD, version, "gelu_forward")
-    for name, array in (("inp", inp), ("out", out)):
-        check_device(f"gelu_forward: {name}", array, getattr(inp, "shape", ()))
     run((out.reshape(-1), inp.reshape(-1)))
 
 
@@ -127,6 +127,7 @@ GELU_BACKWARD = (
 )
 
 
+@shapes("...!, ...~, ...", DEVICE)
 def gelu_backward(dinp, dout, inp, add=True, version=2):
     """Add GELU's gradient to dinp, or overwrite dinp with it.
 
@@ -138,8 +139,4 @@ def gelu_backward(dinp, dout, inp, add=True, version=2):
     Derived in chapter 8.
     """
     run = numbered(GELU_BACKWARD, version, "gelu_backward")
-    for name, array in (("inp", inp), ("dinp", dinp), ("dout", dout)):
-        check_device(
-            f"gelu_backward: {name}", array, getattr(inp, "shape", ())
-        )
     run([x.reshape(-1) for x in (dinp, dout, inp)], int(add))

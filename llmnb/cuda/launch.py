@@ -8,16 +8,19 @@ simulator of it in Python finds the races that hardware hides.
 
 __all__ = [
     "ALIGN",
+    "DEVICE",
     "DeviceArray",
     "Kernel",
     "address",
     "aligned",
     "check_device",
     "device",
+    "device_kind",
     "empty",
     "kernel",
     "missing",
     "numbered",
+    "overlap",
     "simulated",
     "stream",
     "stream_address",
@@ -35,7 +38,9 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from llmnb.checks import FLOATS, INTS, check_fit
 from llmnb.cuda.simulator import cuda, load4, record, simulate, store4
+from llmnb.shapes import Memory
 
 
 # is there a GPU
@@ -166,27 +171,24 @@ def empty(shape, dtype=np.float32, like=None):
 
 
 # check an array
-def check_device(name, array, shape, dtype=np.float32):
+def check_device(name, array, shape=None, kinds=np.float32, written=False):
     """Raise unless `array` is a device's, of this shape and dtype.
 
-    name: what the message calls it, such as "gelu_forward: out". Raises
-    TypeError (not on a device, wrong dtype) or ValueError (wrong shape, not
-    C-contiguous).
+    name, shape, kinds: as for llmnb.checks.check_array; every device's array
+    may be written. Raises TypeError (not on a device, wrong dtype) or
+    ValueError (wrong shape, not C-contiguous, not aligned).
 
     Derived in chapter 4.
     """
     if not hasattr(array, "copy_to_host"):
         kind = type(array).__name__
         raise TypeError(f"{name} must be a device's array, got {kind}")
-    if array.dtype != dtype:
-        want = np.dtype(dtype)
-        raise TypeError(f"{name} must be {want}, got {array.dtype}")
-    if tuple(array.shape) != tuple(shape):
-        raise ValueError(
-            f"{name} must have shape {tuple(shape)}, got {array.shape}"
-        )
+    check_fit(name, array, shape, kinds)
     if not array.is_c_contiguous():
         raise ValueError(f"{name} must be C-contiguous")
+    size = array.dtype.itemsize
+    if address(array) % size:
+        raise ValueError(f"{name} must begin at a multiple of {size} bytes")
 
 
 # where an array lies
@@ -198,6 +200,31 @@ def address(array):
     if isinstance(array, DeviceArray):
         return array._array.ctypes.data
     return array.__cuda_array_interface__["data"][0]
+
+
+def overlap(a, b):
+    """Whether two arrays on devices share memory; both contiguous.
+
+    Derived in chapter 4.
+    """
+    i, j = address(a), address(b)
+    return i < j + b.nbytes and j < i + a.nbytes
+
+
+# how layers look at them
+def device_kind(x):
+    """All of a device's array that decides whether it fits.
+
+    Derived in chapter 4.
+    """
+    if not hasattr(x, "copy_to_host"):
+        return type(x)
+    return x.dtype, x.shape, x.is_c_contiguous(), address(x) % ALIGN
+
+
+DEVICE = Memory(
+    check_device, device_kind, overlap, FLOATS[:1], INTS[:1], bounded=False
+)
 
 
 def aligned(*arrays):

@@ -22,8 +22,8 @@ import math
 import numpy as np
 
 from llmnb.cuda.launch import (
+    DEVICE,
     aligned,
-    check_device,
     device,
     empty,
     kernel,
@@ -31,6 +31,7 @@ from llmnb.cuda.launch import (
 )
 from llmnb.cuda.simulator import cuda, load4, store4
 from llmnb.cuda.warp import warp_sum
+from llmnb.shapes import shapes
 
 
 # constants of the GPU module
@@ -199,27 +200,12 @@ def _kept_a_row(out, mean, rstd, inp, weight, bias):
     forward[grid, block](out, mean, rstd, inp, weight, bias)
 
 
-# the checks of the GPU module
-def _check_rows(name, inp, like, stats, channels):
-    """Raise unless all fit inp's (B, T, C); return B * T and C."""
-    check_device(f"{name}: inp", inp, getattr(inp, "shape", ()))
-    if inp.ndim != 3:
-        raise ValueError(
-            f"{name}: inp must have shape (B, T, C), got {inp.shape}"
-        )
-    B, T, C = inp.shape
-    shapes = (B, T, C), (B, T), (C,)
-    for arrays, shape in zip((like, stats, channels), shapes, strict=True):
-        for label, array in arrays.items():
-            check_device(f"{name}: {label}", array, shape)
-    return B * T, C
-
-
 # layernorm, forward
 # from a thread a row to rows kept in shared memory; see chapter 5
 LAYERNORM_FORWARD = _thread_a_row, _warp_a_row, _vector_a_row, _kept_a_row
 
 
+@shapes("B T C!, B T!, B T!, B T C, C, C", DEVICE)
 def layernorm_forward(out, mean, rstd, inp, weight, bias, version=4):
     """Normalise each row of inp, then scale and shift each channel.
 
@@ -235,9 +221,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias, version=4):
     """
     name = "layernorm_forward"
     forward = numbered(LAYERNORM_FORWARD, version, name)
-    stats = {"mean": mean, "rstd": rstd}
-    channels = {"weight": weight, "bias": bias}
-    rows, C = _check_rows(name, inp, {"out": out}, stats, channels)
+    rows, C = mean.size, len(weight)
     flat = mean.reshape(rows), rstd.reshape(rows)
     rows_in, rows_out = inp.reshape(rows, C), out.reshape(rows, C)
     forward(rows_out, *flat, rows_in, weight, bias)
@@ -472,7 +456,6 @@ def _check_work(name, work, floats, inp):
     """The memory to work in: `work` if it is large enough, or a new one."""
     if work is None:
         return empty(floats, like=inp)
-    check_device(f"{name}: work", work, (getattr(work, "size", 0),))
     if work.size < floats:
         raise ValueError(
             f"{name}: work must hold {floats} floats, got {work.size}"
@@ -485,6 +468,7 @@ def _check_work(name, work, floats, inp):
 LAYERNORM_BACKWARD = _atomic_sums, _sums_of_parts, _rows_once
 
 
+@shapes("B T C!, C!, C!, B T C, B T C, C, B T, B T, W!?", DEVICE)
 def layernorm_backward(
     dinp,
     dweight,
@@ -514,10 +498,7 @@ def layernorm_backward(
     """
     name = "layernorm_backward"
     backward = numbered(LAYERNORM_BACKWARD, version, name)
-    like = {"dinp": dinp, "dout": dout}
-    stats = {"mean": mean, "rstd": rstd}
-    channels = {"dweight": dweight, "dbias": dbias, "weight": weight}
-    rows, C = _check_rows(name, inp, like, stats, channels)
+    rows, C = mean.size, len(weight)
     work = _check_work(name, work, layernorm_scratch(rows, C), inp)
     dx, dy, x = (a.reshape(rows, C) for a in (dinp, dout, inp))
     flat = mean.reshape(rows), rstd.reshape(rows)

@@ -21,14 +21,15 @@ import functools
 import numpy as np
 
 from llmnb.cuda.launch import (
+    DEVICE,
     aligned,
-    check_device,
     device,
     empty,
     kernel,
     numbered,
 )
 from llmnb.cuda.simulator import cuda, load4, store4
+from llmnb.shapes import shapes
 
 
 # nothing
@@ -367,38 +368,15 @@ def matmul_scratch(rows, OC):
 
 
 # the checks on a GPU
-OPTIONAL = "bias", "residual", "dbias"
-
-
-def _sizes(name, inp, weight):
-    """B, T, C and OC, or an error that says what is wrong with the two."""
-    for label, x, ndim in (("inp", inp, 3), ("weight", weight, 2)):
-        check_device(f"{name}: {label}", x, getattr(x, "shape", ()))
-        if x.ndim != ndim:
-            raise ValueError(
-                f"{name}: {label} must have {ndim} dimensions, got {x.shape}"
-            )
-    check_device(f"{name}: weight", weight, (weight.shape[0], inp.shape[2]))
-    return *inp.shape, weight.shape[0]
-
-
-def _check_arrays(name, **arrays):
-    """Check label=(array, shape); those that are OPTIONAL may be None."""
-    for label, (x, shape) in arrays.items():
-        if x is not None or label not in OPTIONAL:
-            check_device(f"{name}: {label}", x, shape)
-
-
 def _check_work(name, work, floats):
-    if work is not None:
-        check_device(f"{name}: work", work, (getattr(work, "size", 0),))
-        if work.size < floats:
-            raise ValueError(
-                f"{name}: work must hold {floats} floats, got {work.size}"
-            )
+    if work is not None and work.size < floats:
+        raise ValueError(
+            f"{name}: work must hold {floats} floats, got {work.size}"
+        )
 
 
 # the layer on a GPU, forward
+@shapes("B T OC!, B T C, OC C, OC?, B T OC?~, W!?", DEVICE)
 def matmul_forward(
     out, inp, weight, bias, residual=None, work=None, version=4
 ):
@@ -415,17 +393,14 @@ def matmul_forward(
     """
     name = "matmul_forward"
     product = numbered(MATMUL_FORWARD, version, name)
-    B, T, C, OC = _sizes(name, inp, weight)
-    shape = B, T, OC
-    _check_arrays(
-        name, out=(out, shape), bias=(bias, (OC,)), residual=(residual, shape)
-    )
+    (B, T, C), OC = inp.shape, len(weight)
     start = None if residual is None else residual.reshape(-1)
     y, x, w = (z.reshape(-1) for z in (out, inp, weight))
     product(y, start, bias, x, w, (B * T, OC, C), (True, True))
 
 
 # the layer on a GPU, backward
+@shapes("B T C!, OC C!, OC!?, B T OC, B T C, OC C", DEVICE, work="W!?")
 def matmul_backward(
     dinp,
     dweight,
@@ -452,17 +427,10 @@ def matmul_backward(
     """
     name = "matmul_backward"
     product = numbered(MATMUL_BACKWARD, version, name)
-    B, T, C, OC = _sizes(name, inp, weight)
+    (B, T, C), OC = inp.shape, len(weight)
     rows = B * T
     floats = 0 if dbias is None else matmul_scratch(rows, OC)
     _check_work(name, work, floats)
-    _check_arrays(
-        name,
-        dinp=(dinp, inp.shape),
-        dweight=(dweight, weight.shape),
-        dbias=(dbias, (OC,)),
-        dout=(dout, (B, T, OC)),
-    )
     x, w, dx, dw, dy = (
         z.reshape(-1) for z in (inp, weight, dinp, dweight, dout)
     )

@@ -19,22 +19,15 @@ __all__ = [
 # imports of the GPU's kernels
 import math
 from functools import cache, partial
-from itertools import combinations
 
 import numpy as np
 
 from llmnb.cuda.elementwise import by_element, by_four
-from llmnb.cuda.launch import (
-    address,
-    aligned,
-    check_device,
-    device,
-    kernel,
-    numbered,
-)
+from llmnb.cuda.launch import DEVICE, aligned, device, kernel, numbered
 from llmnb.cuda.layernorm import layernorm_forward as normalise
 from llmnb.cuda.simulator import cuda, load4, store4
 from llmnb.cuda.warp import warp_sum
+from llmnb.shapes import shapes
 
 
 # sizes
@@ -98,6 +91,7 @@ RESIDUAL_FORWARD = (
 )
 
 
+@shapes("...!, ...~, ...~", DEVICE)
 def residual_forward(out, inp1, inp2, version=2):
     """Add two arrays.
 
@@ -108,9 +102,6 @@ def residual_forward(out, inp1, inp2, version=2):
     Derived in chapter 9.
     """
     run = numbered(RESIDUAL_FORWARD, version, "residual_forward")
-    shape = getattr(out, "shape", ())
-    for name, x in (("out", out), ("inp1", inp1), ("inp2", inp2)):
-        check_device(f"residual_forward: {name}", x, shape)
     run([x.reshape(-1) for x in (out, inp1, inp2)])
 
 
@@ -122,6 +113,7 @@ RESIDUAL_BACKWARD = (
 )
 
 
+@shapes("...!, ...!, ...", DEVICE)
 def residual_backward(dinp1, dinp2, dout, version=2):
     """Add the gradient of the sum to the gradients of both its terms.
 
@@ -131,15 +123,8 @@ def residual_backward(dinp1, dinp2, dout, version=2):
 
     Derived in chapter 9.
     """
-    label = "residual_backward: "
     run = numbered(RESIDUAL_BACKWARD, version, "residual_backward")
-    arrays = {"dinp1": dinp1, "dinp2": dinp2, "dout": dout}
-    for name, x in arrays.items():
-        check_device(label + name, x, getattr(dout, "shape", ()))
-    for a, b in combinations(arrays, 2):
-        if abs(address(arrays[a]) - address(arrays[b])) < dout.nbytes:
-            raise ValueError(f"{label}{a} and {b} must not share memory")
-    run([x.reshape(-1) for x in arrays.values()])
+    run([x.reshape(-1) for x in (dinp1, dinp2, dout)])
 
 
 # fused, version 1
@@ -267,6 +252,7 @@ def _fused_by_four(*arrays):
 FUSED_RESIDUAL_FORWARD = (_unfused, _fused_by_element, _fused_by_four)
 
 
+@shapes("... C!, ... C!, ...!, ...!, ... C~, ... C~, C, C", DEVICE)
 def fused_residual_forward(
     residual, out, mean, rstd, inp1, inp2, weight, bias, version=3
 ):  # fmt: skip
@@ -284,17 +270,11 @@ def fused_residual_forward(
     """
     label = "fused_residual_forward"
     run = numbered(FUSED_RESIDUAL_FORWARD, version, label)
-    shape, rows = getattr(inp1, "shape", ()), {"mean": mean, "rstd": rstd}
-    whole = {"residual": residual, "out": out, "inp1": inp1, "inp2": inp2}
-    for name, x in whole.items():
-        check_device(f"{label}: {name}", x, shape)
-    if not shape or not shape[-1]:
-        raise ValueError(f"{label}: inp1 must have channels, got {shape}")
-    for name, x in rows.items():
-        check_device(f"{label}: {name}", x, shape[:-1])
-    for name, x in (("weight", weight), ("bias", bias)):
-        check_device(f"{label}: {name}", x, shape[-1:])
-    sums, outs, a, b = (x.reshape(-1, shape[-1]) for x in whole.values())
-    stats = (x.reshape(-1) for x in rows.values())
+    C = len(weight)
+    if not C:
+        raise ValueError(f"{label}: inp1 must have channels, got {inp1.shape}")
+    whole, stats = (residual, out, inp1, inp2), (mean, rstd)
+    sums, outs, a, b = (x.reshape(-1, C) for x in whole)
+    stats = (x.reshape(-1) for x in stats)
     if inp1.size:
         run(sums, outs, *stats, a, b, weight, bias)

@@ -4,7 +4,6 @@
 
 from llmnb.reference.adamw import (
     adamw_update,
-    check_settings,
     clip_gradients,
     global_norm,
 )
@@ -47,7 +46,6 @@ __all__ = [
     "adamw_update",
     "attention_backward",
     "attention_forward",
-    "check_settings",
     "clip_gradients",
     "crossentropy_backward",
     "crossentropy_forward",

@@ -8,7 +8,6 @@ the parameter itself; a schedule sets the pace, a clip bounds it.
 
 __all__ = [
     "adamw_update",
-    "check_settings",
     "clip_gradients",
     "global_norm",
 ]
@@ -19,33 +18,22 @@ import math
 
 import numpy as np
 
+from llmnb.shapes import shapes
 
-# check the settings
-def check_settings(learning_rate, beta1, beta2, eps, weight_decay, step):
-    """Raise ValueError unless AdamW can work with these numbers.
 
-    The learning rate and the decay must not be negative, the betas must lie
-    in [0, 1), eps must be positive (a gradient that is always zero would
-    divide zero by zero), and steps count from 1.
-
-    Derived in chapter 11.
-    """
-    limits = [
-        ("learning_rate", learning_rate, learning_rate >= 0, "at least 0"),
-        ("beta1", beta1, 0 <= beta1 < 1, "in [0, 1)"),
-        ("beta2", beta2, 0 <= beta2 < 1, "in [0, 1)"),
-        ("eps", eps, eps > 0, "above 0"),
-        ("weight_decay", weight_decay, weight_decay >= 0, "at least 0"),
-        ("step", step, step >= 1, "at least 1"),
-    ]
-    for name, value, ok, limit in limits:
-        if not ok:
-            raise ValueError(
-                f"adamw_update: {name} must be {limit}, got {value}"
-            )
+# the settings
+ADAMW_LIMITS = {
+    "learning_rate": "at least 0",
+    "beta1": "in [0, 1)",
+    "beta2": "in [0, 1)",
+    "eps": "above 0",  # a gradient that is always 0 would divide 0 by 0
+    "weight_decay": "at least 0",
+    "step": "at least 1",
+}
 
 
 # one step of AdamW
+@shapes("N!, N, N!, N!", **ADAMW_LIMITS)
 def adamw_update(
     params, grads, m, v,
     learning_rate, beta1, beta2, eps, weight_decay, step,
@@ -59,7 +47,6 @@ def adamw_update(
 
     Derived in chapter 11.
     """
-    check_settings(learning_rate, beta1, beta2, eps, weight_decay, step)
     correction1 = 1 - beta1**step
     correction2 = 1 - beta2**step
     params *= 1 - learning_rate * weight_decay
@@ -71,6 +58,7 @@ def adamw_update(
 
 
 # the norm of all gradients
+@shapes("N")
 def global_norm(grads):
     """The Euclidean norm of a flat array, summed in float64, as a float.
 
@@ -81,6 +69,7 @@ def global_norm(grads):
 
 
 # clip the gradients
+@shapes("N!, above 0")
 def clip_gradients(grads, max_norm):
     """Scale a flat array down to norm `max_norm` if it is longer.
 
@@ -92,10 +81,6 @@ def clip_gradients(grads, max_norm):
 
     Derived in chapter 11.
     """
-    if not max_norm > 0:
-        raise ValueError(
-            f"clip_gradients: max_norm must be above 0, got {max_norm}"
-        )
     norm = global_norm(grads)
     scale = max_norm / (norm + 1e-6)
     if math.isfinite(norm) and scale < 1:

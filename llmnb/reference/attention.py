@@ -17,6 +17,8 @@ __all__ = [
 # imports
 import numpy as np
 
+from llmnb.shapes import shapes
+
 
 # the heads as views
 def split_heads(x, NH, parts):
@@ -49,6 +51,7 @@ def masked_scores(q, k):
 
 
 # attention, forward
+@shapes("B T C!, B NH|C T!, B T 3C")
 def attention_forward(out, lse, inp):
     """Causal self-attention of NH heads.
 
@@ -68,6 +71,7 @@ def attention_forward(out, lse, inp):
 
 
 # attention, backward
+@shapes("B T 3C!, B T C, B T 3C, B T C, B NH|C T")
 def attention_backward(dinp, dout, inp, out, lse, add=True):
     """Add attention's gradient to dinp.
 

@@ -19,8 +19,11 @@ __all__ = [
 # imports
 import numpy as np
 
+from llmnb.shapes import shapes
+
 
 # the softmax
+@shapes("B T Vp!, B T Vp~, 1 to Vp")
 def softmax_forward(probs, logits, V):
     """Probabilities of the first V logits in each row.
 
@@ -37,6 +40,7 @@ def softmax_forward(probs, logits, V):
 
 
 # the cross-entropy
+@shapes("B T!, B T Vp, B T of Vp")
 def crossentropy_forward(losses, probs, targets):
     """Surprise at each target, in nats: minus the log of its probability.
 
@@ -52,6 +56,7 @@ def crossentropy_forward(losses, probs, targets):
 
 
 # the gradient of the cross-entropy
+@shapes("B T Vp!, B T, B T Vp, B T of Vp")
 def crossentropy_backward(dprobs, dlosses, probs, targets):
     """Add the gradient of the losses by the probabilities to `dprobs`.
 
@@ -67,6 +72,7 @@ def crossentropy_backward(dprobs, dlosses, probs, targets):
 
 
 # the gradient of the softmax
+@shapes("B T Vp!, B T Vp, B T Vp")
 def softmax_backward(dlogits, dprobs, probs):
     """Add the gradient by the logits to `dlogits`.
 
@@ -80,6 +86,7 @@ def softmax_backward(dlogits, dprobs, probs):
 
 
 # both in one
+@shapes("B T!, B T!, B T Vp, B T of V, 1 to Vp")
 def crossentropy_softmax_forward(losses, lse, logits, targets, V):
     """Losses straight from the logits; no probability is stored.
 
@@ -98,6 +105,7 @@ def crossentropy_softmax_forward(losses, lse, logits, targets, V):
 
 
 # the gradient of both in one
+@shapes("B T Vp!, B T, B T Vp~, B T, B T of V, 1 to Vp")
 def crossentropy_softmax_backward(dlogits, dlosses, logits, lse, targets, V):
     """Write the gradient of the losses by the logits: p - y, scaled.
 

@@ -15,8 +15,11 @@ __all__ = [
 # imports of the reference
 import numpy as np
 
+from llmnb.shapes import shapes
+
 
 # the forward pass
+@shapes("B T C!, B T of Vp, Vp C, T+ C")
 def encoder_forward(out, inp, wte, wpe):
     """Sum the vector of each token and the vector of its position.
 
@@ -32,6 +35,7 @@ def encoder_forward(out, inp, wte, wpe):
 
 
 # the backward pass
+@shapes("Vp C!, T+ C!, B T C, B T of Vp")
 def encoder_backward(dwte, dwpe, dout, inp):
     """Add dout's rows to the rows of the tables that they came from.
 

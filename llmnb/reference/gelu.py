@@ -15,6 +15,8 @@ __all__ = [
 # imports
 import numpy as np
 
+from llmnb.shapes import shapes
+
 
 # the constants
 ROOT = np.sqrt(2 / np.pi)
@@ -22,6 +24,7 @@ CUBIC = 0.044715
 
 
 # GELU, forward
+@shapes("...!, ...~")
 def gelu_forward(out, inp):
     """Write GELU of every element of inp to out, by the tanh form.
 
@@ -35,6 +38,7 @@ def gelu_forward(out, inp):
 
 
 # GELU, backward
+@shapes("...!, ...~, ...")
 def gelu_backward(dinp, dout, inp, add=True):
     """Add GELU's gradient to dinp, or overwrite dinp with it.
 

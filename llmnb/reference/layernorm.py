@@ -15,12 +15,15 @@ __all__ = [
 # imports
 import numpy as np
 
+from llmnb.shapes import shapes
+
 
 # epsilon
 EPS = 1e-5
 
 
 # layernorm, forward
+@shapes("B T C!, B T!, B T!, B T C, C, C")
 def layernorm_forward(out, mean, rstd, inp, weight, bias):
     """Normalise each row of inp, then scale and shift each channel.
 
@@ -38,6 +41,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
 
 
 # layernorm, backward
+@shapes("B T C!, C!, C!, B T C, B T C, C, B T, B T")
 def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
     """Add LayerNorm's gradients to dinp, dweight and dbias.
 

@@ -12,7 +12,12 @@ __all__ = [
 ]
 
 
+# imports
+from llmnb.shapes import shapes
+
+
 # the linear layer, forward
+@shapes("B T OC!, B T C, OC C, OC?, B T OC?~")
 def matmul_forward(out, inp, weight, bias, residual=None):
     """Map each row of inp to a row of out: out = inp @ weight.T + bias.
 
@@ -31,15 +36,9 @@ def matmul_forward(out, inp, weight, bias, residual=None):
 
 
 # the linear layer, backward
+@shapes("B T C!, OC C!, OC!?, B T OC, B T C, OC C")
 def matmul_backward(
-    dinp,
-    dweight,
-    dbias,
-    dout,
-    inp,
-    weight,
-    add_dinp=True,
-    add_dweight=True,
+    dinp, dweight, dbias, dout, inp, weight, add_dinp=True, add_dweight=True
 ):
     """Add the linear layer's gradients to dinp, dweight and dbias.
 

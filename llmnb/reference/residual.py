@@ -15,8 +15,11 @@ __all__ = [
 # imports of the reference
 import numpy as np
 
+from llmnb.shapes import shapes
+
 
 # the forward pass
+@shapes("...!, ...~, ...~")
 def residual_forward(out, inp1, inp2):
     """Add two arrays.
 
@@ -29,6 +32,7 @@ def residual_forward(out, inp1, inp2):
 
 
 # the backward pass
+@shapes("...!, ...!, ...")
 def residual_backward(dinp1, dinp2, dout):
     """Add the gradient of the sum to the gradients of both its terms.
 
