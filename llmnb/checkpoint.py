@@ -18,6 +18,7 @@ __all__ = [
     "read_checkpoint",
     "read_config",
     "to_bfloat16",
+    "without_padding",
     "write_checkpoint",
     "write_folder",
     "write_safetensors",
@@ -513,16 +514,22 @@ def read_config(path, tokens=None):
     Derived in chapter 2.
     """
     cfg = _open(path)[0]
-    return cfg if tokens is None else _without_padding(path, cfg, tokens)
+    return cfg if tokens is None else without_padding(path, cfg, tokens)
 
 
-def _without_padding(path, cfg, tokens):
-    """A configuration of so many tokens, if all other rows are padding."""
+def without_padding(path, cfg, tokens, tokenizer=""):
+    """The configuration of a model on disk for a tokenizer's tokens.
+
+    path, cfg, tokens: as for read_config. Raises ValueError, which names
+    the path and the tokenizer, when it must be another model's.
+
+    Derived in chapter 2.
+    """
     few = replace(cfg, vocab_size=tokens)
     if not tokens <= cfg.vocab_size <= few.padded_vocab_size:
         raise ValueError(
-            f"{path} has {cfg.vocab_size} tokens, its tokenizer must have as "
-            f"many, or a few less, not {tokens}"
+            f"{path} has {cfg.vocab_size} tokens, the tokenizer "
+            f"{tokenizer} has {tokens}".replace("  ", " ")
         )
     return few
 
@@ -539,7 +546,7 @@ def read_checkpoint(path, cfg, params):
     Derived in chapter 2.
     """
     found, fill = _open(path)
-    if _without_padding(path, found, cfg.vocab_size) != cfg:
+    if without_padding(path, found, cfg.vocab_size) != cfg:
         raise ValueError(f"{path}: holds {found}, not {cfg}")
     ours = {}
     for name, shape in parameter_shapes(cfg).items():

@@ -450,9 +450,11 @@ def test_starting_from_a_run(tmp_path):
 def test_starting_from_a_file(tmp_path):
     model = new_model(TINY, 257)
     model.save_checkpoint(tmp_path / "some.bin")
-    config = starting_from(tmp_path / "some.bin")
+    with pytest.raises(ValueError, match="some.bin: which tokenizer.*name it"):
+        starting_from(tmp_path / "some.bin")
+    config = starting_from(tmp_path / "some.bin", tokenizer="byte")
     assert config.seq_len == 16
-    assert config.tokenizer == "gpt2"
+    assert config.tokenizer == "byte"
     for wrong, message in (
         ({"channels": 64}, "has channels 16, not 64"),
         ({"depth": 4}, "has num_layers 1, not 4"),
