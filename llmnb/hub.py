@@ -22,6 +22,7 @@ __all__ = [
 # imports of the hub
 import hashlib
 import json
+import re
 from pathlib import Path
 
 from llmnb.checkpoint import _find, _read_json
@@ -220,23 +221,26 @@ def _bytes_of(path, token, letters):
 def _read_merges(path):
     """The pairs of a merges.txt, in order."""
     lines = read_small(path, LONGEST_VOCAB).decode("utf-8", "replace")
+    if what := what_is(path):
+        raise ValueError(f"{path}: {what}")
     lines = lines.replace("\r\n", "\n").split("\n")
     merges = []
     for number, line in enumerate(lines, 1):
         if not line or line.startswith("#version"):
             continue
         if line.count(" ") != 1:
-            what = what_is(path)
             raise ValueError(
-                f"{path}:{number}: a line must be two tokens, got "
-                f"{line!r:.80}" + (what and f": {what}")
+                f"{path}:{number}: a line must be two tokens, got {line!r:.80}"
             )
         merges.append(line.split(" "))
     return merges
 
 
-def _merged(path, vocab, merges):
-    """The encoding of a vocabulary, letters to numbers, and its merges."""
+def _merged(path, vocab, merges, added=()):
+    """The encoding of a vocabulary, letters to numbers, and its merges.
+
+    added: tokens that are known to be special; so are those in brackets.
+    """
     from tiktoken import Encoding
 
     from llmnb.tokenizer import EOT, WORDS
@@ -254,8 +258,15 @@ def _merged(path, vocab, merges):
                 "earlier tokens to one with the next number"
             )
         plain[a + b] = last = number
+    rest = {x: n for x, n in vocab.items() if x not in plain}
+    for x in rest:
+        if x not in added and not re.fullmatch(r"<.*>|\[.*\]", x, re.DOTALL):
+            raise ValueError(
+                f"{path}: no merge makes the token {x!r:.80}: the merges are "
+                "cut short, or another vocabulary's"
+            )
     top = max(last, *plain.values(), vocab.get(EOT, 0))
-    special = {x: n for x, n in vocab.items() if x not in plain and n <= top}
+    special = {x: n for x, n in rest.items() if n <= top}
     if EOT not in special:
         raise ValueError(
             f"{path}: has no {EOT}, by which texts begin and end here"
@@ -303,7 +314,8 @@ def read_tokenizer_json(path):
             f"{model['type']} of {theirs.get_vocab_size():,}"
         )
     merges = [x.split(" ") if type(x) is str else x for x in model["merges"]]
-    ours = _merged(path, theirs.get_vocab(), merges)
+    added = {x.content for x in theirs.get_added_tokens_decoder().values()}
+    ours = _merged(path, theirs.get_vocab(), merges, added)
     known = theirs.encode(PROBE, add_special_tokens=False).ids
     if ours.encode_ordinary(PROBE) != known:
         raise ValueError(
