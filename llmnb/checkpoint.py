@@ -527,9 +527,9 @@ def without_padding(path, cfg, tokens, tokenizer=""):
     """
     few = replace(cfg, vocab_size=tokens)
     if not tokens <= cfg.vocab_size <= few.padded_vocab_size:
+        named = "the tokenizer" + (tokenizer and f" {tokenizer}")
         raise ValueError(
-            f"{path} has {cfg.vocab_size} tokens, the tokenizer "
-            f"{tokenizer} has {tokens}".replace("  ", " ")
+            f"{path} has {cfg.vocab_size} tokens, {named} has {tokens}"
         )
     return few
 

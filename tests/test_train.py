@@ -652,6 +652,23 @@ def test_any_configuration(tmp_path_factory, data):
         assert isinstance(config.tokenizer, str)
 
 
+def test_a_configuration_too_large(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes(b'{"config": [' + b"[]," * 700_000 + b"[]]}")
+    with pytest.raises(ValueError, match="config.json: must have at most"):
+        read_run(tmp_path)
+
+
+def test_a_configuration_that_is_something_else(tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n"
+    for raw, what in ((pointer, "a Git LFS pointer"), (b"", "an empty file")):
+        (tmp_path / "config.json").write_bytes(raw)
+        with pytest.raises(
+            ValueError, match=f"is not a run's: this is {what}"
+        ):
+            read_run(tmp_path)
+
+
 def test_a_configuration_too_deep(tmp_path):
     (tmp_path / "config.json").write_text("[" * 100_000, "utf-8")
     with pytest.raises(ValueError, match="config.json is not a run's: "):
