@@ -187,7 +187,7 @@ def _letters():
 
 
 # read a vocabulary
-LONGEST_VOCAB = 1 << 23  # bytes of a vocab.json; GPT-2's has a million
+LONGEST_VOCAB = 1 << 23  # bytes of a file; GPT-2's have one to four million
 
 
 def read_vocab(path):
@@ -300,11 +300,12 @@ def read_tokenizer_json(path):
             "'llmnb[tokenizers]'"
         ) from None
     path = Path(path)
-    found = _read_json(path, 4 * LONGEST_VOCAB)
+    raw = read_small(path, LONGEST_VOCAB)
     try:
-        theirs = Tokenizer.from_str(json.dumps(found))
+        theirs = Tokenizer.from_str(raw.decode("utf-8"))
     except Exception as error:  # the library has no class of its own for it
-        raise ValueError(f"{path}: no tokenizer ({error!s:.200})") from None
+        what = what_is(path) or f"not a tokenizer ({error!s:.200})"
+        raise ValueError(f"{path}: {what}") from None
     theirs.no_truncation()
     theirs.no_padding()
     model = json.loads(theirs.to_str())["model"]

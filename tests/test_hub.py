@@ -496,7 +496,7 @@ def test_a_token_of_300_kilobytes_takes_no_time(tmp_path, trained, merges):
     if merges:
         assert read_vocab(path).n_vocab == 270
     else:
-        with pytest.raises(ValueError, match="at most 1024 bytes, number 269"):
+        with pytest.raises(ValueError, match="at most 255 bytes, number 269"):
             read_vocab(path)
     assert time.perf_counter() - start < 2
 
@@ -508,7 +508,7 @@ def test_a_token_of_300_kilobytes_takes_no_time(tmp_path, trained, merges):
         ("merges.txt", 1 << 23),
         ("tokenizer.tiktoken", 1 << 24),
         ("tokenizer.bin", (1 << 24) + 1024),
-        ("tokenizer.json", 1 << 25),
+        ("tokenizer.json", 1 << 23),
     ],
 )
 def test_a_tokenizers_file_is_small(tmp_path, trained, name, size):
@@ -596,9 +596,19 @@ def test_a_tokenizer_json_of_another_kind(tmp_path):
     made.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="must be a BPE .*, is WordPiece"):
         open_encoding(tmp_path / "tokenizer.json")
-    for raw in (b"{}", b'{"model": [[[]]]}', b"[" * 9000, b"[]"):
+    for raw in (b"{}", b'{"model": [[[]]]}', b"[" * 9000, b"[]", b"\xff"):
         (tmp_path / "tokenizer.json").write_bytes(raw)
         with pytest.raises(ValueError, match="tokenizer.json: "):
+            open_encoding(tmp_path)
+
+
+def test_a_tokenizer_json_that_is_something_else(tmp_path):
+    pytest.importorskip("tokenizers")
+    for raw, what in ((POINTER, "a Git LFS pointer"), (b"", "an empty file")):
+        (tmp_path / "tokenizer.json").write_bytes(raw)
+        with pytest.raises(
+            ValueError, match=f"tokenizer.json: this is {what}"
+        ):
             open_encoding(tmp_path)
 
 
