@@ -1323,10 +1323,8 @@ def tokenizer_of(path, vocab_size):
     Derived in chapter 17.
     """
     path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    for name in BESIDE:
-        if (folder / name).is_file():
-            return str(folder / name)
+    if found := _beside(path if path.is_dir() else path.parent):
+        return str(found)
     llmc = _find(path).suffix not in (".safetensors", ".json")
     if llmc and 50257 <= vocab_size <= 50304:
         return "gpt2"
@@ -1334,6 +1332,12 @@ def tokenizer_of(path, vocab_size):
         f"{path}: which tokenizer? None of {', '.join(BESIDE[:3])} lies "
         "beside it: name it, as in --tokenizer gpt2"
     )
+
+
+def _beside(folder):
+    """The path of a folder's tokenizer, or None."""
+    paths = (folder / name for name in BESIDE)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def open_encoding(name):
@@ -1351,7 +1355,10 @@ def open_encoding(name):
         return getattr(tokenizer, name)()
     path = Path(name)
     if path.is_dir():
-        path = Path(tokenizer_of(path, 0))
+        path, folder = _beside(path), path
+        if path is None:
+            known = ", ".join(BESIDE)
+            raise FileNotFoundError(f"{folder}: holds none of {known}")
     if path.suffix == ".json":
         whole = path.name.endswith("tokenizer.json")
         return (read_tokenizer_json if whole else read_vocab)(path)

@@ -399,6 +399,21 @@ def test_a_models_own_tokens_are_used(llmnb, tmp_path, hub):
         assert made.read_bytes() == own.read_bytes()
 
 
+def test_a_text_may_end_in_token_0(llmnb, tmp_path, hub):
+    own_files(hub, tokenizer.load("own.tiktoken"), ["<|endoftext|>"])
+    code, _, err = llmnb("train", "--init", hub, "--out", "run", *TUNE.split())
+    assert code == 0, err
+    kept = tokenizer.load(tmp_path / "run" / "tokenizer.tiktoken")
+    assert (kept.eot_token, kept.n_vocab) == (0, 270)
+    prompt = ["--prompt", "lowest", "--tokens", 20]
+    assert llmnb("generate", "run", *prompt)[0] == 0
+    args = ["--corpus", "a.txt", "--tokenizer", hub, "--val-tokens", 30]
+    assert llmnb("data", "shards", *args)[0] == 0
+    tokens = read_shard(tmp_path / "shards" / "val.bin")
+    text = (tmp_path / "a.txt").read_text("utf-8")
+    assert text.startswith(kept.decode(list(tokens[1:]))) and tokens[0] == 0
+
+
 def test_a_tokenizer_that_nobody_knows_is_asked_for(llmnb, tmp_path, hub):
     for path in (hub / "vocab.json", hub / "merges.txt"):
         path.unlink()

@@ -659,5 +659,5 @@ def test_llm_cs_models_have_gpt2s_tokens(tmp_path, rows):
 
 
 def test_a_folder_without_a_tokenizer(tmp_path):
-    with pytest.raises(OSError, match="holds none of"):
+    with pytest.raises(OSError, match="holds none of tokenizer"):
         open_encoding(tmp_path)
