@@ -226,7 +226,7 @@ def _read_merges(path):
     lines = lines.replace("\r\n", "\n").split("\n")
     merges = []
     for number, line in enumerate(lines, 1):
-        if not line or line.startswith("#version"):
+        if not line or (number == 1 and line.startswith("#version")):
             continue
         if line.count(" ") != 1:
             raise ValueError(
@@ -267,6 +267,8 @@ def _merged(path, vocab, merges, added=()):
             )
     top = max(last, *plain.values(), vocab.get(EOT, 0))
     special = {x: n for x, n in rest.items() if n <= top}
+    if len({*plain.values(), *special.values()}) <= top:
+        raise ValueError(f"{path}: must number its tokens 0, 1, 2, ...")
     if EOT not in special:
         raise ValueError(
             f"{path}: has no {EOT}, by which texts begin and end here"

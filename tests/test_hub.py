@@ -590,6 +590,17 @@ def test_a_tokenizer_json_that_cuts_otherwise(tmp_path, trained, change):
         read_tokenizer_json(path)
 
 
+def test_a_number_without_a_token(tmp_path, trained):
+    """Such a token could be drawn, and is no text."""
+    path = tokenizer_json(tmp_path, trained)
+    found = json.loads(path.read_text("utf-8"))
+    vocab = found["model"]["vocab"]
+    vocab["<|endoftext|>"] = found["added_tokens"][0]["id"] = 270
+    path.write_text(json.dumps(found), "utf-8")
+    with pytest.raises(ValueError, match="must number its tokens 0, 1, 2"):
+        read_tokenizer_json(path)
+
+
 def test_a_tokenizer_json_of_another_kind(tmp_path):
     library = pytest.importorskip("tokenizers")
     made = library.Tokenizer(library.models.WordPiece({"a": 0, "[UNK]": 1}))
