@@ -832,7 +832,14 @@ def _with_tokenizer(path, args):
     cfg = read_config(path)
     name = args.tokenizer or tokenizer_of(path, cfg.vocab_size)
     encoding = open_encoding(name)
-    return without_padding(path, cfg, encoding.n_vocab, name), encoding
+    few = without_padding(path, cfg, encoding.n_vocab, name)
+    if few != cfg:
+        print(
+            f"{path} has {cfg.vocab_size} tokens, the tokenizer {name} knows "
+            f"{encoding.n_vocab}: the others are left out",
+            file=sys.stderr,
+        )
+    return few, encoding
 
 
 # %% llmnb data tags=["exporti"] module="cli"
