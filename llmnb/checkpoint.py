@@ -13,10 +13,12 @@ __all__ = [
     "INNER",
     "MAGIC",
     "OUTER",
+    "SUMMED",
     "from_bfloat16",
     "read_checkpoint",
     "read_config",
     "to_bfloat16",
+    "without_padding",
     "write_checkpoint",
     "write_folder",
     "write_safetensors",
@@ -25,6 +27,8 @@ __all__ = [
 
 # imports of the checkpoint
 import os
+import zlib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +36,7 @@ import numpy as np
 
 from llmnb.checks import check_array
 from llmnb.config import GPT2Config, parameter_count, parameter_shapes
-from llmnb.files import make_folder, replacing
+from llmnb.files import make_folder, read_small, replacing, what_is
 
 
 # to bfloat16 and back
@@ -62,6 +66,7 @@ def from_bfloat16(bits):
 MAGIC = 20240326
 BODIES = {3: "<f4", 5: "<u2"}  # a version and how its numbers are stored
 HEADER = 256  # int32 numbers, 1,024 bytes
+SUMMED = 1  # in a header with a checksum, the last number but one
 CHUNK = 1 << 22  # numbers read or written at a time: 16 MiB of float32
 
 
@@ -81,14 +86,20 @@ def write_checkpoint(path, cfg, params, version=3):
             f"write_checkpoint: version must be 3 (float32) or 5 (bfloat16), "
             f"got {version!r}"
         )
-    header = np.zeros(HEADER, "<i4")
+    header = np.zeros(HEADER, "<u4")
     header[:8] = MAGIC, version, *_sizes(cfg)
+    header[-2], total = SUMMED, 0
     with replacing(path) as file:
-        file.write(header.tobytes())
+        file.write(header.data)
         for part in _pieces(params):
             part = part.astype(np.float32, copy=False)
             body = to_bfloat16(part) if version == 5 else part
-            file.write(body.astype(BODIES[version], copy=False).data)
+            body = body.astype(BODIES[version], copy=False).data
+            total = zlib.crc32(body, total)
+            file.write(body)
+        header[-1] = zlib.crc32(header, total)
+        file.seek(0)
+        file.write(header.data)
 
 
 # pieces, and the six sizes
@@ -114,6 +125,8 @@ def _bin_header(path):
     """Version and configuration of a .bin, checked against its length."""
     with open(path, "rb") as file:
         raw = file.read(4 * HEADER)
+    if what := what_is(path, MAGIC):
+        raise ValueError(f"{path}: {what}")
     if len(raw) < 4 * HEADER:
         raise ValueError(
             f"{path}: {len(raw)} bytes are too few for a header of 1024"
@@ -156,13 +169,27 @@ def _check_length(path, version, cfg):
 def _read_bin(path, version, params):
     """Fill params, checked before, from the numbers behind the header."""
     with open(path, "rb") as file:
-        file.seek(4 * HEADER)
+        header, total = np.fromfile(file, "<u4", HEADER), 0
         for name, array in params.items():
             for part in _pieces(array.reshape(-1)):
                 body = np.fromfile(file, BODIES[version], part.size)
                 if body.size != part.size:
                     raise ValueError(f"{path}: ends within {name}")
+                total = zlib.crc32(body, total)
                 part[...] = from_bfloat16(body) if version == 5 else body
+    _check_sum(path, header, total)
+
+
+def _check_sum(path, header, total):
+    """Raise unless a .bin has the sum that its header keeps, if any."""
+    marked, kept = header[-2:].tolist()
+    header[-1] = 0
+    if marked == SUMMED and kept != zlib.crc32(header, total):
+        raise ValueError(
+            f"{path} is damaged, its checksum is not the one in its header: "
+            "take another copy, or write it anew, as `llmnb train --resume` "
+            "does for a run"
+        )
 
 
 # imports for the hub's layout
@@ -277,11 +304,14 @@ def write_folder(folder, cfg, params):
 
 
 # read JSON
-def _read_json(path):
+def _read_json(path, most=1 << 20):
+    """The object in a JSON file of at most so many bytes, as a dict."""
+    raw = read_small(path, most)
     try:
-        found = json.loads(Path(path).read_bytes())
+        found = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        what = what_is(path) or f"not JSON ({error})"
+        raise ValueError(f"{path}: {what}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: must hold a JSON object")
     return found
@@ -309,7 +339,7 @@ def _neighbour(path, name):
     """The TensorFile of that name in the folder of `path`."""
     if name in ("", ".", "..") or set(name) & set("/\\:\0"):
         raise ValueError(
-            f"{path}: {name!r} must name a file in the same folder"
+            f"{path}: {name!r:.80} must name a file in the same folder"
         )
     return TensorFile(path.parent / name)
 
@@ -328,6 +358,8 @@ def _tensors(path):
         if short in tensors:
             raise ValueError(f"{path}: {short} comes twice")
         tensors[short] = file, name
+    if "lm_head.weight" in tensors:
+        tensors.setdefault("wte.weight", tensors["lm_head.weight"])
     return tensors
 
 
@@ -339,16 +371,16 @@ def _hub_config(path, tensors):
     for name, known in FIXED.items():
         if config.get(name, known[0]) not in known:
             raise ValueError(
-                f"{described}: {name} is {config[name]!r}, where a GPT-2 "
+                f"{described}: {name} is {config[name]!r:.80}, where a GPT-2 "
                 f"has {known[0]!r}"
             )
     sizes = _sizes_of(path, tensors)
-    heads = _heads(path, tensors, config, sizes[-1])
+    heads = _heads(path, tensors, config, sizes[2:])
     cfg = _config(path, [*sizes[:3], heads, sizes[-1]])
     for name, value in _described(cfg).items():
         if config.get(name, value) != value:
             raise ValueError(
-                f"{described}: {name} is {config[name]!r}, where "
+                f"{described}: {name} is {config[name]!r:.80}, where "
                 f"{path.name} has {value}"
             )
     _check_shapes(path, cfg, tensors)
@@ -374,20 +406,24 @@ def _sizes_of(path, tensors):
     return wpe.shape(full)[0], vocab_size, layers, channels
 
 
-def _heads(path, tensors, config, channels):
-    """The number of heads: written down, or one for 64 channels."""
+# heads of the published models, by their blocks and channels
+PUBLISHED = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}
+
+
+def _heads(path, tensors, config, shape):
+    """The number of heads: written down, or that of a published model."""
     file, _ = tensors["wte.weight"]
     written = file.metadata.get("n_head", "")
     if written.isdecimal() and len(written) < 10:
         return int(written)
-    if "n_head" in config:
-        return config["n_head"]
-    if channels % 64:
+    heads = config.get("n_head", PUBLISHED.get(shape))
+    if heads is None:
         raise ValueError(
-            f"{path}: how many heads? There is no config.json beside it, "
-            f"and {channels} channels are no multiple of 64"
+            f"{path}: how many heads? No tensor shows it: put the model's "
+            'config.json beside it, or one that holds {"n_head": 12}, if it '
+            "is 12"
         )
-    return channels // 64
+    return heads
 
 
 # check all shapes
@@ -421,12 +457,10 @@ def _check_shapes(path, cfg, tensors):
 # read tensors into place
 def _read_hub(path, cfg, tensors, params):
     """Fill params, checked before, one tensor at a time."""
-    if "lm_head.weight" in tensors:
-        (head, name), (file, wte) = (
-            tensors[x] for x in ("lm_head.weight", "wte.weight")
-        )
-        if not np.array_equal(head[name], file[wte], equal_nan=True):
-            raise ValueError(f"{path}: lm_head.weight must equal {wte}")
+    file, wte = tensors["wte.weight"]
+    head, name = tensors.get("lm_head.weight", (file, wte))
+    if name != wte and not np.array_equal(head[name], file[wte], True):
+        raise ValueError(f"{path}: lm_head.weight must equal {wte}")
     for name, (ours, index) in _places(cfg).items():
         file, full = tensors[name]
         _part(params[ours], index)[...] = file[full]
@@ -434,6 +468,10 @@ def _read_hub(path, cfg, tensors, params):
 
 
 # which file it is
+# endings of models that we do not read, which is to be said
+OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".gguf", ".npz")
+
+
 def _find(path):
     """The file to read: the path itself, or what a folder holds."""
     path = Path(path)
@@ -443,6 +481,9 @@ def _find(path):
     for name in names:
         if (path / name).exists():
             return path / name
+    for other in sorted(path.glob("*.*")):
+        if other.suffix in OTHERS and (what := what_is(other)):
+            raise ValueError(f"{other}: {what}")
     raise FileNotFoundError(f"{path}: holds none of {', '.join(names)}")
 
 
@@ -458,19 +499,39 @@ def _open(path):
 
 
 # read any model
-def read_config(path):
+def read_config(path, tokens=None):
     """The configuration of a model on disk, checked against its files.
 
     path: llm.c's .bin (float32 or bfloat16), a .safetensors file or the
     index of several in Hugging Face's layout, or a folder that holds one
     of these as model.bin, model.safetensors or model.safetensors.index.json.
-    Raises ValueError, naming the file, when it is no GPT-2, or when its
-    sizes, its shapes or its length do not fit; OSError when it cannot be
-    read. Nothing is allocated before that is known.
+    tokens: how many its tokenizer has; rows beyond, up to the next multiple
+    of 128, are not counted as tokens. Raises ValueError, naming the file,
+    when it is no GPT-2, or when its sizes, its shapes or its length do not
+    fit, or the tokens; OSError when it cannot be read. Nothing is allocated
+    before that is known.
 
     Derived in chapter 2.
     """
-    return _open(path)[0]
+    cfg = _open(path)[0]
+    return cfg if tokens is None else without_padding(path, cfg, tokens)
+
+
+def without_padding(path, cfg, tokens, tokenizer=""):
+    """The configuration of a model on disk for a tokenizer's tokens.
+
+    path, cfg, tokens: as for read_config. Raises ValueError, which names
+    the path and the tokenizer, when it must be another model's.
+
+    Derived in chapter 2.
+    """
+    few = replace(cfg, vocab_size=tokens)
+    if not tokens <= cfg.vocab_size <= few.padded_vocab_size:
+        named = "the tokenizer" + (tokenizer and f" {tokenizer}")
+        raise ValueError(
+            f"{path} has {cfg.vocab_size} tokens, {named} has {tokens}"
+        )
+    return few
 
 
 def read_checkpoint(path, cfg, params):
@@ -480,12 +541,12 @@ def read_checkpoint(path, cfg, params):
     from llm.c's names to arrays in the shapes of parameter_shapes(cfg),
     float32 or float64, as `GPT2.params`. Raises ValueError or TypeError when
     they do not fit the file, before any is written to, and ValueError when
-    the file ends early after all.
+    the file ends early after all, or does not match its checksum.
 
     Derived in chapter 2.
     """
     found, fill = _open(path)
-    if found != cfg:
+    if without_padding(path, found, cfg.vocab_size) != cfg:
         raise ValueError(f"{path}: holds {found}, not {cfg}")
     ours = {}
     for name, shape in parameter_shapes(cfg).items():
@@ -493,3 +554,5 @@ def read_checkpoint(path, cfg, params):
         label = f"read_checkpoint: {name}"
         check_array(label, params[name], shape, written=True)
     fill(ours)
+    if cfg != found:
+        ours["wte"][cfg.vocab_size :] = 0

@@ -440,7 +440,12 @@ DRAWS = {
     "top_k": (int, None, "draw among the k likeliest tokens only"),
     "top_p": (float, None, "draw among the likeliest that make up p only"),
     "seed": (int, 42, "another seed, another text"),
-    "tokenizer": (str, "gpt2", "unless RUN has one: gpt2, byte or a file"),
+    "tokenizer": (
+        str,
+        None,
+        "gpt2, byte, a rank file, vocab.json or tokenizer.json, instead of "
+        "what lies beside the model",
+    ),
     "backend": (
         str,
         "cpu",
@@ -542,7 +547,6 @@ def _stats(length, texts, times):
 # which model
 def _load_model(args, prompt):
     """A model with room for the prompt and the text; the tokenizer; ids."""
-    from llmnb.checkpoint import read_config
     from llmnb.decode import Decoder
     from llmnb.generate import window_start
     from llmnb.gpt2 import GPT2
@@ -552,13 +556,7 @@ def _load_model(args, prompt):
         print(f"model: {path}", file=sys.stderr)
     if not path.exists():
         raise FileNotFoundError(f"there is no run {path}")
-    cfg = read_config(path)
-    encoding = _encoding_of(path, args)
-    if encoding.n_vocab != cfg.vocab_size:
-        raise ValueError(
-            f"{path} has {cfg.vocab_size} tokens, the tokenizer "
-            f"{args.tokenizer} has {encoding.n_vocab}"
-        )
+    cfg, encoding = _with_tokenizer(path, args)
     ids = [encoding.eot_token, *encoding.encode_ordinary(prompt)]
     length = min(len(ids) + max(args.tokens, 0), cfg.max_seq_len)
     if len(ids) > length:
@@ -568,23 +566,32 @@ def _load_model(args, prompt):
             f"{seen:,} of them",
             file=sys.stderr,
         )
-    how = path, args.samples, length
+    how, tokens = (path, args.samples, length), cfg.vocab_size
     _tell_compiling(args.backend)
     if args.backend == "cpu":
-        return Decoder.from_checkpoint(*how), encoding, ids
-    return GPT2.from_checkpoint(*how, args.backend), encoding, ids
+        model = Decoder.from_checkpoint(*how, tokens)
+    else:
+        model = GPT2.from_checkpoint(*how, args.backend, tokens=tokens)
+    return model, encoding, ids
 
 
 # which tokenizer
-def _encoding_of(path, args):
-    """A run's own, or else the one that was asked for."""
-    from llmnb import tokenizer
-    from llmnb.train import make_encoding
+def _with_tokenizer(path, args):
+    """A model's configuration, for the tokenizer asked for or its own."""
+    from llmnb.checkpoint import read_config, without_padding
+    from llmnb.hub import open_encoding, tokenizer_of
 
-    own = path / "tokenizer.tiktoken"
-    if own.exists():
-        return tokenizer.load(own)
-    return make_encoding(TrainConfig(tokenizer=args.tokenizer), [])
+    cfg = read_config(path)
+    name = args.tokenizer or tokenizer_of(path, cfg.vocab_size)
+    encoding = open_encoding(name)
+    few = without_padding(path, cfg, encoding.n_vocab, name)
+    if few != cfg:
+        print(
+            f"{path} has {cfg.vocab_size} tokens, the tokenizer {name} knows "
+            f"{encoding.n_vocab}: the others are left out",
+            file=sys.stderr,
+        )
+    return few, encoding
 
 
 # llmnb data
@@ -711,8 +718,7 @@ EVAL = {
     "limit": (int, 0, "characters or examples at most; 0 means all"),
     "seq_len": (int, 0, "context in tokens; 0: all the model has"),
     "stride": (int, 0, "tokens scored a window; 0: half the context"),
-    "tokenizer": (str, "gpt2", "unless the model has its own: gpt2, byte, "
-                  "or a rank file"),
+    "tokenizer": (str, None, "as for generate"),
 }  # fmt: skip
 
 
@@ -720,14 +726,13 @@ def _add_eval_options(parser):
     for name, (kind, default, text) in EVAL.items():
         parser.add_argument(
             "--" + name.replace("_", "-"), type=kind, default=default,
-            metavar=kind.__name__, help=f"{text} (default: {default})",
+            metavar=kind.__name__,
+            help=f"{text} (default: {'none' if default is None else default})",
         )  # fmt: skip
 
 
 # measure a model
 def _eval(args):
-    from llmnb.checkpoint import read_config
-
     if not (args.text or args.hellaswag):
         raise ValueError("name a file: --text FILE or --hellaswag FILE")
     for name in ("limit", "seq_len", "stride"):
@@ -737,12 +742,7 @@ def _eval(args):
     if not path.exists():
         raise FileNotFoundError(f"there is no run {path}")
     _set_threads(args)
-    cfg, encoding = read_config(path), _encoding_of(path, args)
-    if encoding.n_vocab != cfg.vocab_size:
-        raise ValueError(
-            f"{path} has {cfg.vocab_size} tokens, the tokenizer "
-            f"{args.tokenizer} has {encoding.n_vocab}"
-        )
+    cfg, encoding = _with_tokenizer(path, args)
     context = min(args.seq_len or cfg.max_seq_len, cfg.max_seq_len)
     _say("model", path)
     _tell_compiling("cpu")
@@ -763,7 +763,7 @@ def _eval_text(args, path, encoding, context):
 
     found = pieces_from(sources(args.text, args.field), limit=args.limit)
     pieces = ((first, text) for _, first, text, _ in found)
-    model = GPT2.from_checkpoint(path, 1, context)
+    model = GPT2.from_checkpoint(path, 1, context, tokens=encoding.n_vocab)
     stride = args.stride or max(1, context // 2)
     bar = partial(tqdm, unit="window", leave=False)
     score = score_pieces(model, encoding, pieces, stride, bar)
@@ -787,7 +787,8 @@ def _eval_hellaswag(args, path, encoding, context):
         examples = e.read_examples_json(args.hellaswag, encoding)
     examples = examples[: args.limit or None]
     longest = max(map(e.longest_row, examples)) - 1
-    model = GPT2.from_checkpoint(path, 4, max(1, min(context, longest)))
+    how = path, 4, max(1, min(context, longest))
+    model = GPT2.from_checkpoint(*how, tokens=encoding.n_vocab)
     bar = tqdm(total=len(examples), unit="example", leave=False)
     with bar:
         found = []

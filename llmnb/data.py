@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmnb.files import replacing
+from llmnb.files import replacing, what_is
 
 
 # the header of a shard
@@ -89,9 +89,10 @@ def shard_length(path):
     with open(path, "rb", buffering=0) as file:
         size, header = os.fstat(file.fileno()).st_size, file.read(12)
     if size < HEADER_BYTES or len(header) < 12:
+        what = what_is(path)
         raise ValueError(
             f"{path}: a shard has a header of {HEADER_BYTES} bytes, "
-            f"the file has {size}"
+            f"the file has {size}" + (what and f": {what}")
         )
     magic, version, count = np.frombuffer(header, "<i4").tolist()
     right = HEADER_BYTES + 2 * count
@@ -102,7 +103,11 @@ def shard_length(path):
         (size == right, f"size for {count} tokens", f"{right} bytes", size),
     ):
         if not ok:
-            raise ValueError(f"{path}: the {what} must be {must}, got {got}")
+            other = what_is(path, SHARD_MAGIC)
+            raise ValueError(
+                f"{path}: the {what} must be {must}, got {got}"
+                + (other and f": {other}")
+            )
     return count
 
 

@@ -13,6 +13,7 @@ __all__ = [
     "HEADER_BYTES",
     "LATER",
     "LOGITS",
+    "LONGEST_TOKEN",
     "LOSS",
     "LOSSES",
     "STATE_MAGIC",
@@ -42,7 +43,7 @@ import numpy as np
 from llmnb.checkpoint import CHUNK, read_config
 from llmnb.checks import check_tokens
 from llmnb.config import GPT2Config, parameter_shapes
-from llmnb.files import replacing
+from llmnb.files import read_small, replacing, what_is
 from llmnb.gpt2 import GPT2
 
 
@@ -80,18 +81,24 @@ def _parts(cfg, B, T):
 
 
 def _check_header(path, rows):
-    """Raise for the first row whose `ok` is False."""
+    """Raise for the first row whose `ok` is False; the first is the kind."""
     for ok, what, must, got in rows:
         if not ok:
-            raise ValueError(f"{path}: the {what} must be {must}, got {got}")
+            other = what_is(path, rows[0][2])
+            raise ValueError(
+                f"{path}: the {what} must be {must}, got {got}"
+                + (other and f": {other}")
+            )
 
 
 def _read_header(path, count):
     """The first numbers of a header, once it is known to be whole."""
     size = os.path.getsize(path)
     if size < HEADER_BYTES:
+        what = what_is(path)
         raise ValueError(
             f"{path}: {size} bytes are too few for a header of {HEADER_BYTES}"
+            + (what and f": {what}")
         )
     return size, *np.fromfile(path, "<i4", count).tolist()
 
@@ -182,7 +189,8 @@ def read_tokenizer(path):
         (fits, "size", f"right for {count} tokens", size),
     )
     _check_header(path, rows)
-    raw, tokens, at = Path(path).read_bytes(), [], HEADER_BYTES
+    raw = read_small(path, HEADER_BYTES + (1 << 24))  # of 65,536 tokens
+    tokens, at = [], HEADER_BYTES
     for number in range(count):
         length = raw[at] if at < len(raw) else 0
         token = raw[at + 1 : at + 1 + length]
@@ -222,6 +230,9 @@ def write_tokenizer(path, encoding):
 
 
 # an encoder from a decoder
+LONGEST_TOKEN = 255  # bytes; GPT-2's longest has 128
+
+
 def read_encoding(path):
     """The tiktoken.Encoding of a tokenizer file, if it is a byte-level BPE.
 
@@ -249,7 +260,9 @@ def encoding_of(path, tokens):
 
     *tokens, last = tokens or [b"none"]
     if last != EOT.encode():
-        raise ValueError(f"{path}: the last token must be {EOT}, got {last}")
+        raise ValueError(
+            f"{path}: the last token must be {EOT}, got {last!r:.80}"
+        )
     rank = {token: i for i, token in enumerate(tokens)}
     if len(rank) < len(tokens):
         raise ValueError(f"{path}: a token comes twice")
@@ -257,6 +270,11 @@ def encoding_of(path, tokens):
         if bytes([byte]) not in rank:
             raise ValueError(f"{path}: no token for the byte {byte}")
     for token, i in rank.items():
+        if len(token) > LONGEST_TOKEN:
+            raise ValueError(
+                f"{path}: a token must have at most {LONGEST_TOKEN} bytes, "
+                f"number {i} has {len(token)}"
+            )
         if len(token) > 1 and not _joins(token, i, rank):
             raise ValueError(f"{path}: token {i} joins no two earlier ones")
     return _encoding(Path(path).stem, tokens)
@@ -340,7 +358,7 @@ LOSSES = (
 def _expected(path, cfg, state):
     """Ten losses to compare with, or ten times None."""
     if path.exists():
-        words = path.read_text("ascii", errors="replace").split()
+        words = read_small(path, 1 << 16).decode("ascii", "replace").split()
         try:
             losses = [float(word) for word in words]
         except ValueError as error:

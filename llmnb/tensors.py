@@ -8,6 +8,7 @@ footprint is known before training begins and never grows.
 
 __all__ = [
     "DTYPES",
+    "LONGEST_TABLE",
     "NAMES",
     "TensorFile",
     "write_tensors",
@@ -16,10 +17,11 @@ __all__ = [
 
 # imports of the container
 import json
+import zlib
 
 import numpy as np
 
-from llmnb.files import replacing
+from llmnb.files import replacing, what_is
 
 
 # types by their names
@@ -36,6 +38,8 @@ DTYPES = {
     "BF16": "<u2",  # read as float32; we write none
 }
 NAMES = {np.dtype(v): k for k, v in DTYPES.items() if k != "BF16"}
+LONGEST_TABLE = 1 << 23  # bytes; a GPT-2 of 48 blocks takes 64 thousand
+_SUMS = "llmnb.crc32"  # where the metadata keep the sums, as JSON
 
 
 # write tensors
@@ -44,12 +48,13 @@ def write_tensors(path, tensors, metadata=None):
 
     tensors: a mapping from name to array, of any shape and a dtype in
     `DTYPES`, or TypeError is raised. metadata: a mapping from str to str.
-    No more than one array is copied at a time. The file appears whole or
-    not at all.
+    A checksum of each array goes with them; ValueError when all that takes
+    more than `LONGEST_TABLE` bytes. No more than one array is copied at a
+    time. The file appears whole or not at all.
 
     Derived in chapter 2.
     """
-    table, at = {"__metadata__": dict(metadata or {})}, 0
+    note, table, at = dict(metadata or {}), {}, 0
     # the widest numbers first, so that each array begins at a multiple of
     # its numbers' size
     order = sorted(tensors, key=lambda name: -tensors[name].itemsize)
@@ -57,12 +62,16 @@ def write_tensors(path, tensors, metadata=None):
         x = tensors[name]
         table[name] = _entry(name, x, at)
         at += x.nbytes
-    head = json.dumps(table).encode()
-    head += b" " * (-len(head) % 8)
+    sums = dict.fromkeys(order, 0)
+    head = _head(table, note, sums)
     with replacing(path) as file:
-        file.write(len(head).to_bytes(8, "little") + head)
+        file.write(head)
         for name in order:
-            file.write(np.ascontiguousarray(tensors[name]).reshape(-1).data)
+            body = np.ascontiguousarray(tensors[name]).reshape(-1).data
+            sums[name] = zlib.crc32(body, _told(table, note, name))
+            file.write(body)
+        file.seek(0)
+        file.write(_head(table, note, sums))
 
 
 # a row of the table
@@ -77,6 +86,27 @@ def _entry(name, x, at):
     return {"dtype": kind, "shape": list(x.shape), "data_offsets": places}
 
 
+# the table and its sums
+def _head(table, note, sums):
+    """The file up to its arrays, of one length for any sums."""
+    kept = json.dumps({name: f"{x:08x}" for name, x in sums.items()})
+    table = {"__metadata__": note | {_SUMS: kept}} | table
+    head = json.dumps(table).encode()
+    if len(head) > LONGEST_TABLE:
+        raise ValueError(
+            f"write_tensors: names and metadata must take at most "
+            f"{LONGEST_TABLE:,} bytes, got {len(head):,}"
+        )
+    head += b" " * (-len(head) % 8)
+    return len(head).to_bytes(8, "little") + head
+
+
+def _told(table, note, name):
+    """The sum of all that says how to read an array; its bytes go on."""
+    row = table[name]["dtype"], table[name]["shape"]
+    return zlib.crc32(json.dumps([note, name, row], sort_keys=True).encode())
+
+
 # read tensors
 class TensorFile:
     """The arrays of a safetensors file, each read when it is asked for.
@@ -84,7 +114,8 @@ class TensorFile:
     Raises ValueError, naming the file, when it is not a whole safetensors
     file, and OSError when it cannot be read. metadata: a dict of str. names:
     a list. file[name] is a new array; bfloat16 becomes float32. ValueError
-    for a dtype that is not in `DTYPES`, KeyError for an unknown name.
+    for a dtype that is not in `DTYPES` and for an array that does not match
+    the checksum it was written with, KeyError for an unknown name.
 
     Derived in chapter 2.
     """
@@ -93,17 +124,19 @@ class TensorFile:
         from safetensors import SafetensorError, safe_open
 
         self.path = path
-        with open(path, "rb") as file:
-            try:
-                with safe_open(path, framework="numpy") as checked:
-                    self.metadata = dict(checked.metadata() or {})
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{path}: not a whole safetensors file ({error})"
-                ) from None
-            size = int.from_bytes(file.read(8), "little")
-            self._table = json.loads(file.read(size))
-        self._table.pop("__metadata__", None)
+        try:
+            with open(path, "rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                if size > LONGEST_TABLE:
+                    raise ValueError(f"a table of {size:,} bytes is too long")
+                with safe_open(path, framework="numpy"):
+                    self._table = json.loads(file.read(size))
+            self.metadata = self._table.pop("__metadata__", {})
+            self._sums = dict(json.loads(self.metadata.pop(_SUMS, "{}")))
+        except (SafetensorError, ValueError, TypeError, RecursionError) as e:
+            raise ValueError(
+                f"{path}: not a whole safetensors file ({what_is(path) or e})"
+            ) from None
         self._start = 8 + size
         self.names = list(self._table)
 
@@ -124,9 +157,19 @@ class TensorFile:
         x = np.fromfile(self.path, dtype, count, offset=offset)
         if x.size != count:
             raise ValueError(f"{self.path}: ends within {name}")
+        self._check(name, x)
         if kind == "BF16":
             x = (x.astype(np.uint32) << 16).view(np.float32)
         return x.reshape(self.shape(name))
+
+    def _check(self, name, x):
+        """Raise unless an array has the sum it was written with, if any."""
+        found = zlib.crc32(x, _told(self._table, self.metadata, name))
+        if self._sums.get(name, f"{found:08x}") != f"{found:08x}":
+            raise ValueError(
+                f"{self.path}: {name} is damaged, its checksum is not the one "
+                "it was written with: take another copy, or write it anew"
+            )
 
     def _span(self, name):
         return self._table[name]["data_offsets"]

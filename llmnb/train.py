@@ -50,6 +50,7 @@ __all__ = [
 
 
 # imports of the trainer
+import importlib
 import json
 import math
 import sys
@@ -70,7 +71,7 @@ from llmnb.data import (
     read_shard,
     sample_tokens,
 )
-from llmnb.files import make_folder, replacing
+from llmnb.files import make_folder, read_small, replacing, what_is
 from llmnb.lock import LOCK, in_use
 from llmnb.schedule import decayed, learning_rate
 from llmnb.timing import machine
@@ -108,7 +109,9 @@ class DataOptions:
     )
     limit: int = _option(0, "read at most this many characters; 0 means all")
     tokenizer: str = _option(
-        "bpe", "bpe (trained on the text), byte, gpt2, or a rank file"
+        "bpe",
+        "bpe (trained on the text), byte, gpt2, or a file: a rank file, "
+        "vocab.json or tokenizer.json",
     )
     vocab_size: int = _option(1024, "tokens that the bpe tokenizer has")
     shards: str = _option(
@@ -392,6 +395,11 @@ def _encoding_of(config, folder):
 
 
 # the tokenizer of a run
+def _hub():
+    """The module that reads the tokenizers of other programs."""
+    return importlib.import_module("llmnb.hub")
+
+
 def make_encoding(config, documents):
     """The tokenizer that a TrainConfig names, trained if it is "bpe".
 
@@ -403,10 +411,10 @@ def make_encoding(config, documents):
     """
     from llmnb import tokenizer
 
-    if config.tokenizer in ("byte", "gpt2"):
-        return getattr(tokenizer, config.tokenizer)()
     if config.tokenizer != "bpe":
-        return tokenizer.load(config.tokenizer)
+        encoding = _hub().open_encoding(config.tokenizer)
+        tokenizer.check_special(encoding)  # a run keeps its tokenizer
+        return encoding
     learnt, left = [], TOKENIZER_TEXT
     for text in documents:
         learnt.append(text[:left])
@@ -628,13 +636,13 @@ def new_model(config, vocab_size):
     if not config.init:
         return GPT2(config.model(vocab_size), **how, seed=config.seed)
     path = weights_path(config.init)
-    known = read_config(path).vocab_size
-    if known != vocab_size:
+    known, padded = read_config(path).vocab_size, -(-vocab_size // 128) * 128
+    if not vocab_size <= known <= padded:
         raise ValueError(
             f"{path} knows {known} tokens, the text is made of {vocab_size}: "
             "choose the tokenizer that it was trained with"
         )
-    return GPT2.from_checkpoint(path, **how)
+    return GPT2.from_checkpoint(path, **how, tokens=vocab_size)
 
 
 # where the weights are
@@ -873,10 +881,12 @@ def read_run(folder):
     Derived in chapter 14.
     """
     path = Path(folder) / "config.json"
+    raw = read_small(path, 1 << 20)
     try:
-        return config_from(json.loads(path.read_text("utf-8"))["config"])
+        return config_from(json.loads(raw)["config"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is not a run's: {error}") from None
+        what = what_is(path) or error
+        raise ValueError(f"{path} is not a run's: {what!s:.200}") from None
 
 
 def config_from(found):
@@ -901,16 +911,13 @@ def starting_from(init, **given):
 
     init: the path of a run's folder, or of what GPT2.from_checkpoint reads.
     given: other fields. Unless given, the learning rate is 1e-4, the
-    tokenizer the folder's own, or else GPT-2's, and seq_len no more than
-    the checkpoint allows. Raises OSError or ValueError when it cannot be
-    read or has another shape than is given.
+    tokenizer that of llmnb.hub.tokenizer_of, and seq_len no more than the
+    checkpoint allows. Raises OSError or ValueError when it cannot be read,
+    has another shape than is given, or no tokenizer is certain.
 
     Derived in chapter 14.
     """
-    cfg = read_config(weights_path(init))
-    own = Path(init) / "tokenizer.tiktoken"
-    tokenizer = str(own) if own.is_file() else "gpt2"
-    usual = {"learning_rate": 1e-4, "tokenizer": tokenizer}
+    cfg, usual = read_config(weights_path(init)), {"learning_rate": 1e-4}
     usual["seq_len"] = min(TrainConfig.seq_len, cfg.max_seq_len)
     shape = {name: getattr(cfg, name) for name in SHAPE}
     asked = dict(given)
@@ -924,4 +931,7 @@ def starting_from(init, **given):
             )
     config = TrainConfig(**{**usual, **given, **shape, "init": str(init)})
     _check_range("seq_len", config.seq_len, 1, cfg.max_seq_len + 1)
-    return config
+    brought = Path(config.shards) / "tokenizer.tiktoken"
+    if "tokenizer" in given or (config.shards and brought.is_file()):
+        return config
+    return replace(config, tokenizer=_hub().tokenizer_of(init, cfg.vocab_size))

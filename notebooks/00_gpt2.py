@@ -771,6 +771,100 @@ print([p.name for p in folder.iterdir()])
 print((folder / "kept.txt").read_bytes())
 
 # %% [markdown]
+# Files that are read may be anything. A reader knows only what it wants; that
+# a file is *another* well-known thing, and what to do about it, one function
+# knows for all of them. It is asked after the reader has refused, so that
+# what it takes for a pickle can never be a model. And text that is parsed
+# whole grows in memory, JSON to some thirty times its size: a file that has
+# no reason to be large is not read beyond what it may have.
+
+# %% what a file is instead tags=["export"] module="files"
+_PICKLE = (
+    "a pickle, as PyTorch saves it: a program that could do anything, so it "
+    "is not opened; in transformers, save_pretrained writes safetensors"
+)
+_PACKED = "a packed file: unpack it first"
+_PAGE = "a web page, not the file that it is about: download that"
+# how files begin that are taken for others
+_BEGINNINGS = {
+    b"version https://git-lfs": "a Git LFS pointer, which stands for a file "
+    "and is not that file: `git lfs pull` fetches it",
+    b"PK\x03\x04": "a zip archive, as PyTorch's torch.save and NumPy's savez "
+    "write it: save the model as safetensors instead",
+    b"\x80\x02\x8a\n": _PICKLE,
+    b"\x80\x03": _PICKLE,
+    b"\x80\x04\x95": _PICKLE,
+    b"\x80\x05\x95": _PICKLE,
+    b"GGUF": "a GGUF file of llama.cpp: take the safetensors of the model",
+    b"\x89HDF": "an HDF5 file of Keras: take the safetensors of the model",
+    b"\x93NUMPY": "an array of NumPy's",
+    b"\x1f\x8b\x08": _PACKED,
+    b"\x28\xb5\x2f\xfd": _PACKED,
+    b"BZh": _PACKED,
+    b"\xfd7zXZ": _PACKED,
+    b"<!doctype": _PAGE,
+    b"<!DOCTYPE": _PAGE,
+    b"<html": _PAGE,
+    b"Entry not found": "an answer of the hub, that it has no such file",
+}
+# llm.c's files, by the number that they begin with
+_NUMBERS = {
+    20240326: "a model in llm.c's format",
+    20240327: "a debug state of llm.c",
+    20240328: "a tokenizer in llm.c's format",
+    20240520: "a shard of tokens",
+    20240522: "a multiple choice test in llm.c's format",
+}
+
+
+def what_is(path, mine=None):
+    """What a file is that its reader has refused, or "" if that is unknown.
+
+    mine: the number that the reader's own files begin with, if they do.
+    Returns a clause, "this is ...", that says what to do about it.
+
+    Derived in chapter 0.
+    """
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if not start:
+        return "this is an empty file, of 0 bytes: copy or fetch it again"
+    for beginning, what in _BEGINNINGS.items():
+        if start.lstrip().startswith(beginning):
+            return f"this is {what}"
+    number = int.from_bytes(start[:4], "little")
+    other = number != mine and _NUMBERS.get(number)
+    return f"this is {other}" if other else ""
+
+
+# %% read what is small tags=["export"] module="files"
+def read_small(path, most):
+    """The bytes of a file that has no reason to be large.
+
+    Raises ValueError, naming the file, when it has more than `most`, before
+    any is read.
+
+    Derived in chapter 0.
+    """
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise ValueError(
+                f"{path}: must have at most {most:,} bytes, has {size:,}"
+            )
+        return file.read(size)
+
+
+# %% files that are something else
+for name, raw in {
+    "model.bin": b"PK\x03\x04 and so on",
+    "vocab.json": b"version https://git-lfs.github.com/spec/v1\noid ...",
+    "train.bin": (20240326).to_bytes(4, "little"),
+}.items():
+    (folder / name).write_bytes(raw)
+    print(f"{name}: {what_is(folder / name)}")
+
+# %% [markdown]
 # ## Take away
 #
 # - A token becomes a vector; blocks add to it; a product with the token table

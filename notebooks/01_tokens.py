@@ -137,7 +137,7 @@ from pathlib import Path
 import regex
 import tiktoken
 
-from llmnb.files import replacing
+from llmnb.files import read_small, replacing, what_is
 
 # %% how a text is cut into words tags=["exporti"]
 EOT = "<|endoftext|>"
@@ -530,12 +530,12 @@ plt.show()
 
 # %% the encoding object tags=["exporti"]
 def _encoding(name, tokens):
-    """A tiktoken.Encoding of these tokens, in order of rank, then EOT."""
+    """A tiktoken.Encoding of tokens in order of rank; EOT is among them,
+    or comes after them."""
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    eot = ranks.pop(EOT.encode(), len(tokens))
     return tiktoken.Encoding(
-        name,
-        pat_str=WORDS,
-        mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
-        special_tokens={EOT: len(tokens)},
+        name, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={EOT: eot}
     )
 
 
@@ -668,23 +668,30 @@ verdict("greedy", wrong, "is caught by the first claim")
 
 
 # %% save an encoding tags=["export"]
-def save(encoding, path):
-    """Write an encoding's tokens as a tiktoken rank file.
-
-    encoding: a tiktoken.Encoding whose one special token is `<|endoftext|>`,
-    the last of its tokens; ValueError otherwise. The file is written beside
-    `path` and renamed into place.
+def check_special(encoding):
+    """Raise ValueError unless the one special token is `<|endoftext|>`.
 
     Derived in chapter 1.
     """
-    eot = encoding.n_vocab - 1
-    if encoding.special_tokens_set != {EOT} or encoding.eot_token != eot:
+    if encoding.special_tokens_set != {EOT}:
         raise ValueError(
-            f"save: the one special token must be {EOT} with the last rank, "
-            f"got {sorted(encoding.special_tokens_set)}"
+            f"save: the one special token must be {EOT}, by custom with the "
+            f"last rank, got {sorted(encoding.special_tokens_set)}"
         )
-    lines = []
-    for rank in range(eot):
+
+
+def save(encoding, path):
+    """Write an encoding's tokens as a tiktoken rank file.
+
+    encoding: a tiktoken.Encoding that `check_special` accepts. The special
+    token is left out where it is the last of all, as it mostly is. The file
+    is written beside `path` and renamed into place.
+
+    Derived in chapter 1.
+    """
+    check_special(encoding)
+    last, lines = encoding.n_vocab - 1, []
+    for rank in range(last + (encoding.eot_token < last)):
         token = base64.b64encode(encoding.decode_single_token_bytes(rank))
         lines.append(b"%s %d\n" % (token, rank))
     with replacing(path) as file:
@@ -723,15 +730,27 @@ def _read_line(where, line):
 def load(path):
     """Read a tiktoken rank file into a tiktoken.Encoding.
 
-    The expression is GPT-2's and `<|endoftext|>` takes the rank after the
-    last. Raises ValueError, naming the file and the line, for a line that is
-    no token and rank, a rank or a token that comes twice, a gap in the ranks
-    or a byte that is missing.
+    The expression is GPT-2's and `<|endoftext|>`, unless it is in the file,
+    takes the rank after the last. Raises ValueError, naming the file and the
+    line, for a line that is no token and rank, a rank or a token that comes
+    twice, a gap in the ranks or a byte that is missing, and for a file of
+    more than 16 MiB.
 
     Derived in chapter 1.
     """
-    path, by_rank, seen = Path(path), {}, set()
-    text = path.read_text("ascii", errors="backslashreplace")
+    path = Path(path)
+    raw = read_small(path, 1 << 24)
+    try:
+        tokens = _ranked(path, raw.decode("ascii", "backslashreplace"))
+    except ValueError as error:
+        what = what_is(path)
+        raise ValueError(str(error) + (what and f": {what}")) from None
+    return _encoding(path.stem, tokens)
+
+
+def _ranked(path, text):
+    """The tokens of a rank file, in order of rank."""
+    by_rank, seen = {}, set()
     for number, line in enumerate(text.splitlines(), 1):
         if line.strip():
             token, rank = _read_line(f"{path}:{number}", line)
@@ -741,7 +760,7 @@ def load(path):
                 raise ValueError(f"{path}:{number}: {token} comes twice")
             by_rank[rank] = token
             seen.add(token)
-    return _encoding(path.stem, _check_ranks(path, by_rank, seen))
+    return _check_ranks(path, by_rank, seen)
 
 
 # %% check the ranks tags=["exporti"]
@@ -1260,7 +1279,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmnb.files import replacing
+from llmnb.files import replacing, what_is
 
 # %% the header of a shard tags=["exporti"] module="data"
 SHARD_MAGIC = 20240520
@@ -1329,9 +1348,10 @@ def shard_length(path):
     with open(path, "rb", buffering=0) as file:
         size, header = os.fstat(file.fileno()).st_size, file.read(12)
     if size < HEADER_BYTES or len(header) < 12:
+        what = what_is(path)
         raise ValueError(
             f"{path}: a shard has a header of {HEADER_BYTES} bytes, "
-            f"the file has {size}"
+            f"the file has {size}" + (what and f": {what}")
         )
     magic, version, count = np.frombuffer(header, "<i4").tolist()
     right = HEADER_BYTES + 2 * count
@@ -1342,7 +1362,11 @@ def shard_length(path):
         (size == right, f"size for {count} tokens", f"{right} bytes", size),
     ):
         if not ok:
-            raise ValueError(f"{path}: the {what} must be {must}, got {got}")
+            other = what_is(path, SHARD_MAGIC)
+            raise ValueError(
+                f"{path}: the {what} must be {must}, got {got}"
+                + (other and f": {other}")
+            )
     return count
 
 

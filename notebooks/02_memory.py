@@ -905,7 +905,15 @@ for args in (
 # | 0 | 20240326, which marks the file as a model |
 # | 1 | the version: 3 for float32, 5 for bfloat16 |
 # | 2 to 7 | `max_seq_len`, `vocab_size`, `num_layers`, `num_heads`, `channels`, padded vocabulary |
-# | 8 to 255 | zero |
+# | 8 to 253 | zero |
+# | 254 | 1 if a checksum follows, else zero |
+# | 255 | the checksum, CRC-32, of the numbers and then of the header without it |
+#
+# llm.c writes zeros behind number 7 and does not look at them, so the last
+# two are ours: a weight with a flipped bit is still a number, and only a sum
+# tells. It stands in the file itself, since a sum in a file of its own could
+# be of another day when the machine stops between the two. Files without one
+# are read as ever.
 #
 # *bfloat16* is the upper half of a float32: the sign, all eight bits of the
 # exponent, and seven of the 23 bits behind the point. It reads back by putting
@@ -927,6 +935,8 @@ for args in (
 
 # %% imports of the checkpoint tags=["export"] module="checkpoint"
 import os
+import zlib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -934,7 +944,7 @@ import numpy as np
 
 from llmnb.checks import check_array
 from llmnb.config import GPT2Config, parameter_count, parameter_shapes
-from llmnb.files import make_folder, replacing
+from llmnb.files import make_folder, read_small, replacing, what_is
 
 
 # %% to bfloat16 and back tags=["export"] module="checkpoint"
@@ -978,6 +988,7 @@ print([f"{h:04x}" for h in halves])
 MAGIC = 20240326
 BODIES = {3: "<f4", 5: "<u2"}  # a version and how its numbers are stored
 HEADER = 256  # int32 numbers, 1,024 bytes
+SUMMED = 1  # in a header with a checksum, the last number but one
 CHUNK = 1 << 22  # numbers read or written at a time: 16 MiB of float32
 
 
@@ -997,14 +1008,20 @@ def write_checkpoint(path, cfg, params, version=3):
             f"write_checkpoint: version must be 3 (float32) or 5 (bfloat16), "
             f"got {version!r}"
         )
-    header = np.zeros(HEADER, "<i4")
+    header = np.zeros(HEADER, "<u4")
     header[:8] = MAGIC, version, *_sizes(cfg)
+    header[-2], total = SUMMED, 0
     with replacing(path) as file:
-        file.write(header.tobytes())
+        file.write(header.data)
         for part in _pieces(params):
             part = part.astype(np.float32, copy=False)
             body = to_bfloat16(part) if version == 5 else part
-            file.write(body.astype(BODIES[version], copy=False).data)
+            body = body.astype(BODIES[version], copy=False).data
+            total = zlib.crc32(body, total)
+            file.write(body)
+        header[-1] = zlib.crc32(header, total)
+        file.seek(0)
+        file.write(header.data)
 
 
 # %% pieces, and the six sizes tags=["exporti"] module="checkpoint"
@@ -1037,6 +1054,8 @@ def _bin_header(path):
     """Version and configuration of a .bin, checked against its length."""
     with open(path, "rb") as file:
         raw = file.read(4 * HEADER)
+    if what := what_is(path, MAGIC):
+        raise ValueError(f"{path}: {what}")
     if len(raw) < 4 * HEADER:
         raise ValueError(
             f"{path}: {len(raw)} bytes are too few for a header of 1024"
@@ -1079,13 +1098,27 @@ def _check_length(path, version, cfg):
 def _read_bin(path, version, params):
     """Fill params, checked before, from the numbers behind the header."""
     with open(path, "rb") as file:
-        file.seek(4 * HEADER)
+        header, total = np.fromfile(file, "<u4", HEADER), 0
         for name, array in params.items():
             for part in _pieces(array.reshape(-1)):
                 body = np.fromfile(file, BODIES[version], part.size)
                 if body.size != part.size:
                     raise ValueError(f"{path}: ends within {name}")
+                total = zlib.crc32(body, total)
                 part[...] = from_bfloat16(body) if version == 5 else body
+    _check_sum(path, header, total)
+
+
+def _check_sum(path, header, total):
+    """Raise unless a .bin has the sum that its header keeps, if any."""
+    marked, kept = header[-2:].tolist()
+    header[-1] = 0
+    if marked == SUMMED and kept != zlib.crc32(header, total):
+        raise ValueError(
+            f"{path} is damaged, its checksum is not the one in its header: "
+            "take another copy, or write it anew, as `llmnb train --resume` "
+            "does for a run"
+        )
 
 
 # %% three bad files
@@ -1125,12 +1158,22 @@ for name, raw in bad_files.items():
 # memory. Our models fill half of a machine's memory, so we write ourselves,
 # one array after the other.
 
+# %% [markdown]
+# A disk, a memory or a copy may flip a bit, and a weight with a flipped bit is
+# still a number. So a sum is kept of each array, CRC-32, in the metadata,
+# which other programs pass over. It covers the array's bytes and whatever says
+# how to read them: its name, type and shape, and the other metadata.
+# The sums are known when the arrays are written, so the table, whose length
+# they do not change, is written twice. CRC-32 finds accidents, not intent: who
+# wants to deceive computes it anew.
+
 # %% imports of the container tags=["export"] module="tensors"
 import json
+import zlib
 
 import numpy as np
 
-from llmnb.files import replacing
+from llmnb.files import replacing, what_is
 
 # %% types by their names tags=["export"] module="tensors"
 DTYPES = {
@@ -1146,6 +1189,8 @@ DTYPES = {
     "BF16": "<u2",  # read as float32; we write none
 }
 NAMES = {np.dtype(v): k for k, v in DTYPES.items() if k != "BF16"}
+LONGEST_TABLE = 1 << 23  # bytes; a GPT-2 of 48 blocks takes 64 thousand
+_SUMS = "llmnb.crc32"  # where the metadata keep the sums, as JSON
 
 
 # %% write tensors tags=["export"] module="tensors"
@@ -1154,12 +1199,13 @@ def write_tensors(path, tensors, metadata=None):
 
     tensors: a mapping from name to array, of any shape and a dtype in
     `DTYPES`, or TypeError is raised. metadata: a mapping from str to str.
-    No more than one array is copied at a time. The file appears whole or
-    not at all.
+    A checksum of each array goes with them; ValueError when all that takes
+    more than `LONGEST_TABLE` bytes. No more than one array is copied at a
+    time. The file appears whole or not at all.
 
     Derived in chapter 2.
     """
-    table, at = {"__metadata__": dict(metadata or {})}, 0
+    note, table, at = dict(metadata or {}), {}, 0
     # the widest numbers first, so that each array begins at a multiple of
     # its numbers' size
     order = sorted(tensors, key=lambda name: -tensors[name].itemsize)
@@ -1167,12 +1213,16 @@ def write_tensors(path, tensors, metadata=None):
         x = tensors[name]
         table[name] = _entry(name, x, at)
         at += x.nbytes
-    head = json.dumps(table).encode()
-    head += b" " * (-len(head) % 8)
+    sums = dict.fromkeys(order, 0)
+    head = _head(table, note, sums)
     with replacing(path) as file:
-        file.write(len(head).to_bytes(8, "little") + head)
+        file.write(head)
         for name in order:
-            file.write(np.ascontiguousarray(tensors[name]).reshape(-1).data)
+            body = np.ascontiguousarray(tensors[name]).reshape(-1).data
+            sums[name] = zlib.crc32(body, _told(table, note, name))
+            file.write(body)
+        file.seek(0)
+        file.write(_head(table, note, sums))
 
 
 # %% a row of the table tags=["exporti"] module="tensors"
@@ -1187,13 +1237,36 @@ def _entry(name, x, at):
     return {"dtype": kind, "shape": list(x.shape), "data_offsets": places}
 
 
+# %% the table and its sums tags=["exporti"] module="tensors"
+def _head(table, note, sums):
+    """The file up to its arrays, of one length for any sums."""
+    kept = json.dumps({name: f"{x:08x}" for name, x in sums.items()})
+    table = {"__metadata__": note | {_SUMS: kept}} | table
+    head = json.dumps(table).encode()
+    if len(head) > LONGEST_TABLE:
+        raise ValueError(
+            f"write_tensors: names and metadata must take at most "
+            f"{LONGEST_TABLE:,} bytes, got {len(head):,}"
+        )
+    head += b" " * (-len(head) % 8)
+    return len(head).to_bytes(8, "little") + head
+
+
+def _told(table, note, name):
+    """The sum of all that says how to read an array; its bytes go on."""
+    row = table[name]["dtype"], table[name]["shape"]
+    return zlib.crc32(json.dumps([note, name, row], sort_keys=True).encode())
+
+
 # %% [markdown]
 # Reading is the library's job: it knows how a table can lie. Names that
 # overlap, offsets beyond the end, a shape that does not match its bytes, a
 # table of a gigabyte: it refuses them all before a number is read. What it
 # cannot give to NumPy is bfloat16, a type that NumPy does not have: the
 # upper half of a float32. So after the library has checked the table we read
-# the bytes ourselves, and put 16 zero bits below each bfloat16.
+# the bytes ourselves, and put 16 zero bits below each bfloat16. What the
+# library allows is a table of 100 MB, which grows to twenty times that when
+# Python parses it: we allow eight.
 
 
 # %% read tensors tags=["export"] module="tensors"
@@ -1203,7 +1276,8 @@ class TensorFile:
     Raises ValueError, naming the file, when it is not a whole safetensors
     file, and OSError when it cannot be read. metadata: a dict of str. names:
     a list. file[name] is a new array; bfloat16 becomes float32. ValueError
-    for a dtype that is not in `DTYPES`, KeyError for an unknown name.
+    for a dtype that is not in `DTYPES` and for an array that does not match
+    the checksum it was written with, KeyError for an unknown name.
 
     Derived in chapter 2.
     """
@@ -1212,17 +1286,19 @@ class TensorFile:
         from safetensors import SafetensorError, safe_open
 
         self.path = path
-        with open(path, "rb") as file:
-            try:
-                with safe_open(path, framework="numpy") as checked:
-                    self.metadata = dict(checked.metadata() or {})
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{path}: not a whole safetensors file ({error})"
-                ) from None
-            size = int.from_bytes(file.read(8), "little")
-            self._table = json.loads(file.read(size))
-        self._table.pop("__metadata__", None)
+        try:
+            with open(path, "rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                if size > LONGEST_TABLE:
+                    raise ValueError(f"a table of {size:,} bytes is too long")
+                with safe_open(path, framework="numpy"):
+                    self._table = json.loads(file.read(size))
+            self.metadata = self._table.pop("__metadata__", {})
+            self._sums = dict(json.loads(self.metadata.pop(_SUMS, "{}")))
+        except (SafetensorError, ValueError, TypeError, RecursionError) as e:
+            raise ValueError(
+                f"{path}: not a whole safetensors file ({what_is(path) or e})"
+            ) from None
         self._start = 8 + size
         self.names = list(self._table)
 
@@ -1243,9 +1319,19 @@ class TensorFile:
         x = np.fromfile(self.path, dtype, count, offset=offset)
         if x.size != count:
             raise ValueError(f"{self.path}: ends within {name}")
+        self._check(name, x)
         if kind == "BF16":
             x = (x.astype(np.uint32) << 16).view(np.float32)
         return x.reshape(self.shape(name))
+
+    def _check(self, name, x):
+        """Raise unless an array has the sum it was written with, if any."""
+        found = zlib.crc32(x, _told(self._table, self.metadata, name))
+        if self._sums.get(name, f"{found:08x}") != f"{found:08x}":
+            raise ValueError(
+                f"{self.path}: {name} is damaged, its checksum is not the one "
+                "it was written with: take another copy, or write it anew"
+            )
 
     def _span(self, name):
         return self._table[name]["data_offsets"]
@@ -1270,6 +1356,16 @@ whole = (folder / "any.safetensors").read_bytes()
 (folder / "short.safetensors").write_bytes(whole[:-8])
 try:
     TensorFile(folder / "short.safetensors")
+except ValueError as error:
+    print(str(error).replace(f"{folder}{os.sep}", ""))
+
+# %% a bit that flips
+flipped = bytearray(whole)
+flipped[-1] ^= 1
+(folder / "flipped.safetensors").write_bytes(flipped)
+try:
+    file = TensorFile(folder / "flipped.safetensors")
+    _ = file["step"], file["weights"]
 except ValueError as error:
     print(str(error).replace(f"{folder}{os.sep}", ""))
 
@@ -1409,11 +1505,14 @@ def write_folder(folder, cfg, params):
 
 
 # %% read JSON tags=["exporti"] module="checkpoint"
-def _read_json(path):
+def _read_json(path, most=1 << 20):
+    """The object in a JSON file of at most so many bytes, as a dict."""
+    raw = read_small(path, most)
     try:
-        found = json.loads(Path(path).read_bytes())
+        found = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
+        what = what_is(path) or f"not JSON ({error})"
+        raise ValueError(f"{path}: {what}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: must hold a JSON object")
     return found
@@ -1423,7 +1522,9 @@ def _read_json(path):
 # Files by others vary. Some names begin with `transformer.`; some files hold
 # the causal masks, `attn.bias` and `attn.masked_bias`, which are no parameters;
 # some hold the output matrix once more as `lm_head.weight`, which must then
-# equal `wte`. And a large model lies in several files, with an *index* that
+# equal `wte`. Others hold it *only* under that name: it and `wte` are one
+# tensor with two names, of which safetensors' `save_model` keeps one. And a
+# large model lies in several files, with an *index* that
 # names the file of each tensor. A name from a file is used as a path here, and
 # must not lead out of the folder.
 
@@ -1449,7 +1550,7 @@ def _neighbour(path, name):
     """The TensorFile of that name in the folder of `path`."""
     if name in ("", ".", "..") or set(name) & set("/\\:\0"):
         raise ValueError(
-            f"{path}: {name!r} must name a file in the same folder"
+            f"{path}: {name!r:.80} must name a file in the same folder"
         )
     return TensorFile(path.parent / name)
 
@@ -1468,13 +1569,16 @@ def _tensors(path):
         if short in tensors:
             raise ValueError(f"{path}: {short} comes twice")
         tensors[short] = file, name
+    if "lm_head.weight" in tensors:
+        tensors.setdefault("wte.weight", tensors["lm_head.weight"])
     return tensors
 
 
 # %% [markdown]
 # The shapes tell the configuration, all but the number of heads: our own
-# files name it, a `config.json` beside the file does, and otherwise a head
-# is taken to have 64 channels, as in every GPT-2 that was published. A
+# files name it, and a `config.json` beside the file does. Without either it is
+# known for the four shapes that OpenAI published. A wrong guess would give a
+# model that writes nonsense without a word, so of any other we ask for it. A
 # `config.json` that contradicts the shapes is an error, and so is one that asks
 # for another computation than ours.
 
@@ -1487,16 +1591,16 @@ def _hub_config(path, tensors):
     for name, known in FIXED.items():
         if config.get(name, known[0]) not in known:
             raise ValueError(
-                f"{described}: {name} is {config[name]!r}, where a GPT-2 "
+                f"{described}: {name} is {config[name]!r:.80}, where a GPT-2 "
                 f"has {known[0]!r}"
             )
     sizes = _sizes_of(path, tensors)
-    heads = _heads(path, tensors, config, sizes[-1])
+    heads = _heads(path, tensors, config, sizes[2:])
     cfg = _config(path, [*sizes[:3], heads, sizes[-1]])
     for name, value in _described(cfg).items():
         if config.get(name, value) != value:
             raise ValueError(
-                f"{described}: {name} is {config[name]!r}, where "
+                f"{described}: {name} is {config[name]!r:.80}, where "
                 f"{path.name} has {value}"
             )
     _check_shapes(path, cfg, tensors)
@@ -1522,20 +1626,24 @@ def _sizes_of(path, tensors):
     return wpe.shape(full)[0], vocab_size, layers, channels
 
 
-def _heads(path, tensors, config, channels):
-    """The number of heads: written down, or one for 64 channels."""
+# heads of the published models, by their blocks and channels
+PUBLISHED = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}
+
+
+def _heads(path, tensors, config, shape):
+    """The number of heads: written down, or that of a published model."""
     file, _ = tensors["wte.weight"]
     written = file.metadata.get("n_head", "")
     if written.isdecimal() and len(written) < 10:
         return int(written)
-    if "n_head" in config:
-        return config["n_head"]
-    if channels % 64:
+    heads = config.get("n_head", PUBLISHED.get(shape))
+    if heads is None:
         raise ValueError(
-            f"{path}: how many heads? There is no config.json beside it, "
-            f"and {channels} channels are no multiple of 64"
+            f"{path}: how many heads? No tensor shows it: put the model's "
+            'config.json beside it, or one that holds {"n_head": 12}, if it '
+            "is 12"
         )
-    return channels // 64
+    return heads
 
 
 # %% check all shapes tags=["exporti"] module="checkpoint"
@@ -1569,12 +1677,10 @@ def _check_shapes(path, cfg, tensors):
 # %% read tensors into place tags=["exporti"] module="checkpoint"
 def _read_hub(path, cfg, tensors, params):
     """Fill params, checked before, one tensor at a time."""
-    if "lm_head.weight" in tensors:
-        (head, name), (file, wte) = (
-            tensors[x] for x in ("lm_head.weight", "wte.weight")
-        )
-        if not np.array_equal(head[name], file[wte], equal_nan=True):
-            raise ValueError(f"{path}: lm_head.weight must equal {wte}")
+    file, wte = tensors["wte.weight"]
+    head, name = tensors.get("lm_head.weight", (file, wte))
+    if name != wte and not np.array_equal(head[name], file[wte], True):
+        raise ValueError(f"{path}: lm_head.weight must equal {wte}")
     for name, (ours, index) in _places(cfg).items():
         file, full = tensors[name]
         _part(params[ours], index)[...] = file[full]
@@ -1585,10 +1691,23 @@ def _read_hub(path, cfg, tensors, params):
 # ## One door for every format
 #
 # A caller should not need to know which format it has. A folder is looked
-# into; otherwise the name's ending decides.
+# into; otherwise the name's ending decides. A folder with a model in another
+# format says which.
+#
+# A model may have more rows in `wte` than its tokenizer has tokens: 50,304 for
+# GPT-2's 50,257, which makes a product faster, or 50,258 where somebody has
+# added a token to pad with. No text contains them, and none may be written.
+# We have rows without a token already, those up to the next multiple of 128,
+# which every layer leaves out. So whoever knows the number of tokens says it,
+# and the rows beyond become padding like the others; if there are more than
+# those, the tokenizer is probably another.
 
 
 # %% which file it is tags=["exporti"] module="checkpoint"
+# endings of models that we do not read, which is to be said
+OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".gguf", ".npz")
+
+
 def _find(path):
     """The file to read: the path itself, or what a folder holds."""
     path = Path(path)
@@ -1598,6 +1717,9 @@ def _find(path):
     for name in names:
         if (path / name).exists():
             return path / name
+    for other in sorted(path.glob("*.*")):
+        if other.suffix in OTHERS and (what := what_is(other)):
+            raise ValueError(f"{other}: {what}")
     raise FileNotFoundError(f"{path}: holds none of {', '.join(names)}")
 
 
@@ -1613,19 +1735,39 @@ def _open(path):
 
 
 # %% read any model tags=["export"] module="checkpoint"
-def read_config(path):
+def read_config(path, tokens=None):
     """The configuration of a model on disk, checked against its files.
 
     path: llm.c's .bin (float32 or bfloat16), a .safetensors file or the
     index of several in Hugging Face's layout, or a folder that holds one
     of these as model.bin, model.safetensors or model.safetensors.index.json.
-    Raises ValueError, naming the file, when it is no GPT-2, or when its
-    sizes, its shapes or its length do not fit; OSError when it cannot be
-    read. Nothing is allocated before that is known.
+    tokens: how many its tokenizer has; rows beyond, up to the next multiple
+    of 128, are not counted as tokens. Raises ValueError, naming the file,
+    when it is no GPT-2, or when its sizes, its shapes or its length do not
+    fit, or the tokens; OSError when it cannot be read. Nothing is allocated
+    before that is known.
 
     Derived in chapter 2.
     """
-    return _open(path)[0]
+    cfg = _open(path)[0]
+    return cfg if tokens is None else without_padding(path, cfg, tokens)
+
+
+def without_padding(path, cfg, tokens, tokenizer=""):
+    """The configuration of a model on disk for a tokenizer's tokens.
+
+    path, cfg, tokens: as for read_config. Raises ValueError, which names
+    the path and the tokenizer, when it must be another model's.
+
+    Derived in chapter 2.
+    """
+    few = replace(cfg, vocab_size=tokens)
+    if not tokens <= cfg.vocab_size <= few.padded_vocab_size:
+        named = "the tokenizer" + (tokenizer and f" {tokenizer}")
+        raise ValueError(
+            f"{path} has {cfg.vocab_size} tokens, {named} has {tokens}"
+        )
+    return few
 
 
 def read_checkpoint(path, cfg, params):
@@ -1635,12 +1777,12 @@ def read_checkpoint(path, cfg, params):
     from llm.c's names to arrays in the shapes of parameter_shapes(cfg),
     float32 or float64, as `GPT2.params`. Raises ValueError or TypeError when
     they do not fit the file, before any is written to, and ValueError when
-    the file ends early after all.
+    the file ends early after all, or does not match its checksum.
 
     Derived in chapter 2.
     """
     found, fill = _open(path)
-    if found != cfg:
+    if without_padding(path, found, cfg.vocab_size) != cfg:
         raise ValueError(f"{path}: holds {found}, not {cfg}")
     ours = {}
     for name, shape in parameter_shapes(cfg).items():
@@ -1648,6 +1790,8 @@ def read_checkpoint(path, cfg, params):
         label = f"read_checkpoint: {name}"
         check_array(label, params[name], shape, written=True)
     fill(ours)
+    if cfg != found:
+        ours["wte"][cfg.vocab_size :] = 0
 
 
 # %% there and back

@@ -455,16 +455,23 @@ class GPT2:
 
     @classmethod
     def from_checkpoint(
-        cls, path, batch_size, seq_len, backend="cpu", precision="fp32"
+        cls,
+        path,
+        batch_size,
+        seq_len,
+        backend="cpu",
+        precision="fp32",
+        tokens=None,
     ):
         """A GPT2 with weights from disk, in any format that is known.
 
         path: llm.c's .bin, a .safetensors file or the index of several, or
-        a model folder; see llmnb.checkpoint.read_config. Raises ValueError,
-        naming the file, when its sizes do not fit; OSError when it cannot
-        be read.
+        a model folder; tokens: how many its tokenizer has, if rows beyond
+        are to be padding; see llmnb.checkpoint.read_config. Raises
+        ValueError, naming the file, when its sizes do not fit; OSError when
+        it cannot be read.
         """
-        cfg = read_config(path)
+        cfg = read_config(path, tokens)
         model = cls(cfg, batch_size, seq_len, backend, precision, seed=None)
         model._fill_params(partial(read_checkpoint, path, cfg))
         return model

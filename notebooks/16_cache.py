@@ -904,12 +904,12 @@ class Decoder:
         return cls(model.cfg, batch_size, seq_len, dtype).load(model.params)
 
     @classmethod
-    def from_checkpoint(cls, path, batch_size=1, seq_len=None):
-        """A Decoder with weights from disk; path: as for read_config.
+    def from_checkpoint(cls, path, batch_size=1, seq_len=None, tokens=None):
+        """A Decoder with weights from disk; path, tokens: see read_config.
 
         For a while it holds them twice: as they are read, and packed.
         """
-        cfg = read_config(path)
+        cfg = read_config(path, tokens)
         decoder = cls(cfg, batch_size, seq_len)
         arena = Arena({"params": (np.float32, parameter_shapes(cfg))})
         read_checkpoint(path, cfg, arena["params"])

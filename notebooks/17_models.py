@@ -55,7 +55,7 @@ import numpy as np
 from llmnb.checkpoint import CHUNK, read_config
 from llmnb.checks import check_tokens
 from llmnb.config import GPT2Config, parameter_shapes
-from llmnb.files import replacing
+from llmnb.files import read_small, replacing, what_is
 from llmnb.gpt2 import GPT2
 
 
@@ -357,18 +357,24 @@ def _parts(cfg, B, T):
 
 
 def _check_header(path, rows):
-    """Raise for the first row whose `ok` is False."""
+    """Raise for the first row whose `ok` is False; the first is the kind."""
     for ok, what, must, got in rows:
         if not ok:
-            raise ValueError(f"{path}: the {what} must be {must}, got {got}")
+            other = what_is(path, rows[0][2])
+            raise ValueError(
+                f"{path}: the {what} must be {must}, got {got}"
+                + (other and f": {other}")
+            )
 
 
 def _read_header(path, count):
     """The first numbers of a header, once it is known to be whole."""
     size = os.path.getsize(path)
     if size < HEADER_BYTES:
+        what = what_is(path)
         raise ValueError(
             f"{path}: {size} bytes are too few for a header of {HEADER_BYTES}"
+            + (what and f": {what}")
         )
     return size, *np.fromfile(path, "<i4", count).tolist()
 
@@ -513,7 +519,8 @@ def read_tokenizer(path):
         (fits, "size", f"right for {count} tokens", size),
     )
     _check_header(path, rows)
-    raw, tokens, at = Path(path).read_bytes(), [], HEADER_BYTES
+    raw = read_small(path, HEADER_BYTES + (1 << 24))  # of 65,536 tokens
+    tokens, at = [], HEADER_BYTES
     for number in range(count):
         length = raw[at] if at < len(raw) else 0
         token = raw[at + 1 : at + 1 + length]
@@ -560,11 +567,16 @@ def write_tokenizer(path, encoding):
 # the encoder can be rebuilt, if three things hold, and they can be checked:
 # all 256 bytes are there, every other token joins two earlier ones, and none
 # comes twice. A vocabulary of another kind, say WordPiece's, fails the second.
+# The check tries every place where a token may be joined, which is quadratic
+# in its length: a token of more than 255 bytes is refused, not tried.
 # What the file cannot tell is how a text is cut into words before; we take
 # GPT-2's rule.
 
 
 # %% an encoder from a decoder tags=["export"]
+LONGEST_TOKEN = 255  # bytes; GPT-2's longest has 128
+
+
 def read_encoding(path):
     """The tiktoken.Encoding of a tokenizer file, if it is a byte-level BPE.
 
@@ -592,7 +604,9 @@ def encoding_of(path, tokens):
 
     *tokens, last = tokens or [b"none"]
     if last != EOT.encode():
-        raise ValueError(f"{path}: the last token must be {EOT}, got {last}")
+        raise ValueError(
+            f"{path}: the last token must be {EOT}, got {last!r:.80}"
+        )
     rank = {token: i for i, token in enumerate(tokens)}
     if len(rank) < len(tokens):
         raise ValueError(f"{path}: a token comes twice")
@@ -600,6 +614,11 @@ def encoding_of(path, tokens):
         if bytes([byte]) not in rank:
             raise ValueError(f"{path}: no token for the byte {byte}")
     for token, i in rank.items():
+        if len(token) > LONGEST_TOKEN:
+            raise ValueError(
+                f"{path}: a token must have at most {LONGEST_TOKEN} bytes, "
+                f"number {i} has {len(token)}"
+            )
         if len(token) > 1 and not _joins(token, i, rank):
             raise ValueError(f"{path}: token {i} joins no two earlier ones")
     return _encoding(Path(path).stem, tokens)
@@ -741,7 +760,7 @@ LOSSES = (
 def _expected(path, cfg, state):
     """Ten losses to compare with, or ten times None."""
     if path.exists():
-        words = path.read_text("ascii", errors="replace").split()
+        words = read_small(path, 1 << 16).decode("ascii", "replace").split()
         try:
             losses = [float(word) for word in words]
         except ValueError as error:
@@ -902,30 +921,107 @@ plt.show()
 # from the cache when there is no network. It is an extra:
 # `pip install 'llmnb[hub]'`.
 
+# %% [markdown]
+# What is fetched should be what was meant. A name on the hub can be written
+# anew by its owner, so for OpenAI's four models the *revision* is part of the
+# address: a commit, which cannot change. And each file is compared with a hash
+# after every download, and on every later call, since a cache lies on a disk
+# too. For the large files we name the hash ourselves where it is widely
+# known: of GPT-2's smallest and largest model, of its vocabulary, and of
+# llm.c's pack, which has no commit that we know of. The rest is compared with
+# the hash that the hub gives: the cache calls a file by it, by SHA-256 where
+# it is large and by git's hash where it is small. That finds damage, but it
+# believes the hub. (On Windows the cache often goes without such names, and
+# then only the hashes that we name are compared.)
+
 # %% imports of the hub tags=["export"] module="hub"
+import hashlib
+import json
+import re
 from pathlib import Path
 
-from llmnb.checkpoint import _read_json
-from llmnb.starter import encoding_of
-
+from llmnb.checkpoint import _find, _read_json
+from llmnb.files import read_small, what_is
+from llmnb.starter import encoding_of, read_encoding
 
 # %% what can be fetched tags=["export"] module="hub"
-_FILES = "config.json", "vocab.json", "merges.txt", "model.safetensors"
-_PACK = (
-    "gpt2_124M.bin",
-    "gpt2_124M_bf16.bin",
-    "gpt2_124M_debug_state.bin",
-    "gpt2_tokenizer.bin",
-    "tiny_shakespeare_train.bin",
-    "tiny_shakespeare_val.bin",
+_BPE = {
+    "vocab.json": (
+        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+    ),
+    "merges.txt": (
+        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+    ),
+}
+# files and their SHA-256, or "" for the hash that the hub gives
+_FILES = dict.fromkeys(
+    ("config.json", "vocab.json", "merges.txt", "model.safetensors"), ""
 )
-# name: kind of repository, its name, its files
+_SMALL = (
+    _FILES
+    | _BPE
+    | {
+        "model.safetensors": (
+            "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"
+        ),
+    }
+)
+_XL = (
+    _FILES
+    | _BPE
+    | {
+        "model.safetensors": (
+            "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"
+        ),
+    }
+)
+_PACK = {
+    "gpt2_124M.bin": (
+        "3da8b207584030bcdcd207cf7a99952e3421dce92da218b351071857511bf162"
+    ),
+    "gpt2_124M_bf16.bin": (
+        "6661f45628102b4c6e86835d9057b5ba2c024dbf9b81445175e258b7878a1a6f"
+    ),
+    "gpt2_124M_debug_state.bin": (
+        "a80c4448eed47c561314a2189e62c49b2c7477c265fc2f15c8470d18401693d9"
+    ),
+    "gpt2_tokenizer.bin": (
+        "6f3abc21e444e4e8300e225f4e03da48ea121cf17e30f67009b8dad7a66c2f13"
+    ),
+    "tiny_shakespeare_train.bin": (
+        "8a70606be574040c26d225694f5f9759973b419852d22f7fe5c118e1b359dcc8"
+    ),
+    "tiny_shakespeare_val.bin": (
+        "fe99db720dc7c83e694806d4e047a952909411da1daccde4ccc2e55f40882a62"
+    ),
+}
+# name: kind of repository, its name, the revision, its files
 SOURCES = {
-    "gpt2": ("model", "openai-community/gpt2", _FILES),
-    "gpt2-medium": ("model", "openai-community/gpt2-medium", _FILES),
-    "gpt2-large": ("model", "openai-community/gpt2-large", _FILES),
-    "gpt2-xl": ("model", "openai-community/gpt2-xl", _FILES),
-    "starter-pack": ("dataset", "karpathy/llmc-starter-pack", _PACK),
+    "gpt2": (
+        "model",
+        "openai-community/gpt2",
+        "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+        _SMALL,
+    ),
+    "gpt2-medium": (
+        "model",
+        "openai-community/gpt2-medium",
+        "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+        _FILES,
+    ),
+    "gpt2-large": (
+        "model",
+        "openai-community/gpt2-large",
+        "32b71b12589c2f8d625668d2335a01cac3249519",
+        _FILES,
+    ),
+    "gpt2-xl": (
+        "model",
+        "openai-community/gpt2-xl",
+        "15ea56dee5df4983c59b2538573817e1667135e2",
+        _XL,
+    ),
+    "starter-pack": ("dataset", "karpathy/llmc-starter-pack", "main", _PACK),
 }
 
 
@@ -936,8 +1032,9 @@ def fetch(name):
     name: one of SOURCES, else ValueError. The library huggingface_hub, the
     extra `hub` of llmnb, downloads what its cache lacks, with a bar on
     stderr, and goes on where an earlier download broke off; with the files
-    in the cache no network is needed. Raises ImportError when the library
-    is missing and OSError when the files cannot be had, in one sentence.
+    in the cache no network is needed. All are of one revision, and each has
+    the hash it should have. Raises ImportError when the library is missing
+    and OSError when the files cannot be had or are others, in one sentence.
 
     Derived in chapter 17.
     """
@@ -950,13 +1047,44 @@ def fetch(name):
         raise ImportError(
             "fetch needs the package huggingface_hub: pip install 'llmnb[hub]'"
         ) from None
-    kind, repo, files = SOURCES[name]
+    kind, repo, revision, files = SOURCES[name]
+    paths = {}
     try:
-        paths = [hf_hub_download(repo, x, repo_type=kind) for x in files]
+        for file in files:
+            how = {"repo_type": kind, "revision": revision}
+            paths[file] = Path(hf_hub_download(repo, file, **how))
+            revision = paths[file].parent.name  # a commit, for all the others
     except Exception as error:  # its errors have no root in common
         why = str(error).strip().partition("\n")[0] or type(error).__name__
         raise OSError(f"fetch: cannot get {name} from {repo}: {why}") from None
-    return Path(paths[-1]).parent
+    for file, path in paths.items():
+        _check_hash(path, files[file])
+    return path.parent
+
+
+# %% compare its hash tags=["exporti"] module="hub"
+def _check_hash(path, want):
+    """Raise OSError unless a file has a SHA-256, or the hub's own hash."""
+    path = path.resolve()  # in the cache a file is called by its hash
+    want = want or path.name
+    kinds = {64: (hashlib.sha256, b""), 40: (hashlib.sha1, _git(path))}
+    if len(want) not in kinds:  # a cache without links, as on Windows
+        return
+    new, before = kinds[len(want)]
+    digest = new(before, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    if digest.hexdigest() != want:
+        raise OSError(
+            f"fetch: {path} is not what was published, its hash is "
+            f"{digest.hexdigest()}, not {want}: remove it and fetch again"
+        )
+
+
+def _git(path):
+    """What git puts before a file when it computes its hash."""
+    return b"blob %d\0" % path.stat().st_size
 
 
 # %% [markdown]
@@ -998,24 +1126,106 @@ def _letters():
     return letters | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
+# %% [markdown]
+# The merges come in a file of their own, `merges.txt`, two tokens a line. With
+# it we need not guess how a token was made. Every token is a byte, or joins
+# two tokens as the merge of its line says, or it is *special*: no text becomes
+# it. Programs other than GPT-2's give special tokens the first numbers, or add
+# some behind the last, to pad with; those behind are left out, and the rows of
+# the model that belong to them become padding ([chapter 2](02_memory.ipynb)).
+# tiktoken wants the merges in order of the tokens' numbers, and so do we.
+
+
 # %% read a vocabulary tags=["export"] module="hub"
+LONGEST_VOCAB = 1 << 23  # bytes of a file; GPT-2's have one to four million
+
+
 def read_vocab(path):
     """The tiktoken.Encoding of a vocab.json of GPT-2's kind.
 
-    Raises ValueError, naming the file, when its numbers are not 0, 1, 2, ...
-    or its tokens not those of a byte-level BPE in order of rank.
+    With a merges.txt beside it, as the merges say. Raises ValueError, naming
+    the file, when its numbers are not 0, 1, 2, ... or its tokens not those of
+    a byte-level BPE in order of rank.
 
     Derived in chapter 17.
     """
-    vocab, letters = _read_json(path), _letters()
+    path = Path(path)
+    vocab, merges = _read_json(path, LONGEST_VOCAB), path.parent / "merges.txt"
     if set(map(repr, vocab.values())) != set(map(str, range(len(vocab)))):
         raise ValueError(f"{path}: must number its tokens 0, 1, 2, ...")
+    if merges.is_file():
+        return _merged(path, vocab, _read_merges(merges))
     tokens = sorted(vocab, key=vocab.get)
-    for token in tokens:
-        if not set(token) <= set(letters):
-            raise ValueError(f"{path}: {token!r} has letters of no byte")
-    return encoding_of(
-        path, [bytes(letters[x] for x in token) for token in tokens]
+    letters = _letters()
+    return encoding_of(path, [_bytes_of(path, x, letters) for x in tokens])
+
+
+def _bytes_of(path, token, letters):
+    """The bytes of a token that is written in letters."""
+    if not letters.keys() >= set(token):
+        raise ValueError(f"{path}: {token!r:.80} has letters of no byte")
+    return bytes(letters[x] for x in token)
+
+
+# %% read the merges tags=["exporti"] module="hub"
+def _read_merges(path):
+    """The pairs of a merges.txt, in order."""
+    lines = read_small(path, LONGEST_VOCAB).decode("utf-8", "replace")
+    if what := what_is(path):
+        raise ValueError(f"{path}: {what}")
+    lines = lines.replace("\r\n", "\n").split("\n")
+    merges = []
+    for number, line in enumerate(lines, 1):
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        if line.count(" ") != 1:
+            raise ValueError(
+                f"{path}:{number}: a line must be two tokens, got {line!r:.80}"
+            )
+        merges.append(line.split(" "))
+    return merges
+
+
+def _merged(path, vocab, merges, added=()):
+    """The encoding of a vocabulary, letters to numbers, and its merges.
+
+    added: tokens that are known to be special; so are those in brackets.
+    """
+    from tiktoken import Encoding
+
+    from llmnb.tokenizer import EOT, WORDS
+
+    letters = _letters()
+    plain = {x: vocab[x] for x in letters if x in vocab}
+    if len(plain) < 256:
+        raise ValueError(f"{path}: no token for each of the 256 bytes")
+    last = -1
+    for a, b in merges:
+        number = vocab.get(a + b, -1)
+        if a not in plain or b not in plain or number <= last:
+            raise ValueError(
+                f"{path}: the merge of {a!r:.80} and {b!r:.80} must join "
+                "earlier tokens to one with the next number"
+            )
+        plain[a + b] = last = number
+    rest = {x: n for x, n in vocab.items() if x not in plain}
+    for x in rest:
+        if x not in added and not re.fullmatch(r"<.*>|\[.*\]", x, re.DOTALL):
+            raise ValueError(
+                f"{path}: no merge makes the token {x!r:.80}: the merges are "
+                "cut short, or another vocabulary's"
+            )
+    top = max(last, *plain.values(), vocab.get(EOT, 0))
+    special = {x: n for x, n in rest.items() if n <= top}
+    if len({*plain.values(), *special.values()}) <= top:
+        raise ValueError(f"{path}: must number its tokens 0, 1, 2, ...")
+    if EOT not in special:
+        raise ValueError(
+            f"{path}: has no {EOT}, by which texts begin and end here"
+        )
+    ranks = {_bytes_of(path, x, letters): n for x, n in plain.items()}
+    return Encoding(
+        path.stem, pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special
     )
 
 
@@ -1029,6 +1239,147 @@ vocab = {token: number for number, token in enumerate(spelt)}
 sample = "the newest naïve lower\n"
 got = read_vocab(folder / "vocab.json").encode_ordinary(sample)
 verdict("vocab.json", got == trained.encode_ordinary(sample), "encodes alike")
+
+# %% [markdown]
+# Newer folders have one file instead, `tokenizer.json`, which can describe any
+# tokenizer at all. The library `tokenizers` reads it, an extra:
+# `pip install 'llmnb[tokenizers]'`. We take from it what is a byte-level BPE,
+# which nearly every GPT-2 has, and build the same encoder from its vocabulary
+# and its merges. Whether that is right the library says itself: both must
+# encode a text that has something of everything alike.
+
+
+# %% read a tokenizer.json tags=["export"] module="hub"
+PROBE = (
+    "It's 1,234.5 naïve  cafés:\n\n\tdef f(x):\r\n    return 'x'  # ok\n"
+    "東京 ½ ① é \u00a0 \U0001f600 \x00\x7f I'LL we've don't__ \u2028end  "
+)
+
+
+def read_tokenizer_json(path):
+    """The tiktoken.Encoding of a tokenizer.json, if it is of GPT-2's kind.
+
+    Raises ImportError without the library tokenizers, ValueError, naming the
+    file, when it cannot read it or the tokenizer is of another kind.
+
+    Derived in chapter 17.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        raise ImportError(
+            f"{path} needs the package tokenizers: pip install "
+            "'llmnb[tokenizers]'"
+        ) from None
+    path = Path(path)
+    raw = read_small(path, LONGEST_VOCAB)
+    try:
+        theirs = Tokenizer.from_str(raw.decode("utf-8"))
+    except Exception as error:  # the library has no class of its own for it
+        what = what_is(path) or f"not a tokenizer ({error!s:.200})"
+        raise ValueError(f"{path}: {what}") from None
+    theirs.no_truncation()
+    theirs.no_padding()
+    model = json.loads(theirs.to_str())["model"]
+    if model["type"] != "BPE" or theirs.get_vocab_size() > 65536:
+        raise ValueError(
+            f"{path}: must be a BPE of at most 65,536 tokens, is "
+            f"{model['type']} of {theirs.get_vocab_size():,}"
+        )
+    merges = [x.split(" ") if type(x) is str else x for x in model["merges"]]
+    added = {x.content for x in theirs.get_added_tokens_decoder().values()}
+    ours = _merged(path, theirs.get_vocab(), merges, added)
+    known = theirs.encode(PROBE, add_special_tokens=False).ids
+    if ours.encode_ordinary(PROBE) != known:
+        raise ValueError(
+            f"{path}: cuts or merges a text in another way than GPT-2's "
+            "byte-level BPE, which is the only one known here"
+        )
+    return ours
+
+
+# %% [markdown]
+# ## Which tokenizer
+#
+# With the wrong tokenizer a model writes nonsense and scores badly, and
+# nothing else tells: many models have 50,257 tokens that are not GPT-2's. So
+# what lies beside the weights is taken. Where nothing does, GPT-2's is certain
+# for one format: llm.c knows no other. Of any other model we ask.
+
+
+# %% find and open a tokenizer tags=["export"] module="hub"
+# names of tokenizers beside a model
+BESIDE = (
+    "tokenizer.tiktoken",
+    "vocab.json",
+    "tokenizer.json",
+    "gpt2_tokenizer.bin",
+)
+
+
+def tokenizer_of(path, vocab_size):
+    """The tokenizer of a model on disk, by a name for `open_encoding`.
+
+    path: as for llmnb.checkpoint.read_config, of a model with vocab_size
+    tokens. Raises ValueError when it is not certain.
+
+    Derived in chapter 17.
+    """
+    path = Path(path)
+    if found := _beside(path if path.is_dir() else path.parent):
+        return str(found)
+    llmc = _find(path).suffix not in (".safetensors", ".json")
+    if llmc and 50257 <= vocab_size <= 50304:
+        return "gpt2"
+    raise ValueError(
+        f"{path}: which tokenizer? None of {', '.join(BESIDE[:3])} lies "
+        "beside it: name it, as in --tokenizer gpt2"
+    )
+
+
+def _beside(folder):
+    """The path of a folder's tokenizer, or None."""
+    paths = (folder / name for name in BESIDE)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def open_encoding(name):
+    """The tiktoken.Encoding that a name stands for.
+
+    name: gpt2, byte, or the path of a rank file, a vocab.json, a
+    tokenizer.json, llm.c's .bin, or a folder that holds one. Raises
+    ValueError, OSError, or ImportError for a library that is missing.
+
+    Derived in chapter 17.
+    """
+    from llmnb import tokenizer
+
+    if name in ("gpt2", "byte"):
+        return getattr(tokenizer, name)()
+    path = Path(name)
+    if path.is_dir():
+        path, folder = _beside(path), path
+        if path is None:
+            known = ", ".join(BESIDE)
+            raise FileNotFoundError(f"{folder}: holds none of {known}")
+    if path.suffix == ".json":
+        whole = path.name.endswith("tokenizer.json")
+        return (read_tokenizer_json if whole else read_vocab)(path)
+    return (read_encoding if path.suffix == ".bin" else tokenizer.load)(path)
+
+
+# %% what lies beside
+from llmnb.checkpoint import write_folder
+
+write_folder(folder / "elsewhere", CFG, model.params)
+try:
+    tokenizer_of(folder / "elsewhere", CFG.vocab_size)
+except ValueError as error:
+    print(str(error).partition("elsewhere: ")[2])
+tokenizer.save(trained, folder / "elsewhere" / "tokenizer.tiktoken")
+found = open_encoding(tokenizer_of(folder / "elsewhere", CFG.vocab_size))
+same = found.encode_ordinary(sample) == trained.encode_ordinary(sample)
+verdict("the tokenizer", same, "is found beside the weights")
 
 # %% [markdown]
 # ## Count it

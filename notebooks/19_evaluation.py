@@ -118,7 +118,7 @@ from llmnb.documents import (
     read_record,
     text_of,
 )
-from llmnb.files import replacing
+from llmnb.files import replacing, what_is
 
 
 # %% the score of a text tags=["export"]
@@ -648,9 +648,10 @@ def read_examples(path):
     """
     size = os.path.getsize(path)
     if size < 1024 or size % 2:
+        what = what_is(path)
         raise ValueError(
             f"{path}: must have a header of 1024 bytes and two bytes for "
-            f"each number, the file has {size}"
+            f"each number, the file has {size}" + (what and f": {what}")
         )
     header = np.fromfile(path, "<i4", 4)
     magic, version, count, longest = header.tolist()
@@ -661,7 +662,11 @@ def read_examples(path):
         (0 < count <= most, "count", f"1 to {most} in {size} bytes", count),
     ):
         if not ok:
-            raise ValueError(f"{path}: the {what} must be {must}, got {got}")
+            other = what_is(path, EVAL_MAGIC)
+            raise ValueError(
+                f"{path}: the {what} must be {must}, got {got}"
+                + (other and f": {other}")
+            )
     numbers, place, found = np.fromfile(path, "<u2", offset=1024), 0, []
     for i in range(count):
         example, used = _parse(f"{path}: example {i}", numbers[place:])

@@ -1,12 +1,14 @@
 """Models on disk: written, read back, and refused when they are bad."""
 
 import errno
+import gzip
 import json
 import os
 import shutil
 import stat
 import threading
 import tracemalloc
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -55,7 +57,10 @@ def test_the_bytes_are_llm_cs(saved):
     raw = path.read_bytes()
     header = np.frombuffer(raw[:1024], "<i4")
     assert header[:8].tolist() == [20240326, 3, 9, 131, 2, 3, 15, 256]
-    assert not header[8:].any()
+    assert not header[8:254].any()
+    assert header[254] == 1  # the header's own sum follows
+    sums = zlib.crc32(raw[:1020] + bytes(4), zlib.crc32(raw[1024:]))
+    assert header[255:].view("<u4") == sums
     body = np.frombuffer(raw[1024:], "<f4")
     assert body.size == 256 * 15 + 9 * 15 + 2 * (12 * 225 + 13 * 15) + 30
     wte = model.params["wte"]
@@ -442,13 +447,89 @@ def test_half_precision_is_read(folder):
     np.testing.assert_array_equal(again.params["fcw"], want)
 
 
-def test_heads_without_a_config(tmp_path):
-    cfg = GPT2Config(5, 9, 1, 2, 128)
+@pytest.mark.parametrize("channels", [64, 128])  # one head, or two, or four
+def test_heads_without_a_config_are_asked_for(tmp_path, channels):
+    cfg = GPT2Config(5, 9, 1, 2, channels)
+    model = GPT2(cfg, 1, 5, "reference")
+    write_folder(tmp_path, cfg, model.params)
+    rewrite(tmp_path, tensors_of(tmp_path))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="how many heads.*config.json"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"n_head": 2}')
+    same(model, tmp_path)
+
+
+def test_heads_of_the_published_shapes_are_known(tmp_path, monkeypatch):
+    """GPT-2's 124M has 12 blocks of 768 channels; the same with less."""
+    assert checkpoint.PUBLISHED[12, 768] == 12
+    monkeypatch.setitem(checkpoint.PUBLISHED, (1, 18), 6)
+    cfg = GPT2Config(5, 9, 1, 6, 18)
     model = GPT2(cfg, 1, 5, "reference")
     write_folder(tmp_path, cfg, model.params)
     rewrite(tmp_path, tensors_of(tmp_path))
     (tmp_path / "config.json").unlink()
     same(model, tmp_path)
+    wide = GPT2Config(5, 9, 2, 6, 18)  # as wide, but not as deep
+    write_folder(tmp_path, wide, GPT2(wide, 1, 5, "reference").params)
+    rewrite(tmp_path, tensors_of(tmp_path))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="how many heads"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_tied_head_alone_is_the_embedding(folder, prefix, indexed):
+    """As safetensors' save_model writes it: one name of two, and a note."""
+    model, path = folder
+    tensors = {prefix + n: x for n, x in tensors_of(path).items()}
+    tensors["lm_head.weight"] = tensors.pop(prefix + "wte.weight")
+    if indexed:
+        same(model, split(path, tensors))
+    else:
+        note = {f"{prefix}wte.weight": "lm_head.weight"}
+        rewrite(path, tensors, {"format": "pt", **note})
+    same(model, path)
+
+
+def with_rows(path, rows):
+    """Let wte in a folder have so many rows, none of them zero."""
+    tensors = tensors_of(path)
+    wte = tensors["wte.weight"]
+    more = np.full((rows - len(wte), wte.shape[1]), 9, "f4")
+    tensors["wte.weight"] = np.concatenate([wte, more])
+    rewrite(path, tensors)
+    describe(path, vocab_size=rows)
+
+
+@pytest.mark.parametrize("kind", ["folder", "fp32", "bf16"])
+@pytest.mark.parametrize("rows", [132, 256])
+def test_rows_beyond_the_tokenizers_are_padding(folder, kind, rows):
+    model, path = folder
+    with_rows(path, rows)
+    wide = GPT2.from_checkpoint(path, 1, 5, "reference")
+    assert wide.cfg.vocab_size == rows
+    if kind != "folder":
+        path = path / f"{kind}.bin"
+        wide.save_checkpoint(path, kind)
+    narrow = GPT2.from_checkpoint(path, 1, 5, "reference", tokens=131)
+    assert narrow.cfg == CFG
+    assert not narrow.params["wte"][131:].any()
+    tokens = np.array([[1, 2, 3, 4, 5]])
+    loss = model.forward(tokens, tokens)
+    assert wide.forward(tokens, tokens) > loss  # the others take a share
+    if kind != "bf16":
+        assert narrow.forward(tokens, tokens) == loss
+        np.testing.assert_array_equal(narrow.logits, model.logits)
+
+
+@pytest.mark.parametrize("tokens", [132, 128, 1, 0])
+def test_rows_that_are_no_padding(folder, tokens):
+    """More tokens than rows, or so few that the tokenizer is another."""
+    _, path = folder
+    with pytest.raises(ValueError, match="has 131 tokens|positive integer"):
+        read_config(path, tokens)
 
 
 def test_the_padding_is_cleared(folder):
@@ -645,6 +726,117 @@ def test_what_transformers_saves_is_read(folder, tmp_path, size):
     same(model, out)
 
 
+# flipped bits
+
+
+def flip(path, at):
+    """Flip the lowest bit of a byte."""
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("at", [1024, 5000, -1, 4 * 200, 1020])
+def test_a_flipped_bit_of_a_bin_is_seen(saved, tmp_path, precision, at):
+    """In a weight, in what the header leaves empty, in the sum itself."""
+    model, _ = saved
+    path = tmp_path / "flipped.bin"
+    model.save_checkpoint(path, precision)
+    read_checkpoint(path, CFG, model.params)
+    flip(path, at)
+    with pytest.raises(ValueError, match="flipped.bin is damaged.*resume"):
+        read_checkpoint(path, CFG, model.params)
+
+
+def test_another_number_of_heads_is_seen(saved):
+    _, path = saved
+    header(path, 5, 5)  # divides the channels as well as 3 does
+    assert read_config(path).num_heads == 5
+    with pytest.raises(ValueError, match="is damaged"):
+        GPT2.from_checkpoint(path, 1, 5, "reference")
+
+
+def test_a_bin_without_a_checksum_is_read(saved):
+    model, path = saved
+    header(path, 254, 0)
+    header(path, 255, 0)
+    same(model, path)
+
+
+@pytest.mark.parametrize("where", ["weight", "heads", "shape"])
+def test_a_flipped_bit_of_a_folder_is_seen(tmp_path, where):
+    cfg = GPT2Config(5, 9, 1, 2, 24)
+    write_folder(tmp_path, cfg, GPT2(cfg, 1, 5, "reference").params)
+    (tmp_path / "config.json").unlink()
+    path = tmp_path / "model.safetensors"
+    raw = path.read_bytes()
+    if where == "weight":
+        flip(path, -3)
+    elif where == "heads":  # "2" becomes "3"
+        flip(path, raw.index(b'"n_head": "2"') + len(b'"n_head": "'))
+    else:  # (9, 24) becomes (8, 27)
+        old, new = b'"shape": [9, 24]', b'"shape": [8, 27]'
+        assert raw.count(old) == 1
+        path.write_bytes(raw.replace(old, new))
+        file = TensorFile(path)
+        with pytest.raises(ValueError, match="wte.weight is damaged"):
+            _ = file["wte.weight"]
+        return
+    with pytest.raises(ValueError, match="model.safetensors: .* is damaged"):
+        GPT2.from_checkpoint(tmp_path, 1, 5, "reference")
+
+
+# files that are something else
+
+OTHERS = {
+    "a zip archive": b"PK\x03\x04" + bytes(2000),
+    "a pickle": b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + bytes(2000),
+    "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid "
+    b"sha256:248dfc39\nsize 548105171\n",
+    "a web page": b"\n<!DOCTYPE html>\n<html><head>" + bytes(2000),
+    "an empty file": b"",
+    "a GGUF file": b"GGUF\x03\0\0\0" + bytes(2000),
+    "a packed file": gzip.compress(bytes(20)),
+    "an HDF5 file": b"\x89HDF\r\n\x1a\n" + bytes(2000),
+    "no such file": b"Entry not found",
+    "a shard of tokens": (20240520).to_bytes(4, "little") + bytes(1500),
+    "a debug state": (20240327).to_bytes(4, "little") + bytes(1500),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+@pytest.mark.parametrize(
+    "name",
+    ["model.bin", "model.safetensors", "config.json", checkpoint.INDEX],
+)
+def test_a_file_that_is_something_else_says_so(folder, tmp_path, name, what):
+    _, path = folder
+    if name in ("model.bin", checkpoint.INDEX):
+        path = tmp_path / "other"
+        path.mkdir()
+    (path / name).write_bytes(OTHERS[what])
+    with pytest.raises(ValueError, match=f"{name}: .*this is .*{what}"):
+        read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "what"),
+    [
+        ("pytorch_model.bin", b"PK\x03\x04", "zip archive, as PyTorch"),
+        ("tf_model.h5", b"\x89HDF\r\n", "HDF5"),
+        ("gpt2.Q8_0.gguf", b"GGUF", "GGUF"),
+        ("ckpt.pt", b"\x80\x02\x8a\nl", "a pickle"),
+        ("train.bin", (20240520).to_bytes(4, "little"), "a shard of tokens"),
+    ],
+)
+def test_a_folder_of_another_kind_says_so(tmp_path, name, write, what):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_bytes(write)
+    with pytest.raises(ValueError, match=f"{name}: this is .*{what}"):
+        read_config(tmp_path)
+
+
 # damage
 
 TINY = GPT2Config(3, 5, 1, 1, 4)
@@ -713,3 +905,34 @@ def test_files_are_read_and_written_a_tensor_at_a_time(tmp_path, monkeypatch):
     for path in (folder, tmp_path / "a.bin", tmp_path / "b.bin"):
         read = partial(read_checkpoint, path, cfg, model.params)
         assert peak(read) < limit
+
+
+@pytest.mark.parametrize(
+    ("name", "raw"),
+    [
+        ("config.json", b"[" + b"[]," * 700_000 + b"[]]"),
+        ("config.json", b'{"n_head": ' + b" " * (1 << 20) + b"3}"),
+        (checkpoint.INDEX, b'{"weight_map": {' + b'"a":"b",' * 300_000),
+    ],
+)
+def test_what_describes_a_model_is_small(folder, name, raw):
+    _, path = folder
+    (path / name).write_bytes(raw)
+    which = path if name == "config.json" else path / name
+
+    def read():
+        with pytest.raises(ValueError, match=f"{name}: must have at most"):
+            read_config(which)
+
+    assert peak(read) < 1 << 20
+
+
+def test_a_long_value_makes_a_short_message(folder):
+    _, path = folder
+    for name in ("model_type", "vocab_size"):
+        shutil.copy(path / "config.json", path / "kept")
+        describe(path, **{name: "x" * 500_000})
+        with pytest.raises(ValueError, match=f"{name} is 'xxx") as error:
+            read_config(path)
+        assert len(str(error.value)) < 400
+        shutil.copy(path / "kept", path / "config.json")

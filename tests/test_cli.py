@@ -5,6 +5,7 @@ import errno
 import gzip
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_hub import own_files
 
 from llmnb import cli, shards, tokenizer
 from llmnb.checkpoint import write_folder
@@ -24,6 +26,7 @@ from llmnb.cli import main
 from llmnb.config import GPT2Config
 from llmnb.data import read_shard, write_shard
 from llmnb.gpt2 import GPT2
+from llmnb.tensors import TensorFile, write_tensors
 from llmnb.train import TrainConfig
 
 TINY = (
@@ -479,6 +482,185 @@ def test_generate_from_a_damaged_file(llmnb, tmp_path):
         code, out, err = llmnb("generate", "m.bin", "--tokenizer", "byte")
         assert (code, out) == (1, "") and "m.bin" in err
         assert err.count("\n") == 1
+
+
+# tokens
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A model folder whose 270 tokens are its own."""
+    encoding = tokenizer.train("low lower lowest, newer newest " * 3, 270)
+    cfg = GPT2Config(32, 270, 1, 2, 16)
+    model = GPT2(cfg, 1, 8, "reference")
+    write_folder(tmp_path / "hub", cfg, model.params)
+    own_files(tmp_path / "hub", encoding)
+    tokenizer.save(encoding, tmp_path / "own.tiktoken")
+    (tmp_path / "a.txt").write_text("the newest of the low " * 20)
+    return tmp_path / "hub"
+
+
+TUNE = (
+    "--corpus a.txt --batch-size 1 --seq-len 8 --steps 2 --eval-every 4 "
+    "--backend reference"
+)
+
+
+def test_a_models_own_tokens_are_used(llmnb, tmp_path, hub):
+    commands = [
+        ["generate", hub, "--prompt", "low", "--tokens", 30],
+        ["eval", hub, "--text", "a.txt"],
+        ["generate", hub / "model.safetensors", "--prompt", "newest"],
+    ]
+    for command in commands:
+        code, out, err = llmnb(*command)
+        assert code == 0, err
+        assert llmnb(*command, "--tokenizer", "own.tiktoken")[1] == out
+    code, out, err = llmnb(
+        "train", "--init", hub, "--out", "run", *TUNE.split()
+    )
+    assert code == 0, err
+    assert "270 tokens" in out
+    run, own = tmp_path / "run" / "tokenizer.tiktoken", Path("own.tiktoken")
+    assert run.read_bytes() == own.read_bytes()
+    assert llmnb("train", "--resume", "run", "--steps", 3)[0] == 0
+    # and for another corpus, a run's tokenizer and a folder's
+    for name in ("run/tokenizer.tiktoken", hub, hub / "vocab.json"):
+        args = ["--corpus", "a.txt", "--tokenizer", name, "--val-tokens", 30]
+        code, out, err = llmnb("data", "shards", "--force", *args)
+        assert code == 0, err
+        made = tmp_path / "shards" / "tokenizer.tiktoken"
+        assert made.read_bytes() == own.read_bytes()
+
+
+def test_a_text_may_end_in_token_0(llmnb, tmp_path, hub):
+    own_files(hub, tokenizer.load("own.tiktoken"), ["<|endoftext|>"])
+    code, _, err = llmnb("train", "--init", hub, "--out", "run", *TUNE.split())
+    assert code == 0, err
+    kept = tokenizer.load(tmp_path / "run" / "tokenizer.tiktoken")
+    assert (kept.eot_token, kept.n_vocab) == (0, 270)
+    prompt = ["--prompt", "lowest", "--tokens", 20]
+    assert llmnb("generate", "run", *prompt)[0] == 0
+    args = ["--corpus", "a.txt", "--tokenizer", hub, "--val-tokens", 30]
+    assert llmnb("data", "shards", *args)[0] == 0
+    tokens = read_shard(tmp_path / "shards" / "val.bin")
+    text = (tmp_path / "a.txt").read_text("utf-8")
+    assert text.startswith(kept.decode(list(tokens[1:]))) and tokens[0] == 0
+
+
+def test_a_tokenizer_that_nobody_knows_is_asked_for(llmnb, tmp_path, hub):
+    for path in (hub / "vocab.json", hub / "merges.txt"):
+        path.unlink()
+    for command in (
+        ["generate", hub],
+        ["eval", hub, "--text", "a.txt"],
+        ["train", "--init", hub, *TUNE.split()],
+    ):
+        code, out, err = llmnb(*command)
+        assert (code, out) == (1, "") and err.count("\n") == 1
+        assert "which tokenizer? None of tokenizer.tiktoken, vocab" in err
+        assert "name it, as in --tokenizer gpt2" in err
+        assert llmnb(*command, "--tokenizer", "own.tiktoken")[0] == 0
+
+
+@pytest.mark.parametrize("rows", [258, 300, 384])
+@pytest.mark.parametrize("name", ["m.bin", "m.safetensors", "tied"])
+def test_rows_without_a_token_are_never_drawn(llmnb, tmp_path, name, rows):
+    """They are by far the likeliest, and all others equally likely."""
+    cfg = GPT2Config(32, rows, 1, 2, 16)
+    model = GPT2(cfg, 1, 8, "reference")
+    model.params["wte"][...], model.params["wte"][:257] = 1, -1
+    model.params["lnfw"][...], model.params["lnfb"][...] = 0, 1
+    if name == "tied":  # the embedding by the name of the head alone
+        write_folder(tmp_path / name, cfg, model.params)
+        path = tmp_path / name / "model.safetensors"
+        file = TensorFile(path)
+        tensors = {x: file[x] for x in file.names}
+        tensors["lm_head.weight"] = tensors.pop("wte.weight")
+        write_tensors(path, tensors, {"wte.weight": "lm_head.weight"})
+    else:
+        model.save_checkpoint(name)
+    (tmp_path / "a.txt").write_text("some text é\n" * 9, "utf-8")
+    byte = "--tokenizer", "byte"
+    for backend in ("cpu", "reference"):
+        how = ["--tokens", 60, "--backend", backend, "--samples", 2]
+        code, out, err = llmnb("generate", name, *byte, *how)
+        assert code == 0, err
+        assert len(out.encode("utf-8", "replace")) > 100
+    code, out, err = llmnb("eval", name, *byte, "--text", "a.txt")
+    assert code == 0, err
+    assert f"{math.log(257):.4f} nats a token" in out
+    code, out, err = llmnb("train", "--init", name, *byte, *TUNE.split())
+    assert code == 0 and "16 channels, 257 tokens" in out, err
+    (log,) = tmp_path.glob("runs/*/log.csv")
+    first = log.read_text("utf-8").splitlines()[1].split(",")
+    assert float(first[1]) == pytest.approx(math.log(257), 1e-5)
+    (tuned,) = tmp_path.glob("runs/*/model.bin")
+    assert not GPT2.from_checkpoint(tuned, 1, 8).params["wte"][257:].any()
+
+
+@pytest.mark.parametrize("rows", [50257, 50258, 50304])
+def test_a_model_of_llm_cs_is_gpt2s(llmnb, tmp_path, rows):
+    try:
+        tokenizer.gpt2()
+    except ConnectionError as error:
+        pytest.skip(str(error))
+    cfg = GPT2Config(16, rows, 1, 1, 4)
+    GPT2(cfg, 1, 1, "reference").save_checkpoint("m.bin")
+    code, out, err = llmnb("generate", "m.bin", "--tokens", 5)
+    assert code == 0 and out
+    more = f"m.bin has {rows} tokens, the tokenizer gpt2 knows 50257: the "
+    assert err == ("" if rows == 50257 else f"{more}others are left out\n")
+    (tmp_path / "a.txt").write_text("It's naïve.", "utf-8")
+    assert llmnb("eval", "m.bin", "--text", "a.txt")[0] == 0
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "generate hub",
+        "generate other/m.bin --tokenizer byte",
+        "eval hub --text a.txt",
+        "train --init other/m.bin --corpus a.txt",
+        "train --shards other --tokenizer byte",
+        "generate hub --tokenizer other/vocab.json",
+        "eval other/m.bin --tokenizer byte --hellaswag other/m.bin",
+        "verify other",
+    ],
+)
+def test_a_git_lfs_pointer_is_called_one(llmnb, tmp_path, hub, command):
+    other = tmp_path / "other"
+    other.mkdir()
+    names = "m.bin", "train.bin", "val.bin", "vocab.json", "m_debug_state.bin"
+    for name in names:
+        (other / name).write_bytes(POINTER)
+    if "other/vocab.json" not in command:
+        (hub / "model.safetensors").write_bytes(POINTER)
+    code, out, err = llmnb(*command.split())
+    assert code == 1 and err.count("\n") == 1
+    assert "this is a Git LFS pointer" in err and "`git lfs pull`" in err
+
+
+def test_a_flipped_bit_of_a_run_is_seen(llmnb, tmp_path):
+    """And going on with the run writes the model anew."""
+    assert llmnb("train", "--out", "run", *TINY.split())[0] == 0
+    path = tmp_path / "run" / "model.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    (tmp_path / "a.txt").write_text("some text " * 50)
+    for command in (
+        ["generate", "run"],
+        ["eval", "run", "--text", "a.txt"],
+        ["train", "--init", "run", *TUNE.split()],
+    ):
+        code, _, err = llmnb(*command)
+        assert code == 1 and "model.bin is damaged, its checksum" in err
+        assert "`llmnb train --resume`" in err.splitlines()[-1]
+    assert llmnb("train", "--resume", "run")[0] == 0
+    assert path.read_bytes() == whole
 
 
 # data

@@ -104,6 +104,22 @@ def test_bad_shard(tmp_path, raw, message):
         DataLoader([path], 1, 1)
 
 
+@pytest.mark.parametrize(
+    "raw, what",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (b"PK\x03\x04" + bytes(2000), "a zip archive, as .* NumPy's savez"),
+        (b"\x1f\x8b\x08" + bytes(2000), "unpack it first"),
+        (with_header(0, 20240326), "a model in llm.c's format"),
+        (b"", "this is an empty file"),
+    ],
+)
+def test_a_shard_that_is_something_else_says_so(tmp_path, raw, what):
+    (tmp_path / "train.bin").write_bytes(raw)
+    with pytest.raises(ValueError, match=f"train.bin: .*{what}"):
+        read_shard(tmp_path / "train.bin")
+
+
 def test_missing_shard(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.bin"):
         read_shard(tmp_path / "none.bin")

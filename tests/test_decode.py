@@ -209,7 +209,13 @@ def test_from_checkpoint(tmp_path, suffix):
     decoder = Decoder.from_checkpoint(path, 2, 20)
     assert (decoder.batch_size, decoder.seq_len) == (2, 20)
     got = decoder.following([[9, 8, 7]])
-    assert np.array_equal(got, Decoder.of(model).following([[9, 8, 7]]))
+    want = Decoder.of(model).following([[9, 8, 7]])
+    assert np.array_equal(got, want)
+    # for a tokenizer of fewer tokens the rows beyond are padding
+    few = Decoder.from_checkpoint(path, 2, 20, tokens=V - 2)
+    assert np.array_equal(few.following([[9, 8, 7]]), want[:, : V - 2])
+    with pytest.raises(ValueError, match=rf"must lie in \[0, {V - 2}\)"):
+        few.following([[V - 2]])
 
 
 @pytest.mark.parametrize(

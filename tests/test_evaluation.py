@@ -423,7 +423,11 @@ def test_eval_hellaswag(saved, capsys):
     [
         ("m.bin", "name a file: --text FILE or --hellaswag FILE"),
         ("none --text a.txt", "there is no run none"),
-        ("m.bin --text a.txt", "m.bin has 257 tokens, the tokenizer gpt2"),
+        (
+            "m.bin --text a.txt --tokenizer gpt2",
+            "m.bin has 257 tokens, the tokenizer gpt2",
+        ),
+        ("m.bin --text a.txt", "m.bin: which tokenizer? None of"),
         ("m.bin --tokenizer byte --text none", "no file called none"),
         ("m.bin --tokenizer byte --text a.txt --stride 99", "lie in [1, 48]"),
         ("m.bin --tokenizer byte --text a.txt --limit -1", "at least 0"),
@@ -433,7 +437,7 @@ def test_eval_hellaswag(saved, capsys):
     ],
 )
 def test_mistakes_get_one_line(saved, capsys, monkeypatch, command, message):
-    if "gpt2" in message:
+    if "tokenizer gpt2" in command:
         monkeypatch.setattr(
             tokenizer, "gpt2", lambda: tokenizer._encoding("gpt2", TOKENS)
         )

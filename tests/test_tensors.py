@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -109,6 +110,67 @@ def test_no_table_at_all(tmp_path, raw):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing"):
         TensorFile(tmp_path / "nothing")
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_a_flipped_bit_is_never_another_array(tmp_path_factory, data):
+    """Wherever it is: the arrays come back as they were, or not at all."""
+    path = tmp_path_factory.mktemp("x") / "a"
+    tensors = {"x": np.arange(6.0), "y": np.arange(6, dtype=np.int32)}
+    write_tensors(path, tensors, {"k": "v"})
+    raw = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, len(raw) - 1))
+    raw[at] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(raw)
+    try:
+        file = TensorFile(path)
+        got = {name: file[name] for name in tensors}
+    except KeyError:
+        return  # a name has changed, which its reader sees
+    except ValueError as error:
+        assert str(path) in str(error)
+        return
+    for name, x in tensors.items():
+        assert got[name].dtype == x.dtype and got[name].shape == x.shape
+        assert got[name].tobytes() == x.tobytes()
+
+
+def test_checksums_are_not_among_the_metadata(tmp_path):
+    """So that a file written from another's metadata has its own."""
+    write_tensors(tmp_path / "a", {"x": np.arange(3)}, {"k": "v"})
+    file = TensorFile(tmp_path / "a")
+    assert file.metadata == {"k": "v"}
+    write_tensors(tmp_path / "b", {"x": file["x"] + 1}, file.metadata)
+    assert TensorFile(tmp_path / "b")["x"].tolist() == [1, 2, 3]
+
+
+def test_checksums_that_are_none(tmp_path):
+    entry = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
+    for note in ("3", "{", "[" * 9000, '"x"'):
+        table = {"__metadata__": {"llmnb.crc32": note}, "x": entry}
+        by_hand(tmp_path / "a", table, bytes(2))
+        with pytest.raises(ValueError, match="not a whole safetensors file"):
+            TensorFile(tmp_path / "a")
+
+
+def test_a_table_of_megabytes_is_refused_unread(tmp_path):
+    row = b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    head = b"{" + b",".join(row % i for i in range(170_000)) + b"}"
+    path = tmp_path / "a"
+    path.write_bytes(len(head).to_bytes(8, "little") + head)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="a: not a whole .*too long"):
+        TensorFile(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_a_table_that_none_would_read_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="must take at most 8,388,608 bytes"):
+        write_tensors(tmp_path / "a", {}, {"k": "v" * (1 << 23)})
+    assert not list(tmp_path.iterdir())
 
 
 @settings(deadline=None, max_examples=300)

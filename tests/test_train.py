@@ -450,9 +450,11 @@ def test_starting_from_a_run(tmp_path):
 def test_starting_from_a_file(tmp_path):
     model = new_model(TINY, 257)
     model.save_checkpoint(tmp_path / "some.bin")
-    config = starting_from(tmp_path / "some.bin")
+    with pytest.raises(ValueError, match="some.bin: which tokenizer.*name it"):
+        starting_from(tmp_path / "some.bin")
+    config = starting_from(tmp_path / "some.bin", tokenizer="byte")
     assert config.seq_len == 16
-    assert config.tokenizer == "gpt2"
+    assert config.tokenizer == "byte"
     for wrong, message in (
         ({"channels": 64}, "has channels 16, not 64"),
         ({"depth": 4}, "has num_layers 1, not 4"),
@@ -648,6 +650,23 @@ def test_any_configuration(tmp_path_factory, data):
         assert isinstance(config, TrainConfig)
         assert config.rate(0) >= 0 and config.micro_batches >= 1
         assert isinstance(config.tokenizer, str)
+
+
+def test_a_configuration_too_large(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes(b'{"config": [' + b"[]," * 700_000 + b"[]]}")
+    with pytest.raises(ValueError, match="config.json: must have at most"):
+        read_run(tmp_path)
+
+
+def test_a_configuration_that_is_something_else(tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n"
+    for raw, what in ((pointer, "a Git LFS pointer"), (b"", "an empty file")):
+        (tmp_path / "config.json").write_bytes(raw)
+        with pytest.raises(
+            ValueError, match=f"is not a run's: this is {what}"
+        ):
+            read_run(tmp_path)
 
 
 def test_a_configuration_too_deep(tmp_path):
