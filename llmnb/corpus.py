@@ -21,6 +21,8 @@ import sys
 import sysconfig
 import tokenize
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -28,6 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from llmnb.files import replacing
+from llmnb.tokenizer import encode_text
 
 
 # where the text is
@@ -235,12 +238,13 @@ def _take(texts, limit):
 
 
 # tokens of documents
-def encode_documents(encoding, documents):
+def encode_documents(encoding, documents, endoftext=False):
     """Encode documents into one array, `<|endoftext|>` before each.
 
     encoding: a tiktoken.Encoding of at most 65,536 tokens, or ValueError is
     raised. documents: an iterable of str. Returns a uint16 array of shape
-    (N,). Text that reads `<|endoftext|>` is encoded as ordinary text.
+    (N,). Text that reads `<|endoftext|>` is encoded as ordinary text, or as
+    the token with `endoftext`.
 
     Derived in chapter 1.
     """
@@ -251,10 +255,13 @@ def encode_documents(encoding, documents):
         )
     if isinstance(documents, str):
         documents = [documents]
-    eot, parts, rest = [encoding.eot_token], [], iter(documents)
-    while group := list(islice(rest, 256)):
-        for ids in encoding.encode_ordinary_batch(group):
-            parts.append(np.array(eot + ids, np.uint16))
+    parts, rest = [], iter(documents)
+    encode = partial(encode_text, encoding, endoftext=endoftext)
+    with ThreadPoolExecutor(8) as pool:  # tiktoken lets go of the lock
+        while group := list(islice(rest, 256)):
+            for ids in pool.map(encode, group):
+                parts.append(np.uint16([encoding.eot_token]))
+                parts.append(ids.astype(np.uint16))
     if not parts:
         raise ValueError("encode_documents: there are no documents")
     return np.concatenate(parts)

@@ -134,6 +134,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import regex
 import tiktoken
 
@@ -658,6 +659,102 @@ wrong = [enc.encode_ordinary(t) for t in texts] != greedy
 verdict("greedy", wrong, "is caught by the first claim")
 
 # %% [markdown]
+# ### A million blanks
+#
+# A file may hold a million blanks in a row. The expression finds their end by
+# trying: `\s+(?!\S)` takes all of them, remembers each as a place to go back
+# to, and `tiktoken` gives up when it remembers a million. We need not ask. We
+# know the word: it is the run without its last blank, or the whole run where
+# the text ends. The expression never looks back, and what it looks at ahead of
+# the run is a blank. So a very long run is taken out, its word goes to the
+# merges as it is, and the text before it and the text behind the word are
+# encoded apart.
+#
+# A run of $R$ blanks covers a place whose number is a multiple of $R$, so that
+# looking at every $R$-th character finds it. Letters, digits and other signs
+# need none of this: the end of their runs is found without going back.
+
+# %% long runs of blanks tags=["exporti"]
+SPACES = (  # all that is \s
+    "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006"
+    "\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
+)
+RUN = 1 << 16  # blanks in a row that the expression is spared
+
+
+def _long_words(text):
+    """Yield (start, end) of each word made of about RUN blanks or more."""
+    end = 0
+    for i in range(RUN - 1, len(text), RUN):
+        if i < end or text[i] not in SPACES:
+            continue
+        head = text[max(end, i - RUN + 1) : i]
+        start = i - len(head) + len(head.rstrip(SPACES))
+        end = re.compile(f"[{SPACES}]*").match(text, i).end()
+        if end - start >= RUN:
+            yield start, end - (end < len(text))
+
+
+# %% encode any text tags=["export"]
+def encode_text(encoding, text, endoftext=False):
+    """The tokens of a text, an array of shape (N,), uint32.
+
+    encoding: a tiktoken.Encoding with GPT-2's expression. endoftext: take
+    `<|endoftext|>` in the text as the token; else it is ordinary text. A
+    run of a million blanks, which tiktoken refuses, has the tokens that its
+    merges give.
+
+    Derived in chapter 1.
+    """
+    parts, eot = [], np.array([encoding.eot_token], np.uint32)
+    for part in text.split(EOT) if endoftext else [text]:
+        place = 0
+        for start, end in _long_words(part):
+            parts.append(_encode_part(encoding, part[place:start]))
+            word = encoding._encode_single_piece(part[start:end])
+            parts.append(np.array(word, np.uint32))
+            place = end
+        parts += [_encode_part(encoding, part[place:]), eot]
+    return np.concatenate(parts[:-1])
+
+
+def _encode_part(encoding, text):
+    try:
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError:  # half a character becomes U+FFFD
+        return np.array(encoding.encode_ordinary(text), np.uint32)
+
+
+# %% [markdown]
+# Runs short enough for `tiktoken` prove it: with a small $R$, texts full of
+# blanks are taken apart at every run, and their tokens must stay as they are.
+# Taking the last blank too is caught.
+
+
+# %% runs taken apart
+def runs_agree():
+    rng = random.Random(4)
+    texts = [random_text(rng, "ab. \n\t\u3000'   ", 90) for _ in range(500)]
+    return all(
+        encode_text(enc, x).tolist() == enc.encode_ordinary(x) for x in texts
+    )
+
+
+kept, RUN, right = RUN, 2, _long_words
+verdict("runs", runs_agree(), "tokens of the whole")
+
+
+def _long_words(text):
+    return [(a, min(b + 1, len(text))) for a, b in right(text)]
+
+
+verdict("one blank more", not runs_agree(), "is caught")
+RUN, _long_words = kept, right
+blanks = " " * 1_000_000 + "The dog" + "\n" * 1_000_000
+ids = encode_text(enc, blanks).tolist()
+verdict("two million", enc.decode(ids) == blanks, "decode(encode(x)) == x")
+
+# %% [markdown]
 # ## Keep it in a file
 #
 # `tiktoken` keeps ranks in a text file: a line for each token, its bytes in
@@ -843,6 +940,8 @@ import sys
 import sysconfig
 import tokenize
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -850,6 +949,7 @@ import numpy as np
 from tqdm import tqdm
 
 from llmnb.files import replacing
+from llmnb.tokenizer import encode_text
 
 # %% where the text is tags=["exporti"] module="corpus"
 SKIPPED = {
@@ -1091,12 +1191,13 @@ print(f"{characters / 1e6:.1f} million characters")
 
 
 # %% tokens of documents tags=["export"] module="corpus"
-def encode_documents(encoding, documents):
+def encode_documents(encoding, documents, endoftext=False):
     """Encode documents into one array, `<|endoftext|>` before each.
 
     encoding: a tiktoken.Encoding of at most 65,536 tokens, or ValueError is
     raised. documents: an iterable of str. Returns a uint16 array of shape
-    (N,). Text that reads `<|endoftext|>` is encoded as ordinary text.
+    (N,). Text that reads `<|endoftext|>` is encoded as ordinary text, or as
+    the token with `endoftext`.
 
     Derived in chapter 1.
     """
@@ -1107,10 +1208,13 @@ def encode_documents(encoding, documents):
         )
     if isinstance(documents, str):
         documents = [documents]
-    eot, parts, rest = [encoding.eot_token], [], iter(documents)
-    while group := list(islice(rest, 256)):
-        for ids in encoding.encode_ordinary_batch(group):
-            parts.append(np.array(eot + ids, np.uint16))
+    parts, rest = [], iter(documents)
+    encode = partial(encode_text, encoding, endoftext=endoftext)
+    with ThreadPoolExecutor(8) as pool:  # tiktoken lets go of the lock
+        while group := list(islice(rest, 256)):
+            for ids in pool.map(encode, group):
+                parts.append(np.uint16([encoding.eot_token]))
+                parts.append(ids.astype(np.uint16))
     if not parts:
         raise ValueError("encode_documents: there are no documents")
     return np.concatenate(parts)

@@ -119,6 +119,7 @@ from llmnb.documents import (
     text_of,
 )
 from llmnb.files import replacing
+from llmnb.tokenizer import encode_text
 
 
 # %% the score of a text tags=["export"]
@@ -308,12 +309,11 @@ def score_pieces(model, encoding, pieces, stride=None, progress=iter):
     """
     parts, size, eot = [], 0, encoding.eot_token
     for first, text in pieces:
-        ids = [eot] * first + encoding.encode_ordinary(text)
-        parts.append(np.array(ids, np.int32))
+        parts += [np.uint32([eot] * first), encode_text(encoding, text)]
         size += len(text.encode("utf-8"))
     if not size:
         raise ValueError("there is no text to score")
-    tokens = np.concatenate(parts)
+    tokens = np.concatenate(parts).astype(np.int32)
     losses = np.concatenate([*text_losses(model, tokens, stride, progress)])
     scored = losses[tokens[1:] != eot]
     return Score(float(scored.sum()), len(scored), size)
@@ -592,11 +592,10 @@ def _example_of(where, record, encoding):
     if str(label) not in ("0", "1", "2", "3"):
         raise ValueError(f"{where}: 'label' must be 0 to 3, got {label!r:.40}")
     texts = [f" {check_text(f'{where}: an ending', e)}" for e in endings]
-    ids = [encoding.encode_ordinary(x) for x in [context, *texts]]
-    if not ids[0]:
+    ids = [encode_text(encoding, x).astype(np.int32) for x in (context, *texts)]
+    if not ids[0].size:
         raise ValueError(f"{where}: 'ctx' must not be empty")
-    first, *rest = (np.array(x, np.int32) for x in ids)
-    return Example(first, rest, int(label))
+    return Example(ids[0], ids[1:], int(label))
 
 
 # %% write llm.c's format tags=["export"]

@@ -795,6 +795,7 @@ def _load_model(args, prompt):
     from llmnb.decode import Decoder
     from llmnb.generate import window_start
     from llmnb.gpt2 import GPT2
+    from llmnb.tokenizer import encode_text
 
     path = Path(args.model) if args.model else _newest_run()
     if not args.model:
@@ -808,7 +809,7 @@ def _load_model(args, prompt):
             f"{path} has {cfg.vocab_size} tokens, the tokenizer "
             f"{args.tokenizer} has {encoding.n_vocab}"
         )
-    ids = [encoding.eot_token, *encoding.encode_ordinary(prompt)]
+    ids = [encoding.eot_token, *encode_text(encoding, prompt).tolist()]
     length = min(len(ids) + max(args.tokens, 0), cfg.max_seq_len)
     if len(ids) > length:
         seen = len(ids) - window_start(len(ids), length)

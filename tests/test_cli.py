@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmnb import cli, shards, tokenizer
+from llmnb import cli, corpus, evaluation, shards, tokenizer
 from llmnb.checkpoint import write_folder
 from llmnb.cli import main
 from llmnb.config import GPT2Config
@@ -26,6 +26,8 @@ TINY = (
     "--channels 16 --seq-len 16 --batch-size 2 --steps 6 --eval-every 4 "
     "--backend reference"
 )
+BYTES = "--tokenizer", "byte"
+PARTS = "val", "train"
 FILES = [
     "config.json",
     "log.csv",
@@ -419,6 +421,30 @@ def test_data_goes_on_and_refuses_other_options(llmnb, tmp_path):
     assert llmnb(*ask)[0] == 0
     for path in (tmp_path / "other").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+# any text
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\u00a0"])
+def test_a_million_blanks_in_every_command(llmnb, tmp_path, blank):
+    text = "spam and eggs. " * 99 + blank * 1_000_000 + "end"
+    (tmp_path / "a.txt").write_text(text, "utf-8")
+    code, out, _ = llmnb("data", "out", "--corpus", "a.txt", *BYTES)
+    assert code == 0 and "1 documents, 1,001,488 characters" in out
+    tokens = [read_shard(tmp_path / "out" / f"{x}.bin") for x in PARTS]
+    ids = corpus.encode_documents(tokenizer.byte(), [text])
+    assert np.array_equal(np.concatenate(tokens), ids)
+    ask = ["train", "--corpus", "a.txt", *TINY.split()[4:], "--out", "run"]
+    assert llmnb(*ask, *BYTES)[0] == 0
+    (tmp_path / "b.txt").write_text("a" + blank * 1_000_000, "utf-8")
+    score = "eval", "run", "--text", "b.txt", "--limit", 1_000_001
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "text_losses", lambda m, x, *_: [x[1:] * 0])
+        code, out, _ = llmnb(*score)
+    assert code == 0 and f"{len((tmp_path / 'b.txt').read_bytes()):,} b" in out
+    code, out, err = llmnb("generate", "run", "--prompt", blank * 1_000_000)
+    assert code == 0 and "model sees the last" in err
 
 
 # bench and info
