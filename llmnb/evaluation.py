@@ -291,7 +291,9 @@ def _example_of(where, record, encoding):
     if str(label) not in ("0", "1", "2", "3"):
         raise ValueError(f"{where}: 'label' must be 0 to 3, got {label!r:.40}")
     texts = [f" {check_text(f'{where}: an ending', e)}" for e in endings]
-    ids = [encode_text(encoding, x).astype(np.int32) for x in (context, *texts)]
+    ids = [
+        encode_text(encoding, x).astype(np.int32) for x in (context, *texts)
+    ]
     if not ids[0].size:
         raise ValueError(f"{where}: 'ctx' must not be empty")
     return Example(ids[0], ids[1:], int(label))

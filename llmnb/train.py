@@ -67,7 +67,6 @@ from llmnb.data import (
     DataLoader,
     Shards,
     find_shards,
-    read_shard,
     sample_tokens,
 )
 from llmnb.files import replacing
@@ -320,7 +319,7 @@ class Data(NamedTuple):
     """The tokens of a run: what `prepare` returns.
 
     encoding: a tiktoken.Encoding. train_tokens, val_tokens: 1-D uint16
-    arrays, or `Shards` where a folder holds several. source: a sentence that
+    arrays, or the `Shards` of a folder. source: a sentence that
     says where the text came from.
 
     Derived in chapter 14.
@@ -366,11 +365,10 @@ def _describe(sources, documents):
 
 # from a folder of shards
 def _from_shards(config):
-    """The tokens of a folder: one shard is mapped, many are left closed."""
+    """The tokens of a folder, whose files are left closed."""
     folder = Path(config.shards)
-    found = find_shards(folder)
+    parts = [Shards(x) for x in find_shards(folder)]
     encoding = _encoding_of(config, folder)
-    parts = [read_shard(x[0]) if len(x) == 1 else Shards(x) for x in found]
     total = sum(len(x) for x in parts)
     return Data(encoding, *parts, f"shards in {folder}: {total:,} tokens")
 

@@ -1358,6 +1358,8 @@ print(50257 * 768, 50257 * 128, 1024 * 128)
 # two bytes each: $V \le 65{,}536$ fits uint16, half of what int32 would take.
 
 # %% imports of the data tags=["export"] module="data"
+import errno
+import io
 import os
 import re
 from pathlib import Path
@@ -1561,7 +1563,8 @@ class Shards:
     """The tokens of many shards, of which none is open.
 
     paths: the shards, in order. lengths: how many tokens each holds, from
-    its header. len() is the sum. Raises ValueError for a damaged header.
+    its header. len() is the sum; np.asarray() reads them all. Raises
+    ValueError for a damaged header.
 
     Derived in chapter 1.
     """
@@ -1572,6 +1575,10 @@ class Shards:
 
     def __len__(self):
         return sum(self.lengths)
+
+    def __array__(self, dtype=None, copy=None):
+        parts = zip(self.paths, self.lengths, strict=True)
+        return np.concatenate([_first_tokens(*x) for x in parts], dtype=dtype)
 
 
 # %% a sample of them tags=["export"] module="data"
@@ -1587,7 +1594,12 @@ def sample_tokens(tokens, count):
         return tokens[:count]
     chosen = tokens.paths[:: -(-len(tokens.paths) // 64)]
     share = count // len(chosen)
-    return np.concatenate([read_shard(path)[:share] for path in chosen])
+    return np.concatenate([_first_tokens(path, share) for path in chosen])
+
+
+def _first_tokens(path, count):
+    count = min(count, shard_length(path))
+    return np.fromfile(path, "<u2", count, offset=HEADER_BYTES)
 
 
 # %% a folder of two kinds
@@ -1627,26 +1639,69 @@ verdict("two shards", count == 2 * len(stream), "the sum of their tokens")
 # than with the rest of the text.
 #
 # A large text is ten thousand shards. The loader reads only their headers when
-# it is made, and maps one shard at a time: a mapped file counts as an open one,
-# of which a process may have a thousand or so.
+# it is made, and opens one shard at a time, for a process may have a thousand
+# or so. It does not map the shard. Should somebody cut a mapped file short, the
+# next look behind its end kills the process without a word; a read that comes
+# out short is an error that can name the file. It costs a window a microsecond
+# or two.
+#
+# An array takes the place of a shard as well. Its numbers are looked at before
+# anything runs: in the int32 of a batch, $2^{40}$ would become token 0.
 #
 # The shuffle must be the same wherever the program runs. NumPy promises that
 # for the old generator, `RandomState`, whose numbers are frozen; it does not
 # for the new one.
 
 
+# %% a shard that is read in parts tags=["exporti"] module="data"
+class _File:
+    """An open shard; a slice of it is read, at most seq_len + 1 tokens."""
+
+    def __init__(self, path, seq_len):
+        shard_length(path)  # checks it
+        self.path, self.file = path, io.FileIO(path)
+        self.room = np.empty(seq_len + 1, "<u2")
+
+    def __getitem__(self, part):
+        room, got = self.room[: part.stop - part.start], 0
+        raw, more = memoryview(room).cast("B"), 1
+        self.file.seek(HEADER_BYTES + 2 * part.start)
+        while got < len(raw) and more:
+            more = self.file.readinto(raw[got:])
+            got += more
+        if not more:
+            gone = part.start + got // 2
+            what = f"has been cut short, token {gone:,} is gone"
+            raise OSError(errno.EIO, what, str(self.path))
+        return room
+
+    def __del__(self):
+        if hasattr(self, "file"):
+            self.file.close()
+
+
 # %% shards and their order tags=["exporti"] module="data"
-def _open(shard):
-    """A shard's tokens: a path is read, an array is taken as it is."""
+def _open(shard, seq_len):
+    """A shard's tokens: a path is opened, an array is taken as it is."""
     if isinstance(shard, (str, os.PathLike)):
-        return np.asarray(read_shard(shard))
-    return _check_stream("DataLoader: tokens", shard)
+        return _File(shard, seq_len)
+    return np.asarray(shard)
+
+
+def _check_array(shard):
+    """The number of tokens in an array, or an error when some are none."""
+    tokens, name = np.asarray(shard), "DataLoader: tokens"
+    if tokens.size:  # of no elements the type says nothing
+        _check_stream(name, tokens)
+        for bad in (int(tokens.min()), int(tokens.max())):
+            _check_int(name, bad, 0, 2**31)
+    return tokens.size
 
 
 def _count_windows(shard, batch_size, seq_len):
     """W of (1.8), or an error when there is not one batch."""
     path = isinstance(shard, (str, os.PathLike))
-    count = shard_length(shard) if path else len(_open(shard))
+    count = shard_length(shard) if path else _check_array(shard)
     if count < batch_size * seq_len + 1:
         raise ValueError(
             f"DataLoader: {shard if path else 'an array'} has {count} "
@@ -1682,6 +1737,7 @@ class _Epochs:
             raise ValueError("DataLoader: the list of shards is empty")
         counts = [_count_windows(s, batch_size, seq_len) for s in self.shards]
         self.windows, self.batch_size = counts, batch_size
+        self.seq_len = seq_len
         self.shard_order = np.empty(len(counts), np.int64)
         self.window_order = np.empty(max(counts), np.int64)
         self.entered = self.tokens = None
@@ -1694,7 +1750,8 @@ class _Epochs:
             k = int(self.shard_order[shard])
             key = key and [*key, k]
             _fill_order(self.window_order[: self.windows[k]], key)
-            self.tokens, self.entered = _open(self.shards[k]), (epoch, shard)
+            self.tokens = _open(self.shards[k], self.seq_len)
+            self.entered = epoch, shard
             self.batches = self.windows[k] // self.batch_size
         return self.batches
 
@@ -1744,7 +1801,9 @@ class DataLoader(_Place):
     Each must hold batch_size * seq_len + 1 tokens or more. With shuffle,
     every epoch takes the shards, and the windows of a shard, in an order
     drawn from seed; without, as they lie. The windows of a shard that do not
-    fill a batch are left out of that epoch. Raises TypeError or ValueError.
+    fill a batch are left out of that epoch. Raises TypeError or ValueError,
+    for tokens of an array that are not in [0, 2**31) too, and OSError when
+    a shard has been cut short since.
 
     batches_per_epoch: batches in one epoch. state: the place of the next
     batch, a dict of ints; set it to go on from there. reset(): back to the

@@ -372,6 +372,27 @@ def test_data_then_train(llmnb, tmp_path):
     assert "260 tokens" in out
 
 
+def test_a_shard_cut_short_while_training(llmnb, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("spam and eggs. " * 900, "utf-8")
+    assert llmnb("data", "out", "--corpus", "a.txt", *BYTES)[0] == 0
+    shown = cli._show
+
+    def cut(bar, run, *rest):
+        if run.at.step == 4:
+            with open(tmp_path / "out" / "train.bin", "r+b") as file:
+                file.truncate(1024)
+        shown(bar, run, *rest)
+
+    monkeypatch.setattr(cli, "_show", cut)
+    ask = *TINY.split(), "--save-every", 2, "--out", "run"
+    code, _, err = llmnb("train", "--shards", "out", *ask)
+    assert code == 1 and re.search(
+        r"error: out.train\.bin: has been cut short, token [\d,]+ is gone; "
+        r"the last checkpoint is state_00000004\.safetensors\n$",
+        err,
+    )
+
+
 def test_data_from_json_lines(llmnb, tmp_path):
     lines = [json.dumps({"body": f"spam and {k} eggs"}) for k in range(300)]
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
