@@ -235,7 +235,7 @@ def _check_array(shard):
 
 
 def _count_windows(shard, batch_size, seq_len):
-    """W of (1.8), or an error when there is not one batch."""
+    """W of (1.9), or an error when there is not one batch."""
     path = isinstance(shard, (str, os.PathLike))
     count = shard_length(shard) if path else _check_array(shard)
     if count < batch_size * seq_len + 1:
@@ -363,7 +363,7 @@ class DataLoader(_Place):
         first = place["position"] * B
         for b, w in enumerate(self._epochs.window_order[first : first + B]):
             window = self._epochs.tokens[w * T : w * T + T + 1]
-            self._tokens[b] = window[:-1]  # (1.7)
+            self._tokens[b] = window[:-1]  # (1.8)
             self._targets[b] = window[1:]
         place["position"] += 1
         if place["position"] == batches:

@@ -199,7 +199,9 @@ def _conditions(sources, encoding, options):
     single = encoding.decode_single_token_bytes
     return {
         "options": options,
-        "corpus": _digest(source.mark.encode() for source in sources),
+        "corpus": _digest(
+            x.mark.encode("utf-8", "surrogatepass") for x in sources
+        ),
         "tokenizer": _digest(map(single, ranks)),
     }
 

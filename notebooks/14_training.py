@@ -167,6 +167,13 @@ class DataOptions:
         "bpe", "bpe (trained on the text), byte, gpt2, or a rank file"
     )
     vocab_size: int = _option(1024, "tokens that the bpe tokenizer has")
+    field: str = _option("text", "field of a JSON line that has the text")
+    skip_bad: bool = _option(
+        False, "pass over bad records of JSON lines, and count them"
+    )
+    endoftext: bool = _option(
+        False, "take <|endoftext|> in a text as the token, not as text"
+    )
     shards: str = _option(
         "", "a folder written by `llmnb data`, instead of a corpus"
     )
@@ -442,16 +449,18 @@ def prepare(config):
     Derived in chapter 14.
     """
     from llmnb import corpus
+    from llmnb.reader import Tally
 
     if config.shards:
         return _from_shards(config)
-    sources = [*config.corpus]
+    sources, tally = [*config.corpus], Tally()
     source = sources[0] if len(sources) == 1 else sources
-    documents = corpus.load(source, limit=config.limit or None)
+    how = config.limit or None, config.field, config.skip_bad, tally
+    documents = corpus.load(source, *how)
     encoding = make_encoding(config, documents)
-    tokens = corpus.encode_documents(encoding, documents)
-    parts = corpus.split(tokens)
-    return Data(encoding, *parts, _describe(sources, documents))
+    tokens = corpus.encode_documents(encoding, documents, config.endoftext)
+    source = _describe(sources, documents) + tally.words(config.endoftext)
+    return Data(encoding, *corpus.split(tokens), source)
 
 
 # %% where the text came from tags=["exporti"]
@@ -494,7 +503,8 @@ def make_encoding(config, documents):
     """The tokenizer that a TrainConfig names, trained if it is "bpe".
 
     documents: an iterable of str, of which the first `TOKENIZER_TEXT`
-    characters are learnt from. Raises ValueError, OSError or RuntimeError,
+    characters are learnt from, with `config.endoftext` but for
+    `<|endoftext|>`. Raises ValueError, OSError or RuntimeError,
     in one sentence.
 
     Derived in chapter 14.
@@ -507,8 +517,9 @@ def make_encoding(config, documents):
         return tokenizer.load(config.tokenizer)
     learnt, left = [], TOKENIZER_TEXT
     for text in documents:
-        learnt.append(text[:left])
-        left -= len(learnt[-1])
+        text = text[:left]
+        learnt += text.split(tokenizer.EOT) if config.endoftext else [text]
+        left -= len(text)
         if not left:
             break
     return tokenizer.train(learnt, config.vocab_size)
