@@ -468,6 +468,84 @@ def test_a_million_blanks_in_every_command(llmnb, tmp_path, blank):
     assert code == 0 and "model sees the last" in err
 
 
+def test_outputs_in_the_corpus_are_not_read(llmnb, tmp_path):
+    (tmp_path / "a.txt").write_text("spam and eggs. " * 900, "utf-8")
+    ask = ["train", "--corpus", ".", "--out"]
+    code, first, _ = llmnb(*ask, "one", *TINY.split())
+    assert code == 0 and "1 documents, 13,500 characters\n" in first
+    saved = (tmp_path / "one" / "model.bin").read_bytes()
+    (tmp_path / "one" / "model.bin").unlink()
+    (tmp_path / "one" / "state_00000006.safetensors").unlink()
+    assert llmnb("train", "--resume", "one")[0] == 0
+    assert (tmp_path / "one" / "model.bin").read_bytes() == saved
+    code, out, _ = llmnb(*ask, "two", *TINY.split())
+    assert code == 0 and "13,500 characters; passed over: 1 runs or sh" in out
+    assert (tmp_path / "two" / "model.bin").read_bytes() == saved
+    data = ["data", "shards", "--corpus", ".", "--tokenizer", "byte"]
+    code, out, _ = llmnb(*data)
+    assert (
+        code == 0 and "1 documents, 13,500 characters; passed over: 2 r" in out
+    )
+    shards = {x.name: x.read_bytes() for x in tmp_path.glob("shards/*")}
+    code, out, _ = llmnb(*data, "--force")
+    assert (
+        code == 0 and "1 documents, 13,500 characters; passed over: 3 r" in out
+    )
+    assert shards == {
+        x.name: x.read_bytes() for x in tmp_path.glob("shards/*")
+    }
+
+
+@pytest.mark.parametrize("corpus", [".", "../mine", "a.txt ../mine"])
+def test_the_corpus_is_not_written_into(llmnb, tmp_path, monkeypatch, corpus):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    Path("a.txt").write_text("spam and eggs. " * 900, "utf-8")
+    ask = "--corpus", *corpus.split(), "--force", *BYTES
+    for command in ("data .", "train --out ../mine"):
+        code, out, err = llmnb(*command.split(), *ask)
+        assert (code, out) == (1, "") and "is the corpus: " in err
+        assert err.count("\n") == 1
+    assert [x.name for x in Path().iterdir()] == ["a.txt"]
+
+
+def test_bad_records_and_the_special_token_in_every_command(llmnb, tmp_path):
+    """And train, data and eval read the same documents."""
+    text = "spam<|endoftext|>eggs. " * 300
+    lines = [json.dumps({"body": text})] * 2 + ["[", '{"body": null}']
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write("\n".join([*lines, '{"body": "\\ud800"}']))
+    ask = ["--corpus", "a.jsonl.gz", "--field", "body"]
+    code, _, err = llmnb("data", "no", *ask, *BYTES)
+    assert code == 1 and "gz:3: must be JSON" in err and "--skip-bad p" in err
+    said = "2 documents, 13,800 characters; passed over: 3 bad records"
+    more = "; <|endoftext|> comes 600 times and is ordinary text"
+    train = "train", *TINY.split()[4:], "--out"
+    for out, flags in (
+        ("x", ["--skip-bad"]),
+        ("y", ["--skip-bad", "--endof"]),
+    ):
+        flags = [*flags, *BYTES]
+        for command in (("data", out), (*train, f"run{out}")):
+            code, said_now, err = llmnb(*command, *ask, *flags)
+            assert code == 0 and said in said_now, err
+            assert (more in said_now) == (out == "x")
+        parts = [read_shard(tmp_path / out / f"{x}.bin") for x in PARTS]
+        want = [text, text]
+        ids = corpus.encode_documents(tokenizer.byte(), want, out == "y")
+        assert np.array_equal(np.concatenate(parts), ids)
+        code, out, _ = llmnb(
+            "eval", "runx", "--text", "a.jsonl.gz", "--field", "body",
+            "--limit", 100, *flags[:-2],
+        )  # fmt: skip
+        assert code == 0 and "passed over" not in out  # none so early
+    prompt = "a<|endoftext|>b"
+    code, out, err = llmnb("generate", "runx", "--prompt", prompt)
+    assert code == 0 and err.startswith("<|endoftext|> in the prompt is ordin")
+    code, _, err = llmnb("generate", "runx", "--prompt", prompt, "--endoftext")
+    assert (code, err) == (0, "")
+
+
 # bench and info
 
 
