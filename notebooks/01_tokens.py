@@ -40,6 +40,7 @@ gpt2_diagram(lit="tokens")
 #   each of them costs;
 # - encode and decode any sequence of bytes;
 # - read the header of a shard, a file of tokens, byte by byte;
+# - read a compressed file from a stranger without trusting its sizes;
 # - say which windows the next batch holds, also after a restart.
 #
 # You need the letters $B$, $T$ and $V$ from [chapter 0](00_gpt2.ipynb).
@@ -1661,6 +1662,17 @@ def _take(texts, limit):
         else:
             return
 
+
+# %% a folder of many kinds
+many = folder / "many"
+(many / "run").mkdir(parents=True)
+(many / "a.txt").write_text("A text.")
+(many / "b.jsonl").write_text('{"text": "A line."}\n{"text": null}\n')
+(many / "c.py").write_text("# coding: rot13\n")
+(many / "d.png").write_bytes(b"\x89PNG")
+save(enc, many / "run" / "tokenizer.tiktoken")
+tally = Tally()
+print(load(many, skip_bad=True, tally=tally), tally.words(), sep="\n")
 
 # %% the standard library, loaded tags=["nbval-ignore-output"]
 documents = load("stdlib")

@@ -415,7 +415,7 @@ for wrong in (
 # `prepare` does what [chapter 1](01_tokens.ipynb) taught, in order: load
 # the documents, train or load a tokenizer, encode, split. It returns the
 # tokenizer, the two token arrays, and a sentence that says where the text
-# came from. The tokenizer learns from the first two million characters: the
+# came from and what of it was passed over. The tokenizer learns from the first two million characters: the
 # documents come in a mixed order, and more text would change the merges
 # little and take longer.
 

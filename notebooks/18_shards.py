@@ -33,7 +33,6 @@ gpt2_diagram(lit="tokens")
 # changes how they are made. At its end you can
 #
 # - say where a text may be cut so that the tokens do not change, and prove it;
-# - read a compressed file from a stranger without trusting its sizes;
 # - bound the memory of the work before it starts;
 # - say which five numbers make a job of hours safe from `kill -9`.
 #
@@ -214,7 +213,7 @@ verdict("one further", not cuts_agree(texts, shift=1), "is caught")
 
 # %% [markdown]
 # What if no safe place comes? A table of numbers without blanks, an image in
-# base64. The text held back grows until it has 16 million characters; then the
+# base64, a file of empty lines. The text held back grows until it has 16 million characters; then the
 # file is refused in one sentence. No bound would mean no bound on memory.
 #
 # The text comes from [chapter 1](01_tokens.ipynb)'s reader: unpacked and decoded
@@ -301,8 +300,8 @@ def _blocks(text):
 
 
 # %% [markdown]
-# In a folder, files that are no text are passed over, as in chapter 1. That
-# must be known before the first piece of a file is used, and so such a file is
+# In a folder, files that are no text are passed over and counted, as in chapter
+# 1. That must be known before the first piece of a file is used, and so such a file is
 # decoded twice. Decoding is a hundred times faster than encoding.
 
 

@@ -446,6 +446,10 @@ print(f"{score.bits_per_byte:.3f} bits a byte of {score.bytes:,}")
 # ending, and the lowest wins. It errs the other way, a little: the later tokens
 # of a long ending are easy, since the ending itself explains them. (Some
 # programs divide by the bytes of the ending instead; their numbers differ.)
+#
+# A row that is longer than the context loses its beginning, as the last tokens
+# before an ending say most about it. `llmnb eval` says how many examples were
+# cut, for a model with a short context answers another question.
 
 
 # %% an example tags=["export"]
