@@ -1278,12 +1278,12 @@ class Tally:
             sums[what] += count
         times, words = sums.pop(EOT, 0), ""
         if sums:
-            each = [f"{n:,} {what}" for what, n in sorted(sums.items())]
+            each = [f"{what} {n:,}" for what, n in sorted(sums.items())]
             words = f"; passed over: {', '.join(each)}"
         if times and not endoftext:
             words += (
-                f"; {EOT} comes {times:,} times and is ordinary text "
-                "(--endoftext takes it as the token)"
+                f"; {EOT} as ordinary text: {times:,} (--endoftext takes it "
+                "as the token)"
             )
         return words
 

@@ -372,7 +372,7 @@ def test_bad_lines_are_passed_over_when_asked_for(tmp_path):
         read_examples_json(tmp_path / "a.jsonl", byte)
     found = read_examples_json(tmp_path / "a.jsonl", byte, True, tally)
     assert [x.label for x in found] == [0, 1, 2]
-    assert tally.words() == "; passed over: 4 bad records"
+    assert tally.words() == "; passed over: bad records 4"
 
 
 def test_an_empty_file(tmp_path):
@@ -446,17 +446,17 @@ def test_eval_says_what_it_left_out(saved, capsys):
     ask = ["eval", "m.bin", "--tokenizer", "byte", "--skip-bad"]
     main([*ask, "--hellaswag", "a.jsonl"])
     assert (
-        "a.jsonl: 4 examples, 1 cut on the left to 48 tokens; passed over: 1 "
-        "bad records\n"
+        "a.jsonl: 4 examples, 1 cut on the left to 48 tokens; passed over: bad "
+        "records 1\n"
     ) in capsys.readouterr().out
     (saved / "b.jsonl").write_text('{"text": "a<|endoftext|>b"}\n{}\n')
     main([*ask, "--text", "b.jsonl"])
     out = capsys.readouterr().out
-    assert "b.jsonl: 15 bytes; passed over: 1 bad records; <|endo" in out
-    assert "comes 1 times and is ordinary text" in out
+    assert "b.jsonl: 15 bytes; passed over: bad records 1; <|endo" in out
+    assert "<|endoftext|> as ordinary text: 1 (" in out
     main([*ask, "--text", "b.jsonl", "--endoftext"])
     out = capsys.readouterr().out
-    assert "b.jsonl: 2 bytes; passed over: 1 bad records\n" in out
+    assert "b.jsonl: 2 bytes; passed over: bad records 1\n" in out
     assert "tokens     2," in out
 
 

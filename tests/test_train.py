@@ -201,14 +201,14 @@ def test_prepare_json_lines(tmp_path):
         prepare(config)
     data = prepare(replace(config, skip_bad=True))
     assert data.source.endswith(
-        "2 documents, 1,900 characters; passed over: 1 bad records; "
-        "<|endoftext|> comes 50 times and is ordinary text (--endoftext takes "
-        "it as the token)"
+        "2 documents, 1,900 characters; passed over: bad records 1; "
+        "<|endoftext|> as ordinary text: 50 (--endoftext takes it as the "
+        "token)"
     )
     tokens = np.concatenate([data.val_tokens, data.train_tokens])
     assert (tokens == data.encoding.eot_token).sum() == 2
     data = prepare(replace(config, skip_bad=True, endoftext=True))
-    assert data.source.endswith("passed over: 1 bad records")
+    assert data.source.endswith("passed over: bad records 1")
     tokens = np.concatenate([data.val_tokens, data.train_tokens])
     assert (tokens == data.encoding.eot_token).sum() == 52
     learnt = [data.encoding.decode([i]) for i in range(256, 269)]
