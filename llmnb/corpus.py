@@ -7,8 +7,10 @@ batches that bring tokens to the model.
 """
 
 __all__ = [
+    "OUTPUT",
     "encode_documents",
     "files_below",
+    "files_of",
     "load",
     "split",
 ]
@@ -17,10 +19,12 @@ __all__ = [
 # imports of the corpora
 import hashlib
 import os
+import re
 import sys
 import sysconfig
-import tokenize
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -28,6 +32,18 @@ import numpy as np
 from tqdm import tqdm
 
 from llmnb.files import replacing
+from llmnb.reader import (
+    NotText,
+    Tally,
+    is_json_lines,
+    open_stream,
+    passing_over,
+    read_records,
+    read_text,
+    text_blocks,
+    text_of,
+)
+from llmnb.tokenizer import EOT, encode_text
 
 
 # where the text is
@@ -51,32 +67,49 @@ SHAKESPEARE_SHA256 = (
 
 
 # files below a folder
-def files_below(folder, skipped=()):
+OUTPUT = re.compile(
+    r"(tokenizer\.tiktoken|unfinished\.json|state_\d+\.safetensors)(\..*)?"
+)
+
+
+def files_below(folder, skipped=(), tally=None):
     """Paths of all files below a folder, sorted by name.
 
     Hidden files and folders are left out, and folders named in `skipped`.
+    What is noted in `tally`, a `Tally`: runs and folders of shards, links to
+    folders, folders that cannot be read, and pipes, devices, and links that
+    lead nowhere.
 
     Derived in chapter 1.
     """
-    found = []
-    for here, folders, names in os.walk(folder):
+    found, tally = [], tally or Tally()
+
+    def unreadable(error):
+        tally.note("not readable", error.filename)
+
+    for here, folders, names in os.walk(folder, onerror=unreadable):
+        if any(map(OUTPUT.fullmatch, names)):
+            tally.note("runs or shards", here)
+            folders.clear()
+            continue
         folders[:] = [x for x in folders if x not in skipped and x[0] != "."]
-        found += [Path(here, x) for x in names if x[0] != "."]
+        for link in filter(os.path.islink, (Path(here, x) for x in folders)):
+            tally.note("links to folders", link)
+        for path in (Path(here, x) for x in names if x[0] != "."):
+            if os.path.isfile(path):
+                found.append(path)
+            else:
+                tally.note("not files", path)
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
-# the text of a file
+# the text of a module
 def _read(path):
-    """The text of a file: UTF-8, or what a .py file declares; else None."""
+    """The text of a file, or None when it has none."""
     try:
-        if path.suffix == ".py":
-            with tokenize.open(path) as file:
-                text = file.read()
-        else:
-            text = path.read_text("utf-8-sig")
-    except (UnicodeDecodeError, SyntaxError):
+        return read_text(path)
+    except NotText:
         return None
-    return None if "\0" in text else text
 
 
 # the standard library
@@ -165,7 +198,7 @@ def _tinyshakespeare():
     return raw.decode("utf-8")
 
 
-# documents
+# documents of a play
 def _speeches(text):
     """Yield the sections of a text, each with the blank line that ends it."""
     sections = text.split("\n\n")
@@ -174,39 +207,79 @@ def _speeches(text):
     yield sections[-1]
 
 
-def _own_files(paths):
-    """Yield the text of these files, and of all text files in folders."""
+# files of a corpus
+def files_of(path, tally):
+    """Yield (path, whether it was named) for a file, or a folder's files.
+
+    path: a Path. tally: as for `files_below`. Raises FileNotFoundError, or
+    ValueError for a pipe or a device.
+
+    Derived in chapter 1.
+    """
+    if path.is_dir():
+        for inner in files_below(path, (), tally):
+            yield inner, False
+    elif path.exists() and not path.is_file():
+        raise ValueError(f"{path} must be a regular file or a folder")
+    elif path.exists():
+        yield path, True
+    else:
+        raise FileNotFoundError(
+            f"there is no corpus and no file called {path}; the corpora are "
+            "stdlib and tinyshakespeare"
+        )
+
+
+# documents of own files
+def _own_files(paths, field, skip_bad, tally):
+    """Yield the documents of these files, and of all files in folders."""
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
     for path in map(Path, paths):
-        if path.is_dir():
-            yield from map(_read, files_below(path))
-        elif path.is_file():
-            text = _read(path)
-            if text is None:
-                raise ValueError(f"load: {path} must be UTF-8 text")
-            yield text
+        for inner, named in files_of(path, tally):
+            documents = _documents_of(inner, field, skip_bad, tally)
+            if named:
+                yield from documents
+            else:
+                with passing_over(inner, tally):
+                    yield from documents
+
+
+def _documents_of(path, field, skip_bad, tally):
+    """Yield the documents of a file, each whole."""
+
+    def take(where, record):
+        return text_of(where, record, field)
+
+    with open_stream(path) as (stream, _):
+        if is_json_lines(path):
+            found = read_records(path, stream, take, skip_bad, tally)
+            yield from (text for _, text in found)
         else:
-            raise FileNotFoundError(
-                f"load: there is no corpus and no file called {path}; the "
-                f"corpora are stdlib and tinyshakespeare"
-            )
+            yield "".join(text_blocks(path, stream))
 
 
 # load a corpus
-def load(source="stdlib", limit=None):
+def load(
+    source="stdlib", limit=None, field="text", skip_bad=False, tally=None
+):
     """The documents of a corpus, a list of str.
 
     source: "stdlib", the source and manual pages of the running Python;
     "tinyshakespeare", downloaded once unless the folder that LLMNB_DATA
-    names has it; or a path or a list of paths of text files and folders, of
-    which files that are not UTF-8 text are passed over. limit: keep at most
-    that many characters; the last document is cut to fit. The order is the
-    same on every call. Raises FileNotFoundError, ConnectionError, or
-    ValueError for a bad limit, a file that is no text, or an empty corpus.
+    names has it; or a path or a list of paths of files and folders. Files
+    that end in .jsonl, .jsonl.gz or .jsonl.zst have a document a line, in
+    the field `field`; any other file, unpacked when it ends in .gz or .zst,
+    is a document. Of folders, files that are no text are passed over, and
+    noted in `tally`, a `Tally`; with skip_bad, bad lines too. limit: keep at
+    most that many characters; the last document is cut to fit. The order is
+    the same on every call. Raises FileNotFoundError, ConnectionError, or
+    ValueError for a bad limit, a bad line, a file that is no text, or an
+    empty corpus.
 
     Derived in chapter 1.
     """
+    tally = tally or Tally()
     if limit is not None and limit < 1:
         raise ValueError(f"load: limit must be at least 1, got {limit}")
     if source == "stdlib":
@@ -214,10 +287,12 @@ def load(source="stdlib", limit=None):
     elif source == "tinyshakespeare":
         texts = _speeches(_tinyshakespeare())
     else:
-        texts = _own_files(source)
+        texts = _own_files(source, field, skip_bad, tally)
     documents = list(_take(filter(None, texts), limit))
     if not documents:
-        raise ValueError(f"load: no text in {source}")
+        raise ValueError(f"load: no text in {source}{tally.words()}")
+    if times := sum(text.count(EOT) for text in documents):
+        tally.note(EOT, source, times)
     return documents
 
 
@@ -235,12 +310,13 @@ def _take(texts, limit):
 
 
 # tokens of documents
-def encode_documents(encoding, documents):
+def encode_documents(encoding, documents, endoftext=False):
     """Encode documents into one array, `<|endoftext|>` before each.
 
     encoding: a tiktoken.Encoding of at most 65,536 tokens, or ValueError is
     raised. documents: an iterable of str. Returns a uint16 array of shape
-    (N,). Text that reads `<|endoftext|>` is encoded as ordinary text.
+    (N,). Text that reads `<|endoftext|>` is encoded as ordinary text, or as
+    the token with `endoftext`.
 
     Derived in chapter 1.
     """
@@ -251,10 +327,13 @@ def encode_documents(encoding, documents):
         )
     if isinstance(documents, str):
         documents = [documents]
-    eot, parts, rest = [encoding.eot_token], [], iter(documents)
-    while group := list(islice(rest, 256)):
-        for ids in encoding.encode_ordinary_batch(group):
-            parts.append(np.array(eot + ids, np.uint16))
+    parts, rest = [], iter(documents)
+    encode = partial(encode_text, encoding, endoftext=endoftext)
+    with ThreadPoolExecutor(8) as pool:  # tiktoken lets go of the lock
+        while group := list(islice(rest, 256)):
+            for ids in pool.map(encode, group):
+                parts.append(np.uint16([encoding.eot_token]))
+                parts.append(ids.astype(np.uint16))
     if not parts:
         raise ValueError("encode_documents: there are no documents")
     return np.concatenate(parts)

@@ -19,6 +19,8 @@ __all__ = [
 
 
 # imports of the data
+import errno
+import io
 import os
 import re
 from pathlib import Path
@@ -82,10 +84,12 @@ def shard_length(path):
 
     Raises ValueError, naming the file, what is wrong and what would be
     right, for a file shorter than its header, another magic number or
-    version, and a size that does not match the count.
+    version, a size that does not match the count, and a pipe or a device.
 
     Derived in chapter 1.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: a shard must be a regular file")
     with open(path, "rb", buffering=0) as file:
         size, header = os.fstat(file.fileno()).st_size, file.read(12)
     if size < HEADER_BYTES or len(header) < 12:
@@ -153,7 +157,8 @@ class Shards:
     """The tokens of many shards, of which none is open.
 
     paths: the shards, in order. lengths: how many tokens each holds, from
-    its header. len() is the sum. Raises ValueError for a damaged header.
+    its header. len() is the sum; np.asarray() reads them all. Raises
+    ValueError for a damaged header.
 
     Derived in chapter 1.
     """
@@ -164,6 +169,10 @@ class Shards:
 
     def __len__(self):
         return sum(self.lengths)
+
+    def __array__(self, dtype=None, copy=None):
+        parts = zip(self.paths, self.lengths, strict=True)
+        return np.concatenate([_first_tokens(*x) for x in parts], dtype=dtype)
 
 
 # a sample of them
@@ -179,21 +188,63 @@ def sample_tokens(tokens, count):
         return tokens[:count]
     chosen = tokens.paths[:: -(-len(tokens.paths) // 64)]
     share = count // len(chosen)
-    return np.concatenate([read_shard(path)[:share] for path in chosen])
+    return np.concatenate([_first_tokens(path, share) for path in chosen])
+
+
+def _first_tokens(path, count):
+    count = min(count, shard_length(path))
+    return np.fromfile(path, "<u2", count, offset=HEADER_BYTES)
+
+
+# a shard that is read in parts
+class _File:
+    """An open shard; a slice of it is read, at most seq_len + 1 tokens."""
+
+    def __init__(self, path, seq_len):
+        shard_length(path)  # checks it
+        self.path, self.file = path, io.FileIO(path)
+        self.room = np.empty(seq_len + 1, "<u2")
+
+    def __getitem__(self, part):
+        room, got = self.room[: part.stop - part.start], 0
+        raw, more = memoryview(room).cast("B"), 1
+        self.file.seek(HEADER_BYTES + 2 * part.start)
+        while got < len(raw) and more:
+            more = self.file.readinto(raw[got:])
+            got += more
+        if not more:
+            gone = part.start + got // 2
+            what = f"has been cut short, token {gone:,} is gone"
+            raise OSError(errno.EIO, what, str(self.path))
+        return room
+
+    def __del__(self):
+        if hasattr(self, "file"):
+            self.file.close()
 
 
 # shards and their order
-def _open(shard):
-    """A shard's tokens: a path is read, an array is taken as it is."""
+def _open(shard, seq_len):
+    """A shard's tokens: a path is opened, an array is taken as it is."""
     if isinstance(shard, (str, os.PathLike)):
-        return np.asarray(read_shard(shard))
-    return _check_stream("DataLoader: tokens", shard)
+        return _File(shard, seq_len)
+    return np.asarray(shard)
+
+
+def _check_array(shard):
+    """The number of tokens in an array, or an error when some are none."""
+    tokens, name = np.asarray(shard), "DataLoader: tokens"
+    if tokens.size:  # of no elements the type says nothing
+        _check_stream(name, tokens)
+        for bad in (int(tokens.min()), int(tokens.max())):
+            _check_int(name, bad, 0, 2**31)
+    return tokens.size
 
 
 def _count_windows(shard, batch_size, seq_len):
-    """W of (1.8), or an error when there is not one batch."""
+    """W of (1.9), or an error when there is not one batch."""
     path = isinstance(shard, (str, os.PathLike))
-    count = shard_length(shard) if path else len(_open(shard))
+    count = shard_length(shard) if path else _check_array(shard)
     if count < batch_size * seq_len + 1:
         raise ValueError(
             f"DataLoader: {shard if path else 'an array'} has {count} "
@@ -222,6 +273,7 @@ class _Epochs:
             raise ValueError("DataLoader: the list of shards is empty")
         counts = [_count_windows(s, batch_size, seq_len) for s in self.shards]
         self.windows, self.batch_size = counts, batch_size
+        self.seq_len = seq_len
         self.shard_order = np.empty(len(counts), np.int64)
         self.window_order = np.empty(max(counts), np.int64)
         self.entered = self.tokens = None
@@ -234,7 +286,8 @@ class _Epochs:
             k = int(self.shard_order[shard])
             key = key and [*key, k]
             _fill_order(self.window_order[: self.windows[k]], key)
-            self.tokens, self.entered = _open(self.shards[k]), (epoch, shard)
+            self.tokens = _open(self.shards[k], self.seq_len)
+            self.entered = epoch, shard
             self.batches = self.windows[k] // self.batch_size
         return self.batches
 
@@ -284,7 +337,9 @@ class DataLoader(_Place):
     Each must hold batch_size * seq_len + 1 tokens or more. With shuffle,
     every epoch takes the shards, and the windows of a shard, in an order
     drawn from seed; without, as they lie. The windows of a shard that do not
-    fill a batch are left out of that epoch. Raises TypeError or ValueError.
+    fill a batch are left out of that epoch. Raises TypeError or ValueError,
+    for tokens of an array that are not in [0, 2**31) too, and OSError when
+    a shard has been cut short since.
 
     batches_per_epoch: batches in one epoch. shards: a list of what was
     given. state: the place of the next batch, a dict of ints; set it to go
@@ -315,7 +370,7 @@ class DataLoader(_Place):
         first = place["position"] * B
         for b, w in enumerate(self._epochs.window_order[first : first + B]):
             window = self._epochs.tokens[w * T : w * T + T + 1]
-            self._tokens[b] = window[:-1]  # (1.7)
+            self._tokens[b] = window[:-1]  # (1.8)
             self._targets[b] = window[1:]
         place["position"] += 1
         if place["position"] == batches:

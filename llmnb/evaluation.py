@@ -30,19 +30,15 @@ __all__ = [
 # imports of the evaluation
 import math
 import os
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
-from llmnb.documents import (
-    check_text,
-    open_stream,
-    read_lines,
-    read_record,
-    text_of,
-)
 from llmnb.files import replacing, what_is
+from llmnb.reader import check_text, open_stream, read_records, text_of
+from llmnb.tokenizer import EOT, encode_text
 
 
 # the score of a text
@@ -163,22 +159,26 @@ def score_text(model, encoding, documents, stride=None):
     return score_pieces(model, encoding, pieces, stride)
 
 
-def score_pieces(model, encoding, pieces, stride=None, progress=iter):
+def score_pieces(
+    model, encoding, pieces, stride=None, progress=iter, endoftext=False
+):
     """`score_text` of documents in pieces, as `llmnb.documents` cuts them.
 
     pieces: an iterable of (whether a document begins, str). progress: wraps
-    the list of windows, as tqdm does.
+    the list of windows, as tqdm does. endoftext: `<|endoftext|>` in a text
+    is the token, behind which a document begins.
 
     Derived in chapter 19.
     """
     parts, size, eot = [], 0, encoding.eot_token
     for first, text in pieces:
-        ids = [eot] * first + encoding.encode_ordinary(text)
-        parts.append(np.array(ids, np.int32))
+        parts.append(np.array([eot] * first, np.uint32))
+        parts.append(encode_text(encoding, text, endoftext))
+        text = text.replace(EOT, "") if endoftext else text
         size += len(text.encode("utf-8"))
     if not size:
         raise ValueError("there is no text to score")
-    tokens = np.concatenate(parts)
+    tokens = np.concatenate(parts).astype(np.int32)
     losses = np.concatenate([*text_losses(model, tokens, stride, progress)])
     scored = losses[tokens[1:] != eot]
     return Score(float(scored.sum()), len(scored), size)
@@ -218,21 +218,16 @@ def choose(model, examples):
     """Yield the `Choice` of a model for every `Example`.
 
     The four rows of an example, context and ending, are scored in the
-    model's batches: in one if batch_size is 4. Raises ValueError, before
-    anything is computed, when a row is too long.
+    model's batches: in one if batch_size is 4. A row of more than
+    model.seq_len + 1 tokens loses those on its left.
 
     Derived in chapter 19.
     """
-    examples = list(examples)
-    for i, example in enumerate(examples):
-        longest = longest_row(example)
-        if longest > model.seq_len + 1:
-            raise ValueError(
-                f"example {i} has a row of {longest} tokens, the model takes "
-                f"{model.seq_len + 1}"
-            )
+    examples, most = list(examples), model.seq_len + 1
     rows = (
-        np.concatenate([x.context, e]) for x in examples for e in x.endings
+        np.concatenate([x.context, e])[-most:]
+        for x in examples
+        for e in x.endings
     )
     losses = row_losses(model, rows)
     for example in examples:
@@ -263,19 +258,19 @@ def standard_error(accuracy, count):
 
 
 # examples from JSON lines
-def read_examples_json(path, encoding):
+def read_examples_json(path, encoding, skip_bad=False, tally=None):
     """The examples of a file of JSON lines: a list of `Example`.
 
     Each line has ctx, four endings, and label, from 0 to 3; the file may be
-    packed (.gz, .zst). Raises ValueError, naming the file and the line.
+    packed (.gz, .zst). Raises ValueError, naming the file and the line, or
+    with skip_bad passes over bad lines and notes them in `tally`, a `Tally`.
 
     Derived in chapter 19.
     """
+    take = partial(_example_of, encoding=encoding)
     with open_stream(path) as (stream, _):
-        found = [
-            _example_of(where, read_record(where, line), encoding)
-            for where, line in read_lines(path, stream)
-        ]
+        lines = read_records(path, stream, take, skip_bad, tally)
+        found = [example for _, example in lines]
     if not found:
         raise ValueError(f"{path}: holds no example")
     return found
@@ -291,11 +286,12 @@ def _example_of(where, record, encoding):
     if str(label) not in ("0", "1", "2", "3"):
         raise ValueError(f"{where}: 'label' must be 0 to 3, got {label!r:.40}")
     texts = [f" {check_text(f'{where}: an ending', e)}" for e in endings]
-    ids = [encoding.encode_ordinary(x) for x in [context, *texts]]
-    if not ids[0]:
+    ids = [
+        encode_text(encoding, x).astype(np.int32) for x in (context, *texts)
+    ]
+    if not ids[0].size:
         raise ValueError(f"{where}: 'ctx' must not be empty")
-    first, *rest = (np.array(x, np.int32) for x in ids)
-    return Example(first, rest, int(label))
+    return Example(ids[0], ids[1:], int(label))
 
 
 # write llm.c's format

@@ -33,7 +33,7 @@ from llmnb.corpus import split
 from llmnb.data import shard_length, write_shard
 from llmnb.files import BESIDE, make_folder, replacing
 from llmnb.lock import LOCK, Lock, in_use
-from llmnb.tokenizer import save
+from llmnb.tokenizer import encode_text, save
 
 
 # results in the order of the items
@@ -57,13 +57,13 @@ def _cores():
 
 
 # encode a batch of pieces
-def _encode(encoding, pieces):
+def _encode(encoding, pieces, endoftext=False):
     """The tokens of (first, text) pieces, uint16, EOT before documents."""
     parts, eot = [], np.array([encoding.eot_token], np.uint16)
     for first, text in pieces:
         if first:
             parts.append(eot)
-        ids = encoding.encode_to_numpy(text, disallowed_special=())
+        ids = encode_text(encoding, text, endoftext)
         parts.append(ids.astype(np.uint16))
     return np.concatenate(parts)
 
@@ -146,9 +146,9 @@ def _batches(pieces):
 class _Stream:
     """The tokens of a corpus from a place on, taken in portions."""
 
-    def __init__(self, encoding, pieces, workers, drop=0):
+    def __init__(self, encoding, pieces, workers, drop=0, endoftext=False):
         def work(batch):
-            return batch, _encode(encoding, batch.pieces)
+            return batch, _encode(encoding, batch.pieces, endoftext)
 
         self._blocks = _in_order(work, _batches(pieces), workers)
         self._tokens, self._used = np.empty(0, np.uint16), 0
@@ -200,7 +200,9 @@ def _conditions(sources, encoding, options):
     single = encoding.decode_single_token_bytes
     return {
         "options": options,
-        "corpus": _digest(source.mark.encode() for source in sources),
+        "corpus": _digest(
+            x.mark.encode("utf-8", "surrogatepass") for x in sources
+        ),
         "tokenizer": _digest(map(single, ranks)),
     }
 
@@ -316,7 +318,8 @@ def _validation(sources, encoding, options):
     if options["val_tokens"]:
         return options["val_tokens"]
     pieces = pieces_from(sources, limit=options["limit"])
-    stream, count = _Stream(encoding, pieces, 1), 0
+    special = options.get("endoftext", False)
+    stream, count = _Stream(encoding, pieces, 1, 0, special), 0
     while count < 327_680 and stream.more():
         count += len(stream.take(327_680 - count))
     if not count:
@@ -347,10 +350,11 @@ def write_shards(folder, sources, encoding, options, force=False, workers=0):
 
     folder: from `shards_folder`. sources: a list of `Source`. options: a
     dict with at least limit (characters, 0 for all), shard_tokens and
-    val_tokens (0: a tenth, at most 32,768). force: start anew. workers:
-    threads, 0 for one a core. Unfinished work is gone on with, and the
-    files are those of an uninterrupted run. The folder is locked meanwhile.
-    Raises ValueError or OSError.
+    dict with at least limit (characters, 0 for all), shard_tokens and
+    val_tokens (0: a tenth, at most 32,768); endoftext: as for `encode_text`.
+    force: start anew. workers: threads, 0 for one a core. Unfinished work
+    is gone on with, and the files are those of an uninterrupted run. The
+    folder is locked meanwhile. Raises ValueError or OSError.
 
     Derived in chapter 18.
     """
@@ -367,7 +371,8 @@ def _written(folder, lock, sources, encoding, options, force, workers):
     save(encoding, folder / "tokenizer.tiktoken")
     place = note["next"]
     pieces = pieces_from(sources, place, options["limit"])
-    stream = _Stream(encoding, pieces, workers or _cores(), place.drop)
+    how = workers or _cores(), place.drop, options.get("endoftext", False)
+    stream = _Stream(encoding, pieces, *how)
     while stream.more():
         size = _size_of_next(note, options["shard_tokens"])
         tokens = np.empty(size, np.uint16)

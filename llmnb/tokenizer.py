@@ -9,6 +9,7 @@ batches that bring tokens to the model.
 __all__ = [
     "byte",
     "check_special",
+    "encode_text",
     "gpt2",
     "load",
     "save",
@@ -23,6 +24,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import regex
 import tiktoken
 
@@ -173,6 +175,58 @@ def train(text, vocab_size):
             f"{len(tokens) + 1}, got {vocab_size}"
         )
     return _encoding(f"bpe-{vocab_size}", tokens)
+
+
+# long runs of blanks
+SPACES = (  # all that is \s
+    "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006"
+    "\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
+)
+RUN = 1 << 16  # blanks in a row that the expression is spared
+
+
+def _long_words(text):
+    """Yield (start, end) of each word made of about RUN blanks or more."""
+    end = 0
+    for i in range(RUN - 1, len(text), RUN):
+        if i < end or text[i] not in SPACES:
+            continue
+        head = text[max(end, i - RUN + 1) : i]
+        start = i - len(head) + len(head.rstrip(SPACES))
+        end = re.compile(f"[{SPACES}]*").match(text, i).end()
+        if end - start >= RUN:
+            yield start, end - (end < len(text))
+
+
+# encode any text
+def encode_text(encoding, text, endoftext=False):
+    """The tokens of a text, an array of shape (N,), uint32.
+
+    encoding: a tiktoken.Encoding with GPT-2's expression. endoftext: take
+    `<|endoftext|>` in the text as the token; else it is ordinary text. A
+    run of a million blanks, which tiktoken refuses, has the tokens that its
+    merges give.
+
+    Derived in chapter 1.
+    """
+    parts, eot = [], np.array([encoding.eot_token], np.uint32)
+    for part in text.split(EOT) if endoftext else [text]:
+        place = 0
+        for start, end in _long_words(part):
+            parts.append(_encode_part(encoding, part[place:start]))
+            # tiktoken's own way around the expression
+            word = encoding._encode_single_piece(part[start:end])
+            parts.append(np.array(word, np.uint32))
+            place = end
+        parts += [_encode_part(encoding, part[place:]), eot]
+    return np.concatenate(parts[:-1])
+
+
+def _encode_part(encoding, text):
+    try:
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError:  # half a character becomes U+FFFD
+        return np.array(encoding.encode_ordinary(text), np.uint32)
 
 
 # save an encoding

@@ -40,6 +40,7 @@ gpt2_diagram(lit="tokens")
 #   each of them costs;
 # - encode and decode any sequence of bytes;
 # - read the header of a shard, a file of tokens, byte by byte;
+# - read a compressed file from a stranger without trusting its sizes;
 # - say which windows the next batch holds, also after a restart.
 #
 # You need the letters $B$, $T$ and $V$ from [chapter 0](00_gpt2.ipynb).
@@ -134,6 +135,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import regex
 import tiktoken
 
@@ -658,6 +660,103 @@ wrong = [enc.encode_ordinary(t) for t in texts] != greedy
 verdict("greedy", wrong, "is caught by the first claim")
 
 # %% [markdown]
+# ### A million blanks
+#
+# A file may hold a million blanks in a row. The expression finds their end by
+# trying: `\s+(?!\S)` takes all of them, remembers each as a place to go back
+# to, and `tiktoken` gives up when it remembers a million. We need not ask. We
+# know the word: it is the run without its last blank, or the whole run where
+# the text ends. The expression never looks back, and what it looks at ahead of
+# the run is a blank. So a very long run is taken out, its word goes to the
+# merges as it is, and the text before it and the text behind the word are
+# encoded apart.
+#
+# A run of $R$ blanks covers a place whose number is a multiple of $R$, so that
+# looking at every $R$-th character finds it. Letters, digits and other signs
+# need none of this: the end of their runs is found without going back.
+
+# %% long runs of blanks tags=["exporti"]
+SPACES = (  # all that is \s
+    "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006"
+    "\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
+)
+RUN = 1 << 16  # blanks in a row that the expression is spared
+
+
+def _long_words(text):
+    """Yield (start, end) of each word made of about RUN blanks or more."""
+    end = 0
+    for i in range(RUN - 1, len(text), RUN):
+        if i < end or text[i] not in SPACES:
+            continue
+        head = text[max(end, i - RUN + 1) : i]
+        start = i - len(head) + len(head.rstrip(SPACES))
+        end = re.compile(f"[{SPACES}]*").match(text, i).end()
+        if end - start >= RUN:
+            yield start, end - (end < len(text))
+
+
+# %% encode any text tags=["export"]
+def encode_text(encoding, text, endoftext=False):
+    """The tokens of a text, an array of shape (N,), uint32.
+
+    encoding: a tiktoken.Encoding with GPT-2's expression. endoftext: take
+    `<|endoftext|>` in the text as the token; else it is ordinary text. A
+    run of a million blanks, which tiktoken refuses, has the tokens that its
+    merges give.
+
+    Derived in chapter 1.
+    """
+    parts, eot = [], np.array([encoding.eot_token], np.uint32)
+    for part in text.split(EOT) if endoftext else [text]:
+        place = 0
+        for start, end in _long_words(part):
+            parts.append(_encode_part(encoding, part[place:start]))
+            # tiktoken's own way around the expression
+            word = encoding._encode_single_piece(part[start:end])
+            parts.append(np.array(word, np.uint32))
+            place = end
+        parts += [_encode_part(encoding, part[place:]), eot]
+    return np.concatenate(parts[:-1])
+
+
+def _encode_part(encoding, text):
+    try:
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError:  # half a character becomes U+FFFD
+        return np.array(encoding.encode_ordinary(text), np.uint32)
+
+
+# %% [markdown]
+# Runs short enough for `tiktoken` prove it: with a small $R$, texts full of
+# blanks are taken apart at every run, and their tokens must stay as they are.
+# Taking the last blank too is caught.
+
+
+# %% runs taken apart
+def runs_agree():
+    rng = random.Random(4)
+    texts = [random_text(rng, "ab. \n\t\u3000'   ", 90) for _ in range(500)]
+    return all(
+        encode_text(enc, x).tolist() == enc.encode_ordinary(x) for x in texts
+    )
+
+
+kept, RUN, right = RUN, 2, _long_words
+verdict("runs", runs_agree(), "tokens of the whole")
+
+
+def _long_words(text):
+    return [(a, min(b + 1, len(text))) for a, b in right(text)]
+
+
+verdict("one blank more", not runs_agree(), "is caught")
+RUN, _long_words = kept, right
+blanks = " " * 1_000_000 + "The dog" + "\n" * 1_000_000
+ids = encode_text(enc, blanks).tolist()
+verdict("two million", enc.decode(ids) == blanks, "decode(encode(x)) == x")
+
+# %% [markdown]
 # ## Keep it in a file
 #
 # `tiktoken` keeps ranks in a text file: a line for each token, its bytes in
@@ -847,6 +946,415 @@ except ConnectionError as error:
 # Words common on the web are one token each. Source code, rare among those
 # pages, comes out in smaller parts.
 #
+# ## Read what strangers send
+#
+# A text comes as a file of its own or as a line of **JSON lines** (a JSON object
+# a line, the text in one of its fields), plain or compressed with gzip or zstd.
+# Each can be damaged, and some are made to do damage: a *bomb* is a compressed
+# file of kilobytes that unpacks to gigabytes. Four rules keep us safe.
+#
+# - Only a regular file is opened. A pipe that nobody writes to would be waited
+#   for, and some devices never end.
+# - Nothing is unpacked whole. We ask for a block of a given size, use it, and
+#   ask again; a bomb is then a long text and no more.
+# - A line has at most 16 MB. JSON of that size can take half a gigabyte once
+#   it is Python objects, and longer documents belong in files of their own.
+# - What is wrong is said with the place: the file, and the line or the byte.
+#
+# gzip is in the standard library, and its reader returns as many bytes as are
+# asked for. The zstandard package has two readers. One is bounded, but takes a
+# file that ends early for a file that ends. The other knows the end of a frame
+# but returns all that its input yields. A frame is made of blocks of at most
+# 128 KB, and each takes four bytes of input or more, so that $n$ bytes of
+# input yield at most
+#
+# $$ \lfloor n / 4 \rfloor \cdot 128\ \text{KB} \tag{1.6} $$
+#
+# and 1,024 bytes at a time at most 32 MB. We take the second reader and feed
+# it so. Its window, the part of the output that later blocks may refer to, is
+# limited to 128 MB. A header may ask for more, up to what `zstd --long=31`
+# makes, 2 GB; that file is whole, and we say so, with what to do.
+
+# %% imports of the reader tags=["export"] module="reader"
+import codecs
+import contextlib
+import gzip
+import io
+import json
+import os
+import re
+import tokenize
+import zlib
+from collections import Counter
+from pathlib import Path
+
+from llmnb.tokenizer import EOT
+
+# %% zstd, read in small bites tags=["exporti"] module="reader"
+WINDOW = 1 << 27  # bytes that a zstd frame may refer back to, at most
+
+
+class _Zstd(io.RawIOBase):
+    """The bytes of a zstd file; EOFError when it is damaged."""
+
+    def __init__(self, raw):
+        self.raw, self.frame, self.head = raw, None, b""
+        self.packed, self.ready = b"", memoryview(b"")
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while not self.ready:
+            self.packed = self.packed or self.raw.read(1024)  # (1.6)
+            if not self.packed and self.frame:
+                raise EOFError("the file ends within a zstd frame")
+            if not self.packed:
+                return 0
+            self._unpack()
+        count = min(len(buffer), len(self.ready))
+        buffer[:count] = self.ready[:count]
+        self.ready = self.ready[count:]
+        return count
+
+    def _unpack(self):
+        z = _zstandard()
+        if self.frame is None:
+            window = z.ZstdDecompressor(max_window_size=WINDOW)
+            self.frame, self.head = window.decompressobj(), b""
+        self.head = (self.head + self.packed)[:18]  # a header has no more
+        try:
+            self.ready = memoryview(self.frame.decompress(self.packed))
+        except z.ZstdError as error:
+            self._check_window()
+            raise EOFError(f"{error}") from None
+        self.packed = b""
+        if self.frame.eof:
+            self.packed, self.frame = self.frame.unused_data, None
+
+    def _check_window(self):
+        z, window = _zstandard(), 0
+        with contextlib.suppress(z.ZstdError):
+            window = z.get_frame_parameters(self.head).window_size
+        if window > WINDOW:
+            raise ValueError(
+                f"{self.raw.name} has a zstd window of {window:,} bytes, at "
+                f"most {WINDOW:,} are taken: unpack it with `zstd -d "
+                "--long=31`, and pack it again with no more than --long=27"
+            ) from None
+
+
+# %% zstd, if it is there tags=["exporti"] module="reader"
+def _zstandard():
+    try:
+        import zstandard
+    except ImportError:
+        raise ValueError(
+            "to read .zst files install the zstandard package: "
+            "pip install 'llmnb[zstd]'"
+        ) from None
+    return zstandard
+
+
+# %% open a file tags=["export"] module="reader"
+@contextlib.contextmanager
+def open_stream(path):
+    """Open a file for reading bytes, unpacked if it ends in .gz or .zst.
+
+    Gives (stream, raw): the bytes, and the file itself, whose tell() says
+    how much of it is read. Raises ValueError, naming the file and the byte,
+    when it is damaged or ends early, when it is no regular file, and when
+    zstandard is missing.
+
+    Derived in chapter 1.
+    """
+    suffix = Path(path).suffix.lower()
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} must be a regular file")
+    with open(path, "rb") as raw:
+        stream = raw
+        if suffix == ".gz":
+            stream = gzip.GzipFile(fileobj=raw)
+        elif suffix == ".zst":
+            _zstandard()
+            stream = io.BufferedReader(_Zstd(raw), 1 << 17)
+        try:
+            yield stream, raw
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(
+                f"{path}: damaged near byte {raw.tell():,}: {error}"
+            ) from None
+
+
+# %% [markdown]
+# Text is decoded block by block. The decoder keeps the bytes of a character
+# that a block cuts in two, and another one around it makes every line end
+# `\n`, whatever the system that wrote it.
+#
+# A Python source may name another encoding than UTF-8 in its first lines. Not
+# every name will do: Python's codecs include `rot13`, which decodes no bytes,
+# `undefined`, which always fails, and `punycode`, whose time is quadratic. So
+# there is a list of those that are encodings of text files.
+
+
+# %% text, block by block tags=["export"] module="reader"
+class NotText(ValueError):
+    """A file that holds something else than text.
+
+    Derived in chapter 1.
+    """
+
+
+BLOCK = 1 << 20  # bytes that are read at once
+
+
+def text_blocks(path, stream):
+    """Yield the text of a stream, decoded in blocks.
+
+    path: of its file, a Path, whose name and first lines say how it is
+    encoded. Raises NotText, naming the file and the byte.
+
+    Derived in chapter 1.
+    """
+    decoder = codecs.getincrementaldecoder(_codec_of(path))()
+    decoder, seen = io.IncrementalNewlineDecoder(decoder, True), 0
+    block = b"-"
+    while block:
+        block = stream.read(BLOCK)
+        seen += len(block)
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            place = seen - len(error.object) + error.start
+            raise NotText(
+                f"{path} must be UTF-8 text, got "
+                f"{error.object[error.start]:#04x} at byte {place:,}"
+            ) from None
+        if "\0" in text:
+            raise NotText(f"{path} must be UTF-8 text, got a zero byte")
+        yield text
+
+
+def read_text(path):
+    """The whole text of a file, plain or packed; NotText when it has none.
+
+    Derived in chapter 1.
+    """
+    with open_stream(path) as (stream, _):
+        return "".join(text_blocks(path, stream))
+
+
+# %% the encoding of a file tags=["exporti"] module="reader"
+CODECS = re.compile(
+    "utf-8(-sig)?|ascii|iso8859-[0-9]+|cp(125[0-8]|437|850|866|932|949|950)"
+    "|koi8-[rtu]|euc_(jp|kr)|shift_jis|gb(k|2312|18030)|big5"
+)
+
+
+def _codec_of(path):
+    """UTF-8, or what the first lines of a .py file declare."""
+    if path.suffix != ".py":
+        return "utf-8-sig"
+    with open(path, "rb") as file:
+        try:
+            name = tokenize.detect_encoding(lambda: file.readline(1 << 12))[0]
+        except SyntaxError:
+            raise NotText(f"{path} must be UTF-8 text") from None
+    name = codecs.lookup(name).name
+    if not CODECS.fullmatch(name):
+        raise NotText(f"{path} must be UTF-8 text, it declares {name}")
+    return name
+
+
+# %% the record in a line tags=["export"] module="reader"
+LINE = 1 << 24  # bytes of a line of JSON, at most
+
+
+def read_record(where, line):
+    """The JSON object in a line of bytes, a dict.
+
+    Raises ValueError, naming `where`, for anything else, and for a line of
+    more than 16 MB.
+
+    Derived in chapter 1.
+    """
+    if len(line) > LINE:
+        raise ValueError(f"{where}: a line must have at most {LINE:,} bytes")
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: must be UTF-8, got {line[error.start]:#04x} at byte "
+            f"{error.start:,} of the line"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: must be JSON: {error}") from None
+    if not isinstance(record, dict):
+        kind = type(record).__name__
+        raise ValueError(f"{where}: must be a JSON object, got {kind}")
+    return record
+
+
+# %% the text of a record tags=["export"] module="reader"
+def text_of(where, record, field):
+    """The text in a field of a record, or ValueError, naming `where`.
+
+    Derived in chapter 1.
+    """
+    if field not in record:
+        got = ", ".join(repr(name[:30]) for name in [*record][:9])
+        raise ValueError(f"{where}: must have a field {field!r}, got {got}")
+    return check_text(f"{where}: {field!r}", record[field])
+
+
+def check_text(where, text):
+    """A text, or ValueError when it is none or has half a character.
+
+    Derived in chapter 1.
+    """
+    if not isinstance(text, str):
+        kind = type(text).__name__
+        raise ValueError(f"{where} must be text, got {kind}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where} must be Unicode text, got half a character, "
+            f"U+{ord(text[error.start]):04X}, at {error.start:,}"
+        ) from None
+    return text
+
+
+# %% [markdown]
+# A file of empty lines is a bomb too: three hundred megabytes of `\n` are as
+# many lines, and taking each of them costs a minute. A run of blank lines is
+# counted where it lies in the reader's buffer.
+
+
+# %% lines of a stream tags=["export"] module="reader"
+def read_lines(path, stream):
+    """Yield (where, line) for the lines of a stream that are not blank.
+
+    where: "path:number", for messages. Of a line of more than 16 MB only
+    the beginning is given, which `read_record` refuses.
+
+    Derived in chapter 1.
+    """
+    number = 0
+    while line := stream.readline(LINE + 1):
+        number += 1
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if line.strip() or len(line) > LINE:
+            yield f"{path}:{number}", line
+            while len(line) > LINE and line[-1:] != b"\n":
+                line = stream.readline(LINE + 1)
+        else:
+            number += _skip_blank_lines(stream)
+
+
+def _skip_blank_lines(stream):
+    """Read on to the first line that is not blank; returns how many are."""
+    count, end = 0, 1
+    while end:
+        ahead = stream.peek(1)
+        blank = len(ahead) - len(ahead.lstrip())
+        end = ahead.rfind(b"\n", 0, blank) + 1
+        count += ahead.count(b"\n", 0, end)
+        stream.read(end)
+    return count
+
+
+# %% [markdown]
+# In a folder there is more than text. What cannot be read is passed over, and
+# so is a bad record of JSON lines if that is asked for; but it is counted, for
+# a corpus that lost half of its files should not look like one that lost none.
+# Something else is worth a word. `<|endoftext|>` in a text is ordinary text, as
+# the special tokens should come from us alone; yet some corpora part their
+# documents with it. So we count these too, and leave the choice to you.
+
+
+# %% what was passed over tags=["export"] module="reader"
+class Tally:
+    """Counts what is passed over in reading, and `<|endoftext|>`.
+
+    Derived in chapter 1.
+    """
+
+    def __init__(self):
+        self._counts = {}
+
+    def note(self, what, where, count=1):
+        """Note `count` of `what` in a file, instead of an earlier count."""
+        self._counts[what, str(where)] = count
+
+    def words(self, endoftext=False):
+        """What there is to say, behind a semicolon, or "".
+
+        endoftext: whether `<|endoftext|>` was taken as the token.
+        """
+        sums = Counter()
+        for (what, _), count in self._counts.items():
+            sums[what] += count
+        times, words = sums.pop(EOT, 0), ""
+        if sums:
+            each = [f"{what} {n:,}" for what, n in sorted(sums.items())]
+            words = f"; passed over: {', '.join(each)}"
+        if times and not endoftext:
+            words += (
+                f"; {EOT} as ordinary text: {times:,} (--endoftext takes it "
+                "as the token)"
+            )
+        return words
+
+
+@contextlib.contextmanager
+def passing_over(path, tally):
+    """Note a file that has no text or cannot be read, and go on.
+
+    Derived in chapter 1.
+    """
+    try:
+        yield
+    except NotText:
+        tally.note("not text", path)
+    except (FileNotFoundError, PermissionError):
+        tally.note("not readable", path)
+
+
+# %% records of JSON lines tags=["export"] module="reader"
+def is_json_lines(path):
+    """Whether a file has JSON lines, by its name.
+
+    Derived in chapter 1.
+    """
+    return bool(re.search(r"\.jsonl(\.gz|\.zst)?$", Path(path).name.lower()))
+
+
+def read_records(path, stream, take, skip_bad=False, tally=None):
+    """Yield (where, take(where, record)) for a stream of JSON lines.
+
+    take: a function that raises ValueError for a record that is not as it
+    should be. skip_bad: pass over bad lines and note them in the `Tally`;
+    else ValueError is raised, naming the line.
+
+    Derived in chapter 1.
+    """
+    bad = 0
+    for where, line in read_lines(path, stream):
+        try:
+            found = take(where, read_record(where, line))
+        except ValueError as error:
+            if not skip_bad:
+                how = "(--skip-bad passes over bad records)"
+                raise ValueError(f"{error} {how}") from None
+            bad += 1
+            tally.note("bad records", path, bad)
+        else:
+            yield where, found
+
+
+# %% [markdown]
 # ## A text to train on
 #
 # We need megabytes of text, preferably without a network. Your Python has
@@ -858,10 +1366,12 @@ except ConnectionError as error:
 # %% imports of the corpora tags=["export"] module="corpus"
 import hashlib
 import os
+import re
 import sys
 import sysconfig
-import tokenize
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -869,6 +1379,18 @@ import numpy as np
 from tqdm import tqdm
 
 from llmnb.files import replacing
+from llmnb.reader import (
+    NotText,
+    Tally,
+    is_json_lines,
+    open_stream,
+    passing_over,
+    read_records,
+    read_text,
+    text_blocks,
+    text_of,
+)
+from llmnb.tokenizer import EOT, encode_text
 
 # %% where the text is tags=["exporti"] module="corpus"
 SKIPPED = {
@@ -890,33 +1412,57 @@ SHAKESPEARE_SHA256 = (
 )
 
 
+# %% [markdown]
+# A corpus may be the folder in which we work, and then the last run lies in it,
+# with its log and its sample, and so do shards. Read as text they would change
+# the corpus from one command to the next. Both hold the tokenizer's file, a run
+# its states: folders with such files are left out, and counted. Links to
+# folders are not followed, as they may lead back to where we are.
+
 # %% files below a folder tags=["export"] module="corpus"
-def files_below(folder, skipped=()):
+OUTPUT = re.compile(
+    r"(tokenizer\.tiktoken|unfinished\.json|state_\d+\.safetensors)(\..*)?"
+)
+
+
+def files_below(folder, skipped=(), tally=None):
     """Paths of all files below a folder, sorted by name.
 
     Hidden files and folders are left out, and folders named in `skipped`.
+    What is noted in `tally`, a `Tally`: runs and folders of shards, links to
+    folders, folders that cannot be read, and pipes, devices, and links that
+    lead nowhere.
 
     Derived in chapter 1.
     """
-    found = []
-    for here, folders, names in os.walk(folder):
+    found, tally = [], tally or Tally()
+
+    def unreadable(error):
+        tally.note("not readable", error.filename)
+
+    for here, folders, names in os.walk(folder, onerror=unreadable):
+        if any(map(OUTPUT.fullmatch, names)):
+            tally.note("runs or shards", here)
+            folders.clear()
+            continue
         folders[:] = [x for x in folders if x not in skipped and x[0] != "."]
-        found += [Path(here, x) for x in names if x[0] != "."]
+        for link in filter(os.path.islink, (Path(here, x) for x in folders)):
+            tally.note("links to folders", link)
+        for path in (Path(here, x) for x in names if x[0] != "."):
+            if os.path.isfile(path):
+                found.append(path)
+            else:
+                tally.note("not files", path)
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
-# %% the text of a file tags=["exporti"] module="corpus"
+# %% the text of a module tags=["exporti"] module="corpus"
 def _read(path):
-    """The text of a file: UTF-8, or what a .py file declares; else None."""
+    """The text of a file, or None when it has none."""
     try:
-        if path.suffix == ".py":
-            with tokenize.open(path) as file:
-                text = file.read()
-        else:
-            text = path.read_text("utf-8-sig")
-    except (UnicodeDecodeError, SyntaxError):
+        return read_text(path)
+    except NotText:
         return None
-    return None if "\0" in text else text
 
 
 # %% [markdown]
@@ -1022,10 +1568,11 @@ def _tinyshakespeare():
 # A **document** is a stretch of text that belongs together: a module, a
 # manual page, a file. In tinyshakespeare it is one speech: the speeches are
 # parted by blank lines, and the blank line stays at the end of the speech.
-# The third kind of corpus is your own: any text files, and folders of them.
+# The third kind of corpus is your own: files of text or of JSON lines, packed
+# or not, and folders of them.
 
 
-# %% documents tags=["exporti"] module="corpus"
+# %% documents of a play tags=["exporti"] module="corpus"
 def _speeches(text):
     """Yield the sections of a text, each with the blank line that ends it."""
     sections = text.split("\n\n")
@@ -1034,39 +1581,79 @@ def _speeches(text):
     yield sections[-1]
 
 
-def _own_files(paths):
-    """Yield the text of these files, and of all text files in folders."""
+# %% files of a corpus tags=["export"] module="corpus"
+def files_of(path, tally):
+    """Yield (path, whether it was named) for a file, or a folder's files.
+
+    path: a Path. tally: as for `files_below`. Raises FileNotFoundError, or
+    ValueError for a pipe or a device.
+
+    Derived in chapter 1.
+    """
+    if path.is_dir():
+        for inner in files_below(path, (), tally):
+            yield inner, False
+    elif path.exists() and not path.is_file():
+        raise ValueError(f"{path} must be a regular file or a folder")
+    elif path.exists():
+        yield path, True
+    else:
+        raise FileNotFoundError(
+            f"there is no corpus and no file called {path}; the corpora are "
+            "stdlib and tinyshakespeare"
+        )
+
+
+# %% documents of own files tags=["exporti"] module="corpus"
+def _own_files(paths, field, skip_bad, tally):
+    """Yield the documents of these files, and of all files in folders."""
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
     for path in map(Path, paths):
-        if path.is_dir():
-            yield from map(_read, files_below(path))
-        elif path.is_file():
-            text = _read(path)
-            if text is None:
-                raise ValueError(f"load: {path} must be UTF-8 text")
-            yield text
+        for inner, named in files_of(path, tally):
+            documents = _documents_of(inner, field, skip_bad, tally)
+            if named:
+                yield from documents
+            else:
+                with passing_over(inner, tally):
+                    yield from documents
+
+
+def _documents_of(path, field, skip_bad, tally):
+    """Yield the documents of a file, each whole."""
+
+    def take(where, record):
+        return text_of(where, record, field)
+
+    with open_stream(path) as (stream, _):
+        if is_json_lines(path):
+            found = read_records(path, stream, take, skip_bad, tally)
+            yield from (text for _, text in found)
         else:
-            raise FileNotFoundError(
-                f"load: there is no corpus and no file called {path}; the "
-                f"corpora are stdlib and tinyshakespeare"
-            )
+            yield "".join(text_blocks(path, stream))
 
 
 # %% load a corpus tags=["export"] module="corpus"
-def load(source="stdlib", limit=None):
+def load(
+    source="stdlib", limit=None, field="text", skip_bad=False, tally=None
+):
     """The documents of a corpus, a list of str.
 
     source: "stdlib", the source and manual pages of the running Python;
     "tinyshakespeare", downloaded once unless the folder that LLMNB_DATA
-    names has it; or a path or a list of paths of text files and folders, of
-    which files that are not UTF-8 text are passed over. limit: keep at most
-    that many characters; the last document is cut to fit. The order is the
-    same on every call. Raises FileNotFoundError, ConnectionError, or
-    ValueError for a bad limit, a file that is no text, or an empty corpus.
+    names has it; or a path or a list of paths of files and folders. Files
+    that end in .jsonl, .jsonl.gz or .jsonl.zst have a document a line, in
+    the field `field`; any other file, unpacked when it ends in .gz or .zst,
+    is a document. Of folders, files that are no text are passed over, and
+    noted in `tally`, a `Tally`; with skip_bad, bad lines too. limit: keep at
+    most that many characters; the last document is cut to fit. The order is
+    the same on every call. Raises FileNotFoundError, ConnectionError, or
+    ValueError for a bad limit, a bad line, a file that is no text, or an
+    empty corpus.
 
     Derived in chapter 1.
     """
+    tally = tally or Tally()
     if limit is not None and limit < 1:
         raise ValueError(f"load: limit must be at least 1, got {limit}")
     if source == "stdlib":
@@ -1074,10 +1661,12 @@ def load(source="stdlib", limit=None):
     elif source == "tinyshakespeare":
         texts = _speeches(_tinyshakespeare())
     else:
-        texts = _own_files(source)
+        texts = _own_files(source, field, skip_bad, tally)
     documents = list(_take(filter(None, texts), limit))
     if not documents:
-        raise ValueError(f"load: no text in {source}")
+        raise ValueError(f"load: no text in {source}{tally.words()}")
+    if times := sum(text.count(EOT) for text in documents):
+        tally.note(EOT, source, times)
     return documents
 
 
@@ -1093,6 +1682,17 @@ def _take(texts, limit):
         else:
             return
 
+
+# %% a folder of many kinds
+many = folder / "many"
+(many / "run").mkdir(parents=True)
+(many / "a.txt").write_text("A text.")
+(many / "b.jsonl").write_text('{"text": "A line."}\n{"text": null}\n')
+(many / "c.py").write_text("# coding: rot13\n")
+(many / "d.png").write_bytes(b"\x89PNG")
+save(enc, many / "run" / "tokenizer.tiktoken")
+tally = Tally()
+print(load(many, skip_bad=True, tally=tally), tally.words(), sep="\n")
 
 # %% the standard library, loaded tags=["nbval-ignore-output"]
 documents = load("stdlib")
@@ -1110,12 +1710,13 @@ print(f"{characters / 1e6:.1f} million characters")
 
 
 # %% tokens of documents tags=["export"] module="corpus"
-def encode_documents(encoding, documents):
+def encode_documents(encoding, documents, endoftext=False):
     """Encode documents into one array, `<|endoftext|>` before each.
 
     encoding: a tiktoken.Encoding of at most 65,536 tokens, or ValueError is
     raised. documents: an iterable of str. Returns a uint16 array of shape
-    (N,). Text that reads `<|endoftext|>` is encoded as ordinary text.
+    (N,). Text that reads `<|endoftext|>` is encoded as ordinary text, or as
+    the token with `endoftext`.
 
     Derived in chapter 1.
     """
@@ -1126,10 +1727,13 @@ def encode_documents(encoding, documents):
         )
     if isinstance(documents, str):
         documents = [documents]
-    eot, parts, rest = [encoding.eot_token], [], iter(documents)
-    while group := list(islice(rest, 256)):
-        for ids in encoding.encode_ordinary_batch(group):
-            parts.append(np.array(eot + ids, np.uint16))
+    parts, rest = [], iter(documents)
+    encode = partial(encode_text, encoding, endoftext=endoftext)
+    with ThreadPoolExecutor(8) as pool:  # tiktoken lets go of the lock
+        while group := list(islice(rest, 256)):
+            for ids in pool.map(encode, group):
+                parts.append(np.uint16([encoding.eot_token]))
+                parts.append(ids.astype(np.uint16))
     if not parts:
         raise ValueError("encode_documents: there are no documents")
     return np.concatenate(parts)
@@ -1266,13 +1870,15 @@ print(50257 * 768, 50257 * 128, 1024 * 128)
 # \underbrace{20240520}_{\text{magic}}\;
 # \underbrace{1}_{\text{version}}\;
 # \underbrace{N}_{\text{count}}\; 0\; \dots\; 0
-# \qquad \text{size} = 1024 + 2N \text{ bytes} \tag{1.6}
+# \qquad \text{size} = 1024 + 2N \text{ bytes} \tag{1.7}
 # $$
 #
 # The **magic** number says what kind of file it is. Then come $N$ tokens of
 # two bytes each: $V \le 65{,}536$ fits uint16, half of what int32 would take.
 
 # %% imports of the data tags=["export"] module="data"
+import errno
+import io
 import os
 import re
 from pathlib import Path
@@ -1332,7 +1938,7 @@ def _check_stream(name, tokens):
 # %% [markdown]
 # Reading maps the file into memory: no byte is read until it is looked at,
 # and a shard larger than the memory is no trouble. Before that, each number
-# of (1.6) is checked.
+# of (1.7) is checked.
 
 
 # %% read a shard's header tags=["export"] module="data"
@@ -1341,10 +1947,12 @@ def shard_length(path):
 
     Raises ValueError, naming the file, what is wrong and what would be
     right, for a file shorter than its header, another magic number or
-    version, and a size that does not match the count.
+    version, a size that does not match the count, and a pipe or a device.
 
     Derived in chapter 1.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: a shard must be a regular file")
     with open(path, "rb", buffering=0) as file:
         size, header = os.fstat(file.fileno()).st_size, file.read(12)
     if size < HEADER_BYTES or len(header) < 12:
@@ -1481,7 +2089,8 @@ class Shards:
     """The tokens of many shards, of which none is open.
 
     paths: the shards, in order. lengths: how many tokens each holds, from
-    its header. len() is the sum. Raises ValueError for a damaged header.
+    its header. len() is the sum; np.asarray() reads them all. Raises
+    ValueError for a damaged header.
 
     Derived in chapter 1.
     """
@@ -1492,6 +2101,10 @@ class Shards:
 
     def __len__(self):
         return sum(self.lengths)
+
+    def __array__(self, dtype=None, copy=None):
+        parts = zip(self.paths, self.lengths, strict=True)
+        return np.concatenate([_first_tokens(*x) for x in parts], dtype=dtype)
 
 
 # %% a sample of them tags=["export"] module="data"
@@ -1507,7 +2120,12 @@ def sample_tokens(tokens, count):
         return tokens[:count]
     chosen = tokens.paths[:: -(-len(tokens.paths) // 64)]
     share = count // len(chosen)
-    return np.concatenate([read_shard(path)[:share] for path in chosen])
+    return np.concatenate([_first_tokens(path, share) for path in chosen])
+
+
+def _first_tokens(path, count):
+    count = min(count, shard_length(path))
+    return np.fromfile(path, "<u2", count, offset=HEADER_BYTES)
 
 
 # %% a folder of two kinds
@@ -1529,7 +2147,7 @@ verdict("two shards", count == 2 * len(stream), "the sum of their tokens")
 #
 # $$
 # \mathrm{tokens}_t = s_{wT + t}, \qquad
-# \mathrm{targets}_t = s_{wT + t + 1}, \qquad 0 \le t < T \tag{1.7}
+# \mathrm{targets}_t = s_{wT + t + 1}, \qquad 0 \le t < T \tag{1.8}
 # $$
 #
 # The last target of a window is the first token of the next, so $N$ tokens
@@ -1537,7 +2155,7 @@ verdict("two shards", count == 2 * len(stream), "the sum of their tokens")
 #
 # $$
 # W = \Bigl\lfloor \frac{N - 1}{T} \Bigr\rfloor, \qquad
-# \text{batches} = \Bigl\lfloor \frac{W}{B} \Bigr\rfloor \tag{1.8}
+# \text{batches} = \Bigl\lfloor \frac{W}{B} \Bigr\rfloor \tag{1.9}
 # $$
 #
 # batches of $B$ windows. One pass over all shards is an **epoch**. For
@@ -1547,26 +2165,69 @@ verdict("two shards", count == 2 * len(stream), "the sum of their tokens")
 # than with the rest of the text.
 #
 # A large text is ten thousand shards. The loader reads only their headers when
-# it is made, and maps one shard at a time: a mapped file counts as an open one,
-# of which a process may have a thousand or so.
+# it is made, and opens one shard at a time, for a process may have a thousand
+# or so. It does not map the shard. Should somebody cut a mapped file short, the
+# next look behind its end kills the process without a word; a read that comes
+# out short is an error that can name the file. It costs a window a microsecond
+# or two.
+#
+# An array takes the place of a shard as well. Its numbers are looked at before
+# anything runs: in the int32 of a batch, $2^{40}$ would become token 0.
 #
 # The shuffle must be the same wherever the program runs. NumPy promises that
 # for the old generator, `RandomState`, whose numbers are frozen; it does not
 # for the new one.
 
 
+# %% a shard that is read in parts tags=["exporti"] module="data"
+class _File:
+    """An open shard; a slice of it is read, at most seq_len + 1 tokens."""
+
+    def __init__(self, path, seq_len):
+        shard_length(path)  # checks it
+        self.path, self.file = path, io.FileIO(path)
+        self.room = np.empty(seq_len + 1, "<u2")
+
+    def __getitem__(self, part):
+        room, got = self.room[: part.stop - part.start], 0
+        raw, more = memoryview(room).cast("B"), 1
+        self.file.seek(HEADER_BYTES + 2 * part.start)
+        while got < len(raw) and more:
+            more = self.file.readinto(raw[got:])
+            got += more
+        if not more:
+            gone = part.start + got // 2
+            what = f"has been cut short, token {gone:,} is gone"
+            raise OSError(errno.EIO, what, str(self.path))
+        return room
+
+    def __del__(self):
+        if hasattr(self, "file"):
+            self.file.close()
+
+
 # %% shards and their order tags=["exporti"] module="data"
-def _open(shard):
-    """A shard's tokens: a path is read, an array is taken as it is."""
+def _open(shard, seq_len):
+    """A shard's tokens: a path is opened, an array is taken as it is."""
     if isinstance(shard, (str, os.PathLike)):
-        return np.asarray(read_shard(shard))
-    return _check_stream("DataLoader: tokens", shard)
+        return _File(shard, seq_len)
+    return np.asarray(shard)
+
+
+def _check_array(shard):
+    """The number of tokens in an array, or an error when some are none."""
+    tokens, name = np.asarray(shard), "DataLoader: tokens"
+    if tokens.size:  # of no elements the type says nothing
+        _check_stream(name, tokens)
+        for bad in (int(tokens.min()), int(tokens.max())):
+            _check_int(name, bad, 0, 2**31)
+    return tokens.size
 
 
 def _count_windows(shard, batch_size, seq_len):
-    """W of (1.8), or an error when there is not one batch."""
+    """W of (1.9), or an error when there is not one batch."""
     path = isinstance(shard, (str, os.PathLike))
-    count = shard_length(shard) if path else len(_open(shard))
+    count = shard_length(shard) if path else _check_array(shard)
     if count < batch_size * seq_len + 1:
         raise ValueError(
             f"DataLoader: {shard if path else 'an array'} has {count} "
@@ -1602,6 +2263,7 @@ class _Epochs:
             raise ValueError("DataLoader: the list of shards is empty")
         counts = [_count_windows(s, batch_size, seq_len) for s in self.shards]
         self.windows, self.batch_size = counts, batch_size
+        self.seq_len = seq_len
         self.shard_order = np.empty(len(counts), np.int64)
         self.window_order = np.empty(max(counts), np.int64)
         self.entered = self.tokens = None
@@ -1614,7 +2276,8 @@ class _Epochs:
             k = int(self.shard_order[shard])
             key = key and [*key, k]
             _fill_order(self.window_order[: self.windows[k]], key)
-            self.tokens, self.entered = _open(self.shards[k]), (epoch, shard)
+            self.tokens = _open(self.shards[k], self.seq_len)
+            self.entered = epoch, shard
             self.batches = self.windows[k] // self.batch_size
         return self.batches
 
@@ -1664,7 +2327,9 @@ class DataLoader(_Place):
     Each must hold batch_size * seq_len + 1 tokens or more. With shuffle,
     every epoch takes the shards, and the windows of a shard, in an order
     drawn from seed; without, as they lie. The windows of a shard that do not
-    fill a batch are left out of that epoch. Raises TypeError or ValueError.
+    fill a batch are left out of that epoch. Raises TypeError or ValueError,
+    for tokens of an array that are not in [0, 2**31) too, and OSError when
+    a shard has been cut short since.
 
     batches_per_epoch: batches in one epoch. shards: a list of what was
     given. state: the place of the next batch, a dict of ints; set it to go
@@ -1695,7 +2360,7 @@ class DataLoader(_Place):
         first = place["position"] * B
         for b, w in enumerate(self._epochs.window_order[first : first + B]):
             window = self._epochs.tokens[w * T : w * T + T + 1]
-            self._tokens[b] = window[:-1]  # (1.7)
+            self._tokens[b] = window[:-1]  # (1.8)
             self._targets[b] = window[1:]
         place["position"] += 1
         if place["position"] == batches:
@@ -1861,7 +2526,7 @@ print(f"{1e6 * seconds:.0f} microseconds a batch of 16 x 128")
 
 # %% exercise 1, the function tags=["hide-cell"]
 def batches(N, B, T):
-    return (N - 1) // T // B  # (1.8)
+    return (N - 1) // T // B  # (1.9)
 
 
 # %% exercise 1, checked
@@ -2027,6 +2692,9 @@ verdict("exercise 5", same, "equals encode_word")
 #   cuts the text first.
 # - [RFC 3629](https://www.rfc-editor.org/rfc/rfc3629), 2003: read section 3,
 #   the definition of UTF-8.
+# - [RFC 8878](https://www.rfc-editor.org/rfc/rfc8878), 2021: read section 3.1.1
+#   for frames and blocks, from which (1.6) follows, and section 7 on what a
+#   stranger's file can do.
 # - [tiktoken](https://github.com/openai/tiktoken): the encoder; its README has
 #   the interface that we use.
 # - [llm.c](https://github.com/karpathy/llm.c): `llmc/dataloader.h` for the

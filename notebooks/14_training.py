@@ -73,7 +73,6 @@ from llmnb.data import (
     DataLoader,
     Shards,
     find_shards,
-    read_shard,
     sample_tokens,
 )
 from llmnb.files import make_folder, read_small, replacing, what_is
@@ -172,6 +171,13 @@ class DataOptions:
         "vocab.json or tokenizer.json",
     )
     vocab_size: int = _option(1024, "tokens that the bpe tokenizer has")
+    field: str = _option("text", "field of a JSON line that has the text")
+    skip_bad: bool = _option(
+        False, "pass over bad records of JSON lines, and count them"
+    )
+    endoftext: bool = _option(
+        False, "take <|endoftext|> in a text as the token, not as text"
+    )
     shards: str = _option(
         "", "a folder written by `llmnb data`, instead of a corpus"
     )
@@ -413,7 +419,7 @@ for wrong in (
 # `prepare` does what [chapter 1](01_tokens.ipynb) taught, in order: load
 # the documents, train or load a tokenizer, encode, split. It returns the
 # tokenizer, the two token arrays, and a sentence that says where the text
-# came from. The tokenizer learns from the first two million characters: the
+# came from and what of it was passed over. The tokenizer learns from the first two million characters: the
 # documents come in a mixed order, and more text would change the merges
 # little and take longer.
 
@@ -425,7 +431,7 @@ class Data(NamedTuple):
     """The tokens of a run: what `prepare` returns.
 
     encoding: a tiktoken.Encoding. train_tokens, val_tokens: 1-D uint16
-    arrays, or `Shards` where a folder holds several. source: a sentence that
+    arrays, or the `Shards` of a folder. source: a sentence that
     says where the text came from.
 
     Derived in chapter 14.
@@ -447,16 +453,18 @@ def prepare(config):
     Derived in chapter 14.
     """
     from llmnb import corpus
+    from llmnb.reader import Tally
 
     if config.shards:
         return _from_shards(config)
-    sources = [*config.corpus]
+    sources, tally = [*config.corpus], Tally()
     source = sources[0] if len(sources) == 1 else sources
-    documents = corpus.load(source, limit=config.limit or None)
+    how = config.limit or None, config.field, config.skip_bad, tally
+    documents = corpus.load(source, *how)
     encoding = make_encoding(config, documents)
-    tokens = corpus.encode_documents(encoding, documents)
-    parts = corpus.split(tokens)
-    return Data(encoding, *parts, _describe(sources, documents))
+    tokens = corpus.encode_documents(encoding, documents, config.endoftext)
+    source = _describe(sources, documents) + tally.words(config.endoftext)
+    return Data(encoding, *corpus.split(tokens), source)
 
 
 # %% where the text came from tags=["exporti"]
@@ -471,11 +479,10 @@ def _describe(sources, documents):
 
 # %% from a folder of shards tags=["exporti"]
 def _from_shards(config):
-    """The tokens of a folder: one shard is mapped, many are left closed."""
+    """The tokens of a folder, whose files are left closed."""
     folder = Path(config.shards)
-    found = find_shards(folder)
+    parts = [Shards(x) for x in find_shards(folder)]
     encoding = _encoding_of(config, folder)
-    parts = [read_shard(x[0]) if len(x) == 1 else Shards(x) for x in found]
     total = sum(len(x) for x in parts)
     return Data(encoding, *parts, f"shards in {folder}: {total:,} tokens")
 
@@ -511,7 +518,8 @@ def make_encoding(config, documents):
     """The tokenizer that a TrainConfig names, trained if it is "bpe".
 
     documents: an iterable of str, of which the first `TOKENIZER_TEXT`
-    characters are learnt from. Raises ValueError, OSError or RuntimeError,
+    characters are learnt from, with `config.endoftext` but for
+    `<|endoftext|>`. Raises ValueError, OSError or RuntimeError,
     in one sentence.
 
     Derived in chapter 14.
@@ -524,8 +532,9 @@ def make_encoding(config, documents):
         return encoding
     learnt, left = [], TOKENIZER_TEXT
     for text in documents:
-        learnt.append(text[:left])
-        left -= len(learnt[-1])
+        text = text[:left]
+        learnt += text.split(tokenizer.EOT) if config.endoftext else [text]
+        left -= len(text)
         if not left:
             break
     return tokenizer.train(learnt, config.vocab_size)
@@ -1638,6 +1647,8 @@ class Readers:
 
 
 # %% the same numbers for our run
+from llmnb.data import read_shard
+
 small = TrainConfig(
     tokenizer="byte",
     num_layers=2,

@@ -33,7 +33,6 @@ gpt2_diagram(lit="tokens")
 # changes how they are made. At its end you can
 #
 # - say where a text may be cut so that the tokens do not change, and prove it;
-# - read a compressed file from a stranger without trusting its sizes;
 # - bound the memory of the work before it starts;
 # - say which five numbers make a job of hours safe from `kill -9`.
 #
@@ -43,6 +42,8 @@ gpt2_diagram(lit="tokens")
 # ## Setup
 
 # %% setup
+import gzip
+import json
 import os
 import random
 import time
@@ -128,19 +129,22 @@ print([shard_of(t, 2, 3) for t in range(8)])
 # leaves out all that either calls one.
 
 # %% imports of the readers tags=["export"] module="documents"
-import codecs
-import contextlib
-import gzip
 import hashlib
-import io
-import json
 import re
-import tokenize
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 from llmnb import corpus
+from llmnb.reader import (
+    Tally,
+    is_json_lines,
+    open_stream,
+    passing_over,
+    read_records,
+    text_blocks,
+    text_of,
+)
+from llmnb.tokenizer import EOT
 
 # %% cut a text tags=["exporti"] module="documents"
 PIECE = 1 << 20  # characters that are encoded at once, about
@@ -172,7 +176,8 @@ def _cut(where, blocks):
             searched = len(held) - 1
         if len(held) > RUN:
             raise ValueError(
-                f"{where}: a blank must come within {RUN:,} characters"
+                f"{where}: a blank must come within {RUN:,} characters, and "
+                "a word within as many blanks"
             )
     if held:
         yield first, held
@@ -208,240 +213,17 @@ verdict("one further", not cuts_agree(texts, shift=1), "is caught")
 
 # %% [markdown]
 # What if no safe place comes? A table of numbers without blanks, an image in
-# base64. The text held back grows until it has 16 million characters; then the
+# base64, a file of empty lines. The text held back grows until it has 16 million characters; then the
 # file is refused in one sentence. No bound would mean no bound on memory.
 #
-# ## Read what strangers send
+# The text comes from [chapter 1](01_tokens.ipynb)'s reader: unpacked and decoded
+# block by block, or a line of JSON at a time, so that no file, and no bomb, is
+# ever in memory as a whole.
 #
-# A corpus comes as text files, as **JSON lines** (a JSON object a line, the
-# text in one of its fields), plain or compressed with gzip or zstd. Each can
-# be damaged, and some are made to do damage: a *bomb* is a compressed file of
-# kilobytes that unpacks to gigabytes. Three rules keep us safe.
-#
-# - Nothing is unpacked whole. We ask for a block of a given size, use it, and
-#   ask again; a bomb is then a long text and no more.
-# - A line has at most 16 MB. JSON of that size can take half a gigabyte once
-#   it is Python objects, and longer documents belong in files of their own.
-# - What is wrong is said with the place: the file, and the line or the byte.
-#
-# gzip is in the standard library, and its reader returns as many bytes as are
-# asked for. The zstandard package has two readers. One is bounded, but takes a
-# file that ends early for a file that ends. The other knows the end of a frame
-# but returns all that its input yields. A frame is made of blocks of at most
-# 128 KB, and each takes four bytes of input or more, so that $n$ bytes of
-# input yield at most
-#
-# $$ \lfloor n / 4 \rfloor \cdot 128\ \text{KB} \tag{18.3} $$
-#
-# and 1,024 bytes at a time at most 32 MB. We take the second reader and feed
-# it so. Its window, the part of the output that later blocks may refer to, is
-# limited to 128 MB; the header may not ask for more.
-
-
-# %% zstd, read in small bites tags=["exporti"] module="documents"
-class _Zstd(io.RawIOBase):
-    """The bytes of a zstd file; EOFError when it is damaged."""
-
-    def __init__(self, raw):
-        self.raw, self.frame = raw, None
-        self.packed, self.ready = b"", memoryview(b"")
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        while not self.ready:
-            self.packed = self.packed or self.raw.read(1024)  # (18.3)
-            if not self.packed and self.frame:
-                raise EOFError("the file ends within a zstd frame")
-            if not self.packed:
-                return 0
-            self._unpack()
-        count = min(len(buffer), len(self.ready))
-        buffer[:count] = self.ready[:count]
-        self.ready = self.ready[count:]
-        return count
-
-    def _unpack(self):
-        z = _zstandard()
-        if self.frame is None:
-            window = z.ZstdDecompressor(max_window_size=1 << 27)
-            self.frame = window.decompressobj()
-        try:
-            self.ready = memoryview(self.frame.decompress(self.packed))
-        except z.ZstdError as error:
-            raise EOFError(f"{error}") from None
-        self.packed = b""
-        if self.frame.eof:
-            self.packed, self.frame = self.frame.unused_data, None
-
-
-# %% zstd, if it is there tags=["exporti"] module="documents"
-def _zstandard():
-    try:
-        import zstandard
-    except ImportError:
-        raise ValueError(
-            "to read .zst files install the zstandard package: "
-            "pip install 'llmnb[zstd]'"
-        ) from None
-    return zstandard
-
-
-# %% open a file tags=["export"] module="documents"
-@contextlib.contextmanager
-def open_stream(path):
-    """Open a file for reading bytes, unpacked if it ends in .gz or .zst.
-
-    Gives (stream, raw): the bytes, and the file itself, whose tell() says
-    how much of it is read. Raises ValueError, naming the file and the byte,
-    when it is damaged or ends early, and when zstandard is missing.
-
-    Derived in chapter 18.
-    """
-    suffix = Path(path).suffix.lower()
-    with open(path, "rb") as raw:
-        stream = raw
-        if suffix == ".gz":
-            stream = gzip.GzipFile(fileobj=raw)
-        elif suffix == ".zst":
-            _zstandard()
-            stream = io.BufferedReader(_Zstd(raw), 1 << 17)
-        try:
-            yield stream, raw
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(
-                f"{path}: damaged near byte {raw.tell():,}: {error}"
-            ) from None
-
-
-# %% [markdown]
-# Text is decoded block by block too. The decoder keeps the bytes of a
-# character that a block cuts in two, and another one around it makes every
-# line end `\n`, whatever the system that wrote it.
-
-
-# %% text, block by block tags=["exporti"] module="documents"
-class _NotText(ValueError):
-    """A file that holds something else than text."""
-
-
-def _text_blocks(path, stream):
-    """Yield the text of a stream, decoded in blocks."""
-    decoder = codecs.getincrementaldecoder(_encoding_of(path))()
-    decoder, seen = io.IncrementalNewlineDecoder(decoder, True), 0
-    block = b"-"
-    while block:
-        block = stream.read(PIECE)
-        seen += len(block)
-        try:
-            text = decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            place = seen - len(error.object) + error.start
-            raise _NotText(
-                f"{path} must be UTF-8 text, got "
-                f"{error.object[error.start]:#04x} at byte {place:,}"
-            ) from None
-        if "\0" in text:
-            raise _NotText(f"{path} must be UTF-8 text, got a zero byte")
-        yield text
-
-
-# %% the encoding of a file tags=["exporti"] module="documents"
-def _encoding_of(path):
-    """UTF-8, or what the first lines of a .py file declare."""
-    if path.suffix != ".py":
-        return "utf-8-sig"
-    with open(path, "rb") as file:
-        try:
-            return tokenize.detect_encoding(lambda: file.readline(1 << 12))[0]
-        except SyntaxError:
-            raise _NotText(f"{path} must be UTF-8 text") from None
-
-
-# %% the record in a line tags=["export"] module="documents"
-LINE = 1 << 24  # bytes of a line of JSON, at most
-
-
-def read_record(where, line):
-    """The JSON object in a line of bytes, a dict.
-
-    Raises ValueError, naming `where`, for anything else.
-
-    Derived in chapter 18.
-    """
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where}: must be UTF-8, got {line[error.start]:#04x} at byte "
-            f"{error.start:,} of the line"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: must be JSON: {error}") from None
-    if not isinstance(record, dict):
-        kind = type(record).__name__
-        raise ValueError(f"{where}: must be a JSON object, got {kind}")
-    return record
-
-
-# %% the text of a record tags=["export"] module="documents"
-def text_of(where, record, field):
-    """The text in a field of a record, or ValueError, naming `where`.
-
-    Derived in chapter 18.
-    """
-    if field not in record:
-        got = ", ".join(repr(name[:30]) for name in [*record][:9])
-        raise ValueError(f"{where}: must have a field {field!r}, got {got}")
-    return check_text(f"{where}: {field!r}", record[field])
-
-
-def check_text(where, text):
-    """A text, or ValueError when it is none or has half a character.
-
-    Derived in chapter 18.
-    """
-    if not isinstance(text, str):
-        kind = type(text).__name__
-        raise ValueError(f"{where} must be text, got {kind}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where} must be Unicode text, got half a character, "
-            f"U+{ord(text[error.start]):04X}, at {error.start:,}"
-        ) from None
-    return text
-
-
-# %% lines of a stream tags=["export"] module="documents"
-def read_lines(path, stream):
-    """Yield (where, line) for the lines of a stream that are not blank.
-
-    where: "path:number", for messages. Raises ValueError for a line of more
-    than 16 MB.
-
-    Derived in chapter 18.
-    """
-    number = 0
-    while line := stream.readline(LINE + 1):
-        number += 1
-        if len(line) > LINE:
-            raise ValueError(
-                f"{path}:{number}: a line must have at most {LINE:,} bytes"
-            )
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if line.strip():
-            yield f"{path}:{number}", line
-
-
-# %% [markdown]
 # Some files and what is said about them:
 
 # %% damaged files
-from llmnb.documents import Source, open_stream, read_lines, sources
+from llmnb.documents import sources
 
 folder = Path(scratch.name)
 
@@ -496,16 +278,20 @@ class Source(NamedTuple):
 
 
 # %% the pieces of a file tags=["exporti"] module="documents"
-def _file_pieces(path, field):
+def _file_pieces(path, field, skip_bad, tally):
     """Yield (first, text, position) for a file of any kind."""
+
+    def take(where, record):
+        return text_of(where, record, field)
+
     with open_stream(path) as (stream, raw):
-        if _is_json_lines(path):
-            for where, line in read_lines(path, stream):
-                text = text_of(where, read_record(where, line), field)
+        if is_json_lines(path):
+            found = read_records(path, stream, take, skip_bad, tally)
+            for where, text in found:
                 for first, piece in _cut(where, _blocks(text)):
                     yield first, piece, raw.tell()
         else:
-            for first, piece in _cut(path, _text_blocks(path, stream)):
+            for first, piece in _cut(path, text_blocks(path, stream)):
                 yield first, piece, raw.tell()
 
 
@@ -513,33 +299,45 @@ def _blocks(text):
     return (text[i : i + PIECE] for i in range(0, len(text), PIECE))
 
 
-def _is_json_lines(path):
-    return re.search(r"\.jsonl(\.gz|\.zst)?$", path.name.lower())
-
-
 # %% [markdown]
-# In a folder, files that are no text are passed over, as in chapter 1. That
-# must be known before the first piece of a file is used, and so such a file is
-# decoded twice. Decoding is a hundred times faster than encoding.
+# In a folder, files that are no text are passed over and counted, as in chapter
+# 1. That must be known before the first piece of a file is used, and so such a file is
+# decoded twice. Decoding is a hundred times faster than encoding. (Work that is
+# taken up again counts what it reads itself.)
 
 
 # %% a file in a folder tags=["exporti"] module="documents"
-def _found_pieces(path, field):
+def _found_pieces(path, field, skip_bad, tally):
     """The pieces of a file in a folder; none when it is no text."""
-    if not _is_json_lines(path):
-        try:
-            with open_stream(path) as (stream, _):
-                for _ in _text_blocks(path, stream):
-                    pass
-        except _NotText:
-            return
-    yield from _file_pieces(path, field)
+    good = False
+    with passing_over(path, tally), open_stream(path) as (stream, _):
+        if not is_json_lines(path):
+            for _ in text_blocks(path, stream):
+                pass
+        good = True
+    if good:
+        yield from _file_pieces(path, field, skip_bad, tally)
 
 
-def _file_source(path, field, pieces):
+def _file_source(path, read, how):
+    """The `Source` of a file; how: field, skip_bad and tally."""
     info = path.stat()
     mark = f"{path} {info.st_size} {info.st_mtime_ns}"
-    return Source(str(path), info.st_size, mark, lambda: pieces(path, field))
+
+    def pieces():
+        return _counted(path, read(path, *how), how[-1])
+
+    return Source(str(path), info.st_size, mark, pieces)
+
+
+def _counted(name, pieces, tally):
+    """Pass pieces on; note how often `<|endoftext|>` stands in them."""
+    times = 0
+    for first, text, position in pieces:
+        if EOT in text:
+            times += text.count(EOT)
+            tally.note(EOT, name, times)
+        yield first, text, position
 
 
 # %% a corpus in memory tags=["exporti"] module="documents"
@@ -558,32 +356,31 @@ def _memory_source(name):
 
 
 # %% the sources of a corpus tags=["export"] module="documents"
-def sources(names, field="text"):
+def sources(names, field="text", skip_bad=False, tally=None):
     """The `Source`s of a corpus, in order: a list.
 
     names: stdlib, tinyshakespeare, or paths of files and folders, which are
     read in the order of names. Files that end in .jsonl, .jsonl.gz or
     .jsonl.zst have a document a line, in the field `field`; any other file,
     unpacked when it ends in .gz or .zst, is a document. Files in folders
-    that are no text are passed over. Raises FileNotFoundError.
+    that are no text are passed over, and noted in `tally`, a `Tally`, when
+    they are read; with skip_bad, bad lines too. Raises FileNotFoundError,
+    or ValueError for a pipe or a device.
 
     Derived in chapter 18.
     """
-    found = []
+    found, tally = [], tally or Tally()
+    how = field, skip_bad, tally
     for name in names:
-        path = Path(name)
         if name in ("stdlib", "tinyshakespeare"):
             found.append(_memory_source(name))
-        elif path.is_dir():
-            for inner in corpus.files_below(path):
-                found.append(_file_source(inner, field, _found_pieces))
-        elif path.is_file():
-            found.append(_file_source(path, field, _file_pieces))
-        else:
-            raise FileNotFoundError(
-                f"there is no corpus and no file called {path}; the corpora "
-                "are stdlib and tinyshakespeare"
-            )
+            continue
+        for path, named in corpus.files_of(Path(name), tally):
+            if named:
+                found.append(_file_source(path, _file_pieces, how))
+            else:
+                with passing_over(path, tally):
+                    found.append(_file_source(path, _found_pieces, how))
     return found
 
 
@@ -631,7 +428,7 @@ from llmnb.corpus import split
 from llmnb.data import shard_length, write_shard
 from llmnb.files import BESIDE, make_folder, replacing
 from llmnb.lock import LOCK, Lock, in_use
-from llmnb.tokenizer import save
+from llmnb.tokenizer import encode_text, save
 
 
 # %% results in the order of the items tags=["exporti"]
@@ -655,13 +452,13 @@ def _cores():
 
 
 # %% encode a batch of pieces tags=["exporti"]
-def _encode(encoding, pieces):
+def _encode(encoding, pieces, endoftext=False):
     """The tokens of (first, text) pieces, uint16, EOT before documents."""
     parts, eot = [], np.array([encoding.eot_token], np.uint16)
     for first, text in pieces:
         if first:
             parts.append(eot)
-        ids = encoding.encode_to_numpy(text, disallowed_special=())
+        ids = encode_text(encoding, text, endoftext)
         parts.append(ids.astype(np.uint16))
     return np.concatenate(parts)
 
@@ -793,9 +590,9 @@ def _batches(pieces):
 class _Stream:
     """The tokens of a corpus from a place on, taken in portions."""
 
-    def __init__(self, encoding, pieces, workers, drop=0):
+    def __init__(self, encoding, pieces, workers, drop=0, endoftext=False):
         def work(batch):
-            return batch, _encode(encoding, batch.pieces)
+            return batch, _encode(encoding, batch.pieces, endoftext)
 
         self._blocks = _in_order(work, _batches(pieces), workers)
         self._tokens, self._used = np.empty(0, np.uint16), 0
@@ -865,7 +662,9 @@ def _conditions(sources, encoding, options):
     single = encoding.decode_single_token_bytes
     return {
         "options": options,
-        "corpus": _digest(source.mark.encode() for source in sources),
+        "corpus": _digest(
+            x.mark.encode("utf-8", "surrogatepass") for x in sources
+        ),
         "tokenizer": _digest(map(single, ranks)),
     }
 
@@ -992,7 +791,8 @@ def _validation(sources, encoding, options):
     if options["val_tokens"]:
         return options["val_tokens"]
     pieces = pieces_from(sources, limit=options["limit"])
-    stream, count = _Stream(encoding, pieces, 1), 0
+    special = options.get("endoftext", False)
+    stream, count = _Stream(encoding, pieces, 1, 0, special), 0
     while count < 327_680 and stream.more():
         count += len(stream.take(327_680 - count))
     if not count:
@@ -1023,10 +823,11 @@ def write_shards(folder, sources, encoding, options, force=False, workers=0):
 
     folder: from `shards_folder`. sources: a list of `Source`. options: a
     dict with at least limit (characters, 0 for all), shard_tokens and
-    val_tokens (0: a tenth, at most 32,768). force: start anew. workers:
-    threads, 0 for one a core. Unfinished work is gone on with, and the
-    files are those of an uninterrupted run. The folder is locked meanwhile.
-    Raises ValueError or OSError.
+    dict with at least limit (characters, 0 for all), shard_tokens and
+    val_tokens (0: a tenth, at most 32,768); endoftext: as for `encode_text`.
+    force: start anew. workers: threads, 0 for one a core. Unfinished work
+    is gone on with, and the files are those of an uninterrupted run. The
+    folder is locked meanwhile. Raises ValueError or OSError.
 
     Derived in chapter 18.
     """
@@ -1043,7 +844,8 @@ def _written(folder, lock, sources, encoding, options, force, workers):
     save(encoding, folder / "tokenizer.tiktoken")
     place = note["next"]
     pieces = pieces_from(sources, place, options["limit"])
-    stream = _Stream(encoding, pieces, workers or _cores(), place.drop)
+    how = workers or _cores(), place.drop, options.get("endoftext", False)
+    stream = _Stream(encoding, pieces, *how)
     while stream.more():
         size = _size_of_next(note, options["shard_tokens"])
         tokens = np.empty(size, np.uint16)
@@ -1220,7 +1022,7 @@ verdict("without drop", files_of("wrong") != files_of("one"), "is caught")
 # bytes is being filled:
 #
 # $$ M \approx 2s + 2w \cdot (\text{1 to 8 MB}) + \text{a line of 16 MB} .
-#    \tag{18.4} $$
+#    \tag{18.3} $$
 #
 # With the default $s = 10^8$ that is 200 MB and little more, for any corpus.
 # The time is that of the encoder: $10^{10}$ tokens, some 45 GB of English, at
@@ -1350,9 +1152,6 @@ verdict("exercise 2", files_of("other") == files_of("one"), "same files")
 # %% [markdown]
 # ## Further reading
 #
-# - [RFC 8878](https://www.rfc-editor.org/rfc/rfc8878), 2021: read section 3.1.1
-#   for frames and blocks, from which (18.3) follows, and section 7 on what a
-#   stranger's file can do.
 # - [JSON Lines](https://jsonlines.org/): the format on one page.
 # - Pillai and others, "All File Systems Are Not Created Equal", OSDI 2014: what a
 #   renaming promises after a crash, and what it does not.

@@ -572,8 +572,20 @@ def _begun(args):
     _check_backend(given.get("backend"))
     make = starting_from if given.get("init") else TrainConfig
     config = make(**given)
+    _check_apart(args.out, config.corpus)
     folder = run_folder(args.out or _new_folder(config), args.force)
     return begin(folder, config)
+
+
+def _check_apart(out, corpus):
+    """Refuse to write into the folder that is read."""
+    for name in corpus:
+        same = out and Path(name).is_dir() and Path(out).is_dir()
+        if same and Path(out).samefile(name):
+            raise ValueError(
+                f"{name} is the corpus: what is written there would be read "
+                "as text; choose another folder, such as one within it"
+            )
 
 
 def _resumed(args):
@@ -805,6 +817,7 @@ def _add_generate(commands):
             metavar=kind.__name__,
             help=f"{text} (default: {shown})",
         )
+    _add_fields(parser, DataOptions, ["endoftext"])
     parser.add_argument(
         "--stats", action="store_true", help="print tokens a second at the end"
     )
@@ -878,6 +891,7 @@ def _load_model(args, prompt):
     from llmnb.decode import Decoder
     from llmnb.generate import window_start
     from llmnb.gpt2 import GPT2
+    from llmnb.tokenizer import EOT, encode_text
 
     path = Path(args.model) if args.model else _newest_run()
     if not args.model:
@@ -885,8 +899,15 @@ def _load_model(args, prompt):
     if not path.exists():
         raise FileNotFoundError(f"there is no run {path}")
     cfg, encoding = _with_tokenizer(path, args)
-    ids = [encoding.eot_token, *encoding.encode_ordinary(prompt)]
+    ids = encode_text(encoding, prompt, args.endoftext)
+    ids = [encoding.eot_token, *ids.tolist()]
     length = min(len(ids) + max(args.tokens, 0), cfg.max_seq_len)
+    if EOT in prompt and not args.endoftext:
+        print(
+            f"{EOT} in the prompt is ordinary text (--endoftext takes it as "
+            "the token)",
+            file=sys.stderr,
+        )
     if len(ids) > length:
         seen = len(ids) - window_start(len(ids), length)
         print(
@@ -937,7 +958,7 @@ def _add_data(commands):
     parser.add_argument(
         "--force", action="store_true", help="start anew in a folder in use"
     )
-    names = "corpus", "limit", "tokenizer", "vocab_size"
+    names = {x.name for x in fields(DataOptions)} - {"shards"}
     _add_fields(parser, DataOptions, names)
     _add_shards(parser)
     parser.set_defaults(run=_data)
@@ -946,10 +967,6 @@ def _add_data(commands):
 # %% the sizes of the shards tags=["exporti"] module="cli"
 def _add_shards(parser):
     add = parser.add_argument
-    add(
-        "--field", default="text", metavar="NAME",
-        help="field of a JSON line that has the text (default: text)",
-    )  # fmt: skip
     add(
         "--shard-tokens", type=int, default=100_000_000, metavar="int",
         help="tokens in a shard (default: 100000000)",
@@ -967,29 +984,32 @@ def _add_shards(parser):
 
 # %% write the shards tags=["exporti"] module="cli"
 SHARD_OPTIONS = (
-    "corpus", "limit", "tokenizer", "vocab_size", "field", "shard_tokens",
-    "val_tokens",
+    "corpus", "limit", "tokenizer", "vocab_size", "field", "skip_bad",
+    "endoftext", "shard_tokens", "val_tokens",
 )  # fmt: skip
 
 
 def _data(args):
     from llmnb import shards
     from llmnb.documents import sources
+    from llmnb.reader import Tally
     from llmnb.train import make_encoding
 
     names = [field.name for field in fields(DataOptions)]
     options = {name: getattr(args, name) for name in SHARD_OPTIONS}
     options["corpus"] = list(args.corpus)
     config = TrainConfig(**{k: v for k, v in options.items() if k in names})
-    folder = shards.shards_folder(args.out, args.force)
-    corpus = sources(args.corpus, args.field)
+    _check_apart(args.out, args.corpus)
+    folder, tally = shards.shards_folder(args.out, args.force), Tally()
+    corpus = sources(args.corpus, args.field, args.skip_bad, tally)
     pieces = shards.pieces_from(corpus, limit=args.limit)
     encoding = make_encoding(config, (text for _, _, text, _ in pieces))
     work = shards.write_shards(
         folder, corpus, encoding, options, args.force, args.threads
     )
     done = _follow_data(work, sum(source.size for source in corpus))
-    _say("corpus", _described(args.corpus, done))
+    words = tally.words(args.endoftext)
+    _say("corpus", _described(args.corpus, done) + words)
     for name, count in done.shards:
         _say(name, f"{count:,} tokens in {folder / name}")
     _say("go on", f"llmnb train --shards {folder}")
@@ -1035,6 +1055,8 @@ def _add_eval(commands):
     )  # fmt: skip
     add("--text", nargs="+", default=[], metavar="FILE", help="text to score")
     add("--hellaswag", metavar="FILE", help="a .bin file, or JSON lines")
+    names = "field", "skip_bad", "endoftext"
+    _add_fields(parser, DataOptions, names)
     _add_eval_options(parser)
     _add_threads(parser)
     parser.set_defaults(run=_eval)
@@ -1042,7 +1064,6 @@ def _add_eval(commands):
 
 # %% its options tags=["exporti"] module="cli"
 EVAL = {
-    "field": (str, "text", "field of a JSON line that has the text"),
     "limit": (int, 0, "characters or examples at most; 0 means all"),
     "seq_len": (int, 0, "context in tokens; 0: all the model has"),
     "stride": (int, 0, "tokens scored a window; 0: half the context"),
@@ -1087,15 +1108,20 @@ def _eval_text(args, path, encoding, context):
     from llmnb.documents import sources
     from llmnb.evaluation import score_pieces
     from llmnb.gpt2 import GPT2
+    from llmnb.reader import Tally
     from llmnb.shards import pieces_from
 
-    found = pieces_from(sources(args.text, args.field), limit=args.limit)
+    tally = Tally()
+    found = sources(args.text, args.field, args.skip_bad, tally)
+    found = pieces_from(found, limit=args.limit)
     pieces = ((first, text) for _, first, text, _ in found)
     model = GPT2.from_checkpoint(path, 1, context, tokens=encoding.n_vocab)
     stride = args.stride or max(1, context // 2)
     bar = partial(tqdm, unit="window", leave=False)
-    score = score_pieces(model, encoding, pieces, stride, bar)
-    _say("text", f"{' '.join(args.text)}: {score.bytes:,} bytes")
+    how = stride, bar, args.endoftext
+    score = score_pieces(model, encoding, pieces, *how)
+    size = f"{score.bytes:,} bytes{tally.words(args.endoftext)}"
+    _say("text", f"{' '.join(args.text)}: {size}")
     _say("tokens", f"{score.tokens:,}, context {context}, stride {stride}")
     _say("loss", f"{score.loss:.4f} nats a token")
     _say("perplexity", f"{score.perplexity:.2f} a token")
@@ -1108,22 +1134,28 @@ def _eval_hellaswag(args, path, encoding, context):
 
     from llmnb import evaluation as e
     from llmnb.gpt2 import GPT2
+    from llmnb.reader import Tally
 
+    tally = Tally()
     if args.hellaswag.endswith(".bin"):
         examples = e.read_examples(args.hellaswag)
     else:
-        examples = e.read_examples_json(args.hellaswag, encoding)
+        how = encoding, args.skip_bad, tally
+        examples = e.read_examples_json(args.hellaswag, *how)
     examples = examples[: args.limit or None]
-    longest = max(map(e.longest_row, examples)) - 1
-    how = path, 4, max(1, min(context, longest))
+    lengths = [e.longest_row(x) - 1 for x in examples]
+    how = path, 4, max(1, min(context, max(lengths)))
     model = GPT2.from_checkpoint(*how, tokens=encoding.n_vocab)
+    cut = sum(length > context for length in lengths)
     bar = tqdm(total=len(examples), unit="example", leave=False)
     with bar:
         found = []
         for choice in e.choose(model, examples):
             found.append(choice)
             bar.update()
-    _say("hellaswag", f"{args.hellaswag}: {len(found):,} examples")
+    size = f"{args.hellaswag}: {len(found):,} examples"
+    size += f", {cut:,} cut on the left to {context} tokens" if cut else ""
+    _say("hellaswag", size + tally.words())
     for name in ("by_mean", "by_sum"):
         right = sum(getattr(c, name) == c.label for c in found) / len(found)
         error = e.standard_error(right, len(found))

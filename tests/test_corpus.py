@@ -1,15 +1,21 @@
 """Corpora: where they come from, and how they become tokens."""
 
 import ast
+import gzip
 import hashlib
+import json
 import os
+import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from llmnb import corpus, tokenizer
+from llmnb import corpus, reader, tokenizer
+from llmnb.reader import LINE, Tally, open_stream
 
 # the standard library
 
@@ -133,6 +139,254 @@ def test_no_text_at_all(folder):
 def test_unknown_name():
     with pytest.raises(FileNotFoundError, match="no file called wikipedia;"):
         corpus.load("wikipedia")
+
+
+# what lies in folders
+
+UNIX = pytest.mark.skipif(os.name == "nt", reason="Windows has none of these")
+
+
+def read(source, **options):
+    """The documents of a corpus, and what is said about the rest."""
+    tally = Tally()
+    return corpus.load(source, tally=tally, **options), tally.words()
+
+
+@UNIX
+def test_only_files_are_read(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    os.mkfifo(tmp_path / "b.txt")
+    (tmp_path / "c.txt").symlink_to("/dev/zero")
+    (tmp_path / "d.txt").symlink_to("nowhere")
+    (tmp_path / "e.txt").symlink_to("e.txt")
+    (tmp_path / "f.txt").symlink_to("a.txt")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listening:
+        place = os.getcwd()
+        os.chdir(tmp_path)  # the name of a socket must be short
+        listening.bind("g.txt")
+        os.chdir(place)
+        said = "; passed over: links to folders 1, not files 5"
+        assert read(tmp_path) == (["one", "one"], said)
+    with pytest.raises(ValueError, match="b.txt must be a regular file"):
+        read(tmp_path / "b.txt")
+    with pytest.raises(ValueError, match="null must be a regular file"):
+        read("/dev/null")
+    with pytest.raises(FileNotFoundError, match=r"no file called .*d\.txt"):
+        read(tmp_path / "d.txt")
+    for name in ("b.txt", "c.txt"):
+        with (
+            pytest.raises(ValueError, match="must be a regular file"),
+            open_stream(tmp_path / name),
+        ):
+            pass
+
+
+def test_a_file_that_vanishes_or_may_not_be_read(tmp_path, monkeypatch):
+    for name in ("a", "b.jsonl", "c", "d.txt.gz", "e.py"):
+        (tmp_path / name).write_text("text")
+
+    def refuse(path, *args):
+        if Path(path).name in ("b.jsonl", "d.txt.gz"):
+            raise PermissionError(13, "Permission denied", path)
+        if Path(path).name == "e.py":
+            raise FileNotFoundError(2, "No such file or directory", path)
+        return open(path, *args)
+
+    monkeypatch.setattr(reader, "open", refuse, raising=False)
+    want = ["text", "text"], "; passed over: not readable 3"
+    assert read(tmp_path) == want
+    with pytest.raises(PermissionError):
+        read(tmp_path / "b.jsonl")
+
+
+@UNIX
+def test_a_folder_that_may_not_be_listed(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").write_text("text")
+    scan = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "a":
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert read(tmp_path) == (["text"], "; passed over: not readable 1")
+
+
+@UNIX
+def test_names_that_are_not_utf8(tmp_path):
+    name = os.fsdecode(b"caf\xe9.txt")
+    try:
+        (tmp_path / name).write_text("one")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    (tmp_path / os.fsdecode(b"\xff")).mkdir()
+    (tmp_path / os.fsdecode(b"\xff") / "b.jsonl").write_text('{"text": "two"}')
+    assert read(tmp_path) == (["one", "two"], "")
+    assert read([tmp_path / name]) == (["one"], "")
+
+
+NOT_CODECS = (
+    "rot13",
+    "undefined",
+    "punycode",
+    "idna",
+    "utf-7",
+    "unicode_escape",
+)
+
+
+@pytest.mark.parametrize("codec", [*NOT_CODECS, "cp037", "hex", "zip"])
+def test_a_declared_encoding_that_is_none_of_text_files(tmp_path, codec):
+    raw = f"# coding: {codec}\n".encode() + b"x = 'abc'\n" * 100_000
+    (tmp_path / "a.py").write_bytes(raw)
+    (tmp_path / "b.py").write_text("x = 1\n")
+    assert read(tmp_path) == (["x = 1\n"], "; passed over: not text 1")
+    with pytest.raises(ValueError, match=r"a\.py must be UTF-8 text"):
+        read(tmp_path / "a.py")
+
+
+CODECS = {
+    "latin-1": "é", "iso-8859-15": "€", "cp1252": "€", "koi8-r": "ж",
+    "shift_jis": "日", "euc_jp": "日", "gbk": "中", "big5": "中", "ascii": "x",
+    "utf-8": "🙂",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_declared_encoding_of_text_files(tmp_path, codec):
+    text = f"# coding: {codec}\nx = '{CODECS[codec]}'\n"
+    (tmp_path / "a.py").write_bytes(text.encode(codec))
+    assert read(tmp_path / "a.py") == ([text], "")
+
+
+@pytest.mark.parametrize("codec", ["utf-16", "utf-16-be", "utf-32"])
+def test_wide_encodings_are_not_text(tmp_path, codec):
+    (tmp_path / "a.txt").write_bytes("many words".encode(codec))
+    (tmp_path / "b.txt").write_text("one")
+    assert read(tmp_path) == (["one"], "; passed over: not text 1")
+
+
+def test_runs_and_shards_are_no_text(tmp_path):
+    for name in (
+        "runs/a/tokenizer.tiktoken", "runs/a/log.csv", "runs/a/deep/b.txt",
+        "runs/b/state_00000010.safetensors", "runs/b/sample.txt",
+        "shards/unfinished.json", "begun/tokenizer.tiktoken.1.new",
+        "mine/config.json", "mine/unfinished.json.txt/a.txt",
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    texts, said = read(tmp_path)
+    assert texts == ["mine/config.json", "mine/unfinished.json.txt/a.txt"]
+    assert said == "; passed over: runs or shards 4"
+    with pytest.raises(
+        ValueError, match="no text in .*over: runs or shards 1"
+    ):
+        read(tmp_path / "runs" / "a")
+
+
+# every kind of file, as in chapter 18
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_packed_files_and_json_lines_are_read(tmp_path, ending):
+    lines = b'{"text": "one"}\n\n{"body": "x", "text": "two"}\n{"text": ""}'
+    for name, raw in (("a.jsonl", lines), ("b.txt", b"three\r\n")):
+        if ending == ".gz":
+            raw = gzip.compress(raw)
+        if ending == ".zst":
+            raw = pytest.importorskip("zstandard").compress(raw)
+        (tmp_path / (name + ending)).write_bytes(raw)
+    assert read(tmp_path) == (["one", "two", "three\n"], "")
+    assert read(tmp_path / f"a.jsonl{ending}", limit=5)[0] == ["one", "tw"]
+    with pytest.raises(ValueError, match=r":1: must have a field 'body'"):
+        read(tmp_path / f"a.jsonl{ending}", field="body")
+
+
+BAD = (
+    b'{"text": null}', b'{"text": "\\ud800"}', b'{"text": "\xff"}',
+    b'{"a": 1}', b"[1]", b'{"text": ', b"[" * 99_999,
+    b'{"text": "' + b"x" * LINE + b'"}', b" " * (2 * LINE + 9),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD, ids=range(len(BAD)))
+def test_bad_records_are_counted_or_refused(tmp_path, bad):
+    good = [b'{"text": "%d"}' % n for n in range(3)]
+    raw = b"\n".join([good[0], bad, good[1], bad, bad, good[2]])
+    (tmp_path / "a.jsonl").write_bytes(raw)
+    with pytest.raises(ValueError, match=r":2: .*\(--skip-bad passes over"):
+        read(tmp_path)
+    got = read(tmp_path, skip_bad=True)
+    assert got == (["0", "1", "2"], "; passed over: bad records 3")
+
+
+def test_a_bomb_of_newlines_is_counted_in_seconds(tmp_path):
+    raw = gzip.compress(b"\n" * 200_000_000 + b'{"text": 1}\n', 1)
+    (tmp_path / "a.jsonl.gz").write_bytes(raw)
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=r"gz:200000001: 'text' must be text"):
+        read(tmp_path)
+    assert time.perf_counter() - start < 20  # line by line it takes 40
+
+
+@pytest.mark.parametrize("blank", [b" \n", b"\r\n", b"\n \n\t\n", b" " * 9999])
+def test_blank_lines_are_counted(tmp_path, blank):
+    raw = (
+        blank * (2_000 if len(blank) > 999 else 30_000)
+        + b'\n{"text": "x"}\n'
+        + blank
+        + b"\n  [3]"
+    )
+    (tmp_path / "a.jsonl").write_bytes(raw)
+    if len(blank) > 999:  # a line too long
+        with pytest.raises(ValueError, match=r"jsonl:1: a line must have"):
+            read(tmp_path)
+    else:
+        number = raw[:-5].count(b"\n") + 1
+        with pytest.raises(
+            ValueError, match=f"jsonl:{number}: must be a JSON"
+        ):
+            read(tmp_path)
+
+
+def test_a_window_that_is_too_large_is_said(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    how = zstandard.ZstdCompressionParameters(window_log=28)
+    big = zstandard.ZstdCompressor(compression_params=how).compressobj()
+    wide = big.compress(b"text " * 99) + big.flush()
+    (tmp_path / "a.zst").write_bytes(wide)
+    told = r"a\.zst has a zstd window of 268,435,456 bytes, .*--long=31.*=27"
+    with pytest.raises(ValueError, match=told):
+        read(tmp_path)
+    # behind other frames, with a header that two reads bring
+    skip = b"\x50\x2a\x4d\x18" + (1010).to_bytes(4, "little") + bytes(1010)
+    (tmp_path / "a.zst").write_bytes(skip + wide)
+    with pytest.raises(ValueError, match=told):
+        read(tmp_path)
+    how = zstandard.ZstdCompressionParameters(window_log=27)
+    fits = zstandard.ZstdCompressor(compression_params=how).compressobj()
+    raw = fits.compress(b"text " * 99) + fits.flush()
+    (tmp_path / "a.zst").write_bytes(raw)
+    assert read(tmp_path) == (["text " * 99], "")
+
+
+EOT = "<|endoftext|>"
+
+
+def test_the_special_token_in_texts_is_said(tmp_path):
+    (tmp_path / "a.txt").write_text(f"one{EOT}two{EOT}")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": EOT}))
+    texts, said = read(tmp_path)
+    assert said == (
+        f"; {EOT} as ordinary text: 3 (--endoftext takes it as the token)"
+    )
+    encoding = tokenizer.byte()
+    tokens = corpus.encode_documents(encoding, texts, endoftext=True)
+    assert tokens.tolist() == [256, *b"one", 256, *b"two", 256, 256, 256]
+    assert len(corpus.encode_documents(encoding, texts)) == 2 + 6 + 3 * 13
 
 
 # tinyshakespeare

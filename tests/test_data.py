@@ -1,6 +1,8 @@
 """Shards and the data loader."""
 
 import os
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -137,6 +139,18 @@ def test_a_mangled_shard(tmp_path_factory, raw):
         got.sum()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has none of these")
+def test_a_shard_that_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "train.bin")  # which an open() would wait for
+    (tmp_path / "val.bin").symlink_to("/dev/zero")
+    (tmp_path / "a.bin").mkdir()
+    for name in ("train.bin", "val.bin", "a.bin"):
+        with pytest.raises(ValueError, match=f"{name}: .* be a regular file"):
+            read_shard(tmp_path / name)
+    with pytest.raises(ValueError, match="train.bin: .* be a regular file"):
+        DataLoader(find_shards(tmp_path)[0], 1, 1)
+
+
 # folders of shards
 
 
@@ -175,6 +189,9 @@ def test_many_shards_as_one_text(tmp_path):
         write_shard(path, np.arange(50) + 100 * k)
     shards = Shards(paths)
     assert len(shards) == 5000 and shards.paths == paths
+    assert np.asarray(shards).tolist() == [
+        100 * k + i for k in range(100) for i in range(50)
+    ]
     sample = sample_tokens(shards, 500)
     assert sample.tolist() == [
         100 * k + i for k in range(0, 100, 2) for i in range(10)
@@ -353,6 +370,16 @@ def test_bad_state(state, message):
         (([np.arange(9), np.arange(3)], 1, 8), ValueError, "has 3 tokens"),
         (([np.ones(9)], 1, 1), TypeError, "must be integers, got float64"),
         (([np.ones((9, 9), int)], 1, 1), ValueError, "one dimension"),
+        (([[1, 2, 2**40]], 1, 1), ValueError, "lie in .*, got 1099511627776"),
+        (([np.array([1, 2, 2**31])], 1, 1), ValueError, "got 2147483648"),
+        (([np.uint64([2**63, 0])], 1, 1), ValueError, f"got {2**63}"),
+        (([np.int16([1, -1])], 1, 1), ValueError, "lie in .*, got -1"),
+        (([np.arange(9), [3, -5]], 1, 1), ValueError, "lie in .*, got -5"),
+        (([np.ones(9, bool)], 1, 1), TypeError, "be integers, got bool"),
+        (([np.array([1, None])], 1, 1), TypeError, "integers, got object"),
+        (([["1", "2", "3"]], 1, 1), TypeError, "must be integers, got <U1"),
+        (([1, 2, 3], 1, 1), ValueError, r"one dimension, got shape \(\)"),
+        (([[]], 1, 1), ValueError, "0 tokens, .* 1 x 1 needs 2"),
         (([np.arange(9)], 0, 1), ValueError, "batch_size .*, got 0"),
         (([np.arange(9)], 1, 0), ValueError, "seq_len .*, got 0"),
         (
@@ -373,6 +400,62 @@ def test_short_shard_is_named(tmp_path):
     write_shard(tmp_path / "short.bin", [1, 2, 3])
     with pytest.raises(ValueError, match=r"short\.bin has 3 tokens"):
         DataLoader([tmp_path / "short.bin"], 1, 4)
+
+
+def test_the_largest_token_passes():
+    loader = DataLoader([np.uint64([0, 2**31 - 1])], 1, 1)
+    assert loader.next_batch()[1].tolist() == [[2**31 - 1]]
+
+
+CUT = """
+import sys
+from pathlib import Path
+from llmnb.data import DataLoader
+path = Path(sys.argv[1])
+loader = DataLoader([path], 4, 1000, shuffle=False)
+loader.next_batch()
+with open(path, "r+b") as file:
+    file.truncate(int(sys.argv[2]))
+try:
+    for _ in range(10):
+        loader.next_batch()
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("length", [0, 1024, 1024 + 2 * 5000, 30_000])
+def test_a_shard_cut_short_in_use_is_named(tmp_path, length):
+    """In a process of its own, which a mapped file would kill."""
+    path = tmp_path / "a.bin"
+    write_shard(path, np.arange(41_000))
+    command = [sys.executable, "-c", CUT, str(path), str(length)]
+    got = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    gone = max(length // 2 - 512, 4000)
+    assert got.returncode == 0, got
+    assert got.stdout == (
+        f"[Errno 5] has been cut short, token {gone:,} is gone: '{path}'\n"
+    )
+
+
+def test_a_shard_cut_short_between_epochs_is_named(tmp_path):
+    write_shard(tmp_path / "a.bin", np.arange(9))
+    loader = DataLoader([tmp_path / "a.bin", np.arange(9)], 1, 8)
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(ValueError, match=r"a\.bin: the size for 9 tokens"):
+        [loader.next_batch() for _ in range(3)]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps a file in use")
+def test_a_shard_that_is_replaced_is_read_on(tmp_path):
+    write_shard(tmp_path / "a.bin", np.arange(100))
+    loader = DataLoader([tmp_path / "a.bin"], 1, 9, shuffle=False)
+    loader.next_batch()
+    write_shard(tmp_path / "a.bin", np.arange(100, 200))
+    assert loader.next_batch()[0].tolist() == [[*range(9, 18)]]
+    (tmp_path / "a.bin").unlink()
+    assert loader.next_batch()[0].tolist() == [[*range(18, 27)]]
 
 
 def test_a_step_allocates_nothing(tmp_path):

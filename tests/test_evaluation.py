@@ -28,6 +28,7 @@ from llmnb.evaluation import (
     write_examples,
 )
 from llmnb.gpt2 import GPT2
+from llmnb.reader import Tally
 
 QUICK = settings(max_examples=300, deadline=None, derandomize=True)
 CFG = GPT2Config(48, 257, 2, 2, 16)
@@ -186,10 +187,18 @@ def test_the_sum_prefers_short_endings():
     assert np.allclose(got.losses, math.log(257))
 
 
-def test_an_example_that_is_too_long():
-    ending = [np.zeros(n, int) for n in (3, 2, 1, 9)]
-    with pytest.raises(ValueError, match="example 0 has a row of 14 tokens"):
-        next(choose(model_of(4, 12), [Example(np.zeros(5, int), ending, 0)]))
+@pytest.mark.parametrize(
+    "context, ending", [(9, 4), (40, 3), (2, 12), (5, 30)]
+)
+def test_a_row_that_is_too_long_loses_its_beginning(context, ending):
+    rng, model = np.random.RandomState(3), model_of(4, 12)
+    first = rng.randint(0, 257, context)
+    endings = [rng.randint(0, 257, n) for n in (ending, 2, 1, 4)]
+    (got,) = choose(model, [Example(first, endings, 0)])
+    for mean, tokens in zip(got.losses, endings, strict=True):
+        row = np.concatenate([first, tokens])[-13:]
+        want = plain_losses(model, row)[-len(tokens) :].mean()
+        assert abs(mean - want) < 1e-12
 
 
 def test_pytorch_pays_the_same_and_chooses_the_same(tmp_path):
@@ -354,6 +363,18 @@ def test_bad_lines(tmp_path, line, message):
         read_examples_json(tmp_path / "a.jsonl", tokenizer.byte())
 
 
+def test_bad_lines_are_passed_over_when_asked_for(tmp_path):
+    good = lines_of(tmp_path / "a.jsonl").read_text()
+    bad = ['{"ctx": null}', "[", json.dumps({"ctx": "\ud800"}), '{"ctx": "a"}']
+    (tmp_path / "a.jsonl").write_text("\n".join([*bad[:2], good, *bad[2:]]))
+    byte, tally = tokenizer.byte(), Tally()
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: 'ctx' must be text"):
+        read_examples_json(tmp_path / "a.jsonl", byte)
+    found = read_examples_json(tmp_path / "a.jsonl", byte, True, tally)
+    assert [x.label for x in found] == [0, 1, 2]
+    assert tally.words() == "; passed over: bad records 4"
+
+
 def test_an_empty_file(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="holds no example"):
@@ -416,6 +437,35 @@ def test_eval_hellaswag(saved, capsys):
     model = GPT2.from_checkpoint("m.bin", 4, 48)
     right = [x.by_mean == x.label for x in choose(model, examples)]
     assert f"acc_norm   {np.mean(right):.4f} +- " in outputs[0][0]
+
+
+def test_eval_says_what_it_left_out(saved, capsys):
+    lines = lines_of(saved / "a.jsonl").read_text()
+    long = json.dumps({"ctx": "x" * 99, "endings": ["y"] * 4, "label": 2})
+    (saved / "a.jsonl").write_text(f"{lines}\n{long}\n[]")
+    ask = ["eval", "m.bin", "--tokenizer", "byte", "--skip-bad"]
+    main([*ask, "--hellaswag", "a.jsonl"])
+    assert (
+        "a.jsonl: 4 examples, 1 cut on the left to 48 tokens; passed over: "
+        "bad records 1\n"
+    ) in capsys.readouterr().out
+    (saved / "b.jsonl").write_text('{"text": "a<|endoftext|>b"}\n{}\n')
+    main([*ask, "--text", "b.jsonl"])
+    out = capsys.readouterr().out
+    assert "b.jsonl: 15 bytes; passed over: bad records 1; <|endo" in out
+    assert "<|endoftext|> as ordinary text: 1 (" in out
+    main([*ask, "--text", "b.jsonl", "--endoftext"])
+    out = capsys.readouterr().out
+    assert "b.jsonl: 2 bytes; passed over: bad records 1\n" in out
+    assert "tokens     2," in out
+
+
+def test_the_special_token_parts_documents():
+    model, byte = model_of(1, 20), tokenizer.byte()
+    pieces = [(True, "one<|endoftext|>two")]
+    got = score_pieces(model, byte, pieces, endoftext=True)
+    assert got == score_text(model, byte, ["one", "two"])
+    assert got.bytes == 6 and got.tokens == 6
 
 
 @pytest.mark.parametrize(

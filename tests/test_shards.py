@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from llmnb import corpus, documents, shards, tokenizer
 from llmnb.data import DataLoader, find_shards, read_shard, write_shard
 from llmnb.documents import sources
+from llmnb.reader import Tally
 from llmnb.shards import pieces_from, shards_folder, write_shards
 
 QUICK = settings(max_examples=200, deadline=None, derandomize=True)
@@ -185,6 +186,53 @@ def test_a_folder_is_read_as_chapter_1_does(tmp_path, encoding):
     assert text_of(inside) == corpus.load(inside)
     texts = [text for _, _, text, _ in pieces_from(sources([inside]))]
     assert texts == corpus.load(inside)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pipes in folders")
+def test_a_folder_of_everything_has_the_documents_of_chapter_1(
+    tmp_path, encoding
+):
+    inside = tmp_path / "in"
+    (inside / "runs" / "a").mkdir(parents=True)
+    (inside / "runs" / "a" / "tokenizer.tiktoken").write_text("YQ== 0")
+    os.mkfifo(inside / "pipe")
+    (inside / "link").symlink_to("nowhere")
+    (inside / "loop").symlink_to(inside)
+    (inside / "a.py").write_bytes(b"# coding: rot13\nx = 1\n")
+    (inside / "b.txt").write_bytes("wide".encode("utf-16"))
+    (inside / "c.jsonl").write_text('{"text": "one"}\n{"text": null}\n' * 9)
+    (inside / "d.txt.gz").write_bytes(gzip.compress(b"two <|endoftext|> "))
+    (inside / os.fsdecode(b"\xffe.txt")).write_text("three " * 99)
+    first, second = Tally(), Tally()
+    want = corpus.load(inside, skip_bad=True, tally=first)
+    assert want == ["one"] * 9 + ["two <|endoftext|> ", "three " * 99]
+    with pytest.raises(ValueError, match=r"c\.jsonl:2: 'text' must be text"):
+        make(tmp_path / "bad", [inside], encoding)
+    found = sources([inside], "text", True, second)
+    options = OPTIONS | {"endoftext": True}
+    for endoftext in (False, True):
+        options = OPTIONS | {"endoftext": endoftext}
+        out = shards_folder(tmp_path / f"out{endoftext}")
+        done = [*write_shards(out, found, encoding, options)][-1]
+        assert done.documents == 11
+        tokens = corpus.encode_documents(encoding, want, endoftext)
+        assert np.array_equal(tokens_of(out), tokens)
+    assert first.words() == second.words()
+    assert first.words(endoftext=True) == (
+        "; passed over: bad records 9, links to folders 1, not files 2, "
+        "not text 2, runs or shards 1"
+    )
+
+
+def test_a_file_that_vanishes_after_the_walk(tmp_path):
+    for name in ("a.txt", "b.jsonl", "c.txt"):
+        (tmp_path / name).write_text('{"text": "x"}')
+    tally = Tally()
+    found = sources([tmp_path], tally=tally)
+    for name in ("a.txt", "b.jsonl"):
+        (tmp_path / name).unlink()
+    assert len([*pieces_from(found)]) == 1
+    assert tally.words() == "; passed over: not readable 2"
 
 
 @pytest.mark.parametrize("limit", [1, 7, 9, 10, 10**6])

@@ -317,6 +317,92 @@ def test_missing_file(tmp_path):
         tokenizer.load(tmp_path / "none.tiktoken")
 
 
+# any text
+
+
+@pytest.fixture(scope="module")
+def blanks():
+    """A vocabulary that merges blanks of several kinds, also mixed."""
+    text = "a    b\n\n\nc\n    d\u3000\u3000e \n \n f\t\t\tg        h" * 9
+    return tokenizer.train(text, 273)
+
+
+def encoded(encoding, text, **options):
+    return tokenizer.encode_text(encoding, text, **options).tolist()
+
+
+RUNS = st.text("ab'.1 \n\t\u00a0\u3000\x1c\x85   ", max_size=60)
+
+
+def test_what_counts_as_a_blank_is_what_tiktoken_counts():
+    single = {bytes([i]): i for i in range(256)}
+    one = tiktoken.Encoding(
+        "one", pat_str=r"\s", mergeable_ranks=single, special_tokens={}
+    )
+    every = map(chr, [*range(0xD800), *range(0xE000, 0x110000)])
+    assert {x for x in every if one.encode_ordinary(x)} == {*tokenizer.SPACES}
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(text=RUNS, run=st.integers(2, 5))
+def test_runs_taken_apart_keep_the_tokens(blanks, text, run):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "RUN", run)
+        assert encoded(blanks, text) == blanks.encode_ordinary(text)
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(text=RUNS, run=st.integers(2, 5))
+def test_runs_taken_apart_keep_the_tokens_of_gpt2(gpt2, text, run):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "RUN", run)
+        assert encoded(gpt2, text) == gpt2.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("run", [" ", "\n", "\u00a0", "\u3000", " \n\t"])
+@pytest.mark.parametrize("name", ["blanks", "gpt2"])
+def test_a_long_run_keeps_the_tokens_of_an_unbroken_encoding(
+    request, name, run
+):
+    encoding, run = request.getfixturevalue(name), run * (80_000 // len(run))
+    for text in (run, f"{run}a", f"a.{run}'s", f"a{run}b {run}1{run}"):
+        whole = encoding.encode_ordinary(text)
+        assert len(list(tokenizer._long_words(text))) == text.count(run)
+        assert encoded(encoding, text) == whole
+
+
+@pytest.mark.parametrize("char", [*" \n\u3000a中1^🙂\x1c"])
+@pytest.mark.parametrize("name", ["blanks", "gpt2"])
+def test_a_million_of_any_character(request, name, char):
+    encoding, text = request.getfixturevalue(name), char * 1_000_000 + "a."
+    assert encoding.decode(encoded(encoding, text)) == text
+
+
+def test_a_word_of_five_million_characters_is_not_quadratic(blanks):
+    start = time.perf_counter()
+    assert len(encoded(blanks, "a" * 5_000_000)) == 5_000_000
+    long = encoded(blanks, " " * 2_000_000)
+    assert time.perf_counter() - start < 20
+    assert blanks.decode(long) == " " * 2_000_000
+
+
+def test_the_special_token_is_taken_when_asked_for(blanks):
+    eot, text = blanks.eot_token, "a<|endoftext|>  b<|endoftext|>"
+    got = encoded(blanks, text, endoftext=True)
+    want = blanks.encode(text, allowed_special={"<|endoftext|>"})
+    assert got == want and got.count(eot) == 2
+    assert encoded(blanks, text) == blanks.encode_ordinary(text)
+    long = f"{' ' * 200_000}<|endoftext|>a"
+    want = blanks.encode(long, allowed_special={"<|endoftext|>"})
+    assert encoded(blanks, long, endoftext=True) == want
+    assert encoded(blanks, "<|endoftext|>", endoftext=True) == [eot]
+    assert encoded(blanks, "", endoftext=True) == []
+
+
+def test_half_a_character_becomes_a_replacement(blanks):
+    assert encoded(blanks, "a\ud800") == blanks.encode_ordinary("a\ufffd")
+
+
 # GPT-2's
 
 

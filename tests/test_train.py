@@ -1,6 +1,7 @@
 """Training: the configuration, the data, the loop, the run folder."""
 
 import csv
+import gzip
 import json
 import math
 import subprocess
@@ -187,6 +188,31 @@ def test_prepare_files(tmp_path):
     assert text.count("<|endoftext|>") == 2
     assert "three <|endoftext|>four" in text
     assert str(tmp_path) in data.source
+
+
+def test_prepare_json_lines(tmp_path):
+    lines = [{"body": "one two three " * 50}, {"body": None}]
+    lines.append({"body": "four <|endoftext|> five " * 50})
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write("\n".join(map(json.dumps, lines)))
+    how = {"corpus": (str(tmp_path / "a.jsonl.gz"),), "field": "body"}
+    config = replace(TINY, tokenizer="bpe", vocab_size=270, **how)
+    with pytest.raises(ValueError, match=r"gz:2: 'body' must be text, got N"):
+        prepare(config)
+    data = prepare(replace(config, skip_bad=True))
+    assert data.source.endswith(
+        "2 documents, 1,900 characters; passed over: bad records 1; "
+        "<|endoftext|> as ordinary text: 50 (--endoftext takes it as the "
+        "token)"
+    )
+    tokens = np.concatenate([data.val_tokens, data.train_tokens])
+    assert (tokens == data.encoding.eot_token).sum() == 2
+    data = prepare(replace(config, skip_bad=True, endoftext=True))
+    assert data.source.endswith("passed over: bad records 1")
+    tokens = np.concatenate([data.val_tokens, data.train_tokens])
+    assert (tokens == data.encoding.eot_token).sum() == 52
+    learnt = [data.encoding.decode([i]) for i in range(256, 269)]
+    assert not any(x in "<|endoftext|>" for x in learnt if len(x) > 2)
 
 
 def test_prepare_many_shards(tmp_path, monkeypatch):
