@@ -1927,10 +1927,12 @@ def shard_length(path):
 
     Raises ValueError, naming the file, what is wrong and what would be
     right, for a file shorter than its header, another magic number or
-    version, and a size that does not match the count.
+    version, a size that does not match the count, and a pipe or a device.
 
     Derived in chapter 1.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: a shard must be a regular file")
     with open(path, "rb", buffering=0) as file:
         size, header = os.fstat(file.fileno()).st_size, file.read(12)
     if size < HEADER_BYTES or len(header) < 12:

@@ -302,7 +302,8 @@ def _blocks(text):
 # %% [markdown]
 # In a folder, files that are no text are passed over and counted, as in chapter
 # 1. That must be known before the first piece of a file is used, and so such a file is
-# decoded twice. Decoding is a hundred times faster than encoding.
+# decoded twice. Decoding is a hundred times faster than encoding. (Work that is
+# taken up again counts what it reads itself.)
 
 
 # %% a file in a folder tags=["exporti"] module="documents"

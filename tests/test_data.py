@@ -123,6 +123,18 @@ def test_a_mangled_shard(tmp_path_factory, raw):
         got.sum()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has none of these")
+def test_a_shard_that_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "train.bin")  # which an open() would wait for
+    (tmp_path / "val.bin").symlink_to("/dev/zero")
+    (tmp_path / "a.bin").mkdir()
+    for name in ("train.bin", "val.bin", "a.bin"):
+        with pytest.raises(ValueError, match=f"{name}: .* be a regular file"):
+            read_shard(tmp_path / name)
+    with pytest.raises(ValueError, match="train.bin: .* be a regular file"):
+        DataLoader(find_shards(tmp_path)[0], 1, 1)
+
+
 # folders of shards
 
 

@@ -446,8 +446,8 @@ def test_eval_says_what_it_left_out(saved, capsys):
     ask = ["eval", "m.bin", "--tokenizer", "byte", "--skip-bad"]
     main([*ask, "--hellaswag", "a.jsonl"])
     assert (
-        "a.jsonl: 4 examples, 1 cut on the left to 48 tokens; passed over: bad "
-        "records 1\n"
+        "a.jsonl: 4 examples, 1 cut on the left to 48 tokens; passed over: "
+        "bad records 1\n"
     ) in capsys.readouterr().out
     (saved / "b.jsonl").write_text('{"text": "a<|endoftext|>b"}\n{}\n')
     main([*ask, "--text", "b.jsonl"])
