@@ -213,6 +213,7 @@ def encode_text(encoding, text, endoftext=False):
         place = 0
         for start, end in _long_words(part):
             parts.append(_encode_part(encoding, part[place:start]))
+            # tiktoken's own way around the expression
             word = encoding._encode_single_piece(part[start:end])
             parts.append(np.array(word, np.uint32))
             place = end
