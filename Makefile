@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test shapes check notebooks export book lab bench clean
+.PHONY: help train test tiles check notebooks export book lab bench clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,8 +22,8 @@ train: $(VENV)/.run ## train a small GPT-2 on real text: loss curve and sample
 test: $(VENV)/.test ## run every test and verify every notebook
 	$(BIN)/python -m pytest --nbval $(ARGS)
 
-shapes: $(VENV)/.test ## verify the notebooks on every tile shape and on one thread
-	$(BIN)/python tests/shapes.py $(ARGS)
+tiles: $(VENV)/.test ## verify the notebooks on every tile shape and on one thread
+	$(BIN)/python tests/tiles.py $(ARGS)
 
 check: $(VENV)/.test ## the fast checks: package and notebooks in step, linter
 	$(BIN)/python -m llmnb.export --check

@@ -153,10 +153,12 @@ def read_small(path, most):
     """The bytes of a file that has no reason to be large.
 
     Raises ValueError, naming the file, when it has more than `most`, before
-    any is read.
+    any is read, and when it is no file but a pipe, say, which has no size.
 
     Derived in chapter 0.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: must be a regular file")
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:

@@ -881,12 +881,12 @@ def scale(out, inp, factors):
     out[...] = inp * factors
 
 
-small, factors = np.zeros((2, 3), np.float32), np.ones(3, np.float32)
+result, factors = np.zeros((2, 3), np.float32), np.ones(3, np.float32)
 for args in (
-    (small, good, factors[:2]),
+    (result, good, factors[:2]),
     (locked, good, factors),
     (good, good, factors),
-    (small, good, None),
+    (result, good, None),
 ):
     try:
         scale(*args)

@@ -1000,7 +1000,10 @@ _one_caller = _door()
 # %% [markdown]
 # The decorator compiles a routine for each list of types that it meets, and
 # finds it again by the arrays' dtypes and dimensions. An array with gaps
-# is another type for numba, so that counts too.
+# is another type for numba, so that counts too. So would be one that may not
+# be written, such as weights that the system has mapped from a file; the
+# layers have seen to it that what they write may be, and we make no
+# difference.
 
 
 # %% the decorator for teams tags=["export"] module="cpu.jit"
@@ -1008,6 +1011,11 @@ def _kind(x):
     if isinstance(x, np.ndarray):
         return x.dtype, x.ndim, x.flags.c_contiguous
     return type(x)
+
+
+def _type(x):
+    kind = numba.typeof(x)
+    return kind.copy(readonly=False) if isinstance(x, np.ndarray) else kind
 
 
 def team(function):
@@ -1028,7 +1036,8 @@ def team(function):
         parts = 1 if _orphaned else numba.get_num_threads()
         with _one_caller:
             if kinds not in made:
-                address = types.CPointer(numba.typeof(args))
+                every = types.BaseTuple.from_types([_type(x) for x in args])
+                address = types.CPointer(every)
                 signature = types.void(types.int64, types.int64, address)
                 made[kinds] = routine(function, signature)
                 places[kinds] = _loop().address, made[kinds].address

@@ -142,8 +142,8 @@ compare("by hand", out[0], [[11, 2, 3], [4, 5, 0]], tol=1e-12)
 def residual_backward(dinp1, dinp2, dout):
     """Add the gradient of the sum to the gradients of both its terms.
 
-    dinp1, dinp2, dout: float, all of one shape; dinp1 and dinp2 are added
-    to, and neither may share memory with dout.
+    dinp1, dinp2, dout: float, all of one shape, three distinct arrays;
+    dinp1 and dinp2 are added to.
 
     Derived in chapter 9.
     """
@@ -1024,9 +1024,10 @@ for (depth, scaled), (variances, bottom) in streams.items():
 # ## Exercises
 #
 # **1** (★). A layer adds the stream to itself, $y = x + x$. What is $dx$?
-# Predict what the NumPy version leaves in `dx` when it is called as
-# `backward(dx, dx, dout)`, and what a version would leave that writes where
-# ours adds.
+# Predict what the two lines of the NumPy version leave in `dx` when both their
+# outputs are `dx`, and what a version would leave that writes where ours
+# adds. (`backward.__wrapped__` is the function without its decorator, which
+# would refuse.)
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
@@ -1043,7 +1044,7 @@ def prediction(dout):
 
 # %% exercise 1, checked
 dx = np.zeros_like(d)
-reference.backward(dx, dx, d)
+reference.backward.__wrapped__(dx, dx, d)
 verdict("x + x", np.array_equal(dx, prediction(d)), "as predicted")
 
 # %% [markdown]

@@ -1961,7 +1961,7 @@ import numpy as np
 
 from llmnb.arena import put
 from llmnb.config import GPT2Config, parameter_shapes
-from llmnb.data import DataLoader, read_shard
+from llmnb.data import HEADER_BYTES, DataLoader, shard_length
 from llmnb.files import BESIDE, replacing
 from llmnb.lock import Lock
 from llmnb.tensors import TensorFile, write_tensors
@@ -2019,17 +2019,29 @@ def fingerprint(*batches):
     return [[x.batches_per_epoch, _digest(x.shards)] for x in batches]
 
 
-def _digest(shards, piece=1 << 20):
+def _digest(shards):
     """A sha256 of tokens, each as two bytes, and of where shards end."""
     digest = sha256()
     for shard in shards:
         path = isinstance(shard, (str, os.PathLike))
-        tokens = read_shard(shard) if path else shard
-        digest.update(len(tokens).to_bytes(8, "little"))
-        for at in range(0, len(tokens), piece):
-            part = tokens[at : at + piece]
-            digest.update(np.ascontiguousarray(part, "<u2"))
+        length = shard_length(shard) if path else len(shard)
+        digest.update(length.to_bytes(8, "little"))
+        for part in _parts_of_file(shard) if path else _parts(shard):
+            digest.update(part)
     return digest.hexdigest()
+
+
+def _parts(tokens, size=1 << 20):
+    for at in range(0, len(tokens), size):
+        yield np.ascontiguousarray(tokens[at : at + size], "<u2")
+
+
+def _parts_of_file(path, size=1 << 21):
+    """Its tokens as bytes; read, for to map a file is to die if it is cut."""
+    with open(path, "rb") as file:
+        file.seek(HEADER_BYTES)
+        while part := file.read(size):
+            yield part
 
 
 def _first_batches(batches):

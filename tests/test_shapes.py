@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from llmnb import cpu, cuda, reference
+from llmnb.cpu import gelu
 from llmnb.cuda.launch import DeviceArray, simulated
 from llmnb.shapes import LIMITS, shapes
 
@@ -211,6 +212,18 @@ def test_a_memmap_that_may_be_written_is_an_array(mode, tmp_path):
     cpu.gelu_forward(want, x)
     cpu.gelu_forward(out, x)
     assert np.array_equal(out, want)
+
+
+def test_what_is_only_read_may_be_read_only():
+    """And no kernel is compiled another time for it."""
+    x = np.linspace(-2, 2, 12, dtype=np.float64)
+    out = np.empty_like(x)
+    cpu.gelu_forward(out, read_only(x))
+    want, out[:] = out.copy(), 0
+    cpu.gelu_forward(out, x)
+    assert np.array_equal(out, want)
+    made = gelu._gelu_forward.routines.values()
+    assert not any("readonly" in str(routine._sig) for routine in made)
 
 
 def test_a_second_memmap_is_looked_at_too(tmp_path):

@@ -210,6 +210,11 @@ def _kind(x):
     return type(x)
 
 
+def _type(x):
+    kind = numba.typeof(x)
+    return kind.copy(readonly=False) if isinstance(x, np.ndarray) else kind
+
+
 def team(function):
     """Compile a function that all threads run, each for its share.
 
@@ -228,7 +233,8 @@ def team(function):
         parts = 1 if _orphaned else numba.get_num_threads()
         with _one_caller:
             if kinds not in made:
-                address = types.CPointer(numba.typeof(args))
+                every = types.BaseTuple.from_types([_type(x) for x in args])
+                address = types.CPointer(every)
                 signature = types.void(types.int64, types.int64, address)
                 made[kinds] = routine(function, signature)
                 places[kinds] = _loop().address, made[kinds].address

@@ -36,8 +36,8 @@ def residual_forward(out, inp1, inp2):
 def residual_backward(dinp1, dinp2, dout):
     """Add the gradient of the sum to the gradients of both its terms.
 
-    dinp1, dinp2, dout: float, all of one shape; dinp1 and dinp2 are added
-    to, and neither may share memory with dout.
+    dinp1, dinp2, dout: float, all of one shape, three distinct arrays;
+    dinp1 and dinp2 are added to.
 
     Derived in chapter 9.
     """

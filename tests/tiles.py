@@ -1,7 +1,7 @@
 """Run tests or notebooks on every tile shape of chapter 6, and on one thread.
 
-    python tests/shapes.py                      all notebooks, on all of them
-    python tests/shapes.py -s 6x2x8 -- ARGS     pytest with ARGS, on this one
+    python tests/tiles.py                      all notebooks, on all of them
+    python tests/tiles.py -s 6x2x8 -- ARGS     pytest with ARGS, on this one
 
 A shape is taken as in test_tile: where the processor has the features, the
 others are hidden from the compiler, elsewhere LLMNB_TILE asks for the shape.
@@ -25,7 +25,7 @@ def variables(name):
 
 
 def main():
-    parser = argparse.ArgumentParser("python tests/shapes.py")
+    parser = argparse.ArgumentParser("python tests/tiles.py")
     known = [*SHAPES, ONE_THREAD, "other"]
     parser.add_argument(
         "-s", "--shape", action="append", choices=known,
