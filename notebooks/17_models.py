@@ -1186,6 +1186,7 @@ def _read_merges(path):
     return merges
 
 
+# %% a vocabulary and its merges tags=["exporti"] module="hub"
 def _merged(path, vocab, merges, added=()):
     """The encoding of a vocabulary, letters to numbers, and its merges.
 
@@ -1196,18 +1197,7 @@ def _merged(path, vocab, merges, added=()):
     from llmnb.tokenizer import EOT, WORDS
 
     letters = _letters()
-    plain = {x: vocab[x] for x in letters if x in vocab}
-    if len(plain) < 256:
-        raise ValueError(f"{path}: no token for each of the 256 bytes")
-    last = -1
-    for a, b in merges:
-        number = vocab.get(a + b, -1)
-        if a not in plain or b not in plain or number <= last:
-            raise ValueError(
-                f"{path}: the merge of {a!r:.80} and {b!r:.80} must join "
-                "earlier tokens to one with the next number"
-            )
-        plain[a + b] = last = number
+    plain = _joined(path, {x: vocab.get(x) for x in letters}, vocab, merges)
     rest = {x: n for x, n in vocab.items() if x not in plain}
     for x in rest:
         if x not in added and not re.fullmatch(r"<.*>|\[.*\]", x, re.DOTALL):
@@ -1215,7 +1205,7 @@ def _merged(path, vocab, merges, added=()):
                 f"{path}: no merge makes the token {x!r:.80}: the merges are "
                 "cut short, or another vocabulary's"
             )
-    top = max(last, *plain.values(), vocab.get(EOT, 0))
+    top = max(*plain.values(), vocab.get(EOT, 0))
     special = {x: n for x, n in rest.items() if n <= top}
     if len({*plain.values(), *special.values()}) <= top:
         raise ValueError(f"{path}: must number its tokens 0, 1, 2, ...")
@@ -1227,6 +1217,22 @@ def _merged(path, vocab, merges, added=()):
     return Encoding(
         path.stem, pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special
     )
+
+
+def _joined(path, plain, vocab, merges):
+    """The numbers of the bytes, and of what the merges make of them."""
+    if None in plain.values():
+        raise ValueError(f"{path}: no token for each of the 256 bytes")
+    last = -1
+    for a, b in merges:
+        number = vocab.get(a + b, -1)
+        if a not in plain or b not in plain or number <= last:
+            raise ValueError(
+                f"{path}: the merge of {a!r:.80} and {b!r:.80} must join "
+                "earlier tokens to one with the next number"
+            )
+        plain[a + b] = last = number
+    return plain
 
 
 # %% an encoder from letters
