@@ -33,11 +33,13 @@ __all__ = [
     "log_row",
     "make_encoding",
     "new_model",
+    "own_tokenizer",
     "prepare",
     "read_run",
     "run_folder",
     "save_figure",
     "save_run",
+    "sparing",
     "starting_from",
     "train",
     "train_step",
@@ -54,6 +56,8 @@ import json
 import math
 import sys
 import time
+import warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -435,12 +439,17 @@ def accumulate(config, model, batches, step=0):
 
 
 # finite or not
-def _check_finite(what, value, step, rate):
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"the {what} is {value} at step {step} (learning rate {rate:.3g})"
-            ": try a lower learning rate or a longer warm-up"
-        )
+def _check_finite(what, value, step=None, rate=0.0):
+    """Raise unless a number is finite; without a step nothing is trained."""
+    if math.isfinite(value):
+        return
+    when = (
+        f" at step {step} (learning rate {rate:.3g}): try a lower learning "
+        "rate or a longer warm-up"
+    )
+    raise FloatingPointError(
+        f"the {what} is {value}{'' if step is None else when}"
+    )
 
 
 # how far out a value is
@@ -496,10 +505,17 @@ def evaluate(model, batches, count):
     """Mean loss of a model over the first `count` batches; trains nothing.
 
     batches: a DataLoader, which is set back to its first batch. At most one
-    epoch is read. Returns nats a token, a float.
+    epoch is read. Returns nats a token, a float. Raises FloatingPointError
+    when it is not finite.
 
     Derived in chapter 14.
     """
+    loss = _mean_loss(model, batches, count)
+    _check_finite("validation loss", loss)
+    return loss
+
+
+def _mean_loss(model, batches, count):
     batches.reset()
     count = min(count, batches.batches_per_epoch)
     losses = [model.forward(*batches.next_batch()) for _ in range(count)]
@@ -558,7 +574,8 @@ def train(config, model, batches, validation=None, at=None):
 
 # validation, and the best so far
 def _validate(config, model, validation, at):
-    loss = evaluate(model, validation, config.eval_batches)
+    loss = _mean_loss(model, validation, config.eval_batches)
+    _check_finite("validation loss", loss, at.step, config.rate(at.step))
     at.best_loss = loss if at.best_loss is None else min(at.best_loss, loss)
     return loss
 
@@ -638,12 +655,31 @@ def new_model(config, vocab_size):
 
 # where the weights are
 def weights_path(path):
-    """The model.bin in a run's folder; any other path as it is.
+    """The newest weights in a run's folder; any other path as it is.
+
+    They are in model.bin, or in a state that was written after it.
 
     Derived in chapter 14.
     """
-    inside = Path(path) / "model.bin"
-    return inside if inside.is_file() else Path(path)
+    from llmnb.run import states
+
+    found = [Path(path) / "model.bin", *states(path)[-1:]]
+    found = [x for x in found if x.is_file()]
+    return max(found, key=lambda x: x.stat().st_mtime_ns, default=Path(path))
+
+
+def own_tokenizer(path):
+    """The tokenizer.tiktoken that a model was trained with, or None.
+
+    path: a folder that holds it, or a file in the folder of a run.
+
+    Derived in chapter 14.
+    """
+    path = Path(path)
+    folder = path if path.is_dir() else path.parent
+    own = folder / "tokenizer.tiktoken"
+    known = path.is_dir() or (folder / "config.json").is_file()
+    return own if known and own.is_file() else None
 
 
 # its batches
@@ -775,18 +811,35 @@ def _write_text(path, text):
         file.write(text.encode("utf-8"))
 
 
-# the folder's files
-def save_run(folder, config, model, data, steps):
-    """Write config.json, log.csv, loss.png, model.bin and the tokenizer.
-
-    folder: the Path that `run_folder` made. steps: list of `Step`.
+# what may fail
+@contextmanager
+def sparing(what):
+    """Turn an error within into a warning that says what there is not.
 
     Derived in chapter 14.
     """
-    marks = write_record(folder, config, data)
-    write_log(folder / "log.csv", steps)
-    save_figure(folder / "loss.png", steps, marks)
+    try:
+        yield
+    except Exception as error:  # a picture can fail with any
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        warnings.warn(f"goes on without {what}: {why}", stacklevel=3)
+
+
+# the folder's files
+def save_run(folder, config, model, data, steps):
+    """Write model.bin, config.json, the tokenizer, log.csv and loss.png.
+
+    folder: the Path that `run_folder` made. steps: list of `Step`. A log or
+    a figure that cannot be written is a warning.
+
+    Derived in chapter 14.
+    """
     model.save_checkpoint(folder / "model.bin")
+    marks = write_record(folder, config, data)
+    with sparing(folder / "log.csv"):
+        write_log(folder / "log.csv", steps)
+    with sparing(folder / "loss.png"):
+        save_figure(folder / "loss.png", steps, marks)
 
 
 # what a run was
@@ -822,13 +875,16 @@ def _facts(config, data, marks):
 def save_figure(path, steps, landmarks):
     """Write the loss curves of a run as PNG, needing no display.
 
+    The user's own settings of matplotlib, such as fonts, are left aside.
+
     Derived in chapter 14.
     """
+    from matplotlib import style
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), dpi=100, layout="tight")
-    draw_losses(figure.subplots(), steps, landmarks)
-    with replacing(path) as file:
+    with style.context("default"), replacing(path) as file:
+        figure = Figure(figsize=(8, 4.5), dpi=100, layout="tight")
+        draw_losses(figure.subplots(), steps, landmarks)
         figure.savefig(file, format="png")
 
 
@@ -852,7 +908,7 @@ def load_run(folder, batch_size=1, seq_len=None, backend=None):
         precision = "fp32"
     encoding = tokenizer.load(folder / "tokenizer.tiktoken")
     model = GPT2.from_checkpoint(
-        folder / "model.bin",
+        weights_path(folder),
         batch_size=batch_size,
         seq_len=seq_len or config.seq_len,
         backend=backend,
@@ -906,8 +962,7 @@ def starting_from(init, **given):
     Derived in chapter 14.
     """
     cfg = read_config(weights_path(init))
-    own = Path(init) / "tokenizer.tiktoken"
-    tokenizer = str(own) if own.is_file() else "gpt2"
+    tokenizer = str(own_tokenizer(init) or "gpt2")
     usual = {"learning_rate": 1e-4, "tokenizer": tokenizer}
     usual["seq_len"] = min(TrainConfig.seq_len, cfg.max_seq_len)
     shape = {name: getattr(cfg, name) for name in SHAPE}

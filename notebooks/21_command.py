@@ -54,11 +54,12 @@ from llmnb.verify import verdict
 # out.
 
 # %% imports of the watcher tags=["export"] module="watch"
-import csv
 import time
 from pathlib import Path
 
 import numpy as np
+
+from llmnb.run import read_rows
 
 
 # %% read a log tags=["export"] module="watch"
@@ -75,35 +76,15 @@ def read_log(path):
     """
     path = Path(path)
     path = path / "log.csv" if path.is_dir() else path
-    text = path.read_bytes().decode("utf-8", "replace")
-    rows = csv.reader(text[: text.rfind("\n") + 1].splitlines())
-    names = next(rows, [])
-    if names[:1] != ["step"] or len({*names}) < len(names):
-        raise ValueError(
-            f"{path}: the first line must name the columns, step first"
-        )
+    names, rows = read_rows(path)
     points = {name: [] for name in names[1:]}
-    for line, row in enumerate(rows, 2):
-        for name, point in _points(f"{path}, line {line}", names, row):
-            points[name].append(point)
+    for line, row, wrong in rows:
+        if wrong:
+            raise ValueError(f"{path}, line {line}: {wrong}")
+        for name in points:
+            if row[name] is not None:
+                points[name].append((row["step"], row[name]))
     return {k: np.array(v, float).reshape(-1, 2).T for k, v in points.items()}
-
-
-# %% one row tags=["exporti"] module="watch"
-def _points(where, names, row):
-    """Name and (step, value) of each number in a row."""
-    if len(row) != len(names):
-        raise ValueError(
-            f"{where}: must have {len(names)} values, has {len(row)}"
-        )
-    try:
-        step, *values = [float(x) if x else None for x in row]
-    except ValueError:
-        raise ValueError(f"{where}: must hold numbers, not {row}") from None
-    if step is None:
-        raise ValueError(f"{where}: has no step")
-    pairs = zip(names[1:], values, strict=True)
-    return [(k, (step, v)) for k, v in pairs if v is not None]
 
 
 # %% [markdown]
@@ -324,6 +305,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
@@ -341,6 +323,7 @@ from llmnb.train import (
     ModelOptions,
     TrainConfig,
     UpdateOptions,
+    sparing,
 )
 
 
@@ -356,6 +339,13 @@ def _one_line(error):
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _warn(message, *where):
+    """Show a warning in one line, as an error is shown; above any bar."""
+    from tqdm import tqdm
+
+    tqdm.write(f"llmnb: warning: {_one_line(message)}", file=sys.stderr)
 
 
 # %% options from fields tags=["exporti"] module="cli"
@@ -474,14 +464,17 @@ def _new_folder(config):
     return folder
 
 
-def _newest_run(file="model.bin"):
-    found = [x.parent for x in RUNS.glob(f"*/{file}")]
+MODELS = "model.bin", "state_*.safetensors"
+
+
+def _newest_run(*files):
+    found = [x for name in files or MODELS for x in RUNS.glob(f"*/{name}")]
     if not found:
         raise FileNotFoundError(
             f"there is no run in {RUNS}/ here: name a folder, or train one "
             "with `llmnb train`"
         )
-    return max(found, key=lambda x: (x / file).stat().st_mtime)
+    return max(found, key=lambda x: x.stat().st_mtime).parent
 
 
 # %% begin or go on tags=["exporti"] module="cli"
@@ -623,7 +616,9 @@ def _show(bar, run, step, shown):
             bar.write(f"step {step.step}: an outlier, skipped")
         every = run.config.sample_every
         if every and run.at.step % every == 0:
-            text = _sample(run.model, run.data.encoding)
+            text = "none"
+            with sparing("a sample"):
+                text = _sample(run.model, run.data.encoding)
             bar.write(f"after {run.at.step} steps:\n{text}\n")
         bar.update()
     bar.set_postfix(shown, refresh=False)
@@ -638,9 +633,19 @@ def _board(run, args):
         return
     from llmnb.watch import Board
 
-    board = Board(run.folder)
-    yield lambda step: board.write(step.step, step._asdict())
-    board.close()
+    board, lost = Board(run.folder), []
+
+    def write(step):
+        if not lost:
+            lost.append(step)  # unless it can be written
+            with sparing("TensorBoard's events"):
+                board.write(step.step, step._asdict())
+                lost.clear()
+
+    yield write
+    if not lost:
+        with sparing("TensorBoard's events"):
+            board.close()
 
 
 # %% the end of a run tags=["exporti"] module="cli"
@@ -659,21 +664,34 @@ def _sample(model, encoding):
 
 
 def _report(run, steps):
-    from llmnb.train import landmarks, load_run
+    from llmnb.train import landmarks
 
     losses = [x.val_loss for x in steps if x.val_loss is not None]
-    marks = landmarks(run.config, run.data)
-    known = ", ".join(f"{name} {loss:.3f}" for name, loss in marks.items())
-    _say("loss", f"{losses[-1]:.3f} on validation text ({known})")
+    folder, text = run.folder, "no sample"
+    loss = f"{losses[-1]:.3f}" if losses else "unknown"
+    with sparing("the landmarks"):
+        marks = landmarks(run.config, run.data)
+        known = ", ".join(f"{name} {x:.3f}" for name, x in marks.items())
+        loss += f" on validation text ({known})"
+    _say("loss", loss)
+    with sparing(folder / "sample.txt"):
+        text = _keep_sample(run)
+    print(f"\n{text}\n")
+    names = " ".join(sorted(x.name for x in folder.iterdir()))
+    _say("wrote", f"{folder}: {names}")
+    _say("go on", f'llmnb generate {folder} --prompt "def "')
+
+
+def _keep_sample(run):
+    """Write sample.txt with the model that is kept; returns the text."""
+    from llmnb.train import load_run
+
     folder, on_gpu = run.folder, run.config.backend == "cuda"
     model, encoding, _ = load_run(folder, backend="cpu" if on_gpu else None)
     text = _sample(model, encoding)
     with replacing(folder / "sample.txt") as file:
         file.write(text.encode("utf-8"))
-    print(f"\n{text}\n")
-    names = " ".join(sorted(x.name for x in folder.iterdir()))
-    _say("wrote", f"{folder}: {names}")
-    _say("go on", f'llmnb generate {folder} --prompt "def "')
+    return text
 
 
 # %% llmnb generate tags=["exporti"] module="cli"
@@ -796,13 +814,11 @@ def _load_model(args, prompt):
     from llmnb.generate import window_start
     from llmnb.gpt2 import GPT2
 
-    path = Path(args.model) if args.model else _newest_run()
-    if not args.model:
+    named, path = _model_of(args)
+    if not args.model or path not in (named, named / "model.bin"):
         print(f"model: {path}", file=sys.stderr)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no run {path}")
     cfg = read_config(path)
-    encoding = _encoding_of(path, args)
+    encoding = _encoding_of(named, args)
     if encoding.n_vocab != cfg.vocab_size:
         raise ValueError(
             f"{path} has {cfg.vocab_size} tokens, the tokenizer "
@@ -823,14 +839,24 @@ def _load_model(args, prompt):
     return GPT2.from_checkpoint(*how, args.backend), encoding, ids
 
 
+def _model_of(args):
+    """The model that was named, or the newest run's; and its weights."""
+    from llmnb.train import weights_path
+
+    named = Path(args.model) if args.model else _newest_run()
+    if not named.exists():
+        raise FileNotFoundError(f"there is no run {named}")
+    return named, weights_path(named)
+
+
 # %% which tokenizer tags=["exporti"] module="cli"
 def _encoding_of(path, args):
     """A run's own, or else the one that was asked for."""
     from llmnb import tokenizer
-    from llmnb.train import make_encoding
+    from llmnb.train import make_encoding, own_tokenizer
 
-    own = path / "tokenizer.tiktoken"
-    if own.exists():
+    own = own_tokenizer(path)
+    if own:
         return tokenizer.load(own)
     return make_encoding(TrainConfig(tokenizer=args.tokenizer), [])
 
@@ -981,11 +1007,9 @@ def _eval(args):
     for name in ("limit", "seq_len", "stride"):
         if getattr(args, name) < 0:
             raise ValueError(f"{name} must be at least 0")
-    path = Path(args.model) if args.model else _newest_run()
-    if not path.exists():
-        raise FileNotFoundError(f"there is no run {path}")
+    named, path = _model_of(args)
     _set_threads(args)
-    cfg, encoding = read_config(path), _encoding_of(path, args)
+    cfg, encoding = read_config(path), _encoding_of(named, args)
     if encoding.n_vocab != cfg.vocab_size:
         raise ValueError(
             f"{path} has {cfg.vocab_size} tokens, the tokenizer "
@@ -1151,9 +1175,9 @@ def _bench_steps(args):
         kernels = contest(args.kernels, bar=partial(bar, unit="layer"))
         words.append(contest_report(kernels))
         result |= kernels
-    _write_result(args, result)
     as_json = json.dumps(result, indent=1)
     print(as_json if args.json == "-" else "\n\n".join(words))
+    _write_result(args, result)
 
 
 # %% measure writing tags=["exporti"] module="cli"
@@ -1171,9 +1195,9 @@ def _bench_writers(args):
     how = {"threads": args.threads, "python": args.torch_python}
     result = bench_writers(GPT2Config(), rounds=args.steps, **how)
     result = {"command": _command(sys.argv[1:]), **result}
-    _write_result(args, result)
     as_json = json.dumps(result, indent=1)
     print(as_json if args.json == "-" else writers_report(result))
+    _write_result(args, result)
 
 
 # %% write the files tags=["exporti"] module="cli"
@@ -1186,7 +1210,9 @@ def _write_result(args, result):
         with replacing(args.json) as file:
             file.write(json.dumps(result, indent=1).encode() + b"\n")
     if args.plot:
-        with replacing(args.plot) as file:
+        from matplotlib import style
+
+        with style.context("default"), replacing(args.plot) as file:
             draw(result).savefig(file, format="png")
 
 
@@ -1291,13 +1317,14 @@ def _add_plot(commands):
 
 
 def _plot(args):
+    from matplotlib import style
+
     from llmnb.watch import compare_runs, read_log, run_table
 
     logs = {path: read_log(path) for path in args.runs}
-    figure = compare_runs(logs, args.window)
     print(*run_table(logs), sep="\n")
-    with replacing(args.out) as file:
-        figure.savefig(file, format="png")
+    with style.context("default"), replacing(args.out) as file:
+        compare_runs(logs, args.window).savefig(file, format="png")
     _say("wrote", args.out)
 
 
@@ -1401,7 +1428,9 @@ def main(argv=None):
         add(commands)
     args = parser.parse_args(argv)
     try:
-        args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            args.run(args)
     except KeyboardInterrupt:
         sys.exit(130)
     except USER_ERRORS as error:
