@@ -494,7 +494,7 @@ def first_not_finite(arrays):
     """
     for name, x in arrays.items():
         with np.errstate(all="ignore"):
-            total = x.sum(dtype=np.float64)
+            total = np.vdot(x, x)
         if not np.isfinite(total) and not np.isfinite(x).all():
             where = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
             return f"{name} is {x[where]} at {where}"

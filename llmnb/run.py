@@ -292,7 +292,7 @@ def start_log(path, step=0):
     if rows:
         write_log(path, rows)
     else:
-        Path(path).write_text(",".join(Step._fields) + "\n", newline="")
+        Path(path).write_bytes((",".join(Step._fields) + "\n").encode())
 
 
 def add_to_log(path, *steps):
@@ -307,14 +307,18 @@ def add_to_log(path, *steps):
 
 # rows that wait
 def _log(path, rows):
-    """Add rows to a log, safe on the disk; returns those that must wait."""
+    """Add rows to a log; returns those that must wait for it."""
     try:
         add_to_log(path, *rows)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise  # the next state would have no room either
         if len(rows) == 1:
-            warnings.warn(f"{path}: {error.strerror}; rows wait", stacklevel=3)
+            why = error.strerror or error
+            warnings.warn(
+                f"{path}: {why}; rows wait until it can be written",
+                stacklevel=3,
+            )
         return rows
     return []
 
@@ -361,7 +365,8 @@ def read_rows(path, columns=None):
 # line by line
 def _lines(path):
     """The lines of a text that have an end, without it."""
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+    how = {"encoding": "utf-8-sig", "errors": "replace", "newline": "\n"}
+    with open(path, **how) as file:
         for line in file:
             if line.endswith("\n"):
                 yield line.rstrip("\r\n")
@@ -599,9 +604,9 @@ def _gentler(run):
     for name in SHAPE if config.depth or kept else ():
         asked.pop(name, None)  # the depth or the state says them
     if kept:
-        for name in ("depth", "tokenizer", "vocab_size"):
+        for name in ("init", "depth", "tokenizer", "vocab_size"):
             asked.pop(name, None)
-        asked = {"init": kept[-1]} | asked | {"init": kept[-1]}
+        asked = {"init": kept[-1]} | asked
     words = ["llmnb", "train"]
     for name, value in asked.items():
         words.append("--" + name.replace("_", "-"))

@@ -663,9 +663,12 @@ def weights_path(path):
     """
     from llmnb.run import states
 
-    found = [Path(path) / "model.bin", *states(path)[-1:]]
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = [path / "model.bin", *states(path)[-1:]]
     found = [x for x in found if x.is_file()]
-    return max(found, key=lambda x: x.stat().st_mtime_ns, default=Path(path))
+    return max(found, key=lambda x: x.stat().st_mtime_ns, default=path)
 
 
 def own_tokenizer(path):

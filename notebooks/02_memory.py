@@ -1310,10 +1310,9 @@ def _read_state(path, file, sums, params):
 #
 # Through this door also comes every weight that is ever read, so here is the
 # place to ask whether it is a number at all. A single NaN spreads to all
-# logits, and what is computed from them looks like a result: the index of
-# the smallest of four NaN losses is 0, which is the right answer to a
-# quarter of the questions. A sum is infinite or NaN if one of its terms is,
-# and takes one pass; only when it is are the terms looked at.
+# logits, and what is computed from them can look like a result. A sum of
+# squares is infinite or NaN if one of its terms is, and takes one pass; only
+# when it is are the terms looked at.
 
 
 # %% is it a number tags=["export"] module="checkpoint"
@@ -1326,7 +1325,7 @@ def first_not_finite(arrays):
     """
     for name, x in arrays.items():
         with np.errstate(all="ignore"):
-            total = x.sum(dtype=np.float64)
+            total = np.vdot(x, x)
         if not np.isfinite(total) and not np.isfinite(x).all():
             where = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
             return f"{name} is {x[where]} at {where}"

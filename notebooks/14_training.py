@@ -931,9 +931,12 @@ def weights_path(path):
     """
     from llmnb.run import states
 
-    found = [Path(path) / "model.bin", *states(path)[-1:]]
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = [path / "model.bin", *states(path)[-1:]]
     found = [x for x in found if x.is_file()]
-    return max(found, key=lambda x: x.stat().st_mtime_ns, default=Path(path))
+    return max(found, key=lambda x: x.stat().st_mtime_ns, default=path)
 
 
 def own_tokenizer(path):
@@ -2091,7 +2094,7 @@ def start_log(path, step=0):
     if rows:
         write_log(path, rows)
     else:
-        Path(path).write_text(",".join(Step._fields) + "\n", newline="")
+        Path(path).write_bytes((",".join(Step._fields) + "\n").encode())
 
 
 def add_to_log(path, *steps):
@@ -2106,14 +2109,18 @@ def add_to_log(path, *steps):
 
 # %% rows that wait tags=["exporti"] module="run"
 def _log(path, rows):
-    """Add rows to a log, safe on the disk; returns those that must wait."""
+    """Add rows to a log; returns those that must wait for it."""
     try:
         add_to_log(path, *rows)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise  # the next state would have no room either
         if len(rows) == 1:
-            warnings.warn(f"{path}: {error.strerror}; rows wait", stacklevel=3)
+            why = error.strerror or error
+            warnings.warn(
+                f"{path}: {why}; rows wait until it can be written",
+                stacklevel=3,
+            )
         return rows
     return []
 
@@ -2160,7 +2167,8 @@ def read_rows(path, columns=None):
 # %% line by line tags=["exporti"] module="run"
 def _lines(path):
     """The lines of a text that have an end, without it."""
-    with open(path, encoding="utf-8", errors="replace", newline="\n") as file:
+    how = {"encoding": "utf-8-sig", "errors": "replace", "newline": "\n"}
+    with open(path, **how) as file:
         for line in file:
             if line.endswith("\n"):
                 yield line.rstrip("\r\n")
@@ -2414,9 +2422,9 @@ def _gentler(run):
     for name in SHAPE if config.depth or kept else ():
         asked.pop(name, None)  # the depth or the state says them
     if kept:
-        for name in ("depth", "tokenizer", "vocab_size"):
+        for name in ("init", "depth", "tokenizer", "vocab_size"):
             asked.pop(name, None)
-        asked = {"init": kept[-1]} | asked | {"init": kept[-1]}
+        asked = {"init": kept[-1]} | asked
     words = ["llmnb", "train"]
     for name, value in asked.items():
         words.append("--" + name.replace("_", "-"))
@@ -2649,8 +2657,9 @@ for depth in (12, 48):
 # A second choice concerns an infinite or undefined loss. Some trainers skip
 # such a step and go on. Skipping hides the cause, and the batch comes again
 # in the next epoch. We stop with the step, the value and the learning rate,
-# before the update has spoilt the weights. What we skip, if asked to, is
-# finite and rare, and the log says so.
+# before the update has spoilt the weights, and name the command that begins
+# again where they were good. What we skip, if asked to, is finite and rare,
+# and the log says so.
 #
 # A third concerns the state of a run. It would be shorter to pickle the
 # loader, the model and the rest, as they are. But a pickle runs code when it

@@ -163,6 +163,11 @@ compare("bits a byte", letters.bits_per_byte, pairs.bits_per_byte)
 # to $T$. A shorter row is filled up with zeros. Causal attention cannot see
 # what stands behind a position, so the filling changes nothing before it, and
 # the losses of the filling are thrown away.
+#
+# Every score of this chapter comes from these losses. One that is infinite or
+# NaN is an error here, since later nobody would see it: the smallest of four
+# NaN is the first, and a model that computes nothing would be right in a
+# quarter of all questions.
 
 
 # %% the losses of rows tags=["export"]

@@ -709,8 +709,15 @@ def folder_log(path, lines):
             13,
             "line 4 .*, and 5 more$",
         ),
+        (
+            lambda path, lines: path.write_bytes(
+                b"\xef\xbb\xbf" + b"\r\n".join(lines)
+            ),
+            21,
+            None,  # as a spreadsheet saves it
+        ),
         (without_log, 0, "goes on without .*log.csv: FileNotFoundError"),
-        (folder_log, 0, "goes on without .*log.csv: IsADirectoryError"),
+        (folder_log, 0, "goes on without .*log.csv: (IsADir|Perm).*Error"),
     ],
 )
 def test_an_edited_log_costs_no_model(tmp_path, how, count, warning):
@@ -792,6 +799,30 @@ def test_rows_wait_for_a_log(tmp_path, monkeypatch, kind):
     list(steps)
     assert log_of(run.folder) == log_of(want.folder)
     assert np.array_equal(weights(run), weights(want))
+
+
+def test_a_log_that_vanishes_is_begun_again(tmp_path):
+    run = begin(run_folder(tmp_path / "a"), TINY)
+    steps = follow(run)
+    list(islice(steps, 6))
+    (run.folder / "log.csv").unlink()
+    list(steps)
+    assert [x.step for x in finish(run)] == list(range(6, 21))
+    text = (run.folder / "log.csv").read_text("utf-8")
+    assert text.startswith("step,loss,val_loss,")
+
+
+def test_a_folder_that_vanishes_is_told_in_one_line(tmp_path):
+    run = begin(run_folder(tmp_path / "a"), TINY)
+    steps = follow(run)
+    list(islice(steps, 3))
+    shutil.rmtree(run.folder)
+    with (
+        pytest.warns(UserWarning, match="rows wait"),
+        pytest.raises(OSError, match="there is no checkpoint yet") as error,
+    ):
+        list(steps)
+    assert "\n" not in str(error.value)
 
 
 # numbers that are none
