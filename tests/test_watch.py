@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmnb.cli import main
 from llmnb.watch import Board, compare_runs, read_log, run_table, smooth
 
 LOG = """step,loss,val_loss,learning_rate,grad_norm,tokens_per_second
@@ -136,6 +137,19 @@ def test_the_command(log):
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "the first line must name the columns" in done.stderr
+
+
+def test_settings_of_matplotlib_do_not_reach_the_picture(log, capsys):
+    import matplotlib
+
+    out = log.parent / "x.png"
+    main(["plot", str(log), "--out", str(out)])
+    whole = out.read_bytes()
+    strange = {"font.family": "No Such Font", "text.usetex": True}
+    with matplotlib.rc_context({**strange, "savefig.dpi": 3}):
+        main(["plot", str(log), "--out", str(out)])
+    assert out.read_bytes() == whole
+    assert "6.4000" in capsys.readouterr().out
 
 
 def test_events_for_tensorboard(tmp_path):
