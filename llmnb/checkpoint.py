@@ -13,10 +13,13 @@ __all__ = [
     "INNER",
     "MAGIC",
     "OUTER",
+    "STATE",
     "SUMMED",
+    "first_not_finite",
     "from_bfloat16",
     "read_checkpoint",
     "read_config",
+    "state_record",
     "to_bfloat16",
     "without_padding",
     "write_checkpoint",
@@ -467,6 +470,71 @@ def _read_hub(path, cfg, tensors, params):
     params["wte"][cfg.vocab_size :] = 0
 
 
+# a training state
+import zlib
+
+STATE = "llmnb training state 1"
+
+
+def state_record(file):
+    """The record of a training state: a dict.
+
+    file: its TensorFile. Raises ValueError or KeyError when it is no state,
+    or a damaged one.
+
+    Derived in chapter 2.
+    """
+    note = file.metadata
+    if note.get("format") != STATE:
+        raise ValueError(f"its format must be {STATE!r}")
+    if str(zlib.crc32(note["record"].encode())) != note["sum"]:
+        raise ValueError("its record is damaged")
+    return json.loads(note["record"])
+
+
+# its weights
+def _open_state(path, file):
+    """A state's configuration, and the function that fills its params."""
+    try:
+        record = state_record(file)
+        cfg, sums = GPT2Config(**record["model"]), record["sums"]
+        for name, shape in parameter_shapes(cfg).items():
+            got = file.shape(f"params.{name}")
+            if got != shape:
+                raise ValueError(f"params.{name} must be {shape}, got {got}")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a whole state: {error}") from None
+    return cfg, partial(_read_state, path, file, sums)
+
+
+def _read_state(path, file, sums, params):
+    """Fill params, checked before, and check their sums."""
+    for name, array in params.items():
+        x = file[f"params.{name}"]
+        if zlib.crc32(x) != sums.get(f"params.{name}"):
+            raise ValueError(
+                f"{path} is not a whole state: params.{name} is damaged"
+            )
+        array[...] = x
+
+
+# is it a number
+def first_not_finite(arrays):
+    """Which of some arrays holds an infinity or a NaN, and where; or None.
+
+    arrays: a mapping from name to array. Returns a text.
+
+    Derived in chapter 2.
+    """
+    for name, x in arrays.items():
+        with np.errstate(all="ignore"):
+            total = np.vdot(x, x)
+        if not np.isfinite(total) and not np.isfinite(x).all():
+            where = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
+            return f"{name} is {x[where]} at {where}"
+    return None
+
+
 # which file it is
 # endings of models that we do not read, which is to be said
 OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".gguf", ".npz")
@@ -491,6 +559,9 @@ def _open(path):
     """A model's configuration, and the function that fills its params."""
     path = _find(path)
     if path.suffix in (".safetensors", ".json"):
+        file = TensorFile(path) if path.suffix == ".safetensors" else None
+        if file and file.metadata.get("format") == STATE:
+            return _open_state(path, file)
         tensors = _tensors(path)
         cfg = _hub_config(path, tensors)
         return cfg, partial(_read_hub, path, cfg, tensors)
@@ -504,12 +575,12 @@ def read_config(path, tokens=None):
 
     path: llm.c's .bin (float32 or bfloat16), a .safetensors file or the
     index of several in Hugging Face's layout, or a folder that holds one
-    of these as model.bin, model.safetensors or model.safetensors.index.json.
-    tokens: how many its tokenizer has; rows beyond, up to the next multiple
-    of 128, are not counted as tokens. Raises ValueError, naming the file,
-    when it is no GPT-2, or when its sizes, its shapes or its length do not
-    fit, or the tokens; OSError when it cannot be read. Nothing is allocated
-    before that is known.
+    of these as model.bin, model.safetensors or model.safetensors.index.json;
+    or a state of a run, see llmnb.run. tokens: how many its tokenizer has;
+    rows beyond, up to the next multiple of 128, are not counted as tokens.
+    Raises ValueError, naming the file, when it is no GPT-2, or when its
+    sizes, its shapes or its length do not fit, or the tokens; OSError when
+    it cannot be read. Nothing is allocated before that is known.
 
     Derived in chapter 2.
     """
@@ -541,7 +612,8 @@ def read_checkpoint(path, cfg, params):
     from llm.c's names to arrays in the shapes of parameter_shapes(cfg),
     float32 or float64, as `GPT2.params`. Raises ValueError or TypeError when
     they do not fit the file, before any is written to, and ValueError when
-    the file ends early after all, or does not match its checksum.
+    the file ends early after all, does not match its checksum, or when a
+    weight is not finite.
 
     Derived in chapter 2.
     """
@@ -556,3 +628,6 @@ def read_checkpoint(path, cfg, params):
     fill(ours)
     if cfg != found:
         ours["wte"][cfg.vocab_size :] = 0
+    wrong = first_not_finite(ours)
+    if wrong:
+        raise ValueError(f"{path}: {wrong}, where weights must be finite")

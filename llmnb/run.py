@@ -8,8 +8,8 @@ predicts better than counting can, along the curve PyTorch draws.
 
 __all__ = [
     "CHANGEABLE",
-    "FORMAT",
     "GROUPS",
+    "ROW",
     "Run",
     "SETTINGS",
     "State",
@@ -19,6 +19,7 @@ __all__ = [
     "finish",
     "follow",
     "newest_state",
+    "read_rows",
     "read_state",
     "read_steps",
     "restore",
@@ -34,39 +35,50 @@ __all__ = [
 
 
 # imports of the run
+import errno
 import json
+import math
 import os
 import platform
 import re
+import shlex
+import warnings
 import zlib
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from llmnb.arena import put
+from llmnb.checkpoint import STATE, first_not_finite, state_record
 from llmnb.config import GPT2Config, parameter_shapes
 from llmnb.data import HEADER_BYTES, DataLoader, shard_length
 from llmnb.files import BESIDE, replacing
 from llmnb.lock import Lock
 from llmnb.tensors import TensorFile, write_tensors
 from llmnb.train import (
+    SHAPE,
     Data,
     Progress,
     Step,
     TrainConfig,
     config_from,
+    landmarks,
     loaders,
     log_row,
     new_model,
+    note_model,
     prepare,
     read_run,
-    save_run,
+    save_figure,
+    sparing,
     train,
+    write_log,
     write_record,
 )
 
@@ -205,7 +217,6 @@ def _differences(begun, now):
 
 # save the state
 GROUPS = "params", "m", "v"
-FORMAT = "llmnb training state 1"
 
 
 def save_state(run):
@@ -214,7 +225,8 @@ def save_state(run):
     The file appears whole or not at all. Then all up to this step are
     removed but the newest `config.keep` that the run itself has written or
     gone on from. Those from beyond the step, which may be damaged, stay
-    until the run has come there.
+    until the run has come there. Raises FloatingPointError, and keeps what
+    there is, when an array is not finite.
 
     Derived in chapter 14.
     """
@@ -224,6 +236,12 @@ def save_state(run):
         for group in GROUPS
         for name, x in memory[group].items()
     }
+    wrong = first_not_finite(tensors)
+    if wrong:
+        raise FloatingPointError(
+            f"after the update at step {run.at.step - 1}, {wrong}: try a "
+            "lower learning rate or a longer warm-up"
+        )
     record = {
         "config": asdict(run.config),
         "model": asdict(run.model.cfg),
@@ -235,7 +253,7 @@ def save_state(run):
     }
     record = json.dumps(record)
     check = str(zlib.crc32(record.encode()))
-    note = {"format": FORMAT, "record": record, "sum": check}
+    note = {"format": STATE, "record": record, "sum": check}
     run.lock.check()
     write_tensors(path, tensors, note)
     _forget_old(run)
@@ -311,7 +329,7 @@ def read_state(path):
     """
     file = TensorFile(path)
     try:
-        record = _record(file.metadata)
+        record = state_record(file)
         state = State(
             Path(path),
             config_from(record["config"]),
@@ -328,20 +346,12 @@ def read_state(path):
     return state
 
 
-# checked in full
-def _record(note):
-    if note.get("format") != FORMAT:
-        raise ValueError(f"its format must be {FORMAT!r}")
-    if str(zlib.crc32(note["record"].encode())) != note["sum"]:
-        raise ValueError("its record is damaged")
-    return json.loads(note["record"])
-
-
 # its parts
 def _check_progress(at):
     whole = all(isinstance(x, int) for x in (at.step, at.updates))
     known = [x for x in (at.last_loss, at.best_loss) if x is not None]
-    floats = all(isinstance(x, float) for x in at.losses + at.norms + known)
+    numbers = at.losses + at.norms + known
+    floats = all(isinstance(x, float) and math.isfinite(x) for x in numbers)
     if not (whole and floats and 0 <= at.updates <= at.step):
         raise ValueError(f"its progress makes no sense: {at}")
 
@@ -403,21 +413,40 @@ def start_log(path, step=0):
 
     Derived in chapter 14.
     """
-    rows = _rows_before(path, step) if step else []
+    old = read_steps(path) if step and Path(path).exists() else []
+    rows = [row for row in old if row.step < step]
     if rows:
-        with replacing(path) as file:
-            file.write(b"".join([_HEAD, *rows]))
+        write_log(path, rows)
     else:
-        Path(path).write_bytes(_HEAD)
+        Path(path).write_bytes((",".join(Step._fields) + "\n").encode())
 
 
-def add_to_log(path, step):
-    """Add the row of a `Step` to a log.
+def add_to_log(path, *steps):
+    """Add the row of each `Step` to a log.
 
     Derived in chapter 14.
     """
+    rows = "".join(f"{log_row(step)}\n" for step in steps)
     with open(path, "ab") as file:
-        file.write(f"{log_row(step)}\n".encode())
+        file.write(rows.encode())
+
+
+# rows that wait
+def _log(path, rows):
+    """Add rows to a log; returns those that must wait for it."""
+    try:
+        add_to_log(path, *rows)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise  # the next state would have no room either
+        if len(rows) == 1:
+            why = error.strerror or error
+            warnings.warn(
+                f"{path}: {why}; rows wait until it can be written",
+                stacklevel=3,
+            )
+        return rows
+    return []
 
 
 # rows safe on the disk
@@ -430,38 +459,96 @@ def sync_log(path):
         os.fsync(file.fileno())
 
 
-# rows that stay
-_HEAD = (",".join(Step._fields) + "\n").encode()
-
-
-def _rows_before(path, step):
-    """The whole rows of a log for steps before this one, as bytes."""
-    if not Path(path).exists():
-        return []
-    rows = Path(path).read_bytes().splitlines(keepends=True)[1:]
-    first = [row.partition(b",")[0] for row in rows]
-    pairs = zip(first, rows, strict=True)
-    return [row for x, row in pairs if x.isdigit() and int(x) < step]
-
-
 # a log read back
-def read_steps(path):
-    """The rows of a log.csv as a list of `Step`.
+ROW = 1000  # characters that a row has at most
 
-    Raises OSError, or ValueError naming the file and the line.
+
+def read_rows(path, columns=None):
+    """The columns of a log.csv, and an iterator over its lines.
+
+    columns: their names in a log that does not begin with them; None: it
+    must. The iterator yields a line's number, its row, a dict from name to
+    number or None, and None; or, for a line that is no row, None and what is
+    wrong with it. A last line without an end is left out. Raises OSError, or
+    ValueError naming the file.
 
     Derived in chapter 14.
     """
-    text, steps = Path(path).read_bytes().decode("utf-8", "replace"), []
-    for line, row in enumerate(text.splitlines()[1:], 2):
-        first, *rest = row.split(",")
+    lines, start = _lines(path), 2
+    head = next(lines, "")
+    names = head.split(",")
+    if names[0] == "step" and len({*names}) == len(names):
+        columns = names
+    elif columns is None:
+        raise ValueError(
+            f"{path}: the first line must name the columns, step first"
+        )
+    elif head:
+        lines, start = chain([head], lines), 1
+    return columns, _rows(columns, enumerate(lines, start))
+
+
+# line by line
+def _lines(path):
+    """The lines of a text that have an end, without it."""
+    how = {"encoding": "utf-8-sig", "errors": "replace", "newline": "\n"}
+    with open(path, **how) as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield line.rstrip("\r\n")
+
+
+def _rows(names, lines):
+    for number, line in lines:
         try:
-            values = (float(x) if x else None for x in rest)
-            steps.append(Step(int(first), *values))
-        except (ValueError, TypeError):
-            raise ValueError(
-                f"{path}, line {line}: not a row of a log"
-            ) from None
+            yield number, _row(names, line), None
+        except ValueError as error:
+            yield number, None, str(error)
+
+
+# one row
+def _row(names, line):
+    """A line as a dict from name to number, or ValueError."""
+    if len(line) > ROW:
+        raise ValueError(
+            f"must have at most {ROW:,} characters, has {len(line):,}"
+        )
+    words = line.split(",")
+    if len(words) != len(names):
+        raise ValueError(f"must have {len(names)} values, has {len(words)}")
+    if not words[0]:
+        raise ValueError("has no step")
+    try:
+        row = [float(x) if x else None for x in words]
+    except ValueError:
+        row = [math.nan]
+    if not all(x is None or math.isfinite(x) for x in row):
+        raise ValueError(f"must hold numbers, not {line[:80]!r}")
+    if not row[0].is_integer():
+        raise ValueError(f"must begin with a whole number, not {words[0]}")
+    return dict(zip(names, row, strict=True))
+
+
+# the steps of a log
+def read_steps(path):
+    """The rows of a log.csv as a list of `Step`.
+
+    A line that is none is left out, and a warning says which. Raises
+    OSError.
+
+    Derived in chapter 14.
+    """
+    steps, left_out = [], []
+    _, *names = Step._fields
+    for line, row, wrong in read_rows(path, Step._fields)[1]:
+        if wrong:
+            left_out.append(f"line {line} ({wrong})")
+        else:
+            steps.append(Step(int(row["step"]), *map(row.get, names)))
+    if left_out:
+        said, more = ", ".join(left_out[:3]), len(left_out) - 3
+        said += f", and {more} more" if more > 0 else ""
+        warnings.warn(f"{path}: left out {said}", stacklevel=2)
     return steps
 
 
@@ -617,32 +704,41 @@ def follow(run):
     Derived in chapter 14.
     """
     config, at, log = run.config, run.at, run.folder / "log.csv"
-    steps = train(config, run.model, run.batches, run.validation, at)
+    steps, rows = train(config, run.model, run.batches, run.validation, at), []
     with telling(run):
         run.lock.check(hold=True)
         start_log(log, at.step)
         for step in steps:
             run.lock.check(hold=True)
-            add_to_log(log, step)
+            rows = _log(log, [*rows, step])
             due = config.save_every and at.step % config.save_every == 0
             if step.loss is not None and (due or at.step == config.steps):
-                sync_log(log)
+                if not rows:
+                    sync_log(log)
                 save_state(run)
             yield step
 
 
 # the end of a run
 def finish(run):
-    """Write the files of `save_run`, at any step; returns the log's steps.
+    """Write model.bin, then loss.png, at any step; returns the log's steps.
 
-    Then the folder is no longer locked. Raises as `follow` does.
+    A log without the lines that do not count takes the old one's place. When
+    a log or a figure fails, that is a warning; a model raises as `follow`
+    does. Then the folder is no longer locked.
 
     Derived in chapter 14.
     """
+    log, figure, steps = run.folder / "log.csv", run.folder / "loss.png", []
     with telling(run):
         run.lock.check(hold=True)
-        steps = read_steps(run.folder / "log.csv")
-        save_run(run.folder, run.config, run.model, run.data, steps)
+        run.model.save_checkpoint(run.folder / "model.bin")
+        note_model(run.folder, run.at.step)
+    with sparing(log):
+        steps = read_steps(log)
+        write_log(log, steps)
+    with sparing(figure):
+        save_figure(figure, steps, landmarks(run.config, run.data))
     run.lock.release()
     return steps
 
@@ -650,7 +746,10 @@ def finish(run):
 # what is left when it fails
 @contextmanager
 def telling(run):
-    """Make an OSError within say which checkpoint is the last good one.
+    """Make an error within say what is left, and what to do.
+
+    An OSError names the last good checkpoint; a FloatingPointError a command
+    that starts from it, at half the learning rate.
 
     Derived in chapter 14.
     """
@@ -658,14 +757,45 @@ def telling(run):
         yield
     except BlockingIOError:  # the folder is another's
         raise
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error}: {_gentler(run)}") from error
     except OSError as error:
-        what = error.strerror or str(error)
-        kept = [state_path(run.folder, step).name for step in run.kept]
+        what, kept = error.strerror or str(error), _kept(run)
         left = (
-            f"the last checkpoint is {kept[-1]}"
+            f"the last checkpoint is {kept[-1].name}"
             if kept
             else ("there is no checkpoint yet")
         )
         raise OSError(f"{error.filename or run.folder}: {what}; {left}") from (
             error
         )
+
+
+def _kept(run):
+    """The states that the run has written or gone on from, the oldest first."""
+    return [state_path(run.folder, step) for step in run.kept]
+
+
+# the same at half the rate
+def _gentler(run):
+    """The command of a run, from its last state on, at half the rate."""
+    config, now = run.config, state_path(run.folder, run.at.step)
+    # a state of this very step has the weights that gave no number
+    kept = [x for x in _kept(run) if x != now]
+    asked = {"learning_rate": float(f"{config.learning_rate / 2:.3g}")}
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if value != each.default:
+            asked.setdefault(each.name, value)
+    for name in SHAPE if config.depth or kept else ():
+        asked.pop(name, None)  # the depth or the state says them
+    if kept:
+        for name in ("init", "depth", "tokenizer", "vocab_size"):
+            asked.pop(name, None)
+        asked = {"init": kept[-1]} | asked
+    words = ["llmnb", "train"]
+    for name, value in asked.items():
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words += map(str, value if type(value) is tuple else [value])
+    return shlex.join(words)

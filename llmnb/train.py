@@ -32,12 +32,15 @@ __all__ = [
     "loaders",
     "log_row",
     "make_encoding",
+    "model_step",
     "new_model",
+    "note_model",
     "prepare",
     "read_run",
     "run_folder",
     "save_figure",
     "save_run",
+    "sparing",
     "starting_from",
     "train",
     "train_step",
@@ -55,6 +58,8 @@ import json
 import math
 import sys
 import time
+import warnings
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -453,12 +458,17 @@ def accumulate(config, model, batches, step=0):
 
 
 # finite or not
-def _check_finite(what, value, step, rate):
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"the {what} is {value} at step {step} (learning rate {rate:.3g})"
-            ": try a lower learning rate or a longer warm-up"
-        )
+def _check_finite(what, value, step=None, rate=0.0):
+    """Raise unless a number is finite; without a step nothing is trained."""
+    if math.isfinite(value):
+        return
+    when = (
+        f" at step {step} (learning rate {rate:.3g}): try a lower learning "
+        "rate or a longer warm-up"
+    )
+    raise FloatingPointError(
+        f"the {what} is {value}{'' if step is None else when}"
+    )
 
 
 # how far out a value is
@@ -514,10 +524,17 @@ def evaluate(model, batches, count):
     """Mean loss of a model over the first `count` batches; trains nothing.
 
     batches: a DataLoader, which is set back to its first batch. At most one
-    epoch is read. Returns nats a token, a float.
+    epoch is read. Returns nats a token, a float. Raises FloatingPointError
+    when it is not finite.
 
     Derived in chapter 14.
     """
+    loss = _mean_loss(model, batches, count)
+    _check_finite("validation loss", loss)
+    return loss
+
+
+def _mean_loss(model, batches, count):
     batches.reset()
     count = min(count, batches.batches_per_epoch)
     losses = [model.forward(*batches.next_batch()) for _ in range(count)]
@@ -576,7 +593,8 @@ def train(config, model, batches, validation=None, at=None):
 
 # validation, and the best so far
 def _validate(config, model, validation, at):
-    loss = evaluate(model, validation, config.eval_batches)
+    loss = _mean_loss(model, validation, config.eval_batches)
+    _check_finite("validation loss", loss, at.step, config.rate(at.step))
     at.best_loss = loss if at.best_loss is None else min(at.best_loss, loss)
     return loss
 
@@ -656,12 +674,32 @@ def new_model(config, vocab_size):
 
 # where the weights are
 def weights_path(path):
-    """The model.bin in a run's folder; any other path as it is.
+    """The newest weights in a run's folder; any other path as it is.
+
+    They are in the newest state, unless model.bin was written at its step or
+    later: config.json says at which. No clock is asked.
 
     Derived in chapter 14.
     """
-    inside = Path(path) / "model.bin"
-    return inside if inside.is_file() else Path(path)
+    from llmnb.run import _step_of, states
+
+    folder, model = Path(path), Path(path, "model.bin")
+    last = states(folder)[-1:] if folder.is_dir() else []
+    whole = model.is_file()
+    if last and not (whole and model_step(folder) >= _step_of(last[0])):
+        return last[0]
+    return model if whole else folder
+
+
+def model_step(folder):
+    """The step at which a run's model.bin was written, or -1: not known.
+
+    Derived in chapter 14.
+    """
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        text = read_small(Path(folder, "config.json"), 1 << 20)
+        return int(json.loads(text)["model_step"])
+    return -1
 
 
 # its batches
@@ -794,18 +832,35 @@ def _write_text(path, text):
         file.write(text.encode("utf-8"))
 
 
-# the folder's files
-def save_run(folder, config, model, data, steps):
-    """Write config.json, log.csv, loss.png, model.bin and the tokenizer.
-
-    folder: the Path that `run_folder` made. steps: list of `Step`.
+# what may fail
+@contextmanager
+def sparing(what):
+    """Turn an error within into a warning that says what there is not.
 
     Derived in chapter 14.
     """
-    marks = write_record(folder, config, data)
-    write_log(folder / "log.csv", steps)
-    save_figure(folder / "loss.png", steps, marks)
+    try:
+        yield
+    except Exception as error:  # a picture can fail with any
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        warnings.warn(f"goes on without {what}: {why}", stacklevel=3)
+
+
+# the folder's files
+def save_run(folder, config, model, data, steps):
+    """Write model.bin, config.json, the tokenizer, log.csv and loss.png.
+
+    folder: the Path that `run_folder` made. steps: list of `Step`. A log or
+    a figure that cannot be written is a warning.
+
+    Derived in chapter 14.
+    """
     model.save_checkpoint(folder / "model.bin")
+    marks = write_record(folder, config, data)
+    with sparing(folder / "log.csv"):
+        write_log(folder / "log.csv", steps)
+    with sparing(folder / "loss.png"):
+        save_figure(folder / "loss.png", steps, marks)
 
 
 # what a run was
@@ -821,6 +876,16 @@ def write_record(folder, config, data):
     record = json.dumps(_facts(config, data, marks), indent=1)
     _write_text(folder / "config.json", record + "\n")
     return marks
+
+
+def note_model(folder, step):
+    """Note in config.json at which step model.bin was written.
+
+    Derived in chapter 14.
+    """
+    path = Path(folder) / "config.json"
+    record = json.loads(path.read_text("utf-8")) | {"model_step": step}
+    _write_text(path, json.dumps(record, indent=1) + "\n")
 
 
 # what is written down
@@ -841,13 +906,16 @@ def _facts(config, data, marks):
 def save_figure(path, steps, landmarks):
     """Write the loss curves of a run as PNG, needing no display.
 
+    The user's own settings of matplotlib, such as fonts, are left aside.
+
     Derived in chapter 14.
     """
+    from matplotlib import style
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), dpi=100, layout="tight")
-    draw_losses(figure.subplots(), steps, landmarks)
-    with replacing(path) as file:
+    with style.context("default"), replacing(path) as file:
+        figure = Figure(figsize=(8, 4.5), dpi=100, layout="tight")
+        draw_losses(figure.subplots(), steps, landmarks)
         figure.savefig(file, format="png")
 
 
@@ -871,7 +939,7 @@ def load_run(folder, batch_size=1, seq_len=None, backend=None):
         precision = "fp32"
     encoding = tokenizer.load(folder / "tokenizer.tiktoken")
     model = GPT2.from_checkpoint(
-        folder / "model.bin",
+        weights_path(folder),
         batch_size=batch_size,
         seq_len=seq_len or config.seq_len,
         backend=backend,

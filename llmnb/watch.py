@@ -17,11 +17,12 @@ __all__ = [
 
 
 # imports of the watcher
-import csv
 import time
 from pathlib import Path
 
 import numpy as np
+
+from llmnb.run import read_rows
 
 
 # read a log
@@ -38,35 +39,15 @@ def read_log(path):
     """
     path = Path(path)
     path = path / "log.csv" if path.is_dir() else path
-    text = path.read_bytes().decode("utf-8", "replace")
-    rows = csv.reader(text[: text.rfind("\n") + 1].splitlines())
-    names = next(rows, [])
-    if names[:1] != ["step"] or len({*names}) < len(names):
-        raise ValueError(
-            f"{path}: the first line must name the columns, step first"
-        )
+    names, rows = read_rows(path)
     points = {name: [] for name in names[1:]}
-    for line, row in enumerate(rows, 2):
-        for name, point in _points(f"{path}, line {line}", names, row):
-            points[name].append(point)
+    for line, row, wrong in rows:
+        if wrong:
+            raise ValueError(f"{path}, line {line}: {wrong}")
+        for name in points:
+            if row[name] is not None:
+                points[name].append((row["step"], row[name]))
     return {k: np.array(v, float).reshape(-1, 2).T for k, v in points.items()}
-
-
-# one row
-def _points(where, names, row):
-    """Name and (step, value) of each number in a row."""
-    if len(row) != len(names):
-        raise ValueError(
-            f"{where}: must have {len(names)} values, has {len(row)}"
-        )
-    try:
-        step, *values = [float(x) if x else None for x in row]
-    except ValueError:
-        raise ValueError(f"{where}: must hold numbers, not {row}") from None
-    if step is None:
-        raise ValueError(f"{where}: has no step")
-    pairs = zip(names[1:], values, strict=True)
-    return [(k, (step, v)) for k, v in pairs if v is not None]
 
 
 # a running mean

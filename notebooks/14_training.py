@@ -60,6 +60,8 @@ import json
 import math
 import sys
 import time
+import warnings
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -618,12 +620,17 @@ def accumulate(config, model, batches, step=0):
 
 
 # %% finite or not tags=["exporti"]
-def _check_finite(what, value, step, rate):
-    if not math.isfinite(value):
-        raise FloatingPointError(
-            f"the {what} is {value} at step {step} (learning rate {rate:.3g})"
-            ": try a lower learning rate or a longer warm-up"
-        )
+def _check_finite(what, value, step=None, rate=0.0):
+    """Raise unless a number is finite; without a step nothing is trained."""
+    if math.isfinite(value):
+        return
+    when = (
+        f" at step {step} (learning rate {rate:.3g}): try a lower learning "
+        "rate or a longer warm-up"
+    )
+    raise FloatingPointError(
+        f"the {what} is {value}{'' if step is None else when}"
+    )
 
 
 # %% [markdown]
@@ -765,10 +772,17 @@ def evaluate(model, batches, count):
     """Mean loss of a model over the first `count` batches; trains nothing.
 
     batches: a DataLoader, which is set back to its first batch. At most one
-    epoch is read. Returns nats a token, a float.
+    epoch is read. Returns nats a token, a float. Raises FloatingPointError
+    when it is not finite.
 
     Derived in chapter 14.
     """
+    loss = _mean_loss(model, batches, count)
+    _check_finite("validation loss", loss)
+    return loss
+
+
+def _mean_loss(model, batches, count):
     batches.reset()
     count = min(count, batches.batches_per_epoch)
     losses = [model.forward(*batches.next_batch()) for _ in range(count)]
@@ -833,7 +847,8 @@ def train(config, model, batches, validation=None, at=None):
 
 # %% validation, and the best so far tags=["exporti"]
 def _validate(config, model, validation, at):
-    loss = evaluate(model, validation, config.eval_batches)
+    loss = _mean_loss(model, validation, config.eval_batches)
+    _check_finite("validation loss", loss, at.step, config.rate(at.step))
     at.best_loss = loss if at.best_loss is None else min(at.best_loss, loss)
     return loss
 
@@ -932,12 +947,32 @@ def new_model(config, vocab_size):
 
 # %% where the weights are tags=["export"]
 def weights_path(path):
-    """The model.bin in a run's folder; any other path as it is.
+    """The newest weights in a run's folder; any other path as it is.
+
+    They are in the newest state, unless model.bin was written at its step or
+    later: config.json says at which. No clock is asked.
 
     Derived in chapter 14.
     """
-    inside = Path(path) / "model.bin"
-    return inside if inside.is_file() else Path(path)
+    from llmnb.run import _step_of, states
+
+    folder, model = Path(path), Path(path, "model.bin")
+    last = states(folder)[-1:] if folder.is_dir() else []
+    whole = model.is_file()
+    if last and not (whole and model_step(folder) >= _step_of(last[0])):
+        return last[0]
+    return model if whole else folder
+
+
+def model_step(folder):
+    """The step at which a run's model.bin was written, or -1: not known.
+
+    Derived in chapter 14.
+    """
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        text = read_small(Path(folder, "config.json"), 1 << 20)
+        return int(json.loads(text)["model_step"])
+    return -1
 
 
 # %% its batches tags=["export"]
@@ -1142,6 +1177,11 @@ plt.show()
 # Each file is written beside its place and renamed into it, by `replacing`
 # from [chapter 0](00_gpt2.ipynb). A run that is stopped in the middle of
 # writing leaves the old file or the new one, and never half of one.
+#
+# The files are not equally dear. A log or a figure shows a run, the model
+# *is* the run, and there are many ways for a picture to fail that have
+# nothing to do with it: a font, a setting, a package that is missing. So the
+# model is written first, and what only shows it may fail with a warning.
 #
 # Half files are one danger, two writers another. A run that is started twice
 # in one folder, by mistake or by two scripts, would put every step into the log
@@ -1376,18 +1416,35 @@ def _write_text(path, text):
         file.write(text.encode("utf-8"))
 
 
-# %% the folder's files tags=["export"]
-def save_run(folder, config, model, data, steps):
-    """Write config.json, log.csv, loss.png, model.bin and the tokenizer.
-
-    folder: the Path that `run_folder` made. steps: list of `Step`.
+# %% what may fail tags=["export"]
+@contextmanager
+def sparing(what):
+    """Turn an error within into a warning that says what there is not.
 
     Derived in chapter 14.
     """
-    marks = write_record(folder, config, data)
-    write_log(folder / "log.csv", steps)
-    save_figure(folder / "loss.png", steps, marks)
+    try:
+        yield
+    except Exception as error:  # a picture can fail with any
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        warnings.warn(f"goes on without {what}: {why}", stacklevel=3)
+
+
+# %% the folder's files tags=["export"]
+def save_run(folder, config, model, data, steps):
+    """Write model.bin, config.json, the tokenizer, log.csv and loss.png.
+
+    folder: the Path that `run_folder` made. steps: list of `Step`. A log or
+    a figure that cannot be written is a warning.
+
+    Derived in chapter 14.
+    """
     model.save_checkpoint(folder / "model.bin")
+    marks = write_record(folder, config, data)
+    with sparing(folder / "log.csv"):
+        write_log(folder / "log.csv", steps)
+    with sparing(folder / "loss.png"):
+        save_figure(folder / "loss.png", steps, marks)
 
 
 # %% what a run was tags=["export"]
@@ -1403,6 +1460,16 @@ def write_record(folder, config, data):
     record = json.dumps(_facts(config, data, marks), indent=1)
     _write_text(folder / "config.json", record + "\n")
     return marks
+
+
+def note_model(folder, step):
+    """Note in config.json at which step model.bin was written.
+
+    Derived in chapter 14.
+    """
+    path = Path(folder) / "config.json"
+    record = json.loads(path.read_text("utf-8")) | {"model_step": step}
+    _write_text(path, json.dumps(record, indent=1) + "\n")
 
 
 # %% what is written down tags=["exporti"]
@@ -1423,13 +1490,16 @@ def _facts(config, data, marks):
 def save_figure(path, steps, landmarks):
     """Write the loss curves of a run as PNG, needing no display.
 
+    The user's own settings of matplotlib, such as fonts, are left aside.
+
     Derived in chapter 14.
     """
+    from matplotlib import style
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), dpi=100, layout="tight")
-    draw_losses(figure.subplots(), steps, landmarks)
-    with replacing(path) as file:
+    with style.context("default"), replacing(path) as file:
+        figure = Figure(figsize=(8, 4.5), dpi=100, layout="tight")
+        draw_losses(figure.subplots(), steps, landmarks)
         figure.savefig(file, format="png")
 
 
@@ -1458,7 +1528,7 @@ def load_run(folder, batch_size=1, seq_len=None, backend=None):
         precision = "fp32"
     encoding = tokenizer.load(folder / "tokenizer.tiktoken")
     model = GPT2.from_checkpoint(
-        folder / "model.bin",
+        weights_path(folder),
         batch_size=batch_size,
         seq_len=seq_len or config.seq_len,
         backend=backend,
@@ -1558,6 +1628,13 @@ print(continued("def read(self, name", 100))
 # is refused. The tokenizer must be the one that the model was trained with:
 # a run's folder holds it, and so do most model folders. Where nothing tells
 # ([chapter 17](17_models.ipynb)), it has to be named.
+#
+# A run that is not over has no `model.bin` yet, or an old one; its newest
+# state has the weights too. (`config.json` says at which step `model.bin` was
+# written, so no clock has to tell which is the newer.) This is also the way out of a run whose loss is
+# no number any more. Its learning rate cannot be changed, since a run is
+# fixed by its numbers, but another run can begin where the last state was
+# good, at a lower rate.
 
 
 # %% a run from a checkpoint tags=["export"]
@@ -1945,39 +2022,50 @@ plt.show()
 # other, and see the run go astray each time; and with all rows, not at all.
 
 # %% imports of the run tags=["export"] module="run"
+import errno
 import json
+import math
 import os
 import platform
 import re
+import shlex
+import warnings
 import zlib
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from llmnb.arena import put
+from llmnb.checkpoint import STATE, first_not_finite, state_record
 from llmnb.config import GPT2Config, parameter_shapes
 from llmnb.data import HEADER_BYTES, DataLoader, shard_length
 from llmnb.files import BESIDE, replacing
 from llmnb.lock import Lock
 from llmnb.tensors import TensorFile, write_tensors
 from llmnb.train import (
+    SHAPE,
     Data,
     Progress,
     Step,
     TrainConfig,
     config_from,
+    landmarks,
     loaders,
     log_row,
     new_model,
+    note_model,
     prepare,
     read_run,
-    save_run,
+    save_figure,
+    sparing,
     train,
+    write_log,
     write_record,
 )
 
@@ -2132,11 +2220,14 @@ def _differences(begun, now):
 #
 # Such a file may live on a disk for months. A checksum for each array, and
 # one for the record, tell later that every bit is still what it was.
+#
+# A state takes the place of an older one, so it must be worth it. The update
+# itself can spoil the weights, and the next loss, which would show it, has
+# not been computed yet. So all arrays are looked at before they are written.
 
 
 # %% save the state tags=["export"] module="run"
 GROUPS = "params", "m", "v"
-FORMAT = "llmnb training state 1"
 
 
 def save_state(run):
@@ -2145,7 +2236,8 @@ def save_state(run):
     The file appears whole or not at all. Then all up to this step are
     removed but the newest `config.keep` that the run itself has written or
     gone on from. Those from beyond the step, which may be damaged, stay
-    until the run has come there.
+    until the run has come there. Raises FloatingPointError, and keeps what
+    there is, when an array is not finite.
 
     Derived in chapter 14.
     """
@@ -2155,6 +2247,12 @@ def save_state(run):
         for group in GROUPS
         for name, x in memory[group].items()
     }
+    wrong = first_not_finite(tensors)
+    if wrong:
+        raise FloatingPointError(
+            f"after the update at step {run.at.step - 1}, {wrong}: try a "
+            "lower learning rate or a longer warm-up"
+        )
     record = {
         "config": asdict(run.config),
         "model": asdict(run.model.cfg),
@@ -2166,7 +2264,7 @@ def save_state(run):
     }
     record = json.dumps(record)
     check = str(zlib.crc32(record.encode()))
-    note = {"format": FORMAT, "record": record, "sum": check}
+    note = {"format": STATE, "record": record, "sum": check}
     run.lock.check()
     write_tensors(path, tensors, note)
     _forget_old(run)
@@ -2260,7 +2358,7 @@ def read_state(path):
     """
     file = TensorFile(path)
     try:
-        record = _record(file.metadata)
+        record = state_record(file)
         state = State(
             Path(path),
             config_from(record["config"]),
@@ -2277,20 +2375,12 @@ def read_state(path):
     return state
 
 
-# %% checked in full tags=["exporti"] module="run"
-def _record(note):
-    if note.get("format") != FORMAT:
-        raise ValueError(f"its format must be {FORMAT!r}")
-    if str(zlib.crc32(note["record"].encode())) != note["sum"]:
-        raise ValueError("its record is damaged")
-    return json.loads(note["record"])
-
-
 # %% its parts tags=["exporti"] module="run"
 def _check_progress(at):
     whole = all(isinstance(x, int) for x in (at.step, at.updates))
     known = [x for x in (at.last_loss, at.best_loss) if x is not None]
-    floats = all(isinstance(x, float) for x in at.losses + at.norms + known)
+    numbers = at.losses + at.norms + known
+    floats = all(isinstance(x, float) and math.isfinite(x) for x in numbers)
     if not (whole and floats and 0 <= at.updates <= at.step):
         raise ValueError(f"its progress makes no sense: {at}")
 
@@ -2353,6 +2443,10 @@ def newest_state(folder):
 # at its end. That does no harm, since resuming drops every row at or after
 # the state's step. They will be written again, with the same numbers. Only
 # when a state is kept need the rows before it be safe on the disk too.
+#
+# A log is also what people open in other programs, sort, and save again. A
+# row that is none any more is left out, and said, and the others count. And
+# as long as such a program keeps the file to itself, the rows wait.
 
 
 # %% the log of a run tags=["export"] module="run"
@@ -2361,21 +2455,40 @@ def start_log(path, step=0):
 
     Derived in chapter 14.
     """
-    rows = _rows_before(path, step) if step else []
+    old = read_steps(path) if step and Path(path).exists() else []
+    rows = [row for row in old if row.step < step]
     if rows:
-        with replacing(path) as file:
-            file.write(b"".join([_HEAD, *rows]))
+        write_log(path, rows)
     else:
-        Path(path).write_bytes(_HEAD)
+        Path(path).write_bytes((",".join(Step._fields) + "\n").encode())
 
 
-def add_to_log(path, step):
-    """Add the row of a `Step` to a log.
+def add_to_log(path, *steps):
+    """Add the row of each `Step` to a log.
 
     Derived in chapter 14.
     """
+    rows = "".join(f"{log_row(step)}\n" for step in steps)
     with open(path, "ab") as file:
-        file.write(f"{log_row(step)}\n".encode())
+        file.write(rows.encode())
+
+
+# %% rows that wait tags=["exporti"] module="run"
+def _log(path, rows):
+    """Add rows to a log; returns those that must wait for it."""
+    try:
+        add_to_log(path, *rows)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise  # the next state would have no room either
+        if len(rows) == 1:
+            why = error.strerror or error
+            warnings.warn(
+                f"{path}: {why}; rows wait until it can be written",
+                stacklevel=3,
+            )
+        return rows
+    return []
 
 
 # %% rows safe on the disk tags=["export"] module="run"
@@ -2388,38 +2501,96 @@ def sync_log(path):
         os.fsync(file.fileno())
 
 
-# %% rows that stay tags=["exporti"] module="run"
-_HEAD = (",".join(Step._fields) + "\n").encode()
-
-
-def _rows_before(path, step):
-    """The whole rows of a log for steps before this one, as bytes."""
-    if not Path(path).exists():
-        return []
-    rows = Path(path).read_bytes().splitlines(keepends=True)[1:]
-    first = [row.partition(b",")[0] for row in rows]
-    pairs = zip(first, rows, strict=True)
-    return [row for x, row in pairs if x.isdigit() and int(x) < step]
-
-
 # %% a log read back tags=["export"] module="run"
-def read_steps(path):
-    """The rows of a log.csv as a list of `Step`.
+ROW = 1000  # characters that a row has at most
 
-    Raises OSError, or ValueError naming the file and the line.
+
+def read_rows(path, columns=None):
+    """The columns of a log.csv, and an iterator over its lines.
+
+    columns: their names in a log that does not begin with them; None: it
+    must. The iterator yields a line's number, its row, a dict from name to
+    number or None, and None; or, for a line that is no row, None and what is
+    wrong with it. A last line without an end is left out. Raises OSError, or
+    ValueError naming the file.
 
     Derived in chapter 14.
     """
-    text, steps = Path(path).read_bytes().decode("utf-8", "replace"), []
-    for line, row in enumerate(text.splitlines()[1:], 2):
-        first, *rest = row.split(",")
+    lines, start = _lines(path), 2
+    head = next(lines, "")
+    names = head.split(",")
+    if names[0] == "step" and len({*names}) == len(names):
+        columns = names
+    elif columns is None:
+        raise ValueError(
+            f"{path}: the first line must name the columns, step first"
+        )
+    elif head:
+        lines, start = chain([head], lines), 1
+    return columns, _rows(columns, enumerate(lines, start))
+
+
+# %% line by line tags=["exporti"] module="run"
+def _lines(path):
+    """The lines of a text that have an end, without it."""
+    how = {"encoding": "utf-8-sig", "errors": "replace", "newline": "\n"}
+    with open(path, **how) as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield line.rstrip("\r\n")
+
+
+def _rows(names, lines):
+    for number, line in lines:
         try:
-            values = (float(x) if x else None for x in rest)
-            steps.append(Step(int(first), *values))
-        except (ValueError, TypeError):
-            raise ValueError(
-                f"{path}, line {line}: not a row of a log"
-            ) from None
+            yield number, _row(names, line), None
+        except ValueError as error:
+            yield number, None, str(error)
+
+
+# %% one row tags=["exporti"] module="run"
+def _row(names, line):
+    """A line as a dict from name to number, or ValueError."""
+    if len(line) > ROW:
+        raise ValueError(
+            f"must have at most {ROW:,} characters, has {len(line):,}"
+        )
+    words = line.split(",")
+    if len(words) != len(names):
+        raise ValueError(f"must have {len(names)} values, has {len(words)}")
+    if not words[0]:
+        raise ValueError("has no step")
+    try:
+        row = [float(x) if x else None for x in words]
+    except ValueError:
+        row = [math.nan]
+    if not all(x is None or math.isfinite(x) for x in row):
+        raise ValueError(f"must hold numbers, not {line[:80]!r}")
+    if not row[0].is_integer():
+        raise ValueError(f"must begin with a whole number, not {words[0]}")
+    return dict(zip(names, row, strict=True))
+
+
+# %% the steps of a log tags=["export"] module="run"
+def read_steps(path):
+    """The rows of a log.csv as a list of `Step`.
+
+    A line that is none is left out, and a warning says which. Raises
+    OSError.
+
+    Derived in chapter 14.
+    """
+    steps, left_out = [], []
+    _, *names = Step._fields
+    for line, row, wrong in read_rows(path, Step._fields)[1]:
+        if wrong:
+            left_out.append(f"line {line} ({wrong})")
+        else:
+            steps.append(Step(int(row["step"]), *map(row.get, names)))
+    if left_out:
+        said, more = ", ".join(left_out[:3]), len(left_out) - 3
+        said += f", and {more} more" if more > 0 else ""
+        warnings.warn(f"{path}: left out {said}", stacklevel=2)
     return steps
 
 
@@ -2592,32 +2763,41 @@ def follow(run):
     Derived in chapter 14.
     """
     config, at, log = run.config, run.at, run.folder / "log.csv"
-    steps = train(config, run.model, run.batches, run.validation, at)
+    steps, rows = train(config, run.model, run.batches, run.validation, at), []
     with telling(run):
         run.lock.check(hold=True)
         start_log(log, at.step)
         for step in steps:
             run.lock.check(hold=True)
-            add_to_log(log, step)
+            rows = _log(log, [*rows, step])
             due = config.save_every and at.step % config.save_every == 0
             if step.loss is not None and (due or at.step == config.steps):
-                sync_log(log)
+                if not rows:
+                    sync_log(log)
                 save_state(run)
             yield step
 
 
 # %% the end of a run tags=["export"] module="run"
 def finish(run):
-    """Write the files of `save_run`, at any step; returns the log's steps.
+    """Write model.bin, then loss.png, at any step; returns the log's steps.
 
-    Then the folder is no longer locked. Raises as `follow` does.
+    A log without the lines that do not count takes the old one's place. When
+    a log or a figure fails, that is a warning; a model raises as `follow`
+    does. Then the folder is no longer locked.
 
     Derived in chapter 14.
     """
+    log, figure, steps = run.folder / "log.csv", run.folder / "loss.png", []
     with telling(run):
         run.lock.check(hold=True)
-        steps = read_steps(run.folder / "log.csv")
-        save_run(run.folder, run.config, run.model, run.data, steps)
+        run.model.save_checkpoint(run.folder / "model.bin")
+        note_model(run.folder, run.at.step)
+    with sparing(log):
+        steps = read_steps(log)
+        write_log(log, steps)
+    with sparing(figure):
+        save_figure(figure, steps, landmarks(run.config, run.data))
     run.lock.release()
     return steps
 
@@ -2625,7 +2805,10 @@ def finish(run):
 # %% what is left when it fails tags=["export"] module="run"
 @contextmanager
 def telling(run):
-    """Make an OSError within say which checkpoint is the last good one.
+    """Make an error within say what is left, and what to do.
+
+    An OSError names the last good checkpoint; a FloatingPointError a command
+    that starts from it, at half the learning rate.
 
     Derived in chapter 14.
     """
@@ -2633,17 +2816,48 @@ def telling(run):
         yield
     except BlockingIOError:  # the folder is another's
         raise
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error}: {_gentler(run)}") from error
     except OSError as error:
-        what = error.strerror or str(error)
-        kept = [state_path(run.folder, step).name for step in run.kept]
+        what, kept = error.strerror or str(error), _kept(run)
         left = (
-            f"the last checkpoint is {kept[-1]}"
+            f"the last checkpoint is {kept[-1].name}"
             if kept
             else ("there is no checkpoint yet")
         )
         raise OSError(f"{error.filename or run.folder}: {what}; {left}") from (
             error
         )
+
+
+def _kept(run):
+    """The states that the run has written or gone on from, the oldest first."""
+    return [state_path(run.folder, step) for step in run.kept]
+
+
+# %% the same at half the rate tags=["exporti"] module="run"
+def _gentler(run):
+    """The command of a run, from its last state on, at half the rate."""
+    config, now = run.config, state_path(run.folder, run.at.step)
+    # a state of this very step has the weights that gave no number
+    kept = [x for x in _kept(run) if x != now]
+    asked = {"learning_rate": float(f"{config.learning_rate / 2:.3g}")}
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if value != each.default:
+            asked.setdefault(each.name, value)
+    for name in SHAPE if config.depth or kept else ():
+        asked.pop(name, None)  # the depth or the state says them
+    if kept:
+        for name in ("init", "depth", "tokenizer", "vocab_size"):
+            asked.pop(name, None)
+        asked = {"init": kept[-1]} | asked
+    words = ["llmnb", "train"]
+    for name, value in asked.items():
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words += map(str, value if type(value) is tuple else [value])
+    return shlex.join(words)
 
 
 # %% [markdown]
@@ -2870,8 +3084,9 @@ for depth in (12, 48):
 # A second choice concerns an infinite or undefined loss. Some trainers skip
 # such a step and go on. Skipping hides the cause, and the batch comes again
 # in the next epoch. We stop with the step, the value and the learning rate,
-# before the update has spoilt the weights. What we skip, if asked to, is
-# finite and rare, and the log says so.
+# before the update has spoilt the weights, and name the command that begins
+# again where they were good. What we skip, if asked to, is finite and rare,
+# and the log says so.
 #
 # A third concerns the state of a run. It would be shorter to pickle the
 # loader, the model and the rest, as they are. But a pickle runs code when it

@@ -159,6 +159,11 @@ compare("bits a byte", letters.bits_per_byte, pairs.bits_per_byte)
 # to $T$. A shorter row is filled up with zeros. Causal attention cannot see
 # what stands behind a position, so the filling changes nothing before it, and
 # the losses of the filling are thrown away.
+#
+# Every score of this chapter comes from these losses. One that is infinite or
+# NaN is an error here, since later nobody would see it: the smallest of four
+# NaN is the first, and a model that computes nothing would be right in a
+# quarter of all questions.
 
 
 # %% the losses of rows tags=["export"]
@@ -168,7 +173,7 @@ def row_losses(model, rows):
     model: a GPT2. rows: an iterable of 1-D integer arrays of 2 to
     model.seq_len + 1 tokens, taken model.batch_size at a time. Yields a
     float64 array of len(row) - 1 nats for each. Raises ValueError for a row
-    of another length.
+    of another length, and FloatingPointError at a loss that is not finite.
 
     Derived in chapter 19.
     """
@@ -186,7 +191,17 @@ def row_losses(model, rows):
         model.forward(tokens, targets)
         losses = np.asarray(model.memory["acts"]["losses"])
         for b, row in enumerate(batch):
-            yield losses[b, : len(row) - 1].astype(np.float64)
+            yield _finite(losses[b, : len(row) - 1].astype(np.float64))
+
+
+def _finite(losses):
+    """The losses themselves: every score comes from them."""
+    if not np.isfinite(losses).all():
+        raise FloatingPointError(
+            f"the loss of a token is {losses[~np.isfinite(losses)][0]}: the "
+            "model computes no numbers, its weights may be too large"
+        )
+    return losses
 
 
 # %% padding changes nothing

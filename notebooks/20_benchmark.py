@@ -1233,6 +1233,7 @@ def _first_step(name, spec, shape, settings, cache):
 # **load** before the race. A load far below 1 is a quiet machine.
 
 # %% imports of the report tags=["export"] module="bench"
+import math
 import os
 import re
 import subprocess
@@ -1280,8 +1281,9 @@ def bench(configs, settings=None, start=False, bar=iter):
     configs: a dict from name to (GPT2Config, batch_size, seq_len), such as
     `CONFIGS`. settings: a `race.Settings`. start: whether to measure
     `start_times` of the small model too. bar: see `race`. Seconds are those
-    of the rounds, in order; memory is in bytes. Raises ValueError or
-    ChildProcessError in one sentence.
+    of the rounds, in order; memory is in bytes. Raises ValueError,
+    ChildProcessError, or FloatingPointError at a loss that is not finite, in
+    one sentence.
 
     Derived in chapter 20.
     """
@@ -1308,6 +1310,7 @@ def loss_curves(precisions, steps=20, shape=(SMALL, 12, 64)):
     shape: a GPT2Config, batch size and length. Returns a dict of lists of
     losses, by backend and precision, and worst: the largest difference from
     the CPU's in fp32, by precision. Without a GPU it says unmeasured alone.
+    Raises FloatingPointError when a loss is not finite.
 
     Derived in chapter 20.
     """
@@ -1325,11 +1328,22 @@ def loss_curves(precisions, steps=20, shape=(SMALL, 12, 64)):
             losses.append(float(model.forward(*batch)))
             model.backward()
             model.update(step=step)
+        _check_losses(f"{backend} {precision}", losses)
     want, *others = found.values()
     worst = [
         max(abs(a - b) for a, b in zip(want, x, strict=True)) for x in others
     ]
     return found | {"worst": dict(zip([*found][1:], worst, strict=True))}
+
+
+def _check_losses(name, losses):
+    """Raise at a loss that is not finite: who computes no numbers is fast."""
+    for step, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"{name}: the loss is {loss} at step {step}, so its time "
+                "means nothing"
+            )
 
 
 # %% the benchmark of writing tags=["export"] module="bench"
@@ -1476,6 +1490,7 @@ def shares(result):
 
 # %% one contestant tags=["exporti"] module="bench"
 def _row(name, flops, shape, steps, facts):
+    _check_losses(name, [x["loss"] for x in steps])
     measured = steps[WARM_UP:]
     seconds = [x["seconds"] for x in measured]
     middle = median(seconds)

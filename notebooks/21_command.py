@@ -54,11 +54,12 @@ from llmnb.verify import verdict
 # out.
 
 # %% imports of the watcher tags=["export"] module="watch"
-import csv
 import time
 from pathlib import Path
 
 import numpy as np
+
+from llmnb.run import read_rows
 
 
 # %% read a log tags=["export"] module="watch"
@@ -75,35 +76,15 @@ def read_log(path):
     """
     path = Path(path)
     path = path / "log.csv" if path.is_dir() else path
-    text = path.read_bytes().decode("utf-8", "replace")
-    rows = csv.reader(text[: text.rfind("\n") + 1].splitlines())
-    names = next(rows, [])
-    if names[:1] != ["step"] or len({*names}) < len(names):
-        raise ValueError(
-            f"{path}: the first line must name the columns, step first"
-        )
+    names, rows = read_rows(path)
     points = {name: [] for name in names[1:]}
-    for line, row in enumerate(rows, 2):
-        for name, point in _points(f"{path}, line {line}", names, row):
-            points[name].append(point)
+    for line, row, wrong in rows:
+        if wrong:
+            raise ValueError(f"{path}, line {line}: {wrong}")
+        for name in points:
+            if row[name] is not None:
+                points[name].append((row["step"], row[name]))
     return {k: np.array(v, float).reshape(-1, 2).T for k, v in points.items()}
-
-
-# %% one row tags=["exporti"] module="watch"
-def _points(where, names, row):
-    """Name and (step, value) of each number in a row."""
-    if len(row) != len(names):
-        raise ValueError(
-            f"{where}: must have {len(names)} values, has {len(row)}"
-        )
-    try:
-        step, *values = [float(x) if x else None for x in row]
-    except ValueError:
-        raise ValueError(f"{where}: must hold numbers, not {row}") from None
-    if step is None:
-        raise ValueError(f"{where}: has no step")
-    pairs = zip(names[1:], values, strict=True)
-    return [(k, (step, v)) for k, v in pairs if v is not None]
 
 
 # %% [markdown]
@@ -342,6 +323,7 @@ from llmnb.train import (
     ModelOptions,
     TrainConfig,
     UpdateOptions,
+    sparing,
 )
 
 
@@ -353,14 +335,17 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (try --help)\n")
 
 
-def _warn(message, *where):
-    print(f"llmnb: warning: {_one_line(message)}", file=sys.stderr)
-
-
 def _one_line(error):
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _warn(message, *where):
+    """Show a warning in one line, as an error is shown; above any bar."""
+    from tqdm import tqdm
+
+    tqdm.write(f"llmnb: warning: {_one_line(message)}", file=sys.stderr)
 
 
 # %% options from fields tags=["exporti"] module="cli"
@@ -532,10 +517,15 @@ def _note(run):
             file.write(line)
 
 
-def _newest_run(file="model.bin"):
+MODELS = "model.bin", "state_*.safetensors"
+
+
+def _newest_run(*files):
     """The run in runs/ that was worked on last."""
-    ordered = _ordered()
-    found = {x.parent.name for x in RUNS.glob(f"*/{file}")}
+    ordered, found = _ordered(), {}
+    for path in chain(*(RUNS.glob(f"*/{name}") for name in files or MODELS)):
+        name, when = path.parent.name, path.stat().st_mtime
+        found[name] = max(when, found.get(name, when))
     if not found:
         raise FileNotFoundError(
             f"there is no run in {RUNS}/ here: name a folder, or train one "
@@ -544,13 +534,13 @@ def _newest_run(file="model.bin"):
     for name in reversed(ordered):
         if name in found:
             return RUNS / name
-        if not (RUNS / name).exists() and found - {*ordered}:
+        if not (RUNS / name).exists() and found.keys() - {*ordered}:
             break  # it may have another name now
-    return _newest_by_clock(found, file)
+    return _newest_by_clock(found)
 
 
-def _newest_by_clock(found, file):
-    newest = max(found, key=lambda x: (RUNS / x / file).stat().st_mtime)
+def _newest_by_clock(found):
+    newest = max(found, key=found.get)
     if len(found) > 1:
         _warn(
             f"which of the {len(found)} runs in {RUNS}/ is the newest is not "
@@ -714,7 +704,9 @@ def _show(bar, run, step, shown):
             bar.write(f"step {step.step}: an outlier, skipped")
         every = run.config.sample_every
         if every and run.at.step % every == 0:
-            text = _sample(run.model, run.data.encoding)
+            text = "none"
+            with sparing("a sample"):
+                text = _sample(run.model, run.data.encoding)
             bar.write(f"after {run.at.step} steps:\n{text}\n")
         bar.update()
     bar.set_postfix(shown, refresh=False)
@@ -729,9 +721,19 @@ def _board(run, args):
         return
     from llmnb.watch import Board
 
-    board = Board(run.folder)
-    yield lambda step: board.write(step.step, step._asdict())
-    board.close()
+    board, lost = Board(run.folder), []
+
+    def write(step):
+        if not lost:
+            lost.append(step)  # unless it can be written
+            with sparing("TensorBoard's events"):
+                board.write(step.step, step._asdict())
+                lost.clear()
+
+    yield write
+    if not lost:
+        with sparing("TensorBoard's events"):
+            board.close()
 
 
 # %% the end of a run tags=["exporti"] module="cli"
@@ -750,21 +752,34 @@ def _sample(model, encoding):
 
 
 def _report(run, steps):
-    from llmnb.train import landmarks, load_run
+    from llmnb.train import landmarks
 
     losses = [x.val_loss for x in steps if x.val_loss is not None]
-    marks = landmarks(run.config, run.data)
-    known = ", ".join(f"{name} {loss:.3f}" for name, loss in marks.items())
-    _say("loss", f"{losses[-1]:.3f} on validation text ({known})")
+    folder, text = run.folder, "no sample"
+    loss = f"{losses[-1]:.3f}" if losses else "unknown"
+    with sparing("the landmarks"):
+        marks = landmarks(run.config, run.data)
+        known = ", ".join(f"{name} {x:.3f}" for name, x in marks.items())
+        loss += f" on validation text ({known})"
+    _say("loss", loss)
+    with sparing(folder / "sample.txt"):
+        text = _keep_sample(run)
+    print(f"\n{text}\n")
+    names = " ".join(sorted(x.name for x in folder.iterdir()))
+    _say("wrote", f"{folder}: {names}")
+    _say("go on", f'llmnb generate {folder} --prompt "def "')
+
+
+def _keep_sample(run):
+    """Write sample.txt with the model that is kept; returns the text."""
+    from llmnb.train import load_run
+
     folder, on_gpu = run.folder, run.config.backend == "cuda"
     model, encoding, _ = load_run(folder, backend="cpu" if on_gpu else None)
     text = _sample(model, encoding)
     with replacing(folder / "sample.txt") as file:
         file.write(text.encode("utf-8"))
-    print(f"\n{text}\n")
-    names = " ".join(sorted(x.name for x in folder.iterdir()))
-    _say("wrote", f"{folder}: {names}")
-    _say("go on", f'llmnb generate {folder} --prompt "def "')
+    return text
 
 
 # %% llmnb generate tags=["exporti"] module="cli"
@@ -893,11 +908,9 @@ def _load_model(args, prompt):
     from llmnb.gpt2 import GPT2
     from llmnb.tokenizer import EOT, encode_text
 
-    path = Path(args.model) if args.model else _newest_run()
-    if not args.model:
+    named, path = _model_of(args)
+    if not args.model or path not in (named, named / "model.bin"):
         print(f"model: {path}", file=sys.stderr)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no run {path}")
     cfg, encoding = _with_tokenizer(path, args)
     ids = encode_text(encoding, prompt, args.endoftext)
     ids = [encoding.eot_token, *ids.tolist()]
@@ -922,6 +935,16 @@ def _load_model(args, prompt):
     else:
         model = GPT2.from_checkpoint(*how, args.backend, tokens=tokens)
     return model, encoding, ids
+
+
+def _model_of(args):
+    """The model that was named, or the newest run's; and its weights."""
+    from llmnb.train import weights_path
+
+    named = Path(args.model) if args.model else _newest_run()
+    if not named.exists():
+        raise FileNotFoundError(f"there is no run {named}")
+    return named, weights_path(named)
 
 
 # %% which tokenizer tags=["exporti"] module="cli"
@@ -1087,9 +1110,7 @@ def _eval(args):
     for name in ("limit", "seq_len", "stride"):
         if getattr(args, name) < 0:
             raise ValueError(f"{name} must be at least 0")
-    path = Path(args.model) if args.model else _newest_run()
-    if not path.exists():
-        raise FileNotFoundError(f"there is no run {path}")
+    named, path = _model_of(args)
     _set_threads(args)
     cfg, encoding = _with_tokenizer(path, args)
     context = min(args.seq_len or cfg.max_seq_len, cfg.max_seq_len)
@@ -1265,9 +1286,9 @@ def _bench_steps(args):
         kernels = contest(args.kernels, bar=partial(bar, unit="layer"))
         words.append(contest_report(kernels))
         result |= kernels
-    _write_result(args, result)
     as_json = json.dumps(result, indent=1)
     print(as_json if args.json == "-" else "\n\n".join(words))
+    _write_result(args, result)
 
 
 # %% measure writing tags=["exporti"] module="cli"
@@ -1285,9 +1306,9 @@ def _bench_writers(args):
     how = {"threads": args.threads, "python": args.torch_python}
     result = bench_writers(GPT2Config(), rounds=args.steps, **how)
     result = {"command": _command(sys.argv[1:]), **result}
-    _write_result(args, result)
     as_json = json.dumps(result, indent=1)
     print(as_json if args.json == "-" else writers_report(result))
+    _write_result(args, result)
 
 
 # %% write the files tags=["exporti"] module="cli"
@@ -1300,7 +1321,9 @@ def _write_result(args, result):
         with replacing(args.json) as file:
             file.write(json.dumps(result, indent=1).encode() + b"\n")
     if args.plot:
-        with replacing(args.plot) as file:
+        from matplotlib import style
+
+        with style.context("default"), replacing(args.plot) as file:
             draw(result).savefig(file, format="png")
 
 
@@ -1392,13 +1415,14 @@ def _add_plot(commands):
 
 
 def _plot(args):
+    from matplotlib import style
+
     from llmnb.watch import compare_runs, read_log, run_table
 
     logs = {path: read_log(path) for path in args.runs}
-    figure = compare_runs(logs, args.window)
     print(*run_table(logs), sep="\n")
-    with replacing(args.out) as file:
-        figure.savefig(file, format="png")
+    with style.context("default"), replacing(args.out) as file:
+        compare_runs(logs, args.window).savefig(file, format="png")
     _say("wrote", args.out)
 
 

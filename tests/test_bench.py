@@ -54,6 +54,43 @@ def result():
     return bench({"tiny": (CFG, 2, 16)}, REFERENCE)
 
 
+# numbers that are none
+
+
+def test_who_computes_no_numbers_has_no_speed(monkeypatch):
+    steps = [{"loss": 3.0, "seconds": 1.0} for _ in range(5)]
+    for name in ("llmnb fp32", "torch"):
+        found = {
+            "llmnb fp32": {"steps": steps, "facts": {"peak_bytes": 1}},
+            name: {
+                "steps": [*steps[:4], {"loss": math.nan, "seconds": 0.1}],
+                "facts": {"peak_bytes": 1},
+            },
+        }
+        monkeypatch.setattr("llmnb.bench.race", lambda *x, f=found: (f, {}))
+        with pytest.raises(FloatingPointError, match=f"{name}: the loss is n"):
+            bench({"tiny": (CFG, 2, 16)}, REFERENCE)
+
+
+def test_curves_of_no_numbers_are_not_compared(monkeypatch):
+    monkeypatch.setattr("llmnb.bench.no_device", lambda backend: "")
+    monkeypatch.setattr("llmnb.bench.peers.missing", lambda *x: "")
+
+    class Broken(GPT2):
+        def __init__(self, *shape, backend, precision):
+            super().__init__(*shape, "reference")
+
+        def forward(self, *batch):
+            return math.inf
+
+        def backward(self):
+            pass
+
+    monkeypatch.setattr("llmnb.bench.GPT2", Broken)
+    with pytest.raises(FloatingPointError, match="cpu fp32: the loss is inf"):
+        module.loss_curves(["fp32"], 2, (CFG, 2, 16))
+
+
 # our contestant
 
 

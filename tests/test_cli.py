@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -388,6 +389,232 @@ def test_diverging_training(llmnb, tmp_path):
     assert "Traceback" not in err
     assert (tmp_path / "bad" / "log.csv").exists()
     assert not (tmp_path / "bad" / "model.bin").exists()
+
+
+# a run always gets out
+
+
+def warnings_in(err):
+    """The warnings among the lines, each without its beginning."""
+    lines = [x.rpartition("llmnb: warning: ") for x in err.splitlines()]
+    return [x for _, found, x in lines if found]
+
+
+@pytest.mark.parametrize("broken", ["backend", "package", "missing"])
+def test_without_matplotlib_a_run_is_kept(tmp_path, broken):
+    """A backend as notebooks set it, or a package that does not work."""
+    env = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    if broken == "backend":
+        env["MPLBACKEND"] = "no-such-backend"
+    else:
+        stub = tmp_path / "stub" / "matplotlib"
+        stub.mkdir(parents=True)
+        why = "a broken build" if broken == "package" else "No module"
+        (stub / "__init__.py").write_text(f"raise ImportError('{why}')")
+        env["PYTHONPATH"] += os.pathsep + str(stub.parent)
+    done = subprocess.run(
+        [sys.executable, "-m", "llmnb.cli", "train", "--out", "a"]
+        + TINY.split(),
+        cwd=tmp_path, env=env, capture_output=True, text=True,
+        encoding="utf-8",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (warning,) = warnings_in(done.stderr)
+    assert warning.startswith(f"goes on without {Path('a', 'loss.png')}: ")
+    assert "Traceback" not in done.stderr
+    names = sorted(x.name for x in (tmp_path / "a").iterdir())
+    assert names == [x for x in FILES if x != "loss.png"]
+
+
+def raising(kind=OSError, *args):
+    def fail(*_, **how):
+        raise kind(*args)
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "without"),
+    [
+        ("llmnb.cli._sample", ValueError, "sample.txt"),
+        ("llmnb.cli._keep_sample", MemoryError, "sample.txt"),
+        ("llmnb.run.read_steps", PermissionError, "log.csv"),
+        ("llmnb.run.save_figure", RuntimeError, "loss.png"),
+        ("llmnb.run.landmarks", OSError, "loss.png"),
+    ],
+)
+def test_what_fails_after_training_is_a_warning(
+    llmnb, tmp_path, monkeypatch, what, kind, without
+):
+    monkeypatch.setattr(what, raising(kind, "no\nluck"))
+    code, out, err = llmnb("train", "--out", "a", *TINY.split())
+    assert code == 0 and "wrote " in out and "model.bin" in out
+    (warning,) = warnings_in(err)
+    assert warning.startswith("goes on without ")
+    assert f"{without}: {kind.__name__}: no luck" in warning
+    assert (tmp_path / "a" / "model.bin").exists()
+
+
+def test_landmarks_that_fail_in_the_end_are_a_warning(llmnb, monkeypatch):
+    """A shard has vanished since the run's record was written."""
+    from llmnb.train import landmarks as whole
+
+    calls = []
+
+    def landmarks(*args):
+        calls.append(args)
+        if len(calls) > 1:
+            raise OSError(2, "No such file", "val.bin")
+        return whole(*args)
+
+    monkeypatch.setattr("llmnb.train.landmarks", landmarks)
+    code, out, err = llmnb("train", "--out", "a", *TINY.split())
+    assert code == 0 and re.search(r"^loss +\d\.\d{3}$", out, re.M)
+    assert len(warnings_in(err)) == 1 and "the landmarks" in err
+
+
+@pytest.mark.parametrize("name", ["loss.png", "sample.txt"])
+def test_a_place_that_is_taken_is_a_warning(llmnb, tmp_path, name):
+    (tmp_path / "a" / name).mkdir(parents=True)
+    code, _, err = llmnb("train", "--out", "a", "--force", *TINY.split())
+    assert code == 0
+    (warning,) = warnings_in(err)
+    assert warning.startswith(f"goes on without {Path('a', name)}: ")
+
+
+def test_samples_and_events_that_fail_stop_nothing(
+    llmnb, tmp_path, monkeypatch
+):
+    written = []
+
+    class Board:
+        def __init__(self, folder):
+            pass
+
+        def write(self, step, numbers):
+            written.append(step)
+            if step == 2:
+                raise OSError(28, "No space left on device", "events")
+
+        def close(self):
+            raise AssertionError("it is gone already")
+
+    monkeypatch.setattr("llmnb.watch.Board", Board)
+    monkeypatch.setattr("llmnb.cli._sample", raising(ValueError, "no text"))
+    args = [*TINY.split(), "--sample-every", 3, "--tensorboard"]
+    code, _, err = llmnb("train", "--out", "a", *args)
+    assert code == 0 and written == [0, 1, 2]
+    said = warnings_in(err)
+    assert [x.split(":")[0] for x in said] == [
+        "goes on without TensorBoard's events",
+        "goes on without a sample",  # said once
+        f"goes on without {Path('a', 'sample.txt')}",
+    ]
+
+
+def test_a_picture_that_fails_costs_no_measurement(
+    llmnb, tmp_path, monkeypatch
+):
+    savefig = "matplotlib.figure.Figure.savefig"
+    monkeypatch.setattr(savefig, raising(OSError, "no font"))
+    files = ["--json", "a.json", "--plot", "a.png"]
+    args = [*files, "--precision", "fp32", "--steps", 1, *SMALL.split()]
+    code, out, err = llmnb("bench", *args)
+    assert code == 1 and "error: no font" in err
+    assert "tokens/s" in out and (tmp_path / "a.json").exists()
+
+
+def test_the_way_out_of_a_run_that_diverges(llmnb, tmp_path, monkeypatch):
+    """The error's own command trains, from the last good state."""
+    from llmnb import train as module
+
+    whole = module.train_step
+
+    def spoilt(config, model, batches, at):
+        if at.step == 5:
+            model.params["fcw"][:] = np.nan
+        return whole(config, model, batches, at)
+
+    (tmp_path / "my text.txt").write_text("once upon a time " * 99)
+    args = ["--corpus", "my text.txt", *TINY.split(), "--save-every", 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train_step", spoilt)
+        code, _, err = llmnb("train", *args, "--learning-rate", 0.01)
+    assert code == 1
+    _, _, command = err.splitlines()[-1].partition(": llmnb ")
+    words = shlex.split(command)
+    good = Path("runs", "my text", "state_00000004.safetensors")
+    assert words[:3] == ["train", "--init", str(good)]
+    assert "--learning-rate 0.005" in command
+    code, _, _ = llmnb(*words)
+    assert code == 0
+    new = tmp_path / "runs" / "my text-2"
+    assert (new / "model.bin").exists()
+    found = json.loads((new / "config.json").read_text("utf-8"))["config"]
+    assert found["init"] == str(good) and found["corpus"] == ["my text.txt"]
+
+
+def test_a_run_that_is_not_over_can_be_used(llmnb, tmp_path, trained):
+    """Its newest state is its model; so is a state that is named."""
+    run = tmp_path / "runs" / "a"
+    run.mkdir(parents=True)
+    for name in ("config.json", "tokenizer.tiktoken"):
+        shutil.copy(trained / name, run)
+    shutil.copy(trained / "state_00000006.safetensors", run)
+    state = Path("runs", "a", "state_00000006.safetensors")
+    (tmp_path / "a.txt").write_text("def f(x): pass")
+    ask = ["--prompt", "def f", "--tokens", 9]
+    want = llmnb("generate", trained, *ask)[1]
+    for name in ([], ["runs/a"], [state]):
+        code, out, err = llmnb("generate", *name, *ask)
+        assert (code, out) == (0, want)
+        assert err == ("" if name == [state] else f"model: {state}\n")
+    scores = []
+    for name in (trained, "runs/a", state):
+        code, out, _ = llmnb("eval", name, "--text", "a.txt")
+        assert code == 0
+        scores.append(out.splitlines()[1:])
+    assert scores[0] == scores[1] == scores[2]
+    args = "--limit 20000 --batch-size 2 --steps 3 --backend reference"
+    first = []
+    for i, name in enumerate((trained, "runs/a", state)):
+        folder = tmp_path / f"tuned-{i}"
+        assert not llmnb(
+            "train", "--init", name, "--out", folder, *args.split()
+        )[0]
+        first.append((folder / "model.bin").read_bytes())
+    assert first[0] == first[1] == first[2]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("kind", ["m.bin", "m.safetensors", "hub", "run"])
+def test_weights_that_are_no_numbers(llmnb, tmp_path, trained, kind, value):
+    """One row of an embedding is enough; every command says so."""
+    model = GPT2.from_checkpoint(trained / "model.bin", 1, 8, "reference")
+    model.params["wte"][65] = value
+    if kind == "hub":
+        write_folder(tmp_path / "hub", model.cfg, model.params)
+    elif kind == "run":
+        shutil.copytree(trained, tmp_path / "run")
+        model.save_checkpoint("run/model.bin")
+    else:
+        model.save_checkpoint(kind)
+    (tmp_path / "a.txt").write_text("text")
+    line = json.dumps({"ctx": "a", "endings": [*"abcd"], "label": 0})
+    (tmp_path / "a.jsonl").write_text(line)
+    tokenizer = ["--tokenizer", "byte"]
+    for command in (
+        ["generate", kind, "--temperature", 0, *tokenizer],
+        ["generate", kind, "--backend", "reference", *tokenizer],
+        ["eval", kind, "--text", "a.txt", *tokenizer],
+        ["eval", kind, "--hellaswag", "a.jsonl", *tokenizer],
+        ["train", "--init", kind, "--limit", 9000, *tokenizer],
+    ):
+        code, out, err = llmnb(*command)
+        assert code == 1 and "acc" not in out and "nan" not in out
+        last = err.splitlines()[-1]
+        assert last.startswith(f"llmnb: error: {kind}")
+        assert f"wte is {value} at (65, 0), where weights must" in last
 
 
 # generate

@@ -396,6 +396,44 @@ def test_examples_that_cannot_be_written(tmp_path, example, message):
     assert not list(tmp_path.iterdir())
 
 
+# numbers that are none
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_loss_that_is_no_number_gets_no_score(value):
+    """Neither a perplexity nor an accuracy, which argmin would find."""
+    model, encoding = model_of(4, 48), tokenizer.byte()
+    model.params["lnfb"][3] = value
+    example = Example(np.array([1, 2]), [np.array([3, 4])] * 4, 0)
+    rows = [np.arange(9)]
+    for score in (
+        lambda: list(row_losses(model, rows)),
+        lambda: list(choose(model, [example])),
+        lambda: score_text(model, encoding, "some text"),
+    ):
+        with (
+            np.errstate(all="ignore"),
+            pytest.raises(FloatingPointError, match="loss of a token is nan"),
+        ):
+            score()
+
+
+def test_weights_that_are_too_large_get_no_score(saved, capsys):
+    """Each is a number; what they give is not."""
+    model = model_of(1, 8, "fp32")
+    model.params["fcw"][:] = 1e38
+    model.save_checkpoint("m.bin")
+    lines_of(saved / "a.jsonl")
+    (saved / "a.txt").write_text("some text")
+    for what in ("--text a.txt", "--hellaswag a.jsonl"):
+        with np.errstate(all="ignore"), pytest.raises(SystemExit) as stop:
+            main(["eval", "m.bin", "--tokenizer", "byte", *what.split()])
+        out, err = capsys.readouterr()
+        assert stop.value.code == 1 and "acc" not in out
+        assert "loss" not in out and "nan" not in out
+        assert "llmnb: error: the loss of a token is nan" in err
+
+
 # the command
 
 

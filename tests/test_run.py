@@ -6,11 +6,14 @@ import io
 import json
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from dataclasses import replace
 from functools import partial
@@ -24,8 +27,12 @@ from hypothesis import strategies as st
 
 from llmnb import run as the_run
 from llmnb import tokenizer
+from llmnb.checkpoint import read_config
+from llmnb.cli import main
 from llmnb.cpu.tile import cpu_features
 from llmnb.data import write_shard
+from llmnb.gpt2 import GPT2
+from llmnb.hub import tokenizer_of
 from llmnb.lock import LOCK, Lock, in_use
 from llmnb.run import (
     CHANGEABLE,
@@ -34,6 +41,7 @@ from llmnb.run import (
     finish,
     follow,
     newest_state,
+    read_rows,
     read_state,
     read_steps,
     restore,
@@ -44,7 +52,18 @@ from llmnb.run import (
     states,
 )
 from llmnb.tensors import TensorFile, write_tensors
-from llmnb.train import Data, TrainConfig, loaders, prepare, run_folder
+from llmnb.train import (
+    Data,
+    TrainConfig,
+    evaluate,
+    load_run,
+    loaders,
+    new_model,
+    prepare,
+    run_folder,
+    starting_from,
+    weights_path,
+)
 
 ROOT = Path(__file__).parent.parent
 KILLS = int(os.environ.get("LLMNB_KILLS", 4))
@@ -1103,27 +1122,343 @@ def test_a_missing_log_is_begun_anew(tmp_path):
     assert [s.step for s in log_of(tmp_path / "a")] == list(range(5, 21))
 
 
-@pytest.mark.parametrize("row", ["x", "1,y", "1,2,3,4,5,6,7,8", "1.5"])
-def test_a_damaged_log(tmp_path, row):
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ("x", "must have 3 values, has 1"),
+        ("1,y,", "must hold numbers, not '1,y,'"),
+        ("1,2,3,4,5,6,7,8", "must have 3 values, has 8"),
+        ("1.5,2,", "must begin with a whole number, not 1.5"),
+        ("1,nan,", "must hold numbers, not '1,nan,'"),
+        ("1,1e999,", "must hold numbers"),
+        (",2,", "has no step"),
+        ("1," + "2" * 140_000 + ",", "must have at most 1,000 characters"),
+        ("9" * 140_000 + ",2,", "must have at most 1,000 characters"),
+    ],
+)
+def test_a_damaged_row_is_left_out_and_said(tmp_path, row, why):
     path = tmp_path / "log.csv"
-    path.write_text(f"step,loss,val_loss\n0,1,\n{row}\n", "utf-8")
-    with pytest.raises(ValueError, match=r"log\.csv, line 3: not a row"):
-        read_steps(path)
+    path.write_text(f"step,loss,val_loss\n0,1,\n{row}\n2,3,\n", "utf-8")
+    with pytest.warns(UserWarning) as seen:
+        steps = read_steps(path)
+    (message,) = {str(x.message) for x in seen}
+    assert message.startswith(f"{path}: left out line 3 ({why}")
+    assert len(message) < 300 + len(str(path))
+    assert [(x.step, x.loss) for x in steps] == [(0, 1.0), (2, 3.0)]
+    with pytest.warns(UserWarning, match="left out line 3"):
+        start_log(path, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_steps(path) == steps
 
 
+@pytest.mark.filterwarnings("ignore")
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(text=st.binary() | st.text("0123456789,.-en\n").map(str.encode))
 def test_any_log(tmp_path_factory, text):
     path = tmp_path_factory.mktemp("log") / "log.csv"
     path.write_bytes(b"step,loss\n" + text)
-    try:
-        steps = read_steps(path)
-    except ValueError as error:
-        assert str(error).startswith(f"{path}, line ")
-    else:
-        assert len(steps) == len(text.decode("utf-8", "replace").splitlines())
+    _, rows = read_rows(path)
+    rows = [(row, wrong) for _, row, wrong in rows]
+    assert len(rows) == text.count(b"\n")
+    steps = [(int(x["step"]), x["loss"]) for x, wrong in rows if not wrong]
+    assert [(x.step, x.loss) for x in read_steps(path)] == steps
     start_log(path, 3)
     assert path.read_bytes().startswith(b"step,loss,val_loss,")
+
+
+# a log or a picture that fails costs no model
+
+
+def spoil_log(run, how):
+    """Edit a log as people, editors and other programs do."""
+    path = run.folder / "log.csv"
+    lines = path.read_bytes().split(b"\n")
+    how(path, lines)
+
+
+def rewritten_lines(change):
+    def how(path, lines):
+        change(lines)
+        path.write_bytes(b"\n".join(lines))
+
+    return how
+
+
+def without_log(path, lines):
+    path.unlink()
+
+
+def folder_log(path, lines):
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("how", "count", "warning"),
+    [
+        (
+            rewritten_lines(lambda x: x.__setitem__(3, x[3][:9])),
+            20,
+            r"log.csv: left out line 4 \(must have 7 values, has",
+        ),
+        (
+            rewritten_lines(lambda x: x.__setitem__(5, b"hello, world")),
+            20,
+            r"log.csv: left out line 6 \(must have 7 values, has 2\)",
+        ),
+        (
+            rewritten_lines(lambda x: x.__delitem__(0)),
+            21,
+            None,  # the names of the columns are known
+        ),
+        (
+            rewritten_lines(
+                lambda x: x.__setitem__(slice(1, 9), [b"1;2;3"] * 8)
+            ),
+            13,
+            "line 4 .*, and 5 more$",
+        ),
+        (
+            lambda path, lines: path.write_bytes(
+                b"\xef\xbb\xbf" + b"\r\n".join(lines)
+            ),
+            21,
+            None,  # as a spreadsheet saves it
+        ),
+        (without_log, 0, "goes on without .*log.csv: FileNotFoundError"),
+        (folder_log, 0, "goes on without .*log.csv: (IsADir|Perm).*Error"),
+    ],
+)
+def test_an_edited_log_costs_no_model(tmp_path, how, count, warning):
+    run, _ = straight(tmp_path / "a")
+    spoil_log(run, how)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        steps = finish(run)
+    assert len(steps) == count
+    assert len(seen) == (warning is not None)
+    assert all(re.search(warning, str(x.message)) for x in seen)
+    model = GPT2.from_checkpoint(run.folder / "model.bin", 1, 8, "reference")
+    for name, x in model.params.items():
+        assert np.array_equal(x, run.model.params[name])
+    assert (run.folder / "loss.png").exists()
+    if count:
+        assert read_steps(run.folder / "log.csv") == steps
+
+
+def fail(*args, **how):
+    raise RuntimeError("no such font:\nnone at all")
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "matplotlib.figure.Figure.savefig",  # a font, tex, a broken library
+        "llmnb.run.landmarks",  # a shard that has vanished
+        "llmnb.run.write_log",  # a disk that is full
+    ],
+)
+def test_what_only_shows_a_run_costs_no_model(tmp_path, monkeypatch, what):
+    run, _ = straight(tmp_path / "a")
+    monkeypatch.setattr(what, fail)
+    with pytest.warns(UserWarning) as seen:
+        finish(run)
+    (message,) = {str(x.message) for x in seen}
+    assert message.startswith(f"goes on without {run.folder}")
+    assert message.endswith("RuntimeError: no such font: none at all")
+    GPT2.from_checkpoint(run.folder / "model.bin", 1, 8, "reference")
+
+
+def test_settings_of_matplotlib_do_not_reach_a_run(tmp_path):
+    run, _ = straight(tmp_path / "a")
+    finish(run)
+    whole = (run.folder / "loss.png").read_bytes()
+    import matplotlib
+
+    strange = {"font.family": "No Such Font", "text.usetex": True}
+    with matplotlib.rc_context({**strange, "font.size": 99}):
+        finish(run)
+    assert (run.folder / "loss.png").read_bytes() == whole
+
+
+@pytest.mark.parametrize("kind", ["a folder", "kept by another program"])
+def test_rows_wait_for_a_log(tmp_path, monkeypatch, kind):
+    """Nothing is lost, and the run goes on."""
+    want, _ = straight(tmp_path / "a")
+    run = begin(run_folder(tmp_path / "b"), TINY)
+    log, steps = run.folder / "log.csv", follow(run)
+    list(islice(steps, 6))
+    kept = log.read_bytes()
+    log.unlink()
+    log.mkdir()
+    if kind != "a folder":
+        denied = OSError(errno.EACCES, os.strerror(errno.EACCES), str(log))
+
+        def refuse(*args):
+            raise denied
+
+        monkeypatch.setattr("llmnb.run.add_to_log", refuse)
+    with pytest.warns(UserWarning, match=r"log.csv: .*; rows wait") as seen:
+        list(islice(steps, 7))
+    assert len(seen) == 1, "said once"
+    assert newest_state(run.folder)[0].at.step == 10
+    monkeypatch.undo()
+    log.rmdir()
+    log.write_bytes(kept)
+    list(steps)
+    assert log_of(run.folder) == log_of(want.folder)
+    assert np.array_equal(weights(run), weights(want))
+
+
+def test_a_log_that_vanishes_is_begun_again(tmp_path):
+    run = begin(run_folder(tmp_path / "a"), TINY)
+    steps = follow(run)
+    list(islice(steps, 6))
+    (run.folder / "log.csv").unlink()
+    list(steps)
+    assert [x.step for x in finish(run)] == list(range(6, 21))
+    text = (run.folder / "log.csv").read_text("utf-8")
+    assert text.startswith("step,loss,val_loss,")
+
+
+def test_a_folder_that_vanishes_is_told_in_one_line(tmp_path):
+    run = begin(run_folder(tmp_path / "a"), TINY)
+    steps = follow(run)
+    list(islice(steps, 3))
+    shutil.rmtree(run.folder)
+    with (
+        pytest.warns(UserWarning, match="rows wait"),
+        pytest.raises(OSError, match="there is no checkpoint yet") as error,
+    ):
+        list(steps)
+    assert "\n" not in str(error.value)
+
+
+# numbers that are none
+
+
+def spoil(array, value=np.nan):
+    array.reshape(-1)[-1] = value
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("group", ["params", "m", "v"])
+def test_no_state_takes_the_place_of_a_good_one(tmp_path, group, value):
+    run = cut(tmp_path / "a", 12)
+    before = files_of(run.folder)
+    spoil(run.model.memory[group]["fcw"], value)
+    with pytest.raises(FloatingPointError, match=f"{group}.fcw is -?[ni]"):
+        save_state(run)
+    assert files_of(run.folder) == before
+
+
+def command_in(error):
+    """The words of the command that a message ends with."""
+    return shlex.split(str(error.value).partition(": llmnb ")[2])
+
+
+def test_the_way_out_of_a_loss_that_is_no_number(tmp_path, monkeypatch):
+    """The message's command trains, from the last good state."""
+    config = replace(TINY, corpus=("a b.txt",), overfit=True)
+    run = begin(run_folder(tmp_path / "a"), config)
+    with pytest.raises(FloatingPointError, match="at step 15 .* rate") as bad:
+        for step in follow(run):
+            if step.step == 14:  # a state has just been kept
+                spoil(run.model.params["wpe"][:16])
+    good = str(run.folder / "state_00000010.safetensors")
+    train, *words = command_in(bad)
+    assert train == "train" and words[:2] == ["--init", good]
+    rate = float(words[words.index("--learning-rate") + 1])
+    assert rate == config.learning_rate / 2
+    asked = []
+    monkeypatch.setattr("llmnb.cli._check_backend", lambda name: None)
+    monkeypatch.setattr("llmnb.run.begin", lambda *x: asked.append(x))
+    monkeypatch.chdir(tmp_path)
+    with contextlib.suppress(AttributeError):  # there is no run to follow
+        main(["train", *words])
+    ((_, config_now),) = asked
+    same = replace(
+        config, init=good, learning_rate=rate,
+        tokenizer=str(run.folder / "tokenizer.tiktoken"),
+    )  # fmt: skip
+    assert config_now == same
+    model = new_model(config_now, 257)
+    state = restore(read_state(good))
+    assert np.array_equal(model.params["wte"], state.params["wte"])
+
+
+def test_without_a_state_the_way_out_is_the_beginning(tmp_path):
+    run = begin(run_folder(tmp_path / "a"), TINY)
+    spoil(run.model.params["fcw"])
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(FloatingPointError, match="validation loss is") as bad,
+    ):
+        list(follow(run))
+    words = command_in(bad)
+    assert "--init" not in words
+    assert words[words.index("--channels") + 1] == "16"
+    with pytest.raises(FloatingPointError, match="the validation loss is nan"):
+        evaluate(run.model, run.validation, 2)
+
+
+def test_a_state_is_a_model(tmp_path):
+    """Of a run that is not over, --init, generate and eval take the newest."""
+    run = cut(tmp_path / "a", 12, replace(TINY, precision="fp64"))
+    path = run.folder / "state_00000010.safetensors"
+    assert weights_path(run.folder) == path == weights_path(path)
+    assert tokenizer_of(path, 257) == str(run.folder / "tokenizer.tiktoken")
+    assert read_config(path) == run.model.cfg
+    want = restore(read_state(path)).params
+    for got in (
+        GPT2.from_checkpoint(path, 1, 8, "reference", "fp64"),
+        load_run(run.folder)[0],
+        new_model(starting_from(str(run.folder), precision="fp64"), 257),
+    ):
+        assert all(np.array_equal(got.params[n], x) for n, x in want.items())
+    list(follow(run))
+    finish(run)
+    assert weights_path(run.folder) == run.folder / "model.bin"
+    os.utime(run.folder / "model.bin", (0, 0))
+    assert weights_path(run.folder) == run.folder / "model.bin"
+    list(islice(follow(resume(run.folder, steps=40)[0]), 6))
+    newer = run.folder / "state_00000025.safetensors"
+    os.utime(newer, (0, 0))  # no clock is asked
+    assert weights_path(run.folder) == newer
+
+
+def test_a_damaged_state_is_no_model(tmp_path, whole):
+    path = tmp_path / "state_00000005.safetensors"
+    path.write_bytes(whole)
+    file = TensorFile(path)
+    start, _ = file._span("params.wte")
+    at = file._start + start
+    for data, why in (
+        (whole[: len(whole) // 2], "not a whole safetensors file"),
+        (
+            whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :],
+            "params.wte is damaged",
+        ),
+        (whole.replace(b"channels", b"chanells"), "its record is damaged"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=why) as error:
+            GPT2.from_checkpoint(path, 1, 8, "reference")
+        assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_are_not_read(tmp_path, whole, value):
+    """From a state, as from every other format."""
+
+    def change(arrays):
+        spoil(arrays["params.lnfb"], value)
+        return arrays
+
+    path = rewritten(whole, tmp_path, lambda x: None, change)
+    with pytest.raises(ValueError, match=r"lnfb is (nan|inf) at \(15,\), wh"):
+        GPT2.from_checkpoint(path, 1, 8, "reference")
 
 
 # kills

@@ -248,6 +248,16 @@ def test_verify_says_what_failed(pack, capsys):
     assert out.count("no reference") == 10 and out.count("FAIL") == 1
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_verify_of_weights_that_are_no_numbers(pack, capsys, value):
+    raw = bytearray((pack / "m.bin").read_bytes())
+    np.frombuffer(raw, "<f4", offset=1024)[5] = value
+    (pack / "m.bin").write_bytes(raw)
+    code, out, err = run(capsys, "verify", pack, "--backend", "reference")
+    assert (code, out) == (1, "") and err.count("\n") == 1
+    assert f"m.bin: wte is {value} at (0, 5)" in err
+
+
 def test_verify_of_no_pack(tmp_path, capsys):
     code, out, err = run(capsys, "verify", tmp_path)
     assert code == 1 and not out

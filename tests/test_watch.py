@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmnb.cli import main
 from llmnb.watch import Board, compare_runs, read_log, run_table, smooth
 
 LOG = """step,loss,val_loss,learning_rate,grad_norm,tokens_per_second
@@ -51,6 +52,12 @@ def test_half_a_row_is_left_out(log):
         ("step,loss\n1,2\n1\n", "line 3: must have 2 values, has 1"),
         ("step,loss\n1,two\n", "line 2: must hold numbers"),
         ("step,loss\n,2\n", "line 2: has no step"),
+        ("step,loss\n1,nan\n", "line 2: must hold numbers, not '1,nan'"),
+        ("step,loss\n1,-1e999\n", "line 2: must hold numbers"),
+        ("step,loss\n1," + "2" * 140_000 + "\n", "at most 1,000 characters"),
+        ('step,loss\n1,"' + "2," * 70_000 + '"\n', "at most 1,000 characters"),
+        ("step,loss\n" + "1" * 140_000 + ",2\n", "at most 1,000 characters"),
+        ("step" + ",loss" * 28_000 + "\n", "the first line must name the"),
     ],
 )
 def test_bad_logs_are_refused(log, text, says):
@@ -58,6 +65,7 @@ def test_bad_logs_are_refused(log, text, says):
     with pytest.raises(ValueError, match=says) as error:
         read_log(log)
     assert str(log) in str(error.value)
+    assert len(str(error.value)) < 200 + len(str(log))
 
 
 @settings(deadline=None, max_examples=300)
@@ -119,11 +127,29 @@ def test_the_command(log):
     assert done.returncode == 0, done.stderr
     assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert "6.4000" in done.stdout
+    log.write_text(LOG + "4," + "6" * 140_000 + ",,,,\n")
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and len(done.stderr) < 300
+    assert "line 6: must have at most 1,000 characters" in done.stderr
     log.write_text("no log")
     done = subprocess.run(run, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "the first line must name the columns" in done.stderr
+
+
+def test_settings_of_matplotlib_do_not_reach_the_picture(log, capsys):
+    import matplotlib
+
+    out = log.parent / "x.png"
+    main(["plot", str(log), "--out", str(out)])
+    whole = out.read_bytes()
+    strange = {"font.family": "No Such Font", "text.usetex": True}
+    with matplotlib.rc_context({**strange, "savefig.dpi": 3}):
+        main(["plot", str(log), "--out", str(out)])
+    assert out.read_bytes() == whole
+    assert "6.4000" in capsys.readouterr().out
 
 
 def test_events_for_tensorboard(tmp_path):
