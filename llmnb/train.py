@@ -715,8 +715,8 @@ def draw_losses(ax, steps, landmarks):
     ax.plot(x, y, "o-", color=PALETTE["orange"], ms=4, label="validation")
     for name, loss in landmarks.items():
         ax.axhline(loss, color=PALETTE["ink"], lw=1, ls="--")
-        place = ax.get_yaxis_transform()
-        ax.text(0.99, loss, name, ha="right", va="bottom", transform=place)
+        place = {"transform": ax.get_yaxis_transform(), "ha": "right"}
+        ax.text(0.99, loss, name, va="bottom", parse_math=False, **place)
     ax.set(xlabel="step", ylabel="loss (nats a token)")
     ax.legend(frameon=False)
 
