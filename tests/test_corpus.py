@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import os
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -183,7 +184,8 @@ def server(monkeypatch):
         thread.join()
 
 
-def test_downloaded_once(play, server, capfd):
+def test_downloaded_once(play, server, capfd, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert corpus.load("tinyshakespeare") == SPEECHES
     assert play.read_text() == PLAY
     assert corpus.load("tinyshakespeare") == SPEECHES
@@ -192,6 +194,11 @@ def test_downloaded_once(play, server, capfd):
     out, err = capfd.readouterr()
     assert out == ""
     assert "tinyshakespeare.txt" in err and "100%" in err
+
+
+def test_a_log_gets_no_bar_of_a_download(play, server, capfd):
+    assert corpus.load("tinyshakespeare") == SPEECHES
+    assert capfd.readouterr() == ("", "")
 
 
 def test_download_with_another_hash(play, server):
