@@ -502,7 +502,7 @@ def layers_figure(result):
     panels = fig.subplots(len(rows), squeeze=False)[:, 0]
     for ax, (title, row) in zip(panels, rows, strict=True):
         _draw_bars(ax, row)
-        ax.set_title(title, loc="left", size=11)
+        ax.set_title(title, loc="left", size=11, parse_math=False)
     fig.tight_layout()
     return fig
 

@@ -31,6 +31,7 @@ from pathlib import Path
 
 
 from llmnb.files import make_folder, replacing
+from llmnb.terminal import progress, screens
 from llmnb.train import (
     SHAPE,
     DataOptions,
@@ -47,14 +48,19 @@ from llmnb.train import (
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors take one line instead of the whole usage."""
 
+    def __init__(self, *args, **how):
+        super().__init__(*args, **how)
+        self.color = False  # the escapes that Python 3.14 would send
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (try --help)\n")
 
 
 def _one_line(error):
+    text = str(error)
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+        text = f"{error.filename}: {error.strerror}"
+    return " ".join(text.split()) or type(error).__name__
 
 
 def _warn(message, *where):
@@ -303,6 +309,7 @@ def _resumed(args):
 def _train(args):
     from llmnb.run import finish
 
+    sys.stdout.ends = False  # who trains does not need to be read
     _set_threads(args)
     start = time.perf_counter()
     run = _begun(args) if args.resume is None else _resumed(args)
@@ -314,13 +321,14 @@ def _train(args):
     _say("model", _size_of(run.model))
     _say("folder", run.folder)
     _tell_compiling(run.config.backend)
-    stopped = _follow(run, args)
-    steps = finish(run)
+    with _Stop() as stop:
+        _follow(run, args, stop)
+        steps = finish(run)
     _say("took", f"{time.perf_counter() - start:.0f} s")
-    if stopped:
+    if stop.signal:
         _say("stopped", f"at step {run.at.step:,}, and saved")
         _say("go on", f"llmnb train --resume {run.folder}")
-        sys.exit(128 + stopped)
+        sys.exit(128 + stop.signal)
     _report(run, steps)
 
 
@@ -341,20 +349,26 @@ def _size_of(model):
 
 # stop when asked to
 class _Stop:
-    """Notes the first Ctrl-C or SIGTERM; the next one stops at once."""
+    """Notes the first Ctrl-C, SIGTERM or SIGHUP; the next stops at once."""
 
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
     signal = 0
 
     def __enter__(self):
-        both = signal.SIGINT, signal.SIGTERM
-        self.old = {x: signal.signal(x, self._note) for x in both}
+        known = {signal.SIGINT, signal.SIGTERM}
+        if self.hangup and signal.getsignal(self.hangup) != signal.SIG_IGN:
+            known.add(self.hangup)
+        self.old = {x: signal.signal(x, self._note) for x in known}
         return self
 
     def _note(self, number, frame):
         self.signal = number
-        self.__exit__()
+        for other in self.old:
+            again = signal.SIG_IGN if other == self.hangup else self.old[other]
+            signal.signal(other, again)
         # not print, which may be at work when the signal comes
-        os.write(2, b"\nfinishing the step; once more to stop at once\n")
+        with suppress(OSError):
+            os.write(2, b"\nfinishing the step; once more to stop at once\n")
 
     def __exit__(self, *error):
         for number, handler in self.old.items():
@@ -362,15 +376,13 @@ class _Stop:
 
 
 # follow a run
-def _follow(run, args):
-    """Train to the end, or to a signal; returns the signal's number or 0."""
-    from tqdm import tqdm
-
+def _follow(run, args, stop):
+    """Train to the end, or until a signal is noted; then save the state."""
     from llmnb.run import follow, save_state, telling
 
     done, total, shown = run.at.step, run.config.steps, {}
-    bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
-    with bar, _Stop() as stop, _board(run, args) as board:
+    bar = progress(total=total, initial=done, unit="step")
+    with bar, _board(run, args) as board:
         for step in follow(run):
             board(step)
             _show(bar, run, step, shown)
@@ -379,8 +391,7 @@ def _follow(run, args):
             if stop.signal and step.loss is not None:
                 with telling(run):
                     save_state(run)
-                return stop.signal
-    return 0
+                return
 
 
 # show a step
@@ -400,7 +411,7 @@ def _show(bar, run, step, shown):
                 text = _sample(run.model, run.data.encoding)
             bar.write(f"after {run.at.step} steps:\n{text}\n")
         bar.update()
-    bar.set_postfix(shown, refresh=False)
+    bar.set_postfix(shown, refresh=step.val_loss is not None)
 
 
 # events for TensorBoard
@@ -541,7 +552,7 @@ def _generate(args):
     if args.samples < 1:
         raise ValueError(f"samples must be at least 1, got {args.samples}")
     _set_threads(args)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = _prompt(args.prompt)
     decoder, encoding, ids = _load_model(args, prompt)
     steps = generate_samples(
         decoder, ids, args.tokens, args.samples, *settings,
@@ -558,6 +569,23 @@ def _generate(args):
         print(prompt + "".join(decoded(encoding, texts[i])))
     if args.stats:
         _stats(len(ids), texts, times)
+
+
+# the prompt
+def _prompt(text):
+    """The prompt, from standard input for -; what is no text becomes U+FFFD.
+
+    Python reads a byte that is not UTF-8 as half of a character.
+    """
+    if text == "-":
+        if sys.stdin is None:
+            raise ValueError(
+                "--prompt - reads standard input, which is closed"
+            )
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="surrogateescape")
+        text = sys.stdin.read()
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 # several texts, one terminal
@@ -732,10 +760,8 @@ def _data(args):
 # follow the work
 def _follow_data(work, size):
     """Draw a bar over the bytes read; returns the last `Progress`."""
-    from tqdm import tqdm
-
     first = next(work)  # what is wrong from the beginning gets no bar
-    bar = tqdm(total=size, unit="B", unit_scale=True, dynamic_ncols=True)
+    bar = progress(total=size, unit="B", unit_scale=True)
     with bar:
         for done in chain([first], work):
             bar.update(done.read - bar.n)
@@ -815,8 +841,6 @@ def _eval(args):
 
 # perplexity
 def _eval_text(args, path, encoding, context):
-    from tqdm import tqdm
-
     from llmnb.documents import sources
     from llmnb.evaluation import score_pieces
     from llmnb.gpt2 import GPT2
@@ -829,7 +853,7 @@ def _eval_text(args, path, encoding, context):
     pieces = ((first, text) for _, first, text, _ in found)
     model = GPT2.from_checkpoint(path, 1, context, tokens=encoding.n_vocab)
     stride = args.stride or max(1, context // 2)
-    bar = partial(tqdm, unit="window", leave=False)
+    bar = partial(progress, unit="window", leave=False)
     how = stride, bar, args.endoftext
     score = score_pieces(model, encoding, pieces, *how)
     size = f"{score.bytes:,} bytes{tally.words(args.endoftext)}"
@@ -842,8 +866,6 @@ def _eval_text(args, path, encoding, context):
 
 # multiple choice
 def _eval_hellaswag(args, path, encoding, context):
-    from tqdm import tqdm
-
     from llmnb import evaluation as e
     from llmnb.gpt2 import GPT2
     from llmnb.reader import Tally
@@ -859,7 +881,7 @@ def _eval_hellaswag(args, path, encoding, context):
     how = path, 4, max(1, min(context, max(lengths)))
     model = GPT2.from_checkpoint(*how, tokens=encoding.n_vocab)
     cut = sum(length > context for length in lengths)
-    bar = tqdm(total=len(examples), unit="example", leave=False)
+    bar = progress(total=len(examples), unit="example", leave=False)
     with bar:
         found = []
         for choice in e.choose(model, examples):
@@ -953,8 +975,6 @@ def _bench(args):
 
 
 def _bench_steps(args):
-    from tqdm import tqdm
-
     from llmnb.bench import bench, report
     from llmnb.race import Settings
 
@@ -966,7 +986,7 @@ def _bench_steps(args):
         tuple(precisions), tuple(args.against), args.steps,
         args.threads, args.backend, args.torch_python,
     )  # fmt: skip
-    bar = partial(tqdm, unit="round", leave=False)
+    bar = partial(progress, unit="round", leave=False)
     configs = _configs_of(args)
     result = bench(configs, settings, args.start, bar)
     result = {"command": _command(sys.argv[1:]), **result}
@@ -1203,12 +1223,29 @@ def main(argv=None):
     """Run the `llmnb` command; argv defaults to the process's arguments.
 
     Exits with code 2 for a wrong option and 1 for an error that the user
-    can mend, each in one line on stderr; with 130 when interrupted, and 143
-    when training was ended by SIGTERM. When the variable LLMNB_TRACEBACK is
-    set, errors keep their traceback.
+    can mend, each in one line on stderr; with 130 when interrupted, 143 or
+    129 when training was ended by SIGTERM or SIGHUP, and 141 when the
+    reader of stdout has gone away, which does not end training. When the
+    variable LLMNB_TRACEBACK is set, errors keep their traceback.
 
     Derived in chapter 21.
     """
+    with screens():
+        args = _parser().parse_args(argv)
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _warn
+                args.run(args)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except USER_ERRORS as error:
+            if "LLMNB_TRACEBACK" in os.environ:
+                raise
+            print(f"llmnb: error: {_one_line(error)}", file=sys.stderr)
+            sys.exit(1)
+
+
+def _parser():
     parser = _Parser("llmnb", description="Train GPT-2 and write with it.")
     parser.add_argument(
         "--version", action="version", version=f"llmnb {version('llmnb')}"
@@ -1216,18 +1253,7 @@ def main(argv=None):
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in COMMANDS:
         add(commands)
-    args = parser.parse_args(argv)
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _warn
-            args.run(args)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except USER_ERRORS as error:
-        if "LLMNB_TRACEBACK" in os.environ:
-            raise
-        print(f"llmnb: error: {_one_line(error)}", file=sys.stderr)
-        sys.exit(1)
+    return parser
 
 
 if __name__ == "__main__":

@@ -413,7 +413,7 @@ def ladders_figure(result):
         colours = [PALETTE["blue" if x else "grey"] for x in ours]
         ax.barh(names, [100 * x["share"] for x in rows], color=colours)
         ax.invert_yaxis()
-        ax.set_title(layer, loc="left", size=11)
+        ax.set_title(layer, loc="left", size=11, parse_math=False)
         limit = {"fma_peak": "peak of multiply-adds", "copy_bytes": "copy"}
         ax.set_xlabel(f"per cent of the GPU's {limit[rows[0]['kind']]}")
     fig.tight_layout()

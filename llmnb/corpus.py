@@ -155,7 +155,8 @@ def _download(url, path):
     raw = bytearray()
     with urllib.request.urlopen(url, timeout=30) as reply:
         size = int(reply.headers.get("Content-Length") or 0) or None
-        bar = tqdm(total=size, unit="B", unit_scale=True, desc=path.name)
+        how = {"unit_scale": True, "disable": None}  # no bar in a file
+        bar = tqdm(total=size, unit="B", desc=path.name, **how)
         with bar:
             while block := reply.read(1 << 16):
                 raw += block

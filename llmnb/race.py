@@ -48,6 +48,8 @@ from llmnb.checkpoint import write_checkpoint, write_folder
 from llmnb.config import GPT2Config, parameter_shapes
 from llmnb.data import write_shard
 from llmnb.init import init_params
+from llmnb.layout import footprint, gpt2_layout
+from llmnb.room import SMALLER, check_room
 
 
 # what a race is told
@@ -360,6 +362,23 @@ def take_turns(contestants, rounds):
     return replies
 
 
+# all in memory at once
+def _check_together(shape, settings):
+    """Raise MemoryError when our own contestants alone do not fit."""
+    specs = lineup(settings).values()
+    ours = [
+        x for x in specs
+        if x["kind"] == "llmnb"
+        and x["backend"] != "cuda"
+        and not peers.missing(x["precision"], x["backend"])
+    ]  # fmt: skip
+    if ours:
+        cfg = GPT2Config(**shape["model"])
+        layout = gpt2_layout(cfg, shape["batch_size"], shape["seq_len"])
+        size = sum(footprint(layout).values())
+        check_room(len(ours) * size, "fewer precisions, or " + SMALLER)
+
+
 # the race
 def race(shape, settings, bar=iter):
     """Race all contestants of some `Settings` on one shape.
@@ -375,6 +394,7 @@ def race(shape, settings, bar=iter):
     if no_device(settings.backend):
         reason = no_device(settings.backend)
         return found, dict.fromkeys(lineup(settings), reason)
+    _check_together(shape, settings)
     with ExitStack() as stack:
         runners = {}
         for name, spec in lineup(settings).items():

@@ -67,6 +67,7 @@ from llmnb.train import (
     Progress,
     Step,
     TrainConfig,
+    check_memory,
     config_from,
     landmarks,
     loaders,
@@ -380,6 +381,7 @@ def restore(state):
 
     names = "batch_size", "seq_len", "backend", "precision"
     how = {name: getattr(state.config, name) for name in names}
+    check_memory(state.config, state.cfg)
     model, file = GPT2(state.cfg, **how, seed=None), TensorFile(state.path)
     for group in GROUPS:
         for name, x in model.memory[group].items():

@@ -23,6 +23,7 @@ __all__ = [
     "UpdateOptions",
     "WIDTHS",
     "accumulate",
+    "check_memory",
     "config_from",
     "depth_shape",
     "draw_losses",
@@ -76,7 +77,9 @@ from llmnb.data import (
     sample_tokens,
 )
 from llmnb.files import make_folder, read_small, replacing, what_is
+from llmnb.layout import footprint, gpt2_layout
 from llmnb.lock import LOCK, in_use
+from llmnb.room import check_room
 from llmnb.schedule import decayed, learning_rate
 from llmnb.timing import machine
 
@@ -363,12 +366,32 @@ def prepare(config):
         return _from_shards(config)
     sources, tally = [*config.corpus], Tally()
     source = sources[0] if len(sources) == 1 else sources
+    size = sum(map(_text_bytes, config.corpus))
+    check_room(
+        min(size, config.limit or size),
+        "a limit, or shards made with `llmnb data`, take less",
+    )
     how = config.limit or None, config.field, config.skip_bad, tally
     documents = corpus.load(source, *how)
     encoding = make_encoding(config, documents)
     tokens = corpus.encode_documents(encoding, documents, config.endoftext)
     source = _describe(sources, documents) + tally.words(config.endoftext)
     return Data(encoding, *corpus.split(tokens), source)
+
+
+def _text_bytes(path):
+    """Bytes of text that must be in memory if this file or folder is read.
+
+    At least: what is packed, or holds fields, may be less when it is read.
+    """
+    from llmnb.corpus import files_below
+
+    path = Path(path)
+    if path.is_file():
+        known = path.suffix not in (".gz", ".zst", ".jsonl")
+        return path.stat().st_size * known
+    found = [x for x in files_below(path) if x.suffix == ".txt"]
+    return sum(x.stat().st_size for x in found if x.is_file())
 
 
 # where the text came from
@@ -651,8 +674,8 @@ def new_model(config, vocab_size):
     """The GPT2 that a run starts with, for a vocabulary of this size.
 
     Freshly initialised, or with the weights of `config.init`. Raises
-    ValueError when these are for another vocabulary, and as
-    GPT2.from_checkpoint does.
+    ValueError when these are for another vocabulary, and as `check_memory`
+    and GPT2.from_checkpoint do.
 
     Derived in chapter 14.
     """
@@ -661,15 +684,33 @@ def new_model(config, vocab_size):
     names = "batch_size", "seq_len", "backend", "precision"
     how = {name: getattr(config, name) for name in names}
     if not config.init:
-        return GPT2(config.model(vocab_size), **how, seed=config.seed)
+        cfg = config.model(vocab_size)
+        check_memory(config, cfg)
+        return GPT2(cfg, **how, seed=config.seed)
     path = weights_path(config.init)
-    known, padded = read_config(path).vocab_size, -(-vocab_size // 128) * 128
+    cfg = read_config(path)
+    known, padded = cfg.vocab_size, -(-vocab_size // 128) * 128
     if not vocab_size <= known <= padded:
         raise ValueError(
             f"{path} knows {known} tokens, the text is made of {vocab_size}: "
             "choose the tokenizer that it was trained with"
         )
+    check_memory(config, cfg)
     return GPT2.from_checkpoint(path, **how, tokens=vocab_size)
+
+
+def check_memory(config, cfg):
+    """Raise MemoryError when a run's model is more than fits in memory.
+
+    cfg: the GPT2Config. All of the model counts here, as training writes to
+    all of it; a GPU's memory answers for itself.
+
+    Derived in chapter 14.
+    """
+    if config.backend != "cuda":
+        dtype = np.float64 if config.precision == "fp64" else np.float32
+        layout = gpt2_layout(cfg, config.batch_size, config.seq_len, dtype)
+        check_room(sum(footprint(layout).values()))
 
 
 # where the weights are
@@ -771,8 +812,8 @@ def draw_losses(ax, steps, landmarks):
     ax.plot(x, y, "o-", color=PALETTE["orange"], ms=4, label="validation")
     for name, loss in landmarks.items():
         ax.axhline(loss, color=PALETTE["ink"], lw=1, ls="--")
-        place = ax.get_yaxis_transform()
-        ax.text(0.99, loss, name, ha="right", va="bottom", transform=place)
+        place = {"transform": ax.get_yaxis_transform(), "ha": "right"}
+        ax.text(0.99, loss, name, va="bottom", parse_math=False, **place)
     ax.set(xlabel="step", ylabel="loss (nats a token)")
     ax.legend(frameon=False)
 

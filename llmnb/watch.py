@@ -95,8 +95,24 @@ def compare_runs(logs, window=20):
         ax.set(xlabel="step", ylabel=label)
         if name != "loss":
             ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
-    figure.axes[0].legend(frameon=False)
+    _name_runs(figure.axes[0], logs)
     return figure
+
+
+# names as they are
+def _name_runs(ax, names):
+    """A legend of runs, by names that mean nothing to matplotlib."""
+    lines = ax.lines[::2]  # each run's batches, then its validations
+    legend = ax.legend(lines, [*map(str, range(len(lines)))], frameon=False)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set(text=_short(name), parse_math=False, usetex=False)
+
+
+def _short(name, most=60):
+    """A name in one line, of whole characters; the end tells runs apart."""
+    whole = name.encode("utf-8", "replace").decode("utf-8")
+    line = " ".join(whole.split())
+    return line if len(line) <= most else "..." + line[3 - most :]
 
 
 # one curve
@@ -119,12 +135,13 @@ def run_table(logs):
 
     Derived in chapter 21.
     """
-    wide = max(map(len, ["run", *logs]))
+    names = [" ".join(run.split()) for run in logs]  # each in one line
+    wide = max(map(len, ["run", *names]))
     lines = [
         f"{'run':<{wide}}  {'steps':>7} {'last val':>9} {'best val':>9} "
         f"{'tokens/s':>9}"
     ]
-    for run, log in logs.items():
+    for run, log in zip(names, logs.values(), strict=True):
         steps, losses = log.get("loss", np.empty((2, 0)))
         val = log.get("val_loss", np.empty((2, 0)))[1]
         speed = log.get("tokens_per_second", np.empty((2, 0)))[1]

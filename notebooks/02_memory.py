@@ -470,6 +470,135 @@ plt.show()
 # activations and their gradients take more than half.*
 
 # %% [markdown]
+# ## Ask before taking
+#
+# A system that promises pages may break its word. It hands out addresses
+# freely, and when the pages behind them are written and there are none left,
+# Linux does not raise an error: it kills the process that is largest. Since we
+# know the sum beforehand, we can look first, and say in a sentence what is
+# missing. Three things must be right about it:
+#
+# - What is free is more than what is unused. The system keeps files it has
+#   read in memory as long as nobody wants it, and writes what sleeps to the
+#   swap area. `MemAvailable` in `/proc/meminfo` counts the first, and the
+#   second is added. (The cache of the file system ZFS is not counted there.)
+# - A container or a scheduler gives a process less than the machine has, in a
+#   *control group*: a folder with a limit and what is used of it, or several,
+#   one inside the other. The smallest decides.
+# - What would fit must not be refused. Parts of the arena are never written
+#   when a model is only read: [chapter 13](13_model.ipynb) leaves them out.
+#
+# Other systems do not say what they have, and nothing is refused there.
+
+# %% imports of the room tags=["export"] module="room"
+import math
+from contextlib import suppress
+from pathlib import Path
+
+# %% what the system has tags=["export"] module="room"
+LIMITS = {
+    "memory.max": "memory.current",  # version 2 of control groups
+    "memory.limit_in_bytes": "memory.usage_in_bytes",  # version 1
+}
+
+
+def free_memory(root="/"):
+    """Bytes that this process can still take; None where nobody knows.
+
+    root: where proc/ and sys/ are. Only Linux says it. Pages that the
+    system can get back count as free, and so does swap.
+
+    Derived in chapter 2.
+    """
+    root = Path(root)
+    try:
+        system = _numbers(root / "proc/meminfo")
+        free, swap = (system[x] << 10 for x in ("MemAvailable", "SwapFree"))
+    except (OSError, KeyError):
+        return None
+    with suppress(OSError):
+        cache = _numbers(root / "proc/spl/kstat/zfs/arcstats", 2)
+        free += max(0, cache.get("size", 0) - cache.get("c_min", 0))
+    return min([free + swap, *(_room(x, swap) for x in _groups(root))])
+
+
+def _numbers(path, column=1):
+    """The numbers in a column of a table, by what stands in the first."""
+    rows = [row.split() for row in path.read_text().splitlines()]
+    rows = [row for row in rows if row[column:] and row[column].isdigit()]
+    return {row[0].rstrip(":"): int(row[column]) for row in rows}
+
+
+# %% what a control group gives tags=["exporti"] module="room"
+def _groups(root):
+    """The folders of the control groups around this process."""
+    with suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            kinds, path = line.split(":", 2)[1:]
+            if kinds and "memory" not in kinds.split(","):
+                continue
+            mount, place = root / "sys/fs/cgroup" / kinds, Path(path[1:])
+            yield from (mount / x for x in (place, *place.parents))
+
+
+def _room(folder, swap):
+    """What is left of a group's limit; infinite where there is none."""
+    for most, used in LIMITS.items():
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            left = _difference(folder, most, used)
+            stat = _numbers(folder / "memory.stat")
+            for kind in ("active_file", "inactive_file"):
+                left += stat.get(f"total_{kind}", stat.get(kind, 0))
+            with suppress(OSError, ValueError):
+                own = _difference(
+                    folder, "memory.swap.max", "memory.swap.current"
+                )
+                swap = min(swap, own)
+            return left + swap
+    return math.inf
+
+
+def _difference(folder, a, b):
+    return int((folder / a).read_text()) - int((folder / b).read_text())
+
+
+# %% look before taking tags=["export"] module="room"
+SMALLER = "a smaller batch_size, seq_len or model takes less"
+
+
+def check_room(nbytes, remedy=SMALLER):
+    """Raise MemoryError when this machine has less than nbytes to give.
+
+    remedy: what the message proposes.
+
+    Derived in chapter 2.
+    """
+    free = free_memory()
+    if free is not None and nbytes > free:
+        raise MemoryError(
+            f"needs {nbytes / 1e9:,.1f} GB, this machine has "
+            f"{free / 1e9:,.1f} GB free: {remedy}"
+        )
+
+
+# %% a machine of 8 GB, and a container of 2 GB on it
+with tempfile.TemporaryDirectory() as place:
+    for name, text in {
+        "proc/meminfo": "MemAvailable: 8000000 kB\nSwapFree: 0 kB",
+        "proc/self/cgroup": "0::/box",
+        "sys/fs/cgroup/box/memory.max": "2000000000",
+        "sys/fs/cgroup/box/memory.current": "1500000000",
+        "sys/fs/cgroup/box/memory.stat": "inactive_file 700000000",
+    }.items():
+        path = Path(place, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    print(f"{free_memory(place):,} bytes")
+
+# %% [markdown]
+# Half a gigabyte of the two is left, and 0.7 more are copies of files.
+
+# %% [markdown]
 # ## Why the footprint is constant
 #
 # After the arena is made, a training step writes into views. No layer

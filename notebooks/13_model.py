@@ -76,8 +76,9 @@ from llmnb.checkpoint import (
 )
 from llmnb.checks import check_tokens
 from llmnb.init import init_params
-from llmnb.layout import gpt2_layout
+from llmnb.layout import footprint, gpt2_layout
 from llmnb.reference.adamw import ADAMW_LIMITS
+from llmnb.room import check_room
 from llmnb.shapes import shapes
 
 # %% [markdown]
@@ -324,6 +325,8 @@ _PRECISIONS = {
 }
 # gradients that layers add to: backward clears them, the others it overwrites
 _ADDED_TO = ("wpe", "ln1w", "ln1b", "ln2w", "ln2b", "lnfw", "lnfb")
+# what a forward pass alone never writes, so that it takes no memory
+_OF_TRAINING = {"grads", "m", "v", "dacts"}
 # tensors that the blocks share: all others have a leading L
 _NOT_STACKED = {"wte", "wpe", "lnfw", "lnfb"}
 _SHARED = {
@@ -438,6 +441,8 @@ class GPT2:
             return
         if self.backend == "cpu":
             layout["work"] = layout["params"][0], {"panels": ops.work_shape()}
+        sizes = footprint(layout)
+        check_room(sum(sizes[x] for x in layout if x not in _OF_TRAINING))
         self.memory = Arena(layout)
         if self.backend == "cpu":
             self._how["work"] = self.memory["work"]["panels"]
@@ -1033,8 +1038,6 @@ plt.show()
 B, T, settings = 4, 1024, 2 * 8
 up = 4 * (2 * B * T + settings)
 down = 4 * (B * T + 1)
-from llmnb.layout import footprint
-
 stays = sum(footprint(gpt2_layout(GPT2Config(), B, T)).values())
 print(f"up    {up:>14,} bytes\ndown  {down:>14,} bytes")
 print(f"stays {stays:>14,} bytes")

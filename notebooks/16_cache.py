@@ -766,10 +766,13 @@ from llmnb.arena import Arena
 from llmnb.checkpoint import read_checkpoint, read_config
 from llmnb.checks import FLOATS, check_fit, check_tokens
 from llmnb.config import parameter_shapes
+from llmnb.layout import footprint
+from llmnb.room import check_room
 
 
 # %% its memory tags=["export"] module="decode"
 CHUNK = 128  # positions, of all texts, that are computed at once
+FEWER = "fewer or shorter texts, or a smaller model, take less"
 LIGHT = 1 << 14  # numbers that one thread finishes before a second wakes
 PACKED = {"qkv": (3, 1), "attproj": (1, 1), "fc": (4, 1), "fcproj": (1, 4)}
 
@@ -862,6 +865,7 @@ class Decoder:
         self.cfg, self.batch_size, self.seq_len = cfg, batch_size, seq_len
         self._ops = importlib.import_module("llmnb.cpu")
         layout = decoder_layout(cfg, batch_size, seq_len, dtype)
+        check_room(sum(footprint(layout).values()), FEWER)
         self.memory = Arena(layout)
         self._acts, self._tokens = self.memory["acts"], self.memory["batch"]
         self._layers = [self._layer(i) for i in range(cfg.num_layers)]
@@ -910,8 +914,9 @@ class Decoder:
         For a while it holds them twice: as they are read, and packed.
         """
         cfg = read_config(path, tokens)
-        decoder = cls(cfg, batch_size, seq_len)
-        arena = Arena({"params": (np.float32, parameter_shapes(cfg))})
+        layout = {"params": (np.float32, parameter_shapes(cfg))}
+        check_room(2 * sum(footprint(layout).values()), FEWER)
+        decoder, arena = cls(cfg, batch_size, seq_len), Arena(layout)
         read_checkpoint(path, cfg, arena["params"])
         return decoder.load(arena["params"])
 

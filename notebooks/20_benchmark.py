@@ -724,6 +724,8 @@ from llmnb.checkpoint import write_checkpoint, write_folder
 from llmnb.config import GPT2Config, parameter_shapes
 from llmnb.data import write_shard
 from llmnb.init import init_params
+from llmnb.layout import footprint, gpt2_layout
+from llmnb.room import SMALLER, check_room
 
 
 # %% what a race is told tags=["export"] module="race"
@@ -1049,6 +1051,23 @@ def take_turns(contestants, rounds):
     return replies
 
 
+# %% all in memory at once tags=["exporti"] module="race"
+def _check_together(shape, settings):
+    """Raise MemoryError when our own contestants alone do not fit."""
+    specs = lineup(settings).values()
+    ours = [
+        x for x in specs
+        if x["kind"] == "llmnb"
+        and x["backend"] != "cuda"
+        and not peers.missing(x["precision"], x["backend"])
+    ]  # fmt: skip
+    if ours:
+        cfg = GPT2Config(**shape["model"])
+        layout = gpt2_layout(cfg, shape["batch_size"], shape["seq_len"])
+        size = sum(footprint(layout).values())
+        check_room(len(ours) * size, "fewer precisions, or " + SMALLER)
+
+
 # %% the race tags=["export"] module="race"
 def race(shape, settings, bar=iter):
     """Race all contestants of some `Settings` on one shape.
@@ -1064,6 +1083,7 @@ def race(shape, settings, bar=iter):
     if no_device(settings.backend):
         reason = no_device(settings.backend)
         return found, dict.fromkeys(lineup(settings), reason)
+    _check_together(shape, settings)
     with ExitStack() as stack:
         runners = {}
         for name, spec in lineup(settings).items():
@@ -1636,7 +1656,7 @@ def layers_figure(result):
     panels = fig.subplots(len(rows), squeeze=False)[:, 0]
     for ax, (title, row) in zip(panels, rows, strict=True):
         _draw_bars(ax, row)
-        ax.set_title(title, loc="left", size=11)
+        ax.set_title(title, loc="left", size=11, parse_math=False)
     fig.tight_layout()
     return fig
 
@@ -3006,7 +3026,7 @@ def ladders_figure(result):
         colours = [PALETTE["blue" if x else "grey"] for x in ours]
         ax.barh(names, [100 * x["share"] for x in rows], color=colours)
         ax.invert_yaxis()
-        ax.set_title(layer, loc="left", size=11)
+        ax.set_title(layer, loc="left", size=11, parse_math=False)
         limit = {"fma_peak": "peak of multiply-adds", "copy_bytes": "copy"}
         ax.set_xlabel(f"per cent of the GPU's {limit[rows[0]['kind']]}")
     fig.tight_layout()

@@ -138,8 +138,31 @@ def compare_runs(logs, window=20):
         ax.set(xlabel="step", ylabel=label)
         if name != "loss":
             ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
-    figure.axes[0].legend(frameon=False)
+    _name_runs(figure.axes[0], logs)
     return figure
+
+
+# %% [markdown]
+# A run is called what its user has called it, and matplotlib reads between
+# the lines: a dollar begins mathematics, and a label that begins with an
+# underscore is not shown. So the legend is made with numbers, and the names
+# are put in as plain text.
+
+
+# %% names as they are tags=["exporti"] module="watch"
+def _name_runs(ax, names):
+    """A legend of runs, by names that mean nothing to matplotlib."""
+    lines = ax.lines[::2]  # each run's batches, then its validations
+    legend = ax.legend(lines, [*map(str, range(len(lines)))], frameon=False)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set(text=_short(name), parse_math=False, usetex=False)
+
+
+def _short(name, most=60):
+    """A name in one line, of whole characters; the end tells runs apart."""
+    whole = name.encode("utf-8", "replace").decode("utf-8")
+    line = " ".join(whole.split())
+    return line if len(line) <= most else "..." + line[3 - most :]
 
 
 # %% one curve tags=["exporti"] module="watch"
@@ -162,12 +185,13 @@ def run_table(logs):
 
     Derived in chapter 21.
     """
-    wide = max(map(len, ["run", *logs]))
+    names = [" ".join(run.split()) for run in logs]  # each in one line
+    wide = max(map(len, ["run", *names]))
     lines = [
         f"{'run':<{wide}}  {'steps':>7} {'last val':>9} {'best val':>9} "
         f"{'tokens/s':>9}"
     ]
-    for run, log in logs.items():
+    for run, log in zip(names, logs.values(), strict=True):
         steps, losses = log.get("loss", np.empty((2, 0)))
         val = log.get("val_loss", np.empty((2, 0)))[1]
         speed = log.get("tokens_per_second", np.empty((2, 0)))[1]
@@ -271,6 +295,180 @@ except ImportError as error:
     print(error)
 
 # %% [markdown]
+# ## What a terminal is told
+#
+# Every command writes to two streams, and a stream can be many things: a
+# terminal, a file, a pipe whose reader has gone away, a disk that is full.
+# Four things can go wrong on the way, whichever command writes:
+#
+# - Nobody reads any more. `llmnb generate | head` has seen enough, and the
+#   command should end without a word; training should go on, for its result
+#   is a folder and not what it prints. So with a closed terminal, or an SSH
+#   session that broke.
+# - The text cannot be written. That is an error in one line, as for any other
+#   file; again training goes on.
+# - The stream has no such character, on a terminal of Windows for example.
+#   Then Python's escape stands for it, `\u4e2d`.
+# - The text commands the terminal. Escape sequences move the cursor, rewrite
+#   what was said, change the title of the window. A model can write them, and
+#   the name of a file or of a tensor can hold them. A terminal gets their
+#   escapes, `\x1b`; a file or a pipe gets the text as it is.
+#
+# So `main` puts a small object before each of the two streams, and no command
+# needs to know.
+
+# %% imports of the terminal tags=["export"] module="terminal"
+import os
+import sys
+from contextlib import contextmanager, suppress
+
+# %% what a terminal is not sent tags=["exporti"] module="terminal"
+CONTROLS = {*range(32), *range(127, 160)} - {*map(ord, "\n\t")}
+HALVES = range(0xD800, 0xE000)  # what stands for a byte that is not UTF-8
+ESCAPES = {x: f"\\x{x:02x}" for x in CONTROLS} | {
+    x: f"\\u{x:04x}" for x in HALVES
+}
+
+
+# %% a stream and its reader tags=["export"] module="terminal"
+class Screen:
+    """A text stream that is safe to write to, for what people read.
+
+    stream: what is written to. result: whether it takes a command's result,
+    as standard output does. Losing such a stream ends the command: with
+    exit code 141 (128 + SIGPIPE) and no word when its reader went away,
+    else with 1 and one line on standard error. A command that goes on all
+    the same sets ends to False. Everything else is the stream's.
+
+    On a terminal, control characters but newline and tab appear as escapes
+    such as \\x1b; so do, anywhere, characters that the stream cannot encode.
+    A progress bar, which begins with a carriage return, keeps that.
+
+    Derived in chapter 21.
+    """
+
+    def __init__(self, stream, result=False):
+        self.ends = self._result = result
+        self._stream, self._lost = stream, False
+        self._terminal = stream.isatty()
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        """Write a str; returns its length, as files do."""
+        if self._terminal:
+            bar = not self._result and text[:1] == "\r"
+            text = "\r" * bar + text[bar:].translate(ESCAPES)
+        try:
+            self._try(self._stream.write, text)
+        except UnicodeEncodeError:
+            raw = text.encode(self.encoding, "backslashreplace")
+            self._try(self._stream.write, raw.decode(self.encoding))
+        return len(text)
+
+    def flush(self):
+        """Hand on what is written."""
+        self._try(self._stream.flush)
+
+    def _try(self, function, *args):
+        if self._lost:
+            return
+        try:
+            function(*args)
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error):
+        self._lost = True
+        with suppress(OSError):  # Python, ending, writes out what is left
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        gone = isinstance(error, ConnectionError)  # a broken pipe is one
+        if self._result and not gone:
+            kind = "error" if self.ends else "warning"
+            why = error.strerror or error
+            print(f"llmnb: {kind}: standard output: {why}", file=sys.stderr)
+        if self.ends:
+            sys.exit(141 if gone else 1)
+
+
+# %% [markdown]
+# A stream that was closed before the command began (`>&-` in a shell) is a
+# case by itself: the system gives its number, 1 or 2, to the next file that
+# is opened, and what is meant for people would go into a checkpoint. So the
+# three numbers are taken first.
+
+
+# %% both streams tags=["export"] module="terminal"
+@contextmanager
+def screens():
+    """Within, sys.stdout and sys.stderr are `Screen`s; a closed one is mute.
+
+    Losing standard output ends the command, losing standard error does not.
+
+    Derived in chapter 21.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(number)
+    old = sys.stdout, sys.stderr
+    with open(os.devnull, "w") as nowhere:
+        sys.stdout = Screen(old[0] or nowhere, result=True)
+        sys.stderr = Screen(old[1] or nowhere)
+        try:
+            yield
+        finally:
+            try:
+                sys.stdout.flush()
+            finally:
+                sys.stdout, sys.stderr = old
+
+
+# %% [markdown]
+# A progress bar draws itself over and over in one line, which a file cannot
+# do: the log of a night's training would hold ten thousand bars. Where
+# standard error is no terminal, a plain line a minute says as much, and one
+# at each validation.
+
+# %% a bar, or lines tags=["export"] module="terminal"
+QUIET = 60  # seconds between two lines
+LINE = (
+    "{percentage:3.0f}% {n_fmt}/{total_fmt} "
+    "[{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+)
+
+
+class _Lines:
+    """Takes what tqdm draws, and writes it as lines to standard error."""
+
+    encoding = "utf-8"
+
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr)
+
+    def flush(self):
+        pass
+
+
+def progress(work=None, **how):
+    """A tqdm over work, on standard error: a bar, or lines in a file.
+
+    how: more of tqdm's arguments. Where standard error is no terminal, a
+    line comes each minute, and whenever the bar is asked to refresh.
+
+    Derived in chapter 21.
+    """
+    from tqdm import tqdm
+
+    if sys.stderr.isatty():
+        return tqdm(work, dynamic_ncols=True, **how)
+    how |= {"leave": False, "delay": QUIET, "bar_format": LINE}
+    times = {"mininterval": QUIET, "maxinterval": QUIET}
+    return tqdm(work, file=_Lines(), **times, **how)
+
+
+# %% [markdown]
 # ## The commands
 #
 # Each command is a short function over what the chapters have built:
@@ -315,6 +513,7 @@ from pathlib import Path
 
 
 from llmnb.files import make_folder, replacing
+from llmnb.terminal import progress, screens
 from llmnb.train import (
     SHAPE,
     DataOptions,
@@ -331,14 +530,19 @@ from llmnb.train import (
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors take one line instead of the whole usage."""
 
+    def __init__(self, *args, **how):
+        super().__init__(*args, **how)
+        self.color = False  # the escapes that Python 3.14 would send
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (try --help)\n")
 
 
 def _one_line(error):
+    text = str(error)
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+        text = f"{error.filename}: {error.strerror}"
+    return " ".join(text.split()) or type(error).__name__
 
 
 def _warn(message, *where):
@@ -601,6 +805,7 @@ def _resumed(args):
 def _train(args):
     from llmnb.run import finish
 
+    sys.stdout.ends = False  # who trains does not need to be read
     _set_threads(args)
     start = time.perf_counter()
     run = _begun(args) if args.resume is None else _resumed(args)
@@ -612,13 +817,14 @@ def _train(args):
     _say("model", _size_of(run.model))
     _say("folder", run.folder)
     _tell_compiling(run.config.backend)
-    stopped = _follow(run, args)
-    steps = finish(run)
+    with _Stop() as stop:
+        _follow(run, args, stop)
+        steps = finish(run)
     _say("took", f"{time.perf_counter() - start:.0f} s")
-    if stopped:
+    if stop.signal:
         _say("stopped", f"at step {run.at.step:,}, and saved")
         _say("go on", f"llmnb train --resume {run.folder}")
-        sys.exit(128 + stopped)
+        sys.exit(128 + stop.signal)
     _report(run, steps)
 
 
@@ -638,32 +844,43 @@ def _size_of(model):
 
 
 # %% [markdown]
-# Ctrl-C sends a process the signal `SIGINT`, and a system that shuts down,
-# or a scheduler that wants the machine back, sends `SIGTERM`. Left alone,
-# they would end training in the middle of a step. So while `train` runs they
-# only set a note; the loop finishes its step, finds the note, saves the
-# state and leaves. The handlers go with the first signal: a second one does
-# what it always did, and stops at once. The exit code is 128 plus the
-# signal's number, 130 or 143, so that a script can tell a run that was
-# stopped from one that is done.
+# Ctrl-C sends a process the signal `SIGINT`, a system that shuts down, or a
+# scheduler that wants the machine back, sends `SIGTERM`, and a terminal that
+# is closed sends `SIGHUP`. Left alone, they would end training in the middle
+# of a step. So while `train` runs they only set a note; the loop finishes its
+# step, finds the note, saves the state and leaves. The handlers go with the
+# first signal: a second one does what it always did, and stops at once. The
+# exit code is 128 plus the signal's number, 130, 143 or 129, so that a script
+# can tell a run that was stopped from one that is done.
+#
+# `SIGHUP` has two customs of its own. `nohup llmnb train` starts us with the
+# signal ignored, and ignored it stays. And a shell that loses its terminal
+# passes the signal on while the system sends it too: it comes twice though
+# nobody asked twice, so a second one is ignored.
 
 
 # %% stop when asked to tags=["exporti"] module="cli"
 class _Stop:
-    """Notes the first Ctrl-C or SIGTERM; the next one stops at once."""
+    """Notes the first Ctrl-C, SIGTERM or SIGHUP; the next stops at once."""
 
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
     signal = 0
 
     def __enter__(self):
-        both = signal.SIGINT, signal.SIGTERM
-        self.old = {x: signal.signal(x, self._note) for x in both}
+        known = {signal.SIGINT, signal.SIGTERM}
+        if self.hangup and signal.getsignal(self.hangup) != signal.SIG_IGN:
+            known.add(self.hangup)
+        self.old = {x: signal.signal(x, self._note) for x in known}
         return self
 
     def _note(self, number, frame):
         self.signal = number
-        self.__exit__()
+        for other in self.old:
+            again = signal.SIG_IGN if other == self.hangup else self.old[other]
+            signal.signal(other, again)
         # not print, which may be at work when the signal comes
-        os.write(2, b"\nfinishing the step; once more to stop at once\n")
+        with suppress(OSError):
+            os.write(2, b"\nfinishing the step; once more to stop at once\n")
 
     def __exit__(self, *error):
         for number, handler in self.old.items():
@@ -671,15 +888,13 @@ class _Stop:
 
 
 # %% follow a run tags=["exporti"] module="cli"
-def _follow(run, args):
-    """Train to the end, or to a signal; returns the signal's number or 0."""
-    from tqdm import tqdm
-
+def _follow(run, args, stop):
+    """Train to the end, or until a signal is noted; then save the state."""
     from llmnb.run import follow, save_state, telling
 
     done, total, shown = run.at.step, run.config.steps, {}
-    bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
-    with bar, _Stop() as stop, _board(run, args) as board:
+    bar = progress(total=total, initial=done, unit="step")
+    with bar, _board(run, args) as board:
         for step in follow(run):
             board(step)
             _show(bar, run, step, shown)
@@ -688,8 +903,7 @@ def _follow(run, args):
             if stop.signal and step.loss is not None:
                 with telling(run):
                     save_state(run)
-                return stop.signal
-    return 0
+                return
 
 
 # %% show a step tags=["exporti"] module="cli"
@@ -709,7 +923,7 @@ def _show(bar, run, step, shown):
                 text = _sample(run.model, run.data.encoding)
             bar.write(f"after {run.at.step} steps:\n{text}\n")
         bar.update()
-    bar.set_postfix(shown, refresh=False)
+    bar.set_postfix(shown, refresh=step.val_loss is not None)
 
 
 # %% events for TensorBoard tags=["exporti"] module="cli"
@@ -850,7 +1064,7 @@ def _generate(args):
     if args.samples < 1:
         raise ValueError(f"samples must be at least 1, got {args.samples}")
     _set_threads(args)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = _prompt(args.prompt)
     decoder, encoding, ids = _load_model(args, prompt)
     steps = generate_samples(
         decoder, ids, args.tokens, args.samples, *settings,
@@ -867,6 +1081,23 @@ def _generate(args):
         print(prompt + "".join(decoded(encoding, texts[i])))
     if args.stats:
         _stats(len(ids), texts, times)
+
+
+# %% the prompt tags=["exporti"] module="cli"
+def _prompt(text):
+    """The prompt, from standard input for -; what is no text becomes U+FFFD.
+
+    Python reads a byte that is not UTF-8 as half of a character.
+    """
+    if text == "-":
+        if sys.stdin is None:
+            raise ValueError(
+                "--prompt - reads standard input, which is closed"
+            )
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="surrogateescape")
+        text = sys.stdin.read()
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 # %% several texts, one terminal tags=["exporti"] module="cli"
@@ -1041,10 +1272,8 @@ def _data(args):
 # %% follow the work tags=["exporti"] module="cli"
 def _follow_data(work, size):
     """Draw a bar over the bytes read; returns the last `Progress`."""
-    from tqdm import tqdm
-
     first = next(work)  # what is wrong from the beginning gets no bar
-    bar = tqdm(total=size, unit="B", unit_scale=True, dynamic_ncols=True)
+    bar = progress(total=size, unit="B", unit_scale=True)
     with bar:
         for done in chain([first], work):
             bar.update(done.read - bar.n)
@@ -1124,8 +1353,6 @@ def _eval(args):
 
 # %% perplexity tags=["exporti"] module="cli"
 def _eval_text(args, path, encoding, context):
-    from tqdm import tqdm
-
     from llmnb.documents import sources
     from llmnb.evaluation import score_pieces
     from llmnb.gpt2 import GPT2
@@ -1138,7 +1365,7 @@ def _eval_text(args, path, encoding, context):
     pieces = ((first, text) for _, first, text, _ in found)
     model = GPT2.from_checkpoint(path, 1, context, tokens=encoding.n_vocab)
     stride = args.stride or max(1, context // 2)
-    bar = partial(tqdm, unit="window", leave=False)
+    bar = partial(progress, unit="window", leave=False)
     how = stride, bar, args.endoftext
     score = score_pieces(model, encoding, pieces, *how)
     size = f"{score.bytes:,} bytes{tally.words(args.endoftext)}"
@@ -1151,8 +1378,6 @@ def _eval_text(args, path, encoding, context):
 
 # %% multiple choice tags=["exporti"] module="cli"
 def _eval_hellaswag(args, path, encoding, context):
-    from tqdm import tqdm
-
     from llmnb import evaluation as e
     from llmnb.gpt2 import GPT2
     from llmnb.reader import Tally
@@ -1168,7 +1393,7 @@ def _eval_hellaswag(args, path, encoding, context):
     how = path, 4, max(1, min(context, max(lengths)))
     model = GPT2.from_checkpoint(*how, tokens=encoding.n_vocab)
     cut = sum(length > context for length in lengths)
-    bar = tqdm(total=len(examples), unit="example", leave=False)
+    bar = progress(total=len(examples), unit="example", leave=False)
     with bar:
         found = []
         for choice in e.choose(model, examples):
@@ -1262,8 +1487,6 @@ def _bench(args):
 
 
 def _bench_steps(args):
-    from tqdm import tqdm
-
     from llmnb.bench import bench, report
     from llmnb.race import Settings
 
@@ -1275,7 +1498,7 @@ def _bench_steps(args):
         tuple(precisions), tuple(args.against), args.steps,
         args.threads, args.backend, args.torch_python,
     )  # fmt: skip
-    bar = partial(tqdm, unit="round", leave=False)
+    bar = partial(progress, unit="round", leave=False)
     configs = _configs_of(args)
     result = bench(configs, settings, args.start, bar)
     result = {"command": _command(sys.argv[1:]), **result}
@@ -1512,12 +1735,29 @@ def main(argv=None):
     """Run the `llmnb` command; argv defaults to the process's arguments.
 
     Exits with code 2 for a wrong option and 1 for an error that the user
-    can mend, each in one line on stderr; with 130 when interrupted, and 143
-    when training was ended by SIGTERM. When the variable LLMNB_TRACEBACK is
-    set, errors keep their traceback.
+    can mend, each in one line on stderr; with 130 when interrupted, 143 or
+    129 when training was ended by SIGTERM or SIGHUP, and 141 when the
+    reader of stdout has gone away, which does not end training. When the
+    variable LLMNB_TRACEBACK is set, errors keep their traceback.
 
     Derived in chapter 21.
     """
+    with screens():
+        args = _parser().parse_args(argv)
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _warn
+                args.run(args)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except USER_ERRORS as error:
+            if "LLMNB_TRACEBACK" in os.environ:
+                raise
+            print(f"llmnb: error: {_one_line(error)}", file=sys.stderr)
+            sys.exit(1)
+
+
+def _parser():
     parser = _Parser("llmnb", description="Train GPT-2 and write with it.")
     parser.add_argument(
         "--version", action="version", version=f"llmnb {version('llmnb')}"
@@ -1525,18 +1765,7 @@ def main(argv=None):
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in COMMANDS:
         add(commands)
-    args = parser.parse_args(argv)
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _warn
-            args.run(args)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except USER_ERRORS as error:
-        if "LLMNB_TRACEBACK" in os.environ:
-            raise
-        print(f"llmnb: error: {_one_line(error)}", file=sys.stderr)
-        sys.exit(1)
+    return parser
 
 
 # %% [markdown]

@@ -28,6 +28,7 @@ from llmnb.config import GPT2Config
 from llmnb.data import read_shard, write_shard
 from llmnb.gpt2 import GPT2
 from llmnb.tensors import TensorFile, write_tensors
+from llmnb.terminal import progress
 from llmnb.train import TrainConfig
 
 TINY = (
@@ -137,6 +138,83 @@ def interrupt(monkeypatch, at, number=signal.SIGINT, times=1):
 
     monkeypatch.setattr(module, "train_step", interrupted)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+SIGHUP = getattr(signal, "SIGHUP", None)
+hangs_up = pytest.mark.skipif(not SIGHUP, reason="Windows has no SIGHUP")
+
+
+@pytest.fixture
+def hangup():
+    """What SIGHUP does unless it is handled: here it fails the test."""
+
+    def die(*args):
+        pytest.fail("killed by SIGHUP")
+
+    old = signal.signal(SIGHUP, die)
+    yield die
+    signal.signal(SIGHUP, old)
+
+
+@hangs_up
+def test_a_closed_terminal_saves_though_the_signal_comes_twice(
+    llmnb, tmp_path, monkeypatch, hangup
+):
+    interrupt(monkeypatch, 3, SIGHUP, times=2)
+    code, out, _ = llmnb("train", "--out", "cut", *TINY.split())
+    assert code == 129
+    assert "stopped    at step 4, and saved" in out
+    assert signal.getsignal(SIGHUP) == hangup
+    found = {x.name for x in (tmp_path / "cut").iterdir()}
+    assert {"model.bin", "state_00000004.safetensors"} < found
+
+
+@hangs_up
+def test_ctrl_c_and_then_a_closed_terminal_still_save(
+    llmnb, tmp_path, monkeypatch, hangup
+):
+    from llmnb import train as module
+
+    whole = module.train_step
+
+    def interrupted(config, model, batches, progress):
+        if progress.step == 3:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(SIGHUP)
+        return whole(config, model, batches, progress)
+
+    monkeypatch.setattr(module, "train_step", interrupted)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert llmnb("train", "--out", "cut", *TINY.split())[0] == 130
+    assert (tmp_path / "cut" / "model.bin").exists()
+
+
+@hangs_up
+def test_nohup_goes_on(llmnb, tmp_path, monkeypatch, hangup):
+    signal.signal(SIGHUP, signal.SIG_IGN)
+    interrupt(monkeypatch, 3, SIGHUP)
+    code, _, err = llmnb("train", "--out", "run", *TINY.split())
+    assert code == 0 and "finishing" not in err
+    assert sorted(x.name for x in (tmp_path / "run").iterdir()) == FILES
+    assert signal.getsignal(SIGHUP) == signal.SIG_IGN
+
+
+def test_a_signal_while_the_model_is_saved_waits_for_it(
+    llmnb, tmp_path, monkeypatch
+):
+    from llmnb import run as module
+
+    whole = module.save_run
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        return whole(*args)
+
+    monkeypatch.setattr(module, "save_run", interrupted)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    code, out, _ = llmnb("train", "--out", "run", *TINY.split())
+    assert code == 130 and "at step 6, and saved" in out
+    assert (tmp_path / "run" / "model.bin").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -941,7 +1019,7 @@ def test_a_shard_cut_short_while_training(llmnb, tmp_path, monkeypatch):
     )
 
 
-def test_data_from_json_lines(llmnb, tmp_path):
+def test_data_from_json_lines(llmnb, tmp_path, monkeypatch):
     lines = [json.dumps({"body": f"spam and {k} eggs"}) for k in range(300)]
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
         file.write("\n".join(lines))
@@ -949,6 +1027,7 @@ def test_data_from_json_lines(llmnb, tmp_path):
     code, _, err = llmnb(*ask)
     assert code == 1 and "a.jsonl.gz:1: must have a field 'text'" in err
     sizes = ["--shard-tokens", 1500, "--val-tokens", 2000]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     code, out, err = llmnb(*ask, "--field", "body", *sizes)
     assert code == 0 and "300 documents, " in out and "100%" in err
     names = sorted(x.name for x in (tmp_path / "out").iterdir())
@@ -1109,7 +1188,8 @@ SMALL = (
 )
 
 
-def test_bench(llmnb, tmp_path):
+def test_bench(llmnb, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     files = ["--json", "a.json", "--plot", "a.png"]
     code, out, err = llmnb("bench", "--steps", 2, *files, *SMALL.split())
     assert code == 0
@@ -1230,6 +1310,317 @@ def test_tracebacks_on_request(llmnb, monkeypatch):
     monkeypatch.setenv("LLMNB_TRACEBACK", "1")
     with pytest.raises(ValueError, match="steps must be at least 1"):
         llmnb("train", "--steps", 0)
+
+
+# streams
+
+
+class Terminal(io.StringIO):
+    """What a terminal is sent."""
+
+    def isatty(self):
+        return True
+
+
+def broken(kind):
+    """A stream whose reader has gone away, or whose disk is full."""
+    if kind == "full":
+        if not Path("/dev/full").exists():
+            pytest.skip("no /dev/full")
+        return open("/dev/full", "w")
+    if kind == "pipe":
+        reader, writer = os.pipe()
+    else:
+        pty = pytest.importorskip("pty")
+        reader, writer = pty.openpty()
+    os.close(reader)
+    return open(writer, "w")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "terminal", "full"])
+def test_training_goes_on_when_nobody_reads(
+    llmnb, tmp_path, monkeypatch, kind
+):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, broken(kind))
+    ask = [*TINY.split(), "--sample-every", 2]
+    assert llmnb("train", "--out", "run", *ask)[0] == 0
+    assert sorted(x.name for x in (tmp_path / "run").iterdir()) == FILES
+
+
+def test_a_signal_when_nobody_reads(llmnb, tmp_path, monkeypatch):
+    """Standard error is the process's own here: os.write goes there."""
+    old, lost = os.dup(2), broken("pipe")
+    try:
+        os.dup2(lost.fileno(), 2)
+        interrupt(monkeypatch, 3)
+        code = llmnb("train", "--out", "cut", *TINY.split())[0]
+    finally:
+        os.dup2(old, 2)
+    assert code == 130 and (tmp_path / "cut" / "model.bin").exists()
+
+
+def test_training_says_that_its_report_is_lost(llmnb, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", broken("full"))
+    code, _, err = llmnb("train", "--out", "run", *TINY.split())
+    assert code == 0
+    warning = "llmnb: warning: standard output: No space left on device\n"
+    assert err.count("standard output") == 1 and warning in err
+
+
+OTHERS = {
+    "generate": "generate {run} --prompt spam --tokens 9 --samples 2",
+    "eval": "eval {run} --text {run}/config.json --limit 300",
+    "plot": "plot {run}",
+    "data": "data out --corpus {run}/sample.txt --tokenizer byte",
+    "info": "info",
+    "bench": "bench --steps 1 --precision fp32 --json - " + SMALL,
+    "help": "train --help",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_reader_that_goes_away_ends_other_commands_quietly(
+    llmnb, trained, monkeypatch, name
+):
+    monkeypatch.setattr(sys, "stdout", broken("pipe"))
+    args = OTHERS[name].format(run=trained).split()
+    assert llmnb(*args) == (141, "", "")
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_result_that_cannot_be_written_is_one_error(
+    llmnb, trained, monkeypatch, name
+):
+    monkeypatch.setattr(sys, "stdout", broken("full"))
+    args = OTHERS[name].format(run=trained).split()
+    error = "llmnb: error: standard output: No space left on device\n"
+    assert llmnb(*args) == (1, "", error)
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "says"),
+    [("pipe", 141, ""), ("full", 1, "No space left on device")],
+)
+def test_python_that_ends_has_nothing_to_add(kind, code, says):
+    """Such as "Exception ignored", and a code of its own."""
+    command = [sys.executable, "-m", "llmnb.cli", "info"]
+    with broken(kind) as out:
+        done = subprocess.run(
+            command, stdout=out, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == code
+    assert says in done.stderr and done.stderr.count("\n") == bool(says)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="uses a shell")
+def test_streams_that_are_closed_from_the_start():
+    command = f"'{sys.executable}' -m llmnb.cli info"
+    shell = f"{command} >&-; echo $?; {command} --num-heads 7 2>&-; echo $?"
+    done = subprocess.run(shell, shell=True, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("0\n1\n", "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="uses a shell")
+def test_closed_streams_leave_no_place_for_files(trained, tmp_path):
+    """No file of the run gets the number of a stream that was closed."""
+    code = (
+        "import sys; from llmnb import cli, train\n"
+        "def opened(**how): raise ValueError(open('file', 'w').fileno())\n"
+        "train.starting_from = opened\n"
+        "cli.main(['train', '--init', 'x'])"
+    )
+    shell = f"'{sys.executable}' -c \"{code}\" >&- <&- 2>err; cat err"
+    done = subprocess.run(
+        shell, shell=True, capture_output=True, text=True, cwd=tmp_path
+    )
+    number = re.fullmatch(r"llmnb: error: (\d+)\n", done.stdout)
+    assert number and int(number[1]) > 2
+
+
+def test_characters_that_a_stream_lacks_are_escaped(
+    llmnb, trained, tmp_path, monkeypatch
+):
+    def bytes_of(*args):
+        out = io.TextIOWrapper(io.BytesIO(), "cp1252", newline="\n")
+        monkeypatch.setattr(sys, "stdout", out)
+        return llmnb(*args)[0], out.buffer.getvalue()
+
+    ask = "generate", trained, "--tokens", 0, "--prompt"
+    assert bytes_of(*ask, "caf\xe9 \u4e2d") == (0, b"caf\xe9 \\u4e2d\n")
+    assert bytes_of(*ask, "caf\udce9") == (0, b"caf\\ufffd\n")
+    (tmp_path / "\u4e2d.txt").write_text(
+        "spam \u4e2d\U0001f600 " * 2000, "utf-8"
+    )
+    ask = [*TINY.split(), "--sample-every", 2]
+    code, raw = bytes_of("train", "--corpus", "\u4e2d.txt", *ask)
+    assert code == 0
+    assert b"corpus     \\u4e2d.txt: 1 documents" in raw
+    assert b"after 2 steps:" in raw and b"wrote      runs" in raw
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes there")
+def test_a_name_that_is_not_text_is_said(llmnb, tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    code, _, err = llmnb("generate", name)
+    assert code == 1 and "there is no run caf\\udce9\n" in err
+    code, out, err = llmnb("train", "--out", name, *TINY.split())
+    assert code == 0 and "folder     caf\\udce9\n" in out
+    assert (tmp_path / name / "model.bin").exists()
+
+
+def test_a_prompt_that_is_not_text(llmnb, trained, monkeypatch):
+    ask = ["generate", trained, "--tokens", 0, "--prompt", "-"]
+    prompt = io.TextIOWrapper(io.BytesIO(b"caf\xe9!"), "utf-8")
+    monkeypatch.setattr(sys, "stdin", prompt)
+    assert llmnb(*ask) == (0, "caf\ufffd!\n", "")
+    monkeypatch.setattr(sys, "stdin", None)
+    code, _, err = llmnb(*ask)
+    assert code == 1 and "standard input, which is closed" in err
+
+
+@pytest.fixture
+def terminals(llmnb, monkeypatch):
+    """Run a command on a terminal; gives its code and what it was sent."""
+
+    def run(*args):
+        out, err = Terminal(), Terminal()
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        return llmnb(*args)[0], out.getvalue(), err.getvalue()
+
+    return run
+
+
+NASTY = "a\tb\x1b[31m\x9b31m\r\x07"
+TAME = "a\tb\\x1b[31m\\x9b31m\\x0d\\x07"
+
+
+def test_a_terminal_gets_no_commands(llmnb, trained, terminals, tmp_path):
+    ask = ["generate", trained, "--tokens", 0, "--prompt", NASTY]
+    assert terminals(*ask) == (0, TAME + "\n", "")
+    error = "llmnb: error: there is no run "
+    code, _, err = terminals("generate", "x\x1b]0;title\x07")
+    assert (code, err) == (1, error + "x\\x1b]0;title\\x07\n")
+    header = {
+        "\x1b[2J": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    }
+    raw = json.dumps(header).encode()
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(4))
+    code, _, err = terminals("generate", path)
+    assert code == 1 and "\x1b" not in err
+    code, _, err = terminals("train", "--schedule", "\x1b[2J")
+    assert code == 1 and "\x1b" not in err and "[2J" in err
+    code, _, err = terminals("info", "\x1b[2J")
+    assert code == 2 and "\\x1b[2J" in err
+
+
+def test_files_and_pipes_get_the_text_as_it_is(llmnb, trained):
+    ask = ["generate", trained, "--tokens", 0, "--prompt", NASTY]
+    assert llmnb(*ask) == (0, NASTY + "\n", "")
+
+
+def test_an_error_is_one_line_whatever_the_name(llmnb):
+    code, _, err = llmnb("plot", "two\nlines")
+    assert code == 1 and err.count("\n") == 1 and "two lines: No such" in err
+
+
+def test_a_terminal_gets_a_bar(terminals):
+    code, out, err = terminals("train", *TINY.split(), "--sample-every", 3)
+    assert code == 0 and "after 3 steps:" in out
+    last = err.rstrip().split("\r")[-1]
+    assert "6/6" in last and "loss=" in last and "tok/s=" in last
+    assert "\\x0d" not in err
+
+
+def test_a_log_gets_no_bar(llmnb, trained):
+    code, _, err = llmnb("train", *TINY.split())
+    lines = err.splitlines()
+    assert code == 0 and "\r" not in err
+    assert [x.split()[:2] for x in lines] == [
+        ["17%", "1/6"],
+        ["83%", "5/6"],
+        ["100%", "6/6"],
+    ]
+    assert "loss=" in lines[-1] and "val=" in lines[0]
+    for name in ("eval", "data", "bench"):
+        args = OTHERS[name].format(run=trained).split()
+        assert llmnb(*args)[::2] == (0, ""), name
+
+
+def test_a_log_gets_a_line_a_minute(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    for _ in progress(range(10)):
+        clock[0] += 25
+    lines = [x.split()[:2] for x in capsys.readouterr()[1].splitlines()]
+    assert lines == [["30%", "3/10"], ["60%", "6/10"], ["90%", "9/10"]]
+
+
+# memory
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Set how many bytes the machine has left."""
+
+    def set_free(nbytes):
+        monkeypatch.setattr("llmnb.room.free_memory", lambda: nbytes)
+
+    return set_free
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("train --out new " + TINY, "a smaller batch_size, seq_len or model"),
+        ("train --out new --init {run} --limit 9999", "a smaller batch_size"),
+        ("train --resume {run} --steps 9", "a smaller batch_size"),
+        ("train --out new --corpus big.txt", "made with `llmnb data`"),
+        ("train --out new --corpus .", "made with `llmnb data`"),
+        ("generate {run}", "fewer or shorter texts"),
+        ("generate {run} --backend reference", "a smaller batch_size"),
+        ("eval {run} --text big.txt", "a smaller batch_size"),
+        ("bench --steps 1 " + SMALL, "fewer precisions"),
+    ],
+)
+def test_too_little_memory_is_one_line(
+    llmnb, trained, tmp_path, free, command, says
+):
+    (tmp_path / "big.txt").write_text("spam " * 5000)
+    free(20_000)
+    before = {x: x.stat().st_mtime for x in trained.iterdir()}
+    code, _, err = llmnb(*command.format(run=trained).split())
+    assert code == 1 and err.count("\n") == 1 and says in err
+    pattern = r"llmnb: error: needs [\d.]+ GB, this machine has 0.0 GB free:"
+    assert re.match(pattern, err)
+    assert {x: x.stat().st_mtime for x in trained.iterdir()} == before
+
+
+def test_memory_goes_by_what_is_asked(llmnb, trained, tmp_path, free):
+    free(20_000_000)
+    ask = ["generate", trained, "--tokens", 4, "--samples"]
+    assert llmnb(*ask, 100_000)[0] == 1
+    assert llmnb(*ask, 2)[0] == 0
+    model = GPT2(GPT2Config(16, 300, 1, 2, 16), 2, 16, "reference")
+    free(3 * model.memory.nbytes // 2)  # one of them fits, but not two
+    ask = ["bench", "--steps", 1, *SMALL.split(), "--precision", "fp32"]
+    code, _, err = llmnb(*ask, "fp64")
+    assert code == 1 and "fewer precisions" in err
+    assert llmnb(*ask)[0] == 0
+    (tmp_path / "big.txt").write_text("spam " * 200_000)
+    (tmp_path / "big.jsonl").write_text('{"text": "spam"}\n' * 50_000)
+    free(600_000)
+    ask = ["train", *TINY.split(), "--corpus"]
+    assert llmnb(*ask, "big.txt")[0] == 0  # 30,000 characters of it
+    assert llmnb(*ask, "big.jsonl")[0] == 0
+
+
+def test_info_describes_a_model_that_is_too_large(llmnb, free):
+    free(1)
+    code, out, _ = llmnb("info", "--depth", 48, "--batch-size", 10**6)
+    assert code == 0 and "MB (params" in out
 
 
 # help

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -437,7 +438,8 @@ def server(monkeypatch):
         thread.join()
 
 
-def test_downloaded_once(play, server, capfd):
+def test_downloaded_once(play, server, capfd, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert corpus.load("tinyshakespeare") == SPEECHES
     assert play.read_text() == PLAY
     assert corpus.load("tinyshakespeare") == SPEECHES
@@ -446,6 +448,11 @@ def test_downloaded_once(play, server, capfd):
     out, err = capfd.readouterr()
     assert out == ""
     assert "tinyshakespeare.txt" in err and "100%" in err
+
+
+def test_a_log_gets_no_bar_of_a_download(play, server, capfd):
+    assert corpus.load("tinyshakespeare") == SPEECHES
+    assert capfd.readouterr() == ("", "")
 
 
 def test_download_with_another_hash(play, server):

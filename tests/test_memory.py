@@ -7,10 +7,11 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from llmnb import GPT2, GPT2Config
+from llmnb import GPT2, GPT2Config, room
 from llmnb.arena import Arena
 from llmnb.checks import check_array, check_tokens
 from llmnb.layout import footprint, gpt2_layout
+from llmnb.train import TrainConfig, new_model
 
 CFG = GPT2Config(
     max_seq_len=32, vocab_size=200, num_layers=2, num_heads=4, channels=32
@@ -137,6 +138,83 @@ def test_a_model_too_large_says_so(monkeypatch):
     monkeypatch.setattr(np, "zeros", refuse)
     with pytest.raises(MemoryError, match="one block of [0-9,]+ bytes"):
         GPT2(CFG, 2, 16)
+
+
+MEMINFO = "MemFree: 9 kB\nMemAvailable:    1000 kB\nSwapFree: 24 kB\nX: y\n"
+BOX = {
+    "proc/self/cgroup": "1:name=systemd:/\n0::/a/b\n",
+    "sys/fs/cgroup/a/b/memory.max": "max\n",
+    "sys/fs/cgroup/a/memory.max": "500000\n",
+    "sys/fs/cgroup/a/memory.current": "400000\n",
+    "sys/fs/cgroup/a/memory.stat": "anon 9\nactive_file 1\ninactive_file 2\n",
+}
+OLD_BOX = {
+    "proc/self/cgroup": "4:memory:/docker/x\n3:cpu,cpuacct:/docker/x\n",
+    "sys/fs/cgroup/cpu,cpuacct/memory.limit_in_bytes": "1\n",
+    "sys/fs/cgroup/memory/memory.limit_in_bytes": "500000\n",
+    "sys/fs/cgroup/memory/memory.usage_in_bytes": "400000\n",
+    "sys/fs/cgroup/memory/memory.stat": "inactive_file 9\n"
+    "total_active_file 1\ntotal_inactive_file 2\n",
+}
+NO_SWAP = {
+    "sys/fs/cgroup/a/memory.swap.max": "0\n",
+    "sys/fs/cgroup/a/memory.swap.current": "0\n",
+}
+ZFS = "13 1 0x01\nname type data\nsize 4 5000\nc_min 4 2000\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "want"),
+    [
+        ({}, 1024 * 1024),
+        ({"proc/self/cgroup": "0::/\n"}, 1024 * 1024),
+        ({"proc/self/cgroup": "nonsense"}, 1024 * 1024),
+        ({"proc/spl/kstat/zfs/arcstats": ZFS}, 1024 * 1024 + 3000),
+        (BOX, 100_003 + 24 * 1024),
+        (BOX | NO_SWAP, 100_003),
+        (BOX | {"sys/fs/cgroup/a/memory.max": "9" * 19}, 1024 * 1024),
+        (BOX | {"sys/fs/cgroup/a/memory.current": "?"}, 1024 * 1024),
+        (OLD_BOX, 100_003 + 24 * 1024),
+        ({"proc/meminfo": "MemFree: 9 kB\n"}, None),
+    ],
+)
+def test_what_is_free(tmp_path, files, want):
+    for name, text in ({"proc/meminfo": MEMINFO} | files).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert room.free_memory(tmp_path) == want
+
+
+def test_what_is_free_where_nobody_knows(tmp_path, monkeypatch):
+    assert room.free_memory(tmp_path) is None
+    monkeypatch.setattr(room, "free_memory", lambda: None)
+    room.check_room(1 << 60)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_what_is_free_here():
+    assert 1 << 20 < room.free_memory() < 1 << 50
+
+
+def test_what_would_fit_is_not_refused(monkeypatch):
+    """A model that only reads takes no memory for its gradients."""
+    shape = {"num_layers": 2, "num_heads": 4, "channels": 32, "seq_len": 16}
+    config = TrainConfig(**shape, batch_size=2, backend="reference")
+    cfg = config.model(200)
+    sizes = footprint(gpt2_layout(cfg, 2, 16))
+    reads = ("params", "acts", "logits", "block", "batch")
+    least, whole = sum(sizes[x] for x in reads), sum(sizes.values())
+    free = [whole]
+    monkeypatch.setattr(room, "free_memory", lambda: free[0])
+    new_model(config, 200)
+    free[0] = whole - 1
+    with pytest.raises(MemoryError, match="needs 0.0 GB, this machine has"):
+        new_model(config, 200)
+    free[0] = least
+    GPT2(cfg, 2, 16, "reference").forward(np.zeros((2, 16), np.int64))
+    free[0] = least - 1
+    with pytest.raises(MemoryError, match="batch_size, seq_len or model"):
+        GPT2(cfg, 2, 16, "reference")
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,18 @@
 """Logs are read row by row, damaged ones with one error, and drawn."""
 
+import io
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmnb.bench import layers_figure
 from llmnb.cli import main
+from llmnb.train import save_figure
 from llmnb.watch import Board, compare_runs, read_log, run_table, smooth
 
 LOG = """step,loss,val_loss,learning_rate,grad_norm,tokens_per_second
@@ -102,6 +106,61 @@ def test_the_picture_holds_every_run(log):
     assert loss.lines[0].get_ydata() == pytest.approx([6.85, 6.65])
     assert loss.lines[1].get_ydata() == pytest.approx([6.95, 6.6, 6.4])
     assert rate.lines[0].get_ydata().tolist() == [0.001, 0.002, 0.003]
+
+
+def legend(logs):
+    """The names in a picture's legend, as they are drawn."""
+    figure = compare_runs(logs)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure.savefig(io.BytesIO(), format="png")
+    known = [x for x in caught if "missing from" not in str(x.message)]
+    assert known == []
+    texts = figure.axes[0].get_legend().get_texts()
+    assert not any(x.get_parse_math() or x.get_usetex() for x in texts)
+    return [x.get_text() for x in texts]
+
+
+def test_names_mean_nothing_to_the_picture(log):
+    names = ["price$5_^$", "$lr_1e-3$", "_hidden", r"\frac{", "a_b^c%&#~"]
+    assert legend(dict.fromkeys(names, read_log(log))) == names
+
+
+def test_names_that_are_no_line_of_text(log):
+    logs = dict.fromkeys(
+        [
+            "two\nlines",
+            "\U0001f600",
+            "caf\udce9",
+            "x" * 300 + "end",
+            "\x1b[2J",
+        ],
+        read_log(log),
+    )
+    shown = legend(logs)
+    assert shown[:3] == ["two lines", "\U0001f600", "caf?"]
+    assert shown[3] == "..." + "x" * 54 + "end"
+    rows = run_table(logs)
+    assert len(rows) == 1 + len(logs) and not any("\n" in x for x in rows)
+    assert rows[1].startswith("two lines ")
+
+
+def test_plot_takes_names_as_they_are(log, capsys):
+    runs = [log.parent / x for x in ("price$5_^$", "$lr_1e-3$", "_x")]
+    for run in runs:
+        run.mkdir()
+        (run / "log.csv").write_text(LOG)
+    main(["plot", *map(str, runs), "--out", str(log.parent / "x.png")])
+    assert (log.parent / "x.png").stat().st_size > 9999
+    assert "price$5_^$" in capsys.readouterr()[0]
+
+
+def test_landmarks_and_titles_are_taken_literally(tmp_path):
+    save_figure(tmp_path / "x.png", [], {"$a_^$": 5.0})
+    layer = {"name": "gelu_forward", "calls": 1, "seconds": 1.0}
+    row = {"name": "llmnb", "layers": [layer]}
+    result = {"configs": [{"name": "$a_^$", "contestants": [row]}]}
+    layers_figure(result).savefig(io.BytesIO(), format="png")
 
 
 def test_the_table(log):
