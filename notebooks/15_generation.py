@@ -393,11 +393,12 @@ for bad in ({"temperature": -1}, {"top_k": 0}, {"top_p": 1.5}):
 # %% [markdown]
 # ## A model to draw from
 #
-# We train one here, small enough to take seconds, on the beginning of the
-# standard library. To use a model of your own, set `RUN` to the folder that
-# `llmnb train` has written; everything below works with either. The
-# texts it writes depend on your Python's library, so those outputs are not
-# compared when the notebook is verified.
+# We train one here, small enough to take seconds, on the text of
+# [chapter 14](14_training.ipynb). To use a model of your own, set `RUN` to the
+# folder that `llmnb train` has written; everything below works with either.
+# The texts it writes hang on the last bits of its logits, which are others on
+# another processor, so those outputs are not compared when the notebook is
+# verified.
 
 # %% a few seconds of training
 from llmnb.train import TrainConfig, loaders, new_model, prepare, train
@@ -405,8 +406,9 @@ from llmnb.train import TrainConfig, loaders, new_model, prepare, train
 RUN = None  # or a folder such as "../runs/stdlib"
 
 config = TrainConfig(
-    limit=2_000_000, num_layers=2, channels=96, seq_len=64, steps=500
-)
+    corpus=("../tests/data/library.jsonl.gz",),
+    num_layers=2, channels=96, seq_len=64, steps=500,
+)  # fmt: skip
 data = prepare(config)
 teacher = new_model(config, data.encoding.n_vocab)
 batches, _ = loaders(config, data)

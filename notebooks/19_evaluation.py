@@ -365,14 +365,15 @@ verdict("one window", same, "no stride matters")
 # ## What context is worth
 #
 # Now a model that has learnt something: two layers and four hundred steps on
-# the standard library, as in [chapter 14](14_training.ipynb).
+# the text of [chapter 14](14_training.ipynb).
 
 # %% a small model that has learnt
 from llmnb.train import TrainConfig, loaders, new_model, prepare, train
 
 config = TrainConfig(
-    limit=1_500_000, num_layers=2, channels=96, seq_len=64, steps=400
-)
+    corpus=("../tests/data/library.jsonl.gz",), limit=1_500_000,
+    num_layers=2, channels=96, seq_len=64, steps=400,
+)  # fmt: skip
 data = prepare(config)
 student = new_model(config, data.encoding.n_vocab)
 batches, _ = loaders(config, data)
