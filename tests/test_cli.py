@@ -336,7 +336,7 @@ def test_fine_tuning(llmnb, tmp_path, trained):
     code, out, _ = llmnb("train", "--init", trained, *args.split())
     assert code == 0
     assert "1 layers, 2 heads, 16 channels, 257 tokens" in out
-    (run,) = (tmp_path / "runs").iterdir()
+    (run,) = (tmp_path / "runs").glob("[!.]*")
     config = json.loads((run / "config.json").read_text("utf-8"))["config"]
     assert config["init"] == str(trained) and config["seq_len"] == 16
     assert config["learning_rate"] == 1e-4
