@@ -202,15 +202,13 @@ def test_nohup_goes_on(llmnb, tmp_path, monkeypatch, hangup):
 def test_a_signal_while_the_model_is_saved_waits_for_it(
     llmnb, tmp_path, monkeypatch
 ):
-    from llmnb import run as module
-
-    whole = module.save_run
+    whole = GPT2.save_checkpoint
 
     def interrupted(*args):
         signal.raise_signal(signal.SIGINT)
         return whole(*args)
 
-    monkeypatch.setattr(module, "save_run", interrupted)
+    monkeypatch.setattr(GPT2, "save_checkpoint", interrupted)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     code, out, _ = llmnb("train", "--out", "run", *TINY.split())
     assert code == 130 and "at step 6, and saved" in out
@@ -323,10 +321,13 @@ def test_the_newest_run_is_the_one_that_saved_last(llmnb, tmp_path):
     from llmnb.train import run_folder
 
     def run(name):
-        args = argparse.Namespace(tensorboard=False)
         made = begin(run_folder(f"runs/{name}"), config)
         _note(made)
-        return made, cli._follow, args
+        return made
+
+    def follow_to_the_end(run):
+        args = argparse.Namespace(tensorboard=False)
+        cli._follow(run, args, cli._Stop())
 
     options = {"num_layers": 1, "num_heads": 2, "channels": 16, "steps": 6}
     config = TrainConfig(
@@ -335,12 +336,12 @@ def test_the_newest_run_is_the_one_that_saved_last(llmnb, tmp_path):
     )  # fmt: skip
     first = run("first")
     second = run("second")
-    second[1](second[0], second[2])
+    follow_to_the_end(second)
     assert cli._newest_run("config.json").name == "second"
-    for _ in follow(first[0]):
+    for _ in follow(first):
         pass
     assert cli._newest_run("config.json").name == "second", "not noted"
-    first[1](first[0], first[2])
+    follow_to_the_end(first)
     assert cli._newest_run("config.json").name == "first"
 
 

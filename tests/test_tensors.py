@@ -213,7 +213,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     real = open
 
     def limited(name, mode="r", *rest):
-        if mode != "wb":
+        if mode != "xb":
             return real(name, mode, *rest)
         real(name, mode).close()
         return Full()
