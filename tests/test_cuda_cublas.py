@@ -149,7 +149,8 @@ def test_backward(place, rows, C, OC, add):
     dy, dx = draw(rng, 1, rows, OC), draw(rng, 1, rows, C)
     dw, db = draw(rng, OC, C), draw(rng, OC)
     want = [z.astype(np.float64) for z in (dx, dw, db)]
-    matmul_backward(*want, dy, x, w, *add)
+    exact = [z.astype(np.float64) for z in (dy, x, w)]
+    matmul_backward(*want, *exact, *add)
     if not add[0]:
         dx[...] = np.nan
     if not add[1]:
