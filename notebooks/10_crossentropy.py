@@ -357,7 +357,7 @@ def softmax_backward(dlogits, dprobs, probs):
 # %% the collapse against the matrix
 dp = rng.normal(size=3)
 dz = np.zeros(3)
-softmax_backward(dz, dp, p)
+softmax_backward(*(x.reshape(1, 1, 3) for x in (dz, dp, p)))
 compare("10.8 and 10.7", dz, jacobian.T @ dp, tol=1e-12)
 
 # %% [markdown]

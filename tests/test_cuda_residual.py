@@ -177,7 +177,7 @@ def test_empty_arrays():
         with pytest.raises(ValueError, match="must have channels, got"):
             cuda.fused_residual_forward(*arrays, version=version)
     scalar = DeviceArray(np.zeros((), np.float32))
-    with pytest.raises(ValueError, match=r"must have channels, got \(\)"):
+    with pytest.raises(ValueError, match=r"must have shape \(C,\), got \(\)"):
         cuda.fused_residual_forward(*[scalar] * 8)
 
 

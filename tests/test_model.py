@@ -327,7 +327,8 @@ def test_the_callers_arrays_are_copied():
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", "cuda"])
-def test_no_update_before_a_gradient(backend):
+def test_no_update_before_a_gradient(backend, monkeypatch):
+    monkeypatch.setenv("LLMNB_CUDA", "simulator")
     model = GPT2(TINY, 2, 3, backend)
     tokens, targets = batch(TINY, 2, 3)
     before = np.array(model.memory.flat("params"))
@@ -358,7 +359,10 @@ def test_no_update_before_a_gradient(backend):
     ],
 )
 @pytest.mark.parametrize("backend", ["reference", "cpu", "cuda"])
-def test_a_steps_settings_are_looked_at_first(backend, settings, error, says):
+def test_a_steps_settings_are_looked_at_first(
+    backend, settings, error, says, monkeypatch
+):
+    monkeypatch.setenv("LLMNB_CUDA", "simulator")
     model = GPT2(TINY, 2, 3, backend)
     with pytest.raises(error, match=f"GPT2.step: {says}"):
         model.step(*batch(TINY, 2, 3), **settings)
