@@ -23,8 +23,8 @@ import functools
 import inspect
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import NamedTuple
 
 import numpy as np
 
@@ -105,7 +105,8 @@ class Argument:
 
 
 # where arrays are
-class Memory(NamedTuple):
+@dataclass(frozen=True)
+class Memory:
     """How to look at the arrays of a backend.
 
     check: raises where one is not fit, as check_array; kind: all that
@@ -134,7 +135,7 @@ def host_kind(x):
 
 
 HOST = Memory(check_array, host_kind, np.may_share_memory, FLOATS, INTS, True)
-COMPILED = HOST._replace(ints=INTS[:1])  # one type: each takes a compilation
+COMPILED = replace(HOST, ints=INTS[:1])  # one type: each takes a compilation
 
 
 # all arguments

@@ -736,8 +736,8 @@ import functools
 import inspect
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import NamedTuple
 
 import numpy as np
 
@@ -818,7 +818,8 @@ class Argument:
 
 
 # %% where arrays are tags=["export"] module="shapes"
-class Memory(NamedTuple):
+@dataclass(frozen=True)
+class Memory:
     """How to look at the arrays of a backend.
 
     check: raises where one is not fit, as check_array; kind: all that
@@ -847,7 +848,7 @@ def host_kind(x):
 
 
 HOST = Memory(check_array, host_kind, np.may_share_memory, FLOATS, INTS, True)
-COMPILED = HOST._replace(ints=INTS[:1])  # one type: each takes a compilation
+COMPILED = replace(HOST, ints=INTS[:1])  # one type: each takes a compilation
 
 
 # %% all arguments tags=["exporti"] module="shapes"

@@ -370,10 +370,8 @@ def test_wrong_kinds():
 
 
 def test_wrong_arguments_of_backward():
-    x, w, db, dy = map(
-        to_device, (normal(2, 3, 4), normal(5, 4), normal(5), normal(2, 3, 5))
-    )
-    good = x, w, db, dy, x, w
+    shapes = (2, 3, 4), (5, 4), (5,), (2, 3, 5), (2, 3, 4), (5, 4)
+    good = x, *_ = [to_device(normal(*shape)) for shape in shapes]
     for place, name in enumerate(["dinp", "dweight", "dbias", "dout"]):
         bad = list(good)
         bad[place] = to_device(normal(7))
