@@ -86,6 +86,9 @@ def test_curves_of_no_numbers_are_not_compared(monkeypatch):
         def backward(self):
             pass
 
+        def update(self, step):
+            pass
+
     monkeypatch.setattr("llmnb.bench.GPT2", Broken)
     with pytest.raises(FloatingPointError, match="cpu fp32: the loss is inf"):
         module.loss_curves(["fp32"], 2, (CFG, 2, 16))
