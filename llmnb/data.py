@@ -93,7 +93,7 @@ def shard_length(path):
     with open(path, "rb", buffering=0) as file:
         size, header = os.fstat(file.fileno()).st_size, file.read(12)
     if size < HEADER_BYTES or len(header) < 12:
-        what = what_is(path)
+        what = what_is(path, SHARD_MAGIC)
         raise ValueError(
             f"{path}: a shard has a header of {HEADER_BYTES} bytes, "
             f"the file has {size}" + (what and f": {what}")

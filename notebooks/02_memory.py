@@ -947,8 +947,8 @@ class _Arguments:
             if mark == "|" and (n == 0 or of % n):
                 names = ", ".join(a.names)
                 raise ValueError(
-                    f"{a.label} must have shape ({names}) with a {name} "
-                    f"that divides {other} = {of}, got {shape}"
+                    f"{a.label} must have shape ({names}), where {name} "
+                    f"divides {other} = {of}, got {shape}"
                 )
 
     def _limit(self, name, value, limit):

@@ -664,7 +664,7 @@ def read_examples(path):
     """
     size = os.path.getsize(path)
     if size < 1024 or size % 2:
-        what = what_is(path)
+        what = what_is(path, EVAL_MAGIC)
         raise ValueError(
             f"{path}: must have a header of 1024 bytes and two bytes for "
             f"each number, the file has {size}" + (what and f": {what}")
