@@ -511,11 +511,13 @@ def test_killed_at_any_moment(tmp_path, texts):
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     where = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": root()}}
     whole = [x if x != "out" else "whole" for x in command]
+    start = time.monotonic()
     subprocess.run(whole, check=True, timeout=60, **quiet, **where)
+    took = time.monotonic() - start
     rng, killed = random.Random(5), 0
     while killed < 8:
         process = subprocess.Popen(command, **quiet, **where)
-        time.sleep(rng.uniform(0.2, 1.2))
+        time.sleep(rng.uniform(0.2, 0.7) * took)
         process.kill()
         killed += process.wait() != 0
         if process.returncode == 0:
