@@ -420,12 +420,12 @@ for wrong in (
 # %% [markdown]
 # ## The data
 #
-# `prepare` does what [chapter 1](01_tokens.ipynb) taught, in order: load
-# the documents, train or load a tokenizer, encode, split. It returns the
-# tokenizer, the two token arrays, and a sentence that says where the text
-# came from and what of it was passed over. The tokenizer learns from the first two million characters: the
-# documents come in a mixed order, and more text would change the merges
-# little and take longer.
+# `prepare` does what [chapter 1](01_tokens.ipynb) taught, in order: load the
+# documents, train or load a tokenizer, encode, split. It returns the
+# tokenizer, the two token arrays, and a sentence that says where the text came
+# from and what of it was passed over. The tokenizer learns from the first two
+# million characters: the documents come in a mixed order, and more text would
+# change the merges little and take longer.
 
 # %% the data of a run tags=["export"]
 TOKENIZER_TEXT = 2_000_000  # characters the bpe tokenizer learns from
@@ -1673,10 +1673,10 @@ print(continued("def read(self, name", 100))
 #
 # A run that is not over has no `model.bin` yet, or an old one; its newest
 # state has the weights too. (`config.json` says at which step `model.bin` was
-# written, so no clock has to tell which is the newer.) This is also the way out of a run whose loss is
-# no number any more. Its learning rate cannot be changed, since a run is
-# fixed by its numbers, but another run can begin where the last state was
-# good, at a lower rate.
+# written, so no clock has to tell which is the newer.) This is also the way
+# out of a run whose loss is no number any more. Its learning rate cannot be
+# changed, since a run is fixed by its numbers, but another run can begin where
+# the last state was good, at a lower rate.
 
 
 # %% a run from a checkpoint tags=["export"]

@@ -213,8 +213,9 @@ verdict("one further", not cuts_agree(texts, shift=1), "is caught")
 
 # %% [markdown]
 # What if no safe place comes? A table of numbers without blanks, an image in
-# base64, a file of empty lines. The text held back grows until it has 16 million characters; then the
-# file is refused in one sentence. No bound would mean no bound on memory.
+# base64, a file of empty lines. The text held back grows until it has 16
+# million characters; then the file is refused in one sentence. No bound would
+# mean no bound on memory.
 #
 # The text comes from [chapter 1](01_tokens.ipynb)'s reader: unpacked and decoded
 # block by block, or a line of JSON at a time, so that no file, and no bomb, is
@@ -300,10 +301,10 @@ def _blocks(text):
 
 
 # %% [markdown]
-# In a folder, files that are no text are passed over and counted, as in chapter
-# 1. That must be known before the first piece of a file is used, and so such a file is
-# decoded twice. Decoding is a hundred times faster than encoding. (Work that is
-# taken up again counts what it reads itself.)
+# In a folder, files that are no text are passed over and counted, as in
+# chapter 1. That must be known before the first piece of a file is used, and
+# so such a file is decoded twice. Decoding is a hundred times faster than
+# encoding. (Work that is taken up again counts what it reads itself.)
 
 
 # %% a file in a folder tags=["exporti"] module="documents"
