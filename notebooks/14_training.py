@@ -2875,7 +2875,7 @@ def telling(run):
 
 
 def _kept(run):
-    """The states that the run has written or gone on from, the oldest first."""
+    """The states it has written or gone on from, the oldest first."""
     return [state_path(run.folder, step) for step in run.kept]
 
 
