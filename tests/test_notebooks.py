@@ -75,6 +75,12 @@ def test_a_chapters_notebook_is_its_source(path):
     assert notebook.defects(path) == [], "run `make notebooks`"
 
 
+def test_every_notebook_has_a_source():
+    """A notebook that was run aside would be verified as a chapter."""
+    built = {x.stem for x in (ROOT / "notebooks").glob("*.ipynb")}
+    assert built == {x.stem for x in SOURCES}
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
 def test_a_chapters_lines_fit_a_page(path):
     code = re.sub(r"^#.*$", "", path.read_text("utf-8"), flags=re.M)
