@@ -69,8 +69,10 @@ def llmnb(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
+    """A run of a fixed text: what it writes depends on no other."""
     folder = tmp_path_factory.mktemp("cli") / "run"
-    main(["train", "--out", str(folder), *TINY.split()])
+    text = ["--corpus", str(LIBRARY)]
+    main(["train", "--out", str(folder), *TINY.split(), *text])
     return folder
 
 
@@ -98,7 +100,7 @@ def test_train_twice_makes_two_folders(llmnb, tmp_path):
 def test_train_records_what_was_asked(trained):
     found = json.loads((trained / "config.json").read_text("utf-8"))
     assert found["config"]["channels"] == 16
-    assert found["config"]["corpus"] == ["stdlib"]
+    assert found["config"]["corpus"] == [str(LIBRARY)]
     lines = (trained / "log.csv").read_text("utf-8").splitlines()
     assert len(lines) == 1 + 6 + 1
 
@@ -1373,7 +1375,7 @@ OTHERS = {
     "generate": "generate {run} --prompt spam --tokens 9 --samples 2",
     "eval": "eval {run} --text {run}/config.json --limit 300",
     "plot": "plot {run}",
-    "data": "data out --corpus {run}/sample.txt --tokenizer byte",
+    "data": "data out --corpus {run}/log.csv --tokenizer byte",
     "info": "info",
     "bench": "bench --steps 1 --precision fp32 --json - " + SMALL,
     "help": "train --help",
