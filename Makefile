@@ -1,11 +1,11 @@
 # One command each; `make help` lists them. Every command first sets up what
-# it needs in .venv, again whenever pyproject.toml has changed. A Python that is
-# named gets an environment of its own: `make test PYTHON=python3.13`.
-ifeq ($(origin PYTHON),undefined)
-PYTHON := python3
-VENV := .venv
-else
+# it needs in .venv, again whenever pyproject.toml has changed. A Python named in
+# the command gets an environment of its own: `make test PYTHON=python3.13`.
+ifeq ($(origin PYTHON),command line)
 VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+else
+PYTHON ?= python3
+VENV := .venv
 endif
 BIN := $(VENV)/bin
 ARGS ?=
