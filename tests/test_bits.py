@@ -5,6 +5,9 @@ import os
 import subprocess
 import sys
 
+import bits as recorder
+import pytest
+
 PROGRAM = """
 import hashlib, json
 import numpy as np
@@ -43,7 +46,7 @@ print(json.dumps(bits))
 """
 
 
-def bits(cache, threads):
+def of_layers(cache, threads):
     """Hashes of what each call of each layer leaves, in a new process."""
     variables = {**os.environ, "LLMNB_CACHE": str(cache)}
     variables["NUMBA_NUM_THREADS"] = str(threads)
@@ -54,8 +57,20 @@ def bits(cache, threads):
 def test_bits_do_not_depend_on_the_cache_or_the_threads(tmp_path):
     """A process that compiles its kernels computes what one that loads them
     does: a run that is resumed must go on with the same bits."""
-    cold = bits(tmp_path, 2)
+    cold = of_layers(tmp_path, 2)
     assert len(cold) == 13
     assert sum(map(len, cold.values())) > 700
-    assert bits(tmp_path, 2) == cold
-    assert bits(tmp_path, 1) == cold
+    assert of_layers(tmp_path, 2) == cold
+    assert of_layers(tmp_path, 1) == cold
+
+
+@pytest.mark.parametrize("part", ["on_host", "on_simulator", "run_folder"])
+def test_the_bits_are_the_recorded_ones(part):
+    """Losses, logits, gradients, weights and files, commit after commit."""
+    record = json.loads(recorder.RECORD.read_text())
+    if recorder.machine() not in record:
+        pytest.skip(f"no record for {recorder.machine()}; see tests/bits.py")
+    found = getattr(recorder, part)()
+    if part == "run_folder":
+        found = {"run folder": found}
+    assert not recorder.different(found, record[recorder.machine()])
