@@ -1,10 +1,20 @@
-# Written by `make export` from notebooks/22_colophon.py: edit that file.
+# Written by `make export` from notebooks/appendix/10_book.py: edit that file.
 
-"""Build the book from itself.
+"""GPT-2 and its training, by hand, in Python.
 
-The exporter turns marked cells into the package; the builder runs the
-notebooks and keeps what they print.
-"""
+Begin with a model and a batch of tokens:
+
+    cfg = llmnb.GPT2Config(max_seq_len=64, vocab_size=257)
+    model = llmnb.GPT2(cfg, batch_size=8, seq_len=64)
+    loss = model.forward(tokens, targets)
+    model.backward()
+    model.update(learning_rate=1e-3, step=1)
+
+llmnb.tokenizer turns text into tokens; the command `llmnb` trains on
+your own text. The rooms, each documented by help(): llmnb.reference,
+cpu and cuda hold the layers; model the model; formats, text and train
+what it reads, writes and learns from; bench measures it. Each module
+is written by a chapter of the book, which its first line names."""
 
 __all__ = []
 
@@ -16,11 +26,16 @@ import importlib.util
 
 # the package's front door
 __version__ = "0.1.0"
-_HOME = {"GPT2": "llmnb.gpt2", "GPT2Config": "llmnb.config"}
+_HOME = {
+    "GPT2": "llmnb.model.gpt2",
+    "GPT2Config": "llmnb.config",
+}
 
 
 def __getattr__(name):
-    """Import a module, GPT2 or GPT2Config when it is first asked for."""
+    """Import a room, GPT2, GPT2Config or tokenizer when it is asked for."""
+    if name == "tokenizer":
+        return importlib.import_module("llmnb.text.tokenizer")
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     if importlib.util.find_spec(f"llmnb.{name}"):

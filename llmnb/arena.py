@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/02_memory.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/13_memory.py: edit that file.
 
-"""Lay out one block of memory.
-
-One allocation holds every tensor of the model as a named view, so the
-footprint is known before training begins and never grows.
-"""
+"""One block of memory that holds named groups of named tensors."""
 
 __all__ = [
     "Arena",
@@ -59,7 +55,7 @@ class Arena:
 
     arena[group][tensor] is the view of a tensor; .nbytes the block's size.
 
-    Derived in chapter 2.
+    Derived in chapter 1.13.
     """
 
     def __init__(self, groups, zeros=_zeros):
@@ -108,7 +104,7 @@ def put(array, values):
 
     values: an array of the same shape, of any dtype that can be converted.
 
-    Derived in chapter 2.
+    Derived in chapter 1.13.
     """
     if isinstance(array, np.ndarray):
         np.copyto(array, values, casting="unsafe")

@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/02_memory.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/13_memory.py: edit that file.
 
-"""Lay out one block of memory.
-
-One allocation holds every tensor of the model as a named view, so the
-footprint is known before training begins and never grows.
-"""
+"""Checks of arrays and tokens, whose errors name what is wrong."""
 
 __all__ = [
     "FLOATS",
@@ -30,7 +26,7 @@ def check_fit(name, array, shape, kinds):
     name: what the message calls it, such as "layernorm_forward: out".
     shape: None for any. kinds: a dtype, or a tuple of several that will do.
 
-    Derived in chapter 2.
+    Derived in chapter 1.13.
     """
     kinds = kinds if isinstance(kinds, tuple) else (np.dtype(kinds),)
     kind = getattr(array, "dtype", type(array).__name__)
@@ -50,7 +46,7 @@ def check_array(name, array, shape=None, kinds=FLOATS, written=False):
     for check_fit. Raises TypeError (not an array, wrong dtype) or
     ValueError (all else).
 
-    Derived in chapter 2.
+    Derived in chapter 1.13.
     """
     if type(array) not in (np.ndarray, np.memmap):
         kind = type(array).__name__
@@ -74,7 +70,7 @@ def check_tokens(name, tokens, vocab_size):
     Raises TypeError (not integers) or ValueError, which names the first
     token that is out of range and where it stands.
 
-    Derived in chapter 2.
+    Derived in chapter 1.13.
     """
     kind = getattr(tokens, "dtype", type(tokens).__name__)
     if not np.issubdtype(kind, np.integer):

@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/00_gpt2.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/04_gpt2.py: edit that file.
 
-"""See GPT-2 on one page.
-
-The model as one diagram, its shapes, and where its parameters, its operations
-and its bytes are.
-"""
+"""The numbers that fix a GPT-2's shape, and what they count."""
 
 __all__ = [
     "GPT2Config",
@@ -28,7 +24,7 @@ class GPT2Config:
     num_layers (L), num_heads (NH) and channels (C): C must be a multiple of
     NH. Every number must be a positive integer, or ValueError is raised.
 
-    Derived in chapter 0.
+    Derived in chapter 1.4.
     """
 
     max_seq_len: int = 1024
@@ -60,7 +56,7 @@ class GPT2Config:
 def parameter_shapes(cfg):
     """Shapes of the 16 parameter tensors by llm.c's names, in its order.
 
-    Derived in chapter 0.
+    Derived in chapter 1.4.
     """
     L, C, Vp = cfg.num_layers, cfg.channels, cfg.padded_vocab_size
     return {
@@ -87,7 +83,7 @@ def parameter_shapes(cfg):
 def parameter_count(cfg, padded=True):
     """How many parameters a configuration has, with or without padding.
 
-    Derived in chapter 0.
+    Derived in chapter 1.4.
     """
     count = sum(math.prod(s) for s in parameter_shapes(cfg).values())
     unused = cfg.padded_vocab_size - cfg.vocab_size
@@ -101,7 +97,7 @@ def flops_per_token(cfg, seq_len):
     for each of three products: one forward, two backward. The second term
     is attention's, with a causal mask.
 
-    Derived in chapter 0.
+    Derived in chapter 1.4.
     """
     attention = 6 * cfg.num_layers * cfg.channels * seq_len
     return 6 * parameter_count(cfg, padded=False) + attention

@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/00_gpt2.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/04_gpt2.py: edit that file.
 
-"""See GPT-2 on one page.
-
-The model as one diagram, its shapes, and where its parameters, its operations
-and its bytes are.
-"""
+"""Files that appear whole or not at all."""
 
 __all__ = [
     "BESIDE",
@@ -34,7 +30,7 @@ def sync_folder(folder):
     Does nothing on Windows, in a folder that may not be read, and on a file
     system that cannot do it. Raises OSError when the disk fails.
 
-    Derived in chapter 0.
+    Derived in chapter 1.4.
     """
     if os.name == "nt":
         return
@@ -52,7 +48,7 @@ def sync_folder(folder):
 def make_folder(path):
     """Make a folder and those above it, each with its name on the disk.
 
-    Derived in chapter 0.
+    Derived in chapter 1.4.
     """
     path = Path(path)
     if not path.is_dir():
@@ -74,7 +70,7 @@ def replacing(path):
     old one is as it was, and the error goes on. After a kill the new file
     may stay; its name is that of `path` and what `BESIDE` matches.
 
-    Derived in chapter 0.
+    Derived in chapter 1.4.
     """
     path = Path(path)
     beside = path.with_name(f"{path.name}.{os.urandom(8).hex()}.new")
@@ -134,7 +130,7 @@ def what_is(path, mine=None):
     mine: the number that the reader's own files begin with, if they do.
     Returns a clause, "this is ...", that says what to do about it.
 
-    Derived in chapter 0.
+    Derived in chapter 1.4.
     """
     with open(path, "rb") as file:
         start = file.read(64)
@@ -155,7 +151,7 @@ def read_small(path, most):
     Raises ValueError, naming the file, when it has more than `most`, before
     any is read, and when it is no file but a pipe, say, which has no size.
 
-    Derived in chapter 0.
+    Derived in chapter 1.4.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path}: must be a regular file")

@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/14_training.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/16_training.py: edit that file.
 
-"""Train a GPT-2 and watch it learn.
-
-Text becomes batches, batches become gradients, gradients become a model that
-predicts better than counting can, along the curve PyTorch draws.
-"""
+"""A lock on a folder, which ends with its process."""
 
 __all__ = [
     "LOCK",
@@ -62,7 +58,7 @@ LOCK = ".lock"
 def in_use(folder):
     """The words "is in use by ..." if another process has a folder, or "".
 
-    Derived in chapter 14.
+    Derived in chapter 1.16.
     """
     own = LOCKS.get(os.path.realpath(folder))
     if own and own.release.alive:
@@ -139,7 +135,7 @@ class Lock:
     process, however that ends. Where the file system has no locks, a
     warning is given instead.
 
-    Derived in chapter 14.
+    Derived in chapter 1.16.
     """
 
     def __init__(self, folder):

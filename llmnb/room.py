@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/02_memory.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/13_memory.py: edit that file.
 
-"""Lay out one block of memory.
-
-One allocation holds every tensor of the model as a named view, so the
-footprint is known before training begins and never grows.
-"""
+"""Whether a model has room in this machine's memory."""
 
 __all__ = [
     "LIMITS",
@@ -33,7 +29,7 @@ def free_memory(root="/"):
     root: where proc/ and sys/ are. Only Linux says it. Pages that the
     system can get back count as free, and so does swap.
 
-    Derived in chapter 2.
+    Derived in chapter 1.13.
     """
     root = Path(root)
     try:
@@ -96,7 +92,7 @@ def check_room(nbytes, remedy=SMALLER):
 
     remedy: what the message proposes.
 
-    Derived in chapter 2.
+    Derived in chapter 1.13.
     """
     free = free_memory()
     if free is not None and nbytes > free:

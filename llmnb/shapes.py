@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/02_memory.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/13_memory.py: edit that file.
 
-"""Lay out one block of memory.
-
-One allocation holds every tensor of the model as a named view, so the
-footprint is known before training begins and never grows.
-"""
+"""A line that declares the shapes of a function's arrays, and checks them."""
 
 __all__ = [
     "Argument",
@@ -45,7 +41,7 @@ def check_number(name, value, limit):
 
     limit: one of LIMITS; NaN is in none.
 
-    Derived in chapter 2.
+    Derived in chapter 1.13.
     """
     if not isinstance(value, (int, float, np.number)):
         kind = type(value).__name__
@@ -64,7 +60,7 @@ def _factor(word):
 class Argument:
     """What one array of a layer must be; text: as `shapes` reads it.
 
-    Derived in chapter 2.
+    Derived in chapter 1.13.
     """
 
     def __init__(self, place, layer, name, text):
@@ -113,7 +109,7 @@ class Memory:
     decides this, as a key; share: whether two share memory. floats, ints:
     their dtypes. bounded: whether the range of integers is looked at.
 
-    Derived in chapter 2.
+    Derived in chapter 1.13.
     """
 
     check: Callable
@@ -127,7 +123,7 @@ class Memory:
 def host_kind(x):
     """All of a NumPy array that decides whether it fits.
 
-    Derived in chapter 2.
+    Derived in chapter 1.13.
     """
     if isinstance(x, np.ndarray):
         return type(x), x.dtype, x.shape, x.flags.num
@@ -272,7 +268,7 @@ def shapes(spec, memory=HOST, **named):
     memory: where the arrays are. The layer raises TypeError or ValueError,
     which names it and the argument, before it has written anything.
 
-    Derived in chapter 2.
+    Derived in chapter 1.13.
     """
 
     def decorate(layer):

@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/00_gpt2.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/04_gpt2.py: edit that file.
 
-"""See GPT-2 on one page.
-
-The model as one diagram, its shapes, and where its parameters, its operations
-and its bytes are.
-"""
+"""The fastest of some calls, and the name of the machine."""
 
 __all__ = [
     "fastest",
@@ -25,7 +21,7 @@ def fastest(function, *args, runs=15):
     Other programs on the machine can only make a run longer, so the
     shortest one says most about the function.
 
-    Derived in chapter 0.
+    Derived in chapter 1.4.
     """
     best = float("inf")
     for _ in range(runs):
@@ -39,7 +35,7 @@ def fastest(function, *args, runs=15):
 def machine():
     """One line that names this machine's processor, system and Python.
 
-    Derived in chapter 0.
+    Derived in chapter 1.4.
     """
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")

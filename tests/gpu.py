@@ -11,14 +11,14 @@ import functools
 import numpy as np
 import pytest
 
-from llmnb.cuda.launch import missing, simulated, to_device, to_host
-from llmnb.cuda.ptx import (
+from llmnb.gpu.launch import missing, simulated, to_device, to_host
+from llmnb.gpu.ptx import (
     _assemble,
     _number,
     compile_kernel,
     no_compiler,
 )
-from llmnb.cuda.simulator import watch
+from llmnb.gpu.simulator import watch
 
 PLACES = [simulated] if missing() else [simulated, to_device]
 GENERATIONS = [(8, 0), (9, 0)]

@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from llmnb import corpus
+from llmnb.text import corpus
 
 HERE = Path(__file__).parent
 CHARACTERS = 2_000_000

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from llmnb.init import Generator
+from llmnb.model.init import Generator
 
 DATA = Path(__file__).parent / "data"
 STEPS = 10

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from record_parity import TorchGPT2
 
-from llmnb.checkpoint import write_checkpoint
 from llmnb.config import GPT2Config
-from llmnb.starter import State, write_state
+from llmnb.formats.checkpoint import write_checkpoint
+from llmnb.formats.starter import State, write_state
 
 SMALL = GPT2Config(64, 300, 3, 4, 64)
 

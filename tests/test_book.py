@@ -22,7 +22,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 BOOK = ROOT / "book"
 HTML = Path(os.environ.get("LLMNB_BOOK", BOOK / "_build" / "html"))
-CHAPTERS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.py"))
+CHAPTERS = sorted((ROOT / "notebooks").glob("*/[0-9]*.py"))
 EXPORTED = {"export", "exporti"}
 FLAGS = [
     "--headless",
@@ -96,7 +96,7 @@ def why_not_built():
     if not (HTML / "book" / "intro.html").exists():
         return f"no built book in {HTML}: run `make book`"
     sources = [*BOOK.glob("*.*"), *BOOK.glob("[!_]*/*"), *BOOK.glob("_s*/*")]
-    sources += [*BOOK.glob("_e*/*.py"), *(ROOT / "notebooks").glob("*.ipynb")]
+    sources += [*BOOK.glob("_e*/*.py"), *ROOT.glob("notebooks/*/*.ipynb")]
     newest = max(p.stat().st_mtime for p in sources)
     if newest > (HTML / "searchindex.js").stat().st_mtime:
         return "the built book is older than its sources: run `make book`"
@@ -417,7 +417,7 @@ EXPORT_MARK = """() => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_exported_cells_are_marked(browser, address, scheme):
     with Visit(browser, address, 1280, scheme) as visit:
-        page = visit.open("notebooks/05_layernorm.html")
+        page = visit.open("notebooks/1_by_hand/06_layernorm.html")
         mark = page.evaluate(EXPORT_MARK)
     assert mark["label"].startswith("exported to llmnb.")
     assert mark["edge"] >= 3
@@ -428,7 +428,7 @@ def test_exported_cells_are_marked(browser, address, scheme):
 
 def test_solutions_are_folded_and_open(browser, address):
     with Visit(browser, address, 390) as visit:
-        page = visit.open("notebooks/05_layernorm.html")
+        page = visit.open("notebooks/1_by_hand/06_layernorm.html")
         cell = page.locator("details.hide").first
         code = cell.locator("pre").first
         assert not code.is_visible()
@@ -449,7 +449,8 @@ def test_search_finds_a_chapter(browser, address):
         page.locator("#pst-search-dialog input").fill("layernorm_backward")
         page.keyboard.press("Enter")
         # the page lists what it finds one by one: wait for this one
-        wanted = '#search-results li a[href*="notebooks/05_layernorm.html"]'
+        link = 'a[href*="notebooks/1_by_hand/06_layernorm.html"]'
+        wanted = f"#search-results li {link}"
         page.wait_for_selector(wanted)
         assert visit.trouble == []
 
@@ -469,7 +470,7 @@ def test_search_finds_a_chapter_by_its_subject(browser, address, path):
 
 def test_pages_work_from_disk_without_a_server(browser):
     with Visit(browser, HTML.resolve().as_uri(), 1280) as visit:
-        page = visit.open("notebooks/05_layernorm.html")
+        page = visit.open("notebooks/1_by_hand/06_layernorm.html")
         assert page.evaluate(UNRENDERED) == []
         assert page.locator("mjx-container").count() > 20
         assert visit.trouble == []

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from llmnb import export
+from llmnb.book import export
 
 HEADER = """# ---
 # jupyter:

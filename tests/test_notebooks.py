@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from llmnb import notebook
-from llmnb.export import ROOT
+from llmnb.book import notebook
+from llmnb.book.export import ROOT
 
-SOURCES = sorted((ROOT / "notebooks").glob("[0-9]*.py"))
+SOURCES = sorted((ROOT / "notebooks").glob("*/[0-9]*.py"))
 SOURCE = """# %% [markdown]
 # # Title
 #
@@ -77,7 +77,7 @@ def test_a_chapters_notebook_is_its_source(path):
 
 def test_every_notebook_has_a_source():
     """A notebook that was run aside would be verified as a chapter."""
-    built = {x.stem for x in (ROOT / "notebooks").glob("*.ipynb")}
+    built = {x.stem for x in (ROOT / "notebooks").glob("*/*.ipynb")}
     assert built == {x.stem for x in SOURCES}
 
 

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def number_chapter(doctree, docname):
-    """Put "Chapter 5" above the title of notebooks/05_*."""
+    """Put "Chapter 1.6" above the title of notebooks/05_*."""
     match = CHAPTER.fullmatch(docname)
     title = next(doctree.findall(nodes.title), None)
     if match and title is not None:

@@ -15,9 +15,9 @@ from statistics import median
 
 from matplotlib.figure import Figure
 
-from llmnb.bench import layers_figure, shares
-from llmnb.contest import ladders_figure, speeds
-from llmnb.diagram import PALETTE
+from llmnb.bench.bench import layers_figure, shares
+from llmnb.bench.contest import ladders_figure, speeds
+from llmnb.book.diagram import PALETTE
 from llmnb.files import replacing
 
 BOOK = Path(__file__).parents[1]
@@ -49,11 +49,11 @@ gradients. Times are medians over the rounds. A ratio is the median of the
 ratios within the rounds, with the lowest and the highest beside it: below 1,
 llmnb takes less time. The load is the number of threads that other programs
 wanted to run just before; when it is not far below 1, distrust the numbers.
-[Chapter 20](../notebooks/20_benchmark.ipynb) says why we measure so.
+[Chapter A.8](../notebooks/appendix/08_racing.ipynb) says why we measure so.
 
 *Of peak* compares the operations of a step, done in the time it took, with
 the multiply-adds that this machine reached in a loop of nothing else
-([chapter 6](../notebooks/06_matmul.ipynb)), in float32. *Memory* is the most
+([chapter 1.7](../notebooks/1_by_hand/07_matmul.ipynb)), in float32. *Memory* is the most
 that the process held: the model, the libraries, and the compiler where it
 ran.
 """
@@ -205,7 +205,7 @@ def writers_section(result):
         f"prompt of {result['prompt']} tokens and {result['count']} more, "
         f"always the likeliest one, with keys and values kept. Medians of "
         f"{rounds} texts; both programs wrote {same}. "
-        "[Chapter 16](../notebooks/16_cache.ipynb) says what is kept."
+        "[Chapter 4.13](../notebooks/4_practice/13_cache.ipynb) says what is kept."
     )
     yield ""
     kinds = "first_seconds", "token_seconds"
@@ -257,7 +257,7 @@ def gpu_section(stem, result):
         yield (
             "**No time has been measured on a GPU yet.** The kernels have "
             "run in the simulator of "
-            "[chapter 4](../notebooks/04_gpu.ipynb) and have been compiled; "
+            "[chapter 3.1](../notebooks/3_gpu/01_threads.ipynb) and have been compiled; "
             "no hardware has run them. This command, on a machine with a GPU, "
             "measures a training step and every version of every layer, "
             "against PyTorch on the same GPU:"
@@ -281,7 +281,7 @@ def limits_lines(result):
     if "unmeasured" not in most:
         yield (
             f"The GPU's limits, as two kernels of "
-            "[chapter 20](../notebooks/20_benchmark.ipynb) found them: "
+            "[chapter A.8](../notebooks/appendix/08_racing.ipynb) found them: "
             f"{most['fma_peak'] / 1e12:.1f} TFLOP/s of multiply-adds in "
             f"float32, and {most['copy_bytes'] / 1e9:,.0f} GB/s of copying."
         )

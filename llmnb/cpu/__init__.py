@@ -1,6 +1,6 @@
-# Written by `make export` from notebooks/*.py: edit that file.
+# Written by `make export` from notebooks/*/*.py: edit that file.
 
-"""The cpu backend."""
+"""The layers compiled by numba for the processor's cores."""
 
 from llmnb.cpu.adamw import (
     adamw_update,
@@ -10,6 +10,10 @@ from llmnb.cpu.adamw import (
 from llmnb.cpu.attention import (
     attention_backward,
     attention_forward,
+)
+from llmnb.cpu.compiled import (
+    KernelCache,
+    cache_folder,
 )
 from llmnb.cpu.crossentropy import (
     crossentropy_backward,
@@ -64,9 +68,6 @@ from llmnb.cpu.panels import (
     scratch,
     work_shape,
 )
-from llmnb.cpu.peak import (
-    fma_peak,
-)
 from llmnb.cpu.residual import (
     residual_backward,
     residual_forward,
@@ -85,6 +86,7 @@ __all__ = [
     "COLS",
     "DEPTH",
     "HEIGHT",
+    "KernelCache",
     "LANES",
     "ROWS",
     "SPARE",
@@ -95,6 +97,7 @@ __all__ = [
     "attention_backward",
     "attention_forward",
     "cache_attention",
+    "cache_folder",
     "cache_shapes",
     "check_bf16",
     "clip_gradients",
@@ -108,7 +111,6 @@ __all__ = [
     "encoder_backward",
     "encoder_forward",
     "fast_exp",
-    "fma_peak",
     "gelu_backward",
     "gelu_forward",
     "global_norm",

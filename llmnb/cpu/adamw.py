@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/11_adamw.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/12_adamw.py: edit that file.
 
-"""Step downhill with AdamW.
-
-AdamW divides each parameter's averaged gradient by its usual size and shrinks
-the parameter itself; a schedule sets the pace, a clip bounds it.
-"""
+"""AdamW and clipping, compiled for the processor's cores."""
 
 __all__ = [
     "adamw_update",
@@ -53,7 +49,7 @@ def adamw_update(
     weight_decay applies to every element. Raises TypeError or ValueError
     for a wrong dtype or shape and for settings out of range.
 
-    Derived in chapter 11.
+    Derived in chapter 1.12.
     """
     keep = 1 - learning_rate * weight_decay
     root = math.sqrt(1 - beta2**step)
@@ -95,7 +91,7 @@ def global_norm(grads):
     it. Raises TypeError or ValueError unless `grads` is flat and
     float32 or float64.
 
-    Derived in chapter 11.
+    Derived in chapter 1.12.
     """
     sums = np.empty(256)
     _sum_of_squares(grads, sums)
@@ -113,7 +109,7 @@ def clip_gradients(grads, max_norm):
     is: the caller sees the norm and decides. Raises ValueError unless
     max_norm is positive, and as `global_norm` does.
 
-    Derived in chapter 11.
+    Derived in chapter 1.12.
     """
     norm = global_norm(grads)
     scale = max_norm / (norm + 1e-6)

@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/10_crossentropy.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/11_crossentropy.py: edit that file.
 
-"""Turn logits into a loss and its gradient.
-
-Softmax makes probabilities of logits, cross-entropy measures the surprise at
-the right token, and the gradient of both together is p - y.
-"""
+"""Softmax and cross-entropy, compiled for the processor's cores."""
 
 __all__ = [
     "crossentropy_backward",
@@ -72,7 +68,7 @@ def crossentropy_softmax_forward(losses, lse, logits, targets, V):
     or ValueError for a wrong dtype or shape, a target outside [0, V) and a
     V outside [1, Vp].
 
-    Derived in chapter 10.
+    Derived in chapter 1.11.
     """
     _fused_forward(*_rows(logits, losses, lse, targets), V)
 
@@ -87,7 +83,7 @@ def crossentropy_softmax_backward(dlogits, dlosses, logits, lse, targets, V):
     pass. logits: float32 or float64 (B, T, Vp). targets: int32 (B, T).
     Columns from V on receive 0. Raises as the forward pass does.
 
-    Derived in chapter 10.
+    Derived in chapter 1.11.
     """
     if dlogits is not logits:
         np.copyto(dlogits, logits)
@@ -123,7 +119,7 @@ def softmax_forward(probs, logits, V):
     `probs`, which may be `logits` itself. Raises TypeError or ValueError
     for a wrong dtype or shape and for V outside [1, Vp].
 
-    Derived in chapter 10.
+    Derived in chapter 1.11.
     """
     if probs is not logits:
         np.copyto(probs, logits)
@@ -153,7 +149,7 @@ def softmax_backward(dlogits, dprobs, probs):
     probability 0, so its columns receive 0. Raises TypeError or ValueError
     for a wrong dtype or shape.
 
-    Derived in chapter 10.
+    Derived in chapter 1.11.
     """
     _softmax_backward(*_rows(probs, dlogits, dprobs))
 
@@ -176,7 +172,7 @@ def crossentropy_forward(losses, probs, targets):
     that number. Raises TypeError or ValueError for a wrong dtype or shape
     and for a target outside [0, Vp).
 
-    Derived in chapter 10.
+    Derived in chapter 1.11.
     """
     rows = _rows(probs, losses, targets)
     _crossentropy_forward(*rows, np.finfo(probs.dtype).tiny)
@@ -200,7 +196,7 @@ def crossentropy_backward(dprobs, dlosses, probs, targets):
     int32 (B, T). Only the targets' columns of `dprobs` change. Raises as
     `crossentropy_forward` does.
 
-    Derived in chapter 10.
+    Derived in chapter 1.11.
     """
     rows = _rows(probs, dprobs, dlosses, targets)
     _crossentropy_backward(*rows, np.finfo(probs.dtype).tiny)

@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/03_encoder.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/05_encoder.py: edit that file.
 
-"""Turn tokens into vectors and send gradients back.
-
-A token's vector is a row of one table plus a row of another; the backward pass
-adds into the rows that were read.
-"""
+"""The encoder, compiled for the processor's cores."""
 
 __all__ = [
     "encoder_backward",
@@ -50,7 +46,7 @@ def encoder_forward(out, inp, wte, wpe):
     Raises TypeError or ValueError where an array does not fit, a token is
     out of range or T exceeds max_T.
 
-    Derived in chapter 3.
+    Derived in chapter 1.5.
     """
     rows = out.reshape(inp.size, out.shape[2])
     _encoder_forward(rows, inp.reshape(-1), wte, wpe, inp.shape[1])
@@ -69,7 +65,7 @@ def encoder_backward(dwte, dwpe, dout, inp):
     Raises as `encoder_forward` does. One thread adds all rows in the order
     of the text.
 
-    Derived in chapter 3.
+    Derived in chapter 1.5.
     """
     rows = dout.reshape(inp.size, dout.shape[2])
     _encoder_backward(dwte, dwpe, rows, inp.reshape(-1), inp.shape[1])

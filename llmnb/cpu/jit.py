@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/03_encoder.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/05_encoder.py: edit that file.
 
-"""Turn tokens into vectors and send gradients back.
-
-A token's vector is a row of one table plus a row of another; the backward pass
-adds into the rows that were read.
-"""
+"""Compile a function for the processor, alone or for a team of threads."""
 
 __all__ = [
     "device",
@@ -25,7 +21,7 @@ from numba.core.ccallback import CFunc
 from numba.core.sigutils import normalize_signature
 from numba.extending import register_jitable
 
-from llmnb.compiled import KernelCache, cache_folder
+from llmnb.cpu.compiled import KernelCache, cache_folder
 
 
 # compile, with or without a cache
@@ -62,7 +58,7 @@ def kernel(function, parallel=True):
     GOMP_SPINCOUNT, unless it is set, so that idle threads soon sleep. What
     must also run in a forked process is a `team`.
 
-    Derived in chapter 3.
+    Derived in chapter 1.5.
     """
     return _compile(function, parallel=parallel, no_cfunc_wrapper=True)
 
@@ -73,7 +69,7 @@ def inner(function):
 
     For what kernels call in their loops, and for work too small to share.
 
-    Derived in chapter 3.
+    Derived in chapter 1.5.
     """
     return _compile(function, forceinline=True, no_cfunc_wrapper=True)
 
@@ -84,7 +80,7 @@ def device(function):
     Quicker to compile than `inner`, and not a compiled function for Python:
     a call from there runs it as it is written.
 
-    Derived in chapter 3.
+    Derived in chapter 1.5.
     """
     return register_jitable(forceinline=True, **OPTIONS)(function)
 
@@ -95,7 +91,7 @@ def routine(function, signature, parallel=False):
     signature: of numba's types. Returns numba's CFunc, whose address is
     good as long as it is kept.
 
-    Derived in chapter 3.
+    Derived in chapter 1.5.
     """
     options = {"parallel": parallel, **OPTIONS}
     made = CFunc(function, normalize_signature(signature), {}, options)
@@ -120,8 +116,6 @@ def arguments(typing, address):
     """The arguments of a team, as a tuple; address: what its thread got.
 
     For functions that `team` compiles.
-
-    Derived in chapter 3.
     """
     kind = address.dtype
 
@@ -223,7 +217,7 @@ def team(function):
     `share` says which. What is returned here is called from Python with the
     arguments. Options and cache are those of `kernel`.
 
-    Derived in chapter 3.
+    Derived in chapter 1.5.
     """
     made, places = {}, {}
 
@@ -250,6 +244,6 @@ def share(size, part, parts):
 
     For functions that `team` compiles.
 
-    Derived in chapter 3.
+    Derived in chapter 1.5.
     """
     return slice(part * size // parts, (part + 1) * size // parts)

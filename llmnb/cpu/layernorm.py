@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/05_layernorm.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/06_layernorm.py: edit that file.
 
-"""Normalise a layer and differentiate it.
-
-LayerNorm gives every token's vector mean 0 and variance 1, then scales and
-shifts each channel; its backward pass takes two sums a row.
-"""
+"""LayerNorm, compiled for the processor's cores."""
 
 __all__ = [
     "layernorm_backward",
@@ -57,7 +53,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     All float32 or all float64 and C-contiguous; out, mean and rstd are
     overwritten. Raises TypeError or ValueError before it computes anything.
 
-    Derived in chapter 5.
+    Derived in chapter 1.6.
     """
     C = inp.shape[-1]
     rows = [a.reshape(-1, C) for a in (out, inp)]
@@ -101,7 +97,7 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
     C-contiguous; the first three are added to in place. Raises TypeError or
     ValueError before it computes anything.
 
-    Derived in chapter 5.
+    Derived in chapter 1.6.
     """
     C = inp.shape[-1]
     dx, dy, x = (a.reshape(-1, C) for a in (dinp, dout, inp))

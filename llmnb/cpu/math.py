@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/07_attention.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/08_attention.py: edit that file.
 
-"""Let each position look back and differentiate the look.
-
-Causal self-attention: every position takes a weighted mean of the values at
-and before it, with weights from a softmax of dot products.
-"""
+"""The exponential and the hyperbolic tangent, in vector instructions."""
 
 __all__ = [
     "fast_exp",
@@ -63,6 +59,6 @@ def fast_exp(x):
     -87 to 88. Below -88 it gives 0 and above 88 exp(88), so never an
     infinity. Any other number goes to math.exp in float64.
 
-    Derived in chapter 7.
+    Derived in chapter 1.8.
     """
     return _exp(x)

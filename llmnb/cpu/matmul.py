@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/06_matmul.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/07_matmul.py: edit that file.
 
-"""Multiply by a weight matrix and differentiate it.
-
-The linear layer is one matrix product forward and two backward; nearly all of
-GPT-2's arithmetic happens in these three.
-"""
+"""The linear layer, compiled for the processor's cores."""
 
 __all__ = [
     "matmul_backward",
@@ -137,7 +133,7 @@ def matmul_forward(
     bf16: round inp and weight to bfloat16, for float32 only. Raises
     TypeError or ValueError before it computes anything.
 
-    Derived in chapter 6.
+    Derived in chapter 1.7.
     """
     check_bf16("matmul_forward", bf16, inp.dtype)
     OC, C = weight.shape
@@ -170,7 +166,7 @@ def matmul_backward(
     matmul_forward. Raises TypeError or ValueError before it computes
     anything.
 
-    Derived in chapter 6.
+    Derived in chapter 1.7.
     """
     check_bf16("matmul_backward", bf16, inp.dtype)
     rows, drows, dinp = (x.reshape(-1, x.shape[2]) for x in (inp, dout, dinp))

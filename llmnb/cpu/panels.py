@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/06_matmul.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/07_matmul.py: edit that file.
 
-"""Multiply by a weight matrix and differentiate it.
-
-The linear layer is one matrix product forward and two backward; nearly all of
-GPT-2's arithmetic happens in these three.
-"""
+"""Matrices packed in panels, and their products tile by tile."""
 
 __all__ = [
     "DEPTH",
@@ -218,8 +214,6 @@ def pack(typing, code, panels, to, source, at, row, col, rows, depth):
     For kernels. The block begins at source[at] and has `rows` rows of
     `depth` numbers, row and col apart; for a routine that packs columns,
     columns are meant where it says rows. The panels begin at panels[to].
-
-    Derived in chapter 6.
     """
     n = types.int64
     return types.void(n, panels, n, source, n, n, n, n, n), _jump
@@ -234,8 +228,6 @@ def multiply_panels(
     For kernels. code: the multiplying routine. Arguments as for
     multiply_tile; sizes: rows, columns and steps of the block. spare: room
     for a tile, a row of zeros, and one for the bias.
-
-    Derived in chapter 6.
     """
     n, seven, three = (
         types.int64,
@@ -258,7 +250,7 @@ def work_shape():
 
     A row for each thread that numba may use, of 1.4 MB in float32.
 
-    Derived in chapter 6.
+    Derived in chapter 1.7.
     """
     return numba.config.NUMBA_NUM_THREADS, SPARE + (ROWS + 2) * COLS
 
@@ -270,7 +262,7 @@ WORK = "{} {}!?".format(*work_shape())  # as `shapes` reads it
 def check_bf16(name, bf16, dtype):
     """Raise TypeError where products in dtype cannot be rounded.
 
-    Derived in chapter 6.
+    Derived in chapter 1.7.
     """
     if bf16 and dtype != np.float32:
         raise TypeError(f"{name}: bf16 wants float32 arrays, got {dtype}")
@@ -283,7 +275,7 @@ def scratch(work, bf16, dtype):
     and multiply; they are compiled when they are not in the cache. work is
     allocated if it is None. panels is the same memory, for bf16 as uint32.
 
-    Derived in chapter 6.
+    Derived in chapter 1.7.
     """
     if work is None:
         work = np.empty(work_shape(), dtype)

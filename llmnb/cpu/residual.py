@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/09_residual.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/10_residual.py: edit that file.
 
-"""Add a layer's output to its input.
-
-The sum of a layer's output and its input keeps a road open along which
-gradients reach the first layers unchanged.
-"""
+"""The residual sum, compiled for the processor's cores."""
 
 __all__ = [
     "residual_backward",
@@ -47,7 +43,7 @@ def residual_forward(out, inp1, inp2):
 
     Raises TypeError or ValueError where shapes or dtypes differ.
 
-    Derived in chapter 9.
+    Derived in chapter 1.10.
     """
     _residual_forward(out.reshape(-1), inp1.reshape(-1), inp2.reshape(-1))
 
@@ -63,6 +59,6 @@ def residual_backward(dinp1, dinp2, dout):
     Raises TypeError or ValueError where shapes or dtypes differ, ValueError
     where two of the arrays share memory.
 
-    Derived in chapter 9.
+    Derived in chapter 1.10.
     """
     _residual_backward(dinp1.reshape(-1), dinp2.reshape(-1), dout.reshape(-1))

@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/06_matmul.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/07_matmul.py: edit that file.
 
-"""Multiply by a weight matrix and differentiate it.
-
-The linear layer is one matrix product forward and two backward; nearly all of
-GPT-2's arithmetic happens in these three.
-"""
+"""The innermost tile of a matrix product, in LLVM's vector instructions."""
 
 __all__ = [
     "COLS",
@@ -36,7 +32,7 @@ def cpu_features():
     By LLVM's names, such as "avx2". NUMBA_CPU_FEATURES masks them, as it
     does for numba.
 
-    Derived in chapter 6.
+    Derived in chapter 1.7.
     """
     chosen = numba.config.CPU_FEATURES
     if chosen is not None:
@@ -50,7 +46,7 @@ def tile_shape():
     From the processor's features, or from LLMNB_TILE, as in "6x2x8". Raises
     ValueError when that is not three such numbers.
 
-    Derived in chapter 6.
+    Derived in chapter 1.7.
     """
     chosen = os.environ.get("LLMNB_TILE")
     if chosen and not re.fullmatch(r"[1-9]\d?x[1-9]x(4|8|16)", chosen):
@@ -175,8 +171,6 @@ def multiply_tile(typing, out, at, start, bias, panels, a, b, depth):
     where it begins in start and start's steps from row to row and from
     column to column; where it begins in bias and the step from column to
     column. a, b: where the panels begin; depth: their lines, at least 1.
-
-    Derived in chapter 6.
     """
     signature = types.void(out, at, start, bias, panels, I64, I64, I64)
 
@@ -348,7 +342,7 @@ def has_bf16():
 
     LLMNB_BF16=emulate says yes anyway, for tests on other processors.
 
-    Derived in chapter 6.
+    Derived in chapter 1.7.
     """
     return HALVES or os.environ.get("LLMNB_BF16") == "emulate"
 
@@ -359,8 +353,6 @@ def pack_one(typing, panels, to, low, high):
     """Write one number of a panel; high is the second of a pair, if any.
 
     For kernels.
-
-    Derived in chapter 6.
     """
     signature = types.void(panels, I64, low, high)
 
@@ -381,8 +373,6 @@ def steps_per_line(typing, panels):
     """2 for panels of pairs, else 1: a constant of the compiled kernel.
 
     For kernels.
-
-    Derived in chapter 6.
     """
     count = ir.IntType(64)(_per_line(panels))
     return I64(panels), lambda context, builder, signature, args: count

@@ -1,6 +1,6 @@
-# Written by `make export` from notebooks/*.py: edit that file.
+# Written by `make export` from notebooks/*/*.py: edit that file.
 
-"""The cuda backend."""
+"""The layers as kernels for a GPU, or for the simulator."""
 
 from llmnb.cuda.adamw import (
     ADAMW_UPDATE,
@@ -21,13 +21,6 @@ from llmnb.cuda.attention import (
     attention_backward,
     attention_forward,
     attention_scratch,
-)
-from llmnb.cuda.clock import (
-    Clock,
-    gpu_facts,
-    in_turns,
-    limits,
-    no_times,
 )
 from llmnb.cuda.crossentropy import (
     CROSSENTROPY_BACKWARD,
@@ -71,30 +64,6 @@ from llmnb.cuda.gelu import (
     gelu_backward,
     gelu_forward,
 )
-from llmnb.cuda.graph import (
-    Graph,
-)
-from llmnb.cuda.launch import (
-    ALIGN,
-    DEVICE,
-    DeviceArray,
-    Kernel,
-    address,
-    aligned,
-    check_device,
-    device,
-    device_kind,
-    empty,
-    kernel,
-    missing,
-    numbered,
-    overlap,
-    simulated,
-    stream,
-    stream_address,
-    to_device,
-    to_host,
-)
 from llmnb.cuda.layernorm import (
     LAYERNORM_BACKWARD,
     LAYERNORM_FORWARD,
@@ -119,11 +88,6 @@ from llmnb.cuda.model import (
     products,
     zeros,
 )
-from llmnb.cuda.ptx import (
-    Compiled,
-    compile_kernel,
-    no_compiler,
-)
 from llmnb.cuda.residual import (
     FUSED_RESIDUAL_FORWARD,
     RESIDUAL_BACKWARD,
@@ -132,7 +96,36 @@ from llmnb.cuda.residual import (
     residual_backward,
     residual_forward,
 )
-from llmnb.cuda.simulator import (
+from llmnb.gpu.graph import (
+    Graph,
+)
+from llmnb.gpu.launch import (
+    ALIGN,
+    DEVICE,
+    DeviceArray,
+    Kernel,
+    address,
+    aligned,
+    check_device,
+    device,
+    device_kind,
+    empty,
+    kernel,
+    missing,
+    numbered,
+    overlap,
+    simulated,
+    stream,
+    stream_address,
+    to_device,
+    to_host,
+)
+from llmnb.gpu.ptx import (
+    Compiled,
+    compile_kernel,
+    no_compiler,
+)
+from llmnb.gpu.simulator import (
     BarrierError,
     RaceError,
     Seen,
@@ -143,7 +136,7 @@ from llmnb.cuda.simulator import (
     store4,
     watch,
 )
-from llmnb.cuda.warp import (
+from llmnb.gpu.warp import (
     block_max,
     block_sum,
     warp_max,
@@ -160,7 +153,6 @@ __all__ = [
     "CROSSENTROPY_FORWARD",
     "CROSSENTROPY_SOFTMAX_BACKWARD",
     "CROSSENTROPY_SOFTMAX_FORWARD",
-    "Clock",
     "Compiled",
     "DEVICE",
     "DeviceArray",
@@ -226,13 +218,10 @@ __all__ = [
     "gelu_forward",
     "global_norm",
     "gpu",
-    "gpu_facts",
-    "in_turns",
     "kernel",
     "layernorm_backward",
     "layernorm_forward",
     "layernorm_scratch",
-    "limits",
     "load4",
     "matmul_backward",
     "matmul_forward",
@@ -243,7 +232,6 @@ __all__ = [
     "no_compiler",
     "no_cublas",
     "no_gpu",
-    "no_times",
     "norm_apply",
     "numbered",
     "overlap",

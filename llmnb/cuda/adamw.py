@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/11_adamw.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/12_adamw.py: edit that file.
 
-"""Step downhill with AdamW.
-
-AdamW divides each parameter's averaged gradient by its usual size and shrinks
-the parameter itself; a schedule sets the pace, a clip bounds it.
-"""
+"""AdamW and clipping on a GPU."""
 
 __all__ = [
     "ADAMW_UPDATE",
@@ -27,7 +23,7 @@ from functools import partial
 import numpy as np
 
 from llmnb.cuda.elementwise import by_element, by_four
-from llmnb.cuda.launch import (
+from llmnb.gpu.launch import (
     DEVICE,
     aligned,
     device,
@@ -36,8 +32,8 @@ from llmnb.cuda.launch import (
     numbered,
     to_host,
 )
-from llmnb.cuda.simulator import cuda, load4, store4
-from llmnb.cuda.warp import block_sum
+from llmnb.gpu.simulator import cuda, load4, store4
+from llmnb.gpu.warp import block_sum
 from llmnb.reference.adamw import ADAMW_LIMITS
 from llmnb.shapes import shapes
 
@@ -48,7 +44,7 @@ WARPS = 8  # of them in a block
 SETTINGS = 8  # numbers: seven of AdamW, and one to fill two vectors
 NORM_BLOCKS = 1024  # blocks at most that sum squares
 ZERO, ONE = np.float32(0), np.float32(1)
-TINY = np.float32(1e-6)  # (11.14)
+TINY = np.float32(1e-6)  # (1.12.14)
 LARGEST = float(np.finfo(np.float32).max)
 EXPONENT = np.int32(0x7F800000)  # the bits of a float32's exponent
 
@@ -57,7 +53,7 @@ EXPONENT = np.int32(0x7F800000)  # the bits of a float32's exponent
 def adamw_scratch():
     """The number of floats that `adamw_update` wants as `work`.
 
-    Derived in chapter 11.
+    Derived in chapter 1.12.
     """
     return SETTINGS
 
@@ -71,7 +67,7 @@ def adamw_settings(
     It is computed in float64 and rounded at the end. Copy it to the device
     for `adamw_apply`. Raises ValueError for settings out of range.
 
-    Derived in chapter 11.
+    Derived in chapter 1.12.
     """
     keep = 1 - learning_rate * weight_decay
     root = math.sqrt(1 - beta2**step)
@@ -161,7 +157,7 @@ def adamw_apply(params, grads, m, v, settings, version=2):
     version: which kernel, from 1 on. Raises TypeError or ValueError for
     arrays that do not fit.
 
-    Derived in chapter 11.
+    Derived in chapter 1.12.
     """
     run = numbered(ADAMW_UPDATE, version, "adamw_update")
     run((params, grads, m, v, settings))
@@ -186,7 +182,7 @@ def adamw_update(
     TypeError or ValueError for arrays that do not fit and settings out of
     range, before it launches anything.
 
-    Derived in chapter 11.
+    Derived in chapter 1.12.
     """
     numbers = adamw_settings(
         learning_rate, beta1, beta2, eps, weight_decay, step
@@ -236,7 +232,7 @@ def _root_of_sum(work, blocks):
 # by how much to scale
 @device
 def _clip_factor(norm, bits, max_norm):
-    """The factor of (11.14); 1 where the bits are NaN's or infinity's."""
+    """The factor of (1.12.14); 1 where the bits are NaN's or infinity's."""
     if bits & EXPONENT == EXPONENT:
         return ONE
     length = norm + TINY
@@ -268,7 +264,7 @@ def _shrink_elements(grads, work, bits, max_norm):
 def clip_scratch():
     """The number of floats that the norm and the clip want as `work`.
 
-    Derived in chapter 11.
+    Derived in chapter 1.12.
     """
     return 1 + NORM_BLOCKS
 
@@ -283,7 +279,7 @@ def norm_apply(work, grads):
     and does not wait: a CUDA graph may record it. Raises TypeError or
     ValueError for arrays that do not fit.
 
-    Derived in chapter 11.
+    Derived in chapter 1.12.
     """
     _check_work("global_norm", work, clip_scratch())
     blocks = (grads.size + 4 * BLOCK - 1) // (4 * BLOCK)
@@ -301,7 +297,7 @@ def clip_apply(grads, max_norm, work):
     graph may record it, with this `max_norm`. The old norm is that of
     `norm_apply`.
 
-    Derived in chapter 11.
+    Derived in chapter 1.12.
     """
     norm_apply(work, grads)
     arrays = grads, work, work[:1].view(np.int32)
@@ -320,7 +316,7 @@ def global_norm(grads, work=None):
     `clip_scratch()` floats, or None to have one made. Waits for the result.
     Raises TypeError or ValueError for arrays that do not fit.
 
-    Derived in chapter 11.
+    Derived in chapter 1.12.
     """
     if work is None:
         work = empty(clip_scratch(), like=grads)
@@ -341,7 +337,7 @@ def clip_gradients(grads, max_norm, work=None):
     `clip_scratch()` floats, or None to have one made. Waits for the norm.
     Raises ValueError unless max_norm is positive, and as `global_norm` does.
 
-    Derived in chapter 11.
+    Derived in chapter 1.12.
     """
     if work is None:
         work = empty(clip_scratch(), like=grads)

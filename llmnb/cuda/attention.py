@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/07_attention.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/08_attention.py: edit that file.
 
-"""Let each position look back and differentiate the look.
-
-Causal self-attention: every position takes a weighted mean of the values at
-and before it, with weights from a softmax of dot products.
-"""
+"""Attention on a GPU, forward and backward."""
 
 __all__ = [
     "ATTENTION_BACKWARD",
@@ -22,7 +18,7 @@ import math
 
 import numpy as np
 
-from llmnb.cuda.launch import (
+from llmnb.gpu.launch import (
     DEVICE,
     aligned,
     device,
@@ -30,8 +26,8 @@ from llmnb.cuda.launch import (
     kernel,
     numbered,
 )
-from llmnb.cuda.simulator import cuda, load4, store4
-from llmnb.cuda.warp import warp_max, warp_sum
+from llmnb.gpu.simulator import cuda, load4, store4
+from llmnb.gpu.warp import warp_max, warp_sum
 from llmnb.shapes import shapes
 
 
@@ -43,7 +39,7 @@ LOWEST = np.float32(-1e30)
 # version 1, scores
 @kernel
 def _attention_scores(att, inp, NH, scale):
-    """A thread a pair (t, u): (7.1). att: (B * NH, T, T)."""
+    """A thread a pair (t, u): (1.8.1). att: (B * NH, T, T)."""
     heads, T, _ = att.shape
     hs = inp.shape[2] // (3 * NH)
     pair = cuda.grid(1)
@@ -59,7 +55,7 @@ def _attention_scores(att, inp, NH, scale):
 # version 1, weights
 @kernel
 def _attention_softmax(att, lse):
-    """A warp a row: (7.4), in place. lse: (B * NH, T)."""
+    """A warp a row: (1.8.4), in place. lse: (B * NH, T)."""
     heads, T = lse.shape
     row, lane = cuda.grid(1) // 32, cuda.grid(1) % 32
     head, t = row // T, row % T
@@ -80,7 +76,7 @@ def _attention_softmax(att, lse):
 # version 1, means
 @kernel
 def _attention_means(out, att, inp, NH):
-    """A thread a number of out: (7.3)."""
+    """A thread a number of out: (1.8.3)."""
     B, T, C = out.shape
     place = cuda.grid(1)
     b, t, c = place // (T * C), place // C % T, place % C
@@ -145,7 +141,7 @@ def _one_score(q, k, row, lane, hs):
 
 @device
 def _add_values(sums, factor, weights, v, row, lane, hs):
-    """(7.12) for this thread's channels: lane, lane + 16 and so on."""
+    """(1.8.12) for this thread's channels: lane, lane + 16 and so on."""
     for n in range(len(sums)):
         i, mean = lane + 16 * n, sums[n] * factor
         if i < hs:
@@ -340,7 +336,7 @@ def _tile_write(hs, G, R, FOURS):
 # the softmax of a tile
 @functools.cache
 def _tile_softmax(hs, G, R):
-    """softmax(weights, sums, s, top, total, first, start, scale): (7.12).
+    """softmax(weights, sums, s, top, total, first, start, scale): (1.8.12).
 
     first, start: the tile's first query and first key.
     """
@@ -371,7 +367,7 @@ def _tile_softmax(hs, G, R):
 # the end of the rows
 @functools.cache
 def _tile_finish(hs, G, R):
-    """finish(lse, head, sums, top, total, first): (7.13)."""
+    """finish(lse, head, sums, top, total, first): (1.8.13)."""
     PER = -(-hs // 32) * 4
 
     @device
@@ -471,7 +467,7 @@ def attention_scratch(B, T, NH, forward=3, backward=2):
 
     forward, backward: their versions; 0 for a pass that will not run.
 
-    Derived in chapter 7.
+    Derived in chapter 1.8.
     """
     square, row = B * NH * T * T, B * NH * T
     return max(
@@ -504,7 +500,7 @@ def attention_forward(out, lse, inp, work=None, version=3):
     channels and need no scratch. Raises TypeError or ValueError before it
     launches anything.
 
-    Derived in chapter 7.
+    Derived in chapter 1.8.
     """
     name = "attention_forward"
     run = numbered(ATTENTION_FORWARD, version, name)
@@ -516,7 +512,7 @@ def attention_forward(out, lse, inp, work=None, version=3):
 # the dot products of the rows
 @kernel
 def _attention_rows(D, dout, out, NH):
-    """A warp a row of a head: (7.9). D: (B * NH, T)."""
+    """A warp a row of a head: (1.8.9). D: (B * NH, T)."""
     B, T, C = out.shape
     row, lane = cuda.grid(1) // 32, cuda.grid(1) % 32
     b, t, h = row // (T * NH), row // NH % T, row % NH
@@ -553,7 +549,7 @@ def _attention_pairs(att, ds, dout, inp, lse, D, NH, scale):
 # version 1, queries
 @kernel
 def _attention_dq(dinp, ds, inp, NH, add):
-    """A thread a number of dq: (7.10)."""
+    """A thread a number of dq: (1.8.10)."""
     B, T, C = inp.shape[0], inp.shape[1], inp.shape[2] // 3
     place = cuda.grid(1)
     b, t, c = place // (T * C), place // C % T, place % C
@@ -569,7 +565,7 @@ def _attention_dq(dinp, ds, inp, NH, add):
 # version 1, keys and values
 @kernel
 def _attention_dk_dv(dinp, att, ds, dout, inp, NH, add):
-    """A thread a number of dk and its twin of dv: (7.10), (7.5)."""
+    """A thread a number of dk and its twin of dv: (1.8.10), (1.8.5)."""
     B, T, C = dout.shape
     place = cuda.grid(1)
     b, u, c = place // (T * C), place // C % T, place % C
@@ -604,7 +600,7 @@ def _backward_unfused(dinp, dout, inp, out, lse, add, work):
 # weights and gradients of a tile
 @functools.cache
 def _tile_gradients(R, BY_KEY):
-    """gradients(s, ds, lse, D, head, first, start, scale): (7.4), (7.8).
+    """gradients(s, ds, lse, D, head, first, start, scale): (1.8.4), (1.8.8).
 
     s, ds hold dot products of a tile; they become weights and gradients of
     scores. BY_KEY: whether its rows, from `first` on, are keys and its
@@ -775,7 +771,7 @@ def attention_backward(
     float a row. Every element is summed in one order. Raises TypeError or
     ValueError before it launches anything.
 
-    Derived in chapter 7.
+    Derived in chapter 1.8.
     """
     name = "attention_backward"
     run = numbered(ATTENTION_BACKWARD, version, name)

@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/10_crossentropy.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/11_crossentropy.py: edit that file.
 
-"""Turn logits into a loss and its gradient.
-
-Softmax makes probabilities of logits, cross-entropy measures the surprise at
-the right token, and the gradient of both together is p - y.
-"""
+"""Softmax and cross-entropy on a GPU, forward and backward."""
 
 __all__ = [
     "CROSSENTROPY_BACKWARD",
@@ -29,9 +25,9 @@ import math
 
 import numpy as np
 
-from llmnb.cuda.launch import DEVICE, aligned, device, kernel, numbered
-from llmnb.cuda.simulator import cuda, load4, store4
-from llmnb.cuda.warp import block_max, block_sum, warp_max, warp_sum
+from llmnb.gpu.launch import DEVICE, aligned, device, kernel, numbered
+from llmnb.gpu.simulator import cuda, load4, store4
+from llmnb.gpu.warp import block_max, block_sum, warp_max, warp_sum
 from llmnb.shapes import shapes
 
 
@@ -270,7 +266,7 @@ def softmax_forward(probs, logits, V, version=5):
     place in SOFTMAX_FORWARD. Raises TypeError or ValueError for a wrong
     dtype, shape or version and for V outside [1, Vp].
 
-    Derived in chapter 10.
+    Derived in chapter 1.11.
     """
     run = numbered(SOFTMAX_FORWARD, version, "softmax_forward")
     run(*_device_rows("softmax_forward", probs, logits), V)
@@ -339,7 +335,7 @@ def softmax_backward(dlogits, dprobs, probs, version=2):
     SOFTMAX_BACKWARD. Raises TypeError or ValueError for a wrong dtype,
     shape or version.
 
-    Derived in chapter 10.
+    Derived in chapter 1.11.
     """
     run = numbered(SOFTMAX_BACKWARD, version, "softmax_backward")
     run(*_device_rows("softmax_backward", dlogits, dprobs, probs))
@@ -390,7 +386,7 @@ def crossentropy_forward(losses, probs, targets, version=1):
     number. version: 1. Raises TypeError or ValueError for a wrong dtype,
     shape or version.
 
-    Derived in chapter 10.
+    Derived in chapter 1.11.
     """
     name = "crossentropy_forward"
     run = numbered(CROSSENTROPY_FORWARD, version, name)
@@ -405,7 +401,7 @@ def crossentropy_backward(dprobs, dlosses, probs, targets, version=1):
     device's int32 (B, T), each in [0, Vp). Only the targets' columns of
     `dprobs` change. version and what is raised: as `crossentropy_forward`.
 
-    Derived in chapter 10.
+    Derived in chapter 1.11.
     """
     name = "crossentropy_backward"
     run = numbered(CROSSENTROPY_BACKWARD, version, name)
@@ -468,7 +464,7 @@ def crossentropy_softmax_forward(losses, lse, logits, targets, V, version=2):
     CROSSENTROPY_SOFTMAX_FORWARD. Raises TypeError or ValueError for a wrong
     dtype, shape or version and for V outside [1, Vp].
 
-    Derived in chapter 10.
+    Derived in chapter 1.11.
     """
     name = "crossentropy_softmax_forward"
     run = numbered(CROSSENTROPY_SOFTMAX_FORWARD, version, name)
@@ -478,7 +474,7 @@ def crossentropy_softmax_forward(losses, lse, logits, targets, V, version=2):
 # p - y
 @device
 def _slope(x, shift, scale, hit):
-    """The gradient by one logit: (10.12)."""
+    """The gradient by one logit: (1.11.12)."""
     y = np.float32(1) if hit else np.float32(0)
     return scale * (math.exp(x - shift) - y)
 
@@ -557,7 +553,7 @@ def crossentropy_softmax_backward(
     Columns from V on receive 0. version: 1 or 2, the place in
     CROSSENTROPY_SOFTMAX_BACKWARD. Raises as the forward pass does.
 
-    Derived in chapter 10.
+    Derived in chapter 1.11.
     """
     name = "crossentropy_softmax_backward"
     run = numbered(CROSSENTROPY_SOFTMAX_BACKWARD, version, name)
@@ -679,7 +675,7 @@ def fused_classifier(losses, logits, dlosses, targets, V, version=2):
     multiple of 4 or logits not aligned. Raises TypeError or ValueError for a
     wrong dtype, shape or version and for V outside [1, Vp].
 
-    Derived in chapter 10.
+    Derived in chapter 1.11.
     """
     run = numbered(FUSED_CLASSIFIER, version, "fused_classifier")
     arrays = losses, logits, dlosses, targets

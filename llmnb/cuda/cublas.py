@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/06_matmul.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/07_matmul.py: edit that file.
 
-"""Multiply by a weight matrix and differentiate it.
-
-The linear layer is one matrix product forward and two backward; nearly all of
-GPT-2's arithmetic happens in these three.
-"""
+"""The linear layer on a GPU, by cuBLASLt."""
 
 __all__ = [
     "Plan",
@@ -25,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmnb.cuda.launch import (
+from llmnb.gpu.launch import (
     DEVICE,
     address,
     empty,
@@ -45,7 +41,7 @@ class Plan(NamedTuple):
     column to the next; C has D's. bias: whether a vector of m numbers is
     added to every column.
 
-    Derived in chapter 6.
+    Derived in chapter 1.7.
     """
 
     transa: bool
@@ -71,7 +67,7 @@ def forward_plan(rows, C, OC, bias):
 
     rows: of inp (rows, C) and out (rows, OC); weight is (OC, C).
 
-    Derived in chapter 6.
+    Derived in chapter 1.7.
     """
     return Plan(True, False, OC, rows, C, C, C, OC, bias)
 
@@ -79,7 +75,7 @@ def forward_plan(rows, C, OC, bias):
 def dinp_plan(rows, C, OC):
     """dinp = dout weight: A is weight, B is dout, D is dinp.
 
-    Derived in chapter 6.
+    Derived in chapter 1.7.
     """
     return Plan(False, False, C, rows, OC, C, OC, C)
 
@@ -87,7 +83,7 @@ def dinp_plan(rows, C, OC):
 def dweight_plan(rows, C, OC):
     """dweight = dout^T inp: A is inp, B is dout, D is dweight.
 
-    Derived in chapter 6.
+    Derived in chapter 1.7.
     """
     return Plan(False, True, C, OC, rows, C, OC, C)
 
@@ -206,7 +202,7 @@ def _enqueue(plan, places, beta, work, tf32):
 def no_cublas():
     """Why cuBLASLt cannot multiply here; empty where it can.
 
-    Derived in chapter 6.
+    Derived in chapter 1.7.
     """
     if missing():
         return missing()
@@ -222,7 +218,7 @@ def no_cublas():
 def cublas_scratch():
     """How many floats of scratch memory cuBLASLt should be given.
 
-    Derived in chapter 6.
+    Derived in chapter 1.7.
     """
     return WORKSPACE
 
@@ -240,7 +236,7 @@ def cublas_forward(
     RuntimeError with `no_cublas()` otherwise, and where the library has no
     kernel for the shape.
 
-    Derived in chapter 6.
+    Derived in chapter 1.7.
     """
     rows = _rows("cublas_forward", inp)
     _check_work("cublas_forward", work, 0)
@@ -274,7 +270,7 @@ def cublas_backward(
     this chapter's own kernel, in a fixed order; with it, work must also hold
     matmul_scratch(B * T, OC) elements.
 
-    Derived in chapter 6.
+    Derived in chapter 1.7.
     """
     rows = _rows("cublas_backward", inp)
     OC, C = weight.shape

@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/08_gelu.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/09_gelu.py: edit that file.
 
-"""Bend the line and differentiate the bend.
-
-GELU lets large numbers through and holds small ones back; written as a sigmoid
-it costs one exponential an element, forward and backward.
-"""
+"""Kernels in which a thread owns one number, or four."""
 
 __all__ = [
     "by_element",
@@ -13,7 +9,7 @@ __all__ = [
 
 
 # imports of the launches
-from llmnb.cuda.launch import aligned
+from llmnb.gpu.launch import aligned
 
 
 # threads of a block
@@ -34,7 +30,7 @@ def by_element(elements, arrays, *numbers):
     one decides; numbers: the other arguments. An empty array launches
     nothing.
 
-    Derived in chapter 8.
+    Derived in chapter 1.9.
     """
     _launch(elements, arrays[0].size, arrays, numbers)
 
@@ -46,7 +42,7 @@ def by_four(fours, elements, arrays, *numbers):
     are left over. elements: what is launched by element where an array does
     not begin at a multiple of 16 bytes. Otherwise as `by_element`.
 
-    Derived in chapter 8.
+    Derived in chapter 1.9.
     """
     if aligned(*arrays):
         threads = arrays[0].size // 4 + arrays[0].size % 4

@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/04_gpu.py: edit that file.
+# Written by `make export` from notebooks/3_gpu/01_threads.py: edit that file.
 
-"""Run a thousand threads at once.
-
-A graphics processor runs one short function in thousands of threads; a
-simulator of it in Python finds the races that hardware hides.
-"""
+"""The encoder on a GPU, forward and backward."""
 
 __all__ = [
     "ENCODER_BACKWARD",
@@ -17,8 +13,8 @@ __all__ = [
 # imports of the encoder
 import numpy as np
 
-from llmnb.cuda.launch import DEVICE, aligned, device, kernel, numbered
-from llmnb.cuda.simulator import cuda, load4, store4
+from llmnb.gpu.launch import DEVICE, aligned, device, kernel, numbered
+from llmnb.gpu.simulator import cuda, load4, store4
 from llmnb.shapes import shapes
 
 
@@ -83,7 +79,7 @@ def encoder_forward(out, inp, wte, wpe, version=2):
     bytes, and runs as 1 for others. Raises TypeError or ValueError where an
     array does not fit.
 
-    Derived in chapter 4.
+    Derived in chapter 3.1.
     """
     run = numbered(ENCODER_FORWARD, version, "encoder_forward")
     B, T, C = out.shape
@@ -222,7 +218,7 @@ def encoder_backward(dwte, dwpe, dout, inp, version=3):
     an array that begins elsewhere than at 16 bytes forbids it. Raises as
     `encoder_forward` does.
 
-    Derived in chapter 4.
+    Derived in chapter 3.1.
     """
     run = numbered(ENCODER_BACKWARD, version, "encoder_backward")
     B, T, C = dout.shape

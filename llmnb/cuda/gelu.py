@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/08_gelu.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/09_gelu.py: edit that file.
 
-"""Bend the line and differentiate the bend.
-
-GELU lets large numbers through and holds small ones back; written as a sigmoid
-it costs one exponential an element, forward and backward.
-"""
+"""GELU on a GPU, forward and backward."""
 
 __all__ = [
     "GELU_BACKWARD",
@@ -21,8 +17,8 @@ from functools import partial
 import numpy as np
 
 from llmnb.cuda.elementwise import by_element, by_four
-from llmnb.cuda.launch import DEVICE, device, kernel, numbered
-from llmnb.cuda.simulator import cuda, load4, store4
+from llmnb.gpu.launch import DEVICE, device, kernel, numbered
+from llmnb.gpu.simulator import cuda, load4, store4
 from llmnb.shapes import shapes
 
 
@@ -113,7 +109,7 @@ def gelu_forward(out, inp, version=2):
     overwritten, and may be inp. version: which kernel, from 1 on. Raises
     TypeError or ValueError before it launches anything.
 
-    Derived in chapter 8.
+    Derived in chapter 1.9.
     """
     run = numbered(GELU_FORWARD, version, "gelu_forward")
     run((out.reshape(-1), inp.reshape(-1)))
@@ -136,7 +132,7 @@ def gelu_backward(dinp, dout, inp, add=True, version=2):
     itself. version: which kernel, from 1 on. Raises TypeError or ValueError
     before it launches anything.
 
-    Derived in chapter 8.
+    Derived in chapter 1.9.
     """
     run = numbered(GELU_BACKWARD, version, "gelu_backward")
     run([x.reshape(-1) for x in (dinp, dout, inp)], int(add))

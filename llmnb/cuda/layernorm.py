@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/05_layernorm.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/06_layernorm.py: edit that file.
 
-"""Normalise a layer and differentiate it.
-
-LayerNorm gives every token's vector mean 0 and variance 1, then scales and
-shifts each channel; its backward pass takes two sums a row.
-"""
+"""LayerNorm on a GPU, forward and backward."""
 
 __all__ = [
     "LAYERNORM_BACKWARD",
@@ -21,7 +17,7 @@ import math
 
 import numpy as np
 
-from llmnb.cuda.launch import (
+from llmnb.gpu.launch import (
     DEVICE,
     aligned,
     device,
@@ -29,8 +25,8 @@ from llmnb.cuda.launch import (
     kernel,
     numbered,
 )
-from llmnb.cuda.simulator import cuda, load4, store4
-from llmnb.cuda.warp import warp_sum
+from llmnb.gpu.simulator import cuda, load4, store4
+from llmnb.gpu.warp import warp_sum
 from llmnb.shapes import shapes
 
 
@@ -201,7 +197,7 @@ def _kept_a_row(out, mean, rstd, inp, weight, bias):
 
 
 # layernorm, forward
-# from a thread a row to rows kept in shared memory; see chapter 5
+# from a thread a row to rows kept in shared memory; see chapter 1.6
 LAYERNORM_FORWARD = _thread_a_row, _warp_a_row, _vector_a_row, _kept_a_row
 
 
@@ -217,7 +213,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias, version=4):
     4 also C <= 3072; where that does not hold, a lower one runs. Raises
     TypeError or ValueError before it computes anything.
 
-    Derived in chapter 5.
+    Derived in chapter 1.6.
     """
     name = "layernorm_forward"
     forward = numbered(LAYERNORM_FORWARD, version, name)
@@ -230,7 +226,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias, version=4):
 # the sums of a row
 @device
 def _two_means(n, lane, dout, inp, weight, mu, r):
-    """a and b of (5.10) for row n, in every lane of a warp."""
+    """a and b of (1.6.10) for row n, in every lane of a warp."""
     C = inp.shape[1]
     a, b, size = np.float32(0), np.float32(0), np.float32(C)
     for i in range(lane, C, 32):
@@ -276,7 +272,7 @@ def layernorm_scratch(rows, C):
     rows: B * T, cut into at most 512 parts; there are two sums for each
     part and channel.
 
-    Derived in chapter 5.
+    Derived in chapter 1.6.
     """
     return _parts(rows) * 2 * C
 
@@ -464,7 +460,7 @@ def _check_work(name, work, floats, inp):
 
 
 # layernorm, backward
-# from atomics to a block a row, each row read once; see chapter 5
+# from atomics to a block a row, each row read once; see chapter 1.6
 LAYERNORM_BACKWARD = _atomic_sums, _sums_of_parts, _rows_once
 
 
@@ -494,7 +490,7 @@ def layernorm_backward(
     happen to run, in the last bits; that of the others does not. Raises
     TypeError or ValueError before it computes anything.
 
-    Derived in chapter 5.
+    Derived in chapter 1.6.
     """
     name = "layernorm_backward"
     backward = numbered(LAYERNORM_BACKWARD, version, name)

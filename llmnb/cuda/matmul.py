@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/06_matmul.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/07_matmul.py: edit that file.
 
-"""Multiply by a weight matrix and differentiate it.
-
-The linear layer is one matrix product forward and two backward; nearly all of
-GPT-2's arithmetic happens in these three.
-"""
+"""The linear layer on a GPU, by our own kernels."""
 
 __all__ = [
     "MATMUL_BACKWARD",
@@ -20,7 +16,7 @@ import functools
 
 import numpy as np
 
-from llmnb.cuda.launch import (
+from llmnb.gpu.launch import (
     DEVICE,
     aligned,
     device,
@@ -28,7 +24,7 @@ from llmnb.cuda.launch import (
     kernel,
     numbered,
 )
-from llmnb.cuda.simulator import cuda, load4, store4
+from llmnb.gpu.simulator import cuda, load4, store4
 from llmnb.shapes import shapes
 
 
@@ -362,7 +358,7 @@ def matmul_scratch(rows, OC):
 
     rows: B * T.
 
-    Derived in chapter 6.
+    Derived in chapter 1.7.
     """
     return -(-rows // CHUNK) * OC
 
@@ -389,7 +385,7 @@ def matmul_forward(
     result depends on it but by rounding. Raises TypeError or ValueError
     before it launches anything.
 
-    Derived in chapter 6.
+    Derived in chapter 1.7.
     """
     name = "matmul_forward"
     product = numbered(MATMUL_FORWARD, version, name)
@@ -423,7 +419,7 @@ def matmul_backward(
     version: as in matmul_forward. Raises TypeError or ValueError before it
     launches anything.
 
-    Derived in chapter 6.
+    Derived in chapter 1.7.
     """
     name = "matmul_backward"
     product = numbered(MATMUL_BACKWARD, version, name)

@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/13_model.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/15_model.py: edit that file.
 
-"""Assemble GPT-2 and prove its gradient.
-
-The layers of the chapters before make the model; its losses, its logits and
-every gradient are those of PyTorch.
-"""
+"""What a whole model needs of a GPU besides its layers."""
 
 __all__ = [
     "LAYERS",
@@ -31,9 +27,9 @@ from llmnb.cuda import adamw, attention, crossentropy, encoder, gelu
 from llmnb.cuda import layernorm, matmul, residual
 from llmnb.cuda.cublas import cublas_backward, cublas_forward
 from llmnb.cuda.cublas import cublas_scratch, no_cublas
-from llmnb.cuda.graph import Graph
-from llmnb.cuda.launch import kernel, missing, simulated, to_host
-from llmnb.cuda.simulator import cuda
+from llmnb.gpu.graph import Graph
+from llmnb.gpu.launch import kernel, missing, simulated, to_host
+from llmnb.gpu.simulator import cuda
 
 
 # fill an array
@@ -47,7 +43,7 @@ def _fill_flat(array, value):
 def fill(array, value):
     """Write one number into all elements of a device's array.
 
-    Derived in chapter 13.
+    Derived in chapter 1.15.
     """
     flat = array.reshape(-1)
     _fill_flat[-(-flat.size // 256), 256](flat, flat.dtype.type(value))
@@ -59,7 +55,7 @@ def zeros(nbytes):
 
     Raises MemoryError when the GPU has not as many.
 
-    Derived in chapter 13.
+    Derived in chapter 1.15.
     """
     if missing():
         return simulated(np.zeros(nbytes, np.uint8))
@@ -81,7 +77,7 @@ def no_gpu():
 
     Empty, too, where LLMNB_CUDA=simulator asks for the simulator.
 
-    Derived in chapter 13.
+    Derived in chapter 1.15.
     """
     return "" if os.environ.get("LLMNB_CUDA") == "simulator" else missing()
 
@@ -90,7 +86,7 @@ def no_gpu():
 def gpu():
     """The name of the GPU and whose products it takes, or why there is none.
 
-    Derived in chapter 13.
+    Derived in chapter 1.15.
     """
     if missing():
         return f"none: {missing()}"
@@ -105,10 +101,10 @@ def gpu():
 def products():
     """Whose products a GPT2 takes on a GPU: "cublas" or "llmnb".
 
-    cuBLASLt's where it can be had, else those of chapter 6. The variable
+    cuBLASLt's where it can be had, else those of chapter 1.7. The variable
     LLMNB_MATMUL chooses: ValueError when it asks for what there is not.
 
-    Derived in chapter 13.
+    Derived in chapter 1.15.
     """
     asked = os.environ.get("LLMNB_MATMUL", "")
     if asked not in ("", "cublas", "llmnb"):
@@ -129,7 +125,7 @@ def model_layout(cfg, batch_size, seq_len, precision="fp32"):
     ValueError for a precision of "tf32" where it cannot be had. Where there
     is no GPU, though one is wanted, a warning says why.
 
-    Derived in chapter 13.
+    Derived in chapter 1.15.
     """
     if no_gpu():
         warnings.warn(
@@ -169,7 +165,7 @@ def model_layers(work, precision="fp32"):
     work: as `model_layout` says. precision: "fp32" or "tf32". Returns an
     object with the functions of all layers.
 
-    Derived in chapter 13.
+    Derived in chapter 1.15.
     """
     found = {}
     for module in LAYERS:

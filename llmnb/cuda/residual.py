@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/09_residual.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/10_residual.py: edit that file.
 
-"""Add a layer's output to its input.
-
-The sum of a layer's output and its input keeps a road open along which
-gradients reach the first layers unchanged.
-"""
+"""The residual sum on a GPU, alone and with LayerNorm."""
 
 __all__ = [
     "FUSED_RESIDUAL_FORWARD",
@@ -23,10 +19,10 @@ from functools import cache, partial
 import numpy as np
 
 from llmnb.cuda.elementwise import by_element, by_four
-from llmnb.cuda.launch import DEVICE, aligned, device, kernel, numbered
+from llmnb.gpu.launch import DEVICE, aligned, device, kernel, numbered
 from llmnb.cuda.layernorm import layernorm_forward as normalise
-from llmnb.cuda.simulator import cuda, load4, store4
-from llmnb.cuda.warp import warp_sum
+from llmnb.gpu.simulator import cuda, load4, store4
+from llmnb.gpu.warp import warp_sum
 from llmnb.shapes import shapes
 
 
@@ -99,7 +95,7 @@ def residual_forward(out, inp1, inp2, version=2):
     overwritten, and may be inp1 or inp2. version: which kernel, from 1 on.
     Raises TypeError or ValueError before it launches anything.
 
-    Derived in chapter 9.
+    Derived in chapter 1.10.
     """
     run = numbered(RESIDUAL_FORWARD, version, "residual_forward")
     run([x.reshape(-1) for x in (out, inp1, inp2)])
@@ -121,7 +117,7 @@ def residual_backward(dinp1, dinp2, dout, version=2):
     distinct ones; dinp1 and dinp2 are added to. version: which kernel, from
     1 on. Raises TypeError or ValueError before it launches anything.
 
-    Derived in chapter 9.
+    Derived in chapter 1.10.
     """
     run = numbered(RESIDUAL_BACKWARD, version, "residual_backward")
     run([x.reshape(-1) for x in (dinp1, dinp2, dout)])
@@ -266,7 +262,7 @@ def fused_residual_forward(
     version: which kernel, from 1 on. Raises TypeError or ValueError before
     it launches anything.
 
-    Derived in chapter 9.
+    Derived in chapter 1.10.
     """
     label = "fused_residual_forward"
     run = numbered(FUSED_RESIDUAL_FORWARD, version, label)

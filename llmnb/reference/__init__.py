@@ -1,6 +1,6 @@
-# Written by `make export` from notebooks/*.py: edit that file.
+# Written by `make export` from notebooks/*/*.py: edit that file.
 
-"""The reference backend."""
+"""The layers in NumPy, forward and backward."""
 
 from llmnb.reference.adamw import (
     adamw_update,

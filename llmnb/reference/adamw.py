@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/11_adamw.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/12_adamw.py: edit that file.
 
-"""Step downhill with AdamW.
-
-AdamW divides each parameter's averaged gradient by its usual size and shrinks
-the parameter itself; a schedule sets the pace, a clip bounds it.
-"""
+"""AdamW and the clipping of gradients in NumPy."""
 
 __all__ = [
     "adamw_update",
@@ -45,7 +41,7 @@ def adamw_update(
     zero before the first step. step counts from 1. weight_decay applies to
     every element. Raises ValueError for settings out of range.
 
-    Derived in chapter 11.
+    Derived in chapter 1.12.
     """
     correction1 = 1 - beta1**step
     correction2 = 1 - beta2**step
@@ -62,7 +58,7 @@ def adamw_update(
 def global_norm(grads):
     """The Euclidean norm of a flat array, summed in float64, as a float.
 
-    Derived in chapter 11.
+    Derived in chapter 1.12.
     """
     wide = grads.astype(np.float64)
     return math.sqrt(np.sum(wide * wide))
@@ -79,7 +75,7 @@ def clip_gradients(grads, max_norm):
     is: the caller sees the norm and decides. Raises ValueError unless
     max_norm is positive.
 
-    Derived in chapter 11.
+    Derived in chapter 1.12.
     """
     norm = global_norm(grads)
     scale = max_norm / (norm + 1e-6)

@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/07_attention.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/08_attention.py: edit that file.
 
-"""Let each position look back and differentiate the look.
-
-Causal self-attention: every position takes a weighted mean of the values at
-and before it, with weights from a softmax of dot products.
-"""
+"""Causal attention in NumPy, forward and backward."""
 
 __all__ = [
     "attention_backward",
@@ -28,7 +24,7 @@ def split_heads(x, NH, parts):
     values, 1 for an output. Returns a view (parts, B, NH, T, hs) with
     hs = C / NH, so what is written into it lands in x.
 
-    Derived in chapter 7.
+    Derived in chapter 1.8.
     """
     B, T, width = x.shape
     heads = x.reshape(B, T, parts, NH, width // (parts * NH))
@@ -42,7 +38,7 @@ def masked_scores(q, k):
     q, k: (B, NH, T, hs). Returns a new array (B, NH, T, T), reading
     positions along the third axis.
 
-    Derived in chapter 7.
+    Derived in chapter 1.8.
     """
     T, hs = q.shape[-2:]
     scores = (q @ k.swapaxes(-1, -2)) * q.dtype.type(1 / np.sqrt(hs))
@@ -59,7 +55,7 @@ def attention_forward(out, lse, inp):
     out (B, T, C) and lse (B, NH, T), the log-sum-exp of each row of scaled,
     masked scores, which the backward pass needs. All of one float dtype.
 
-    Derived in chapter 7.
+    Derived in chapter 1.8.
     """
     NH = lse.shape[1]
     q, k, v = split_heads(inp, NH, 3)
@@ -79,7 +75,7 @@ def attention_backward(dinp, dout, inp, out, lse, add=True):
     lse are as the forward pass left them. All of one float dtype. add:
     False overwrites dinp instead of adding.
 
-    Derived in chapter 7.
+    Derived in chapter 1.8.
     """
     if not add:
         dinp.fill(0)

@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/10_crossentropy.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/11_crossentropy.py: edit that file.
 
-"""Turn logits into a loss and its gradient.
-
-Softmax makes probabilities of logits, cross-entropy measures the surprise at
-the right token, and the gradient of both together is p - y.
-"""
+"""Softmax and cross-entropy in NumPy, forward and backward."""
 
 __all__ = [
     "crossentropy_backward",
@@ -31,7 +27,7 @@ def softmax_forward(probs, logits, V):
     logits are not read and their probability is 0. Writes `probs`, which
     may be `logits` itself.
 
-    Derived in chapter 10.
+    Derived in chapter 1.11.
     """
     shifted = logits[..., :V] - logits[..., :V].max(-1, keepdims=True)
     exps = np.exp(shifted)
@@ -48,7 +44,7 @@ def crossentropy_forward(losses, probs, targets):
     (B, T). A probability below the smallest normal number counts as that
     number, so that a loss is never infinite.
 
-    Derived in chapter 10.
+    Derived in chapter 1.11.
     """
     tiny = np.finfo(probs.dtype).tiny
     hit = np.take_along_axis(probs, targets[..., None], -1)[..., 0]
@@ -63,7 +59,7 @@ def crossentropy_backward(dprobs, dlosses, probs, targets):
     dprobs, probs: float (B, T, Vp); dlosses: (B, T); targets: int (B, T).
     Only the targets' columns of `dprobs` change.
 
-    Derived in chapter 10.
+    Derived in chapter 1.11.
     """
     tiny = np.finfo(probs.dtype).tiny
     b, t = np.indices(targets.shape)
@@ -79,7 +75,7 @@ def softmax_backward(dlogits, dprobs, probs):
     dlogits, dprobs, probs: float (B, T, Vp). Padding has probability 0, so
     its columns receive 0.
 
-    Derived in chapter 10.
+    Derived in chapter 1.11.
     """
     inside = (dprobs * probs).sum(-1, keepdims=True)
     dlogits += probs * (dprobs - inside)
@@ -95,7 +91,7 @@ def crossentropy_softmax_forward(losses, lse, logits, targets, V):
     logits. logits: float (B, T, Vp), of which columns from V on are not
     read. targets: int (B, T), each below V.
 
-    Derived in chapter 10.
+    Derived in chapter 1.11.
     """
     top = logits[..., :V].max(-1)
     sums = np.exp(logits[..., :V] - top[..., None]).sum(-1)
@@ -113,7 +109,7 @@ def crossentropy_softmax_backward(dlogits, dlosses, logits, lse, targets, V):
     `logits` itself, which then is lost. dlosses, lse: (B, T), lse from the
     forward pass. targets: int (B, T). Columns from V on receive 0.
 
-    Derived in chapter 10.
+    Derived in chapter 1.11.
     """
     b, t = np.indices(targets.shape)
     dlogits[..., :V] = np.exp(logits[..., :V] - lse[..., None])

@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/03_encoder.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/05_encoder.py: edit that file.
 
-"""Turn tokens into vectors and send gradients back.
-
-A token's vector is a row of one table plus a row of another; the backward pass
-adds into the rows that were read.
-"""
+"""The encoder in NumPy: token and position vectors, and their gradients."""
 
 __all__ = [
     "encoder_backward",
@@ -28,7 +24,7 @@ def encoder_forward(out, inp, wte, wpe):
     wte   (Vp, C)        float, the table of tokens
     wpe   (max_T, C)     float, the table of positions; T <= max_T
 
-    Derived in chapter 3.
+    Derived in chapter 1.5.
     """
     T = inp.shape[1]
     out[...] = wte[inp] + wpe[:T]
@@ -44,7 +40,7 @@ def encoder_backward(dwte, dwpe, dout, inp):
     dout  (B, T, C)      float
     inp   (B, T)         integer, as in the forward pass
 
-    Derived in chapter 3.
+    Derived in chapter 1.5.
     """
     T = inp.shape[1]
     np.add.at(dwte, inp, dout)

@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/08_gelu.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/09_gelu.py: edit that file.
 
-"""Bend the line and differentiate the bend.
-
-GELU lets large numbers through and holds small ones back; written as a sigmoid
-it costs one exponential an element, forward and backward.
-"""
+"""GELU in NumPy, forward and backward."""
 
 __all__ = [
     "gelu_backward",
@@ -31,7 +27,7 @@ def gelu_forward(out, inp):
     out, inp: arrays of one shape, any, and one float dtype; out is
     overwritten.
 
-    Derived in chapter 8.
+    Derived in chapter 1.9.
     """
     u = ROOT * (inp + CUBIC * inp**3)
     out[...] = 0.5 * inp * (1 + np.tanh(u))
@@ -46,7 +42,7 @@ def gelu_backward(dinp, dout, inp, add=True):
     added to in place. With add=False it is overwritten and its old contents
     are not used, so it need not be zeroed.
 
-    Derived in chapter 8.
+    Derived in chapter 1.9.
     """
     t = np.tanh(ROOT * (inp + CUBIC * inp**3))
     du = ROOT * (1 + 3 * CUBIC * inp**2)

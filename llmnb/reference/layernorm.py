@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/05_layernorm.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/06_layernorm.py: edit that file.
 
-"""Normalise a layer and differentiate it.
-
-LayerNorm gives every token's vector mean 0 and variance 1, then scales and
-shifts each channel; its backward pass takes two sums a row.
-"""
+"""LayerNorm in NumPy, forward and backward."""
 
 __all__ = [
     "layernorm_backward",
@@ -31,7 +27,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     deviation of each row, saved for the backward pass. weight, bias: (C,).
     All of one float dtype; out, mean and rstd are overwritten.
 
-    Derived in chapter 5.
+    Derived in chapter 1.6.
     """
     mean[...] = inp.mean(axis=-1)
     centred = inp - mean[..., None]
@@ -49,7 +45,7 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
     (B, T), as the forward pass left them. All of one float dtype; the first
     three are added to in place.
 
-    Derived in chapter 5.
+    Derived in chapter 1.6.
     """
     norm = (inp - mean[..., None]) * rstd[..., None]
     dweight += (dout * norm).sum(axis=(0, 1))

@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/06_matmul.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/07_matmul.py: edit that file.
 
-"""Multiply by a weight matrix and differentiate it.
-
-The linear layer is one matrix product forward and two backward; nearly all of
-GPT-2's arithmetic happens in these three.
-"""
+"""The linear layer in NumPy, forward and backward."""
 
 __all__ = [
     "matmul_backward",
@@ -25,7 +21,7 @@ def matmul_forward(out, inp, weight, bias, residual=None):
     residual: (B, T, OC), added to the result, or None. All of one float
     dtype; out is overwritten, and may be residual itself.
 
-    Derived in chapter 6.
+    Derived in chapter 1.7.
     """
     y = inp @ weight.T
     if bias is not None:
@@ -47,7 +43,7 @@ def matmul_backward(
     add_dinp, add_dweight: False overwrites dinp, or dweight and dbias,
     instead of adding.
 
-    Derived in chapter 6.
+    Derived in chapter 1.7.
     """
     if not add_dinp:
         dinp.fill(0)

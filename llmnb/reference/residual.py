@@ -1,10 +1,6 @@
-# Written by `make export` from notebooks/09_residual.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/10_residual.py: edit that file.
 
-"""Add a layer's output to its input.
-
-The sum of a layer's output and its input keeps a road open along which
-gradients reach the first layers unchanged.
-"""
+"""The residual sum in NumPy, forward and backward."""
 
 __all__ = [
     "residual_backward",
@@ -26,7 +22,7 @@ def residual_forward(out, inp1, inp2):
     out, inp1, inp2: float, all of one shape; out is overwritten, and may be
     inp1 or inp2.
 
-    Derived in chapter 9.
+    Derived in chapter 1.10.
     """
     np.add(inp1, inp2, out=out)
 
@@ -39,7 +35,7 @@ def residual_backward(dinp1, dinp2, dout):
     dinp1, dinp2, dout: float, all of one shape, three distinct arrays;
     dinp1 and dinp2 are added to.
 
-    Derived in chapter 9.
+    Derived in chapter 1.10.
     """
     dinp1 += dout
     dinp2 += dout

@@ -1,0 +1,199 @@
+# Written by `make export` from notebooks/appendix/08_racing.py: edit that file.
+
+"""Time on a GPU, by its own events."""
+
+__all__ = [
+    "Clock",
+    "gpu_facts",
+    "in_turns",
+    "limits",
+    "no_times",
+]
+
+
+# imports of the GPU's clock
+import subprocess
+import time
+from statistics import median
+
+import numpy as np
+
+from llmnb.gpu.launch import empty, kernel, missing, to_device
+from llmnb.gpu.simulator import cuda, load4, store4
+
+
+# three kernels that measure
+_CHAINS, _UNROLLED = 16, 8  # of multiply-adds: independent, and in a row
+
+
+@kernel(launch_bounds=256)
+def _sweep(out, inp):
+    me, step = cuda.grid(1), cuda.gridsize(1)
+    total = np.float32(0)
+    for i in range(4 * me, inp.size, 4 * step):
+        a, b, c, d = load4(inp, i)
+        total += (a + b) + (c + d)
+    out[me] = total
+
+
+@kernel(launch_bounds=256)
+def _copy(out, inp):
+    me, step = cuda.grid(1), cuda.gridsize(1)
+    for i in range(4 * me, inp.size, 4 * step):
+        a, b, c, d = load4(inp, i)
+        store4(out, i, a, b, c, d)
+
+
+@kernel(launch_bounds=256)
+def _multiply_add(out, turns):
+    me = cuda.grid(1)
+    x, chains = out[me], cuda.local.array(_CHAINS, np.float32)
+    for k in range(_CHAINS):
+        chains[k] = x + np.float32(k)
+    for _ in range(turns):
+        for _ in range(_UNROLLED):
+            for k in range(_CHAINS):
+                chains[k] = chains[k] * x + x
+    for k in range(1, _CHAINS):
+        chains[0] += chains[k]
+    out[me] = chains[0]
+
+
+# a clock on the GPU
+class Clock:
+    """Times what a GPU does, with a cold L2 and the host out of the way.
+
+    Needs a GPU; it takes four times the memory of the L2 cache.
+
+    Derived in chapter A.8.
+    """
+
+    def __init__(self):
+        from numba import cuda as real
+
+        gpu = real.get_current_device()
+        self._grid = 8 * gpu.MULTIPROCESSOR_COUNT
+        floats = max(gpu.L2_CACHE_SIZE, 1 << 20)  # four times its bytes
+        block = np.zeros(floats, np.float32)
+        self._block, self._wait = to_device(block), real.synchronize
+        self._sums = empty(256 * self._grid, like=self._block)
+        self._marks = real.event(), real.event()
+        swept = min(self._between(self._sweep) for _ in range(5))
+        self._swept = max(swept, 1e-6)
+
+    def _sweep(self):
+        _sweep[self._grid, 256](self._sums, self._block)
+
+    def _between(self, run):
+        start, end = self._marks
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3  # from milliseconds
+
+    def launching(self, run):
+        """Seconds that the host needs for run(), which only launches."""
+        run()  # compiles
+        self._wait()
+        start = time.perf_counter()
+        run()
+        spent = time.perf_counter() - start
+        self._wait()
+        return spent
+
+    def seconds(self, run, launching):
+        """Seconds that the GPU takes for what run() launches.
+
+        launching: what the host takes, from the method of that name.
+        """
+        for _ in range(1 + int(2 * launching / self._swept)):
+            self._sweep()
+        return self._between(run)
+
+
+# in turns
+def in_turns(clock, runs, budget=2.0, most=50):
+    """Time each of some functions once a round; see `Clock`.
+
+    runs: a dict from name to a function that launches. budget: seconds of
+    GPU time to spend, roughly; at least five rounds and at most `most` are
+    measured. Returns a dict from name to a list of seconds.
+
+    Derived in chapter A.8.
+    """
+    host = {name: clock.launching(run) for name, run in runs.items()}
+    first = {name: clock.seconds(r, host[name]) for name, r in runs.items()}
+    rounds = int(budget / max(sum(first.values()), 1e-9))
+    found = {name: [] for name in runs}
+    for _ in range(min(max(rounds, 5), most)):
+        for name, run in runs.items():
+            found[name].append(clock.seconds(run, host[name]))
+    return found
+
+
+# the limits of a GPU
+def limits(clock):
+    """What a GPU reaches in the two kernels that do nothing else.
+
+    Returns a dict: fma_peak, FLOP/s in float32 on registers alone, and
+    copy_bytes, bytes read and written a second in a copy of 256 MB.
+
+    Derived in chapter A.8.
+    """
+    from numba import cuda as real
+
+    grid = 8 * real.get_current_device().MULTIPROCESSOR_COUNT
+    chains = to_device(np.full(256 * grid, 0.5, np.float32))
+    here, turns = to_device(np.zeros(1 << 26, np.float32)), 4096
+    there = empty(here.shape, like=here)
+    runs = {
+        "fma": lambda: _multiply_add[grid, 256](chains, turns),
+        "copy": lambda: _copy[grid, 256](there, here),
+    }
+    spent = {k: median(v) for k, v in in_turns(clock, runs, 1.0).items()}
+    flops = 2 * _CHAINS * _UNROLLED * turns * chains.size
+    moved = 2 * here.nbytes
+    return {
+        "fma_peak": flops / spent["fma"],
+        "copy_bytes": moved / spent["copy"],
+    }
+
+
+# which GPU
+def no_times():
+    """Why nothing can be timed on a GPU here; empty where it can.
+
+    Derived in chapter A.8.
+    """
+    return f"no GPU: {missing()}" if missing() else ""
+
+
+def gpu_facts():
+    """The GPU's name, generation, processors, caches, clocks: a dict.
+
+    Needs a GPU. clocks is what nvidia-smi says of them at this moment, or
+    None where it is silent.
+
+    Derived in chapter A.8.
+    """
+    from numba import cuda as real
+
+    gpu = real.get_current_device()
+    name = gpu.name.decode() if isinstance(gpu.name, bytes) else gpu.name
+    fields = "driver_version,clocks.sm,clocks.mem,power.limit"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv"]
+    try:
+        said = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        said = None
+    return {
+        "name": name,
+        "generation": list(gpu.compute_capability),
+        "processors": gpu.MULTIPROCESSOR_COUNT,
+        "l2_bytes": gpu.L2_CACHE_SIZE,
+        "memory_bytes": real.current_context().get_memory_info()[1],
+        "nvidia_smi": said,
+    }

@@ -1,0 +1,639 @@
+# Written by `make export` from notebooks/appendix/10_book.py: edit that file.
+
+"""Write the package from the notebooks' marked cells."""
+
+__all__ = [
+    "ALLOWED",
+    "APPENDIX",
+    "BACKENDS",
+    "BANNER",
+    "Cell",
+    "Chapter",
+    "ExportError",
+    "IN_ORDER",
+    "LINTER",
+    "LOADERS",
+    "MARKER",
+    "Module",
+    "ROOMS",
+    "ROOT",
+    "build_module",
+    "cell_at",
+    "cell_lines",
+    "chapter_label",
+    "check_imports",
+    "check_undefined",
+    "collect",
+    "defined_names",
+    "differences",
+    "exporter_of",
+    "findings",
+    "main",
+    "parse_cell",
+    "pointed_at",
+    "read_chapter",
+    "read_chapters",
+    "read_heading",
+    "refuse_later",
+    "refuse_loading",
+    "refuse_other_forms",
+    "render",
+    "render_index",
+    "render_module",
+    "render_room",
+    "say_where",
+    "sources",
+    "write_text",
+]
+
+
+# imports of the exporter
+import argparse
+import ast
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import jupytext
+
+from llmnb.files import replacing
+
+
+# one exported cell
+MARKER = "# " + "%%"  # apart, so that no module holds a marker itself
+ROOT = Path(__file__).parents[2] if "__file__" in globals() else Path("../..")
+APPENDIX = "appendix"
+
+
+class ExportError(Exception):
+    """A notebook that cannot be exported; the message names file and line.
+
+    Derived in chapter A.10.
+    """
+
+
+class Cell(NamedTuple):
+    """A code cell that goes into the package.
+
+    `line` is the line of its first statement in the notebook `path`;
+    `module` the dotted name of the module it goes to, without `llmnb.`.
+
+    Derived in chapter A.10.
+    """
+
+    path: Path
+    line: int
+    name: str
+    module: str
+    public: bool
+    source: str
+
+    def fail(self, lineno, message):
+        """Raise an ExportError that names file and line."""
+        line = self.line + lineno - 1
+        raise ExportError(f"{self.path}:{line}: {message}")
+
+
+# one chapter
+class Chapter(NamedTuple):
+    """A notebook source: its title, the modules it writes and their cells.
+
+    `modules` maps each module's dotted name to its docstring, a line.
+
+    Derived in chapter A.10.
+    """
+
+    path: Path
+    title: str
+    modules: dict
+    cells: list
+
+    @property
+    def label(self):
+        """Its number in the book, such as "1.6"; "A.2" in the appendix."""
+        return chapter_label(self.path)
+
+    @property
+    def place(self):
+        """Its path below the folder of notebooks."""
+        return "/".join(self.path.parts[-2:])
+
+
+def chapter_label(path):
+    """The number of the chapter that a source holds, such as "1.6".
+
+    Derived in chapter A.10.
+    """
+    part = path.parent.name
+    letter = "A" if part == APPENDIX else part.partition("_")[0]
+    return f"{letter}.{int(path.name.partition('_')[0])}"
+
+
+def cell_lines(path):
+    """Line numbers of the first line of every cell in a percent file.
+
+    Derived in chapter A.10.
+    """
+    lines = Path(path).read_text("utf-8").splitlines()
+    starts = []
+    for i, line in enumerate(lines):
+        if line.startswith(MARKER):
+            first = i + 1
+            while first < len(lines) and not lines[first].strip():
+                first += 1
+            starts.append(first + 1)
+    return starts
+
+
+# read a chapter
+def read_chapter(path):
+    """Read a notebook source into a Chapter.
+
+    Raises ExportError when the title, the summary or the module is missing.
+
+    Derived in chapter A.10.
+    """
+    book = jupytext.read(path)
+    modules = book.metadata.get("llmnb", {}).get("modules", {})
+    title = read_heading(path, book.cells[0].source)
+    cells = []
+    for cell, line in zip(book.cells, cell_lines(path), strict=True):
+        tags = cell.metadata.get("tags", [])
+        if cell.cell_type != "code" or not {"export", "exporti"} & {*tags}:
+            continue
+        module = cell.metadata.get("module", next(iter(modules), None))
+        name = cell.metadata.get("title", "")
+        public = "export" in tags
+        cells.append(Cell(path, line, name, module, public, cell.source))
+        if module not in modules:
+            cells[-1].fail(1, f"the header has no line for module {module}")
+    for module in set(modules) - {cell.module for cell in cells}:
+        raise ExportError(f"{path}:1: no cell goes to module {module}")
+    return Chapter(path, title, modules, cells)
+
+
+def read_heading(path, source):
+    """The title, from the text of a chapter's first cell.
+
+    Derived in chapter A.10.
+    """
+    lines = source.splitlines()
+    quoted = any(x.startswith(">") for x in lines)
+    if not lines or not lines[0].startswith("# ") or not quoted:
+        raise ExportError(
+            f"{path}:1: the first cell must hold '# Title' and '> summary'"
+        )
+    return lines[0][2:].strip()
+
+
+# what a cell may hold
+ALLOWED = (
+    ast.Import,
+    ast.ImportFrom,
+    ast.Assign,
+    ast.AnnAssign,
+    ast.FunctionDef,
+    ast.ClassDef,
+)
+LOADERS = {"open", "load", "loadtxt", "fromfile", "memmap", "read_text"}
+
+
+def parse_cell(cell):
+    """Parse an exported cell and refuse what has no place in a module.
+
+    Derived in chapter A.10.
+    """
+    for i, line in enumerate(cell.source.splitlines(), 1):
+        if line.startswith(("%", "!")):
+            cell.fail(i, f"a magic in an export cell: {line}")
+    try:
+        tree = ast.parse(cell.source, feature_version=(3, 11))
+    except SyntaxError as error:
+        cell.fail(error.lineno or 1, f"not Python: {error.msg}")
+    for node in tree.body:
+        if not isinstance(node, ALLOWED):
+            text = ast.unparse(node).splitlines()[0]
+            cell.fail(node.lineno, f"runs code in an export cell: {text}")
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            refuse_loading(cell, node)
+    return tree
+
+
+def refuse_loading(cell, node):
+    """Refuse a module-level assignment that prints or reads data.
+
+    Derived in chapter A.10.
+    """
+    for call in ast.walk(node):
+        if isinstance(call, ast.Call):
+            name = ast.unparse(call.func).split(".")[-1]
+            if name in LOADERS | {"print", "input"}:
+                cell.fail(call.lineno, f"{name}() in an export cell")
+
+
+# what the linter says
+LINTER = (
+    *("-m", "ruff", "check", "--isolated", "--ignore-noqa", "--exit-zero"),
+    *("--quiet", "--output-format", "json", "--target-version", "py311"),
+)
+
+
+def findings(texts, rule):
+    """What the linter ruff finds in modules: tuples (module, line, words).
+
+    texts: dict from a module's dotted name to its text. rule: of ruff's, such
+    as F821 for a name that is not defined. words: what the rule is about, as
+    it stands in the text; where the text is not Python, ruff's own words.
+
+    Derived in chapter A.10.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in texts.items():
+            Path(folder, f"{name}.py").write_text(text, "utf-8")
+        command = [sys.executable, *LINTER, "--select", rule, folder]
+        run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise ExportError(f"the linter does not run: {run.stderr.strip()}")
+    return [pointed_at(texts, rule, x) for x in json.loads(run.stdout)]
+
+
+def pointed_at(texts, rule, found):
+    """The module, the line and the words that one finding is about.
+
+    Derived in chapter A.10.
+    """
+    name, start = Path(found["filename"]).stem, found["location"]
+    if found["code"] != rule:
+        return name, start["row"], found["message"]
+    line = texts[name].splitlines()[start["row"] - 1]
+    last = found["end_location"]["column"] - 1
+    return name, start["row"], line[start["column"] - 1 : last]
+
+
+# names a cell defines
+def defined_names(node):
+    """Names that a module-level statement binds.
+
+    Derived in chapter A.10.
+    """
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return [(a.asname or a.name).split(".")[0] for a in node.names]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    return [
+        x.id for t in targets for x in ast.walk(t) if isinstance(x, ast.Name)
+    ]
+
+
+# one module
+class Module(NamedTuple):
+    """A module to be written: its cells, trees, and the names it defines.
+
+    `names` maps each name to the cell and line that define it; `public`
+    lists those that stand in `__all__`.
+
+    Derived in chapter A.10.
+    """
+
+    name: str
+    chapter: Chapter
+    cells: list
+    trees: list
+    names: dict
+    public: list
+
+
+def build_module(name, chapter):
+    """Collect one module's cells; refuse a name that is defined twice.
+
+    Derived in chapter A.10.
+    """
+    cells = [c for c in chapter.cells if c.module == name]
+    trees = [parse_cell(c) for c in cells]
+    names, public = {}, []
+    for cell, tree in zip(cells, trees, strict=True):
+        for node in tree.body:
+            imported = isinstance(node, (ast.Import, ast.ImportFrom))
+            for x in defined_names(node):
+                if x in names and not imported:
+                    first = names[x][0].path.name, names[x][1]
+                    cell.fail(
+                        node.lineno,
+                        f"{x} is exported twice, first at "
+                        f"{first[0]}:{first[1]}",
+                    )
+                names[x] = cell, cell.line + node.lineno - 1
+                if cell.public and not imported and x[0] != "_":
+                    public.append(x)
+    return Module(name, chapter, cells, trees, names, public)
+
+
+# undefined names
+def check_undefined(modules):
+    """Refuse a name that nothing in its module defines.
+
+    Derived in chapter A.10.
+    """
+    texts = {
+        name: "".join(f"{cell.source}\n" for cell in module.cells)
+        for name, module in modules.items()
+    }
+    for name, line, words in findings(texts, "F821"):
+        cell, line = cell_at(modules[name], line)
+        cell.fail(line, f"{words} is not defined in llmnb.{name}")
+
+
+def cell_at(module, line):
+    """The cell that holds a line of a module's cells, and its line there.
+
+    Derived in chapter A.10.
+    """
+    lengths = [cell.source.count("\n") + 1 for cell in module.cells]
+    ends = itertools.accumulate(lengths)
+    for cell, length, end in zip(module.cells, lengths, ends, strict=True):
+        if line <= end:
+            return cell, line - end + length
+    raise IndexError(f"{module.name} has no line {line}")
+
+
+# imports from other chapters
+def check_imports(module, modules):
+    """Refuse an import from `llmnb` that no earlier chapter exports.
+
+    Inside a function a later chapter's name may be imported.
+
+    Derived in chapter A.10.
+    """
+    for cell, tree in zip(module.cells, module.trees, strict=True):
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                refuse_other_forms(cell, node)
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            if node.module.split(".")[0] == "llmnb":
+                for name in node.names:
+                    owner = exporter_of(modules, cell, node, name.name)
+                    if node in tree.body:
+                        refuse_later(module, owner, cell, node, name.name)
+
+
+def refuse_other_forms(cell, node):
+    """Refuse `import llmnb.module`, and an import that begins with a dot.
+
+    Derived in chapter A.10.
+    """
+    whole = isinstance(node, ast.Import) and any(
+        a.name.split(".")[0] == "llmnb" for a in node.names
+    )
+    if whole or getattr(node, "level", 0):
+        text = ast.unparse(node)
+        cell.fail(node.lineno, f"write `from llmnb.module import`: {text}")
+
+
+def exporter_of(modules, cell, node, name):
+    """The module that an imported name, or module, comes from.
+
+    Derived in chapter A.10.
+    """
+    source = node.module.partition("llmnb.")[2]
+    inner = f"{source}.{name}".strip(".")
+    if source in modules and name in modules[source].names:
+        return modules[source]
+    if inner in modules:
+        return modules[inner]
+    if inner in ROOMS or source in BACKENDS:
+        return None
+    where = f"llmnb.{source}" if source else "llmnb"
+    return cell.fail(node.lineno, f"no chapter exports {name} to {where}")
+
+
+def refuse_later(module, owner, cell, node, name):
+    """Refuse a name of a later chapter; the appendix stands beside them.
+
+    Derived in chapter A.10.
+    """
+    if owner is None or owner.chapter.path.parent.name == APPENDIX:
+        return
+    there, here = owner.chapter.place, module.chapter.place
+    if there > here and IN_ORDER:
+        cell.fail(node.lineno, f"{name} belongs to a later chapter, {there}")
+
+
+# collect all modules
+def collect(chapters):
+    """Build and check all modules of these chapters, by dotted name.
+
+    Raises ExportError at the first defect.
+
+    Derived in chapter A.10.
+    """
+    modules = {}
+    for chapter in chapters:
+        for name in dict.fromkeys(c.module for c in chapter.cells):
+            if name in modules:
+                first = modules[name].chapter.place
+                cell = next(c for c in chapter.cells if c.module == name)
+                cell.fail(1, f"llmnb.{name} already belongs to {first}")
+            modules[name] = build_module(name, chapter)
+    check_undefined(modules)
+    for module in modules.values():
+        check_imports(module, modules)
+    return modules
+
+
+# the text of a module
+BANNER = "# Written by `make export` from notebooks/{}: edit that file.\n"
+
+
+def render_module(module):
+    """The text of a module: banner, docstring, `__all__`, cells in order.
+
+    Derived in chapter A.10.
+    """
+    chapter = module.chapter
+    parts = [BANNER.format(chapter.place)]
+    parts.append(f'"""{chapter.modules[module.name]}"""\n')
+    names = "".join(f'    "{x}",\n' for x in sorted(module.public))
+    parts.append(f"__all__ = [\n{names}]\n" if names else "__all__ = []\n")
+    for cell, tree in zip(module.cells, module.trees, strict=True):
+        title = f"# {cell.name}\n" if cell.name else ""
+        source = say_where(cell.source, tree, module)
+        parts.append("\n" + title + source.strip() + "\n")
+    if "main" in module.public:
+        parts.append('\nif __name__ == "__main__":\n    main()\n')
+    return "\n".join(parts)
+
+
+def say_where(source, tree, module):
+    """A cell's source, whose public docstrings name the chapter.
+
+    Derived in chapter A.10.
+    """
+    lines = source.splitlines()
+    note = f"    Derived in chapter {module.chapter.label}."
+    for node in reversed(tree.body):
+        if getattr(node, "name", None) not in module.public:
+            continue
+        if ast.get_docstring(node) is None:
+            continue
+        last = node.body[0].end_lineno
+        ends = lines[last - 1].rstrip().removesuffix('"""').rstrip()
+        kept = [ends] if ends else []
+        lines[last - 1 : last] = [*kept, "", note, '    """']
+    return "\n".join(lines)
+
+
+# the rooms of the package
+# each room's docstring, from the ground up: a room uses those before it, and
+# its neighbours on its own level
+ROOMS = {
+    "book": "What readers of a chapter see, and how the book is built.",
+    "gpu": "The machine under `llmnb.cuda`: simulator, launch, PTX, graphs.",
+    "reference": "The layers in NumPy, forward and backward.",
+    "cpu": "The layers compiled by numba for the processor's cores.",
+    "cuda": "The layers as kernels for a GPU, or for the simulator.",
+    "model": "The tensors of a model, its blocks, the model, its writing.",
+    "formats": "Models on disk: llm.c's .bin, safetensors, Hugging Face's.",
+    "text": "Tokenizers, texts, shards and batches.",
+    "train": "The training loop, its runs, and what a model has learnt.",
+    "bench": "Time: stopwatch, race, ladders, report.",
+    "cli": "The command line, a file a command.",
+}
+# rooms that offer all names of their modules, of gpu's too
+BACKENDS = {"reference": (), "cpu": (), "cuda": ("gpu",)}
+IN_ORDER = False
+
+
+def render_room(room, modules):
+    """`__init__.py` of a room: a docstring, a backend's also its names.
+
+    Derived in chapter A.10.
+    """
+    text = BANNER.format("*/*.py") + f'\n"""{ROOMS[room]}"""\n'
+    if room not in BACKENDS:
+        return text
+    rooms = room, *BACKENDS[room]
+    inside = [m for n, m in modules.items() if n.partition(".")[0] in rooms]
+    lines = [text]
+    for m in sorted(inside):
+        if m.public:
+            names = "".join(f"    {x},\n" for x in sorted(m.public))
+            lines.append(f"from llmnb.{m.name} import (\n{names})")
+    names = sorted(x for m in inside for x in m.public)
+    lines.append("\n__all__ = [\n" + "".join(f'    "{x}",\n' for x in names))
+    return "\n".join(lines) + "]\n"
+
+
+# the index
+def render_index(modules):
+    """`index.json`: for every chapter, what it exports and in a line why.
+
+    Derived in chapter A.10.
+    """
+    index = {}
+    for module in modules.values():
+        rows = index.setdefault(module.chapter.label, [])
+        nodes = {
+            node.name: node
+            for tree in module.trees
+            for node in tree.body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        }
+        for name in filter(nodes.get, module.public):
+            doc = ast.get_docstring(nodes[name]) or ""
+            line = doc.partition("\n")[0]
+            rows.append({"module": module.name, "name": name, "doc": line})
+    return json.dumps(index, indent=1) + "\n"
+
+
+# the whole package as text
+def render(modules):
+    """The package as a mapping from path below `llmnb/` to text.
+
+    Derived in chapter A.10.
+    """
+    files = {}
+    for name, module in modules.items():
+        files[name.replace(".", "/") + ".py"] = render_module(module)
+    folders = {name.partition(".")[0] for name in modules if "." in name}
+    for folder in folders:
+        files[f"{folder}/__init__.py"] = render_room(folder, modules)
+    files["index.json"] = render_index(modules)
+    return files
+
+
+def write_text(path, text):
+    """Write a text file, and the folders it needs, whole or not at all.
+
+    Derived in chapter A.10.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+# compare and write
+def differences(files, package):
+    """Paths whose text in `package` is missing, different or superfluous.
+
+    Derived in chapter A.10.
+    """
+    there = {
+        p.relative_to(package).as_posix()
+        for kind in ("*.py", "*.json")
+        for p in package.rglob(kind)
+    }
+    changed = [
+        f
+        for f in files
+        if f not in there or (package / f).read_text("utf-8") != files[f]
+    ]
+    return sorted(changed), sorted(there - set(files))
+
+
+def read_chapters(folder):
+    """Read every chapter of a folder in order.
+
+    Derived in chapter A.10.
+    """
+    return [read_chapter(p) for p in sources(folder)]
+
+
+def sources(folder):
+    """The chapters' sources in the order of the book.
+
+    Derived in chapter A.10.
+    """
+    return sorted(folder.glob("*/[0-9]*.py"))
+
+
+def main(argv=None):
+    """Regenerate the package, or with --check say what differs.
+
+    Derived in chapter A.10.
+    """
+    parser = argparse.ArgumentParser("python -m llmnb.book.export")
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args(argv).check
+    try:
+        files = render(collect(read_chapters(ROOT / "notebooks")))
+    except ExportError as error:
+        sys.exit(str(error))
+    package = ROOT / "llmnb"
+    changed, extra = differences(files, package)
+    if check and (changed or extra):
+        sys.exit(f"run `make export`: out of date: {changed + extra}")
+    for name in changed:
+        write_text(package / name, files[name])
+    for name in extra:
+        (package / name).unlink()
+    print(f"llmnb: {len(files)} files, {len(changed)} written")
+
+
+if __name__ == "__main__":
+    main()

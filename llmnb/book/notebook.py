@@ -1,0 +1,134 @@
+# Written by `make export` from notebooks/appendix/10_book.py: edit that file.
+
+"""Run the notebooks and keep what they print."""
+
+__all__ = [
+    "build",
+    "cell_defects",
+    "defects",
+    "from_source",
+    "main",
+    "run",
+]
+
+
+# imports of the builder
+import argparse
+import sys
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+
+from llmnb.book.export import ROOT, chapter_label, sources, write_text
+
+
+# the notebook a source stands for
+def from_source(path):
+    """The notebook of a percent source, not run, with stable cell ids.
+
+    Derived in chapter A.10.
+    """
+    book = jupytext.read(path)
+    book.metadata = {
+        key: book.metadata[key]
+        for key in ("kernelspec", "llmnb")
+        if key in book.metadata
+    }
+    book.nbformat, book.nbformat_minor = 4, 5
+    for number, cell in enumerate(book.cells):
+        cell.id = f"{path.stem}-{number}"
+    return book
+
+
+def run(book, folder):
+    """Run a notebook in `folder`, its cells in order; outputs in place.
+
+    Raises nbclient's CellExecutionError at the first cell that fails.
+
+    Derived in chapter A.10.
+    """
+    NotebookClient(
+        book,
+        timeout=600,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,
+        extra_arguments=["--log-level=ERROR"],
+        resources={"metadata": {"path": str(folder)}},
+    ).execute()
+    book.metadata["language_info"] = {"name": "python"}
+    for cell in book.cells:
+        for output in cell.get("outputs", []):
+            output.get("metadata", {}).pop("execution", None)
+
+
+# write one notebook
+def build(path):
+    """Write the .ipynb of a source, run from top to bottom.
+
+    Derived in chapter A.10.
+    """
+    book = from_source(path)
+    run(book, path.parent)
+    write_text(path.with_suffix(".ipynb"), nbformat.writes(book) + "\n")
+
+
+def defects(path):
+    """Sentences that say where a .ipynb does not match its source.
+
+    Derived in chapter A.10.
+    """
+    built = path.with_suffix(".ipynb")
+    if not built.exists():
+        return [f"{built.name} is missing"]
+    want, got = from_source(path), nbformat.read(built, as_version=4)
+    if len(want.cells) != len(got.cells):
+        return [f"{built.name}: not the cells of {path.name}"]
+    found = []
+    for a, b in zip(want.cells, got.cells, strict=True):
+        same = (a.cell_type, a.source, a.metadata, a.id)
+        if same != (b.cell_type, b.source, b.metadata, b.id):
+            found.append(f"{built.name}: cell {b.id} differs from {path.name}")
+        elif a.cell_type == "code" and a.source.strip():
+            found += cell_defects(built.name, b)
+    return found
+
+
+def cell_defects(name, cell):
+    """Sentences that say what is wrong with a cell's outputs.
+
+    Derived in chapter A.10.
+    """
+    if cell.execution_count is None:
+        return [f"{name}: cell {cell.id} was never run: nbval would skip it"]
+    if any(x.output_type == "error" for x in cell.outputs):
+        return [f"{name}: cell {cell.id} ended in an error"]
+    return []
+
+
+# the command
+def main(argv=None):
+    """Write and run the notebooks, or with --check say what differs.
+
+    Derived in chapter A.10.
+    """
+    parser = argparse.ArgumentParser("python -m llmnb.book.notebook")
+    parser.add_argument("--check", action="store_true", help="run nothing")
+    parser.add_argument("chapters", nargs="*", help="such as 1.6; default all")
+    args = parser.parse_args(argv)
+    paths = [
+        path
+        for path in sources(ROOT / "notebooks")
+        if not args.chapters or chapter_label(path) in args.chapters
+    ]
+    if args.check:
+        found = [line for p in paths for line in defects(p)]
+        sys.exit("\n".join([*found, "run `make notebooks`"]) if found else 0)
+    for path in paths:
+        print(chapter_label(path), path.stem, flush=True)
+        build(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,3 @@
+# Written by `make export` from notebooks/*/*.py: edit that file.
+
+"""The command line, a file a command."""

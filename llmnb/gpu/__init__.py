@@ -1,0 +1,3 @@
+# Written by `make export` from notebooks/*/*.py: edit that file.
+
+"""The machine under `llmnb.cuda`: simulator, launch, PTX, graphs."""

@@ -1,0 +1,3 @@
+# Written by `make export` from notebooks/*/*.py: edit that file.
+
+"""The tensors of a model, its blocks, the model, its writing."""

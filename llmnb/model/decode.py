@@ -1,0 +1,257 @@
+# Written by `make export` from notebooks/4_practice/13_cache.py: edit that file.
+
+"""GPT-2 for writing, with its keys and values kept."""
+
+__all__ = [
+    "CHUNK",
+    "Decoder",
+    "FEWER",
+    "LIGHT",
+    "PACKED",
+    "decoder_layout",
+]
+
+
+# imports of the decoder
+import importlib
+
+import numpy as np
+
+from llmnb.arena import Arena
+from llmnb.formats.checkpoint import read_checkpoint, read_config
+from llmnb.checks import FLOATS, check_fit, check_tokens
+from llmnb.config import parameter_shapes
+from llmnb.model.layout import footprint
+from llmnb.room import check_room
+
+
+# its memory
+CHUNK = 128  # positions, of all texts, that are computed at once
+FEWER = "fewer or shorter texts, or a smaller model, take less"
+LIGHT = 1 << 14  # numbers that one thread finishes before a second wakes
+PACKED = {"qkv": (3, 1), "attproj": (1, 1), "fc": (4, 1), "fcproj": (1, 4)}
+
+
+def decoder_layout(cfg, batch_size, seq_len, dtype=np.float32):
+    """The groups of the arena in which a Decoder works.
+
+    vectors: parameters as they are; panels: weights, packed with their
+    biases; cache: keys and values of every block; acts: what one block
+    computes for at most max(batch_size, CHUNK) positions, and the logits of
+    the last.
+
+    Derived in chapter 4.13.
+    """
+    from llmnb.cpu.decode import cache_shapes, panels_shape
+
+    L, C, Vp = cfg.num_layers, cfg.channels, cfg.padded_vocab_size
+    B, R, shapes = batch_size, max(batch_size, CHUNK), parameter_shapes(cfg)
+    panels = {
+        name: (L, *panels_shape(m * C, n * C))
+        for name, (m, n) in PACKED.items()
+    }
+    panels["wte"] = panels_shape(Vp, C)
+    cache = cache_shapes(B, cfg.num_heads, seq_len, C // cfg.num_heads)
+    widths = {"x": C, "y": C, "ln": C, "atty": C}
+    widths |= {"qkv": 3 * C, "fch": 4 * C, "fch_gelu": 4 * C}
+    acts = {name: (R, width) for name, width in widths.items()}
+    acts |= {"mean": (R,), "rstd": (R,), "last": (B, C), "logits": (B, Vp)}
+    vectors = {n: s for n, s in shapes.items() if n == "wpe" or "ln" in n}
+    return {
+        "vectors": (dtype, vectors),
+        "panels": (dtype, panels),
+        "cache": (dtype, {k: (L, *s) for k, s in cache.items()}),
+        "acts": (dtype, acts),
+        "batch": (np.int32, {"tokens": (B, seq_len)}),
+    }
+
+
+# work too small to share
+def _light(function, out, *args):
+    """Call a layer with one thread, where out is only a few rows."""
+    from numba import get_num_threads, set_num_threads
+
+    threads = get_num_threads()
+    set_num_threads(1 if out.size < LIGHT else threads)
+    try:
+        function(out, *args)
+    finally:
+        set_num_threads(threads)
+
+
+# the decoder
+class Decoder:
+    """GPT-2 for writing: no gradients, and keys and values are kept.
+
+    cfg: a GPT2Config. batch_size: the most texts at once. seq_len: the
+    longest text, by default cfg.max_seq_len. dtype: float32 or float64.
+    Its weights are zero until `load`. Raises ValueError for a value out of
+    range and MemoryError when its block of memory cannot be had.
+
+    Derived in chapter 4.13.
+    """
+
+    def __init__(self, cfg, batch_size=1, seq_len=None, dtype=np.float32):
+        seq_len = cfg.max_seq_len if seq_len is None else seq_len
+        if batch_size < 1 or not 1 <= seq_len <= cfg.max_seq_len:
+            raise ValueError(
+                f"Decoder: batch_size must be at least 1 and seq_len 1 to "
+                f"{cfg.max_seq_len}, got {batch_size} and {seq_len}"
+            )
+        self.cfg, self.batch_size, self.seq_len = cfg, batch_size, seq_len
+        self._ops = importlib.import_module("llmnb.cpu")
+        layout = decoder_layout(cfg, batch_size, seq_len, dtype)
+        check_room(sum(footprint(layout).values()), FEWER)
+        self.memory = Arena(layout)
+        self._acts, self._tokens = self.memory["acts"], self.memory["batch"]
+        self._layers = [self._layer(i) for i in range(cfg.num_layers)]
+        self._held = 0, 0  # rows and positions whose keys are kept
+
+    def _layer(self, i):
+        groups = ("vectors", "panels", "cache")
+        return {
+            name: array[i]
+            for group in groups
+            for name, array in self.memory[group].items()
+            if name not in ("wte", "wpe", "lnfw", "lnfb")
+        }
+
+    def load(self, params):
+        """Take the weights of a mapping such as `GPT2.params`.
+
+        They are copied, from a GPU too: after another step of training,
+        load them again. Raises TypeError or ValueError before it copies any,
+        where one does not fit.
+        """
+        for name, shape in parameter_shapes(self.cfg).items():
+            check_fit(f"Decoder.load: {name}", params[name], shape, FLOATS)
+        pack, panels = self._ops.pack_weight, self.memory["panels"]
+        for name, array in self.memory["vectors"].items():
+            array[...] = params[name]
+        pack(panels["wte"], np.asarray(params["wte"]))
+        for name in PACKED:
+            weight, bias = (np.asarray(params[name + x]) for x in "wb")
+            for one in zip(panels[name], weight, bias, strict=True):
+                pack(*one)
+        self._held = 0, 0
+        return self
+
+    @classmethod
+    def of(cls, model, batch_size=1, seq_len=None):
+        """A Decoder with the weights of a GPT2, as they are now."""
+        seq_len = model.seq_len if seq_len is None else seq_len
+        dtype = model.params["wte"].dtype
+        return cls(model.cfg, batch_size, seq_len, dtype).load(model.params)
+
+    @classmethod
+    def from_checkpoint(cls, path, batch_size=1, seq_len=None, tokens=None):
+        """A Decoder with weights from disk; path, tokens: see read_config.
+
+        For a while it holds them twice: as they are read, and packed.
+        """
+        cfg = read_config(path, tokens)
+        layout = {"params": (np.float32, parameter_shapes(cfg))}
+        check_room(2 * sum(footprint(layout).values()), FEWER)
+        decoder, arena = cls(cfg, batch_size, seq_len), Arena(layout)
+        read_checkpoint(path, cfg, arena["params"])
+        return decoder.load(arena["params"])
+
+    def following(self, texts):
+        """The logits (N, V) of the token that follows each of N texts.
+
+        texts: N lists of tokens, of one length from 1 to seq_len; N is at
+        most batch_size. What the texts share with those of the last call,
+        from the first token on, is not computed again; the logits are the
+        same to the last bit. Raises TypeError or ValueError before it
+        computes anything.
+        """
+        texts = self._checked(texts)
+        rows, length = texts.shape
+        first = self._shared(texts)
+        alone = first == 0 and (texts == texts[0]).all()
+        self._held = 0, 0
+        self._tokens["tokens"][:rows, :length] = texts
+        some = texts[:1] if alone else texts
+        size = max(1, CHUNK // len(some))
+        for start in range(first, length, size):
+            self._extend(some[:, start : start + size], start)
+        if alone:
+            self._copy_first_row(rows, length)
+        self._held = rows, length
+        return self._logits(rows)
+
+    def _checked(self, texts):
+        """The texts as an array, if they can be one."""
+        texts = np.asarray(texts)
+        rows, length = texts.shape if texts.ndim == 2 else (0, 0)
+        if not (1 <= rows <= self.batch_size and 1 <= length <= self.seq_len):
+            raise ValueError(
+                f"Decoder.following: texts must have shape (N, T), N at most "
+                f"{self.batch_size} and T at most {self.seq_len}, got "
+                f"{texts.shape}"
+            )
+        name = "Decoder.following: texts"
+        check_tokens(name, texts, self.cfg.vocab_size)
+        return texts.astype(np.int32)
+
+    def _shared(self, texts):
+        """How many positions are kept already; never the last."""
+        rows, length = self._held
+        if len(texts) > rows:
+            return 0
+        length = min(length, texts.shape[1] - 1)
+        held = self._tokens["tokens"][: len(texts), :length]
+        differs = (held != texts[:, :length]).any(axis=0)
+        return int(differs.argmax()) if differs.any() else length
+
+    def _extend(self, tokens, first):
+        """Run some positions (B, T) through all blocks."""
+        tokens = np.ascontiguousarray(tokens)
+        rows, new = tokens.shape
+        a = {
+            name: self._acts[name][: tokens.size].reshape(rows, new, -1)
+            for name in self._acts
+            if name not in ("last", "logits")
+        }
+        embedding = self.memory["panels"]["wte"], self.memory["vectors"]["wpe"]
+        self._ops.embed_forward(a["x"], tokens, *embedding, first)
+        for w in self._layers:
+            self._block(a, w, first)
+        self._acts["last"][:rows] = a["x"][:, -1]
+
+    def _block(self, a, w, first):
+        """One block, as in chapter 1.15, over the positions in a["x"]."""
+        ops, rows = self._ops, len(a["x"])
+        cache = w["keys"][:rows], w["values"][:rows]
+        self._norm(a, "x", w["ln1w"], w["ln1b"])
+        ops.panels_forward(a["qkv"], a["ln"], w["qkv"])
+        ops.cache_attention(a["atty"], *cache, a["qkv"], first)
+        ops.panels_forward(a["y"], a["atty"], w["attproj"], a["x"])
+        self._norm(a, "y", w["ln2w"], w["ln2b"])
+        ops.panels_forward(a["fch"], a["ln"], w["fc"])
+        _light(ops.gelu_forward, a["fch_gelu"], a["fch"])
+        ops.panels_forward(a["x"], a["fch_gelu"], w["fcproj"], a["y"])
+
+    def _copy_first_row(self, rows, length):
+        """Texts that are the same share what the first has computed."""
+        keys, values = self.memory["cache"].values()
+        panels = -(-length // keys.shape[-1])
+        keys[:, 1:rows, :, :panels] = keys[:, :1, :, :panels]
+        values[:, 1:rows, :, :length] = values[:, :1, :, :length]
+        self._acts["last"][1:rows] = self._acts["last"][:1]
+
+    def _logits(self, rows):
+        """The head of the model, for the last position of each text."""
+        a, v = self._acts, self.memory["vectors"]
+        names = "last", "ln", "mean", "rstd", "logits"
+        a = {x: a[x][:rows].reshape(rows, 1, -1) for x in names}
+        self._norm(a, "last", v["lnfw"], v["lnfb"])
+        wte = self.memory["panels"]["wte"]
+        self._ops.panels_forward(a["logits"], a["ln"], wte)
+        return a["logits"][:, 0, : self.cfg.vocab_size].copy()
+
+    def _norm(self, a, name, weight, bias):
+        """LayerNorm of an activation, into a["ln"]."""
+        stats = (a[x].reshape(a["ln"].shape[:2]) for x in ("mean", "rstd"))
+        how = a["ln"], *stats, a[name], weight, bias
+        _light(self._ops.layernorm_forward, *how)

@@ -1,0 +1,356 @@
+# Written by `make export` from notebooks/1_by_hand/02_tokens.py: edit that file.
+
+"""Texts to train on, found, downloaded and kept."""
+
+__all__ = [
+    "OUTPUT",
+    "encode_documents",
+    "files_below",
+    "files_of",
+    "load",
+    "split",
+]
+
+
+# imports of the corpora
+import hashlib
+import os
+import re
+import sys
+import sysconfig
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from llmnb.files import replacing
+from llmnb.text.reader import (
+    NotText,
+    Tally,
+    is_json_lines,
+    open_stream,
+    passing_over,
+    read_records,
+    read_text,
+    text_blocks,
+    text_of,
+)
+from llmnb.text.tokenizer import EOT, encode_text
+
+
+# where the text is
+SKIPPED = {
+    "__pycache__",
+    "dist-packages",
+    "encodings",
+    "idle_test",
+    "pydoc_data",
+    "site-packages",
+    "test",
+    "tests",
+}
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/"
+    "data/tinyshakespeare/input.txt"
+)
+SHAKESPEARE_SHA256 = (
+    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+)
+
+
+# files below a folder
+OUTPUT = re.compile(
+    r"(tokenizer\.tiktoken|unfinished\.json|state_\d+\.safetensors)(\..*)?"
+)
+
+
+def files_below(folder, skipped=(), tally=None):
+    """Paths of all files below a folder, sorted by name.
+
+    Hidden files and folders are left out, and folders named in `skipped`.
+    What is noted in `tally`, a `Tally`: runs and folders of shards, links to
+    folders, folders that cannot be read, and pipes, devices, and links that
+    lead nowhere.
+
+    Derived in chapter 1.2.
+    """
+    found, tally = [], tally or Tally()
+
+    def unreadable(error):
+        tally.note("not readable", error.filename)
+
+    for here, folders, names in os.walk(folder, onerror=unreadable):
+        if any(map(OUTPUT.fullmatch, names)):
+            tally.note("runs or shards", here)
+            folders.clear()
+            continue
+        folders[:] = [x for x in folders if x not in skipped and x[0] != "."]
+        for link in filter(os.path.islink, (Path(here, x) for x in folders)):
+            tally.note("links to folders", link)
+        for path in (Path(here, x) for x in names if x[0] != "."):
+            if os.path.isfile(path):
+                found.append(path)
+            else:
+                tally.note("not files", path)
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+# the text of a module
+def _read(path):
+    """The text of a file, or None when it has none."""
+    try:
+        return read_text(path)
+    except NotText:
+        return None
+
+
+# the standard library
+def _standard_library():
+    """Yield the source and the manual pages of the running Python."""
+    root = Path(sysconfig.get_path("stdlib"))
+    readers = {}
+    for path in files_below(root, SKIPPED):
+        name = path.relative_to(root).as_posix()
+        if path.suffix == ".py" and not name.startswith("_sysconfigdata"):
+            readers[name] = lambda path=path: _read(path)
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        topics = {}
+    for name, text in topics.items():
+        readers[f"topic {name}"] = lambda text=text: text
+    for name in sorted(readers, key=_hash):
+        yield readers[name]()
+
+
+def _hash(text):
+    """SHA-256 of a text, in hexadecimal."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+# keep a download
+def _cache_folder():
+    """The folder of this user in which downloads are kept."""
+    if os.name == "nt":
+        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    elif sys.platform == "darwin":
+        base = "~/Library/Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "llmnb"
+
+
+# fetch a file
+def _download(url, path):
+    """Fetch a file into place; progress goes to stderr."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = bytearray()
+    with urllib.request.urlopen(url, timeout=30) as reply:
+        size = int(reply.headers.get("Content-Length") or 0) or None
+        how = {"unit_scale": True, "disable": None}  # no bar in a file
+        bar = tqdm(total=size, unit="B", desc=path.name, **how)
+        with bar:
+            while block := reply.read(1 << 16):
+                raw += block
+                bar.update(len(block))
+    _check_hash(raw, url)
+    with replacing(path) as file:
+        file.write(raw)
+
+
+# check a download
+def _check_hash(raw, name):
+    """Raise ValueError unless these bytes are tinyshakespeare."""
+    got = hashlib.sha256(raw).hexdigest()
+    if got != SHAKESPEARE_SHA256:
+        raise ValueError(
+            f"{name} must have the SHA-256 {SHAKESPEARE_SHA256} to be "
+            f"tinyshakespeare, got {got}"
+        )
+
+
+# find tinyshakespeare
+def _tinyshakespeare():
+    """The text of tinyshakespeare, from LLMNB_DATA, the cache or the web."""
+    name = "tinyshakespeare.txt"
+    folder = os.environ.get("LLMNB_DATA")
+    path = Path(folder, name) if folder else None
+    if path is None or not path.exists():
+        try:
+            path = _cache_folder() / name
+            if not path.exists():
+                _download(SHAKESPEARE_URL, path)
+        except (OSError, RuntimeError) as error:  # RuntimeError: no home
+            raise ConnectionError(
+                f"cannot fetch tinyshakespeare from {SHAKESPEARE_URL} "
+                f"({error}); put it as {name} into a folder and name "
+                f"the folder in LLMNB_DATA"
+            ) from error
+    raw = path.read_bytes()
+    _check_hash(raw, path)
+    return raw.decode("utf-8")
+
+
+# documents of a play
+def _speeches(text):
+    """Yield the sections of a text, each with the blank line that ends it."""
+    sections = text.split("\n\n")
+    for section in sections[:-1]:
+        yield section + "\n\n"
+    yield sections[-1]
+
+
+# files of a corpus
+def files_of(path, tally):
+    """Yield (path, whether it was named) for a file, or a folder's files.
+
+    path: a Path. tally: as for `files_below`. Raises FileNotFoundError, or
+    ValueError for a pipe or a device.
+
+    Derived in chapter 1.2.
+    """
+    if path.is_dir():
+        for inner in files_below(path, (), tally):
+            yield inner, False
+    elif path.exists() and not path.is_file():
+        raise ValueError(f"{path} must be a regular file or a folder")
+    elif path.exists():
+        yield path, True
+    else:
+        raise FileNotFoundError(
+            f"there is no corpus and no file called {path}; the corpora are "
+            "stdlib and tinyshakespeare"
+        )
+
+
+# documents of own files
+def _own_files(paths, field, skip_bad, tally):
+    """Yield the documents of these files, and of all files in folders."""
+    if isinstance(paths, (str, os.PathLike)):
+        paths = [paths]
+    for path in map(Path, paths):
+        for inner, named in files_of(path, tally):
+            documents = _documents_of(inner, field, skip_bad, tally)
+            if named:
+                yield from documents
+            else:
+                with passing_over(inner, tally):
+                    yield from documents
+
+
+def _documents_of(path, field, skip_bad, tally):
+    """Yield the documents of a file, each whole."""
+
+    def take(where, record):
+        return text_of(where, record, field)
+
+    with open_stream(path) as (stream, _):
+        if is_json_lines(path):
+            found = read_records(path, stream, take, skip_bad, tally)
+            yield from (text for _, text in found)
+        else:
+            yield "".join(text_blocks(path, stream))
+
+
+# load a corpus
+def load(
+    source="stdlib", limit=None, field="text", skip_bad=False, tally=None
+):
+    """The documents of a corpus, a list of str.
+
+    source: "stdlib", the source and manual pages of the running Python;
+    "tinyshakespeare", downloaded once unless the folder that LLMNB_DATA
+    names has it; or a path or a list of paths of files and folders. Files
+    that end in .jsonl, .jsonl.gz or .jsonl.zst have a document a line, in
+    the field `field`; any other file, unpacked when it ends in .gz or .zst,
+    is a document. Of folders, files that are no text are passed over, and
+    noted in `tally`, a `Tally`; with skip_bad, bad lines too. limit: keep at
+    most that many characters; the last document is cut to fit. The order is
+    the same on every call. Raises FileNotFoundError, ConnectionError, or
+    ValueError for a bad limit, a bad line, a file that is no text, or an
+    empty corpus.
+
+    Derived in chapter 1.2.
+    """
+    tally = tally or Tally()
+    if limit is not None and limit < 1:
+        raise ValueError(f"load: limit must be at least 1, got {limit}")
+    if source == "stdlib":
+        texts = _standard_library()
+    elif source == "tinyshakespeare":
+        texts = _speeches(_tinyshakespeare())
+    else:
+        texts = _own_files(source, field, skip_bad, tally)
+    documents = list(_take(filter(None, texts), limit))
+    if not documents:
+        raise ValueError(f"load: no text in {source}{tally.words()}")
+    if times := sum(text.count(EOT) for text in documents):
+        tally.note(EOT, source, times)
+    return documents
+
+
+# keep to a limit
+def _take(texts, limit):
+    """Yield texts until they hold `limit` characters, the last one cut."""
+    for text in texts:
+        if limit is None:
+            yield text
+        elif limit > 0:
+            yield text[:limit]
+            limit -= len(text)
+        else:
+            return
+
+
+# tokens of documents
+def encode_documents(encoding, documents, endoftext=False):
+    """Encode documents into one array, `<|endoftext|>` before each.
+
+    encoding: a tiktoken.Encoding of at most 65,536 tokens, or ValueError is
+    raised. documents: an iterable of str. Returns a uint16 array of shape
+    (N,). Text that reads `<|endoftext|>` is encoded as ordinary text, or as
+    the token with `endoftext`.
+
+    Derived in chapter 1.2.
+    """
+    if encoding.n_vocab > 65536:
+        raise ValueError(
+            f"encode_documents: the encoding must have at most 65536 tokens, "
+            f"got {encoding.n_vocab}"
+        )
+    if isinstance(documents, str):
+        documents = [documents]
+    parts, rest = [], iter(documents)
+    encode = partial(encode_text, encoding, endoftext=endoftext)
+    with ThreadPoolExecutor(8) as pool:  # tiktoken lets go of the lock
+        while group := list(islice(rest, 256)):
+            for ids in pool.map(encode, group):
+                parts.append(np.uint16([encoding.eot_token]))
+                parts.append(ids.astype(np.uint16))
+    if not parts:
+        raise ValueError("encode_documents: there are no documents")
+    return np.concatenate(parts)
+
+
+# train and validation
+def split(tokens, validation=None):
+    """Cut tokens into (train, validation); both are views.
+
+    tokens: array of shape (N,). The first `validation` tokens are set aside;
+    by default 32,768, as llm.c does, or a tenth of the tokens if that is
+    less. Raises ValueError unless both parts hold a token.
+
+    Derived in chapter 1.2.
+    """
+    if validation is None:
+        validation = min(32768, len(tokens) // 10)
+    if not 0 < validation < len(tokens):
+        raise ValueError(
+            f"split: validation must lie between 0 and the number of tokens, "
+            f"{len(tokens)}, got {validation}"
+        )
+    return tokens[validation:], tokens[:validation]

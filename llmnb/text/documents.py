@@ -1,0 +1,182 @@
+# Written by `make export` from notebooks/4_practice/09_shards.py: edit that file.
+
+"""Documents of any source, cut where their encoding allows."""
+
+__all__ = [
+    "Source",
+    "sources",
+]
+
+
+# imports of the readers
+import hashlib
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from llmnb.text import corpus
+from llmnb.text.reader import (
+    Tally,
+    is_json_lines,
+    open_stream,
+    passing_over,
+    read_records,
+    text_blocks,
+    text_of,
+)
+from llmnb.text.tokenizer import EOT
+
+
+# cut a text
+PIECE = 1 << 20  # characters that are encoded at once, about
+RUN = 1 << 24  # characters without a place to cut, at most
+SAFE = re.compile(r"\S(?=[ \n])")
+
+
+def _last_cut(text, start):
+    """The last safe place to cut behind `start`, or 0; the end is tried."""
+    for low in (max(start, len(text) - 4096), start):
+        places = [match.end() for match in SAFE.finditer(text, low)]
+        if places:
+            return places[-1]
+    return 0
+
+
+# cut a document into pieces
+def _cut(where, blocks):
+    """Yield (is it the first, text): a document, cut where (4.9.2) holds."""
+    first, held, searched = True, "", 0
+    for block in blocks:
+        held += block
+        if len(held) < PIECE:
+            continue
+        if place := _last_cut(held, searched):
+            yield first, held[:place]
+            first, held, searched = False, held[place:], 0
+        else:
+            searched = len(held) - 1
+        if len(held) > RUN:
+            raise ValueError(
+                f"{where}: a blank must come within {RUN:,} characters, and "
+                "a word within as many blanks"
+            )
+    if held:
+        yield first, held
+
+
+# the pieces of a source
+class Source(NamedTuple):
+    """A file, or a corpus in memory, that is read in pieces.
+
+    name: a path, or the corpus's name. size: bytes on the disk, or
+    characters. mark: a str that changes with the content. pieces: a function
+    that yields (first, text, position): whether a document begins, text,
+    and how much of `size` is read.
+
+    Derived in chapter 4.9.
+    """
+
+    name: str
+    size: int
+    mark: str
+    pieces: object
+
+
+# the pieces of a file
+def _file_pieces(path, field, skip_bad, tally):
+    """Yield (first, text, position) for a file of any kind."""
+
+    def take(where, record):
+        return text_of(where, record, field)
+
+    with open_stream(path) as (stream, raw):
+        if is_json_lines(path):
+            found = read_records(path, stream, take, skip_bad, tally)
+            for where, text in found:
+                for first, piece in _cut(where, _blocks(text)):
+                    yield first, piece, raw.tell()
+        else:
+            for first, piece in _cut(path, text_blocks(path, stream)):
+                yield first, piece, raw.tell()
+
+
+def _blocks(text):
+    return (text[i : i + PIECE] for i in range(0, len(text), PIECE))
+
+
+# a file in a folder
+def _found_pieces(path, field, skip_bad, tally):
+    """The pieces of a file in a folder; none when it is no text."""
+    good = False
+    with passing_over(path, tally), open_stream(path) as (stream, _):
+        if not is_json_lines(path):
+            for _ in text_blocks(path, stream):
+                pass
+        good = True
+    if good:
+        yield from _file_pieces(path, field, skip_bad, tally)
+
+
+def _file_source(path, read, how):
+    """The `Source` of a file; how: field, skip_bad and tally."""
+    info = path.stat()
+    mark = f"{path} {info.st_size} {info.st_mtime_ns}"
+
+    def pieces():
+        return _counted(path, read(path, *how), how[-1])
+
+    return Source(str(path), info.st_size, mark, pieces)
+
+
+def _counted(name, pieces, tally):
+    """Pass pieces on; note how often `<|endoftext|>` stands in them."""
+    times = 0
+    for first, text, position in pieces:
+        if EOT in text:
+            times += text.count(EOT)
+            tally.note(EOT, name, times)
+        yield first, text, position
+
+
+# a corpus in memory
+def _memory_source(name):
+    documents = corpus.load(name)
+    digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
+
+    def pieces():
+        position = 0
+        for text in documents:
+            position += len(text)
+            for first, piece in _cut(name, _blocks(text)):
+                yield first, piece, position
+
+    return Source(name, sum(map(len, documents)), digest, pieces)
+
+
+# the sources of a corpus
+def sources(names, field="text", skip_bad=False, tally=None):
+    """The `Source`s of a corpus, in order: a list.
+
+    names: stdlib, tinyshakespeare, or paths of files and folders, which are
+    read in the order of names. Files that end in .jsonl, .jsonl.gz or
+    .jsonl.zst have a document a line, in the field `field`; any other file,
+    unpacked when it ends in .gz or .zst, is a document. Files in folders
+    that are no text are passed over, and noted in `tally`, a `Tally`, when
+    they are read; with skip_bad, bad lines too. Raises FileNotFoundError,
+    or ValueError for a pipe or a device.
+
+    Derived in chapter 4.9.
+    """
+    found, tally = [], tally or Tally()
+    how = field, skip_bad, tally
+    for name in names:
+        if name in ("stdlib", "tinyshakespeare"):
+            found.append(_memory_source(name))
+            continue
+        for path, named in corpus.files_of(Path(name), tally):
+            if named:
+                found.append(_file_source(path, _file_pieces, how))
+            else:
+                with passing_over(path, tally):
+                    found.append(_file_source(path, _found_pieces, how))
+    return found

@@ -1,0 +1,447 @@
+# Written by `make export` from notebooks/4_practice/09_shards.py: edit that file.
+
+"""Text of any size turned into shards on all cores."""
+
+__all__ = [
+    "Place",
+    "Progress",
+    "START",
+    "pieces_from",
+    "shards_folder",
+    "write_shards",
+]
+
+
+# imports of the shard writer
+import json
+import os
+import re
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from llmnb.text.corpus import split
+from llmnb.text.data import shard_length, write_shard
+from llmnb.files import BESIDE, make_folder, replacing
+from llmnb.lock import LOCK, Lock, in_use
+from llmnb.text.tokenizer import encode_text, save
+
+
+# results in the order of the items
+def _in_order(function, items, workers):
+    """Yield function(item) for all items, in order, computed in threads."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) == 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _cores():
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+# encode a batch of pieces
+def _encode(encoding, pieces, endoftext=False):
+    """The tokens of (first, text) pieces, uint16, EOT before documents."""
+    parts, eot = [], np.array([encoding.eot_token], np.uint16)
+    for first, text in pieces:
+        if first:
+            parts.append(eot)
+        ids = encode_text(encoding, text, endoftext)
+        parts.append(ids.astype(np.uint16))
+    return np.concatenate(parts)
+
+
+# a place in a corpus
+class Place(NamedTuple):
+    """Where a token of a corpus comes from.
+
+    source, piece: where its batch begins. drop: tokens of the batch before
+    it. documents, characters: what lies before the batch.
+
+    Derived in chapter 4.9.
+    """
+
+    source: int = 0
+    piece: int = 0
+    drop: int = 0
+    documents: int = 0
+    characters: int = 0
+
+
+# the pieces behind a place
+START = Place()
+
+
+def pieces_from(sources, place=START, limit=0):
+    """Yield (Place, first, text, read) from a place on.
+
+    sources: a list of `Source`. limit: end after so many characters of the
+    corpus, 0 for all of it; the last piece is cut to fit. read: how much of
+    the sizes of all sources is read. Sources before the place are not
+    opened.
+
+    Derived in chapter 4.9.
+    """
+    _, skipped, _, documents, characters = place
+    before = sum(source.size for source in sources[: place.source])
+    for k in range(place.source, len(sources)):
+        found = enumerate(sources[k].pieces())
+        for i, (first, text, read) in islice(found, skipped, None):
+            if limit and characters >= limit:
+                return
+            text = text[: limit - characters] if limit else text
+            here = Place(k, i, 0, documents, characters)
+            yield here, first, text, before + read
+            documents, characters = documents + first, characters + len(text)
+        skipped, before = 0, before + sources[k].size
+
+
+# batches of pieces
+BATCH = 1 << 20  # characters that a thread encodes at once, or more
+
+
+class _Batch(NamedTuple):
+    """Pieces that are encoded together, and how far the corpus is then."""
+
+    place: Place
+    pieces: list
+    read: int
+    documents: int
+    characters: int
+
+
+def _batches(pieces):
+    """Gather what `pieces_from` yields."""
+    batch, start = [], None
+    for place, first, text, read in pieces:
+        start = start or place
+        batch.append((first, text))
+        end = place.characters + len(text)
+        counts = read, place.documents + first, end
+        if end - start.characters >= BATCH:
+            yield _Batch(start, batch, *counts)
+            batch, start = [], None
+    if batch:
+        yield _Batch(start, batch, *counts)
+
+
+# the stream of tokens
+class _Stream:
+    """The tokens of a corpus from a place on, taken in portions."""
+
+    def __init__(self, encoding, pieces, workers, drop=0, endoftext=False):
+        def work(batch):
+            return batch, _encode(encoding, batch.pieces, endoftext)
+
+        self._blocks = _in_order(work, _batches(pieces), workers)
+        self._tokens, self._used = np.empty(0, np.uint16), 0
+        self.batch = None
+        if drop and self.more():
+            if drop > len(self._tokens):
+                raise ValueError("the place to go on from does not exist")
+            self._used = drop
+
+    def more(self):
+        """Whether there is another token."""
+        while self._used == len(self._tokens):
+            block = next(self._blocks, None)
+            if block is None:
+                return False
+            (self.batch, self._tokens), self._used = block, 0
+        return True
+
+    def take(self, count):
+        """Up to `count` tokens, at least one if there is `more`."""
+        part = self._tokens[self._used : self._used + count]
+        self._used += len(part)
+        return part
+
+    @property
+    def place(self):
+        """The `Place` of the next token."""
+        return self.batch.place._replace(drop=self._used)
+
+
+# what the work depends on
+NOTE = "unfinished.json"
+OURS = re.compile(
+    r"((train|val)(_[0-9]{6,})?\.bin|tokenizer\.tiktoken|unfinished\.json)"
+    rf"({BESIDE})?"
+)
+
+
+def _digest(texts):
+    """A hash of an iterable of bytes."""
+    digest = sha256()
+    for text in texts:
+        digest.update(len(text).to_bytes(8, "little") + text)
+    return digest.hexdigest()
+
+
+def _conditions(sources, encoding, options):
+    ranks = range(encoding.n_vocab - 1)
+    single = encoding.decode_single_token_bytes
+    return {
+        "options": options,
+        "corpus": _digest(
+            x.mark.encode("utf-8", "surrogatepass") for x in sources
+        ),
+        "tokenizer": _digest(map(single, ranks)),
+    }
+
+
+# has something changed?
+def _check_conditions(path, note, now):
+    """Raise ValueError when unfinished work was begun otherwise."""
+    then = note["conditions"]
+    for name, value in now["options"].items():
+        old = then["options"].get(name)
+        if old != value:
+            raise ValueError(
+                f"{path}: this work was begun with {name} {old}, not {value}: "
+                "use the same options, or start anew with --force"
+            )
+    for name in ("corpus", "tokenizer"):
+        if then[name] != now[name]:
+            raise ValueError(
+                f"{path}: the {name} has changed since this work was begun: "
+                "start anew with --force"
+            )
+
+
+# read the note
+def _read_note(path):
+    """The note of unfinished work, checked."""
+    try:
+        if path.stat().st_size > 1 << 24:
+            raise ValueError("too large")
+        note = json.loads(path.read_text("utf-8"))
+        place = Place(**note["next"])
+        counts = [*place, note["val_tokens"]]
+        counts += [count for _, count in note["shards"]]
+        if not all(type(x) is int and 0 <= x < 2**63 for x in counts):
+            raise ValueError("counts must be whole numbers")
+        names = [name for name, _ in note["shards"]]
+        if not all(OURS.fullmatch(name) for name in names):
+            raise ValueError("a shard must be named train or val")
+        then = note["conditions"]
+        if not isinstance(then["options"], dict):
+            raise ValueError("options must be named")
+        _ = then["corpus"], then["tokenizer"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: not the note of unfinished work ({error}): start anew "
+            "with --force"
+        ) from None
+    return note | {"next": place}
+
+
+def _write_note(path, note):
+    note = note | {"next": note["next"]._asdict()}
+    with replacing(path) as file:
+        file.write(json.dumps(note).encode())
+
+
+# is the folder ours?
+def shards_folder(path, force=False):
+    """Make or take up a folder for shards; returns it as a Path.
+
+    A folder is taken up when it is empty, holds unfinished work, or `force`
+    is given. Raises FileExistsError otherwise.
+
+    Derived in chapter 4.9.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file, not a folder")
+    make_folder(path)
+    rest = [x for x in path.iterdir() if x.suffix != ".new"]
+    rest = [x for x in rest if x.name != LOCK]
+    if rest and not force and not (path / NOTE).exists():
+        state = in_use(path) or "exists and is not empty"
+        raise FileExistsError(f"{path} {state}")
+    return path
+
+
+def _clear(folder, force):
+    """Remove what a kill left half written; with force, all that is ours."""
+    for path in folder.iterdir():
+        match = OURS.fullmatch(path.name)
+        if match and (force or path.suffix == ".new"):
+            path.unlink()
+
+
+# how it goes on
+def _note_of(folder, sources, encoding, options, force):
+    """The note to go on from: that of the folder, or a new one."""
+    path, now = folder / NOTE, _conditions(sources, encoding, options)
+    if path.exists() and not force:
+        note = _read_note(path)
+        _check_conditions(path, note, now)
+        if note["next"].source >= max(1, len(sources)):
+            raise ValueError(f"{path}: no source {note['next'].source}")
+        for name, count in note["shards"]:
+            if shard_length(folder / name) != count:
+                raise ValueError(
+                    f"{folder / name} must have {count} tokens: start anew "
+                    "with --force"
+                )
+        _clear(folder, False)
+        return note
+    val = _validation(sources, encoding, options)
+    _clear(folder, force)
+    note = {"conditions": now, "val_tokens": val, "shards": []}
+    note["next"] = START
+    _write_note(path, note)
+    return note
+
+
+# the tokens of validation
+def _validation(sources, encoding, options):
+    if options["val_tokens"]:
+        return options["val_tokens"]
+    pieces = pieces_from(sources, limit=options["limit"])
+    special = options.get("endoftext", False)
+    stream, count = _Stream(encoding, pieces, 1, 0, special), 0
+    while count < 327_680 and stream.more():
+        count += len(stream.take(327_680 - count))
+    if not count:
+        raise ValueError("there is no text in the corpus")
+    return len(split(np.empty(count, np.uint8))[1])
+
+
+# what is reported
+class Progress(NamedTuple):
+    """How far `write_shards` is.
+
+    read: of the sum of the sources' sizes. documents, characters: encoded.
+    tokens: written or about to be. shards: [name, tokens] of each file.
+
+    Derived in chapter 4.9.
+    """
+
+    read: int
+    documents: int
+    characters: int
+    tokens: int
+    shards: list
+
+
+# write the shards
+def write_shards(folder, sources, encoding, options, force=False, workers=0):
+    """Encode a corpus into shards; yields a `Progress` as it goes on.
+
+    folder: from `shards_folder`. sources: a list of `Source`. options: a
+    dict with at least limit (characters, 0 for all), shard_tokens and
+    dict with at least limit (characters, 0 for all), shard_tokens and
+    val_tokens (0: a tenth, at most 32,768); endoftext: as for `encode_text`.
+    force: start anew. workers: threads, 0 for one a core. Unfinished work
+    is gone on with, and the files are those of an uninterrupted run. The
+    folder is locked meanwhile. Raises ValueError or OSError.
+
+    Derived in chapter 4.9.
+    """
+    _check_options(encoding, options)
+    with Lock(folder) as lock:
+        folder = shards_folder(folder, force)  # nobody has filled it since
+        work = sources, encoding, options, force, workers
+        yield from _written(folder, lock, *work)
+
+
+# shard by shard
+def _written(folder, lock, sources, encoding, options, force, workers):
+    note = _note_of(folder, sources, encoding, options, force)
+    save(encoding, folder / "tokenizer.tiktoken")
+    place = note["next"]
+    pieces = pieces_from(sources, place, options["limit"])
+    how = workers or _cores(), place.drop, options.get("endoftext", False)
+    stream = _Stream(encoding, pieces, *how)
+    while stream.more():
+        size = _size_of_next(note, options["shard_tokens"])
+        tokens = np.empty(size, np.uint16)
+        for filled in _fill(stream, tokens):
+            yield _progress(stream, note, filled)
+        name = _name_of_next(note, size, not stream.more())
+        lock.check(hold=True)
+        write_shard(folder / name, tokens[:filled])
+        note["shards"].append([name, filled])
+        note["next"] = stream.place
+        _write_note(folder / NOTE, note)
+    yield _progress(stream, note, 0)
+    _check_end(note)
+    (folder / NOTE).unlink()
+
+
+# fill a shard
+def _fill(stream, tokens):
+    """Fill an array as far as the stream goes; yields how much is full."""
+    filled = 0
+    while filled < len(tokens) and stream.more():
+        part = stream.take(len(tokens) - filled)
+        tokens[filled : filled + len(part)] = part
+        filled += len(part)
+        yield filled
+
+
+def _progress(stream, note, filled):
+    total = filled + sum(count for _, count in note["shards"])
+    _, _, *counts = stream.batch
+    return Progress(*counts, total, note["shards"])
+
+
+# the next shard
+def _size_of_next(note, shard_tokens):
+    """The tokens of the next shard, at most; (4.9.1)."""
+    left = note["val_tokens"] - sum(n for _, n in note["shards"])
+    return min(left, shard_tokens) if left > 0 else shard_tokens
+
+
+def _name_of_next(note, size, last):
+    """train.bin or val.bin if it is the only one, else with a number."""
+    written = sum(count for _, count in note["shards"])
+    part = "val" if written < note["val_tokens"] else "train"
+    number = sum(name.startswith(part) for name, _ in note["shards"])
+    only = size == note["val_tokens"] if part == "val" else last
+    if only and number == 0:
+        return f"{part}.bin"
+    return f"{part}_{number:06}.bin"
+
+
+# what makes no sense
+def _check_options(encoding, options):
+    if encoding.n_vocab > 65536:
+        raise ValueError(
+            "a shard's tokenizer must have at most 65536 tokens, got "
+            f"{encoding.n_vocab}"
+        )
+    for name, least, below in (
+        ("shard_tokens", 1, 2**31),
+        ("val_tokens", 0, 2**63),
+        ("limit", 0, 2**63),
+    ):
+        if not least <= options[name] < below:
+            raise ValueError(
+                f"{name} must lie in [{least}, {below}), got {options[name]}"
+            )
+
+
+def _check_end(note):
+    total = sum(count for _, count in note["shards"])
+    if total <= note["val_tokens"]:
+        raise ValueError(
+            f"the corpus has {total:,} tokens, all of them for validation "
+            f"({note['val_tokens']:,}): none is left to train on"
+        )

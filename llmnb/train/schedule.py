@@ -1,0 +1,88 @@
+# Written by `make export` from notebooks/1_by_hand/12_adamw.py: edit that file.
+
+"""The learning rate of each step, and which tensors decay."""
+
+__all__ = [
+    "KINDS",
+    "MATRICES",
+    "VECTORS",
+    "check_schedule",
+    "decayed",
+    "learning_rate",
+]
+
+
+# imports of the schedule
+import math
+
+
+# which tensors decay
+MATRICES = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")
+VECTORS = (
+    "ln1w", "ln1b", "qkvb", "attprojb", "ln2w", "ln2b", "fcb", "fcprojb",
+    "lnfw", "lnfb",
+)  # fmt: skip
+
+
+def decayed(name):
+    """Whether weight decay applies to the parameter tensor of this name.
+
+    True for the matrices and the two tables, False for biases and for
+    LayerNorm's scales and shifts. Raises ValueError for another name.
+
+    Derived in chapter 1.12.
+    """
+    if name not in MATRICES + VECTORS:
+        raise ValueError(f"decayed: no tensor is called {name!r}")
+    return name in MATRICES
+
+
+# the schedule
+KINDS = ("cosine", "linear", "constant", "wsd")
+
+
+def learning_rate(step, peak, warmup, total, kind="cosine", final=0.0):
+    """The learning rate of a step, counted from 0, of `total` steps.
+
+    For `warmup` steps it climbs in equal stairs to `peak`. Then it falls to
+    `final * peak` along half a cosine ("cosine") or a line ("linear"), stays
+    ("constant"), or stays until 80 % of `total` and falls as 1 - sqrt
+    ("wsd"). Raises ValueError for an unknown kind and numbers out of range.
+
+    Derived in chapter 1.12.
+    """
+    check_schedule(step, peak, warmup, total, kind, final)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    start = max(warmup, int(0.8 * total)) if kind == "wsd" else warmup
+    u = min(1, max(0, step - start) / max(1, total - start))
+    left = {
+        "cosine": (1 + math.cos(math.pi * u)) / 2,
+        "linear": 1 - u,
+        "constant": 1,
+        "wsd": 1 - math.sqrt(u),
+    }
+    return peak * (final + (1 - final) * left[kind])
+
+
+# check a schedule
+def check_schedule(step, peak, warmup, total, kind, final):
+    """Raise ValueError unless `learning_rate` can work with these.
+
+    Derived in chapter 1.12.
+    """
+    if kind not in KINDS:
+        known = ", ".join(KINDS)
+        raise ValueError(f"learning_rate: no kind {kind!r}, only {known}")
+    limits = [
+        ("step", step, step >= 0, "at least 0"),
+        ("peak", peak, peak >= 0, "at least 0"),
+        ("total", total, total >= 1, "at least 1"),
+        ("warmup", warmup, 0 <= warmup <= total, f"in [0, {total}]"),
+        ("final", final, 0 <= final <= 1, "in [0, 1]"),
+    ]
+    for name, value, ok, limit in limits:
+        if not ok:
+            raise ValueError(
+                f"learning_rate: {name} must be {limit}, got {value}"
+            )

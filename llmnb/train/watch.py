@@ -1,0 +1,189 @@
+# Written by `make export` from notebooks/4_practice/18_commands.py: edit that file.
+
+"""A run watched from another terminal."""
+
+__all__ = [
+    "Board",
+    "PANELS",
+    "compare_runs",
+    "read_log",
+    "run_table",
+    "smooth",
+]
+
+
+# imports of the watcher
+import time
+from pathlib import Path
+
+import numpy as np
+
+from llmnb.train.run import read_rows
+
+
+# read a log
+def read_log(path):
+    """The columns of a run's log, by name.
+
+    path: a log.csv, or the folder of a run. Returns a dict from a column's
+    name to an array (2, N) of float64: steps, and the values that the
+    column has at them; N is 0 for an empty column. A last row without a
+    line's end is left out. Raises OSError, or ValueError with the file's
+    name and the line that is no row of numbers.
+
+    Derived in chapter 4.18.
+    """
+    path = Path(path)
+    path = path / "log.csv" if path.is_dir() else path
+    names, rows = read_rows(path)
+    points = {name: [] for name in names[1:]}
+    for line, row, wrong in rows:
+        if wrong:
+            raise ValueError(f"{path}, line {line}: {wrong}")
+        for name in points:
+            if row[name] is not None:
+                points[name].append((row["step"], row[name]))
+    return {k: np.array(v, float).reshape(-1, 2).T for k, v in points.items()}
+
+
+# a running mean
+def smooth(points, window):
+    """Running means of a column over `window` rows.
+
+    points: an array (2, N) as in `read_log`. Returns such an array, of
+    N - window + 1 columns; its steps are the windows' means too. A column
+    shorter than the window comes back as it is.
+
+    Derived in chapter 4.18.
+    """
+    if window < 1:
+        raise ValueError(f"the window must be at least 1, got {window}")
+    if points.shape[1] < window:
+        return points
+    sums = np.cumsum(np.pad(points, ((0, 0), (1, 0))), axis=1)
+    return (sums[:, window:] - sums[:, :-window]) / window
+
+
+# runs in one picture
+PANELS = {
+    "loss": "loss (nats a token)",
+    "learning_rate": "learning rate",
+    "grad_norm": "norm of the gradient",
+    "tokens_per_second": "tokens a second",
+}
+
+
+def compare_runs(logs, window=20):
+    """A matplotlib Figure of several runs: loss, rate, norm, speed.
+
+    logs: a dict from a run's name to what `read_log` returns. window: rows
+    in the running mean. Dots are validation losses.
+
+    Derived in chapter 4.18.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6.5), dpi=100, layout="constrained")
+    axes = figure.subplots(2, 2).flat
+    for ax, (name, label) in zip(axes, PANELS.items(), strict=True):
+        for number, (run, log) in enumerate(logs.items()):
+            _draw(ax, log, name, run, f"C{number % 10}", window)
+        ax.set(xlabel="step", ylabel=label)
+        if name != "loss":
+            ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
+    _name_runs(figure.axes[0], logs)
+    return figure
+
+
+# names as they are
+def _name_runs(ax, names):
+    """A legend of runs, by names that mean nothing to matplotlib."""
+    lines = ax.lines[::2]  # each run's batches, then its validations
+    legend = ax.legend(lines, [*map(str, range(len(lines)))], frameon=False)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set(text=_short(name), parse_math=False, usetex=False)
+
+
+def _short(name, most=60):
+    """A name in one line, of whole characters; the end tells runs apart."""
+    whole = name.encode("utf-8", "replace").decode("utf-8")
+    line = " ".join(whole.split())
+    return line if len(line) <= most else "..." + line[3 - most :]
+
+
+# one curve
+def _draw(ax, log, name, run, colour, window):
+    empty = np.empty((2, 0))
+    raw = log.get(name, empty)
+    if name == "learning_rate":
+        window = 1  # chosen, not measured: nothing scatters
+    ax.plot(*smooth(raw, window), color=colour, label=run)
+    if name == "loss":
+        ax.plot(*log.get("val_loss", empty), "o", color=colour, ms=4)
+
+
+# runs in one table
+def run_table(logs):
+    """Lines of text: a row a run, with steps, losses and speed.
+
+    logs: as for `compare_runs`. The best loss is the lowest of the
+    validations, the last one the latest.
+
+    Derived in chapter 4.18.
+    """
+    names = [" ".join(run.split()) for run in logs]  # each in one line
+    wide = max(map(len, ["run", *names]))
+    lines = [
+        f"{'run':<{wide}}  {'steps':>7} {'last val':>9} {'best val':>9} "
+        f"{'tokens/s':>9}"
+    ]
+    for run, log in zip(names, logs.values(), strict=True):
+        steps, losses = log.get("loss", np.empty((2, 0)))
+        val = log.get("val_loss", np.empty((2, 0)))[1]
+        speed = log.get("tokens_per_second", np.empty((2, 0)))[1]
+        last, best = (val[-1], val.min()) if len(val) else (np.nan, np.nan)
+        middle = np.median(speed) if len(speed) else np.nan
+        lines.append(
+            f"{run:<{wide}}  {len(losses):7,} {last:9.4f} {best:9.4f} "
+            f"{middle:9,.0f}"
+        )
+    return lines
+
+
+# events for TensorBoard
+class Board:
+    """Writes numbers into a folder that TensorBoard watches.
+
+    folder: where the file of events goes. Raises ImportError, in one
+    sentence, when the package tensorboard is not installed.
+
+    Derived in chapter 4.18.
+    """
+
+    def __init__(self, folder):
+        try:
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer import event_file_writer
+        except ImportError:
+            raise ImportError(
+                "TensorBoard's package is missing: "
+                "pip install 'llmnb[tensorboard]'"
+            ) from None
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._file = event_file_writer.EventFileWriter(str(folder))
+
+    def write(self, step, numbers):
+        """Write a step's numbers, a dict from name to float or None."""
+        values = [
+            self._summary.Value(tag=name, simple_value=value)
+            for name, value in numbers.items()
+            if value is not None
+        ]
+        summary = self._summary(value=values)
+        event = self._event(wall_time=time.time(), step=step, summary=summary)
+        self._file.add_event(event)
+        self._file.flush()
+
+    def close(self):
+        """Finish the file."""
+        self._file.close()

@@ -1,0 +1,943 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     modules:
+#       config: "The numbers that fix a GPT-2's shape, and what they count."
+#       book.diagram: "The diagram of GPT-2, and the colours of all figures."
+#       book.verify: 'Proof helpers: comparisons, numerical gradients, verdicts.'
+#       timing: "The fastest of some calls, and the name of the machine."
+#       files: "Files that appear whole or not at all."
+# ---
+
+# %% [markdown]
+# # See GPT-2 on one page
+#
+# > The model as one diagram, its shapes, and where its parameters, its
+# > operations and its bytes are.
+
+# %% [markdown]
+# ## Where we are
+#
+# GPT-2 is a function. It takes a row of numbers, each standing for a piece of
+# text, and returns for every place in the row a score for each piece that
+# might come next. Training adjusts 124 million constants inside that function
+# until the scores are good. This book builds the function, its derivative and
+# the adjustment, and uses no framework for any of it.
+#
+# This chapter looks at the whole before the parts. At its end you can
+#
+# - name the layers in the order in which a token meets them;
+# - read the sixteen parameter tensors and their shapes;
+# - say where the parameters, the arithmetic and the memory are;
+# - use the three instruments of every later chapter: a verdict, a central
+#   difference and a stopwatch.
+#
+# You need Python with NumPy, and calculus as far as partial derivatives.
+
+# %% [markdown]
+# ## Setup
+
+# %% setup
+import matplotlib.pyplot as plt
+import numpy as np
+
+# %% [markdown]
+# ## The model
+#
+# Every chapter opens with the same picture and lights the part that it
+# builds. The cells that draw it come first.
+#
+# They are the first of many that are marked as *exported*. What they define
+# is written, under the same names, to the Python package `llmnb`, here to its
+# module `llmnb.book.diagram`, and later chapters import it from there
+# ([chapter A.10](../appendix/10_book.ipynb) shows how). The package has no other source
+# than these chapters. If you want to see the model first, go on to figure
+# 1.4.1.
+
+# %% imports of the diagram tags=["export"] module="book.diagram"
+import matplotlib.pyplot as plt
+from matplotlib.patches import FancyBboxPatch
+
+# %% colours tags=["export"] module="book.diagram"
+PALETTE = {
+    "ink": "#1f2933",
+    "grey": "#9aa5b1",
+    "pale": "#eef1f4",
+    "blue": "#0b6fb8",
+    "orange": "#d95f02",
+    "green": "#1b7f5c",
+    "purple": "#7a4fa3",
+    "yellow": "#f2b134",
+}
+
+# %% the boxes tags=["export"] module="book.diagram"
+# label, the name that lights it, where the box's middle stands (x, y)
+BOXES = [
+    ("text", "tokens", 0.0, 0.0),
+    ("tokens", "tokens", 1.0, 0.0),
+    ("encoder", "encoder", 2.0, 0.0),
+    ("layernorm", "layernorm", 0.0, -1.25),
+    ("matmul\nq, k, v", "matmul", 1.0, -1.25),
+    ("attention", "attention", 2.0, -1.25),
+    ("matmul\nprojection", "matmul", 3.0, -1.25),
+    ("residual  +", "residual", 4.0, -1.25),
+    ("layernorm", "layernorm", 0.0, -2.2),
+    ("matmul\nup to 4C", "matmul", 1.0, -2.2),
+    ("GELU", "gelu", 2.0, -2.2),
+    ("matmul\ndown to C", "matmul", 3.0, -2.2),
+    ("residual  +", "residual", 4.0, -2.2),
+    ("layernorm", "layernorm", 0.0, -3.45),
+    ("matmul\nlogits", "matmul", 1.0, -3.45),
+    ("softmax and\ncross-entropy", "crossentropy", 2.0, -3.45),
+    ("loss", "crossentropy", 3.0, -3.45),
+    ("AdamW", "adamw", 4.0, -3.45),
+]
+
+
+# %% one box tags=["export"] module="book.diagram"
+def draw_box(ax, label, x, y, lit):
+    """Draw one box of the diagram with its middle at (x, y)."""
+    face = PALETTE["orange"] if lit else "white"
+    edge = PALETTE["orange"] if lit else PALETTE["grey"]
+    shape = FancyBboxPatch(
+        (x - 0.43, y - 0.27),
+        0.86,
+        0.54,
+        boxstyle="round,pad=0,rounding_size=0.07",
+        facecolor=face,
+        edgecolor=edge,
+        linewidth=1.2,
+    )
+    ax.add_patch(shape)
+    ink = "white" if lit else PALETTE["ink"]
+    weight = "bold" if lit else "normal"
+    ax.text(
+        x, y, label, ha="center", va="center", color=ink, size=10,
+        weight=weight, linespacing=1.15,
+    )  # fmt: skip
+
+
+# %% one arrow tags=["export"] module="book.diagram"
+def draw_arrow(ax, points):
+    """Draw an arrow through these points."""
+    line = {"color": PALETTE["ink"], "linewidth": 1.0}
+    xs, ys = zip(*points[:-1], strict=True)
+    ax.plot(xs, ys, solid_joinstyle="round", **line)
+    ax.annotate(
+        "",
+        points[-1],
+        points[-2],
+        arrowprops={"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, **line},
+    )
+
+
+# %% the arrows tags=["export"] module="book.diagram"
+def draw_arrows(ax):
+    """Draw the arrows between neighbours, rows, and past each half block."""
+    rows = {y: [b[2] for b in BOXES if b[3] == y] for _, _, _, y in BOXES}
+    for y, xs in rows.items():
+        for x in xs[:-1]:
+            draw_arrow(ax, [(x + 0.43, y), (x + 0.57, y)])
+    ends = [(2.0, 0.0), (4.0, -1.25), (4.0, -2.2)]
+    for (x, y), below in zip(ends, (-1.25, -2.2, -3.45), strict=True):
+        middle = below + 0.39
+        down = [(x, y - 0.27), (x, middle), (0.0, middle), (0.0, below + 0.27)]
+        draw_arrow(ax, down)
+    for y in (-1.25, -2.2):
+        top = y + 0.39
+        draw_arrow(ax, [(0.0, top), (4.0, top), (4.0, y + 0.27)])
+
+
+# %% the diagram tags=["export"] module="book.diagram"
+def gpt2_diagram(lit=None):
+    """Draw GPT-2's forward pass, one box a layer, with some boxes lit.
+
+    lit: None, or one of "tokens", "encoder", "layernorm", "matmul",
+    "attention", "gelu", "residual", "crossentropy", "adamw", or "all".
+    Raises ValueError for another name. Shows a matplotlib figure of
+    8 by 4.6 inches at 100 dots an inch.
+    """
+    names = {box[1] for box in BOXES} | {None, "all"}
+    if lit not in names:
+        raise ValueError(f"gpt2_diagram: no layer is called {lit!r}")
+    fig, ax = plt.subplots(figsize=(8, 4.6), dpi=100)
+    frame = FancyBboxPatch(
+        (-0.52, -2.78),
+        5.08,
+        2.12,
+        boxstyle="round,pad=0,rounding_size=0.1",
+        facecolor=PALETTE["pale"],
+        edgecolor="none",
+    )
+    ax.add_patch(frame)
+    ax.text(4.5, -0.62, "one block, L times", ha="right", size=10)
+    for label, name, x, y in BOXES:
+        draw_box(ax, label, x, y, lit in (name, "all"))
+    draw_arrows(ax)
+    ax.set(xlim=(-0.55, 4.6), ylim=(-3.8, 0.35))
+    ax.axis("off")
+    fig.subplots_adjust(0, 0, 1, 1)
+    plt.show()
+
+
+# %% the whole of GPT-2
+gpt2_diagram()
+
+# %% [markdown]
+# *Figure 1.4.1. Text becomes tokens, tokens become vectors; L blocks work on
+# the vectors; a last product turns them into scores. A block has two halves,
+# and each half adds its result to what came in.*
+#
+# Follow one token through it.
+#
+# 1. **Tokens.** Text is cut into pieces, and each piece has a number between
+#    0 and 50,256 ([chapter 1.2](02_tokens.ipynb)).
+# 2. **Encoder.** The number picks a row of a table: a *vector* of 768
+#    numbers. A second table adds a vector for the place in the row
+#    ([chapter 1.5](05_encoder.ipynb)). From here to the end the token *is*
+#    this vector.
+# 3. **Block**, twelve times. Its first half lets the token look at the tokens
+#    before it: LayerNorm brings the vector to a standard size
+#    ([chapter 1.6](06_layernorm.ipynb)), a matrix product makes three vectors
+#    of it ([chapter 1.7](07_matmul.ipynb)), attention mixes those of different
+#    tokens ([chapter 1.8](08_attention.ipynb)), another product returns to 768
+#    numbers, and the result is *added* to the vector
+#    ([chapter 1.10](10_residual.ipynb)). The second half, called *feed-forward*
+#    or *MLP* (multi-layer perceptron), works on each token alone: up to 3,072
+#    numbers, through a curve called GELU ([chapter 1.9](09_gelu.ipynb)), back
+#    down to 768, and added.
+# 4. **Logits.** A last LayerNorm, and a product with the first table: one
+#    score, called a *logit*, for each of the 50,257 pieces.
+# 5. **Loss.** Softmax turns scores into probabilities; cross-entropy is the
+#    surprise at what really came next
+#    ([chapter 1.11](11_crossentropy.ipynb)). The mean of it over all places is
+#    the one number that training lowers.
+#
+# Then everything runs backwards: from the loss, gradient by gradient, to each
+# of the parameters, and AdamW moves them a little
+# ([chapter 1.12](12_adamw.ipynb)).
+
+# %% [markdown]
+# ## Five numbers fix it
+#
+# | symbol | name in code | GPT-2 124M | what it counts |
+# |---|---|---|---|
+# | $T_{max}$ | `max_seq_len` | 1024 | places the model knows |
+# | $V$ | `vocab_size` | 50257 | pieces of text it knows |
+# | $L$ | `num_layers` | 12 | blocks |
+# | $NH$ | `num_heads` | 12 | heads of attention in a block |
+# | $C$ | `channels` | 768 | numbers in a token's vector |
+# | $V_p$ | `padded_vocab_size` | 50304 | $V$ rounded up to a multiple of 128 |
+#
+# The last follows from $V$. A *head* is one of the equal parts, of $C / NH$
+# numbers each, into which attention divides a vector, so $C$ must be a
+# multiple of $NH$.
+#
+# Two more numbers belong to the batch and not to the model: $B$ rows of $T$
+# tokens each go through at once. The padding of the vocabulary adds rows to
+# the token table that no token uses; it makes the largest product of the model
+# a round size, which suits hardware, and we shall see to it that these rows
+# get no probability.
+
+# %% imports of the configuration tags=["export"]
+import math
+from dataclasses import dataclass
+
+
+# %% the configuration tags=["export"]
+@dataclass(frozen=True)
+class GPT2Config:
+    """The numbers that fix a GPT-2's shape; the defaults are its 124M.
+
+    max_seq_len: positions the model knows. vocab_size: tokens it knows (V).
+    num_layers (L), num_heads (NH) and channels (C): C must be a multiple of
+    NH. Every number must be a positive integer, or ValueError is raised.
+    """
+
+    max_seq_len: int = 1024
+    vocab_size: int = 50257
+    num_layers: int = 12
+    num_heads: int = 12
+    channels: int = 768
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(
+                    f"GPT2Config: {name} must be a positive integer, "
+                    f"got {value!r}"
+                )
+        if self.channels % self.num_heads:
+            raise ValueError(
+                f"GPT2Config: channels must be a multiple of num_heads, "
+                f"got {self.channels} and {self.num_heads}"
+            )
+
+    @property
+    def padded_vocab_size(self):
+        """Vp: the vocabulary rounded up to a multiple of 128."""
+        return -(-self.vocab_size // 128) * 128
+
+
+# %% GPT-2 124M
+cfg = GPT2Config()
+print(cfg)
+print("Vp =", cfg.padded_vocab_size)
+
+# %% [markdown]
+# A configuration that cannot be a model is refused where it is made:
+
+# %% no such model
+try:
+    GPT2Config(num_heads=7)
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+# ## Sixteen tensors
+#
+# A *tensor* is an array of numbers with any number of axes. All parameters
+# live in sixteen of them, named as in llm.c, Andrej Karpathy's GPT-2 in plain
+# C, which this book re-creates in Python. Those with a leading $L$ hold one
+# slice for each block. A weight matrix has shape
+# (outputs, inputs): row $o$ holds the factors that make output $o$.
+#
+# | tensors | where | what they do |
+# |---|---|---|
+# | `wte`, `wpe` | encoder | a vector for each token, a vector for each place |
+# | `ln1w`, `ln1b` | first half | scale and shift of the LayerNorm |
+# | `qkvw`, `qkvb` | first half | the product that makes q, k and v |
+# | `attprojw`, `attprojb` | first half | the product after attention |
+# | `ln2w`, `ln2b` | second half | scale and shift of the LayerNorm |
+# | `fcw`, `fcb` | second half | the product up to $4C$ |
+# | `fcprojw`, `fcprojb` | second half | the product down to $C$ |
+# | `lnfw`, `lnfb` | end | scale and shift of the last LayerNorm |
+#
+# The logits need a matrix too, $(V_p, C)$. GPT-2 uses `wte` a second time
+# there: the vector that a token goes in as is also the direction in which it
+# is looked for. This is called *weight tying*.
+
+
+# %% the sixteen tensors tags=["export"]
+def parameter_shapes(cfg):
+    """Shapes of the 16 parameter tensors by llm.c's names, in its order."""
+    L, C, Vp = cfg.num_layers, cfg.channels, cfg.padded_vocab_size
+    return {
+        "wte": (Vp, C),
+        "wpe": (cfg.max_seq_len, C),
+        "ln1w": (L, C),
+        "ln1b": (L, C),
+        "qkvw": (L, 3 * C, C),
+        "qkvb": (L, 3 * C),
+        "attprojw": (L, C, C),
+        "attprojb": (L, C),
+        "ln2w": (L, C),
+        "ln2b": (L, C),
+        "fcw": (L, 4 * C, C),
+        "fcb": (L, 4 * C),
+        "fcprojw": (L, C, 4 * C),
+        "fcprojb": (L, C),
+        "lnfw": (C,),
+        "lnfb": (C,),
+    }
+
+
+# %% their sizes
+for name, shape in parameter_shapes(cfg).items():
+    print(f"{name:<9} {str(shape):<16} {np.prod(shape):>12,}")
+
+# %% [markdown]
+# ## Where the parameters are
+#
+# Per block, the four products hold $3C^2 + C^2 + 4C^2 + 4C^2 = 12 C^2$
+# weights, and biases and LayerNorms another $13 C$. With the two tables and
+# the last LayerNorm,
+#
+# $$ N = V C + T_{max} C + L\,(12 C^2 + 13 C) + 2 C . \tag{1.4.1} $$
+
+
+# %% count parameters and operations tags=["export"]
+def parameter_count(cfg, padded=True):
+    """How many parameters a configuration has, with or without padding."""
+    count = sum(math.prod(s) for s in parameter_shapes(cfg).values())
+    unused = cfg.padded_vocab_size - cfg.vocab_size
+    return count if padded else count - unused * cfg.channels
+
+
+def flops_per_token(cfg, seq_len):
+    """Floating-point operations to train on one token: 6 N + 6 L C T.
+
+    N counts the parameters without padding. Six is two (multiply and add)
+    for each of three products: one forward, two backward. The second term
+    is attention's, with a causal mask.
+    """
+    attention = 6 * cfg.num_layers * cfg.channels * seq_len
+    return 6 * parameter_count(cfg, padded=False) + attention
+
+
+# %% equation (1.4.1)
+V, C, L = cfg.vocab_size, cfg.channels, cfg.num_layers
+N = V * C + cfg.max_seq_len * C + L * (12 * C**2 + 13 * C) + 2 * C
+print(f"{N:,} parameters, {parameter_count(cfg):,} with padding")
+assert parameter_count(cfg, padded=False) == N
+
+# %% [markdown]
+# The function also counts the operations. A product of a vector with an
+# $(O, I)$ matrix multiplies and adds $O \cdot I$ times: two operations for
+# each weight. Going backward there are two such products for each forward
+# one, as [chapter 1.7](07_matmul.ipynb) derives. So each weight costs six
+# operations a token, and
+#
+# $$ \text{FLOPs a token} = 6 N + 6\, L\, C\, T . \tag{1.4.2} $$
+#
+# A **FLOP** is one floating-point addition or multiplication. In (1.4.2) $N$
+# stands for all parameters: `wte` does no arithmetic where it is read as a
+# table, but it does at the logits, where it is used again; `wpe` and the
+# vectors are too small to matter. The second term is attention's. A token
+# compares itself with the tokens before it, $T/2$ on average, and takes a
+# weighted sum of as many vectors: two products of $C$ multiplications and
+# additions with each, $2 C T$ operations a block forward and twice that
+# backward. (What chapter 1.8 computes a second time, to save memory, is not
+# counted.)
+
+# %% for one batch of 4 x 1024
+T, B = 1024, 4
+per_token = flops_per_token(cfg, T)
+print(f"{per_token / 1e6:.0f} MFLOP a token")
+print(f"{per_token * B * T / 1e12:.2f} TFLOP a training step")
+
+# %% [markdown]
+# We draw both, the parameters and the operations split by their part in the
+# model; the logits' product uses the weights of `wte`.
+
+# %% who has what
+mlp = L * 8 * C * C
+projections = L * 4 * C * C
+parts = {  # name: parameters, operations a token
+    "token table": (V * C, 0),
+    "place table": (cfg.max_seq_len * C, 0),
+    "q, k, v and projection": (projections, 6 * projections),
+    "attention itself": (0, 6 * L * C * T),
+    "up and down (MLP)": (mlp, 6 * mlp),
+    "logits": (0, 6 * V * C),
+}
+for name, (held, flops) in parts.items():
+    print(f"{name:<24} {held / N:6.1%} {flops / per_token:6.1%}")
+
+# %% draw it
+fig, ax = plt.subplots(figsize=(8, 2.9), dpi=100)
+colours = ("grey", "ink", "blue", "yellow", "orange", "green")
+left = np.zeros(2)
+for (name, share), colour in zip(parts.items(), colours, strict=True):
+    width = np.array(share) / (N, per_token)
+    ax.barh([1, 0], width, 0.55, left, label=name, color=PALETTE[colour])
+    left += width
+ax.set(yticks=[1, 0], yticklabels=["parameters", "operations"], xlim=(0, 1))
+ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
+ax.spines[["top", "right", "left"]].set_visible(False)
+ax.tick_params(left=False, labelsize=11)
+ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.45, 1), frameon=False)
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 1.4.2. Nearly a third of the parameters sits in the token table, which
+# works only at the logits. Two fifths of the arithmetic are the MLP's;
+# attention itself, at T = 1024, takes a small share.*
+
+# %% [markdown]
+# ## Where the bytes are
+#
+# A float32 takes four bytes. Training needs four arrays of $N$ numbers:
+# the parameters, their gradients, and AdamW's two averages, $m$ and $v$.
+# Then the *activations*, what the forward pass must keep so that the
+# backward pass can run: they grow with $B \cdot T$.
+# [Chapter 1.13](13_memory.ipynb) lays all of it out in one block. The rough sum,
+# for each token: $10 C$ numbers a block, and the logits.
+
+# %% bytes for four rows of two lengths
+static = 4 * 4 * parameter_count(cfg)
+print(f"parameters, gradients, m, v: {static / 1e9:.2f} GB")
+for T in (64, 1024):
+    blocks = 4 * B * T * L * 10 * C
+    logits = 4 * B * T * cfg.padded_vocab_size
+    print(
+        f"T = {T:<5} blocks {blocks / 1e9:.2f} GB, "
+        f"logits {logits / 1e9:.2f} GB"
+    )
+
+# %% [markdown]
+# One layer's output is larger than all others: the logits, with 50,304
+# numbers for each token. [Chapter 1.11](11_crossentropy.ipynb) takes care not to
+# store it twice.
+
+# %% [markdown]
+# ## How this book proves things
+#
+# A derivation can be wrong on paper, and a program can be wrong although the
+# derivation is right. So every claim of this book that can be computed is
+# computed, and ends in a *verdict*: a line that says `ok`, or says `FAIL` and
+# stops the notebook. When `pytest --nbval` runs the notebooks it compares
+# these lines with the ones you see.
+
+# %% imports of the proofs tags=["export"] module="book.verify"
+import numpy as np
+
+
+# %% a verdict tags=["export"] module="book.verify"
+def verdict(name, ok, claim):
+    """Print "name  claim  ok", or "FAIL" and raise AssertionError.
+
+    `ok` is the truth of the claim; both texts are printed as they are.
+    """
+    print(f"{name:<16} {claim:<28} {'ok' if ok else 'FAIL'}")
+    if not ok:
+        raise AssertionError(f"{name}: not {claim}")
+
+
+# %% compare two arrays tags=["export"] module="book.verify"
+def compare(name, got, want, tol=1e-5):
+    """Print a verdict on two arrays: is their largest difference below tol?
+
+    The difference is taken relative to the largest element of `want` where
+    that exceeds 1. Shapes that differ and NaN count as failure, which prints
+    FAIL with the difference and raises AssertionError.
+    """
+    got, want = np.asarray(got), np.asarray(want)
+    claim = f"max|diff| < {tol:.0e}"
+    if got.shape != want.shape:
+        verdict(name, False, f"shape {want.shape}, got {got.shape}")
+    scale = max(1.0, np.abs(want).max(initial=0.0))
+    error = np.abs(got - want).max(initial=0.0) / scale
+    ok = bool(error < tol)
+    verdict(name, ok, claim if ok else f"{claim}, got {error:.1e}")
+
+
+# %% two verdicts
+third = np.float32(1) / np.float32(3)
+compare("a third", third, 1 / 3, tol=1e-7)
+try:
+    compare("a third", third, 1 / 3, tol=1e-9)
+except AssertionError:
+    print("stopped")
+
+# %% [markdown]
+# The difference is taken relative to the largest number of `want` when that
+# exceeds 1, because float32 keeps about seven digits, wherever the point
+# stands.
+#
+# **Gradients** are proved by central differences. For a function $f$ of one
+# number, Taylor's theorem gives
+#
+# $$ \frac{f(x+h) - f(x-h)}{2h} = f'(x) + \frac{h^2}{6} f'''(x) + O(h^4) .
+# \tag{1.4.3} $$
+#
+# The error falls with $h^2$. But each of the two values in the numerator is
+# known only to about $\epsilon\,|f|$, where $\epsilon$ is the spacing of
+# floating-point numbers near 1. Divided by $2h$, that is an error of up to
+# $\epsilon |f| / h$, which *grows* as $h$ falls. In float64, with
+# $\epsilon \approx 2 \cdot 10^{-16}$, the two errors balance near
+# $h = 10^{-5}$, and a gradient can be proved to about ten digits. In float32,
+# with $\epsilon \approx 10^{-7}$, the best is about five digits, and fewer
+# for a sum over thousands of terms: too few to tell a wrong formula from a
+# rounded one. That is why the proofs of this book run in float64.
+
+
+# %% central differences tags=["export"] module="book.verify"
+def numerical_gradient(f, x, h=1e-5):
+    """Central differences of a scalar function in every element of x.
+
+    f takes no argument and reads x, a float64 array, which is changed in
+    place element by element and restored. Returns an array like x. Raises
+    TypeError for another dtype: in float32 the differences drown in rounding.
+    """
+    if x.dtype != np.float64:
+        raise TypeError(
+            f"numerical_gradient: x must be float64, got {x.dtype}"
+        )
+    grad = np.empty_like(x)
+    for i in np.ndindex(x.shape):
+        old = x[i]
+        x[i] = old + h
+        above = f()
+        x[i] = old - h
+        below = f()
+        x[i] = old
+        grad[i] = (above - below) / (2 * h)
+    return grad
+
+
+# %% a gradient we know
+x = np.linspace(-2, 2, 5)
+compare(
+    "sum of sin", numerical_gradient(lambda: np.sin(x).sum(), x), np.cos(x)
+)
+
+# %% the error against the step
+steps = 10.0 ** np.arange(-12, 0.1, 0.5)
+
+
+def errors(dtype):
+    at, h = dtype(1), steps.astype(dtype)
+    got = (np.sin(at + h) - np.sin(at - h)) / (2 * h)
+    return np.maximum(np.abs(got.astype(np.float64) - np.cos(1.0)), 1e-13)
+
+
+fig, ax = plt.subplots(figsize=(7, 3.4), dpi=100)
+ax.loglog(steps, errors(np.float64), "o-", color=PALETTE["blue"])
+ax.loglog(steps, errors(np.float32), "s-", color=PALETTE["orange"])
+ax.axvline(1e-5, color=PALETTE["grey"], lw=1, ls="--")
+ax.text(2e-12, 1e-9, "float64", color=PALETTE["blue"])
+ax.text(1e-9, 1e-2, "float32", color=PALETTE["orange"])
+ax.set(xlabel="step h", ylabel="error of the central difference")
+ax.spines[["top", "right"]].set_visible(False)
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 1.4.3. The derivative of sin at 1 by central differences. From the
+# right the error falls with the square of the step, until rounding takes
+# over. At the dashed line, h = 1e-5, float64 has about eleven digits and
+# float32 three; float32 never has more than about five.*
+
+# %% [markdown]
+# **Speed** is measured by the shortest of several runs, always next to
+# something that does the same work in the same run, and the machine is named.
+
+# %% imports of the stopwatch tags=["export"] module="timing"
+import platform
+import time
+from pathlib import Path
+
+
+# %% a stopwatch tags=["export"] module="timing"
+def fastest(function, *args, runs=15):
+    """The shortest of several runs of function(*args), in seconds.
+
+    Other programs on the machine can only make a run longer, so the
+    shortest one says most about the function.
+    """
+    best = float("inf")
+    for _ in range(runs):
+        start = time.perf_counter()
+        function(*args)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+# %% the machine's name tags=["export"] module="timing"
+def machine():
+    """One line that names this machine's processor, system and Python."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                cpu = line.partition(":")[2].strip()
+                break
+    return f"{cpu}, {platform.system()}, Python {platform.python_version()}"
+
+
+# %% time a sum tags=["nbval-ignore-output"]
+print(machine())
+x = np.ones(1 << 20)
+print(f"NumPy sums a million numbers in {fastest(np.sum, x) * 1e6:.0f} us")
+
+# %% [markdown]
+# **Files** that the book writes appear whole or not at all: they are written
+# beside their place and renamed, which the operating system does in one step.
+# The name beside is drawn anew each time, and the file must not exist (mode
+# `x`): so two writers never share one, and a link that somebody has put there
+# is not followed.
+#
+# A system keeps what is written in memory for a while. `fsync` waits until the
+# disk has it: first the file, so that the name never leads to nothing, and
+# after the rename the folder, which is itself a table from names to files.
+
+# %% imports for files tags=["export"] module="files"
+import contextlib
+import errno
+import os
+from pathlib import Path
+
+# %% names on the disk tags=["export"] module="files"
+UNABLE = errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP
+
+
+def sync_folder(folder):
+    """Have the system bring the names in a folder to the disk.
+
+    Does nothing on Windows, in a folder that may not be read, and on a file
+    system that cannot do it. Raises OSError when the disk fails.
+    """
+    if os.name == "nt":
+        return
+    try:
+        place = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(place)
+        finally:
+            os.close(place)
+    except OSError as error:
+        if error.errno not in UNABLE:
+            raise
+
+
+def make_folder(path):
+    """Make a folder and those above it, each with its name on the disk."""
+    path = Path(path)
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
+
+
+# %% write beside tags=["export"] module="files"
+BESIDE = r"\.([0-9a-f]{16}|[0-9]+)\.new"  # what a kill leaves; once the pid
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Open a file beside `path` for writing bytes, then rename it to `path`.
+
+    A reader sees the old file or the new one, never half of one. When
+    anything goes wrong, such as a full disk, the new file is removed, the
+    old one is as it was, and the error goes on. After a kill the new file
+    may stay; its name is that of `path` and what `BESIDE` matches.
+    """
+    path = Path(path)
+    beside = path.with_name(f"{path.name}.{os.urandom(8).hex()}.new")
+    try:
+        with open(beside, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+# %% a write that fails
+import tempfile
+
+folder = Path(tempfile.mkdtemp())
+(folder / "kept.txt").write_bytes(b"the old text")
+try:
+    with replacing(folder / "kept.txt") as file:
+        file.write(b"half of the n")
+        raise OSError("no space left")
+except OSError as error:
+    print("error:", error)
+print([p.name for p in folder.iterdir()])
+print((folder / "kept.txt").read_bytes())
+
+# %% [markdown]
+# Files that are read may be anything. A reader knows only what it wants; that
+# a file is *another* well-known thing, and what to do about it, one function
+# knows for all of them. It is asked after the reader has refused, so that
+# what it takes for a pickle can never be a model. And text that is parsed
+# whole grows in memory, JSON to some thirty times its size: a file that has
+# no reason to be large is not read beyond what it may have.
+
+# %% what a file is instead tags=["export"] module="files"
+_PICKLE = (
+    "a pickle, as PyTorch saves it: a program that could do anything, so it "
+    "is not opened; in transformers, save_pretrained writes safetensors"
+)
+_PACKED = "a packed file: unpack it first"
+_PAGE = "a web page, not the file that it is about: download that"
+# how files begin that are taken for others
+_BEGINNINGS = {
+    b"version https://git-lfs": "a Git LFS pointer, which stands for a file "
+    "and is not that file: `git lfs pull` fetches it",
+    b"PK\x03\x04": "a zip archive, as PyTorch's torch.save and NumPy's savez "
+    "write it: save the model as safetensors instead",
+    b"\x80\x02\x8a\n": _PICKLE,
+    b"\x80\x03": _PICKLE,
+    b"\x80\x04\x95": _PICKLE,
+    b"\x80\x05\x95": _PICKLE,
+    b"GGUF": "a GGUF file of llama.cpp: take the safetensors of the model",
+    b"\x89HDF": "an HDF5 file of Keras: take the safetensors of the model",
+    b"\x93NUMPY": "an array of NumPy's",
+    b"\x1f\x8b\x08": _PACKED,
+    b"\x28\xb5\x2f\xfd": _PACKED,
+    b"BZh": _PACKED,
+    b"\xfd7zXZ": _PACKED,
+    b"<!doctype": _PAGE,
+    b"<!DOCTYPE": _PAGE,
+    b"<html": _PAGE,
+    b"Entry not found": "an answer of the hub, that it has no such file",
+}
+# llm.c's files, by the number that they begin with
+_NUMBERS = {
+    20240326: "a model in llm.c's format",
+    20240327: "a debug state of llm.c",
+    20240328: "a tokenizer in llm.c's format",
+    20240520: "a shard of tokens",
+    20240522: "a multiple choice test in llm.c's format",
+}
+
+
+def what_is(path, mine=None):
+    """What a file is that its reader has refused, or "" if that is unknown.
+
+    mine: the number that the reader's own files begin with, if they do.
+    Returns a clause, "this is ...", that says what to do about it.
+    """
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if not start:
+        return "this is an empty file, of 0 bytes: copy or fetch it again"
+    for beginning, what in _BEGINNINGS.items():
+        if start.lstrip().startswith(beginning):
+            return f"this is {what}"
+    number = int.from_bytes(start[:4], "little")
+    other = number != mine and _NUMBERS.get(number)
+    return f"this is {other}" if other else ""
+
+
+# %% read what is small tags=["export"] module="files"
+def read_small(path, most):
+    """The bytes of a file that has no reason to be large.
+
+    Raises ValueError, naming the file, when it has more than `most`, before
+    any is read, and when it is no file but a pipe, say, which has no size.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: must be a regular file")
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise ValueError(
+                f"{path}: must have at most {most:,} bytes, has {size:,}"
+            )
+        return file.read(size)
+
+
+# %% files that are something else
+for name, raw in {
+    "model.bin": b"PK\x03\x04 and so on",
+    "vocab.json": b"version https://git-lfs.github.com/spec/v1\noid ...",
+    "train.bin": (20240326).to_bytes(4, "little"),
+}.items():
+    (folder / name).write_bytes(raw)
+    print(f"{name}: {what_is(folder / name)}")
+
+# %% [markdown]
+# ## Take away
+#
+# - A token becomes a vector; blocks add to it; a product with the token table
+#   turns it into scores.
+# - GPT-2's parameters are $VC + T_{max}C + 12LC^2$ and small change; training
+#   costs six operations a parameter and token, and attention some more.
+# - A claim is a verdict. A gradient is proved in float64, with a step of
+#   $10^{-5}$.
+
+# %% [markdown]
+# ## Design note
+#
+# PyTorch would let us write this model in a fraction of the lines and would
+# find the gradients by itself. We write each gradient by hand, for three reasons. You
+# see what a framework does, and what it costs. The whole memory can be laid
+# out beforehand, because nothing is created on the way. And what is left when
+# the framework is gone is small: a handful of packages to install.
+#
+# The price is that a new layer needs a new derivation. For a fixed model that
+# is a good bargain; for research into new layers it is not.
+
+# %% [markdown]
+# ## Exercises
+#
+# **1** (★). GPT-2 comes in four sizes: (L, NH, C) = (12, 12, 768),
+# (24, 16, 1024), (36, 20, 1280), (48, 25, 1600). Compute their parameters.
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# The sizes are known as 124M, 355M, 774M and 1558M after their parameters
+# without padding.
+# :::
+
+# %% exercise 1 tags=["hide-cell"]
+sizes = [
+    parameter_count(GPT2Config(1024, 50257, *shape), padded=False)
+    for shape in [
+        (12, 12, 768),
+        (24, 16, 1024),
+        (36, 20, 1280),
+        (48, 25, 1600),
+    ]
+]
+
+# %% exercise 1, checked
+millions = [round(n / 1e6) for n in sizes]
+verdict("four sizes", millions == [124, 355, 774, 1558], f"{millions}")
+
+# %% [markdown]
+# **2** (★★). At which length $T$ does attention cost as much as everything
+# else together? Take GPT-2 124M.
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# By (1.4.2) when $6LCT = 6N$, so $T = N / (LC)$, about 13,500 tokens: more than
+# ten times the length that GPT-2 was trained with.
+# :::
+
+# %% exercise 2 tags=["hide-cell"]
+length = round(N / (L * C))
+
+# %% exercise 2, checked
+print(length)
+ratio = flops_per_token(cfg, length) / (6 * N)
+compare("all / rest", ratio, 2.0, tol=1e-3)
+
+# %% [markdown]
+# **3** (★★). One-sided differences, $(f(x+h) - f(x))/h$, need half as many
+# evaluations. How many digits do they give in float64 at their best step?
+#
+# :::{admonition} Solution to exercise 3
+# :class: dropdown
+# Their error is $\tfrac h2 |f''| + \epsilon |f| / h$. It is least near
+# $h = \sqrt\epsilon \approx 10^{-8}$, where both terms are about $10^{-8}$:
+# eight digits, two or three fewer than the central form has.
+# :::
+
+
+# %% exercise 3 tags=["hide-cell"]
+def one_sided(h):
+    return abs((np.sin(1 + h) - np.sin(1)) / h - np.cos(1))
+
+
+best = min(one_sided(h) for h in steps)
+
+# %% exercise 3, checked
+verdict("one-sided", 1e-10 < best < 1e-7, "is right to 8 digits")
+verdict("central", errors(np.float64).min() < best / 10, "is better")
+
+# %% [markdown]
+# ## Further reading
+#
+# - Radford et al. (2019),
+#   [Language Models are Unsupervised Multitask Learners](https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf):
+#   the paper on GPT-2; section 2.3 describes the model in half a page.
+# - Vaswani et al. (2017),
+#   [Attention Is All You Need](https://arxiv.org/abs/1706.03762): the
+#   architecture's origin; GPT-2 is its decoder with the LayerNorms moved.
+# - Kaplan et al. (2020),
+#   [Scaling Laws for Neural Language Models](https://arxiv.org/abs/2001.08361):
+#   section 2.1 counts parameters and operations much as we did, without the
+#   two tables.
+# - Karpathy (2024), [llm.c](https://github.com/karpathy/llm.c): the model in
+#   about a thousand lines of C, which this book re-creates.
+
+# %% [markdown]
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.book.index import gained
+
+gained("1.4")

@@ -1,0 +1,2112 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     modules:
+#       arena: "One block of memory that holds named groups of named tensors."
+#       model.layout: "The groups of tensors in which a GPT-2 trains."
+#       room: "Whether a model has room in this machine's memory."
+#       checks: "Checks of arrays and tokens, whose errors name what is wrong."
+#       shapes: "A line that declares the shapes of a function's arrays, and checks them."
+#       formats.checkpoint: "Models on disk, in every format that is known."
+#       formats.safetensors: "Any named arrays in one file, by the safetensors library."
+# ---
+
+# %% [markdown]
+# # Lay out one block of memory
+#
+# > One allocation holds every tensor of the model as a named view, so the
+# > footprint is known before training begins and never grows.
+
+# %% [markdown]
+# ## Where we are
+
+# %% where we are
+from llmnb.book.diagram import gpt2_diagram
+
+gpt2_diagram(lit="all")
+
+# %% [markdown]
+# *Figure 1.13.1. Every box of the model reads arrays and writes arrays. This
+# chapter decides, for all of them at once, where those arrays are.*
+#
+# A framework creates an array whenever a layer produces one, and frees it when
+# nobody needs it any more. How much memory that takes is known only when it
+# has run, and it may run out in the middle of the night. We know all shapes
+# beforehand, so we can do better: add up the sizes, ask the system for memory
+# *once*, and give every tensor its place. Such a block is called an *arena*.
+# At the end of this chapter you can
+#
+# - say what a view is, and what a shape and strides do to plain bytes;
+# - compute a model's footprint to the byte before it exists;
+# - write a model to a file in llm.c's format, and read one without trusting
+#   it.
+#
+# You need the sixteen tensors of [chapter 1.4](04_gpt2.ipynb).
+
+# %% [markdown]
+# ## Setup
+
+# %% setup
+import tempfile
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from llmnb.config import parameter_shapes
+from llmnb.book.diagram import PALETTE
+from llmnb.book.verify import compare, verdict
+
+# %% [markdown]
+# ## By hand
+#
+# Memory is a row of bytes. A NumPy array is a note that says how to read some
+# of them: where to begin, of which type the numbers are (*dtype*), how many
+# there are along each axis (*shape*), and how many bytes to go forward for the
+# next index of each axis (*strides*). Two such notes may point at the same
+# bytes. The second is then a *view* of the first.
+#
+# Take 24 zeroed bytes and read them as six float32, then as a 2 x 3 matrix.
+# An element $(i, j)$ of the matrix begins at byte $12 i + 4 j$.
+
+# %% imports of the arena tags=["export"]
+import math
+
+import numpy as np
+
+# %% three notes on the same bytes
+block = np.zeros(24, np.uint8)
+six = block.view(np.float32)
+matrix = six.reshape(2, 3)
+matrix[1, 0] = 1.0
+print(matrix.strides)
+print(six)
+print(block)
+
+# %% [markdown]
+# We wrote through the matrix, and the other two saw it. In the bytes stands
+# `0 0 128 63`: the float32 number 1.0 is the bit pattern `0x3f800000`, lowest
+# byte first. The new values went to byte $12 \cdot 1 + 4 \cdot 0 = 12$, as
+# computed.
+#
+# An array whose last index moves by one element, the one before by a whole
+# row, and so on, is called *C-contiguous*. All arrays that layers read and
+# write are, and that is why a (B, T, C) array can be read as (B·T, C) rows
+# for free.
+
+# %% [markdown]
+# ## The arena
+#
+# So a table of names and shapes is enough to lay out a block: each tensor
+# begins where the one before it ends,
+#
+# $$ \text{offset}_{k+1} = \text{offset}_k
+#    + \text{itemsize}_k \prod_a \text{shape}_{k,a} . \tag{1.13.1} $$
+#
+# Two refinements. Tensors come in *groups*, such as all parameters, and a
+# group leaves no gaps: AdamW then updates all parameters as one long flat
+# array, and a file of them is one write. And a group begins at a multiple of
+# 64 bytes. A processor moves memory in *cache lines*, which on most machines
+# are that long, and so are the widest registers with which one instruction
+# works on several numbers. A group that begins at such a border keeps loads
+# from straddling two lines.
+#
+# A third refinement saves memory: two groups of which only one is in use at
+# any time can have the same bytes. The second then begins where the first
+# begins, and what follows begins after the longer one.
+
+# %% a view tags=["exporti"]
+ALIGN = 64  # bytes in a cache line, and in the widest vector register
+
+
+def _round_up(n, to):
+    return -(-n // to) * to
+
+
+# %% allocate tags=["exporti"]
+def _zeros(nbytes):
+    block = np.zeros(nbytes + ALIGN, np.uint8)
+    skip = -block.ctypes.data % ALIGN
+    return block[skip : skip + nbytes]
+
+
+def _allocate(nbytes, zeros):
+    try:
+        return zeros(nbytes)
+    except MemoryError:
+        raise MemoryError(
+            f"the model needs one block of {nbytes:,} bytes, more than this "
+            f"system gives; lower batch_size or seq_len, or the model's size"
+        ) from None
+
+
+# %% the arena tags=["export"]
+class Arena:
+    """One zeroed block of memory that holds named groups of named tensors.
+
+    groups: a mapping from group name to (dtype, shapes), where shapes maps
+    tensor names to shapes. The tensors of a group lie one after the other
+    without a gap, so that a group is also one flat array; each group begins
+    at a multiple of 64 bytes. (dtype, shapes, True) lays a group over the
+    one before it: both begin at the same byte. The block is allocated once,
+    here: the system hands out its pages, zeroed, when they are first
+    written. zeros: a function from a number of bytes to such a block, a 1-D
+    uint8 array, where memory is not the host's. Raises MemoryError, which
+    says how many bytes were asked for.
+
+    arena[group][tensor] is the view of a tensor; .nbytes the block's size.
+    """
+
+    def __init__(self, groups, zeros=_zeros):
+        self._rows, self._spans, start, end = [], {}, 0, 0
+        for group, (dtype, shapes, *over) in groups.items():
+            dtype = np.dtype(dtype)
+            offset = start = start if over else _round_up(end, ALIGN)
+            for name, shape in shapes.items():
+                row = (group, name, tuple(shape), dtype, offset)
+                self._rows.append(row)
+                offset += math.prod(shape) * dtype.itemsize
+            self._spans[group] = start, offset, dtype
+            end = max(end, offset)
+        self.nbytes = _round_up(end, ALIGN)
+        self._block = _allocate(self.nbytes, zeros)
+        self._views = {group: {} for group in groups}
+        for group, name, shape, dtype, offset in self._rows:
+            size = math.prod(shape) * dtype.itemsize
+            flat = self._block[offset : offset + size].view(dtype)
+            self._views[group][name] = flat.reshape(shape)
+
+    def __getitem__(self, group):
+        """The tensors of a group: a mapping from name to view."""
+        return self._views[group]
+
+    def flat(self, group):
+        """A whole group as one 1-D view."""
+        start, stop, dtype = self._spans[group]
+        return self._block[start:stop].view(dtype)
+
+    def table(self):
+        """Rows (group, tensor, shape, dtype name, offset, bytes) in order."""
+        return [
+            (g, name, shape, d.name, at, math.prod(shape) * d.itemsize)
+            for g, name, shape, d, at in self._rows
+        ]
+
+    def sizes(self):
+        """Bytes of each group, padding left out."""
+        return {g: stop - start for g, (start, stop, _) in self._spans.items()}
+
+
+# %% overwrite a tensor tags=["export"]
+def put(array, values):
+    """Overwrite an array, on the host or on a device, with a host's values.
+
+    values: an array of the same shape, of any dtype that can be converted.
+    """
+    if isinstance(array, np.ndarray):
+        np.copyto(array, values, casting="unsafe")
+    else:
+        array.copy_to_device(np.ascontiguousarray(values, array.dtype))
+
+
+# %% [markdown]
+# `zeros` and `put` are for a block that is not in the processor's own
+# memory. That of a GPU can be cut and viewed like any other, and NumPy
+# cannot write into it: [chapter 1.15](15_model.ipynb) trains there.
+
+# %% a small arena
+arena = Arena(
+    {
+        "params": (np.float32, {"weight": (2, 3), "bias": (2,)}),
+        "batch": (np.int32, {"tokens": (2, 4)}),
+    }
+)
+for row in arena.table():
+    print(row)
+print(arena.nbytes, "bytes")
+
+# %% [markdown]
+# The group `params` ends at byte 32, and `batch` begins at 64. A name gives a
+# view, and a group is also one flat view:
+
+# %% views of it
+arena["params"]["weight"][...] = [[1, 2, 3], [4, 5, 6]]
+arena["params"]["bias"][...] = [7, 8]
+print(arena.flat("params"))
+
+# %% [markdown]
+# `np.zeros` does not write zeros. It asks the system for pages, and the
+# system promises zeroed ones, each handed out when it is first written. So
+# parts of the arena that a program never touches, the optimiser's averages
+# when a model only generates text, cost address space and no memory.
+#
+# And here are two groups in one place. What is written to one is seen, as
+# other bits, in the other:
+
+# %% one group over another
+both = {"a": (np.float32, {"x": (2,)}), "b": (np.int32, {"y": (3,)}, True)}
+shared = Arena(both)
+shared["a"]["x"][...] = 1.0
+print(shared.table())
+print(shared["b"]["y"], "in", shared.nbytes, "bytes")
+verdict("the bits", hex(shared["b"]["y"][0]) == "0x3f800000", "are 1.0's")
+
+# %% [markdown]
+# So an overlay asks for care, and this book has one, below.
+
+# %% [markdown]
+# ## The layout of GPT-2
+#
+# What must be in the arena? Four groups with the parameters' shapes
+# (parameters, gradients and AdamW's two averages), and the activations:
+# what the forward pass computes and the backward pass needs. Each
+# layer's chapter derives what its backward pass reads; here is the sum. In the
+# code, a leading $L$ means that each of the model's blocks keeps its own.
+#
+# | tensors | shape | kept because |
+# |---|---|---|
+# | `encoded`, `residual2`, `residual3` | (B, T, C) | LayerNorm's backward reads its input |
+# | `lnf` | (B, T, C) | the product that follows reads its input |
+# | `ln1_mean`, `ln1_rstd` and so on | (B, T) | two numbers a row, [chapter 1.6](06_layernorm.ipynb) |
+# | `qkv`, `atty`, `att_lse` | (B, T, 3C), (B, T, C), (B, NH, T) | attention, [chapter 1.8](08_attention.ipynb) |
+# | `fch` | (B, T, 4C) | GELU reads its input |
+# | `logits`, `lse`, `losses`, `dlosses` | (B, T, Vp), (B, T) | [chapter 1.11](11_crossentropy.ipynb) |
+#
+# Three arrays of a block are missing there, and the products that follow
+# them do read them in the backward pass: the outputs of the two LayerNorms
+# and of GELU. They take $6C$ numbers a token and block, and their inputs are
+# kept anyway. So the backward pass computes them again, one block's at a
+# time, which costs about one part in a hundred of a step.
+
+# %% imports of the layout tags=["export"] module="model.layout"
+import math
+
+import numpy as np
+
+from llmnb.config import parameter_shapes
+
+
+# %% activations tags=["export"] module="model.layout"
+def activation_shapes(cfg, batch_size, seq_len):
+    """Shapes of what the forward pass leaves for the backward pass.
+
+    A leading L marks what every block keeps for itself. By llm.c's names
+    where it has one. What has rows of C comes first: where C is a multiple
+    of 4, each such row then begins at one of 16 bytes. The logits are a
+    group by themselves.
+    """
+    B, T, L = batch_size, seq_len, cfg.num_layers
+    C, NH = cfg.channels, cfg.num_heads
+    return {
+        "encoded": (B, T, C),
+        "qkv": (L, B, T, 3 * C),
+        "atty": (L, B, T, C),
+        "residual2": (L, B, T, C),
+        "fch": (L, B, T, 4 * C),
+        "residual3": (L, B, T, C),
+        "lnf": (B, T, C),
+        "att_lse": (L, B, NH, T),
+        "ln1_mean": (L, B, T),
+        "ln1_rstd": (L, B, T),
+        "ln2_mean": (L, B, T),
+        "ln2_rstd": (L, B, T),
+        "lnf_mean": (B, T),
+        "lnf_rstd": (B, T),
+        "lse": (B, T),
+        "losses": (B, T),
+        "dlosses": (B, T),
+    }
+
+
+# %% [markdown]
+# The gradients of activations need less. When the backward pass is done with a
+# block, it has no more use for the gradients inside it. One block's worth of
+# arrays is enough, and the blocks take turns; so they do with what is
+# computed again. The *residual stream*, the vector to which every half block
+# adds, runs through all of them, and its gradient is one array, `dstream`,
+# to which every half block adds in turn. GELU's gradient is written over the
+# gradient that came in, and the logits' gradient over the logits.
+#
+# When are the logits in use? From the end of the forward pass, when all
+# blocks are done, to the beginning of the backward pass, before any block's
+# turn. So the group that the blocks take turns with lies over the logits.
+# `dstream` and `dln` stay outside: they receive the gradient that comes from
+# the logits.
+#
+# ```text
+#           forward                     backward
+#           blocks ...      head        head          blocks ...
+#           block           logits      the gradient  block
+#                                       of logits
+# ```
+
+
+# %% gradients of activations tags=["export"] module="model.layout"
+def gradient_shapes(cfg, batch_size, seq_len):
+    """Shapes of the gradients that run through all blocks.
+
+    dln is that of any LayerNorm's output, dstream that of the stream.
+    """
+    B, T, C = batch_size, seq_len, cfg.channels
+    return {"dstream": (B, T, C), "dln": (B, T, C)}
+
+
+# %% what blocks take turns with tags=["export"] module="model.layout"
+def block_shapes(cfg, batch_size, seq_len):
+    """Shapes of what one block needs at a time, in either direction.
+
+    ln is the output of ln1, then of ln2. Gradients of fch_gelu give their
+    place to those of fch.
+    """
+    B, T, C = batch_size, seq_len, cfg.channels
+    return {
+        "ln": (B, T, C),
+        "fch_gelu": (B, T, 4 * C),
+        "datty": (B, T, C),
+        "dqkv": (B, T, 3 * C),
+        "dfch": (B, T, 4 * C),
+    }
+
+
+# %% the whole layout tags=["export"] module="model.layout"
+def gpt2_layout(cfg, batch_size, seq_len, dtype=np.float32):
+    """The groups of the arena in which a GPT-2 trains.
+
+    Four of the groups, params, grads, m and v, have the parameters' shapes;
+    acts and dacts hold activations and their gradients, batch the tokens
+    and targets (int32). block, what the blocks take turns with, lies over
+    the logits. A backend may add scratch memory of its own.
+    """
+    shapes = parameter_shapes(cfg)
+    B, T = batch_size, seq_len
+    return {
+        "params": (dtype, shapes),
+        "grads": (dtype, shapes),
+        "m": (dtype, shapes),
+        "v": (dtype, shapes),
+        "acts": (dtype, activation_shapes(cfg, B, T)),
+        "dacts": (dtype, gradient_shapes(cfg, B, T)),
+        "logits": (dtype, {"logits": (B, T, cfg.padded_vocab_size)}),
+        "block": (dtype, block_shapes(cfg, B, T), True),
+        "batch": (np.int32, {"tokens": (B, T), "targets": (B, T)}),
+    }
+
+
+# %% bytes of each group tags=["export"] module="model.layout"
+def footprint(layout):
+    """Bytes of each group of an arena, as a dict, before there is one.
+
+    layout: as Arena takes it. A group that lies over another counts for
+    what it is longer, so that the sum is what the arena takes, up to the
+    padding between groups.
+    """
+    sizes, before = {}, 0
+    for group, (dtype, shapes, *over) in layout.items():
+        count = sum(math.prod(shape) for shape in shapes.values())
+        size = count * np.dtype(dtype).itemsize
+        sizes[group] = max(0, size - before) if over else size
+        before = size
+    return sizes
+
+
+# %% the footprint of GPT-2 124M
+from llmnb.config import GPT2Config
+
+
+for group, size in footprint(gpt2_layout(GPT2Config(), 4, 64)).items():
+    print(f"{group:<7} {size:>13,} bytes")
+
+# %% [markdown]
+# Nothing was allocated to find that out. It is a sum over shapes, and the
+# arena takes exactly this, up to the padding between groups:
+
+# %% predicted and real
+small = GPT2Config(64, 1000, 2, 4, 64)
+arena = Arena(gpt2_layout(small, 4, 64))
+predicted = sum(footprint(gpt2_layout(small, 4, 64)).values())
+extra = arena.nbytes - predicted
+verdict("footprint", 0 <= extra < 64 * 8, "as predicted, plus padding")
+verdict(
+    "one block", arena.flat("m").base is arena.flat("acts").base, "for all"
+)
+
+# %% [markdown]
+# ## See it
+#
+# Parameters and their three companions are fixed. Activations grow with
+# $B \cdot T$. At which length of four rows does the second part overtake the
+# first?
+
+# %% the footprint against the length
+lengths = 2 ** np.arange(4, 11)
+rows = [footprint(gpt2_layout(GPT2Config(), 4, int(T))) for T in lengths]
+still = np.array([4 * r["params"] for r in rows]) / 1e9
+moving = np.array([sum(r.values()) for r in rows]) / 1e9 - still
+fig, ax = plt.subplots(figsize=(7, 3.4), dpi=100)
+at = np.arange(len(lengths))
+top = ax.bar(at, moving, 0.6, still, color=PALETTE["orange"])
+foot = ax.bar(at, still, 0.6, color=PALETTE["blue"])
+names = "activations and their gradients", "parameters, gradients, m and v"
+ax.legend((top, foot), names, loc="upper left", frameon=False, fontsize=11)
+ax.set_xticks(at, [f"{T}" for T in lengths])
+ax.set(xlabel="tokens in a row, T (B = 4)", ylabel="GB")
+ax.spines[["top", "right"]].set_visible(False)
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 1.13.2. GPT-2 124M in float32 with four rows. Up to T = 512 the
+# parameters and their companions take most of the memory; at T = 1024 the
+# activations and their gradients take more than half.*
+
+# %% [markdown]
+# ## Ask before taking
+#
+# A system that promises pages may break its word. It hands out addresses
+# freely, and when the pages behind them are written and there are none left,
+# Linux does not raise an error: it kills the process that is largest. Since we
+# know the sum beforehand, we can look first, and say in a sentence what is
+# missing. Three things must be right about it:
+#
+# - What is free is more than what is unused. The system keeps files it has
+#   read in memory as long as nobody wants it, and writes what sleeps to the
+#   swap area. `MemAvailable` in `/proc/meminfo` counts the first, and the
+#   second is added. (The cache of the file system ZFS is not counted there.)
+# - A container or a scheduler gives a process less than the machine has, in a
+#   *control group*: a folder with a limit and what is used of it, or several,
+#   one inside the other. The smallest decides.
+# - What would fit must not be refused. Parts of the arena are never written
+#   when a model is only read: [chapter 1.15](15_model.ipynb) leaves them out.
+#
+# Other systems do not say what they have, and nothing is refused there.
+
+# %% imports of the room tags=["export"] module="room"
+import math
+from contextlib import suppress
+from pathlib import Path
+
+# %% what the system has tags=["export"] module="room"
+LIMITS = {
+    "memory.max": "memory.current",  # version 2 of control groups
+    "memory.limit_in_bytes": "memory.usage_in_bytes",  # version 1
+}
+
+
+def free_memory(root="/"):
+    """Bytes that this process can still take; None where nobody knows.
+
+    root: where proc/ and sys/ are. Only Linux says it. Pages that the
+    system can get back count as free, and so does swap.
+    """
+    root = Path(root)
+    try:
+        system = _numbers(root / "proc/meminfo")
+        free, swap = (system[x] << 10 for x in ("MemAvailable", "SwapFree"))
+    except (OSError, KeyError):
+        return None
+    with suppress(OSError):
+        cache = _numbers(root / "proc/spl/kstat/zfs/arcstats", 2)
+        free += max(0, cache.get("size", 0) - cache.get("c_min", 0))
+    return min([free + swap, *(_room(x, swap) for x in _groups(root))])
+
+
+def _numbers(path, column=1):
+    """The numbers in a column of a table, by what stands in the first."""
+    rows = [row.split() for row in path.read_text().splitlines()]
+    rows = [row for row in rows if row[column:] and row[column].isdigit()]
+    return {row[0].rstrip(":"): int(row[column]) for row in rows}
+
+
+# %% what a control group gives tags=["exporti"] module="room"
+def _groups(root):
+    """The folders of the control groups around this process."""
+    with suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            kinds, path = line.split(":", 2)[1:]
+            if kinds and "memory" not in kinds.split(","):
+                continue
+            mount, place = root / "sys/fs/cgroup" / kinds, Path(path[1:])
+            yield from (mount / x for x in (place, *place.parents))
+
+
+def _room(folder, swap):
+    """What is left of a group's limit; infinite where there is none."""
+    for most, used in LIMITS.items():
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            left = _difference(folder, most, used)
+            stat = _numbers(folder / "memory.stat")
+            for kind in ("active_file", "inactive_file"):
+                left += stat.get(f"total_{kind}", stat.get(kind, 0))
+            with suppress(OSError, ValueError):
+                own = _difference(
+                    folder, "memory.swap.max", "memory.swap.current"
+                )
+                swap = min(swap, own)
+            return left + swap
+    return math.inf
+
+
+def _difference(folder, a, b):
+    return int((folder / a).read_text()) - int((folder / b).read_text())
+
+
+# %% look before taking tags=["export"] module="room"
+SMALLER = "a smaller batch_size, seq_len or model takes less"
+
+
+def check_room(nbytes, remedy=SMALLER):
+    """Raise MemoryError when this machine has less than nbytes to give.
+
+    remedy: what the message proposes.
+    """
+    free = free_memory()
+    if free is not None and nbytes > free:
+        raise MemoryError(
+            f"needs {nbytes / 1e9:,.1f} GB, this machine has "
+            f"{free / 1e9:,.1f} GB free: {remedy}"
+        )
+
+
+# %% a machine of 8 GB, and a container of 2 GB on it
+with tempfile.TemporaryDirectory() as place:
+    for name, text in {
+        "proc/meminfo": "MemAvailable: 8000000 kB\nSwapFree: 0 kB",
+        "proc/self/cgroup": "0::/box",
+        "sys/fs/cgroup/box/memory.max": "2000000000",
+        "sys/fs/cgroup/box/memory.current": "1500000000",
+        "sys/fs/cgroup/box/memory.stat": "inactive_file 700000000",
+    }.items():
+        path = Path(place, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    print(f"{free_memory(place):,} bytes")
+
+# %% [markdown]
+# Half a gigabyte of the two is left, and 0.7 more are copies of files.
+
+# %% [markdown]
+# ## Why the footprint is constant
+#
+# After the arena is made, a training step writes into views. No layer
+# allocates its result, because the caller hands it the array to fill. That is
+# why every layer of this book lists its outputs first and returns nothing.
+# It is also checked: a test runs 200 training steps in a process and compares
+# its peak memory after the first step and after the last.
+#
+# The fast layers are loops that the package numba compiles to machine code
+# ([chapter 1.5](05_encoder.ipynb)), and such loops check nothing. A shape that
+# does not fit would read or write some neighbour's bytes in the arena, and
+# nobody would notice. An array that the system has mapped read-only ends the
+# process without a word, and numba takes it for granted that every number
+# begins at a multiple of its own size. So every layer checks its arguments
+# before it starts, and says in a sentence what is wrong.
+#
+# First one array. It must be NumPy's own type: `np.matrix`, which always has
+# two dimensions, and masked arrays are subclasses in which indexing means
+# something else. And if it is to be written, it must be writable.
+
+# %% imports of the checks tags=["export"] module="checks"
+import numpy as np
+
+
+# %% check an array tags=["export"] module="checks"
+FLOATS = np.dtype(np.float32), np.dtype(np.float64)
+INTS = np.dtype(np.int32), np.dtype(np.int64)
+
+
+def check_fit(name, array, shape, kinds):
+    """Raise unless `array` has this shape and this dtype.
+
+    name: what the message calls it, such as "layernorm_forward: out".
+    shape: None for any. kinds: a dtype, or a tuple of several that will do.
+    """
+    kinds = kinds if isinstance(kinds, tuple) else (np.dtype(kinds),)
+    kind = getattr(array, "dtype", type(array).__name__)
+    if kind not in kinds:
+        want = " or ".join(map(str, kinds))
+        raise TypeError(f"{name} must be {want}, got {kind}")
+    if shape is not None and array.shape != shape:
+        want = str(tuple(shape)).replace("'", "")
+        raise ValueError(f"{name} must have shape {want}, got {array.shape}")
+
+
+def check_array(name, array, shape=None, kinds=FLOATS, written=False):
+    """Raise unless a layer can work on `array`, and write it if `written`.
+
+    It must be a NumPy array itself, not of a subclass but np.memmap, with
+    this shape and dtype, C-contiguous and aligned. name, shape, kinds: as
+    for check_fit. Raises TypeError (not an array, wrong dtype) or
+    ValueError (all else).
+    """
+    if type(array) not in (np.ndarray, np.memmap):
+        kind = type(array).__name__
+        kind += ", a subclass of it" * isinstance(array, np.ndarray)
+        raise TypeError(f"{name} must be a NumPy array, got {kind}")
+    check_fit(name, array, shape, kinds)
+    flags = array.flags
+    if not flags.c_contiguous:
+        raise ValueError(f"{name} must be C-contiguous")
+    if not flags.aligned:
+        size = array.itemsize
+        raise ValueError(f"{name} must begin at a multiple of {size} bytes")
+    if written and not flags.writeable:
+        raise ValueError(f"{name} must be writeable, got a read-only array")
+
+
+# %% check tokens tags=["export"] module="checks"
+def check_tokens(name, tokens, vocab_size):
+    """Raise unless `tokens` are integers in [0, vocab_size).
+
+    Raises TypeError (not integers) or ValueError, which names the first
+    token that is out of range and where it stands.
+    """
+    kind = getattr(tokens, "dtype", type(tokens).__name__)
+    if not np.issubdtype(kind, np.integer):
+        raise TypeError(f"{name} must hold integers, got {kind}")
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+        bad = (tokens < 0) | (tokens >= vocab_size)
+        where = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise ValueError(
+            f"{name} must lie in [0, {vocab_size}), "
+            f"got {tokens[where]} at {where}"
+        )
+
+
+# %% five complaints
+good = np.zeros((2, 3), np.float32)
+locked = good.copy()
+locked.flags.writeable = False
+for bad in ([1.0], np.matrix(good), good[:1], good.T.copy().T, locked):
+    try:
+        check_array("layer: out", bad, (2, 3), written=True)
+    except (TypeError, ValueError) as error:
+        print(error)
+
+# %% and one about tokens
+try:
+    check_tokens("tokens", np.array([[3, 1], [4, -1]]), 5)
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+# A layer has up to ten arrays, and what must fit is how their shapes hang
+# together: the $C$ of one is the $C$ of another. We say that where we say
+# what the layer takes, in a line above it:
+#
+# ```python
+# @shapes("B T C!, B T!, B T!, B T C, C, C")
+# def layernorm_forward(out, mean, rstd, inp, weight, bias):
+# ```
+#
+# $C$ is what most arrays say it is, and the odd one out is named. `!` marks
+# what the layer writes. Such an array must be writable, and must not share
+# memory with another argument: most layers read their inputs again after
+# they have begun to write. Where an input may be the output, as the logits
+# whose place their gradient takes, it is marked `~`. `?` marks what may be
+# None, `of V` integers in $[0, V)$, `...` any number of sizes.
+#
+# The decorator reads the text once. A call then looks at each array before
+# the layer runs, and nothing is written unless all of them fit. A training
+# step makes the same calls again and again: what has once fitted, by type,
+# dtype, shape and flags, is remembered. Only values and addresses are looked
+# at each time.
+
+# %% imports of the decorator tags=["export"] module="shapes"
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import numpy as np
+
+from llmnb.checks import FLOATS, INTS, check_array, check_tokens
+
+
+# %% check a number tags=["export"] module="shapes"
+LIMITS = {
+    "at least 0": lambda x: x >= 0,
+    "at least 1": lambda x: x >= 1,
+    "above 0": lambda x: x > 0,
+    "in [0, 1)": lambda x: 0 <= x < 1,
+}
+
+
+def check_number(name, value, limit):
+    """Raise TypeError or ValueError unless `value` is a number in a limit.
+
+    limit: one of LIMITS; NaN is in none.
+    """
+    if not isinstance(value, (int, float, np.number)):
+        kind = type(value).__name__
+        raise TypeError(f"{name} must be a number, got {kind}")
+    if not LIMITS[limit](value):
+        raise ValueError(f"{name} must be {limit}, got {value}")
+
+
+# %% one argument tags=["export"] module="shapes"
+def _factor(word):
+    """3 and "C" for "3C"."""
+    digits = re.match(r"\d*", word)[0]
+    return int(digits or 1), word[len(digits) :]
+
+
+class Argument:
+    """What one array of a layer must be; text: as `shapes` reads it."""
+
+    def __init__(self, place, layer, name, text):
+        body, _, limit = text.partition(" of ")
+        sizes = body.rstrip("!?~")
+        marks = body[len(sizes) :]
+        self.place, self.name, self.label = place, name, f"{layer}: {name}"
+        self.written, self.optional = "!" in marks, "?" in marks
+        self.same, self.open = "~" in marks, sizes.startswith("...")
+        self.sizes = [_factor(x) for x in sizes.split() if x != "..."]
+        self.names = tuple(re.sub(r"[+|]\w*", "", sizes).split())
+        self.limit = _factor(limit) if limit else None
+
+    def found(self, shape):
+        """Pairs of a name and the size that it has in an array's shape.
+
+        None where the shape cannot be meant: it has another number of
+        sizes, or a multiple of 3 is not one.
+        """
+        more = len(shape) - len(self.sizes)
+        if more < 0 or (more > 0 and not self.open):
+            return None
+        pairs = [("...", shape[:more])] if self.open else []
+        for (factor, name), n in zip(self.sizes, shape[more:], strict=True):
+            if n % factor:
+                return None
+            pairs.append((name, n // factor))
+        return pairs
+
+    def wanted(self, shape, sizes):
+        """The shape that an array must have which has this one."""
+        if self.found(shape) is None:
+            return self.names
+        first = sizes["..."] if self.open else ()
+        return first + tuple(
+            factor * sizes[name] for factor, name in self.sizes
+        )
+
+
+# %% where arrays are tags=["export"] module="shapes"
+@dataclass(frozen=True)
+class Memory:
+    """How to look at the arrays of a backend.
+
+    check: raises where one is not fit, as check_array; kind: all that
+    decides this, as a key; share: whether two share memory. floats, ints:
+    their dtypes. bounded: whether the range of integers is looked at.
+    """
+
+    check: Callable
+    kind: Callable
+    share: Callable
+    floats: tuple
+    ints: tuple
+    bounded: bool
+
+
+def host_kind(x):
+    """All of a NumPy array that decides whether it fits."""
+    if isinstance(x, np.ndarray):
+        return type(x), x.dtype, x.shape, x.flags.num
+    return type(x)
+
+
+HOST = Memory(check_array, host_kind, np.may_share_memory, FLOATS, INTS, True)
+COMPILED = replace(HOST, ints=INTS[:1])  # one type: each takes a compilation
+
+
+# %% all arguments tags=["exporti"] module="shapes"
+class _Arguments:
+    """What a layer may be called with; texts: by name, as `shapes` reads."""
+
+    def __init__(self, layer, texts, memory):
+        self.layer, self.memory, self.fitted = layer, memory, {}
+        self.numbers = {k: t for k, t in texts.items() if t in LIMITS}
+        self.below = {k: t[5:] for k, t in texts.items() if t[:5] == "1 to "}
+        others = {k for k, t in texts.items() if t == "-"}
+        others.update(self.numbers, self.below)
+        self.names = [k for k in texts if k not in others]
+        self.arrays = [
+            Argument(i, layer, k, texts[k]) for i, k in enumerate(self.names)
+        ]
+        self.whole = [a for a in self.arrays if a.limit and memory.bounded]
+
+    def look(self, given):
+        """Raise unless these arguments, by name, are fit for the layer."""
+        arrays = [given.get(name) for name in self.names]
+        kind = self.memory.kind
+        kinds = tuple([kind(x) for x in arrays])
+        found = self.fitted.get(kinds)
+        if found is None:
+            found = self.fitted[kinds] = self._fit(arrays)
+        sizes, pairs = found
+        for name, limit in self.numbers.items():
+            if name in given:
+                check_number(f"{self.layer}: {name}", given[name], limit)
+        for name, size in self.below.items():
+            if name in given:
+                self._limit(name, given[name], sizes[size])
+        for a in self.whole:
+            factor, name = a.limit
+            limit = factor * sizes.get(name, given.get(name))
+            check_tokens(a.label, arrays[a.place], limit)
+        share = self.memory.share
+        for i, j in pairs:
+            if share(arrays[i], arrays[j]):
+                self._same(i, arrays[i], j, arrays[j])
+
+    def _fit(self, arrays):
+        """The sizes that the arrays agree on; pairs that may not overlap."""
+        memory = self.memory
+        there = [a for a in self.arrays if arrays[a.place] is not None]
+        sizes, kinds = self._sizes(there, arrays), self._floats(there, arrays)
+        for a in self.arrays[::-1]:
+            array = arrays[a.place]
+            if array is None and a.optional:
+                continue
+            shape = a.wanted(getattr(array, "shape", ()), sizes)
+            kind = getattr(array, "dtype", None)
+            want = kinds if kind in memory.floats else memory.floats
+            want = memory.ints if a.limit else want
+            memory.check(a.label, array, shape, want, a.written)
+        for a in there:
+            self._relate(a, arrays[a.place].shape, sizes)
+        pairs = [
+            (a.place, b.place)
+            for a, b in combinations(there, 2)
+            if a.written or b.written
+        ]
+        return sizes, pairs
+
+    def _floats(self, there, arrays):
+        """The float dtype that most of the arrays have."""
+        all = [arrays[a.place] for a in there[::-1] if not a.limit]
+        all = [x.dtype for x in all if hasattr(x, "dtype")]
+        return max(all, key=all.count, default=None)
+
+    def _sizes(self, there, arrays):
+        """The sizes, by name: what most of the arrays have.
+
+        Where they are at odds, the one with the most sizes is right, and of
+        two alike the last, which is an input.
+        """
+        seen = {}
+        for a in sorted(there, key=lambda a: (-len(a.sizes), -a.place)):
+            shape = getattr(arrays[a.place], "shape", ())
+            for name, n in a.found(shape) or ():
+                seen.setdefault(name, []).append(n)
+        most = {name: max(all, key=all.count) for name, all in seen.items()}
+        return most | {"": 1}
+
+    def _relate(self, a, shape, sizes):
+        """Raise unless a size "T+" is at least T, and "NH|C" divides C."""
+        for _, size in a.sizes:
+            name, mark, other = re.match(r"(\w*)(\W?)(\w*)", size).groups()
+            n, of = sizes[size], sizes.get(other or name)
+            if mark == "+" and n < of:
+                raise ValueError(
+                    f"{self.layer}: {name} must be at most {n}, the number "
+                    f"of rows of {a.name}, got {of}"
+                )
+            if mark == "|" and (n == 0 or of % n):
+                names = ", ".join(a.names)
+                raise ValueError(
+                    f"{a.label} must have shape ({names}), where {name} "
+                    f"divides {other} = {of}, got {shape}"
+                )
+
+    def _limit(self, name, value, limit):
+        whole = isinstance(value, (int, np.integer))
+        if not whole or not 1 <= value <= limit:
+            raise ValueError(
+                f"{self.layer}: {name} must lie in [1, {limit}], got {value}"
+            )
+
+    def _same(self, i, x, j, y):
+        """Raise unless the two may be, and are, the same array."""
+        begin = x.reshape(-1)[:1], y.reshape(-1)[:1]
+        if i > 0 or not self.arrays[j].same or not self.memory.share(*begin):
+            raise ValueError(
+                f"{self.layer}: {self.names[i]} and {self.names[j]} must "
+                "not share memory"
+            )
+
+
+# %% the decorator of all layers tags=["export"] module="shapes"
+def shapes(spec, memory=HOST, **named):
+    """Let a layer look at its arguments before it runs.
+
+    spec: a text for each of the first arguments, with commas between them;
+    named: texts for others. A text has the sizes of an array, such as
+    "B T 3C", "T+ C" for at least T rows, "B NH|C T" for an NH that divides
+    C, or "..." for any. Marks follow: ! for an array that is written; ? for
+    one that may be None; ~ for one that may be the first argument itself,
+    where otherwise what is written shares no memory. All arrays are of one
+    float dtype; those that end in "of V" hold integers in [0, V), V a size
+    or another argument. For a number the text is one of LIMITS or, if it is
+    a whole one, "1 to Vp"; for what is not looked at it is "-".
+
+    memory: where the arrays are. The layer raises TypeError or ValueError,
+    which names it and the argument, before it has written anything.
+    """
+
+    def decorate(layer):
+        names = list(inspect.signature(layer).parameters)
+        texts = dict(zip(names, spec.split(", "), strict=False)) | named
+        arguments = _Arguments(layer.__qualname__, texts, memory)
+
+        @functools.wraps(layer)
+        def call(*args, **options):
+            arguments.look(dict(zip(names, args, strict=False)) | options)
+            return layer(*args, **options)
+
+        call.arguments = arguments
+        return call
+
+    return decorate
+
+
+# %% a layer that looks first
+@shapes("N C!, N C, C")
+def scale(out, inp, factors):
+    """Multiply each row by the same factors."""
+    out[...] = inp * factors
+
+
+result, factors = np.zeros((2, 3), np.float32), np.ones(3, np.float32)
+for args in (
+    (result, good, factors[:2]),
+    (locked, good, factors),
+    (good, good, factors),
+    (result, good, None),
+):
+    try:
+        scale(*args)
+    except (TypeError, ValueError) as error:
+        print(error)
+
+# %% [markdown]
+# ## To a file and back
+#
+# A model on disk is its configuration and its parameters. llm.c's format is
+# the plainest there is: a header of 256 int32 numbers, 1,024 bytes, and then
+# the group `params`, number for number.
+#
+# | number | meaning |
+# |---|---|
+# | 0 | 20240326, which marks the file as a model |
+# | 1 | the version: 3 for float32, 5 for bfloat16 |
+# | 2 to 7 | `max_seq_len`, `vocab_size`, `num_layers`, `num_heads`, `channels`, padded vocabulary |
+# | 8 to 253 | zero |
+# | 254 | 1 if a checksum follows, else zero |
+# | 255 | the checksum, CRC-32, of the numbers and then of the header without it |
+#
+# llm.c writes zeros behind number 7 and does not look at them, so the last
+# two are ours: a weight with a flipped bit is still a number, and only a sum
+# tells. It stands in the file itself, since a sum in a file of its own could
+# be of another day when the machine stops between the two. Files without one
+# are read as ever.
+#
+# *bfloat16* is the upper half of a float32: the sign, all eight bits of the
+# exponent, and seven of the 23 bits behind the point. It reads back by putting
+# 16 zero bits below. To write it we must round. Let $u$ be a float32's 32
+# bits, taken as a whole number. The bits of positive floats count upwards as
+# the floats do, so rounding the number is rounding $u / 2^{16}$ to a whole
+# number. Adding half, $2^{15}$, and dropping 16 bits rounds to the nearest,
+# and a tie upwards. IEEE sends a tie to the even neighbour, that is, down
+# when bit 16 of $u$ is 0. So add one less in that case:
+#
+# $$ \text{bf16}(u) = \Big\lfloor \frac{u + 2^{15} - 1 + b_{16}(u)}{2^{16}}
+#    \Big\rfloor , \tag{1.13.2} $$
+#
+# where $b_{16}(u)$ is bit 16. A carry runs from the fraction into the exponent,
+# which is right: above the largest fraction comes the next power of two, and
+# above the largest number infinity. What (1.13.2) spoils is NaN, whose fraction
+# is not zero but may be in its upper half, or overflow. So a NaN is cut
+# off instead, with one bit set.
+
+# %% imports of the checkpoint tags=["export"] module="formats.checkpoint"
+import os
+import zlib
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from llmnb.checks import check_array
+from llmnb.config import GPT2Config, parameter_count, parameter_shapes
+from llmnb.files import make_folder, read_small, replacing, what_is
+
+
+# %% to bfloat16 and back tags=["export"] module="formats.checkpoint"
+def to_bfloat16(x):
+    """The 16 bits of the bfloat16 nearest to each number, equation (1.13.2).
+
+    x: float32, of any shape. Returns uint16 of the same shape. A tie goes
+    to the even neighbour, what is too large to infinity; NaN stays NaN.
+    """
+    bits = x.view(np.uint32)
+    nearest = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
+    cut = bits >> 16 | 0x40
+    return np.where(np.isnan(x), cut, nearest).astype(np.uint16)
+
+
+def from_bfloat16(bits):
+    """The float32 numbers that bfloat16 bits (uint16) stand for, exactly."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+# %% four numbers, rounded
+numbers = [1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, np.nan]
+halves = to_bfloat16(np.array(numbers, np.float32))
+print([f"{h:04x}" for h in halves])
+
+# %% [markdown]
+# The first two lie halfway between neighbours and went to the even one, one
+# down and one up; the third lies above the largest bfloat16 by more than half a
+# step, and became infinity; NaN stayed NaN. [Chapter 4.4](../4_practice/04_published.ipynb) proves the rounding for every
+# bfloat16 and measures what it does to a model.
+#
+# Writing goes through `replacing` from [chapter 1.4](04_gpt2.ipynb), in pieces
+# of 4 Mi numbers, so that no second copy of the model is made.
+
+# %% the header tags=["export"] module="formats.checkpoint"
+MAGIC = 20240326
+BODIES = {3: "<f4", 5: "<u2"}  # a version and how its numbers are stored
+HEADER = 256  # int32 numbers, 1,024 bytes
+SUMMED = 1  # in a header with a checksum, the last number but one
+CHUNK = 1 << 22  # numbers read or written at a time: 16 MiB of float32
+
+
+# %% write a checkpoint tags=["export"] module="formats.checkpoint"
+def write_checkpoint(path, cfg, params, version=3):
+    """Write a model in llm.c's .bin format.
+
+    params: the flat 1-D array of all parameters in the order of
+    parameter_shapes(cfg). version: 3 for float32, 5 for bfloat16, rounded
+    from float32 to nearest; ValueError for another. The file appears whole
+    or not at all.
+    """
+    if version not in BODIES:
+        raise ValueError(
+            f"write_checkpoint: version must be 3 (float32) or 5 (bfloat16), "
+            f"got {version!r}"
+        )
+    header = np.zeros(HEADER, "<u4")
+    header[:8] = MAGIC, version, *_sizes(cfg)
+    header[-2], total = SUMMED, 0
+    with replacing(path) as file:
+        file.write(header.data)
+        for part in _pieces(params):
+            part = part.astype(np.float32, copy=False)
+            body = to_bfloat16(part) if version == 5 else part
+            body = body.astype(BODIES[version], copy=False).data
+            total = zlib.crc32(body, total)
+            file.write(body)
+        header[-1] = zlib.crc32(header, total)
+        file.seek(0)
+        file.write(header.data)
+
+
+# %% pieces, and the six sizes tags=["exporti"] module="formats.checkpoint"
+def _pieces(flat):
+    """A 1-D array as views of at most CHUNK numbers."""
+    for first in range(0, flat.size, CHUNK):
+        yield flat[first : first + CHUNK]
+
+
+def _sizes(cfg):
+    return (
+        cfg.max_seq_len,
+        cfg.vocab_size,
+        cfg.num_layers,
+        cfg.num_heads,
+        cfg.channels,
+        cfg.padded_vocab_size,
+    )
+
+
+# %% [markdown]
+# A file comes from outside, and what comes from outside is not to be trusted.
+# A download may have broken off; a file may be of another kind. The header's
+# six numbers decide how much memory we ask for, so they are compared with the
+# length of the file *before* anything is allocated.
+
+
+# %% read a header tags=["exporti"] module="formats.checkpoint"
+def _bin_header(path):
+    """Version and configuration of a .bin, checked against its length."""
+    with open(path, "rb") as file:
+        raw = file.read(4 * HEADER)
+    if what := what_is(path, MAGIC):
+        raise ValueError(f"{path}: {what}")
+    if len(raw) < 4 * HEADER:
+        raise ValueError(
+            f"{path}: {len(raw)} bytes are too few for a header of 1024"
+        )
+    magic, version, *sizes = np.frombuffer(raw, "<i4")[:8].tolist()
+    if magic != MAGIC or version not in BODIES:
+        raise ValueError(
+            f"{path}: magic {magic} and version {version}, where a model "
+            f"has {MAGIC} and 3 or 5"
+        )
+    cfg = _config(path, sizes[:5])
+    if cfg.padded_vocab_size != sizes[5]:
+        raise ValueError(
+            f"{path}: padded vocabulary {sizes[5]}, where "
+            f"{cfg.vocab_size} tokens make {cfg.padded_vocab_size}"
+        )
+    _check_length(path, version, cfg)
+    return version, cfg
+
+
+# %% check the sizes and the length tags=["exporti"] module="formats.checkpoint"
+def _config(path, sizes):
+    try:
+        return GPT2Config(*sizes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _check_length(path, version, cfg):
+    width = np.dtype(BODIES[version]).itemsize
+    want = 4 * HEADER + width * parameter_count(cfg)
+    got = os.path.getsize(path)
+    if got != want:
+        raise ValueError(
+            f"{path}: {got:,} bytes, where the header's model takes {want:,}"
+        )
+
+
+# %% read a .bin tags=["exporti"] module="formats.checkpoint"
+def _read_bin(path, version, params):
+    """Fill params, checked before, from the numbers behind the header."""
+    with open(path, "rb") as file:
+        header, total = np.fromfile(file, "<u4", HEADER), 0
+        for name, array in params.items():
+            for part in _pieces(array.reshape(-1)):
+                body = np.fromfile(file, BODIES[version], part.size)
+                if body.size != part.size:
+                    raise ValueError(f"{path}: ends within {name}")
+                total = zlib.crc32(body, total)
+                part[...] = from_bfloat16(body) if version == 5 else body
+    _check_sum(path, header, total)
+
+
+def _check_sum(path, header, total):
+    """Raise unless a .bin has the sum that its header keeps, if any."""
+    marked, kept = header[-2:].tolist()
+    header[-1] = 0
+    if marked == SUMMED and kept != zlib.crc32(header, total):
+        raise ValueError(
+            f"{path} is damaged, its checksum is not the one in its header: "
+            "take another copy, or write it anew, as `llmnb train --resume` "
+            "does for a run"
+        )
+
+
+# %% three bad files
+folder = Path(tempfile.mkdtemp())
+params = arena.flat("params")
+params[...] = np.random.default_rng(2).normal(size=params.size)
+write_checkpoint(folder / "model.bin", small, params)
+whole = (folder / "model.bin").read_bytes()
+header = np.frombuffer(whole[:1024], np.int32).copy()
+header[4] = 12  # claims twelve blocks
+bad_files = {
+    "short.bin": whole[:-100],
+    "other.bin": b"GGUF" + whole[4:],
+    "liar.bin": header.tobytes() + whole[1024:],
+}
+for name, raw in bad_files.items():
+    (folder / name).write_bytes(raw)
+    try:
+        _bin_header(folder / name)
+    except ValueError as error:
+        print(str(error).replace(f"{folder}{os.sep}", ""))
+
+# %% [markdown]
+# ## Any arrays in one file
+#
+# The header of a `.bin` has room for one kind of model. For anything else we
+# use *safetensors*, the format of the Hugging Face hub, and it is much like
+# our arena: a table of names, types, shapes and places, then the numbers.
+#
+# | bytes | meaning |
+# |---|---|
+# | 0 to 7 | $n$, the length of the table |
+# | 8 to $8 + n$ | the table, as JSON: for each name its `dtype`, `shape` and `data_offsets`, counted from the table's end; under `__metadata__` pairs of strings |
+# | the rest | the arrays one after the other, without a gap |
+#
+# The library `safetensors` writes such a file from a copy of all arrays in
+# memory. Our models fill half of a machine's memory, so we write ourselves,
+# one array after the other.
+
+# %% [markdown]
+# A disk, a memory or a copy may flip a bit, and a weight with a flipped bit is
+# still a number. So a sum is kept of each array, CRC-32, in the metadata,
+# which other programs pass over. It covers the array's bytes and whatever says
+# how to read them: its name, type and shape, and the other metadata.
+# The sums are known when the arrays are written, so the table, whose length
+# they do not change, is written twice. CRC-32 finds accidents, not intent: who
+# wants to deceive computes it anew.
+
+# %% imports of the container tags=["export"] module="formats.safetensors"
+import json
+import zlib
+
+import numpy as np
+
+from llmnb.files import replacing, what_is
+
+# %% types by their names tags=["export"] module="formats.safetensors"
+DTYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "I64": "<i8",
+    "U64": "<u8",
+    "I32": "<i4",
+    "U32": "<u4",
+    "U16": "<u2",
+    "U8": "|u1",
+    "BF16": "<u2",  # read as float32; we write none
+}
+NAMES = {np.dtype(v): k for k, v in DTYPES.items() if k != "BF16"}
+LONGEST_TABLE = 1 << 23  # bytes; a GPT-2 of 48 blocks takes 64 thousand
+_SUMS = "llmnb.crc32"  # where the metadata keep the sums, as JSON
+
+
+# %% write tensors tags=["export"] module="formats.safetensors"
+def write_tensors(path, tensors, metadata=None):
+    """Write named arrays as one safetensors file.
+
+    tensors: a mapping from name to array, of any shape and a dtype in
+    `DTYPES`, or TypeError is raised. metadata: a mapping from str to str.
+    A checksum of each array goes with them; ValueError when all that takes
+    more than `LONGEST_TABLE` bytes. No more than one array is copied at a
+    time. The file appears whole or not at all.
+    """
+    note, table, at = dict(metadata or {}), {}, 0
+    # the widest numbers first, so that each array begins at a multiple of
+    # its numbers' size
+    order = sorted(tensors, key=lambda name: -tensors[name].itemsize)
+    for name in order:
+        x = tensors[name]
+        table[name] = _entry(name, x, at)
+        at += x.nbytes
+    sums = dict.fromkeys(order, 0)
+    head = _head(table, note, sums)
+    with replacing(path) as file:
+        file.write(head)
+        for name in order:
+            body = np.ascontiguousarray(tensors[name]).reshape(-1).data
+            sums[name] = zlib.crc32(body, _told(table, note, name))
+            file.write(body)
+        file.seek(0)
+        file.write(_head(table, note, sums))
+
+
+# %% a row of the table tags=["exporti"] module="formats.safetensors"
+def _entry(name, x, at):
+    kind = NAMES.get(x.dtype)
+    if kind is None:
+        known = ", ".join(d.name for d in NAMES)
+        raise TypeError(
+            f"write_tensors: {name} must be one of {known}, got {x.dtype}"
+        )
+    places = [at, at + x.nbytes]
+    return {"dtype": kind, "shape": list(x.shape), "data_offsets": places}
+
+
+# %% the table and its sums tags=["exporti"] module="formats.safetensors"
+def _head(table, note, sums):
+    """The file up to its arrays, of one length for any sums."""
+    kept = json.dumps({name: f"{x:08x}" for name, x in sums.items()})
+    table = {"__metadata__": note | {_SUMS: kept}} | table
+    head = json.dumps(table).encode()
+    if len(head) > LONGEST_TABLE:
+        raise ValueError(
+            f"write_tensors: names and metadata must take at most "
+            f"{LONGEST_TABLE:,} bytes, got {len(head):,}"
+        )
+    head += b" " * (-len(head) % 8)
+    return len(head).to_bytes(8, "little") + head
+
+
+def _told(table, note, name):
+    """The sum of all that says how to read an array; its bytes go on."""
+    row = table[name]["dtype"], table[name]["shape"]
+    return zlib.crc32(json.dumps([note, name, row], sort_keys=True).encode())
+
+
+# %% [markdown]
+# Reading is the library's job: it knows how a table can lie. Names that
+# overlap, offsets beyond the end, a shape that does not match its bytes, a
+# table of a gigabyte: it refuses them all before a number is read. What it
+# cannot give to NumPy is bfloat16, a type that NumPy does not have: the
+# upper half of a float32. So after the library has checked the table we read
+# the bytes ourselves, and put 16 zero bits below each bfloat16. What the
+# library allows is a table of 100 MB, which grows to twenty times that when
+# Python parses it: we allow eight.
+
+
+# %% read tensors tags=["export"] module="formats.safetensors"
+class TensorFile:
+    """The arrays of a safetensors file, each read when it is asked for.
+
+    Raises ValueError, naming the file, when it is not a whole safetensors
+    file, and OSError when it cannot be read. metadata: a dict of str. names:
+    a list. file[name] is a new array; bfloat16 becomes float32. ValueError
+    for a dtype that is not in `DTYPES` and for an array that does not match
+    the checksum it was written with, KeyError for an unknown name.
+    """
+
+    def __init__(self, path):
+        from safetensors import SafetensorError, safe_open
+
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                if size > LONGEST_TABLE:
+                    raise ValueError(f"a table of {size:,} bytes is too long")
+                with safe_open(path, framework="numpy"):
+                    self._table = json.loads(file.read(size))
+            self.metadata = self._table.pop("__metadata__", {})
+            self._sums = dict(json.loads(self.metadata.pop(_SUMS, "{}")))
+        except (SafetensorError, ValueError, TypeError, RecursionError) as e:
+            raise ValueError(
+                f"{path}: not a whole safetensors file ({what_is(path) or e})"
+            ) from None
+        self._start = 8 + size
+        self.names = list(self._table)
+
+    def shape(self, name):
+        """The shape of an array, a tuple; nothing is read."""
+        return tuple(self._table[name]["shape"])
+
+    def dtype(self, name):
+        """The format's name for an array's type, such as "F32"."""
+        return self._table[name]["dtype"]
+
+    def __getitem__(self, name):
+        kind, (start, stop) = self.dtype(name), self._span(name)
+        if kind not in DTYPES:
+            raise ValueError(f"{self.path}: {name} is {kind}, not a number")
+        offset, dtype = self._start + start, np.dtype(DTYPES[kind])
+        count = (stop - start) // dtype.itemsize
+        x = np.fromfile(self.path, dtype, count, offset=offset)
+        if x.size != count:
+            raise ValueError(f"{self.path}: ends within {name}")
+        self._check(name, x)
+        if kind == "BF16":
+            x = (x.astype(np.uint32) << 16).view(np.float32)
+        return x.reshape(self.shape(name))
+
+    def _check(self, name, x):
+        """Raise unless an array has the sum it was written with, if any."""
+        found = zlib.crc32(x, _told(self._table, self.metadata, name))
+        if self._sums.get(name, f"{found:08x}") != f"{found:08x}":
+            raise ValueError(
+                f"{self.path}: {name} is damaged, its checksum is not the one "
+                "it was written with: take another copy, or write it anew"
+            )
+
+    def _span(self, name):
+        return self._table[name]["data_offsets"]
+
+
+# %% any arrays, there and back
+from llmnb.formats.safetensors import TensorFile, write_tensors
+
+arrays = {
+    "weights": np.random.default_rng(3).normal(size=(3, 5)).T,
+    "step": np.array(17),
+    "nothing": np.zeros((0, 4), np.float32),
+}
+write_tensors(folder / "any.safetensors", arrays, {"note": "hello"})
+file = TensorFile(folder / "any.safetensors")
+print(file.metadata, {x: file.shape(x) for x in file.names})
+same = all(np.array_equal(file[x], arrays[x]) for x in arrays)
+verdict("arrays", same, "come back to the last bit")
+
+# %% a file that ends early
+whole = (folder / "any.safetensors").read_bytes()
+(folder / "short.safetensors").write_bytes(whole[:-8])
+try:
+    TensorFile(folder / "short.safetensors")
+except ValueError as error:
+    print(str(error).replace(f"{folder}{os.sep}", ""))
+
+# %% a bit that flips
+flipped = bytearray(whole)
+flipped[-1] ^= 1
+(folder / "flipped.safetensors").write_bytes(flipped)
+try:
+    file = TensorFile(folder / "flipped.safetensors")
+    _ = file["step"], file["weights"]
+except ValueError as error:
+    print(str(error).replace(f"{folder}{os.sep}", ""))
+
+# %% [markdown]
+# ## From and for other programs
+#
+# Most programs that read GPT-2 expect Hugging Face's layout: safetensors with
+# other names, each block's tensors by themselves, no padding, and the four
+# matrices of a block transposed, (inputs, outputs). GPT-2 was first written
+# with a one-wide convolution in the place of a linear layer, and the layout
+# has kept its order. Ours, (outputs, inputs), is that of llm.c and PyTorch.
+#
+# `_places` below says of each tensor there which of our sixteen it belongs
+# to, and at which index. Reading, writing and checking all go by it.
+
+# %% imports for the hub's layout tags=["export"] module="formats.checkpoint"
+import json
+import re
+
+from llmnb.formats.safetensors import TensorFile, write_tensors
+
+# %% names elsewhere tags=["export"] module="formats.checkpoint"
+OUTER = {
+    "wte": "wte.weight",
+    "wpe": "wpe.weight",
+    "lnfw": "ln_f.weight",
+    "lnfb": "ln_f.bias",
+}
+INNER = {
+    "ln1": "ln_1",
+    "qkv": "attn.c_attn",
+    "attproj": "attn.c_proj",
+    "ln2": "ln_2",
+    "fc": "mlp.c_fc",
+    "fcproj": "mlp.c_proj",
+}
+
+
+# %% where each tensor belongs tags=["exporti"] module="formats.checkpoint"
+def _places(cfg):
+    """Name elsewhere -> (our name, index): a block's number, or a slice."""
+    places = {there: (ours, slice(None)) for ours, there in OUTER.items()}
+    places["wte.weight"] = "wte", slice(cfg.vocab_size)
+    for layer in range(cfg.num_layers):
+        for ours, there in INNER.items():
+            for kind in ("weight", "bias"):
+                name = f"h.{layer}.{there}.{kind}"
+                places[name] = ours + kind[0], layer
+    return places
+
+
+def _part(array, index):
+    """The part of one of our arrays that is a tensor there: a view."""
+    return array[index] if isinstance(index, slice) else array[index].T
+
+
+# %% write safetensors tags=["export"] module="formats.checkpoint"
+def write_safetensors(path, cfg, params):
+    """Write a model as safetensors, in Hugging Face's layout of GPT-2.
+
+    params: a mapping from llm.c's names to arrays, as `GPT2.params`. The
+    tensors are float32, without padding; the number of heads, which no
+    shape shows, stands in the metadata. The file appears whole or not at
+    all.
+    """
+    tensors = {
+        name: _part(params[ours], index).astype(np.float32, copy=False)
+        for name, (ours, index) in _places(cfg).items()
+    }
+    # the library transformers wants the format named
+    metadata = {"format": "pt", "n_head": str(cfg.num_heads)}
+    write_tensors(path, tensors, metadata)
+
+
+# %% what is in the file
+write_safetensors(folder / "model.safetensors", small, arena["params"])
+file = TensorFile(folder / "model.safetensors")
+for name in file.names[:4]:
+    print(name, file.shape(name))
+qkvw = arena["params"]["qkvw"]
+compare("qkvw", file["h.1.attn.c_attn.weight"].T, qkvw[1], tol=1e-30)
+
+# %% [markdown]
+# A *model folder* holds such a file as `model.safetensors`, and the numbers
+# of the configuration in `config.json`. With the two, `transformers` loads
+# the model by the folder's name.
+
+# %% the model's description tags=["exporti"] module="formats.checkpoint"
+# settings that change what a GPT-2 computes, and the values we compute with
+FIXED = {
+    "model_type": ["gpt2"],
+    "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+    "layer_norm_epsilon": [1e-5],
+    "scale_attn_weights": [True],
+    "scale_attn_by_inverse_layer_idx": [False],
+    "add_cross_attention": [False],
+    "tie_word_embeddings": [True],
+}
+
+
+def _described(cfg):
+    """The sizes of a model by the names of config.json."""
+    return {
+        "n_positions": cfg.max_seq_len,
+        "vocab_size": cfg.vocab_size,
+        "n_layer": cfg.num_layers,
+        "n_head": cfg.num_heads,
+        "n_embd": cfg.channels,
+    }
+
+
+# %% write a folder tags=["export"] module="formats.checkpoint"
+def write_folder(folder, cfg, params):
+    """Write a model folder that `transformers` reads: GPT2LMHeadModel.
+
+    The folder is made if it is not there; in it config.json and
+    model.safetensors are replaced. params: as for write_safetensors. Raises
+    ValueError when there is a config.json that describes no GPT-2.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    if path.exists() and _read_json(path).get("model_type") != "gpt2":
+        raise ValueError(f"{path}: describes no GPT-2, and is left alone")
+    make_folder(folder)
+    config = {name: values[0] for name, values in FIXED.items()}
+    config |= _described(cfg)
+    config["architectures"] = ["GPT2LMHeadModel"]
+    # our encodings end with the token that ends a text
+    config["bos_token_id"] = config["eos_token_id"] = cfg.vocab_size - 1
+    write_safetensors(folder / "model.safetensors", cfg, params)
+    with replacing(path) as file:
+        file.write(json.dumps(config, indent=1).encode() + b"\n")
+
+
+# %% read JSON tags=["exporti"] module="formats.checkpoint"
+def _read_json(path, most=1 << 20):
+    """The object in a JSON file of at most so many bytes, as a dict."""
+    raw = read_small(path, most)
+    try:
+        found = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        what = what_is(path) or f"not JSON ({error})"
+        raise ValueError(f"{path}: {what}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: must hold a JSON object")
+    return found
+
+
+# %% [markdown]
+# Files by others vary. Some names begin with `transformer.`; some files hold
+# the causal masks, `attn.bias` and `attn.masked_bias`, which are no parameters;
+# some hold the output matrix once more as `lm_head.weight`, which must then
+# equal `wte`. Others hold it *only* under that name: it and `wte` are one
+# tensor with two names, of which safetensors' `save_model` keeps one. And a
+# large model lies in several files, with an *index* that
+# names the file of each tensor. A name from a file is used as a path here, and
+# must not lead out of the folder.
+
+# %% files and their index tags=["exporti"] module="formats.checkpoint"
+INDEX = "model.safetensors.index.json"
+
+
+def _indexed(path):
+    """Tensor name -> TensorFile, for the files that an index names."""
+    table = _read_json(path).get("weight_map")
+    names = table.values() if isinstance(table, dict) else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: weight_map must map tensors to files")
+    files = {name: _neighbour(path, name) for name in set(names)}
+    held = {name: set(file.names) for name, file in files.items()}
+    for tensor, name in table.items():
+        if tensor not in held[name]:
+            raise ValueError(f"{path}: {name} has no tensor {tensor}")
+    return {tensor: files[name] for tensor, name in table.items()}
+
+
+def _neighbour(path, name):
+    """The TensorFile of that name in the folder of `path`."""
+    if name in ("", ".", "..") or set(name) & set("/\\:\0"):
+        raise ValueError(
+            f"{path}: {name!r:.80} must name a file in the same folder"
+        )
+    return TensorFile(path.parent / name)
+
+
+# %% tensors by their short names tags=["exporti"] module="formats.checkpoint"
+def _tensors(path):
+    """Name without prefix -> (TensorFile, name in it)."""
+    if path.suffix == ".json":
+        found = _indexed(path)
+    else:
+        file = TensorFile(path)
+        found = dict.fromkeys(file.names, file)
+    tensors = {}
+    for name, file in found.items():
+        short = name.removeprefix("transformer.")
+        if short in tensors:
+            raise ValueError(f"{path}: {short} comes twice")
+        tensors[short] = file, name
+    if "lm_head.weight" in tensors:
+        tensors.setdefault("wte.weight", tensors["lm_head.weight"])
+    return tensors
+
+
+# %% [markdown]
+# The shapes tell the configuration, all but the number of heads: our own
+# files name it, and a `config.json` beside the file does. Without either it is
+# known for the four shapes that OpenAI published. A wrong guess would give a
+# model that writes nonsense without a word, so of any other we ask for it. A
+# `config.json` that contradicts the shapes is an error, and so is one that asks
+# for another computation than ours.
+
+
+# %% the configuration of a set of tensors tags=["exporti"] module="formats.checkpoint"
+def _hub_config(path, tensors):
+    """The configuration that the shapes give, checked tensor by tensor."""
+    described = path.parent / "config.json"
+    config = _read_json(described) if described.exists() else {}
+    for name, known in FIXED.items():
+        if config.get(name, known[0]) not in known:
+            raise ValueError(
+                f"{described}: {name} is {config[name]!r:.80}, where a GPT-2 "
+                f"has {known[0]!r}"
+            )
+    sizes = _sizes_of(path, tensors)
+    heads = _heads(path, tensors, config, sizes[2:])
+    cfg = _config(path, [*sizes[:3], heads, sizes[-1]])
+    for name, value in _described(cfg).items():
+        if config.get(name, value) != value:
+            raise ValueError(
+                f"{described}: {name} is {config[name]!r:.80}, where "
+                f"{path.name} has {value}"
+            )
+    _check_shapes(path, cfg, tensors)
+    return cfg
+
+
+# %% sizes from shapes tags=["exporti"] module="formats.checkpoint"
+def _sizes_of(path, tensors):
+    """max_T, V, L and C from the embeddings and the number of blocks."""
+    for name in ("wte.weight", "wpe.weight"):
+        if name not in tensors:
+            raise ValueError(f"{path}: no GPT-2, it has no tensor {name}")
+        file, full = tensors[name]
+        if len(file.shape(full)) != 2:
+            raise ValueError(
+                f"{path}: {full} must be a matrix, got {file.shape(full)}"
+            )
+    (wte, long), (wpe, full) = tensors["wte.weight"], tensors["wpe.weight"]
+    layers = 0
+    while f"h.{layers}.ln_1.weight" in tensors:
+        layers += 1
+    vocab_size, channels = wte.shape(long)
+    return wpe.shape(full)[0], vocab_size, layers, channels
+
+
+# heads of the published models, by their blocks and channels
+PUBLISHED = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}
+
+
+def _heads(path, tensors, config, shape):
+    """The number of heads: written down, or that of a published model."""
+    file, _ = tensors["wte.weight"]
+    written = file.metadata.get("n_head", "")
+    if written.isdecimal() and len(written) < 10:
+        return int(written)
+    heads = config.get("n_head", PUBLISHED.get(shape))
+    if heads is None:
+        raise ValueError(
+            f"{path}: how many heads? No tensor shows it: put the model's "
+            'config.json beside it, or one that holds {"n_head": 12}, if it '
+            "is 12"
+        )
+    return heads
+
+
+# %% check all shapes tags=["exporti"] module="formats.checkpoint"
+# masks, and the output matrix that is wte once more
+IGNORED = re.compile(r"h\.\d+\.attn\.(masked_)?bias|lm_head\.weight")
+
+
+def _check_shapes(path, cfg, tensors):
+    """Raise unless there is each tensor of the model, and no other."""
+    shapes = parameter_shapes(cfg) | {"wte": (cfg.vocab_size, cfg.channels)}
+    places = _places(cfg)
+    for name, (ours, index) in places.items():
+        if name not in tensors:
+            raise ValueError(f"{path}: has no tensor {name}")
+        file, full = tensors[name]
+        outer = isinstance(index, slice)
+        want = shapes[ours] if outer else shapes[ours][:0:-1]
+        if file.shape(full) != want:
+            raise ValueError(
+                f"{path}: {full} must be {want}, got {file.shape(full)}"
+            )
+        if file.dtype(full) not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(
+                f"{path}: {full} must be a float, got {file.dtype(full)}"
+            )
+    for name in sorted(set(tensors) - set(places)):
+        if not IGNORED.fullmatch(name):
+            raise ValueError(f"{path}: GPT-2 has no tensor {name}")
+
+
+# %% read tensors into place tags=["exporti"] module="formats.checkpoint"
+def _read_hub(path, cfg, tensors, params):
+    """Fill params, checked before, one tensor at a time."""
+    file, wte = tensors["wte.weight"]
+    head, name = tensors.get("lm_head.weight", (file, wte))
+    if name != wte and not np.array_equal(head[name], file[wte], True):
+        raise ValueError(f"{path}: lm_head.weight must equal {wte}")
+    for name, (ours, index) in _places(cfg).items():
+        file, full = tensors[name]
+        _part(params[ours], index)[...] = file[full]
+    params["wte"][cfg.vocab_size :] = 0
+
+
+# %% [markdown]
+# A run in progress ([chapter 1.16](16_training.ipynb)) keeps its state in the
+# same container: the weights under their own names, with `params.` before
+# them, and beside them what only training needs. Its metadata holds a page
+# of JSON, the **record**, with the configuration and a checksum of every
+# array. Whoever wants the model reads a third of the file.
+
+
+# %% a training state tags=["export"] module="formats.checkpoint"
+import zlib
+
+STATE = "llmnb training state 1"
+
+
+def state_record(file):
+    """The record of a training state: a dict.
+
+    file: its TensorFile. Raises ValueError or KeyError when it is no state,
+    or a damaged one.
+    """
+    note = file.metadata
+    if note.get("format") != STATE:
+        raise ValueError(f"its format must be {STATE!r}")
+    if str(zlib.crc32(note["record"].encode())) != note["sum"]:
+        raise ValueError("its record is damaged")
+    return json.loads(note["record"])
+
+
+# %% its weights tags=["exporti"] module="formats.checkpoint"
+def _open_state(path, file):
+    """A state's configuration, and the function that fills its params."""
+    try:
+        record = state_record(file)
+        cfg, sums = GPT2Config(**record["model"]), record["sums"]
+        for name, shape in parameter_shapes(cfg).items():
+            got = file.shape(f"params.{name}")
+            if got != shape:
+                raise ValueError(f"params.{name} must be {shape}, got {got}")
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a whole state: {error}") from None
+    return cfg, partial(_read_state, path, file, sums)
+
+
+def _read_state(path, file, sums, params):
+    """Fill params, checked before, and check their sums."""
+    for name, array in params.items():
+        x = file[f"params.{name}"]
+        if zlib.crc32(x) != sums.get(f"params.{name}"):
+            raise ValueError(
+                f"{path} is not a whole state: params.{name} is damaged"
+            )
+        array[...] = x
+
+
+# %% [markdown]
+# ## One door for every format
+#
+# A caller should not need to know which format it has. A folder is looked
+# into; otherwise the name's ending decides. A folder with a model in another
+# format says which.
+#
+# A model may have more rows in `wte` than its tokenizer has tokens: 50,304 for
+# GPT-2's 50,257, which makes a product faster, or 50,258 where somebody has
+# added a token to pad with. No text contains them, and none may be written.
+# We have rows without a token already, those up to the next multiple of 128,
+# which every layer leaves out. So whoever knows the number of tokens says it,
+# and the rows beyond become padding like the others; if there are more than
+# those, the tokenizer is probably another.
+#
+# Through this door also comes every weight that is ever read, so here is the
+# place to ask whether it is a number at all. A single NaN spreads to all
+# logits, and what is computed from them can look like a result. A sum of
+# squares is infinite or NaN if one of its terms is, and takes one pass; only
+# when it is are the terms looked at.
+
+
+# %% is it a number tags=["export"] module="formats.checkpoint"
+def first_not_finite(arrays):
+    """Which of some arrays holds an infinity or a NaN, and where; or None.
+
+    arrays: a mapping from name to array. Returns a text.
+    """
+    for name, x in arrays.items():
+        with np.errstate(all="ignore"):
+            total = np.vdot(x, x)
+        if not np.isfinite(total) and not np.isfinite(x).all():
+            where = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
+            return f"{name} is {x[where]} at {where}"
+    return None
+
+
+# %% which file it is tags=["exporti"] module="formats.checkpoint"
+# endings of models that we do not read, which is to be said
+OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".gguf", ".npz")
+
+
+def _find(path):
+    """The file to read: the path itself, or what a folder holds."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    names = "model.safetensors", INDEX, "model.bin"
+    for name in names:
+        if (path / name).exists():
+            return path / name
+    for other in sorted(path.glob("*.*")):
+        if other.suffix in OTHERS and (what := what_is(other)):
+            raise ValueError(f"{other}: {what}")
+    raise FileNotFoundError(f"{path}: holds none of {', '.join(names)}")
+
+
+def _open(path):
+    """A model's configuration, and the function that fills its params."""
+    path = _find(path)
+    if path.suffix in (".safetensors", ".json"):
+        file = TensorFile(path) if path.suffix == ".safetensors" else None
+        if file and file.metadata.get("format") == STATE:
+            return _open_state(path, file)
+        tensors = _tensors(path)
+        cfg = _hub_config(path, tensors)
+        return cfg, partial(_read_hub, path, cfg, tensors)
+    version, cfg = _bin_header(path)
+    return cfg, partial(_read_bin, path, version)
+
+
+# %% read any model tags=["export"] module="formats.checkpoint"
+def read_config(path, tokens=None):
+    """The configuration of a model on disk, checked against its files.
+
+    path: llm.c's .bin (float32 or bfloat16), a .safetensors file or the
+    index of several in Hugging Face's layout, or a folder that holds one
+    of these as model.bin, model.safetensors or model.safetensors.index.json;
+    or a state of a run, see llmnb.train.run. tokens: how many its tokenizer has;
+    rows beyond, up to the next multiple of 128, are not counted as tokens.
+    Raises ValueError, naming the file, when it is no GPT-2, or when its
+    sizes, its shapes or its length do not fit, or the tokens; OSError when
+    it cannot be read. Nothing is allocated before that is known.
+    """
+    cfg = _open(path)[0]
+    return cfg if tokens is None else without_padding(path, cfg, tokens)
+
+
+def without_padding(path, cfg, tokens, tokenizer=""):
+    """The configuration of a model on disk for a tokenizer's tokens.
+
+    path, cfg, tokens: as for read_config. Raises ValueError, which names
+    the path and the tokenizer, when it must be another model's.
+    """
+    few = replace(cfg, vocab_size=tokens)
+    if not tokens <= cfg.vocab_size <= few.padded_vocab_size:
+        named = "the tokenizer" + (tokenizer and f" {tokenizer}")
+        raise ValueError(
+            f"{path} has {cfg.vocab_size} tokens, {named} has {tokens}"
+        )
+    return few
+
+
+def read_checkpoint(path, cfg, params):
+    """Read a model's parameters into arrays, in place.
+
+    path: as for read_config, and cfg what that returned. params: a mapping
+    from llm.c's names to arrays in the shapes of parameter_shapes(cfg),
+    float32 or float64, as `GPT2.params`. Raises ValueError or TypeError when
+    they do not fit the file, before any is written to, and ValueError when
+    the file ends early after all, does not match its checksum, or when a
+    weight is not finite.
+    """
+    found, fill = _open(path)
+    if without_padding(path, found, cfg.vocab_size) != cfg:
+        raise ValueError(f"{path}: holds {found}, not {cfg}")
+    ours = {}
+    for name, shape in parameter_shapes(cfg).items():
+        ours[name] = params[name]
+        label = f"read_checkpoint: {name}"
+        check_array(label, params[name], shape, written=True)
+    fill(ours)
+    if cfg != found:
+        ours["wte"][cfg.vocab_size :] = 0
+    wrong = first_not_finite(ours)
+    if wrong:
+        raise ValueError(f"{path}: {wrong}, where weights must be finite")
+
+
+# %% there and back
+write_folder(folder / "elsewhere", small, arena["params"])
+write_checkpoint(folder / "half.bin", small, params, version=5)
+again = Arena({"params": (np.float32, parameter_shapes(small))})
+arena["params"]["wte"][small.vocab_size :] = 0  # the padding is not kept
+for name, tol in (
+    ("model.bin", 1e-30),
+    ("elsewhere", 1e-30),
+    ("half.bin", 2**-8),
+):
+    cfg = read_config(folder / name)
+    read_checkpoint(folder / name, cfg, again["params"])
+    compare(name, again["params"]["fcw"], arena["params"]["fcw"], tol)
+
+# %% a folder that leads elsewhere
+index = {"weight_map": {"wte.weight": "../model.safetensors"}}
+(folder / "index.json").write_text(json.dumps(index))
+try:
+    read_config(folder / "index.json")
+except ValueError as error:
+    print(str(error).replace(f"{folder}{os.sep}", ""))
+
+# %% [markdown]
+# ## Count it
+#
+# The memory of a model that trains is, in numbers of four bytes,
+#
+# $$ M = 4 N + B T \left( L \cdot 10 C + 4 C + \max(V_p, 13 C) \right)
+#    + \dots \tag{1.13.3} $$
+#
+# with $10 C$ numbers kept for each token by each block (three arrays of width
+# $C$, one of $3C$, one of $4C$) and, once for all blocks, $4 C$ more:
+# `encoded`, `lnf`, `dstream` and `dln`. Then the logits, or the $13 C$ that
+# the blocks take turns with, if that is more. $N$ counts the parameters with
+# the padding here, and the dots stand for the narrow arrays.
+
+# %% equation (1.13.3) against the table
+cfg, B, T = GPT2Config(), 4, 1024
+L, C, Vp = cfg.num_layers, cfg.channels, cfg.padded_vocab_size
+N = sum(math.prod(s) for s in parameter_shapes(cfg).values())
+formula = 4 * (4 * N + B * T * (L * 10 * C + 4 * C + max(Vp, 13 * C)))
+exact = sum(footprint(gpt2_layout(cfg, B, T)).values())
+print(f"{exact / 1e9:.3f} GB, by the formula {formula / 1e9:.3f} GB")
+verdict("narrow arrays", 0 < exact - formula < 0.01 * exact, "take below 1 %")
+
+# %% [markdown]
+# ## Take away
+#
+# - An array is bytes and a note on how to read them; a view is a second note.
+# - All shapes are known before the first step, so all memory can be laid out
+#   in one block; its size is a sum you can do beforehand.
+# - Forward activations are kept for every block, gradients of activations for
+#   one. What is cheap to compute again need not be kept.
+# - Groups that are never in use at the same time can have the same bytes.
+# - Headers are checked against the file before they are believed.
+
+# %% [markdown]
+# ## Design note
+#
+# The arena keeps what is dear to compute again, and no more. One can keep
+# less still: only each block's input, and run its forward pass again, which
+# costs a third more arithmetic. On a CPU time is scarcer than memory, so we
+# stop where an array costs a sweep over memory and no product.
+#
+# Another way to save is to let every array take the place of one that is no
+# longer needed, as compilers do with registers. It would make the table hard
+# to read and save little beyond our one overlay: nearly all activations live
+# until the backward pass comes by.
+
+# %% [markdown]
+# ## Exercises
+#
+# **1** (★). At which byte of a float32 array of shape (4, 8, 768) does the
+# element (2, 5, 7) begin?
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# $4 \cdot (2 \cdot 8 \cdot 768 + 5 \cdot 768 + 7) = 64540$.
+# :::
+
+# %% exercise 1 tags=["hide-cell"]
+answer = 4 * (2 * 8 * 768 + 5 * 768 + 7)
+
+# %% exercise 1, checked
+strides = np.empty((4, 8, 768), np.float32).strides
+verdict("byte", answer == np.dot((2, 5, 7), strides), f"is {answer}")
+
+# %% [markdown]
+# **2** (★★). You have 8 GB for GPT-2 124M and rows of 1,024 tokens. How many
+# rows can a batch have?
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# Compute the footprint for one row and for two; it is linear in $B$.
+# :::
+
+
+# %% exercise 2 tags=["hide-cell"]
+def total(rows):
+    return sum(footprint(gpt2_layout(GPT2Config(), rows, 1024)).values())
+
+
+one, two = total(1), total(2)
+most = int((8e9 - (2 * one - two)) // (two - one))
+
+# %% exercise 2, checked
+fits = total(most) <= 8e9 < total(most + 1)
+verdict(f"{most} rows", fits, "fit, one more does not")
+
+# %% [markdown]
+# **3** (★★★). Write a function that finds the tensor that holds a given byte
+# of the arena. What can it say about the bytes between two groups?
+#
+# :::{admonition} Solution to exercise 3
+# :class: dropdown
+# The table is sorted by offset, so a bisection would do; a scan is short
+# enough. Bytes between groups belong to nobody, and the function returns None.
+# :::
+
+
+# %% exercise 3 tags=["hide-cell"]
+def owner(arena, byte):
+    for group, name, _, _, offset, size in arena.table():
+        if offset <= byte < offset + size:
+            return group, name
+    return None
+
+
+# %% exercise 3, checked
+tiny = Arena({g: (np.int32, {g: (3,)}) for g in "ab"})
+found = [owner(tiny, byte) for byte in (0, 11, 12, 64)]
+print(found)
+verdict("owners", found == [("a", "a")] * 2 + [None, ("b", "b")], "are right")
+
+# %% [markdown]
+# ## Further reading
+#
+# - NumPy's manual on
+#   [the internal organisation of arrays](https://numpy.org/doc/stable/dev/internals.html):
+#   shape, strides and views, with more examples.
+# - Hanson (1990),
+#   [Fast allocation and deallocation of memory based on object lifetimes](https://doi.org/10.1002/spe.4380200104):
+#   the arena as a general technique.
+# - Chen et al. (2016),
+#   [Training Deep Nets with Sublinear Memory Cost](https://arxiv.org/abs/1604.06174):
+#   what the design note calls running the forward pass again.
+
+# %% [markdown]
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.book.index import gained
+
+gained("1.13")

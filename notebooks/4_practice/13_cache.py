@@ -1,0 +1,1286 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     modules:
+#       model.decode: "GPT-2 for writing, with its keys and values kept."
+#       cpu.decode: 'Layers of the decoder: packed weights, and attention over kept keys.'
+# ---
+
+# %% [markdown]
+# # Keep keys and values
+#
+# > What a position has computed never changes when the text grows. Keep its
+# > keys and values, and the next token costs one position, not all of them.
+
+# %% [markdown]
+# ## Where we are
+
+# %% where we are
+from llmnb.book.diagram import gpt2_diagram
+
+gpt2_diagram(lit="attention")
+
+# %% [markdown]
+# *Figure 4.13.1. Attention is the one layer in which a position reads others.
+# What it reads there, keys and values, is all that has to be kept.*
+#
+# [Chapter 1.17](../1_by_hand/17_writing.ipynb) computes a whole window for every token it
+# draws, although all but one of the positions held the same tokens before.
+# This chapter computes each position once. At its end you can
+#
+# - prove which numbers of a position never change, and which of them later
+#   positions read;
+# - count what a token costs with a cache and without, in operations and bytes;
+# - say why a product with one row is bound by memory, and lay out a weight so
+#   that it is read once, in order;
+# - make the cached result equal to the recomputed one to the last bit, and
+#   say what that takes.
+#
+# You need the linear layer of [chapter 1.7](../1_by_hand/07_matmul.ipynb), attention from
+# [chapter 1.8](../1_by_hand/08_attention.ipynb) and the model of
+# [chapter 1.15](../1_by_hand/15_model.ipynb).
+
+# %% [markdown]
+# ## Setup
+
+# %% setup
+import matplotlib.pyplot as plt
+import numpy as np
+
+from llmnb import reference
+from llmnb.config import GPT2Config, parameter_count
+from llmnb.book.diagram import PALETTE
+from llmnb.model.gpt2 import GPT2
+from llmnb.book.verify import compare, verdict
+
+rng = np.random.RandomState(15)
+
+# %% [markdown]
+# ## By hand
+#
+# One head with two channels, three positions:
+#
+# | position | query | key | value |
+# |---|---|---|---|
+# | 0 | (1, 0) | (1, 0) | (2, 0) |
+# | 1 | (0, 1) | (0, 1) | (0, 4) |
+# | 2 | (1, 1) | (1, 1) | (6, 6) |
+#
+# Position 1 compares its query with the keys 0 and 1. The scores are 0 and 1,
+# divided by $\sqrt 2$; the softmax makes 0.330 and 0.670 of them, and its
+# output is $0.330 \cdot (2, 0) + 0.670 \cdot (0, 4) = (0.66, 2.68)$. Now a
+# third token comes. Nothing in these lines changes: position 1 does not look
+# at key 2. And for its own output position 2 takes its own query, and the
+# keys and values of all three. It does not ask for the queries 0 and 1.
+#
+# So when a token is added, one row of attention is new. The rows above it
+# have been computed, and all they leave to the future is their keys and
+# values.
+
+# %% one row at a time
+Q = np.array([[1.0, 0], [0, 1], [1, 1]])
+K, V = Q.copy(), np.array([[2.0, 0], [0, 4], [6, 6]])
+
+
+def look_back(q, keys, values):
+    scores = keys @ q / np.sqrt(len(q))
+    p = np.exp(scores - scores.max())
+    return p @ values / p.sum()
+
+
+for n in (2, 3):
+    rows = [look_back(Q[t], K[: t + 1], V[: t + 1]) for t in range(n)]
+    print(f"{n} positions:", *np.round(rows, 2))
+
+# %% [markdown]
+# ## What never changes
+#
+# [Chapter 1.17](../1_by_hand/17_writing.ipynb) has proved that the vector $x^\ell_t$ at
+# position $t$ above block $\ell$ depends on the tokens $0, \dots, t$ alone. A
+# token that is appended later is none of them. So every number that a position
+# has ever computed, in every block, is final.
+#
+# Which of them does a later position read? Go through a block, with $u$ for
+# the later position. LayerNorm, the linear layers, GELU and the residual sum
+# of $u$ read position $u$ only. Attention of $u$ is
+#
+# $$ y_u = \sum_{s \le u} \frac{e^{q_u \cdot k_s / \sqrt{hs}}}
+#    {\sum_{r \le u} e^{q_u \cdot k_r / \sqrt{hs}}} \; v_s . \tag{4.13.1} $$
+#
+# From $s < u$ it reads $k_s$ and $v_s$: for all heads together C numbers
+# each, in each of L blocks. Everything else can be thrown away, the queries
+# and the residual stream too. A position leaves behind
+#
+# $$ 2 L C \text{ numbers}, \tag{4.13.2} $$
+#
+# 18,432 for GPT-2 124M, or 74 kB in float32: a full window of 1,024 positions
+# takes 75 MB. These are the **key-value cache**.
+#
+# Its limit follows from the same proof. If the text loses its first token, all
+# the others move to another position, get another row of `wpe`, and every
+# number changes. The cache is worth nothing then. That is why chapter 1.17 lets
+# half a window go at once.
+#
+# The whole algorithm fits in a cell. `cache` holds a pair of lists for each
+# block; the layers are those of `llmnb.reference`.
+
+
+# %% one position in NumPy
+def norm(x, weight, bias):
+    x = x - x.mean()
+    return x / np.sqrt((x * x).mean() + 1e-5) * weight + bias
+
+
+def next_logits(p, NH, cache, token):
+    """The logits after one more token; appends to the cache."""
+    x = p["wte"][token] + p["wpe"][len(cache[0][0])]
+    for i, (keys, values) in enumerate(cache):
+        qkv = p["qkvw"][i] @ norm(x, p["ln1w"][i], p["ln1b"][i]) + p["qkvb"][i]
+        q, k, v = qkv.reshape(3, NH, -1)
+        keys.append(k)
+        values.append(v)
+        heads = [(q[h], np.array(keys)[:, h], np.array(values)[:, h])
+                 for h in range(NH)]  # fmt: skip
+        y = np.concatenate([look_back(*head) for head in heads])
+        x = x + p["attprojw"][i] @ y + p["attprojb"][i]
+        h = p["fcw"][i] @ norm(x, p["ln2w"][i], p["ln2b"][i]) + p["fcb"][i]
+        reference.gelu_forward(h, h.copy())
+        x = x + p["fcprojw"][i] @ h + p["fcprojb"][i]
+    return p["wte"] @ norm(x, p["lnfw"], p["lnfb"])
+
+
+# %% against the whole window
+cfg = GPT2Config(64, 500, 3, 4, 48)
+T, vocabulary = cfg.max_seq_len, cfg.vocab_size
+exact = GPT2(cfg, 1, T, "reference", "fp64", seed=15)
+for weight in exact.params.values():
+    weight *= 4  # far from uniform
+text = rng.randint(0, vocabulary, T)
+exact.forward(text[None])
+cache = [([], []) for _ in range(cfg.num_layers)]
+rows = [next_logits(exact.params, 4, cache, token) for token in text]
+got = np.array(rows)[:, :vocabulary]
+compare("one by one", got, exact.logits[0], tol=1e-10)
+
+# %% [markdown]
+# ## Count it
+#
+# For a text of $n$ tokens, with N parameters and no cache, the next token
+# costs $n$ positions of $2N$ operations, and attention: $2LCn$ for each
+# position on average. With a cache it is one position, whose query meets all
+# $n$ keys:
+#
+# $$ \underbrace{n \,(2N + 2LCn)}_{\text{recomputed}}
+#    \qquad
+#    \underbrace{2N + 4LCn}_{\text{cached}} . \tag{4.13.3} $$
+#
+# That is nearly $n$ times fewer. But time is not only operations. With one
+# position every weight is read for one multiplication and one addition: four
+# bytes for two operations. The **arithmetic intensity** is half an operation a
+# byte. A core that can do a hundred operations in the time in which memory
+# delivers four bytes waits for memory. So count bytes: the cached token reads
+# all parameters, and the cache,
+#
+# $$ 4N + 8LCn \text{ bytes}. \tag{4.13.4} $$
+#
+# A table for GPT-2 124M, with the embedding counted as the last product, since
+# that reads all of it:
+
+# %% a token of GPT-2 124M
+big = GPT2Config()
+N = parameter_count(big) - big.max_seq_len * big.channels  # wpe: one row
+LC = big.num_layers * big.channels
+print("  n   recomputed     cached  intensity   weights   cache")
+for n in (16, 128, 1024):
+    whole, one = n * (2 * N + 2 * LC * n), 2 * N + 4 * LC * n
+    weights, kept = 4 * N, 8 * LC * n
+    print(f"{n:4} {whole / 1e9:6.1f} GFLOP {one / 1e9:4.2f} GFLOP "
+          f"{one / (weights + kept):5.2f} {weights / 1e6:8.0f} MB "
+          f"{kept / 1e6:4.0f} MB")  # fmt: skip
+
+# %% [markdown]
+# At 20 GB/s the 495 MB of weights take 25 ms, and no cleverness in arithmetic
+# makes a token cheaper than that. What can be done is to come near: read each
+# weight once, in the order in which it lies in memory, with all threads.
+#
+# Several texts at once change the count. With $R$ rows each weight serves $R$
+# multiplications, and $R$ texts cost little more than one, as long as
+# $R/2$ operations a byte are below what the machine can do.
+#
+# ## To the last bit
+#
+# It would be good if a cache changed nothing at all: the same seed, the same
+# text. Near is not enough for that. Two logits that differ in their last bit
+# can swap places, and one other token makes another text. So we ask for
+# *equal*, not for close.
+#
+# In floating point $(a + b) + c$ is not $a + (b + c)$. Numbers are equal to
+# the last bit if they come from the same operations in the same order. Which
+# order does a number of [chapter 1.7](../1_by_hand/07_matmul.ipynb)'s product come from? With
+# blocks of `DEPTH` = 384 steps, $S_b$ for the sum over block $b$, bias $\beta$
+# and residual $r$,
+#
+# $$ \begin{aligned}
+#    \text{out} &= \bigl(\dots\bigl((S_0 + \beta) + r\bigr) + S_1\bigr)
+#                  + \dots, \\
+#    S_b &= \operatorname{fma}(x_{k}, w_{k}, \dots
+#           \operatorname{fma}(x_1, w_1, \operatorname{fma}(x_0, w_0, 0))) .
+#    \end{aligned} \tag{4.13.5} $$
+#
+# No thread and no tile has a part in (4.13.5): a number does not depend on where
+# its row lies, on how many rows there are, or on who computes it. So a product
+# for one row that keeps to (4.13.5) gives the same bits as the product for all.
+#
+# Such a product must run down $k$ one step after the other, and for speed it
+# must compute many outputs side by side, one in each lane of a vector. At step
+# $k$ it wants the weights $w_{j,k}$ for `COLS` neighbouring outputs $j$. In
+# the weight's own order, (OC, C), these are C numbers apart. Chapter 1.7 packs
+# them into panels for this reason, on each call, and with one row the packing
+# costs more than the product. But while a model writes, its weights do not
+# change. We pack them **once**:
+#
+#     panel q:   w[16 q, 0]   w[16 q + 1, 0]   ...  w[16 q + 15, 0]
+#                w[16 q, 1]   w[16 q + 1, 1]   ...  w[16 q + 15, 1]
+#                ...
+#                w[16 q, C-1]                  ...  w[16 q + 15, C-1]
+#                bias[16 q]   bias[16 q + 1]   ...  bias[16 q + 15]
+#
+# and a thread reads its panels from the first byte to the last. The bias is
+# the last line.
+#
+# ### A tile without packing
+#
+# The inner loop is that of chapter 1.7's tile, with one change: the inputs are
+# read where they are, a number from each row, and not from a panel.
+
+# %% imports of the kernels tags=["export"] module="cpu.decode"
+import math
+
+import numpy as np
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from llmnb.checks import check_fit
+from llmnb.cpu.attention import _block_size, _softmax_block
+from llmnb.cpu.jit import arguments, inner, team
+from llmnb.cpu.panels import DEPTH, pack, scratch
+from llmnb.cpu.tile import (
+    COLS,
+    I32,
+    I64,
+    LANES,
+    ROWS,
+    VECTORS,
+    _constant,
+    _data,
+    _load,
+    _multiply_add,
+    _spread,
+    _store,
+)
+from llmnb.shapes import COMPILED, shapes
+
+
+# %% the loop over the sum tags=["exporti"] module="cpu.decode"
+def _sums(builder, inp, panel, line, depth, rows):
+    """The sums of some rows over a panel, as vectors, row by row."""
+    before = builder.block
+    loop = builder.append_basic_block("step")
+    after = builder.append_basic_block("done")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    zero = _constant(panel.type.pointee, [0.0] * LANES)
+    entry = [depth.type(0), panel, *inp] + [zero] * (rows * VECTORS)
+    phis = [builder.phi(value.type) for value in entry]
+    k, panel, *rest = phis
+    inp, sums = rest[:rows], rest[rows:]
+    weights = [
+        _load(builder, builder.gep(panel, [I32(v * LANES)]), LANES)
+        for v in range(VECTORS)
+    ]
+    steps = [builder.add(k, k.type(1)), builder.gep(panel, [line])]
+    steps += [builder.gep(row, [I32(1)]) for row in inp]
+    for row in inp:
+        x = _spread(builder, builder.load(row))
+        for y in weights:
+            place = len(steps) - 2 - rows
+            steps.append(_multiply_add(builder, x, y, sums[place]))
+    for phi, first, then in zip(phis, entry, steps, strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(then, loop)
+    again = builder.icmp_signed("<", steps[0], depth)
+    builder.cbranch(again, loop, after)
+    builder.position_at_end(after)
+    return steps[2 + rows :]
+
+
+# %% [markdown]
+# Around it an intrinsic that finds the addresses, and adds bias and start in
+# the order of (4.13.5). `o`, `s`, `x` and `p` are pairs: where something begins
+# in its flat array, and the step to the next row or line. It is made for as
+# many rows as a tile has, for two, and for one.
+
+
+# %% some rows by a panel tags=["exporti"] module="cpu.decode"
+def _rows_by_panel(rows):
+    @intrinsic
+    def multiply(typing, out, o, start, s, bias, b, inp, x, panel, p, depth):
+        two = types.UniTuple(I64, 2)
+        signature = types.void(
+            out, two, start, two, bias, I64, inp, two, panel, two, I64
+        )
+
+        def codegen(context, builder, signature, args):
+            kinds = signature.args
+
+            def places(i, vectors):
+                at, step = cgutils.unpack_tuple(builder, args[i + 1])
+                base = builder.gep(
+                    _data(context, builder, kinds[i], args[i]), [at]
+                )
+                for r in range(rows):
+                    down = builder.mul(step, step.type(r))
+                    for v in range(vectors):
+                        place = builder.add(down, step.type(v * LANES))
+                        yield builder.gep(base, [place])
+
+            panel = _data(context, builder, kinds[8], args[8])
+            p, line = cgutils.unpack_tuple(builder, args[9])
+            inputs = [*places(6, 1)]
+            found = _sums(
+                builder, inputs, builder.gep(panel, [p]), line, args[10], rows
+            )
+            bias = builder.gep(
+                _data(context, builder, kinds[4], args[4]), [args[5]]
+            )
+            shift = [
+                _load(builder, builder.gep(bias, [I32(v * LANES)]), LANES)
+                for v in range(VECTORS)
+            ] * rows
+            outs, starts = places(0, VECTORS), places(2, VECTORS)
+            for q, f, z, y in zip(outs, starts, found, shift, strict=True):
+                z = builder.fadd(builder.fadd(z, y), _load(builder, f, LANES))
+                _store(builder, z, q)
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return multiply
+
+
+_all_rows, _two_rows, _one_row = map(_rows_by_panel, (ROWS, 2, 1))
+
+
+# %% all rows by a panel tags=["exporti"] module="cpu.decode"
+@inner
+def _panel_product(out, o, start, s, bias, b, inp, x, panel, p, depth, count):
+    """o, s, x: where the first row begins, and the step to the next."""
+    i = 0
+    while i < count:
+        places = (o[0] + i * o[1], o[1]), (s[0] + i * s[1], s[1])
+        row = x[0] + i * x[1], x[1]
+        how = bias, b, inp, row, panel, p, depth
+        if count - i >= ROWS:
+            _all_rows(out, places[0], start, places[1], *how)
+            i += ROWS
+        elif count - i >= 2:
+            _two_rows(out, places[0], start, places[1], *how)
+            i += 2
+        else:
+            _one_row(out, places[0], start, places[1], *how)
+            i += 1
+
+
+# %% [markdown]
+# A column of panels runs through the blocks of `DEPTH` steps. The first adds
+# bias and residual, the others go on from `out`. Where OC is not a multiple of
+# `COLS`, the last column goes by way of a wider copy.
+
+
+# %% a column of the output tags=["exporti"] module="cpu.decode"
+@inner
+def _column(out, start, s, inp, panels, p, j, sizes, zeros):
+    """Columns j to j + COLS of all rows; s: the step of start's rows."""
+    count, OC, C = sizes
+    for k in range(0, C, DEPTH):
+        depth = min(DEPTH, C - k)
+        x, panel = (k, C), (p + k * COLS, COLS)
+        if k == 0:
+            at = (j if s else 0), s
+            _panel_product(
+                *(out, (j, OC), start, at, panels, p + C * COLS),
+                *(inp, x, panels, panel, depth, count),
+            )
+        else:
+            _panel_product(
+                *(out, (j, OC), out, (j, OC), zeros, 0),
+                *(inp, x, panels, panel, depth, count),
+            )
+
+
+# %% the column at the edge tags=["exporti"] module="cpu.decode"
+@inner
+def _edge_column(out, start, s, inp, panels, p, j, sizes, zeros):
+    """A column of fewer than COLS numbers, by way of a wider copy."""
+    count, OC, C = sizes
+    wide = np.zeros(count * COLS, out.dtype)
+    for i in range(count):
+        for c in range(OC - j if s else 0):
+            wide[i * COLS + c] = start[i * s + j + c]
+    shape = count, COLS, C
+    _column(wide, wide, COLS, inp, panels, p, 0, shape, zeros)
+    for i in range(count):
+        for c in range(OC - j):
+            out[i * OC + j + c] = wide[i * COLS + c]
+
+
+# %% the kernel of the product tags=["exporti"] module="cpu.decode"
+@team
+def _panels_forward(part, parts, address):
+    out, start, s, inp, panels, sizes = arguments(address)
+    _, OC, C = sizes
+    count, size = -(-OC // COLS), (C + 1) * COLS
+    zeros = np.zeros(COLS, out.dtype)
+    first = start if s else zeros
+    for q in range(part * count // parts, (part + 1) * count // parts):
+        j, p = q * COLS, q * size
+        if j + COLS <= OC:
+            _column(out, first, s, inp, panels, p, j, sizes, zeros)
+        else:
+            _edge_column(out, first, s, inp, panels, p, j, sizes, zeros)
+
+
+# %% the product tags=["export"] module="cpu.decode"
+def panels_shape(OC, C):
+    """The shape of a weight (OC, C) and its bias as panels.
+
+    A panel holds COLS rows of the weight, side by side, and below them the
+    numbers of the bias.
+    """
+    return -(-OC // COLS), C + 1, COLS
+
+
+def _check_panels(layer, panels, OC, C):
+    shape = panels_shape(OC, C)
+    check_fit(f"{layer}: panels", panels, shape, panels.dtype)
+
+
+@shapes("B T OC!, B T C, P D S, B T OC?~")
+def panels_forward(out, inp, panels, residual=None):
+    """out = inp @ weight.T + bias + residual, from packed weights.
+
+    out, residual: (B, T, OC). inp: (B, T, C). panels: panels_shape(OC, C),
+    as pack_weight leaves them. residual may be None or out itself. All
+    float32 or all float64 and C-contiguous. Every number equals that of
+    matmul_forward to the last bit. Raises TypeError or ValueError before it
+    computes anything.
+    """
+    (B, T, C), OC = inp.shape, out.shape[2]
+    _check_panels("panels_forward", panels, OC, C)
+    start = out if residual is None else residual
+    s = 0 if residual is None else OC
+    flat = (x.reshape(-1) for x in (start, inp, panels))
+    start, inp, panels = flat
+    sizes = B * T, OC, C
+    _panels_forward(out.reshape(-1), start, s, inp, panels, sizes)
+
+
+# %% pack a weight tags=["exporti"] module="cpu.decode"
+@team
+def _pack_weight(part, parts, address):
+    panels, weight, OC, C, code = arguments(address)
+    size = (C + 1) * COLS
+    for q in range(part, -(-OC // COLS), parts):
+        rows = min(COLS, OC - q * COLS)
+        pack(code, panels, q * size, weight, q * COLS * C, C, 1, rows, C)
+
+
+# %% weights into panels tags=["export"] module="cpu.decode"
+@shapes("P D S!, OC C, OC?")
+def pack_weight(panels, weight, bias=None):
+    """Write a weight (OC, C) and a bias (OC,) into panels, in place.
+
+    panels: panels_shape(OC, C). All float32 or all float64 and
+    C-contiguous. Raises TypeError or ValueError before anything is written.
+    """
+    OC, C = weight.shape
+    _check_panels("pack_weight", panels, OC, C)
+    code = scratch(np.empty(0, weight.dtype), False, weight.dtype)[0][1]
+    _pack_weight(panels.reshape(-1), weight.reshape(-1), OC, C, code)
+    last = np.zeros(len(panels) * COLS, weight.dtype)
+    last[:OC] = 0 if bias is None else bias
+    panels[:, -1] = last.reshape(-1, COLS)
+
+
+# %% the bits of chapter 1.7
+from llmnb.cpu import matmul_forward
+from llmnb.cpu.decode import pack_weight, panels_forward, panels_shape
+
+for rows, C, OC in ((1, 768, 2304), (5, 1000, 50), (64, 384, 131)):
+    inp = rng.normal(0, 1, (1, rows, C)).astype(np.float32)
+    weight = rng.normal(0, 1, (OC, C)).astype(np.float32)
+    bias = rng.normal(0, 1, OC).astype(np.float32)
+    residual = rng.normal(0, 1, (1, rows, OC)).astype(np.float32)
+    panels = np.empty(panels_shape(OC, C), np.float32)
+    pack_weight(panels, weight, bias)
+    one, all_of_them = np.empty((2, 1, rows, OC), np.float32)
+    panels_forward(one, inp, panels, residual)
+    matmul_forward(all_of_them, inp, weight, bias, residual)
+    same = np.array_equal(one, all_of_them)
+    verdict(f"{rows} x {C} x {OC}", same, "equal to the last bit")
+
+# %% [markdown]
+# What does it gain, and how near does it come to memory? A kernel that only
+# adds up the weights shows how fast they can be read. The weight here has
+# 151 MB, more than a processor's cache holds.
+
+# %% a product with one row tags=["nbval-ignore-output"]
+import numba
+
+from llmnb.cpu.jit import kernel
+from llmnb.timing import fastest, machine
+
+
+@kernel
+def read_all(sums, x):
+    for t in numba.prange(len(x)):
+        total = sums[t]
+        for i in range(x.shape[1]):
+            total += x[t, i]
+        sums[t] = total
+
+
+weight = rng.normal(0, 1, (49152, 768)).astype(np.float32)
+panels = np.empty(panels_shape(*weight.shape), np.float32)
+pack_weight(panels, weight)
+inp, out = np.ones((1, 1, 768), "f"), np.empty((1, 1, 49152), "f")
+sums = np.zeros(numba.get_num_threads(), np.float32)
+times = {
+    "read": fastest(read_all, sums, weight.reshape(len(sums), -1)),
+    "chapter 1.7": fastest(matmul_forward, out, inp, weight, None),
+    "packed once": fastest(panels_forward, out, inp, panels),
+}
+read_bytes = weight.nbytes
+print(machine())
+for name, spent in times.items():
+    print(f"{name:<12} {read_bytes / spent / 1e9:6.1f} GB/s")
+
+# %% [markdown]
+# ### One query, many keys
+#
+# Attention is two products: the query with all keys, then the weights of the
+# softmax with all values. In chapter 1.8 a score is one chain of multiplications
+# over the channels of a head; the values are added up in blocks of keys, and
+# between two blocks the softmax corrects its maximum. We keep to both orders.
+# The keys are stored as panels of `COLS` positions, so that a vector holds
+# that many scores. The values need no panels: a vector holds neighbouring
+# channels of one position, and the next line is the next position.
+#
+# The softmax of a block is chapter 1.8's own function.
+
+
+# %% the shape of a cache tags=["export"] module="cpu.decode"
+def cache_shapes(B, NH, T, hs):
+    """Shapes of the cached keys and values of T positions.
+
+    Keys (B, NH, T / COLS, hs, COLS) are panels of COLS positions; values
+    (B, NH, T, hs), with hs rounded up to a multiple of COLS.
+    """
+    wide = -(-hs // COLS) * COLS
+    keys = B, NH, -(-T // COLS), hs, COLS
+    return {"keys": keys, "values": (B, NH, T, wide)}
+
+
+# %% keep keys and values tags=["exporti"] module="cpu.decode"
+@inner
+def _keep(keys, values, qkv, first, h):
+    """Of one row of the batch and one head: the new positions."""
+    T, C = qkv.shape[0], qkv.shape[1] // 3
+    hs = keys.shape[1]
+    for t in range(T):
+        panel, lane = (first + t) // COLS, (first + t) % COLS
+        for c in range(hs):
+            keys[panel, c, lane] = qkv[t, C + h * hs + c]
+            values[first + t, c] = qkv[t, 2 * C + h * hs + c]
+
+
+# %% one query tags=["exporti"] module="cpu.decode"
+@inner
+def _look_back(out, query, keys, values, seen, hs, block, w, zeros):
+    """Attention from one position to `seen` keys; w: scores, then sums."""
+    wide, scale = len(zeros), w.dtype.type(1 / math.sqrt(hs))
+    acc, none = len(w) - wide - 2, (0, 0)
+    for j in range(0, seen, COLS):
+        _one_row(
+            *(w, (j, 0), zeros, none, zeros, 0, query, none),
+            *(keys, (j * hs, COLS), hs),
+        )
+    w[acc : acc + wide] = 0
+    w[acc + wide], w[acc + wide + 1] = -1e30, 0
+    for u in range(0, seen, block):
+        cols = min(block, seen - u)
+        _softmax_block(w, u, acc, cols, 1, cols, 1, wide, scale)
+        for c in range(0, wide, COLS):
+            at = acc + c, 0
+            _one_row(
+                *(w, at, w, at, zeros, 0, w, (u, 0)),
+                *(values, (u * wide + c, wide), cols),
+            )
+    total = w[acc + wide + 1]
+    sums = w[acc : acc + wide]
+    for c in range(hs):
+        out[c] = sums[c] / total
+
+
+# %% all heads tags=["exporti"] module="cpu.decode"
+@team
+def _cache_attention(part, parts, address):
+    out, keys, values, qkv, first, block = arguments(address)
+    B, T, C = out.shape
+    NH, hs, wide = keys.shape[1], keys.shape[3], values.shape[3]
+    room = keys.shape[2] * COLS + wide + 2
+    w, zeros = np.empty(room, out.dtype), np.zeros(wide, out.dtype)
+    for unit in range(part, B * NH, parts):
+        b, h = unit // NH, unit % NH
+        K, V, a = keys[b, h], values[b, h], h * hs
+        _keep(K, V, qkv[b], first, h)
+        K, V = K.reshape(-1), V.reshape(-1)
+        for t in range(T):
+            y, q = out[b, t, a : a + hs], qkv[b, t, a : a + hs]
+            seen = first + t + 1
+            _look_back(y, q, K, V, seen, hs, block, w, zeros)
+
+
+# %% attention over a cache tags=["export"] module="cpu.decode"
+@shapes("B T C!, B NH P hs S!, B NH room W!, B T 3C")
+def cache_attention(out, keys, values, inp, first):
+    """Attention of new positions to all before them; keeps theirs.
+
+    out: (B, T, C), overwritten. inp: (B, T, 3C), queries, keys and values
+    of positions first to first + T - 1. keys, values: as cache_shapes has
+    it; positions before `first` are read, the new ones written. All float32
+    or all float64 and C-contiguous. Every number equals that of
+    attention_forward to the last bit. Raises TypeError or ValueError before
+    it computes anything.
+    """
+    name = "cache_attention"
+    (B, T, C), (NH, room) = out.shape, values.shape[1:3]
+    if C % NH:
+        raise ValueError(f"{name}: {NH} heads do not divide {C} channels")
+    if not 0 <= first <= room - T:
+        raise ValueError(
+            f"{name}: positions {first} to {first + T - 1}, where the cache "
+            f"has {room}"
+        )
+    want = cache_shapes(B, NH, room, C // NH)
+    check_fit(f"{name}: keys", keys, want["keys"], out.dtype)
+    check_fit(f"{name}: values", values, want["values"], out.dtype)
+    block = _block_size(C // NH)
+    _cache_attention(out, keys, values, inp, first, block)
+
+
+# %% the bits of chapter 1.8
+from llmnb.cpu import attention_forward
+from llmnb.cpu.decode import cache_attention, cache_shapes
+
+NH, hs, n = 3, 20, 250
+qkv = rng.normal(0, 1, (1, n, 3 * NH * hs)).astype(np.float32)
+whole, lse = np.empty((1, n, NH * hs), "f"), np.empty((1, NH, n), "f")
+attention_forward(whole, lse, qkv)
+store = [np.zeros(s, "f") for s in cache_shapes(1, NH, n, hs).values()]
+row, same = np.empty((1, 1, NH * hs), "f"), []
+for t in range(n):
+    cache_attention(row, *store, np.ascontiguousarray(qkv[:, [t]]), t)
+    same.append(np.array_equal(row[0, 0], whole[0, t]))
+verdict("attention", all(same), f"{n} rows equal to the last bit")
+
+# %% [markdown]
+# The other layers need nothing new: LayerNorm and GELU go row by row, with the
+# kernels that they have. The embedding is looked up in the packed `wte`, where
+# a token's vector is a column of a panel. So the model's largest matrix is in
+# memory once, for its first use and for its last.
+
+
+# %% a row back out of panels tags=["exporti"] module="cpu.decode"
+@inner
+def _embed(out, tokens, panels, wpe, first):
+    B, T, C = out.shape
+    for b in range(B):
+        for t in range(T):
+            panel, lane = tokens[b, t] // COLS, tokens[b, t] % COLS
+            for c in range(C):
+                out[b, t, c] = panels[panel, c, lane] + wpe[first + t, c]
+
+
+# %% embed from panels tags=["export"] module="cpu.decode"
+@shapes(f"B T C!, B T of {COLS}P, P D {COLS}, T+ C", COMPILED)
+def embed_forward(out, tokens, panels, wpe, first):
+    """Sum each token's vector and its position's, from packed wte.
+
+    out: (B, T, C), overwritten. tokens: int32 (B, T). panels: wte, packed.
+    wpe: (max_T, C). first: the position of the first token. Raises
+    TypeError or ValueError where they do not fit.
+    """
+    name = "embed_forward"
+    B, T, C = out.shape
+    _check_panels(name, panels, len(panels) * COLS, C)
+    if not 0 <= first <= len(wpe) - T:
+        raise ValueError(
+            f"{name}: positions {first} to {first + T - 1}, where wpe has "
+            f"{len(wpe)}"
+        )
+    _embed(out, tokens, panels, wpe, first)
+
+
+# %% [markdown]
+# ## The decoder
+#
+# `Decoder` is GPT-2 for writing. It has no gradients and no optimiser. Its
+# arena holds the packed weights, the cache, and the activations of one block,
+# since nothing goes backward. A long prompt is computed in parts of `CHUNK`
+# positions, so these stay small; each part is one pass through the blocks, in
+# which a weight serves all its positions. That is called **prefill**. Logits
+# are computed for the last position only.
+
+# %% imports of the decoder tags=["export"] module="model.decode"
+import importlib
+
+import numpy as np
+
+from llmnb.arena import Arena
+from llmnb.formats.checkpoint import read_checkpoint, read_config
+from llmnb.checks import FLOATS, check_fit, check_tokens
+from llmnb.config import parameter_shapes
+from llmnb.model.layout import footprint
+from llmnb.room import check_room
+
+
+# %% its memory tags=["export"] module="model.decode"
+CHUNK = 128  # positions, of all texts, that are computed at once
+FEWER = "fewer or shorter texts, or a smaller model, take less"
+LIGHT = 1 << 14  # numbers that one thread finishes before a second wakes
+PACKED = {"qkv": (3, 1), "attproj": (1, 1), "fc": (4, 1), "fcproj": (1, 4)}
+
+
+def decoder_layout(cfg, batch_size, seq_len, dtype=np.float32):
+    """The groups of the arena in which a Decoder works.
+
+    vectors: parameters as they are; panels: weights, packed with their
+    biases; cache: keys and values of every block; acts: what one block
+    computes for at most max(batch_size, CHUNK) positions, and the logits of
+    the last.
+    """
+    from llmnb.cpu.decode import cache_shapes, panels_shape
+
+    L, C, Vp = cfg.num_layers, cfg.channels, cfg.padded_vocab_size
+    B, R, shapes = batch_size, max(batch_size, CHUNK), parameter_shapes(cfg)
+    panels = {
+        name: (L, *panels_shape(m * C, n * C))
+        for name, (m, n) in PACKED.items()
+    }
+    panels["wte"] = panels_shape(Vp, C)
+    cache = cache_shapes(B, cfg.num_heads, seq_len, C // cfg.num_heads)
+    widths = {"x": C, "y": C, "ln": C, "atty": C}
+    widths |= {"qkv": 3 * C, "fch": 4 * C, "fch_gelu": 4 * C}
+    acts = {name: (R, width) for name, width in widths.items()}
+    acts |= {"mean": (R,), "rstd": (R,), "last": (B, C), "logits": (B, Vp)}
+    vectors = {n: s for n, s in shapes.items() if n == "wpe" or "ln" in n}
+    return {
+        "vectors": (dtype, vectors),
+        "panels": (dtype, panels),
+        "cache": (dtype, {k: (L, *s) for k, s in cache.items()}),
+        "acts": (dtype, acts),
+        "batch": (np.int32, {"tokens": (B, seq_len)}),
+    }
+
+
+# %% [markdown]
+# Two details of speed. LayerNorm and GELU of one row are done before a second
+# thread has woken up, so one thread does them. Their results do not depend on
+# the number of threads.
+
+
+# %% work too small to share tags=["exporti"] module="model.decode"
+def _light(function, out, *args):
+    """Call a layer with one thread, where out is only a few rows."""
+    from numba import get_num_threads, set_num_threads
+
+    threads = get_num_threads()
+    set_num_threads(1 if out.size < LIGHT else threads)
+    try:
+        function(out, *args)
+    finally:
+        set_num_threads(threads)
+
+
+# %% [markdown]
+# How should a cache be used? It is tempting to hand it to the caller, with
+# methods to append a token and to go back. Then the caller must know what the
+# cache holds, and a mistake gives wrong text without an error. We hide it.
+# `following` takes whole texts and gives the logits after them; it is a pure
+# function, and its values are those of `window_logits` in chapter 1.17.
+# Inside, it compares the texts with those of the last call and computes what
+# is new. When a text slides to its next window nothing matches, and all is
+# computed. When a prompt is continued twice, its positions are still there.
+# When several texts are the same, as prompts of several samples are, one row
+# is computed and copied.
+
+
+# %% the decoder tags=["export"] module="model.decode"
+class Decoder:
+    """GPT-2 for writing: no gradients, and keys and values are kept.
+
+    cfg: a GPT2Config. batch_size: the most texts at once. seq_len: the
+    longest text, by default cfg.max_seq_len. dtype: float32 or float64.
+    Its weights are zero until `load`. Raises ValueError for a value out of
+    range and MemoryError when its block of memory cannot be had.
+    """
+
+    def __init__(self, cfg, batch_size=1, seq_len=None, dtype=np.float32):
+        seq_len = cfg.max_seq_len if seq_len is None else seq_len
+        if batch_size < 1 or not 1 <= seq_len <= cfg.max_seq_len:
+            raise ValueError(
+                f"Decoder: batch_size must be at least 1 and seq_len 1 to "
+                f"{cfg.max_seq_len}, got {batch_size} and {seq_len}"
+            )
+        self.cfg, self.batch_size, self.seq_len = cfg, batch_size, seq_len
+        self._ops = importlib.import_module("llmnb.cpu")
+        layout = decoder_layout(cfg, batch_size, seq_len, dtype)
+        check_room(sum(footprint(layout).values()), FEWER)
+        self.memory = Arena(layout)
+        self._acts, self._tokens = self.memory["acts"], self.memory["batch"]
+        self._layers = [self._layer(i) for i in range(cfg.num_layers)]
+        self._held = 0, 0  # rows and positions whose keys are kept
+
+    def _layer(self, i):
+        groups = ("vectors", "panels", "cache")
+        return {
+            name: array[i]
+            for group in groups
+            for name, array in self.memory[group].items()
+            if name not in ("wte", "wpe", "lnfw", "lnfb")
+        }
+
+    def load(self, params):
+        """Take the weights of a mapping such as `GPT2.params`.
+
+        They are copied, from a GPU too: after another step of training,
+        load them again. Raises TypeError or ValueError before it copies any,
+        where one does not fit.
+        """
+        for name, shape in parameter_shapes(self.cfg).items():
+            check_fit(f"Decoder.load: {name}", params[name], shape, FLOATS)
+        pack, panels = self._ops.pack_weight, self.memory["panels"]
+        for name, array in self.memory["vectors"].items():
+            array[...] = params[name]
+        pack(panels["wte"], np.asarray(params["wte"]))
+        for name in PACKED:
+            weight, bias = (np.asarray(params[name + x]) for x in "wb")
+            for one in zip(panels[name], weight, bias, strict=True):
+                pack(*one)
+        self._held = 0, 0
+        return self
+
+    @classmethod
+    def of(cls, model, batch_size=1, seq_len=None):
+        """A Decoder with the weights of a GPT2, as they are now."""
+        seq_len = model.seq_len if seq_len is None else seq_len
+        dtype = model.params["wte"].dtype
+        return cls(model.cfg, batch_size, seq_len, dtype).load(model.params)
+
+    @classmethod
+    def from_checkpoint(cls, path, batch_size=1, seq_len=None, tokens=None):
+        """A Decoder with weights from disk; path, tokens: see read_config.
+
+        For a while it holds them twice: as they are read, and packed.
+        """
+        cfg = read_config(path, tokens)
+        layout = {"params": (np.float32, parameter_shapes(cfg))}
+        check_room(2 * sum(footprint(layout).values()), FEWER)
+        decoder, arena = cls(cfg, batch_size, seq_len), Arena(layout)
+        read_checkpoint(path, cfg, arena["params"])
+        return decoder.load(arena["params"])
+
+    def following(self, texts):
+        """The logits (N, V) of the token that follows each of N texts.
+
+        texts: N lists of tokens, of one length from 1 to seq_len; N is at
+        most batch_size. What the texts share with those of the last call,
+        from the first token on, is not computed again; the logits are the
+        same to the last bit. Raises TypeError or ValueError before it
+        computes anything.
+        """
+        texts = self._checked(texts)
+        rows, length = texts.shape
+        first = self._shared(texts)
+        alone = first == 0 and (texts == texts[0]).all()
+        self._held = 0, 0
+        self._tokens["tokens"][:rows, :length] = texts
+        some = texts[:1] if alone else texts
+        size = max(1, CHUNK // len(some))
+        for start in range(first, length, size):
+            self._extend(some[:, start : start + size], start)
+        if alone:
+            self._copy_first_row(rows, length)
+        self._held = rows, length
+        return self._logits(rows)
+
+    def _checked(self, texts):
+        """The texts as an array, if they can be one."""
+        texts = np.asarray(texts)
+        rows, length = texts.shape if texts.ndim == 2 else (0, 0)
+        if not (1 <= rows <= self.batch_size and 1 <= length <= self.seq_len):
+            raise ValueError(
+                f"Decoder.following: texts must have shape (N, T), N at most "
+                f"{self.batch_size} and T at most {self.seq_len}, got "
+                f"{texts.shape}"
+            )
+        name = "Decoder.following: texts"
+        check_tokens(name, texts, self.cfg.vocab_size)
+        return texts.astype(np.int32)
+
+    def _shared(self, texts):
+        """How many positions are kept already; never the last."""
+        rows, length = self._held
+        if len(texts) > rows:
+            return 0
+        length = min(length, texts.shape[1] - 1)
+        held = self._tokens["tokens"][: len(texts), :length]
+        differs = (held != texts[:, :length]).any(axis=0)
+        return int(differs.argmax()) if differs.any() else length
+
+    def _extend(self, tokens, first):
+        """Run some positions (B, T) through all blocks."""
+        tokens = np.ascontiguousarray(tokens)
+        rows, new = tokens.shape
+        a = {
+            name: self._acts[name][: tokens.size].reshape(rows, new, -1)
+            for name in self._acts
+            if name not in ("last", "logits")
+        }
+        embedding = self.memory["panels"]["wte"], self.memory["vectors"]["wpe"]
+        self._ops.embed_forward(a["x"], tokens, *embedding, first)
+        for w in self._layers:
+            self._block(a, w, first)
+        self._acts["last"][:rows] = a["x"][:, -1]
+
+    def _block(self, a, w, first):
+        """One block, as in chapter 1.15, over the positions in a["x"]."""
+        ops, rows = self._ops, len(a["x"])
+        cache = w["keys"][:rows], w["values"][:rows]
+        self._norm(a, "x", w["ln1w"], w["ln1b"])
+        ops.panels_forward(a["qkv"], a["ln"], w["qkv"])
+        ops.cache_attention(a["atty"], *cache, a["qkv"], first)
+        ops.panels_forward(a["y"], a["atty"], w["attproj"], a["x"])
+        self._norm(a, "y", w["ln2w"], w["ln2b"])
+        ops.panels_forward(a["fch"], a["ln"], w["fc"])
+        _light(ops.gelu_forward, a["fch_gelu"], a["fch"])
+        ops.panels_forward(a["x"], a["fch_gelu"], w["fcproj"], a["y"])
+
+    def _copy_first_row(self, rows, length):
+        """Texts that are the same share what the first has computed."""
+        keys, values = self.memory["cache"].values()
+        panels = -(-length // keys.shape[-1])
+        keys[:, 1:rows, :, :panels] = keys[:, :1, :, :panels]
+        values[:, 1:rows, :, :length] = values[:, :1, :, :length]
+        self._acts["last"][1:rows] = self._acts["last"][:1]
+
+    def _logits(self, rows):
+        """The head of the model, for the last position of each text."""
+        a, v = self._acts, self.memory["vectors"]
+        names = "last", "ln", "mean", "rstd", "logits"
+        a = {x: a[x][:rows].reshape(rows, 1, -1) for x in names}
+        self._norm(a, "last", v["lnfw"], v["lnfb"])
+        wte = self.memory["panels"]["wte"]
+        self._ops.panels_forward(a["logits"], a["ln"], wte)
+        return a["logits"][:, 0, : self.cfg.vocab_size].copy()
+
+    def _norm(self, a, name, weight, bias):
+        """LayerNorm of an activation, into a["ln"]."""
+        stats = (a[x].reshape(a["ln"].shape[:2]) for x in ("mean", "rstd"))
+        how = a["ln"], *stats, a[name], weight, bias
+        _light(self._ops.layernorm_forward, *how)
+
+
+# %% a Decoder writes tags=["nbval-ignore-output"]
+from llmnb.model.decode import Decoder
+from llmnb.model.generate import generate, generate_samples, window_logits
+
+model = GPT2(cfg, 1, T, "cpu", seed=15)
+for weight in model.params.values():
+    weight *= 4
+decoder = Decoder.of(model, batch_size=3)
+print(*generate(decoder, [1, 2, 3], 12, seed=1))
+for group, size in decoder.memory.sizes().items():
+    print(f"{group:<8} {size:9,} bytes")
+
+# %% [markdown]
+# ## Proof
+#
+# First the logits, against a forward pass over the whole window, at every
+# length. Then whole texts, at several temperatures and cuts, 100 tokens each
+# in a window of 64: it slides on the way.
+
+# %% logits, bit by bit
+model.forward(text[None])
+same = [
+    np.array_equal(decoder.following([text[:n]])[0], model.logits[0, n - 1])
+    for n in range(1, T + 1)
+]
+verdict("logits", all(same), f"{T} lengths equal to the last bit")
+same = [
+    np.array_equal(decoder.following([text[:n]])[0], model.logits[0, n - 1])
+    for n in rng.randint(1, T + 1, 40)
+]
+verdict("logits", all(same), "40 lengths in any order")
+
+# %% texts, token by token
+ways = {
+    "greedy": {"temperature": 0},
+    "as it says": {},
+    "hot": {"temperature": 2},
+    "top_k": {"top_k": 20},
+    "top_p": {"top_p": 0.8, "temperature": 0.9},
+}
+for name, way in ways.items():
+    same = 0
+    for seed in range(4):
+        prompt = rng.randint(0, vocabulary, 5 + 30 * seed).tolist()
+        ask = {"tokens": prompt, "count": 100, "seed": seed, **way}
+        same += [*generate(decoder, **ask)] == [*generate(model, **ask)]
+    verdict(name, same == 4, "4 texts of 100 tokens, the same")
+
+# %% three samples at once
+ask = {"tokens": [7], "count": 100}
+steps = [*generate_samples(decoder, **ask, samples=3, seed=20)]
+for i in range(3):
+    alone = [*generate(model, **ask, seed=20 + i)]
+    got = [step[i] for step in steps]
+    verdict(f"sample {i}", got == alone, f"the text of seed {20 + i}")
+
+# %% [markdown]
+# Would these checks notice a mistake? Two that are easily made. One decoder
+# places each new token one position too low. Another trusts that a text only
+# grows, and does not look whether its beginning is the same, so it goes on
+# with **stale** keys.
+
+
+# %% two mistakes, caught
+class Shifted(Decoder):
+    def _extend(self, tokens, first):
+        super()._extend(tokens, max(0, first - 1))
+
+
+class Trusting(Decoder):
+    def _shared(self, texts):
+        return min(self._held[1], texts.shape[1] - 1)
+
+
+def agrees(kind):
+    wrong = kind.of(model)
+    texts = [[5, 6, 7], [5, 6, 7, 8], [5, 9, 7, 8, 1]]
+    pairs = [(wrong.following([x]), window_logits(model, [x])) for x in texts]
+    return [bool(np.array_equal(a, b)) for a, b in pairs]
+
+
+print("Decoder ", agrees(Decoder))
+verdict("off by one", agrees(Shifted) == [True, False, False], "is seen")
+verdict("stale", agrees(Trusting) == [True, True, False], "is seen")
+
+# %% [markdown]
+# What has been proved holds for one machine. On another the vectors have
+# another length, and a number may come from another order; there cached and
+# recomputed agree with each other again, not with this machine. And it holds
+# for float32 and float64. A model that was trained with products in bfloat16
+# is read by a Decoder in float32: its texts are those of `GPT2` in float32.
+#
+# ## Measure it
+#
+# A model that is larger than the processor's cache: 6 blocks, 512 channels.
+# Its weights are random; time does not depend on them. For each length $n$ we
+# take the time of one more token with the cache, and of computing all $n$
+# positions, with the same kernels. The prediction is (4.13.4) over the speed at
+# which memory was read above.
+
+# %% with and without tags=["nbval-ignore-output"]
+import time
+
+from llmnb.arena import Arena
+from llmnb.config import parameter_shapes
+from llmnb.model.init import init_params
+
+mid = GPT2Config(512, 8192, 6, 8, 512)
+arena = Arena({"params": (np.float32, parameter_shapes(mid))})
+init_params(arena["params"], mid, 15)
+writer = Decoder(mid, batch_size=8).load(arena["params"])
+ids = rng.randint(0, mid.vocab_size, (8, 512))
+
+
+def seconds(texts):
+    start = time.perf_counter()
+    writer.following(texts)
+    return time.perf_counter() - start
+
+
+lengths, cached, recomputed = (8, 32, 64, 128, 256, 504), [], []
+seconds(ids[:1, 1:])  # what is compiled and touched for the first time
+for n in lengths:
+    recomputed.append(seconds(ids[:1, :n]))  # another text: nothing is kept
+    cached.append(min(seconds(ids[:1, : n + i]) for i in range(1, 8)))
+    writer.following([[1]])
+
+# %% predicted and measured tags=["nbval-ignore-output"]
+N = parameter_count(mid) - mid.max_seq_len * mid.channels
+LC = mid.num_layers * mid.channels
+speed = read_bytes / times["read"]
+bound = [(4 * N + 8 * LC * n) / speed for n in lengths]
+print(machine())
+print("   n   cached  predicted   recomputed")
+for n, a, p, b in zip(lengths, cached, bound, recomputed, strict=True):
+    print(f"{n:4} {a * 1e3:5.1f} ms {p * 1e3:7.1f} ms {b * 1e3:9.1f} ms")
+print("rows at once: ms a step, tokens a second")
+for rows in (1, 2, 4, 8):
+    writer.following(ids[:rows, :32])
+    step = min(seconds(ids[:rows, : 32 + i]) for i in range(1, 8))
+    print(f"{rows:4} {step * 1e3:8.1f} {rows / step:8.0f}")
+
+# %% draw it
+fig, ax = plt.subplots(figsize=(8, 3.8), dpi=100)
+curves = {
+    "recomputed": (recomputed, "o-", PALETTE["orange"]),
+    "cached": (cached, "o-", PALETTE["blue"]),
+    "memory's limit": (bound, "--", PALETTE["ink"]),
+}
+for name, (values, style, colour) in curves.items():
+    ax.loglog(lengths, np.array(values) * 1e3, style, color=colour, label=name)
+ax.set(xlabel="tokens so far", ylabel="ms for the next token")
+ax.set_xticks(lengths, lengths)
+ax.minorticks_off()
+ax.legend(frameon=False)
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 4.13.2. The time of the next token against the length of the text, on
+# logarithmic axes. Recomputed it grows with the length, as soon as there are
+# more rows than memory leaves time for. Cached it hardly grows, and stays
+# within some two times of reading the weights once, the dashed line.*
+#
+# How does that compare? [Chapter A.8](../appendix/08_racing.ipynb) races the decoder
+# against `generate` of Hugging Face's transformers, which keeps keys and
+# values as well, and checks that both write the same tokens. Where
+# transformers is installed, the next cell does it with the model above;
+# `llmnb bench --write` takes GPT-2 124M.
+
+# %% against transformers tags=["nbval-ignore-output"]
+from llmnb.bench.bench import bench_writers, writers_report
+
+try:
+    print(writers_report(bench_writers(mid, 32, 32, rounds=3)))
+except ChildProcessError as error:
+    print(f"not installed here: {error}")
+
+# %% [markdown]
+# ## Take away
+#
+# - In a causal model all that a position has computed is final; later
+#   positions read its keys and values, $2LC$ numbers.
+# - A cached token costs $2N + 4LCn$ operations and reads $4N + 8LCn$ bytes:
+#   memory sets its time.
+# - Weights that do not change are packed once, in the order in which they are
+#   read; several texts at once cost little more than one.
+# - Equal to the last bit is a matter of order. Every number is added up in one
+#   order that no tile, thread or row changes.
+#
+# ## Design note
+#
+# The weights could be used where the model has them, unpacked: a decoder would
+# share them with the model that trains. Then each call must turn a piece of
+# the weight into columns, in registers or through the first cache. We measured
+# that at two thirds of the speed. A copy costs memory and a moment of packing,
+# and buys the last third for every token.
+#
+# Two other ways to read less are left aside. Weights in bfloat16 are half as
+# many bytes, and would make a token nearly twice as fast; but the tokens would
+# be those of a rounded model, and no longer equal to what the trained one
+# says. And a **draft** model can guess several tokens that the large one then
+# checks in one pass, like a prefill: faster, with a second model to train.
+#
+# ## Exercises
+#
+# **1** (★). At which length does GPT-2 124M read as many bytes of cache as of
+# weights? What does that say about windows of 100,000 tokens?
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# $8LCn = 4N$ gives $n = N / 2LC$, about 6,700. In a window of 100,000 the
+# cache is fifteen times the weights: such models share keys among heads, or
+# store them in fewer bits.
+# :::
+
+# %% exercise 1, checked tags=["hide-cell"]
+n = 4 * (parameter_count(big) - 1024 * 768) / (8 * 12 * 768)
+verdict("as much", 6000 < n < 7000, f"at {round(n, -2):.0f} tokens")
+
+# %% [markdown]
+# **2** (★★). Cut one text into a prefill of $a$ tokens and single steps for
+# the rest, for every $a$. Check that the last logits do not depend on $a$, to
+# the last bit. Which property of (4.13.5) is it that you test?
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# A fresh decoder is given the first $a$ tokens, then one more at a time. That
+# a number does not depend on how many rows are computed with it.
+# :::
+
+# %% exercise 2, checked tags=["hide-cell"]
+found, fresh = set(), Decoder.of(model)
+for a in range(1, 20):
+    fresh.following([[499]])  # another text: forget
+    for n in range(a, 20):
+        last = fresh.following([text[:n]])
+    found.add(last.tobytes())
+verdict("any cut", len(found) == 1, "19 ways, the same logits")
+
+# %% [markdown]
+# **3** (★★★). The NumPy decoder at the beginning agreed within $10^{-10}$, not
+# to the last bit. Find out why: which of its sums have another order?
+#
+# :::{admonition} Solution to exercise 3
+# :class: dropdown
+# A matrix times a vector and a matrix times a matrix are two different
+# functions of the BLAS, with different blocks and orders. The cell compares
+# the two.
+# :::
+
+# %% exercise 3, tried tags=["nbval-ignore-output", "hide-cell"]
+x, w = rng.normal(0, 1, (64, 300)), rng.normal(0, 1, (300, 300))
+one, whole = np.array([w @ row for row in x]), x @ w.T
+print(f"{(one != whole).mean():.0%} of the numbers differ")
+
+# %% [markdown]
+# ## Further reading
+#
+# - Shazeer (2019),
+#   [Fast Transformer Decoding: One Write-Head is All You Need](https://arxiv.org/abs/1911.02150):
+#   section 2.4, the same count of bytes and operations, and keys shared by all
+#   heads.
+# - Pope et al. (2022),
+#   [Efficiently Scaling Transformer Inference](https://arxiv.org/abs/2211.05102):
+#   section 2, prefill and decoding as two different problems.
+# - Kwon et al. (2023),
+#   [Efficient Memory Management for Large Language Model Serving with
+#   PagedAttention](https://arxiv.org/abs/2309.06180): what to do when many
+#   texts of many lengths share one memory.
+#
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.book.index import gained
+
+gained("4.13")

@@ -1,0 +1,1007 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     modules:
+#       book.export: "Write the package from the notebooks' marked cells."
+#       book.notebook: "Run the notebooks and keep what they print."
+#       book.index: "What a chapter adds to the package."
+#       __init__: |-
+#         GPT-2 and its training, by hand, in Python.
+#
+#         Begin with a model and a batch of tokens:
+#
+#             cfg = llmnb.GPT2Config(max_seq_len=64, vocab_size=257)
+#             model = llmnb.GPT2(cfg, batch_size=8, seq_len=64)
+#             loss = model.forward(tokens, targets)
+#             model.backward()
+#             model.update(learning_rate=1e-3, step=1)
+#
+#         llmnb.tokenizer turns text into tokens; the command `llmnb` trains on
+#         your own text. The rooms, each documented by help(): llmnb.reference,
+#         cpu and cuda hold the layers; model the model; formats, text and train
+#         what it reads, writes and learns from; bench measures it. Each module
+#         is written by a chapter of the book, which its first line names.
+# ---
+
+# %% [markdown]
+# # Build the book from itself
+#
+# > The exporter turns marked cells into the package; the builder runs the
+# > notebooks and keeps what they print.
+
+# %% [markdown]
+# ## Where we are
+#
+# A book about programs has an old difficulty: the program in the book and the
+# program that runs are two texts, and they drift apart. Knuth's answer was to
+# write one text from which both are made, and he called it *literate
+# programming*. This book does the same with Python's means. A chapter is a
+# notebook; cells with the tag `export` are the package. This last chapter
+# derives the program that does it. A *colophon* is the note at the end of a
+# book that says how it was made, and this one exports itself. At its end you
+# can
+#
+# - say what happens between a cell on this page and `import llmnb`;
+# - read a Python program as a tree, and find the names it needs;
+# - explain how it is checked that what you read is what runs.
+#
+# You need nothing from the other chapters but the wish to change them.
+
+# %% [markdown]
+# ## One source, two products
+#
+#     notebooks/05_layernorm.py      the source, the one thing a person edits
+#       |
+#       |  make export               marked cells, checked and put in order
+#       +-------------------->       llmnb/reference/layernorm.py
+#       |                            llmnb/cpu/layernorm.py
+#       |  make notebooks            run from top to bottom
+#       +-------------------->       notebooks/05_layernorm.ipynb
+#                                      |
+#                                      |  pytest --nbval     runs it again, compares
+#                                      |  make book          shows it
+#
+# The source is in jupytext's *percent format*: a plain Python file in which a
+# line `# %%` begins a cell. Such a file can be read in a difference, searched,
+# formatted, and opened in JupyterLab as a notebook. The notebook with its
+# outputs is a product; nobody edits it.
+#
+# The first line of a cell holds its name and its metadata:
+#
+#     # %% layernorm, forward tags=["export"]
+#     # %% the forward kernel tags=["exporti"] module="cpu.layernorm"
+#
+# `export` puts a cell into the package, `exporti` too, but its names stay out
+# of `__all__`. `module` sends it elsewhere than the header of the notebook
+# says.
+
+# %% [markdown]
+# ## Setup
+
+# %% setup
+from llmnb.book.verify import verdict
+
+# %% imports of the exporter tags=["export"]
+import argparse
+import ast
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import jupytext
+
+from llmnb.files import replacing
+
+# %% one exported cell tags=["export"]
+MARKER = "# " + "%%"  # apart, so that no module holds a marker itself
+ROOT = Path(__file__).parents[2] if "__file__" in globals() else Path("../..")
+APPENDIX = "appendix"
+
+
+class ExportError(Exception):
+    """A notebook that cannot be exported; the message names file and line."""
+
+
+class Cell(NamedTuple):
+    """A code cell that goes into the package.
+
+    `line` is the line of its first statement in the notebook `path`;
+    `module` the dotted name of the module it goes to, without `llmnb.`.
+    """
+
+    path: Path
+    line: int
+    name: str
+    module: str
+    public: bool
+    source: str
+
+    def fail(self, lineno, message):
+        """Raise an ExportError that names file and line."""
+        line = self.line + lineno - 1
+        raise ExportError(f"{self.path}:{line}: {message}")
+
+
+# %% one chapter tags=["export"]
+class Chapter(NamedTuple):
+    """A notebook source: its title, the modules it writes and their cells.
+
+    `modules` maps each module's dotted name to its docstring, a line.
+    """
+
+    path: Path
+    title: str
+    modules: dict
+    cells: list
+
+    @property
+    def label(self):
+        """Its number in the book, such as "1.6"; "A.2" in the appendix."""
+        return chapter_label(self.path)
+
+    @property
+    def place(self):
+        """Its path below the folder of notebooks."""
+        return "/".join(self.path.parts[-2:])
+
+
+def chapter_label(path):
+    """The number of the chapter that a source holds, such as "1.6"."""
+    part = path.parent.name
+    letter = "A" if part == APPENDIX else part.partition("_")[0]
+    return f"{letter}.{int(path.name.partition('_')[0])}"
+
+
+def cell_lines(path):
+    """Line numbers of the first line of every cell in a percent file."""
+    lines = Path(path).read_text("utf-8").splitlines()
+    starts = []
+    for i, line in enumerate(lines):
+        if line.startswith(MARKER):
+            first = i + 1
+            while first < len(lines) and not lines[first].strip():
+                first += 1
+            starts.append(first + 1)
+    return starts
+
+
+# %% [markdown]
+# ## Read a chapter
+#
+# jupytext knows how to parse the format, but not on which line of the file a
+# cell began, and an error message without a line number is half a message. So
+# `cell_lines` above finds the marker lines itself, and `read_chapter` pairs
+# them with the cells.
+
+
+# %% read a chapter tags=["export"]
+def read_chapter(path):
+    """Read a notebook source into a Chapter.
+
+    Raises ExportError when the title, the summary or the module is missing.
+    """
+    book = jupytext.read(path)
+    modules = book.metadata.get("llmnb", {}).get("modules", {})
+    title = read_heading(path, book.cells[0].source)
+    cells = []
+    for cell, line in zip(book.cells, cell_lines(path), strict=True):
+        tags = cell.metadata.get("tags", [])
+        if cell.cell_type != "code" or not {"export", "exporti"} & {*tags}:
+            continue
+        module = cell.metadata.get("module", next(iter(modules), None))
+        name = cell.metadata.get("title", "")
+        public = "export" in tags
+        cells.append(Cell(path, line, name, module, public, cell.source))
+        if module not in modules:
+            cells[-1].fail(1, f"the header has no line for module {module}")
+    for module in set(modules) - {cell.module for cell in cells}:
+        raise ExportError(f"{path}:1: no cell goes to module {module}")
+    return Chapter(path, title, modules, cells)
+
+
+def read_heading(path, source):
+    """The title, from the text of a chapter's first cell."""
+    lines = source.splitlines()
+    quoted = any(x.startswith(">") for x in lines)
+    if not lines or not lines[0].startswith("# ") or not quoted:
+        raise ExportError(
+            f"{path}:1: the first cell must hold '# Title' and '> summary'"
+        )
+    return lines[0][2:].strip()
+
+
+# %% this very chapter
+here = read_chapter(ROOT / "notebooks" / "22_colophon.py")
+print(here.title)
+print(here.cells[1].line, here.cells[1].name, "->", here.cells[1].module)
+
+# %% [markdown]
+# ## What a cell may hold
+#
+# Importing a module must not do work: no printing, no reading of files, no
+# computing of tables. So an exported cell may hold imports, assignments,
+# functions and classes, and nothing else. We do not search for forbidden words
+# in the text. Python's own parser turns the cell into a tree, the *abstract
+# syntax tree*, and each statement is a node with a type. (One thing is sought
+# in the text first: a line that begins with `%` or `!`, a command to the
+# notebook and not Python. Such a line is called a *magic*.)
+
+# %% a tree
+for node in ast.parse("import math\nx = 1\nprint(x)").body:
+    print(type(node).__name__, "on line", node.lineno)
+
+# %% what a cell may hold tags=["export"]
+ALLOWED = (
+    ast.Import,
+    ast.ImportFrom,
+    ast.Assign,
+    ast.AnnAssign,
+    ast.FunctionDef,
+    ast.ClassDef,
+)
+LOADERS = {"open", "load", "loadtxt", "fromfile", "memmap", "read_text"}
+
+
+def parse_cell(cell):
+    """Parse an exported cell and refuse what has no place in a module."""
+    for i, line in enumerate(cell.source.splitlines(), 1):
+        if line.startswith(("%", "!")):
+            cell.fail(i, f"a magic in an export cell: {line}")
+    try:
+        tree = ast.parse(cell.source, feature_version=(3, 11))
+    except SyntaxError as error:
+        cell.fail(error.lineno or 1, f"not Python: {error.msg}")
+    for node in tree.body:
+        if not isinstance(node, ALLOWED):
+            text = ast.unparse(node).splitlines()[0]
+            cell.fail(node.lineno, f"runs code in an export cell: {text}")
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            refuse_loading(cell, node)
+    return tree
+
+
+def refuse_loading(cell, node):
+    """Refuse a module-level assignment that prints or reads data."""
+    for call in ast.walk(node):
+        if isinstance(call, ast.Call):
+            name = ast.unparse(call.func).split(".")[-1]
+            if name in LOADERS | {"print", "input"}:
+                cell.fail(call.lineno, f"{name}() in an export cell")
+
+
+# %% [markdown]
+# The third statement above is an expression on its own, which does something
+# or is useless, and is refused in either case. An assignment may compute its
+# value, but a call there of a function that prints or reads files is refused by
+# its name.
+#
+# ## Names that nothing defines
+#
+# In a notebook all cells share one namespace. A function that uses a name from
+# a cell that is *not* exported works there, and fails in the package, but only
+# when it is called. We want to know at once. To find such a name one must know
+# which names a function binds itself, and Python's rules for that are longer
+# than they look, and change: since Python 3.12 the variable of a comprehension
+# belongs to the function around it. A linter keeps up with them for a living,
+# so we ask one. It names a name that nothing binds, and the line it stands on.
+
+
+# %% what the linter says tags=["export"]
+LINTER = (
+    *("-m", "ruff", "check", "--isolated", "--ignore-noqa", "--exit-zero"),
+    *("--quiet", "--output-format", "json", "--target-version", "py311"),
+)
+
+
+def findings(texts, rule):
+    """What the linter ruff finds in modules: tuples (module, line, words).
+
+    texts: dict from a module's dotted name to its text. rule: of ruff's, such
+    as F821 for a name that is not defined. words: what the rule is about, as
+    it stands in the text; where the text is not Python, ruff's own words.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in texts.items():
+            Path(folder, f"{name}.py").write_text(text, "utf-8")
+        command = [sys.executable, *LINTER, "--select", rule, folder]
+        run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise ExportError(f"the linter does not run: {run.stderr.strip()}")
+    return [pointed_at(texts, rule, x) for x in json.loads(run.stdout)]
+
+
+def pointed_at(texts, rule, found):
+    """The module, the line and the words that one finding is about."""
+    name, start = Path(found["filename"]).stem, found["location"]
+    if found["code"] != rule:
+        return name, start["row"], found["message"]
+    line = texts[name].splitlines()[start["row"] - 1]
+    last = found["end_location"]["column"] - 1
+    return name, start["row"], line[start["column"] - 1 : last]
+
+
+# %% a name that nothing binds
+text = "def f(x):\n    return [k for k in x] + np.sum(x)\n"
+print(findings({"thing": text}, "F821"))
+
+
+# %% names a cell defines tags=["export"]
+def defined_names(node):
+    """Names that a module-level statement binds."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return [(a.asname or a.name).split(".")[0] for a in node.names]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    return [
+        x.id for t in targets for x in ast.walk(t) if isinstance(x, ast.Name)
+    ]
+
+
+# %% one module tags=["export"]
+class Module(NamedTuple):
+    """A module to be written: its cells, trees, and the names it defines.
+
+    `names` maps each name to the cell and line that define it; `public`
+    lists those that stand in `__all__`.
+    """
+
+    name: str
+    chapter: Chapter
+    cells: list
+    trees: list
+    names: dict
+    public: list
+
+
+def build_module(name, chapter):
+    """Collect one module's cells; refuse a name that is defined twice."""
+    cells = [c for c in chapter.cells if c.module == name]
+    trees = [parse_cell(c) for c in cells]
+    names, public = {}, []
+    for cell, tree in zip(cells, trees, strict=True):
+        for node in tree.body:
+            imported = isinstance(node, (ast.Import, ast.ImportFrom))
+            for x in defined_names(node):
+                if x in names and not imported:
+                    first = names[x][0].path.name, names[x][1]
+                    cell.fail(
+                        node.lineno,
+                        f"{x} is exported twice, first at "
+                        f"{first[0]}:{first[1]}",
+                    )
+                names[x] = cell, cell.line + node.lineno - 1
+                if cell.public and not imported and x[0] != "_":
+                    public.append(x)
+    return Module(name, chapter, cells, trees, names, public)
+
+
+# %% undefined names tags=["export"]
+def check_undefined(modules):
+    """Refuse a name that nothing in its module defines."""
+    texts = {
+        name: "".join(f"{cell.source}\n" for cell in module.cells)
+        for name, module in modules.items()
+    }
+    for name, line, words in findings(texts, "F821"):
+        cell, line = cell_at(modules[name], line)
+        cell.fail(line, f"{words} is not defined in llmnb.{name}")
+
+
+def cell_at(module, line):
+    """The cell that holds a line of a module's cells, and its line there."""
+    lengths = [cell.source.count("\n") + 1 for cell in module.cells]
+    ends = itertools.accumulate(lengths)
+    for cell, length, end in zip(module.cells, lengths, ends, strict=True):
+        if line <= end:
+            return cell, line - end + length
+    raise IndexError(f"{module.name} has no line {line}")
+
+
+# %% [markdown]
+# ## Order
+#
+# A reader goes through the chapters in order, so a chapter may use what came
+# before it, and nothing that comes later. For notebooks that is a matter of
+# taste; for exported cells it is checked. An import from `llmnb` must name
+# something that an earlier chapter exports, or this one. So that every such
+# name is seen, there is one way to write it, `from llmnb.module import name`.
+
+
+# %% imports from other chapters tags=["export"]
+def check_imports(module, modules):
+    """Refuse an import from `llmnb` that no earlier chapter exports.
+
+    Inside a function a later chapter's name may be imported.
+    """
+    for cell, tree in zip(module.cells, module.trees, strict=True):
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                refuse_other_forms(cell, node)
+            if not isinstance(node, ast.ImportFrom):
+                continue
+            if node.module.split(".")[0] == "llmnb":
+                for name in node.names:
+                    owner = exporter_of(modules, cell, node, name.name)
+                    if node in tree.body:
+                        refuse_later(module, owner, cell, node, name.name)
+
+
+def refuse_other_forms(cell, node):
+    """Refuse `import llmnb.module`, and an import that begins with a dot."""
+    whole = isinstance(node, ast.Import) and any(
+        a.name.split(".")[0] == "llmnb" for a in node.names
+    )
+    if whole or getattr(node, "level", 0):
+        text = ast.unparse(node)
+        cell.fail(node.lineno, f"write `from llmnb.module import`: {text}")
+
+
+def exporter_of(modules, cell, node, name):
+    """The module that an imported name, or module, comes from."""
+    source = node.module.partition("llmnb.")[2]
+    inner = f"{source}.{name}".strip(".")
+    if source in modules and name in modules[source].names:
+        return modules[source]
+    if inner in modules:
+        return modules[inner]
+    if inner in ROOMS or source in BACKENDS:
+        return None
+    where = f"llmnb.{source}" if source else "llmnb"
+    return cell.fail(node.lineno, f"no chapter exports {name} to {where}")
+
+
+def refuse_later(module, owner, cell, node, name):
+    """Refuse a name of a later chapter; the appendix stands beside them."""
+    if owner is None or owner.chapter.path.parent.name == APPENDIX:
+        return
+    there, here = owner.chapter.place, module.chapter.place
+    if there > here and IN_ORDER:
+        cell.fail(node.lineno, f"{name} belongs to a later chapter, {there}")
+
+
+# %% collect all modules tags=["export"]
+def collect(chapters):
+    """Build and check all modules of these chapters, by dotted name.
+
+    Raises ExportError at the first defect.
+    """
+    modules = {}
+    for chapter in chapters:
+        for name in dict.fromkeys(c.module for c in chapter.cells):
+            if name in modules:
+                first = modules[name].chapter.place
+                cell = next(c for c in chapter.cells if c.module == name)
+                cell.fail(1, f"llmnb.{name} already belongs to {first}")
+            modules[name] = build_module(name, chapter)
+    check_undefined(modules)
+    for module in modules.values():
+        check_imports(module, modules)
+    return modules
+
+
+# %% [markdown]
+# Let us see it refuse. Four chapters that nobody should write:
+
+# %% four bad chapters
+HEAD = (
+    "# ---\n# jupyter:\n#   llmnb:\n#     modules:\n#       thing: A line.\n"
+    "# ---\n\n# %% [markdown]\n# # Title\n#\n# > Summary.\n\n"
+)
+CELL = '# %% a cell tags=["export"]\n'
+bad = {
+    "twice": CELL + "def f():\n    return 1\n\n\n" + CELL + "f = 2\n",
+    "undefined": CELL + "def f(x):\n    return np.sum(x)\n",
+    "runs": CELL + "x = 1\nprint(x)\n",
+    "unknown": CELL + "from llmnb.arena import Sand\n",
+}
+folder = Path(tempfile.mkdtemp())
+for name, text in bad.items():
+    path = folder / f"01_{name}.py"
+    path.write_text(HEAD + text)
+    try:
+        collect([read_chapter(path)])
+        verdict(name, False, "is refused")
+    except ExportError as error:
+        print(str(error).replace(f"{folder}/", ""))
+
+# %% [markdown]
+# ## Write the module
+#
+# The text of a module is a banner that names its source, the chapter's title
+# and summary as its docstring, `__all__`, and the cells in order with their
+# names as comments; a module that exports `main` also gets the two lines that
+# run it as a program. No date and no version number goes in: the same source
+# gives the same bytes on every machine, so a difference in `llmnb/` always
+# means a difference in a chapter.
+
+# %% the text of a module tags=["export"]
+BANNER = "# Written by `make export` from notebooks/{}: edit that file.\n"
+
+
+def render_module(module):
+    """The text of a module: banner, docstring, `__all__`, cells in order."""
+    chapter = module.chapter
+    parts = [BANNER.format(chapter.place)]
+    parts.append(f'"""{chapter.modules[module.name]}"""\n')
+    names = "".join(f'    "{x}",\n' for x in sorted(module.public))
+    parts.append(f"__all__ = [\n{names}]\n" if names else "__all__ = []\n")
+    for cell, tree in zip(module.cells, module.trees, strict=True):
+        title = f"# {cell.name}\n" if cell.name else ""
+        source = say_where(cell.source, tree, module)
+        parts.append("\n" + title + source.strip() + "\n")
+    if "main" in module.public:
+        parts.append('\nif __name__ == "__main__":\n    main()\n')
+    return "\n".join(parts)
+
+
+def say_where(source, tree, module):
+    """A cell's source, whose public docstrings name the chapter."""
+    lines = source.splitlines()
+    note = f"    Derived in chapter {module.chapter.label}."
+    for node in reversed(tree.body):
+        if getattr(node, "name", None) not in module.public:
+            continue
+        if ast.get_docstring(node) is None:
+            continue
+        last = node.body[0].end_lineno
+        ends = lines[last - 1].rstrip().removesuffix('"""').rstrip()
+        kept = [ends] if ends else []
+        lines[last - 1 : last] = [*kept, "", note, '    """']
+    return "\n".join(lines)
+
+
+# %% the rooms of the package tags=["export"]
+# each room's docstring, from the ground up: a room uses those before it, and
+# its neighbours on its own level
+ROOMS = {
+    "book": "What readers of a chapter see, and how the book is built.",
+    "gpu": "The machine under `llmnb.cuda`: simulator, launch, PTX, graphs.",
+    "reference": "The layers in NumPy, forward and backward.",
+    "cpu": "The layers compiled by numba for the processor's cores.",
+    "cuda": "The layers as kernels for a GPU, or for the simulator.",
+    "model": "The tensors of a model, its blocks, the model, its writing.",
+    "formats": "Models on disk: llm.c's .bin, safetensors, Hugging Face's.",
+    "text": "Tokenizers, texts, shards and batches.",
+    "train": "The training loop, its runs, and what a model has learnt.",
+    "bench": "Time: stopwatch, race, ladders, report.",
+    "cli": "The command line, a file a command.",
+}
+# rooms that offer all names of their modules, of gpu's too
+BACKENDS = {"reference": (), "cpu": (), "cuda": ("gpu",)}
+IN_ORDER = False
+
+
+def render_room(room, modules):
+    """`__init__.py` of a room: a docstring, a backend's also its names."""
+    text = BANNER.format("*/*.py") + f'\n"""{ROOMS[room]}"""\n'
+    if room not in BACKENDS:
+        return text
+    rooms = room, *BACKENDS[room]
+    inside = [m for n, m in modules.items() if n.partition(".")[0] in rooms]
+    lines = [text]
+    for m in sorted(inside):
+        if m.public:
+            names = "".join(f"    {x},\n" for x in sorted(m.public))
+            lines.append(f"from llmnb.{m.name} import (\n{names})")
+    names = sorted(x for m in inside for x in m.public)
+    lines.append("\n__all__ = [\n" + "".join(f'    "{x}",\n' for x in names))
+    return "\n".join(lines) + "]\n"
+
+
+# %% the index tags=["export"]
+def render_index(modules):
+    """`index.json`: for every chapter, what it exports and in a line why."""
+    index = {}
+    for module in modules.values():
+        rows = index.setdefault(module.chapter.label, [])
+        nodes = {
+            node.name: node
+            for tree in module.trees
+            for node in tree.body
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        }
+        for name in filter(nodes.get, module.public):
+            doc = ast.get_docstring(nodes[name]) or ""
+            line = doc.partition("\n")[0]
+            rows.append({"module": module.name, "name": name, "doc": line})
+    return json.dumps(index, indent=1) + "\n"
+
+
+# %% the whole package as text tags=["export"]
+def render(modules):
+    """The package as a mapping from path below `llmnb/` to text."""
+    files = {}
+    for name, module in modules.items():
+        files[name.replace(".", "/") + ".py"] = render_module(module)
+    folders = {name.partition(".")[0] for name in modules if "." in name}
+    for folder in folders:
+        files[f"{folder}/__init__.py"] = render_room(folder, modules)
+    files["index.json"] = render_index(modules)
+    return files
+
+
+def write_text(path, text):
+    """Write a text file, and the folders it needs, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+# %% [markdown]
+# `llmnb.reference` and `llmnb.cpu` gather what their modules export, so that
+# the model can ask either for `layernorm_forward`. The index records for each
+# chapter what it gave; the last cell of every chapter shows it.
+#
+# Writing touches a file only when its text has changed, and the check reports
+# what a write would do.
+
+
+# %% compare and write tags=["export"]
+def differences(files, package):
+    """Paths whose text in `package` is missing, different or superfluous."""
+    there = {
+        p.relative_to(package).as_posix()
+        for kind in ("*.py", "*.json")
+        for p in package.rglob(kind)
+    }
+    changed = [
+        f
+        for f in files
+        if f not in there or (package / f).read_text("utf-8") != files[f]
+    ]
+    return sorted(changed), sorted(there - set(files))
+
+
+def read_chapters(folder):
+    """Read every chapter of a folder in order."""
+    return [read_chapter(p) for p in sources(folder)]
+
+
+def sources(folder):
+    """The chapters' sources in the order of the book."""
+    return sorted(folder.glob("*/[0-9]*.py"))
+
+
+def main(argv=None):
+    """Regenerate the package, or with --check say what differs."""
+    parser = argparse.ArgumentParser("python -m llmnb.book.export")
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args(argv).check
+    try:
+        files = render(collect(read_chapters(ROOT / "notebooks")))
+    except ExportError as error:
+        sys.exit(str(error))
+    package = ROOT / "llmnb"
+    changed, extra = differences(files, package)
+    if check and (changed or extra):
+        sys.exit(f"run `make export`: out of date: {changed + extra}")
+    for name in changed:
+        write_text(package / name, files[name])
+    for name in extra:
+        (package / name).unlink()
+    print(f"llmnb: {len(files)} files, {len(changed)} written")
+
+
+# %% this page and the package
+files = render(collect(read_chapters(ROOT / "notebooks")))
+changed, extra = differences(files, ROOT / "llmnb")
+verdict("llmnb", changed == extra == [], "is what the chapters export")
+
+# %% [markdown]
+# That is the fixed point of the construction. The cell above ran the functions
+# of this page over this page, and the text they produced is the text of the
+# module `llmnb.book.export`, letter for letter.
+#
+# ## Run the notebooks
+#
+# The builder reads a source, gives each cell a stable identity (the chapter's
+# name and the cell's number), runs the whole and writes the notebook with its
+# outputs. Times, versions and random identities are left out: running twice
+# changes nothing but what is measured.
+
+# %% imports of the builder tags=["export"] module="book.notebook"
+import argparse
+import sys
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+
+from llmnb.book.export import ROOT, chapter_label, sources, write_text
+
+
+# %% the notebook a source stands for tags=["export"] module="book.notebook"
+def from_source(path):
+    """The notebook of a percent source, not run, with stable cell ids."""
+    book = jupytext.read(path)
+    book.metadata = {
+        key: book.metadata[key]
+        for key in ("kernelspec", "llmnb")
+        if key in book.metadata
+    }
+    book.nbformat, book.nbformat_minor = 4, 5
+    for number, cell in enumerate(book.cells):
+        cell.id = f"{path.stem}-{number}"
+    return book
+
+
+def run(book, folder):
+    """Run a notebook in `folder`, its cells in order; outputs in place.
+
+    Raises nbclient's CellExecutionError at the first cell that fails.
+    """
+    NotebookClient(
+        book,
+        timeout=600,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,
+        extra_arguments=["--log-level=ERROR"],
+        resources={"metadata": {"path": str(folder)}},
+    ).execute()
+    book.metadata["language_info"] = {"name": "python"}
+    for cell in book.cells:
+        for output in cell.get("outputs", []):
+            output.get("metadata", {}).pop("execution", None)
+
+
+# %% write one notebook tags=["export"] module="book.notebook"
+def build(path):
+    """Write the .ipynb of a source, run from top to bottom."""
+    book = from_source(path)
+    run(book, path.parent)
+    write_text(path.with_suffix(".ipynb"), nbformat.writes(book) + "\n")
+
+
+def defects(path):
+    """Sentences that say where a .ipynb does not match its source."""
+    built = path.with_suffix(".ipynb")
+    if not built.exists():
+        return [f"{built.name} is missing"]
+    want, got = from_source(path), nbformat.read(built, as_version=4)
+    if len(want.cells) != len(got.cells):
+        return [f"{built.name}: not the cells of {path.name}"]
+    found = []
+    for a, b in zip(want.cells, got.cells, strict=True):
+        same = (a.cell_type, a.source, a.metadata, a.id)
+        if same != (b.cell_type, b.source, b.metadata, b.id):
+            found.append(f"{built.name}: cell {b.id} differs from {path.name}")
+        elif a.cell_type == "code" and a.source.strip():
+            found += cell_defects(built.name, b)
+    return found
+
+
+def cell_defects(name, cell):
+    """Sentences that say what is wrong with a cell's outputs."""
+    if cell.execution_count is None:
+        return [f"{name}: cell {cell.id} was never run: nbval would skip it"]
+    if any(x.output_type == "error" for x in cell.outputs):
+        return [f"{name}: cell {cell.id} ended in an error"]
+    return []
+
+
+# %% [markdown]
+# `pytest --nbval` runs each notebook again and compares the outputs with the
+# stored ones. It has three blind spots. A cell that was never run has nothing
+# to compare with and passes. It looks at the .ipynb only: if someone edits
+# the .py and forgets to build, the old page goes on passing. `defects` looks
+# for both. The third stays: pictures are not compared. Where what a figure
+# shows matters, a verdict beside it has to say so.
+
+# %% how a stale notebook shows
+path = folder / "02_small.py"
+path.write_text(HEAD + "# %% six by seven\nprint(6 * 7)\n")
+small = from_source(path)
+nbformat.write(small, path.with_suffix(".ipynb"))
+print(defects(path))
+
+# %% built, then edited
+build(path)
+print(defects(path))
+path.write_text(path.read_text().replace("6 * 7", "6 * 8"))
+print(defects(path))
+
+
+# %% the command tags=["export"] module="book.notebook"
+def main(argv=None):
+    """Write and run the notebooks, or with --check say what differs."""
+    parser = argparse.ArgumentParser("python -m llmnb.book.notebook")
+    parser.add_argument("--check", action="store_true", help="run nothing")
+    parser.add_argument("chapters", nargs="*", help="such as 1.6; default all")
+    args = parser.parse_args(argv)
+    paths = [
+        path
+        for path in sources(ROOT / "notebooks")
+        if not args.chapters or chapter_label(path) in args.chapters
+    ]
+    if args.check:
+        found = [line for p in paths for line in defects(p)]
+        sys.exit("\n".join([*found, "run `make notebooks`"]) if found else 0)
+    for path in paths:
+        print(chapter_label(path), path.stem, flush=True)
+        build(path)
+
+
+# %% [markdown]
+# ## The front door
+#
+# `import llmnb` should take no time and load nothing that is not needed: numba
+# alone takes longer to import than many scripts to run. Python asks a module's
+# `__getattr__` for names that it does not find, and ours imports them then.
+
+# %% imports of the package tags=["export"] module="__init__"
+import importlib
+import importlib.util
+
+# %% the package's front door tags=["exporti"] module="__init__"
+__version__ = "0.1.0"
+_HOME = {
+    "GPT2": "llmnb.model.gpt2",
+    "GPT2Config": "llmnb.config",
+}
+
+
+def __getattr__(name):
+    """Import a room, GPT2, GPT2Config or tokenizer when it is asked for."""
+    if name == "tokenizer":
+        return importlib.import_module("llmnb.text.tokenizer")
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if importlib.util.find_spec(f"llmnb.{name}"):
+        return importlib.import_module(f"llmnb.{name}")
+    raise AttributeError(f"llmnb has no {name!r}")
+
+
+# %% [markdown]
+# ## What a chapter gained
+#
+# The table at the end of every chapter comes from the index, so it cannot
+# promise what the package does not hold.
+
+# %% what a chapter gained tags=["export"] module="book.index"
+import json
+from importlib.resources import files
+
+from IPython.display import Markdown, display
+
+
+def gained(chapter):
+    """Show what `llmnb` gained in a chapter, linked to the API pages.
+
+    `chapter` is its number, such as "1.6". Raises KeyError when no such
+    chapter exports anything.
+    """
+    index = json.loads(files("llmnb").joinpath("index.json").read_text())
+    rows = ["| module | name | what it does |", "|---|---|---|"]
+    for x in index[chapter]:
+        module, name = f"llmnb.{x['module']}", x["name"]
+        page = f"../../book/api/{x['module']}.md"
+        doc = x["doc"].replace("|", "\\|")
+        rows.append(
+            f"| [{module}]({page}#module-{module}) "
+            f"| [`{name}`]({page}#{module}.{name}) | {doc} |"
+        )
+    display(Markdown("\n".join(rows)))
+
+
+# %% [markdown]
+# ## Take away
+#
+# - One source. The package and the pages are products, and a check says when
+#   a product is not what the source makes.
+# - A syntax tree tells what a cell does; a linter tells what it lacks.
+# - Products that are the same on every machine can be compared byte by byte.
+
+# %% [markdown]
+# ## Design note
+#
+# nbdev, which inspired the tags, exports from .ipynb files. We export from
+# .py files, because a line in a .py file has a number that an error message
+# can name, and because two people's changes to a .py file can be merged.
+#
+# A larger exporter could resolve dependencies between cells and order them
+# itself, as Knuth's tools did: WEB let one present a program in any order. We
+# kept Python's order. A cell uses what stands above it, on the page and in the
+# module, and the reader never has to search forward.
+
+# %% [markdown]
+# ## Exercises
+#
+# **1** (★). Add a cell with a function of your own to a chapter, tag it
+# `export`, and run `make export`. Which files change?
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# The module that the chapter's header names, the `__init__.py` of its folder if
+# it has one, and `index.json`. `make check` then asks for `make notebooks`,
+# because the .ipynb lacks the new cell.
+# :::
+
+# %% exercise 1, on a copy tags=["hide-cell"]
+copies = Path(tempfile.mkdtemp())
+mine = '\n# %% mine tags=["export"]\ndef mine():\n    return 4\n'
+for source in sources(ROOT / "notebooks"):
+    text = source.read_text("utf-8")
+    if chapter_label(source) == "1.6":
+        text += mine
+    write_text(copies / source.parent.name / source.name, text)
+
+# %% exercise 1, checked
+files = render(collect(read_chapters(copies)))
+changed, extra = differences(files, ROOT / "llmnb")
+print(changed)
+verdict("one cell", len(changed) == 3 and not extra, "changes three files")
+
+# %% [markdown]
+# **2** (★★). `refuse_loading` knows some names of functions that read files.
+# Write a chapter that reads a file on import all the same, without these
+# names, and see whether it is refused.
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# `lines = list(map(len, Path("x").glob("*")))` touches the disk and is let
+# through. The check guards against mistakes, not against intent.
+# :::
+
+# %% exercise 2, checked
+path.write_text(
+    HEAD + CELL + "from pathlib import Path\n\nn = len([*Path().glob('*')])\n"
+)
+let_through = "n" in collect([read_chapter(path)])["thing"].names
+verdict("glob", let_through, "is let through")
+
+# %% [markdown]
+# **3** (★★★). An import that nothing uses does no harm, and stays in the
+# package for ever. Write a function that lists such names of a `Module`.
+#
+# :::{admonition} Solution to exercise 3
+# :class: dropdown
+# The linter has a rule for it, F401. It does not know which names a module
+# means to export, so an import that is there for others would be listed too.
+# :::
+
+
+# %% exercise 3 tags=["hide-cell"]
+def unused(module):
+    text = "".join(f"{cell.source}\n" for cell in module.cells)
+    return [x for _, _, x in findings({module.name: text}, "F401")]
+
+
+# %% exercise 3, checked
+path.write_text(
+    HEAD + CELL + "import json\nimport math\n\nroot = math.sqrt(2)\n"
+)
+found = unused(collect([read_chapter(path)])["thing"])
+verdict("unused", found == ["json"], "is found, used is not")
+
+# %% [markdown]
+# ## Further reading
+#
+# - Knuth (1984),
+#   [Literate Programming](https://doi.org/10.1093/comjnl/27.2.97): the idea,
+#   with a program as its own example.
+# - The documentation of [jupytext](https://jupytext.readthedocs.io): the
+#   percent format and its metadata.
+# - The documentation of [nbval](https://nbval.readthedocs.io): what it
+#   compares, and how to tell it what not to.
+# - Python's manual on [ast](https://docs.python.org/3/library/ast.html), the
+#   library that reads a program as a tree.
+# - The rules of [ruff](https://docs.astral.sh/ruff/rules/): F821 is the one
+#   used here; read what its neighbours find.
+
+# %% [markdown]
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.book.index import gained
+
+gained("A.10")

@@ -1,0 +1,477 @@
+"""AdamW, the norm and the clip on the GPU."""
+
+import math
+
+import numpy as np
+import pytest
+from gpu import PLACES, check_layer, check_machine_code, compiled
+
+from llmnb.cuda import adamw as cuda
+from llmnb.gpu.launch import kernel, simulated, to_host
+from llmnb.gpu.simulator import watch
+from llmnb.reference import adamw as reference
+
+SIZES = [1, 3, 4, 5, 33, 100, 1027]
+VERSIONS = [1, 2]
+SETTINGS = 0.01, 0.9, 0.999, 1e-8, 0.1
+
+
+def draw(n, scale=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(scale=scale, size=n).astype(np.float32)
+
+
+def state(n):
+    return {
+        "params": draw(n),
+        "grads": draw(n, 0.1, 1),
+        "m": draw(n, 0.1, 2),
+        "v": draw(n, 0.1, 3) ** 2,
+    }
+
+
+def settings_for(step):
+    names = "learning_rate", "beta1", "beta2", "eps", "weight_decay"
+    return dict(zip(names, SETTINGS, strict=True)) | {"step": step}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("n", SIZES)
+def test_update(n, version):
+    for step in (1, 1000):
+        check_layer(
+            cuda.adamw_update,
+            reference.adamw_update,
+            state(n) | settings_for(step),
+            ["params", "m", "v"],
+            version=version,
+        )
+
+
+def test_versions_agree_to_the_bit_in_the_simulator():
+    got = []
+    for version in VERSIONS:
+        arrays = [simulated(x) for x in state(203).values()]
+        cuda.adamw_update(*arrays, *SETTINGS, 3, version=version)
+        got.append([to_host(x) for x in arrays])
+    for one, two in zip(*got, strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_many_steps_follow_the_reference():
+    """Gradients of very different sizes, one of them always zero."""
+    sizes = np.array([1, 1e-6, 0, 1e6, 1e-12, 0.1, 3], np.float32)
+    for place in PLACES:
+        p = draw(7)
+        want = [p.astype(np.float64), np.zeros(7), np.zeros(7)]
+        there = [place(p), place(np.zeros(7, np.float32))]
+        there.append(place(np.zeros(7, np.float32)))
+        work = place(np.zeros(cuda.adamw_scratch(), np.float32))
+        for step in range(1, 31):
+            g = draw(7, seed=step) * sizes
+            wide = g.astype(np.float64)
+            reference.adamw_update(want[0], wide, *want[1:], *SETTINGS, step)
+            cuda.adamw_update(
+                there[0], place(g), *there[1:], *SETTINGS, step, work=work
+            )
+        np.testing.assert_allclose(to_host(there[0]), want[0], atol=3e-6)
+
+
+def test_settings_are_rounded_once():
+    """To within half a unit in the last place of the exact numbers."""
+    from fractions import Fraction as F
+
+    for step in (1, 2, 7, 1000, 100_000):
+        rate, beta1, beta2 = 6e-4, 0.9, 0.999
+        got = cuda.adamw_settings(rate, beta1, beta2, 1e-8, 0.1, step)
+        assert got.dtype == np.float32 and got.shape == (8,)
+        power1 = F(beta1) ** min(step, 500)
+        power2 = F(beta2) ** step if step <= 1000 else F(0)
+        exact = [
+            1 - F(rate) * F(0.1),
+            1 - F(beta1),
+            F(beta2),
+            1 - F(beta2),
+            F(math.sqrt(1 - power2)),
+            F(1e-8),
+            F(rate) / (1 - power1),
+            F(0),
+        ]
+        for x, want in zip(got, exact, strict=True):
+            assert abs(F(float(x)) - want) <= want * F(6.0e-8)
+
+
+def test_new_settings_reach_the_same_launch():
+    """What a captured graph does: the same arrays, other contents."""
+    arrays = {k: simulated(v) for k, v in state(37).items()}
+    settings = simulated(np.zeros(8, np.float32))
+    want = {k: v.astype(np.float64) for k, v in state(37).items()}
+    launches = []
+    for step, rate in ((1, 0.01), (2, 0.5)):
+        numbers = rate, 0.9, 0.99, 1e-8, 0.1, step
+        settings.copy_to_device(cuda.adamw_settings(*numbers))
+        with watch() as seen:
+            cuda.adamw_apply(*arrays.values(), settings)
+        launches.append(seen.launches)
+        reference.adamw_update(*want.values(), *numbers)
+    assert launches[0] == launches[1]
+    for name in ("params", "m", "v"):
+        got = to_host(arrays[name])
+        np.testing.assert_allclose(got, want[name], atol=2e-6)
+
+
+def test_counts_of_the_text():
+    n = 2048 + 3
+    arrays = [simulated(x) for x in state(n).values()]
+    settings = simulated(cuda.adamw_settings(*SETTINGS, 1))
+    found = []
+    for version in VERSIONS:
+        with watch() as seen:
+            cuda.adamw_apply(*arrays, settings, version=version)
+        found.append(seen)
+    one, two = found
+    data = 7 * -(-n // 8)
+    warps = -(-n // 32), 2048 // 4 // 32 + 1
+    assert one.sectors == data + 7 * warps[0]
+    assert two.sectors == data + 2 * warps[1]
+    assert one.requests == 14 * warps[0]
+    # the last warp holds the rest alone, or the last fours as well
+    assert two.requests == 9 * warps[1]
+
+
+def wide(n, seed=4):
+    """n numbers of sizes from 1e-4 to 1."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=n) * 10.0 ** rng.uniform(-4, 0, n)
+    return x.astype(np.float32)
+
+
+@pytest.mark.parametrize("n", [*SIZES, 1024, 1025, 5003])
+def test_norm(n):
+    g = wide(n)
+    for place in PLACES:
+        there = place(g)
+        with watch():
+            norm = cuda.global_norm(there)
+        assert norm == pytest.approx(reference.global_norm(g), rel=1e-6)
+        np.testing.assert_array_equal(to_host(there), g)
+
+
+def in_block(x):
+    x = x.reshape(-1, 8, 32)
+    for step in (16, 8, 4, 2, 1):
+        x = x + x[..., np.arange(32) ^ step]
+    total = np.zeros(len(x), np.float32)
+    for warp in range(8):
+        total += x[:, warp, 0]
+    return total
+
+
+def norm_in_order(g):
+    """What the kernels compute, addition for addition, in NumPy."""
+    blocks = min(cuda.NORM_BLOCKS, -(-g.size // 1024))
+    threads, whole = 256 * blocks, g.size // 4 * 4
+    squares = np.zeros(-(-g.size // (4 * threads)) * 4 * threads, np.float32)
+    squares[:whole] = g[:whole] * g[:whole]
+    sums = np.zeros((threads, 4), np.float32)
+    for sweep in squares.reshape(-1, threads, 4):
+        sums += sweep
+    total = (sums[:, 0] + sums[:, 1]) + (sums[:, 2] + sums[:, 3])
+    total[: g.size - whole] += g[whole:] ** 2
+    parts = np.zeros((4, 256), np.float32)
+    parts.reshape(-1)[:blocks] = in_block(total)
+    sums = np.zeros(256, np.float32)
+    for row in parts:
+        sums += row
+    return np.sqrt(in_block(sums)[0])
+
+
+def test_norm_of_many():
+    """3e4 numbers of mixed sizes on the simulator; more in its order.
+
+    The bound is the chapter's: the longest chain of additions, halved by
+    the root.
+    """
+    g = wide(30_003)
+    exact = reference.global_norm(g)
+    norm = cuda.global_norm(simulated(g))
+    assert norm == norm_in_order(g)
+    assert abs(norm / exact - 1) < 2e-7
+    for n in (100_003, 1 << 21):
+        g = wide(n)
+        chain = n / (4 * 262_144) + 2 + 13 + 4 + 13
+        error = abs(norm_in_order(g) / reference.global_norm(g) - 1)
+        assert error < min(chain * 2.0**-25, 2e-7)
+
+
+def test_several_sweeps(monkeypatch):
+    """What more than a million gradients do, with fewer blocks."""
+    monkeypatch.setattr(cuda, "NORM_BLOCKS", 2)
+    g = wide(5003)
+    there = simulated(g)
+    with watch():
+        norm = cuda.global_norm(there)
+    assert norm == norm_in_order(g)
+    assert norm == pytest.approx(reference.global_norm(g), rel=1e-6)
+
+
+def test_a_sum_of_many_blocks():
+    """The second kernel takes four turns for 1024 sums."""
+    sums = np.abs(wide(1025))
+    work = simulated(sums)
+    with watch():
+        cuda._root_of_sum[1, 256](work, 1024)
+    exact = math.sqrt(sums[1:].astype(np.float64).sum())
+    assert to_host(work)[0] == pytest.approx(exact, rel=1e-6)
+    np.testing.assert_array_equal(to_host(work)[1:], sums[1:])
+
+
+def test_the_order_depends_on_the_length_alone():
+    """More blocks than there are do not change what each one sums."""
+    with watch() as seen:
+        cuda.global_norm(simulated(wide(5003)))
+    assert [launch[1] for launch in seen.launches] == [5, 1]
+    assert all(launch[2] == 256 for launch in seen.launches)
+    again = {cuda.global_norm(simulated(wide(5003))) for _ in range(3)}
+    assert len(again) == 1
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_clip(n):
+    g = draw(n, 5)
+    norm = reference.global_norm(g)
+    for factor in (0.5, 2.0):
+        want = g.astype(np.float64)
+        reference.clip_gradients(want, factor * norm)
+        for place in PLACES:
+            there = place(g)
+            with watch():
+                got = cuda.clip_gradients(there, factor * norm)
+            assert got == pytest.approx(norm, rel=1e-6)
+            np.testing.assert_allclose(to_host(there), want, rtol=1e-6)
+            if factor > 1:
+                np.testing.assert_array_equal(to_host(there), g)
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("at", [0, 77, 1026])
+def test_a_broken_gradient_is_left_alone(bad, at):
+    """In a vector or in the rest; 1e30 has a square beyond float32."""
+    g = draw(1027)
+    g[at] = bad
+    for place in PLACES:
+        for skip in (0, 1):
+            there = place(np.concatenate([g[:skip], g]))[skip:]
+            norm = cuda.clip_gradients(there, 0.5)
+            assert not math.isfinite(norm)
+            np.testing.assert_array_equal(to_host(there), g)
+
+
+def test_every_bad_norm_is_seen_by_its_bits():
+    """NaN of either sign and with any payload; infinity; the largest number.
+
+    A norm that is put into work[0], not computed.
+    """
+    bits = [0x7F800000, 0xFF800000, 0x7F800001, 0x7FC00000, 0xFFFFFFFF]
+    bits += [0x7F7FFFFF, 0x5F800000]  # finite: the gradients do shrink
+    for pattern in bits:
+        work = simulated(np.array([pattern], np.uint32).view(np.float32))
+        good = pattern in bits[5:]
+        for run in (cuda._shrink_fours, cuda._shrink_elements):
+            g = simulated(np.ones(5, np.float32))
+            with watch():
+                run[1, 32](g, work, work.view(np.int32), np.float32(0.5))
+            assert (to_host(g) < 1e-19).all() == good
+            assert (to_host(g) == 1).all() != good
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_the_largest_norm():
+    """Up to 1.8e19 the norm is right; above, it is infinite."""
+    g = np.full(4, 9.2e18, np.float32)
+    assert cuda.global_norm(simulated(g)) == pytest.approx(1.84e19)
+    assert cuda.global_norm(simulated(g * np.float32(1.01))) == math.inf
+
+
+def test_a_limit_that_no_norm_reaches():
+    g = draw(9)
+    for most in (math.inf, 1e300, 3.4e38):
+        there = simulated(g)
+        cuda.clip_gradients(there, most)
+        np.testing.assert_array_equal(to_host(there), g)
+
+
+def test_empty_arrays():
+    """As on the CPU: nothing to update, and a norm of 0."""
+    none = [simulated(np.empty(0, np.float32)) for _ in range(4)]
+    with watch() as seen:
+        for version in VERSIONS:
+            cuda.adamw_update(*none, *SETTINGS, 1, version=version)
+    assert not seen.launches
+    assert cuda.global_norm(none[0]) == 0
+    with watch() as seen:
+        assert cuda.clip_gradients(none[0], 1.0) == 0
+    assert all(0 not in launch[1:3] for launch in seen.launches)
+
+
+def test_zero_gradients():
+    for place in PLACES:
+        there = place(np.zeros(9, np.float32))
+        assert cuda.clip_gradients(there, 1.0) == 0
+        assert not to_host(there).any()
+
+
+def test_the_norm_stays_on_the_device():
+    """Launches alone, and work[0] holds what they found."""
+    g, work = wide(1027), simulated(np.zeros(2000, np.float32))
+    there = simulated(g)
+    with watch() as seen:
+        cuda.clip_apply(there, 0.1, work)
+    names = [launch[0].__name__ for launch in seen.launches]
+    assert names == ["_squares", "_root_of_sum", "_shrink_fours"]
+    norm = reference.global_norm(g)
+    assert to_host(work)[0] == pytest.approx(norm, rel=1e-6)
+    got = reference.global_norm(to_host(there))
+    assert got == pytest.approx(0.1, rel=1e-4)
+
+
+def test_views_that_are_not_aligned():
+    arrays = state(40)
+    want = {k: v[1:].astype(np.float64) for k, v in arrays.items()}
+    reference.adamw_update(*want.values(), *SETTINGS, 1)
+    norm = reference.global_norm(want["grads"])
+    for place in PLACES:
+        there = {k: place(v)[1:] for k, v in arrays.items()}
+        with watch():
+            cuda.adamw_update(*there.values(), *SETTINGS, 1)
+            got = cuda.clip_gradients(there["grads"], norm / 3)
+        assert got == pytest.approx(norm, rel=1e-6)
+        for name in ("params", "m", "v"):
+            got = to_host(there[name])
+            np.testing.assert_allclose(got, want[name], atol=2e-6)
+        got = to_host(there["grads"])
+        np.testing.assert_allclose(got, want["grads"] / 3, rtol=3e-6)
+
+
+def test_an_unaligned_sum_has_the_same_bits():
+    g = wide(1027)
+    shifted = simulated(np.concatenate([g[:1], g]))[1:]
+    assert cuda.global_norm(shifted) == cuda.global_norm(simulated(g))
+
+
+def launched():
+    arrays = [simulated(x) for x in state(33).values()]
+    with watch() as seen:
+        for version in VERSIONS:
+            cuda.adamw_update(*arrays, *SETTINGS, 1, version=version)
+        cuda.clip_gradients(arrays[1], 0.01)
+        shifted = simulated(draw(34))[1:]
+        cuda.clip_gradients(shifted, 0.01)
+    return seen
+
+
+def test_machine_code():
+    made = check_machine_code(launched())
+    assert made["_adamw_elements"].vector_loads == 0
+    assert made["_adamw_fours"].vector_loads == 6
+    assert made["_adamw_fours"].vector_stores == 3
+    assert made["_adamw_fours"].registers <= 64
+    # the compiler unrolls the loop
+    assert made["_squares"].vector_loads >= 1
+    assert made["_squares"].registers <= 64
+    assert made["_shrink_fours"].vector_loads == 1
+    assert made["_shrink_fours"].vector_stores == 1
+
+
+def asks_the_bits(text):
+    """Whether PTX masks the exponent of a float32 and compares it."""
+    mask, bits = ", 2139095040;", text.splitlines()
+    masked = [x for x in bits if "and.b32" in x and x.endswith(mask)]
+    asked = [x for x in bits if "setp.eq.s32" in x or "setp.ne.s32" in x]
+    return len(masked) == 1 and sum(x.endswith(mask) for x in asked) == 1
+
+
+def test_the_norm_is_compiled_without_fastmath():
+    """No flush to zero, no approximation, and a question to the bits."""
+    seen = launched()
+    made = check_machine_code(seen)
+    for name in ("_squares", "_root_of_sum", "_shrink_fours"):
+        text = made[name].ptx
+        assert ".ftz" not in text and ".approx" not in text, name
+    assert "sqrt.rn.f32" in made["_root_of_sum"].ptx
+    for name in ("_shrink_fours", "_shrink_elements"):
+        text = made[name].ptx
+        assert "div.rn.f32" in text
+        assert asks_the_bits(text), name
+
+
+def test_fastmath_would_not_drop_the_question():
+    """It divides by an approximation, so the test above can fail."""
+    seen = launched()
+    made = check_machine_code(seen)
+    fast = kernel(cuda._shrink_fours.function)
+    kinds = next(k for f, *_, k in seen.launches if "fours" in f.__name__
+                 and "shrink" in f.__name__)  # fmt: skip
+    text = compiled(fast, kinds, (9, 0)).ptx
+    assert ".ftz" in text and "div.rn.f32" not in text
+    assert asks_the_bits(text)
+    assert ".ftz" not in made["_shrink_fours"].ptx
+
+
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("learning_rate", -1),
+        ("beta1", 1),
+        ("beta2", -0.1),
+        ("eps", 0),
+        ("weight_decay", -1),
+        ("step", 0),
+    ],
+)
+def test_settings_out_of_range(setting, value):
+    arrays = [simulated(x) for x in state(5).values()]
+    bad = settings_for(1) | {setting: value}
+    with pytest.raises(ValueError, match=f"{setting} must be"):
+        cuda.adamw_update(*arrays, **bad)
+    with pytest.raises(ValueError, match=f"{setting} must be"):
+        cuda.adamw_settings(**bad)
+
+
+def test_arrays_that_do_not_fit_are_refused():
+    arrays = {k: simulated(v) for k, v in state(12).items()}
+    for name in arrays:
+        for bad, error in (
+            (simulated(draw(11)), ValueError),
+            (simulated(draw(12).reshape(3, 4)), ValueError),
+            (simulated(draw(12).astype(np.float64)), TypeError),
+            (draw(12), TypeError),
+        ):
+            spoiled = arrays | {name: bad}
+            with pytest.raises(error, match="adamw_update: .* must"):
+                cuda.adamw_update(*spoiled.values(), *SETTINGS, 1)
+    short = simulated(np.zeros(7, np.float32))
+    with pytest.raises(ValueError, match=r"work must have shape \(8,\)"):
+        cuda.adamw_update(*arrays.values(), *SETTINGS, 1, work=short)
+    with pytest.raises(ValueError, match=r"settings must have shape \(8,\)"):
+        cuda.adamw_apply(*arrays.values(), short)
+    for version in (0, 3):
+        with pytest.raises(ValueError, match="version must be in 1 to 2"):
+            cuda.adamw_update(*arrays.values(), *SETTINGS, 1, version=version)
+
+
+def test_norm_and_clip_refuse_what_does_not_fit():
+    g = simulated(draw(12))
+    for call in (cuda.global_norm, lambda x: cuda.clip_gradients(x, 1.0)):
+        with pytest.raises(TypeError, match="must be a device's array"):
+            call(draw(12))
+        with pytest.raises(ValueError, match="must have shape"):
+            call(simulated(draw(12).reshape(3, 4)))
+    for bad in (0, -1, math.nan):
+        with pytest.raises(ValueError, match="max_norm must be above 0"):
+            cuda.clip_gradients(g, bad)
+    with pytest.raises(ValueError, match=r"work must have shape \(1025,\)"):
+        cuda.global_norm(g, work=simulated(draw(9)))
+    with pytest.raises(TypeError, match="work must be a device's array"):
+        cuda.global_norm(g, work=draw(2000).tolist())

@@ -1,0 +1,387 @@
+"""The products on a GPU: results, bounds, races, counts, machine code."""
+
+import re
+
+import numpy as np
+import pytest
+from gpu import GENERATIONS, check_layer, check_machine_code, compiled
+
+import llmnb.cuda.matmul as module
+from llmnb import reference
+from llmnb.cuda.matmul import (
+    MATMUL_BACKWARD,
+    MATMUL_FORWARD,
+    matmul_backward,
+    matmul_forward,
+    matmul_scratch,
+)
+from llmnb.gpu.launch import empty, missing, simulated, to_device, to_host
+from llmnb.gpu.ptx import compile_kernel, no_compiler
+from llmnb.gpu.simulator import watch
+
+rng = np.random.default_rng(0)
+VERSIONS = range(1, len(MATMUL_FORWARD) + 1)
+# B, T, C, OC: tiny, odd, by fours, more than a tile each way
+SHAPES = [(1, 1, 1, 1), (1, 5, 7, 9), (2, 9, 9, 17), (2, 5, 12, 20)]
+LAYOUTS = [(True, True), (True, False), (False, False)]
+
+
+def normal(*shape):
+    return rng.normal(size=shape).astype(np.float32)
+
+
+def poison(*shape):
+    return np.full(shape, np.nan, np.float32)
+
+
+def check_forward(B, T, C, OC, version, bias, residual):
+    arrays = {
+        "out": poison(B, T, OC),
+        "inp": normal(B, T, C),
+        "weight": normal(OC, C),
+        "bias": normal(OC) if bias else None,
+        "residual": normal(B, T, OC) if residual else None,
+    }
+    both = matmul_forward, reference.matmul_forward
+    return check_layer(*both, arrays, ["out"], version=version)
+
+
+def check_backward(B, T, C, OC, version, bias, add_dinp, add_dweight):
+    grads = normal if add_dweight else poison
+    arrays = {
+        "dinp": (normal if add_dinp else poison)(B, T, C),
+        "dweight": grads(OC, C),
+        "dbias": grads(OC) if bias else None,
+        "dout": normal(B, T, OC),
+        "inp": normal(B, T, C),
+        "weight": normal(OC, C),
+        "add_dinp": add_dinp,
+        "add_dweight": add_dweight,
+    }
+    writes = ["dinp", "dweight"] + ["dbias"] * bias
+    both = matmul_backward, reference.matmul_backward
+    return check_layer(*both, arrays, writes, version=version)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward(shape, version):
+    extra = int(sum(shape)) % 2 == 0
+    check_forward(*shape, version, True, extra)
+    if shape in SHAPES[1::2]:
+        check_forward(*shape[:2], 4, 8, version, False, not extra)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_backward(shape, version):
+    add = int(sum(shape)) % 2 == 0
+    check_backward(*shape, version, True, add, not add)
+    if shape in SHAPES[1::2]:
+        check_backward(*shape[:2], 4, 8, version, False, not add, add)
+
+
+def flats(product, rows, cols, steps, along, place=to_device):
+    """A product's result from flat arrays, and NumPy's."""
+    a, b = normal(rows, steps), normal(cols, steps)
+    shift, before = normal(cols), normal(rows, cols)
+    out = empty(rows * cols, like=place(shift))
+    product(
+        out,
+        place(before.reshape(-1)),
+        place(shift),
+        *(
+            place((x if way else x.T).reshape(-1))
+            for x, way in zip((a, b), along, strict=True)
+        ),
+        (rows, cols, steps),
+        along,
+    )
+    want = a.astype(np.float64) @ b.T + shift + before
+    return to_host(out).reshape(rows, cols), want
+
+
+@pytest.mark.parametrize("along", LAYOUTS)
+@pytest.mark.parametrize("product", MATMUL_FORWARD[2:])
+def test_more_than_a_tile(product, along):
+    """Edges of tiles of 64, several tiles both ways and along the sum."""
+    with watch():
+        got, want = flats(product, 68, 72, 12, along, simulated)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("along", LAYOUTS)
+@pytest.mark.parametrize("product", MATMUL_FORWARD[2:])
+def test_large_tiles(product, along, monkeypatch):
+    """Tiles of 128; watched on one that hangs over, run on several."""
+    monkeypatch.setattr(module, "_tile_size", lambda rows, cols: 128)
+    with watch() as seen:
+        got, want = flats(product, 36, 76, 12, along, simulated)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+    [(kernel, grid, block, _)] = seen.launches
+    assert "_128_" in kernel.__name__
+    assert grid == (1, 1)
+    assert block == 256
+    if along == LAYOUTS[0]:
+        got, want = flats(product, 132, 136, 4, along)
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+def test_the_size_of_a_tile():
+    assert module._tile_size(256, 768) == 64
+    assert module._tile_size(256, 50304) == 128
+    assert module._tile_size(128 * 9, 128 * 12) == 128
+    assert module._tile_size(128 * 9, 128 * 12 - 128) == 64
+
+
+@pytest.mark.parametrize("along", LAYOUTS)
+def test_versions_and_tiles_change_no_bit(along, monkeypatch):
+    """Every output is summed over k in rising order."""
+    global rng
+    results = []
+    for product, size in [(p, 64) for p in MATMUL_FORWARD] + [
+        (p, 128) for p in MATMUL_FORWARD[2:]
+    ]:
+        monkeypatch.setattr(module, "_tile_size", lambda *_, n=size: n)
+        rng = np.random.default_rng(1)
+        got, _ = flats(product, 8, 12, 12, along, simulated)
+        results.append(got)
+    assert all(np.array_equal(results[0], got) for got in results)
+
+
+def test_residual_may_be_out():
+    x, w, b, r = normal(2, 3, 8), normal(12, 8), normal(12), normal(2, 3, 12)
+    want = x @ w.T + b + r
+    for version in VERSIONS:
+        out = to_device(r)
+        matmul_forward(out, *map(to_device, (x, w, b)), out, version=version)
+        np.testing.assert_allclose(to_host(out), want, atol=1e-5)
+
+
+def test_column_sums_of_many_rows_in_given_scratch():
+    B, T, C, OC = 3, 43, 1, 132
+    x, w, dy = normal(B, T, C), normal(OC, C), normal(B, T, OC)
+    size = matmul_scratch(B * T, OC)
+    assert size == 3 * OC
+    work, db, start = empty(size + 1), normal(OC), None
+    for add in (True, False):
+        start = to_device(db)
+        grads = to_device(x), to_device(w), start
+        arrays = map(to_device, (dy, x, w))
+        matmul_backward(*grads, *arrays, False, add, work=work, version=1)
+        want = dy.astype(np.float64).sum((0, 1)) + add * db
+        np.testing.assert_allclose(to_host(start), want, rtol=0, atol=1e-4)
+    assert np.isfinite(to_host(work)[:-1]).all()
+    if missing():  # what nobody wrote is poison
+        assert np.isnan(to_host(work)[-1])
+
+
+# ---- what the chapter claims ----
+
+
+def seen_by(product, along=(True, True), rows=64, cols=64, steps=16):
+    out, a, b = (
+        simulated(np.ones(m * n, np.float32))
+        for m, n in ((rows, cols), (rows, steps), (cols, steps))
+    )
+    with watch() as seen:
+        product(out, None, None, a, b, (rows, cols, steps), along)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def ladder():
+    return [seen_by(product) for product in MATMUL_FORWARD]
+
+
+def test_bytes_read_for_each_fma(ladder):
+    each = [seen.read_bytes / (64 * 64 * 16) for seen in ladder]
+    assert each == [8, 8 / 16, 8 / 64, 8 / 64]
+
+
+def test_requests_passes_and_barriers(ladder):
+    simple, square, registers, vectors = ladder
+    fmas = 64 * 64 * 16 // 32
+    assert simple.shared_requests == simple.barriers == 0
+    # lanes 32 rows apart: a whole sector for each number of weight
+    assert simple.sectors > 32 * fmas
+    # two reads an FMA and a number written for each thread and tile
+    assert square.sectors * 32 == square.read_bytes + square.written_bytes
+    assert square.shared_requests == 2 * fmas + 2 * 16 * 8
+    assert square.shared_passes == square.shared_requests
+    assert square.barriers == 16 * 256 * 2
+    # sixteen reads for 64 FMAs
+    written = 2 * 64 * 16 // 32
+    assert registers.shared_requests == fmas // 4 + written
+    assert registers.shared_passes == registers.shared_requests
+    assert registers.barriers == 64 * 2 * 2
+    # four reads for 64 FMAs; eight lanes are served in a pass
+    assert vectors.shared_requests == fmas // 16 + written
+    assert vectors.shared_passes == fmas // 4 + written
+    assert vectors.barriers == 64 * 2
+
+
+@pytest.mark.parametrize("along", LAYOUTS)
+@pytest.mark.parametrize("product", MATMUL_FORWARD[2:])
+def test_every_sector_is_used(product, along):
+    """Only the numbers of both factors and of out move, once for a tile."""
+    seen = seen_by(product, along, 64, 64, 8)
+    moved = seen.read_bytes + seen.written_bytes
+    assert seen.sectors == moved // 32
+
+
+def machine_code(kernel, seen):
+    """Compile a kernel of the ladder's arguments for both generations."""
+    seen.launches[:] = [(kernel, 1, 1, seen.launches[0][3])]
+    check_machine_code(seen)
+    return [compiled(kernel, seen.launches[0][3], cc) for cc in GENERATIONS]
+
+
+def found(pattern, made):
+    return len(re.findall(pattern, made.ptx))
+
+
+@pytest.mark.parametrize("tile", [64, 128])
+@pytest.mark.parametrize("along", LAYOUTS)
+def test_machine_code_of_vectors(tile, along, ladder):
+    for made in machine_code(module._vector_kernel(tile, *along), ladder[0]):
+        steps, rest = divmod(found(r"fma\.rn\S*\.f32", made), 64)
+        assert steps > 0
+        assert rest == 0
+        assert found(r"ld\.shared\.v4\.f32", made) == 4 * steps
+        assert found(r"ld\.shared\.f32", made) == 0
+        assert found(r"ld\.global\S*\.v4\.f32", made) > 0
+        assert found(r"ld\.global\S*\.f32", made) == found(
+            r"ld\.global\S*\.v4\.f32", made
+        )
+        assert found(r"st\.global\S*\.v4\.f32", made) >= 16
+        # two blocks of the large tile fit on a processor
+        assert made.registers <= (128 if tile == 128 else 168)
+
+
+def without_names(ptx):
+    """PTX without the names that numba numbers, and the generation's."""
+    return re.sub(r"\b_Z\w+|_smem_\d+|\bsm_\d+", "", ptx)
+
+
+def test_all_generations_have_one_ptx(ladder):
+    """So that `compiled` may translate a kernel once for all of them."""
+    if no_compiler():
+        pytest.skip(no_compiler())
+    kernel = module._vector_kernel(64, *LAYOUTS[0])
+    kinds = ladder[0].launches[0][3]
+    first, second = GENERATIONS
+    text = without_names(compiled(kernel, kinds, first).ptx)
+    assert text == without_names(compile_kernel(kernel, kinds, second).ptx)
+
+
+@pytest.mark.parametrize(
+    ("tile", "along"), [(128, LAYOUTS[0]), (64, LAYOUTS[2])]
+)
+def test_machine_code_of_scalars(tile, along, ladder):
+    kernel = module._tile_kernel(tile, 8, 8, *along)
+    for made in machine_code(kernel, ladder[0]):
+        steps, rest = divmod(found(r"fma\.rn\S*\.f32", made), 64)
+        assert steps > 0
+        assert rest == 0
+        assert found(r"ld\.shared\.f32", made) == 16 * steps
+
+
+def test_machine_code_of_the_first_versions(ladder):
+    for kernel in (
+        module._simple_kernel(*LAYOUTS[0]),
+        module._tile_kernel(16, 16, 1, *LAYOUTS[0]),
+    ):
+        machine_code(kernel, ladder[0])
+
+
+def test_the_column_sums_compile():
+    seen = check_backward(1, 3, 4, 8, 4, True, False, False)
+    assert len(seen.launches) == 4
+    seen.launches[:] = seen.launches[2:]
+    made = check_machine_code(seen)
+    assert set(made) == {"_sum_chunks", "_add_chunks"}
+
+
+def test_a_row_of_no_four_takes_scalars(monkeypatch):
+    started = []
+    monkeypatch.setattr(module, "_start", lambda *args: started.append(args))
+
+    def name(*sizes, along, first=0):
+        arrays = [simulated(normal(200)) for _ in range(5)]
+        arrays[3] = arrays[3][first:]
+        MATMUL_FORWARD[3](*arrays, sizes, along)
+        return started[-1][0].__name__
+
+    assert name(3, 8, 12, along=(True, True)) == "matmul_nt_64_vectors"
+    assert name(3, 7, 12, along=(True, True)) == "matmul_nt_64_scalars_64"
+    assert "scalars" in name(3, 8, 11, along=(True, True))
+    assert "scalars" in name(4, 8, 11, along=(True, False))
+    assert "vectors" in name(4, 8, 11, along=(False, False))
+    assert "scalars" in name(3, 8, 12, along=(False, False))
+    assert "scalars" in name(3, 8, 12, along=(True, True), first=1)
+    assert "vectors" in name(3, 8, 12, along=(True, True), first=4)
+
+
+# ---- bad arguments ----
+
+
+def forward_arguments(**changed):
+    good = {
+        "out": poison(2, 3, 5),
+        "inp": normal(2, 3, 4),
+        "weight": normal(5, 4),
+        "bias": normal(5),
+    }
+    good |= changed
+    return {
+        k: to_device(v) if isinstance(v, np.ndarray) else v
+        for k, v in good.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("out", poison(2, 3, 4)),
+        ("inp", normal(6, 4)),
+        ("weight", normal(5, 3)),
+        ("weight", normal(20)),
+        ("bias", normal(4)),
+        ("residual", normal(2, 3, 4)),
+    ],
+)
+def test_wrong_shapes(name, value):
+    with pytest.raises(ValueError, match=f"matmul_forward: {name}|dimension"):
+        matmul_forward(**forward_arguments(**{name: value}))
+
+
+def test_wrong_kinds():
+    arguments = forward_arguments()
+    for wrong in (normal(2, 3, 4), [1.0], None):
+        with pytest.raises(TypeError, match="inp must be a device's array"):
+            matmul_forward(**arguments | {"inp": wrong})
+    double = to_device(np.zeros((2, 3, 4)))
+    with pytest.raises(TypeError, match="must be float32"):
+        matmul_forward(**arguments | {"inp": double})
+    for version in (0, 5, None):
+        with pytest.raises(ValueError, match="version must be in 1 to 4"):
+            matmul_forward(**arguments, version=version)
+
+
+def test_wrong_arguments_of_backward():
+    shapes = (2, 3, 4), (5, 4), (5,), (2, 3, 5), (2, 3, 4), (5, 4)
+    good = x, *_ = [to_device(normal(*shape)) for shape in shapes]
+    for place, name in enumerate(["dinp", "dweight", "dbias", "dout"]):
+        bad = list(good)
+        bad[place] = to_device(normal(7))
+        with pytest.raises(ValueError, match=name):
+            matmul_backward(*bad)
+    for work in (empty(4), empty((5, 2))):
+        with pytest.raises(ValueError, match="work must"):
+            matmul_backward(*good, work=work)
+    with pytest.raises(ValueError, match="version"):
+        matmul_backward(*good, version=5)
+    with pytest.raises(TypeError, match="dweight"):
+        matmul_backward(x, None, *good[2:])
+    assert len(MATMUL_BACKWARD) == 4

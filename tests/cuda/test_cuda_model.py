@@ -1,0 +1,488 @@
+"""The model on a GPU, which is simulated where there is none."""
+
+import os
+import subprocess
+import sys
+import warnings
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from gpu import check_machine_code
+
+from llmnb import GPT2, GPT2Config
+from llmnb.arena import Arena, put
+from llmnb.book.export import ROOT
+from llmnb.cli import cli
+from llmnb.cuda import model_layout, products
+from llmnb.cuda.model import fill, no_gpu
+from llmnb.formats.safetensors import TensorFile
+from llmnb.gpu import launch
+from llmnb.gpu.graph import Graph
+from llmnb.gpu.simulator import watch
+from llmnb.model.decode import Decoder
+from llmnb.model.generate import generate, window_logits
+from llmnb.text import tokenizer
+from llmnb.train.run import begin, follow, resume
+from llmnb.train.train import (
+    Data,
+    Progress,
+    TrainConfig,
+    evaluate,
+    load_run,
+    loaders,
+    new_model,
+    run_folder,
+    save_run,
+    train_step,
+)
+
+SMALL = GPT2Config(5, 29, 1, 2, 8)
+DEEP = GPT2Config(7, 61, 2, 3, 12)
+ODD = GPT2Config(7, 61, 1, 2, 10)  # rows that are no multiple of 16 bytes
+ADAMW = {"learning_rate": 1e-2, "weight_decay": 0.1, "decay": ["wte", "fcw"]}
+SIMULATED = bool(launch.missing())
+
+
+@pytest.fixture(autouse=True)
+def asked(monkeypatch):
+    """Ask for the simulator, so that there is no warning."""
+    if SIMULATED:
+        monkeypatch.setenv("LLMNB_CUDA", "simulator")
+
+
+def batch(cfg, B, T, seed=0):
+    return np.random.default_rng(seed).integers(0, cfg.vocab_size, (2, B, T))
+
+
+def wide(model, seed=0):
+    """Give a model weights so large that no gradient is tiny."""
+    flat = model.memory.flat("params")
+    rng = np.random.default_rng(seed)
+    put(flat, rng.normal(scale=0.5, size=flat.size))
+    return model
+
+
+def host(model, group):
+    return np.asarray(model.memory.flat(group)).copy()
+
+
+@pytest.mark.parametrize("cfg", [DEEP, ODD], ids=["vectors", "numbers"])
+def test_every_gradient(cfg):
+    """Against the reference in float64, with every access checked."""
+    tokens, targets = batch(cfg, 2, 7)
+    exact = wide(GPT2(cfg, 2, 7, "reference", "fp64"))
+    model = wide(GPT2(cfg, 2, 7, "cuda"))
+    put(model.memory.flat("grads"), np.full(host(model, "m").shape, 7.0))
+    with watch():
+        loss = model.forward(tokens, targets)
+        logits = model.logits
+        at = model.logits_at(4)
+        model.backward()
+    assert loss == pytest.approx(exact.forward(tokens, targets), rel=1e-6)
+    want = exact.logits
+    assert logits.shape == want.shape and type(logits) is np.ndarray
+    assert np.abs(logits - want).max() < 1e-5 * np.abs(want).max()
+    assert (at == logits[:, 4]).all()
+    exact.backward()
+    for name, want in exact.grads.items():
+        got = np.asarray(model.grads[name])
+        assert np.abs(want).max() > 1e-3, f"{name}: nothing to test"
+        assert np.linalg.norm(got - want) < 5e-6 * np.linalg.norm(want), name
+
+
+@pytest.fixture(scope="module")
+def ten():
+    """Losses and norms of ten steps on the CPU, and its last weights."""
+    model = GPT2(SMALL, 2, 5, "cpu", seed=3)
+    steps = [
+        model.step(*batch(SMALL, 2, 5), 1.0, step=k, **ADAMW)
+        for k in range(1, 11)
+    ]
+    return np.array(steps), host(model, "params")
+
+
+def test_ten_steps_in_one_block_of_memory(ten, monkeypatch):
+    """Those of the CPU; and a step makes no array outside the arena."""
+    model = GPT2(SMALL, 2, 5, "cuda", seed=3)
+    before = model.memory.nbytes
+    if SIMULATED:
+        block = model.memory._block._array
+        made = launch.DeviceArray.__init__
+
+        def watched(self, array):
+            inside = not array.size or np.shares_memory(array, block)
+            assert inside, "an array of its own"
+            made(self, array)
+
+        monkeypatch.setattr(launch.DeviceArray, "__init__", watched)
+    steps = [
+        model.step(*batch(SMALL, 2, 5), 1.0, step=k, **ADAMW)
+        for k in range(1, 11)
+    ]
+    np.testing.assert_allclose(steps, ten[0], rtol=1e-5)
+    assert np.abs(host(model, "params") - ten[1]).max() < 2e-4
+    assert model.memory.nbytes == before and len(model._graphs) == 1
+    assert steps[-1][0] < steps[0][0] - 0.5
+
+
+def test_a_step_is_its_parts():
+    tokens, targets = batch(SMALL, 2, 5)
+    whole, parts = (GPT2(SMALL, 2, 5, "cuda") for _ in range(2))
+    result = whole.step(tokens, targets, 0.5, **ADAMW)
+    loss = parts.forward(tokens, targets)
+    parts.backward()
+    norm = parts.clip_gradients(0.5)
+    parts.update(**ADAMW)
+    assert result == (loss, norm) and norm > 0.5
+    for group in ("params", "grads", "m", "v"):
+        assert (host(whole, group) == host(parts, group)).all(), group
+    with pytest.raises(RuntimeError, match="there are none"):
+        _ = whole.logits
+    with pytest.raises(RuntimeError, match="call forward"):
+        whole.backward()
+    whole.step(tokens, targets, 0.25)
+    assert len(whole._graphs) == 2
+
+
+def test_parts_of_a_batch_add_up():
+    cfg, got = SMALL, []
+    rows = batch(cfg, 2, 5)
+    for backend in ("cpu", "cuda"):
+        model = wide(GPT2(cfg, 1, 5, backend))
+        for i in range(2):
+            model.forward(rows[0, i : i + 1], rows[1, i : i + 1])
+            model.backward(add=i > 0, share=0.5)
+        got.append(host(model, "grads"))
+    assert np.abs(got[1] - got[0]).max() < 1e-5 * np.abs(got[0]).max()
+
+
+def test_decay_of_all_tensors():
+    """With no gradient, a step multiplies the weights and nothing else."""
+    for decay in (None, [], ["wpe"]):
+        model = wide(GPT2(SMALL, 1, 5, "cuda"))
+        before = {n: np.asarray(x) for n, x in model.params.items()}
+        model.forward(*batch(SMALL, 1, 5))
+        model.backward(share=0.0)
+        model.update(0.1, weight_decay=0.5, step=1, decay=decay)
+        for name, x in model.params.items():
+            factor = 0.95 if decay is None or name in decay else 1.0
+            np.testing.assert_allclose(x, factor * before[name], rtol=1e-6)
+    with pytest.raises(ValueError, match="a name in decay must be one of"):
+        model.update(decay=["wet"])
+    with pytest.raises(ValueError, match="beta1 must be in"):
+        model.step(*batch(SMALL, 1, 5), beta1=1.0)
+
+
+def test_the_same_first_weights_and_checkpoints(tmp_path):
+    model, other = (GPT2(DEEP, 2, 3, x, seed=5) for x in ("cuda", "cpu"))
+    assert (host(model, "params") == other.memory.flat("params")).all()
+    assert not host(model, "m").any() and not host(model, "grads").any()
+    assert not host(GPT2(DEEP, 1, 3, "cuda", seed=None), "params").any()
+    for name in ("model.bin", "model.safetensors"):
+        model.save_checkpoint(tmp_path / name)
+        other.save_checkpoint(tmp_path / "other")
+        for backend in ("cuda", "cpu"):
+            path = tmp_path / name
+            back = GPT2.from_checkpoint(path, 1, 2, backend)
+            assert (host(back, "params") == host(model, "params")).all()
+    same = (tmp_path / "model.bin").read_bytes()
+    assert same == (tmp_path / "other").read_bytes()
+
+
+def test_a_refused_batch_leaves_no_trace():
+    model = GPT2(SMALL, 2, 5, "cuda")
+    tokens, targets = batch(SMALL, 2, 5)
+    kept = model._batch["tokens"]
+    with pytest.raises(ValueError, match=r"targets must lie in \[0, 29\)"):
+        model.forward(tokens + 0, targets + 29)
+    with pytest.raises(TypeError, match="must hold integers, got float64"):
+        model.step(tokens * 1.0, targets)
+    assert not np.asarray(kept).any()
+
+
+@pytest.mark.parametrize(
+    ("precision", "says"),
+    [
+        ("fp64", "'fp64' needs the backend 'reference' or 'cpu'"),
+        ("bf16", "'bf16' needs the backend 'cpu'"),
+        ("half", "precision must be one of 'fp32', 'fp64', 'bf16', 'tf32'"),
+    ],
+)
+def test_precisions_that_a_gpu_has_not(precision, says):
+    with pytest.raises(ValueError, match=says):
+        GPT2(SMALL, 1, 5, "cuda", precision)
+
+
+def test_tf32_needs_the_librarys_products(monkeypatch):
+    with pytest.raises(ValueError, match="'tf32' needs the backend 'cuda'"):
+        GPT2(SMALL, 1, 5, "cpu", "tf32")
+    monkeypatch.setenv("LLMNB_MATMUL", "llmnb")
+    assert products() == "llmnb"
+    with pytest.raises(ValueError, match="'tf32' needs cuBLASLt: "):
+        GPT2(SMALL, 1, 5, "cuda", "tf32")
+    monkeypatch.setenv("LLMNB_MATMUL", "mkl")
+    with pytest.raises(ValueError, match="must be 'cublas' or 'llmnb', got"):
+        GPT2(SMALL, 1, 5, "cuda")
+
+
+@pytest.mark.skipif(not SIMULATED, reason="there is a GPU")
+def test_cublas_without_a_gpu(monkeypatch):
+    monkeypatch.setenv("LLMNB_MATMUL", "cublas")
+    with pytest.raises(ValueError, match="asks for cuBLASLt: "):
+        GPT2(SMALL, 1, 5, "cuda")
+
+
+@pytest.mark.skipif(not SIMULATED, reason="there is a GPU")
+def test_without_a_gpu_one_warning_says_why(monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert no_gpu() == ""
+        GPT2(SMALL, 1, 5, "cuda", seed=None)
+    monkeypatch.delenv("LLMNB_CUDA")
+    with pytest.warns(UserWarning, match="simulator") as seen:
+        GPT2(SMALL, 1, 5, "cuda", seed=None)
+    assert len(seen) == 1 and seen[0].filename == __file__
+    assert str(seen[0].message).startswith(f"GPT2: {launch.missing()}; ")
+
+
+def test_layouts_agree():
+    """A group the layers may take for rows of vectors begins at 16 bytes."""
+    arena = GPT2(GPT2Config(3, 5, 3, 1, 4), 1, 3, "cuda", seed=None).memory
+    for group, name, shape, _, at, _ in arena.table():
+        if shape[-1] % 4 == 0:
+            assert at % 16 == 0, (group, name)
+    groups = model_layout(SMALL, 2, 5)
+    assert set(groups) == {"work", "settings"}
+
+
+def test_fill():
+    def zeros(nbytes):
+        return launch.simulated(np.zeros(nbytes, np.uint8))
+
+    arena = Arena({"x": (np.float32, {"a": (3, 5), "b": (300,)})}, zeros)
+    with watch() as seen:
+        fill(arena["x"]["b"], 1 / 3)
+    assert not np.asarray(arena["x"]["a"]).any()
+    assert (np.asarray(arena["x"]["b"]) == np.float32(1 / 3)).all()
+    check_machine_code(seen)
+
+
+def test_memory_that_is_not_there():
+    def none(nbytes):
+        raise MemoryError
+
+    with pytest.raises(MemoryError, match="needs one block of 64 bytes"):
+        Arena({"x": (np.float32, {"a": (3,)})}, none)
+
+
+class Driver:
+    """The driver's calls, written down; an answer of 0 is no error."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        if name == "CUstreamCaptureMode":
+            return SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
+
+        def call(*args):
+            self.calls.append(name)
+            return (0, "graph")
+
+        return call
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    bindings = pytest.importorskip("cuda.bindings")
+    import numba.cuda
+
+    from llmnb.gpu import graph
+
+    fake = Driver()
+    monkeypatch.setattr(bindings, "driver", fake, raising=False)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", fake)
+    place = SimpleNamespace(handle=5, synchronize=lambda: None)
+    monkeypatch.setattr(graph, "_stream", lambda: place)
+    monkeypatch.setattr(numba.cuda, "defer_cleanup", nullcontext)
+    return fake
+
+
+def test_what_a_graph_asks_of_the_driver(driver):
+    """Run, record and launch, launch; the stream is set while it records."""
+    streams = []
+    graph = Graph(lambda: streams.append(launch.stream_address()), like=None)
+    graph()
+    assert streams == [0] and driver.calls == []
+    graph()
+    begin_to_end = ["cuStreamBeginCapture", "cuStreamEndCapture"]
+    made = ["cuGraphInstantiate", "cuGraphDestroy", "cuGraphLaunch"]
+    assert streams == [0, 5] and driver.calls == begin_to_end + made
+    graph()
+    assert streams == [0, 5] and driver.calls[5:] == ["cuGraphLaunch"]
+
+
+def test_a_failure_while_a_graph_is_recorded(driver):
+    """The stream stops recording, and the next call records again."""
+
+    def function():
+        if graph.calls == 2:
+            raise KeyError("x")
+
+    graph = Graph(function, like=None)
+    graph()
+    with pytest.raises(KeyError):
+        graph()
+    assert driver.calls == ["cuStreamBeginCapture", "cuStreamEndCapture"]
+    assert launch.stream_address() == 0
+    graph()
+    assert driver.calls[-1] == "cuGraphLaunch"
+
+
+RUN = TrainConfig(
+    tokenizer="byte",
+    num_layers=1,
+    num_heads=2,
+    channels=8,
+    seq_len=6,
+    batch_size=1,
+    steps=2,
+    eval_every=9,
+    eval_batches=1,
+    save_every=1,
+    backend="cuda",
+)
+
+
+@pytest.fixture
+def small_text(monkeypatch):
+    def prepare(config):
+        draw = np.random.default_rng(3)
+        tokens = draw.integers(0, 257, 400).astype(np.uint16)
+        return Data(tokenizer.byte(), tokens[:300], tokens[300:], "random")
+
+    monkeypatch.setattr("llmnb.train.run.prepare", prepare)
+    return prepare(RUN)
+
+
+def test_a_resumed_run_is_the_undisturbed_one(tmp_path, small_text):
+    """To the last bit; and the state is one that the CPU can go on from."""
+    folders = [run_folder(tmp_path / name) for name in ("a", "b")]
+    runs = [begin(folder, RUN) for folder in folders]
+    [*follow(runs[0])]
+    for _ in follow(runs[1]):
+        break
+    other, told = resume(folders[1])
+    assert not told and other.at.step == 1
+    assert other.model.backend == "cuda"
+    [*follow(other)]
+    for name in ("state_00000001", "state_00000002"):
+        files = [TensorFile(f / f"{name}.safetensors") for f in folders]
+        assert len(files[0].names) == 48
+        for tensor in files[0].names:
+            pair = [file[tensor] for file in files]
+            assert pair[0].any() and (pair[0] == pair[1]).all(), tensor
+    logs = [
+        [row.split(",")[:5] for row in (f / "log.csv").open()] for f in folders
+    ]
+    assert logs[0] == logs[1] and len(logs[0]) == 4
+
+
+def test_steps_with_something_to_decide(small_text):
+    """Several batches, or a limit: no step in one launch, and the CPU's."""
+    for options in ({"total_batch": 12}, {"skip_norm": 5.0}):
+        results = []
+        for backend in ("cpu", "cuda"):
+            config = replace(RUN, backend=backend, **options)
+            model = new_model(config, 257)
+            feed = loaders(config, small_text)[0]
+            results.append(train_step(config, model, feed, Progress()))
+            assert not model._graphs
+        assert results[1] == pytest.approx(results[0], rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite(small_text):
+    model, at = new_model(RUN, 257), Progress()
+    put(model.params["lnfb"], np.full(8, np.nan))
+    feed = loaders(RUN, small_text)[0]
+    with pytest.raises(FloatingPointError, match="loss is nan at step 0"):
+        train_step(RUN, model, feed, at)
+
+
+def test_evaluation_and_writing(small_text, tmp_path):
+    models = [wide(GPT2(RUN.model(257), 2, 6, x)) for x in ("cpu", "cuda")]
+    config = replace(RUN, batch_size=2)
+    losses = [evaluate(m, loaders(config, small_text)[1], 1) for m in models]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    texts = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    logits = [window_logits(m, texts) for m in models]
+    assert logits[1].shape == (3, 257)
+    assert np.abs(logits[1] - logits[0]).max() < 1e-4
+    written = [list(generate(m, [3], 3, 0.0)) for m in models]
+    written += [list(generate(Decoder.of(m), [3], 3, 0.0)) for m in models]
+    assert all(text == written[0] for text in written)
+
+
+def test_a_run_in_tf32_read_on_another_backend(small_text, tmp_path):
+    folder = run_folder(tmp_path / "run")
+    model = GPT2(RUN.model(257), 1, 6, "cuda")
+    save_run(folder, replace(RUN, precision="tf32"), model, small_text, [])
+    model, _, config = load_run(folder, backend="cpu")
+    assert config.precision == "tf32" and model.precision == "fp32"
+
+
+@pytest.mark.skipif(not SIMULATED, reason="there is a GPU")
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --backend cuda",
+        "generate RUN --backend cuda",
+        "verify RUN --backend cuda",
+    ],
+)
+def test_a_command_refuses_a_gpu_that_is_not_there(
+    command, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.delenv("LLMNB_CUDA")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(command.replace("RUN", str(tmp_path)).split())
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1 and said.count("\n") == 1
+    assert f"no backend cuda here: {launch.missing()}; LLMNB_CUDA" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not SIMULATED, reason="there is a GPU")
+def test_a_run_from_the_command_line(tmp_path):
+    """Train, go on, and write, on the simulator that was asked for."""
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six seven eight " * 40)
+    sizes = "--num-layers 1 --num-heads 1 --channels 4 --seq-len 4"
+    sizes += " --batch-size 1 --steps 1 --eval-batches 1 --tokenizer byte"
+    run = tmp_path / "run"
+
+    def llmnb(*args):
+        code = "from llmnb.cli.cli import main; main()"
+        command = [sys.executable, "-c", code, *map(str, args)]
+        env = os.environ | {"LLMNB_CUDA": "simulator"}
+        env["PYTHONPATH"] = str(ROOT)
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=env
+        )
+
+    out = llmnb(
+        *("train", "--corpus", text, "--out", run, "--backend", "cuda"),
+        *sizes.split(),
+    )
+    assert out.returncode == 0, out.stderr
+    assert "1 layers, 1 heads, 4 channels" in out.stdout
+    assert "Warning" not in out.stderr
+    out = llmnb(
+        *("generate", run, "--tokens", 2, "--prompt", "one"),
+        *("--backend", "cuda"),
+    )
+    assert out.returncode == 0 and out.stdout.startswith("one"), out.stderr

@@ -1,0 +1,297 @@
+"""The arena: its layout, and that training allocates nothing after a step."""
+
+import subprocess
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from llmnb import GPT2, GPT2Config, room
+from llmnb.arena import Arena
+from llmnb.checks import check_array, check_tokens
+from llmnb.model.layout import footprint, gpt2_layout
+from llmnb.train.train import TrainConfig, new_model
+
+CFG = GPT2Config(
+    max_seq_len=32, vocab_size=200, num_layers=2, num_heads=4, channels=32
+)
+
+
+def test_views_lie_one_after_the_other():
+    arena = Arena(
+        {
+            "a": (np.float32, {"x": (2, 3), "y": (5,)}),
+            "b": (np.int32, {"z": (7,)}),
+        }
+    )
+    assert arena.table() == [
+        ("a", "x", (2, 3), "float32", 0, 24),
+        ("a", "y", (5,), "float32", 24, 20),
+        ("b", "z", (7,), "int32", 64, 28),
+    ]
+    assert arena.nbytes == 128
+    assert arena.sizes() == {"a": 44, "b": 28}
+    arena.flat("a")[:] = range(11)
+    assert arena["a"]["x"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert arena["a"]["y"].tolist() == [6, 7, 8, 9, 10]
+    assert not arena["b"]["z"].any()
+    assert arena["a"]["x"].ctypes.data % 64 == 0
+
+
+def test_every_tensor_of_a_model_is_a_view_of_one_block():
+    model = GPT2(CFG, 2, 16)
+    block = model.memory.flat("params").base
+    first = block.ctypes.data
+    last = first + block.nbytes
+    arrays = [
+        a
+        for group in ("params", "grads", "m", "v", "acts", "block", "work")
+        for a in model.memory[group].values()
+    ]
+    assert len(arrays) > 80
+    spans = sorted((a.ctypes.data, a.nbytes) for a in arrays)
+    assert all(first <= at and at + size <= last for at, size in spans)
+    for (at, size), (following, _) in zip(spans, spans[1:], strict=False):
+        assert at + size <= following
+
+
+def step(model, tokens):
+    """One whole training step."""
+    model.forward(tokens, tokens)
+    model.backward()
+    model.clip_gradients(1.0)
+    model.update(step=1, decay={"wte", "qkvw"})
+
+
+def allocated(backend):
+    """Bytes that Python and NumPy held at once, at most, in three steps."""
+    cfg = GPT2Config(64, 200, 2, 4, 64)
+    model = GPT2(cfg, 4, 64, backend)
+    tokens = np.arange(256).reshape(4, 64) % 200
+    step(model, tokens)
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for _ in range(3):
+        step(model, tokens)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak - before
+
+
+def test_a_step_allocates_nothing():
+    # a temporary as large as one activation takes 65,536 bytes: the NumPy
+    # backend makes such, the compiled one must not, not even for a moment
+    assert allocated("cpu") < 30_000
+    assert allocated("reference") > 65_536
+
+
+FOOTPRINT = """
+import ctypes, sys
+import numpy as np
+from llmnb import GPT2, GPT2Config
+
+def status(name):
+    lines = open("/proc/self/status").read().splitlines()
+    line = next(x for x in lines if x.startswith(name))
+    return 1024 * int(line.split()[1])
+
+cfg = GPT2Config(64, 1000, 2, 4, 64)
+model = GPT2(cfg, 4, 64)
+tokens = np.random.default_rng(0).integers(0, 1000, (4, 64))
+leak = []
+for i in range(200):
+    model.forward(tokens, tokens)
+    model.backward()
+    model.update(step=i + 1)
+    if "leak" in sys.argv:
+        leak.append(np.ones(20_000))
+    if i == 0:  # give back what compiling took, and begin a new peak
+        ctypes.CDLL(None).malloc_trim(0)
+        open("/proc/self/clear_refs", "w").write("5")
+        first = status("VmRSS")
+print(status("VmHWM") - first)
+"""
+
+
+def growth(*args):
+    """Bytes by which the peak of steps 2 to 200 exceeds what step 1 left."""
+    run = [sys.executable, "-c", FOOTPRINT, *args]
+    return int(subprocess.check_output(run))
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux"),
+    reason="reads a process's peak memory from /proc, which Linux has",
+)
+def test_the_peak_of_200_steps_is_that_of_the_first():
+    # the activations take 3.4 MB here, and a second copy of them must show;
+    # so must a leak of 160 kB a step, put in on purpose
+    assert growth() < 2_000_000
+    assert growth("leak") > 20_000_000
+
+
+def test_a_model_too_large_says_so(monkeypatch):
+    def refuse(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(np, "zeros", refuse)
+    with pytest.raises(MemoryError, match="one block of [0-9,]+ bytes"):
+        GPT2(CFG, 2, 16)
+
+
+MEMINFO = "MemFree: 9 kB\nMemAvailable:    1000 kB\nSwapFree: 24 kB\nX: y\n"
+BOX = {
+    "proc/self/cgroup": "1:name=systemd:/\n0::/a/b\n",
+    "sys/fs/cgroup/a/b/memory.max": "max\n",
+    "sys/fs/cgroup/a/memory.max": "500000\n",
+    "sys/fs/cgroup/a/memory.current": "400000\n",
+    "sys/fs/cgroup/a/memory.stat": "anon 9\nactive_file 1\ninactive_file 2\n",
+}
+OLD_BOX = {
+    "proc/self/cgroup": "4:memory:/docker/x\n3:cpu,cpuacct:/docker/x\n",
+    "sys/fs/cgroup/cpu,cpuacct/memory.limit_in_bytes": "1\n",
+    "sys/fs/cgroup/memory/memory.limit_in_bytes": "500000\n",
+    "sys/fs/cgroup/memory/memory.usage_in_bytes": "400000\n",
+    "sys/fs/cgroup/memory/memory.stat": "inactive_file 9\n"
+    "total_active_file 1\ntotal_inactive_file 2\n",
+}
+NO_SWAP = {
+    "sys/fs/cgroup/a/memory.swap.max": "0\n",
+    "sys/fs/cgroup/a/memory.swap.current": "0\n",
+}
+ZFS = "13 1 0x01\nname type data\nsize 4 5000\nc_min 4 2000\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "want"),
+    [
+        ({}, 1024 * 1024),
+        ({"proc/self/cgroup": "0::/\n"}, 1024 * 1024),
+        ({"proc/self/cgroup": "nonsense"}, 1024 * 1024),
+        ({"proc/spl/kstat/zfs/arcstats": ZFS}, 1024 * 1024 + 3000),
+        (BOX, 100_003 + 24 * 1024),
+        (BOX | NO_SWAP, 100_003),
+        (BOX | {"sys/fs/cgroup/a/memory.max": "9" * 19}, 1024 * 1024),
+        (BOX | {"sys/fs/cgroup/a/memory.current": "?"}, 1024 * 1024),
+        (OLD_BOX, 100_003 + 24 * 1024),
+        ({"proc/meminfo": "MemFree: 9 kB\n"}, None),
+    ],
+)
+def test_what_is_free(tmp_path, files, want):
+    for name, text in ({"proc/meminfo": MEMINFO} | files).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert room.free_memory(tmp_path) == want
+
+
+def test_what_is_free_where_nobody_knows(tmp_path, monkeypatch):
+    assert room.free_memory(tmp_path) is None
+    monkeypatch.setattr(room, "free_memory", lambda: None)
+    room.check_room(1 << 60)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_what_is_free_here():
+    assert 1 << 20 < room.free_memory() < 1 << 50
+
+
+def test_what_would_fit_is_not_refused(monkeypatch):
+    """A model that only reads takes no memory for its gradients."""
+    shape = {"num_layers": 2, "num_heads": 4, "channels": 32, "seq_len": 16}
+    config = TrainConfig(**shape, batch_size=2, backend="reference")
+    cfg = config.model(200)
+    sizes = footprint(gpt2_layout(cfg, 2, 16))
+    reads = ("params", "acts", "logits", "block", "batch")
+    least, whole = sum(sizes[x] for x in reads), sum(sizes.values())
+    free = [whole]
+    monkeypatch.setattr(room, "free_memory", lambda: free[0])
+    new_model(config, 200)
+    free[0] = whole - 1
+    with pytest.raises(MemoryError, match="needs 0.0 GB, this machine has"):
+        new_model(config, 200)
+    free[0] = least
+    GPT2(cfg, 2, 16, "reference").forward(np.zeros((2, 16), np.int64))
+    free[0] = least - 1
+    with pytest.raises(MemoryError, match="batch_size, seq_len or model"):
+        GPT2(cfg, 2, 16, "reference")
+
+
+@pytest.mark.parametrize(
+    ("array", "error", "says"),
+    [
+        ([1.0], TypeError, "f: x must be a NumPy array, got list"),
+        (np.zeros((2, 3)), TypeError, "f: x must be float32, got float64"),
+        (
+            np.zeros((3, 2), np.float32),
+            ValueError,
+            r"f: x must have shape \(2, 3\), got \(3, 2\)",
+        ),
+        (
+            np.zeros((3, 2), np.float32).T,
+            ValueError,
+            "f: x must be C-contiguous",
+        ),
+    ],
+)
+def test_arrays_are_checked(array, error, says):
+    with pytest.raises(error, match=says):
+        check_array("f: x", array, (2, 3), np.float32)
+
+
+def test_tokens_are_checked():
+    check_tokens("t", np.array([0, 4]), 5)
+    with pytest.raises(ValueError, match=r"\[0, 5\), got 5 at \(1,\)"):
+        check_tokens("t", np.array([0, 5]), 5)
+    with pytest.raises(ValueError, match=r"got -1 at \(0, 1\)"):
+        check_tokens("t", np.array([[0, -1]]), 5)
+    with pytest.raises(TypeError, match="integers, got float64"):
+        check_tokens("t", np.array([0.0]), 5)
+
+
+def test_the_footprint_is_known_beforehand():
+    """The arena is what a model takes: its layout sums to its size."""
+    for seq_len, channels in ((16, 32), (8, 4)):
+        cfg = GPT2Config(32, 200, 2, 4, channels)
+        sizes = footprint(gpt2_layout(cfg, 2, seq_len))
+        memory = Arena(gpt2_layout(cfg, 2, seq_len))
+        assert 0 <= memory.nbytes - sum(sizes.values()) < 64 * 9
+        # the longer of the two that share their bytes
+        assert (sizes["block"] == 0) == (channels == 4)
+
+
+def test_a_group_over_the_one_before():
+    arena = Arena(
+        {
+            "a": (np.float32, {"x": (40,)}),
+            "b": (np.int32, {"y": (2,), "z": (1,)}, True),
+            "c": (np.float32, {"x": (1,)}),
+            "d": (np.float32, {"x": (50,)}, True),
+            "e": (np.float32, {"x": (1,)}),
+        }
+    )
+    offsets = {(g, name): at for g, name, _, _, at, _ in arena.table()}
+    assert offsets["a", "x"] == offsets["b", "y"] == 0
+    assert offsets["b", "z"] == 8
+    assert offsets["c", "x"] == offsets["d", "x"] == 192
+    assert offsets["e", "x"] == 448
+    assert arena.nbytes == 512
+
+
+def test_logits_last_until_backward_and_blocks_share_their_place():
+    model = GPT2(CFG, 2, 16)
+    tokens = np.arange(32).reshape(2, 16)
+    model.forward(tokens)
+    first = model.logits.copy()
+    model.forward(tokens, tokens)
+    np.testing.assert_array_equal(model.logits, first)
+    logits, block = (model.memory[g] for g in ("logits", "block"))
+    assert np.shares_memory(logits["logits"], block["ln"])
+    model.backward()
+    grads = model.memory.flat("grads").copy()
+    # what the blocks leave behind changes nothing
+    for x in (*block.values(), *model.memory["dacts"].values()):
+        x.fill(7)
+    model.forward(tokens, tokens)
+    model.backward()
+    np.testing.assert_array_equal(model.memory.flat("grads"), grads)

@@ -1,0 +1,939 @@
+"""Models on disk: written, read back, and refused when they are bad."""
+
+import errno
+import gzip
+import json
+import os
+import shutil
+import stat
+import threading
+import tracemalloc
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import pytest
+from fuzz import answer, mangled
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmnb import GPT2, GPT2Config
+from llmnb.files import make_folder, replacing
+from llmnb.formats import checkpoint
+from llmnb.formats.checkpoint import (
+    from_bfloat16,
+    read_checkpoint,
+    read_config,
+    to_bfloat16,
+    write_checkpoint,
+    write_folder,
+    write_safetensors,
+)
+from llmnb.formats.safetensors import TensorFile, write_tensors
+
+CFG = GPT2Config(
+    max_seq_len=9, vocab_size=131, num_layers=2, num_heads=3, channels=15
+)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A small model and the file it was saved in."""
+    model = GPT2(CFG, batch_size=1, seq_len=5, backend="reference")
+    model.save_checkpoint(tmp_path / "model.bin")
+    return model, tmp_path / "model.bin"
+
+
+def test_a_model_comes_back(saved):
+    model, path = saved
+    again = GPT2.from_checkpoint(path, 2, 3, backend="reference")
+    assert again.cfg == CFG
+    for name, array in model.params.items():
+        np.testing.assert_array_equal(again.params[name], array)
+
+
+def test_the_bytes_are_llm_cs(saved):
+    model, path = saved
+    raw = path.read_bytes()
+    header = np.frombuffer(raw[:1024], "<i4")
+    assert header[:8].tolist() == [20240326, 3, 9, 131, 2, 3, 15, 256]
+    assert not header[8:254].any()
+    assert header[254] == 1  # the header's own sum follows
+    sums = zlib.crc32(raw[:1020] + bytes(4), zlib.crc32(raw[1024:]))
+    assert header[255:].view("<u4") == sums
+    body = np.frombuffer(raw[1024:], "<f4")
+    assert body.size == 256 * 15 + 9 * 15 + 2 * (12 * 225 + 13 * 15) + 30
+    wte = model.params["wte"]
+    np.testing.assert_array_equal(body[: wte.size], wte.ravel())
+    np.testing.assert_array_equal(body[-15:], model.params["lnfb"])
+
+
+def test_safetensors_are_hugging_faces(saved, tmp_path):
+    from safetensors.numpy import load_file
+
+    model, _ = saved
+    model.save_checkpoint(tmp_path / "model.safetensors")
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert len(tensors) == 4 + 2 * 12
+    p = model.params
+    for got, want in (
+        (tensors["wte.weight"], p["wte"][:131]),
+        (tensors["wpe.weight"], p["wpe"]),
+        (tensors["ln_f.bias"], p["lnfb"]),
+        (tensors["h.1.ln_2.weight"], p["ln2w"][1]),
+        (tensors["h.0.attn.c_attn.weight"], p["qkvw"][0].T),
+        (tensors["h.1.attn.c_proj.weight"], p["attprojw"][1].T),
+        (tensors["h.1.mlp.c_fc.bias"], p["fcb"][1]),
+        (tensors["h.1.mlp.c_proj.weight"], p["fcprojw"][1].T),
+    ):
+        np.testing.assert_array_equal(got, want)
+
+
+def header(path, index, value):
+    """Overwrite one number of a file's header."""
+    raw = bytearray(path.read_bytes())
+    raw[4 * index : 4 * index + 4] = int(value).to_bytes(4, "little")
+    path.write_bytes(bytes(raw))
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "says"),
+    [
+        (0, 1, "magic 1 and version 3"),
+        (1, 4, "version 4"),
+        (2, 0, "max_seq_len must be a positive integer, got 0"),
+        (4, 3, "where the header's model takes"),
+        (5, 4, "multiple of num_heads"),
+        (7, 131, "padded vocabulary 131"),
+        (4, 2**31 - 1, "where the header's model takes"),
+    ],
+)
+def test_a_bad_header_is_refused(saved, index, value, says):
+    _, path = saved
+    header(path, index, value)
+    with pytest.raises(ValueError, match="model.bin: .*") as error:
+        GPT2.from_checkpoint(path, 1, 5)
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize("size", [0, 1023, 1024, 5000])
+def test_a_truncated_file_is_refused(saved, size):
+    _, path = saved
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match="bytes"):
+        read_config(path)
+
+
+def test_a_file_that_is_too_long_is_refused(saved):
+    _, path = saved
+    path.write_bytes(path.read_bytes() + b"\0\0\0\0")
+    with pytest.raises(ValueError, match="where the header's model takes"):
+        read_config(path)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.bin"):
+        GPT2.from_checkpoint(tmp_path / "none.bin", 1, 5)
+
+
+def test_float64_is_stored_as_float32(tmp_path):
+    model = GPT2(CFG, 1, 5, "reference", "fp64")
+    model.params["fcw"][...] = 1 / 3
+    model.save_checkpoint(tmp_path / "double.bin")
+    again = GPT2.from_checkpoint(
+        tmp_path / "double.bin", 1, 5, "reference", "fp64"
+    )
+    assert again.params["fcw"].dtype == np.float64
+    assert (again.params["fcw"] == np.float32(1 / 3)).all()
+
+
+def test_a_file_that_shrinks_while_it_is_read(saved, monkeypatch):
+    model, path = saved
+    half = path.read_bytes()[:9000]
+    fill = checkpoint._read_bin
+
+    def shrink(path, *rest):
+        path.write_bytes(half)
+        fill(path, *rest)
+
+    monkeypatch.setattr(checkpoint, "_read_bin", shrink)
+    with pytest.raises(ValueError, match="model.bin: ends within wte"):
+        read_checkpoint(path, CFG, model.params)
+
+
+def test_a_write_that_fails_leaves_the_old_file(saved):
+    _, path = saved
+    before = path.read_bytes()
+    with (
+        pytest.raises(OSError, match="No space left"),
+        replacing(path) as file,
+    ):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == ["model.bin"]
+
+
+def test_threads_may_write_to_one_path_at_once(tmp_path):
+    path, together = tmp_path / "a", threading.Barrier(3, timeout=20)
+
+    def write(letter):
+        with replacing(path) as file:
+            file.write(letter * 1000)
+            together.wait()
+            file.write(letter * 1000)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(write, [b"x", b"y", b"z"]))
+    assert path.read_bytes() in [c * 2000 for c in (b"x", b"y", b"z")]
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_link_beside_the_path_is_not_followed(tmp_path, monkeypatch):
+    """Not where its name was guessed, and not by a name that is used once."""
+    kept = tmp_path / "kept"
+    kept.write_bytes(b"mine")
+    (tmp_path / f"a.{os.getpid()}.new").symlink_to(kept)
+    with replacing(tmp_path / "a") as file:
+        file.write(b"new")
+    assert kept.read_bytes() == b"mine"
+    monkeypatch.setattr("llmnb.files.os.urandom", bytes)
+    (tmp_path / f"a.{'0' * 16}.new").symlink_to(kept)
+    with pytest.raises(FileExistsError), replacing(tmp_path / "a") as file:
+        file.write(b"newer")
+    assert kept.read_bytes() == b"mine"
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no umask")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002])
+def test_a_file_has_the_mode_that_open_would_give(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with replacing(tmp_path / "a") as file:
+            file.write(b"x")
+        (tmp_path / "b").write_bytes(b"x")
+    finally:
+        os.umask(before)
+    modes = {p.stat().st_mode for p in tmp_path.iterdir()}
+    assert len(modes) == 1 and modes.pop() & 0o777 == 0o666 & ~umask
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the disk is asked for: (call, name), in order."""
+    made = []
+
+    def noted(name, call):
+        def wrapped(first, *rest, **more):
+            if name == "fsync":
+                folder = stat.S_ISDIR(os.fstat(first).st_mode)
+                made.append(("sync", "folder" if folder else "file"))
+            else:
+                made.append(
+                    (name, os.path.basename(rest[0] if rest else first))
+                )
+            return call(first, *rest, **more)
+
+        return wrapped
+
+    for name in ("fsync", "replace", "unlink"):
+        monkeypatch.setattr(os, name, noted(name, getattr(os, name)))
+    return made
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders cannot be synced")
+def test_the_folder_is_synced_after_the_renaming(tmp_path, calls):
+    with replacing(tmp_path / "a") as file:
+        file.write(b"x")
+    calls = [x for x in calls if x[0] != "unlink"]
+    assert calls == [("sync", "file"), ("replace", "a"), ("sync", "folder")]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders cannot be synced")
+def test_new_folders_are_synced_too(tmp_path, calls):
+    make_folder(tmp_path / "a" / "b" / "c")
+    assert calls == [("sync", "folder")] * 3
+    make_folder(tmp_path / "a" / "b" / "c")
+    assert len(calls) == 3
+    (tmp_path / "file").write_bytes(b"")
+    for path in ("file", "file/a"):
+        with pytest.raises(FileExistsError):
+            make_folder(tmp_path / path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders cannot be synced")
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch, number):
+    def fail(place):
+        if stat.S_ISDIR(os.fstat(place).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("llmnb.files.os.fsync", fail)
+    with replacing(tmp_path / "a") as file:
+        file.write(b"x")
+    number = errno.EIO
+    with pytest.raises(OSError), replacing(tmp_path / "b") as file:
+        file.write(b"x")
+
+
+# bfloat16
+
+
+def test_all_bfloat16_numbers_come_back():
+    every = np.arange(1 << 16, dtype=np.uint16)
+    numbers = from_bfloat16(every)
+    back = to_bfloat16(numbers)
+    number = ~np.isnan(numbers)
+    np.testing.assert_array_equal(back[number], every[number])
+    assert np.isnan(from_bfloat16(back[~number])).all()
+
+
+@settings(max_examples=300)
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False))
+def test_rounding_goes_to_the_nearest_and_ties_to_even(x):
+    got = int(to_bfloat16(np.array([x], np.float32))[0])
+    value = float(from_bfloat16(np.array([got], np.uint16))[0])
+    if np.isinf(value):  # half a step above the largest, or more
+        assert abs(x) >= (2 - 2**-8) * 2.0**127
+        return
+    for step in (-1, 1):
+        other = from_bfloat16(np.array([got + step & 0xFFFF], np.uint16))[0]
+        if np.isfinite(other):
+            near, far = abs(value - x), abs(float(other) - x)
+            assert near < far or (near == far and got % 2 == 0)
+
+
+def test_bfloat16_is_torchs():
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 2**32, 1 << 16, np.uint64).astype(np.uint32)
+    x = x.view(np.float32)
+    x = x[~np.isnan(x)]
+    theirs = torch.from_numpy(x).to(torch.bfloat16).view(torch.int16)
+    np.testing.assert_array_equal(
+        to_bfloat16(x), theirs.numpy().view(np.uint16)
+    )
+
+
+def test_nan_never_becomes_a_number():
+    odd = np.array([0x7F800001, 0xFF80FFFF, 0x7FFFFFFF, 0xFFFFFFFF], "u4")
+    back = from_bfloat16(to_bfloat16(odd.view(np.float32)))
+    assert np.isnan(back).all()
+    assert np.signbit(back).tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_version_5_is_half_as_long(saved, tmp_path, precision):
+    model, path = saved
+    model.save_checkpoint(tmp_path / "half.bin", precision="bf16")
+    raw = (tmp_path / "half.bin").read_bytes()
+    assert len(raw) - 1024 == (path.stat().st_size - 1024) // 2
+    header = np.frombuffer(raw[:1024], "<i4")
+    assert header[:8].tolist() == [20240326, 5, 9, 131, 2, 3, 15, 256]
+    again = GPT2.from_checkpoint(
+        tmp_path / "half.bin", 1, 5, "reference", precision
+    )
+    for name, array in model.params.items():
+        want = from_bfloat16(to_bfloat16(array))
+        np.testing.assert_array_equal(again.params[name], want)
+
+
+def test_a_precision_that_a_format_lacks(saved, tmp_path):
+    model, _ = saved
+    with pytest.raises(ValueError, match="precision must be one of 'fp32'"):
+        model.save_checkpoint(tmp_path / "a.safetensors", precision="bf16")
+    with pytest.raises(ValueError, match="'fp32', 'bf16', got 'fp16'"):
+        model.save_checkpoint(tmp_path / "a.bin", precision="fp16")
+    with pytest.raises(ValueError, match="version must be 3 .* got 4"):
+        write_checkpoint(tmp_path / "a", CFG, model.params["wte"][0], 4)
+    assert not list(tmp_path.glob("a*"))
+
+
+def test_long_tensors_are_read_in_pieces(saved, monkeypatch):
+    model, path = saved
+    monkeypatch.setattr(checkpoint, "CHUNK", 7)
+    again = GPT2.from_checkpoint(path, 1, 5, "reference")
+    again.save_checkpoint(path.with_name("again.bin"))
+    assert path.with_name("again.bin").read_bytes() == path.read_bytes()
+
+
+# Hugging Face's layout
+
+
+def same(model, path):
+    """Whether a path holds a model's weights, to the last bit."""
+    again = GPT2.from_checkpoint(path, 2, 3, "reference")
+    assert again.cfg == model.cfg
+    for name, array in model.params.items():
+        np.testing.assert_array_equal(again.params[name], array)
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A small model and its model folder."""
+    model, _ = saved
+    write_folder(tmp_path / "folder", CFG, model.params)
+    return model, tmp_path / "folder"
+
+
+def tensors_of(folder):
+    file = TensorFile(folder / "model.safetensors")
+    return {name: file[name] for name in file.names}
+
+
+def rewrite(folder, tensors, metadata=None):
+    write_tensors(folder / "model.safetensors", tensors, metadata)
+
+
+def split(folder, tensors):
+    """Write tensors as two files and their index."""
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    names, table = sorted(tensors), {}
+    for part, chosen in enumerate((names[::2], names[1::2])):
+        file = f"model-{part}.safetensors"
+        write_tensors(folder / file, {n: tensors[n] for n in chosen})
+        table |= dict.fromkeys(chosen, file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": table}))
+    return index
+
+
+def test_a_folder_comes_back(folder):
+    model, path = folder
+    same(model, path)
+    same(model, path / "model.safetensors")
+    (path / "config.json").unlink()  # our metadata has the heads
+    same(model, path)
+
+
+def test_a_run_folder_comes_back(saved):
+    model, path = saved
+    same(model, path.parent)
+
+
+def test_float64_params_of_a_folder(folder):
+    _, path = folder
+    double = GPT2.from_checkpoint(path, 1, 5, "reference", "fp64")
+    assert double.params["wte"].dtype == np.float64
+    write_safetensors(path / "double.safetensors", CFG, double.params)
+    whole = (path / "model.safetensors").read_bytes()
+    assert (path / "double.safetensors").read_bytes() == whole
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_the_variants_of_the_layout(folder, prefix, indexed):
+    model, path = folder
+    tensors = {prefix + n: x for n, x in tensors_of(path).items()}
+    mask = np.tril(np.ones((1, 1, 9, 9), np.uint8))
+    for layer in range(2):
+        tensors[f"{prefix}h.{layer}.attn.bias"] = mask
+        tensors[f"{prefix}h.{layer}.attn.masked_bias"] = np.float32([-1e4])
+    tensors["lm_head.weight"] = tensors[prefix + "wte.weight"].copy()
+    if indexed:
+        same(model, split(path, tensors))
+    else:
+        rewrite(path, tensors)
+    same(model, path)
+
+
+def test_half_precision_is_read(folder):
+    model, path = folder
+    halves = {n: x.astype(np.float16) for n, x in tensors_of(path).items()}
+    rewrite(path, halves)
+    again = GPT2.from_checkpoint(path, 1, 5, "reference")
+    want = model.params["fcw"].astype(np.float16)
+    np.testing.assert_array_equal(again.params["fcw"], want)
+
+
+@pytest.mark.parametrize("channels", [64, 128])  # one head, or two, or four
+def test_heads_without_a_config_are_asked_for(tmp_path, channels):
+    cfg = GPT2Config(5, 9, 1, 2, channels)
+    model = GPT2(cfg, 1, 5, "reference")
+    write_folder(tmp_path, cfg, model.params)
+    rewrite(tmp_path, tensors_of(tmp_path))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="how many heads.*config.json"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"n_head": 2}')
+    same(model, tmp_path)
+
+
+def test_heads_of_the_published_shapes_are_known(tmp_path, monkeypatch):
+    """GPT-2's 124M has 12 blocks of 768 channels; the same with less."""
+    assert checkpoint.PUBLISHED[12, 768] == 12
+    monkeypatch.setitem(checkpoint.PUBLISHED, (1, 18), 6)
+    cfg = GPT2Config(5, 9, 1, 6, 18)
+    model = GPT2(cfg, 1, 5, "reference")
+    write_folder(tmp_path, cfg, model.params)
+    rewrite(tmp_path, tensors_of(tmp_path))
+    (tmp_path / "config.json").unlink()
+    same(model, tmp_path)
+    wide = GPT2Config(5, 9, 2, 6, 18)  # as wide, but not as deep
+    write_folder(tmp_path, wide, GPT2(wide, 1, 5, "reference").params)
+    rewrite(tmp_path, tensors_of(tmp_path))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="how many heads"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_tied_head_alone_is_the_embedding(folder, prefix, indexed):
+    """As safetensors' save_model writes it: one name of two, and a note."""
+    model, path = folder
+    tensors = {prefix + n: x for n, x in tensors_of(path).items()}
+    tensors["lm_head.weight"] = tensors.pop(prefix + "wte.weight")
+    if indexed:
+        same(model, split(path, tensors))
+    else:
+        note = {f"{prefix}wte.weight": "lm_head.weight"}
+        rewrite(path, tensors, {"format": "pt", **note})
+    same(model, path)
+
+
+def with_rows(path, rows):
+    """Let wte in a folder have so many rows, none of them zero."""
+    tensors = tensors_of(path)
+    wte = tensors["wte.weight"]
+    more = np.full((rows - len(wte), wte.shape[1]), 9, "f4")
+    tensors["wte.weight"] = np.concatenate([wte, more])
+    rewrite(path, tensors)
+    describe(path, vocab_size=rows)
+
+
+@pytest.mark.parametrize("kind", ["folder", "fp32", "bf16"])
+@pytest.mark.parametrize("rows", [132, 256])
+def test_rows_beyond_the_tokenizers_are_padding(folder, kind, rows):
+    model, path = folder
+    with_rows(path, rows)
+    wide = GPT2.from_checkpoint(path, 1, 5, "reference")
+    assert wide.cfg.vocab_size == rows
+    if kind != "folder":
+        path = path / f"{kind}.bin"
+        wide.save_checkpoint(path, kind)
+    narrow = GPT2.from_checkpoint(path, 1, 5, "reference", tokens=131)
+    assert narrow.cfg == CFG
+    assert not narrow.params["wte"][131:].any()
+    tokens = np.array([[1, 2, 3, 4, 5]])
+    loss = model.forward(tokens, tokens)
+    assert wide.forward(tokens, tokens) > loss  # the others take a share
+    if kind != "bf16":
+        assert narrow.forward(tokens, tokens) == loss
+        np.testing.assert_array_equal(narrow.logits, model.logits)
+
+
+@pytest.mark.parametrize("tokens", [132, 128, 1, 0])
+def test_rows_that_are_no_padding(folder, tokens):
+    """More tokens than rows, or so few that the tokenizer is another."""
+    _, path = folder
+    with pytest.raises(ValueError, match="has 131 tokens|positive integer"):
+        read_config(path, tokens)
+
+
+def test_the_padding_is_cleared(folder):
+    model, path = folder
+    model.params["wte"][...] = 7
+    read_checkpoint(path, CFG, model.params)
+    assert not model.params["wte"][131:].any()
+
+
+def test_params_that_do_not_fit_stay_as_they_are(folder):
+    model, path = folder
+    before = model.params["wte"].copy()
+    before[0] += 1
+    params = dict(model.params, wte=before.copy(), lnfb=np.zeros(14, "f4"))
+    with pytest.raises(ValueError, match="lnfb must have shape"):
+        read_checkpoint(path, CFG, params)
+    params["lnfb"] = np.zeros(15, "i4")
+    with pytest.raises(TypeError, match="lnfb must be float32 or float64"):
+        read_checkpoint(path, CFG, params)
+    other = GPT2Config(9, 131, 2, 5, 15)
+    with pytest.raises(ValueError, match="holds .*num_heads=3.*num_heads=5"):
+        read_checkpoint(path, other, params)
+    np.testing.assert_array_equal(params["wte"], before)
+
+
+def drop(name):
+    return lambda tensors: tensors.pop(name)
+
+
+def put(name, value):
+    return lambda tensors: tensors.update({name: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (drop("wte.weight"), "no GPT-2, it has no tensor wte.weight"),
+        (drop("h.1.attn.c_attn.bias"), "no tensor h.1.attn.c_attn.bias"),
+        (drop("h.0.ln_1.weight"), "num_layers must be a positive integer"),
+        (put("wpe.weight", np.zeros(4, "f4")), "must be a matrix, got (4,)"),
+        (
+            put("h.1.mlp.c_fc.weight", np.zeros((60, 15), "f4")),
+            "must be (15, 60), got (60, 15)",
+        ),
+        (put("ln_f.bias", np.zeros(15, "i4")), "must be a float, got I32"),
+        (put("score.weight", np.zeros(3, "f4")), "no tensor score.weight"),
+        (
+            put("transformer.ln_f.bias", np.zeros(15, "f4")),
+            "ln_f.bias comes twice",
+        ),
+        (
+            put("lm_head.weight", np.ones((131, 15), "f4")),
+            "lm_head.weight must equal wte.weight",
+        ),
+    ],
+)
+def test_tensors_that_make_no_gpt2(folder, change, says):
+    _, path = folder
+    tensors = tensors_of(path)
+    change(tensors)
+    rewrite(path, tensors)
+    with pytest.raises(ValueError, match="model.safetensors: ") as error:
+        GPT2.from_checkpoint(path, 1, 5)
+    assert says in str(error.value)
+
+
+def describe(path, **changes):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("n_head", 4, "channels must be a multiple of num_heads"),
+        ("n_head", "3", "num_heads must be a positive integer, got '3'"),
+        ("n_layer", 3, "n_layer is 3, where model.safetensors has 2"),
+        ("vocab_size", 256, "vocab_size is 256, where .* has 131"),
+        ("model_type", "llama", "model_type is 'llama'"),
+        ("layer_norm_epsilon", 1e-6, "layer_norm_epsilon is 1e-06"),
+        ("scale_attn_by_inverse_layer_idx", True, "is True, where"),
+        ("activation_function", ["relu"], "is .'relu'., where"),
+    ],
+)
+def test_a_config_that_does_not_fit(folder, name, value, says):
+    _, path = folder
+    rewrite(path, tensors_of(path))  # without our metadata
+    describe(path, **{name: value})
+    with pytest.raises(ValueError, match=says):
+        read_config(path)
+
+
+def test_a_config_that_is_no_json(folder):
+    _, path = folder
+    for raw in (b"{", b"[]", b"\xff\xfe", b"[" * 100_000):
+        (path / "config.json").write_bytes(raw)
+        with pytest.raises(ValueError, match="config.json: .*JSON"):
+            read_config(path)
+
+
+def test_heads_that_nothing_tells(folder):
+    _, path = folder
+    rewrite(path, tensors_of(path))
+    (path / "config.json").unlink()
+    with pytest.raises(ValueError, match="how many heads"):
+        read_config(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../model.safetensors",
+        "/etc/passwd",
+        "..",
+        "",
+        "a/b",
+        "..\\x",
+        "C:x",
+        "a\0b",
+        3,
+        None,
+        ["x"],
+    ],
+)
+def test_an_index_stays_in_its_folder(folder, name):
+    _, path = folder
+    index = split(path, tensors_of(path))
+    table = json.loads(index.read_text())
+    table["weight_map"]["wpe.weight"] = name
+    index.write_text(json.dumps(table))
+    with pytest.raises(ValueError, match="index.json: "):
+        read_config(path)
+
+
+def test_an_index_that_lies(folder):
+    _, path = folder
+    index = split(path, tensors_of(path))
+    table = json.loads(index.read_text())["weight_map"]
+    table["wpe.weight"], table["wte.weight"] = (
+        table["wte.weight"],
+        table["wpe.weight"],
+    )
+    index.write_text(json.dumps({"weight_map": table}))
+    with pytest.raises(ValueError, match="has no tensor wpe.weight"):
+        read_config(index)
+    index.write_text(json.dumps({"weight_map": ["wte.weight"]}))
+    with pytest.raises(ValueError, match="must map tensors to files"):
+        read_config(index)
+    table["wpe.weight"] = "gone.safetensors"
+    index.write_text(json.dumps({"weight_map": table}))
+    with pytest.raises(FileNotFoundError, match="gone.safetensors"):
+        read_config(index)
+
+
+def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds none of"):
+        read_config(tmp_path)
+
+
+def test_another_folders_config_is_left_alone(folder):
+    model, path = folder
+    (path / "config.json").write_text('{"config": {"steps": 3}}')
+    before = (path / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(ValueError, match="describes no GPT-2"):
+        write_folder(path, CFG, model.params)
+    assert (path / "model.safetensors").stat().st_mtime_ns == before
+    assert (path / "config.json").read_text() == '{"config": {"steps": 3}}'
+
+
+def test_transformers_loads_the_folder(folder):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model, path = folder
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(path).eval()
+    tokens = np.random.default_rng(0).integers(0, 131, (1, 5))
+    model.forward(tokens)
+    with torch.no_grad():
+        logits = theirs(torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(model.logits, logits, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("size", ["1GB", "20KB"])
+def test_what_transformers_saves_is_read(folder, tmp_path, size):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model, path = folder
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(path)
+    out = tmp_path / "theirs"
+    theirs.save_pretrained(out, max_shard_size=size)
+    assert (len(list(out.glob("*.safetensors"))) > 1) == (size == "20KB")
+    same(model, out)
+    shutil.rmtree(out)
+    theirs.transformer.save_pretrained(out)  # without the prefix
+    same(model, out)
+
+
+# flipped bits
+
+
+def flip(path, at):
+    """Flip the lowest bit of a byte."""
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("at", [1024, 5000, -1, 4 * 200, 1020])
+def test_a_flipped_bit_of_a_bin_is_seen(saved, tmp_path, precision, at):
+    """In a weight, in what the header leaves empty, in the sum itself."""
+    model, _ = saved
+    path = tmp_path / "flipped.bin"
+    model.save_checkpoint(path, precision)
+    read_checkpoint(path, CFG, model.params)
+    flip(path, at)
+    with pytest.raises(ValueError, match="flipped.bin is damaged.*resume"):
+        read_checkpoint(path, CFG, model.params)
+
+
+def test_another_number_of_heads_is_seen(saved):
+    _, path = saved
+    header(path, 5, 5)  # divides the channels as well as 3 does
+    assert read_config(path).num_heads == 5
+    with pytest.raises(ValueError, match="is damaged"):
+        GPT2.from_checkpoint(path, 1, 5, "reference")
+
+
+def test_a_bin_without_a_checksum_is_read(saved):
+    model, path = saved
+    header(path, 254, 0)
+    header(path, 255, 0)
+    same(model, path)
+
+
+@pytest.mark.parametrize("where", ["weight", "heads", "shape"])
+def test_a_flipped_bit_of_a_folder_is_seen(tmp_path, where):
+    cfg = GPT2Config(5, 9, 1, 2, 24)
+    write_folder(tmp_path, cfg, GPT2(cfg, 1, 5, "reference").params)
+    (tmp_path / "config.json").unlink()
+    path = tmp_path / "model.safetensors"
+    raw = path.read_bytes()
+    if where == "weight":
+        flip(path, -3)
+    elif where == "heads":  # "2" becomes "3"
+        flip(path, raw.index(b'"n_head": "2"') + len(b'"n_head": "'))
+    else:  # (9, 24) becomes (8, 27)
+        old, new = b'"shape": [9, 24]', b'"shape": [8, 27]'
+        assert raw.count(old) == 1
+        path.write_bytes(raw.replace(old, new))
+        file = TensorFile(path)
+        with pytest.raises(ValueError, match="wte.weight is damaged"):
+            _ = file["wte.weight"]
+        return
+    with pytest.raises(ValueError, match="model.safetensors: .* is damaged"):
+        GPT2.from_checkpoint(tmp_path, 1, 5, "reference")
+
+
+# files that are something else
+
+OTHERS = {
+    "a zip archive": b"PK\x03\x04" + bytes(2000),
+    "a pickle": b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + bytes(2000),
+    "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid "
+    b"sha256:248dfc39\nsize 548105171\n",
+    "a web page": b"\n<!DOCTYPE html>\n<html><head>" + bytes(2000),
+    "an empty file": b"",
+    "a GGUF file": b"GGUF\x03\0\0\0" + bytes(2000),
+    "a packed file": gzip.compress(bytes(20)),
+    "an HDF5 file": b"\x89HDF\r\n\x1a\n" + bytes(2000),
+    "no such file": b"Entry not found",
+    "a shard of tokens": (20240520).to_bytes(4, "little") + bytes(1500),
+    "a debug state": (20240327).to_bytes(4, "little") + bytes(1500),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+@pytest.mark.parametrize(
+    "name",
+    ["model.bin", "model.safetensors", "config.json", checkpoint.INDEX],
+)
+def test_a_file_that_is_something_else_says_so(folder, tmp_path, name, what):
+    _, path = folder
+    if name in ("model.bin", checkpoint.INDEX):
+        path = tmp_path / "other"
+        path.mkdir()
+    (path / name).write_bytes(OTHERS[what])
+    with pytest.raises(ValueError, match=f"{name}: .*this is .*{what}"):
+        read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "what"),
+    [
+        ("pytorch_model.bin", b"PK\x03\x04", "zip archive, as PyTorch"),
+        ("tf_model.h5", b"\x89HDF\r\n", "HDF5"),
+        ("gpt2.Q8_0.gguf", b"GGUF", "GGUF"),
+        ("ckpt.pt", b"\x80\x02\x8a\nl", "a pickle"),
+        ("train.bin", (20240520).to_bytes(4, "little"), "a shard of tokens"),
+    ],
+)
+def test_a_folder_of_another_kind_says_so(tmp_path, name, write, what):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_bytes(write)
+    with pytest.raises(ValueError, match=f"{name}: this is .*{what}"):
+        read_config(tmp_path)
+
+
+# damage
+
+TINY = GPT2Config(3, 5, 1, 1, 4)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with small good files of each format, and one to damage."""
+    good = tmp_path_factory.mktemp("good")
+    model = GPT2(TINY, 1, 2, "reference")
+    model.save_checkpoint(good / "3.bin")
+    model.save_checkpoint(good / "5.bin", "bf16")
+    write_folder(good, TINY, model.params)
+    split(good, tensors_of(good))
+    write_folder(good, TINY, model.params)
+    return good, shutil.copytree(good, tmp_path_factory.mktemp("bad") / "x")
+
+
+def load(path):
+    """The model of a file, or that of the folder for its config.json."""
+    whole = path.parent if path.name == "config.json" else path
+    if path.name.startswith("model-"):
+        whole = path.parent / checkpoint.INDEX
+    return GPT2.from_checkpoint(whole, 1, 2, "reference")
+
+
+@settings(deadline=None, max_examples=400)
+@given(data=st.data())
+def test_a_damaged_file_is_an_answer_or_one_error(tiny, data):
+    good, bad = tiny
+    name = data.draw(st.sampled_from(sorted(x.name for x in good.iterdir())))
+    raw = data.draw(mangled((good / name).read_bytes()))
+    try:
+        model = answer(load, bad / name, raw)
+        assert isinstance(model, (GPT2, Exception))
+    finally:
+        shutil.copy(good / name, bad / name)
+
+
+# memory
+
+
+def peak(work):
+    """The most bytes that NumPy and Python held at once during `work`."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_files_are_read_and_written_a_tensor_at_a_time(tmp_path, monkeypatch):
+    cfg = GPT2Config(64, 1000, 6, 4, 128)
+    model = GPT2(cfg, 1, 4, "reference", seed=None)
+    whole = model.memory.flat("params").nbytes
+    largest = model.params["wte"].nbytes
+    limit = 2 * largest
+    assert whole > 3 * limit
+    monkeypatch.setattr(checkpoint, "CHUNK", largest // 32)
+    folder = tmp_path / "folder"
+    assert peak(partial(write_folder, folder, cfg, model.params)) < limit
+    for name, precision in (("a.bin", "fp32"), ("b.bin", "bf16")):
+        save = partial(model.save_checkpoint, tmp_path / name, precision)
+        assert peak(save) < limit
+    for path in (folder, tmp_path / "a.bin", tmp_path / "b.bin"):
+        read = partial(read_checkpoint, path, cfg, model.params)
+        assert peak(read) < limit
+
+
+@pytest.mark.parametrize(
+    ("name", "raw"),
+    [
+        ("config.json", b"[" + b"[]," * 700_000 + b"[]]"),
+        ("config.json", b'{"n_head": ' + b" " * (1 << 20) + b"3}"),
+        (checkpoint.INDEX, b'{"weight_map": {' + b'"a":"b",' * 300_000),
+    ],
+)
+def test_what_describes_a_model_is_small(folder, name, raw):
+    _, path = folder
+    (path / name).write_bytes(raw)
+    which = path if name == "config.json" else path / name
+
+    def read():
+        with pytest.raises(ValueError, match=f"{name}: must have at most"):
+            read_config(which)
+
+    assert peak(read) < 1 << 20
+
+
+def test_a_long_value_makes_a_short_message(folder):
+    _, path = folder
+    for name in ("model_type", "vocab_size"):
+        shutil.copy(path / "config.json", path / "kept")
+        describe(path, **{name: "x" * 500_000})
+        with pytest.raises(ValueError, match=f"{name} is 'xxx") as error:
+            read_config(path)
+        assert len(str(error.value)) < 400
+        shutil.copy(path / "kept", path / "config.json")

@@ -1,0 +1,461 @@
+"""llm.c's starter pack: its files, and the acceptance test that reads them.
+
+The pack is made here from what PyTorch computed (parity_narrow.npz), byte
+by byte, and not by the functions under test.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+from fuzz import answer, mangled
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmnb.cli.cli import main
+from llmnb.config import GPT2Config, parameter_shapes
+from llmnb.formats import starter
+from llmnb.formats.starter import (
+    accept,
+    encoding_of,
+    read_encoding,
+    read_state,
+    read_tokenizer,
+    relative_error,
+    write_state,
+    write_tokenizer,
+)
+from llmnb.text import tokenizer
+
+DATA = Path(__file__).parents[1] / "data"
+CFG = GPT2Config(19, 67, 3, 7, 21)
+NAMES = list(parameter_shapes(CFG))
+B, T, V = 1, 19, 67
+
+
+def header(*numbers):
+    whole = np.zeros(256, "<i4")
+    whole[: len(numbers)] = numbers
+    return whole.tobytes()
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """What PyTorch computed in ten steps, with llm.c's settings."""
+    with np.load(DATA / "parity_narrow.npz") as file:
+        arrays = dict(file)
+    case = json.loads(str(arrays["meta"]))["case"]
+    assert GPT2Config(**case["model"]) == CFG
+    assert case["learning_rate"] == 1e-4 and case["betas"] == [0.9, 0.999]
+    assert case["weight_decay"] == 0.01 and case["decay"] == "all"
+    assert case["max_norm"] is None
+    return arrays
+
+
+@pytest.fixture
+def pack(recorded, tmp_path):
+    """A starter pack of the recorded model, and its arrays."""
+    a = recorded
+    weights = [a[f"initial.{n}"].astype("<f4").tobytes() for n in NAMES]
+    (tmp_path / "m.bin").write_bytes(
+        header(20240326, 3, 19, V, 3, 7, 21, 128) + b"".join(weights)
+    )
+    tokens = a["tokens"].astype("<i4")
+    (tmp_path / "m_debug_state.bin").write_bytes(
+        header(20240327, 2, B, T)
+        + tokens[:, :-1].tobytes()
+        + tokens[:, 1:].tobytes()
+        + a["logits.fp32"].astype("<f4").tobytes()
+        + np.float32(a["losses.fp32"][0]).tobytes()
+        + b"".join(a[f"grads.fp32.{n}"].astype("<f4").tobytes() for n in NAMES)
+    )
+    losses = "".join(f"{x:.6f}\n" for x in a["losses.fp32"])
+    (tmp_path / "m_losses.txt").write_text(losses)
+    return tmp_path
+
+
+# the acceptance test
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_pack_of_pytorchs_is_accepted(pack, backend):
+    checks = list(accept(pack, backend))
+    names = [f"loss {i}" for i in range(1, 11)]
+    assert [c.name for c in checks] == ["logits", "loss", *NAMES, *names]
+    assert all(c.ok for c in checks)
+    assert max(c.error / c.allowed for c in checks) < 0.25
+
+
+def failing(pack):
+    return [c.name for c in accept(pack, "reference") if not c.ok]
+
+
+def change(pack, at, by):
+    """Add to one float32 of the debug state, counted behind the header."""
+    raw = bytearray((pack / "m_debug_state.bin").read_bytes())
+    numbers = np.frombuffer(raw, "<f4", offset=1024)
+    assert numbers[at] != 0
+    numbers[at] += by
+    (pack / "m_debug_state.bin").write_bytes(raw)
+
+
+LOGITS_AT = 2 * B * T
+LOSS_AT = LOGITS_AT + B * T * V
+GRADS_AT = LOSS_AT + 1
+
+
+def test_a_wrong_logit_is_caught(pack):
+    change(pack, LOGITS_AT + 70, 1e-4)  # llm.c allows 1e-2
+    assert failing(pack) == ["logits"]
+
+
+def test_a_wrong_loss_is_caught(pack):
+    change(pack, LOSS_AT, 1e-3)
+    assert failing(pack) == ["loss"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wrong_gradient_is_caught(pack, recorded, name):
+    shapes = parameter_shapes(CFG)
+    before = NAMES[: NAMES.index(name)]
+    at = GRADS_AT + sum(int(np.prod(shapes[n])) for n in before)
+    want = recorded[f"grads.fp32.{name}"].ravel()
+    largest = int(np.abs(want).argmax())
+    change(pack, at + largest, 1e-3 * float(want[largest]))
+    assert failing(pack) == [name]
+
+
+def test_nan_is_caught(pack):
+    change(pack, LOGITS_AT + 70, np.nan)
+    change(pack, GRADS_AT, np.nan)
+    assert failing(pack) == ["logits", "wte"]
+
+
+@pytest.mark.parametrize("step", [1, 2, 10])
+def test_a_wrong_later_loss_is_caught(pack, step):
+    losses = (pack / "m_losses.txt").read_text().split()
+    losses[step - 1] = str(float(losses[step - 1]) + 1e-3)  # llm.c: 1e-2
+    (pack / "m_losses.txt").write_text(" ".join(losses))
+    assert failing(pack) == [f"loss {step}"]
+
+
+def test_a_wrong_step_of_adamw_is_caught(pack, monkeypatch):
+    def counts_from_2(self, lr, beta1, beta2, eps, decay, step):
+        update(self, lr, beta1, beta2, eps, decay, step + 1)
+
+    update = starter.GPT2.update
+    monkeypatch.setattr(starter.GPT2, "update", counts_from_2)
+    assert failing(pack) == [f"loss {i}" for i in range(2, 11)]
+
+
+def test_without_losses_there_is_no_reference(pack):
+    (pack / "m_losses.txt").unlink()
+    checks = list(accept(pack, "reference"))
+    assert [c.ok for c in checks] == [True] * 18 + [None] * 10
+
+
+def test_the_losses_of_gpt2_are_known(pack):
+    cfg, gone = GPT2Config(), pack / "none.txt"
+    tokens = np.zeros((4, 64), np.int32)
+    state = starter.State(tokens, tokens, None, 5.2700073, {})
+    assert starter._expected(gone, cfg, state) == starter.LOSSES
+    for other in (
+        state._replace(loss=10.9),  # random weights
+        state._replace(tokens=np.zeros((4, 32), np.int32)),
+    ):
+        assert starter._expected(gone, cfg, other) == [None] * 10
+    assert starter._expected(gone, CFG, state) == [None] * 10
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("1 2 3", "10 losses, got 3"), ("a", "could not"), ("\xff", "could not")],
+)
+def test_losses_that_are_none(pack, text, says):
+    (pack / "m_losses.txt").write_text(text, "latin-1")
+    with pytest.raises(ValueError, match=f"m_losses.txt: .*{says}"):
+        list(accept(pack, "reference"))
+
+
+def test_a_folder_without_a_pack(pack):
+    with pytest.raises(ValueError, match="must hold one file .*, got 0"):
+        list(accept(pack / "none"))
+    raw = (pack / "m_debug_state.bin").read_bytes()
+    (pack / "n_debug_state.bin").write_bytes(raw)
+    with pytest.raises(ValueError, match="must hold one file .*, got 2"):
+        list(accept(pack))
+    (pack / "m_debug_state.bin").unlink()
+    with pytest.raises(FileNotFoundError, match="n.bin"):
+        list(accept(pack))
+
+
+def test_the_size_of_an_error():
+    want = np.array([1.0, -50.0, 3.0], np.float32)
+    assert relative_error(want, want) == 0
+    assert relative_error(want + np.float32(0.5), want) == pytest.approx(0.01)
+    assert relative_error(np.full(3, 1e-8), np.zeros(3)) == pytest.approx(1e-5)
+    assert np.isnan(relative_error(want * np.nan, want))
+    assert np.isnan(relative_error(want, want * np.nan))
+
+
+def test_errors_are_found_in_every_piece(monkeypatch):
+    monkeypatch.setattr(starter, "CHUNK", 3)
+    want = np.ones(10)
+    for i in range(10):
+        got = want.copy()
+        got[i] = np.nan if i % 2 else 2
+        error = relative_error(got, want)
+        assert np.isnan(error) if i % 2 else error == 1
+
+
+def test_live_packs_of_pytorchs(tmp_path):
+    pytest.importorskip("torch")
+    from record_starter import record
+
+    record(tmp_path, GPT2Config(23, 200, 1, 5, 40), 2, 21)
+    assert all(c.ok for c in accept(tmp_path))
+
+
+# the command
+
+
+def run(capsys, *args):
+    code = 0
+    try:
+        main([str(x) for x in args])
+    except SystemExit as stop:
+        code = stop.code or 0
+    return code, *capsys.readouterr()
+
+
+def test_verify_prints_a_table(pack, capsys):
+    code, out, err = run(capsys, "verify", pack, "--backend", "reference")
+    assert code == 0 and not err
+    lines = out.splitlines()
+    assert len(lines) == 29
+    assert all(line.endswith(" ok") for line in lines[1:])
+
+
+def test_verify_says_what_failed(pack, capsys):
+    change(pack, LOSS_AT, 1e-3)
+    (pack / "m_losses.txt").unlink()
+    code, out, err = run(capsys, "verify", pack, "--backend", "reference")
+    assert code == 1 and err == "1 of 28 checks failed\n"
+    verdicts = {x.split()[0]: x.split("  ")[-1] for x in out.splitlines()[1:]}
+    assert verdicts["loss"] == "no reference"  # the last line that begins so
+    assert out.count("no reference") == 10 and out.count("FAIL") == 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_verify_of_weights_that_are_no_numbers(pack, capsys, value):
+    raw = bytearray((pack / "m.bin").read_bytes())
+    np.frombuffer(raw, "<f4", offset=1024)[5] = value
+    (pack / "m.bin").write_bytes(raw)
+    code, out, err = run(capsys, "verify", pack, "--backend", "reference")
+    assert (code, out) == (1, "") and err.count("\n") == 1
+    assert f"m.bin: wte is {value} at (0, 5)" in err
+
+
+def test_verify_of_no_pack(tmp_path, capsys):
+    code, out, err = run(capsys, "verify", tmp_path)
+    assert code == 1 and not out
+    assert err.count("\n") == 1 and "must hold one file" in err
+
+
+# the debug state
+
+
+def test_a_state_comes_back(pack):
+    path = pack / "m_debug_state.bin"
+    state = read_state(path, CFG)
+    assert state.logits.shape == (B, T, V) and list(state.grads) == NAMES
+    with pytest.raises(ValueError, match="read-only"):
+        state.logits[0] = 0
+    write_state(pack / "again.bin", CFG, state)
+    assert (pack / "again.bin").read_bytes() == path.read_bytes()
+
+
+def test_a_state_that_does_not_fit_is_not_written(pack):
+    state = read_state(pack / "m_debug_state.bin", CFG)
+    bad = state._replace(logits=state.logits[:, :, 1:])
+    with pytest.raises(
+        ValueError, match=r"logits must have shape \(1, 19, 67"
+    ):
+        write_state(pack / "again.bin", CFG, bad)
+    assert not (pack / "again.bin").exists()
+
+
+def set_header(path, index, value):
+    raw = bytearray(path.read_bytes())
+    raw[4 * index : 4 * index + 4] = np.int32(value).tobytes()
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "says"),
+    [
+        (0, 20240326, "magic number must be 20240327, got 20240326"),
+        (1, 1, "version must be 2, got 1"),
+        (2, 0, "batch size must be positive, got 0"),
+        (2, -1, "batch size must be positive, got -1"),
+        (2, 2**31 - 1, "size for this model must be"),
+        (3, 20, r"length must be in \[1, 19\], got 20"),
+        (3, -19, "length must be in"),
+        (256, 67, r"tokens must lie in \[0, 67\), got 67 at \(0, 0\)"),
+        (275, -1, "targets must lie in"),
+    ],
+)
+def test_a_bad_state_is_refused(pack, index, value, says):
+    path = pack / "m_debug_state.bin"
+    set_header(path, index, value)
+    with pytest.raises(ValueError, match=f"m_debug_state.bin: .*{says}"):
+        read_state(path, CFG)
+
+
+@pytest.mark.parametrize("size", [0, 1000, 1024, 5000, -1])
+def test_a_cut_state_is_refused(pack, size):
+    path = pack / "m_debug_state.bin"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match="m_debug_state.bin: "):
+        read_state(path, CFG)
+
+
+TINY = GPT2Config(3, 5, 1, 1, 4)
+
+
+@pytest.fixture(scope="module")
+def tiny_state(tmp_path_factory):
+    path = tmp_path_factory.mktemp("state") / "state.bin"
+    tokens = np.array([[0, 4], [2, 1]], np.int32)
+    grads = {n: np.ones(s, "f4") for n, s in parameter_shapes(TINY).items()}
+    logits = np.zeros((2, 2, 5), np.float32)
+    state = starter.State(tokens, tokens, logits, 1.5, grads)
+    write_state(path, TINY, state)
+    return path, path.read_bytes()
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_a_damaged_state_is_an_answer_or_one_error(tiny_state, data):
+    path, good = tiny_state
+    raw = data.draw(mangled(good))
+    got = answer(lambda x: read_state(x, TINY), path, raw)
+    assert isinstance(got, (starter.State, Exception))
+
+
+# the tokenizer
+
+TEXT = "low lower lowest, new newer newest; wide wider widest. " * 3
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return tokenizer.train(TEXT, 270)
+
+
+def tokenizer_bytes(tokens, eot):
+    body = b"".join(bytes([len(x)]) + x for x in tokens)
+    return header(20240328, 2, len(tokens), eot) + body
+
+
+def tokens_of(encoding):
+    n = encoding.n_vocab
+    return [encoding.decode_single_token_bytes(i) for i in range(n)]
+
+
+def test_a_tokenizer_comes_back(trained, tmp_path):
+    path = tmp_path / "t.bin"
+    write_tokenizer(path, trained)
+    tokens = tokens_of(trained)
+    assert path.read_bytes() == tokenizer_bytes(tokens, 269)
+    assert read_tokenizer(path) == (tokens, 269)
+    again = read_encoding(path)
+    for text in (TEXT, "lowwidest  new\n é", ""):
+        assert again.encode_ordinary(text) == trained.encode_ordinary(text)
+    assert again.eot_token == 269
+
+
+def test_gpt2s_encoder_from_its_decoder(tmp_path):
+    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("TIKTOKEN_CACHE_DIR names no folder with GPT-2's files")
+    try:
+        gpt2 = tokenizer.gpt2()
+    except ConnectionError as error:
+        pytest.skip(str(error))
+    write_tokenizer(tmp_path / "gpt2_tokenizer.bin", gpt2)
+    again = read_encoding(tmp_path / "gpt2_tokenizer.bin")
+    assert again.n_vocab == 50257
+    text = Path(__file__).read_text("utf-8") + "naïve 東京 \U0001f600\r\n\t x"
+    assert again.encode_ordinary(text) == gpt2.encode_ordinary(text)
+
+
+def test_a_long_token_is_not_written(tmp_path):
+    ranks = {bytes([i]): i for i in range(256)} | {b"x" * 256: 256}
+    long = tiktoken.Encoding(
+        "long", pat_str=".", mergeable_ranks=ranks, special_tokens={}
+    )
+    with pytest.raises(ValueError, match="number 256 has 256"):
+        write_tokenizer(tmp_path / "t.bin", long)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda raw: raw[:1000], "too few for a header"),
+        (lambda raw: raw[:-1], "token 3 is empty or cut off"),
+        (lambda raw: raw[:-3], "right for 4 tokens"),
+        (lambda raw: raw + b"x", "1 bytes behind the last token"),
+        (lambda raw: raw + b"x" * 2000, "right for 4 tokens"),
+        (lambda raw: header(1) + raw[1024:], "magic number must be 20240328"),
+        (lambda raw: header(20240328, 1) + raw[1024:], "version must be 2"),
+        (
+            lambda raw: header(20240328, 2, 2**31 - 1, 3) + raw[1024:],
+            "right for 2147483647 tokens",
+        ),
+        (lambda raw: header(20240328, 2, 4, 4) + raw[1024:], "EOT must be"),
+        (lambda raw: header(20240328, 2, -4, -5) + raw[1024:], "positive"),
+        (lambda raw: raw[:1024] + b"\0" + raw[1025:], "token 0 is empty"),
+    ],
+)
+def test_a_bad_tokenizer_is_refused(tmp_path, change, says):
+    good = tokenizer_bytes([b"a", b"b", b"ab", b"cd"], 3)
+    (tmp_path / "t.bin").write_bytes(change(good))
+    with pytest.raises(ValueError, match=f"t.bin: .*{says}"):
+        read_tokenizer(tmp_path / "t.bin")
+
+
+BYTES = [bytes([i]) for i in range(256)]
+EOT = b"<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [
+        ([*BYTES, b"ab"], "the last token must be"),
+        ([*BYTES[1:], b"ab", EOT], "no token for the byte 0"),
+        ([*BYTES, b"ab", b"ab", EOT], "comes twice"),
+        ([*BYTES, b"abc", b"ab", EOT], "token 256 joins no two earlier ones"),
+    ],
+)
+def test_a_decoder_without_an_encoder(tmp_path, tokens, says):
+    with pytest.raises(ValueError, match=f"t: .*{says}"):
+        encoding_of("t", tokens)
+    path = tmp_path / "t.bin"
+    path.write_bytes(tokenizer_bytes(tokens, 0))
+    assert read_tokenizer(path) == (tokens, 0)
+    with pytest.raises(ValueError, match="t.bin: EOT must be the last token"):
+        read_encoding(path)
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_a_damaged_tokenizer_is_an_answer_or_one_error(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("x") / "t.bin"
+    good = tokenizer_bytes([*BYTES, b"ab", b"abc", EOT], 258)
+    raw = data.draw(mangled(good))
+    answer(read_tokenizer, path, raw)
+    answer(read_encoding, path, raw)

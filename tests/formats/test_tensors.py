@@ -1,0 +1,225 @@
+"""Arrays in one file: the library reads what we write, and we what it does."""
+
+import errno
+import io
+import json
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from llmnb import files
+from llmnb.formats.safetensors import DTYPES, NAMES, TensorFile, write_tensors
+
+arrays = st.sampled_from(sorted(NAMES.values())).flatmap(
+    lambda kind: hnp.arrays(
+        np.dtype(DTYPES[kind]), hnp.array_shapes(min_dims=0, min_side=0)
+    )
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.dictionaries(st.text(max_size=8), arrays, max_size=5))
+def test_there_and_back(tmp_path_factory, tensors):
+    from safetensors.numpy import load_file
+
+    tensors.pop("__metadata__", None)
+    path = tmp_path_factory.mktemp("x") / "a.safetensors"
+    write_tensors(path, tensors, {"a": "ü"})
+    ours = TensorFile(path)
+    assert ours.metadata == {"a": "ü"}
+    assert sorted(ours.names) == sorted(tensors)
+    theirs = load_file(path)
+    for name, x in tensors.items():
+        assert ours.shape(name) == x.shape
+        for got in (ours[name], theirs[name]):
+            assert got.dtype == x.dtype
+            assert got.shape == x.shape
+            assert got.tobytes() == x.tobytes()
+
+
+def test_the_librarys_files_are_read(tmp_path):
+    from safetensors.numpy import save_file
+
+    x = np.arange(6, dtype=np.float16).reshape(2, 3)
+    save_file({"x": x}, tmp_path / "a", metadata={"k": "v"})
+    file = TensorFile(tmp_path / "a")
+    assert file.metadata == {"k": "v"}
+    assert file.dtype("x") == "F16"
+    assert np.array_equal(file["x"], x)
+    with pytest.raises(KeyError):
+        _ = file["y"]
+
+
+def test_transposed_arrays_are_written_as_they_look(tmp_path):
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    write_tensors(tmp_path / "a", {"x": x.T, "part": x[:, 1:3]})
+    file = TensorFile(tmp_path / "a")
+    assert np.array_equal(file["x"], x.T)
+    assert np.array_equal(file["part"], x[:, 1:3])
+
+
+def by_hand(path, table, body):
+    head = json.dumps(table).encode()
+    path.write_bytes(len(head).to_bytes(8, "little") + head + body)
+
+
+def test_bfloat16_is_the_upper_half(tmp_path):
+    x = np.array([1.0, -2.5, np.inf, 3.140625], np.float32)
+    body = (x.view(np.uint32) >> 16).astype("<u2").tobytes()
+    entry = {"dtype": "BF16", "shape": [4], "data_offsets": [0, 8]}
+    by_hand(tmp_path / "a", {"x": entry}, body)
+    assert np.array_equal(TensorFile(tmp_path / "a")["x"], x)
+
+
+def test_a_type_that_numpy_lacks(tmp_path):
+    entry = {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}
+    by_hand(tmp_path / "a", {"x": entry}, bytes(4))
+    with pytest.raises(ValueError, match="x is F8_E4M3"):
+        _ = TensorFile(tmp_path / "a")["x"]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]},
+        {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
+        {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 0]},
+        {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]},
+    ],
+)
+def test_a_table_that_lies_is_refused(tmp_path, entry):
+    by_hand(tmp_path / "a", {"x": entry}, bytes(8))
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        TensorFile(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"\0" * 7, b"\xff" * 8, b"\xff\xff\xff\x7f" + bytes(60)]
+)
+def test_no_table_at_all(tmp_path, raw):
+    (tmp_path / "a").write_bytes(raw)
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        TensorFile(tmp_path / "a")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        TensorFile(tmp_path / "nothing")
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_a_flipped_bit_is_never_another_array(tmp_path_factory, data):
+    """Wherever it is: the arrays come back as they were, or not at all."""
+    path = tmp_path_factory.mktemp("x") / "a"
+    tensors = {"x": np.arange(6.0), "y": np.arange(6, dtype=np.int32)}
+    write_tensors(path, tensors, {"k": "v"})
+    raw = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, len(raw) - 1))
+    raw[at] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(raw)
+    try:
+        file = TensorFile(path)
+        got = {name: file[name] for name in tensors}
+    except KeyError:
+        return  # a name has changed, which its reader sees
+    except ValueError as error:
+        assert str(path) in str(error)
+        return
+    for name, x in tensors.items():
+        assert got[name].dtype == x.dtype and got[name].shape == x.shape
+        assert got[name].tobytes() == x.tobytes()
+
+
+def test_checksums_are_not_among_the_metadata(tmp_path):
+    """So that a file written from another's metadata has its own."""
+    write_tensors(tmp_path / "a", {"x": np.arange(3)}, {"k": "v"})
+    file = TensorFile(tmp_path / "a")
+    assert file.metadata == {"k": "v"}
+    write_tensors(tmp_path / "b", {"x": file["x"] + 1}, file.metadata)
+    assert TensorFile(tmp_path / "b")["x"].tolist() == [1, 2, 3]
+
+
+def test_checksums_that_are_none(tmp_path):
+    entry = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
+    for note in ("3", "{", "[" * 9000, '"x"'):
+        table = {"__metadata__": {"llmnb.crc32": note}, "x": entry}
+        by_hand(tmp_path / "a", table, bytes(2))
+        with pytest.raises(ValueError, match="not a whole safetensors file"):
+            TensorFile(tmp_path / "a")
+
+
+def test_a_table_of_megabytes_is_refused_unread(tmp_path):
+    row = b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    head = b"{" + b",".join(row % i for i in range(170_000)) + b"}"
+    path = tmp_path / "a"
+    path.write_bytes(len(head).to_bytes(8, "little") + head)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="a: not a whole .*too long"):
+        TensorFile(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_a_table_that_none_would_read_is_not_written(tmp_path):
+    with pytest.raises(ValueError, match="must take at most 8,388,608 bytes"):
+        write_tensors(tmp_path / "a", {}, {"k": "v" * (1 << 23)})
+    assert not list(tmp_path.iterdir())
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_damage_is_an_answer_or_one_error(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("x") / "a"
+    write_tensors(path, {"x": np.arange(5.0), "y": np.arange(3)}, {"k": "v"})
+    raw = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(raw) - 1))
+        raw[at] = data.draw(st.integers(0, 255))
+    path.write_bytes(raw[: data.draw(st.integers(0, len(raw)))])
+    try:
+        file = TensorFile(path)
+        for name in file.names:
+            assert file[name].shape == file.shape(name)
+    except ValueError as error:
+        assert str(path) in str(error)
+
+
+def test_a_dtype_without_a_name_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="z must be one of .*complex128"):
+        write_tensors(tmp_path / "a", {"z": np.zeros(2, complex)})
+    assert not list(tmp_path.iterdir())
+
+
+class Full(io.BytesIO):
+    """A disk with room for a kilobyte."""
+
+    def write(self, data):
+        if self.tell() + len(memoryview(data).cast("B")) > 1024:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(data)
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    write_tensors(path, {"x": np.arange(3)})
+    before = path.read_bytes()
+    real = open
+
+    def limited(name, mode="r", *rest):
+        if mode != "xb":
+            return real(name, mode, *rest)
+        real(name, mode).close()
+        return Full()
+
+    monkeypatch.setattr(files, "open", limited, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        write_tensors(path, {"x": np.arange(1000)})
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]

@@ -1,0 +1,394 @@
+"""Where kernels run: simulator or GPU, device arrays, names swapped."""
+
+import inspect
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from llmnb.gpu import launch
+from llmnb.gpu.launch import (
+    ALIGN,
+    DeviceArray,
+    address,
+    aligned,
+    check_device,
+    device,
+    empty,
+    kernel,
+    missing,
+    numbered,
+    simulated,
+    to_device,
+    to_host,
+)
+from llmnb.gpu.ptx import compile_kernel, no_compiler
+from llmnb.gpu.simulator import cuda, load4, store4, watch
+
+compiles = pytest.mark.skipif(bool(no_compiler()), reason=no_compiler())
+KINDS = (("float32", 1), ("float32", 1), ("int64", 0))
+
+
+def floats(*shape):
+    size = int(np.prod(shape))
+    return np.arange(size, dtype=np.float32).reshape(shape)
+
+
+def python(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+SAY = "from llmnb.gpu.launch import missing; print(missing())"
+
+
+def test_the_environment_asks_for_the_simulator():
+    said = python(SAY, LLMNB_CUDA="simulator")
+    assert said == "LLMNB_CUDA asks for the simulator"
+
+
+def test_without_numba_cuda():
+    hide = (
+        "import importlib.util as u; real = u.find_spec\n"
+        "u.find_spec = lambda n, *a: None if n == 'numba_cuda' "
+        "else real(n, *a)\n"
+    )
+    want = "numba-cuda is not installed: pip install 'llmnb[cuda]'"
+    assert python(hide + SAY, LLMNB_CUDA="") == want
+    code = "from llmnb.gpu.ptx import no_compiler; print(no_compiler())"
+    want = "numba-cuda is not installed: pip install 'llmnb[ptx]'"
+    assert python(hide + code) == want
+
+
+@compiles
+def test_without_a_gpu():
+    if not missing():
+        pytest.skip("there is a GPU")
+    said = python(SAY, LLMNB_CUDA="", CUDA_VISIBLE_DEVICES="")
+    assert said == "numba-cuda finds no NVIDIA GPU with a driver"
+
+
+def test_without_greenlet():
+    code = (
+        "import sys; sys.modules['greenlet'] = None\n"
+        "from llmnb.gpu.simulator import simulate\n"
+        "try:\n    simulate(lambda: None, 1, 1, ())\n"
+        "except ImportError as error:\n"
+        "    print(error, '|', error.__cause__, error.__suppress_context__)"
+    )
+    want = (
+        "the simulated GPU needs the package greenlet: "
+        "pip install 'llmnb[simulator]' | None True"
+    )
+    assert python(code) == want
+
+
+def test_llmnb_cuda_is_imported_only_when_asked_for():
+    code = (
+        "import sys, llmnb\n"
+        "assert 'llmnb.cuda' not in sys.modules\n"
+        "import llmnb.cuda\n"
+        "print({'numba', 'greenlet'} & set(sys.modules))"
+    )
+    assert python(code) == "set()"
+
+
+# a device's arrays
+
+
+def test_a_device_array_offers_what_numbas_offers():
+    """Code that runs on the simulator must run on a GPU."""
+    if no_compiler():
+        pytest.skip(no_compiler())
+    from numba.cuda.cudadrv.devicearray import DeviceNDArray
+
+    # set by its constructor, which needs a GPU
+    made = {"shape", "dtype", "ndim", "size", "strides"}
+    public = {n for n in dir(simulated(floats(2))) if not n.startswith("_")}
+    assert public <= set(dir(DeviceNDArray)) | made
+    for name in ("copy_to_host", "copy_to_device", "is_c_contiguous", "view"):
+        ours = inspect.signature(getattr(DeviceArray, name))
+        theirs = inspect.signature(getattr(DeviceNDArray, name))
+        assert list(ours.parameters) == list(theirs.parameters), name
+    for name in ("__len__", "__getitem__", "__array__"):
+        assert hasattr(DeviceNDArray, name)
+    source = inspect.getsource(DeviceNDArray.__init__)
+    source += "".join(
+        inspect.getsource(c.__init__)
+        for c in DeviceNDArray.__mro__
+        if "__init__" in vars(c) and c is not object
+    )
+    for name in made & set(vars(simulated(floats(2)))):
+        assert f"self.{name} =" in source, name
+
+
+@pytest.mark.parametrize("name", ["__add__", "__setitem__", "sum"])
+def test_a_device_array_does_not_compute(name):
+    assert not hasattr(simulated(floats(2)), name)
+
+
+def test_one_element_is_a_number():
+    there = simulated(floats(2, 3))
+    assert there[1, 2] == 5
+    assert isinstance(there[1, 2], np.float32)
+
+
+def test_there_and_back():
+    a = floats(3, 4)[:, ::2]
+    for there in (simulated(a), to_device(a)):
+        assert np.array_equal(to_host(there), a)
+        assert there.shape == (3, 2)
+        assert (there.ndim, there.size, there.nbytes, len(there)) == (
+            2,
+            6,
+            24,
+            3,
+        )
+        assert there.is_c_contiguous()
+        assert np.array_equal(np.asarray(there), a)
+    here = np.empty((3, 2), np.float32)
+    there = simulated(a)
+    assert there.copy_to_host(here) is here
+    assert np.array_equal(here, a)
+    there.copy_to_device(here * 2)
+    assert np.array_equal(to_host(there), a * 2)
+    there.copy_to_device(simulated(a))
+    assert np.array_equal(to_host(there), a)
+
+
+def test_a_copy_is_a_copy():
+    a = floats(4)
+    there = simulated(a)
+    back = to_host(there)
+    a[0] = back[1] = 99
+    assert np.array_equal(to_host(there), floats(4))
+
+
+def test_views_share_memory():
+    there = simulated(floats(4, 6))
+    row, flat = there[1], there.reshape(24)
+    row.copy_to_device(np.full(6, 7, np.float32))
+    assert (to_host(flat)[6:12] == 7).all()
+    assert to_host(there.reshape(2, 12)).shape == (2, 12)
+    assert to_host(there[1:3]).shape == (2, 6)
+    assert not there[:, 1:].is_c_contiguous()
+    assert to_host(there.view(np.int32)).dtype == np.int32
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_every_allocation_is_aligned(size):
+    a = [simulated(floats(size)) for _ in range(3)]
+    a.append(empty(size, like=a[0]))
+    assert all(address(x) % ALIGN == 0 for x in a)
+    assert aligned(*a)
+    there = simulated(floats(9))
+    assert aligned(there[4:]) and not aligned(there, there[1:])
+
+
+def test_empty():
+    there = simulated(floats(1))
+    for shape in (3, (2, 3)):
+        got = to_host(empty(shape, like=there))
+        assert got.dtype == np.float32
+        assert np.isnan(got).all()
+    assert to_host(empty((2, 0), like=there)).shape == (2, 0)
+    assert to_host(empty(2, np.uint16, like=there)).dtype == np.uint16
+
+
+@pytest.mark.parametrize(
+    "array, error, text",
+    [
+        (
+            floats(2, 3),
+            TypeError,
+            "x: a must be a device's array, got ndarray",
+        ),
+        (None, TypeError, "x: a must be a device's array, got NoneType"),
+        (
+            simulated(floats(2, 3).astype(np.float64)),
+            TypeError,
+            "x: a must be float32, got float64",
+        ),
+        (
+            simulated(floats(3, 2)),
+            ValueError,
+            r"x: a must have shape \(2, 3\), got \(3, 2\)",
+        ),
+        (
+            simulated(floats(2, 6))[:, ::2],
+            ValueError,
+            "x: a must be C-contiguous",
+        ),
+    ],
+)
+def test_check_device(array, error, text):
+    check_device("x: a", simulated(floats(2, 3)), (2, 3))
+    check_device("x: a", simulated(np.arange(2)), (2,), np.int64)
+    with pytest.raises(error, match=text):
+        check_device("x: a", array, (2, 3))
+
+
+def test_numbered():
+    versions = min, max
+    assert numbered(versions, 1, "f") is min
+    assert numbered(versions, 2, "f") is max
+    for wrong in (0, 3, -1, None):
+        with pytest.raises(ValueError, match=f"f: version .* got {wrong}"):
+            numbered(versions, wrong, "f")
+
+
+# kernels
+
+
+@device
+def twice(x):
+    return x + x
+
+
+@kernel
+def double(out, inp, n):
+    i = cuda.grid(1)
+    if i < n:
+        out[i] = twice(inp[i])
+
+
+@kernel(launch_bounds=64, fastmath=False)
+def copy4(out, inp, n):
+    i = cuda.grid(1) * 4
+    if i < n:
+        x, y, z, w = load4(inp, i)
+        store4(out, i, x, y, z, w)
+
+
+def test_a_launch():
+    inp = simulated(floats(50))
+    out = empty(50, like=inp)
+    assert double[2, 32](out, inp, 50) is None
+    assert np.array_equal(to_host(out), 2 * floats(50))
+    out = empty(52, like=inp)
+    copy4[1, 32](out, simulated(floats(52)), 52)
+    assert np.array_equal(to_host(out), floats(52))
+    assert (double.__name__, copy4.options) == (
+        "double",
+        {"launch_bounds": 64, "fastmath": False},
+    )
+    assert double.options == {"fastmath": True}
+
+
+def test_a_python_float_is_refused():
+    inp = simulated(floats(4))
+    with pytest.raises(TypeError, match=r"double: pass np.float32\(...\)"):
+        double[1, 32](inp, inp, 4.0)
+    double[1, 32](inp, inp, np.int32(4))
+
+
+def factory(factor):
+    @kernel
+    def scale(out, inp, n):
+        i = cuda.grid(1)
+        if i < n:
+            out[i] = twice(inp[i]) * factor
+
+    return scale
+
+
+def test_a_factory():
+    inp = simulated(floats(4))
+    out = empty(4, like=inp)
+    for factor in (1, 3):
+        factory(np.float32(factor))[1, 32](out, inp, 4)
+        assert np.array_equal(to_host(out), 2 * factor * floats(4))
+
+
+def test_streams_nest():
+    assert launch._current.stream == 0
+    with launch.stream("a"):
+        with launch.stream("b"):
+            assert launch._current.stream == "b"
+        assert launch._current.stream == "a"
+    assert launch._current.stream == 0
+
+
+# compiled
+
+
+@compiles
+@pytest.mark.parametrize("cc", [(8, 0), (9, 0)])
+def test_names_are_swapped(cc):
+    made = compile_kernel(copy4, KINDS, cc)
+    assert (made.vector_loads, made.vector_stores) == (1, 1)
+    assert ".maxntid" in made.ptx
+    assert f".target sm_{cc[0]}{cc[1]}" in made.ptx
+    assert (made.spilled, made.stack, made.float64) == (0, 0, 0)
+    assert made.registers > 4
+    made = compile_kernel(double, KINDS, cc)
+    assert made.vector_loads == made.float64 == 0
+    assert ".maxntid" not in made.ptx
+    assert "call" not in made.ptx  # the device function is inlined
+    # the function itself still means the simulator's
+    assert double.function.__globals__["cuda"] is cuda
+
+
+@compiles
+def test_constants_of_a_factory_are_compiled_in():
+    ptx = [compile_kernel(factory(np.float32(x)), KINDS).ptx for x in (3, 5)]
+    for text, bits in zip(ptx, ("40400000", "40A00000"), strict=True):
+        assert f"0f{bits}" in text
+
+
+@compiles
+def test_what_is_wrong_with_a_kernel_is_seen():
+    @kernel
+    def careless(out, inp, n):
+        i = cuda.grid(1)
+        if i < n:
+            out[i] = inp[i] * 0.1 + 0.3
+
+    assert compile_kernel(careless, KINDS).float64 > 0
+
+    @kernel
+    def indexed(out, inp, n):
+        mine = cuda.local.array(64, np.float32)
+        for i in range(n):
+            mine[i] = inp[i]
+        out[0] = mine[n // 2]
+
+    made = compile_kernel(indexed, KINDS)
+    assert made.stack >= 256
+    assert compile_kernel(double, KINDS).stack == 0
+
+
+@compiles
+def test_shared_memory_is_counted():
+    @kernel
+    def share(out, inp, n):
+        tile = cuda.shared.array(256, np.float32)
+        i = cuda.threadIdx.x
+        tile[i] = inp[i]
+        cuda.syncthreads()
+        out[i] = tile[n - i]
+
+    assert compile_kernel(share, KINDS).shared >= 1024
+
+
+def test_a_real_gpu_computes_the_same():
+    if missing():
+        pytest.skip(missing())
+    inp = to_device(floats(50))
+    out = empty(50)
+    double[2, 32](out, inp, 50)
+    assert np.array_equal(to_host(out), 2 * floats(50))
+    out = empty(48)
+    copy4[1, 32](out, inp, 48)
+    assert np.array_equal(to_host(out), floats(48))
+    with watch() as seen:
+        double[2, 32](out, inp, 48)
+    assert len(seen.launches) == 1  # noted there too

@@ -1,0 +1,914 @@
+"""The simulated GPU: barriers, warps, races, and what it counts."""
+
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from llmnb.gpu.launch import empty, kernel, simulated, to_host
+from llmnb.gpu.simulator import (
+    BarrierError,
+    RaceError,
+    cuda,
+    load4,
+    simulate,
+    store4,
+    watch,
+)
+from llmnb.gpu.warp import block_max, block_sum, warp_max, warp_sum
+
+ALL = 0xFFFFFFFF
+
+
+def ints(*shape):
+    return np.zeros(shape, np.int64)
+
+
+def floats(*shape):
+    return np.zeros(shape, np.float32)
+
+
+def test_every_thread_knows_its_place():
+    def places(out):
+        x, y, z = cuda.grid(3)
+        out[z, y, x] += 1 + cuda.grid(1)
+        assert (x, y) == cuda.grid(2)
+        assert cuda.gridsize(1) == 6
+        assert cuda.gridsize(3) == (6, 2, 4)
+        at, of, n = cuda.blockIdx, cuda.blockDim, cuda.threadIdx
+        assert (z, y) == (at.z * of.z + n.z, at.y * of.y + n.y)
+        assert cuda.gridDim == (2, 1, 2)
+
+    out = ints(4, 2, 6)
+    simulate(places, (2, 1, 2), (3, 2, 2), (out,))
+    assert (out == 1 + np.arange(6)).all()
+
+
+def test_lanes_are_numbered_x_first():
+    def lanes(out):
+        out[cuda.threadIdx.y, cuda.threadIdx.x] = cuda.laneid
+
+    out = ints(4, 16)
+    simulate(lanes, 1, (16, 4), (out,))
+    assert (out.ravel() == np.arange(64) % 32).all()
+
+
+def test_a_barrier_lets_a_block_exchange():
+    def rotate(out, inp):
+        tile = cuda.shared.array(48, np.float32)
+        i, n = cuda.threadIdx.x, cuda.blockDim.x
+        base = cuda.blockIdx.x * n
+        tile[i] = inp[base + i]
+        cuda.syncthreads()
+        out[base + i] = tile[(i + 1) % n]
+
+    inp, out = np.arange(144, dtype=np.float32), floats(144)
+    with watch() as seen:
+        simulate(rotate, 3, 48, (out, inp))
+    want = np.roll(inp.reshape(3, 48), -1, axis=1).ravel()
+    assert (out == want).all()
+    assert seen.barriers == seen.threads == 144
+
+
+def test_many_barriers_in_a_loop():
+    def ladder(out):
+        tile = cuda.shared.array(64, np.int64)
+        i = cuda.threadIdx.x
+        tile[i] = i
+        step = 1
+        while step < 64:
+            cuda.syncthreads()
+            value = tile[i - step] if i >= step else 0
+            cuda.syncthreads()
+            tile[i] += value
+            step *= 2
+        out[i] = tile[i]
+
+    out = ints(64)
+    with watch():
+        simulate(ladder, 1, 64, (out,))
+    assert (out == np.cumsum(np.arange(64))).all()
+
+
+@pytest.mark.parametrize("some", [1, 31, 32, 63])
+def test_a_barrier_that_some_never_reach(some):
+    def torn(out):
+        if cuda.threadIdx.x < some:
+            cuda.syncthreads()
+        out[cuda.threadIdx.x] = 1
+
+    text = f"{some} of 64 threads wait for the block.*{64 - some} have ended"
+    with pytest.raises(BarrierError, match=text) as error:
+        simulate(torn, 2, 64, (ints(64),))
+    assert error.value.__notes__ == ["in torn, block (0, 0, 0)"]
+    # and the simulator is as good as new
+    test_a_barrier_lets_a_block_exchange()
+
+
+def test_part_of_a_warp_at_a_shuffle():
+    def torn(out):
+        if cuda.threadIdx.x != 5:
+            out[0] = warp_sum(out[0])
+
+    with pytest.raises(BarrierError, match="31 for their warp"):
+        simulate(torn, 1, 32, (floats(1),))
+
+
+def test_two_kinds_of_barrier_at_once():
+    def torn():
+        if cuda.threadIdx.x < 32:
+            cuda.syncthreads()
+        elif cuda.threadIdx.x < 40:
+            cuda.syncwarp()
+
+    text = "32 of 64 threads wait for the block, 8 for their warp, 24 have"
+    with pytest.raises(BarrierError, match=text):
+        simulate(torn, 1, 64, ())
+
+
+def test_a_whole_warp_may_leave_before_shuffles():
+    def early(out):
+        warp = cuda.threadIdx.x // 32
+        if warp == 1:
+            return
+        out[cuda.threadIdx.x] = warp_sum(warp + 1)
+
+    out = ints(96)
+    simulate(early, 1, 96, (out,))
+    assert (out.reshape(3, 32)[:, 0] == (32, 0, 96)).all()
+
+
+SHUFFLES = {
+    "one": (lambda v: cuda.shfl_sync(ALL, v, 7), lambda i: 7 + 0 * i),
+    "any": (lambda v: cuda.shfl_sync(ALL, v, 3 * v + 40), lambda i: 3 * i + 8),
+    "xor": (lambda v: cuda.shfl_xor_sync(ALL, v, 5), lambda i: i ^ 5),
+    "down": (
+        lambda v: cuda.shfl_down_sync(ALL, v, 4),
+        lambda i: np.where(i + 4 < 32, i + 4, i),
+    ),
+    "up": (
+        lambda v: cuda.shfl_up_sync(ALL, v, 9),
+        lambda i: np.where(i >= 9, i - 9, i),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHUFFLES)
+def test_shuffles(name):
+    shuffle, source = SHUFFLES[name]
+
+    def run(out):
+        i = cuda.threadIdx.x
+        out[i] = 100 * (i // 32) + shuffle(i % 32)
+
+    out, i = ints(64), np.arange(32)
+    simulate(run, 1, 64, (out,))
+    want = source(i) % 32
+    assert (out == np.concatenate([want, 100 + want])).all()
+
+
+def test_votes():
+    def vote(out):
+        i = cuda.threadIdx.x
+        out[i] = cuda.ballot_sync(ALL, i % 3 == 0)
+
+    out = ints(64)
+    simulate(vote, 1, 64, (out,))
+    bits = [
+        sum(1 << k for k in range(32) if (k + b) % 3 == 0) for b in (0, 32)
+    ]
+    assert (out.reshape(2, 32) == np.array(bits)[:, None]).all()
+
+
+def test_lanes_that_call_different_functions_do_not_meet():
+    def torn(first, second):
+        first() if cuda.threadIdx.x < 16 else second()
+
+    def vote():
+        cuda.ballot_sync(ALL, True)
+
+    text = "lanes of a warp call shfl_xor and ballot"
+    with pytest.raises(BarrierError, match=text):
+        simulate(torn, 1, 32, (shuffle, vote))
+    with pytest.raises(BarrierError, match="syncwarp and shfl_xor"):
+        simulate(torn, 1, 32, (cuda.syncwarp, shuffle))
+    simulate(torn, 1, 32, (vote, vote))
+
+
+@pytest.mark.parametrize(
+    "grid, block",
+    [
+        (1, 1025),
+        (1, (32, 33)),
+        (1, (1, 1, 65)),
+        (1, 0),
+        (0, 32),
+        ((1, 65536), 1),
+        ((1, 1, 65536), 1),
+    ],
+)
+def test_sizes_that_a_gpu_refuses(grid, block):
+    with pytest.raises(ValueError, match="a block has|a grid has"):
+        simulate(lambda: None, grid, block, ())
+
+
+def test_shared_memory_has_an_end():
+    def share(n):
+        for _ in range(3):
+            cuda.shared.array(n, np.float32)  # one place, one array
+
+    simulate(share, 2, 2, (12288,))
+    with pytest.raises(MemoryError, match="49152 bytes"):
+        simulate(share, 1, 1, (12289,))
+
+
+def test_functions_of_a_factory_share_nothing():
+    def tile(n):
+        def array():
+            return cuda.shared.array(n, np.float32)
+
+        return array
+
+    def sizes(out, one, two):
+        out[0], out[1] = one().shape[0], two().shape[0]
+
+    out = ints(2)
+    simulate(sizes, 1, 1, (out, tile(3), tile(5)))
+    assert (out == (3, 5)).all()
+
+
+def test_a_mask_or_a_block_that_the_simulator_does_not_know():
+    def half(out):
+        cuda.shfl_sync(0xFFFF, 1, 0)
+
+    with pytest.raises(ValueError, match="mask 0xFFFFFFFF alone.*0xffff"):
+        simulate(half, 1, 32, (floats(1),))
+
+    def odd(out):
+        cuda.syncwarp()
+
+    with pytest.raises(ValueError, match="whole warps.*40 threads"):
+        simulate(odd, 1, 40, (floats(1),))
+
+
+def test_sums_and_maxima():
+    def sums(out, inp):
+        i, parts = cuda.threadIdx.x, cuda.shared.array(3, np.float32)
+        out[0, i] = warp_sum(inp[i])
+        out[1, i] = warp_max(inp[i])
+        out[2, i] = block_sum(inp[i], parts)
+        out[3, i] = block_max(inp[i], parts)
+
+    rng = np.random.default_rng(0)
+    inp, out = rng.integers(-99, -9, 96).astype(np.float32), floats(4, 96)
+    with watch():
+        simulate(sums, 1, 96, (out, inp))
+    rows = inp.reshape(3, 32)
+    assert (out[0].reshape(3, 32) == rows.sum(axis=1, keepdims=True)).all()
+    assert (out[1].reshape(3, 32) == rows.max(axis=1, keepdims=True)).all()
+    assert (out[2] == inp.sum()).all()
+    assert (out[3] == inp.max()).all()
+
+
+def test_atomics():
+    def count(out, two, old):
+        i = cuda.grid(1)
+        old[i] = cuda.atomic.add(out, i % 3, np.float32(1))
+        cuda.atomic.add(two, (0, i % 2), i)
+
+    out, two, old = floats(3), ints(1, 2), floats(64)
+    with watch() as seen:
+        simulate(count, 2, 32, (out, two, old))
+    assert (out == (22, 21, 21)).all()
+    assert (two == (992, 1024)).all()
+    assert sorted(old[::3]) == list(range(22))
+    assert seen.atomics == 128
+
+
+def test_memory_is_poisoned():
+    def peek(out, whole):
+        out[0] = cuda.shared.array(4, np.float32)[0]
+        out[1] = cuda.local.array((2, 2), np.float32)[1, 1]
+        whole[0] = cuda.shared.array(4, np.int32)[0]
+        mine = cuda.local.array(1, np.float32)
+        mine[0] = 5  # must not reach the next thread's
+
+    out, whole = floats(2), ints(1)
+    simulate(peek, 1, 1, (out, whole))
+    simulate(peek, 1, 1, (out, whole))
+    assert np.isnan(out).all()
+    assert whole[0] < -1e9
+    assert np.isnan(to_host(empty(3, like=simulated(out)))).all()
+    assert (to_host(empty(3, np.int32, like=simulated(out))) > 1e9).all()
+
+
+def test_shared_memory_is_one_blocks():
+    def peek(out):
+        memory = cuda.shared.array(1, np.float32)
+        if cuda.threadIdx.x == 0:
+            out[cuda.blockIdx.x] = memory[0]
+            memory[0] = 1
+
+    out = floats(3)
+    simulate(peek, 3, 2, (out,))
+    assert np.isnan(out).all()
+
+
+# what must not be touched
+
+
+@pytest.mark.parametrize("index", [-1, 8, (0, 0), 7.5])
+def test_bounds(index):
+    def read(out, inp):
+        out[0] = inp[index]
+
+    def write(out, inp):
+        inp[index] = 1
+
+    for body in (read, write):
+        with pytest.raises((IndexError, ValueError, TypeError)), watch():
+            simulate(body, 1, 1, (floats(1), floats(8)))
+
+
+def test_bounds_name_the_array_and_the_thread():
+    def past(inp):
+        return inp[cuda.threadIdx.y, cuda.grid(1)]
+
+    text = r"inp\[0, 5\] is no element of its shape \(2, 5\)"
+    with pytest.raises(IndexError, match=text) as error, watch():
+        simulate(past, 3, (2, 2), (floats(2, 5),))
+    note = "in past, thread (1, 0, 0) of block (2, 0, 0)"
+    assert error.value.__notes__ == [note]
+
+
+def test_a_slice_is_refused_under_watch():
+    def row(inp):
+        inp[0]
+
+    text = r"inp\[0\] is no element of its shape \(2, 5\)"
+    with pytest.raises(IndexError, match=text), watch():
+        simulate(row, 1, 1, (floats(2, 5),))
+
+
+def test_a_vector_of_an_array_with_gaps():
+    inp = simulated(floats(8, 8))._array[:, :4]
+    with pytest.raises(ValueError, match="without gaps"), watch():
+        simulate(load4, 1, 1, (inp, 0))
+
+
+def test_a_vector_must_be_aligned_and_inside():
+    def move(out, inp, i):
+        a, b, c, d = load4(inp, i)
+        store4(out, 0, a, b, c, d)
+
+    inp = simulated(np.arange(24, dtype=np.float32).reshape(4, 6))._array
+    out = simulated(floats(4))._array
+    with watch() as seen:
+        simulate(move, 1, 1, (out, inp, 20))
+    assert (out == (20, 21, 22, 23)).all()
+    assert (seen.reads, seen.read_bytes) == (1, 16)
+    assert (seen.writes, seen.written_bytes) == (1, 16)
+    for i in (24, -4, 21, 23):
+        with pytest.raises(IndexError, match="inp: elements"), watch():
+            simulate(move, 1, 1, (out, inp, i))
+    for i in (1, 2, 18):
+        with pytest.raises(ValueError, match="multiple of 16 bytes"), watch():
+            simulate(move, 1, 1, (out, inp, i))
+    with pytest.raises(ValueError, match="out: element 0 is not"), watch():
+        simulate(move, 1, 1, (out.base[4:].view(np.float32)[:4], inp, 0))
+
+
+def test_shared_memory_is_aligned_when_asked():
+    def move(alignment):
+        tile = cuda.shared.array(8, np.float32, alignment=alignment)
+        store4(tile, 4, 1, 2, 3, 4)
+
+    with watch():
+        simulate(move, 1, 1, (16,))
+    with pytest.raises(ValueError, match="multiple of 16 bytes"), watch():
+        simulate(move, 1, 1, (None,))
+
+
+# races
+
+
+def races(body, grid, block, *args):
+    """Whether watch sees a race; it must let it pass when asked to."""
+    with watch(races=False):
+        simulate(body, grid, block, args)
+    try:
+        with watch():
+            simulate(body, grid, block, args)
+    except RaceError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("block", [2, 64])
+@pytest.mark.parametrize("grid", [1, 3])
+def test_writes_of_one_element(grid, block):
+    def same(out):
+        out[0] = 1
+
+    def own(out):
+        out[cuda.grid(1)] = 1
+
+    def reads(out):
+        out[cuda.grid(1) + 1] = out[0]
+
+    assert races(same, grid, block, floats(999))
+    assert not races(own, grid, block, floats(999))
+    assert not races(reads, grid, block, floats(999))
+
+
+def neighbours(order, far=1):
+    """Each thread writes its place, and reads another's after `order`."""
+
+    def body(out):
+        tile = cuda.shared.array(64, np.float32)
+        i = cuda.threadIdx.x
+        tile[i] = i
+        order()
+        out[i] = tile[i ^ far]
+
+    return body
+
+
+def nothing():
+    pass
+
+
+def shuffle():
+    cuda.shfl_xor_sync(ALL, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "order, far, race",
+    [
+        (nothing, 1, True),
+        (nothing, 32, True),
+        (cuda.syncthreads, 1, False),
+        (cuda.syncthreads, 32, False),
+        (cuda.syncwarp, 1, False),
+        (cuda.syncwarp, 32, True),
+        # a shuffle exchanges registers; it orders nothing in memory
+        (shuffle, 1, True),
+    ],
+)
+def test_what_orders_a_read_after_a_write(order, far, race):
+    assert races(neighbours(order, far), 1, 64, floats(64)) is race
+
+
+def test_a_write_after_a_read():
+    def turn(out, wait):
+        tile = cuda.shared.array(64, np.float32)
+        i = cuda.threadIdx.x
+        tile[i] = i
+        cuda.syncthreads()
+        value = tile[63 - i]
+        if wait:
+            cuda.syncthreads()
+        tile[i] = value
+
+    assert races(turn, 1, 64, floats(64), 0)
+    assert not races(turn, 1, 64, floats(64), 1)
+
+
+def test_a_write_after_many_reads_of_one_warp_and_of_others():
+    """Two reads are kept of an element: they must stand for all."""
+
+    def body(out, first, second, writer):
+        i = cuda.threadIdx.x
+        if i in (first, second):
+            out[1 + i] = out[0]
+        cuda.syncwarp()
+        if i == writer:
+            out[0] = 1
+
+    for first, second, writer, race in [
+        (0, 1, 2, False),
+        (0, 1, 40, True),
+        (0, 40, 0, True),
+        (0, 40, 40, True),
+        (5, 5, 5, False),
+        (40, 41, 42, False),
+    ]:
+        args = floats(99), first, second, writer
+        assert races(body, 1, 64, *args) is race, (first, second, writer)
+
+
+def test_a_read_of_another_warp_is_not_forgotten():
+    def body(out):
+        i = cuda.threadIdx.x
+        if i in (0, 40):
+            out[1 + i] = out[0]
+        shuffle()  # so that thread 1 reads after thread 40
+        if i == 1:
+            out[1 + i] = out[0]
+        cuda.syncwarp()
+        if i == 0:
+            out[0] = 1
+
+    assert races(body, 1, 64, floats(99))
+    assert not races(body, 1, 32, floats(99))
+
+
+def test_blocks_are_never_ordered():
+    def later(out):
+        if cuda.grid(1) == 0:
+            out[0] = 1
+        cuda.syncthreads()
+        if cuda.grid(1) == 64:
+            out[1] = out[0]
+
+    assert races(later, 3, 32, floats(2))
+    assert not races(later, 2, 32, floats(2))
+
+    def read_first(out):
+        if cuda.blockIdx.x < 2:
+            out[1 + cuda.blockIdx.x] = out[0]
+        else:
+            out[0] = 1
+
+    assert races(read_first, 3, 1, floats(3))
+
+
+def test_atomics_race_with_all_but_atomics():
+    def body(out, read, write):
+        i = cuda.threadIdx.x
+        cuda.atomic.add(out, 0, 1)
+        if i == read:
+            out[1] = out[0]
+        if i == write:
+            out[0] = 7
+
+    assert not races(body, 2, 32, floats(2), -1, -1)
+    assert races(body, 1, 32, floats(2), 31, -1)
+    assert races(body, 1, 32, floats(2), 0, -1)
+    assert races(body, 1, 32, floats(2), -1, 31)
+    assert races(body, 1, 64, floats(2), -1, 0)
+    assert not races(body, 1, 1, floats(2), 0, 0)
+
+
+def test_an_atomic_after_a_read():
+    def body(out, wait):
+        i = cuda.threadIdx.x
+        if i == 0:
+            out[1] = out[0]
+        if wait:
+            cuda.syncthreads()
+        cuda.atomic.add(out, 0, 1)
+
+    assert races(body, 1, 64, floats(2), 0)
+    assert not races(body, 1, 64, floats(2), 1)
+
+
+def test_arrays_that_share_memory_race():
+    def copy(out, inp):
+        out[cuda.threadIdx.x] = inp[cuda.threadIdx.x]
+
+    memory = floats(9)
+    assert races(copy, 1, 8, memory[1:], memory[:-1])
+    assert not races(copy, 1, 8, memory[1:], memory[1:])
+
+
+@pytest.mark.parametrize("small", [np.int8, np.int16, np.float64])
+def test_views_with_elements_of_other_sizes_race(small):
+    """Thread 0 writes a float; thread 1 reads some bytes of it, or not."""
+
+    def body(out, same, i):
+        if cuda.threadIdx.x == 0:
+            out[1] = 1
+        else:
+            same[i]
+
+    out = floats(4)
+    same = out.view(small)
+    for i in range(len(same)):
+        n = same.itemsize
+        overlap = i * n < 8 and (i + 1) * n > 4
+        assert races(body, 1, 2, out, same, i) is overlap, i
+        assert races(body, 1, 2, same, out, 0) is (n * 1 < 4), i
+
+
+def test_the_accesses_that_are_kept_stand_for_all():
+    """Random accesses and barriers, judged as if all were kept."""
+    from types import SimpleNamespace
+
+    from llmnb.gpu import simulator as s
+
+    rng = np.random.default_rng(0)
+    found = 0
+    for _ in range(3000):
+        log, all_of_them = s._Log(4), []
+        for block in (SimpleNamespace(clock=0, since=0) for _ in range(2)):
+            warps = [s._Warp() for _ in range(2)]
+            lanes = [s._Lane(0, n, block, warps[n // 2]) for n in range(4)]
+            for step in rng.integers(0, 12, 6):
+                group = [block, *warps][step % 3]
+                if step < 3:
+                    block.clock += 1
+                    group.since = block.clock
+                    continue
+                access = rng.choice(3, p=(0.7, 0.1, 0.2))
+                now = lanes[step % 4], block.clock
+                want = any(
+                    not (access == kind != s.WRITE)
+                    and not s._ordered(before, now[0])
+                    for before, kind in all_of_them
+                )
+                got = s._clash(log, 0, access, now) is not None
+                assert got is want
+                found += got
+                if got:
+                    break  # RaceError: nothing goes on
+                all_of_them.append((now, access))
+            else:
+                continue
+            break
+    assert 300 < found < 2900
+
+
+def test_a_vector_races_element_by_element():
+    def body(out):
+        i = cuda.threadIdx.x
+        if i == 0:
+            store4(out, 4, 1, 1, 1, 1)
+        if i == 1:
+            out[7] = 2
+        if i == 2:
+            out[8] = 2
+
+    out = simulated(floats(12))._array
+    text = "out, element 7: thread 1 of .* writes it.*by thread 0 of block"
+    with pytest.raises(RaceError, match=text), watch():
+        simulate(body, 1, 32, (out,))
+    assert not races(body, 1, 1, out)
+
+
+# counts
+
+
+def seen_of(body, grid, block, *args):
+    with watch() as seen:
+        simulate(body, grid, block, args)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "stride, sectors", [(0, 1), (1, 4), (2, 8), (8, 32), (32, 32)]
+)
+def test_sectors(stride, sectors):
+    def read(inp):
+        inp[cuda.threadIdx.x * stride]
+
+    inp = simulated(floats(1024))._array
+    seen = seen_of(read, 1, 32, inp)
+    assert (seen.requests, seen.sectors) == (1, sectors)
+    assert (seen.reads, seen.read_bytes) == (32, 128)
+
+
+def test_sectors_of_rows_that_begin_anywhere():
+    def read(inp, first):
+        inp[first + cuda.threadIdx.x]
+
+    inp = simulated(floats(1024))._array
+    for first, sectors in ((0, 4), (1, 5), (7, 5), (8, 4)):
+        assert seen_of(read, 1, 32, inp, first).sectors == sectors
+
+
+def test_vectors_make_fewer_requests_of_as_many_sectors():
+    def one(out, inp):
+        i = cuda.grid(1)
+        out[i] = inp[i]
+
+    def four(out, inp):
+        a, b, c, d = load4(inp, cuda.grid(1) * 4)
+        store4(out, cuda.grid(1) * 4, a, b, c, d)
+
+    out, inp = (simulated(floats(512))._array for _ in range(2))
+    ones, fours = (
+        seen_of(one, 4, 128, out, inp),
+        seen_of(four, 1, 128, out, inp),
+    )
+    assert (ones.requests, ones.sectors) == (32, 128)
+    assert (fours.requests, fours.sectors) == (8, 128)
+    assert ones.read_bytes == fours.read_bytes == ones.written_bytes == 2048
+
+
+def test_requests_of_loops_and_of_parts_of_warps():
+    def loop(inp, n):
+        for i in range(cuda.threadIdx.x, n, 32):
+            inp[i]
+
+    inp = simulated(floats(128))._array
+    seen = seen_of(loop, 1, 32, inp, 100)
+    assert (seen.requests, seen.sectors, seen.reads) == (4, 13, 100)
+    # five threads of the second warp, and nobody of the third
+    seen = seen_of(loop, 1, 96, inp, 37)
+    assert seen.requests == 2 + 1  # the third warp asks for nothing
+
+
+def test_requests_are_of_one_place_in_the_code():
+    def two(inp):
+        if cuda.threadIdx.x < 16:
+            inp[cuda.threadIdx.x]
+        else:
+            inp[cuda.threadIdx.x]
+
+    assert seen_of(two, 1, 32, simulated(floats(32))._array).requests == 2
+
+
+@pytest.mark.parametrize(
+    "stride, passes", [(0, 1), (1, 1), (2, 2), (4, 4), (32, 32), (33, 1)]
+)
+def test_banks(stride, passes):
+    def write(out):
+        tile = cuda.shared.array(33 * 32, np.float32)
+        tile[cuda.threadIdx.x] = 1
+        cuda.syncthreads()
+        tile[(cuda.threadIdx.x * stride) % 1056]
+
+    seen = seen_of(write, 1, 32, floats(1))
+    assert (seen.shared_requests, seen.shared_passes) == (2, 1 + passes)
+    assert seen.requests == 0
+
+
+def test_banks_of_vectors():
+    def move(out, stride):
+        tile = cuda.shared.array(1024, np.float32, alignment=16)
+        store4(tile, cuda.threadIdx.x * 4, 1, 1, 1, 1)
+        cuda.syncthreads()
+        load4(tile, cuda.threadIdx.x * stride)
+
+    # eight lanes at a time, 32 words: four passes, and no conflict
+    for stride, passes in ((4, 4), (8, 8), (0, 4), (32, 32)):
+        seen = seen_of(move, 1, 32, floats(1), stride)
+        assert seen.shared_passes == 4 + passes, stride
+
+
+def test_launches_are_recorded():
+    @kernel
+    def fill(out, n, value):
+        if cuda.grid(1) < n:
+            out[cuda.grid(1)] = value
+
+    out = simulated(floats(5))
+    with watch() as seen:
+        fill[2, 4](out, 5, np.float32(3))
+        fill[1, 32](out, 5, np.float32(4))
+    assert (to_host(out) == 4).all()
+    kinds = (("float32", 1), ("int64", 0), ("float32", 0))
+    assert seen.launches == [(fill, 2, 4, kinds), (fill, 1, 32, kinds)]
+    assert seen.threads == 40
+
+
+def test_watches_nest_and_end():
+    def fill(out):
+        out[cuda.grid(1)] = 1
+
+    with watch() as outer:
+        simulate(fill, 1, 8, (floats(8),))
+        with watch() as inner:
+            simulate(fill, 1, 4, (floats(8),))
+        simulate(fill, 1, 2, (floats(8),))
+    simulate(fill, 1, 1, (floats(8),))
+    assert (outer.threads, inner.threads) == (10, 4)
+
+
+def test_a_launch_within_a_thread():
+    def inside(out):
+        out[cuda.threadIdx.x] = cuda.threadIdx.x
+        cuda.syncthreads()
+
+    def outside(out, other):
+        simulate(inside, 1, 4, (other,))
+        cuda.syncthreads()
+        out[cuda.grid(1)] = cuda.threadIdx.x + 10 * cuda.blockDim.x
+
+    out, other = ints(4), ints(4)
+    simulate(outside, 2, 2, (out, other))
+    assert (out == (20, 21, 20, 21)).all()
+    assert (other == np.arange(4)).all()
+
+
+def test_an_error_names_thread_and_block():
+    def fails(out):
+        cuda.syncthreads()
+        if cuda.grid(1) == 70:
+            raise ZeroDivisionError("seventy")
+
+    with pytest.raises(ZeroDivisionError, match="seventy") as error:
+        simulate(fails, 3, 32, (floats(1),))
+    note = "in fails, thread (6, 0, 0) of block (2, 0, 0)"
+    assert error.value.__notes__ == [note]
+    test_a_barrier_lets_a_block_exchange()
+
+
+def test_fibers_are_used_again():
+    from llmnb.gpu.simulator import _now
+
+    def meet(out):
+        cuda.syncthreads()
+
+    simulate(meet, 3, 64, (floats(1),))
+    many = len(_now.resting)
+    assert many >= 64
+    simulate(meet, 3, 64, (floats(1),))
+    assert len(_now.resting) == many
+
+
+def test_fibers_of_a_failed_launch_go():
+    import gc
+
+    from greenlet import greenlet
+
+    def fails():
+        if cuda.threadIdx.x == 40:
+            raise ZeroDivisionError
+        cuda.syncthreads()
+
+    def alive():
+        gc.collect()
+        return sum(
+            issubclass(type(x), greenlet) and not x.dead  # not of a proxy
+            for x in gc.get_objects()
+        )
+
+    def many():
+        for _ in range(5):
+            with pytest.raises(ZeroDivisionError):
+                simulate(fails, 1, 64, ())
+
+    many()
+    before = alive()
+    many()
+    assert alive() <= before
+
+
+def test_an_error_of_a_launch_within_a_thread():
+    def inside():
+        if cuda.threadIdx.x == 2:
+            raise ZeroDivisionError
+        cuda.syncthreads()
+
+    def outside(out):
+        try:
+            simulate(inside, 1, 4, ())
+        except ZeroDivisionError:
+            cuda.syncthreads()
+            out[cuda.grid(1)] = cuda.blockDim.x
+
+    out = ints(6)
+    simulate(outside, 2, 3, (out,))
+    assert (out == 3).all()
+
+
+def test_two_threads_of_python_at_the_same_time():
+    """Each sees its own places, and the races of its own launches."""
+    import threading
+
+    both, results = threading.Barrier(2), {}
+
+    def places(out):
+        for _ in range(20):
+            cuda.syncthreads()
+            i = cuda.grid(1)
+            time.sleep(0)  # let the other go on
+            out[i] += cuda.blockDim.x
+
+    def run(threads):
+        out = ints(2 * threads)
+        both.wait()
+        with watch() as seen:
+            for _ in range(4):
+                simulate(places, 2, threads, (out,))
+        results[threads] = out, seen
+
+    pair = [threading.Thread(target=run, args=(n,)) for n in (32, 48)]
+    for thread in pair:
+        thread.start()
+    for thread in pair:
+        thread.join()
+    for threads, (out, seen) in results.items():
+        assert (out == 80 * threads).all()
+        assert (seen.threads, seen.reads) == (8 * threads, 160 * threads)
+    assert len(results) == 2
+
+
+def test_other_threads_of_python_have_fibers_of_their_own():
+    code = (
+        "import threading; from llmnb.gpu.simulator import cuda, simulate\n"
+        "def meet(out):\n    cuda.syncthreads(); out[cuda.grid(1)] = 1\n"
+        "import numpy as np; out = np.zeros(64)\n"
+        "def run(): simulate(meet, 2, 32, (out,))\n"
+        "for _ in range(3):\n"
+        "    t = threading.Thread(target=run); t.start(); t.join(); run()\n"
+        "print(out.sum())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("64.0\n", "")

@@ -1,0 +1,337 @@
+"""Sampling: distributions, draws, the loop, text from tokens."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmnb.config import GPT2Config
+from llmnb.model.generate import (
+    decoded,
+    distribution,
+    draw,
+    generate,
+    generate_samples,
+    window_start,
+)
+from llmnb.model.gpt2 import GPT2
+from llmnb.text import tokenizer
+
+few = settings(max_examples=50, deadline=None, derandomize=True)
+logit_lists = st.lists(
+    st.floats(-30, 30, width=32), min_size=1, max_size=40
+).map(np.array)
+
+T, V = 8, 131
+CFG = GPT2Config(16, V, 2, 2, 16)
+
+
+def tiny_model(seq_len=T, batch_size=1, backend="reference", seed=42):
+    model = GPT2(CFG, batch_size, seq_len, backend, "fp64", seed)
+    for p in model.params.values():
+        p *= 5  # far from uniform
+    return model
+
+
+# distributions
+
+
+def plain_softmax(z, temperature=1.0):
+    p = np.exp((z - z.max()) / temperature)
+    return p / p.sum()
+
+
+@few
+@given(logit_lists, st.floats(0.1, 10))
+def test_temperature(z, temperature):
+    got = distribution(z, temperature)
+    np.testing.assert_allclose(got, plain_softmax(z, temperature), 1e-12)
+
+
+@few
+@given(logit_lists)
+def test_temperature_zero_is_greedy(z):
+    got = distribution(z, temperature=0)
+    assert got[int(np.argmax(z))] == 1 and got.sum() == 1
+    assert np.array_equal(got, distribution(z, top_k=1))
+
+
+@few
+@given(logit_lists, st.integers(1, 50))
+def test_top_k(z, k):
+    p, got = plain_softmax(z), distribution(z, top_k=k)
+    kept = sorted(range(len(z)), key=lambda i: (-z[i], i))[:k]
+    want = np.zeros(len(z))
+    want[kept] = p[kept] / p[kept].sum()
+    np.testing.assert_allclose(got, want, 1e-12)
+
+
+@few
+@given(logit_lists, st.floats(0.01, 0.99))
+def test_top_p_is_the_fewest_that_reach_p(z, top_p):
+    p, got = plain_softmax(z), distribution(z, top_p=top_p)
+    kept = got > 0
+    assert got.sum() == pytest.approx(1)
+    assert p[kept].sum() > top_p - 1e-9
+    assert p[kept].sum() - p[kept].min() < top_p + 1e-9
+    assert p[kept].min() >= p[~kept].max(initial=0)
+    np.testing.assert_allclose(got[kept], p[kept] / p[kept].sum(), 1e-9)
+
+
+def sorted_cut(z, top_k, top_p):
+    """The plain rule: sort all, then cut."""
+    order = sorted(range(len(z)), key=lambda i: (-z[i], i))[:top_k]
+    p = np.exp(z[order] - z.max())
+    p /= p.sum()
+    inside = np.cumsum(p) - p < top_p
+    inside[0] = True
+    out = np.zeros(len(z))
+    out[np.array(order)[inside]] = p[inside] / p[inside].sum()
+    return out
+
+
+@few
+@given(
+    st.integers(0, 99),
+    st.integers(1, 3000),
+    st.integers(0, 2),
+    st.none() | st.integers(1, 4000),
+    st.floats(0.01, 1),
+)
+def test_partition_keeps_what_a_sort_keeps(seed, V, digits, top_k, top_p):
+    z = np.random.RandomState(seed).normal(0, 2, V).round(digits)  # equals
+    got = distribution(z, top_k=top_k, top_p=top_p)
+    want = sorted_cut(z, top_k, top_p)
+    assert abs(got - want).max() < 1e-12 or near_the_border(z, top_k, top_p)
+
+
+def near_the_border(z, top_k, top_p):
+    """Whether a rounding decides if one more token is kept."""
+    p = -np.sort(-plain_softmax(z))[:top_k]
+    return abs(np.cumsum(p / p.sum()) - top_p).min() < 1e-12
+
+
+def test_order_of_the_three():
+    z = np.log([0.4, 0.3, 0.2, 0.1])
+    got = distribution(z, temperature=0.5, top_k=3, top_p=0.85)
+    squares = np.array([16, 9, 4]) / 29  # the first two reach 0.862
+    assert squares[:2].sum() > 0.85
+    np.testing.assert_allclose(got, [16 / 25, 9 / 25, 0, 0], 1e-12)
+
+
+def test_all_of_it():
+    z = np.random.RandomState(0).normal(0, 3, 500)
+    for cut in ({"top_k": 500}, {"top_k": 9999}, {"top_p": 1.0}):
+        got = distribution(z, **cut)
+        np.testing.assert_allclose(got, plain_softmax(z), 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"temperature": -0.1}, "temperature must be at least 0, got -0.1"),
+        ({"temperature": np.nan}, "temperature must be at least 0, got nan"),
+        ({"temperature": np.inf}, "temperature must be at least 0, got inf"),
+        ({"top_k": 0}, "top_k must be a whole number of at least 1, got 0"),
+        ({"top_k": 2.5}, "top_k must be a whole number"),
+        ({"top_p": 0}, "top_p must be above 0 and at most 1, got 0"),
+        ({"top_p": 1.1}, "top_p must be above 0 and at most 1, got 1.1"),
+        ({"top_p": np.nan}, "top_p must be above 0 and at most 1, got nan"),
+    ],
+)
+def test_bad_settings(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        distribution(np.zeros(3), **wrong)
+    with pytest.raises(ValueError, match=message):
+        generate(tiny_model(), [1], 1, **wrong)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_damaged_logits(bad):
+    with pytest.raises(ValueError, match="not finite"):
+        distribution(np.array([0.0, bad, 1.0]))
+
+
+# draws
+
+
+@few
+@given(
+    st.lists(st.sampled_from([0.0, 1e-9, 0.1, 0.5]), min_size=1, max_size=9)
+    .map(np.array)
+    .filter(lambda p: p.sum() > 0),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_draw_falls_on_its_piece(probs, u):
+    p = probs / probs.sum()
+    token = draw(p, u)
+    assert p[token] > 0
+    below, above = p[:token].sum(), p[: token + 1].sum()
+    assert below - 1e-12 <= u <= above + 1e-12
+
+
+def test_draw_frequencies():
+    p = np.array([0.0, 0.7, 0.0, 0.2, 0.1])
+    uniform = (np.arange(1000) + 0.5) / 1000
+    counts = np.bincount([draw(p, u) for u in uniform], minlength=5)
+    assert counts.tolist() == [0, 700, 0, 200, 100]
+
+
+# the loop
+
+
+def by_hand(model_of, tokens, count):
+    """Greedy continuation with a model of exactly the text's length."""
+    text = list(tokens)
+    for _ in range(count):
+        last = list(text)
+        while len(last) > T:
+            last = last[T // 2 :]
+        model = model_of(len(last))
+        model.forward(np.array([last]))
+        text.append(int(np.argmax(model.logits[0, -1])))
+    return text[len(tokens) :]
+
+
+@pytest.mark.parametrize("start", [[5], [1, 2, 3], list(range(20))])
+def test_greedy_is_what_a_model_of_that_length_says(start):
+    want = by_hand(tiny_model, start, 15)
+    got = list(generate(tiny_model(), start, 15, temperature=0))
+    assert got == want
+    assert len(set(got)) > 1, "a text of one token would show little"
+
+
+def test_other_rows_do_not_matter():
+    start = [3, 1, 4]
+    one = list(generate(tiny_model(), start, 12))
+    three = list(generate(tiny_model(batch_size=3), start, 12))
+    assert one == three
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_padding_changes_no_bit(backend):
+    model = tiny_model(backend=backend)
+    seen = []
+    for padding in (0, V - 1, 77):
+        window = np.full((1, T), padding)
+        window[0, :5] = [9, 8, 7, 6, 5]
+        model.forward(window)
+        seen.append(model.logits[0, :5].copy())
+    assert np.array_equal(seen[0], seen[1])
+    assert np.array_equal(seen[0], seen[2])
+
+
+def test_seeds():
+    model = tiny_model()
+    texts = [tuple(generate(model, [1], 20, seed=s)) for s in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_no_token_of_the_padding():
+    model = tiny_model()
+    # real logits are negative, those of the padded columns are 0
+    model.params["wte"][:V] = -1
+    model.params["lnfw"][:], model.params["lnfb"][:] = 0, 1
+    model.forward(np.zeros((1, T), np.int32))
+    assert model.logits.shape == (1, T, V) and model.logits.max() < 0
+    tokens = list(generate(model, [1], 300, temperature=5.0))
+    assert len(tokens) == 300 and max(tokens) < V
+
+
+def test_stop_is_not_yielded():
+    free = list(generate(tiny_model(), [1], 30, seed=3))
+    stop = free[10]
+    got = list(generate(tiny_model(), [1], 30, seed=3, stop=stop))
+    assert got == free[: free.index(stop)]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "count", "error", "message"),
+    [
+        ([], 1, ValueError, "at least one token"),
+        ([V], 1, ValueError, rf"must lie in \[0, {V}\)"),
+        ([-1], 1, ValueError, rf"must lie in \[0, {V}\)"),
+        (["a"], 1, TypeError, "must hold integers"),
+        ([1], -1, ValueError, "count must be at least 0, got -1"),
+    ],
+)
+def test_bad_text_is_refused_at_once(tokens, count, error, message):
+    with pytest.raises(error, match=message):
+        generate(tiny_model(), tokens, count)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_bad_seed_is_refused_at_once(seed):
+    with pytest.raises(ValueError, match=r"seed must be in \[0, 2\*\*32\)"):
+        generate(tiny_model(), [1], 1, seed=seed)
+
+
+# several texts
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_samples_are_the_texts_of_the_next_seeds(batch_size):
+    model = tiny_model(batch_size=batch_size)
+    steps = list(generate_samples(model, [1, 2], 25, 3, seed=5))
+    assert len(steps) == 25 and all(len(step) == 3 for step in steps)
+    for i in range(3):
+        alone = list(generate(model, [1, 2], 25, seed=5 + i))
+        assert [step[i] for step in steps] == alone
+    assert len(set(zip(*steps, strict=True))) == 3
+
+
+def test_the_seed_after_the_last_is_the_first():
+    steps = generate_samples(tiny_model(), [1], 5, 2, seed=2**32 - 1)
+    second = [step[1] for step in steps]
+    assert second == list(generate(tiny_model(), [1], 5, seed=0))
+
+
+def test_samples_end_one_by_one():
+    model = tiny_model()
+    free = [list(generate(model, [1], 40, seed=s)) for s in (3, 4, 5)]
+    stop = free[1][2]
+    want = [x[: x.index(stop)] if stop in x else x for x in free]
+    steps = list(generate_samples(model, [1], 40, 3, seed=3, stop=stop))
+    for i, text in enumerate(want):
+        got = [step[i] for step in steps]
+        assert got == text + [None] * (len(steps) - len(text))
+    assert len(steps) == max(map(len, want))
+
+
+@pytest.mark.parametrize("samples", [0, -1])
+def test_no_samples(samples):
+    with pytest.raises(ValueError, match="samples must be at least 1"):
+        generate_samples(tiny_model(), [1], 1, samples)
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 8, 1024])
+def test_window(T):
+    before = 0
+    for length in range(1, 5 * T + 3):
+        first = window_start(length, T)
+        assert length - first <= T and first >= before
+        assert first == 0 if length <= T else length - first >= T // 2
+        assert first == before or length - before > T, "moves when full"
+        before = first
+
+
+def test_no_tokens():
+    assert list(generate(tiny_model(), [1], 0)) == []
+
+
+# text
+
+
+@few
+@given(st.text(max_size=20))
+def test_decoded_text(text):
+    encoding = tokenizer.byte()
+    pieces = list(decoded(encoding, text.encode("utf-8")))
+    assert "".join(pieces) == text
+    assert all(pieces)
+
+
+def test_decoded_waits_for_the_whole_character():
+    encoding = tokenizer.byte()
+    assert list(decoded(encoding, "é€".encode())) == ["é", "€"]
+    assert list(decoded(encoding, b"a\xffb\xc3")) == ["a", "�", "b", "�"]

@@ -1,0 +1,258 @@
+"""Attention: both backends, forward and backward."""
+
+import numba
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numba.core.runtime import _nrt_python, rtsys
+
+from llmnb.book.verify import numerical_gradient
+from llmnb.cpu import attention as cpu
+from llmnb.cpu.panels import work_shape
+from llmnb.reference import attention as reference
+
+DRAWN = settings(max_examples=25, deadline=None, derandomize=True)
+TOLERANCE = {np.float32: 2e-6, np.float64: 1e-13}
+
+
+def problem(B, T, NH, hs, dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    inp = rng.normal(size=(B, T, 3 * NH * hs)).astype(dtype)
+    dout = rng.normal(size=(B, T, NH * hs)).astype(dtype)
+    return inp, dout
+
+
+def run(layer, inp, dout, NH, **how):
+    """out, lse and dinp; dinp starts at 1 to show that backward adds."""
+    B, T, _ = inp.shape
+    out = np.full_like(dout, 7)
+    lse = np.full((B, NH, T), 7, inp.dtype)
+    dinp = np.ones_like(inp)
+    layer.attention_forward(out, lse, inp, **how)
+    layer.attention_backward(dinp, dout, inp, out, lse, **how)
+    return out, lse, dinp
+
+
+def assert_close(got, want, tolerance):
+    for a, b in zip(got, want, strict=True):
+        scale = max(1, np.abs(b).max(initial=0))
+        assert np.abs(a - b).max(initial=0) / scale < tolerance
+
+
+def by_definition(inp, NH):
+    """Output and log-sum-exp by plain loops over (7.1) to (7.4)."""
+    B, T, width = inp.shape
+    C = width // 3
+    hs = C // NH
+    out, lse = np.zeros((B, T, C)), np.zeros((B, NH, T))
+    for b, h, t in np.ndindex(B, NH, T):
+        cut = slice(h * hs, (h + 1) * hs)
+        q = inp[b, t, :C][cut]
+        keys = [inp[b, u, C : 2 * C][cut] for u in range(t + 1)]
+        values = [inp[b, u, 2 * C :][cut] for u in range(t + 1)]
+        e = [np.exp(q @ k / np.sqrt(hs)) for k in keys]
+        lse[b, h, t] = np.log(sum(e))
+        for weight, value in zip(e, values, strict=True):
+            out[b, t, cut] += weight / sum(e) * value
+    return out, lse
+
+
+@pytest.mark.parametrize("layer", (reference, cpu))
+def test_forward_by_definition(layer):
+    inp, dout = problem(2, 7, 3, 5, np.float64)
+    out, lse, _ = run(layer, inp, dout, 3)
+    assert_close((out, lse), by_definition(inp, 3), 1e-13)
+
+
+@pytest.mark.parametrize("dtype", (np.float32, np.float64))
+@DRAWN
+@given(
+    B=st.integers(1, 3),
+    T=st.integers(1, 150),
+    NH=st.integers(1, 4),
+    hs=st.integers(1, 40),
+)
+def test_cpu_against_reference(dtype, B, T, NH, hs):
+    inp, dout = problem(B, T, NH, hs, dtype)
+    want = run(reference, inp.astype(np.float64), dout.astype(np.float64), NH)
+    assert_close(run(cpu, inp, dout, NH), want, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("shape", ((1, 97, 2, 5), (2, 200, 1, 140)))
+def test_backward_overwrites(shape):
+    """Also with scratch memory of one's own, and heads of many channels."""
+    inp, dout = problem(*shape, np.float32)
+    work = np.full(work_shape(), np.nan, np.float32)
+    out, lse, added = run(cpu, inp, dout, shape[2], work=work)
+    got = np.full_like(inp, np.nan)
+    cpu.attention_backward(got, dout, inp, out, lse, add=False, work=work)
+    assert_close([got], [added - 1], 2e-6)
+    double = inp.astype(np.float64), dout.astype(np.float64)
+    want = run(reference, *double, shape[2])[2] - 1
+    assert_close([got], [want], 2e-6)
+
+
+@pytest.mark.parametrize("T", (31, 32, 33, 63, 64, 65, 128, 129, 257))
+def test_around_the_size_of_a_tile(T):
+    inp, dout = problem(1, T, 1, 9, np.float64)
+    want = run(reference, inp, dout, 1)
+    assert_close(run(cpu, inp, dout, 1), want, 1e-13)
+
+
+@pytest.mark.parametrize("layer", (reference, cpu))
+@pytest.mark.parametrize("shape", ((1, 1, 1, 1), (2, 5, 3, 4), (1, 9, 2, 3)))
+def test_gradient(layer, shape):
+    B, T, NH, hs = shape
+    inp, dout = problem(*shape, np.float64)
+    out, lse = np.empty_like(dout), np.empty((B, NH, T))
+
+    def loss():
+        layer.attention_forward(out, lse, inp)
+        return (dout * out).sum()
+
+    want = 1 + numerical_gradient(loss, inp)
+    assert_close(run(layer, inp, dout, NH)[2:], [want], 1e-8)
+
+
+def test_scores_that_grow_along_the_row_and_large_scores():
+    inp, dout = problem(1, 200, 2, 8, np.float32)
+    inp[..., :16] = 20
+    inp[..., 16:32] = np.linspace(-50, 50, 200)[:, None]
+    want = run(reference, inp.astype(np.float64), dout.astype(np.float64), 2)
+    got = run(cpu, inp, dout, 2)
+    assert all(np.isfinite(a).all() for a in got)
+    # scores of thousands carry float32's rounding into the exponent
+    assert_close(got, want, 2e-3)
+
+
+def test_the_past_does_not_depend_on_the_future():
+    inp, dout = problem(1, 100, 2, 8, np.float32)
+    out, lse, _ = run(cpu, inp, dout, 2)
+    inp[:, 70:] += 1
+    out2, lse2, _ = run(cpu, inp, dout, 2)
+    assert np.array_equal(out[:, :70], out2[:, :70])
+    assert np.array_equal(lse[..., :70], lse2[..., :70])
+    assert not np.array_equal(out[:, 70:], out2[:, 70:])
+
+
+@pytest.mark.parametrize("shape", ((1, 37, 1, 17), (2, 130, 3, 16)))
+def test_same_bits_for_any_number_of_threads(shape):
+    inp, dout = problem(*shape, np.float32)
+    threads = numba.get_num_threads()
+    several = run(cpu, inp, dout, shape[2])
+    try:
+        numba.set_num_threads(1)
+        one = run(cpu, inp, dout, shape[2])
+    finally:
+        numba.set_num_threads(threads)
+    for a, b in zip(one, several, strict=True):
+        assert np.array_equal(a, b)
+
+
+@numba.njit
+def one_allocation():
+    return np.zeros(3)
+
+
+@numba.njit
+def no_allocation(a, b, c, d, e):
+    return a.size + b.size + c.size + d.size + e.size
+
+
+def count_allocations(function, *args):
+    """How often a compiled function asks numba's runtime for memory."""
+    function(*args)
+    enabled = _nrt_python.memsys_stats_enabled()
+    _nrt_python.memsys_enable_stats()
+    try:
+        before = rtsys.get_allocation_stats().alloc
+        function(*args)
+        return rtsys.get_allocation_stats().alloc - before
+    finally:
+        if not enabled:
+            _nrt_python.memsys_disable_stats()
+
+
+def test_kernels_allocate_nothing():
+    inp, dout = problem(1, 130, 2, 8, np.float32)
+    out, lse, dinp = run(cpu, inp, dout, 2)
+    assert count_allocations(one_allocation) == 1
+    # numba makes one handle for each array that Python hands it, and the
+    # scratch memory is handed over twice
+    work = np.empty(work_shape(), np.float32)
+    backward = dinp, dout, inp, out, lse
+    handles = count_allocations(no_allocation, *backward) + 2
+    full = [*backward, True, work]
+    assert count_allocations(cpu.attention_backward, *full) == handles
+    full = out, lse, inp, work
+    assert count_allocations(cpu.attention_forward, *full) == handles - 2
+
+
+def arrays(dtype=np.float32):
+    inp, dout = problem(2, 5, 3, 4, dtype)
+    return {
+        "dinp": np.zeros_like(inp),
+        "dout": dout,
+        "inp": inp,
+        "out": np.zeros_like(dout),
+        "lse": np.zeros((2, 3, 5), dtype),
+    }
+
+
+BAD = [
+    ("inp", lambda x: x.astype(np.int32), TypeError, "inp must be float32"),
+    ("inp", lambda x: x[0], ValueError, r"inp must have shape \(B, T, 3C\)"),
+    ("inp", lambda x: x[..., :-1].copy(), ValueError, r"\(B, T, 3C\)"),
+    ("inp", lambda x: x[:, ::-1], ValueError, "inp must be C-contiguous"),
+    ("out", lambda x: x[:, :4].copy(), ValueError, "out must have shape"),
+    ("out", lambda x: x.astype(np.float64), TypeError, "out must be float32"),
+    ("out", lambda x: x[..., ::-1], ValueError, "out must be C-contiguous"),
+    ("lse", lambda x: x[0], ValueError, r"lse must have shape \(B, NH, T\)"),
+    ("lse", lambda x: None, TypeError, "lse must be a NumPy array, got None"),
+    ("lse", lambda x: x[:, :0].copy(), ValueError, "divides C = 12"),
+    ("lse", lambda x: np.zeros((2, 5, 5), np.float32), ValueError, "C = 12"),
+    ("lse", lambda x: x[..., :4].copy(), ValueError, "lse must have shape"),
+    ("lse", lambda x: x.astype(np.float64), TypeError, "lse must be float32"),
+]
+BAD_BACKWARD = [
+    ("dinp", lambda x: x[:1].copy(), ValueError, "dinp must have shape"),
+    ("dinp", lambda x: x.astype(np.float64), TypeError, "dinp must be float"),
+    ("dout", lambda x: x[:, ::-1], ValueError, "dout must be C-contiguous"),
+]
+
+
+@pytest.mark.parametrize("name, spoil, error, message", BAD)
+def test_forward_refuses(name, spoil, error, message):
+    a = arrays()
+    a[name] = spoil(a[name])
+    with pytest.raises(error, match=f"attention_forward: .*{message}"):
+        cpu.attention_forward(a["out"], a["lse"], a["inp"])
+
+
+@pytest.mark.parametrize("name, spoil, error, message", BAD + BAD_BACKWARD)
+def test_backward_refuses(name, spoil, error, message):
+    a = arrays()
+    a[name] = spoil(a[name])
+    with pytest.raises(error, match=f"attention_backward: .*{message}"):
+        cpu.attention_backward(*a.values())
+
+
+def test_bf16_wants_float32():
+    a = arrays(np.float64)
+    wanted = "bf16 wants float32 arrays, got float64"
+    with pytest.raises(TypeError, match=f"attention_forward: {wanted}"):
+        cpu.attention_forward(a["out"], a["lse"], a["inp"], bf16=True)
+    with pytest.raises(TypeError, match=f"attention_backward: {wanted}"):
+        cpu.attention_backward(*a.values(), bf16=True)
+
+
+def test_a_head_too_wide_for_the_scratch_memory():
+    hs = 10_000
+    inp = np.zeros((1, 1, 3 * hs), np.float32)
+    out, lse = (
+        np.zeros((1, 1, hs), np.float32),
+        np.zeros((1, 1, 1), np.float32),
+    )
+    with pytest.raises(ValueError, match="10000 channels is too wide"):
+        cpu.attention_forward(out, lse, inp)

@@ -1,0 +1,603 @@
+"""Corpora: where they come from, and how they become tokens."""
+
+import ast
+import gzip
+import hashlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmnb.text import corpus, reader, tokenizer
+from llmnb.text.reader import LINE, Tally, open_stream
+
+# the standard library
+
+
+@pytest.fixture(scope="module")
+def library():
+    return corpus.load("stdlib")
+
+
+def test_stdlib_is_source_and_manual(library):
+    text = "\n".join(library)
+    assert len(text) > 2_000_000
+    assert "class JSONDecoder" in text
+    assert 'The "for" statement' in text
+    assert all(isinstance(x, str) and x for x in library)
+    assert "\0" not in text
+    assert "\r" not in text
+
+
+def test_stdlib_leaves_out_tests_and_packages(library):
+    text = "\n".join(library)
+    assert "class Test_TestCase" not in text
+    assert "class ArrayPrintingOptions" not in text
+    assert "def get_include" not in text
+    assert "build_time_vars = {" not in text
+    assert "decoding_table = (" not in text
+
+
+def test_stdlib_is_the_default_and_always_the_same(library):
+    assert corpus.load() == library
+
+
+def test_stdlib_starts_with_a_fair_sample(library):
+    """Source and manual pages are mixed, so that a prefix has both."""
+
+    def is_source(text):
+        try:
+            return bool(ast.parse(text).body)
+        except SyntaxError:
+            return False
+
+    kinds = [is_source(text) for text in library[:60]]
+    assert {True, False} == set(kinds)
+
+
+@pytest.mark.parametrize("limit", [1, 1000, 300_000])
+def test_limit(library, limit):
+    documents = corpus.load("stdlib", limit=limit)
+    assert sum(map(len, documents)) == limit
+    whole = "".join(library[: len(documents)])
+    assert whole.startswith("".join(documents))
+
+
+def test_limit_above_the_size_keeps_everything(library):
+    assert corpus.load("stdlib", limit=10**12) == library
+
+
+@pytest.mark.parametrize("limit", [0, -5])
+def test_bad_limit(limit):
+    with pytest.raises(ValueError, match=f"at least 1, got {limit}"):
+        corpus.load("stdlib", limit=limit)
+
+
+def test_no_source_to_be_found(monkeypatch, tmp_path):
+    monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: tmp_path)
+    monkeypatch.setitem(corpus.sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(ValueError, match="no text in stdlib"):
+        corpus.load("stdlib")
+
+
+# own files
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "b.txt").write_bytes(b"second\r\nline\n")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "z.md").write_text("first \u00e9", "utf-8")
+    (tmp_path / "c.py").write_bytes(b"# coding: latin-1\nx = '\xe9'\n")
+    (tmp_path / "d.txt").write_bytes(b"\xef\xbb\xbfmarked")
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "image.png").write_bytes(b"\x89PNG\r\n")
+    (tmp_path / "zero.dat").write_bytes(b"a\0b")
+    (tmp_path / ".hidden").write_text("no")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "config").write_text("no")
+    return tmp_path
+
+
+WANT = ["first é", "second\nline\n", "# coding: latin-1\nx = 'é'\n", "marked"]
+
+
+def test_folder_in_order_of_names(folder):
+    assert corpus.load(folder) == WANT
+    assert corpus.load(str(folder)) == WANT
+
+
+def test_paths_in_the_order_given(folder):
+    got = corpus.load([folder / "d.txt", folder / "a", folder / "b.txt"])
+    assert got == [WANT[3], WANT[0], WANT[1]]
+
+
+def test_limit_cuts_the_last_document(folder):
+    assert corpus.load(folder, limit=9) == ["first é", "se"]
+    assert corpus.load(folder, limit=7) == ["first é"]
+
+
+@pytest.mark.parametrize("name", ["image.png", "zero.dat"])
+def test_named_file_that_is_no_text(folder, name):
+    with pytest.raises(ValueError, match=f"{name} must be UTF-8 text"):
+        corpus.load(folder / name)
+
+
+def test_no_text_at_all(folder):
+    with pytest.raises(ValueError, match="no text in"):
+        corpus.load([folder / "empty.txt"])
+    with pytest.raises(ValueError, match="no text in"):
+        corpus.load([])
+
+
+def test_unknown_name():
+    with pytest.raises(FileNotFoundError, match="no file called wikipedia;"):
+        corpus.load("wikipedia")
+
+
+# what lies in folders
+
+UNIX = pytest.mark.skipif(os.name == "nt", reason="Windows has none of these")
+
+
+def read(source, **options):
+    """The documents of a corpus, and what is said about the rest."""
+    tally = Tally()
+    return corpus.load(source, tally=tally, **options), tally.words()
+
+
+@UNIX
+def test_only_files_are_read(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    os.mkfifo(tmp_path / "b.txt")
+    (tmp_path / "c.txt").symlink_to("/dev/zero")
+    (tmp_path / "d.txt").symlink_to("nowhere")
+    (tmp_path / "e.txt").symlink_to("e.txt")
+    (tmp_path / "f.txt").symlink_to("a.txt")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listening:
+        place = os.getcwd()
+        os.chdir(tmp_path)  # the name of a socket must be short
+        listening.bind("g.txt")
+        os.chdir(place)
+        said = "; passed over: links to folders 1, not files 5"
+        assert read(tmp_path) == (["one", "one"], said)
+    with pytest.raises(ValueError, match="b.txt must be a regular file"):
+        read(tmp_path / "b.txt")
+    with pytest.raises(ValueError, match="null must be a regular file"):
+        read("/dev/null")
+    with pytest.raises(FileNotFoundError, match=r"no file called .*d\.txt"):
+        read(tmp_path / "d.txt")
+    for name in ("b.txt", "c.txt"):
+        with (
+            pytest.raises(ValueError, match="must be a regular file"),
+            open_stream(tmp_path / name),
+        ):
+            pass
+
+
+def test_a_file_that_vanishes_or_may_not_be_read(tmp_path, monkeypatch):
+    for name in ("a", "b.jsonl", "c", "d.txt.gz", "e.py"):
+        (tmp_path / name).write_text("text")
+
+    def refuse(path, *args):
+        if Path(path).name in ("b.jsonl", "d.txt.gz"):
+            raise PermissionError(13, "Permission denied", path)
+        if Path(path).name == "e.py":
+            raise FileNotFoundError(2, "No such file or directory", path)
+        return open(path, *args)
+
+    monkeypatch.setattr(reader, "open", refuse, raising=False)
+    want = ["text", "text"], "; passed over: not readable 3"
+    assert read(tmp_path) == want
+    with pytest.raises(PermissionError):
+        read(tmp_path / "b.jsonl")
+
+
+@UNIX
+def test_a_folder_that_may_not_be_listed(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").write_text("text")
+    scan = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "a":
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert read(tmp_path) == (["text"], "; passed over: not readable 1")
+
+
+@UNIX
+def test_names_that_are_not_utf8(tmp_path):
+    name = os.fsdecode(b"caf\xe9.txt")
+    try:
+        (tmp_path / name).write_text("one")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    (tmp_path / os.fsdecode(b"\xff")).mkdir()
+    (tmp_path / os.fsdecode(b"\xff") / "b.jsonl").write_text('{"text": "two"}')
+    assert read(tmp_path) == (["one", "two"], "")
+    assert read([tmp_path / name]) == (["one"], "")
+
+
+NOT_CODECS = (
+    "rot13",
+    "undefined",
+    "punycode",
+    "idna",
+    "utf-7",
+    "unicode_escape",
+)
+
+
+@pytest.mark.parametrize("codec", [*NOT_CODECS, "cp037", "hex", "zip"])
+def test_a_declared_encoding_that_is_none_of_text_files(tmp_path, codec):
+    raw = f"# coding: {codec}\n".encode() + b"x = 'abc'\n" * 100_000
+    (tmp_path / "a.py").write_bytes(raw)
+    (tmp_path / "b.py").write_text("x = 1\n")
+    assert read(tmp_path) == (["x = 1\n"], "; passed over: not text 1")
+    with pytest.raises(ValueError, match=r"a\.py must be UTF-8 text"):
+        read(tmp_path / "a.py")
+
+
+CODECS = {
+    "latin-1": "é", "iso-8859-15": "€", "cp1252": "€", "koi8-r": "ж",
+    "shift_jis": "日", "euc_jp": "日", "gbk": "中", "big5": "中", "ascii": "x",
+    "utf-8": "🙂",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_declared_encoding_of_text_files(tmp_path, codec):
+    text = f"# coding: {codec}\nx = '{CODECS[codec]}'\n"
+    (tmp_path / "a.py").write_bytes(text.encode(codec))
+    assert read(tmp_path / "a.py") == ([text], "")
+
+
+@pytest.mark.parametrize("codec", ["utf-16", "utf-16-be", "utf-32"])
+def test_wide_encodings_are_not_text(tmp_path, codec):
+    (tmp_path / "a.txt").write_bytes("many words".encode(codec))
+    (tmp_path / "b.txt").write_text("one")
+    assert read(tmp_path) == (["one"], "; passed over: not text 1")
+
+
+def test_runs_and_shards_are_no_text(tmp_path):
+    for name in (
+        "runs/a/tokenizer.tiktoken", "runs/a/log.csv", "runs/a/deep/b.txt",
+        "runs/b/state_00000010.safetensors", "runs/b/sample.txt",
+        "shards/unfinished.json", "begun/tokenizer.tiktoken.1.new",
+        "mine/config.json", "mine/unfinished.json.txt/a.txt",
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    texts, said = read(tmp_path)
+    assert texts == ["mine/config.json", "mine/unfinished.json.txt/a.txt"]
+    assert said == "; passed over: runs or shards 4"
+    with pytest.raises(
+        ValueError, match="no text in .*over: runs or shards 1"
+    ):
+        read(tmp_path / "runs" / "a")
+
+
+# every kind of file, as in chapter 18
+
+
+@pytest.mark.parametrize("ending", ["", ".gz", ".zst"])
+def test_packed_files_and_json_lines_are_read(tmp_path, ending):
+    lines = b'{"text": "one"}\n\n{"body": "x", "text": "two"}\n{"text": ""}'
+    for name, raw in (("a.jsonl", lines), ("b.txt", b"three\r\n")):
+        if ending == ".gz":
+            raw = gzip.compress(raw)
+        if ending == ".zst":
+            raw = pytest.importorskip("zstandard").compress(raw)
+        (tmp_path / (name + ending)).write_bytes(raw)
+    assert read(tmp_path) == (["one", "two", "three\n"], "")
+    assert read(tmp_path / f"a.jsonl{ending}", limit=5)[0] == ["one", "tw"]
+    with pytest.raises(ValueError, match=r":1: must have a field 'body'"):
+        read(tmp_path / f"a.jsonl{ending}", field="body")
+
+
+BAD = (
+    b'{"text": null}', b'{"text": "\\ud800"}', b'{"text": "\xff"}',
+    b'{"a": 1}', b"[1]", b'{"text": ', b"[" * 99_999,
+    b'{"text": "' + b"x" * LINE + b'"}', b" " * (2 * LINE + 9),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD, ids=range(len(BAD)))
+def test_bad_records_are_counted_or_refused(tmp_path, bad):
+    good = [b'{"text": "%d"}' % n for n in range(3)]
+    raw = b"\n".join([good[0], bad, good[1], bad, bad, good[2]])
+    (tmp_path / "a.jsonl").write_bytes(raw)
+    with pytest.raises(ValueError, match=r":2: .*\(--skip-bad passes over"):
+        read(tmp_path)
+    got = read(tmp_path, skip_bad=True)
+    assert got == (["0", "1", "2"], "; passed over: bad records 3")
+
+
+def test_a_bomb_of_newlines_is_counted_in_seconds(tmp_path):
+    raw = gzip.compress(b"\n" * 200_000_000 + b'{"text": 1}\n', 1)
+    (tmp_path / "a.jsonl.gz").write_bytes(raw)
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=r"gz:200000001: 'text' must be text"):
+        read(tmp_path)
+    assert time.perf_counter() - start < 20  # line by line it takes 40
+
+
+@pytest.mark.parametrize("blank", [b" \n", b"\r\n", b"\n \n\t\n", b" " * 9999])
+def test_blank_lines_are_counted(tmp_path, blank):
+    raw = (
+        blank * (2_000 if len(blank) > 999 else 30_000)
+        + b'\n{"text": "x"}\n'
+        + blank
+        + b"\n  [3]"
+    )
+    (tmp_path / "a.jsonl").write_bytes(raw)
+    if len(blank) > 999:  # a line too long
+        with pytest.raises(ValueError, match=r"jsonl:1: a line must have"):
+            read(tmp_path)
+    else:
+        number = raw[:-5].count(b"\n") + 1
+        with pytest.raises(
+            ValueError, match=f"jsonl:{number}: must be a JSON"
+        ):
+            read(tmp_path)
+
+
+def test_a_window_that_is_too_large_is_said(tmp_path):
+    zstandard = pytest.importorskip("zstandard")
+    how = zstandard.ZstdCompressionParameters(window_log=28)
+    big = zstandard.ZstdCompressor(compression_params=how).compressobj()
+    wide = big.compress(b"text " * 99) + big.flush()
+    (tmp_path / "a.zst").write_bytes(wide)
+    told = r"a\.zst has a zstd window of 268,435,456 bytes, .*--long=31.*=27"
+    with pytest.raises(ValueError, match=told):
+        read(tmp_path)
+    # behind other frames, with a header that two reads bring
+    skip = b"\x50\x2a\x4d\x18" + (1010).to_bytes(4, "little") + bytes(1010)
+    (tmp_path / "a.zst").write_bytes(skip + wide)
+    with pytest.raises(ValueError, match=told):
+        read(tmp_path)
+    how = zstandard.ZstdCompressionParameters(window_log=27)
+    fits = zstandard.ZstdCompressor(compression_params=how).compressobj()
+    raw = fits.compress(b"text " * 99) + fits.flush()
+    (tmp_path / "a.zst").write_bytes(raw)
+    assert read(tmp_path) == (["text " * 99], "")
+
+
+EOT = "<|endoftext|>"
+
+
+def test_the_special_token_in_texts_is_said(tmp_path):
+    (tmp_path / "a.txt").write_text(f"one{EOT}two{EOT}")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": EOT}))
+    texts, said = read(tmp_path)
+    assert said == (
+        f"; {EOT} as ordinary text: 3 (--endoftext takes it as the token)"
+    )
+    encoding = tokenizer.byte()
+    tokens = corpus.encode_documents(encoding, texts, endoftext=True)
+    assert tokens.tolist() == [256, *b"one", 256, *b"two", 256, 256, 256]
+    assert len(corpus.encode_documents(encoding, texts)) == 2 + 6 + 3 * 13
+
+
+# tinyshakespeare
+
+PLAY = "First:\nWho's there?\n\nSecond:\nNay, answer me.\n\n\nBoth:\nRain.\n"
+SPEECHES = [
+    "First:\nWho's there?\n\n",
+    "Second:\nNay, answer me.\n\n",
+    "\nBoth:\nRain.\n",
+]
+
+
+@pytest.fixture
+def play(monkeypatch, tmp_path):
+    """A small file in place of the real one; no folder, an empty cache."""
+    sha256 = hashlib.sha256(PLAY.encode()).hexdigest()
+    monkeypatch.setattr(corpus, "SHAKESPEARE_SHA256", sha256)
+    monkeypatch.setattr(corpus, "_cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.delenv("LLMNB_DATA", raising=False)
+    return tmp_path / "cache" / "tinyshakespeare.txt"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A web server on this machine that answers with `reply`."""
+
+    class Handler(BaseHTTPRequestHandler):
+        reply, status, asked = PLAY.encode(), 200, 0
+
+        def do_GET(self):
+            Handler.asked += 1
+            self.send_response(self.status)
+            self.send_header("Content-Length", str(len(self.reply)))
+            self.end_headers()
+            self.wfile.write(self.reply)
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with HTTPServer(("127.0.0.1", 0), Handler) as http:
+        thread = threading.Thread(target=http.serve_forever, args=(0.01,))
+        thread.start()
+        address = f"http://127.0.0.1:{http.server_port}/input.txt"
+        monkeypatch.setattr(corpus, "SHAKESPEARE_URL", address)
+        yield Handler
+        http.shutdown()
+        thread.join()
+
+
+def test_downloaded_once(play, server, capfd, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert corpus.load("tinyshakespeare") == SPEECHES
+    assert play.read_text() == PLAY
+    assert corpus.load("tinyshakespeare") == SPEECHES
+    assert server.asked == 1
+    assert os.listdir(play.parent) == ["tinyshakespeare.txt"]
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "tinyshakespeare.txt" in err and "100%" in err
+
+
+def test_a_log_gets_no_bar_of_a_download(play, server, capfd):
+    assert corpus.load("tinyshakespeare") == SPEECHES
+    assert capfd.readouterr() == ("", "")
+
+
+def test_download_with_another_hash(play, server):
+    server.reply = b"something else"
+    with pytest.raises(ValueError, match="input.txt must have the SHA-256"):
+        corpus.load("tinyshakespeare")
+    assert os.listdir(play.parent) == []
+
+
+def test_download_refused(play, server):
+    server.status = 404
+    with pytest.raises(ConnectionError, match="404.*; put it as .*LLMNB_DATA"):
+        corpus.load("tinyshakespeare")
+    assert os.listdir(play.parent) == []
+
+
+def test_no_network(play, monkeypatch):
+    address = "http://127.0.0.1:9/input.txt"
+    monkeypatch.setattr(corpus, "SHAKESPEARE_URL", address)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with pytest.raises(ConnectionError, match="cannot fetch tinyshakespeare"):
+        corpus.load("tinyshakespeare")
+
+
+def test_folder_of_the_environment_comes_first(
+    play, server, monkeypatch, tmp_path
+):
+    (tmp_path / "tinyshakespeare.txt").write_text(PLAY)
+    monkeypatch.setenv("LLMNB_DATA", str(tmp_path))
+    assert corpus.load("tinyshakespeare") == SPEECHES
+    assert server.asked == 0
+    assert not play.exists()
+
+
+def test_folder_of_the_environment_without_the_file(
+    play, server, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("LLMNB_DATA", str(tmp_path))
+    assert corpus.load("tinyshakespeare") == SPEECHES
+    assert server.asked == 1
+
+
+def test_damaged_file(play, server):
+    play.parent.mkdir()
+    play.write_text(PLAY[:-1])
+    with pytest.raises(ValueError, match="must have the SHA-256 .*, got"):
+        corpus.load("tinyshakespeare")
+    assert server.asked == 0
+
+
+@pytest.mark.parametrize(
+    "system, name, variable, want",
+    [
+        ("nt", "win32", "LOCALAPPDATA", "here/llmnb"),
+        ("posix", "linux", "XDG_CACHE_HOME", "here/llmnb"),
+        ("posix", "darwin", "HOME", "here/Library/Caches/llmnb"),
+        ("posix", "linux", "HOME", "here/.cache/llmnb"),
+    ],
+)
+def test_cache_folder(monkeypatch, system, name, variable, want):
+    if os.name != system:
+        pytest.skip(f"os.name is {os.name}, not {system}")
+    for x in ("LOCALAPPDATA", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(x, raising=False)
+    monkeypatch.setattr(corpus.sys, "platform", name)
+    monkeypatch.setenv(variable, "here")
+    assert corpus._cache_folder().as_posix() == want
+
+
+def test_without_a_home_tinyshakespeare_says_where_to_put_it(monkeypatch):
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("LLMNB_DATA", raising=False)
+    monkeypatch.setattr(corpus, "_cache_folder", home)
+    with pytest.raises(ConnectionError, match="determine home.*LLMNB_DATA"):
+        corpus.load("tinyshakespeare")
+
+
+# tokens
+
+
+def test_documents_become_tokens():
+    encoding = tokenizer.byte()
+    tokens = corpus.encode_documents(encoding, iter(["ab", "", "é"]))
+    assert tokens.dtype == np.uint16
+    assert tokens.tolist() == [256, 97, 98, 256, 256, 195, 169]
+    one = corpus.encode_documents(encoding, "<|endoftext|>")
+    assert one.tolist() == [256, *b"<|endoftext|>"]
+
+
+def test_many_documents_keep_their_order():
+    documents = [f"{n}, " for n in range(1000)]
+    encoding = tokenizer.train("".join(documents), 300)
+    tokens = corpus.encode_documents(encoding, documents)
+    want = "".join("<|endoftext|>" + x for x in documents)
+    assert encoding.decode(tokens) == want
+
+
+def test_no_documents():
+    with pytest.raises(ValueError, match="there are no documents"):
+        corpus.encode_documents(tokenizer.byte(), [])
+
+
+def test_encoding_too_large_for_uint16():
+    class Large:
+        n_vocab = 65537
+
+    with pytest.raises(ValueError, match="at most 65536 tokens, got 65537"):
+        corpus.encode_documents(Large(), ["text"])
+
+
+@pytest.mark.parametrize(
+    "count, validation, want",
+    [(100, None, 10), (10, None, 1), (10**6, None, 32768), (5, 4, 4)],
+)
+def test_split(count, validation, want):
+    tokens = np.arange(count)
+    train, val = corpus.split(tokens, validation)
+    assert val.tolist() == list(range(want))
+    assert train[0] == want
+    assert len(train) + len(val) == count
+    assert train.base is tokens and val.base is tokens
+
+
+@pytest.mark.parametrize("count, validation", [(9, None), (9, 9), (9, 0)])
+def test_split_that_leaves_a_part_empty(count, validation):
+    with pytest.raises(ValueError, match=f"number of tokens, {count}, got"):
+        corpus.split(np.arange(count), validation)
+
+
+def test_tinyshakespeare_is_llm_c_s():
+    """Checks llm.c's counts where the data is at hand."""
+    if not os.environ.get("LLMNB_DATA"):
+        pytest.skip("LLMNB_DATA names no folder with tinyshakespeare.txt")
+    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("TIKTOKEN_CACHE_DIR names no folder with GPT-2's files")
+    try:
+        documents = corpus.load("tinyshakespeare")
+        encoding = tokenizer.gpt2()
+    except ConnectionError as error:
+        pytest.skip(str(error))
+    tokens = corpus.encode_documents(encoding, documents)
+    train, val = corpus.split(tokens)
+    assert (len(tokens), len(val), len(train)) == (338_028, 32_768, 305_260)
+    assert "".join(documents) == encoding.decode(tokens).replace(
+        "<|endoftext|>", ""
+    )

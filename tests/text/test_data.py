@@ -1,0 +1,472 @@
+"""Shards and the data loader."""
+
+import os
+import subprocess
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+from fuzz import answer, mangled
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmnb.text.data import (
+    DataLoader,
+    Shards,
+    find_shards,
+    read_shard,
+    sample_tokens,
+    shard_length,
+    write_shard,
+)
+
+QUICK = settings(max_examples=25, deadline=None, derandomize=True)
+
+
+# shards
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64, None])
+def test_shard_is_written_and_read(tmp_path, dtype):
+    tokens = [0, 1, 50256, 65535]
+    path = tmp_path / "a.bin"
+    write_shard(path, np.array(tokens, dtype) if dtype else tokens)
+    got = read_shard(path)
+    assert got.dtype == np.uint16
+    assert isinstance(got, np.memmap)
+    assert got.tolist() == tokens
+    assert os.listdir(tmp_path) == ["a.bin"]
+    with pytest.raises(ValueError, match="read-only"):
+        got[0] = 1
+
+
+def test_shard_is_llm_c_format(tmp_path):
+    write_shard(tmp_path / "a.bin", [258, 3, 5])
+    raw = (tmp_path / "a.bin").read_bytes()
+    numbers = b"".join(n.to_bytes(4, "little") for n in (20240520, 1, 3))
+    assert raw == numbers + bytes(1012) + b"\2\1\3\0\5\0"
+
+
+def test_strided_tokens_are_written(tmp_path):
+    write_shard(tmp_path / "a.bin", np.arange(10)[::-3])
+    assert read_shard(tmp_path / "a.bin").tolist() == [9, 6, 3, 0]
+
+
+@pytest.mark.parametrize(
+    "tokens, error, message",
+    [
+        ([], TypeError, "tokens must be integers, got float64"),
+        (np.empty(0, int), ValueError, "must hold 1 to 2147483647 .* got 0"),
+        ([1, -1], ValueError, r"must lie in \[0, 65536\), got -1"),
+        ([1, 65536], ValueError, r"must lie in \[0, 65536\), got 65536"),
+        ([1.0], TypeError, "tokens must be integers, got float64"),
+        ([[1]], ValueError, r"must have one dimension, got shape \(1, 1\)"),
+    ],
+)
+def test_bad_tokens(tmp_path, tokens, error, message):
+    write_shard(tmp_path / "a.bin", [7])
+    with pytest.raises(error, match=message):
+        write_shard(tmp_path / "a.bin", tokens)
+    assert read_shard(tmp_path / "a.bin").tolist() == [7]
+
+
+GOOD = np.array([20240520, 1, 4] + [0] * 253, "<i4")
+
+
+def with_header(place, value):
+    header = GOOD.copy()
+    header[place] = value
+    return header.tobytes() + bytes(8)
+
+
+@pytest.mark.parametrize(
+    "raw, message",
+    [
+        (b"", "a header of 1024 bytes, the file has 0"),
+        (GOOD.tobytes()[:-1], "a header of 1024 bytes, the file has 1023"),
+        (with_header(0, 1), "magic number must be 20240520, got 1"),
+        (with_header(0, 20240326), "magic number .* got 20240326"),
+        (with_header(1, 2), "version must be 1, got 2"),
+        (with_header(2, 0), "token count must be positive, got 0"),
+        (with_header(2, -4), "token count must be positive, got -4"),
+        (with_header(2, 5), "size for 5 tokens must be 1034 bytes, got 1032"),
+        (with_header(2, 4)[:-1], "4 tokens must be 1032 bytes, got 1031"),
+        (with_header(2, 4) + b"x", "4 tokens must be 1032 bytes, got 1033"),
+        (with_header(2, 2**31 - 1), "must be 4294968318 bytes, got 1032"),
+    ],
+)
+def test_bad_shard(tmp_path, raw, message):
+    path = tmp_path / "bad.bin"
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=message) as error:
+        read_shard(path)
+    assert str(error.value).startswith(f"{path}: ")
+    with pytest.raises(ValueError, match=message):
+        DataLoader([path], 1, 1)
+
+
+@pytest.mark.parametrize(
+    "raw, what",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        (b"PK\x03\x04" + bytes(2000), "a zip archive, as .* NumPy's savez"),
+        (b"\x1f\x8b\x08" + bytes(2000), "unpack it first"),
+        (with_header(0, 20240326), "a model in llm.c's format"),
+        (b"", "this is an empty file"),
+    ],
+)
+def test_a_shard_that_is_something_else_says_so(tmp_path, raw, what):
+    (tmp_path / "train.bin").write_bytes(raw)
+    with pytest.raises(ValueError, match=f"train.bin: .*{what}"):
+        read_shard(tmp_path / "train.bin")
+
+
+def test_missing_shard(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.bin"):
+        read_shard(tmp_path / "none.bin")
+    with pytest.raises(FileNotFoundError, match=r"none\.bin"):
+        DataLoader([tmp_path / "none.bin"], 1, 1)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(raw=mangled(GOOD.tobytes() + bytes(range(8))))
+def test_a_mangled_shard(tmp_path_factory, raw):
+    path = tmp_path_factory.getbasetemp() / "mangled.bin"
+    got = answer(read_shard, path, raw)
+    if not isinstance(got, Exception):
+        assert 2 * len(got) == len(raw) - 1024
+        got.sum()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has none of these")
+def test_a_shard_that_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "train.bin")  # which an open() would wait for
+    (tmp_path / "val.bin").symlink_to("/dev/zero")
+    (tmp_path / "a.bin").mkdir()
+    for name in ("train.bin", "val.bin", "a.bin"):
+        with pytest.raises(ValueError, match=f"{name}: .* be a regular file"):
+            read_shard(tmp_path / name)
+    with pytest.raises(ValueError, match="train.bin: .* be a regular file"):
+        DataLoader(find_shards(tmp_path)[0], 1, 1)
+
+
+# folders of shards
+
+
+def test_the_length_of_a_shard(tmp_path):
+    write_shard(tmp_path / "a.bin", np.arange(300))
+    assert shard_length(tmp_path / "a.bin") == 300
+
+
+@pytest.mark.parametrize(
+    "train, val",
+    [
+        (["train.bin"], ["val.bin"]),
+        (["train_000000.bin", "train_000001.bin"], ["val_000000.bin"]),
+        (["fineweb_train_000001.bin"], ["fineweb_val_000000.bin"]),
+        (["tiny_shakespeare_train.bin"], ["tiny_shakespeare_val.bin"]),
+    ],
+)
+def test_shards_are_found_by_name(tmp_path, train, val):
+    for name in [*train, *val, "tokenizer.bin", "trainx.bin", "train.txt"]:
+        (tmp_path / name).write_bytes(b"")
+    got = [[x.name for x in part] for part in find_shards(tmp_path)]
+    assert got == [train, val]
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_a_folder_without_shards(tmp_path, name):
+    other = {"train": "val", "val": "train"}[name]
+    (tmp_path / f"{other}.bin").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=f"has no {name}.bin"):
+        find_shards(tmp_path)
+
+
+def test_many_shards_as_one_text(tmp_path):
+    paths = [tmp_path / f"train_{k:06}.bin" for k in range(100)]
+    for k, path in enumerate(paths):
+        write_shard(path, np.arange(50) + 100 * k)
+    shards = Shards(paths)
+    assert len(shards) == 5000 and shards.paths == paths
+    assert np.asarray(shards).tolist() == [
+        100 * k + i for k in range(100) for i in range(50)
+    ]
+    sample = sample_tokens(shards, 500)
+    assert sample.tolist() == [
+        100 * k + i for k in range(0, 100, 2) for i in range(10)
+    ]
+    assert len(sample_tokens(shards, 10**9)) == 2500
+    assert sample_tokens(np.arange(9), 4).tolist() == [0, 1, 2, 3]
+    paths[7].write_bytes(b"")
+    with pytest.raises(ValueError, match="train_000007"):
+        Shards(paths)
+
+
+# the loader
+
+
+def epoch(loader):
+    """Every batch of one epoch, copied."""
+    return [
+        tuple(x.copy() for x in loader.next_batch())
+        for _ in range(loader.batches_per_epoch)
+    ]
+
+
+def test_batches_in_order(tmp_path):
+    write_shard(tmp_path / "a.bin", np.arange(100, 113))
+    shards = [tmp_path / "a.bin", np.arange(30)]
+    loader = DataLoader(shards, 2, 3, shuffle=False)
+    assert loader.batches_per_epoch == 2 + 4
+    for _ in range(2):
+        batches = epoch(loader)
+        for x, y in batches:
+            assert x.dtype == y.dtype == np.int32
+            assert x.shape == y.shape == (2, 3)
+            assert np.array_equal(y, x + 1)
+        starts = [x.ravel().tolist() for x, _ in batches]
+        want = [list(range(n, n + 6)) for n in (100, 106, 0, 6, 12, 18)]
+        assert starts == want
+
+
+def test_one_shard_needs_no_list(tmp_path):
+    write_shard(tmp_path / "a.bin", np.arange(13))
+    for shards in (tmp_path / "a.bin", str(tmp_path / "a.bin"), np.arange(13)):
+        loader = DataLoader(shards, 2, 3, shuffle=False)
+        assert loader.next_batch()[0].ravel().tolist() == list(range(6))
+
+
+@QUICK
+@given(
+    sizes=st.lists(st.integers(0, 70), min_size=1, max_size=4),
+    B=st.integers(1, 5),
+    T=st.integers(1, 7),
+    seed=st.integers(0, 2**32 - 1),
+    shuffle=st.booleans(),
+)
+def test_an_epoch_reads_each_window_once(sizes, B, T, seed, shuffle):
+    sizes = [B * T + 1 + n for n in sizes]
+    starts = np.cumsum([0, *sizes])
+    shards = [np.arange(n) + s for n, s in zip(sizes, starts, strict=False)]
+    loader = DataLoader(shards, B, T, seed=seed, shuffle=shuffle)
+    windows = [(n - 1) // T for n in sizes]
+    assert loader.batches_per_epoch == sum(w // B for w in windows)
+    for _ in range(2):
+        seen = []
+        for x, y in epoch(loader):
+            assert np.array_equal(y, x + 1)
+            assert np.array_equal(x, x[:, :1] + np.arange(T))
+            seen += x[:, 0].tolist()
+        assert len(seen) == len(set(seen))
+        for s, w in zip(starts, windows, strict=False):
+            here = {n for n in seen if s <= n < s + w * T}
+            assert here <= set(range(s, s + w * T, T))
+            assert len(here) == w // B * B
+
+
+def shuffled(seed, epochs):
+    loader = DataLoader([np.arange(121), np.arange(200, 300)], 2, 5, seed)
+    return [[x.tolist() for x, _ in epoch(loader)] for _ in range(epochs)]
+
+
+def test_shuffle_depends_on_seed_and_epoch():
+    assert shuffled(1, 2) == shuffled(1, 2)
+    assert shuffled(1, 1) != shuffled(2, 1)
+    first, second = shuffled(1, 2)
+    assert first != second
+
+
+def test_shuffle_is_the_same_on_every_machine():
+    loader = DataLoader([np.arange(41)], 4, 5, seed=42)
+    got = [loader.next_batch()[0][:, 0].tolist() for _ in range(4)]
+    assert got == GOLDEN
+
+
+GOLDEN = [[25, 30, 20, 0], [15, 5, 35, 10], [35, 15, 5, 10], [0, 30, 25, 20]]
+
+
+def test_shards_are_shuffled():
+    shards = [np.arange(5) + 100 * k for k in range(8)]
+    loader = DataLoader(shards, 1, 4, seed=0)
+    orders = [[int(x[0, 0]) for x, _ in epoch(loader)] for _ in range(3)]
+    for order in orders:
+        assert sorted(order) == [100 * k for k in range(8)]
+    assert len({tuple(order) for order in orders}) == 3
+
+
+def test_windows_that_are_left_out_have_their_turn():
+    loader = DataLoader([np.arange(29)], 4, 4, seed=0)
+    seen = {
+        int(n) for _ in range(20) for x, _ in epoch(loader) for n in x[:, 0]
+    }
+    assert seen == set(range(0, 28, 4))
+
+
+@QUICK
+@given(steps=st.integers(0, 40), shuffle=st.booleans())
+def test_state_goes_on_with_the_same_batches(steps, shuffle):
+    shards = [np.arange(50), np.arange(100, 130), np.arange(200, 290)]
+    first = DataLoader(shards, 3, 4, seed=5, shuffle=shuffle)
+    for _ in range(steps):
+        first.next_batch()
+    state = first.state
+    second = DataLoader(shards, 3, 4, seed=5, shuffle=shuffle)
+    second.next_batch()
+    second.state = state
+    for _ in range(30):
+        assert first.state == second.state
+        assert np.array_equal(first.next_batch(), second.next_batch())
+    assert all(type(value) is int for value in state.values())
+
+
+def test_reading_the_state_changes_nothing():
+    loader = DataLoader([np.arange(50)], 2, 4)
+    state = loader.state
+    assert state == {"epoch": 0, "shard": 0, "position": 0}
+    state["position"] = 3
+    assert loader.state["position"] == 0
+    loader.next_batch()
+    assert loader.state["position"] == 1
+
+
+def test_reset_goes_back_to_the_start():
+    loader = DataLoader([np.arange(50), np.arange(70)], 2, 4, seed=9)
+    first = [x.tolist() for x, _ in epoch(loader)]
+    for _ in range(5):
+        loader.next_batch()
+    loader.reset()
+    assert [x.tolist() for x, _ in epoch(loader)] == first
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        (
+            {"epoch": 0},
+            r"must have epoch, shard and position, got \['epoch'\]",
+        ),
+        ({"epoch": -1, "shard": 0, "position": 0}, "epoch must lie in .*-1"),
+        ({"epoch": 0, "shard": 2, "position": 0}, r"shard .* \[0, 2\), got 2"),
+        ({"epoch": 0, "shard": 0, "position": 6}, r"position .* got 6"),
+    ],
+)
+def test_bad_state(state, message):
+    loader = DataLoader([np.arange(49), np.arange(49)], 2, 4)
+    loader.next_batch()
+    before = loader.state
+    with pytest.raises(ValueError, match=message):
+        loader.state = state
+    assert loader.state == before
+
+
+@pytest.mark.parametrize(
+    "args, error, message",
+    [
+        (([], 1, 1), ValueError, "the list of shards is empty"),
+        (([np.arange(8)], 2, 4), ValueError, "8 tokens, .* 2 x 4 needs 9"),
+        (([np.arange(8)], 1, 8), ValueError, "8 tokens, .* 1 x 8 needs 9"),
+        (([np.arange(0)], 1, 1), ValueError, "0 tokens, .* 1 x 1 needs 2"),
+        (([np.arange(9), np.arange(3)], 1, 8), ValueError, "has 3 tokens"),
+        (([np.ones(9)], 1, 1), TypeError, "must be integers, got float64"),
+        (([np.ones((9, 9), int)], 1, 1), ValueError, "one dimension"),
+        (([[1, 2, 2**40]], 1, 1), ValueError, "lie in .*, got 1099511627776"),
+        (([np.array([1, 2, 2**31])], 1, 1), ValueError, "got 2147483648"),
+        (([np.uint64([2**63, 0])], 1, 1), ValueError, f"got {2**63}"),
+        (([np.int16([1, -1])], 1, 1), ValueError, "lie in .*, got -1"),
+        (([np.arange(9), [3, -5]], 1, 1), ValueError, "lie in .*, got -5"),
+        (([np.ones(9, bool)], 1, 1), TypeError, "be integers, got bool"),
+        (([np.array([1, None])], 1, 1), TypeError, "integers, got object"),
+        (([["1", "2", "3"]], 1, 1), TypeError, "must be integers, got <U1"),
+        (([1, 2, 3], 1, 1), ValueError, r"one dimension, got shape \(\)"),
+        (([[]], 1, 1), ValueError, "0 tokens, .* 1 x 1 needs 2"),
+        (([np.arange(9)], 0, 1), ValueError, "batch_size .*, got 0"),
+        (([np.arange(9)], 1, 0), ValueError, "seq_len .*, got 0"),
+        (
+            ([np.arange(9)], 1, 1.5),
+            TypeError,
+            "seq_len must be int, got float",
+        ),
+        (([np.arange(9)], 1, 1, -1), ValueError, "seed .*, got -1"),
+        (([np.arange(9)], 1, 1, None), TypeError, "seed must be int"),
+    ],
+)
+def test_bad_arguments(args, error, message):
+    with pytest.raises(error, match=message):
+        DataLoader(*args)
+
+
+def test_short_shard_is_named(tmp_path):
+    write_shard(tmp_path / "short.bin", [1, 2, 3])
+    with pytest.raises(ValueError, match=r"short\.bin has 3 tokens"):
+        DataLoader([tmp_path / "short.bin"], 1, 4)
+
+
+def test_the_largest_token_passes():
+    loader = DataLoader([np.uint64([0, 2**31 - 1])], 1, 1)
+    assert loader.next_batch()[1].tolist() == [[2**31 - 1]]
+
+
+CUT = """
+import sys
+from pathlib import Path
+from llmnb.text.data import DataLoader
+path = Path(sys.argv[1])
+loader = DataLoader([path], 4, 1000, shuffle=False)
+loader.next_batch()
+with open(path, "r+b") as file:
+    file.truncate(int(sys.argv[2]))
+try:
+    for _ in range(10):
+        loader.next_batch()
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("length", [0, 1024, 1024 + 2 * 5000, 30_000])
+def test_a_shard_cut_short_in_use_is_named(tmp_path, length):
+    """In a process of its own, which a mapped file would kill."""
+    path = tmp_path / "a.bin"
+    write_shard(path, np.arange(41_000))
+    command = [sys.executable, "-c", CUT, str(path), str(length)]
+    got = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    gone = max(length // 2 - 512, 4000)
+    assert got.returncode == 0, got
+    assert got.stdout == (
+        f"[Errno 5] has been cut short, token {gone:,} is gone: '{path}'\n"
+    )
+
+
+def test_a_shard_cut_short_between_epochs_is_named(tmp_path):
+    write_shard(tmp_path / "a.bin", np.arange(9))
+    loader = DataLoader([tmp_path / "a.bin", np.arange(9)], 1, 8)
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(ValueError, match=r"a\.bin: the size for 9 tokens"):
+        [loader.next_batch() for _ in range(3)]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows keeps a file in use")
+def test_a_shard_that_is_replaced_is_read_on(tmp_path):
+    write_shard(tmp_path / "a.bin", np.arange(100))
+    loader = DataLoader([tmp_path / "a.bin"], 1, 9, shuffle=False)
+    loader.next_batch()
+    write_shard(tmp_path / "a.bin", np.arange(100, 200))
+    assert loader.next_batch()[0].tolist() == [[*range(9, 18)]]
+    (tmp_path / "a.bin").unlink()
+    assert loader.next_batch()[0].tolist() == [[*range(18, 27)]]
+
+
+def test_a_step_allocates_nothing(tmp_path):
+    write_shard(tmp_path / "a.bin", np.arange(60_000))
+    loader = DataLoader([tmp_path / "a.bin"], 8, 64, seed=1)
+    first = loader.next_batch()
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for _ in range(100):
+        assert loader.next_batch()[0] is first[0]
+    after, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert after - before < 1000
+    assert peak - before < 2000  # one batch as int32 is 2 * 2048 bytes

@@ -1,0 +1,448 @@
+"""Training, encoding and files of the tokenizer."""
+
+import base64
+import os
+import random
+import time
+from collections import Counter
+
+import pytest
+import regex
+import tiktoken
+import tiktoken.load
+from fuzz import answer, mangled
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmnb.text import tokenizer
+
+QUICK = settings(max_examples=25, deadline=None, derandomize=True)
+# assigned characters only: libraries may differ on those of a newer Unicode
+TEXT = st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=200)
+STORY = """\
+Four frogs sat on a log. One frog jumped, and three frogs sat on the log.
+Then it rained for a week; the log floated off with three frogs on it, and
+the fourth, who couldn't swim well, swam after them anyway. 'Wait!' it cried.
+"""
+
+
+RANKS = b"".join(
+    base64.b64encode(token) + b" %d\n" % rank
+    for rank, token in enumerate([*(bytes([i]) for i in range(256)), b"ab"])
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(raw=mangled(RANKS))
+def test_a_mangled_rank_file(tmp_path_factory, raw):
+    path = tmp_path_factory.getbasetemp() / "mangled.tiktoken"
+    got = answer(tokenizer.load, path, raw)
+    if not isinstance(got, Exception):
+        assert got.decode(got.encode_ordinary("tab")) == "tab"
+    assert not isinstance(got, Exception) or len(str(got)) < 400
+
+
+@pytest.mark.parametrize("rank", ["9" * 5000, "1" * 10, "\u0663", "-1"])
+def test_ranks_that_are_no_numbers(tmp_path, rank):
+    path = tmp_path / "a.tiktoken"
+    path.write_text(f"YQ== {rank}\n", "utf-8")
+    with pytest.raises(ValueError, match=":1: the rank must be") as error:
+        tokenizer.load(path)
+    assert len(str(error.value)) < 400
+
+
+def slow_merges(text, number):
+    """The definition: count all pairs anew before each merge."""
+    words = Counter(regex.findall(tokenizer.WORDS, text))
+    words = {tuple(w.encode()): n for w, n in words.items()}
+    merges = []
+    for new in range(256, 256 + number):
+        count = Counter()
+        for word, n in words.items():
+            for i in range(len(word) - 1):
+                count[word[i : i + 2]] += n
+        if not count:
+            break
+        merges.append(min(count, key=lambda pair: (-count[pair], pair)))
+        changed = {}
+        for word, n in words.items():
+            out, i = [], 0
+            while i < len(word):
+                hit = word[i : i + 2] == merges[-1]
+                out.append(new if hit else word[i])
+                i += 1 + hit
+            changed[tuple(out)] = n
+        words = changed
+    return merges
+
+
+def slow_encode(text, tokens):
+    """Apply the merges one after the other, each from left to right."""
+    out = []
+    for word in regex.findall(tokenizer.WORDS, text):
+        parts = [bytes([b]) for b in word.encode()]
+        for token in tokens[256:]:
+            i = 0
+            while i + 1 < len(parts):
+                if parts[i] + parts[i + 1] == token:
+                    parts[i : i + 2] = [token]
+                i += 1
+        out += [tokens.index(part) for part in parts]
+    return out
+
+
+def tokens_of(encoding):
+    return [
+        encoding.decode_single_token_bytes(i)
+        for i in range(encoding.n_vocab - 1)
+    ]
+
+
+@pytest.fixture(scope="module")
+def story():
+    return tokenizer.train(STORY, 330)
+
+
+@QUICK
+@given(st.text("aaab .\n", max_size=120), st.integers(0, 50))
+def test_training_equals_its_definition(text, number):
+    merges = slow_merges(text, number)
+    tokens = [bytes([i]) for i in range(256)]
+    for a, b in merges:
+        tokens.append(tokens[a] + tokens[b])
+    encoding = tokenizer.train(text, 257 + len(merges))
+    assert tokens_of(encoding) == tokens
+
+
+def test_training_equals_its_definition_on_prose():
+    merges = slow_merges(STORY, 73)
+    assert tokenizer._learn(tokenizer._count_words(STORY), 73) == merges
+
+
+def test_ties_go_to_the_lowest_pair():
+    assert tokens_of(tokenizer.train("zy xw", 258))[256] == b" x"
+    assert tokens_of(tokenizer.train("zy,ba", 258))[256] == b"ba"
+
+
+def test_overlapping_pairs_merge_from_the_left():
+    encoding = tokenizer.train("aaaaaaa", 259)
+    assert tokens_of(encoding)[256:] == [b"aa", b"aaaa"]
+    got = encoding.decode_tokens_bytes(encoding.encode_ordinary("aaaaaaa"))
+    assert got == [b"aaaa", b"aa", b"a"]
+
+
+def test_vocabulary_counts_bytes_merges_and_the_special_token(story):
+    assert story.n_vocab == 330
+    assert story.eot_token == 329
+    assert story.special_tokens_set == {"<|endoftext|>"}
+    assert tokens_of(story)[:256] == [bytes([i]) for i in range(256)]
+    assert len(set(tokens_of(story))) == 329
+
+
+def test_special_token_in_a_text_is_ordinary_text(story):
+    ids = story.encode_ordinary("a<|endoftext|>b")
+    assert story.eot_token not in ids
+    assert story.decode(ids) == "a<|endoftext|>b"
+
+
+def test_documents_train_as_one_text_where_words_do_not_cross():
+    lines = STORY.splitlines(keepends=True)
+    a, b = tokenizer.train(iter(lines), 300), tokenizer.train(STORY, 300)
+    assert tokens_of(a) == tokens_of(b)
+
+
+def test_smaller_vocabulary_is_the_start_of_a_larger(story):
+    small = tokenizer.train(STORY, 290)
+    assert tokens_of(small) == tokens_of(story)[:289]
+
+
+@QUICK
+@given(TEXT)
+def test_encoding_repeats_the_merges(story, text):
+    got = story.encode_ordinary(text)
+    assert got == slow_encode(text, tokens_of(story))
+    assert story.decode(got) == text
+
+
+@QUICK
+@given(st.lists(st.sampled_from("ogfrs at'\n"), max_size=80).map("".join))
+def test_encoding_repeats_the_merges_on_likely_words(story, text):
+    assert story.encode_ordinary(text) == slow_encode(text, tokens_of(story))
+
+
+@QUICK
+@given(st.binary(max_size=100))
+def test_every_byte_string_has_tokens(story, raw):
+    ids = [tokens_of(story).index(bytes([b])) for b in raw]
+    assert story.decode_bytes(ids) == raw
+    text = raw.decode("latin-1")
+    assert story.decode(story.encode_ordinary(text)) == text
+
+
+@QUICK
+@given(TEXT)
+def test_byte_encoding_is_utf8(text):
+    encoding = tokenizer.byte()
+    assert encoding.n_vocab == 257
+    assert encoding.eot_token == 256
+    assert bytes(encoding.encode_ordinary(text)) == text.encode()
+
+
+@pytest.mark.parametrize("size", [0, 256, 65537])
+def test_vocabulary_size_out_of_range(size):
+    with pytest.raises(ValueError, match=rf"\[257, 65536\], got {size}"):
+        tokenizer.train("text", size)
+
+
+@pytest.mark.parametrize(
+    "text, most", [("", 257), ("abc", 259), ("aaaa", 259)]
+)
+def test_text_too_small_for_the_vocabulary(text, most):
+    assert tokenizer.train(text, most).n_vocab == most
+    with pytest.raises(ValueError, match=f"at most {most}, got {most + 1}"):
+        tokenizer.train(text, most + 1)
+
+
+@pytest.mark.parametrize("text", [[b"raw"], [1], ["good", None]])
+def test_text_of_another_type(text):
+    with pytest.raises(TypeError, match="text must be str, got"):
+        tokenizer.train(text, 257)
+
+
+def random_prose(size):
+    """Text with some tens of thousands of distinct words."""
+    rng = random.Random(7)
+    parts = ["ta", "ri", "mon", "es", "qua", "lu", "ber", "in", "o", "ck"]
+    words = ["".join(rng.choices(parts, k=1 + k % 6)) for k in range(60_000)]
+    rank = [1 / (k + 1) for k in range(len(words))]
+    return " ".join(rng.choices(words, rank, k=size // 7))
+
+
+def test_five_megabytes_to_1024_tokens_in_30_seconds():
+    text = random_prose(5_000_000)
+    assert len(text) > 4_500_000
+    start = time.process_time()
+    encoding = tokenizer.train(text, 1024)
+    assert time.process_time() - start < 30
+    assert encoding.n_vocab == 1024
+
+
+def test_one_long_word_is_not_quadratic():
+    rng = random.Random(3)
+    word = "".join(rng.choices("abcdefgh", k=100_000))
+    start = time.process_time()
+    tokenizer.train(word, 2000)
+    assert time.process_time() - start < 10
+
+
+# files
+
+
+def test_saved_and_loaded(story, tmp_path):
+    path = tmp_path / "story.tiktoken"
+    tokenizer.save(story, path)
+    again = tokenizer.load(path)
+    assert tokens_of(again) == tokens_of(story)
+    assert again.eot_token == story.eot_token
+    assert again.encode_ordinary(STORY) == story.encode_ordinary(STORY)
+    assert os.listdir(tmp_path) == ["story.tiktoken"]
+
+
+def test_file_is_tiktokens(story, tmp_path):
+    path = tmp_path / "story.tiktoken"
+    tokenizer.save(story, path)
+    ranks = tiktoken.load.load_tiktoken_bpe(str(path))
+    assert ranks == {token: i for i, token in enumerate(tokens_of(story))}
+    assert path.read_bytes().startswith(b"AA== 0\nAQ== 1\n")
+
+
+def test_save_replaces_and_leaves_the_old_file_when_it_fails(story, tmp_path):
+    path = tmp_path / "a.tiktoken"
+    tokenizer.save(story, path)
+    before = path.read_bytes()
+    other = tiktoken.Encoding(
+        "other",
+        pat_str=tokenizer.WORDS,
+        mergeable_ranks={bytes([i]): i for i in range(256)},
+        special_tokens={"<|stop|>": 256},
+    )
+    with pytest.raises(ValueError, match=r"the last rank, got \['<|stop|>'\]"):
+        tokenizer.save(other, path)
+    assert path.read_bytes() == before
+    tokenizer.save(tokenizer.byte(), path)
+    assert tokenizer.load(path).n_vocab == 257
+
+
+def line(token, rank):
+    return f"{base64.b64encode(token).decode()} {rank}"
+
+
+BYTES = [line(bytes([i]), i) for i in range(256)]
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ([*BYTES, "?? 256"], r":257: the token must be base64, got '\?\?'"),
+        ([*BYTES, "é= 256"], ":257: the token must be base64"),
+        ([*BYTES, "YWI="], ":257: a line must be a token and its rank"),
+        ([*BYTES, "YWI= 256 1"], ":257: a line must be a token and its rank"),
+        ([*BYTES, "YWI= x"], ":257: the rank must be a whole number"),
+        ([*BYTES, "YWI= -1"], ":257: the rank must be a whole number"),
+        ([*BYTES, "YWI= 1.0"], ":257: the rank must be a whole number"),
+        ([*BYTES, line(b"ab", 7)], ":257: rank 7 comes twice"),
+        ([*BYTES, line(b"a", 256)], ":257: b'a' comes twice"),
+        ([*BYTES, line(b"ab", 257)], "no token of rank 256"),
+        (BYTES[:65] + BYTES[66:], "no token for the byte 65"),
+        ([], "no token for the byte 0"),
+    ],
+)
+def test_malformed_file(tmp_path, lines, message):
+    path = tmp_path / "bad.tiktoken"
+    path.write_text("\n".join(lines), "utf-8")
+    with pytest.raises(ValueError, match=message) as error:
+        tokenizer.load(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_blank_lines_and_windows_line_ends_are_read(tmp_path):
+    path = tmp_path / "a.tiktoken"
+    path.write_bytes("\r\n".join([*BYTES, "", line(b"ab", 256), ""]).encode())
+    assert tokenizer.load(path).encode_ordinary("ab") == [256]
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.tiktoken"):
+        tokenizer.load(tmp_path / "none.tiktoken")
+
+
+# any text
+
+
+@pytest.fixture(scope="module")
+def blanks():
+    """A vocabulary that merges blanks of several kinds, also mixed."""
+    text = "a    b\n\n\nc\n    d\u3000\u3000e \n \n f\t\t\tg        h" * 9
+    return tokenizer.train(text, 273)
+
+
+def encoded(encoding, text, **options):
+    return tokenizer.encode_text(encoding, text, **options).tolist()
+
+
+RUNS = st.text("ab'.1 \n\t\u00a0\u3000\x1c\x85   ", max_size=60)
+
+
+def test_what_counts_as_a_blank_is_what_tiktoken_counts():
+    single = {bytes([i]): i for i in range(256)}
+    one = tiktoken.Encoding(
+        "one", pat_str=r"\s", mergeable_ranks=single, special_tokens={}
+    )
+    every = map(chr, [*range(0xD800), *range(0xE000, 0x110000)])
+    assert {x for x in every if one.encode_ordinary(x)} == {*tokenizer.SPACES}
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(text=RUNS, run=st.integers(2, 5))
+def test_runs_taken_apart_keep_the_tokens(blanks, text, run):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "RUN", run)
+        assert encoded(blanks, text) == blanks.encode_ordinary(text)
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(text=RUNS, run=st.integers(2, 5))
+def test_runs_taken_apart_keep_the_tokens_of_gpt2(gpt2, text, run):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "RUN", run)
+        assert encoded(gpt2, text) == gpt2.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("run", [" ", "\n", "\u00a0", "\u3000", " \n\t"])
+@pytest.mark.parametrize("name", ["blanks", "gpt2"])
+def test_a_long_run_keeps_the_tokens_of_an_unbroken_encoding(
+    request, name, run
+):
+    encoding, run = request.getfixturevalue(name), run * (80_000 // len(run))
+    for text in (run, f"{run}a", f"a.{run}'s", f"a{run}b {run}1{run}"):
+        whole = encoding.encode_ordinary(text)
+        assert len(list(tokenizer._long_words(text))) == text.count(run)
+        assert encoded(encoding, text) == whole
+
+
+@pytest.mark.parametrize("char", [*" \n\u3000a中1^🙂\x1c"])
+@pytest.mark.parametrize("name", ["blanks", "gpt2"])
+def test_a_million_of_any_character(request, name, char):
+    encoding, text = request.getfixturevalue(name), char * 1_000_000 + "a."
+    assert encoding.decode(encoded(encoding, text)) == text
+
+
+def test_a_word_of_five_million_characters_is_not_quadratic(blanks):
+    start = time.perf_counter()
+    assert len(encoded(blanks, "a" * 5_000_000)) == 5_000_000
+    long = encoded(blanks, " " * 2_000_000)
+    assert time.perf_counter() - start < 20
+    assert blanks.decode(long) == " " * 2_000_000
+
+
+def test_the_special_token_is_taken_when_asked_for(blanks):
+    eot, text = blanks.eot_token, "a<|endoftext|>  b<|endoftext|>"
+    got = encoded(blanks, text, endoftext=True)
+    want = blanks.encode(text, allowed_special={"<|endoftext|>"})
+    assert got == want and got.count(eot) == 2
+    assert encoded(blanks, text) == blanks.encode_ordinary(text)
+    long = f"{' ' * 200_000}<|endoftext|>a"
+    want = blanks.encode(long, allowed_special={"<|endoftext|>"})
+    assert encoded(blanks, long, endoftext=True) == want
+    assert encoded(blanks, "<|endoftext|>", endoftext=True) == [eot]
+    assert encoded(blanks, "", endoftext=True) == []
+
+
+def test_half_a_character_becomes_a_replacement(blanks):
+    assert encoded(blanks, "a\ud800") == blanks.encode_ordinary("a\ufffd")
+
+
+# GPT-2's
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR")
+    if not folder:
+        pytest.skip("TIKTOKEN_CACHE_DIR names no folder with GPT-2's files")
+    try:
+        return tokenizer.gpt2()
+    except ConnectionError as error:
+        pytest.skip(str(error))
+
+
+def test_gpt2(gpt2):
+    assert gpt2.n_vocab == 50257
+    assert gpt2.eot_token == 50256
+    assert gpt2.encode_ordinary("Hello world") == [15496, 995]
+
+
+@QUICK
+@given(TEXT)
+def test_gpt2_cuts_words_as_we_do(gpt2, text):
+    words = regex.findall(tokenizer.WORDS, text)
+    assert "".join(words) == text
+    apart = [i for word in words for i in gpt2.encode_ordinary(word)]
+    assert gpt2.encode_ordinary(text) == apart
+
+
+def test_gpt2_saved_and_loaded(gpt2, tmp_path):
+    tokenizer.save(gpt2, tmp_path / "gpt2.tiktoken")
+    again = tokenizer.load(tmp_path / "gpt2.tiktoken")
+    assert again.n_vocab == 50257
+    assert again.encode_ordinary(STORY) == gpt2.encode_ordinary(STORY)
+
+
+def test_gpt2_without_a_connection(monkeypatch):
+    def refuse(name):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", refuse)
+    with pytest.raises(ConnectionError, match="in TIKTOKEN_CACHE_DIR$"):
+        tokenizer.gpt2()

@@ -1,0 +1,540 @@
+"""Perplexity of any text, and multiple choice as llm.c scores it."""
+
+import gzip
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmnb.cli.cli import main
+from llmnb.config import GPT2Config
+from llmnb.model.gpt2 import GPT2
+from llmnb.text import tokenizer
+from llmnb.text.reader import Tally
+from llmnb.train.evaluation import (
+    Example,
+    Score,
+    choose,
+    longest_row,
+    read_examples,
+    read_examples_json,
+    row_losses,
+    score_pieces,
+    score_text,
+    standard_error,
+    text_losses,
+    windows,
+    write_examples,
+)
+
+QUICK = settings(max_examples=300, deadline=None, derandomize=True)
+CFG = GPT2Config(48, 257, 2, 2, 16)
+SENTENCES = [
+    ("The kettle boiled, so she", ["made tea.", "ran the tap dry.",
+     "sang to the roof.", "sold it."], 0),
+    ("He opened the umbrella as the", ["sun set.", "rain began.", "cat",
+     "letter was read."], 1),
+    ("The bridge was closed, and", ["so", "birds swim.", "they went round.",
+     "it was tea."], 2),
+]  # fmt: skip
+
+
+def model_of(batch_size, seq_len, precision="fp64"):
+    model = GPT2(CFG, batch_size, seq_len, "reference", precision, seed=7)
+    rng = np.random.RandomState(7)
+    for name in ("wte", "wpe"):
+        model.params[name][: CFG.vocab_size] = rng.normal(
+            0, 0.5, model.params[name][: CFG.vocab_size].shape
+        )
+    return model
+
+
+def plain_losses(model, row):
+    """-log p of row[1:], from the logits."""
+    tokens = np.zeros((model.batch_size, model.seq_len), int)
+    tokens[0, : len(row) - 1] = row[:-1]
+    model.forward(tokens)
+    z = model.logits[0, : len(row) - 1].astype(np.float64)
+    z = z - z.max(axis=1, keepdims=True)
+    log_p = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+    return -log_p[np.arange(len(row) - 1), row[1:]]
+
+
+def lines_of(path, sentences=SENTENCES):
+    keys = "ctx", "endings", "label"
+    lines = [json.dumps(dict(zip(keys, x, strict=True))) for x in sentences]
+    path.write_text("\n".join(lines))
+    return path
+
+
+# rows and windows
+
+
+def test_rows_of_any_length():
+    model, alone = model_of(3, 20), model_of(1, 20)
+    rng = np.random.RandomState(1)
+    rows = [rng.randint(0, 257, n) for n in (2, 21, 7, 20, 5)]
+    got = list(row_losses(model, iter(rows)))
+    for row, losses in zip(rows, got, strict=True):
+        assert losses.dtype == np.float64
+        assert np.allclose(losses, plain_losses(alone, row), atol=1e-12)
+
+
+@pytest.mark.parametrize("length", [0, 1, 22])
+def test_rows_that_do_not_fit(length):
+    with pytest.raises(ValueError, match=f"2 to 21 tokens, got {length}"):
+        list(row_losses(model_of(1, 20), [np.zeros(length, int)]))
+
+
+@QUICK
+@given(N=st.integers(1, 60), T=st.integers(1, 20), data=st.data())
+def test_windows_score_each_token_once(N, T, data):
+    s = data.draw(st.integers(1, T))
+    scored = []
+    for start, first, end in windows(N, T, s):
+        assert start <= first < end <= start + T and start % s == 0
+        assert first - start >= (T - s if start else 0)
+        scored += range(first, end)
+    assert scored == list(range(N))
+
+
+@pytest.mark.parametrize("stride", [0, 21, -1])
+def test_bad_strides(stride):
+    with pytest.raises(ValueError, match=r"stride must lie in \[1, 20\]"):
+        list(text_losses(model_of(1, 20), np.arange(30), stride))
+
+
+@pytest.mark.parametrize("stride", [1, 5, 8, None])
+def test_each_token_has_the_context_of_its_window(stride):
+    model, alone = model_of(2, 8), model_of(1, 8)
+    tokens = np.random.RandomState(2).randint(0, 257, 30)
+    got = np.concatenate(list(text_losses(model, tokens, stride)))
+    want = np.empty(29)
+    for start, first, end in windows(29, 8, stride or 4):
+        losses = plain_losses(alone, tokens[start : end + 1])
+        want[first:end] = losses[first - start :]
+    assert np.allclose(got, want, atol=1e-12)
+
+
+# a text
+
+
+def test_the_score_of_a_text():
+    model, encoding = model_of(2, 16), tokenizer.byte()
+    texts = ["naïve text", "", "and another one that is longer"]
+    score = score_text(model, encoding, texts)
+    assert score.bytes == score.tokens == sum(len(x.encode()) for x in texts)
+    tokens = np.concatenate([[256, *x.encode()] for x in texts])
+    losses = np.concatenate(list(text_losses(model, tokens)))
+    assert score.nats == pytest.approx(losses[tokens[1:] != 256].sum())
+    pieces = [(True, "naïve"), (False, " text"), (True, ""), (True, texts[2])]
+    assert score_pieces(model, encoding, pieces) == score
+    assert score.loss == score.nats / score.tokens
+    assert score.perplexity == pytest.approx(math.exp(score.loss))
+
+
+def test_a_uniform_model_over_bytes_pays_eight_bits_and_a_little():
+    model = GPT2(CFG, 1, 16, "reference", "fp64", seed=None)
+    score = score_text(model, tokenizer.byte(), "some text of any kind")
+    assert score.perplexity == pytest.approx(257)
+    assert score.bits_per_byte == pytest.approx(math.log2(257))
+
+
+def test_bits_a_byte_do_not_depend_on_the_tokens():
+    assert Score(8.0, 4, 10).bits_per_byte == Score(8.0, 2, 10).bits_per_byte
+
+
+@pytest.mark.parametrize("texts", [[], "", ["", ""]])
+def test_no_text(texts):
+    with pytest.raises(ValueError, match="there is no text to score"):
+        score_text(model_of(1, 8), tokenizer.byte(), texts)
+
+
+# multiple choice
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 8])
+def test_choices(tmp_path, batch_size):
+    path = lines_of(tmp_path / "a.jsonl")
+    examples = read_examples_json(path, tokenizer.byte())
+    assert examples[1].context.tolist() == [*SENTENCES[1][0].encode()]
+    assert examples[1].endings[2].tolist() == [*b" cat"]
+    assert longest_row(examples[0]) == len(SENTENCES[0][0]) + 18
+    alone = model_of(1, 48)
+    got = list(choose(model_of(batch_size, 48), examples))
+    assert [x.label for x in got] == [0, 1, 2]
+    for example, choice in zip(examples, got, strict=True):
+        sums, means = [], []
+        for ending in example.endings:
+            row = np.concatenate([example.context, ending])
+            losses = plain_losses(alone, row)[len(example.context) - 1 :]
+            assert len(losses) == len(ending)
+            sums.append(losses.sum())
+            means.append(losses.mean())
+        assert np.allclose(choice.losses, means, atol=1e-12)
+        assert choice.by_mean == np.argmin(means)
+        assert choice.by_sum == np.argmin(sums)
+
+
+def test_the_sum_prefers_short_endings():
+    model = GPT2(CFG, 4, 48, "reference", "fp64", seed=None)
+    ending = [np.zeros(n, int) for n in (3, 2, 1, 4)]
+    (got,) = choose(model, [Example(np.zeros(5, int), ending, 0)])
+    assert got.by_sum == 2
+    assert np.allclose(got.losses, math.log(257))
+
+
+@pytest.mark.parametrize(
+    "context, ending", [(9, 4), (40, 3), (2, 12), (5, 30)]
+)
+def test_a_row_that_is_too_long_loses_its_beginning(context, ending):
+    rng, model = np.random.RandomState(3), model_of(4, 12)
+    first = rng.randint(0, 257, context)
+    endings = [rng.randint(0, 257, n) for n in (ending, 2, 1, 4)]
+    (got,) = choose(model, [Example(first, endings, 0)])
+    for mean, tokens in zip(got.losses, endings, strict=True):
+        row = np.concatenate([first, tokens])[-13:]
+        want = plain_losses(model, row)[-len(tokens) :].mean()
+        assert abs(mean - want) < 1e-12
+
+
+def test_pytorch_pays_the_same_and_chooses_the_same(tmp_path):
+    torch = pytest.importorskip("torch")
+    F = torch.nn.functional
+    model = model_of(4, 48, "fp32")
+    w = {k: torch.tensor(v).double() for k, v in model.params.items()}
+    V, C, H = CFG.vocab_size, CFG.channels, CFG.num_heads
+
+    def logits(ids):
+        T = len(ids)
+        x = w["wte"][ids] + w["wpe"][:T]
+        for i in range(CFG.num_layers):
+            h = F.layer_norm(x, (C,), w["ln1w"][i], w["ln1b"][i])
+            qkv = F.linear(h, w["qkvw"][i], w["qkvb"][i])
+            q, k, v = qkv.view(T, 3, H, C // H).permute(1, 2, 0, 3)
+            a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            a = a.transpose(0, 1).reshape(T, C)
+            x = x + F.linear(a, w["attprojw"][i], w["attprojb"][i])
+            h = F.layer_norm(x, (C,), w["ln2w"][i], w["ln2b"][i])
+            h = F.linear(h, w["fcw"][i], w["fcb"][i])
+            h = F.gelu(h, approximate="tanh")
+            x = x + F.linear(h, w["fcprojw"][i], w["fcprojb"][i])
+        x = F.layer_norm(x, (C,), w["lnfw"], w["lnfb"])
+        return F.linear(x, w["wte"])[:, :V]
+
+    path = lines_of(tmp_path / "a.jsonl")
+    examples = read_examples_json(path, tokenizer.byte())
+    for example, got in zip(examples, choose(model, examples), strict=True):
+        means, sums = [], []
+        for ending in example.endings:
+            ids = torch.tensor([*example.context, *ending]).long()
+            losses = F.cross_entropy(
+                logits(ids[:-1]), ids[1:], reduction="none"
+            )
+            losses = losses[len(example.context) - 1 :]
+            means.append(float(losses.mean()))
+            sums.append(float(losses.sum()))
+        assert np.allclose(got.losses, means, atol=1e-4)
+        assert got.by_mean == np.argmin(means)
+        assert got.by_sum == np.argmin(sums)
+
+
+def test_standard_error():
+    assert standard_error(0.5, 100) == pytest.approx(0.05)
+    assert standard_error(1.0, 9) == 0
+
+
+# llm.c's format
+
+
+@pytest.fixture
+def binary(tmp_path):
+    path = lines_of(tmp_path / "a.jsonl")
+    examples = read_examples_json(path, tokenizer.byte())
+    write_examples(tmp_path / "a.bin", examples)
+    return tmp_path / "a.bin", examples
+
+
+def test_the_format_is_llm_c_s(binary):
+    path, examples = binary
+    raw = path.read_bytes()
+    blocks = []
+    for i, x in enumerate(examples):
+        body = [i, x.label, 4, len(x.context), *x.context]
+        for ending in x.endings:
+            body += [len(ending), *ending]
+        blocks.append([65535, 2 * len(body) + 4, *body])
+    header = [20240522, 1, 3, 2 * max(map(len, blocks))] + [0] * 252
+    want = b"".join(n.to_bytes(4, "little") for n in header)
+    want += b"".join(int(n).to_bytes(2, "little") for b in blocks for n in b)
+    assert raw == want
+
+
+def test_what_is_written_is_read(binary):
+    path, examples = binary
+    again = read_examples(path)
+    assert len(again) == 3
+    for a, b in zip(examples, again, strict=True):
+        assert a.label == b.label and np.array_equal(a.context, b.context)
+        assert all(map(np.array_equal, a.endings, b.endings))
+
+
+def changed(raw, place, value, size):
+    return raw[:place] + value.to_bytes(size, "little") + raw[place + size :]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda x: x[:900], "must have a header of 1024 bytes"),
+        (lambda x: x[:-1], "two bytes for each number"),
+        (lambda x: x[:-2], r"example 2 must have an even size of 30 to"),
+        (lambda x: x + b"\0\0", "2 bytes follow the last example"),
+        (lambda x: changed(x, 0, 20240520, 4), "magic number must be 202405"),
+        (lambda x: changed(x, 4, 2, 4), "version must be 1, got 2"),
+        (lambda x: changed(x, 8, 2**31 - 1, 4), "count must be 1 to 1[0-9] "),
+        (lambda x: changed(x, 8, 0, 4), "count must be 1 to"),
+        (lambda x: changed(x, 8, 4, 4), "example 3 must begin with 65535"),
+        (lambda x: changed(x, 12, 40, 4), "the header says at most 40"),
+        (lambda x: changed(x, 1024, 1, 2), "example 0 must begin with 65535"),
+        (lambda x: changed(x, 1026, 65534, 2), "must have an even size"),
+        (lambda x: changed(x, 1026, 28, 2), "must have an even size"),
+        (lambda x: changed(x, 1030, 4, 2), "a label of 0 to 3, got 4 and 4"),
+        (lambda x: changed(x, 1032, 5, 2), "must have 4 endings"),
+        (lambda x: changed(x, 1034, 60000, 2), "text of 60000 tokens cannot"),
+        (lambda x: changed(x, 1034, 0, 2), "a text of 0 tokens cannot fit"),
+    ],
+)
+def test_bad_files(binary, change, message):
+    path, _ = binary
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=message) as error:
+        read_examples(path)
+    assert str(error.value).startswith(str(path))
+
+
+@QUICK
+@given(data=st.data())
+def test_fuzzed_files(tmp_path_factory, data):
+    folder = tmp_path_factory.getbasetemp()
+    path = folder / "fuzzed.bin"
+    examples = read_examples_json(
+        lines_of(folder / "fuzzed.jsonl"), tokenizer.byte()
+    )
+    write_examples(path, examples)
+    raw = bytearray(path.read_bytes())
+    places = st.integers(0, len(raw) - 1) | st.integers(1024, 1060)
+    for _ in range(data.draw(st.integers(0, 4))):
+        raw[data.draw(places)] = data.draw(st.integers(0, 255))
+    end = data.draw(st.integers(0, len(raw)) | st.just(len(raw)))
+    path.write_bytes(raw[:end])
+    try:
+        for example in read_examples(path):
+            assert len(example.context) and 0 <= example.label < 4
+            assert all(map(len, example.endings))
+    except ValueError as error:
+        assert str(error).startswith(str(path)) and len(str(error)) < 400
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("[]", "must be a JSON object, got list"),
+        ("{", "must be JSON"),
+        ({"endings": ["a"] * 4, "label": 0}, "must have a field 'ctx'"),
+        ({"ctx": 3}, "'ctx' must be text, got int"),
+        ({"ctx": "a", "endings": ["a"] * 3, "label": 0}, "list of four"),
+        ({"ctx": "a", "endings": "abcd", "label": 0}, "list of four"),
+        ({"ctx": "a", "endings": [1] * 4, "label": 0}, "must be text, got"),
+        ({"ctx": "a", "endings": ["a"] * 4, "label": 4}, "must be 0 to 3"),
+        ({"ctx": "a", "endings": ["a"] * 4}, "must be 0 to 3, got None"),
+        ({"ctx": "", "endings": ["a"] * 4, "label": 1}, "not be empty"),
+        ({"ctx": "a", "endings": ["\ud800"] * 4, "label": 1}, "half a char"),
+    ],
+)
+def test_bad_lines(tmp_path, line, message):
+    good = lines_of(tmp_path / "a.jsonl").read_text()
+    bad = line if isinstance(line, str) else json.dumps(line)
+    (tmp_path / "a.jsonl").write_text(f"{good}\n{bad}")
+    with pytest.raises(ValueError, match=rf"a\.jsonl:4: ?.*{message}"):
+        read_examples_json(tmp_path / "a.jsonl", tokenizer.byte())
+
+
+def test_bad_lines_are_passed_over_when_asked_for(tmp_path):
+    good = lines_of(tmp_path / "a.jsonl").read_text()
+    bad = ['{"ctx": null}', "[", json.dumps({"ctx": "\ud800"}), '{"ctx": "a"}']
+    (tmp_path / "a.jsonl").write_text("\n".join([*bad[:2], good, *bad[2:]]))
+    byte, tally = tokenizer.byte(), Tally()
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: 'ctx' must be text"):
+        read_examples_json(tmp_path / "a.jsonl", byte)
+    found = read_examples_json(tmp_path / "a.jsonl", byte, True, tally)
+    assert [x.label for x in found] == [0, 1, 2]
+    assert tally.words() == "; passed over: bad records 4"
+
+
+def test_an_empty_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="holds no example"):
+        read_examples_json(tmp_path / "a.jsonl", tokenizer.byte())
+
+
+@pytest.mark.parametrize(
+    "example, message",
+    [
+        (Example(np.zeros(40_000, int), [[1]] * 4, 0), "less than 65536 byt"),
+        (Example(np.array([70_000]), [[1]] * 4, 0), "tokens below 65536"),
+    ],
+)
+def test_examples_that_cannot_be_written(tmp_path, example, message):
+    with pytest.raises(ValueError, match=message):
+        write_examples(tmp_path / "a.bin", [example])
+    with pytest.raises(ValueError, match="no examples"):
+        write_examples(tmp_path / "a.bin", [])
+    assert not list(tmp_path.iterdir())
+
+
+# numbers that are none
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_loss_that_is_no_number_gets_no_score(value):
+    """Neither a perplexity nor an accuracy, which argmin would find."""
+    model, encoding = model_of(4, 48), tokenizer.byte()
+    model.params["lnfb"][3] = value
+    example = Example(np.array([1, 2]), [np.array([3, 4])] * 4, 0)
+    rows = [np.arange(9)]
+    for score in (
+        lambda: list(row_losses(model, rows)),
+        lambda: list(choose(model, [example])),
+        lambda: score_text(model, encoding, "some text"),
+    ):
+        with (
+            np.errstate(all="ignore"),
+            pytest.raises(FloatingPointError, match="loss of a token is nan"),
+        ):
+            score()
+
+
+def test_weights_that_are_too_large_get_no_score(saved, capsys):
+    """Each is a number; what they give is not."""
+    model = model_of(1, 8, "fp32")
+    model.params["fcw"][:] = 1e38
+    model.save_checkpoint("m.bin")
+    lines_of(saved / "a.jsonl")
+    (saved / "a.txt").write_text("some text")
+    for what in ("--text a.txt", "--hellaswag a.jsonl"):
+        with np.errstate(all="ignore"), pytest.raises(SystemExit) as stop:
+            main(["eval", "m.bin", "--tokenizer", "byte", *what.split()])
+        out, err = capsys.readouterr()
+        assert stop.value.code == 1 and "acc" not in out
+        assert "loss" not in out and "nan" not in out
+        assert "llmnb: error: the loss of a token is nan" in err
+
+
+# the command
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model_of(1, 8, "fp32").save_checkpoint("m.bin")
+    return tmp_path
+
+
+def test_eval_text(saved, capsys):
+    (saved / "a.txt").write_text("some text é\n" * 9, "utf-8")
+    with gzip.open("a.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"body": "some text é\n" * 9}))
+    command = ["eval", "m.bin", "--tokenizer", "byte", "--text"]
+    main([*command, "a.txt"])
+    first = capsys.readouterr().out
+    model = GPT2.from_checkpoint("m.bin", 1, 48)
+    text = "some text é\n" * 9
+    score = score_text(model, tokenizer.byte(), text)
+    assert f"{score.loss:.4f} nats a token" in first
+    assert f"{score.perplexity:.2f} a token" in first
+    assert f"{score.bits_per_byte:.4f} a byte" in first
+    assert "117 bytes" in first and "context 48, stride 24" in first
+    main([*command, "a.jsonl.gz", "--field", "body"])
+    assert capsys.readouterr().out.splitlines()[3:] == first.splitlines()[3:]
+
+
+def test_eval_hellaswag(saved, capsys):
+    lines_of(saved / "a.jsonl")
+    examples = read_examples_json(saved / "a.jsonl", tokenizer.byte())
+    write_examples(saved / "a.bin", examples)
+    outputs = []
+    for name in ("a.bin", "a.jsonl"):
+        command = f"eval m.bin --tokenizer byte --hellaswag {name}"
+        main(command.split())
+        outputs.append(capsys.readouterr().out.splitlines()[2:])
+    assert outputs[0] == outputs[1]
+    model = GPT2.from_checkpoint("m.bin", 4, 48)
+    right = [x.by_mean == x.label for x in choose(model, examples)]
+    assert f"acc_norm   {np.mean(right):.4f} +- " in outputs[0][0]
+
+
+def test_eval_says_what_it_left_out(saved, capsys):
+    lines = lines_of(saved / "a.jsonl").read_text()
+    long = json.dumps({"ctx": "x" * 99, "endings": ["y"] * 4, "label": 2})
+    (saved / "a.jsonl").write_text(f"{lines}\n{long}\n[]")
+    ask = ["eval", "m.bin", "--tokenizer", "byte", "--skip-bad"]
+    main([*ask, "--hellaswag", "a.jsonl"])
+    assert (
+        "a.jsonl: 4 examples, 1 cut on the left to 48 tokens; passed over: "
+        "bad records 1\n"
+    ) in capsys.readouterr().out
+    (saved / "b.jsonl").write_text('{"text": "a<|endoftext|>b"}\n{}\n')
+    main([*ask, "--text", "b.jsonl"])
+    out = capsys.readouterr().out
+    assert "b.jsonl: 15 bytes; passed over: bad records 1; <|endo" in out
+    assert "<|endoftext|> as ordinary text: 1 (" in out
+    main([*ask, "--text", "b.jsonl", "--endoftext"])
+    out = capsys.readouterr().out
+    assert "b.jsonl: 2 bytes; passed over: bad records 1\n" in out
+    assert "tokens     2," in out
+
+
+def test_the_special_token_parts_documents():
+    model, byte = model_of(1, 20), tokenizer.byte()
+    pieces = [(True, "one<|endoftext|>two")]
+    got = score_pieces(model, byte, pieces, endoftext=True)
+    assert got == score_text(model, byte, ["one", "two"])
+    assert got.bytes == 6 and got.tokens == 6
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("m.bin", "name a file: --text FILE or --hellaswag FILE"),
+        ("none --text a.txt", "there is no run none"),
+        (
+            "m.bin --text a.txt --tokenizer gpt2",
+            "m.bin has 257 tokens, the tokenizer gpt2",
+        ),
+        ("m.bin --text a.txt", "m.bin: which tokenizer? None of"),
+        ("m.bin --tokenizer byte --text none", "no file called none"),
+        ("m.bin --tokenizer byte --text a.txt --stride 99", "lie in [1, 48]"),
+        ("m.bin --tokenizer byte --text a.txt --limit -1", "at least 0"),
+        ("m.bin --tokenizer byte --hellaswag none.bin", "none.bin"),
+        ("m.bin --tokenizer byte --hellaswag m.bin", "magic number"),
+        ("a.txt --text a.txt", "a.txt"),
+    ],
+)
+def test_mistakes_get_one_line(saved, capsys, monkeypatch, command, message):
+    if "tokenizer gpt2" in command:
+        monkeypatch.setattr(
+            tokenizer, "gpt2", lambda: tokenizer._encoding("gpt2", TOKENS)
+        )
+    (saved / "a.txt").write_text("text")
+    with pytest.raises(SystemExit) as stop:
+        main(["eval", *command.split()])
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and message in err
+    assert err.count("\n") == 1
+
+
+TOKENS = [bytes([i]) for i in range(256)] + [b"ab"]
