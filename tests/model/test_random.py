@@ -12,7 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmnb.model.random import Generator, MersenneTwister, box_muller
+from llmnb.model.random import (
+    AT_ONCE,
+    Generator,
+    MersenneTwister,
+    box_muller,
+)
 
 DATA = Path(__file__).parents[1] / "data"
 RECORDED = json.loads((DATA / "parity_draws.json").read_text("utf-8"))
@@ -115,7 +120,9 @@ def test_the_recording_compared_millions():
     assert RECORDED["equal_to_the_bit"] > 0.8
 
 
-@pytest.mark.parametrize("n", [CHUNK - 16, CHUNK, CHUNK + 16, 2 * CHUNK + 5])
+@pytest.mark.parametrize(
+    "n", [AT_ONCE - 16, AT_ONCE, AT_ONCE + 16, 2 * AT_ONCE + 5]
+)
 def test_chunks_do_not_show(n):
     words = MersenneTwister(8).uniform(n + 16)
     want = box_muller(words[: n - n % 16], 0.0, 1.0)
