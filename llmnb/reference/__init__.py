@@ -3,6 +3,9 @@
 """The layers in NumPy, forward and backward."""
 
 from llmnb.reference.adamw import (
+    ADAMW_LIMITS,
+    AdamW,
+    Factors,
     adamw_update,
     clip_gradients,
     global_norm,
@@ -43,6 +46,9 @@ from llmnb.reference.residual import (
 )
 
 __all__ = [
+    "ADAMW_LIMITS",
+    "AdamW",
+    "Factors",
     "adamw_update",
     "attention_backward",
     "attention_forward",
