@@ -17,12 +17,8 @@ from llmnb.reference.attention import (
     split_heads,
 )
 from llmnb.reference.crossentropy import (
-    crossentropy_backward,
-    crossentropy_forward,
     crossentropy_softmax_backward,
     crossentropy_softmax_forward,
-    softmax_backward,
-    softmax_forward,
 )
 from llmnb.reference.encoder import (
     encoder_backward,
@@ -53,8 +49,6 @@ __all__ = [
     "attention_backward",
     "attention_forward",
     "clip_gradients",
-    "crossentropy_backward",
-    "crossentropy_forward",
     "crossentropy_softmax_backward",
     "crossentropy_softmax_forward",
     "encoder_backward",
@@ -69,7 +63,5 @@ __all__ = [
     "matmul_forward",
     "residual_backward",
     "residual_forward",
-    "softmax_backward",
-    "softmax_forward",
     "split_heads",
 ]

@@ -6,7 +6,7 @@
 #     name: python3
 #   llmnb:
 #     modules:
-#       reference.crossentropy: "Softmax and cross-entropy in NumPy, forward and backward."
+#       reference.crossentropy: "Softmax and cross-entropy in one, in NumPy, forward and backward."
 # ---
 
 # %% [markdown]
@@ -147,8 +147,7 @@ with np.errstate(over="ignore", invalid="ignore"):
 # left out of the maximum and of the sum, and set to 0.
 
 
-# %% the softmax tags=["export"]
-@shapes("B T Vp!, B T Vp~, 1 to Vp")
+# %% the softmax
 def softmax_forward(probs, logits, V):
     """Probabilities of the first V logits in each row.
 
@@ -241,8 +240,7 @@ for V in (256, 1024, 50257):
 # about $10^{-38}$ in float32, and a loss computed this way never exceeds 87.4.
 
 
-# %% the cross-entropy tags=["export"]
-@shapes("B T!, B T Vp, B T of Vp")
+# %% the cross-entropy
 def crossentropy_forward(losses, probs, targets):
     """Surprise at each target, in nats: minus the log of its probability.
 
@@ -278,8 +276,7 @@ print("perplexity", np.exp(losses.mean()).round(4))
 # For the mean over the batch, $d\ell = 1/(BT)$ at every position.
 
 
-# %% the gradient of the cross-entropy tags=["export"]
-@shapes("B T Vp!, B T, B T Vp, B T of Vp")
+# %% the gradient of the cross-entropy
 def crossentropy_backward(dprobs, dlosses, probs, targets):
     """Add the gradient of the losses by the probabilities to `dprobs`.
 
@@ -325,8 +322,7 @@ print(f"GPT-2: {50257**2 * 4 / 1e9:.1f} GB a row")
 # probabilities. A padding column has $p_j = 0$ and hears nothing.
 
 
-# %% the gradient of the softmax tags=["export"]
-@shapes("B T Vp!, B T Vp, B T Vp")
+# %% the gradient of the softmax
 def softmax_backward(dlogits, dprobs, probs):
     """Add the gradient by the logits to `dlogits`.
 
@@ -465,8 +461,8 @@ print("fused   ", int(losses[0, 0]), dlogits[0, 0].astype(int))
 # %% [markdown]
 # Look at token 2, the right one. The separate form sends it 0: where the
 # model is most wrong, it learns nothing about what would have been right.
-# The fused form is exact. Training uses the fused form; the separate one
-# serves wherever probabilities themselves are wanted.
+# The fused form is exact. It is the layer of `llmnb`; the separate functions
+# have done their work on this page and are not exported.
 
 # %% [markdown]
 # ## Proof

@@ -183,9 +183,6 @@ def crossentropy_softmax_backward(dlogits, dlosses, logits, lse, targets, V):
 
 
 # %% [markdown]
-# The separate functions of chapter 1.11, softmax and cross-entropy one after
-# the other, have no kernel: training does not call them.
-#
 # The verdict, in float32 and on sizes that divide nothing:
 
 
