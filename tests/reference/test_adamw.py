@@ -27,23 +27,11 @@ START = [1.0, -0.5, 0.03125, -2.0, 0.0, 8.0, 0.25]
 SLOPE = [0.5, -0.25, 2.0**-10, 0.0, -8.0, 2.0**-20, 0.125]
 FACTORS = [1.0, -0.5, 2.0, 0.25, -1.0, 1.5]
 
-# (settings, dtype) -> the parameters after steps 1, 3, 6, then m and v
+# settings -> the parameters after steps 1, 3, 6, then m and v
 FIRST = (1e-2, 0.9, 0.999, 1e-8, 0.1)
 SECOND = (3e-2, 0.8, 0.95, 1e-6, 0.0)
 GOLDEN = {
-    (FIRST, np.float32): [
-        [0.989000022, -0.489500016, 0.0212188531, -1.99800003, 0.00999999978,
-         7.98210382, 0.239749998],
-        [0.977781236, -0.479279667, 0.0119346995, -1.99400616, 0.0192218348,
-         7.9569931, 0.230028927],
-        [0.961898625, -0.464891016, -0.00105320313, -1.9880302, 0.0321164764,
-         7.92030954, 0.216387302],
-        [0.126147002, -0.063073501, 0.000246380863, 0.0, -2.01835203,
-         2.40606312e-07, 0.0315367505],
-        [0.00213585002, 0.000533962506, 8.14762124e-09, 0.0, 0.546777606,
-         7.77017712e-15, 0.000133490626],
-    ],
-    (FIRST, np.float64): [
+    FIRST: [
         [0.9890000002, -0.48950000039999997, 0.021218852398951434, -1.998,
          0.0099999999875, 7.982103769497949, 0.23975000079999995],
         [0.9777811663376385, -0.4792796672040285, 0.01193469827986484,
@@ -59,19 +47,7 @@ GOLDEN = {
          0.0, 0.5467775070403365, 7.770175714090562e-15,
          0.00013349060230476964],
     ],
-    (SECOND, np.float32): [
-        [0.970000088, -0.470000118, 0.00128069147, -2.0, 0.0299999937,
-         7.98535585, 0.220000237],
-        [0.943109512, -0.443109602, -0.0255859867, -2.0, 0.0568906181,
-         7.97110939, 0.19310981],
-        [0.906528175, -0.406528413, -0.0621352568, -2.0, 0.0934719443,
-         7.95183611, 0.156528726],
-        [0.200688004, -0.100344002, 0.000391968759, 0.0, -3.21100807,
-         3.82781991e-07, 0.0501720011],
-        [0.0957914218, 0.0239478555, 3.65415275e-07, 0.0, 24.522604,
-         3.48487163e-13, 0.00598696386],
-    ],
-    (SECOND, np.float64): [
+    SECOND: [
         [0.97000005999988, -0.47000011999952, 0.0012806885748993004, -2.0,
          0.02999999625000047, 7.985355681214658, 0.22000023999808002],
         [0.9431094809874979, -0.44310958780522547, -0.02558598903768181,
@@ -101,12 +77,12 @@ def six_steps(backend, numbers, dtype):
 
 
 @BACKENDS
-@pytest.mark.parametrize("case", GOLDEN)
-def test_equals_recorded_torch(backend, case):
-    numbers, dtype = case
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("numbers", GOLDEN)
+def test_equals_recorded_torch(backend, numbers, dtype):
     got = six_steps(backend, numbers, dtype)
     names = "step 1", "step 3", "step 6", "m", "v"
-    for name, x, want in zip(names, got, GOLDEN[case], strict=True):
+    for name, x, want in zip(names, got, GOLDEN[numbers], strict=True):
         assert x.dtype == dtype
         # a difference of 1e-8 in float32 is the rounding of a number near 1
         close = {"rtol": DTYPES[dtype], "atol": DTYPES[dtype] / 100}
@@ -282,30 +258,6 @@ def test_bad_settings(backend, position, value, message):
     with pytest.raises(ValueError, match="adamw_update: " + message):
         backend.adamw_update(*arrays, AdamW(*numbers))
     assert np.array_equal(arrays[0], before)
-
-
-@pytest.mark.parametrize(
-    ("position", "array", "error", "message"),
-    [
-        (0, np.ones((2, 2)), ValueError, r"params must have shape \(N,\)"),
-        (0, np.ones(4, int), TypeError, "params must be float32 or float64"),
-        (1, np.ones(5), ValueError, r"grads must have shape \(4,\), got \(5"),
-        (2, np.ones(4, np.float32), TypeError, "m must be float64, got"),
-        (3, np.ones(8)[::2], ValueError, "v must be C-contiguous"),
-    ],
-)
-def test_bad_arrays(position, array, error, message):
-    arrays = [np.ones(4) for _ in range(4)]
-    arrays[position] = array
-    with pytest.raises(error, match="adamw_update: " + message):
-        cpu.adamw_update(*arrays, AdamW(*NUMBERS, 1))
-
-
-def test_bad_gradients():
-    with pytest.raises(ValueError, match="global_norm: grads must have sh"):
-        cpu.global_norm(np.ones((2, 2)))
-    with pytest.raises(TypeError, match="clip_gradients: grads must be float"):
-        cpu.clip_gradients(np.ones(3, int), 1.0)
 
 
 @BACKENDS
