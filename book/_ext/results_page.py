@@ -259,7 +259,8 @@ def gpu_section(stem, result):
             "**No time has been measured on a GPU yet.** The kernels have "
             "run in the simulator of "
             "[chapter 3.1](../notebooks/3_gpu/01_threads.ipynb) and have been "
-            "compiled; no hardware has run them. This command, on a machine with a GPU, "
+            "compiled; no hardware has run them. This command, on a machine "
+            "with a GPU, "
             "measures a training step and every version of every layer, "
             "against PyTorch on the same GPU:"
         )
