@@ -33,7 +33,7 @@ from llmnb.bench.ladders import (
     ladder_named,
     version_name,
 )
-from llmnb.cli.cli import main
+from llmnb.cli.__main__ import main
 from llmnb.gpu.launch import missing, simulated, to_host
 from llmnb.gpu.ptx import compile_kernel, no_compiler
 from llmnb.gpu.simulator import watch

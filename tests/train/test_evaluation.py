@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmnb.cli.cli import main
+from llmnb.cli.__main__ import main
 from llmnb.config import GPT2Config
 from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
