@@ -38,7 +38,7 @@ from llmnb.gpu.launch import missing, simulated, to_host
 from llmnb.gpu.ptx import compile_kernel, no_compiler
 from llmnb.gpu.simulator import watch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAMES = [x.layer for x in LADDERS]
 
 
