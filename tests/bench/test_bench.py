@@ -66,7 +66,9 @@ def test_who_computes_no_numbers_has_no_speed(monkeypatch):
                 "facts": {"peak_bytes": 1},
             },
         }
-        monkeypatch.setattr("llmnb.bench.bench.race", lambda *x, f=found: (f, {}))
+        monkeypatch.setattr(
+            "llmnb.bench.bench.race", lambda *x, f=found: (f, {})
+        )
         with pytest.raises(FloatingPointError, match=f"{name}: the loss is n"):
             bench({"tiny": (CFG, 2, 16)}, REFERENCE)
 
