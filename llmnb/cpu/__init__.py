@@ -16,12 +16,8 @@ from llmnb.cpu.compiled import (
     cache_folder,
 )
 from llmnb.cpu.crossentropy import (
-    crossentropy_backward,
-    crossentropy_forward,
     crossentropy_softmax_backward,
     crossentropy_softmax_forward,
-    softmax_backward,
-    softmax_forward,
 )
 from llmnb.cpu.decode import (
     cache_attention,
@@ -102,8 +98,6 @@ __all__ = [
     "check_bf16",
     "clip_gradients",
     "cpu_features",
-    "crossentropy_backward",
-    "crossentropy_forward",
     "crossentropy_softmax_backward",
     "crossentropy_softmax_forward",
     "device",
@@ -129,8 +123,6 @@ __all__ = [
     "routine",
     "scratch",
     "share",
-    "softmax_backward",
-    "softmax_forward",
     "team",
     "tile_shape",
     "work_shape",

@@ -80,7 +80,7 @@ from llmnb.formats.checkpoint import (
 from llmnb.checks import check_tokens
 from llmnb.model.init import init_params
 from llmnb.model.layout import footprint, gpt2_layout
-from llmnb.reference.adamw import ADAMW_LIMITS
+from llmnb.reference.adamw import ADAMW_LIMITS, AdamW
 from llmnb.room import check_room
 from llmnb.shapes import shapes
 
@@ -674,12 +674,12 @@ class GPT2:
         for name in () if decay is None else decay:
             _choose("a name in decay", name, self.params)
         numbers = learning_rate, beta1, beta2, eps
-        rows = [(*numbers, rate, step) for rate in (weight_decay, 0.0)]
+        rows = [AdamW(*numbers, rate, step) for rate in (weight_decay, 0.0)]
         if self.backend == "cuda":
             names, places = ("decays", "stays"), self.memory["settings"]
             for name, row in zip(names, rows, strict=True):
-                put(places[name], self.ops.adamw_settings(*row))
-            rows = [(places[name],) for name in names]
+                put(places[name], self.ops.adamw_settings(row))
+            rows = [places[name] for name in names]
         self._settings = rows
 
     def _apply(self, decay):
@@ -689,7 +689,7 @@ class GPT2:
         names = ["flat"] if decay is None else self.params
         for name in names:
             row = self._settings[decay is not None and name not in decay]
-            update(*self._flat(name), *row)
+            update(*self._flat(name), row)
 
     @shapes("-, -, -, above 0", **ADAMW_LIMITS)
     def step(self, tokens, targets, max_norm=math.inf, **settings):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from llmnb.cpu import adamw as cpu
 from llmnb.reference import adamw as reference
+from llmnb.reference.adamw import AdamW
 
 DTYPES = {np.float32: 1e-6, np.float64: 1e-13}
 BOTH = (reference, cpu)
@@ -94,7 +95,7 @@ def six_steps(backend, numbers, dtype):
     history = []
     for step, factor in enumerate(FACTORS, 1):
         grads = np.array(SLOPE, dtype) * dtype(factor)
-        backend.adamw_update(params, grads, m, v, *numbers, step)
+        backend.adamw_update(params, grads, m, v, AdamW(*numbers, step))
         history.append(params.copy())
     return [history[0], history[2], history[5], m, v]
 
@@ -134,7 +135,7 @@ def test_equals_torch_here(dtype):
             mine = grads.copy()
             got = backend.clip_gradients(mine, 5.0)
             assert got == pytest.approx(norm, rel=DTYPES[dtype])
-            backend.adamw_update(params, mine, m, v, *NUMBERS, step)
+            backend.adamw_update(params, mine, m, v, AdamW(*NUMBERS, step))
             np.testing.assert_allclose(
                 params,
                 leaf.detach().numpy(),
@@ -155,11 +156,11 @@ def test_kernels_equal_reference(n, step, decay, dtype, seed):
     rng = np.random.default_rng(seed)
     params, grads, m = rng.normal(size=(3, n)).astype(dtype)
     v = rng.uniform(0, 2, n).astype(dtype)
-    numbers = (1e-2, 0.9, 0.999, 1e-8, decay, step)
+    settings = AdamW(1e-2, weight_decay=decay, step=step)
     both = []
     for backend in BOTH:
         state = [x.copy() for x in (params, grads, m, v)]
-        backend.adamw_update(*state, *numbers)
+        backend.adamw_update(*state, settings)
         norm = backend.global_norm(grads)
         clipped = grads.copy()
         assert backend.clip_gradients(clipped, 1.0) == norm
@@ -175,7 +176,8 @@ def test_decay_is_decoupled(backend):
     """With a zero gradient only the decay moves a parameter."""
     p, g, m, v = np.ones(3), np.zeros(3), np.zeros(3), np.zeros(3)
     for step in range(1, 11):
-        backend.adamw_update(p, g, m, v, 0.1, 0.9, 0.999, 1e-8, 0.5, step)
+        settings = AdamW(0.1, weight_decay=0.5, step=step)
+        backend.adamw_update(p, g, m, v, settings)
     np.testing.assert_allclose(p, 0.95**10, rtol=1e-14)
 
 
@@ -224,10 +226,10 @@ def test_an_element_gets_the_same_bits_wherever_it_stands(dtype):
     """In a vector, in the rest after the vectors, or alone."""
     start = np.random.default_rng(4).uniform(0.1, 2, (4, 200)).astype(dtype)
     whole = start.copy()
-    cpu.adamw_update(*whole, *NUMBERS, 3)
+    cpu.adamw_update(*whole, AdamW(*NUMBERS, 3))
     for n in range(1, 70):
         part = start[:, :n].copy()
-        cpu.adamw_update(*part, *NUMBERS, 3)
+        cpu.adamw_update(*part, AdamW(*NUMBERS, 3))
         np.testing.assert_array_equal(part, whole[:, :n])
 
 
@@ -248,7 +250,7 @@ def test_threads_do_not_matter(dtype, n):
             norms = []
             for step in range(1, 4):
                 norms.append(cpu.clip_gradients(g, 1.0))
-                cpu.adamw_update(p, g, m, v, *NUMBERS, step)
+                cpu.adamw_update(p, g, m, v, AdamW(*NUMBERS, step))
                 g += p
             results.append([p, g, m, v, np.array(norms)])
     finally:
@@ -274,11 +276,11 @@ def test_threads_do_not_matter(dtype, n):
 def test_bad_settings(backend, position, value, message):
     arrays = [np.ones(4) for _ in range(4)]
     numbers = [*NUMBERS, 1]
-    backend.adamw_update(*arrays, *numbers)
+    backend.adamw_update(*arrays, AdamW(*numbers))
     before = arrays[0].copy()
     numbers[position] = value
     with pytest.raises(ValueError, match="adamw_update: " + message):
-        backend.adamw_update(*arrays, *numbers)
+        backend.adamw_update(*arrays, AdamW(*numbers))
     assert np.array_equal(arrays[0], before)
 
 
@@ -296,7 +298,7 @@ def test_bad_arrays(position, array, error, message):
     arrays = [np.ones(4) for _ in range(4)]
     arrays[position] = array
     with pytest.raises(error, match="adamw_update: " + message):
-        cpu.adamw_update(*arrays, *NUMBERS, 1)
+        cpu.adamw_update(*arrays, AdamW(*NUMBERS, 1))
 
 
 def test_bad_gradients():
