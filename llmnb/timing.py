@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/1_by_hand/04_gpt2.py: edit that file.
+# Written by `make export` from notebooks/appendix/11_proofs.py: edit that file.
 
 """The fastest of some calls, and the name of the machine."""
 
@@ -21,7 +21,7 @@ def fastest(function, *args, runs=15):
     Other programs on the machine can only make a run longer, so the
     shortest one says most about the function.
 
-    Derived in chapter 1.4.
+    Derived in chapter A.11.
     """
     best = float("inf")
     for _ in range(runs):
@@ -35,7 +35,7 @@ def fastest(function, *args, runs=15):
 def machine():
     """One line that names this machine's processor, system and Python.
 
-    Derived in chapter 1.4.
+    Derived in chapter A.11.
     """
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")

@@ -92,7 +92,7 @@ def three_steps(shape, backend, precision, clip):
 
 def run_folder():
     """Hashes of the files of a trained run, without what the clock says."""
-    from llmnb.cli.cli import main
+    from llmnb.cli.__main__ import main
 
     before, found = os.getcwd(), {}
     with tempfile.TemporaryDirectory() as folder:

@@ -14,7 +14,8 @@ HEADER = """# ---
 #       extension: .py
 #       format_name: percent
 #   llmnb:
-#     module: {module}
+#     modules:
+#       {module}: "A thing: what it is."
 # ---
 
 # %% [markdown]
@@ -27,7 +28,8 @@ HEADER = """# ---
 
 def chapter(folder, name, cells, module="thing"):
     """Write a notebook source with these cells and read it."""
-    path = folder / name
+    path = folder / "1_by_hand" / name
+    path.parent.mkdir(exist_ok=True)
     path.write_text(HEADER.format(module=module) + cells)
     return export.read_chapter(path)
 
@@ -37,7 +39,9 @@ def refused(tmp_path, cells, *, line, says):
     marker = HEADER.count("\n") + line
     with pytest.raises(export.ExportError) as error:
         export.collect([chapter(tmp_path, "01_a.py", cells)])
-    assert str(error.value).startswith(f"{tmp_path}/01_a.py:{marker}: ")
+    assert str(error.value).startswith(
+        f"{tmp_path}/1_by_hand/01_a.py:{marker}: "
+    )
     assert says in str(error.value)
 
 
@@ -57,12 +61,12 @@ def thing(x):
 def helper(x):
     return x
 '''
-    files = export.render(
-        export.collect([chapter(tmp_path, "01_a.py", cells)])
-    )
-    text = files["thing.py"]
-    assert text.startswith("# Written by `make export` from notebooks/01_a")
-    assert '"""Do a thing.\n\nOne summary line.\n"""' in text
+    files = export.render([chapter(tmp_path, "01_a.py", cells)])
+    text = files["llmnb/thing.py"]
+    banner = "# Written by `make export` from notebooks/1_by_hand/01_a.py"
+    assert text.startswith(banner)
+    assert '"""A thing: what it is."""' in text
+    assert '"""Do it.\n\n    Derived in chapter 1.1.\n    """' in text
     assert '__all__ = [\n    "thing",\n]' in text
     assert "# its helper\ndef helper" in text
     assert "print" not in text
@@ -80,23 +84,22 @@ def here():
 def there():
     return 2
 """
-    files = export.render(
-        export.collect([chapter(tmp_path, "01_a.py", cells)])
-    )
-    assert "def here" in files["thing.py"]
-    assert "def there" in files["cpu/there.py"]
+    two = "thing: One.\n#       cpu.there"
+    files = export.render([chapter(tmp_path, "01_a.py", cells, two)])
+    assert "def here" in files["llmnb/thing.py"]
+    assert "def there" in files["llmnb/cpu/there.py"]
     assert (
         "from llmnb.cpu.there import (\n    there,\n)"
-        in (files["cpu/__init__.py"])
+        in (files["llmnb/cpu/__init__.py"])
     )
 
 
 def test_a_main_runs_as_a_program(tmp_path):
     cells = '# %% tags=["export"]\ndef main():\n    print("ran")\n'
-    files = export.render(
-        export.collect([chapter(tmp_path, "01_a.py", cells)])
+    files = export.render([chapter(tmp_path, "01_a.py", cells)])
+    got = subprocess.check_output(
+        [sys.executable, "-c", files["llmnb/thing.py"]]
     )
-    got = subprocess.check_output([sys.executable, "-c", files["thing.py"]])
     assert got.strip() == b"ran"
 
 
@@ -184,30 +187,57 @@ def test_code_that_runs_is_refused(tmp_path, code, says):
     assert says in str(error.value)
 
 
+CALLS = '# %% tags=["export"]\nfrom llmnb.late import g\n\n'
+CALLS += "def f():\n    return g()\n"
+LATE = '# %% tags=["export"]\ndef g():\n    return 1\n'
+
+
 def test_a_later_chapters_name_is_refused(tmp_path):
-    first = chapter(
-        tmp_path,
-        "01_a.py",
-        '# %% tags=["export"]\nfrom llmnb.late import g\n\n'
-        "def f():\n    return g()\n",
-    )
-    later = chapter(
-        tmp_path,
-        "02_b.py",
-        '# %% tags=["export"]\ndef g():\n    return 1\n',
-        module="late",
-    )
+    first = chapter(tmp_path, "01_a.py", CALLS)
+    later = chapter(tmp_path, "02_b.py", LATE, module="late")
     line = HEADER.count("\n") + 2
     with pytest.raises(export.ExportError) as error:
         export.collect([first, later])
     assert f"01_a.py:{line}: g belongs to a later chapter" in str(error.value)
-    turned = chapter(
-        tmp_path,
-        "03_c.py",
-        '# %% tags=["export"]\nfrom llmnb.late import g\n\n'
-        "def f():\n    return g()\n",
-    )
+    turned = chapter(tmp_path, "03_c.py", CALLS)
     assert set(export.collect([later, turned])) == {"late", "thing"}
+
+
+def test_a_later_chapter_may_be_reached_from_inside_a_function(tmp_path):
+    cells = '# %% tags=["export"]\ndef f():\n    from llmnb.late import g\n'
+    first = chapter(tmp_path, "01_a.py", cells + "    return g()\n")
+    later = chapter(tmp_path, "02_b.py", LATE, module="late")
+    assert set(export.collect([first, later])) == {"late", "thing"}
+
+
+def test_the_appendix_stands_beside_all_chapters(tmp_path):
+    first = chapter(tmp_path, "01_a.py", CALLS)
+    path = tmp_path / "appendix" / "01_b.py"
+    path.parent.mkdir()
+    path.write_text(HEADER.format(module="late") + LATE)
+    beside = export.read_chapter(path)
+    assert beside.label == "A.1"
+    assert set(export.collect([first, beside])) == {"late", "thing"}
+
+
+def test_a_module_without_a_docstring_is_refused(tmp_path):
+    cells = '# %% tags=["export"] module="other"\nx = 1\n'
+    with pytest.raises(export.ExportError, match="no line for module other"):
+        chapter(tmp_path, "01_a.py", cells)
+    cells = '# %% tags=["export"]\nx = 1\n'
+    with pytest.raises(export.ExportError, match="no cell goes to module"):
+        chapter(tmp_path, "01_a.py", cells, "thing: One.\n#       other")
+
+
+def test_the_contents_follow_the_chapters(tmp_path):
+    one = chapter(tmp_path, "01_a.py", '# %% tags=["export"]\nx = 1\n')
+    files = export.render([one])
+    assert "- file: notebooks/1_by_hand/01_a" in files["book/_toc.yml"]
+    assert 'title: "1.1 Do a thing"' in files["book/_toc.yml"]
+    row = "| 1.1 | [Do a thing](../notebooks/1_by_hand/01_a.ipynb) |"
+    assert f"{row} One summary line. |" in files["book/contents.md"]
+    page = files["book/api/llmnb.thing.md"]
+    assert ".. automodule:: llmnb.thing" in page
 
 
 def test_a_name_nobody_exports_is_refused(tmp_path):
@@ -228,7 +258,9 @@ def test_a_module_of_two_chapters_is_refused(tmp_path):
     cells = '# %% tags=["export"]\nx = 1\n'
     one = chapter(tmp_path, "01_a.py", cells)
     two = chapter(tmp_path, "02_b.py", cells)
-    with pytest.raises(export.ExportError, match="already belongs to 01_a"):
+    with pytest.raises(
+        export.ExportError, match="already belongs to 1_by_hand/01_a"
+    ):
         export.collect([one, two])
 
 
@@ -240,18 +272,19 @@ def test_a_chapter_without_summary_is_refused(tmp_path):
 
 
 def test_differences_are_found(tmp_path):
-    (tmp_path / "a.py").write_text("one")
-    (tmp_path / "old.py").write_text("two")
-    files = {"a.py": "one", "b.py": "new"}
-    assert export.differences(files, tmp_path) == (["b.py"], ["old.py"])
-    files["a.py"] = "changed"
-    assert export.differences(files, tmp_path)[0] == ["a.py", "b.py"]
+    package = tmp_path / "llmnb"
+    package.mkdir()
+    (package / "a.py").write_text("one")
+    (package / "old.py").write_text("two")
+    files = {"llmnb/a.py": "one", "llmnb/b.py": "new"}
+    found = export.differences(files, tmp_path)
+    assert found == (["llmnb/b.py"], ["llmnb/old.py"])
+    files["llmnb/a.py"] = "changed"
+    changed, _ = export.differences(files, tmp_path)
+    assert changed == ["llmnb/a.py", "llmnb/b.py"]
 
 
 def test_the_package_is_what_the_notebooks_export():
-    files = export.render(
-        export.collect(export.read_chapters(export.ROOT / "notebooks"))
-    )
-    changed, extra = export.differences(files, export.ROOT / "llmnb")
-    assert (changed, extra) == ([], []), "run `make export`"
+    files = export.render(export.read_chapters(export.ROOT / "notebooks"))
+    assert export.differences(files) == ([], []), "run `make export`"
     assert not any("# %%" in text for text in files.values())

@@ -5,7 +5,7 @@ for this extension. It numbers a chapter's page and puts its subject into the
 index, says on each exported cell where the code goes, gives each figure its
 caption as alternative text, shows plain-text docstrings without reading them
 as markup, and lets a Markdown link point at a documented name:
-`[text](api/cpu.md#llmnb.cpu.jit.kernel)`.
+`[text](api/llmnb.cpu.jit.md#llmnb.cpu.jit.kernel)`.
 """
 
 import html
@@ -20,18 +20,26 @@ from sphinx.ext.autodoc import Documenter, ModuleDocumenter
 from sphinx.util import logging
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from llmnb.book.export import chapter_label, sources  # noqa: E402
+
+# the document of each chapter, by its number
+PAGES = {
+    chapter_label(path): path.relative_to(ROOT).with_suffix("").as_posix()
+    for path in sources(ROOT / "notebooks")
+}
 EXPORT_TAGS = {"export", "exporti"}
-CHAPTER = re.compile(r"notebooks/(\d\d)_\w+")
-DERIVED = re.compile(r"Derived in chapter (\d+)\.")
+CHAPTER = re.compile(r"notebooks/(\w+)/(\d\d)_\w+")
+DERIVED = re.compile(r"Derived in chapter ([\dA]\.\d+)\.")
 log = logging.getLogger(__name__)
 
 
 def number_chapter(doctree, docname):
-    """Put "Chapter 1.6" above the title of notebooks/05_*."""
+    """Put "Chapter 1.6" above the title of notebooks/1_by_hand/06_*."""
     match = CHAPTER.fullmatch(docname)
     title = next(doctree.findall(nodes.title), None)
     if match and title is not None:
-        text = f"Chapter {int(match[1])}"
+        text = f"Chapter {chapter_label(ROOT / docname)}"
         mark = nodes.inline(text, text, classes=["chapter-number"])
         title.insert(0, [mark, nodes.Text(" ")])
 
@@ -41,7 +49,7 @@ def index_chapter(app, doctree, docname):
     entry = app.config.external_site_map.get(docname)
     section = next(doctree.findall(nodes.section), None)
     if entry is not None and entry.title and section is not None:
-        subject = re.sub(r"^\d+\. ", "", entry.title)
+        subject = re.sub(r"^[\dA]\.\d+ ", "", entry.title)
         found = [("single", subject, section["ids"][0], "main", None)]
         known = app.env.get_domain("index").entries
         known.setdefault(docname, []).extend(found)
@@ -152,7 +160,7 @@ def on_doctree(app, doctree):
     docname = app.env.docname
     if docname.startswith("notebooks/"):
         header = app.env.metadata[docname].get("llmnb", "{}")
-        default = json.loads(header).get("module", "")
+        default = next(iter(json.loads(header).get("modules", {"": ""})))
         mark_exports(doctree, default)
         name_folds(doctree)
         number_chapter(doctree, docname)
@@ -183,9 +191,8 @@ def show_docstring(app, what, name, obj, options, lines):
     for block in blocks:
         derived = DERIVED.fullmatch(block.strip())
         if derived:
-            number = int(derived[1])
-            page = next((ROOT / "notebooks").glob(f"{number:02}_*.py"))
-            link = f":doc:`chapter {number} </notebooks/{page.stem}>`"
+            page = PAGES[derived[1]]
+            link = f":doc:`chapter {derived[1]} </{page}>`"
             lines += [f"Derived in {link}.", ""]
         elif block.startswith(" "):
             lines += ["::", "", *("    " + x for x in block.split("\n")), ""]
@@ -208,7 +215,6 @@ def add_description(app, pagename, templatename, context, doctree):
 
 
 def setup(app):
-    sys.path.insert(0, str(ROOT))
     app.setup_extension("sphinx.ext.autodoc")
     app.add_autodocumenter(SourceOrderDocumenter, override=True)
     app.connect("doctree-read", on_doctree, priority=900)

@@ -1,6 +1,6 @@
-# Written by `make export` from notebooks/appendix/08_racing.py: edit that file.
+# Written by `make export` from notebooks/appendix/07_ladders.py: edit that file.
 
-"""Every version of every GPU kernel, with its draws and its judge."""
+"""Every version of every GPU kernel: its arguments, its rival, its least work."""
 
 __all__ = [
     "COUNTED",
@@ -32,7 +32,7 @@ from llmnb.reference.adamw import AdamW
 class Sizes(NamedTuple):
     """What a layer's arguments are drawn for: the book's letters.
 
-    Derived in chapter A.8.
+    Derived in chapter A.7.
     """
 
     B: int
@@ -93,7 +93,7 @@ class Ladder(NamedTuple):
     timed where it starts. counted: the sizes that the simulator counts at,
     large enough for the kernels that large sizes get.
 
-    Derived in chapter A.8.
+    Derived in chapter A.7.
     """
 
     module: str
@@ -171,7 +171,7 @@ class Ladder(NamedTuple):
 def version_name(function):
     """The name of a version's function, which may be a functools.partial.
 
-    Derived in chapter A.8.
+    Derived in chapter A.7.
     """
     return getattr(function, "func", function).__name__.strip("_")
 
@@ -179,7 +179,7 @@ def version_name(function):
 def is_float(x):
     """Whether x is an array of floats.
 
-    Derived in chapter A.8.
+    Derived in chapter A.7.
     """
     return isinstance(x, np.ndarray) and x.dtype.kind == "f"
 
@@ -560,7 +560,7 @@ LADDERS = (
 def ladder_named(name):
     """The Ladder of a layer; raises ValueError where there is none.
 
-    Derived in chapter A.8.
+    Derived in chapter A.7.
     """
     found = [x for x in LADDERS if x.layer == name]
     if not found:

@@ -122,7 +122,7 @@ class Contestant:
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         env = _environment(threads, cache)
         if spec["kind"].startswith("llmnb"):
-            package = str(Path(peers.__file__).parents[1])
+            package = str(Path(peers.__file__).parents[2])
             env["PYTHONPATH"] = package
         self._process = subprocess.Popen(
             [python, peers.__file__, json.dumps(spec)],

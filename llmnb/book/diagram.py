@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/1_by_hand/04_gpt2.py: edit that file.
+# Written by `make export` from notebooks/appendix/11_proofs.py: edit that file.
 
 """The diagram of GPT-2, and the colours of all figures."""
 
@@ -58,7 +58,7 @@ BOXES = [
 def draw_box(ax, label, x, y, lit):
     """Draw one box of the diagram with its middle at (x, y).
 
-    Derived in chapter 1.4.
+    Derived in chapter A.11.
     """
     face = PALETTE["orange"] if lit else "white"
     edge = PALETTE["orange"] if lit else PALETTE["grey"]
@@ -84,7 +84,7 @@ def draw_box(ax, label, x, y, lit):
 def draw_arrow(ax, points):
     """Draw an arrow through these points.
 
-    Derived in chapter 1.4.
+    Derived in chapter A.11.
     """
     line = {"color": PALETTE["ink"], "linewidth": 1.0}
     xs, ys = zip(*points[:-1], strict=True)
@@ -101,7 +101,7 @@ def draw_arrow(ax, points):
 def draw_arrows(ax):
     """Draw the arrows between neighbours, rows, and past each half block.
 
-    Derived in chapter 1.4.
+    Derived in chapter A.11.
     """
     rows = {y: [b[2] for b in BOXES if b[3] == y] for _, _, _, y in BOXES}
     for y, xs in rows.items():
@@ -126,7 +126,7 @@ def gpt2_diagram(lit=None):
     Raises ValueError for another name. Shows a matplotlib figure of
     8 by 4.6 inches at 100 dots an inch.
 
-    Derived in chapter 1.4.
+    Derived in chapter A.11.
     """
     names = {box[1] for box in BOXES} | {None, "all"}
     if lit not in names:

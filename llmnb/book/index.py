@@ -26,7 +26,7 @@ def gained(chapter):
     rows = ["| module | name | what it does |", "|---|---|---|"]
     for x in index[chapter]:
         module, name = f"llmnb.{x['module']}", x["name"]
-        page = f"../../book/api/{x['module']}.md"
+        page = f"../../book/api/{module}.md"
         doc = x["doc"].replace("|", "\\|")
         rows.append(
             f"| [{module}]({page}#module-{module}) "

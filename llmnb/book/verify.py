@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/1_by_hand/04_gpt2.py: edit that file.
+# Written by `make export` from notebooks/appendix/11_proofs.py: edit that file.
 
 """Proof helpers: comparisons, numerical gradients, verdicts."""
 
@@ -19,7 +19,7 @@ def verdict(name, ok, claim):
 
     `ok` is the truth of the claim; both texts are printed as they are.
 
-    Derived in chapter 1.4.
+    Derived in chapter A.11.
     """
     print(f"{name:<16} {claim:<28} {'ok' if ok else 'FAIL'}")
     if not ok:
@@ -34,7 +34,7 @@ def compare(name, got, want, tol=1e-5):
     that exceeds 1. Shapes that differ and NaN count as failure, which prints
     FAIL with the difference and raises AssertionError.
 
-    Derived in chapter 1.4.
+    Derived in chapter A.11.
     """
     got, want = np.asarray(got), np.asarray(want)
     claim = f"max|diff| < {tol:.0e}"
@@ -54,7 +54,7 @@ def numerical_gradient(f, x, h=1e-5):
     place element by element and restored. Returns an array like x. Raises
     TypeError for another dtype: in float32 the differences drown in rounding.
 
-    Derived in chapter 1.4.
+    Derived in chapter A.11.
     """
     if x.dtype != np.float64:
         raise TypeError(

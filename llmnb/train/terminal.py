@@ -1,6 +1,6 @@
-# Written by `make export` from notebooks/4_practice/18_commands.py: edit that file.
+# Written by `make export` from notebooks/4_practice/17_watching.py: edit that file.
 
-"""What a terminal is told, and how a program is stopped."""
+"""What a terminal is told, whatever it is."""
 
 __all__ = [
     "LINE",
@@ -39,7 +39,7 @@ class Screen:
     such as \\x1b; so do, anywhere, characters that the stream cannot encode.
     A progress bar, which begins with a carriage return, keeps that.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.17.
     """
 
     def __init__(self, stream, result=False):
@@ -94,7 +94,7 @@ def screens():
 
     Losing standard output ends the command, losing standard error does not.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.17.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
@@ -139,7 +139,7 @@ def progress(work=None, **how):
     how: more of tqdm's arguments. Where standard error is no terminal, a
     line comes each minute, and whenever the bar is asked to refresh.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.17.
     """
     from tqdm import tqdm
 

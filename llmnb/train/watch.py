@@ -1,6 +1,6 @@
-# Written by `make export` from notebooks/4_practice/18_commands.py: edit that file.
+# Written by `make export` from notebooks/4_practice/17_watching.py: edit that file.
 
-"""A run watched from another terminal."""
+"""Runs watched and compared: their logs, in pictures and tables."""
 
 __all__ = [
     "Board",
@@ -31,7 +31,7 @@ def read_log(path):
     line's end is left out. Raises OSError, or ValueError with the file's
     name and the line that is no row of numbers.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.17.
     """
     path = Path(path)
     path = path / "log.csv" if path.is_dir() else path
@@ -54,7 +54,7 @@ def smooth(points, window):
     N - window + 1 columns; its steps are the windows' means too. A column
     shorter than the window comes back as it is.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.17.
     """
     if window < 1:
         raise ValueError(f"the window must be at least 1, got {window}")
@@ -79,7 +79,7 @@ def compare_runs(logs, window=20):
     logs: a dict from a run's name to what `read_log` returns. window: rows
     in the running mean. Dots are validation losses.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.17.
     """
     from matplotlib.figure import Figure
 
@@ -129,7 +129,7 @@ def run_table(logs):
     logs: as for `compare_runs`. The best loss is the lowest of the
     validations, the last one the latest.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.17.
     """
     names = [" ".join(run.split()) for run in logs]  # each in one line
     wide = max(map(len, ["run", *names]))
@@ -157,7 +157,7 @@ class Board:
     folder: where the file of events goes. Raises ImportError, in one
     sentence, when the package tensorboard is not installed.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.17.
     """
 
     def __init__(self, folder):

@@ -132,13 +132,14 @@ class Cell(NamedTuple):
 
 # %% one chapter tags=["export"]
 class Chapter(NamedTuple):
-    """A notebook source: its title, the modules it writes and their cells.
+    """A notebook source: its heading, the modules it writes and their cells.
 
     `modules` maps each module's dotted name to its docstring, a line.
     """
 
     path: Path
     title: str
+    summary: str
     modules: dict
     cells: list
 
@@ -146,6 +147,11 @@ class Chapter(NamedTuple):
     def label(self):
         """Its number in the book, such as "1.6"; "A.2" in the appendix."""
         return chapter_label(self.path)
+
+    @property
+    def name(self):
+        """Its short name: what stands before the colon of its title."""
+        return self.title.partition(":")[0]
 
     @property
     def place(self):
@@ -190,7 +196,7 @@ def read_chapter(path):
     """
     book = jupytext.read(path)
     modules = book.metadata.get("llmnb", {}).get("modules", {})
-    title = read_heading(path, book.cells[0].source)
+    title, summary = read_heading(path, book.cells[0].source)
     cells = []
     for cell, line in zip(book.cells, cell_lines(path), strict=True):
         tags = cell.metadata.get("tags", [])
@@ -204,18 +210,18 @@ def read_chapter(path):
             cells[-1].fail(1, f"the header has no line for module {module}")
     for module in set(modules) - {cell.module for cell in cells}:
         raise ExportError(f"{path}:1: no cell goes to module {module}")
-    return Chapter(path, title, modules, cells)
+    return Chapter(path, title, summary, modules, cells)
 
 
 def read_heading(path, source):
-    """The title, from the text of a chapter's first cell."""
+    """Title and summary from the text of a chapter's first cell."""
     lines = source.splitlines()
-    quoted = any(x.startswith(">") for x in lines)
+    quoted = [x[1:].strip() for x in lines if x.startswith(">")]
     if not lines or not lines[0].startswith("# ") or not quoted:
         raise ExportError(
             f"{path}:1: the first cell must hold '# Title' and '> summary'"
         )
-    return lines[0][2:].strip()
+    return lines[0][2:].strip(), " ".join(quoted)
 
 
 # %% this very chapter
@@ -616,17 +622,117 @@ def render_index(modules):
     return json.dumps(index, indent=1) + "\n"
 
 
-# %% the whole package as text tags=["export"]
-def render(modules):
-    """The package as a mapping from path below `llmnb/` to text."""
+# %% the book's contents tags=["export"]
+# each part's heading in the contents
+PARTS = {
+    "1_by_hand": "Part 1: by hand",
+    "2_cpu": "Part 2: on a CPU",
+    "3_gpu": "Part 3: on a GPU",
+    "4_practice": "Part 4: in practice",
+    "5_modern": "Part 5: modern models",
+    "6_machines": "Part 6: many machines",
+    APPENDIX: "Appendix",
+}
+
+
+def in_parts(chapters):
+    """The heading of each part that has chapters, and those chapters."""
+    for part, heading in PARTS.items():
+        inside = [x for x in chapters if x.path.parent.name == part]
+        if inside:
+            yield heading, inside
+
+
+def render_toc(chapters):
+    """`_toc.yml`: what the book's sidebar lists."""
+    lines = ["# Written by `make export` from the chapters' headings."]
+    lines += ["format: jb-book", "root: book/intro", "parts:"]
+    for heading, inside in in_parts(chapters):
+        lines += [f'  - caption: "{heading}"', "    chapters:"]
+        for x in inside:
+            place = x.place.removesuffix(".py")
+            lines += [f"      - file: notebooks/{place}"]
+            lines += [f'        title: "{x.label} {x.name}"']
+    lines += ['  - caption: "Reference"', "    chapters:"]
+    for page in ("notation", "results"):
+        lines += [f"      - file: book/{page}"]
+    lines += ["      - file: book/api/index", "        sections:"]
+    lines += ["          - glob: book/api/llmnb*"]
+    for page in ("glossary", "bibliography"):
+        lines += [f"      - file: book/{page}"]
+    return "\n".join(lines) + "\n"
+
+
+def render_contents(chapters):
+    """`contents.md`: a table of the chapters for each part."""
+    lines = ["<!-- Written by `make export` from the chapters' headings. -->"]
+    for heading, inside in in_parts(chapters):
+        lines += ["", f"### {heading}", "", "| | chapter | |", "|---|---|---|"]
+        for x in inside:
+            link = f"../notebooks/{x.place.removesuffix('.py')}.ipynb"
+            lines += [f"| {x.label} | [{x.name}]({link}) | {x.summary} |"]
+    return "\n".join(lines) + "\n"
+
+
+# %% the pages of the package tags=["export"]
+def render_api(modules):
+    """The API pages, one a module and one that lists them, by path."""
+    rooms = dict.fromkeys(["", *ROOMS])
+    pages, lines = {}, [API_INDEX]
+    for room in rooms:
+        names = [n for n in modules if n.rpartition(".")[0] == room]
+        names = [n for n in sorted(names) if modules[n].public]
+        title = f"`llmnb.{room}`" if room else "`llmnb`"
+        what = ROOMS.get(room, "What every room may use.")
+        lines += ["", f"## {title}", "", what, "", "| | |", "|---|---|"]
+        for name in names:
+            doc = modules[name].chapter.modules[name]
+            page = f"llmnb.{name}.md"
+            lines += [f"| [`llmnb.{name}`]({page}) | {doc} |"]
+            pages[f"book/api/{page}"] = API_PAGE.format(name=f"llmnb.{name}")
+    pages["book/api/index.md"] = "\n".join(lines) + "\n"
+    return pages
+
+
+API_PAGE = """\
+# {name}
+
+```{{eval-rst}}
+.. automodule:: {name}
+```
+"""
+API_INDEX = """\
+# API reference
+
+> Every public name of `llmnb`, with the docstring that its chapter gave it.
+
+The package is light to import: `import llmnb` compiles nothing, and a module
+is loaded when it is first used. `llmnb.GPT2`, `llmnb.GPT2Config` and
+`llmnb.tokenizer` are where most programs begin. The rooms below are in order:
+each uses those before it.
+
+Every docstring names the chapter that derives its function, and *[source]*
+beside a name shows the code as the package holds it, with the chapter's cell
+names as comments. The [index of names](genindex) lists all of them."""
+
+
+# %% all that is written tags=["export"]
+def render(chapters):
+    """All that the chapters write: a mapping from path to text.
+
+    Raises ExportError at the first defect.
+    """
+    modules = collect(chapters)
     files = {}
     for name, module in modules.items():
-        files[name.replace(".", "/") + ".py"] = render_module(module)
-    folders = {name.partition(".")[0] for name in modules if "." in name}
-    for folder in folders:
-        files[f"{folder}/__init__.py"] = render_room(folder, modules)
-    files["index.json"] = render_index(modules)
-    return files
+        files[f"llmnb/{name.replace('.', '/')}.py"] = render_module(module)
+    for room in dict.fromkeys(n.partition(".")[0] for n in modules):
+        if room in ROOMS:
+            files[f"llmnb/{room}/__init__.py"] = render_room(room, modules)
+    files["llmnb/index.json"] = render_index(modules)
+    files["book/_toc.yml"] = render_toc(chapters)
+    files["book/contents.md"] = render_contents(chapters)
+    return files | render_api(modules)
 
 
 def write_text(path, text):
@@ -646,29 +752,28 @@ def write_text(path, text):
 
 
 # %% compare and write tags=["export"]
-def differences(files, package):
-    """Paths whose text in `package` is missing, different or superfluous."""
+def differences(files, root=ROOT):
+    """Paths whose text on the disk is missing, different or superfluous."""
+    patterns = "llmnb/**/*.py", "llmnb/*.json", "book/api/*.md"
     there = {
-        p.relative_to(package).as_posix()
-        for kind in ("*.py", "*.json")
-        for p in package.rglob(kind)
+        p.relative_to(root).as_posix() for x in patterns for p in root.glob(x)
     }
     changed = [
         f
         for f in files
-        if f not in there or (package / f).read_text("utf-8") != files[f]
+        if not (root / f).exists() or (root / f).read_text("utf-8") != files[f]
     ]
     return sorted(changed), sorted(there - set(files))
-
-
-def read_chapters(folder):
-    """Read every chapter of a folder in order."""
-    return [read_chapter(p) for p in sources(folder)]
 
 
 def sources(folder):
     """The chapters' sources in the order of the book."""
     return sorted(folder.glob("*/[0-9]*.py"))
+
+
+def read_chapters(folder):
+    """Read every chapter of a folder in order."""
+    return [read_chapter(p) for p in sources(folder)]
 
 
 def main(argv=None):
@@ -677,23 +782,22 @@ def main(argv=None):
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args(argv).check
     try:
-        files = render(collect(read_chapters(ROOT / "notebooks")))
+        files = render(read_chapters(ROOT / "notebooks"))
     except ExportError as error:
         sys.exit(str(error))
-    package = ROOT / "llmnb"
-    changed, extra = differences(files, package)
+    changed, extra = differences(files)
     if check and (changed or extra):
         sys.exit(f"run `make export`: out of date: {changed + extra}")
     for name in changed:
-        write_text(package / name, files[name])
+        write_text(ROOT / name, files[name])
     for name in extra:
-        (package / name).unlink()
-    print(f"llmnb: {len(files)} files, {len(changed)} written")
+        (ROOT / name).unlink()
+    print(f"{len(files)} files, {len(changed)} written")
 
 
 # %% this page and the package
-files = render(collect(read_chapters(ROOT / "notebooks")))
-changed, extra = differences(files, ROOT / "llmnb")
+files = render(read_chapters(ROOT / "notebooks"))
+changed, extra = differences(files)
 verdict("llmnb", changed == extra == [], "is what the chapters export")
 
 # %% [markdown]
@@ -884,7 +988,7 @@ def gained(chapter):
     rows = ["| module | name | what it does |", "|---|---|---|"]
     for x in index[chapter]:
         module, name = f"llmnb.{x['module']}", x["name"]
-        page = f"../../book/api/{x['module']}.md"
+        page = f"../../book/api/{module}.md"
         doc = x["doc"].replace("|", "\\|")
         rows.append(
             f"| [{module}]({page}#module-{module}) "
@@ -936,8 +1040,8 @@ for source in sources(ROOT / "notebooks"):
     write_text(copies / source.parent.name / source.name, text)
 
 # %% exercise 1, checked
-files = render(collect(read_chapters(copies)))
-changed, extra = differences(files, ROOT / "llmnb")
+files = render(read_chapters(copies))
+changed, extra = differences(files)
 print(changed)
 verdict("one cell", len(changed) == 3 and not extra, "changes three files")
 

@@ -33,12 +33,12 @@ from llmnb.bench.ladders import (
     ladder_named,
     version_name,
 )
-from llmnb.cli.cli import main
+from llmnb.cli.__main__ import main
 from llmnb.gpu.launch import missing, simulated, to_host
 from llmnb.gpu.ptx import compile_kernel, no_compiler
 from llmnb.gpu.simulator import watch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAMES = [x.layer for x in LADDERS]
 
 

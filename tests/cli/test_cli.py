@@ -21,8 +21,9 @@ import numpy as np
 import pytest
 from test_hub import own_files
 
-from llmnb.cli import cli
-from llmnb.cli.cli import main
+from llmnb.cli import bench as bench_command
+from llmnb.cli import train as train_command
+from llmnb.cli.__main__ import main
 from llmnb.config import GPT2Config
 from llmnb.formats.checkpoint import write_folder
 from llmnb.formats.safetensors import TensorFile, write_tensors
@@ -30,6 +31,7 @@ from llmnb.model.gpt2 import GPT2
 from llmnb.text import corpus, shards, tokenizer
 from llmnb.text.data import read_shard, write_shard
 from llmnb.train import evaluation
+from llmnb.train.newest import new_folder, newest_run, note_newest
 from llmnb.train.terminal import progress
 from llmnb.train.train import TrainConfig
 
@@ -40,6 +42,7 @@ TINY = (
 )
 BYTES = "--tokenizer", "byte"
 PARTS = "val", "train"
+ROOT = Path(__file__).parents[2]
 LIBRARY = Path(__file__).parents[1] / "data" / "library.jsonl.gz"
 FILES = [
     "config.json",
@@ -320,18 +323,17 @@ def test_the_newest_run_of_a_copy(llmnb, two_runs, tmp_path, monkeypatch):
 
 def test_the_newest_run_is_the_one_that_saved_last(llmnb, tmp_path):
     """Whichever was begun or ended first."""
-    from llmnb.cli.cli import _note
     from llmnb.train.run import begin, follow
     from llmnb.train.train import run_folder
 
     def run(name):
         made = begin(run_folder(f"runs/{name}"), config)
-        _note(made)
+        note_newest(made)
         return made
 
     def follow_to_the_end(run):
         args = argparse.Namespace(tensorboard=False)
-        cli._follow(run, args, cli._Stop())
+        train_command._follow(run, args, train_command._Stop())
 
     options = {"num_layers": 1, "num_heads": 2, "channels": 16, "steps": 6}
     config = TrainConfig(
@@ -341,12 +343,12 @@ def test_the_newest_run_is_the_one_that_saved_last(llmnb, tmp_path):
     first = run("first")
     second = run("second")
     follow_to_the_end(second)
-    assert cli._newest_run("config.json").name == "second"
+    assert newest_run("config.json").name == "second"
     for _ in follow(first):
         pass
-    assert cli._newest_run("config.json").name == "second", "not noted"
+    assert newest_run("config.json").name == "second", "not noted"
     follow_to_the_end(first)
-    assert cli._newest_run("config.json").name == "first"
+    assert newest_run("config.json").name == "first"
 
 
 def test_a_run_that_was_renamed_makes_it_uncertain(llmnb, two_runs):
@@ -365,7 +367,7 @@ def test_a_run_that_was_renamed_makes_it_uncertain(llmnb, two_runs):
 
 def test_trains_that_start_together_take_two_folders(llmnb, tmp_path):
     with ThreadPoolExecutor(4) as pool:
-        names = [*pool.map(cli._new_folder, [TrainConfig()] * 8)]
+        names = [*pool.map(new_folder, [TrainConfig()] * 8)]
     assert len(set(names)) == 8 and all(x.is_dir() for x in names)
 
 
@@ -491,7 +493,7 @@ def warnings_in(err):
 @pytest.mark.parametrize("broken", ["backend", "package", "missing"])
 def test_without_matplotlib_a_run_is_kept(tmp_path, broken):
     """A backend as notebooks set it, or a package that does not work."""
-    env = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
     if broken == "backend":
         env["MPLBACKEND"] = "no-such-backend"
     else:
@@ -501,7 +503,7 @@ def test_without_matplotlib_a_run_is_kept(tmp_path, broken):
         (stub / "__init__.py").write_text(f"raise ImportError('{why}')")
         env["PYTHONPATH"] += os.pathsep + str(stub.parent)
     done = subprocess.run(
-        [sys.executable, "-m", "llmnb.cli.cli", "train", "--out", "a"]
+        [sys.executable, "-m", "llmnb.cli", "train", "--out", "a"]
         + TINY.split(),
         cwd=tmp_path, env=env, capture_output=True, text=True,
         encoding="utf-8",
@@ -524,8 +526,8 @@ def raising(kind=OSError, *args):
 @pytest.mark.parametrize(
     ("what", "kind", "without"),
     [
-        ("llmnb.cli.cli._sample", ValueError, "sample.txt"),
-        ("llmnb.cli.cli._keep_sample", MemoryError, "sample.txt"),
+        ("llmnb.cli.train._sample", ValueError, "sample.txt"),
+        ("llmnb.cli.train._keep_sample", MemoryError, "sample.txt"),
         ("llmnb.train.run.read_steps", PermissionError, "log.csv"),
         ("llmnb.train.run.save_figure", RuntimeError, "loss.png"),
         ("llmnb.train.run.landmarks", OSError, "loss.png"),
@@ -545,17 +547,8 @@ def test_what_fails_after_training_is_a_warning(
 
 def test_landmarks_that_fail_in_the_end_are_a_warning(llmnb, monkeypatch):
     """A shard has vanished since the run's record was written."""
-    from llmnb.train.train import landmarks as whole
-
-    calls = []
-
-    def landmarks(*args):
-        calls.append(args)
-        if len(calls) > 1:
-            raise OSError(2, "No such file", "val.bin")
-        return whole(*args)
-
-    monkeypatch.setattr("llmnb.train.train.landmarks", landmarks)
+    failing = raising(OSError, 2, "No such file", "val.bin")
+    monkeypatch.setattr("llmnb.cli.train.landmarks", failing)
     code, out, err = llmnb("train", "--out", "a", *TINY.split())
     assert code == 0 and re.search(r"^loss +\d\.\d{3}$", out, re.M)
     assert len(warnings_in(err)) == 1 and "the landmarks" in err
@@ -589,7 +582,7 @@ def test_samples_and_events_that_fail_stop_nothing(
 
     monkeypatch.setattr("llmnb.train.watch.Board", Board)
     failing = raising(ValueError, "no text")
-    monkeypatch.setattr("llmnb.cli.cli._sample", failing)
+    monkeypatch.setattr("llmnb.cli.train._sample", failing)
     args = [*TINY.split(), "--sample-every", 3, "--tensorboard"]
     code, _, err = llmnb("train", "--out", "a", *args)
     assert code == 0 and written == [0, 1, 2]
@@ -1007,7 +1000,7 @@ def test_data_then_train(llmnb, tmp_path):
 def test_a_shard_cut_short_while_training(llmnb, tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("spam and eggs. " * 900, "utf-8")
     assert llmnb("data", "out", "--corpus", "a.txt", *BYTES)[0] == 0
-    shown = cli._show
+    shown = train_command._show
 
     def cut(bar, run, *rest):
         if run.at.step == 4:
@@ -1015,7 +1008,7 @@ def test_a_shard_cut_short_while_training(llmnb, tmp_path, monkeypatch):
                 file.truncate(1024)
         shown(bar, run, *rest)
 
-    monkeypatch.setattr(cli, "_show", cut)
+    monkeypatch.setattr(train_command, "_show", cut)
     ask = *TINY.split(), "--save-every", 2, "--out", "run"
     code, _, err = llmnb("train", "--shards", "out", *ask)
     assert code == 1 and re.search(
@@ -1221,7 +1214,7 @@ def test_bench_prints_json(llmnb):
 
 def test_bench_writes_no_folders_of_this_machine():
     argv = ["bench", "--json", "/a/b.json", "--against", "llmc=../c/d"]
-    found = cli._command(argv)
+    found = bench_command._command(argv)
     assert found == "llmnb bench --json b.json --against llmc=d"
 
 
@@ -1233,7 +1226,7 @@ def test_bench_takes_named_configurations(llmnb, monkeypatch):
         facts = {"machine": "m", "threads": 1, "load": 0.0}
         return {**facts, "configs": [], "start": []}
 
-    monkeypatch.setattr("llmnb.bench.bench", fake)
+    monkeypatch.setattr(bench_command, "bench", fake)
     llmnb("bench", "--config", "124m-64", "small", "--against", "torch")
     llmnb("bench", "--start", "--threads", 3, "--torch-python", "py")
     (first, racing, start), (second, starting, started) = asked
@@ -1410,7 +1403,7 @@ def test_a_result_that_cannot_be_written_is_one_error(
 )
 def test_python_that_ends_has_nothing_to_add(kind, code, says):
     """Such as "Exception ignored", and a code of its own."""
-    command = [sys.executable, "-m", "llmnb.cli.cli", "info"]
+    command = [sys.executable, "-m", "llmnb.cli", "info"]
     with broken(kind) as out:
         done = subprocess.run(
             command, stdout=out, stderr=subprocess.PIPE, text=True
@@ -1431,10 +1424,10 @@ def test_streams_that_are_closed_from_the_start():
 def test_closed_streams_leave_no_place_for_files(trained, tmp_path):
     """No file of the run gets the number of a stream that was closed."""
     code = (
-        "import sys; from llmnb import cli, train\n"
+        "from llmnb.cli import __main__, train\n"
         "def opened(**how): raise ValueError(open('file', 'w').fileno())\n"
         "train.starting_from = opened\n"
-        "cli.main(['train', '--init', 'x'])"
+        "__main__.main(['train', '--init', 'x'])"
     )
     shell = f"'{sys.executable}' -c \"{code}\" >&- <&- 2>err; cat err"
     done = subprocess.run(
@@ -1655,7 +1648,7 @@ def test_every_command_has_help(llmnb):
 def test_help_is_light():
     code = (
         "import sys\n"
-        "from llmnb.cli.cli import main\n"
+        "from llmnb.cli.__main__ import main\n"
         "try: main(['train', '--help'])\n"
         "except SystemExit: pass\n"
         "heavy = {'numba', 'matplotlib', 'tiktoken'} & set(sys.modules)\n"
@@ -1670,7 +1663,7 @@ def test_help_is_light():
 
 
 def test_as_a_module():
-    command = [sys.executable, "-m", "llmnb.cli.cli", "--version"]
+    command = [sys.executable, "-m", "llmnb.cli", "--version"]
     got = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert got.returncode == 0
     assert re.fullmatch(r"llmnb \d+\.\d+\S*\n", got.stdout)

@@ -466,7 +466,7 @@ def test_a_run_from_the_command_line(tmp_path):
     run = tmp_path / "run"
 
     def llmnb(*args):
-        code = "from llmnb.cli.cli import main; main()"
+        code = "from llmnb.cli.__main__ import main; main()"
         command = [sys.executable, "-c", code, *map(str, args)]
         env = os.environ | {"LLMNB_CUDA": "simulator"}
         env["PYTHONPATH"] = str(ROOT)

@@ -15,7 +15,7 @@ from fuzz import answer, mangled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmnb.cli.cli import main
+from llmnb.cli.__main__ import main
 from llmnb.config import GPT2Config, parameter_shapes
 from llmnb.formats import starter
 from llmnb.formats.starter import (

@@ -505,7 +505,7 @@ def test_killed_at_any_moment(tmp_path, texts):
     words = (texts / "01.txt").read_text()
     (tmp_path / "a.txt").write_text(words * 1500)
     command = [
-        sys.executable, "-m", "llmnb.cli.cli", "data", "out", "--corpus",
+        sys.executable, "-m", "llmnb.cli", "data", "out", "--corpus",
         "a.txt", "--tokenizer", "byte", "--shard-tokens", "150000",
     ]  # fmt: skip
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

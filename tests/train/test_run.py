@@ -25,7 +25,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmnb.cli.cli import main
+from llmnb.cli.__main__ import main
 from llmnb.cpu.tile import cpu_features
 from llmnb.formats.checkpoint import read_config
 from llmnb.formats.hub import tokenizer_of
@@ -1369,7 +1369,7 @@ def test_the_way_out_of_a_loss_that_is_no_number(tmp_path, monkeypatch):
     rate = float(words[words.index("--learning-rate") + 1])
     assert rate == config.learning_rate / 2
     asked = []
-    monkeypatch.setattr("llmnb.cli.cli._check_backend", lambda name: None)
+    monkeypatch.setattr("llmnb.cli.train.check_backend", lambda name: None)
     monkeypatch.setattr("llmnb.train.run.begin", lambda *x: asked.append(x))
     monkeypatch.chdir(tmp_path)
     with contextlib.suppress(AttributeError):  # there is no run to follow
@@ -1471,7 +1471,7 @@ COMMAND = (
 
 
 def start(folder, *args):
-    command = [sys.executable, "-m", "llmnb.cli.cli", *map(str, args)]
+    command = [sys.executable, "-m", "llmnb.cli", *map(str, args)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     # a shell's background job ignores Ctrl-C, and so do its children
     listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmnb.bench.bench import layers_figure
-from llmnb.cli.cli import main
+from llmnb.cli.__main__ import main
 from llmnb.train.train import save_figure
 from llmnb.train.watch import Board, compare_runs, read_log, run_table, smooth
 
@@ -178,7 +178,7 @@ def test_a_run_that_has_barely_begun(log):
 
 
 def test_the_command(log):
-    run = [sys.executable, "-m", "llmnb.cli.cli", "plot", str(log), str(log)]
+    run = [sys.executable, "-m", "llmnb.cli", "plot", str(log), str(log)]
     out = log.parent / "x.png"
     done = subprocess.run(
         [*run, "--out", str(out)], capture_output=True, text=True

@@ -1,0 +1,117 @@
+# Written by `make export` from notebooks/4_practice/20_use.py: edit that file.
+
+"""`llmnb data`: turn text into token shards."""
+
+__all__ = [
+    "DESCRIPTION",
+    "SHARD_OPTIONS",
+    "ShardOptions",
+    "add",
+    "run",
+]
+
+
+# its options
+import sys
+from dataclasses import dataclass, fields
+from itertools import chain
+
+from llmnb.cli.options import add_options, option, say
+from llmnb.cli.train import check_apart
+from llmnb.text import shards
+from llmnb.text.documents import sources
+from llmnb.text.reader import Tally
+from llmnb.train.terminal import progress
+from llmnb.train.train import DataOptions, TrainConfig, make_encoding
+
+DESCRIPTION = (
+    "Write train and val shards and tokenizer.tiktoken, for `llmnb train "
+    "--shards FOLDER`. The corpus is stdlib, tinyshakespeare, or files and "
+    "folders of text and of JSON lines (.jsonl), plain or packed (.gz, "
+    ".zst). The same command goes on where it was stopped."
+)
+
+
+@dataclass
+class ShardOptions:
+    """What `llmnb data` is told beside what a run reads.
+
+    Derived in chapter 4.20.
+    """
+
+    out: str = option(
+        None, "where to write", positional=True, metavar="FOLDER"
+    )
+    force: bool = option(False, "start anew in a folder in use")
+    shard_tokens: int = option(100_000_000, "tokens in a shard")
+    val_tokens: int = option(
+        0,
+        "tokens to set aside for validation (default: a tenth, at most 32768)",
+    )
+    threads: int = option(
+        0, "threads that encode (default: one for each core)"
+    )
+
+
+def add(parser):
+    """Declare the options.
+
+    Derived in chapter 4.20.
+    """
+    add_options(parser, ShardOptions)
+    names = {x.name for x in fields(DataOptions)} - {"shards"}
+    add_options(parser, DataOptions, names)
+
+
+# write the shards
+SHARD_OPTIONS = (
+    "corpus", "limit", "tokenizer", "vocab_size", "field", "skip_bad",
+    "endoftext", "shard_tokens", "val_tokens",
+)  # fmt: skip
+
+
+def run(args):
+    """Write the shards.
+
+    Derived in chapter 4.20.
+    """
+    names = [field.name for field in fields(DataOptions)]
+    options = {name: getattr(args, name) for name in SHARD_OPTIONS}
+    options["corpus"] = list(args.corpus)
+    config = TrainConfig(**{k: v for k, v in options.items() if k in names})
+    check_apart(args.out, args.corpus)
+    folder, tally = shards.shards_folder(args.out, args.force), Tally()
+    corpus = sources(args.corpus, args.field, args.skip_bad, tally)
+    pieces = shards.pieces_from(corpus, limit=args.limit)
+    encoding = make_encoding(config, (text for _, _, text, _ in pieces))
+    work = shards.write_shards(
+        folder, corpus, encoding, options, args.force, args.threads
+    )
+    done = _follow_data(work, sum(source.size for source in corpus))
+    words = tally.words(args.endoftext)
+    say("corpus", _described(args.corpus, done) + words)
+    for name, count in done.shards:
+        say(name, f"{count:,} tokens in {folder / name}")
+    say("go on", f"llmnb train --shards {folder}")
+
+
+# follow the work
+def _follow_data(work, size):
+    """Draw a bar over the bytes read; returns the last `Progress`."""
+    first = next(work)  # what is wrong from the beginning gets no bar
+    bar = progress(total=size, unit="B", unit_scale=True)
+    with bar:
+        for done in chain([first], work):
+            bar.update(done.read - bar.n)
+            bar.set_postfix(tokens=f"{done.tokens:,}", refresh=False)
+    return done
+
+
+def _described(names, done):
+    where = " ".join(names)
+    if where == "stdlib":
+        where += f" (Python {'.'.join(map(str, sys.version_info[:3]))})"
+    return (
+        f"{where}: {done.documents:,} documents, {done.characters:,} "
+        "characters"
+    )

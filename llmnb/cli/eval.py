@@ -1,0 +1,141 @@
+# Written by `make export` from notebooks/4_practice/20_use.py: edit that file.
+
+"""`llmnb eval`: measure a model on a text or on HellaSwag."""
+
+__all__ = [
+    "DESCRIPTION",
+    "EvalOptions",
+    "add",
+    "run",
+]
+
+
+# its options
+from dataclasses import dataclass
+from functools import partial
+
+from llmnb.cli.models import model_of, with_tokenizer
+from llmnb.cli.options import (
+    add_options,
+    add_threads,
+    option,
+    say,
+    set_threads,
+    tell_compiling,
+)
+from llmnb.model.gpt2 import GPT2
+from llmnb.text.documents import sources
+from llmnb.text.reader import Tally
+from llmnb.text.shards import pieces_from
+from llmnb.train import choices, evaluation
+from llmnb.train.terminal import progress
+from llmnb.train.train import DataOptions
+
+DESCRIPTION = (
+    "Perplexity and bits a byte of a text; accuracy on HellaSwag, from "
+    "llm.c's .bin or from JSON lines."
+)
+
+
+@dataclass
+class EvalOptions:
+    """What `llmnb eval` is told.
+
+    Derived in chapter 4.20.
+    """
+
+    model: str = option(
+        None,
+        "a run folder, a .bin or .safetensors file, or a Hugging Face model "
+        "folder (default: the newest in runs/)",
+        positional=True,
+        nargs="?",
+        metavar="MODEL",
+    )
+    text: tuple = option((), "text to score", metavar="FILE")
+    hellaswag: str = option(None, "a .bin file, or JSON lines", metavar="FILE")
+    limit: int = option(0, "characters or examples at most; 0 means all")
+    seq_len: int = option(0, "context in tokens; 0: all the model has")
+    stride: int = option(0, "tokens scored a window; 0: half the context")
+    tokenizer: str = option(None, "as for generate")
+
+
+def add(parser):
+    """Declare the options.
+
+    Derived in chapter 4.20.
+    """
+    add_options(parser, EvalOptions)
+    add_options(parser, DataOptions, ["field", "skip_bad", "endoftext"])
+    add_threads(parser)
+
+
+# measure a model
+def run(args):
+    """Measure, and print a report.
+
+    Derived in chapter 4.20.
+    """
+    if not (args.text or args.hellaswag):
+        raise ValueError("name a file: --text FILE or --hellaswag FILE")
+    for name in ("limit", "seq_len", "stride"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"{name} must be at least 0")
+    named, path = model_of(args)
+    set_threads(args)
+    cfg, encoding = with_tokenizer(path, args)
+    context = min(args.seq_len or cfg.max_seq_len, cfg.max_seq_len)
+    say("model", path)
+    tell_compiling("cpu")
+    if args.text:
+        _eval_text(args, path, encoding, context)
+    if args.hellaswag:
+        _eval_hellaswag(args, path, encoding, context)
+
+
+# perplexity
+def _eval_text(args, path, encoding, context):
+    tally = Tally()
+    found = sources(args.text, args.field, args.skip_bad, tally)
+    found = pieces_from(found, limit=args.limit)
+    pieces = ((first, text) for _, first, text, _ in found)
+    model = GPT2.from_checkpoint(path, 1, context, tokens=encoding.n_vocab)
+    stride = args.stride or max(1, context // 2)
+    bar = partial(progress, unit="window", leave=False)
+    how = stride, bar, args.endoftext
+    score = evaluation.score_pieces(model, encoding, pieces, *how)
+    size = f"{score.bytes:,} bytes{tally.words(args.endoftext)}"
+    say("text", f"{' '.join(args.text)}: {size}")
+    say("tokens", f"{score.tokens:,}, context {context}, stride {stride}")
+    say("loss", f"{score.loss:.4f} nats a token")
+    say("perplexity", f"{score.perplexity:.2f} a token")
+    say("bits", f"{score.bits_per_byte:.4f} a byte")
+
+
+# multiple choice
+def _eval_hellaswag(args, path, encoding, context):
+    tally = Tally()
+    if args.hellaswag.endswith(".bin"):
+        examples = choices.read_examples(args.hellaswag)
+    else:
+        how = encoding, args.skip_bad, tally
+        examples = choices.read_examples_json(args.hellaswag, *how)
+    examples = examples[: args.limit or None]
+    lengths = [choices.longest_row(x) - 1 for x in examples]
+    how = path, 4, max(1, min(context, max(lengths)))
+    model = GPT2.from_checkpoint(*how, tokens=encoding.n_vocab)
+    cut = sum(length > context for length in lengths)
+    bar = progress(total=len(examples), unit="example", leave=False)
+    with bar:
+        found = []
+        for choice in choices.choose(model, examples):
+            found.append(choice)
+            bar.update()
+    size = f"{args.hellaswag}: {len(found):,} examples"
+    size += f", {cut:,} cut on the left to {context} tokens" if cut else ""
+    say("hellaswag", size + tally.words())
+    for name in ("by_mean", "by_sum"):
+        right = sum(getattr(c, name) == c.label for c in found) / len(found)
+        error = choices.standard_error(right, len(found))
+        label = {"by_mean": "acc_norm", "by_sum": "acc"}[name]
+        say(label, f"{right:.4f} +- {error:.4f}")

@@ -1,0 +1,202 @@
+# Written by `make export` from notebooks/4_practice/20_use.py: edit that file.
+
+"""`llmnb generate`: continue a prompt."""
+
+__all__ = [
+    "DESCRIPTION",
+    "GenerateOptions",
+    "add",
+    "run",
+]
+
+
+# its options
+import re
+import sys
+import time
+from dataclasses import dataclass
+
+from llmnb.cli.models import model_of, with_tokenizer
+from llmnb.cli.options import (
+    add_options,
+    add_threads,
+    check_backend,
+    option,
+    set_threads,
+    tell_compiling,
+)
+from llmnb.model.decode import Decoder
+from llmnb.model.generate import (
+    check_sampling,
+    decoded,
+    generate_samples,
+    window_start,
+)
+from llmnb.model.gpt2 import GPT2
+from llmnb.text.tokenizer import EOT, encode_text
+from llmnb.train.train import DataOptions
+
+DESCRIPTION = (
+    "Continue a prompt with the model of a run folder, of a .bin or "
+    ".safetensors file, or of a Hugging Face model folder."
+)
+
+
+@dataclass
+class GenerateOptions:
+    """What `llmnb generate` is told.
+
+    Derived in chapter 4.20.
+    """
+
+    model: str = option(
+        None,
+        "a run folder, a model file or a model folder (default: the newest "
+        "in runs/)",
+        positional=True,
+        nargs="?",
+        metavar="RUN",
+    )
+    prompt: str = option(
+        "", "the beginning of the text; - reads standard input"
+    )
+    tokens: int = option(200, "tokens to write at most")
+    samples: int = option(1, "texts to write, each with the next seed")
+    temperature: float = option(
+        0.8, "0: the likeliest token; 1: as the model says"
+    )
+    top_k: int = option(None, "draw among the k likeliest tokens only")
+    top_p: float = option(None, "draw among the likeliest that make up p only")
+    seed: int = option(42, "another seed, another text")
+    tokenizer: str = option(
+        None,
+        "gpt2, byte, a rank file, vocab.json or tokenizer.json, instead of "
+        "what lies beside the model",
+    )
+    backend: str = option(
+        "cpu",
+        "cpu keeps keys and values; cuda and reference compute the whole "
+        "window for every token",
+    )
+    stats: bool = option(False, "print tokens a second at the end")
+
+
+def add(parser):
+    """Declare the options.
+
+    Derived in chapter 4.20.
+    """
+    add_options(parser, GenerateOptions)
+    add_options(parser, DataOptions, ["endoftext"])
+    add_threads(parser)
+
+
+# write to the terminal
+def run(args):
+    """Write the texts to standard output.
+
+    Derived in chapter 4.20.
+    """
+    settings = args.temperature, args.top_k, args.top_p
+    check_sampling(*settings)
+    check_backend(args.backend)
+    if args.samples < 1:
+        raise ValueError(f"samples must be at least 1, got {args.samples}")
+    set_threads(args)
+    prompt = _prompt(args.prompt)
+    decoder, encoding, ids = _load_model(args, prompt)
+    steps = generate_samples(
+        decoder, ids, args.tokens, args.samples, *settings,
+        seed=args.seed, stop=encoding.eot_token,
+    )  # fmt: skip
+    texts, times = [[] for _ in range(args.samples)], [time.perf_counter()]
+    _heading(args, 0)
+    print(prompt, end="", flush=True)
+    for piece in decoded(encoding, _first_text(steps, texts, times)):
+        print(piece, end="", flush=True)
+    print()
+    for i in range(1, args.samples):
+        _heading(args, i)
+        print(prompt + "".join(decoded(encoding, texts[i])))
+    if args.stats:
+        _stats(len(ids), texts, times)
+
+
+# the prompt
+def _prompt(text):
+    """The prompt, from standard input for -; what is no text becomes U+FFFD.
+
+    Python reads a byte that is not UTF-8 as half of a character.
+    """
+    if text == "-":
+        if sys.stdin is None:
+            raise ValueError(
+                "--prompt - reads standard input, which is closed"
+            )
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="surrogateescape")
+        text = sys.stdin.read()
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+# several texts, one terminal
+def _first_text(steps, texts, times):
+    """The first text's tokens as they come; the others are gathered."""
+    for step in steps:
+        times.append(time.perf_counter())
+        for text, token in zip(texts, step, strict=True):
+            if token is not None:
+                text.append(token)
+        if step[0] is not None:
+            yield step[0]
+
+
+def _heading(args, i):
+    if args.samples > 1:
+        print(f"--- {i + 1} of {args.samples}, seed {args.seed + i}")
+
+
+def _stats(length, texts, times):
+    """How fast it was, on standard error: the first token apart."""
+    seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
+    lines = [f"prompt: {length:,} tokens, the first token after {s:.3f} s"
+             for s in seconds[:1]]  # fmt: skip
+    rest, count = sum(seconds[1:]), sum(len(text) - 1 for text in texts)
+    if rest and count > 0:
+        lines.append(
+            f"then: {count:,} tokens in {rest:.3f} s, {count / rest:,.1f} "
+            f"tokens/s, {rest / len(seconds[1:]) * 1e3:.1f} ms a step"
+        )
+    print(*lines, sep="\n", file=sys.stderr)
+
+
+# the model, ready
+def _load_model(args, prompt):
+    """A model with room for the prompt and the text; the tokenizer; ids."""
+    named, path = model_of(args)
+    if not args.model or path not in (named, named / "model.bin"):
+        print(f"model: {path}", file=sys.stderr)
+    cfg, encoding = with_tokenizer(path, args)
+    ids = encode_text(encoding, prompt, args.endoftext)
+    ids = [encoding.eot_token, *ids.tolist()]
+    length = min(len(ids) + max(args.tokens, 0), cfg.max_seq_len)
+    if EOT in prompt and not args.endoftext:
+        print(
+            f"{EOT} in the prompt is ordinary text (--endoftext takes it as "
+            "the token)",
+            file=sys.stderr,
+        )
+    if len(ids) > length:
+        seen = len(ids) - window_start(len(ids), length)
+        print(
+            f"the prompt has {len(ids):,} tokens; the model sees the last "
+            f"{seen:,} of them",
+            file=sys.stderr,
+        )
+    how, tokens = (path, args.samples, length), cfg.vocab_size
+    tell_compiling(args.backend)
+    if args.backend == "cpu":
+        model = Decoder.from_checkpoint(*how, tokens)
+    else:
+        model = GPT2.from_checkpoint(*how, args.backend, tokens=tokens)
+    return model, encoding, ids

@@ -1,0 +1,56 @@
+# Written by `make export` from notebooks/4_practice/18_commands.py: edit that file.
+
+"""`llmnb info`: versions, threads, and the size of a model."""
+
+__all__ = [
+    "DESCRIPTION",
+    "add",
+    "run",
+]
+
+
+# llmnb info
+from importlib.metadata import version
+
+import numba
+
+from llmnb.cli.options import add_options, say, shape_config
+from llmnb.config import flops_per_token, parameter_count
+from llmnb.cuda.model import gpu
+from llmnb.model.layout import footprint, gpt2_layout
+from llmnb.timing import machine
+from llmnb.train.train import DataOptions, ModelOptions
+
+DESCRIPTION = (
+    "Print versions, and what a configuration takes: parameters, bytes, "
+    "operations a token."
+)
+
+
+def add(parser):
+    """Declare the options.
+
+    Derived in chapter 4.18.
+    """
+    add_options(parser, DataOptions, ["vocab_size"])
+    add_options(parser, ModelOptions)
+
+
+def run(args):
+    """Print the report.
+
+    Derived in chapter 4.18.
+    """
+    config = shape_config(args)
+    cfg = config.model(config.vocab_size)
+    names = "llmnb", "numpy", "numba", "tiktoken"
+    say("versions", ", ".join(f"{x} {version(x)}" for x in names))
+    say("machine", machine())
+    say("threads", numba.get_num_threads())
+    say("gpu", gpu())
+    say("parameters", f"{parameter_count(cfg):,}")
+    sizes = footprint(gpt2_layout(cfg, config.batch_size, config.seq_len))
+    shown = ", ".join(f"{k} {v / 1e6:.1f}" for k, v in sizes.items())
+    say("memory", f"{sum(sizes.values()) / 1e6:.1f} MB ({shown})")
+    flops = flops_per_token(cfg, config.seq_len)
+    say("work", f"{flops / 1e6:.1f} MFLOP to train on a token")

@@ -1,0 +1,49 @@
+# Written by `make export` from notebooks/4_practice/20_use.py: edit that file.
+
+"""Which model a command means, and which tokenizer goes with it."""
+
+__all__ = [
+    "model_of",
+    "with_tokenizer",
+]
+
+
+# imports of the models
+import sys
+from pathlib import Path
+
+from llmnb.formats.checkpoint import read_config, without_padding
+from llmnb.formats.hub import open_encoding, tokenizer_of
+from llmnb.train.newest import newest_run
+from llmnb.train.train import weights_path
+
+
+# which model
+def model_of(args):
+    """The model that was named, or the newest run's; and its weights.
+
+    Derived in chapter 4.20.
+    """
+    named = Path(args.model) if args.model else newest_run()
+    if not named.exists():
+        raise FileNotFoundError(f"there is no run {named}")
+    return named, weights_path(named)
+
+
+# which tokenizer
+def with_tokenizer(path, args):
+    """A model's configuration, for the tokenizer asked for or its own.
+
+    Derived in chapter 4.20.
+    """
+    cfg = read_config(path)
+    name = args.tokenizer or tokenizer_of(path, cfg.vocab_size)
+    encoding = open_encoding(name)
+    few = without_padding(path, cfg, encoding.n_vocab, name)
+    if few != cfg:
+        print(
+            f"{path} has {cfg.vocab_size} tokens, the tokenizer {name} knows "
+            f"{encoding.n_vocab}: the others are left out",
+            file=sys.stderr,
+        )
+    return few, encoding

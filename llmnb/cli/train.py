@@ -1,0 +1,329 @@
+# Written by `make export` from notebooks/4_practice/19_train.py: edit that file.
+
+"""`llmnb train`: a run from the terminal, with a bar, samples and signals."""
+
+__all__ = [
+    "DESCRIPTION",
+    "FolderOptions",
+    "PARTS",
+    "add",
+    "check_apart",
+    "run",
+]
+
+
+# imports of the command
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmnb.cli.options import (
+    add_options,
+    add_threads,
+    check_backend,
+    fields_of,
+    option,
+    say,
+    set_threads,
+    tell_compiling,
+    warn,
+)
+from llmnb.files import replacing
+from llmnb.model.decode import Decoder
+from llmnb.model.generate import decoded, generate
+from llmnb.train.newest import new_folder, newest_run, note_newest
+from llmnb.train.run import (
+    begin,
+    finish,
+    follow,
+    resume,
+    save_state,
+    telling,
+)
+from llmnb.train.terminal import progress
+from llmnb.train.train import (
+    SHAPE,
+    DataOptions,
+    KeepOptions,
+    LearningOptions,
+    ModelOptions,
+    TrainConfig,
+    UpdateOptions,
+    landmarks,
+    load_run,
+    read_run,
+    run_folder,
+    sparing,
+    starting_from,
+)
+
+
+# its options
+DESCRIPTION = (
+    "Train a GPT-2 from scratch, or from a checkpoint. The defaults take "
+    "about two minutes on two cores. Ctrl-C finishes the step and saves; a "
+    "second one stops at once."
+)
+PARTS = {
+    "what to read": DataOptions,
+    "what the model looks like": ModelOptions,
+    "how it learns": LearningOptions,
+    "what an update is": UpdateOptions,
+    "what it keeps": KeepOptions,
+}
+
+
+@dataclass
+class FolderOptions:
+    """Where `llmnb train` writes, or goes on.
+
+    Derived in chapter 4.19.
+    """
+
+    out: str = option(
+        None,
+        "where to write (default: a new folder in runs/)",
+        metavar="FOLDER",
+    )
+    force: bool = option(False, "write into a folder in use")
+    resume: str = option(
+        None,
+        "go on with a run from its newest checkpoint (default: the newest "
+        "run in runs/); --corpus or --shards say where its text is now",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+    )
+    tensorboard: bool = option(
+        False, "write events for TensorBoard into the folder as well"
+    )
+
+
+def add(parser):
+    """Declare the options; of a run's numbers, only those asked for.
+
+    Derived in chapter 4.19.
+    """
+    add_options(parser, FolderOptions)
+    add_threads(parser)
+    for title, part in PARTS.items():
+        group = parser.add_argument_group(title)
+        add_options(group, part, asked=True)
+
+
+# begin or go on
+def _begun(args):
+    """A new run, from scratch or from a checkpoint."""
+    given = fields_of(args, TrainConfig)
+    if given.get("depth") and not given.keys().isdisjoint(SHAPE):
+        names = ", ".join(name.replace("_", "-") for name in SHAPE)
+        raise ValueError(f"--depth sets {names}: leave those out")
+    check_backend(given.get("backend"))
+    make = starting_from if given.get("init") else TrainConfig
+    config = make(**given)
+    check_apart(args.out, config.corpus)
+    folder = run_folder(args.out or new_folder(config), args.force)
+    return begin(folder, config)
+
+
+def check_apart(out, corpus):
+    """Refuse to write into the folder that is read.
+
+    Derived in chapter 4.19.
+    """
+    for name in corpus:
+        same = out and Path(name).is_dir() and Path(out).is_dir()
+        if same and Path(out).samefile(name):
+            raise ValueError(
+                f"{name} is the corpus: what is written there would be read "
+                "as text; choose another folder, such as one within it"
+            )
+
+
+def _resumed(args):
+    """The run that --resume names, at its newest checkpoint."""
+    if args.out or args.force:
+        raise ValueError("--resume needs neither --out nor --force")
+    folder = args.resume or newest_run("config.json")
+    check_backend(read_run(folder).backend)
+    run, found = resume(folder, **fields_of(args, TrainConfig))
+    for warning in found:
+        warn(warning)
+    where = f"at step {run.at.step:,} of {run.config.steps:,}"
+    known = {"loss": run.at.last_loss, "best validation": run.at.best_loss}
+    known = [f", {k} {x:.3f}" for k, x in known.items() if x is not None]
+    say("resumes", where + "".join(known))
+    return run
+
+
+# train, with a bar
+def run(args):
+    """Train, and report; exit with 128 plus the signal that stopped it.
+
+    Derived in chapter 4.19.
+    """
+    sys.stdout.ends = False  # who trains does not need to be read
+    set_threads(args)
+    start = time.perf_counter()
+    begun = _begun if args.resume is None else _resumed
+    this = begun(args)
+    note_newest(this)
+    data = this.data
+    say("corpus", data.source)
+    tokens = len(data.train_tokens), len(data.val_tokens)
+    say("tokens", "{:,} to train on, {:,} to validate on".format(*tokens))
+    say("model", _size_of(this.model))
+    say("folder", this.folder)
+    tell_compiling(this.config.backend)
+    with _Stop() as stop:
+        _follow(this, args, stop)
+        steps = finish(this)
+    say("took", f"{time.perf_counter() - start:.0f} s")
+    if stop.signal:
+        say("stopped", f"at step {this.at.step:,}, and saved")
+        say("go on", f"llmnb train --resume {this.folder}")
+        sys.exit(128 + stop.signal)
+    _report(this, steps)
+
+
+# the size of a model
+def _size_of(model):
+    cfg = model.cfg
+    count = sum(x.size for x in model.params.values())
+    return (
+        f"{cfg.num_layers} layers, {cfg.num_heads} heads, {cfg.channels} "
+        f"channels, {cfg.vocab_size} tokens: {count:,} parameters, "
+        f"{model.memory.nbytes / 1e6:.0f} MB in all"
+    )
+
+
+# stop when asked to
+class _Stop:
+    """Notes the first Ctrl-C, SIGTERM or SIGHUP; the next stops at once."""
+
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    signal = 0
+
+    def __enter__(self):
+        known = {signal.SIGINT, signal.SIGTERM}
+        if self.hangup and signal.getsignal(self.hangup) != signal.SIG_IGN:
+            known.add(self.hangup)
+        self.old = {x: signal.signal(x, self._note) for x in known}
+        return self
+
+    def _note(self, number, frame):
+        self.signal = number
+        for other in self.old:
+            again = signal.SIG_IGN if other == self.hangup else self.old[other]
+            signal.signal(other, again)
+        # not print, which may be at work when the signal comes
+        with suppress(OSError):
+            os.write(2, b"\nfinishing the step; once more to stop at once\n")
+
+    def __exit__(self, *error):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+# follow a run
+def _follow(run, args, stop):
+    """Train to the end, or until a signal is noted; then save the state."""
+    done, total, shown = run.at.step, run.config.steps, {}
+    bar = progress(total=total, initial=done, unit="step")
+    with bar, _board(run, args) as board:
+        for step in follow(run):
+            board(step)
+            _show(bar, run, step, shown)
+            if run.kept[-1:] == [run.at.step]:
+                note_newest(run)
+            if stop.signal and step.loss is not None:
+                with telling(run):
+                    save_state(run)
+                return
+
+
+# show a step
+def _show(bar, run, step, shown):
+    """Bring the bar up to date, and print a sample when it is time."""
+    if step.val_loss is not None:
+        shown["val"] = f"{step.val_loss:.3f}"
+    if step.loss is not None:
+        shown["loss"] = f"{step.loss:.3f}"
+        shown["tok/s"] = f"{step.tokens_per_second:,.0f}"
+        if step.skipped:
+            bar.write(f"step {step.step}: an outlier, skipped")
+        every = run.config.sample_every
+        if every and run.at.step % every == 0:
+            text = "none"
+            with sparing("a sample"):
+                text = _sample(run.model, run.data.encoding)
+            bar.write(f"after {run.at.step} steps:\n{text}\n")
+        bar.update()
+    bar.set_postfix(shown, refresh=step.val_loss is not None)
+
+
+# events for TensorBoard
+@contextmanager
+def _board(run, args):
+    """A function that writes a step for TensorBoard, if that is wanted."""
+    if not args.tensorboard:
+        yield lambda step: None
+        return
+    from llmnb.train.watch import Board
+
+    board, lost = Board(run.folder), []
+
+    def write(step):
+        if not lost:
+            lost.append(step)  # unless it can be written
+            with sparing("TensorBoard's events"):
+                board.write(step.step, step._asdict())
+                lost.clear()
+
+    yield write
+    if not lost:
+        with sparing("TensorBoard's events"):
+            board.close()
+
+
+# the end of a run
+SAMPLE = {"count": 200, "temperature": 0.8, "top_p": 0.95}
+
+
+def _sample(model, encoding):
+    # a GPU would compute the whole window for every token
+    model = Decoder.of(model) if model.backend == "cuda" else model
+    eot = encoding.eot_token
+    tokens = generate(model, [eot], stop=eot, **SAMPLE)
+    return "".join(decoded(encoding, tokens))
+
+
+def _report(run, steps):
+    losses = [x.val_loss for x in steps if x.val_loss is not None]
+    folder, text = run.folder, "no sample"
+    loss = f"{losses[-1]:.3f}" if losses else "unknown"
+    with sparing("the landmarks"):
+        marks = landmarks(run.config, run.data)
+        known = ", ".join(f"{name} {x:.3f}" for name, x in marks.items())
+        loss += f" on validation text ({known})"
+    say("loss", loss)
+    with sparing(folder / "sample.txt"):
+        text = _keep_sample(run)
+    print(f"\n{text}\n")
+    names = " ".join(sorted(x.name for x in folder.iterdir()))
+    say("wrote", f"{folder}: {names}")
+    say("go on", f'llmnb generate {folder} --prompt "def "')
+
+
+def _keep_sample(run):
+    """Write sample.txt with the model that is kept; returns the text."""
+    folder, on_gpu = run.folder, run.config.backend == "cuda"
+    model, encoding, _ = load_run(folder, backend="cpu" if on_gpu else None)
+    text = _sample(model, encoding)
+    with replacing(folder / "sample.txt") as file:
+        file.write(text.encode("utf-8"))
+    return text

@@ -1,0 +1,523 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     modules:
+#       cli.train: "`llmnb train`: a run from the terminal, with a bar, samples and signals."
+#       train.newest: "The runs in runs/: a name for a new one, and which is the newest."
+# ---
+
+# %% [markdown]
+# # The train command: start, stop, go on
+#
+# > A folder for each run, a bar that says how it goes, and signals that save
+# > before they stop.
+#
+# *Reading time: 15 minutes. You need: [chapter 4.12](12_nothing_lost.ipynb)
+# and [chapter 4.18](18_commands.ipynb).*
+
+# %% [markdown]
+# ## Where we are
+#
+# A run begins and goes on by the functions of the chapters before. What a
+# terminal adds is small and has to be right: a place for the run, a word
+# about how it goes, and an end that loses nothing. At the end of this chapter
+# you can
+#
+# - say which run `llmnb train --resume` takes when you name none;
+# - say what Ctrl-C, a shutdown and a closed terminal do to a step;
+# - find the exit code by which a script tells a stopped run from a done one.
+
+# %% [markdown]
+# ## Setup
+
+# %% setup
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from llmnb.book.verify import verdict
+
+# %% [markdown]
+# ## A folder for each run
+#
+# A run that is not given a folder gets one in `runs/`, named after its text.
+# `mkdir` fails where the folder is there, also when another process has made
+# it this instant, so that two runs never share one.
+
+# %% imports of the runs tags=["export"] module="train.newest"
+import warnings
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+
+from llmnb.files import make_folder
+
+# %% a name for a run tags=["export"] module="train.newest"
+RUNS = Path("runs")
+
+
+def new_folder(config):
+    """Make runs/NAME, or the first of runs/NAME-2, -3, ... that is free."""
+    first = Path(config.shards or config.corpus[0]).resolve().stem or "run"
+    folder, number = RUNS / first, 1
+    make_folder(RUNS)
+    while True:
+        with suppress(FileExistsError):  # or made by another this instant
+            folder.mkdir()
+            return folder
+        number += 1
+        folder = RUNS / f"{first}-{number}"
+
+
+# %% [markdown]
+# Which run is the newest? The clock knows, unless it was set, or a folder was
+# copied or a file touched. So the runs themselves say: whenever one begins or
+# saves, its name goes to the end of a list, `runs/.order`. Only where the list
+# cannot tell, for runs that were made elsewhere or renamed, the clock decides,
+# and the command says so.
+
+# %% the order of the runs tags=["export"] module="train.newest"
+ORDER = RUNS / ".order"
+
+
+def _ordered():
+    """Names of the runs in runs/, the last one worked on at the end."""
+    with suppress(OSError):
+        return ORDER.read_text("utf-8", "surrogateescape").splitlines()
+    return []
+
+
+def note_newest(run):
+    """Put a run in runs/ at the end of the list of runs."""
+    folder = run.folder.resolve()
+    if folder.parent == RUNS.resolve() and _ordered()[-1:] != [folder.name]:
+        line = f"{folder.name}\n".encode("utf-8", "surrogateescape")
+        with suppress(OSError), open(ORDER, "ab") as file:
+            file.write(line)
+
+
+MODELS = "model.bin", "state_*.safetensors"
+
+
+def newest_run(*files):
+    """The run in runs/ that was worked on last."""
+    ordered, found = _ordered(), {}
+    for path in chain(*(RUNS.glob(f"*/{name}") for name in files or MODELS)):
+        name, when = path.parent.name, path.stat().st_mtime
+        found[name] = max(when, found.get(name, when))
+    if not found:
+        raise FileNotFoundError(
+            f"there is no run in {RUNS}/ here: name a folder, or train one "
+            "with `llmnb train`"
+        )
+    for name in reversed(ordered):
+        if name in found:
+            return RUNS / name
+        if not (RUNS / name).exists() and found.keys() - {*ordered}:
+            break  # it may have another name now
+    return _newest_by_clock(found)
+
+
+def _newest_by_clock(found):
+    newest = max(found, key=found.get)
+    if len(found) > 1:
+        warnings.warn(
+            f"which of the {len(found)} runs in {RUNS}/ is the newest is not "
+            f"certain; taken is {RUNS / newest}: name one to be sure",
+            stacklevel=3,
+        )
+    return RUNS / newest
+
+
+# %% [markdown]
+# ## Begin or go on
+
+# %% imports of the command tags=["export"] module="cli.train"
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmnb.cli.options import (
+    add_options,
+    add_threads,
+    check_backend,
+    fields_of,
+    option,
+    say,
+    set_threads,
+    tell_compiling,
+    warn,
+)
+from llmnb.files import replacing
+from llmnb.model.decode import Decoder
+from llmnb.model.generate import decoded, generate
+from llmnb.train.newest import new_folder, newest_run, note_newest
+from llmnb.train.run import (
+    begin,
+    finish,
+    follow,
+    resume,
+    save_state,
+    telling,
+)
+from llmnb.train.terminal import progress
+from llmnb.train.train import (
+    SHAPE,
+    DataOptions,
+    KeepOptions,
+    LearningOptions,
+    ModelOptions,
+    TrainConfig,
+    UpdateOptions,
+    landmarks,
+    load_run,
+    read_run,
+    run_folder,
+    sparing,
+    starting_from,
+)
+
+# %% its options tags=["export"] module="cli.train"
+DESCRIPTION = (
+    "Train a GPT-2 from scratch, or from a checkpoint. The defaults take "
+    "about two minutes on two cores. Ctrl-C finishes the step and saves; a "
+    "second one stops at once."
+)
+PARTS = {
+    "what to read": DataOptions,
+    "what the model looks like": ModelOptions,
+    "how it learns": LearningOptions,
+    "what an update is": UpdateOptions,
+    "what it keeps": KeepOptions,
+}
+
+
+@dataclass
+class FolderOptions:
+    """Where `llmnb train` writes, or goes on."""
+
+    out: str = option(
+        None,
+        "where to write (default: a new folder in runs/)",
+        metavar="FOLDER",
+    )
+    force: bool = option(False, "write into a folder in use")
+    resume: str = option(
+        None,
+        "go on with a run from its newest checkpoint (default: the newest "
+        "run in runs/); --corpus or --shards say where its text is now",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+    )
+    tensorboard: bool = option(
+        False, "write events for TensorBoard into the folder as well"
+    )
+
+
+def add(parser):
+    """Declare the options; of a run's numbers, only those asked for."""
+    add_options(parser, FolderOptions)
+    add_threads(parser)
+    for title, part in PARTS.items():
+        group = parser.add_argument_group(title)
+        add_options(group, part, asked=True)
+
+
+# %% begin or go on tags=["export"] module="cli.train"
+def _begun(args):
+    """A new run, from scratch or from a checkpoint."""
+    given = fields_of(args, TrainConfig)
+    if given.get("depth") and not given.keys().isdisjoint(SHAPE):
+        names = ", ".join(name.replace("_", "-") for name in SHAPE)
+        raise ValueError(f"--depth sets {names}: leave those out")
+    check_backend(given.get("backend"))
+    make = starting_from if given.get("init") else TrainConfig
+    config = make(**given)
+    check_apart(args.out, config.corpus)
+    folder = run_folder(args.out or new_folder(config), args.force)
+    return begin(folder, config)
+
+
+def check_apart(out, corpus):
+    """Refuse to write into the folder that is read."""
+    for name in corpus:
+        same = out and Path(name).is_dir() and Path(out).is_dir()
+        if same and Path(out).samefile(name):
+            raise ValueError(
+                f"{name} is the corpus: what is written there would be read "
+                "as text; choose another folder, such as one within it"
+            )
+
+
+def _resumed(args):
+    """The run that --resume names, at its newest checkpoint."""
+    if args.out or args.force:
+        raise ValueError("--resume needs neither --out nor --force")
+    folder = args.resume or newest_run("config.json")
+    check_backend(read_run(folder).backend)
+    run, found = resume(folder, **fields_of(args, TrainConfig))
+    for warning in found:
+        warn(warning)
+    where = f"at step {run.at.step:,} of {run.config.steps:,}"
+    known = {"loss": run.at.last_loss, "best validation": run.at.best_loss}
+    known = [f", {k} {x:.3f}" for k, x in known.items() if x is not None]
+    say("resumes", where + "".join(known))
+    return run
+
+
+# %% train, with a bar tags=["export"] module="cli.train"
+def run(args):
+    """Train, and report; exit with 128 plus the signal that stopped it."""
+    sys.stdout.ends = False  # who trains does not need to be read
+    set_threads(args)
+    start = time.perf_counter()
+    begun = _begun if args.resume is None else _resumed
+    this = begun(args)
+    note_newest(this)
+    data = this.data
+    say("corpus", data.source)
+    tokens = len(data.train_tokens), len(data.val_tokens)
+    say("tokens", "{:,} to train on, {:,} to validate on".format(*tokens))
+    say("model", _size_of(this.model))
+    say("folder", this.folder)
+    tell_compiling(this.config.backend)
+    with _Stop() as stop:
+        _follow(this, args, stop)
+        steps = finish(this)
+    say("took", f"{time.perf_counter() - start:.0f} s")
+    if stop.signal:
+        say("stopped", f"at step {this.at.step:,}, and saved")
+        say("go on", f"llmnb train --resume {this.folder}")
+        sys.exit(128 + stop.signal)
+    _report(this, steps)
+
+
+# %% the size of a model tags=["exporti"] module="cli.train"
+def _size_of(model):
+    cfg = model.cfg
+    count = sum(x.size for x in model.params.values())
+    return (
+        f"{cfg.num_layers} layers, {cfg.num_heads} heads, {cfg.channels} "
+        f"channels, {cfg.vocab_size} tokens: {count:,} parameters, "
+        f"{model.memory.nbytes / 1e6:.0f} MB in all"
+    )
+
+
+# %% [markdown]
+# Ctrl-C sends a process the signal `SIGINT`, a system that shuts down, or a
+# scheduler that wants the machine back, sends `SIGTERM`, and a terminal that
+# is closed sends `SIGHUP`. Left alone, they would end training in the middle
+# of a step. So while `train` runs they only set a note; the loop finishes its
+# step, finds the note, saves the state and leaves. The handlers go with the
+# first signal: a second one does what it always did, and stops at once. The
+# exit code is 128 plus the signal's number, 130, 143 or 129, so that a script
+# can tell a run that was stopped from one that is done.
+#
+# `SIGHUP` has two customs of its own. `nohup llmnb train` starts us with the
+# signal ignored, and ignored it stays. And a shell that loses its terminal
+# passes the signal on while the system sends it too: it comes twice though
+# nobody asked twice, so a second one is ignored.
+
+
+# %% stop when asked to tags=["exporti"] module="cli.train"
+class _Stop:
+    """Notes the first Ctrl-C, SIGTERM or SIGHUP; the next stops at once."""
+
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    signal = 0
+
+    def __enter__(self):
+        known = {signal.SIGINT, signal.SIGTERM}
+        if self.hangup and signal.getsignal(self.hangup) != signal.SIG_IGN:
+            known.add(self.hangup)
+        self.old = {x: signal.signal(x, self._note) for x in known}
+        return self
+
+    def _note(self, number, frame):
+        self.signal = number
+        for other in self.old:
+            again = signal.SIG_IGN if other == self.hangup else self.old[other]
+            signal.signal(other, again)
+        # not print, which may be at work when the signal comes
+        with suppress(OSError):
+            os.write(2, b"\nfinishing the step; once more to stop at once\n")
+
+    def __exit__(self, *error):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+# %% follow a run tags=["exporti"] module="cli.train"
+def _follow(run, args, stop):
+    """Train to the end, or until a signal is noted; then save the state."""
+    done, total, shown = run.at.step, run.config.steps, {}
+    bar = progress(total=total, initial=done, unit="step")
+    with bar, _board(run, args) as board:
+        for step in follow(run):
+            board(step)
+            _show(bar, run, step, shown)
+            if run.kept[-1:] == [run.at.step]:
+                note_newest(run)
+            if stop.signal and step.loss is not None:
+                with telling(run):
+                    save_state(run)
+                return
+
+
+# %% show a step tags=["exporti"] module="cli.train"
+def _show(bar, run, step, shown):
+    """Bring the bar up to date, and print a sample when it is time."""
+    if step.val_loss is not None:
+        shown["val"] = f"{step.val_loss:.3f}"
+    if step.loss is not None:
+        shown["loss"] = f"{step.loss:.3f}"
+        shown["tok/s"] = f"{step.tokens_per_second:,.0f}"
+        if step.skipped:
+            bar.write(f"step {step.step}: an outlier, skipped")
+        every = run.config.sample_every
+        if every and run.at.step % every == 0:
+            text = "none"
+            with sparing("a sample"):
+                text = _sample(run.model, run.data.encoding)
+            bar.write(f"after {run.at.step} steps:\n{text}\n")
+        bar.update()
+    bar.set_postfix(shown, refresh=step.val_loss is not None)
+
+
+# %% events for TensorBoard tags=["exporti"] module="cli.train"
+@contextmanager
+def _board(run, args):
+    """A function that writes a step for TensorBoard, if that is wanted."""
+    if not args.tensorboard:
+        yield lambda step: None
+        return
+    from llmnb.train.watch import Board
+
+    board, lost = Board(run.folder), []
+
+    def write(step):
+        if not lost:
+            lost.append(step)  # unless it can be written
+            with sparing("TensorBoard's events"):
+                board.write(step.step, step._asdict())
+                lost.clear()
+
+    yield write
+    if not lost:
+        with sparing("TensorBoard's events"):
+            board.close()
+
+
+# %% the end of a run tags=["exporti"] module="cli.train"
+SAMPLE = {"count": 200, "temperature": 0.8, "top_p": 0.95}
+
+
+def _sample(model, encoding):
+    # a GPU would compute the whole window for every token
+    model = Decoder.of(model) if model.backend == "cuda" else model
+    eot = encoding.eot_token
+    tokens = generate(model, [eot], stop=eot, **SAMPLE)
+    return "".join(decoded(encoding, tokens))
+
+
+def _report(run, steps):
+    losses = [x.val_loss for x in steps if x.val_loss is not None]
+    folder, text = run.folder, "no sample"
+    loss = f"{losses[-1]:.3f}" if losses else "unknown"
+    with sparing("the landmarks"):
+        marks = landmarks(run.config, run.data)
+        known = ", ".join(f"{name} {x:.3f}" for name, x in marks.items())
+        loss += f" on validation text ({known})"
+    say("loss", loss)
+    with sparing(folder / "sample.txt"):
+        text = _keep_sample(run)
+    print(f"\n{text}\n")
+    names = " ".join(sorted(x.name for x in folder.iterdir()))
+    say("wrote", f"{folder}: {names}")
+    say("go on", f'llmnb generate {folder} --prompt "def "')
+
+
+def _keep_sample(run):
+    """Write sample.txt with the model that is kept; returns the text."""
+    folder, on_gpu = run.folder, run.config.backend == "cuda"
+    model, encoding, _ = load_run(folder, backend="cpu" if on_gpu else None)
+    text = _sample(model, encoding)
+    with replacing(folder / "sample.txt") as file:
+        file.write(text.encode("utf-8"))
+    return text
+
+
+# %% [markdown]
+# ## Try it
+#
+# A small run from a notebook cell, as from a terminal, then the same run ten
+# steps further:
+
+# %% a run folder, written and used
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+
+from llmnb.cli.__main__ import main as llmnb
+
+TINY = (
+    "--tokenizer byte --limit 100000 --num-layers 1 --channels 32 "
+    "--num-heads 2 --seq-len 32 --batch-size 4 --steps 30"
+)
+
+
+def run(*args):
+    """What a command prints, and its exit code."""
+    out, code = StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(StringIO()):
+        try:
+            llmnb([str(x) for x in args])
+        except SystemExit as stop:
+            code = stop.code
+    return out.getvalue(), code
+
+
+with TemporaryDirectory() as place:
+    folder = Path(place, "run")
+    _, code = run("train", "--out", folder, *TINY.split())
+    print(code, *sorted(x.name for x in folder.iterdir()))
+    text, code = run("train", "--resume", folder, "--steps", 40)
+    verdict("resume", code == 0 and "step 30 of 40" in text, "goes on")
+    _, code = run("train", "--out", folder, *TINY.split())
+    verdict("train", code == 1, "keeps a folder in use")
+
+# %% [markdown]
+# ## Take away
+#
+# - A run's folder is made by `mkdir`, which two processes cannot both do.
+# - The newest run is the one that was worked on last, by a list that the runs
+#   keep themselves.
+# - A signal sets a note; the step is finished, the state is saved, and the
+#   exit code says that it was a signal.
+#
+# ## Exercises
+#
+# **1** (★★). Why does `SIGHUP` not stop a run at once when it comes twice,
+# where Ctrl-C does?
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# Because nobody need have asked twice: a shell that loses its terminal passes
+# the signal on to its jobs, and the system sends it to them as well.
+# `_Stop._note` therefore ignores the next one, and gives the other signals
+# their old meaning back.
+# :::
+#
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.book.index import gained
+
+gained("4.19")

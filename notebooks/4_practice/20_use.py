@@ -1,0 +1,568 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     modules:
+#       cli.generate: "`llmnb generate`: continue a prompt."
+#       cli.models: "Which model a command means, and which tokenizer goes with it."
+#       cli.data: "`llmnb data`: turn text into token shards."
+#       cli.eval: "`llmnb eval`: measure a model on a text or on HellaSwag."
+# ---
+
+# %% [markdown]
+# # Use: generate, data and eval from a terminal
+#
+# > Text written as it is drawn, text of any size turned into shards, and a
+# > model measured, each by one command.
+#
+# *Reading time: 20 minutes. You need: [chapter 4.18](18_commands.ipynb).*
+
+# %% [markdown]
+# ## Where we are
+#
+# Three commands use what other chapters have built: the decoder of
+# [chapter 4.13](13_cache.ipynb), the shards of
+# [chapter 4.9](09_shards.ipynb), the measures of
+# [chapter 4.16](16_evaluation.ipynb). At the end of this chapter you can
+#
+# - continue a prompt from a terminal, a file or a pipe;
+# - say which tokenizer a command takes for a model, and how to name another;
+# - turn a folder of text into shards, and measure a model on a text.
+
+# %% [markdown]
+# ## Setup
+
+# %% setup
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from llmnb.book.verify import verdict
+
+# %% [markdown]
+# ## Which model, which tokenizer
+#
+# A model is named by its folder or its file; without a name it is the newest
+# run's. Its tokenizer lies beside it, or is named.
+
+# %% imports of the models tags=["export"] module="cli.models"
+import sys
+from pathlib import Path
+
+from llmnb.formats.checkpoint import read_config, without_padding
+from llmnb.formats.hub import open_encoding, tokenizer_of
+from llmnb.train.newest import newest_run
+from llmnb.train.train import weights_path
+
+
+# %% which model tags=["export"] module="cli.models"
+def model_of(args):
+    """The model that was named, or the newest run's; and its weights."""
+    named = Path(args.model) if args.model else newest_run()
+    if not named.exists():
+        raise FileNotFoundError(f"there is no run {named}")
+    return named, weights_path(named)
+
+
+# %% which tokenizer tags=["export"] module="cli.models"
+def with_tokenizer(path, args):
+    """A model's configuration, for the tokenizer asked for or its own."""
+    cfg = read_config(path)
+    name = args.tokenizer or tokenizer_of(path, cfg.vocab_size)
+    encoding = open_encoding(name)
+    few = without_padding(path, cfg, encoding.n_vocab, name)
+    if few != cfg:
+        print(
+            f"{path} has {cfg.vocab_size} tokens, the tokenizer {name} knows "
+            f"{encoding.n_vocab}: the others are left out",
+            file=sys.stderr,
+        )
+    return few, encoding
+
+
+# %% [markdown]
+# ## Generate
+#
+# The options say how to draw ([chapter 1.17](../1_by_hand/17_writing.ipynb));
+# the text appears as it is drawn, and of several texts the first.
+
+# %% its options tags=["export"] module="cli.generate"
+import re
+import sys
+import time
+from dataclasses import dataclass
+
+from llmnb.cli.models import model_of, with_tokenizer
+from llmnb.cli.options import (
+    add_options,
+    add_threads,
+    check_backend,
+    option,
+    set_threads,
+    tell_compiling,
+)
+from llmnb.model.decode import Decoder
+from llmnb.model.generate import (
+    check_sampling,
+    decoded,
+    generate_samples,
+    window_start,
+)
+from llmnb.model.gpt2 import GPT2
+from llmnb.text.tokenizer import EOT, encode_text
+from llmnb.train.train import DataOptions
+
+DESCRIPTION = (
+    "Continue a prompt with the model of a run folder, of a .bin or "
+    ".safetensors file, or of a Hugging Face model folder."
+)
+
+
+@dataclass
+class GenerateOptions:
+    """What `llmnb generate` is told."""
+
+    model: str = option(
+        None,
+        "a run folder, a model file or a model folder (default: the newest "
+        "in runs/)",
+        positional=True,
+        nargs="?",
+        metavar="RUN",
+    )
+    prompt: str = option(
+        "", "the beginning of the text; - reads standard input"
+    )
+    tokens: int = option(200, "tokens to write at most")
+    samples: int = option(1, "texts to write, each with the next seed")
+    temperature: float = option(
+        0.8, "0: the likeliest token; 1: as the model says"
+    )
+    top_k: int = option(None, "draw among the k likeliest tokens only")
+    top_p: float = option(None, "draw among the likeliest that make up p only")
+    seed: int = option(42, "another seed, another text")
+    tokenizer: str = option(
+        None,
+        "gpt2, byte, a rank file, vocab.json or tokenizer.json, instead of "
+        "what lies beside the model",
+    )
+    backend: str = option(
+        "cpu",
+        "cpu keeps keys and values; cuda and reference compute the whole "
+        "window for every token",
+    )
+    stats: bool = option(False, "print tokens a second at the end")
+
+
+def add(parser):
+    """Declare the options."""
+    add_options(parser, GenerateOptions)
+    add_options(parser, DataOptions, ["endoftext"])
+    add_threads(parser)
+
+
+# %% write to the terminal tags=["export"] module="cli.generate"
+def run(args):
+    """Write the texts to standard output."""
+    settings = args.temperature, args.top_k, args.top_p
+    check_sampling(*settings)
+    check_backend(args.backend)
+    if args.samples < 1:
+        raise ValueError(f"samples must be at least 1, got {args.samples}")
+    set_threads(args)
+    prompt = _prompt(args.prompt)
+    decoder, encoding, ids = _load_model(args, prompt)
+    steps = generate_samples(
+        decoder, ids, args.tokens, args.samples, *settings,
+        seed=args.seed, stop=encoding.eot_token,
+    )  # fmt: skip
+    texts, times = [[] for _ in range(args.samples)], [time.perf_counter()]
+    _heading(args, 0)
+    print(prompt, end="", flush=True)
+    for piece in decoded(encoding, _first_text(steps, texts, times)):
+        print(piece, end="", flush=True)
+    print()
+    for i in range(1, args.samples):
+        _heading(args, i)
+        print(prompt + "".join(decoded(encoding, texts[i])))
+    if args.stats:
+        _stats(len(ids), texts, times)
+
+
+# %% the prompt tags=["exporti"] module="cli.generate"
+def _prompt(text):
+    """The prompt, from standard input for -; what is no text becomes U+FFFD.
+
+    Python reads a byte that is not UTF-8 as half of a character.
+    """
+    if text == "-":
+        if sys.stdin is None:
+            raise ValueError(
+                "--prompt - reads standard input, which is closed"
+            )
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="surrogateescape")
+        text = sys.stdin.read()
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+# %% several texts, one terminal tags=["exporti"] module="cli.generate"
+def _first_text(steps, texts, times):
+    """The first text's tokens as they come; the others are gathered."""
+    for step in steps:
+        times.append(time.perf_counter())
+        for text, token in zip(texts, step, strict=True):
+            if token is not None:
+                text.append(token)
+        if step[0] is not None:
+            yield step[0]
+
+
+def _heading(args, i):
+    if args.samples > 1:
+        print(f"--- {i + 1} of {args.samples}, seed {args.seed + i}")
+
+
+def _stats(length, texts, times):
+    """How fast it was, on standard error: the first token apart."""
+    seconds = [b - a for a, b in zip(times, times[1:], strict=False)]
+    lines = [f"prompt: {length:,} tokens, the first token after {s:.3f} s"
+             for s in seconds[:1]]  # fmt: skip
+    rest, count = sum(seconds[1:]), sum(len(text) - 1 for text in texts)
+    if rest and count > 0:
+        lines.append(
+            f"then: {count:,} tokens in {rest:.3f} s, {count / rest:,.1f} "
+            f"tokens/s, {rest / len(seconds[1:]) * 1e3:.1f} ms a step"
+        )
+    print(*lines, sep="\n", file=sys.stderr)
+
+
+# %% the model, ready tags=["exporti"] module="cli.generate"
+def _load_model(args, prompt):
+    """A model with room for the prompt and the text; the tokenizer; ids."""
+    named, path = model_of(args)
+    if not args.model or path not in (named, named / "model.bin"):
+        print(f"model: {path}", file=sys.stderr)
+    cfg, encoding = with_tokenizer(path, args)
+    ids = encode_text(encoding, prompt, args.endoftext)
+    ids = [encoding.eot_token, *ids.tolist()]
+    length = min(len(ids) + max(args.tokens, 0), cfg.max_seq_len)
+    if EOT in prompt and not args.endoftext:
+        print(
+            f"{EOT} in the prompt is ordinary text (--endoftext takes it as "
+            "the token)",
+            file=sys.stderr,
+        )
+    if len(ids) > length:
+        seen = len(ids) - window_start(len(ids), length)
+        print(
+            f"the prompt has {len(ids):,} tokens; the model sees the last "
+            f"{seen:,} of them",
+            file=sys.stderr,
+        )
+    how, tokens = (path, args.samples, length), cfg.vocab_size
+    tell_compiling(args.backend)
+    if args.backend == "cpu":
+        model = Decoder.from_checkpoint(*how, tokens)
+    else:
+        model = GPT2.from_checkpoint(*how, args.backend, tokens=tokens)
+    return model, encoding, ids
+
+
+# %% [markdown]
+# ## Data
+
+# %% its options tags=["export"] module="cli.data"
+import sys
+from dataclasses import dataclass, fields
+from itertools import chain
+
+from llmnb.cli.options import add_options, option, say
+from llmnb.cli.train import check_apart
+from llmnb.text import shards
+from llmnb.text.documents import sources
+from llmnb.text.reader import Tally
+from llmnb.train.terminal import progress
+from llmnb.train.train import DataOptions, TrainConfig, make_encoding
+
+DESCRIPTION = (
+    "Write train and val shards and tokenizer.tiktoken, for `llmnb train "
+    "--shards FOLDER`. The corpus is stdlib, tinyshakespeare, or files and "
+    "folders of text and of JSON lines (.jsonl), plain or packed (.gz, "
+    ".zst). The same command goes on where it was stopped."
+)
+
+
+@dataclass
+class ShardOptions:
+    """What `llmnb data` is told beside what a run reads."""
+
+    out: str = option(
+        None, "where to write", positional=True, metavar="FOLDER"
+    )
+    force: bool = option(False, "start anew in a folder in use")
+    shard_tokens: int = option(100_000_000, "tokens in a shard")
+    val_tokens: int = option(
+        0,
+        "tokens to set aside for validation (default: a tenth, at most 32768)",
+    )
+    threads: int = option(
+        0, "threads that encode (default: one for each core)"
+    )
+
+
+def add(parser):
+    """Declare the options."""
+    add_options(parser, ShardOptions)
+    names = {x.name for x in fields(DataOptions)} - {"shards"}
+    add_options(parser, DataOptions, names)
+
+
+# %% write the shards tags=["export"] module="cli.data"
+SHARD_OPTIONS = (
+    "corpus", "limit", "tokenizer", "vocab_size", "field", "skip_bad",
+    "endoftext", "shard_tokens", "val_tokens",
+)  # fmt: skip
+
+
+def run(args):
+    """Write the shards."""
+    names = [field.name for field in fields(DataOptions)]
+    options = {name: getattr(args, name) for name in SHARD_OPTIONS}
+    options["corpus"] = list(args.corpus)
+    config = TrainConfig(**{k: v for k, v in options.items() if k in names})
+    check_apart(args.out, args.corpus)
+    folder, tally = shards.shards_folder(args.out, args.force), Tally()
+    corpus = sources(args.corpus, args.field, args.skip_bad, tally)
+    pieces = shards.pieces_from(corpus, limit=args.limit)
+    encoding = make_encoding(config, (text for _, _, text, _ in pieces))
+    work = shards.write_shards(
+        folder, corpus, encoding, options, args.force, args.threads
+    )
+    done = _follow_data(work, sum(source.size for source in corpus))
+    words = tally.words(args.endoftext)
+    say("corpus", _described(args.corpus, done) + words)
+    for name, count in done.shards:
+        say(name, f"{count:,} tokens in {folder / name}")
+    say("go on", f"llmnb train --shards {folder}")
+
+
+# %% follow the work tags=["exporti"] module="cli.data"
+def _follow_data(work, size):
+    """Draw a bar over the bytes read; returns the last `Progress`."""
+    first = next(work)  # what is wrong from the beginning gets no bar
+    bar = progress(total=size, unit="B", unit_scale=True)
+    with bar:
+        for done in chain([first], work):
+            bar.update(done.read - bar.n)
+            bar.set_postfix(tokens=f"{done.tokens:,}", refresh=False)
+    return done
+
+
+def _described(names, done):
+    where = " ".join(names)
+    if where == "stdlib":
+        where += f" (Python {'.'.join(map(str, sys.version_info[:3]))})"
+    return (
+        f"{where}: {done.documents:,} documents, {done.characters:,} "
+        "characters"
+    )
+
+
+# %% [markdown]
+# ## Eval
+
+# %% its options tags=["export"] module="cli.eval"
+from dataclasses import dataclass
+from functools import partial
+
+from llmnb.cli.models import model_of, with_tokenizer
+from llmnb.cli.options import (
+    add_options,
+    add_threads,
+    option,
+    say,
+    set_threads,
+    tell_compiling,
+)
+from llmnb.model.gpt2 import GPT2
+from llmnb.text.documents import sources
+from llmnb.text.reader import Tally
+from llmnb.text.shards import pieces_from
+from llmnb.train import choices, evaluation
+from llmnb.train.terminal import progress
+from llmnb.train.train import DataOptions
+
+DESCRIPTION = (
+    "Perplexity and bits a byte of a text; accuracy on HellaSwag, from "
+    "llm.c's .bin or from JSON lines."
+)
+
+
+@dataclass
+class EvalOptions:
+    """What `llmnb eval` is told."""
+
+    model: str = option(
+        None,
+        "a run folder, a .bin or .safetensors file, or a Hugging Face model "
+        "folder (default: the newest in runs/)",
+        positional=True,
+        nargs="?",
+        metavar="MODEL",
+    )
+    text: tuple = option((), "text to score", metavar="FILE")
+    hellaswag: str = option(None, "a .bin file, or JSON lines", metavar="FILE")
+    limit: int = option(0, "characters or examples at most; 0 means all")
+    seq_len: int = option(0, "context in tokens; 0: all the model has")
+    stride: int = option(0, "tokens scored a window; 0: half the context")
+    tokenizer: str = option(None, "as for generate")
+
+
+def add(parser):
+    """Declare the options."""
+    add_options(parser, EvalOptions)
+    add_options(parser, DataOptions, ["field", "skip_bad", "endoftext"])
+    add_threads(parser)
+
+
+# %% measure a model tags=["export"] module="cli.eval"
+def run(args):
+    """Measure, and print a report."""
+    if not (args.text or args.hellaswag):
+        raise ValueError("name a file: --text FILE or --hellaswag FILE")
+    for name in ("limit", "seq_len", "stride"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"{name} must be at least 0")
+    named, path = model_of(args)
+    set_threads(args)
+    cfg, encoding = with_tokenizer(path, args)
+    context = min(args.seq_len or cfg.max_seq_len, cfg.max_seq_len)
+    say("model", path)
+    tell_compiling("cpu")
+    if args.text:
+        _eval_text(args, path, encoding, context)
+    if args.hellaswag:
+        _eval_hellaswag(args, path, encoding, context)
+
+
+# %% perplexity tags=["exporti"] module="cli.eval"
+def _eval_text(args, path, encoding, context):
+    tally = Tally()
+    found = sources(args.text, args.field, args.skip_bad, tally)
+    found = pieces_from(found, limit=args.limit)
+    pieces = ((first, text) for _, first, text, _ in found)
+    model = GPT2.from_checkpoint(path, 1, context, tokens=encoding.n_vocab)
+    stride = args.stride or max(1, context // 2)
+    bar = partial(progress, unit="window", leave=False)
+    how = stride, bar, args.endoftext
+    score = evaluation.score_pieces(model, encoding, pieces, *how)
+    size = f"{score.bytes:,} bytes{tally.words(args.endoftext)}"
+    say("text", f"{' '.join(args.text)}: {size}")
+    say("tokens", f"{score.tokens:,}, context {context}, stride {stride}")
+    say("loss", f"{score.loss:.4f} nats a token")
+    say("perplexity", f"{score.perplexity:.2f} a token")
+    say("bits", f"{score.bits_per_byte:.4f} a byte")
+
+
+# %% multiple choice tags=["exporti"] module="cli.eval"
+def _eval_hellaswag(args, path, encoding, context):
+    tally = Tally()
+    if args.hellaswag.endswith(".bin"):
+        examples = choices.read_examples(args.hellaswag)
+    else:
+        how = encoding, args.skip_bad, tally
+        examples = choices.read_examples_json(args.hellaswag, *how)
+    examples = examples[: args.limit or None]
+    lengths = [choices.longest_row(x) - 1 for x in examples]
+    how = path, 4, max(1, min(context, max(lengths)))
+    model = GPT2.from_checkpoint(*how, tokens=encoding.n_vocab)
+    cut = sum(length > context for length in lengths)
+    bar = progress(total=len(examples), unit="example", leave=False)
+    with bar:
+        found = []
+        for choice in choices.choose(model, examples):
+            found.append(choice)
+            bar.update()
+    size = f"{args.hellaswag}: {len(found):,} examples"
+    size += f", {cut:,} cut on the left to {context} tokens" if cut else ""
+    say("hellaswag", size + tally.words())
+    for name in ("by_mean", "by_sum"):
+        right = sum(getattr(c, name) == c.label for c in found) / len(found)
+        error = choices.standard_error(right, len(found))
+        label = {"by_mean": "acc_norm", "by_sum": "acc"}[name]
+        say(label, f"{right:.4f} +- {error:.4f}")
+
+
+# %% [markdown]
+# ## Try them
+
+# %% a run, its text, its measure
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+
+from llmnb.cli.__main__ import main as llmnb
+
+TINY = (
+    "--tokenizer byte --limit 100000 --num-layers 1 --channels 32 "
+    "--num-heads 2 --seq-len 32 --batch-size 4 --steps 30"
+)
+
+
+def run(*args):
+    """What a command prints, and its exit code."""
+    out, code = StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(StringIO()):
+        try:
+            llmnb([str(x) for x in args])
+        except SystemExit as stop:
+            code = stop.code
+    return out.getvalue(), code
+
+
+with TemporaryDirectory() as place:
+    folder = Path(place, "run")
+    run("train", "--out", folder, *TINY.split())
+    ask = ["generate", folder, "--prompt", "def ", "--tokens", 20]
+    text, code = run(*ask)
+    verdict("generate", code == 0 and text.startswith("def "), "goes on")
+    verdict("generate", run(*ask)[0] == text, "same seed, same text")
+    two, code = run(*ask, "--samples", 2)
+    verdict("generate", text in two, "the first of two is the same")
+    Path(place, "a.txt").write_text("def f(x):\n    return x\n" * 20)
+    text, code = run("eval", folder, "--text", Path(place, "a.txt"))
+    words = [line.split()[0] for line in text.splitlines()]
+    print(code, *words)
+    out = Path(place, "shards")
+    text, code = run("data", out, "--corpus", Path(place, "a.txt"),
+                     "--tokenizer", "byte")  # fmt: skip
+    print(code, *sorted(x.name for x in out.iterdir()))
+
+# %% [markdown]
+# ## Take away
+#
+# - A model and its tokenizer travel together; a command that is given the
+#   first finds the second, or says that it cannot.
+# - What is written for a program goes to standard output; what is said to a
+#   person, to standard error.
+#
+# ## Exercises
+#
+# **1** (★). Write the shell command that continues the first line of a file
+# ten times, each time with another seed, and keeps the texts in a second file.
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# `head -n 1 a.txt | llmnb generate --prompt - --samples 10 > b.txt`: the texts
+# go to the file, and what the command has to say besides still reaches the
+# terminal.
+# :::
+#
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.book.index import gained
+
+gained("4.20")
