@@ -218,15 +218,11 @@ for V in (256, 1024, 50257):
 # others do happen.
 #
 # The last line is the loss of a GPT-2 that guesses uniformly. A fresh model
-# knows nothing and starts near it; whatever lies far from it at step 0 is a
-# mistake. The exponential of a loss, its **perplexity**, is the size of a
-# vocabulary among which a uniform guess would do equally well.
+# knows nothing and starts near it ((1.14.4) says how near); a first loss that
+# is far off is a mistake. The exponential of a loss, its **perplexity**, is the
+# size of a vocabulary among which a uniform guess would do equally well.
 #
 # Nobody knows the true distribution of text, but every text is a sample
-# from it. The mean surprise at the tokens that did come estimates (1.11.4),
-# and that is our loss: one number for every position,
-#
-# $$ \ell = -\log p_k , \tag{1.11.5} $$
 # from it. The mean surprise at the tokens that did come estimates (1.11.4),
 # and that is our loss: one number for every position,
 #

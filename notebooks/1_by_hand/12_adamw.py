@@ -74,7 +74,7 @@ rng = np.random.default_rng(10)
 #
 # AdamW keeps two running means for each parameter: $m$ of its gradient and
 # $v$ of its squared gradient. Take a parameter at 1 with the gradient 0.5,
-# a learning rate $\eta = 0.1$, a weight decay $\lambda = 0.1$, and the
+# a learning rate $\eta = 0.1$, a weight decay $\lambda = 0.1$, and
 # PyTorch's defaults $\beta_1 = 0.9$ and $\beta_2 = 0.999$. In the first step
 #
 # - decay shrinks the parameter by the factor $1 - 0.1 \cdot 0.1$ to 0.99;
@@ -252,11 +252,10 @@ report(paths["Adam"])
 #
 # ### AdamW
 #
-# What a weight has learnt from one batch it keeps until another batch undoes
-# it, and most of it was that batch's noise. **Weight decay** shrinks all
+# What one batch has written into a weight stays there until another writes
+# over it, be it knowledge or that batch's noise. **Weight decay** shrinks all
 # weights a little at every step: what gradients do not keep asking for fades.
-# There are two ways to write it. The
-# first adds $\tfrac{\lambda}{2} \sum w^2$ to the loss, hence $\lambda w$ to
+# There are two ways to write it. The first adds $\tfrac{\lambda}{2} \sum w^2$ to the loss, hence $\lambda w$ to
 # the gradient ("L2"):
 #
 # $$ g \leftarrow g + \lambda w . \tag{1.12.9} $$
@@ -589,9 +588,9 @@ plt.show()
 # here all but the constant one end at a tenth of the peak.*
 #
 # To see what warm-up saves, begin at the lowest point of the valley, with
-# noise on every gradient, a thousand times over. There is nothing to gain,
-# and each way some loss is inevitable: noise shakes the parameters about. But
-# the first steps need not make it worse than it stays.
+# noise on every gradient, a thousand runs at once. There is nothing to gain,
+# and some loss is inevitable: noise shakes the parameters about. But the
+# first steps need not make it worse than it will stay.
 
 
 # %% the first steps, with and without warm-up
@@ -693,6 +692,15 @@ def spoilt(max_norm, steps=100):
 
 apart = spoilt(math.inf) / spoilt(60)
 verdict("no clip", apart > 20, "ends more than 20 times as far")
+
+# %% [markdown]
+# **What runs choose.** Language models are commonly trained with
+# $\beta_2 = 0.95$ in place of 0.999: $v$ then looks back over 20 steps and not
+# 1000, so that a spike is soon forgotten. Clipping at 1 touches the first
+# steps and the spikes, because later the norm of most runs lies below. A
+# decay of 0.1 gives a weight that nothing renews a half-life of
+# $\ln 2 / (\eta \lambda)$ steps (exercise 1), longer than a short run. The
+# peak rate has no such reason behind it: one tries.
 
 # %% [markdown]
 # ## Proof
