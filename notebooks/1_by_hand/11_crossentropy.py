@@ -15,7 +15,7 @@
 # > Softmax makes probabilities of logits, cross-entropy measures the surprise
 # > at the right token, and the gradient of both together is p - y.
 #
-# *Reading time: 28 minutes. You need: central differences from
+# *Reading time: 30 minutes. You need: central differences from
 # [chapter 1.4](04_gpt2.ipynb), and the gradient of a softmax from
 # [chapter 1.8](08_attention.ipynb).*
 
@@ -219,8 +219,8 @@ for V in (256, 1024, 50257):
 #
 # The last line is the loss of a GPT-2 that guesses uniformly. A fresh model
 # knows nothing and starts near it ((1.14.4) says how near); a first loss that
-# is far off is a mistake. The exponential of a loss, its **perplexity**, is the
-# size of a vocabulary among which a uniform guess would do equally well.
+# is far off is a mistake. The exponential of a loss, its **perplexity**, is
+# the size of a vocabulary among which a uniform guess would do equally well.
 #
 # Nobody knows the true distribution of text, but every text is a sample
 # from it. The mean surprise at the tokens that did come estimates (1.11.4),

@@ -15,7 +15,7 @@
 # > Zeros would never part, large numbers explode and small ones vanish: the
 # > width of the first weights decides whether a deep model can learn at all.
 #
-# *Reading time: 18 minutes. You need: the 16 tensors of
+# *Reading time: 20 minutes. You need: the 16 tensors of
 # [chapter 1.4](04_gpt2.ipynb), LayerNorm
 # ([chapter 1.6](06_layernorm.ipynb)), the linear layer
 # ([chapter 1.7](07_matmul.ipynb)) and the residual stream
@@ -104,13 +104,13 @@ print("random", rows_that_differ(*drawn))
 # %% [markdown]
 # ## By hand
 #
-# One output of a linear layer is a sum $y = w_1 x_1 + w_2 x_2 + w_3 x_3$.
-# Let the input be $x = (1, -1, 1)$ and let every weight be $+\sigma$ or
-# $-\sigma$ with equal chance. There are eight equally likely cases. In two of them all
-# three terms agree and $y = \pm 3\sigma$; in the other six $y = \pm \sigma$. The mean
-# of $y^2$ is $(2 \cdot 9 + 6 \cdot 1)\, \sigma^2 / 8 = 3 \sigma^2$: one $\sigma^2$ for each
-# of the three inputs. For $y$ to be as large as its inputs, which have mean
-# square 1, $\sigma$ must be $1/\sqrt 3$.
+# One output of a linear layer is a sum $y = w_1 x_1 + w_2 x_2 + w_3 x_3$. Let
+# the input be $x = (1, -1, 1)$ and let every weight be $+\sigma$ or $-\sigma$
+# with equal chance. There are eight equally likely cases. In two of them all
+# three terms agree and $y = \pm 3\sigma$; in the other six $y = \pm \sigma$.
+# The mean of $y^2$ is $(2 \cdot 9 + 6 \cdot 1)\, \sigma^2 / 8 = 3 \sigma^2$:
+# one $\sigma^2$ for each of the three inputs. For $y$ to be as large as its
+# inputs, which have mean square 1, $\sigma$ must be $1/\sqrt 3$.
 
 
 # %% eight cases by hand

@@ -16,7 +16,7 @@
 # > The two ends of a training step are one thing to a processor: long arrays,
 # > little arithmetic. Each is read and written as rarely as it can be.
 #
-# *Reading time: 20 minutes. You need: cross-entropy
+# *Reading time: 22 minutes. You need: cross-entropy
 # ([chapter 1.11](../1_by_hand/11_crossentropy.ipynb)), AdamW
 # ([chapter 1.12](../1_by_hand/12_adamw.ipynb)) and compiled kernels
 # ([chapter 2.1](01_compile.ipynb)).*

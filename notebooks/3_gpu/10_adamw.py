@@ -16,7 +16,7 @@
 # > On a GPU the update is the easiest of kernels and the norm of the gradients
 # > the hardest to keep: a sum of 124 million squares, in one order.
 #
-# *Reading time: 24 minutes. You need: AdamW and clipping
+# *Reading time: 26 minutes. You need: AdamW and clipping
 # ([chapter 1.12](../1_by_hand/12_adamw.ipynb)), warps and blocks
 # ([chapter 3.1](01_threads.ipynb)), sums over both
 # ([chapter 3.2](02_sectors.ipynb)) and vectors of four
@@ -51,7 +51,7 @@ from llmnb import reference
 from llmnb.book.owners import draw_owners
 from llmnb.book.verify import compare, verdict
 from llmnb.gpu.launch import simulated, to_device
-from llmnb.gpu.simulator import watch
+from llmnb.gpu.simulator import RaceError, watch
 from llmnb.reference.adamw import AdamW
 
 # %% imports of the kernels tags=["export"]
@@ -338,11 +338,36 @@ for name, run in ("element", adamw_by_elements), ("four", adamw_apply):
 #
 # ## The norm: one sum, one order
 #
-# All threads could add their squares to one number by an atomic addition.
-# Then whoever comes first is added first, the order differs from run to
-# run, and so do the last bits of the norm, of the clipped gradients, and of
-# the model. We want the same bits each time. So each part of the sum has
-# its owner and its place in the order:
+# All elements meet in one number. If every block adds its part to that number
+# when it is done, two blocks may read the same old value, and one part is
+# lost:
+
+
+# %% a sum of all blocks, in a hurry
+@kernel
+def hurried(total, squares):
+    parts = cuda.shared.array(WARPS, np.float32)
+    mine = block_sum(squares[cuda.grid(1)], parts)
+    if cuda.threadIdx.x == 0:
+        total[0] += mine
+
+
+ones, total = simulated(np.ones(64, np.float32)), simulated(np.zeros(1, "f4"))
+try:
+    with watch():
+        hurried[2, 32](total, ones)
+    caught = False
+except RaceError as error:
+    print(str(error).replace(": ", ":\n").replace(", and", ",\nand"))
+    caught = True
+verdict("the race", caught, "is caught")
+
+# %% [markdown]
+# An atomic addition would lose nothing. But whoever comes first is added
+# first, the order differs from run to run, and so do the last bits of the
+# norm, of the clipped gradients, and of the model (exercise 1). We want the
+# same bits each time. So each part of the sum has its owner and its place in
+# the order:
 #
 # 1. Thread $t$ of $T$ sums the squares of fours $t$, $t + T$, $t + 2T$ and
 #    so on, one sum for each of the four places, then adds these four.
@@ -367,9 +392,9 @@ plt.show()
 # %% [markdown]
 # *Figure 3.10.1. 87 gradients, summed by two blocks (two colours) of four
 # threads; the number is the thread. In each sweep, a row of the figure, a
-# thread takes four neighbours; the three elements that make no four go to the first three
-# threads. Which thread adds what, and in which order, depends on nothing but
-# the length.*
+# thread takes four neighbours; the three elements that make no four go to the
+# first three threads. Which thread adds what, and in which order, depends on
+# nothing but the length.*
 #
 # The CPU sums in float64. With this order float32 will do. What counts for
 # rounding is not how many numbers there are but the longest chain of
