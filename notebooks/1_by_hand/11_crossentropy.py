@@ -15,7 +15,7 @@
 # > Softmax makes probabilities of logits, cross-entropy measures the surprise
 # > at the right token, and the gradient of both together is p - y.
 #
-# *Reading time: 30 minutes. You need: central differences from
+# *Reading time: 29 minutes. You need: central differences from
 # [chapter 1.4](04_gpt2.ipynb), and the gradient of a softmax from
 # [chapter 1.8](08_attention.ipynb).*
 
@@ -717,36 +717,6 @@ want = numerical_gradient(lambda: smoothed(z, 2, 0.1)[0], z)
 compare("p - q", smoothed(z, 2, 0.1)[1], want, tol=1e-8)
 
 # %% [markdown]
-# **4** (★★★). Compute $\operatorname{lse}$ in a single pass over the logits, reading
-# each once. Keep the largest so far, $m$, and $s = \sum e^{z_i - m}$ over
-# those read. What happens to $s$ when $m$ grows?
-#
-# :::{admonition} Solution to exercise 4
-# :class: dropdown
-# When the maximum grows from $m$ to $m'$, every term of $s$ must shrink by
-# $e^{m - m'}$, and so must $s$.
-# :::
-
-
-# %% exercise 4, one pass tags=["hide-cell"]
-def one_pass(z):
-    top, total = z[0], 1.0
-    for x in z[1:]:
-        if x > top:
-            total *= np.exp(top - x)
-            top = x
-        total += np.exp(x - top)
-    return top + np.log(total)
-
-
-# %% exercise 4, checked
-z = 500 * rng.normal(size=1000)
-losses, lse = np.empty((1, 1)), np.empty((1, 1))
-first = np.array([[0]])
-crossentropy_softmax_forward(losses, lse, z[None, None], first, 1000)
-compare("one pass", one_pass(z), lse[0, 0], tol=1e-12)
-
-# %% [markdown]
 # ## Further reading
 #
 # - Shannon (1948), A Mathematical Theory of Communication: sections 6 and 7
@@ -755,9 +725,6 @@ compare("one pass", one_pass(z), lse[0, 0], tol=1e-12)
 # - Blanchard, Higham and Higham (2021),
 #   [Accurately Computing the Log-Sum-Exp and Softmax Functions](https://arxiv.org/abs/1909.03469):
 #   proves that subtracting the maximum is as accurate as one may hope.
-# - Milakov and Gimelshein (2018),
-#   [Online Normalizer Calculation for Softmax](https://arxiv.org/abs/1805.02867):
-#   the single pass of exercise 4, and what it saves on hardware.
 
 # %% [markdown]
 # ## What llmnb gained
