@@ -11,6 +11,9 @@ from llmnb.cpu.attention import (
     attention_backward,
     attention_forward,
 )
+from llmnb.cpu.backend import (
+    Backend,
+)
 from llmnb.cpu.compiled import (
     KernelCache,
     cache_folder,
@@ -79,6 +82,7 @@ from llmnb.cpu.tile import (
 )
 
 __all__ = [
+    "Backend",
     "COLS",
     "DEPTH",
     "HEIGHT",

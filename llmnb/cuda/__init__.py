@@ -65,6 +65,7 @@ from llmnb.cuda.matmul import (
     matmul_scratch,
 )
 from llmnb.cuda.model import (
+    Backend,
     LAYERS,
     fill,
     gpu,
@@ -133,6 +134,7 @@ __all__ = [
     "ALIGN",
     "ATTENTION_BACKWARD",
     "ATTENTION_FORWARD",
+    "Backend",
     "BarrierError",
     "Compiled",
     "DEVICE",

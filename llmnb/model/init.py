@@ -8,35 +8,34 @@ __all__ = [
 
 
 # imports
-import math
-
 import numpy as np
 
 from llmnb.checks import check_array
-from llmnb.config import parameter_shapes
+from llmnb.model.tensors import parameter_shapes, tensor_table
 from llmnb.model.random import Generator
 
 
 # the weights of a new model
 def init_params(params, cfg, seed):
-    """Fill a model's 16 parameter tensors for training from scratch.
+    """Fill a model's parameter tensors for training from scratch.
 
     params: name -> array in the shapes of parameter_shapes(cfg), float32 or
-    float64 (the float32 draws, cast). Weights are N(0, 0.02**2), those that
-    write into the residual stream divided by sqrt(2 L); biases and padded
-    rows of wte are 0, layernorm weights 1. Raises TypeError or ValueError.
+    float64 (the float32 draws, cast). Matrices are drawn with the standard
+    deviations of `tensor_table`; biases and padded rows of wte are 0,
+    norms' weights 1. Raises TypeError or ValueError.
 
     Derived in chapter 1.14.
     """
     for name, shape in parameter_shapes(cfg).items():
         check_array(f"init_params: {name}", params[name], shape, written=True)
-    for name in parameter_shapes(cfg):
-        params[name].fill(name in ("ln1w", "ln2w", "lnfw"))
-    generator = Generator(seed)
-    generator.normal_(params["wte"][: cfg.vocab_size], std=0.02)
-    generator.normal_(params["wpe"], std=0.02)
-    small = 0.02 / math.sqrt(2 * cfg.num_layers)
-    stds = {"qkvw": 0.02, "attprojw": small, "fcw": 0.02, "fcprojw": small}
+    table, generator = tensor_table(cfg), Generator(seed)
+    for x in table:
+        params[x.name].fill(x.start)
+    drawn = [x for x in table if x.std]
+    for x in drawn:
+        if not x.stacked:
+            generator.normal_(params[x.name][: x.used], std=x.std)
     for layer in range(cfg.num_layers):
-        for name, std in stds.items():
-            generator.normal_(params[name][layer], std=std)
+        for x in drawn:
+            if x.stacked:
+                generator.normal_(params[x.name][layer], std=x.std)

@@ -460,29 +460,13 @@ compare("same path", path, paths["AdamW"], tol=1e-10)
 # moves or rescales a whole channel; to pull a scale of 1 towards 0 would
 # work against its purpose. In a single layer these are the tensors with one
 # dimension. Ours are stacked over the L layers, so that `ln1w` has shape
-# (L, C), and counting dimensions would mislead. We decide by name.
+# (L, C), and counting dimensions would mislead. So the table of tensors
+# ([chapter 1.30](30_block.ipynb)) says of each whether it decays.
 
-# %% imports of the schedule tags=["export"] module="train.schedule"
-import math
+# %% which tensors decay
+from llmnb.model.tensors import decaying
 
-# %% which tensors decay tags=["export"] module="train.schedule"
-MATRICES = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")
-VECTORS = (
-    "ln1w", "ln1b", "qkvb", "attprojb", "ln2w", "ln2b", "fcb", "fcprojb",
-    "lnfw", "lnfb",
-)  # fmt: skip
-
-
-def decayed(name):
-    """Whether weight decay applies to the parameter tensor of this name.
-
-    True for the matrices and the two tables, False for biases and for
-    LayerNorm's scales and shifts. Raises ValueError for another name.
-    """
-    if name not in MATRICES + VECTORS:
-        raise ValueError(f"decayed: no tensor is called {name!r}")
-    return name in MATRICES
-
+print(*decaying(GPT2Config()))
 
 # %% how many parameters that is
 cfg = GPT2Config()
@@ -518,6 +502,9 @@ print(f"not decayed {vectors:11,}  {vectors / (matrices + vectors):.2%}")
 # steps, $D = \lfloor 0.8\, S \rfloor$, and then falls as
 # $d(u) = 1 - \sqrt u$ with $u = (s - D) / (S - D)$. The rates of its long
 # flat part do not depend on $S$: one may decide late when to stop.
+
+# %% imports of the schedule tags=["export"] module="train.schedule"
+import math
 
 # %% the schedule tags=["export"] module="train.schedule"
 KINDS = ("cosine", "linear", "constant", "wsd")

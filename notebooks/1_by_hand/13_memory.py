@@ -56,7 +56,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from llmnb.config import parameter_shapes
+from llmnb.model.tensors import parameter_shapes
 from llmnb.book.diagram import PALETTE
 from llmnb.book.verify import compare, verdict
 
@@ -286,39 +286,37 @@ import math
 
 import numpy as np
 
-from llmnb.config import parameter_shapes
+from llmnb.model.parts import block_of
+from llmnb.model.tensors import full_shape, tensor_table
 
 
 # %% activations tags=["export"] module="model.layout"
+def block_activations(cfg, batch_size, seq_len):
+    """Shapes of what each block's forward pass leaves for its backward pass."""
+    B, T = batch_size, seq_len
+    norm, attention, feedforward = block_of(cfg)
+    stream = dict.fromkeys(("residual2", "residual3"), (B, T, cfg.channels))
+    kept = stream | attention.keeps(cfg, B, T) | feedforward.keeps(cfg, B, T)
+    for name in ("ln1", "ln2"):
+        kept |= norm.keeps(cfg, B, T, name)
+    return kept
+
+
 def activation_shapes(cfg, batch_size, seq_len):
     """Shapes of what the forward pass leaves for the backward pass.
 
     A leading L marks what every block keeps for itself. By llm.c's names
-    where it has one. What has rows of C comes first: where C is a multiple
-    of 4, each such row then begins at one of 16 bytes. The logits are a
-    group by themselves.
+    where it has one. What has rows of channels comes first: where C is a
+    multiple of 4, each such row then begins at one of 16 bytes. The logits
+    are a group by themselves.
     """
-    B, T, L = batch_size, seq_len, cfg.num_layers
-    C, NH = cfg.channels, cfg.num_heads
-    return {
-        "encoded": (B, T, C),
-        "qkv": (L, B, T, 3 * C),
-        "atty": (L, B, T, C),
-        "residual2": (L, B, T, C),
-        "fch": (L, B, T, 4 * C),
-        "residual3": (L, B, T, C),
-        "lnf": (B, T, C),
-        "att_lse": (L, B, NH, T),
-        "ln1_mean": (L, B, T),
-        "ln1_rstd": (L, B, T),
-        "ln2_mean": (L, B, T),
-        "ln2_rstd": (L, B, T),
-        "lnf_mean": (B, T),
-        "lnf_rstd": (B, T),
-        "lse": (B, T),
-        "losses": (B, T),
-        "dlosses": (B, T),
-    }
+    B, T, C = batch_size, seq_len, cfg.channels
+    own = block_activations(cfg, B, T)
+    shapes = dict.fromkeys(("encoded", "lnf"), (B, T, C))
+    shapes |= {name: (cfg.num_layers, *own[name]) for name in own}
+    shapes |= block_of(cfg).norm.keeps(cfg, B, T, "lnf")
+    shapes |= dict.fromkeys(("lse", "losses", "dlosses"), (B, T))
+    return dict(sorted(shapes.items(), key=lambda x: x[1][-2:][:1] != (T,)))
 
 
 # %% [markdown]
@@ -358,35 +356,39 @@ def gradient_shapes(cfg, batch_size, seq_len):
 def block_shapes(cfg, batch_size, seq_len):
     """Shapes of what one block needs at a time, in either direction.
 
-    ln is the output of ln1, then of ln2. Gradients of fch_gelu give their
-    place to those of fch.
+    ln is the output of ln1, then of ln2.
     """
-    B, T, C = batch_size, seq_len, cfg.channels
-    return {
-        "ln": (B, T, C),
-        "fch_gelu": (B, T, 4 * C),
-        "datty": (B, T, C),
-        "dqkv": (B, T, 3 * C),
-        "dfch": (B, T, 4 * C),
-    }
+    B, T = batch_size, seq_len
+    _, attention, feedforward = block_of(cfg)
+    turns = attention.turns(cfg, B, T) | feedforward.turns(cfg, B, T)
+    return {"ln": (B, T, cfg.channels)} | turns
+
+
+# %% [markdown]
+# In the four groups with the parameters' shapes, those that weight decay applies
+# to come first ([chapter 1.12](12_adamw.ipynb)): then each of the two sorts is
+# one range of memory, and an update of all parameters is two calls.
 
 
 # %% the whole layout tags=["export"] module="model.layout"
+def parameter_layout(cfg):
+    """Shapes of all parameters as they lie in memory: who decays first."""
+    rows = sorted(tensor_table(cfg), key=lambda x: not x.decays)
+    return {x.name: full_shape(x, cfg) for x in rows}
+
+
 def gpt2_layout(cfg, batch_size, seq_len, dtype=np.float32):
-    """The groups of the arena in which a GPT-2 trains.
+    """The groups of the arena in which a model trains.
 
     Four of the groups, params, grads, m and v, have the parameters' shapes;
     acts and dacts hold activations and their gradients, batch the tokens
     and targets (int32). block, what the blocks take turns with, lies over
     the logits. A backend may add scratch memory of its own.
     """
-    shapes = parameter_shapes(cfg)
     B, T = batch_size, seq_len
-    return {
-        "params": (dtype, shapes),
-        "grads": (dtype, shapes),
-        "m": (dtype, shapes),
-        "v": (dtype, shapes),
+    shapes = parameter_layout(cfg)
+    groups = dict.fromkeys(("params", "grads", "m", "v"), (dtype, shapes))
+    return groups | {
         "acts": (dtype, activation_shapes(cfg, B, T)),
         "dacts": (dtype, gradient_shapes(cfg, B, T)),
         "logits": (dtype, {"logits": (B, T, cfg.padded_vocab_size)}),
@@ -395,7 +397,7 @@ def gpt2_layout(cfg, batch_size, seq_len, dtype=np.float32):
     }
 
 
-# %% bytes of each group tags=["export"] module="model.layout"
+# %% bytes of each group tags=["export"]
 def footprint(layout):
     """Bytes of each group of an arena, as a dict, before there is one.
 
@@ -1040,12 +1042,18 @@ import zlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from llmnb.checks import check_array
-from llmnb.config import GPT2Config, parameter_count, parameter_shapes
+from llmnb.config import GPT2Config
 from llmnb.files import make_folder, read_small, replacing, what_is
+from llmnb.model.tensors import (
+    parameter_count,
+    parameter_shapes,
+    tensor_table,
+)
 
 
 # %% to bfloat16 and back tags=["export"] module="formats.checkpoint"
@@ -1092,8 +1100,7 @@ CHUNK = 1 << 22  # numbers read or written at a time: 16 MiB of float32
 def write_checkpoint(path, cfg, params, version=3):
     """Write a model in llm.c's .bin format.
 
-    params: the flat 1-D array of all parameters in the order of
-    parameter_shapes(cfg). version: 3 for float32, 5 for bfloat16, rounded
+    params: a mapping from llm.c's names to arrays, as `GPT2.params`. version: 3 for float32, 5 for bfloat16, rounded
     from float32 to nearest; ValueError for another. The file appears whole
     or not at all.
     """
@@ -1107,7 +1114,7 @@ def write_checkpoint(path, cfg, params, version=3):
     header[-2], total = SUMMED, 0
     with replacing(path) as file:
         file.write(header.data)
-        for part in _pieces(params):
+        for part in _pieces(params[x] for x in parameter_shapes(cfg)):
             part = part.astype(np.float32, copy=False)
             body = to_bfloat16(part) if version == 5 else part
             body = body.astype(BODIES[version], copy=False).data
@@ -1119,10 +1126,12 @@ def write_checkpoint(path, cfg, params, version=3):
 
 
 # %% pieces, and the six sizes tags=["exporti"] module="formats.checkpoint"
-def _pieces(flat):
-    """A 1-D array as views of at most CHUNK numbers."""
-    for first in range(0, flat.size, CHUNK):
-        yield flat[first : first + CHUNK]
+def _pieces(arrays):
+    """Some arrays, flat, as views of at most CHUNK numbers."""
+    for array in arrays:
+        flat = np.asarray(array).reshape(-1)
+        for first in range(0, flat.size, CHUNK):
+            yield flat[first : first + CHUNK]
 
 
 def _sizes(cfg):
@@ -1194,7 +1203,7 @@ def _read_bin(path, version, params):
     with open(path, "rb") as file:
         header, total = np.fromfile(file, "<u4", HEADER), 0
         for name, array in params.items():
-            for part in _pieces(array.reshape(-1)):
+            for part in _pieces([array]):
                 body = np.fromfile(file, BODIES[version], part.size)
                 if body.size != part.size:
                     raise ValueError(f"{path}: ends within {name}")
@@ -1219,7 +1228,7 @@ def _check_sum(path, header, total):
 folder = Path(tempfile.mkdtemp())
 params = arena.flat("params")
 params[...] = np.random.default_rng(2).normal(size=params.size)
-write_checkpoint(folder / "model.bin", small, params)
+write_checkpoint(folder / "model.bin", small, arena["params"])
 whole = (folder / "model.bin").read_bytes()
 header = np.frombuffer(whole[:1024], np.int32).copy()
 header[4] = 12  # claims twelve blocks
@@ -1477,39 +1486,30 @@ import re
 
 from llmnb.formats.safetensors import TensorFile, write_tensors
 
-# %% names elsewhere tags=["export"] module="formats.checkpoint"
-OUTER = {
-    "wte": "wte.weight",
-    "wpe": "wpe.weight",
-    "lnfw": "ln_f.weight",
-    "lnfb": "ln_f.bias",
-}
-INNER = {
-    "ln1": "ln_1",
-    "qkv": "attn.c_attn",
-    "attproj": "attn.c_proj",
-    "ln2": "ln_2",
-    "fc": "mlp.c_fc",
-    "fcproj": "mlp.c_proj",
-}
-
 
 # %% where each tensor belongs tags=["exporti"] module="formats.checkpoint"
+class _Place(NamedTuple):
+    """Where one tensor of a published file belongs in our arrays."""
+
+    name: str
+    index: object  # a block's number, or a slice of rows
+    turned: bool
+
+    def of(self, params):
+        """The part of our array: a view, as it stands there."""
+        part = params[self.name][self.index]
+        return part.T if self.turned else part
+
+
 def _places(cfg):
-    """Name elsewhere -> (our name, index): a block's number, or a slice."""
-    places = {there: (ours, slice(None)) for ours, there in OUTER.items()}
-    places["wte.weight"] = "wte", slice(cfg.vocab_size)
-    for layer in range(cfg.num_layers):
-        for ours, there in INNER.items():
-            for kind in ("weight", "bias"):
-                name = f"h.{layer}.{there}.{kind}"
-                places[name] = ours + kind[0], layer
+    """Name in published files -> _Place."""
+    places = {}
+    for x in tensor_table(cfg):
+        rows = slice(cfg.vocab_size if x.name == "wte" else None)
+        for i in range(cfg.num_layers) if x.stacked else [rows]:
+            turned = x.turned and x.stacked
+            places[x.there.format(i)] = _Place(x.name, i, turned)
     return places
-
-
-def _part(array, index):
-    """The part of one of our arrays that is a tensor there: a view."""
-    return array[index] if isinstance(index, slice) else array[index].T
 
 
 # %% write safetensors tags=["export"] module="formats.checkpoint"
@@ -1522,8 +1522,8 @@ def write_safetensors(path, cfg, params):
     all.
     """
     tensors = {
-        name: _part(params[ours], index).astype(np.float32, copy=False)
-        for name, (ours, index) in _places(cfg).items()
+        name: place.of(params).astype(np.float32, copy=False)
+        for name, place in _places(cfg).items()
     }
     # the library transformers wants the format named
     metadata = {"format": "pt", "n_head": str(cfg.num_heads)}
@@ -1739,14 +1739,14 @@ IGNORED = re.compile(r"h\.\d+\.attn\.(masked_)?bias|lm_head\.weight")
 
 def _check_shapes(path, cfg, tensors):
     """Raise unless there is each tensor of the model, and no other."""
-    shapes = parameter_shapes(cfg) | {"wte": (cfg.vocab_size, cfg.channels)}
+    shapes = parameter_shapes(cfg)
+    empty = {x: np.broadcast_to(np.float32(0), shapes[x]) for x in shapes}
     places = _places(cfg)
-    for name, (ours, index) in places.items():
+    for name, place in places.items():
         if name not in tensors:
             raise ValueError(f"{path}: has no tensor {name}")
         file, full = tensors[name]
-        outer = isinstance(index, slice)
-        want = shapes[ours] if outer else shapes[ours][:0:-1]
+        want = place.of(empty).shape
         if file.shape(full) != want:
             raise ValueError(
                 f"{path}: {full} must be {want}, got {file.shape(full)}"
@@ -1767,9 +1767,9 @@ def _read_hub(path, cfg, tensors, params):
     head, name = tensors.get("lm_head.weight", (file, wte))
     if name != wte and not np.array_equal(head[name], file[wte], True):
         raise ValueError(f"{path}: lm_head.weight must equal {wte}")
-    for name, (ours, index) in _places(cfg).items():
+    for name, place in _places(cfg).items():
         file, full = tensors[name]
-        _part(params[ours], index)[...] = file[full]
+        place.of(params)[...] = file[full]
     params["wte"][cfg.vocab_size :] = 0
 
 
@@ -1958,7 +1958,7 @@ def read_checkpoint(path, cfg, params):
 
 # %% there and back
 write_folder(folder / "elsewhere", small, arena["params"])
-write_checkpoint(folder / "half.bin", small, params, version=5)
+write_checkpoint(folder / "half.bin", small, arena["params"], version=5)
 again = Arena({"params": (np.float32, parameter_shapes(small))})
 arena["params"]["wte"][small.vocab_size :] = 0  # the padding is not kept
 for name, tol in (

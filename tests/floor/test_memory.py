@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from llmnb import GPT2, GPT2Config, room
-from llmnb.arena import Arena
+from llmnb.arena import Arena, footprint
 from llmnb.checks import check_array, check_tokens
-from llmnb.model.layout import footprint, gpt2_layout
+from llmnb.model.layout import gpt2_layout
 from llmnb.train.train import TrainConfig, new_model
 
 CFG = GPT2Config(

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from llmnb.model.tensors import parameter_shapes
 
-from llmnb.config import GPT2Config, parameter_shapes
+from llmnb.config import GPT2Config
 from llmnb.model.init import init_params
 from llmnb.model.random import Generator
 
