@@ -14,7 +14,6 @@ import numpy as np
 
 from llmnb import backend
 from llmnb.cpu.panels import work_shape
-from llmnb.cpu.tile import has_bf16
 
 
 # the backend
@@ -25,7 +24,7 @@ class Backend(backend.Backend):
     """
 
     def __init__(self, layers, precision):
-        if precision == "bf16" and not has_bf16():
+        if precision == "bf16" and not layers.has_bf16():
             warnings.warn(
                 "GPT2: this processor has no bfloat16 products "
                 "(AVX512-BF16); computing in fp32",
