@@ -47,7 +47,7 @@ from llmnb.text.data import write_shard
 from llmnb.model.init import init_params
 from llmnb.arena import footprint
 from llmnb.model.layout import gpt2_layout
-from llmnb.room import SMALLER, check_room
+from llmnb.checks import SMALLER, check_room
 
 
 # what a race is told

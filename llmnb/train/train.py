@@ -77,7 +77,7 @@ from llmnb.arena import footprint
 from llmnb.model.layout import gpt2_layout
 from llmnb.model.tensors import decaying
 from llmnb.lock import LOCK, in_use
-from llmnb.room import check_room
+from llmnb.checks import check_room
 from llmnb.train.schedule import learning_rate
 from llmnb.timing import machine
 

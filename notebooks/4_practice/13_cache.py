@@ -764,7 +764,7 @@ from llmnb.checks import FLOATS, check_fit, check_tokens
 from llmnb.model.layout import block_activations, block_shapes
 from llmnb.model.parts import block_forward, block_of
 from llmnb.model.tensors import parameter_shapes, tensor_table
-from llmnb.room import check_room
+from llmnb.checks import check_room
 
 
 # %% its memory tags=["export"] module="model.decode"
