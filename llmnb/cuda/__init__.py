@@ -53,8 +53,6 @@ from llmnb.cuda.elementwise import (
     by_four,
 )
 from llmnb.cuda.encoder import (
-    ENCODER_BACKWARD,
-    ENCODER_FORWARD,
     encoder_backward,
     encoder_forward,
 )
@@ -122,6 +120,7 @@ from llmnb.gpu.launch import (
 )
 from llmnb.gpu.ptx import (
     Compiled,
+    assemble,
     compile_kernel,
     no_compiler,
 )
@@ -156,8 +155,6 @@ __all__ = [
     "Compiled",
     "DEVICE",
     "DeviceArray",
-    "ENCODER_BACKWARD",
-    "ENCODER_FORWARD",
     "FUSED_CLASSIFIER",
     "FUSED_RESIDUAL_FORWARD",
     "GELU_BACKWARD",
@@ -183,6 +180,7 @@ __all__ = [
     "adamw_update",
     "address",
     "aligned",
+    "assemble",
     "attention_backward",
     "attention_forward",
     "attention_scratch",

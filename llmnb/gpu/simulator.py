@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/3_gpu/01_threads.py: edit that file.
+# Written by `make export` from notebooks/appendix/05_simulator.py: edit that file.
 
 """A GPU in Python: blocks, warps and threads that find races."""
 
@@ -181,7 +181,7 @@ def simulate(function, grid, block, args):
     refuses, BarrierError, and whatever the function raises, with the thread
     that raised it.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.5.
     """
     _greenlet()  # or say at once that it is missing
     grid, shape, seen = _three(grid), _three(block), _now.seen
@@ -207,26 +207,6 @@ def simulate(function, grid, block, args):
         if outside is not None:  # a launch within a thread
             _enter_block(outside.block)
             _enter(outside)
-
-
-# where am I
-class _Places(threading.local):
-    """What a kernel asks `cuda` about the thread that runs it."""
-
-    # threadIdx, blockIdx, blockDim, gridDim are set when a thread goes on
-    laneid = property(lambda self: _now.lane.number % WARP)
-
-    def grid(self, ndim):
-        at, of, n = self.blockIdx, self.blockDim, self.threadIdx
-        x = at.x * of.x + n.x
-        if ndim == 1:
-            return x
-        return (x, at.y * of.y + n.y, at.z * of.z + n.z)[:ndim]
-
-    def gridsize(self, ndim):
-        pairs = zip(self.gridDim, self.blockDim, strict=True)
-        sizes = tuple(a * b for a, b in pairs)
-        return sizes[0] if ndim == 1 else sizes[:ndim]
 
 
 # poison
@@ -318,7 +298,7 @@ def _wait(group, size, orders=True):
 class BarrierError(RuntimeError):
     """Some threads wait at a barrier that others never reach.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.5.
     """
 
 
@@ -331,31 +311,6 @@ def _stuck(block):
         f"{len(block.lanes)} threads wait for the block, {warps} for their "
         f"warp, {block.ended} have ended"
     )
-
-
-# atomics
-class _Atomic:
-    """cuda.atomic: read, change and write with nobody in between."""
-
-    def add(self, array, index, value):
-        if isinstance(array, _Watched):
-            _now.seen.atomics += 1
-            array.note(array.place(index), array.itemsize, ATOMIC)
-            array = array.array
-        old = array[index]
-        array[index] = old + value
-        return old
-
-
-# wait for the block
-class _Barriers(_Places):
-    shared, local, atomic = _Shared(), _Local(), _Atomic()
-
-    def syncthreads(self):
-        if _now.seen is not None:
-            _now.seen.barriers += 1
-        block = _now.lane.block
-        _wait(block, len(block.lanes))
 
 
 # exchange in a warp
@@ -382,9 +337,44 @@ def _exchange(kind, mask, value, orders=False):
     return warp.shown, place
 
 
-# exchange with the warp
-class _Cuda(_Barriers):
+# atomics
+class _Atomic:
+    """cuda.atomic: read, change and write with nobody in between."""
+
+    def add(self, array, index, value):
+        if isinstance(array, _Watched):
+            _now.seen.atomics += 1
+            array.note(array.place(index), array.itemsize, ATOMIC)
+            array = array.array
+        old = array[index]
+        array[index] = old + value
+        return old
+
+
+# what kernels ask
+class _Cuda(threading.local):
     """What kernels know as `cuda`, answered for the lane that runs."""
+
+    shared, local, atomic = _Shared(), _Local(), _Atomic()
+    laneid = property(lambda self: _now.lane.number % WARP)
+
+    def grid(self, ndim):
+        at, of, n = self.blockIdx, self.blockDim, self.threadIdx
+        x = at.x * of.x + n.x
+        if ndim == 1:
+            return x
+        return (x, at.y * of.y + n.y, at.z * of.z + n.z)[:ndim]
+
+    def gridsize(self, ndim):
+        pairs = zip(self.gridDim, self.blockDim, strict=True)
+        sizes = tuple(a * b for a, b in pairs)
+        return sizes[0] if ndim == 1 else sizes[:ndim]
+
+    def syncthreads(self):
+        if _now.seen is not None:
+            _now.seen.barriers += 1
+        block = _now.lane.block
+        _wait(block, len(block.lanes))
 
     def syncwarp(self, mask=FULL):
         _exchange("syncwarp", mask, None, orders=True)
@@ -395,14 +385,6 @@ class _Cuda(_Barriers):
     def shfl_xor_sync(self, mask, value, bits):
         values, lane = _exchange("shfl_xor", mask, value)
         return values[lane ^ bits]
-
-    def shfl_down_sync(self, mask, value, delta):
-        values, lane = _exchange("shfl_down", mask, value)
-        return values[lane + delta] if lane + delta < WARP else value
-
-    def shfl_up_sync(self, mask, value, delta):
-        values, lane = _exchange("shfl_up", mask, value)
-        return values[lane - delta] if lane >= delta else value
 
     def ballot_sync(self, mask, predicate):
         values, _ = _exchange("ballot", mask, bool(predicate))
@@ -443,13 +425,9 @@ class _Log:
 def _keep(kept, now):
     """The newest access and one other, the one that most could clash with."""
     lane = now[0]
-    for before in reversed(kept):
-        if before[0].warp is not lane.warp and not _ordered(before, lane):
-            return now, before
-    for before in kept:
-        if not _ordered(before, lane):
-            return now, before
-    return (now,)
+    alive = [before for before in kept if not _ordered(before, lane)]
+    far = [before for before in alive if before[0].warp is not lane.warp]
+    return now, *(far[-1:] or alive[:1])
 
 
 # who clashes with whom
@@ -488,13 +466,13 @@ def _clashing(name, element, before, access):
 class RaceError(RuntimeError):
     """Two threads touch one element, one writes, and nothing orders them.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.5.
     """
 
 
-# an array that knows its bounds
-class _Bounded:
-    """An array that raises where it has no element; it has no slices.
+# an array under watch
+class _Watched:
+    """An array that checks each access and notes it; it has no slices.
 
     log: what was touched, by address, or None where races may pass.
     """
@@ -508,6 +486,14 @@ class _Bounded:
 
     def __len__(self):
         return self.shape[0]
+
+    def __getitem__(self, index):
+        self.note(self.place(index), self.itemsize, READ)
+        return self.array[index]
+
+    def __setitem__(self, index, value):
+        self.note(self.place(index), self.itemsize, WRITE)
+        self.array[index] = value
 
     def place(self, index):
         """The address of an element; raise where there is none."""
@@ -538,19 +524,6 @@ class _Bounded:
                 "of an array without gaps"
             )
         return address
-
-
-# an array under watch
-class _Watched(_Bounded):
-    """An array that notes each access for its lane."""
-
-    def __getitem__(self, index):
-        self.note(self.place(index), self.itemsize, READ)
-        return self.array[index]
-
-    def __setitem__(self, index, value):
-        self.note(self.place(index), self.itemsize, WRITE)
-        self.array[index] = value
 
     def note(self, address, nbytes, access):
         """Note an access of the lane that runs, and look for a race."""
@@ -639,7 +612,7 @@ class Seen:
     atomics: calls by single threads. launches: (kernel, grid, block,
     arguments' types) of each launch, those on a real GPU too.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.5.
     """
 
     def __init__(self, races=True):
@@ -692,7 +665,7 @@ def watch(races=True):
     that orders them: IndexError, ValueError and RaceError tell. Several
     times slower than without. races: False lets races pass.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.5.
     """
     before, _now.seen = _now.seen, Seen(races)
     try:
@@ -705,7 +678,7 @@ def watch(races=True):
 def record(launch):
     """Add to the launches of the Seen that watches, if any does.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.5.
     """
     if _now.seen is not None:
         _now.seen.launches.append(launch)
@@ -719,7 +692,7 @@ def load4(array, i):
     multiple of 16 bytes: a shared array is made with `alignment=16`.
     Returns four numbers.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.5.
     """
     if isinstance(array, _Watched):
         array.note(array.place4(i), 16, READ)
@@ -733,7 +706,7 @@ def store4(array, i, a, b, c, d):
 
     As `load4`, the other way.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.5.
     """
     if isinstance(array, _Watched):
         array.note(array.place4(i), 16, WRITE)
