@@ -20,15 +20,11 @@ from llmnb.gpu.simulator import cuda
 
 
 # forward, the rung
-def _blocks_for(n):
-    return -(-n // THREADS)
-
-
 def _forward_an_element(out, inp, wte, wpe):
     """encoder_forward with a thread for each element."""
     B, T, C = out.shape
     rows, places = out.reshape(B * T, C), inp.reshape(B * T)
-    grid = _blocks_for(out.size)
+    grid = -(-out.size // THREADS)
     forward_by_one[grid, THREADS](rows, places, wte, wpe, T)
 
 
@@ -51,7 +47,7 @@ def _backward_with_atomics(dwte, dwpe, dout, inp):
     """encoder_backward by atomics, in an order that changes run by run."""
     B, T, C = dout.shape
     rows, places = dout.reshape(B * T, C), inp.reshape(B * T)
-    grid = _blocks_for(dout.size)
+    grid = -(-dout.size // THREADS)
     _backward_atomic[grid, THREADS](dwte, dwpe, rows, places, T)
 
 
@@ -60,9 +56,8 @@ def _backward_a_place(dwte, dwpe, dout, inp):
     """encoder_backward with a thread for each channel, token by token."""
     B, T, C = dout.shape
     rows, places = dout.reshape(B * T, C), inp.reshape(B * T)
-    grid = B * T, _blocks_for(C)
-    tokens_by_one[grid, THREADS](dwte, rows, places)
-    positions_by_one[_blocks_for(T * C), THREADS](dwpe, rows, T)
+    tokens_by_one[(B * T, -(-C // THREADS)), THREADS](dwte, rows, places)
+    positions_by_one[-(-T * C // THREADS), THREADS](dwpe, rows, T)
 
 
 ENCODER_BACKWARD = (_backward_with_atomics, _backward_a_place)

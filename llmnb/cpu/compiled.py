@@ -87,26 +87,12 @@ def _write(path, data):
 
 
 # options that change the code
-CHANGING = [
-    "OPT",
-    "LOOP_VECTORIZE",
-    "SLP_VECTORIZE",
-    "USING_SVML",
-    "ENABLE_AVX",
-    "CPU_NAME",
-    "CPU_FEATURES",
-    "BOUNDSCHECK",
-    "NRT_STATS",
-    "DEBUG_NRT",
-    "LLVM_REFPRUNE_PASS",
-    "LLVM_REFPRUNE_FLAGS",
-    "ENABLE_PROFILING",
-    "DEBUGINFO_DEFAULT",
-    "EXTEND_VARIABLE_LIFETIMES",
-    "JIT_COVERAGE",
-    "DEBUG_JIT",
-    "DEBUG_ARRAY_OPT_RUNTIME",
-]
+CHANGING = (
+    "OPT LOOP_VECTORIZE SLP_VECTORIZE USING_SVML ENABLE_AVX CPU_NAME "
+    "CPU_FEATURES BOUNDSCHECK NRT_STATS DEBUG_NRT LLVM_REFPRUNE_PASS "
+    "LLVM_REFPRUNE_FLAGS ENABLE_PROFILING DEBUGINFO_DEFAULT JIT_COVERAGE "
+    "EXTEND_VARIABLE_LIFETIMES DEBUG_JIT DEBUG_ARRAY_OPT_RUNTIME"
+)
 
 
 # what numba asks for and hands over
@@ -125,7 +111,8 @@ class KernelCache(FunctionCache):
         self.enable()
 
     def _path(self, signature, codegen):
-        options = [getattr(numba.config, name, None) for name in CHANGING]
+        names = CHANGING.split()
+        options = [getattr(numba.config, name, None) for name in names]
         key = repr((self._index_key(signature, codegen), options))
         one = self._py_func
         name = f"{one.__module__}.{one.__qualname__}-"

@@ -20,10 +20,6 @@ from llmnb.shapes import shapes
 THREADS = 128  # in a block
 
 
-def _blocks(n):
-    return -(-n // THREADS)
-
-
 # forward, a thread an element
 @kernel
 def forward_by_one(out, inp, wte, wpe, T):
@@ -67,7 +63,8 @@ def encoder_forward(out, inp, wte, wpe):
     if C % 4 == 0 and aligned(out, wte, wpe):
         run, each = _forward_by_four, 4
     rows, places = out.reshape(B * T, C), inp.reshape(B * T)
-    run[_blocks(out.size // each), THREADS](rows, places, wte, wpe, T)
+    grid = -(-out.size // (each * THREADS))
+    run[grid, THREADS](rows, places, wte, wpe, T)
 
 
 # the first place of a token
@@ -171,5 +168,6 @@ def encoder_backward(dwte, dwpe, dout, inp):
     if C % 4 == 0 and aligned(dwte, dwpe, dout):
         tokens, positions, each = _tokens_by_four, _positions_by_four, 4
     rows, places = dout.reshape(B * T, C), inp.reshape(B * T)
-    tokens[(B * T, _blocks(C // each)), THREADS](dwte, rows, places)
-    positions[_blocks(T * C // each), THREADS](dwpe, rows, T)
+    step = each * THREADS  # channels that one block owns
+    tokens[(B * T, -(-C // step)), THREADS](dwte, rows, places)
+    positions[-(-T * C // step), THREADS](dwpe, rows, T)

@@ -91,10 +91,6 @@ plt.show()
 THREADS = 128  # in a block
 
 
-def _blocks(n):
-    return -(-n // THREADS)
-
-
 # %% forward, a thread an element tags=["exporti"]
 @kernel
 def forward_by_one(out, inp, wte, wpe, T):
@@ -150,7 +146,8 @@ def encoder_forward(out, inp, wte, wpe):
     if C % 4 == 0 and aligned(out, wte, wpe):
         run, each = _forward_by_four, 4
     rows, places = out.reshape(B * T, C), inp.reshape(B * T)
-    run[_blocks(out.size // each), THREADS](rows, places, wte, wpe, T)
+    grid = -(-out.size // (each * THREADS))
+    run[grid, THREADS](rows, places, wte, wpe, T)
 
 
 # %% [markdown]
@@ -170,15 +167,11 @@ from llmnb.gpu.simulator import cuda
 
 
 # %% forward, the rung tags=["export"] module="bench.rungs_encoder"
-def _blocks_for(n):
-    return -(-n // THREADS)
-
-
 def _forward_an_element(out, inp, wte, wpe):
     """encoder_forward with a thread for each element."""
     B, T, C = out.shape
     rows, places = out.reshape(B * T, C), inp.reshape(B * T)
-    grid = _blocks_for(out.size)
+    grid = -(-out.size // THREADS)
     forward_by_one[grid, THREADS](rows, places, wte, wpe, T)
 
 
@@ -287,7 +280,7 @@ def _backward_with_atomics(dwte, dwpe, dout, inp):
     """encoder_backward by atomics, in an order that changes run by run."""
     B, T, C = dout.shape
     rows, places = dout.reshape(B * T, C), inp.reshape(B * T)
-    grid = _blocks_for(dout.size)
+    grid = -(-dout.size // THREADS)
     _backward_atomic[grid, THREADS](dwte, dwpe, rows, places, T)
 
 
@@ -447,8 +440,9 @@ def encoder_backward(dwte, dwpe, dout, inp):
     if C % 4 == 0 and aligned(dwte, dwpe, dout):
         tokens, positions, each = _tokens_by_four, _positions_by_four, 4
     rows, places = dout.reshape(B * T, C), inp.reshape(B * T)
-    tokens[(B * T, _blocks(C // each)), THREADS](dwte, rows, places)
-    positions[_blocks(T * C // each), THREADS](dwpe, rows, T)
+    step = each * THREADS  # channels that one block owns
+    tokens[(B * T, -(-C // step)), THREADS](dwte, rows, places)
+    positions[-(-T * C // step), THREADS](dwpe, rows, T)
 
 
 # %% backward, the rungs tags=["export"] module="bench.rungs_encoder"
@@ -456,9 +450,8 @@ def _backward_a_place(dwte, dwpe, dout, inp):
     """encoder_backward with a thread for each channel, token by token."""
     B, T, C = dout.shape
     rows, places = dout.reshape(B * T, C), inp.reshape(B * T)
-    grid = B * T, _blocks_for(C)
-    tokens_by_one[grid, THREADS](dwte, rows, places)
-    positions_by_one[_blocks_for(T * C), THREADS](dwpe, rows, T)
+    tokens_by_one[(B * T, -(-C // THREADS)), THREADS](dwte, rows, places)
+    positions_by_one[-(-T * C // THREADS), THREADS](dwpe, rows, T)
 
 
 ENCODER_BACKWARD = (_backward_with_atomics, _backward_a_place)

@@ -289,8 +289,8 @@ def simulate(function, grid, block, args):
     grid, block: blocks in the grid and threads in a block, an int or a
     tuple of up to three. args: NumPy arrays, which the kernel may write,
     and NumPy or Python numbers. Raises ValueError for sizes that a GPU
-    refuses, BarrierError, and whatever the function raises, with the thread
-    that raised it.
+    refuses, BarrierError, RuntimeError for a launch within a kernel, and
+    whatever the function raises, with the thread that raised it.
     """
     _greenlet()  # or say at once that it is missing
     grid, shape, seen = _three(grid), _three(block), _now.seen
@@ -298,7 +298,8 @@ def simulate(function, grid, block, args):
     if seen is not None:
         args = _watched(function, args, seen)
     body = functools.partial(function, *args)
-    outside = _now.lane
+    if _now.lane is not None:
+        raise RuntimeError("a kernel cannot launch a kernel")
     try:
         for z, y, x in np.ndindex(grid[::-1]):
             block = _Block(_Three(x, y, z), shape, grid, seen, body)
@@ -312,10 +313,7 @@ def simulate(function, grid, block, args):
         error.add_note(f"in {function.__name__}, {at}")
         raise
     finally:
-        _now.lane = outside
-        if outside is not None:  # a launch within a thread
-            _enter_block(outside.block)
-            _enter(outside)
+        _now.lane = None
 
 
 # %% [markdown]
