@@ -215,20 +215,18 @@ print("fastmath:", numba.njit(is_nan, fastmath=True)(math.nan))
 
 # %% one addition is lost
 steps = [
-    ("thread 0", 1, 0, "read 5", "blue"),
-    ("thread 1", 0, 1, "read 5", "orange"),
-    ("thread 0", 1, 2, "5 + 1", "blue"),
-    ("thread 1", 0, 3, "5 + 2", "orange"),
-    ("thread 0", 1, 4, "write 6", "blue"),
-    ("thread 1", 0, 5, "write 7", "orange"),
+    ("read 5", 5),
+    ("read 5", 5),
+    ("5 + 1", 5),
+    ("5 + 2", 5),
+    ("write 6", 6),
+    ("write 7", 7),
 ]
-memory = [5, 5, 5, 5, 6, 7]
 fig, ax = plt.subplots(figsize=(8, 2.2), dpi=100)
-for _, row, time, what, colour in steps:
-    box = {"boxstyle": "round,pad=0.4", "fc": PALETTE["pale"]}
-    box["ec"] = PALETTE[colour]
-    ax.text(time, row, what, ha="center", va="center", bbox=box)
-for time, value in enumerate(memory):
+for time, (what, value) in enumerate(steps):
+    colour = PALETTE["orange" if time % 2 else "blue"]
+    box = {"boxstyle": "round", "fc": PALETTE["pale"], "ec": colour}
+    ax.text(time, 1 - time % 2, what, ha="center", va="center", bbox=box)
     ax.text(time, -1, value, ha="center", va="center")
 ax.set(xlim=(-0.6, 5.6), ylim=(-1.5, 1.6), xlabel="time", xticks=[])
 ax.set_yticks([1, 0, -1], ["thread 0", "thread 1", "in memory"])
@@ -238,7 +236,7 @@ plt.show()
 # %% [markdown]
 # *Figure 2.1.2. Thread 0 adds 1 to an element that holds 5, thread 1 adds 2.
 # Both read before either writes, and the element ends at 7: the addition of
-# thread 0 is lost. Had thread 1 begun two steps later, it would be 8.*
+# thread 0 is lost. Had thread 1 read after that was written, it would be 8.*
 #
 # Two accesses of one element that nothing orders, of which at least one
 # writes, are a *race*. The plain parallel version of (1.5.4) has one. In the

@@ -102,6 +102,10 @@ def test_editing_a_callee_changes_the_result(copy):
     back = run(copy, cache)
     assert (back["result"], back["folder"]) == (20, first["folder"])
 
+    # the other room that has kernels counts as well
+    (copy / "llmnb" / "bench" / "more.py").write_text("")
+    assert run(copy, cache)["folder"] != first["folder"]
+
 
 def test_no_folder_to_write_to(copy):
     """Kernels are compiled, and nothing is kept where it could be stale."""
