@@ -35,7 +35,14 @@ from contextlib import contextmanager
 import numpy as np
 
 from llmnb.checks import FLOATS, INTS, check_fit
-from llmnb.gpu.simulator import cuda, load4, record, simulate, store4
+from llmnb.gpu.simulator import (
+    cuda,
+    load4,
+    placed,
+    record,
+    simulate,
+    store4,
+)
 from llmnb.shapes import Memory
 
 
@@ -117,13 +124,7 @@ def simulated(array):
 
     Derived in chapter A.6.
     """
-    array = np.ascontiguousarray(array)
-    block = np.empty(array.nbytes + ALIGN, np.uint8)
-    skip = -block.ctypes.data % ALIGN
-    there = block[skip : skip + array.nbytes].view(array.dtype)
-    there = there.reshape(array.shape)
-    there[...] = array
-    return DeviceArray(there)
+    return DeviceArray(placed(np.asarray(array), ALIGN))
 
 
 def to_device(array):

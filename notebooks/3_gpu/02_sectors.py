@@ -42,7 +42,7 @@ import matplotlib.pyplot as plt
 from llmnb.book.diagram import PALETTE
 from llmnb.book.verify import compare, verdict
 from llmnb.gpu.launch import empty, kernel, simulated, to_host
-from llmnb.gpu.simulator import load4, simulate, store4, watch
+from llmnb.gpu.simulator import load4, placed, simulate, store4, watch
 
 # %% imports of the warp tags=["export"]
 import numpy as np
@@ -76,9 +76,7 @@ def strided(out, inp, s):
 
 # simulated memory begins at a multiple of 256 bytes, as a GPU's does
 def at_256(size):
-    memory = np.zeros(size + 64, np.float32)
-    skip = -memory.ctypes.data % 256 // 4
-    return memory[skip : skip + size]
+    return placed(np.zeros(size, np.float32), 256)
 
 
 def sectors(s):

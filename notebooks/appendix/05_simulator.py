@@ -173,9 +173,9 @@ class _Lane:
 class _Block:
     """A block of threads, all about to run `body`, and their memory."""
 
-    def __init__(self, index, shape, grid, seen, body):
+    def __init__(self, index, shape, grid, body):
         self.index, self.shape, self.grid = index, shape, grid
-        self.seen, self.body, self.shared = seen, body, {}
+        self.body, self.shared = body, {}
         threads = _threads(shape)
         self.warps = [_Warp() for _ in range(-(-len(threads) // WARP))]
         self.lanes = [
@@ -208,11 +208,6 @@ _now = _Now()
 
 def _enter(lane):
     _now.lane, cuda.threadIdx = lane, lane.thread
-
-
-def _enter_block(block):
-    cuda.blockIdx, cuda.blockDim = block.index, block.shape
-    cuda.gridDim = block.grid
 
 
 # %% [markdown]
@@ -259,7 +254,8 @@ def _fiber():
 # %% run a block tags=["exporti"]
 def _run_block(block):
     """Run every lane to its next barrier, in turns, until all are done."""
-    _enter_block(block)
+    cuda.blockIdx, cuda.blockDim = block.index, block.shape
+    cuda.gridDim = block.grid
     try:
         for lane in block.todo:
             _fiber().switch(block, lane)
@@ -302,7 +298,7 @@ def simulate(function, grid, block, args):
         raise RuntimeError("a kernel cannot launch a kernel")
     try:
         for z, y, x in np.ndindex(grid[::-1]):
-            block = _Block(_Three(x, y, z), shape, grid, seen, body)
+            block = _Block(_Three(x, y, z), shape, grid, body)
             _run_block(block)
             if seen is not None:
                 seen.add_block(block)
@@ -336,13 +332,10 @@ def _poison(shape, dtype):
     return np.full(shape, bad, dtype)
 
 
-def _placed(array, alignment):
-    """A copy at a multiple of `alignment` bytes, at most 128.
-
-    None: at a multiple of the elements' size and of nothing more.
-    """
-    block = np.empty(array.nbytes + 256, np.uint8)
-    skip = -block.ctypes.data % 128 + (0 if alignment else array.itemsize)
+def placed(array, align, offset=0):
+    """A copy that begins `offset` bytes after a multiple of `align`."""
+    block = np.empty(array.nbytes + align + offset, np.uint8)
+    skip = -block.ctypes.data % align + offset
     there = block[skip : skip + array.nbytes].view(array.dtype)
     there = there.reshape(array.shape)
     there[...] = array
@@ -382,12 +375,13 @@ class _Shared:
         place = _instruction(frame.f_code, frame.f_lasti)
         key = place, shape, dtype  # a factory's functions share their code
         if key not in block.shared:
-            memory = _placed(_poison(shape, dtype), alignment)
+            memory = _poison(shape, dtype)
+            memory = placed(memory, 128, 0 if alignment else memory.itemsize)
             block.bytes += memory.nbytes
             if block.bytes > SHARED:
                 raise MemoryError(f"a block has {SHARED} bytes to share")
-            if block.seen is not None:
-                log = _Log(memory.itemsize) if block.seen.races else None
+            if _now.seen is not None:
+                log = _Log(memory.itemsize) if _now.seen.races else None
                 memory = _Watched(memory, "shared", log, shared=True)
             block.shared[key] = memory
         return block.shared[key]

@@ -53,7 +53,14 @@ from contextlib import contextmanager
 import numpy as np
 
 from llmnb.checks import FLOATS, INTS, check_fit
-from llmnb.gpu.simulator import cuda, load4, record, simulate, store4
+from llmnb.gpu.simulator import (
+    cuda,
+    load4,
+    placed,
+    record,
+    simulate,
+    store4,
+)
 from llmnb.shapes import Memory
 
 
@@ -141,13 +148,7 @@ class DeviceArray:
 # %% to the device and back tags=["export"]
 def simulated(array):
     """A copy of a NumPy array on the simulated GPU, wherever this runs."""
-    array = np.ascontiguousarray(array)
-    block = np.empty(array.nbytes + ALIGN, np.uint8)
-    skip = -block.ctypes.data % ALIGN
-    there = block[skip : skip + array.nbytes].view(array.dtype)
-    there = there.reshape(array.shape)
-    there[...] = array
-    return DeviceArray(there)
+    return DeviceArray(placed(np.asarray(array), ALIGN))
 
 
 def to_device(array):
