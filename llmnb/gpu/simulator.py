@@ -336,7 +336,7 @@ class _Atomic:
     def add(self, array, index, value):
         if isinstance(array, _Watched):
             _now.seen.atomics += 1
-            array.note(array.place(index), array.itemsize, ATOMIC)
+            _note(array, array.place(index), array.itemsize, ATOMIC)
             array = array.array
         old = array[index]
         array[index] = old + value
@@ -480,11 +480,11 @@ class _Watched:
         return self.shape[0]
 
     def __getitem__(self, index):
-        self.note(self.place(index), self.itemsize, READ)
+        _note(self, self.place(index), self.itemsize, READ)
         return self.array[index]
 
     def __setitem__(self, index, value):
-        self.note(self.place(index), self.itemsize, WRITE)
+        _note(self, self.place(index), self.itemsize, WRITE)
         self.array[index] = value
 
     def place(self, index):
@@ -517,24 +517,26 @@ class _Watched:
             )
         return address
 
-    def note(self, address, nbytes, access):
-        """Note an access of the lane that runs, and look for a race."""
-        lane = _now.lane
-        if access != ATOMIC:
-            frame, kind = sys._getframe(2), (nbytes, access, self.shared)
-            key = kind, id(frame.f_code), frame.f_lasti
-            site = _now.seen.sites.get(key)
-            if site is None:
-                site = _now.seen.add_site(key, frame.f_code)
-            lane.trace.setdefault(site, []).append(address)
-        if self.log is None:
-            return
-        now, step = (lane, lane.block.clock), self.log.step
-        for at in range(address - address % step, address + nbytes, step):
-            before = _clash(self.log, at, access, now)
-            if before is not None:
-                element = (max(at, address) - self.start) // self.itemsize
-                raise RaceError(_clashing(self.name, element, before, access))
+
+# note an access
+def _note(array, address, nbytes, access):
+    """Note an access of the lane that runs, and look for a race."""
+    lane = _now.lane
+    if access != ATOMIC:
+        frame, kind = sys._getframe(2), (nbytes, access, array.shared)
+        key = kind, id(frame.f_code), frame.f_lasti
+        site = _now.seen.sites.get(key)
+        if site is None:
+            site = _now.seen.add_site(key, frame.f_code)
+        lane.trace.setdefault(site, []).append(address)
+    if array.log is None:
+        return
+    now, step = (lane, lane.block.clock), array.log.step
+    for at in range(address - address % step, address + nbytes, step):
+        before = _clash(array.log, at, access, now)
+        if before is not None:
+            element = (max(at, address) - array.start) // array.itemsize
+            raise RaceError(_clashing(array.name, element, before, access))
 
 
 # arguments under watch
@@ -687,7 +689,7 @@ def load4(array, i):
     Derived in chapter A.5.
     """
     if isinstance(array, _Watched):
-        array.note(array.place4(i), 16, READ)
+        _note(array, array.place4(i), 16, READ)
         array = array.array
     flat = array if array.ndim == 1 else array.reshape(-1)
     return flat[i], flat[i + 1], flat[i + 2], flat[i + 3]
@@ -701,7 +703,7 @@ def store4(array, i, a, b, c, d):
     Derived in chapter A.5.
     """
     if isinstance(array, _Watched):
-        array.note(array.place4(i), 16, WRITE)
+        _note(array, array.place4(i), 16, WRITE)
         array = array.array
     flat = array if array.ndim == 1 else array.reshape(-1)
     flat[i : i + 4] = a, b, c, d

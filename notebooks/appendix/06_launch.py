@@ -145,6 +145,11 @@ class DeviceArray:
         self._array[...] = np.asarray(ary)
 
 
+# %% [markdown]
+# An allocation on a GPU begins at a multiple of 256 bytes, and so does a
+# simulated one.
+
+
 # %% to the device and back tags=["export"]
 def simulated(array):
     """A copy of a NumPy array on the simulated GPU, wherever this runs."""
@@ -166,6 +171,11 @@ def to_host(array):
     Waits for the kernels that were launched before.
     """
     return array.copy_to_host()
+
+
+# %% [markdown]
+# New memory holds what was left there. On the simulator that is NaN, so that
+# a result that was never written is seen.
 
 
 # %% new memory tags=["export"]
@@ -448,6 +458,11 @@ class Kernel:
         return self._made
 
 
+# %% [markdown]
+# Two decorators: `kernel` for what is launched, `device` for what kernels
+# call.
+
+
 # %% decorators tags=["export"]
 def kernel(function=None, **options):
     """Make a Kernel of a function.
@@ -466,6 +481,12 @@ def device(function):
     """Let kernels call a function; it is compiled along with them."""
     function.on_device = True
     return function
+
+
+# %% [markdown]
+# A training step is launched on a stream of its own. What is launched inside
+# `with stream(handle)` goes there, and libraries that launch kernels
+# themselves ask for its address.
 
 
 # %% streams tags=["export"]
