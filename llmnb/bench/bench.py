@@ -1,12 +1,10 @@
-# Written by `make export` from notebooks/appendix/08_racing.py: edit that file.
+# Written by `make export` from notebooks/2_cpu/08_time.py: edit that file.
 
-"""A training step measured, part by part."""
+"""A training step measured, alone or in a race: the numbers, in words and drawn."""
 
 __all__ = [
     "CONFIGS",
-    "PARTS",
     "SMALL",
-    "Stopwatch",
     "bench",
     "bench_writers",
     "captures",
@@ -15,82 +13,8 @@ __all__ = [
     "loss_curves",
     "report",
     "shares",
-    "timed_step",
     "writers_report",
 ]
-
-
-# imports of the benchmark
-import time
-
-
-# a stopwatch around a backend
-class Stopwatch:
-    """A backend whose functions add up the seconds they take.
-
-    backend: an object with functions as attributes. wait: what to call
-    before a clock is read, where functions return before their work is
-    done, as on a GPU. seconds, calls: dicts from function name to what has
-    been added up since `reset`.
-
-    Derived in chapter A.8.
-    """
-
-    def __init__(self, backend, wait=lambda: None):
-        self._backend, self.wait = backend, wait
-        self.reset()
-
-    def reset(self):
-        """Forget what has been measured."""
-        self.seconds, self.calls = {}, {}
-
-    def __getattr__(self, name):
-        function = getattr(self._backend, name)
-        if not callable(function):
-            return function
-
-        def timed(*args, **kwargs):
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            self.wait()
-            spent = time.perf_counter() - start
-            self.seconds[name] = self.seconds.get(name, 0) + spent
-            self.calls[name] = self.calls.get(name, 0) + 1
-            return result
-
-        return timed
-
-
-# one measured step
-PARTS = ("forward", "backward", "update")
-
-
-def timed_step(model, tokens, targets, step):
-    """Train a GPT2 once; say what each part and each layer took.
-
-    model.ops must be a `Stopwatch`. step: counts from 1. Returns a dict: the
-    loss, a float; parts and layers, dicts from name to seconds; calls, a
-    dict from layer to a count.
-
-    Derived in chapter A.8.
-    """
-    model.ops.reset()
-    times = [time.perf_counter()]
-    loss = model.forward(tokens, targets)
-    times.append(time.perf_counter())
-    model.backward()
-    model.ops.wait()
-    times.append(time.perf_counter())
-    model.update(step=step)
-    model.ops.wait()
-    times.append(time.perf_counter())
-    spent = [b - a for a, b in zip(times, times[1:], strict=False)]
-    return {
-        "loss": loss,
-        "parts": dict(zip(PARTS, spent, strict=True)),
-        "layers": model.ops.seconds,
-        "calls": model.ops.calls,
-    }
 
 
 # imports of the report
@@ -103,7 +27,8 @@ from pathlib import Path
 from statistics import median
 
 from llmnb.bench import peers
-from llmnb.config import GPT2Config, flops_per_token, parameter_count
+from llmnb.config import GPT2Config
+from llmnb.model.tensors import flops_per_token, parameter_count
 from llmnb.model.gpt2 import GPT2
 from llmnb.bench.race import (
     WARM_UP,
@@ -116,6 +41,7 @@ from llmnb.bench.race import (
     ratios,
     start_times,
 )
+from llmnb.bench.stopwatch import PARTS
 from llmnb.timing import machine
 
 
@@ -147,7 +73,7 @@ def bench(configs, settings=None, start=False, bar=iter):
     ChildProcessError, or FloatingPointError at a loss that is not finite, in
     one sentence.
 
-    Derived in chapter A.8.
+    Derived in chapter 2.8.
     """
     settings = settings or Settings()
     lineup(settings)  # so that a mistake is found before anything is built
@@ -174,7 +100,7 @@ def loss_curves(precisions, steps=20, shape=(SMALL, 12, 64)):
     the CPU's in fp32, by precision. Without a GPU it says unmeasured alone.
     Raises FloatingPointError when a loss is not finite.
 
-    Derived in chapter A.8.
+    Derived in chapter 2.8.
     """
     if no_device("cuda"):
         return {"unmeasured": no_device("cuda")}
@@ -216,7 +142,7 @@ def bench_writers(cfg, prompt=64, count=64, rounds=10, threads=None, **how):
     Seconds are those of the rounds, in order: of the first token, which
     reads the prompt, and of a later one, the median of a text.
 
-    Derived in chapter A.8.
+    Derived in chapter 2.8.
     """
     result = {"date": date.today().isoformat(), "commit": _commit()}
     result |= {"machine": machine(), "threads": threads or cores()}
@@ -242,7 +168,7 @@ def bench_writers(cfg, prompt=64, count=64, rounds=10, threads=None, **how):
 def writers_report(result):
     """The result of `bench_writers` as a text of lines to print.
 
-    Derived in chapter A.8.
+    Derived in chapter 2.8.
     """
     lines = [f"machine  {result['machine']}, {result['threads']} threads"]
     if result["load"] is not None:
@@ -275,7 +201,7 @@ def load():
 
     None where the system does not say.
 
-    Derived in chapter A.8.
+    Derived in chapter 2.8.
     """
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
@@ -284,7 +210,7 @@ def load():
 def _commit():
     """The commit of the checkout that this file is in; None elsewhere."""
     command = ["git", "describe", "--always", "--dirty"]
-    folder = Path(peers.__file__).parents[1]
+    folder = Path(peers.__file__).parents[2]
     if not (folder / ".git").exists():
         return None
     try:
@@ -321,7 +247,7 @@ def captures(seconds):
     of dicts: name, and the median, lowest and highest of the rounds'
     differences, saved, low and high.
 
-    Derived in chapter A.8.
+    Derived in chapter 2.8.
     """
     table = []
     for name, fast in seconds.items():
@@ -340,7 +266,7 @@ def shares(result):
     The peak is the highest that any row has measured: other programs can
     only lower it. Changes result in place and returns it.
 
-    Derived in chapter A.8.
+    Derived in chapter 2.8.
     """
     rows = [row for c in result["configs"] for row in c["contestants"]]
     peak = max((row.get("fma_peak", 0) for row in rows), default=0)
@@ -390,7 +316,7 @@ def _layers(steps):
 def report(result):
     """The result of `bench` as a text of lines to print.
 
-    Derived in chapter A.8.
+    Derived in chapter 2.8.
     """
     lines = [f"machine  {result['machine']}, {result['threads']} threads"]
     if result["load"] is not None:
@@ -482,7 +408,7 @@ def layers_figure(result):
 
     result: of `bench`. Raises ValueError when it has no such row.
 
-    Derived in chapter A.8.
+    Derived in chapter 2.8.
     """
     from matplotlib.figure import Figure
 

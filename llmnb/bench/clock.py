@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/appendix/08_racing.py: edit that file.
+# Written by `make export` from notebooks/3_gpu/12_measured.py: edit that file.
 
 """Time on a GPU, by its own events."""
 
@@ -65,7 +65,7 @@ class Clock:
 
     Needs a GPU; it takes four times the memory of the L2 cache.
 
-    Derived in chapter A.8.
+    Derived in chapter 3.12.
     """
 
     def __init__(self):
@@ -120,7 +120,7 @@ def in_turns(clock, runs, budget=2.0, most=50):
     GPU time to spend, roughly; at least five rounds and at most `most` are
     measured. Returns a dict from name to a list of seconds.
 
-    Derived in chapter A.8.
+    Derived in chapter 3.12.
     """
     host = {name: clock.launching(run) for name, run in runs.items()}
     first = {name: clock.seconds(r, host[name]) for name, r in runs.items()}
@@ -139,7 +139,7 @@ def limits(clock):
     Returns a dict: fma_peak, FLOP/s in float32 on registers alone, and
     copy_bytes, bytes read and written a second in a copy of 256 MB.
 
-    Derived in chapter A.8.
+    Derived in chapter 3.12.
     """
     from numba import cuda as real
 
@@ -164,7 +164,7 @@ def limits(clock):
 def no_times():
     """Why nothing can be timed on a GPU here; empty where it can.
 
-    Derived in chapter A.8.
+    Derived in chapter 3.12.
     """
     return f"no GPU: {missing()}" if missing() else ""
 
@@ -175,7 +175,7 @@ def gpu_facts():
     Needs a GPU. clocks is what nvidia-smi says of them at this moment, or
     None where it is silent.
 
-    Derived in chapter A.8.
+    Derived in chapter 3.12.
     """
     from numba import cuda as real
 

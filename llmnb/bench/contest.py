@@ -1,6 +1,6 @@
-# Written by `make export` from notebooks/appendix/08_racing.py: edit that file.
+# Written by `make export` from notebooks/appendix/07_ladders.py: edit that file.
 
-"""The versions of a GPU kernel against each other."""
+"""The versions of a GPU kernel against each other: right, counted, timed."""
 
 __all__ = [
     "FACTS",
@@ -17,7 +17,6 @@ __all__ = [
 
 # imports of the contest
 import functools
-from datetime import date
 from statistics import median
 
 import numpy as np
@@ -34,7 +33,6 @@ from llmnb.bench.ladders import (
     ladder_named,
     version_name,
 )
-from llmnb.timing import machine
 
 
 # run a version
@@ -103,7 +101,7 @@ def count(ladder, version, sizes=None):
     where the result is not that of the reference, wrong; and the launches,
     as `Seen` holds them. An error of the watch is raised.
 
-    Derived in chapter A.8.
+    Derived in chapter A.7.
     """
     sizes = sizes or ladder.counted
     arguments = ladder.draw(sizes)
@@ -139,7 +137,7 @@ def compiled(launches):
     Returns a list with a dict a kernel: name, and of each generation the
     `FACTS` of a Compiled. Needs numba-cuda and no GPU.
 
-    Derived in chapter A.8.
+    Derived in chapter A.7.
     """
     kinds = dict.fromkeys((kernel, kinds) for kernel, _, _, kinds in launches)
     return [
@@ -263,7 +261,7 @@ def contest(layers=(), sizes=GPT2_124M, counted=None, bar=iter):
     ladders and gives them back, such as tqdm. Raises ValueError for a name
     that is not there.
 
-    Derived in chapter A.8.
+    Derived in chapter A.7.
     """
     ladders = [ladder_named(x) for x in layers] or [*LADDERS]
     why = no_times()
@@ -297,7 +295,7 @@ def speeds(result):
     reaches, or FLOP/s of the peak, whichever the layer counts. Rows
     without a time are left out.
 
-    Derived in chapter A.8.
+    Derived in chapter A.7.
     """
     for found in result["ladders"]:
         rows = [(x["version"], x["time"]) for x in found["versions"]]
@@ -320,7 +318,7 @@ def speeds(result):
 def contest_report(result):
     """The result of `contest` as a text of lines to print.
 
-    Derived in chapter A.8.
+    Derived in chapter A.7.
     """
     gpu, most = result["gpu"], result["limits"]
     nothing = gpu.get("unmeasured")  # the one reason of all rows
@@ -381,7 +379,7 @@ def ladders_figure(result):
     A matplotlib figure. result: of `contest`, measured on a GPU. Raises
     ValueError when nothing in it was timed.
 
-    Derived in chapter A.8.
+    Derived in chapter A.7.
     """
     from matplotlib.figure import Figure
 

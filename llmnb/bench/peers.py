@@ -1,6 +1,6 @@
 # Written by `make export` from notebooks/appendix/08_racing.py: edit that file.
 
-"""The other contestants of the race: PyTorch and llm.c."""
+"""What a contestant's process runs: llmnb, PyTorch, transformers."""
 
 __all__ = [
     "CONTESTANTS",
@@ -116,7 +116,7 @@ def llmnb_contestant(spec):
     """
     from itertools import count
 
-    from llmnb.bench.bench import Stopwatch, timed_step
+    from llmnb.bench.stopwatch import Stopwatch, timed_step
     from llmnb.config import GPT2Config
     from llmnb.model.gpt2 import GPT2
 
@@ -173,7 +173,7 @@ def _cuda_facts(model, batch, numbers, graph):
     """Memory, versions, limits, and without a graph where the time goes."""
     from numba import cuda as real
 
-    from llmnb.bench.bench import Stopwatch, timed_step
+    from llmnb.bench.stopwatch import Stopwatch, timed_step
     from llmnb.bench.clock import Clock, limits
 
     facts = {"arena_bytes": model.memory.nbytes, **_our_facts("cuda")}

@@ -27,7 +27,7 @@ from llmnb.model.gpt2 import GPT2
 from llmnb.text.documents import sources
 from llmnb.text.reader import Tally
 from llmnb.text.shards import pieces_from
-from llmnb.train import evaluation
+from llmnb.train import choices, evaluation
 from llmnb.train.terminal import progress
 from llmnb.train.train import DataOptions
 
@@ -116,19 +116,19 @@ def _eval_text(args, path, encoding, context):
 def _eval_hellaswag(args, path, encoding, context):
     tally = Tally()
     if args.hellaswag.endswith(".bin"):
-        examples = evaluation.read_examples(args.hellaswag)
+        examples = choices.read_examples(args.hellaswag)
     else:
         how = encoding, args.skip_bad, tally
-        examples = evaluation.read_examples_json(args.hellaswag, *how)
+        examples = choices.read_examples_json(args.hellaswag, *how)
     examples = examples[: args.limit or None]
-    lengths = [evaluation.longest_row(x) - 1 for x in examples]
+    lengths = [choices.longest_row(x) - 1 for x in examples]
     how = path, 4, max(1, min(context, max(lengths)))
     model = GPT2.from_checkpoint(*how, tokens=encoding.n_vocab)
     cut = sum(length > context for length in lengths)
     bar = progress(total=len(examples), unit="example", leave=False)
     with bar:
         found = []
-        for choice in evaluation.choose(model, examples):
+        for choice in choices.choose(model, examples):
             found.append(choice)
             bar.update()
     size = f"{args.hellaswag}: {len(found):,} examples"
@@ -136,6 +136,6 @@ def _eval_hellaswag(args, path, encoding, context):
     say("hellaswag", size + tally.words())
     for name in ("by_mean", "by_sum"):
         right = sum(getattr(c, name) == c.label for c in found) / len(found)
-        error = evaluation.standard_error(right, len(found))
+        error = choices.standard_error(right, len(found))
         label = {"by_mean": "acc_norm", "by_sum": "acc"}[name]
         say(label, f"{right:.4f} +- {error:.4f}")

@@ -11,17 +11,16 @@ from llmnb.cpu.attention import (
     attention_backward,
     attention_forward,
 )
+from llmnb.cpu.backend import (
+    Backend,
+)
 from llmnb.cpu.compiled import (
     KernelCache,
     cache_folder,
 )
 from llmnb.cpu.crossentropy import (
-    crossentropy_backward,
-    crossentropy_forward,
     crossentropy_softmax_backward,
     crossentropy_softmax_forward,
-    softmax_backward,
-    softmax_forward,
 )
 from llmnb.cpu.decode import (
     cache_attention,
@@ -84,6 +83,7 @@ from llmnb.cpu.tile import (
 )
 
 __all__ = [
+    "Backend",
     "COLS",
     "DEPTH",
     "HEIGHT",
@@ -103,8 +103,6 @@ __all__ = [
     "check_bf16",
     "clip_gradients",
     "cpu_features",
-    "crossentropy_backward",
-    "crossentropy_forward",
     "crossentropy_softmax_backward",
     "crossentropy_softmax_forward",
     "device",
@@ -131,8 +129,6 @@ __all__ = [
     "routine",
     "scratch",
     "share",
-    "softmax_backward",
-    "softmax_forward",
     "team",
     "tile_shape",
     "work_shape",

@@ -3,7 +3,6 @@
 """The layers as kernels for a GPU, or for the simulator."""
 
 from llmnb.cuda.adamw import (
-    ADAMW_UPDATE,
     adamw_apply,
     adamw_scratch,
     adamw_settings,
@@ -12,7 +11,6 @@ from llmnb.cuda.adamw import (
     clip_gradients,
     clip_scratch,
     global_norm,
-    norm_apply,
 )
 from llmnb.cuda.attention import (
     ATTENTION_BACKWARD,
@@ -23,20 +21,8 @@ from llmnb.cuda.attention import (
     attention_scratch,
 )
 from llmnb.cuda.crossentropy import (
-    CROSSENTROPY_BACKWARD,
-    CROSSENTROPY_FORWARD,
-    CROSSENTROPY_SOFTMAX_BACKWARD,
-    CROSSENTROPY_SOFTMAX_FORWARD,
-    FUSED_CLASSIFIER,
-    SOFTMAX_BACKWARD,
-    SOFTMAX_FORWARD,
-    crossentropy_backward,
-    crossentropy_forward,
     crossentropy_softmax_backward,
     crossentropy_softmax_forward,
-    fused_classifier,
-    softmax_backward,
-    softmax_forward,
 )
 from llmnb.cuda.cublas import (
     Plan,
@@ -77,6 +63,7 @@ from llmnb.cuda.matmul import (
     matmul_scratch,
 )
 from llmnb.cuda.model import (
+    Backend,
     LAYERS,
     fill,
     gpu,
@@ -143,19 +130,14 @@ from llmnb.gpu.warp import (
 )
 
 __all__ = [
-    "ADAMW_UPDATE",
     "ALIGN",
     "ATTENTION_BACKWARD",
     "ATTENTION_FORWARD",
+    "Backend",
     "BarrierError",
-    "CROSSENTROPY_BACKWARD",
-    "CROSSENTROPY_FORWARD",
-    "CROSSENTROPY_SOFTMAX_BACKWARD",
-    "CROSSENTROPY_SOFTMAX_FORWARD",
     "Compiled",
     "DEVICE",
     "DeviceArray",
-    "FUSED_CLASSIFIER",
     "FUSED_RESIDUAL_FORWARD",
     "GELU_BACKWARD",
     "GELU_FORWARD",
@@ -170,8 +152,6 @@ __all__ = [
     "RESIDUAL_BACKWARD",
     "RESIDUAL_FORWARD",
     "RaceError",
-    "SOFTMAX_BACKWARD",
-    "SOFTMAX_FORWARD",
     "Seen",
     "WIDEST_HEAD",
     "adamw_apply",
@@ -193,8 +173,6 @@ __all__ = [
     "clip_gradients",
     "clip_scratch",
     "compile_kernel",
-    "crossentropy_backward",
-    "crossentropy_forward",
     "crossentropy_softmax_backward",
     "crossentropy_softmax_forward",
     "cublas_backward",
@@ -210,7 +188,6 @@ __all__ = [
     "encoder_forward",
     "fill",
     "forward_plan",
-    "fused_classifier",
     "fused_residual_forward",
     "gelu_backward",
     "gelu_forward",
@@ -230,7 +207,6 @@ __all__ = [
     "no_compiler",
     "no_cublas",
     "no_gpu",
-    "norm_apply",
     "numbered",
     "overlap",
     "products",
@@ -239,8 +215,6 @@ __all__ = [
     "residual_forward",
     "simulate",
     "simulated",
-    "softmax_backward",
-    "softmax_forward",
     "store4",
     "stream",
     "stream_address",

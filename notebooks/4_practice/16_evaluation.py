@@ -6,14 +6,18 @@
 #     name: python3
 #   llmnb:
 #     modules:
-#       train.evaluation: 'What a model knows: perplexity, bits a byte, multiple choice.'
+#       train.evaluation: "What a model pays for a text: perplexity, bits a byte."
 # ---
 
 # %% [markdown]
-# # Measure what a model knows
+# # Evaluation: what a model pays for a text
 #
-# > Perplexity and bits a byte of any text, with strided windows; multiple
-# > choice as HellaSwag asks it; and how far to trust each number.
+# > Perplexity and bits a byte of any text, with windows that overlap, and why
+# > only bytes compare.
+#
+# *Reading time: 18 minutes. You need:
+# [chapter 1.11](../1_by_hand/11_crossentropy.ipynb) and the readers of
+# [chapter 4.7](07_reading.ipynb).*
 
 # %% [markdown]
 # ## Where we are
@@ -34,19 +38,15 @@ gpt2_diagram(lit="crossentropy")
 #
 # - turn a loss a token into bits a byte, and say why only these compare;
 # - say what the stride of the windows buys and what it costs;
-# - score a multiple choice with a language model, by sum and by mean, and say
-#   which mistake each makes;
-# - put a standard error on an accuracy.
+# - draw what a token's place in the window is worth.
 #
-# You need the loss of [chapter 1.11](../1_by_hand/11_crossentropy.ipynb), training from
-# [chapter 1.16](../1_by_hand/16_training.ipynb), and the readers of
-# [chapter 4.9](09_shards.ipynb).
+# How a model answers a multiple choice is told in
+# [chapter 4.25](25_choices.ipynb).
 
 # %% [markdown]
 # ## Setup
 
 # %% setup
-from tempfile import TemporaryDirectory
 
 import matplotlib.pyplot as plt
 
@@ -106,15 +106,11 @@ print("bits a byte", round(float(loss / np.log(2)), 6))
 
 # %% imports of the evaluation tags=["export"]
 import math
-import os
-from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
-from llmnb.files import replacing, what_is
-from llmnb.text.reader import check_text, open_stream, read_records, text_of
 from llmnb.text.tokenizer import EOT, encode_text
 
 
@@ -429,418 +425,12 @@ print(f"{score.loss:.3f} nats a token, perplexity {score.perplexity:.1f}")
 print(f"{score.bits_per_byte:.3f} bits a byte of {score.bytes:,}")
 
 # %% [markdown]
-# ## Multiple choice
-#
-# **HellaSwag** gives the beginning of a scene and four ways to go on, of which
-# one is the true one. A language model answers without being asked: it says how
-# probable each ending is. For a context $c$ and an ending $e$ of $n$ tokens
-# the probability of the ending is
-#
-# $$ \log P(e \mid c) = \sum_{i=1}^{n} \log p(e_i \mid c, e_{<i}) . \tag{4.16.5} $$
-#
-# Choose the ending with the largest. This is `acc`. Its fault: each token
-# multiplies $P$ by a number below 1, so a longer ending is less probable
-# whatever it says. Suppose all tokens cost about the same, $\bar\ell$ nats. Then
-# $-\log P \approx n \bar\ell$, and the shortest ending wins. Dividing by the
-# length takes this out:
-#
-# $$ \hat e = \arg\min_e \; \frac1n \sum_{i=1}^{n} -\log p(e_i \mid c, e_{<i})
-#    . \tag{4.16.6} $$
-#
-# That is `acc_norm`, as llm.c has it: the mean loss over the tokens of the
-# ending, and the lowest wins. It errs the other way, a little: the later tokens
-# of a long ending are easy, since the ending itself explains them. (Some
-# programs divide by the bytes of the ending instead; their numbers differ.)
-#
-# A row that is longer than the context loses its beginning, as the last tokens
-# before an ending say most about it. `llmnb eval` says how many examples were
-# cut, for a model with a short context answers another question.
-
-
-# %% an example tags=["export"]
-class Example(NamedTuple):
-    """A multiple choice, in tokens.
-
-    context: a 1-D integer array. endings: four of them. label: the index of
-    the true one.
-    """
-
-    context: np.ndarray
-    endings: list
-    label: int
-
-
-class Choice(NamedTuple):
-    """What a model chose: by the mean, by the sum, and the truth.
-
-    losses: of the four endings, (4,) means.
-    """
-
-    by_mean: int
-    by_sum: int
-    label: int
-    losses: np.ndarray
-
-
-# %% choose tags=["export"]
-def choose(model, examples):
-    """Yield the `Choice` of a model for every `Example`.
-
-    The four rows of an example, context and ending, are scored in the
-    model's batches: in one if batch_size is 4. A row of more than
-    model.seq_len + 1 tokens loses those on its left.
-    """
-    examples, most = list(examples), model.seq_len + 1
-    rows = (
-        np.concatenate([x.context, e])[-most:]
-        for x in examples
-        for e in x.endings
-    )
-    losses = row_losses(model, rows)
-    for example in examples:
-        four = list(islice(losses, 4))
-        pairs = zip(four, example.endings, strict=True)
-        ending = [row[-len(e) :] for row, e in pairs]
-        means = np.array([x.mean() for x in ending])  # (4.16.6)
-        sums = [x.sum() for x in ending]  # (4.16.5)
-        best = int(np.argmin(means)), int(np.argmin(sums))
-        yield Choice(*best, example.label, means)
-
-
-def longest_row(example):
-    """The tokens of an example's longest row."""
-    return len(example.context) + max(map(len, example.endings))
-
-
-# %% [markdown]
-# How far can the fraction of right answers be trusted? Each answer is right
-# with an unknown probability $q$, a random number $r \in \{0, 1\}$ with mean $q$
-# and variance $\mathbb E r^2 - q^2 = q - q^2$. The mean of $n$ independent ones
-# has the variance $q(1-q)/n$. Put the measured fraction in place of $q$:
-#
-# $$ \mathrm{SE} = \sqrt{\frac{\hat q (1 - \hat q)}{n}} . \tag{4.16.7} $$
-#
-# On HellaSwag's 10,042 examples, at $\hat q = 0.3$, that is 0.0046: two models
-# that differ by less than a hundredth may be equal. On 100 examples it is
-# 0.046, and a guess (0.25) cannot be told from GPT-2 (0.29).
-
-
-# %% the error of an accuracy tags=["export"]
-def standard_error(accuracy, count):
-    """The standard error of a fraction of `count` answers; (4.16.7)."""
-    return math.sqrt(accuracy * (1 - accuracy) / count)
-
-
-# %% ten thousand examinations
-answers = rng.random_sample((10_000, 500)) < 0.3
-spread = answers.mean(axis=1).std()
-compare("standard error", standard_error(0.3, 500), spread, tol=1e-3)
-print(
-    round(standard_error(0.3, 10_042), 4), round(standard_error(0.3, 100), 3)
-)
-
-# %% [markdown]
-# ### The file
-#
-# HellaSwag comes as JSON lines: `ctx`, four `endings`, and `label`. An ending
-# is encoded with a space before it, as it would stand in the text. llm.c keeps
-# the tokens in a file: a header of 256 int32, of which four are used, then
-# uint16 numbers.
-#
-# | place | number |
-# |---|---|
-# | header 0 to 3 | 20240522, version 1, examples, bytes of the longest one |
-# | example 0 to 4 | 65535, its bytes, its index, the label, 4 |
-# | example 5 | tokens of the context, and then these tokens |
-# | four times | tokens of the ending, and then these tokens |
-
-
-# %% examples from JSON lines tags=["export"]
-def read_examples_json(path, encoding, skip_bad=False, tally=None):
-    """The examples of a file of JSON lines: a list of `Example`.
-
-    Each line has ctx, four endings, and label, from 0 to 3; the file may be
-    packed (.gz, .zst). Raises ValueError, naming the file and the line, or
-    with skip_bad passes over bad lines and notes them in `tally`, a `Tally`.
-    """
-    take = partial(_example_of, encoding=encoding)
-    with open_stream(path) as (stream, _):
-        lines = read_records(path, stream, take, skip_bad, tally)
-        found = [example for _, example in lines]
-    if not found:
-        raise ValueError(f"{path}: holds no example")
-    return found
-
-
-# %% one line tags=["exporti"]
-def _example_of(where, record, encoding):
-    """A HellaSwag record in tokens, or ValueError."""
-    context = text_of(where, record, "ctx")
-    endings, label = record.get("endings"), record.get("label")
-    if not isinstance(endings, list) or len(endings) != 4:
-        raise ValueError(f"{where}: 'endings' must be a list of four texts")
-    if str(label) not in ("0", "1", "2", "3"):
-        raise ValueError(f"{where}: 'label' must be 0 to 3, got {label!r:.40}")
-    texts = [f" {check_text(f'{where}: an ending', e)}" for e in endings]
-    ids = [
-        encode_text(encoding, x).astype(np.int32) for x in (context, *texts)
-    ]
-    if not ids[0].size:
-        raise ValueError(f"{where}: 'ctx' must not be empty")
-    return Example(ids[0], ids[1:], int(label))
-
-
-# %% write llm.c's format tags=["export"]
-EVAL_MAGIC, EVAL_START, EVAL_VERSION = 20240522, 65535, 1
-
-
-def write_examples(path, examples):
-    """Write a list of `Example` in llm.c's format.
-
-    The file is written beside `path` and renamed. Raises ValueError for an
-    example that takes 65,536 bytes or more, and for an empty list.
-    """
-    blocks = []
-    for i, example in enumerate(examples):
-        body = [i % 65536, example.label, len(example.endings)]
-        for tokens in [example.context, *example.endings]:
-            body += [len(tokens), *map(int, tokens)]
-        size = 2 * (len(body) + 2)
-        if size > 65535 or max(body) > 65535 or min(body) < 0:
-            raise ValueError(
-                f"write_examples: example {i} must take less than 65536 "
-                f"bytes and have tokens below 65536, it takes {size}"
-            )
-        blocks.append(np.array([EVAL_START, size, *body], "<u2"))
-    if not blocks:
-        raise ValueError("write_examples: there are no examples")
-    header = np.zeros(256, "<i4")
-    longest = max(block.nbytes for block in blocks)
-    header[:4] = EVAL_MAGIC, EVAL_VERSION, len(blocks), longest
-    with replacing(path) as file:
-        file.write(header.tobytes() + b"".join(x.tobytes() for x in blocks))
-
-
-# %% [markdown]
-# Reading trusts nothing: the file's size bounds the count, and each length is
-# checked against what is left of its example before it is used.
-
-
-# %% read llm.c's format tags=["export"]
-def read_examples(path):
-    """The examples of a file in llm.c's format: a list of `Example`.
-
-    Raises ValueError, naming the file, what is wrong and what would be
-    right.
-    """
-    size = os.path.getsize(path)
-    if size < 1024 or size % 2:
-        what = what_is(path, EVAL_MAGIC)
-        raise ValueError(
-            f"{path}: must have a header of 1024 bytes and two bytes for "
-            f"each number, the file has {size}" + (what and f": {what}")
-        )
-    header = np.fromfile(path, "<i4", 4)
-    magic, version, count, longest = header.tolist()
-    most = (size - 1024) // 30  # an example has 15 numbers or more
-    for ok, what, must, got in (
-        (magic == EVAL_MAGIC, "magic number", EVAL_MAGIC, magic),
-        (version == EVAL_VERSION, "version", EVAL_VERSION, version),
-        (0 < count <= most, "count", f"1 to {most} in {size} bytes", count),
-    ):
-        if not ok:
-            other = what_is(path, EVAL_MAGIC)
-            raise ValueError(
-                f"{path}: the {what} must be {must}, got {got}"
-                + (other and f": {other}")
-            )
-    numbers, place, found = np.fromfile(path, "<u2", offset=1024), 0, []
-    for i in range(count):
-        example, used = _parse(f"{path}: example {i}", numbers[place:])
-        if 2 * used > longest:
-            raise ValueError(
-                f"{path}: example {i} has {2 * used} bytes, the header says "
-                f"at most {longest}"
-            )
-        place += used
-        found.append(example)
-    if place != len(numbers):
-        raise ValueError(
-            f"{path}: {2 * (len(numbers) - place)} bytes follow the last "
-            "example"
-        )
-    return found
-
-
-# %% one example tags=["exporti"]
-def _parse(where, numbers):
-    """The `Example` at the start of an array, and the numbers it takes."""
-    if len(numbers) < 15 or numbers[0] != EVAL_START:
-        raise ValueError(f"{where} must begin with {EVAL_START}")
-    size, _, label, four = numbers[1:5].tolist()
-    if size % 2 or not 30 <= size <= 2 * len(numbers):
-        raise ValueError(
-            f"{where} must have an even size of 30 to {2 * len(numbers)} "
-            f"bytes, got {size}"
-        )
-    if four != 4 or label > 3:
-        raise ValueError(
-            f"{where} must have 4 endings and a label of 0 to 3, got {four} "
-            f"and {label}"
-        )
-    left, parts = numbers[5 : size // 2], []
-    for _ in range(5):
-        length = int(left[0]) if len(left) else 0
-        if not 0 < length < len(left):
-            raise ValueError(f"{where}: a text of {length} tokens cannot fit")
-        parts.append(left[1 : length + 1].astype(np.int32))
-        left = left[length + 1 :]
-    if len(left):
-        raise ValueError(f"{where}: {len(left)} numbers follow its endings")
-    return Example(parts[0], parts[1:], label), size // 2
-
-
-# %% [markdown]
-# Three questions of our own, in both forms, which must give the same examples:
-
-# %% three questions
-import json
-from pathlib import Path
-
-QUESTIONS = [
-    ("The kettle boiled, so she", ["made tea.", "ran.", "sold it.", "."], 0),
-    ("He opened the umbrella as", ["if.", "the rain began.", "it.", "a"], 1),
-    ("The bridge was shut, and", ["so", "birds", "they went round.", "a"], 2),
-]
-scratch = TemporaryDirectory(ignore_cleanup_errors=True)
-folder = Path(scratch.name)
-names = "ctx", "endings", "label"
-lines = [json.dumps(dict(zip(names, q, strict=True))) for q in QUESTIONS]
-_ = (folder / "three.jsonl").write_text("\n".join(lines), "utf-8")
-
-# %% both forms
-from llmnb.train.evaluation import (
-    read_examples,
-    read_examples_json,
-    write_examples,
-)
-
-examples = read_examples_json(folder / "three.jsonl", data.encoding)
-write_examples(folder / "three.bin", examples)
-again = read_examples(folder / "three.bin")
-same = all(
-    np.array_equal(a.context, b.context)
-    and all(map(np.array_equal, a.endings, b.endings))
-    and a.label == b.label
-    for a, b in zip(examples, again, strict=True)
-)
-verdict("two forms", same, "the same examples")
-raw = (folder / "three.bin").read_bytes()
-print(np.frombuffer(raw[:16], "<i4")[:3], len(raw) > 1024)
-
-# %% [markdown]
-# ### Try it
-#
-# Our student has read source code, and not enough of it to know about kettles.
-# So we make it a test from text that it has not seen: sixteen tokens of
-# validation text, the tokens that follow them, and three other stretches from
-# elsewhere. Each ending has a length of its own, from 2 to 12 tokens.
-
-
-# %% a test made from the text
-def make_example(rng, tokens):
-    at = rng.randint(0, len(tokens) - 30, 4)
-    lengths = rng.randint(2, 13, 4)
-    pairs = zip(at, lengths, strict=True)
-    endings = [tokens[a + 16 : a + 16 + n] for a, n in pairs]
-    order = rng.permutation(4)
-    context = tokens[at[0] : at[0] + 16]
-    label = int(np.flatnonzero(order == 0)[0])
-    return Example(context, [endings[i] for i in order], label)
-
-
-test = [make_example(rng, data.val_tokens) for _ in range(400)]
-choices = list(choose(student, test))
-right = np.mean([c.by_mean == c.label for c in choices])
-error = standard_error(right, len(test))
-verdict("the student", right > 0.25 + 3 * error, "is better than a guess")
-
-# %% the length of what is chosen
-lengths = np.array([[len(e) for e in x.endings] for x in test])
-rows = np.arange(len(test))
-by_sum = lengths[rows, [c.by_sum for c in choices]].mean()
-by_mean = lengths[rows, [c.by_mean for c in choices]].mean()
-verdict("the sum", by_sum < lengths.mean() - 1, "prefers short endings")
-verdict("the mean", by_mean > by_sum + 1, "less so")
-
-# %% the numbers tags=["nbval-ignore-output"]
-summed = np.mean([c.by_sum == c.label for c in choices])
-print(f"acc_norm {right:.3f}, acc {summed:.3f}, each +- {error:.3f}")
-print(f"tokens chosen: {by_mean:.1f} by the mean, {by_sum:.1f} by the sum")
-
-# %% [markdown]
-# The bias of (4.16.5) on its own: a model without weights gives every token the
-# same probability. All four means are $\log V$, so by the mean it has no
-# preference, while by the sum it takes the shortest ending.
-
-# %% no weights
-guess = GPT2(config.model(data.encoding.n_vocab), 4, 64, seed=None)
-blank = list(choose(guess, test[:50]))
-means = np.array([c.losses for c in blank])
-compare(
-    "the mean", means, np.full((50, 4), np.log(guess.cfg.vocab_size)), 1e-5
-)
-shortest = [
-    c.by_sum == np.argmin(n) for c, n in zip(blank, lengths, strict=False)
-]
-verdict("the sum", all(shortest), "takes the shortest")
-
-# %% [markdown]
-# Four damaged files, and what is said about them:
-
-
-# %% damaged files
-def complaint(raw):
-    path = folder / "bad.bin"
-    path.write_bytes(raw)
-    try:
-        read_examples(path)
-    except ValueError as error:
-        return str(error).replace(f"{path}", path.name)
-    raise AssertionError("no complaint")
-
-
-number = (2**31 - 1).to_bytes(4, "little")
-print(complaint(raw[:-2]))
-print(complaint(raw[:8] + number + raw[12:]))
-print(complaint(raw[:1034] + b"\xff\xff" + raw[1036:]))
-print(complaint(raw + b"\0\0"))
-
-# %% [markdown]
 # ## Take away
 #
 # - Perplexity depends on the tokenizer. Bits a byte do not: all models code the
 #   same bytes.
 # - Overlapping windows give every token a context of $T - s + 1$ or more, at
 #   $T/s$ times the work. The stride is part of the number.
-# - Dividing an ending's loss by its length takes out the preference for short
-#   endings.
-# - An accuracy over $n$ questions has a standard error of
-#   $\sqrt{\hat q(1-\hat q)/n}$. Without it, a difference says nothing.
-#
-# ## Design note
-#
-# Programs that run many benchmarks build a prompt for each, with worked
-# examples in front and answers in letters, and compare what the model writes.
-# That measures what people want from a large model. A small model cannot follow
-# such a prompt, and all its answers look like chance. Asking for the
-# probability of an ending needs no instruction, and is therefore what one
-# watches while a small model trains.
-#
-# We score an example in four rows and compute the context four times. Keeping
-# the keys and values of the context ([chapter 4.13](13_cache.ipynb)) would save
-# most of that when contexts are long; HellaSwag's endings are about as long as
-# its contexts, and four equal rows are one batch.
 #
 # ## Exercises
 #
@@ -857,70 +447,37 @@ first, second = Score(0.9, 1, 1), Score(3.6 * 10, 10, 42)
 verdict("exercise 1", second.bits_per_byte < first.bits_per_byte, "the second")
 
 # %% [markdown]
-# **2** (★★). Two models answer the same $n$ questions. Why is the standard
-# error of the *difference* of their accuracies often much smaller than (4.16.7)
-# suggests? Compute it from the two lists of right and wrong.
-#
-# :::{admonition} Solution to exercise 2
-# :class: dropdown
-# Both meet the same hard questions, so their errors are correlated. Take the
-# difference of each question, $-1$, 0 or 1, and the standard error of its mean:
-# questions that both get right or both wrong add nothing.
-# :::
-
-
-# %% exercise 2, the function tags=["hide-cell"]
-def error_of_difference(a, b):
-    d = np.asarray(a, float) - np.asarray(b, float)
-    return d.std() / np.sqrt(len(d))
-
-
-# %% exercise 2, checked
-a = rng.random_sample(2000) < 0.4
-b = np.where(rng.random_sample(2000) < 0.9, a, ~a)
-paired = error_of_difference(a, b)
-apart = np.hypot(*(standard_error(x.mean(), 2000) for x in (a, b)))
-verdict("exercise 2", paired < 0.6 * apart, "much smaller")
-
-# %% [markdown]
-# **3** (★★). Write `cost(N, T, s)`, the number of windows that `windows`
+# **2** (★★). Write `cost(N, T, s)`, the number of windows that `windows`
 # yields, without yielding them.
 #
-# :::{admonition} Solution to exercise 3
+# :::{admonition} Solution to exercise 2
 # :class: dropdown
 # One window covers $T$; each further one adds $s$:
 # $1 + \lceil \max(0, N - T) / s \rceil$.
 # :::
 
 
-# %% exercise 3, the function tags=["hide-cell"]
+# %% exercise 2, the function tags=["hide-cell"]
 def cost(N, T, s):
     return 1 + -(-max(0, N - T) // s)
 
 
-# %% exercise 3, checked
+# %% exercise 2, checked
 from llmnb.train.evaluation import windows
 
 cases = [(N, T, s) for N in (1, 8, 9, 30) for T in (4, 8) for s in (1, 3, 4)]
 same = all(cost(*c) == len(list(windows(*c))) for c in cases)
-verdict("exercise 3", same, "counts the windows")
+verdict("exercise 2", same, "counts the windows")
 
 # %% [markdown]
 # ## Further reading
 #
-# - Zellers et al. (2019),
-#   [HellaSwag: Can a Machine Really Finish Your Sentence?](https://arxiv.org/abs/1905.07830):
-#   section 3, on how wrong endings were made that fool models and not people.
-# - Gao (2021),
-#   [Multiple Choice Normalization in LM Evaluation](https://blog.eleuther.ai/multiple-choice-normalization/):
-#   the ways to divide by a length, and what each assumes.
-# - Cover and Thomas (2006), *Elements of Information Theory*, chapter 1.6: why
-#   $-\log_2 P$ is the length of a code.
+# - Cover and Thomas (2006), *Elements of Information Theory*, its fifth chapter:
+#   why $-\log_2 P$ is the length of a code.
 # - Radford et al. (2019),
 #   [Language Models are Unsupervised Multitask Learners](https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf):
 #   section 3.1, where perplexities are taken a word to compare tokenizers.
-
-# %% [markdown]
+#
 # ## What llmnb gained
 
 # %% what llmnb gained

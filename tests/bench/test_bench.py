@@ -13,17 +13,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from llmnb.model.tensors import flops_per_token, parameter_count
 from PIL import Image
 
 from llmnb.bench import bench as module
 from llmnb.bench import peers, race
 from llmnb.bench.bench import (
     CONFIGS,
-    Stopwatch,
     bench,
     layers_figure,
     report,
-    timed_step,
 )
 from llmnb.bench.peers import missing, peak_memory, random_batch, serve
 from llmnb.bench.race import (
@@ -36,13 +35,14 @@ from llmnb.bench.race import (
     start_times,
     take_turns,
 )
-from llmnb.config import GPT2Config, flops_per_token, parameter_count
+from llmnb.bench.stopwatch import Stopwatch, timed_step
+from llmnb.config import GPT2Config
 from llmnb.cpu import tile
 from llmnb.formats.checkpoint import write_folder
 from llmnb.model.generate import generate
 from llmnb.model.gpt2 import GPT2
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CFG = GPT2Config(16, 131, 3, 2, 16)
 SHAPE = {"model": dict(vars(CFG)), "batch_size": 2, "seq_len": 16}
 OURS = {"kind": "llmnb", "backend": "reference", "precision": "fp32"}
@@ -67,7 +67,9 @@ def test_who_computes_no_numbers_has_no_speed(monkeypatch):
                 "facts": {"peak_bytes": 1},
             },
         }
-        monkeypatch.setattr("llmnb.bench.race", lambda *x, f=found: (f, {}))
+        monkeypatch.setattr(
+            "llmnb.bench.bench.race", lambda *x, f=found: (f, {})
+        )
         with pytest.raises(FloatingPointError, match=f"{name}: the loss is n"):
             bench({"tiny": (CFG, 2, 16)}, REFERENCE)
 

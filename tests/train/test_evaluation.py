@@ -8,6 +8,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llmnb.train.choices import (
+    Example,
+    choose,
+    longest_row,
+    read_examples,
+    read_examples_json,
+    standard_error,
+    write_examples,
+)
 
 from llmnb.cli.__main__ import main
 from llmnb.config import GPT2Config
@@ -15,19 +24,12 @@ from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
 from llmnb.text.reader import Tally
 from llmnb.train.evaluation import (
-    Example,
     Score,
-    choose,
-    longest_row,
-    read_examples,
-    read_examples_json,
     row_losses,
     score_pieces,
     score_text,
-    standard_error,
     text_losses,
     windows,
-    write_examples,
 )
 
 QUICK = settings(max_examples=300, deadline=None, derandomize=True)

@@ -1,0 +1,310 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     modules:
+#       bench.clock: "Time on a GPU, by its own events."
+# ---
+
+# %% [markdown]
+# # Measured: time on a GPU
+#
+# > Three traps that make a GPU look faster than it is, a clock that steps round
+# > them, and what has been measured so far.
+#
+# *Reading time: 14 minutes. You need: [chapter 3.11](11_step.ipynb).*
+
+# %% [markdown]
+# ## Where we are
+#
+# The simulator counts, and the counts predict. Only a clock can say whether
+# the prediction holds. At the end of this chapter you can
+#
+# - time a kernel on a GPU with events, a busy queue and a cold cache;
+# - measure the two limits of a GPU, and say what they are shares of;
+# - find what has been measured, and what has not, on the
+#   [results page](../../book/results.md).
+
+# %% [markdown]
+# ## Setup
+
+# %% setup
+import numpy as np
+
+# %% [markdown]
+# ## Three traps
+#
+# A GPU adds three traps to those of
+# [chapter A.8](../appendix/08_racing.ipynb), and `llmnb bench --backend cuda` has
+# to step around each of them.
+#
+# **A launch returns before the work is done.** The clock of the host reads
+# how long it took to hand the work over. To time a whole step it must wait,
+# so the contestants synchronise before they read the clock. To time one
+# kernel, that wait would be longer than the kernel. A GPU keeps clocks of
+# its own: an **event** is a mark in the stream of work, and the GPU notes
+# the time as it passes. Two events, one before the kernel and one after it,
+# differ by what the kernel took.
+#
+# **The host may be late.** If the GPU reaches the first event before the
+# host has launched the kernel, the difference counts the GPU's waiting. So
+# we give it something to do first, longer than the host needs to launch.
+#
+# **Memory remembers.** The second launch on the same arrays finds them in
+# the L2 cache, 50 MB on an H100, and seems to beat the memory. In a training
+# step other layers have been there in between. The work that keeps the GPU
+# busy therefore reads a block larger than the L2, and what is timed begins
+# with a **cold L2**.
+#
+# What a GPU is to do while it waits is a kernel that reads a block of
+# memory and keeps one sum a thread; another copies, and a third does
+# nothing but multiply and add, in as many chains as the additions need to
+# overlap. The last two measure the machine's limits: bytes a second and
+# operations a second.
+
+# %% imports of the GPU's clock tags=["export"] module="bench.clock"
+import subprocess
+import time
+from statistics import median
+
+import numpy as np
+
+from llmnb.gpu.launch import empty, kernel, missing, to_device
+from llmnb.gpu.simulator import cuda, load4, store4
+
+# %% three kernels that measure tags=["exporti"] module="bench.clock"
+_CHAINS, _UNROLLED = 16, 8  # of multiply-adds: independent, and in a row
+
+
+@kernel(launch_bounds=256)
+def _sweep(out, inp):
+    me, step = cuda.grid(1), cuda.gridsize(1)
+    total = np.float32(0)
+    for i in range(4 * me, inp.size, 4 * step):
+        a, b, c, d = load4(inp, i)
+        total += (a + b) + (c + d)
+    out[me] = total
+
+
+@kernel(launch_bounds=256)
+def _copy(out, inp):
+    me, step = cuda.grid(1), cuda.gridsize(1)
+    for i in range(4 * me, inp.size, 4 * step):
+        a, b, c, d = load4(inp, i)
+        store4(out, i, a, b, c, d)
+
+
+@kernel(launch_bounds=256)
+def _multiply_add(out, turns):
+    me = cuda.grid(1)
+    x, chains = out[me], cuda.local.array(_CHAINS, np.float32)
+    for k in range(_CHAINS):
+        chains[k] = x + np.float32(k)
+    for _ in range(turns):
+        for _ in range(_UNROLLED):
+            for k in range(_CHAINS):
+                chains[k] = chains[k] * x + x
+    for k in range(1, _CHAINS):
+        chains[0] += chains[k]
+    out[me] = chains[0]
+
+
+# %% [markdown]
+# The three are kernels as all others, so the simulator proves that they do
+# what they say; only then is it worth anything to time them.
+
+# %% the three on the simulated GPU
+from llmnb.bench.clock import _copy, _multiply_add, _sweep
+from llmnb.gpu.launch import empty, simulated, to_host
+from llmnb.gpu.simulator import watch
+from llmnb.book.verify import compare
+
+rng = np.random.default_rng(20)
+block = simulated(rng.normal(size=640).astype(np.float32))
+there, sums = empty(640, like=block), empty(64, like=block)
+x = rng.uniform(0.1, 0.9, 64).astype(np.float32)
+chain = simulated(x)
+with watch() as seen:
+    _copy[2, 32](there, block)
+    _sweep[2, 32](sums, block)
+    _multiply_add[2, 32](chain, 3)
+want = x[:, None].astype(np.float64) + np.arange(16)
+for _ in range(3 * 8):
+    want = want * x[:, None] + x[:, None]
+compare("copy", to_host(there), to_host(block), tol=1e-12)
+total = to_host(block).sum(dtype=np.float64)
+compare("sweep", to_host(sums).sum(dtype=np.float64), total, tol=1e-4)
+errors = to_host(chain) / want.sum(1)
+compare("multiply-add", errors, np.ones(64), tol=1e-5)
+least = (3 * 640 + 3 * 64) * 4 // 32
+print(f"{seen.sectors} sectors moved; the least are {least}")
+
+# %% [markdown]
+# `Clock` puts the events around what it is given. It asks how long the host
+# takes to launch it, and sweeps as often as covers twice that. A GPU changes
+# its clock rate as it warms up, and so the rounds are interleaved here too:
+# `in_turns` times every version once a round, and the median is taken over
+# the rounds.
+#
+# No GPU has run these lines yet. What could be tried without one has been:
+# the kernels in the simulator, and the order of events and launches on a
+# clock that is made up.
+
+
+# %% a clock on the GPU tags=["export"] module="bench.clock"
+class Clock:
+    """Times what a GPU does, with a cold L2 and the host out of the way.
+
+    Needs a GPU; it takes four times the memory of the L2 cache.
+    """
+
+    def __init__(self):
+        from numba import cuda as real
+
+        gpu = real.get_current_device()
+        self._grid = 8 * gpu.MULTIPROCESSOR_COUNT
+        floats = max(gpu.L2_CACHE_SIZE, 1 << 20)  # four times its bytes
+        block = np.zeros(floats, np.float32)
+        self._block, self._wait = to_device(block), real.synchronize
+        self._sums = empty(256 * self._grid, like=self._block)
+        self._marks = real.event(), real.event()
+        swept = min(self._between(self._sweep) for _ in range(5))
+        self._swept = max(swept, 1e-6)
+
+    def _sweep(self):
+        _sweep[self._grid, 256](self._sums, self._block)
+
+    def _between(self, run):
+        start, end = self._marks
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3  # from milliseconds
+
+    def launching(self, run):
+        """Seconds that the host needs for run(), which only launches."""
+        run()  # compiles
+        self._wait()
+        start = time.perf_counter()
+        run()
+        spent = time.perf_counter() - start
+        self._wait()
+        return spent
+
+    def seconds(self, run, launching):
+        """Seconds that the GPU takes for what run() launches.
+
+        launching: what the host takes, from the method of that name.
+        """
+        for _ in range(1 + int(2 * launching / self._swept)):
+            self._sweep()
+        return self._between(run)
+
+
+# %% in turns tags=["export"] module="bench.clock"
+def in_turns(clock, runs, budget=2.0, most=50):
+    """Time each of some functions once a round; see `Clock`.
+
+    runs: a dict from name to a function that launches. budget: seconds of
+    GPU time to spend, roughly; at least five rounds and at most `most` are
+    measured. Returns a dict from name to a list of seconds.
+    """
+    host = {name: clock.launching(run) for name, run in runs.items()}
+    first = {name: clock.seconds(r, host[name]) for name, r in runs.items()}
+    rounds = int(budget / max(sum(first.values()), 1e-9))
+    found = {name: [] for name in runs}
+    for _ in range(min(max(rounds, 5), most)):
+        for name, run in runs.items():
+            found[name].append(clock.seconds(run, host[name]))
+    return found
+
+
+# %% the limits of a GPU tags=["export"] module="bench.clock"
+def limits(clock):
+    """What a GPU reaches in the two kernels that do nothing else.
+
+    Returns a dict: fma_peak, FLOP/s in float32 on registers alone, and
+    copy_bytes, bytes read and written a second in a copy of 256 MB.
+    """
+    from numba import cuda as real
+
+    grid = 8 * real.get_current_device().MULTIPROCESSOR_COUNT
+    chains = to_device(np.full(256 * grid, 0.5, np.float32))
+    here, turns = to_device(np.zeros(1 << 26, np.float32)), 4096
+    there = empty(here.shape, like=here)
+    runs = {
+        "fma": lambda: _multiply_add[grid, 256](chains, turns),
+        "copy": lambda: _copy[grid, 256](there, here),
+    }
+    spent = {k: median(v) for k, v in in_turns(clock, runs, 1.0).items()}
+    flops = 2 * _CHAINS * _UNROLLED * turns * chains.size
+    moved = 2 * here.nbytes
+    return {
+        "fma_peak": flops / spent["fma"],
+        "copy_bytes": moved / spent["copy"],
+    }
+
+
+# %% which GPU tags=["export"] module="bench.clock"
+def no_times():
+    """Why nothing can be timed on a GPU here; empty where it can."""
+    return f"no GPU: {missing()}" if missing() else ""
+
+
+def gpu_facts():
+    """The GPU's name, generation, processors, caches, clocks: a dict.
+
+    Needs a GPU. clocks is what nvidia-smi says of them at this moment, or
+    None where it is silent.
+    """
+    from numba import cuda as real
+
+    gpu = real.get_current_device()
+    name = gpu.name.decode() if isinstance(gpu.name, bytes) else gpu.name
+    fields = "driver_version,clocks.sm,clocks.mem,power.limit"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv"]
+    try:
+        said = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        said = None
+    return {
+        "name": name,
+        "generation": list(gpu.compute_capability),
+        "processors": gpu.MULTIPROCESSOR_COUNT,
+        "l2_bytes": gpu.L2_CACHE_SIZE,
+        "memory_bytes": real.current_context().get_memory_info()[1],
+        "nvidia_smi": said,
+    }
+
+
+# %% [markdown]
+# ## What has been measured
+#
+# Nothing yet: no GPU has run the kernels of this book. They have been compiled
+# for two generations of GPUs, run in the simulator, and counted there; every
+# version of every layer, with these counts, stands in
+# [chapter A.7](../appendix/07_ladders.ipynb). `llmnb bench --backend cuda` on a
+# machine with a GPU measures the step and PyTorch's in turns, and
+# `--kernels` every version of every layer; the
+# [results page](../../book/results.md) is drawn from what it writes, and says
+# unmeasured where there is nothing.
+
+# %% [markdown]
+# ## Take away
+#
+# - A GPU's time is read from events in its own queue, after something that
+#   keeps it busy and empties its cache; a version that is wrong gets no time.
+
+# %% [markdown]
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.book.index import gained
+
+gained("3.12")
