@@ -40,6 +40,7 @@ from llmnb.cpu.gelu import (
 )
 from llmnb.cpu.jit import (
     device,
+    inlined,
     inner,
     kernel,
     routine,
@@ -113,6 +114,7 @@ __all__ = [
     "gelu_forward",
     "global_norm",
     "has_bf16",
+    "inlined",
     "inner",
     "kernel",
     "layernorm_backward",
