@@ -72,8 +72,7 @@ from llmnb.cuda.layernorm import (
     layernorm_scratch,
 )
 from llmnb.cuda.matmul import (
-    MATMUL_BACKWARD,
-    MATMUL_FORWARD,
+    bias_gradient,
     matmul_backward,
     matmul_forward,
     matmul_scratch,
@@ -167,8 +166,6 @@ __all__ = [
     "LAYERNORM_BACKWARD",
     "LAYERNORM_FORWARD",
     "LAYERS",
-    "MATMUL_BACKWARD",
-    "MATMUL_FORWARD",
     "Plan",
     "RESIDUAL_BACKWARD",
     "RESIDUAL_FORWARD",
@@ -186,6 +183,7 @@ __all__ = [
     "attention_backward",
     "attention_forward",
     "attention_scratch",
+    "bias_gradient",
     "block_max",
     "block_sum",
     "by_element",
