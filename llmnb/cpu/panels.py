@@ -205,7 +205,7 @@ _compiled = []  # an address is good as long as its routine is kept
 
 @functools.cache
 def _routines(panel, number):
-    """The Routines for two dtypes of NumPy."""
+    """The Routines for two dtypes of NumPy, as a plain tuple."""
     kinds = (types.CPointer(numba.from_dtype(d)) for d in (panel, number))
     p, x, n = *kinds, types.int64
     pack = types.void(p, n, x, n, n, n, n, n)
@@ -217,7 +217,7 @@ def _routines(panel, number):
         routine(_tiles_routine, multiply),
     )
     _compiled.extend(made)
-    return Routines(*(one.address for one in made))
+    return tuple(one.address for one in made)
 
 
 # jump to a routine
@@ -295,7 +295,7 @@ def check_bf16(name, bf16, dtype):
 
 
 def scratch(work, bf16, dtype):
-    """What kernels need: Routines, panels and work.
+    """What kernels need: Routines as a plain tuple, panels and work.
 
     The routines are compiled when they are not in the cache. work is
     allocated if it is None. panels is the same memory, for bf16 as uint32.

@@ -357,6 +357,7 @@ from llmnb.cpu.panels import (
     SPARE,
     WIDTH,
     WORK,
+    Routines,
     Sizes,
     check_bf16,
     multiply_panels,
@@ -411,10 +412,11 @@ def _place(i, j, first, steps):
 
 # %% a strip tags=["exporti"]
 @device
-def _multiply_strip(x, strip, steps, depth, code, panels, spare):
+def _multiply_strip(x, strip, how, panels, spare):
     """x: out, start, bias, a and b; strip: top, bottom, left and right."""
     out, start, bias, a, b = x
     top, bottom, left, right = strip
+    steps, depth, code = how
     second = HEIGHT * DEPTH  # where the panels of b begin
     spare[ROWS * COLS : (ROWS + 1) * COLS] = 0
     start = start if steps.start_col else spare
@@ -444,7 +446,7 @@ def _multiply(part, parts, address):
     out, start, bias, a, b, sizes, steps, code, panels, work = arguments(
         address
     )
-    rows, cols = sizes.rows, sizes.cols
+    rows, cols, depth = sizes
     down, across = rows, cols
     if rows > cols:
         down = -(-rows // (parts * ROWS)) * ROWS
@@ -455,14 +457,14 @@ def _multiply(part, parts, address):
     if part == 0 or i + j > 0:
         strip = i, min(rows, i + down), j, min(cols, j + across)
         x, spare = (out, start, bias, a, b), work[part, SPARE:]
-        _multiply_strip(
-            x, strip, steps, sizes.steps, code, panels[part], spare
-        )
+        how = Steps(*steps), depth, Routines(*code)
+        _multiply_strip(x, strip, how, panels[part], spare)
 
 
 # %% [markdown]
 # In Python remains to say how the matrices lie. A transposed matrix is the
-# same memory with its two steps exchanged.
+# same memory with its two steps exchanged. The kernel gets plain tuples, which
+# numba recognises soonest, and gives their places names.
 
 
 # %% any product tags=["exporti"]
@@ -475,12 +477,10 @@ def _flat(x):
 def _product(out, a, b, start=None, bias=None, work=None, bf16=False):
     """out = start + bias + a @ b for matrices; the first two may be None."""
     made = scratch(work, bf16, out.dtype)
-    sizes = Sizes(*out.shape, a.shape[1])
+    sizes = *out.shape, a.shape[1]
     (a, *a_steps), (b, *b_steps), (out, out_row, _) = map(_flat, (a, b, out))
     start, *start_steps = (out, 0, 0) if start is None else _flat(start)
-    steps = Steps(
-        out_row, *start_steps, int(bias is not None), *a_steps, *b_steps
-    )
+    steps = out_row, *start_steps, int(bias is not None), *a_steps, *b_steps
     bias = out if bias is None else bias
     _multiply(out, start, bias, a, b, sizes, steps, *made)
 

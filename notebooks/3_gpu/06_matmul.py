@@ -682,7 +682,7 @@ def _add_chunks(dbias, work, chunks, cols, add):
         write(dbias, dbias, c, total, add)
 
 
-# %% the bias's gradient tags=["export"]
+# %% how much scratch memory tags=["export"]
 def matmul_scratch(rows, OC):
     """How many floats of scratch memory matmul_backward wants.
 
@@ -691,6 +691,7 @@ def matmul_scratch(rows, OC):
     return -(-rows // CHUNK) * OC
 
 
+# %% the bias's gradient tags=["exporti"]
 def bias_gradient(dbias, dout, add, work=None):
     """Sum the rows of dout; work: of matmul_scratch, or None."""
     cols = dbias.size
