@@ -4,6 +4,7 @@
 
 __all__ = [
     "Arena",
+    "footprint",
     "put",
 ]
 
@@ -110,3 +111,22 @@ def put(array, values):
         np.copyto(array, values, casting="unsafe")
     else:
         array.copy_to_device(np.ascontiguousarray(values, array.dtype))
+
+
+# bytes of each group
+def footprint(layout):
+    """Bytes of each group of an arena, as a dict, before there is one.
+
+    layout: as Arena takes it. A group that lies over another counts for
+    what it is longer, so that the sum is what the arena takes, up to the
+    padding between groups.
+
+    Derived in chapter 1.13.
+    """
+    sizes, before = {}, 0
+    for group, (dtype, shapes, *over) in layout.items():
+        count = sum(math.prod(shape) for shape in shapes.values())
+        size = count * np.dtype(dtype).itemsize
+        sizes[group] = max(0, size - before) if over else size
+        before = size
+    return sizes

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from llmnb.model.init import Generator
+from llmnb.model.random import Generator
 
 DATA = Path(__file__).parent / "data"
 STEPS = 10

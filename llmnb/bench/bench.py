@@ -27,7 +27,8 @@ from pathlib import Path
 from statistics import median
 
 from llmnb.bench import peers
-from llmnb.config import GPT2Config, flops_per_token, parameter_count
+from llmnb.config import GPT2Config
+from llmnb.model.tensors import flops_per_token, parameter_count
 from llmnb.model.gpt2 import GPT2
 from llmnb.bench.race import (
     WARM_UP,

@@ -18,13 +18,14 @@ __all__ = [
 
 # imports of the ladders
 import functools
-import importlib
+import importlib.util
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 
 from llmnb.gpu.launch import empty
+from llmnb.reference.adamw import AdamW
 
 
 # sizes
@@ -117,12 +118,21 @@ class Ladder(NamedTuple):
 
     @property
     def versions(self):
-        """The functions of the versions, in order."""
-        return self._found("cuda", self.named or self.layer.upper())
+        """The functions of the versions, in order; the last is the layer's."""
+        name, rungs = self.named or self.layer.upper(), ()
+        module = importlib.import_module(f"llmnb.cuda.{self.module}")
+        if hasattr(module, name):  # a layer that takes a version
+            return getattr(module, name)
+        plainer = f"llmnb.bench.rungs_{self.module}"
+        if importlib.util.find_spec(plainer):
+            rungs = getattr(importlib.import_module(plainer), name, ())
+        return (*rungs, getattr(module, self.layer))
 
     def function(self, version):
         """The layer in a version."""
         layer = self._found("cuda", self.layer)
+        if self.versions[-1] is layer:
+            return self.versions[version - 1]
         return functools.partial(layer, version=version)
 
     def scratch(self, sizes, version):
@@ -417,51 +427,6 @@ def _logits(s, draw):
     return x
 
 
-def _softmax_forward(s, draw):
-    probs = draw.nothing(s.B, s.T, s.Vp)
-    return {"probs": probs, "logits": _logits(s, draw), "V": s.V}
-
-
-def _torch_softmax(torch, a):
-    return lambda: (torch.softmax(a.logits, -1),)
-
-
-def _probs(s, draw):
-    """Probabilities; those of the padding are 0."""
-    probs = np.exp(draw.floats(s.B, s.T, s.Vp))
-    probs[..., s.V :] = 0
-    probs /= probs.sum(-1, keepdims=True)
-    return probs
-
-
-def _softmax_backward(s, draw):
-    shape, probs = (s.B, s.T, s.Vp), _probs(s, draw)
-    arrays = {x: draw.floats(*shape) for x in ("dlogits", "dprobs")}
-    return arrays | {"probs": probs}
-
-
-def _torch_softmax_back(torch, a):
-    back, kind = torch.ops.aten._softmax_backward_data, torch.float32
-    return lambda: (back(a.dprobs, a.probs, -1, kind),)
-
-
-def _surprise_forward(s, draw):
-    return {
-        "losses": draw.nothing(s.B, s.T),
-        "probs": _probs(s, draw),
-        "targets": draw.tokens(s.V, s.B, s.T),
-    }
-
-
-def _surprise_backward(s, draw):
-    return {
-        "dprobs": draw.floats(s.B, s.T, s.Vp),
-        "dlosses": draw.floats(s.B, s.T, scale=1 / (s.B * s.T)),
-        "probs": _probs(s, draw),
-        "targets": draw.tokens(s.V, s.B, s.T),
-    }
-
-
 def _loss_forward(s, draw):
     return {
         "losses": draw.nothing(s.B, s.T),
@@ -487,16 +452,6 @@ def _loss_backward(s, draw):
     }
 
 
-def _classifier(s, draw):
-    return {
-        "losses": draw.nothing(s.B, s.T),
-        "logits": _logits(s, draw),
-        "dlosses": draw.floats(s.B, s.T, scale=1 / (s.B * s.T)),
-        "targets": draw.tokens(s.V, s.B, s.T),
-        "V": s.V,
-    }
-
-
 # losses in PyTorch
 def _torch_losses(torch, a, logits):
     from torch.nn import functional as F
@@ -516,35 +471,8 @@ def _torch_loss_back(torch, a):
     return lambda: grad(losses, logits, a.dlosses, retain_graph=True)
 
 
-def _torch_classifier(torch, a):
-    logits, grad = a.logits.detach().requires_grad_(), torch.autograd.grad
-
-    def run():
-        losses = _torch_losses(torch, a, logits)
-        return losses.detach(), *grad(losses, logits, a.dlosses)
-
-    return run
-
-
-def _classify(losses, logits, dlosses, targets, V):
-    """The reference of the fused classifier: the two functions, in turn."""
-    from llmnb.reference.crossentropy import crossentropy_softmax_backward
-    from llmnb.reference.crossentropy import crossentropy_softmax_forward
-
-    lse = np.empty_like(losses)
-    crossentropy_softmax_forward(losses, lse, logits, targets, V)
-    crossentropy_softmax_backward(logits, dlosses, logits, lse, targets, V)
-
-
 # AdamW's row
-_SETTINGS = {
-    "learning_rate": 1e-4,
-    "beta1": 0.9,
-    "beta2": 0.999,
-    "eps": 1e-8,
-    "weight_decay": 0.01,
-    "step": 3,
-}
+_SETTINGS = AdamW(1e-4, step=3)
 
 
 def _adamw(s, draw):
@@ -554,20 +482,20 @@ def _adamw(s, draw):
     size = (s.Vp + s.T + 12 * s.L * s.C) * s.C
     arrays = {x: draw.floats(size) for x in ("params", "grads", "m", "v")}
     arrays["v"] **= 2
-    return arrays | {"settings": adamw_settings(**_SETTINGS)}
+    return arrays | {"settings": adamw_settings(_SETTINGS)}
 
 
 def _adamw_as_written(params, grads, m, v, settings):
     """The reference of adamw_apply, which reads its settings from memory."""
     from llmnb.reference.adamw import adamw_update
 
-    adamw_update(params, grads, m, v, *_SETTINGS.values())
+    adamw_update(params, grads, m, v, _SETTINGS)
 
 
 def _torch_adamw(torch, a):
     weights = torch.nn.Parameter(a.params)
     weights.grad = a.grads
-    lr, *betas, eps, decay, _ = _SETTINGS.values()
+    lr, *betas, eps, decay, _ = _SETTINGS
     rules = {"betas": betas, "eps": eps, "weight_decay": decay}
     optimizer = torch.optim.AdamW([weights], lr, fused=True, **rules)
 
@@ -620,27 +548,12 @@ LADDERS = (
     Ladder("residual", "fused_residual_forward", _fused_residual,
            ("residual", "out", "mean", "rstd"), torch=_torch_fused_residual,
            reference=_add_and_normalise),
-    Ladder("crossentropy", "softmax_forward", _softmax_forward, ("probs",),
-           torch=_torch_softmax, checked=1, counted=LONG_ROWS),
-    Ladder("crossentropy", "softmax_backward", _softmax_backward,
-           changes=("dlogits",), torch=_torch_softmax_back, checked=1,
-           counted=LONG_ROWS),
-    Ladder("crossentropy", "crossentropy_forward", _surprise_forward,
-           ("losses",), checked=1, counted=LONG_ROWS,
-           moved=lambda a: a.targets.nbytes + 2 * a.losses.nbytes),
-    Ladder("crossentropy", "crossentropy_backward", _surprise_backward,
-           changes=("dprobs",), checked=1, counted=LONG_ROWS,
-           moved=lambda a: a.targets.nbytes + 4 * a.dlosses.nbytes),
     Ladder("crossentropy", "crossentropy_softmax_forward", _loss_forward,
            ("losses", "lse"), torch=_torch_loss, checked=1, counted=LONG_ROWS),
     Ladder("crossentropy", "crossentropy_softmax_backward", _loss_backward,
            ("dlogits",), torch=_torch_loss_back, checked=1, counted=LONG_ROWS),
-    Ladder("crossentropy", "fused_classifier", _classifier, ("losses",),
-           ("logits",), torch=_torch_classifier, reference=_classify,
-           checked=1, counted=LONG_ROWS),
     Ladder("adamw", "adamw_apply", _adamw, changes=("params", "m", "v"),
-           torch=_torch_adamw, named="ADAMW_UPDATE",
-           reference=_adamw_as_written),
+           torch=_torch_adamw, reference=_adamw_as_written),
 )  # fmt: skip
 
 

@@ -41,11 +41,13 @@ import numpy as np
 from llmnb.bench import peers
 from llmnb.arena import Arena
 from llmnb.formats.checkpoint import write_checkpoint, write_folder
-from llmnb.config import GPT2Config, parameter_shapes
+from llmnb.config import GPT2Config
+from llmnb.model.tensors import parameter_shapes
 from llmnb.text.data import write_shard
 from llmnb.model.init import init_params
-from llmnb.model.layout import footprint, gpt2_layout
-from llmnb.room import SMALLER, check_room
+from llmnb.arena import footprint
+from llmnb.model.layout import gpt2_layout
+from llmnb.checks import SMALLER, check_room
 
 
 # what a race is told
@@ -183,7 +185,7 @@ def _llmc_folder(folder, cfg):
     arena = Arena({"params": (np.float32, parameter_shapes(cfg))})
     init_params(arena["params"], cfg, 42)
     path = Path(folder)
-    write_checkpoint(path / "gpt2_124M.bin", cfg, arena.flat("params"))
+    write_checkpoint(path / "gpt2_124M.bin", cfg, arena["params"])
     data = path / "dev" / "data" / "tinyshakespeare"
     data.mkdir(parents=True)
     tokens = np.random.RandomState(0).randint(0, cfg.vocab_size, 1 << 16)

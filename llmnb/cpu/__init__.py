@@ -11,6 +11,9 @@ from llmnb.cpu.attention import (
     attention_backward,
     attention_forward,
 )
+from llmnb.cpu.backend import (
+    Backend,
+)
 from llmnb.cpu.bfloat16 import (
     has_bf16,
 )
@@ -19,12 +22,8 @@ from llmnb.cpu.compiled import (
     cache_folder,
 )
 from llmnb.cpu.crossentropy import (
-    crossentropy_backward,
-    crossentropy_forward,
     crossentropy_softmax_backward,
     crossentropy_softmax_forward,
-    softmax_backward,
-    softmax_forward,
 )
 from llmnb.cpu.decode import (
     cache_attention,
@@ -85,6 +84,7 @@ from llmnb.cpu.tile import (
 )
 
 __all__ = [
+    "Backend",
     "COLS",
     "DEPTH",
     "HEIGHT",
@@ -104,8 +104,6 @@ __all__ = [
     "check_bf16",
     "clip_gradients",
     "cpu_features",
-    "crossentropy_backward",
-    "crossentropy_forward",
     "crossentropy_softmax_backward",
     "crossentropy_softmax_forward",
     "device",
@@ -131,8 +129,6 @@ __all__ = [
     "routine",
     "scratch",
     "share",
-    "softmax_backward",
-    "softmax_forward",
     "team",
     "tile_shape",
     "work_shape",

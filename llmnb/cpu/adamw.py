@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/1_by_hand/12_adamw.py: edit that file.
+# Written by `make export` from notebooks/2_cpu/03_loss.py: edit that file.
 
 """AdamW and clipping, compiled for the processor's cores."""
 
@@ -9,57 +9,49 @@ __all__ = [
 ]
 
 
-# imports of the kernels
+# imports of AdamW
 import math
 
-import numba
 import numpy as np
 
 from llmnb.cpu.jit import arguments, share, team
-from llmnb.reference.adamw import ADAMW_LIMITS
 from llmnb.shapes import shapes
 
 
 # the kernel
 @team
 def _adamw_update(part, parts, address):
-    params, grads, m, v, numbers = arguments(address)
-    keep, rate1, beta2, rate2, root, eps, size = numbers
+    params, grads, m, v, factors = arguments(address)
+    keep, new1, beta2, new2, root, eps, size = factors
     mine = share(params.size, part, parts)
     params, grads, m, v = params[mine], grads[mine], m[mine], v[mine]
     for i in range(params.size):
         g = grads[i]
-        m[i] += rate1 * (g - m[i])
-        v[i] = beta2 * v[i] + rate2 * g * g
+        m[i] += new1 * (g - m[i])
+        v[i] = beta2 * v[i] + new2 * g * g
         spread = math.sqrt(v[i]) / root + eps
         params[i] = keep * params[i] - size * m[i] / spread
 
 
 # one step of AdamW
-@shapes("N!, N, N!, N!", **ADAMW_LIMITS)
-def adamw_update(
-    params, grads, m, v,
-    learning_rate, beta1, beta2, eps, weight_decay, step,
-):  # fmt: skip
+@shapes("N!, N, N!, N!")
+def adamw_update(params, grads, m, v, settings):
     """Take one step of AdamW, in the order in which torch.optim.AdamW does.
 
     params, grads, m, v: float32 or float64, flat, of one length; params, m
     and v change in place. m and v are the running means of the gradient and
-    of its square, zero before the first step. step counts from 1.
-    weight_decay applies to every element. Raises TypeError or ValueError
-    for a wrong dtype or shape and for settings out of range.
+    of its square, zero before the first step. settings: an AdamW; its decay
+    applies to every element. Raises TypeError or ValueError for a wrong
+    dtype or shape and for settings out of range.
 
-    Derived in chapter 1.12.
+    Derived in chapter 2.3.
     """
-    keep = 1 - learning_rate * weight_decay
-    root = math.sqrt(1 - beta2**step)
-    size = learning_rate / (1 - beta1**step)
-    numbers = (keep, 1 - beta1, beta2, 1 - beta2, root, eps, size)
-    numbers = tuple([params.dtype.type(x) for x in numbers])
-    _adamw_update(params, grads, m, v, numbers)
+    factors = settings.factors("adamw_update")
+    factors = tuple([params.dtype.type(x) for x in factors])
+    _adamw_update(params, grads, m, v, factors)
 
 
-# the sum of squares
+# the kernels
 @team
 def _sum_of_squares(part, parts, address):
     grads, sums = arguments(address)
@@ -81,7 +73,7 @@ def _scale(part, parts, address):
         mine[i] *= factor
 
 
-# the norm of all gradients
+# the norm and the clip
 @shapes("N")
 def global_norm(grads):
     """The Euclidean norm of a flat array, summed in float64, as a float.
@@ -91,14 +83,13 @@ def global_norm(grads):
     it. Raises TypeError or ValueError unless `grads` is flat and
     float32 or float64.
 
-    Derived in chapter 1.12.
+    Derived in chapter 2.3.
     """
     sums = np.empty(256)
     _sum_of_squares(grads, sums)
     return math.sqrt(sums.sum())
 
 
-# clip the gradients
 @shapes("N!, above 0")
 def clip_gradients(grads, max_norm):
     """Scale a flat array down to norm `max_norm` if it is longer.
@@ -109,7 +100,7 @@ def clip_gradients(grads, max_norm):
     is: the caller sees the norm and decides. Raises ValueError unless
     max_norm is positive, and as `global_norm` does.
 
-    Derived in chapter 1.12.
+    Derived in chapter 2.3.
     """
     norm = global_norm(grads)
     scale = max_norm / (norm + 1e-6)

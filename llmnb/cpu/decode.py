@@ -68,19 +68,9 @@ def _sums(builder, inp, panel, line, depth, rows):
 def _rows_by_panel(rows):
     @intrinsic
     def multiply(typing, out, o, start, s, bias, b, inp, x, panel, p, depth):
-        two = types.UniTuple(types.int64, 2)
+        n, two = types.int64, types.UniTuple(types.int64, 2)
         signature = types.void(
-            out,
-            two,
-            start,
-            two,
-            bias,
-            types.int64,
-            inp,
-            two,
-            panel,
-            two,
-            types.int64,
+            out, two, start, two, bias, n, inp, two, panel, two, n
         )
 
         def codegen(context, builder, signature, args):

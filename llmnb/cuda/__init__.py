@@ -3,7 +3,6 @@
 """The layers as kernels for a GPU, or for the simulator."""
 
 from llmnb.cuda.adamw import (
-    ADAMW_UPDATE,
     adamw_apply,
     adamw_scratch,
     adamw_settings,
@@ -12,7 +11,6 @@ from llmnb.cuda.adamw import (
     clip_gradients,
     clip_scratch,
     global_norm,
-    norm_apply,
 )
 from llmnb.cuda.attention import (
     ATTENTION_BACKWARD,
@@ -23,20 +21,8 @@ from llmnb.cuda.attention import (
     attention_scratch,
 )
 from llmnb.cuda.crossentropy import (
-    CROSSENTROPY_BACKWARD,
-    CROSSENTROPY_FORWARD,
-    CROSSENTROPY_SOFTMAX_BACKWARD,
-    CROSSENTROPY_SOFTMAX_FORWARD,
-    FUSED_CLASSIFIER,
-    SOFTMAX_BACKWARD,
-    SOFTMAX_FORWARD,
-    crossentropy_backward,
-    crossentropy_forward,
     crossentropy_softmax_backward,
     crossentropy_softmax_forward,
-    fused_classifier,
-    softmax_backward,
-    softmax_forward,
 )
 from llmnb.cuda.cublas import (
     Plan,
@@ -72,12 +58,12 @@ from llmnb.cuda.layernorm import (
     layernorm_scratch,
 )
 from llmnb.cuda.matmul import (
-    bias_gradient,
     matmul_backward,
     matmul_forward,
     matmul_scratch,
 )
 from llmnb.cuda.model import (
+    Backend,
     LAYERS,
     fill,
     gpu,
@@ -143,21 +129,16 @@ from llmnb.gpu.warp import (
 )
 
 __all__ = [
-    "ADAMW_UPDATE",
     "ALIGN",
     "ATTENTION_BACKWARD",
     "ATTENTION_FORWARD",
+    "Backend",
     "BarrierError",
-    "CROSSENTROPY_BACKWARD",
-    "CROSSENTROPY_FORWARD",
-    "CROSSENTROPY_SOFTMAX_BACKWARD",
-    "CROSSENTROPY_SOFTMAX_FORWARD",
     "Compiled",
     "DEVICE",
     "DeviceArray",
     "ENCODER_BACKWARD",
     "ENCODER_FORWARD",
-    "FUSED_CLASSIFIER",
     "FUSED_RESIDUAL_FORWARD",
     "GELU_BACKWARD",
     "GELU_FORWARD",
@@ -170,8 +151,6 @@ __all__ = [
     "RESIDUAL_BACKWARD",
     "RESIDUAL_FORWARD",
     "RaceError",
-    "SOFTMAX_BACKWARD",
-    "SOFTMAX_FORWARD",
     "Seen",
     "WIDEST_HEAD",
     "adamw_apply",
@@ -183,7 +162,6 @@ __all__ = [
     "attention_backward",
     "attention_forward",
     "attention_scratch",
-    "bias_gradient",
     "block_max",
     "block_sum",
     "by_element",
@@ -193,8 +171,6 @@ __all__ = [
     "clip_gradients",
     "clip_scratch",
     "compile_kernel",
-    "crossentropy_backward",
-    "crossentropy_forward",
     "crossentropy_softmax_backward",
     "crossentropy_softmax_forward",
     "cublas_backward",
@@ -210,7 +186,6 @@ __all__ = [
     "encoder_forward",
     "fill",
     "forward_plan",
-    "fused_classifier",
     "fused_residual_forward",
     "gelu_backward",
     "gelu_forward",
@@ -230,7 +205,6 @@ __all__ = [
     "no_compiler",
     "no_cublas",
     "no_gpu",
-    "norm_apply",
     "numbered",
     "overlap",
     "products",
@@ -239,8 +213,6 @@ __all__ = [
     "residual_forward",
     "simulate",
     "simulated",
-    "softmax_backward",
-    "softmax_forward",
     "store4",
     "stream",
     "stream_address",

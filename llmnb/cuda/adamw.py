@@ -1,9 +1,8 @@
-# Written by `make export` from notebooks/1_by_hand/12_adamw.py: edit that file.
+# Written by `make export` from notebooks/3_gpu/10_adamw.py: edit that file.
 
 """AdamW and clipping on a GPU."""
 
 __all__ = [
-    "ADAMW_UPDATE",
     "adamw_apply",
     "adamw_scratch",
     "adamw_settings",
@@ -12,29 +11,24 @@ __all__ = [
     "clip_gradients",
     "clip_scratch",
     "global_norm",
-    "norm_apply",
 ]
 
 
-# imports of the GPU's kernels
+# imports of the kernels
 import math
-from functools import partial
 
 import numpy as np
 
-from llmnb.cuda.elementwise import by_element, by_four
 from llmnb.gpu.launch import (
     DEVICE,
     aligned,
     device,
     empty,
     kernel,
-    numbered,
     to_host,
 )
 from llmnb.gpu.simulator import cuda, load4, store4
 from llmnb.gpu.warp import block_sum
-from llmnb.reference.adamw import ADAMW_LIMITS
 from llmnb.shapes import shapes
 
 
@@ -53,80 +47,81 @@ EXPONENT = np.int32(0x7F800000)  # the bits of a float32's exponent
 def adamw_scratch():
     """The number of floats that `adamw_update` wants as `work`.
 
-    Derived in chapter 1.12.
+    Derived in chapter 3.10.
     """
     return SETTINGS
 
 
-@shapes("-", DEVICE, **ADAMW_LIMITS)
-def adamw_settings(
-    learning_rate, beta1, beta2, eps, weight_decay, step
-):  # fmt: skip
+@shapes("-", DEVICE)
+def adamw_settings(settings):
     """What AdamW's kernel wants to know of a step, as a float32 array.
 
-    It is computed in float64 and rounded at the end. Copy it to the device
-    for `adamw_apply`. Raises ValueError for settings out of range.
+    settings: an AdamW. Its factors are computed in float64 and rounded at the
+    end. Copy them to the device for `adamw_apply`. Raises ValueError for
+    settings out of range.
 
-    Derived in chapter 1.12.
+    Derived in chapter 3.10.
     """
-    keep = 1 - learning_rate * weight_decay
-    root = math.sqrt(1 - beta2**step)
-    size = learning_rate / (1 - beta1**step)
-    numbers = keep, 1 - beta1, beta2, 1 - beta2, root, eps, size, 0
-    return np.array(numbers, np.float32)
+    return np.array([*settings.factors("adamw_update"), 0], np.float32)
 
 
-# AdamW of one element
+# four neighbours
 @device
-def _adamw(p, g, m, v, settings):
-    keep, rate1, beta2, rate2, root, eps, size = settings
-    m += rate1 * (g - m)
-    v = beta2 * v + rate2 * g * g
+def _load(array, i, vectors):
+    """Four numbers from element i on; vectors: whether in one request."""
+    if vectors:
+        return load4(array, i)
+    return array[i], array[i + 1], array[i + 2], array[i + 3]
+
+
+@device
+def _store(array, i, four, vectors):
+    a, b, c, d = four
+    if vectors:
+        store4(array, i, a, b, c, d)
+    else:
+        array[i], array[i + 1], array[i + 2], array[i + 3] = a, b, c, d
+
+
+def _grid(size):
+    """Blocks for a thread for each four elements, and each one left over."""
+    return -(-(size // 4 + size % 4) // BLOCK)
+
+
+# AdamW of four elements
+@device
+def _adamw(p, g, m, v, factors):
+    keep, new1, beta2, new2, root, eps, size = factors
+    m += new1 * (g - m)
+    v = beta2 * v + new2 * g * g
     spread = math.sqrt(v) / root + eps
     return keep * p - size * m / spread, m, v
 
 
-@device
-def _adamw_at(i, params, grads, m, v, settings):
-    p, m1, v1 = _adamw(params[i], grads[i], m[i], v[i], settings)
-    params[i], m[i], v[i] = p, m1, v1
-
-
-# version 1
 @kernel
-def _adamw_elements(params, grads, m, v, settings):
-    i = cuda.grid(1)
-    if i < params.size:
-        keep, rate1, beta2 = settings[0], settings[1], settings[2]
-        rate2, root, eps = settings[3], settings[4], settings[5]
-        numbers = keep, rate1, beta2, rate2, root, eps, settings[6]
-        _adamw_at(i, params, grads, m, v, numbers)
-
-
-# version 2
-@kernel
-def _adamw_fours(params, grads, m, v, settings):
+def _adamw_by_fours(params, grads, m, v, settings, vectors):
     i, fours = cuda.grid(1), params.size // 4
-    rest = 3 * fours + i
-    if i >= fours and rest >= params.size:
+    k = 3 * fours + i  # where no four is left for this thread
+    if i >= fours and k >= params.size:
         return
-    keep, rate1, beta2, rate2 = load4(settings, 0)
+    keep, new1, beta2, new2 = load4(settings, 0)
     root, eps, size, _ = load4(settings, 4)
-    numbers = keep, rate1, beta2, rate2, root, eps, size
-    if i >= fours:
-        _adamw_at(rest, params, grads, m, v, numbers)
-        return
-    p0, p1, p2, p3 = load4(params, 4 * i)
-    g0, g1, g2, g3 = load4(grads, 4 * i)
-    m0, m1, m2, m3 = load4(m, 4 * i)
-    v0, v1, v2, v3 = load4(v, 4 * i)
-    p0, m0, v0 = _adamw(p0, g0, m0, v0, numbers)
-    p1, m1, v1 = _adamw(p1, g1, m1, v1, numbers)
-    p2, m2, v2 = _adamw(p2, g2, m2, v2, numbers)
-    p3, m3, v3 = _adamw(p3, g3, m3, v3, numbers)
-    store4(params, 4 * i, p0, p1, p2, p3)
-    store4(m, 4 * i, m0, m1, m2, m3)
-    store4(v, 4 * i, v0, v1, v2, v3)
+    factors = keep, new1, beta2, new2, root, eps, size
+    if i < fours:
+        p0, p1, p2, p3 = _load(params, 4 * i, vectors)
+        g0, g1, g2, g3 = _load(grads, 4 * i, vectors)
+        m0, m1, m2, m3 = _load(m, 4 * i, vectors)
+        v0, v1, v2, v3 = _load(v, 4 * i, vectors)
+        p0, m0, v0 = _adamw(p0, g0, m0, v0, factors)
+        p1, m1, v1 = _adamw(p1, g1, m1, v1, factors)
+        p2, m2, v2 = _adamw(p2, g2, m2, v2, factors)
+        p3, m3, v3 = _adamw(p3, g3, m3, v3, factors)
+        _store(params, 4 * i, (p0, p1, p2, p3), vectors)
+        _store(m, 4 * i, (m0, m1, m2, m3), vectors)
+        _store(v, 4 * i, (v0, v1, v2, v3), vectors)
+    else:
+        p0, m0, v0 = _adamw(params[k], grads[k], m[k], v[k], factors)
+        params[k], m[k], v[k] = p0, m0, v0
 
 
 # check the scratch
@@ -139,60 +134,46 @@ def _check_work(name, work, size):
 
 
 # AdamW on arrays
-# one element a thread; four neighbours a thread
-ADAMW_UPDATE = (
-    partial(by_element, _adamw_elements),
-    partial(by_four, _adamw_fours, _adamw_elements),
-)
-
-
 @shapes(f"N!, N, N!, N!, {SETTINGS}", DEVICE)
-def adamw_apply(params, grads, m, v, settings, version=2):
+def adamw_apply(params, grads, m, v, settings):
     """Take one step of AdamW with settings that are on the device.
 
     params, grads, m, v: a device's arrays, float32, flat, of one length.
     settings: what `adamw_settings` computed, on the device. Allocates
     nothing and does not wait: a CUDA graph may record it, and new settings
-    may be copied into the array before the graph is launched again.
-    version: which kernel, from 1 on. Raises TypeError or ValueError for
-    arrays that do not fit.
+    may be copied into the array before the graph is launched again. Raises
+    TypeError or ValueError for arrays that do not fit.
 
-    Derived in chapter 1.12.
+    Derived in chapter 3.10.
     """
-    run = numbered(ADAMW_UPDATE, version, "adamw_update")
-    run((params, grads, m, v, settings))
+    arrays = params, grads, m, v
+    if params.size:
+        grid, vectors = _grid(params.size), int(aligned(*arrays))
+        _adamw_by_fours[grid, BLOCK](*arrays, settings, vectors)
 
 
-# AdamW
-@shapes("N!, N, N!, N!", DEVICE, work="W!?", **ADAMW_LIMITS)
-def adamw_update(
-    params, grads, m, v,
-    learning_rate, beta1, beta2, eps, weight_decay, step,
-    work=None, version=2,
-):  # fmt: skip
+@shapes("N!, N, N!, N!", DEVICE, work="W!?")
+def adamw_update(params, grads, m, v, settings, work=None):
     """Take one step of AdamW, in the order in which torch.optim.AdamW does.
 
     params, grads, m, v: a device's arrays, float32, flat, of one length;
     params, m and v change in place. m and v are the running means of the
-    gradient and of its square, zero before the first step. step counts from
-    1. weight_decay applies to every element. work: a device's array of
-    `adamw_scratch()` floats, or None to have one made. version: which
-    kernel, from 1 on. The settings are copied to the device, on its default
-    stream: a CUDA graph cannot record that, only `adamw_apply`. Raises
-    TypeError or ValueError for arrays that do not fit and settings out of
-    range, before it launches anything.
+    gradient and of its square, zero before the first step. settings: an
+    AdamW; its decay applies to every element. work: a device's array of
+    `adamw_scratch()` floats, or None to have one made. The settings are
+    copied to the device, on its default stream: a CUDA graph cannot record
+    that, only `adamw_apply`. Raises TypeError or ValueError for arrays that
+    do not fit and settings out of range, before it launches anything.
 
-    Derived in chapter 1.12.
+    Derived in chapter 3.10.
     """
-    numbers = adamw_settings(
-        learning_rate, beta1, beta2, eps, weight_decay, step
-    )
+    factors = adamw_settings(settings)
     if work is None:
         work = empty(SETTINGS, like=params)
     _check_work("adamw_update", work, SETTINGS)
-    settings = work[:SETTINGS]
-    settings.copy_to_device(numbers)
-    adamw_apply(params, grads, m, v, settings, version)
+    there = work[:SETTINGS]
+    there.copy_to_device(factors)
+    adamw_apply(params, grads, m, v, there)
 
 
 # the sum of squares
@@ -202,11 +183,7 @@ def _squares(grads, work, vectors):
     i, fours = cuda.grid(1), grads.size // 4
     s0 = s1 = s2 = s3 = ZERO
     for k in range(i, fours, cuda.gridsize(1)):
-        if vectors:
-            a, b, c, d = load4(grads, 4 * k)
-        else:
-            a, b = grads[4 * k], grads[4 * k + 1]
-            c, d = grads[4 * k + 2], grads[4 * k + 3]
+        a, b, c, d = _load(grads, 4 * k, vectors)
         s0, s1, s2, s3 = s0 + a * a, s1 + b * b, s2 + c * c, s3 + d * d
     total = (s0 + s1) + (s2 + s3)
     if 4 * fours + i < grads.size:
@@ -241,46 +218,30 @@ def _clip_factor(norm, bits, max_norm):
 
 # scale
 @kernel(fastmath=False)
-def _shrink_fours(grads, work, bits, max_norm):
+def _shrink(grads, work, bits, max_norm, vectors):
     factor = _clip_factor(work[0], bits[0], max_norm)
     if factor == ONE:
         return
     i, fours = cuda.grid(1), grads.size // 4
     if i < fours:
-        a, b, c, d = load4(grads, 4 * i)
-        store4(grads, 4 * i, a * factor, b * factor, c * factor, d * factor)
+        a, b, c, d = _load(grads, 4 * i, vectors)
+        shrunk = a * factor, b * factor, c * factor, d * factor
+        _store(grads, 4 * i, shrunk, vectors)
     elif 3 * fours + i < grads.size:
         grads[3 * fours + i] *= factor
 
 
-@kernel(fastmath=False)
-def _shrink_elements(grads, work, bits, max_norm):
-    i, factor = cuda.grid(1), _clip_factor(work[0], bits[0], max_norm)
-    if factor < ONE and i < grads.size:
-        grads[i] *= factor
-
-
-# the norm, for a graph
+# the norm and the clip, for a graph
 def clip_scratch():
     """The number of floats that the norm and the clip want as `work`.
 
-    Derived in chapter 1.12.
+    Derived in chapter 3.10.
     """
     return 1 + NORM_BLOCKS
 
 
-@shapes("W!, N", DEVICE)
-def norm_apply(work, grads):
-    """Leave the Euclidean norm of a flat array in work[0].
-
-    work: a device's array of `clip_scratch()` floats; grads: flat, float32.
-    The squares are summed in float32: a norm above 1.8e19 comes out
-    infinite, and a gradient below 2.6e-23 counts as 0. Allocates nothing
-    and does not wait: a CUDA graph may record it. Raises TypeError or
-    ValueError for arrays that do not fit.
-
-    Derived in chapter 1.12.
-    """
+def _norm(work, grads):
+    """Leave the norm of a flat array in work[0]; nothing waits."""
     _check_work("global_norm", work, clip_scratch())
     blocks = (grads.size + 4 * BLOCK - 1) // (4 * BLOCK)
     blocks = min(NORM_BLOCKS, max(1, blocks))
@@ -288,24 +249,24 @@ def norm_apply(work, grads):
     _root_of_sum[1, BLOCK](work, blocks)
 
 
-# the clip, for a graph
 @shapes("N!, above 0, W!", DEVICE)
 def clip_apply(grads, max_norm, work):
     """Clip a flat array to norm `max_norm`; leave its old norm in work[0].
 
     As `clip_gradients`, but it allocates nothing and does not wait: a CUDA
-    graph may record it, with this `max_norm`. The old norm is that of
-    `norm_apply`.
+    graph may record it, with this `max_norm`.
 
-    Derived in chapter 1.12.
+    Derived in chapter 3.10.
     """
-    norm_apply(work, grads)
-    arrays = grads, work, work[:1].view(np.int32)
-    most = np.float32(min(max_norm, LARGEST))
-    by_four(_shrink_fours, _shrink_elements, arrays, most)
+    _norm(work, grads)
+    if grads.size:
+        bits, vectors = work[:1].view(np.int32), int(aligned(grads))
+        most = np.float32(min(max_norm, LARGEST))
+        grid = _grid(grads.size)
+        _shrink[grid, BLOCK](grads, work, bits, most, vectors)
 
 
-# the norm of all gradients
+# the norm and the clip, with an answer
 @shapes("N, W!?", DEVICE)
 def global_norm(grads, work=None):
     """The Euclidean norm of a flat array, as a float.
@@ -316,15 +277,14 @@ def global_norm(grads, work=None):
     `clip_scratch()` floats, or None to have one made. Waits for the result.
     Raises TypeError or ValueError for arrays that do not fit.
 
-    Derived in chapter 1.12.
+    Derived in chapter 3.10.
     """
     if work is None:
         work = empty(clip_scratch(), like=grads)
-    norm_apply(work, grads)
+    _norm(work, grads)
     return float(to_host(work[:1])[0])
 
 
-# clip the gradients
 @shapes("N!, above 0, W!?", DEVICE)
 def clip_gradients(grads, max_norm, work=None):
     """Scale a flat array down to norm `max_norm` if it is longer.
@@ -332,12 +292,11 @@ def clip_gradients(grads, max_norm, work=None):
     Returns the norm before clipping and scales `grads` in place by
     max_norm / (norm + 1e-6) where that is below 1, as torch's
     clip_grad_norm_. When the norm is infinite or NaN, `grads` is left as it
-    is: the caller sees the norm and decides. It is infinite already above
-    1.8e19, where the sum of squares exceeds float32. work: a device's array of
-    `clip_scratch()` floats, or None to have one made. Waits for the norm.
-    Raises ValueError unless max_norm is positive, and as `global_norm` does.
+    is: the caller sees the norm and decides. work, and the norms that come
+    out infinite: as for `global_norm`. Waits for the norm. Raises ValueError
+    unless max_norm is positive, and as `global_norm` does.
 
-    Derived in chapter 1.12.
+    Derived in chapter 3.10.
     """
     if work is None:
         work = empty(clip_scratch(), like=grads)

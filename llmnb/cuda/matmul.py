@@ -3,7 +3,6 @@
 """The linear layer on a GPU, by our own kernels."""
 
 __all__ = [
-    "bias_gradient",
     "matmul_backward",
     "matmul_forward",
     "matmul_scratch",
@@ -338,7 +337,7 @@ def _add_chunks(dbias, work, chunks, cols, add):
         write(dbias, dbias, c, total, add)
 
 
-# the bias's gradient
+# how much scratch memory
 def matmul_scratch(rows, OC):
     """How many floats of scratch memory matmul_backward wants.
 
@@ -349,11 +348,9 @@ def matmul_scratch(rows, OC):
     return -(-rows // CHUNK) * OC
 
 
+# the bias's gradient
 def bias_gradient(dbias, dout, add, work=None):
-    """Sum the rows of dout; work: of matmul_scratch, or None.
-
-    Derived in chapter 3.6.
-    """
+    """Sum the rows of dout; work: of matmul_scratch, or None."""
     cols = dbias.size
     rows = dout.size // cols
     if work is None:

@@ -1,8 +1,9 @@
-# Written by `make export` from notebooks/1_by_hand/15_model.py: edit that file.
+# Written by `make export` from notebooks/3_gpu/11_step.py: edit that file.
 
 """What a whole model needs of a GPU besides its layers."""
 
 __all__ = [
+    "Backend",
     "LAYERS",
     "fill",
     "gpu",
@@ -23,6 +24,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from llmnb import backend
+from llmnb.arena import Arena, put
 from llmnb.cuda import adamw, attention, crossentropy, encoder, gelu
 from llmnb.cuda import layernorm, matmul, residual
 from llmnb.cuda.cublas import cublas_backward, cublas_forward
@@ -43,7 +46,7 @@ def _fill_flat(array, value):
 def fill(array, value):
     """Write one number into all elements of a device's array.
 
-    Derived in chapter 1.15.
+    Derived in chapter 3.11.
     """
     flat = array.reshape(-1)
     _fill_flat[-(-flat.size // 256), 256](flat, flat.dtype.type(value))
@@ -55,7 +58,7 @@ def zeros(nbytes):
 
     Raises MemoryError when the GPU has not as many.
 
-    Derived in chapter 1.15.
+    Derived in chapter 3.11.
     """
     if missing():
         return simulated(np.zeros(nbytes, np.uint8))
@@ -77,7 +80,7 @@ def no_gpu():
 
     Empty, too, where LLMNB_CUDA=simulator asks for the simulator.
 
-    Derived in chapter 1.15.
+    Derived in chapter 3.11.
     """
     return "" if os.environ.get("LLMNB_CUDA") == "simulator" else missing()
 
@@ -86,7 +89,7 @@ def no_gpu():
 def gpu():
     """The name of the GPU and whose products it takes, or why there is none.
 
-    Derived in chapter 1.15.
+    Derived in chapter 3.11.
     """
     if missing():
         return f"none: {missing()}"
@@ -104,7 +107,7 @@ def products():
     cuBLASLt's where it can be had, else those of chapter 1.7. The variable
     LLMNB_MATMUL chooses: ValueError when it asks for what there is not.
 
-    Derived in chapter 1.15.
+    Derived in chapter 3.11.
     """
     asked = os.environ.get("LLMNB_MATMUL", "")
     if asked not in ("", "cublas", "llmnb"):
@@ -122,17 +125,10 @@ def model_layout(cfg, batch_size, seq_len, precision="fp32"):
 
     work: scratch memory that the layers take turns with. settings: AdamW's
     numbers for tensors that decay, and for those that do not. Raises
-    ValueError for a precision of "tf32" where it cannot be had. Where there
-    is no GPU, though one is wanted, a warning says why.
+    ValueError for a precision of "tf32" where it cannot be had.
 
-    Derived in chapter 1.15.
+    Derived in chapter 3.11.
     """
-    if no_gpu():
-        warnings.warn(
-            f"GPT2: {no_gpu()}; the kernels run on the simulator, which is "
-            "for tests of small models",
-            stacklevel=4,
-        )
     if precision == "tf32" and products() != "cublas":
         why = no_cublas() or "LLMNB_MATMUL asks for other products"
         raise ValueError(f"GPT2: precision 'tf32' needs cuBLASLt: {why}")
@@ -165,7 +161,7 @@ def model_layers(work, precision="fp32"):
     work: as `model_layout` says. precision: "fp32" or "tf32". Returns an
     object with the functions of all layers.
 
-    Derived in chapter 1.15.
+    Derived in chapter 3.11.
     """
     found = {}
     for module in LAYERS:
@@ -178,10 +174,69 @@ def model_layers(work, precision="fp32"):
     for name, function in found.items():
         if callable(function) and "work" in signature(function).parameters:
             found[name] = partial(function, work=work)
-    norm = partial(_norm, work)
-    return SimpleNamespace(**found, fill=fill, Graph=Graph, gradient_norm=norm)
+    return SimpleNamespace(**found)
 
 
-def _norm(work):
-    """What clip_apply has left behind."""
-    return float(to_host(work[:1])[0])
+# the backend
+class Backend(backend.Backend):
+    """A GPU, or the simulated one: its memory, its layers, a step as a graph.
+
+    Where there is no GPU, though one is wanted, a warning says why.
+
+    Derived in chapter 3.11.
+    """
+
+    update = "adamw_apply"
+
+    def __init__(self, layers, precision):
+        if no_gpu():
+            warnings.warn(
+                f"GPT2: {no_gpu()}; the kernels run on the simulator, which "
+                "is for tests of small models",
+                stacklevel=4,
+            )
+        super().__init__(layers, precision)
+        self._graphs = {}
+
+    def groups(self, cfg, batch_size, seq_len):
+        """Scratch memory for the layers, and a place for AdamW's settings."""
+        return model_layout(cfg, batch_size, seq_len, self.precision)
+
+    def allocate(self, layout, needed):
+        """An Arena on the GPU, and the layers that work in it."""
+        memory = Arena(layout, zeros)
+        self._work = memory["work"]["floats"]
+        self.ops = model_layers(self._work, self.precision)
+        return memory
+
+    def fill(self, array, value):
+        """Write one number into all elements of an array."""
+        fill(array, value)
+
+    def write(self, params, function):
+        """Let a function write arrays of the host's, and copy them up."""
+        host = {n: np.zeros(x.shape, x.dtype) for n, x in params.items()}
+        function(host)
+        for name, x in host.items():
+            put(params[name], x)
+
+    def settings(self, memory, rows):
+        """Copy the settings up: a recorded step reads them from there."""
+        places = [memory["settings"][x] for x in ("decays", "stays")]
+        for place, row in zip(places, rows, strict=True):
+            put(place, self.ops.adamw_settings(row))
+        return places
+
+    def clip(self, ops, grads, max_norm):
+        """Launch the clipping; nothing waits for the norm."""
+        ops.clip_apply(grads, max_norm)
+
+    def norm(self):
+        """The norm that `clip` has left behind, a float."""
+        return float(to_host(self._work[:1])[0])
+
+    def run(self, key, whole, params):
+        """Launch a whole step, as the graph of an earlier one with its key."""
+        if key not in self._graphs:
+            self._graphs[key] = Graph(whole, params["wte"])
+        self._graphs[key]()

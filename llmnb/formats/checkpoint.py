@@ -6,9 +6,7 @@ __all__ = [
     "BODIES",
     "CHUNK",
     "HEADER",
-    "INNER",
     "MAGIC",
-    "OUTER",
     "STATE",
     "SUMMED",
     "first_not_finite",
@@ -30,12 +28,18 @@ import zlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from llmnb.checks import check_array
-from llmnb.config import GPT2Config, parameter_count, parameter_shapes
+from llmnb.config import GPT2Config
 from llmnb.files import make_folder, read_small, replacing, what_is
+from llmnb.model.tensors import (
+    parameter_count,
+    parameter_shapes,
+    tensor_table,
+)
 
 
 # to bfloat16 and back
@@ -73,8 +77,7 @@ CHUNK = 1 << 22  # numbers read or written at a time: 16 MiB of float32
 def write_checkpoint(path, cfg, params, version=3):
     """Write a model in llm.c's .bin format.
 
-    params: the flat 1-D array of all parameters in the order of
-    parameter_shapes(cfg). version: 3 for float32, 5 for bfloat16, rounded
+    params: a mapping from llm.c's names to arrays, as `GPT2.params`. version: 3 for float32, 5 for bfloat16, rounded
     from float32 to nearest; ValueError for another. The file appears whole
     or not at all.
 
@@ -90,7 +93,7 @@ def write_checkpoint(path, cfg, params, version=3):
     header[-2], total = SUMMED, 0
     with replacing(path) as file:
         file.write(header.data)
-        for part in _pieces(params):
+        for part in _pieces(params[x] for x in parameter_shapes(cfg)):
             part = part.astype(np.float32, copy=False)
             body = to_bfloat16(part) if version == 5 else part
             body = body.astype(BODIES[version], copy=False).data
@@ -102,10 +105,12 @@ def write_checkpoint(path, cfg, params, version=3):
 
 
 # pieces, and the six sizes
-def _pieces(flat):
-    """A 1-D array as views of at most CHUNK numbers."""
-    for first in range(0, flat.size, CHUNK):
-        yield flat[first : first + CHUNK]
+def _pieces(arrays):
+    """Some arrays, flat, as views of at most CHUNK numbers."""
+    for array in arrays:
+        flat = np.asarray(array).reshape(-1)
+        for first in range(0, flat.size, CHUNK):
+            yield flat[first : first + CHUNK]
 
 
 def _sizes(cfg):
@@ -170,7 +175,7 @@ def _read_bin(path, version, params):
     with open(path, "rb") as file:
         header, total = np.fromfile(file, "<u4", HEADER), 0
         for name, array in params.items():
-            for part in _pieces(array.reshape(-1)):
+            for part in _pieces([array]):
                 body = np.fromfile(file, BODIES[version], part.size)
                 if body.size != part.size:
                     raise ValueError(f"{path}: ends within {name}")
@@ -198,39 +203,29 @@ import re
 from llmnb.formats.safetensors import TensorFile, write_tensors
 
 
-# names elsewhere
-OUTER = {
-    "wte": "wte.weight",
-    "wpe": "wpe.weight",
-    "lnfw": "ln_f.weight",
-    "lnfb": "ln_f.bias",
-}
-INNER = {
-    "ln1": "ln_1",
-    "qkv": "attn.c_attn",
-    "attproj": "attn.c_proj",
-    "ln2": "ln_2",
-    "fc": "mlp.c_fc",
-    "fcproj": "mlp.c_proj",
-}
-
-
 # where each tensor belongs
+class _Place(NamedTuple):
+    """Where one tensor of a published file belongs in our arrays."""
+
+    name: str
+    index: object  # a block's number, or a slice of rows
+    turned: bool
+
+    def of(self, params):
+        """The part of our array: a view, as it stands there."""
+        part = params[self.name][self.index]
+        return part.T if self.turned else part
+
+
 def _places(cfg):
-    """Name elsewhere -> (our name, index): a block's number, or a slice."""
-    places = {there: (ours, slice(None)) for ours, there in OUTER.items()}
-    places["wte.weight"] = "wte", slice(cfg.vocab_size)
-    for layer in range(cfg.num_layers):
-        for ours, there in INNER.items():
-            for kind in ("weight", "bias"):
-                name = f"h.{layer}.{there}.{kind}"
-                places[name] = ours + kind[0], layer
+    """Name in published files -> _Place."""
+    places = {}
+    for x in tensor_table(cfg):
+        rows = slice(cfg.vocab_size if x.name == "wte" else None)
+        for i in range(cfg.num_layers) if x.stacked else [rows]:
+            turned = x.turned and x.stacked
+            places[x.there.format(i)] = _Place(x.name, i, turned)
     return places
-
-
-def _part(array, index):
-    """The part of one of our arrays that is a tensor there: a view."""
-    return array[index] if isinstance(index, slice) else array[index].T
 
 
 # write safetensors
@@ -245,8 +240,8 @@ def write_safetensors(path, cfg, params):
     Derived in chapter 1.13.
     """
     tensors = {
-        name: _part(params[ours], index).astype(np.float32, copy=False)
-        for name, (ours, index) in _places(cfg).items()
+        name: place.of(params).astype(np.float32, copy=False)
+        for name, place in _places(cfg).items()
     }
     # the library transformers wants the format named
     metadata = {"format": "pt", "n_head": str(cfg.num_heads)}
@@ -432,14 +427,14 @@ IGNORED = re.compile(r"h\.\d+\.attn\.(masked_)?bias|lm_head\.weight")
 
 def _check_shapes(path, cfg, tensors):
     """Raise unless there is each tensor of the model, and no other."""
-    shapes = parameter_shapes(cfg) | {"wte": (cfg.vocab_size, cfg.channels)}
+    shapes = parameter_shapes(cfg)
+    empty = {x: np.broadcast_to(np.float32(0), shapes[x]) for x in shapes}
     places = _places(cfg)
-    for name, (ours, index) in places.items():
+    for name, place in places.items():
         if name not in tensors:
             raise ValueError(f"{path}: has no tensor {name}")
         file, full = tensors[name]
-        outer = isinstance(index, slice)
-        want = shapes[ours] if outer else shapes[ours][:0:-1]
+        want = place.of(empty).shape
         if file.shape(full) != want:
             raise ValueError(
                 f"{path}: {full} must be {want}, got {file.shape(full)}"
@@ -460,9 +455,9 @@ def _read_hub(path, cfg, tensors, params):
     head, name = tensors.get("lm_head.weight", (file, wte))
     if name != wte and not np.array_equal(head[name], file[wte], True):
         raise ValueError(f"{path}: lm_head.weight must equal {wte}")
-    for name, (ours, index) in _places(cfg).items():
+    for name, place in _places(cfg).items():
         file, full = tensors[name]
-        _part(params[ours], index)[...] = file[full]
+        place.of(params)[...] = file[full]
     params["wte"][cfg.vocab_size :] = 0
 
 

@@ -38,7 +38,8 @@ import numpy as np
 
 from llmnb.formats.checkpoint import CHUNK, read_config
 from llmnb.checks import check_tokens
-from llmnb.config import GPT2Config, parameter_shapes
+from llmnb.config import GPT2Config
+from llmnb.model.tensors import parameter_shapes
 from llmnb.files import read_small, replacing, what_is
 from llmnb.model.gpt2 import GPT2
 

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/1_by_hand/15_model.py: edit that file.
+# Written by `make export` from notebooks/3_gpu/11_step.py: edit that file.
 
 """Launches recorded once and replayed as one."""
 
@@ -28,7 +28,7 @@ class Graph:
     addresses and numbers: what is to change between two calls must lie in
     the arrays. Raises RuntimeError when the driver refuses.
 
-    Derived in chapter 1.15.
+    Derived in chapter 3.11.
     """
 
     def __init__(self, function, like):

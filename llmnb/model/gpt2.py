@@ -4,181 +4,29 @@
 
 __all__ = [
     "GPT2",
-    "block_backward",
-    "block_forward",
 ]
 
 
 # imports of the model
-import importlib
 import math
-import warnings
 from functools import partial
 
 import numpy as np
 
-from llmnb.arena import Arena, put
-from llmnb.formats.checkpoint import (
-    read_checkpoint,
-    read_config,
-    write_checkpoint,
-    write_safetensors,
-)
+from llmnb.arena import footprint, put
+from llmnb.backend import BACKENDS, PRECISIONS, backend_named, choose
 from llmnb.checks import check_tokens
 from llmnb.model.init import init_params
-from llmnb.model.layout import footprint, gpt2_layout
-from llmnb.reference.adamw import ADAMW_LIMITS
-from llmnb.room import check_room
+from llmnb.model.layout import block_activations, gpt2_layout
+from llmnb.model.parts import block_backward, block_forward, block_of
+from llmnb.model.tensors import tensor_table
+from llmnb.reference.adamw import ADAMW_LIMITS, AdamW
 from llmnb.shapes import shapes
 
 
-# one block, forward
-def block_forward(ops, out, inp, w, a, **how):
-    """One block: attention, then the feed-forward half, both residual.
-
-    out, inp: (B, T, C). w and a map names to this block's weights and
-    activations, as in llmnb.model.layout, with those that blocks take turns with;
-    a is overwritten. ops: the layers. how: what else ops takes for its
-    products, such as scratch memory.
-
-    Derived in chapter 1.15.
-    """
-    _normalise(ops, "ln1", inp, w, a)
-    ops.matmul_forward(a["qkv"], a["ln"], w["qkvw"], w["qkvb"], **how)
-    ops.attention_forward(a["atty"], a["att_lse"], a["qkv"], **how)
-    x = a["residual2"]
-    weights = w["attprojw"], w["attprojb"]
-    ops.matmul_forward(x, a["atty"], *weights, residual=inp, **how)
-    _normalise(ops, "ln2", x, w, a)
-    ops.matmul_forward(a["fch"], a["ln"], w["fcw"], w["fcb"], **how)
-    ops.gelu_forward(a["fch_gelu"], a["fch"])
-    weights = w["fcprojw"], w["fcprojb"]
-    ops.matmul_forward(out, a["fch_gelu"], *weights, residual=x, **how)
-
-
-# one of its two LayerNorms
-def _normalise(ops, name, inp, w, a):
-    ops.layernorm_forward(
-        *(a["ln"], a[f"{name}_mean"], a[f"{name}_rstd"]),
-        *(inp, w[f"{name}w"], w[f"{name}b"]),
-    )
-
-
-# the feed-forward half, backward
-def _feedforward_backward(ops, w, a, dw, d, add, how):
-    dfch, dln = d["dfch"], d["dln"]
-    options = {"add_dinp": False, "add_dweight": add} | how
-    ops.gelu_forward(a["fch_gelu"], a["fch"])
-    ops.matmul_backward(
-        *(dfch, dw["fcprojw"], dw["fcprojb"]),
-        *(d["dstream"], a["fch_gelu"], w["fcprojw"]),
-        **options,
-    )
-    ops.gelu_backward(dfch, dfch, a["fch"], add=False)
-    _normalise(ops, "ln2", a["residual2"], w, a)
-    ops.matmul_backward(
-        *(dln, dw["fcw"], dw["fcb"], dfch, a["ln"], w["fcw"]),
-        **options,
-    )
-    ops.layernorm_backward(
-        *(d["dstream"], dw["ln2w"], dw["ln2b"], dln),
-        *(a["residual2"], w["ln2w"], a["ln2_mean"], a["ln2_rstd"]),
-    )
-
-
-# the attention half, backward
-def _attention_half_backward(ops, inp, w, a, dw, d, add, how):
-    dln, dqkv = d["dln"], d["dqkv"]
-    options = {"add_dinp": False, "add_dweight": add} | how
-    ops.matmul_backward(
-        *(d["datty"], dw["attprojw"], dw["attprojb"]),
-        *(d["dstream"], a["atty"], w["attprojw"]),
-        **options,
-    )
-    ops.attention_backward(
-        *(dqkv, d["datty"], a["qkv"], a["atty"], a["att_lse"]),
-        **{"add": False} | how,
-    )
-    _normalise(ops, "ln1", inp, w, a)
-    ops.matmul_backward(
-        *(dln, dw["qkvw"], dw["qkvb"], dqkv, a["ln"], w["qkvw"]),
-        **options,
-    )
-    ops.layernorm_backward(
-        *(d["dstream"], dw["ln1w"], dw["ln1b"], dln),
-        *(inp, w["ln1w"], a["ln1_mean"], a["ln1_rstd"]),
-    )
-
-
-# one block, backward
-def block_backward(ops, inp, w, a, dw, d, add=False, **how):
-    """Take d["dstream"] from a block's output to its input.
-
-    inp: (B, T, C). w, a: this block's weights and activations, as
-    block_forward left them; dw: the gradients of its weights; d: the
-    gradients of its activations, as in llmnb.model.layout. d["dstream"] holds the
-    gradient of the output and receives that of the input; the rest of d is
-    overwritten. add: whether to add to dw's matrices and their biases or to
-    overwrite them; LayerNorm's are always added to. ops, how: as for
-    block_forward.
-
-    Derived in chapter 1.15.
-    """
-    _feedforward_backward(ops, w, a, dw, d, add, how)
-    _attention_half_backward(ops, inp, w, a, dw, d, add, how)
-
-
 # choose
-_BACKENDS = ("reference", "cpu", "cuda")
-# precisions, and the backends that have them
-_PRECISIONS = {
-    "fp32": _BACKENDS,
-    "fp64": ("reference", "cpu"),
-    "bf16": ("cpu",),
-    "tf32": ("cuda",),
-}
-# gradients that layers add to: backward clears them, the others it overwrites
-_ADDED_TO = ("wpe", "ln1w", "ln1b", "ln2w", "ln2b", "lnfw", "lnfb")
 # what a forward pass alone never writes, so that it takes no memory
 _OF_TRAINING = {"grads", "m", "v", "dacts"}
-# tensors that the blocks share: all others have a leading L
-_NOT_STACKED = {"wte", "wpe", "lnfw", "lnfb"}
-_SHARED = {
-    "encoded",
-    "lnf",
-    "lnf_mean",
-    "lnf_rstd",
-    "lse",
-    "losses",
-    "dlosses",
-}
-
-
-def _choose(name, value, choices):
-    if value not in choices:
-        listed = ", ".join(map(repr, choices))
-        raise ValueError(
-            f"GPT2: {name} must be one of {listed}, got {value!r}"
-        )
-    return value
-
-
-def _possible(precision, backend, ops):
-    """The precision, or fp32 with a warning where bf16 gains nothing."""
-    needs = _PRECISIONS[precision]
-    if backend not in needs:
-        raise ValueError(
-            f"GPT2: precision {precision!r} needs the backend "
-            + " or ".join(map(repr, needs))
-        )
-    if precision != "bf16" or ops.has_bf16():
-        return precision
-    warnings.warn(
-        "GPT2: this processor has no bfloat16 products (AVX512-BF16); "
-        "computing in fp32",
-        stacklevel=3,
-    )
-    return "fp32"
 
 
 def _check_shape(cfg, batch_size, seq_len):
@@ -225,52 +73,38 @@ class GPT2:
         precision="fp32",
         seed=42,
     ):
-        _choose("precision", precision, _PRECISIONS)
-        _choose("backend", backend, _BACKENDS)
+        choose("GPT2: precision", precision, PRECISIONS)
+        choose("GPT2: backend", backend, BACKENDS)
         _check_shape(cfg, batch_size, seq_len)
         self.cfg, self.batch_size, self.seq_len = cfg, batch_size, seq_len
-        self.backend = backend
-        self.ops = importlib.import_module(f"llmnb.{backend}")
-        self.precision = _possible(precision, backend, self.ops)
-        dtype = np.float64 if precision == "fp64" else np.float32
-        self._allocate(gpt2_layout(cfg, batch_size, seq_len, dtype))
+        self.backend, self._machine = (
+            backend,
+            backend_named(backend, precision),
+        )
+        self.precision, self._block = self._machine.precision, block_of(cfg)
+        self._allocate(
+            gpt2_layout(cfg, batch_size, seq_len, self._machine.dtype)
+        )
+        self.ops, self._how = self._machine.ops, self._machine.how
         self.params, self.grads = self.memory["params"], self.memory["grads"]
         self._acts = self.memory["acts"] | self.memory["logits"]
         self._dacts = self.memory["dacts"] | self.memory["block"]
         self._batch = self.memory["batch"]
         self._layers = [self._layer(i) for i in range(cfg.num_layers)]
-        self._state, self._has_gradients, self._graphs = "new", False, {}
+        self._state, self._has_gradients = "new", False
         if seed is not None:
             self._fill_params(partial(init_params, cfg=cfg, seed=seed))
 
     def _allocate(self, layout):
         """The arena, with what the backend wants besides the tensors."""
-        ops, self._how = self.ops, {}
-        if self.backend == "cuda":
-            shape = self.cfg, self.batch_size, self.seq_len
-            layout |= ops.model_layout(*shape, self.precision)
-            self.memory = Arena(layout, ops.zeros)
-            work = self.memory["work"]["floats"]
-            self.ops = ops.model_layers(work, self.precision)
-            return
-        if self.backend == "cpu":
-            layout["work"] = layout["params"][0], {"panels": ops.work_shape()}
+        layout |= self._machine.groups(self.cfg, self.batch_size, self.seq_len)
         sizes = footprint(layout)
-        check_room(sum(sizes[x] for x in layout if x not in _OF_TRAINING))
-        self.memory = Arena(layout)
-        if self.backend == "cpu":
-            self._how["work"] = self.memory["work"]["panels"]
-            self._how["bf16"] = self.precision == "bf16"
+        needed = sum(sizes[x] for x in layout if x not in _OF_TRAINING)
+        self.memory = self._machine.allocate(layout, needed)
 
     def _fill_params(self, function):
-        """Let a function write the parameters, by way of the host's memory."""
-        here, host = self.backend != "cuda", {}
-        for name, x in self.params.items():
-            host[name] = x if here else np.zeros(x.shape, x.dtype)
-        function(host)
-        for name, x in host.items():
-            if not here:
-                put(self.params[name], x)
+        """Let a function write the parameters, wherever they are."""
+        self._machine.write(self.params, function)
 
     @classmethod
     def from_checkpoint(
@@ -290,6 +124,8 @@ class GPT2:
         ValueError, naming the file, when its sizes do not fit; OSError when
         it cannot be read.
         """
+        from llmnb.formats.checkpoint import read_checkpoint, read_config
+
         cfg = read_config(path, tokens)
         model = cls(cfg, batch_size, seq_len, backend, precision, seed=None)
         model._fill_params(partial(read_checkpoint, path, cfg))
@@ -304,14 +140,15 @@ class GPT2:
         and renamed; when that fails the old one is untouched. Raises
         ValueError for a precision that the format lacks.
         """
+        from llmnb.formats import checkpoint
+
         known = {"fp32": 3, "bf16": 5}
         if not str(path).endswith(".safetensors"):
-            version = known[_choose("precision", precision, known)]
-            flat = np.asarray(self.memory.flat("params"))
-            write_checkpoint(path, self.cfg, flat, version)
-        elif _choose("precision", precision, ["fp32"]):
+            version = known[choose("GPT2: precision", precision, known)]
+            checkpoint.write_checkpoint(path, self.cfg, self.params, version)
+        elif choose("GPT2: precision", precision, ["fp32"]):
             params = {n: np.asarray(x) for n, x in self.params.items()}
-            write_safetensors(path, self.cfg, params)
+            checkpoint.write_safetensors(path, self.cfg, params)
 
     def forward(self, tokens, targets=None):
         """The mean loss of a batch as a float, or None without targets.
@@ -340,10 +177,8 @@ class GPT2:
     def _classify(self):
         """From the logits to each token's loss."""
         a, targets = self._acts, self._batch["targets"]
-        self.ops.crossentropy_softmax_forward(
-            *(a["losses"], a["lse"], a["logits"], targets),
-            self.cfg.vocab_size,
-        )
+        arrays = a["losses"], a["lse"], a["logits"], targets
+        self.ops.crossentropy_softmax_forward(*arrays, self.cfg.vocab_size)
 
     def _loss(self):
         return float(np.asarray(self._acts["losses"]).mean(dtype=np.float64))
@@ -361,18 +196,16 @@ class GPT2:
         return tokens
 
     def _forward(self):
-        a, p = self._acts, self.params
+        a, p, blocks = self._acts, self.params, self._block
         self.ops.encoder_forward(
             a["encoded"], self._batch["tokens"], p["wte"], p["wpe"]
         )
         x = a["encoded"]
         for w, acts, _ in self._layers:
             out = acts["residual3"]
-            block_forward(self.ops, out, x, w, acts, **self._how)
+            block_forward(blocks, self.ops, out, x, w, acts, **self._how)
             x = out
-        self.ops.layernorm_forward(
-            a["lnf"], a["lnf_mean"], a["lnf_rstd"], x, p["lnfw"], p["lnfb"]
-        )
+        blocks.norm.forward(self.ops, "lnf", a["lnf"], x, p, a)
         self.ops.matmul_forward(
             a["logits"], a["lnf"], p["wte"], None, **self._how
         )
@@ -394,40 +227,36 @@ class GPT2:
 
     def _backward(self, add=False, share=1.0):
         if not add:
-            for name in _ADDED_TO:
-                self._fill(self.grads[name], 0)
+            for x in tensor_table(self.cfg):
+                if x.added:
+                    self._machine.fill(self.grads[x.name], 0)
         self._head_backward(add, share)
         g, d, tokens = self.grads, self._dacts, self._batch["tokens"]
         for i in reversed(range(self.cfg.num_layers)):
             w, acts, dw = self._layers[i]
             x = self._layers[i - 1][1]["residual3"]
             x = x if i else self._acts["encoded"]
-            block_backward(self.ops, x, w, acts, dw, d, add, **self._how)
+            arrays = x, w, acts, dw, d
+            block_backward(self._block, self.ops, *arrays, add, **self._how)
         self.ops.encoder_backward(g["wte"], g["wpe"], d["dstream"], tokens)
 
     def _head_backward(self, add, share):
         """From the losses back to the end of the residual stream."""
         a, p, g, d = self._acts, self.params, self.grads, self._dacts
         dlogits = a["logits"]  # takes the place of the logits
-        self._fill(a["dlosses"], share / a["dlosses"].size)
+        dln, dstream = d["dln"], d["dstream"]
+        self._machine.fill(a["dlosses"], share / a["dlosses"].size)
         self.ops.crossentropy_softmax_backward(
-            *(dlogits, a["dlosses"], a["logits"], a["lse"]),
-            *(self._batch["targets"], self.cfg.vocab_size),
-        )
+            dlogits, a["dlosses"], a["logits"], a["lse"],
+            self._batch["targets"], self.cfg.vocab_size,
+        )  # fmt: skip
+        how = {"add_dinp": False, "add_dweight": add} | self._how
         self.ops.matmul_backward(
-            *(d["dln"], g["wte"], None, dlogits, a["lnf"], p["wte"]),
-            **{"add_dinp": False, "add_dweight": add} | self._how,
+            dln, g["wte"], None, dlogits, a["lnf"], p["wte"], **how
         )
-        self._fill(d["dstream"], 0)
-        stream = self._layers[-1][1]["residual3"]
-        self.ops.layernorm_backward(
-            *(d["dstream"], g["lnfw"], g["lnfb"], d["dln"]),
-            *(stream, p["lnfw"], a["lnf_mean"], a["lnf_rstd"]),
-        )
-
-    def _fill(self, array, value):
-        """NumPy's fill, or the backend's own for arrays of its own."""
-        getattr(self.ops, "fill", np.ndarray.fill)(array, value)
+        self._machine.fill(dstream, 0)
+        x = self._layers[-1][1]["residual3"]
+        self._block.norm.backward(self.ops, "lnf", dstream, dln, x, p, a, g)
 
     @property
     def logits(self):
@@ -488,25 +317,34 @@ class GPT2:
         weight_decay=0.01, step=1, decay=None,
     ):  # fmt: skip
         """Check AdamW's numbers, and keep them where _apply reads them."""
-        for name in () if decay is None else decay:
-            _choose("a name in decay", name, self.params)
+        for name in decay or ():
+            choose("GPT2: a name in decay", name, self.params)
         numbers = learning_rate, beta1, beta2, eps
-        rows = [(*numbers, rate, step) for rate in (weight_decay, 0.0)]
-        if self.backend == "cuda":
-            names, places = ("decays", "stays"), self.memory["settings"]
-            for name, row in zip(names, rows, strict=True):
-                put(places[name], self.ops.adamw_settings(*row))
-            rows = [(places[name],) for name in names]
-        self._settings = rows
+        rows = [AdamW(*numbers, rate, step) for rate in (weight_decay, 0.0)]
+        self._settings = self._machine.settings(self.memory, rows)
 
     def _apply(self, decay):
         """AdamW on all parameters: those in decay, or all, decay."""
-        on_gpu = self.backend == "cuda"
-        update = self.ops.adamw_apply if on_gpu else self.ops.adamw_update
-        names = ["flat"] if decay is None else self.params
-        for name in names:
-            row = self._settings[decay is not None and name not in decay]
-            update(*self._flat(name), *row)
+        update = getattr(self.ops, self._machine.update)
+        flat = [self.memory.flat(g) for g in ("params", "grads", "m", "v")]
+        for start, stop, decays in self._ranges(decay):
+            row = self._settings[not decays]
+            update(*[x[start:stop] for x in flat], row)
+
+    def _ranges(self, decay):
+        """Ranges of the flat parameters that decay, or do not; in order.
+
+        Neighbours in memory that are alike are one range: of the tensors
+        that usually decay, which lie first, and of the others, there are two.
+        """
+        ranges, stop = [], 0
+        for name, x in self.params.items():
+            start, stop = stop, stop + x.size
+            decays = decay is None or name in decay
+            if ranges and ranges[-1][2] == decays:
+                start = ranges.pop()[0]
+            ranges.append((start, stop, decays))
+        return ranges
 
     @shapes("-, -, -, above 0", **ADAMW_LIMITS)
     def step(self, tokens, targets, max_norm=math.inf, **settings):
@@ -517,42 +355,27 @@ class GPT2:
         With the cuda backend it is one launch: see llmnb.gpu.graph.
         """
         self._tune(**settings)
-        if self.backend != "cuda":
-            loss = self.forward(tokens, targets)
-            self.backward()
-            norm = self.clip_gradients(max_norm)
-            self.update(**settings)
-            return loss, norm
         self._take(tokens, targets)
         decay = settings.get("decay")
-        key = max_norm, decay if decay is None else tuple(decay)
-        if key not in self._graphs:
-            whole = partial(self._whole_step, *key)
-            self._graphs[key] = self.ops.Graph(whole, self.params["wte"])
+        decay = decay if decay is None else tuple(decay)
         self._state, self._has_gradients = "backward", True
-        self._graphs[key]()
-        return self._loss(), self.ops.gradient_norm()
+        whole = partial(self._whole_step, max_norm, decay)
+        self._machine.run((max_norm, decay), whole, self.params)
+        return self._loss(), self._machine.norm()
 
     def _whole_step(self, max_norm, decay):
-        """All launches of a step; nothing here waits for the GPU."""
+        """All of a step; nothing here waits for a GPU."""
         self._forward()
         self._classify()
         self._backward()
-        self.ops.clip_apply(self.memory.flat("grads"), max_norm)
+        self._machine.clip(self.ops, self.memory.flat("grads"), max_norm)
         self._apply(decay)
-
-    def _flat(self, name):
-        """params, grads, m, v as 1-D arrays: one tensor's, or all."""
-        groups = ("params", "grads", "m", "v")
-        if name == "flat":
-            return [self.memory.flat(g) for g in groups]
-        return [self.memory[g][name].reshape(-1) for g in groups]
 
     def _layer(self, i):
         """Views of block i: its weights, activations, weights' gradients."""
-        stacked = [n for n in self.params if n not in _NOT_STACKED]
+        stacked = [x.name for x in tensor_table(self.cfg) if x.stacked]
         acts, turns = self.memory["acts"], self.memory["block"]
-        own = [n for n in acts if n not in _SHARED]
+        own = block_activations(self.cfg, self.batch_size, self.seq_len)
         return (
             {n: self.params[n][i] for n in stacked},
             {n: acts[n][i] for n in own} | turns,

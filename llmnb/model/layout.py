@@ -4,10 +4,11 @@
 
 __all__ = [
     "activation_shapes",
+    "block_activations",
     "block_shapes",
-    "footprint",
     "gpt2_layout",
     "gradient_shapes",
+    "parameter_layout",
 ]
 
 
@@ -16,41 +17,42 @@ import math
 
 import numpy as np
 
-from llmnb.config import parameter_shapes
+from llmnb.model.parts import block_of
+from llmnb.model.tensors import full_shape, tensor_table
 
 
 # activations
+def block_activations(cfg, batch_size, seq_len):
+    """Shapes of what each block's forward pass leaves for its backward pass.
+
+    Derived in chapter 1.13.
+    """
+    B, T = batch_size, seq_len
+    norm, attention, feedforward = block_of(cfg)
+    stream = dict.fromkeys(("residual2", "residual3"), (B, T, cfg.channels))
+    kept = stream | attention.keeps(cfg, B, T) | feedforward.keeps(cfg, B, T)
+    for name in ("ln1", "ln2"):
+        kept |= norm.keeps(cfg, B, T, name)
+    return kept
+
+
 def activation_shapes(cfg, batch_size, seq_len):
     """Shapes of what the forward pass leaves for the backward pass.
 
     A leading L marks what every block keeps for itself. By llm.c's names
-    where it has one. What has rows of C comes first: where C is a multiple
-    of 4, each such row then begins at one of 16 bytes. The logits are a
-    group by themselves.
+    where it has one. What has rows of channels comes first: where C is a
+    multiple of 4, each such row then begins at one of 16 bytes. The logits
+    are a group by themselves.
 
     Derived in chapter 1.13.
     """
-    B, T, L = batch_size, seq_len, cfg.num_layers
-    C, NH = cfg.channels, cfg.num_heads
-    return {
-        "encoded": (B, T, C),
-        "qkv": (L, B, T, 3 * C),
-        "atty": (L, B, T, C),
-        "residual2": (L, B, T, C),
-        "fch": (L, B, T, 4 * C),
-        "residual3": (L, B, T, C),
-        "lnf": (B, T, C),
-        "att_lse": (L, B, NH, T),
-        "ln1_mean": (L, B, T),
-        "ln1_rstd": (L, B, T),
-        "ln2_mean": (L, B, T),
-        "ln2_rstd": (L, B, T),
-        "lnf_mean": (B, T),
-        "lnf_rstd": (B, T),
-        "lse": (B, T),
-        "losses": (B, T),
-        "dlosses": (B, T),
-    }
+    B, T, C = batch_size, seq_len, cfg.channels
+    own = block_activations(cfg, B, T)
+    shapes = dict.fromkeys(("encoded", "lnf"), (B, T, C))
+    shapes |= {name: (cfg.num_layers, *own[name]) for name in own}
+    shapes |= block_of(cfg).norm.keeps(cfg, B, T, "lnf")
+    shapes |= dict.fromkeys(("lse", "losses", "dlosses"), (B, T))
+    return dict(sorted(shapes.items(), key=lambda x: x[1][-2:][:1] != (T,)))
 
 
 # gradients of activations
@@ -69,24 +71,28 @@ def gradient_shapes(cfg, batch_size, seq_len):
 def block_shapes(cfg, batch_size, seq_len):
     """Shapes of what one block needs at a time, in either direction.
 
-    ln is the output of ln1, then of ln2. Gradients of fch_gelu give their
-    place to those of fch.
+    ln is the output of ln1, then of ln2.
 
     Derived in chapter 1.13.
     """
-    B, T, C = batch_size, seq_len, cfg.channels
-    return {
-        "ln": (B, T, C),
-        "fch_gelu": (B, T, 4 * C),
-        "datty": (B, T, C),
-        "dqkv": (B, T, 3 * C),
-        "dfch": (B, T, 4 * C),
-    }
+    B, T = batch_size, seq_len
+    _, attention, feedforward = block_of(cfg)
+    turns = attention.turns(cfg, B, T) | feedforward.turns(cfg, B, T)
+    return {"ln": (B, T, cfg.channels)} | turns
 
 
 # the whole layout
+def parameter_layout(cfg):
+    """Shapes of all parameters as they lie in memory: who decays first.
+
+    Derived in chapter 1.13.
+    """
+    rows = sorted(tensor_table(cfg), key=lambda x: not x.decays)
+    return {x.name: full_shape(x, cfg) for x in rows}
+
+
 def gpt2_layout(cfg, batch_size, seq_len, dtype=np.float32):
-    """The groups of the arena in which a GPT-2 trains.
+    """The groups of the arena in which a model trains.
 
     Four of the groups, params, grads, m and v, have the parameters' shapes;
     acts and dacts hold activations and their gradients, batch the tokens
@@ -95,35 +101,13 @@ def gpt2_layout(cfg, batch_size, seq_len, dtype=np.float32):
 
     Derived in chapter 1.13.
     """
-    shapes = parameter_shapes(cfg)
     B, T = batch_size, seq_len
-    return {
-        "params": (dtype, shapes),
-        "grads": (dtype, shapes),
-        "m": (dtype, shapes),
-        "v": (dtype, shapes),
+    shapes = parameter_layout(cfg)
+    groups = dict.fromkeys(("params", "grads", "m", "v"), (dtype, shapes))
+    return groups | {
         "acts": (dtype, activation_shapes(cfg, B, T)),
         "dacts": (dtype, gradient_shapes(cfg, B, T)),
         "logits": (dtype, {"logits": (B, T, cfg.padded_vocab_size)}),
         "block": (dtype, block_shapes(cfg, B, T), True),
         "batch": (np.int32, {"tokens": (B, T), "targets": (B, T)}),
     }
-
-
-# bytes of each group
-def footprint(layout):
-    """Bytes of each group of an arena, as a dict, before there is one.
-
-    layout: as Arena takes it. A group that lies over another counts for
-    what it is longer, so that the sum is what the arena takes, up to the
-    padding between groups.
-
-    Derived in chapter 1.13.
-    """
-    sizes, before = {}, 0
-    for group, (dtype, shapes, *over) in layout.items():
-        count = sum(math.prod(shape) for shape in shapes.values())
-        size = count * np.dtype(dtype).itemsize
-        sizes[group] = max(0, size - before) if over else size
-        before = size
-    return sizes

@@ -3,6 +3,9 @@
 """The layers in NumPy, forward and backward."""
 
 from llmnb.reference.adamw import (
+    ADAMW_LIMITS,
+    AdamW,
+    Factors,
     adamw_update,
     clip_gradients,
     global_norm,
@@ -18,12 +21,8 @@ from llmnb.reference.bfloat16 import (
     to_bfloat16,
 )
 from llmnb.reference.crossentropy import (
-    crossentropy_backward,
-    crossentropy_forward,
     crossentropy_softmax_backward,
     crossentropy_softmax_forward,
-    softmax_backward,
-    softmax_forward,
 )
 from llmnb.reference.encoder import (
     encoder_backward,
@@ -47,12 +46,13 @@ from llmnb.reference.residual import (
 )
 
 __all__ = [
+    "ADAMW_LIMITS",
+    "AdamW",
+    "Factors",
     "adamw_update",
     "attention_backward",
     "attention_forward",
     "clip_gradients",
-    "crossentropy_backward",
-    "crossentropy_forward",
     "crossentropy_softmax_backward",
     "crossentropy_softmax_forward",
     "encoder_backward",
@@ -68,8 +68,6 @@ __all__ = [
     "matmul_forward",
     "residual_backward",
     "residual_forward",
-    "softmax_backward",
-    "softmax_forward",
     "split_heads",
     "to_bfloat16",
 ]

@@ -3,6 +3,9 @@
 """AdamW and the clipping of gradients in NumPy."""
 
 __all__ = [
+    "ADAMW_LIMITS",
+    "AdamW",
+    "Factors",
     "adamw_update",
     "clip_gradients",
     "global_norm",
@@ -11,13 +14,14 @@ __all__ = [
 
 # imports
 import math
+from typing import NamedTuple
 
 import numpy as np
 
-from llmnb.shapes import shapes
+from llmnb.shapes import check_number, shapes
 
 
-# the settings
+# the settings of a step
 ADAMW_LIMITS = {
     "learning_rate": "at least 0",
     "beta1": "in [0, 1)",
@@ -28,29 +32,65 @@ ADAMW_LIMITS = {
 }
 
 
+class Factors(NamedTuple):
+    """The numbers of an update that are the same for all parameters.
+
+    Derived in chapter 1.12.
+    """
+
+    keep: float  # of a parameter, after decay
+    new1: float  # the share of the new gradient in m
+    beta2: float  # of the old square in v
+    new2: float  # and of the new one
+    root: float  # of the correction of v
+    eps: float
+    size: float  # of a step, with the correction of m
+
+
+class AdamW(NamedTuple):
+    """The settings of one step of AdamW; step counts from 1.
+
+    Derived in chapter 1.12.
+    """
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    step: int = 1
+
+    def factors(self, name):
+        """The Factors of this step; name: what a message calls the caller.
+
+        Raises TypeError or ValueError for a setting out of range.
+        """
+        for key, limit in ADAMW_LIMITS.items():
+            check_number(f"{name}: {key}", getattr(self, key), limit)
+        rate, beta1, beta2, eps, decay, step = self
+        keep, root = 1 - rate * decay, math.sqrt(1 - beta2**step)
+        size = rate / (1 - beta1**step)
+        return Factors(keep, 1 - beta1, beta2, 1 - beta2, root, eps, size)
+
+
 # one step of AdamW
-@shapes("N!, N, N!, N!", **ADAMW_LIMITS)
-def adamw_update(
-    params, grads, m, v,
-    learning_rate, beta1, beta2, eps, weight_decay, step,
-):  # fmt: skip
+@shapes("N!, N, N!, N!")
+def adamw_update(params, grads, m, v, settings):
     """Take one step of AdamW, in the order in which torch.optim.AdamW does.
 
     params, grads, m, v: float, of one shape; params, m and v change in
     place. m and v are the running means of the gradient and of its square,
-    zero before the first step. step counts from 1. weight_decay applies to
-    every element. Raises ValueError for settings out of range.
+    zero before the first step. settings: an AdamW; its decay applies to every
+    element. Raises ValueError for settings out of range.
 
     Derived in chapter 1.12.
     """
-    correction1 = 1 - beta1**step
-    correction2 = 1 - beta2**step
-    params *= 1 - learning_rate * weight_decay
-    m += (1 - beta1) * (grads - m)
-    v *= beta2
-    v += (1 - beta2) * grads * grads
-    spread = np.sqrt(v) / math.sqrt(correction2) + eps
-    params -= learning_rate / correction1 * m / spread
+    f = settings.factors("adamw_update")
+    params *= f.keep
+    m += f.new1 * (grads - m)
+    v *= f.beta2
+    v += f.new2 * grads * grads
+    params -= f.size * m / (np.sqrt(v) / f.root + f.eps)
 
 
 # the norm of all gradients

@@ -52,7 +52,8 @@ import numpy as np
 
 from llmnb.arena import put
 from llmnb.formats.checkpoint import STATE, first_not_finite, state_record
-from llmnb.config import GPT2Config, parameter_shapes
+from llmnb.config import GPT2Config
+from llmnb.model.tensors import parameter_shapes
 from llmnb.text.data import HEADER_BYTES, DataLoader, shard_length
 from llmnb.files import BESIDE, replacing
 from llmnb.lock import Lock
@@ -229,9 +230,9 @@ def save_state(run):
     """
     memory, path = run.model.memory, state_path(run.folder, run.at.step)
     tensors = {
-        f"{group}.{name}": np.asarray(x)  # a GPU's array comes to the host
+        f"{group}.{name}": np.asarray(memory[group][name])  # from a GPU too
         for group in GROUPS
-        for name, x in memory[group].items()
+        for name in parameter_shapes(run.model.cfg)
     }
     wrong = first_not_finite(tensors)
     if wrong:

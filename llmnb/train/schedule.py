@@ -4,37 +4,13 @@
 
 __all__ = [
     "KINDS",
-    "MATRICES",
-    "VECTORS",
     "check_schedule",
-    "decayed",
     "learning_rate",
 ]
 
 
 # imports of the schedule
 import math
-
-
-# which tensors decay
-MATRICES = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")
-VECTORS = (
-    "ln1w", "ln1b", "qkvb", "attprojb", "ln2w", "ln2b", "fcb", "fcprojb",
-    "lnfw", "lnfb",
-)  # fmt: skip
-
-
-def decayed(name):
-    """Whether weight decay applies to the parameter tensor of this name.
-
-    True for the matrices and the two tables, False for biases and for
-    LayerNorm's scales and shifts. Raises ValueError for another name.
-
-    Derived in chapter 1.12.
-    """
-    if name not in MATRICES + VECTORS:
-        raise ValueError(f"decayed: no tensor is called {name!r}")
-    return name in MATRICES
 
 
 # the schedule

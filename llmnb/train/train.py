@@ -73,10 +73,12 @@ from llmnb.text.data import (
     sample_tokens,
 )
 from llmnb.files import make_folder, read_small, replacing, what_is
-from llmnb.model.layout import footprint, gpt2_layout
+from llmnb.arena import footprint
+from llmnb.model.layout import gpt2_layout
+from llmnb.model.tensors import decaying
 from llmnb.lock import LOCK, in_use
-from llmnb.room import check_room
-from llmnb.train.schedule import decayed, learning_rate
+from llmnb.checks import check_room
+from llmnb.train.schedule import learning_rate
 from llmnb.timing import machine
 
 
@@ -655,7 +657,7 @@ def _settings(config, model, at):
     return {name: getattr(config, name) for name in names} | {
         "learning_rate": config.rate(at.step),
         "step": at.updates + 1,
-        "decay": [name for name in model.params if decayed(name)],
+        "decay": decaying(model.cfg),
     }
 
 

@@ -119,8 +119,8 @@ gpt2_diagram()
 # get no probability.
 
 # %% imports of the configuration tags=["export"]
-import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 # %% the configuration tags=["export"]
@@ -139,6 +139,11 @@ class GPT2Config:
     num_heads: int = 12
     channels: int = 768
 
+    # what its blocks are made of, by the names in llmnb.model.parts
+    norm: ClassVar[str] = "layernorm"
+    feedforward: ClassVar[str] = "gelu"
+    bias: ClassVar[bool] = True  # whether linear layers have one
+
     def __post_init__(self):
         for name, value in vars(self).items():
             if not isinstance(value, int) or value < 1:
@@ -156,6 +161,16 @@ class GPT2Config:
     def padded_vocab_size(self):
         """Vp: the vocabulary rounded up to a multiple of 128."""
         return -(-self.vocab_size // 128) * 128
+
+    @property
+    def head_size(self):
+        """hs: the channels of a head."""
+        return self.channels // self.num_heads
+
+    @property
+    def num_kv_heads(self):
+        """Heads that have keys and values of their own: in GPT-2 all."""
+        return self.num_heads
 
 
 # %% GPT-2 124M
@@ -195,33 +210,18 @@ except ValueError as error:
 # The logits need a matrix too, $(V_p, C)$. GPT-2 uses `wte` a second time
 # there: the vector that a token goes in as is also the direction in which it
 # is looked for. This is called *weight tying*.
-
-
-# %% the sixteen tensors tags=["export"]
-def parameter_shapes(cfg):
-    """Shapes of the 16 parameter tensors by llm.c's names, in its order."""
-    L, C, Vp = cfg.num_layers, cfg.channels, cfg.padded_vocab_size
-    return {
-        "wte": (Vp, C),
-        "wpe": (cfg.max_seq_len, C),
-        "ln1w": (L, C),
-        "ln1b": (L, C),
-        "qkvw": (L, 3 * C, C),
-        "qkvb": (L, 3 * C),
-        "attprojw": (L, C, C),
-        "attprojb": (L, C),
-        "ln2w": (L, C),
-        "ln2b": (L, C),
-        "fcw": (L, 4 * C, C),
-        "fcb": (L, 4 * C),
-        "fcprojw": (L, C, 4 * C),
-        "fcprojb": (L, C),
-        "lnfw": (C,),
-        "lnfb": (C,),
-    }
+#
+# [Chapter 1.30](30_block.ipynb) makes the table that knows all of this about a
+# tensor; here we only read it.
 
 
 # %% their sizes
+from llmnb.model.tensors import (
+    flops_per_token,
+    parameter_count,
+    parameter_shapes,
+)
+
 for name, shape in parameter_shapes(cfg).items():
     print(f"{name:<9} {str(shape):<16} {np.prod(shape):>12,}")
 
@@ -233,25 +233,6 @@ for name, shape in parameter_shapes(cfg).items():
 # the last LayerNorm,
 #
 # $$ N = V C + T_{max} C + L\,(12 C^2 + 13 C) + 2 C . \tag{1.4.1} $$
-
-
-# %% count parameters and operations tags=["export"]
-def parameter_count(cfg, padded=True):
-    """How many parameters a configuration has, with or without padding."""
-    count = sum(math.prod(s) for s in parameter_shapes(cfg).values())
-    unused = cfg.padded_vocab_size - cfg.vocab_size
-    return count if padded else count - unused * cfg.channels
-
-
-def flops_per_token(cfg, seq_len):
-    """Floating-point operations to train on one token: 6 N + 6 L C T.
-
-    N counts the parameters without padding. Six is two (multiply and add)
-    for each of three products: one forward, two backward. The second term
-    is attention's, with a causal mask.
-    """
-    attention = 6 * cfg.num_layers * cfg.channels * seq_len
-    return 6 * parameter_count(cfg, padded=False) + attention
 
 
 # %% equation (1.4.1)

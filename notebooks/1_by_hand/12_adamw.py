@@ -8,15 +8,16 @@
 #     modules:
 #       reference.adamw: "AdamW and the clipping of gradients in NumPy."
 #       train.schedule: "The learning rate of each step, and which tensors decay."
-#       cpu.adamw: "AdamW and clipping, compiled for the processor's cores."
-#       cuda.adamw: "AdamW and clipping on a GPU."
 # ---
 
 # %% [markdown]
-# # Step downhill with AdamW
+# # AdamW: step downhill
 #
 # > AdamW divides each parameter's averaged gradient by its usual size and
 # > shrinks the parameter itself; a schedule sets the pace, a clip bounds it.
+#
+# *Reading time: 30 minutes. You need: what a gradient is. Neither layers nor
+# their gradients are needed.*
 
 # %% [markdown]
 # ## Where we are
@@ -40,13 +41,10 @@ gpt2_diagram(lit="adamw")
 # - derive the bias correction and say what goes wrong without it;
 # - say why weight decay must not pass through the gradient;
 # - compute the learning rate of any step under four schedules;
-# - update 124 million parameters in the time that memory needs to move them;
-# - sum 124 million squares on a GPU in one order, and say how new settings
-#   reach launches that were recorded.
+# - say what a clip saves a run from.
 #
-# You need the `kernel` decorator from [chapter 1.5](05_encoder.ipynb); for the
-# section on a GPU also [chapter 3.1](../3_gpu/01_threads.ipynb). Neither layers nor their
-# gradients are needed.
+# The fast versions: [chapter 2.3](../2_cpu/03_loss.ipynb) and
+# [chapter 3.10](../3_gpu/10_adamw.ipynb).
 
 # %% [markdown]
 # ## Setup
@@ -56,17 +54,17 @@ from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 
-from llmnb.config import GPT2Config
 from llmnb.book.diagram import PALETTE
-from llmnb.timing import fastest, machine
 from llmnb.book.verify import compare, verdict
+from llmnb.config import GPT2Config
 
 # %% imports tags=["export"]
 import math
+from typing import NamedTuple
 
 import numpy as np
 
-from llmnb.shapes import shapes
+from llmnb.shapes import check_number, shapes
 
 # %% the seed
 rng = np.random.default_rng(10)
@@ -76,8 +74,8 @@ rng = np.random.default_rng(10)
 #
 # AdamW keeps two running means for each parameter: $m$ of its gradient and
 # $v$ of its squared gradient. Take a parameter at 1 with the gradient 0.5,
-# a learning rate $\eta = 0.1$, a weight decay $\lambda = 0.1$, and the
-# usual $\beta_1 = 0.9$, $\beta_2 = 0.999$. In the first step
+# a learning rate $\eta = 0.1$, a weight decay $\lambda = 0.1$, and
+# PyTorch's defaults $\beta_1 = 0.9$ and $\beta_2 = 0.999$. In the first step
 #
 # - decay shrinks the parameter by the factor $1 - 0.1 \cdot 0.1$ to 0.99;
 # - $m$ goes from 0 to $0.1 \cdot 0.5 = 0.05$, and $v$ to
@@ -105,8 +103,7 @@ print("stepped ", p - 0.1 * (m / 0.1) / np.sqrt(v / 0.001))
 # | `step` | integer | how many steps with this one, from 1 |
 #
 # Layers have shapes; the optimiser has none. Every parameter is treated
-# alike, so it works on flat arrays, as [chapter 1.13](13_memory.ipynb) lays
-# them out: all parameters one after the other.
+# alike, so it works on flat arrays, all parameters one after the other.
 
 # %% [markdown]
 # ## From gradient descent to AdamW
@@ -225,10 +222,10 @@ report(paths["momentum"])
 #
 # In step 1 this gives $\hat m = g$ and $\hat v = g^2$, so that every
 # parameter moves by $\eta$, up or down. Without the correction the first
-# step would be
-# $\eta \cdot 0.1 / \sqrt{0.001} \approx 3.2\, \eta$, and for a thousand
-# steps $v$ would be too small, and the steps too large. (The race below lasts
-# sixty steps, so it takes $\beta_2 = 0.99$, which forgets faster.)
+# step would be $\eta \cdot 0.1 / \sqrt{0.001} \approx 3.2\, \eta$. It gets
+# worse before it gets better: $m$ has caught up after ten steps or so, while
+# $v$ stays too small, and the steps too large, for a thousand. (The race here
+# lasts sixty steps, so it takes $\beta_2 = 0.99$, which forgets faster.)
 
 # %% the correction, step by step
 steps = np.array([1, 10, 100, 1000, 10000])
@@ -255,10 +252,11 @@ report(paths["Adam"])
 #
 # ### AdamW
 #
-# A model generalises better when its weights stay small. **Weight decay**
-# shrinks them a little at every step. There are two ways to write it. The
-# first adds $\tfrac{\lambda}{2} \sum w^2$ to the loss, hence $\lambda w$ to
-# the gradient ("L2"):
+# What one batch has written into a weight stays there until another writes
+# over it, be it knowledge or that batch's noise. **Weight decay** shrinks all
+# weights a little at every step: what gradients do not keep asking for fades.
+# There are two ways to write it. The first adds $\tfrac{\lambda}{2} \sum w^2$
+# to the loss, hence $\lambda w$ to the gradient ("L2"):
 #
 # $$ g \leftarrow g + \lambda w . \tag{1.12.9} $$
 #
@@ -370,9 +368,12 @@ plt.show()
 # $$ w \leftarrow w - \frac{\eta}{1 - \beta_1^{\,t}} \cdot
 #    \frac{m}{\sqrt v \,/ \sqrt{1 - \beta_2^{\,t}} + \epsilon} .
 #    \tag{1.12.11} $$
+#
+# Seven numbers in it are the same for all parameters. They are computed first,
+# from the settings of the step.
 
 
-# %% the settings tags=["exporti"]
+# %% the settings of a step tags=["export"]
 ADAMW_LIMITS = {
     "learning_rate": "at least 0",
     "beta1": "in [0, 1)",
@@ -383,32 +384,62 @@ ADAMW_LIMITS = {
 }
 
 
+class Factors(NamedTuple):
+    """The numbers of an update that are the same for all parameters."""
+
+    keep: float  # of a parameter, after decay
+    new1: float  # the share of the new gradient in m
+    beta2: float  # of the old square in v
+    new2: float  # and of the new one
+    root: float  # of the correction of v
+    eps: float
+    size: float  # of a step, with the correction of m
+
+
+class AdamW(NamedTuple):
+    """The settings of one step of AdamW; step counts from 1."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    step: int = 1
+
+    def factors(self, name):
+        """The Factors of this step; name: what a message calls the caller.
+
+        Raises TypeError or ValueError for a setting out of range.
+        """
+        for key, limit in ADAMW_LIMITS.items():
+            check_number(f"{name}: {key}", getattr(self, key), limit)
+        rate, beta1, beta2, eps, decay, step = self
+        keep, root = 1 - rate * decay, math.sqrt(1 - beta2**step)
+        size = rate / (1 - beta1**step)
+        return Factors(keep, 1 - beta1, beta2, 1 - beta2, root, eps, size)
+
+
 # %% one step of AdamW tags=["export"]
-@shapes("N!, N, N!, N!", **ADAMW_LIMITS)
-def adamw_update(
-    params, grads, m, v,
-    learning_rate, beta1, beta2, eps, weight_decay, step,
-):  # fmt: skip
+@shapes("N!, N, N!, N!")
+def adamw_update(params, grads, m, v, settings):
     """Take one step of AdamW, in the order in which torch.optim.AdamW does.
 
     params, grads, m, v: float, of one shape; params, m and v change in
     place. m and v are the running means of the gradient and of its square,
-    zero before the first step. step counts from 1. weight_decay applies to
-    every element. Raises ValueError for settings out of range.
+    zero before the first step. settings: an AdamW; its decay applies to every
+    element. Raises ValueError for settings out of range.
     """
-    correction1 = 1 - beta1**step
-    correction2 = 1 - beta2**step
-    params *= 1 - learning_rate * weight_decay
-    m += (1 - beta1) * (grads - m)
-    v *= beta2
-    v += (1 - beta2) * grads * grads
-    spread = np.sqrt(v) / math.sqrt(correction2) + eps
-    params -= learning_rate / correction1 * m / spread
+    f = settings.factors("adamw_update")
+    params *= f.keep
+    m += f.new1 * (grads - m)
+    v *= f.beta2
+    v += f.new2 * grads * grads
+    params -= f.size * m / (np.sqrt(v) / f.root + f.eps)
 
 
 # %% the two parameters through the function
 p, m, v = np.ones(2), np.zeros(2), np.zeros(2)
-adamw_update(p, g, m, v, 0.1, 0.9, 0.999, 1e-8, 0.1, step=1)
+adamw_update(p, g, m, v, AdamW(0.1, weight_decay=0.1))
 compare("by hand", p, [0.89, 0.89], tol=1e-5)
 
 # %% the valley through the function
@@ -416,7 +447,8 @@ w, m, v = np.array([-1.0, -0.2]), np.zeros(2), np.zeros(2)
 path = [w.copy()]
 for step in range(1, 61):
     slope = curvature * (w - lowest)
-    adamw_update(w, slope, m, v, 0.2, 0.9, 0.99, 1e-8, 0.1, step)
+    settings = AdamW(0.2, 0.9, 0.99, 1e-8, 0.1, step)
+    adamw_update(w, slope, m, v, settings)
     path.append(w.copy())
 compare("same path", path, paths["AdamW"], tol=1e-10)
 
@@ -428,29 +460,13 @@ compare("same path", path, paths["AdamW"], tol=1e-10)
 # moves or rescales a whole channel; to pull a scale of 1 towards 0 would
 # work against its purpose. In a single layer these are the tensors with one
 # dimension. Ours are stacked over the L layers, so that `ln1w` has shape
-# (L, C), and counting dimensions would mislead. We decide by name.
+# (L, C), and counting dimensions would mislead. So the table of tensors
+# ([chapter 1.30](30_block.ipynb)) says of each whether it decays.
 
-# %% imports of the schedule tags=["export"] module="train.schedule"
-import math
+# %% which tensors decay
+from llmnb.model.tensors import decaying
 
-# %% which tensors decay tags=["export"] module="train.schedule"
-MATRICES = ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw")
-VECTORS = (
-    "ln1w", "ln1b", "qkvb", "attprojb", "ln2w", "ln2b", "fcb", "fcprojb",
-    "lnfw", "lnfb",
-)  # fmt: skip
-
-
-def decayed(name):
-    """Whether weight decay applies to the parameter tensor of this name.
-
-    True for the matrices and the two tables, False for biases and for
-    LayerNorm's scales and shifts. Raises ValueError for another name.
-    """
-    if name not in MATRICES + VECTORS:
-        raise ValueError(f"decayed: no tensor is called {name!r}")
-    return name in MATRICES
-
+print(*decaying(GPT2Config()))
 
 # %% how many parameters that is
 cfg = GPT2Config()
@@ -486,6 +502,9 @@ print(f"not decayed {vectors:11,}  {vectors / (matrices + vectors):.2%}")
 # steps, $D = \lfloor 0.8\, S \rfloor$, and then falls as
 # $d(u) = 1 - \sqrt u$ with $u = (s - D) / (S - D)$. The rates of its long
 # flat part do not depend on $S$: one may decide late when to stop.
+
+# %% imports of the schedule tags=["export"] module="train.schedule"
+import math
 
 # %% the schedule tags=["export"] module="train.schedule"
 KINDS = ("cosine", "linear", "constant", "wsd")
@@ -540,13 +559,8 @@ for kind in KINDS:
 
 # %% four schedules
 fig, ax = plt.subplots(figsize=(6.4, 3.6), dpi=100)
-looks = zip(
-    KINDS,
-    ("blue", "orange", "grey", "green"),
-    ("-", "--", "-.", ":"),
-    strict=True,
-)
-for kind, colour, line in looks:
+looks = ("blue", "-"), ("orange", "--"), ("grey", "-."), ("green", ":")
+for kind, (colour, line) in zip(KINDS, looks, strict=True):
     rates = [learning_rate(s, 1, 100, 1000, kind, 0.1) for s in range(1000)]
     ax.plot(rates, line, color=PALETTE[colour], lw=2, label=kind)
 ax.set(xlabel="step", ylabel="fraction of the peak", ylim=(0, 1.08))
@@ -560,6 +574,33 @@ plt.show()
 # then spend the rest of the run on the way down, wsd only its last fifth;
 # here all but the constant one end at a tenth of the peak.*
 #
+# To see what warm-up saves, begin at the lowest point of the valley, with
+# noise on every gradient, a thousand runs at once. There is nothing to gain,
+# and some loss is inevitable: noise shakes the parameters about. But the
+# first steps need not make it worse than it will stay.
+
+
+# %% the first steps, with and without warm-up
+def shaken(warmup, steps=60):
+    """The mean loss after each step, from the lowest point, in noise."""
+    w = np.tile(lowest, (1000, 1))
+    m, v, losses = np.zeros_like(w), np.zeros_like(w), []
+    for s in range(steps):
+        g = curvature * (w - lowest + rng.normal(size=w.shape))
+        rate = learning_rate(s, 0.2, warmup, steps, "constant")
+        settings = AdamW(rate, 0.9, 0.99, 1e-8, 0, s + 1)
+        adamw_update(w.ravel(), g.ravel(), m.ravel(), v.ravel(), settings)
+        losses.append((curvature * (w - lowest) ** 2 / 2).sum(1).mean())
+    return np.array(losses)
+
+
+for warmup, limit in ((0, "above"), (20, "below")):
+    losses = shaken(warmup)
+    worse = losses.max() > 1.4 * losses[-1]
+    claim = f"peaks {limit} 1.4 times its end"
+    verdict(f"warm-up {warmup}", worse == (warmup == 0), claim)
+
+# %% [markdown]
 # ## Clipping
 #
 # Now and then a batch has a gradient many times as long as usual. Adam's
@@ -621,10 +662,39 @@ for values in ([3.0, 4.0], [0.3, 0.4], [3.0, np.inf]):
     print(f"norm {norm:3.1f}  {values} becomes {grads.round(4)}")
 
 # %% [markdown]
+# What is it good for? Adam goes down the valley once more, and one gradient
+# on the way, in step 40, comes out a thousand times too long.
+
+
+# %% one spoilt gradient
+def spoilt(max_norm, steps=100):
+    """The distance from the lowest point after a run with one bad step."""
+    w, m, v = np.array([-1.0, -0.2]), np.zeros(2), np.zeros(2)
+    for step in range(1, steps + 1):
+        g = curvature * (w - lowest) * (1000 if step == 40 else 1)
+        clip_gradients(g, max_norm)
+        adamw_update(w, g, m, v, AdamW(0.2, 0.9, 0.99, 1e-8, 0, step))
+    return np.hypot(*(w - lowest))
+
+
+apart = spoilt(math.inf) / spoilt(60)
+verdict("no clip", apart > 20, "ends more than 20 times as far")
+
+# %% [markdown]
+# **What runs choose.** Language models are commonly trained with
+# $\beta_2 = 0.95$ in place of 0.999: $v$ then looks back over 20 steps and not
+# 1000, so that a spike is soon forgotten. Clipping at 1 touches the first
+# steps and the spikes, because later the norm of most runs lies below. A
+# decay of 0.1 gives a weight that nothing renews a half-life of
+# $\ln 2 / (\eta \lambda)$ steps, 11,552 at a rate of $6 \cdot 10^{-4}$, and so
+# hardly touches a short run. The peak rate has no such reason behind it: one
+# tries.
+
+# %% [markdown]
 # ## Proof
 #
 # There is no gradient to check here: AdamW is a definition. What can be
-# checked is that ours is PyTorch's. The numbers below were computed with
+# checked is that ours is PyTorch's. These numbers were computed with
 # `torch.optim.AdamW` (PyTorch 2.13.0, float64, six steps, learning rate
 # 0.01, betas 0.9 and 0.999, epsilon 1e-8, decay 0.1) for seven parameters
 # and gradients of very different sizes, one of them 0.
@@ -645,7 +715,7 @@ def six_steps(update, dtype=np.float64):
     m, v = np.zeros((2, 7), dtype)
     for t, f in enumerate(factor, 1):
         scaled = g * dtype(f)
-        update(p, scaled, m, v, 0.01, 0.9, 0.999, 1e-8, 0.1, t)
+        update(p, scaled, m, v, AdamW(0.01, weight_decay=0.1, step=t))
     return p
 
 
@@ -660,16 +730,17 @@ compare("float32", six_steps(adamw_update, np.float32), recorded, tol=1e-6)
 
 
 # %% two optimisers made wrong on purpose
-def eps_too_early(p, g, m, v, lr, beta1, beta2, eps, decay, t):
-    p *= 1 - lr * decay
-    m += (1 - beta1) * (g - m)
-    v += (1 - beta2) * (g * g - v)
-    spread = (np.sqrt(v) + eps) / math.sqrt(1 - beta2**t)
-    p -= lr / (1 - beta1**t) * m / spread
+def eps_too_early(p, g, m, v, settings):
+    f = settings.factors("eps_too_early")
+    p *= f.keep
+    m += f.new1 * (g - m)
+    v += f.new2 * (g * g - v)
+    p -= f.size * m / ((np.sqrt(v) + f.eps) / f.root)
 
 
-def with_l2(p, g, m, v, lr, beta1, beta2, eps, decay, t):
-    adamw_update(p, g + decay * p, m, v, lr, beta1, beta2, eps, 0, t)
+def with_l2(p, g, m, v, settings):
+    g = g + settings.weight_decay * p
+    adamw_update(p, g, m, v, settings._replace(weight_decay=0))
 
 
 for name, wrong in (("eps", eps_too_early), ("L2", with_l2)):
@@ -680,770 +751,18 @@ for name, wrong in (("eps", eps_too_early), ("L2", with_l2)):
         caught = True
     verdict(f"{name} mistake", caught, "is caught")
 
-# %% [markdown]
-# ## Fast on a CPU
-#
-# NumPy's update makes a dozen passes over arrays as large as the model, most
-# of them to write a temporary and read it back. But each parameter needs
-# only its own four numbers, and a loop can do all its arithmetic while they
-# are in registers.
-
-# %% keep the NumPy versions
-reference = SimpleNamespace(
-    update=adamw_update, norm=global_norm, clip=clip_gradients
-)
-
-# %% imports of the kernels tags=["export"] module="cpu.adamw"
-import math
-
-import numba
-import numpy as np
-
-from llmnb.cpu.jit import arguments, share, team
-from llmnb.reference.adamw import ADAMW_LIMITS
-from llmnb.shapes import shapes
-
-# %% [markdown]
-# Elements do not meet, so each thread takes a share of them, and the array
-# may be cut anywhere. That the bits do not depend on the cut
-# is owed to `kernel`: it asks for exact division
-# ([chapter 1.5](05_encoder.ipynb)), and exact square roots come with it, so
-# an element is rounded alike in a vector and in the rest that is left over
-# at the end of a thread's share.
-
-
-# %% the kernel tags=["exporti"] module="cpu.adamw"
-@team
-def _adamw_update(part, parts, address):
-    params, grads, m, v, numbers = arguments(address)
-    keep, rate1, beta2, rate2, root, eps, size = numbers
-    mine = share(params.size, part, parts)
-    params, grads, m, v = params[mine], grads[mine], m[mine], v[mine]
-    for i in range(params.size):
-        g = grads[i]
-        m[i] += rate1 * (g - m[i])
-        v[i] = beta2 * v[i] + rate2 * g * g
-        spread = math.sqrt(v[i]) / root + eps
-        params[i] = keep * params[i] - size * m[i] / spread
-
-
-# %% [markdown]
-# All that does not depend on the element is computed once, in Python's
-# float64, and passed in the array's dtype, so that no float64 enters the
-# loop. PyTorch does the same.
-
-
-# %% one step of AdamW tags=["export"] module="cpu.adamw"
-@shapes("N!, N, N!, N!", **ADAMW_LIMITS)
-def adamw_update(
-    params, grads, m, v,
-    learning_rate, beta1, beta2, eps, weight_decay, step,
-):  # fmt: skip
-    """Take one step of AdamW, in the order in which torch.optim.AdamW does.
-
-    params, grads, m, v: float32 or float64, flat, of one length; params, m
-    and v change in place. m and v are the running means of the gradient and
-    of its square, zero before the first step. step counts from 1.
-    weight_decay applies to every element. Raises TypeError or ValueError
-    for a wrong dtype or shape and for settings out of range.
-    """
-    keep = 1 - learning_rate * weight_decay
-    root = math.sqrt(1 - beta2**step)
-    size = learning_rate / (1 - beta1**step)
-    numbers = (keep, 1 - beta1, beta2, 1 - beta2, root, eps, size)
-    numbers = tuple([params.dtype.type(x) for x in numbers])
-    _adamw_update(params, grads, m, v, numbers)
-
-
-# %% [markdown]
-# The norm is one long sum, and a sum in another order is another sum. Again
-# the pieces must not depend on the threads: 256 of them, their bounds set
-# by the length alone, each summed by one thread; then the 256 sums, in
-# a fixed order. The kernel is compiled under the promise that no NaN occurs
-# ([chapter 1.5](05_encoder.ipynb)), and a gradient may break it; but products
-# and sums hand a NaN on whatever was promised, and the verdict below sees to
-# it that they do. The question itself, `math.isfinite`, is asked in Python.
-
-
-# %% the sum of squares tags=["exporti"] module="cpu.adamw"
-@team
-def _sum_of_squares(part, parts, address):
-    grads, sums = arguments(address)
-    length = (grads.size + sums.size - 1) // sums.size
-    for k in range(part, sums.size, parts):
-        piece = grads[k * length : (k + 1) * length]
-        total = 0.0
-        for i in range(piece.size):
-            x = np.float64(piece[i])
-            total += x * x
-        sums[k] = total
-
-
-@team
-def _scale(part, parts, address):
-    grads, factor = arguments(address)
-    mine = grads[share(grads.size, part, parts)]
-    for i in range(mine.size):
-        mine[i] *= factor
-
-
-# %% the norm of all gradients tags=["export"] module="cpu.adamw"
-@shapes("N")
-def global_norm(grads):
-    """The Euclidean norm of a flat array, summed in float64, as a float.
-
-    The sum is taken over 256 pieces whose bounds depend on the length alone
-    and then over the pieces, so that the number of threads does not change
-    it. Raises TypeError or ValueError unless `grads` is flat and
-    float32 or float64.
-    """
-    sums = np.empty(256)
-    _sum_of_squares(grads, sums)
-    return math.sqrt(sums.sum())
-
-
-# %% clip the gradients tags=["export"] module="cpu.adamw"
-@shapes("N!, above 0")
-def clip_gradients(grads, max_norm):
-    """Scale a flat array down to norm `max_norm` if it is longer.
-
-    Returns the norm before clipping and scales `grads` in place by
-    max_norm / (norm + 1e-6) where that is below 1, as torch's
-    clip_grad_norm_. When the norm is infinite or NaN, `grads` is left as it
-    is: the caller sees the norm and decides. Raises ValueError unless
-    max_norm is positive, and as `global_norm` does.
-    """
-    norm = global_norm(grads)
-    scale = max_norm / (norm + 1e-6)
-    if math.isfinite(norm) and scale < 1:
-        _scale(grads, grads.dtype.type(scale))
-    return norm
-
-
-# %% the same numbers from the kernels
-cpu = SimpleNamespace(
-    update=adamw_update, norm=global_norm, clip=clip_gradients
-)
-compare("float64", six_steps(cpu.update), recorded, tol=1e-14)
-compare("float32", six_steps(cpu.update, np.float32), recorded, tol=1e-6)
-grads = rng.normal(size=100_003).astype(np.float32)
-compare("norm", cpu.norm(grads), reference.norm(grads), tol=1e-12)
-grads[77] = np.nan
-before = grads.copy()
-verdict("NaN", math.isnan(cpu.clip(grads, 1.0)), "is reported")
-same = np.array_equal(grads, before, equal_nan=True)
-verdict("gradients", same, "are left alone")
-
-
-# %% one thread and many
-def five_steps(threads, n=100_003):
-    stream = np.random.default_rng(1)
-    p, g = stream.normal(size=(2, n)).astype(np.float32)
-    m, v = np.zeros((2, n), np.float32)
-    numba.set_num_threads(threads)
-    for t in range(1, 6):
-        clip_gradients(g, 1.0)
-        adamw_update(p, g, m, v, 0.01, 0.9, 0.95, 1e-8, 0.1, t)
-        g += p
-    return p
-
-
-most = numba.get_num_threads()
-same = np.array_equal(five_steps(1), five_steps(most))
-verdict("threads", same, "do not change a bit")
-try:
-    adamw_update(grads, grads, grads, grads[:5], 0.1, 0.9, 0.9, 1e-8, 0, 1)
-except ValueError as error:
-    print(error)
-
-# %% NumPy against the kernel tags=["nbval-ignore-output"]
-n = 1 << 24
-params, grads, m, v = np.ones((4, n), np.float32)
-arrays = params, grads, m, v, 1e-3, 0.9, 0.95, 1e-8, 0.1, 5
-slow = fastest(reference.update, *arrays, runs=3)
-fast = fastest(cpu.update, *arrays)
-print(f"{machine()}, {numba.get_num_threads()} threads")
-print(f"NumPy   {slow * 1e3:7.1f} ms for {n / 1e6:.1f} M parameters")
-print(f"kernel  {fast * 1e3:7.1f} ms, {slow / fast:.1f} times as fast")
-
-# %% [markdown]
-# ## On a GPU
-#
-# The update is bound by memory here as there: 28 bytes for some 14
-# operations. Elements do not meet, so each may have a thread of its own.
-# The norm is another matter, because all elements meet in one sum. And one
-# thing is new: the numbers that change from step to step have to reach the
-# GPU.
-#
-# No GPU has run these kernels yet. They run on the simulator; they are
-# compiled for two generations, sm_80 and sm_90, and what the compiler made
-# of them is checked.
-
-# %% imports of the GPU's kernels tags=["export"] module="cuda.adamw"
-import math
-from functools import partial
-
-import numpy as np
-
-from llmnb.cuda.elementwise import by_element, by_four
-from llmnb.gpu.launch import (
-    DEVICE,
-    aligned,
-    device,
-    empty,
-    kernel,
-    numbered,
-    to_host,
-)
-from llmnb.gpu.simulator import cuda, load4, store4
-from llmnb.gpu.warp import block_sum
-from llmnb.reference.adamw import ADAMW_LIMITS
-from llmnb.shapes import shapes
-
-# %% sizes tags=["exporti"] module="cuda.adamw"
-BLOCK = 256  # threads
-WARPS = 8  # of them in a block
-SETTINGS = 8  # numbers: seven of AdamW, and one to fill two vectors
-NORM_BLOCKS = 1024  # blocks at most that sum squares
-ZERO, ONE = np.float32(0), np.float32(1)
-TINY = np.float32(1e-6)  # (1.12.14)
-LARGEST = float(np.finfo(np.float32).max)
-EXPONENT = np.int32(0x7F800000)  # the bits of a float32's exponent
-
-
-# %% [markdown]
-# ### The settings of a step
-#
-# A training step launches hundreds of kernels, and each launch costs the
-# CPU some time. A *CUDA graph* is the cure: the launches are recorded once,
-# with all their arguments, and then launched again as one. But an argument
-# that is a number is recorded with its value. Every later step would
-# run with the learning rate of the step that was recorded.
-#
-# An argument that is an array is recorded as an address. So the settings
-# travel in a small array: the host writes a step's numbers there, and then
-# launches the graph, in which nothing has changed.
-#
-# The numbers are computed on the host, in float64, because a float32 would
-# lose digits on the way: $\beta_2 = 0.999$ is so close to 1 that the
-# difference $1 - \beta_2$ keeps 14 of its 24 bits. Rounding comes last.
-
-
-# %% the settings tags=["export"] module="cuda.adamw"
-def adamw_scratch():
-    """The number of floats that `adamw_update` wants as `work`."""
-    return SETTINGS
-
-
-@shapes("-", DEVICE, **ADAMW_LIMITS)
-def adamw_settings(
-    learning_rate, beta1, beta2, eps, weight_decay, step
-):  # fmt: skip
-    """What AdamW's kernel wants to know of a step, as a float32 array.
-
-    It is computed in float64 and rounded at the end. Copy it to the device
-    for `adamw_apply`. Raises ValueError for settings out of range.
-    """
-    keep = 1 - learning_rate * weight_decay
-    root = math.sqrt(1 - beta2**step)
-    size = learning_rate / (1 - beta1**step)
-    numbers = keep, 1 - beta1, beta2, 1 - beta2, root, eps, size, 0
-    return np.array(numbers, np.float32)
-
-
-# %% rounded last, and rounded first
-beta2 = np.float32(0.999)
-exact = 1 - 0.999
-late = float(adamw_settings(0.1, 0.9, 0.999, 1e-8, 0, 1)[3])
-early = float(1 - beta2)
-verdict("rounded last", abs(late / exact - 1) < 6e-8, "errs below 6e-8")
-verdict("rounded first", abs(early / exact - 1) > 1e-5, "errs above 1e-5")
-
-
-# %% [markdown]
-# ### Version 1: a thread an element
-#
-# A thread reads four numbers, computes, and writes three. It reads the
-# seven settings as well; all threads of a warp read the same ones, so each
-# of these requests is for one sector, which a cache holds.
-
-
-# %% AdamW of one element tags=["exporti"] module="cuda.adamw"
-@device
-def _adamw(p, g, m, v, settings):
-    keep, rate1, beta2, rate2, root, eps, size = settings
-    m += rate1 * (g - m)
-    v = beta2 * v + rate2 * g * g
-    spread = math.sqrt(v) / root + eps
-    return keep * p - size * m / spread, m, v
-
-
-@device
-def _adamw_at(i, params, grads, m, v, settings):
-    p, m1, v1 = _adamw(params[i], grads[i], m[i], v[i], settings)
-    params[i], m[i], v[i] = p, m1, v1
-
-
-# %% version 1 tags=["exporti"] module="cuda.adamw"
-@kernel
-def _adamw_elements(params, grads, m, v, settings):
-    i = cuda.grid(1)
-    if i < params.size:
-        keep, rate1, beta2 = settings[0], settings[1], settings[2]
-        rate2, root, eps = settings[3], settings[4], settings[5]
-        numbers = keep, rate1, beta2, rate2, root, eps, settings[6]
-        _adamw_at(i, params, grads, m, v, numbers)
-
-
-# %% [markdown]
-# ### Version 2: four elements at once
-#
-# As for GELU ([chapter 1.9](09_gelu.ipynb)): the bytes cannot be fewer, the
-# requests can. Each thread takes four neighbours, and the settings come in
-# two vectors as well, which is why there is an eighth. Up to three elements
-# at the end get a thread each. A view that begins at no multiple of 16 bytes
-# goes to version 1.
-
-
-# %% version 2 tags=["exporti"] module="cuda.adamw"
-@kernel
-def _adamw_fours(params, grads, m, v, settings):
-    i, fours = cuda.grid(1), params.size // 4
-    rest = 3 * fours + i
-    if i >= fours and rest >= params.size:
-        return
-    keep, rate1, beta2, rate2 = load4(settings, 0)
-    root, eps, size, _ = load4(settings, 4)
-    numbers = keep, rate1, beta2, rate2, root, eps, size
-    if i >= fours:
-        _adamw_at(rest, params, grads, m, v, numbers)
-        return
-    p0, p1, p2, p3 = load4(params, 4 * i)
-    g0, g1, g2, g3 = load4(grads, 4 * i)
-    m0, m1, m2, m3 = load4(m, 4 * i)
-    v0, v1, v2, v3 = load4(v, 4 * i)
-    p0, m0, v0 = _adamw(p0, g0, m0, v0, numbers)
-    p1, m1, v1 = _adamw(p1, g1, m1, v1, numbers)
-    p2, m2, v2 = _adamw(p2, g2, m2, v2, numbers)
-    p3, m3, v3 = _adamw(p3, g3, m3, v3, numbers)
-    store4(params, 4 * i, p0, p1, p2, p3)
-    store4(m, 4 * i, m0, m1, m2, m3)
-    store4(v, 4 * i, v0, v1, v2, v3)
-
-
-# %% [markdown]
-# Now the functions. `adamw_apply` launches and does nothing else, so a
-# graph may record it; `adamw_update` has the arguments that all backends
-# have, and brings the settings to the device first.
-
-
-# %% check the scratch tags=["exporti"] module="cuda.adamw"
-def _check_work(name, work, size):
-    """Raise ValueError unless `work` is at least that long."""
-    if work.size < size:
-        raise ValueError(
-            f"{name}: work must have shape ({size},), got {work.shape}"
-        )
-
-
-# %% AdamW on arrays tags=["export"] module="cuda.adamw"
-# one element a thread; four neighbours a thread
-ADAMW_UPDATE = (
-    partial(by_element, _adamw_elements),
-    partial(by_four, _adamw_fours, _adamw_elements),
-)
-
-
-@shapes(f"N!, N, N!, N!, {SETTINGS}", DEVICE)
-def adamw_apply(params, grads, m, v, settings, version=2):
-    """Take one step of AdamW with settings that are on the device.
-
-    params, grads, m, v: a device's arrays, float32, flat, of one length.
-    settings: what `adamw_settings` computed, on the device. Allocates
-    nothing and does not wait: a CUDA graph may record it, and new settings
-    may be copied into the array before the graph is launched again.
-    version: which kernel, from 1 on. Raises TypeError or ValueError for
-    arrays that do not fit.
-    """
-    run = numbered(ADAMW_UPDATE, version, "adamw_update")
-    run((params, grads, m, v, settings))
-
-
-# %% AdamW tags=["export"] module="cuda.adamw"
-@shapes("N!, N, N!, N!", DEVICE, work="W!?", **ADAMW_LIMITS)
-def adamw_update(
-    params, grads, m, v,
-    learning_rate, beta1, beta2, eps, weight_decay, step,
-    work=None, version=2,
-):  # fmt: skip
-    """Take one step of AdamW, in the order in which torch.optim.AdamW does.
-
-    params, grads, m, v: a device's arrays, float32, flat, of one length;
-    params, m and v change in place. m and v are the running means of the
-    gradient and of its square, zero before the first step. step counts from
-    1. weight_decay applies to every element. work: a device's array of
-    `adamw_scratch()` floats, or None to have one made. version: which
-    kernel, from 1 on. The settings are copied to the device, on its default
-    stream: a CUDA graph cannot record that, only `adamw_apply`. Raises
-    TypeError or ValueError for arrays that do not fit and settings out of
-    range, before it launches anything.
-    """
-    numbers = adamw_settings(
-        learning_rate, beta1, beta2, eps, weight_decay, step
-    )
-    if work is None:
-        work = empty(SETTINGS, like=params)
-    _check_work("adamw_update", work, SETTINGS)
-    settings = work[:SETTINGS]
-    settings.copy_to_device(numbers)
-    adamw_apply(params, grads, m, v, settings, version)
-
-
-# %% PyTorch's six steps on the device
-from llmnb.gpu.launch import simulated, to_device
-from llmnb.gpu.simulator import watch
-
-
-def on_device(version):
-    def update(p, g, m, v, *settings):
-        there = [to_device(x) for x in (p, g, m, v)]
-        adamw_update(*there, *settings, version=version)
-        for x, array in zip((p, g, m, v), there, strict=True):
-            x[...] = to_host(array)
-
-    return update
-
-
-for version in (1, 2):
-    got = six_steps(on_device(version), np.float32)
-    compare(f"version {version}", got, recorded, tol=2e-6)
-
-
-# %% what the simulator counts
-four = [simulated(np.ones(1027, np.float32)) for _ in range(4)]
-settings = simulated(adamw_settings(0.1, 0.9, 0.999, 1e-8, 0.1, 1))
-print("version  threads  requests  sectors")
-for version in (1, 2):
-    with watch() as seen:
-        adamw_apply(*four, settings, version=version)
-    print(f"{version:7} {seen.threads:8} {seen.requests:9} {seen.sectors:8}")
-
-# %% [markdown]
-# The seven arrays hold $7 \cdot 129 = 903$ sectors in both versions. The
-# rest of the sectors, 231 and 18, are the settings, the same few bytes over
-# and over, which come from a cache. Version 2 asks 81 times where version 1
-# asks 462 times: it needs about a quarter of the warps, and each of them has
-# 9 requests and not 14.
-#
-# ### The norm: one sum, one order
-#
-# All threads could add their squares to one number by an atomic addition.
-# Then whoever comes first is added first, the order differs from run to
-# run, and so do the last bits of the norm, of the clipped gradients, and of
-# the model. We want the same bits each time. So each part of the sum has
-# its owner and its place in the order:
-#
-# 1. Thread $t$ of $T$ sums the squares of fours $t$, $t + T$, $t + 2T$ and
-#    so on, one sum for each of the four places, then adds these four.
-# 2. The block adds its threads' sums by `block_sum` and writes one number.
-# 3. A second kernel of one block adds these numbers in the same way and
-#    writes the root.
-#
-# A second kernel and not a barrier, because there is none across blocks:
-# only the end of a launch orders all of them before what comes next. The
-# number of blocks depends on the length alone, up to 1024, and not on the
-# GPU.
-
-# %% who sums what
-from llmnb.book.owners import draw_owners
-
-place = np.arange(32) // 4
-tail = np.where(np.arange(32) < 20, place, -1)
-tail[20:23] = 0, 1, 2
-fig, ax = plt.subplots(figsize=(8, 1.7), dpi=100)
-draw_owners(ax, [place, place, tail], group=4, cols="32 elements a row")
-fig.tight_layout()
-plt.show()
-
-# %% [markdown]
-# *Figure 1.12.5. 87 gradients, summed by two blocks (two colours) of four
-# threads; the number is the thread. In each sweep, a row of the figure, a
-# thread takes four neighbours; the three elements that make no four go to the first three
-# threads. Which thread adds what, and in which order, depends on nothing but
-# the length.*
-#
-# The CPU sums in float64. With this order float32 will do. What counts for
-# rounding is not how many numbers there are but the longest chain of
-# additions that one number passes through. With $n$ squares and
-# $T = 262{,}144$ threads, those of 1024 blocks, that chain has $n / 4T$
-# links in a thread and 2 for its four places. In a block it has 5 for the
-# butterfly of a warp and 8 for the warps. The second kernel adds 4, for 1024
-# sums on 256 threads, and $5 + 8$ again. For 124 million that is about 150
-# in place of 124 million, and the relative error is below
-# $150 \cdot 2^{-24}$, or $9 \cdot 10^{-6}$, at worst; the root halves it.
-
-
-# %% the sum of squares tags=["exporti"] module="cuda.adamw"
-@kernel(fastmath=False)
-def _squares(grads, work, vectors):
-    parts = cuda.shared.array(WARPS, np.float32)
-    i, fours = cuda.grid(1), grads.size // 4
-    s0 = s1 = s2 = s3 = ZERO
-    for k in range(i, fours, cuda.gridsize(1)):
-        if vectors:
-            a, b, c, d = load4(grads, 4 * k)
-        else:
-            a, b = grads[4 * k], grads[4 * k + 1]
-            c, d = grads[4 * k + 2], grads[4 * k + 3]
-        s0, s1, s2, s3 = s0 + a * a, s1 + b * b, s2 + c * c, s3 + d * d
-    total = (s0 + s1) + (s2 + s3)
-    if 4 * fours + i < grads.size:
-        a = grads[4 * fours + i]
-        total += a * a
-    total = block_sum(total, parts)
-    if cuda.threadIdx.x == 0:
-        work[1 + cuda.blockIdx.x] = total
-
-
-# %% the sum of the blocks' sums tags=["exporti"] module="cuda.adamw"
-@kernel(fastmath=False)
-def _root_of_sum(work, blocks):
-    parts = cuda.shared.array(WARPS, np.float32)
-    total = ZERO
-    for k in range(cuda.threadIdx.x, blocks, BLOCK):
-        total += work[1 + k]
-    total = block_sum(total, parts)
-    if cuda.threadIdx.x == 0:
-        work[0] = math.sqrt(total)
-
-
-# %% [markdown]
-# The norm stays on the device, in `work[0]`, and the kernel that scales
-# reads it there. To bring it to the host first would make the CPU wait for
-# all that is under way, and a graph could not record it.
-#
-# So the question whether the norm is finite must be asked on the device
-# now. `norm <= LARGEST` would ask it, since infinity and NaN both fail. But
-# `fastmath` promises the compiler that there are no such numbers, and it may
-# then drop the question. Nothing is promised of integers. A float32 is
-# infinite or NaN exactly if the eight bits of its exponent are all ones, and
-# `work[:1].view(np.int32)` is the norm's bits. Where they say so, the
-# gradients are left as they are. The sums may meet infinity and NaN too, so
-# all kernels of the norm and the clip are compiled without `fastmath`.
-
-
-# %% by how much to scale tags=["exporti"] module="cuda.adamw"
-@device
-def _clip_factor(norm, bits, max_norm):
-    """The factor of (1.12.14); 1 where the bits are NaN's or infinity's."""
-    if bits & EXPONENT == EXPONENT:
-        return ONE
-    length = norm + TINY
-    return max_norm / length if length > max_norm else ONE
-
-
-# %% scale tags=["exporti"] module="cuda.adamw"
-@kernel(fastmath=False)
-def _shrink_fours(grads, work, bits, max_norm):
-    factor = _clip_factor(work[0], bits[0], max_norm)
-    if factor == ONE:
-        return
-    i, fours = cuda.grid(1), grads.size // 4
-    if i < fours:
-        a, b, c, d = load4(grads, 4 * i)
-        store4(grads, 4 * i, a * factor, b * factor, c * factor, d * factor)
-    elif 3 * fours + i < grads.size:
-        grads[3 * fours + i] *= factor
-
-
-@kernel(fastmath=False)
-def _shrink_elements(grads, work, bits, max_norm):
-    i, factor = cuda.grid(1), _clip_factor(work[0], bits[0], max_norm)
-    if factor < ONE and i < grads.size:
-        grads[i] *= factor
-
-
-# %% the norm, for a graph tags=["export"] module="cuda.adamw"
-def clip_scratch():
-    """The number of floats that the norm and the clip want as `work`."""
-    return 1 + NORM_BLOCKS
-
-
-@shapes("W!, N", DEVICE)
-def norm_apply(work, grads):
-    """Leave the Euclidean norm of a flat array in work[0].
-
-    work: a device's array of `clip_scratch()` floats; grads: flat, float32.
-    The squares are summed in float32: a norm above 1.8e19 comes out
-    infinite, and a gradient below 2.6e-23 counts as 0. Allocates nothing
-    and does not wait: a CUDA graph may record it. Raises TypeError or
-    ValueError for arrays that do not fit.
-    """
-    _check_work("global_norm", work, clip_scratch())
-    blocks = (grads.size + 4 * BLOCK - 1) // (4 * BLOCK)
-    blocks = min(NORM_BLOCKS, max(1, blocks))
-    _squares[blocks, BLOCK](grads, work, int(aligned(grads)))
-    _root_of_sum[1, BLOCK](work, blocks)
-
-
-# %% the clip, for a graph tags=["export"] module="cuda.adamw"
-@shapes("N!, above 0, W!", DEVICE)
-def clip_apply(grads, max_norm, work):
-    """Clip a flat array to norm `max_norm`; leave its old norm in work[0].
-
-    As `clip_gradients`, but it allocates nothing and does not wait: a CUDA
-    graph may record it, with this `max_norm`. The old norm is that of
-    `norm_apply`.
-    """
-    norm_apply(work, grads)
-    arrays = grads, work, work[:1].view(np.int32)
-    most = np.float32(min(max_norm, LARGEST))
-    by_four(_shrink_fours, _shrink_elements, arrays, most)
-
-
-# %% the norm of all gradients tags=["export"] module="cuda.adamw"
-@shapes("N, W!?", DEVICE)
-def global_norm(grads, work=None):
-    """The Euclidean norm of a flat array, as a float.
-
-    The squares are summed in float32, in an order that the length alone
-    decides: a norm above 1.8e19 comes out infinite, and a gradient below
-    2.6e-23 counts as 0. work: a device's array of
-    `clip_scratch()` floats, or None to have one made. Waits for the result.
-    Raises TypeError or ValueError for arrays that do not fit.
-    """
-    if work is None:
-        work = empty(clip_scratch(), like=grads)
-    norm_apply(work, grads)
-    return float(to_host(work[:1])[0])
-
-
-# %% clip the gradients tags=["export"] module="cuda.adamw"
-@shapes("N!, above 0, W!?", DEVICE)
-def clip_gradients(grads, max_norm, work=None):
-    """Scale a flat array down to norm `max_norm` if it is longer.
-
-    Returns the norm before clipping and scales `grads` in place by
-    max_norm / (norm + 1e-6) where that is below 1, as torch's
-    clip_grad_norm_. When the norm is infinite or NaN, `grads` is left as it
-    is: the caller sees the norm and decides. It is infinite already above
-    1.8e19, where the sum of squares exceeds float32. work: a device's array of
-    `clip_scratch()` floats, or None to have one made. Waits for the norm.
-    Raises ValueError unless max_norm is positive, and as `global_norm` does.
-    """
-    if work is None:
-        work = empty(clip_scratch(), like=grads)
-    clip_apply(grads, max_norm, work)
-    return float(to_host(work[:1])[0])
-
-
-# %% a long, a short and a broken gradient, on the device
-g = rng.normal(size=5003).astype(np.float32)
-there = to_device(g)
-norm = clip_gradients(there, 1.0)
-close = abs(norm / reference.norm(g) - 1) < 1e-6
-verdict("the norm", close, "to 1e-06 of float64's")
-g *= np.float32(1 / (norm + 1e-6))
-compare("clipped", to_host(there), g, tol=1e-7)
-clip_gradients(there, 2.0)
-compare("short", to_host(there), g, tol=1e-7)
-for bad in (np.nan, np.inf):
-    g[77] = bad
-    there = to_device(g)
-    norm = clip_gradients(there, 1.0)
-    same = np.array_equal(to_host(there), g, equal_nan=True)
-    verdict(f"{bad}", same and not math.isfinite(norm), "left alone")
-
-
-# %% [markdown]
-# float32 has one price: from a norm of $1.8 \cdot 10^{19}$ on, the sum of
-# squares is infinite, where float64 could still hold it. Such a gradient is
-# as broken as an infinite one, and is treated as one.
-#
-# To see what the order is worth, we follow it in NumPy, for more numbers
-# than the simulator could sum. The butterfly of `warp_sum` adds
-# lane $l$ and lane $l \oplus s$ for $s = 16, 8, 4, 2, 1$; after it every
-# lane has the same sum.
-
-
-# %% the kernels' order in NumPy
-def in_block(x):
-    """block_sum of each row of 256, in float32."""
-    x = x.reshape(-1, 8, 32)
-    for s in (16, 8, 4, 2, 1):
-        x = x + x[..., np.arange(32) ^ s]
-    total = x[:, 0, 0].copy()
-    for warp in range(1, 8):
-        total += x[:, warp, 0]
-    return total
-
-
-def norm_in_order(g):
-    blocks = min(1024, -(-g.size // 1024))
-    T = 256 * blocks
-    padded = np.zeros(-(-g.size // (4 * T)) * 4 * T, np.float32)
-    padded[: g.size // 4 * 4] = g[: g.size // 4 * 4] ** 2
-    sums = np.zeros((T, 4), np.float32)
-    for sweep in padded.reshape(-1, T, 4):
-        sums += sweep
-    total = (sums[:, 0] + sums[:, 1]) + (sums[:, 2] + sums[:, 3])
-    total[: g.size % 4] += g[g.size // 4 * 4 :] ** 2
-    parts = np.zeros((4, 256), np.float32)
-    parts.reshape(-1)[:blocks] = in_block(total)
-    sums = ((parts[0] + parts[1]) + parts[2]) + parts[3]
-    return np.sqrt(in_block(sums)[0])
-
-
-# %% the same order, another order
-g = rng.normal(size=5003).astype(np.float32)
-same = global_norm(simulated(g)) == norm_in_order(g)
-verdict("NumPy", same, "has the simulator's bits")
-g = rng.normal(size=1 << 24) * 10.0 ** rng.uniform(-4, 0, 1 << 24)
-g = g.astype(np.float32)
-exact = reference.norm(g)
-ours = abs(norm_in_order(g) / exact - 1)
-straight = abs(np.sqrt(np.cumsum(g * g)[-1]) / exact - 1)
-verdict("16 million", ours < 1e-7, "err < 1e-07 in the kernels' order")
-verdict("one by one", straight > 1e-6, "err > 1e-06")
-
-# %% [markdown]
-# A GPU contracts a product and a sum into one instruction with one
-# rounding, so its last bits are not those of the simulator. From run to
-# run they are the same.
-#
-# How long the update and the clip take on a GPU is measured by
-# `llmnb bench --backend cuda --kernels`, where there is one; the results
-# page shows it once it is measured.
 
 # %% [markdown]
 # ## Count it
 #
-# For each parameter the kernel reads four float32 numbers and writes three,
-# 28 bytes, and does about 14 operations: half an operation a byte. Memory
-# decides, as it did for LayerNorm, and nothing can be saved here short of
-# smaller numbers. Clipping reads the gradients once more, and reads and
-# writes them where it has to scale: 4 or 12 bytes.
+# AdamW remembers two numbers for each parameter, as much again as the
+# parameter and its gradient. For each parameter an update reads four numbers,
+# writes three, and does about 14 operations.
 
-# %% bytes for GPT-2
+# %% numbers for GPT-2
 total = matrices + vectors
-print(f"parameters            {total:,}")
-print(f"m and v, float32      {8 * total / 1e9:.3f} GB")
-print(f"moved by an update    {28 * total / 1e9:.3f} GB")
-print(f"moved by the norm     {4 * total / 1e9:.3f} GB")
-
-# %% predicted against measured time tags=["nbval-ignore-output"]
-bandwidth = 2 * m.nbytes / fastest(np.copyto, m, v)
-predicted = 28 * n / bandwidth
-norm_time = fastest(cpu.norm, grads)
-print(f"copy: {bandwidth / 1e9:.1f} GB/s")
-print(f"update: predicted {predicted * 1e3:.1f} ms", end=", ")
-print(f"measured {fast * 1e3:.1f}")
-print(f"norm: predicted {4 * n / bandwidth * 1e3:.1f} ms", end=", ")
-print(f"measured {norm_time * 1e3:.1f}")
-
-# %% [markdown]
-# The copy runs on one thread, the kernels on all; where one core cannot use
-# the whole bandwidth of the memory, the kernels beat the prediction.
+print(f"parameters        {total:,}")
+print(f"m and v, float32  {8 * total / 1e9:.3f} GB")
 
 # %% [markdown]
 # ## Take away
@@ -1455,17 +774,11 @@ print(f"measured {norm_time * 1e3:.1f}")
 #   tables only.
 # - The learning rate warms up, then declines; the gradient is clipped by its
 #   norm over all parameters.
-# - The update costs 28 bytes of traffic a parameter, and that is its time.
-# - A sum with a fixed order gives the same bits in each run, and short chains
-#   of additions make float32 enough for it.
+# - The learning rate warms up, then declines; the gradient is clipped by its
+#   norm over all parameters.
 
 # %% [markdown]
 # ## Design note
-#
-# Clipping and updating could be one pass: measure the norm, then let the
-# update multiply each gradient by the factor as it reads it. That saves 8
-# bytes a parameter in the steps that clip. We keep two functions, because
-# then `grads` holds what the update used, for whoever wants to look.
 #
 # Decay in (1.12.10) is multiplied by the learning rate, as PyTorch does it, so
 # it fades out with the schedule. The paper on AdamW multiplies it by the
@@ -1476,30 +789,10 @@ print(f"measured {norm_time * 1e3:.1f}")
 # %% [markdown]
 # ## Exercises
 #
-# **1** (★). A weight never receives a gradient. With a constant learning
-# rate of $6 \cdot 10^{-4}$ and a decay of 0.1, after how many steps has it
-# lost half its size?
-#
-# :::{admonition} Solution to exercise 1
-# :class: dropdown
-# $(1 - \eta\lambda)^t = \tfrac12$ gives
-# $t = \ln \tfrac12 / \ln (1 - 6 \cdot 10^{-5}) = 11552.1$, about
-# $\ln 2 / (\eta \lambda)$.
-# :::
-
-# %% exercise 1, checked tags=["hide-cell"]
-halving = math.log(0.5) / math.log(1 - 6e-4 * 0.1)
-w, m, v, g = np.ones(1), np.zeros(1), np.zeros(1), np.zeros(1)
-for step in range(1, round(halving) + 1):
-    cpu.update(w, g, m, v, 6e-4, 0.9, 0.95, 1e-8, 0.1, step)
-print(round(halving), "steps")
-compare("what is left", w, [0.5], tol=1e-4)
-
-# %% [markdown]
-# **2** (★★). Multiply the loss (1.12.1) by 1000. What happens to Adam's path,
+# **1** (★★). Multiply the loss (1.12.1) by 1000. What happens to Adam's path,
 # and what to that of gradient descent? Show that one path stays the same.
 #
-# :::{admonition} Solution to exercise 2
+# :::{admonition} Solution to exercise 1
 # :class: dropdown
 # $m$ becomes 1000 times as large and $\sqrt v$ too; their ratio, and with
 # it Adam's path, stays the same, but for $\epsilon$. Gradient descent steps
@@ -1508,7 +801,7 @@ compare("what is left", w, [0.5], tol=1e-4)
 # one factor would do nothing to it.
 # :::
 
-# %% exercise 2, checked tags=["hide-cell"]
+# %% exercise 1, checked tags=["hide-cell"]
 curvature *= 1000
 compare("Adam", descend(adam, lr=0.2), paths["Adam"], tol=1e-6)
 steep = descend(gradient_descent, steps=5, lr=0.036)
@@ -1517,11 +810,11 @@ away = np.hypot(*(steep[5] - lowest))
 verdict("gradient descent", away > 1e6, "flies apart")
 
 # %% [markdown]
-# **3** (★★★). Adam has one scale for each *coordinate*. Turn the valley by
+# **2** (★★★). Adam has one scale for each *coordinate*. Turn the valley by
 # 45 degrees, so that neither its floor nor its walls lie along a
 # coordinate. Who still arrives after 60 steps?
 #
-# :::{admonition} Solution to exercise 3
+# :::{admonition} Solution to exercise 2
 # :class: dropdown
 # Both coordinates now see the steep wall, so both get the same small step,
 # and Adam's advantage is gone. Momentum does not know what a coordinate is;
@@ -1529,7 +822,7 @@ verdict("gradient descent", away > 1e6, "flies apart")
 # :::
 
 
-# %% exercise 3, the turned valley tags=["hide-cell"]
+# %% exercise 2, the turned valley tags=["hide-cell"]
 def turned(method, steps=60, **settings):
     turn = np.array([[1.0, 1.0], [-1.0, 1.0]]) / np.sqrt(2)
     w, state = np.array([-1.0, -0.2]), SimpleNamespace(m=0, v=0, step=0)
@@ -1540,36 +833,10 @@ def turned(method, steps=60, **settings):
     return np.hypot(*(w - lowest))
 
 
-# %% exercise 3, checked
+# %% exercise 2, checked
 straight = np.hypot(*(paths["Adam"][-1] - lowest))
 verdict("Adam", turned(adam, lr=0.2) > 10 * straight, "is 10 times as far off")
 verdict("momentum", turned(momentum, lr=0.02) < 0.1, "still arrives")
-
-# %% [markdown]
-# **4** (★). If the blocks added their sums to one number by atomic
-# additions, the order would change from run to run. Take a thousand sums,
-# put them in a hundred orders, and add each up in float32. How many results
-# are there, and how far apart?
-#
-# :::{admonition} Solution to exercise 4
-# :class: dropdown
-# About twenty, within a few millionths of each other. Each is as good as
-# the next; but two runs would no longer give the same model.
-# :::
-
-
-# %% exercise 4, a hundred orders tags=["hide-cell"]
-def results(sums, orders=100):
-    # cumsum adds one after the other, as atomics do
-    found = [np.cumsum(rng.permutation(sums))[-1] for _ in range(orders)]
-    return np.array(found)
-
-
-# %% exercise 4, checked
-found = results(rng.chisquare(10, 1000).astype(np.float32))
-verdict("the order", 10 < len(set(found)) < 30, "makes 10 to 30 sums")
-close = found.max() / found.min() - 1 < 1e-5
-verdict("all orders", close, "agree to 1e-5")
 
 # %% [markdown]
 # ## Further reading

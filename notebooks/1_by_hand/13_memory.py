@@ -8,18 +8,18 @@
 #     modules:
 #       arena: "One block of memory that holds named groups of named tensors."
 #       model.layout: "The groups of tensors in which a GPT-2 trains."
-#       room: "Whether a model has room in this machine's memory."
-#       checks: "Checks of arrays and tokens, whose errors name what is wrong."
-#       shapes: "A line that declares the shapes of a function's arrays, and checks them."
 #       formats.checkpoint: "Models on disk, in every format that is known."
 #       formats.safetensors: "Any named arrays in one file, by the safetensors library."
 # ---
 
 # %% [markdown]
-# # Lay out one block of memory
+# # Memory: one block for everything
 #
 # > One allocation holds every tensor of the model as a named view, so the
 # > footprint is known before training begins and never grows.
+#
+# *Reading time: 22 minutes. You need: the block of
+# [chapter 1.30](30_block.ipynb).*
 
 # %% [markdown]
 # ## Where we are
@@ -42,10 +42,7 @@ gpt2_diagram(lit="all")
 #
 # - say what a view is, and what a shape and strides do to plain bytes;
 # - compute a model's footprint to the byte before it exists;
-# - write a model to a file in llm.c's format, and read one without trusting
-#   it.
-#
-# You need the sixteen tensors of [chapter 1.4](04_gpt2.ipynb).
+# - say which arrays must be kept, and which may share their bytes.
 
 # %% [markdown]
 # ## Setup
@@ -56,7 +53,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from llmnb.config import parameter_shapes
+from llmnb.model.tensors import parameter_shapes
 from llmnb.book.diagram import PALETTE
 from llmnb.book.verify import compare, verdict
 
@@ -286,39 +283,37 @@ import math
 
 import numpy as np
 
-from llmnb.config import parameter_shapes
+from llmnb.model.parts import block_of
+from llmnb.model.tensors import full_shape, tensor_table
 
 
 # %% activations tags=["export"] module="model.layout"
+def block_activations(cfg, batch_size, seq_len):
+    """Shapes of what each block's forward pass leaves for its backward pass."""
+    B, T = batch_size, seq_len
+    norm, attention, feedforward = block_of(cfg)
+    stream = dict.fromkeys(("residual2", "residual3"), (B, T, cfg.channels))
+    kept = stream | attention.keeps(cfg, B, T) | feedforward.keeps(cfg, B, T)
+    for name in ("ln1", "ln2"):
+        kept |= norm.keeps(cfg, B, T, name)
+    return kept
+
+
 def activation_shapes(cfg, batch_size, seq_len):
     """Shapes of what the forward pass leaves for the backward pass.
 
     A leading L marks what every block keeps for itself. By llm.c's names
-    where it has one. What has rows of C comes first: where C is a multiple
-    of 4, each such row then begins at one of 16 bytes. The logits are a
-    group by themselves.
+    where it has one. What has rows of channels comes first: where C is a
+    multiple of 4, each such row then begins at one of 16 bytes. The logits
+    are a group by themselves.
     """
-    B, T, L = batch_size, seq_len, cfg.num_layers
-    C, NH = cfg.channels, cfg.num_heads
-    return {
-        "encoded": (B, T, C),
-        "qkv": (L, B, T, 3 * C),
-        "atty": (L, B, T, C),
-        "residual2": (L, B, T, C),
-        "fch": (L, B, T, 4 * C),
-        "residual3": (L, B, T, C),
-        "lnf": (B, T, C),
-        "att_lse": (L, B, NH, T),
-        "ln1_mean": (L, B, T),
-        "ln1_rstd": (L, B, T),
-        "ln2_mean": (L, B, T),
-        "ln2_rstd": (L, B, T),
-        "lnf_mean": (B, T),
-        "lnf_rstd": (B, T),
-        "lse": (B, T),
-        "losses": (B, T),
-        "dlosses": (B, T),
-    }
+    B, T, C = batch_size, seq_len, cfg.channels
+    own = block_activations(cfg, B, T)
+    shapes = dict.fromkeys(("encoded", "lnf"), (B, T, C))
+    shapes |= {name: (cfg.num_layers, *own[name]) for name in own}
+    shapes |= block_of(cfg).norm.keeps(cfg, B, T, "lnf")
+    shapes |= dict.fromkeys(("lse", "losses", "dlosses"), (B, T))
+    return dict(sorted(shapes.items(), key=lambda x: x[1][-2:][:1] != (T,)))
 
 
 # %% [markdown]
@@ -358,35 +353,39 @@ def gradient_shapes(cfg, batch_size, seq_len):
 def block_shapes(cfg, batch_size, seq_len):
     """Shapes of what one block needs at a time, in either direction.
 
-    ln is the output of ln1, then of ln2. Gradients of fch_gelu give their
-    place to those of fch.
+    ln is the output of ln1, then of ln2.
     """
-    B, T, C = batch_size, seq_len, cfg.channels
-    return {
-        "ln": (B, T, C),
-        "fch_gelu": (B, T, 4 * C),
-        "datty": (B, T, C),
-        "dqkv": (B, T, 3 * C),
-        "dfch": (B, T, 4 * C),
-    }
+    B, T = batch_size, seq_len
+    _, attention, feedforward = block_of(cfg)
+    turns = attention.turns(cfg, B, T) | feedforward.turns(cfg, B, T)
+    return {"ln": (B, T, cfg.channels)} | turns
+
+
+# %% [markdown]
+# In the four groups with the parameters' shapes, those that weight decay applies
+# to come first ([chapter 1.12](12_adamw.ipynb)): then each of the two sorts is
+# one range of memory, and an update of all parameters is two calls.
 
 
 # %% the whole layout tags=["export"] module="model.layout"
+def parameter_layout(cfg):
+    """Shapes of all parameters as they lie in memory: who decays first."""
+    rows = sorted(tensor_table(cfg), key=lambda x: not x.decays)
+    return {x.name: full_shape(x, cfg) for x in rows}
+
+
 def gpt2_layout(cfg, batch_size, seq_len, dtype=np.float32):
-    """The groups of the arena in which a GPT-2 trains.
+    """The groups of the arena in which a model trains.
 
     Four of the groups, params, grads, m and v, have the parameters' shapes;
     acts and dacts hold activations and their gradients, batch the tokens
     and targets (int32). block, what the blocks take turns with, lies over
     the logits. A backend may add scratch memory of its own.
     """
-    shapes = parameter_shapes(cfg)
     B, T = batch_size, seq_len
-    return {
-        "params": (dtype, shapes),
-        "grads": (dtype, shapes),
-        "m": (dtype, shapes),
-        "v": (dtype, shapes),
+    shapes = parameter_layout(cfg)
+    groups = dict.fromkeys(("params", "grads", "m", "v"), (dtype, shapes))
+    return groups | {
         "acts": (dtype, activation_shapes(cfg, B, T)),
         "dacts": (dtype, gradient_shapes(cfg, B, T)),
         "logits": (dtype, {"logits": (B, T, cfg.padded_vocab_size)}),
@@ -395,7 +394,7 @@ def gpt2_layout(cfg, batch_size, seq_len, dtype=np.float32):
     }
 
 
-# %% bytes of each group tags=["export"] module="model.layout"
+# %% bytes of each group tags=["export"]
 def footprint(layout):
     """Bytes of each group of an arena, as a dict, before there is one.
 
@@ -463,536 +462,14 @@ plt.show()
 # activations and their gradients take more than half.*
 
 # %% [markdown]
-# ## Ask before taking
-#
-# A system that promises pages may break its word. It hands out addresses
-# freely, and when the pages behind them are written and there are none left,
-# Linux does not raise an error: it kills the process that is largest. Since we
-# know the sum beforehand, we can look first, and say in a sentence what is
-# missing. Three things must be right about it:
-#
-# - What is free is more than what is unused. The system keeps files it has
-#   read in memory as long as nobody wants it, and writes what sleeps to the
-#   swap area. `MemAvailable` in `/proc/meminfo` counts the first, and the
-#   second is added. (The cache of the file system ZFS is not counted there.)
-# - A container or a scheduler gives a process less than the machine has, in a
-#   *control group*: a folder with a limit and what is used of it, or several,
-#   one inside the other. The smallest decides.
-# - What would fit must not be refused. Parts of the arena are never written
-#   when a model is only read: [chapter 1.15](15_model.ipynb) leaves them out.
-#
-# Other systems do not say what they have, and nothing is refused there.
-
-# %% imports of the room tags=["export"] module="room"
-import math
-from contextlib import suppress
-from pathlib import Path
-
-# %% what the system has tags=["export"] module="room"
-LIMITS = {
-    "memory.max": "memory.current",  # version 2 of control groups
-    "memory.limit_in_bytes": "memory.usage_in_bytes",  # version 1
-}
-
-
-def free_memory(root="/"):
-    """Bytes that this process can still take; None where nobody knows.
-
-    root: where proc/ and sys/ are. Only Linux says it. Pages that the
-    system can get back count as free, and so does swap.
-    """
-    root = Path(root)
-    try:
-        system = _numbers(root / "proc/meminfo")
-        free, swap = (system[x] << 10 for x in ("MemAvailable", "SwapFree"))
-    except (OSError, KeyError):
-        return None
-    with suppress(OSError):
-        cache = _numbers(root / "proc/spl/kstat/zfs/arcstats", 2)
-        free += max(0, cache.get("size", 0) - cache.get("c_min", 0))
-    return min([free + swap, *(_room(x, swap) for x in _groups(root))])
-
-
-def _numbers(path, column=1):
-    """The numbers in a column of a table, by what stands in the first."""
-    rows = [row.split() for row in path.read_text().splitlines()]
-    rows = [row for row in rows if row[column:] and row[column].isdigit()]
-    return {row[0].rstrip(":"): int(row[column]) for row in rows}
-
-
-# %% what a control group gives tags=["exporti"] module="room"
-def _groups(root):
-    """The folders of the control groups around this process."""
-    with suppress(OSError, ValueError):
-        for line in (root / "proc/self/cgroup").read_text().splitlines():
-            kinds, path = line.split(":", 2)[1:]
-            if kinds and "memory" not in kinds.split(","):
-                continue
-            mount, place = root / "sys/fs/cgroup" / kinds, Path(path[1:])
-            yield from (mount / x for x in (place, *place.parents))
-
-
-def _room(folder, swap):
-    """What is left of a group's limit; infinite where there is none."""
-    for most, used in LIMITS.items():
-        with suppress(OSError, ValueError):  # no such file, or "max"
-            left = _difference(folder, most, used)
-            stat = _numbers(folder / "memory.stat")
-            for kind in ("active_file", "inactive_file"):
-                left += stat.get(f"total_{kind}", stat.get(kind, 0))
-            with suppress(OSError, ValueError):
-                own = _difference(
-                    folder, "memory.swap.max", "memory.swap.current"
-                )
-                swap = min(swap, own)
-            return left + swap
-    return math.inf
-
-
-def _difference(folder, a, b):
-    return int((folder / a).read_text()) - int((folder / b).read_text())
-
-
-# %% look before taking tags=["export"] module="room"
-SMALLER = "a smaller batch_size, seq_len or model takes less"
-
-
-def check_room(nbytes, remedy=SMALLER):
-    """Raise MemoryError when this machine has less than nbytes to give.
-
-    remedy: what the message proposes.
-    """
-    free = free_memory()
-    if free is not None and nbytes > free:
-        raise MemoryError(
-            f"needs {nbytes / 1e9:,.1f} GB, this machine has "
-            f"{free / 1e9:,.1f} GB free: {remedy}"
-        )
-
-
-# %% a machine of 8 GB, and a container of 2 GB on it
-with tempfile.TemporaryDirectory() as place:
-    for name, text in {
-        "proc/meminfo": "MemAvailable: 8000000 kB\nSwapFree: 0 kB",
-        "proc/self/cgroup": "0::/box",
-        "sys/fs/cgroup/box/memory.max": "2000000000",
-        "sys/fs/cgroup/box/memory.current": "1500000000",
-        "sys/fs/cgroup/box/memory.stat": "inactive_file 700000000",
-    }.items():
-        path = Path(place, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    print(f"{free_memory(place):,} bytes")
-
-# %% [markdown]
-# Half a gigabyte of the two is left, and 0.7 more are copies of files.
-
-# %% [markdown]
 # ## Why the footprint is constant
 #
 # After the arena is made, a training step writes into views. No layer
 # allocates its result, because the caller hands it the array to fill. That is
 # why every layer of this book lists its outputs first and returns nothing.
 # It is also checked: a test runs 200 training steps in a process and compares
-# its peak memory after the first step and after the last.
-#
-# The fast layers are loops that the package numba compiles to machine code
-# ([chapter 1.5](05_encoder.ipynb)), and such loops check nothing. A shape that
-# does not fit would read or write some neighbour's bytes in the arena, and
-# nobody would notice. An array that the system has mapped read-only ends the
-# process without a word, and numba takes it for granted that every number
-# begins at a multiple of its own size. So every layer checks its arguments
-# before it starts, and says in a sentence what is wrong.
-#
-# First one array. It must be NumPy's own type: `np.matrix`, which always has
-# two dimensions, and masked arrays are subclasses in which indexing means
-# something else. And if it is to be written, it must be writable.
-
-# %% imports of the checks tags=["export"] module="checks"
-import numpy as np
-
-
-# %% check an array tags=["export"] module="checks"
-FLOATS = np.dtype(np.float32), np.dtype(np.float64)
-INTS = np.dtype(np.int32), np.dtype(np.int64)
-
-
-def check_fit(name, array, shape, kinds):
-    """Raise unless `array` has this shape and this dtype.
-
-    name: what the message calls it, such as "layernorm_forward: out".
-    shape: None for any. kinds: a dtype, or a tuple of several that will do.
-    """
-    kinds = kinds if isinstance(kinds, tuple) else (np.dtype(kinds),)
-    kind = getattr(array, "dtype", type(array).__name__)
-    if kind not in kinds:
-        want = " or ".join(map(str, kinds))
-        raise TypeError(f"{name} must be {want}, got {kind}")
-    if shape is not None and array.shape != shape:
-        want = str(tuple(shape)).replace("'", "")
-        raise ValueError(f"{name} must have shape {want}, got {array.shape}")
-
-
-def check_array(name, array, shape=None, kinds=FLOATS, written=False):
-    """Raise unless a layer can work on `array`, and write it if `written`.
-
-    It must be a NumPy array itself, not of a subclass but np.memmap, with
-    this shape and dtype, C-contiguous and aligned. name, shape, kinds: as
-    for check_fit. Raises TypeError (not an array, wrong dtype) or
-    ValueError (all else).
-    """
-    if type(array) not in (np.ndarray, np.memmap):
-        kind = type(array).__name__
-        kind += ", a subclass of it" * isinstance(array, np.ndarray)
-        raise TypeError(f"{name} must be a NumPy array, got {kind}")
-    check_fit(name, array, shape, kinds)
-    flags = array.flags
-    if not flags.c_contiguous:
-        raise ValueError(f"{name} must be C-contiguous")
-    if not flags.aligned:
-        size = array.itemsize
-        raise ValueError(f"{name} must begin at a multiple of {size} bytes")
-    if written and not flags.writeable:
-        raise ValueError(f"{name} must be writeable, got a read-only array")
-
-
-# %% check tokens tags=["export"] module="checks"
-def check_tokens(name, tokens, vocab_size):
-    """Raise unless `tokens` are integers in [0, vocab_size).
-
-    Raises TypeError (not integers) or ValueError, which names the first
-    token that is out of range and where it stands.
-    """
-    kind = getattr(tokens, "dtype", type(tokens).__name__)
-    if not np.issubdtype(kind, np.integer):
-        raise TypeError(f"{name} must hold integers, got {kind}")
-    if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
-        bad = (tokens < 0) | (tokens >= vocab_size)
-        where = tuple(int(i) for i in np.argwhere(bad)[0])
-        raise ValueError(
-            f"{name} must lie in [0, {vocab_size}), "
-            f"got {tokens[where]} at {where}"
-        )
-
-
-# %% five complaints
-good = np.zeros((2, 3), np.float32)
-locked = good.copy()
-locked.flags.writeable = False
-for bad in ([1.0], np.matrix(good), good[:1], good.T.copy().T, locked):
-    try:
-        check_array("layer: out", bad, (2, 3), written=True)
-    except (TypeError, ValueError) as error:
-        print(error)
-
-# %% and one about tokens
-try:
-    check_tokens("tokens", np.array([[3, 1], [4, -1]]), 5)
-except ValueError as error:
-    print(error)
-
-# %% [markdown]
-# A layer has up to ten arrays, and what must fit is how their shapes hang
-# together: the $C$ of one is the $C$ of another. We say that where we say
-# what the layer takes, in a line above it:
-#
-# ```python
-# @shapes("B T C!, B T!, B T!, B T C, C, C")
-# def layernorm_forward(out, mean, rstd, inp, weight, bias):
-# ```
-#
-# $C$ is what most arrays say it is, and the odd one out is named. `!` marks
-# what the layer writes. Such an array must be writable, and must not share
-# memory with another argument: most layers read their inputs again after
-# they have begun to write. Where an input may be the output, as the logits
-# whose place their gradient takes, it is marked `~`. `?` marks what may be
-# None, `of V` integers in $[0, V)$, `...` any number of sizes.
-#
-# The decorator reads the text once. A call then looks at each array before
-# the layer runs, and nothing is written unless all of them fit. A training
-# step makes the same calls again and again: what has once fitted, by type,
-# dtype, shape and flags, is remembered. Only values and addresses are looked
-# at each time.
-
-# %% imports of the decorator tags=["export"] module="shapes"
-import functools
-import inspect
-import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import combinations
-
-import numpy as np
-
-from llmnb.checks import FLOATS, INTS, check_array, check_tokens
-
-
-# %% check a number tags=["export"] module="shapes"
-LIMITS = {
-    "at least 0": lambda x: x >= 0,
-    "at least 1": lambda x: x >= 1,
-    "above 0": lambda x: x > 0,
-    "in [0, 1)": lambda x: 0 <= x < 1,
-}
-
-
-def check_number(name, value, limit):
-    """Raise TypeError or ValueError unless `value` is a number in a limit.
-
-    limit: one of LIMITS; NaN is in none.
-    """
-    if not isinstance(value, (int, float, np.number)):
-        kind = type(value).__name__
-        raise TypeError(f"{name} must be a number, got {kind}")
-    if not LIMITS[limit](value):
-        raise ValueError(f"{name} must be {limit}, got {value}")
-
-
-# %% one argument tags=["export"] module="shapes"
-def _factor(word):
-    """3 and "C" for "3C"."""
-    digits = re.match(r"\d*", word)[0]
-    return int(digits or 1), word[len(digits) :]
-
-
-class Argument:
-    """What one array of a layer must be; text: as `shapes` reads it."""
-
-    def __init__(self, place, layer, name, text):
-        body, _, limit = text.partition(" of ")
-        sizes = body.rstrip("!?~")
-        marks = body[len(sizes) :]
-        self.place, self.name, self.label = place, name, f"{layer}: {name}"
-        self.written, self.optional = "!" in marks, "?" in marks
-        self.same, self.open = "~" in marks, sizes.startswith("...")
-        self.sizes = [_factor(x) for x in sizes.split() if x != "..."]
-        self.names = tuple(re.sub(r"[+|]\w*", "", sizes).split())
-        self.limit = _factor(limit) if limit else None
-
-    def found(self, shape):
-        """Pairs of a name and the size that it has in an array's shape.
-
-        None where the shape cannot be meant: it has another number of
-        sizes, or a multiple of 3 is not one.
-        """
-        more = len(shape) - len(self.sizes)
-        if more < 0 or (more > 0 and not self.open):
-            return None
-        pairs = [("...", shape[:more])] if self.open else []
-        for (factor, name), n in zip(self.sizes, shape[more:], strict=True):
-            if n % factor:
-                return None
-            pairs.append((name, n // factor))
-        return pairs
-
-    def wanted(self, shape, sizes):
-        """The shape that an array must have which has this one."""
-        if self.found(shape) is None:
-            return self.names
-        first = sizes["..."] if self.open else ()
-        return first + tuple(
-            factor * sizes[name] for factor, name in self.sizes
-        )
-
-
-# %% where arrays are tags=["export"] module="shapes"
-@dataclass(frozen=True)
-class Memory:
-    """How to look at the arrays of a backend.
-
-    check: raises where one is not fit, as check_array; kind: all that
-    decides this, as a key; share: whether two share memory. floats, ints:
-    their dtypes. bounded: whether the range of integers is looked at.
-    """
-
-    check: Callable
-    kind: Callable
-    share: Callable
-    floats: tuple
-    ints: tuple
-    bounded: bool
-
-
-def host_kind(x):
-    """All of a NumPy array that decides whether it fits."""
-    if isinstance(x, np.ndarray):
-        return type(x), x.dtype, x.shape, x.flags.num
-    return type(x)
-
-
-HOST = Memory(check_array, host_kind, np.may_share_memory, FLOATS, INTS, True)
-COMPILED = replace(HOST, ints=INTS[:1])  # one type: each takes a compilation
-
-
-# %% all arguments tags=["exporti"] module="shapes"
-class _Arguments:
-    """What a layer may be called with; texts: by name, as `shapes` reads."""
-
-    def __init__(self, layer, texts, memory):
-        self.layer, self.memory, self.fitted = layer, memory, {}
-        self.numbers = {k: t for k, t in texts.items() if t in LIMITS}
-        self.below = {k: t[5:] for k, t in texts.items() if t[:5] == "1 to "}
-        others = {k for k, t in texts.items() if t == "-"}
-        others.update(self.numbers, self.below)
-        self.names = [k for k in texts if k not in others]
-        self.arrays = [
-            Argument(i, layer, k, texts[k]) for i, k in enumerate(self.names)
-        ]
-        self.whole = [a for a in self.arrays if a.limit and memory.bounded]
-
-    def look(self, given):
-        """Raise unless these arguments, by name, are fit for the layer."""
-        arrays = [given.get(name) for name in self.names]
-        kind = self.memory.kind
-        kinds = tuple([kind(x) for x in arrays])
-        found = self.fitted.get(kinds)
-        if found is None:
-            found = self.fitted[kinds] = self._fit(arrays)
-        sizes, pairs = found
-        for name, limit in self.numbers.items():
-            if name in given:
-                check_number(f"{self.layer}: {name}", given[name], limit)
-        for name, size in self.below.items():
-            if name in given:
-                self._limit(name, given[name], sizes[size])
-        for a in self.whole:
-            factor, name = a.limit
-            limit = factor * sizes.get(name, given.get(name))
-            check_tokens(a.label, arrays[a.place], limit)
-        share = self.memory.share
-        for i, j in pairs:
-            if share(arrays[i], arrays[j]):
-                self._same(i, arrays[i], j, arrays[j])
-
-    def _fit(self, arrays):
-        """The sizes that the arrays agree on; pairs that may not overlap."""
-        memory = self.memory
-        there = [a for a in self.arrays if arrays[a.place] is not None]
-        sizes, kinds = self._sizes(there, arrays), self._floats(there, arrays)
-        for a in self.arrays[::-1]:
-            array = arrays[a.place]
-            if array is None and a.optional:
-                continue
-            shape = a.wanted(getattr(array, "shape", ()), sizes)
-            kind = getattr(array, "dtype", None)
-            want = kinds if kind in memory.floats else memory.floats
-            want = memory.ints if a.limit else want
-            memory.check(a.label, array, shape, want, a.written)
-        for a in there:
-            self._relate(a, arrays[a.place].shape, sizes)
-        pairs = [
-            (a.place, b.place)
-            for a, b in combinations(there, 2)
-            if a.written or b.written
-        ]
-        return sizes, pairs
-
-    def _floats(self, there, arrays):
-        """The float dtype that most of the arrays have."""
-        all = [arrays[a.place] for a in there[::-1] if not a.limit]
-        all = [x.dtype for x in all if hasattr(x, "dtype")]
-        return max(all, key=all.count, default=None)
-
-    def _sizes(self, there, arrays):
-        """The sizes, by name: what most of the arrays have.
-
-        Where they are at odds, the one with the most sizes is right, and of
-        two alike the last, which is an input.
-        """
-        seen = {}
-        for a in sorted(there, key=lambda a: (-len(a.sizes), -a.place)):
-            shape = getattr(arrays[a.place], "shape", ())
-            for name, n in a.found(shape) or ():
-                seen.setdefault(name, []).append(n)
-        most = {name: max(all, key=all.count) for name, all in seen.items()}
-        return most | {"": 1}
-
-    def _relate(self, a, shape, sizes):
-        """Raise unless a size "T+" is at least T, and "NH|C" divides C."""
-        for _, size in a.sizes:
-            name, mark, other = re.match(r"(\w*)(\W?)(\w*)", size).groups()
-            n, of = sizes[size], sizes.get(other or name)
-            if mark == "+" and n < of:
-                raise ValueError(
-                    f"{self.layer}: {name} must be at most {n}, the number "
-                    f"of rows of {a.name}, got {of}"
-                )
-            if mark == "|" and (n == 0 or of % n):
-                names = ", ".join(a.names)
-                raise ValueError(
-                    f"{a.label} must have shape ({names}), where {name} "
-                    f"divides {other} = {of}, got {shape}"
-                )
-
-    def _limit(self, name, value, limit):
-        whole = isinstance(value, (int, np.integer))
-        if not whole or not 1 <= value <= limit:
-            raise ValueError(
-                f"{self.layer}: {name} must lie in [1, {limit}], got {value}"
-            )
-
-    def _same(self, i, x, j, y):
-        """Raise unless the two may be, and are, the same array."""
-        begin = x.reshape(-1)[:1], y.reshape(-1)[:1]
-        if i > 0 or not self.arrays[j].same or not self.memory.share(*begin):
-            raise ValueError(
-                f"{self.layer}: {self.names[i]} and {self.names[j]} must "
-                "not share memory"
-            )
-
-
-# %% the decorator of all layers tags=["export"] module="shapes"
-def shapes(spec, memory=HOST, **named):
-    """Let a layer look at its arguments before it runs.
-
-    spec: a text for each of the first arguments, with commas between them;
-    named: texts for others. A text has the sizes of an array, such as
-    "B T 3C", "T+ C" for at least T rows, "B NH|C T" for an NH that divides
-    C, or "..." for any. Marks follow: ! for an array that is written; ? for
-    one that may be None; ~ for one that may be the first argument itself,
-    where otherwise what is written shares no memory. All arrays are of one
-    float dtype; those that end in "of V" hold integers in [0, V), V a size
-    or another argument. For a number the text is one of LIMITS or, if it is
-    a whole one, "1 to Vp"; for what is not looked at it is "-".
-
-    memory: where the arrays are. The layer raises TypeError or ValueError,
-    which names it and the argument, before it has written anything.
-    """
-
-    def decorate(layer):
-        names = list(inspect.signature(layer).parameters)
-        texts = dict(zip(names, spec.split(", "), strict=False)) | named
-        arguments = _Arguments(layer.__qualname__, texts, memory)
-
-        @functools.wraps(layer)
-        def call(*args, **options):
-            arguments.look(dict(zip(names, args, strict=False)) | options)
-            return layer(*args, **options)
-
-        call.arguments = arguments
-        return call
-
-    return decorate
-
-
-# %% a layer that looks first
-@shapes("N C!, N C, C")
-def scale(out, inp, factors):
-    """Multiply each row by the same factors."""
-    out[...] = inp * factors
-
-
-result, factors = np.zeros((2, 3), np.float32), np.ones(3, np.float32)
-for args in (
-    (result, good, factors[:2]),
-    (locked, good, factors),
-    (good, good, factors),
-    (result, good, None),
-):
-    try:
-        scale(*args)
-    except (TypeError, ValueError) as error:
-        print(error)
+# its peak memory after the first step and after the last. Before a layer runs
+# it looks at what it is given ([appendix A.9](../appendix/09_checks.ipynb)).
 
 # %% [markdown]
 # ## To a file and back
@@ -1040,12 +517,18 @@ import zlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from llmnb.checks import check_array
-from llmnb.config import GPT2Config, parameter_count, parameter_shapes
+from llmnb.config import GPT2Config
 from llmnb.files import make_folder, read_small, replacing, what_is
+from llmnb.model.tensors import (
+    parameter_count,
+    parameter_shapes,
+    tensor_table,
+)
 
 
 # %% to bfloat16 and back tags=["export"] module="formats.checkpoint"
@@ -1092,8 +575,7 @@ CHUNK = 1 << 22  # numbers read or written at a time: 16 MiB of float32
 def write_checkpoint(path, cfg, params, version=3):
     """Write a model in llm.c's .bin format.
 
-    params: the flat 1-D array of all parameters in the order of
-    parameter_shapes(cfg). version: 3 for float32, 5 for bfloat16, rounded
+    params: a mapping from llm.c's names to arrays, as `GPT2.params`. version: 3 for float32, 5 for bfloat16, rounded
     from float32 to nearest; ValueError for another. The file appears whole
     or not at all.
     """
@@ -1107,7 +589,7 @@ def write_checkpoint(path, cfg, params, version=3):
     header[-2], total = SUMMED, 0
     with replacing(path) as file:
         file.write(header.data)
-        for part in _pieces(params):
+        for part in _pieces(params[x] for x in parameter_shapes(cfg)):
             part = part.astype(np.float32, copy=False)
             body = to_bfloat16(part) if version == 5 else part
             body = body.astype(BODIES[version], copy=False).data
@@ -1119,10 +601,12 @@ def write_checkpoint(path, cfg, params, version=3):
 
 
 # %% pieces, and the six sizes tags=["exporti"] module="formats.checkpoint"
-def _pieces(flat):
-    """A 1-D array as views of at most CHUNK numbers."""
-    for first in range(0, flat.size, CHUNK):
-        yield flat[first : first + CHUNK]
+def _pieces(arrays):
+    """Some arrays, flat, as views of at most CHUNK numbers."""
+    for array in arrays:
+        flat = np.asarray(array).reshape(-1)
+        for first in range(0, flat.size, CHUNK):
+            yield flat[first : first + CHUNK]
 
 
 def _sizes(cfg):
@@ -1194,7 +678,7 @@ def _read_bin(path, version, params):
     with open(path, "rb") as file:
         header, total = np.fromfile(file, "<u4", HEADER), 0
         for name, array in params.items():
-            for part in _pieces(array.reshape(-1)):
+            for part in _pieces([array]):
                 body = np.fromfile(file, BODIES[version], part.size)
                 if body.size != part.size:
                     raise ValueError(f"{path}: ends within {name}")
@@ -1219,7 +703,7 @@ def _check_sum(path, header, total):
 folder = Path(tempfile.mkdtemp())
 params = arena.flat("params")
 params[...] = np.random.default_rng(2).normal(size=params.size)
-write_checkpoint(folder / "model.bin", small, params)
+write_checkpoint(folder / "model.bin", small, arena["params"])
 whole = (folder / "model.bin").read_bytes()
 header = np.frombuffer(whole[:1024], np.int32).copy()
 header[4] = 12  # claims twelve blocks
@@ -1477,39 +961,30 @@ import re
 
 from llmnb.formats.safetensors import TensorFile, write_tensors
 
-# %% names elsewhere tags=["export"] module="formats.checkpoint"
-OUTER = {
-    "wte": "wte.weight",
-    "wpe": "wpe.weight",
-    "lnfw": "ln_f.weight",
-    "lnfb": "ln_f.bias",
-}
-INNER = {
-    "ln1": "ln_1",
-    "qkv": "attn.c_attn",
-    "attproj": "attn.c_proj",
-    "ln2": "ln_2",
-    "fc": "mlp.c_fc",
-    "fcproj": "mlp.c_proj",
-}
-
 
 # %% where each tensor belongs tags=["exporti"] module="formats.checkpoint"
+class _Place(NamedTuple):
+    """Where one tensor of a published file belongs in our arrays."""
+
+    name: str
+    index: object  # a block's number, or a slice of rows
+    turned: bool
+
+    def of(self, params):
+        """The part of our array: a view, as it stands there."""
+        part = params[self.name][self.index]
+        return part.T if self.turned else part
+
+
 def _places(cfg):
-    """Name elsewhere -> (our name, index): a block's number, or a slice."""
-    places = {there: (ours, slice(None)) for ours, there in OUTER.items()}
-    places["wte.weight"] = "wte", slice(cfg.vocab_size)
-    for layer in range(cfg.num_layers):
-        for ours, there in INNER.items():
-            for kind in ("weight", "bias"):
-                name = f"h.{layer}.{there}.{kind}"
-                places[name] = ours + kind[0], layer
+    """Name in published files -> _Place."""
+    places = {}
+    for x in tensor_table(cfg):
+        rows = slice(cfg.vocab_size if x.name == "wte" else None)
+        for i in range(cfg.num_layers) if x.stacked else [rows]:
+            turned = x.turned and x.stacked
+            places[x.there.format(i)] = _Place(x.name, i, turned)
     return places
-
-
-def _part(array, index):
-    """The part of one of our arrays that is a tensor there: a view."""
-    return array[index] if isinstance(index, slice) else array[index].T
 
 
 # %% write safetensors tags=["export"] module="formats.checkpoint"
@@ -1522,8 +997,8 @@ def write_safetensors(path, cfg, params):
     all.
     """
     tensors = {
-        name: _part(params[ours], index).astype(np.float32, copy=False)
-        for name, (ours, index) in _places(cfg).items()
+        name: place.of(params).astype(np.float32, copy=False)
+        for name, place in _places(cfg).items()
     }
     # the library transformers wants the format named
     metadata = {"format": "pt", "n_head": str(cfg.num_heads)}
@@ -1739,14 +1214,14 @@ IGNORED = re.compile(r"h\.\d+\.attn\.(masked_)?bias|lm_head\.weight")
 
 def _check_shapes(path, cfg, tensors):
     """Raise unless there is each tensor of the model, and no other."""
-    shapes = parameter_shapes(cfg) | {"wte": (cfg.vocab_size, cfg.channels)}
+    shapes = parameter_shapes(cfg)
+    empty = {x: np.broadcast_to(np.float32(0), shapes[x]) for x in shapes}
     places = _places(cfg)
-    for name, (ours, index) in places.items():
+    for name, place in places.items():
         if name not in tensors:
             raise ValueError(f"{path}: has no tensor {name}")
         file, full = tensors[name]
-        outer = isinstance(index, slice)
-        want = shapes[ours] if outer else shapes[ours][:0:-1]
+        want = place.of(empty).shape
         if file.shape(full) != want:
             raise ValueError(
                 f"{path}: {full} must be {want}, got {file.shape(full)}"
@@ -1767,9 +1242,9 @@ def _read_hub(path, cfg, tensors, params):
     head, name = tensors.get("lm_head.weight", (file, wte))
     if name != wte and not np.array_equal(head[name], file[wte], True):
         raise ValueError(f"{path}: lm_head.weight must equal {wte}")
-    for name, (ours, index) in _places(cfg).items():
+    for name, place in _places(cfg).items():
         file, full = tensors[name]
-        _part(params[ours], index)[...] = file[full]
+        place.of(params)[...] = file[full]
     params["wte"][cfg.vocab_size :] = 0
 
 
@@ -1958,7 +1433,7 @@ def read_checkpoint(path, cfg, params):
 
 # %% there and back
 write_folder(folder / "elsewhere", small, arena["params"])
-write_checkpoint(folder / "half.bin", small, params, version=5)
+write_checkpoint(folder / "half.bin", small, arena["params"], version=5)
 again = Arena({"params": (np.float32, parameter_shapes(small))})
 arena["params"]["wte"][small.vocab_size :] = 0  # the padding is not kept
 for name, tol in (
@@ -2010,7 +1485,6 @@ verdict("narrow arrays", 0 < exact - formula < 0.01 * exact, "take below 1 %")
 # - Forward activations are kept for every block, gradients of activations for
 #   one. What is cheap to compute again need not be kept.
 # - Groups that are never in use at the same time can have the same bytes.
-# - Headers are checked against the file before they are believed.
 
 # %% [markdown]
 # ## Design note

@@ -81,10 +81,12 @@ from llmnb.text.data import (
     sample_tokens,
 )
 from llmnb.files import make_folder, read_small, replacing, what_is
-from llmnb.model.layout import footprint, gpt2_layout
+from llmnb.arena import footprint
+from llmnb.model.layout import gpt2_layout
+from llmnb.model.tensors import decaying
 from llmnb.lock import LOCK, in_use
-from llmnb.room import check_room
-from llmnb.train.schedule import decayed, learning_rate
+from llmnb.checks import check_room
+from llmnb.train.schedule import learning_rate
 from llmnb.timing import machine
 
 # %% [markdown]
@@ -876,7 +878,7 @@ def _settings(config, model, at):
     return {name: getattr(config, name) for name in names} | {
         "learning_rate": config.rate(at.step),
         "step": at.updates + 1,
-        "decay": [name for name in model.params if decayed(name)],
+        "decay": decaying(model.cfg),
     }
 
 
@@ -1998,7 +2000,8 @@ import numpy as np
 
 from llmnb.arena import put
 from llmnb.formats.checkpoint import STATE, first_not_finite, state_record
-from llmnb.config import GPT2Config, parameter_shapes
+from llmnb.config import GPT2Config
+from llmnb.model.tensors import parameter_shapes
 from llmnb.text.data import HEADER_BYTES, DataLoader, shard_length
 from llmnb.files import BESIDE, replacing
 from llmnb.lock import Lock
@@ -2191,9 +2194,9 @@ def save_state(run):
     """
     memory, path = run.model.memory, state_path(run.folder, run.at.step)
     tensors = {
-        f"{group}.{name}": np.asarray(x)  # a GPU's array comes to the host
+        f"{group}.{name}": np.asarray(memory[group][name])  # from a GPU too
         for group in GROUPS
-        for name, x in memory[group].items()
+        for name in parameter_shapes(run.model.cfg)
     }
     wrong = first_not_finite(tensors)
     if wrong:
@@ -2778,7 +2781,7 @@ def _gentler(run):
 # every five steps. First it runs straight to its end.
 
 # %% a run with everything in it
-from llmnb.config import parameter_count
+from llmnb.model.tensors import parameter_count
 from llmnb.model.init import init_params
 
 place = TemporaryDirectory()

@@ -783,7 +783,7 @@ plt.show()
 # computes one position a token.
 
 # %% operations a token
-from llmnb.config import flops_per_token
+from llmnb.model.tensors import flops_per_token
 
 forward = flops_per_token(model.cfg, T) / 3  # a third of training's
 print(f"a window of {T} positions: {forward * T / 1e6:.0f} MFLOP a token")

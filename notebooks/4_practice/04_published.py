@@ -56,7 +56,8 @@ import numpy as np
 
 from llmnb.formats.checkpoint import CHUNK, read_config
 from llmnb.checks import check_tokens
-from llmnb.config import GPT2Config, parameter_shapes
+from llmnb.config import GPT2Config
+from llmnb.model.tensors import parameter_shapes
 from llmnb.files import read_small, replacing, what_is
 from llmnb.model.gpt2 import GPT2
 
@@ -76,7 +77,7 @@ from llmnb.formats.checkpoint import (
     to_bfloat16,
     write_safetensors,
 )
-from llmnb.config import parameter_count
+from llmnb.model.tensors import parameter_count
 from llmnb.formats.safetensors import TensorFile, write_tensors
 from llmnb.book.verify import compare, verdict
 

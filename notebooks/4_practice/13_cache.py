@@ -52,7 +52,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from llmnb import reference
-from llmnb.config import GPT2Config, parameter_count
+from llmnb.config import GPT2Config
+from llmnb.model.tensors import parameter_count
 from llmnb.book.diagram import PALETTE
 from llmnb.model.gpt2 import GPT2
 from llmnb.book.verify import compare, verdict
@@ -320,19 +321,9 @@ def _sums(builder, inp, panel, line, depth, rows):
 def _rows_by_panel(rows):
     @intrinsic
     def multiply(typing, out, o, start, s, bias, b, inp, x, panel, p, depth):
-        two = types.UniTuple(types.int64, 2)
+        n, two = types.int64, types.UniTuple(types.int64, 2)
         signature = types.void(
-            out,
-            two,
-            start,
-            two,
-            bias,
-            types.int64,
-            inp,
-            two,
-            panel,
-            two,
-            types.int64,
+            out, two, start, two, bias, n, inp, two, panel, two, n
         )
 
         def codegen(context, builder, signature, args):
@@ -748,23 +739,28 @@ def embed_forward(out, tokens, panels, wpe, first):
 # are computed for the last position only.
 
 # %% imports of the decoder tags=["export"] module="model.decode"
-import importlib
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
+from numba import get_num_threads, set_num_threads
 
-from llmnb.arena import Arena
+from llmnb import cpu
+
+from llmnb.arena import Arena, footprint
+from llmnb.cpu.decode import cache_shapes, panels_shape
 from llmnb.formats.checkpoint import read_checkpoint, read_config
 from llmnb.checks import FLOATS, check_fit, check_tokens
-from llmnb.config import parameter_shapes
-from llmnb.model.layout import footprint
-from llmnb.room import check_room
+from llmnb.model.layout import block_activations, block_shapes
+from llmnb.model.parts import block_forward, block_of
+from llmnb.model.tensors import parameter_shapes, tensor_table
+from llmnb.checks import check_room
 
 
 # %% its memory tags=["export"] module="model.decode"
 CHUNK = 128  # positions, of all texts, that are computed at once
 FEWER = "fewer or shorter texts, or a smaller model, take less"
 LIGHT = 1 << 14  # numbers that one thread finishes before a second wakes
-PACKED = {"qkv": (3, 1), "attproj": (1, 1), "fc": (4, 1), "fcproj": (1, 4)}
 
 
 def decoder_layout(cfg, batch_size, seq_len, dtype=np.float32):
@@ -775,21 +771,18 @@ def decoder_layout(cfg, batch_size, seq_len, dtype=np.float32):
     computes for at most max(batch_size, CHUNK) positions, and the logits of
     the last.
     """
-    from llmnb.cpu.decode import cache_shapes, panels_shape
-
     L, C, Vp = cfg.num_layers, cfg.channels, cfg.padded_vocab_size
     B, R, shapes = batch_size, max(batch_size, CHUNK), parameter_shapes(cfg)
-    panels = {
-        name: (L, *panels_shape(m * C, n * C))
-        for name, (m, n) in PACKED.items()
-    }
+    panels = {x.name: (L, *panels_shape(*x.shape)) for x in _packed(cfg)}
     panels["wte"] = panels_shape(Vp, C)
-    cache = cache_shapes(B, cfg.num_heads, seq_len, C // cfg.num_heads)
-    widths = {"x": C, "y": C, "ln": C, "atty": C}
-    widths |= {"qkv": 3 * C, "fch": 4 * C, "fch_gelu": 4 * C}
-    acts = {name: (R, width) for name, width in widths.items()}
-    acts |= {"mean": (R,), "rstd": (R,), "last": (B, C), "logits": (B, Vp)}
-    vectors = {n: s for n, s in shapes.items() if n == "wpe" or "ln" in n}
+    vectors = {n: shape for n, shape in shapes.items() if n not in panels}
+    cache = cache_shapes(B, cfg.num_heads, seq_len, cfg.head_size)
+    kept = block_activations(cfg, 1, R) | block_shapes(cfg, 1, R)
+    rows = [x for x in kept if x[0] != "d" and x not in _UNUSED]
+    last = {"last": (1, B, C), "lnf": (1, B, C), "logits": (1, B, Vp)}
+    last |= block_of(cfg).norm.keeps(cfg, 1, B, "lnf")
+    acts = {"x": (R, C)} | {name: kept[name][1:] for name in rows}
+    acts |= {name: shape[1:] for name, shape in last.items()}
     return {
         "vectors": (dtype, vectors),
         "panels": (dtype, panels),
@@ -799,23 +792,51 @@ def decoder_layout(cfg, batch_size, seq_len, dtype=np.float32):
     }
 
 
+# %% which weights are packed tags=["exporti"] module="model.decode"
+# what training keeps and writing has no use for
+_UNUSED = ("att_lse", "residual3")
+
+
+def _packed(cfg):
+    """The linear layers' weights, rows of the table of tensors."""
+    return [x for x in tensor_table(cfg) if x.turned]
+
+
 # %% [markdown]
-# Two details of speed. LayerNorm and GELU of one row are done before a second
-# thread has woken up, so one thread does them. Their results do not depend on
-# the number of threads.
+# The block itself is that of [chapter 1.30](../1_by_hand/30_block.ipynb), called
+# with other layers: products that read packed weights, and attention that
+# looks into the cache. Two details of speed: LayerNorm and GELU of one row
+# are done before a second thread has woken up, so one thread does them. Their
+# results do not depend on the number of threads.
 
 
-# %% work too small to share tags=["exporti"] module="model.decode"
+# %% the layers of writing tags=["exporti"] module="model.decode"
 def _light(function, out, *args):
     """Call a layer with one thread, where out is only a few rows."""
-    from numba import get_num_threads, set_num_threads
-
     threads = get_num_threads()
     set_num_threads(1 if out.size < LIGHT else threads)
     try:
         function(out, *args)
     finally:
         set_num_threads(threads)
+
+
+def _attend(out, lse, qkv, keys, values, first):
+    """Attention, by way of the cache; nobody asks for lse."""
+    cpu.cache_attention(out, keys, values, qkv, first)
+
+
+def _multiply(out, inp, panels, bias, residual=None, **cache):
+    """A linear layer; its bias is packed with its weights."""
+    cpu.panels_forward(out, inp, panels, residual)
+
+
+LAYERS = SimpleNamespace(
+    layernorm_forward=partial(_light, cpu.layernorm_forward),
+    gelu_forward=partial(_light, cpu.gelu_forward),
+    matmul_forward=_multiply,
+    attention_forward=_attend,
+)
 
 
 # %% [markdown]
@@ -849,22 +870,20 @@ class Decoder:
                 f"{cfg.max_seq_len}, got {batch_size} and {seq_len}"
             )
         self.cfg, self.batch_size, self.seq_len = cfg, batch_size, seq_len
-        self._ops = importlib.import_module("llmnb.cpu")
         layout = decoder_layout(cfg, batch_size, seq_len, dtype)
         check_room(sum(footprint(layout).values()), FEWER)
         self.memory = Arena(layout)
         self._acts, self._tokens = self.memory["acts"], self.memory["batch"]
+        self._block = block_of(cfg)
         self._layers = [self._layer(i) for i in range(cfg.num_layers)]
         self._held = 0, 0  # rows and positions whose keys are kept
 
     def _layer(self, i):
-        groups = ("vectors", "panels", "cache")
-        return {
-            name: array[i]
-            for group in groups
-            for name, array in self.memory[group].items()
-            if name not in ("wte", "wpe", "lnfw", "lnfb")
-        }
+        """Block i: its weights, and its part of the cache."""
+        arrays = self.memory["vectors"] | self.memory["panels"]
+        own = [x.name for x in tensor_table(self.cfg) if x.stacked]
+        cache = {name: x[i] for name, x in self.memory["cache"].items()}
+        return {name: arrays[name][i] for name in own if name in arrays}, cache
 
     def load(self, params):
         """Take the weights of a mapping such as `GPT2.params`.
@@ -875,14 +894,15 @@ class Decoder:
         """
         for name, shape in parameter_shapes(self.cfg).items():
             check_fit(f"Decoder.load: {name}", params[name], shape, FLOATS)
-        pack, panels = self._ops.pack_weight, self.memory["panels"]
+        panels = self.memory["panels"]
         for name, array in self.memory["vectors"].items():
             array[...] = params[name]
-        pack(panels["wte"], np.asarray(params["wte"]))
-        for name in PACKED:
-            weight, bias = (np.asarray(params[name + x]) for x in "wb")
-            for one in zip(panels[name], weight, bias, strict=True):
-                pack(*one)
+        cpu.pack_weight(panels["wte"], np.asarray(params["wte"]))
+        for x in _packed(self.cfg):
+            weight, bias = np.asarray(params[x.name]), x.name[:-1] + "b"
+            for i, panel in enumerate(panels[x.name]):
+                own = np.asarray(params[bias])[i] if self.cfg.bias else None
+                cpu.pack_weight(panel, weight[i], own)
         self._held = 0, 0
         return self
 
@@ -959,28 +979,18 @@ class Decoder:
         tokens = np.ascontiguousarray(tokens)
         rows, new = tokens.shape
         a = {
-            name: self._acts[name][: tokens.size].reshape(rows, new, -1)
-            for name in self._acts
-            if name not in ("last", "logits")
+            name: x[: tokens.size].reshape(rows, new, *x.shape[1:])
+            for name, x in self._acts.items()
+            if len(x) >= tokens.size
         }
         embedding = self.memory["panels"]["wte"], self.memory["vectors"]["wpe"]
-        self._ops.embed_forward(a["x"], tokens, *embedding, first)
-        for w in self._layers:
-            self._block(a, w, first)
+        cpu.embed_forward(a["x"], tokens, *embedding, first)
+        a["att_lse"] = None
+        for w, cache in self._layers:
+            kept = {name: x[:rows] for name, x in cache.items()}
+            how = self._block, LAYERS, a["x"], a["x"], w, a
+            block_forward(*how, first=first, **kept)
         self._acts["last"][:rows] = a["x"][:, -1]
-
-    def _block(self, a, w, first):
-        """One block, as in chapter 1.15, over the positions in a["x"]."""
-        ops, rows = self._ops, len(a["x"])
-        cache = w["keys"][:rows], w["values"][:rows]
-        self._norm(a, "x", w["ln1w"], w["ln1b"])
-        ops.panels_forward(a["qkv"], a["ln"], w["qkv"])
-        ops.cache_attention(a["atty"], *cache, a["qkv"], first)
-        ops.panels_forward(a["y"], a["atty"], w["attproj"], a["x"])
-        self._norm(a, "y", w["ln2w"], w["ln2b"])
-        ops.panels_forward(a["fch"], a["ln"], w["fc"])
-        _light(ops.gelu_forward, a["fch_gelu"], a["fch"])
-        ops.panels_forward(a["x"], a["fch_gelu"], w["fcproj"], a["y"])
 
     def _copy_first_row(self, rows, length):
         """Texts that are the same share what the first has computed."""
@@ -992,19 +1002,13 @@ class Decoder:
 
     def _logits(self, rows):
         """The head of the model, for the last position of each text."""
-        a, v = self._acts, self.memory["vectors"]
-        names = "last", "ln", "mean", "rstd", "logits"
-        a = {x: a[x][:rows].reshape(rows, 1, -1) for x in names}
-        self._norm(a, "last", v["lnfw"], v["lnfb"])
+        names = "last", "lnf", "lnf_mean", "lnf_rstd", "logits"
+        a = {x: self._acts[x][:rows, None] for x in names}
+        how = a["lnf"], a["last"], self.memory["vectors"], a
+        self._block.norm.forward(LAYERS, "lnf", *how)
         wte = self.memory["panels"]["wte"]
-        self._ops.panels_forward(a["logits"], a["ln"], wte)
+        cpu.panels_forward(a["logits"], a["lnf"], wte)
         return a["logits"][:, 0, : self.cfg.vocab_size].copy()
-
-    def _norm(self, a, name, weight, bias):
-        """LayerNorm of an activation, into a["ln"]."""
-        stats = (a[x].reshape(a["ln"].shape[:2]) for x in ("mean", "rstd"))
-        how = a["ln"], *stats, a[name], weight, bias
-        _light(self._ops.layernorm_forward, *how)
 
 
 # %% a Decoder writes tags=["nbval-ignore-output"]
@@ -1111,7 +1115,7 @@ verdict("stale", agrees(Trusting) == [True, True, False], "is seen")
 import time
 
 from llmnb.arena import Arena
-from llmnb.config import parameter_shapes
+from llmnb.model.tensors import parameter_shapes
 from llmnb.model.init import init_params
 
 mid = GPT2Config(512, 8192, 6, 8, 512)

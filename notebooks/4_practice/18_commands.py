@@ -463,9 +463,10 @@ from importlib.metadata import version
 import numba
 
 from llmnb.cli.options import add_options, say, shape_config
-from llmnb.config import flops_per_token, parameter_count
+from llmnb.model.tensors import flops_per_token, parameter_count
 from llmnb.cuda.model import gpu
-from llmnb.model.layout import footprint, gpt2_layout
+from llmnb.arena import footprint
+from llmnb.model.layout import gpt2_layout
 from llmnb.timing import machine
 from llmnb.train.train import DataOptions, ModelOptions
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from llmnb.model.tensors import flops_per_token, parameter_count
 from PIL import Image
 
 from llmnb.bench import bench as module
@@ -35,7 +36,7 @@ from llmnb.bench.race import (
     take_turns,
 )
 from llmnb.bench.stopwatch import Stopwatch, timed_step
-from llmnb.config import GPT2Config, flops_per_token, parameter_count
+from llmnb.config import GPT2Config
 from llmnb.cpu import tile
 from llmnb.formats.checkpoint import write_folder
 from llmnb.model.generate import generate

@@ -471,14 +471,14 @@ def test_the_command(monkeypatch, capsys, tmp_path):
     for place in (module, clock):
         monkeypatch.setattr(place, "no_times", lambda: why)
     path = tmp_path / "gpu.json"
-    asked = ["bench", "--backend", "cuda", "--kernels", "crossentropy_forward"]
+    asked = ["bench", "--backend", "cuda", "--kernels", "encoder_forward"]
     monkeypatch.setattr(sys, "argv", ["llmnb", *asked])
     assert not main([*asked, "--json", str(path)])
     text = capsys.readouterr().out
-    assert "crossentropy_forward" in text and why in text
+    assert "encoder_forward" in text and why in text
     found = json.loads(path.read_text("utf-8"))
     assert found["configs"] == [] and "losses" not in found
-    assert [x["layer"] for x in found["ladders"]] == ["crossentropy_forward"]
+    assert [x["layer"] for x in found["ladders"]] == ["encoder_forward"]
     assert found["gpu"] == {"unmeasured": why}
 
 

@@ -1565,7 +1565,7 @@ def free(monkeypatch):
     """Set how many bytes the machine has left."""
 
     def set_free(nbytes):
-        monkeypatch.setattr("llmnb.room.free_memory", lambda: nbytes)
+        monkeypatch.setattr("llmnb.checks.free_memory", lambda: nbytes)
 
     return set_free
 

@@ -15,7 +15,7 @@ from gpu import check_machine_code
 from llmnb import GPT2, GPT2Config
 from llmnb.arena import Arena, put
 from llmnb.book.export import ROOT
-from llmnb.cli import cli
+from llmnb.cli.__main__ import main
 from llmnb.cuda import model_layout, products
 from llmnb.cuda.model import fill, no_gpu
 from llmnb.formats.safetensors import TensorFile
@@ -124,7 +124,7 @@ def test_ten_steps_in_one_block_of_memory(ten, monkeypatch):
     ]
     np.testing.assert_allclose(steps, ten[0], rtol=1e-5)
     assert np.abs(host(model, "params") - ten[1]).max() < 2e-4
-    assert model.memory.nbytes == before and len(model._graphs) == 1
+    assert model.memory.nbytes == before and len(model._machine._graphs) == 1
     assert steps[-1][0] < steps[0][0] - 0.5
 
 
@@ -144,7 +144,7 @@ def test_a_step_is_its_parts():
     with pytest.raises(RuntimeError, match="call forward"):
         whole.backward()
     whole.step(tokens, targets, 0.25)
-    assert len(whole._graphs) == 2
+    assert len(whole._machine._graphs) == 2
 
 
 def test_parts_of_a_batch_add_up():
@@ -400,7 +400,7 @@ def test_steps_with_something_to_decide(small_text):
             model = new_model(config, 257)
             feed = loaders(config, small_text)[0]
             results.append(train_step(config, model, feed, Progress()))
-            assert not model._graphs
+            assert not getattr(model._machine, "_graphs", None)
         assert results[1] == pytest.approx(results[0], rel=1e-5)
 
 
@@ -449,7 +449,7 @@ def test_a_command_refuses_a_gpu_that_is_not_there(
     monkeypatch.delenv("LLMNB_CUDA")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        cli.main(command.replace("RUN", str(tmp_path)).split())
+        main(command.replace("RUN", str(tmp_path)).split())
     said = capsys.readouterr().err
     assert stopped.value.code == 1 and said.count("\n") == 1
     assert f"no backend cuda here: {launch.missing()}; LLMNB_CUDA" in said

@@ -131,12 +131,12 @@ def server(files):
 # the command, for files that have other hashes than the published ones
 PROGRAM = """
 import json, os
-from llmnb.cli import cli
+from llmnb.cli.__main__ import main
 from llmnb.formats import hub
 hashes = json.loads(os.environ["HASHES"])
 for name, (*rest, files) in hub.SOURCES.items():
     hub.SOURCES[name] = *rest, {file: hashes.get(file, "") for file in files}
-cli.main()
+main()
 """
 
 

@@ -14,9 +14,10 @@ import tiktoken
 from fuzz import answer, mangled
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llmnb.model.tensors import parameter_shapes
 
 from llmnb.cli.__main__ import main
-from llmnb.config import GPT2Config, parameter_shapes
+from llmnb.config import GPT2Config
 from llmnb.formats import starter
 from llmnb.formats.starter import (
     accept,

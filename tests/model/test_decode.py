@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from llmnb import cpu
 from llmnb.config import GPT2Config
+from llmnb.model import decode
 from llmnb.model.decode import CHUNK, Decoder
 from llmnb.model.generate import generate, generate_samples
 from llmnb.model.gpt2 import GPT2
@@ -165,11 +166,11 @@ def test_texts_that_begin_alike_are_computed_once():
     assert seen == [(1, 3), (3, 1), (2, 1), (2, 2), (1, 1)]
 
 
-def test_an_interrupted_call_leaves_nothing_wrong():
+def test_an_interrupted_call_leaves_nothing_wrong(monkeypatch):
     decoder, text = Decoder.of(model_of()), [5, 6, 7, 8, 9]
     want = decoder.following([text]).copy()
     decoder.following([[1, 2, 3]])
-    ops = decoder._ops
+    layers = decode.LAYERS
 
     class Interrupted:
         calls = 0
@@ -178,12 +179,12 @@ def test_an_interrupted_call_leaves_nothing_wrong():
             self.calls += 1
             if self.calls == 12:
                 raise KeyboardInterrupt
-            return getattr(ops, name)
+            return getattr(layers, name)
 
-    decoder._ops = Interrupted()
+    monkeypatch.setattr(decode, "LAYERS", Interrupted())
     with pytest.raises(KeyboardInterrupt):
         decoder.following([text])
-    decoder._ops = ops
+    monkeypatch.setattr(decode, "LAYERS", layers)
     assert np.array_equal(decoder.following([text]), want)
 
 

@@ -1,63 +1,12 @@
-"""The generator against PyTorch's recorded draws, and the first weights.
-
-tests/data/parity_draws.json is written by record_parity.py, with torch.
-"""
-
-import json
-import tracemalloc
-from pathlib import Path
+"""The first weights: which tensor takes which of the generator's draws."""
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from llmnb.model.tensors import parameter_shapes
 
-from llmnb.config import GPT2Config, parameter_shapes
-from llmnb.model.init import (
-    CHUNK,
-    Generator,
-    MersenneTwister,
-    box_muller,
-    init_params,
-)
-
-DATA = Path(__file__).parents[1] / "data"
-RECORDED = json.loads((DATA / "parity_draws.json").read_text("utf-8"))
-
-# torch 2.13.0 on a CPU with AVX2, each from torch.Generator().manual_seed(137)
-UNIFORMS = [
-    0.6256541013717651,
-    0.573381781578064,
-    0.6672714352607727,
-    0.746163547039032,
-]
-DOUBLES = [0.005233052323352139, 0.33817161944911545, 0.11974353184215525]
-SEVENTEEN = [  # torch.empty(17).normal_(1.5, 3.0)
-    4.8660736083984375,
-    3.909226894378662,
-    -0.6157087683677673,
-    6.304897785186768,
-    4.731822490692139,
-    3.8301708698272705,
-    -2.344163417816162,
-    -6.439187049865723,
-    1.3029148578643799,
-    2.81127667427063,
-    1.2325718402862549,
-    3.7265193462371826,
-    1.445898413658142,
-    2.7905001640319824,
-    4.038197994232178,
-    4.3387346267700195,
-    0.6258704662322998,
-]
-# and from manual_seed(2**32 - 1)
-LAST_SEED = [
-    -2.664297580718994,
-    -1.0910485982894897,
-    0.45144742727279663,
-    0.22836069762706757,
-]
+from llmnb.config import GPT2Config
+from llmnb.model.init import init_params
+from llmnb.model.random import Generator
 
 
 def empty_params(cfg, dtype=np.float32):
@@ -69,92 +18,6 @@ def drawn(generator, n, mean=0.0, std=1.0):
     array = np.empty(n, np.float32)
     generator.normal_(array, mean, std)
     return array
-
-
-def test_words():
-    words = MersenneTwister(137).uint32(2)
-    assert words.dtype == np.uint32
-    assert words.tolist() == [4053805790, 2173880614]
-
-
-def test_words_do_not_depend_on_how_many_are_asked_for():
-    whole, parts = MersenneTwister(3), MersenneTwister(3)
-    want = whole.uint32(2000)
-    got = [parts.uint32(n) for n in (1, 623, 0, 1, 1375)]
-    assert (np.concatenate(got) == want).all()
-
-
-@given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=25, deadline=None, derandomize=True)
-def test_words_are_those_of_numpys_seeding_by_an_integer(seed):
-    want = np.random.RandomState(seed).randint(0, 2**32, 700, np.uint32)
-    assert (MersenneTwister(seed).uint32(700) == want).all()
-
-
-def test_uniforms_are_pytorchs_exactly():
-    assert MersenneTwister(137).uniform(4).tolist() == UNIFORMS
-    twister = MersenneTwister(137)
-    assert [twister.uniform64() for _ in range(3)] == DOUBLES
-
-
-def test_uniforms_at_the_ends_of_the_words():
-    twister = MersenneTwister(0)
-    for word, want in ((0, 0.0), (2**32 - 1, 1 - 2**-24), (2**24, 0.0)):
-        twister.uint32 = lambda n, word=word: np.full(n, word, np.uint32)
-        assert twister.uniform(2).tolist() == [want, want]
-        assert 0 <= twister.uniform64() < 1
-    normals = box_muller(np.full(16, 1 - 2**-24, np.float32), 0.0, 1.0)
-    assert np.isfinite(normals).all()
-
-
-def test_recorded_draws():
-    generator = Generator(RECORDED["seed"])
-    for n, want in RECORDED["golden"].items():
-        got = drawn(generator, int(n))
-        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
-
-
-def test_recorded_draws_with_a_mean_and_at_the_last_seed():
-    got = drawn(Generator(137), 17, 1.5, 3.0)
-    np.testing.assert_allclose(got, SEVENTEEN, rtol=1e-6, atol=3e-6)
-    got = drawn(Generator(2**32 - 1), 16)[:4]
-    np.testing.assert_allclose(got, LAST_SEED, rtol=1e-6, atol=1e-6)
-
-
-def test_the_recording_compared_millions():
-    assert RECORDED["compared"] >= 10_000_000
-    assert RECORDED["largest_difference"] < 1e-6
-    assert RECORDED["equal_to_the_bit"] > 0.8
-
-
-@pytest.mark.parametrize("n", [CHUNK - 16, CHUNK, CHUNK + 16, 2 * CHUNK + 5])
-def test_chunks_do_not_show(n):
-    words = MersenneTwister(8).uniform(n + 16)
-    want = box_muller(words[: n - n % 16], 0.0, 1.0)
-    if n % 16:
-        want = np.concatenate([want, np.zeros(n % 16, np.float32)])
-        want[-16:] = box_muller(words[n:], 0.0, 1.0)
-    generator = Generator(8)
-    assert (drawn(generator, n) == want).all()
-    # and the stream goes on where it should
-    after = MersenneTwister(8).uint32(n + 16 * (n % 16 > 0) + 3)[-3:]
-    assert (generator.uint32(3) == after).all()
-
-
-@given(n=st.integers(0, 70))
-@settings(max_examples=25, deadline=None, derandomize=True)
-def test_float64_gets_the_float32_draws(n):
-    double = np.empty(n)
-    Generator(4).normal_(double, 0.25, 0.5)
-    single = np.empty(n, np.float32)
-    Generator(4).normal_(single, 0.25, 0.5)
-    assert (double == single).all()
-
-
-def test_shape_does_not_matter():
-    matrix = np.empty((5, 7, 3), np.float32)
-    Generator(6).normal_(matrix)
-    assert (matrix.ravel() == drawn(Generator(6), 105)).all()
 
 
 CONFIGS = [
@@ -206,50 +69,6 @@ def test_both_precisions_start_at_one_point(cfg):
         assert (single[name] == double[name]).all(), name
 
 
-def test_no_large_temporaries():
-    array = np.empty(1 << 22, np.float32)
-    generator = Generator(0)
-    generator.normal_(array[:16])
-    tracemalloc.start()
-    generator.normal_(array)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1_000_000
-
-
-@pytest.mark.parametrize("seed", [-1, 2**32, 10**30])
-def test_a_seed_out_of_range(seed):
-    with pytest.raises(ValueError, match=rf"seed must lie in .* got {seed}"):
-        Generator(seed)
-
-
-@pytest.mark.parametrize("seed", [1.0, "1", None, True])
-def test_a_seed_that_is_no_integer(seed):
-    with pytest.raises(TypeError, match="seed must be an integer, got"):
-        Generator(seed)
-
-
-@pytest.mark.parametrize(
-    ("array", "error", "message"),
-    [
-        (np.empty(20, np.float16), TypeError, "float32 or float64"),
-        (np.empty(20, np.int32), TypeError, "float32 or float64"),
-        ([0.0] * 20, TypeError, "a NumPy array, got list"),
-        (np.empty((8, 8), np.float32)[:, :4], ValueError, "C-contiguous"),
-        (np.broadcast_to(np.float32(0), 1), ValueError, "writeable"),
-    ],
-)
-def test_an_array_that_cannot_be_filled(array, error, message):
-    with pytest.raises(error, match=f"normal_: array must be .*{message}"):
-        Generator(0).normal_(array)
-
-
-@pytest.mark.parametrize("std", [-0.1, float("nan")])
-def test_a_std_out_of_range(std):
-    with pytest.raises(ValueError, match="std must be at least 0, got"):
-        Generator(0).normal_(np.empty(16, np.float32), std=std)
-
-
 def test_params_that_do_not_fit():
     cfg = CONFIGS[0]
     params = empty_params(cfg)
@@ -259,14 +78,3 @@ def test_params_that_do_not_fit():
     bad = {**params, "lnfb": params["lnfb"].astype(np.int64)}
     with pytest.raises(TypeError, match="init_params: lnfb must be float32"):
         init_params(bad, cfg, seed=0)
-
-
-def test_live_draws():
-    torch = pytest.importorskip("torch")
-    theirs, ours = torch.Generator().manual_seed(11), Generator(11)
-    uniforms = torch.rand(1000, generator=theirs).numpy()
-    assert (ours.uniform(1000) == uniforms).all()
-    for n in (1, 15, 16, 17, 2, 31, 1000, 7, 1 << 20):
-        want = torch.empty(n).normal_(0.1, 0.5, generator=theirs).numpy()
-        got = drawn(ours, n, 0.1, 0.5)
-        np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)

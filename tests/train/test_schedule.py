@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmnb.train.schedule import KINDS, decayed, learning_rate
+from llmnb.train.schedule import KINDS, learning_rate
 
 
 def test_warm_up_is_a_staircase():
@@ -87,17 +87,3 @@ def test_bad_numbers(change, message):
     learning_rate(**good)
     with pytest.raises(ValueError, match="learning_rate: " + message):
         learning_rate(**(good | change))
-
-
-def test_which_tensors_decay():
-    names = (
-        "wte wpe ln1w ln1b qkvw qkvb attprojw attprojb ln2w ln2b fcw fcb "
-        "fcprojw fcprojb lnfw lnfb"
-    )
-    yes = [name for name in names.split() if decayed(name)]
-    assert yes == ["wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw"]
-
-
-def test_unknown_tensor():
-    with pytest.raises(ValueError, match="decayed: no tensor is called 'w'"):
-        decayed("w")

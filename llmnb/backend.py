@@ -1,0 +1,112 @@
+# Written by `make export` from notebooks/1_by_hand/15_model.py: edit that file.
+
+"""What a model asks of the machine that it runs on."""
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "PRECISIONS",
+    "backend_named",
+    "choose",
+]
+
+
+# imports of the backend
+import importlib
+
+import numpy as np
+
+from llmnb.arena import Arena
+from llmnb.checks import check_room
+
+
+# what a model asks of a machine
+BACKENDS = ("reference", "cpu", "cuda")
+# precisions, and the backends that have them
+PRECISIONS = {
+    "fp32": BACKENDS,
+    "fp64": ("reference", "cpu"),
+    "bf16": ("cpu",),
+    "tf32": ("cuda",),
+}
+
+
+class Backend:
+    """What a model asks of the machine that it runs on; here, NumPy's.
+
+    layers: a room of layers, such as llmnb.reference. precision: one of
+    `PRECISIONS`. ops: the layers as a model calls them, how: what its
+    products take besides. A room of layers that does some of this in
+    another way has a class `Backend` of its own.
+
+    Derived in chapter 1.15.
+    """
+
+    update = "adamw_update"  # the layer that a range of parameters goes to
+
+    def __init__(self, layers, precision):
+        self.ops, self.how, self.precision = layers, {}, precision
+
+    @property
+    def dtype(self):
+        """Of parameters and activations."""
+        return np.float64 if self.precision == "fp64" else np.float32
+
+    def groups(self, cfg, batch_size, seq_len):
+        """Groups of the arena that it wants besides those of the model."""
+        return {}
+
+    def allocate(self, layout, needed):
+        """An Arena; needed: bytes of it that will be written at once."""
+        check_room(needed)
+        return Arena(layout)
+
+    def fill(self, array, value):
+        """Write one number into all elements of an array."""
+        array.fill(value)
+
+    def write(self, params, function):
+        """Let a function write the parameters, a dict of NumPy arrays."""
+        function(params)
+
+    def settings(self, memory, rows):
+        """What AdamW takes for each of two rows of settings."""
+        return rows
+
+    def clip(self, ops, grads, max_norm):
+        """Clip the gradients within a step; `norm` knows their norm then."""
+        self._norm = ops.clip_gradients(grads, max_norm)
+
+    def norm(self):
+        """The norm of the gradients that `clip` found, a float."""
+        return self._norm
+
+    def run(self, key, whole, params):
+        """Call a whole step; key: what it depends on besides its arrays."""
+        whole()
+
+
+# find a backend
+def choose(what, value, choices):
+    """The value, if it is among the choices; else raises ValueError.
+
+    Derived in chapter 1.15.
+    """
+    if value not in choices:
+        listed = ", ".join(map(repr, choices))
+        raise ValueError(f"{what} must be one of {listed}, got {value!r}")
+    return value
+
+
+def backend_named(name, precision):
+    """The Backend of that name; raises ValueError for a precision it lacks.
+
+    Derived in chapter 1.15.
+    """
+    if name not in PRECISIONS[precision]:
+        needs = " or ".join(map(repr, PRECISIONS[precision]))
+        raise ValueError(
+            f"GPT2: precision {precision!r} needs the backend {needs}"
+        )
+    layers = importlib.import_module(f"llmnb.{name}")
+    return getattr(layers, "Backend", Backend)(layers, precision)

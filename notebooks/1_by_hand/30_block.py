@@ -1,0 +1,588 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     modules:
+#       model.parts: "The parts of a block: what each wants, keeps and computes."
+#       model.tensors: "Every parameter tensor of a model: one table, one truth."
+# ---
+
+# %% [markdown]
+# # The block: wire the layers, forward and backward
+#
+# > Two halves, each a norm, a layer and a sum; the backward pass is the list
+# > reversed, and what was read twice receives two gradients.
+#
+# *Reading time: 22 minutes. You need: the layers of chapters
+# [1.5](05_encoder.ipynb) to [1.11](11_crossentropy.ipynb).*
+
+# %% [markdown]
+# ## Where we are
+
+# %% where we are
+from llmnb.book.diagram import gpt2_diagram
+
+gpt2_diagram(lit="residual")
+
+# %% [markdown]
+# *Figure 1.30.1. The two rows in the frame are a block. This chapter draws the
+# arrows between their boxes.*
+#
+# Each layer has been derived and proved alone. That leaves the wiring: which
+# array goes where, in which order, and what is added to what on the way back.
+# Wiring has its own mistakes, and they are quiet ones: a model with one
+# gradient missing still learns, only worse. At the end of this chapter you can
+#
+# - write a transformer block, forward and backward, as a list of calls;
+# - say where gradients add up, and find the places in a block;
+# - change one part of a block without touching the others.
+
+# %% [markdown]
+# ## Setup
+
+# %% setup
+import numpy as np
+
+from llmnb import reference
+from llmnb.book.verify import compare, numerical_gradient, verdict
+from llmnb.config import GPT2Config
+
+# %% [markdown]
+# ## What a part is
+#
+# A block is a norm, attention, a sum, a norm, a feed-forward layer and a sum.
+# Other models have the same six, of other kinds. So each kind says five things
+# about itself, and nothing else needs to know it: the tensors it wants, the
+# arrays its forward pass leaves for its backward pass, those that the blocks
+# can take turns with, and its two passes.
+#
+# About a tensor of parameters there are a handful of facts, and many who ask:
+# the memory wants its shape, the first weights their size, AdamW whether it
+# decays, a file its name. One row holds them all.
+
+# %% imports of the parts tags=["export"]
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+# %% a row of the table tags=["export"]
+class Tensor(NamedTuple):
+    """One tensor of parameters, and what is to be known about it.
+
+    shape: of one block's, where `stacked`: there the model has L of them.
+    there: its name in published files, {} for the block's number. turned:
+    whether it stands the other way round there. decays: whether weight
+    decay applies. added: whether backward functions add to its gradient;
+    the others overwrite it. std: of its first values, 0 where all of them
+    are `start`. used: how many of its rows are, None for all; the others
+    are padding, and 0.
+    """
+
+    name: str
+    shape: tuple
+    there: str
+    turned: bool = False
+    stacked: bool = True
+    decays: bool = False
+    added: bool = False
+    std: float = 0.0
+    start: float = 0.0
+    used: int | None = None
+
+
+class Part(NamedTuple):
+    """A kind of norm, of attention or of feed-forward layer.
+
+    tensors(cfg, ...): the rows of its parameters. keeps(cfg, B, T, ...): by
+    name the shapes of what forward leaves for backward. turns(cfg, B, T):
+    of what the blocks take turns with.
+    """
+
+    tensors: Callable
+    keeps: Callable
+    turns: Callable
+    forward: Callable
+    backward: Callable
+
+
+# %% [markdown]
+# ## The norm
+#
+# A norm is used three times, under the names `ln1`, `ln2` and `lnf`. `w` and `a`
+# map names to weights and activations, `dw` to the gradients of weights; `ops`
+# holds the layers. LayerNorm's backward pass *adds* to the gradient of its
+# input: we shall need that in a moment.
+
+# %% layernorm tags=["export"]
+STD = 0.02  # of the first weights
+
+
+def _layernorm_tensors(cfg, name, there, stacked=True):
+    how = {"stacked": stacked, "added": True}
+    return [
+        Tensor(
+            f"{name}w", (cfg.channels,), f"{there}.weight", start=1.0, **how
+        ),
+        Tensor(f"{name}b", (cfg.channels,), f"{there}.bias", **how),
+    ]
+
+
+def _layernorm_keeps(cfg, B, T, name):
+    return {f"{name}_mean": (B, T), f"{name}_rstd": (B, T)}
+
+
+def _layernorm_forward(ops, name, out, inp, w, a):
+    mean, rstd = a[f"{name}_mean"], a[f"{name}_rstd"]
+    ops.layernorm_forward(out, mean, rstd, inp, w[f"{name}w"], w[f"{name}b"])
+
+
+def _layernorm_backward(ops, name, dinp, dout, inp, w, a, dw):
+    weight, mean, rstd = w[f"{name}w"], a[f"{name}_mean"], a[f"{name}_rstd"]
+    grads = dinp, dw[f"{name}w"], dw[f"{name}b"]
+    ops.layernorm_backward(*grads, dout, inp, weight, mean, rstd)
+
+
+LAYERNORM = Part(
+    _layernorm_tensors,
+    _layernorm_keeps,
+    lambda cfg, B, T: {},
+    _layernorm_forward,
+    _layernorm_backward,
+)
+
+# %% [markdown]
+# ## Attention
+#
+# The half of a block that looks at other tokens: a product makes queries, keys
+# and values, attention mixes the values, a second product returns to the
+# stream. `residual=` adds the stream while the result is still at hand
+# ([chapter 1.10](10_residual.ipynb)); nobody needs the product alone, since the
+# derivative of a sum does not depend on what was added.
+#
+# The weights that write into the stream begin smaller than the others, by
+# $1/\sqrt{2L}$; [chapter 1.14](14_weights.ipynb) says why.
+
+
+# %% a linear layer's tensors tags=["exporti"]
+def _linear(cfg, name, there, outs, ins, std=STD):
+    weight = Tensor(
+        f"{name}w", (outs, ins), f"{there}.weight", turned=True, decays=True,
+        std=std,
+    )  # fmt: skip
+    bias = Tensor(f"{name}b", (outs,), f"{there}.bias")
+    return [weight, bias] if cfg.bias else [weight]
+
+
+def _into_the_stream(cfg):
+    return STD / math.sqrt(2 * cfg.num_layers)
+
+
+# %% attention tags=["export"]
+def _widths(cfg):
+    """Of the packed queries, keys and values, and of attention's output."""
+    heads, hs = cfg.num_heads, cfg.head_size
+    return (heads + 2 * cfg.num_kv_heads) * hs, heads * hs
+
+
+def _attention_tensors(cfg):
+    (packed, width), C = _widths(cfg), cfg.channels
+    std = _into_the_stream(cfg)
+    return [
+        *_linear(cfg, "qkv", "attn.c_attn", packed, C),
+        *_linear(cfg, "attproj", "attn.c_proj", C, width, std),
+    ]
+
+
+def _attention_keeps(cfg, B, T):
+    packed, width = _widths(cfg)
+    kept = {"qkv": (B, T, packed), "atty": (B, T, width)}
+    return kept | {"att_lse": (B, cfg.num_heads, T)}
+
+
+def _attention_turns(cfg, B, T):
+    packed, width = _widths(cfg)
+    return {"datty": (B, T, width), "dqkv": (B, T, packed)}
+
+
+def _attention_forward(ops, out, inp, residual, w, a, how):
+    ops.matmul_forward(a["qkv"], inp, w["qkvw"], w.get("qkvb"), **how)
+    ops.attention_forward(a["atty"], a["att_lse"], a["qkv"], **how)
+    weights = w["attprojw"], w.get("attprojb")
+    ops.matmul_forward(out, a["atty"], *weights, residual=residual, **how)
+
+
+def _attention_backward(ops, dinp, dout, inp, w, a, dw, d, add, how):
+    datty, dqkv = d["datty"], d["dqkv"]
+    grads, weight = (dw["attprojw"], dw.get("attprojb")), w["attprojw"]
+    options = {"add_dinp": False, "add_dweight": add} | how
+    ops.matmul_backward(datty, *grads, dout, a["atty"], weight, **options)
+    kept = a["qkv"], a["atty"], a["att_lse"]
+    ops.attention_backward(dqkv, datty, *kept, add=False, **how)
+    grads, weight = (dw["qkvw"], dw.get("qkvb")), w["qkvw"]
+    ops.matmul_backward(dinp, *grads, dqkv, inp, weight, **options)
+
+
+ATTENTION = Part(
+    _attention_tensors,
+    _attention_keeps,
+    _attention_turns,
+    _attention_forward,
+    _attention_backward,
+)
+
+# %% [markdown]
+# Every array but the stream's is written by exactly one function. There adding
+# would mean to clear the array first, a pass over memory for nothing, so these
+# calls say `add=False` and overwrite. For gradients of weights the caller
+# decides: `add=True` sums the gradients of several batches.
+#
+# ## Feed-forward
+#
+# The half in which each token works alone: up to $4C$ numbers, through GELU, and
+# down again. The output of GELU is not kept; the backward pass computes it
+# again, from what is. `dfch` first receives the gradient of GELU's output, and
+# GELU's backward pass then writes that of its input in the same place.
+
+
+# %% feed-forward tags=["export"]
+def _gelu_tensors(cfg):
+    C, std = cfg.channels, _into_the_stream(cfg)
+    return [
+        *_linear(cfg, "fc", "mlp.c_fc", 4 * C, C),
+        *_linear(cfg, "fcproj", "mlp.c_proj", C, 4 * C, std),
+    ]
+
+
+def _gelu_keeps(cfg, B, T):
+    return {"fch": (B, T, 4 * cfg.channels)}
+
+
+def _gelu_turns(cfg, B, T):
+    return dict.fromkeys(("fch_gelu", "dfch"), (B, T, 4 * cfg.channels))
+
+
+def _gelu_forward(ops, out, inp, residual, w, a, how):
+    ops.matmul_forward(a["fch"], inp, w["fcw"], w.get("fcb"), **how)
+    ops.gelu_forward(a["fch_gelu"], a["fch"])
+    weights = w["fcprojw"], w.get("fcprojb")
+    ops.matmul_forward(out, a["fch_gelu"], *weights, residual=residual, **how)
+
+
+def _gelu_backward(ops, dinp, dout, inp, w, a, dw, d, add, how):
+    dfch, bent = d["dfch"], a["fch_gelu"]
+    ops.gelu_forward(bent, a["fch"])
+    grads, weight = (dw["fcprojw"], dw.get("fcprojb")), w["fcprojw"]
+    options = {"add_dinp": False, "add_dweight": add} | how
+    ops.matmul_backward(dfch, *grads, dout, bent, weight, **options)
+    ops.gelu_backward(dfch, dfch, a["fch"], add=False)
+    grads, weight = (dw["fcw"], dw.get("fcb")), w["fcw"]
+    ops.matmul_backward(dinp, *grads, dfch, inp, weight, **options)
+
+
+GELU = Part(
+    _gelu_tensors, _gelu_keeps, _gelu_turns, _gelu_forward, _gelu_backward
+)
+
+# %% the kinds there are tags=["export"]
+NORMS = {"layernorm": LAYERNORM}
+FEEDFORWARDS = {"gelu": GELU}
+
+
+class Block(NamedTuple):
+    """The parts of a model's blocks."""
+
+    norm: Part
+    attention: Part
+    feedforward: Part
+
+
+def block_of(cfg):
+    """The parts that a configuration names."""
+    return Block(NORMS[cfg.norm], ATTENTION, FEEDFORWARDS[cfg.feedforward])
+
+
+# %% [markdown]
+# ## One block, forward
+#
+# Read figure 1.30.1 from left to right, twice, and write down the calls. In the
+# first half the token looks at others, in the second it works alone; each half
+# ends by adding its result to what it started from. With $x$ for the stream of
+# vectors that comes in,
+#
+# $$ x' = x + \mathrm{proj}(\mathrm{attention}(\mathrm{qkv}(
+#    \mathrm{ln}_1(x)))) , \tag{1.30.1} $$
+#
+# $$ y = x' + \mathrm{down}(\mathrm{gelu}(\mathrm{up}(\mathrm{ln}_2(x')))) .
+#    \tag{1.30.2} $$
+#
+# Here proj, qkv, up and down are the four linear layers of a block. `ops` holds
+# the layers, such as `llmnb.reference`; such a set of functions is called a
+# *backend*. `ln` is the output of either norm, and gives its place to the next.
+
+
+# %% one block, forward tags=["export"]
+def block_forward(parts, ops, out, inp, w, a, **how):
+    """One block: attention, then the feed-forward half, both residual.
+
+    parts: a Block. out, inp: (B, T, C). w and a map names to this block's
+    weights and activations, with those that blocks take turns with; a is
+    overwritten. ops: the layers. how: what else ops takes for its products,
+    such as scratch memory.
+    """
+    norm, attention, feedforward = parts
+    x, ln = a["residual2"], a["ln"]
+    norm.forward(ops, "ln1", ln, inp, w, a)
+    attention.forward(ops, x, ln, inp, w, a, how)
+    norm.forward(ops, "ln2", ln, x, w, a)
+    feedforward.forward(ops, out, ln, x, w, a, how)
+
+
+# %% [markdown]
+# ## By hand
+#
+# Count how the shapes change, for two rows of four tokens and six channels
+# with two heads:
+#
+# | line | reads | writes |
+# |---|---|---|
+# | `layernorm_forward` | (2, 4, 6) | (2, 4, 6), and two numbers a token |
+# | `matmul_forward`, qkv | (2, 4, 6) | (2, 4, 18) |
+# | `attention_forward` | (2, 4, 18) | (2, 4, 6), and one number a token and head |
+# | `matmul_forward`, projection and sum | (2, 4, 6) twice | (2, 4, 6) |
+# | `layernorm_forward` | (2, 4, 6) | (2, 4, 6), and two numbers a token |
+# | `matmul_forward`, up | (2, 4, 6) | (2, 4, 24) |
+# | `gelu_forward` | (2, 4, 24) | (2, 4, 24) |
+# | `matmul_forward`, down and sum | (2, 4, 24), (2, 4, 6) | (2, 4, 6) |
+#
+# A block takes (B, T, C) to (B, T, C), which is why one can stack any number
+# of them.
+
+
+# %% [markdown]
+# ## One block, backward
+#
+# The chain rule runs through the list from its last line to its first. Every call
+# becomes its backward twin; what it wrote becomes what it reads. One rule
+# needs care:
+#
+# > An array that was read twice receives two gradients, and they add up.
+#
+# It happens in three places.
+#
+# 1. **The stream in the second half.** $x'$ is read by `ln2` and by the
+#    residual sum: $dx' = dy + \mathrm{ln}_2\text{'s share}$.
+# 2. **The stream in the first half.** $x$ is read by `ln1` and by the
+#    residual sum.
+# 3. **The token table.** `wte` is read by the encoder and again at the logits.
+#
+# This is why the backward functions of this book can add to their outputs.
+# For the stream it makes the code short. A residual sum hands its gradient
+# on unchanged ([chapter 1.10](10_residual.ipynb)), so one array, `dstream`,
+# serves for $dy$, $dx'$ and $dx$ in turn: it comes in as $dy$, each half of
+# the block reads it, and LayerNorm's backward pass adds the half's share.
+#
+# The products read what they read before, and the outputs of LayerNorm and
+# GELU are no longer there: the next block has written its own in their place
+# ([chapter 1.13](13_memory.ipynb)). So they are computed again where they are
+# needed, from inputs that were kept, and come out with the same bits.
+#
+# `dw` holds the gradients of the block's weights, and `d` those of its
+# activations.
+
+
+# %% one block, backward tags=["export"]
+def block_backward(parts, ops, inp, w, a, dw, d, add=False, **how):
+    """Take d["dstream"] from a block's output to its input.
+
+    inp: (B, T, C). w, a: this block's weights and activations, as
+    block_forward left them; dw: the gradients of its weights; d: the
+    gradients of its activations. d["dstream"] holds the gradient of the
+    output and receives that of the input; the rest of d is overwritten.
+    add: whether to add to the gradients of matrices and their biases or to
+    overwrite them; those of norms are always added to. parts, ops, how: as
+    for block_forward.
+    """
+    norm, attention, feedforward = parts
+    x, ln, dln, dstream = a["residual2"], a["ln"], d["dln"], d["dstream"]
+    norm.forward(ops, "ln2", ln, x, w, a)
+    feedforward.backward(ops, dln, dstream, ln, w, a, dw, d, add, how)
+    norm.backward(ops, "ln2", dstream, dln, x, w, a, dw)
+    norm.forward(ops, "ln1", ln, inp, w, a)
+    attention.backward(ops, dln, dstream, ln, w, a, dw, d, add, how)
+    norm.backward(ops, "ln1", dstream, dln, inp, w, a, dw)
+
+
+# %% [markdown]
+# ## The table
+#
+# A model is two tables, blocks, and a last norm. Their tensors, in llm.c's
+# order, are the table that everybody reads. Nothing else in the package lists
+# a model's tensors.
+
+# %% imports of the table tags=["export"] module="model.tensors"
+import math
+
+from llmnb.model.parts import STD, Tensor, block_of
+
+
+# %% the table of tensors tags=["export"] module="model.tensors"
+def tensor_table(cfg):
+    """All tensors of a model, a list of `Tensor`, in llm.c's order."""
+    C, Vp = cfg.channels, cfg.padded_vocab_size
+    norm, attention, feedforward = block_of(cfg)
+    tables = {"stacked": False, "decays": True, "std": STD}
+    return [
+        Tensor("wte", (Vp, C), "wte.weight", used=cfg.vocab_size, **tables),
+        Tensor(
+            "wpe", (cfg.max_seq_len, C), "wpe.weight", added=True, **tables
+        ),
+        *norm.tensors(cfg, "ln1", "h.{}.ln_1"),
+        *[_of_block(x) for x in attention.tensors(cfg)],
+        *norm.tensors(cfg, "ln2", "h.{}.ln_2"),
+        *[_of_block(x) for x in feedforward.tensors(cfg)],
+        *norm.tensors(cfg, "lnf", "ln_f", stacked=False),
+    ]
+
+
+def _of_block(tensor):
+    return tensor._replace(there=f"h.{{}}.{tensor.there}")
+
+
+# %% its shapes tags=["export"] module="model.tensors"
+def full_shape(tensor, cfg):
+    """The shape of a tensor with all its blocks."""
+    return (cfg.num_layers,) * tensor.stacked + tensor.shape
+
+
+def parameter_shapes(cfg):
+    """Shapes of all parameter tensors by llm.c's names, in its order."""
+    return {x.name: full_shape(x, cfg) for x in tensor_table(cfg)}
+
+
+def decaying(cfg):
+    """The names of the tensors that weight decay applies to: a list."""
+    return [x.name for x in tensor_table(cfg) if x.decays]
+
+
+# %% counts tags=["export"] module="model.tensors"
+def parameter_count(cfg, padded=True):
+    """How many parameters a configuration has, with or without padding."""
+    count = sum(math.prod(s) for s in parameter_shapes(cfg).values())
+    unused = cfg.padded_vocab_size - cfg.vocab_size
+    return count if padded else count - unused * cfg.channels
+
+
+def flops_per_token(cfg, seq_len):
+    """Floating-point operations to train on one token: 6 N + 6 L C T.
+
+    N counts the parameters without padding. Six is two (multiply and add)
+    for each of three products: one forward, two backward. The second term
+    is attention's, with a causal mask. See (1.4.2).
+    """
+    attention = 6 * cfg.num_layers * cfg.channels * seq_len
+    return 6 * parameter_count(cfg, padded=False) + attention
+
+
+# %% what it says
+from llmnb.model.tensors import parameter_count, tensor_table
+
+for x in tensor_table(GPT2Config()):
+    marks = "decays" * x.decays, "added to" * x.added
+    print(f"{x.name:<9} {str(x.shape):<14} {x.std:7.4f} {x.there:<24}", *marks)
+
+# %% [markdown]
+# ## Proof of a block
+#
+# A block by itself is a function from (B, T, C) to (B, T, C). Its gradient
+# against central differences, in float64 as always, for the input and for
+# two tensors at the ends of it.
+
+# %% one block by itself
+cfg = GPT2Config(
+    max_seq_len=4, vocab_size=7, num_layers=1, num_heads=2, channels=6
+)
+parts, B, T, C = block_of(cfg), 2, 4, 6
+rng = np.random.default_rng(12)
+w = {x.name: rng.normal(size=x.shape) for x in tensor_table(cfg) if x.stacked}
+dw = {name: np.zeros_like(x) for name, x in w.items()}
+shapes = dict.fromkeys(("ln", "residual2", "residual3"), (B, T, C))
+for name in ("ln1", "ln2"):
+    shapes |= parts.norm.keeps(cfg, B, T, name)
+for part in (parts.attention, parts.feedforward):
+    shapes |= part.keeps(cfg, B, T) | part.turns(cfg, B, T)
+a = {name: np.zeros(shape) for name, shape in shapes.items()}
+d = a | {"dstream": np.zeros((B, T, C)), "dln": np.zeros((B, T, C))}
+inp, g = rng.normal(size=(2, B, T, C))
+
+
+# %% its gradient
+def loss():
+    block_forward(parts, reference, a["residual3"], inp, w, a)
+    return (g * a["residual3"]).sum()
+
+
+loss()
+d["dstream"][...] = g
+block_backward(parts, reference, inp, w, a, dw, d)
+compare("dinp", d["dstream"], numerical_gradient(loss, inp), tol=1e-7)
+for name in ("qkvw", "fcprojb"):
+    want = numerical_gradient(loss, w[name])
+    compare(f"d{name}", dw[name], want, tol=1e-7)
+
+# %% [markdown]
+# A wire that is missing: let the second norm hand nothing back, so that the
+# stream's gradient misses one of its two shares.
+
+# %% a share lost
+want = numerical_gradient(loss, inp)
+lost = parts._replace(norm=parts.norm._replace(
+    backward=lambda ops, name, *rest: name == "ln2"
+    or parts.norm.backward(ops, name, *rest)))  # fmt: skip
+loss()
+d["dstream"][...] = g
+block_backward(lost, reference, inp, w, a, dw, d)
+far = np.abs(d["dstream"] - want).max()
+verdict("one share lost", far > 1e-3, "is caught")
+
+# %% [markdown]
+# ## Take away
+#
+# - A block is six calls of parts; its backward pass is the list reversed.
+# - The stream is read twice in each half, so its gradient has two shares: one
+#   passes by, and the norm adds the other.
+# - What there is to know about a tensor stands in one row.
+#
+# ## Design note
+#
+# A block could be a tree of small objects, as in most frameworks, each with its
+# own arrays. Then a new model is a new tree. Here a model differs from another
+# in a few words of its configuration, and the block is written once. The price
+# is that a part must keep to the five things it may say. Where a future model
+# does not fit, the block should be written again, not this list made longer.
+#
+# ## Exercises
+#
+# **1** (★★). Count the parameters of a block from the table, and check
+# $12C^2 + 13C$ of [chapter 1.4](04_gpt2.ipynb).
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# Sum the sizes of the rows that are stacked.
+# :::
+
+# %% exercise 1, checked tags=["hide-cell"]
+C = 768
+count = sum(np.prod(x.shape) for x in tensor_table(GPT2Config()) if x.stacked)
+verdict("a block", count == 12 * C**2 + 13 * C, f"{count:,} parameters")
+
+# %% [markdown]
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.book.index import gained
+
+gained("1.30")

@@ -1,0 +1,241 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     modules:
+#       cpu.backend: "What the compiled layers ask of a model's memory, and offer it."
+# ---
+
+# %% [markdown]
+# # The whole step: the same model on compiled layers
+#
+# > Another room of layers and one group of scratch memory: the model of Part 1
+# > trains as fast as the processor multiplies, and computes the same.
+#
+# *Reading time: 14 minutes. You need: [chapter 1.15](../1_by_hand/15_model.ipynb)
+# and the kernels of this part.*
+
+# %% [markdown]
+# ## Where we are
+#
+# The layers have been compiled, one by one. Now the model calls them. At the end
+# of this chapter you can
+#
+# - say what a backend changes of a model, and what it does not;
+# - tell the rounding of float32 from a mistake;
+# - say how many operations a second a training step comes to.
+
+# %% [markdown]
+# ## Setup
+
+# %% setup
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from llmnb.book.diagram import PALETTE
+from llmnb.book.verify import compare, verdict
+from llmnb.config import GPT2Config
+from llmnb.model.gpt2 import GPT2
+from llmnb.model.tensors import parameter_count
+from llmnb.timing import fastest, machine
+
+# %% [markdown]
+# ## What the compiled layers ask for
+#
+# Their products pack the matrices into panels ([chapter 2.4](04_matmul.ipynb)),
+# and the panels need a place. It is one more group of the arena, so that a step
+# still allocates nothing. And they may round the factors of products to
+# bfloat16 ([chapter 2.6](06_bfloat16.ipynb)), where the processor has such
+# products; where it has not, rounding would gain nothing, and the model
+# computes in float32 and says so.
+
+# %% imports of the backend tags=["export"]
+import warnings
+
+import numpy as np
+
+from llmnb import backend
+from llmnb.cpu.panels import work_shape
+
+
+# %% the backend tags=["export"]
+class Backend(backend.Backend):
+    """The host with compiled layers: scratch for products, and bfloat16."""
+
+    def __init__(self, layers, precision):
+        if precision == "bf16" and not layers.has_bf16():
+            warnings.warn(
+                "GPT2: this processor has no bfloat16 products "
+                "(AVX512-BF16); computing in fp32",
+                stacklevel=4,
+            )
+            precision = "fp32"
+        super().__init__(layers, precision)
+
+    def groups(self, cfg, batch_size, seq_len):
+        """Scratch memory that the products pack their panels into."""
+        return {"work": (self.dtype, {"panels": work_shape()})}
+
+    def allocate(self, layout, needed):
+        """An Arena; the products take its scratch, and know the precision."""
+        memory = super().allocate(layout, needed)
+        work = memory["work"]["panels"]
+        self.how = {"work": work, "bf16": self.precision == "bf16"}
+        return memory
+
+
+# %% [markdown]
+# ## The same numbers
+#
+# Nothing else is to write: the model asks another room for its layers.
+
+# %% compiled, in float64
+cfg = GPT2Config(
+    max_seq_len=5, vocab_size=7, num_layers=2, num_heads=2, channels=6
+)
+rng = np.random.default_rng(12)
+model = GPT2(cfg, 2, 5, backend="reference", precision="fp64", seed=1)
+for x in model.params.values():
+    x[...] = rng.normal(scale=0.5, size=x.shape)
+tokens, targets = rng.integers(0, 7, (2, 2, 5))
+fast = GPT2(cfg, 2, 5, backend="cpu", precision="fp64")
+fast.memory.flat("params")[...] = model.memory.flat("params")
+got = fast.forward(tokens, targets)
+compare("loss", got, model.forward(tokens, targets), tol=1e-12)
+fast.backward()
+model.backward()
+want = model.memory.flat("grads")
+compare("all gradients", fast.memory.flat("grads"), want, tol=1e-10)
+
+# %% [markdown]
+# ## In float32, beside PyTorch
+#
+# How large is the difference for each tensor, and how does it compare with
+# what rounding alone does? PyTorch recorded the same step in float32 and in
+# float64. The distance between these two is the rounding error of float32. If
+# our float32 gradient is about as close to the float64 truth as PyTorch's is,
+# rounding explains it.
+
+# %% what PyTorch computed
+recorded = np.load(Path("../../tests/data/parity_odd.npz"))
+meta = json.loads(str(recorded["meta"]))
+case = meta["case"]
+print("torch", meta["torch"])
+for name, value in case["model"].items():
+    print(f"{name:<13}{value:>4}")
+batch = recorded["tokens"]
+inputs, answers = batch[:, :-1], batch[:, 1:]
+
+
+# %% the same first weights, from the seed
+def ours(backend, precision):
+    return GPT2(
+        GPT2Config(**case["model"]),
+        case["batch_size"],
+        case["seq_len"],
+        backend,
+        precision,
+        case["seed"],
+    )
+
+
+# %% how far apart
+def distance(got, key):
+    want = recorded[key]
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def started_as_pytorch(backend, precision):
+    model = ours(backend, precision)
+    for name, x in model.params.items():
+        x[...] = recorded[f"initial.{name}"]
+    return model
+
+
+# %% distance from the float64 gradient
+model = started_as_pytorch("cpu", "fp32")
+model.forward(inputs, answers)
+model.backward()
+us, torch = {}, {}
+for name, grad in model.grads.items():
+    exact = f"grads.fp64.{name}"
+    us[name] = distance(grad, exact)
+    torch[name] = distance(recorded[f"grads.fp32.{name}"], exact)
+verdict("every tensor", max(us.values()) < 5e-6, "within 5e-06 of float64")
+close = all(us[name] < 3 * torch[name] for name in us)
+verdict("every tensor", close, "less than 3 x PyTorch's")
+
+# %% draw it
+fig, ax = plt.subplots(figsize=(7.5, 3.6), dpi=100)
+at = np.arange(len(us))
+ax.semilogy(
+    at, list(torch.values()), "s", color=PALETTE["orange"], label="PyTorch"
+)
+ax.semilogy(at, list(us.values()), "o", color=PALETTE["blue"], label="llmnb")
+ax.set_xticks(at, list(us), rotation=60, ha="right")
+ax.set(
+    ylim=(1e-8, 1e-5), ylabel="relative distance\nfrom the float64 gradient"
+)
+ax.grid(axis="y", color=PALETTE["pale"])
+ax.spines[["top", "right"]].set_visible(False)
+ax.legend(frameon=False)
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 2.7.1. The float32 gradients of llmnb and of PyTorch, each compared
+# with PyTorch's float64 gradient, tensor by tensor. Both are off by a few
+# parts in ten million, which is the rounding error of float32. Ours is often
+# the larger, by less than a factor of three: our sums take another order.*
+
+# %% [markdown]
+# ## Count it
+#
+# [Chapter 1.4](04_gpt2.ipynb) counted $6N + 6LCT$ operations a token. Divide them
+# by the time that a step takes, and you have the speed at which the machine
+# works, in operations a second. The four products of a block should come near
+# the speed of [chapter 1.7](07_matmul.ipynb); all that stands between them, and
+# AdamW, adds time and few operations. Here is a model of 3 million parameters.
+
+# %% a step, timed tags=["nbval-ignore-output"]
+from llmnb.model.tensors import flops_per_token
+
+cfg = GPT2Config(128, 1024, 4, 4, 256)
+model = GPT2(cfg, 4, 128)
+tokens = rng.integers(0, 1024, (4, 128))
+
+
+def step():
+    model.forward(tokens, tokens)
+    model.backward()
+    model.update(step=1)
+
+
+step()
+seconds = fastest(step, runs=3)
+work = flops_per_token(cfg, 128) * tokens.size
+print(machine())
+print(f"{parameter_count(cfg):,} parameters, {model.memory.nbytes:,} bytes")
+print(
+    f"{work / seconds / 1e9:.0f} GFLOP/s, "
+    f"{tokens.size / seconds:,.0f} tokens/s"
+)
+
+# %% [markdown]
+# ## Take away
+#
+# - A backend is a room of layers and a few answers; the model does not know
+#   which one it runs on.
+# - Both programs are off by the rounding of float32, and by no more.
+#
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.book.index import gained
+
+gained("2.7")
