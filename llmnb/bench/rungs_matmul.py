@@ -64,6 +64,16 @@ def square_tiles(p):
 
 
 # the ladder
+def _by(layer, multiply):
+    """The layer by a version of the product, under that version's name."""
+
+    def by(*arguments, **options):
+        layer(multiply, *arguments, **options)
+
+    by.__name__ = multiply.__name__
+    return by
+
+
 _VERSIONS = thread_an_output, square_tiles, register_tiles
-MATMUL_FORWARD = tuple(functools.partial(forward_by, f) for f in _VERSIONS)
-MATMUL_BACKWARD = tuple(functools.partial(backward_by, f) for f in _VERSIONS)
+MATMUL_FORWARD = tuple(_by(forward_by, f) for f in _VERSIONS)
+MATMUL_BACKWARD = tuple(_by(backward_by, f) for f in _VERSIONS)

@@ -35,8 +35,8 @@ from llmnb.cuda.cublas import (
     no_cublas,
 )
 from llmnb.cuda.elementwise import (
-    by_element,
-    by_four,
+    BLOCK,
+    elementwise,
 )
 from llmnb.cuda.encoder import (
     ENCODER_BACKWARD,
@@ -45,14 +45,10 @@ from llmnb.cuda.encoder import (
     encoder_forward,
 )
 from llmnb.cuda.gelu import (
-    GELU_BACKWARD,
-    GELU_FORWARD,
     gelu_backward,
     gelu_forward,
 )
 from llmnb.cuda.layernorm import (
-    LAYERNORM_BACKWARD,
-    LAYERNORM_FORWARD,
     layernorm_backward,
     layernorm_forward,
     layernorm_scratch,
@@ -74,10 +70,6 @@ from llmnb.cuda.model import (
     zeros,
 )
 from llmnb.cuda.residual import (
-    FUSED_RESIDUAL_FORWARD,
-    RESIDUAL_BACKWARD,
-    RESIDUAL_FORWARD,
-    fused_residual_forward,
     residual_backward,
     residual_forward,
 )
@@ -132,6 +124,7 @@ __all__ = [
     "ALIGN",
     "ATTENTION_BACKWARD",
     "ATTENTION_FORWARD",
+    "BLOCK",
     "Backend",
     "BarrierError",
     "Compiled",
@@ -139,17 +132,10 @@ __all__ = [
     "DeviceArray",
     "ENCODER_BACKWARD",
     "ENCODER_FORWARD",
-    "FUSED_RESIDUAL_FORWARD",
-    "GELU_BACKWARD",
-    "GELU_FORWARD",
     "Graph",
     "Kernel",
-    "LAYERNORM_BACKWARD",
-    "LAYERNORM_FORWARD",
     "LAYERS",
     "Plan",
-    "RESIDUAL_BACKWARD",
-    "RESIDUAL_FORWARD",
     "RaceError",
     "Seen",
     "WIDEST_HEAD",
@@ -164,8 +150,6 @@ __all__ = [
     "attention_scratch",
     "block_max",
     "block_sum",
-    "by_element",
-    "by_four",
     "check_device",
     "clip_apply",
     "clip_gradients",
@@ -181,12 +165,12 @@ __all__ = [
     "device_kind",
     "dinp_plan",
     "dweight_plan",
+    "elementwise",
     "empty",
     "encoder_backward",
     "encoder_forward",
     "fill",
     "forward_plan",
-    "fused_residual_forward",
     "gelu_backward",
     "gelu_forward",
     "global_norm",
