@@ -14,6 +14,9 @@ from llmnb.cpu.attention import (
 from llmnb.cpu.backend import (
     Backend,
 )
+from llmnb.cpu.bfloat16 import (
+    has_bf16,
+)
 from llmnb.cpu.compiled import (
     KernelCache,
     cache_folder,
@@ -78,7 +81,6 @@ from llmnb.cpu.tile import (
     ROWS,
     VECTORS,
     cpu_features,
-    has_bf16,
     tile_shape,
 )
 

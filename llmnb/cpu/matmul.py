@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/1_by_hand/07_matmul.py: edit that file.
+# Written by `make export` from notebooks/2_cpu/04_matmul.py: edit that file.
 
 """The linear layer, compiled for the processor's cores."""
 
@@ -9,16 +9,21 @@ __all__ = [
 
 
 # imports of the CPU module
+from typing import NamedTuple
+
 import numba
 import numpy as np
 
 from llmnb.cpu.jit import arguments, device, team
+from llmnb.cpu.microkernel import Place
 from llmnb.cpu.panels import (
     DEPTH,
     HEIGHT,
     SPARE,
     WIDTH,
     WORK,
+    Routines,
+    Sizes,
     check_bf16,
     multiply_panels,
     pack,
@@ -28,37 +33,70 @@ from llmnb.cpu.tile import COLS, ROWS
 from llmnb.shapes import shapes
 
 
+# how the matrices lie
+class Steps(NamedTuple):
+    """From row to row and from column to column, in numbers of flat arrays.
+
+    start_col and bias are 0 where there is nothing to start from, no bias.
+    """
+
+    out: int
+    start_row: int
+    start_col: int
+    bias: int
+    a_row: int
+    a_col: int
+    b_row: int
+    b_col: int
+
+
+# where a block begins
+@device
+def _place(i, j, first, steps):
+    """The Place of the block at (i, j); first: of the blocks of its sum."""
+    out, zeros = i * steps.out + j, ROWS * COLS
+    if not first:
+        return Place(out, steps.out, out, steps.out, 1, zeros, 0)
+    start = i * steps.start_row + j * steps.start_col
+    return Place(
+        out,
+        steps.out,
+        start if steps.start_col else zeros,
+        steps.start_row,
+        steps.start_col,
+        j if steps.bias else zeros,
+        steps.bias,
+    )
+
+
 # a strip
 @device
-def _multiply_strip(out, start, bias, a, b, strip, steps, code, panels, spare):
-    i0, i1, j0, j1, depth = strip
-    out_row, row, col, bias_col, a_row, a_col, b_row, b_col = steps
-    zeros, right = ROWS * COLS, HEIGHT * DEPTH
-    spare[zeros : zeros + COLS] = 0
-    start, bias = start if col else spare, bias if bias_col else spare
-    for j in range(j0, j1, WIDTH):
-        cols = min(WIDTH, j1 - j)
+def _multiply_strip(x, strip, how, panels, spare):
+    """x: out, start, bias, a and b; strip: top, bottom, left and right."""
+    out, start, bias, a, b = x
+    top, bottom, left, right = strip
+    steps, depth, code = how
+    second = HEIGHT * DEPTH  # where the panels of b begin
+    spare[ROWS * COLS : (ROWS + 1) * COLS] = 0
+    start = start if steps.start_col else spare
+    bias = bias if steps.bias else spare
+    for j in range(left, right, WIDTH):
+        cols = min(WIDTH, right - j)
         for k in range(0, depth, DEPTH):
-            n = min(DEPTH, depth - k)
-            p = j * b_col + k * b_row
-            pack(code[1], panels, right, b, p, b_col, b_row, cols, n)
-            for i in range(i0, i1, HEIGHT):
-                rows = min(HEIGHT, i1 - i)
-                p = i * a_row + k * a_col
-                pack(code[0], panels, 0, a, p, a_row, a_col, rows, n)
-                o = i * out_row + j
-                at = o, out_row, o, out_row, 1, zeros, 0
-                first, shift = out, spare  # go on from the sums so far
-                if k == 0:
-                    s = i * row + j * col if col else zeros
-                    c = j if bias_col else zeros
-                    at = o, out_row, s, row, col, c, bias_col
-                    first, shift = start, bias
-                sizes = rows, cols, n
+            n, row, col = min(DEPTH, depth - k), steps.b_col, steps.b_row
+            p = j * row + k * col
+            pack(code.pack_cols, panels, second, b, p, row, col, cols, n)
+            first, shift = (start, bias) if k == 0 else (out, spare)
+            for i in range(top, bottom, HEIGHT):
+                rows = min(HEIGHT, bottom - i)
+                row, col = steps.a_row, steps.a_col
+                p = i * row + k * col
+                pack(code.pack_rows, panels, 0, a, p, row, col, rows, n)
+                at, sizes = _place(i, j, k == 0, steps), Sizes(rows, cols, n)
                 multiply_panels(
-                    *(code[2], out, at, first, shift),
-                    *(panels, 0, right, sizes, spare),
-                )
+                    code.multiply, out, at, first, shift,
+                    panels, 0, second, sizes, spare,
+                )  # fmt: skip
 
 
 # the kernel of all three products
@@ -76,11 +114,10 @@ def _multiply(part, parts, address):
     i = part * down if down < rows else 0
     j = part * across if across < cols else 0
     if part == 0 or i + j > 0:
-        strip = i, min(rows, i + down), j, min(cols, j + across), depth
-        _multiply_strip(
-            *(out, start, bias, a, b, strip, steps),
-            *(code, panels[part], work[part, SPARE:]),
-        )
+        strip = i, min(rows, i + down), j, min(cols, j + across)
+        x, spare = (out, start, bias, a, b), work[part, SPARE:]
+        how = Steps(*steps), depth, Routines(*code)
+        _multiply_strip(x, strip, how, panels[part], spare)
 
 
 # any product
@@ -133,7 +170,7 @@ def matmul_forward(
     bf16: round inp and weight to bfloat16, for float32 only. Raises
     TypeError or ValueError before it computes anything.
 
-    Derived in chapter 1.7.
+    Derived in chapter 2.4.
     """
     check_bf16("matmul_forward", bf16, inp.dtype)
     OC, C = weight.shape
@@ -146,17 +183,9 @@ def matmul_forward(
 # the linear layer, backward
 @shapes("B T C!, OC C!, OC!?, B T OC, B T C, OC C", work=WORK)
 def matmul_backward(
-    dinp,
-    dweight,
-    dbias,
-    dout,
-    inp,
-    weight,
-    add_dinp=True,
-    add_dweight=True,
-    work=None,
-    bf16=False,
-):
+    dinp, dweight, dbias, dout, inp, weight,
+    add_dinp=True, add_dweight=True, work=None, bf16=False,
+):  # fmt: skip
     """Add the linear layer's gradients to dinp, dweight and dbias.
 
     dinp, inp: (B, T, C). dout: (B, T, OC). dweight, weight: (OC, C).
@@ -166,7 +195,7 @@ def matmul_backward(
     matmul_forward. Raises TypeError or ValueError before it computes
     anything.
 
-    Derived in chapter 1.7.
+    Derived in chapter 2.4.
     """
     check_bf16("matmul_backward", bf16, inp.dtype)
     rows, drows, dinp = (x.reshape(-1, x.shape[2]) for x in (inp, dout, dinp))

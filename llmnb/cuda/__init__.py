@@ -52,8 +52,6 @@ from llmnb.cuda.layernorm import (
     layernorm_scratch,
 )
 from llmnb.cuda.matmul import (
-    MATMUL_BACKWARD,
-    MATMUL_FORWARD,
     matmul_backward,
     matmul_forward,
     matmul_scratch,
@@ -134,8 +132,6 @@ __all__ = [
     "Graph",
     "Kernel",
     "LAYERS",
-    "MATMUL_BACKWARD",
-    "MATMUL_FORWARD",
     "Plan",
     "RaceError",
     "Seen",
