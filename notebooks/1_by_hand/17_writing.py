@@ -396,7 +396,10 @@ for bad in ({"temperature": -1}, {"top_k": 0}, {"top_p": 1.5}):
 # verified.
 
 # %% a few seconds of training
-from llmnb.train.train import TrainConfig, loaders, new_model, prepare, train
+from llmnb.train.feed import loaders, prepare
+from llmnb.train.loop import train
+from llmnb.train.options import TrainConfig
+from llmnb.train.start import new_model
 
 RUN = None  # or a folder such as "../../runs/stdlib"
 
@@ -415,7 +418,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from llmnb.model.gpt2 import GPT2
-from llmnb.train.train import load_run
+from llmnb.train.folder import load_run
 
 encoding = data.encoding
 with TemporaryDirectory() as folder:
