@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/1_by_hand/16_training.py: edit that file.
+# Written by `make export` from notebooks/4_practice/90_lock.py: edit that file.
 
 """A lock on a folder, which ends with its process."""
 
@@ -58,7 +58,7 @@ LOCK = ".lock"
 def in_use(folder):
     """The words "is in use by ..." if another process has a folder, or "".
 
-    Derived in chapter 1.16.
+    Derived in chapter 4.90.
     """
     own = LOCKS.get(os.path.realpath(folder))
     if own and own.release.alive:
@@ -135,7 +135,7 @@ class Lock:
     process, however that ends. Where the file system has no locks, a
     warning is given instead.
 
-    Derived in chapter 1.16.
+    Derived in chapter 4.90.
     """
 
     def __init__(self, folder):

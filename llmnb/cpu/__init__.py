@@ -43,6 +43,7 @@ from llmnb.cpu.gelu import (
 )
 from llmnb.cpu.jit import (
     device,
+    inlined,
     inner,
     kernel,
     routine,
@@ -115,6 +116,7 @@ __all__ = [
     "gelu_forward",
     "global_norm",
     "has_bf16",
+    "inlined",
     "inner",
     "kernel",
     "layernorm_backward",

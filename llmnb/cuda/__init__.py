@@ -39,8 +39,6 @@ from llmnb.cuda.elementwise import (
     elementwise,
 )
 from llmnb.cuda.encoder import (
-    ENCODER_BACKWARD,
-    ENCODER_FORWARD,
     encoder_backward,
     encoder_forward,
 )
@@ -99,6 +97,7 @@ from llmnb.gpu.launch import (
 )
 from llmnb.gpu.ptx import (
     Compiled,
+    assemble,
     compile_kernel,
     no_compiler,
 )
@@ -130,8 +129,6 @@ __all__ = [
     "Compiled",
     "DEVICE",
     "DeviceArray",
-    "ENCODER_BACKWARD",
-    "ENCODER_FORWARD",
     "Graph",
     "Kernel",
     "LAYERS",
@@ -145,6 +142,7 @@ __all__ = [
     "adamw_update",
     "address",
     "aligned",
+    "assemble",
     "attention_backward",
     "attention_forward",
     "attention_scratch",

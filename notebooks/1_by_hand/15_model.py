@@ -567,7 +567,7 @@ model = GPT2(cfg, 2, 5, backend="reference", precision="fp64", seed=1)
 tokens, targets = rng.integers(0, 7, (2, 2, 5))
 first = model.forward(tokens, targets)
 print(model.logits.shape)
-verdict("first loss", abs(first - np.log(7)) < 0.01, "is near log 7")
+verdict("first loss", abs(first - np.log(7)) < 0.04, "is near log 7")
 
 # %% [markdown]
 # Fresh weights are small, so are the logits, and softmax of equal logits is

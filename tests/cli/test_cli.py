@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from llmnb.train.options import TrainConfig
 from test_hub import own_files
 
 from llmnb.cli import bench as bench_command
@@ -33,7 +34,6 @@ from llmnb.text.data import read_shard, write_shard
 from llmnb.train import evaluation
 from llmnb.train.newest import new_folder, newest_run, note_newest
 from llmnb.train.terminal import progress
-from llmnb.train.train import TrainConfig
 
 TINY = (
     "--tokenizer byte --limit 30000 --num-layers 1 --num-heads 2 "
@@ -323,8 +323,9 @@ def test_the_newest_run_of_a_copy(llmnb, two_runs, tmp_path, monkeypatch):
 
 def test_the_newest_run_is_the_one_that_saved_last(llmnb, tmp_path):
     """Whichever was begun or ended first."""
+    from llmnb.train.folder import run_folder
+
     from llmnb.train.run import begin, follow
-    from llmnb.train.train import run_folder
 
     def run(name):
         made = begin(run_folder(f"runs/{name}"), config)
@@ -528,9 +529,9 @@ def raising(kind=OSError, *args):
     [
         ("llmnb.cli.train._sample", ValueError, "sample.txt"),
         ("llmnb.cli.train._keep_sample", MemoryError, "sample.txt"),
-        ("llmnb.train.run.read_steps", PermissionError, "log.csv"),
-        ("llmnb.train.run.save_figure", RuntimeError, "loss.png"),
-        ("llmnb.train.run.landmarks", OSError, "loss.png"),
+        ("llmnb.train.log.read_steps", PermissionError, "log.csv"),
+        ("llmnb.train.folder.save_figure", RuntimeError, "loss.png"),
+        ("llmnb.train.feed.landmarks", OSError, "loss.png"),
     ],
 )
 def test_what_fails_after_training_is_a_warning(
