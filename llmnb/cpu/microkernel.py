@@ -14,6 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from llmnb.cpu.bfloat16 import multiply_add_pairs, pair, steps_in
+from llmnb.cpu.jit import device
 from llmnb.cpu.tile import (
     COLS,
     I32,
@@ -45,6 +46,15 @@ class Place(NamedTuple):
     col: int
     bias: int
     bias_col: int
+
+
+@device
+def moved(at, i, j):
+    """The Place of what lies i rows and j columns further on."""
+    out = at.out + i * at.out_row + j
+    start = at.start + i * at.row + j * at.col
+    bias = at.bias + j * at.bias_col
+    return Place(out, at.out_row, start, at.row, at.col, bias, at.bias_col)
 
 
 # the vectors of a tile

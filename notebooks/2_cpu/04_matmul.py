@@ -344,13 +344,11 @@ plt.show()
 # the result depends on it either.
 
 # %% imports of the CPU module tags=["exporti"]
-from typing import NamedTuple
-
 import numba
 import numpy as np
 
 from llmnb.cpu.jit import arguments, device, team
-from llmnb.cpu.microkernel import Place
+from llmnb.cpu.microkernel import Place, moved
 from llmnb.cpu.panels import (
     DEPTH,
     HEIGHT,
@@ -358,7 +356,6 @@ from llmnb.cpu.panels import (
     WIDTH,
     WORK,
     Routines,
-    Sizes,
     check_bf16,
     multiply_panels,
     pack,
@@ -368,84 +365,53 @@ from llmnb.cpu.tile import COLS, ROWS
 from llmnb.shapes import shapes
 
 
-# %% how the matrices lie tags=["exporti"]
-class Steps(NamedTuple):
-    """From row to row and from column to column, in numbers of flat arrays.
-
-    start_col and bias are 0 where there is nothing to start from, no bias.
-    """
-
-    out: int
-    start_row: int
-    start_col: int
-    bias: int
-    a_row: int
-    a_col: int
-    b_row: int
-    b_col: int
-
-
 # %% [markdown]
 # A thread goes through its strip block by block: columns, then steps of the
-# sum, then rows. The first block of steps adds what there is to start from;
-# the others go on from the sums so far, which are in `out`.
-
-
-# %% where a block begins tags=["exporti"]
-@device
-def _place(i, j, first, steps):
-    """The Place of the block at (i, j); first: of the blocks of its sum."""
-    out, zeros = i * steps.out + j, ROWS * COLS
-    if not first:
-        return Place(out, steps.out, out, steps.out, 1, zeros, 0)
-    start = i * steps.start_row + j * steps.start_col
-    return Place(
-        out,
-        steps.out,
-        start if steps.start_col else zeros,
-        steps.start_row,
-        steps.start_col,
-        j if steps.bias else zeros,
-        steps.bias,
-    )
+# sum, then rows. `where` is the Place of the first block, how `out`, what there
+# is to start from, and the bias lie (chapter A.2). The first block of the steps
+# adds the latter two; the others go on from the sums so far, which are in
+# `out`. Where there is nothing to add, a row of zeros in `spare` stands in,
+# with steps of 0.
 
 
 # %% a strip tags=["exporti"]
 @device
-def _multiply_strip(x, strip, how, panels, spare):
-    """x: out, start, bias, a and b; strip: top, bottom, left and right."""
+def _multiply_strip(x, strip, where, steps, depth, code, panels, spare):
+    """x: out, start, bias, a and b; strip: top, bottom, left and right.
+
+    steps: from row to row and from column to column, of a and then of b.
+    """
     out, start, bias, a, b = x
     top, bottom, left, right = strip
-    steps, depth, code = how
-    second = HEIGHT * DEPTH  # where the panels of b begin
-    spare[ROWS * COLS : (ROWS + 1) * COLS] = 0
-    start = start if steps.start_col else spare
-    bias = bias if steps.bias else spare
+    a_row, a_col, b_row, b_col = steps
+    zeros, second = ROWS * COLS, HEIGHT * DEPTH  # second: the panels of b
+    spare[zeros : zeros + COLS] = 0
+    start = start if where.col else spare
+    bias = bias if where.bias_col else spare
     for j in range(left, right, WIDTH):
         cols = min(WIDTH, right - j)
         for k in range(0, depth, DEPTH):
-            n, row, col = min(DEPTH, depth - k), steps.b_col, steps.b_row
-            p = j * row + k * col
-            pack(code.pack_cols, panels, second, b, p, row, col, cols, n)
-            first, shift = (start, bias) if k == 0 else (out, spare)
+            n, p = min(DEPTH, depth - k), j * b_col + k * b_row
+            pack(code.pack_cols, panels, second, b, p, b_col, b_row, cols, n)
             for i in range(top, bottom, HEIGHT):
-                rows = min(HEIGHT, bottom - i)
-                row, col = steps.a_row, steps.a_col
-                p = i * row + k * col
-                pack(code.pack_rows, panels, 0, a, p, row, col, rows, n)
-                at, sizes = _place(i, j, k == 0, steps), Sizes(rows, cols, n)
+                rows, p = min(HEIGHT, bottom - i), i * a_row + k * a_col
+                pack(code.pack_rows, panels, 0, a, p, a_row, a_col, rows, n)
+                at, first, shift = moved(where, i, j), start, bias
+                if k > 0:
+                    o, line = at.out, at.out_row
+                    at = Place(o, line, o, line, 1, zeros, 0)
+                    first, shift = out, spare
                 multiply_panels(
                     code.multiply, out, at, first, shift,
-                    panels, 0, second, sizes, spare,
+                    panels, 0, second, (rows, cols, n), spare,
                 )  # fmt: skip
 
 
 # %% the kernel of all three products tags=["exporti"]
 @team
 def _multiply(part, parts, address):
-    out, start, bias, a, b, sizes, steps, code, panels, work = arguments(
-        address
-    )
+    given = arguments(address)
+    x, (sizes, where, steps, code, panels, work) = given[:5], given[5:]
     rows, cols, depth = sizes
     down, across = rows, cols
     if rows > cols:
@@ -456,9 +422,10 @@ def _multiply(part, parts, address):
     j = part * across if across < cols else 0
     if part == 0 or i + j > 0:
         strip = i, min(rows, i + down), j, min(cols, j + across)
-        x, spare = (out, start, bias, a, b), work[part, SPARE:]
-        how = Steps(*steps), depth, Routines(*code)
-        _multiply_strip(x, strip, how, panels[part], spare)
+        _multiply_strip(
+            x, strip, Place(*where), steps, depth, Routines(*code),
+            panels[part], work[part, SPARE:],
+        )  # fmt: skip
 
 
 # %% [markdown]
@@ -477,12 +444,17 @@ def _flat(x):
 def _product(out, a, b, start=None, bias=None, work=None, bf16=False):
     """out = start + bias + a @ b for matrices; the first two may be None."""
     made = scratch(work, bf16, out.dtype)
-    sizes = *out.shape, a.shape[1]
-    (a, *a_steps), (b, *b_steps), (out, out_row, _) = map(_flat, (a, b, out))
-    start, *start_steps = (out, 0, 0) if start is None else _flat(start)
-    steps = out_row, *start_steps, int(bias is not None), *a_steps, *b_steps
-    bias = out if bias is None else bias
-    _multiply(out, start, bias, a, b, sizes, steps, *made)
+    sizes, zeros = (*out.shape, a.shape[1]), ROWS * COLS
+    (a, *a_steps), (b, *b_steps), (out, line, _) = map(_flat, (a, b, out))
+    starts, shifts = (zeros, 0, 0), (zeros, 0)
+    if start is not None:
+        start, *steps = _flat(start)
+        starts = 0, *steps
+    if bias is not None:
+        shifts = 0, 1
+    start, bias = (out if y is None else y for y in (start, bias))
+    where, steps = (0, line, *starts, *shifts), (*a_steps, *b_steps)
+    _multiply(out, start, bias, a, b, sizes, where, steps, *made)
 
 
 # %% rung 5, vectors, and rung 6, threads

@@ -101,25 +101,6 @@ class Product(NamedTuple):
     bias: object = None
 
 
-def forward_product(out, inp, weight, bias, residual):
-    """The product of the forward pass, (1.7.1)."""
-    (B, T, C), OC = inp.shape, len(weight)
-    start = None if residual is None else residual.reshape(-1)
-    y, x, w = (z.reshape(-1) for z in (out, inp, weight))
-    return Product(y, x, w, (B * T, OC, C), True, True, start, bias)
-
-
-def backward_products(dinp, dweight, dout, inp, weight, add_dinp, add_dweight):
-    """The two products of the backward pass, (1.7.2) and (1.7.3)."""
-    (B, T, C), OC = inp.shape, len(weight)
-    arrays = dinp, dweight, dout, inp, weight
-    dx, dw, dy, x, w = (z.reshape(-1) for z in arrays)
-    start = dx if add_dinp else None
-    yield Product(dx, dy, w, (B * T, C, OC), True, False, start)
-    start = dw if add_dweight else None
-    yield Product(dw, dy, x, (OC, C, B * T), False, False, start)
-
-
 # %% [markdown]
 # numba takes the variables of an enclosing function as constants. So each
 # version is a function that returns a kernel, made for `along_a` and
@@ -722,18 +703,25 @@ def check_work(name, work, floats):
 
 
 def forward_by(multiply, out, inp, weight, bias, residual=None, work=None):
-    """The layer forward by a version of the product; nothing is checked."""
-    multiply(forward_product(out, inp, weight, bias, residual))
+    """The layer forward, (1.7.1), by a version of the product."""
+    (B, T, C), OC = inp.shape, len(weight)
+    start = None if residual is None else residual.reshape(-1)
+    y, x, w = (z.reshape(-1) for z in (out, inp, weight))
+    multiply(Product(y, x, w, (B * T, OC, C), True, True, start, bias))
 
 
 def backward_by(
     multiply, dinp, dweight, dbias, dout, inp, weight,
     add_dinp=True, add_dweight=True, work=None,
 ):  # fmt: skip
-    """The layer backward by a version of the product."""
+    """The layer backward, (1.7.2) to (1.7.4), by a version of the product."""
+    (B, T, C), OC = inp.shape, len(weight)
     arrays = dinp, dweight, dout, inp, weight
-    for product in backward_products(*arrays, add_dinp, add_dweight):
-        multiply(product)
+    dx, dw, dy, x, w = (z.reshape(-1) for z in arrays)
+    start = dx if add_dinp else None
+    multiply(Product(dx, dy, w, (B * T, C, OC), True, False, start))
+    start = dw if add_dweight else None
+    multiply(Product(dw, dy, x, (OC, C, B * T), False, False, start))
     if dbias is not None:
         bias_gradient(dbias, dout, add_dweight, work)
 
@@ -755,16 +743,9 @@ def matmul_forward(out, inp, weight, bias, residual=None, work=None):
 # %% the layer on a GPU, backward tags=["export"]
 @shapes("B T C!, OC C!, OC!?, B T OC, B T C, OC C", DEVICE, work="W!?")
 def matmul_backward(
-    dinp,
-    dweight,
-    dbias,
-    dout,
-    inp,
-    weight,
-    add_dinp=True,
-    add_dweight=True,
-    work=None,
-):
+    dinp, dweight, dbias, dout, inp, weight,
+    add_dinp=True, add_dweight=True, work=None,
+):  # fmt: skip
     """Add the linear layer's gradients to dinp, dweight and dbias.
 
     dinp, inp: (B, T, C). dout: (B, T, OC). dweight, weight: (OC, C).

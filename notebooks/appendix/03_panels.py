@@ -55,6 +55,7 @@ from numba.extending import intrinsic
 from llmnb.cpu.jit import device, routine
 from llmnb.cpu.microkernel import (
     Place,
+    moved,
     multiply_tile,
     pack_across,
     pack_along,
@@ -184,63 +185,40 @@ for name, view in (("rows", x), ("columns", x.T), ("every other", x[::2])):
 # bit.
 
 
-# %% sizes and arrays of a block tags=["exporti"]
-class Sizes(NamedTuple):
-    """Rows, columns, and steps of the sum."""
-
-    rows: int
-    cols: int
-    steps: int
-
-
-class _Arrays(NamedTuple):
-    """What a block of products reads and writes, flat."""
-
-    out: np.ndarray
-    start: np.ndarray
-    bias: np.ndarray
-    panels: np.ndarray
-    spare: np.ndarray
-
-
 # %% a tile at the edge tags=["exporti"]
 @device
 def _edge_tile(x, at, a, b, lines, rows, cols):
     """A tile of which only some rows and columns exist."""
-    spare, shift = x.spare, (ROWS + 1) * COLS
+    out, start, bias, panels, spare = x
+    shift = (ROWS + 1) * COLS
     for j in range(cols):
-        spare[shift + j] = x.bias[at.bias + j * at.bias_col]
+        spare[shift + j] = bias[at.bias + j * at.bias_col]
         for i in range(rows):
-            first = at.start + i * at.row + j * at.col
-            spare[i * COLS + j] = x.start[first]
+            first = moved(at, i, j).start
+            spare[i * COLS + j] = start[first]
     place = Place(0, COLS, 0, COLS, 1, shift, 1)
-    multiply_tile(spare, place, spare, spare, x.panels, a, b, lines)
+    multiply_tile(spare, place, spare, spare, panels, a, b, lines)
     for i in range(rows):
         for j in range(cols):
-            x.out[at.out + i * at.out_row + j] = spare[i * COLS + j]
+            out[moved(at, i, j).out] = spare[i * COLS + j]
 
 
 # %% all tiles of a block tags=["exporti"]
 @device
 def _all_tiles(x, at, a, b, sizes):
-    per = steps_per_line(x.panels)
-    lines = (sizes.steps + per - 1) // per
-    for j in range(0, sizes.cols, COLS):
-        for i in range(0, sizes.rows, ROWS):
-            out = at.out + i * at.out_row + j
-            start = at.start + i * at.row + j * at.col
-            bias = at.bias + j * at.bias_col
-            here = Place(
-                out, at.out_row, start, at.row, at.col, bias, at.bias_col
-            )
-            p, q = a + i * lines, b + j * lines
-            rows, cols = min(ROWS, sizes.rows - i), min(COLS, sizes.cols - j)
-            if rows == ROWS and cols == COLS:
-                multiply_tile(
-                    x.out, here, x.start, x.bias, x.panels, p, q, lines
-                )
+    """x: the flat arrays out, start, bias, panels and spare."""
+    out, start, bias, panels, _ = x
+    rows, cols, steps = sizes
+    per = steps_per_line(panels)
+    lines = (steps + per - 1) // per
+    for j in range(0, cols, COLS):
+        for i in range(0, rows, ROWS):
+            here, p, q = moved(at, i, j), a + i * lines, b + j * lines
+            if i + ROWS <= rows and j + COLS <= cols:
+                multiply_tile(out, here, start, bias, panels, p, q, lines)
             else:
-                _edge_tile(x, here, p, q, lines, rows, cols)
+                m, n = min(ROWS, rows - i), min(COLS, cols - j)
+                _edge_tile(x, here, p, q, lines, m, n)
 
 
 # %% [markdown]
@@ -270,14 +248,14 @@ def _cols_routine(panels, to, source, at, row, col, rows, depth):
 
 
 def _tiles_routine(out, at, start, bias, panels, a, b, sizes, spare):
-    x = _Arrays(
+    x = (
         carray(out, ALL),
         carray(start, ALL),
         carray(bias, ALL),
         carray(panels, ALL),
         carray(spare, ALL),
     )
-    _all_tiles(x, Place(*at), a, b, Sizes(*sizes))
+    _all_tiles(x, Place(*at), a, b, sizes)
 
 
 # %% their addresses tags=["exporti"]
@@ -349,8 +327,8 @@ def multiply_panels(
     """Write a block: out = start + bias + the product of packed panels.
 
     For kernels. code: the multiplying routine. at: a Place, or seven
-    integers; sizes: Sizes, or three. a, b: where the panels begin. spare:
-    room for a tile, a row of zeros, and one for the bias.
+    integers. a, b: where the panels begin. sizes: rows, columns, steps.
+    spare: room for a tile, a row of zeros, and one for the bias.
     """
     n = types.int64
     return types.void(
@@ -426,7 +404,7 @@ def one_block(out, a, b, code, panels, spare):
     pack(code.pack_cols, panels, right, flat_b, 0, steps, 1, cols, steps)
     zeros = ROWS * COLS
     at = Place(0, cols + 1, zeros, 0, 0, zeros, 0)
-    sizes = Sizes(rows, cols, steps)
+    sizes = rows, cols, steps
     multiply_panels(
         code.multiply, flat, at, spare, spare, panels, 0, right, sizes, spare
     )
