@@ -16,6 +16,10 @@ from llmnb.reference.attention import (
     masked_scores,
     split_heads,
 )
+from llmnb.reference.bfloat16 import (
+    from_bfloat16,
+    to_bfloat16,
+)
 from llmnb.reference.crossentropy import (
     crossentropy_softmax_backward,
     crossentropy_softmax_forward,
@@ -53,6 +57,7 @@ __all__ = [
     "crossentropy_softmax_forward",
     "encoder_backward",
     "encoder_forward",
+    "from_bfloat16",
     "gelu_backward",
     "gelu_forward",
     "global_norm",
@@ -64,4 +69,5 @@ __all__ = [
     "residual_backward",
     "residual_forward",
     "split_heads",
+    "to_bfloat16",
 ]

@@ -54,9 +54,11 @@ from llmnb.arena import put
 from llmnb.formats.checkpoint import STATE, first_not_finite, state_record
 from llmnb.config import GPT2Config
 from llmnb.model.tensors import parameter_shapes
-from llmnb.text.data import HEADER_BYTES, DataLoader, shard_length
+from llmnb.formats.llmc import HEADER_BYTES
+from llmnb.formats.shard import shard_length
+from llmnb.text.data import DataLoader
 from llmnb.files import BESIDE, replacing
-from llmnb.lock import Lock
+from llmnb.files import Lock
 from llmnb.formats.safetensors import TensorFile, write_tensors
 from llmnb.train.train import (
     SHAPE,

@@ -66,17 +66,13 @@ import numpy as np
 
 from llmnb.formats.checkpoint import read_config
 from llmnb.config import GPT2Config
-from llmnb.text.data import (
-    DataLoader,
-    Shards,
-    find_shards,
-    sample_tokens,
-)
+from llmnb.formats.shard import Shards, find_shards, sample_tokens
+from llmnb.text.data import DataLoader
 from llmnb.files import make_folder, read_small, replacing, what_is
 from llmnb.arena import footprint
 from llmnb.model.layout import gpt2_layout
 from llmnb.model.tensors import decaying
-from llmnb.lock import LOCK, in_use
+from llmnb.files import LOCK, in_use
 from llmnb.room import check_room
 from llmnb.train.schedule import learning_rate
 from llmnb.timing import machine
@@ -430,7 +426,7 @@ def _encoding_of(config, folder):
 # the tokenizer of a run
 def _hub():
     """The module that reads the tokenizers of other programs."""
-    return importlib.import_module("llmnb.formats.hub")
+    return importlib.import_module("llmnb.formats.vocabulary")
 
 
 def make_encoding(config, documents):
@@ -1027,7 +1023,7 @@ def starting_from(init, **given):
 
     init: the path of a run's folder, or of what GPT2.from_checkpoint reads.
     given: other fields. Unless given, the learning rate is 1e-4, the
-    tokenizer that of llmnb.formats.hub.tokenizer_of, and seq_len no more than the
+    tokenizer that of llmnb.formats.vocabulary.tokenizer_of, and seq_len no more than the
     checkpoint allows. Raises OSError or ValueError when it cannot be read,
     has another shape than is given, or no tokenizer is certain.
 

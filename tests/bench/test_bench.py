@@ -38,7 +38,7 @@ from llmnb.bench.race import (
 from llmnb.bench.stopwatch import Stopwatch, timed_step
 from llmnb.config import GPT2Config
 from llmnb.cpu import tile
-from llmnb.formats.checkpoint import write_folder
+from llmnb.formats.published import write_folder
 from llmnb.model.generate import generate
 from llmnb.model.gpt2 import GPT2
 

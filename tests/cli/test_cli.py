@@ -25,11 +25,11 @@ from llmnb.cli import bench as bench_command
 from llmnb.cli import train as train_command
 from llmnb.cli.__main__ import main
 from llmnb.config import GPT2Config
-from llmnb.formats.checkpoint import write_folder
+from llmnb.formats.published import write_folder
 from llmnb.formats.safetensors import TensorFile, write_tensors
 from llmnb.model.gpt2 import GPT2
 from llmnb.text import corpus, shards, tokenizer
-from llmnb.text.data import read_shard, write_shard
+from llmnb.formats.shard import read_shard, write_shard
 from llmnb.train import evaluation
 from llmnb.train.newest import new_folder, newest_run, note_newest
 from llmnb.train.terminal import progress
@@ -396,7 +396,7 @@ def test_warnings_take_one_line(llmnb, monkeypatch):
     def fail(place):
         raise OSError(errno.ENOLCK, "no locks\navailable")
 
-    monkeypatch.setattr("llmnb.lock._flock", fail)
+    monkeypatch.setattr("llmnb.files._flock", fail)
     code, _, err = llmnb("train", "--out", "run", *TINY.split())
     assert code == 0
     (line,) = [x for x in err.splitlines() if "warning" in x]

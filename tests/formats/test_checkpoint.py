@@ -21,15 +21,10 @@ from hypothesis import strategies as st
 from llmnb import GPT2, GPT2Config
 from llmnb.files import make_folder, replacing
 from llmnb.formats import checkpoint
-from llmnb.formats.checkpoint import (
-    from_bfloat16,
-    read_checkpoint,
-    read_config,
-    to_bfloat16,
-    write_checkpoint,
-    write_folder,
-    write_safetensors,
-)
+from llmnb.formats.checkpoint import read_checkpoint, read_config
+from llmnb.formats.llmc import write_checkpoint
+from llmnb.formats.published import write_folder, write_safetensors
+from llmnb.reference.bfloat16 import from_bfloat16, to_bfloat16
 from llmnb.formats.safetensors import TensorFile, write_tensors
 
 CFG = GPT2Config(

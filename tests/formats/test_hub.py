@@ -20,16 +20,15 @@ from hypothesis import strategies as st
 from llmnb.book.export import ROOT
 from llmnb.config import GPT2Config
 from llmnb.formats import hub
-from llmnb.formats.checkpoint import write_folder
-from llmnb.formats.hub import (
-    SOURCES,
-    fetch,
+from llmnb.formats.published import write_folder
+from llmnb.formats.hub import SOURCES, fetch
+from llmnb.formats.vocabulary import (
     open_encoding,
     read_tokenizer_json,
     read_vocab,
     tokenizer_of,
 )
-from llmnb.formats.starter import write_tokenizer
+from llmnb.formats.vocabulary import write_tokenizer
 from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
 

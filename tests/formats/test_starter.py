@@ -21,12 +21,14 @@ from llmnb.config import GPT2Config
 from llmnb.formats import starter
 from llmnb.formats.starter import (
     accept,
+    read_debug_state as read_state,
+    relative_error,
+    write_debug_state as write_state,
+)
+from llmnb.formats.vocabulary import (
     encoding_of,
     read_encoding,
-    read_state,
     read_tokenizer,
-    relative_error,
-    write_state,
     write_tokenizer,
 )
 from llmnb.text import tokenizer

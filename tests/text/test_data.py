@@ -11,8 +11,7 @@ from fuzz import answer, mangled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmnb.text.data import (
-    DataLoader,
+from llmnb.formats.shard import (
     Shards,
     find_shards,
     read_shard,
@@ -20,6 +19,7 @@ from llmnb.text.data import (
     shard_length,
     write_shard,
 )
+from llmnb.text.data import DataLoader
 
 QUICK = settings(max_examples=25, deadline=None, derandomize=True)
 

@@ -28,12 +28,12 @@ from hypothesis import strategies as st
 from llmnb.cli.__main__ import main
 from llmnb.cpu.tile import cpu_features
 from llmnb.formats.checkpoint import read_config
-from llmnb.formats.hub import tokenizer_of
+from llmnb.formats.vocabulary import tokenizer_of
 from llmnb.formats.safetensors import TensorFile, write_tensors
-from llmnb.lock import LOCK, Lock, in_use
+from llmnb.files import LOCK, Lock, in_use
 from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
-from llmnb.text.data import write_shard
+from llmnb.formats.shard import write_shard
 from llmnb.train import run as the_run
 from llmnb.train.run import (
     CHANGEABLE,
@@ -909,7 +909,7 @@ def test_a_small_disk(tmp_path):
 
 HOLDER = """
 import sys
-from llmnb.lock import Lock
+from llmnb.files import Lock
 lock = Lock(sys.argv[1])
 print("locked", flush=True)
 {then}
@@ -1062,7 +1062,7 @@ def test_a_lock_that_is_just_being_taken_away(tmp_path, monkeypatch):
     kept = Lock(tmp_path)
     monkeypatch.undo()
     assert len(calls) == 2 and kept.release.alive
-    process = [sys.executable, "-c", "import sys; from llmnb.lock import Lock"]
+    process = [sys.executable, "-c", "import sys; from llmnb.files import Lock"]
     process[-1] += "; Lock(sys.argv[1])"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     got = subprocess.run(
@@ -1076,7 +1076,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
     def fail(place):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("llmnb.lock._flock", fail)
+    monkeypatch.setattr("llmnb.files._flock", fail)
     with pytest.warns(UserWarning, match="no locks on this file system"):
         run = begin(run_folder(tmp_path / "a"), TINY)
     list(follow(run))

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
-from llmnb.text.data import DataLoader, read_shard, write_shard
+from llmnb.formats.shard import read_shard, write_shard
+from llmnb.text.data import DataLoader
 from llmnb.train.train import (
     Data,
     Progress,
