@@ -180,6 +180,9 @@ def config_of(path, sizes):
 def read_bin(path, version, params):
     """Fill params, checked before, from the numbers behind the header.
 
+    params: a mapping from names to arrays in the order of the file. Raises
+    ValueError when the file ends early or does not match its checksum.
+
     Derived in chapter 4.2.
     """
     with open(path, "rb") as file:

@@ -214,10 +214,6 @@ def learn_slowly(words, number, replace=replace):
     return merges
 
 
-# %% [markdown]
-# The five merges of the table, as numbers and as bytes:
-
-
 # %% the five merges
 def spell(merges):
     tokens = [bytes([i]) for i in range(256)]
@@ -668,8 +664,7 @@ verdict("greedy", wrong, "is caught by the first claim")
 # ## What it costs
 #
 # The two trainings on the same text, and few merges, for the slow one needs
-# patience: it counts all pairs again for each merge. The fast one counts once,
-# and its merges cost little after that.
+# patience. The fast one counts once, and its merges cost little after that.
 
 # %% slow against fast, timed tags=["nbval-ignore-output"]
 with gzip.open("../../tests/data/library.jsonl.gz", "rt") as lines:
@@ -685,21 +680,9 @@ for number in (10, 20, 40):
     slow_time, fast_time = middle - start, end - middle
     print(f"  slow {slow_time:.2f} s, fast {fast_time:.2f} s")
 
-# %% two million characters, timed tags=["nbval-ignore-output"]
-start = time.perf_counter()
-words = _count_words(library)
-middle = time.perf_counter()
-_learn(words, 1024 - 257)
-end = time.perf_counter()
-print(f"{len(words):,} distinct words, {sum(words.values()):,} in all")
-print(f"to count the words {middle - start:.1f} s")
-print(f"to learn 767 merges {end - middle:.1f} s")
-
 # %% [markdown]
-# The text is a part of Python's library, two million characters. The slow time
-# grows with the number of merges, a little less than in proportion, since words
-# get shorter. The merges see only the distinct words, which are few beside all
-# of them, so that cutting the text into words is now a good part of the work.
+# The text is a part of Python's library. The slow time grows with the number of
+# merges, a little less than in proportion, since words get shorter.
 #
 # ## Count it
 #
@@ -755,9 +738,6 @@ plt.show()
 # 131,072 numbers. That is why [training](16_training.ipynb) uses a small
 # vocabulary of its own.
 
-# %% rows times channels
-print(50257 * 768, 50257 * 128, 1024 * 128)
-
 # %% [markdown]
 # ## Take away
 #
@@ -778,8 +758,7 @@ print(50257 * 768, 50257 * 128, 1024 * 128)
 # neighbour. The cut costs something too: ` of the` can never be one token,
 # however often it comes. And it decides what a word is once and for all, by the
 # rules of English. For a text in a language without spaces the expression
-# cuts far too little; later tokenizers have longer expressions, and some have
-# none and treat the space as a letter.
+# cuts far too little.
 
 # %% [markdown]
 # ## Exercises
@@ -911,10 +890,6 @@ verdict("exercise 3", same, "equals encode_word")
 # - Alec Radford and others, "Language Models are Unsupervised Multitask
 #   Learners", 2019: read section 2.2 for why GPT-2 merges bytes and why it
 #   cuts the text first.
-# - [RFC 3629](https://www.rfc-editor.org/rfc/rfc3629), 2003: read section 3,
-#   the definition of UTF-8.
-# - [tiktoken](https://github.com/openai/tiktoken): the encoder; its README has
-#   the interface that we use.
 
 # %% [markdown]
 # ## What llmnb gained

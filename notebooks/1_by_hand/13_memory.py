@@ -47,11 +47,14 @@ gpt2_diagram(lit="all")
 # ## Setup
 
 # %% setup
+import tempfile
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 
 from llmnb.model.tensors import parameter_shapes
 from llmnb.book.diagram import PALETTE
-from llmnb.book.verify import compare, verdict
+from llmnb.book.verify import verdict
 
 # %% [markdown]
 # ## By hand

@@ -253,7 +253,11 @@ def config_of(path, sizes):
 
 # %% read a .bin tags=["export"]
 def read_bin(path, version, params):
-    """Fill params, checked before, from the numbers behind the header."""
+    """Fill params, checked before, from the numbers behind the header.
+
+    params: a mapping from names to arrays in the order of the file. Raises
+    ValueError when the file ends early or does not match its checksum.
+    """
     with open(path, "rb") as file:
         header, total = np.fromfile(file, "<u4", HEADER), 0
         for name, array in params.items():
@@ -320,7 +324,7 @@ verdict("a million blocks", peak < 1 << 20, "refused in less than 1 MiB")
 flipped = bytearray(whole)
 flipped[5000] ^= 1
 (folder / "flipped.bin").write_bytes(flipped)
-params = {n: np.empty_like(x) for n, x in model.params.items()}
+params = {n: np.empty(x) for n, x in parameter_shapes(model.cfg).items()}
 read_bin(folder / "model.bin", 3, params)
 same = all(np.array_equal(params[n], model.params[n]) for n in params)
 verdict("model.bin", same, "comes back to the last bit")

@@ -690,8 +690,7 @@ verdict("the tokenizer", same, "is found beside the weights")
 # :::
 
 # %% exercise 1, checked tags=["hide-cell"]
-vocab["zzz"] = len(vocab)
-(folder / "vocab.json").write_text(json.dumps(vocab))
+(folder / "merges.txt").write_text("#version: 0.2\nl o\n")  # cut short
 try:
     read_vocab(folder / "vocab.json")
 except ValueError as error:

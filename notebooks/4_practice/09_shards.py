@@ -354,13 +354,13 @@ same = all(
 verdict("20 batches", same, "the same from the file")
 
 # %% a shard that is cut short
-shard.write_bytes(raw[: len(raw) // 2])
+_ = shard.write_bytes(raw[: len(raw) // 2])
 try:
     for _ in range(20):
         loaders[1].next_batch()
 except OSError as error:
     print(type(error).__name__, error.strerror)
-shard.write_bytes(raw)
+_ = shard.write_bytes(raw)
 
 # %% [markdown]
 # ## Take away

@@ -636,7 +636,7 @@ for k in range(8):
     packed = gzip.compress("\n".join(lines).encode(), mtime=0)
     (mixed / f"{k}.jsonl.gz").write_bytes(packed)
 
-encoding = train("the tests' state, as these seas. " * 9, 280)
+encoding = train("the tests' state, as these seas. " * 9, 270)
 OPTIONS = {"limit": 0, "shard_tokens": 5000, "val_tokens": 0}
 shards.BATCH = 20_000  # small, so that there are many
 corpora = sources([mixed])
