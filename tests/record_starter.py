@@ -19,6 +19,8 @@ from llmnb.config import GPT2Config
 from llmnb.formats.llmc import write_checkpoint
 from llmnb.formats.starter import (
     DebugState as State,
+)
+from llmnb.formats.starter import (
     write_debug_state as write_state,
 )
 

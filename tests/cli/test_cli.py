@@ -27,9 +27,9 @@ from llmnb.cli.__main__ import main
 from llmnb.config import GPT2Config
 from llmnb.formats.published import write_folder
 from llmnb.formats.safetensors import TensorFile, write_tensors
+from llmnb.formats.shard import read_shard, write_shard
 from llmnb.model.gpt2 import GPT2
 from llmnb.text import corpus, shards, tokenizer
-from llmnb.formats.shard import read_shard, write_shard
 from llmnb.train import evaluation
 from llmnb.train.newest import new_folder, newest_run, note_newest
 from llmnb.train.terminal import progress

@@ -6,11 +6,11 @@ from dataclasses import replace
 import numba
 import numpy as np
 import pytest
-from llmnb.model.tensors import parameter_count, parameter_shapes
 from test_train import CURVE, RECORDED, Readers
 
 from llmnb import GPT2, GPT2Config, cpu, reference
 from llmnb.book.verify import numerical_gradient
+from llmnb.model.tensors import parameter_count, parameter_shapes
 from llmnb.train.train import new_model, train
 
 TINY = GPT2Config(

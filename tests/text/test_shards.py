@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmnb.text import corpus, documents, shards, tokenizer
 from llmnb.formats.shard import find_shards, read_shard, write_shard
+from llmnb.text import corpus, documents, shards, tokenizer
 from llmnb.text.data import DataLoader
 from llmnb.text.documents import sources
 from llmnb.text.reader import Tally

@@ -8,6 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from llmnb.cli.__main__ import main
+from llmnb.config import GPT2Config
+from llmnb.model.gpt2 import GPT2
+from llmnb.text import tokenizer
+from llmnb.text.reader import Tally
 from llmnb.train.choices import (
     Example,
     choose,
@@ -17,12 +23,6 @@ from llmnb.train.choices import (
     standard_error,
     write_examples,
 )
-
-from llmnb.cli.__main__ import main
-from llmnb.config import GPT2Config
-from llmnb.model.gpt2 import GPT2
-from llmnb.text import tokenizer
-from llmnb.text.reader import Tally
 from llmnb.train.evaluation import (
     Score,
     row_losses,

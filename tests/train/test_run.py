@@ -27,13 +27,13 @@ from hypothesis import strategies as st
 
 from llmnb.cli.__main__ import main
 from llmnb.cpu.tile import cpu_features
-from llmnb.formats.checkpoint import read_config
-from llmnb.formats.vocabulary import tokenizer_of
-from llmnb.formats.safetensors import TensorFile, write_tensors
 from llmnb.files import LOCK, Lock, in_use
+from llmnb.formats.checkpoint import read_config
+from llmnb.formats.safetensors import TensorFile, write_tensors
+from llmnb.formats.shard import write_shard
+from llmnb.formats.vocabulary import tokenizer_of
 from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
-from llmnb.formats.shard import write_shard
 from llmnb.train import run as the_run
 from llmnb.train.run import (
     CHANGEABLE,
@@ -1048,22 +1048,22 @@ def test_a_lock_whose_file_was_removed(tmp_path):
 
 def test_a_lock_that_is_just_being_taken_away(tmp_path, monkeypatch):
     """Between opening and locking, the last owner removes the file."""
-    from llmnb import lock
+    from llmnb import files
 
     calls = []
 
-    def late(place, then=lock._flock):
+    def late(place, then=files._flock):
         if not calls:
             os.unlink(tmp_path / LOCK)
         calls.append(place)
         then(place)
 
-    monkeypatch.setattr(lock, "_flock", late)
+    monkeypatch.setattr(files, "_flock", late)
     kept = Lock(tmp_path)
     monkeypatch.undo()
     assert len(calls) == 2 and kept.release.alive
-    process = [sys.executable, "-c", "import sys; from llmnb.files import Lock"]
-    process[-1] += "; Lock(sys.argv[1])"
+    code = "import sys; from llmnb.files import Lock; Lock(sys.argv[1])"
+    process = [sys.executable, "-c", code]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     got = subprocess.run(
         [*process, tmp_path], env=env, capture_output=True, text=True

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmnb.formats.shard import read_shard, write_shard
 from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
-from llmnb.formats.shard import read_shard, write_shard
 from llmnb.text.data import DataLoader
 from llmnb.train.train import (
     Data,
