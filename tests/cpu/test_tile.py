@@ -33,12 +33,12 @@ OURS = f"{tile.ROWS}x{tile.VECTORS}x{tile.LANES}"
 OTHERS = [shape for shape in SHAPES if shape != OURS]
 # what each shape has to pass: the comparisons with the reference
 CHOSEN = [
-    "test_matmul.py::test_cpu_equals_reference",
-    "test_matmul.py::test_options",
-    "test_matmul.py::test_wide_layers",
-    "test_matmul.py::test_threads_change_no_bit",
-    "test_attention.py::test_cpu_against_reference[float32]",
-    "test_attention.py::test_backward_overwrites",
+    "reference/test_matmul.py::test_cpu_equals_reference",
+    "reference/test_matmul.py::test_options",
+    "reference/test_matmul.py::test_wide_layers",
+    "reference/test_matmul.py::test_threads_change_no_bit",
+    "reference/test_attention.py::test_cpu_against_reference[float32]",
+    "reference/test_attention.py::test_backward_overwrites",
 ]
 AT_A_SHAPE = """
 import sys
@@ -197,7 +197,7 @@ def test_bf16_rounds_to_nearest_even(C):
     [(-127, 0, 0), (-127, 10, 0), (-70, -60, 0), (-126, 0, 1), (-63, -63, 1)],
 )
 def test_bf16_of_the_smallest_numbers(a, b, kept):
-    """vdpbf16ps takes subnormal factors and sums for 0, as chapter 6 says."""
+    """vdpbf16ps takes subnormal factors and sums for 0, as chapter 2.6 says."""
     x = np.full((1, 1, 1), 2.0**a, np.float32)
     weight, out = np.full((1, 1), 2.0**b, np.float32), np.empty_like(x)
     matmul.matmul_forward(out, x, weight, None, bf16=True)
