@@ -352,24 +352,6 @@ compare("its price", prices[best], -np.log(p[:3].sum()), tol=1e-12)
 compare("top_k=3", distribution(z, top_k=3)[:3], p[:3] / 0.8, tol=1e-12)
 
 
-# %% the same as with a sort of everything
-def sorted_cut(z, top_k=None, top_p=None):
-    order = np.argsort(-z, kind="stable")[:top_k]
-    p = np.exp(z[order] - z.max())
-    p /= p.sum()
-    inside = np.cumsum(p) - p < (top_p or 2)
-    out = np.zeros(len(z))
-    out[order[inside]] = p[inside] / p[inside].sum()
-    return out
-
-
-z = np.random.RandomState(6).normal(0, 2, 5000).round(2)  # many equals
-for cut in ({"top_k": 40}, {"top_p": 0.9}, {"top_k": 700, "top_p": 0.5}):
-    got, want = distribution(z, **cut), sorted_cut(z, **cut)
-    same = np.array_equal(got > 0, want > 0)
-    verdict("partition", same, f"keeps what a sort keeps: {(got > 0).sum()}")
-    compare("partition", got, want, tol=1e-12)
-
 # %% bad settings are refused
 for bad in ({"temperature": -1}, {"top_k": 0}, {"top_p": 1.5}):
     try:
@@ -783,13 +765,6 @@ from llmnb.model.tensors import flops_per_token
 forward = flops_per_token(model.cfg, T) / 3  # a third of training's
 print(f"a window of {T} positions: {forward * T / 1e6:.0f} MFLOP a token")
 print(f"its last position alone: {forward / 1e6:.1f} MFLOP")
-
-# %% measured tags=["nbval-ignore-output"]
-ids = np.zeros((1, T), np.int32)
-seconds = fastest(model.forward, ids)
-print(machine())
-print(f"{1 / seconds:.0f} tokens a second")
-print(f"{forward * T / seconds / 1e9:.1f} GFLOP/s")
 
 # %% [markdown]
 # ## Take away
