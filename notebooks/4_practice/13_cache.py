@@ -749,7 +749,7 @@ from llmnb import cpu
 
 from llmnb.arena import Arena, footprint
 from llmnb.cpu.decode import cache_shapes, panels_shape
-from llmnb.formats.checkpoint import read_checkpoint, read_config
+from llmnb.formats.checkpoint import open_model
 from llmnb.checks import FLOATS, check_fit, check_tokens
 from llmnb.model.layout import block_activations, block_shapes
 from llmnb.model.parts import block_forward, block_of
@@ -915,15 +915,16 @@ class Decoder:
 
     @classmethod
     def from_checkpoint(cls, path, batch_size=1, seq_len=None, tokens=None):
-        """A Decoder with weights from disk; path, tokens: see read_config.
+        """A Decoder with weights from disk; path, tokens: see open_model.
 
         For a while it holds them twice: as they are read, and packed.
         """
-        cfg = read_config(path, tokens)
+        found = open_model(path, tokens)
+        cfg = found.cfg
         layout = {"params": (np.float32, parameter_shapes(cfg))}
         check_room(2 * sum(footprint(layout).values()), FEWER)
         decoder, arena = cls(cfg, batch_size, seq_len), Arena(layout)
-        read_checkpoint(path, cfg, arena["params"])
+        found.read(arena["params"])
         return decoder.load(arena["params"])
 
     def following(self, texts):
