@@ -11,10 +11,10 @@
 # ---
 
 # %% [markdown]
-# # Folders: keep a run, and start from one
+# # Folders: keep a run
 #
 # > What it takes to use a model again, and to say where it came from: a folder of
-# > six files, each written whole, and a run that starts from another's weights.
+# > six files, each written whole.
 #
 # *Reading time: 26 minutes. You need: [chapter 4.12](12_loop.ipynb) and the files of
 # [chapter 4.1](01_files.ipynb).*
@@ -27,7 +27,7 @@
 #
 # - say what each file of a run's folder is for;
 # - say which of them may fail, and which may not;
-# - start a run from the weights of another, or of somebody's model.
+# - find the newest weights of a run without asking a clock.
 
 # %% [markdown]
 # ## Setup
@@ -41,7 +41,7 @@ import numpy as np
 
 from llmnb.book.verify import verdict
 from llmnb.train.feed import landmarks, loaders, prepare
-from llmnb.train.loop import evaluate, train
+from llmnb.train.loop import train
 from llmnb.train.options import TrainConfig
 
 config = TrainConfig(
@@ -106,18 +106,13 @@ def _series(steps, name):
 
 
 # %% imports of start tags=["export"] module="train.start"
-from dataclasses import replace
-from pathlib import Path
-
 import numpy as np
 
 from llmnb.arena import footprint
 from llmnb.checks import check_room
 from llmnb.formats.checkpoint import read_config
-from llmnb.formats.vocabulary import tokenizer_of
 from llmnb.model.layout import gpt2_layout
 from llmnb.train.folder import weights_path
-from llmnb.train.options import SHAPE, TrainConfig, check_range, depth_shape
 
 
 # %% the model and its batches tags=["export"] module="train.start"
@@ -457,70 +452,11 @@ def model_step(folder):
 
 
 # %% [markdown]
-# ## Start from a trained model
-#
-# A model that has read the web knows English; to make it write like
-# Shakespeare one goes on from its weights, with a small learning rate. This
-# is **fine-tuning**, and the loop need not know: only the beginning
-# differs. The shape comes from the checkpoint, and a wish for another one
-# is refused. The tokenizer must be the one that the model was trained with:
-# a run's folder holds it, and so do most model folders. Where nothing tells
-# ([chapter 4.4](../4_practice/04_published.ipynb)), it has to be named.
-#
-# This is also the way out of a run whose loss is no number any more. Its learning
-# rate cannot be changed, since a run is fixed by its numbers, but another run can
-# begin where the last state was good, at a lower rate.
-
-
-# %% a run from a checkpoint tags=["export"] module="train.start"
-def starting_from(init, **given):
-    """The TrainConfig of a run that starts from a checkpoint's weights.
-
-    init: the path of a run's folder, or of what GPT2.from_checkpoint reads.
-    given: other fields. Unless given, the learning rate is 1e-4, the
-    tokenizer that of llmnb.formats.vocabulary.tokenizer_of, and seq_len no more than the
-    checkpoint allows. Raises OSError or ValueError when it cannot be read,
-    has another shape than is given, or no tokenizer is certain.
-    """
-    cfg, usual = read_config(weights_path(init)), {"learning_rate": 1e-4}
-    usual["seq_len"] = min(TrainConfig.seq_len, cfg.max_seq_len)
-    shape = {name: getattr(cfg, name) for name in SHAPE}
-    asked = dict(given)
-    if asked.get("depth"):
-        asked |= zip(SHAPE, depth_shape(asked["depth"]), strict=True)
-    for name, value in shape.items():
-        if asked.get(name, value) != value:
-            raise ValueError(
-                f"{init} has {name} {value}, not {asked[name]}: leave out "
-                "the shape, or do not start from it"
-            )
-    config = TrainConfig(**{**usual, **given, **shape, "init": str(init)})
-    check_range("seq_len", config.seq_len, 1, cfg.max_seq_len + 1)
-    brought = Path(config.shards) / "tokenizer.tiktoken"
-    if "tokenizer" in given or (config.shards and brought.is_file()):
-        return config
-    return replace(config, tokenizer=tokenizer_of(init, cfg.vocab_size))
-
-
-# %% go on from the run above
-with TemporaryDirectory() as folder:
-    save_run(run_folder(folder), config, model, data, steps)
-    tuning = starting_from(folder, steps=5)
-    tuned = new_model(tuning, V)
-    try:
-        starting_from(folder, channels=64)
-    except ValueError as error:
-        print(str(error).replace(folder, "RUN"))
-before = evaluate(tuned, loaders(tuning, data)[1], config.eval_batches)
-verdict("fine-tuning", before == final, "begins where the run ended")
-
-# %% [markdown]
 # ## Take away
 #
 # - The model is the run, and is written first; what only shows it may fail with a
 #   warning.
 # - `config.json` says at which step the model was written: no clock has to.
-# - Fine-tuning is a run that begins elsewhere; the loop need not know.
 #
 # ## What llmnb gained
 

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llmnb.train.finetune import starting_from
 
 from llmnb.cli.__main__ import main
 from llmnb.cpu.tile import cpu_features
@@ -47,7 +48,7 @@ from llmnb.train.log import read_rows, read_steps, start_log
 from llmnb.train.loop import evaluate
 from llmnb.train.options import TrainConfig
 from llmnb.train.run import CHANGEABLE, begin, finish, follow, resume
-from llmnb.train.start import new_model, starting_from
+from llmnb.train.start import new_model
 from llmnb.train.state import (
     fingerprint,
     newest_state,

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llmnb.train.finetune import starting_from
 
 from llmnb.formats.shard import read_shard, write_shard
 from llmnb.model.gpt2 import GPT2
@@ -39,7 +40,7 @@ from llmnb.train.loop import (
     z_score,
 )
 from llmnb.train.options import TrainConfig, depth_shape
-from llmnb.train.start import new_model, starting_from
+from llmnb.train.start import new_model
 
 RECORDED = Path(__file__).parents[1] / "data"
 TINY = TrainConfig(
