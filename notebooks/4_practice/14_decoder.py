@@ -38,6 +38,7 @@ from llmnb.book.verify import verdict
 from llmnb.config import GPT2Config
 from llmnb.model.gpt2 import GPT2
 from llmnb.model.tensors import parameter_count
+from llmnb.timing import fastest, machine
 
 # %% [markdown]
 # ## The decoder
