@@ -7,6 +7,7 @@
 #   llmnb:
 #     modules:
 #       train.folder: "The folder of a run: its files, written and read back."
+#       train.drawing: "The losses of a run, drawn."
 #       train.start: "The model that a run starts with, new or from a checkpoint."
 # ---
 
@@ -56,10 +57,34 @@ V, marks = data.encoding.n_vocab, landmarks(config, data)
 #
 # The training loss of a single step is noisy: each batch is another handful of
 # text, and some text is easier. The plot shows each step as a dot and draws a
-# running mean through them.
+# running mean through them. A mean over a window belongs to the window's middle,
+# so its steps are averaged like its values.
+
+# %% imports of drawing tags=["export"] module="train.drawing"
+import numpy as np
+
+from llmnb.files import replacing
+
+SMOOTH = 20  # steps in the running mean of the training loss
 
 
-# %% draw the losses tags=["export"]
+# %% a running mean tags=["export"] module="train.drawing"
+def smooth(points, window):
+    """Running means of a column over `window` rows.
+
+    points: an array (2, N) of steps and values. Returns such an array, of
+    N - window + 1 columns; its steps are the windows' means too. A column
+    shorter than the window comes back as it is.
+    """
+    if window < 1:
+        raise ValueError(f"the window must be at least 1, got {window}")
+    if points.shape[1] < window:
+        return points
+    sums = np.cumsum(np.pad(points, ((0, 0), (1, 0))), axis=1)
+    return (sums[:, window:] - sums[:, :-window]) / window
+
+
+# %% draw the losses tags=["export"] module="train.drawing"
 def draw_losses(ax, steps, landmarks):
     """Draw losses over steps into a matplotlib axes, with the landmarks.
 
@@ -68,15 +93,14 @@ def draw_losses(ax, steps, landmarks):
     """
     from llmnb.book.diagram import PALETTE
 
-    x, y = _series(steps, "loss")
-    ax.plot(x, y, ".", color=PALETTE["grey"], ms=3, label="one batch")
-    if len(y) >= 2 * SMOOTH:
-        mean = np.convolve(y, np.ones(SMOOTH) / SMOOTH, "valid")
-        middle = x[SMOOTH - 1 :] - (SMOOTH - 1) / 2
+    points = _series(steps, "loss")
+    ax.plot(*points, ".", color=PALETTE["grey"], ms=3, label="one batch")
+    if points.shape[1] >= 2 * SMOOTH:
         label = f"mean of {SMOOTH} batches"
-        ax.plot(middle, mean, color=PALETTE["blue"], label=label)
-    x, y = _series(steps, "val_loss")
-    ax.plot(x, y, "o-", color=PALETTE["orange"], ms=4, label="validation")
+        mean = smooth(points, SMOOTH)
+        ax.plot(*mean, color=PALETTE["blue"], label=label)
+    points = _series(steps, "val_loss")
+    ax.plot(*points, "o-", color=PALETTE["orange"], ms=4, label="validation")
     for name, loss in landmarks.items():
         ax.axhline(loss, color=PALETTE["ink"], lw=1, ls="--")
         place = {"transform": ax.get_yaxis_transform(), "ha": "right"}
@@ -85,17 +109,31 @@ def draw_losses(ax, steps, landmarks):
     ax.legend(frameon=False)
 
 
-# %% points of a curve tags=["exporti"]
-SMOOTH = 20  # steps in the running mean of the training loss
-
-
+# %% points of a curve tags=["exporti"] module="train.drawing"
 def _series(steps, name):
-    points = [
-        (s.step, getattr(s, name))
-        for s in steps
-        if getattr(s, name) is not None
-    ]
+    pairs = [(step.step, getattr(step, name)) for step in steps]
+    points = [pair for pair in pairs if pair[1] is not None]
     return np.array(points, float).reshape(-1, 2).T
+
+
+# %% [markdown]
+# A run that ends on a machine without a display still has its figure, and it looks
+# the same whatever the user's own settings of matplotlib are.
+
+
+# %% the figure tags=["export"] module="train.drawing"
+def save_figure(path, steps, landmarks):
+    """Write the loss curves of a run as PNG, needing no display.
+
+    The user's own settings of matplotlib, such as fonts, are left aside.
+    """
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    with style.context("default"), replacing(path) as file:
+        figure = Figure(figsize=(8, 4.5), dpi=100, layout="tight")
+        draw_losses(figure.subplots(), steps, landmarks)
+        figure.savefig(file, format="png")
 
 
 # %% [markdown]
@@ -205,11 +243,16 @@ from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-
-from llmnb.files import make_folder, read_small, replacing, what_is
-from llmnb.files import LOCK, in_use
+from llmnb.files import (
+    LOCK,
+    in_use,
+    make_folder,
+    read_small,
+    replacing,
+    what_is,
+)
 from llmnb.timing import machine
+from llmnb.train.drawing import save_figure
 from llmnb.train.feed import landmarks
 from llmnb.train.loop import Step
 from llmnb.train.options import TrainConfig
@@ -306,21 +349,6 @@ def _facts(config, data, marks):
         "versions": {name: version(name) for name in names},
         "machine": machine(),
     }
-
-
-# %% the figure tags=["export"]
-def save_figure(path, steps, landmarks):
-    """Write the loss curves of a run as PNG, needing no display.
-
-    The user's own settings of matplotlib, such as fonts, are left aside.
-    """
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
-    with style.context("default"), replacing(path) as file:
-        figure = Figure(figsize=(8, 4.5), dpi=100, layout="tight")
-        draw_losses(figure.subplots(), steps, landmarks)
-        figure.savefig(file, format="png")
 
 
 # %% [markdown]

@@ -24,7 +24,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llmnb.train.finetune import starting_from
 
 from llmnb.cli.__main__ import main
 from llmnb.cpu.tile import cpu_features
@@ -37,6 +36,7 @@ from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
 from llmnb.train import run as the_run
 from llmnb.train.feed import Data, loaders, prepare
+from llmnb.train.finetune import starting_from
 from llmnb.train.folder import (
     load_run,
     run_folder,

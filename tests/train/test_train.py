@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llmnb.train.finetune import starting_from
 
 from llmnb.formats.shard import read_shard, write_shard
 from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
 from llmnb.text.data import DataLoader
 from llmnb.train.feed import Data, landmarks, loaders, make_encoding, prepare
+from llmnb.train.finetune import starting_from
 from llmnb.train.folder import (
     load_run,
     read_run,
