@@ -218,12 +218,12 @@ verdict("sixty steps", final < steps[0].val_loss - 0.5, "have been worth it")
 # | `config.json` | the `TrainConfig`, the corpus, the landmarks, versions |
 # | `log.csv` | one line for every `Step` |
 # | `loss.png` | the figure above |
-# | `model.bin` | the weights, in the format of [chapter 1.13](13_memory.ipynb) |
+# | `model.bin` | the weights, in the format of [chapter 1.13](../1_by_hand/13_memory.ipynb) |
 # | `state_*.safetensors` | what it takes to go on; see *Nothing lost* |
 # | `tokenizer.tiktoken` | the tokenizer's ranks |
 #
 # Each file is written beside its place and renamed into it, by `replacing`
-# from [chapter 1.4](04_gpt2.ipynb). A run that is stopped in the middle of
+# from [chapter 1.4](../1_by_hand/04_gpt2.ipynb). A run that is stopped in the middle of
 # writing leaves the old file or the new one, and never half of one.
 #
 # The files are not equally dear. A log or a figure shows a run, the model
@@ -486,6 +486,28 @@ def model_step(folder):
 #   warning.
 # - `config.json` says at which step the model was written: no clock has to.
 #
+# ## Exercises
+#
+# **1** (★★). A folder holds `model.bin` and a state of step 10, and its
+# `config.json` is from a program that wrote no `model_step`. Which weights are
+# taken, and why is that the safe side?
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# The state's. An unknown step counts as -1, which is before every state. A state
+# is written whole with its step in its name, so its age is certain; taking an old
+# model for the newest would lose the steps since.
+# :::
+
+# %% exercise 1, checked tags=["hide-cell"]
+with TemporaryDirectory() as folder:
+    for name in ("model.bin", state_path(folder, 10).name):
+        Path(folder, name).touch()
+    Path(folder, "config.json").write_text("{}")
+    found = weights_path(folder)
+verdict("no model_step", found.name.startswith("state_"), "the state counts")
+
+# %% [markdown]
 # ## What llmnb gained
 
 # %% what llmnb gained
