@@ -17,7 +17,7 @@
 # > that may break without breaking the training.
 #
 # *Reading time: 18 minutes. You need: the log of a run from
-# [chapter 4.11](11_runs.ipynb).*
+# [chapter 4.42](42_resume.ipynb).*
 
 # %% [markdown]
 # ## Where we are
