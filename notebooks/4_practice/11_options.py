@@ -307,8 +307,9 @@ for wrong in (
 # %% [markdown]
 # ## The data
 #
-# `prepare` does what [chapter 1.2](02_tokens.ipynb) taught, in order: load the
-# documents, train or load a tokenizer, encode, split. It returns the
+# `prepare` does what chapters [1.2](../1_by_hand/02_tokens.ipynb) and
+# [1.3](../1_by_hand/03_batches.ipynb) taught, in order: load the documents, train
+# or load a tokenizer, encode, split. It returns the
 # tokenizer, the two token arrays, and a sentence that says where the text came
 # from and what of it was passed over. The tokenizer learns from the first two
 # million characters: the documents come in a mixed order, and more text would
@@ -537,6 +538,39 @@ verdict("landmarks", marks["unigram"] < marks["uniform"], "counting helps")
 #   where it is made.
 # - A tokenizer that is trained sees the first two million characters only.
 #
+# ## Exercises
+#
+# **1** (★). How many channels and heads has a model of depth 9? Ask the rule
+# first, then the function.
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# 9 lies half way between 6 and 12, so half way between 384 and 768 channels: 576,
+# which is nine heads of 64 already, and nothing is rounded.
+# :::
+
+# %% exercise 1, checked tags=["hide-cell"]
+verdict("depth 9", depth_shape(9) == (9, 9, 576), "nine heads of 64")
+
+# %% [markdown]
+# **2** (★★). An update shall see 2,048 tokens, and memory holds 8 rows of 64. How
+# many batches go into it, and what happens if 2,000 tokens are asked for?
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# $2048 / (8 \cdot 64) = 4$. 2,000 is no multiple of 512, and the configuration is
+# refused: a piece of another size would weigh each of its tokens differently.
+# :::
+
+# %% exercise 2, checked tags=["hide-cell"]
+pieces = TrainConfig(total_batch=2048).micro_batches
+try:
+    TrainConfig(total_batch=2000)
+except ValueError as error:
+    print(error)
+verdict("pieces", pieces == 4, "four batches an update")
+
+# %% [markdown]
 # ## What llmnb gained
 
 # %% what llmnb gained
