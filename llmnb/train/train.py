@@ -353,7 +353,7 @@ def prepare(config):
 
     Derived in chapter 1.16.
     """
-    from llmnb.text import corpus
+    from llmnb.text import corpus, data
     from llmnb.text.reader import Tally
 
     if config.shards:
@@ -370,7 +370,7 @@ def prepare(config):
     encoding = make_encoding(config, documents)
     tokens = corpus.encode_documents(encoding, documents, config.endoftext)
     source = _describe(sources, documents) + tally.words(config.endoftext)
-    return Data(encoding, *corpus.split(tokens), source)
+    return Data(encoding, *data.split(tokens), source)
 
 
 def _text_bytes(path):

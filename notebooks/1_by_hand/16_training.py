@@ -431,7 +431,7 @@ def prepare(config):
     Raises ValueError, OSError or RuntimeError, in one sentence, when the
     text is missing, too short, or cannot be downloaded.
     """
-    from llmnb.text import corpus
+    from llmnb.text import corpus, data
     from llmnb.text.reader import Tally
 
     if config.shards:
@@ -448,7 +448,7 @@ def prepare(config):
     encoding = make_encoding(config, documents)
     tokens = corpus.encode_documents(encoding, documents, config.endoftext)
     source = _describe(sources, documents) + tally.words(config.endoftext)
-    return Data(encoding, *corpus.split(tokens), source)
+    return Data(encoding, *data.split(tokens), source)
 
 
 def _text_bytes(path):
