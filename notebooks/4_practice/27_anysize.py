@@ -40,7 +40,6 @@ gpt2_diagram(lit="tokens")
 
 # %% imports of the shard writer tags=["export"]
 import json
-import os
 import re
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -63,6 +62,7 @@ from llmnb.files import (
 from llmnb.formats.shard import shard_length, write_shard
 from llmnb.text.data import split
 from llmnb.text.tokenizer import encode_text, save
+from llmnb.timing import cores
 
 # %% [markdown]
 # ## Setup
@@ -145,13 +145,6 @@ def _in_order(function, items, workers):
             yield waiting.popleft().result()
 
 
-def _cores():
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 # %% encode a batch of pieces tags=["exporti"]
 def _encode(encoding, pieces, endoftext=False):
     """The tokens of (first, text) pieces, uint16, EOT before documents."""
@@ -169,7 +162,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 
-from llmnb.text.shards import _cores, _encode
+from llmnb.text.shards import _encode
 from llmnb.timing import machine
 
 (library,) = sources(["stdlib"])
@@ -181,8 +174,8 @@ spawn = partial(ProcessPoolExecutor, mp_context=get_context("spawn"))
 print(machine())
 for name, pool, count in (
     ("one thread", ThreadPoolExecutor, 1),
-    (f"{_cores()} threads", ThreadPoolExecutor, _cores()),
-    (f"{_cores()} processes", spawn, _cores()),
+    (f"{cores()} threads", ThreadPoolExecutor, cores()),
+    (f"{cores()} processes", spawn, cores()),
 ):
     with pool(count) as workers:
         list(workers.map(work, batches[:count]))
@@ -494,7 +487,7 @@ def _validation(sources, encoding, options):
 
 
 # %% what is reported tags=["export"]
-class Progress(NamedTuple):
+class Encoded(NamedTuple):
     """How far `write_shards` is.
 
     read: of the sum of the sources' sizes. documents, characters: encoded.
@@ -510,7 +503,7 @@ class Progress(NamedTuple):
 
 # %% write the shards tags=["export"]
 def write_shards(folder, sources, encoding, options, force=False, workers=0):
-    """Encode a corpus into shards; yields a `Progress` as it goes on.
+    """Encode a corpus into shards; yields an `Encoded` as it goes on.
 
     folder: from `shards_folder`. sources: a list of `Source`. options: a
     dict with at least limit (characters, 0 for all), shard_tokens and
@@ -532,7 +525,7 @@ def _written(folder, lock, sources, encoding, options, force, workers):
     save(encoding, folder / "tokenizer.tiktoken")
     place = note["next"]
     pieces = pieces_from(sources, place, options["limit"])
-    how = workers or _cores(), place.drop, options.get("endoftext", False)
+    how = workers or cores(), place.drop, options.get("endoftext", False)
     stream = _Stream(encoding, pieces, *how)
     while stream.more():
         size = _size_of_next(note, options["shard_tokens"])
@@ -564,7 +557,7 @@ def _fill(stream, tokens):
 def _progress(stream, note, filled):
     total = filled + sum(count for _, count in note["shards"])
     _, _, *counts = stream.batch
-    return Progress(*counts, total, note["shards"])
+    return Encoded(*counts, total, note["shards"])
 
 
 # %% the next shard tags=["exporti"]
