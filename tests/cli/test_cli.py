@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_hub import own_files
+from spelling import own_files
 
 from llmnb.cli import bench as bench_command
 from llmnb.cli import train as train_command
