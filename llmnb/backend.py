@@ -17,7 +17,7 @@ import importlib
 import numpy as np
 
 from llmnb.arena import Arena
-from llmnb.room import check_room
+from llmnb.checks import check_room
 
 
 # what a model asks of a machine

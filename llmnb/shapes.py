@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/1_by_hand/13_memory.py: edit that file.
+# Written by `make export` from notebooks/appendix/09_checks.py: edit that file.
 
 """A line that declares the shapes of a function's arrays, and checks them."""
 
@@ -41,7 +41,7 @@ def check_number(name, value, limit):
 
     limit: one of LIMITS; NaN is in none.
 
-    Derived in chapter 1.13.
+    Derived in chapter A.9.
     """
     if not isinstance(value, (int, float, np.number)):
         kind = type(value).__name__
@@ -60,7 +60,7 @@ def _factor(word):
 class Argument:
     """What one array of a layer must be; text: as `shapes` reads it.
 
-    Derived in chapter 1.13.
+    Derived in chapter A.9.
     """
 
     def __init__(self, place, layer, name, text):
@@ -109,7 +109,7 @@ class Memory:
     decides this, as a key; share: whether two share memory. floats, ints:
     their dtypes. bounded: whether the range of integers is looked at.
 
-    Derived in chapter 1.13.
+    Derived in chapter A.9.
     """
 
     check: Callable
@@ -123,7 +123,7 @@ class Memory:
 def host_kind(x):
     """All of a NumPy array that decides whether it fits.
 
-    Derived in chapter 1.13.
+    Derived in chapter A.9.
     """
     if isinstance(x, np.ndarray):
         return type(x), x.dtype, x.shape, x.flags.num
@@ -268,7 +268,7 @@ def shapes(spec, memory=HOST, **named):
     memory: where the arrays are. The layer raises TypeError or ValueError,
     which names it and the argument, before it has written anything.
 
-    Derived in chapter 1.13.
+    Derived in chapter A.9.
     """
 
     def decorate(layer):

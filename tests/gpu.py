@@ -12,12 +12,7 @@ import numpy as np
 import pytest
 
 from llmnb.gpu.launch import missing, simulated, to_device, to_host
-from llmnb.gpu.ptx import (
-    _assemble,
-    _number,
-    compile_kernel,
-    no_compiler,
-)
+from llmnb.gpu.ptx import assemble, compile_kernel, no_compiler
 from llmnb.gpu.simulator import watch
 
 PLACES = [simulated] if missing() else [simulated, to_device]
@@ -74,14 +69,7 @@ def compiled(kernel, kinds, cc):
     """
     if cc == GENERATIONS[0]:
         return compile_kernel(kernel, kinds, cc)
-    first = compiled(kernel, kinds, GENERATIONS[0])
-    log = _assemble(first.ptx, cc)
-    return first._replace(
-        registers=_number(r"Used (\d+) registers", log),
-        spilled=_number(r"(\d+) bytes spill stores", log),
-        stack=_number(r"(\d+) bytes stack frame", log),
-        shared=_number(r"(\d+) bytes smem", log),
-    )
+    return assemble(compiled(kernel, kinds, GENERATIONS[0]).ptx, cc)
 
 
 def check_machine_code(seen, stack=0):

@@ -100,7 +100,7 @@ def missing(precision, backend="cpu"):
         return f"not available in the {backend} backend"
     if precision != "bf16":
         return None
-    from llmnb.cpu.tile import has_bf16
+    from llmnb.cpu.bfloat16 import has_bf16
 
     return None if has_bf16() else "not available on this CPU"
 

@@ -48,7 +48,7 @@ from llmnb.model.init import init_params
 from llmnb.timing import cores
 from llmnb.arena import footprint
 from llmnb.model.layout import gpt2_layout
-from llmnb.room import SMALLER, check_room
+from llmnb.checks import SMALLER, check_room
 
 
 # what a race is told

@@ -7,7 +7,7 @@ __all__ = [
 ]
 
 
-# draw who owns what
+# imports of the picture
 from matplotlib.patches import Rectangle
 
 from llmnb.book.diagram import PALETTE

@@ -22,7 +22,8 @@ from llmnb.text.corpus import describe
 from llmnb.text.documents import sources
 from llmnb.text.reader import Tally
 from llmnb.train.terminal import progress
-from llmnb.train.train import DataOptions, TrainConfig, make_encoding
+from llmnb.train.feed import make_encoding
+from llmnb.train.options import DataOptions, TrainConfig
 
 DESCRIPTION = (
     "Write train and val shards and tokenizer.tiktoken, for `llmnb train "

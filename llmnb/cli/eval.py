@@ -29,7 +29,7 @@ from llmnb.text.reader import Tally
 from llmnb.text.shards import pieces_from
 from llmnb.train import choices, evaluation
 from llmnb.train.terminal import progress
-from llmnb.train.train import DataOptions
+from llmnb.train.options import DataOptions
 
 DESCRIPTION = (
     "Perplexity and bits a byte of a text; accuracy on HellaSwag, from "

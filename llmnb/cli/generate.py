@@ -35,7 +35,7 @@ from llmnb.model.generate import (
 from llmnb.model.gpt2 import GPT2
 from llmnb.text.bpe import EOT
 from llmnb.text.tokenizer import encode_text
-from llmnb.train.train import DataOptions
+from llmnb.train.options import DataOptions
 
 DESCRIPTION = (
     "Continue a prompt with the model of a run folder, of a .bin or "

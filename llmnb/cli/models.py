@@ -15,7 +15,7 @@ from pathlib import Path
 from llmnb.formats.checkpoint import read_config, without_padding
 from llmnb.formats.vocabulary import open_encoding, tokenizer_of
 from llmnb.train.newest import newest_run
-from llmnb.train.train import weights_path
+from llmnb.train.folder import weights_path
 
 
 # which model

@@ -25,7 +25,7 @@ import sys
 import warnings
 from dataclasses import field, fields
 
-from llmnb.train.train import ModelOptions, TrainConfig
+from llmnb.train.options import ModelOptions, TrainConfig
 
 
 # one option

@@ -14,6 +14,9 @@ from llmnb.cpu.attention import (
 from llmnb.cpu.backend import (
     Backend,
 )
+from llmnb.cpu.bfloat16 import (
+    has_bf16,
+)
 from llmnb.cpu.compiled import (
     KernelCache,
     cache_folder,
@@ -40,6 +43,7 @@ from llmnb.cpu.gelu import (
 )
 from llmnb.cpu.jit import (
     device,
+    inlined,
     inner,
     kernel,
     routine,
@@ -77,7 +81,6 @@ from llmnb.cpu.tile import (
     ROWS,
     VECTORS,
     cpu_features,
-    has_bf16,
     tile_shape,
 )
 
@@ -113,6 +116,7 @@ __all__ = [
     "gelu_forward",
     "global_norm",
     "has_bf16",
+    "inlined",
     "inner",
     "kernel",
     "layernorm_backward",

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/1_by_hand/05_encoder.py: edit that file.
+# Written by `make export` from notebooks/appendix/04_kernels.py: edit that file.
 
 """Compiled kernels kept on disk, so that a second start is instant."""
 
@@ -31,9 +31,10 @@ def _origin():
     """A hash of the sources, and of the versions of what compiles them."""
     parts = [numba.__version__, llvmlite.__version__, sys.version]
     parts.append(os.environ.get("LLMNB_TILE", ""))  # see chapter 1.7
-    here = Path(__file__)
-    for path in [here, *sorted((here.parent / "cpu").glob("*.py"))]:
-        parts += [path.name, path.read_text("utf-8")]
+    package = Path(__file__).parents[1]
+    for room in ("cpu", "bench"):
+        for path in sorted((package / room).glob("*.py")):
+            parts += [path.name, path.read_text("utf-8")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -52,7 +53,7 @@ def cache_folder():
     of the sources cannot hold a stale kernel. It is this user's, and closed
     to others. `LLMNB_CACHE` moves it. None where no such folder can be had.
 
-    Derived in chapter 1.5.
+    Derived in chapter A.4.
     """
     try:
         home = os.environ.get("LLMNB_CACHE") or Path.home() / ".cache/llmnb"
@@ -87,11 +88,10 @@ def _write(path, data):
 
 # options that change the code
 CHANGING = (
-    *("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "USING_SVML", "ENABLE_AVX"),
-    *("CPU_NAME", "CPU_FEATURES", "BOUNDSCHECK", "NRT_STATS", "DEBUG_NRT"),
-    *("LLVM_REFPRUNE_PASS", "LLVM_REFPRUNE_FLAGS", "ENABLE_PROFILING"),
-    *("DEBUGINFO_DEFAULT", "EXTEND_VARIABLE_LIFETIMES", "JIT_COVERAGE"),
-    *("DEBUG_JIT", "DEBUG_ARRAY_OPT_RUNTIME"),
+    "OPT LOOP_VECTORIZE SLP_VECTORIZE USING_SVML ENABLE_AVX CPU_NAME "
+    "CPU_FEATURES BOUNDSCHECK NRT_STATS DEBUG_NRT LLVM_REFPRUNE_PASS "
+    "LLVM_REFPRUNE_FLAGS ENABLE_PROFILING DEBUGINFO_DEFAULT JIT_COVERAGE "
+    "EXTEND_VARIABLE_LIFETIMES DEBUG_JIT DEBUG_ARRAY_OPT_RUNTIME"
 )
 
 
@@ -102,7 +102,7 @@ class KernelCache(FunctionCache):
     folder: what `cache_folder` gives. numba's own cache would choose the
     place, trust what it finds there, and stop when it cannot write.
 
-    Derived in chapter 1.5.
+    Derived in chapter A.4.
     """
 
     def __init__(self, function, folder):
@@ -111,7 +111,8 @@ class KernelCache(FunctionCache):
         self.enable()
 
     def _path(self, signature, codegen):
-        options = [getattr(numba.config, name, None) for name in CHANGING]
+        names = CHANGING.split()
+        options = [getattr(numba.config, name, None) for name in names]
         key = repr((self._index_key(signature, codegen), options))
         one = self._py_func
         name = f"{one.__module__}.{one.__qualname__}-"

@@ -1,6 +1,6 @@
 # Written by `make export` from notebooks/4_practice/13_cache.py: edit that file.
 
-"""Layers of the decoder: packed weights, and attention over kept keys."""
+"""Layers for writing: packed weights, and attention over kept keys."""
 
 __all__ = [
     "cache_attention",
@@ -27,16 +27,16 @@ from llmnb.cpu.panels import DEPTH, pack, scratch
 from llmnb.cpu.tile import (
     COLS,
     I32,
-    I64,
     LANES,
     ROWS,
     VECTORS,
-    _constant,
-    _data,
-    _load,
-    _multiply_add,
-    _spread,
-    _store,
+    constant,
+    data,
+    load,
+    multiply_add,
+    spread,
+    store,
+    sum_loop,
 )
 from llmnb.shapes import COMPILED, shapes
 
@@ -44,43 +44,33 @@ from llmnb.shapes import COMPILED, shapes
 # the loop over the sum
 def _sums(builder, inp, panel, line, depth, rows):
     """The sums of some rows over a panel, as vectors, row by row."""
-    before = builder.block
-    loop = builder.append_basic_block("step")
-    after = builder.append_basic_block("done")
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    zero = _constant(panel.type.pointee, [0.0] * LANES)
-    entry = [depth.type(0), panel, *inp] + [zero] * (rows * VECTORS)
-    phis = [builder.phi(value.type) for value in entry]
-    k, panel, *rest = phis
-    inp, sums = rest[:rows], rest[rows:]
-    weights = [
-        _load(builder, builder.gep(panel, [I32(v * LANES)]), LANES)
-        for v in range(VECTORS)
-    ]
-    steps = [builder.add(k, k.type(1)), builder.gep(panel, [line])]
-    steps += [builder.gep(row, [I32(1)]) for row in inp]
-    for row in inp:
-        x = _spread(builder, builder.load(row))
-        for y in weights:
-            place = len(steps) - 2 - rows
-            steps.append(_multiply_add(builder, x, y, sums[place]))
-    for phi, first, then in zip(phis, entry, steps, strict=True):
-        phi.add_incoming(first, before)
-        phi.add_incoming(then, loop)
-    again = builder.icmp_signed("<", steps[0], depth)
-    builder.cbranch(again, loop, after)
-    builder.position_at_end(after)
-    return steps[2 + rows :]
+
+    def turn(pointers, sums):
+        panel, *inp = pointers
+        weights = [
+            load(builder, builder.gep(panel, [I32(v * LANES)]), LANES)
+            for v in range(VECTORS)
+        ]
+        new = []
+        for row in inp:
+            x = spread(builder, builder.load(row))
+            for y in weights:
+                new.append(multiply_add(builder, x, y, sums[len(new)]))
+        return new
+
+    zero = constant(panel.type.pointee, [0.0] * LANES)
+    pointers, steps = [panel, *inp], [line] + [I32(1)] * rows
+    zeros = [zero] * (rows * VECTORS)
+    return sum_loop(builder, depth, pointers, steps, zeros, turn)
 
 
 # some rows by a panel
 def _rows_by_panel(rows):
     @intrinsic
     def multiply(typing, out, o, start, s, bias, b, inp, x, panel, p, depth):
-        two = types.UniTuple(I64, 2)
+        n, two = types.int64, types.UniTuple(types.int64, 2)
         signature = types.void(
-            out, two, start, two, bias, I64, inp, two, panel, two, I64
+            out, two, start, two, bias, n, inp, two, panel, two, n
         )
 
         def codegen(context, builder, signature, args):
@@ -89,7 +79,7 @@ def _rows_by_panel(rows):
             def places(i, vectors):
                 at, step = cgutils.unpack_tuple(builder, args[i + 1])
                 base = builder.gep(
-                    _data(context, builder, kinds[i], args[i]), [at]
+                    data(context, builder, kinds[i], args[i]), [at]
                 )
                 for r in range(rows):
                     down = builder.mul(step, step.type(r))
@@ -97,23 +87,23 @@ def _rows_by_panel(rows):
                         place = builder.add(down, step.type(v * LANES))
                         yield builder.gep(base, [place])
 
-            panel = _data(context, builder, kinds[8], args[8])
+            panel = data(context, builder, kinds[8], args[8])
             p, line = cgutils.unpack_tuple(builder, args[9])
             inputs = [*places(6, 1)]
             found = _sums(
                 builder, inputs, builder.gep(panel, [p]), line, args[10], rows
             )
             bias = builder.gep(
-                _data(context, builder, kinds[4], args[4]), [args[5]]
+                data(context, builder, kinds[4], args[4]), [args[5]]
             )
             shift = [
-                _load(builder, builder.gep(bias, [I32(v * LANES)]), LANES)
+                load(builder, builder.gep(bias, [I32(v * LANES)]), LANES)
                 for v in range(VECTORS)
             ] * rows
             outs, starts = places(0, VECTORS), places(2, VECTORS)
             for q, f, z, y in zip(outs, starts, found, shift, strict=True):
-                z = builder.fadd(builder.fadd(z, y), _load(builder, f, LANES))
-                _store(builder, z, q)
+                z = builder.fadd(builder.fadd(z, y), load(builder, f, LANES))
+                store(builder, z, q)
             return context.get_dummy_value()
 
         return signature, codegen

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/1_by_hand/05_encoder.py: edit that file.
+# Written by `make export` from notebooks/2_cpu/01_compile.py: edit that file.
 
 """The encoder, compiled for the processor's cores."""
 
@@ -41,12 +41,12 @@ def encoder_forward(out, inp, wte, wpe):
     out   (B, T, C)      float32 or float64, overwritten
     inp   (B, T)         int32, each in [0, Vp)
     wte   (Vp, C)        as out, the table of tokens
-    wpe   (max_T, C)     as out, the table of positions; T <= max_T
+    wpe   (T_max, C)     as out, the table of positions; T <= T_max
 
     Raises TypeError or ValueError where an array does not fit, a token is
-    out of range or T exceeds max_T.
+    out of range or T exceeds T_max.
 
-    Derived in chapter 1.5.
+    Derived in chapter 2.1.
     """
     rows = out.reshape(inp.size, out.shape[2])
     _encoder_forward(rows, inp.reshape(-1), wte, wpe, inp.shape[1])
@@ -58,14 +58,14 @@ def encoder_backward(dwte, dwpe, dout, inp):
     """Add dout's rows to the rows of the tables that they came from.
 
     dwte  (Vp, C)        as dout, added to; rows of absent tokens stay
-    dwpe  (max_T, C)     as dout, added to; rows from T on stay
+    dwpe  (T_max, C)     as dout, added to; rows from T on stay
     dout  (B, T, C)      float32 or float64
     inp   (B, T)         int32, as in the forward pass
 
     Raises as `encoder_forward` does. One thread adds all rows in the order
     of the text.
 
-    Derived in chapter 1.5.
+    Derived in chapter 2.1.
     """
     rows = dout.reshape(inp.size, dout.shape[2])
     _encoder_backward(dwte, dwpe, rows, inp.reshape(-1), inp.shape[1])

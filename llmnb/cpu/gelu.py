@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/1_by_hand/09_gelu.py: edit that file.
+# Written by `make export` from notebooks/2_cpu/02_rows.py: edit that file.
 
 """GELU, compiled for the processor's cores."""
 
@@ -75,7 +75,7 @@ def gelu_forward(out, inp):
     C-contiguous; out is overwritten. Raises TypeError or ValueError before
     it computes anything.
 
-    Derived in chapter 1.9.
+    Derived in chapter 2.2.
     """
     _gelu_forward(out.reshape(-1), inp.reshape(-1))
 
@@ -90,7 +90,7 @@ def gelu_backward(dinp, dout, inp, add=True):
     overwritten, and it may be dout itself.
     Raises TypeError or ValueError before it computes anything.
 
-    Derived in chapter 1.9.
+    Derived in chapter 2.2.
     """
     dx, dy, x = dinp.reshape(-1), dout.reshape(-1), inp.reshape(-1)
     if add:

@@ -1,9 +1,10 @@
-# Written by `make export` from notebooks/1_by_hand/05_encoder.py: edit that file.
+# Written by `make export` from notebooks/appendix/04_kernels.py: edit that file.
 
 """Compile a function for the processor, alone or for a team of threads."""
 
 __all__ = [
     "device",
+    "inlined",
     "inner",
     "kernel",
     "routine",
@@ -12,19 +13,25 @@ __all__ = [
 ]
 
 
-# imports of the decorator
+# imports of the decorators
 import contextlib
+import functools
 import os
+import threading
 
 import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
 from numba.core.ccallback import CFunc
 from numba.core.sigutils import normalize_signature
-from numba.extending import register_jitable
+from numba.extending import intrinsic, register_jitable
 
 from llmnb.cpu.compiled import KernelCache, cache_folder
 
 
-# compile, with or without a cache
+# a compiled function and its cache
 FASTMATH = {"reassoc", "contract", "nnan", "ninf", "nsz"}
 OPTIONS = {"fastmath": FASTMATH, "error_model": "numpy"}
 
@@ -43,71 +50,45 @@ def _kept(compiled, function):
     return compiled
 
 
-def _compile(function, **options):
-    return _kept(numba.njit(**options, **OPTIONS)(function), function)
-
-
-# the decorator of all kernels
-def kernel(function, parallel=True):
-    """Compile a function with numba: parallel, fastmath, cached on disk.
+# the decorators for one thread
+def inner(function):
+    """Compile a function for the thread that calls it, cached on disk.
 
     `fastmath` lets LLVM reorder sums into vectors and assumes that no NaN or
     infinity occurs; division stays exact. `error_model="numpy"` drops the
     test for division by zero, which would keep loops from being vectorised.
     A function defined in a notebook is compiled anew each time. Sets
-    GOMP_SPINCOUNT, unless it is set, so that idle threads soon sleep. What
-    must also run in a forked process is a `team`.
+    GOMP_SPINCOUNT, unless it is set, so that idle threads soon sleep.
 
-    Derived in chapter 1.5.
+    Derived in chapter A.4.
     """
-    return _compile(function, parallel=parallel, no_cfunc_wrapper=True)
+    options = {"forceinline": True, "no_cfunc_wrapper": True, **OPTIONS}
+    return _kept(numba.njit(**options)(function), function)
 
 
-# the decorators for one thread
-def inner(function):
-    """Compile a function for the thread that calls it; see `kernel`.
-
-    For what kernels call in their loops, and for work too small to share.
-
-    Derived in chapter 1.5.
-    """
-    return _compile(function, forceinline=True, no_cfunc_wrapper=True)
-
-
-def device(function):
-    """Let kernels call a function, which is compiled along with them.
+def inlined(function):
+    """Let kernels call a function, which becomes a part of each.
 
     Quicker to compile than `inner`, and not a compiled function for Python:
     a call from there runs it as it is written.
 
-    Derived in chapter 1.5.
+    Derived in chapter A.4.
     """
     return register_jitable(forceinline=True, **OPTIONS)(function)
 
 
 def routine(function, signature, parallel=False):
-    """Compile a function for C, with the same options.
+    """Compile a function for C, with the options and the cache of `inner`.
 
     signature: of numba's types. Returns numba's CFunc, whose address is
     good as long as it is kept.
 
-    Derived in chapter 1.5.
+    Derived in chapter A.4.
     """
     options = {"parallel": parallel, **OPTIONS}
     made = CFunc(function, normalize_signature(signature), {}, options)
     _kept(made, function).compile()
     return made
-
-
-# imports of the team
-import functools
-import threading
-
-import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 
 # arguments by address
@@ -197,7 +178,7 @@ def _door():
 _one_caller = _door()
 
 
-# the decorator for teams
+# one routine for each list of types
 def _kind(x):
     if isinstance(x, np.ndarray):
         return x.dtype, x.ndim, x.flags.c_contiguous
@@ -209,17 +190,24 @@ def _type(x):
     return kind.copy(readonly=False) if isinstance(x, np.ndarray) else kind
 
 
+def _routine_for(function, args):
+    every = types.BaseTuple.from_types([_type(x) for x in args])
+    address = types.CPointer(every)
+    return routine(function, types.void(types.int64, types.int64, address))
+
+
+# the decorator for teams
 def team(function):
     """Compile a function that all threads run, each for its share.
 
     function: takes part, parts and address. It gets its arguments by
     `arguments(address)` and does part number `part` of `parts` of the work;
     `share` says which. What is returned here is called from Python with the
-    arguments. Options and cache are those of `kernel`.
+    arguments. Options and cache are those of `inner`.
 
-    Derived in chapter 1.5.
+    Derived in chapter A.4.
     """
-    made, places = {}, {}
+    made = {}
 
     @functools.wraps(function)
     def call(*args):
@@ -227,23 +215,32 @@ def team(function):
         parts = 1 if _orphaned else numba.get_num_threads()
         with _one_caller:
             if kinds not in made:
-                every = types.BaseTuple.from_types([_type(x) for x in args])
-                address = types.CPointer(every)
-                signature = types.void(types.int64, types.int64, address)
-                made[kinds] = routine(function, signature)
-                places[kinds] = _loop().address, made[kinds].address
-            _begin(*places[kinds], parts, *args)
+                made[kinds] = _routine_for(function, args)
+            _begin(_loop().address, made[kinds].address, parts, *args)
 
     call.routines = made
     return call
 
 
-@device
+@inlined
 def share(size, part, parts):
     """The slice of range(size) that is part number `part` of `parts`.
 
     For functions that `team` compiles.
 
-    Derived in chapter 1.5.
+    Derived in chapter A.4.
     """
     return slice(part * size // parts, (part + 1) * size // parts)
+
+
+# old names
+device = inlined
+
+
+def kernel(function):
+    """Compile a function with `prange`; the old name of numba's own.
+
+    Derived in chapter A.4.
+    """
+    made = numba.njit(parallel=True, no_cfunc_wrapper=True, **OPTIONS)
+    return made(function)

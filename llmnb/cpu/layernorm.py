@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/1_by_hand/06_layernorm.py: edit that file.
+# Written by `make export` from notebooks/2_cpu/02_rows.py: edit that file.
 
 """LayerNorm, compiled for the processor's cores."""
 
@@ -53,7 +53,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     All float32 or all float64 and C-contiguous; out, mean and rstd are
     overwritten. Raises TypeError or ValueError before it computes anything.
 
-    Derived in chapter 1.6.
+    Derived in chapter 2.2.
     """
     C = inp.shape[-1]
     rows = [a.reshape(-1, C) for a in (out, inp)]
@@ -97,7 +97,7 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
     C-contiguous; the first three are added to in place. Raises TypeError or
     ValueError before it computes anything.
 
-    Derived in chapter 1.6.
+    Derived in chapter 2.2.
     """
     C = inp.shape[-1]
     dx, dy, x = (a.reshape(-1, C) for a in (dinp, dout, inp))

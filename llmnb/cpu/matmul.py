@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/1_by_hand/07_matmul.py: edit that file.
+# Written by `make export` from notebooks/2_cpu/04_matmul.py: edit that file.
 
 """The linear layer, compiled for the processor's cores."""
 
@@ -13,12 +13,14 @@ import numba
 import numpy as np
 
 from llmnb.cpu.jit import arguments, device, team
+from llmnb.cpu.microkernel import Place, moved
 from llmnb.cpu.panels import (
     DEPTH,
     HEIGHT,
     SPARE,
     WIDTH,
     WORK,
+    Routines,
     check_bf16,
     multiply_panels,
     pack,
@@ -30,43 +32,42 @@ from llmnb.shapes import shapes
 
 # a strip
 @device
-def _multiply_strip(out, start, bias, a, b, strip, steps, code, panels, spare):
-    i0, i1, j0, j1, depth = strip
-    out_row, row, col, bias_col, a_row, a_col, b_row, b_col = steps
-    zeros, right = ROWS * COLS, HEIGHT * DEPTH
+def _multiply_strip(x, strip, where, steps, depth, code, panels, spare):
+    """x: out, start, bias, a and b; strip: top, bottom, left and right.
+
+    steps: from row to row and from column to column, of a and then of b.
+    """
+    out, start, bias, a, b = x
+    top, bottom, left, right = strip
+    a_row, a_col, b_row, b_col = steps
+    zeros, second = ROWS * COLS, HEIGHT * DEPTH  # second: the panels of b
     spare[zeros : zeros + COLS] = 0
-    start, bias = start if col else spare, bias if bias_col else spare
-    for j in range(j0, j1, WIDTH):
-        cols = min(WIDTH, j1 - j)
+    start = start if where.col else spare
+    bias = bias if where.bias_col else spare
+    for j in range(left, right, WIDTH):
+        cols = min(WIDTH, right - j)
         for k in range(0, depth, DEPTH):
-            n = min(DEPTH, depth - k)
-            p = j * b_col + k * b_row
-            pack(code[1], panels, right, b, p, b_col, b_row, cols, n)
-            for i in range(i0, i1, HEIGHT):
-                rows = min(HEIGHT, i1 - i)
-                p = i * a_row + k * a_col
-                pack(code[0], panels, 0, a, p, a_row, a_col, rows, n)
-                o = i * out_row + j
-                at = o, out_row, o, out_row, 1, zeros, 0
-                first, shift = out, spare  # go on from the sums so far
-                if k == 0:
-                    s = i * row + j * col if col else zeros
-                    c = j if bias_col else zeros
-                    at = o, out_row, s, row, col, c, bias_col
-                    first, shift = start, bias
-                sizes = rows, cols, n
+            n, p = min(DEPTH, depth - k), j * b_col + k * b_row
+            pack(code.pack_cols, panels, second, b, p, b_col, b_row, cols, n)
+            for i in range(top, bottom, HEIGHT):
+                rows, p = min(HEIGHT, bottom - i), i * a_row + k * a_col
+                pack(code.pack_rows, panels, 0, a, p, a_row, a_col, rows, n)
+                at, first, shift = moved(where, i, j), start, bias
+                if k > 0:
+                    o, line = at.out, at.out_row
+                    at = Place(o, line, o, line, 1, zeros, 0)
+                    first, shift = out, spare
                 multiply_panels(
-                    *(code[2], out, at, first, shift),
-                    *(panels, 0, right, sizes, spare),
-                )
+                    code.multiply, out, at, first, shift,
+                    panels, 0, second, (rows, cols, n), spare,
+                )  # fmt: skip
 
 
 # the kernel of all three products
 @team
 def _multiply(part, parts, address):
-    out, start, bias, a, b, sizes, steps, code, panels, work = arguments(
-        address
-    )
+    given = arguments(address)
+    x, (sizes, where, steps, code, panels, work) = given[:5], given[5:]
     rows, cols, depth = sizes
     down, across = rows, cols
     if rows > cols:
@@ -76,11 +77,11 @@ def _multiply(part, parts, address):
     i = part * down if down < rows else 0
     j = part * across if across < cols else 0
     if part == 0 or i + j > 0:
-        strip = i, min(rows, i + down), j, min(cols, j + across), depth
+        strip = i, min(rows, i + down), j, min(cols, j + across)
         _multiply_strip(
-            *(out, start, bias, a, b, strip, steps),
-            *(code, panels[part], work[part, SPARE:]),
-        )
+            x, strip, Place(*where), steps, depth, Routines(*code),
+            panels[part], work[part, SPARE:],
+        )  # fmt: skip
 
 
 # any product
@@ -93,12 +94,17 @@ def _flat(x):
 def _product(out, a, b, start=None, bias=None, work=None, bf16=False):
     """out = start + bias + a @ b for matrices; the first two may be None."""
     made = scratch(work, bf16, out.dtype)
-    sizes = *out.shape, a.shape[1]
-    (a, *a_steps), (b, *b_steps), (out, out_row, _) = map(_flat, (a, b, out))
-    start, *start_steps = (out, 0, 0) if start is None else _flat(start)
-    steps = out_row, *start_steps, int(bias is not None), *a_steps, *b_steps
-    bias = out if bias is None else bias
-    _multiply(out, start, bias, a, b, sizes, steps, *made)
+    sizes, zeros = (*out.shape, a.shape[1]), ROWS * COLS
+    (a, *a_steps), (b, *b_steps), (out, line, _) = map(_flat, (a, b, out))
+    starts, shifts = (zeros, 0, 0), (zeros, 0)
+    if start is not None:
+        start, *steps = _flat(start)
+        starts = 0, *steps
+    if bias is not None:
+        shifts = 0, 1
+    start, bias = (out if y is None else y for y in (start, bias))
+    where, steps = (0, line, *starts, *shifts), (*a_steps, *b_steps)
+    _multiply(out, start, bias, a, b, sizes, where, steps, *made)
 
 
 # add up the columns
@@ -133,7 +139,7 @@ def matmul_forward(
     bf16: round inp and weight to bfloat16, for float32 only. Raises
     TypeError or ValueError before it computes anything.
 
-    Derived in chapter 1.7.
+    Derived in chapter 2.4.
     """
     check_bf16("matmul_forward", bf16, inp.dtype)
     OC, C = weight.shape
@@ -146,17 +152,9 @@ def matmul_forward(
 # the linear layer, backward
 @shapes("B T C!, OC C!, OC!?, B T OC, B T C, OC C", work=WORK)
 def matmul_backward(
-    dinp,
-    dweight,
-    dbias,
-    dout,
-    inp,
-    weight,
-    add_dinp=True,
-    add_dweight=True,
-    work=None,
-    bf16=False,
-):
+    dinp, dweight, dbias, dout, inp, weight,
+    add_dinp=True, add_dweight=True, work=None, bf16=False,
+):  # fmt: skip
     """Add the linear layer's gradients to dinp, dweight and dbias.
 
     dinp, inp: (B, T, C). dout: (B, T, OC). dweight, weight: (OC, C).
@@ -166,7 +164,7 @@ def matmul_backward(
     matmul_forward. Raises TypeError or ValueError before it computes
     anything.
 
-    Derived in chapter 1.7.
+    Derived in chapter 2.4.
     """
     check_bf16("matmul_backward", bf16, inp.dtype)
     rows, drows, dinp = (x.reshape(-1, x.shape[2]) for x in (inp, dout, dinp))

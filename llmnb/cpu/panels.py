@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/1_by_hand/07_matmul.py: edit that file.
+# Written by `make export` from notebooks/appendix/03_panels.py: edit that file.
 
 """Matrices packed in panels, and their products tile by tile."""
 
@@ -16,6 +16,7 @@ __all__ = [
 
 # imports of the panels
 import functools
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -25,59 +26,81 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from llmnb.cpu.jit import device, routine
-from llmnb.cpu.tile import (
-    COLS,
-    LANES,
-    ROWS,
+from llmnb.cpu.microkernel import (
+    Place,
+    moved,
     multiply_tile,
     pack_across,
     pack_along,
     pack_one,
     steps_per_line,
 )
+from llmnb.cpu.tile import COLS, LANES, ROWS
+
+
+# a block
+class Block(NamedTuple):
+    """A part of a matrix: where it begins, its two steps, and its size.
+
+    row: from row to row; col: along the sum, of `depth` numbers.
+    """
+
+    at: int
+    row: int
+    col: int
+    rows: int
+    depth: int
+
+
+@device
+def _number(source, block, i, k):
+    """A number of a block, 0 beyond its end."""
+    if i < block.rows and k < block.depth:
+        return source[block.at + i * block.row + k * block.col]
+    return source.dtype.type(0)
 
 
 # pack what is left over
 @device
-def _pack_rest(panels, to, source, at, row, col, rows, depth, first, width):
+def _pack_rest(panels, to, source, block, first, width):
+    """Pack from step `first` on, and all of a panel that is not full."""
     per = steps_per_line(panels)
-    lines = (depth + per - 1) // per
-    for r in range(0, rows, width):
-        for k in range(first if r + width <= rows else 0, depth, per):
+    lines = (block.depth + per - 1) // per
+    for r in range(0, block.rows, width):
+        for k in range(
+            first if r + width <= block.rows else 0, block.depth, per
+        ):
+            place = to + r * lines + k // per * width
             for i in range(width):
-                low = high = source.dtype.type(0)
-                if r + i < rows:
-                    low = source[at + (r + i) * row + k * col]
-                    if per == 2 and k + 1 < depth:
-                        high = source[at + (r + i) * row + (k + 1) * col]
-                pack_one(
-                    panels, to + r * lines + k // per * width + i, low, high
-                )
+                low = high = _number(source, block, r + i, k)
+                if per == 2:
+                    high = _number(source, block, r + i, k + 1)
+                pack_one(panels, place + i, low, high)
 
 
 # pack a block
 def _packing(width):
     @device
-    def pack(panels, to, source, at, row, col, rows, depth):
+    def pack(panels, to, source, block):
         per = steps_per_line(panels)
-        lines = (depth + per - 1) // per
-        whole, body = rows - rows % width, depth - depth % LANES
-        if col == 1:
+        lines = (block.depth + per - 1) // per
+        whole = block.rows - block.rows % width
+        body = block.depth - block.depth % LANES
+        if block.col == 1:
             for r in range(0, whole, width):
                 for k in range(0, body, LANES):
                     p = to + r * lines + k // per * width
-                    q = at + r * row + k
-                    pack_across(panels, p, source, q, row, width)
-        elif row == 1:
+                    q = block.at + r * block.row + k
+                    pack_across(panels, p, source, q, block.row, width)
+        elif block.row == 1:
             for k in range(0, body, LANES):
                 for r in range(0, whole, width):
                     p = to + r * lines + k // per * width
-                    q = at + r + k * col
-                    pack_along(panels, p, source, q, col, width)
+                    q = block.at + r + k * block.col
+                    pack_along(panels, p, source, q, block.col, width)
         else:
             body = 0
-        args = source, at, row, col, rows, depth
-        _pack_rest(panels, to, *args, body, width)
+        _pack_rest(panels, to, source, block, body, width)
 
     return pack
 
@@ -87,40 +110,38 @@ _pack_rows, _pack_cols = _packing(ROWS), _packing(COLS)
 
 # a tile at the edge
 @device
-def _edge_tile(out, at, start, bias, panels, a, b, lines, spare, rows, cols):
+def _edge_tile(x, at, a, b, lines, rows, cols):
+    """A tile of which only some rows and columns exist."""
+    out, start, bias, panels, spare = x
     shift = (ROWS + 1) * COLS
     for j in range(cols):
-        spare[shift + j] = bias[at[5] + j * at[6]]
+        spare[shift + j] = bias[at.bias + j * at.bias_col]
         for i in range(rows):
-            spare[i * COLS + j] = start[at[2] + i * at[3] + j * at[4]]
-    place = 0, COLS, 0, COLS, 1, shift, 1
+            first = moved(at, i, j).start
+            spare[i * COLS + j] = start[first]
+    place = Place(0, COLS, 0, COLS, 1, shift, 1)
     multiply_tile(spare, place, spare, spare, panels, a, b, lines)
     for i in range(rows):
         for j in range(cols):
-            out[at[0] + i * at[1] + j] = spare[i * COLS + j]
+            out[moved(at, i, j).out] = spare[i * COLS + j]
 
 
 # all tiles of a block
 @device
-def _multiply_panels(out, at, start, bias, panels, a, b, sizes, spare):
-    rows, cols, depth = sizes
-    o, out_row, s, row, col, c, bias_col = at
+def _all_tiles(x, at, a, b, sizes):
+    """x: the flat arrays out, start, bias, panels and spare."""
+    out, start, bias, panels, _ = x
+    rows, cols, steps = sizes
     per = steps_per_line(panels)
-    lines = (depth + per - 1) // per
+    lines = (steps + per - 1) // per
     for j in range(0, cols, COLS):
         for i in range(0, rows, ROWS):
-            place = (
-                *(o + i * out_row + j, out_row),
-                *(s + i * row + j * col, row, col),
-                *(c + j * bias_col, bias_col),
-            )
-            p, q = a + i * lines, b + j * lines
-            m, n = min(ROWS, rows - i), min(COLS, cols - j)
-            if m == ROWS and n == COLS:
-                multiply_tile(out, place, start, bias, panels, p, q, lines)
+            here, p, q = moved(at, i, j), a + i * lines, b + j * lines
+            if i + ROWS <= rows and j + COLS <= cols:
+                multiply_tile(out, here, start, bias, panels, p, q, lines)
             else:
-                tile = spare, m, n
-                _edge_tile(out, place, start, bias, panels, p, q, lines, *tile)
+                m, n = min(ROWS, rows - i), min(COLS, cols - j)
+                _edge_tile(x, here, p, q, lines, m, n)
 
 
 # three routines
@@ -129,59 +150,49 @@ ALL = 1 << 60  # the length of an array that is only an address
 
 def _rows_routine(panels, to, source, at, row, col, rows, depth):
     panels, source = carray(panels, ALL), carray(source, ALL)
-    _pack_rows(panels, to, source, at, row, col, rows, depth)
+    _pack_rows(panels, to, source, Block(at, row, col, rows, depth))
 
 
 def _cols_routine(panels, to, source, at, row, col, rows, depth):
     panels, source = carray(panels, ALL), carray(source, ALL)
-    _pack_cols(panels, to, source, at, row, col, rows, depth)
+    _pack_cols(panels, to, source, Block(at, row, col, rows, depth))
 
 
-def _multiply_routine(
-    out,
-    o,
-    out_row,
-    s,
-    row,
-    col,
-    c,
-    bias_col,
-    start,
-    bias,
-    panels,
-    a,
-    b,
-    rows,
-    cols,
-    depth,
-    spare,
-):
-    at, sizes = (o, out_row, s, row, col, c, bias_col), (rows, cols, depth)
-    out, start, bias, panels, spare = (
+def _tiles_routine(out, at, start, bias, panels, a, b, sizes, spare):
+    x = (
         carray(out, ALL),
         carray(start, ALL),
         carray(bias, ALL),
         carray(panels, ALL),
         carray(spare, ALL),
     )
-    _multiply_panels(out, at, start, bias, panels, a, b, sizes, spare)
+    _all_tiles(x, Place(*at), a, b, sizes)
 
 
 # their addresses
+class Routines(NamedTuple):
+    """The addresses of what packs rows, packs columns, and multiplies."""
+
+    pack_rows: int
+    pack_cols: int
+    multiply: int
+
+
 _compiled = []  # an address is good as long as its routine is kept
 
 
 @functools.cache
-def _addresses(panel, number):
-    """The addresses of the three routines for two dtypes of NumPy."""
+def _routines(panel, number):
+    """The Routines for two dtypes of NumPy, as a plain tuple."""
     kinds = (types.CPointer(numba.from_dtype(d)) for d in (panel, number))
     p, x, n = *kinds, types.int64
-    pack = types.void(p, n, x, *[n] * 5)
-    multiply = types.void(x, *[n] * 7, x, x, p, *[n] * 5, x)
+    pack = types.void(p, n, x, n, n, n, n, n)
+    at, sizes = types.UniTuple(n, 7), types.UniTuple(n, 3)
+    multiply = types.void(x, at, x, x, p, n, n, sizes, x)
     made = (
         routine(_rows_routine, pack),
         routine(_cols_routine, pack),
-        routine(_multiply_routine, multiply),
+        routine(_tiles_routine, multiply),
     )
     _compiled.extend(made)
     return tuple(one.address for one in made)
@@ -189,17 +200,13 @@ def _addresses(panel, number):
 
 # jump to a routine
 def _jump(context, builder, signature, args):
-    """Call the address args[0] with the other arguments, arrays by address,
-    tuples number by number."""
+    """Call the address args[0] with the other arguments."""
     values = []
     for kind, value in zip(signature.args[1:], args[1:], strict=True):
         if isinstance(kind, types.Array):
             make = cgutils.create_struct_proxy(kind)
-            values.append(make(context, builder, value=value).data)
-        elif isinstance(kind, types.BaseTuple):
-            values += cgutils.unpack_tuple(builder, value)
-        else:
-            values.append(value)
+            value = make(context, builder, value=value).data
+        values.append(value)
     kind = ir.FunctionType(ir.VoidType(), [value.type for value in values])
     function = builder.inttoptr(args[0], kind.as_pointer())
     builder.call(function, values)
@@ -225,16 +232,13 @@ def multiply_panels(
 ):
     """Write a block: out = start + bias + the product of packed panels.
 
-    For kernels. code: the multiplying routine. Arguments as for
-    multiply_tile; sizes: rows, columns and steps of the block. spare: room
-    for a tile, a row of zeros, and one for the bias.
+    For kernels. code: the multiplying routine. at: a Place, or seven
+    integers. a, b: where the panels begin. sizes: rows, columns, steps.
+    spare: room for a tile, a row of zeros, and one for the bias.
     """
-    n, seven, three = (
-        types.int64,
-        *(types.UniTuple(types.int64, k) for k in (7, 3)),
-    )
+    n = types.int64
     return types.void(
-        n, out, seven, start, bias, panels, n, n, three, spare
+        n, out, at, start, bias, panels, n, n, sizes, spare
     ), _jump
 
 
@@ -250,7 +254,7 @@ def work_shape():
 
     A row for each thread that numba may use, of 1.4 MB in float32.
 
-    Derived in chapter 1.7.
+    Derived in chapter A.3.
     """
     return numba.config.NUMBA_NUM_THREADS, SPARE + (ROWS + 2) * COLS
 
@@ -262,22 +266,21 @@ WORK = "{} {}!?".format(*work_shape())  # as `shapes` reads it
 def check_bf16(name, bf16, dtype):
     """Raise TypeError where products in dtype cannot be rounded.
 
-    Derived in chapter 1.7.
+    Derived in chapter A.3.
     """
     if bf16 and dtype != np.float32:
         raise TypeError(f"{name}: bf16 wants float32 arrays, got {dtype}")
 
 
 def scratch(work, bf16, dtype):
-    """What kernels need: three addresses, panels and work.
+    """What kernels need: Routines as a plain tuple, panels and work.
 
-    The addresses are those of the routines that pack rows, pack columns
-    and multiply; they are compiled when they are not in the cache. work is
+    The routines are compiled when they are not in the cache. work is
     allocated if it is None. panels is the same memory, for bf16 as uint32.
 
-    Derived in chapter 1.7.
+    Derived in chapter A.3.
     """
     if work is None:
         work = np.empty(work_shape(), dtype)
     panels = work.view(np.uint32) if bf16 else work
-    return _addresses(panels.dtype, work.dtype), panels, work
+    return _routines(panels.dtype, work.dtype), panels, work

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/1_by_hand/10_residual.py: edit that file.
+# Written by `make export` from notebooks/2_cpu/02_rows.py: edit that file.
 
 """The residual sum, compiled for the processor's cores."""
 
@@ -43,7 +43,7 @@ def residual_forward(out, inp1, inp2):
 
     Raises TypeError or ValueError where shapes or dtypes differ.
 
-    Derived in chapter 1.10.
+    Derived in chapter 2.2.
     """
     _residual_forward(out.reshape(-1), inp1.reshape(-1), inp2.reshape(-1))
 
@@ -59,6 +59,6 @@ def residual_backward(dinp1, dinp2, dout):
     Raises TypeError or ValueError where shapes or dtypes differ, ValueError
     where two of the arrays share memory.
 
-    Derived in chapter 1.10.
+    Derived in chapter 2.2.
     """
     _residual_backward(dinp1.reshape(-1), dinp2.reshape(-1), dout.reshape(-1))

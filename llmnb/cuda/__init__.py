@@ -35,31 +35,23 @@ from llmnb.cuda.cublas import (
     no_cublas,
 )
 from llmnb.cuda.elementwise import (
-    by_element,
-    by_four,
+    BLOCK,
+    elementwise,
 )
 from llmnb.cuda.encoder import (
-    ENCODER_BACKWARD,
-    ENCODER_FORWARD,
     encoder_backward,
     encoder_forward,
 )
 from llmnb.cuda.gelu import (
-    GELU_BACKWARD,
-    GELU_FORWARD,
     gelu_backward,
     gelu_forward,
 )
 from llmnb.cuda.layernorm import (
-    LAYERNORM_BACKWARD,
-    LAYERNORM_FORWARD,
     layernorm_backward,
     layernorm_forward,
     layernorm_scratch,
 )
 from llmnb.cuda.matmul import (
-    MATMUL_BACKWARD,
-    MATMUL_FORWARD,
     matmul_backward,
     matmul_forward,
     matmul_scratch,
@@ -76,10 +68,6 @@ from llmnb.cuda.model import (
     zeros,
 )
 from llmnb.cuda.residual import (
-    FUSED_RESIDUAL_FORWARD,
-    RESIDUAL_BACKWARD,
-    RESIDUAL_FORWARD,
-    fused_residual_forward,
     residual_backward,
     residual_forward,
 )
@@ -109,6 +97,7 @@ from llmnb.gpu.launch import (
 )
 from llmnb.gpu.ptx import (
     Compiled,
+    assemble,
     compile_kernel,
     no_compiler,
 )
@@ -134,26 +123,16 @@ __all__ = [
     "ALIGN",
     "ATTENTION_BACKWARD",
     "ATTENTION_FORWARD",
+    "BLOCK",
     "Backend",
     "BarrierError",
     "Compiled",
     "DEVICE",
     "DeviceArray",
-    "ENCODER_BACKWARD",
-    "ENCODER_FORWARD",
-    "FUSED_RESIDUAL_FORWARD",
-    "GELU_BACKWARD",
-    "GELU_FORWARD",
     "Graph",
     "Kernel",
-    "LAYERNORM_BACKWARD",
-    "LAYERNORM_FORWARD",
     "LAYERS",
-    "MATMUL_BACKWARD",
-    "MATMUL_FORWARD",
     "Plan",
-    "RESIDUAL_BACKWARD",
-    "RESIDUAL_FORWARD",
     "RaceError",
     "Seen",
     "WIDEST_HEAD",
@@ -163,13 +142,12 @@ __all__ = [
     "adamw_update",
     "address",
     "aligned",
+    "assemble",
     "attention_backward",
     "attention_forward",
     "attention_scratch",
     "block_max",
     "block_sum",
-    "by_element",
-    "by_four",
     "check_device",
     "clip_apply",
     "clip_gradients",
@@ -185,12 +163,12 @@ __all__ = [
     "device_kind",
     "dinp_plan",
     "dweight_plan",
+    "elementwise",
     "empty",
     "encoder_backward",
     "encoder_forward",
     "fill",
     "forward_plan",
-    "fused_residual_forward",
     "gelu_backward",
     "gelu_forward",
     "global_norm",

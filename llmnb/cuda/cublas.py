@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/1_by_hand/07_matmul.py: edit that file.
+# Written by `make export` from notebooks/3_gpu/07_cublas.py: edit that file.
 
 """The linear layer on a GPU, by cuBLASLt."""
 
@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llmnb.cuda.matmul import bias_gradient, check_work, matmul_scratch
 from llmnb.gpu.launch import (
     DEVICE,
     address,
@@ -28,7 +29,6 @@ from llmnb.gpu.launch import (
     missing,
     stream_address,
 )
-from llmnb.cuda.matmul import _bias_gradient, _check_work, matmul_scratch
 from llmnb.shapes import shapes
 
 
@@ -41,7 +41,7 @@ class Plan(NamedTuple):
     column to the next; C has D's. bias: whether a vector of m numbers is
     added to every column.
 
-    Derived in chapter 1.7.
+    Derived in chapter 3.7.
     """
 
     transa: bool
@@ -67,7 +67,7 @@ def forward_plan(rows, C, OC, bias):
 
     rows: of inp (rows, C) and out (rows, OC); weight is (OC, C).
 
-    Derived in chapter 1.7.
+    Derived in chapter 3.7.
     """
     return Plan(True, False, OC, rows, C, C, C, OC, bias)
 
@@ -75,7 +75,7 @@ def forward_plan(rows, C, OC, bias):
 def dinp_plan(rows, C, OC):
     """dinp = dout weight: A is weight, B is dout, D is dinp.
 
-    Derived in chapter 1.7.
+    Derived in chapter 3.7.
     """
     return Plan(False, False, C, rows, OC, C, OC, C)
 
@@ -83,7 +83,7 @@ def dinp_plan(rows, C, OC):
 def dweight_plan(rows, C, OC):
     """dweight = dout^T inp: A is inp, B is dout, D is dweight.
 
-    Derived in chapter 1.7.
+    Derived in chapter 3.7.
     """
     return Plan(False, True, C, OC, rows, C, OC, C)
 
@@ -170,9 +170,9 @@ def _prepared(plan, alignments, size, tf32):
     found = np.zeros(1, lt.matmul_heuristic_result_dtype)
     count = np.zeros(1, np.int32)
     lt.matmul_algo_get_heuristic(
-        *(_library(), product, A, B, D, D, wish, 1),
-        *(found.ctypes.data, count.ctypes.data),
-    )
+        _library(), product, A, B, D, D, wish, 1,
+        found.ctypes.data, count.ctypes.data,
+    )  # fmt: skip
     lt.matmul_preference_destroy(wish)
     if not count[0] or found["state"][0]:
         raise RuntimeError(f"cuBLASLt has no kernel for {plan}")
@@ -190,11 +190,12 @@ def _enqueue(plan, places, beta, work, tf32):
     product, A, B, D, found = kept
     if plan.bias:
         _set("matmul_desc", product, "BIAS_POINTER", places.bias)
+    beta = ONE if beta else NOUGHT
     lt.matmul(
-        *(_library(), product, ONE.ctypes.data, places.a, A, places.b, B),
-        *((ONE if beta else NOUGHT).ctypes.data, places.c, D, places.d, D),
-        *(found.ctypes.data, start, size, stream_address()),
-    )
+        _library(), product, ONE.ctypes.data, places.a, A, places.b, B,
+        beta.ctypes.data, places.c, D, places.d, D,
+        found.ctypes.data, start, size, stream_address(),
+    )  # fmt: skip
 
 
 # can it be had
@@ -202,7 +203,7 @@ def _enqueue(plan, places, beta, work, tf32):
 def no_cublas():
     """Why cuBLASLt cannot multiply here; empty where it can.
 
-    Derived in chapter 1.7.
+    Derived in chapter 3.7.
     """
     if missing():
         return missing()
@@ -218,7 +219,7 @@ def no_cublas():
 def cublas_scratch():
     """How many floats of scratch memory cuBLASLt should be given.
 
-    Derived in chapter 1.7.
+    Derived in chapter 3.7.
     """
     return WORKSPACE
 
@@ -236,10 +237,9 @@ def cublas_forward(
     RuntimeError with `no_cublas()` otherwise, and where the library has no
     kernel for the shape.
 
-    Derived in chapter 1.7.
+    Derived in chapter 3.7.
     """
     rows = _rows("cublas_forward", inp)
-    _check_work("cublas_forward", work, 0)
     OC, C = weight.shape
     work = empty(WORKSPACE, like=inp) if work is None else work
     d = address(out)
@@ -267,15 +267,15 @@ def cublas_backward(
     """The linear layer's gradients by cuBLASLt; as cuda.matmul_backward.
 
     work, tf32, what is raised: as for `cublas_forward`. dbias is summed by
-    this chapter's own kernel, in a fixed order; with it, work must also hold
+    llmnb's own kernel, in a fixed order; with it, work must also hold
     matmul_scratch(B * T, OC) elements.
 
-    Derived in chapter 1.7.
+    Derived in chapter 3.7.
     """
     rows = _rows("cublas_backward", inp)
     OC, C = weight.shape
     sums = 0 if dbias is None else matmul_scratch(rows, OC)
-    _check_work("cublas_backward", work, sums)
+    check_work("cublas_backward", work, sums)
     if work is None:
         work = empty(max(WORKSPACE, sums), like=inp)
     x, w, dy = address(inp), address(weight), address(dout)
@@ -285,5 +285,4 @@ def cublas_backward(
     places = _Places(x, dy, dw, dw, 0)
     _enqueue(dweight_plan(rows, C, OC), places, add_dweight, work, tf32)
     if dbias is not None:
-        flat = dout.reshape(-1)
-        _bias_gradient(dbias, flat, rows, add_dweight, work)
+        bias_gradient(dbias, dout, add_dweight, work)

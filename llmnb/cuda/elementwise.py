@@ -1,51 +1,99 @@
-# Written by `make export` from notebooks/1_by_hand/09_gelu.py: edit that file.
+# Written by `make export` from notebooks/3_gpu/05_elementwise.py: edit that file.
 
-"""Kernels in which a thread owns one number, or four."""
+"""Kernels of layers that compute each number by itself."""
 
 __all__ = [
-    "by_element",
-    "by_four",
+    "BLOCK",
+    "elementwise",
 ]
 
 
-# imports of the launches
-from llmnb.gpu.launch import aligned
+# imports of the factory
+from llmnb.gpu.launch import aligned, device, kernel
+from llmnb.gpu.simulator import cuda, load4, store4
+
+BLOCK = 256  # threads of a block
 
 
-# threads of a block
-BLOCK = 256
+# one result, or four
+@device
+def _write(out, i, add, value):
+    if add:
+        value += out[i]
+    out[i] = value
 
 
-def _launch(kernel, threads, arrays, numbers):
-    if threads:
-        blocks = (threads + BLOCK - 1) // BLOCK
-        kernel[blocks, BLOCK](*arrays, *numbers)
+@device
+def _write_fours(out, i, add, a, b, c, d):
+    if add:
+        e, f, g, h = load4(out, i)
+        a, b, c, d = e + a, f + b, g + c, h + d
+    store4(out, i, a, b, c, d)
 
 
-# launches
-def by_element(elements, arrays, *numbers):
-    """Launch a kernel with a thread for each element of a flat array.
+# kernels around a function
+def _of_one(function):
+    @kernel
+    def one_each(out, inp, add):
+        i = cuda.grid(1)
+        if i < out.size:
+            _write(out, i, add, function(inp[i]))
 
-    elements: the kernel. arrays: its arguments that are arrays, the first
-    one decides; numbers: the other arguments. An empty array launches
-    nothing.
+    @kernel
+    def four_each(out, inp, add):
+        i, fours = cuda.grid(1), out.size // 4
+        if i < fours:
+            a, b, c, d = load4(inp, 4 * i)
+            a, b, c, d = function(a), function(b), function(c), function(d)
+            _write_fours(out, 4 * i, add, a, b, c, d)
+        elif 3 * fours + i < out.size:
+            _write(out, 3 * fours + i, add, function(inp[3 * fours + i]))
 
-    Derived in chapter 1.9.
+    return one_each, four_each
+
+
+def _of_two(function):
+    @kernel
+    def one_each(out, x, y, add):
+        i = cuda.grid(1)
+        if i < out.size:
+            _write(out, i, add, function(x[i], y[i]))
+
+    @kernel
+    def four_each(out, x, y, add):
+        i, fours = cuda.grid(1), out.size // 4
+        if i < fours:
+            a, b, c, d = load4(x, 4 * i)
+            e, f, g, h = load4(y, 4 * i)
+            a, b = function(a, e), function(b, f)
+            c, d = function(c, g), function(d, h)
+            _write_fours(out, 4 * i, add, a, b, c, d)
+        elif 3 * fours + i < out.size:
+            i += 3 * fours
+            _write(out, i, add, function(x[i], y[i]))
+
+    return one_each, four_each
+
+
+# the factory
+def elementwise(function, reads):
+    """A function that computes `function` for all elements of device arrays.
+
+    function: of `reads` float32 numbers, 1 or 2, marked with `device`.
+    Returns run(out, *arrays, add=0): out and arrays are flat and of one
+    size, out is overwritten, or added to where add is 1.
+
+    Derived in chapter 3.5.
     """
-    _launch(elements, arrays[0].size, arrays, numbers)
+    one_each, four_each = (_of_one if reads == 1 else _of_two)(function)
 
+    def run(out, *arrays, add=0):
+        n = out.size
+        threads, chosen = n, one_each
+        if aligned(out, *arrays):
+            threads, chosen = n // 4 + n % 4, four_each
+        if n:
+            chosen[-(-threads // BLOCK), BLOCK](out, *arrays, add)
 
-def by_four(fours, elements, arrays, *numbers):
-    """Launch a kernel with a thread for each four elements of a flat array.
-
-    fours: the kernel; its last threads, up to three, own the elements that
-    are left over. elements: what is launched by element where an array does
-    not begin at a multiple of 16 bytes. Otherwise as `by_element`.
-
-    Derived in chapter 1.9.
-    """
-    if aligned(*arrays):
-        threads = arrays[0].size // 4 + arrays[0].size % 4
-        _launch(fours, threads, arrays, numbers)
-    else:
-        by_element(elements, arrays, *numbers)
+    run.kernels = one_each, four_each
+    return run

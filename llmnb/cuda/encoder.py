@@ -1,10 +1,8 @@
-# Written by `make export` from notebooks/3_gpu/01_threads.py: edit that file.
+# Written by `make export` from notebooks/3_gpu/03_encoder.py: edit that file.
 
 """The encoder on a GPU, forward and backward."""
 
 __all__ = [
-    "ENCODER_BACKWARD",
-    "ENCODER_FORWARD",
     "encoder_backward",
     "encoder_forward",
 ]
@@ -13,7 +11,7 @@ __all__ = [
 # imports of the encoder
 import numpy as np
 
-from llmnb.gpu.launch import DEVICE, aligned, device, kernel, numbered
+from llmnb.gpu.launch import DEVICE, aligned, device, kernel
 from llmnb.gpu.simulator import cuda, load4, store4
 from llmnb.shapes import shapes
 
@@ -22,23 +20,14 @@ from llmnb.shapes import shapes
 THREADS = 128  # in a block
 
 
-def _blocks(n):
-    return -(-n // THREADS)
-
-
 # forward, a thread an element
 @kernel
-def _forward_by_one(out, inp, wte, wpe, T):
+def forward_by_one(out, inp, wte, wpe, T):
     i = cuda.grid(1)
     rows, C = out.shape
     if i < rows * C:
         n, c = i // C, i % C
         out[n, c] = wte[inp[n], c] + wpe[n % T, c]
-
-
-def _thread_an_element(out, inp, wte, wpe, T):
-    grid = _blocks(out.size)
-    _forward_by_one[grid, THREADS](out, inp, wte, wpe, T)
 
 
 # forward, a thread four channels
@@ -53,59 +42,34 @@ def _forward_by_four(out, inp, wte, wpe, T):
         store4(out, i, x + p, y + q, z + r, w + s)
 
 
-def _thread_four_channels(out, inp, wte, wpe, T):
-    if out.shape[1] % 4 or not aligned(out, wte, wpe):
-        _thread_an_element(out, inp, wte, wpe, T)
-        return
-    grid = _blocks(out.size // 4)
-    _forward_by_four[grid, THREADS](out, inp, wte, wpe, T)
-
-
 # the encoder, forward
-ENCODER_FORWARD = (_thread_an_element, _thread_four_channels)
-
-
 @shapes("B T C!, B T of Vp, Vp C, T+ C", DEVICE)
-def encoder_forward(out, inp, wte, wpe, version=2):
+def encoder_forward(out, inp, wte, wpe):
     """Sum the vector of each token and the vector of its position.
 
     out   (B, T, C)      float32, overwritten
     inp   (B, T)         int32, each in [0, Vp): the caller sees to that
     wte   (Vp, C)        float32, the table of tokens
-    wpe   (max_T, C)     float32, the table of positions; T <= max_T
+    wpe   (T_max, C)     float32, the table of positions; T <= T_max
 
-    All on a device. version: 1 has a thread for each element, 2 for four
-    channels; that needs C % 4 == 0 and arrays that begin at multiples of 16
-    bytes, and runs as 1 for others. Raises TypeError or ValueError where an
-    array does not fit.
+    All on a device. A thread has four channels; where C % 4 or an array
+    that begins elsewhere than at 16 bytes forbids it, one. Raises TypeError
+    or ValueError where an array does not fit.
 
-    Derived in chapter 3.1.
+    Derived in chapter 3.3.
     """
-    run = numbered(ENCODER_FORWARD, version, "encoder_forward")
     B, T, C = out.shape
-    run(out.reshape(B * T, C), inp.reshape(B * T), wte, wpe, T)
-
-
-# backward, atomics
-@kernel
-def _backward_atomic(dwte, dwpe, dout, inp, T):
-    i = cuda.grid(1)
-    rows, C = dout.shape
-    if i < rows * C:
-        n, c = i // C, i % C
-        dy = dout[n, c]
-        cuda.atomic.add(dwte, (inp[n], c), dy)
-        cuda.atomic.add(dwpe, (n % T, c), dy)
-
-
-def _atomics(dwte, dwpe, dout, inp, T):
-    grid = _blocks(dout.size)
-    _backward_atomic[grid, THREADS](dwte, dwpe, dout, inp, T)
+    run, each = forward_by_one, 1
+    if C % 4 == 0 and aligned(out, wte, wpe):
+        run, each = _forward_by_four, 4
+    rows, places = out.reshape(B * T, C), inp.reshape(B * T)
+    grid = -(-out.size // (each * THREADS))
+    run[grid, THREADS](rows, places, wte, wpe, T)
 
 
 # the first place of a token
 @kernel
-def _tokens_by_one(dwte, dout, inp):
+def tokens_by_one(dwte, dout, inp):
     n, c = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
     rows, C = dout.shape
     token = inp[n]
@@ -122,7 +86,7 @@ def _tokens_by_one(dwte, dout, inp):
 
 # the rows of a position
 @kernel
-def _positions_by_one(dwpe, dout, T):
+def positions_by_one(dwpe, dout, T):
     i = cuda.grid(1)
     rows, C = dout.shape
     if i < T * C:
@@ -131,12 +95,6 @@ def _positions_by_one(dwpe, dout, T):
         for n in range(t, rows, T):
             total += dout[n, c]
         dwpe[t, c] = total
-
-
-def _block_a_place(dwte, dwpe, dout, inp, T):
-    rows, C = dout.shape
-    _tokens_by_one[(rows, _blocks(C)), THREADS](dwte, dout, inp)
-    _positions_by_one[_blocks(T * C), THREADS](dwpe, dout, T)
 
 
 # a vote on 32 places
@@ -189,37 +147,27 @@ def _positions_by_four(dwpe, dout, T):
         store4(dwpe, i, x, y, z, w)
 
 
-def _warp_votes(dwte, dwpe, dout, inp, T):
-    rows, C = dout.shape
-    if C % 4 or not aligned(dwte, dwpe, dout):
-        _block_a_place(dwte, dwpe, dout, inp, T)
-        return
-    _tokens_by_four[(rows, _blocks(C // 4)), THREADS](dwte, dout, inp)
-    _positions_by_four[_blocks(T * C // 4), THREADS](dwpe, dout, T)
-
-
 # the encoder, backward
-ENCODER_BACKWARD = (_atomics, _block_a_place, _warp_votes)
-
-
 @shapes("Vp C!, T+ C!, B T C, B T of Vp", DEVICE)
-def encoder_backward(dwte, dwpe, dout, inp, version=3):
+def encoder_backward(dwte, dwpe, dout, inp):
     """Add dout's rows to the rows of the tables that they came from.
 
     dwte  (Vp, C)        float32, added to; rows of absent tokens stay
-    dwpe  (max_T, C)     float32, added to; rows from T on stay
+    dwpe  (T_max, C)     float32, added to; rows from T on stay
     dout  (B, T, C)      float32
     inp   (B, T)         int32, as in the forward pass
 
-    All on a device. version: 1 adds with atomics, in an order that changes
-    from run to run; 2 has a block for each place, of which the first of each
-    token adds all rows in the order of the text; 3 is 2 with four channels a
-    thread and votes of a warp over 32 places, and runs as 2 where C % 4 or
-    an array that begins elsewhere than at 16 bytes forbids it. Raises as
-    `encoder_forward` does.
+    All on a device. A block for each place: the first of each token adds
+    all rows in the order of the text. A thread has four channels, or one,
+    as in `encoder_forward`, which says what is raised.
 
-    Derived in chapter 3.1.
+    Derived in chapter 3.3.
     """
-    run = numbered(ENCODER_BACKWARD, version, "encoder_backward")
     B, T, C = dout.shape
-    run(dwte, dwpe, dout.reshape(B * T, C), inp.reshape(B * T), T)
+    tokens, positions, each = tokens_by_one, positions_by_one, 1
+    if C % 4 == 0 and aligned(dwte, dwpe, dout):
+        tokens, positions, each = _tokens_by_four, _positions_by_four, 4
+    rows, places = dout.reshape(B * T, C), inp.reshape(B * T)
+    step = each * THREADS  # channels that one block owns
+    tokens[(B * T, -(-C // step)), THREADS](dwte, rows, places)
+    positions[-(-T * C // step), THREADS](dwpe, rows, T)

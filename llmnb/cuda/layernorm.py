@@ -1,10 +1,8 @@
-# Written by `make export` from notebooks/1_by_hand/06_layernorm.py: edit that file.
+# Written by `make export` from notebooks/3_gpu/04_layernorm.py: edit that file.
 
 """LayerNorm on a GPU, forward and backward."""
 
 __all__ = [
-    "LAYERNORM_BACKWARD",
-    "LAYERNORM_FORWARD",
     "layernorm_backward",
     "layernorm_forward",
     "layernorm_scratch",
@@ -23,7 +21,6 @@ from llmnb.gpu.launch import (
     device,
     empty,
     kernel,
-    numbered,
 )
 from llmnb.gpu.simulator import cuda, load4, store4
 from llmnb.gpu.warp import warp_sum
@@ -37,33 +34,6 @@ LANES = 32  # threads of a warp
 
 def _blocks(n, size):
     return -(-n // size)
-
-
-# a thread a row, the kernel
-@kernel(launch_bounds=128)
-def _forward_thread(out, mean, rstd, inp, weight, bias):
-    n = cuda.grid(1)
-    rows, C = inp.shape
-    if n >= rows:
-        return
-    size, total, squares = np.float32(C), np.float32(0), np.float32(0)
-    for i in range(C):
-        total += inp[n, i]
-    mu = total / size
-    for i in range(C):
-        away = inp[n, i] - mu
-        squares += away * away
-    r = np.float32(1) / math.sqrt(squares / size + EPS32)
-    for i in range(C):
-        out[n, i] = (inp[n, i] - mu) * r * weight[i] + bias[i]
-    mean[n] = mu
-    rstd[n] = r
-
-
-# a thread a row, the launch
-def _thread_a_row(out, mean, rstd, inp, weight, bias):
-    grid = _blocks(len(inp), 128)
-    _forward_thread[grid, 128](out, mean, rstd, inp, weight, bias)
 
 
 # a warp a row, the kernel
@@ -112,40 +82,6 @@ def _write_four(out, at, weight, bias, i, mu, r, a, b, c, d):
     store4(out, at, a, b, c, d)
 
 
-# vectors of four, the kernel
-@kernel(launch_bounds=256)
-def _forward_vector(out, mean, rstd, inp, weight, bias):
-    n, lane = cuda.grid(1) // 32, cuda.threadIdx.x % 32
-    rows, C = inp.shape
-    if n >= rows:
-        return
-    size, total, squares = np.float32(C), np.float32(0), np.float32(0)
-    for i in range(4 * lane, C, 128):
-        a, b, c, d = load4(inp, n * C + i)
-        total += (a + b) + (c + d)
-    mu = warp_sum(total) / size
-    for i in range(4 * lane, C, 128):
-        a, b, c, d = load4(inp, n * C + i)
-        squares += _deviations(mu, a, b, c, d)
-    r = np.float32(1) / math.sqrt(warp_sum(squares) / size + EPS32)
-    for i in range(4 * lane, C, 128):
-        a, b, c, d = load4(inp, n * C + i)
-        _write_four(out, n * C + i, weight, bias, i, mu, r, a, b, c, d)
-    if lane == 0:
-        mean[n] = mu
-        rstd[n] = r
-
-
-# vectors of four, the launch
-def _vector_a_row(out, mean, rstd, inp, weight, bias):
-    rows, C = inp.shape
-    if C % 4 or not aligned(out, inp, weight, bias):
-        _warp_a_row(out, mean, rstd, inp, weight, bias)
-        return
-    grid = _blocks(rows, 256 // LANES)
-    _forward_vector[grid, 256](out, mean, rstd, inp, weight, bias)
-
-
 # kept rows, the kernel
 KEPT_ROWS = 4  # rows, and warps, of a block
 MOST_KEPT = 3072  # channels: four such rows fill 48 KB
@@ -189,7 +125,7 @@ def _kept_a_row(out, mean, rstd, inp, weight, bias):
     rows, C = inp.shape
     fours = C % 4 == 0 and aligned(out, inp, weight, bias)
     if not fours or C > MOST_KEPT:
-        _vector_a_row(out, mean, rstd, inp, weight, bias)
+        _warp_a_row(out, mean, rstd, inp, weight, bias)
         return
     grid, block = _blocks(rows, KEPT_ROWS), KEPT_ROWS * LANES
     forward = _forward_kept(_blocks(C, 256) * 256)
@@ -197,30 +133,23 @@ def _kept_a_row(out, mean, rstd, inp, weight, bias):
 
 
 # layernorm, forward
-# from a thread a row to rows kept in shared memory; see chapter 1.6
-LAYERNORM_FORWARD = _thread_a_row, _warp_a_row, _vector_a_row, _kept_a_row
-
-
 @shapes("B T C!, B T!, B T!, B T C, C, C", DEVICE)
-def layernorm_forward(out, mean, rstd, inp, weight, bias, version=4):
+def layernorm_forward(out, mean, rstd, inp, weight, bias):
     """Normalise each row of inp, then scale and shift each channel.
 
     out, inp: (B, T, C). mean, rstd: (B, T), the mean and the reciprocal
     deviation of each row, saved for the backward pass. weight, bias: (C,).
     All float32 on a device and C-contiguous; out, mean and rstd are
-    overwritten. version: a rung of the chapter's ladder, 1 to 4. Version 3
-    needs C % 4 == 0 and arrays that begin at multiples of 16 bytes, version
-    4 also C <= 3072; where that does not hold, a lower one runs. Raises
-    TypeError or ValueError before it computes anything.
+    overwritten. Fastest where C % 4 == 0, C <= 3072 and the arrays begin
+    at multiples of 16 bytes. Raises TypeError or ValueError before it
+    computes anything.
 
-    Derived in chapter 1.6.
+    Derived in chapter 3.4.
     """
-    name = "layernorm_forward"
-    forward = numbered(LAYERNORM_FORWARD, version, name)
     rows, C = mean.size, len(weight)
     flat = mean.reshape(rows), rstd.reshape(rows)
     rows_in, rows_out = inp.reshape(rows, C), out.reshape(rows, C)
-    forward(rows_out, *flat, rows_in, weight, bias)
+    _kept_a_row(rows_out, *flat, rows_in, weight, bias)
 
 
 # the sums of a row
@@ -236,30 +165,6 @@ def _two_means(n, lane, dout, inp, weight, mu, r):
     return warp_sum(a) / size, warp_sum(b) / size
 
 
-# backward with atomics, the kernel
-@kernel(launch_bounds=256)
-def _backward_atomic(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
-    n, lane = cuda.grid(1) // 32, cuda.threadIdx.x % 32
-    rows, C = inp.shape
-    if n >= rows:
-        return
-    mu, r = mean[n], rstd[n]
-    a, b = _two_means(n, lane, dout, inp, weight, mu, r)
-    for i in range(lane, C, 32):
-        norm, dy = (inp[n, i] - mu) * r, dout[n, i]
-        dinp[n, i] += r * (dy * weight[i] - a - norm * b)
-        cuda.atomic.add(dweight, i, dy * norm)
-        cuda.atomic.add(dbias, i, dy)
-
-
-# backward with atomics, the launch
-def _atomic_sums(dinp, dweight, dbias, dout, inp, weight, mean, rstd, table):
-    grid = _blocks(len(inp), 256 // LANES)
-    _backward_atomic[grid, 256](
-        dinp, dweight, dbias, dout, inp, weight, mean, rstd
-    )
-
-
 # room for sums on their way
 def _parts(rows):
     """Into how many parts the rows are cut for dweight and dbias."""
@@ -272,7 +177,7 @@ def layernorm_scratch(rows, C):
     rows: B * T, cut into at most 512 parts; there are two sums for each
     part and channel.
 
-    Derived in chapter 1.6.
+    Derived in chapter 3.4.
     """
     return _parts(rows) * 2 * C
 
@@ -460,10 +365,6 @@ def _check_work(name, work, floats, inp):
 
 
 # layernorm, backward
-# from atomics to a block a row, each row read once; see chapter 1.6
-LAYERNORM_BACKWARD = _atomic_sums, _sums_of_parts, _rows_once
-
-
 @shapes("B T C!, C!, C!, B T C, B T C, C, B T, B T, W!?", DEVICE)
 def layernorm_backward(
     dinp,
@@ -475,7 +376,6 @@ def layernorm_backward(
     mean,
     rstd,
     work=None,
-    version=3,
 ):
     """Add LayerNorm's gradients to dinp, dweight and dbias.
 
@@ -483,19 +383,15 @@ def layernorm_backward(
     (B, T), as the forward pass left them. work: at least
     layernorm_scratch(B * T, C) floats in one dimension, whose contents are
     lost; allocated if None. All float32 on a device and C-contiguous; the
-    first three are added to in place. version: a rung of the chapter's
-    ladder, 1 to 3. Version 3 needs C % 4 == 0, C <= 2048 and arrays that
-    begin at multiples of 16 bytes; where that does not hold, version 2
-    runs. The result of version 1 depends on the order in which threads
-    happen to run, in the last bits; that of the others does not. Raises
-    TypeError or ValueError before it computes anything.
+    first three are added to in place. Fastest where C % 4 == 0, C <= 2048
+    and the arrays begin at multiples of 16 bytes. Raises TypeError or
+    ValueError before it computes anything.
 
-    Derived in chapter 1.6.
+    Derived in chapter 3.4.
     """
     name = "layernorm_backward"
-    backward = numbered(LAYERNORM_BACKWARD, version, name)
     rows, C = mean.size, len(weight)
     work = _check_work(name, work, layernorm_scratch(rows, C), inp)
     dx, dy, x = (a.reshape(rows, C) for a in (dinp, dout, inp))
     flat = mean.reshape(rows), rstd.reshape(rows)
-    backward(dx, dweight, dbias, dy, x, weight, *flat, work)
+    _rows_once(dx, dweight, dbias, dy, x, weight, *flat, work)

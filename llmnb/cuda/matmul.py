@@ -1,10 +1,8 @@
-# Written by `make export` from notebooks/1_by_hand/07_matmul.py: edit that file.
+# Written by `make export` from notebooks/3_gpu/06_matmul.py: edit that file.
 
 """The linear layer on a GPU, by our own kernels."""
 
 __all__ = [
-    "MATMUL_BACKWARD",
-    "MATMUL_FORWARD",
     "matmul_backward",
     "matmul_forward",
     "matmul_scratch",
@@ -13,75 +11,62 @@ __all__ = [
 
 # imports of the GPU's products
 import functools
+from typing import NamedTuple
 
 import numpy as np
 
-from llmnb.gpu.launch import (
-    DEVICE,
-    aligned,
-    device,
-    empty,
-    kernel,
-    numbered,
-)
+from llmnb.gpu.launch import DEVICE, aligned, device, empty, kernel
 from llmnb.gpu.simulator import cuda, load4, store4
 from llmnb.shapes import shapes
 
 
-# nothing
+# a product
+class Product(NamedTuple):
+    """out = start + bias + the sum over k of a and b, of flat arrays.
+
+    along_a, along_b: whether k runs along the rows in memory. sizes: rows and
+    columns of out, and steps of the sum. start and bias may be None.
+    """
+
+    out: object
+    a: object
+    b: object
+    sizes: tuple
+    along_a: bool
+    along_b: bool
+    start: object = None
+    bias: object = None
+
+
+# start a product
 ZERO = np.float32(0)
 
 
 @device
-def _write(out, start, at, value, add):
+def write(out, start, at, value, add):
     """out[at] = value, plus what start holds there if `add`."""
     if add:
         value += start[at]
     out[at] = value
 
 
-def _named(function, name, along_a, along_b, threads):
+def named(function, name, along_a, along_b, threads):
     """A kernel, with a name that a profiler can show."""
     layout = ("n" if along_a else "t") + ("t" if along_b else "n")
     function.__name__ = f"matmul_{layout}_{name}"
     return kernel(function, launch_bounds=threads)
 
 
-# start a product
-def _start(made, tile, threads, out, start, bias, a, b, sizes):
+def launch(made, tile, threads, p):
     """Launch a kernel with a block for each tile of out, (down, across)."""
-    rows, cols, steps = sizes
+    rows, cols, steps = p.sizes
     grid = -(-cols // tile[1]), -(-rows // tile[0])
-    add, shift = int(start is not None), int(bias is not None)
-    start = out if start is None else start  # not read then
-    bias = out if bias is None else bias
+    add, shift = int(p.start is not None), int(p.bias is not None)
+    start = p.start if add else p.out  # not read then
+    bias = p.bias if shift else p.out
     made[grid, threads](
-        *(out, start, bias, a, b, rows, cols, steps, add, shift)
+        p.out, start, bias, p.a, p.b, rows, cols, steps, add, shift
     )
-
-
-# version 1
-@functools.cache
-def _simple_kernel(along_a, along_b):
-    def multiply(out, start, bias, a, b, rows, cols, steps, add, shift):
-        j, i = cuda.grid(2)
-        if i >= rows or j >= cols:
-            return
-        a_at, a_step = (i * steps, 1) if along_a else (i, rows)
-        b_at, b_step = (j * steps, 1) if along_b else (j, cols)
-        total = ZERO
-        for k in range(steps):
-            total += a[a_at + k * a_step] * b[b_at + k * b_step]
-        if shift:
-            total += bias[j]
-        _write(out, start, i * cols + j, total, add)
-
-    return _named(multiply, "simple", along_a, along_b, 256)
-
-
-def _thread_an_output(out, start, bias, a, b, sizes, along):
-    made = _simple_kernel(*along)
-    _start(made, (8, 32), (32, 8), out, start, bias, a, b, sizes)
 
 
 # fill a tile
@@ -112,7 +97,8 @@ def _filler(tile, depth, threads, along):
 
 # versions 2 and 3
 @functools.cache
-def _tile_kernel(tile, depth, own, along_a, along_b):
+def tile_kernel(tile, depth, own, along_a, along_b):
+    """A kernel: tiles of tile^2 outputs, own^2 of them for each thread."""
     side, pitch = tile // own, tile + 32 // depth
     room, count = depth * pitch, own * own
     fill_a = _filler(tile, depth, side * side, along_a)
@@ -148,16 +134,10 @@ def _tile_kernel(tile, depth, own, along_a, along_b):
             for j in range(own):
                 c, value = edge + x + j * side, sums[i * own + j] + q[j]
                 if r < rows and c < cols:
-                    _write(out, start, r * cols + c, value, add)
+                    write(out, start, r * cols + c, value, add)
 
     name = f"{tile}_scalars_{count}"
-    return _named(multiply, name, along_a, along_b, side * side)
-
-
-# version 2, launched
-def _square_tiles(out, start, bias, a, b, sizes, along):
-    made = _tile_kernel(16, 16, 1, *along)
-    _start(made, (16, 16), 256, out, start, bias, a, b, sizes)
+    return named(multiply, name, along_a, along_b, side * side)
 
 
 # version 3, launched
@@ -169,10 +149,11 @@ def _tile_size(rows, cols):
     return 128 if tiles >= PROCESSORS else 64
 
 
-def _register_tiles(out, start, bias, a, b, sizes, along):
-    tile = _tile_size(*sizes[:2])
-    made, threads = _tile_kernel(tile, 8, 8, *along), tile * tile // 64
-    _start(made, (tile, tile), threads, out, start, bias, a, b, sizes)
+def register_tiles(p):
+    """A product by 8 by 8 outputs a thread, of any sizes."""
+    tile = _tile_size(*p.sizes[:2])
+    made = tile_kernel(tile, 8, 8, p.along_a, p.along_b)
+    launch(made, (tile, tile), tile * tile // 64, p)
 
 
 # fetch the next tile
@@ -296,20 +277,22 @@ def _vector_kernel(tile, along_a, along_b):
                     at = r * cols + c
                     _write4(out, start, bias, at, c, v, add, shift)
 
-    return _named(multiply, f"{tile}_vectors", along_a, along_b, side * side)
+    return named(multiply, f"{tile}_vectors", along_a, along_b, side * side)
 
 
 # version 4, launched
-def _vectors(out, start, bias, a, b, sizes, along):
-    rows, cols, steps = sizes
-    lines = cols, steps if along[0] else rows, steps if along[1] else cols
-    used = [x for x in (out, start, bias, a, b) if x is not None]
+def vectors(p):
+    """A product by fours, where all rows and arrays begin at fours."""
+    rows, cols, steps = p.sizes
+    lines = (cols, steps if p.along_a else rows, steps if p.along_b else cols)
+    arrays = p.out, p.start, p.bias, p.a, p.b
+    used = [x for x in arrays if x is not None]
     if any(n % 4 for n in lines) or not aligned(*used):
-        _register_tiles(out, start, bias, a, b, sizes, along)
+        register_tiles(p)
         return
     tile = _tile_size(rows, cols)
-    made, threads = _vector_kernel(tile, *along), tile * tile // 64
-    _start(made, (tile, tile), threads, out, start, bias, a, b, sizes)
+    made = _vector_kernel(tile, p.along_a, p.along_b)
+    launch(made, (tile, tile), tile * tile // 64, p)
 
 
 # add up the columns
@@ -332,108 +315,101 @@ def _add_chunks(dbias, work, chunks, cols, add):
     if c < cols:
         for chunk in range(chunks):
             total += work[chunk * cols + c]
-        _write(dbias, dbias, c, total, add)
+        write(dbias, dbias, c, total, add)
 
 
-def _bias_gradient(dbias, dout, rows, add, work):
-    cols, chunks = dbias.size, -(-rows // CHUNK)
-    across = -(-cols // 128)
-    _sum_chunks[(across, chunks), 128](work, dout, rows, cols)
-    _add_chunks[across, 128](dbias, work, chunks, cols, int(add))
-
-
-# the versions and their scratch
-# the products, from the simplest to the best
-MATMUL_FORWARD = (
-    _thread_an_output,
-    _square_tiles,
-    _register_tiles,
-    _vectors,
-)
-MATMUL_BACKWARD = MATMUL_FORWARD
-
-
+# how much scratch memory
 def matmul_scratch(rows, OC):
     """How many floats of scratch memory matmul_backward wants.
 
     rows: B * T.
 
-    Derived in chapter 1.7.
+    Derived in chapter 3.6.
     """
     return -(-rows // CHUNK) * OC
 
 
-# the checks on a GPU
-def _check_work(name, work, floats):
+# the bias's gradient
+def bias_gradient(dbias, dout, add, work=None):
+    """Sum the rows of dout; work: of matmul_scratch, or None."""
+    cols = dbias.size
+    rows = dout.size // cols
+    if work is None:
+        work = empty(matmul_scratch(rows, cols), like=dout)
+    across, chunks = -(-cols // 128), -(-rows // CHUNK)
+    flat = dout.reshape(-1)
+    _sum_chunks[(across, chunks), 128](work, flat, rows, cols)
+    _add_chunks[across, 128](dbias, work, chunks, cols, int(add))
+
+
+# the layer by any version
+def check_work(name, work, floats):
+    """Raise ValueError where the scratch memory is too small."""
     if work is not None and work.size < floats:
         raise ValueError(
             f"{name}: work must hold {floats} floats, got {work.size}"
         )
 
 
+def forward_by(multiply, out, inp, weight, bias, residual=None, work=None):
+    """The layer forward, (1.7.1), by a version of the product."""
+    (B, T, C), OC = inp.shape, len(weight)
+    start = None if residual is None else residual.reshape(-1)
+    y, x, w = (z.reshape(-1) for z in (out, inp, weight))
+    multiply(Product(y, x, w, (B * T, OC, C), True, True, start, bias))
+
+
+def backward_by(
+    multiply, dinp, dweight, dbias, dout, inp, weight,
+    add_dinp=True, add_dweight=True, work=None,
+):  # fmt: skip
+    """The layer backward, (1.7.2) to (1.7.4), by a version of the product."""
+    (B, T, C), OC = inp.shape, len(weight)
+    arrays = dinp, dweight, dout, inp, weight
+    dx, dw, dy, x, w = (z.reshape(-1) for z in arrays)
+    start = dx if add_dinp else None
+    multiply(Product(dx, dy, w, (B * T, C, OC), True, False, start))
+    start = dw if add_dweight else None
+    multiply(Product(dw, dy, x, (OC, C, B * T), False, False, start))
+    if dbias is not None:
+        bias_gradient(dbias, dout, add_dweight, work)
+
+
 # the layer on a GPU, forward
 @shapes("B T OC!, B T C, OC C, OC?, B T OC?~, W!?", DEVICE)
-def matmul_forward(
-    out, inp, weight, bias, residual=None, work=None, version=4
-):
+def matmul_forward(out, inp, weight, bias, residual=None, work=None):
     """out = inp @ weight.T + bias + residual, in one launch.
 
     out, residual: (B, T, OC). inp: (B, T, C). weight: (OC, C). bias: (OC,).
     bias and residual may be None. Device arrays of float32; out is
     overwritten, and may be residual itself. work: not used, there for the
-    sake of one signature. version: 1 to 4, the rungs of the ladder; no
-    result depends on it but by rounding. Raises TypeError or ValueError
-    before it launches anything.
+    sake of one signature. Raises TypeError or ValueError before it launches
+    anything.
 
-    Derived in chapter 1.7.
+    Derived in chapter 3.6.
     """
-    name = "matmul_forward"
-    product = numbered(MATMUL_FORWARD, version, name)
-    (B, T, C), OC = inp.shape, len(weight)
-    start = None if residual is None else residual.reshape(-1)
-    y, x, w = (z.reshape(-1) for z in (out, inp, weight))
-    product(y, start, bias, x, w, (B * T, OC, C), (True, True))
+    forward_by(vectors, out, inp, weight, bias, residual)
 
 
 # the layer on a GPU, backward
 @shapes("B T C!, OC C!, OC!?, B T OC, B T C, OC C", DEVICE, work="W!?")
 def matmul_backward(
-    dinp,
-    dweight,
-    dbias,
-    dout,
-    inp,
-    weight,
-    add_dinp=True,
-    add_dweight=True,
-    work=None,
-    version=4,
-):
+    dinp, dweight, dbias, dout, inp, weight,
+    add_dinp=True, add_dweight=True, work=None,
+):  # fmt: skip
     """Add the linear layer's gradients to dinp, dweight and dbias.
 
     dinp, inp: (B, T, C). dout: (B, T, OC). dweight, weight: (OC, C).
     dbias: (OC,), or None for a layer without bias. Device arrays of
     float32. add_dinp, add_dweight: False overwrites dinp, or dweight and
     dbias, instead of adding. work: scratch of matmul_scratch(B * T, OC)
-    floats or more, or None to allocate it; not used without dbias.
-    version: as in matmul_forward. Raises TypeError or ValueError before it
-    launches anything.
+    floats or more, or None to allocate it; not used without dbias. Raises
+    TypeError or ValueError before it launches anything.
 
-    Derived in chapter 1.7.
+    Derived in chapter 3.6.
     """
-    name = "matmul_backward"
-    product = numbered(MATMUL_BACKWARD, version, name)
-    (B, T, C), OC = inp.shape, len(weight)
-    rows = B * T
-    floats = 0 if dbias is None else matmul_scratch(rows, OC)
-    _check_work(name, work, floats)
-    x, w, dx, dw, dy = (
-        z.reshape(-1) for z in (inp, weight, dinp, dweight, dout)
-    )
-    start, along = dx if add_dinp else None, (True, False)
-    product(dx, start, None, dy, w, (rows, C, OC), along)
-    start, along = dw if add_dweight else None, (False, False)
-    product(dw, start, None, dy, x, (OC, C, rows), along)
-    if dbias is not None:
-        work = empty(floats, like=dout) if work is None else work
-        _bias_gradient(dbias, dy, rows, add_dweight, work)
+    rows, OC = dout.size // dout.shape[-1], len(weight)
+    sums = 0 if dbias is None else matmul_scratch(rows, OC)
+    check_work("matmul_backward", work, sums)
+    arrays = dinp, dweight, dbias, dout, inp, weight
+    backward_by(vectors, *arrays, add_dinp, add_dweight, work)

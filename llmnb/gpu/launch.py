@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/3_gpu/01_threads.py: edit that file.
+# Written by `make export` from notebooks/appendix/06_launch.py: edit that file.
 
 """One way to launch a kernel, on a GPU or in the simulator."""
 
@@ -35,7 +35,14 @@ from contextlib import contextmanager
 import numpy as np
 
 from llmnb.checks import FLOATS, INTS, check_fit
-from llmnb.gpu.simulator import cuda, load4, record, simulate, store4
+from llmnb.gpu.simulator import (
+    cuda,
+    load4,
+    placed,
+    record,
+    simulate,
+    store4,
+)
 from llmnb.shapes import Memory
 
 
@@ -46,7 +53,7 @@ def missing():
 
     LLMNB_CUDA=simulator chooses the simulator even where there is a GPU.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.6.
     """
     if os.environ.get("LLMNB_CUDA") == "simulator":
         return "LLMNB_CUDA asks for the simulator"
@@ -69,7 +76,7 @@ class DeviceArray:
     It answers to what llmnb uses of numba's device arrays, and to no more,
     so that code written for it runs on a GPU. array: C-contiguous.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.6.
     """
 
     def __init__(self, array):
@@ -115,21 +122,15 @@ class DeviceArray:
 def simulated(array):
     """A copy of a NumPy array on the simulated GPU, wherever this runs.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.6.
     """
-    array = np.ascontiguousarray(array)
-    block = np.empty(array.nbytes + ALIGN, np.uint8)
-    skip = -block.ctypes.data % ALIGN
-    there = block[skip : skip + array.nbytes].view(array.dtype)
-    there = there.reshape(array.shape)
-    there[...] = array
-    return DeviceArray(there)
+    return DeviceArray(placed(np.asarray(array), ALIGN))
 
 
 def to_device(array):
     """A copy of a NumPy array on the GPU, or else on the simulated one.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.6.
     """
     if missing():
         return simulated(array)
@@ -143,7 +144,7 @@ def to_host(array):
 
     Waits for the kernels that were launched before.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.6.
     """
     return array.copy_to_host()
 
@@ -155,7 +156,7 @@ def empty(shape, dtype=np.float32, like=None):
     like: a device's array; the new one is where that is. On the simulator
     it is full of NaN, or of a senseless integer.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.6.
     """
     if isinstance(like, DeviceArray) or (like is None and missing()):
         dtype = np.dtype(dtype)
@@ -174,7 +175,7 @@ def check_device(name, array, shape=None, kinds=np.float32, written=False):
     may be written. Raises TypeError (not on a device, wrong dtype) or
     ValueError (wrong shape, not C-contiguous, not aligned).
 
-    Derived in chapter 3.1.
+    Derived in chapter A.6.
     """
     if not hasattr(array, "copy_to_host"):
         kind = type(array).__name__
@@ -191,7 +192,7 @@ def check_device(name, array, shape=None, kinds=np.float32, written=False):
 def address(array):
     """Where the first element of a device's array lies in its memory.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.6.
     """
     if isinstance(array, DeviceArray):
         return array._array.ctypes.data
@@ -201,7 +202,7 @@ def address(array):
 def overlap(a, b):
     """Whether two arrays on devices share memory; both contiguous.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.6.
     """
     i, j = address(a), address(b)
     return i < j + b.nbytes and j < i + a.nbytes
@@ -211,7 +212,7 @@ def overlap(a, b):
 def device_kind(x):
     """All of a device's array that decides whether it fits.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.6.
     """
     if not hasattr(x, "copy_to_host"):
         return type(x)
@@ -226,7 +227,7 @@ DEVICE = Memory(
 def aligned(*arrays):
     """Whether `load4` and `store4` can begin where these arrays begin.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.6.
     """
     return all(address(array) % 16 == 0 for array in arrays)
 
@@ -238,7 +239,7 @@ def numbered(versions, version, name):
     versions: a tuple of functions; name: what a message calls the layer.
     Raises ValueError where there is no such version.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.6.
     """
     if version not in range(1, len(versions) + 1):
         raise ValueError(
@@ -247,29 +248,26 @@ def numbered(versions, version, name):
     return versions[version - 1]
 
 
-# where four numbers begin
-def _vector_place(context, builder, signature, args):
-    """A pointer to four floats from an element on, and their type."""
-    from llvmlite import ir
-
-    data = context.make_array(signature.args[0])
-    first = builder.gep(data(context, builder, args[0]).data, [args[1]])
-    four = ir.VectorType(ir.FloatType(), 4)
-    return builder.bitcast(first, four.as_pointer()), four
-
-
-# load four on a GPU
-def _real_load4():
+# vectors of four on a GPU
+@functools.cache
+def _real_vectors():
+    """`load4` and `store4` as numba's intrinsics."""
     from llvmlite import ir
     from numba.core import types as nb
     from numba.cuda.extending import intrinsic
 
+    four, number = ir.VectorType(ir.FloatType(), 4), ir.IntType(32)
+
+    def place(context, builder, signature, args):
+        array = context.make_array(signature.args[0])
+        data = array(context, builder, args[0]).data
+        return builder.bitcast(builder.gep(data, [args[1]]), four.as_pointer())
+
     @intrinsic
     def load(typing, array, i):
         def generate(context, builder, signature, args):
-            pointer, _ = _vector_place(context, builder, signature, args)
+            pointer = place(context, builder, signature, args)
             vector = builder.load(pointer, align=16)
-            number = ir.IntType(32)
             parts = [
                 builder.extract_element(vector, number(k)) for k in range(4)
             ]
@@ -278,30 +276,20 @@ def _real_load4():
 
         return nb.UniTuple(nb.float32, 4)(array, nb.intp), generate
 
-    return load
-
-
-# store four on a GPU
-def _real_store4():
-    from llvmlite import ir
-    from numba.core import types as nb
-    from numba.cuda.extending import intrinsic
-
     @intrinsic
     def store(typing, array, i, a, b, c, d):
         def generate(context, builder, signature, args):
-            pointer, four = _vector_place(context, builder, signature, args)
-            vector, number = four(ir.Undefined), ir.IntType(32)
+            vector = four(ir.Undefined)
             for k in range(4):
-                part, at = args[2 + k], number(k)
-                vector = builder.insert_element(vector, part, at)
+                vector = builder.insert_element(vector, args[2 + k], number(k))
+            pointer = place(context, builder, signature, args)
             builder.store(vector, pointer, align=16)
             return context.get_dummy_value()
 
         f = nb.float32
         return nb.void(array, nb.intp, f, f, f, f), generate
 
-    return store
+    return load, store
 
 
 # what stands for a name on a GPU
@@ -310,11 +298,8 @@ def _real_names():
     """numba's own objects for the simulator's, by id."""
     from numba import cuda as real
 
-    return {
-        id(cuda): real,
-        id(load4): _real_load4(),
-        id(store4): _real_store4(),
-    }
+    load, store = _real_vectors()
+    return {id(cuda): real, id(load4): load, id(store4): store}
 
 
 # the same function for numba
@@ -371,7 +356,7 @@ class Kernel:
     simulated. A call returns nothing. Raises TypeError for a Python float,
     which would be computed with in float64.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.6.
     """
 
     def __init__(self, function, **options):
@@ -419,7 +404,7 @@ def kernel(function=None, **options):
     will have; `fastmath`, on unless False: a product and a sum become one
     instruction, exp and division are approximate.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.6.
     """
     options = {"fastmath": True} | options
     if function is None:
@@ -430,7 +415,7 @@ def kernel(function=None, **options):
 def device(function):
     """Let kernels call a function; it is compiled along with them.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.6.
     """
     function.on_device = True
     return function
@@ -441,7 +426,7 @@ def device(function):
 def stream(handle):
     """Launch on this stream of numba's what is launched inside.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.6.
     """
     before, _current.stream = _current.stream, handle
     try:
@@ -454,6 +439,6 @@ def stream(handle):
 def stream_address():
     """The current stream as libraries take it; 0 is the default one.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.6.
     """
     return int(getattr(_current.stream, "handle", 0))

@@ -1,9 +1,10 @@
-# Written by `make export` from notebooks/3_gpu/01_threads.py: edit that file.
+# Written by `make export` from notebooks/appendix/06_launch.py: edit that file.
 
 """What the compiler makes of a kernel, without a GPU."""
 
 __all__ = [
     "Compiled",
+    "assemble",
     "compile_kernel",
     "no_compiler",
 ]
@@ -28,7 +29,7 @@ class Compiled(NamedTuple):
     vector_stores: how many instructions compute in double precision, or
     move 16 bytes at once from global or shared memory.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.6.
     """
 
     ptx: str
@@ -45,14 +46,14 @@ class Compiled(NamedTuple):
 def no_compiler():
     """Why kernels cannot be compiled here; empty where they can.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.6.
     """
     if importlib.util.find_spec("numba_cuda") is None:
         return "numba-cuda is not installed: pip install 'llmnb[ptx]'"
     return ""
 
 
-# compile
+# translate and assemble
 def compile_kernel(kernel, kinds, cc=(9, 0)):
     """Compile a Kernel to PTX and on to machine code, with no GPU.
 
@@ -62,34 +63,35 @@ def compile_kernel(kernel, kinds, cc=(9, 0)):
     ModuleNotFoundError without numba-cuda, numba's errors for what it
     cannot compile, and RuntimeError for what the assembler refuses.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.6.
     """
     from numba import cuda as real
     from numba.core import types as nb
 
-    signature = nb.void(
-        *[
-            nb.Array(getattr(nb, name), ndim, "C")
-            if ndim
-            else getattr(nb, name)
-            for name, ndim in kinds
-        ]
-    )
+    scalars = [(getattr(nb, name), ndim) for name, ndim in kinds]
+    signature = nb.void(*[nb.Array(x, n, "C") if n else x for x, n in scalars])
     function = kernel.compiled().py_func
     with _pretend(cc):
         ptx, _ = real.compile_ptx(function, signature, cc=cc, **kernel.options)
-    log = _assemble(ptx, cc)
-    wide = r"(?:ld|st)\.(?:global|shared)\S*\.v4"
-    kinds = re.findall(wide, ptx)
+    return assemble(ptx, cc)
+
+
+def assemble(ptx, cc):
+    """Assemble PTX for a generation of GPU; returns a Compiled.
+
+    Derived in chapter A.6.
+    """
+    log = _link(ptx, cc)
+    wide = re.findall(r"(ld|st)\.(?:global|shared)\S*\.v4", ptx)
     return Compiled(
         ptx,
-        _number(r"Used (\d+) registers", log),
-        _number(r"(\d+) bytes spill stores", log),
-        _number(r"(\d+) bytes stack frame", log),
-        _number(r"(\d+) bytes smem", log),
-        len(re.findall(r"\.f64\b", ptx)),
-        sum(x.startswith("ld") for x in kinds),
-        sum(x.startswith("st") for x in kinds),
+        registers=_number(r"Used (\d+) registers", log),
+        spilled=_number(r"(\d+) bytes spill stores", log),
+        stack=_number(r"(\d+) bytes stack frame", log),
+        shared=_number(r"(\d+) bytes smem", log),
+        float64=len(re.findall(r"\.f64\b", ptx)),
+        vector_loads=wide.count("ld"),
+        vector_stores=wide.count("st"),
     )
 
 
@@ -114,7 +116,7 @@ def _number(pattern, log):
     return max(map(int, re.findall(pattern, log)), default=0)
 
 
-def _assemble(ptx, cc):
+def _link(ptx, cc):
     """Assemble PTX to a cubin; return what the assembler says of it."""
     from cuda.bindings import nvjitlink
 

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/3_gpu/01_threads.py: edit that file.
+# Written by `make export` from notebooks/appendix/05_simulator.py: edit that file.
 
 """A GPU in Python: blocks, warps and threads that find races."""
 
@@ -91,9 +91,9 @@ class _Lane:
 class _Block:
     """A block of threads, all about to run `body`, and their memory."""
 
-    def __init__(self, index, shape, grid, seen, body):
+    def __init__(self, index, shape, grid, body):
         self.index, self.shape, self.grid = index, shape, grid
-        self.seen, self.body, self.shared = seen, body, {}
+        self.body, self.shared = body, {}
         threads = _threads(shape)
         self.warps = [_Warp() for _ in range(-(-len(threads) // WARP))]
         self.lanes = [
@@ -118,11 +118,6 @@ _now = _Now()
 
 def _enter(lane):
     _now.lane, cuda.threadIdx = lane, lane.thread
-
-
-def _enter_block(block):
-    cuda.blockIdx, cuda.blockDim = block.index, block.shape
-    cuda.gridDim = block.grid
 
 
 # a fiber's life
@@ -154,7 +149,8 @@ def _fiber():
 # run a block
 def _run_block(block):
     """Run every lane to its next barrier, in turns, until all are done."""
-    _enter_block(block)
+    cuda.blockIdx, cuda.blockDim = block.index, block.shape
+    cuda.gridDim = block.grid
     try:
         for lane in block.todo:
             _fiber().switch(block, lane)
@@ -178,10 +174,10 @@ def simulate(function, grid, block, args):
     grid, block: blocks in the grid and threads in a block, an int or a
     tuple of up to three. args: NumPy arrays, which the kernel may write,
     and NumPy or Python numbers. Raises ValueError for sizes that a GPU
-    refuses, BarrierError, and whatever the function raises, with the thread
-    that raised it.
+    refuses, BarrierError, RuntimeError for a launch within a kernel, and
+    whatever the function raises, with the thread that raised it.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.5.
     """
     _greenlet()  # or say at once that it is missing
     grid, shape, seen = _three(grid), _three(block), _now.seen
@@ -189,10 +185,11 @@ def simulate(function, grid, block, args):
     if seen is not None:
         args = _watched(function, args, seen)
     body = functools.partial(function, *args)
-    outside = _now.lane
+    if _now.lane is not None:
+        raise RuntimeError("a kernel cannot launch a kernel")
     try:
         for z, y, x in np.ndindex(grid[::-1]):
-            block = _Block(_Three(x, y, z), shape, grid, seen, body)
+            block = _Block(_Three(x, y, z), shape, grid, body)
             _run_block(block)
             if seen is not None:
                 seen.add_block(block)
@@ -203,30 +200,7 @@ def simulate(function, grid, block, args):
         error.add_note(f"in {function.__name__}, {at}")
         raise
     finally:
-        _now.lane = outside
-        if outside is not None:  # a launch within a thread
-            _enter_block(outside.block)
-            _enter(outside)
-
-
-# where am I
-class _Places(threading.local):
-    """What a kernel asks `cuda` about the thread that runs it."""
-
-    # threadIdx, blockIdx, blockDim, gridDim are set when a thread goes on
-    laneid = property(lambda self: _now.lane.number % WARP)
-
-    def grid(self, ndim):
-        at, of, n = self.blockIdx, self.blockDim, self.threadIdx
-        x = at.x * of.x + n.x
-        if ndim == 1:
-            return x
-        return (x, at.y * of.y + n.y, at.z * of.z + n.z)[:ndim]
-
-    def gridsize(self, ndim):
-        pairs = zip(self.gridDim, self.blockDim, strict=True)
-        sizes = tuple(a * b for a, b in pairs)
-        return sizes[0] if ndim == 1 else sizes[:ndim]
+        _now.lane = None
 
 
 # poison
@@ -238,13 +212,10 @@ def _poison(shape, dtype):
     return np.full(shape, bad, dtype)
 
 
-def _placed(array, alignment):
-    """A copy at a multiple of `alignment` bytes, at most 128.
-
-    None: at a multiple of the elements' size and of nothing more.
-    """
-    block = np.empty(array.nbytes + 256, np.uint8)
-    skip = -block.ctypes.data % 128 + (0 if alignment else array.itemsize)
+def placed(array, align, offset=0):
+    """A copy that begins `offset` bytes after a multiple of `align`."""
+    block = np.empty(array.nbytes + align + offset, np.uint8)
+    skip = -block.ctypes.data % align + offset
     there = block[skip : skip + array.nbytes].view(array.dtype)
     there = there.reshape(array.shape)
     there[...] = array
@@ -278,12 +249,13 @@ class _Shared:
         place = _instruction(frame.f_code, frame.f_lasti)
         key = place, shape, dtype  # a factory's functions share their code
         if key not in block.shared:
-            memory = _placed(_poison(shape, dtype), alignment)
+            memory = _poison(shape, dtype)
+            memory = placed(memory, 128, 0 if alignment else memory.itemsize)
             block.bytes += memory.nbytes
             if block.bytes > SHARED:
                 raise MemoryError(f"a block has {SHARED} bytes to share")
-            if block.seen is not None:
-                log = _Log(memory.itemsize) if block.seen.races else None
+            if _now.seen is not None:
+                log = _Log(memory.itemsize) if _now.seen.races else None
                 memory = _Watched(memory, "shared", log, shared=True)
             block.shared[key] = memory
         return block.shared[key]
@@ -318,7 +290,7 @@ def _wait(group, size, orders=True):
 class BarrierError(RuntimeError):
     """Some threads wait at a barrier that others never reach.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.5.
     """
 
 
@@ -331,31 +303,6 @@ def _stuck(block):
         f"{len(block.lanes)} threads wait for the block, {warps} for their "
         f"warp, {block.ended} have ended"
     )
-
-
-# atomics
-class _Atomic:
-    """cuda.atomic: read, change and write with nobody in between."""
-
-    def add(self, array, index, value):
-        if isinstance(array, _Watched):
-            _now.seen.atomics += 1
-            array.note(array.place(index), array.itemsize, ATOMIC)
-            array = array.array
-        old = array[index]
-        array[index] = old + value
-        return old
-
-
-# wait for the block
-class _Barriers(_Places):
-    shared, local, atomic = _Shared(), _Local(), _Atomic()
-
-    def syncthreads(self):
-        if _now.seen is not None:
-            _now.seen.barriers += 1
-        block = _now.lane.block
-        _wait(block, len(block.lanes))
 
 
 # exchange in a warp
@@ -382,9 +329,44 @@ def _exchange(kind, mask, value, orders=False):
     return warp.shown, place
 
 
-# exchange with the warp
-class _Cuda(_Barriers):
+# atomics
+class _Atomic:
+    """cuda.atomic: read, change and write with nobody in between."""
+
+    def add(self, array, index, value):
+        if isinstance(array, _Watched):
+            _now.seen.atomics += 1
+            _note(array, array.place(index), array.itemsize, ATOMIC)
+            array = array.array
+        old = array[index]
+        array[index] = old + value
+        return old
+
+
+# what kernels ask
+class _Cuda(threading.local):
     """What kernels know as `cuda`, answered for the lane that runs."""
+
+    shared, local, atomic = _Shared(), _Local(), _Atomic()
+    laneid = property(lambda self: _now.lane.number % WARP)
+
+    def grid(self, ndim):
+        at, of, n = self.blockIdx, self.blockDim, self.threadIdx
+        x = at.x * of.x + n.x
+        if ndim == 1:
+            return x
+        return (x, at.y * of.y + n.y, at.z * of.z + n.z)[:ndim]
+
+    def gridsize(self, ndim):
+        pairs = zip(self.gridDim, self.blockDim, strict=True)
+        sizes = tuple(a * b for a, b in pairs)
+        return sizes[0] if ndim == 1 else sizes[:ndim]
+
+    def syncthreads(self):
+        if _now.seen is not None:
+            _now.seen.barriers += 1
+        block = _now.lane.block
+        _wait(block, len(block.lanes))
 
     def syncwarp(self, mask=FULL):
         _exchange("syncwarp", mask, None, orders=True)
@@ -395,14 +377,6 @@ class _Cuda(_Barriers):
     def shfl_xor_sync(self, mask, value, bits):
         values, lane = _exchange("shfl_xor", mask, value)
         return values[lane ^ bits]
-
-    def shfl_down_sync(self, mask, value, delta):
-        values, lane = _exchange("shfl_down", mask, value)
-        return values[lane + delta] if lane + delta < WARP else value
-
-    def shfl_up_sync(self, mask, value, delta):
-        values, lane = _exchange("shfl_up", mask, value)
-        return values[lane - delta] if lane >= delta else value
 
     def ballot_sync(self, mask, predicate):
         values, _ = _exchange("ballot", mask, bool(predicate))
@@ -443,13 +417,9 @@ class _Log:
 def _keep(kept, now):
     """The newest access and one other, the one that most could clash with."""
     lane = now[0]
-    for before in reversed(kept):
-        if before[0].warp is not lane.warp and not _ordered(before, lane):
-            return now, before
-    for before in kept:
-        if not _ordered(before, lane):
-            return now, before
-    return (now,)
+    alive = [before for before in kept if not _ordered(before, lane)]
+    far = [before for before in alive if before[0].warp is not lane.warp]
+    return now, *(far[-1:] or alive[:1])
 
 
 # who clashes with whom
@@ -488,13 +458,13 @@ def _clashing(name, element, before, access):
 class RaceError(RuntimeError):
     """Two threads touch one element, one writes, and nothing orders them.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.5.
     """
 
 
-# an array that knows its bounds
-class _Bounded:
-    """An array that raises where it has no element; it has no slices.
+# an array under watch
+class _Watched:
+    """An array that checks each access and notes it; it has no slices.
 
     log: what was touched, by address, or None where races may pass.
     """
@@ -508,6 +478,14 @@ class _Bounded:
 
     def __len__(self):
         return self.shape[0]
+
+    def __getitem__(self, index):
+        _note(self, self.place(index), self.itemsize, READ)
+        return self.array[index]
+
+    def __setitem__(self, index, value):
+        _note(self, self.place(index), self.itemsize, WRITE)
+        self.array[index] = value
 
     def place(self, index):
         """The address of an element; raise where there is none."""
@@ -540,36 +518,25 @@ class _Bounded:
         return address
 
 
-# an array under watch
-class _Watched(_Bounded):
-    """An array that notes each access for its lane."""
-
-    def __getitem__(self, index):
-        self.note(self.place(index), self.itemsize, READ)
-        return self.array[index]
-
-    def __setitem__(self, index, value):
-        self.note(self.place(index), self.itemsize, WRITE)
-        self.array[index] = value
-
-    def note(self, address, nbytes, access):
-        """Note an access of the lane that runs, and look for a race."""
-        lane = _now.lane
-        if access != ATOMIC:
-            frame, kind = sys._getframe(2), (nbytes, access, self.shared)
-            key = kind, id(frame.f_code), frame.f_lasti
-            site = _now.seen.sites.get(key)
-            if site is None:
-                site = _now.seen.add_site(key, frame.f_code)
-            lane.trace.setdefault(site, []).append(address)
-        if self.log is None:
-            return
-        now, step = (lane, lane.block.clock), self.log.step
-        for at in range(address - address % step, address + nbytes, step):
-            before = _clash(self.log, at, access, now)
-            if before is not None:
-                element = (max(at, address) - self.start) // self.itemsize
-                raise RaceError(_clashing(self.name, element, before, access))
+# note an access
+def _note(array, address, nbytes, access):
+    """Note an access of the lane that runs, and look for a race."""
+    lane = _now.lane
+    if access != ATOMIC:
+        frame, kind = sys._getframe(2), (nbytes, access, array.shared)
+        key = kind, id(frame.f_code), frame.f_lasti
+        site = _now.seen.sites.get(key)
+        if site is None:
+            site = _now.seen.add_site(key, frame.f_code)
+        lane.trace.setdefault(site, []).append(address)
+    if array.log is None:
+        return
+    now, step = (lane, lane.block.clock), array.log.step
+    for at in range(address - address % step, address + nbytes, step):
+        before = _clash(array.log, at, access, now)
+        if before is not None:
+            element = (max(at, address) - array.start) // array.itemsize
+            raise RaceError(_clashing(array.name, element, before, access))
 
 
 # arguments under watch
@@ -639,7 +606,7 @@ class Seen:
     atomics: calls by single threads. launches: (kernel, grid, block,
     arguments' types) of each launch, those on a real GPU too.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.5.
     """
 
     def __init__(self, races=True):
@@ -692,7 +659,7 @@ def watch(races=True):
     that orders them: IndexError, ValueError and RaceError tell. Several
     times slower than without. races: False lets races pass.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.5.
     """
     before, _now.seen = _now.seen, Seen(races)
     try:
@@ -705,7 +672,7 @@ def watch(races=True):
 def record(launch):
     """Add to the launches of the Seen that watches, if any does.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.5.
     """
     if _now.seen is not None:
         _now.seen.launches.append(launch)
@@ -719,10 +686,10 @@ def load4(array, i):
     multiple of 16 bytes: a shared array is made with `alignment=16`.
     Returns four numbers.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.5.
     """
     if isinstance(array, _Watched):
-        array.note(array.place4(i), 16, READ)
+        _note(array, array.place4(i), 16, READ)
         array = array.array
     flat = array if array.ndim == 1 else array.reshape(-1)
     return flat[i], flat[i + 1], flat[i + 2], flat[i + 3]
@@ -733,10 +700,10 @@ def store4(array, i, a, b, c, d):
 
     As `load4`, the other way.
 
-    Derived in chapter 3.1.
+    Derived in chapter A.5.
     """
     if isinstance(array, _Watched):
-        array.note(array.place4(i), 16, WRITE)
+        _note(array, array.place4(i), 16, WRITE)
         array = array.array
     flat = array if array.ndim == 1 else array.reshape(-1)
     flat[i : i + 4] = a, b, c, d

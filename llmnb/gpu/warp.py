@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/3_gpu/01_threads.py: edit that file.
+# Written by `make export` from notebooks/3_gpu/02_sectors.py: edit that file.
 
 """Sums and maxima over a warp and over a block."""
 
@@ -25,7 +25,7 @@ def warp_sum(value):
     Every lane of the warp must call it. The order of the additions is
     fixed.
 
-    Derived in chapter 3.1.
+    Derived in chapter 3.2.
     """
     for step in (16, 8, 4, 2, 1):
         value += cuda.shfl_xor_sync(0xFFFFFFFF, value, step)
@@ -36,7 +36,7 @@ def warp_sum(value):
 def warp_max(value):
     """The largest `value` of the 32 lanes of a warp, in every lane.
 
-    Derived in chapter 3.1.
+    Derived in chapter 3.2.
     """
     for step in (16, 8, 4, 2, 1):
         value = max(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, step))
@@ -45,6 +45,15 @@ def warp_max(value):
 
 # sums in a block
 @device
+def _on_board(value, parts):
+    """Put the value of each warp on the board; all see it on return."""
+    warp, lane = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
+    if lane == 0:
+        parts[warp] = value
+    cuda.syncthreads()
+
+
+@device
 def block_sum(value, parts):
     """The sum of `value` over the threads of a block, in every thread.
 
@@ -52,13 +61,9 @@ def block_sum(value, parts):
     warp of the block (at most 32); it is free again when the call returns.
     Blocks are whole warps, in one dimension.
 
-    Derived in chapter 3.1.
+    Derived in chapter 3.2.
     """
-    value = warp_sum(value)
-    warp, lane = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
-    if lane == 0:
-        parts[warp] = value
-    cuda.syncthreads()
+    _on_board(warp_sum(value), parts)
     total = np.float32(0)
     for i in range(cuda.blockDim.x // 32):
         total += parts[i]
@@ -70,13 +75,9 @@ def block_sum(value, parts):
 def block_max(value, parts):
     """The largest `value` of a block's threads; otherwise as `block_sum`.
 
-    Derived in chapter 3.1.
+    Derived in chapter 3.2.
     """
-    value = warp_max(value)
-    warp, lane = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
-    if lane == 0:
-        parts[warp] = value
-    cuda.syncthreads()
+    _on_board(warp_max(value), parts)
     top = parts[0]
     for i in range(1, cuda.blockDim.x // 32):
         top = max(top, parts[i])

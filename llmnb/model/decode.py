@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/13_cache.py: edit that file.
+# Written by `make export` from notebooks/4_practice/14_decoder.py: edit that file.
 
 """GPT-2 for writing, with its keys and values kept."""
 
@@ -27,7 +27,7 @@ from llmnb.checks import FLOATS, check_fit, check_tokens
 from llmnb.model.layout import block_activations, block_shapes
 from llmnb.model.parts import block_forward, block_of
 from llmnb.model.tensors import parameter_shapes, tensor_table
-from llmnb.room import check_room
+from llmnb.checks import check_room
 
 
 # its memory
@@ -44,7 +44,7 @@ def decoder_layout(cfg, batch_size, seq_len, dtype=np.float32):
     computes for at most max(batch_size, CHUNK) positions, and the logits of
     the last.
 
-    Derived in chapter 4.13.
+    Derived in chapter 4.14.
     """
     L, C, Vp = cfg.num_layers, cfg.channels, cfg.padded_vocab_size
     B, R, shapes = batch_size, max(batch_size, CHUNK), parameter_shapes(cfg)
@@ -115,7 +115,7 @@ class Decoder:
     Its weights are zero until `load`. Raises ValueError for a value out of
     range and MemoryError when its block of memory cannot be had.
 
-    Derived in chapter 4.13.
+    Derived in chapter 4.14.
     """
 
     def __init__(self, cfg, batch_size=1, seq_len=None, dtype=np.float32):

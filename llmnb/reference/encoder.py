@@ -22,7 +22,7 @@ def encoder_forward(out, inp, wte, wpe):
     out   (B, T, C)      float, overwritten
     inp   (B, T)         integer, each in [0, Vp)
     wte   (Vp, C)        float, the table of tokens
-    wpe   (max_T, C)     float, the table of positions; T <= max_T
+    wpe   (T_max, C)     float, the table of positions; T <= T_max
 
     Derived in chapter 1.5.
     """
@@ -36,7 +36,7 @@ def encoder_backward(dwte, dwpe, dout, inp):
     """Add dout's rows to the rows of the tables that they came from.
 
     dwte  (Vp, C)        float, added to; rows of absent tokens stay
-    dwpe  (max_T, C)     float, added to; rows from T on stay
+    dwpe  (T_max, C)     float, added to; rows from T on stay
     dout  (B, T, C)      float
     inp   (B, T)         integer, as in the forward pass
 

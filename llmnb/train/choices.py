@@ -196,7 +196,11 @@ def read_examples(path):
         (0 < count <= most, "count", f"1 to {most} in {size} bytes", count),
     )
     check_header(path, EVAL_MAGIC, rows)
-    numbers, place, found = np.fromfile(path, "<u2", offset=HEADER_BYTES), 0, []
+    numbers, place, found = (
+        np.fromfile(path, "<u2", offset=HEADER_BYTES),
+        0,
+        [],
+    )
     for i in range(count):
         example, used = _parse(f"{path}: example {i}", numbers[place:])
         if 2 * used > longest:

@@ -7,15 +7,18 @@
 #   llmnb:
 #     modules:
 #       reference.residual: "The residual sum in NumPy, forward and backward."
-#       cpu.residual: "The residual sum, compiled for the processor's cores."
-#       cuda.residual: "The residual sum on a GPU, alone and with LayerNorm."
 # ---
 
 # %% [markdown]
-# # Add a layer's output to its input
+# # Residual stream: add a layer's output to its input
 #
 # > The sum of a layer's output and its input keeps a road open along which
 # > gradients reach the first layers unchanged.
+#
+# *Reading time: 20 minutes. You need: LayerNorm
+# ([chapter 1.6](06_layernorm.ipynb)) and GELU ([chapter 1.9](09_gelu.ipynb)). The
+# fast versions: chapters [2.2](../2_cpu/02_rows.ipynb) and
+# [3.5](../3_gpu/05_elementwise.ipynb).*
 
 # %% [markdown]
 # ## Where we are
@@ -39,14 +42,8 @@ gpt2_diagram(lit="residual")
 #
 # - derive its gradient, and say why a gradient is added and not written;
 # - say what a chain of layers does to a gradient without the addition;
-# - count what a kernel saves that adds and normalises in one go;
 # - compute how the variance of the stream grows with depth;
 # - say where the factor $1/\sqrt{2L}$ in GPT-2's first weights comes from.
-#
-# You need central differences from [chapter 1.4](04_gpt2.ipynb), LayerNorm
-# from [chapter 1.6](06_layernorm.ipynb) and GELU from
-# [chapter 1.9](09_gelu.ipynb); for the section on a GPU also
-# [chapter 3.1](../3_gpu/01_threads.ipynb).
 
 # %% [markdown]
 # ## Setup
@@ -57,7 +54,6 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 
 from llmnb.book.diagram import PALETTE
-from llmnb.timing import fastest, machine
 from llmnb.book.verify import compare, numerical_gradient, verdict
 
 # %% imports of the reference tags=["export"]
@@ -203,569 +199,6 @@ except AssertionError:
 verdict("the mistake", caught, "is caught")
 
 # %% [markdown]
-# ## Fast on a CPU
-#
-# One addition an element leaves nothing to compute faster; what costs is
-# moving the numbers. NumPy's forward is one sweep and already good. Its
-# backward is two sweeps and reads `dout` twice; a compiled loop reads it
-# once, and a team of threads brings in the other cores.
-
-# %% keep the NumPy versions
-reference = SimpleNamespace(
-    forward=residual_forward, backward=residual_backward
-)
-
-# %% imports of the CPU version tags=["export"] module="cpu.residual"
-from llmnb.cpu.jit import arguments, share, team
-from llmnb.shapes import shapes
-
-
-# %% the kernels tags=["exporti"] module="cpu.residual"
-@team
-def _residual_forward(part, parts, address):
-    out, inp1, inp2 = arguments(address)
-    mine = share(out.size, part, parts)
-    out, inp1, inp2 = out[mine], inp1[mine], inp2[mine]
-    for i in range(out.size):
-        out[i] = inp1[i] + inp2[i]
-
-
-@team
-def _residual_backward(part, parts, address):
-    dinp1, dinp2, dout = arguments(address)
-    mine = share(dout.size, part, parts)
-    dinp1, dinp2, dout = dinp1[mine], dinp2[mine], dout[mine]
-    for i in range(dout.size):
-        dinp1[i] += dout[i]
-        dinp2[i] += dout[i]
-
-
-# %% [markdown]
-# The kernels see flat arrays: `reshape(-1)` of a contiguous array is a view
-# and copies nothing. That no two arrays of backward share memory is among
-# what `shapes` checks: were `dout` the same array as `dinp1`, the first
-# addition would double it before the second one reads it. The sum itself may
-# take the place of a term, `~`: each number is read before it is written.
-
-
-# %% residual, forward tags=["export"] module="cpu.residual"
-@shapes("...!, ...~, ...~")
-def residual_forward(out, inp1, inp2):
-    """Add two arrays.
-
-    out, inp1, inp2: float32 or float64, all of one shape; out is
-    overwritten, and may be inp1 or inp2.
-
-    Raises TypeError or ValueError where shapes or dtypes differ.
-    """
-    _residual_forward(out.reshape(-1), inp1.reshape(-1), inp2.reshape(-1))
-
-
-# %% residual, backward tags=["export"] module="cpu.residual"
-@shapes("...!, ...!, ...")
-def residual_backward(dinp1, dinp2, dout):
-    """Add the gradient of the sum to the gradients of both its terms.
-
-    dinp1, dinp2, dout: float32 or float64, all of one shape, three distinct
-    arrays; dinp1 and dinp2 are added to.
-
-    Raises TypeError or ValueError where shapes or dtypes differ, ValueError
-    where two of the arrays share memory.
-    """
-    _residual_backward(dinp1.reshape(-1), dinp2.reshape(-1), dout.reshape(-1))
-
-
-# %% the same results from the kernels
-compare("dx", gradient(residual_backward), want, tol=1e-8)
-cpu = SimpleNamespace(forward=residual_forward, backward=residual_backward)
-a, b, d = rng.normal(size=(3, 3, 37, 51)).astype(np.float32)
-got = np.empty_like(a), a.copy(), b.copy()
-exact = np.empty_like(a), a.copy(), b.copy()
-for layer, (s, da, db) in ((cpu, got), (reference, exact)):
-    layer.forward(s, a, b)
-    layer.backward(da, db, d)
-for name, x1, x2 in zip(("out", "dinp1", "dinp2"), got, exact, strict=True):
-    verdict(name, np.array_equal(x1, x2), "equal to NumPy's")
-
-# %% what does not fit
-for args in ((a, b[:2], d), (a, b.astype(np.float64), d), (a, d, d[:])):
-    try:
-        residual_backward(*args)
-        verdict("bad input", False, "is refused")
-    except (TypeError, ValueError) as error:
-        print(error)
-
-# %% NumPy against the kernels tags=["nbval-ignore-output"]
-from numba import get_num_threads
-
-print(f"{machine()}, {get_num_threads()} threads")
-big = rng.normal(size=(3, 4, 1024, 768)).astype(np.float32)
-times = {}
-for name in ("forward", "backward"):
-    slow = fastest(getattr(reference, name), *big)
-    times[name] = fast = fastest(getattr(cpu, name), *big)
-    print(f"{name:<9} NumPy {slow * 1e3:6.2f} ms, numba {fast * 1e3:6.2f} ms")
-    print(f"{'':<9} {slow / fast:.1f} times as fast")
-
-# %% [markdown]
-# ## On a GPU
-#
-# One addition for 12 bytes: what bounds this layer on a CPU bounds it on a
-# GPU. Every element may have a thread of its own, and nothing but traffic
-# is left to think about. So this section has two parts. The first adds, with
-# as few requests as it can. The second asks what traffic the addition
-# could share with the layer that comes next.
-#
-# No GPU has run these kernels yet. They run on the simulator; they are
-# compiled for two generations, sm_80 and sm_90, and tests look at what the
-# compiler made of them.
-
-# %% imports of the GPU's kernels tags=["export"] module="cuda.residual"
-import math
-from functools import cache, partial
-
-import numpy as np
-
-from llmnb.cuda.elementwise import by_element, by_four
-from llmnb.gpu.launch import DEVICE, aligned, device, kernel, numbered
-from llmnb.cuda.layernorm import layernorm_forward as normalise
-from llmnb.gpu.simulator import cuda, load4, store4
-from llmnb.gpu.warp import warp_sum
-from llmnb.shapes import shapes
-
-# %% sizes tags=["exporti"] module="cuda.residual"
-ROWS = 4  # a block's, one for each warp, where a warp owns a row
-WIDEST = 2048  # channels that a warp can keep in registers
-EPS = np.float32(1e-5)
-ZERO, ONE = np.float32(0), np.float32(1)
-
-
-# %% [markdown]
-# ### Version 1: a thread an element
-#
-# The whole layer, forward and backward. Backward reads `dout` once for both
-# sums.
-
-
-# %% version 1 tags=["exporti"] module="cuda.residual"
-@kernel
-def _add_elements(out, inp1, inp2):
-    i = cuda.grid(1)
-    if i < out.size:
-        out[i] = inp1[i] + inp2[i]
-
-
-@kernel
-def _add_back_elements(dinp1, dinp2, dout):
-    i = cuda.grid(1)
-    if i < dout.size:
-        d = dout[i]
-        dinp1[i] += d
-        dinp2[i] += d
-
-
-# %% [markdown]
-# ### Version 2: four elements at once
-#
-# As in [chapter 1.9](09_gelu.ipynb), whose `by_element` and `by_four` launch
-# these kernels too: with accesses of 16 bytes a warp moves 512 bytes a
-# request where it moved 128. Up to three elements at the end get a thread
-# each, and a view that begins at no multiple of 16 bytes goes to version 1.
-
-
-# %% version 2 tags=["exporti"] module="cuda.residual"
-@kernel
-def _add_fours(out, inp1, inp2):
-    i, fours = cuda.grid(1), out.size // 4
-    if i < fours:
-        a, b, c, d = load4(inp1, 4 * i)
-        e, f, g, h = load4(inp2, 4 * i)
-        store4(out, 4 * i, a + e, b + f, c + g, d + h)
-    elif 3 * fours + i < out.size:
-        i += 3 * fours
-        out[i] = inp1[i] + inp2[i]
-
-
-@kernel
-def _add_back_fours(dinp1, dinp2, dout):
-    i, fours = cuda.grid(1), dout.size // 4
-    if i < fours:
-        a, b, c, d = load4(dout, 4 * i)
-        e, f, g, h = load4(dinp1, 4 * i)
-        store4(dinp1, 4 * i, a + e, b + f, c + g, d + h)
-        e, f, g, h = load4(dinp2, 4 * i)
-        store4(dinp2, 4 * i, a + e, b + f, c + g, d + h)
-    elif 3 * fours + i < dout.size:
-        i += 3 * fours
-        d = dout[i]
-        dinp1[i] += d
-        dinp2[i] += d
-
-
-# %% residual, forward tags=["export"] module="cuda.residual"
-# one element a thread; four neighbours a thread
-RESIDUAL_FORWARD = (
-    partial(by_element, _add_elements),
-    partial(by_four, _add_fours, _add_elements),
-)
-
-
-@shapes("...!, ...~, ...~", DEVICE)
-def residual_forward(out, inp1, inp2, version=2):
-    """Add two arrays.
-
-    out, inp1, inp2: a device's arrays, float32, all of one shape; out is
-    overwritten, and may be inp1 or inp2. version: which kernel, from 1 on.
-    Raises TypeError or ValueError before it launches anything.
-    """
-    run = numbered(RESIDUAL_FORWARD, version, "residual_forward")
-    run([x.reshape(-1) for x in (out, inp1, inp2)])
-
-
-# %% residual, backward tags=["export"] module="cuda.residual"
-# one element a thread; four neighbours a thread
-RESIDUAL_BACKWARD = (
-    partial(by_element, _add_back_elements),
-    partial(by_four, _add_back_fours, _add_back_elements),
-)
-
-
-@shapes("...!, ...!, ...", DEVICE)
-def residual_backward(dinp1, dinp2, dout, version=2):
-    """Add the gradient of the sum to the gradients of both its terms.
-
-    dinp1, dinp2, dout: a device's arrays, float32, all of one shape, three
-    distinct ones; dinp1 and dinp2 are added to. version: which kernel, from
-    1 on. Raises TypeError or ValueError before it launches anything.
-    """
-    run = numbered(RESIDUAL_BACKWARD, version, "residual_backward")
-    run([x.reshape(-1) for x in (dinp1, dinp2, dout)])
-
-
-# %% the same results on the device
-from llmnb.gpu.launch import empty, simulated, to_device, to_host
-
-for version in (1, 2):
-    there = [to_device(x) for x in (a, b, d)]
-    total = empty(a.shape, like=there[0])
-    residual_forward(total, *there[:2], version=version)
-    residual_backward(*there, version=version)
-    equal = np.array_equal([to_host(x) for x in (total, *there[:2])], exact)
-    verdict(f"version {version}", equal, "all three equal to NumPy's")
-
-# %% [markdown]
-# One rounding for one addition: the results are NumPy's, bit for bit. What
-# the simulator counts, for 1027 elements:
-
-# %% requests and sectors
-from llmnb.gpu.simulator import watch
-
-
-def counted(name, version, run, *arrays):
-    with watch() as seen:
-        run(*arrays, version=version)
-    moved = (seen.read_bytes + seen.written_bytes) / arrays[0].size
-    print(
-        f"{name:9} version {version}: {len(seen.launches)} launches, "
-        f"{seen.requests:3} requests, {seen.sectors:4} sectors, "
-        f"{moved:4.1f} bytes an element"
-    )
-
-
-three = [simulated(np.ones(1027, np.float32)) for _ in range(3)]
-for version in (1, 2):
-    counted("forward", version, residual_forward, *three)
-for version in (1, 2):
-    counted("backward", version, residual_backward, *three)
-
-# %% [markdown]
-# The same sectors, with about a quarter of the requests.
-#
-# ### The addition and what follows it
-#
-# The sum goes to memory, and the next layer, LayerNorm
-# ([chapter 1.6](06_layernorm.ipynb)), reads it back at once. A *fused* kernel
-# does both: whoever has computed a sum still has it in a register. Sum and
-# normalised sum are both written, because the stream needs the one and the
-# next product the other. Count the bytes of main memory for an element:
-#
-# | | reads | writes | |
-# |---|---|---|---|
-# | addition | `inp1`, `inp2` | the sum | 12 |
-# | LayerNorm | the sum | `out` | 8 |
-# | both in one | `inp1`, `inp2` | the sum, `out` | 16 |
-#
-# The two numbers of a row, its mean and its deviation, hardly count, and
-# `weight` and `bias`, which every row reads, come from a cache.
-#
-# **Version 1** has two launches: the addition above, and chapter 1.6's
-# LayerNorm, the version that reads a row once. Its vectors want aligned
-# arrays; a view that is not gets the version without vectors.
-
-
-# %% fused, version 1 tags=["exporti"] module="cuda.residual"
-def _unfused(residual, out, mean, rstd, inp1, inp2, weight, bias):
-    residual_forward(residual, inp1, inp2)
-    version = 4 if aligned(residual, out, weight, bias) else 2
-    rows = [x.reshape(1, *x.shape) for x in (out, mean, rstd, residual)]
-    normalise(*rows, weight, bias, version=version)
-
-
-# %% [markdown]
-# **Version 2** is one kernel, in which each warp owns a row. Lane $l$ takes
-# channels $l$, $l + 32$, $l + 64$ and so on, and keeps its sums in an array
-# of its own. Where every index into such an array is known to the compiler,
-# the array is no memory at all: its elements are registers. So the loops
-# need a number of turns that is fixed when the kernel is compiled, and
-# there is one kernel for each number. A function makes it, and `turns` is a
-# constant to the compiler. Lanes without a channel in the last turn take no
-# part in it.
-
-
-# %% fused, version 2 tags=["exporti"] module="cuda.residual"
-@cache
-def _fused_elements(turns):
-    @kernel
-    def fused_elements(residual, out, mean, rstd, inp1, inp2, weight, bias):
-        row, lane = cuda.grid(1) // 32, cuda.threadIdx.x % 32
-        rows, C = out.shape
-        if row >= rows:
-            return
-        mine, size = cuda.local.array(turns, np.float32), np.float32(C)
-        total = ZERO
-        for k in range(turns):
-            c = lane + 32 * k
-            if c < C:
-                x = inp1[row, c] + inp2[row, c]
-                residual[row, c] = mine[k] = x
-                total += x
-        mu = warp_sum(total) / size
-        total = ZERO
-        for k in range(turns):
-            if lane + 32 * k < C:
-                x = mine[k] - mu
-                total += x * x
-        r = ONE / math.sqrt(warp_sum(total) / size + EPS)
-        if lane == 0:
-            mean[row], rstd[row] = mu, r
-        for k in range(turns):
-            c = lane + 32 * k
-            if c < C:
-                out[row, c] = (mine[k] - mu) * r * weight[c] + bias[c]
-
-    return fused_elements
-
-
-# %% [markdown]
-# **Version 3** moves four channels at once. Lane $l$ takes channels $4l$ to
-# $4l + 3$, then the four that begin at $4l + 128$, and so on. It needs rows
-# that begin at a multiple of 16 bytes, hence a number of channels that is
-# divisible by 4; other rows go to version 2. A row of more than 2048
-# channels is too long for registers and goes to version 1.
-
-
-# %% four channels of a row tags=["exporti"] module="cuda.residual"
-@device
-def _add_four(mine, k, residual, inp1, inp2, i):
-    """Add, store and keep four channels from i on; return their sum."""
-    a, b, c, d = load4(inp1, i)
-    e, f, g, h = load4(inp2, i)
-    a, b, c, d = a + e, b + f, c + g, d + h
-    store4(residual, i, a, b, c, d)
-    mine[k], mine[k + 1], mine[k + 2], mine[k + 3] = a, b, c, d
-    return (a + b) + (c + d)
-
-
-@device
-def _normalise_four(mine, k, mu, r, out, i, weight, bias, channel):
-    """Normalise the four channels that were kept, and store them."""
-    a, b = (mine[k] - mu) * r, (mine[k + 1] - mu) * r
-    c, d = (mine[k + 2] - mu) * r, (mine[k + 3] - mu) * r
-    e, f, g, h = load4(weight, channel)
-    a, b, c, d = a * e, b * f, c * g, d * h
-    e, f, g, h = load4(bias, channel)
-    store4(out, i, a + e, b + f, c + g, d + h)
-
-
-# %% fused, version 3 tags=["exporti"] module="cuda.residual"
-@cache
-def _fused_fours(turns):
-    width = 4 * turns
-
-    @kernel
-    def fused_fours(residual, out, mean, rstd, inp1, inp2, weight, bias):
-        row, lane = cuda.grid(1) // 32, cuda.threadIdx.x % 32
-        rows, C = out.shape
-        if row >= rows:
-            return
-        mine, size = cuda.local.array(width, np.float32), np.float32(C)
-        total, i = ZERO, row * C
-        for k in range(turns):
-            c = 4 * (lane + 32 * k)
-            if c < C:
-                total += _add_four(mine, 4 * k, residual, inp1, inp2, i + c)
-        mu = warp_sum(total) / size
-        total = ZERO
-        for k in range(width):
-            if 4 * (lane + 32 * (k // 4)) < C:
-                x = mine[k] - mu
-                total += x * x
-        r = ONE / math.sqrt(warp_sum(total) / size + EPS)
-        if lane == 0:
-            mean[row], rstd[row] = mu, r
-        for k in range(turns):
-            c, at = 4 * (lane + 32 * k), 4 * k
-            if c < C:
-                _normalise_four(mine, at, mu, r, out, i + c, weight, bias, c)
-
-    return fused_fours
-
-
-# %% who owns what
-from llmnb.book.owners import draw_owners
-
-fig, axes = plt.subplots(2, 1, figsize=(9, 1.7), dpi=100)
-lanes = np.arange(36)
-draw_owners(axes[0], [lanes % 32], "version 2")
-draw_owners(axes[1], [lanes // 4], "version 3")
-fig.tight_layout()
-plt.show()
-
-# %% [markdown]
-# *Figure 1.10.2. The lanes of a warp that own the 36 channels of a row. By
-# ones (version 2), all 32 lanes work in the first turn and 4 in the second.
-# By fours (version 3), one turn is enough, and 9 lanes work. The 768
-# channels of GPT-2 keep all lanes busy for 24 turns by ones, and for 6 by
-# fours.*
-
-
-# %% launches of the fused kernels tags=["exporti"] module="cuda.residual"
-def _by_rows(make, per_turn, *arrays):
-    rows, C = arrays[1].shape
-    turns, blocks = (C + per_turn - 1) // per_turn, (rows + ROWS - 1) // ROWS
-    make(turns)[blocks, 32 * ROWS](*arrays)
-
-
-def _fused_by_element(*arrays):
-    if arrays[1].shape[1] > WIDEST:
-        return _unfused(*arrays)
-    return _by_rows(_fused_elements, 32, *arrays)
-
-
-def _fused_by_four(*arrays):
-    residual, out, _, _, *others = arrays
-    C = out.shape[1]
-    if C % 4 or C > WIDEST or not aligned(residual, out, *others):
-        return _fused_by_element(*arrays)
-    return _by_rows(_fused_fours, 128, *arrays)
-
-
-# %% residual and LayerNorm tags=["export"] module="cuda.residual"
-# two launches; a warp a row, the sum in registers; the same with vectors
-FUSED_RESIDUAL_FORWARD = (_unfused, _fused_by_element, _fused_by_four)
-
-
-@shapes("... C!, ... C!, ...!, ...!, ... C~, ... C~, C, C", DEVICE)
-def fused_residual_forward(
-    residual, out, mean, rstd, inp1, inp2, weight, bias, version=3
-):  # fmt: skip
-    """Add two arrays, and normalise each row of the sum.
-
-    As `residual_forward(residual, inp1, inp2)` and then `layernorm_forward(
-    out, mean, rstd, residual, weight, bias)`. residual, out, inp1, inp2: a
-    device's arrays of one shape (..., C), float32; residual may be inp1 or
-    inp2. mean, rstd: (...). weight, bias: (C,). residual, out, mean and rstd
-    are overwritten. C must be at least 1; without rows nothing is launched.
-    version: which kernel, from 1 on. Raises TypeError or ValueError before
-    it launches anything.
-    """
-    label = "fused_residual_forward"
-    run = numbered(FUSED_RESIDUAL_FORWARD, version, label)
-    C = len(weight)
-    if not C:
-        raise ValueError(f"{label}: inp1 must have channels, got {inp1.shape}")
-    whole, stats = (residual, out, inp1, inp2), (mean, rstd)
-    sums, outs, a, b = (x.reshape(-1, C) for x in whole)
-    stats = (x.reshape(-1) for x in stats)
-    if inp1.size:
-        run(sums, outs, *stats, a, b, weight, bias)
-
-
-# %% the same results from one kernel
-from llmnb.reference.layernorm import layernorm_backward, layernorm_forward
-
-draw = np.random.default_rng(9).normal
-p, q = draw(size=(2, 3, 2, 100)).astype(np.float32)
-w, c = draw(size=(2, 100)).astype(np.float32)
-want = np.empty_like(p), np.empty_like(p), *np.empty((2, 3, 2), "f4")
-reference.forward(want[0], p, q)
-layernorm_forward(*want[1:], want[0], w, c)
-for version in (1, 2, 3):
-    there = [to_device(x) for x in (p, q, w, c)]
-    got = [empty(x.shape, like=there[0]) for x in want]
-    fused_residual_forward(*got, *there, version=version)
-    off = [
-        np.abs(to_host(x) - y).max() for x, y in zip(got, want, strict=True)
-    ]
-    verdict(f"version {version}", max(off) < 3e-6, "all four within 3e-06")
-
-# %% what the simulator counts
-shapes = [(6, 256)] * 2 + [(6,)] * 2 + [(6, 256)] * 2 + [(256,)] * 2
-arrays = [simulated(np.ones(x, np.float32)) for x in shapes]
-for version in (1, 2, 3):
-    counted("fused", version, fused_residual_forward, *arrays)
-
-# %% [markdown]
-# The simulator knows no cache: it counts the 8 bytes of `weight` and `bias`
-# for every element. Without these, 28 become the 20 of the table, and 24
-# the 16. So fusion moves a fifth less, and it saves a launch. Version 2
-# makes more requests than version 1, whose kernels have vectors; version 3
-# has them too. The compiler counts registers: at 768 channels both fused
-# kernels keep 24 sums a lane, and version 3 needs about half as many
-# registers as version 2, which finds a place for each channel and not for
-# every fourth. That leaves room for more warps.
-#
-# **Where it would be used.** The model calls neither this function nor the
-# plain ones: as on the CPU, the product that comes before folds the addition
-# into its own last step (`residual=` in [chapter 1.7](07_matmul.ipynb)),
-# where the other term is in registers already. Compare all three layers,
-# from the product's result on: the product writes 4 bytes, the fused kernel
-# moves 16, together 20 bytes an element. The product that adds reads the
-# stream and writes the sum, 8, and LayerNorm moves 8, together 16. The fused
-# kernel is for a product that comes from a library and cannot add a second
-# array as it ends, or for a stream that gets its second term from elsewhere.
-#
-# How long any of these takes on a GPU is measured by `llmnb bench --backend
-# cuda --kernels`, where there is one; the results page shows it once it is
-# measured.
-
-# %% [markdown]
-# ## Count it
-#
-# With 4-byte numbers forward moves 12 bytes an element, two reads and one
-# write, for one addition. Backward moves 20, three reads and two writes,
-# for two.
-
-# %% predicted traffic and intensity
-elements = 4 * 1024 * 768
-traffic = {"forward": 12 * elements, "backward": 20 * elements}
-for name, additions in (("forward", 1), ("backward", 2)):
-    intensity = additions * elements / traffic[name]
-    print(f"{name:<9} {traffic[name]:>10,} bytes, {intensity:.2f} FLOP a byte")
-
-# %% predicted against measured time tags=["nbval-ignore-output"]
-p, q = np.ones((2, 1 << 25), np.float32)
-bandwidth = 2 * p.nbytes / fastest(np.copyto, p, q, runs=5)
-print(f"copy: {bandwidth / 1e9:.1f} GB/s")
-for name, moved in traffic.items():
-    ms = moved / bandwidth * 1e3
-    print(f"{name:<9} {ms:.2f} ms predicted, {times[name] * 1e3:.2f} measured")
-
-# %% [markdown]
-# A time below the prediction means that part of the arrays was still in
-# the last-level cache, or that the copy, which runs on one core, did not use
-# all that the memory can deliver. Nothing is saved for the backward pass.
-#
 # ## See it: a gradient on its way down
 #
 # What is the addition for? Take the chain of $2L$ half blocks. Without the
@@ -980,13 +413,18 @@ for (depth, scaled), (variances, bottom) in streams.items():
 # [Chapter 1.14](14_weights.ipynb) draws the first weights with this factor.
 
 # %% [markdown]
+# ## Count it
+#
+# No parameters; one addition an element forward, two backward; and nothing is
+# saved for the backward pass, because the derivative of a sum does not depend on
+# its terms.
+
+# %% [markdown]
 # ## Take away
 #
 # - A residual connection adds a layer's output to its input; its gradient
 #   goes to both unchanged.
 # - The stream is read twice, so its gradient is a sum: backward adds.
-# - An addition is all traffic. Fused with what comes before or after it, it
-#   spares a trip through memory.
 # - Along a chain the addition puts $I + J$ in place of $J$. The gradient
 #   reaches the first layer with its size and much of its direction.
 # - The stream's variance grows with depth; $1/\sqrt{2L}$ in the first
@@ -1015,7 +453,7 @@ for (depth, scaled), (variances, bottom) in streams.items():
 # **1** (★). A layer adds the stream to itself, $y = x + x$. What is $dx$?
 # Predict what the two lines of the NumPy version leave in `dx` when both their
 # outputs are `dx`, and what a version would leave that writes where ours
-# adds. (`backward.__wrapped__` is the function without its decorator, which
+# adds. (`residual_backward.__wrapped__` is the function without its decorator, which
 # would refuse.)
 #
 # :::{admonition} Solution to exercise 1
@@ -1032,8 +470,9 @@ def prediction(dout):
 
 
 # %% exercise 1, checked
+d = rng.normal(size=(3, 5, 7))
 dx = np.zeros_like(d)
-reference.backward.__wrapped__(dx, dx, d)
+residual_backward.__wrapped__(dx, dx, d)
 verdict("x + x", np.array_equal(dx, prediction(d)), "as predicted")
 
 # %% [markdown]
@@ -1099,38 +538,6 @@ def norm_after(halves):
 after, before = norm_after(2 * L), ends["both"]
 less = alignment(after) < alignment(before) - 0.1
 verdict("LN after", less, "aligned less")
-
-# %% [markdown]
-# **4** (★★). A stream gets two terms at once, $y = x + f(x) + h(x)$. Write a
-# kernel that adds three arrays, a thread an element. How many bytes does it
-# move for an element, and how many do two calls of `residual_forward`?
-#
-# :::{admonition} Solution to exercise 4
-# :class: dropdown
-# Three reads and a write, 16 bytes, against two times 12. The first sum
-# stays in a register.
-# :::
-
-
-# %% exercise 4, the kernel tags=["hide-cell"]
-@kernel
-def add_three(out, x, f, h):
-    i = cuda.grid(1)
-    if i < out.size:
-        out[i] = x[i] + f[i] + h[i]
-
-
-# %% exercise 4, checked
-arrays = [simulated(np.full(500, k, np.float32)) for k in (0, 1, 2, 4)]
-with watch() as together:
-    add_three[2, 256](*arrays)
-verdict("the sum", (to_host(arrays[0]) == 7).all(), "is right")
-with watch() as apart:
-    residual_forward(arrays[0], arrays[1], arrays[2])
-    residual_forward(arrays[0], arrays[0], arrays[3])
-for name, seen, want in (("one", together, 16), ("two", apart, 24)):
-    moved = seen.read_bytes + seen.written_bytes
-    verdict(f"{name}", moved == want * 500, f"{want} bytes an element")
 
 # %% [markdown]
 # ## Further reading

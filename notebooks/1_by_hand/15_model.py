@@ -85,7 +85,7 @@ import importlib
 import numpy as np
 
 from llmnb.arena import Arena
-from llmnb.room import check_room
+from llmnb.checks import check_room
 
 # %% what a model asks of a machine tags=["export"] module="backend"
 BACKENDS = ("reference", "cpu", "cuda")
@@ -562,7 +562,7 @@ model = GPT2(cfg, 2, 5, backend="reference", precision="fp64", seed=1)
 tokens, targets = rng.integers(0, 7, (2, 2, 5))
 first = model.forward(tokens, targets)
 print(model.logits.shape)
-verdict("first loss", abs(first - np.log(7)) < 0.01, "is near log 7")
+verdict("first loss", abs(first - np.log(7)) < 0.04, "is near log 7")
 
 # %% [markdown]
 # Fresh weights are small, so are the logits, and softmax of equal logits is

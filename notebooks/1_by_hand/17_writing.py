@@ -10,10 +10,15 @@
 # ---
 
 # %% [markdown]
-# # Write text by drawing tokens
+# # Writing: draw one token after the other
 #
 # > A trained model gives a distribution over the next token. Temperature,
 # > top-k and top-p reshape it, a seeded draw picks one, and the loop repeats.
+#
+# *Reading time: 30 minutes. You need: softmax
+# ([chapter 1.11](11_crossentropy.ipynb)) and a trained model
+# ([chapter 1.16](16_training.ipynb)). The fast version:
+# [chapter 4.13](../4_practice/13_cache.ipynb).*
 
 # %% [markdown]
 # ## Where we are
@@ -30,16 +35,13 @@ gpt2_diagram(lit="crossentropy")
 #
 # [Chapter 1.16](16_training.ipynb) ended with a text that nobody wrote, drawn
 # by ten lines of code. This chapter takes those lines apart and builds
-# `generate`, which the command `llmnb generate` calls. At its end you can
+# `generate`. At its end you can
 #
 # - say what temperature does to the entropy of a distribution, and prove it;
 # - derive top-k and top-p from one principle;
 # - show why the padding behind a text cannot change what comes next;
 # - draw several texts at once, each as if it were alone;
 # - read off a model's probabilities what it has learnt.
-#
-# You need softmax from [chapter 1.11](11_crossentropy.ipynb) and the training
-# run of [chapter 1.16](16_training.ipynb).
 
 # %% [markdown]
 # ## Setup
@@ -350,34 +352,6 @@ compare("its price", prices[best], -np.log(p[:3].sum()), tol=1e-12)
 compare("top_k=3", distribution(z, top_k=3)[:3], p[:3] / 0.8, tol=1e-12)
 
 
-# %% the same as with a sort of everything
-def sorted_cut(z, top_k=None, top_p=None):
-    order = np.argsort(-z, kind="stable")[:top_k]
-    p = np.exp(z[order] - z.max())
-    p /= p.sum()
-    inside = np.cumsum(p) - p < (top_p or 2)
-    out = np.zeros(len(z))
-    out[order[inside]] = p[inside] / p[inside].sum()
-    return out
-
-
-z = np.random.RandomState(6).normal(0, 2, 5000).round(2)  # many equals
-for cut in ({"top_k": 40}, {"top_p": 0.9}, {"top_k": 700, "top_p": 0.5}):
-    got, want = distribution(z, **cut), sorted_cut(z, **cut)
-    same = np.array_equal(got > 0, want > 0)
-    verdict("partition", same, f"keeps what a sort keeps: {(got > 0).sum()}")
-    compare("partition", got, want, tol=1e-12)
-
-# %% what a draw costs tags=["nbval-ignore-output"]
-from llmnb.timing import fastest, machine
-
-z = np.random.RandomState(7).normal(0, 3, 50257)
-print(machine())
-print(f"{'a sort of all':<16} {fastest(sorted_cut, z) * 1e3:6.2f} ms")
-for cut in ({"temperature": 0}, {"top_k": 40}, {"top_p": 0.9}):
-    ms = fastest(lambda cut=cut: draw(distribution(z, **cut), 0.5)) * 1e3
-    print(f"{cut!s:<16} {ms:6.2f} ms")
-
 # %% bad settings are refused
 for bad in ({"temperature": -1}, {"top_k": 0}, {"top_p": 1.5}):
     try:
@@ -389,14 +363,17 @@ for bad in ({"temperature": -1}, {"top_k": 0}, {"top_p": 1.5}):
 # ## A model to draw from
 #
 # We train one here, small enough to take seconds, on the text of
-# [chapter 1.16](16_training.ipynb). To use a model of your own, set `RUN` to the
-# folder that `llmnb train` has written; everything below works with either.
+# [chapter 1.16](16_training.ipynb). To use a model of your own, set `RUN` to its
+# folder; everything below works with either.
 # The texts it writes hang on the last bits of its logits, which are others on
 # another processor, so those outputs are not compared when the notebook is
 # verified.
 
 # %% a few seconds of training
-from llmnb.train.train import TrainConfig, loaders, new_model, prepare, train
+from llmnb.train.feed import loaders, prepare
+from llmnb.train.loop import train
+from llmnb.train.options import TrainConfig
+from llmnb.train.start import new_model
 
 RUN = None  # or a folder such as "../../runs/stdlib"
 
@@ -415,7 +392,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from llmnb.model.gpt2 import GPT2
-from llmnb.train.train import load_run
+from llmnb.train.folder import load_run
 
 encoding = data.encoding
 with TemporaryDirectory() as folder:
@@ -789,13 +766,6 @@ forward = flops_per_token(model.cfg, T) / 3  # a third of training's
 print(f"a window of {T} positions: {forward * T / 1e6:.0f} MFLOP a token")
 print(f"its last position alone: {forward / 1e6:.1f} MFLOP")
 
-# %% measured tags=["nbval-ignore-output"]
-ids = np.zeros((1, T), np.int32)
-seconds = fastest(model.forward, ids)
-print(machine())
-print(f"{1 / seconds:.0f} tokens a second")
-print(f"{forward * T / seconds / 1e9:.1f} GFLOP/s")
-
 # %% [markdown]
 # ## Take away
 #
@@ -896,33 +866,6 @@ def period(tokens):
 # %% exercise 3, checked
 verdict("period", period([5, 1, 2, 3, 1, 2, 3]) == 3, "is 3")
 verdict("period", period([1, 2, 3, 4]) is None, "there is none")
-
-# %% [markdown]
-# **4** (★★★). **Min-p** keeps the tokens whose probability is at least a
-# fraction $f$ of the largest. In which respect is it like top-p, and in
-# which like neither? Write it, and check that temperature may be applied
-# before or after by adapting $f$.
-#
-# :::{admonition} Solution to exercise 4
-# :class: dropdown
-# Like top-p it keeps few tokens when the model is sure. Its price (1.17.8) is
-# not fixed, and neither is the number of tokens. With temperature the
-# ratio $p_v / p_\text{max}$ becomes its $1/\tau$-th power, so cutting with
-# $f$ before is cutting with $f^{1/\tau}$ after.
-# :::
-
-
-# %% exercise 4, min-p tags=["hide-cell"]
-def min_p(p, fraction):
-    kept = np.where(p >= fraction * p.max(), p, 0)
-    return kept / kept.sum()
-
-
-# %% exercise 4, checked
-z, tau, f = np.random.RandomState(3).normal(0, 2, 50), 1.7, 0.05
-before = min_p(distribution(z), f) > 0
-after = min_p(distribution(z, temperature=tau), f ** (1 / tau)) > 0
-verdict("min-p", np.array_equal(before, after), "the same tokens stay")
 
 # %% [markdown]
 # ## Further reading

@@ -354,7 +354,10 @@ verdict("one window", same, "no stride matters")
 # the text of [chapter 1.16](../1_by_hand/16_training.ipynb).
 
 # %% a small model that has learnt
-from llmnb.train.train import TrainConfig, loaders, new_model, prepare, train
+from llmnb.train.feed import loaders, prepare
+from llmnb.train.loop import train
+from llmnb.train.options import TrainConfig
+from llmnb.train.start import new_model
 
 config = TrainConfig(
     corpus=("../../tests/data/library.jsonl.gz",), limit=1_500_000,

@@ -54,7 +54,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmnb.train.run import read_rows
+from llmnb.train.log import read_rows
 
 
 # %% read a log tags=["export"] module="train.watch"

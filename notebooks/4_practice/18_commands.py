@@ -66,7 +66,7 @@ import sys
 import warnings
 from dataclasses import field, fields
 
-from llmnb.train.train import ModelOptions, TrainConfig
+from llmnb.train.options import ModelOptions, TrainConfig
 
 
 # %% one option tags=["export"] module="cli.options"
@@ -468,7 +468,7 @@ from llmnb.cuda.model import gpu
 from llmnb.arena import footprint
 from llmnb.model.layout import gpt2_layout
 from llmnb.timing import machine
-from llmnb.train.train import DataOptions, ModelOptions
+from llmnb.train.options import DataOptions, ModelOptions
 
 DESCRIPTION = (
     "Print versions, and what a configuration takes: parameters, bytes, "

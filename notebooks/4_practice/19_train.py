@@ -159,16 +159,12 @@ from llmnb.files import replacing
 from llmnb.model.decode import Decoder
 from llmnb.model.generate import decoded, generate
 from llmnb.train.newest import new_folder, newest_run, note_newest
-from llmnb.train.run import (
-    begin,
-    finish,
-    follow,
-    resume,
-    save_state,
-    telling,
-)
+from llmnb.train.run import begin, finish, follow, resume, telling
+from llmnb.train.state import save_state
 from llmnb.train.terminal import progress
-from llmnb.train.train import (
+from llmnb.train.feed import landmarks
+from llmnb.train.folder import load_run, read_run, run_folder, sparing
+from llmnb.train.options import (
     SHAPE,
     DataOptions,
     KeepOptions,
@@ -176,13 +172,8 @@ from llmnb.train.train import (
     ModelOptions,
     TrainConfig,
     UpdateOptions,
-    landmarks,
-    load_run,
-    read_run,
-    run_folder,
-    sparing,
-    starting_from,
 )
+from llmnb.train.start import starting_from
 
 # %% its options tags=["export"] module="cli.train"
 DESCRIPTION = (

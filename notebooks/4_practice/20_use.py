@@ -54,7 +54,7 @@ from pathlib import Path
 from llmnb.formats.checkpoint import read_config, without_padding
 from llmnb.formats.vocabulary import open_encoding, tokenizer_of
 from llmnb.train.newest import newest_run
-from llmnb.train.train import weights_path
+from llmnb.train.folder import weights_path
 
 
 # %% which model tags=["export"] module="cli.models"
@@ -113,7 +113,7 @@ from llmnb.model.generate import (
 from llmnb.model.gpt2 import GPT2
 from llmnb.text.bpe import EOT
 from llmnb.text.tokenizer import encode_text
-from llmnb.train.train import DataOptions
+from llmnb.train.options import DataOptions
 
 DESCRIPTION = (
     "Continue a prompt with the model of a run folder, of a .bin or "
@@ -286,7 +286,8 @@ from llmnb.text.corpus import describe
 from llmnb.text.documents import sources
 from llmnb.text.reader import Tally
 from llmnb.train.terminal import progress
-from llmnb.train.train import DataOptions, TrainConfig, make_encoding
+from llmnb.train.feed import make_encoding
+from llmnb.train.options import DataOptions, TrainConfig
 
 DESCRIPTION = (
     "Write train and val shards and tokenizer.tiktoken, for `llmnb train "
@@ -385,7 +386,7 @@ from llmnb.text.reader import Tally
 from llmnb.text.shards import pieces_from
 from llmnb.train import choices, evaluation
 from llmnb.train.terminal import progress
-from llmnb.train.train import DataOptions
+from llmnb.train.options import DataOptions
 
 DESCRIPTION = (
     "Perplexity and bits a byte of a text; accuracy on HellaSwag, from "

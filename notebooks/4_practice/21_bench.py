@@ -59,7 +59,7 @@ from llmnb.cli.options import (
 from llmnb.config import GPT2Config
 from llmnb.files import replacing
 from llmnb.train.terminal import progress
-from llmnb.train.train import DataOptions, ModelOptions
+from llmnb.train.options import DataOptions, ModelOptions
 
 DESCRIPTION = (
     "Time training steps on random tokens: tokens a second, memory, where "

@@ -46,7 +46,10 @@ rng = np.random.RandomState(19)
 # as in [chapter 4.16](16_evaluation.ipynb):
 
 # %% a small model that has learnt
-from llmnb.train.train import TrainConfig, loaders, new_model, prepare, train
+from llmnb.train.feed import loaders, prepare
+from llmnb.train.loop import train
+from llmnb.train.options import TrainConfig
+from llmnb.train.start import new_model
 
 config = TrainConfig(
     corpus=("../../tests/data/library.jsonl.gz",), limit=1_500_000,

@@ -176,7 +176,7 @@ def missing(precision, backend="cpu"):
         return f"not available in the {backend} backend"
     if precision != "bf16":
         return None
-    from llmnb.cpu.tile import has_bf16
+    from llmnb.cpu.bfloat16 import has_bf16
 
     return None if has_bf16() else "not available on this CPU"
 
@@ -575,7 +575,7 @@ from llmnb.model.init import init_params
 from llmnb.timing import cores
 from llmnb.arena import footprint
 from llmnb.model.layout import gpt2_layout
-from llmnb.room import SMALLER, check_room
+from llmnb.checks import SMALLER, check_room
 
 
 # %% what a race is told tags=["export"] module="bench.race"

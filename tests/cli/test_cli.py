@@ -33,8 +33,8 @@ from llmnb.text import corpus, shards, tokenizer
 from llmnb.text.bpe import from_tokens
 from llmnb.train import evaluation
 from llmnb.train.newest import new_folder, newest_run, note_newest
+from llmnb.train.options import TrainConfig
 from llmnb.train.terminal import progress
-from llmnb.train.train import TrainConfig
 
 TINY = (
     "--tokenizer byte --limit 30000 --num-layers 1 --num-heads 2 "
@@ -324,8 +324,8 @@ def test_the_newest_run_of_a_copy(llmnb, two_runs, tmp_path, monkeypatch):
 
 def test_the_newest_run_is_the_one_that_saved_last(llmnb, tmp_path):
     """Whichever was begun or ended first."""
+    from llmnb.train.folder import run_folder
     from llmnb.train.run import begin, follow
-    from llmnb.train.train import run_folder
 
     def run(name):
         made = begin(run_folder(f"runs/{name}"), config)
@@ -529,9 +529,9 @@ def raising(kind=OSError, *args):
     [
         ("llmnb.cli.train._sample", ValueError, "sample.txt"),
         ("llmnb.cli.train._keep_sample", MemoryError, "sample.txt"),
-        ("llmnb.train.run.read_steps", PermissionError, "log.csv"),
-        ("llmnb.train.run.save_figure", RuntimeError, "loss.png"),
-        ("llmnb.train.run.landmarks", OSError, "loss.png"),
+        ("llmnb.train.log.read_steps", PermissionError, "log.csv"),
+        ("llmnb.train.folder.save_figure", RuntimeError, "loss.png"),
+        ("llmnb.train.feed.landmarks", OSError, "loss.png"),
     ],
 )
 def test_what_fails_after_training_is_a_warning(
@@ -1566,7 +1566,7 @@ def free(monkeypatch):
     """Set how many bytes the machine has left."""
 
     def set_free(nbytes):
-        monkeypatch.setattr("llmnb.room.free_memory", lambda: nbytes)
+        monkeypatch.setattr("llmnb.checks.free_memory", lambda: nbytes)
 
     return set_free
 

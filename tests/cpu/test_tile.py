@@ -20,7 +20,7 @@ import pytest
 import test_attention
 import test_matmul
 
-from llmnb.cpu import attention, matmul, tile
+from llmnb.cpu import attention, bfloat16, matmul, tile
 
 TESTS = Path(__file__).parents[1]
 SHAPES = {
@@ -201,7 +201,7 @@ def test_bf16_of_the_smallest_numbers(a, b, kept):
     x = np.full((1, 1, 1), 2.0**a, np.float32)
     weight, out = np.full((1, 1), 2.0**b, np.float32), np.empty_like(x)
     matmul.matmul_forward(out, x, weight, None, bf16=True)
-    assert out == (2.0 ** (a + b) if kept or not tile.HALVES else 0)
+    assert out == (2.0 ** (a + b) if kept or not bfloat16.HALVES else 0)
 
 
 BF16_SHAPES = [(1, 1, 1, 1), (2, 37, 51, 97), (1, 13, 801, 49), (3, 50, 64, 9)]
@@ -333,7 +333,7 @@ import json
 import sys
 from numba import float32, int64, njit, types, uint32
 from llmnb.cpu.jit import FASTMATH
-from llmnb.cpu.tile import multiply_tile
+from llmnb.cpu.microkernel import multiply_tile
 
 @njit(fastmath=FASTMATH, error_model="numpy", no_cfunc_wrapper=True)
 def one(out, at, start, bias, panels, a, b, depth):

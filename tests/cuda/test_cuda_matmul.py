@@ -8,19 +8,23 @@ from gpu import GENERATIONS, check_layer, check_machine_code, compiled
 
 import llmnb.cuda.matmul as module
 from llmnb import reference
+from llmnb.bench import rungs_matmul as rungs
 from llmnb.cuda.matmul import (
-    MATMUL_BACKWARD,
-    MATMUL_FORWARD,
+    Product,
     matmul_backward,
     matmul_forward,
     matmul_scratch,
+    register_tiles,
+    vectors,
 )
 from llmnb.gpu.launch import empty, missing, simulated, to_device, to_host
 from llmnb.gpu.ptx import compile_kernel, no_compiler
 from llmnb.gpu.simulator import watch
 
 rng = np.random.default_rng(0)
-VERSIONS = range(1, len(MATMUL_FORWARD) + 1)
+FORWARD = *rungs.MATMUL_FORWARD, matmul_forward
+BACKWARD = *rungs.MATMUL_BACKWARD, matmul_backward
+PRODUCTS = rungs.thread_an_output, rungs.square_tiles, register_tiles, vectors
 # B, T, C, OC: tiny, odd, by fours, more than a tile each way
 SHAPES = [(1, 1, 1, 1), (1, 5, 7, 9), (2, 9, 9, 17), (2, 5, 12, 20)]
 LAYOUTS = [(True, True), (True, False), (False, False)]
@@ -34,7 +38,7 @@ def poison(*shape):
     return np.full(shape, np.nan, np.float32)
 
 
-def check_forward(B, T, C, OC, version, bias, residual):
+def check_forward(B, T, C, OC, forward, bias, residual):
     arrays = {
         "out": poison(B, T, OC),
         "inp": normal(B, T, C),
@@ -42,11 +46,10 @@ def check_forward(B, T, C, OC, version, bias, residual):
         "bias": normal(OC) if bias else None,
         "residual": normal(B, T, OC) if residual else None,
     }
-    both = matmul_forward, reference.matmul_forward
-    return check_layer(*both, arrays, ["out"], version=version)
+    return check_layer(forward, reference.matmul_forward, arrays, ["out"])
 
 
-def check_backward(B, T, C, OC, version, bias, add_dinp, add_dweight):
+def check_backward(B, T, C, OC, backward, bias, add_dinp, add_dweight):
     grads = normal if add_dweight else poison
     arrays = {
         "dinp": (normal if add_dinp else poison)(B, T, C),
@@ -59,50 +62,37 @@ def check_backward(B, T, C, OC, version, bias, add_dinp, add_dweight):
         "add_dweight": add_dweight,
     }
     writes = ["dinp", "dweight"] + ["dbias"] * bias
-    both = matmul_backward, reference.matmul_backward
-    return check_layer(*both, arrays, writes, version=version)
+    return check_layer(backward, reference.matmul_backward, arrays, writes)
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", range(4))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_forward(shape, version):
-    extra = int(sum(shape)) % 2 == 0
-    check_forward(*shape, version, True, extra)
+def test_every_version_equals_the_reference(shape, version):
+    both, add = (FORWARD[version], BACKWARD[version]), sum(shape) % 2 == 0
+    check_forward(*shape, both[0], True, add)
+    check_backward(*shape, both[1], True, add, not add)
     if shape in SHAPES[1::2]:
-        check_forward(*shape[:2], 4, 8, version, False, not extra)
+        check_forward(*shape[:2], 4, 8, both[0], False, not add)
+        check_backward(*shape[:2], 4, 8, both[1], False, not add, add)
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_backward(shape, version):
-    add = int(sum(shape)) % 2 == 0
-    check_backward(*shape, version, True, add, not add)
-    if shape in SHAPES[1::2]:
-        check_backward(*shape[:2], 4, 8, version, False, not add, add)
-
-
-def flats(product, rows, cols, steps, along, place=to_device):
+def flats(multiply, rows, cols, steps, along, place=to_device):
     """A product's result from flat arrays, and NumPy's."""
     a, b = normal(rows, steps), normal(cols, steps)
     shift, before = normal(cols), normal(rows, cols)
     out = empty(rows * cols, like=place(shift))
-    product(
-        out,
-        place(before.reshape(-1)),
-        place(shift),
-        *(
-            place((x if way else x.T).reshape(-1))
-            for x, way in zip((a, b), along, strict=True)
-        ),
-        (rows, cols, steps),
-        along,
-    )
+    factors = [
+        place((x if way else x.T).reshape(-1))
+        for x, way in zip((a, b), along, strict=True)
+    ]
+    start, bias = place(before.reshape(-1)), place(shift)
+    multiply(Product(out, *factors, (rows, cols, steps), *along, start, bias))
     want = a.astype(np.float64) @ b.T + shift + before
     return to_host(out).reshape(rows, cols), want
 
 
 @pytest.mark.parametrize("along", LAYOUTS)
-@pytest.mark.parametrize("product", MATMUL_FORWARD[2:])
+@pytest.mark.parametrize("product", PRODUCTS[2:])
 def test_more_than_a_tile(product, along):
     """Edges of tiles of 64, several tiles both ways and along the sum."""
     with watch():
@@ -111,7 +101,7 @@ def test_more_than_a_tile(product, along):
 
 
 @pytest.mark.parametrize("along", LAYOUTS)
-@pytest.mark.parametrize("product", MATMUL_FORWARD[2:])
+@pytest.mark.parametrize("product", PRODUCTS[2:])
 def test_large_tiles(product, along, monkeypatch):
     """Tiles of 128; watched on one that hangs over, run on several."""
     monkeypatch.setattr(module, "_tile_size", lambda rows, cols: 128)
@@ -139,8 +129,8 @@ def test_versions_and_tiles_change_no_bit(along, monkeypatch):
     """Every output is summed over k in rising order."""
     global rng
     results = []
-    for product, size in [(p, 64) for p in MATMUL_FORWARD] + [
-        (p, 128) for p in MATMUL_FORWARD[2:]
+    for product, size in [(p, 64) for p in PRODUCTS] + [
+        (p, 128) for p in PRODUCTS[2:]
     ]:
         monkeypatch.setattr(module, "_tile_size", lambda *_, n=size: n)
         rng = np.random.default_rng(1)
@@ -152,9 +142,9 @@ def test_versions_and_tiles_change_no_bit(along, monkeypatch):
 def test_residual_may_be_out():
     x, w, b, r = normal(2, 3, 8), normal(12, 8), normal(12), normal(2, 3, 12)
     want = x @ w.T + b + r
-    for version in VERSIONS:
+    for forward in FORWARD:
         out = to_device(r)
-        matmul_forward(out, *map(to_device, (x, w, b)), out, version=version)
+        forward(out, *map(to_device, (x, w, b)), out)
         np.testing.assert_allclose(to_host(out), want, atol=1e-5)
 
 
@@ -168,7 +158,7 @@ def test_column_sums_of_many_rows_in_given_scratch():
         start = to_device(db)
         grads = to_device(x), to_device(w), start
         arrays = map(to_device, (dy, x, w))
-        matmul_backward(*grads, *arrays, False, add, work=work, version=1)
+        matmul_backward(*grads, *arrays, False, add, work=work)
         want = dy.astype(np.float64).sum((0, 1)) + add * db
         np.testing.assert_allclose(to_host(start), want, rtol=0, atol=1e-4)
     assert np.isfinite(to_host(work)[:-1]).all()
@@ -185,13 +175,13 @@ def seen_by(product, along=(True, True), rows=64, cols=64, steps=16):
         for m, n in ((rows, cols), (rows, steps), (cols, steps))
     )
     with watch() as seen:
-        product(out, None, None, a, b, (rows, cols, steps), along)
+        product(Product(out, a, b, (rows, cols, steps), *along))
     return seen
 
 
 @pytest.fixture(scope="module")
 def ladder():
-    return [seen_by(product) for product in MATMUL_FORWARD]
+    return [seen_by(product) for product in PRODUCTS]
 
 
 def test_bytes_read_for_each_fma(ladder):
@@ -222,7 +212,7 @@ def test_requests_passes_and_barriers(ladder):
 
 
 @pytest.mark.parametrize("along", LAYOUTS)
-@pytest.mark.parametrize("product", MATMUL_FORWARD[2:])
+@pytest.mark.parametrize("product", PRODUCTS[2:])
 def test_every_sector_is_used(product, along):
     """Only the numbers of both factors and of out move, once for a tile."""
     seen = seen_by(product, along, 64, 64, 8)
@@ -279,7 +269,7 @@ def test_all_generations_have_one_ptx(ladder):
     ("tile", "along"), [(128, LAYOUTS[0]), (64, LAYOUTS[2])]
 )
 def test_machine_code_of_scalars(tile, along, ladder):
-    kernel = module._tile_kernel(tile, 8, 8, *along)
+    kernel = module.tile_kernel(tile, 8, 8, *along)
     for made in machine_code(kernel, ladder[0]):
         steps, rest = divmod(found(r"fma\.rn\S*\.f32", made), 64)
         assert steps > 0
@@ -289,14 +279,14 @@ def test_machine_code_of_scalars(tile, along, ladder):
 
 def test_machine_code_of_the_first_versions(ladder):
     for kernel in (
-        module._simple_kernel(*LAYOUTS[0]),
-        module._tile_kernel(16, 16, 1, *LAYOUTS[0]),
+        rungs._simple_kernel(*LAYOUTS[0]),
+        module.tile_kernel(16, 16, 1, *LAYOUTS[0]),
     ):
         machine_code(kernel, ladder[0])
 
 
 def test_the_column_sums_compile():
-    seen = check_backward(1, 3, 4, 8, 4, True, False, False)
+    seen = check_backward(1, 3, 4, 8, matmul_backward, True, False, False)
     assert len(seen.launches) == 4
     seen.launches[:] = seen.launches[2:]
     made = check_machine_code(seen)
@@ -305,12 +295,11 @@ def test_the_column_sums_compile():
 
 def test_a_row_of_no_four_takes_scalars(monkeypatch):
     started = []
-    monkeypatch.setattr(module, "_start", lambda *args: started.append(args))
+    monkeypatch.setattr(module, "launch", lambda *args: started.append(args))
 
     def name(*sizes, along, first=0):
-        arrays = [simulated(normal(200)) for _ in range(5)]
-        arrays[3] = arrays[3][first:]
-        MATMUL_FORWARD[3](*arrays, sizes, along)
+        out, start, bias, a, b = (simulated(normal(200)) for _ in range(5))
+        vectors(Product(out, a[first:], b, sizes, *along, start, bias))
         return started[-1][0].__name__
 
     assert name(3, 8, 12, along=(True, True)) == "matmul_nt_64_vectors"
@@ -364,9 +353,6 @@ def test_wrong_kinds():
     double = to_device(np.zeros((2, 3, 4)))
     with pytest.raises(TypeError, match="must be float32"):
         matmul_forward(**arguments | {"inp": double})
-    for version in (0, 5, None):
-        with pytest.raises(ValueError, match="version must be in 1 to 4"):
-            matmul_forward(**arguments, version=version)
 
 
 def test_wrong_arguments_of_backward():
@@ -380,8 +366,5 @@ def test_wrong_arguments_of_backward():
     for work in (empty(4), empty((5, 2))):
         with pytest.raises(ValueError, match="work must"):
             matmul_backward(*good, work=work)
-    with pytest.raises(ValueError, match="version"):
-        matmul_backward(*good, version=5)
     with pytest.raises(TypeError, match="dweight"):
         matmul_backward(x, None, *good[2:])
-    assert len(MATMUL_BACKWARD) == 4

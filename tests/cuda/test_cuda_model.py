@@ -11,6 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from gpu import check_machine_code
+from llmnb.train.feed import Data, loaders
+from llmnb.train.folder import load_run, run_folder, save_run
+from llmnb.train.loop import Progress, evaluate, train_step
+from llmnb.train.options import TrainConfig
+from llmnb.train.start import new_model
 
 from llmnb import GPT2, GPT2Config
 from llmnb.arena import Arena, put
@@ -26,18 +31,6 @@ from llmnb.model.decode import Decoder
 from llmnb.model.generate import generate, window_logits
 from llmnb.text import tokenizer
 from llmnb.train.run import begin, follow, resume
-from llmnb.train.train import (
-    Data,
-    Progress,
-    TrainConfig,
-    evaluate,
-    load_run,
-    loaders,
-    new_model,
-    run_folder,
-    save_run,
-    train_step,
-)
 
 SMALL = GPT2Config(5, 29, 1, 2, 8)
 DEEP = GPT2Config(7, 61, 2, 3, 12)
@@ -364,7 +357,7 @@ def small_text(monkeypatch):
         tokens = draw.integers(0, 257, 400).astype(np.uint16)
         return Data(tokenizer.byte(), tokens[:300], tokens[300:], "random")
 
-    monkeypatch.setattr("llmnb.train.run.prepare", prepare)
+    monkeypatch.setattr("llmnb.train.feed.prepare", prepare)
     return prepare(RUN)
 
 

@@ -6,12 +6,13 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from llmnb.train.options import TrainConfig
+from llmnb.train.start import new_model
 
-from llmnb import GPT2, GPT2Config, room
+from llmnb import GPT2, GPT2Config, checks
 from llmnb.arena import Arena, footprint
 from llmnb.checks import check_array, check_tokens
 from llmnb.model.layout import gpt2_layout
-from llmnb.train.train import TrainConfig, new_model
 
 CFG = GPT2Config(
     max_seq_len=32, vocab_size=200, num_layers=2, num_heads=4, channels=32
@@ -182,18 +183,18 @@ def test_what_is_free(tmp_path, files, want):
     for name, text in ({"proc/meminfo": MEMINFO} | files).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert room.free_memory(tmp_path) == want
+    assert checks.free_memory(tmp_path) == want
 
 
 def test_what_is_free_where_nobody_knows(tmp_path, monkeypatch):
-    assert room.free_memory(tmp_path) is None
-    monkeypatch.setattr(room, "free_memory", lambda: None)
-    room.check_room(1 << 60)
+    assert checks.free_memory(tmp_path) is None
+    monkeypatch.setattr(checks, "free_memory", lambda: None)
+    checks.check_room(1 << 60)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_what_is_free_here():
-    assert 1 << 20 < room.free_memory() < 1 << 50
+    assert 1 << 20 < checks.free_memory() < 1 << 50
 
 
 def test_what_would_fit_is_not_refused(monkeypatch):
@@ -205,7 +206,7 @@ def test_what_would_fit_is_not_refused(monkeypatch):
     reads = ("params", "acts", "logits", "block", "batch")
     least, whole = sum(sizes[x] for x in reads), sum(sizes.values())
     free = [whole]
-    monkeypatch.setattr(room, "free_memory", lambda: free[0])
+    monkeypatch.setattr(checks, "free_memory", lambda: free[0])
     new_model(config, 200)
     free[0] = whole - 1
     with pytest.raises(MemoryError, match="needs 0.0 GB, this machine has"):

@@ -19,7 +19,8 @@ from llmnb.gpu.launch import DeviceArray, simulated
 from llmnb.shapes import LIMITS, shapes
 
 # modules that layers are made with, and have no layer
-TOOLS = "jit tile panels peak math launch simulator warp elementwise ptx clock"
+TOOLS = "jit tile microkernel bfloat16 panels peak math launch simulator warp "
+TOOLS += "elementwise ptx clock"
 TOOLS = {*TOOLS.split(), "graph", "model"}
 # what other modules have for them: it takes no arrays, or makes views of them
 OTHERS = {

@@ -35,34 +35,25 @@ from llmnb.formats.vocabulary import tokenizer_of
 from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
 from llmnb.train import run as the_run
-from llmnb.train.run import (
-    CHANGEABLE,
-    begin,
-    fingerprint,
-    finish,
-    follow,
-    newest_state,
-    read_rows,
-    read_state,
-    read_steps,
-    restore,
-    resume,
-    save_state,
-    start_log,
+from llmnb.train.feed import Data, loaders, prepare
+from llmnb.train.folder import (
+    load_run,
+    run_folder,
     state_path,
     states,
-)
-from llmnb.train.train import (
-    Data,
-    TrainConfig,
-    evaluate,
-    load_run,
-    loaders,
-    new_model,
-    prepare,
-    run_folder,
-    starting_from,
     weights_path,
+)
+from llmnb.train.log import read_rows, read_steps, start_log
+from llmnb.train.loop import evaluate
+from llmnb.train.options import TrainConfig
+from llmnb.train.run import CHANGEABLE, begin, finish, follow, resume
+from llmnb.train.start import new_model, starting_from
+from llmnb.train.state import (
+    fingerprint,
+    newest_state,
+    read_state,
+    restore,
+    save_state,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -99,7 +90,7 @@ def small_data(monkeypatch):
     def prepare(config):
         return Data(tokenizer.byte(), tokens[900:], tokens[:900], "a test")
 
-    monkeypatch.setattr("llmnb.train.run.prepare", prepare)
+    monkeypatch.setattr("llmnb.train.feed.prepare", prepare)
 
 
 def straight(folder, config=TINY):
@@ -407,7 +398,7 @@ def test_another_text(tmp_path, monkeypatch):
     before = files_of(tmp_path / "a")
     tokens = np.arange(4000).astype(np.uint16) % 250
     other = Data(tokenizer.byte(), tokens[400:], tokens[:400], "another")
-    monkeypatch.setattr("llmnb.train.run.prepare", lambda config: other)
+    monkeypatch.setattr("llmnb.train.feed.prepare", lambda config: other)
     with pytest.raises(ValueError, match="the text is not the one it began"):
         resume(tmp_path / "a")
     assert files_of(tmp_path / "a") == before, "nothing is written"
@@ -432,7 +423,7 @@ def test_a_text_changed_anywhere(tmp_path, monkeypatch, part, place, count):
     cut(tmp_path / "a", 7)
     before = files_of(tmp_path / "a")
     other = changed(the_run.prepare, place, part, count)
-    monkeypatch.setattr("llmnb.train.run.prepare", other)
+    monkeypatch.setattr("llmnb.train.feed.prepare", other)
     with pytest.raises(ValueError, match="the text is not the one it began"):
         resume(tmp_path / "a")
     assert files_of(tmp_path / "a") == before, "nothing is written"
@@ -452,7 +443,7 @@ def shards_in(folder, change=None):
 
 
 def test_shards_that_have_moved(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmnb.train.run.prepare", prepare)
+    monkeypatch.setattr("llmnb.train.feed.prepare", prepare)
     config = replace(TINY, shards=shards_in(tmp_path / "here"))
     want = straight(tmp_path / "a", config)[0]
     cut(tmp_path / "b", 7, config)
@@ -474,7 +465,7 @@ def test_shards_that_have_moved(tmp_path, monkeypatch):
 
 
 def test_a_corpus_that_has_moved(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmnb.train.run.prepare", prepare)
+    monkeypatch.setattr("llmnb.train.feed.prepare", prepare)
     (tmp_path / "here.txt").write_text("spam and eggs, " * 500)
     config = replace(TINY, corpus=(str(tmp_path / "here.txt"),))
     want = straight(tmp_path / "a", config)[0]
@@ -489,7 +480,7 @@ def test_a_corpus_that_has_moved(tmp_path, monkeypatch):
 
 def test_a_corpus_in_place_of_shards(tmp_path, monkeypatch):
     """The tokens decide, not the way they come."""
-    monkeypatch.setattr("llmnb.train.run.prepare", prepare)
+    monkeypatch.setattr("llmnb.train.feed.prepare", prepare)
     text = tmp_path / "text.txt"
     text.write_text("spam and eggs, " * 500)
     config = replace(TINY, corpus=(str(text),))
@@ -1255,8 +1246,8 @@ def fail(*args, **how):
     "what",
     [
         "matplotlib.figure.Figure.savefig",  # a font, tex, a broken library
-        "llmnb.train.run.landmarks",  # a shard that has vanished
-        "llmnb.train.run.write_log",  # a disk that is full
+        "llmnb.train.feed.landmarks",  # a shard that has vanished
+        "llmnb.train.folder.write_log",  # a disk that is full
     ],
 )
 def test_what_only_shows_a_run_costs_no_model(tmp_path, monkeypatch, what):
@@ -1298,7 +1289,7 @@ def test_rows_wait_for_a_log(tmp_path, monkeypatch, kind):
         def refuse(*args):
             raise denied
 
-        monkeypatch.setattr("llmnb.train.run.add_to_log", refuse)
+        monkeypatch.setattr("llmnb.train.log.add_to_log", refuse)
     with pytest.warns(UserWarning, match=r"log.csv: .*; rows wait") as seen:
         list(islice(steps, 7))
     assert len(seen) == 1, "said once"

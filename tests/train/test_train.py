@@ -20,30 +20,26 @@ from llmnb.formats.shard import read_shard, write_shard
 from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
 from llmnb.text.data import DataLoader
-from llmnb.train.train import (
-    Data,
-    Progress,
-    Step,
-    TrainConfig,
-    accumulate,
-    depth_shape,
-    evaluate,
-    landmarks,
+from llmnb.train.feed import Data, landmarks, loaders, make_encoding, prepare
+from llmnb.train.folder import (
     load_run,
-    loaders,
-    make_encoding,
-    new_model,
-    prepare,
     read_run,
     run_folder,
     save_run,
-    starting_from,
+    write_log,
+)
+from llmnb.train.landmarks import unigram_entropy
+from llmnb.train.loop import (
+    Progress,
+    Step,
+    accumulate,
+    evaluate,
     train,
     train_step,
-    unigram_entropy,
-    write_log,
     z_score,
 )
+from llmnb.train.options import TrainConfig, depth_shape
+from llmnb.train.start import new_model, starting_from
 
 RECORDED = Path(__file__).parents[1] / "data"
 TINY = TrainConfig(
@@ -267,7 +263,7 @@ def test_prepare_names_what_is_missing(config, message):
 
 
 def test_make_encoding_learns_from_the_beginning(monkeypatch):
-    monkeypatch.setattr("llmnb.train.train.TOKENIZER_TEXT", 100)
+    monkeypatch.setattr("llmnb.train.feed.TOKENIZER_TEXT", 100)
     config = replace(TINY, tokenizer="bpe", vocab_size=258)
     encoding = make_encoding(config, ["ab " * 33 + "9", "xy " * 1000])
     assert encoding.decode_single_token_bytes(256) == b"ab"

@@ -1,0 +1,262 @@
+# Written by `make export` from notebooks/appendix/02_tile.py: edit that file.
+
+"""The innermost tile of a matrix product, in LLVM's language."""
+
+__all__ = []
+
+
+# imports of the microkernel
+from typing import NamedTuple
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from llmnb.cpu.bfloat16 import multiply_add_pairs, pair, steps_in
+from llmnb.cpu.jit import device
+from llmnb.cpu.tile import (
+    COLS,
+    I32,
+    LANES,
+    ROWS,
+    VECTORS,
+    constant,
+    data,
+    load,
+    multiply_add,
+    spread,
+    store,
+    sum_loop,
+)
+
+
+# where a product lies
+class Place(NamedTuple):
+    """Where out, start and bias begin in flat arrays, and their steps.
+
+    out_row, row: from row to row, of out and of start; col, bias_col: from
+    column to column, of start and of bias.
+    """
+
+    out: int
+    out_row: int
+    start: int
+    row: int
+    col: int
+    bias: int
+    bias_col: int
+
+
+@device
+def moved(at, i, j):
+    """The Place of what lies i rows and j columns further on."""
+    out = at.out + i * at.out_row + j
+    start = at.start + i * at.row + j * at.col
+    bias = at.bias + j * at.bias_col
+    return Place(out, at.out_row, start, at.row, at.col, bias, at.bias_col)
+
+
+# the vectors of a tile
+def _addresses(builder, base, at, row, col):
+    """The addresses of a tile's vectors, row by row."""
+    for i in range(ROWS):
+        for j in range(0, COLS, LANES):
+            down = builder.mul(row, row.type(i))
+            across = builder.mul(col, col.type(j))
+            step = builder.add(at, builder.add(down, across))
+            yield builder.gep(base, [step])
+
+
+def _prefetch(builder, pointers):
+    """Ask for the cache lines that will be written, ahead of time."""
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+    name = "llvm.prefetch.p0"
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    for pointer in pointers:
+        address = builder.bitcast(pointer, byte)
+        builder.call(function, [address, I32(1), I32(3), I32(1)])
+
+
+# a turn of the loop
+def _tile_sums(builder, a, b, depth, pairs):
+    """The sums of a tile over two panels, as vectors, row by row."""
+    fma = multiply_add_pairs if pairs else multiply_add
+
+    def turn(pointers, sums):
+        a, b = pointers
+        columns = [
+            load(builder, builder.gep(b, [I32(v * LANES)]), LANES)
+            for v in range(VECTORS)
+        ]
+        new = []
+        for i in range(ROWS):
+            x = spread(builder, builder.load(builder.gep(a, [I32(i)])))
+            for y in columns:
+                new.append(fma(builder, x, y, sums[len(new)]))
+        return new
+
+    number = ir.FloatType() if pairs else a.type.pointee
+    zeros = [constant(number, [0.0] * LANES)] * (ROWS * VECTORS)
+    return sum_loop(
+        builder, depth, [a, b], [I32(ROWS), I32(COLS)], zeros, turn
+    )
+
+
+# one tile
+INT = types.int64
+
+
+@intrinsic
+def multiply_tile(typing, out, at, start, bias, panels, a, b, depth):
+    """Write one tile: out = start + bias + the product of two panels.
+
+    For kernels. out, start, bias and panels are flat arrays; at: a Place.
+    a, b: where the panels begin; depth: their lines, at least 1.
+    """
+    signature = types.void(out, at, start, bias, panels, INT, INT, INT)
+
+    def codegen(context, builder, signature, args):
+        kinds = signature.args
+        out, start, bias, panels = (
+            data(context, builder, kinds[i], args[i]) for i in (0, 2, 3, 4)
+        )
+        at = Place(*cgutils.unpack_tuple(builder, args[1]))
+        a, b = (builder.gep(panels, [x]) for x in args[5:7])
+        one, none = at.out.type(1), at.out.type(0)
+        outs = list(_addresses(builder, out, at.out, at.out_row, one))
+        _prefetch(builder, outs[::VECTORS])
+        pairs = kinds[4].dtype == types.uint32
+        sums = _tile_sums(builder, a, b, args[7], pairs)
+        shifts = list(_addresses(builder, bias, at.bias, none, at.bias_col))
+        starts = _addresses(builder, start, at.start, at.row, at.col)
+        for x, p, q, r in zip(sums, outs, starts, shifts, strict=True):
+            x = builder.fadd(x, load(builder, r, LANES))
+            store(builder, builder.fadd(x, load(builder, q, LANES)), p)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+# a transpose in registers
+def _transposed(builder, rows):
+    """The columns of a square of LANES vectors."""
+    rows, distance = list(rows), LANES // 2
+    while distance:
+        first, second = [], []
+        for j in range(LANES):
+            far = bool(j & distance)
+            first.append(j - distance + LANES if far else j)
+            second.append(j + LANES if far else j + distance)
+        low, high = constant(I32, first), constant(I32, second)
+        for i in range(LANES):
+            if not i & distance:
+                x, y = rows[i], rows[i + distance]
+                rows[i] = builder.shuffle_vector(x, y, low)
+                rows[i + distance] = builder.shuffle_vector(x, y, high)
+        distance //= 2
+    return rows
+
+
+# two ways to load a square
+def _pieces(width):
+    """Split a width into vectors: pairs (first, count)."""
+    first = 0
+    while first < width:
+        count = LANES
+        while count > width - first:
+            count //= 2
+        yield first, count
+        first += count
+
+
+def _load_along(builder, pointer, width):
+    return [
+        [(j, load(builder, pointer(k, j), n)) for j, n in _pieces(width)]
+        for k in range(LANES)
+    ]
+
+
+def _load_across(builder, pointer, width):
+    lines = [[] for _ in range(LANES)]
+    for left in range(0, width, LANES):
+        count = min(LANES, width - left)
+        rows = [
+            load(builder, pointer(left + i, 0), LANES) for i in range(count)
+        ]
+        rows += rows[:1] * (LANES - count)  # their columns are not stored
+        for line, x in zip(lines, _transposed(builder, rows), strict=True):
+            for j, n in _pieces(count):
+                part = constant(I32, range(j, j + n))
+                piece = builder.shuffle_vector(x, x, part)
+                line.append((left + j, piece))
+    return lines
+
+
+# pack a square
+def _packer(load_square):
+    @intrinsic(prefer_literal=True)
+    def pack(typing, panels, to, source, at, step, width):
+        signature = types.void(panels, INT, source, INT, INT, width)
+
+        def codegen(context, builder, signature, args):
+            panels, source = (
+                data(context, builder, signature.args[i], args[i])
+                for i in (0, 2)
+            )
+            _, to, _, at, step, _ = args
+
+            def pointer(i, j):
+                down = builder.add(at, builder.mul(step, step.type(i)))
+                return builder.gep(source, [builder.add(down, at.type(j))])
+
+            width = signature.args[5].literal_value
+            lines = load_square(builder, pointer, width)
+            per = steps_in(signature.args[0])
+            for n in range(0, LANES, per):
+                for parts in zip(*lines[n : n + per], strict=True):
+                    first = n // per * width + parts[0][0]
+                    place = builder.add(to, to.type(first))
+                    vectors = [vector for _, vector in parts]
+                    x = vectors[0] if per == 1 else pair(builder, *vectors)
+                    store(builder, x, builder.gep(panels, [place]))
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return pack
+
+
+pack_along, pack_across = _packer(_load_along), _packer(_load_across)
+
+
+# one number at a time
+@intrinsic
+def pack_one(typing, panels, to, low, high):
+    """Write one number of a panel; high is the second of a pair, if any.
+
+    For kernels.
+    """
+    signature = types.void(panels, INT, low, high)
+
+    def codegen(context, builder, signature, args):
+        panels = data(context, builder, signature.args[0], args[0])
+        empty = constant(args[2].type, [ir.Undefined])
+        vectors = [builder.insert_element(empty, x, I32(0)) for x in args[2:]]
+        pairs = steps_in(signature.args[0]) == 2
+        x = pair(builder, *vectors) if pairs else vectors[0]
+        store(builder, x, builder.gep(panels, [args[1]]))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def steps_per_line(typing, panels):
+    """2 for panels of pairs, else 1: a constant of the compiled kernel.
+
+    For kernels.
+    """
+    count = ir.IntType(64)(steps_in(panels))
+    return INT(panels), lambda context, builder, signature, args: count

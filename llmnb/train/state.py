@@ -1,0 +1,349 @@
+# Written by `make export` from notebooks/4_practice/41_states.py: edit that file.
+
+"""The state of a run: all that one step hands to the next."""
+
+__all__ = [
+    "GROUPS",
+    "Run",
+    "SETTINGS",
+    "State",
+    "differences",
+    "fingerprint",
+    "first_batches",
+    "newest_state",
+    "read_state",
+    "restore",
+    "save_state",
+    "surroundings",
+]
+
+
+# imports of state
+import json
+import math
+import os
+import platform
+import zlib
+from dataclasses import asdict
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from llmnb.arena import put
+from llmnb.config import GPT2Config
+from llmnb.formats.checkpoint import STATE, first_not_finite, state_record
+from llmnb.formats.safetensors import TensorFile, write_tensors
+from llmnb.files import Lock
+from llmnb.model.tensors import parameter_shapes
+from llmnb.formats.llmc import HEADER_BYTES
+from llmnb.formats.shard import shard_length
+from llmnb.text.data import DataLoader
+from llmnb.train.feed import Data
+from llmnb.train.folder import step_of, config_from, state_path, states
+from llmnb.train.loop import Progress
+from llmnb.train.options import TrainConfig
+from llmnb.train.start import check_memory
+
+
+# a run
+class Run(NamedTuple):
+    """A run in progress: all that `follow` works with.
+
+    folder: a Path. model: a GPT2. batches, validation: DataLoaders. at: the
+    Progress. text: a fingerprint of the text, see `fingerprint`. begun: the
+    `surroundings` at its beginning. kept: the steps of the states to go on
+    from, the oldest first. lock: the folder's, see `Lock`.
+
+    Derived in chapter 4.41.
+    """
+
+    folder: Path
+    config: TrainConfig
+    data: Data
+    model: object
+    batches: DataLoader
+    validation: DataLoader
+    at: Progress
+    text: list
+    begun: dict
+    kept: list
+    lock: Lock
+
+
+# what text it is
+def fingerprint(*batches):
+    """What tells one text from another, for JSON.
+
+    For each DataLoader: the number of its batches, and a sha256 of all
+    tokens of all its shards. One shard is open at a time.
+
+    Derived in chapter 4.41.
+    """
+    return [[x.batches_per_epoch, _digest(x.shards)] for x in batches]
+
+
+def _digest(shards):
+    """A sha256 of tokens, each as two bytes, and of where shards end."""
+    digest = sha256()
+    for shard in shards:
+        path = isinstance(shard, (str, os.PathLike))
+        length = shard_length(shard) if path else len(shard)
+        digest.update(length.to_bytes(8, "little"))
+        for part in _parts_of_file(shard) if path else _parts(shard):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _parts(tokens, size=1 << 20):
+    for at in range(0, len(tokens), size):
+        yield np.ascontiguousarray(tokens[at : at + size], "<u2")
+
+
+def _parts_of_file(path, size=1 << 21):
+    """Its tokens as bytes; read, for to map a file is to die if it is cut."""
+    with open(path, "rb") as file:
+        file.seek(HEADER_BYTES)
+        while part := file.read(size):
+            yield part
+
+
+def first_batches(batches):
+    """What stood for `fingerprint` once: it saw the first batch alone.
+
+    Derived in chapter 4.41.
+    """
+    found = []
+    for loader in batches:
+        loader.reset()
+        first = zlib.crc32(b"".join(x.tobytes() for x in loader.next_batch()))
+        loader.reset()
+        found.append([loader.batches_per_epoch, first])
+    return found
+
+
+# what else decides the bits
+SETTINGS = (
+    "LLMNB_BF16", "LLMNB_CUDA", "LLMNB_MATMUL", "LLMNB_TILE",
+    "NUMBA_BOUNDSCHECK", "NUMBA_CPU_FEATURES", "NUMBA_CPU_NAME",
+    "NUMBA_DISABLE_JIT", "NUMBA_LOOP_VECTORIZE", "NUMBA_OPT",
+    "NUMBA_SLP_VECTORIZE",
+)  # fmt: skip
+
+
+def surroundings(backend="cpu"):
+    """What the bits of a run depend on besides its options and its text.
+
+    A dict of str to str: versions, the processor and its features, the GPU
+    if that is the backend, and the variables in `SETTINGS` that are set.
+
+    Derived in chapter 4.41.
+    """
+    from llmnb.cpu.tile import cpu_features
+
+    names = "llmnb", "numpy", "numba", "llvmlite"
+    found = {name: version(name) for name in names}
+    found["Python"] = ".".join(platform.python_version_tuple()[:2])
+    found["processor"] = f"{platform.system()} {platform.machine()}"
+    found["features"] = " ".join(sorted(cpu_features()))
+    if backend == "cuda":
+        from llmnb.cuda.model import gpu
+
+        found["numba-cuda"], found["GPU"] = _version("numba-cuda"), gpu()
+    chosen = {x: os.environ[x] for x in SETTINGS if x in os.environ}
+    return found | chosen
+
+
+def _version(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
+
+
+def differences(begun, now):
+    """A list of one sentence on what has changed, or an empty one.
+
+    Derived in chapter 4.41.
+    """
+    found = []
+    for name in sorted(begun | now):
+        pair = [str(x.get(name, "none")) for x in (begun, now)]
+        words = [set(x.split()) for x in pair]
+        if name == "features":  # a hundred words: those that differ
+            pair = [" ".join(sorted(words[i] - words[1 - i])) for i in (0, 1)]
+        if words[0] != words[1]:
+            found.append(
+                f"{name} {pair[0] or 'none'}, now {pair[1] or 'none'}"
+            )
+    if not found:
+        return []
+    return [
+        "the weights may differ in their last bits from those of a run that "
+        f"was not interrupted: it began with {'; '.join(found)}"
+    ]
+
+
+# save the state
+GROUPS = "params", "m", "v"
+
+
+def save_state(run):
+    """Write the state of a run into its folder; return the path.
+
+    The file appears whole or not at all. Then all up to this step are
+    removed but the newest `config.keep` that the run itself has written or
+    gone on from. Those from beyond the step, which may be damaged, stay
+    until the run has come there. Raises FloatingPointError, and keeps what
+    there is, when an array is not finite.
+
+    Derived in chapter 4.41.
+    """
+    memory, path = run.model.memory, state_path(run.folder, run.at.step)
+    tensors = {
+        f"{group}.{name}": np.asarray(memory[group][name])  # from a GPU too
+        for group in GROUPS
+        for name in parameter_shapes(run.model.cfg)
+    }
+    wrong = first_not_finite(tensors)
+    if wrong:
+        raise FloatingPointError(
+            f"after the update at step {run.at.step - 1}, {wrong}: try a "
+            "lower learning rate or a longer warm-up"
+        )
+    record = {
+        "config": asdict(run.config),
+        "model": asdict(run.model.cfg),
+        "progress": asdict(run.at),
+        "place": run.batches.state,
+        "text": run.text,
+        "begun": run.begun,
+        "sums": {name: zlib.crc32(x) for name, x in tensors.items()},
+    }
+    record = json.dumps(record)
+    check = str(zlib.crc32(record.encode()))
+    note = {"format": STATE, "record": record, "sum": check}
+    run.lock.check()
+    write_tensors(path, tensors, note)
+    _forget_old(run)
+    return path
+
+
+def _forget_old(run):
+    step, kept = run.at.step, run.kept
+    kept[:] = [*(x for x in kept if x < step), step][-run.config.keep :]
+    for old in states(run.folder):
+        if step_of(old) <= step and step_of(old) not in kept:
+            old.unlink()
+
+
+# a state read back
+class State(NamedTuple):
+    """What a file of `save_state` holds, but for the arrays.
+
+    cfg: the model's GPT2Config. place: of the DataLoader. text: as
+    `fingerprint` gives it. begun: as `surroundings` gives it, or empty.
+
+    Derived in chapter 4.41.
+    """
+
+    path: Path
+    config: TrainConfig
+    cfg: GPT2Config
+    at: Progress
+    place: dict
+    text: list
+    begun: dict
+
+
+# read and check
+def read_state(path):
+    """Read and check a state; returns a `State`, whose arrays are not kept.
+
+    Raises OSError when it cannot be read, and ValueError, naming the file
+    and the defect, when it is not whole: names, shapes, types and checksums
+    of all arrays are checked.
+
+    Derived in chapter 4.41.
+    """
+    file = TensorFile(path)
+    try:
+        record = state_record(file)
+        state = State(
+            Path(path),
+            config_from(record["config"]),
+            GPT2Config(**record["model"]),
+            Progress(**record["progress"]),
+            record["place"],
+            record["text"],
+            dict(record.get("begun", {})),
+        )
+        _check_progress(state.at)
+        _check_arrays(file, state, record["sums"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a whole state: {error}") from None
+    return state
+
+
+# its parts
+def _check_progress(at):
+    whole = all(isinstance(x, int) for x in (at.step, at.updates))
+    known = [x for x in (at.last_loss, at.best_loss) if x is not None]
+    numbers = at.losses + at.norms + known
+    floats = all(isinstance(x, float) and math.isfinite(x) for x in numbers)
+    if not (whole and floats and 0 <= at.updates <= at.step):
+        raise ValueError(f"its progress makes no sense: {at}")
+
+
+def _check_arrays(file, state, sums):
+    kind = "F64" if state.config.precision == "fp64" else "F32"
+    shapes = parameter_shapes(state.cfg)
+    want = {f"{g}.{n}": (kind, s) for g in GROUPS for n, s in shapes.items()}
+    got = {name: (file.dtype(name), file.shape(name)) for name in file.names}
+    for name in want | got:
+        if got.get(name) != want.get(name):
+            raise ValueError(
+                f"{name} must be {want.get(name)}, got {got.get(name)}"
+            )
+        if zlib.crc32(file[name]) != sums[name]:
+            raise ValueError(f"{name} is damaged")
+
+
+# the model of a state
+def restore(state):
+    """The GPT2 of a `State`: its weights and AdamW's averages.
+
+    Derived in chapter 4.41.
+    """
+    from llmnb.model.gpt2 import GPT2
+
+    names = "batch_size", "seq_len", "backend", "precision"
+    how = {name: getattr(state.config, name) for name in names}
+    check_memory(state.config, state.cfg)
+    model, file = GPT2(state.cfg, **how, seed=None), TensorFile(state.path)
+    for group in GROUPS:
+        for name, x in model.memory[group].items():
+            put(x, file[f"{group}.{name}"])
+    return model
+
+
+# the newest state that is whole
+def newest_state(folder):
+    """The newest whole state in a folder, and what is wrong with newer ones.
+
+    Returns (a `State` or None when there is none, a list of sentences).
+    Raises ValueError when there are states and none of them is whole.
+
+    Derived in chapter 4.41.
+    """
+    wrong = []
+    for path in reversed(states(folder)):
+        try:
+            return read_state(path), wrong
+        except (OSError, ValueError) as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError(f"{folder} has no state to go on from: {wrong[0]}")
+    return None, wrong

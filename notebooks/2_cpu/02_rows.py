@@ -1,0 +1,689 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     modules:
+#       cpu.layernorm: "LayerNorm, compiled for the processor's cores."
+#       cpu.gelu: "GELU, compiled for the processor's cores."
+#       cpu.residual: "The residual sum, compiled for the processor's cores."
+# ---
+
+# %% [markdown]
+# # Rows: LayerNorm, GELU and the residual sum on a CPU
+#
+# > Three layers whose speed is that of memory: what NumPy sweeps over eight
+# > times, a compiled loop reads once, and a formula is rewritten until it needs
+# > no call into a library.
+#
+# *Reading time: 28 minutes. You need: [chapter 2.1](01_compile.ipynb), and the
+# layers of chapters [1.6](../1_by_hand/06_layernorm.ipynb),
+# [1.9](../1_by_hand/09_gelu.ipynb) and [1.10](../1_by_hand/10_residual.ipynb).*
+
+# %% [markdown]
+# ## Where we are
+#
+# At the end of this chapter you can
+#
+# - predict the time of a layer from the bytes that it moves;
+# - write a layer as a loop that reads each row from memory once;
+# - rewrite a formula so that it keeps its digits in float32, and so that a
+#   compiler can turn it into vector instructions;
+# - say why a sum over rows has a fixed number of parts.
+
+# %% [markdown]
+# ## Setup
+
+# %% setup
+import math
+from types import SimpleNamespace
+
+import numba
+import numpy as np
+
+from llmnb.book.verify import compare, verdict
+from llmnb.reference.gelu import CUBIC, ROOT
+from llmnb.reference.gelu import gelu_backward as gelu_backward_numpy
+from llmnb.reference.gelu import gelu_forward as gelu_forward_numpy
+from llmnb.reference.layernorm import layernorm_backward as backward_numpy
+from llmnb.reference.layernorm import layernorm_forward as forward_numpy
+from llmnb.reference.residual import residual_backward as sum_backward_numpy
+from llmnb.reference.residual import residual_forward as sum_forward_numpy
+from llmnb.timing import fastest, machine
+
+rng = np.random.default_rng(5)
+
+# %% [markdown]
+# ## LayerNorm
+#
+# NumPy runs (1.6.1) to (1.6.3) as eight separate operations on whole arrays, the
+# copy into `out` among them. Most of them write a whole temporary, which the
+# next one reads again. For B·T = 1024 rows of 768 channels an array takes
+# 3 MB, more than a core keeps in its nearest caches, so much of the work is
+# moving data. A compiled loop does all the work on one row while the row,
+# 3 KB, sits in the first-level cache.
+
+# %% the NumPy versions
+reference = SimpleNamespace(forward=forward_numpy, backward=backward_numpy)
+
+# %% imports of the CPU module tags=["export"] module="cpu.layernorm"
+import math
+
+import numba
+import numpy as np
+
+from llmnb.cpu.jit import arguments, share, team
+from llmnb.shapes import shapes
+
+# %% [markdown]
+# One row is one unit of work. Rows are independent, so the threads share them
+# out; inside a row the loops are plain, and LLVM turns them into vector
+# instructions. The variance is summed from $x_i - \mu$ in
+# a second sweep over the row: the one-sweep formula
+# $\overline{x^2} - \mu^2$ subtracts two large numbers and loses digits, and
+# the second sweep costs little because the row is in cache.
+
+# %% the forward kernel tags=["exporti"] module="cpu.layernorm"
+EPS = 1e-5
+
+
+@team
+def _layernorm_forward(part, parts, address):
+    out, mean, rstd, inp, weight, bias = arguments(address)
+    rows, C = inp.shape
+    number = inp.dtype.type
+    zero, one, size, eps = number(0), number(1), number(C), number(EPS)
+    mine = share(rows, part, parts)
+    for n in range(mine.start, mine.stop):
+        total = squares = zero
+        for i in range(C):
+            total += inp[n, i]
+        mu = total / size
+        for i in range(C):
+            squares += (inp[n, i] - mu) * (inp[n, i] - mu)
+        r = one / math.sqrt(squares / size + eps)
+        for i in range(C):
+            out[n, i] = (inp[n, i] - mu) * r * weight[i] + bias[i]
+        mean[n] = mu
+        rstd[n] = r
+
+
+# %% [markdown]
+# Every constant takes the array's own dtype, the zeros too. A bare `1e-5`
+# is a float64, and numba makes float64 of a float32 divided by an integer
+# as well; either would pull the whole row into float64, of which a vector
+# register holds half as many, and with other rounding.
+#
+# We write `inp[n, i]` and take no view `x = inp[n]` of the row. A view
+# would be shorter to read and longer to compile: numba makes an array of
+# it, with code that counts its owners.
+#
+# The public function has the line of the reference above it, and views the
+# (B, T, C) arrays as rows.
+
+
+# %% layernorm, forward tags=["export"] module="cpu.layernorm"
+@shapes("B T C!, B T!, B T!, B T C, C, C")
+def layernorm_forward(out, mean, rstd, inp, weight, bias):
+    """Normalise each row of inp, then scale and shift each channel.
+
+    out, inp: (B, T, C). mean, rstd: (B, T), the mean and the reciprocal
+    deviation of each row, saved for the backward pass. weight, bias: (C,).
+    All float32 or all float64 and C-contiguous; out, mean and rstd are
+    overwritten. Raises TypeError or ValueError before it computes anything.
+    """
+    C = inp.shape[-1]
+    rows = [a.reshape(-1, C) for a in (out, inp)]
+    _layernorm_forward(
+        rows[0], mean.reshape(-1), rstd.reshape(-1), rows[1], weight, bias
+    )
+
+
+# %% [markdown]
+# The backward pass has two shapes of work. $dx$ is again one row at a time.
+# $dw$ and $db$ sum over rows, and if each thread added into the same
+# $dw_i$, additions would be lost, and their order, with it the last bits,
+# would change from run to run. We could turn the work around and give each
+# thread a block of channels to sum down all rows. But that reads both
+# arrays a second time, and in short pieces, which memory serves slowly.
+#
+# Instead we cut the rows into parts. A part has its own row of sums, which
+# stays in the first-level cache while $dx$, $dw$ and $db$ are computed from
+# a row in passing; in the end the sums of all parts are added. How many
+# parts there are follows from the number of rows, never from the number of
+# threads: 16 rows in each, 64 parts at most. So every sum is taken in one
+# fixed order, whatever the number of threads.
+
+
+# %% the backward kernel tags=["exporti"] module="cpu.layernorm"
+@team
+def _layernorm_backward(part, parts, address):
+    dinp, dw, db, dout, inp, weight, mean, rstd = arguments(address)
+    (rows, C), number = inp.shape, inp.dtype.type
+    mine, zero, size = share(len(dw), part, parts), number(0), number(C)
+    for k in range(mine.start, mine.stop):
+        some = share(rows, k, len(dw))
+        for n in range(some.start, some.stop):
+            mu, r = mean[n], rstd[n]
+            a = b = zero
+            for i in range(C):
+                dnorm = dout[n, i] * weight[i]
+                a += dnorm
+                b += dnorm * (inp[n, i] - mu) * r
+            a /= size
+            b /= size
+            for i in range(C):
+                norm = (inp[n, i] - mu) * r
+                dinp[n, i] += r * (dout[n, i] * weight[i] - a - norm * b)
+            for i in range(C):
+                dw[k, i] += dout[n, i] * (inp[n, i] - mu) * r
+                db[k, i] += dout[n, i]
+
+
+# %% [markdown]
+# The sums of the parts are the one thing that this layer allocates: up to
+# $64 \cdot 2\,C$ numbers, which are gone when it returns.
+
+
+# %% layernorm, backward tags=["export"] module="cpu.layernorm"
+@shapes("B T C!, C!, C!, B T C, B T C, C, B T, B T")
+def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
+    """Add LayerNorm's gradients to dinp, dweight and dbias.
+
+    dinp, dout, inp: (B, T, C). dweight, dbias, weight: (C,). mean, rstd:
+    (B, T), as the forward pass left them. All float32 or all float64 and
+    C-contiguous; the first three are added to in place. Raises TypeError or
+    ValueError before it computes anything.
+    """
+    C = inp.shape[-1]
+    dx, dy, x = (a.reshape(-1, C) for a in (dinp, dout, inp))
+    sums = np.zeros((2, min(64, -(-len(x) // 16)), C), inp.dtype)
+    stats = mean.reshape(-1), rstd.reshape(-1)
+    _layernorm_backward(dx, *sums, dy, x, weight, *stats)
+    dweight += sums[0].sum(axis=0)
+    dbias += sums[1].sum(axis=0)
+
+
+# %% [markdown]
+# The verdict, on the problem of the proof and on a larger one in float32,
+# whose sizes divide nothing:
+
+
+# %% a problem of any size and dtype
+def problem(B, T, C, dtype=np.float32):
+    p = SimpleNamespace()
+    p.inp, p.dout = rng.normal(size=(2, B, T, C)).astype(dtype)
+    p.weight, p.bias = rng.normal(size=(2, C)).astype(dtype)
+    p.out, p.dinp = np.zeros((2, B, T, C), dtype)
+    p.dweight, p.dbias = np.zeros((2, C), dtype)
+    p.mean, p.rstd = np.zeros((2, B, T), dtype)
+    return p
+
+
+def forward_and_backward(p, layer):
+    layer.forward(p.out, p.mean, p.rstd, p.inp, p.weight, p.bias)
+    layer.backward(
+        p.dinp, p.dweight, p.dbias, p.dout, p.inp, p.weight, p.mean, p.rstd
+    )
+
+
+# %% float32, odd sizes
+cpu = SimpleNamespace(forward=layernorm_forward, backward=layernorm_backward)
+p = problem(3, 37, 331)
+forward_and_backward(p, cpu)
+got = {k: getattr(p, k).copy() for k in ("out", "dinp", "dweight", "dbias")}
+for name in got:
+    getattr(p, name)[...] = 0
+forward_and_backward(p, reference)
+for name in got:
+    compare(name, got[name], getattr(p, name), tol=1e-5)
+
+# %% [markdown]
+# The sums are said to have a fixed order. Then one thread must find the same
+# bits as all of them:
+
+# %% one thread and all threads
+for name in got:
+    getattr(p, name)[...] = 0
+threads = numba.get_num_threads()
+numba.set_num_threads(1)
+forward_and_backward(p, cpu)
+numba.set_num_threads(threads)
+same = all(np.array_equal(got[name], getattr(p, name)) for name in got)
+verdict("one thread", same, "the same bits")
+
+# %% [markdown]
+# And a shape that does not fit is refused before any kernel runs:
+
+# %% a shape that does not fit
+try:
+    layernorm_forward(p.out, p.mean, p.rstd, p.inp, p.weight[:5], p.bias)
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+# Now the time. Both versions do the same work on the same arrays, in turn;
+# we take the fastest of several runs, because other programs can only slow
+# a run down.
+
+# %% NumPy against the kernels tags=["nbval-ignore-output"]
+p = problem(4, 256, 768)
+slow, fast = (
+    fastest(forward_and_backward, p, reference),
+    fastest(forward_and_backward, p, cpu),
+)
+print(f"{machine()}, {numba.get_num_threads()} threads")
+print(f"NumPy  {slow * 1e3:7.2f} ms")
+print(f"numba  {fast * 1e3:7.2f} ms, {slow / fast:.1f} times as fast")
+
+# %% predicted traffic and intensity
+elements = 4 * 256 * 768
+flops = (8 + 6 + 11) * elements
+moved = (2 + 4) * elements * 4
+print(f"{flops / 1e6:.1f} MFLOP, {moved / 1e6:.1f} MB moved")
+print(f"{flops / moved:.2f} FLOP a byte")
+
+# %% [markdown]
+# About one operation a byte: memory decides, not arithmetic. To
+# predict the time we measure how fast this machine moves data, with a plain
+# copy of an array that fits in no cache, and divide.
+
+# %% predicted against measured time tags=["nbval-ignore-output"]
+a, b = np.ones((2, 1 << 25), np.float32)
+bandwidth = 2 * a.nbytes / fastest(np.copyto, a, b, runs=5)
+print(f"copy: {bandwidth / 1e9:.1f} GB/s")
+print(f"predicted {moved / bandwidth * 1e3:.2f} ms, measured {fast * 1e3:.2f}")
+
+# %% [markdown]
+# Where the measured time is below the prediction, the arrays of 3 MB have
+# stayed in the last-level cache between one kernel and the next; the copy
+# went to main memory. Where it is above, it holds the start of the threads,
+# twice, and on a machine whose cores are busy with other programs the
+# wait for the slowest.
+
+# %% [markdown]
+# ## GELU
+#
+# A product and a sum take a fraction of a nanosecond; a tanh is a call into
+# the mathematical library, one number at a time, with branches inside. A
+# compiler cannot turn such a call into vector instructions. So we look for
+# a form of (1.9.2) without it.
+#
+# From $\tanh u = (e^u - e^{-u}) / (e^u + e^{-u})$ follows
+#
+# $$ \frac12 (1 + \tanh u) = \frac{e^u}{e^u + e^{-u}}
+#    = \frac{1}{1 + e^{-2u}} = \sigma(2u) . \tag{2.2.1} $$
+#
+# $\sigma$ is the logistic sigmoid. With $v = 2u$ and
+# $v' = 2k(1 + 3 a x^2)$, and since $d\sigma/dv = \sigma (1 - \sigma)$,
+#
+# $$ y = x\,\sigma(v) , \qquad
+#    \frac{dy}{dx} = \sigma + x\,\sigma(1 - \sigma)\,v' . \tag{2.2.2} $$
+#
+# One exponential each, and `fast_exp` ([chapter 2.5](05_attention.ipynb)) is one that
+# vectorises.
+#
+# Two dangers are left. For $x = -20$ we have $v = -603$, and $e^{603}$
+# exceeds float32. And for large $x$, $\sigma$ rounds to 1, so $1 - \sigma$
+# has no digit left, while $x\,v'$, by which it is multiplied, grows with
+# $x^3$. Both go away when the exponential sees a negative number only.
+# Let
+#
+# $$ q = e^{-|v|}, \qquad 0 < q \le 1 . \tag{2.2.3} $$
+#
+# For $x > 0$, (2.2.1) is $\sigma = 1/(1 + q)$. For $x \le 0$ we have
+# $q = e^{v}$, and multiplying (2.2.1) above and below by $e^v$ gives
+# $\sigma = q/(1 + q)$. In both cases the two fractions are $\sigma$ and
+# $1 - \sigma$ in some order, so
+#
+# $$ \sigma\,(1 - \sigma) = \frac{q}{(1 + q)^2} . \tag{2.2.4} $$
+#
+# No subtraction is left, and nothing can overflow. Compare the two forms of
+# (2.2.4) in float32 with its value in float64:
+
+# %% digits lost and kept
+x32 = np.linspace(2, 6, 401, dtype=np.float32)
+x64 = x32.astype(np.float64)
+
+
+def slopes(x):
+    q = np.exp(-2 * x.dtype.type(ROOT) * (x + x.dtype.type(CUBIC) * x**3))
+    s = 1 / (1 + q)
+    return s * (1 - s), q / (1 + q) ** 2
+
+
+exact = slopes(x64)[1]
+subtracted, kept = (np.abs(f / exact - 1).max() for f in slopes(x32))
+verdict("sigma(1 - sigma)", subtracted > 0.5, "loses every digit")
+verdict("q / (1 + q)^2", kept < 1e-4, "keeps four or more")
+
+# %% GELU in NumPy
+reference = SimpleNamespace(
+    forward=gelu_forward_numpy, backward=gelu_backward_numpy
+)
+
+# %% imports of the CPU module tags=["export"] module="cpu.gelu"
+import math
+
+import numpy as np
+
+from llmnb.cpu.jit import arguments, device, share, team
+from llmnb.cpu.math import fast_exp
+from llmnb.shapes import shapes
+
+# %% the constants of the kernels tags=["exporti"] module="cpu.gelu"
+SLOPE = 2 * math.sqrt(2 / math.pi)
+CUBIC = 0.044715
+
+
+# %% [markdown]
+# The kernels take the array as one row of numbers, and each thread does its
+# share of it. Every constant has the array's own dtype. In float64, `fast_exp` is
+# the library's exponential, with all its digits.
+
+
+# %% the forward kernel tags=["exporti"] module="cpu.gelu"
+@team
+def _gelu_forward(part, parts, address):
+    out, inp = arguments(address)
+    number, mine = inp.dtype.type, share(inp.size, part, parts)
+    slope, cubic, one = number(SLOPE), number(CUBIC), number(1)
+    out, inp = out[mine], inp[mine]
+    for i in range(inp.size):
+        x = inp[i]
+        q = fast_exp(-abs(slope * x * (one + cubic * x * x)))
+        out[i] = x * (one if x > 0 else q) / (one + q)
+
+
+# %% [markdown]
+# The choice `one if x > 0 else q` is no branch: LLVM computes both and
+# selects. Backward comes in two kernels. In the model, `dinp` holds nothing
+# yet when GELU's gradient arrives, and to set it to zero first, only to add
+# to it, would be one more trip through memory. What is more, the model wants
+# the gradient in the place of the one that came in. So one kernel adds, and
+# one multiplies in place. The slope is (2.2.2) in both.
+
+
+# %% the slope tags=["exporti"] module="cpu.gelu"
+@device
+def _slope(x, slope, cubic, one):
+    q = fast_exp(-abs(slope * x * (one + cubic * x * x)))
+    r = one / (one + q)
+    dv = slope * (one + (cubic + cubic + cubic) * x * x)
+    return (one if x > 0 else q) * r + x * dv * q * r * r
+
+
+# %% the backward kernels tags=["exporti"] module="cpu.gelu"
+@team
+def _gelu_backward(part, parts, address):
+    dinp, dout, inp = arguments(address)
+    number, mine = inp.dtype.type, share(inp.size, part, parts)
+    slope, cubic, one = number(SLOPE), number(CUBIC), number(1)
+    dinp, dout, inp = dinp[mine], dout[mine], inp[mine]
+    for i in range(inp.size):
+        dinp[i] += dout[i] * _slope(inp[i], slope, cubic, one)
+
+
+@team
+def _gelu_backward_in_place(part, parts, address):
+    grad, inp = arguments(address)
+    number, mine = inp.dtype.type, share(inp.size, part, parts)
+    slope, cubic, one = number(SLOPE), number(CUBIC), number(1)
+    grad, inp = grad[mine], inp[mine]
+    for i in range(inp.size):
+        grad[i] *= _slope(inp[i], slope, cubic, one)
+
+
+# %% GELU, forward tags=["export"] module="cpu.gelu"
+@shapes("...!, ...~")
+def gelu_forward(out, inp):
+    """Write GELU of every element of inp to out, by the tanh form.
+
+    out, inp: arrays of one shape, any; both float32 or both float64 and
+    C-contiguous; out is overwritten. Raises TypeError or ValueError before
+    it computes anything.
+    """
+    _gelu_forward(out.reshape(-1), inp.reshape(-1))
+
+
+# %% GELU, backward tags=["export"] module="cpu.gelu"
+@shapes("...!, ...~, ...")
+def gelu_backward(dinp, dout, inp, add=True):
+    """Add GELU's gradient to dinp, or overwrite dinp with it.
+
+    dinp, dout, inp: arrays of one shape, any; all float32 or all float64
+    and C-contiguous; dinp is added to in place. With add=False it is
+    overwritten, and it may be dout itself.
+    Raises TypeError or ValueError before it computes anything.
+    """
+    dx, dy, x = dinp.reshape(-1), dout.reshape(-1), inp.reshape(-1)
+    if add:
+        _gelu_backward(dx, dy, x)
+    else:
+        if dinp is not dout:
+            np.copyto(dinp, dout)
+        _gelu_backward_in_place(dx, x)
+
+
+# %% [markdown]
+# The verdicts: on the problem of the proof, and in float32 on a dense grid
+# against the float64 reference.
+
+# %% the same results from the kernels
+inp, g = rng.normal(scale=2, size=(2, 3, 5, 7))
+out, dinp = np.empty_like(inp), np.zeros_like(inp)
+reference.backward(dinp, g, inp)
+cpu = SimpleNamespace(forward=gelu_forward, backward=gelu_backward)
+got = np.zeros_like(inp)
+cpu.backward(got, g, inp)
+compare("dinp", got, dinp, tol=1e-12)
+got = np.full_like(inp, np.nan)
+cpu.backward(got, g, inp, add=False)
+compare("dinp, overwritten", got, dinp, tol=1e-12)
+got = np.empty_like(inp)
+cpu.forward(got, inp)
+reference.forward(out, inp)
+compare("out", got, out, tol=1e-12)
+
+
+# %% both directions over a grid
+def both(layer, x):
+    y, dy = np.empty_like(x), np.zeros_like(x)
+    layer.forward(y, x)
+    layer.backward(dy, np.ones_like(x), x)
+    return y, dy
+
+
+grid = np.linspace(-40, 40, 1_600_001, dtype=np.float32)
+y32, d32 = both(cpu, grid)
+y64, d64 = both(reference, grid.astype(np.float64))
+
+# %% the error in float32
+scale = np.maximum(1, np.abs(y64))
+verdict("out", (np.abs(y32 - y64) / scale).max() < 5e-7, "err < 5e-07")
+verdict("dinp", np.abs(d32 - d64).max() < 1e-6, "err < 1e-06")
+verdict("all of it", np.isfinite(y32).all(), "is finite")
+
+# %% one thread and several, bit for bit
+import numba
+
+most = numba.get_num_threads()
+numba.set_num_threads(1)
+alone = both(cpu, grid)
+numba.set_num_threads(most)
+same = np.array_equal(alone[0], y32) and np.array_equal(alone[1], d32)
+verdict("threads", same, "change no bit")
+
+# %% a shape that does not fit
+try:
+    cpu.forward(np.empty(3), np.empty(4))
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+# For the timing we add a step in between: the tanh form in a compiled loop,
+# with the library's tanh.
+
+
+# %% the tanh form, compiled
+@team
+def library_forward(part, parts, address):
+    out, inp = arguments(address)
+    number, mine = inp.dtype.type, share(inp.size, part, parts)
+    root, cubic = number(ROOT), number(CUBIC)
+    half, one = number(0.5), number(1)
+    out, inp = out[mine], inp[mine]
+    for i in range(inp.size):
+        x = inp[i]
+        t = math.tanh(root * (x + cubic * x * x * x))
+        out[i] = half * x * (one + t)
+
+
+# %% NumPy, a compiled tanh, the sigmoid tags=["nbval-ignore-output"]
+x = rng.normal(size=(256, 3072)).astype(np.float32)
+y, dx = np.empty_like(x), np.zeros_like(x)
+flat = y.reshape(-1), x.reshape(-1)
+library_forward(*flat)
+compare("library tanh", flat[0], both(reference, flat[1])[0])
+times = {
+    "NumPy": fastest(reference.forward, y, x, runs=5),
+    "tanh, compiled": fastest(library_forward, *flat),
+    "sigmoid": fastest(cpu.forward, y, x),
+    "NumPy, backward": fastest(reference.backward, dx, x, x, runs=5),
+    "sigmoid, backward": fastest(cpu.backward, dx, x, x),
+    "overwriting": fastest(lambda: cpu.backward(dx, x, x, add=False)),
+}
+print(f"{machine()}, {most} threads")
+for name, seconds in times.items():
+    print(f"{name:18} {seconds / x.size * 1e9:6.2f} ns an element")
+
+# %% [markdown]
+# ## The residual sum
+#
+# One addition an element leaves nothing to compute faster; what costs is
+# moving the numbers. NumPy's forward is one sweep and already good. Its
+# backward is two sweeps and reads `dout` twice; a compiled loop reads it
+# once, and a team of threads brings in the other cores.
+
+# %% the sum in NumPy
+reference = SimpleNamespace(
+    forward=sum_forward_numpy, backward=sum_backward_numpy
+)
+
+# %% imports of the CPU version tags=["export"] module="cpu.residual"
+from llmnb.cpu.jit import arguments, share, team
+from llmnb.shapes import shapes
+
+
+# %% the kernels tags=["exporti"] module="cpu.residual"
+@team
+def _residual_forward(part, parts, address):
+    out, inp1, inp2 = arguments(address)
+    mine = share(out.size, part, parts)
+    out, inp1, inp2 = out[mine], inp1[mine], inp2[mine]
+    for i in range(out.size):
+        out[i] = inp1[i] + inp2[i]
+
+
+@team
+def _residual_backward(part, parts, address):
+    dinp1, dinp2, dout = arguments(address)
+    mine = share(dout.size, part, parts)
+    dinp1, dinp2, dout = dinp1[mine], dinp2[mine], dout[mine]
+    for i in range(dout.size):
+        dinp1[i] += dout[i]
+        dinp2[i] += dout[i]
+
+
+# %% [markdown]
+# The kernels see flat arrays: `reshape(-1)` of a contiguous array is a view
+# and copies nothing. That no two arrays of backward share memory is among
+# what `shapes` checks: were `dout` the same array as `dinp1`, the first
+# addition would double it before the second one reads it. The sum itself may
+# take the place of a term, `~`: each number is read before it is written.
+
+
+# %% residual, forward tags=["export"] module="cpu.residual"
+@shapes("...!, ...~, ...~")
+def residual_forward(out, inp1, inp2):
+    """Add two arrays.
+
+    out, inp1, inp2: float32 or float64, all of one shape; out is
+    overwritten, and may be inp1 or inp2.
+
+    Raises TypeError or ValueError where shapes or dtypes differ.
+    """
+    _residual_forward(out.reshape(-1), inp1.reshape(-1), inp2.reshape(-1))
+
+
+# %% residual, backward tags=["export"] module="cpu.residual"
+@shapes("...!, ...!, ...")
+def residual_backward(dinp1, dinp2, dout):
+    """Add the gradient of the sum to the gradients of both its terms.
+
+    dinp1, dinp2, dout: float32 or float64, all of one shape, three distinct
+    arrays; dinp1 and dinp2 are added to.
+
+    Raises TypeError or ValueError where shapes or dtypes differ, ValueError
+    where two of the arrays share memory.
+    """
+    _residual_backward(dinp1.reshape(-1), dinp2.reshape(-1), dout.reshape(-1))
+
+
+# %% the same results from the kernels
+cpu = SimpleNamespace(forward=residual_forward, backward=residual_backward)
+a, b, d = rng.normal(size=(3, 3, 37, 51)).astype(np.float32)
+got = np.empty_like(a), a.copy(), b.copy()
+exact = np.empty_like(a), a.copy(), b.copy()
+for layer, (s, da, db) in ((cpu, got), (reference, exact)):
+    layer.forward(s, a, b)
+    layer.backward(da, db, d)
+for name, x1, x2 in zip(("out", "dinp1", "dinp2"), got, exact, strict=True):
+    verdict(name, np.array_equal(x1, x2), "equal to NumPy's")
+
+# %% what does not fit
+for args in ((a, b[:2], d), (a, b.astype(np.float64), d), (a, d, d[:])):
+    try:
+        residual_backward(*args)
+        verdict("bad input", False, "is refused")
+    except (TypeError, ValueError) as error:
+        print(error)
+
+# %% NumPy against the kernels tags=["nbval-ignore-output"]
+from numba import get_num_threads
+
+print(f"{machine()}, {get_num_threads()} threads")
+big = rng.normal(size=(3, 4, 1024, 768)).astype(np.float32)
+times = {}
+for name in ("forward", "backward"):
+    slow = fastest(getattr(reference, name), *big)
+    times[name] = fast = fastest(getattr(cpu, name), *big)
+    print(f"{name:<9} NumPy {slow * 1e3:6.2f} ms, numba {fast * 1e3:6.2f} ms")
+    print(f"{'':<9} {slow / fast:.1f} times as fast")
+
+# %% [markdown]
+# ## Take away
+#
+# - These layers move bytes; count them, and you know about how long they take.
+# - One row at a time in cache is what helps; what must be summed over rows is
+#   summed in parts whose number does not depend on the threads.
+# - $\frac12(1 + \tanh u) = \sigma(2u)$ leaves one exponential, and an
+#   exponential of negative numbers alone neither overflows nor loses digits.
+#
+# ## Design note
+#
+# We could have approximated tanh itself by a quotient of two polynomials.
+# Near 0 that is as good, but for $x < -3$ the sum $1 + \tanh u$ takes the
+# difference of two numbers close to 1: the relative error of a small output
+# grows without limit. The sigmoid form keeps the output's digits on both
+# sides, and it shares the exponential with softmax.
+
+# %% [markdown]
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.book.index import gained
+
+gained("2.2")

@@ -1,0 +1,483 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     modules:
+#       cuda.cublas: "The linear layer on a GPU, by cuBLASLt."
+# ---
+
+# %% [markdown]
+# # cuBLASLt: a library's products
+#
+# > NVIDIA's library picks a kernel for every shape and uses the tensor cores. It
+# > reads matrices by columns: what to ask it for, and how to prove the request.
+#
+# *Reading time: 18 minutes. You need: the products of
+# [chapter 3.6](06_matmul.ipynb).*
+
+# %% [markdown]
+# ## Where we are
+#
+# The fourth version of chapter 3.6 is as far as we go by hand. A
+# library holds many kernels, for every generation of GPU, and picks one by
+# the shape. NVIDIA's is cuBLASLt, and `nvmath.bindings` hands its functions
+# to Python. llmnb uses it where it is installed (`pip install
+# 'llmnb[cuda]'`), and does without where it is not. At the end of this
+# chapter you can
+#
+# - have a product of matrices that lie by rows computed by a library that reads
+#   them by columns, without a transpose in memory;
+# - prove what you ask of a library on a machine that cannot run it;
+# - say what TF32 rounds, and what a tensor core is;
+# - say why one gradient stays with our own kernel.
+#
+# This much is known of the two functions of this chapter: the requests are
+# proved here, and cuBLASLt 13.10 has accepted the descriptions, on a machine
+# without a GPU. The search for a kernel needs a GPU, and neither it nor a
+# product has ever run.
+
+# %% [markdown]
+# ## Setup
+
+# %% setup
+from llmnb import reference
+from llmnb.book.verify import compare, verdict
+from llmnb.gpu.launch import to_device, to_host
+
+# %% imports of the library's product tags=["export"]
+import functools
+import importlib.util
+from typing import NamedTuple
+
+import numpy as np
+
+from llmnb.cuda.matmul import bias_gradient, check_work, matmul_scratch
+from llmnb.gpu.launch import (
+    DEVICE,
+    address,
+    empty,
+    missing,
+    stream_address,
+)
+from llmnb.shapes import shapes
+
+# %% random numbers
+rng = np.random.default_rng(5)
+
+# %% [markdown]
+# ## By columns
+#
+# cuBLASLt expects matrices by columns: element $(i, j)$ at $i + j\,\mathit{ld}$,
+# where $\mathit{ld}$, the *leading dimension*, is the distance between two
+# columns. Ours lie by rows. But a matrix by rows and its transpose by
+# columns are the same bytes, so we ask for the transpose of every product:
+#
+# $$ y^\top = W x^\top + b\,1^\top, \qquad
+#    dx^\top = W^\top dy^\top, \qquad
+#    dW^\top = x^\top dy . \tag{3.7.1} $$
+#
+# What the library reads by columns is $W^\top$, $x^\top$ and $dy^\top$, and
+# a flag says that it should transpose one of them back. All of this can be
+# written down before any GPU is asked: the flags, the three sizes, the
+# three leading dimensions. We call that a *plan*. It calls the factors
+# `A` and `B` and the result `D`, as the library does.
+
+
+# %% a plan tags=["export"]
+class Plan(NamedTuple):
+    """A product of matrices that lie by columns: D = op(A) op(B) + beta C.
+
+    op(A) is (m, k), op(B) is (k, n), D and C are (m, n). transa, transb:
+    whether op transposes what is stored. lda, ldb, ldd: elements from one
+    column to the next; C has D's. bias: whether a vector of m numbers is
+    added to every column.
+    """
+
+    transa: bool
+    transb: bool
+    m: int
+    n: int
+    k: int
+    lda: int
+    ldb: int
+    ldd: int
+    bias: bool = False
+
+    def stored(self):
+        """Rows, columns and leading dimension of A, B and D as stored."""
+        a = (self.k, self.m) if self.transa else (self.m, self.k)
+        b = (self.n, self.k) if self.transb else (self.k, self.n)
+        return (*a, self.lda), (*b, self.ldb), (self.m, self.n, self.ldd)
+
+
+# %% the three plans tags=["export"]
+def forward_plan(rows, C, OC, bias):
+    """out = inp weight^T: A is weight, B is inp, D is out.
+
+    rows: of inp (rows, C) and out (rows, OC); weight is (OC, C).
+    """
+    return Plan(True, False, OC, rows, C, C, C, OC, bias)
+
+
+def dinp_plan(rows, C, OC):
+    """dinp = dout weight: A is weight, B is dout, D is dinp."""
+    return Plan(False, False, C, rows, OC, C, OC, C)
+
+
+def dweight_plan(rows, C, OC):
+    """dweight = dout^T inp: A is inp, B is dout, D is dweight."""
+    return Plan(False, True, C, OC, rows, C, OC, C)
+
+
+# %% [markdown]
+# A plan is only numbers, so NumPy can carry it out on the same bytes: view
+# each flat array by columns, transpose where the flag says so, multiply.
+# This is how a plan is proved on a machine that has no GPU.
+
+
+# %% a plan in NumPy
+def carry_out(plan, a, b, d, beta=0, c=None, bias=None):
+    def by_columns(x, rows, cols, ld):
+        steps = x.itemsize, ld * x.itemsize
+        flat = x.reshape(-1)
+        return np.lib.stride_tricks.as_strided(flat, (rows, cols), steps)
+
+    A, B, D = map(by_columns, (a, b, d), *zip(*plan.stored(), strict=True))
+    product = (A.T if plan.transa else A) @ (B.T if plan.transb else B)
+    if beta:
+        c = d if c is None else c
+        product += beta * by_columns(c, *plan.stored()[2])
+    if plan.bias:
+        product += bias[:, None]
+    D[...] = product
+
+
+# %% the three plans, proved
+rows, C, OC = 7, 5, 3
+x, W = rng.normal(size=(rows, C)), rng.normal(size=(OC, C))
+dy, b = rng.normal(size=(rows, OC)), rng.normal(size=OC)
+before = rng.normal(size=(rows, OC))
+y, dx, dW = np.empty_like(dy), np.empty_like(x), np.empty_like(W)
+plan = forward_plan(rows, C, OC, bias=True)
+carry_out(plan, W, x, y, beta=1, c=before, bias=b)
+compare("forward", y, x @ W.T + b + before, tol=1e-12)
+carry_out(dinp_plan(rows, C, OC), W, dy, dx)
+compare("dinp", dx, dy @ W, tol=1e-12)
+carry_out(dweight_plan(rows, C, OC), x, dy, dW)
+compare("dweight", dW, dy.T @ x, tol=1e-12)
+
+# %% [markdown]
+# ## What the library is told
+#
+# The bias is added on the way to memory, by what the library calls an
+# *epilogue*. A residual costs no pass either: it is the $C$ of
+# $D = AB + \beta C$, with $\beta = 1$, and $C = D$ adds a gradient to what
+# is there. The bias gradient has an epilogue as well, but it overwrites,
+# and we must be able to add; it stays our own kernel of fixed order.
+#
+# To carry a plan out, the library wants three descriptions of matrices and
+# one of the product, then a search among its kernels. All this is done once
+# for each plan and kept. The kernel that is found may want memory of its
+# own, a *workspace*. We offer 32 MiB, which the cuBLAS documentation, under
+# `cublasSetWorkspace`, recommends for an H100's generation.
+
+
+# %% places and numbers tags=["exporti"]
+WORKSPACE = 8 << 20  # floats: 32 MiB
+ALIGNED = 256  # bytes: the most that is claimed of an address
+NOUGHT, ONE = np.zeros(1, np.float32), np.ones(1, np.float32)
+
+
+class _Places(NamedTuple):
+    """The addresses of a product's operands on the device."""
+
+    a: int
+    b: int
+    c: int
+    d: int
+    bias: int
+
+    def alignments(self):
+        """Of each, the largest power of two, up to 256, that divides it."""
+        return tuple(min(x & -x or ALIGNED, ALIGNED) for x in self)
+
+
+# %% set an attribute tags=["exporti"]
+def _set(what, thing, name, value):
+    """Set an attribute of a description; what: "matmul_desc" or so."""
+    from nvmath.bindings import cublasLt as lt
+
+    kinds = {
+        "matmul_desc": lt.MatmulDescAttribute,
+        "matmul_preference": lt.MatmulPreferenceAttribute,
+    }
+    attribute = kinds[what][name]
+    dtype = getattr(lt, f"get_{what}_attribute_dtype")(attribute)
+    value = np.array([value], dtype)
+    change = getattr(lt, f"{what}_set_attribute")
+    change(thing, attribute, value.ctypes.data, value.nbytes)
+
+
+# %% [markdown]
+# One word of the description allows *TF32*: the library may then round each
+# factor to 10 bits behind the point instead of 23, and multiply on the
+# *tensor cores*, units of a GPU for products of small matrices: one instruction
+# of a warp multiplies two tiles and adds the result to a third. The sums are
+# still float32. It is chapter 2.6's bargain with three bits more: the range of
+# float32, fewer bits of each factor, and all of them in the sums.
+
+
+# %% describe a plan tags=["exporti"]
+def _describe(plan, bias, tf32):
+    """A plan as the library knows it: a product and three matrices."""
+    from nvmath.bindings import cublas
+    from nvmath.bindings import cublasLt as lt
+
+    kind = cublas.ComputeType
+    kind = kind.COMPUTE_32F_FAST_TF32 if tf32 else kind.COMPUTE_32F
+    product = lt.matmul_desc_create(kind, 0)  # 0 is float32
+    _set("matmul_desc", product, "TRANSA", int(plan.transa))
+    _set("matmul_desc", product, "TRANSB", int(plan.transb))
+    if plan.bias:
+        _set("matmul_desc", product, "EPILOGUE", int(lt.Epilogue.BIAS))
+        _set("matmul_desc", product, "BIAS_POINTER", bias)
+    return product, *[lt.matrix_layout_create(0, *x) for x in plan.stored()]
+
+
+# %% the library itself tags=["exporti"]
+@functools.cache
+def _library():
+    """The library's handle; made once, on the GPU that is current."""
+    from nvmath.bindings import cublasLt as lt
+
+    return lt.create()
+
+
+# %% [markdown]
+# A library may want addresses to be multiples of 16 bytes or more, and promises
+# a faster kernel where they are. So how well the operands are aligned is part
+# of what is looked up.
+
+
+# %% choose a kernel tags=["exporti"]
+@functools.cache
+def _prepared(plan, alignments, size, tf32):
+    """A plan described, and the kernel that the library chose for it.
+
+    size: bytes that the kernel may use for itself. Kept for every later
+    call with operands that are aligned alike. Raises RuntimeError when the
+    library knows no kernel.
+    """
+    from nvmath.bindings import cublasLt as lt
+
+    # the search looks at how the bias is aligned, so it needs an address
+    product, A, B, D = _describe(plan, alignments[-1], tf32)
+    wish = lt.matmul_preference_create()
+    _set("matmul_preference", wish, "MAX_WORKSPACE_BYTES", size)
+    for name, bytes_ in zip("ABCD", alignments, strict=False):
+        _set("matmul_preference", wish, f"MIN_ALIGNMENT_{name}_BYTES", bytes_)
+    found = np.zeros(1, lt.matmul_heuristic_result_dtype)
+    count = np.zeros(1, np.int32)
+    lt.matmul_algo_get_heuristic(
+        _library(), product, A, B, D, D, wish, 1,
+        found.ctypes.data, count.ctypes.data,
+    )  # fmt: skip
+    lt.matmul_preference_destroy(wish)
+    if not count[0] or found["state"][0]:
+        raise RuntimeError(f"cuBLASLt has no kernel for {plan}")
+    return product, A, B, D, found
+
+
+# %% carry it out tags=["exporti"]
+def _enqueue(plan, places, beta, work, tf32):
+    """Enqueue D = op(A) op(B) + beta C on the current stream."""
+    from nvmath.bindings import cublasLt as lt
+
+    start = -(-address(work) // ALIGNED) * ALIGNED
+    size = max(0, address(work) + work.nbytes - start)
+    kept = _prepared(plan, places.alignments(), size, tf32)
+    product, A, B, D, found = kept
+    if plan.bias:
+        _set("matmul_desc", product, "BIAS_POINTER", places.bias)
+    beta = ONE if beta else NOUGHT
+    lt.matmul(
+        _library(), product, ONE.ctypes.data, places.a, A, places.b, B,
+        beta.ctypes.data, places.c, D, places.d, D,
+        found.ctypes.data, start, size, stream_address(),
+    )  # fmt: skip
+
+
+# %% can it be had tags=["export"]
+@functools.cache
+def no_cublas():
+    """Why cuBLASLt cannot multiply here; empty where it can."""
+    if missing():
+        return missing()
+    if importlib.util.find_spec("nvmath") is None:
+        return "nvmath-python is not installed: pip install 'llmnb[cuda]'"
+    try:
+        _library()
+    except Exception as error:  # no library to load, or one that refuses
+        return f"cuBLASLt does not start: {error}"
+    return ""
+
+
+def cublas_scratch():
+    """How many floats of scratch memory cuBLASLt should be given."""
+    return WORKSPACE
+
+
+# %% [markdown]
+# ## The layer
+#
+# The two functions take what `matmul_forward` and `matmul_backward` take.
+
+
+# %% the linear layer, forward, by cuBLASLt tags=["export"]
+@shapes("... OC!, ... C, OC C, OC?, ... OC?~, W!?", DEVICE)
+def cublas_forward(
+    out, inp, weight, bias, residual=None, work=None, tf32=False
+):
+    """The linear layer by cuBLASLt; otherwise as cuda.matmul_forward.
+
+    work: float32, 1-D, of `cublas_scratch()` elements or as many as there
+    are, allocated when None. tf32: let the library round the factors to 10
+    bits after the point and use tensor cores. Needs a GPU: raises
+    RuntimeError with `no_cublas()` otherwise, and where the library has no
+    kernel for the shape.
+    """
+    rows = _rows("cublas_forward", inp)
+    OC, C = weight.shape
+    work = empty(WORKSPACE, like=inp) if work is None else work
+    d = address(out)
+    c = d if residual is None else address(residual)
+    b = 0 if bias is None else address(bias)
+    plan = forward_plan(rows, C, OC, bias is not None)
+    places = _Places(address(weight), address(inp), c, d, b)
+    _enqueue(plan, places, residual is not None, work, tf32)
+
+
+# %% check the arrays tags=["exporti"]
+def _rows(name, inp):
+    """The number of rows, where the library can be had."""
+    if no_cublas():
+        raise RuntimeError(f"{name}: {no_cublas()}")
+    return inp.size // inp.shape[-1]
+
+
+# %% the linear layer, backward, by cuBLASLt tags=["export"]
+@shapes("... C!, OC C!, OC!?, ... OC, ... C, OC C", DEVICE, work="W!?")
+def cublas_backward(
+    dinp, dweight, dbias, dout, inp, weight,
+    add_dinp=True, add_dweight=True, work=None, tf32=False,
+):  # fmt: skip
+    """The linear layer's gradients by cuBLASLt; as cuda.matmul_backward.
+
+    work, tf32, what is raised: as for `cublas_forward`. dbias is summed by
+    llmnb's own kernel, in a fixed order; with it, work must also hold
+    matmul_scratch(B * T, OC) elements.
+    """
+    rows = _rows("cublas_backward", inp)
+    OC, C = weight.shape
+    sums = 0 if dbias is None else matmul_scratch(rows, OC)
+    check_work("cublas_backward", work, sums)
+    if work is None:
+        work = empty(max(WORKSPACE, sums), like=inp)
+    x, w, dy = address(inp), address(weight), address(dout)
+    dx, dw = address(dinp), address(dweight)
+    places = _Places(w, dy, dx, dx, 0)
+    _enqueue(dinp_plan(rows, C, OC), places, add_dinp, work, tf32)
+    places = _Places(x, dy, dw, dw, 0)
+    _enqueue(dweight_plan(rows, C, OC), places, add_dweight, work, tf32)
+    if dbias is not None:
+        bias_gradient(dbias, dout, add_dweight, work)
+
+
+# %% [markdown]
+# Where there is a GPU with cuBLASLt, this cell compares its products with
+# NumPy's. Elsewhere it says what is missing:
+
+# %% the library against NumPy tags=["nbval-ignore-output"]
+B, T, C, OC = 1, 9, 8, 68
+inp, weight, bias, dout = (
+    rng.normal(size=shape).astype(np.float32)
+    for shape in ((B, T, C), (OC, C), (OC,), (B, T, OC))
+)
+want = [np.zeros_like(z) for z in (dout, inp, weight, bias)]
+reference.matmul_forward(want[0], inp, weight, bias)
+reference.matmul_backward(*want[1:], dout, inp, weight)
+if no_cublas():
+    print(no_cublas())
+else:
+    x, w, b, dy = map(to_device, (inp, weight, bias, dout))
+    y, dx, dw, db = (empty(z.shape) for z in want)
+    cublas_forward(y, x, w, b)
+    cublas_backward(dx, dw, db, dy, x, w, False, False)
+    names = "out", "dinp", "dweight", "dbias"
+    for name, got, right in zip(names, (y, dx, dw, db), want, strict=True):
+        compare(f"cuBLASLt, {name}", to_host(got), right, tol=1e-5)
+
+# %% [markdown]
+# ## Take away
+#
+# - A matrix by rows is its transpose by columns: the same bytes.
+# - A request that is only numbers can be proved in NumPy before a library
+#   sees it.
+# - Bias and residual cost no pass; a sum that must add, in one order, stays
+#   with us.
+# - TF32 rounds factors, not sums.
+
+# %% [markdown]
+# ## Design note
+#
+# cuBLASLt can also be asked to write rows: it knows an order of rows for its
+# matrices. Not every kernel and epilogue of it does, and the transpose costs
+# nothing, so we ask for what every version of the library is best at. A product
+# written for one model may beat a library on the shapes of that model; ours is
+# kept as the version that a reader can follow, and that needs no library.
+
+# %% [markdown]
+# ## Exercises
+#
+# **1** (★★). An output of the forward pass is to be written into the columns
+# 2 to 4 of a wider array with 8 columns. Which number of the plan changes, and
+# to what? Carry it out in NumPy.
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# Only the leading dimension of D: `ldd` is 8, the distance from one row of the
+# wide array, which the library takes for a column, to the next. D begins two
+# numbers further on.
+# :::
+
+
+# %% exercise 1, a wider array tags=["hide-cell"]
+def into_columns(plan, width):
+    return plan._replace(ldd=width)
+
+
+# %% exercise 1, checked
+rows, C, OC = 7, 5, 3
+x, W = rng.normal(size=(rows, C)), rng.normal(size=(OC, C))
+wide = np.zeros((rows, 8))
+plan = into_columns(forward_plan(rows, C, OC, bias=False), 8)
+carry_out(plan, W, x, wide.reshape(-1)[2:])
+compare("columns 2 to 4", wide[:, 2:5], x @ W.T, tol=1e-12)
+verdict("the others", not np.delete(wide, (2, 3, 4), axis=1).any(), "stay")
+
+# %% [markdown]
+# ## Further reading
+#
+# - NVIDIA, [cuBLAS](https://docs.nvidia.com/cuda/cublas/): the section on the
+#   cuBLASLt API, what a description may say and what an epilogue does.
+
+# %% [markdown]
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.book.index import gained
+
+gained("3.7")

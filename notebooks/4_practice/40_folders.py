@@ -1,0 +1,530 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     modules:
+#       train.folder: "The folder of a run: its files, written and read back."
+#       train.start: "The model that a run starts with, new or from a checkpoint."
+# ---
+
+# %% [markdown]
+# # Folders: keep a run, and start from one
+#
+# > What it takes to use a model again, and to say where it came from: a folder of
+# > six files, each written whole, and a run that starts from another's weights.
+#
+# *Reading time: 26 minutes. You need: [chapter 4.12](12_loop.ipynb) and the files of
+# [chapter 4.1](01_files.ipynb).*
+
+# %% [markdown]
+# ## Where we are
+#
+# A model that is trained and not kept is a number on a screen. At the end of this
+# chapter you can
+#
+# - say what each file of a run's folder is for;
+# - say which of them may fail, and which may not;
+# - start a run from the weights of another, or of somebody's model.
+
+# %% [markdown]
+# ## Setup
+
+# %% setup
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from llmnb.book.verify import verdict
+from llmnb.train.feed import landmarks, loaders, prepare
+from llmnb.train.loop import evaluate, train
+from llmnb.train.options import TrainConfig
+
+config = TrainConfig(
+    corpus=("../../tests/data/library.jsonl.gz",), limit=300_000,
+    num_layers=2, channels=64, steps=60, eval_every=30, eval_batches=5,
+)  # fmt: skip
+data = prepare(config)
+V, marks = data.encoding.n_vocab, landmarks(config, data)
+
+# %% [markdown]
+# ## A picture
+#
+# The training loss of a single step is noisy: each batch is another handful of
+# text, and some text is easier. The plot shows each step as a dot and draws a
+# running mean through them.
+
+
+# %% draw the losses tags=["export"]
+def draw_losses(ax, steps, landmarks):
+    """Draw losses over steps into a matplotlib axes, with the landmarks.
+
+    steps: list of `Step`. landmarks: dict from name to a loss, each drawn
+    as a dashed line with its name.
+    """
+    from llmnb.book.diagram import PALETTE
+
+    x, y = _series(steps, "loss")
+    ax.plot(x, y, ".", color=PALETTE["grey"], ms=3, label="one batch")
+    if len(y) >= 2 * SMOOTH:
+        mean = np.convolve(y, np.ones(SMOOTH) / SMOOTH, "valid")
+        middle = x[SMOOTH - 1 :] - (SMOOTH - 1) / 2
+        label = f"mean of {SMOOTH} batches"
+        ax.plot(middle, mean, color=PALETTE["blue"], label=label)
+    x, y = _series(steps, "val_loss")
+    ax.plot(x, y, "o-", color=PALETTE["orange"], ms=4, label="validation")
+    for name, loss in landmarks.items():
+        ax.axhline(loss, color=PALETTE["ink"], lw=1, ls="--")
+        place = {"transform": ax.get_yaxis_transform(), "ha": "right"}
+        ax.text(0.99, loss, name, va="bottom", parse_math=False, **place)
+    ax.set(xlabel="step", ylabel="loss (nats a token)")
+    ax.legend(frameon=False)
+
+
+# %% points of a curve tags=["exporti"]
+SMOOTH = 20  # steps in the running mean of the training loss
+
+
+def _series(steps, name):
+    points = [
+        (s.step, getattr(s, name))
+        for s in steps
+        if getattr(s, name) is not None
+    ]
+    return np.array(points, float).reshape(-1, 2).T
+
+
+# %% [markdown]
+# ## The model of a run
+#
+# A new model, or one with the weights of a checkpoint; and whether there is room
+# for it.
+
+
+# %% imports of start tags=["export"] module="train.start"
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from llmnb.arena import footprint
+from llmnb.checks import check_room
+from llmnb.formats.checkpoint import read_config
+from llmnb.formats.vocabulary import tokenizer_of
+from llmnb.model.layout import gpt2_layout
+from llmnb.train.folder import weights_path
+from llmnb.train.options import SHAPE, TrainConfig, check_range, depth_shape
+
+
+# %% the model and its batches tags=["export"] module="train.start"
+def new_model(config, vocab_size):
+    """The GPT2 that a run starts with, for a vocabulary of this size.
+
+    Freshly initialised, or with the weights of `config.init`. Raises
+    ValueError when these are for another vocabulary, and as `check_memory`
+    and GPT2.from_checkpoint do.
+    """
+    from llmnb.model.gpt2 import GPT2
+
+    names = "batch_size", "seq_len", "backend", "precision"
+    how = {name: getattr(config, name) for name in names}
+    if not config.init:
+        cfg = config.model(vocab_size)
+        check_memory(config, cfg)
+        return GPT2(cfg, **how, seed=config.seed)
+    path = weights_path(config.init)
+    cfg = read_config(path)
+    known, padded = cfg.vocab_size, -(-vocab_size // 128) * 128
+    if not vocab_size <= known <= padded:
+        raise ValueError(
+            f"{path} knows {known} tokens, the text is made of {vocab_size}: "
+            "choose the tokenizer that it was trained with"
+        )
+    check_memory(config, cfg)
+    return GPT2.from_checkpoint(path, **how, tokens=vocab_size)
+
+
+def check_memory(config, cfg):
+    """Raise MemoryError when a run's model is more than fits in memory.
+
+    cfg: the GPT2Config. All of the model counts here, as training writes to
+    all of it; a GPU's memory answers for itself.
+    """
+    if config.backend != "cuda":
+        dtype = np.float64 if config.precision == "fp64" else np.float32
+        layout = gpt2_layout(cfg, config.batch_size, config.seq_len, dtype)
+        check_room(sum(footprint(layout).values()))
+
+
+# %% a short run
+model = new_model(config, V)
+batches, validation = loaders(config, data)
+steps = list(train(config, model, batches, validation))
+fig, ax = plt.subplots(figsize=(7, 3.5), dpi=100)
+draw_losses(ax, steps, marks)
+fig.tight_layout()
+plt.show()
+final = steps[-1].val_loss
+verdict("sixty steps", final < steps[0].val_loss - 0.5, "have been worth it")
+
+# %% [markdown]
+# *Figure 4.40.1. Sixty steps of a small run, as its folder shows them.*
+
+# %% [markdown]
+# ## Keep the run
+#
+# A run folder holds what it takes to use the model again, and to say where
+# it came from:
+#
+# | file | what it holds |
+# |---|---|
+# | `config.json` | the `TrainConfig`, the corpus, the landmarks, versions |
+# | `log.csv` | one line for every `Step` |
+# | `loss.png` | the figure above |
+# | `model.bin` | the weights, in the format of [chapter 1.13](13_memory.ipynb) |
+# | `state_*.safetensors` | what it takes to go on; see *Nothing lost* |
+# | `tokenizer.tiktoken` | the tokenizer's ranks |
+#
+# Each file is written beside its place and renamed into it, by `replacing`
+# from [chapter 1.4](04_gpt2.ipynb). A run that is stopped in the middle of
+# writing leaves the old file or the new one, and never half of one.
+#
+# The files are not equally dear. A log or a figure shows a run, the model
+# *is* the run, and there are many ways for a picture to fail that have
+# nothing to do with it: a font, a setting, a package that is missing. So the
+# model is written first, and what only shows it may fail with a warning.
+#
+# Half files are one danger, two writers another: so a run locks its folder
+# ([chapter 4.1](01_files.ipynb)).
+
+# %% imports of folder tags=["export"]
+import json
+import re
+import warnings
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from llmnb.files import make_folder, read_small, replacing, what_is
+from llmnb.files import LOCK, in_use
+from llmnb.timing import machine
+from llmnb.train.feed import landmarks
+from llmnb.train.loop import Step
+from llmnb.train.options import TrainConfig
+
+
+# %% a folder for a run tags=["export"]
+def run_folder(path, force=False):
+    """Make the folder of a run; returns it as a Path.
+
+    Raises FileExistsError when it holds anything, unless `force`.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file, not a folder")
+    make_folder(path)
+    if any(x.name != LOCK for x in path.iterdir()) and not force:
+        state = in_use(path) or "exists and is not empty"
+        raise FileExistsError(f"{path} {state}")
+    return path
+
+
+# %% the log tags=["export"]
+def write_log(path, steps):
+    """Write a list of `Step` as CSV; what a step does not give stays empty."""
+    lines = [",".join(Step._fields), *map(log_row, steps)]
+    _write_text(path, "\n".join(lines) + "\n")
+
+
+def log_row(step):
+    """The row of a `Step` in a log: numbers with nine digits, and commas."""
+    given = ("" if x is None else f"{x:.9g}" for x in step[1:])
+    return ",".join([str(step.step), *given])
+
+
+def _write_text(path, text):
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+# %% what may fail tags=["export"]
+@contextmanager
+def sparing(what):
+    """Turn an error within into a warning that says what there is not."""
+    try:
+        yield
+    except Exception as error:  # a picture can fail with any
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        warnings.warn(f"goes on without {what}: {why}", stacklevel=3)
+
+
+# %% the folder's files tags=["export"]
+def save_run(folder, config, model, data, steps):
+    """Write model.bin, config.json, the tokenizer, log.csv and loss.png.
+
+    folder: the Path that `run_folder` made. steps: list of `Step`. A log or
+    a figure that cannot be written is a warning.
+    """
+    model.save_checkpoint(folder / "model.bin")
+    marks = write_record(folder, config, data)
+    with sparing(folder / "log.csv"):
+        write_log(folder / "log.csv", steps)
+    with sparing(folder / "loss.png"):
+        save_figure(folder / "loss.png", steps, marks)
+
+
+# %% what a run was tags=["export"]
+def write_record(folder, config, data):
+    """Write tokenizer.tiktoken and config.json; returns the landmarks."""
+    from llmnb.text import tokenizer
+
+    folder, marks = Path(folder), landmarks(config, data)
+    tokenizer.save(data.encoding, folder / "tokenizer.tiktoken")
+    record = json.dumps(_facts(config, data, marks), indent=1)
+    _write_text(folder / "config.json", record + "\n")
+    return marks
+
+
+def note_model(folder, step):
+    """Note in config.json at which step model.bin was written."""
+    path = Path(folder) / "config.json"
+    record = json.loads(path.read_text("utf-8")) | {"model_step": step}
+    _write_text(path, json.dumps(record, indent=1) + "\n")
+
+
+# %% what is written down tags=["exporti"]
+def _facts(config, data, marks):
+    names = "llmnb", "numpy", "numba", "tiktoken"
+    return {
+        "config": asdict(config),
+        "data": data.source,
+        "train_tokens": len(data.train_tokens),
+        "val_tokens": len(data.val_tokens),
+        "landmarks": marks,
+        "versions": {name: version(name) for name in names},
+        "machine": machine(),
+    }
+
+
+# %% the figure tags=["export"]
+def save_figure(path, steps, landmarks):
+    """Write the loss curves of a run as PNG, needing no display.
+
+    The user's own settings of matplotlib, such as fonts, are left aside.
+    """
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    with style.context("default"), replacing(path) as file:
+        figure = Figure(figsize=(8, 4.5), dpi=100, layout="tight")
+        draw_losses(figure.subplots(), steps, landmarks)
+        figure.savefig(file, format="png")
+
+
+# %% [markdown]
+# Reading it back builds the model at whatever batch size the reader needs:
+# one row is enough to write a text.
+
+
+# %% a run read back tags=["export"]
+def load_run(folder, batch_size=1, seq_len=None, backend=None):
+    """Read the model, the tokenizer and the TrainConfig of a run folder.
+
+    seq_len and backend default to the run's own; of a run in TF32 the model
+    computes in float32 on another backend. Raises OSError or ValueError, in
+    one sentence, when a file is missing or damaged.
+    """
+    from llmnb.text import tokenizer
+    from llmnb.model.gpt2 import GPT2
+
+    folder = Path(folder)
+    config = read_run(folder)
+    backend, precision = backend or config.backend, config.precision
+    if precision == "tf32" and backend != "cuda":
+        precision = "fp32"
+    encoding = tokenizer.load(folder / "tokenizer.tiktoken")
+    model = GPT2.from_checkpoint(
+        weights_path(folder),
+        batch_size=batch_size,
+        seq_len=seq_len or config.seq_len,
+        backend=backend,
+        precision=precision,
+    )
+    return model, encoding, config
+
+
+# %% the numbers of a run, read back tags=["export"]
+def read_run(folder):
+    """The TrainConfig in a run folder's config.json.
+
+    Raises OSError or ValueError, in one sentence, when it is missing or
+    holds something else.
+    """
+    path = Path(folder) / "config.json"
+    raw = read_small(path, 1 << 20)
+    try:
+        return config_from(json.loads(raw)["config"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        what = what_is(path) or error
+        raise ValueError(f"{path} is not a run's: {what!s:.200}") from None
+
+
+def config_from(found):
+    """The TrainConfig of its fields, a dict as JSON holds them.
+
+    Raises KeyError, TypeError or ValueError when it holds anything else.
+    """
+    config = TrainConfig(**{**found, "corpus": tuple(found["corpus"])})
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if type(value) not in (each.type, int if each.type is float else None):
+            kind = each.type.__name__
+            raise TypeError(f"{each.name} must be {kind}, got {value!r}")
+    return config
+
+
+# %% write and read back
+with TemporaryDirectory() as folder:
+    save_run(run_folder(folder), config, model, data, steps)
+    print(*sorted(x.name for x in Path(folder).iterdir()))
+    writer, encoding, same = load_run(folder)
+verdict("read back", same == config, "the same numbers")
+same = all(
+    np.array_equal(writer.params[n], model.params[n]) for n in model.params
+)
+verdict("read back", same, "the same weights")
+
+# %% [markdown]
+# ## Where the weights are
+#
+# A run that is not over has no `model.bin` yet, or an old one; its newest state
+# has the weights too. A state is called by its step.
+
+
+# %% the files of the states tags=["export"]
+def state_path(folder, step):
+    """Where the state after so many steps is kept."""
+    return Path(folder) / f"state_{step:08d}.safetensors"
+
+
+def states(folder):
+    """The paths of the states in a run's folder, the oldest first.
+
+    Only what `state_path` names: no file of another name is a state.
+    """
+    found = Path(folder).glob("state_*.safetensors")
+    return sorted(filter(_is_state, found), key=step_of)
+
+
+def _is_state(path):
+    digits = path.stem.removeprefix("state_")
+    return bool(re.fullmatch("[0-9]{8}|[1-9][0-9]{8,17}", digits))
+
+
+def step_of(path):
+    """The step of a state, from its name."""
+    return int(path.stem.removeprefix("state_"))
+
+
+# %% where the weights are tags=["export"]
+def weights_path(path):
+    """The newest weights in a run's folder; any other path as it is.
+
+    They are in the newest state, unless model.bin was written at its step or
+    later: config.json says at which. No clock is asked.
+    """
+    folder, model = Path(path), Path(path, "model.bin")
+    last = states(folder)[-1:] if folder.is_dir() else []
+    whole = model.is_file()
+    if last and not (whole and model_step(folder) >= step_of(last[0])):
+        return last[0]
+    return model if whole else folder
+
+
+def model_step(folder):
+    """The step at which a run's model.bin was written, or -1: not known."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        text = read_small(Path(folder, "config.json"), 1 << 20)
+        return int(json.loads(text)["model_step"])
+    return -1
+
+
+# %% [markdown]
+# ## Start from a trained model
+#
+# A model that has read the web knows English; to make it write like
+# Shakespeare one goes on from its weights, with a small learning rate. This
+# is **fine-tuning**, and the loop need not know: only the beginning
+# differs. The shape comes from the checkpoint, and a wish for another one
+# is refused. The tokenizer must be the one that the model was trained with:
+# a run's folder holds it, and so do most model folders. Where nothing tells
+# ([chapter 4.4](../4_practice/04_published.ipynb)), it has to be named.
+#
+# This is also the way out of a run whose loss is no number any more. Its learning
+# rate cannot be changed, since a run is fixed by its numbers, but another run can
+# begin where the last state was good, at a lower rate.
+
+
+# %% a run from a checkpoint tags=["export"] module="train.start"
+def starting_from(init, **given):
+    """The TrainConfig of a run that starts from a checkpoint's weights.
+
+    init: the path of a run's folder, or of what GPT2.from_checkpoint reads.
+    given: other fields. Unless given, the learning rate is 1e-4, the
+    tokenizer that of llmnb.formats.vocabulary.tokenizer_of, and seq_len no more than the
+    checkpoint allows. Raises OSError or ValueError when it cannot be read,
+    has another shape than is given, or no tokenizer is certain.
+    """
+    cfg, usual = read_config(weights_path(init)), {"learning_rate": 1e-4}
+    usual["seq_len"] = min(TrainConfig.seq_len, cfg.max_seq_len)
+    shape = {name: getattr(cfg, name) for name in SHAPE}
+    asked = dict(given)
+    if asked.get("depth"):
+        asked |= zip(SHAPE, depth_shape(asked["depth"]), strict=True)
+    for name, value in shape.items():
+        if asked.get(name, value) != value:
+            raise ValueError(
+                f"{init} has {name} {value}, not {asked[name]}: leave out "
+                "the shape, or do not start from it"
+            )
+    config = TrainConfig(**{**usual, **given, **shape, "init": str(init)})
+    check_range("seq_len", config.seq_len, 1, cfg.max_seq_len + 1)
+    brought = Path(config.shards) / "tokenizer.tiktoken"
+    if "tokenizer" in given or (config.shards and brought.is_file()):
+        return config
+    return replace(config, tokenizer=tokenizer_of(init, cfg.vocab_size))
+
+
+# %% go on from the run above
+with TemporaryDirectory() as folder:
+    save_run(run_folder(folder), config, model, data, steps)
+    tuning = starting_from(folder, steps=5)
+    tuned = new_model(tuning, V)
+    try:
+        starting_from(folder, channels=64)
+    except ValueError as error:
+        print(str(error).replace(folder, "RUN"))
+before = evaluate(tuned, loaders(tuning, data)[1], config.eval_batches)
+verdict("fine-tuning", before == final, "begins where the run ended")
+
+# %% [markdown]
+# ## Take away
+#
+# - The model is the run, and is written first; what only shows it may fail with a
+#   warning.
+# - `config.json` says at which step the model was written: no clock has to.
+# - Fine-tuning is a run that begins elsewhere; the loop need not know.
+#
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.book.index import gained
+
+gained("4.40")

@@ -1,0 +1,449 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     modules:
+#       train.state: "The state of a run: all that one step hands to the next."
+# ---
+
+# %% [markdown]
+# # States: all that one step hands to the next
+#
+# > A run can go on to the last bit if all that one step hands to the next is
+# > kept, in a file that appears whole or not at all.
+#
+# *Reading time: 20 minutes. You need: [chapter 4.40](40_folders.ipynb) and
+# [chapter 4.3](03_safetensors.ipynb).*
+
+# %% [markdown]
+# ## Where we are
+#
+# At the end of this chapter you can
+#
+# - list all that one step of training hands to the next;
+# - say what decides the bits of a run and never changes;
+# - write a state that a kill, a full disk or a flipped bit cannot spoil unseen.
+
+# %% [markdown]
+# ## What a step reads
+#
+# A run of a week will be interrupted: a power cut, a full disk, a machine
+# that is wanted for something else. What must be on disk so that it can go
+# on as if nothing had happened? Not roughly, but **to the last bit**: a run
+# that was cut and resumed shall end with the weights of one that was not.
+#
+# The loop is a function from a state to the next. So the question is what
+# it reads that changes. Go through its lines:
+#
+# | what | read by | kept as |
+# |---|---|---|
+# | the weights | `forward` | `params` |
+# | AdamW's two averages | `update` | `m`, `v` |
+# | the place in the data | `next_batch` | epoch, shard, position |
+# | the steps taken | the schedule, validation | `step` |
+# | the updates made | AdamW's bias correction | `updates` |
+# | the two windows | skipping | `losses`, `norms` |
+#
+# *Table 4.41.1. All that one step hands to the next.*
+#
+# What is not in the table matters as much. Activations and gradients are
+# overwritten in each step before they are read. There is no generator with
+# a hidden state: the loader draws the order of an epoch anew from the seed
+# and the epoch's number ([chapter 1.2](02_tokens.ipynb)), a sample has a seed
+# of its own, and the first weights are drawn once. And some things decide
+# the next step but never change: the configuration, the text, the program,
+# the machine. We keep the first, compare the second, and write down the
+# others, to warn when they have changed.
+#
+# The claim is that the table is complete. [Chapter 4.42](42_resume.ipynb) drops
+# one row after the other, and sees the run go astray each time; and with all rows, not at all.
+
+# %% imports of state tags=["export"]
+import json
+import math
+import os
+import platform
+import zlib
+from dataclasses import asdict
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from llmnb.arena import put
+from llmnb.config import GPT2Config
+from llmnb.formats.checkpoint import STATE, first_not_finite, state_record
+from llmnb.formats.safetensors import TensorFile, write_tensors
+from llmnb.files import Lock
+from llmnb.model.tensors import parameter_shapes
+from llmnb.formats.llmc import HEADER_BYTES
+from llmnb.formats.shard import shard_length
+from llmnb.text.data import DataLoader
+from llmnb.train.feed import Data
+from llmnb.train.folder import step_of, config_from, state_path, states
+from llmnb.train.loop import Progress
+from llmnb.train.options import TrainConfig
+from llmnb.train.start import check_memory
+
+
+# %% a run tags=["export"]
+class Run(NamedTuple):
+    """A run in progress: all that `follow` works with.
+
+    folder: a Path. model: a GPT2. batches, validation: DataLoaders. at: the
+    Progress. text: a fingerprint of the text, see `fingerprint`. begun: the
+    `surroundings` at its beginning. kept: the steps of the states to go on
+    from, the oldest first. lock: the folder's, see `Lock`.
+    """
+
+    folder: Path
+    config: TrainConfig
+    data: Data
+    model: object
+    batches: DataLoader
+    validation: DataLoader
+    at: Progress
+    text: list
+    begun: dict
+    kept: list
+    lock: Lock
+
+
+# %% what text it is tags=["export"]
+def fingerprint(*batches):
+    """What tells one text from another, for JSON.
+
+    For each DataLoader: the number of its batches, and a sha256 of all
+    tokens of all its shards. One shard is open at a time.
+    """
+    return [[x.batches_per_epoch, _digest(x.shards)] for x in batches]
+
+
+def _digest(shards):
+    """A sha256 of tokens, each as two bytes, and of where shards end."""
+    digest = sha256()
+    for shard in shards:
+        path = isinstance(shard, (str, os.PathLike))
+        length = shard_length(shard) if path else len(shard)
+        digest.update(length.to_bytes(8, "little"))
+        for part in _parts_of_file(shard) if path else _parts(shard):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _parts(tokens, size=1 << 20):
+    for at in range(0, len(tokens), size):
+        yield np.ascontiguousarray(tokens[at : at + size], "<u2")
+
+
+def _parts_of_file(path, size=1 << 21):
+    """Its tokens as bytes; read, for to map a file is to die if it is cut."""
+    with open(path, "rb") as file:
+        file.seek(HEADER_BYTES)
+        while part := file.read(size):
+            yield part
+
+
+def first_batches(batches):
+    """What stood for `fingerprint` once: it saw the first batch alone."""
+    found = []
+    for loader in batches:
+        loader.reset()
+        first = zlib.crc32(b"".join(x.tobytes() for x in loader.next_batch()))
+        loader.reset()
+        found.append([loader.batches_per_epoch, first])
+    return found
+
+
+# %% [markdown]
+# The whole text is read for that, once, when a run begins or goes on. A core
+# gets through about a gigabyte in a second, half a billion tokens: seconds
+# before a run of days.
+#
+# The program and the machine leave their mark as well. Another version of
+# numba, or a processor with other vectors, may add in another order and so end
+# in other bits. All of that is written down when a run begins.
+
+# %% what else decides the bits tags=["export"]
+SETTINGS = (
+    "LLMNB_BF16", "LLMNB_CUDA", "LLMNB_MATMUL", "LLMNB_TILE",
+    "NUMBA_BOUNDSCHECK", "NUMBA_CPU_FEATURES", "NUMBA_CPU_NAME",
+    "NUMBA_DISABLE_JIT", "NUMBA_LOOP_VECTORIZE", "NUMBA_OPT",
+    "NUMBA_SLP_VECTORIZE",
+)  # fmt: skip
+
+
+def surroundings(backend="cpu"):
+    """What the bits of a run depend on besides its options and its text.
+
+    A dict of str to str: versions, the processor and its features, the GPU
+    if that is the backend, and the variables in `SETTINGS` that are set.
+    """
+    from llmnb.cpu.tile import cpu_features
+
+    names = "llmnb", "numpy", "numba", "llvmlite"
+    found = {name: version(name) for name in names}
+    found["Python"] = ".".join(platform.python_version_tuple()[:2])
+    found["processor"] = f"{platform.system()} {platform.machine()}"
+    found["features"] = " ".join(sorted(cpu_features()))
+    if backend == "cuda":
+        from llmnb.cuda.model import gpu
+
+        found["numba-cuda"], found["GPU"] = _version("numba-cuda"), gpu()
+    chosen = {x: os.environ[x] for x in SETTINGS if x in os.environ}
+    return found | chosen
+
+
+def _version(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "none"
+
+
+def differences(begun, now):
+    """A list of one sentence on what has changed, or an empty one."""
+    found = []
+    for name in sorted(begun | now):
+        pair = [str(x.get(name, "none")) for x in (begun, now)]
+        words = [set(x.split()) for x in pair]
+        if name == "features":  # a hundred words: those that differ
+            pair = [" ".join(sorted(words[i] - words[1 - i])) for i in (0, 1)]
+        if words[0] != words[1]:
+            found.append(
+                f"{name} {pair[0] or 'none'}, now {pair[1] or 'none'}"
+            )
+    if not found:
+        return []
+    return [
+        "the weights may differ in their last bits from those of a run that "
+        f"was not interrupted: it began with {'; '.join(found)}"
+    ]
+
+
+# %% [markdown]
+# The arrays go into one file in the format of
+# [chapter 1.13](13_memory.ipynb), written from where they lie; everything else
+# is a few numbers and goes into its header as JSON. Python writes a float
+# with as many digits as it takes to read the same float back, so the
+# windows survive the detour through text.
+#
+# Such a file may live on a disk for months. A checksum for each array, and
+# one for the record, tell later that every bit is still what it was.
+#
+# A state takes the place of an older one, so it must be worth it. The update
+# itself can spoil the weights, and the next loss, which would show it, has
+# not been computed yet. So all arrays are looked at before they are written.
+
+# %% save the state tags=["export"]
+GROUPS = "params", "m", "v"
+
+
+def save_state(run):
+    """Write the state of a run into its folder; return the path.
+
+    The file appears whole or not at all. Then all up to this step are
+    removed but the newest `config.keep` that the run itself has written or
+    gone on from. Those from beyond the step, which may be damaged, stay
+    until the run has come there. Raises FloatingPointError, and keeps what
+    there is, when an array is not finite.
+    """
+    memory, path = run.model.memory, state_path(run.folder, run.at.step)
+    tensors = {
+        f"{group}.{name}": np.asarray(memory[group][name])  # from a GPU too
+        for group in GROUPS
+        for name in parameter_shapes(run.model.cfg)
+    }
+    wrong = first_not_finite(tensors)
+    if wrong:
+        raise FloatingPointError(
+            f"after the update at step {run.at.step - 1}, {wrong}: try a "
+            "lower learning rate or a longer warm-up"
+        )
+    record = {
+        "config": asdict(run.config),
+        "model": asdict(run.model.cfg),
+        "progress": asdict(run.at),
+        "place": run.batches.state,
+        "text": run.text,
+        "begun": run.begun,
+        "sums": {name: zlib.crc32(x) for name, x in tensors.items()},
+    }
+    record = json.dumps(record)
+    check = str(zlib.crc32(record.encode()))
+    note = {"format": STATE, "record": record, "sum": check}
+    run.lock.check()
+    write_tensors(path, tensors, note)
+    _forget_old(run)
+    return path
+
+
+def _forget_old(run):
+    step, kept = run.at.step, run.kept
+    kept[:] = [*(x for x in kept if x < step), step][-run.config.keep :]
+    for old in states(run.folder):
+        if step_of(old) <= step and step_of(old) not in kept:
+            old.unlink()
+
+
+# %% [markdown]
+# **Why a rename is enough.** A system keeps a folder as a table from names
+# to files. `replacing` writes the new file under another name, asks the
+# system to bring its bytes to the disk (`fsync`), and then has the name
+# moved, which changes one entry of the table. A process can be killed
+# before that change or after it; there is no moment in between at which the
+# name leads to half a file. What a kill can leave is the unfinished file
+# under its other name, which nobody reads and the next start sweeps away.
+#
+# The old states are removed only when the new one has its name, on the disk
+# too. So at every moment there is at least one whole state, once there has been
+# one. Only `state_` and digits make a state: a copy that you keep beside them
+# under a name of your own is neither gone on from nor removed.
+#
+# Reading trusts nothing. All is checked, each array against its checksum,
+# before a single weight is touched.
+
+
+# %% a state read back tags=["export"]
+class State(NamedTuple):
+    """What a file of `save_state` holds, but for the arrays.
+
+    cfg: the model's GPT2Config. place: of the DataLoader. text: as
+    `fingerprint` gives it. begun: as `surroundings` gives it, or empty.
+    """
+
+    path: Path
+    config: TrainConfig
+    cfg: GPT2Config
+    at: Progress
+    place: dict
+    text: list
+    begun: dict
+
+
+# %% read and check tags=["export"]
+def read_state(path):
+    """Read and check a state; returns a `State`, whose arrays are not kept.
+
+    Raises OSError when it cannot be read, and ValueError, naming the file
+    and the defect, when it is not whole: names, shapes, types and checksums
+    of all arrays are checked.
+    """
+    file = TensorFile(path)
+    try:
+        record = state_record(file)
+        state = State(
+            Path(path),
+            config_from(record["config"]),
+            GPT2Config(**record["model"]),
+            Progress(**record["progress"]),
+            record["place"],
+            record["text"],
+            dict(record.get("begun", {})),
+        )
+        _check_progress(state.at)
+        _check_arrays(file, state, record["sums"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a whole state: {error}") from None
+    return state
+
+
+# %% its parts tags=["exporti"]
+def _check_progress(at):
+    whole = all(isinstance(x, int) for x in (at.step, at.updates))
+    known = [x for x in (at.last_loss, at.best_loss) if x is not None]
+    numbers = at.losses + at.norms + known
+    floats = all(isinstance(x, float) and math.isfinite(x) for x in numbers)
+    if not (whole and floats and 0 <= at.updates <= at.step):
+        raise ValueError(f"its progress makes no sense: {at}")
+
+
+def _check_arrays(file, state, sums):
+    kind = "F64" if state.config.precision == "fp64" else "F32"
+    shapes = parameter_shapes(state.cfg)
+    want = {f"{g}.{n}": (kind, s) for g in GROUPS for n, s in shapes.items()}
+    got = {name: (file.dtype(name), file.shape(name)) for name in file.names}
+    for name in want | got:
+        if got.get(name) != want.get(name):
+            raise ValueError(
+                f"{name} must be {want.get(name)}, got {got.get(name)}"
+            )
+        if zlib.crc32(file[name]) != sums[name]:
+            raise ValueError(f"{name} is damaged")
+
+
+# %% the model of a state tags=["export"]
+def restore(state):
+    """The GPT2 of a `State`: its weights and AdamW's averages."""
+    from llmnb.model.gpt2 import GPT2
+
+    names = "batch_size", "seq_len", "backend", "precision"
+    how = {name: getattr(state.config, name) for name in names}
+    check_memory(state.config, state.cfg)
+    model, file = GPT2(state.cfg, **how, seed=None), TensorFile(state.path)
+    for group in GROUPS:
+        for name, x in model.memory[group].items():
+            put(x, file[f"{group}.{name}"])
+    return model
+
+
+# %% the newest state that is whole tags=["export"]
+def newest_state(folder):
+    """The newest whole state in a folder, and what is wrong with newer ones.
+
+    Returns (a `State` or None when there is none, a list of sentences).
+    Raises ValueError when there are states and none of them is whole.
+    """
+    wrong = []
+    for path in reversed(states(folder)):
+        try:
+            return read_state(path), wrong
+        except (OSError, ValueError) as error:
+            wrong.append(str(error))
+    if wrong:
+        raise ValueError(f"{folder} has no state to go on from: {wrong[0]}")
+    return None, wrong
+
+
+# %% [markdown]
+# **What it costs.** A parameter takes 12 bytes in a state: its weight and
+# AdamW's two averages. The checksums read these once more from memory, and
+# the disk gets them once.
+
+# %% bytes of a state
+from llmnb.model.tensors import parameter_count
+from llmnb.train.options import depth_shape
+
+for depth in (12, 48):
+    shape = GPT2Config(1024, 50257, *depth_shape(depth))
+    size = 12 * parameter_count(shape)
+    print(f"d{depth}: {size / 1e9:.1f} GB a state")
+
+# %% [markdown]
+# ## Take away
+#
+# - Weights, two averages, the place in the data, steps, updates and two windows:
+#   that is all.
+# - A file that keeps them has a sum for each array, and appears whole or not at
+#   all.
+#
+# ## Design note
+#
+# It would be shorter to pickle the
+# loader, the model and the rest, as they are. But a pickle runs code when it
+# is read, and it breaks when a class is renamed. Arrays with names, and a
+# page of JSON, can be read by any program, checked before they are used,
+# and understood in ten years.
+
+# %% [markdown]
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.book.index import gained
+
+gained("4.41")

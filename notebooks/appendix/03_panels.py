@@ -1,0 +1,469 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     modules:
+#       cpu.panels: "Matrices packed in panels, and their products tile by tile."
+# ---
+
+# %% [markdown]
+# # Panels: a matrix in the order in which it is read
+#
+# > Blocks of any matrix, packed for one inner loop; compiled once, and called
+# > by address from every product of the model.
+#
+# *Reading time: 16 minutes. You need: why products pack
+# ([chapter 2.4](../2_cpu/04_matmul.ipynb)) and the tile of
+# [chapter A.2](02_tile.ipynb).*
+
+# %% [markdown]
+# ## Where we are
+#
+# A panel holds a few rows of one factor, or a few columns of the other, step by
+# step along the sum. The tile multiplies two of them. Between a matrix and its
+# tiles three things are left to do: pack a block of it, go through all tiles of
+# a block, and do both in code that is compiled once. At the end of this
+# chapter you can
+#
+# - pack a block of a matrix, or of its transpose, with the same code;
+# - say what happens to the tiles that stick out, and why a number does not
+#   depend on where in the batch it stands;
+# - call a compiled function by its address, and say what that saves;
+# - place three sizes of block in three caches.
+
+# %% [markdown]
+# ## Setup
+
+# %% setup
+from llmnb.book.verify import compare, verdict
+from llmnb.cpu.jit import inner
+
+# %% imports of the panels tags=["exporti"]
+import functools
+from typing import NamedTuple
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import carray, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from llmnb.cpu.jit import device, routine
+from llmnb.cpu.microkernel import (
+    Place,
+    moved,
+    multiply_tile,
+    pack_across,
+    pack_along,
+    pack_one,
+    steps_per_line,
+)
+from llmnb.cpu.tile import COLS, LANES, ROWS
+
+# %% random numbers
+rng = np.random.default_rng(5)
+
+# %% [markdown]
+# ## Pack a block
+#
+# A block begins somewhere in a flat array. From one of its rows to the next it
+# is `row` numbers further, and along the sum `col` numbers. A transposed matrix
+# is the same memory with the two exchanged. Whole squares go by vectors;
+# whatever is left over goes one number at a time, with zeros where a panel
+# reaches beyond the matrix, because zeros add nothing to a sum.
+
+
+# %% a block tags=["exporti"]
+class Block(NamedTuple):
+    """A part of a matrix: where it begins, its two steps, and its size.
+
+    row: from row to row; col: along the sum, of `depth` numbers.
+    """
+
+    at: int
+    row: int
+    col: int
+    rows: int
+    depth: int
+
+
+@device
+def _number(source, block, i, k):
+    """A number of a block, 0 beyond its end."""
+    if i < block.rows and k < block.depth:
+        return source[block.at + i * block.row + k * block.col]
+    return source.dtype.type(0)
+
+
+# %% pack what is left over tags=["exporti"]
+@device
+def _pack_rest(panels, to, source, block, first, width):
+    """Pack from step `first` on, and all of a panel that is not full."""
+    per = steps_per_line(panels)
+    lines = (block.depth + per - 1) // per
+    for r in range(0, block.rows, width):
+        for k in range(
+            first if r + width <= block.rows else 0, block.depth, per
+        ):
+            place = to + r * lines + k // per * width
+            for i in range(width):
+                low = high = _number(source, block, r + i, k)
+                if per == 2:
+                    high = _number(source, block, r + i, k + 1)
+                pack_one(panels, place + i, low, high)
+
+
+# %% [markdown]
+# Where rows lie side by side (`row` is 1) the loop goes along them through all
+# panels first. Memory comes in *pages* of 4 KB, and the processor keeps a
+# short list of where the last ones are; neighbours share a page, so the list
+# is asked for fewer.
+
+
+# %% pack a block tags=["exporti"]
+def _packing(width):
+    @device
+    def pack(panels, to, source, block):
+        per = steps_per_line(panels)
+        lines = (block.depth + per - 1) // per
+        whole = block.rows - block.rows % width
+        body = block.depth - block.depth % LANES
+        if block.col == 1:
+            for r in range(0, whole, width):
+                for k in range(0, body, LANES):
+                    p = to + r * lines + k // per * width
+                    q = block.at + r * block.row + k
+                    pack_across(panels, p, source, q, block.row, width)
+        elif block.row == 1:
+            for k in range(0, body, LANES):
+                for r in range(0, whole, width):
+                    p = to + r * lines + k // per * width
+                    q = block.at + r + k * block.col
+                    pack_along(panels, p, source, q, block.col, width)
+        else:
+            body = 0
+        _pack_rest(panels, to, source, block, body, width)
+
+    return pack
+
+
+_pack_rows, _pack_cols = _packing(ROWS), _packing(COLS)
+
+
+# %% a matrix, its transpose, and every other row, packed
+@inner
+def pack_flat(panels, source, row, col, rows, depth):
+    _pack_rows(panels, 0, source, Block(0, row, col, rows, depth))
+
+
+def packed(x):
+    """Panels of x, rows filled up with zeros, by NumPy."""
+    full = np.zeros((-(-len(x) // ROWS) * ROWS, x.shape[1]))
+    full[: len(x)] = x
+    return full.reshape(-1, ROWS, x.shape[1]).transpose(0, 2, 1).ravel()
+
+
+x = rng.normal(size=(2 * ROWS + 1, 3 * LANES + 2))
+for name, view in (("rows", x), ("columns", x.T), ("every other", x[::2])):
+    want = packed(view)
+    panels = np.full_like(want, np.nan)
+    row, col = (step // x.itemsize for step in view.strides)
+    pack_flat(panels, x.reshape(-1), row, col, *view.shape)
+    verdict(name, np.array_equal(panels, want), "packed")
+
+# %% [markdown]
+# ## All tiles of a block
+#
+# Tiles at the right and lower edge are computed in a spare tile, and only the
+# part that exists is copied to `out`. So nothing is ever written outside of
+# it. The spare tile has a row for the bias, which is added first there too: a
+# number does not depend on where its row lies in the batch, down to its last
+# bit.
+
+
+# %% a tile at the edge tags=["exporti"]
+@device
+def _edge_tile(x, at, a, b, lines, rows, cols):
+    """A tile of which only some rows and columns exist."""
+    out, start, bias, panels, spare = x
+    shift = (ROWS + 1) * COLS
+    for j in range(cols):
+        spare[shift + j] = bias[at.bias + j * at.bias_col]
+        for i in range(rows):
+            first = moved(at, i, j).start
+            spare[i * COLS + j] = start[first]
+    place = Place(0, COLS, 0, COLS, 1, shift, 1)
+    multiply_tile(spare, place, spare, spare, panels, a, b, lines)
+    for i in range(rows):
+        for j in range(cols):
+            out[moved(at, i, j).out] = spare[i * COLS + j]
+
+
+# %% all tiles of a block tags=["exporti"]
+@device
+def _all_tiles(x, at, a, b, sizes):
+    """x: the flat arrays out, start, bias, panels and spare."""
+    out, start, bias, panels, _ = x
+    rows, cols, steps = sizes
+    per = steps_per_line(panels)
+    lines = (steps + per - 1) // per
+    for j in range(0, cols, COLS):
+        for i in range(0, rows, ROWS):
+            here, p, q = moved(at, i, j), a + i * lines, b + j * lines
+            if i + ROWS <= rows and j + COLS <= cols:
+                multiply_tile(out, here, start, bias, panels, p, q, lines)
+            else:
+                m, n = min(ROWS, rows - i), min(COLS, cols - j)
+                _edge_tile(x, here, p, q, lines, m, n)
+
+
+# %% [markdown]
+# ## Compile once
+#
+# A kernel that calls a compiled function takes a copy of its code and
+# optimises it again. With packing and tiles in every product and, in
+# [chapter 2.5](../2_cpu/05_attention.ipynb), ten times in attention, the first
+# step of a training run would wait half a minute for the compiler. So these
+# three functions are compiled once for each type of number, into routines with
+# an address, as a C compiler would. Kernels get the addresses as arguments and
+# jump there.
+
+
+# %% three routines tags=["exporti"]
+ALL = 1 << 60  # the length of an array that is only an address
+
+
+def _rows_routine(panels, to, source, at, row, col, rows, depth):
+    panels, source = carray(panels, ALL), carray(source, ALL)
+    _pack_rows(panels, to, source, Block(at, row, col, rows, depth))
+
+
+def _cols_routine(panels, to, source, at, row, col, rows, depth):
+    panels, source = carray(panels, ALL), carray(source, ALL)
+    _pack_cols(panels, to, source, Block(at, row, col, rows, depth))
+
+
+def _tiles_routine(out, at, start, bias, panels, a, b, sizes, spare):
+    x = (
+        carray(out, ALL),
+        carray(start, ALL),
+        carray(bias, ALL),
+        carray(panels, ALL),
+        carray(spare, ALL),
+    )
+    _all_tiles(x, Place(*at), a, b, sizes)
+
+
+# %% their addresses tags=["exporti"]
+class Routines(NamedTuple):
+    """The addresses of what packs rows, packs columns, and multiplies."""
+
+    pack_rows: int
+    pack_cols: int
+    multiply: int
+
+
+_compiled = []  # an address is good as long as its routine is kept
+
+
+@functools.cache
+def _routines(panel, number):
+    """The Routines for two dtypes of NumPy, as a plain tuple."""
+    kinds = (types.CPointer(numba.from_dtype(d)) for d in (panel, number))
+    p, x, n = *kinds, types.int64
+    pack = types.void(p, n, x, n, n, n, n, n)
+    at, sizes = types.UniTuple(n, 7), types.UniTuple(n, 3)
+    multiply = types.void(x, at, x, x, p, n, n, sizes, x)
+    made = (
+        routine(_rows_routine, pack),
+        routine(_cols_routine, pack),
+        routine(_tiles_routine, multiply),
+    )
+    _compiled.extend(made)
+    return tuple(one.address for one in made)
+
+
+# %% [markdown]
+# Two intrinsics write the jump. An array goes by its address, anything else
+# as it is.
+
+
+# %% jump to a routine tags=["exporti"]
+def _jump(context, builder, signature, args):
+    """Call the address args[0] with the other arguments."""
+    values = []
+    for kind, value in zip(signature.args[1:], args[1:], strict=True):
+        if isinstance(kind, types.Array):
+            make = cgutils.create_struct_proxy(kind)
+            value = make(context, builder, value=value).data
+        values.append(value)
+    kind = ir.FunctionType(ir.VoidType(), [value.type for value in values])
+    function = builder.inttoptr(args[0], kind.as_pointer())
+    builder.call(function, values)
+    return context.get_dummy_value()
+
+
+# %% the routines, called from kernels tags=["exporti"]
+@intrinsic
+def pack(typing, code, panels, to, source, at, row, col, rows, depth):
+    """Pack a block of a matrix into panels; code: a packing routine.
+
+    For kernels. The block begins at source[at] and has `rows` rows of
+    `depth` numbers, row and col apart; for a routine that packs columns,
+    columns are meant where it says rows. The panels begin at panels[to].
+    """
+    n = types.int64
+    return types.void(n, panels, n, source, n, n, n, n, n), _jump
+
+
+@intrinsic
+def multiply_panels(
+    typing, code, out, at, start, bias, panels, a, b, sizes, spare
+):
+    """Write a block: out = start + bias + the product of packed panels.
+
+    For kernels. code: the multiplying routine. at: a Place, or seven
+    integers. a, b: where the panels begin. sizes: rows, columns, steps.
+    spare: room for a tile, a row of zeros, and one for the bias.
+    """
+    n = types.int64
+    return types.void(
+        n, out, at, start, bias, panels, n, n, sizes, spare
+    ), _jump
+
+
+# %% [markdown]
+# ## Three sizes of block, three caches
+#
+# The panels must stay in a cache while they are used. A *cache* is a small
+# memory near a core that keeps what was read last: the first level, some 32 or
+# 48 KB, is the nearest; the second holds half a megabyte or more; the third,
+# shared by the cores, some tens of megabytes. Figure 2.4.3 shows how the blocks
+# fit.
+#
+# A panel of columns is 384 steps long, 24 KB in float32 for 16 columns, and
+# stays in the first level while all panels of rows pass by. Those take at most
+# 144 rows, 221 KB, and stay in the second level while all columns pass by. At
+# most 768 columns are packed at a time; they wait in the third level.
+
+# %% the blocks tags=["export"]
+DEPTH = 384  # steps of the sum in a block
+HEIGHT = 144 // ROWS * ROWS  # rows in a block
+WIDTH = 768 // COLS * COLS  # columns in a block
+SPARE = (HEIGHT + WIDTH) * DEPTH  # where the spare tile begins
+
+
+def work_shape():
+    """The shape of the scratch memory that the products pack into.
+
+    A row for each thread that numba may use, of 1.4 MB in float32.
+    """
+    return numba.config.NUMBA_NUM_THREADS, SPARE + (ROWS + 2) * COLS
+
+
+WORK = "{} {}!?".format(*work_shape())  # as `shapes` reads it
+
+
+# %% the scratch memory tags=["export"]
+def check_bf16(name, bf16, dtype):
+    """Raise TypeError where products in dtype cannot be rounded."""
+    if bf16 and dtype != np.float32:
+        raise TypeError(f"{name}: bf16 wants float32 arrays, got {dtype}")
+
+
+def scratch(work, bf16, dtype):
+    """What kernels need: Routines as a plain tuple, panels and work.
+
+    The routines are compiled when they are not in the cache. work is
+    allocated if it is None. panels is the same memory, for bf16 as uint32.
+    """
+    if work is None:
+        work = np.empty(work_shape(), dtype)
+    panels = work.view(np.uint32) if bf16 else work
+    return _routines(panels.dtype, work.dtype), panels, work
+
+
+# %% [markdown]
+# A block of a product, one that ends inside a tile, from a kernel that only
+# has addresses. `out` is a corner of a larger array whose rest stays as it is:
+
+
+# %% a block of a product
+@inner
+def one_block(out, a, b, code, panels, spare):
+    code = Routines(*code)
+    rows, cols, steps = out.shape[0] - 1, out.shape[1] - 1, a.shape[1]
+    right = HEIGHT * DEPTH
+    spare[ROWS * COLS : (ROWS + 1) * COLS] = 0
+    flat_a, flat_b, flat = a.reshape(-1), b.reshape(-1), out.reshape(-1)
+    pack(code.pack_rows, panels, 0, flat_a, 0, steps, 1, rows, steps)
+    pack(code.pack_cols, panels, right, flat_b, 0, steps, 1, cols, steps)
+    zeros = ROWS * COLS
+    at = Place(0, cols + 1, zeros, 0, 0, zeros, 0)
+    sizes = rows, cols, steps
+    multiply_panels(
+        code.multiply, flat, at, spare, spare, panels, 0, right, sizes, spare
+    )
+
+
+a, b = rng.normal(size=(31, 50)), rng.normal(size=(70, 50))
+code, panels, work = scratch(None, False, a.dtype)
+out = np.full((32, 71), 7.0)
+one_block(out, a, b, code, panels[0], work[0, SPARE:])
+compare("a block", out[:-1, :-1], a @ b.T, tol=1e-12)
+verdict("the rest", (out[-1] == 7).all() and (out[:, -1] == 7).all(), "stays")
+
+# %% [markdown]
+# ## Take away
+#
+# - An offset and two steps describe a block of any matrix and of its
+#   transpose; packing hides the difference from everything after it.
+# - A tile that sticks out is computed elsewhere, in the same order.
+# - What many kernels call is compiled once, and called by address.
+
+# %% [markdown]
+# ## Design note
+#
+# Panels cost 1.4 MB for each thread and a copy of both factors. Where a factor
+# is used again and again, as the weights are when a model writes text, it can
+# be packed once and kept: [chapter 4.13](../4_practice/13_cache.ipynb) does.
+# In training the weights change with every step, and a weight that is packed
+# once is multiplied with every token of the batch.
+
+# %% [markdown]
+# ## Exercises
+#
+# **1** (★★). A panel of columns must stay in a first-level cache of 32 KB with
+# room for the line of rows that passes by. For 12 by 32 tiles (AVX-512), how
+# long may it be? What does the package's choice of 384 steps ask of the cache?
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# 32 columns of float32 are 128 bytes a step, so 384 steps are 48 KB: the whole
+# first level of the processors that have AVX-512 in their newer kinds, and
+# more than that of the older ones, which then take a part of it from the
+# second level. 256 steps would fit; they would also read and write `out` once
+# more for every 768 steps of the sum.
+# :::
+
+
+# %% exercise 1, the bytes tags=["hide-cell"]
+def panel_bytes(cols, steps, itemsize=4):
+    return cols * steps * itemsize
+
+
+# %% exercise 1, checked
+verdict("384 steps", panel_bytes(32, 384) == 48 << 10, "48 KB")
+verdict("256 steps", panel_bytes(32, 256) == 32 << 10, "32 KB")
+
+# %% [markdown]
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.book.index import gained
+
+gained("A.3")

@@ -1,0 +1,1060 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     modules:
+#       gpu.simulator: "A GPU in Python: blocks, warps and threads that find races."
+# ---
+
+# %% [markdown]
+# # Simulator: a GPU in Python
+#
+# > A fiber for each thread makes a GPU that stops at barriers; an array that
+# > answers for each element makes one that sees races and counts.
+#
+# *Reading time: 30 minutes. You need: chapters
+# [3.1](../3_gpu/01_threads.ipynb) and [3.2](../3_gpu/02_sectors.ipynb), which
+# use what is built here.*
+
+# %% [markdown]
+# ## Where we are
+#
+# Part 3 runs its kernels on a simulated GPU. `simulate(function, grid, block,
+# args)` runs a Python function in every thread of a grid; `cuda` answers it
+# when it asks where it is, waits at barriers and exchanges numbers in a warp;
+# `watch()` looks at every access, raises an error where two threads race, and
+# counts what a kernel asks of the memory. This chapter builds them. At its
+# end you can
+#
+# - say why threads of a simulated GPU are fibers, and not generators or
+#   threads of the operating system;
+# - follow a block through its rounds, from barrier to barrier;
+# - say which earlier accesses a race detector must remember, and which not;
+# - reconstruct what a warp asks of the memory from what its threads did.
+
+# %% [markdown]
+# ## Setup
+
+# %% setup
+from types import SimpleNamespace
+
+from llmnb.book.verify import verdict
+
+# %% imports of the simulator tags=["export"]
+import dis
+import functools
+import sys
+import threading
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+
+# %% [markdown]
+# ## Sizes and places
+#
+# A launch names the blocks in the grid and the threads in a block, each in up
+# to three dimensions. Sizes that a GPU would refuse are refused here.
+
+
+# %% where a thread stands tags=["exporti"]
+class _Three(NamedTuple):
+    x: int = 1
+    y: int = 1
+    z: int = 1
+
+
+def _three(size):
+    return _Three(*(size if isinstance(size, tuple) else (size,)))
+
+
+def _check_sizes(grid, block):
+    """Raise for a launch that a GPU would refuse."""
+    if not 0 < block.x * block.y * block.z <= 1024 or block.z > 64:
+        raise ValueError(f"a block has 1 to 1024 threads, got {tuple(block)}")
+    if min(grid) < 1 or max(grid.y, grid.z) > 65535:
+        raise ValueError(
+            "a grid has 1 block or more, and at most 65535 in y and z, "
+            f"got {tuple(grid)}"
+        )
+
+
+@functools.cache
+def _threads(shape):
+    """The places of a block's threads: x runs fastest."""
+    x, y, z = map(range, shape)
+    return [_Three(i, j, k) for k in z for j in y for i in x]
+
+
+# %% the threads of a block
+print(_three(5))
+print([tuple(t) for t in _threads(_Three(3, 2))])
+
+# %% [markdown]
+# Within a block the threads are numbered with x running fastest, and each
+# 32 that follow each other form a warp.
+#
+# ## A fiber for each thread
+#
+# A thread that comes to a barrier must stop in the middle of a function, so
+# that another can run, and go on later. Python offers three things. A
+# *generator* stops at `yield`, but only there, and numba would not compile
+# such a kernel for a GPU. A *thread* of the operating system stops anywhere,
+# and a block of 256 would need 256 of them, which the system wakes and
+# stops. A *fiber* is a stack of its own, with a call, `switch`, that leaves
+# this stack and goes on with another, in any depth of calls and without the
+# system. The package greenlet provides it. Two fibers and the main program
+# take turns:
+
+# %% two fibers
+from greenlet import greenlet
+
+said = []
+
+
+def speak(name):
+    for word in ("one", "two"):
+        said.append(f"{name} {word}")
+        fibers[name].parent.switch()  # back to whoever is above
+
+
+fibers = {name: greenlet(speak) for name in "ab"}
+for name in "abab":
+    fibers[name].switch(name)
+print(said)
+
+# %% [markdown]
+# A barrier is a switch, then: a thread that comes to it leaves its stack,
+# and goes on when somebody switches back. That is the whole idea of the
+# simulator. The rest is bookkeeping.
+
+
+# %% fibers tags=["exporti"]
+@functools.cache
+def _greenlet():
+    try:
+        from greenlet import greenlet
+    except ImportError:
+        raise ImportError(
+            "the simulated GPU needs the package greenlet: "
+            "pip install 'llmnb[simulator]'"
+        ) from None
+    return greenlet
+
+
+# %% [markdown]
+# A thread, its warp and its block know what barriers need to know: who has
+# arrived. The block has a *clock*, which ticks whenever a barrier opens;
+# races will be judged by it.
+
+# %% threads, warps and blocks tags=["exporti"]
+WARP = 32  # threads that a processor moves together
+
+
+class _Warp:
+    def __init__(self):
+        self.arrived, self.values, self.shown = [], [None] * WARP, None
+        self.since, self.kind = 0, None
+
+
+class _Lane:
+    """A thread: its place, and the fiber that runs it."""
+
+    __slots__ = ("thread", "number", "block", "warp", "fiber", "trace")
+
+    def __init__(self, thread, number, block, warp):
+        self.thread, self.number, self.block = thread, number, block
+        self.warp, self.fiber, self.trace = warp, None, {}
+
+
+class _Block:
+    """A block of threads, all about to run `body`, and their memory."""
+
+    def __init__(self, index, shape, grid, body):
+        self.index, self.shape, self.grid = index, shape, grid
+        self.body, self.shared = body, {}
+        threads = _threads(shape)
+        self.warps = [_Warp() for _ in range(-(-len(threads) // WARP))]
+        self.lanes = [
+            _Lane(thread, n, self, self.warps[n // WARP])
+            for n, thread in enumerate(threads)
+        ]
+        self.todo, self.ended = iter(self.lanes), 0
+        self.arrived, self.ready = [], []
+        self.clock = self.since = self.bytes = 0
+
+
+# %% [markdown]
+# One thread runs at a time. `_now` says which, and an object `cuda`, of
+# which more soon, tells the kernel where it stands. `seen` will hold what
+# we count and check; until somebody asks for that it is None. To make a
+# fiber takes longer than to run a short kernel in it, so those that have
+# nothing to do rest in a list, to be used again.
+
+
+# %% the thread that runs tags=["exporti"]
+class _Now(threading.local):
+    """What runs: each thread of Python may simulate a GPU of its own."""
+
+    def __init__(self):
+        self.lane, self.seen, self.resting = None, None, []
+
+
+_now = _Now()
+
+
+def _enter(lane):
+    _now.lane, cuda.threadIdx = lane, lane.thread
+
+
+# %% [markdown]
+# A fiber takes a thread of a block and runs the kernel, called `body` here.
+# When that ends without having waited, the same fiber takes the next thread:
+# a kernel without barriers needs one fiber in all. When it waits, the fiber
+# is left standing, and another fiber goes on with the next thread.
+
+
+# %% a fiber's life tags=["exporti"]
+def _serve(block, lane):
+    """Run this lane, then others that nobody has begun; then rest."""
+    me = _greenlet().getcurrent()
+    while True:
+        while lane is not None:
+            lane.fiber = me
+            _enter(lane)
+            block.body()
+            lane.fiber, block.ended = None, block.ended + 1
+            lane = next(block.todo, None)
+        _now.resting.append(me)
+        block = None  # nothing of it may be kept while we rest
+        block, lane = me.parent.switch()
+
+
+def _fiber():
+    """A fiber to switch to, with (block, lane)."""
+    greenlet = _greenlet()
+    if not _now.resting:
+        return greenlet(_serve)
+    fiber = _now.resting.pop()
+    fiber.parent = greenlet.getcurrent()
+    return fiber
+
+
+# %% [markdown]
+# So a block runs in rounds. In the first, each thread runs to its first
+# barrier. In each later round those run on whose barrier has opened, in
+# the order of their numbers. If none can, and some have not ended, the
+# block stands still. A fiber that stands somewhere refers to itself, and
+# Python never frees it; so after an error we end those that are left.
+
+
+# %% run a block tags=["exporti"]
+def _run_block(block):
+    """Run every lane to its next barrier, in turns, until all are done."""
+    cuda.blockIdx, cuda.blockDim = block.index, block.shape
+    cuda.gridDim = block.grid
+    try:
+        for lane in block.todo:
+            _fiber().switch(block, lane)
+        while block.ended < len(block.lanes):
+            ready, block.ready = block.ready, []
+            if not ready:
+                raise BarrierError(_stuck(block))
+            for lane in ready:
+                _enter(lane)
+                lane.fiber.switch()
+    finally:
+        for lane in block.lanes:  # those that an error left standing
+            if lane.fiber is not None and not lane.fiber.dead:
+                lane.fiber.throw()
+
+
+# %% [markdown]
+# A launch runs the blocks one after the other. What an error says is
+# worth much when there are thousands of threads, so we add to it which one
+# raised it.
+
+
+# %% simulate a launch tags=["export"]
+def simulate(function, grid, block, args):
+    """Run a kernel's function in every thread of a grid, one at a time.
+
+    grid, block: blocks in the grid and threads in a block, an int or a
+    tuple of up to three. args: NumPy arrays, which the kernel may write,
+    and NumPy or Python numbers. Raises ValueError for sizes that a GPU
+    refuses, BarrierError, RuntimeError for a launch within a kernel, and
+    whatever the function raises, with the thread that raised it.
+    """
+    _greenlet()  # or say at once that it is missing
+    grid, shape, seen = _three(grid), _three(block), _now.seen
+    _check_sizes(grid, shape)
+    if seen is not None:
+        args = _watched(function, args, seen)
+    body = functools.partial(function, *args)
+    if _now.lane is not None:
+        raise RuntimeError("a kernel cannot launch a kernel")
+    try:
+        for z, y, x in np.ndindex(grid[::-1]):
+            block = _Block(_Three(x, y, z), shape, grid, body)
+            _run_block(block)
+            if seen is not None:
+                seen.add_block(block)
+    except Exception as error:
+        at = f"block {tuple(block.index)}"
+        if not isinstance(error, BarrierError):
+            at = f"thread {tuple(_now.lane.thread)} of {at}"
+        error.add_note(f"in {function.__name__}, {at}")
+        raise
+    finally:
+        _now.lane = None
+
+
+# %% [markdown]
+# ## Memory that holds nothing good
+#
+# Memory that nobody has written to holds what was left there. Were it zero
+# here, a test would not see that a kernel forgot to write. Ours holds NaN,
+# or a number that no sum survives. And an array of float32 in shared memory
+# begins at some multiple of 4 bytes, and of no more if the kernel does not
+# ask for more. Vectors of four need more, and so the simulator places such an
+# array badly on purpose.
+
+
+# %% poison tags=["exporti"]
+@functools.cache
+def _poison(shape, dtype):
+    """What memory holds before anyone writes to it: nothing good."""
+    dtype = np.dtype(getattr(dtype, "name", dtype))
+    bad = np.nan if dtype.kind == "f" else np.iinfo(dtype).min + 77
+    return np.full(shape, bad, dtype)
+
+
+def placed(array, align, offset=0):
+    """A copy that begins `offset` bytes after a multiple of `align`."""
+    block = np.empty(array.nbytes + align + offset, np.uint8)
+    skip = -block.ctypes.data % align + offset
+    there = block[skip : skip + array.nbytes].view(array.dtype)
+    there = there.reshape(array.shape)
+    there[...] = array
+    return there
+
+
+# %% [markdown]
+# `cuda.shared.array(...)` must give all threads of a block the same
+# array. We know them to be the same by the place in the code that asks: the
+# instruction at which the calling frame stands.
+
+
+# %% a place in the code tags=["exporti"]
+@functools.cache
+def _instruction(code, last):
+    """Where the instruction begins that a frame's f_lasti points into.
+
+    Python moves f_lasti past an instruction's cache once it has specialised
+    the instruction: the same access would count as two.
+    """
+    begins = (x.offset for x in dis.get_instructions(code))
+    return id(code), max(x for x in begins if x <= last)
+
+
+# %% shared and local memory tags=["exporti"]
+SHARED = 48 * 1024  # bytes that a block may have without asking for more
+
+
+class _Shared:
+    """cuda.shared: one array for each place in the code that asks.
+
+    Vectors of four need `alignment=16`.
+    """
+
+    def array(self, shape, dtype, alignment=None):
+        block, frame = _now.lane.block, sys._getframe(1)
+        place = _instruction(frame.f_code, frame.f_lasti)
+        key = place, shape, dtype  # a factory's functions share their code
+        if key not in block.shared:
+            memory = _poison(shape, dtype)
+            memory = placed(memory, 128, 0 if alignment else memory.itemsize)
+            block.bytes += memory.nbytes
+            if block.bytes > SHARED:
+                raise MemoryError(f"a block has {SHARED} bytes to share")
+            if _now.seen is not None:
+                log = _Log(memory.itemsize) if _now.seen.races else None
+                memory = _Watched(memory, "shared", log, shared=True)
+            block.shared[key] = memory
+        return block.shared[key]
+
+
+class _Local:
+    """cuda.local: memory of one thread, in registers where that is small."""
+
+    def array(self, shape, dtype):
+        return _poison(shape, dtype).copy()
+
+
+# %% [markdown]
+# ## Barriers
+#
+# A thread that comes to a barrier joins those that have arrived. The last
+# one opens it: all are ready for the next round, and the clock ticks.
+
+
+# %% barriers tags=["exporti"]
+def _wait(group, size, orders=True):
+    """Wait till `size` lanes have come; group: the block, or a warp of it.
+
+    orders: whether what they wrote before is seen by all of them after.
+    """
+    lane = _now.lane
+    block = lane.block
+    group.arrived.append(lane)
+    if len(group.arrived) == size:
+        block.ready += group.arrived
+        group.arrived.clear()
+        block.clock += 1
+        if orders:
+            group.since = block.clock
+    lane.fiber.parent.switch()
+
+
+# %% [markdown]
+# What if some threads never come? On a GPU the block waits for ever, unless
+# they have ended: NVIDIA's newer GPUs count those as arrived. Here, no
+# thread is ready, and we can say who waits where. That is stricter, and a
+# kernel that passes is right on older ones too.
+
+
+# %% a barrier that is never complete tags=["export"]
+class BarrierError(RuntimeError):
+    """Some threads wait at a barrier that others never reach."""
+
+
+# %% who waits where tags=["exporti"]
+def _stuck(block):
+    """Say who waits where: the text of a BarrierError."""
+    warps = sum(len(warp.arrived) for warp in block.warps)
+    return (
+        f"block {tuple(block.index)} stands still: {len(block.arrived)} of "
+        f"{len(block.lanes)} threads wait for the block, {warps} for their "
+        f"warp, {block.ended} have ended"
+    )
+
+
+# %% [markdown]
+# A shuffle is a barrier for the 32 threads of a warp, at which everybody
+# leaves a value. All must call the same function: lanes that call different
+# ones never meet.
+
+# %% exchange in a warp tags=["exporti"]
+FULL = 0xFFFFFFFF  # a mask that names all lanes
+
+
+def _exchange(kind, mask, value, orders=False):
+    """Hand in a value; return those of all 32 lanes and one's own place."""
+    lane = _now.lane
+    if mask != FULL or len(lane.block.lanes) % WARP:
+        raise ValueError(
+            "the simulator knows the mask 0xFFFFFFFF alone, and blocks of "
+            f"whole warps: got {mask:#x} and {len(lane.block.lanes)} threads"
+        )
+    if _now.seen is not None:
+        _now.seen.exchanges += 1
+    warp, place = lane.warp, lane.number % WARP
+    if warp.arrived and warp.kind != kind:
+        raise BarrierError(f"lanes of a warp call {warp.kind} and {kind}")
+    warp.kind, warp.values[place] = kind, value
+    if len(warp.arrived) == WARP - 1:  # the last one: all values are there
+        warp.shown, warp.values = warp.values, [None] * WARP
+    _wait(warp, WARP, orders)
+    return warp.shown, place
+
+
+# %% [markdown]
+# An atomic addition needs no barrier. (`_Watched` is an array that checks its
+# accesses; it comes with the races.)
+
+
+# %% atomics tags=["exporti"]
+class _Atomic:
+    """cuda.atomic: read, change and write with nobody in between."""
+
+    def add(self, array, index, value):
+        if isinstance(array, _Watched):
+            _now.seen.atomics += 1
+            _note(array, array.place(index), array.itemsize, ATOMIC)
+            array = array.array
+        old = array[index]
+        array[index] = old + value
+        return old
+
+
+# %% [markdown]
+# ## What kernels know as `cuda`
+#
+# Now the object that a kernel asks. Its names are those that numba gives to
+# CUDA, NVIDIA's system for programs on its GPUs, so that the same function can
+# be compiled for one. `threadIdx`, `blockIdx`, `blockDim` and `gridDim` are
+# set when a thread goes on.
+
+
+# %% what kernels ask tags=["exporti"]
+class _Cuda(threading.local):
+    """What kernels know as `cuda`, answered for the lane that runs."""
+
+    shared, local, atomic = _Shared(), _Local(), _Atomic()
+    laneid = property(lambda self: _now.lane.number % WARP)
+
+    def grid(self, ndim):
+        at, of, n = self.blockIdx, self.blockDim, self.threadIdx
+        x = at.x * of.x + n.x
+        if ndim == 1:
+            return x
+        return (x, at.y * of.y + n.y, at.z * of.z + n.z)[:ndim]
+
+    def gridsize(self, ndim):
+        pairs = zip(self.gridDim, self.blockDim, strict=True)
+        sizes = tuple(a * b for a, b in pairs)
+        return sizes[0] if ndim == 1 else sizes[:ndim]
+
+    def syncthreads(self):
+        if _now.seen is not None:
+            _now.seen.barriers += 1
+        block = _now.lane.block
+        _wait(block, len(block.lanes))
+
+    def syncwarp(self, mask=FULL):
+        _exchange("syncwarp", mask, None, orders=True)
+
+    def shfl_sync(self, mask, value, source):
+        return _exchange("shfl", mask, value)[0][source % WARP]
+
+    def shfl_xor_sync(self, mask, value, bits):
+        values, lane = _exchange("shfl_xor", mask, value)
+        return values[lane ^ bits]
+
+    def ballot_sync(self, mask, predicate):
+        values, _ = _exchange("ballot", mask, bool(predicate))
+        return sum(1 << i for i, v in enumerate(values) if v)
+
+
+# %% the object tags=["export"]
+cuda = _Cuda()
+
+# %% [markdown]
+# A block turns its numbers round, by a board and a barrier:
+
+
+# %% a block turns its numbers round
+def reverse(out, inp):
+    board = cuda.shared.array(64, np.float32)
+    i, t = cuda.grid(1), cuda.threadIdx.x
+    board[t] = inp[i]
+    cuda.syncthreads()
+    out[i] = board[63 - t]
+
+
+inp, out = np.random.default_rng(4).normal(size=(2, 128)).astype("f4")
+simulate(reverse, 2, 64, (out, inp))
+turned = inp.reshape(2, 64)[:, ::-1].ravel()
+verdict("reverse", np.array_equal(out, turned), "each block turned round")
+
+# %% [markdown]
+# ## Races
+#
+# [Chapter 3.1](../3_gpu/01_threads.ipynb) defines a race: two accesses of one
+# element by different threads, at least one of them a write, not both atomic,
+# that nothing orders. What orders two accesses is one thread, which does one
+# thing after the other; or a barrier of the block, or of the warp, that both
+# threads have joined between them.
+#
+# With each access we keep the thread and the time on the block's clock. An
+# access is over, as seen from another thread, if a barrier that both had
+# to join has opened since:
+
+
+# %% in what order tags=["exporti"]
+def _ordered(before, lane):
+    """Whether an access of another lane is over when this one goes on."""
+    other, time = before
+    if other is lane:
+        return True
+    if other.block is not lane.block:
+        return False
+    if time < lane.block.since:
+        return True
+    return other.warp is lane.warp and time < lane.warp.since
+
+
+# %% [markdown]
+# Not all accesses must be kept. Of the writes, the last one stands for all:
+# if that is ordered before us, so are those before it, or the race was
+# reported then. Of the reads since, two are enough: the newest one, and one
+# that is not ordered before it, in another warp or block if possible. A
+# later write that is ordered after both of them is ordered after all. The
+# same holds for the atomics.
+#
+# Two arrays may be views of the same bytes, of elements of different sizes.
+# So accesses are kept by address, in steps of the smallest element.
+
+# %% what was touched tags=["exporti"]
+READ, WRITE, ATOMIC = range(3)  # kinds of access
+
+
+class _Log:
+    """By kind and address: the accesses that stand for all so far.
+
+    step: bytes of the smallest element of the arrays that share this log.
+    """
+
+    def __init__(self, step):
+        self.kept, self.step = ({}, {}, {}), step
+
+
+def _keep(kept, now):
+    """The newest access and one other, the one that most could clash with."""
+    lane = now[0]
+    alive = [before for before in kept if not _ordered(before, lane)]
+    far = [before for before in alive if before[0].warp is not lane.warp]
+    return now, *(far[-1:] or alive[:1])
+
+
+# %% [markdown]
+# Now each kind of access has its rivals. A read clashes with writes and
+# atomics, an atomic with writes and reads, and a write with everything.
+
+# %% who clashes with whom tags=["exporti"]
+_RIVALS = (WRITE, ATOMIC), (READ, WRITE, ATOMIC), (READ, WRITE)
+
+
+def _clash(log, address, access, now):
+    """An earlier access that nothing orders before this one, or None."""
+    for kind in _RIVALS[access]:
+        for before in log.kept[kind].get(address, ()):
+            if not _ordered(before, now[0]):
+                return before
+    kept = log.kept[access]
+    if access == WRITE:  # after which the others do not matter
+        for others in log.kept:
+            others.pop(address, None)
+        kept[address] = (now,)
+    else:
+        kept[address] = _keep(kept.get(address, ()), now)
+    return None
+
+
+# %% two threads write, by hand
+block, log = SimpleNamespace(clock=0, since=0), _Log(4)
+a, b = (_Lane(None, n, block, _Warp()) for n in range(2))
+for lane in (a, b):
+    before = _clash(log, 0, WRITE, (lane, block.clock))
+    print("fine" if before is None else f"clashes with {before[0].number}")
+block.clock = block.since = 1  # a barrier of the block opens
+print(_clash(log, 0, WRITE, (b, block.clock)))
+
+
+# %% who meets whom tags=["exporti"]
+def _clashing(name, element, before, access):
+    """Say who meets whom: the text of a RaceError."""
+    one, two = before[0], _now.lane
+    return (
+        f"{name}, element {element}: thread {two.number} of block "
+        f"{tuple(two.block.index)} {('reads', 'writes', 'adds to')[access]} "
+        f"it, and nothing orders that after the access by thread "
+        f"{one.number} of block {tuple(one.block.index)}"
+    )
+
+
+# %% the error of a race tags=["export"]
+class RaceError(RuntimeError):
+    """Two threads touch one element, one writes, and nothing orders them."""
+
+
+# %% [markdown]
+# Who calls these functions? Under *watch*, a kernel does not get its arrays
+# but stand-ins that look like arrays. Each access passes through
+# `__getitem__` or `__setitem__`, and there we first check that the element
+# exists: a GPU's memory has something at every address, someone else's. An
+# index of -1 would mean the last element, in numba as in Python. No kernel
+# of ours intends that, so it is refused too.
+
+
+# %% an array under watch tags=["exporti"]
+class _Watched:
+    """An array that checks each access and notes it; it has no slices.
+
+    log: what was touched, by address, or None where races may pass.
+    """
+
+    def __init__(self, array, name, log, shared=False):
+        self.array, self.name, self.log = array, name, log
+        self.shape, self.ndim, self.size = array.shape, array.ndim, array.size
+        self.dtype, self.start = array.dtype, array.ctypes.data
+        self.itemsize, self.strides = array.itemsize, array.strides
+        self.shared, self.flat = shared, array.flags.c_contiguous
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, index):
+        _note(self, self.place(index), self.itemsize, READ)
+        return self.array[index]
+
+    def __setitem__(self, index, value):
+        _note(self, self.place(index), self.itemsize, WRITE)
+        self.array[index] = value
+
+    def place(self, index):
+        """The address of an element; raise where there is none."""
+        if self.ndim == 1 and 0 <= index < self.size:
+            return self.start + int(index) * self.strides[0]
+        index = index if type(index) is tuple else (index,)
+        inside = len(index) == self.ndim and all(
+            0 <= i < n for i, n in zip(index, self.shape, strict=True)
+        )
+        if not inside:
+            raise IndexError(
+                f"{self.name}[{', '.join(map(str, index))}] is no element of "
+                f"its shape {self.shape}"
+            )
+        pairs = zip(index, self.strides, strict=True)
+        return self.start + sum(int(i) * stride for i, stride in pairs)
+
+    def place4(self, i):
+        """The address of four elements from i on."""
+        if not 0 <= i <= self.size - 4:
+            raise IndexError(
+                f"{self.name}: elements {i} to {i + 3} of {self.size}"
+            )
+        address = self.start + int(i) * self.itemsize
+        if address % 16 or not self.flat:
+            raise ValueError(
+                f"{self.name}: element {i} is not at a multiple of 16 bytes "
+                "of an array without gaps"
+            )
+        return address
+
+
+# %% [markdown]
+# The stand-in then notes the access in its lane, at which instruction of
+# the code it was and which address, and looks for a race.
+
+
+# %% note an access tags=["exporti"]
+def _note(array, address, nbytes, access):
+    """Note an access of the lane that runs, and look for a race."""
+    lane = _now.lane
+    if access != ATOMIC:
+        frame, kind = sys._getframe(2), (nbytes, access, array.shared)
+        key = kind, id(frame.f_code), frame.f_lasti
+        site = _now.seen.sites.get(key)
+        if site is None:
+            site = _now.seen.add_site(key, frame.f_code)
+        lane.trace.setdefault(site, []).append(address)
+    if array.log is None:
+        return
+    now, step = (lane, lane.block.clock), array.log.step
+    for at in range(address - address % step, address + nbytes, step):
+        before = _clash(array.log, at, access, now)
+        if before is not None:
+            element = (max(at, address) - array.start) // array.itemsize
+            raise RaceError(_clashing(array.name, element, before, access))
+
+
+# %% arguments under watch tags=["exporti"]
+def _watched(function, args, seen):
+    """The arguments of a kernel, the arrays of them under watch."""
+    names = function.__code__.co_varnames
+    sizes = [a.itemsize for a in args if isinstance(a, np.ndarray)]
+    log = _Log(min(sizes, default=1))
+    return [
+        _Watched(a, name, log if seen.races else None)
+        if isinstance(a, np.ndarray)
+        else a
+        for a, name in zip(args, names, strict=False)
+    ]
+
+
+# %% [markdown]
+# ## Requests, sectors and banks
+#
+# When the lanes of a warp reach a line that reads `x[i]`, the multiprocessor
+# makes *one* request of their 32 addresses
+# ([chapter 3.2](../3_gpu/02_sectors.ipynb)). We reconstruct the requests from
+# the notes of the lanes: the $n$th time that a lane came to an instruction
+# belongs with the $n$th time of the other lanes of its warp.
+
+
+# %% requests of whole warps tags=["exporti"]
+def _requests(traces):
+    """A row for each request of a warp: 32 addresses, -1 where none.
+
+    traces: for each lane of a block the addresses that it touched, at one
+    place in the code. The nth of each lane of a warp make one request.
+    """
+    longest = max(map(len, traces))
+    traces = [[*x] + [-1] * (longest - len(x)) for x in traces]
+    traces += [[-1] * longest] * (-len(traces) % WARP)
+    table = np.array(traces, np.int64).reshape(-1, WARP, longest)
+    table = table.transpose(0, 2, 1).reshape(-1, WARP)
+    return table[(table >= 0).any(axis=1)]
+
+
+def _distinct(table):
+    """The rows sorted, and where a number stands for the first time."""
+    table = np.sort(table, axis=1)
+    first = table >= 0
+    first[:, 1:] &= table[:, 1:] != table[:, :-1]
+    return table, first
+
+
+# %% [markdown]
+# A request of global memory moves as many sectors of 32 bytes as its
+# addresses fall into, which `_distinct` counts. A request of shared memory
+# takes as many passes as different words are wanted from its busiest bank:
+# (3.2.1).
+
+
+# %% banks tags=["exporti"]
+def _passes(table, nbytes):
+    """Passes that requests of warps take in shared memory.
+
+    Its 32 banks give one word of four bytes each in a pass; a request for
+    16 bytes a lane counts as four of eight lanes, 32 words each.
+    """
+    wide = max(nbytes // 4, 1)
+    words = table.reshape(-1, WARP // wide, 1) // 4
+    words = np.where(words < 0, -1, words + np.arange(wide))
+    words, first = _distinct(words.reshape(-1, WARP))
+    row = np.arange(len(words))[:, None]
+    bank = (row * WARP + words % WARP)[first]
+    counts = np.bincount(bank, minlength=len(words) * WARP)
+    return int(counts.reshape(-1, WARP).max(axis=1).sum())
+
+
+# %% lanes that want one word, neighbours, every second word, a column
+for stride in (0, 1, 2, 32):
+    print(stride, _passes(4 * stride * np.arange(32)[None], 4))
+
+# %% [markdown]
+# A `Seen` holds the counts, and `watch` makes one.
+
+
+# %% what was seen tags=["export"]
+class Seen:
+    """What `watch` counted while simulated kernels ran.
+
+    threads: how many ran. reads, writes: accesses to global memory by
+    single threads; read_bytes, written_bytes: their bytes. requests: such
+    accesses by whole warps; sectors: the pieces of 32 bytes that these
+    touched, each moved whole. shared_requests, shared_passes: accesses of
+    whole warps to shared memory, and the passes they took: more than one
+    where lanes want different words of one bank. barriers, exchanges,
+    atomics: calls by single threads. launches: (kernel, grid, block,
+    arguments' types) of each launch, those on a real GPU too.
+    """
+
+    def __init__(self, races=True):
+        self.threads = self.reads = self.writes = 0
+        self.read_bytes = self.written_bytes = 0
+        self.requests = self.sectors = 0
+        self.shared_requests = self.shared_passes = 0
+        self.barriers = self.exchanges = self.atomics = 0
+        self.launches, self.races = [], races
+        self.sites, self._codes = {}, []
+
+    def add_site(self, key, code):
+        """Name the place in the code of an access that is seen first."""
+        kind, _, last = key
+        self._codes.append(code)  # which keeps its id from being used again
+        self.sites[key] = kind, _instruction(code, last)
+        return self.sites[key]
+
+    def add_block(self, block):
+        """Count what the lanes of a block have noted, warp by warp."""
+        self.threads += len(block.lanes)
+        traces = [lane.trace for lane in block.lanes]
+        for site in dict.fromkeys(site for trace in traces for site in trace):
+            nbytes, access, shared = site[0]
+            table = _requests([trace.get(site, ()) for trace in traces])
+            if shared:
+                self.shared_requests += len(table)
+                self.shared_passes += _passes(table, nbytes)
+                continue
+            self.requests += len(table)
+            self.sectors += int(_distinct(table // 32)[1].sum())
+            accesses = int((table >= 0).sum())
+            if access == READ:
+                self.reads += accesses
+                self.read_bytes += accesses * nbytes
+            else:
+                self.writes += accesses
+                self.written_bytes += accesses * nbytes
+        for trace in traces:
+            trace.clear()  # the lanes live on in the log
+
+
+# %% watch tags=["export"]
+@contextmanager
+def watch(races=True):
+    """Check and count what simulated kernels do; yields a Seen.
+
+    Every element that a kernel touches must lie inside its array, and no
+    two threads may touch one element, one of them writing, with nothing
+    that orders them: IndexError, ValueError and RaceError tell. Several
+    times slower than without. races: False lets races pass.
+    """
+    before, _now.seen = _now.seen, Seen(races)
+    try:
+        yield _now.seen
+    finally:
+        _now.seen = before
+
+
+# %% note a launch tags=["export"]
+def record(launch):
+    """Add to the launches of the Seen that watches, if any does."""
+    if _now.seen is not None:
+        _now.seen.launches.append(launch)
+
+
+# %% [markdown]
+# Everything is there. The reversal with its barrier passes under watch, and
+# without it does not:
+
+
+# %% a barrier that is missing
+def hasty(out, inp):
+    board = cuda.shared.array(64, np.float32)
+    i, t = cuda.grid(1), cuda.threadIdx.x
+    board[t] = inp[i]
+    out[i] = board[63 - t]
+
+
+with watch() as seen:
+    simulate(reverse, 2, 64, (out, inp))
+print(seen.threads, "threads,", seen.barriers, "arrivals at a barrier")
+try:
+    with watch():
+        simulate(hasty, 2, 64, (out, inp))
+    verdict("hasty", False, "is caught")
+except RaceError as error:
+    print(error)
+
+# %% [markdown]
+# ## Four numbers at once
+#
+# A lane may also ask for 16 bytes in one instruction, four numbers that lie
+# together at a multiple of 16. numba does not do this by itself, so we have
+# `load4` and `store4`; what they become on a GPU is written in
+# [chapter A.6](06_launch.ipynb).
+
+
+# %% vectors of four tags=["export"]
+def load4(array, i):
+    """Elements i to i + 3 of a flat view of `array`, in one access.
+
+    array: float32, C-contiguous, any shape; its element i must begin at a
+    multiple of 16 bytes: a shared array is made with `alignment=16`.
+    Returns four numbers.
+    """
+    if isinstance(array, _Watched):
+        _note(array, array.place4(i), 16, READ)
+        array = array.array
+    flat = array if array.ndim == 1 else array.reshape(-1)
+    return flat[i], flat[i + 1], flat[i + 2], flat[i + 3]
+
+
+def store4(array, i, a, b, c, d):
+    """Write elements i to i + 3 of a flat view of `array`, in one access.
+
+    As `load4`, the other way.
+    """
+    if isinstance(array, _Watched):
+        _note(array, array.place4(i), 16, WRITE)
+        array = array.array
+    flat = array if array.ndim == 1 else array.reshape(-1)
+    flat[i : i + 4] = a, b, c, d
+
+
+# %% [markdown]
+# ## Take away
+#
+# - A fiber for each thread makes a simulator that stops at barriers; a block
+#   runs in rounds, and stands still where some of its threads never come.
+# - An array that answers `__getitem__` itself sees every access. Of the
+#   writes to an element the last one stands for all; of the reads since, two.
+# - The order in which the simulator runs its threads proves nothing. A race
+#   is judged by what orders two accesses, not by what happened.
+# - What a warp asks of the memory can be put together afterwards, from what
+#   each of its lanes has noted.
+
+# %% [markdown]
+# ## Design note
+#
+# numba has a simulator of CUDA too. It takes effect when an environment
+# variable is set before numba is imported, and then numba's compiler for
+# GPUs is gone for that process; we simulate a kernel and compile it in one
+# test. It has no shuffles, votes or `syncwarp` (numba-cuda 0.30), does not
+# look for races and counts nothing.
+#
+# Ours has limits as well. It judges the accesses of one run, and is no proof
+# for all inputs. It watches single elements of global and shared arrays, not
+# slices, nor a thread's local arrays. It knows whole warps alone, no *fences*
+# (which order one thread's accesses as others see them), and nothing of time.
+#
+# Races could also be found by running a kernel many times in random
+# orders and comparing the results. That finds only those that show, in the
+# orders it tried.
+
+# %% [markdown]
+# ## Exercises
+#
+# **1** (★★). `shfl_down_sync(mask, value, delta)` gives each lane the value of
+# the lane `delta` places after it, and a lane that has none after it its own.
+# Write it with `shfl_sync`, and check it on one warp.
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# `shfl_sync` takes the number of the lane to ask, which may be another one in
+# each lane. All lanes must call it, so the last ones ask themselves.
+# :::
+
+
+# %% exercise 1, a solution tags=["hide-cell"]
+def shuffle_down(value, delta):
+    lane = cuda.laneid
+    source = lane + delta if lane + delta < 32 else lane
+    return cuda.shfl_sync(0xFFFFFFFF, value, source)
+
+
+# %% exercise 1, checked
+def shift(out):
+    out[cuda.threadIdx.x] = shuffle_down(cuda.threadIdx.x, 4)
+
+
+places = np.zeros(32, int)
+simulate(shift, 1, 32, (places,))
+want = np.r_[4:32, 28:32]
+verdict("down", np.array_equal(places, want), "four places on")
+
+# %% [markdown]
+# ## Further reading
+#
+# - Lamport (1978),
+#   [Time, Clocks, and the Ordering of Events in a Distributed System](https://doi.org/10.1145/359545.359563):
+#   where "nothing orders them" was first made precise.
+# - Flanagan and Freund (2009),
+#   [FastTrack: Efficient and Precise Dynamic Race Detection](https://doi.org/10.1145/1542476.1542490):
+#   why the last access can stand for all.
+# - [greenlet](https://greenlet.readthedocs.io/): what a fiber is, and what it
+#   costs.
+
+# %% [markdown]
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.book.index import gained
+
+gained("A.5")
