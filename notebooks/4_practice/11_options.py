@@ -307,7 +307,7 @@ for wrong in (
 # %% [markdown]
 # ## The data
 #
-# `prepare` does what [chapter 1.2](02_tokens.ipynb) taught, in order: load the
+# `prepare` does what [chapter 1.3](../1_by_hand/03_batches.ipynb) taught, in order: load the
 # documents, train or load a tokenizer, encode, split. It returns the
 # tokenizer, the two token arrays, and a sentence that says where the text came
 # from and what of it was passed over. The tokenizer learns from the first two
@@ -316,7 +316,6 @@ for wrong in (
 
 # %% imports of feed tags=["export"] module="train.feed"
 import math
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -370,7 +369,9 @@ def prepare(config):
     documents = corpus.load(source, *how)
     encoding = make_encoding(config, documents)
     tokens = corpus.encode_documents(encoding, documents, config.endoftext)
-    source = _describe(sources, documents) + tally.words(config.endoftext)
+    characters = sum(map(len, documents))
+    source = corpus.describe(sources, len(documents), characters)
+    source += tally.words(config.endoftext)
     return Data(encoding, *data.split(tokens), source)
 
 
@@ -387,16 +388,6 @@ def _text_bytes(path):
         return path.stat().st_size * known
     found = [x for x in files_below(path) if x.suffix == ".txt"]
     return sum(x.stat().st_size for x in found if x.is_file())
-
-
-# %% where the text came from tags=["exporti"] module="train.feed"
-def _describe(sources, documents):
-    where = " ".join(str(x) for x in sources)
-    if where == "stdlib":
-        version = ".".join(str(x) for x in sys.version_info[:3])
-        where += f" (Python {version})"
-    size = sum(len(x) for x in documents)
-    return f"{where}: {len(documents):,} documents, {size:,} characters"
 
 
 # %% from a folder of shards tags=["exporti"] module="train.feed"
