@@ -14,7 +14,6 @@ import heapq
 from collections import Counter
 
 import regex
-import tiktoken
 
 
 # how a text is cut into words
@@ -121,6 +120,8 @@ def from_tokens(name, tokens):
 
     Derived in chapter 1.2.
     """
+    import tiktoken  # not before it is needed: it takes time
+
     ranks = {token: rank for rank, token in enumerate(tokens)}
     eot = ranks.pop(EOT.encode(), len(tokens))
     return tiktoken.Encoding(

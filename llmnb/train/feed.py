@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llmnb.checks import check_room
+from llmnb.formats.vocabulary import open_encoding
 from llmnb.formats.shard import Shards, find_shards, sample_tokens
 from llmnb.text.data import DataLoader
 from llmnb.train.landmarks import unigram_entropy
@@ -128,7 +129,6 @@ def make_encoding(config, documents):
 
     Derived in chapter 4.11.
     """
-    from llmnb.formats.vocabulary import open_encoding
     from llmnb.text import tokenizer
 
     if config.tokenizer != "bpe":

@@ -133,7 +133,6 @@ import heapq
 from collections import Counter
 
 import regex
-import tiktoken
 
 # %% how a text is cut into words tags=["exporti"]
 EOT = "<|endoftext|>"
@@ -538,6 +537,8 @@ plt.show()
 def from_tokens(name, tokens):
     """A tiktoken.Encoding of tokens in order of rank; EOT is among them,
     or comes after them."""
+    import tiktoken  # not before it is needed: it takes time
+
     ranks = {token: rank for rank, token in enumerate(tokens)}
     eot = ranks.pop(EOT.encode(), len(tokens))
     return tiktoken.Encoding(

@@ -322,6 +322,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llmnb.checks import check_room
+from llmnb.formats.vocabulary import open_encoding
 from llmnb.formats.shard import Shards, find_shards, sample_tokens
 from llmnb.text.data import DataLoader
 from llmnb.train.landmarks import unigram_entropy
@@ -416,8 +417,7 @@ def _encoding_of(config, folder):
 
 # %% [markdown]
 # A run may use a tokenizer that another program made. Chapter 4.6 derives how
-# such files are read. The import stands in the function, since the libraries
-# that it brings take time.
+# such files are read.
 
 
 # %% the tokenizer of a run tags=["export"] module="train.feed"
@@ -429,7 +429,6 @@ def make_encoding(config, documents):
     `<|endoftext|>`. Raises ValueError, OSError or RuntimeError,
     in one sentence.
     """
-    from llmnb.formats.vocabulary import open_encoding
     from llmnb.text import tokenizer
 
     if config.tokenizer != "bpe":
