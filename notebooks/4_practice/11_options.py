@@ -317,7 +317,6 @@ for wrong in (
 
 # %% imports of feed tags=["export"] module="train.feed"
 import math
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -371,7 +370,9 @@ def prepare(config):
     documents = corpus.load(source, *how)
     encoding = make_encoding(config, documents)
     tokens = corpus.encode_documents(encoding, documents, config.endoftext)
-    source = _describe(sources, documents) + tally.words(config.endoftext)
+    characters = sum(map(len, documents))
+    source = corpus.describe(sources, len(documents), characters)
+    source += tally.words(config.endoftext)
     return Data(encoding, *data.split(tokens), source)
 
 
@@ -388,16 +389,6 @@ def _text_bytes(path):
         return path.stat().st_size * known
     found = [x for x in files_below(path) if x.suffix == ".txt"]
     return sum(x.stat().st_size for x in found if x.is_file())
-
-
-# %% where the text came from tags=["exporti"] module="train.feed"
-def _describe(sources, documents):
-    where = " ".join(str(x) for x in sources)
-    if where == "stdlib":
-        version = ".".join(str(x) for x in sys.version_info[:3])
-        where += f" (Python {version})"
-    size = sum(len(x) for x in documents)
-    return f"{where}: {len(documents):,} documents, {size:,} characters"
 
 
 # %% from a folder of shards tags=["exporti"] module="train.feed"
@@ -426,9 +417,8 @@ def _encoding_of(config, folder):
 
 
 # %% [markdown]
-# A run may use a tokenizer that another program made. Chapter 4.4 derives how
-# such files are read; the loop only needs the result, so it asks for that
-# module by its name.
+# A run may use a tokenizer that another program made. Chapter 4.6 derives how
+# such files are read.
 
 
 # %% the tokenizer of a run tags=["export"] module="train.feed"

@@ -218,12 +218,12 @@ verdict("sixty steps", final < steps[0].val_loss - 0.5, "have been worth it")
 # | `config.json` | the `TrainConfig`, the corpus, the landmarks, versions |
 # | `log.csv` | one line for every `Step` |
 # | `loss.png` | the figure above |
-# | `model.bin` | the weights, in the format of [chapter 1.13](../1_by_hand/13_memory.ipynb) |
+# | `model.bin` | the weights, in the format of [chapter 4.2](02_checkpoints.ipynb) |
 # | `state_*.safetensors` | what it takes to go on; see *Nothing lost* |
 # | `tokenizer.tiktoken` | the tokenizer's ranks |
 #
 # Each file is written beside its place and renamed into it, by `replacing`
-# from [chapter 1.4](../1_by_hand/04_gpt2.ipynb). A run that is stopped in the middle of
+# from [chapter 4.1](01_files.ipynb). A run that is stopped in the middle of
 # writing leaves the old file or the new one, and never half of one.
 #
 # The files are not equally dear. A log or a figure shows a run, the model

@@ -228,7 +228,7 @@ def differences(begun, now):
 
 # %% [markdown]
 # The arrays go into one file in the format of
-# [chapter 1.13](../1_by_hand/13_memory.ipynb), written from where they lie; everything else
+# [chapter 4.3](03_safetensors.ipynb), written from where they lie; everything else
 # is a few numbers and goes into its header as JSON. Python writes a float
 # with as many digits as it takes to read the same float back, so the
 # windows survive the detour through text.

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_vocabulary import own_files
+from spelling import own_files
 
 from llmnb.cli import bench as bench_command
 from llmnb.cli import train as train_command
@@ -30,6 +30,7 @@ from llmnb.formats.safetensors import TensorFile, write_tensors
 from llmnb.formats.shard import read_shard, write_shard
 from llmnb.model.gpt2 import GPT2
 from llmnb.text import corpus, shards, tokenizer
+from llmnb.text.bpe import from_tokens
 from llmnb.train import evaluation
 from llmnb.train.newest import new_folder, newest_run, note_newest
 from llmnb.train.options import TrainConfig
@@ -729,7 +730,7 @@ def test_generate_from_a_bin_file(llmnb, tmp_path):
     code, out, _ = llmnb(*ask, "--tokenizer", "byte")
     assert code == 0 and out.startswith("ab")
     tokens = [b"x" * 3, *(bytes([i]) for i in range(256))]
-    ranks = tokenizer._encoding("other", tokens)
+    ranks = from_tokens("other", tokens)
     tokenizer.save(ranks, tmp_path / "other.tiktoken")
     code, _, err = llmnb(*ask, "--tokenizer", "other.tiktoken")
     assert code == 1
