@@ -197,7 +197,7 @@ def test_bf16_rounds_to_nearest_even(C):
     [(-127, 0, 0), (-127, 10, 0), (-70, -60, 0), (-126, 0, 1), (-63, -63, 1)],
 )
 def test_bf16_of_the_smallest_numbers(a, b, kept):
-    """vdpbf16ps takes subnormal factors and sums for 0, as chapter 2.6 says."""
+    """vdpbf16ps takes subnormal factors, sums for 0, as chapter 2.6 has it."""
     x = np.full((1, 1, 1), 2.0**a, np.float32)
     weight, out = np.full((1, 1), 2.0**b, np.float32), np.empty_like(x)
     matmul.matmul_forward(out, x, weight, None, bf16=True)
