@@ -138,13 +138,6 @@ def test_a_timed_step_is_a_step():
         np.testing.assert_array_equal(a.params[name], b.params[name])
 
 
-def test_peak_memory():
-    peak = peak_memory()
-    if peak is None:
-        pytest.skip("this system does not say how much memory was used")
-    assert 10e6 < peak < 1e12
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
 def test_the_peak_of_another_process_is_its_own():
     ours = np.ones(50_000_000)  # 400 MB that the other does not have
@@ -758,16 +751,6 @@ def test_layers_that_were_timed_apart():
 
 
 # the page of results
-
-
-@pytest.fixture(scope="module")
-def results_page():
-    sys.path.insert(0, str(ROOT / "book" / "_ext"))
-    try:
-        import results_page
-    finally:
-        sys.path.pop(0)
-    return results_page
 
 
 def test_the_page_is_what_its_files_say(results_page):

@@ -6,30 +6,22 @@ run in processes of their own, because a shape is chosen at import.
 
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import llvmlite.binding as llvm
 import numba
 import numpy as np
 import pytest
 import test_attention
 import test_matmul
+from tiles import AVX2, MASKS, ON_X86, OURS, SHAPES, chosen, masked
 
 from llmnb.cpu import attention, bfloat16, matmul, tile
 
 TESTS = Path(__file__).parents[1]
-SHAPES = {
-    "12x2x16": {"avx512f", "avx2"},
-    "6x2x8": {"avx", "avx2"},
-    "6x4x4": {"neon"},
-    "4x2x4": {"sse2"},
-}
-OURS = f"{tile.ROWS}x{tile.VECTORS}x{tile.LANES}"
 OTHERS = [shape for shape in SHAPES if shape != OURS]
 # what each shape has to pass: the comparisons with the reference
 CHOSEN = [
@@ -48,14 +40,10 @@ assert sys.argv[1] == f"{tile.ROWS}x{tile.VECTORS}x{tile.LANES}"
 options = ["-q", "-p", "no:cacheprovider", "-o", "addopts="]
 sys.exit(pytest.main(options + sys.argv[2:]))
 """
-# the features of x86 that are left to numba, for the tile that fits them
-AVX2 = "+sse2,+sse4.2,+avx,+avx2,+fma"
-MASKS = {"4x2x4": "+sse2", "6x2x8": AVX2}
 THE_CHOICE = """
 from llmnb.cpu import tile
 print(f"{tile.ROWS}x{tile.VECTORS}x{tile.LANES}", *tile.cpu_features())
 """
-ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
 x86_only = pytest.mark.skipif(not ON_X86, reason="features of x86")
 
 
@@ -75,22 +63,6 @@ def python(program, *args, cache=None, **variables):
         text=True,
         timeout=600,
     )
-
-
-def masked(shape):
-    return {
-        "NUMBA_CPU_NAME": "generic",
-        "NUMBA_CPU_FEATURES": MASKS[shape],
-    }
-
-
-def chosen(shape):
-    """What has a process take a shape: few features, or the variable."""
-    host = {k for k, has in llvm.get_host_cpu_features().items() if has}
-    needed = MASKS.get(shape, "+nothing").replace("+", "").split(",")
-    if ON_X86 and host.issuperset(needed):
-        return masked(shape)
-    return {"LLMNB_TILE": shape}
 
 
 @pytest.fixture(scope="module")
