@@ -15,6 +15,7 @@ from llmnb.formats.safetensors import TensorFile, write_tensors
 from llmnb.formats.shard import read_shard
 from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
+from llmnb.text.bpe import from_tokens
 
 
 def test_generate(llmnb, trained):
@@ -36,7 +37,7 @@ def test_generate_from_a_bin_file(llmnb, tmp_path):
     code, out, _ = llmnb(*ask, "--tokenizer", "byte")
     assert code == 0 and out.startswith("ab")
     tokens = [b"x" * 3, *(bytes([i]) for i in range(256))]
-    ranks = tokenizer._encoding("other", tokens)
+    ranks = from_tokens("other", tokens)
     tokenizer.save(ranks, tmp_path / "other.tiktoken")
     code, _, err = llmnb(*ask, "--tokenizer", "other.tiktoken")
     assert code == 1

@@ -4,11 +4,12 @@ import argparse
 import os
 import re
 import shutil
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from commands import TINY
+from commands import TINY, interrupt
 
 from llmnb.cli import train as train_command
 from llmnb.train.newest import new_folder, newest_run, note_newest
@@ -93,6 +94,14 @@ def test_the_newest_run_is_the_one_that_saved_last(llmnb, tmp_path):
     assert newest_run("config.json").name == "second", "not noted"
     follow_to_the_end(first)
     assert newest_run("config.json").name == "first"
+
+
+def test_a_run_that_was_stopped_before_it_saved_counts(llmnb, two_runs):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, 2, signal.SIGINT, signal.SIGINT)
+        assert llmnb("train", *TINY.split())[0] == 130
+    code, out, err = llmnb("train", "--resume")
+    assert code == 0 and "stdlib-3" in out and "warning" not in err
 
 
 def test_a_run_that_was_renamed_makes_it_uncertain(llmnb, two_runs):

@@ -15,8 +15,7 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
-import test_attention
-import test_matmul
+from problems import Problem, problem, run
 from tiles import AVX2, MASKS, ON_X86, OURS, SHAPES, chosen, masked
 
 from llmnb.cpu import attention, bfloat16, matmul, tile
@@ -183,7 +182,7 @@ BF16_SHAPES = [(1, 1, 1, 1), (2, 37, 51, 97), (1, 13, 801, 49), (3, 50, 64, 9)]
 @pytest.mark.parametrize("shape", BF16_SHAPES)
 def test_bf16_products(shape, bias):
     """The product of the rounded factors, in float64; the bias is whole."""
-    p = test_matmul.Problem(*shape, bias)
+    p = Problem(*shape, bias)
     rows, drows = (nearest(x).reshape(-1, x.shape[2]) for x in (p.inp, p.dout))
     weight = nearest(p.weight)
     want = [
@@ -244,9 +243,9 @@ def attention_of_rounded(inp, dout, out, NH):
     "shape", [(1, 1, 1, 1), (2, 37, 3, 5), (1, 210, 2, 9)]
 )
 def test_bf16_attention(shape):
-    inp, dout = test_attention.problem(*shape, np.float32)
+    inp, dout = problem(*shape, np.float32)
     NH = shape[2]
-    out, lse, dinp = test_attention.run(attention, inp, dout, NH, bf16=True)
+    out, lse, dinp = run(attention, inp, dout, NH, bf16=True)
     got = lse, out, dinp - 1
     want, allowed = attention_of_rounded(inp, dout, out, NH)
     for x, y, most in zip(got, want, allowed, strict=True):
@@ -254,11 +253,9 @@ def test_bf16_attention(shape):
         assert (np.abs(x - y) <= most + float32).all()
     if shape[1] == 1:
         return
-    plain = test_attention.run(attention, inp, dout, NH)
+    plain = run(attention, inp, dout, NH)
     assert np.abs(plain[1] - lse).max() > 1e-4  # the scores' factors
-    rounded = test_attention.run(
-        *(attention, nearest(inp).astype(np.float32), dout, NH)
-    )
+    rounded = run(*(attention, nearest(inp).astype(np.float32), dout, NH))
     assert np.abs(rounded[0] - out).max() > 1e-4  # the weights
 
 
@@ -271,13 +268,13 @@ def test_bf16_attention(shape):
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("shape", [(1, 97, 1, 17), (2, 200, 3, 16)])
 def test_threads_change_no_bit_of_attention(shape, bf16):
-    inp, dout = test_attention.problem(*shape, np.float32)
+    inp, dout = problem(*shape, np.float32)
     before, results = numba.get_num_threads(), []
     try:
         for threads in (1, 2):
             numba.set_num_threads(threads)
             args = attention, inp, dout, shape[2]
-            results.append(test_attention.run(*args, bf16=bf16))
+            results.append(run(*args, bf16=bf16))
     finally:
         numba.set_num_threads(before)
     for one, two in zip(*results, strict=True):

@@ -13,6 +13,7 @@ from llmnb.cli.__main__ import main
 from llmnb.config import GPT2Config
 from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
+from llmnb.text.bpe import from_tokens
 from llmnb.text.reader import Tally
 from llmnb.train.choices import (
     Example,
@@ -529,7 +530,7 @@ def test_the_special_token_parts_documents():
 def test_mistakes_get_one_line(saved, capsys, monkeypatch, command, message):
     if "tokenizer gpt2" in command:
         monkeypatch.setattr(
-            tokenizer, "gpt2", lambda: tokenizer._encoding("gpt2", TOKENS)
+            tokenizer, "gpt2", lambda: from_tokens("gpt2", TOKENS)
         )
     (saved / "a.txt").write_text("text")
     with pytest.raises(SystemExit) as stop:
