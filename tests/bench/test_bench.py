@@ -322,21 +322,6 @@ def test_llmc_has_one_batch_size(train_gpt2):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"against": ("tarch",)}, "no contestant 'tarch': choose from torch,"),
-        ({"against": ("llmc",)}, "no contestant 'llmc': choose from .*llmc="),
-        ({"against": ("llmc=nowhere",)}, "nowhere is not a program"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"threads": 0}, "threads must be at least 1, got 0"),
-    ],
-)
-def test_who_cannot_race(changes, message):
-    with pytest.raises((ValueError, OSError), match=message):
-        lineup(Settings()._replace(**changes))
-
-
-@pytest.mark.parametrize(
     ("backend", "against", "message"),
     [
         ("cpu", "torch-tf32", "torch-tf32 needs a GPU: --backend cuda"),

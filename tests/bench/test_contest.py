@@ -113,11 +113,6 @@ def test_flops():
     assert ladder_named("attention_backward").flops(s) == 5 * 2 * pairs * s.C
 
 
-def test_a_layer_that_nobody_wrote():
-    with pytest.raises(ValueError, match="no layer 'gelo': choose from enc"):
-        contest(["gelo"])
-
-
 # right before fast
 
 
@@ -467,21 +462,6 @@ def test_the_command(monkeypatch, capsys, tmp_path):
     assert found["configs"] == [] and "losses" not in found
     assert [x["layer"] for x in found["ladders"]] == ["encoder_forward"]
     assert found["gpu"] == {"unmeasured": why}
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--kernels"], "--kernels needs a GPU: add --backend cuda"),
-        (["--backend", "cuda", "--kernels", "gelo"], "no layer 'gelo'"),
-        (["--backend", "cuda", "--write"], "--write times the backend cpu"),
-    ],
-)
-def test_commands_that_cannot_be(words, message, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["bench", *words])
-    assert end.value.code == 1
-    assert message in capsys.readouterr().err
 
 
 # what is committed
