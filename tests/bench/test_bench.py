@@ -36,7 +36,7 @@ from llmnb.bench.race import (
 )
 from llmnb.bench.stopwatch import Stopwatch, timed_step
 from llmnb.config import GPT2Config
-from llmnb.cpu import tile
+from llmnb.cpu import bfloat16
 from llmnb.formats.published import write_folder
 from llmnb.model.generate import generate
 from llmnb.model.gpt2 import GPT2
@@ -176,9 +176,9 @@ def test_serve():
 
 def test_bf16_is_missing_unless_the_cpu_has_it(monkeypatch):
     assert missing("fp32") is None and missing("fp64") is None
-    monkeypatch.setattr(tile, "has_bf16", lambda: False)
+    monkeypatch.setattr(bfloat16, "has_bf16", lambda: False)
     assert missing("bf16") == "not available on this CPU"
-    monkeypatch.setattr(tile, "has_bf16", lambda: True)
+    monkeypatch.setattr(bfloat16, "has_bf16", lambda: True)
     assert missing("bf16") is None
     assert "reference backend" in missing("bf16", "reference")
 

@@ -212,7 +212,7 @@ def result():
     with pytest.MonkeyPatch.context() as patch:
         why = "no GPU: this test says so"
         patch.setattr(module, "no_times", lambda: why)
-        names = ["gelu_forward", "residual_forward"]
+        names = ["layernorm_forward", "encoder_forward"]
         return contest(names, counted=TINY)
 
 
@@ -220,8 +220,8 @@ def test_no_time_without_a_gpu(result):
     why = {"unmeasured": "no GPU: this test says so"}
     assert result["gpu"] == result["limits"] == why
     assert [x["layer"] for x in result["ladders"]] == [
-        "gelu_forward",
-        "residual_forward",
+        "layernorm_forward",
+        "encoder_forward",
     ]
     for found in result["ladders"]:
         assert found["peers"] == {"torch": why}
@@ -243,7 +243,7 @@ def test_no_time_without_a_gpu(result):
 def test_compiled_facts(result):
     if no_compiler():
         pytest.skip(no_compiler())
-    row = result["ladders"][0]["versions"][1]  # GELU in vectors of four
+    row = result["ladders"][0]["versions"][1]  # the one that is used
     (kernel,) = row["compiled"]
     for cc in ("sm_80", "sm_90"):
         facts = kernel[cc]
@@ -254,7 +254,7 @@ def test_compiled_facts(result):
 
 def test_without_a_compiler(monkeypatch):
     monkeypatch.setattr(module, "no_compiler", lambda: "there is none")
-    found = contest(["gelu_forward"], counted=TINY)
+    found = contest(["layernorm_forward"], counted=TINY)
     for row in found["ladders"][0]["versions"]:
         assert row["compiled"] == {"unmeasured": "there is none"}
     contest_report(found)
@@ -362,7 +362,7 @@ def test_versions_take_turns(gpu):
 
 def test_the_contest_on_a_gpu_that_is_made_up(monkeypatch):
     """All that follows the clock: which rows are timed, and their shares."""
-    right = ladder_named("gelu_forward")
+    right = ladder_named("layernorm_forward")
     monkeypatch.setattr(module, "no_times", lambda: "")
     monkeypatch.setattr(module, "Clock", lambda: "clock")
     monkeypatch.setattr(module, "gpu_facts", lambda: {"name": "Nothing 1"})
@@ -379,7 +379,7 @@ def test_the_contest_on_a_gpu_that_is_made_up(monkeypatch):
         return {2: [3e-6, 1e-6, 2e-6]}
 
     monkeypatch.setattr(module, "in_turns", turns)
-    found = contest(["gelu_forward"], sizes=TINY, counted=TINY)
+    found = contest(["layernorm_forward"], sizes=TINY, counted=TINY)
     one, two = found["ladders"][0]["versions"]
     assert one["time"] == {"unmeasured": "wrong: out is 9 off"}
     assert two["time"] == {"seconds": [3e-6, 1e-6, 2e-6]}
@@ -430,7 +430,7 @@ def test_the_page_without_times(results_page, result):
     assert "**No time has been measured on a GPU yet.**" in text
     assert "    llmnb bench --backend cuda --kernels" in text
     assert text.count("| not measured |") == 4
-    assert "| `gelu_forward` | launches |" in text
+    assert "| `layernorm_forward` | launches |" in text
     assert [*results_page.figures({"gpu": as_written(result)})] == []
 
 
