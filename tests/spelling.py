@@ -1,4 +1,4 @@
-"""Tokenizer files of published models, written for tests."""
+"""vocab.json and merges.txt of an encoding, for tests."""
 
 import json
 
