@@ -14,6 +14,7 @@ import sys
 
 import pytest
 
+import llmnb
 from llmnb.book.export import ROOT, chapter_label, sources
 
 TESTS = ROOT / "tests"
@@ -23,6 +24,11 @@ FOLDERS = {
     "book": ["."],
     "cpu": ["cpu", "reference"],
     "bench": ["bench", "cuda"],
+}
+# modules that are tested through the model that runs on them
+ALSO = {
+    "backend": ["model/test_model.py"],
+    "cpu.backend": ["model/test_model.py"],
 }
 
 
@@ -35,7 +41,12 @@ def imported(path):
         elif isinstance(node, ast.ImportFrom):
             found |= {f"{node.module}.{name.name}" for name in node.names}
             found.add(node.module)
-    return {name.removeprefix("llmnb.") for name in found if name}
+    names = {name.removeprefix("llmnb.") for name in found if name}
+    return names | {
+        home.removeprefix("llmnb.")
+        for name, home in llmnb._HOME.items()
+        if name in names
+    }
 
 
 def test_files(module):
@@ -48,7 +59,7 @@ def test_files(module):
         for folder in folders
         for path in folder.glob("test_*.py")
         if path.stem in names or module in imported(path)
-    }
+    } | {TESTS / name for name in ALSO.get(module, [])}
 
 
 def chapter_files(label):

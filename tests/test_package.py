@@ -8,9 +8,10 @@ import subprocess
 import sys
 import tomllib
 
+import chapter
 import pytest
 
-from llmnb.book.export import ROOT
+from llmnb.book.export import PARTS, ROOMS, ROOT
 
 MODULES = sorted(
     p.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
@@ -151,6 +152,7 @@ def test_runtime_packages_are_few():
 
 
 README = (ROOT / "README.md").read_text("utf-8")
+HERE = [p for name in PARTS if (p := ROOT / "notebooks" / name).exists()]
 
 
 def test_the_readmes_program_runs(tmp_path):
@@ -168,7 +170,32 @@ def test_the_readmes_links_lead_somewhere(link):
     assert (ROOT / link).exists(), link
 
 
-def test_the_readme_lists_every_chapter():
-    chapters = sorted(p.stem for p in (ROOT / "notebooks").glob("*/[0-9]*.py"))
-    listed = re.findall(r"^\| \d+ \| .*notebooks/(\w+)\.ipynb", README, re.M)
-    assert listed == chapters
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_readme_shows_every_room(room):
+    assert re.search(rf"^\| \[`{room}/`\]\(llmnb/{room}\) \|", README, re.M)
+
+
+@pytest.mark.parametrize("part", [p.name for p in HERE])
+def test_the_readme_and_the_first_page_lead_into_every_part(part):
+    intro = (ROOT / "book" / "intro.md").read_text("utf-8")
+    for text in (README, intro):
+        assert re.search(rf"\]\([./]*notebooks/{part}\b", text)
+
+
+NAMED = re.findall(r"`(\w+)` in \[(llmnb/[\w/.]+)\]", README)
+
+
+@pytest.mark.parametrize(("name", "path"), NAMED)
+def test_a_function_is_where_the_readme_says(name, path):
+    assert re.search(rf"^def {name}\(", (ROOT / path).read_text("utf-8"), re.M)
+
+
+def test_a_chapters_tests_are_found():
+    """What `make test CHAPTER=...` runs: the notebook, its modules' tests."""
+    found = chapter.chapter_files("2.4")
+    names = [path.relative_to(ROOT).as_posix() for path in found]
+    assert names[0] == "notebooks/2_cpu/04_matmul.ipynb"
+    assert "tests/reference/test_matmul.py" in names
+    assert "tests/model/test_model.py" not in names
+    with pytest.raises(SystemExit, match="no chapter 9.9"):
+        chapter.chapter_files("9.9")

@@ -1,4 +1,4 @@
-"""Run tests or notebooks on every tile shape of chapter 6, and on one thread.
+"""Run tests or notebooks on each tile shape of chapter A.2, and on one thread.
 
     python tests/tiles.py                      all notebooks, on all of them
     python tests/tiles.py -s 6x2x8 -- ARGS     pytest with ARGS, on this one
