@@ -1,11 +1,15 @@
-# Written by `make export` from notebooks/1_by_hand/04_gpt2.py: edit that file.
+# Written by `make export` from notebooks/4_practice/01_files.py: edit that file.
 
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and folders with one writer."""
 
 __all__ = [
     "BESIDE",
+    "LOCK",
+    "Lock",
     "UNABLE",
+    "in_use",
     "make_folder",
+    "read_json",
     "read_small",
     "replacing",
     "sync_folder",
@@ -16,7 +20,13 @@ __all__ = [
 # imports for files
 import contextlib
 import errno
+import json
 import os
+import platform
+import time
+import warnings
+import weakref
+from functools import cache
 from pathlib import Path
 
 
@@ -30,7 +40,7 @@ def sync_folder(folder):
     Does nothing on Windows, in a folder that may not be read, and on a file
     system that cannot do it. Raises OSError when the disk fails.
 
-    Derived in chapter 1.4.
+    Derived in chapter 4.1.
     """
     if os.name == "nt":
         return
@@ -48,7 +58,7 @@ def sync_folder(folder):
 def make_folder(path):
     """Make a folder and those above it, each with its name on the disk.
 
-    Derived in chapter 1.4.
+    Derived in chapter 4.1.
     """
     path = Path(path)
     if not path.is_dir():
@@ -70,7 +80,7 @@ def replacing(path):
     old one is as it was, and the error goes on. After a kill the new file
     may stay; its name is that of `path` and what `BESIDE` matches.
 
-    Derived in chapter 1.4.
+    Derived in chapter 4.1.
     """
     path = Path(path)
     beside = path.with_name(f"{path.name}.{os.urandom(8).hex()}.new")
@@ -130,7 +140,7 @@ def what_is(path, mine=None):
     mine: the number that the reader's own files begin with, if they do.
     Returns a clause, "this is ...", that says what to do about it.
 
-    Derived in chapter 1.4.
+    Derived in chapter 4.1.
     """
     with open(path, "rb") as file:
         start = file.read(64)
@@ -151,7 +161,7 @@ def read_small(path, most):
     Raises ValueError, naming the file, when it has more than `most`, before
     any is read, and when it is no file but a pipe, say, which has no size.
 
-    Derived in chapter 1.4.
+    Derived in chapter 4.1.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"{path}: must be a regular file")
@@ -162,3 +172,193 @@ def read_small(path, most):
                 f"{path}: must have at most {most:,} bytes, has {size:,}"
             )
         return file.read(size)
+
+
+# read JSON
+def read_json(path, most=1 << 20):
+    """The object in a JSON file of at most so many bytes, as a dict.
+
+    Raises ValueError, naming the file, for anything else.
+
+    Derived in chapter 4.1.
+    """
+    raw = read_small(path, most)
+    try:
+        found = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        what = what_is(path) or f"not JSON ({error})"
+        raise ValueError(f"{path}: {what}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: must hold a JSON object")
+    return found
+
+
+# locked or not
+HELD = BlockingIOError, PermissionError  # another process has the lock
+
+
+def _flock(place):
+    """Lock an open file, or raise one of `HELD`, or another OSError."""
+    if os.name == "nt":
+        import msvcrt
+
+        # beyond the end, so that the text can be read
+        os.lseek(place, 1 << 30, os.SEEK_SET)
+        msvcrt.locking(place, msvcrt.LK_NBLCK, 1)
+        os.lseek(place, 0, os.SEEK_SET)
+    else:
+        import fcntl
+
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _open(path, create):
+    flags = os.O_RDWR | os.O_CREAT * create | getattr(os, "O_NOFOLLOW", 0)
+    return os.open(path, flags, 0o666)
+
+
+def _same(place, path):
+    """Whether an open file still is the one that its path names."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(place), os.stat(path))
+    return False
+
+
+# who has it
+LOCK = ".lock"
+
+
+def in_use(folder):
+    """The words "is in use by ..." if another process has a folder, or "".
+
+    Derived in chapter 4.1.
+    """
+    own = LOCKS.get(os.path.realpath(folder))
+    if own and own.release.alive:
+        return ""
+    try:
+        place = _open(Path(folder, LOCK), create=False)
+    except OSError:
+        return ""
+    try:
+        _flock(place)
+    except HELD:
+        return _words(folder)
+    except OSError:
+        return ""
+    finally:
+        os.close(place)
+    return ""
+
+
+def _words(folder):
+    text = ""
+    with contextlib.suppress(OSError), open(Path(folder, LOCK), "rb") as file:
+        text = file.read(200).decode("utf-8", "replace")
+    who = "".join(filter(str.isprintable, text)) or "another process"
+    return f"is in use by {who}"
+
+
+# take it and let it go
+def _take(folder):
+    """Lock a folder; returns the open file."""
+    path = Path(folder, LOCK)
+    place = _open(path, create=True)
+    try:
+        _flock(place)
+    except HELD:
+        os.close(place)
+        raise BlockingIOError(f"{folder} {_words(folder)}") from None
+    except OSError as error:
+        warnings.warn(
+            f"{folder}: no locks on this file system ({error.strerror}); "
+            "see to it that no other process writes there",
+            stacklevel=2,
+        )
+    if not _same(place, path):  # its last owner was just taking it away
+        os.close(place)
+        return _take(folder)
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    who = f"process {os.getpid()} on {platform.node()} since {now}"
+    with contextlib.suppress(
+        OSError
+    ):  # a full disk; the lock holds without the words
+        os.ftruncate(place, 0)
+        os.write(place, who.encode())
+    return place
+
+
+def _let_go(place, path, process):
+    """Remove the file and its lock; in a forked child, only close it."""
+    ours = process == os.getpid() and _same(place, path)
+    if os.name == "nt":
+        os.close(place)
+    if ours:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+    if os.name != "nt":
+        os.close(place)
+
+
+# the lock of a folder
+class Lock:
+    """The right to write into a folder, which one process has at a time.
+
+    Taking it raises BlockingIOError, which names the process, while another
+    has it. In the process that has it the newer Lock takes it over. It ends
+    with release(), with a `with` statement, with the object, and with the
+    process, however that ends. Where the file system has no locks, a
+    warning is given instead.
+
+    Derived in chapter 4.1.
+    """
+
+    def __init__(self, folder):
+        _mind_forks()
+        self.folder, self._lost = Path(folder), False
+        key = os.path.realpath(folder)
+        older = LOCKS.get(key)
+        if older:
+            older._lost = True
+            older.release()
+        self._hold()
+        LOCKS[key] = self
+
+    def _hold(self):
+        self._at = _take(self.folder), os.path.realpath(self.folder / LOCK)
+        self.release = weakref.finalize(self, _let_go, *self._at, os.getpid())
+
+    def check(self, hold=False):
+        """Raise BlockingIOError if a newer Lock of this process has it.
+
+        hold: take it again if it was released, or if its file was removed.
+        """
+        if self._lost:
+            raise BlockingIOError(
+                f"{self.folder} has been taken up anew, by this process"
+            )
+        if hold and not (self.release.alive and _same(*self._at)):
+            self.release()
+            self._hold()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.release()
+
+
+# no lock is inherited
+LOCKS = weakref.WeakValueDictionary()  # folder: its Lock in this process
+
+
+@cache
+def _mind_forks():
+    """Let go of the locks in forked children, which might live longer."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_let_go_of_all)
+
+
+def _let_go_of_all():
+    for lock in list(LOCKS.values()):
+        lock.release()

@@ -33,7 +33,8 @@ from llmnb.model.generate import (
     window_start,
 )
 from llmnb.model.gpt2 import GPT2
-from llmnb.text.tokenizer import EOT, encode_text
+from llmnb.text.bpe import EOT
+from llmnb.text.tokenizer import encode_text
 from llmnb.train.options import DataOptions
 
 DESCRIPTION = (

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from llmnb.formats.checkpoint import read_config, without_padding
-from llmnb.formats.hub import open_encoding, tokenizer_of
+from llmnb.formats.vocabulary import open_encoding, tokenizer_of
 from llmnb.train.newest import newest_run
 from llmnb.train.folder import weights_path
 

@@ -1,6 +1,6 @@
 # Written by `make export` from notebooks/4_practice/13_cache.py: edit that file.
 
-"""Layers of the decoder: packed weights, and attention over kept keys."""
+"""Layers for writing: packed weights, and attention over kept keys."""
 
 __all__ = [
     "cache_attention",

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/1_by_hand/13_memory.py: edit that file.
+# Written by `make export` from notebooks/4_practice/03_safetensors.py: edit that file.
 
 """Any named arrays in one file, by the safetensors library."""
 
@@ -18,6 +18,7 @@ import zlib
 import numpy as np
 
 from llmnb.files import replacing, what_is
+from llmnb.reference.bfloat16 import from_bfloat16
 
 
 # types by their names
@@ -48,7 +49,7 @@ def write_tensors(path, tensors, metadata=None):
     more than `LONGEST_TABLE` bytes. No more than one array is copied at a
     time. The file appears whole or not at all.
 
-    Derived in chapter 1.13.
+    Derived in chapter 4.3.
     """
     note, table, at = dict(metadata or {}), {}, 0
     # the widest numbers first, so that each array begins at a multiple of
@@ -113,7 +114,7 @@ class TensorFile:
     for a dtype that is not in `DTYPES` and for an array that does not match
     the checksum it was written with, KeyError for an unknown name.
 
-    Derived in chapter 1.13.
+    Derived in chapter 4.3.
     """
 
     def __init__(self, path):
@@ -155,7 +156,7 @@ class TensorFile:
             raise ValueError(f"{self.path}: ends within {name}")
         self._check(name, x)
         if kind == "BF16":
-            x = (x.astype(np.uint32) << 16).view(np.float32)
+            x = from_bfloat16(x)
         return x.reshape(self.shape(name))
 
     def _check(self, name, x):

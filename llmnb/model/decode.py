@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/13_cache.py: edit that file.
+# Written by `make export` from notebooks/4_practice/14_decoder.py: edit that file.
 
 """GPT-2 for writing, with its keys and values kept."""
 
@@ -22,7 +22,7 @@ from llmnb import cpu
 
 from llmnb.arena import Arena, footprint
 from llmnb.cpu.decode import cache_shapes, panels_shape
-from llmnb.formats.checkpoint import read_checkpoint, read_config
+from llmnb.formats.checkpoint import open_model
 from llmnb.checks import FLOATS, check_fit, check_tokens
 from llmnb.model.layout import block_activations, block_shapes
 from llmnb.model.parts import block_forward, block_of
@@ -44,7 +44,7 @@ def decoder_layout(cfg, batch_size, seq_len, dtype=np.float32):
     computes for at most max(batch_size, CHUNK) positions, and the logits of
     the last.
 
-    Derived in chapter 4.13.
+    Derived in chapter 4.14.
     """
     L, C, Vp = cfg.num_layers, cfg.channels, cfg.padded_vocab_size
     B, R, shapes = batch_size, max(batch_size, CHUNK), parameter_shapes(cfg)
@@ -115,7 +115,7 @@ class Decoder:
     Its weights are zero until `load`. Raises ValueError for a value out of
     range and MemoryError when its block of memory cannot be had.
 
-    Derived in chapter 4.13.
+    Derived in chapter 4.14.
     """
 
     def __init__(self, cfg, batch_size=1, seq_len=None, dtype=np.float32):
@@ -171,15 +171,16 @@ class Decoder:
 
     @classmethod
     def from_checkpoint(cls, path, batch_size=1, seq_len=None, tokens=None):
-        """A Decoder with weights from disk; path, tokens: see read_config.
+        """A Decoder with weights from disk; path, tokens: see open_model.
 
         For a while it holds them twice: as they are read, and packed.
         """
-        cfg = read_config(path, tokens)
+        found = open_model(path, tokens)
+        cfg = found.cfg
         layout = {"params": (np.float32, parameter_shapes(cfg))}
         check_room(2 * sum(footprint(layout).values()), FEWER)
         decoder, arena = cls(cfg, batch_size, seq_len), Arena(layout)
-        read_checkpoint(path, cfg, arena["params"])
+        found.read(arena["params"])
         return decoder.load(arena["params"])
 
     def following(self, texts):

@@ -120,15 +120,15 @@ class GPT2:
 
         path: llm.c's .bin, a .safetensors file or the index of several, or
         a model folder; tokens: how many its tokenizer has, if rows beyond
-        are to be padding; see llmnb.formats.checkpoint.read_config. Raises
+        are to be padding; see llmnb.formats.checkpoint.open_model. Raises
         ValueError, naming the file, when its sizes do not fit; OSError when
         it cannot be read.
         """
-        from llmnb.formats.checkpoint import read_checkpoint, read_config
+        from llmnb.formats.checkpoint import open_model
 
-        cfg = read_config(path, tokens)
-        model = cls(cfg, batch_size, seq_len, backend, precision, seed=None)
-        model._fill_params(partial(read_checkpoint, path, cfg))
+        found, sizes = open_model(path, tokens), (batch_size, seq_len)
+        model = cls(found.cfg, *sizes, backend, precision, seed=None)
+        model._fill_params(found.read)
         return model
 
     def save_checkpoint(self, path, precision="fp32"):
@@ -140,15 +140,10 @@ class GPT2:
         and renamed; when that fails the old one is untouched. Raises
         ValueError for a precision that the format lacks.
         """
-        from llmnb.formats import checkpoint
+        from llmnb.formats.checkpoint import write_model
 
-        known = {"fp32": 3, "bf16": 5}
-        if not str(path).endswith(".safetensors"):
-            version = known[choose("GPT2: precision", precision, known)]
-            checkpoint.write_checkpoint(path, self.cfg, self.params, version)
-        elif choose("GPT2: precision", precision, ["fp32"]):
-            params = {n: np.asarray(x) for n, x in self.params.items()}
-            checkpoint.write_safetensors(path, self.cfg, params)
+        params = {n: np.asarray(x) for n, x in self.params.items()}
+        write_model(path, self.cfg, params, precision)
 
     def forward(self, tokens, targets=None):
         """The mean loss of a batch as a float, or None without targets.

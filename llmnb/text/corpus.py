@@ -1,14 +1,14 @@
-# Written by `make export` from notebooks/1_by_hand/02_tokens.py: edit that file.
+# Written by `make export` from notebooks/4_practice/08_corpora.py: edit that file.
 
 """Texts to train on, found, downloaded and kept."""
 
 __all__ = [
     "OUTPUT",
+    "describe",
     "encode_documents",
     "files_below",
     "files_of",
     "load",
-    "split",
 ]
 
 
@@ -20,6 +20,7 @@ import sys
 import sysconfig
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -31,15 +32,13 @@ from llmnb.files import replacing
 from llmnb.text.reader import (
     NotText,
     Tally,
-    is_json_lines,
     open_stream,
     passing_over,
-    read_records,
+    read_documents,
     read_text,
-    text_blocks,
-    text_of,
 )
-from llmnb.text.tokenizer import EOT, encode_text
+from llmnb.text.bpe import EOT
+from llmnb.text.tokenizer import encode_text
 
 
 # where the text is
@@ -76,7 +75,7 @@ def files_below(folder, skipped=(), tally=None):
     folders, folders that cannot be read, and pipes, devices, and links that
     lead nowhere.
 
-    Derived in chapter 1.2.
+    Derived in chapter 4.8.
     """
     found, tally = [], tally or Tally()
 
@@ -99,15 +98,6 @@ def files_below(folder, skipped=(), tally=None):
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
-# the text of a module
-def _read(path):
-    """The text of a file, or None when it has none."""
-    try:
-        return read_text(path)
-    except NotText:
-        return None
-
-
 # the standard library
 def _standard_library():
     """Yield the source and the manual pages of the running Python."""
@@ -116,20 +106,39 @@ def _standard_library():
     for path in files_below(root, SKIPPED):
         name = path.relative_to(root).as_posix()
         if path.suffix == ".py" and not name.startswith("_sysconfigdata"):
-            readers[name] = lambda path=path: _read(path)
-    try:
+            readers[name] = partial(_read, path)
+    with suppress(ImportError):
         from pydoc_data.topics import topics
-    except ImportError:
-        topics = {}
-    for name, text in topics.items():
-        readers[f"topic {name}"] = lambda text=text: text
+
+        for name, text in topics.items():
+            readers[f"topic {name}"] = partial(str, text)
     for name in sorted(readers, key=_hash):
         yield readers[name]()
+
+
+def _read(path):
+    """The text of a file, or None when it has none."""
+    try:
+        return read_text(path)
+    except NotText:
+        return None
 
 
 def _hash(text):
     """SHA-256 of a text, in hexadecimal."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+# what a corpus is called
+def describe(names, documents, characters):
+    """A line on a corpus: its names, with Python's version, and its size.
+
+    Derived in chapter 4.8.
+    """
+    where = " ".join(map(str, names))
+    if where == "stdlib":
+        where += f" (Python {'.'.join(map(str, sys.version_info[:3]))})"
+    return f"{where}: {documents:,} documents, {characters:,} characters"
 
 
 # keep a download
@@ -211,7 +220,7 @@ def files_of(path, tally):
     path: a Path. tally: as for `files_below`. Raises FileNotFoundError, or
     ValueError for a pipe or a device.
 
-    Derived in chapter 1.2.
+    Derived in chapter 4.8.
     """
     if path.is_dir():
         for inner in files_below(path, (), tally):
@@ -234,7 +243,7 @@ def _own_files(paths, field, skip_bad, tally):
         paths = [paths]
     for path in map(Path, paths):
         for inner, named in files_of(path, tally):
-            documents = _documents_of(inner, field, skip_bad, tally)
+            documents = _whole(inner, field, skip_bad, tally)
             if named:
                 yield from documents
             else:
@@ -242,18 +251,11 @@ def _own_files(paths, field, skip_bad, tally):
                     yield from documents
 
 
-def _documents_of(path, field, skip_bad, tally):
+def _whole(path, field, skip_bad, tally):
     """Yield the documents of a file, each whole."""
-
-    def take(where, record):
-        return text_of(where, record, field)
-
     with open_stream(path) as (stream, _):
-        if is_json_lines(path):
-            found = read_records(path, stream, take, skip_bad, tally)
-            yield from (text for _, text in found)
-        else:
-            yield "".join(text_blocks(path, stream))
+        for _, blocks in read_documents(path, stream, field, skip_bad, tally):
+            yield "".join(blocks)
 
 
 # load a corpus
@@ -274,7 +276,7 @@ def load(
     ValueError for a bad limit, a bad line, a file that is no text, or an
     empty corpus.
 
-    Derived in chapter 1.2.
+    Derived in chapter 4.8.
     """
     tally = tally or Tally()
     if limit is not None and limit < 1:
@@ -315,7 +317,7 @@ def encode_documents(encoding, documents, endoftext=False):
     (N,). Text that reads `<|endoftext|>` is encoded as ordinary text, or as
     the token with `endoftext`.
 
-    Derived in chapter 1.2.
+    Derived in chapter 4.8.
     """
     if encoding.n_vocab > 65536:
         raise ValueError(
@@ -334,23 +336,3 @@ def encode_documents(encoding, documents, endoftext=False):
     if not parts:
         raise ValueError("encode_documents: there are no documents")
     return np.concatenate(parts)
-
-
-# train and validation
-def split(tokens, validation=None):
-    """Cut tokens into (train, validation); both are views.
-
-    tokens: array of shape (N,). The first `validation` tokens are set aside;
-    by default 32,768, as llm.c does, or a tenth of the tokens if that is
-    less. Raises ValueError unless both parts hold a token.
-
-    Derived in chapter 1.2.
-    """
-    if validation is None:
-        validation = min(32768, len(tokens) // 10)
-    if not 0 < validation < len(tokens):
-        raise ValueError(
-            f"split: validation must lie between 0 and the number of tokens, "
-            f"{len(tokens)}, got {validation}"
-        )
-    return tokens[validation:], tokens[:validation]

@@ -1,69 +1,46 @@
-# Written by `make export` from notebooks/1_by_hand/02_tokens.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/03_batches.py: edit that file.
 
-"""Shards of tokens, and the batches that are read from them."""
+"""The tokens of a text, cut into batches of tokens and targets."""
 
 __all__ = [
     "DataLoader",
-    "SHARD_NAME",
-    "Shards",
-    "find_shards",
-    "read_shard",
-    "sample_tokens",
-    "shard_length",
-    "write_shard",
+    "check_stream",
+    "split",
 ]
 
 
 # imports of the data
-import errno
-import io
 import os
-import re
-from pathlib import Path
 
 import numpy as np
 
-from llmnb.files import replacing, what_is
 
+# train and validation
+def split(tokens, validation=None):
+    """Cut tokens into (train, validation); both are views.
 
-# the header of a shard
-SHARD_MAGIC = 20240520
-SHARD_VERSION = 1
-HEADER_BYTES = 1024
+    tokens: array of shape (N,). The first `validation` tokens are set aside;
+    by default 32,768, as llm.c does, or a tenth of the tokens if that is
+    less. Raises ValueError unless both parts hold a token.
 
-
-# write a shard
-def write_shard(path, tokens):
-    """Write tokens as a shard in llm.c's format, uint16.
-
-    tokens: one dimension of integers in [0, 65536), at least one and fewer
-    than 2**31. The file is written beside `path` and renamed into place.
-    Raises TypeError or ValueError for other tokens.
-
-    Derived in chapter 1.2.
+    Derived in chapter 1.3.
     """
-    tokens = _check_stream("write_shard: tokens", tokens)
-    if not 0 < tokens.size < 2**31:
+    if validation is None:
+        validation = min(32768, len(tokens) // 10)
+    if not 0 < validation < len(tokens):
         raise ValueError(
-            f"write_shard: a shard must hold 1 to {2**31 - 1} tokens, "
-            f"got {tokens.size}"
+            f"split: validation must lie between 0 and the number of tokens, "
+            f"{len(tokens)}, got {validation}"
         )
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high > 65535:
-        bad = low if low < 0 else high
-        raise ValueError(
-            f"write_shard: tokens must lie in [0, 65536), got {bad}"
-        )
-    header = np.zeros(256, "<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, tokens.size
-    with replacing(path) as file:
-        header.tofile(file)
-        tokens.astype("<u2", copy=False).tofile(file)
+    return tokens[validation:], tokens[:validation]
 
 
-# check a stream of tokens
-def _check_stream(name, tokens):
-    """The tokens as a one-dimensional integer array, or an error."""
+# check what is given
+def check_stream(name, tokens):
+    """The tokens as a one-dimensional integer array, or an error.
+
+    Derived in chapter 1.3.
+    """
     tokens = np.asarray(tokens)
     if not np.issubdtype(tokens.dtype, np.integer):
         raise TypeError(f"{name} must be integers, got {tokens.dtype}")
@@ -74,177 +51,54 @@ def _check_stream(name, tokens):
     return tokens
 
 
-# read a shard's header
-def shard_length(path):
-    """The number of tokens in a shard, from its header alone.
-
-    Raises ValueError, naming the file, what is wrong and what would be
-    right, for a file shorter than its header, another magic number or
-    version, a size that does not match the count, and a pipe or a device.
-
-    Derived in chapter 1.2.
-    """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path}: a shard must be a regular file")
-    with open(path, "rb", buffering=0) as file:
-        size, header = os.fstat(file.fileno()).st_size, file.read(12)
-    if size < HEADER_BYTES or len(header) < 12:
-        what = what_is(path, SHARD_MAGIC)
-        raise ValueError(
-            f"{path}: a shard has a header of {HEADER_BYTES} bytes, "
-            f"the file has {size}" + (what and f": {what}")
-        )
-    magic, version, count = np.frombuffer(header, "<i4").tolist()
-    right = HEADER_BYTES + 2 * count
-    for ok, what, must, got in (
-        (magic == SHARD_MAGIC, "magic number", SHARD_MAGIC, magic),
-        (version == SHARD_VERSION, "version", SHARD_VERSION, version),
-        (count > 0, "token count", "positive", count),
-        (size == right, f"size for {count} tokens", f"{right} bytes", size),
-    ):
-        if not ok:
-            other = what_is(path, SHARD_MAGIC)
-            raise ValueError(
-                f"{path}: the {what} must be {must}, got {got}"
-                + (other and f": {other}")
-            )
-    return count
-
-
-# read a shard
-def read_shard(path):
-    """Map a shard's tokens into memory, read only.
-
-    Returns a np.memmap, uint16, of shape (N,). Raises ValueError as
-    `shard_length` does.
-
-    Derived in chapter 1.2.
-    """
-    count = shard_length(path)
-    return np.memmap(path, "<u2", "r", offset=HEADER_BYTES, shape=(count,))
-
-
-# the shards of a folder
-SHARD_NAME = re.compile(r"(?:.*_)?(train|val)(?:_\d+)?\.bin")
-
-
-def find_shards(folder):
-    """The shards in a folder: two lists of paths, (train, val), by name.
-
-    Raises FileNotFoundError when either list is empty.
-
-    Derived in chapter 1.2.
-    """
-    found = {"train": [], "val": []}
-    for path in sorted(Path(folder).iterdir()):
-        if match := SHARD_NAME.fullmatch(path.name):
-            found[match[1]].append(path)
-    for part, paths in found.items():
-        if not paths:
-            raise FileNotFoundError(
-                f"{folder} has no {part}.bin and no *{part}_*.bin: it must "
-                "hold shards for training and for validation"
-            )
-    return found["train"], found["val"]
-
-
-# many shards as one text
-class Shards:
-    """The tokens of many shards, of which none is open.
-
-    paths: the shards, in order. lengths: how many tokens each holds, from
-    its header. len() is the sum; np.asarray() reads them all. Raises
-    ValueError for a damaged header.
-
-    Derived in chapter 1.2.
-    """
-
-    def __init__(self, paths):
-        self.paths = list(paths)
-        self.lengths = [shard_length(path) for path in self.paths]
-
-    def __len__(self):
-        return sum(self.lengths)
-
-    def __array__(self, dtype=None, copy=None):
-        parts = zip(self.paths, self.lengths, strict=True)
-        return np.concatenate([_first_tokens(*x) for x in parts], dtype=dtype)
-
-
-# a sample of them
-def sample_tokens(tokens, count):
-    """At most `count` tokens, an array: from an array or from `Shards`.
-
-    Of an array the first are taken, of shards the first of each of up to 64
-    that lie evenly among them.
-
-    Derived in chapter 1.2.
-    """
-    if not isinstance(tokens, Shards):
-        return tokens[:count]
-    chosen = tokens.paths[:: -(-len(tokens.paths) // 64)]
-    share = count // len(chosen)
-    return np.concatenate([_first_tokens(path, share) for path in chosen])
-
-
-def _first_tokens(path, count):
-    count = min(count, shard_length(path))
-    return np.fromfile(path, "<u2", count, offset=HEADER_BYTES)
-
-
-# a shard that is read in parts
-class _File:
-    """An open shard; a slice of it is read, at most seq_len + 1 tokens."""
-
-    def __init__(self, path, seq_len):
-        shard_length(path)  # checks it
-        self.path, self.file = path, io.FileIO(path)
-        self.room = np.empty(seq_len + 1, "<u2")
-
-    def __getitem__(self, part):
-        room, got = self.room[: part.stop - part.start], 0
-        raw, more = memoryview(room).cast("B"), 1
-        self.file.seek(HEADER_BYTES + 2 * part.start)
-        while got < len(raw) and more:
-            more = self.file.readinto(raw[got:])
-            got += more
-        if not more:
-            gone = part.start + got // 2
-            what = f"has been cut short, token {gone:,} is gone"
-            raise OSError(errno.EIO, what, str(self.path))
-        return room
-
-    def __del__(self):
-        if hasattr(self, "file"):
-            self.file.close()
-
-
-# shards and their order
-def _open(shard, seq_len):
-    """A shard's tokens: a path is opened, an array is taken as it is."""
-    if isinstance(shard, (str, os.PathLike)):
-        return _File(shard, seq_len)
-    return np.asarray(shard)
+def _check_int(name, value, low, high):
+    """Raise unless value is an integer in [low, high)."""
+    if not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be int, got {type(value).__name__}")
+    if not low <= value < high:
+        raise ValueError(f"{name} must lie in [{low}, {high}), got {value}")
 
 
 def _check_array(shard):
     """The number of tokens in an array, or an error when some are none."""
     tokens, name = np.asarray(shard), "DataLoader: tokens"
     if tokens.size:  # of no elements the type says nothing
-        _check_stream(name, tokens)
+        check_stream(name, tokens)
         for bad in (int(tokens.min()), int(tokens.max())):
             _check_int(name, bad, 0, 2**31)
     return tokens.size
 
 
+# shards and their order
+def _is_path(shard):
+    return isinstance(shard, (str, os.PathLike))
+
+
+def _open(shard, seq_len):
+    """A shard's tokens: a path is opened, an array is taken as it is."""
+    if _is_path(shard):
+        from llmnb.formats.shard import ShardFile
+
+        return ShardFile(shard, seq_len)
+    return np.asarray(shard)
+
+
+def _length(shard):
+    """How many tokens a shard has, checked."""
+    if _is_path(shard):
+        from llmnb.formats.shard import shard_length
+
+        return shard_length(shard)
+    return _check_array(shard)
+
+
 def _count_windows(shard, batch_size, seq_len):
-    """W of (1.2.9), or an error when there is not one batch."""
-    path = isinstance(shard, (str, os.PathLike))
-    count = shard_length(shard) if path else _check_array(shard)
+    """W of (1.3.2), or an error when there is not one batch."""
+    count = _length(shard)
     if count < batch_size * seq_len + 1:
         raise ValueError(
-            f"DataLoader: {shard if path else 'an array'} has {count} "
-            f"tokens, one batch of {batch_size} x {seq_len} needs "
+            f"DataLoader: {shard if _is_path(shard) else 'an array'} has "
+            f"{count} tokens, one batch of {batch_size} x {seq_len} needs "
             f"{batch_size * seq_len + 1}"
         )
     return (count - 1) // seq_len
@@ -316,15 +170,6 @@ class _Place:
         self._place = {name: int(value) for name, value in state.items()}
 
 
-# check a whole number
-def _check_int(name, value, low, high):
-    """Raise unless value is an integer in [low, high)."""
-    if not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be int, got {type(value).__name__}")
-    if not low <= value < high:
-        raise ValueError(f"{name} must lie in [{low}, {high}), got {value}")
-
-
 # the data loader
 class DataLoader(_Place):
     """Batches of tokens and targets from shards, epoch after epoch.
@@ -341,7 +186,7 @@ class DataLoader(_Place):
     given. state: the place of the next batch, a dict of ints; set it to go
     on from there. reset(): back to the start.
 
-    Derived in chapter 1.2.
+    Derived in chapter 1.3.
     """
 
     def __init__(self, shards, batch_size, seq_len, seed=0, shuffle=True):
@@ -366,7 +211,7 @@ class DataLoader(_Place):
         first = place["position"] * B
         for b, w in enumerate(self._epochs.window_order[first : first + B]):
             window = self._epochs.tokens[w * T : w * T + T + 1]
-            self._tokens[b] = window[:-1]  # (1.2.8)
+            self._tokens[b] = window[:-1]  # (1.3.1)
             self._targets[b] = window[1:]
         place["position"] += 1
         if place["position"] == batches:

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/09_shards.py: edit that file.
+# Written by `make export` from notebooks/4_practice/10_pieces.py: edit that file.
 
 """Documents of any source, cut where their encoding allows."""
 
@@ -8,23 +8,23 @@ __all__ = [
 ]
 
 
-# imports of the readers
+# imports of the pieces
 import hashlib
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 from llmnb.text import corpus
+from llmnb.text.bpe import EOT
 from llmnb.text.reader import (
     Tally,
+    in_blocks,
     is_json_lines,
     open_stream,
     passing_over,
-    read_records,
+    read_documents,
     text_blocks,
-    text_of,
 )
-from llmnb.text.tokenizer import EOT
 
 
 # cut a text
@@ -44,7 +44,7 @@ def _last_cut(text, start):
 
 # cut a document into pieces
 def _cut(where, blocks):
-    """Yield (is it the first, text): a document, cut where (4.9.2) holds."""
+    """Yield (is it the first, text): a document, cut where (4.10.1) holds."""
     first, held, searched = True, "", 0
     for block in blocks:
         held += block
@@ -73,7 +73,7 @@ class Source(NamedTuple):
     that yields (first, text, position): whether a document begins, text,
     and how much of `size` is read.
 
-    Derived in chapter 4.9.
+    Derived in chapter 4.10.
     """
 
     name: str
@@ -83,38 +83,25 @@ class Source(NamedTuple):
 
 
 # the pieces of a file
-def _file_pieces(path, field, skip_bad, tally):
+def _file_pieces(path, *how):
     """Yield (first, text, position) for a file of any kind."""
-
-    def take(where, record):
-        return text_of(where, record, field)
-
     with open_stream(path) as (stream, raw):
-        if is_json_lines(path):
-            found = read_records(path, stream, take, skip_bad, tally)
-            for where, text in found:
-                for first, piece in _cut(where, _blocks(text)):
-                    yield first, piece, raw.tell()
-        else:
-            for first, piece in _cut(path, text_blocks(path, stream)):
+        for where, blocks in read_documents(path, stream, *how):
+            for first, piece in _cut(where, blocks):
                 yield first, piece, raw.tell()
 
 
-def _blocks(text):
-    return (text[i : i + PIECE] for i in range(0, len(text), PIECE))
-
-
 # a file in a folder
-def _found_pieces(path, field, skip_bad, tally):
+def _found_pieces(path, *how):
     """The pieces of a file in a folder; none when it is no text."""
-    good = False
+    good, tally = False, how[-1]
     with passing_over(path, tally), open_stream(path) as (stream, _):
         if not is_json_lines(path):
             for _ in text_blocks(path, stream):
                 pass
         good = True
     if good:
-        yield from _file_pieces(path, field, skip_bad, tally)
+        yield from _file_pieces(path, *how)
 
 
 def _file_source(path, read, how):
@@ -147,7 +134,7 @@ def _memory_source(name):
         position = 0
         for text in documents:
             position += len(text)
-            for first, piece in _cut(name, _blocks(text)):
+            for first, piece in _cut(name, in_blocks(text)):
                 yield first, piece, position
 
     return Source(name, sum(map(len, documents)), digest, pieces)
@@ -165,7 +152,7 @@ def sources(names, field="text", skip_bad=False, tally=None):
     they are read; with skip_bad, bad lines too. Raises FileNotFoundError,
     or ValueError for a pipe or a device.
 
-    Derived in chapter 4.9.
+    Derived in chapter 4.10.
     """
     found, tally = [], tally or Tally()
     how = field, skip_bad, tally

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/1_by_hand/02_tokens.py: edit that file.
+# Written by `make export` from notebooks/4_practice/07_reading.py: edit that file.
 
 """Text from files that strangers send: packed, encoded, broken."""
 
@@ -8,9 +8,11 @@ __all__ = [
     "NotText",
     "Tally",
     "check_text",
+    "in_blocks",
     "is_json_lines",
     "open_stream",
     "passing_over",
+    "read_documents",
     "read_lines",
     "read_record",
     "read_records",
@@ -33,7 +35,7 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from llmnb.text.tokenizer import EOT
+from llmnb.text.bpe import EOT
 
 
 # zstd, read in small bites
@@ -52,7 +54,7 @@ class _Zstd(io.RawIOBase):
 
     def readinto(self, buffer):
         while not self.ready:
-            self.packed = self.packed or self.raw.read(1024)  # (1.2.6)
+            self.packed = self.packed or self.raw.read(1024)  # (4.7.1)
             if not self.packed and self.frame:
                 raise EOFError("the file ends within a zstd frame")
             if not self.packed:
@@ -112,7 +114,7 @@ def open_stream(path):
     when it is damaged or ends early, when it is no regular file, and when
     zstandard is missing.
 
-    Derived in chapter 1.2.
+    Derived in chapter 4.7.
     """
     suffix = Path(path).suffix.lower()
     if os.path.exists(path) and not os.path.isfile(path):
@@ -136,7 +138,7 @@ def open_stream(path):
 class NotText(ValueError):
     """A file that holds something else than text.
 
-    Derived in chapter 1.2.
+    Derived in chapter 4.7.
     """
 
 
@@ -149,7 +151,7 @@ def text_blocks(path, stream):
     path: of its file, a Path, whose name and first lines say how it is
     encoded. Raises NotText, naming the file and the byte.
 
-    Derived in chapter 1.2.
+    Derived in chapter 4.7.
     """
     decoder = codecs.getincrementaldecoder(_codec_of(path))()
     decoder, seen = io.IncrementalNewlineDecoder(decoder, True), 0
@@ -173,7 +175,7 @@ def text_blocks(path, stream):
 def read_text(path):
     """The whole text of a file, plain or packed; NotText when it has none.
 
-    Derived in chapter 1.2.
+    Derived in chapter 4.7.
     """
     with open_stream(path) as (stream, _):
         return "".join(text_blocks(path, stream))
@@ -211,7 +213,7 @@ def read_record(where, line):
     Raises ValueError, naming `where`, for anything else, and for a line of
     more than 16 MB.
 
-    Derived in chapter 1.2.
+    Derived in chapter 4.7.
     """
     if len(line) > LINE:
         raise ValueError(f"{where}: a line must have at most {LINE:,} bytes")
@@ -234,7 +236,7 @@ def read_record(where, line):
 def text_of(where, record, field):
     """The text in a field of a record, or ValueError, naming `where`.
 
-    Derived in chapter 1.2.
+    Derived in chapter 4.7.
     """
     if field not in record:
         got = ", ".join(repr(name[:30]) for name in [*record][:9])
@@ -245,7 +247,7 @@ def text_of(where, record, field):
 def check_text(where, text):
     """A text, or ValueError when it is none or has half a character.
 
-    Derived in chapter 1.2.
+    Derived in chapter 4.7.
     """
     if not isinstance(text, str):
         kind = type(text).__name__
@@ -267,7 +269,7 @@ def read_lines(path, stream):
     where: "path:number", for messages. Of a line of more than 16 MB only
     the beginning is given, which `read_record` refuses.
 
-    Derived in chapter 1.2.
+    Derived in chapter 4.7.
     """
     number = 0
     while line := stream.readline(LINE + 1):
@@ -298,7 +300,7 @@ def _skip_blank_lines(stream):
 class Tally:
     """Counts what is passed over in reading, and `<|endoftext|>`.
 
-    Derived in chapter 1.2.
+    Derived in chapter 4.7.
     """
 
     def __init__(self):
@@ -332,7 +334,7 @@ class Tally:
 def passing_over(path, tally):
     """Note a file that has no text or cannot be read, and go on.
 
-    Derived in chapter 1.2.
+    Derived in chapter 4.7.
     """
     try:
         yield
@@ -346,7 +348,7 @@ def passing_over(path, tally):
 def is_json_lines(path):
     """Whether a file has JSON lines, by its name.
 
-    Derived in chapter 1.2.
+    Derived in chapter 4.7.
     """
     return bool(re.search(r"\.jsonl(\.gz|\.zst)?$", Path(path).name.lower()))
 
@@ -358,7 +360,7 @@ def read_records(path, stream, take, skip_bad=False, tally=None):
     should be. skip_bad: pass over bad lines and note them in the `Tally`;
     else ValueError is raised, naming the line.
 
-    Derived in chapter 1.2.
+    Derived in chapter 4.7.
     """
     bad = 0
     for where, line in read_lines(path, stream):
@@ -372,3 +374,31 @@ def read_records(path, stream, take, skip_bad=False, tally=None):
             tally.note("bad records", path, bad)
         else:
             yield where, found
+
+
+# the documents of a file
+def in_blocks(text):
+    """A text in memory, in blocks.
+
+    Derived in chapter 4.7.
+    """
+    return (text[i : i + BLOCK] for i in range(0, len(text), BLOCK))
+
+
+def read_documents(path, stream, field, skip_bad=False, tally=None):
+    """Yield (where, blocks) for each document of a stream: its text.
+
+    A file of JSON lines has a document a line, in the field `field`; any
+    other file is one document. skip_bad, tally: as for `read_records`.
+
+    Derived in chapter 4.7.
+    """
+
+    def take(where, record):
+        return text_of(where, record, field)
+
+    if not is_json_lines(path):
+        yield path, text_blocks(path, stream)
+        return
+    for where, text in read_records(path, stream, take, skip_bad, tally):
+        yield where, in_blocks(text)

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/09_shards.py: edit that file.
+# Written by `make export` from notebooks/4_practice/27_anysize.py: edit that file.
 
 """Text of any size turned into shards on all cores."""
 
@@ -25,10 +25,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmnb.text.corpus import split
-from llmnb.text.data import shard_length, write_shard
-from llmnb.files import BESIDE, make_folder, replacing
-from llmnb.lock import LOCK, Lock, in_use
+from llmnb.files import (
+    BESIDE,
+    LOCK,
+    Lock,
+    in_use,
+    make_folder,
+    read_json,
+    replacing,
+)
+from llmnb.formats.shard import shard_length, write_shard
+from llmnb.text.data import split
 from llmnb.text.tokenizer import encode_text, save
 
 
@@ -71,7 +78,7 @@ class Place(NamedTuple):
     source, piece: where its batch begins. drop: tokens of the batch before
     it. documents, characters: what lies before the batch.
 
-    Derived in chapter 4.9.
+    Derived in chapter 4.27.
     """
 
     source: int = 0
@@ -93,7 +100,7 @@ def pieces_from(sources, place=START, limit=0):
     the sizes of all sources is read. Sources before the place are not
     opened.
 
-    Derived in chapter 4.9.
+    Derived in chapter 4.27.
     """
     _, skipped, _, documents, characters = place
     before = sum(source.size for source in sources[: place.source])
@@ -226,9 +233,7 @@ def _check_conditions(path, note, now):
 def _read_note(path):
     """The note of unfinished work, checked."""
     try:
-        if path.stat().st_size > 1 << 24:
-            raise ValueError("too large")
-        note = json.loads(path.read_text("utf-8"))
+        note = read_json(path, 1 << 24)
         place = Place(**note["next"])
         counts = [*place, note["val_tokens"]]
         counts += [count for _, count in note["shards"]]
@@ -262,7 +267,7 @@ def shards_folder(path, force=False):
     A folder is taken up when it is empty, holds unfinished work, or `force`
     is given. Raises FileExistsError otherwise.
 
-    Derived in chapter 4.9.
+    Derived in chapter 4.27.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -330,7 +335,7 @@ class Progress(NamedTuple):
     read: of the sum of the sources' sizes. documents, characters: encoded.
     tokens: written or about to be. shards: [name, tokens] of each file.
 
-    Derived in chapter 4.9.
+    Derived in chapter 4.27.
     """
 
     read: int
@@ -346,13 +351,12 @@ def write_shards(folder, sources, encoding, options, force=False, workers=0):
 
     folder: from `shards_folder`. sources: a list of `Source`. options: a
     dict with at least limit (characters, 0 for all), shard_tokens and
-    dict with at least limit (characters, 0 for all), shard_tokens and
     val_tokens (0: a tenth, at most 32,768); endoftext: as for `encode_text`.
     force: start anew. workers: threads, 0 for one a core. Unfinished work
     is gone on with, and the files are those of an uninterrupted run. The
     folder is locked meanwhile. Raises ValueError or OSError.
 
-    Derived in chapter 4.9.
+    Derived in chapter 4.27.
     """
     _check_options(encoding, options)
     with Lock(folder) as lock:
@@ -404,7 +408,7 @@ def _progress(stream, note, filled):
 
 # the next shard
 def _size_of_next(note, shard_tokens):
-    """The tokens of the next shard, at most; (4.9.1)."""
+    """The tokens of the next shard, at most; (4.27.1)."""
     left = note["val_tokens"] - sum(n for _, n in note["shards"])
     return min(left, shard_tokens) if left > 0 else shard_tokens
 

@@ -1,6 +1,6 @@
-# Written by `make export` from notebooks/1_by_hand/02_tokens.py: edit that file.
+# Written by `make export` from notebooks/4_practice/07_reading.py: edit that file.
 
-"""Byte-pair encoding: learnt, kept in a file, read as tiktoken's."""
+"""Tokenizers: learnt, kept in a file, GPT-2's own; and any text encoded."""
 
 __all__ = [
     "byte",
@@ -15,221 +15,26 @@ __all__ = [
 
 # imports of the tokenizer
 import base64
-import heapq
 import re
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import regex
 import tiktoken
 
 from llmnb.files import read_small, replacing, what_is
+from llmnb.text import bpe
+from llmnb.text.bpe import EOT, from_tokens
 
 
-# how a text is cut into words
-EOT = "<|endoftext|>"
-WORDS = (
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+"
-    r"| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-)
-
-
-# count the words
-def _count_words(text):
-    """How often each word stands in a text or an iterable of texts."""
-    counts = Counter()
-    for document in [text] if isinstance(text, str) else text:
-        if not isinstance(document, str):
-            kind = type(document).__name__
-            raise TypeError(f"train: text must be str, got {kind}")
-        counts.update(regex.findall(WORDS, document))
-    return {word.encode("utf-8"): n for word, n in counts.items()}
-
-
-# the words as linked symbols
-class _Symbols:
-    """Words laid end to end as linked symbols, with their pairs counted."""
-
-    def __init__(self, words):
-        self.ids, self.weight = [], []
-        for word, count in words.items():
-            self.ids += [*word, -1]
-            self.weight += [count] * len(word) + [0]
-        self.next = [*range(1, len(self.ids)), 0]
-        self.prev = [*range(-1, len(self.ids) - 1)]
-        self.count, self.where = {}, {}
-        for i in range(len(self.ids) - 1):
-            self.add(i)
-
-    def add(self, i):
-        """Count the pair that begins at i and remember the place."""
-        pair = a, b = self.ids[i], self.ids[self.next[i]]
-        if a < 0 or b < 0:
-            return None
-        self.count[pair] = self.count.get(pair, 0) + self.weight[i]
-        self.where.setdefault(pair, []).append(i)
-        return pair
-
-    def drop(self, i):
-        """Uncount the pair that begins at i, if one does."""
-        pair = a, b = self.ids[i], self.ids[self.next[i]]
-        if a >= 0 and b >= 0:
-            self.count[pair] -= self.weight[i]
-
-
-# merge one pair everywhere
-def _merge(symbols, pair, new):
-    """Put `new` in place of `pair` everywhere; return the pairs it forms."""
-    ids, following, before = symbols.ids, symbols.next, symbols.prev
-    formed = set()
-    for i in sorted(symbols.where.pop(pair)):
-        j = following[i]
-        if (ids[i], ids[j]) != pair:
-            continue
-        h, k = before[i], following[j]
-        symbols.drop(h)
-        symbols.drop(j)
-        ids[i], ids[j] = new, -2
-        following[i], before[k] = k, i
-        formed |= {symbols.add(h), symbols.add(i)}
-    del symbols.count[pair]
-    return formed - {None}
-
-
-# the fast training
-def _best(heap, count):
-    """Take the pair with the largest count from the heap, or None."""
-    while heap:
-        promise, pair = heapq.heappop(heap)
-        if 0 < count[pair] == -promise:
-            return pair
-        if count[pair] > 0:
-            heapq.heappush(heap, (-count[pair], pair))
-    return None
-
-
-def _learn(words, number):
-    """At most `number` merges, as pairs of token numbers, in order."""
-    symbols, merges = _Symbols(words), []
-    heap = [(-n, pair) for pair, n in symbols.count.items()]
-    heapq.heapify(heap)
-    while len(merges) < number:
-        pair = _best(heap, symbols.count)
-        if pair is None:
-            break
-        for formed in _merge(symbols, pair, 256 + len(merges)):
-            heapq.heappush(heap, (-symbols.count[formed], formed))
-        merges.append(pair)
-    return merges
-
-
-# the encoding object
-def _encoding(name, tokens):
-    """A tiktoken.Encoding of tokens in order of rank; EOT is among them,
-    or comes after them."""
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    eot = ranks.pop(EOT.encode(), len(tokens))
-    return tiktoken.Encoding(
-        name, pat_str=WORDS, mergeable_ranks=ranks, special_tokens={EOT: eot}
-    )
-
-
-# bytes as tokens
-def byte():
-    """The encoding without merges: 256 bytes and `<|endoftext|>`.
-
-    Returns a tiktoken.Encoding with 257 tokens; a byte is its own number.
-
-    Derived in chapter 1.2.
-    """
-    return _encoding("byte", [bytes([i]) for i in range(256)])
-
-
-# train an encoding
-def train(text, vocab_size):
-    """Train a byte-level BPE and return it as a tiktoken.Encoding.
-
-    text: a str, or an iterable of str (documents). vocab_size counts the 256
-    bytes, the merges and `<|endoftext|>`, which is the last token: from 257
-    to 65,536, what a shard's uint16 can hold. The result depends on text and
-    vocab_size alone. Raises ValueError when vocab_size is out of range or
-    the text is too small to fill it, TypeError when the text is not str.
-
-    Derived in chapter 1.2.
-    """
-    if not 257 <= vocab_size <= 65536:
-        raise ValueError(
-            f"train: vocab_size must lie in [257, 65536], got {vocab_size}"
-        )
-    tokens = [bytes([i]) for i in range(256)]
-    for a, b in _learn(_count_words(text), vocab_size - 257):
-        tokens.append(tokens[a] + tokens[b])
-    if len(tokens) + 1 < vocab_size:
-        raise ValueError(
-            f"train: this text has pairs for a vocab_size of at most "
-            f"{len(tokens) + 1}, got {vocab_size}"
-        )
-    return _encoding(f"bpe-{vocab_size}", tokens)
-
-
-# long runs of blanks
-SPACES = (  # all that is \s
-    "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006"
-    "\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
-)
-RUN = 1 << 16  # blanks in a row that the expression is spared
-
-
-def _long_words(text):
-    """Yield (start, end) of each word made of about RUN blanks or more."""
-    end = 0
-    for i in range(RUN - 1, len(text), RUN):
-        if i < end or text[i] not in SPACES:
-            continue
-        head = text[max(end, i - RUN + 1) : i]
-        start = i - len(head) + len(head.rstrip(SPACES))
-        end = re.compile(f"[{SPACES}]*").match(text, i).end()
-        if end - start >= RUN:
-            yield start, end - (end < len(text))
-
-
-# encode any text
-def encode_text(encoding, text, endoftext=False):
-    """The tokens of a text, an array of shape (N,), uint32.
-
-    encoding: a tiktoken.Encoding with GPT-2's expression. endoftext: take
-    `<|endoftext|>` in the text as the token; else it is ordinary text. A
-    run of a million blanks, which tiktoken refuses, has the tokens that its
-    merges give.
-
-    Derived in chapter 1.2.
-    """
-    parts, eot = [], np.array([encoding.eot_token], np.uint32)
-    for part in text.split(EOT) if endoftext else [text]:
-        place = 0
-        for start, end in _long_words(part):
-            parts.append(_encode_part(encoding, part[place:start]))
-            # tiktoken's own way around the expression
-            word = encoding._encode_single_piece(part[start:end])
-            parts.append(np.array(word, np.uint32))
-            place = end
-        parts += [_encode_part(encoding, part[place:]), eot]
-    return np.concatenate(parts[:-1])
-
-
-def _encode_part(encoding, text):
-    try:
-        return encoding.encode_to_numpy(text, disallowed_special=())
-    except UnicodeEncodeError:  # half a character becomes U+FFFD
-        return np.array(encoding.encode_ordinary(text), np.uint32)
+# what chapter 1.2 has
+byte, train = bpe.byte, bpe.train
 
 
 # save an encoding
 def check_special(encoding):
     """Raise ValueError unless the one special token is `<|endoftext|>`.
 
-    Derived in chapter 1.2.
+    Derived in chapter 4.7.
     """
     if encoding.special_tokens_set != {EOT}:
         raise ValueError(
@@ -245,7 +50,7 @@ def save(encoding, path):
     token is left out where it is the last of all, as it mostly is. The file
     is written beside `path` and renamed into place.
 
-    Derived in chapter 1.2.
+    Derived in chapter 4.7.
     """
     check_special(encoding)
     last, lines = encoding.n_vocab - 1, []
@@ -288,7 +93,7 @@ def load(path):
     twice, a gap in the ranks or a byte that is missing, and for a file of
     more than 16 MiB.
 
-    Derived in chapter 1.2.
+    Derived in chapter 4.7.
     """
     path = Path(path)
     raw = read_small(path, 1 << 24)
@@ -297,7 +102,7 @@ def load(path):
     except ValueError as error:
         what = what_is(path)
         raise ValueError(str(error) + (what and f": {what}")) from None
-    return _encoding(path.stem, tokens)
+    return from_tokens(path.stem, tokens)
 
 
 def _ranked(path, text):
@@ -318,9 +123,9 @@ def _ranked(path, text):
 # check the ranks
 def _check_ranks(path, by_rank, seen):
     """The tokens in order of rank, once the file is known to be whole."""
-    for byte in range(256):
-        if bytes([byte]) not in seen:
-            raise ValueError(f"{path}: no token for the byte {byte}")
+    for number in range(256):
+        if bytes([number]) not in seen:
+            raise ValueError(f"{path}: no token for the byte {number}")
     for rank in range(len(by_rank)):
         if rank not in by_rank:
             raise ValueError(f"{path}: no token of rank {rank}")
@@ -335,7 +140,7 @@ def gpt2():
     TIKTOKEN_CACHE_DIR names, or in a temporary one. Raises ConnectionError
     when the files are neither there nor to be had.
 
-    Derived in chapter 1.2.
+    Derived in chapter 4.7.
     """
     try:
         return tiktoken.get_encoding("gpt2")
@@ -345,3 +150,55 @@ def gpt2():
             "internet once, or name a folder that holds it in "
             "TIKTOKEN_CACHE_DIR"
         ) from error
+
+
+# long runs of blanks
+SPACES = (  # all that is \s
+    "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006"
+    "\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
+)
+RUN = 1 << 16  # blanks in a row that the expression is spared
+
+
+def _long_words(text):
+    """Yield (start, end) of each word made of about RUN blanks or more."""
+    end = 0
+    for i in range(RUN - 1, len(text), RUN):
+        if i < end or text[i] not in SPACES:
+            continue
+        head = text[max(end, i - RUN + 1) : i]
+        start = i - len(head) + len(head.rstrip(SPACES))
+        end = re.compile(f"[{SPACES}]*").match(text, i).end()
+        if end - start >= RUN:
+            yield start, end - (end < len(text))
+
+
+# encode any text
+def encode_text(encoding, text, endoftext=False):
+    """The tokens of a text, an array of shape (N,), uint32.
+
+    encoding: a tiktoken.Encoding with GPT-2's expression. endoftext: take
+    `<|endoftext|>` in the text as the token; else it is ordinary text. A
+    run of a million blanks, which tiktoken refuses, has the tokens that its
+    merges give.
+
+    Derived in chapter 4.7.
+    """
+    parts, eot = [], np.array([encoding.eot_token], np.uint32)
+    for part in text.split(EOT) if endoftext else [text]:
+        place = 0
+        for start, end in _long_words(part):
+            parts.append(_encode_part(encoding, part[place:start]))
+            # tiktoken's own way around the expression
+            word = encoding._encode_single_piece(part[start:end])
+            parts.append(np.array(word, np.uint32))
+            place = end
+        parts += [_encode_part(encoding, part[place:]), eot]
+    return np.concatenate(parts[:-1])
+
+
+def _encode_part(encoding, text):
+    try:
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError:  # half a character becomes U+FFFD
+        return np.array(encoding.encode_ordinary(text), np.uint32)

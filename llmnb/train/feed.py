@@ -22,8 +22,9 @@ from typing import NamedTuple
 import numpy as np
 
 from llmnb.checks import check_room
-from llmnb.formats.hub import open_encoding
-from llmnb.text.data import DataLoader, Shards, find_shards, sample_tokens
+from llmnb.formats.vocabulary import open_encoding
+from llmnb.formats.shard import Shards, find_shards, sample_tokens
+from llmnb.text.data import DataLoader
 from llmnb.train.landmarks import unigram_entropy
 
 
@@ -56,7 +57,7 @@ def prepare(config):
 
     Derived in chapter 4.11.
     """
-    from llmnb.text import corpus
+    from llmnb.text import corpus, data
     from llmnb.text.reader import Tally
 
     if config.shards:
@@ -73,7 +74,7 @@ def prepare(config):
     encoding = make_encoding(config, documents)
     tokens = corpus.encode_documents(encoding, documents, config.endoftext)
     source = _describe(sources, documents) + tally.words(config.endoftext)
-    return Data(encoding, *corpus.split(tokens), source)
+    return Data(encoding, *data.split(tokens), source)
 
 
 def _text_bytes(path):

@@ -76,7 +76,7 @@ from pathlib import Path
 import numpy as np
 
 from llmnb.files import make_folder, read_small, replacing, what_is
-from llmnb.lock import LOCK, in_use
+from llmnb.files import LOCK, in_use
 from llmnb.timing import machine
 from llmnb.train.feed import landmarks
 from llmnb.train.loop import Step

@@ -21,7 +21,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from llmnb.files import BESIDE
-from llmnb.lock import Lock
+from llmnb.files import Lock
 from llmnb.train.feed import landmarks, loaders, prepare
 from llmnb.train.folder import (
     step_of,

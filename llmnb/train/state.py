@@ -36,9 +36,11 @@ from llmnb.arena import put
 from llmnb.config import GPT2Config
 from llmnb.formats.checkpoint import STATE, first_not_finite, state_record
 from llmnb.formats.safetensors import TensorFile, write_tensors
-from llmnb.lock import Lock
+from llmnb.files import Lock
 from llmnb.model.tensors import parameter_shapes
-from llmnb.text.data import DataLoader, HEADER_BYTES, shard_length
+from llmnb.formats.llmc import HEADER_BYTES
+from llmnb.formats.shard import shard_length
+from llmnb.text.data import DataLoader
 from llmnb.train.feed import Data
 from llmnb.train.folder import step_of, config_from, state_path, states
 from llmnb.train.loop import Progress

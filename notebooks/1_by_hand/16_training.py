@@ -57,7 +57,8 @@ from llmnb.config import GPT2Config
 from llmnb.model.gpt2 import GPT2
 from llmnb.model.tensors import decaying
 from llmnb.text import tokenizer
-from llmnb.text.data import DataLoader, read_shard
+from llmnb.formats.shard import read_shard
+from llmnb.text.data import DataLoader
 from llmnb.train.schedule import learning_rate
 
 # %% imports of the landmarks tags=["export"]

@@ -226,7 +226,7 @@ class Readers:
 from dataclasses import replace
 from itertools import islice
 
-from llmnb.text.data import read_shard
+from llmnb.formats.shard import read_shard
 from llmnb.train.loop import train
 from llmnb.train.options import TrainConfig
 from llmnb.train.start import new_model

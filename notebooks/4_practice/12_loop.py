@@ -413,7 +413,7 @@ class Readers:
 
 
 # %% the same numbers for our run
-from llmnb.text.data import read_shard
+from llmnb.formats.shard import read_shard
 
 small = TrainConfig(
     tokenizer="byte",

@@ -111,7 +111,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmnb.text.tokenizer import EOT, encode_text
+from llmnb.text.bpe import EOT
+from llmnb.text.tokenizer import encode_text
 
 
 # %% the score of a text tags=["export"]

@@ -52,7 +52,7 @@ import sys
 from pathlib import Path
 
 from llmnb.formats.checkpoint import read_config, without_padding
-from llmnb.formats.hub import open_encoding, tokenizer_of
+from llmnb.formats.vocabulary import open_encoding, tokenizer_of
 from llmnb.train.newest import newest_run
 from llmnb.train.folder import weights_path
 
@@ -111,7 +111,8 @@ from llmnb.model.generate import (
     window_start,
 )
 from llmnb.model.gpt2 import GPT2
-from llmnb.text.tokenizer import EOT, encode_text
+from llmnb.text.bpe import EOT
+from llmnb.text.tokenizer import encode_text
 from llmnb.train.options import DataOptions
 
 DESCRIPTION = (

@@ -114,7 +114,7 @@ import numpy as np
 from llmnb.arena import footprint
 from llmnb.checks import check_room
 from llmnb.formats.checkpoint import read_config
-from llmnb.formats.hub import tokenizer_of
+from llmnb.formats.vocabulary import tokenizer_of
 from llmnb.model.layout import gpt2_layout
 from llmnb.train.folder import weights_path
 from llmnb.train.options import SHAPE, TrainConfig, check_range, depth_shape
@@ -213,7 +213,7 @@ from pathlib import Path
 import numpy as np
 
 from llmnb.files import make_folder, read_small, replacing, what_is
-from llmnb.lock import LOCK, in_use
+from llmnb.files import LOCK, in_use
 from llmnb.timing import machine
 from llmnb.train.feed import landmarks
 from llmnb.train.loop import Step
@@ -478,7 +478,7 @@ def starting_from(init, **given):
 
     init: the path of a run's folder, or of what GPT2.from_checkpoint reads.
     given: other fields. Unless given, the learning rate is 1e-4, the
-    tokenizer that of llmnb.formats.hub.tokenizer_of, and seq_len no more than the
+    tokenizer that of llmnb.formats.vocabulary.tokenizer_of, and seq_len no more than the
     checkpoint allows. Raises OSError or ValueError when it cannot be read,
     has another shape than is given, or no tokenizer is certain.
     """

@@ -41,7 +41,7 @@ from unittest.mock import patch
 import numpy as np
 
 from llmnb.book.verify import verdict
-from llmnb.text.data import read_shard
+from llmnb.formats.shard import read_shard
 from llmnb.train.folder import run_folder
 from llmnb.train.options import TrainConfig
 
@@ -224,7 +224,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from llmnb.files import BESIDE
-from llmnb.lock import Lock
+from llmnb.files import Lock
 from llmnb.train.feed import landmarks, loaders, prepare
 from llmnb.train.folder import (
     step_of,

@@ -566,10 +566,11 @@ import numpy as np
 
 from llmnb.bench import peers
 from llmnb.arena import Arena
-from llmnb.formats.checkpoint import write_checkpoint, write_folder
+from llmnb.formats.llmc import write_checkpoint
+from llmnb.formats.published import write_folder
 from llmnb.config import GPT2Config
 from llmnb.model.tensors import parameter_shapes
-from llmnb.text.data import write_shard
+from llmnb.formats.shard import write_shard
 from llmnb.model.init import init_params
 from llmnb.arena import footprint
 from llmnb.model.layout import gpt2_layout

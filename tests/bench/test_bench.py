@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from llmnb.model.tensors import flops_per_token, parameter_count
 from PIL import Image
 
 from llmnb.bench import bench as module
@@ -38,9 +37,10 @@ from llmnb.bench.race import (
 from llmnb.bench.stopwatch import Stopwatch, timed_step
 from llmnb.config import GPT2Config
 from llmnb.cpu import tile
-from llmnb.formats.checkpoint import write_folder
+from llmnb.formats.published import write_folder
 from llmnb.model.generate import generate
 from llmnb.model.gpt2 import GPT2
+from llmnb.model.tensors import flops_per_token, parameter_count
 
 ROOT = Path(__file__).parents[2]
 CFG = GPT2Config(16, 131, 3, 2, 16)

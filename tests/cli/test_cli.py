@@ -19,20 +19,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from llmnb.train.options import TrainConfig
 from test_hub import own_files
 
 from llmnb.cli import bench as bench_command
 from llmnb.cli import train as train_command
 from llmnb.cli.__main__ import main
 from llmnb.config import GPT2Config
-from llmnb.formats.checkpoint import write_folder
+from llmnb.formats.published import write_folder
 from llmnb.formats.safetensors import TensorFile, write_tensors
+from llmnb.formats.shard import read_shard, write_shard
 from llmnb.model.gpt2 import GPT2
 from llmnb.text import corpus, shards, tokenizer
-from llmnb.text.data import read_shard, write_shard
 from llmnb.train import evaluation
 from llmnb.train.newest import new_folder, newest_run, note_newest
+from llmnb.train.options import TrainConfig
 from llmnb.train.terminal import progress
 
 TINY = (
@@ -324,7 +324,6 @@ def test_the_newest_run_of_a_copy(llmnb, two_runs, tmp_path, monkeypatch):
 def test_the_newest_run_is_the_one_that_saved_last(llmnb, tmp_path):
     """Whichever was begun or ended first."""
     from llmnb.train.folder import run_folder
-
     from llmnb.train.run import begin, follow
 
     def run(name):
@@ -397,7 +396,7 @@ def test_warnings_take_one_line(llmnb, monkeypatch):
     def fail(place):
         raise OSError(errno.ENOLCK, "no locks\navailable")
 
-    monkeypatch.setattr("llmnb.lock._flock", fail)
+    monkeypatch.setattr("llmnb.files._flock", fail)
     code, _, err = llmnb("train", "--out", "run", *TINY.split())
     assert code == 0
     (line,) = [x for x in err.splitlines() if "warning" in x]

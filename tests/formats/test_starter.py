@@ -5,31 +5,24 @@ by byte, and not by the functions under test.
 """
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tiktoken
 from fuzz import answer, mangled
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llmnb.model.tensors import parameter_shapes
 
 from llmnb.cli.__main__ import main
 from llmnb.config import GPT2Config
 from llmnb.formats import starter
 from llmnb.formats.starter import (
     accept,
-    encoding_of,
-    read_encoding,
-    read_state,
-    read_tokenizer,
+    read_debug_state,
     relative_error,
-    write_state,
-    write_tokenizer,
+    write_debug_state,
 )
-from llmnb.text import tokenizer
+from llmnb.model.tensors import parameter_shapes
 
 DATA = Path(__file__).parents[1] / "data"
 CFG = GPT2Config(19, 67, 3, 7, 21)
@@ -161,7 +154,7 @@ def test_without_losses_there_is_no_reference(pack):
 def test_the_losses_of_gpt2_are_known(pack):
     cfg, gone = GPT2Config(), pack / "none.txt"
     tokens = np.zeros((4, 64), np.int32)
-    state = starter.State(tokens, tokens, None, 5.2700073, {})
+    state = starter.DebugState(tokens, tokens, None, 5.2700073, {})
     assert starter._expected(gone, cfg, state) == starter.LOSSES
     for other in (
         state._replace(loss=10.9),  # random weights
@@ -271,21 +264,21 @@ def test_verify_of_no_pack(tmp_path, capsys):
 
 def test_a_state_comes_back(pack):
     path = pack / "m_debug_state.bin"
-    state = read_state(path, CFG)
+    state = read_debug_state(path, CFG)
     assert state.logits.shape == (B, T, V) and list(state.grads) == NAMES
     with pytest.raises(ValueError, match="read-only"):
         state.logits[0] = 0
-    write_state(pack / "again.bin", CFG, state)
+    write_debug_state(pack / "again.bin", CFG, state)
     assert (pack / "again.bin").read_bytes() == path.read_bytes()
 
 
 def test_a_state_that_does_not_fit_is_not_written(pack):
-    state = read_state(pack / "m_debug_state.bin", CFG)
+    state = read_debug_state(pack / "m_debug_state.bin", CFG)
     bad = state._replace(logits=state.logits[:, :, 1:])
     with pytest.raises(
         ValueError, match=r"logits must have shape \(1, 19, 67"
     ):
-        write_state(pack / "again.bin", CFG, bad)
+        write_debug_state(pack / "again.bin", CFG, bad)
     assert not (pack / "again.bin").exists()
 
 
@@ -313,7 +306,7 @@ def test_a_bad_state_is_refused(pack, index, value, says):
     path = pack / "m_debug_state.bin"
     set_header(path, index, value)
     with pytest.raises(ValueError, match=f"m_debug_state.bin: .*{says}"):
-        read_state(path, CFG)
+        read_debug_state(path, CFG)
 
 
 @pytest.mark.parametrize("size", [0, 1000, 1024, 5000, -1])
@@ -321,7 +314,7 @@ def test_a_cut_state_is_refused(pack, size):
     path = pack / "m_debug_state.bin"
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(ValueError, match="m_debug_state.bin: "):
-        read_state(path, CFG)
+        read_debug_state(path, CFG)
 
 
 TINY = GPT2Config(3, 5, 1, 1, 4)
@@ -333,8 +326,8 @@ def tiny_state(tmp_path_factory):
     tokens = np.array([[0, 4], [2, 1]], np.int32)
     grads = {n: np.ones(s, "f4") for n, s in parameter_shapes(TINY).items()}
     logits = np.zeros((2, 2, 5), np.float32)
-    state = starter.State(tokens, tokens, logits, 1.5, grads)
-    write_state(path, TINY, state)
+    state = starter.DebugState(tokens, tokens, logits, 1.5, grads)
+    write_debug_state(path, TINY, state)
     return path, path.read_bytes()
 
 
@@ -343,120 +336,5 @@ def tiny_state(tmp_path_factory):
 def test_a_damaged_state_is_an_answer_or_one_error(tiny_state, data):
     path, good = tiny_state
     raw = data.draw(mangled(good))
-    got = answer(lambda x: read_state(x, TINY), path, raw)
-    assert isinstance(got, (starter.State, Exception))
-
-
-# the tokenizer
-
-TEXT = "low lower lowest, new newer newest; wide wider widest. " * 3
-
-
-@pytest.fixture(scope="module")
-def trained():
-    return tokenizer.train(TEXT, 270)
-
-
-def tokenizer_bytes(tokens, eot):
-    body = b"".join(bytes([len(x)]) + x for x in tokens)
-    return header(20240328, 2, len(tokens), eot) + body
-
-
-def tokens_of(encoding):
-    n = encoding.n_vocab
-    return [encoding.decode_single_token_bytes(i) for i in range(n)]
-
-
-def test_a_tokenizer_comes_back(trained, tmp_path):
-    path = tmp_path / "t.bin"
-    write_tokenizer(path, trained)
-    tokens = tokens_of(trained)
-    assert path.read_bytes() == tokenizer_bytes(tokens, 269)
-    assert read_tokenizer(path) == (tokens, 269)
-    again = read_encoding(path)
-    for text in (TEXT, "lowwidest  new\n é", ""):
-        assert again.encode_ordinary(text) == trained.encode_ordinary(text)
-    assert again.eot_token == 269
-
-
-def test_gpt2s_encoder_from_its_decoder(tmp_path):
-    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
-        pytest.skip("TIKTOKEN_CACHE_DIR names no folder with GPT-2's files")
-    try:
-        gpt2 = tokenizer.gpt2()
-    except ConnectionError as error:
-        pytest.skip(str(error))
-    write_tokenizer(tmp_path / "gpt2_tokenizer.bin", gpt2)
-    again = read_encoding(tmp_path / "gpt2_tokenizer.bin")
-    assert again.n_vocab == 50257
-    text = Path(__file__).read_text("utf-8") + "naïve 東京 \U0001f600\r\n\t x"
-    assert again.encode_ordinary(text) == gpt2.encode_ordinary(text)
-
-
-def test_a_long_token_is_not_written(tmp_path):
-    ranks = {bytes([i]): i for i in range(256)} | {b"x" * 256: 256}
-    long = tiktoken.Encoding(
-        "long", pat_str=".", mergeable_ranks=ranks, special_tokens={}
-    )
-    with pytest.raises(ValueError, match="number 256 has 256"):
-        write_tokenizer(tmp_path / "t.bin", long)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (lambda raw: raw[:1000], "too few for a header"),
-        (lambda raw: raw[:-1], "token 3 is empty or cut off"),
-        (lambda raw: raw[:-3], "right for 4 tokens"),
-        (lambda raw: raw + b"x", "1 bytes behind the last token"),
-        (lambda raw: raw + b"x" * 2000, "right for 4 tokens"),
-        (lambda raw: header(1) + raw[1024:], "magic number must be 20240328"),
-        (lambda raw: header(20240328, 1) + raw[1024:], "version must be 2"),
-        (
-            lambda raw: header(20240328, 2, 2**31 - 1, 3) + raw[1024:],
-            "right for 2147483647 tokens",
-        ),
-        (lambda raw: header(20240328, 2, 4, 4) + raw[1024:], "EOT must be"),
-        (lambda raw: header(20240328, 2, -4, -5) + raw[1024:], "positive"),
-        (lambda raw: raw[:1024] + b"\0" + raw[1025:], "token 0 is empty"),
-    ],
-)
-def test_a_bad_tokenizer_is_refused(tmp_path, change, says):
-    good = tokenizer_bytes([b"a", b"b", b"ab", b"cd"], 3)
-    (tmp_path / "t.bin").write_bytes(change(good))
-    with pytest.raises(ValueError, match=f"t.bin: .*{says}"):
-        read_tokenizer(tmp_path / "t.bin")
-
-
-BYTES = [bytes([i]) for i in range(256)]
-EOT = b"<|endoftext|>"
-
-
-@pytest.mark.parametrize(
-    ("tokens", "says"),
-    [
-        ([*BYTES, b"ab"], "the last token must be"),
-        ([*BYTES[1:], b"ab", EOT], "no token for the byte 0"),
-        ([*BYTES, b"ab", b"ab", EOT], "comes twice"),
-        ([*BYTES, b"abc", b"ab", EOT], "token 256 joins no two earlier ones"),
-    ],
-)
-def test_a_decoder_without_an_encoder(tmp_path, tokens, says):
-    with pytest.raises(ValueError, match=f"t: .*{says}"):
-        encoding_of("t", tokens)
-    path = tmp_path / "t.bin"
-    path.write_bytes(tokenizer_bytes(tokens, 0))
-    assert read_tokenizer(path) == (tokens, 0)
-    with pytest.raises(ValueError, match="t.bin: EOT must be the last token"):
-        read_encoding(path)
-
-
-@settings(deadline=None, max_examples=200)
-@given(data=st.data())
-def test_a_damaged_tokenizer_is_an_answer_or_one_error(tmp_path_factory, data):
-    path = tmp_path_factory.mktemp("x") / "t.bin"
-    good = tokenizer_bytes([*BYTES, b"ab", b"abc", EOT], 258)
-    raw = data.draw(mangled(good))
-    answer(read_tokenizer, path, raw)
-    answer(read_encoding, path, raw)
+    got = answer(lambda x: read_debug_state(x, TINY), path, raw)
+    assert isinstance(got, (starter.DebugState, Exception))

@@ -305,7 +305,7 @@ def test_the_same_samples_with_and_without():
 def test_transformers_says_the_same(tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    from llmnb.formats.checkpoint import write_folder
+    from llmnb.formats.published import write_folder
 
     model = model_of()
     write_folder(tmp_path, model.cfg, model.params)

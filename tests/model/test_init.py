@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from llmnb.model.tensors import parameter_shapes
 
 from llmnb.config import GPT2Config
 from llmnb.model.init import init_params
 from llmnb.model.random import Generator
+from llmnb.model.tensors import parameter_shapes
 
 
 def empty_params(cfg, dtype=np.float32):

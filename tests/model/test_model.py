@@ -6,13 +6,13 @@ from dataclasses import replace
 import numba
 import numpy as np
 import pytest
-from llmnb.train.loop import train
-from llmnb.train.start import new_model
 from test_train import CURVE, RECORDED, Readers
 
 from llmnb import GPT2, GPT2Config, cpu, reference
 from llmnb.book.verify import numerical_gradient
 from llmnb.model.tensors import parameter_count, parameter_shapes
+from llmnb.train.loop import train
+from llmnb.train.start import new_model
 
 TINY = GPT2Config(
     max_seq_len=4, vocab_size=5, num_layers=2, num_heads=2, channels=4

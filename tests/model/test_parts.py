@@ -8,7 +8,7 @@ import pytest
 import llmnb
 from llmnb import reference
 from llmnb.book.verify import numerical_gradient
-from llmnb.formats.checkpoint import write_safetensors
+from llmnb.formats.published import write_safetensors
 from llmnb.formats.safetensors import TensorFile
 from llmnb.model import parts
 from llmnb.model.tensors import decaying, parameter_shapes, tensor_table

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmnb.text import corpus, reader, tokenizer
+from llmnb.text import corpus, data, reader, tokenizer
 from llmnb.text.reader import LINE, Tally, open_stream
 
 # the standard library
@@ -565,25 +565,6 @@ def test_encoding_too_large_for_uint16():
         corpus.encode_documents(Large(), ["text"])
 
 
-@pytest.mark.parametrize(
-    "count, validation, want",
-    [(100, None, 10), (10, None, 1), (10**6, None, 32768), (5, 4, 4)],
-)
-def test_split(count, validation, want):
-    tokens = np.arange(count)
-    train, val = corpus.split(tokens, validation)
-    assert val.tolist() == list(range(want))
-    assert train[0] == want
-    assert len(train) + len(val) == count
-    assert train.base is tokens and val.base is tokens
-
-
-@pytest.mark.parametrize("count, validation", [(9, None), (9, 9), (9, 0)])
-def test_split_that_leaves_a_part_empty(count, validation):
-    with pytest.raises(ValueError, match=f"number of tokens, {count}, got"):
-        corpus.split(np.arange(count), validation)
-
-
 def test_tinyshakespeare_is_llm_c_s():
     """Checks llm.c's counts where the data is at hand."""
     if not os.environ.get("LLMNB_DATA"):
@@ -596,7 +577,7 @@ def test_tinyshakespeare_is_llm_c_s():
     except ConnectionError as error:
         pytest.skip(str(error))
     tokens = corpus.encode_documents(encoding, documents)
-    train, val = corpus.split(tokens)
+    train, val = data.split(tokens)
     assert (len(tokens), len(val), len(train)) == (338_028, 32_768, 305_260)
     assert "".join(documents) == encoding.decode(tokens).replace(
         "<|endoftext|>", ""

@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmnb.formats.shard import find_shards, read_shard, write_shard
 from llmnb.text import corpus, documents, shards, tokenizer
-from llmnb.text.data import DataLoader, find_shards, read_shard, write_shard
+from llmnb.text.data import DataLoader
 from llmnb.text.documents import sources
 from llmnb.text.reader import Tally
 from llmnb.text.shards import pieces_from, shards_folder, write_shards
@@ -592,7 +593,7 @@ def test_a_folder_in_use_is_refused(tmp_path, texts, encoding):
 
 HOLDER = """
 import sys
-from llmnb.lock import Lock
+from llmnb.files import Lock
 lock = Lock(sys.argv[1])
 print("locked", flush=True)
 sys.stdin.read()

@@ -1,10 +1,8 @@
-"""Training, encoding and files of the tokenizer."""
+"""Tokenizers in files, GPT-2's own, and any text encoded."""
 
 import base64
 import os
-import random
 import time
-from collections import Counter
 
 import pytest
 import regex
@@ -14,7 +12,7 @@ from fuzz import answer, mangled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmnb.text import tokenizer
+from llmnb.text import bpe, tokenizer
 
 QUICK = settings(max_examples=25, deadline=None, derandomize=True)
 # assigned characters only: libraries may differ on those of a newer Unicode
@@ -51,44 +49,7 @@ def test_ranks_that_are_no_numbers(tmp_path, rank):
     assert len(str(error.value)) < 400
 
 
-def slow_merges(text, number):
-    """The definition: count all pairs anew before each merge."""
-    words = Counter(regex.findall(tokenizer.WORDS, text))
-    words = {tuple(w.encode()): n for w, n in words.items()}
-    merges = []
-    for new in range(256, 256 + number):
-        count = Counter()
-        for word, n in words.items():
-            for i in range(len(word) - 1):
-                count[word[i : i + 2]] += n
-        if not count:
-            break
-        merges.append(min(count, key=lambda pair: (-count[pair], pair)))
-        changed = {}
-        for word, n in words.items():
-            out, i = [], 0
-            while i < len(word):
-                hit = word[i : i + 2] == merges[-1]
-                out.append(new if hit else word[i])
-                i += 1 + hit
-            changed[tuple(out)] = n
-        words = changed
-    return merges
-
-
-def slow_encode(text, tokens):
-    """Apply the merges one after the other, each from left to right."""
-    out = []
-    for word in regex.findall(tokenizer.WORDS, text):
-        parts = [bytes([b]) for b in word.encode()]
-        for token in tokens[256:]:
-            i = 0
-            while i + 1 < len(parts):
-                if parts[i] + parts[i + 1] == token:
-                    parts[i : i + 2] = [token]
-                i += 1
-        out += [tokens.index(part) for part in parts]
-    return out
+# files
 
 
 def tokens_of(encoding):
@@ -101,141 +62,6 @@ def tokens_of(encoding):
 @pytest.fixture(scope="module")
 def story():
     return tokenizer.train(STORY, 330)
-
-
-@QUICK
-@given(st.text("aaab .\n", max_size=120), st.integers(0, 50))
-def test_training_equals_its_definition(text, number):
-    merges = slow_merges(text, number)
-    tokens = [bytes([i]) for i in range(256)]
-    for a, b in merges:
-        tokens.append(tokens[a] + tokens[b])
-    encoding = tokenizer.train(text, 257 + len(merges))
-    assert tokens_of(encoding) == tokens
-
-
-def test_training_equals_its_definition_on_prose():
-    merges = slow_merges(STORY, 73)
-    assert tokenizer._learn(tokenizer._count_words(STORY), 73) == merges
-
-
-def test_ties_go_to_the_lowest_pair():
-    assert tokens_of(tokenizer.train("zy xw", 258))[256] == b" x"
-    assert tokens_of(tokenizer.train("zy,ba", 258))[256] == b"ba"
-
-
-def test_overlapping_pairs_merge_from_the_left():
-    encoding = tokenizer.train("aaaaaaa", 259)
-    assert tokens_of(encoding)[256:] == [b"aa", b"aaaa"]
-    got = encoding.decode_tokens_bytes(encoding.encode_ordinary("aaaaaaa"))
-    assert got == [b"aaaa", b"aa", b"a"]
-
-
-def test_vocabulary_counts_bytes_merges_and_the_special_token(story):
-    assert story.n_vocab == 330
-    assert story.eot_token == 329
-    assert story.special_tokens_set == {"<|endoftext|>"}
-    assert tokens_of(story)[:256] == [bytes([i]) for i in range(256)]
-    assert len(set(tokens_of(story))) == 329
-
-
-def test_special_token_in_a_text_is_ordinary_text(story):
-    ids = story.encode_ordinary("a<|endoftext|>b")
-    assert story.eot_token not in ids
-    assert story.decode(ids) == "a<|endoftext|>b"
-
-
-def test_documents_train_as_one_text_where_words_do_not_cross():
-    lines = STORY.splitlines(keepends=True)
-    a, b = tokenizer.train(iter(lines), 300), tokenizer.train(STORY, 300)
-    assert tokens_of(a) == tokens_of(b)
-
-
-def test_smaller_vocabulary_is_the_start_of_a_larger(story):
-    small = tokenizer.train(STORY, 290)
-    assert tokens_of(small) == tokens_of(story)[:289]
-
-
-@QUICK
-@given(TEXT)
-def test_encoding_repeats_the_merges(story, text):
-    got = story.encode_ordinary(text)
-    assert got == slow_encode(text, tokens_of(story))
-    assert story.decode(got) == text
-
-
-@QUICK
-@given(st.lists(st.sampled_from("ogfrs at'\n"), max_size=80).map("".join))
-def test_encoding_repeats_the_merges_on_likely_words(story, text):
-    assert story.encode_ordinary(text) == slow_encode(text, tokens_of(story))
-
-
-@QUICK
-@given(st.binary(max_size=100))
-def test_every_byte_string_has_tokens(story, raw):
-    ids = [tokens_of(story).index(bytes([b])) for b in raw]
-    assert story.decode_bytes(ids) == raw
-    text = raw.decode("latin-1")
-    assert story.decode(story.encode_ordinary(text)) == text
-
-
-@QUICK
-@given(TEXT)
-def test_byte_encoding_is_utf8(text):
-    encoding = tokenizer.byte()
-    assert encoding.n_vocab == 257
-    assert encoding.eot_token == 256
-    assert bytes(encoding.encode_ordinary(text)) == text.encode()
-
-
-@pytest.mark.parametrize("size", [0, 256, 65537])
-def test_vocabulary_size_out_of_range(size):
-    with pytest.raises(ValueError, match=rf"\[257, 65536\], got {size}"):
-        tokenizer.train("text", size)
-
-
-@pytest.mark.parametrize(
-    "text, most", [("", 257), ("abc", 259), ("aaaa", 259)]
-)
-def test_text_too_small_for_the_vocabulary(text, most):
-    assert tokenizer.train(text, most).n_vocab == most
-    with pytest.raises(ValueError, match=f"at most {most}, got {most + 1}"):
-        tokenizer.train(text, most + 1)
-
-
-@pytest.mark.parametrize("text", [[b"raw"], [1], ["good", None]])
-def test_text_of_another_type(text):
-    with pytest.raises(TypeError, match="text must be str, got"):
-        tokenizer.train(text, 257)
-
-
-def random_prose(size):
-    """Text with some tens of thousands of distinct words."""
-    rng = random.Random(7)
-    parts = ["ta", "ri", "mon", "es", "qua", "lu", "ber", "in", "o", "ck"]
-    words = ["".join(rng.choices(parts, k=1 + k % 6)) for k in range(60_000)]
-    rank = [1 / (k + 1) for k in range(len(words))]
-    return " ".join(rng.choices(words, rank, k=size // 7))
-
-
-def test_five_megabytes_to_1024_tokens_in_30_seconds():
-    text = random_prose(5_000_000)
-    assert len(text) > 4_500_000
-    start = time.process_time()
-    encoding = tokenizer.train(text, 1024)
-    assert time.process_time() - start < 30
-    assert encoding.n_vocab == 1024
-
-
-def test_one_long_word_is_not_quadratic():
-    rng = random.Random(3)
-    word = "".join(rng.choices("abcdefgh", k=100_000))
-    start = time.process_time()
-    tokenizer.train(word, 2000)
-    assert time.process_time() - start < 10
-
-
-# files
 
 
 def test_saved_and_loaded(story, tmp_path):
@@ -262,7 +88,7 @@ def test_save_replaces_and_leaves_the_old_file_when_it_fails(story, tmp_path):
     before = path.read_bytes()
     other = tiktoken.Encoding(
         "other",
-        pat_str=tokenizer.WORDS,
+        pat_str=bpe.WORDS,
         mergeable_ranks={bytes([i]): i for i in range(256)},
         special_tokens={"<|stop|>": 256},
     )
@@ -426,7 +252,7 @@ def test_gpt2(gpt2):
 @QUICK
 @given(TEXT)
 def test_gpt2_cuts_words_as_we_do(gpt2, text):
-    words = regex.findall(tokenizer.WORDS, text)
+    words = regex.findall(bpe.WORDS, text)
     assert "".join(words) == text
     apart = [i for word in words for i in gpt2.encode_ordinary(word)]
     assert gpt2.encode_ordinary(text) == apart

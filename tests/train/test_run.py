@@ -24,6 +24,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from llmnb.cli.__main__ import main
+from llmnb.cpu.tile import cpu_features
+from llmnb.files import LOCK, Lock, in_use
+from llmnb.formats.checkpoint import read_config
+from llmnb.formats.safetensors import TensorFile, write_tensors
+from llmnb.formats.shard import write_shard
+from llmnb.formats.vocabulary import tokenizer_of
+from llmnb.model.gpt2 import GPT2
+from llmnb.text import tokenizer
+from llmnb.train import run as the_run
 from llmnb.train.feed import Data, loaders, prepare
 from llmnb.train.folder import (
     load_run,
@@ -35,6 +46,7 @@ from llmnb.train.folder import (
 from llmnb.train.log import read_rows, read_steps, start_log
 from llmnb.train.loop import evaluate
 from llmnb.train.options import TrainConfig
+from llmnb.train.run import CHANGEABLE, begin, finish, follow, resume
 from llmnb.train.start import new_model, starting_from
 from llmnb.train.state import (
     fingerprint,
@@ -43,18 +55,6 @@ from llmnb.train.state import (
     restore,
     save_state,
 )
-
-from llmnb.cli.__main__ import main
-from llmnb.cpu.tile import cpu_features
-from llmnb.formats.checkpoint import read_config
-from llmnb.formats.hub import tokenizer_of
-from llmnb.formats.safetensors import TensorFile, write_tensors
-from llmnb.lock import LOCK, Lock, in_use
-from llmnb.model.gpt2 import GPT2
-from llmnb.text import tokenizer
-from llmnb.text.data import write_shard
-from llmnb.train import run as the_run
-from llmnb.train.run import CHANGEABLE, begin, finish, follow, resume
 
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("LLMNB_KILLS", 4))
@@ -900,7 +900,7 @@ def test_a_small_disk(tmp_path):
 
 HOLDER = """
 import sys
-from llmnb.lock import Lock
+from llmnb.files import Lock
 lock = Lock(sys.argv[1])
 print("locked", flush=True)
 {then}
@@ -1039,22 +1039,22 @@ def test_a_lock_whose_file_was_removed(tmp_path):
 
 def test_a_lock_that_is_just_being_taken_away(tmp_path, monkeypatch):
     """Between opening and locking, the last owner removes the file."""
-    from llmnb import lock
+    from llmnb import files
 
     calls = []
 
-    def late(place, then=lock._flock):
+    def late(place, then=files._flock):
         if not calls:
             os.unlink(tmp_path / LOCK)
         calls.append(place)
         then(place)
 
-    monkeypatch.setattr(lock, "_flock", late)
+    monkeypatch.setattr(files, "_flock", late)
     kept = Lock(tmp_path)
     monkeypatch.undo()
     assert len(calls) == 2 and kept.release.alive
-    process = [sys.executable, "-c", "import sys; from llmnb.lock import Lock"]
-    process[-1] += "; Lock(sys.argv[1])"
+    code = "import sys; from llmnb.files import Lock; Lock(sys.argv[1])"
+    process = [sys.executable, "-c", code]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     got = subprocess.run(
         [*process, tmp_path], env=env, capture_output=True, text=True
@@ -1067,7 +1067,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
     def fail(place):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("llmnb.lock._flock", fail)
+    monkeypatch.setattr("llmnb.files._flock", fail)
     with pytest.warns(UserWarning, match="no locks on this file system"):
         run = begin(run_folder(tmp_path / "a"), TINY)
     list(follow(run))

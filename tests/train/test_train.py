@@ -15,6 +15,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from llmnb.formats.shard import read_shard, write_shard
+from llmnb.model.gpt2 import GPT2
+from llmnb.text import tokenizer
+from llmnb.text.data import DataLoader
 from llmnb.train.feed import Data, landmarks, loaders, make_encoding, prepare
 from llmnb.train.folder import (
     load_run,
@@ -35,10 +40,6 @@ from llmnb.train.loop import (
 )
 from llmnb.train.options import TrainConfig, depth_shape
 from llmnb.train.start import new_model, starting_from
-
-from llmnb.model.gpt2 import GPT2
-from llmnb.text import tokenizer
-from llmnb.text.data import DataLoader, read_shard, write_shard
 
 RECORDED = Path(__file__).parents[1] / "data"
 TINY = TrainConfig(

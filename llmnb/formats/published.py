@@ -1,0 +1,280 @@
+# Written by `make export` from notebooks/4_practice/04_published.py: edit that file.
+
+"""Hugging Face's layout of GPT-2, read and written."""
+
+__all__ = [
+    "INDEX",
+    "open_published",
+    "write_folder",
+    "write_safetensors",
+]
+
+
+# imports for the layout
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from llmnb.files import make_folder, read_json, replacing
+from llmnb.formats.llmc import config_of
+from llmnb.formats.safetensors import TensorFile, write_tensors
+from llmnb.model.tensors import parameter_shapes, tensor_table
+
+
+# where each tensor belongs
+class _Place(NamedTuple):
+    """Where one tensor of a published file belongs in our arrays."""
+
+    name: str
+    index: object  # a block's number, or a slice of rows
+    turned: bool
+
+    def of(self, params):
+        """The part of our array: a view, as it stands there."""
+        part = params[self.name][self.index]
+        return part.T if self.turned else part
+
+
+def _places(cfg):
+    """Name in published files -> _Place."""
+    places = {}
+    for x in tensor_table(cfg):
+        rows = slice(cfg.vocab_size if x.name == "wte" else None)
+        for i in range(cfg.num_layers) if x.stacked else [rows]:
+            turned = x.turned and x.stacked
+            places[x.there.format(i)] = _Place(x.name, i, turned)
+    return places
+
+
+# write safetensors
+def write_safetensors(path, cfg, params):
+    """Write a model as safetensors, in Hugging Face's layout of GPT-2.
+
+    params: a mapping from llm.c's names to arrays, as `GPT2.params`. The
+    tensors are float32, without padding; the number of heads, which no
+    shape shows, stands in the metadata. The file appears whole or not at
+    all.
+
+    Derived in chapter 4.4.
+    """
+    tensors = {
+        name: place.of(params).astype(np.float32, copy=False)
+        for name, place in _places(cfg).items()
+    }
+    # the library transformers wants the format named
+    metadata = {"format": "pt", "n_head": str(cfg.num_heads)}
+    write_tensors(path, tensors, metadata)
+
+
+# the model's description
+# settings that change what a GPT-2 computes, and the values we compute with
+FIXED = {
+    "model_type": ["gpt2"],
+    "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+    "layer_norm_epsilon": [1e-5],
+    "scale_attn_weights": [True],
+    "scale_attn_by_inverse_layer_idx": [False],
+    "add_cross_attention": [False],
+    "tie_word_embeddings": [True],
+}
+
+
+def _described(cfg):
+    """The sizes of a model by the names of config.json."""
+    return {
+        "n_positions": cfg.max_seq_len,
+        "vocab_size": cfg.vocab_size,
+        "n_layer": cfg.num_layers,
+        "n_head": cfg.num_heads,
+        "n_embd": cfg.channels,
+    }
+
+
+# write a folder
+def write_folder(folder, cfg, params):
+    """Write a model folder that `transformers` reads: GPT2LMHeadModel.
+
+    The folder is made if it is not there; in it config.json and
+    model.safetensors are replaced. params: as for write_safetensors. Raises
+    ValueError when there is a config.json that describes no GPT-2.
+
+    Derived in chapter 4.4.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    if path.exists() and read_json(path).get("model_type") != "gpt2":
+        raise ValueError(f"{path}: describes no GPT-2, and is left alone")
+    make_folder(folder)
+    config = {name: values[0] for name, values in FIXED.items()}
+    config |= _described(cfg)
+    config["architectures"] = ["GPT2LMHeadModel"]
+    # our encodings end with the token that ends a text
+    config["bos_token_id"] = config["eos_token_id"] = cfg.vocab_size - 1
+    write_safetensors(folder / "model.safetensors", cfg, params)
+    with replacing(path) as file:
+        file.write(json.dumps(config, indent=1).encode() + b"\n")
+
+
+# files and their index
+INDEX = "model.safetensors.index.json"
+
+
+def _indexed(path):
+    """Tensor name -> TensorFile, for the files that an index names."""
+    table = read_json(path).get("weight_map")
+    names = table.values() if isinstance(table, dict) else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: weight_map must map tensors to files")
+    files = {name: _neighbour(path, name) for name in set(names)}
+    held = {name: set(file.names) for name, file in files.items()}
+    for tensor, name in table.items():
+        if tensor not in held[name]:
+            raise ValueError(f"{path}: {name} has no tensor {tensor}")
+    return {tensor: files[name] for tensor, name in table.items()}
+
+
+def _neighbour(path, name):
+    """The TensorFile of that name in the folder of `path`."""
+    if name in ("", ".", "..") or set(name) & set("/\\:\0"):
+        raise ValueError(
+            f"{path}: {name!r:.80} must name a file in the same folder"
+        )
+    return TensorFile(path.parent / name)
+
+
+# tensors by their short names
+def _tensors(path):
+    """Name without prefix -> (TensorFile, name in it)."""
+    if path.suffix == ".json":
+        found = _indexed(path)
+    else:
+        file = TensorFile(path)
+        found = dict.fromkeys(file.names, file)
+    tensors = {}
+    for name, file in found.items():
+        short = name.removeprefix("transformer.")
+        if short in tensors:
+            raise ValueError(f"{path}: {short} comes twice")
+        tensors[short] = file, name
+    if "lm_head.weight" in tensors:
+        tensors.setdefault("wte.weight", tensors["lm_head.weight"])
+    return tensors
+
+
+# the configuration of a set of tensors
+def _published_config(path, tensors):
+    """The configuration that the shapes give, checked tensor by tensor."""
+    described = path.parent / "config.json"
+    config = read_json(described) if described.exists() else {}
+    for name, known in FIXED.items():
+        if config.get(name, known[0]) not in known:
+            raise ValueError(
+                f"{described}: {name} is {config[name]!r:.80}, where a GPT-2 "
+                f"has {known[0]!r}"
+            )
+    sizes = _sizes_of(path, tensors)
+    heads = _heads(path, tensors, config, sizes[2:])
+    cfg = config_of(path, [*sizes[:3], heads, sizes[-1]])
+    for name, value in _described(cfg).items():
+        if config.get(name, value) != value:
+            raise ValueError(
+                f"{described}: {name} is {config[name]!r:.80}, where "
+                f"{path.name} has {value}"
+            )
+    _check_shapes(path, cfg, tensors)
+    return cfg
+
+
+# sizes from shapes
+def _sizes_of(path, tensors):
+    """max_T, V, L and C from the embeddings and the number of blocks."""
+    for name in ("wte.weight", "wpe.weight"):
+        if name not in tensors:
+            raise ValueError(f"{path}: no GPT-2, it has no tensor {name}")
+        file, full = tensors[name]
+        if len(file.shape(full)) != 2:
+            raise ValueError(
+                f"{path}: {full} must be a matrix, got {file.shape(full)}"
+            )
+    (wte, long), (wpe, full) = tensors["wte.weight"], tensors["wpe.weight"]
+    layers = 0
+    while f"h.{layers}.ln_1.weight" in tensors:
+        layers += 1
+    vocab_size, channels = wte.shape(long)
+    return wpe.shape(full)[0], vocab_size, layers, channels
+
+
+# heads of the published models, by their blocks and channels
+PUBLISHED = {(12, 768): 12, (24, 1024): 16, (36, 1280): 20, (48, 1600): 25}
+
+
+def _heads(path, tensors, config, shape):
+    """The number of heads: written down, or that of a published model."""
+    file, _ = tensors["wte.weight"]
+    written = file.metadata.get("n_head", "")
+    if written.isdecimal() and len(written) < 10:
+        return int(written)
+    heads = config.get("n_head", PUBLISHED.get(shape))
+    if heads is None:
+        raise ValueError(
+            f"{path}: how many heads? No tensor shows it: put the model's "
+            'config.json beside it, or one that holds {"n_head": 12}, if it '
+            "is 12"
+        )
+    return heads
+
+
+# check all shapes
+# masks, and the output matrix that is wte once more
+IGNORED = re.compile(r"h\.\d+\.attn\.(masked_)?bias|lm_head\.weight")
+
+
+def _check_shapes(path, cfg, tensors):
+    """Raise unless there is each tensor of the model, and no other."""
+    shapes = parameter_shapes(cfg)
+    empty = {x: np.broadcast_to(np.float32(0), shapes[x]) for x in shapes}
+    places = _places(cfg)
+    for name, place in places.items():
+        if name not in tensors:
+            raise ValueError(f"{path}: has no tensor {name}")
+        file, full = tensors[name]
+        want = place.of(empty).shape
+        if file.shape(full) != want:
+            raise ValueError(
+                f"{path}: {full} must be {want}, got {file.shape(full)}"
+            )
+        if file.dtype(full) not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(
+                f"{path}: {full} must be a float, got {file.dtype(full)}"
+            )
+    for name in sorted(set(tensors) - set(places)):
+        if not IGNORED.fullmatch(name):
+            raise ValueError(f"{path}: GPT-2 has no tensor {name}")
+
+
+# read tensors into place
+def _read_published(path, cfg, tensors, params):
+    """Fill params, checked before, one tensor at a time."""
+    file, wte = tensors["wte.weight"]
+    head, name = tensors.get("lm_head.weight", (file, wte))
+    if name != wte and not np.array_equal(head[name], file[wte], True):
+        raise ValueError(f"{path}: lm_head.weight must equal {wte}")
+    for name, place in _places(cfg).items():
+        file, full = tensors[name]
+        place.of(params)[...] = file[full]
+    params["wte"][cfg.vocab_size :] = 0
+
+
+# open a published model
+def open_published(path):
+    """A model's configuration, and the function that fills its params.
+
+    Derived in chapter 4.4.
+    """
+    tensors = _tensors(path)
+    cfg = _published_config(path, tensors)
+    return cfg, partial(_read_published, path, cfg, tensors)

@@ -1,0 +1,557 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     modules:
+#       text.data: "The tokens of a text, cut into batches of tokens and targets."
+# ---
+
+# %% [markdown]
+# # Batches: questions for the model
+#
+# > A text becomes one long row of tokens, the row becomes windows, and windows
+# > become the arrays of tokens and targets that a training step takes.
+#
+# *Reading time: 13 minutes. You need: [chapter 1.2](02_tokens.ipynb).*
+
+# %% [markdown]
+# ## Where we are
+#
+# A model learns from examples of what comes next. One text holds as many of them
+# as it has tokens, and a training step looks at a few hundred. This chapter cuts
+# the text so that in the end each question is asked once, none is forgotten, and
+# the model is asked nothing that it could have looked up.
+
+# %% where we are
+from llmnb.book.diagram import PALETTE, gpt2_diagram
+
+gpt2_diagram(lit="tokens")
+
+# %% [markdown]
+# *Figure 1.3.1. The same box as in chapter 1.2. What leaves it now has the shape
+# that all later layers expect: $B$ rows of $T$ tokens.*
+#
+# At the end you can
+#
+# - say why a part of the text is set aside, and which;
+# - write down the targets of any window, and count the windows of a text;
+# - say which windows the next batch holds, also after a restart;
+# - show that a loader which draws its windows at random forgets some.
+#
+# Two letters are new. A **batch** has $B$ rows, and each row has $T$ tokens. The
+# rows have nothing to do with one another; the tokens of a row are a stretch of
+# text.
+
+# %% [markdown]
+# ## Setup
+
+# %% setup
+import gzip
+import json
+
+import matplotlib.pyplot as plt
+
+from llmnb.book.verify import verdict
+from llmnb.text import bpe
+from llmnb.timing import fastest, machine
+
+# %% imports of the data tags=["export"]
+import os
+
+import numpy as np
+
+# %% [markdown]
+# ## By hand
+#
+# Take the first words of a book, a token for each word: *in the beginning was the
+# word and the*. With $T = 3$ the first window asks three questions:
+#
+# | the model has read | and must answer |
+# |---|---|
+# | in | the |
+# | in the | beginning |
+# | in the beginning | was |
+#
+# The **target** of a token is the token after it. So one window asks $T$
+# questions at once, and what it needs is $T + 1$ tokens: `in the beginning` are
+# its tokens, `the beginning was` its targets. The next window begins with `was`,
+# which was the last target of the first: the windows share their borders, so that
+# no question is left out.
+#
+# ## One long row
+#
+# The text of this chapter is that of [chapter 1.1](01_learns.ipynb), a part of
+# Python's library. A **document** is a stretch of text that belongs together,
+# here one module or one page of the manual. We write the documents one after the
+# other, and put `<|endoftext|>` before each. When the model meets that token it
+# can learn that whatever came before has nothing to say about what follows.
+
+# %% documents, and their tokens
+with gzip.open("../../tests/data/library.jsonl.gz", "rt") as lines:
+    documents = [json.loads(line)["text"] for line in lines]
+encoding = bpe.train(documents[:50], 512)
+parts = []
+for document in documents:
+    parts += [encoding.eot_token, *encoding.encode_ordinary(document)]
+stream = np.array(parts, np.uint16)
+print(len(documents), "documents,", stream.dtype, stream.shape)
+starts = np.flatnonzero(stream == encoding.eot_token)
+verdict("documents", len(starts) == len(documents), "each begins once")
+
+# %% [markdown]
+# The first part is set aside for **validation**: the model never trains on it.
+# Its loss there says whether it has learned more than to repeat what it has
+# seen. Which part? Any that is not chosen by its content; we take the first
+# tokens, as llm.c does.
+
+
+# %% train and validation tags=["export"]
+def split(tokens, validation=None):
+    """Cut tokens into (train, validation); both are views.
+
+    tokens: array of shape (N,). The first `validation` tokens are set aside;
+    by default 32,768, as llm.c does, or a tenth of the tokens if that is
+    less. Raises ValueError unless both parts hold a token.
+    """
+    if validation is None:
+        validation = min(32768, len(tokens) // 10)
+    if not 0 < validation < len(tokens):
+        raise ValueError(
+            f"split: validation must lie between 0 and the number of tokens, "
+            f"{len(tokens)}, got {validation}"
+        )
+    return tokens[validation:], tokens[:validation]
+
+
+# %% the library, split
+training, validation = split(stream)
+print(training.shape, validation.shape)
+
+# %% [markdown]
+# ## The data loader
+#
+# Let the row of tokens be $s_0, s_1, \dots, s_{N-1}$. Window $w$ of it is
+#
+# $$
+# \mathrm{tokens}_t = s_{wT + t}, \qquad
+# \mathrm{targets}_t = s_{wT + t + 1}, \qquad 0 \le t < T \tag{1.3.1}
+# $$
+#
+# The last target of a window is the first token of the next, so $N$ tokens
+# hold $W$ windows, and $W$ windows fill
+#
+# $$
+# W = \Bigl\lfloor \frac{N - 1}{T} \Bigr\rfloor, \qquad
+# \text{batches} = \Bigl\lfloor \frac{W}{B} \Bigr\rfloor \tag{1.3.2}
+# $$
+#
+# batches of $B$ windows. A large text comes in several rows, which we call
+# **shards**. One pass over all of them is an **epoch**. For training we shuffle,
+# anew in each epoch: the order of the shards, and of the windows within a shard.
+# If the windows of a batch were neighbours, they would speak of one matter, and
+# the step that they ask for would suit that matter more than the rest of the
+# text.
+#
+# The shuffle must be the same wherever the program runs. NumPy promises that
+# for the old generator, `RandomState`, whose numbers are frozen; it does not
+# for the new one.
+#
+# The numbers are looked at before anything runs. A batch holds int32, in which
+# the token $2^{40}$ would become 0 without a word; and a text must fill one
+# batch. (A shard may also be the path of a file. [Chapter
+# 4.9](../4_practice/09_shards.ipynb) makes such files; its names are imported
+# when one is met.)
+
+
+# %% check what is given tags=["export"]
+def check_stream(name, tokens):
+    """The tokens as a one-dimensional integer array, or an error."""
+    tokens = np.asarray(tokens)
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise TypeError(f"{name} must be integers, got {tokens.dtype}")
+    if tokens.ndim != 1:
+        raise ValueError(
+            f"{name} must have one dimension, got shape {tokens.shape}"
+        )
+    return tokens
+
+
+def _check_int(name, value, low, high):
+    """Raise unless value is an integer in [low, high)."""
+    if not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be int, got {type(value).__name__}")
+    if not low <= value < high:
+        raise ValueError(f"{name} must lie in [{low}, {high}), got {value}")
+
+
+def _check_array(shard):
+    """The number of tokens in an array, or an error when some are none."""
+    tokens, name = np.asarray(shard), "DataLoader: tokens"
+    if tokens.size:  # of no elements the type says nothing
+        check_stream(name, tokens)
+        for bad in (int(tokens.min()), int(tokens.max())):
+            _check_int(name, bad, 0, 2**31)
+    return tokens.size
+
+
+# %% shards and their order tags=["exporti"]
+def _is_path(shard):
+    return isinstance(shard, (str, os.PathLike))
+
+
+def _open(shard, seq_len):
+    """A shard's tokens: a path is opened, an array is taken as it is."""
+    if _is_path(shard):
+        from llmnb.formats.shard import ShardFile
+
+        return ShardFile(shard, seq_len)
+    return np.asarray(shard)
+
+
+def _length(shard):
+    """How many tokens a shard has, checked."""
+    if _is_path(shard):
+        from llmnb.formats.shard import shard_length
+
+        return shard_length(shard)
+    return _check_array(shard)
+
+
+def _count_windows(shard, batch_size, seq_len):
+    """W of (1.3.2), or an error when there is not one batch."""
+    count = _length(shard)
+    if count < batch_size * seq_len + 1:
+        raise ValueError(
+            f"DataLoader: {shard if _is_path(shard) else 'an array'} has "
+            f"{count} tokens, one batch of {batch_size} x {seq_len} needs "
+            f"{batch_size * seq_len + 1}"
+        )
+    return (count - 1) // seq_len
+
+
+def _fill_order(order, key):
+    """Write 0, 1, 2, ... into `order`, shuffled by `key` unless it is None."""
+    order[:] = np.arange(len(order))
+    if key is not None:
+        np.random.RandomState(key).shuffle(order)
+
+
+# %% [markdown]
+# The shuffle of shard $k$ in epoch $e$ is drawn from the key (seed, $e$, $k$),
+# not from a generator that lives on. So the place of the loader is three whole
+# numbers, epoch, shard and position, and a run that was stopped goes on where
+# it was when they are set again.
+
+
+# %% what an epoch is made of tags=["exporti"]
+class _Epochs:
+    """Shards cut into windows, and the order of both in every epoch."""
+
+    def __init__(self, shards, batch_size, seq_len, seed, shuffle):
+        if isinstance(shards, (str, os.PathLike, np.ndarray)):
+            shards = [shards]
+        self.shards, self.seed, self.shuffle = list(shards), seed, shuffle
+        if not self.shards:
+            raise ValueError("DataLoader: the list of shards is empty")
+        counts = [_count_windows(s, batch_size, seq_len) for s in self.shards]
+        self.windows, self.batch_size = counts, batch_size
+        self.seq_len = seq_len
+        self.shard_order = np.empty(len(counts), np.int64)
+        self.window_order = np.empty(max(counts), np.int64)
+        self.entered = self.tokens = None
+
+    def enter(self, epoch, shard):
+        """Make ready the shard of this place; return its batches."""
+        if self.entered != (epoch, shard):
+            key = [self.seed, epoch] if self.shuffle else None
+            _fill_order(self.shard_order, key)
+            k = int(self.shard_order[shard])
+            key = key and [*key, k]
+            _fill_order(self.window_order[: self.windows[k]], key)
+            self.tokens = _open(self.shards[k], self.seq_len)
+            self.entered = epoch, shard
+            self.batches = self.windows[k] // self.batch_size
+        return self.batches
+
+
+# %% a place that can be read and set tags=["exporti"]
+class _Place:
+    """Where a loader stands among its epochs."""
+
+    def reset(self):
+        """Go back to the first batch of epoch 0."""
+        self._place = {"epoch": 0, "shard": 0, "position": 0}
+
+    @property
+    def state(self):
+        """Place of the next batch: epoch, shard of it, batch of that."""
+        return dict(self._place)
+
+    @state.setter
+    def state(self, state):
+        if set(state) != {"epoch", "shard", "position"}:
+            raise ValueError(
+                f"DataLoader: state must have epoch, shard and position, "
+                f"got {sorted(state)}"
+            )
+        epoch, shard = state["epoch"], state["shard"]
+        _check_int("DataLoader: epoch", epoch, 0, 2**32)
+        _check_int("DataLoader: shard", shard, 0, len(self._epochs.shards))
+        batches = self._epochs.enter(epoch, shard)
+        _check_int("DataLoader: position", state["position"], 0, batches)
+        self._place = {name: int(value) for name, value in state.items()}
+
+
+# %% the data loader tags=["export"]
+class DataLoader(_Place):
+    """Batches of tokens and targets from shards, epoch after epoch.
+
+    shards: a list of paths of shards and of integer arrays of shape (N,).
+    Each must hold batch_size * seq_len + 1 tokens or more. With shuffle,
+    every epoch takes the shards, and the windows of a shard, in an order
+    drawn from seed; without, as they lie. The windows of a shard that do not
+    fill a batch are left out of that epoch. Raises TypeError or ValueError,
+    for tokens of an array that are not in [0, 2**31) too, and OSError when
+    a shard has been cut short since.
+
+    batches_per_epoch: batches in one epoch. shards: a list of what was
+    given. state: the place of the next batch, a dict of ints; set it to go
+    on from there. reset(): back to the start.
+    """
+
+    def __init__(self, shards, batch_size, seq_len, seed=0, shuffle=True):
+        _check_int("DataLoader: batch_size", batch_size, 1, 2**31)
+        _check_int("DataLoader: seq_len", seq_len, 1, 2**31)
+        _check_int("DataLoader: seed", seed, 0, 2**32)
+        self._epochs = _Epochs(shards, batch_size, seq_len, seed, shuffle)
+        self.shards, windows = self._epochs.shards, self._epochs.windows
+        self.batches_per_epoch = sum(w // batch_size for w in windows)
+        self._tokens = np.empty((batch_size, seq_len), np.int32)
+        self._targets = np.empty((batch_size, seq_len), np.int32)
+        self.reset()
+
+    def next_batch(self):
+        """The next batch: (tokens, targets), int32, (batch_size, seq_len).
+
+        Both arrays are the loader's own and are overwritten by the next
+        call: nothing is allocated at a step. Copy what you want to keep.
+        """
+        place, (B, T) = self._place, self._tokens.shape
+        batches = self._epochs.enter(place["epoch"], place["shard"])
+        first = place["position"] * B
+        for b, w in enumerate(self._epochs.window_order[first : first + B]):
+            window = self._epochs.tokens[w * T : w * T + T + 1]
+            self._tokens[b] = window[:-1]  # (1.3.1)
+            self._targets[b] = window[1:]
+        place["position"] += 1
+        if place["position"] == batches:
+            place["position"], place["shard"] = 0, place["shard"] + 1
+        if place["shard"] == len(self._epochs.shards):
+            place["shard"], place["epoch"] = 0, place["epoch"] + 1
+        return self._tokens, self._targets
+
+
+# %% [markdown]
+# A first batch without shuffling, $B = 2$ and $T = 6$, as text:
+
+# %% a first batch
+loader = DataLoader([stream], batch_size=2, seq_len=6, shuffle=False)
+inputs, targets = loader.next_batch()
+print(inputs.dtype, inputs.shape, targets.shape)
+for b in range(2):
+    print([encoding.decode([i]) for i in inputs[b]])
+    print([encoding.decode([i]) for i in targets[b]])
+
+# %% [markdown]
+# To see the order we feed numbers instead of text: with tokens 0, 1, 2, ...
+# the first token of a row, divided by $T$, says which window it is.
+
+
+# %% which window is read when
+def visits(loader, T, batches):
+    rows = [loader.next_batch()[0][:, 0] // T for _ in range(batches)]
+    return np.array(rows)
+
+
+numbers = np.arange(24 * 4 + 1)
+plain = DataLoader([numbers], 4, 4, shuffle=False)
+mixed = DataLoader([numbers], 4, 4, seed=1)
+epochs = [visits(loader, 4, 6) for loader in (plain, mixed, mixed)]
+print(epochs[0][0], epochs[1][0], epochs[2][0])
+
+# %% the windows, drawn
+from matplotlib.colors import ListedColormap
+
+names = ["blue", "orange", "green", "purple", "yellow", "grey"]
+colours = ListedColormap([PALETTE[name] for name in names])
+titles = ["no shuffle, any epoch", "shuffled, epoch 0", "shuffled, epoch 1"]
+fig, axes = plt.subplots(3, 1, figsize=(8, 2.9), dpi=100)
+for ax, title, rows in zip(axes, titles, epochs, strict=True):
+    batch_of = np.empty(24, int)
+    for batch, row in enumerate(rows):
+        batch_of[row] = batch
+    ax.pcolormesh(batch_of[None], cmap=colours, edgecolor="white")
+    for w in range(24):
+        ink = "white" if batch_of[w] < 4 else PALETTE["ink"]
+        ax.text(w + 0.5, 0.5, batch_of[w], ha="center", va="center", color=ink)
+    ax.set_title(title, loc="left", size=10)
+    ax.axis("off")
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 1.3.2. The 24 windows of a shard from left to right; number and colour
+# say in which of the six batches of an epoch a window is read. Without
+# shuffling a batch is four neighbours. Shuffled, its windows come from all
+# over the shard, in another order each epoch; each window is read once.*
+#
+# ### Proof
+#
+# Three shards of different length. In every epoch each window must be read once, with its targets one token on; the order must
+# differ between epochs; and a second loader that is given the state of the
+# first must go on with the same batches.
+
+# %% each window once
+parts = [np.arange(0, 121), np.arange(500, 581), np.arange(900, 1101)]
+loader = DataLoader(parts, batch_size=4, seq_len=5, seed=11)
+orders = []
+for _ in range(3):
+    rows = []
+    for _ in range(loader.batches_per_epoch):
+        x, y = loader.next_batch()
+        verdict_ok = np.array_equal(x + 1, y) and np.ptp(x, axis=1).max() == 4
+        rows += x[:, 0].tolist() if verdict_ok else [None]
+    orders.append(rows)
+every = [n for part in parts for n in part[:-1:5].tolist()]
+once = all(sorted(rows) == every for rows in orders)
+verdict("windows", once, "each once an epoch")
+verdict("epochs", orders[0] != orders[1] != orders[2], "differ in order")
+
+# %% stop and go on
+for _ in range(7):
+    loader.next_batch()
+second = DataLoader(parts, batch_size=4, seq_len=5, seed=11)
+second.state = loader.state
+print(second.state, "of", loader.batches_per_epoch, "batches an epoch")
+same = all(
+    np.array_equal(loader.next_batch(), second.next_batch()) for _ in range(50)
+)
+verdict("resumed", same, "50 batches are the same")
+
+# %% [markdown]
+# A loader that drew its windows at random, each time anew, would be shorter to
+# write. It would also see some windows twice and others never; the first
+# verdict catches it:
+
+# %% windows drawn anew
+rng = np.random.RandomState(0)
+drawn = sorted(every[i] for i in rng.randint(len(every), size=len(every)))
+verdict("drawn anew", drawn != every, "is caught")
+print(len(set(drawn)), "of", len(every), "windows seen")
+
+# %% [markdown]
+# How long does a batch take? The loader copies $2BT$ numbers.
+
+# %% a batch, timed tags=["nbval-ignore-output"]
+loader = DataLoader([stream], batch_size=16, seq_len=128)
+seconds = fastest(loader.next_batch, runs=1000)
+print(machine())
+print(f"{1e6 * seconds:.0f} microseconds a batch of 16 x 128")
+
+# %% [markdown]
+# A training step on such a batch takes milliseconds at best, so the next batch
+# need not be prepared ahead.
+#
+# ## Take away
+#
+# - A text is one row of tokens, each document with `<|endoftext|>` before it. The
+#   first part of the row is never trained on.
+# - A window of $T$ tokens asks $T$ questions, and its targets are the tokens one
+#   further on.
+# - What is shuffled is drawn from (seed, epoch, shard), so three numbers say
+#   where a run stands.
+#
+# ## Design note
+#
+# What should be shuffled? llm.c's loader shuffles the order of the *batches*
+# in a shard: each batch is one contiguous stretch of $BT$ tokens. That needs an
+# order $B$ times shorter. We shuffle *windows*, so the rows of a batch come from
+# $B$ places. On a small text the difference matters: with $B = 16$ and
+# $T = 128$ a contiguous batch would often be a single Python module, and the loss
+# would swing with the module. Without shuffling, both loaders give the same
+# batches.
+
+# %% [markdown]
+# ## Exercises
+#
+# **1** (★). Write `batches(N, B, T)`, the number of batches in a shard of $N$
+# tokens, without building a loader.
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# A window needs its $T$ tokens and one more for the last target, and the
+# windows share these borders: $\lfloor (N-1)/T \rfloor$ windows. A batch takes
+# $B$ of them.
+# :::
+
+
+# %% exercise 1, the function tags=["hide-cell"]
+def batches(N, B, T):
+    return (N - 1) // T // B  # (1.3.2)
+
+
+# %% exercise 1, checked
+cases = [(13, 2, 6), (25, 2, 6), (24, 2, 6), (1000, 3, 7), (65, 1, 64)]
+got = [batches(*case) for case in cases]
+want = [
+    DataLoader([np.arange(N)], B, T).batches_per_epoch for N, B, T in cases
+]
+verdict("exercise 1", got == want, f"{got}")
+
+# %% [markdown]
+# **2** (★★). How many tokens of a text are never a target in an epoch, and which?
+# Write `never_asked(N, B, T)` for one shard of $N$ tokens without shuffling, and
+# check it with a loader.
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# The first token is no target, since nothing comes before it. The batches use the
+# first $BT \cdot \text{batches}$ questions, and what remains of the $N - 1$ is
+# left out, another part in each epoch when the windows are shuffled.
+# :::
+
+
+# %% exercise 2, the function tags=["hide-cell"]
+def never_asked(N, B, T):
+    return N - batches(N, B, T) * B * T
+
+
+# %% exercise 2, checked
+asked = DataLoader([np.arange(1000)], 3, 7, shuffle=False)
+seen = {
+    int(y)
+    for _ in range(asked.batches_per_epoch)
+    for y in asked.next_batch()[1].flat
+}
+verdict("exercise 2", never_asked(1000, 3, 7) == 1000 - len(seen), "agrees")
+verdict("the first token", 0 not in seen, "is no target")
+
+# %% [markdown]
+# ## Further reading
+#
+# - [llm.c](https://github.com/karpathy/llm.c): `llmc/dataloader.h`, the loader
+#   that shuffles batches.
+# - Léon Bottou, Frank Curtis and Jorge Nocedal, [Optimization Methods for
+#   Large-Scale Machine Learning](https://arxiv.org/abs/1606.04838), 2018: read
+#   section 3 for what a step owes to the batch it was computed from.
+
+# %% [markdown]
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.book.index import gained
+
+gained("1.3")

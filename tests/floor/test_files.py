@@ -1,0 +1,127 @@
+"""Files that appear whole or not at all."""
+
+import errno
+import os
+import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from llmnb.files import make_folder, replacing
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path, before = tmp_path / "a", b"the old text"
+    path.write_bytes(before)
+    with (
+        pytest.raises(OSError, match="No space left"),
+        replacing(path) as file,
+    ):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == ["a"]
+
+
+def test_threads_may_write_to_one_path_at_once(tmp_path):
+    path, together = tmp_path / "a", threading.Barrier(3, timeout=20)
+
+    def write(letter):
+        with replacing(path) as file:
+            file.write(letter * 1000)
+            together.wait()
+            file.write(letter * 1000)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(write, [b"x", b"y", b"z"]))
+    assert path.read_bytes() in [c * 2000 for c in (b"x", b"y", b"z")]
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_link_beside_the_path_is_not_followed(tmp_path, monkeypatch):
+    """Not where its name was guessed, and not by a name that is used once."""
+    kept = tmp_path / "kept"
+    kept.write_bytes(b"mine")
+    (tmp_path / f"a.{os.getpid()}.new").symlink_to(kept)
+    with replacing(tmp_path / "a") as file:
+        file.write(b"new")
+    assert kept.read_bytes() == b"mine"
+    monkeypatch.setattr("llmnb.files.os.urandom", bytes)
+    (tmp_path / f"a.{'0' * 16}.new").symlink_to(kept)
+    with pytest.raises(FileExistsError), replacing(tmp_path / "a") as file:
+        file.write(b"newer")
+    assert kept.read_bytes() == b"mine"
+    assert (tmp_path / "a").read_bytes() == b"new"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no umask")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002])
+def test_a_file_has_the_mode_that_open_would_give(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with replacing(tmp_path / "a") as file:
+            file.write(b"x")
+        (tmp_path / "b").write_bytes(b"x")
+    finally:
+        os.umask(before)
+    modes = {p.stat().st_mode for p in tmp_path.iterdir()}
+    assert len(modes) == 1 and modes.pop() & 0o777 == 0o666 & ~umask
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the disk is asked for: (call, name), in order."""
+    made = []
+
+    def noted(name, call):
+        def wrapped(first, *rest, **more):
+            if name == "fsync":
+                folder = stat.S_ISDIR(os.fstat(first).st_mode)
+                made.append(("sync", "folder" if folder else "file"))
+            else:
+                made.append(
+                    (name, os.path.basename(rest[0] if rest else first))
+                )
+            return call(first, *rest, **more)
+
+        return wrapped
+
+    for name in ("fsync", "replace", "unlink"):
+        monkeypatch.setattr(os, name, noted(name, getattr(os, name)))
+    return made
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders cannot be synced")
+def test_the_folder_is_synced_after_the_renaming(tmp_path, calls):
+    with replacing(tmp_path / "a") as file:
+        file.write(b"x")
+    calls = [x for x in calls if x[0] != "unlink"]
+    assert calls == [("sync", "file"), ("replace", "a"), ("sync", "folder")]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders cannot be synced")
+def test_new_folders_are_synced_too(tmp_path, calls):
+    make_folder(tmp_path / "a" / "b" / "c")
+    assert calls == [("sync", "folder")] * 3
+    make_folder(tmp_path / "a" / "b" / "c")
+    assert len(calls) == 3
+    (tmp_path / "file").write_bytes(b"")
+    for path in ("file", "file/a"):
+        with pytest.raises(FileExistsError):
+            make_folder(tmp_path / path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="folders cannot be synced")
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch, number):
+    def fail(place):
+        if stat.S_ISDIR(os.fstat(place).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("llmnb.files.os.fsync", fail)
+    with replacing(tmp_path / "a") as file:
+        file.write(b"x")
+    number = errno.EIO
+    with pytest.raises(OSError), replacing(tmp_path / "b") as file:
+        file.write(b"x")

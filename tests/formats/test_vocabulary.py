@@ -1,0 +1,510 @@
+"""A model's tokenizer, in any file that it may lie in."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+from fuzz import answer, mangled
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spelling import vocab_of
+
+from llmnb.config import GPT2Config
+from llmnb.formats import vocabulary
+from llmnb.formats.published import write_folder
+from llmnb.formats.vocabulary import (
+    encoding_of,
+    open_encoding,
+    read_encoding,
+    read_tokenizer,
+    read_tokenizer_json,
+    read_vocab,
+    tokenizer_of,
+    write_tokenizer,
+)
+from llmnb.model.gpt2 import GPT2
+from llmnb.text import tokenizer
+
+CFG = GPT2Config(8, 258, 1, 2, 32)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return tokenizer.train("low lower lowest, newer newest " * 3, 270)
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("TIKTOKEN_CACHE_DIR names no folder with GPT-2's files")
+    try:
+        return tokenizer.gpt2()
+    except ConnectionError as error:
+        pytest.skip(str(error))
+
+
+# the vocabulary
+
+
+def test_the_letters_of_gpt2():
+    letters = vocabulary._letters()
+    assert len(letters) == 256 and set(letters.values()) == set(range(256))
+    # as every vocab.json of GPT-2 shows: a space is Ġ, a newline Ċ
+    assert letters["Ġ"] == ord(" ") and letters["Ċ"] == ord("\n")
+    assert letters["A"] == ord("A") and letters["Ń"] == 173
+
+
+def test_a_vocabulary_comes_back(tmp_path, trained):
+    path = tmp_path / "vocab.json"
+    path.write_text(json.dumps(vocab_of(trained)), "utf-8")
+    again = read_vocab(path)
+    for text in ("newer lowest\n", "é\x00ÿ", ""):
+        assert again.encode_ordinary(text) == trained.encode_ordinary(text)
+    assert again.eot_token == 269
+
+
+def test_gpt2s_vocabulary(gpt2, tmp_path):
+    path = tmp_path / "vocab.json"
+    path.write_text(json.dumps(vocab_of(gpt2)), "utf-8")
+    text = "It's naïve: 東京 \U0001f600\r\n\t  x = 3.14"
+    assert read_vocab(path).encode_ordinary(text) == gpt2.encode_ordinary(text)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "says"),
+    [
+        ([], "must hold a JSON object"),
+        ({}, "the last token must be"),
+        ({"a": 1}, "must number its tokens 0, 1, 2"),
+        ({"a": 0, "b": 0}, "must number its tokens 0, 1, 2"),
+        ({"a": True, "b": 0}, "must number its tokens 0, 1, 2"),
+        ({"a": 0.0}, "must number its tokens 0, 1, 2"),
+        ({"a": "0"}, "must number its tokens 0, 1, 2"),
+        ({"a b": 0}, "'a b' has letters of no byte"),
+        ({"<|endoftext|>": 0}, "no token for the byte 0"),
+    ],
+)
+def test_a_vocabulary_that_is_none(tmp_path, vocab, says):
+    path = tmp_path / "vocab.json"
+    path.write_text(json.dumps(vocab))
+    with pytest.raises(ValueError, match=f"vocab.json: .*{says}"):
+        read_vocab(path)
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_a_damaged_vocabulary_is_an_answer_or_one_error(
+    tmp_path_factory, data
+):
+    path = tmp_path_factory.mktemp("x") / "vocab.json"
+    good = json.dumps(vocab_of(tokenizer.byte())).encode()
+    answer(read_vocab, path, data.draw(mangled(good)))
+
+
+# merges, and tokens that no text becomes
+
+TEXTS = "It's naïve: 東京 \U0001f600\r\n\t  x = 3.14", "low lowest", ""
+
+
+def own_files(folder, encoding, before=(), behind=(), merges=True):
+    """vocab.json and merges.txt: special tokens first, or EOT alone last."""
+    *spelt, eot = vocab_of(encoding)
+    tokens = [*before, *spelt] if before else [*spelt, eot]
+    vocab = {x: i for i, x in enumerate([*tokens, *behind])}
+    (folder / "vocab.json").write_text(json.dumps(vocab), "utf-8")
+    lines = ["#version: 0.2"] + [" ".join(x) for x in merges_of(encoding)]
+    if merges:
+        (folder / "merges.txt").write_text("\n".join(lines) + "\n", "utf-8")
+    return folder / "vocab.json"
+
+
+def merges_of(encoding):
+    """The pairs, in letters, that were joined to the tokens, in order."""
+    spelt = [x for x in vocab_of(encoding) if x != "<|endoftext|>"]
+    rank, pairs = {}, []
+    for number, token in enumerate(spelt):
+        parts = list(token)
+        while len(parts) > 2:
+            found = [rank.get(a + b, 1 << 30) for a, b in
+                     zip(parts, parts[1:], strict=False)]  # fmt: skip
+            i = found.index(min(found))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        rank[token] = number
+        if len(parts) == 2:
+            pairs.append(parts)
+    return pairs
+
+
+SPECIAL = ["<s>", "<|endoftext|>", "<pad>"]
+
+
+@pytest.mark.parametrize("before", [[], SPECIAL, ["<|endoftext|>"]])
+@pytest.mark.parametrize("behind", [[], ["[PAD]"], ["[PAD]", "<|user|>"]])
+def test_a_models_own_vocabulary(tmp_path, trained, before, behind):
+    path = own_files(tmp_path, trained, before, behind)
+    ours = read_vocab(path)
+    for text in TEXTS:
+        want = [len(before) + x for x in trained.encode_ordinary(text)]
+        assert ours.encode_ordinary(text) == want
+        assert ours.decode(want) == text
+    eot = before.index("<|endoftext|>") if before else 269
+    assert ours.eot_token == eot
+    # what stands behind the last token of a text is padding
+    assert ours.n_vocab == 270 - bool(before) + len(before)
+
+
+@pytest.mark.parametrize("before", [[], ["<|endoftext|>"]])
+def test_a_run_keeps_such_a_vocabulary(tmp_path, trained, before):
+    ours = read_vocab(own_files(tmp_path, trained, before))
+    tokenizer.save(ours, tmp_path / "tokenizer.tiktoken")
+    again = tokenizer.load(tmp_path / "tokenizer.tiktoken")
+    assert again.eot_token == ours.eot_token
+    assert again.n_vocab == ours.n_vocab
+    for text in TEXTS:
+        assert again.encode_ordinary(text) == ours.encode_ordinary(text)
+
+
+def test_special_tokens_that_a_run_cannot_keep(tmp_path, trained):
+    ours = read_vocab(own_files(tmp_path, trained, SPECIAL))
+    with pytest.raises(ValueError, match=r"one special token .*'<pad>'"):
+        tokenizer.save(ours, tmp_path / "tokenizer.tiktoken")
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("l o w", "merges.txt:2: a line must be two tokens, got 'l o w'"),
+        ("low", "merges.txt:2: a line must be two tokens"),
+        ("lo w", "vocab.json: the merge of 'lo' and 'w' must join earlier"),
+        ("a b", "the merge of 'a' and 'b' must join earlier"),
+        ("x" * 300_000 + " y", "the merge of 'xxx"),
+    ],
+)
+def test_merges_that_are_none(tmp_path, trained, line, says):
+    path = own_files(tmp_path, trained)
+    lines = (tmp_path / "merges.txt").read_text("utf-8").split("\n")
+    text = "\n".join([lines[0], line, *lines[1:]])
+    (tmp_path / "merges.txt").write_text(text, "utf-8")
+    with pytest.raises(ValueError, match=says) as error:
+        read_vocab(path)
+    assert len(str(error.value)) < 400
+
+
+def test_merges_that_are_cut_short(tmp_path, trained):
+    for before in ([], ["<|endoftext|>"]):
+        path = own_files(tmp_path, trained, before)
+        lines = (tmp_path / "merges.txt").read_text("utf-8").split("\n")
+        for count in (1, 2, len(lines) - 2):
+            text = "\n".join(lines[:count]) + "\n"
+            (tmp_path / "merges.txt").write_text(text, "utf-8")
+            with pytest.raises(ValueError, match="vocab.json: no merge makes"):
+                read_vocab(path)
+
+
+def test_a_vocabulary_without_an_end_of_text(tmp_path, trained):
+    path = own_files(tmp_path, trained, ["<s>", "</s>"])
+    with pytest.raises(ValueError, match="vocab.json: has no <.endoftext.>"):
+        read_vocab(path)
+
+
+@pytest.mark.parametrize("merges", [False, True])
+def test_a_token_of_300_kilobytes_takes_no_time(tmp_path, trained, merges):
+    long = "<" + "Ġ" * 300_000 + ">"
+    path = own_files(tmp_path, trained, [], [long], merges)
+    vocab = json.loads(path.read_text("utf-8"))
+    if not merges:  # then the last must be the end of a text
+        vocab |= {long: 269, "<|endoftext|>": 270}
+        path.write_text(json.dumps(vocab), "utf-8")
+    start = time.perf_counter()
+    if merges:
+        assert read_vocab(path).n_vocab == 270
+    else:
+        with pytest.raises(ValueError, match="at most 255 bytes, number 269"):
+            read_vocab(path)
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("vocab.json", 1 << 23),
+        ("merges.txt", 1 << 23),
+        ("tokenizer.tiktoken", 1 << 24),
+        ("tokenizer.bin", (1 << 24) + 1024),
+        ("tokenizer.json", 1 << 23),
+    ],
+)
+def test_a_tokenizers_file_is_small(tmp_path, trained, name, size):
+    own_files(tmp_path, trained)
+    if name == "tokenizer.json":
+        pytest.importorskip("tokenizers")
+    path = tmp_path / name
+    with open(path, "wb") as file:
+        if name == "tokenizer.bin":  # as large as its header allows
+            head = np.zeros(256, "<i4")
+            head[:4] = 20240328, 2, 1 << 20, (1 << 20) - 1
+            file.write(head.tobytes())
+        file.truncate(size + 1)
+    path = tmp_path / "vocab.json" if name == "merges.txt" else path
+    with pytest.raises(ValueError, match=f"{name}: must have at most"):
+        open_encoding(path)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:1961\n"
+
+
+@pytest.mark.parametrize("raw", [POINTER, b"<!doctype html>\n<p>", b""])
+@pytest.mark.parametrize(
+    "name", ["vocab.json", "merges.txt", "tokenizer.tiktoken", "t.bin"]
+)
+def test_a_tokenizer_that_is_something_else(tmp_path, trained, name, raw):
+    own_files(tmp_path, trained)
+    (tmp_path / name).write_bytes(raw)
+    path = "vocab.json" if name == "merges.txt" else name
+    what = {POINTER: "Git LFS pointer", b"": "an empty file"}
+    with pytest.raises(ValueError, match=name) as error:
+        open_encoding(tmp_path / path)
+    assert what.get(raw, "a web page") in str(error.value)
+
+
+# tokenizer.json
+
+
+def tokenizer_json(folder, encoding, before=(), behind=(), **changes):
+    """tokenizer.json, as the library writes it."""
+    library = pytest.importorskip("tokenizers")
+    path = own_files(folder, encoding, before, behind)
+    vocab = json.loads(path.read_text("utf-8"))
+    merges = [tuple(x) for x in merges_of(encoding)]
+    plain = {x: n for x, n in vocab.items() if x not in (*before, *behind)}
+    made = library.Tokenizer(library.models.BPE(plain | vocab, merges))
+    made.pre_tokenizer = library.pre_tokenizers.ByteLevel(
+        add_prefix_space=changes.get("prefix", False)
+    )
+    made.decoder = library.decoders.ByteLevel()
+    made.add_special_tokens([*before, *behind, "<|endoftext|>"])
+    if changes.get("lower"):
+        made.normalizer = library.normalizers.Lowercase()
+    if changes.get("short"):
+        made.enable_truncation(3)
+        made.enable_padding(length=500)
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink()
+    made.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize("before", [[], SPECIAL, ["<|endoftext|>"]])
+@pytest.mark.parametrize("behind", [[], ["[PAD]"]])
+@pytest.mark.parametrize("short", [False, True])
+def test_a_tokenizer_json(tmp_path, trained, before, behind, short):
+    path = tokenizer_json(tmp_path, trained, before, behind, short=short)
+    ours = read_tokenizer_json(path)
+    for text in TEXTS:
+        want = [len(before) + x for x in trained.encode_ordinary(text)]
+        assert ours.encode_ordinary(text) == want
+    assert ours.n_vocab == 270 - bool(before) + len(before)
+
+
+@pytest.mark.parametrize("change", ["lower", "prefix"])
+def test_a_tokenizer_json_that_cuts_otherwise(tmp_path, trained, change):
+    path = tokenizer_json(tmp_path, trained, **{change: True})
+    with pytest.raises(ValueError, match="tokenizer.json: cuts or merges"):
+        read_tokenizer_json(path)
+
+
+def test_a_number_without_a_token(tmp_path, trained):
+    """Such a token could be drawn, and is no text."""
+    path = tokenizer_json(tmp_path, trained)
+    found = json.loads(path.read_text("utf-8"))
+    vocab = found["model"]["vocab"]
+    vocab["<|endoftext|>"] = found["added_tokens"][0]["id"] = 270
+    path.write_text(json.dumps(found), "utf-8")
+    with pytest.raises(ValueError, match="must number its tokens 0, 1, 2"):
+        read_tokenizer_json(path)
+
+
+def test_a_tokenizer_json_of_another_kind(tmp_path):
+    library = pytest.importorskip("tokenizers")
+    made = library.Tokenizer(library.models.WordPiece({"a": 0, "[UNK]": 1}))
+    made.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="must be a BPE .*, is WordPiece"):
+        open_encoding(tmp_path / "tokenizer.json")
+    for raw in (b"{}", b'{"model": [[[]]]}', b"[" * 9000, b"[]", b"\xff"):
+        (tmp_path / "tokenizer.json").write_bytes(raw)
+        with pytest.raises(ValueError, match="tokenizer.json: "):
+            open_encoding(tmp_path)
+
+
+def test_a_tokenizer_json_that_is_something_else(tmp_path):
+    pytest.importorskip("tokenizers")
+    for raw, what in ((POINTER, "a Git LFS pointer"), (b"", "an empty file")):
+        (tmp_path / "tokenizer.json").write_bytes(raw)
+        with pytest.raises(
+            ValueError, match=f"tokenizer.json: this is {what}"
+        ):
+            open_encoding(tmp_path)
+
+
+def test_a_tokenizer_json_without_the_library(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ImportError, match=r"pip install 'llmnb\[tokenizers\]"):
+        open_encoding(tmp_path)
+
+
+# which tokenizer
+
+
+def test_what_lies_beside_the_weights_is_taken(tmp_path, trained):
+    model = GPT2(CFG, 1, 4, "reference")
+    write_folder(tmp_path, CFG, model.params)
+    weights = tmp_path / "model.safetensors"
+    for path in (tmp_path, weights):
+        with pytest.raises(ValueError, match="which tokenizer.*--tokenizer g"):
+            tokenizer_of(path, 258)
+        # as many tokens as GPT-2's say nothing
+        with pytest.raises(ValueError, match="which tokenizer"):
+            tokenizer_of(path, 50257)
+    write_tokenizer(tmp_path / "gpt2_tokenizer.bin", trained)
+    order = ["gpt2_tokenizer.bin", "tokenizer.json", "vocab.json"]
+    for name in [*order, "tokenizer.tiktoken"]:
+        if name == "vocab.json":
+            own_files(tmp_path, trained)
+        elif name == "tokenizer.tiktoken":
+            tokenizer.save(trained, tmp_path / name)
+        elif name == "tokenizer.json":
+            (tmp_path / name).write_text("{}")
+        for path in (tmp_path, weights):
+            assert tokenizer_of(path, 258) == str(tmp_path / name)
+        if name != "tokenizer.json":
+            got = open_encoding(str(tmp_path))
+            assert got.encode_ordinary("low") == trained.encode_ordinary("low")
+
+
+@pytest.mark.parametrize("rows", [50257, 50258, 50304])
+def test_llm_cs_models_have_gpt2s_tokens(tmp_path, rows):
+    path = tmp_path / "gpt2_124M.bin"
+    path.write_bytes(b"")
+    assert tokenizer_of(path, rows) == "gpt2"
+    for other in (50256, 50305, 257):
+        with pytest.raises(ValueError, match="gpt2_124M.bin: which tokenizer"):
+            tokenizer_of(path, other)
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    with pytest.raises(OSError, match="holds none of tokenizer"):
+        open_encoding(tmp_path)
+
+
+# the tokenizer
+
+
+def header(*numbers):
+    whole = np.zeros(256, "<i4")
+    whole[: len(numbers)] = numbers
+    return whole.tobytes()
+
+
+def tokenizer_bytes(tokens, eot):
+    body = b"".join(bytes([len(x)]) + x for x in tokens)
+    return header(20240328, 2, len(tokens), eot) + body
+
+
+def tokens_of(encoding):
+    n = encoding.n_vocab
+    return [encoding.decode_single_token_bytes(i) for i in range(n)]
+
+
+def test_a_tokenizer_comes_back(trained, tmp_path):
+    path = tmp_path / "t.bin"
+    write_tokenizer(path, trained)
+    tokens = tokens_of(trained)
+    assert path.read_bytes() == tokenizer_bytes(tokens, 269)
+    assert read_tokenizer(path) == (tokens, 269)
+    again = read_encoding(path)
+    for text in TEXTS:
+        assert again.encode_ordinary(text) == trained.encode_ordinary(text)
+    assert again.eot_token == 269
+
+
+def test_gpt2s_encoder_from_its_decoder(gpt2, tmp_path):
+    write_tokenizer(tmp_path / "gpt2_tokenizer.bin", gpt2)
+    again = read_encoding(tmp_path / "gpt2_tokenizer.bin")
+    assert again.n_vocab == 50257
+    text = Path(__file__).read_text("utf-8") + "naïve 東京 \U0001f600\r\n\t x"
+    assert again.encode_ordinary(text) == gpt2.encode_ordinary(text)
+
+
+def test_a_long_token_is_not_written(tmp_path):
+    ranks = {bytes([i]): i for i in range(256)} | {b"x" * 256: 256}
+    long = tiktoken.Encoding(
+        "long", pat_str=".", mergeable_ranks=ranks, special_tokens={}
+    )
+    with pytest.raises(ValueError, match="number 256 has 256"):
+        write_tokenizer(tmp_path / "t.bin", long)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda raw: raw[:1000], "too few for a header"),
+        (lambda raw: raw[:-1], "token 3 is empty or cut off"),
+        (lambda raw: raw[:-3], "right for 4 tokens"),
+        (lambda raw: raw + b"x", "1 bytes behind the last token"),
+        (lambda raw: raw + b"x" * 2000, "right for 4 tokens"),
+        (lambda raw: header(1) + raw[1024:], "magic number must be 20240328"),
+        (lambda raw: header(20240328, 1) + raw[1024:], "version must be 2"),
+        (
+            lambda raw: header(20240328, 2, 2**31 - 1, 3) + raw[1024:],
+            "right for 2147483647 tokens",
+        ),
+        (lambda raw: header(20240328, 2, 4, 4) + raw[1024:], "EOT must be"),
+        (lambda raw: header(20240328, 2, -4, -5) + raw[1024:], "positive"),
+        (lambda raw: raw[:1024] + b"\0" + raw[1025:], "token 0 is empty"),
+    ],
+)
+def test_a_bad_tokenizer_is_refused(tmp_path, change, says):
+    good = tokenizer_bytes([b"a", b"b", b"ab", b"cd"], 3)
+    (tmp_path / "t.bin").write_bytes(change(good))
+    with pytest.raises(ValueError, match=f"t.bin: .*{says}"):
+        read_tokenizer(tmp_path / "t.bin")
+
+
+BYTES = [bytes([i]) for i in range(256)]
+EOT = b"<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [
+        ([*BYTES, b"ab"], "the last token must be"),
+        ([*BYTES[1:], b"ab", EOT], "no token for the byte 0"),
+        ([*BYTES, b"ab", b"ab", EOT], "comes twice"),
+        ([*BYTES, b"abc", b"ab", EOT], "token 256 joins no two earlier ones"),
+    ],
+)
+def test_a_decoder_without_an_encoder(tmp_path, tokens, says):
+    with pytest.raises(ValueError, match=f"t: .*{says}"):
+        encoding_of("t", tokens)
+    path = tmp_path / "t.bin"
+    path.write_bytes(tokenizer_bytes(tokens, 0))
+    assert read_tokenizer(path) == (tokens, 0)
+    with pytest.raises(ValueError, match="t.bin: EOT must be the last token"):
+        read_encoding(path)
+
+
+@settings(deadline=None, max_examples=200)
+@given(data=st.data())
+def test_a_damaged_tokenizer_is_an_answer_or_one_error(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("x") / "t.bin"
+    good = tokenizer_bytes([*BYTES, b"ab", b"abc", EOT], 258)
+    raw = data.draw(mangled(good))
+    answer(read_tokenizer, path, raw)
+    answer(read_encoding, path, raw)
