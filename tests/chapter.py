@@ -3,9 +3,9 @@
     python tests/chapter.py                    all tests and notebooks
     python tests/chapter.py 2.4 -- ARGS        pytest with ARGS, for 2.4 alone
 
-A module is tested by the files in the folder of its room that bear its name
-or import it. What stands in a room of layers, such as `cpu`, is also compared
-with the layer in NumPy, and by the tests of that.
+A module is tested by the files in the folder of its room that bear its name,
+or else by those that import it. A layer that is compiled is tested by the file
+that tests it in NumPy.
 """
 
 import ast
@@ -54,12 +54,10 @@ def test_files(module):
     room, _, name = module.rpartition(".")
     folders = [TESTS / folder for folder in FOLDERS.get(room, [room])]
     names = {f"test_{name}", f"test_{room}_{name}"}
-    return {
-        path
-        for folder in folders
-        for path in folder.glob("test_*.py")
-        if path.stem in names or module in imported(path)
-    } | {TESTS / name for name in ALSO.get(module, [])}
+    files = [path for folder in folders for path in folder.glob("test_*.py")]
+    named = {path for path in files if path.stem in names}
+    found = named or {path for path in files if module in imported(path)}
+    return found | {TESTS / name for name in ALSO.get(module, [])}
 
 
 def chapter_files(label):

@@ -1,4 +1,4 @@
-"""Run tests or notebooks on each tile shape of chapter A.2, and on one thread.
+"""Run tests or notebooks on every tile shape (chapter A.2), and on one thread.
 
     python tests/tiles.py                      all notebooks, on all of them
     python tests/tiles.py -s 6x2x8 -- ARGS     pytest with ARGS, on this one
@@ -11,8 +11,12 @@ import argparse
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-from test_tile import OURS, SHAPES, chosen
+for room in ("cpu", "reference"):
+    sys.path.insert(0, str(Path(__file__).with_name(room)))
+
+from test_tile import OURS, SHAPES, chosen  # noqa: E402
 
 ONE_THREAD = "one-thread"
 

@@ -258,9 +258,9 @@ def gpu_section(stem, result):
         yield (
             "**No time has been measured on a GPU yet.** The kernels have "
             "run in the simulator of "
-            "[chapter A.5](../notebooks/appendix/05_simulator.ipynb) and have been "
-            "compiled; no hardware has run them. This command, on a machine "
-            "with a GPU, "
+            "[chapter A.5](../notebooks/appendix/05_simulator.ipynb) and have "
+            "been compiled; no hardware has run them. This command, on a "
+            "machine with a GPU, "
             "measures a training step and every version of every layer, "
             "against PyTorch on the same GPU:"
         )

@@ -33,7 +33,6 @@ from llmnb.cli.options import (
     warn,
 )
 from llmnb.files import replacing
-from llmnb.model.decode import Decoder
 from llmnb.model.generate import decoded, generate
 from llmnb.train.newest import new_folder, newest_run, note_newest
 from llmnb.train.run import begin, finish, follow, resume, telling
@@ -286,6 +285,8 @@ SAMPLE = {"count": 200, "temperature": 0.8, "top_p": 0.95}
 
 
 def _sample(model, encoding):
+    from llmnb.model.decode import Decoder
+
     # a GPU would compute the whole window for every token
     model = Decoder.of(model) if model.backend == "cuda" else model
     eot = encoding.eot_token

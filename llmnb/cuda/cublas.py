@@ -109,10 +109,16 @@ class _Places(NamedTuple):
 
 
 # set an attribute
+def _lt():
+    """The library's functions; imported only where they are needed."""
+    from nvmath.bindings import cublasLt
+
+    return cublasLt
+
+
 def _set(what, thing, name, value):
     """Set an attribute of a description; what: "matmul_desc" or so."""
-    from nvmath.bindings import cublasLt as lt
-
+    lt = _lt()
     kinds = {
         "matmul_desc": lt.MatmulDescAttribute,
         "matmul_preference": lt.MatmulPreferenceAttribute,
@@ -128,9 +134,8 @@ def _set(what, thing, name, value):
 def _describe(plan, bias, tf32):
     """A plan as the library knows it: a product and three matrices."""
     from nvmath.bindings import cublas
-    from nvmath.bindings import cublasLt as lt
 
-    kind = cublas.ComputeType
+    lt, kind = _lt(), cublas.ComputeType
     kind = kind.COMPUTE_32F_FAST_TF32 if tf32 else kind.COMPUTE_32F
     product = lt.matmul_desc_create(kind, 0)  # 0 is float32
     _set("matmul_desc", product, "TRANSA", int(plan.transa))
@@ -145,9 +150,7 @@ def _describe(plan, bias, tf32):
 @functools.cache
 def _library():
     """The library's handle; made once, on the GPU that is current."""
-    from nvmath.bindings import cublasLt as lt
-
-    return lt.create()
+    return _lt().create()
 
 
 # choose a kernel
@@ -159,8 +162,7 @@ def _prepared(plan, alignments, size, tf32):
     call with operands that are aligned alike. Raises RuntimeError when the
     library knows no kernel.
     """
-    from nvmath.bindings import cublasLt as lt
-
+    lt = _lt()
     # the search looks at how the bias is aligned, so it needs an address
     product, A, B, D = _describe(plan, alignments[-1], tf32)
     wish = lt.matmul_preference_create()
@@ -182,8 +184,6 @@ def _prepared(plan, alignments, size, tf32):
 # carry it out
 def _enqueue(plan, places, beta, work, tf32):
     """Enqueue D = op(A) op(B) + beta C on the current stream."""
-    from nvmath.bindings import cublasLt as lt
-
     start = -(-address(work) // ALIGNED) * ALIGNED
     size = max(0, address(work) + work.nbytes - start)
     kept = _prepared(plan, places.alignments(), size, tf32)
@@ -191,7 +191,7 @@ def _enqueue(plan, places, beta, work, tf32):
     if plan.bias:
         _set("matmul_desc", product, "BIAS_POINTER", places.bias)
     beta = ONE if beta else NOUGHT
-    lt.matmul(
+    _lt().matmul(
         _library(), product, ONE.ctypes.data, places.a, A, places.b, B,
         beta.ctypes.data, places.c, D, places.d, D,
         found.ctypes.data, start, size, stream_address(),

@@ -75,24 +75,20 @@ def _filler(tile, depth, threads, along):
     pitch = tile + 32 // depth
 
     @device
-    def fill_along(shared, source, first, size, k, steps):
+    def fill(shared, source, first, size, k, steps):
         for turn in range(tile * depth // threads):
-            e = cuda.threadIdx.x + turn * threads
-            i, j, value = first + e // depth, k + e % depth, ZERO
-            if i < size and j < steps:
-                value = source[i * steps + j]
-            shared[e % depth * pitch + e // depth] = value
+            e, value = cuda.threadIdx.x + turn * threads, ZERO
+            if along:
+                i, j = e // depth, e % depth  # a row, a step of the sum
+                at = (first + i) * steps + k + j
+            else:
+                i, j = e % tile, e // tile
+                at = (k + j) * size + first + i
+            if first + i < size and k + j < steps:
+                value = source[at]
+            shared[j * pitch + i] = value
 
-    @device
-    def fill_across(shared, source, first, size, k, steps):
-        for turn in range(tile * depth // threads):
-            e = cuda.threadIdx.x + turn * threads
-            i, j, value = k + e // tile, first + e % tile, ZERO
-            if i < steps and j < size:
-                value = source[i * size + j]
-            shared[e // tile * pitch + e % tile] = value
-
-    return fill_along if along else fill_across
+    return fill
 
 
 # versions 2 and 3

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_hub import own_files
+from test_vocabulary import own_files
 
 from llmnb.cli import bench as bench_command
 from llmnb.cli import train as train_command
@@ -133,7 +133,7 @@ def test_train_on_files(llmnb, tmp_path):
 
 def interrupt(monkeypatch, at, number=signal.SIGINT, times=1):
     """Have a signal come while step `at` is computed."""
-    from llmnb.train import train as module
+    from llmnb.train import loop as module
 
     whole = module.train_step
 
@@ -180,7 +180,7 @@ def test_a_closed_terminal_saves_though_the_signal_comes_twice(
 def test_ctrl_c_and_then_a_closed_terminal_still_save(
     llmnb, tmp_path, monkeypatch, hangup
 ):
-    from llmnb.train import train as module
+    from llmnb.train import loop as module
 
     whole = module.train_step
 
@@ -528,9 +528,9 @@ def raising(kind=OSError, *args):
     [
         ("llmnb.cli.train._sample", ValueError, "sample.txt"),
         ("llmnb.cli.train._keep_sample", MemoryError, "sample.txt"),
-        ("llmnb.train.log.read_steps", PermissionError, "log.csv"),
-        ("llmnb.train.folder.save_figure", RuntimeError, "loss.png"),
-        ("llmnb.train.feed.landmarks", OSError, "loss.png"),
+        ("llmnb.train.run.read_steps", PermissionError, "log.csv"),
+        ("llmnb.train.run.save_figure", RuntimeError, "loss.png"),
+        ("llmnb.train.run.landmarks", OSError, "loss.png"),
     ],
 )
 def test_what_fails_after_training_is_a_warning(
@@ -608,7 +608,7 @@ def test_a_picture_that_fails_costs_no_measurement(
 
 def test_the_way_out_of_a_run_that_diverges(llmnb, tmp_path, monkeypatch):
     """The error's own command trains, from the last good state."""
-    from llmnb.train import train as module
+    from llmnb.train import loop as module
 
     whole = module.train_step
 

@@ -33,12 +33,12 @@ OURS = f"{tile.ROWS}x{tile.VECTORS}x{tile.LANES}"
 OTHERS = [shape for shape in SHAPES if shape != OURS]
 # what each shape has to pass: the comparisons with the reference
 CHOSEN = [
-    "test_matmul.py::test_cpu_equals_reference",
-    "test_matmul.py::test_options",
-    "test_matmul.py::test_wide_layers",
-    "test_matmul.py::test_threads_change_no_bit",
-    "test_attention.py::test_cpu_against_reference[float32]",
-    "test_attention.py::test_backward_overwrites",
+    "reference/test_matmul.py::test_cpu_equals_reference",
+    "reference/test_matmul.py::test_options",
+    "reference/test_matmul.py::test_wide_layers",
+    "reference/test_matmul.py::test_threads_change_no_bit",
+    "reference/test_attention.py::test_cpu_against_reference[float32]",
+    "reference/test_attention.py::test_backward_overwrites",
 ]
 AT_A_SHAPE = """
 import sys
@@ -197,7 +197,7 @@ def test_bf16_rounds_to_nearest_even(C):
     [(-127, 0, 0), (-127, 10, 0), (-70, -60, 0), (-126, 0, 1), (-63, -63, 1)],
 )
 def test_bf16_of_the_smallest_numbers(a, b, kept):
-    """vdpbf16ps takes subnormal factors and sums for 0, as chapter 6 says."""
+    """vdpbf16ps takes subnormal factors and sums for 0, as chapter 2.6 says."""
     x = np.full((1, 1, 1), 2.0**a, np.float32)
     weight, out = np.full((1, 1), 2.0**b, np.float32), np.empty_like(x)
     matmul.matmul_forward(out, x, weight, None, bf16=True)
@@ -297,32 +297,18 @@ def test_bf16_attention(shape):
     numba.config.NUMBA_NUM_THREADS < 2, reason="needs two threads"
 )
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize(
-    "layer, shape",
-    [
-        (test_matmul, (1, 300, 40, 41)),  # all cut by rows but dweight
-        (test_matmul, (2, 10, 41, 600)),  # by columns, dweight by rows
-        (test_matmul, (1, 30, 801, 50)),  # sums of several blocks
-        (test_attention, (1, 97, 1, 17)),
-        (test_attention, (2, 200, 3, 16)),
-    ],
-)
-def test_threads_change_no_bit(layer, shape, bf16):
-    def results():
-        if layer is test_matmul:
-            return test_matmul.Problem(*shape).results(matmul, bf16=bf16)
-        args = *test_attention.problem(*shape, np.float32), shape[2]
-        return test_attention.run(attention, *args, bf16=bf16)
-
-    before = numba.get_num_threads()
+@pytest.mark.parametrize("shape", [(1, 97, 1, 17), (2, 200, 3, 16)])
+def test_threads_change_no_bit_of_attention(shape, bf16):
+    inp, dout = test_attention.problem(*shape, np.float32)
+    before, results = numba.get_num_threads(), []
     try:
-        numba.set_num_threads(1)
-        alone = results()
-        numba.set_num_threads(2)
-        together = results()
+        for threads in (1, 2):
+            numba.set_num_threads(threads)
+            args = attention, inp, dout, shape[2]
+            results.append(test_attention.run(*args, bf16=bf16))
     finally:
         numba.set_num_threads(before)
-    for one, two in zip(alone, together, strict=True):
+    for one, two in zip(*results, strict=True):
         np.testing.assert_array_equal(one, two)
 
 

@@ -312,59 +312,9 @@ def test_a_row_of_no_four_takes_scalars(monkeypatch):
     assert "vectors" in name(3, 8, 12, along=(True, True), first=4)
 
 
-# ---- bad arguments ----
-
-
-def forward_arguments(**changed):
-    good = {
-        "out": poison(2, 3, 5),
-        "inp": normal(2, 3, 4),
-        "weight": normal(5, 4),
-        "bias": normal(5),
-    }
-    good |= changed
-    return {
-        k: to_device(v) if isinstance(v, np.ndarray) else v
-        for k, v in good.items()
-    }
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("out", poison(2, 3, 4)),
-        ("inp", normal(6, 4)),
-        ("weight", normal(5, 3)),
-        ("weight", normal(20)),
-        ("bias", normal(4)),
-        ("residual", normal(2, 3, 4)),
-    ],
-)
-def test_wrong_shapes(name, value):
-    with pytest.raises(ValueError, match=f"matmul_forward: {name}|dimension"):
-        matmul_forward(**forward_arguments(**{name: value}))
-
-
-def test_wrong_kinds():
-    arguments = forward_arguments()
-    for wrong in (normal(2, 3, 4), [1.0], None):
-        with pytest.raises(TypeError, match="inp must be a device's array"):
-            matmul_forward(**arguments | {"inp": wrong})
-    double = to_device(np.zeros((2, 3, 4)))
-    with pytest.raises(TypeError, match="must be float32"):
-        matmul_forward(**arguments | {"inp": double})
-
-
-def test_wrong_arguments_of_backward():
+def test_scratch_that_is_too_small_is_refused():
     shapes = (2, 3, 4), (5, 4), (5,), (2, 3, 5), (2, 3, 4), (5, 4)
-    good = x, *_ = [to_device(normal(*shape)) for shape in shapes]
-    for place, name in enumerate(["dinp", "dweight", "dbias", "dout"]):
-        bad = list(good)
-        bad[place] = to_device(normal(7))
-        with pytest.raises(ValueError, match=name):
-            matmul_backward(*bad)
+    good = [to_device(normal(*shape)) for shape in shapes]
     for work in (empty(4), empty((5, 2))):
-        with pytest.raises(ValueError, match="work must"):
+        with pytest.raises(ValueError, match="matmul_backward: work must"):
             matmul_backward(*good, work=work)
-    with pytest.raises(TypeError, match="dweight"):
-        matmul_backward(x, None, *good[2:])

@@ -158,6 +158,42 @@ def test_arrays_that_do_not_fit_are_named(backend, layer, tmp_path):
                 refused(backend, layer, given, f"{row.name} {message}")
 
 
+def tied(layer):
+    """Pairs of an array and an axis whose size another place fixes."""
+    rows = layer.arguments.arrays
+    places = [x for row in rows for x in row.sizes]
+    for row in rows:
+        for axis, (_, name) in enumerate(row.sizes):
+            again = sum(other == name for _, other in places) > 1
+            if name.isalpha() and again or name == "":
+                yield row, axis
+
+
+@ALL
+def test_shapes_that_do_not_fit_are_refused(backend, layer):
+    """One more along an axis, one axis more, float64, every other number."""
+    good = host_arguments(layer)
+    for row, axis in tied(layer):
+        x, given = good[row.name], placed(backend, good)
+        axis -= len(row.sizes)
+        more = np.repeat(x, 2, axis).take(range(x.shape[axis] + 1), axis)
+        given[row.name] = placed(backend, {"x": more})["x"]
+        refused(backend, layer, given, r".* must ")
+    for row in layer.arguments.arrays:
+        x, given = good[row.name], placed(backend, good)
+        if not row.open:
+            given[row.name] = placed(backend, {"x": x[None]})["x"]
+            refused(backend, layer, given, f"{row.name} must have shape")
+        floats = [a for a in layer.arguments.arrays if not a.limit]
+        if not row.limit and (backend is cuda or len(floats) > 1):
+            double = placed(backend, {"x": x.astype(np.float64)})["x"]
+            twice = placed(backend, good) | {row.name: double}
+            refused(backend, layer, twice, r"\w+ must be float")
+        if backend is cpu and x.ndim and x.shape[-1] > 1:
+            given[row.name] = np.repeat(x, 2, -1)[..., ::2]
+            refused(backend, layer, given, f"{row.name} must be C-contiguous")
+
+
 @ALL
 def test_what_is_written_shares_no_memory(backend, layer):
     """Unless it is marked as what may be the first argument itself."""

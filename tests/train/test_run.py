@@ -90,7 +90,7 @@ def small_data(monkeypatch):
     def prepare(config):
         return Data(tokenizer.byte(), tokens[900:], tokens[:900], "a test")
 
-    monkeypatch.setattr("llmnb.train.feed.prepare", prepare)
+    monkeypatch.setattr("llmnb.train.run.prepare", prepare)
 
 
 def straight(folder, config=TINY):
@@ -398,7 +398,7 @@ def test_another_text(tmp_path, monkeypatch):
     before = files_of(tmp_path / "a")
     tokens = np.arange(4000).astype(np.uint16) % 250
     other = Data(tokenizer.byte(), tokens[400:], tokens[:400], "another")
-    monkeypatch.setattr("llmnb.train.feed.prepare", lambda config: other)
+    monkeypatch.setattr("llmnb.train.run.prepare", lambda config: other)
     with pytest.raises(ValueError, match="the text is not the one it began"):
         resume(tmp_path / "a")
     assert files_of(tmp_path / "a") == before, "nothing is written"
@@ -423,7 +423,7 @@ def test_a_text_changed_anywhere(tmp_path, monkeypatch, part, place, count):
     cut(tmp_path / "a", 7)
     before = files_of(tmp_path / "a")
     other = changed(the_run.prepare, place, part, count)
-    monkeypatch.setattr("llmnb.train.feed.prepare", other)
+    monkeypatch.setattr("llmnb.train.run.prepare", other)
     with pytest.raises(ValueError, match="the text is not the one it began"):
         resume(tmp_path / "a")
     assert files_of(tmp_path / "a") == before, "nothing is written"
@@ -443,7 +443,7 @@ def shards_in(folder, change=None):
 
 
 def test_shards_that_have_moved(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmnb.train.feed.prepare", prepare)
+    monkeypatch.setattr("llmnb.train.run.prepare", prepare)
     config = replace(TINY, shards=shards_in(tmp_path / "here"))
     want = straight(tmp_path / "a", config)[0]
     cut(tmp_path / "b", 7, config)
@@ -465,7 +465,7 @@ def test_shards_that_have_moved(tmp_path, monkeypatch):
 
 
 def test_a_corpus_that_has_moved(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmnb.train.feed.prepare", prepare)
+    monkeypatch.setattr("llmnb.train.run.prepare", prepare)
     (tmp_path / "here.txt").write_text("spam and eggs, " * 500)
     config = replace(TINY, corpus=(str(tmp_path / "here.txt"),))
     want = straight(tmp_path / "a", config)[0]
@@ -480,7 +480,7 @@ def test_a_corpus_that_has_moved(tmp_path, monkeypatch):
 
 def test_a_corpus_in_place_of_shards(tmp_path, monkeypatch):
     """The tokens decide, not the way they come."""
-    monkeypatch.setattr("llmnb.train.feed.prepare", prepare)
+    monkeypatch.setattr("llmnb.train.run.prepare", prepare)
     text = tmp_path / "text.txt"
     text.write_text("spam and eggs, " * 500)
     config = replace(TINY, corpus=(str(text),))
@@ -550,7 +550,7 @@ def test_a_state_of_an_older_llmnb(tmp_path):
 
 def test_other_versions_are_told(tmp_path, monkeypatch):
     cut(tmp_path / "a", 7)
-    monkeypatch.setattr("llmnb.train.run.version", lambda name: f"{name}-9")
+    monkeypatch.setattr("llmnb.train.state.version", lambda name: f"{name}-9")
     for steps in (5, 99):  # of the new machine's own states too
         run, (warning,) = resume(tmp_path / "a")
         assert "may differ in their last bits" in warning
@@ -575,7 +575,7 @@ def test_another_gpu_is_told(tmp_path, monkeypatch):
     begun = the_run.surroundings("cuda")
     monkeypatch.setattr(cuda, "gpu", lambda: "another")
     now = the_run.surroundings("cuda")
-    (warning,) = the_run._differences(begun, now)
+    (warning,) = the_run.differences(begun, now)
     assert "began with GPU none" in warning and ", now another" in warning
     assert "GPU" not in the_run.surroundings("cpu")
 
@@ -1246,8 +1246,8 @@ def fail(*args, **how):
     "what",
     [
         "matplotlib.figure.Figure.savefig",  # a font, tex, a broken library
-        "llmnb.train.feed.landmarks",  # a shard that has vanished
-        "llmnb.train.folder.write_log",  # a disk that is full
+        "llmnb.train.run.landmarks",  # a shard that has vanished
+        "llmnb.train.run.write_log",  # a disk that is full
     ],
 )
 def test_what_only_shows_a_run_costs_no_model(tmp_path, monkeypatch, what):
@@ -1361,7 +1361,7 @@ def test_the_way_out_of_a_loss_that_is_no_number(tmp_path, monkeypatch):
     assert rate == config.learning_rate / 2
     asked = []
     monkeypatch.setattr("llmnb.cli.train.check_backend", lambda name: None)
-    monkeypatch.setattr("llmnb.train.run.begin", lambda *x: asked.append(x))
+    monkeypatch.setattr("llmnb.cli.train.begin", lambda *x: asked.append(x))
     monkeypatch.chdir(tmp_path)
     with contextlib.suppress(AttributeError):  # there is no run to follow
         main(["train", *words])
