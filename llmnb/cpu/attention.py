@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/1_by_hand/08_attention.py: edit that file.
+# Written by `make export` from notebooks/2_cpu/05_attention.py: edit that file.
 
 """Attention in blocks with an online softmax, for the processor's cores."""
 
@@ -162,7 +162,7 @@ def attention_forward(out, lse, inp, work=None, bf16=False):
     bfloat16, for float32 only. Raises TypeError or ValueError before it
     computes anything.
 
-    Derived in chapter 1.8.
+    Derived in chapter 2.5.
     """
     check_bf16("attention_forward", bf16, inp.dtype)
     scratch = _scratch(out, lse, work, bf16)
@@ -171,7 +171,7 @@ def attention_forward(out, lse, inp, work=None, bf16=False):
 
 # what both kernels take
 def _scratch(out, lse, work, bf16):
-    """T, NH, hs and the size of a block; places; chapter 1.7's scratch."""
+    """T, NH, hs and the size of a block; places; chapter 2.4's scratch."""
     _, NH, T = lse.shape
     hs = out.shape[2] // NH
     block = _block_size(hs)
@@ -232,7 +232,7 @@ def _backward_scores(
 def _backward_sums(
     dqkv, dout, qkv, q, k, y, fresh, sizes, places, code, panels, w
 ):
-    """The last three products of (1.8.14); fresh: of keys, of queries."""
+    """The last three products of (2.5.3); fresh: of keys, of queries."""
     C, hs, n, rows, cols = sizes
     A, _, _, KT, B, S, dS, _, _ = places
     step, shape = 3 * C, (cols, hs, rows)
@@ -305,7 +305,7 @@ def attention_backward(
     as in attention_forward. Raises TypeError or ValueError before it
     computes anything.
 
-    Derived in chapter 1.8.
+    Derived in chapter 2.5.
     """
     check_bf16("attention_backward", bf16, inp.dtype)
     scratch = _scratch(out, lse, work, bf16)

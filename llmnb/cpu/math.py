@@ -1,6 +1,6 @@
-# Written by `make export` from notebooks/1_by_hand/08_attention.py: edit that file.
+# Written by `make export` from notebooks/2_cpu/02_rows.py: edit that file.
 
-"""The exponential and the hyperbolic tangent, in vector instructions."""
+"""The exponential in vector instructions."""
 
 __all__ = [
     "fast_exp",
@@ -59,6 +59,6 @@ def fast_exp(x):
     -87 to 88. Below -88 it gives 0 and above 88 exp(88), so never an
     infinity. Any other number goes to math.exp in float64.
 
-    Derived in chapter 1.8.
+    Derived in chapter 2.2.
     """
     return _exp(x)

@@ -13,12 +13,9 @@ from llmnb.cuda.adamw import (
     global_norm,
 )
 from llmnb.cuda.attention import (
-    ATTENTION_BACKWARD,
-    ATTENTION_FORWARD,
     WIDEST_HEAD,
-    attention_backward,
     attention_forward,
-    attention_scratch,
+    check_heads,
 )
 from llmnb.cuda.crossentropy import (
     crossentropy_softmax_backward,
@@ -71,6 +68,10 @@ from llmnb.cuda.residual import (
     residual_backward,
     residual_forward,
 )
+from llmnb.cuda.walks import (
+    attention_backward,
+    attention_scratch,
+)
 from llmnb.gpu.graph import (
     Graph,
 )
@@ -121,8 +122,6 @@ from llmnb.gpu.warp import (
 
 __all__ = [
     "ALIGN",
-    "ATTENTION_BACKWARD",
-    "ATTENTION_FORWARD",
     "BLOCK",
     "Backend",
     "BarrierError",
@@ -149,6 +148,7 @@ __all__ = [
     "block_max",
     "block_sum",
     "check_device",
+    "check_heads",
     "clip_apply",
     "clip_gradients",
     "clip_scratch",

@@ -133,34 +133,26 @@ class Ladder(NamedTuple):
     counted: Sizes = COUNTED
 
     def _found(self, package, name):
-        module = importlib.import_module(f"llmnb.{package}.{self.module}")
-        return getattr(module, name)
+        return getattr(importlib.import_module(f"llmnb.{package}"), name)
 
     @property
     def versions(self):
         """The functions of the versions, in order; the last is the layer's."""
         name, rungs = self.named or self.layer.upper(), ()
-        module = importlib.import_module(f"llmnb.cuda.{self.module}")
-        if hasattr(module, name):  # a layer that takes a version
-            return getattr(module, name)
         plainer = f"llmnb.bench.rungs_{self.module}"
         if importlib.util.find_spec(plainer):
             rungs = getattr(importlib.import_module(plainer), name, ())
-        return (*rungs, getattr(module, self.layer))
+        return (*rungs, self._found("cuda", self.layer))
 
     def function(self, version):
         """The layer in a version."""
-        layer = self._found("cuda", self.layer)
-        if self.versions[-1] is layer:
-            return self.versions[version - 1]
-        return functools.partial(layer, version=version)
+        return self.versions[version - 1]
 
     def scratch(self, sizes, version):
         """How many floats of scratch memory a version wants, or 0."""
         if self.work is None:
             return 0
-        module = importlib.import_module(f"llmnb.cuda.{self.module}")
-        return self.work(module, sizes, version)
+        return self.work(importlib.import_module("llmnb.cuda"), sizes)
 
     def draw(self, sizes, seed=0):
         """The arguments as a dict of NumPy arrays and numbers."""
@@ -541,23 +533,22 @@ LADDERS = (
            ("out", "mean", "rstd"), torch=_torch_layernorm),
     Ladder("layernorm", "layernorm_backward", _layernorm_backward,
            changes=("dinp", "dweight", "dbias"), torch=_torch_layernorm_back,
-           work=lambda m, s, v: m.layernorm_scratch(s.B * s.T, s.C)),
+           work=lambda m, s: m.layernorm_scratch(s.B * s.T, s.C)),
     Ladder("matmul", "matmul_forward", _matmul_forward, ("out",),
            torch=_torch_matmul, flops=lambda s: 8 * s.B * s.T * s.C**2,
            library=lambda: _library("cublas_forward")),
     Ladder("matmul", "matmul_backward", _matmul_backward,
            changes=("dinp", "dweight", "dbias"), torch=_torch_matmul_back,
            flops=lambda s: 16 * s.B * s.T * s.C**2,
-           work=lambda m, s, v: m.matmul_scratch(s.B * s.T, 4 * s.C),
+           work=lambda m, s: m.matmul_scratch(s.B * s.T, 4 * s.C),
            library=lambda: _library("cublas_backward")),
     Ladder("attention", "attention_forward", _attention_forward,
            ("out", "lse"), torch=_torch_attention, checked=2,
-           flops=lambda s: 2 * s.B * s.T * (s.T + 1) * s.C,
-           work=lambda m, s, v: m.attention_scratch(s.B, s.T, s.NH, v, 0)),
+           flops=lambda s: 2 * s.B * s.T * (s.T + 1) * s.C),
     Ladder("attention", "attention_backward", _attention_backward,
            changes=("dinp",), torch=_torch_attention_back, checked=2,
            flops=lambda s: 5 * s.B * s.T * (s.T + 1) * s.C,
-           work=lambda m, s, v: m.attention_scratch(s.B, s.T, s.NH, 0, v)),
+           work=lambda m, s: m.attention_scratch(s.B, s.T, s.NH)),
     Ladder("gelu", "gelu_forward", _gelu_forward, ("out",),
            torch=_torch_gelu),
     Ladder("gelu", "gelu_backward", _gelu_backward, changes=("dinp",),
