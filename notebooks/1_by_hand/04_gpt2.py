@@ -91,6 +91,8 @@ gpt2_diagram()
 #    ([chapter 1.11](11_crossentropy.ipynb)). The mean of it over all places is
 #    the one number that training lowers.
 #
+# Models that are built of such blocks are called *transformers*.
+#
 # Then everything runs backwards: from the loss, gradient by gradient, to each
 # of the parameters, and AdamW moves them a little
 # ([chapter 1.12](12_adamw.ipynb)).

@@ -506,7 +506,7 @@ compare("limit", mean_square(0.09 / 1e6, 1e6), np.exp(0.09), tol=1e-6)
 # transformer placed it after the addition, $x_{l+1} =
 # \operatorname{LN}(x_l + f(x_l))$, with no LayerNorm in $f$. Let the
 # gradient run down 24 such half blocks without scaling. Does it keep its
-# direction as well as with GPT-2's placement?
+# direction as well as with GPT-2's placement, which is called *pre-LN*?
 #
 # :::{admonition} Solution to exercise 3
 # :class: dropdown
