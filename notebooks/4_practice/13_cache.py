@@ -530,11 +530,11 @@ for rows, C, OC in ((1, 768, 2304), (5, 1000, 50), (64, 384, 131)):
 # %% a product with one row tags=["nbval-ignore-output"]
 import numba
 
-from llmnb.cpu.jit import kernel
+import numba
 from llmnb.timing import fastest, machine
 
 
-@kernel
+@numba.njit(parallel=True, fastmath=True, error_model="numpy")
 def read_all(sums, x):
     for t in numba.prange(len(x)):
         total = sums[t]
