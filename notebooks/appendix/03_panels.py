@@ -430,7 +430,7 @@ verdict("the rest", (out[-1] == 7).all() and (out[:, -1] == 7).all(), "stays")
 #
 # Panels cost 1.4 MB for each thread and a copy of both factors. Where a factor
 # is used again and again, as the weights are when a model writes text, it can
-# be packed once and kept: [chapter 4.13](../4_practice/13_cache.ipynb) does.
+# be packed once and kept: [chapter 4.19](../4_practice/19_cache.ipynb) does.
 # In training the weights change with every step, and a weight that is packed
 # once is multiplied with every token of the batch.
 
