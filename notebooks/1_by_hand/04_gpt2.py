@@ -10,10 +10,13 @@
 # ---
 
 # %% [markdown]
-# # See GPT-2 on one page
+# # GPT-2 on one page: the whole before its parts
 #
 # > The model as one diagram, its shapes, and where its parameters, its
 # > operations and its bytes are.
+
+#
+# *Reading time: 18 minutes. You need: [chapter 1.3](03_batches.ipynb).*
 
 # %% [markdown]
 # ## Where we are
@@ -47,16 +50,8 @@ from llmnb.book.verify import compare, verdict
 # %% [markdown]
 # ## The model
 #
-# Every chapter opens with the same picture and lights the part that it
-# builds. The cells that draw it come first.
-#
-# They are the first of many that are marked as *exported*. What they define
-# is written, under the same names, to the Python package `llmnb`, here to its
-# module `llmnb.book.diagram`, and later chapters import it from there
-# ([chapter A.10](../appendix/10_book.ipynb) shows how). The package has no other source
-# than these chapters. If you want to see the model first, go on to figure
-# 1.4.1.
-
+# The chapters that follow open with the same picture and light the part that
+# they build.
 
 # %% the whole of GPT-2
 gpt2_diagram()

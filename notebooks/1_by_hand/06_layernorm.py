@@ -529,7 +529,7 @@ verdict("two sweeps", abs(two_sweeps - exact) < 1e-5, "is right to 1e-05")
 #
 # - Ba, Kiros and Hinton (2016),
 #   [Layer Normalization](https://arxiv.org/abs/1607.06450): section 3 for
-#   the definition, section 5 for the invariances shown in figure 1.6.4.
+#   the definition, section 5 for the invariances shown in figure 1.6.3.
 # - Xiong et al. (2020),
 #   [On Layer Normalization in the Transformer Architecture](https://arxiv.org/abs/2002.04745):
 #   why GPT-2 places it before each half block and not after.

@@ -375,7 +375,7 @@ verdict("lowest", y0 <= tanh_gelu(np.linspace(-8, 8, 9999), CUBIC).min(),
 #
 # :::{admonition} Solution to exercise 2
 # :class: dropdown
-# The product rule gives $\Phi(x) + x\,\varphi(x)$: the shape of (1.9.8) with
+# The product rule gives $\Phi(x) + x\,\varphi(x)$: the shape of (2.2.3) with
 # $\Phi$ in the place of $\sigma$.
 # :::
 
@@ -459,7 +459,7 @@ verdict("derivatives", ends[0] < 0 < ends[1], "have two signs")
 #   what later models put in GELU's place.
 # - Goldberg (1991),
 #   [What every computer scientist should know about floating-point arithmetic](https://doi.org/10.1145/103162.103163):
-#   the part on cancellation, which (1.9.10) avoids.
+#   the part on cancellation, which (2.2.5) avoids.
 
 # %% [markdown]
 # ## What llmnb gained

@@ -320,10 +320,10 @@ plt.show()
 # %% [markdown]
 # ## Count it
 #
-# [Chapter 1.4](04_gpt2.ipynb) counted $6N + 6LCT$ operations a token. Divide them
+# [Chapter 1.4](../1_by_hand/04_gpt2.ipynb) counted $6N + 6LCT$ operations a token. Divide them
 # by the time that a step takes, and you have the speed at which the machine
 # works, in operations a second. The four products of a block should come near
-# the speed of [chapter 1.7](07_matmul.ipynb); all that stands between them, and
+# the speed of [chapter 2.4](04_matmul.ipynb); all that stands between them, and
 # AdamW, adds time and few operations. Here is a model of 3 million parameters.
 
 # %% a step, timed tags=["nbval-ignore-output"]

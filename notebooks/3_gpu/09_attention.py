@@ -703,83 +703,114 @@ def _tile_share(R):
 
 
 # %% [markdown]
-# The two kernels are one function, in which `BY_KEY` is a constant: what it
-# rules out is not compiled. The walk over keys keeps half as many sums, and its
+# The walk over keys keeps half as many sums, and its
 # `launch_bounds=(64, 5)` asks the compiler to leave room for five of its blocks
 # on a multiprocessor: 65,536 registers for 320 threads are 204 each. A block
 # that owns keys walks once for each head of queries that reads them.
 
 
-# %% a walk of the backward pass tags=["exporti"] module="cuda.attention"
+# %% what both walks are made of tags=["exporti"] module="cuda.attention"
 @functools.cache
-def _walk_kernel(hs, FOURS, BY_KEY):
-    """A block owns tiles of keys and values, or of queries, and walks."""
-    R, STRIDE = _side(hs), _stride(hs)
-    ROWS, WIDTH = 8 * R, 8 * R + 8
-    SUMS, PAIRS = R * (STRIDE // 8), R * R
-    MORE = SUMS if BY_KEY else 1  # sums for dv
-    copy, write = _tile_copy(hs, FOURS), _tile_write(hs, 8, R, FOURS)
-    dots, add = _tile_dots(hs, 8, R), _tile_add(hs, 8, R)
-    gradients, share = _tile_gradients(hs, R, BY_KEY), _tile_share(R)
+def _pieces(hs, FOURS, BY_KEY):
+    """What both walks are made of."""
+    R = _side(hs)
+    products = _tile_dots(hs, 8, R), _tile_add(hs, 8, R)
+    gradients = _tile_gradients(hs, R, BY_KEY), _tile_share(R)
+    copies = _tile_copy(hs, FOURS), _tile_write(hs, 8, R, FOURS)
+    return *copies, *products, *gradients
 
-    def walk(dinp, dout, inp, lse, D, NKV, more):
+
+# %% walk over queries tags=["exporti"] module="cuda.attention"
+@functools.cache
+def _keys_kernel(hs, FOURS):
+    """A block owns a tile of keys and values, for all heads that read it."""
+    R, STRIDE = _side(hs), _stride(hs)
+    SUMS, PAIRS, ROWS, WIDTH = R * (STRIDE // 8), R * R, 8 * R, 8 * R + 8
+    copy, write, dots, add, gradients, share = _pieces(hs, FOURS, True)
+
+    @kernel(launch_bounds=64)
+    def attention_backward_keys(dinp, dout, inp, lse, D, NKV, more):
         _, NH, T = lse.shape
-        C, W = NH * hs, (NH + 2 * NKV) * hs
+        C, W, group = NH * hs, (NH + 2 * NKV) * hs, NH // NKV
         tiles = (T + ROWS - 1) // ROWS
-        unit, tile = cuda.blockIdx.x // tiles, cuda.blockIdx.x % tiles
-        own = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
-        own2 = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
-        met = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
-        met2 = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        unit, first = cuda.blockIdx.x // tiles, cuda.blockIdx.x % tiles * ROWS
+        b, kv = unit // NKV, unit % NKV
+        key = b * T * W + (NH + kv) * hs
+        k = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        v = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        q = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        do = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
         weights = cuda.shared.array((ROWS, WIDTH), np.float32, alignment=16)
-        sums = cuda.local.array(SUMS, np.float32)
-        sums2 = cuda.local.array(MORE, np.float32)
+        dk = cuda.local.array(SUMS, np.float32)
+        dv = cuda.local.array(SUMS, np.float32)
         s = cuda.local.array(PAIRS, np.float32)
         ds = cuda.local.array(PAIRS, np.float32)
         for n in range(SUMS):
-            sums[n] = np.float32(0)
-        if BY_KEY:
-            group = NH // NKV
-            b, kv, first = unit // NKV, unit % NKV, tile * ROWS
-            for n in range(SUMS):
-                sums2[n] = np.float32(0)
-            x, k = b * T * W, b * T * W + (NH + kv) * hs
-            copy(own, inp, k, W, first, T)
-            copy(own2, inp, k + NKV * hs, W, first, T)
-            for h in range(kv * group, kv * group + group):
-                for start in range(first, T, ROWS):
-                    cuda.syncthreads()
-                    copy(met, inp, x + h * hs, W, start, T)
-                    copy(met2, dout, b * T * C + h * hs, C, start, T)
-                    cuda.syncthreads()
-                    dots(s, own, met)
-                    dots(ds, own2, met2)
-                    gradients(s, ds, lse, D, b, h, first, start)
-                    share(weights, s)
-                    add(sums2, weights, met2)
-                    share(weights, ds)
-                    add(sums, weights, met)
-            write(dinp, sums, k, W, first, T, more)
-            write(dinp, sums2, k + NKV * hs, W, first, T, more)
-        else:
-            b, h, first = unit // NH, unit % NH, (tiles - 1 - tile) * ROWS
-            x, k = b * T * W, b * T * W + (NH + h * NKV // NH) * hs
-            copy(own, inp, x + h * hs, W, first, T)
-            copy(own2, dout, b * T * C + h * hs, C, first, T)
-            for start in range(0, min(first + ROWS, T), ROWS):
+            dk[n] = dv[n] = np.float32(0)
+        copy(k, inp, key, W, first, T)
+        copy(v, inp, key + NKV * hs, W, first, T)
+        for h in range(kv * group, kv * group + group):
+            for start in range(first, T, ROWS):
                 cuda.syncthreads()
-                copy(met, inp, k, W, start, T)
-                copy(met2, inp, k + NKV * hs, W, start, T)
+                copy(q, inp, b * T * W + h * hs, W, start, T)
+                copy(do, dout, b * T * C + h * hs, C, start, T)
                 cuda.syncthreads()
-                dots(s, own, met)
-                dots(ds, own2, met2)
+                dots(s, k, q)
+                dots(ds, v, do)
                 gradients(s, ds, lse, D, b, h, first, start)
+                share(weights, s)
+                add(dv, weights, do)
                 share(weights, ds)
-                add(sums, weights, met)
-            write(dinp, sums, x + h * hs, W, first, T, more)
+                add(dk, weights, q)
+        write(dinp, dk, key, W, first, T, more)
+        write(dinp, dv, key + NKV * hs, W, first, T, more)
 
-    walk.__name__ = f"attention_backward_{'keys' if BY_KEY else 'queries'}"
-    return kernel(launch_bounds=64 if BY_KEY else (64, 5))(walk)
+    return attention_backward_keys
+
+
+# %% walk over keys tags=["exporti"] module="cuda.attention"
+@functools.cache
+def _queries_kernel(hs, FOURS):
+    """A block owns a tile of queries."""
+    R, STRIDE = _side(hs), _stride(hs)
+    SUMS, PAIRS, ROWS, WIDTH = R * (STRIDE // 8), R * R, 8 * R, 8 * R + 8
+    copy, write, dots, add, gradients, share = _pieces(hs, FOURS, False)
+
+    @kernel(launch_bounds=(64, 5))
+    def attention_backward_queries(dinp, dout, inp, lse, D, NKV, more):
+        _, NH, T = lse.shape
+        C, W = NH * hs, (NH + 2 * NKV) * hs
+        tiles = (T + ROWS - 1) // ROWS
+        unit = cuda.blockIdx.x // tiles
+        first = (tiles - 1 - cuda.blockIdx.x % tiles) * ROWS
+        b, h = unit // NH, unit % NH
+        query = b * T * W + h * hs
+        key = b * T * W + (NH + h * NKV // NH) * hs
+        q = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        do = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        k = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        v = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        weights = cuda.shared.array((ROWS, WIDTH), np.float32, alignment=16)
+        dq = cuda.local.array(SUMS, np.float32)
+        s = cuda.local.array(PAIRS, np.float32)
+        ds = cuda.local.array(PAIRS, np.float32)
+        for n in range(SUMS):
+            dq[n] = np.float32(0)
+        copy(q, inp, query, W, first, T)
+        copy(do, dout, b * T * C + h * hs, C, first, T)
+        for start in range(0, min(first + ROWS, T), ROWS):
+            cuda.syncthreads()
+            copy(k, inp, key, W, start, T)
+            copy(v, inp, key + NKV * hs, W, start, T)
+            cuda.syncthreads()
+            dots(s, q, k)
+            dots(ds, do, v)
+            gradients(s, ds, lse, D, b, h, first, start)
+            share(weights, ds)
+            add(dq, weights, k)
+        write(dinp, dq, query, W, first, T, more)
+
+    return attention_backward_queries
 
 
 # %% attention, backward tags=["export"] module="cuda.attention"
@@ -813,8 +844,8 @@ def attention_backward(dinp, dout, inp, out, lse, add=True, work=None):
     arrays, tiles = (dinp, dout, inp), -(-T // (8 * _side(hs)))
     fours = hs % 4 == 0 and aligned(*arrays)
     args = *(x.reshape(-1) for x in arrays), lse, D, NKV, int(add)
-    _walk_kernel(hs, fours, True)[B * NKV * tiles, 64](*args)
-    _walk_kernel(hs, fours, False)[B * NH * tiles, 64](*args)
+    _keys_kernel(hs, fours)[B * NKV * tiles, 64](*args)
+    _queries_kernel(hs, fours)[B * NH * tiles, 64](*args)
 
 
 # %% backward against NumPy
@@ -849,38 +880,6 @@ verdict("another run", same, "gives the same bits")
 # - A small tile of the result in registers spares most reads of shared memory.
 # - Backward walks twice, by keys and by queries, so that no two blocks add to
 #   one number and every run has the same bits.
-
-# %% [markdown]
-# ## Exercises
-#
-# **1** (★★). How many tiles of scores do the blocks of the GPU's forward
-# pass visit for one head of 64 channels or fewer and $T$ positions?
-# Check it by the barriers that its threads reach. Which part of the scores
-# that they compute at $T = 1024$ is masked?
-#
-# :::{admonition} Solution to exercise 1
-# :class: dropdown
-# Block $n$ owns queries $64n$ to $\min(64(n + 1), T) - 1$ and visits every
-# tile of 32 keys that begins before that end. Each visit has two barriers
-# for each of 128 threads. At $T = 1024$ they visit $2 + 4 + \dots + 32 = 272$
-# tiles of $64 \cdot 32$ scores, of which $T(T + 1)/2$ are wanted: about 6 %
-# are masked.
-# :::
-
-
-# %% exercise 1, tiles visited tags=["hide-cell"]
-def visited(T):
-    ends = [min(first + 64, T) for first in range(0, T, 64)]
-    return sum(-(-end // 32) for end in ends)
-
-
-# %% exercise 1, checked
-p = problem(1, 70, 1, 4)
-with watch() as seen:
-    on_gpu(p, simulated)
-verdict("barriers", seen.barriers == 2 * 128 * visited(70), "2 a tile")
-masked = 1 - 1024 * 1025 / 2 / (visited(1024) * 64 * 32)
-print(f"{visited(1024)} tiles at T = 1024, {masked:.0%} of them masked")
 
 # %% [markdown]
 # ## Further reading

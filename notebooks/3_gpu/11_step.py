@@ -77,7 +77,7 @@ print(f"stays {stays:>14,} bytes")
 # %% [markdown]
 # ## The arena on the device
 #
-# The arena of [chapter 1.13](13_memory.ipynb) is a block of bytes with a table
+# The arena of [chapter 1.14](../1_by_hand/14_memory.ipynb) is a block of bytes with a table
 # of names. For a GPU it gets its block from another function, and the rest
 # is as it was: a slice of a device's array is a view, and so are `.view` and
 # `.reshape`. Where NumPy wrote into an array, two small tools take over.

@@ -181,7 +181,7 @@ def multiply_add(builder, a, b, c):
 # registers run out, and the shape of the tile sees to it that they do not.
 #
 # The loop is written once and used by three: this tile, the tile without
-# packing of [chapter 4.14](../4_practice/14_cache_kernels.ipynb), and the
+# packing of [chapter 4.19](../4_practice/19_cache.ipynb), and the
 # measurement of the peak in chapter 2.4. They differ in what a turn does.
 # `turn` gets the pointers and the sums as they are in this turn, and gives
 # back the new sums.

@@ -42,7 +42,7 @@ from pathlib import Path
 # ## What a layer is given
 #
 # The fast layers are loops that the package numba compiles to machine code
-# ([chapter 1.5](05_encoder.ipynb)), and such loops check nothing. A shape that
+# ([chapter 2.1](../2_cpu/01_compile.ipynb)), and such loops check nothing. A shape that
 # does not fit would read or write some neighbour's bytes in the arena, and
 # nobody would notice. An array that the system has mapped read-only ends the
 # process without a word, and numba takes it for granted that every number

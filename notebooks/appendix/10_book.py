@@ -28,10 +28,12 @@
 # ---
 
 # %% [markdown]
-# # Build the book from itself
+# # Book: how it builds itself
 #
 # > The exporter turns marked cells into the package; the builder runs the
 # > notebooks and keeps what they print.
+#
+# *Reading time: 37 minutes. You need: Python and its `ast`.*
 
 # %% [markdown]
 # ## Where we are
