@@ -3,22 +3,49 @@
     python tests/tiles.py                      all notebooks, on all of them
     python tests/tiles.py -s 6x2x8 -- ARGS     pytest with ARGS, on this one
 
-A shape is taken as in test_tile: where the processor has the features, the
+A shape is taken so: where the processor has the features, the
 others are hidden from the compiler, elsewhere LLMNB_TILE asks for the shape.
 """
 
 import argparse
 import os
+import platform
 import subprocess
 import sys
-from pathlib import Path
 
-for room in ("cpu", "reference"):
-    sys.path.insert(0, str(Path(__file__).with_name(room)))
+import llvmlite.binding as llvm
 
-from test_tile import OURS, SHAPES, chosen  # noqa: E402
+from llmnb.cpu import tile
+
+SHAPES = {
+    "12x2x16": {"avx512f", "avx2"},
+    "6x2x8": {"avx", "avx2"},
+    "6x4x4": {"neon"},
+    "4x2x4": {"sse2"},
+}
+OURS = f"{tile.ROWS}x{tile.VECTORS}x{tile.LANES}"
+# the features of x86 that are left to numba, for the tile that fits them
+AVX2 = "+sse2,+sse4.2,+avx,+avx2,+fma"
+MASKS = {"4x2x4": "+sse2", "6x2x8": AVX2}
+ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 ONE_THREAD = "one-thread"
+
+
+def masked(shape):
+    return {
+        "NUMBA_CPU_NAME": "generic",
+        "NUMBA_CPU_FEATURES": MASKS[shape],
+    }
+
+
+def chosen(shape):
+    """What has a process take a shape: few features, or the variable."""
+    host = {k for k, has in llvm.get_host_cpu_features().items() if has}
+    needed = MASKS.get(shape, "+nothing").replace("+", "").split(",")
+    if ON_X86 and host.issuperset(needed):
+        return masked(shape)
+    return {"LLMNB_TILE": shape}
 
 
 def variables(name):

@@ -205,7 +205,7 @@ def writers_section(result):
         f"prompt of {result['prompt']} tokens and {result['count']} more, "
         f"always the likeliest one, with keys and values kept. Medians of "
         f"{rounds} texts; both programs wrote {same}. "
-        "[Chapter 4.13](../notebooks/4_practice/13_cache.ipynb) says what is "
+        "[Chapter 4.19](../notebooks/4_practice/19_cache.ipynb) says what is "
         "kept."
     )
     yield ""

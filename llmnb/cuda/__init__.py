@@ -14,8 +14,9 @@ from llmnb.cuda.adamw import (
 )
 from llmnb.cuda.attention import (
     WIDEST_HEAD,
+    attention_backward,
     attention_forward,
-    check_heads,
+    attention_scratch,
 )
 from llmnb.cuda.crossentropy import (
     crossentropy_softmax_backward,
@@ -68,10 +69,6 @@ from llmnb.cuda.residual import (
     residual_backward,
     residual_forward,
 )
-from llmnb.cuda.walks import (
-    attention_backward,
-    attention_scratch,
-)
 from llmnb.gpu.graph import (
     Graph,
 )
@@ -88,7 +85,6 @@ from llmnb.gpu.launch import (
     empty,
     kernel,
     missing,
-    numbered,
     overlap,
     simulated,
     stream,
@@ -148,7 +144,6 @@ __all__ = [
     "block_max",
     "block_sum",
     "check_device",
-    "check_heads",
     "clip_apply",
     "clip_gradients",
     "clip_scratch",
@@ -187,7 +182,6 @@ __all__ = [
     "no_compiler",
     "no_cublas",
     "no_gpu",
-    "numbered",
     "overlap",
     "products",
     "record",

@@ -1,10 +1,10 @@
-# Written by `make export` from notebooks/4_practice/27_anysize.py: edit that file.
+# Written by `make export` from notebooks/4_practice/11_anysize.py: edit that file.
 
 """Text of any size turned into shards on all cores."""
 
 __all__ = [
+    "Encoded",
     "Place",
-    "Progress",
     "START",
     "pieces_from",
     "shards_folder",
@@ -14,7 +14,6 @@ __all__ = [
 
 # imports of the shard writer
 import json
-import os
 import re
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +36,7 @@ from llmnb.files import (
 from llmnb.formats.shard import shard_length, write_shard
 from llmnb.text.data import split
 from llmnb.text.tokenizer import encode_text, save
+from llmnb.timing import cores
 
 
 # results in the order of the items
@@ -50,13 +50,6 @@ def _in_order(function, items, workers):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-def _cores():
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 # encode a batch of pieces
@@ -78,7 +71,7 @@ class Place(NamedTuple):
     source, piece: where its batch begins. drop: tokens of the batch before
     it. documents, characters: what lies before the batch.
 
-    Derived in chapter 4.27.
+    Derived in chapter 4.11.
     """
 
     source: int = 0
@@ -100,7 +93,7 @@ def pieces_from(sources, place=START, limit=0):
     the sizes of all sources is read. Sources before the place are not
     opened.
 
-    Derived in chapter 4.27.
+    Derived in chapter 4.11.
     """
     _, skipped, _, documents, characters = place
     before = sum(source.size for source in sources[: place.source])
@@ -267,7 +260,7 @@ def shards_folder(path, force=False):
     A folder is taken up when it is empty, holds unfinished work, or `force`
     is given. Raises FileExistsError otherwise.
 
-    Derived in chapter 4.27.
+    Derived in chapter 4.11.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -329,13 +322,13 @@ def _validation(sources, encoding, options):
 
 
 # what is reported
-class Progress(NamedTuple):
+class Encoded(NamedTuple):
     """How far `write_shards` is.
 
     read: of the sum of the sources' sizes. documents, characters: encoded.
     tokens: written or about to be. shards: [name, tokens] of each file.
 
-    Derived in chapter 4.27.
+    Derived in chapter 4.11.
     """
 
     read: int
@@ -347,7 +340,7 @@ class Progress(NamedTuple):
 
 # write the shards
 def write_shards(folder, sources, encoding, options, force=False, workers=0):
-    """Encode a corpus into shards; yields a `Progress` as it goes on.
+    """Encode a corpus into shards; yields an `Encoded` as it goes on.
 
     folder: from `shards_folder`. sources: a list of `Source`. options: a
     dict with at least limit (characters, 0 for all), shard_tokens and
@@ -356,7 +349,7 @@ def write_shards(folder, sources, encoding, options, force=False, workers=0):
     is gone on with, and the files are those of an uninterrupted run. The
     folder is locked meanwhile. Raises ValueError or OSError.
 
-    Derived in chapter 4.27.
+    Derived in chapter 4.11.
     """
     _check_options(encoding, options)
     with Lock(folder) as lock:
@@ -371,7 +364,7 @@ def _written(folder, lock, sources, encoding, options, force, workers):
     save(encoding, folder / "tokenizer.tiktoken")
     place = note["next"]
     pieces = pieces_from(sources, place, options["limit"])
-    how = workers or _cores(), place.drop, options.get("endoftext", False)
+    how = workers or cores(), place.drop, options.get("endoftext", False)
     stream = _Stream(encoding, pieces, *how)
     while stream.more():
         size = _size_of_next(note, options["shard_tokens"])
@@ -403,12 +396,12 @@ def _fill(stream, tokens):
 def _progress(stream, note, filled):
     total = filled + sum(count for _, count in note["shards"])
     _, _, *counts = stream.batch
-    return Progress(*counts, total, note["shards"])
+    return Encoded(*counts, total, note["shards"])
 
 
 # the next shard
 def _size_of_next(note, shard_tokens):
-    """The tokens of the next shard, at most; (4.27.1)."""
+    """The tokens of the next shard, at most; (4.11.1)."""
     left = note["val_tokens"] - sum(n for _, n in note["shards"])
     return min(left, shard_tokens) if left > 0 else shard_tokens
 

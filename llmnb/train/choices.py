@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/25_choices.py: edit that file.
+# Written by `make export` from notebooks/4_practice/22_choices.py: edit that file.
 
 """Multiple choice, as HellaSwag asks it, and how far to trust the score."""
 
@@ -19,14 +19,19 @@ __all__ = [
 
 # imports of the choices
 import math
-import os
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
-from llmnb.files import replacing, what_is
+from llmnb.files import replacing
+from llmnb.formats.llmc import (
+    HEADER_BYTES,
+    check_header,
+    header_of,
+    read_header,
+)
 from llmnb.text.reader import check_text, open_stream, read_records, text_of
 from llmnb.text.tokenizer import encode_text
 from llmnb.train.evaluation import row_losses
@@ -39,7 +44,7 @@ class Example(NamedTuple):
     context: a 1-D integer array. endings: four of them. label: the index of
     the true one.
 
-    Derived in chapter 4.25.
+    Derived in chapter 4.22.
     """
 
     context: np.ndarray
@@ -52,7 +57,7 @@ class Choice(NamedTuple):
 
     losses: of the four endings, (4,) means.
 
-    Derived in chapter 4.25.
+    Derived in chapter 4.22.
     """
 
     by_mean: int
@@ -69,7 +74,7 @@ def choose(model, examples):
     model's batches: in one if batch_size is 4. A row of more than
     model.seq_len + 1 tokens loses those on its left.
 
-    Derived in chapter 4.25.
+    Derived in chapter 4.22.
     """
     examples, most = list(examples), model.seq_len + 1
     rows = (
@@ -82,8 +87,8 @@ def choose(model, examples):
         four = list(islice(losses, 4))
         pairs = zip(four, example.endings, strict=True)
         ending = [row[-len(e) :] for row, e in pairs]
-        means = np.array([x.mean() for x in ending])  # (4.25.2)
-        sums = [x.sum() for x in ending]  # (4.25.1)
+        means = np.array([x.mean() for x in ending])  # (4.22.2)
+        sums = [x.sum() for x in ending]  # (4.22.1)
         best = int(np.argmin(means)), int(np.argmin(sums))
         yield Choice(*best, example.label, means)
 
@@ -91,16 +96,16 @@ def choose(model, examples):
 def longest_row(example):
     """The tokens of an example's longest row.
 
-    Derived in chapter 4.25.
+    Derived in chapter 4.22.
     """
     return len(example.context) + max(map(len, example.endings))
 
 
 # the error of an accuracy
 def standard_error(accuracy, count):
-    """The standard error of a fraction of `count` answers; (4.25.3).
+    """The standard error of a fraction of `count` answers; (4.22.3).
 
-    Derived in chapter 4.25.
+    Derived in chapter 4.22.
     """
     return math.sqrt(accuracy * (1 - accuracy) / count)
 
@@ -113,7 +118,7 @@ def read_examples_json(path, encoding, skip_bad=False, tally=None):
     packed (.gz, .zst). Raises ValueError, naming the file and the line, or
     with skip_bad passes over bad lines and notes them in `tally`, a `Tally`.
 
-    Derived in chapter 4.25.
+    Derived in chapter 4.22.
     """
     take = partial(_example_of, encoding=encoding)
     with open_stream(path) as (stream, _):
@@ -152,7 +157,7 @@ def write_examples(path, examples):
     The file is written beside `path` and renamed. Raises ValueError for an
     example that takes 65,536 bytes or more, and for an empty list.
 
-    Derived in chapter 4.25.
+    Derived in chapter 4.22.
     """
     blocks = []
     for i, example in enumerate(examples):
@@ -168,9 +173,8 @@ def write_examples(path, examples):
         blocks.append(np.array([EVAL_START, size, *body], "<u2"))
     if not blocks:
         raise ValueError("write_examples: there are no examples")
-    header = np.zeros(256, "<i4")
     longest = max(block.nbytes for block in blocks)
-    header[:4] = EVAL_MAGIC, EVAL_VERSION, len(blocks), longest
+    header = header_of(EVAL_MAGIC, EVAL_VERSION, len(blocks), longest)
     with replacing(path) as file:
         file.write(header.tobytes() + b"".join(x.tobytes() for x in blocks))
 
@@ -182,30 +186,21 @@ def read_examples(path):
     Raises ValueError, naming the file, what is wrong and what would be
     right.
 
-    Derived in chapter 4.25.
+    Derived in chapter 4.22.
     """
-    size = os.path.getsize(path)
-    if size < 1024 or size % 2:
-        what = what_is(path, EVAL_MAGIC)
-        raise ValueError(
-            f"{path}: must have a header of 1024 bytes and two bytes for "
-            f"each number, the file has {size}" + (what and f": {what}")
-        )
-    header = np.fromfile(path, "<i4", 4)
-    magic, version, count, longest = header.tolist()
-    most = (size - 1024) // 30  # an example has 15 numbers or more
-    for ok, what, must, got in (
-        (magic == EVAL_MAGIC, "magic number", EVAL_MAGIC, magic),
-        (version == EVAL_VERSION, "version", EVAL_VERSION, version),
+    numbers = read_header(path, EVAL_MAGIC, [EVAL_VERSION], 3)
+    size, _, count, longest = numbers
+    most = (size - HEADER_BYTES) // 30  # an example has 15 numbers or more
+    rows = (
+        (size % 2 == 0, "size", "even", size),
         (0 < count <= most, "count", f"1 to {most} in {size} bytes", count),
-    ):
-        if not ok:
-            other = what_is(path, EVAL_MAGIC)
-            raise ValueError(
-                f"{path}: the {what} must be {must}, got {got}"
-                + (other and f": {other}")
-            )
-    numbers, place, found = np.fromfile(path, "<u2", offset=1024), 0, []
+    )
+    check_header(path, EVAL_MAGIC, rows)
+    numbers, place, found = (
+        np.fromfile(path, "<u2", offset=HEADER_BYTES),
+        0,
+        [],
+    )
     for i in range(count):
         example, used = _parse(f"{path}: example {i}", numbers[place:])
         if 2 * used > longest:

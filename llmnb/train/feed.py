@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/11_options.py: edit that file.
+# Written by `make export` from notebooks/4_practice/12_options.py: edit that file.
 
 """The text of a run as tokens, and its batches."""
 
@@ -15,7 +15,6 @@ __all__ = [
 
 # imports of feed
 import math
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +38,7 @@ class Data(NamedTuple):
     arrays, or the `Shards` of a folder. source: a sentence that
     says where the text came from.
 
-    Derived in chapter 4.11.
+    Derived in chapter 4.12.
     """
 
     encoding: object
@@ -55,7 +54,7 @@ def prepare(config):
     Raises ValueError, OSError or RuntimeError, in one sentence, when the
     text is missing, too short, or cannot be downloaded.
 
-    Derived in chapter 4.11.
+    Derived in chapter 4.12.
     """
     from llmnb.text import corpus, data
     from llmnb.text.reader import Tally
@@ -73,7 +72,9 @@ def prepare(config):
     documents = corpus.load(source, *how)
     encoding = make_encoding(config, documents)
     tokens = corpus.encode_documents(encoding, documents, config.endoftext)
-    source = _describe(sources, documents) + tally.words(config.endoftext)
+    characters = sum(map(len, documents))
+    source = corpus.describe(sources, len(documents), characters)
+    source += tally.words(config.endoftext)
     return Data(encoding, *data.split(tokens), source)
 
 
@@ -90,16 +91,6 @@ def _text_bytes(path):
         return path.stat().st_size * known
     found = [x for x in files_below(path) if x.suffix == ".txt"]
     return sum(x.stat().st_size for x in found if x.is_file())
-
-
-# where the text came from
-def _describe(sources, documents):
-    where = " ".join(str(x) for x in sources)
-    if where == "stdlib":
-        version = ".".join(str(x) for x in sys.version_info[:3])
-        where += f" (Python {version})"
-    size = sum(len(x) for x in documents)
-    return f"{where}: {len(documents):,} documents, {size:,} characters"
 
 
 # from a folder of shards
@@ -136,7 +127,7 @@ def make_encoding(config, documents):
     `<|endoftext|>`. Raises ValueError, OSError or RuntimeError,
     in one sentence.
 
-    Derived in chapter 4.11.
+    Derived in chapter 4.12.
     """
     from llmnb.text import tokenizer
 
@@ -161,7 +152,7 @@ def loaders(config, data):
     A shard of fewer tokens than one batch takes is left out. Raises
     ValueError when all are.
 
-    Derived in chapter 4.11.
+    Derived in chapter 4.12.
     """
     return (
         _loader(config, data.train_tokens, seed=config.seed),
@@ -190,7 +181,7 @@ def landmarks(config, data):
     of the training text pay on the tokens that validation uses. Of a long
     training text a sample of `LANDMARK_TOKENS` is counted.
 
-    Derived in chapter 4.11.
+    Derived in chapter 4.12.
     """
     V = data.encoding.n_vocab
     batches = _loader(config, data.val_tokens, shuffle=False)

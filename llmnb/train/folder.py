@@ -1,17 +1,15 @@
-# Written by `make export` from notebooks/4_practice/40_folders.py: edit that file.
+# Written by `make export` from notebooks/4_practice/14_folders.py: edit that file.
 
 """The folder of a run: its files, written and read back."""
 
 __all__ = [
     "config_from",
-    "draw_losses",
     "load_run",
     "log_row",
     "model_step",
     "note_model",
     "read_run",
     "run_folder",
-    "save_figure",
     "save_run",
     "sparing",
     "state_path",
@@ -23,47 +21,6 @@ __all__ = [
 ]
 
 
-# draw the losses
-def draw_losses(ax, steps, landmarks):
-    """Draw losses over steps into a matplotlib axes, with the landmarks.
-
-    steps: list of `Step`. landmarks: dict from name to a loss, each drawn
-    as a dashed line with its name.
-
-    Derived in chapter 4.40.
-    """
-    from llmnb.book.diagram import PALETTE
-
-    x, y = _series(steps, "loss")
-    ax.plot(x, y, ".", color=PALETTE["grey"], ms=3, label="one batch")
-    if len(y) >= 2 * SMOOTH:
-        mean = np.convolve(y, np.ones(SMOOTH) / SMOOTH, "valid")
-        middle = x[SMOOTH - 1 :] - (SMOOTH - 1) / 2
-        label = f"mean of {SMOOTH} batches"
-        ax.plot(middle, mean, color=PALETTE["blue"], label=label)
-    x, y = _series(steps, "val_loss")
-    ax.plot(x, y, "o-", color=PALETTE["orange"], ms=4, label="validation")
-    for name, loss in landmarks.items():
-        ax.axhline(loss, color=PALETTE["ink"], lw=1, ls="--")
-        place = {"transform": ax.get_yaxis_transform(), "ha": "right"}
-        ax.text(0.99, loss, name, va="bottom", parse_math=False, **place)
-    ax.set(xlabel="step", ylabel="loss (nats a token)")
-    ax.legend(frameon=False)
-
-
-# points of a curve
-SMOOTH = 20  # steps in the running mean of the training loss
-
-
-def _series(steps, name):
-    points = [
-        (s.step, getattr(s, name))
-        for s in steps
-        if getattr(s, name) is not None
-    ]
-    return np.array(points, float).reshape(-1, 2).T
-
-
 # imports of folder
 import json
 import re
@@ -73,11 +30,16 @@ from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-
-from llmnb.files import make_folder, read_small, replacing, what_is
-from llmnb.files import LOCK, in_use
+from llmnb.files import (
+    LOCK,
+    in_use,
+    make_folder,
+    read_small,
+    replacing,
+    what_is,
+)
 from llmnb.timing import machine
+from llmnb.train.drawing import save_figure
 from llmnb.train.feed import landmarks
 from llmnb.train.loop import Step
 from llmnb.train.options import TrainConfig
@@ -89,7 +51,7 @@ def run_folder(path, force=False):
 
     Raises FileExistsError when it holds anything, unless `force`.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -105,7 +67,7 @@ def run_folder(path, force=False):
 def write_log(path, steps):
     """Write a list of `Step` as CSV; what a step does not give stays empty.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     lines = [",".join(Step._fields), *map(log_row, steps)]
     _write_text(path, "\n".join(lines) + "\n")
@@ -114,7 +76,7 @@ def write_log(path, steps):
 def log_row(step):
     """The row of a `Step` in a log: numbers with nine digits, and commas.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     given = ("" if x is None else f"{x:.9g}" for x in step[1:])
     return ",".join([str(step.step), *given])
@@ -130,7 +92,7 @@ def _write_text(path, text):
 def sparing(what):
     """Turn an error within into a warning that says what there is not.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     try:
         yield
@@ -146,7 +108,7 @@ def save_run(folder, config, model, data, steps):
     folder: the Path that `run_folder` made. steps: list of `Step`. A log or
     a figure that cannot be written is a warning.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     model.save_checkpoint(folder / "model.bin")
     marks = write_record(folder, config, data)
@@ -160,7 +122,7 @@ def save_run(folder, config, model, data, steps):
 def write_record(folder, config, data):
     """Write tokenizer.tiktoken and config.json; returns the landmarks.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     from llmnb.text import tokenizer
 
@@ -174,7 +136,7 @@ def write_record(folder, config, data):
 def note_model(folder, step):
     """Note in config.json at which step model.bin was written.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     path = Path(folder) / "config.json"
     record = json.loads(path.read_text("utf-8")) | {"model_step": step}
@@ -195,23 +157,6 @@ def _facts(config, data, marks):
     }
 
 
-# the figure
-def save_figure(path, steps, landmarks):
-    """Write the loss curves of a run as PNG, needing no display.
-
-    The user's own settings of matplotlib, such as fonts, are left aside.
-
-    Derived in chapter 4.40.
-    """
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
-    with style.context("default"), replacing(path) as file:
-        figure = Figure(figsize=(8, 4.5), dpi=100, layout="tight")
-        draw_losses(figure.subplots(), steps, landmarks)
-        figure.savefig(file, format="png")
-
-
 # a run read back
 def load_run(folder, batch_size=1, seq_len=None, backend=None):
     """Read the model, the tokenizer and the TrainConfig of a run folder.
@@ -220,7 +165,7 @@ def load_run(folder, batch_size=1, seq_len=None, backend=None):
     computes in float32 on another backend. Raises OSError or ValueError, in
     one sentence, when a file is missing or damaged.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     from llmnb.text import tokenizer
     from llmnb.model.gpt2 import GPT2
@@ -248,7 +193,7 @@ def read_run(folder):
     Raises OSError or ValueError, in one sentence, when it is missing or
     holds something else.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     path = Path(folder) / "config.json"
     raw = read_small(path, 1 << 20)
@@ -264,7 +209,7 @@ def config_from(found):
 
     Raises KeyError, TypeError or ValueError when it holds anything else.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     config = TrainConfig(**{**found, "corpus": tuple(found["corpus"])})
     for each in fields(config):
@@ -279,7 +224,7 @@ def config_from(found):
 def state_path(folder, step):
     """Where the state after so many steps is kept.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     return Path(folder) / f"state_{step:08d}.safetensors"
 
@@ -289,7 +234,7 @@ def states(folder):
 
     Only what `state_path` names: no file of another name is a state.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     found = Path(folder).glob("state_*.safetensors")
     return sorted(filter(_is_state, found), key=step_of)
@@ -303,7 +248,7 @@ def _is_state(path):
 def step_of(path):
     """The step of a state, from its name.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     return int(path.stem.removeprefix("state_"))
 
@@ -315,7 +260,7 @@ def weights_path(path):
     They are in the newest state, unless model.bin was written at its step or
     later: config.json says at which. No clock is asked.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     folder, model = Path(path), Path(path, "model.bin")
     last = states(folder)[-1:] if folder.is_dir() else []
@@ -328,7 +273,7 @@ def weights_path(path):
 def model_step(folder):
     """The step at which a run's model.bin was written, or -1: not known.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     with suppress(OSError, ValueError, KeyError, TypeError):
         text = read_small(Path(folder, "config.json"), 1 << 20)

@@ -212,7 +212,7 @@ except ValueError as error:
 # there: the vector that a token goes in as is also the direction in which it
 # is looked for. This is called *weight tying*.
 #
-# [Chapter 1.30](30_block.ipynb) makes the table that knows all of this about a
+# [Chapter 1.13](13_block.ipynb) makes the table that knows all of this about a
 # tensor; here we only read it.
 
 
@@ -313,7 +313,7 @@ plt.show()
 # the parameters, their gradients, and AdamW's two averages, $m$ and $v$.
 # Then the *activations*, what the forward pass must keep so that the
 # backward pass can run: they grow with $B \cdot T$.
-# [Chapter 1.13](13_memory.ipynb) lays all of it out in one block. The rough sum,
+# [Chapter 1.14](14_memory.ipynb) lays all of it out in one block. The rough sum,
 # for each token: $10 C$ numbers a block, and the logits.
 
 # %% bytes for four rows of two lengths

@@ -6,30 +6,21 @@ run in processes of their own, because a shape is chosen at import.
 
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import llvmlite.binding as llvm
 import numba
 import numpy as np
 import pytest
-import test_attention
-import test_matmul
+from problems import Problem, problem, run
+from tiles import AVX2, MASKS, ON_X86, OURS, SHAPES, chosen, masked
 
 from llmnb.cpu import attention, bfloat16, matmul, tile
 
 TESTS = Path(__file__).parents[1]
-SHAPES = {
-    "12x2x16": {"avx512f", "avx2"},
-    "6x2x8": {"avx", "avx2"},
-    "6x4x4": {"neon"},
-    "4x2x4": {"sse2"},
-}
-OURS = f"{tile.ROWS}x{tile.VECTORS}x{tile.LANES}"
 OTHERS = [shape for shape in SHAPES if shape != OURS]
 # what each shape has to pass: the comparisons with the reference
 CHOSEN = [
@@ -48,14 +39,10 @@ assert sys.argv[1] == f"{tile.ROWS}x{tile.VECTORS}x{tile.LANES}"
 options = ["-q", "-p", "no:cacheprovider", "-o", "addopts="]
 sys.exit(pytest.main(options + sys.argv[2:]))
 """
-# the features of x86 that are left to numba, for the tile that fits them
-AVX2 = "+sse2,+sse4.2,+avx,+avx2,+fma"
-MASKS = {"4x2x4": "+sse2", "6x2x8": AVX2}
 THE_CHOICE = """
 from llmnb.cpu import tile
 print(f"{tile.ROWS}x{tile.VECTORS}x{tile.LANES}", *tile.cpu_features())
 """
-ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
 x86_only = pytest.mark.skipif(not ON_X86, reason="features of x86")
 
 
@@ -75,22 +62,6 @@ def python(program, *args, cache=None, **variables):
         text=True,
         timeout=600,
     )
-
-
-def masked(shape):
-    return {
-        "NUMBA_CPU_NAME": "generic",
-        "NUMBA_CPU_FEATURES": MASKS[shape],
-    }
-
-
-def chosen(shape):
-    """What has a process take a shape: few features, or the variable."""
-    host = {k for k, has in llvm.get_host_cpu_features().items() if has}
-    needed = MASKS.get(shape, "+nothing").replace("+", "").split(",")
-    if ON_X86 and host.issuperset(needed):
-        return masked(shape)
-    return {"LLMNB_TILE": shape}
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +168,7 @@ def test_bf16_rounds_to_nearest_even(C):
     [(-127, 0, 0), (-127, 10, 0), (-70, -60, 0), (-126, 0, 1), (-63, -63, 1)],
 )
 def test_bf16_of_the_smallest_numbers(a, b, kept):
-    """vdpbf16ps takes subnormal factors and sums for 0, as chapter 2.6 says."""
+    """vdpbf16ps takes subnormal factors, sums for 0, as chapter 2.6 has it."""
     x = np.full((1, 1, 1), 2.0**a, np.float32)
     weight, out = np.full((1, 1), 2.0**b, np.float32), np.empty_like(x)
     matmul.matmul_forward(out, x, weight, None, bf16=True)
@@ -211,7 +182,7 @@ BF16_SHAPES = [(1, 1, 1, 1), (2, 37, 51, 97), (1, 13, 801, 49), (3, 50, 64, 9)]
 @pytest.mark.parametrize("shape", BF16_SHAPES)
 def test_bf16_products(shape, bias):
     """The product of the rounded factors, in float64; the bias is whole."""
-    p = test_matmul.Problem(*shape, bias)
+    p = Problem(*shape, bias)
     rows, drows = (nearest(x).reshape(-1, x.shape[2]) for x in (p.inp, p.dout))
     weight = nearest(p.weight)
     want = [
@@ -272,9 +243,9 @@ def attention_of_rounded(inp, dout, out, NH):
     "shape", [(1, 1, 1, 1), (2, 37, 3, 5), (1, 210, 2, 9)]
 )
 def test_bf16_attention(shape):
-    inp, dout = test_attention.problem(*shape, np.float32)
+    inp, dout = problem(*shape, np.float32)
     NH = shape[2]
-    out, lse, dinp = test_attention.run(attention, inp, dout, NH, bf16=True)
+    out, lse, dinp = run(attention, inp, dout, NH, bf16=True)
     got = lse, out, dinp - 1
     want, allowed = attention_of_rounded(inp, dout, out, NH)
     for x, y, most in zip(got, want, allowed, strict=True):
@@ -282,11 +253,9 @@ def test_bf16_attention(shape):
         assert (np.abs(x - y) <= most + float32).all()
     if shape[1] == 1:
         return
-    plain = test_attention.run(attention, inp, dout, NH)
+    plain = run(attention, inp, dout, NH)
     assert np.abs(plain[1] - lse).max() > 1e-4  # the scores' factors
-    rounded = test_attention.run(
-        *(attention, nearest(inp).astype(np.float32), dout, NH)
-    )
+    rounded = run(*(attention, nearest(inp).astype(np.float32), dout, NH))
     assert np.abs(rounded[0] - out).max() > 1e-4  # the weights
 
 
@@ -299,13 +268,13 @@ def test_bf16_attention(shape):
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("shape", [(1, 97, 1, 17), (2, 200, 3, 16)])
 def test_threads_change_no_bit_of_attention(shape, bf16):
-    inp, dout = test_attention.problem(*shape, np.float32)
+    inp, dout = problem(*shape, np.float32)
     before, results = numba.get_num_threads(), []
     try:
         for threads in (1, 2):
             numba.set_num_threads(threads)
             args = attention, inp, dout, shape[2]
-            results.append(test_attention.run(*args, bf16=bf16))
+            results.append(run(*args, bf16=bf16))
     finally:
         numba.set_num_threads(before)
     for one, two in zip(*results, strict=True):

@@ -1,15 +1,14 @@
-"""Attention on a GPU: every version, simulated, and its machine code."""
+"""Attention on a GPU: simulated, and its machine code."""
 
 import numpy as np
 import pytest
 from gpu import PLACES, check_layer, check_machine_code
 
-from llmnb.cuda import attention as gpu
+from llmnb import cuda as gpu
 from llmnb.gpu.launch import simulated, to_host
 from llmnb.gpu.simulator import watch
 from llmnb.reference import attention as reference
 
-FORWARD, BACKWARD = (1, 2, 3), (1, 2)
 TOLERANCE = 1e-5  # exp is approximate on a GPU
 # B, T, NH, hs: odd ones, a tile with one row to spare, two tiles
 SHAPES = [
@@ -28,7 +27,7 @@ def problem(B, T, NH, hs, seed=0):
     return inp, dout
 
 
-def forward(version, shape):
+def forward(shape):
     B, T, NH, _ = shape
     inp, dout = problem(*shape)
     arrays = {
@@ -42,7 +41,6 @@ def forward(version, shape):
         arrays,
         ("out", "lse"),
         TOLERANCE,
-        version=version,
     )
 
 
@@ -61,63 +59,59 @@ def backward_arrays(shape, add):
     }
 
 
-def backward(version, shape, add=True):
+def backward(shape, add=True):
     return check_layer(
         gpu.attention_backward,
         reference.attention_backward,
         backward_arrays(shape, add),
         ("dinp",),
         TOLERANCE,
-        version=version,
     )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("version", FORWARD)
-def test_forward(version, shape):
-    forward(version, shape)
+def test_forward(shape):
+    forward(shape)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("version", BACKWARD)
-def test_backward(version, shape):
-    backward(version, shape, add=shape[1] % 2 == 1)
+def test_backward(shape):
+    backward(shape, add=shape[1] % 2 == 1)
 
 
 def test_forward_over_several_tiles():
-    forward(3, (1, 70, 1, 4))
+    forward((1, 70, 1, 4))
 
 
-def run(version, back, shape):
-    """dinp, or out and lse, of one version, unwatched, and what is right."""
+def run(back, shape):
+    """dinp, or out and lse, unwatched, and what is right."""
     dinp, dout, inp, out, lse, _ = backward_arrays(shape, False).values()
     there = [simulated(x) for x in (dinp, dout, inp, out, lse)]
     if back:
         reference.attention_backward(dinp, dout, inp, out, lse, False)
-        gpu.attention_backward(*there, add=False, version=version)
+        gpu.attention_backward(*there, add=False)
         return [to_host(there[0])], [dinp]
     new = [simulated(np.full_like(x, np.nan)) for x in (out, lse)]
-    gpu.attention_forward(*new, there[2], version=version)
+    gpu.attention_forward(*new, there[2])
     return [to_host(x) for x in new], [out, lse]
 
 
 @pytest.mark.parametrize("hs", (64, 128))
-@pytest.mark.parametrize("version, back", ((2, False), (3, False), (2, True)))
-def test_wide_heads(version, back, hs):
+@pytest.mark.parametrize("back", (False, True))
+def test_wide_heads(back, hs):
     """More than 64 channels take smaller tiles: 17 positions are two."""
-    got, want = run(version, back, (1, 17 if hs > 64 else 33, 1, hs))
+    got, want = run(back, (1, 17 if hs > 64 else 33, 1, hs))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE * 5)
 
 
 def test_a_wide_head_under_watch():
-    forward(3, (1, 2, 1, 66))
-    backward(2, (1, 2, 1, 66))
+    forward((1, 2, 1, 66))
+    backward((1, 2, 1, 66))
 
 
-@pytest.mark.parametrize("version", BACKWARD)
-def test_backward_overwrites_vectors(version):
-    backward(version, (1, 3, 1, 4), add=False)
+def test_backward_overwrites_vectors():
+    backward((1, 3, 1, 4), add=False)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -142,14 +136,9 @@ def test_arrays_that_begin_between_vectors(place):
         )
 
 
-def test_version_1_takes_any_head():
-    forward(1, (1, 3, 1, 130))
-    backward(1, (1, 3, 1, 130))
-
-
 def check_machine(found, fours):
     for name, made in found.items():
-        if not name.startswith("_") and name != "attention_forward_flash":
+        if not name.startswith("_"):
             # shared memory takes four floats at once, and where rows are
             # aligned global memory does
             assert made.vector_loads >= 16, name
@@ -164,14 +153,13 @@ def launches(monkeypatch):
     """What a call launches, by name of the kernel, with nothing run."""
     monkeypatch.setattr("llmnb.gpu.launch.simulate", lambda *args: None)
 
-    def launched(hs, forward, backward):
+    def launched(hs, forward=True, backward=True):
         a = bad("add", bool, (1, 2, 1, hs))
         with watch() as seen:
-            for version in forward:
-                given = a["out"], a["lse"], a["inp"]
-                gpu.attention_forward(*given, version=version)
-            for version in backward:
-                gpu.attention_backward(*a.values(), version=version)
+            if forward:
+                gpu.attention_forward(a["out"], a["lse"], a["inp"])
+            if backward:
+                gpu.attention_backward(*a.values())
         return seen
 
     return launched
@@ -179,8 +167,8 @@ def launches(monkeypatch):
 
 def test_machine_code_of_gpt2s_heads(launches):
     """No float64, spills or stack; what the chapter says of the rest."""
-    found = check_machine_code(launches(64, FORWARD, BACKWARD))
-    assert len(found) == 11
+    found = check_machine_code(launches(64))
+    assert len(found) == 4
     check_machine(found, True)
     forward, keys, queries = (
         found[f"attention_{k}"]
@@ -194,7 +182,7 @@ def test_machine_code_of_gpt2s_heads(launches):
 
 @pytest.mark.parametrize(
     "hs, cc, forward, backward",
-    ((5, (8, 0), (3,), ()), (128, (9, 0), (), (2,))),
+    ((5, (8, 0), True, False), (128, (9, 0), False, True)),
 )
 def test_machine_code_of_other_heads(
     monkeypatch, launches, hs, cc, forward, backward
@@ -204,22 +192,9 @@ def test_machine_code_of_other_heads(
     check_machine(found, hs % 4 == 0)
 
 
-def test_counts_that_the_chapter_claims():
-    shape = (1, 16, 1, 8)
-    one, two = (forward(v, shape) for v in (1, 2))
-    assert two.sectors < one.sectors / 4
-    assert one.shared_requests == 0
-    assert backward(2, shape).sectors < backward(1, shape).sectors / 4
-    shape = (1, 64, 1, 16)
-    two, three = (forward(v, shape) for v in (2, 3))
-    assert three.sectors < two.sectors
-    assert three.shared_requests < two.shared_requests / 5
-    assert three.shared_passes < two.shared_passes / 1.5
-
-
 def test_shared_memory_has_few_conflicts():
     """A request of four floats a lane takes four passes and no more."""
-    for seen in (forward(3, (1, 2, 1, 4)), backward(2, (1, 2, 1, 4))):
+    for seen in (forward((1, 2, 1, 4)), backward((1, 2, 1, 4))):
         assert seen.shared_passes <= 4 * seen.shared_requests
 
 
@@ -241,53 +216,37 @@ def test_large_scores_and_scores_that_grow():
     inp[..., hs : 2 * hs] = np.linspace(-50, 50, T)[:, None]
     want, lse = np.empty((B, T, hs)), np.empty((B, NH, T))
     reference.attention_forward(want, lse, inp.astype(np.float64))
-    for version in FORWARD:
-        there = [simulated(np.full_like(dout, np.nan))]
-        there += [simulated(np.zeros((B, NH, T), np.float32))]
-        gpu.attention_forward(*there, simulated(inp), version=version)
-        np.testing.assert_allclose(to_host(there[0]), want, rtol=0, atol=2e-3)
+    there = [simulated(np.full_like(dout, np.nan))]
+    there += [simulated(np.zeros((B, NH, T), np.float32))]
+    gpu.attention_forward(*there, simulated(inp))
+    np.testing.assert_allclose(to_host(there[0]), want, rtol=0, atol=2e-3)
 
 
 def test_the_past_does_not_depend_on_the_future():
     inp, dout = problem(1, 40, 1, 4)
-    for version in FORWARD:
-        outs = []
-        for shift in (0, 1):
-            inp[:, 30:] += shift
-            out, lse = simulated(dout), simulated(np.zeros((1, 1, 40), "f4"))
-            gpu.attention_forward(out, lse, simulated(inp), version=version)
-            outs.append(to_host(out))
-        inp[:, 30:] -= 1
-        assert np.array_equal(outs[0][:, :30], outs[1][:, :30])
-        assert not np.array_equal(outs[0][:, 30:], outs[1][:, 30:])
+    outs = []
+    for shift in (0, 1):
+        inp[:, 30:] += shift
+        out, lse = simulated(dout), simulated(np.zeros((1, 1, 40), "f4"))
+        gpu.attention_forward(out, lse, simulated(inp))
+        outs.append(to_host(out))
+    assert np.array_equal(outs[0][:, :30], outs[1][:, :30])
+    assert not np.array_equal(outs[0][:, 30:], outs[1][:, 30:])
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("version", BACKWARD)
-def test_scratch_of_ones_own(place, version):
+def test_scratch_of_ones_own(place):
     """Exactly attention_scratch() floats do; one less is refused."""
-    shape = (1, 5, 2, 4)
     there = [
         place(x) if isinstance(x, np.ndarray) else x
-        for x in backward_arrays(shape, True).values()
+        for x in backward_arrays((1, 5, 2, 4), True).values()
     ]
-    n = gpu.attention_scratch(1, 5, 2, 1, version)
-    assert n == (2 * 50 + 10 if version == 1 else 50)
-    n = gpu.attention_scratch(1, 5, 2, 0, version)
-    work = place(np.full(n, np.nan, np.float32))
-    gpu.attention_backward(*there, work=work, version=version)
+    assert gpu.attention_scratch(1, 5, 2) == 10
+    work = place(np.full(10, np.nan, np.float32))
+    gpu.attention_backward(*there, work=work)
     assert np.isfinite(to_host(there[0])).all()
-    with pytest.raises(ValueError, match=f"work must hold {n} floats"):
-        gpu.attention_backward(*there, work=work[1:], version=version)
-    out, lse = place(there[3].copy_to_host()), place(to_host(there[4]))
-    with pytest.raises(ValueError, match="attention_forward: work must hold"):
-        gpu.attention_forward(out, lse, there[2], work=work[:9], version=1)
-
-
-def test_scratch_by_default_is_a_float_a_row():
-    assert gpu.attention_scratch(16, 1024, 12) == 16 * 1024 * 12
-    assert gpu.attention_scratch(16, 1024, 12, 1, 0) * 4 == 805_306_368
-    assert gpu.attention_scratch(16, 1024, 12, 3, 0) == 0
+    with pytest.raises(ValueError, match="work must hold 10 floats, got 9"):
+        gpu.attention_backward(*there, work=work[1:])
 
 
 def bad(name, x, shape=(2, 5, 3, 4)):
@@ -335,21 +294,11 @@ def test_backward_refuses(name, spoil, error, message):
         gpu.attention_backward(*bad(name, spoil).values())
 
 
-@pytest.mark.parametrize("version", (0, 4, None))
-def test_versions_that_do_not_exist(version):
-    a = bad("add", bool)
-    with pytest.raises(ValueError, match="version must be in 1 to 3"):
-        gpu.attention_forward(a["out"], a["lse"], a["inp"], version=version)
-    with pytest.raises(ValueError, match="version must be in 1 to 2"):
-        gpu.attention_backward(*a.values(), version=version)
-
-
 def test_a_head_too_wide():
     there = list(bad("add", bool, (1, 2, 1, 132)).values())
     _, _, inp, out, lse, _ = there
-    for version in (2, 3):
-        with pytest.raises(ValueError, match="132 channels is too wide"):
-            gpu.attention_forward(out, lse, inp, version=version)
+    with pytest.raises(ValueError, match="132 channels is too wide"):
+        gpu.attention_forward(out, lse, inp)
     with pytest.raises(ValueError, match="132 channels is too wide"):
         gpu.attention_backward(*there)
 

@@ -11,11 +11,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from gpu import check_machine_code
-from llmnb.train.feed import Data, loaders
-from llmnb.train.folder import load_run, run_folder, save_run
-from llmnb.train.loop import Progress, evaluate, train_step
-from llmnb.train.options import TrainConfig
-from llmnb.train.start import new_model
 
 from llmnb import GPT2, GPT2Config
 from llmnb.arena import Arena, put
@@ -30,7 +25,12 @@ from llmnb.gpu.simulator import watch
 from llmnb.model.decode import Decoder
 from llmnb.model.generate import generate, window_logits
 from llmnb.text import tokenizer
+from llmnb.train.feed import Data, loaders
+from llmnb.train.folder import load_run, run_folder, save_run
+from llmnb.train.loop import Progress, evaluate, train_step
+from llmnb.train.options import TrainConfig
 from llmnb.train.run import begin, follow, resume
+from llmnb.train.start import new_model
 
 SMALL = GPT2Config(5, 29, 1, 2, 8)
 DEEP = GPT2Config(7, 61, 2, 3, 12)

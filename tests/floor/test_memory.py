@@ -6,13 +6,13 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from llmnb.train.options import TrainConfig
-from llmnb.train.start import new_model
 
 from llmnb import GPT2, GPT2Config, checks
 from llmnb.arena import Arena, footprint
 from llmnb.checks import check_array, check_tokens
 from llmnb.model.layout import gpt2_layout
+from llmnb.train.options import TrainConfig
+from llmnb.train.start import new_model
 
 CFG = GPT2Config(
     max_seq_len=32, vocab_size=200, num_layers=2, num_heads=4, channels=32

@@ -12,7 +12,7 @@ import tiktoken
 from fuzz import answer, mangled
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spelling import vocab_of
+from spelling import merges_of, own_files, vocab_of
 
 from llmnb.config import GPT2Config
 from llmnb.formats import vocabulary
@@ -109,35 +109,6 @@ def test_a_damaged_vocabulary_is_an_answer_or_one_error(
 # merges, and tokens that no text becomes
 
 TEXTS = "It's naïve: 東京 \U0001f600\r\n\t  x = 3.14", "low lowest", ""
-
-
-def own_files(folder, encoding, before=(), behind=(), merges=True):
-    """vocab.json and merges.txt: special tokens first, or EOT alone last."""
-    *spelt, eot = vocab_of(encoding)
-    tokens = [*before, *spelt] if before else [*spelt, eot]
-    vocab = {x: i for i, x in enumerate([*tokens, *behind])}
-    (folder / "vocab.json").write_text(json.dumps(vocab), "utf-8")
-    lines = ["#version: 0.2"] + [" ".join(x) for x in merges_of(encoding)]
-    if merges:
-        (folder / "merges.txt").write_text("\n".join(lines) + "\n", "utf-8")
-    return folder / "vocab.json"
-
-
-def merges_of(encoding):
-    """The pairs, in letters, that were joined to the tokens, in order."""
-    spelt = [x for x in vocab_of(encoding) if x != "<|endoftext|>"]
-    rank, pairs = {}, []
-    for number, token in enumerate(spelt):
-        parts = list(token)
-        while len(parts) > 2:
-            found = [rank.get(a + b, 1 << 30) for a, b in
-                     zip(parts, parts[1:], strict=False)]  # fmt: skip
-            i = found.index(min(found))
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        rank[token] = number
-        if len(parts) == 2:
-            pairs.append(parts)
-    return pairs
 
 
 SPECIAL = ["<s>", "<|endoftext|>", "<pad>"]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numba
 import numpy as np
 import pytest
-from test_train import CURVE, RECORDED, Readers
+from curve import CURVE, RECORDED, Readers
 
 from llmnb import GPT2, GPT2Config, cpu, reference
 from llmnb.book.verify import numerical_gradient

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numba.core.runtime import _nrt_python, rtsys
+from problems import TOLERANCE, problem, run
 
 from llmnb.book.verify import numerical_gradient
 from llmnb.cpu import attention as cpu
@@ -13,25 +14,6 @@ from llmnb.cpu.panels import work_shape
 from llmnb.reference import attention as reference
 
 DRAWN = settings(max_examples=25, deadline=None, derandomize=True)
-TOLERANCE = {np.float32: 2e-6, np.float64: 1e-13}
-
-
-def problem(B, T, NH, hs, dtype, seed=0):
-    rng = np.random.default_rng(seed)
-    inp = rng.normal(size=(B, T, 3 * NH * hs)).astype(dtype)
-    dout = rng.normal(size=(B, T, NH * hs)).astype(dtype)
-    return inp, dout
-
-
-def run(layer, inp, dout, NH, **how):
-    """out, lse and dinp; dinp starts at 1 to show that backward adds."""
-    B, T, _ = inp.shape
-    out = np.full_like(dout, 7)
-    lse = np.full((B, NH, T), 7, inp.dtype)
-    dinp = np.ones_like(inp)
-    layer.attention_forward(out, lse, inp, **how)
-    layer.attention_backward(dinp, dout, inp, out, lse, **how)
-    return out, lse, dinp
 
 
 def assert_close(got, want, tolerance):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import Problem
 
 from llmnb.book.verify import numerical_gradient
 from llmnb.cpu import matmul as cpu
@@ -13,56 +14,6 @@ from llmnb.reference import matmul as reference
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 size = st.integers(1, 13) | st.sampled_from([37, 48, 49, 51, 97])
-TOLERANCE = {np.float32: 2e-6, np.float64: 1e-13}
-
-
-class Problem:
-    """Random arrays of the layer; outputs begin at drawn values."""
-
-    def __init__(self, B, T, C, OC, bias=True, dtype=np.float32, seed=0):
-        rng = np.random.default_rng(seed)
-
-        def draw(*shape):
-            return rng.normal(size=shape).astype(dtype)
-
-        self.inp, self.weight = draw(B, T, C), draw(OC, C)
-        self.bias = draw(OC) if bias else None
-        self.out, self.dout = draw(B, T, OC), draw(B, T, OC)
-        self.dinp, self.dweight = draw(B, T, C), draw(OC, C)
-        self.dbias = draw(OC) if bias else None
-
-    def forward(self, backend, **how):
-        out = self.out.copy()
-        arrays = out, self.inp, self.weight, self.bias
-        backend.matmul_forward(*arrays, **how)
-        return out
-
-    def forward_in_place(self, backend, work):
-        """The output written over the residual."""
-        out = self.out.copy()
-        arrays = out, self.inp, self.weight, self.bias
-        backend.matmul_forward(*arrays, residual=out, work=work)
-        return out
-
-    def backward(self, backend, **how):
-        grads = [self.dinp.copy(), self.dweight.copy()]
-        grads.append(None if self.dbias is None else self.dbias.copy())
-        arrays = *grads, self.dout, self.inp, self.weight
-        backend.matmul_backward(*arrays, **how)
-        return [grad for grad in grads if grad is not None]
-
-    def results(self, backend, **how):
-        return [self.forward(backend, **how), *self.backward(backend, **how)]
-
-    def assert_close(self, got, want):
-        """Equal but for the rounding of sums as long as the layer's."""
-        dtype = self.inp.dtype
-        tokens = self.inp.size // self.inp.shape[-1]
-        longest = max(*self.weight.shape, tokens)
-        for x, y in zip(got, want, strict=True):
-            assert x.dtype == dtype
-            scale = np.sqrt(longest) * max(1, np.abs(y).max())
-            assert np.abs(x - y).max() < TOLERANCE[dtype.type] * scale
 
 
 @quick

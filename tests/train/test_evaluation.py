@@ -13,6 +13,7 @@ from llmnb.cli.__main__ import main
 from llmnb.config import GPT2Config
 from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
+from llmnb.text.bpe import from_tokens
 from llmnb.text.reader import Tally
 from llmnb.train.choices import (
     Example,
@@ -291,8 +292,8 @@ def changed(raw, place, value, size):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda x: x[:900], "must have a header of 1024 bytes"),
-        (lambda x: x[:-1], "two bytes for each number"),
+        (lambda x: x[:900], "900 bytes are too few for a header of 1024"),
+        (lambda x: x[:-1], "size must be even"),
         (lambda x: x[:-2], r"example 2 must have an even size of 30 to"),
         (lambda x: x + b"\0\0", "2 bytes follow the last example"),
         (lambda x: changed(x, 0, 20240520, 4), "magic number must be 202405"),
@@ -529,7 +530,7 @@ def test_the_special_token_parts_documents():
 def test_mistakes_get_one_line(saved, capsys, monkeypatch, command, message):
     if "tokenizer gpt2" in command:
         monkeypatch.setattr(
-            tokenizer, "gpt2", lambda: tokenizer._encoding("gpt2", TOKENS)
+            tokenizer, "gpt2", lambda: from_tokens("gpt2", TOKENS)
         )
     (saved / "a.txt").write_text("text")
     with pytest.raises(SystemExit) as stop:

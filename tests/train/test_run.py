@@ -25,7 +25,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmnb.cli.__main__ import main
 from llmnb.cpu.tile import cpu_features
 from llmnb.files import LOCK, Lock, in_use
 from llmnb.formats.checkpoint import read_config
@@ -36,6 +35,7 @@ from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
 from llmnb.train import run as the_run
 from llmnb.train.feed import Data, loaders, prepare
+from llmnb.train.finetune import starting_from
 from llmnb.train.folder import (
     load_run,
     run_folder,
@@ -47,7 +47,7 @@ from llmnb.train.log import read_rows, read_steps, start_log
 from llmnb.train.loop import evaluate
 from llmnb.train.options import TrainConfig
 from llmnb.train.run import CHANGEABLE, begin, finish, follow, resume
-from llmnb.train.start import new_model, starting_from
+from llmnb.train.start import new_model
 from llmnb.train.state import (
     fingerprint,
     newest_state,
@@ -126,7 +126,7 @@ def files_of(folder):
 # resuming
 
 
-@pytest.mark.parametrize("count", [1, 4, 5, 6, 13, 15, 19, 20])
+@pytest.mark.parametrize("count", [1, 4, 5, 6, 13, 19, 20])
 def test_a_resumed_run_is_the_straight_run(tmp_path, count):
     want, _ = straight(tmp_path / "a")
     cut(tmp_path / "b", count)
@@ -140,21 +140,15 @@ def test_a_resumed_run_is_the_straight_run(tmp_path, count):
     assert files_of(tmp_path / "b") == files_of(tmp_path / "a")
 
 
-def test_the_kernels_resume_too(tmp_path):
-    config = replace(TINY, backend="cpu")
-    want, _ = straight(tmp_path / "warm", config)  # compiles what is missing
-    want, _ = straight(tmp_path / "a", config)
-    cut(tmp_path / "b", 13, config)
-    run, _ = resume(tmp_path / "b")
-    list(follow(run))
-    for group in ("params", "m", "v"):
-        pair = (x.model.memory.flat(group) for x in (run, want))
-        assert np.array_equal(*pair)
-
-
 @pytest.mark.parametrize(
     "options",
-    [{"precision": "fp64"}, {"overfit": True}, {"schedule": "wsd"}],
+    [
+        {"precision": "fp64"},
+        {"overfit": True},
+        {"schedule": "wsd"},
+        {"backend": "cpu"},
+    ],
+    ids=str,
 )
 def test_other_runs_resume(tmp_path, options):
     config = replace(TINY, **options)
@@ -162,7 +156,9 @@ def test_other_runs_resume(tmp_path, options):
     cut(tmp_path / "b", 8, config)
     run, _ = resume(tmp_path / "b")
     list(follow(run))
-    assert np.array_equal(weights(run), weights(want))
+    for group in ("params", "m", "v"):
+        pair = (x.model.memory.flat(group) for x in (run, want))
+        assert np.array_equal(*pair)
 
 
 def test_the_state_is_all_there_is(tmp_path):
@@ -227,13 +223,8 @@ def test_the_newest_states_are_kept(tmp_path):
         seen.append([int(x.stem[6:]) for x in states(run.folder)])
     assert seen[1:4] == [[], [3], [3]]
     assert seen[8] == [6, 9] and seen[-1] == [18, 20]
-
-
-def test_only_at_the_end(tmp_path):
-    run = straight(tmp_path / "a", replace(TINY, save_every=0))[0]
-    assert [x.name for x in states(run.folder)] == [
-        "state_00000020.safetensors"
-    ]
+    run = straight(tmp_path / "b", replace(TINY, save_every=0))[0]
+    assert states(run.folder) == [state_path(run.folder, 20)]
 
 
 def test_a_new_run_removes_old_states(tmp_path):
@@ -244,22 +235,14 @@ def test_a_new_run_removes_old_states(tmp_path):
     assert [s.step for s in log_of(run.folder)] == [0, 1]
 
 
-def test_leftovers_are_swept_away(tmp_path):
-    cut(tmp_path / "a", 7)
-    left = tmp_path / "a" / "state_00000010.safetensors.1234.new"
-    left.write_bytes(b"half")
-    other = tmp_path / "a" / "notes.new"
-    other.write_bytes(b"mine")
-    resume(tmp_path / "a")
-    assert not left.exists() and other.exists()
-
-
 @pytest.mark.parametrize("how", ["resume", "begin"])
 def test_only_our_own_leftovers_are_swept_away(tmp_path, how):
     cut(tmp_path / "a", 7)
     ours = "state_00000010.safetensors", "log.csv", "model.bin", "config.json"
     ours = [f"{name}.{i:016x}.new" for i, name in enumerate(ours)]
+    ours.append("state_00000010.safetensors.1234.new")
     others = [
+        "notes.new",
         "notes.2024.new", "state_best.safetensors.12.new", "log.csv.new",
         "my model.bin.0123456789abcdef.new", "log.csv.0123456789abcdef",
     ]  # fmt: skip
@@ -305,15 +288,6 @@ def test_only_our_own_names_are_states(tmp_path, how):
         ]  # fmt: skip
     for name in FOREIGN:
         assert (tmp_path / "a" / name).read_bytes() == b"better: " + newest
-
-
-def test_states_come_in_the_order_of_their_steps(tmp_path):
-    steps = [99_999_999, 100_000_000, 5, 123_456_789_012, 10**9]
-    for step in steps:
-        state_path(tmp_path, step).write_bytes(b"")
-    got = [int(x.stem[6:]) for x in states(tmp_path)]
-    assert got == sorted(steps)
-    assert states(tmp_path / "nowhere") == []
 
 
 def test_a_run_of_more_than_a_hundred_million_steps(tmp_path):
@@ -393,17 +367,6 @@ def test_what_must_not_change(tmp_path, name):
         resume(tmp_path / "a", steps=4)
 
 
-def test_another_text(tmp_path, monkeypatch):
-    cut(tmp_path / "a", 7)
-    before = files_of(tmp_path / "a")
-    tokens = np.arange(4000).astype(np.uint16) % 250
-    other = Data(tokenizer.byte(), tokens[400:], tokens[:400], "another")
-    monkeypatch.setattr("llmnb.train.run.prepare", lambda config: other)
-    with pytest.raises(ValueError, match="the text is not the one it began"):
-        resume(tmp_path / "a")
-    assert files_of(tmp_path / "a") == before, "nothing is written"
-
-
 def changed(then, place, part, count):
     """The text with some tokens changed on the way into a part."""
 
@@ -460,20 +423,6 @@ def test_shards_that_have_moved(tmp_path, monkeypatch):
     assert warnings == []
     list(islice(follow(run), 9))
     run, _ = resume(tmp_path / "b")  # it knows by now
-    list(follow(run))
-    assert np.array_equal(weights(run), weights(want))
-
-
-def test_a_corpus_that_has_moved(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmnb.train.run.prepare", prepare)
-    (tmp_path / "here.txt").write_text("spam and eggs, " * 500)
-    config = replace(TINY, corpus=(str(tmp_path / "here.txt"),))
-    want = straight(tmp_path / "a", config)[0]
-    cut(tmp_path / "b", 7, config)
-    os.rename(tmp_path / "here.txt", tmp_path / "there.txt")
-    with pytest.raises(FileNotFoundError, match="moved, name its new place"):
-        resume(tmp_path / "b")
-    run, _ = resume(tmp_path / "b", corpus=(str(tmp_path / "there.txt"),))
     list(follow(run))
     assert np.array_equal(weights(run), weights(want))
 
@@ -626,7 +575,12 @@ def damaged_state(folder, data):
 def test_truncated_states(tmp_path, whole):
     for size in {0, 1, 7, 8, 9, 100, *range(0, len(whole), len(whole) // 40)}:
         damaged_state(tmp_path, whole[:size])
-    damaged_state(tmp_path, whole + b"\0")
+    for data in (whole + b"\0", b"\xff" * 5000):
+        damaged_state(tmp_path, data)
+    path = tmp_path / "state_00000010.safetensors"
+    write_tensors(path, {"x": np.zeros(3)})
+    with pytest.raises(ValueError, match="its format must be"):
+        read_state(path)
 
 
 def test_flipped_bits(tmp_path, whole):
@@ -672,34 +626,23 @@ def rewritten(whole, tmp_path, change, tensors=lambda x: x):
     return path
 
 
-def less(arrays):
-    del arrays["m.wpe"]
-    return arrays
-
-
-def more(arrays):
-    return arrays | {"w": np.zeros(3, np.float32)}
-
-
-def wide(arrays):
-    return arrays | {"v.wte": arrays["v.wte"].astype(np.float64)}
-
-
-def turned(arrays):
-    return arrays | {"v.wte": arrays["v.wte"].T.copy()}
-
-
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (less, "m.wpe must be .*, got None"),
-        (more, "w must be None"),
-        (wide, "v.wte must be .'F32', .*, got .'F64'"),
-        (turned, "v.wte must be .*, got"),
+        ({"m.wpe": None}, "m.wpe must be .*, got None"),
+        ({"w": np.zeros(3, "f4")}, "w must be None"),
+        ({"v.wte": np.float64}, "v.wte must be .'F32', .*, got .'F64'"),
+        ({"v.wte": np.transpose}, "v.wte must be .*, got"),
     ],
 )
 def test_arrays_of_another_model(tmp_path, whole, tensors, message):
-    path = rewritten(whole, tmp_path, lambda x: None, tensors)
+    def change(arrays):
+        for name, x in tensors.items():
+            x = x(arrays[name]).copy() if callable(x) else x
+            arrays[name] = x
+        return {k: x for k, x in arrays.items() if x is not None}
+
+    path = rewritten(whole, tmp_path, lambda x: None, change)
     with pytest.raises(ValueError, match=message):
         read_state(path)
 
@@ -738,15 +681,6 @@ def test_a_place_that_is_none(tmp_path):
             resume(tmp_path / "a")
 
 
-def test_other_files(tmp_path):
-    path = tmp_path / "state_00000010.safetensors"
-    write_tensors(path, {"x": np.zeros(3)})
-    with pytest.raises(ValueError, match="its format must be"):
-        read_state(path)
-    damaged_state(tmp_path, b"")
-    damaged_state(tmp_path, b"\xff" * 5000)
-
-
 def test_the_state_before_the_damaged_one(tmp_path):
     want = straight(tmp_path / "a")[0]
     cut(tmp_path / "b", 12)
@@ -757,19 +691,6 @@ def test_the_state_before_the_damaged_one(tmp_path):
     assert len(warnings) == 1 and str(newest) in warnings[0]
     list(follow(run))
     assert np.array_equal(weights(run), weights(want))
-
-
-def test_a_damaged_state_does_not_push_out_good_ones(tmp_path):
-    config = replace(TINY, keep=1, save_every=2)
-    run = cut(tmp_path / "a", 9, config)
-    (only,) = states(run.folder)
-    (run.folder / "state_00000099.safetensors").write_bytes(b"damaged")
-    run, warnings = resume(run.folder)
-    assert run.at.step == 8 and len(warnings) == 1
-    list(islice(follow(run), 2))
-    assert [x.name for x in states(run.folder)] == [
-        "state_00000010.safetensors", "state_00000099.safetensors",
-    ]  # fmt: skip
 
 
 def test_no_state_is_whole(tmp_path):
@@ -866,34 +787,6 @@ def test_a_full_disk_for_the_log(tmp_path):
     want = straight(tmp_path / "b")[0]
     assert np.array_equal(weights(run), weights(want))
     assert log_of(run.folder) == log_of(want.folder)
-
-
-def mounted(folder, size):
-    """Whether a small file system could be mounted."""
-    if sys.platform != "linux" or os.geteuid():
-        return False
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder]
-    try:
-        return not subprocess.run(command, capture_output=True).returncode
-    except OSError:
-        return False
-
-
-def test_a_small_disk(tmp_path):
-    """A real one: there is room for one state, and no more."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if not mounted(place, "500k"):
-        pytest.skip("cannot mount a tmpfs")
-    try:
-        run = begin(run_folder(place / "a"), replace(TINY, channels=32))
-        with pytest.raises(OSError, match="No space.*state_00000005"):
-            list(follow(run))
-        assert [x.name for x in run.folder.glob("*.new")] == []
-        assert newest_state(run.folder)[0].at.step == 5
-        run.lock.release()
-    finally:
-        subprocess.run(["umount", place], check=True)
 
 
 # one folder, one owner
@@ -1161,69 +1054,36 @@ def test_any_log(tmp_path_factory, text):
 # a log or a picture that fails costs no model
 
 
-def spoil_log(run, how):
-    """Edit a log as people, editors and other programs do."""
-    path = run.folder / "log.csv"
-    lines = path.read_bytes().split(b"\n")
-    how(path, lines)
+def semicolons(lines):
+    return [lines[0], *[b"1;2;3"] * 8, *lines[9:]]
 
 
-def rewritten_lines(change):
-    def how(path, lines):
-        change(lines)
-        path.write_bytes(b"\n".join(lines))
+# as people, editors and other programs edit a log, by its lines
+EDITED = [
+    (
+        lambda x: [*x[:3], x[3][:9], *x[4:]],
+        20,
+        r"line 4 \(must have 7",
+    ),
+    (lambda x: [*x[:5], b"a, b", *x[6:]], 20, r"line 6 \(must .*, has 2\)"),
+    (lambda x: x[1:], 21, None),  # the names of the columns are known
+    (semicolons, 13, "line 4 .*, and 5 more$"),
+    (lambda x: [b"\xef\xbb\xbf" + b"\r\n".join(x)], 21, None),  # a spreadsheet
+    (None, 0, "goes on without .*log.csv: FileNotFoundError"),
+    ("a folder", 0, "goes on without .*log.csv: (IsADir|Perm).*Error"),
+]
 
-    return how
 
-
-def without_log(path, lines):
-    path.unlink()
-
-
-def folder_log(path, lines):
-    path.unlink()
-    path.mkdir()
-
-
-@pytest.mark.parametrize(
-    ("how", "count", "warning"),
-    [
-        (
-            rewritten_lines(lambda x: x.__setitem__(3, x[3][:9])),
-            20,
-            r"log.csv: left out line 4 \(must have 7 values, has",
-        ),
-        (
-            rewritten_lines(lambda x: x.__setitem__(5, b"hello, world")),
-            20,
-            r"log.csv: left out line 6 \(must have 7 values, has 2\)",
-        ),
-        (
-            rewritten_lines(lambda x: x.__delitem__(0)),
-            21,
-            None,  # the names of the columns are known
-        ),
-        (
-            rewritten_lines(
-                lambda x: x.__setitem__(slice(1, 9), [b"1;2;3"] * 8)
-            ),
-            13,
-            "line 4 .*, and 5 more$",
-        ),
-        (
-            lambda path, lines: path.write_bytes(
-                b"\xef\xbb\xbf" + b"\r\n".join(lines)
-            ),
-            21,
-            None,  # as a spreadsheet saves it
-        ),
-        (without_log, 0, "goes on without .*log.csv: FileNotFoundError"),
-        (folder_log, 0, "goes on without .*log.csv: (IsADir|Perm).*Error"),
-    ],
-)
-def test_an_edited_log_costs_no_model(tmp_path, how, count, warning):
+@pytest.mark.parametrize(("edit", "count", "warning"), EDITED)
+def test_an_edited_log_costs_no_model(tmp_path, edit, count, warning):
     run, _ = straight(tmp_path / "a")
-    spoil_log(run, how)
+    log = run.folder / "log.csv"
+    lines = log.read_bytes().split(b"\n")
+    log.unlink()
+    if callable(edit):
+        log.write_bytes(b"\n".join(edit(lines)))
+    elif edit:
+        log.mkdir()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         steps = finish(run)
@@ -1236,29 +1096,6 @@ def test_an_edited_log_costs_no_model(tmp_path, how, count, warning):
     assert (run.folder / "loss.png").exists()
     if count:
         assert read_steps(run.folder / "log.csv") == steps
-
-
-def fail(*args, **how):
-    raise RuntimeError("no such font:\nnone at all")
-
-
-@pytest.mark.parametrize(
-    "what",
-    [
-        "matplotlib.figure.Figure.savefig",  # a font, tex, a broken library
-        "llmnb.train.run.landmarks",  # a shard that has vanished
-        "llmnb.train.run.write_log",  # a disk that is full
-    ],
-)
-def test_what_only_shows_a_run_costs_no_model(tmp_path, monkeypatch, what):
-    run, _ = straight(tmp_path / "a")
-    monkeypatch.setattr(what, fail)
-    with pytest.warns(UserWarning) as seen:
-        finish(run)
-    (message,) = {str(x.message) for x in seen}
-    assert message.startswith(f"goes on without {run.folder}")
-    assert message.endswith("RuntimeError: no such font: none at all")
-    GPT2.from_checkpoint(run.folder / "model.bin", 1, 8, "reference")
 
 
 def test_settings_of_matplotlib_do_not_reach_a_run(tmp_path):
@@ -1344,36 +1181,6 @@ def test_no_state_takes_the_place_of_a_good_one(tmp_path, group, value):
 def command_in(error):
     """The words of the command that a message ends with."""
     return shlex.split(str(error.value).partition(": llmnb ")[2])
-
-
-def test_the_way_out_of_a_loss_that_is_no_number(tmp_path, monkeypatch):
-    """The message's command trains, from the last good state."""
-    config = replace(TINY, corpus=("a b.txt",), overfit=True)
-    run = begin(run_folder(tmp_path / "a"), config)
-    with pytest.raises(FloatingPointError, match="at step 15 .* rate") as bad:
-        for step in follow(run):
-            if step.step == 14:  # a state has just been kept
-                spoil(run.model.params["wpe"][:16])
-    good = str(run.folder / "state_00000010.safetensors")
-    train, *words = command_in(bad)
-    assert train == "train" and words[:2] == ["--init", good]
-    rate = float(words[words.index("--learning-rate") + 1])
-    assert rate == config.learning_rate / 2
-    asked = []
-    monkeypatch.setattr("llmnb.cli.train.check_backend", lambda name: None)
-    monkeypatch.setattr("llmnb.cli.train.begin", lambda *x: asked.append(x))
-    monkeypatch.chdir(tmp_path)
-    with contextlib.suppress(AttributeError):  # there is no run to follow
-        main(["train", *words])
-    ((_, config_now),) = asked
-    same = replace(
-        config, init=good, learning_rate=rate,
-        tokenizer=str(run.folder / "tokenizer.tiktoken"),
-    )  # fmt: skip
-    assert config_now == same
-    model = new_model(config_now, 257)
-    state = restore(read_state(good))
-    assert np.array_equal(model.params["wte"], state.params["wte"])
 
 
 def test_without_a_state_the_way_out_is_the_beginning(tmp_path):
@@ -1545,9 +1352,9 @@ def test_killed_at_any_moment(finished):
         assert seen["in a state"] > 5 and seen["between"] > 5
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_a_signal_finishes_the_step(finished, name):
-    number, folder = getattr(signal, name), finished / name
+def test_a_signal_finishes_the_step(finished):
+    name, number = "cut", signal.SIGTERM
+    folder = finished / name
     args = COMMAND.replace("--save-every 1", "--save-every 0").split()
     process = start(finished, *args, "--out", name)
     while rows(folder) < 5:
@@ -1586,20 +1393,3 @@ def test_two_commands_in_one_folder(finished):
     first.send_signal(signal.SIGCONT)
     wait(first)
     assert files_of(finished / "shared") == files_of(finished / "alone")
-
-
-def test_a_second_signal_stops_at_once(finished):
-    args = COMMAND.replace("--steps 20", "--steps 4").split()
-    slow = ["--total-batch", 64 * 4000, "--save-every", 1]
-    process = start(finished, *args, *slow, "--out", "slow")
-    while rows(finished / "slow") < 0:
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
-    assert process.poll() is None, "the step is still going on"
-    process.send_signal(signal.SIGINT)
-    start_time = time.perf_counter()
-    wait(process, 130)
-    assert time.perf_counter() - start_time < 5
-    assert states(finished / "slow") == []

@@ -8,11 +8,11 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from itertools import islice
-from pathlib import Path
 
 import numba
 import numpy as np
 import pytest
+from curve import CURVE, RECORDED, Readers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +21,7 @@ from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
 from llmnb.text.data import DataLoader
 from llmnb.train.feed import Data, landmarks, loaders, make_encoding, prepare
+from llmnb.train.finetune import starting_from
 from llmnb.train.folder import (
     load_run,
     read_run,
@@ -39,9 +40,8 @@ from llmnb.train.loop import (
     z_score,
 )
 from llmnb.train.options import TrainConfig, depth_shape
-from llmnb.train.start import new_model, starting_from
+from llmnb.train.start import new_model
 
-RECORDED = Path(__file__).parents[1] / "data"
 TINY = TrainConfig(
     tokenizer="byte",
     num_layers=1,
@@ -543,32 +543,6 @@ def test_rerun_and_threads_give_the_same_bits():
 
 
 # PyTorch's curve
-
-
-class Readers:
-    """Row b of the batch reads part b of the text."""
-
-    def __init__(self, B=8, T=64):
-        tokens = np.array(read_shard(RECORDED / "curve_tokens.bin"), np.int32)
-        self.x, self.y = (
-            a.reshape(B, -1, T) for a in (tokens[:-1], tokens[1:])
-        )
-        self.step = -1
-
-    def next_batch(self):
-        self.step += 1
-        return self.x[:, self.step], self.y[:, self.step]
-
-
-CURVE = TrainConfig(
-    tokenizer="byte",
-    num_layers=2,
-    channels=64,
-    seq_len=64,
-    batch_size=8,
-    steps=200,
-    learning_rate=2e-3,
-)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@
 # > Five calls a step, and around them what a long run needs: batches in pieces,
 # > outliers left out, validation, and a report of each step.
 #
-# *Reading time: 26 minutes. You need: [chapter 1.16](../1_by_hand/16_training.ipynb) and
-# [chapter 4.11](11_options.ipynb).*
+# *Reading time: 26 minutes. You need: [chapter 1.17](../1_by_hand/17_training.ipynb) and
+# [chapter 4.12](12_options.ipynb).*
 
 # %% [markdown]
 # ## Where we are
@@ -46,18 +46,10 @@ from llmnb.train.start import new_model
 # %% [markdown]
 # ## The loop
 #
-# One **training step** is five calls, and their order is forced:
-#
-# | call | reads | writes |
-# |---|---|---|
-# | `forward` | a batch, the weights | activations, the loss |
-# | `backward` | activations, the weights | gradients |
-# | `clip_gradients` | gradients | gradients, if their norm is above 1 |
-# | `rate` | the step's number | nothing: it is a function of the step |
-# | `update` | gradients | the weights, AdamW's two averages |
-#
-# `backward` needs the activations of the very `forward` before it, clipping
-# must see all gradients together, and `update` spends them.
+# A training step is the five calls of
+# [chapter 1.17](../1_by_hand/17_training.ipynb), in their one order: `forward`,
+# `backward`, `clip_gradients`, the rate, `update`. Two things are new here: the
+# first two may be called several times, and the last may be left out.
 #
 # **A batch larger than memory.** The activations of a batch of $B$ rows take
 # memory in proportion to $B$, and large models learn best from batches of
@@ -66,15 +58,15 @@ from llmnb.train.start import new_model
 # let $\ell_{kj}$ be the loss of token $j$ of piece $k$. The mean over all
 # tokens is the mean of the pieces' means,
 #
-# $$ \mathcal L = \frac1{nM} \sum_{k=1}^n \sum_{j=1}^M \ell_{kj}
-#    = \frac1n \sum_{k=1}^n \mathcal L_k , \qquad
-#    \mathcal L_k = \frac1M \sum_{j=1}^M \ell_{kj} , \tag{4.12.1} $$
+# $$ \mathcal L = \frac1{nM} \sum_{k=0}^{n-1} \sum_{j=0}^{M-1} \ell_{kj}
+#    = \frac1n \sum_{k=0}^{n-1} \mathcal L_k , \qquad
+#    \mathcal L_k = \frac1M \sum_{j=0}^{M-1} \ell_{kj} , \tag{4.13.1} $$
 #
 # and since differentiation is linear, its gradient is the mean of theirs:
 #
 # $$ \frac{\partial \mathcal L}{\partial \theta}
-#    = \sum_{k=1}^n \frac1n
-#    \frac{\partial \mathcal L_k}{\partial \theta} . \tag{4.12.2} $$
+#    = \sum_{k=0}^{n-1} \frac1n
+#    \frac{\partial \mathcal L_k}{\partial \theta} . \tag{4.13.2} $$
 #
 # It is exact, and not an approximation, as long as the weights stand still
 # while the pieces pass and no token is masked out; only the order of the
@@ -107,7 +99,7 @@ def accumulate(config, model, batches, step=0):
     for k in range(count):
         losses.append(model.forward(*batches.next_batch()))
         _check_finite("loss", losses[-1], step, config.rate(step))
-        model.backward(add=k > 0, share=1 / count)  # (4.12.2)
+        model.backward(add=k > 0, share=1 / count)  # (4.13.2)
     return sum(losses) / count
 
 
@@ -136,7 +128,7 @@ def _check_finite(what, value, step=None, rate=0.0):
 # a new loss $x$ is its distance from the mean, counted in standard
 # deviations:
 #
-# $$ z = \frac{x - \mu}{\sigma} . \tag{4.12.3} $$
+# $$ z = \frac{x - \mu}{\sigma} . \tag{4.13.3} $$
 #
 # If losses were normally distributed, $z > 5$ would come once in 3.5
 # million steps. Only large values are suspect: a small loss does no harm.
@@ -144,22 +136,22 @@ def _check_finite(what, value, step=None, rate=0.0):
 # The window moves on by one step: $x$ enters and the oldest, $a$, leaves.
 # The mean and the variance follow without another pass over the window:
 #
-# $$ \mu' = \mu + \frac{x - a}{W} , \tag{4.12.4} $$
+# $$ \mu' = \mu + \frac{x - a}{W} , \tag{4.13.4} $$
 #
 # and as $Q = \sum_i x_i^2 - W \mu^2$, before and after,
 #
 # $$ Q' - Q = x^2 - a^2 - W (\mu'^2 - \mu^2)
 #    = (x - a)(x + a) - W (\mu' - \mu)(\mu' + \mu)
-#    = (x - a) \bigl[ (x - \mu') + (a - \mu) \bigr] , \tag{4.12.5} $$
+#    = (x - a) \bigl[ (x - \mu') + (a - \mu) \bigr] , \tag{4.13.5} $$
 #
-# where the last step put in (4.12.4). The two sums and a ring of $W$ values
+# where the last step put in (4.13.4). The two sums and a ring of $W$ values
 # are all it takes. Try it on a window through which a huge loss passes:
 
 
 # %% a running variance, and an outlier that passes through
 def slide(mean, Q, new, old, W):
-    after = mean + (new - old) / W  # (4.12.4)
-    return after, Q + (new - old) * ((new - after) + (old - mean))  # (4.12.5)
+    after = mean + (new - old) / W  # (4.13.4)
+    return after, Q + (new - old) * ((new - after) + (old - mean))  # (4.13.5)
 
 
 W = 8
@@ -172,8 +164,8 @@ for i in range(W, 200):
     running.append(math.sqrt(max(Q, 0) / W))
 true = [stream[i - W + 1 : i + 1].std() for i in range(W, 200)]
 far = np.abs(np.array(running) - true) / true
-verdict("before it", far[:80].max() < 1e-6, "(4.12.5) is right")
-verdict("after it", far[-1] > 10, "(4.12.5) is never right again")
+verdict("before it", far[:80].max() < 1e-6, "(4.13.5) is right")
+verdict("after it", far[-1] > 10, "(4.13.5) is never right again")
 
 # %% [markdown]
 # The derivation is right and the arithmetic is not. $Q$ rose to $10^{18}$,
@@ -208,7 +200,7 @@ print([round(z_score(recent, x), 2) for x in (3.0, 3.3, 9.0)])
 # **What a skipped update leaves.** The weights and AdamW's averages stay as
 # they are, as if the batch had not been in the text; the loader and the
 # schedule have moved on. The bias correction of
-# [chapter 1.12](12_adamw.ipynb) divides by $1 - \beta^t$ because the averages
+# [chapter 1.12](../1_by_hand/12_adamw.ipynb) divides by $1 - \beta^t$ because the averages
 # have seen $t$ gradients. So $t$ must count the updates made, and the
 # schedule the steps taken, and the two differ from the first skip on.
 #
@@ -383,10 +375,10 @@ def _in_one_launch(config, model):
 # %% [markdown]
 # AdamW counts its updates from 1, the schedule its steps from 0. Only the
 # matrices and the two embedding tables decay;
-# [chapter 1.12](12_adamw.ipynb) says why.
+# [chapter 1.12](../1_by_hand/12_adamw.ipynb) says why.
 #
 # On a GPU a whole step can be one launch (`step` of
-# [chapter 1.15](15_model.ipynb)), if nothing has to be decided between its
+# [chapter 1.16](../1_by_hand/16_model.ipynb)), if nothing has to be decided between its
 # parts: one batch to an update, and no updates that are skipped. Then the
 # loss is looked at when the update is done. A run whose loss is not finite
 # ends there all the same, and its last state on the disk is from before.
@@ -427,7 +419,7 @@ small = TrainConfig(
 text = read_shard("../../tests/data/curve_tokens.bin")
 
 # %% [markdown]
-# Equation (4.12.2) says that four batches of two rows have the gradient of
+# Equation (4.13.2) says that four batches of two rows have the gradient of
 # one batch of eight. In float64 the two must agree to the rounding of their
 # sums, on the NumPy backend and on the kernels:
 
@@ -522,7 +514,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 4.12.1. One batch of random bytes, at the dashed line, and what it
+# *Figure 4.13.1. One batch of random bytes, at the dashed line, and what it
 # costs the steps behind it. The run that takes the batch still pays for it
 # thirty steps later; the run that skips it stays close to the run that was
 # spared, one batch behind.*
@@ -591,4 +583,4 @@ verdict("one batch", losses[-1] < 0.5, "is learnt by heart")
 # %% what llmnb gained
 from llmnb.book.index import gained
 
-gained("4.12")
+gained("4.13")

@@ -18,15 +18,15 @@
 # > Text written as it is drawn, text of any size turned into shards, and a
 # > model measured, each by one command.
 #
-# *Reading time: 20 minutes. You need: [chapter 4.18](18_commands.ipynb).*
+# *Reading time: 20 minutes. You need: [chapter 4.23](23_commands.ipynb).*
 
 # %% [markdown]
 # ## Where we are
 #
 # Three commands use what other chapters have built: the decoder of
-# [chapter 4.13](13_cache.ipynb), the shards of
+# [chapter 4.19](19_cache.ipynb), the shards of
 # [chapter 4.9](09_shards.ipynb), the measures of
-# [chapter 4.16](16_evaluation.ipynb). At the end of this chapter you can
+# [chapter 4.21](21_evaluation.ipynb). At the end of this chapter you can
 #
 # - continue a prompt from a terminal, a file or a pipe;
 # - say which tokenizer a command takes for a model, and how to name another;
@@ -85,7 +85,7 @@ def with_tokenizer(path, args):
 # %% [markdown]
 # ## Generate
 #
-# The options say how to draw ([chapter 1.17](../1_by_hand/17_writing.ipynb));
+# The options say how to draw ([chapter 1.18](../1_by_hand/18_writing.ipynb));
 # the text appears as it is drawn, and of several texts the first.
 
 # %% its options tags=["export"] module="cli.generate"
@@ -276,13 +276,13 @@ def _load_model(args, prompt):
 # ## Data
 
 # %% its options tags=["export"] module="cli.data"
-import sys
 from dataclasses import dataclass, fields
 from itertools import chain
 
 from llmnb.cli.options import add_options, option, say
 from llmnb.cli.train import check_apart
 from llmnb.text import shards
+from llmnb.text.corpus import describe
 from llmnb.text.documents import sources
 from llmnb.text.reader import Tally
 from llmnb.train.terminal import progress
@@ -345,7 +345,8 @@ def run(args):
     )
     done = _follow_data(work, sum(source.size for source in corpus))
     words = tally.words(args.endoftext)
-    say("corpus", _described(args.corpus, done) + words)
+    size = describe(args.corpus, done.documents, done.characters)
+    say("corpus", size + words)
     for name, count in done.shards:
         say(name, f"{count:,} tokens in {folder / name}")
     say("go on", f"llmnb train --shards {folder}")
@@ -353,7 +354,7 @@ def run(args):
 
 # %% follow the work tags=["exporti"] module="cli.data"
 def _follow_data(work, size):
-    """Draw a bar over the bytes read; returns the last `Progress`."""
+    """Draw a bar over the bytes read; returns the last `Encoded`."""
     first = next(work)  # what is wrong from the beginning gets no bar
     bar = progress(total=size, unit="B", unit_scale=True)
     with bar:
@@ -361,16 +362,6 @@ def _follow_data(work, size):
             bar.update(done.read - bar.n)
             bar.set_postfix(tokens=f"{done.tokens:,}", refresh=False)
     return done
-
-
-def _described(names, done):
-    where = " ".join(names)
-    if where == "stdlib":
-        where += f" (Python {'.'.join(map(str, sys.version_info[:3]))})"
-    return (
-        f"{where}: {done.documents:,} documents, {done.characters:,} "
-        "characters"
-    )
 
 
 # %% [markdown]
@@ -567,4 +558,4 @@ with TemporaryDirectory() as place:
 # %% what llmnb gained
 from llmnb.book.index import gained
 
-gained("4.20")
+gained("4.25")

@@ -15,7 +15,7 @@
 # > A run can go on to the last bit if all that one step hands to the next is
 # > kept, in a file that appears whole or not at all.
 #
-# *Reading time: 20 minutes. You need: [chapter 4.40](40_folders.ipynb) and
+# *Reading time: 20 minutes. You need: [chapter 4.14](14_folders.ipynb) and
 # [chapter 4.3](03_safetensors.ipynb).*
 
 # %% [markdown]
@@ -47,18 +47,18 @@
 # | the updates made | AdamW's bias correction | `updates` |
 # | the two windows | skipping | `losses`, `norms` |
 #
-# *Table 4.41.1. All that one step hands to the next.*
+# *Table 4.15.1. All that one step hands to the next.*
 #
 # What is not in the table matters as much. Activations and gradients are
 # overwritten in each step before they are read. There is no generator with
 # a hidden state: the loader draws the order of an epoch anew from the seed
-# and the epoch's number ([chapter 1.2](02_tokens.ipynb)), a sample has a seed
+# and the epoch's number ([chapter 1.3](../1_by_hand/03_batches.ipynb)), a sample has a seed
 # of its own, and the first weights are drawn once. And some things decide
 # the next step but never change: the configuration, the text, the program,
 # the machine. We keep the first, compare the second, and write down the
 # others, to warn when they have changed.
 #
-# The claim is that the table is complete. [Chapter 4.42](42_resume.ipynb) drops
+# The claim is that the table is complete. [Chapter 4.16](16_resume.ipynb) drops
 # one row after the other, and sees the run go astray each time; and with all rows, not at all.
 
 # %% imports of state tags=["export"]
@@ -228,7 +228,7 @@ def differences(begun, now):
 
 # %% [markdown]
 # The arrays go into one file in the format of
-# [chapter 1.13](13_memory.ipynb), written from where they lie; everything else
+# [chapter 4.3](03_safetensors.ipynb), written from where they lie; everything else
 # is a few numbers and goes into its header as JSON. Python writes a float
 # with as many digits as it takes to read the same float back, so the
 # windows survive the detour through text.
@@ -446,4 +446,4 @@ for depth in (12, 48):
 # %% what llmnb gained
 from llmnb.book.index import gained
 
-gained("4.41")
+gained("4.15")

@@ -1,0 +1,86 @@
+"""`llmnb bench` and `llmnb info`."""
+
+import json
+import re
+import sys
+
+from commands import SMALL, raising
+
+from llmnb.cli import bench as bench_command
+from llmnb.config import GPT2Config
+from llmnb.model.gpt2 import GPT2
+
+
+def test_a_picture_that_fails_costs_no_measurement(
+    llmnb, tmp_path, monkeypatch
+):
+    savefig = "matplotlib.figure.Figure.savefig"
+    monkeypatch.setattr(savefig, raising(OSError, "no font"))
+    files = ["--json", "a.json", "--plot", "a.png"]
+    args = [*files, "--precision", "fp32", "--steps", 1, *SMALL.split()]
+    code, out, err = llmnb("bench", *args)
+    assert code == 1 and "error: no font" in err
+    assert "tokens/s" in out and (tmp_path / "a.json").exists()
+
+
+def test_bench(llmnb, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    files = ["--json", "a.json", "--plot", "a.png"]
+    code, out, err = llmnb("bench", "--steps", 2, *files, *SMALL.split())
+    assert code == 0
+    assert "tokens/s" in out and "matmul_backward" in out
+    assert "llmnb bf16" in out and "not available" in out
+    assert re.search("[1-4]/4", err)  # two rounds, two to warm up
+    found = json.loads((tmp_path / "a.json").read_text("utf-8"))
+    assert found["configs"][0]["model"]["vocab_size"] == 300
+    assert found["configs"][0]["batch_size"] == 2
+    assert found["start"] == []
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_bench_prints_json(llmnb):
+    args = ["--steps", 1, "--precision", "fp32", "--json", "-"]
+    code, out, _ = llmnb("bench", *args, *SMALL.split(), "--threads", 1)
+    assert code == 0
+    found = json.loads(out)
+    assert found["threads"] == 1
+    (row,) = found["configs"][0]["contestants"]
+    assert row["name"] == "llmnb fp32" and row["threads"] == 1
+
+
+def test_bench_writes_no_folders_of_this_machine():
+    argv = ["bench", "--json", "/a/b.json", "--against", "llmc=../c/d"]
+    found = bench_command._command(argv)
+    assert found == "llmnb bench --json b.json --against llmc=d"
+
+
+def test_bench_takes_named_configurations(llmnb, monkeypatch):
+    asked = []
+
+    def fake(configs, settings, start, bar):
+        asked.append((configs, settings, start))
+        facts = {"machine": "m", "threads": 1, "load": 0.0}
+        return {**facts, "configs": [], "start": []}
+
+    monkeypatch.setattr(bench_command, "bench", fake)
+    llmnb("bench", "--config", "124m-64", "small", "--against", "torch")
+    llmnb("bench", "--start", "--threads", 3, "--torch-python", "py")
+    (first, racing, start), (second, starting, started) = asked
+    assert [*first] == ["124m-64", "small"] and second == {}
+    assert first["small"][1:] == (12, 64)
+    assert racing.against == ("torch",) and starting.threads == 3
+    assert racing.precisions == ("fp32", "bf16")
+    assert starting.torch_python == "py"
+    assert (start, started) == (False, True)
+
+
+def test_info(llmnb):
+    code, out, _ = llmnb("info")
+    assert code == 0
+    assert re.search(r"versions +llmnb \d", out)
+    args = "--num-layers 12 --num-heads 12 --channels 768 --seq-len 1024"
+    code, out, _ = llmnb("info", *args.split(), "--vocab-size", 50257)
+    assert "124,475,904" in out
+    model = GPT2(GPT2Config(16, 300, 1, 2, 16), 2, 16, "reference")
+    megabytes = f"{model.memory.nbytes / 1e6:.1f} MB"
+    assert megabytes in llmnb("info", *SMALL.split())[1]
