@@ -256,30 +256,32 @@ def pack_weight(panels, weight, bias=None):
 
 
 # the shape of a cache
-def cache_shapes(B, NH, T, hs):
+def cache_shapes(B, NKV, T, hs):
     """Shapes of the cached keys and values of T positions.
 
-    Keys (B, NH, T / COLS, hs, COLS) are panels of COLS positions; values
-    (B, NH, T, hs), with hs rounded up to a multiple of COLS.
+    Keys (B, NKV, T / COLS, hs, COLS) are panels of COLS positions; values
+    (B, NKV, T, hs), with hs rounded up to a multiple of COLS.
 
     Derived in chapter 4.19.
     """
     wide = -(-hs // COLS) * COLS
-    keys = B, NH, -(-T // COLS), hs, COLS
-    return {"keys": keys, "values": (B, NH, T, wide)}
+    keys = B, NKV, -(-T // COLS), hs, COLS
+    return {"keys": keys, "values": (B, NKV, T, wide)}
 
 
 # keep keys and values
 @inner
-def _keep(keys, values, qkv, first, h):
-    """Of one row of the batch and one head: the new positions."""
-    T, C = qkv.shape[0], qkv.shape[1] // 3
+def _keep(keys, values, qkv, first, k, v):
+    """Of one row of the batch and one head: the new positions.
+
+    k, v: where the head's keys and values begin in a row of qkv.
+    """
     hs = keys.shape[1]
-    for t in range(T):
+    for t in range(len(qkv)):
         panel, lane = (first + t) // COLS, (first + t) % COLS
         for c in range(hs):
-            keys[panel, c, lane] = qkv[t, C + h * hs + c]
-            values[first + t, c] = qkv[t, 2 * C + h * hs + c]
+            keys[panel, c, lane] = qkv[t, k + c]
+            values[first + t, c] = qkv[t, v + c]
 
 
 # one query
@@ -315,27 +317,29 @@ def _look_back(out, query, keys, values, seen, hs, block, w, zeros):
 def _cache_attention(part, parts, address):
     out, keys, values, qkv, first, block = arguments(address)
     B, T, C = out.shape
-    NH, hs, wide = keys.shape[1], keys.shape[3], values.shape[3]
+    NKV, hs, wide = keys.shape[1], keys.shape[3], values.shape[3]
+    group = C // (NKV * hs)
     room = keys.shape[2] * COLS + wide + 2
     w, zeros = np.empty(room, out.dtype), np.zeros(wide, out.dtype)
-    for unit in range(part, B * NH, parts):
-        b, h = unit // NH, unit % NH
-        K, V, a = keys[b, h], values[b, h], h * hs
-        _keep(K, V, qkv[b], first, h)
+    for unit in range(part, B * NKV, parts):
+        b, kv = unit // NKV, unit % NKV
+        K, V, k = keys[b, kv], values[b, kv], C + kv * hs
+        _keep(K, V, qkv[b], first, k, k + NKV * hs)
         K, V = K.reshape(-1), V.reshape(-1)
-        for t in range(T):
-            y, q = out[b, t, a : a + hs], qkv[b, t, a : a + hs]
-            seen = first + t + 1
-            _look_back(y, q, K, V, seen, hs, block, w, zeros)
+        for h in range(kv * group, kv * group + group):
+            for t in range(T):
+                a, seen = h * hs, first + t + 1
+                y, q = out[b, t, a : a + hs], qkv[b, t, a : a + hs]
+                _look_back(y, q, K, V, seen, hs, block, w, zeros)
 
 
 # attention over a cache
-@shapes("B T C!, B NH P hs S!, B NH room W!, B T 3C")
+@shapes("B T C!, B NKV P hs S!, B NKV room W!, B T QKV")
 def cache_attention(out, keys, values, inp, first):
     """Attention of new positions to all before them; keeps theirs.
 
-    out: (B, T, C), overwritten. inp: (B, T, 3C), queries, keys and values
-    of positions first to first + T - 1. keys, values: as cache_shapes has
+    out: (B, T, NH * hs), overwritten. inp: (B, T, (NH + 2 NKV) * hs), heads
+    of queries, keys and values of positions first to first + T - 1. keys, values: as cache_shapes has
     it; positions before `first` are read, the new ones written. All float32
     or all float64 and C-contiguous. Every number equals that of
     attention_forward to the last bit. Raises TypeError or ValueError before
@@ -344,18 +348,22 @@ def cache_attention(out, keys, values, inp, first):
     Derived in chapter 4.19.
     """
     name = "cache_attention"
-    (B, T, C), (NH, room) = out.shape, values.shape[1:3]
-    if C % NH:
-        raise ValueError(f"{name}: {NH} heads do not divide {C} channels")
+    (B, T, C), (_, NKV, _, hs, _) = out.shape, keys.shape
+    room, width = values.shape[2], C + 2 * NKV * hs
+    if not NKV * hs or C % (NKV * hs) or inp.shape[2] != width:
+        raise ValueError(
+            f"{name}: inp must have shape (B, T, (NH + 2 NKV) hs), where "
+            f"NKV = {NKV}, hs = {hs} and NKV divides NH, got {inp.shape}"
+        )
     if not 0 <= first <= room - T:
         raise ValueError(
             f"{name}: positions {first} to {first + T - 1}, where the cache "
             f"has {room}"
         )
-    want = cache_shapes(B, NH, room, C // NH)
+    want = cache_shapes(B, NKV, room, hs)
     check_fit(f"{name}: keys", keys, want["keys"], out.dtype)
     check_fit(f"{name}: values", values, want["values"], out.dtype)
-    block = block_size(C // NH)
+    block = block_size(hs)
     _cache_attention(out, keys, values, inp, first, block)
 
 

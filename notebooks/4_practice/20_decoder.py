@@ -88,7 +88,7 @@ def decoder_layout(cfg, batch_size, seq_len, dtype=np.float32):
     panels = {x.name: (L, *panels_shape(*x.shape)) for x in _packed(cfg)}
     panels["wte"] = panels_shape(Vp, C)
     vectors = {n: shape for n, shape in shapes.items() if n not in panels}
-    cache = cache_shapes(B, cfg.num_heads, seq_len, cfg.head_size)
+    cache = cache_shapes(B, cfg.num_kv_heads, seq_len, cfg.head_size)
     kept = block_activations(cfg, 1, R) | block_shapes(cfg, 1, R)
     rows = [x for x in kept if x[0] != "d" and x not in _UNUSED]
     last = {"last": (1, B, C), "lnf": (1, B, C), "logits": (1, B, Vp)}

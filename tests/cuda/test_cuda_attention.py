@@ -318,3 +318,21 @@ def test_work_must_be_float32_and_flat():
     with pytest.raises(ValueError, match="work must have shape"):
         work = simulated(np.zeros((9, 11), np.float32))
         gpu.attention_backward(*a.values(), work=work)
+
+
+@pytest.mark.parametrize("NH, NKV, hs", ((4, 2, 5), (3, 1, 4)))
+def test_heads_that_share_keys(NH, NKV, hs):
+    rng = np.random.default_rng(0)
+    inp = rng.normal(size=(1, 33, (NH + 2 * NKV) * hs)).astype(np.float32)
+    dout = rng.normal(size=(1, 33, NH * hs)).astype(np.float32)
+    out, lse = np.empty_like(dout), np.empty((1, NH, 33), np.float32)
+    want = np.ones_like(inp)
+    reference.attention_forward(out, lse, inp)
+    reference.attention_backward(want, dout, inp, out, lse)
+    got = [simulated(np.ones_like(inp)), simulated(dout), simulated(inp)]
+    got += [simulated(np.full_like(x, np.nan)) for x in (out, lse)]
+    with watch():
+        gpu.attention_forward(got[3], got[4], got[2])
+        gpu.attention_backward(*got)
+    for x, y in zip((got[0], *got[3:]), (want, out, lse), strict=True):
+        np.testing.assert_allclose(to_host(x), y, rtol=0, atol=TOLERANCE)

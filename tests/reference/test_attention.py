@@ -22,29 +22,54 @@ def assert_close(got, want, tolerance):
         assert np.abs(a - b).max(initial=0) / scale < tolerance
 
 
-def by_definition(inp, NH):
-    """Output and log-sum-exp by plain loops over (7.1) to (7.4)."""
-    B, T, width = inp.shape
-    C = width // 3
-    hs = C // NH
-    out, lse = np.zeros((B, T, C)), np.zeros((B, NH, T))
+def grouped(B, T, heads, dtype=np.float64):
+    """inp and dout of (NH, NKV, hs) heads."""
+    NH, NKV, hs = heads
+    rng = np.random.default_rng(1)
+    inp = rng.normal(size=(B, T, (NH + 2 * NKV) * hs)).astype(dtype)
+    return inp, rng.normal(size=(B, T, NH * hs)).astype(dtype)
+
+
+def by_definition(inp, NH, NKV, hs):
+    """Output and log-sum-exp by plain loops over (1.8.1) to (1.8.4)."""
+    B, T, _ = inp.shape
+    heads = inp.reshape(B, T, NH + 2 * NKV, hs)
+    out, lse = np.zeros((B, T, NH, hs)), np.zeros((B, NH, T))
     for b, h, t in np.ndindex(B, NH, T):
-        cut = slice(h * hs, (h + 1) * hs)
-        q = inp[b, t, :C][cut]
-        keys = [inp[b, u, C : 2 * C][cut] for u in range(t + 1)]
-        values = [inp[b, u, 2 * C :][cut] for u in range(t + 1)]
-        e = [np.exp(q @ k / np.sqrt(hs)) for k in keys]
+        k = NH + h // (NH // NKV)
+        q, past = heads[b, t, h], heads[b, : t + 1]
+        e = np.exp(past[:, k] @ q / np.sqrt(hs))
         lse[b, h, t] = np.log(sum(e))
-        for weight, value in zip(e, values, strict=True):
-            out[b, t, cut] += weight / sum(e) * value
-    return out, lse
+        out[b, t, h] = e / sum(e) @ past[:, k + NKV]
+    return out.reshape(B, T, NH * hs), lse
 
 
+GROUPS = pytest.mark.parametrize("heads", ((3, 3, 5), (4, 2, 5), (3, 1, 4)))
+
+
+@GROUPS
 @pytest.mark.parametrize("layer", (reference, cpu))
-def test_forward_by_definition(layer):
-    inp, dout = problem(2, 7, 3, 5, np.float64)
-    out, lse, _ = run(layer, inp, dout, 3)
-    assert_close((out, lse), by_definition(inp, 3), 1e-13)
+def test_forward_by_definition(layer, heads):
+    inp, dout = grouped(2, 7, heads)
+    out, lse, _ = run(layer, inp, dout, heads[0])
+    assert_close((out, lse), by_definition(inp, *heads), 1e-13)
+
+
+@GROUPS
+def test_heads_that_share_keys(heads):
+    """Over several blocks; the reference's gradient by differences."""
+    inp, dout = grouped(2, 130, heads)
+    want = run(reference, inp, dout, heads[0])
+    assert_close(run(cpu, inp, dout, heads[0]), want, 1e-13)
+    inp, dout = grouped(1, 4, heads)
+    out, lse = np.empty_like(dout), np.empty((1, heads[0], 4))
+
+    def loss():
+        reference.attention_forward(out, lse, inp)
+        return (dout * out).sum()
+
+    want = 1 + numerical_gradient(loss, inp)
+    assert_close(run(reference, inp, dout, heads[0])[2:], [want], 1e-8)
 
 
 @pytest.mark.parametrize("dtype", (np.float32, np.float64))
