@@ -147,7 +147,7 @@ def zeros(nbytes):
 # Two groups come on top. Some layers need scratch memory, for sums that
 # blocks of threads pass on; none needs it for longer than its own call, so
 # all share one array, as long as the longest wish. And AdamW reads its
-# numbers from memory ([chapter 1.12](12_adamw.ipynb) says why), one row of
+# numbers from memory ([chapter 1.12](../1_by_hand/12_adamw.ipynb) says why), one row of
 # them for tensors that decay and one for the others.
 #
 # Whose products? [Chapter 1.7](07_matmul.ipynb) has its own, and hands plans

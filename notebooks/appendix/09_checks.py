@@ -456,7 +456,7 @@ for args in (
 #   *control group*: a folder with a limit and what is used of it, or several,
 #   one inside the other. The smallest decides.
 # - What would fit must not be refused. Parts of the arena are never written
-#   when a model is only read: [chapter 1.15](15_model.ipynb) leaves them out.
+#   when a model is only read: [chapter 1.16](../1_by_hand/16_model.ipynb) leaves them out.
 #
 # Other systems do not say what they have, and nothing is refused there.
 
