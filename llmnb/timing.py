@@ -3,12 +3,14 @@
 """The fastest of some calls, and the name of the machine."""
 
 __all__ = [
+    "cores",
     "fastest",
     "machine",
 ]
 
 
 # imports of the stopwatch
+import os
 import platform
 import time
 from pathlib import Path
@@ -45,3 +47,14 @@ def machine():
                 cpu = line.partition(":")[2].strip()
                 break
     return f"{cpu}, {platform.system()}, Python {platform.python_version()}"
+
+
+# the cores
+def cores():
+    """How many cores this process may use.
+
+    Derived in chapter A.11.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -11,7 +11,6 @@ __all__ = [
     "Settings",
     "WARM_UP",
     "WRITERS",
-    "cores",
     "lineup",
     "no_device",
     "race",
@@ -46,6 +45,7 @@ from llmnb.config import GPT2Config
 from llmnb.model.tensors import parameter_shapes
 from llmnb.formats.shard import write_shard
 from llmnb.model.init import init_params
+from llmnb.timing import cores
 from llmnb.arena import footprint
 from llmnb.model.layout import gpt2_layout
 from llmnb.checks import SMALLER, check_room
@@ -82,17 +82,6 @@ class Settings(NamedTuple):
     threads: int | None = None
     backend: str = "cpu"
     torch_python: str = sys.executable
-
-
-# the cores
-def cores():
-    """How many cores this process may use.
-
-    Derived in chapter A.8.
-    """
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 # the contestant's environment

@@ -49,7 +49,7 @@ from llmnb.train.options import (
     TrainConfig,
     UpdateOptions,
 )
-from llmnb.train.start import starting_from
+from llmnb.train.finetune import starting_from
 
 
 # its options

@@ -25,6 +25,7 @@ from llmnb.cpu.panels import (
     scratch,
 )
 from llmnb.cpu.tile import COLS, ROWS
+from llmnb.reference.attention import count_heads
 from llmnb.shapes import shapes
 
 
@@ -47,7 +48,7 @@ def _places(block, hs):
     return tuple(int(n) for n in np.cumsum([0, *sizes]))
 
 
-def _block_size(hs):
+def block_size(hs):
     """The largest block that fits."""
     block = BLOCK
     while block and _places(block, hs)[-1] > SPARE:
@@ -85,7 +86,7 @@ def _softmax_row(scores, seen, top, scale):
 
 # the softmax of a block
 @device
-def _softmax_block(w, s, acc, first, rows, cols, n, hs, scale):
+def softmax_block(w, s, acc, first, rows, cols, n, hs, scale):
     """first: how many of the block's keys row 0 sees."""
     for i in range(rows):
         state, seen = acc + n * hs + 2 * i, min(cols, first + i)
@@ -102,24 +103,25 @@ def _softmax_block(w, s, acc, first, rows, cols, n, hs, scale):
 # a block of rows, forward
 @device
 def _forward_block(out, lse, qkv, b, h, first, sizes, places, code, panels, w):
-    T, NH, hs, n = sizes
+    T, NH, NKV, hs, n = sizes
     A, K, _, _, B, S, _, acc, _ = places
-    C, rows = NH * hs, min(n, T - first)
+    C, W, rows = NH * hs, (NH + 2 * NKV) * hs, min(n, T - first)
+    key = (NH + h * NKV // NH) * hs
     scale = w.dtype.type(1 / math.sqrt(hs))
-    q = (b * T + first) * 3 * C + h * hs
+    q = (b * T + first) * W + h * hs
     w[acc : acc + n * hs] = 0
     for i in range(rows):
         w[acc + n * hs + 2 * i] = -1e30
         w[acc + n * hs + 2 * i + 1] = 0
     for u in range(0, first + rows, n):
-        cols, k = min(n, T - u), (b * T + u) * 3 * C + C + h * hs
-        pack(code[0], panels, A, qkv, q, 3 * C, 1, rows, hs)
-        pack(code[1], panels, K, qkv, k, 3 * C, 1, cols, hs)
+        cols, k = min(n, T - u), (b * T + u) * W + key
+        pack(code[0], panels, A, qkv, q, W, 1, rows, hs)
+        pack(code[1], panels, K, qkv, k, W, 1, cols, hs)
         _add_product(code, w, S, n, True, panels, A, K, (rows, cols, hs), w)
         seen = first - u + 1
-        _softmax_block(w, S, acc, seen, rows, cols, n, hs, scale)
+        softmax_block(w, S, acc, seen, rows, cols, n, hs, scale)
         pack(code[0], panels, A, w, S, n, 1, rows, cols)
-        pack(code[1], panels, B, qkv, k + C, 1, 3 * C, hs, cols)
+        pack(code[1], panels, B, qkv, k + NKV * hs, 1, W, hs, cols)
         _add_product(
             code, w, acc, hs, False, panels, A, B, (rows, hs, cols), w
         )
@@ -137,12 +139,12 @@ def _forward_block(out, lse, qkv, b, h, first, sizes, places, code, panels, w):
 def _attention_forward(part, parts, address):
     out, lse, qkv, sizes, places, code, panels, work = arguments(address)
     B, NH, T = lse.shape
-    blocks = -(-T // sizes[3])
+    blocks = -(-T // sizes[4])
     w = work[part]
     w[ZEROS : ZEROS + COLS] = 0
     for unit in range(part, B * NH * blocks, parts):
         b, h = unit // (NH * blocks), unit // blocks % NH
-        first = unit % blocks * sizes[3]
+        first = unit % blocks * sizes[4]
         _forward_block(
             *(out, lse, qkv, b, h, first),
             *(sizes, places, code, panels[part], w),
@@ -150,13 +152,14 @@ def _attention_forward(part, parts, address):
 
 
 # attention, forward
-@shapes("B T C!, B NH|C T!, B T 3C", work=WORK)
+@shapes("B T C!, B NH|C T!, B T QKV", work=WORK)
 def attention_forward(out, lse, inp, work=None, bf16=False):
     """Causal self-attention of NH heads.
 
-    inp: (B, T, 3C), queries, keys and values along the last axis. Writes
-    out (B, T, C) and lse (B, NH, T), the log-sum-exp of each row of scaled,
-    masked scores, which the backward pass needs. All float32 or all float64
+    inp: (B, T, (NH + 2 NKV) * hs), the heads of queries, of keys and of
+    values; NKV divides NH. Writes out (B, T, NH * hs) and lse (B, NH, T),
+    the log-sum-exp of each row of scaled, masked scores, which the backward
+    pass needs. All float32 or all float64
     and C-contiguous. work: scratch of work_shape() and the same dtype, or
     None to allocate it. bf16: round the factors of every product to
     bfloat16, for float32 only. Raises TypeError or ValueError before it
@@ -165,18 +168,18 @@ def attention_forward(out, lse, inp, work=None, bf16=False):
     Derived in chapter 2.5.
     """
     check_bf16("attention_forward", bf16, inp.dtype)
-    scratch = _scratch(out, lse, work, bf16)
+    heads = count_heads("attention_forward", out, lse, inp)
+    scratch = _scratch(heads, lse, work, bf16)
     _attention_forward(out.reshape(-1), lse, inp.reshape(-1), *scratch)
 
 
 # what both kernels take
-def _scratch(out, lse, work, bf16):
-    """T, NH, hs and the size of a block; places; chapter 2.4's scratch."""
-    _, NH, T = lse.shape
-    hs = out.shape[2] // NH
-    block = _block_size(hs)
-    made = scratch(work, bf16, out.dtype)
-    return (T, NH, hs, block), _places(block, hs), *made
+def _scratch(heads, lse, work, bf16):
+    """T, heads and the size of a block; places; the panels' scratch."""
+    NH, NKV, hs = heads
+    block = block_size(hs)
+    made = scratch(work, bf16, lse.dtype)
+    return (lse.shape[2], NH, NKV, hs, block), _places(block, hs), *made
 
 
 # the softmax of a block, backward
@@ -216,10 +219,10 @@ def _backward_scores(
     dout, qkv, out, lse, q, y, seen, sizes, places, code, panels, w
 ):
     """S and dS of a block of rows; its keys and values are packed."""
-    C, hs, n, rows, cols = sizes
+    C, W, hs, n, rows, cols = sizes
     A, K, V, _, _, S, dS, _, _ = places
     shape = rows, cols, hs
-    pack(code[0], panels, A, qkv, q, 3 * C, 1, rows, hs)
+    pack(code[0], panels, A, qkv, q, W, 1, rows, hs)
     _add_product(code, w, S, n, True, panels, A, K, shape, w)
     pack(code[0], panels, A, dout, y, C, 1, rows, hs)
     _add_product(code, w, dS, n, True, panels, A, V, shape, w)
@@ -230,15 +233,15 @@ def _backward_scores(
 # the gradients of a block
 @device
 def _backward_sums(
-    dqkv, dout, qkv, q, k, y, fresh, sizes, places, code, panels, w
+    dqkv, dout, qkv, q, k, v, y, fresh, sizes, places, code, panels, w
 ):
     """The last three products of (2.5.3); fresh: of keys, of queries."""
-    C, hs, n, rows, cols = sizes
+    C, step, hs, n, rows, cols = sizes
     A, _, _, KT, B, S, dS, _, _ = places
-    step, shape = 3 * C, (cols, hs, rows)
+    shape = cols, hs, rows
     pack(code[0], panels, A, w, S, 1, n, cols, rows)
     pack(code[1], panels, B, dout, y, 1, C, hs, rows)
-    _add_product(code, dqkv, k + C, step, fresh[0], panels, A, B, shape, w)
+    _add_product(code, dqkv, v, step, fresh[0], panels, A, B, shape, w)
     pack(code[0], panels, A, w, dS, 1, n, cols, rows)
     pack(code[1], panels, B, qkv, q, 1, step, hs, rows)
     _add_product(code, dqkv, k, step, fresh[0], panels, A, B, shape, w)
@@ -250,29 +253,33 @@ def _backward_sums(
 # a head, backward
 @device
 def _backward_head(
-    dqkv, dout, qkv, out, lse, b, h, add, sizes, places, code, panels, w
+    dqkv, dout, qkv, out, lse, b, kv, add, sizes, places, code, panels, w
 ):
-    T, NH, hs, n = sizes
+    """Head kv of keys and values, and all heads of queries that read it."""
+    T, NH, NKV, hs, n = sizes
     _, K, V, KT, _, _, _, _, _ = places
-    C = NH * hs
+    C, W, group = NH * hs, (NH + 2 * NKV) * hs, NH // NKV
     for u in range(0, T, n):
-        cols, k = min(n, T - u), (b * T + u) * 3 * C + C + h * hs
-        pack(code[1], panels, K, qkv, k, 3 * C, 1, cols, hs)
-        pack(code[1], panels, V, qkv, k + C, 3 * C, 1, cols, hs)
-        pack(code[1], panels, KT, qkv, k, 1, 3 * C, hs, cols)
-        for t in range(u, T, n):
-            shape = C, hs, n, min(n, T - t), cols
-            q, y = (b * T + t) * 3 * C + h * hs, (b * T + t) * C + h * hs
-            L, seen = lse[b, h, t:], t - u + 1
-            _backward_scores(
-                *(dout, qkv, out, L, q, y, seen),
-                *(shape, places, code, panels, w),
-            )
-            fresh = not add and t == u, not add and u == 0
-            _backward_sums(
-                *(dqkv, dout, qkv, q, k, y, fresh),
-                *(shape, places, code, panels, w),
-            )
+        cols, k = min(n, T - u), (b * T + u) * W + (NH + kv) * hs
+        v = k + NKV * hs
+        pack(code[1], panels, K, qkv, k, W, 1, cols, hs)
+        pack(code[1], panels, V, qkv, v, W, 1, cols, hs)
+        pack(code[1], panels, KT, qkv, k, 1, W, hs, cols)
+        for h in range(kv * group, kv * group + group):
+            for t in range(u, T, n):
+                shape = C, W, hs, n, min(n, T - t), cols
+                q, y = (b * T + t) * W + h * hs, (b * T + t) * C + h * hs
+                L, seen = lse[b, h, t:], t - u + 1
+                _backward_scores(
+                    *(dout, qkv, out, L, q, y, seen),
+                    *(shape, places, code, panels, w),
+                )
+                first = t == u and h == kv * group
+                fresh = not add and first, not add and u == 0
+                _backward_sums(
+                    *(dqkv, dout, qkv, q, k, v, y, fresh),
+                    *(shape, places, code, panels, w),
+                )
 
 
 # the backward kernel
@@ -281,26 +288,26 @@ def _attention_backward(part, parts, address):
     given = arguments(address)
     dqkv, dout, qkv, out, lse, add = given[:6]
     sizes, places, code, panels, work = given[6:]
-    B, NH, T = lse.shape
+    units = len(lse) * sizes[2]
     w = work[part]
     w[ZEROS : ZEROS + COLS] = 0
-    for unit in range(part, B * NH, parts):
-        b, h = unit // NH, unit % NH
+    for unit in range(part, units, parts):
+        b, kv = unit // sizes[2], unit % sizes[2]
         _backward_head(
-            *(dqkv, dout, qkv, out, lse, b, h, add),
+            *(dqkv, dout, qkv, out, lse, b, kv, add),
             *(sizes, places, code, panels[part], w),
         )
 
 
 # attention, backward
-@shapes("B T 3C!, B T C, B T 3C, B T C, B NH|C T", work=WORK)
+@shapes("B T QKV!, B T C, B T QKV, B T C, B NH|C T", work=WORK)
 def attention_backward(
     dinp, dout, inp, out, lse, add=True, work=None, bf16=False
 ):
     """Add attention's gradient to dinp.
 
-    dinp, inp: (B, T, 3C). dout, out: (B, T, C). lse: (B, NH, T). out and
-    lse are as the forward pass left them. All float32 or all float64 and
+    dinp, inp: (B, T, (NH + 2 NKV) * hs). dout, out: (B, T, NH * hs). lse:
+    (B, NH, T). out and lse are as the forward pass left them. All float32 or all float64 and
     C-contiguous. add: False overwrites dinp instead of adding. work, bf16:
     as in attention_forward. Raises TypeError or ValueError before it
     computes anything.
@@ -308,6 +315,7 @@ def attention_backward(
     Derived in chapter 2.5.
     """
     check_bf16("attention_backward", bf16, inp.dtype)
-    scratch = _scratch(out, lse, work, bf16)
+    heads = count_heads("attention_backward", out, lse, inp)
+    scratch = _scratch(heads, lse, work, bf16)
     flat = (x.reshape(-1) for x in (dinp, dout, inp, out))
     _attention_backward(*flat, lse, add, *scratch)

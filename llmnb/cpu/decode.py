@@ -21,7 +21,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from llmnb.checks import check_fit
-from llmnb.cpu.attention import _block_size, _softmax_block
+from llmnb.cpu.attention import block_size, softmax_block
 from llmnb.cpu.jit import arguments, inner, team
 from llmnb.cpu.panels import DEPTH, pack, scratch
 from llmnb.cpu.tile import (
@@ -297,7 +297,7 @@ def _look_back(out, query, keys, values, seen, hs, block, w, zeros):
     w[acc + wide], w[acc + wide + 1] = -1e30, 0
     for u in range(0, seen, block):
         cols = min(block, seen - u)
-        _softmax_block(w, u, acc, cols, 1, cols, 1, wide, scale)
+        softmax_block(w, u, acc, cols, 1, cols, 1, wide, scale)
         for c in range(0, wide, COLS):
             at = acc + c, 0
             _one_row(
@@ -355,7 +355,7 @@ def cache_attention(out, keys, values, inp, first):
     want = cache_shapes(B, NH, room, C // NH)
     check_fit(f"{name}: keys", keys, want["keys"], out.dtype)
     check_fit(f"{name}: values", values, want["values"], out.dtype)
-    block = _block_size(C // NH)
+    block = block_size(C // NH)
     _cache_attention(out, keys, values, inp, first, block)
 
 

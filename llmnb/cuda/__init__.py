@@ -14,8 +14,9 @@ from llmnb.cuda.adamw import (
 )
 from llmnb.cuda.attention import (
     WIDEST_HEAD,
+    attention_backward,
     attention_forward,
-    check_heads,
+    attention_scratch,
 )
 from llmnb.cuda.crossentropy import (
     crossentropy_softmax_backward,
@@ -67,10 +68,6 @@ from llmnb.cuda.model import (
 from llmnb.cuda.residual import (
     residual_backward,
     residual_forward,
-)
-from llmnb.cuda.walks import (
-    attention_backward,
-    attention_scratch,
 )
 from llmnb.gpu.graph import (
     Graph,
@@ -148,7 +145,6 @@ __all__ = [
     "block_max",
     "block_sum",
     "check_device",
-    "check_heads",
     "clip_apply",
     "clip_gradients",
     "clip_scratch",

@@ -1,11 +1,12 @@
 # Written by `make export` from notebooks/3_gpu/09_attention.py: edit that file.
 
-"""Attention on a GPU, forward: a block of threads walks over the keys."""
+"""Attention on a GPU, forward and backward."""
 
 __all__ = [
     "WIDEST_HEAD",
+    "attention_backward",
     "attention_forward",
-    "check_heads",
+    "attention_scratch",
 ]
 
 
@@ -15,14 +16,39 @@ import math
 
 import numpy as np
 
-from llmnb.gpu.launch import DEVICE, aligned, device, kernel
+from llmnb.gpu.launch import (
+    DEVICE,
+    aligned,
+    device,
+    empty,
+    kernel,
+)
 from llmnb.gpu.simulator import cuda, load4, store4
+from llmnb.gpu.warp import warp_sum
+from llmnb.reference.attention import count_heads
 from llmnb.shapes import shapes
 
 
 # what a score is before one is seen
 # exp makes 0 of it; and it is no infinity, which fastmath rules out
 LOWEST = np.float32(-1e30)
+
+
+# exchanges among lanes
+@device
+def _lanes_max(value):
+    """The largest value of 8 neighbouring lanes, in each of them."""
+    for step in (4, 2, 1):
+        value = max(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, step))
+    return value
+
+
+@device
+def _lanes_sum(value):
+    """The sum of value over 8 neighbouring lanes, in each of them."""
+    for step in (4, 2, 1):
+        value += cuda.shfl_xor_sync(0xFFFFFFFF, value, step)
+    return value
 
 
 # copy a tile
@@ -151,42 +177,25 @@ def _tile_write(hs, G, R, FOURS):
     return write
 
 
-# sums and maxima of a row
-@device
-def _row_max(value):
-    """The largest value of 8 neighbouring lanes, in each of them."""
-    for step in (4, 2, 1):
-        value = max(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, step))
-    return value
-
-
-@device
-def _row_sum(value):
-    """The sum of value over 8 neighbouring lanes, in each of them."""
-    for step in (4, 2, 1):
-        value += cuda.shfl_xor_sync(0xFFFFFFFF, value, step)
-    return value
-
-
 # the softmax of a tile
 @functools.cache
 def _tile_softmax(hs, G, R):
-    """softmax(weights, sums, s, top, total, first, start, scale): (2.5.1).
+    """softmax(weights, sums, s, top, total, first, start): (2.5.1).
 
     first, start: the tile's first query and first key.
     """
-    PER = -(-hs // 32) * 4
+    PER, SCALE = -(-hs // 32) * 4, np.float32(1 / math.sqrt(hs))
 
     @device
-    def softmax(weights, sums, s, top, total, first, start, scale):
+    def softmax(weights, sums, s, top, total, first, start):
         row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
         for r in range(R):
             new = top[r]
             for j in range(R):
                 seen = start + lane + 8 * j <= first + row + G * r
-                s[R * r + j] = s[R * r + j] * scale if seen else LOWEST
+                s[R * r + j] = s[R * r + j] * SCALE if seen else LOWEST
                 new = max(new, s[R * r + j])
-            new = _row_max(new)
+            new = _lanes_max(new)
             factor = math.exp(top[r] - new)
             top[r], total[r] = new, total[r] * factor
             for j in range(R):
@@ -202,23 +211,23 @@ def _tile_softmax(hs, G, R):
 # the end of the rows
 @functools.cache
 def _tile_finish(hs, G, R):
-    """finish(lse, head, sums, top, total, first): (2.5.2)."""
+    """finish(lse, b, h, sums, top, total, first): (2.5.2)."""
     PER = -(-hs // 32) * 4
 
     @device
-    def finish(lse, head, sums, top, total, first):
+    def finish(lse, b, h, sums, top, total, first):
         row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
         for r in range(R):
-            t, whole = first + row + G * r, _row_sum(total[r])
+            t, whole = first + row + G * r, _lanes_sum(total[r])
             for n in range(PER):
                 sums[PER * r + n] /= whole
-            if lane == 0 and t < lse.shape[1]:
-                lse[head, t] = top[r] + math.log(whole)
+            if lane == 0 and t < lse.shape[2]:
+                lse[b, h, t] = top[r] + math.log(whole)
 
     return finish
 
 
-# the forward kernel
+# the kernel of the forward pass
 @functools.cache
 def _forward_kernel(hs, FOURS):
     R, STRIDE = _side(hs), _stride(hs)
@@ -229,13 +238,15 @@ def _forward_kernel(hs, FOURS):
     softmax, finish = _tile_softmax(hs, 16, R), _tile_finish(hs, 16, R)
 
     @kernel(launch_bounds=128)
-    def attention_forward_tiles(out, lse, inp, NH, scale):
-        T, C = lse.shape[1], NH * hs
+    def attention_forward_tiles(out, lse, inp, NKV):
+        _, NH, T = lse.shape
+        C, W = NH * hs, (NH + 2 * NKV) * hs
         tiles = (T + ROWS - 1) // ROWS
-        head = cuda.blockIdx.x // tiles
+        unit = cuda.blockIdx.x // tiles
         first = (tiles - 1 - cuda.blockIdx.x % tiles) * ROWS
-        y = head // NH * T * C + head % NH * hs
-        x = head // NH * T * 3 * C + head % NH * hs
+        b, h = unit // NH, unit % NH
+        x, y = b * T * W, b * T * C + h * hs
+        key = x + (NH + h * NKV // NH) * hs
         q = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
         k = cuda.shared.array((COLS, STRIDE), np.float32, alignment=16)
         v = cuda.shared.array((COLS, STRIDE), np.float32, alignment=16)
@@ -248,58 +259,230 @@ def _forward_kernel(hs, FOURS):
             sums[n] = np.float32(0)
         for r in range(R):
             top[r], total[r] = LOWEST, np.float32(0)
-        copy(q, inp, x, 3 * C, first, T)
+        copy(q, inp, x + h * hs, W, first, T)
         for start in range(0, min(first + ROWS, T), COLS):
             cuda.syncthreads()
-            copy(k, inp, x + C, 3 * C, start, T)
-            copy(v, inp, x + 2 * C, 3 * C, start, T)
+            copy(k, inp, key, W, start, T)
+            copy(v, inp, key + NKV * hs, W, start, T)
             cuda.syncthreads()
             dots(s, q, k)
-            softmax(weights, sums, s, top, total, first, start, scale)
+            softmax(weights, sums, s, top, total, first, start)
             cuda.syncwarp()
             add(sums, weights, v)
-        finish(lse, head, sums, top, total, first)
+        finish(lse, b, h, sums, top, total, first)
         write(out, sums, y, C, first, T, 0)
 
     return attention_forward_tiles
 
 
-# attention, forward
-WIDEST_HEAD = 128  # channels of a head
+# the widest head
+WIDEST_HEAD = 128  # channels; shared memory holds tiles of no more
 
 
-def check_heads(name, lse, C):
-    """Raise ValueError for heads that the kernels cannot take.
-
-    name: of the function that was called. lse: (B, NH, T). C: channels.
-
-    Derived in chapter 3.9.
-    """
+# the checks on a GPU
+def _check(name, out, lse, inp):
+    """The Heads; raise for what the kernels cannot take."""
+    heads = count_heads(name, out, lse, inp)
     if not lse.size:
         raise ValueError(f"{name}: lse must not be empty, got {lse.shape}")
-    if C // lse.shape[1] > WIDEST_HEAD:
+    if heads.hs > WIDEST_HEAD:
         raise ValueError(
-            f"{name}: a head of {C // lse.shape[1]} channels is too wide, at "
-            f"most {WIDEST_HEAD} fit"
+            f"{name}: a head of {heads.hs} channels is too wide for a GPU, "
+            f"which takes {WIDEST_HEAD}"
         )
+    return heads
 
 
-@shapes("B T C!, B NH|C T!, B T 3C", DEVICE)
+# attention, forward
+@shapes("B T C!, B NH|C T!, B T QKV", DEVICE)
 def attention_forward(out, lse, inp):
-    """Causal self-attention of NH heads of at most 128 channels.
+    """Causal self-attention of NH heads.
 
-    inp: (B, T, 3C), queries, keys and values along the last axis. Writes
-    out (B, T, C) and lse (B, NH, T), the log-sum-exp of each row of scaled,
-    masked scores, which the backward pass needs. All float32 on a device.
-    Raises TypeError or ValueError before it launches anything.
+    inp: (B, T, (NH + 2 NKV) * hs), the heads of queries, of keys and of
+    values; NKV divides NH, and hs is at most 128. Writes out (B, T, NH * hs)
+    and lse (B, NH, T), the log-sum-exp of each row of scaled, masked scores,
+    which the backward pass needs. All float32 on a device. Raises TypeError
+    or ValueError before it launches anything.
 
     Derived in chapter 3.9.
     """
-    check_heads("attention_forward", lse, out.shape[2])
-    B, NH, T = lse.shape
-    hs = out.shape[2] // NH
-    scale = np.float32(1 / math.sqrt(hs))
-    grid = B * NH * -(-T // (16 * _side(hs)))
+    heads = _check("attention_forward", out, lse, inp)
+    hs, T = heads.hs, lse.shape[2]
+    grid = len(lse) * heads.NH * -(-T // (16 * _side(hs)))
     tiles = _forward_kernel(hs, hs % 4 == 0 and aligned(out, inp))
-    out, inp, lse = out.reshape(-1), inp.reshape(-1), lse.reshape(B * NH, T)
-    tiles[grid, 128](out, lse, inp, NH, scale)
+    tiles[grid, 128](out.reshape(-1), lse, inp.reshape(-1), heads.NKV)
+
+
+# the dot products of the rows
+@kernel
+def _attention_rows(D, dout, out):
+    """A warp a row of a head: (1.8.9). D: (B, NH, T)."""
+    (B, T, C), NH = out.shape, D.shape[1]
+    row, lane = cuda.grid(1) // 32, cuda.grid(1) % 32
+    b, t, h = row // (T * NH), row // NH % T, row % NH
+    hs = C // NH
+    if b < B:
+        total = np.float32(0)
+        for i in range(h * hs + lane, h * hs + hs, 32):
+            total += dout[b, t, i] * out[b, t, i]
+        total = warp_sum(total)
+        if lane == 0:
+            D[b, h, t] = total
+
+
+# weights and gradients of a tile
+@functools.cache
+def _tile_gradients(hs, R, BY_KEY):
+    """gradients(s, ds, lse, D, b, h, first, start): (1.8.4), (1.8.8).
+
+    s, ds hold dot products of a tile; they become weights and gradients of
+    scores. BY_KEY: whether its rows, from `first` on, are keys and its
+    columns, from `start` on, queries; else the other way.
+    """
+    SCALE = np.float32(1 / math.sqrt(hs))
+
+    @device
+    def gradients(s, ds, lse, D, b, h, first, start):
+        row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
+        T = lse.shape[2]
+        for r in range(R):
+            for j in range(R):
+                t, u = first + row + 8 * r, start + lane + 8 * j
+                if BY_KEY:
+                    t, u = u, t
+                a = d = np.float32(0)
+                if u <= t and t < T:
+                    a = math.exp(s[R * r + j] * SCALE - lse[b, h, t])
+                    d = a * (ds[R * r + j] - D[b, h, t]) * SCALE
+                s[R * r + j], ds[R * r + j] = a, d
+
+    return gradients
+
+
+# hand numbers to the warp
+@functools.cache
+def _tile_share(R):
+    """share(weights, s): a thread's R * R numbers to shared memory."""
+
+    @device
+    def share(weights, s):
+        row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
+        cuda.syncwarp()  # whoever still reads the last ones
+        for r in range(R):
+            for j in range(R):
+                weights[row + 8 * r, lane + 8 * j] = s[R * r + j]
+        cuda.syncwarp()
+
+    return share
+
+
+# a walk of the backward pass
+@functools.cache
+def _walk_kernel(hs, FOURS, BY_KEY):
+    """A block owns tiles of keys and values, or of queries, and walks."""
+    R, STRIDE = _side(hs), _stride(hs)
+    ROWS, WIDTH = 8 * R, 8 * R + 8
+    SUMS, PAIRS = R * (STRIDE // 8), R * R
+    MORE = SUMS if BY_KEY else 1  # sums for dv
+    copy, write = _tile_copy(hs, FOURS), _tile_write(hs, 8, R, FOURS)
+    dots, add = _tile_dots(hs, 8, R), _tile_add(hs, 8, R)
+    gradients, share = _tile_gradients(hs, R, BY_KEY), _tile_share(R)
+
+    def walk(dinp, dout, inp, lse, D, NKV, more):
+        _, NH, T = lse.shape
+        C, W = NH * hs, (NH + 2 * NKV) * hs
+        tiles = (T + ROWS - 1) // ROWS
+        unit, tile = cuda.blockIdx.x // tiles, cuda.blockIdx.x % tiles
+        own = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        own2 = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        met = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        met2 = cuda.shared.array((ROWS, STRIDE), np.float32, alignment=16)
+        weights = cuda.shared.array((ROWS, WIDTH), np.float32, alignment=16)
+        sums = cuda.local.array(SUMS, np.float32)
+        sums2 = cuda.local.array(MORE, np.float32)
+        s = cuda.local.array(PAIRS, np.float32)
+        ds = cuda.local.array(PAIRS, np.float32)
+        for n in range(SUMS):
+            sums[n] = np.float32(0)
+        if BY_KEY:
+            group = NH // NKV
+            b, kv, first = unit // NKV, unit % NKV, tile * ROWS
+            for n in range(SUMS):
+                sums2[n] = np.float32(0)
+            x, k = b * T * W, b * T * W + (NH + kv) * hs
+            copy(own, inp, k, W, first, T)
+            copy(own2, inp, k + NKV * hs, W, first, T)
+            for h in range(kv * group, kv * group + group):
+                for start in range(first, T, ROWS):
+                    cuda.syncthreads()
+                    copy(met, inp, x + h * hs, W, start, T)
+                    copy(met2, dout, b * T * C + h * hs, C, start, T)
+                    cuda.syncthreads()
+                    dots(s, own, met)
+                    dots(ds, own2, met2)
+                    gradients(s, ds, lse, D, b, h, first, start)
+                    share(weights, s)
+                    add(sums2, weights, met2)
+                    share(weights, ds)
+                    add(sums, weights, met)
+            write(dinp, sums, k, W, first, T, more)
+            write(dinp, sums2, k + NKV * hs, W, first, T, more)
+        else:
+            b, h, first = unit // NH, unit % NH, (tiles - 1 - tile) * ROWS
+            x, k = b * T * W, b * T * W + (NH + h * NKV // NH) * hs
+            copy(own, inp, x + h * hs, W, first, T)
+            copy(own2, dout, b * T * C + h * hs, C, first, T)
+            for start in range(0, min(first + ROWS, T), ROWS):
+                cuda.syncthreads()
+                copy(met, inp, k, W, start, T)
+                copy(met2, inp, k + NKV * hs, W, start, T)
+                cuda.syncthreads()
+                dots(s, own, met)
+                dots(ds, own2, met2)
+                gradients(s, ds, lse, D, b, h, first, start)
+                share(weights, ds)
+                add(sums, weights, met)
+            write(dinp, sums, x + h * hs, W, first, T, more)
+
+    walk.__name__ = f"attention_backward_{'keys' if BY_KEY else 'queries'}"
+    return kernel(launch_bounds=64 if BY_KEY else (64, 5))(walk)
+
+
+# attention, backward
+def attention_scratch(B, T, NH):
+    """How many floats of `work` the backward pass wants: one a row.
+
+    Derived in chapter 3.9.
+    """
+    return B * NH * T
+
+
+@shapes("B T QKV!, B T C, B T QKV, B T C, B NH|C T", DEVICE, work="W!?")
+def attention_backward(dinp, dout, inp, out, lse, add=True, work=None):
+    """Add attention's gradient to dinp.
+
+    dinp, inp: (B, T, (NH + 2 NKV) * hs). dout, out: (B, T, NH * hs). lse:
+    (B, NH, T). out and lse are as the forward pass left them. All float32
+    on a device. add: False overwrites dinp instead of adding. work: scratch
+    of attention_scratch() floats, or None to allocate it. Every element is
+    summed in one order. Raises TypeError or ValueError before it launches
+    anything.
+
+    Derived in chapter 3.9.
+    """
+    name = "attention_backward"
+    (NH, NKV, hs), (B, _, T) = _check(name, out, lse, inp), lse.shape
+    count = attention_scratch(B, T, NH)
+    if work is None:
+        work = empty(count, like=inp)
+    if work.size < count:
+        raise ValueError(
+            f"{name}: work must hold {count} floats, got {work.size}"
+        )
+    D = work[:count].reshape(B, NH, T)
+    _attention_rows[-(-count // 4), 128](D, dout, out)
+    arrays, tiles = (dinp, dout, inp), -(-T // (8 * _side(hs)))
+    fours = hs % 4 == 0 and aligned(*arrays)
+    args = *(x.reshape(-1) for x in arrays), lse, D, NKV, int(add)
+    _walk_kernel(hs, fours, True)[B * NKV * tiles, 64](*args)
+    _walk_kernel(hs, fours, False)[B * NH * tiles, 64](*args)

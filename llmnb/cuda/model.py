@@ -27,7 +27,7 @@ import numpy as np
 from llmnb import backend
 from llmnb.arena import Arena, put
 from llmnb.cuda import adamw, attention, crossentropy, encoder, gelu
-from llmnb.cuda import layernorm, matmul, residual, walks
+from llmnb.cuda import layernorm, matmul, residual
 from llmnb.cuda.cublas import cublas_backward, cublas_forward
 from llmnb.cuda.cublas import cublas_scratch, no_cublas
 from llmnb.gpu.graph import Graph
@@ -135,7 +135,7 @@ def model_layout(cfg, batch_size, seq_len, precision="fp32"):
     B, T, C, NH = batch_size, seq_len, cfg.channels, cfg.num_heads
     wanted = [
         layernorm.layernorm_scratch(B * T, C),
-        walks.attention_scratch(B, T, NH),
+        attention.attention_scratch(B, T, NH),
         adamw.clip_scratch(),
         *[matmul.matmul_scratch(B * T, n * C) for n in (1, 3, 4)],
     ]
@@ -150,8 +150,8 @@ def model_layout(cfg, batch_size, seq_len, precision="fp32"):
 
 # the layers of a model
 LAYERS = (
-    encoder, layernorm, matmul, attention, walks, gelu, residual,
-    crossentropy, adamw,
+    encoder, layernorm, matmul, attention, gelu, residual, crossentropy,
+    adamw,
 )  # fmt: skip
 
 

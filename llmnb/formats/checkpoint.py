@@ -123,8 +123,9 @@ def _open(path):
 def without_padding(path, cfg, tokens, tokenizer=""):
     """The configuration of a model on disk for a tokenizer's tokens.
 
-    path, tokens: as for open_model. cfg: what the file holds. Raises ValueError, which names
-    the path and the tokenizer, when it must be another model's.
+    path, tokens: as for open_model. cfg: what the file holds. Raises
+    ValueError, which names the path and the tokenizer, when it must be
+    another model's.
 
     Derived in chapter 4.4.
     """

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llmnb.checks import check_tokens
 from llmnb.files import replacing
 from llmnb.formats.llmc import (
     HEADER_BYTES,
@@ -30,7 +31,6 @@ from llmnb.formats.llmc import (
     header_of,
     read_header,
 )
-from llmnb.text.data import check_stream
 
 
 # the numbers of a shard
@@ -48,17 +48,12 @@ def write_shard(path, tokens):
 
     Derived in chapter 4.9.
     """
-    tokens = check_stream("write_shard: tokens", tokens)
-    if not 0 < tokens.size < 2**31:
+    tokens, name = np.asarray(tokens), "write_shard: tokens"
+    check_tokens(name, tokens, 65536)
+    if tokens.ndim != 1 or not 0 < tokens.size < 2**31:
         raise ValueError(
-            f"write_shard: a shard must hold 1 to {2**31 - 1} tokens, "
-            f"got {tokens.size}"
-        )
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high > 65535:
-        bad = low if low < 0 else high
-        raise ValueError(
-            f"write_shard: tokens must lie in [0, 65536), got {bad}"
+            f"{name} must be 1 to {2**31 - 1} in one dimension, got shape "
+            f"{tokens.shape}"
         )
     header = header_of(SHARD_MAGIC, SHARD_VERSION, tokens.size)
     with replacing(path) as file:

@@ -79,8 +79,8 @@ def read_debug_state(path, cfg):
     """Map llm.c's debug state of a model into memory, read only.
 
     cfg: the model's configuration, which fixes V and the gradients' shapes.
-    Returns a DebugState. Raises ValueError, naming the file, when it is none of
-    version 2, when its length is not what B, T and cfg require, and for
+    Returns a DebugState. Raises ValueError, naming the file, when it is none
+    of version 2, when its length is not what B, T and cfg require, and for
     tokens that the model lacks.
 
     Derived in chapter 4.5.

@@ -25,8 +25,6 @@ import json
 import re
 from pathlib import Path
 
-from tiktoken import Encoding
-
 from llmnb.files import read_json, read_small, replacing, what_is
 from llmnb.formats.checkpoint import find_model
 from llmnb.formats.llmc import (
@@ -227,6 +225,8 @@ def _merged(path, vocab, merges, added=()):
 
     added: tokens that are known to be special; so are those in brackets.
     """
+    from tiktoken import Encoding  # not before it is needed
+
     letters = _letters()
     plain = _joined(path, {x: vocab.get(x) for x in letters}, vocab, merges)
     rest = {x: n for x, n in vocab.items() if x not in plain}

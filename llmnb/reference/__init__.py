@@ -11,10 +11,13 @@ from llmnb.reference.adamw import (
     global_norm,
 )
 from llmnb.reference.attention import (
+    Heads,
     attention_backward,
     attention_forward,
+    count_heads,
     masked_scores,
     split_heads,
+    split_qkv,
 )
 from llmnb.reference.bfloat16 import (
     from_bfloat16,
@@ -49,10 +52,12 @@ __all__ = [
     "ADAMW_LIMITS",
     "AdamW",
     "Factors",
+    "Heads",
     "adamw_update",
     "attention_backward",
     "attention_forward",
     "clip_gradients",
+    "count_heads",
     "crossentropy_softmax_backward",
     "crossentropy_softmax_forward",
     "encoder_backward",
@@ -69,5 +74,6 @@ __all__ = [
     "residual_backward",
     "residual_forward",
     "split_heads",
+    "split_qkv",
     "to_bfloat16",
 ]

@@ -14,7 +14,6 @@ import heapq
 from collections import Counter
 
 import regex
-import tiktoken
 
 
 # how a text is cut into words
@@ -121,6 +120,8 @@ def from_tokens(name, tokens):
 
     Derived in chapter 1.2.
     """
+    import tiktoken  # not before it is needed: it takes time
+
     ranks = {token: rank for rank, token in enumerate(tokens)}
     eot = ranks.pop(EOT.encode(), len(tokens))
     return tiktoken.Encoding(
@@ -145,8 +146,8 @@ def train(text, vocab_size):
 
     text: a str, or an iterable of str (documents). vocab_size counts the 256
     bytes, the merges and `<|endoftext|>`, which is the last token: from 257
-    to 65,536, so that a token fits into two bytes. The result depends on text and
-    vocab_size alone. Raises ValueError when vocab_size is out of range or
+    to 65,536, so that a token fits into two bytes. The result depends on
+    text and vocab_size alone. Raises ValueError when vocab_size is out of range or
     the text is too small to fill it, TypeError when the text is not str.
 
     Derived in chapter 1.2.

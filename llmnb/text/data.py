@@ -4,7 +4,6 @@
 
 __all__ = [
     "DataLoader",
-    "check_stream",
     "split",
 ]
 
@@ -13,6 +12,8 @@ __all__ = [
 import os
 
 import numpy as np
+
+from llmnb.checks import check_tokens
 
 
 # train and validation
@@ -36,21 +37,6 @@ def split(tokens, validation=None):
 
 
 # check what is given
-def check_stream(name, tokens):
-    """The tokens as a one-dimensional integer array, or an error.
-
-    Derived in chapter 1.3.
-    """
-    tokens = np.asarray(tokens)
-    if not np.issubdtype(tokens.dtype, np.integer):
-        raise TypeError(f"{name} must be integers, got {tokens.dtype}")
-    if tokens.ndim != 1:
-        raise ValueError(
-            f"{name} must have one dimension, got shape {tokens.shape}"
-        )
-    return tokens
-
-
 def _check_int(name, value, low, high):
     """Raise unless value is an integer in [low, high)."""
     if not isinstance(value, (int, np.integer)):
@@ -63,9 +49,11 @@ def _check_array(shard):
     """The number of tokens in an array, or an error when some are none."""
     tokens, name = np.asarray(shard), "DataLoader: tokens"
     if tokens.size:  # of no elements the type says nothing
-        check_stream(name, tokens)
-        for bad in (int(tokens.min()), int(tokens.max())):
-            _check_int(name, bad, 0, 2**31)
+        check_tokens(name, tokens, 2**31)
+    if tokens.ndim != 1:
+        raise ValueError(
+            f"{name} must have one dimension, got shape {tokens.shape}"
+        )
     return tokens.size
 
 

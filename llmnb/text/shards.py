@@ -3,8 +3,8 @@
 """Text of any size turned into shards on all cores."""
 
 __all__ = [
+    "Encoded",
     "Place",
-    "Progress",
     "START",
     "pieces_from",
     "shards_folder",
@@ -14,7 +14,6 @@ __all__ = [
 
 # imports of the shard writer
 import json
-import os
 import re
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +36,7 @@ from llmnb.files import (
 from llmnb.formats.shard import shard_length, write_shard
 from llmnb.text.data import split
 from llmnb.text.tokenizer import encode_text, save
+from llmnb.timing import cores
 
 
 # results in the order of the items
@@ -50,13 +50,6 @@ def _in_order(function, items, workers):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-def _cores():
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 # encode a batch of pieces
@@ -329,7 +322,7 @@ def _validation(sources, encoding, options):
 
 
 # what is reported
-class Progress(NamedTuple):
+class Encoded(NamedTuple):
     """How far `write_shards` is.
 
     read: of the sum of the sources' sizes. documents, characters: encoded.
@@ -347,7 +340,7 @@ class Progress(NamedTuple):
 
 # write the shards
 def write_shards(folder, sources, encoding, options, force=False, workers=0):
-    """Encode a corpus into shards; yields a `Progress` as it goes on.
+    """Encode a corpus into shards; yields an `Encoded` as it goes on.
 
     folder: from `shards_folder`. sources: a list of `Source`. options: a
     dict with at least limit (characters, 0 for all), shard_tokens and
@@ -371,7 +364,7 @@ def _written(folder, lock, sources, encoding, options, force, workers):
     save(encoding, folder / "tokenizer.tiktoken")
     place = note["next"]
     pieces = pieces_from(sources, place, options["limit"])
-    how = workers or _cores(), place.drop, options.get("endoftext", False)
+    how = workers or cores(), place.drop, options.get("endoftext", False)
     stream = _Stream(encoding, pieces, *how)
     while stream.more():
         size = _size_of_next(note, options["shard_tokens"])
@@ -403,7 +396,7 @@ def _fill(stream, tokens):
 def _progress(stream, note, filled):
     total = filled + sum(count for _, count in note["shards"])
     _, _, *counts = stream.batch
-    return Progress(*counts, total, note["shards"])
+    return Encoded(*counts, total, note["shards"])
 
 
 # the next shard

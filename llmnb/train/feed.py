@@ -15,7 +15,6 @@ __all__ = [
 
 # imports of feed
 import math
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,7 +72,9 @@ def prepare(config):
     documents = corpus.load(source, *how)
     encoding = make_encoding(config, documents)
     tokens = corpus.encode_documents(encoding, documents, config.endoftext)
-    source = _describe(sources, documents) + tally.words(config.endoftext)
+    characters = sum(map(len, documents))
+    source = corpus.describe(sources, len(documents), characters)
+    source += tally.words(config.endoftext)
     return Data(encoding, *data.split(tokens), source)
 
 
@@ -90,16 +91,6 @@ def _text_bytes(path):
         return path.stat().st_size * known
     found = [x for x in files_below(path) if x.suffix == ".txt"]
     return sum(x.stat().st_size for x in found if x.is_file())
-
-
-# where the text came from
-def _describe(sources, documents):
-    where = " ".join(str(x) for x in sources)
-    if where == "stdlib":
-        version = ".".join(str(x) for x in sys.version_info[:3])
-        where += f" (Python {version})"
-    size = sum(len(x) for x in documents)
-    return f"{where}: {len(documents):,} documents, {size:,} characters"
 
 
 # from a folder of shards

@@ -4,14 +4,12 @@
 
 __all__ = [
     "config_from",
-    "draw_losses",
     "load_run",
     "log_row",
     "model_step",
     "note_model",
     "read_run",
     "run_folder",
-    "save_figure",
     "save_run",
     "sparing",
     "state_path",
@@ -23,47 +21,6 @@ __all__ = [
 ]
 
 
-# draw the losses
-def draw_losses(ax, steps, landmarks):
-    """Draw losses over steps into a matplotlib axes, with the landmarks.
-
-    steps: list of `Step`. landmarks: dict from name to a loss, each drawn
-    as a dashed line with its name.
-
-    Derived in chapter 4.40.
-    """
-    from llmnb.book.diagram import PALETTE
-
-    x, y = _series(steps, "loss")
-    ax.plot(x, y, ".", color=PALETTE["grey"], ms=3, label="one batch")
-    if len(y) >= 2 * SMOOTH:
-        mean = np.convolve(y, np.ones(SMOOTH) / SMOOTH, "valid")
-        middle = x[SMOOTH - 1 :] - (SMOOTH - 1) / 2
-        label = f"mean of {SMOOTH} batches"
-        ax.plot(middle, mean, color=PALETTE["blue"], label=label)
-    x, y = _series(steps, "val_loss")
-    ax.plot(x, y, "o-", color=PALETTE["orange"], ms=4, label="validation")
-    for name, loss in landmarks.items():
-        ax.axhline(loss, color=PALETTE["ink"], lw=1, ls="--")
-        place = {"transform": ax.get_yaxis_transform(), "ha": "right"}
-        ax.text(0.99, loss, name, va="bottom", parse_math=False, **place)
-    ax.set(xlabel="step", ylabel="loss (nats a token)")
-    ax.legend(frameon=False)
-
-
-# points of a curve
-SMOOTH = 20  # steps in the running mean of the training loss
-
-
-def _series(steps, name):
-    points = [
-        (s.step, getattr(s, name))
-        for s in steps
-        if getattr(s, name) is not None
-    ]
-    return np.array(points, float).reshape(-1, 2).T
-
-
 # imports of folder
 import json
 import re
@@ -73,11 +30,16 @@ from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-
-from llmnb.files import make_folder, read_small, replacing, what_is
-from llmnb.files import LOCK, in_use
+from llmnb.files import (
+    LOCK,
+    in_use,
+    make_folder,
+    read_small,
+    replacing,
+    what_is,
+)
 from llmnb.timing import machine
+from llmnb.train.drawing import save_figure
 from llmnb.train.feed import landmarks
 from llmnb.train.loop import Step
 from llmnb.train.options import TrainConfig
@@ -193,23 +155,6 @@ def _facts(config, data, marks):
         "versions": {name: version(name) for name in names},
         "machine": machine(),
     }
-
-
-# the figure
-def save_figure(path, steps, landmarks):
-    """Write the loss curves of a run as PNG, needing no display.
-
-    The user's own settings of matplotlib, such as fonts, are left aside.
-
-    Derived in chapter 4.40.
-    """
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
-    with style.context("default"), replacing(path) as file:
-        figure = Figure(figsize=(8, 4.5), dpi=100, layout="tight")
-        draw_losses(figure.subplots(), steps, landmarks)
-        figure.savefig(file, format="png")
 
 
 # a run read back

@@ -5,23 +5,17 @@
 __all__ = [
     "check_memory",
     "new_model",
-    "starting_from",
 ]
 
 
 # imports of start
-from dataclasses import replace
-from pathlib import Path
-
 import numpy as np
 
 from llmnb.arena import footprint
 from llmnb.checks import check_room
 from llmnb.formats.checkpoint import read_config
-from llmnb.formats.vocabulary import tokenizer_of
 from llmnb.model.layout import gpt2_layout
 from llmnb.train.folder import weights_path
-from llmnb.train.options import SHAPE, TrainConfig, check_range, depth_shape
 
 
 # the model and its batches
@@ -66,35 +60,3 @@ def check_memory(config, cfg):
         dtype = np.float64 if config.precision == "fp64" else np.float32
         layout = gpt2_layout(cfg, config.batch_size, config.seq_len, dtype)
         check_room(sum(footprint(layout).values()))
-
-
-# a run from a checkpoint
-def starting_from(init, **given):
-    """The TrainConfig of a run that starts from a checkpoint's weights.
-
-    init: the path of a run's folder, or of what GPT2.from_checkpoint reads.
-    given: other fields. Unless given, the learning rate is 1e-4, the
-    tokenizer that of llmnb.formats.vocabulary.tokenizer_of, and seq_len no more than the
-    checkpoint allows. Raises OSError or ValueError when it cannot be read,
-    has another shape than is given, or no tokenizer is certain.
-
-    Derived in chapter 4.40.
-    """
-    cfg, usual = read_config(weights_path(init)), {"learning_rate": 1e-4}
-    usual["seq_len"] = min(TrainConfig.seq_len, cfg.max_seq_len)
-    shape = {name: getattr(cfg, name) for name in SHAPE}
-    asked = dict(given)
-    if asked.get("depth"):
-        asked |= zip(SHAPE, depth_shape(asked["depth"]), strict=True)
-    for name, value in shape.items():
-        if asked.get(name, value) != value:
-            raise ValueError(
-                f"{init} has {name} {value}, not {asked[name]}: leave out "
-                "the shape, or do not start from it"
-            )
-    config = TrainConfig(**{**usual, **given, **shape, "init": str(init)})
-    check_range("seq_len", config.seq_len, 1, cfg.max_seq_len + 1)
-    brought = Path(config.shards) / "tokenizer.tiktoken"
-    if "tokenizer" in given or (config.shards and brought.is_file()):
-        return config
-    return replace(config, tokenizer=tokenizer_of(init, cfg.vocab_size))

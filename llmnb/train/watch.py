@@ -8,7 +8,6 @@ __all__ = [
     "compare_runs",
     "read_log",
     "run_table",
-    "smooth",
 ]
 
 
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llmnb.train.drawing import smooth
 from llmnb.train.log import read_rows
 
 
@@ -44,24 +44,6 @@ def read_log(path):
             if row[name] is not None:
                 points[name].append((row["step"], row[name]))
     return {k: np.array(v, float).reshape(-1, 2).T for k, v in points.items()}
-
-
-# a running mean
-def smooth(points, window):
-    """Running means of a column over `window` rows.
-
-    points: an array (2, N) as in `read_log`. Returns such an array, of
-    N - window + 1 columns; its steps are the windows' means too. A column
-    shorter than the window comes back as it is.
-
-    Derived in chapter 4.17.
-    """
-    if window < 1:
-        raise ValueError(f"the window must be at least 1, got {window}")
-    if points.shape[1] < window:
-        return points
-    sums = np.cumsum(np.pad(points, ((0, 0), (1, 0))), axis=1)
-    return (sums[:, window:] - sums[:, :-window]) / window
 
 
 # runs in one picture

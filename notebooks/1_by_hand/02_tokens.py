@@ -21,11 +21,11 @@
 # %% [markdown]
 # ## Where we are
 #
-# GPT-2 does not read letters. It reads whole numbers below a limit $V$, and
-# it predicts the next number from those before it. Such a number is a
-# **token**, and $V$ is the size of the **vocabulary**. In
-# [chapter 1.1](01_learns.ipynb) a token was a letter. Here it becomes a piece of
-# text that the text itself suggests.
+# GPT-2 does not read letters. It reads whole numbers below a limit $V$, and it
+# predicts the next number from those before it. Such a number is a **token**,
+# and $V$ is the size of the **vocabulary**. In [chapter 1.1](01_learns.ipynb)
+# a token was a letter. Here it becomes a piece of text that the text itself
+# suggests.
 
 # %% where we are
 from llmnb.book.diagram import PALETTE, gpt2_diagram
@@ -33,8 +33,8 @@ from llmnb.book.diagram import PALETTE, gpt2_diagram
 gpt2_diagram(lit="tokens")
 
 # %% [markdown]
-# *Figure 1.2.1. GPT-2's forward pass with this chapter's boxes lit: text enters
-# at the top left and becomes tokens before any arithmetic begins.*
+# *Figure 1.2.1. GPT-2's forward pass with this chapter's boxes lit: text
+# enters at the top left and becomes tokens before any arithmetic begins.*
 #
 # At the end you can
 #
@@ -133,7 +133,6 @@ import heapq
 from collections import Counter
 
 import regex
-import tiktoken
 
 # %% how a text is cut into words tags=["exporti"]
 EOT = "<|endoftext|>"
@@ -187,8 +186,8 @@ print(words)
 #
 # $$ \mathrm{bytes}(ab) = \mathrm{bytes}(a)\,\mathrm{bytes}(b) \tag{1.2.3} $$
 #
-# Then every occurrence of $a$ followed by $b$ becomes $ab$, from left to right.
-# The order matters when $a = b$: `aaa` becomes `aa·a`.
+# Then every occurrence of $a$ followed by $b$ becomes $ab$, from left to
+# right. The order matters when $a = b$: `aaa` becomes `aa·a`.
 
 
 # %% the slow training
@@ -345,8 +344,8 @@ def _merge(symbols, pair, new):
 
 
 # %% [markdown]
-# Here is the list with one short word in it, before and after a merge of `b` and
-# `c`: nothing moves, the neighbours of the removed symbol point past it.
+# Here is the list with one short word in it, before and after a merge of `b`
+# and `c`: nothing moves, the neighbours of the removed symbol point past it.
 
 # %% one symbol taken out
 few = _Symbols({b"abcd": 1})
@@ -509,21 +508,20 @@ plt.show()
 #
 # ### Why looking at bytes is enough
 #
-# Training merges pairs of numbers; (1.2.5) asks whether the joined *bytes* are a
-# token. Could `a·bc` be the token `abc` and `ab·c` something else? No. Take a
-# stretch of a word whose two ends are still borders between parts after some
+# Training merges pairs of numbers; (1.2.5) asks whether the joined *bytes* are
+# a token. Could `a·bc` be the token `abc` and `ab·c` something else? No. Take
+# a stretch of a word whose two ends are still borders between parts after some
 # number of merges. No merge so far has crossed these ends, so each merge did
-# inside the stretch what it would have done had the stretch been a word of
-# its own. How a stretch is divided at a given moment therefore depends on its
+# inside the stretch what it would have done had the stretch been a word of its
+# own. How a stretch is divided at a given moment therefore depends on its
 # bytes alone. (Where pairs overlap, as in `aaa`, the order from left to right
 # keeps this true. If the left end is still a border after the merge, then the
 # symbol before it was left alone or joined to *its* left neighbour; in both
 # cases the search went on at the left end, as at the beginning of a word.)
-# When the token `abc` was made from `a·bc`, every stretch `abc`
-# that was two parts was those two, and all of them were joined. Two facts
-# follow: no two tokens have the same bytes, and joining two parts never forms
-# a pair of lower rank that was left behind. So (1.2.5) repeats the training
-# merge by merge.
+# When the token `abc` was made from `a·bc`, every stretch `abc` that was two
+# parts was those two, and all of them were joined. Two facts follow: no two
+# tokens have the same bytes, and joining two parts never forms a pair of lower
+# rank that was left behind. So (1.2.5) repeats the training merge by merge.
 #
 # ### The encoding as an object
 #
@@ -539,6 +537,8 @@ plt.show()
 def from_tokens(name, tokens):
     """A tiktoken.Encoding of tokens in order of rank; EOT is among them,
     or comes after them."""
+    import tiktoken  # not before it is needed: it takes time
+
     ranks = {token: rank for rank, token in enumerate(tokens)}
     eot = ranks.pop(EOT.encode(), len(tokens))
     return tiktoken.Encoding(
@@ -561,8 +561,8 @@ def train(text, vocab_size):
 
     text: a str, or an iterable of str (documents). vocab_size counts the 256
     bytes, the merges and `<|endoftext|>`, which is the last token: from 257
-    to 65,536, so that a token fits into two bytes. The result depends on text and
-    vocab_size alone. Raises ValueError when vocab_size is out of range or
+    to 65,536, so that a token fits into two bytes. The result depends on
+    text and vocab_size alone. Raises ValueError when vocab_size is out of range or
     the text is too small to fill it, TypeError when the text is not str.
     """
     if not 257 <= vocab_size <= 65536:
@@ -681,8 +681,8 @@ for number in (10, 20, 40):
     print(f"  slow {slow_time:.2f} s, fast {fast_time:.2f} s")
 
 # %% [markdown]
-# The text is a part of Python's library. The slow time grows with the number of
-# merges, a little less than in proportion, since words get shorter.
+# The text is a part of Python's library. The slow time grows with the number
+# of merges, a little less than in proportion, since words get shorter.
 #
 # ## Count it
 #
@@ -741,24 +741,24 @@ plt.show()
 # %% [markdown]
 # ## Take away
 #
-# - UTF-8 turns every text into bytes, and 256 tokens can hold any of them.
-#   BPE adds the most frequent pair, again and again.
+# - UTF-8 turns every text into bytes, and 256 tokens can hold any of them. BPE
+#   adds the most frequent pair, again and again.
 # - A merge changes five counts around each place, and each place costs a
 #   symbol: training is $O(S \log S)$ in the symbols of the distinct words,
 #   however many merges there are.
 # - Encoding repeats the merges in the order of rank. Decoding is a table.
-# - The first thousand tokens bring most of the saving; the token table pays for
-#   the rest.
+# - The first thousand tokens bring most of the saving; the token table pays
+#   for the rest.
 #
 # ## Design note
 #
 # Why cut the text into words first? Without the cut, the most frequent pairs
 # would soon be the end of one word with the beginning of the next, `e␣t` and
-# `,␣a`, and a common word would have a different spelling in tokens after every
-# neighbour. The cut costs something too: ` of the` can never be one token,
-# however often it comes. And it decides what a word is once and for all, by the
-# rules of English. For a text in a language without spaces the expression
-# cuts far too little.
+# `,␣a`, and a common word would have a different spelling in tokens after
+# every neighbour. The cut costs something too: ` of the` can never be one
+# token, however often it comes. And it decides what a word is once and for
+# all, by the rules of English. For a text in a language without spaces the
+# expression cuts far too little.
 
 # %% [markdown]
 # ## Exercises

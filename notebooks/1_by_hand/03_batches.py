@@ -20,10 +20,10 @@
 # %% [markdown]
 # ## Where we are
 #
-# A model learns from examples of what comes next. One text holds as many of them
-# as it has tokens, and a training step looks at a few hundred. This chapter cuts
-# the text so that in the end each question is asked once, none is forgotten, and
-# the model is asked nothing that it could have looked up.
+# A model learns from examples of what comes next. One text holds as many of
+# them as it has tokens, and a training step looks at a few hundred. This
+# chapter cuts the text so that in the end each question is asked once, none is
+# forgotten, and the model is asked nothing that it could have looked up.
 
 # %% where we are
 from llmnb.book.diagram import PALETTE, gpt2_diagram
@@ -31,8 +31,8 @@ from llmnb.book.diagram import PALETTE, gpt2_diagram
 gpt2_diagram(lit="tokens")
 
 # %% [markdown]
-# *Figure 1.3.1. The same box as in chapter 1.2. What leaves it now has the shape
-# that all later layers expect: $B$ rows of $T$ tokens.*
+# *Figure 1.3.1. The same box as in chapter 1.2. What leaves it now has the
+# shape that all later layers expect: $B$ rows of $T$ tokens.*
 #
 # At the end you can
 #
@@ -41,9 +41,9 @@ gpt2_diagram(lit="tokens")
 # - say which windows the next batch holds, also after a restart;
 # - show that a loader which draws its windows at random forgets some.
 #
-# Two letters are new. A **batch** has $B$ rows, and each row has $T$ tokens. The
-# rows have nothing to do with one another; the tokens of a row are a stretch of
-# text.
+# Two letters are new. A **batch** has $B$ rows, and each row has $T$ tokens.
+# The rows have nothing to do with one another; the tokens of a row are a
+# stretch of text.
 
 # %% [markdown]
 # ## Setup
@@ -63,11 +63,13 @@ import os
 
 import numpy as np
 
+from llmnb.checks import check_tokens
+
 # %% [markdown]
 # ## By hand
 #
-# Take the first words of a book, a token for each word: *in the beginning was the
-# word and the*. With $T = 3$ the first window asks three questions:
+# Take the first words of a book, a token for each word: *in the beginning was
+# the word and the*. With $T = 3$ the first window asks three questions:
 #
 # | the model has read | and must answer |
 # |---|---|
@@ -76,18 +78,19 @@ import numpy as np
 # | in the beginning | was |
 #
 # The **target** of a token is the token after it. So one window asks $T$
-# questions at once, and what it needs is $T + 1$ tokens: `in the beginning` are
-# its tokens, `the beginning was` its targets. The next window begins with `was`,
-# which was the last target of the first: the windows share their borders, so that
-# no question is left out.
+# questions at once, and what it needs is $T + 1$ tokens: `in the beginning`
+# are its tokens, `the beginning was` its targets. The next window begins with
+# `was`, which was the last target of the first: the windows share their
+# borders, so that no question is left out.
 #
 # ## One long row
 #
 # The text of this chapter is that of [chapter 1.1](01_learns.ipynb), a part of
 # Python's library. A **document** is a stretch of text that belongs together,
-# here one module or one page of the manual. We write the documents one after the
-# other, and put `<|endoftext|>` before each. When the model meets that token it
-# can learn that whatever came before has nothing to say about what follows.
+# here one module or one page of the manual. We write the documents one after
+# the other, and put `<|endoftext|>` before each. When the model meets that
+# token it can learn that whatever came before has nothing to say about what
+# follows.
 
 # %% documents, and their tokens
 with gzip.open("../../tests/data/library.jsonl.gz", "rt") as lines:
@@ -149,11 +152,11 @@ print(training.shape, validation.shape)
 # $$
 #
 # batches of $B$ windows. A large text comes in several rows, which we call
-# **shards**. One pass over all of them is an **epoch**. For training we shuffle,
-# anew in each epoch: the order of the shards, and of the windows within a shard.
-# If the windows of a batch were neighbours, they would speak of one matter, and
-# the step that they ask for would suit that matter more than the rest of the
-# text.
+# **shards**. One pass over all of them is an **epoch**. For training we
+# shuffle, anew in each epoch: the order of the shards, and of the windows
+# within a shard. If the windows of a batch were neighbours, they would speak
+# of one matter, and the step that they ask for would suit that matter more
+# than the rest of the text.
 #
 # The shuffle must be the same wherever the program runs. NumPy promises that
 # for the old generator, `RandomState`, whose numbers are frozen; it does not
@@ -166,19 +169,7 @@ print(training.shape, validation.shape)
 # when one is met.)
 
 
-# %% check what is given tags=["export"]
-def check_stream(name, tokens):
-    """The tokens as a one-dimensional integer array, or an error."""
-    tokens = np.asarray(tokens)
-    if not np.issubdtype(tokens.dtype, np.integer):
-        raise TypeError(f"{name} must be integers, got {tokens.dtype}")
-    if tokens.ndim != 1:
-        raise ValueError(
-            f"{name} must have one dimension, got shape {tokens.shape}"
-        )
-    return tokens
-
-
+# %% check what is given tags=["exporti"]
 def _check_int(name, value, low, high):
     """Raise unless value is an integer in [low, high)."""
     if not isinstance(value, (int, np.integer)):
@@ -191,9 +182,11 @@ def _check_array(shard):
     """The number of tokens in an array, or an error when some are none."""
     tokens, name = np.asarray(shard), "DataLoader: tokens"
     if tokens.size:  # of no elements the type says nothing
-        check_stream(name, tokens)
-        for bad in (int(tokens.min()), int(tokens.max())):
-            _check_int(name, bad, 0, 2**31)
+        check_tokens(name, tokens, 2**31)
+    if tokens.ndim != 1:
+        raise ValueError(
+            f"{name} must have one dimension, got shape {tokens.shape}"
+        )
     return tokens.size
 
 
@@ -403,16 +396,17 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.3.2. The 24 windows of a shard from left to right; number and colour
-# say in which of the six batches of an epoch a window is read. Without
+# *Figure 1.3.2. The 24 windows of a shard from left to right; number and
+# colour say in which of the six batches of an epoch a window is read. Without
 # shuffling a batch is four neighbours. Shuffled, its windows come from all
 # over the shard, in another order each epoch; each window is read once.*
 #
 # ### Proof
 #
-# Three shards of different length. In every epoch each window must be read once, with its targets one token on; the order must
-# differ between epochs; and a second loader that is given the state of the
-# first must go on with the same batches.
+# Three shards of different length. In every epoch each window must be read
+# once, with its targets one token on; the order must differ between epochs;
+# and a second loader that is given the state of the first must go on with the
+# same batches.
 
 # %% each window once
 parts = [np.arange(0, 121), np.arange(500, 581), np.arange(900, 1101)]
@@ -467,22 +461,22 @@ print(f"{1e6 * seconds:.0f} microseconds a batch of 16 x 128")
 #
 # ## Take away
 #
-# - A text is one row of tokens, each document with `<|endoftext|>` before it. The
-#   first part of the row is never trained on.
-# - A window of $T$ tokens asks $T$ questions, and its targets are the tokens one
-#   further on.
+# - A text is one row of tokens, each document with `<|endoftext|>` before it.
+#   The first part of the row is never trained on.
+# - A window of $T$ tokens asks $T$ questions, and its targets are the tokens
+#   one further on.
 # - What is shuffled is drawn from (seed, epoch, shard), so three numbers say
 #   where a run stands.
 #
 # ## Design note
 #
 # What should be shuffled? llm.c's loader shuffles the order of the *batches*
-# in a shard: each batch is one contiguous stretch of $BT$ tokens. That needs an
-# order $B$ times shorter. We shuffle *windows*, so the rows of a batch come from
-# $B$ places. On a small text the difference matters: with $B = 16$ and
-# $T = 128$ a contiguous batch would often be a single Python module, and the loss
-# would swing with the module. Without shuffling, both loaders give the same
-# batches.
+# in a shard: each batch is one contiguous stretch of $BT$ tokens. That needs
+# an order $B$ times shorter. We shuffle *windows*, so the rows of a batch come
+# from $B$ places. On a small text the difference matters: with $B = 16$ and
+# $T = 128$ a contiguous batch would often be a single Python module, and the
+# loss would swing with the module. Without shuffling, both loaders give the
+# same batches.
 
 # %% [markdown]
 # ## Exercises
@@ -512,9 +506,9 @@ want = [
 verdict("exercise 1", got == want, f"{got}")
 
 # %% [markdown]
-# **2** (★★). How many tokens of a text are never a target in an epoch, and which?
-# Write `never_asked(N, B, T)` for one shard of $N$ tokens without shuffling, and
-# check it with a loader.
+# **2** (★★). How many tokens of a text are never a target in an epoch, and
+# which? Write `never_asked(N, B, T)` for one shard of $N$ tokens without
+# shuffling, and check it with a loader.
 #
 # :::{admonition} Solution to exercise 2
 # :class: dropdown

@@ -10,13 +10,15 @@
 # ---
 
 # %% [markdown]
-# # Attention: each position looks back
+# # Attention: let each position look back and differentiate the look
 #
-# > Every position takes a weighted mean of the values at and before it, with
-# > weights from a softmax of dot products; and backward needs one number a row.
+# > Causal self-attention: every position takes a weighted mean of the values
+# > at and before it, with weights from a softmax of dot products.
 #
-# *Reading time: 29 minutes. You need: [chapter 1.7](07_matmul.ipynb), and the
-# proof by central differences of [chapter 1.4](04_gpt2.ipynb).*
+# *Reading time: 28 minutes. You need: [chapter 1.6](06_layernorm.ipynb) for
+# derivatives and their proof, and [chapter 1.7](07_matmul.ipynb), whose layer
+# makes the queries, keys and values. The fast versions: chapters
+# [2.5](../2_cpu/05_attention.ipynb) and [3.9](../3_gpu/09_attention.ipynb).*
 
 # %% [markdown]
 # ## Where we are
@@ -32,21 +34,16 @@ gpt2_diagram(lit="attention")
 #
 # Every other layer of GPT-2 treats each token alone. Attention is the one
 # place where tokens meet: each position reads from the positions before it
-# and from itself. What it looks for, what it finds and what it takes home
-# are three vectors of the position, its *query*, *key* and *value*, which
-# the linear layer of [chapter 1.7](07_matmul.ipynb) has computed. This chapter
-# builds `attention_forward` and `attention_backward`. At its end you can
+# and from itself. Three vectors of a position take part. Its *query* says
+# what it looks for, its *key* what it offers to those who look, and its
+# *value* is what they take home. This chapter builds `attention_forward` and
+# `attention_backward`. At its end you can
 #
 # - work out one attention by hand, from three vectors a position to the
 #   weighted mean;
 # - say why scores are divided by the root of the head size;
 # - derive the backward pass and say where $T^3$ turns into $T^2$;
-# builds `attention_forward` and `attention_backward`. At its end you can
-#
-# - work out one attention by hand, from three vectors a position to the
-#   weighted mean;
-# - say why scores are divided by the root of the head size;
-# - derive the backward pass and say where $T^3$ turns into $T^2$.
+# - say what the forward pass must save, and why one number a row is enough.
 
 # %% [markdown]
 # ## Setup
@@ -58,6 +55,8 @@ from llmnb.book.diagram import PALETTE
 from llmnb.book.verify import compare, numerical_gradient, verdict
 
 # %% imports tags=["export"]
+from typing import NamedTuple
+
 import numpy as np
 
 from llmnb.shapes import shapes
@@ -78,7 +77,7 @@ rng = np.random.default_rng(6)
 # | 2 | (1, 1) | (1, 1) | (2, 2) |
 #
 # Position 2 asks. The dot products of its query (1, 1) with the three keys
-# are 1, 1 and 2. We divide by $\sqrt 2$, for a reason given below:
+# are 1, 1 and 2. We divide by $\sqrt 2$, for a reason given later:
 # $0.7071, 0.7071, 1.4142$. A *softmax* turns these *scores* into positive
 # weights with sum 1: exponentials $2.0281, 2.0281, 4.1133$, divided by
 # their sum $8.1695$, give $0.2483, 0.2483, 0.5035$. The output is the mean
@@ -123,39 +122,96 @@ plt.show()
 # predict the next token at every position of a text at once. A position
 # that could read the next one would learn to copy it.
 #
-# GPT-2 does this $NH$ times side by side. The $C$ channels are cut into
-# $NH$ *heads* of $hs = C / NH$ channels, each with weights of its own, so a
-# position can look at several places for several reasons.
+# ## Heads
+#
+# One look finds one thing. A position may need several: the subject of its
+# sentence, the word before it, the bracket that is still open. So GPT-2
+# looks $NH$ times side by side. The $C$ channels are cut into $NH$ *heads*
+# of $hs = C / NH$ channels, and each head has queries, keys, values and
+# weights of its own. A head's output is $hs$ numbers, and the outputs stand
+# side by side in `out`. Nothing in this layer mixes them: channel 5 of head
+# 0 knows nothing of head 1. That is why a linear layer, the *projection*,
+# follows, in which every output reads all heads.
+#
+# Keys and values need not be as many as queries. In *grouped* attention $NKV$
+# heads of keys and values serve $NH$ heads of queries, $G = NH / NKV$ of
+# them each. GPT-2 has $NKV = NH$; with fewer, less has to be kept while
+# a model writes. It costs us one more axis, so we build it in.
 #
 # | tensor | shape | what it holds |
 # |---|---|---|
-# | `inp` | (B, T, 3C) | all queries, then keys, then values, of a position |
-# | `out` | (B, T, C) | the heads' weighted means, side by side |
-# | `lse` | (B, NH, T) | one number for each row of scores, explained below |
+# | `inp` | (B, T, (NH + 2 NKV) hs) | heads of queries, then of keys, then of values |
+# | `out` | (B, T, NH hs) | the heads' weighted means, side by side |
+# | `lse` | (B, NH, T) | one number for each row of scores, explained later |
 #
-# A head's queries are a strided *view* into `inp`: the same memory, read
-# with other steps. `split_heads` makes such views, and copies nothing.
+# For GPT-2 the width of `inp` is 3C. The three shapes say all that there is
+# to know of heads: `lse` has $NH$, `out` then has $hs$, and what is left of
+# the width of `inp` is $2\,NKV\,hs$.
+
+
+# %% how many heads tags=["export"]
+class Heads(NamedTuple):
+    """How many heads of queries, how many of keys and values; their size."""
+
+    NH: int
+    NKV: int
+    hs: int
+
+
+def count_heads(layer, out, lse, inp):
+    """The Heads that the shapes of attention's arrays speak of.
+
+    layer: what a message calls it. Raises ValueError where inp is not
+    (NH + 2 NKV) hs wide, for an NKV that divides NH.
+    """
+    NH, C, width = lse.shape[1], out.shape[2], inp.shape[2]
+    hs = C // NH
+    NKV = (width - C) // (2 * hs) if hs else 0
+    if NKV < 1 or NH % NKV or width != (NH + 2 * NKV) * hs:
+        raise ValueError(
+            f"{layer}: inp must have shape (B, T, (NH + 2 NKV) hs), where "
+            f"NH = {NH}, hs = {hs} and NKV divides NH, got {inp.shape}"
+        )
+    return Heads(NH, NKV, hs)
+
+
+# %% [markdown]
+# A head's numbers are a strided *view* into `inp`: the same memory, read
+# with other steps. `split_heads` makes such views, and copies nothing. Heads
+# that share keys and values stand along an axis of their own.
 
 
 # %% the heads as views tags=["export"]
-def split_heads(x, NH, parts):
-    """The heads of each part of x as views.
+def split_heads(x, NKV, hs):
+    """The heads of x as a view.
 
-    x: (B, T, parts * C), C-contiguous; parts is 3 for queries, keys and
-    values, 1 for an output. Returns a view (parts, B, NH, T, hs) with
-    hs = C / NH, so what is written into it lands in x.
+    x: (B, T, n * hs), of n heads. Returns a view (B, NKV, n / NKV, T, hs),
+    so what is written into it lands in x.
     """
     B, T, width = x.shape
-    heads = x.reshape(B, T, parts, NH, width // (parts * NH))
-    return heads.transpose(2, 0, 3, 1, 4)
+    heads = x.reshape(B, T, NKV, width // (NKV * hs), hs)
+    return heads.transpose(0, 2, 3, 1, 4)
 
 
-# %% one sequence of five positions, two heads of four channels
-inp = np.arange(5 * 24.0).reshape(1, 5, 24)
-q, k, v = split_heads(inp, 2, 3)
-print("q", q.shape, "strides in numbers", [s // 8 for s in q.strides])
-print("head 1, position 2, key:", k[0, 1, 2])
-verdict("views", np.shares_memory(q, inp), "share inp's memory")
+def split_qkv(x, heads):
+    """Queries, keys and values of x, packed as in inp, as views.
+
+    heads: Heads. Queries are (B, NKV, NH / NKV, T, hs), keys and values
+    (B, NKV, 1, T, hs).
+    """
+    NH, NKV, hs = heads
+    ends = NH * hs, (NH + NKV) * hs
+    parts = x[..., : ends[0]], x[..., ends[0] : ends[1]], x[..., ends[1] :]
+    return [split_heads(part, NKV, hs) for part in parts]
+
+
+# %% five positions, four heads of two channels, keys for two heads
+inp = np.arange(5 * 16.0).reshape(1, 5, 16)
+q, k, v = split_qkv(inp, Heads(4, 2, 2))
+print("q", q.shape, "k", k.shape)
+print("position 2, key of query heads 2 and 3:", k[0, 1, 0, 2])
+shared = [np.shares_memory(x, inp) for x in (q, k, v)]
+verdict("views", all(shared), "share inp's memory")
 
 # %% [markdown]
 # ## Forward
@@ -173,8 +229,8 @@ verdict("views", np.shares_memory(q, inp), "share inp's memory")
 # add up: the dot product has variance $hs$. Divided by $\sqrt{hs}$ it has
 # variance 1 for any head size. Without the division, scores of a head of 64
 # would spread by 8, the largest would take nearly all the weight, and
-# nothing would be left to learn from: we shall see that the gradient of a
-# score carries the factor $a_{tu}$, and that it vanishes when a weight is 1.
+# nothing would be left to learn from: the gradient of a score vanishes when
+# one weight of its row is 1, as (1.8.8) will show.
 
 # %% with and without the root
 q, k = rng.normal(size=(2, 2000, 64))
@@ -212,8 +268,8 @@ for name, scores in (("plain", dots), ("scaled", dots / 8)):
 def masked_scores(q, k):
     """Scaled dot products of queries and keys; the future is -inf.
 
-    q, k: (B, NH, T, hs). Returns a new array (B, NH, T, T), reading
-    positions along the third axis.
+    q, k: (..., T, hs). Returns a new array (..., T, T), reading positions
+    along the last axis but one.
     """
     T, hs = q.shape[-2:]
     scores = (q @ k.swapaxes(-1, -2)) * q.dtype.type(1 / np.sqrt(hs))
@@ -222,21 +278,23 @@ def masked_scores(q, k):
 
 
 # %% attention, forward tags=["export"]
-@shapes("B T C!, B NH|C T!, B T 3C")
+@shapes("B T C!, B NH|C T!, B T QKV")
 def attention_forward(out, lse, inp):
     """Causal self-attention of NH heads.
 
-    inp: (B, T, 3C), queries, keys and values along the last axis. Writes
-    out (B, T, C) and lse (B, NH, T), the log-sum-exp of each row of scaled,
-    masked scores, which the backward pass needs. All of one float dtype.
+    inp: (B, T, (NH + 2 NKV) * hs), the heads of queries, of keys and of
+    values; NKV divides NH. Writes out (B, T, NH * hs) and lse (B, NH, T),
+    the log-sum-exp of each row of scaled, masked scores, which the backward
+    pass needs. All of one float dtype.
     """
-    NH = lse.shape[1]
-    q, k, v = split_heads(inp, NH, 3)
+    heads = count_heads("attention_forward", out, lse, inp)
+    q, k, v = split_qkv(inp, heads)
     scores = masked_scores(q, k)
     top = scores.max(axis=-1)
-    lse[...] = top + np.log(np.exp(scores - top[..., None]).sum(axis=-1))
-    att = np.exp(scores - lse[..., None])
-    split_heads(out, NH, 1)[0] = att @ v
+    L = top + np.log(np.exp(scores - top[..., None]).sum(axis=-1))
+    att = np.exp(scores - L[..., None])
+    split_heads(out, heads.NKV, heads.hs)[...] = att @ v
+    lse[...] = L.reshape(lse.shape)
 
 
 # %% the three positions through the function
@@ -254,18 +312,23 @@ compare("by hand", out[0], weights @ v, tol=1e-12)
 # four sequences of 1024 positions one such array takes
 
 # %% the square and the row
-B, NH, T, L = 4, 12, 1024, 12
+B, NH, T, layers = 4, 12, 1024, 12
 square, row = 4 * B * NH * T * T, 4 * B * NH * T
-print(f"weights: {square / 1e6:6.1f} MB a layer, {L * square / 1e9:.1f} GB")
-print(f"lse:     {row / 1e6:6.1f} MB a layer, {L * row / 1e6:.1f} MB")
-# are in memory anyway, and from $L_t$, by (1.8.4). This reference builds the
-# square as a temporary; the kernels of chapters [2.5](../2_cpu/05_attention.ipynb)
-# and [3.9](../3_gpu/09_attention.ipynb) never do.
+print(
+    f"weights: {square / 1e6:6.1f} MB a layer, {layers * square / 1e9:.1f} GB"
+)
+print(f"lse:     {row / 1e6:6.1f} MB a layer, {layers * row / 1e6:.1f} MB")
+
+# %% [markdown]
+# in float32. The weights of all layers together would be several times the
+# model. So no weight is saved: backward recomputes it from $q$ and $k$, which
+# are in memory anyway, and from $L_t$, by (1.8.4). The reference builds the
+# square as a temporary; the fast versions never do.
 
 # %% [markdown]
 # ## Backward, derived
 #
-# The layers above hand us $do_{ti} = \partial \mathcal L / \partial o_{ti}$.
+# The layers that follow hand us $do_{ti} = \partial \mathcal L / \partial o_{ti}$.
 # We owe $dq$, $dk$ and $dv$, and walk (1.8.3), (1.8.2), (1.8.1) backwards.
 #
 # **The values.** By (1.8.3), $v_{ui}$ enters $o_{ti}$ with factor $a_{tu}$,
@@ -292,6 +355,10 @@ print(f"lse:     {row / 1e6:6.1f} MB a layer, {L * row / 1e6:.1f} MB")
 #    = a_{tu} \Bigl( da_{tu} - \sum_{w \le t} a_{tw}\, da_{tw} \Bigr) .
 #    \tag{1.8.8} $$
 #
+# Where one weight is 1, it is the whole row: the others are 0, the inner sum
+# is its own $da$, and no score of the row has a gradient. That is what a
+# missing root would lead to.
+#
 # Stop here for a moment. A program that follows the left-hand sum as it
 # stands forms the matrix (1.8.7) of every row, $t^2$ numbers, and takes
 # $\sum_t t^2 \approx T^3/3$ steps. On the right the inner sum no longer
@@ -313,39 +380,44 @@ print(f"lse:     {row / 1e6:6.1f} MB a layer, {L * row / 1e6:.1f} MB")
 #    dk_{ui} = \frac{1}{\sqrt{hs}} \sum_{t \ge u} ds_{tu}\, q_{ti} .
 #    \tag{1.8.10} $$
 #
+# Heads that share keys and values add up: $dk$ and $dv$ of a group are sums
+# over its $G$ heads.
+#
 # **What to save.** $q$, $k$, $v$ and $o$ are in memory as input and output
 # of the layer. (1.8.4) rebuilds $a$ from $L$, (1.8.9) gets $D$ from $o$. So the
 # forward pass saves $L_t$, one number a row, and no more.
 
 
 # %% attention, backward tags=["export"]
-@shapes("B T 3C!, B T C, B T 3C, B T C, B NH|C T")
+@shapes("B T QKV!, B T C, B T QKV, B T C, B NH|C T")
 def attention_backward(dinp, dout, inp, out, lse, add=True):
     """Add attention's gradient to dinp.
 
-    dinp, inp: (B, T, 3C). dout, out: (B, T, C). lse: (B, NH, T). out and
-    lse are as the forward pass left them. All of one float dtype. add:
-    False overwrites dinp instead of adding.
+    dinp, inp: (B, T, (NH + 2 NKV) * hs). dout, out: (B, T, NH * hs). lse:
+    (B, NH, T). out and lse are as the forward pass left them. All of one
+    float dtype. add: False overwrites dinp instead of adding.
     """
+    heads = count_heads("attention_backward", out, lse, inp)
     if not add:
         dinp.fill(0)
-    NH = lse.shape[1]
-    q, k, v = split_heads(inp, NH, 3)
-    dq, dk, dv = split_heads(dinp, NH, 3)
-    o, do = split_heads(out, NH, 1)[0], split_heads(dout, NH, 1)[0]
-    att = np.exp(masked_scores(q, k) - lse[..., None])
-    dv += att.swapaxes(-1, -2) @ do
+    q, k, v = split_qkv(inp, heads)
+    dq, dk, dv = split_qkv(dinp, heads)
+    o, do = (split_heads(x, heads.NKV, heads.hs) for x in (out, dout))
+    L = lse.reshape(*q.shape[:-1], 1)
+    att = np.exp(masked_scores(q, k) - L)
+    dv += (att.swapaxes(-1, -2) @ do).sum(axis=2, keepdims=True)
     datt = do @ v.swapaxes(-1, -2)
     D = (do * o).sum(axis=-1, keepdims=True)
-    dscores = att * (datt - D) * q.dtype.type(1 / np.sqrt(q.shape[-1]))
+    dscores = att * (datt - D) * q.dtype.type(1 / np.sqrt(heads.hs))
     dq += dscores @ k
-    dk += dscores.swapaxes(-1, -2) @ q
+    dk += (dscores.swapaxes(-1, -2) @ q).sum(axis=2, keepdims=True)
 
 
 # %% [markdown]
-# Each line is an equation: (1.8.4), (1.8.5), (1.8.6), (1.8.9), (1.8.8) with the scale
-# of (1.8.10) folded in, and the two halves of (1.8.10). The future needs no care
-# here, because its weights are zero.
+# Each line is an equation: from `att` on: (1.8.4), (1.8.5), (1.8.6), (1.8.9), (1.8.8)
+# with the scale of (1.8.10) folded in, and the two halves of (1.8.10). The future needs no care
+# here, because its weights are zero. The sums over axis 2 are those over a
+# group; for GPT-2 that axis has length 1.
 #
 # How much does the collapse of (1.8.8) save? We count the steps of the loop
 # that forms every row's matrix, as [llm.c](https://github.com/karpathy/llm.c)
@@ -396,14 +468,15 @@ for T in (64, 256, 1024):
 #
 # As before, $\mathcal L = \sum g \cdot o$ for a fixed random $g$, float64,
 # step $h = 10^{-5}$, tolerance $10^{-8}$. `dinp` holds $dq$, $dk$ and $dv$
-# in one array, so one comparison tests all three.
+# in one array. The problem has four heads of queries and two of keys and
+# values, so the sums over a group are tested too.
 
 # %% a problem to differentiate
-B, T, NH, hs = 2, 5, 3, 4
-C = NH * hs
-inp = rng.normal(size=(B, T, 3 * C))
+B, T, heads = 2, 5, Heads(4, 2, 3)
+C, width = 4 * 3, (4 + 2 * 2) * 3
+inp = rng.normal(size=(B, T, width))
 g = rng.normal(size=(B, T, C))
-out, lse = np.empty((B, T, C)), np.empty((B, NH, T))
+out, lse = np.empty((B, T, C)), np.empty((B, 4, T))
 
 
 def loss():
@@ -423,8 +496,8 @@ want = numerical_gradient(loss, inp)
 dinp = gradient(attention_backward)
 for name, mine, theirs in zip(
     ("dq", "dk", "dv"),
-    split_heads(dinp, NH, 3),
-    split_heads(want, NH, 3),
+    split_qkv(dinp, heads),
+    split_qkv(want, heads),
     strict=True,
 ):
     compare(name, mine, theirs, tol=1e-8)
@@ -438,8 +511,8 @@ def without_denominator(dinp, dout, inp, out, lse):
     attention_backward(dinp, dout, inp, np.zeros_like(out), lse)
 
 
-wrong = split_heads(gradient(without_denominator), NH, 3)
-right = split_heads(want, NH, 3)
+wrong = split_qkv(gradient(without_denominator), heads)
+right = split_qkv(want, heads)
 compare("dv, no D", wrong[2], right[2], tol=1e-8)
 try:
     compare("dq, no D", wrong[0], right[0], tol=1e-8)
@@ -447,6 +520,25 @@ try:
 except AssertionError:
     caught = True
 verdict("the mistake", caught, "is caught")
+
+# %% [markdown]
+# And what is a group? Give every head of queries keys and values of its own,
+# copies of those that its group shares. The outputs must be the same, and
+# the gradient of what was shared must be the sum of the copies'.
+
+# %% a group is copies, and its gradient their sum
+q, k, v = split_qkv(inp, heads)
+copies = np.empty((B, T, 3 * C))
+for to, x in zip(split_qkv(copies, Heads(4, 4, 3)), (q, k, v), strict=True):
+    full = np.broadcast_to(x, q.shape)
+    to[...] = full.reshape(to.shape)
+out2, dcopies = np.empty_like(out), np.zeros_like(copies)
+attention_forward(out2, lse, copies)
+attention_backward(dcopies, g, copies, out2, lse)
+compare("output", out2, out, tol=1e-12)
+each = split_qkv(dcopies, Heads(4, 4, 3))[1].reshape(B, 2, 2, T, 3)
+dk = split_qkv(dinp, heads)[1]
+compare("dk", each.sum(axis=2, keepdims=True), dk, tol=1e-12)
 
 # %% [markdown]
 # Causality has a proof of its own: change the input at one position, and no
@@ -523,6 +615,25 @@ plt.show()
 # are known to contain such heads; see the further reading.
 
 # %% [markdown]
+# ## Count it
+#
+# A head has $T(T+1)/2$ pairs $(t, u)$. Forward takes $2\,hs$ operations a
+# pair for the score and $2\,hs$ for the output. Backward takes five such
+# sums: the score again, $da$, and a term each of $dv$, $dq$ and $dk$. There
+# is no parameter in this layer. It saves $B \cdot NH \cdot T$ numbers for
+# the backward pass.
+#
+# Attention's share of a whole step grows with $T$, because its work is
+# quadratic in $T$ and that of all other layers linear. At which length does
+# it take as many operations as the four linear layers of its block, which
+# have $12\,C^2$ weights and take $24\,C^2$ operations a position?
+
+# %% where attention costs as much as the linear layers
+C = 768
+T = 24 * C * C / (4 * C / 2)  # 4 hs operations a pair, T / 2 pairs a row
+print(f"forward: at {T:,.0f} positions of {C} channels")
+
+# %% [markdown]
 # ## Take away
 #
 # - Attention is a weighted mean of values at and before a position; the
@@ -531,13 +642,14 @@ plt.show()
 #   log-sum-exp. The weights are computed again.
 # - The softmax's matrix of derivatives is never formed: its product
 #   collapses to $a\,(da - D)$, with $D = do \cdot o$.
-
-# %% [markdown]
+# - Heads look side by side; heads of queries may share keys and values, and
+#   then the gradients of what they share are sums.
+#
 # ## Design note
 #
-# Saving the weights would spare backward one of its five products and all
+# Saving the weights would spare backward one of its five sums and all
 # exponentials. For short sequences that is a fair trade. For four sequences
-# of 1024 positions it costs the 2.4 GB counted above, several times the
+# of 1024 positions it costs the 2.4 GB counted earlier, several times the
 # model itself. We keep one path for all lengths, the one whose memory grows
 # with $T$ and not with its square.
 
@@ -557,14 +669,16 @@ plt.show()
 # :::
 
 # %% exercise 1, moved keys tags=["hide-cell"]
-moved, moved_out = inp.copy(), np.empty_like(before)
-split_heads(moved, 3, 3)[1] += rng.normal(size=4)
-attention_forward(moved_out, np.empty_like(lse), moved)
+loss()
+moved = inp.copy()
+split_qkv(moved, heads)[1][...] += rng.normal(size=3)
+moved_out = np.empty_like(out)
+attention_forward(moved_out, lse, moved)
 
 # %% exercise 1, checked
-compare("output", moved_out, before, tol=1e-12)
-dk = split_heads(dinp, 3, 3)[1]
-compare("sum of dk", dk.sum(axis=2), np.zeros((2, 3, 4)), tol=1e-12)
+compare("output", moved_out, out, tol=1e-12)
+dk = split_qkv(dinp, heads)[1]
+compare("sum of dk", dk.sum(axis=3), np.zeros((2, 2, 1, 3)), tol=1e-12)
 
 # %% [markdown]
 # **2** (★★). Scores may favour the near past: subtract a fixed slope
@@ -581,26 +695,62 @@ compare("sum of dk", dk.sum(axis=2), np.zeros((2, 3, 4)), tol=1e-12)
 
 # %% exercise 2, biased scores tags=["hide-cell"]
 def biased(x, g, slope=0.3):
-    q, k, v = split_heads(x, NH, 3)
+    q, k, v = split_qkv(x, heads)
     age = np.arange(x.shape[1])[:, None] - np.arange(x.shape[1])
     scores = masked_scores(q, k) - slope * age
     a = np.exp(scores - scores.max(axis=-1, keepdims=True))
     a /= a.sum(axis=-1, keepdims=True)
-    o, do = a @ v, split_heads(g, NH, 1)[0]
+    o, do = a @ v, split_heads(g, heads.NKV, heads.hs)
     ds = a * (do @ v.swapaxes(-1, -2) - (do * o).sum(-1, keepdims=True))
     ds /= np.sqrt(q.shape[-1])
     dx = np.zeros_like(x)
-    dx_heads = split_heads(dx, NH, 3)
-    dx_heads[0] = ds @ k
-    dx_heads[1] = ds.swapaxes(-1, -2) @ q
-    dx_heads[2] = a.swapaxes(-1, -2) @ do
+    dq, dk, dv = split_qkv(dx, heads)
+    dq[...] = ds @ k
+    dk[...] = (ds.swapaxes(-1, -2) @ q).sum(axis=2, keepdims=True)
+    dv[...] = (a.swapaxes(-1, -2) @ do).sum(axis=2, keepdims=True)
     return (do * o).sum(), dx
 
 
 # %% exercise 2, checked
-NH = 3
 want = numerical_gradient(lambda: biased(inp, g)[0], inp)
 compare("biased dinp", biased(inp, g)[1], want, tol=1e-8)
+
+# %% [markdown]
+# **3** (★★★). With a *sliding window* a position reads the last $W$
+# positions only, itself included. Write a forward pass that takes
+# $O(T\,W\,hs)$ time, and show that with $W = T$ it is (1.8.3). How far back
+# can information reach through several such layers?
+#
+# :::{admonition} Solution to exercise 3
+# :class: dropdown
+# The first key of row $t$ is $\max(0, t - W + 1)$ instead of 0; nothing else
+# changes. Each layer lets a vector move up to $W - 1$ positions forward in
+# time, so $n$ layers reach back $n (W - 1)$ positions.
+# :::
+
+
+# %% exercise 3, a window tags=["hide-cell"]
+def windowed(q, k, v, W):
+    out = np.empty_like(v)
+    for t in range(len(q)):
+        first = max(0, t - W + 1)
+        scores = k[first : t + 1] @ q[t] / np.sqrt(len(q[t]))
+        e = np.exp(scores - scores.max())
+        out[t] = e @ v[first : t + 1] / e.sum()
+    return out
+
+
+# %% exercise 3, checked
+x = rng.normal(size=(1, 40, 24))
+y, lse = np.empty((1, 40, 8)), np.empty((1, 1, 40))
+attention_forward(y, lse, x)
+q, k, v = (part[0, 0, 0] for part in split_qkv(x, Heads(1, 1, 8)))
+compare("W = T", windowed(q, k, v, 40), y[0], tol=1e-12)
+compare("W = 1", windowed(q, k, v, 1), v, tol=1e-12)
+near = windowed(q, k, v, 5)
+k[:30] += 1
+far = windowed(q, k, v, 5)
+verdict("out of sight", np.array_equal(near[34:], far[34:]), "is unread")
 
 # %% [markdown]
 # ## Further reading
@@ -609,14 +759,17 @@ compare("biased dinp", biased(inp, g)[1], want, tol=1e-8)
 #   [Attention Is All You Need](https://arxiv.org/abs/1706.03762): section
 #   3.2 defines what this chapter differentiates, with the reason for the
 #   root in a footnote.
+# - Ainslie et al. (2023),
+#   [GQA](https://arxiv.org/abs/2305.13245): heads of queries that share keys
+#   and values, and what it costs in quality.
 # - Olsson et al. (2022),
 #   [In-context Learning and Induction Heads](https://arxiv.org/abs/2209.11895):
 #   the heads of figure 1.8.3, found in trained models.
 
-# % [markdown]
+# %% [markdown]
 # ## What llmnb gained
 
-# % what llmnb gained
+# %% what llmnb gained
 from llmnb.book.index import gained
 
 gained("1.8")

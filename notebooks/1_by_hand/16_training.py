@@ -281,7 +281,7 @@ plt.show()
 
 # %% [markdown]
 # *Figure 1.16.2. The loss falls steeply from the uniform guess to the unigram
-# entropy while the model learns which tokens are frequent, bends below it, and
+# entropy while the model learns which tokens are frequent, bends under it, and
 # falls on more slowly as it learns what follows what.*
 #
 # Here is what it wrote on the way. Nobody told it about words, brackets or

@@ -84,7 +84,7 @@ for u in (0.1, 0.65, 0.93):
     print(u, names[np.searchsorted(borders, u, side="right")])
 
 # %% [markdown]
-# The function below does this for any distribution. It scales $u$ by the
+# The next function does this for any distribution. It scales $u$ by the
 # last border, which rounding may leave a little off 1, and never returns a
 # token of probability 0: such a piece has no length, and
 # `side="right"` steps over it.
@@ -364,7 +364,7 @@ for bad in ({"temperature": -1}, {"top_k": 0}, {"top_p": 1.5}):
 #
 # We train one here, small enough to take seconds, on the text of
 # [chapter 1.16](16_training.ipynb). To use a model of your own, set `RUN` to its
-# folder; everything below works with either.
+# folder; the rest of the chapter works with either.
 # The texts it writes hang on the last bits of its logits, which are others on
 # another processor, so those outputs are not compared when the notebook is
 # verified.
@@ -414,10 +414,10 @@ T, V = model.seq_len, encoding.n_vocab
 # position $t$ after layer $\ell$ $x^\ell_t$. Claim: $x^\ell_t$ depends on
 # tokens $0, \dots, t$ and no others. For $\ell = 0$ it is the sum of the
 # token's row of `wte` and the position's row of `wpe`: true. Suppose it
-# holds below layer $\ell$. LayerNorm, the linear layers, GELU and the
+# holds before layer $\ell$. LayerNorm, the linear layers, GELU and the
 # residual sum read position $t$ alone. Attention reads positions
 # $s \le t$, whose vectors depend on tokens $0, \dots, s$ by assumption, all
-# of them among $0, \dots, t$. So it holds above layer $\ell$ too, and at
+# of them among $0, \dots, t$. So it holds after layer $\ell$ too, and at
 # last for the logits.
 #
 # The proof is about equations; kernels add numbers in blocks and could still
@@ -485,11 +485,9 @@ verdict("the window", min(spans) == 5 and max(spans) == 8, "5 to 8 tokens")
 #
 # The loop asks for one thing only, the logits that follow some texts. A
 # model that has a method `following` answers by itself; for a GPT2 the
-# function below fills a window and runs it forward. It does so on a GPU too:
-# a model of the backend `cuda` computes the whole window for every token, and
-# only the row of logits that is asked for comes down to the host. What keeps
-# keys and values is the `Decoder` of [chapter 4.13](../4_practice/13_cache.ipynb), which runs
-# on the CPU and takes weights from either.
+# next function fills a window and runs it forward. The whole window is computed
+# for every token; what keeps keys and values instead is the `Decoder` of
+# [chapter 4.13](../4_practice/13_cache.ipynb).
 
 
 # %% what follows some texts tags=["export"]
@@ -755,9 +753,9 @@ plt.show()
 #
 # A token costs a forward pass over the whole window, $2N + 2LCT$ operations
 # for each of its T positions. All but one of these positions held the same
-# tokens the last time, and by the proof above their vectors are the same
-# too. [The next chapter](../4_practice/13_cache.ipynb) keeps what they leave behind, and
-# computes one position a token.
+# tokens the last time, and by the proof of the window their vectors are the
+# same too. [Chapter 4.13](../4_practice/13_cache.ipynb) keeps what they leave
+# behind, and computes one position a token.
 
 # %% operations a token
 from llmnb.model.tensors import flops_per_token
@@ -851,7 +849,7 @@ compare("gumbel", drawn, distribution(z, temperature=1.5), tol=0.01)
 # :::{admonition} Solution to exercise 3
 # :class: dropdown
 # Try $p = 1, 2, \dots$ and compare the last $p$ tokens with the $p$ before
-# them. Then apply it to a long greedy text of the model above.
+# them. Then apply it to a long greedy text of this chapter's model.
 # :::
 
 

@@ -21,10 +21,10 @@
 # ## Where we are
 #
 # The model of Part 1 lived in memory. From here on it is kept: weights, logs,
-# texts, tokens. Each of the programs in this part may be stopped at any moment,
-# by you, by the system, by a power cut. Each reads files that somebody else has
-# written, or damaged, or renamed. This chapter makes the ground that all the
-# others of this part stand on. At its end you can
+# texts, tokens. Each of the programs in this part may be stopped at any
+# moment, by you, by the system, by a power cut. Each reads files that somebody
+# else has written, or damaged, or renamed. This chapter makes the ground that
+# all the others of this part stand on. At its end you can
 #
 # - say which states a file can be in after a kill, for two ways to write it;
 # - say why a rename needs two more calls before it can be relied on;
@@ -57,8 +57,8 @@ from pathlib import Path
 # %% [markdown]
 # ## By hand: two ways to write
 #
-# A file holds `the old text`, and a program replaces it by `the new text`. Here
-# are the moments between which it may be killed:
+# A file holds `the old text`, and a program replaces it by `the new text`.
+# Here are the moments between which it may be killed:
 #
 # | written in place | what is there | written beside, then renamed | what is there |
 # |---|---|---|---|
@@ -68,9 +68,9 @@ from pathlib import Path
 # | all is written | the new text | all is written | the old text |
 # | closed | the new text | renamed | the new text |
 #
-# On the left there are moments in which both texts are gone. On the right there
-# is none: a rename is one step for the operating system, so that a reader finds
-# the old file or the new one.
+# On the left there are moments in which both texts are gone. On the right
+# there is none: a rename is one step for the operating system, so that a
+# reader finds the old file or the new one.
 
 # %% killed in the middle
 folder = Path(tempfile.mkdtemp())
@@ -253,8 +253,9 @@ for name, raw in {
 # %% [markdown]
 # ## Read what is small
 #
-# Text that is parsed whole grows in memory, JSON to some thirty times its size: a
-# file that has no reason to be large is not read beyond what it may have.
+# Text that is parsed whole grows in memory, JSON to some thirty times its
+# size: a file that has no reason to be large is not read beyond what it may
+# have.
 
 
 # %% read what is small tags=["export"]
@@ -296,12 +297,13 @@ def read_json(path, most=1 << 20):
 # ## One writer at a time
 #
 # Half files are one danger, two writers another. A run that is started twice
-# in one folder, by mistake or by two scripts, would put every line into the log
-# twice, and one process would remove the files of the other. So a program that
-# works in a folder for long **locks** it. The file `.lock` says who has it, and
-# the system keeps a mark on the open file (`flock`), which no second process
-# gets. That mark is the point: it goes when its process goes, in whatever way, so
-# that a program that was killed locks nobody out, whatever its file still says.
+# in one folder, by mistake or by two scripts, would put every line into the
+# log twice, and one process would remove the files of the other. So a program
+# that works in a folder for long **locks** it. The file `.lock` says who has
+# it, and the system keeps a mark on the open file (`flock`), which no second
+# process gets. That mark is the point: it goes when its process goes, in
+# whatever way, so that a program that was killed locks nobody out, whatever
+# its file still says.
 
 # %% locked or not tags=["exporti"]
 HELD = BlockingIOError, PermissionError  # another process has the lock
@@ -367,10 +369,10 @@ def _words(folder):
 
 
 # %% [markdown]
-# Taking the lock has one gap. Between the opening of the file and the marking of
-# it, the last owner may remove it; then the mark is on a file that no name leads
-# to. So after the marking we look whether the name still leads to the same file,
-# and begin anew if not.
+# Taking the lock has one gap. Between the opening of the file and the marking
+# of it, the last owner may remove it; then the mark is on a file that no name
+# leads to. So after the marking we look whether the name still leads to the
+# same file, and begin anew if not.
 
 
 # %% take it and let it go tags=["exporti"]
@@ -415,10 +417,10 @@ def _let_go(place, path, process):
 
 
 # %% [markdown]
-# In a notebook, the same process often takes up a folder again while a variable
-# still holds the older lock. There the newer one gets the folder, and the older
-# one is told so if it ever tries to go on. `check` is for those who are about to
-# write: it raises if the folder is no longer theirs.
+# In a notebook, the same process often takes up a folder again while a
+# variable still holds the older lock. There the newer one gets the folder, and
+# the older one is told so if it ever tries to go on. `check` is for those who
+# are about to write: it raises if the folder is no longer theirs.
 
 
 # %% the lock of a folder tags=["export"]
@@ -469,8 +471,8 @@ class Lock:
 
 # %% [markdown]
 # A forked child has its parent's open files, and with them the mark. It would
-# keep the folder locked after the parent's end, so a child lets go of all locks
-# as soon as it exists.
+# keep the folder locked after the parent's end, so a child lets go of all
+# locks as soon as it exists.
 
 # %% no lock is inherited tags=["exporti"]
 LOCKS = weakref.WeakValueDictionary()  # folder: its Lock in this process
@@ -515,7 +517,12 @@ lock = Lock(folder)
 try_it()
 lock.release()
 try_it()
-KILLED = "import os, sys; from llmnb.files import Lock; x = Lock(sys.argv[1]); os._exit(9)"
+KILLED = """
+import os, sys
+from llmnb.files import Lock
+lock = Lock(sys.argv[1])
+os._exit(9)
+"""
 subprocess.run([sys.executable, "-c", KILLED, folder])
 verdict(".lock", (folder / LOCK).exists(), "is still there")
 try_it()
@@ -523,24 +530,27 @@ try_it()
 # %% [markdown]
 # ## Take away
 #
-# - Write beside, bring the file to the disk, rename, bring the folder to the disk.
+# - Write beside, bring the file to the disk, rename, bring the folder to the
+#   disk.
 # - A lock that is a mark on an open file ends with its process. A lock that is
 #   only a file does not.
-# - A reader that refuses says what the file is instead, and what to do about it.
+# - A reader that refuses says what the file is instead, and what to do about
+#   it.
 #
 # ## Design note
 #
 # A database would give all of this and more: many files changed in one step,
-# readers that never see the half of it. We keep plain files, because each of them
-# is read by other programs: a log by a spreadsheet, weights by `transformers`, a
-# figure by a browser. What must change together then goes into one file, and
-# where that cannot be, the order of writing says which file is to be believed.
+# readers that never see the half of it. We keep plain files, because each of
+# them is read by other programs: a log by a spreadsheet, weights by
+# `transformers`, a figure by a browser. What must change together then goes
+# into one file, and where that cannot be, the order of writing says which file
+# is to be believed.
 #
 # ## Exercises
 #
-# **1** (★★). A program writes `model.bin` and then `model.sum`, the checksum of
-# it, both with `replacing`. Which states can a kill leave? What is wrong with
-# them, and what is the remedy?
+# **1** (★★). A program writes `model.bin` and then `model.sum`, the checksum
+# of it, both with `replacing`. Which states can a kill leave? What is wrong
+# with them, and what is the remedy?
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
@@ -549,8 +559,8 @@ try_it()
 # [chapter 4.2](02_checkpoints.ipynb) does.
 # :::
 #
-# **2** (★★). Write `append_line(path, line)` so that after a kill the file ends
-# with a whole line.  Is `replacing` the way?
+# **2** (★★). Write `append_line(path, line)` so that after a kill the file
+# ends with a whole line.  Is `replacing` the way?
 #
 # :::{admonition} Solution to exercise 2
 # :class: dropdown
@@ -578,8 +588,8 @@ verdict("exercise 2", log.read_bytes() == b"one\ntwo\nthree\n", "whole lines")
 # %% [markdown]
 # ## Further reading
 #
-# - Pillai and others, "All File Systems Are Not Created Equal", OSDI 2014: what a
-#   renaming promises after a crash, and what it does not.
+# - Pillai and others, "All File Systems Are Not Created Equal", OSDI 2014:
+#   what a renaming promises after a crash, and what it does not.
 # - The manual page of `flock(2)`: read what it says of forks and of NFS.
 
 # %% [markdown]

@@ -12,19 +12,20 @@
 # %% [markdown]
 # # Checkpoints: llm.c's file of weights
 #
-# > A header of a thousand bytes, and then every weight: the plainest file a model
-# > can have, and what must be checked before one of its numbers is believed.
+# > A header of a thousand bytes, and then every weight: the plainest file a
+# > model can have, and what must be checked before one of its numbers is
+# > believed.
 #
-# *Reading time: 12 minutes. You need: [chapter 4.1](01_files.ipynb), the sixteen
-# tensors of [chapter 1.4](../1_by_hand/04_gpt2.ipynb), and the rounding of
-# [chapter 2.6](../2_cpu/06_bfloat16.ipynb).*
+# *Reading time: 12 minutes. You need: [chapter 4.1](01_files.ipynb), the
+# sixteen tensors of [chapter 1.4](../1_by_hand/04_gpt2.ipynb), and the
+# rounding of [chapter 2.6](../2_cpu/06_bfloat16.ipynb).*
 
 # %% [markdown]
 # ## Where we are
 #
-# A model on disk is its configuration and its parameters. llm.c's format, `.bin`,
-# has just these two, and nothing that would need a library to read. At the end of
-# this chapter you can
+# A model on disk is its configuration and its parameters. llm.c's format,
+# `.bin`, has just these two, and nothing that would need a library to read. At
+# the end of this chapter you can
 #
 # - read the header of such a file byte by byte;
 # - ask a header five questions, in the order that protects your memory;
@@ -59,10 +60,10 @@ from llmnb.reference.bfloat16 import from_bfloat16, to_bfloat16
 # ## The format
 #
 # All files of llm.c begin alike: a header of 256 int32 numbers, 1,024 bytes,
-# little endian (the lowest byte first). The first is the **magic** number, which
-# says what kind of file it is, and the second the version of that kind. Then
-# comes the body. In the file of a model it is the parameters, number for number,
-# one tensor after the other.
+# little endian (the lowest byte first). The first is the **magic** number,
+# which says what kind of file it is, and the second the version of that kind.
+# Then comes the body. In the file of a model it is the parameters, number for
+# number, one tensor after the other.
 #
 # | number | meaning |
 # |---|---|
@@ -91,18 +92,18 @@ from llmnb.reference.bfloat16 import from_bfloat16, to_bfloat16
 # 1. *Is it whole?* A file shorter than its header has no header.
 # 2. *Is it mine?* The magic number and the version say what the rest means.
 # 3. *Can it be?* A size must be positive; counts are multiplied as Python
-#    integers, which do not overflow, so that no product wraps around to something
-#    small.
-# 4. *Does it fit the file?* The sizes together predict the length, here (4.2.1),
-#    to the byte. This is the check that protects memory: after it, no claim is
-#    larger than what somebody took the trouble to store.
-# 5. *Are the contents in range?* A weight must be finite, and a token below $V$.
+#    integers, which do not overflow, so that no product wraps around to
+#    something small.
+# 4. *Does it fit the file?* The sizes together predict the length, here
+#    (4.2.1), to the byte. This is the check that protects memory: after it, no
+#    claim is larger than what somebody took the trouble to store.
+# 5. *Are the contents in range?* A weight must be finite, and a token below
+#    $V$.
 #
-# Only then is memory taken. The first two questions are the same for all files of
-# llm.c, and are asked in one place; its other files are the tokens of
-# [chapter 4.9](09_shards.ipynb), the states and tokenizers of
-# [chapter 4.5](05_acceptance.ipynb), and the tests of
-# [chapter 4.17](17_choices.ipynb).
+# Only then is memory taken. The first two questions are the same for all files
+# of llm.c, and are asked in one place; its other files are the tokens of
+# [chapter 4.9](09_shards.ipynb), the states and tokenizers of [chapter
+# 4.5](05_acceptance.ipynb), and the tests of [chapter 4.25](25_choices.ipynb).
 
 # %% the header of all files tags=["export"]
 HEADER = 256  # int32 numbers
@@ -157,8 +158,8 @@ def check_header(path, magic, rows):
 # %% [markdown]
 # ## Write
 #
-# In pieces of 4 Mi numbers, so that no second copy of the model is made. The sum
-# is known at the end; then the header is written once more.
+# In pieces of 4 Mi numbers, so that no second copy of the model is made. The
+# sum is known at the end; then the header is written once more.
 
 # %% the numbers of a model's file tags=["export"]
 MAGIC = 20240326
@@ -247,8 +248,8 @@ def config_of(path, sizes):
 
 
 # %% [markdown]
-# The reader fills arrays that the caller has: a model's own. Nothing else of the
-# size of the model exists.
+# The reader fills arrays that the caller has: a model's own. Nothing else of
+# the size of the model exists.
 
 
 # %% read a .bin tags=["export"]
@@ -283,8 +284,8 @@ def _check_sum(path, header, total):
 
 
 # %% [markdown]
-# Here is a small model's file, and what is said of four others, each in less than
-# a megabyte of memory.
+# Here is a small model's file, and what is said of four others, each in less
+# than a megabyte of memory.
 
 # %% four bad files
 model = GPT2(GPT2Config(64, 1000, 2, 4, 64), 1, 8, "reference")
@@ -317,8 +318,8 @@ tracemalloc.stop()
 verdict("a million blocks", peak < 1 << 20, "refused in less than 1 MiB")
 
 # %% [markdown]
-# The header tells lies of its own. A flipped bit in a weight tells none, and is
-# found by the sum.
+# The header tells lies of its own. A flipped bit in a weight tells none, and
+# is found by the sum.
 
 # %% a bit that flips
 flipped = bytearray(whole)
@@ -356,19 +357,19 @@ verdict("half.bin", sizes[0] == 2 * sizes[1], "half the body")
 # %% [markdown]
 # ## Take away
 #
-# - A header is a claim. The length of the file is the evidence, and memory comes
-#   after it.
+# - A header is a claim. The length of the file is the evidence, and memory
+#   comes after it.
 # - A checksum belongs into the file that it is about. It finds accidents, not
 #   intent: who wants to deceive computes it anew.
 # - Half the bytes are one number in the header.
 #
 # ## Design note
 #
-# A file of raw numbers has no room for what comes later: another tensor, another
-# type, a note on how it was made. Every change needs a new version number, and
-# every reader must know all of them. In exchange it is read by twenty lines in
-# any language, and a C program maps it into memory and is done. The next chapter
-# has a container for everything else.
+# A file of raw numbers has no room for what comes later: another tensor,
+# another type, a note on how it was made. Every change needs a new version
+# number, and every reader must know all of them. In exchange it is read by
+# twenty lines in any language, and a C program maps it into memory and is
+# done. The next chapter has a container for everything else.
 #
 # ## Exercises
 #
@@ -388,8 +389,8 @@ first = parameter_shapes(GPT2Config())["wte"]
 verdict("wpe", start == HEADER_BYTES + 4 * int(np.prod(first)), f"at {start}")
 
 # %% [markdown]
-# **2** (★★). Which single flipped bits of a file does the reader refuse? Try each
-# bit of the eight numbers that are used, and one of every other number.
+# **2** (★★). Which single flipped bits of a file does the reader refuse? Try
+# each bit of the eight numbers that are used, and one of every other number.
 #
 # :::{admonition} Solution to exercise 2
 # :class: dropdown

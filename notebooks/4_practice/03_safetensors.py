@@ -12,8 +12,9 @@
 # %% [markdown]
 # # safetensors: any arrays in one file
 #
-# > A table of names, types, shapes and places, and then the numbers: a container
-# > for whatever has no format of its own, with a checksum for each array.
+# > A table of names, types, shapes and places, and then the numbers: a
+# > container for whatever has no format of its own, with a checksum for each
+# > array.
 #
 # *Reading time: 9 minutes. You need: [chapter 4.1](01_files.ipynb); the checks
 # of [chapter 4.2](02_checkpoints.ipynb) come back here.*
@@ -22,13 +23,15 @@
 # ## Where we are
 #
 # The header of a `.bin` has room for one kind of model. For anything else we
-# use *safetensors*, the format of the Hugging Face hub, and it is much like the
-# arena of [chapter 1.13](../1_by_hand/13_memory.ipynb): a table of names, types,
-# shapes and places, then the numbers. At the end of this chapter you can
+# use *safetensors*, the format of the Hugging Face hub, and it is much like
+# the arena of [chapter 1.13](../1_by_hand/13_memory.ipynb): a table of names,
+# types, shapes and places, then the numbers. At the end of this chapter you
+# can
 #
 # - read the table of such a file with a text editor;
 # - say why we write the file ourselves, and let a library read it;
-# - say what a sum must cover so that no other array can pass for the right one.
+# - say what a sum must cover so that no other array can pass for the right
+#   one.
 
 # %% [markdown]
 # ## Setup
@@ -172,11 +175,11 @@ def _told(table, note, name):
 # Reading is the library's job: it knows how a table can lie. Names that
 # overlap, offsets beyond the end, a shape that does not match its bytes, a
 # table of a gigabyte: it refuses them all before a number is read. What it
-# cannot give to NumPy is bfloat16, a type that NumPy does not have: the
-# upper half of a float32 ([chapter 2.6](../2_cpu/06_bfloat16.ipynb)). So after the library has checked the table we read
-# the bytes ourselves. What the
-# library allows is a table of 100 MB, which grows to twenty times that when
-# Python parses it: we allow eight.
+# cannot give to NumPy is bfloat16, a type that NumPy does not have: the upper
+# half of a float32 ([chapter 2.6](../2_cpu/06_bfloat16.ipynb)). So after the
+# library has checked the table we read the bytes ourselves. What the library
+# allows is a table of 100 MB, which grows to twenty times that when Python
+# parses it: we allow eight.
 
 
 # %% read tensors tags=["export"]
@@ -281,8 +284,8 @@ except ValueError as error:
     print(str(error).replace(f"{folder}{os.sep}", ""))
 
 # %% [markdown]
-# Could two arrays of one size change places? The bytes of each would be whole, and
-# only their names wrong. The sum covers the name:
+# Could two arrays of one size change places? The bytes of each would be whole,
+# and only their names wrong. The sum covers the name:
 
 # %% two names that change places
 pair = {"a": np.zeros(4, np.float32), "b": np.ones(4, np.float32)}
@@ -300,19 +303,19 @@ except ValueError as error:
 # %% [markdown]
 # ## Take away
 #
-# - A table of names and places, then the numbers: what an arena is in memory, this
-#   is on the disk.
-# - Writing is simple, and we do it to save a copy. Reading what strangers wrote is
-#   not, and the library does it.
+# - A table of names and places, then the numbers: what an arena is in memory,
+#   this is on the disk.
+# - Writing is simple, and we do it to save a copy. Reading what strangers
+#   wrote is not, and the library does it.
 # - A sum that covers only the bytes lets bytes pass under another name.
 #
 # ## Design note
 #
 # PyTorch's own files are *pickles*, programs for a small machine that can call
-# any function; to read one is to run what a stranger wrote. safetensors was made
-# so that reading is only reading. Its table is JSON, which has no room for
-# anything that runs. We read no pickles, at the price that a few old models must
-# be converted first, by somebody who trusts them.
+# any function; to read one is to run what a stranger wrote. safetensors was
+# made so that reading is only reading. Its table is JSON, which has no room
+# for anything that runs. We read no pickles, at the price that a few old
+# models must be converted first, by somebody who trusts them.
 #
 # ## Exercises
 #
@@ -343,8 +346,8 @@ verdict("exercise 1", right, "each begins at a multiple of its width")
 # %% [markdown]
 # ## Further reading
 #
-# - [The format's page](https://huggingface.co/docs/safetensors): the table, and
-#   what a reader must refuse.
+# - [The format's page](https://huggingface.co/docs/safetensors): the table,
+#   and what a reader must refuse.
 
 # %% [markdown]
 # ## What llmnb gained

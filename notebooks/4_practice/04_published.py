@@ -13,8 +13,8 @@
 # %% [markdown]
 # # Published models: other programs' files
 #
-# > Hugging Face's layout of GPT-2, read and written; and one function that opens a
-# > model of any known format.
+# > Hugging Face's layout of GPT-2, read and written; and one function that
+# > opens a model of any known format.
 #
 # *Reading time: 22 minutes. You need: [chapter 4.2](02_checkpoints.ipynb),
 # [chapter 4.3](03_safetensors.ipynb).*
@@ -23,8 +23,8 @@
 # ## Where we are
 #
 # Most GPT-2 models that you can download were made by other programs than this
-# one, and most programs that you would give yours to expect their layout. At the
-# end of this chapter you can
+# one, and most programs that you would give yours to expect their layout. At
+# the end of this chapter you can
 #
 # - find the one transposed matrix that no check of shapes can find;
 # - tell a model's sizes from its tensors, all but one;
@@ -61,8 +61,8 @@ from llmnb.formats.safetensors import TensorFile, write_tensors
 from llmnb.model.tensors import parameter_shapes, tensor_table
 
 # %% [markdown]
-# A small model to work with, which learns in a few steps to repeat one line, the
-# expression that cuts a text into words:
+# A small model to work with, which learns in a few steps to repeat one line,
+# the expression that cuts a text into words:
 
 # %% a small trained model
 from llmnb.config import GPT2Config
@@ -85,8 +85,8 @@ verdict("training", loss < first / 4, "loss below a quarter")
 # PyTorch's linear layer, llm.c and this book compute $y = x W^\top + b$ with
 # $W$ of shape (outputs, inputs). The first GPT-2 used a convolution of width
 # one, *Conv1D*, which computes $y = x A + b$ with $A$ of shape (inputs,
-# outputs). They are the same layer if $A = W^\top$, and files in Hugging Face's
-# layout hold $A$. With three inputs and two outputs:
+# outputs). They are the same layer if $A = W^\top$, and files in Hugging
+# Face's layout hold $A$. With three inputs and two outputs:
 
 # %% one layer, two ways to store it
 W = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])  # (outputs, inputs)
@@ -96,9 +96,9 @@ print("W in memory:", W.ravel().tolist(), " x W^T =", (x @ W.T).tolist())
 print("A in memory:", A.ravel().tolist(), " x A   =", (x @ A).tolist())
 
 # %% [markdown]
-# The layout has names of its own too, each block's tensors by themselves, and no
-# padding. `_places` says of each tensor there which of our sixteen it belongs to,
-# and at which index. Reading, writing and checking all go by it.
+# The layout has names of its own too, each block's tensors by themselves, and
+# no padding. `_places` says of each tensor there which of our sixteen it
+# belongs to, and at which index. Reading, writing and checking all go by it.
 
 
 # %% where each tensor belongs tags=["exporti"]
@@ -206,13 +206,13 @@ def write_folder(folder, cfg, params):
 
 # %% [markdown]
 # Files by others vary. Some names begin with `transformer.`; some files hold
-# the causal masks, `attn.bias` and `attn.masked_bias`, which are no parameters;
-# some hold the output matrix once more as `lm_head.weight`, which must then
-# equal `wte`. Others hold it *only* under that name: it and `wte` are one
-# tensor with two names, of which safetensors' `save_model` keeps one. And a
-# large model lies in several files, with an *index* that
-# names the file of each tensor. A name from a file is used as a path here, and
-# must not lead out of the folder.
+# the causal masks, `attn.bias` and `attn.masked_bias`, which are no
+# parameters; some hold the output matrix once more as `lm_head.weight`, which
+# must then equal `wte`. Others hold it *only* under that name: it and `wte`
+# are one tensor with two names, of which safetensors' `save_model` keeps one.
+# And a large model lies in several files, with an *index* that names the file
+# of each tensor. A name from a file is used as a path here, and must not lead
+# out of the folder.
 
 # %% files and their index tags=["export"]
 INDEX = "model.safetensors.index.json"
@@ -261,12 +261,12 @@ def _tensors(path):
 
 
 # %% [markdown]
-# The shapes tell the configuration, all but the number of heads: our own
-# files name it, and a `config.json` beside the file does. Without either it is
-# known for the four shapes that OpenAI published. A wrong guess would give a
-# model that writes nonsense without a word, so of any other we ask for it. A
-# `config.json` that contradicts the shapes is an error, and so is one that asks
-# for another computation than ours.
+# The shapes tell the configuration, all but the number of heads: our own files
+# name it, and a `config.json` beside the file does. Without either it is known
+# for the four shapes that OpenAI published. A wrong guess would give a model
+# that writes nonsense without a word, so of any other we ask for it. A
+# `config.json` that contradicts the shapes is an error, and so is one that
+# asks for another computation than ours.
 
 
 # %% the configuration of a set of tensors tags=["exporti"]
@@ -384,11 +384,11 @@ def open_published(path):
 # %% [markdown]
 # ## One door for every format
 #
-# A run in progress ([chapter 4.12](12_nothing_lost.ipynb)) keeps its state in the
-# container of chapter 4.3: the weights under their own names, with `params.`
-# before them, and beside them what only training needs. Its metadata holds a page
-# of JSON, the **record**, with the configuration and a checksum of every
-# array. Whoever wants the model reads a third of the file.
+# A run in progress ([chapter 4.41](41_states.ipynb)) keeps its state in
+# the container of chapter 4.3: the weights under their own names, with
+# `params.` before them, and beside them what only training needs. Its metadata
+# holds a page of JSON, the **record**, with the configuration and a checksum
+# of every array. Whoever wants the model reads a third of the file.
 
 # %% imports of the door tags=["export"] module="formats.checkpoint"
 import json
@@ -505,8 +505,9 @@ def _open(path):
 def without_padding(path, cfg, tokens, tokenizer=""):
     """The configuration of a model on disk for a tokenizer's tokens.
 
-    path, tokens: as for open_model. cfg: what the file holds. Raises ValueError, which names
-    the path and the tokenizer, when it must be another model's.
+    path, tokens: as for open_model. cfg: what the file holds. Raises
+    ValueError, which names the path and the tokenizer, when it must be
+    another model's.
     """
     few = replace(cfg, vocab_size=tokens)
     if not tokens <= cfg.vocab_size <= few.padded_vocab_size:
@@ -683,20 +684,22 @@ for name, same in (("right", True), ("turned", False)):
 #   numbers.
 # - Shapes tell all of a GPT-2's sizes but the number of heads.
 # - A name that stands in a file is not a path until it has been looked at.
-# - Every weight that is read passes one door, where it is asked to be a number.
+# - Every weight that is read passes one door, where it is asked to be a
+#   number.
 #
 # ## Design note
 #
-# We could have stored our matrices as Hugging Face does, and saved the transposing.
-# But then every layer of the book would compute $x A$ where the papers and llm.c
-# have $x W^\top$, to please a file. A layout belongs at the border of a program;
-# inside, one convention is enough, and it should be that of the arithmetic.
+# We could have stored our matrices as Hugging Face does, and saved the
+# transposing. But then every layer of the book would compute $x A$ where the
+# papers and llm.c have $x W^\top$, to please a file. A layout belongs at the
+# border of a program; inside, one convention is enough, and it should be that
+# of the arithmetic.
 #
 # ## Exercises
 #
-# **1** (★★). A folder has `config.json` with `"n_head": 3`, and the tensors of a
-# model with $C = 64$. What is said, and by which line? What if it says 8, where 4
-# is right?
+# **1** (★★). A folder has `config.json` with `"n_head": 3`, and the tensors of
+# a model with $C = 64$. What is said, and by which line? What if it says 8,
+# where 4 is right?
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown

@@ -12,11 +12,11 @@
 # %% [markdown]
 # # Acceptance: does it compute the same?
 #
-# > A batch, and what a trusted program made of it: how sharp a comparison can be,
-# > and a wrong gradient that a looser one lets pass.
+# > A batch, and what a trusted program made of it: how sharp a comparison can
+# > be, and a wrong gradient that a looser one lets pass.
 #
-# *Reading time: 22 minutes. You need: [chapter 4.2](02_checkpoints.ipynb), and the
-# whole model of [chapter 1.15](../1_by_hand/15_model.ipynb).*
+# *Reading time: 22 minutes. You need: [chapter 4.2](02_checkpoints.ipynb), and
+# the whole model of [chapter 1.15](../1_by_hand/15_model.ipynb).*
 
 # %% [markdown]
 # ## Where we are
@@ -32,9 +32,9 @@ gpt2_diagram(lit="all")
 # same is a question that can be answered to the last digits of a float32.*
 #
 # A model that was read without complaint may still be another: a square matrix
-# turned, a LayerNorm with another epsilon, an activation with another formula. The
-# text that it writes looks like text. How do you know? At the end of this chapter
-# you can
+# turned, a LayerNorm with another epsilon, an activation with another formula.
+# The text that it writes looks like text. How do you know? At the end of this
+# chapter you can
 #
 # - say what a file must hold so that a whole training step can be compared;
 # - derive a tolerance from rounding;
@@ -151,8 +151,8 @@ def read_debug_state(path, cfg):
     """Map llm.c's debug state of a model into memory, read only.
 
     cfg: the model's configuration, which fixes V and the gradients' shapes.
-    Returns a DebugState. Raises ValueError, naming the file, when it is none of
-    version 2, when its length is not what B, T and cfg require, and for
+    Returns a DebugState. Raises ValueError, naming the file, when it is none
+    of version 2, when its length is not what B, T and cfg require, and for
     tokens that the model lacks.
     """
     size, _, B, T = read_header(path, STATE_MAGIC, [STATE_VERSION], 3)
@@ -203,8 +203,9 @@ def write_debug_state(path, cfg, state):
 
 
 # %% [markdown]
-# Let the tiny model write a state, in float64 by the NumPy reference
-# ([chapter 1.15](../1_by_hand/15_model.ipynb) compared it with PyTorch), and read it back:
+# Let the tiny model write a state, in float64 by the NumPy reference ([chapter
+# 1.15](../1_by_hand/15_model.ipynb) compared it with PyTorch), and read it
+# back:
 
 # %% a state of our own
 truth = GPT2(CFG, 4, 64, "reference", "fp64", seed=None)
@@ -279,8 +280,8 @@ for name, (at, value) in lies.items():
 # Attention's scores are near zero, so rounding hardly moves a probability.
 # Trained weights are several times as large, the scores with them, and an
 # exponential turns an absolute error of a score into a relative one of the
-# probability. The last row has the size of trained weights without their sense.
-# A network like that is chaotic: from the second loss to the tenth the
+# probability. The last row has the size of trained weights without their
+# sense. A network like that is chaotic: from the second loss to the tenth the
 # difference grows five-hundred-fold, so that no test of its losses can be
 # sharp. We take its first step for the worst that a sensible model may do.
 #
@@ -439,10 +440,10 @@ for check in accepted:
 # ## A wrong gradient that looks right
 #
 # Hugging Face's configuration knows two GELUs: `gelu`, with the error
-# function, and `gelu_new`, the tanh form of [chapter 1.9](../1_by_hand/09_gelu.ipynb), which
-# GPT-2 uses. Their values differ by at most $5 \cdot 10^{-4}$. Suppose that
-# somebody took the tanh form forward, as is right, and the derivative of the
-# other one backward,
+# function, and `gelu_new`, the tanh form of [chapter
+# 1.9](../1_by_hand/09_gelu.ipynb), which GPT-2 uses. Their values differ by at
+# most $5 \cdot 10^{-4}$. Suppose that somebody took the tanh form forward, as
+# is right, and the derivative of the other one backward,
 #
 # $$ \frac{d}{dx}\, x\,\Phi(x) = \Phi(x) + x\,\varphi(x) , \tag{4.5.3} $$
 #
@@ -504,17 +505,18 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 4.5.2. Rounding (blue) and one wrong derivative (orange) lie two orders
-# of magnitude apart for this model, up to the last LayerNorm, whose gradient
-# is complete before the first GELU. The tolerance (line) stands among the wrong
-# ones. llm.c's (grey) lies far to the right, for most tensors of this small
-# model past $10^0$: a gradient of zeros would pass.*
+# *Figure 4.5.2. Rounding (blue) and one wrong derivative (orange) lie two
+# orders of magnitude apart for this model, up to the last LayerNorm, whose
+# gradient is complete before the first GELU. The tolerance (line) stands among
+# the wrong ones. llm.c's (grey) lies far to the right, for most tensors of
+# this small model past $10^0$: a gradient of zeros would pass.*
 #
-# What the test does *not* see is worth knowing too. Weight decay of 0.01 at
-# a learning rate of $10^{-4}$ shrinks a weight by a millionth a step, less
-# than the losses' tolerance can tell; exercise 1 shows it. And `beta2` barely
-# matters when ten steps see the same batch. [Chapter 1.15](../1_by_hand/15_model.ipynb)
-# compares the weights themselves after ten steps, and sees both.
+# What the test does *not* see is worth knowing too. Weight decay of 0.01 at a
+# learning rate of $10^{-4}$ shrinks a weight by a millionth a step, less than
+# the losses' tolerance can tell; exercise 1 shows it. And `beta2` barely
+# matters when ten steps see the same batch. [Chapter
+# 1.15](../1_by_hand/15_model.ipynb) compares the weights themselves after ten
+# steps, and sees both.
 
 # %% [markdown]
 # ## Take away
@@ -528,9 +530,9 @@ plt.show()
 # ## Design note
 #
 # The acceptance test could have taken its tolerance from the model itself:
-# compute in float64 too, and allow a multiple of what float32 loses. That adapts
-# to any weights, and costs twice the memory and several times the time. A
-# constant that was measured with room to spare is easier to argue about.
+# compute in float64 too, and allow a multiple of what float32 loses. That
+# adapts to any weights, and costs twice the memory and several times the time.
+# A constant that was measured with room to spare is easier to argue about.
 #
 # ## Exercises
 #
@@ -564,8 +566,8 @@ verdict("no decay", failures(0) == 0, "is not seen")
 verdict("a decay of 10", failures(10) > 0, "is seen")
 
 # %% [markdown]
-# **2** (★★). A bit of the header flips. Which share of all single flipped bits of
-# its first four numbers does `read_debug_state` refuse?
+# **2** (★★). A bit of the header flips. Which share of all single flipped bits
+# of its first four numbers does `read_debug_state` refuse?
 #
 # :::{admonition} Solution to exercise 2
 # :class: dropdown
@@ -595,13 +597,14 @@ verdict("flipped bits", seen == 128, f"{seen} of 128 are refused")
 # %% [markdown]
 # ## Further reading
 #
-# - Goldberg (1991),
-#   [What Every Computer Scientist Should Know About Floating-Point Arithmetic](https://doi.org/10.1145/103162.103163):
+# - Goldberg (1991), [What Every Computer Scientist Should Know About
+#   Floating-Point Arithmetic](https://doi.org/10.1145/103162.103163):
 #   rounding, ties and error bounds from the ground up.
-# - Higham and Mary (2019),
-#   [A New Approach to Probabilistic Rounding Error Analysis](https://doi.org/10.1137/18M1226312):
-#   why $\sqrt{n}\,u$ and not $n\,u$.
-# - [llm.c's test_gpt2.c](https://github.com/karpathy/llm.c/blob/master/test_gpt2.c):
+# - Higham and Mary (2019), [A New Approach to Probabilistic Rounding Error
+#   Analysis](https://doi.org/10.1137/18M1226312): why $\sqrt{n}\,u$ and not
+#   $n\,u$.
+# - [llm.c's
+#   test_gpt2.c](https://github.com/karpathy/llm.c/blob/master/test_gpt2.c):
 #   the acceptance test as it was first written.
 
 # %% [markdown]

@@ -13,22 +13,24 @@
 # %% [markdown]
 # # The hub: models and their vocabularies, downloaded
 #
-# > Fetch GPT-2 and know that it is GPT-2; then find the tokenizer that belongs to
-# > a model, in any of the five files in which it may lie.
+# > Fetch GPT-2 and know that it is GPT-2; then find the tokenizer that belongs
+# > to a model, in any of the five files in which it may lie.
 #
-# *Reading time: 24 minutes. You need: [chapter 1.2](../1_by_hand/02_tokens.ipynb)
-# for ranks and merges, and [chapter 4.4](04_published.ipynb).*
+# *Reading time: 24 minutes. You need: [chapter
+# 1.2](../1_by_hand/02_tokens.ipynb) for ranks and merges, and [chapter
+# 4.4](04_published.ipynb).*
 
 # %% [markdown]
 # ## Where we are
 #
 # The models of the GPT-2 paper and llm.c's starter pack lie on the Hugging
-# Face hub. A download is a stranger's file under a friend's name. And a model is
-# useless without its tokenizer, of which it does not say which it is. At the end
-# of this chapter you can
+# Face hub. A download is a stranger's file under a friend's name. And a model
+# is useless without its tokenizer, of which it does not say which it is. At
+# the end of this chapter you can
 #
 # - say what to compare so that what you fetched is what was meant;
-# - rebuild an encoder from a list of tokens, and say when that is not possible;
+# - rebuild an encoder from a list of tokens, and say when that is not
+#   possible;
 # - read GPT-2's vocabulary, in which a space is `Ġ`;
 # - say which tokenizer a model is given, and when you are asked.
 
@@ -40,8 +42,6 @@ from pathlib import Path
 import json
 import re
 from pathlib import Path
-
-from tiktoken import Encoding
 
 from llmnb.files import read_json, read_small, replacing, what_is
 from llmnb.formats.checkpoint import find_model
@@ -317,16 +317,16 @@ def write_tokenizer(path, encoding):
 
 # %% [markdown]
 # Can we encode all the same? A byte-level BPE is its list of merges, in order
-# ([chapter 1.2](../1_by_hand/02_tokens.ipynb)). The list is not in the file, but tiktoken
-# needs no merges: it joins the neighbouring pair whose *joined* token has the
-# lowest rank, and in GPT-2's vocabulary the rank is the token's number. So
-# the encoder can be rebuilt, if three things hold, and they can be checked:
-# all 256 bytes are there, every other token joins two earlier ones, and none
-# comes twice. A vocabulary of another kind, say WordPiece's, fails the second.
-# The check tries every place where a token may be joined, which is quadratic
-# in its length: a token of more than 255 bytes is refused, not tried.
-# What the file cannot tell is how a text is cut into words before; we take
-# GPT-2's rule.
+# ([chapter 1.2](../1_by_hand/02_tokens.ipynb)). The list is not in the file,
+# but tiktoken needs no merges: it joins the neighbouring pair whose *joined*
+# token has the lowest rank, and in GPT-2's vocabulary the rank is the token's
+# number. So the encoder can be rebuilt, if three things hold, and they can be
+# checked: all 256 bytes are there, every other token joins two earlier ones,
+# and none comes twice. A vocabulary of another kind, say WordPiece's, fails
+# the second. The check tries every place where a token may be joined, which is
+# quadratic in its length: a token of more than 255 bytes is refused, not
+# tried. What the file cannot tell is how a text is cut into words before; we
+# take GPT-2's rule.
 
 # %% an encoder from a decoder tags=["export"] module="formats.vocabulary"
 LONGEST_TOKEN = 255  # bytes; GPT-2's longest has 128
@@ -397,8 +397,8 @@ for sample in ("newer lowest", "naïve\n\n", "<|endoftext|>"):
 # A model folder brings its vocabulary as `vocab.json`: token to number. JSON
 # holds text and no bytes, so GPT-2's authors wrote each byte as a letter:
 # bytes that print stand for themselves, and the other 68 for the letters from
-# number 256 on. A space is `Ġ`. Turned back, it is the list of tokens in order of
-# rank, and gives an encoder without another download.
+# number 256 on. A space is `Ġ`. Turned back, it is the list of tokens in order
+# of rank, and gives an encoder without another download.
 
 
 # %% GPT-2's letters tags=["exporti"] module="formats.vocabulary"
@@ -420,8 +420,9 @@ def _letters():
 # two tokens as the merge of its line says, or it is *special*: no text becomes
 # it. Programs other than GPT-2's give special tokens the first numbers, or add
 # some behind the last, to pad with; those behind are left out, and the rows of
-# the model that belong to them become padding ([chapter 4.4](04_published.ipynb)).
-# tiktoken wants the merges in order of the tokens' numbers, and so do we.
+# the model that belong to them become padding ([chapter
+# 4.4](04_published.ipynb)). tiktoken wants the merges in order of the tokens'
+# numbers, and so do we.
 
 # %% read a vocabulary tags=["export"] module="formats.vocabulary"
 LONGEST_VOCAB = 1 << 23  # bytes of a file; GPT-2's have one to four million
@@ -477,6 +478,8 @@ def _merged(path, vocab, merges, added=()):
 
     added: tokens that are known to be special; so are those in brackets.
     """
+    from tiktoken import Encoding  # not before it is needed
+
     letters = _letters()
     plain = _joined(path, {x: vocab.get(x) for x in letters}, vocab, merges)
     rest = {x: n for x, n in vocab.items() if x not in plain}
@@ -666,22 +669,23 @@ verdict("the tokenizer", same, "is found beside the weights")
 # ## Take away
 #
 # - A name can be written anew, a commit and a hash cannot.
-# - For a byte-level BPE the tokens in order of rank are enough to encode; for any
-#   other tokenizer they are not, and it can be told.
+# - For a byte-level BPE the tokens in order of rank are enough to encode; for
+#   any other tokenizer they are not, and it can be told.
 # - What lies beside the weights is the tokenizer. Where nothing lies, ask.
 #
 # ## Design note
 #
 # Why not let the library `tokenizers` do the encoding, since it reads every
-# tokenizer? Because then a text would pass through another program depending on
-# which file a model came with, with other rules for broken text, other speeds and
-# other bugs. We translate what we can prove to be of GPT-2's kind into the one
-# encoder that this book has, and refuse the rest in one sentence.
+# tokenizer? Because then a text would pass through another program depending
+# on which file a model came with, with other rules for broken text, other
+# speeds and other bugs. We translate what we can prove to be of GPT-2's kind
+# into the one encoder that this book has, and refuse the rest in one sentence.
 #
 # ## Exercises
 #
 # **1** (★). Why are the tokens `<|endoftext|>` and `[PAD]` not in the list of
-# merges, and how does `_merged` tell them from a token that a merge was lost for?
+# merges, and how does `_merged` tell them from a token that a merge was lost
+# for?
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
@@ -699,10 +703,11 @@ except ValueError as error:
 # %% [markdown]
 # ## Further reading
 #
-# - [GPT-2's encoder.py](https://github.com/openai/gpt-2/blob/master/src/encoder.py):
+# - [GPT-2's
+#   encoder.py](https://github.com/openai/gpt-2/blob/master/src/encoder.py):
 #   `bytes_to_unicode`, where `Ġ` comes from.
-# - [huggingface_hub](https://huggingface.co/docs/huggingface_hub): how its cache is
-#   laid out.
+# - [huggingface_hub](https://huggingface.co/docs/huggingface_hub): how its
+#   cache is laid out.
 
 # %% [markdown]
 # ## What llmnb gained

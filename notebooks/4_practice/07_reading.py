@@ -13,17 +13,18 @@
 # %% [markdown]
 # # Reading what strangers send
 #
-# > Text packed, broken, endless or made to do damage: read in blocks, checked, and
-# > named by line and byte where it is wrong. And tokenizers, kept in files.
+# > Text packed, broken, endless or made to do damage: read in blocks, checked,
+# > and named by line and byte where it is wrong. And tokenizers, kept in
+# > files.
 #
-# *Reading time: 26 minutes. You need: [chapter 1.2](../1_by_hand/02_tokens.ipynb)
-# and [chapter 4.1](01_files.ipynb).*
+# *Reading time: 26 minutes. You need: [chapter
+# 1.2](../1_by_hand/02_tokens.ipynb) and [chapter 4.1](01_files.ipynb).*
 
 # %% [markdown]
 # ## Where we are
 #
-# Part 1 learned from a text that lay ready. Yours lies in files, and files come in
-# many kinds, some of them bad. At the end of this chapter you can
+# Part 1 learned from a text that lay ready. Yours lies in files, and files
+# come in many kinds, some of them bad. At the end of this chapter you can
 #
 # - read a compressed file from a stranger without trusting its sizes;
 # - say how much memory a bomb can take from this reader, and why no more;
@@ -57,10 +58,10 @@ def complaint(function, *args):
 # %% [markdown]
 # ## Four rules
 #
-# A text comes as a file of its own or as a line of **JSON lines** (a JSON object
-# a line, the text in one of its fields), plain or compressed with gzip or zstd.
-# Each can be damaged, and some are made to do damage: a *bomb* is a compressed
-# file of kilobytes that unpacks to gigabytes. Four rules keep us
+# A text comes as a file of its own or as a line of **JSON lines** (a JSON
+# object a line, the text in one of its fields), plain or compressed with gzip
+# or zstd. Each can be damaged, and some are made to do damage: a *bomb* is a
+# compressed file of kilobytes that unpacks to gigabytes. Four rules keep us
 # safe.
 #
 # - Only a regular file is opened. A pipe that nobody writes to would be waited
@@ -318,8 +319,8 @@ def check_text(where, text):
 
 
 # %% [markdown]
-# A bomb of a gigabyte of blanks, in a megabyte of gzip, and what it costs to read
-# it to the end:
+# A bomb of a gigabyte of blanks, in a megabyte of gzip, and what it costs to
+# read it to the end:
 
 # %% a bomb
 part = gzip.compress(b" " * (1 << 24), mtime=0)
@@ -377,8 +378,8 @@ def _skip_blank_lines(stream):
 # In a folder there is more than text. What cannot be read is passed over, and
 # so is a bad record of JSON lines if that is asked for; but it is counted, for
 # a corpus that lost half of its files should not look like one that lost none.
-# Something else is worth a word. `<|endoftext|>` in a text is ordinary text, as
-# the special tokens should come from us alone; yet some corpora part their
+# Something else is worth a word. `<|endoftext|>` in a text is ordinary text,
+# as the special tokens should come from us alone; yet some corpora part their
 # documents with it. So we count these too, and leave the choice to you.
 
 
@@ -534,8 +535,8 @@ verdict("bytes", byte().n_vocab == 257, "and the end of a text")
 # `tiktoken` keeps ranks in a text file: a line for each token, its bytes in
 # base64 (64 printable characters stand for any bytes), a space, its rank. The
 # file holds neither the expression nor the special token; ours are always the
-# same. It is written by `replacing` of [chapter 4.1](01_files.ipynb), so that a
-# reader never meets half a vocabulary.
+# same. It is written by `replacing` of [chapter 4.1](01_files.ipynb), so that
+# a reader never meets half a vocabulary.
 
 
 # %% save an encoding tags=["export"] module="text.tokenizer"
@@ -800,16 +801,18 @@ verdict("two million", enc.decode(ids) == blanks, "decode(encode(x)) == x")
 #
 # - Read in blocks, bound every line and every unpacked bite, name the place of
 #   what is wrong.
-# - What is passed over is counted. Half a corpus should not look like a whole one.
+# - What is passed over is counted. Half a corpus should not look like a whole
+#   one.
 # - A tokenizer's file is checked line by line and then as a whole: a damaged
 #   vocabulary that loads would train a model on nonsense.
 #
 # ## Design note
 #
-# A library such as `datasets` reads all these formats and more. It also unpacks
-# them to the disk, keeps a cache, and converts every record to a table first, which
-# is right for work on many data sets. Here one pass over the bytes is enough, and
-# the errors can say which byte of which line of which file.
+# A library such as `datasets` reads all these formats and more. It also
+# unpacks them to the disk, keeps a cache, and converts every record to a table
+# first, which is right for work on many data sets. Here one pass over the
+# bytes is enough, and the errors can say which byte of which line of which
+# file.
 #
 # ## Exercises
 #
@@ -828,9 +831,9 @@ verdict("exercise 1", (1 << 20) // 4 * (128 << 10) == 32 << 30, "32 GiB")
 # %% [markdown]
 # ## Further reading
 #
-# - [RFC 8878](https://www.rfc-editor.org/rfc/rfc8878), 2021: read section 3.1.1
-#   for frames and blocks, from which (4.7.1) follows, and section 7 on what a
-#   stranger's file can do.
+# - [RFC 8878](https://www.rfc-editor.org/rfc/rfc8878), 2021: read section
+#   3.1.1 for frames and blocks, from which (4.7.1) follows, and section 7 on
+#   what a stranger's file can do.
 # - [JSON Lines](https://jsonlines.org/): the format on one page.
 
 # %% [markdown]

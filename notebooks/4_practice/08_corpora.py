@@ -12,18 +12,19 @@
 # %% [markdown]
 # # Corpora: texts to train on
 #
-# > Megabytes of text without a network, a download that is kept only if it is the
-# > right one, and your own files, in an order that never changes.
+# > Megabytes of text without a network, a download that is kept only if it is
+# > the right one, and your own files, in an order that never changes.
 #
 # *Reading time: 15 minutes. You need: [chapter 4.7](07_reading.ipynb) for the
-# reader, [chapter 1.3](../1_by_hand/03_batches.ipynb) for what becomes of the text.*
+# reader, [chapter 1.3](../1_by_hand/03_batches.ipynb) for what becomes of the
+# text.*
 
 # %% [markdown]
 # ## Where we are
 #
-# A **corpus** is a text to train on, cut into documents. Two are built in, so that
-# the book can be worked through on a train, and the third is your own. At the end
-# of this chapter you can
+# A **corpus** is a text to train on, cut into documents. Two are built in, so
+# that the book can be worked through on a train, and the third is your own. At
+# the end of this chapter you can
 #
 # - name a corpus that every Python brings along;
 # - say why a corpus is sorted by a hash, and why folders of runs are left out;
@@ -98,11 +99,11 @@ SHAKESPEARE_SHA256 = (
 )
 
 # %% [markdown]
-# A corpus may be the folder in which we work, and then the last run lies in it,
-# with its log and its sample, and so do shards. Read as text they would change
-# the corpus from one command to the next. Both hold the tokenizer's file, a run
-# its states: folders with such files are left out, and counted. Links to
-# folders are not followed, as they may lead back to where we are.
+# A corpus may be the folder in which we work, and then the last run lies in
+# it, with its log and its sample, and so do shards. Read as text they would
+# change the corpus from one command to the next. Both hold the tokenizer's
+# file, a run its states: folders with such files are left out, and counted.
+# Links to folders are not followed, as they may lead back to where we are.
 
 # %% files below a folder tags=["export"]
 OUTPUT = re.compile(
@@ -391,10 +392,10 @@ print(describe(["stdlib"], len(documents), sum(map(len, documents))))
 # %% [markdown]
 # ## From documents to one row
 #
-# The documents become one long array of tokens, with `<|endoftext|>` before each,
-# as in [chapter 1.3](../1_by_hand/03_batches.ipynb). Python runs one thread at a
-# time, unless the work is done in compiled code that lets go of the lock;
-# `tiktoken`'s encoder does, so threads share the work.
+# The documents become one long array of tokens, with `<|endoftext|>` before
+# each, as in [chapter 1.3](../1_by_hand/03_batches.ipynb). Python runs one
+# thread at a time, unless the work is done in compiled code that lets go of
+# the lock; `tiktoken`'s encoder does, so threads share the work.
 
 
 # %% tokens of documents tags=["export"]
@@ -441,20 +442,21 @@ verdict("in threads", row.tolist() == plain, "the tokens of one thread")
 # - Your Python holds a corpus of ten megabytes. It differs from version to
 #   version, so nothing that must be repeated exactly should be learnt from it.
 # - An order by hash is as good as shuffled and the same each time.
-# - A download is kept when its hash is right, and then it is the text and whole.
+# - A download is kept when its hash is right, and then it is the text and
+#   whole.
 # - The output of a run is not text to train on, though it may lie among it.
 #
 # ## Design note
 #
-# Why is there no list of corpora to choose from, as in other packages? Each would
-# have to be hosted, versioned, licensed and hashed, and would be gone in some
-# years. Two are enough to try everything, and `curl` fetches the rest.
+# Why is there no list of corpora to choose from, as in other packages? Each
+# would have to be hosted, versioned, licensed and hashed, and would be gone in
+# some years. Two are enough to try everything, and `curl` fetches the rest.
 #
 # ## Exercises
 #
-# **1** (★★). A corpus is limited to a million characters. Someone adds a file to
-# the folder. How much of the old corpus can be lost from the new one, by name and
-# by hash?
+# **1** (★★). A corpus is limited to a million characters. Someone adds a file
+# to the folder. How much of the old corpus can be lost from the new one, by
+# name and by hash?
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
@@ -465,8 +467,8 @@ verdict("in threads", row.tolist() == plain, "the tokens of one thread")
 #
 # ## Further reading
 #
-# - Leo Gao and others, [The Pile](https://arxiv.org/abs/2101.00027), 2020: read
-#   what a corpus is made of when it is made on purpose.
+# - Leo Gao and others, [The Pile](https://arxiv.org/abs/2101.00027), 2020:
+#   read what a corpus is made of when it is made on purpose.
 
 # %% [markdown]
 # ## What llmnb gained

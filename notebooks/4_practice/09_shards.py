@@ -12,11 +12,12 @@
 # %% [markdown]
 # # Shards: tokens in files
 #
-# > Two bytes a token behind llm.c's header: a text encoded once, read as often as
-# > you like, and larger than the memory.
+# > Two bytes a token behind llm.c's header: a text encoded once, read as often
+# > as you like, and larger than the memory.
 #
-# *Reading time: 14 minutes. You need: [chapter 1.3](../1_by_hand/03_batches.ipynb)
-# and the header of [chapter 4.2](02_checkpoints.ipynb).*
+# *Reading time: 14 minutes. You need: [chapter
+# 1.3](../1_by_hand/03_batches.ipynb) and the header of [chapter
+# 4.2](02_checkpoints.ipynb).*
 
 # %% [markdown]
 # ## Where we are
@@ -53,6 +54,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llmnb.checks import check_tokens
 from llmnb.files import replacing
 from llmnb.formats.llmc import (
     HEADER_BYTES,
@@ -60,14 +62,13 @@ from llmnb.formats.llmc import (
     header_of,
     read_header,
 )
-from llmnb.text.data import check_stream
 
 # %% [markdown]
 # ## The format
 #
-# The format is llm.c's, so that its files and ours can be exchanged. A file is a
-# **shard**: a large text is spread over several. It begins with the header of
-# [chapter 4.2](02_checkpoints.ipynb), of which three numbers are used:
+# The format is llm.c's, so that its files and ours can be exchanged. A file is
+# a **shard**: a large text is spread over several. It begins with the header
+# of [chapter 4.2](02_checkpoints.ipynb), of which three numbers are used:
 #
 # $$
 # \underbrace{20240520}_{\text{magic}}\;
@@ -92,17 +93,12 @@ def write_shard(path, tokens):
     than 2**31. The file is written beside `path` and renamed into place.
     Raises TypeError or ValueError for other tokens.
     """
-    tokens = check_stream("write_shard: tokens", tokens)
-    if not 0 < tokens.size < 2**31:
+    tokens, name = np.asarray(tokens), "write_shard: tokens"
+    check_tokens(name, tokens, 65536)
+    if tokens.ndim != 1 or not 0 < tokens.size < 2**31:
         raise ValueError(
-            f"write_shard: a shard must hold 1 to {2**31 - 1} tokens, "
-            f"got {tokens.size}"
-        )
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high > 65535:
-        bad = low if low < 0 else high
-        raise ValueError(
-            f"write_shard: tokens must lie in [0, 65536), got {bad}"
+            f"{name} must be 1 to {2**31 - 1} in one dimension, got shape "
+            f"{tokens.shape}"
         )
     header = header_of(SHARD_MAGIC, SHARD_VERSION, tokens.size)
     with replacing(path) as file:
@@ -200,9 +196,9 @@ fig.subplots_adjust(0, 0, 1, 1)
 plt.show()
 
 # %% [markdown]
-# *Figure 4.9.1. A shard from its first byte on, with the offsets over it: three
-# int32 that are used, zeros up to byte 1024, then two bytes a token. Not to
-# scale.*
+# *Figure 4.9.1. A shard from its first byte on, with the offsets over it:
+# three int32 that are used, zeros up to byte 1024, then two bytes a token. Not
+# to scale.*
 #
 # Four damaged shards and what is said about them:
 
@@ -303,13 +299,13 @@ verdict("two shards", count == 2 * len(stream), "the sum of their tokens")
 # %% [markdown]
 # ## Read without a map
 #
-# A large text is ten thousand shards. The loader of
-# [chapter 1.3](../1_by_hand/03_batches.ipynb) reads only their headers when
-# it is made, and opens one shard at a time, for a process may have a thousand
-# or so. It does not map the shard. Should somebody cut a mapped file short, the
-# next look behind its end kills the process without a word; a read that comes
-# out short is an error that can name the file. It costs a window a microsecond
-# or two.
+# A large text is ten thousand shards. The loader of [chapter
+# 1.3](../1_by_hand/03_batches.ipynb) reads only their headers when it is made,
+# and opens one shard at a time, for a process may have a thousand or so. It
+# does not map the shard. Should somebody cut a mapped file short, the next
+# look behind its end kills the process without a word; a read that comes out
+# short is an error that can name the file. It costs a window a microsecond or
+# two.
 
 
 # %% a shard that is read in parts tags=["export"]
@@ -366,15 +362,16 @@ _ = shard.write_bytes(raw)
 # ## Take away
 #
 # - A shard is a header of 1,024 bytes and two bytes a token.
-# - A map is comfortable, and dies without a word when its file shrinks; a read is
-#   an error with a name.
+# - A map is comfortable, and dies without a word when its file shrinks; a read
+#   is an error with a name.
 # - What thousands of files hold is known from their headers.
 #
 # ## Design note
 #
-# One file for the whole text would need no names and no order. But a large file
-# is hard to move, must be written by one process, and when a byte of it is bad all
-# of it is. With shards of a hundred million tokens a bad one is written anew.
+# One file for the whole text would need no names and no order. But a large
+# file is hard to move, must be written by one process, and when a byte of it
+# is bad all of it is. With shards of a hundred million tokens a bad one is
+# written anew.
 #
 # ## Exercises
 #
@@ -397,8 +394,8 @@ verdict("exercise 1", answer == (10**8, 6103), f"{answer[1]:,} batches")
 # %% [markdown]
 # ## Further reading
 #
-# - [llm.c](https://github.com/karpathy/llm.c): `dev/data/data_common.py` writes
-#   such files, `llmc/dataloader.h` reads them.
+# - [llm.c](https://github.com/karpathy/llm.c): `dev/data/data_common.py`
+#   writes such files, `llmc/dataloader.h` reads them.
 
 # %% [markdown]
 # ## What llmnb gained

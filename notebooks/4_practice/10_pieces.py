@@ -12,8 +12,8 @@
 # %% [markdown]
 # # Pieces: where a text may be cut
 #
-# > A document of any size is encoded in pieces, cut where no token can stand, so
-# > that the tokens are those of the whole. A proof, and a check of it.
+# > A document of any size is encoded in pieces, cut where no token can stand,
+# > so that the tokens are those of the whole. A proof, and a check of it.
 #
 # *Reading time: 15 minutes. You need: the expression of
 # [chapter 1.2](../1_by_hand/02_tokens.ipynb), and the reader of
@@ -22,10 +22,10 @@
 # %% [markdown]
 # ## Where we are
 #
-# [Chapter 4.8](08_corpora.ipynb) loads all documents before it encodes them. That
-# is right for ten megabytes and wrong for a hundred gigabytes: the memory does not
-# hold them. This chapter keeps the tokens and changes what is in memory: a piece
-# at a time. At its end you can
+# [Chapter 4.8](08_corpora.ipynb) loads all documents before it encodes them.
+# That is right for ten megabytes and wrong for a hundred gigabytes: the memory
+# does not hold them. This chapter keeps the tokens and changes what is in
+# memory: a piece at a time. At its end you can
 #
 # - say where a text may be cut so that the tokens do not change, and prove it;
 # - catch a cut that is one character off;
@@ -69,9 +69,9 @@ folder = Path(tempfile.mkdtemp())
 #
 # `hush, the rushes` has the words `hush` `,` `␣the` `␣rushes`. Cut it behind
 # `hu`: the parts have the words `hu` and `sh`, and no merge can bring them
-# together. Cut it behind the comma: `hush` `,` and `␣the` `␣rushes`, the words of
-# the whole. Cut it behind the blank after the comma: `hush` `,` `␣` and `the`
-# `␣rushes`; the blank has become a word of its own.
+# together. Cut it behind the comma: `hush` `,` and `␣the` `␣rushes`, the words
+# of the whole. Cut it behind the blank after the comma: `hush` `,` `␣` and
+# `the` `␣rushes`; the blank has become a word of its own.
 #
 # ## Where may a text be cut?
 #
@@ -227,9 +227,10 @@ def _file_pieces(path, *how):
 
 # %% [markdown]
 # In a folder, files that are no text are passed over and counted, as in
-# [chapter 4.8](08_corpora.ipynb). That must be known before the first piece of a
-# file is used, and so such a file is decoded twice. Decoding is a hundred times
-# faster than encoding. (Work that is taken up again counts what it reads itself.)
+# [chapter 4.8](08_corpora.ipynb). That must be known before the first piece of
+# a file is used, and so such a file is decoded twice. Decoding is a hundred
+# times faster than encoding. (Work that is taken up again counts what it reads
+# itself.)
 
 
 # %% a file in a folder tags=["exporti"]
@@ -330,16 +331,16 @@ for name in ("a.txt", "a.txt.gz", "a.jsonl"):
 #
 # ## Design note
 #
-# Why not hand the encoder whole documents and be done, since few are large? Because
-# the one that is large comes on the second day. And why is a piece not cut at line
-# breaks alone, which are easier to see? They would do for most texts, and a JSON
-# file of one line would be refused.
+# Why not hand the encoder whole documents and be done, since few are large?
+# Because the one that is large comes on the second day. And why is a piece not
+# cut at line breaks alone, which are easier to see? They would do for most
+# texts, and a JSON file of one line would be refused.
 
 # %% [markdown]
 # ## Exercises
 #
-# **1** (★). A place between two blanks would be safe only sometimes. Find a text
-# of four characters for which it is not.
+# **1** (★). A place between two blanks would be safe only sometimes. Find a
+# text of four characters for which it is not.
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
@@ -366,8 +367,9 @@ verdict("exercise 1", all(unsafe) and cut_is_safe("a  b", 2), "not always")
 # %% [markdown]
 # ## Further reading
 #
-# - [tiktoken](https://github.com/openai/tiktoken): its tests of stable encodings
-#   treat the related question of what a text may still become when more follows.
+# - [tiktoken](https://github.com/openai/tiktoken): its tests of stable
+#   encodings treat the related question of what a text may still become when
+#   more follows.
 
 # %% [markdown]
 # ## What llmnb gained

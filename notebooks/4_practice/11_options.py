@@ -307,8 +307,9 @@ for wrong in (
 # %% [markdown]
 # ## The data
 #
-# `prepare` does what [chapter 1.2](02_tokens.ipynb) taught, in order: load the
-# documents, train or load a tokenizer, encode, split. It returns the
+# `prepare` does what chapters [1.2](../1_by_hand/02_tokens.ipynb) and
+# [1.3](../1_by_hand/03_batches.ipynb) taught, in order: load the documents, train
+# or load a tokenizer, encode, split. It returns the
 # tokenizer, the two token arrays, and a sentence that says where the text came
 # from and what of it was passed over. The tokenizer learns from the first two
 # million characters: the documents come in a mixed order, and more text would
@@ -316,7 +317,6 @@ for wrong in (
 
 # %% imports of feed tags=["export"] module="train.feed"
 import math
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -370,7 +370,9 @@ def prepare(config):
     documents = corpus.load(source, *how)
     encoding = make_encoding(config, documents)
     tokens = corpus.encode_documents(encoding, documents, config.endoftext)
-    source = _describe(sources, documents) + tally.words(config.endoftext)
+    characters = sum(map(len, documents))
+    source = corpus.describe(sources, len(documents), characters)
+    source += tally.words(config.endoftext)
     return Data(encoding, *data.split(tokens), source)
 
 
@@ -387,16 +389,6 @@ def _text_bytes(path):
         return path.stat().st_size * known
     found = [x for x in files_below(path) if x.suffix == ".txt"]
     return sum(x.stat().st_size for x in found if x.is_file())
-
-
-# %% where the text came from tags=["exporti"] module="train.feed"
-def _describe(sources, documents):
-    where = " ".join(str(x) for x in sources)
-    if where == "stdlib":
-        version = ".".join(str(x) for x in sys.version_info[:3])
-        where += f" (Python {version})"
-    size = sum(len(x) for x in documents)
-    return f"{where}: {len(documents):,} documents, {size:,} characters"
 
 
 # %% from a folder of shards tags=["exporti"] module="train.feed"
@@ -425,9 +417,8 @@ def _encoding_of(config, folder):
 
 
 # %% [markdown]
-# A run may use a tokenizer that another program made. Chapter 4.4 derives how
-# such files are read; the loop only needs the result, so it asks for that
-# module by its name.
+# A run may use a tokenizer that another program made. Chapter 4.6 derives how
+# such files are read.
 
 
 # %% the tokenizer of a run tags=["export"] module="train.feed"
@@ -537,6 +528,39 @@ verdict("landmarks", marks["unigram"] < marks["uniform"], "counting helps")
 #   where it is made.
 # - A tokenizer that is trained sees the first two million characters only.
 #
+# ## Exercises
+#
+# **1** (★). How many channels and heads has a model of depth 9? Ask the rule
+# first, then the function.
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# 9 lies half way between 6 and 12, so half way between 384 and 768 channels: 576,
+# which is nine heads of 64 already, and nothing is rounded.
+# :::
+
+# %% exercise 1, checked tags=["hide-cell"]
+verdict("depth 9", depth_shape(9) == (9, 9, 576), "nine heads of 64")
+
+# %% [markdown]
+# **2** (★★). An update shall see 2,048 tokens, and memory holds 8 rows of 64. How
+# many batches go into it, and what happens if 2,000 tokens are asked for?
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# $2048 / (8 \cdot 64) = 4$. 2,000 is no multiple of 512, and the configuration is
+# refused: a piece of another size would weigh each of its tokens differently.
+# :::
+
+# %% exercise 2, checked tags=["hide-cell"]
+pieces = TrainConfig(total_batch=2048).micro_batches
+try:
+    TrainConfig(total_batch=2000)
+except ValueError as error:
+    print(error)
+verdict("pieces", pieces == 4, "four batches an update")
+
+# %% [markdown]
 # ## What llmnb gained
 
 # %% what llmnb gained

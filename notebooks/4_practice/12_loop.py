@@ -46,18 +46,10 @@ from llmnb.train.start import new_model
 # %% [markdown]
 # ## The loop
 #
-# One **training step** is five calls, and their order is forced:
-#
-# | call | reads | writes |
-# |---|---|---|
-# | `forward` | a batch, the weights | activations, the loss |
-# | `backward` | activations, the weights | gradients |
-# | `clip_gradients` | gradients | gradients, if their norm is above 1 |
-# | `rate` | the step's number | nothing: it is a function of the step |
-# | `update` | gradients | the weights, AdamW's two averages |
-#
-# `backward` needs the activations of the very `forward` before it, clipping
-# must see all gradients together, and `update` spends them.
+# A training step is the five calls of
+# [chapter 1.16](../1_by_hand/16_training.ipynb), in their one order: `forward`,
+# `backward`, `clip_gradients`, the rate, `update`. Two things are new here: the
+# first two may be called several times, and the last may be left out.
 #
 # **A batch larger than memory.** The activations of a batch of $B$ rows take
 # memory in proportion to $B$, and large models learn best from batches of
@@ -66,14 +58,14 @@ from llmnb.train.start import new_model
 # let $\ell_{kj}$ be the loss of token $j$ of piece $k$. The mean over all
 # tokens is the mean of the pieces' means,
 #
-# $$ \mathcal L = \frac1{nM} \sum_{k=1}^n \sum_{j=1}^M \ell_{kj}
-#    = \frac1n \sum_{k=1}^n \mathcal L_k , \qquad
-#    \mathcal L_k = \frac1M \sum_{j=1}^M \ell_{kj} , \tag{4.12.1} $$
+# $$ \mathcal L = \frac1{nM} \sum_{k=0}^{n-1} \sum_{j=0}^{M-1} \ell_{kj}
+#    = \frac1n \sum_{k=0}^{n-1} \mathcal L_k , \qquad
+#    \mathcal L_k = \frac1M \sum_{j=0}^{M-1} \ell_{kj} , \tag{4.12.1} $$
 #
 # and since differentiation is linear, its gradient is the mean of theirs:
 #
 # $$ \frac{\partial \mathcal L}{\partial \theta}
-#    = \sum_{k=1}^n \frac1n
+#    = \sum_{k=0}^{n-1} \frac1n
 #    \frac{\partial \mathcal L_k}{\partial \theta} . \tag{4.12.2} $$
 #
 # It is exact, and not an approximation, as long as the weights stand still
@@ -208,7 +200,7 @@ print([round(z_score(recent, x), 2) for x in (3.0, 3.3, 9.0)])
 # **What a skipped update leaves.** The weights and AdamW's averages stay as
 # they are, as if the batch had not been in the text; the loader and the
 # schedule have moved on. The bias correction of
-# [chapter 1.12](12_adamw.ipynb) divides by $1 - \beta^t$ because the averages
+# [chapter 1.12](../1_by_hand/12_adamw.ipynb) divides by $1 - \beta^t$ because the averages
 # have seen $t$ gradients. So $t$ must count the updates made, and the
 # schedule the steps taken, and the two differ from the first skip on.
 #
@@ -383,10 +375,10 @@ def _in_one_launch(config, model):
 # %% [markdown]
 # AdamW counts its updates from 1, the schedule its steps from 0. Only the
 # matrices and the two embedding tables decay;
-# [chapter 1.12](12_adamw.ipynb) says why.
+# [chapter 1.12](../1_by_hand/12_adamw.ipynb) says why.
 #
 # On a GPU a whole step can be one launch (`step` of
-# [chapter 1.15](15_model.ipynb)), if nothing has to be decided between its
+# [chapter 1.15](../1_by_hand/15_model.ipynb)), if nothing has to be decided between its
 # parts: one batch to an update, and no updates that are skipped. Then the
 # loss is looked at when the update is done. A run whose loss is not finite
 # ends there all the same, and its last state on the disk is from before.

@@ -17,7 +17,7 @@
 # > that may break without breaking the training.
 #
 # *Reading time: 18 minutes. You need: the log of a run from
-# [chapter 4.11](11_runs.ipynb).*
+# [chapter 4.42](42_resume.ipynb).*
 
 # %% [markdown]
 # ## Where we are
@@ -54,6 +54,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llmnb.train.drawing import smooth
 from llmnb.train.log import read_rows
 
 
@@ -82,24 +83,8 @@ def read_log(path):
 
 # %% [markdown]
 # To compare runs, their curves belong into one picture. The losses of single
-# batches scatter, and a running mean is drawn over them; its window is the
-# number of steps that you choose.
-
-
-# %% a running mean tags=["export"] module="train.watch"
-def smooth(points, window):
-    """Running means of a column over `window` rows.
-
-    points: an array (2, N) as in `read_log`. Returns such an array, of
-    N - window + 1 columns; its steps are the windows' means too. A column
-    shorter than the window comes back as it is.
-    """
-    if window < 1:
-        raise ValueError(f"the window must be at least 1, got {window}")
-    if points.shape[1] < window:
-        return points
-    sums = np.cumsum(np.pad(points, ((0, 0), (1, 0))), axis=1)
-    return (sums[:, window:] - sums[:, :-window]) / window
+# batches scatter, and the running mean of [chapter 4.40](40_folders.ipynb) is
+# drawn over them; its window is the number of steps that you choose.
 
 
 # %% runs in one picture tags=["export"] module="train.watch"
@@ -196,7 +181,8 @@ def run_table(logs):
 # it was writing when it stopped is cut off.
 
 # %% two runs, made up
-from llmnb.train.watch import compare_runs, read_log, run_table, smooth
+from llmnb.train.drawing import smooth
+from llmnb.train.watch import compare_runs, read_log, run_table
 
 
 def pretend(path, speed, steps=300):

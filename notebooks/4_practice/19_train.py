@@ -16,7 +16,7 @@
 # > A folder for each run, a bar that says how it goes, and signals that save
 # > before they stop.
 #
-# *Reading time: 15 minutes. You need: [chapter 4.12](12_nothing_lost.ipynb)
+# *Reading time: 15 minutes. You need: [chapter 4.42](42_resume.ipynb)
 # and [chapter 4.18](18_commands.ipynb).*
 
 # %% [markdown]
@@ -172,7 +172,7 @@ from llmnb.train.options import (
     TrainConfig,
     UpdateOptions,
 )
-from llmnb.train.start import starting_from
+from llmnb.train.finetune import starting_from
 
 # %% its options tags=["export"] module="cli.train"
 DESCRIPTION = (

@@ -63,14 +63,19 @@ verdict("training", np.mean(steps[-20:]) < steps[0] - 1.5, "has learnt")
 
 # %% imports of the choices tags=["export"]
 import math
-import os
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
-from llmnb.files import replacing, what_is
+from llmnb.files import replacing
+from llmnb.formats.llmc import (
+    HEADER_BYTES,
+    check_header,
+    header_of,
+    read_header,
+)
 from llmnb.text.reader import check_text, open_stream, read_records, text_of
 from llmnb.text.tokenizer import encode_text
 from llmnb.train.evaluation import row_losses
@@ -261,9 +266,8 @@ def write_examples(path, examples):
         blocks.append(np.array([EVAL_START, size, *body], "<u2"))
     if not blocks:
         raise ValueError("write_examples: there are no examples")
-    header = np.zeros(256, "<i4")
     longest = max(block.nbytes for block in blocks)
-    header[:4] = EVAL_MAGIC, EVAL_VERSION, len(blocks), longest
+    header = header_of(EVAL_MAGIC, EVAL_VERSION, len(blocks), longest)
     with replacing(path) as file:
         file.write(header.tobytes() + b"".join(x.tobytes() for x in blocks))
 
@@ -280,28 +284,19 @@ def read_examples(path):
     Raises ValueError, naming the file, what is wrong and what would be
     right.
     """
-    size = os.path.getsize(path)
-    if size < 1024 or size % 2:
-        what = what_is(path, EVAL_MAGIC)
-        raise ValueError(
-            f"{path}: must have a header of 1024 bytes and two bytes for "
-            f"each number, the file has {size}" + (what and f": {what}")
-        )
-    header = np.fromfile(path, "<i4", 4)
-    magic, version, count, longest = header.tolist()
-    most = (size - 1024) // 30  # an example has 15 numbers or more
-    for ok, what, must, got in (
-        (magic == EVAL_MAGIC, "magic number", EVAL_MAGIC, magic),
-        (version == EVAL_VERSION, "version", EVAL_VERSION, version),
+    numbers = read_header(path, EVAL_MAGIC, [EVAL_VERSION], 3)
+    size, _, count, longest = numbers
+    most = (size - HEADER_BYTES) // 30  # an example has 15 numbers or more
+    rows = (
+        (size % 2 == 0, "size", "even", size),
         (0 < count <= most, "count", f"1 to {most} in {size} bytes", count),
-    ):
-        if not ok:
-            other = what_is(path, EVAL_MAGIC)
-            raise ValueError(
-                f"{path}: the {what} must be {must}, got {got}"
-                + (other and f": {other}")
-            )
-    numbers, place, found = np.fromfile(path, "<u2", offset=1024), 0, []
+    )
+    check_header(path, EVAL_MAGIC, rows)
+    numbers, place, found = (
+        np.fromfile(path, "<u2", offset=HEADER_BYTES),
+        0,
+        [],
+    )
     for i in range(count):
         example, used = _parse(f"{path}: example {i}", numbers[place:])
         if 2 * used > longest:

@@ -12,11 +12,11 @@
 # %% [markdown]
 # # Any size: a corpus turned into shards
 #
-# > Text of any size is encoded on all cores in bounded memory, and written so that
-# > a kill costs nothing.
+# > Text of any size is encoded on all cores in bounded memory, and written so
+# > that a kill costs nothing.
 #
-# *Reading time: 25 minutes. You need: [chapter 4.9](09_shards.ipynb),
-# [chapter 4.10](10_pieces.ipynb), and the lock of [chapter 4.1](01_files.ipynb).*
+# *Reading time: 25 minutes. You need: [chapter 4.9](09_shards.ipynb), [chapter
+# 4.10](10_pieces.ipynb), and the lock of [chapter 4.1](01_files.ipynb).*
 
 # %% [markdown]
 # ## Where we are
@@ -30,9 +30,9 @@ gpt2_diagram(lit="tokens")
 # *Figure 4.27.1. The first box again: text becomes tokens. This time the text
 # is larger than the memory and the work takes hours.*
 #
-# The pieces of [chapter 4.10](10_pieces.ipynb) fit into memory. What remains is
-# time: one core takes days for a hundred gigabytes, and a power cut on the second
-# day loses the first. At the end of this chapter you can
+# The pieces of [chapter 4.10](10_pieces.ipynb) fit into memory. What remains
+# is time: one core takes days for a hundred gigabytes, and a power cut on the
+# second day loses the first. At the end of this chapter you can
 #
 # - say why the shards do not depend on the number of cores;
 # - bound the memory of the work before it starts;
@@ -40,7 +40,6 @@ gpt2_diagram(lit="tokens")
 
 # %% imports of the shard writer tags=["export"]
 import json
-import os
 import re
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -63,6 +62,7 @@ from llmnb.files import (
 from llmnb.formats.shard import shard_length, write_shard
 from llmnb.text.data import split
 from llmnb.text.tokenizer import encode_text, save
+from llmnb.timing import cores
 
 # %% [markdown]
 # ## Setup
@@ -122,14 +122,14 @@ print([shard_of(t, 2, 3) for t in range(8)])
 # Pieces come in order and tokens must leave in order, but in between any core
 # may take any piece. `_in_order` hands out the work and returns results in the
 # order of the items. It reads only as far ahead as keeps every worker busy:
-# with $w$ workers at most $2w$ batches wait, so that the memory does not depend
-# on the corpus.
+# with $w$ workers at most $2w$ batches wait, so that the memory does not
+# depend on the corpus.
 #
 # Threads or processes? Python runs one thread at a time, unless the work is
-# done in compiled code that lets go of the lock, and `tiktoken`'s encoder does.
-# Threads share the tokenizer and hand over arrays without copying; processes
-# would each load it and send every token through a pipe. The measurement below
-# decides.
+# done in compiled code that lets go of the lock, and `tiktoken`'s encoder
+# does. Threads share the tokenizer and hand over arrays without copying;
+# processes would each load it and send every token through a pipe. The
+# measurement below decides.
 
 
 # %% results in the order of the items tags=["exporti"]
@@ -143,13 +143,6 @@ def _in_order(function, items, workers):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-def _cores():
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 # %% encode a batch of pieces tags=["exporti"]
@@ -169,7 +162,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 
-from llmnb.text.shards import _cores, _encode
+from llmnb.text.shards import _encode
 from llmnb.timing import machine
 
 (library,) = sources(["stdlib"])
@@ -181,8 +174,8 @@ spawn = partial(ProcessPoolExecutor, mp_context=get_context("spawn"))
 print(machine())
 for name, pool, count in (
     ("one thread", ThreadPoolExecutor, 1),
-    (f"{_cores()} threads", ThreadPoolExecutor, _cores()),
-    (f"{_cores()} processes", spawn, _cores()),
+    (f"{cores()} threads", ThreadPoolExecutor, cores()),
+    (f"{cores()} processes", spawn, cores()),
 ):
     with pool(count) as workers:
         list(workers.map(work, batches[:count]))
@@ -202,8 +195,8 @@ for name, pool, count in (
 # the number of its source, the number of its first piece in that source, and
 # the documents and characters before it. A token's place is its batch's, and
 # the number of tokens in that batch before it, `drop`. Those are the five
-# numbers: reading on from a place gives the same batches, so dropping the first
-# `drop` tokens gives the rest of the stream.
+# numbers: reading on from a place gives the same batches, so dropping the
+# first `drop` tokens gives the rest of the stream.
 
 
 # %% a place in a corpus tags=["export"]
@@ -277,8 +270,8 @@ def _batches(pieces):
 
 
 # %% [markdown]
-# A limit may cut a piece at any character; nothing follows it, so (4.10.1) does
-# not matter there.
+# A limit may cut a piece at any character; nothing follows it, so (4.10.1)
+# does not matter there.
 #
 # The stream puts the batches through the encoder and is read in portions.
 
@@ -328,11 +321,11 @@ class _Stream:
 # *know* is written after what we *did*. So after each shard we write a small
 # file, `unfinished.json`: the shards there are, and the place of the next
 # token. Killed before the renaming of a shard, we redo it; killed between the
-# shard and the note, we redo it too and write the same bytes, by (4.27.1); killed
-# after the note, we go on behind it. When all is done the note is removed, and
-# a folder without it is finished. Meanwhile the folder is locked, as a run's is
-# ([chapter 4.1](01_files.ipynb)): two such jobs would write over each other's
-# notes.
+# shard and the note, we redo it too and write the same bytes, by (4.27.1);
+# killed after the note, we go on behind it. When all is done the note is
+# removed, and a folder without it is finished. Meanwhile the folder is locked,
+# as a run's is ([chapter 4.1](01_files.ipynb)): two such jobs would write over
+# each other's notes.
 #
 # The note also holds what the work depends on: the options, a hash of the
 # marks of all sources, a hash of the tokenizer. If one has changed, the two
@@ -494,7 +487,7 @@ def _validation(sources, encoding, options):
 
 
 # %% what is reported tags=["export"]
-class Progress(NamedTuple):
+class Encoded(NamedTuple):
     """How far `write_shards` is.
 
     read: of the sum of the sources' sizes. documents, characters: encoded.
@@ -510,7 +503,7 @@ class Progress(NamedTuple):
 
 # %% write the shards tags=["export"]
 def write_shards(folder, sources, encoding, options, force=False, workers=0):
-    """Encode a corpus into shards; yields a `Progress` as it goes on.
+    """Encode a corpus into shards; yields an `Encoded` as it goes on.
 
     folder: from `shards_folder`. sources: a list of `Source`. options: a
     dict with at least limit (characters, 0 for all), shard_tokens and
@@ -532,7 +525,7 @@ def _written(folder, lock, sources, encoding, options, force, workers):
     save(encoding, folder / "tokenizer.tiktoken")
     place = note["next"]
     pieces = pieces_from(sources, place, options["limit"])
-    how = workers or _cores(), place.drop, options.get("endoftext", False)
+    how = workers or cores(), place.drop, options.get("endoftext", False)
     stream = _Stream(encoding, pieces, *how)
     while stream.more():
         size = _size_of_next(note, options["shard_tokens"])
@@ -564,7 +557,7 @@ def _fill(stream, tokens):
 def _progress(stream, note, filled):
     total = filled + sum(count for _, count in note["shards"])
     _, _, *counts = stream.batch
-    return Progress(*counts, total, note["shards"])
+    return Encoded(*counts, total, note["shards"])
 
 
 # %% the next shard tags=["exporti"]
@@ -705,10 +698,10 @@ verdict("without drop", files_of("wrong") != files_of("one"), "is caught")
 # %% [markdown]
 # ## Count it
 #
-# What is in memory? With $w$ threads at most $2w$ batches wait or are worked on.
-# A batch has a million characters, or nearly three million if a long piece
-# comes last, and about as many tokens at most, and one shard of $s$ tokens of two
-# bytes is being filled:
+# What is in memory? With $w$ threads at most $2w$ batches wait or are worked
+# on. A batch has a million characters, or nearly three million if a long piece
+# comes last, and about as many tokens at most, and one shard of $s$ tokens of
+# two bytes is being filled:
 #
 # $$ M \approx 2s + 2w \cdot (\text{1 to 8 MB}) + \text{a line of 16 MB} .
 #    \tag{4.27.2} $$
@@ -762,10 +755,10 @@ fig.subplots_adjust(0, 0, 1, 1)
 plt.show()
 
 # %% [markdown]
-# *Figure 4.27.2. One stream of tokens, cut three times: by the documents, by the
-# batches in which it is encoded, by the shards in which it is kept. The borders
-# need not meet. The place to go on from (black) is a batch and the number of
-# its tokens that are already in a shard, `drop`.*
+# *Figure 4.27.2. One stream of tokens, cut three times: by the documents, by
+# the batches in which it is encoded, by the shards in which it is kept. The
+# borders need not meet. The place to go on from (black) is a batch and the
+# number of its tokens that are already in a shard, `drop`.*
 
 # %% [markdown]
 # ## Take away
@@ -777,20 +770,20 @@ plt.show()
 #
 # ## Design note
 #
-# A simpler program gives each worker some of the files and lets it write shards
-# of its own. It needs no order and no queue. But then the shards depend on the
-# number of workers, each of them leaves a short last shard, and one huge file
-# keeps one worker busy while the others rest. One reader and one writer with
-# encoders in between cost nothing here, because reading is so much faster than
-# encoding; past some thirty cores the reader would become the limit, and
-# several programs over parts of the corpus are the way out.
+# A simpler program gives each worker some of the files and lets it write
+# shards of its own. It needs no order and no queue. But then the shards depend
+# on the number of workers, each of them leaves a short last shard, and one
+# huge file keeps one worker busy while the others rest. One reader and one
+# writer with encoders in between cost nothing here, because reading is so much
+# faster than encoding; past some thirty cores the reader would become the
+# limit, and several programs over parts of the corpus are the way out.
 
 # %% [markdown]
 # ## Exercises
 #
-# **1** (★★). A program takes up unfinished work with another number of threads.
-# Why are the files the same all the same? Which change of the program's
-# constants would break them?
+# **1** (★★). A program takes up unfinished work with another number of
+# threads. Why are the files the same all the same? Which change of the
+# program's constants would break them?
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
@@ -814,8 +807,8 @@ verdict("exercise 1", files_of("other") == files_of("one"), "same files")
 # %% [markdown]
 # ## Further reading
 #
-# - [llm.c](https://github.com/karpathy/llm.c): `dev/data/fineweb.py` writes such
-#   shards with a process a core.
+# - [llm.c](https://github.com/karpathy/llm.c): `dev/data/fineweb.py` writes
+#   such shards with a process a core.
 
 # %% [markdown]
 # ## What llmnb gained

@@ -7,14 +7,15 @@
 #   llmnb:
 #     modules:
 #       train.folder: "The folder of a run: its files, written and read back."
+#       train.drawing: "The losses of a run, drawn."
 #       train.start: "The model that a run starts with, new or from a checkpoint."
 # ---
 
 # %% [markdown]
-# # Folders: keep a run, and start from one
+# # Folders: keep a run
 #
 # > What it takes to use a model again, and to say where it came from: a folder of
-# > six files, each written whole, and a run that starts from another's weights.
+# > six files, each written whole.
 #
 # *Reading time: 26 minutes. You need: [chapter 4.12](12_loop.ipynb) and the files of
 # [chapter 4.1](01_files.ipynb).*
@@ -27,7 +28,7 @@
 #
 # - say what each file of a run's folder is for;
 # - say which of them may fail, and which may not;
-# - start a run from the weights of another, or of somebody's model.
+# - find the newest weights of a run without asking a clock.
 
 # %% [markdown]
 # ## Setup
@@ -41,7 +42,7 @@ import numpy as np
 
 from llmnb.book.verify import verdict
 from llmnb.train.feed import landmarks, loaders, prepare
-from llmnb.train.loop import evaluate, train
+from llmnb.train.loop import train
 from llmnb.train.options import TrainConfig
 
 config = TrainConfig(
@@ -56,10 +57,34 @@ V, marks = data.encoding.n_vocab, landmarks(config, data)
 #
 # The training loss of a single step is noisy: each batch is another handful of
 # text, and some text is easier. The plot shows each step as a dot and draws a
-# running mean through them.
+# running mean through them. A mean over a window belongs to the window's middle,
+# so its steps are averaged like its values.
+
+# %% imports of drawing tags=["export"] module="train.drawing"
+import numpy as np
+
+from llmnb.files import replacing
+
+SMOOTH = 20  # steps in the running mean of the training loss
 
 
-# %% draw the losses tags=["export"]
+# %% a running mean tags=["export"] module="train.drawing"
+def smooth(points, window):
+    """Running means of a column over `window` rows.
+
+    points: an array (2, N) of steps and values. Returns such an array, of
+    N - window + 1 columns; its steps are the windows' means too. A column
+    shorter than the window comes back as it is.
+    """
+    if window < 1:
+        raise ValueError(f"the window must be at least 1, got {window}")
+    if points.shape[1] < window:
+        return points
+    sums = np.cumsum(np.pad(points, ((0, 0), (1, 0))), axis=1)
+    return (sums[:, window:] - sums[:, :-window]) / window
+
+
+# %% draw the losses tags=["export"] module="train.drawing"
 def draw_losses(ax, steps, landmarks):
     """Draw losses over steps into a matplotlib axes, with the landmarks.
 
@@ -68,15 +93,14 @@ def draw_losses(ax, steps, landmarks):
     """
     from llmnb.book.diagram import PALETTE
 
-    x, y = _series(steps, "loss")
-    ax.plot(x, y, ".", color=PALETTE["grey"], ms=3, label="one batch")
-    if len(y) >= 2 * SMOOTH:
-        mean = np.convolve(y, np.ones(SMOOTH) / SMOOTH, "valid")
-        middle = x[SMOOTH - 1 :] - (SMOOTH - 1) / 2
+    points = _series(steps, "loss")
+    ax.plot(*points, ".", color=PALETTE["grey"], ms=3, label="one batch")
+    if points.shape[1] >= 2 * SMOOTH:
         label = f"mean of {SMOOTH} batches"
-        ax.plot(middle, mean, color=PALETTE["blue"], label=label)
-    x, y = _series(steps, "val_loss")
-    ax.plot(x, y, "o-", color=PALETTE["orange"], ms=4, label="validation")
+        mean = smooth(points, SMOOTH)
+        ax.plot(*mean, color=PALETTE["blue"], label=label)
+    points = _series(steps, "val_loss")
+    ax.plot(*points, "o-", color=PALETTE["orange"], ms=4, label="validation")
     for name, loss in landmarks.items():
         ax.axhline(loss, color=PALETTE["ink"], lw=1, ls="--")
         place = {"transform": ax.get_yaxis_transform(), "ha": "right"}
@@ -85,17 +109,31 @@ def draw_losses(ax, steps, landmarks):
     ax.legend(frameon=False)
 
 
-# %% points of a curve tags=["exporti"]
-SMOOTH = 20  # steps in the running mean of the training loss
-
-
+# %% points of a curve tags=["exporti"] module="train.drawing"
 def _series(steps, name):
-    points = [
-        (s.step, getattr(s, name))
-        for s in steps
-        if getattr(s, name) is not None
-    ]
+    pairs = [(step.step, getattr(step, name)) for step in steps]
+    points = [pair for pair in pairs if pair[1] is not None]
     return np.array(points, float).reshape(-1, 2).T
+
+
+# %% [markdown]
+# A run that ends on a machine without a display still has its figure, and it looks
+# the same whatever the user's own settings of matplotlib are.
+
+
+# %% the figure tags=["export"] module="train.drawing"
+def save_figure(path, steps, landmarks):
+    """Write the loss curves of a run as PNG, needing no display.
+
+    The user's own settings of matplotlib, such as fonts, are left aside.
+    """
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    with style.context("default"), replacing(path) as file:
+        figure = Figure(figsize=(8, 4.5), dpi=100, layout="tight")
+        draw_losses(figure.subplots(), steps, landmarks)
+        figure.savefig(file, format="png")
 
 
 # %% [markdown]
@@ -106,18 +144,13 @@ def _series(steps, name):
 
 
 # %% imports of start tags=["export"] module="train.start"
-from dataclasses import replace
-from pathlib import Path
-
 import numpy as np
 
 from llmnb.arena import footprint
 from llmnb.checks import check_room
 from llmnb.formats.checkpoint import read_config
-from llmnb.formats.vocabulary import tokenizer_of
 from llmnb.model.layout import gpt2_layout
 from llmnb.train.folder import weights_path
-from llmnb.train.options import SHAPE, TrainConfig, check_range, depth_shape
 
 
 # %% the model and its batches tags=["export"] module="train.start"
@@ -185,12 +218,12 @@ verdict("sixty steps", final < steps[0].val_loss - 0.5, "have been worth it")
 # | `config.json` | the `TrainConfig`, the corpus, the landmarks, versions |
 # | `log.csv` | one line for every `Step` |
 # | `loss.png` | the figure above |
-# | `model.bin` | the weights, in the format of [chapter 1.13](13_memory.ipynb) |
+# | `model.bin` | the weights, in the format of [chapter 4.2](02_checkpoints.ipynb) |
 # | `state_*.safetensors` | what it takes to go on; see *Nothing lost* |
 # | `tokenizer.tiktoken` | the tokenizer's ranks |
 #
 # Each file is written beside its place and renamed into it, by `replacing`
-# from [chapter 1.4](04_gpt2.ipynb). A run that is stopped in the middle of
+# from [chapter 4.1](01_files.ipynb). A run that is stopped in the middle of
 # writing leaves the old file or the new one, and never half of one.
 #
 # The files are not equally dear. A log or a figure shows a run, the model
@@ -210,11 +243,16 @@ from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-
-from llmnb.files import make_folder, read_small, replacing, what_is
-from llmnb.files import LOCK, in_use
+from llmnb.files import (
+    LOCK,
+    in_use,
+    make_folder,
+    read_small,
+    replacing,
+    what_is,
+)
 from llmnb.timing import machine
+from llmnb.train.drawing import save_figure
 from llmnb.train.feed import landmarks
 from llmnb.train.loop import Step
 from llmnb.train.options import TrainConfig
@@ -311,21 +349,6 @@ def _facts(config, data, marks):
         "versions": {name: version(name) for name in names},
         "machine": machine(),
     }
-
-
-# %% the figure tags=["export"]
-def save_figure(path, steps, landmarks):
-    """Write the loss curves of a run as PNG, needing no display.
-
-    The user's own settings of matplotlib, such as fonts, are left aside.
-    """
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
-    with style.context("default"), replacing(path) as file:
-        figure = Figure(figsize=(8, 4.5), dpi=100, layout="tight")
-        draw_losses(figure.subplots(), steps, landmarks)
-        figure.savefig(file, format="png")
 
 
 # %% [markdown]
@@ -457,71 +480,34 @@ def model_step(folder):
 
 
 # %% [markdown]
-# ## Start from a trained model
-#
-# A model that has read the web knows English; to make it write like
-# Shakespeare one goes on from its weights, with a small learning rate. This
-# is **fine-tuning**, and the loop need not know: only the beginning
-# differs. The shape comes from the checkpoint, and a wish for another one
-# is refused. The tokenizer must be the one that the model was trained with:
-# a run's folder holds it, and so do most model folders. Where nothing tells
-# ([chapter 4.4](../4_practice/04_published.ipynb)), it has to be named.
-#
-# This is also the way out of a run whose loss is no number any more. Its learning
-# rate cannot be changed, since a run is fixed by its numbers, but another run can
-# begin where the last state was good, at a lower rate.
-
-
-# %% a run from a checkpoint tags=["export"] module="train.start"
-def starting_from(init, **given):
-    """The TrainConfig of a run that starts from a checkpoint's weights.
-
-    init: the path of a run's folder, or of what GPT2.from_checkpoint reads.
-    given: other fields. Unless given, the learning rate is 1e-4, the
-    tokenizer that of llmnb.formats.vocabulary.tokenizer_of, and seq_len no more than the
-    checkpoint allows. Raises OSError or ValueError when it cannot be read,
-    has another shape than is given, or no tokenizer is certain.
-    """
-    cfg, usual = read_config(weights_path(init)), {"learning_rate": 1e-4}
-    usual["seq_len"] = min(TrainConfig.seq_len, cfg.max_seq_len)
-    shape = {name: getattr(cfg, name) for name in SHAPE}
-    asked = dict(given)
-    if asked.get("depth"):
-        asked |= zip(SHAPE, depth_shape(asked["depth"]), strict=True)
-    for name, value in shape.items():
-        if asked.get(name, value) != value:
-            raise ValueError(
-                f"{init} has {name} {value}, not {asked[name]}: leave out "
-                "the shape, or do not start from it"
-            )
-    config = TrainConfig(**{**usual, **given, **shape, "init": str(init)})
-    check_range("seq_len", config.seq_len, 1, cfg.max_seq_len + 1)
-    brought = Path(config.shards) / "tokenizer.tiktoken"
-    if "tokenizer" in given or (config.shards and brought.is_file()):
-        return config
-    return replace(config, tokenizer=tokenizer_of(init, cfg.vocab_size))
-
-
-# %% go on from the run above
-with TemporaryDirectory() as folder:
-    save_run(run_folder(folder), config, model, data, steps)
-    tuning = starting_from(folder, steps=5)
-    tuned = new_model(tuning, V)
-    try:
-        starting_from(folder, channels=64)
-    except ValueError as error:
-        print(str(error).replace(folder, "RUN"))
-before = evaluate(tuned, loaders(tuning, data)[1], config.eval_batches)
-verdict("fine-tuning", before == final, "begins where the run ended")
-
-# %% [markdown]
 # ## Take away
 #
 # - The model is the run, and is written first; what only shows it may fail with a
 #   warning.
 # - `config.json` says at which step the model was written: no clock has to.
-# - Fine-tuning is a run that begins elsewhere; the loop need not know.
 #
+# ## Exercises
+#
+# **1** (★★). A folder holds `model.bin` and a state of step 10, and its
+# `config.json` is from a program that wrote no `model_step`. Which weights are
+# taken, and why is that the safe side?
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# The state's. An unknown step counts as -1, which is before every state. A state
+# is written whole with its step in its name, so its age is certain; taking an old
+# model for the newest would lose the steps since.
+# :::
+
+# %% exercise 1, checked tags=["hide-cell"]
+with TemporaryDirectory() as folder:
+    for name in ("model.bin", state_path(folder, 10).name):
+        Path(folder, name).touch()
+    Path(folder, "config.json").write_text("{}")
+    found = weights_path(folder)
+verdict("no model_step", found.name.startswith("state_"), "the state counts")
+
+# %% [markdown]
 # ## What llmnb gained
 
 # %% what llmnb gained

@@ -52,7 +52,7 @@
 # What is not in the table matters as much. Activations and gradients are
 # overwritten in each step before they are read. There is no generator with
 # a hidden state: the loader draws the order of an epoch anew from the seed
-# and the epoch's number ([chapter 1.2](02_tokens.ipynb)), a sample has a seed
+# and the epoch's number ([chapter 1.3](../1_by_hand/03_batches.ipynb)), a sample has a seed
 # of its own, and the first weights are drawn once. And some things decide
 # the next step but never change: the configuration, the text, the program,
 # the machine. We keep the first, compare the second, and write down the
@@ -228,7 +228,7 @@ def differences(begun, now):
 
 # %% [markdown]
 # The arrays go into one file in the format of
-# [chapter 1.13](13_memory.ipynb), written from where they lie; everything else
+# [chapter 4.3](03_safetensors.ipynb), written from where they lie; everything else
 # is a few numbers and goes into its header as JSON. Python writes a float
 # with as many digits as it takes to read the same float back, so the
 # windows survive the detour through text.

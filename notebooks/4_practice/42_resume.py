@@ -225,12 +225,12 @@ from pathlib import Path
 
 from llmnb.files import BESIDE
 from llmnb.files import Lock
+from llmnb.train.drawing import save_figure
 from llmnb.train.feed import landmarks, loaders, prepare
 from llmnb.train.folder import (
     step_of,
     note_model,
     read_run,
-    save_figure,
     sparing,
     state_path,
     states,

@@ -317,6 +317,7 @@ plt.show()
 # something that does the same work in the same run, and the machine is named.
 
 # %% imports of the stopwatch tags=["export"] module="timing"
+import os
 import platform
 import time
 from pathlib import Path
@@ -348,6 +349,14 @@ def machine():
                 cpu = line.partition(":")[2].strip()
                 break
     return f"{cpu}, {platform.system()}, Python {platform.python_version()}"
+
+
+# %% the cores tags=["export"] module="timing"
+def cores():
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 # %% time a sum tags=["nbval-ignore-output"]

@@ -24,12 +24,12 @@ TOOLS += "elementwise ptx clock"
 TOOLS = {*TOOLS.split(), "graph", "model"}
 # what other modules have for them: it takes no arrays, or makes views of them
 OTHERS = {
-    reference: "masked_scores split_heads",
+    reference: "count_heads masked_scores split_heads split_qkv",
     cpu: "cache_shapes panels_shape",
     cuda: "adamw_scratch attention_scratch clip_scratch cublas_scratch "
     "dinp_plan dweight_plan forward_plan layernorm_scratch matmul_scratch",
 }
-SIZES = {"B": 2, "T": 3, "C": 4, "NH": 2, "V": 5, "Vp": 7, "": 1}
+SIZES = {"B": 2, "T": 3, "C": 4, "NH": 2, "V": 5, "Vp": 7, "": 1, "QKV": 12}
 
 
 def public(backend):

@@ -21,6 +21,7 @@ from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
 from llmnb.text.data import DataLoader
 from llmnb.train.feed import Data, landmarks, loaders, make_encoding, prepare
+from llmnb.train.finetune import starting_from
 from llmnb.train.folder import (
     load_run,
     read_run,
@@ -39,7 +40,7 @@ from llmnb.train.loop import (
     z_score,
 )
 from llmnb.train.options import TrainConfig, depth_shape
-from llmnb.train.start import new_model, starting_from
+from llmnb.train.start import new_model
 
 TINY = TrainConfig(
     tokenizer="byte",

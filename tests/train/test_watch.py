@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from llmnb.bench.bench import layers_figure
 from llmnb.cli.__main__ import main
-from llmnb.train.folder import save_figure
-from llmnb.train.watch import Board, compare_runs, read_log, run_table, smooth
+from llmnb.train.drawing import save_figure, smooth
+from llmnb.train.watch import Board, compare_runs, read_log, run_table
 
 LOG = """step,loss,val_loss,learning_rate,grad_norm,tokens_per_second
 0,6.9,6.95,0.001,2.5,9000

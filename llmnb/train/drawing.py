@@ -1,0 +1,87 @@
+# Written by `make export` from notebooks/4_practice/40_folders.py: edit that file.
+
+"""The losses of a run, drawn."""
+
+__all__ = [
+    "SMOOTH",
+    "draw_losses",
+    "save_figure",
+    "smooth",
+]
+
+
+# imports of drawing
+import numpy as np
+
+from llmnb.files import replacing
+
+SMOOTH = 20  # steps in the running mean of the training loss
+
+
+# a running mean
+def smooth(points, window):
+    """Running means of a column over `window` rows.
+
+    points: an array (2, N) of steps and values. Returns such an array, of
+    N - window + 1 columns; its steps are the windows' means too. A column
+    shorter than the window comes back as it is.
+
+    Derived in chapter 4.40.
+    """
+    if window < 1:
+        raise ValueError(f"the window must be at least 1, got {window}")
+    if points.shape[1] < window:
+        return points
+    sums = np.cumsum(np.pad(points, ((0, 0), (1, 0))), axis=1)
+    return (sums[:, window:] - sums[:, :-window]) / window
+
+
+# draw the losses
+def draw_losses(ax, steps, landmarks):
+    """Draw losses over steps into a matplotlib axes, with the landmarks.
+
+    steps: list of `Step`. landmarks: dict from name to a loss, each drawn
+    as a dashed line with its name.
+
+    Derived in chapter 4.40.
+    """
+    from llmnb.book.diagram import PALETTE
+
+    points = _series(steps, "loss")
+    ax.plot(*points, ".", color=PALETTE["grey"], ms=3, label="one batch")
+    if points.shape[1] >= 2 * SMOOTH:
+        label = f"mean of {SMOOTH} batches"
+        mean = smooth(points, SMOOTH)
+        ax.plot(*mean, color=PALETTE["blue"], label=label)
+    points = _series(steps, "val_loss")
+    ax.plot(*points, "o-", color=PALETTE["orange"], ms=4, label="validation")
+    for name, loss in landmarks.items():
+        ax.axhline(loss, color=PALETTE["ink"], lw=1, ls="--")
+        place = {"transform": ax.get_yaxis_transform(), "ha": "right"}
+        ax.text(0.99, loss, name, va="bottom", parse_math=False, **place)
+    ax.set(xlabel="step", ylabel="loss (nats a token)")
+    ax.legend(frameon=False)
+
+
+# points of a curve
+def _series(steps, name):
+    pairs = [(step.step, getattr(step, name)) for step in steps]
+    points = [pair for pair in pairs if pair[1] is not None]
+    return np.array(points, float).reshape(-1, 2).T
+
+
+# the figure
+def save_figure(path, steps, landmarks):
+    """Write the loss curves of a run as PNG, needing no display.
+
+    The user's own settings of matplotlib, such as fonts, are left aside.
+
+    Derived in chapter 4.40.
+    """
+    from matplotlib import style
+    from matplotlib.figure import Figure
+
+    with style.context("default"), replacing(path) as file:
+        figure = Figure(figsize=(8, 4.5), dpi=100, layout="tight")
+        draw_losses(figure.subplots(), steps, landmarks)
+        figure.savefig(file, format="png")
