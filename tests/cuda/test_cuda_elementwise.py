@@ -47,6 +47,19 @@ def test_layers_equal_the_reference(shape, each):
         assert names == {f"{each}_each"}
 
 
+def test_one_view_that_is_not_aligned_is_enough():
+    x = draw(41)
+    want = np.empty(40, np.float32)
+    reference.gelu_forward(want, x[1:])
+    for place in PLACES:
+        a, b = place(x)[1:], place(x[1:])
+        for out, inp in ((a, b), (place(x[1:]), place(x)[1:])):
+            with watch() as seen:
+                gelu.gelu_forward(out, inp)
+            np.testing.assert_allclose(to_host(out), want, atol=2e-6)
+            assert seen.launches[0][0].__name__ == "one_each"
+
+
 def test_in_place(each):
     """out may be inp or inp2, and dinp may be dout."""
     x, d = draw(1027), draw(1027, 1)
