@@ -9,6 +9,8 @@ VENV := .venv
 endif
 BIN := $(VENV)/bin
 ARGS ?=
+# chapters, such as 2.4 or "1.6 2.2"; none means all
+CHAPTER ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help train test tiles check notebooks export book lab bench clean
@@ -19,25 +21,25 @@ help: ## show this list
 train: $(VENV)/.run ## train a small GPT-2 on real text: loss curve and sample
 	$(BIN)/llmnb train $(ARGS)
 
-test: $(VENV)/.test ## run every test and verify every notebook
-	$(BIN)/python -m pytest --nbval $(ARGS)
+test: $(VENV)/.test ## run all tests, verify all notebooks (CHAPTER=2.4: its own)
+	$(BIN)/python tests/chapter.py $(CHAPTER) -- --durations=10 $(ARGS)
 
 tiles: $(VENV)/.test ## verify the notebooks on every tile shape and on one thread
 	$(BIN)/python tests/tiles.py $(ARGS)
 
 check: $(VENV)/.test ## the fast checks: package and notebooks in step, linter
-	$(BIN)/python -m llmnb.export --check
-	$(BIN)/python -m llmnb.notebook --check
+	$(BIN)/python -m llmnb.book.export --check
+	$(BIN)/python -m llmnb.book.notebook --check
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python -m pytest -q -p no:nbval -o addopts= tests/test_export.py \
-		tests/test_package.py
+		tests/test_house.py tests/test_package.py
 
 export: $(VENV)/.test ## write llmnb/ from the notebooks' marked cells
-	$(BIN)/python -m llmnb.export
+	$(BIN)/python -m llmnb.book.export
 
-notebooks: export ## run the notebooks (ARGS="05 06" for some) and keep outputs
-	$(BIN)/python -m llmnb.notebook $(ARGS)
+notebooks: export ## run the notebooks (CHAPTER=1.6: that one), keep the outputs
+	$(BIN)/python -m llmnb.book.notebook $(CHAPTER) $(ARGS)
 
 book: $(VENV)/.book ## build the book into book/_build/html
 	rm -rf book/_build

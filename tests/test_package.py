@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 
+import chapter
 import pytest
 
 from llmnb.book.export import PARTS, ROOMS, ROOT
@@ -151,6 +152,7 @@ def test_runtime_packages_are_few():
 
 
 README = (ROOT / "README.md").read_text("utf-8")
+HERE = [p for name in PARTS if (p := ROOT / "notebooks" / name).exists()]
 
 
 def test_the_readmes_program_runs(tmp_path):
@@ -168,9 +170,33 @@ def test_the_readmes_links_lead_somewhere(link):
     assert (ROOT / link).exists(), link
 
 
-def test_the_readme_names_every_part_and_every_room():
-    for path in (ROOT / "notebooks").iterdir():
-        if path.is_dir() and path.name in PARTS:
-            assert f"`notebooks/{path.name}/`" in README, path
-    for room in ROOMS:
-        assert f"`{room}/`" in README or f"`llmnb/{room}/`" in README, room
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_readme_shows_every_room(room):
+    assert re.search(rf"^\| \[`{room}/`\]\(llmnb/{room}\) \|", README, re.M)
+
+
+@pytest.mark.parametrize("part", [p.name for p in HERE])
+def test_the_readme_and_the_first_page_lead_into_every_part(part):
+    intro = (ROOT / "book" / "intro.md").read_text("utf-8")
+    for text in (README, intro):
+        assert re.search(rf"\]\([./]*notebooks/{part}\b", text)
+
+
+NAMED = re.findall(r"`(\w+)` in \[(llmnb/[\w/.]+)\]", README)
+
+
+@pytest.mark.parametrize(("name", "path"), NAMED)
+def test_a_function_is_where_the_readme_says(name, path):
+    assert re.search(rf"^def {name}\(", (ROOT / path).read_text("utf-8"), re.M)
+
+
+def test_a_chapters_tests_are_found():
+    """What `make test CHAPTER=...` runs: the notebook, its modules' tests."""
+    found = chapter.chapter_files("2.4")
+    names = [path.relative_to(ROOT).as_posix() for path in found]
+    assert names == [
+        "notebooks/2_cpu/04_matmul.ipynb",
+        "tests/reference/test_matmul.py",
+    ]
+    with pytest.raises(SystemExit, match="no chapter 9.9"):
+        chapter.chapter_files("9.9")

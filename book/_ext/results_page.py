@@ -53,7 +53,7 @@ wanted to run just before; when it is not far below 1, distrust the numbers.
 
 *Of peak* compares the operations of a step, done in the time it took, with
 the multiply-adds that this machine reached in a loop of nothing else
-([chapter 1.7](../notebooks/1_by_hand/07_matmul.ipynb)), in float32. *Memory*
+([chapter A.2](../notebooks/appendix/02_tile.ipynb)), in float32. *Memory*
 is the most that the process held: the model, the libraries, and the compiler
 where it ran.
 """
@@ -205,7 +205,7 @@ def writers_section(result):
         f"prompt of {result['prompt']} tokens and {result['count']} more, "
         f"always the likeliest one, with keys and values kept. Medians of "
         f"{rounds} texts; both programs wrote {same}. "
-        "[Chapter 4.13](../notebooks/4_practice/13_cache.ipynb) says what is "
+        "[Chapter 4.19](../notebooks/4_practice/19_cache.ipynb) says what is "
         "kept."
     )
     yield ""
@@ -258,9 +258,9 @@ def gpu_section(stem, result):
         yield (
             "**No time has been measured on a GPU yet.** The kernels have "
             "run in the simulator of "
-            "[chapter 3.1](../notebooks/3_gpu/01_threads.ipynb) and have been "
-            "compiled; no hardware has run them. This command, on a machine "
-            "with a GPU, "
+            "[chapter A.5](../notebooks/appendix/05_simulator.ipynb) and have "
+            "been compiled; no hardware has run them. This command, on a "
+            "machine with a GPU, "
             "measures a training step and every version of every layer, "
             "against PyTorch on the same GPU:"
         )

@@ -519,7 +519,7 @@ ROOMS = {
 }
 # rooms that offer all names of their modules, of gpu's too
 BACKENDS = {"reference": (), "cpu": (), "cuda": ("gpu",)}
-IN_ORDER = False
+IN_ORDER = True
 
 
 def render_room(room, modules):

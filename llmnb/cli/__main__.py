@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/18_commands.py: edit that file.
+# Written by `make export` from notebooks/4_practice/23_commands.py: edit that file.
 
 """The `llmnb` command: which commands there are, and what an error looks like."""
 
@@ -72,7 +72,7 @@ def main(argv=None):
     reader of stdout has gone away, which does not end training. When the
     variable LLMNB_TRACEBACK is set, errors keep their traceback.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.23.
     """
     with screens():
         argv = sys.argv[1:] if argv is None else argv

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/21_bench.py: edit that file.
+# Written by `make export` from notebooks/4_practice/26_bench.py: edit that file.
 
 """`llmnb bench`: measure a training step, alone or against others."""
 
@@ -50,7 +50,7 @@ DESCRIPTION = (
 class BenchOptions:
     """What `llmnb bench` is told: who races, on what, and what is kept.
 
-    Derived in chapter 4.21.
+    Derived in chapter 4.26.
     """
 
     config: tuple = option(
@@ -100,7 +100,7 @@ class BenchOptions:
 def add(parser):
     """Declare the options.
 
-    Derived in chapter 4.21.
+    Derived in chapter 4.26.
     """
     add_options(parser, BenchOptions)
     add_threads(parser)
@@ -114,7 +114,7 @@ def add(parser):
 def run(args):
     """Measure, print a report, and write what is asked for.
 
-    Derived in chapter 4.21.
+    Derived in chapter 4.26.
     """
     for path in filter(None, (args.json, args.plot)):
         if not Path(path).parent.is_dir():

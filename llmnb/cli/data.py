@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/20_use.py: edit that file.
+# Written by `make export` from notebooks/4_practice/25_use.py: edit that file.
 
 """`llmnb data`: turn text into token shards."""
 
@@ -37,7 +37,7 @@ DESCRIPTION = (
 class ShardOptions:
     """What `llmnb data` is told beside what a run reads.
 
-    Derived in chapter 4.20.
+    Derived in chapter 4.25.
     """
 
     out: str = option(
@@ -57,7 +57,7 @@ class ShardOptions:
 def add(parser):
     """Declare the options.
 
-    Derived in chapter 4.20.
+    Derived in chapter 4.25.
     """
     add_options(parser, ShardOptions)
     names = {x.name for x in fields(DataOptions)} - {"shards"}
@@ -74,7 +74,7 @@ SHARD_OPTIONS = (
 def run(args):
     """Write the shards.
 
-    Derived in chapter 4.20.
+    Derived in chapter 4.25.
     """
     names = [field.name for field in fields(DataOptions)]
     options = {name: getattr(args, name) for name in SHARD_OPTIONS}

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/20_use.py: edit that file.
+# Written by `make export` from notebooks/4_practice/25_use.py: edit that file.
 
 """`llmnb eval`: measure a model on a text or on HellaSwag."""
 
@@ -41,7 +41,7 @@ DESCRIPTION = (
 class EvalOptions:
     """What `llmnb eval` is told.
 
-    Derived in chapter 4.20.
+    Derived in chapter 4.25.
     """
 
     model: str = option(
@@ -63,7 +63,7 @@ class EvalOptions:
 def add(parser):
     """Declare the options.
 
-    Derived in chapter 4.20.
+    Derived in chapter 4.25.
     """
     add_options(parser, EvalOptions)
     add_options(parser, DataOptions, ["field", "skip_bad", "endoftext"])
@@ -74,7 +74,7 @@ def add(parser):
 def run(args):
     """Measure, and print a report.
 
-    Derived in chapter 4.20.
+    Derived in chapter 4.25.
     """
     if not (args.text or args.hellaswag):
         raise ValueError("name a file: --text FILE or --hellaswag FILE")

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/18_commands.py: edit that file.
+# Written by `make export` from notebooks/4_practice/23_commands.py: edit that file.
 
 """`llmnb fetch`: download a published model."""
 
@@ -21,7 +21,7 @@ DESCRIPTION = (
 def add(parser):
     """Declare the options.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.23.
     """
     text = f"one of {', '.join(SOURCES)}"
     parser.add_argument("name", metavar="NAME", help=text)
@@ -30,6 +30,6 @@ def add(parser):
 def run(args):
     """Download, and print the folder.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.23.
     """
     print(fetch(args.name))

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/20_use.py: edit that file.
+# Written by `make export` from notebooks/4_practice/25_use.py: edit that file.
 
 """`llmnb generate`: continue a prompt."""
 
@@ -47,7 +47,7 @@ DESCRIPTION = (
 class GenerateOptions:
     """What `llmnb generate` is told.
 
-    Derived in chapter 4.20.
+    Derived in chapter 4.25.
     """
 
     model: str = option(
@@ -85,7 +85,7 @@ class GenerateOptions:
 def add(parser):
     """Declare the options.
 
-    Derived in chapter 4.20.
+    Derived in chapter 4.25.
     """
     add_options(parser, GenerateOptions)
     add_options(parser, DataOptions, ["endoftext"])
@@ -96,7 +96,7 @@ def add(parser):
 def run(args):
     """Write the texts to standard output.
 
-    Derived in chapter 4.20.
+    Derived in chapter 4.25.
     """
     settings = args.temperature, args.top_k, args.top_p
     check_sampling(*settings)

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/18_commands.py: edit that file.
+# Written by `make export` from notebooks/4_practice/23_commands.py: edit that file.
 
 """`llmnb info`: versions, threads, and the size of a model."""
 
@@ -31,7 +31,7 @@ DESCRIPTION = (
 def add(parser):
     """Declare the options.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.23.
     """
     add_options(parser, DataOptions, ["vocab_size"])
     add_options(parser, ModelOptions)
@@ -40,7 +40,7 @@ def add(parser):
 def run(args):
     """Print the report.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.23.
     """
     config = shape_config(args)
     cfg = config.model(config.vocab_size)

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/20_use.py: edit that file.
+# Written by `make export` from notebooks/4_practice/25_use.py: edit that file.
 
 """Which model a command means, and which tokenizer goes with it."""
 
@@ -22,7 +22,7 @@ from llmnb.train.folder import weights_path
 def model_of(args):
     """The model that was named, or the newest run's; and its weights.
 
-    Derived in chapter 4.20.
+    Derived in chapter 4.25.
     """
     named = Path(args.model) if args.model else newest_run()
     if not named.exists():
@@ -34,7 +34,7 @@ def model_of(args):
 def with_tokenizer(path, args):
     """A model's configuration, for the tokenizer asked for or its own.
 
-    Derived in chapter 4.20.
+    Derived in chapter 4.25.
     """
     cfg = read_config(path)
     name = args.tokenizer or tokenizer_of(path, cfg.vocab_size)

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/18_commands.py: edit that file.
+# Written by `make export` from notebooks/4_practice/23_commands.py: edit that file.
 
 """Options of a command, from the fields of dataclasses."""
 
@@ -35,7 +35,7 @@ def option(default, text, **how):
     how: further arguments of argparse's add_argument, such as metavar and
     nargs; positional=True for what is named by its place.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.23.
     """
     return field(default=default, metadata={"help": text, **how})
 
@@ -46,7 +46,7 @@ def add_options(parser, table, names=None, asked=False):
 
     asked: leave out of the result what the user has not asked for.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.23.
     """
     for x in fields(table):
         if names and x.name not in names:
@@ -78,7 +78,7 @@ def _how(x):
 def fields_of(args, table):
     """The fields of a table that are among the options: a dict.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.23.
     """
     names = [x.name for x in fields(table) if hasattr(args, x.name)]
     values = {name: getattr(args, name) for name in names}
@@ -89,7 +89,7 @@ def fields_of(args, table):
 def add_threads(parser):
     """The option --threads, of the kernels.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.23.
     """
     parser.add_argument(
         "--threads", type=int, metavar="int",
@@ -100,7 +100,7 @@ def add_threads(parser):
 def set_threads(args):
     """Do what --threads says.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.23.
     """
     import numba
 
@@ -112,7 +112,7 @@ def set_threads(args):
 def check_backend(name):
     """Refuse a GPU that is not there, unless the simulator is asked for.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.23.
     """
     if name != "cuda":
         return
@@ -129,7 +129,7 @@ def check_backend(name):
 def tell_compiling(backend):
     """Announce that kernels will be compiled, if none have been yet.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.23.
     """
     if backend != "cpu":
         return
@@ -148,7 +148,7 @@ def tell_compiling(backend):
 def shape_config(args):
     """The TrainConfig that the options of a model's shape make.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.23.
     """
     names = {x.name for x in fields(ModelOptions)} - {"precision"}
     shape = {name: getattr(args, name) for name in names}
@@ -159,7 +159,7 @@ def shape_config(args):
 def say(label, text):
     """Print a line of a report.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.23.
     """
     print(f"{label:<10} {text}", flush=True)
 
@@ -168,7 +168,7 @@ def say(label, text):
 class Parser(argparse.ArgumentParser):
     """A parser whose errors take one line instead of the whole usage.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.23.
     """
 
     def __init__(self, *args, **how):
@@ -182,7 +182,7 @@ class Parser(argparse.ArgumentParser):
 def one_line(error):
     """What an error says, in one line.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.23.
     """
     text = str(error)
     if isinstance(error, OSError) and error.filename and error.strerror:
@@ -193,7 +193,7 @@ def one_line(error):
 def warn(message, *where):
     """Show a warning in one line, as an error is shown; above any bar.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.23.
     """
     from tqdm import tqdm
 

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/18_commands.py: edit that file.
+# Written by `make export` from notebooks/4_practice/23_commands.py: edit that file.
 
 """`llmnb plot`: draw and compare runs."""
 
@@ -29,7 +29,7 @@ DESCRIPTION = (
 class PlotOptions:
     """What `llmnb plot` is told.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.23.
     """
 
     runs: str = option(
@@ -46,7 +46,7 @@ class PlotOptions:
 def add(parser):
     """Declare the options.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.23.
     """
     add_options(parser, PlotOptions)
 
@@ -54,7 +54,7 @@ def add(parser):
 def run(args):
     """Print the table and write the picture.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.23.
     """
     logs = {path: read_log(path) for path in args.runs}
     print(*run_table(logs), sep="\n")

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/19_train.py: edit that file.
+# Written by `make export` from notebooks/4_practice/24_train.py: edit that file.
 
 """`llmnb train`: a run from the terminal, with a bar, samples and signals."""
 
@@ -71,7 +71,7 @@ PARTS = {
 class FolderOptions:
     """Where `llmnb train` writes, or goes on.
 
-    Derived in chapter 4.19.
+    Derived in chapter 4.24.
     """
 
     out: str = option(
@@ -96,7 +96,7 @@ class FolderOptions:
 def add(parser):
     """Declare the options; of a run's numbers, only those asked for.
 
-    Derived in chapter 4.19.
+    Derived in chapter 4.24.
     """
     add_options(parser, FolderOptions)
     add_threads(parser)
@@ -123,7 +123,7 @@ def _begun(args):
 def check_apart(out, corpus):
     """Refuse to write into the folder that is read.
 
-    Derived in chapter 4.19.
+    Derived in chapter 4.24.
     """
     for name in corpus:
         same = out and Path(name).is_dir() and Path(out).is_dir()
@@ -154,7 +154,7 @@ def _resumed(args):
 def run(args):
     """Train, and report; exit with 128 plus the signal that stopped it.
 
-    Derived in chapter 4.19.
+    Derived in chapter 4.24.
     """
     sys.stdout.ends = False  # who trains does not need to be read
     set_threads(args)

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/18_commands.py: edit that file.
+# Written by `make export` from notebooks/4_practice/23_commands.py: edit that file.
 
 """`llmnb verify`: run llm.c's acceptance test."""
 
@@ -36,7 +36,7 @@ DESCRIPTION = (
 class VerifyOptions:
     """What `llmnb verify` is told.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.23.
     """
 
     folder: str = option(
@@ -48,7 +48,7 @@ class VerifyOptions:
 def add(parser):
     """Declare the options.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.23.
     """
     add_options(parser, VerifyOptions)
     add_threads(parser)
@@ -61,7 +61,7 @@ VERDICTS = {True: "ok", False: "FAIL", None: "no reference"}
 def run(args):
     """Print each check as it is made; exit with 1 if one fails.
 
-    Derived in chapter 4.18.
+    Derived in chapter 4.23.
     """
     check_backend(args.backend)
     set_threads(args)

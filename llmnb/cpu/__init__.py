@@ -42,10 +42,8 @@ from llmnb.cpu.gelu import (
     gelu_forward,
 )
 from llmnb.cpu.jit import (
-    device,
     inlined,
     inner,
-    kernel,
     routine,
     share,
     team,
@@ -107,7 +105,6 @@ __all__ = [
     "cpu_features",
     "crossentropy_softmax_backward",
     "crossentropy_softmax_forward",
-    "device",
     "embed_forward",
     "encoder_backward",
     "encoder_forward",
@@ -118,7 +115,6 @@ __all__ = [
     "has_bf16",
     "inlined",
     "inner",
-    "kernel",
     "layernorm_backward",
     "layernorm_forward",
     "matmul_backward",

@@ -14,7 +14,7 @@ import math
 import numba
 import numpy as np
 
-from llmnb.cpu.jit import arguments, device, team
+from llmnb.cpu.jit import arguments, inlined, team
 from llmnb.cpu.math import fast_exp
 from llmnb.cpu.panels import (
     SPARE,
@@ -59,7 +59,7 @@ def block_size(hs):
 
 
 # a product of two panels
-@device
+@inlined
 def _add_product(code, out, at, step, fresh, panels, a, b, sizes, w):
     """Add a product to the block of out that begins at `at`, or write it."""
     place, start = (at, step, at, step, 1, ZEROS, 0), out
@@ -70,7 +70,7 @@ def _add_product(code, out, at, step, fresh, panels, a, b, sizes, w):
 
 
 # one row of the softmax
-@device
+@inlined
 def _softmax_row(scores, seen, top, scale):
     """Scores to exponentials; returns the new maximum and their sum."""
     total, largest = scores.dtype.type(0), scores[0]
@@ -85,7 +85,7 @@ def _softmax_row(scores, seen, top, scale):
 
 
 # the softmax of a block
-@device
+@inlined
 def softmax_block(w, s, acc, first, rows, cols, n, hs, scale):
     """first: how many of the block's keys row 0 sees."""
     for i in range(rows):
@@ -101,7 +101,7 @@ def softmax_block(w, s, acc, first, rows, cols, n, hs, scale):
 
 
 # a block of rows, forward
-@device
+@inlined
 def _forward_block(out, lse, qkv, b, h, first, sizes, places, code, panels, w):
     T, NH, NKV, hs, n = sizes
     A, K, _, _, B, S, _, acc, _ = places
@@ -183,7 +183,7 @@ def _scratch(heads, lse, work, bf16):
 
 
 # the softmax of a block, backward
-@device
+@inlined
 def _softmax_row_backward(scores, grads, seen, y, dy, L, scale):
     """Scores to weights, their gradients to dS; masked ones to 0."""
     D = scores.dtype.type(0)
@@ -197,7 +197,7 @@ def _softmax_row_backward(scores, grads, seen, y, dy, L, scale):
 
 
 # all rows of a block
-@device
+@inlined
 def _weights_block(w, S, dS, dout, out, lse, y, C, hs, n, seen, rows, cols):
     """y: where the block's rows begin in dout and out; lse: theirs."""
     scale = w.dtype.type(1 / math.sqrt(hs))
@@ -214,7 +214,7 @@ def _weights_block(w, S, dS, dout, out, lse, y, C, hs, n, seen, rows, cols):
 
 
 # the weights of a block
-@device
+@inlined
 def _backward_scores(
     dout, qkv, out, lse, q, y, seen, sizes, places, code, panels, w
 ):
@@ -231,7 +231,7 @@ def _backward_scores(
 
 
 # the gradients of a block
-@device
+@inlined
 def _backward_sums(
     dqkv, dout, qkv, q, k, v, y, fresh, sizes, places, code, panels, w
 ):
@@ -251,7 +251,7 @@ def _backward_sums(
 
 
 # a head, backward
-@device
+@inlined
 def _backward_head(
     dqkv, dout, qkv, out, lse, b, kv, add, sizes, places, code, panels, w
 ):

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/13_cache.py: edit that file.
+# Written by `make export` from notebooks/4_practice/19_cache.py: edit that file.
 
 """Layers for writing: packed weights, and attention over kept keys."""
 
@@ -194,7 +194,7 @@ def panels_shape(OC, C):
     A panel holds COLS rows of the weight, side by side, and below them the
     numbers of the bias.
 
-    Derived in chapter 4.13.
+    Derived in chapter 4.19.
     """
     return -(-OC // COLS), C + 1, COLS
 
@@ -214,7 +214,7 @@ def panels_forward(out, inp, panels, residual=None):
     matmul_forward to the last bit. Raises TypeError or ValueError before it
     computes anything.
 
-    Derived in chapter 4.13.
+    Derived in chapter 4.19.
     """
     (B, T, C), OC = inp.shape, out.shape[2]
     _check_panels("panels_forward", panels, OC, C)
@@ -244,7 +244,7 @@ def pack_weight(panels, weight, bias=None):
     panels: panels_shape(OC, C). All float32 or all float64 and
     C-contiguous. Raises TypeError or ValueError before anything is written.
 
-    Derived in chapter 4.13.
+    Derived in chapter 4.19.
     """
     OC, C = weight.shape
     _check_panels("pack_weight", panels, OC, C)
@@ -262,7 +262,7 @@ def cache_shapes(B, NH, T, hs):
     Keys (B, NH, T / COLS, hs, COLS) are panels of COLS positions; values
     (B, NH, T, hs), with hs rounded up to a multiple of COLS.
 
-    Derived in chapter 4.13.
+    Derived in chapter 4.19.
     """
     wide = -(-hs // COLS) * COLS
     keys = B, NH, -(-T // COLS), hs, COLS
@@ -341,7 +341,7 @@ def cache_attention(out, keys, values, inp, first):
     attention_forward to the last bit. Raises TypeError or ValueError before
     it computes anything.
 
-    Derived in chapter 4.13.
+    Derived in chapter 4.19.
     """
     name = "cache_attention"
     (B, T, C), (NH, room) = out.shape, values.shape[1:3]
@@ -379,7 +379,7 @@ def embed_forward(out, tokens, panels, wpe, first):
     wpe: (max_T, C). first: the position of the first token. Raises
     TypeError or ValueError where they do not fit.
 
-    Derived in chapter 4.13.
+    Derived in chapter 4.19.
     """
     name = "embed_forward"
     B, T, C = out.shape

@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from llmnb.cpu.jit import arguments, device, share, team
+from llmnb.cpu.jit import arguments, inlined, share, team
 from llmnb.cpu.math import fast_exp
 from llmnb.shapes import shapes
 
@@ -37,7 +37,7 @@ def _gelu_forward(part, parts, address):
 
 
 # the slope
-@device
+@inlined
 def _slope(x, slope, cubic, one):
     q = fast_exp(-abs(slope * x * (one + cubic * x * x)))
     r = one / (one + q)

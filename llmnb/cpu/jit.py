@@ -3,10 +3,8 @@
 """Compile a function for the processor, alone or for a team of threads."""
 
 __all__ = [
-    "device",
     "inlined",
     "inner",
-    "kernel",
     "routine",
     "share",
     "team",
@@ -231,16 +229,3 @@ def share(size, part, parts):
     Derived in chapter A.4.
     """
     return slice(part * size // parts, (part + 1) * size // parts)
-
-
-# old names
-device = inlined
-
-
-def kernel(function):
-    """Compile a function with `prange`; the old name of numba's own.
-
-    Derived in chapter A.4.
-    """
-    made = numba.njit(parallel=True, no_cfunc_wrapper=True, **OPTIONS)
-    return made(function)

@@ -12,7 +12,7 @@ __all__ = [
 import numba
 import numpy as np
 
-from llmnb.cpu.jit import arguments, device, team
+from llmnb.cpu.jit import arguments, inlined, team
 from llmnb.cpu.microkernel import Place, moved
 from llmnb.cpu.panels import (
     DEPTH,
@@ -31,7 +31,7 @@ from llmnb.shapes import shapes
 
 
 # a strip
-@device
+@inlined
 def _multiply_strip(x, strip, where, steps, depth, code, panels, spare):
     """x: out, start, bias, a and b; strip: top, bottom, left and right.
 

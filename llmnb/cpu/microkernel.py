@@ -14,7 +14,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from llmnb.cpu.bfloat16 import multiply_add_pairs, pair, steps_in
-from llmnb.cpu.jit import device
+from llmnb.cpu.jit import inlined
 from llmnb.cpu.tile import (
     COLS,
     I32,
@@ -48,7 +48,7 @@ class Place(NamedTuple):
     bias_col: int
 
 
-@device
+@inlined
 def moved(at, i, j):
     """The Place of what lies i rows and j columns further on."""
     out = at.out + i * at.out_row + j

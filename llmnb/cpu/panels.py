@@ -25,7 +25,7 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from llmnb.cpu.jit import device, routine
+from llmnb.cpu.jit import inlined, routine
 from llmnb.cpu.microkernel import (
     Place,
     moved,
@@ -52,7 +52,7 @@ class Block(NamedTuple):
     depth: int
 
 
-@device
+@inlined
 def _number(source, block, i, k):
     """A number of a block, 0 beyond its end."""
     if i < block.rows and k < block.depth:
@@ -61,7 +61,7 @@ def _number(source, block, i, k):
 
 
 # pack what is left over
-@device
+@inlined
 def _pack_rest(panels, to, source, block, first, width):
     """Pack from step `first` on, and all of a panel that is not full."""
     per = steps_per_line(panels)
@@ -80,7 +80,7 @@ def _pack_rest(panels, to, source, block, first, width):
 
 # pack a block
 def _packing(width):
-    @device
+    @inlined
     def pack(panels, to, source, block):
         per = steps_per_line(panels)
         lines = (block.depth + per - 1) // per
@@ -109,7 +109,7 @@ _pack_rows, _pack_cols = _packing(ROWS), _packing(COLS)
 
 
 # a tile at the edge
-@device
+@inlined
 def _edge_tile(x, at, a, b, lines, rows, cols):
     """A tile of which only some rows and columns exist."""
     out, start, bias, panels, spare = x
@@ -127,7 +127,7 @@ def _edge_tile(x, at, a, b, lines, rows, cols):
 
 
 # all tiles of a block
-@device
+@inlined
 def _all_tiles(x, at, a, b, sizes):
     """x: the flat arrays out, start, bias, panels and spare."""
     out, start, bias, panels, _ = x

@@ -15,7 +15,6 @@ __all__ = [
     "empty",
     "kernel",
     "missing",
-    "numbered",
     "overlap",
     "simulated",
     "stream",
@@ -230,22 +229,6 @@ def aligned(*arrays):
     Derived in chapter A.6.
     """
     return all(address(array) % 16 == 0 for array in arrays)
-
-
-# choose a version
-def numbered(versions, version, name):
-    """The version of a layer that bears this number, counted from 1.
-
-    versions: a tuple of functions; name: what a message calls the layer.
-    Raises ValueError where there is no such version.
-
-    Derived in chapter A.6.
-    """
-    if version not in range(1, len(versions) + 1):
-        raise ValueError(
-            f"{name}: version must be in 1 to {len(versions)}, got {version}"
-        )
-    return versions[version - 1]
 
 
 # vectors of four on a GPU

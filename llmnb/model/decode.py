@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/14_decoder.py: edit that file.
+# Written by `make export` from notebooks/4_practice/20_decoder.py: edit that file.
 
 """GPT-2 for writing, with its keys and values kept."""
 
@@ -44,7 +44,7 @@ def decoder_layout(cfg, batch_size, seq_len, dtype=np.float32):
     computes for at most max(batch_size, CHUNK) positions, and the logits of
     the last.
 
-    Derived in chapter 4.14.
+    Derived in chapter 4.20.
     """
     L, C, Vp = cfg.num_layers, cfg.channels, cfg.padded_vocab_size
     B, R, shapes = batch_size, max(batch_size, CHUNK), parameter_shapes(cfg)
@@ -115,7 +115,7 @@ class Decoder:
     Its weights are zero until `load`. Raises ValueError for a value out of
     range and MemoryError when its block of memory cannot be had.
 
-    Derived in chapter 4.14.
+    Derived in chapter 4.20.
     """
 
     def __init__(self, cfg, batch_size=1, seq_len=None, dtype=np.float32):

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/1_by_hand/15_model.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/16_model.py: edit that file.
 
 """GPT-2 with its gradients and its optimiser."""
 
@@ -61,7 +61,7 @@ class GPT2:
     llmnb.arena.put overwrites one. Where there is no GPU a warning says so,
     and the kernels are simulated.
 
-    Derived in chapter 1.15.
+    Derived in chapter 1.16.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/1_by_hand/14_weights.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/15_weights.py: edit that file.
 
 """The first weights, of a size that depth does not spoil."""
 
@@ -24,7 +24,7 @@ def init_params(params, cfg, seed):
     deviations of `tensor_table`; biases and padded rows of wte are 0,
     norms' weights 1. Raises TypeError or ValueError.
 
-    Derived in chapter 1.14.
+    Derived in chapter 1.15.
     """
     for name, shape in parameter_shapes(cfg).items():
         check_array(f"init_params: {name}", params[name], shape, written=True)

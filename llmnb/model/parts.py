@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/1_by_hand/30_block.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/13_block.py: edit that file.
 
 """The parts of a block: what each wants, keeps and computes."""
 
@@ -36,7 +36,7 @@ class Tensor(NamedTuple):
     are `start`. used: how many of its rows are, None for all; the others
     are padding, and 0.
 
-    Derived in chapter 1.30.
+    Derived in chapter 1.13.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Part(NamedTuple):
     name the shapes of what forward leaves for backward. turns(cfg, B, T):
     of what the blocks take turns with.
 
-    Derived in chapter 1.30.
+    Derived in chapter 1.13.
     """
 
     tensors: Callable
@@ -222,7 +222,7 @@ FEEDFORWARDS = {"gelu": GELU}
 class Block(NamedTuple):
     """The parts of a model's blocks.
 
-    Derived in chapter 1.30.
+    Derived in chapter 1.13.
     """
 
     norm: Part
@@ -233,7 +233,7 @@ class Block(NamedTuple):
 def block_of(cfg):
     """The parts that a configuration names.
 
-    Derived in chapter 1.30.
+    Derived in chapter 1.13.
     """
     return Block(NORMS[cfg.norm], ATTENTION, FEEDFORWARDS[cfg.feedforward])
 
@@ -247,7 +247,7 @@ def block_forward(parts, ops, out, inp, w, a, **how):
     overwritten. ops: the layers. how: what else ops takes for its products,
     such as scratch memory.
 
-    Derived in chapter 1.30.
+    Derived in chapter 1.13.
     """
     norm, attention, feedforward = parts
     x, ln = a["residual2"], a["ln"]
@@ -269,7 +269,7 @@ def block_backward(parts, ops, inp, w, a, dw, d, add=False, **how):
     overwrite them; those of norms are always added to. parts, ops, how: as
     for block_forward.
 
-    Derived in chapter 1.30.
+    Derived in chapter 1.13.
     """
     norm, attention, feedforward = parts
     x, ln, dln, dstream = a["residual2"], a["ln"], d["dln"], d["dstream"]

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/1_by_hand/30_block.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/13_block.py: edit that file.
 
 """Every parameter tensor of a model: one table, one truth."""
 
@@ -22,7 +22,7 @@ from llmnb.model.parts import STD, Tensor, block_of
 def tensor_table(cfg):
     """All tensors of a model, a list of `Tensor`, in llm.c's order.
 
-    Derived in chapter 1.30.
+    Derived in chapter 1.13.
     """
     C, Vp = cfg.channels, cfg.padded_vocab_size
     norm, attention, feedforward = block_of(cfg)
@@ -48,7 +48,7 @@ def _of_block(tensor):
 def full_shape(tensor, cfg):
     """The shape of a tensor with all its blocks.
 
-    Derived in chapter 1.30.
+    Derived in chapter 1.13.
     """
     return (cfg.num_layers,) * tensor.stacked + tensor.shape
 
@@ -56,7 +56,7 @@ def full_shape(tensor, cfg):
 def parameter_shapes(cfg):
     """Shapes of all parameter tensors by llm.c's names, in its order.
 
-    Derived in chapter 1.30.
+    Derived in chapter 1.13.
     """
     return {x.name: full_shape(x, cfg) for x in tensor_table(cfg)}
 
@@ -64,7 +64,7 @@ def parameter_shapes(cfg):
 def decaying(cfg):
     """The names of the tensors that weight decay applies to: a list.
 
-    Derived in chapter 1.30.
+    Derived in chapter 1.13.
     """
     return [x.name for x in tensor_table(cfg) if x.decays]
 
@@ -73,7 +73,7 @@ def decaying(cfg):
 def parameter_count(cfg, padded=True):
     """How many parameters a configuration has, with or without padding.
 
-    Derived in chapter 1.30.
+    Derived in chapter 1.13.
     """
     count = sum(math.prod(s) for s in parameter_shapes(cfg).values())
     unused = cfg.padded_vocab_size - cfg.vocab_size
@@ -87,7 +87,7 @@ def flops_per_token(cfg, seq_len):
     for each of three products: one forward, two backward. The second term
     is attention's, with a causal mask. See (1.4.2).
 
-    Derived in chapter 1.30.
+    Derived in chapter 1.13.
     """
     attention = 6 * cfg.num_layers * cfg.channels * seq_len
     return 6 * parameter_count(cfg, padded=False) + attention

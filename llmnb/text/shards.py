@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/27_anysize.py: edit that file.
+# Written by `make export` from notebooks/4_practice/11_anysize.py: edit that file.
 
 """Text of any size turned into shards on all cores."""
 
@@ -71,7 +71,7 @@ class Place(NamedTuple):
     source, piece: where its batch begins. drop: tokens of the batch before
     it. documents, characters: what lies before the batch.
 
-    Derived in chapter 4.27.
+    Derived in chapter 4.11.
     """
 
     source: int = 0
@@ -93,7 +93,7 @@ def pieces_from(sources, place=START, limit=0):
     the sizes of all sources is read. Sources before the place are not
     opened.
 
-    Derived in chapter 4.27.
+    Derived in chapter 4.11.
     """
     _, skipped, _, documents, characters = place
     before = sum(source.size for source in sources[: place.source])
@@ -260,7 +260,7 @@ def shards_folder(path, force=False):
     A folder is taken up when it is empty, holds unfinished work, or `force`
     is given. Raises FileExistsError otherwise.
 
-    Derived in chapter 4.27.
+    Derived in chapter 4.11.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -328,7 +328,7 @@ class Encoded(NamedTuple):
     read: of the sum of the sources' sizes. documents, characters: encoded.
     tokens: written or about to be. shards: [name, tokens] of each file.
 
-    Derived in chapter 4.27.
+    Derived in chapter 4.11.
     """
 
     read: int
@@ -349,7 +349,7 @@ def write_shards(folder, sources, encoding, options, force=False, workers=0):
     is gone on with, and the files are those of an uninterrupted run. The
     folder is locked meanwhile. Raises ValueError or OSError.
 
-    Derived in chapter 4.27.
+    Derived in chapter 4.11.
     """
     _check_options(encoding, options)
     with Lock(folder) as lock:
@@ -401,7 +401,7 @@ def _progress(stream, note, filled):
 
 # the next shard
 def _size_of_next(note, shard_tokens):
-    """The tokens of the next shard, at most; (4.27.1)."""
+    """The tokens of the next shard, at most; (4.11.1)."""
     left = note["val_tokens"] - sum(n for _, n in note["shards"])
     return min(left, shard_tokens) if left > 0 else shard_tokens
 

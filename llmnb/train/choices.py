@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/25_choices.py: edit that file.
+# Written by `make export` from notebooks/4_practice/22_choices.py: edit that file.
 
 """Multiple choice, as HellaSwag asks it, and how far to trust the score."""
 
@@ -44,7 +44,7 @@ class Example(NamedTuple):
     context: a 1-D integer array. endings: four of them. label: the index of
     the true one.
 
-    Derived in chapter 4.25.
+    Derived in chapter 4.22.
     """
 
     context: np.ndarray
@@ -57,7 +57,7 @@ class Choice(NamedTuple):
 
     losses: of the four endings, (4,) means.
 
-    Derived in chapter 4.25.
+    Derived in chapter 4.22.
     """
 
     by_mean: int
@@ -74,7 +74,7 @@ def choose(model, examples):
     model's batches: in one if batch_size is 4. A row of more than
     model.seq_len + 1 tokens loses those on its left.
 
-    Derived in chapter 4.25.
+    Derived in chapter 4.22.
     """
     examples, most = list(examples), model.seq_len + 1
     rows = (
@@ -87,8 +87,8 @@ def choose(model, examples):
         four = list(islice(losses, 4))
         pairs = zip(four, example.endings, strict=True)
         ending = [row[-len(e) :] for row, e in pairs]
-        means = np.array([x.mean() for x in ending])  # (4.25.2)
-        sums = [x.sum() for x in ending]  # (4.25.1)
+        means = np.array([x.mean() for x in ending])  # (4.22.2)
+        sums = [x.sum() for x in ending]  # (4.22.1)
         best = int(np.argmin(means)), int(np.argmin(sums))
         yield Choice(*best, example.label, means)
 
@@ -96,16 +96,16 @@ def choose(model, examples):
 def longest_row(example):
     """The tokens of an example's longest row.
 
-    Derived in chapter 4.25.
+    Derived in chapter 4.22.
     """
     return len(example.context) + max(map(len, example.endings))
 
 
 # the error of an accuracy
 def standard_error(accuracy, count):
-    """The standard error of a fraction of `count` answers; (4.25.3).
+    """The standard error of a fraction of `count` answers; (4.22.3).
 
-    Derived in chapter 4.25.
+    Derived in chapter 4.22.
     """
     return math.sqrt(accuracy * (1 - accuracy) / count)
 
@@ -118,7 +118,7 @@ def read_examples_json(path, encoding, skip_bad=False, tally=None):
     packed (.gz, .zst). Raises ValueError, naming the file and the line, or
     with skip_bad passes over bad lines and notes them in `tally`, a `Tally`.
 
-    Derived in chapter 4.25.
+    Derived in chapter 4.22.
     """
     take = partial(_example_of, encoding=encoding)
     with open_stream(path) as (stream, _):
@@ -157,7 +157,7 @@ def write_examples(path, examples):
     The file is written beside `path` and renamed. Raises ValueError for an
     example that takes 65,536 bytes or more, and for an empty list.
 
-    Derived in chapter 4.25.
+    Derived in chapter 4.22.
     """
     blocks = []
     for i, example in enumerate(examples):
@@ -186,7 +186,7 @@ def read_examples(path):
     Raises ValueError, naming the file, what is wrong and what would be
     right.
 
-    Derived in chapter 4.25.
+    Derived in chapter 4.22.
     """
     numbers = read_header(path, EVAL_MAGIC, [EVAL_VERSION], 3)
     size, _, count, longest = numbers

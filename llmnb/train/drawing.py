@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/40_folders.py: edit that file.
+# Written by `make export` from notebooks/4_practice/14_folders.py: edit that file.
 
 """The losses of a run, drawn."""
 
@@ -26,7 +26,7 @@ def smooth(points, window):
     N - window + 1 columns; its steps are the windows' means too. A column
     shorter than the window comes back as it is.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     if window < 1:
         raise ValueError(f"the window must be at least 1, got {window}")
@@ -43,7 +43,7 @@ def draw_losses(ax, steps, landmarks):
     steps: list of `Step`. landmarks: dict from name to a loss, each drawn
     as a dashed line with its name.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     from llmnb.book.diagram import PALETTE
 
@@ -76,7 +76,7 @@ def save_figure(path, steps, landmarks):
 
     The user's own settings of matplotlib, such as fonts, are left aside.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     from matplotlib import style
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/16_evaluation.py: edit that file.
+# Written by `make export` from notebooks/4_practice/21_evaluation.py: edit that file.
 
 """What a model pays for a text: perplexity, bits a byte."""
 
@@ -29,7 +29,7 @@ class Score(NamedTuple):
 
     nats: in all. tokens, bytes: that were scored.
 
-    Derived in chapter 4.16.
+    Derived in chapter 4.21.
     """
 
     nats: float
@@ -43,12 +43,12 @@ class Score(NamedTuple):
 
     @property
     def perplexity(self):
-        """e to the loss; (4.16.1)."""
+        """e to the loss; (4.21.1)."""
         return math.exp(min(self.loss, 700))
 
     @property
     def bits_per_byte(self):
-        """Bits of an ideal code for each byte of the text; (4.16.2)."""
+        """Bits of an ideal code for each byte of the text; (4.21.2)."""
         return self.nats / math.log(2) / self.bytes
 
 
@@ -61,7 +61,7 @@ def row_losses(model, rows):
     float64 array of len(row) - 1 nats for each. Raises ValueError for a row
     of another length, and FloatingPointError at a loss that is not finite.
 
-    Derived in chapter 4.16.
+    Derived in chapter 4.21.
     """
     rows, shape = iter(rows), (model.batch_size, model.seq_len)
     while batch := list(islice(rows, model.batch_size)):
@@ -98,7 +98,7 @@ def windows(count, seq_len, stride):
     end (past its last) are scored, each of the `count` in one window.
     Raises ValueError unless 1 <= stride <= seq_len.
 
-    Derived in chapter 4.16.
+    Derived in chapter 4.21.
     """
     if not 1 <= stride <= seq_len:
         raise ValueError(
@@ -121,7 +121,7 @@ def text_losses(model, tokens, stride=None, progress=iter):
     list of windows, as tqdm does. Together the arrays have N - 1 numbers, in
     order.
 
-    Derived in chapter 4.16.
+    Derived in chapter 4.21.
     """
     if len(tokens) < 2:
         raise ValueError("there must be at least one token to score")
@@ -143,7 +143,7 @@ def score_text(model, encoding, documents, stride=None):
     `<|endoftext|>`, which is not scored. stride: as for text_losses. Raises
     ValueError when there is no text.
 
-    Derived in chapter 4.16.
+    Derived in chapter 4.21.
     """
     if isinstance(documents, str):
         documents = [documents]
@@ -160,7 +160,7 @@ def score_pieces(
     the list of windows, as tqdm does. endoftext: `<|endoftext|>` in a text
     is the token, behind which a document begins.
 
-    Derived in chapter 4.16.
+    Derived in chapter 4.21.
     """
     parts, size, eot = [], 0, encoding.eot_token
     for first, text in pieces:

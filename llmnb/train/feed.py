@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/11_options.py: edit that file.
+# Written by `make export` from notebooks/4_practice/12_options.py: edit that file.
 
 """The text of a run as tokens, and its batches."""
 
@@ -38,7 +38,7 @@ class Data(NamedTuple):
     arrays, or the `Shards` of a folder. source: a sentence that
     says where the text came from.
 
-    Derived in chapter 4.11.
+    Derived in chapter 4.12.
     """
 
     encoding: object
@@ -54,7 +54,7 @@ def prepare(config):
     Raises ValueError, OSError or RuntimeError, in one sentence, when the
     text is missing, too short, or cannot be downloaded.
 
-    Derived in chapter 4.11.
+    Derived in chapter 4.12.
     """
     from llmnb.text import corpus, data
     from llmnb.text.reader import Tally
@@ -127,7 +127,7 @@ def make_encoding(config, documents):
     `<|endoftext|>`. Raises ValueError, OSError or RuntimeError,
     in one sentence.
 
-    Derived in chapter 4.11.
+    Derived in chapter 4.12.
     """
     from llmnb.text import tokenizer
 
@@ -152,7 +152,7 @@ def loaders(config, data):
     A shard of fewer tokens than one batch takes is left out. Raises
     ValueError when all are.
 
-    Derived in chapter 4.11.
+    Derived in chapter 4.12.
     """
     return (
         _loader(config, data.train_tokens, seed=config.seed),
@@ -181,7 +181,7 @@ def landmarks(config, data):
     of the training text pay on the tokens that validation uses. Of a long
     training text a sample of `LANDMARK_TOKENS` is counted.
 
-    Derived in chapter 4.11.
+    Derived in chapter 4.12.
     """
     V = data.encoding.n_vocab
     batches = _loader(config, data.val_tokens, shuffle=False)

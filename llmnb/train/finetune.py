@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/43_finetuning.py: edit that file.
+# Written by `make export` from notebooks/4_practice/18_finetuning.py: edit that file.
 
 """A run that starts from the weights of a trained model."""
 
@@ -27,7 +27,7 @@ def starting_from(init, **given):
     allows. Raises OSError or ValueError when it cannot be read,
     has another shape than is given, or no tokenizer is certain.
 
-    Derived in chapter 4.43.
+    Derived in chapter 4.18.
     """
     cfg, usual = read_config(weights_path(init)), {"learning_rate": 1e-4}
     usual["seq_len"] = min(TrainConfig.seq_len, cfg.max_seq_len)

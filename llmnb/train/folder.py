@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/40_folders.py: edit that file.
+# Written by `make export` from notebooks/4_practice/14_folders.py: edit that file.
 
 """The folder of a run: its files, written and read back."""
 
@@ -51,7 +51,7 @@ def run_folder(path, force=False):
 
     Raises FileExistsError when it holds anything, unless `force`.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -67,7 +67,7 @@ def run_folder(path, force=False):
 def write_log(path, steps):
     """Write a list of `Step` as CSV; what a step does not give stays empty.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     lines = [",".join(Step._fields), *map(log_row, steps)]
     _write_text(path, "\n".join(lines) + "\n")
@@ -76,7 +76,7 @@ def write_log(path, steps):
 def log_row(step):
     """The row of a `Step` in a log: numbers with nine digits, and commas.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     given = ("" if x is None else f"{x:.9g}" for x in step[1:])
     return ",".join([str(step.step), *given])
@@ -92,7 +92,7 @@ def _write_text(path, text):
 def sparing(what):
     """Turn an error within into a warning that says what there is not.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     try:
         yield
@@ -108,7 +108,7 @@ def save_run(folder, config, model, data, steps):
     folder: the Path that `run_folder` made. steps: list of `Step`. A log or
     a figure that cannot be written is a warning.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     model.save_checkpoint(folder / "model.bin")
     marks = write_record(folder, config, data)
@@ -122,7 +122,7 @@ def save_run(folder, config, model, data, steps):
 def write_record(folder, config, data):
     """Write tokenizer.tiktoken and config.json; returns the landmarks.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     from llmnb.text import tokenizer
 
@@ -136,7 +136,7 @@ def write_record(folder, config, data):
 def note_model(folder, step):
     """Note in config.json at which step model.bin was written.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     path = Path(folder) / "config.json"
     record = json.loads(path.read_text("utf-8")) | {"model_step": step}
@@ -165,7 +165,7 @@ def load_run(folder, batch_size=1, seq_len=None, backend=None):
     computes in float32 on another backend. Raises OSError or ValueError, in
     one sentence, when a file is missing or damaged.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     from llmnb.text import tokenizer
     from llmnb.model.gpt2 import GPT2
@@ -193,7 +193,7 @@ def read_run(folder):
     Raises OSError or ValueError, in one sentence, when it is missing or
     holds something else.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     path = Path(folder) / "config.json"
     raw = read_small(path, 1 << 20)
@@ -209,7 +209,7 @@ def config_from(found):
 
     Raises KeyError, TypeError or ValueError when it holds anything else.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     config = TrainConfig(**{**found, "corpus": tuple(found["corpus"])})
     for each in fields(config):
@@ -224,7 +224,7 @@ def config_from(found):
 def state_path(folder, step):
     """Where the state after so many steps is kept.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     return Path(folder) / f"state_{step:08d}.safetensors"
 
@@ -234,7 +234,7 @@ def states(folder):
 
     Only what `state_path` names: no file of another name is a state.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     found = Path(folder).glob("state_*.safetensors")
     return sorted(filter(_is_state, found), key=step_of)
@@ -248,7 +248,7 @@ def _is_state(path):
 def step_of(path):
     """The step of a state, from its name.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     return int(path.stem.removeprefix("state_"))
 
@@ -260,7 +260,7 @@ def weights_path(path):
     They are in the newest state, unless model.bin was written at its step or
     later: config.json says at which. No clock is asked.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     folder, model = Path(path), Path(path, "model.bin")
     last = states(folder)[-1:] if folder.is_dir() else []
@@ -273,7 +273,7 @@ def weights_path(path):
 def model_step(folder):
     """The step at which a run's model.bin was written, or -1: not known.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     with suppress(OSError, ValueError, KeyError, TypeError):
         text = read_small(Path(folder, "config.json"), 1 << 20)

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/1_by_hand/16_training.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/17_training.py: edit that file.
 
 """What counting alone pays for a text."""
 
@@ -18,7 +18,7 @@ def unigram_entropy(train_tokens, tokens, vocab_size):
     train_tokens, tokens: 1-D integer arrays with values in [0, vocab_size).
     Every count is raised by 1. Returns nats a token, a float.
 
-    Derived in chapter 1.16.
+    Derived in chapter 1.17.
     """
     counts = np.bincount(train_tokens, minlength=vocab_size) + 1.0
     return float(-np.log(counts / counts.sum())[tokens].mean())

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/42_resume.py: edit that file.
+# Written by `make export` from notebooks/4_practice/16_resume.py: edit that file.
 
 """The log of a run: a row a step, safe on the disk, read back."""
 
@@ -28,7 +28,7 @@ from llmnb.train.loop import Step
 def start_log(path, step=0):
     """Begin a log.csv, or keep of an old one the rows before a step.
 
-    Derived in chapter 4.42.
+    Derived in chapter 4.16.
     """
     old = read_steps(path) if step and Path(path).exists() else []
     rows = [row for row in old if row.step < step]
@@ -41,7 +41,7 @@ def start_log(path, step=0):
 def add_to_log(path, *steps):
     """Add the row of each `Step` to a log.
 
-    Derived in chapter 4.42.
+    Derived in chapter 4.16.
     """
     rows = "".join(f"{log_row(step)}\n" for step in steps)
     with open(path, "ab") as file:
@@ -70,7 +70,7 @@ def log_steps(path, rows):
 def sync_log(path):
     """Have the system bring all rows of a log to the disk.
 
-    Derived in chapter 4.42.
+    Derived in chapter 4.16.
     """
     with open(path, "ab") as file:
         os.fsync(file.fileno())
@@ -89,7 +89,7 @@ def read_rows(path, columns=None):
     wrong with it. A last line without an end is left out. Raises OSError, or
     ValueError naming the file.
 
-    Derived in chapter 4.42.
+    Derived in chapter 4.16.
     """
     lines, start = _lines(path), 2
     head = next(lines, "")
@@ -153,7 +153,7 @@ def read_steps(path):
     A line that is none is left out, and a warning says which. Raises
     OSError.
 
-    Derived in chapter 4.42.
+    Derived in chapter 4.16.
     """
     steps, left_out = [], []
     _, *names = Step._fields

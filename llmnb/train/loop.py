@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/12_loop.py: edit that file.
+# Written by `make export` from notebooks/4_practice/13_loop.py: edit that file.
 
 """The training loop: a generator of steps."""
 
@@ -33,13 +33,13 @@ def accumulate(config, model, batches, step=0):
     gradient is that of this mean. Raises FloatingPointError, naming the
     step, at a loss that is not finite.
 
-    Derived in chapter 4.12.
+    Derived in chapter 4.13.
     """
     count, losses = config.micro_batches, []
     for k in range(count):
         losses.append(model.forward(*batches.next_batch()))
         _check_finite("loss", losses[-1], step, config.rate(step))
-        model.backward(add=k > 0, share=1 / count)  # (4.12.2)
+        model.backward(add=k > 0, share=1 / count)  # (4.13.2)
     return sum(losses) / count
 
 
@@ -63,7 +63,7 @@ def z_score(recent, value):
 
     recent: a list of floats. 0 where they have no spread. A float.
 
-    Derived in chapter 4.12.
+    Derived in chapter 4.13.
     """
     spread = np.std(recent)
     return float((value - np.mean(recent)) / spread) if spread > 0 else 0.0
@@ -79,7 +79,7 @@ class Progress:
     `skip_window` steps. last_loss, best_loss: the latest training loss and
     the lowest validation loss, or None.
 
-    Derived in chapter 4.12.
+    Derived in chapter 4.13.
     """
 
     step: int = 0
@@ -113,7 +113,7 @@ def evaluate(model, batches, count):
     epoch is read. Returns nats a token, a float. Raises FloatingPointError
     when it is not finite.
 
-    Derived in chapter 4.12.
+    Derived in chapter 4.13.
     """
     loss = _mean_loss(model, batches, count)
     _check_finite("validation loss", loss)
@@ -137,7 +137,7 @@ class Step(NamedTuple):
     step. skipped: 1 if the step made no update, else 0. In the last report,
     which follows the last update, only step and val_loss are given.
 
-    Derived in chapter 4.12.
+    Derived in chapter 4.13.
     """
 
     step: int
@@ -159,7 +159,7 @@ def train(config, model, batches, validation=None, at=None):
     at: the `Progress` to go on from, changed in place; None for the start.
     Raises FloatingPointError when a loss or a gradient is not finite.
 
-    Derived in chapter 4.12.
+    Derived in chapter 4.13.
     """
     at = Progress() if at is None else at
     tokens = config.micro_batches * config.batch_size * config.seq_len
@@ -194,7 +194,7 @@ def train_step(config, model, batches, at):
     FloatingPointError when one is not finite, before the update, or after
     it where the GPU makes the step in one launch.
 
-    Derived in chapter 4.12.
+    Derived in chapter 4.13.
     """
     rate, settings = config.rate(at.step), _settings(config, model, at)
     most, whole = config.clip or math.inf, _in_one_launch(config, model)

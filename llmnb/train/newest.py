@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/19_train.py: edit that file.
+# Written by `make export` from notebooks/4_practice/24_train.py: edit that file.
 
 """The runs in runs/: a name for a new one, and which is the newest."""
 
@@ -28,7 +28,7 @@ RUNS = Path("runs")
 def new_folder(config):
     """Make runs/NAME, or the first of runs/NAME-2, -3, ... that is free.
 
-    Derived in chapter 4.19.
+    Derived in chapter 4.24.
     """
     first = Path(config.shards or config.corpus[0]).resolve().stem or "run"
     folder, number = RUNS / first, 1
@@ -55,7 +55,7 @@ def _ordered():
 def note_newest(run):
     """Put a run in runs/ at the end of the list of runs.
 
-    Derived in chapter 4.19.
+    Derived in chapter 4.24.
     """
     folder = run.folder.resolve()
     if folder.parent == RUNS.resolve() and _ordered()[-1:] != [folder.name]:
@@ -70,7 +70,7 @@ MODELS = "model.bin", "state_*.safetensors"
 def newest_run(*files):
     """The run in runs/ that was worked on last.
 
-    Derived in chapter 4.19.
+    Derived in chapter 4.24.
     """
     ordered, found = _ordered(), {}
     for path in chain(*(RUNS.glob(f"*/{name}") for name in files or MODELS)):

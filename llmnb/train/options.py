@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/11_options.py: edit that file.
+# Written by `make export` from notebooks/4_practice/12_options.py: edit that file.
 
 """The numbers of a run, in one dataclass."""
 
@@ -37,7 +37,7 @@ def _option(default, text):
 class DataOptions:
     """What a run reads; see `TrainConfig`.
 
-    Derived in chapter 4.11.
+    Derived in chapter 4.12.
     """
 
     corpus: tuple = _option(
@@ -68,7 +68,7 @@ class DataOptions:
 class ModelOptions:
     """What the model looks like; see `TrainConfig`.
 
-    Derived in chapter 4.11.
+    Derived in chapter 4.12.
     """
 
     depth: int = _option(
@@ -92,7 +92,7 @@ class ModelOptions:
 class LearningOptions:
     """How a run learns; see `TrainConfig`.
 
-    Derived in chapter 4.11.
+    Derived in chapter 4.12.
     """
 
     init: str = _option(
@@ -113,7 +113,7 @@ class LearningOptions:
 class UpdateOptions:
     """What an update of the weights is; see `TrainConfig`.
 
-    Derived in chapter 4.11.
+    Derived in chapter 4.12.
     """
 
     beta1: float = _option(0.9, "AdamW: memory of the gradient")
@@ -139,7 +139,7 @@ class UpdateOptions:
 class KeepOptions:
     """What a run keeps and shows on its way; see `TrainConfig`.
 
-    Derived in chapter 4.11.
+    Derived in chapter 4.12.
     """
 
     save_every: int = _option(
@@ -171,7 +171,7 @@ def depth_shape(depth):
 
     Heads have 64 channels. Raises ValueError unless 1 <= depth <= 48.
 
-    Derived in chapter 4.11.
+    Derived in chapter 4.12.
     """
     check_range("depth", depth, 1, 1 + max(WIDTHS))
     width = round(np.interp(depth, [*WIDTHS], [*WIDTHS.values()]))
@@ -227,7 +227,7 @@ class TrainConfig(
     ValueError, in one sentence, when a number is out of its range or does
     not go with another.
 
-    Derived in chapter 4.11.
+    Derived in chapter 4.12.
     """
 
     def __post_init__(self):

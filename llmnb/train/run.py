@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/42_resume.py: edit that file.
+# Written by `make export` from notebooks/4_practice/16_resume.py: edit that file.
 
 """A run that is begun, followed, resumed and finished."""
 
@@ -58,7 +58,7 @@ def begin(folder, config):
     config.json and the tokenizer, and removes the states of an older run
     there. Raises ValueError, OSError, RuntimeError or MemoryError.
 
-    Derived in chapter 4.42.
+    Derived in chapter 4.16.
     """
     folder = Path(folder)
     with ExitStack() as undo:
@@ -107,7 +107,7 @@ def resume(folder, **changes):
     OSError or ValueError when the folder holds no run, no state of it is
     whole, or the text is not the one it began with.
 
-    Derived in chapter 4.42.
+    Derived in chapter 4.16.
     """
     folder = Path(folder)
     read_run(folder)  # only a run is locked
@@ -199,7 +199,7 @@ def follow(run):
     Raises OSError, in one sentence that says which checkpoint is the last
     good one, when something cannot be written; and as `train` does.
 
-    Derived in chapter 4.42.
+    Derived in chapter 4.16.
     """
     config, at, log = run.config, run.at, run.folder / "log.csv"
     steps, rows = train(config, run.model, run.batches, run.validation, at), []
@@ -225,7 +225,7 @@ def finish(run):
     a log or a figure fails, that is a warning; a model raises as `follow`
     does. Then the folder is no longer locked.
 
-    Derived in chapter 4.42.
+    Derived in chapter 4.16.
     """
     log, figure, steps = run.folder / "log.csv", run.folder / "loss.png", []
     with telling(run):
@@ -249,7 +249,7 @@ def telling(run):
     An OSError names the last good checkpoint; a FloatingPointError a command
     that starts from it, at half the learning rate.
 
-    Derived in chapter 4.42.
+    Derived in chapter 4.16.
     """
     try:
         yield

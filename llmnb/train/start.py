@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/40_folders.py: edit that file.
+# Written by `make export` from notebooks/4_practice/14_folders.py: edit that file.
 
 """The model that a run starts with, new or from a checkpoint."""
 
@@ -26,7 +26,7 @@ def new_model(config, vocab_size):
     ValueError when these are for another vocabulary, and as `check_memory`
     and GPT2.from_checkpoint do.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     from llmnb.model.gpt2 import GPT2
 
@@ -54,7 +54,7 @@ def check_memory(config, cfg):
     cfg: the GPT2Config. All of the model counts here, as training writes to
     all of it; a GPU's memory answers for itself.
 
-    Derived in chapter 4.40.
+    Derived in chapter 4.14.
     """
     if config.backend != "cuda":
         dtype = np.float64 if config.precision == "fp64" else np.float32

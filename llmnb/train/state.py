@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/4_practice/41_states.py: edit that file.
+# Written by `make export` from notebooks/4_practice/15_states.py: edit that file.
 
 """The state of a run: all that one step hands to the next."""
 
@@ -57,7 +57,7 @@ class Run(NamedTuple):
     `surroundings` at its beginning. kept: the steps of the states to go on
     from, the oldest first. lock: the folder's, see `Lock`.
 
-    Derived in chapter 4.41.
+    Derived in chapter 4.15.
     """
 
     folder: Path
@@ -80,7 +80,7 @@ def fingerprint(*batches):
     For each DataLoader: the number of its batches, and a sha256 of all
     tokens of all its shards. One shard is open at a time.
 
-    Derived in chapter 4.41.
+    Derived in chapter 4.15.
     """
     return [[x.batches_per_epoch, _digest(x.shards)] for x in batches]
 
@@ -113,7 +113,7 @@ def _parts_of_file(path, size=1 << 21):
 def first_batches(batches):
     """What stood for `fingerprint` once: it saw the first batch alone.
 
-    Derived in chapter 4.41.
+    Derived in chapter 4.15.
     """
     found = []
     for loader in batches:
@@ -139,7 +139,7 @@ def surroundings(backend="cpu"):
     A dict of str to str: versions, the processor and its features, the GPU
     if that is the backend, and the variables in `SETTINGS` that are set.
 
-    Derived in chapter 4.41.
+    Derived in chapter 4.15.
     """
     from llmnb.cpu.tile import cpu_features
 
@@ -166,7 +166,7 @@ def _version(name):
 def differences(begun, now):
     """A list of one sentence on what has changed, or an empty one.
 
-    Derived in chapter 4.41.
+    Derived in chapter 4.15.
     """
     found = []
     for name in sorted(begun | now):
@@ -199,7 +199,7 @@ def save_state(run):
     until the run has come there. Raises FloatingPointError, and keeps what
     there is, when an array is not finite.
 
-    Derived in chapter 4.41.
+    Derived in chapter 4.15.
     """
     memory, path = run.model.memory, state_path(run.folder, run.at.step)
     tensors = {
@@ -246,7 +246,7 @@ class State(NamedTuple):
     cfg: the model's GPT2Config. place: of the DataLoader. text: as
     `fingerprint` gives it. begun: as `surroundings` gives it, or empty.
 
-    Derived in chapter 4.41.
+    Derived in chapter 4.15.
     """
 
     path: Path
@@ -266,7 +266,7 @@ def read_state(path):
     and the defect, when it is not whole: names, shapes, types and checksums
     of all arrays are checked.
 
-    Derived in chapter 4.41.
+    Derived in chapter 4.15.
     """
     file = TensorFile(path)
     try:
@@ -315,7 +315,7 @@ def _check_arrays(file, state, sums):
 def restore(state):
     """The GPT2 of a `State`: its weights and AdamW's averages.
 
-    Derived in chapter 4.41.
+    Derived in chapter 4.15.
     """
     from llmnb.model.gpt2 import GPT2
 
@@ -336,7 +336,7 @@ def newest_state(folder):
     Returns (a `State` or None when there is none, a list of sentences).
     Raises ValueError when there are states and none of them is whole.
 
-    Derived in chapter 4.41.
+    Derived in chapter 4.15.
     """
     wrong = []
     for path in reversed(states(folder)):

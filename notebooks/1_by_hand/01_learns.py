@@ -323,7 +323,7 @@ print(write(W, ord("d"), 300, rng))
 # | pieces of text longer than a letter | tokens, [chapter 1.2](02_tokens.ipynb) |
 # | a letter's meaning, not only its number | the encoder, [chapter 1.5](05_encoder.ipynb) |
 # | a look further back | attention, [chapter 1.8](08_attention.ipynb) |
-# | several steps of thought | blocks of layers, [chapter 1.15](15_model.ipynb) |
+# | several steps of thought | blocks of layers, [chapter 1.16](16_model.ipynb) |
 # | a wiser step than (1.1.3) | AdamW, [chapter 1.12](12_adamw.ipynb) |
 
 # %% [markdown]

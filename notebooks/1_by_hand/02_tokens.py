@@ -735,7 +735,7 @@ plt.show()
 # size, $C = 768$, 50,257 rows are 38.6 million parameters, near a third of the
 # model's 124 million. At the size that a laptop trains in minutes, $C = 128$,
 # a table of that height would outweigh all the rest; with $V = 1024$ it has
-# 131,072 numbers. That is why [training](16_training.ipynb) uses a small
+# 131,072 numbers. That is why [training](17_training.ipynb) uses a small
 # vocabulary of its own.
 
 # %% [markdown]

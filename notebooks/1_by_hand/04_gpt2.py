@@ -91,6 +91,8 @@ gpt2_diagram()
 #    ([chapter 1.11](11_crossentropy.ipynb)). The mean of it over all places is
 #    the one number that training lowers.
 #
+# Models that are built of such blocks are called *transformers*.
+#
 # Then everything runs backwards: from the loss, gradient by gradient, to each
 # of the parameters, and AdamW moves them a little
 # ([chapter 1.12](12_adamw.ipynb)).
@@ -210,7 +212,7 @@ except ValueError as error:
 # there: the vector that a token goes in as is also the direction in which it
 # is looked for. This is called *weight tying*.
 #
-# [Chapter 1.30](30_block.ipynb) makes the table that knows all of this about a
+# [Chapter 1.13](13_block.ipynb) makes the table that knows all of this about a
 # tensor; here we only read it.
 
 
@@ -311,7 +313,7 @@ plt.show()
 # the parameters, their gradients, and AdamW's two averages, $m$ and $v$.
 # Then the *activations*, what the forward pass must keep so that the
 # backward pass can run: they grow with $B \cdot T$.
-# [Chapter 1.13](13_memory.ipynb) lays all of it out in one block. The rough sum,
+# [Chapter 1.14](14_memory.ipynb) lays all of it out in one block. The rough sum,
 # for each token: $10 C$ numbers a block, and the logits.
 
 # %% bytes for four rows of two lengths

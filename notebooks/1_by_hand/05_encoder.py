@@ -282,7 +282,7 @@ print(dwpe.T.astype(int))
 # %% [markdown]
 # Both gradients are *added* to what is there. `wte` has a second use at the
 # other end of the model, where it turns vectors into logits
-# ([chapter 1.15](15_model.ipynb)), so its gradient is the sum of two layers'
+# ([chapter 1.16](16_model.ipynb)), so its gradient is the sum of two layers'
 # contributions.
 #
 # **The trap.** The line `dwte[inp] += dout` looks like (1.5.4) and is not.

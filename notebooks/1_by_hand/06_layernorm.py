@@ -130,8 +130,10 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
 
 # %% [markdown]
 # The caller brings the arrays, outputs first, and the function fills them.
-# No layer of this book allocates its result: [chapter 1.13](13_memory.ipynb)
-# has laid all of them out beforehand.
+# No layer of this book allocates its result: [chapter 1.14](14_memory.ipynb)
+# has laid all of them out beforehand. `mean[..., None]` gives the means a last
+# axis of length 1, which NumPy reads as if it were repeated for every channel:
+# this is *broadcasting*.
 
 # %% the two rows through the function
 y, mean, rstd = np.empty((1, 2, 3)), np.empty((1, 2)), np.empty((1, 2))

@@ -321,7 +321,7 @@ plt.show()
 # layers around GELU take $2 \cdot 2 C$ operations for each of the $4C$ numbers,
 # over 3,000 at C = 768: GELU adds less than a hundredth. `inp` is saved for the
 # backward pass, $4C$ numbers a token; `out` is not, since computing it once more
-# costs less than keeping it ([chapter 1.13](13_memory.ipynb)).
+# costs less than keeping it ([chapter 1.14](14_memory.ipynb)).
 
 # %% [markdown]
 # ## Take away

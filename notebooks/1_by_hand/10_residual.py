@@ -410,7 +410,7 @@ for (depth, scaled), (variances, bottom) in streams.items():
         verdict(name, alignment(bottom) > 0.9, "gradient aligned > 0.9")
 
 # %% [markdown]
-# [Chapter 1.14](14_weights.ipynb) draws the first weights with this factor.
+# [Chapter 1.15](15_weights.ipynb) draws the first weights with this factor.
 
 # %% [markdown]
 # ## Count it
@@ -433,7 +433,7 @@ for (depth, scaled), (variances, bottom) in streams.items():
 # %% [markdown]
 # ## Design note
 #
-# The model of [chapter 1.15](15_model.ipynb) calls neither function. Forward,
+# The model of [chapter 1.16](16_model.ipynb) calls neither function. Forward,
 # the product that makes a layer's output adds the stream on the way to
 # memory (`residual=` in [chapter 1.7](07_matmul.ipynb)), and a pass over three
 # arrays is saved. Backward, (1.10.2) says that the gradient of the stream is the
@@ -506,7 +506,7 @@ compare("limit", mean_square(0.09 / 1e6, 1e6), np.exp(0.09), tol=1e-6)
 # transformer placed it after the addition, $x_{l+1} =
 # \operatorname{LN}(x_l + f(x_l))$, with no LayerNorm in $f$. Let the
 # gradient run down 24 such half blocks without scaling. Does it keep its
-# direction as well as with GPT-2's placement?
+# direction as well as with GPT-2's placement, which is called *pre-LN*?
 #
 # :::{admonition} Solution to exercise 3
 # :class: dropdown

@@ -218,7 +218,7 @@ for V in (256, 1024, 50257):
 # others do happen.
 #
 # The last line is the loss of a GPT-2 that guesses uniformly. A fresh model
-# knows nothing and starts near it ((1.14.4) says how near); a first loss that
+# knows nothing and starts near it ((1.15.4) says how near); a first loss that
 # is far off is a mistake. The exponential of a loss, its **perplexity**, is
 # the size of a vocabulary among which a uniform guess would do equally well.
 #

@@ -461,7 +461,7 @@ compare("same path", path, paths["AdamW"], tol=1e-10)
 # work against its purpose. In a single layer these are the tensors with one
 # dimension. Ours are stacked over the L layers, so that `ln1w` has shape
 # (L, C), and counting dimensions would mislead. So the table of tensors
-# ([chapter 1.30](30_block.ipynb)) says of each whether it decays.
+# ([chapter 1.13](13_block.ipynb)) says of each whether it decays.
 
 # %% which tensors decay
 from llmnb.model.tensors import decaying

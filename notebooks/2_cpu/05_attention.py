@@ -38,7 +38,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from llmnb.book.verify import compare, verdict
-from llmnb.cpu.jit import kernel
+import numba
 from llmnb.reference.attention import attention_backward as backward_numpy
 from llmnb.reference.attention import attention_forward as forward_numpy
 from llmnb.timing import fastest, machine
@@ -145,7 +145,7 @@ def one_row(out, scores, qkv, row, h, NH, first, last, scale):
 
 
 # %% first version, all rows
-@kernel
+@numba.njit(parallel=True, fastmath=True, error_model="numpy")
 def all_rows(out, qkv, T):
     NH, hs = out.shape[1:]
     scale = out.dtype.type(1 / math.sqrt(hs))
@@ -199,7 +199,7 @@ import math
 import numba
 import numpy as np
 
-from llmnb.cpu.jit import arguments, device, team
+from llmnb.cpu.jit import arguments, inlined, team
 from llmnb.cpu.math import fast_exp
 from llmnb.cpu.panels import (
     SPARE,
@@ -247,7 +247,7 @@ def block_size(hs):
 
 
 # %% a product of two panels tags=["exporti"] module="cpu.attention"
-@device
+@inlined
 def _add_product(code, out, at, step, fresh, panels, a, b, sizes, w):
     """Add a product to the block of out that begins at `at`, or write it."""
     place, start = (at, step, at, step, 1, ZEROS, 0), out
@@ -265,7 +265,7 @@ def _add_product(code, out, at, step, fresh, panels, a, b, sizes, w):
 
 
 # %% one row of the softmax tags=["exporti"] module="cpu.attention"
-@device
+@inlined
 def _softmax_row(scores, seen, top, scale):
     """Scores to exponentials; returns the new maximum and their sum."""
     total, largest = scores.dtype.type(0), scores[0]
@@ -280,7 +280,7 @@ def _softmax_row(scores, seen, top, scale):
 
 
 # %% the softmax of a block tags=["exporti"] module="cpu.attention"
-@device
+@inlined
 def softmax_block(w, s, acc, first, rows, cols, n, hs, scale):
     """first: how many of the block's keys row 0 sees."""
     for i in range(rows):
@@ -296,7 +296,7 @@ def softmax_block(w, s, acc, first, rows, cols, n, hs, scale):
 
 
 # %% a block of rows, forward tags=["exporti"] module="cpu.attention"
-@device
+@inlined
 def _forward_block(out, lse, qkv, b, h, first, sizes, places, code, panels, w):
     T, NH, NKV, hs, n = sizes
     A, K, _, _, B, S, _, acc, _ = places
@@ -409,7 +409,7 @@ def _scratch(heads, lse, work, bf16):
 
 
 # %% the softmax of a block, backward tags=["exporti"] module="cpu.attention"
-@device
+@inlined
 def _softmax_row_backward(scores, grads, seen, y, dy, L, scale):
     """Scores to weights, their gradients to dS; masked ones to 0."""
     D = scores.dtype.type(0)
@@ -423,7 +423,7 @@ def _softmax_row_backward(scores, grads, seen, y, dy, L, scale):
 
 
 # %% all rows of a block tags=["exporti"] module="cpu.attention"
-@device
+@inlined
 def _weights_block(w, S, dS, dout, out, lse, y, C, hs, n, seen, rows, cols):
     """y: where the block's rows begin in dout and out; lse: theirs."""
     scale = w.dtype.type(1 / math.sqrt(hs))
@@ -440,7 +440,7 @@ def _weights_block(w, S, dS, dout, out, lse, y, C, hs, n, seen, rows, cols):
 
 
 # %% the weights of a block tags=["exporti"] module="cpu.attention"
-@device
+@inlined
 def _backward_scores(
     dout, qkv, out, lse, q, y, seen, sizes, places, code, panels, w
 ):
@@ -457,7 +457,7 @@ def _backward_scores(
 
 
 # %% the gradients of a block tags=["exporti"] module="cpu.attention"
-@device
+@inlined
 def _backward_sums(
     dqkv, dout, qkv, q, k, v, y, fresh, sizes, places, code, panels, w
 ):
@@ -477,7 +477,7 @@ def _backward_sums(
 
 
 # %% a head, backward tags=["exporti"] module="cpu.attention"
-@device
+@inlined
 def _backward_head(
     dqkv, dout, qkv, out, lse, b, kv, add, sizes, places, code, panels, w
 ):

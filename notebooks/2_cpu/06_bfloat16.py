@@ -18,7 +18,7 @@
 #
 # *Reading time: 20 minutes. You need: the products of
 # [chapter 2.4](04_matmul.ipynb) and the whole model
-# ([chapter 1.15](../1_by_hand/15_model.ipynb)).*
+# ([chapter 1.16](../1_by_hand/16_model.ipynb)).*
 
 # %% [markdown]
 # ## Where we are
@@ -413,7 +413,7 @@ print(f"{speeds[True] / speeds[False]:.2f} times as fast")
 # %% [markdown]
 # A model asks for it with `precision="bf16"`, in which every product of the
 # linear layers and of attention rounds its factors;
-# [chapter 1.16](../1_by_hand/16_training.ipynb) shows that its loss stays
+# [chapter 1.17](../1_by_hand/17_training.ipynb) shows that its loss stays
 # beside float32's.
 
 # %% [markdown]

@@ -15,7 +15,7 @@
 # > Another room of layers and one group of scratch memory: the model of Part 1
 # > trains as fast as the processor multiplies, and computes the same.
 #
-# *Reading time: 14 minutes. You need: [chapter 1.15](../1_by_hand/15_model.ipynb)
+# *Reading time: 14 minutes. You need: [chapter 1.16](../1_by_hand/16_model.ipynb)
 # and the kernels of this part.*
 
 # %% [markdown]
@@ -196,7 +196,7 @@ plt.show()
 # %% [markdown]
 # ## In bfloat16
 #
-# The curve of [chapter 1.16](../1_by_hand/16_training.ipynb) once more: 200 losses
+# The curve of [chapter 1.17](../1_by_hand/17_training.ipynb) once more: 200 losses
 # that PyTorch recorded, of a model that both train from the same seed on the same
 # bytes, here in float32 on the compiled layers and then in bfloat16.
 

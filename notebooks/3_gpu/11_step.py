@@ -16,7 +16,7 @@
 # > Everything stays where the kernels are, and what is launched is the same in
 # > every step: so it is recorded once, and launched as one.
 #
-# *Reading time: 22 minutes. You need: [chapter 1.15](../1_by_hand/15_model.ipynb)
+# *Reading time: 22 minutes. You need: [chapter 1.16](../1_by_hand/16_model.ipynb)
 # and the kernels of this part.*
 
 # %% [markdown]
@@ -81,7 +81,7 @@ print(f"stays {stays:>14,} bytes")
 # of names. For a GPU it gets its block from another function, and the rest
 # is as it was: a slice of a device's array is a view, and so are `.view` and
 # `.reshape`. Where NumPy wrote into an array, two small tools take over.
-# `put`, of chapter 1.13, copies an array of the host's to the device, and
+# `put`, of chapter 1.14, copies an array of the host's to the device, and
 # `fill` is the shortest kernel of this book.
 
 # %% imports of the model's GPU side tags=["export"] module="cuda.model"
@@ -140,7 +140,7 @@ def zeros(nbytes):
 
 # %% [markdown]
 # A vector of four needs an address that is a multiple of 16 bytes. That is
-# why chapter 1.13 puts the tensors with rows of $C$ first in their group: if 4
+# why chapter 1.14 puts the tensors with rows of $C$ first in their group: if 4
 # divides $C$, each of them begins at such an address, and so does each
 # block's part of it.
 #

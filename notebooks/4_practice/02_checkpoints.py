@@ -103,7 +103,7 @@ from llmnb.reference.bfloat16 import from_bfloat16, to_bfloat16
 # Only then is memory taken. The first two questions are the same for all files
 # of llm.c, and are asked in one place; its other files are the tokens of
 # [chapter 4.9](09_shards.ipynb), the states and tokenizers of [chapter
-# 4.5](05_acceptance.ipynb), and the tests of [chapter 4.25](25_choices.ipynb).
+# 4.5](05_acceptance.ipynb), and the tests of [chapter 4.22](22_choices.ipynb).
 
 # %% the header of all files tags=["export"]
 HEADER = 256  # int32 numbers

@@ -384,7 +384,7 @@ def open_published(path):
 # %% [markdown]
 # ## One door for every format
 #
-# A run in progress ([chapter 4.41](41_states.ipynb)) keeps its state in
+# A run in progress ([chapter 4.15](15_states.ipynb)) keeps its state in
 # the container of chapter 4.3: the weights under their own names, with
 # `params.` before them, and beside them what only training needs. Its metadata
 # holds a page of JSON, the **record**, with the configuration and a checksum

@@ -16,7 +16,7 @@
 # > be, and a wrong gradient that a looser one lets pass.
 #
 # *Reading time: 22 minutes. You need: [chapter 4.2](02_checkpoints.ipynb), and
-# the whole model of [chapter 1.15](../1_by_hand/15_model.ipynb).*
+# the whole model of [chapter 1.16](../1_by_hand/16_model.ipynb).*
 
 # %% [markdown]
 # ## Where we are
@@ -204,7 +204,7 @@ def write_debug_state(path, cfg, state):
 
 # %% [markdown]
 # Let the tiny model write a state, in float64 by the NumPy reference ([chapter
-# 1.15](../1_by_hand/15_model.ipynb) compared it with PyTorch), and read it
+# 1.16](../1_by_hand/16_model.ipynb) compared it with PyTorch), and read it
 # back:
 
 # %% a state of our own
@@ -515,7 +515,7 @@ plt.show()
 # learning rate of $10^{-4}$ shrinks a weight by a millionth a step, less than
 # the losses' tolerance can tell; exercise 1 shows it. And `beta2` barely
 # matters when ten steps see the same batch. [Chapter
-# 1.15](../1_by_hand/15_model.ipynb) compares the weights themselves after ten
+# 1.16](../1_by_hand/16_model.ipynb) compares the weights themselves after ten
 # steps, and sees both.
 
 # %% [markdown]

@@ -17,7 +17,7 @@
 # > that may break without breaking the training.
 #
 # *Reading time: 18 minutes. You need: the log of a run from
-# [chapter 4.42](42_resume.ipynb).*
+# [chapter 4.16](16_resume.ipynb).*
 
 # %% [markdown]
 # ## Where we are
@@ -83,7 +83,7 @@ def read_log(path):
 
 # %% [markdown]
 # To compare runs, their curves belong into one picture. The losses of single
-# batches scatter, and the running mean of [chapter 4.40](40_folders.ipynb) is
+# batches scatter, and the running mean of [chapter 4.14](14_folders.ipynb) is
 # drawn over them; its window is the number of steps that you choose.
 
 

@@ -52,7 +52,7 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from llmnb.cpu.jit import device, routine
+from llmnb.cpu.jit import inlined, routine
 from llmnb.cpu.microkernel import (
     Place,
     moved,
@@ -91,7 +91,7 @@ class Block(NamedTuple):
     depth: int
 
 
-@device
+@inlined
 def _number(source, block, i, k):
     """A number of a block, 0 beyond its end."""
     if i < block.rows and k < block.depth:
@@ -100,7 +100,7 @@ def _number(source, block, i, k):
 
 
 # %% pack what is left over tags=["exporti"]
-@device
+@inlined
 def _pack_rest(panels, to, source, block, first, width):
     """Pack from step `first` on, and all of a panel that is not full."""
     per = steps_per_line(panels)
@@ -126,7 +126,7 @@ def _pack_rest(panels, to, source, block, first, width):
 
 # %% pack a block tags=["exporti"]
 def _packing(width):
-    @device
+    @inlined
     def pack(panels, to, source, block):
         per = steps_per_line(panels)
         lines = (block.depth + per - 1) // per
@@ -186,7 +186,7 @@ for name, view in (("rows", x), ("columns", x.T), ("every other", x[::2])):
 
 
 # %% a tile at the edge tags=["exporti"]
-@device
+@inlined
 def _edge_tile(x, at, a, b, lines, rows, cols):
     """A tile of which only some rows and columns exist."""
     out, start, bias, panels, spare = x
@@ -204,7 +204,7 @@ def _edge_tile(x, at, a, b, lines, rows, cols):
 
 
 # %% all tiles of a block tags=["exporti"]
-@device
+@inlined
 def _all_tiles(x, at, a, b, sizes):
     """x: the flat arrays out, start, bias, panels and spare."""
     out, start, bias, panels, _ = x
@@ -430,7 +430,7 @@ verdict("the rest", (out[-1] == 7).all() and (out[:, -1] == 7).all(), "stays")
 #
 # Panels cost 1.4 MB for each thread and a copy of both factors. Where a factor
 # is used again and again, as the weights are when a model writes text, it can
-# be packed once and kept: [chapter 4.13](../4_practice/13_cache.ipynb) does.
+# be packed once and kept: [chapter 4.19](../4_practice/19_cache.ipynb) does.
 # In training the weights change with every step, and a weight that is packed
 # once is multiplied with every token of the batch.
 

@@ -575,16 +575,6 @@ def share(size, part, parts):
     return slice(part * size // parts, (part + 1) * size // parts)
 
 
-# %% old names tags=["export"] module="cpu.jit"
-device = inlined
-
-
-def kernel(function):
-    """Compile a function with `prange`; the old name of numba's own."""
-    made = numba.njit(parallel=True, no_cfunc_wrapper=True, **OPTIONS)
-    return made(function)
-
-
 # %% [markdown]
 # Here is a team that takes square roots. Each thread cuts its share out of
 # both arrays and walks through it from 0, which spares every index the

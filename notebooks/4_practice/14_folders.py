@@ -17,7 +17,7 @@
 # > What it takes to use a model again, and to say where it came from: a folder of
 # > six files, each written whole.
 #
-# *Reading time: 26 minutes. You need: [chapter 4.12](12_loop.ipynb) and the files of
+# *Reading time: 26 minutes. You need: [chapter 4.13](13_loop.ipynb) and the files of
 # [chapter 4.1](01_files.ipynb).*
 
 # %% [markdown]
@@ -205,7 +205,7 @@ final = steps[-1].val_loss
 verdict("sixty steps", final < steps[0].val_loss - 0.5, "have been worth it")
 
 # %% [markdown]
-# *Figure 4.40.1. Sixty steps of a small run, as its folder shows them.*
+# *Figure 4.14.1. Sixty steps of a small run, as its folder shows them.*
 
 # %% [markdown]
 # ## Keep the run
@@ -513,4 +513,4 @@ verdict("no model_step", found.name.startswith("state_"), "the state counts")
 # %% what llmnb gained
 from llmnb.book.index import gained
 
-gained("4.40")
+gained("4.14")

@@ -27,11 +27,11 @@
 #
 # | command | what it does | its chapter |
 # |---|---|---|
-# | `llmnb train` | trains on a corpus, writes a run folder, resumes | [4.19](19_train.ipynb) |
-# | `llmnb generate RUN` | continues a prompt with a run's model | [4.20](20_use.ipynb) |
-# | `llmnb data FOLDER` | turns text of any size into token shards | [4.20](20_use.ipynb) |
-# | `llmnb eval MODEL` | perplexity of a text, accuracy on HellaSwag | [4.20](20_use.ipynb) |
-# | `llmnb bench` | measures a training step, alone or against others | [4.21](21_bench.ipynb) |
+# | `llmnb train` | trains on a corpus, writes a run folder, resumes | [4.24](24_train.ipynb) |
+# | `llmnb generate RUN` | continues a prompt with a run's model | [4.25](25_use.ipynb) |
+# | `llmnb data FOLDER` | turns text of any size into token shards | [4.25](25_use.ipynb) |
+# | `llmnb eval MODEL` | perplexity of a text, accuracy on HellaSwag | [4.25](25_use.ipynb) |
+# | `llmnb bench` | measures a training step, alone or against others | [4.26](26_bench.ipynb) |
 # | `llmnb plot RUN...` | draws and compares runs | this one |
 # | `llmnb fetch NAME` | downloads a published model | this one |
 # | `llmnb verify FOLDER` | runs llm.c's acceptance test | this one |
@@ -455,7 +455,7 @@ def run(args):
 # %% [markdown]
 # `llmnb info` says what a model would take before there is one: the counts
 # of [chapter 1.4](../1_by_hand/04_gpt2.ipynb) and the layout of
-# [chapter 1.13](../1_by_hand/13_memory.ipynb).
+# [chapter 1.14](../1_by_hand/14_memory.ipynb).
 
 # %% llmnb info tags=["export"] module="cli.info"
 from importlib.metadata import version
@@ -579,4 +579,4 @@ verdict("exit codes", codes == [2, 1], "a wrong option, a missing file")
 # %% what llmnb gained
 from llmnb.book.index import gained
 
-gained("4.18")
+gained("4.23")

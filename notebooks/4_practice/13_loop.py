@@ -15,8 +15,8 @@
 # > Five calls a step, and around them what a long run needs: batches in pieces,
 # > outliers left out, validation, and a report of each step.
 #
-# *Reading time: 26 minutes. You need: [chapter 1.16](../1_by_hand/16_training.ipynb) and
-# [chapter 4.11](11_options.ipynb).*
+# *Reading time: 26 minutes. You need: [chapter 1.17](../1_by_hand/17_training.ipynb) and
+# [chapter 4.12](12_options.ipynb).*
 
 # %% [markdown]
 # ## Where we are
@@ -47,7 +47,7 @@ from llmnb.train.start import new_model
 # ## The loop
 #
 # A training step is the five calls of
-# [chapter 1.16](../1_by_hand/16_training.ipynb), in their one order: `forward`,
+# [chapter 1.17](../1_by_hand/17_training.ipynb), in their one order: `forward`,
 # `backward`, `clip_gradients`, the rate, `update`. Two things are new here: the
 # first two may be called several times, and the last may be left out.
 #
@@ -60,13 +60,13 @@ from llmnb.train.start import new_model
 #
 # $$ \mathcal L = \frac1{nM} \sum_{k=0}^{n-1} \sum_{j=0}^{M-1} \ell_{kj}
 #    = \frac1n \sum_{k=0}^{n-1} \mathcal L_k , \qquad
-#    \mathcal L_k = \frac1M \sum_{j=0}^{M-1} \ell_{kj} , \tag{4.12.1} $$
+#    \mathcal L_k = \frac1M \sum_{j=0}^{M-1} \ell_{kj} , \tag{4.13.1} $$
 #
 # and since differentiation is linear, its gradient is the mean of theirs:
 #
 # $$ \frac{\partial \mathcal L}{\partial \theta}
 #    = \sum_{k=0}^{n-1} \frac1n
-#    \frac{\partial \mathcal L_k}{\partial \theta} . \tag{4.12.2} $$
+#    \frac{\partial \mathcal L_k}{\partial \theta} . \tag{4.13.2} $$
 #
 # It is exact, and not an approximation, as long as the weights stand still
 # while the pieces pass and no token is masked out; only the order of the
@@ -99,7 +99,7 @@ def accumulate(config, model, batches, step=0):
     for k in range(count):
         losses.append(model.forward(*batches.next_batch()))
         _check_finite("loss", losses[-1], step, config.rate(step))
-        model.backward(add=k > 0, share=1 / count)  # (4.12.2)
+        model.backward(add=k > 0, share=1 / count)  # (4.13.2)
     return sum(losses) / count
 
 
@@ -128,7 +128,7 @@ def _check_finite(what, value, step=None, rate=0.0):
 # a new loss $x$ is its distance from the mean, counted in standard
 # deviations:
 #
-# $$ z = \frac{x - \mu}{\sigma} . \tag{4.12.3} $$
+# $$ z = \frac{x - \mu}{\sigma} . \tag{4.13.3} $$
 #
 # If losses were normally distributed, $z > 5$ would come once in 3.5
 # million steps. Only large values are suspect: a small loss does no harm.
@@ -136,22 +136,22 @@ def _check_finite(what, value, step=None, rate=0.0):
 # The window moves on by one step: $x$ enters and the oldest, $a$, leaves.
 # The mean and the variance follow without another pass over the window:
 #
-# $$ \mu' = \mu + \frac{x - a}{W} , \tag{4.12.4} $$
+# $$ \mu' = \mu + \frac{x - a}{W} , \tag{4.13.4} $$
 #
 # and as $Q = \sum_i x_i^2 - W \mu^2$, before and after,
 #
 # $$ Q' - Q = x^2 - a^2 - W (\mu'^2 - \mu^2)
 #    = (x - a)(x + a) - W (\mu' - \mu)(\mu' + \mu)
-#    = (x - a) \bigl[ (x - \mu') + (a - \mu) \bigr] , \tag{4.12.5} $$
+#    = (x - a) \bigl[ (x - \mu') + (a - \mu) \bigr] , \tag{4.13.5} $$
 #
-# where the last step put in (4.12.4). The two sums and a ring of $W$ values
+# where the last step put in (4.13.4). The two sums and a ring of $W$ values
 # are all it takes. Try it on a window through which a huge loss passes:
 
 
 # %% a running variance, and an outlier that passes through
 def slide(mean, Q, new, old, W):
-    after = mean + (new - old) / W  # (4.12.4)
-    return after, Q + (new - old) * ((new - after) + (old - mean))  # (4.12.5)
+    after = mean + (new - old) / W  # (4.13.4)
+    return after, Q + (new - old) * ((new - after) + (old - mean))  # (4.13.5)
 
 
 W = 8
@@ -164,8 +164,8 @@ for i in range(W, 200):
     running.append(math.sqrt(max(Q, 0) / W))
 true = [stream[i - W + 1 : i + 1].std() for i in range(W, 200)]
 far = np.abs(np.array(running) - true) / true
-verdict("before it", far[:80].max() < 1e-6, "(4.12.5) is right")
-verdict("after it", far[-1] > 10, "(4.12.5) is never right again")
+verdict("before it", far[:80].max() < 1e-6, "(4.13.5) is right")
+verdict("after it", far[-1] > 10, "(4.13.5) is never right again")
 
 # %% [markdown]
 # The derivation is right and the arithmetic is not. $Q$ rose to $10^{18}$,
@@ -378,7 +378,7 @@ def _in_one_launch(config, model):
 # [chapter 1.12](../1_by_hand/12_adamw.ipynb) says why.
 #
 # On a GPU a whole step can be one launch (`step` of
-# [chapter 1.15](../1_by_hand/15_model.ipynb)), if nothing has to be decided between its
+# [chapter 1.16](../1_by_hand/16_model.ipynb)), if nothing has to be decided between its
 # parts: one batch to an update, and no updates that are skipped. Then the
 # loss is looked at when the update is done. A run whose loss is not finite
 # ends there all the same, and its last state on the disk is from before.
@@ -419,7 +419,7 @@ small = TrainConfig(
 text = read_shard("../../tests/data/curve_tokens.bin")
 
 # %% [markdown]
-# Equation (4.12.2) says that four batches of two rows have the gradient of
+# Equation (4.13.2) says that four batches of two rows have the gradient of
 # one batch of eight. In float64 the two must agree to the rounding of their
 # sums, on the NumPy backend and on the kernels:
 
@@ -514,7 +514,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 4.12.1. One batch of random bytes, at the dashed line, and what it
+# *Figure 4.13.1. One batch of random bytes, at the dashed line, and what it
 # costs the steps behind it. The run that takes the batch still pays for it
 # thirty steps later; the run that skips it stays close to the run that was
 # spared, one batch behind.*
@@ -583,4 +583,4 @@ verdict("one batch", losses[-1] < 0.5, "is learnt by heart")
 # %% what llmnb gained
 from llmnb.book.index import gained
 
-gained("4.12")
+gained("4.13")

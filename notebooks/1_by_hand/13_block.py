@@ -28,7 +28,7 @@ from llmnb.book.diagram import gpt2_diagram
 gpt2_diagram(lit="residual")
 
 # %% [markdown]
-# *Figure 1.30.1. The two rows in the frame are a block. This chapter draws the
+# *Figure 1.13.1. The two rows in the frame are a block. This chapter draws the
 # arrows between their boxes.*
 #
 # Each layer has been derived and proved alone. That leaves the wiring: which
@@ -164,7 +164,7 @@ LAYERNORM = Part(
 # derivative of a sum does not depend on what was added.
 #
 # The weights that write into the stream begin smaller than the others, by
-# $1/\sqrt{2L}$; [chapter 1.14](14_weights.ipynb) says why.
+# $1/\sqrt{2L}$; [chapter 1.15](15_weights.ipynb) says why.
 
 
 # %% a linear layer's tensors tags=["exporti"]
@@ -308,16 +308,16 @@ def block_of(cfg):
 # %% [markdown]
 # ## One block, forward
 #
-# Read figure 1.30.1 from left to right, twice, and write down the calls. In the
+# Read figure 1.13.1 from left to right, twice, and write down the calls. In the
 # first half the token looks at others, in the second it works alone; each half
 # ends by adding its result to what it started from. With $x$ for the stream of
 # vectors that comes in,
 #
 # $$ x' = x + \mathrm{proj}(\mathrm{attention}(\mathrm{qkv}(
-#    \mathrm{ln}_1(x)))) , \tag{1.30.1} $$
+#    \mathrm{ln}_1(x)))) , \tag{1.13.1} $$
 #
 # $$ y = x' + \mathrm{down}(\mathrm{gelu}(\mathrm{up}(\mathrm{ln}_2(x')))) .
-#    \tag{1.30.2} $$
+#    \tag{1.13.2} $$
 #
 # Here proj, qkv, up and down are the four linear layers of a block. `ops` holds
 # the layers, such as `llmnb.reference`; such a set of functions is called a
@@ -387,7 +387,7 @@ def block_forward(parts, ops, out, inp, w, a, **how):
 #
 # The products read what they read before, and the outputs of LayerNorm and
 # GELU are no longer there: the next block has written its own in their place
-# ([chapter 1.13](13_memory.ipynb)). So they are computed again where they are
+# ([chapter 1.14](14_memory.ipynb)). So they are computed again where they are
 # needed, from inputs that were kept, and come out with the same bits.
 #
 # `dw` holds the gradients of the block's weights, and `d` those of its
@@ -585,4 +585,4 @@ verdict("a block", count == 12 * C**2 + 13 * C, f"{count:,} parameters")
 # %% what llmnb gained
 from llmnb.book.index import gained
 
-gained("1.30")
+gained("1.13")

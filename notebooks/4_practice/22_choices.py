@@ -15,7 +15,7 @@
 # > A language model answers without being asked: it says how probable each
 # > ending is. Two ways to compare endings, and how far to trust the result.
 #
-# *Reading time: 16 minutes. You need: [chapter 4.16](16_evaluation.ipynb).*
+# *Reading time: 16 minutes. You need: [chapter 4.21](21_evaluation.ipynb).*
 
 # %% [markdown]
 # ## Where we are
@@ -43,7 +43,7 @@ rng = np.random.RandomState(19)
 
 # %% [markdown]
 # A small model that has read source code, two layers and four hundred steps,
-# as in [chapter 4.16](16_evaluation.ipynb):
+# as in [chapter 4.21](21_evaluation.ipynb):
 
 # %% a small model that has learnt
 from llmnb.train.feed import loaders, prepare
@@ -88,7 +88,7 @@ from llmnb.train.evaluation import row_losses
 # probable each ending is. For a context $c$ and an ending $e$ of $n$ tokens
 # the probability of the ending is
 #
-# $$ \log P(e \mid c) = \sum_{i=1}^{n} \log p(e_i \mid c, e_{<i}) . \tag{4.25.1} $$
+# $$ \log P(e \mid c) = \sum_{i=1}^{n} \log p(e_i \mid c, e_{<i}) . \tag{4.22.1} $$
 #
 # Choose the ending with the largest. This is `acc`. Its fault: each token
 # multiplies $P$ by a number below 1, so a longer ending is less probable
@@ -97,7 +97,7 @@ from llmnb.train.evaluation import row_losses
 # length takes this out:
 #
 # $$ \hat e = \arg\min_e \; \frac1n \sum_{i=1}^{n} -\log p(e_i \mid c, e_{<i})
-#    . \tag{4.25.2} $$
+#    . \tag{4.22.2} $$
 #
 # That is `acc_norm`, as llm.c has it: the mean loss over the tokens of the
 # ending, and the lowest wins. It errs the other way, a little: the later tokens
@@ -153,8 +153,8 @@ def choose(model, examples):
         four = list(islice(losses, 4))
         pairs = zip(four, example.endings, strict=True)
         ending = [row[-len(e) :] for row, e in pairs]
-        means = np.array([x.mean() for x in ending])  # (4.25.2)
-        sums = [x.sum() for x in ending]  # (4.25.1)
+        means = np.array([x.mean() for x in ending])  # (4.22.2)
+        sums = [x.sum() for x in ending]  # (4.22.1)
         best = int(np.argmin(means)), int(np.argmin(sums))
         yield Choice(*best, example.label, means)
 
@@ -170,7 +170,7 @@ def longest_row(example):
 # and variance $\mathbb E r^2 - q^2 = q - q^2$. The mean of $n$ independent ones
 # has the variance $q(1-q)/n$. Put the measured fraction in place of $q$:
 #
-# $$ \mathrm{SE} = \sqrt{\frac{\hat q (1 - \hat q)}{n}} . \tag{4.25.3} $$
+# $$ \mathrm{SE} = \sqrt{\frac{\hat q (1 - \hat q)}{n}} . \tag{4.22.3} $$
 #
 # On HellaSwag's 10,042 examples, at $\hat q = 0.3$, that is 0.0046: two models
 # that differ by less than a hundredth may be equal. On 100 examples it is
@@ -179,7 +179,7 @@ def longest_row(example):
 
 # %% the error of an accuracy tags=["export"]
 def standard_error(accuracy, count):
-    """The standard error of a fraction of `count` answers; (4.25.3)."""
+    """The standard error of a fraction of `count` answers; (4.22.3)."""
     return math.sqrt(accuracy * (1 - accuracy) / count)
 
 
@@ -421,7 +421,7 @@ print(f"acc_norm {right:.3f}, acc {summed:.3f}, each +- {error:.3f}")
 print(f"tokens chosen: {by_mean:.1f} by the mean, {by_sum:.1f} by the sum")
 
 # %% [markdown]
-# The bias of (4.25.1) on its own: a model without weights gives every token the
+# The bias of (4.22.1) on its own: a model without weights gives every token the
 # same probability. All four means are $\log V$, so by the mean it has no
 # preference, while by the sum it takes the shortest ending.
 
@@ -476,14 +476,14 @@ print(complaint(raw + b"\0\0"))
 # watches while a small model trains.
 #
 # We score an example in four rows and compute the context four times. Keeping
-# the keys and values of the context ([chapter 4.13](13_cache.ipynb)) would save
+# the keys and values of the context ([chapter 4.19](19_cache.ipynb)) would save
 # most of that when contexts are long; HellaSwag's endings are about as long as
 # its contexts, and four equal rows are one batch.
 #
 # ## Exercises
 #
 # **1** (★★). Two models answer the same $n$ questions. Why is the standard
-# error of the *difference* of their accuracies often much smaller than (4.25.3)
+# error of the *difference* of their accuracies often much smaller than (4.22.3)
 # suggests? Compute it from the two lists of right and wrong.
 #
 # :::{admonition} Solution to exercise 1
@@ -522,4 +522,4 @@ verdict("exercise 1", paired < 0.6 * apart, "much smaller")
 # %% what llmnb gained
 from llmnb.book.index import gained
 
-gained("4.25")
+gained("4.22")

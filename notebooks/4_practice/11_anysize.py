@@ -27,7 +27,7 @@ from llmnb.book.diagram import PALETTE, gpt2_diagram
 gpt2_diagram(lit="tokens")
 
 # %% [markdown]
-# *Figure 4.27.1. The first box again: text becomes tokens. This time the text
+# *Figure 4.11.1. The first box again: text becomes tokens. This time the text
 # is larger than the memory and the work takes hours.*
 #
 # The pieces of [chapter 4.10](10_pieces.ipynb) fit into memory. What remains
@@ -102,7 +102,7 @@ rng = random.Random(17)
 # stream goes to
 #
 # $$ t < v:\ \text{val shard } \lfloor t/s \rfloor, \qquad
-#    t \ge v:\ \text{train shard } \lfloor (t-v)/s \rfloor . \tag{4.27.1} $$
+#    t \ge v:\ \text{train shard } \lfloor (t-v)/s \rfloor . \tag{4.11.1} $$
 #
 # So the files depend on the stream, $v$ and $s$, and on nothing else: not on
 # the number of cores, not on how often the work was stopped. All that follows
@@ -111,7 +111,7 @@ rng = random.Random(17)
 
 # %% the table, computed
 def shard_of(t, v, s):
-    return ("val", t // s) if t < v else ("train", (t - v) // s)  # (4.27.1)
+    return ("val", t // s) if t < v else ("train", (t - v) // s)  # (4.11.1)
 
 
 print([shard_of(t, 2, 3) for t in range(8)])
@@ -321,7 +321,7 @@ class _Stream:
 # *know* is written after what we *did*. So after each shard we write a small
 # file, `unfinished.json`: the shards there are, and the place of the next
 # token. Killed before the renaming of a shard, we redo it; killed between the
-# shard and the note, we redo it too and write the same bytes, by (4.27.1);
+# shard and the note, we redo it too and write the same bytes, by (4.11.1);
 # killed after the note, we go on behind it. When all is done the note is
 # removed, and a folder without it is finished. Meanwhile the folder is locked,
 # as a run's is ([chapter 4.1](01_files.ipynb)): two such jobs would write over
@@ -562,7 +562,7 @@ def _progress(stream, note, filled):
 
 # %% the next shard tags=["exporti"]
 def _size_of_next(note, shard_tokens):
-    """The tokens of the next shard, at most; (4.27.1)."""
+    """The tokens of the next shard, at most; (4.11.1)."""
     left = note["val_tokens"] - sum(n for _, n in note["shards"])
     return min(left, shard_tokens) if left > 0 else shard_tokens
 
@@ -704,7 +704,7 @@ verdict("without drop", files_of("wrong") != files_of("one"), "is caught")
 # two bytes is being filled:
 #
 # $$ M \approx 2s + 2w \cdot (\text{1 to 8 MB}) + \text{a line of 16 MB} .
-#    \tag{4.27.2} $$
+#    \tag{4.11.2} $$
 #
 # With the default $s = 10^8$ that is 200 MB and little more, for any corpus.
 # The time is that of the encoder: $10^{10}$ tokens, some 45 GB of English, at
@@ -755,7 +755,7 @@ fig.subplots_adjust(0, 0, 1, 1)
 plt.show()
 
 # %% [markdown]
-# *Figure 4.27.2. One stream of tokens, cut three times: by the documents, by
+# *Figure 4.11.2. One stream of tokens, cut three times: by the documents, by
 # the batches in which it is encoded, by the shards in which it is kept. The
 # borders need not meet. The place to go on from (black) is a batch and the
 # number of its tokens that are already in a shard, `drop`.*
@@ -816,4 +816,4 @@ verdict("exercise 1", files_of("other") == files_of("one"), "same files")
 # %% what llmnb gained
 from llmnb.book.index import gained
 
-gained("4.27")
+gained("4.11")

@@ -28,10 +28,10 @@ from llmnb.book.diagram import gpt2_diagram
 gpt2_diagram(lit="attention")
 
 # %% [markdown]
-# *Figure 4.13.1. Attention is the one layer in which a position reads others.
+# *Figure 4.19.1. Attention is the one layer in which a position reads others.
 # What it reads there, keys and values, is all that has to be kept.*
 #
-# [Chapter 1.17](../1_by_hand/17_writing.ipynb) computes a whole window for every token it
+# [Chapter 1.18](../1_by_hand/18_writing.ipynb) computes a whole window for every token it
 # draws, although all but one of the positions held the same tokens before.
 # This chapter computes each position once. At its end you can
 #
@@ -97,7 +97,7 @@ for n in (2, 3):
 # %% [markdown]
 # ## What never changes
 #
-# [Chapter 1.17](../1_by_hand/17_writing.ipynb) has proved that the vector $x^\ell_t$ at
+# [Chapter 1.18](../1_by_hand/18_writing.ipynb) has proved that the vector $x^\ell_t$ at
 # position $t$ above block $\ell$ depends on the tokens $0, \dots, t$ alone. A
 # token that is appended later is none of them. So every number that a position
 # has ever computed, in every block, is final.
@@ -107,20 +107,20 @@ for n in (2, 3):
 # of $u$ read position $u$ only. Attention of $u$ is
 #
 # $$ y_u = \sum_{s \le u} \frac{e^{q_u \cdot k_s / \sqrt{hs}}}
-#    {\sum_{r \le u} e^{q_u \cdot k_r / \sqrt{hs}}} \; v_s . \tag{4.13.1} $$
+#    {\sum_{r \le u} e^{q_u \cdot k_r / \sqrt{hs}}} \; v_s . \tag{4.19.1} $$
 #
 # From $s < u$ it reads $k_s$ and $v_s$: for all heads together C numbers
 # each, in each of L blocks. Everything else can be thrown away, the queries
 # and the residual stream too. A position leaves behind
 #
-# $$ 2 L C \text{ numbers}, \tag{4.13.2} $$
+# $$ 2 L C \text{ numbers}, \tag{4.19.2} $$
 #
 # 18,432 for GPT-2 124M, or 74 kB in float32: a full window of 1,024 positions
 # takes 75 MB. These are the **key-value cache**.
 #
 # Its limit follows from the same proof. If the text loses its first token, all
 # the others move to another position, get another row of `wpe`, and every
-# number changes. The cache is worth nothing then. That is why chapter 1.17 lets
+# number changes. The cache is worth nothing then. That is why chapter 1.18 lets
 # half a window go at once.
 #
 # The whole algorithm fits in a cell. `cache` holds a pair of lists for each
@@ -174,7 +174,7 @@ compare("one by one", got, exact.logits[0], tol=1e-10)
 #
 # $$ \underbrace{n \,(2N + 2LCn)}_{\text{recomputed}}
 #    \qquad
-#    \underbrace{2N + 4LCn}_{\text{cached}} . \tag{4.13.3} $$
+#    \underbrace{2N + 4LCn}_{\text{cached}} . \tag{4.19.3} $$
 #
 # That is nearly $n$ times fewer. But time is not only operations. With one
 # position every weight is read for one multiplication and one addition: four
@@ -183,7 +183,7 @@ compare("one by one", got, exact.logits[0], tol=1e-10)
 # delivers four bytes waits for memory. So count bytes: the cached token reads
 # all parameters, and the cache,
 #
-# $$ 4N + 8LCn \text{ bytes}. \tag{4.13.4} $$
+# $$ 4N + 8LCn \text{ bytes}. \tag{4.19.4} $$
 #
 # A table for GPT-2 124M, with the embedding counted as the last product, since
 # that reads all of it:
@@ -227,11 +227,11 @@ for n in (16, 128, 1024):
 #                  + \dots, \\
 #    S_b &= \operatorname{fma}(x_{k}, w_{k}, \dots
 #           \operatorname{fma}(x_1, w_1, \operatorname{fma}(x_0, w_0, 0))) .
-#    \end{aligned} \tag{4.13.5} $$
+#    \end{aligned} \tag{4.19.5} $$
 #
-# No thread and no tile has a part in (4.13.5): a number does not depend on where
+# No thread and no tile has a part in (4.19.5): a number does not depend on where
 # its row lies, on how many rows there are, or on who computes it. So a product
-# for one row that keeps to (4.13.5) gives the same bits as the product for all.
+# for one row that keeps to (4.19.5) gives the same bits as the product for all.
 #
 # Such a product must run down $k$ one step after the other, and for speed it
 # must compute many outputs side by side, one in each lane of a vector. At step
@@ -309,7 +309,7 @@ def _sums(builder, inp, panel, line, depth, rows):
 
 # %% [markdown]
 # Around it an intrinsic that finds the addresses, and adds bias and start in
-# the order of (4.13.5). `o`, `s`, `x` and `p` are pairs: where something begins
+# the order of (4.19.5). `o`, `s`, `x` and `p` are pairs: where something begins
 # in its flat array, and the step to the next row or line. It is made for as
 # many rows as a tile has, for two, and for one.
 
@@ -530,11 +530,11 @@ for rows, C, OC in ((1, 768, 2304), (5, 1000, 50), (64, 384, 131)):
 # %% a product with one row tags=["nbval-ignore-output"]
 import numba
 
-from llmnb.cpu.jit import kernel
+import numba
 from llmnb.timing import fastest, machine
 
 
-@kernel
+@numba.njit(parallel=True, fastmath=True, error_model="numpy")
 def read_all(sums, x):
     for t in numba.prange(len(x)):
         total = sums[t]
@@ -773,4 +773,4 @@ print(f"{(one != whole).mean():.0%} of the numbers differ")
 # %% what llmnb gained
 from llmnb.book.index import gained
 
-gained("4.13")
+gained("4.19")

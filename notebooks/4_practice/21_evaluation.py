@@ -28,7 +28,7 @@ from llmnb.book.diagram import PALETTE, gpt2_diagram
 gpt2_diagram(lit="crossentropy")
 
 # %% [markdown]
-# *Figure 4.16.1. Everything in this chapter is read off the last box: the loss
+# *Figure 4.21.1. Everything in this chapter is read off the last box: the loss
 # of each token, given those before it.*
 #
 # Training reports a loss on batches of its own shape. That is enough to steer
@@ -41,7 +41,7 @@ gpt2_diagram(lit="crossentropy")
 # - draw what a token's place in the window is worth.
 #
 # How a model answers a multiple choice is told in
-# [chapter 4.25](25_choices.ipynb).
+# [chapter 4.22](22_choices.ipynb).
 
 # %% [markdown]
 # ## Setup
@@ -64,7 +64,7 @@ from llmnb.book.verify import compare, verdict
 #
 # $$ \mathcal L = -\frac1N \sum_{i=1}^{N} \log p(x_i \mid x_{<i}), \qquad
 #    \mathrm{PPL} = e^{\mathcal L}
-#    = \Bigl(\prod_i p(x_i \mid x_{<i})\Bigr)^{-1/N} . \tag{4.16.1} $$
+#    = \Bigl(\prod_i p(x_i \mid x_{<i})\Bigr)^{-1/N} . \tag{4.21.1} $$
 #
 # Here it is $256^{1/4} = 4$: the model is as unsure as if it had to guess
 # among four letters each time.
@@ -92,11 +92,11 @@ print("bits a byte", round(float(loss / np.log(2)), 6))
 # length that all agree on, its bytes $n$:
 #
 # $$ \text{bits a byte} = \frac{-\log_2 P}{n}
-#    = \frac{N}{n} \cdot \frac{\mathcal L}{\log 2} . \tag{4.16.2} $$
+#    = \frac{N}{n} \cdot \frac{\mathcal L}{\log 2} . \tag{4.21.2} $$
 #
 # Strictly, $P$ is the probability of one way to cut the text, the one that the
 # tokenizer takes. A model spreads a little probability over other cuts that
-# spell the same text, so (4.16.2) is at most too high.
+# spell the same text, so (4.21.2) is at most too high.
 #
 # Three conventions must be stated, or the number means nothing. The text of a
 # document begins behind `<|endoftext|>`, which is given and not scored, so
@@ -133,12 +133,12 @@ class Score(NamedTuple):
 
     @property
     def perplexity(self):
-        """e to the loss; (4.16.1)."""
+        """e to the loss; (4.21.1)."""
         return math.exp(min(self.loss, 700))
 
     @property
     def bits_per_byte(self):
-        """Bits of an ideal code for each byte of the text; (4.16.2)."""
+        """Bits of an ideal code for each byte of the text; (4.21.2)."""
         return self.nats / math.log(2) / self.bytes
 
 
@@ -224,14 +224,14 @@ compare("a row alone", losses[1], next(row_losses(alone, rows[1:2])), 1e-12)
 # the first, it scores the last $s$ of its $T$:
 #
 # $$ \text{context of a scored token}: \quad T - s + 1 \ \text{to}\ T, \qquad
-#    \text{on average } T - \tfrac{s-1}{2} . \tag{4.16.3} $$
+#    \text{on average } T - \tfrac{s-1}{2} . \tag{4.21.3} $$
 #
 # With $s = T$ these are the stretches, $(T+1)/2$ on average. With $s = 1$ every
 # token sees $T$. What is the price? $N$ tokens need about $N/s$ windows of $T$
 # tokens each, so
 #
 # $$ \text{cost} \approx \frac{N}{s} \cdot T \quad\text{tokens of work}: \qquad
-#    \frac{T}{s} \text{ times that of } s = T . \tag{4.16.4} $$
+#    \frac{T}{s} \text{ times that of } s = T . \tag{4.21.4} $$
 #
 # The half, $s = T/2$, costs twice as much and lifts the least context from one
 # token to $T/2 + 1$. It is the default here.
@@ -351,7 +351,7 @@ verdict("one window", same, "no stride matters")
 # ## What context is worth
 #
 # Now a model that has learnt something: two layers and four hundred steps on
-# the text of [chapter 1.16](../1_by_hand/16_training.ipynb).
+# the text of [chapter 1.17](../1_by_hand/17_training.ipynb).
 
 # %% a small model that has learnt
 from llmnb.train.feed import loaders, prepare
@@ -408,7 +408,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 4.16.2. Left: the loss of a token by the number of tokens before it,
+# *Figure 4.21.2. Left: the loss of a token by the number of tokens before it,
 # with a band of one standard error. It falls steeply over the first few tokens
 # and hardly after them. Right: what a smaller stride saves against a stride of
 # the whole context, 64, on the same text, with one standard error: about a
@@ -487,4 +487,4 @@ verdict("exercise 2", same, "counts the windows")
 # %% what llmnb gained
 from llmnb.book.index import gained
 
-gained("4.16")
+gained("4.21")

@@ -17,9 +17,9 @@
 # > and every gradient are those of PyTorch.
 #
 # *Reading time: 28 minutes. You need: the block
-# ([chapter 1.30](30_block.ipynb)), the arena
-# ([chapter 1.13](13_memory.ipynb)) and the first weights
-# ([chapter 1.14](14_weights.ipynb)). The fast versions: chapters
+# ([chapter 1.13](13_block.ipynb)), the arena
+# ([chapter 1.14](14_memory.ipynb)) and the first weights
+# ([chapter 1.15](15_weights.ipynb)). The fast versions: chapters
 # [2.7](../2_cpu/07_step.ipynb) and [3.11](../3_gpu/11_step.ipynb).*
 
 # %% [markdown]
@@ -31,7 +31,7 @@ from llmnb.book.diagram import gpt2_diagram
 gpt2_diagram(lit="all")
 
 # %% [markdown]
-# *Figure 1.15.1. All boxes are built, and the arrows within a block are drawn.
+# *Figure 1.16.1. All boxes are built, and the arrows within a block are drawn.
 # This chapter draws the others.*
 #
 # At the end of this chapter you can
@@ -691,7 +691,7 @@ for name in ("wte", "qkvw", "fcprojw"):
 
 # %% [markdown]
 # Our draws differ from PyTorch's by roundings in float32
-# ([chapter 1.14](14_weights.ipynb)), which is far too much for thirteen digits. To
+# ([chapter 1.15](15_weights.ipynb)), which is far too much for thirteen digits. To
 # compare functions and not draws, we copy PyTorch's weights into the model.
 # The distance of two arrays is the norm of their difference over the norm of
 # what PyTorch computed.
@@ -885,4 +885,4 @@ compare("two halves", gradient(rows, 2), gradient(rows, 1), tol=1e-12)
 # %% what llmnb gained
 from llmnb.book.index import gained
 
-gained("1.15")
+gained("1.16")

@@ -18,15 +18,15 @@
 # > Text written as it is drawn, text of any size turned into shards, and a
 # > model measured, each by one command.
 #
-# *Reading time: 20 minutes. You need: [chapter 4.18](18_commands.ipynb).*
+# *Reading time: 20 minutes. You need: [chapter 4.23](23_commands.ipynb).*
 
 # %% [markdown]
 # ## Where we are
 #
 # Three commands use what other chapters have built: the decoder of
-# [chapter 4.13](13_cache.ipynb), the shards of
+# [chapter 4.19](19_cache.ipynb), the shards of
 # [chapter 4.9](09_shards.ipynb), the measures of
-# [chapter 4.16](16_evaluation.ipynb). At the end of this chapter you can
+# [chapter 4.21](21_evaluation.ipynb). At the end of this chapter you can
 #
 # - continue a prompt from a terminal, a file or a pipe;
 # - say which tokenizer a command takes for a model, and how to name another;
@@ -85,7 +85,7 @@ def with_tokenizer(path, args):
 # %% [markdown]
 # ## Generate
 #
-# The options say how to draw ([chapter 1.17](../1_by_hand/17_writing.ipynb));
+# The options say how to draw ([chapter 1.18](../1_by_hand/18_writing.ipynb));
 # the text appears as it is drawn, and of several texts the first.
 
 # %% its options tags=["export"] module="cli.generate"
@@ -558,4 +558,4 @@ with TemporaryDirectory() as place:
 # %% what llmnb gained
 from llmnb.book.index import gained
 
-gained("4.20")
+gained("4.25")

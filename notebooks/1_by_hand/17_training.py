@@ -17,8 +17,8 @@
 #
 # *Reading time: 25 minutes. You need: all chapters before this one, above all
 # AdamW ([chapter 1.12](12_adamw.ipynb)) and the model
-# ([chapter 1.15](15_model.ipynb)). Runs that are kept, resumed and fast: Parts
-# [2](../2_cpu/07_step.ipynb) and [4](../4_practice/12_loop.ipynb).*
+# ([chapter 1.16](16_model.ipynb)). Runs that are kept, resumed and fast: Parts
+# [2](../2_cpu/07_step.ipynb) and [4](../4_practice/13_loop.ipynb).*
 
 # %% [markdown]
 # ## Where we are
@@ -29,7 +29,7 @@ from llmnb.book.diagram import PALETTE, gpt2_diagram
 gpt2_diagram(lit="all")
 
 # %% [markdown]
-# *Figure 1.16.1. Every box is lit: each has a forward pass and a proven backward
+# *Figure 1.17.1. Every box is lit: each has a forward pass and a proven backward
 # pass. What is missing is the loop around them.*
 #
 # This chapter writes that loop, in NumPy, and runs it until a model has learnt to
@@ -70,7 +70,7 @@ import numpy as np
 # The loss is the mean of $-\log p$ over the tokens that came true, in nats.
 # A model that gives every one of $V$ tokens the probability $1/V$ pays
 #
-# $$ \mathcal L_\text{uniform} = \log V \tag{1.16.1} $$
+# $$ \mathcal L_\text{uniform} = \log V \tag{1.17.1} $$
 #
 # for each token. For a toy language of four tokens that is
 # $\log 4 = 1.3863$. Suppose its text is `a a a a b b c d`. A model that has
@@ -89,13 +89,13 @@ print("counted", np.round(-(p * np.log(p)).sum(), 4))
 # $q_v$. Its loss is
 #
 # $$ \mathcal L(q) = -\sum_v \frac{n_v}{N} \log q_v ,
-#    \qquad \sum_v q_v = 1 . \tag{1.16.2} $$
+#    \qquad \sum_v q_v = 1 . \tag{1.17.2} $$
 #
 # With a multiplier $\kappa$ for the constraint, the derivative by $q_v$ is
 # $-n_v / (N q_v) + \kappa$. It vanishes when $q_v = n_v / (\kappa N)$, and
 # the sum over $v$ gives $\kappa = 1$:
 #
-# $$ q_v = \frac{n_v}{N} . \tag{1.16.3} $$
+# $$ q_v = \frac{n_v}{N} . \tag{1.17.3} $$
 #
 # The loss at this $q$ is the **unigram entropy**. A network whose loss is
 # above it has not yet learned how frequent each token is; a network below
@@ -165,11 +165,11 @@ verdict("landmarks", marks["unigram"] < marks["uniform"], "counting helps")
 #
 # $$ \mathbb E \Bigl[ \log \sum_v e^{z_v} - z_\text{target} \Bigr]
 #    \approx \log \bigl( V\, \mathbb E\, e^{z} \bigr) - 0
-#    = \log V + \tfrac12 C \sigma^2 , \tag{1.16.4} $$
+#    = \log V + \tfrac12 C \sigma^2 , \tag{1.17.4} $$
 #
 # because the mean of $e^z$ for a normal $z$ of variance $s^2$ is $e^{s^2/2}$:
 # completing the square in $e^z e^{-z^2/2s^2}$ moves the bell by $s^2$ and leaves
-# that factor. With 64 channels the excess over (1.16.1) is
+# that factor. With 64 channels the excess over (1.17.1) is
 # $\tfrac12 \cdot 64 \cdot 0.0004 = 0.0128$. A first loss that is far from
 # this means that something is broken before training has begun: a wrong
 # initialisation, or targets that are not shifted by one.
@@ -240,7 +240,7 @@ def sample(model, count=60, seed=3):
 # %% [markdown]
 # Four times on the way we stop, validate, and let the model write: draw a token
 # with the probabilities it gives, append it, ask again
-# ([chapter 1.17](17_writing.ipynb) does it with more care).
+# ([chapter 1.18](18_writing.ipynb) does it with more care).
 
 # %% the run
 STEPS, SHOWN = 250, (0, 50, 125, 250)
@@ -280,7 +280,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.16.2. The loss falls steeply from the uniform guess to the unigram
+# *Figure 1.17.2. The loss falls steeply from the uniform guess to the unigram
 # entropy while the model learns which tokens are frequent, bends under it, and
 # falls on more slowly as it learns what follows what.*
 #
@@ -393,14 +393,14 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.16.3. Our curve, in float64, covers PyTorch's, bump for bump. Below, on
+# *Figure 1.17.3. Our curve, in float64, covers PyTorch's, bump for bump. Below, on
 # a logarithmic scale, the distance to PyTorch's float64 run: that of PyTorch's own
 # float32 run shows how far rounding alone leads from itself, and the mistake
 # stands thousands of times further off.*
 #
 # What is left between ours and PyTorch's in float64 is the first weights, which
 # both draw in float32 and round at other places
-# ([chapter 1.14](14_weights.ipynb)).
+# ([chapter 1.15](15_weights.ipynb)).
 
 # %% [markdown]
 # ## Count it
@@ -418,7 +418,7 @@ print(f"{work / 1e12:.2f} TFLOP")
 # %% [markdown]
 # ## Take away
 #
-# - Before training, the loss must be near $\log V$, by (1.16.4). The unigram
+# - Before training, the loss must be near $\log V$, by (1.17.4). The unigram
 #   entropy is the first thing to beat: below it, a model uses context.
 # - A step is forward, backward, clip, rate, update.
 # - Validation on fixed batches makes losses comparable between steps.
@@ -429,7 +429,7 @@ print(f"{work / 1e12:.2f} TFLOP")
 # ## Exercises
 #
 # **1** (★). How much of its training text did the run read, in epochs? What does
-# that say about the gap between the two curves of figure 1.16.2?
+# that say about the gap between the two curves of figure 1.17.2?
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
@@ -493,4 +493,4 @@ verdict("the model", final > pair_loss, "has yet to pass them")
 # %% what llmnb gained
 from llmnb.book.index import gained
 
-gained("1.16")
+gained("1.17")

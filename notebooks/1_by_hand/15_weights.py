@@ -30,7 +30,7 @@ from llmnb.book.diagram import gpt2_diagram
 gpt2_diagram(lit="matmul")
 
 # %% [markdown]
-# *Figure 1.14.1. The lit layers hold nearly all the numbers that are drawn at
+# *Figure 1.15.1. The lit layers hold nearly all the numbers that are drawn at
 # random: the weight matrices, of which the last is the token table too.*
 #
 # The layers are derived; now their weights need first values. This chapter
@@ -140,12 +140,12 @@ print("mean square", (y**2).mean())
 #
 # $$ \operatorname{var}(y_i) = \sum_j \operatorname{var}(w_{ij})\, x_j^2
 #    = C \sigma^2 \cdot \overline{x^2} ,
-#    \qquad \overline{x^2} = \frac1C \sum_j x_j^2 . \tag{1.14.1} $$
+#    \qquad \overline{x^2} = \frac1C \sum_j x_j^2 . \tag{1.15.1} $$
 #
 # The layer multiplies the mean square by $C \sigma^2$. A stack of $d$ such
 # layers, each with $C$ inputs and outputs, multiplies it by
 #
-# $$ (C \sigma^2)^d , \tag{1.14.2} $$
+# $$ (C \sigma^2)^d , \tag{1.15.2} $$
 #
 # which vanishes or explodes with $d$ unless $\sigma = 1/\sqrt C$. The
 # backward pass runs through the same matrices the other way,
@@ -206,11 +206,11 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.14.2. In 24 linear layers with 256 channels, a standard deviation
+# *Figure 1.15.2. In 24 linear layers with 256 channels, a standard deviation
 # of 0.02 shrinks the activations to $10^{-12}$ and one of 0.12 blows them up
 # past $10^6$; gradients do the same on their way back. With
 # $1/\sqrt{256}$ both keep their size. Dots are measured, dashed lines are
-# the root of (1.14.2).*
+# the root of (1.15.2).*
 
 # %% [markdown]
 # ## What 0.02 does
@@ -223,9 +223,9 @@ plt.show()
 # can say how large it is. Its hidden numbers have variance
 # $v = C \sigma^2$; let $g(v)$ be the mean of $\operatorname{GELU}(z)^2$ for a
 # normal $z$ of that variance, an integral that we take numerically. The last
-# matrix has $4C$ inputs, so by (1.14.1)
+# matrix has $4C$ inputs, so by (1.15.1)
 #
-# $$ s = 4\, C \sigma^2 \cdot g(C \sigma^2) . \tag{1.14.3} $$
+# $$ s = 4\, C \sigma^2 \cdot g(C \sigma^2) . \tag{1.15.3} $$
 #
 # Attention's branch adds less. At the start its scores are small and its
 # weights nearly equal, so position $t$ carries home the mean of $t + 1$
@@ -257,7 +257,7 @@ s = 4 * v * after_gelu(v)
 print(f"C sigma^2 = {v:.3f}, s = {s:.3f}")
 start = rng.normal(0, 0.02 * np.sqrt(2), (256, 768))
 added = (feed_forward(start, 0.02) ** 2).mean()
-verdict("one branch", abs(added / s - 1) < 0.1, "as (1.14.3), to 10 %")
+verdict("one branch", abs(added / s - 1) < 0.1, "as (1.15.3), to 10 %")
 print(f"the stream begins with mean square {2 * 0.02**2:.4f}")
 
 # %% [markdown]
@@ -278,7 +278,7 @@ print(f"the stream begins with mean square {2 * 0.02**2:.4f}")
 # of $e^z$ for a normal $z$ of mean 0 and variance $v$ is $e^{v/2}$, so the
 # first loss is to be expected a little over $\log V$, at
 #
-# $$ \mathcal L_0 \approx \log V + \tfrac12\, C \sigma^2 . \tag{1.14.4} $$
+# $$ \mathcal L_0 \approx \log V + \tfrac12\, C \sigma^2 . \tag{1.15.4} $$
 
 # %% the four sizes of GPT-2
 for C in (768, 1024, 1280, 1600):
@@ -386,7 +386,7 @@ print(f"drawn: {tables:,} in tables, {blocks:,} in blocks")
 # %% [markdown]
 # ## What parity will mean
 #
-# [Chapter 1.15](15_model.ipynb) sets the model against PyTorch's, and because
+# [Chapter 1.16](16_model.ipynb) sets the model against PyTorch's, and because
 # both start from one set of weights the comparison can be sharp. *Parity* is
 # three statements, each with its tolerance:
 #
@@ -432,7 +432,7 @@ print(f"drawn: {tables:,} in tables, {blocks:,} in blocks")
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
-# Say $\overline{x^2} = 1$ enters a layer. By (1.14.1) the layer's output is
+# Say $\overline{x^2} = 1$ enters a layer. By (1.15.1) the layer's output is
 # close to normal with variance $C \sigma^2$. GELU is not homogeneous, so we
 # look for the $\sigma$ at which $\overline{x^2}$ stays at 1: with variance
 # $v = C\sigma^2$ it must hold that the mean of
@@ -485,7 +485,7 @@ verdict("rows shared", int(same.sum()) == 63, "63 of 64")
 #
 # - Glorot and Bengio (2010),
 #   [Understanding the difficulty of training deep feedforward neural networks](https://proceedings.mlr.press/v9/glorot10a.html):
-#   (1.14.1) forward and backward, and measured figures like 1.14.2.
+#   (1.15.1) forward and backward, and measured figures like 1.14.2.
 # - He et al. (2015),
 #   [Delving Deep into Rectifiers](https://arxiv.org/abs/1502.01852):
 #   the calculation of exercise 1 for ReLU, where it has a closed form.
@@ -502,4 +502,4 @@ verdict("rows shared", int(same.sum()) == 63, "63 of 64")
 # %% what llmnb gained
 from llmnb.book.index import gained
 
-gained("1.14")
+gained("1.15")

@@ -16,8 +16,8 @@
 # > taught gently, and forgets some of the first.
 #
 # *Reading time: 14 minutes. You need: the folder of a run
-# ([chapter 4.40](40_folders.ipynb)) and the loop
-# ([chapter 4.12](12_loop.ipynb)).*
+# ([chapter 4.14](14_folders.ipynb)) and the loop
+# ([chapter 4.13](13_loop.ipynb)).*
 
 # %% [markdown]
 # ## Where we are
@@ -65,7 +65,7 @@ from llmnb.train.start import new_model
 # | text, steps, all else | you | it is a new run |
 #
 # The last row but two is what tells this from resuming
-# ([chapter 4.42](42_resume.ipynb)): a resumed run is the same run and goes on with
+# ([chapter 4.16](16_resume.ipynb)): a resumed run is the same run and goes on with
 # its averages, its place in the text and its schedule, to the same bits. A
 # fine-tuned run is another one, which takes only the weights. That makes it the way
 # out of a run whose loss is no number any more: the learning rate of a run in
@@ -266,7 +266,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 4.43.1. Left: what the runs learn. The head start is worth more than
+# *Figure 4.18.1. Left: what the runs learn. The head start is worth more than
 # sixty steps from nothing, and at the same rate it is never caught up. Right: what
 # they lose, which grows with the rate, and nearly vanishes when half the text is the
 # old one.*
@@ -286,7 +286,7 @@ plt.show()
 #
 # On the command line it is one option,
 # `llmnb train --init runs/python --corpus book.txt`
-# ([chapter 4.19](19_train.ipynb)).
+# ([chapter 4.24](24_train.ipynb)).
 #
 # ## Take away
 #
@@ -332,4 +332,4 @@ scratch.cleanup()
 # %% what llmnb gained
 from llmnb.book.index import gained
 
-gained("4.43")
+gained("4.18")

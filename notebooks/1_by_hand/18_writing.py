@@ -17,8 +17,8 @@
 #
 # *Reading time: 30 minutes. You need: softmax
 # ([chapter 1.11](11_crossentropy.ipynb)) and a trained model
-# ([chapter 1.16](16_training.ipynb)). The fast version:
-# [chapter 4.13](../4_practice/13_cache.ipynb).*
+# ([chapter 1.17](17_training.ipynb)). The fast version:
+# [chapter 4.19](../4_practice/19_cache.ipynb).*
 
 # %% [markdown]
 # ## Where we are
@@ -29,11 +29,11 @@ from llmnb.book.diagram import gpt2_diagram
 gpt2_diagram(lit="crossentropy")
 
 # %% [markdown]
-# *Figure 1.17.1. To write, the model runs forward as far as the softmax. The
+# *Figure 1.18.1. To write, the model runs forward as far as the softmax. The
 # probabilities of the next token come out; one token is drawn from them and
 # joins the tokens at the top.*
 #
-# [Chapter 1.16](16_training.ipynb) ended with a text that nobody wrote, drawn
+# [Chapter 1.17](17_training.ipynb) ended with a text that nobody wrote, drawn
 # by ten lines of code. This chapter takes those lines apart and builds
 # `generate`. At its end you can
 #
@@ -117,7 +117,7 @@ verdict("u at its ends", ends == (1, 4), "the first and the last")
 # Between the greedy choice and the plain draw lies a whole scale. Divide the
 # logits $z_v$ by a **temperature** $\tau > 0$ before the softmax:
 #
-# $$ p_v(\tau) = \frac{e^{z_v / \tau}}{\sum_w e^{z_w / \tau}} . \tag{1.17.1} $$
+# $$ p_v(\tau) = \frac{e^{z_v / \tau}}{\sum_w e^{z_w / \tau}} . \tag{1.18.1} $$
 #
 # At $\tau = 1$ these are the model's own probabilities. The ratio of two of
 # them is $p_v / p_w = e^{(z_v - z_w)/\tau}$. As $\tau \to 0$ the ratio of
@@ -126,13 +126,13 @@ verdict("u at its ends", ends == (1, 4), "the first and the last")
 # uniform guess. In between, how does the uncertainty grow? It is measured by
 # the entropy
 #
-# $$ H(\tau) = -\sum_v p_v \log p_v . \tag{1.17.2} $$
+# $$ H(\tau) = -\sum_v p_v \log p_v . \tag{1.18.2} $$
 #
 # Write $\beta = 1/\tau$ and $Z = \sum_w e^{\beta z_w}$, so that
-# $\log p_v = \beta z_v - \log Z$. Put this into (1.17.2), with
+# $\log p_v = \beta z_v - \log Z$. Put this into (1.18.2), with
 # $\langle z \rangle = \sum_v p_v z_v$ for the mean logit:
 #
-# $$ H = \log Z - \beta \langle z \rangle . \tag{1.17.3} $$
+# $$ H = \log Z - \beta \langle z \rangle . \tag{1.18.3} $$
 #
 # Two derivatives by $\beta$ are needed. The first is
 # $\partial \log Z / \partial \beta = \frac1Z \sum_w z_w e^{\beta z_w}
@@ -143,14 +143,14 @@ verdict("u at its ends", ends == (1, 4), "the first and the last")
 #    \qquad
 #    \frac{\partial \langle z \rangle}{\partial \beta}
 #    = \sum_v z_v\, p_v \, (z_v - \langle z \rangle)
-#    = \operatorname{Var}(z) . \tag{1.17.4} $$
+#    = \operatorname{Var}(z) . \tag{1.18.4} $$
 #
 # So $\partial H / \partial \beta =
 # \langle z \rangle - \langle z \rangle - \beta \operatorname{Var}(z)$,
 # and with $d\beta / d\tau = -1/\tau^2$
 #
 # $$ \frac{d H}{d \tau} = \frac{\operatorname{Var}(z)}{\tau^3} \ge 0 .
-#    \tag{1.17.5} $$
+#    \tag{1.18.5} $$
 #
 # Raising the temperature never lowers the entropy, and where the logits
 # under $p$ differ at all, it raises it.
@@ -172,7 +172,7 @@ for tau in (0.25, 0.5, 1.0, 2.0, 100.0):
     p = softmax(z, tau)
     print(f"{tau:6}: p", *(f"{x:.4f}" for x in p), f" H {entropy(p):.4f}")
 
-# %% (1.17.5) against central differences
+# %% (1.18.5) against central differences
 h = 1e-5
 for tau in (0.3, 1.0, 3.0):
     p = softmax(z, tau)
@@ -196,7 +196,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.17.2. Entropy rises with temperature all the way from 0, the
+# *Figure 1.18.2. Entropy rises with temperature all the way from 0, the
 # greedy choice, to the logarithm of the vocabulary, the uniform guess. Most
 # of the climb happens within one power of ten around 1.*
 
@@ -213,18 +213,18 @@ plt.show()
 # by the Kullback-Leibler divergence, the nats lost when text drawn from $q$
 # is charged with $p$ in place of $q$:
 #
-# $$ D(q \,\|\, p) = \sum_{v \in S} q_v \log \frac{q_v}{p_v} . \tag{1.17.6} $$
+# $$ D(q \,\|\, p) = \sum_{v \in S} q_v \log \frac{q_v}{p_v} . \tag{1.18.6} $$
 #
 # Write $P(S) = \sum_{v \in S} p_v$ and $r_v = p_v / P(S)$, which is a
 # distribution on $S$. Since $\log (q_v / p_v) = \log (q_v / r_v) - \log
 # P(S)$,
 #
-# $$ D(q \,\|\, p) = D(q \,\|\, r) - \log P(S) . \tag{1.17.7} $$
+# $$ D(q \,\|\, p) = D(q \,\|\, r) - \log P(S) . \tag{1.18.7} $$
 #
 # The first term is never negative and is zero for $q = r$ alone. So the
 # best $q$ keeps the proportions and divides by $P(S)$, and the price is
 #
-# $$ D = -\log P(S) . \tag{1.17.8} $$
+# $$ D = -\log P(S) . \tag{1.18.8} $$
 #
 # Now choose $S$. If it may hold $k$ tokens, the price is least when $P(S)$
 # is largest: take the $k$ most probable ones. This is **top-k**. If instead
@@ -329,7 +329,7 @@ for cut in ({}, {"top_k": 3}, {"top_p": 0.6}, {"temperature": 0}):
 
 # %% [markdown]
 # Check the claim behind the formulas: among all sets of three tokens the
-# top three cost least, and (1.17.8) is their price.
+# top three cost least, and (1.18.8) is their price.
 
 # %% every set of three
 from itertools import combinations
@@ -363,7 +363,7 @@ for bad in ({"temperature": -1}, {"top_k": 0}, {"top_p": 1.5}):
 # ## A model to draw from
 #
 # We train one here, small enough to take seconds, on the text of
-# [chapter 1.16](16_training.ipynb). To use a model of your own, set `RUN` to its
+# [chapter 1.17](17_training.ipynb). To use a model of your own, set `RUN` to its
 # folder; the rest of the chapter works with either.
 # The texts it writes hang on the last bits of its logits, which are others on
 # another processor, so those outputs are not compared when the notebook is
@@ -446,7 +446,7 @@ verdict("in the padding", not np.array_equal(*seen), "differs")
 # and the text grows in peace until the window is full again. The model sees
 # between T/2 and T tokens. Where its window begins is a function of the
 # length of the text alone, which will let
-# [the next chapter](../4_practice/13_cache.ipynb) keep what it has computed and still draw
+# [the next chapter](../4_practice/19_cache.ipynb) keep what it has computed and still draw
 # the same tokens.
 
 
@@ -487,7 +487,7 @@ verdict("the window", min(spans) == 5 and max(spans) == 8, "5 to 8 tokens")
 # model that has a method `following` answers by itself; for a GPT2 the
 # next function fills a window and runs it forward. The whole window is computed
 # for every token; what keeps keys and values instead is the `Decoder` of
-# [chapter 4.13](../4_practice/13_cache.ipynb).
+# [chapter 4.19](../4_practice/19_cache.ipynb).
 
 
 # %% what follows some texts tags=["export"]
@@ -682,7 +682,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.17.3. The likeliest tokens after `import`, after `def __init__(` and
+# *Figure 1.18.3. The likeliest tokens after `import`, after `def __init__(` and
 # after `return self` (␣ is a space, ⏎ a line's end): after the opening
 # bracket of a method the model puts its money on `self`, after `self` on a
 # dot, and after `import` it spreads it over many tokens.*
@@ -739,13 +739,13 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.17.4. What each token of three lines of Python costs. Blue bars cost
+# *Figure 1.18.4. What each token of three lines of Python costs. Blue bars cost
 # less than one nat: `self`, the sign that must follow it, and a line's end
 # with the right indentation. Names and operators, which the author chose,
 # cost several nats, and so does the first indentation, which nothing
 # announces.*
 #
-# This is the loss of chapter 1.16 token by token: its mean over many lines is
+# This is the loss of chapter 1.17 token by token: its mean over many lines is
 # the validation loss.
 
 # %% [markdown]
@@ -754,7 +754,7 @@ plt.show()
 # A token costs a forward pass over the whole window, $2N + 2LCT$ operations
 # for each of its T positions. All but one of these positions held the same
 # tokens the last time, and by the proof of the window their vectors are the
-# same too. [Chapter 4.13](../4_practice/13_cache.ipynb) keeps what they leave
+# same too. [Chapter 4.19](../4_practice/19_cache.ipynb) keeps what they leave
 # behind, and computes one position a token.
 
 # %% operations a token
@@ -817,7 +817,7 @@ compare("ratio", p[0] / p[1], 10, tol=1e-12)
 # **2** (★★). Draw without running sums: add to each scaled logit an
 # independent number $g_v = -\log(-\log u_v)$ with uniform $u_v$, and take
 # the largest. Check by counting that this **Gumbel trick** draws from
-# (1.17.1).
+# (1.18.1).
 #
 # :::{admonition} Solution to exercise 2
 # :class: dropdown
@@ -888,4 +888,4 @@ verdict("period", period([1, 2, 3, 4]) is None, "there is none")
 # %% what llmnb gained
 from llmnb.book.index import gained
 
-gained("1.17")
+gained("1.18")

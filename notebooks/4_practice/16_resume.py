@@ -16,7 +16,7 @@
 # > A run that was cut and resumed ends with the weights of one that was not, bit
 # > for bit; and each row of the table of states is needed for it.
 #
-# *Reading time: 30 minutes. You need: [chapter 4.41](41_states.ipynb).*
+# *Reading time: 30 minutes. You need: [chapter 4.15](15_states.ipynb).*
 
 # %% [markdown]
 # ## Where we are
@@ -562,7 +562,7 @@ verdict("log.csv", rows[0] == rows[1], "the same rows, but for the speed")
 
 # %% [markdown]
 # The same bytes, in every file. Would we have noticed if the state were not
-# complete? Forget one row of table 4.41.1 at a time:
+# complete? Forget one row of table 4.15.1 at a time:
 
 
 # %% forget one thing
@@ -669,7 +669,7 @@ place.cleanup()
 # %% [markdown]
 # A stop that you wish for is the gentlest kind. Whoever iterates over
 # `follow` leaves its loop after a step and calls `save_state`;
-# [chapter 4.18](../4_practice/18_commands.ipynb) does so on Ctrl-C and on the signal by which
+# [chapter 4.23](../4_practice/23_commands.ipynb) does so on Ctrl-C and on the signal by which
 # a system asks a program to end. The tests go further: they kill the process
 # with a signal that cannot be caught, at random moments, and compare.
 
@@ -688,7 +688,7 @@ place.cleanup()
 #
 # ## Exercises
 #
-# **1** (★★★). Which rows of table 4.41.1 may a run forget without harm if it
+# **1** (★★★). Which rows of table 4.15.1 may a run forget without harm if it
 # never skips an update?
 #
 # :::{admonition} Solution to exercise 1
@@ -718,4 +718,4 @@ verdict("no skips", same == ["updates", "windows"], "two can be missed")
 # %% what llmnb gained
 from llmnb.book.index import gained
 
-gained("4.42")
+gained("4.16")

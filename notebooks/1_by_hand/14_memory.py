@@ -17,7 +17,7 @@
 # > footprint is known before training begins and never grows.
 #
 # *Reading time: 22 minutes. You need: the block of
-# [chapter 1.30](30_block.ipynb).*
+# [chapter 1.13](13_block.ipynb).*
 
 # %% [markdown]
 # ## Where we are
@@ -28,7 +28,7 @@ from llmnb.book.diagram import gpt2_diagram
 gpt2_diagram(lit="all")
 
 # %% [markdown]
-# *Figure 1.13.1. Every box of the model reads arrays and writes arrays. This
+# *Figure 1.14.1. Every box of the model reads arrays and writes arrays. This
 # chapter decides, for all of them at once, where those arrays are.*
 #
 # A framework creates an array whenever a layer produces one, and frees it when
@@ -97,7 +97,7 @@ print(block)
 # begins where the one before it ends,
 #
 # $$ \text{offset}_{k+1} = \text{offset}_k
-#    + \text{itemsize}_k \prod_a \text{shape}_{k,a} . \tag{1.13.1} $$
+#    + \text{itemsize}_k \prod_a \text{shape}_{k,a} . \tag{1.14.1} $$
 #
 # Two refinements. Tensors come in *groups*, such as all parameters, and a
 # group leaves no gaps: AdamW then updates all parameters as one long flat
@@ -208,7 +208,7 @@ def put(array, values):
 # %% [markdown]
 # `zeros` and `put` are for a block that is not in the processor's own
 # memory. That of a GPU can be cut and viewed like any other, and NumPy
-# cannot write into it: [chapter 1.15](15_model.ipynb) trains there.
+# cannot write into it: [chapter 1.16](16_model.ipynb) trains there.
 
 # %% a small arena
 arena = Arena(
@@ -453,7 +453,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.13.2. GPT-2 124M in float32 with four rows. Up to T = 512 the
+# *Figure 1.14.2. GPT-2 124M in float32 with four rows. Up to T = 512 the
 # parameters and their companions take most of the memory; at T = 1024 the
 # activations and their gradients take more than half.*
 
@@ -473,7 +473,7 @@ plt.show()
 # The memory of a model that trains is, in numbers of four bytes,
 #
 # $$ M = 4 N + B T \left( L \cdot 10 C + 4 C + \max(V_p, 13 C) \right)
-#    + \dots \tag{1.13.2} $$
+#    + \dots \tag{1.14.2} $$
 #
 # with $10 C$ numbers kept for each token by each block (three arrays of width
 # $C$, one of $3C$, one of $4C$) and, once for all blocks, $4 C$ more:
@@ -481,7 +481,7 @@ plt.show()
 # the blocks take turns with, if that is more. $N$ counts the parameters with
 # the padding here, and the dots stand for the narrow arrays.
 
-# %% equation (1.13.2) against the table
+# %% equation (1.14.2) against the table
 cfg, B, T = GPT2Config(), 4, 1024
 L, C, Vp = cfg.num_layers, cfg.channels, cfg.padded_vocab_size
 N = sum(math.prod(s) for s in parameter_shapes(cfg).values())
@@ -597,4 +597,4 @@ verdict("owners", found == [("a", "a")] * 2 + [None, ("b", "b")], "are right")
 # %% what llmnb gained
 from llmnb.book.index import gained
 
-gained("1.13")
+gained("1.14")

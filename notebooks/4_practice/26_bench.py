@@ -16,7 +16,7 @@
 # > against the contestants that you bring.
 #
 # *Reading time: 10 minutes. You need: [chapter A.8](../appendix/08_racing.ipynb)
-# and [chapter 4.18](18_commands.ipynb).*
+# and [chapter 4.23](23_commands.ipynb).*
 
 # %% [markdown]
 # ## Where we are
@@ -218,4 +218,4 @@ def _command(argv):
 # %% what llmnb gained
 from llmnb.book.index import gained
 
-gained("4.21")
+gained("4.26")

@@ -15,8 +15,8 @@
 # > A model without gradients that keeps what it has computed, behind one pure
 # > function: the same logits as a whole window would give.
 #
-# *Reading time: 24 minutes. You need: [chapter 4.13](13_cache.ipynb) and the block
-# ([chapter 1.30](../1_by_hand/30_block.ipynb)).*
+# *Reading time: 24 minutes. You need: [chapter 4.19](19_cache.ipynb) and the block
+# ([chapter 1.13](../1_by_hand/13_block.ipynb)).*
 
 # %% [markdown]
 # ## Where we are
@@ -115,7 +115,7 @@ def _packed(cfg):
 
 
 # %% [markdown]
-# The block itself is that of [chapter 1.30](../1_by_hand/30_block.ipynb), called
+# The block itself is that of [chapter 1.13](../1_by_hand/13_block.ipynb), called
 # with other layers: products that read packed weights, and attention that
 # looks into the cache. Two details of speed: LayerNorm and GELU of one row
 # are done before a second thread has woken up, so one thread does them. Their
@@ -156,7 +156,7 @@ LAYERS = SimpleNamespace(
 # methods to append a token and to go back. Then the caller must know what the
 # cache holds, and a mistake gives wrong text without an error. We hide it.
 # `following` takes whole texts and gives the logits after them; it is a pure
-# function, and its values are those of `window_logits` in chapter 1.17.
+# function, and its values are those of `window_logits` in chapter 1.18.
 # Inside, it compares the texts with those of the last call and computes what
 # is new. When a text slides to its next window nothing matches, and all is
 # computed. When a prompt is continued twice, its positions are still there.
@@ -427,7 +427,7 @@ verdict("stale", agrees(Trusting) == [True, True, False], "is seen")
 # A model that is larger than the processor's cache: 6 blocks, 512 channels.
 # Its weights are random; time does not depend on them. For each length $n$ we
 # take the time of one more token with the cache, and of computing all $n$
-# positions, with the same kernels. The prediction is (4.13.4) over the speed at
+# positions, with the same kernels. The prediction is (4.19.4) over the speed at
 # which a copy moves memory.
 
 # %% with and without tags=["nbval-ignore-output"]
@@ -490,7 +490,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 4.14.1. The time of the next token against the length of the text, on
+# *Figure 4.20.1. The time of the next token against the length of the text, on
 # logarithmic axes. Recomputed it grows with the length, as soon as there are
 # more rows than memory leaves time for. Cached it hardly grows, and stays
 # within some two times of reading the weights once, the dashed line.*
@@ -535,7 +535,7 @@ except ChildProcessError as error:
 #
 # **1** (★★). Cut one text into a prefill of $a$ tokens and single steps for
 # the rest, for every $a$. Check that the last logits do not depend on $a$, to
-# the last bit. Which property of (4.13.5) is it that you test?
+# the last bit. Which property of (4.19.5) is it that you test?
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
@@ -573,4 +573,4 @@ verdict("any cut", len(found) == 1, "19 ways, the same logits")
 # %% what llmnb gained
 from llmnb.book.index import gained
 
-gained("4.14")
+gained("4.20")

@@ -15,7 +15,7 @@
 # > A run can go on to the last bit if all that one step hands to the next is
 # > kept, in a file that appears whole or not at all.
 #
-# *Reading time: 20 minutes. You need: [chapter 4.40](40_folders.ipynb) and
+# *Reading time: 20 minutes. You need: [chapter 4.14](14_folders.ipynb) and
 # [chapter 4.3](03_safetensors.ipynb).*
 
 # %% [markdown]
@@ -47,7 +47,7 @@
 # | the updates made | AdamW's bias correction | `updates` |
 # | the two windows | skipping | `losses`, `norms` |
 #
-# *Table 4.41.1. All that one step hands to the next.*
+# *Table 4.15.1. All that one step hands to the next.*
 #
 # What is not in the table matters as much. Activations and gradients are
 # overwritten in each step before they are read. There is no generator with
@@ -58,7 +58,7 @@
 # the machine. We keep the first, compare the second, and write down the
 # others, to warn when they have changed.
 #
-# The claim is that the table is complete. [Chapter 4.42](42_resume.ipynb) drops
+# The claim is that the table is complete. [Chapter 4.16](16_resume.ipynb) drops
 # one row after the other, and sees the run go astray each time; and with all rows, not at all.
 
 # %% imports of state tags=["export"]
@@ -446,4 +446,4 @@ for depth in (12, 48):
 # %% what llmnb gained
 from llmnb.book.index import gained
 
-gained("4.41")
+gained("4.15")

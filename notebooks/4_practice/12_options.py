@@ -16,7 +16,7 @@
 # > Every number that fixes a run stands in one frozen dataclass, with a sentence
 # > of help; the text it names becomes tokens, and tokens become batches.
 #
-# *Reading time: 24 minutes. You need: [chapter 1.16](../1_by_hand/16_training.ipynb) and the texts of
+# *Reading time: 24 minutes. You need: [chapter 1.17](../1_by_hand/17_training.ipynb) and the texts of
 # [chapter 4.8](08_corpora.ipynb).*
 
 # %% [markdown]
@@ -45,7 +45,7 @@ from llmnb.book.verify import verdict
 # A run is fixed by its numbers: what it reads, what the model looks like,
 # how it learns. They live in one frozen dataclass, `TrainConfig`, in five
 # parts. Each number carries a sentence of help, because the command line
-# of [chapter 4.18](../4_practice/18_commands.ipynb) makes its options from these fields.
+# of [chapter 4.23](../4_practice/23_commands.ipynb) makes its options from these fields.
 
 # %% imports of options tags=["export"]
 import math
@@ -492,7 +492,7 @@ def _loader(config, tokens, **how):
 # %% [markdown]
 # The losses of a run are to be held against something. What a uniform guess pays
 # and what counting pays are known from the tokens alone
-# ([chapter 1.16](../1_by_hand/16_training.ipynb)).
+# ([chapter 1.17](../1_by_hand/17_training.ipynb)).
 
 
 # %% the landmarks tags=["export"] module="train.feed"
@@ -566,4 +566,4 @@ verdict("pieces", pieces == 4, "four batches an update")
 # %% what llmnb gained
 from llmnb.book.index import gained
 
-gained("4.11")
+gained("4.12")

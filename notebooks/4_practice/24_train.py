@@ -16,8 +16,8 @@
 # > A folder for each run, a bar that says how it goes, and signals that save
 # > before they stop.
 #
-# *Reading time: 15 minutes. You need: [chapter 4.42](42_resume.ipynb)
-# and [chapter 4.18](18_commands.ipynb).*
+# *Reading time: 15 minutes. You need: [chapter 4.16](16_resume.ipynb)
+# and [chapter 4.23](23_commands.ipynb).*
 
 # %% [markdown]
 # ## Where we are
@@ -512,4 +512,4 @@ with TemporaryDirectory() as place:
 # %% what llmnb gained
 from llmnb.book.index import gained
 
-gained("4.19")
+gained("4.24")
