@@ -1,4 +1,4 @@
-"""vocab.json and merges.txt of an encoding, for tests."""
+"""Tokenizer files of published models, written for tests."""
 
 import json
 

@@ -396,34 +396,6 @@ def _residual_backward(s, draw):
     return {x: draw.floats(s.B, s.T, s.C) for x in names}
 
 
-def _fused_residual(s, draw):
-    arrays = _layernorm_forward(s, draw)
-    arrays["inp1"] = arrays.pop("inp")
-    arrays |= {"inp2": draw.floats(s.B, s.T, s.C)}
-    arrays |= {"residual": draw.nothing(s.B, s.T, s.C)}
-    first = "residual", "out", "mean", "rstd", "inp1", "inp2"
-    return {x: arrays[x] for x in (*first, "weight", "bias")}
-
-
-def _add_and_normalise(residual, out, mean, rstd, inp1, inp2, weight, bias):
-    """The reference of the fused residual: the two functions, in turn."""
-    from llmnb.reference.layernorm import layernorm_forward
-    from llmnb.reference.residual import residual_forward
-
-    residual_forward(residual, inp1, inp2)
-    layernorm_forward(out, mean, rstd, residual, weight, bias)
-
-
-def _torch_fused_residual(torch, a):
-    layer, C = torch.native_layer_norm, a.weight.shape
-
-    def run():
-        x = torch.add(a.inp1, a.inp2)
-        return x, *layer(x, C, a.weight, a.bias, 1e-5)
-
-    return run
-
-
 def _torch_residual(torch, a):
     return lambda: (torch.add(a.inp1, a.inp2),)
 
@@ -557,9 +529,6 @@ LADDERS = (
            torch=_torch_residual),
     Ladder("residual", "residual_backward", _residual_backward,
            changes=("dinp1", "dinp2"), torch=_torch_residual_back),
-    Ladder("residual", "fused_residual_forward", _fused_residual,
-           ("residual", "out", "mean", "rstd"), torch=_torch_fused_residual,
-           reference=_add_and_normalise),
     Ladder("crossentropy", "crossentropy_softmax_forward", _loss_forward,
            ("losses", "lse"), torch=_torch_loss, checked=1, counted=LONG_ROWS),
     Ladder("crossentropy", "crossentropy_softmax_backward", _loss_backward,
