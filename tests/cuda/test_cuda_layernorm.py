@@ -1,4 +1,4 @@
-"""LayerNorm on a GPU: every version, what it moves, what is refused."""
+"""LayerNorm on a GPU: what it moves, what is refused."""
 
 import re
 
@@ -7,10 +7,9 @@ import pytest
 from gpu import check_layer, check_machine_code
 
 from llmnb import reference
+from llmnb.bench.rungs_layernorm import forward_by_threads
 from llmnb.cuda import layernorm
 from llmnb.cuda.layernorm import (
-    LAYERNORM_BACKWARD,
-    LAYERNORM_FORWARD,
     layernorm_backward,
     layernorm_forward,
     layernorm_scratch,
@@ -18,8 +17,6 @@ from llmnb.cuda.layernorm import (
 from llmnb.gpu.launch import empty, simulated, to_host
 from llmnb.gpu.simulator import watch
 
-FORWARD = range(1, len(LAYERNORM_FORWARD) + 1)
-BACKWARD = range(1, len(LAYERNORM_BACKWARD) + 1)
 SHAPES = [(1, 1, 3), (1, 5, 32), (3, 11, 33), (1, 2, 1), (2, 19, 4)]
 SHAPES += [(1, 5, 132)]
 
@@ -46,39 +43,36 @@ def backward_arrays(p):
     return {k: p[k] for k in (*names, "mean", "rstd")}
 
 
-def forward(shape, version, tol=2e-6):
+def forward(shape, tol=5e-6, layer=layernorm_forward):
     return check_layer(
-        layernorm_forward,
+        layer,
         reference.layernorm_forward,
         forward_arrays(problem(*shape)),
         ("out", "mean", "rstd"),
         tol=tol,
-        version=version,
     )
 
 
-def backward(shape, version, work=None, tol=4e-6):
+def backward(shape, work=None, tol=1e-5):
     return check_layer(
         layernorm_backward,
         reference.layernorm_backward,
         backward_arrays(problem(*shape)),
         ("dinp", "dweight", "dbias"),
         tol=tol,
-        version=version,
         work=work,
     )
 
 
-@pytest.mark.parametrize("version", FORWARD)
+@pytest.mark.parametrize("layer", (forward_by_threads, layernorm_forward))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_forward(version, shape):
-    forward(shape, version, tol=5e-6)
+def test_forward(layer, shape):
+    forward(shape, layer=layer)
 
 
-@pytest.mark.parametrize("version", BACKWARD)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_backward(version, shape):
-    backward(shape, version, tol=1e-5)
+def test_backward(shape):
+    backward(shape)
 
 
 def names(seen):
@@ -92,38 +86,33 @@ def scalar_accesses(made):
     )
 
 
-@pytest.mark.parametrize("version", FORWARD)
-def test_machine_code_forward(version):
-    seen = forward((1, 1, 132), version, tol=5e-6)
-    (made,) = check_machine_code(seen).values()
-    if version < 3:
-        assert made.vector_loads == made.vector_stores == 0
-    else:  # alone, a row's mean and rstd
-        assert made.vector_loads and made.vector_stores
-        assert scalar_accesses(made) == 2
+def test_machine_code_forward():
+    """Vectors, but for a row's mean and rstd."""
+    (made,) = check_machine_code(forward((1, 1, 132))).values()
+    assert made.vector_loads and made.vector_stores
+    assert scalar_accesses(made) == 2
 
 
-@pytest.mark.parametrize("version", BACKWARD)
-def test_machine_code_backward(version):
-    made = check_machine_code(backward((1, 1, 132), version, tol=1e-5))
-    if version == 3:
-        block = made["_backward_block"]
-        assert (block.vector_loads, block.vector_stores) == (4, 3)
+def test_machine_code_of_rows_that_vectors_do_not_fit():
+    (made,) = check_machine_code(forward((1, 1, 133))).values()
+    assert made.vector_loads == made.vector_stores == 0
+    check_machine_code(backward((1, 1, 133)))
+
+
+def test_machine_code_backward():
+    made = check_machine_code(backward((1, 1, 132)))
+    block = made["_backward_block"]
+    assert (block.vector_loads, block.vector_stores) == (4, 3)
 
 
 @pytest.mark.parametrize(
-    ("C", "version", "kernel"),
-    [
-        (256, 4, "forward_kept"),
-        (260, 4, "_forward_vector"),
-        (257, 4, "_forward_warp"),
-        (129, 3, "_forward_warp"),
-    ],
+    ("C", "kernel"),
+    [(256, "forward_kept"), (260, "_forward_warp"), (257, "_forward_warp")],
 )
-def test_long_rows_forward(C, version, kernel, monkeypatch):
+def test_long_rows_forward(C, kernel, monkeypatch):
     """Here rows of up to 256 channels are kept; the rest falls back."""
     monkeypatch.setattr(layernorm, "MOST_KEPT", 256)
-    assert names(forward((1, 1, C), version)) == [kernel]
+    assert names(forward((1, 1, C))) == [kernel]
 
 
 @pytest.mark.parametrize(
@@ -136,13 +125,13 @@ def test_long_rows_forward(C, version, kernel, monkeypatch):
 )
 def test_long_rows_backward(C, kernel, monkeypatch):
     monkeypatch.setattr(layernorm, "MOST_THREADS", 64)
-    assert names(backward((1, 1, C), 3, tol=1e-5))[0] == kernel
+    assert names(backward((1, 1, C)))[0] == kernel
 
 
 def test_the_longest_rows():
     """What is kept fits in 48 KB, and a block in its launch bounds."""
-    assert names(forward((1, 1, 3072), 4)) == ["forward_kept"]
-    seen = backward((1, 1, 2048), 3, tol=1e-5)
+    assert names(forward((1, 1, 3072))) == ["forward_kept"]
+    seen = backward((1, 1, 2048))
     assert names(seen)[0] == "_backward_block"
     assert seen.launches[0][2] == 512
     assert layernorm.KEPT_ROWS * layernorm.MOST_KEPT * 4 == 48 << 10
@@ -155,14 +144,13 @@ def elsewhere(array):
     return flat[1:].reshape(*array.shape)
 
 
-@pytest.mark.parametrize("version", [3, 4])
 @pytest.mark.parametrize("name", ["out", "inp", "weight", "bias"])
-def test_rows_that_begin_elsewhere_forward(name, version):
+def test_rows_that_begin_elsewhere_forward(name):
     p = forward_arrays(problem(1, 3, 8))
     there = {k: simulated(v) for k, v in p.items()}
     there[name] = elsewhere(p[name])
     with watch() as seen:
-        layernorm_forward(*there.values(), version=version)
+        layernorm_forward(*there.values())
     assert names(seen) == ["_forward_warp"]
     reference.layernorm_forward(*p.values())
     np.testing.assert_allclose(to_host(there["out"]), p["out"], atol=1e-5)
@@ -183,7 +171,7 @@ def test_rows_that_begin_elsewhere_backward(name):
         np.testing.assert_allclose(to_host(there[k]), p[k], atol=1e-5)
 
 
-def bits(version, backwards):
+def bits(backwards):
     """The gradients, with the blocks run from the last to the first or not."""
     there = [
         simulated(v) for v in backward_arrays(problem(2, 19, 36)).values()
@@ -193,56 +181,44 @@ def bits(version, backwards):
         if backwards:
             turned = lambda size: reversed([*straight(size)])  # noqa: E731
             patch.setattr("llmnb.gpu.simulator.np.ndindex", turned)
-        layernorm_backward(*there, version=version)
+        layernorm_backward(*there)
     return [to_host(x) for x in there[:3]]
 
 
-@pytest.mark.parametrize("version", BACKWARD)
-def test_the_order_of_blocks_changes_no_bit(version):
-    same = map(np.array_equal, bits(version, False), bits(version, True))
-    assert [*same] == [True, version != 1, version != 1]
+def test_the_order_of_blocks_changes_no_bit():
+    assert all(map(np.array_equal, bits(False), bits(True)))
 
 
 def test_what_forward_moves():
-    """What the chapter counts for 32 rows of 256 channels; here it is 8.
-
-    An array of 256 channels is 32 sectors, asked for in 8 requests or in 2.
-    """
+    """An array of 256 channels is 32 sectors, asked for in 2 requests."""
     rows = 8
-    seen = [forward((1, rows, 256), v, tol=5e-6) for v in FORWARD]
-    assert [s.sectors for s in seen] == [
-        4 * 256 * rows + 2 * 256 + 2,  # each lane a sector of its own
-        *2 * [rows * (6 * 32 + 2)],  # inp three times, and mean and rstd
-        rows * (4 * 32 + 2),
-    ]
-    requests = [6 * 256 + 2] + [rows * (6 * n + 2) for n in (8, 2)]
-    assert [s.requests for s in seen] == [*requests, rows * (4 * 2 + 2)]
-    assert [s.barriers for s in seen] == [0, 0, 0, 0]
-    kept = seen[3]  # no bank conflicts: a vector takes four passes
+    plain = forward((1, rows, 256), layer=forward_by_threads)
+    kept = forward((1, rows, 256))
+    # each thread of the plain version asks for a sector of its own
+    assert plain.sectors == 4 * 256 * rows + 2 * 256 + 2
+    assert kept.sectors == rows * (4 * 32 + 2)
+    assert plain.requests == 6 * 256 + 2
+    assert kept.requests == rows * (4 * 2 + 2)
+    assert plain.barriers == kept.barriers == 0
+    # no bank conflicts: a vector takes four passes
     assert kept.shared_passes == 4 * kept.shared_requests
     assert kept.read_bytes == rows * 1024 * 3  # inp once, weight and bias
-    assert seen[2].read_bytes == rows * 1024 * 5
-    each = 32 * rows * 10  # five steps for each of two sums
-    assert [s.exchanges for s in seen] == [0, each, each, each]
+    # five steps for each of two sums
+    assert (plain.exchanges, kept.exchanges) == (0, 32 * rows * 10)
 
 
 def test_what_backward_moves():
     rows, parts = 8, 2
-    seen = [backward((1, rows, 256), v, tol=1e-5) for v in BACKWARD]
+    seen = backward((1, rows, 256))
     table = parts * 2 * 64 + 128  # written and read; dweight and dbias
-    assert [s.sectors for s in seen] == [
-        rows * (8 * 32 + 2),
-        rows * (8 * 32 + 2) + rows * (2 * 32 + 8 * 2) + table,
-        rows * (4 * 32 + 4) + parts * 32 + table,  # weight once a part
-    ]
-    assert [s.atomics for s in seen] == [2 * rows * 256, 0, 0]
-    assert [len(s.launches) for s in seen] == [1, 3, 2]
-    assert [s.exchanges for s in seen] == [2560, 2560, rows * 64 * 20]
+    weight = parts * 32  # once a part
+    assert seen.sectors == rows * (4 * 32 + 4) + weight + table
+    assert seen.atomics == 0 and len(seen.launches) == 2
+    assert seen.exchanges == rows * 64 * 20
 
 
 @pytest.mark.parametrize("rows", [3, 4, 5, 31, 32, 33, 50])
-@pytest.mark.parametrize("version", [2, 3])
-def test_every_row_is_counted_once(monkeypatch, rows, version):
+def test_every_row_is_counted_once(monkeypatch, rows):
     """The rows are cut into parts, here up to 8; none is lost."""
     monkeypatch.setattr(layernorm, "_parts", lambda n: min(8, -(-n // 4)))
     ones = np.ones((1, rows, 4), np.float32)
@@ -250,7 +226,7 @@ def test_every_row_is_counted_once(monkeypatch, rows, version):
     flat = [simulated(np.zeros((1, rows), np.float32)) for _ in range(2)]
     weight = simulated(np.ones(4, np.float32))
     dinp, dout, inp = (simulated(ones) for _ in range(3))
-    layernorm_backward(dinp, *sums, dout, inp, weight, *flat, version=version)
+    layernorm_backward(dinp, *sums, dout, inp, weight, *flat)
     np.testing.assert_array_equal(to_host(sums[0]), 0)
     np.testing.assert_array_equal(to_host(sums[1]), rows)
 
@@ -272,22 +248,12 @@ def test_work_of_any_size_that_holds_the_sums():
     assert left[need:].all() and not left[:need].any()
 
 
-def test_version_1_wants_no_table():
-    work = simulated(np.full(layernorm_scratch(5, 32), 7, np.float32))
-    p = backward_arrays(problem(1, 5, 32))
-    there = [simulated(v) for v in p.values()]
-    layernorm_backward(*there, work=work, version=1)
-    assert (to_host(work) == 7).all()
-
-
 def test_a_constant_row_is_finite():
     p = problem(1, 2, 16)
     p["inp"][...] = 3
     there = [simulated(v) for v in forward_arrays(p).values()]
-    for version in FORWARD:
-        layernorm_forward(*there, version=version)
-        out = to_host(there[0])
-        np.testing.assert_allclose(out[0, 0], p["bias"], atol=1e-5)
+    layernorm_forward(*there)
+    np.testing.assert_allclose(to_host(there[0])[0, 0], p["bias"], atol=1e-5)
 
 
 def test_a_large_mean_loses_no_digits():
@@ -295,10 +261,10 @@ def test_a_large_mean_loses_no_digits():
     p = problem(1, 2, 64)
     signs = np.random.default_rng(0).choice([-1, 1], p["inp"].shape)
     p["inp"][...] = 10_000 + signs
-    for version in FORWARD:
+    want = 1 / p["inp"].std(axis=-1, dtype=np.float64)
+    for layer in (forward_by_threads, layernorm_forward):
         there = [simulated(v) for v in forward_arrays(p).values()]
-        layernorm_forward(*there, version=version)
-        want = 1 / p["inp"].std(axis=-1, dtype=np.float64)
+        layer(*there)
         np.testing.assert_allclose(to_host(there[2]), want, rtol=1e-4)
 
 
@@ -316,8 +282,6 @@ BAD = [
     ("bias", zeros(1, 4), ValueError, "bias must have shape"),
     ("inp", zeros(6, 4), ValueError, r"\(B, T, C\)"),
     ("inp", [[1.0]], TypeError, "inp must be a device's array"),
-    ("version", 0, ValueError, "version must be in 1 to 4, got 0"),
-    ("version", 5, ValueError, "version must be in 1 to 4, got 5"),
 ]
 BAD_BACKWARD = [
     ("dinp", zeros(2, 4, 3), ValueError, "dinp must have shape"),
@@ -328,7 +292,6 @@ BAD_BACKWARD = [
     ("work", zeros(4, 4), ValueError, r"work must have shape \(W,\)"),
     ("work", np.zeros(16, np.float32), TypeError, "work must be a device's"),
     ("work", zeros(16, dtype=np.int32), TypeError, "work must be float32"),
-    ("version", 4, ValueError, "version must be in 1 to 3, got 4"),
 ]
 
 
