@@ -150,7 +150,7 @@ def zeros(nbytes):
 # numbers from memory ([chapter 1.12](../1_by_hand/12_adamw.ipynb) says why), one row of
 # them for tensors that decay and one for the others.
 #
-# Whose products? [Chapter 1.7](07_matmul.ipynb) has its own, and hands plans
+# Whose products? [Chapter 3.6](06_matmul.ipynb) has its own, and hands plans
 # to NVIDIA's cuBLASLt where that is installed. The model takes the library's
 # if it can, and the variable `LLMNB_MATMUL` chooses otherwise. Only the
 # library has products in TF32 (`precision="tf32"`).
@@ -555,7 +555,7 @@ plt.show()
 #
 # A training run has decisions, too. It may leave out an update whose loss
 # stands out, or add up the gradients of several batches
-# ([chapter 1.16](16_training.ipynb)). There the four methods are called one by
+# ([chapter 1.17](../1_by_hand/17_training.ipynb)). There the four methods are called one by
 # one, as on the host.
 
 # %% [markdown]
