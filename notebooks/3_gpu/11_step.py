@@ -150,9 +150,9 @@ def zeros(nbytes):
 # numbers from memory ([chapter 1.12](../1_by_hand/12_adamw.ipynb) says why), one row of
 # them for tensors that decay and one for the others.
 #
-# Whose products? [Chapter 3.6](06_matmul.ipynb) has its own, and hands plans
-# to NVIDIA's cuBLASLt where that is installed. The model takes the library's
-# if it can, and the variable `LLMNB_MATMUL` chooses otherwise. Only the
+# Whose products? [Chapter 3.6](06_matmul.ipynb) has its own, and
+# [chapter 3.7](07_cublas.ipynb) hands plans to NVIDIA's cuBLASLt where that is
+# installed. The model takes the library's if it can, and the variable `LLMNB_MATMUL` chooses otherwise. Only the
 # library has products in TF32 (`precision="tf32"`).
 
 

@@ -262,7 +262,7 @@ def bad(name, x, shape=(2, 5, 3, 4)):
 BAD = [
     ("inp", lambda x: x, TypeError, "inp must be a device's array"),
     ("inp", lambda x: simulated(x[0]), ValueError, r"inp must have shape \(B"),
-    ("inp", lambda x: simulated(x[..., 1:]), ValueError, r"\(B, T, \(NH"),
+    ("inp", lambda x: simulated(x[..., 1:]), ValueError, "inp must have sh"),
     ("inp", lambda x: simulated(x[:0]), ValueError, "inp must have shape"),
     ("inp", lambda x: simulated(x.astype("f8")), TypeError, "inp must be fl"),
     ("out", lambda x: simulated(x[:, :4]), ValueError, "out must have shape"),

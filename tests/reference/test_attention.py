@@ -209,8 +209,8 @@ def arrays(dtype=np.float32):
 
 BAD = [
     ("inp", lambda x: x.astype(np.int32), TypeError, "inp must be float32"),
-    ("inp", lambda x: x[0], ValueError, r"inp must have shape \(B, T, 3C\)"),
-    ("inp", lambda x: x[..., :-1].copy(), ValueError, r"\(B, T, 3C\)"),
+    ("inp", lambda x: x[0], ValueError, "inp must have shape"),
+    ("inp", lambda x: x[..., :-1].copy(), ValueError, "inp must have sh"),
     ("inp", lambda x: x[:, ::-1], ValueError, "inp must be C-contiguous"),
     ("out", lambda x: x[:, :4].copy(), ValueError, "out must have shape"),
     ("out", lambda x: x.astype(np.float64), TypeError, "out must be float32"),
