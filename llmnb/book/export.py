@@ -12,7 +12,6 @@ __all__ = [
     "Cell",
     "Chapter",
     "ExportError",
-    "IN_ORDER",
     "LINTER",
     "LOADERS",
     "MARKER",
@@ -374,6 +373,26 @@ def cell_at(module, line):
     raise IndexError(f"{module.name} has no line {line}")
 
 
+# the rooms of the package
+# each room's docstring, from the ground up: a room uses those before it, and
+# its neighbours on its own level
+ROOMS = {
+    "book": "What readers of a chapter see, and how the book is built.",
+    "gpu": "The machine under `llmnb.cuda`: simulator, launch, PTX, graphs.",
+    "reference": "The layers in NumPy, forward and backward.",
+    "cpu": "The layers compiled by numba for the processor's cores.",
+    "cuda": "The layers as kernels for a GPU, or for the simulator.",
+    "model": "The tensors of a model, its blocks, the model, its writing.",
+    "formats": "Models on disk: llm.c's .bin, safetensors, Hugging Face's.",
+    "text": "Tokenizers, texts, shards and batches.",
+    "train": "The training loop, its runs, and what a model has learnt.",
+    "bench": "Time: stopwatch, race, ladders, report.",
+    "cli": "The command line, a file a command.",
+}
+# rooms that offer all names of their modules, of gpu's too
+BACKENDS = {"reference": (), "cpu": (), "cuda": ("gpu",)}
+
+
 # imports from other chapters
 def check_imports(module, modules):
     """Refuse an import from `llmnb` that no earlier chapter exports.
@@ -433,7 +452,7 @@ def refuse_later(module, owner, cell, node, name):
     if owner is None or owner.chapter.path.parent.name == APPENDIX:
         return
     there, here = owner.chapter.place, module.chapter.place
-    if there > here and IN_ORDER:
+    if there > here:
         cell.fail(node.lineno, f"{name} belongs to a later chapter, {there}")
 
 
@@ -501,27 +520,7 @@ def say_where(source, tree, module):
     return "\n".join(lines)
 
 
-# the rooms of the package
-# each room's docstring, from the ground up: a room uses those before it, and
-# its neighbours on its own level
-ROOMS = {
-    "book": "What readers of a chapter see, and how the book is built.",
-    "gpu": "The machine under `llmnb.cuda`: simulator, launch, PTX, graphs.",
-    "reference": "The layers in NumPy, forward and backward.",
-    "cpu": "The layers compiled by numba for the processor's cores.",
-    "cuda": "The layers as kernels for a GPU, or for the simulator.",
-    "model": "The tensors of a model, its blocks, the model, its writing.",
-    "formats": "Models on disk: llm.c's .bin, safetensors, Hugging Face's.",
-    "text": "Tokenizers, texts, shards and batches.",
-    "train": "The training loop, its runs, and what a model has learnt.",
-    "bench": "Time: stopwatch, race, ladders, report.",
-    "cli": "The command line, a file a command.",
-}
-# rooms that offer all names of their modules, of gpu's too
-BACKENDS = {"reference": (), "cpu": (), "cuda": ("gpu",)}
-IN_ORDER = True
-
-
+# the file of a room
 def render_room(room, modules):
     """`__init__.py` of a room: a docstring, a backend's also its names.
 

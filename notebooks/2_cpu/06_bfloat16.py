@@ -220,8 +220,9 @@ for name, wrong in (
 
 # %% a small trained model
 from llmnb import GPT2, GPT2Config, tokenizer
+from llmnb.text.bpe import WORDS
 
-text = tokenizer.WORDS * 40
+text = WORDS * 40
 ids = np.array(tokenizer.byte().encode(text)[: 4 * 64 + 1])
 batch = ids[:-1].reshape(4, 64), ids[1:].reshape(4, 64)
 model = GPT2(GPT2Config(64, 257, 2, 4, 64), 4, 64, backend="cpu")

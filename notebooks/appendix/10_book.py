@@ -227,7 +227,7 @@ def read_heading(path, source):
 
 
 # %% this very chapter
-here = read_chapter(ROOT / "notebooks" / "22_colophon.py")
+here = read_chapter(ROOT / "notebooks" / "appendix" / "10_book.py")
 print(here.title)
 print(here.cells[1].line, here.cells[1].name, "->", here.cells[1].module)
 
@@ -419,9 +419,29 @@ def cell_at(module, line):
 #
 # A reader goes through the chapters in order, so a chapter may use what came
 # before it, and nothing that comes later. For notebooks that is a matter of
-# taste; for exported cells it is checked. An import from `llmnb` must name
+# taste; for exported cells it is checked, the appendix apart, which stands beside
+# the parts. An import from `llmnb` must name
 # something that an earlier chapter exports, or this one. So that every such
 # name is seen, there is one way to write it, `from llmnb.module import name`.
+
+# %% the rooms of the package tags=["export"]
+# each room's docstring, from the ground up: a room uses those before it, and
+# its neighbours on its own level
+ROOMS = {
+    "book": "What readers of a chapter see, and how the book is built.",
+    "gpu": "The machine under `llmnb.cuda`: simulator, launch, PTX, graphs.",
+    "reference": "The layers in NumPy, forward and backward.",
+    "cpu": "The layers compiled by numba for the processor's cores.",
+    "cuda": "The layers as kernels for a GPU, or for the simulator.",
+    "model": "The tensors of a model, its blocks, the model, its writing.",
+    "formats": "Models on disk: llm.c's .bin, safetensors, Hugging Face's.",
+    "text": "Tokenizers, texts, shards and batches.",
+    "train": "The training loop, its runs, and what a model has learnt.",
+    "bench": "Time: stopwatch, race, ladders, report.",
+    "cli": "The command line, a file a command.",
+}
+# rooms that offer all names of their modules, of gpu's too
+BACKENDS = {"reference": (), "cpu": (), "cuda": ("gpu",)}
 
 
 # %% imports from other chapters tags=["export"]
@@ -472,7 +492,7 @@ def refuse_later(module, owner, cell, node, name):
     if owner is None or owner.chapter.path.parent.name == APPENDIX:
         return
     there, here = owner.chapter.place, module.chapter.place
-    if there > here and IN_ORDER:
+    if there > here:
         cell.fail(node.lineno, f"{name} belongs to a later chapter, {there}")
 
 
@@ -524,8 +544,8 @@ for name, text in bad.items():
 # %% [markdown]
 # ## Write the module
 #
-# The text of a module is a banner that names its source, the chapter's title
-# and summary as its docstring, `__all__`, and the cells in order with their
+# The text of a module is a banner that names its source, the docstring that the
+# chapter's header gives it, `__all__`, and the cells in order with their
 # names as comments; a module that exports `main` also gets the two lines that
 # run it as a program. No date and no version number goes in: the same source
 # gives the same bytes on every machine, so a difference in `llmnb/` always
@@ -567,27 +587,7 @@ def say_where(source, tree, module):
     return "\n".join(lines)
 
 
-# %% the rooms of the package tags=["export"]
-# each room's docstring, from the ground up: a room uses those before it, and
-# its neighbours on its own level
-ROOMS = {
-    "book": "What readers of a chapter see, and how the book is built.",
-    "gpu": "The machine under `llmnb.cuda`: simulator, launch, PTX, graphs.",
-    "reference": "The layers in NumPy, forward and backward.",
-    "cpu": "The layers compiled by numba for the processor's cores.",
-    "cuda": "The layers as kernels for a GPU, or for the simulator.",
-    "model": "The tensors of a model, its blocks, the model, its writing.",
-    "formats": "Models on disk: llm.c's .bin, safetensors, Hugging Face's.",
-    "text": "Tokenizers, texts, shards and batches.",
-    "train": "The training loop, its runs, and what a model has learnt.",
-    "bench": "Time: stopwatch, race, ladders, report.",
-    "cli": "The command line, a file a command.",
-}
-# rooms that offer all names of their modules, of gpu's too
-BACKENDS = {"reference": (), "cpu": (), "cuda": ("gpu",)}
-IN_ORDER = True
-
-
+# %% the file of a room tags=["export"]
 def render_room(room, modules):
     """`__init__.py` of a room: a docstring, a backend's also its names."""
     text = BANNER.format("*/*.py") + f'\n"""{ROOMS[room]}"""\n'
