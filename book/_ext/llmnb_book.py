@@ -9,7 +9,6 @@ as markup, and lets a Markdown link point at a documented name:
 """
 
 import html
-import json
 import re
 import sys
 from pathlib import Path
@@ -21,7 +20,11 @@ from sphinx.util import logging
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from llmnb.book.export import chapter_label, sources  # noqa: E402
+from llmnb.book.export import (  # noqa: E402
+    chapter_label,
+    read_chapter,
+    sources,
+)
 
 # the document of each chapter, by its number
 PAGES = {
@@ -56,6 +59,22 @@ def index_chapter(app, doctree, docname):
         section.insert(1, addnodes.index(entries=found))
 
 
+def name_module(module):
+    """A module's name, linked to its page if it has public names."""
+    name = nodes.literal(module, module)
+    if not (ROOT / "book" / "api" / f"{module}.md").exists():
+        return name
+    return addnodes.pending_xref(
+        "",
+        name,
+        refdomain="py",
+        reftype="mod",
+        reftarget=module,
+        refexplicit=True,
+        refwarn=True,
+    )
+
+
 def mark_exports(doctree, default):
     """Say above each exported cell which module its code becomes part of."""
     for cell in doctree.findall(nodes.container):
@@ -66,18 +85,8 @@ def mark_exports(doctree, default):
             continue
         module = f"llmnb.{data.get('module', default)}"
         module = module.removesuffix(".__init__")
-        name = nodes.literal(module, module)
-        xref = addnodes.pending_xref(
-            "",
-            name,
-            refdomain="py",
-            reftype="mod",
-            reftarget=module,
-            refexplicit=True,
-            refwarn=True,
-        )
         label = nodes.paragraph(classes=["export-label"])
-        label += [nodes.Text("exported to "), xref]
+        label += [nodes.Text("exported to "), name_module(module)]
         if data.get("title"):
             label += nodes.Text(f": {data['title']}")
         cell.insert(0, label)
@@ -159,9 +168,9 @@ def name_anchors(app, doctree, docname):
 def on_doctree(app, doctree):
     docname = app.env.docname
     if docname.startswith("notebooks/"):
-        header = app.env.metadata[docname].get("llmnb", "{}")
-        default = next(iter(json.loads(header).get("modules", {"": ""})))
-        mark_exports(doctree, default)
+        # the header in the .ipynb is in alphabetical order
+        chapter = read_chapter(ROOT / f"{docname}.py")
+        mark_exports(doctree, next(iter(chapter.modules), ""))
         name_folds(doctree)
         number_chapter(doctree, docname)
         index_chapter(app, doctree, docname)

@@ -619,6 +619,12 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
+# *Figure 1.11.3. Where the model is wrong (left), cross-entropy pulls with a
+# slope near -1 however far away it is, while the slope of the squared
+# distance fades to 0: a hopeless prediction would stay hopeless. Where the
+# model is right (right), both let go.*
+
+# %% [markdown]
 # ## Take away
 #
 # - Softmax sees differences of logits only, so the largest may be

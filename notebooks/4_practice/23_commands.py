@@ -213,6 +213,7 @@ class Parser(argparse.ArgumentParser):
         self.color = False  # the escapes that Python 3.14 would send
 
     def error(self, message):
+        """Exit with status 2 and one line on standard error."""
         self.exit(2, f"{self.prog}: error: {message} (try --help)\n")
 
 
