@@ -1,6 +1,6 @@
 # Written by `make export` from notebooks/3_gpu/10_adamw.py: edit that file.
 
-"""AdamW and clipping on a GPU."""
+"""AdamW, and the clipping of gradients, on a GPU."""
 
 __all__ = [
     "adamw_apply",

@@ -6,7 +6,7 @@
 #     name: python3
 #   llmnb:
 #     modules:
-#       cuda.adamw: "AdamW and clipping on a GPU."
+#       cuda.adamw: "AdamW, and the clipping of gradients, on a GPU."
 #       bench.rungs_adamw: "A plainer AdamW on a GPU, to be timed."
 # ---
 
