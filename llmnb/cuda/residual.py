@@ -1,6 +1,6 @@
 # Written by `make export` from notebooks/3_gpu/05_elementwise.py: edit that file.
 
-"""The residual sum on a GPU."""
+"""The residual sum on a GPU, forward and backward."""
 
 __all__ = [
     "residual_backward",

@@ -1,6 +1,6 @@
 # Written by `make export` from notebooks/4_practice/14_folders.py: edit that file.
 
-"""The losses of a run, drawn."""
+"""The losses of a run, drawn and saved as a figure."""
 
 __all__ = [
     "SMOOTH",

@@ -8,7 +8,7 @@
 #     modules:
 #       cuda.elementwise: "Kernels of layers that compute each number by itself."
 #       cuda.gelu: "GELU on a GPU, forward and backward."
-#       cuda.residual: "The residual sum on a GPU."
+#       cuda.residual: "The residual sum on a GPU, forward and backward."
 # ---
 
 # %% [markdown]

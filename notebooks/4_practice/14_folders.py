@@ -7,7 +7,7 @@
 #   llmnb:
 #     modules:
 #       train.folder: "The folder of a run: its files, written and read back."
-#       train.drawing: "The losses of a run, drawn."
+#       train.drawing: "The losses of a run, drawn and saved as a figure."
 #       train.start: "The model that a run starts with, new or from a checkpoint."
 # ---
 
