@@ -339,11 +339,11 @@ def cache_attention(out, keys, values, inp, first):
     """Attention of new positions to all before them; keeps theirs.
 
     out: (B, T, NH * hs), overwritten. inp: (B, T, (NH + 2 NKV) * hs), heads
-    of queries, keys and values of positions first to first + T - 1. keys, values: as cache_shapes has
-    it; positions before `first` are read, the new ones written. All float32
-    or all float64 and C-contiguous. Every number equals that of
-    attention_forward to the last bit. Raises TypeError or ValueError before
-    it computes anything.
+    of queries, keys and values of positions first to first + T - 1. keys,
+    values: as cache_shapes has it; positions before `first` are read, the
+    new ones written. All float32 or all float64 and C-contiguous. Every
+    number equals that of attention_forward to the last bit. Raises
+    TypeError or ValueError before it computes anything.
 
     Derived in chapter 4.19.
     """

@@ -87,7 +87,7 @@ def no_gpu():
 
 # the GPU in words
 def gpu():
-    """The name of the GPU and whose products it takes, or why there is none.
+    """The name of the GPU and whose products it takes, or why not.
 
     Derived in chapter 3.11.
     """

@@ -23,7 +23,7 @@ from llmnb.model.tensors import full_shape, tensor_table
 
 # activations
 def block_activations(cfg, batch_size, seq_len):
-    """Shapes of what each block's forward pass leaves for its backward pass.
+    """Shapes of what a block's forward pass leaves for its backward pass.
 
     Derived in chapter 1.14.
     """

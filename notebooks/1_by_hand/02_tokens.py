@@ -562,8 +562,8 @@ def train(text, vocab_size):
     text: a str, or an iterable of str (documents). vocab_size counts the 256
     bytes, the merges and `<|endoftext|>`, which is the last token: from 257
     to 65,536, so that a token fits into two bytes. The result depends on
-    text and vocab_size alone. Raises ValueError when vocab_size is out of range or
-    the text is too small to fill it, TypeError when the text is not str.
+    text and vocab_size alone. Raises ValueError when vocab_size is out of
+    range or the text too small to fill it, TypeError when it is not str.
     """
     if not 257 <= vocab_size <= 65536:
         raise ValueError(

@@ -285,7 +285,7 @@ from llmnb.model.tensors import full_shape, tensor_table
 
 # %% activations tags=["export"] module="model.layout"
 def block_activations(cfg, batch_size, seq_len):
-    """Shapes of what each block's forward pass leaves for its backward pass."""
+    """Shapes of what a block's forward pass leaves for its backward pass."""
     B, T = batch_size, seq_len
     norm, attention, feedforward = block_of(cfg)
     stream = dict.fromkeys(("residual2", "residual3"), (B, T, cfg.channels))

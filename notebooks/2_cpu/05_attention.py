@@ -539,10 +539,10 @@ def attention_backward(
     """Add attention's gradient to dinp.
 
     dinp, inp: (B, T, (NH + 2 NKV) * hs). dout, out: (B, T, NH * hs). lse:
-    (B, NH, T). out and lse are as the forward pass left them. All float32 or all float64 and
-    C-contiguous. add: False overwrites dinp instead of adding. work, bf16:
-    as in attention_forward. Raises TypeError or ValueError before it
-    computes anything.
+    (B, NH, T). out and lse are as the forward pass left them. All float32
+    or all float64 and C-contiguous. add: False overwrites dinp instead of
+    adding. work, bf16: as in attention_forward. Raises TypeError or
+    ValueError before it computes anything.
     """
     check_bf16("attention_backward", bf16, inp.dtype)
     heads = count_heads("attention_backward", out, lse, inp)

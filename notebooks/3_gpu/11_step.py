@@ -167,7 +167,7 @@ def no_gpu():
 
 # %% the GPU in words tags=["export"] module="cuda.model"
 def gpu():
-    """The name of the GPU and whose products it takes, or why there is none."""
+    """The name of the GPU and whose products it takes, or why not."""
     if missing():
         return f"none: {missing()}"
     from numba import cuda as real

@@ -300,7 +300,7 @@ def score_text(model, encoding, documents, stride=None):
 def score_pieces(
     model, encoding, pieces, stride=None, progress=iter, endoftext=False
 ):
-    """`score_text` of documents in pieces, as `llmnb.text.documents` cuts them.
+    """`score_text` of documents in pieces, as `text.documents` cuts them.
 
     pieces: an iterable of (whether a document begins, str). progress: wraps
     the list of windows, as tqdm does. endoftext: `<|endoftext|>` in a text
