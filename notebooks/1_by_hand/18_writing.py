@@ -446,7 +446,7 @@ verdict("in the padding", not np.array_equal(*seen), "differs")
 # and the text grows in peace until the window is full again. The model sees
 # between T/2 and T tokens. Where its window begins is a function of the
 # length of the text alone, which will let
-# [the next chapter](../4_practice/19_cache.ipynb) keep what it has computed and still draw
+# [chapter 4.19](../4_practice/19_cache.ipynb) keep what it has computed and still draw
 # the same tokens.
 
 
@@ -487,7 +487,7 @@ verdict("the window", min(spans) == 5 and max(spans) == 8, "5 to 8 tokens")
 # model that has a method `following` answers by itself; for a GPT2 the
 # next function fills a window and runs it forward. The whole window is computed
 # for every token; what keeps keys and values instead is the `Decoder` of
-# [chapter 4.19](../4_practice/19_cache.ipynb).
+# [chapter 4.20](../4_practice/20_decoder.ipynb).
 
 
 # %% what follows some texts tags=["export"]

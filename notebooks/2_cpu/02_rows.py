@@ -19,7 +19,7 @@
 # > times, a compiled loop reads once, and a formula is rewritten until it needs
 # > no call into a library.
 #
-# *Reading time: 28 minutes. You need: [chapter 2.1](01_compile.ipynb), and the
+# *Reading time: 30 minutes. You need: [chapter 2.1](01_compile.ipynb), and the
 # layers of chapters [1.6](../1_by_hand/06_layernorm.ipynb),
 # [1.9](../1_by_hand/09_gelu.ipynb) and [1.10](../1_by_hand/10_residual.ipynb).*
 
@@ -30,6 +30,7 @@
 #
 # - predict the time of a layer from the bytes that it moves;
 # - write a layer as a loop that reads each row from memory once;
+# - write an exponential that vectorises;
 # - rewrite a formula so that it keeps its digits in float32, and so that a
 #   compiler can turn it into vector instructions;
 # - say why a sum over rows has a fixed number of parts.

@@ -414,7 +414,7 @@ print(f"{speeds[True] / speeds[False]:.2f} times as fast")
 # %% [markdown]
 # A model asks for it with `precision="bf16"`, in which every product of the
 # linear layers and of attention rounds its factors;
-# [chapter 1.17](../1_by_hand/17_training.ipynb) shows that its loss stays
+# [chapter 2.7](07_step.ipynb) shows that its loss stays
 # beside float32's.
 
 # %% [markdown]

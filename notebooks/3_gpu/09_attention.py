@@ -557,7 +557,8 @@ for hs in (5, 12):
 # %% [markdown]
 # And the counts, on the simulator, for one head of 32 channels and 64
 # positions: requests of whole warps and sectors of global memory, requests
-# and passes of shared memory, all defined in [chapter 3.1](01_threads.ipynb).
+# and passes of shared memory, all defined in chapters
+# [3.1](01_threads.ipynb) and [3.2](02_sectors.ipynb).
 
 # %% forward, counted
 from llmnb.gpu.simulator import RaceError, watch

@@ -555,7 +555,7 @@ plt.show()
 #
 # A training run has decisions, too. It may leave out an update whose loss
 # stands out, or add up the gradients of several batches
-# ([chapter 1.17](../1_by_hand/17_training.ipynb)). There the four methods are called one by
+# ([chapter 4.13](../4_practice/13_loop.ipynb)). There the four methods are called one by
 # one, as on the host.
 
 # %% [markdown]

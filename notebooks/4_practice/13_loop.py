@@ -378,7 +378,7 @@ def _in_one_launch(config, model):
 # [chapter 1.12](../1_by_hand/12_adamw.ipynb) says why.
 #
 # On a GPU a whole step can be one launch (`step` of
-# [chapter 1.16](../1_by_hand/16_model.ipynb)), if nothing has to be decided between its
+# [chapter 3.11](../3_gpu/11_step.ipynb)), if nothing has to be decided between its
 # parts: one batch to an update, and no updates that are skipped. Then the
 # loss is looked at when the update is done. A run whose loss is not finite
 # ends there all the same, and its last state on the disk is from before.

@@ -669,7 +669,7 @@ place.cleanup()
 # %% [markdown]
 # A stop that you wish for is the gentlest kind. Whoever iterates over
 # `follow` leaves its loop after a step and calls `save_state`;
-# [chapter 4.23](../4_practice/23_commands.ipynb) does so on Ctrl-C and on the signal by which
+# [chapter 4.24](24_train.ipynb) does so on Ctrl-C and on the signal by which
 # a system asks a program to end. The tests go further: they kill the process
 # with a signal that cannot be caught, at random moments, and compare.
 

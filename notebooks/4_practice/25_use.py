@@ -24,7 +24,7 @@
 # ## Where we are
 #
 # Three commands use what other chapters have built: the decoder of
-# [chapter 4.19](19_cache.ipynb), the shards of
+# [chapter 4.20](20_decoder.ipynb), the shards of
 # [chapter 4.9](09_shards.ipynb), the measures of
 # [chapter 4.21](21_evaluation.ipynb). At the end of this chapter you can
 #

@@ -214,7 +214,7 @@ def llmnb_contestant(spec):
 # On a GPU the contestant is the same model. It waits until the work is done
 # before the clock is read. It comes in two kinds: one calls the model's
 # `step`, which launches the CUDA graph that it captured
-# ([chapter 1.16](../1_by_hand/16_model.ipynb)); the other launches its kernels one by one
+# ([chapter 3.11](../3_gpu/11_step.ipynb)); the other launches its kernels one by one
 # and waits for the loss and for the norm, and the difference is what
 # capturing saves. `step` computes the norm of the gradients, so on a GPU all
 # contestants do, PyTorch too; nobody scales them. Layers cannot be told
@@ -416,7 +416,7 @@ def _torch_facts(torch, device):
 
 # %% [markdown]
 # Two more write text instead of training: the `Decoder` of
-# [chapter 4.19](../4_practice/19_cache.ipynb), and the `generate` of Hugging Face's
+# [chapter 4.20](../4_practice/20_decoder.ipynb), and the `generate` of Hugging Face's
 # transformers. A step continues a prompt of random tokens, new in each round
 # and the same for both, always by the likeliest token. A clock is read at
 # each token. The first one costs the whole prompt; the median of the others
