@@ -13,7 +13,7 @@ ARGS ?=
 CHAPTER ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test tiles check notebooks export book lab bench clean
+.PHONY: help train test tiles check notebooks export poster book lab bench clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,7 @@ tiles: $(VENV)/.test ## verify the notebooks on every tile shape and on one thre
 check: $(VENV)/.test ## the fast checks: package and notebooks in step, linter
 	$(BIN)/python -m llmnb.book.export --check
 	$(BIN)/python -m llmnb.book.notebook --check
+	$(BIN)/python -m llmnb.book.poster --check
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python -m pytest -q -p no:nbval -o addopts= tests/test_export.py \
@@ -40,6 +41,9 @@ export: $(VENV)/.test ## write llmnb/ from the notebooks' marked cells
 
 notebooks: export ## run the notebooks (CHAPTER=1.6: that one), keep the outputs
 	$(BIN)/python -m llmnb.book.notebook $(CHAPTER) $(ARGS)
+
+poster: export ## draw the sheet that holds the model: book/poster.pdf
+	$(BIN)/python -m llmnb.book.poster
 
 book: $(VENV)/.book ## build the book into book/_build/html
 	rm -rf book/_build

@@ -26,14 +26,22 @@ import importlib.util
 
 # the package's front door
 __version__ = "0.1.0"
+_CONFIGS = (
+    "LlamaConfig", "MistralConfig", "Qwen3Config", "GemmaConfig",
+    "Gemma2Config", "Gemma3Config", "PRESETS",
+)  # fmt: skip
 _HOME = {
     "GPT2": "llmnb.model.gpt2",
     "GPT2Config": "llmnb.config",
+    "load": "llmnb.train.loading",
+    **dict.fromkeys(_CONFIGS, "llmnb.model.architectures"),
 }
 
 
 def __getattr__(name):
     """Import a room, GPT2, GPT2Config or tokenizer when it is asked for."""
+    if name == "Model":  # of any architecture; GPT2 is its first name
+        name = "GPT2"
     if name == "tokenizer":
         return importlib.import_module("llmnb.text.tokenizer")
     if name in _HOME:

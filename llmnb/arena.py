@@ -2,11 +2,7 @@
 
 """One block of memory that holds named groups of named tensors."""
 
-__all__ = [
-    "Arena",
-    "footprint",
-    "put",
-]
+__all__ = ["Arena", "footprint", "put"]
 
 
 # imports of the arena
@@ -15,8 +11,8 @@ import math
 import numpy as np
 
 
-# a view
-ALIGN = 64  # bytes in a cache line, and in the widest vector register
+# round up
+ALIGN = 64  # bytes
 
 
 def _round_up(n, to):

@@ -1,14 +1,8 @@
-# Written by `make export` from notebooks/1_by_hand/16_model.py: edit that file.
+# Written by `make export` from notebooks/appendix/13_backend.py: edit that file.
 
 """What a model asks of the machine that it runs on."""
 
-__all__ = [
-    "BACKENDS",
-    "Backend",
-    "PRECISIONS",
-    "backend_named",
-    "choose",
-]
+__all__ = ["BACKENDS", "Backend", "PRECISIONS", "backend_named", "choose"]
 
 
 # imports of the backend
@@ -39,7 +33,7 @@ class Backend:
     products take besides. A room of layers that does some of this in
     another way has a class `Backend` of its own.
 
-    Derived in chapter 1.16.
+    Derived in chapter A.13.
     """
 
     update = "adamw_update"  # the layer that a range of parameters goes to
@@ -90,7 +84,7 @@ class Backend:
 def choose(what, value, choices):
     """The value, if it is among the choices; else raises ValueError.
 
-    Derived in chapter 1.16.
+    Derived in chapter A.13.
     """
     if value not in choices:
         listed = ", ".join(map(repr, choices))
@@ -101,7 +95,7 @@ def choose(what, value, choices):
 def backend_named(name, precision):
     """The Backend of that name; raises ValueError for a precision it lacks.
 
-    Derived in chapter 1.16.
+    Derived in chapter A.13.
     """
     if name not in PRECISIONS[precision]:
         needs = " or ".join(map(repr, PRECISIONS[precision]))

@@ -3,15 +3,8 @@
 """Checks of arrays, tokens and room, whose errors name what is wrong."""
 
 __all__ = [
-    "FLOATS",
-    "INTS",
-    "LIMITS",
-    "SMALLER",
-    "check_array",
-    "check_fit",
-    "check_room",
-    "check_tokens",
-    "free_memory",
+    "FLOATS", "INTS", "LIMITS", "SMALLER", "check_array", "check_fit",
+    "check_room", "check_tokens", "free_memory",
 ]
 
 

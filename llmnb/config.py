@@ -2,9 +2,7 @@
 
 """The numbers that fix a GPT-2's shape, and what they count."""
 
-__all__ = [
-    "GPT2Config",
-]
+__all__ = ["GPT2Config"]
 
 
 # imports of the configuration
@@ -30,6 +28,7 @@ class GPT2Config:
     num_heads: int = 12
     channels: int = 768
 
+    family: ClassVar[str] = "gpt2"
     # what its blocks are made of, by the names in llmnb.model.parts
     norm: ClassVar[str] = "layernorm"
     feedforward: ClassVar[str] = "gelu"

@@ -3,23 +3,16 @@
 """Files that appear whole or not at all, and folders with one writer."""
 
 __all__ = [
-    "BESIDE",
-    "LOCK",
-    "Lock",
-    "UNABLE",
-    "in_use",
-    "make_folder",
-    "read_json",
-    "read_small",
-    "replacing",
-    "sync_folder",
-    "what_is",
+    "BESIDE", "LOCK", "Lock", "check_regular", "in_use", "make_folder",
+    "own_folder", "package", "read_json", "read_small", "replacing",
+    "sync_folder", "what_is", "write_whole",
 ]
 
 
 # imports for files
 import contextlib
 import errno
+import importlib
 import json
 import os
 import platform
@@ -31,7 +24,7 @@ from pathlib import Path
 
 
 # names on the disk
-UNABLE = errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP
+_UNABLE = errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP
 
 
 def sync_folder(folder):
@@ -51,7 +44,7 @@ def sync_folder(folder):
         finally:
             os.close(place)
     except OSError as error:
-        if error.errno not in UNABLE:
+        if error.errno not in _UNABLE:
             raise
 
 
@@ -95,34 +88,34 @@ def replacing(path):
     sync_folder(path.parent)
 
 
+def write_whole(path, data):
+    """Write bytes as a file that appears whole or not at all.
+
+    Derived in chapter 4.1.
+    """
+    with replacing(path) as file:
+        file.write(data)
+
+
 # what a file is instead
-_PICKLE = (
-    "a pickle, as PyTorch saves it: a program that could do anything, so it "
-    "is not opened; in transformers, save_pretrained writes safetensors"
-)
-_PACKED = "a packed file: unpack it first"
-_PAGE = "a web page, not the file that it is about: download that"
 # how files begin that are taken for others
 _BEGINNINGS = {
-    b"version https://git-lfs": "a Git LFS pointer, which stands for a file "
-    "and is not that file: `git lfs pull` fetches it",
-    b"PK\x03\x04": "a zip archive, as PyTorch's torch.save and NumPy's savez "
-    "write it: save the model as safetensors instead",
-    b"\x80\x02\x8a\n": _PICKLE,
-    b"\x80\x03": _PICKLE,
-    b"\x80\x04\x95": _PICKLE,
-    b"\x80\x05\x95": _PICKLE,
-    b"GGUF": "a GGUF file of llama.cpp: take the safetensors of the model",
-    b"\x89HDF": "an HDF5 file of Keras: take the safetensors of the model",
-    b"\x93NUMPY": "an array of NumPy's",
-    b"\x1f\x8b\x08": _PACKED,
-    b"\x28\xb5\x2f\xfd": _PACKED,
-    b"BZh": _PACKED,
-    b"\xfd7zXZ": _PACKED,
-    b"<!doctype": _PAGE,
-    b"<!DOCTYPE": _PAGE,
-    b"<html": _PAGE,
-    b"Entry not found": "an answer of the hub, that it has no such file",
+    (b"version https://git-lfs",): "a Git LFS pointer, which stands for a "
+    "file and is not that file: `git lfs pull` fetches it",
+    (b"PK\x03\x04",): "a zip archive, as PyTorch's torch.save and NumPy's "
+    "savez write it: save the model as safetensors instead",
+    (b"\x80\x02\x8a\n", b"\x80\x03", b"\x80\x04\x95", b"\x80\x05\x95"): "a "
+    "pickle, as PyTorch saves it: a program that could do anything, so it is "
+    "not opened; in transformers, save_pretrained writes safetensors",
+    (b"GGUF",): "a GGUF file of llama.cpp: take the safetensors of the model",
+    (b"\x89HDF",): "an HDF5 file of Keras: take the safetensors of the model",
+    (b"\x93NUMPY",): "an array of NumPy's",
+    # gzip, zstd, bzip2, xz
+    (b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ"): "a packed "
+    "file: unpack it first",
+    (b"<!doctype", b"<!DOCTYPE", b"<html"): "a web page, not the file that it "
+    "is about: download that",
+    (b"Entry not found",): "an answer of the hub, that it has no such file",
 }
 # llm.c's files, by the number that they begin with
 _NUMBERS = {
@@ -130,6 +123,7 @@ _NUMBERS = {
     20240327: "a debug state of llm.c",
     20240328: "a tokenizer in llm.c's format",
     20240520: "a shard of tokens",
+    20240801: "a shard of tokens, of four bytes each",
     20240522: "a multiple choice test in llm.c's format",
 }
 
@@ -146,15 +140,42 @@ def what_is(path, mine=None):
         start = file.read(64)
     if not start:
         return "this is an empty file, of 0 bytes: copy or fetch it again"
-    for beginning, what in _BEGINNINGS.items():
-        if start.lstrip().startswith(beginning):
+    for beginnings, what in _BEGINNINGS.items():
+        if start.lstrip().startswith(beginnings):
             return f"this is {what}"
     number = int.from_bytes(start[:4], "little")
     other = number != mine and _NUMBERS.get(number)
     return f"this is {other}" if other else ""
 
 
+# a package that is not there
+def package(name, extra, user):
+    """Import a module that only an extra of llmnb installs; returns it.
+
+    user: what needs it, as the message calls it. Raises ImportError, which
+    says how to install it.
+
+    Derived in chapter 4.1.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ImportError(
+            f"{user} needs the package {name.partition('.')[0]}: "
+            f"pip install 'llmnb[{extra}]'"
+        ) from None
+
+
 # read what is small
+def check_regular(path):
+    """Raise ValueError for a pipe, a device or a folder, naming it.
+
+    Derived in chapter 4.1.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: must be a regular file")
+
+
 def read_small(path, most):
     """The bytes of a file that has no reason to be large.
 
@@ -163,8 +184,7 @@ def read_small(path, most):
 
     Derived in chapter 4.1.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path}: must be a regular file")
+    check_regular(path)
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
@@ -236,19 +256,34 @@ def in_use(folder):
     own = LOCKS.get(os.path.realpath(folder))
     if own and own.release.alive:
         return ""
-    try:
+    with contextlib.suppress(OSError):
         place = _open(Path(folder, LOCK), create=False)
-    except OSError:
-        return ""
-    try:
-        _flock(place)
-    except HELD:
-        return _words(folder)
-    except OSError:
-        return ""
-    finally:
-        os.close(place)
+        try:
+            _flock(place)
+        except HELD:
+            return _words(folder)
+        finally:
+            os.close(place)
     return ""
+
+
+def own_folder(path, force=False):
+    """Make a folder for one program's files; returns it as a Path.
+
+    Raises FileExistsError when it holds anything, unless `force`. A lock, and
+    what a kill left half written, are nothing.
+
+    Derived in chapter 4.1.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file, not a folder")
+    make_folder(path)
+    rest = [x for x in path.iterdir() if x.suffix != ".new"]
+    if [x for x in rest if x.name != LOCK] and not force:
+        state = in_use(path) or "exists and is not empty"
+        raise FileExistsError(f"{path} {state}")
+    return path
 
 
 def _words(folder):
@@ -280,9 +315,8 @@ def _take(folder):
         return _take(folder)
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     who = f"process {os.getpid()} on {platform.node()} since {now}"
-    with contextlib.suppress(
-        OSError
-    ):  # a full disk; the lock holds without the words
+    # on a full disk the lock holds without the words
+    with contextlib.suppress(OSError):
         os.ftruncate(place, 0)
         os.write(place, who.encode())
     return place

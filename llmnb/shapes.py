@@ -3,14 +3,8 @@
 """A line that declares the shapes of a function's arrays, and checks them."""
 
 __all__ = [
-    "Argument",
-    "COMPILED",
-    "HOST",
-    "LIMITS",
-    "Memory",
-    "check_number",
-    "host_kind",
-    "shapes",
+    "Argument", "COMPILED", "HOST", "LIMITS", "Memory", "check_number",
+    "host_kind", "shapes",
 ]
 
 
@@ -94,7 +88,7 @@ class Argument:
         """The shape that an array must have which has this one."""
         if self.found(shape) is None:
             return self.names
-        first = sizes["..."] if self.open else ()
+        first = sizes.get("...", ()) if self.open else ()
         return first + tuple(
             factor * sizes[name] for factor, name in self.sizes
         )

@@ -2,11 +2,7 @@
 
 """The fastest of some calls, and the name of the machine."""
 
-__all__ = [
-    "cores",
-    "fastest",
-    "machine",
-]
+__all__ = ["cores", "fastest", "machine"]
 
 
 # imports of the stopwatch

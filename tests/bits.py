@@ -41,6 +41,7 @@ ON_HOST = [
 ]
 RUN = (
     "train --out run --corpus library.jsonl.gz --limit 30000 --steps 6 "
+    "--learning-rate 0.002 "
     "--channels 32 --num-heads 2 --num-layers 2 --seq-len 16 --batch-size 4 "
     "--eval-every 3 --eval-batches 2 --save-every 3 --vocab-size 300"
 )

@@ -18,15 +18,8 @@ BYTES = "--tokenizer", "byte"
 PARTS = "val", "train"
 ROOT = Path(__file__).parents[1]
 LIBRARY = Path(__file__).parent / "data" / "library.jsonl.gz"
-FILES = [
-    "config.json",
-    "log.csv",
-    "loss.png",
-    "model.bin",
-    "sample.txt",
-    "state_00000006.safetensors",
-    "tokenizer.tiktoken",
-]
+FILES = ["config.json", "log.csv", "loss.png", "model.bin", "sample.txt",
+         "state_00000006.safetensors", "tokenizer.tiktoken"]  # fmt: skip
 
 
 def interrupt(monkeypatch, at, *numbers):
@@ -79,11 +72,8 @@ def broken(kind):
         if not Path("/dev/full").exists():
             pytest.skip("no /dev/full")
         return open("/dev/full", "w")
-    if kind == "pipe":
-        reader, writer = os.pipe()
-    else:
-        pty = pytest.importorskip("pty")
-        reader, writer = pty.openpty()
+    pipe = os.pipe if kind == "pipe" else pytest.importorskip("pty").openpty
+    reader, writer = pipe()
     os.close(reader)
     return open(writer, "w")
 

@@ -5,24 +5,23 @@ from pathlib import Path
 import numpy as np
 
 from llmnb.formats.shard import read_shard
+from llmnb.text.readers import Readers
 from llmnb.train.options import TrainConfig
 
 RECORDED = Path(__file__).parent / "data"
 
 
-class Readers:
-    """Row b of the batch reads part b of the text."""
+def recorded_curve(name):
+    """PyTorch's losses: a row a step, the columns as the file names them."""
+    lines = (RECORDED / f"{name}.csv").read_text("utf-8").splitlines()
+    rows = [x.split(",") for x in lines if x[0].isdigit()]
+    assert len(rows) == 200
+    return np.array(rows, float)
 
-    def __init__(self, B=8, T=64):
-        tokens = np.array(read_shard(RECORDED / "curve_tokens.bin"), np.int32)
-        self.x, self.y = (
-            a.reshape(B, -1, T) for a in (tokens[:-1], tokens[1:])
-        )
-        self.step = -1
 
-    def next_batch(self):
-        self.step += 1
-        return self.x[:, self.step], self.y[:, self.step]
+def recorded_batches():
+    """The batches of that run, each row in its own eighth of the text."""
+    return Readers(read_shard(RECORDED / "curve_tokens.bin"), 8, 64)
 
 
 CURVE = TrainConfig(

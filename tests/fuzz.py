@@ -3,6 +3,7 @@
 import tracemalloc
 import warnings
 
+import numpy as np
 from hypothesis import strategies as st
 
 # what a reader may raise; the command line shows each in one line
@@ -61,3 +62,22 @@ def answer(read, path, raw, limit=16 << 20):
         tracemalloc.stop()
     assert peak < limit, f"{peak:,} bytes for a file of {len(raw):,}"
     return result
+
+
+def header(*numbers):
+    """The first kilobyte of a file of llm.c's."""
+    return np.array([*numbers] + [0] * (256 - len(numbers)), "<i4").tobytes()
+
+
+def put_number(path, at, value, size=4):
+    """Overwrite bytes of a file by a whole number."""
+    raw = bytearray(path.read_bytes())
+    raw[at : at + size] = int(value).to_bytes(size, "little", signed=value < 0)
+    path.write_bytes(raw)
+
+
+def flip(path, at):
+    """Flip the lowest bit of a byte."""
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)

@@ -11,12 +11,42 @@ import functools
 import numpy as np
 import pytest
 
+from llmnb import reference
+from llmnb.bench.ladders import Sizes, ladder_named
 from llmnb.gpu.launch import missing, simulated, to_device, to_host
 from llmnb.gpu.ptx import assemble, compile_kernel, no_compiler
 from llmnb.gpu.simulator import watch
 
 PLACES = [simulated] if missing() else [simulated, to_device]
 GENERATIONS = [(8, 0), (9, 0)]
+
+
+def there(arrays, place=simulated, **others):
+    """Arguments by name on a device; others: who puts which elsewhere."""
+    return {
+        k: others.get(k, place)(v) if isinstance(v, np.ndarray) else v
+        for k, v in arrays.items()
+    }
+
+
+def between(array, place=simulated):
+    """An array on a device that begins 4 bytes after a multiple of 16."""
+    flat = np.concatenate([array.ravel()[:1], array.ravel()])
+    return place(flat)[1:].reshape(*array.shape)
+
+
+def draw(name, *sizes):
+    """The arguments of a ladder's layer, for Sizes or a beginning of them."""
+    rest = (1, 1, 1, 1, 1, 1)[len(sizes) :]
+    return ladder_named(name).draw(Sizes(*sizes, *rest))
+
+
+def check_ladder(name, arrays, version=0, tol=2e-6):
+    """Run a version of a layer, by default the last, as check_layer does."""
+    ladder = ladder_named(name)
+    want = ladder.reference or getattr(reference, name)
+    writes = ladder.results
+    return check_layer(ladder.function(version), want, arrays, writes, tol)
 
 
 def check_layer(layer, reference, arrays, writes, tol=2e-6, **options):
@@ -30,19 +60,16 @@ def check_layer(layer, reference, arrays, writes, tol=2e-6, **options):
     wide = {k: _wide(v) for k, v in arrays.items()}
     reference(*wide.values())
     for place in PLACES:
-        there = {
-            k: place(v) if isinstance(v, np.ndarray) else v
-            for k, v in arrays.items()
-        }
+        given = there(arrays, place)
         with watch() as seen:
-            layer(*there.values(), **options)
+            layer(*given.values(), **options)
         if place is simulated:
             simulation = seen
         for name in writes:
-            _close(name, to_host(there[name]), wide[name], tol)
+            _close(name, to_host(given[name]), wide[name], tol)
         for name in set(arrays) - set(writes):
             if isinstance(arrays[name], np.ndarray):
-                same = to_host(there[name])
+                same = to_host(given[name])
                 np.testing.assert_array_equal(same, arrays[name], name)
     return simulation
 

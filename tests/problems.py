@@ -1,6 +1,10 @@
-"""Random arrays of a layer, and what the layer makes of them."""
+"""Random arrays of a layer or a model, and what it makes of them."""
 
+import numba
 import numpy as np
+import pytest
+
+from llmnb.arena import put
 
 TOLERANCE = {np.float32: 2e-6, np.float64: 1e-13}
 
@@ -70,3 +74,32 @@ def run(layer, inp, dout, NH, **how):
     layer.attention_forward(out, lse, inp, **how)
     layer.attention_backward(dinp, dout, inp, out, lse, **how)
     return out, lse, dinp
+
+
+def assert_threads_change_no_bit(work):
+    """work(): some arrays; they must not depend on the number of threads."""
+    before, results = numba.get_num_threads(), []
+    if before < 2:
+        pytest.skip("needs two threads")
+    try:
+        for threads in (1, 2, before):
+            numba.set_num_threads(threads)
+            results.append(work())
+    finally:
+        numba.set_num_threads(before)
+    for other in results[1:]:
+        for got, want in zip(other, results[0], strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+def batch(cfg, B, T, seed=0):
+    """Random tokens and targets."""
+    return np.random.default_rng(seed).integers(0, cfg.vocab_size, (2, B, T))
+
+
+def wide(model, seed=0):
+    """Give a model weights so large that no gradient is tiny."""
+    flat = model.memory.flat("params")
+    rng = np.random.default_rng(seed)
+    put(flat, rng.normal(scale=0.5, size=flat.size))
+    return model

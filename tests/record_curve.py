@@ -13,18 +13,12 @@ import math
 
 import numpy as np
 import torch
-from record_parity import DATA, TorchGPT2, provenance
+from record_parity import DATA, SIZES, TorchGPT2, provenance
 from torch import nn
 
 B, T, STEPS, WARMUP, SEED = 8, 64, 200, 20, 42
 PEAK, FINAL = 2e-3, 2e-4
-MODEL = {
-    "max_seq_len": T,
-    "vocab_size": 257,
-    "num_layers": 2,
-    "num_heads": 4,
-    "channels": 64,
-}
+MODEL = dict(zip(SIZES, (T, 257, 2, 4, 64), strict=True))
 RULES = {"betas": [0.9, 0.95], "weight_decay": 0.1, "decay": "2-D"}
 
 
@@ -93,12 +87,8 @@ def write(path, **columns):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     tokens = read_tokens(DATA / "curve_tokens.bin")
-    write(
-        DATA / "torch_curve.csv",
-        loss=curve(tokens, torch.float32),
-        loss64=curve(tokens, torch.float64),
-    )
-    write(
-        DATA / "torch_curve_bf16.csv",
-        loss=curve(tokens, torch.float32, bf16=True),
-    )
+    both = {"loss": torch.float32, "loss64": torch.float64}
+    columns = {name: curve(tokens, dtype) for name, dtype in both.items()}
+    write(DATA / "torch_curve.csv", **columns)
+    half = curve(tokens, torch.float32, bf16=True)
+    write(DATA / "torch_curve_bf16.csv", loss=half)

@@ -19,7 +19,7 @@ CHARACTERS = 2_000_000
 
 
 def main():
-    documents = corpus.load("stdlib", limit=CHARACTERS)
+    documents = corpus.load_corpus("stdlib", limit=CHARACTERS)
     packed = io.BytesIO()
     with gzip.GzipFile("", "wb", 9, packed, mtime=0) as file:
         for text in documents:

@@ -24,92 +24,32 @@ from llmnb.model.random import Generator
 DATA = Path(__file__).parent / "data"
 STEPS = 10
 
-# four configurations; the last decays matrices only and clips the gradient
+USUAL = {"learning_rate": 1e-3, "betas": [0.9, 0.999], "weight_decay": 0.01,
+         "decay": "all", "max_norm": None}  # fmt: skip
+CLIPPED = {"betas": [0.9, 0.95], "weight_decay": 0.1, "decay": "2-D",
+           "max_norm": 1.0}  # fmt: skip
+SIZES = "max_seq_len", "vocab_size", "num_layers", "num_heads", "channels"
+# four configurations, by name: the model's sizes, B, T, a seed and what is
+# not usual; the last decays matrices only and clips the gradient
 CASES = {
-    "ordinary": {
-        "model": {
-            "max_seq_len": 32,
-            "vocab_size": 256,
-            "num_layers": 2,
-            "num_heads": 4,
-            "channels": 64,
-        },
-        "batch_size": 4,
-        "seq_len": 32,
-        "seed": 42,
-        "learning_rate": 1e-3,
-        "betas": [0.9, 0.999],
-        "weight_decay": 0.01,
-        "decay": "all",
-        "max_norm": None,
-    },
-    "odd": {
-        "model": {
-            "max_seq_len": 41,
-            "vocab_size": 331,
-            "num_layers": 2,
-            "num_heads": 3,
-            "channels": 51,
-        },
-        "batch_size": 3,
-        "seq_len": 37,
-        "seed": 137,
-        "learning_rate": 1e-3,
-        "betas": [0.9, 0.999],
-        "weight_decay": 0.01,
-        "decay": "all",
-        "max_norm": None,
-    },
-    "narrow": {
-        "model": {
-            "max_seq_len": 19,
-            "vocab_size": 67,
-            "num_layers": 3,
-            "num_heads": 7,
-            "channels": 21,
-        },
-        "batch_size": 1,
-        "seq_len": 19,
-        "seed": 4294967295,
-        "learning_rate": 1e-4,
-        "betas": [0.9, 0.999],
-        "weight_decay": 0.01,
-        "decay": "all",
-        "max_norm": None,
-    },
-    "clipped": {
-        "model": {
-            "max_seq_len": 24,
-            "vocab_size": 128,
-            "num_layers": 4,
-            "num_heads": 2,
-            "channels": 32,
-        },
-        "batch_size": 2,
-        "seq_len": 24,
-        "seed": 0,
-        "learning_rate": 1e-3,
-        "betas": [0.9, 0.95],
-        "weight_decay": 0.1,
-        "decay": "2-D",
-        "max_norm": 1.0,
-    },
-}
+    name: {
+        "model": dict(zip(SIZES, sizes, strict=True)),
+        "batch_size": B, "seq_len": T, "seed": seed, **USUAL, **others,
+    }
+    for name, sizes, B, T, seed, others in (
+        ("ordinary", (32, 256, 2, 4, 64), 4, 32, 42, {}),
+        ("odd", (41, 331, 2, 3, 51), 3, 37, 137, {}),
+        ("narrow", (19, 67, 3, 7, 21), 1, 19, 4294967295,
+         {"learning_rate": 1e-4}),
+        ("clipped", (24, 128, 4, 2, 32), 2, 24, 0, CLIPPED),
+    )
+}  # fmt: skip
 
 # a tensor of llm.c's and the torch parameter, one a block, that it stacks
 STACKED = {
-    "ln1w": "ln1.weight",
-    "ln1b": "ln1.bias",
-    "qkvw": "qkv.weight",
-    "qkvb": "qkv.bias",
-    "attprojw": "attproj.weight",
-    "attprojb": "attproj.bias",
-    "ln2w": "ln2.weight",
-    "ln2b": "ln2.bias",
-    "fcw": "fc.weight",
-    "fcb": "fc.bias",
-    "fcprojw": "fcproj.weight",
-    "fcprojb": "fcproj.bias",
+    f"{part}{kind[0]}": f"{part}.{kind}"
+    for part in ("ln1", "qkv", "attproj", "ln2", "fc", "fcproj")
+    for kind in ("weight", "bias")
 }
 
 
@@ -177,10 +117,9 @@ class TorchGPT2(nn.Module):
         draw(self.wte.weight, 0.02)
         draw(self.wpe.weight, 0.02)
         for block in self.blocks:
-            draw(block.qkv.weight, 0.02)
-            draw(block.attproj.weight, small)
-            draw(block.fc.weight, 0.02)
-            draw(block.fcproj.weight, small)
+            for layer in (block.qkv, block.attproj, block.fc, block.fcproj):
+                back = layer is block.attproj or layer is block.fcproj
+                draw(layer.weight, small if back else 0.02)
 
     def tensors(self, of=lambda p: p):
         """The 16 tensors under llm.c's names, as NumPy arrays.
@@ -191,12 +130,8 @@ class TorchGPT2(nn.Module):
         def array(p):
             return of(p).detach().numpy().copy()
 
-        wte = array(self.wte.weight)
-        padding = -len(wte) % 128
-        out = {
-            "wte": np.pad(wte, [(0, padding), (0, 0)]),
-            "wpe": array(self.wpe.weight),
-        }
+        wte, wpe = array(self.wte.weight), array(self.wpe.weight)
+        out = {"wte": np.pad(wte, [(0, -len(wte) % 128), (0, 0)]), "wpe": wpe}
         for name, path in STACKED.items():
             layers = [array(b.get_parameter(path)) for b in self.blocks]
             out[name] = np.stack(layers)
@@ -206,21 +141,17 @@ class TorchGPT2(nn.Module):
 
     def optimizer(self, learning_rate, betas, weight_decay, decay="all"):
         """AdamW; decay "2-D" leaves biases and layernorms undecayed."""
-        params = list(self.parameters())
+        groups = {weight_decay: [], 0.0: []}
+        for p in self.parameters():
+            decays = decay == "all" or p.ndim == 2
+            groups[weight_decay if decays else 0.0].append(p)
         groups = [
-            {"params": [p for p in params if decay == "all" or p.ndim == 2]},
-            {
-                "params": [p for p in params if decay != "all" and p.ndim < 2],
-                "weight_decay": 0.0,
-            },
+            {"params": group, "weight_decay": rate}
+            for rate, group in groups.items()
+            if group
         ]
-        return torch.optim.AdamW(
-            [g for g in groups if g["params"]],
-            lr=learning_rate,
-            betas=tuple(betas),
-            eps=1e-8,
-            weight_decay=weight_decay,
-        )
+        rules = {"betas": tuple(betas), "eps": 1e-8}
+        return torch.optim.AdamW(groups, lr=learning_rate, **rules)
 
 
 def random_tokens(case):
@@ -237,12 +168,8 @@ def run(case, tokens, dtype):
     model.initialise(case["seed"])
     initial = model.tensors()
     model.to(dtype)
-    optimizer = model.optimizer(
-        case["learning_rate"],
-        case["betas"],
-        case["weight_decay"],
-        case["decay"],
-    )
+    rules = "learning_rate", "betas", "weight_decay", "decay"
+    optimizer = model.optimizer(**{name: case[name] for name in rules})
     batch = torch.from_numpy(tokens.astype(np.int64))
     losses, norms = [], []
     for step in range(STEPS):
@@ -255,30 +182,20 @@ def run(case, tokens, dtype):
             first = logits.detach().numpy().copy()
             grads = model.tensors(lambda p: p.grad)
         if case["max_norm"] is not None:
-            norm = nn.utils.clip_grad_norm_(
-                model.parameters(), case["max_norm"]
-            )
-            norms.append(norm.item())
+            clip = nn.utils.clip_grad_norm_
+            norms.append(clip(model.parameters(), case["max_norm"]).item())
         optimizer.step()
-    return {
-        "initial": initial,
-        "losses": np.array(losses),
-        "norms": np.array(norms),
-        "logits": first,
-        "grads": grads,
-        "final": model.tensors(),
-    }
+    found = {"losses": np.array(losses), "norms": np.array(norms)}
+    found |= {"logits": first, "initial": initial, "grads": grads}
+    return found | {"final": model.tensors()}
 
 
 def provenance():
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "command": "python tests/" + Path(sys.argv[0]).name,
-        "date": date.today().isoformat(),
-    }
+    facts = {"torch": torch.__version__, "python": platform.python_version()}
+    facts["machine"] = platform.machine()
+    facts["capability"] = torch.backends.cpu.get_cpu_capability()
+    facts["command"] = "python tests/" + Path(sys.argv[0]).name
+    return facts | {"date": date.today().isoformat()}
 
 
 def measure(case):

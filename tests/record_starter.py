@@ -17,12 +17,8 @@ from record_parity import TorchGPT2
 
 from llmnb.config import GPT2Config
 from llmnb.formats.llmc import write_checkpoint
-from llmnb.formats.starter import (
-    DebugState as State,
-)
-from llmnb.formats.starter import (
-    write_debug_state as write_state,
-)
+from llmnb.formats.starter import DebugState as State
+from llmnb.formats.starter import write_debug_state as write_state
 
 SMALL = GPT2Config(64, 300, 3, 4, 64)
 

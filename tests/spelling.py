@@ -2,16 +2,16 @@
 
 import json
 
-from llmnb.formats.vocabulary import _letters
+from hypothesis import strategies as st
+
+from llmnb.formats.letters import byte_letters
 
 
 def vocab_of(encoding):
     """vocab.json of an encoding, by the letters of GPT-2's own table."""
-    letters = {byte: letter for letter, byte in _letters().items()}
-    tokens = [
-        encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)
-    ]
-    return {"".join(letters[b] for b in x): i for i, x in enumerate(tokens)}
+    letters = {byte: letter for letter, byte in byte_letters().items()}
+    tokens = enumerate(tokens_of(encoding))
+    return {"".join(letters[b] for b in x): i for i, x in tokens}
 
 
 def own_files(folder, encoding, before=(), behind=(), merges=True):
@@ -41,3 +41,18 @@ def merges_of(encoding):
         if len(parts) == 2:
             pairs.append(parts)
     return pairs
+
+
+STORY = """\
+Four frogs sat on a log. One frog jumped, and three frogs sat on the log.
+Then it rained for a week; the log floated off with three frogs on it, and
+the fourth, who couldn't swim well, swam after them anyway. 'Wait!' it cried.
+"""
+# assigned characters only: libraries may differ on those of a newer Unicode
+TEXT = st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=200)
+
+
+def tokens_of(encoding):
+    """Its tokens as bytes, by number."""
+    n = encoding.n_vocab
+    return [encoding.decode_single_token_bytes(i) for i in range(n)]

@@ -26,18 +26,9 @@ def level(module):
     return next(i for i, rooms in enumerate(LEVELS) if room in rooms)
 
 
-def modules():
-    """Every module of the package but the rooms' own, and its tree."""
-    package = ROOT / "llmnb"
-    for path in sorted(package.rglob("*.py")):
-        if path.stem != "__init__":
-            name = ".".join(path.relative_to(package).with_suffix("").parts)
-            yield name, ast.parse(path.read_text("utf-8"))
-
-
-def imports(tree, known):
+def imports(path, known):
     """The package's modules, and backends, that a module imports anywhere."""
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if not isinstance(node, ast.ImportFrom) or not node.module:
             continue
         first, _, source = node.module.partition(".")
@@ -48,27 +39,27 @@ def imports(tree, known):
             yield inner if inner in known else source or name.name
 
 
-GRAPH = dict(modules())
-GRAPH = {name: set(imports(tree, GRAPH)) for name, tree in GRAPH.items()}
+PACKAGE = ROOT / "llmnb"
+PATHS = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+    if path.stem != "__init__"
+}
+GRAPH = {name: set(imports(path, PATHS)) for name, path in PATHS.items()}
 
 
 def test_every_room_has_its_level():
     assert set().union(*LEVELS) == {"", *ROOMS}
-    folders = {path.name for path in (ROOT / "llmnb").iterdir()}
-    assert set(ROOMS) == folders - {"__pycache__"} - {
-        name for name in folders if "." in name
-    }
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    assert set(ROOMS) == folders - {"__pycache__"}
+    assert len(list(PACKAGE.glob("*.py"))) <= 8  # on the ground floor
 
 
 def test_imports_go_down_only():
-    wrong = [
-        f"{name} imports {used}"
-        for name, all_used in GRAPH.items()
-        for used in all_used
-        if level(used if "." in used or used in GRAPH else f"{used}.")
-        > level(name)
-    ]
-    assert not wrong
+    for name, all_used in GRAPH.items():
+        for used in all_used:
+            there = used if "." in used or used in GRAPH else f"{used}."
+            assert level(there) <= level(name), f"{name} imports {used}"
 
 
 def test_no_module_imports_itself_by_a_circle():
@@ -85,10 +76,6 @@ def test_no_module_imports_itself_by_a_circle():
 
     for name in GRAPH:
         visit(name)
-
-
-def test_few_files_stand_on_the_ground_floor():
-    assert len(list((ROOT / "llmnb").glob("*.py"))) <= 8
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=NAMES)
@@ -118,26 +105,18 @@ def test_equations_and_figures_carry_the_chapters_number(path):
 
 def test_what_a_reference_names_is_there():
     """An equation, a figure and a chapter that a text speaks of exist."""
-    texts = {path: path.read_text("utf-8") for path in CHAPTERS}
-    there = {
-        kind: {x for text in texts.values() for x in re.findall(pattern, text)}
-        for kind, pattern in {
-            "equation": r"\\tag\{([^}]*)\}",
-            "figure": r"\*Figure ([\dA]+\.\d+\.\d+)\.",
-        }.items()
-    }
-    there["chapter"] = set(NAMES)
-    number = r"([\dA]\.\d+\.\d+)"
-    wrong = []
-    for path, text in texts.items():
-        for kind, pattern in {
-            "equation": rf"\({number}\)",
-            "figure": rf"[Ff]igures?\s+(?:# )?{number}",
-            "chapter": r"[Cc]hapters?\s+(?:# )?([\dA]\.\d+)\b(?!\.\d)",
-        }.items():
-            gone = set(re.findall(pattern, text)) - there[kind]
-            wrong += [f"{path.name}: {kind} {x}" for x in sorted(gone)]
-    assert not wrong
+    texts = {path.name: path.read_text("utf-8") for path in CHAPTERS}
+    whole, number = "\n".join(texts.values()), r"([\dA]\.\d+\.\d+)"
+    tags = re.findall(r"\\tag\{([^}]*)\}", whole)
+    figures = re.findall(rf"\*Figure {number}\.", whole)
+    for there, pattern in (
+        (tags, rf"\({number}\)"),
+        (figures, rf"[Ff]igures?\s+(?:# )?{number}"),
+        (NAMES, r"[Cc]hapters?\s+(?:# )?([\dA]\.\d+)\b(?!\.\d)"),
+    ):
+        for name, text in texts.items():
+            gone = set(re.findall(pattern, text)) - set(there)
+            assert not gone, name
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=NAMES)
@@ -151,3 +130,131 @@ def test_a_link_to_a_chapter_says_its_number(path):
         assert target.exists(), link
         number = re.search(r"[\dA]\.\d+", words)
         assert not number or number[0] == chapter_label(target), (words, link)
+
+
+@pytest.mark.parametrize("name", [".ci/run", "Makefile", "book/intro.md"])
+def test_a_notebook_that_a_command_names_is_there(name):
+    text = (ROOT / name).read_text("utf-8")
+    named = re.findall(r"notebooks/\w+/\w+\.(?:ipynb|py)", text)
+    assert not [x for x in named if not (ROOT / x).exists()]
+
+
+# Letters: what stands in an equation stands in book/notation.md
+
+GREEK = (
+    "alpha|beta|gamma|delta|epsilon|varepsilon|eta|theta|kappa|lambda|mu|nu|xi"
+    "|rho|sigma|tau|phi|varphi|omega|Phi|ell"
+)
+SYMBOL = re.compile(
+    r"\\(?:text|mathrm|operatorname|texttt|tag|begin|end)\s*\{[^}]*\}"
+    rf"|\\math(?:cal|bb)\s?\{{?[A-Z]|\\(?:{GREEK})(?![a-zA-Z])"
+    r"|\\[a-zA-Z]+|\\.|V_p|OC|NH|hs|max|SE|PPL|[a-zA-Z]|\S"
+)
+LETTER = re.compile(rf"[a-zA-Z]|\\math(?:cal|bb) [A-Z]|\\(?:{GREEK})")
+
+
+def letters(equation):
+    """The letters of an equation, each with "index" or "letter".
+
+    An index stands low. An index outside, as in $u \\le t$, is still one
+    where the equation has it low too. A `d` before a letter is the gradient's,
+    an `e` with an exponent is the number.
+    """
+    symbols = SYMBOL.findall(equation) + [""]
+    found, depth, low = set(), 0, []
+    for before, x, after in zip(
+        ["", *symbols[:-2]], symbols[:-1], symbols[1:], strict=True
+    ):
+        depth += (x == "{") - (before == "}")
+        low = [at for at in low if at <= depth]
+        if x == "{" and before == "_":
+            low.append(depth)
+        gone = x in ("d", "\\delta") or (x == "e" and after == "^")
+        if LETTER.fullmatch(x) and not gone:
+            index = (low or before == "_") and after != "_" and x.islower()
+            found.add((x, "index" if index and len(x) == 1 else "letter"))
+    return {
+        (x, role)
+        for x, role in found
+        if role == "index" or (x, "index") not in found
+    }
+
+
+def equations(path):
+    text = re.sub(r"^# ?", "", path.read_text("utf-8"), flags=re.M)
+    return re.findall(r"\$\$(.+?)\$\$", text, re.S)
+
+
+def table(text, heading):
+    """The rows of the table under a heading of the notation page, as cells."""
+    body = re.search(rf"## {heading}\n(.*?)(?=\n## |\Z)", text, re.S)[1]
+    rows = [line for line in body.splitlines() if line.startswith("| ")]
+    return [[c.strip() for c in row.strip("|").split("|")] for row in rows[1:]]
+
+
+def where(cell):
+    """The chapters that a row of the notation page speaks for."""
+    if cell in ("everywhere", "Part 1"):
+        return {x for x in NAMES if cell == "everywhere" or x[0] == "1"}
+    return set(re.findall(r"\[([\dA]\.\d+)\]", cell))
+
+
+def notation():
+    """The page, its rows (letter, role, chapters), letters of one chapter."""
+    text = (ROOT / "book" / "notation.md").read_text("utf-8")
+    rows, own = [], set()
+    for heading, role in (
+        ("Sizes", "letter"), ("Indices", "index"), ("Letters", "letter"),
+    ):  # fmt: skip
+        for cells in table(text, heading):
+            scope = "everywhere" if heading == "Sizes" else cells[-1]
+            found = re.findall(r"\$([^$]+)\$", cells[0])
+            rows += [(x, role, where(scope)) for x in found]
+    for chapter, cell in table(text, "Letters of one chapter"):
+        (name,) = where(chapter)
+        for names in re.findall(r"(?:^|; )([^:;]*):", cell):
+            own |= {(name, x) for x in re.findall(r"\$([^$]+)\$", names)}
+    return text, rows, own
+
+
+TEXT, ROWS, OWN = notation()
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=NAMES)
+def test_a_letter_of_an_equation_means_what_the_notation_page_says(path):
+    name = chapter_label(path)
+    used = {x for e in equations(path) for x in letters(e)}
+    for x, role in sorted(used):
+        meanings = [r for r in ROWS if r[:2] == (x, role) and name in r[2]]
+        mine = (name, x) in OWN
+        assert mine or len(meanings) == 1, (
+            f"{x} ({role}): {len(meanings)} rows"
+        )
+        assert not (mine and name[0] == "1"), f"{x}: Part 1 has one table"
+    known = {x for x, _ in used}
+    assert {x for chapter, x in OWN if chapter == name} <= known
+
+
+def test_the_letters_of_part_1_have_one_meaning():
+    """But for those that the notation page names, and in other chapters."""
+    many = set()
+    for i, (x, role, chapters) in enumerate(ROWS):
+        for y, other, more in ROWS[:i]:
+            if (x, role) == (y, other):
+                assert not chapters & more, x
+                many |= (
+                    {x} if "1" in {n[0] for n in chapters | more} else set()
+                )
+    said = re.search(r"Two meanings, in different .*?: (.*)\.\n", TEXT)[1]
+    assert many == set(re.findall(r"\$([^$]+)\$", said))
+
+
+def test_indices_and_letters_are_told_apart():
+    assert letters(r"s_{tu} = \sum_i q_{ti}\, k_{ui} , \qquad u \le t") == {
+        *{(x, "letter") for x in "sqk"},
+        *{(x, "index") for x in "tui"},
+    }
+    assert letters(r"dE_{x_t} = e^{w} \hat m / \mathcal L_0") == {
+        *{(x, "letter") for x in ("E", "x", "w", "m", r"\mathcal L")},
+        ("t", "index"),
+    }

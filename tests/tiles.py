@@ -33,10 +33,7 @@ ONE_THREAD = "one-thread"
 
 
 def masked(shape):
-    return {
-        "NUMBA_CPU_NAME": "generic",
-        "NUMBA_CPU_FEATURES": MASKS[shape],
-    }
+    return {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": MASKS[shape]}
 
 
 def chosen(shape):

@@ -89,7 +89,8 @@ def mark_exports(doctree, default):
         label += [nodes.Text("exported to "), name_module(module)]
         if data.get("title"):
             label += nodes.Text(f": {data['title']}")
-        cell.insert(0, label)
+        # MyST-NB folds a cell's first child only
+        cell.insert(1 if cell.get("hide_mode") else 0, label)
 
 
 def name_folds(doctree):
@@ -157,11 +158,11 @@ def describe(app, doctree, docname):
 
 
 def name_anchors(app, doctree, docname):
-    """Let Markdown links reach the documented names of an API page."""
+    """Let Markdown links reach API names and the glossary's terms."""
     slugs = app.env.metadata[docname].setdefault("myst_slugs", {})
     for node in doctree.findall():
         for name in getattr(node, "attributes", {}).get("ids", []):
-            if name.startswith(("llmnb.", "module-llmnb")):
+            if name.startswith(("llmnb.", "module-llmnb", "term-")):
                 slugs.setdefault(name, (node.line or 0, name, name))
 
 

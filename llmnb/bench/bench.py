@@ -1,65 +1,56 @@
 # Written by `make export` from notebooks/2_cpu/08_time.py: edit that file.
 
-"""A training step measured, alone or in a race: the numbers, in words and drawn."""
+"""Training steps, starts and texts measured, alone or in a race."""
 
 __all__ = [
-    "CONFIGS",
-    "SMALL",
-    "bench",
-    "bench_writers",
-    "captures",
-    "layers_figure",
-    "load",
-    "loss_curves",
-    "report",
-    "shares",
-    "writers_report",
+    "CONFIGS", "TOKEN_TIMES", "WARM_UP", "WRITERS", "bench", "bench_writers",
+    "losses_contest",
 ]
 
 
-# imports of the report
+# imports of the benchmark of steps
 import math
-import os
-import re
-import subprocess
-from datetime import date
-from pathlib import Path
+import tempfile
 from statistics import median
 
-from llmnb.bench import peers
-from llmnb.config import GPT2Config
-from llmnb.model.tensors import flops_per_token, parameter_count
-from llmnb.model.gpt2 import GPT2
+from llmnb.arena import footprint
+from llmnb.backend import PRECISIONS
+from llmnb.bench.peers import write_random
 from llmnb.bench.race import (
-    WARM_UP,
-    Settings,
-    cores,
-    lineup,
-    no_device,
-    race,
-    race_writers,
-    ratios,
-    start_times,
+    STARTS, Settings, by_key, facts_of, lineup, race, race_starts, ratios,
 )
-from llmnb.bench.stopwatch import PARTS
-from llmnb.timing import machine
+from llmnb.checks import SMALLER, check_room
+from llmnb.config import GPT2Config
+from llmnb.cpu.bfloat16 import has_bf16
+from llmnb.model.layout import gpt2_layout
+from llmnb.model.tensors import flops_per_token, parameter_count
 
 
 # named configurations
-SMALL = GPT2Config(64, 256, 4, 4, 128)
 CONFIGS = {
-    "small": (SMALL, 12, 64),
+    "small": (GPT2Config(64, 256, 4, 4, 128), 12, 64),
     "124m-64": (GPT2Config(), 4, 64),
     "124m-256": (GPT2Config(), 4, 256),
     "124m-1024": (GPT2Config(), 1, 1024),
     "124m-16x1024": (GPT2Config(), 16, 1024),
 }
+WARM_UP = 2  # rounds that are not measured: they compile and touch memory
 
 
-# a shape
-def _shape(cfg, batch_size, seq_len):
-    sizes = {"batch_size": batch_size, "seq_len": seq_len}
-    return {"model": dict(vars(cfg)), **sizes}
+# the benchmark
+def _record(cfg):
+    """A configuration for JSON."""
+    from llmnb.model.architectures import architecture_record  # Part 5
+
+    return architecture_record(cfg)
+
+
+def _model_words(cfg):
+    family = "" if cfg.family == "gpt2" else f"{cfg.family}, "
+    return (
+        f"{family}{cfg.num_layers} layers, {cfg.channels} channels, "
+        f"{cfg.num_heads} heads, {cfg.vocab_size:,} tokens in the vocabulary"
+    )
 
 
 # the benchmark
@@ -67,61 +58,92 @@ def bench(configs, settings=None, start=False, bar=iter):
     """Measure training steps, and starts; a dict ready for JSON.
 
     configs: a dict from name to (GPT2Config, batch_size, seq_len), such as
-    `CONFIGS`. settings: a `race.Settings`. start: whether to measure
-    `start_times` of the small model too. bar: see `race`. Seconds are those
-    of the rounds, in order; memory is in bytes. Raises ValueError,
-    ChildProcessError, or FloatingPointError at a loss that is not finite, in
-    one sentence.
+    `CONFIGS`. settings: a `race.Settings`. start: whether to measure starts
+    of the small model too. bar: see `race`. contests, a list, holds what was
+    measured. Seconds are those of the rounds, in order; memory is in bytes.
+    Raises ValueError, MemoryError, ChildProcessError, or FloatingPointError
+    at a loss that is not finite, in one sentence.
 
     Derived in chapter 2.8.
     """
     settings = settings or Settings()
     lineup(settings)  # so that a mistake is found before anything is built
-    result = {"date": date.today().isoformat(), "commit": _commit()}
-    result |= {"machine": machine(), "threads": settings.threads or cores()}
-    result |= {"load": load(), "backend": settings.backend}
-    result["configs"] = [
-        _config_result(name, *what, settings, bar)
-        for name, what in configs.items()
-    ]
-    shape = _shape(*CONFIGS["small"])
-    result["start"] = start_times(shape, settings, bar) if start else []
-    if settings.backend == "cuda" and configs:
-        result["losses"] = loss_curves(settings.precisions)
-    return shares(result)
+    result = facts_of(settings)
+    contests = [_steps(k, *x, settings, bar) for k, x in configs.items()]
+    if "gpu" in result and configs:
+        contests.append(losses_contest(settings.precisions, settings))
+    if start:
+        contests.append(_starts(*CONFIGS["small"], settings, bar))
+    rows = [row for x in contests for row in x["contestants"]]
+    peak = max((row.get("fma_peak", 0) for row in rows), default=0)
+    for contest in contests:  # others can only lower what a row measures
+        contest["limit"] = peak if "work" in contest else 0
+    return result | {"contests": contests}
 
 
-# the same losses
-def loss_curves(precisions, steps=20, shape=(SMALL, 12, 64)):
-    """Train a small model on the CPU and on the GPU, from the same start.
+# a contest of steps
+def _specs(cfg, batch_size, seq_len, settings):
+    """The specs of all contestants of some Settings, on one shape."""
+    shape = {"model": _record(cfg), "batch_size": batch_size}
+    shape |= {"seq_len": seq_len}
+    return {k: x | shape for k, x in lineup(settings).items()}
 
-    shape: a GPT2Config, batch size and length. Returns a dict of lists of
-    losses, by backend and precision, and worst: the largest difference from
-    the CPU's in fp32, by precision. Without a GPU it says unmeasured alone.
-    Raises FloatingPointError when a loss is not finite.
 
-    Derived in chapter 2.8.
-    """
-    if no_device("cuda"):
-        return {"unmeasured": no_device("cuda")}
-    batch = peers.random_batch(_shape(*shape))
-    runs = [("cpu", "fp32"), *(("cuda", x) for x in precisions)]
-    found = {}
-    for backend, precision in runs:
-        if peers.missing(precision, backend):
-            continue
-        model = GPT2(*shape, backend=backend, precision=precision)
-        losses = found[f"{backend} {precision}"] = []
-        for step in range(1, 1 + steps):
-            losses.append(float(model.forward(*batch)))
-            model.backward()
-            model.update(step=step)
-        _check_losses(f"{backend} {precision}", losses)
-    want, *others = found.values()
-    worst = [
-        max(abs(a - b) for a, b in zip(want, x, strict=True)) for x in others
-    ]
-    return found | {"worst": dict(zip([*found][1:], worst, strict=True))}
+def _rows(found):
+    return [{"name": name, **row} for name, row in found.items()]
+
+
+def _check_together(cfg, batch_size, seq_len, settings):
+    """Raise MemoryError when our own contestants alone do not fit."""
+    ours = sum(
+        settings.backend in PRECISIONS[x] and (x != "bf16" or has_bf16())
+        for x in settings.precisions
+    )
+    layout = gpt2_layout(cfg, batch_size, seq_len)
+    if settings.backend != "cuda":
+        size = ours * sum(footprint(layout).values())
+        check_room(size, "fewer precisions, or " + SMALLER)
+
+
+def _steps(name, cfg, batch_size, seq_len, settings, bar):
+    """The contest of training steps on one shape."""
+    _check_together(cfg, batch_size, seq_len, settings)
+    specs = _specs(cfg, batch_size, seq_len, settings)
+    found = race(specs, WARM_UP + settings.steps, settings, bar)
+    tokens = batch_size * seq_len
+    flops = flops_per_token(cfg, seq_len) * tokens
+    rows = [_step_row(x, tokens, flops) for x in _rows(found)]
+    about = (
+        f"{_model_words(cfg)}, {parameter_count(cfg):,} parameters; batches "
+        f"of {batch_size} times {seq_len} tokens; {settings.steps} rounds"
+    )
+    return {
+        "name": name, "kind": "step", "about": about, "model": _record(cfg),
+        "batch_size": batch_size, "seq_len": seq_len,
+        "parameters": parameter_count(cfg), "work": flops,
+        "contestants": rows, "ratios": ratios(rows),
+    }  # fmt: skip
+
+
+# one contestant
+def _step_row(row, tokens, flops):
+    """What is kept of a contestant's answers: those of the measured rounds."""
+    if "unmeasured" in row:
+        return row
+    losses = row.pop("loss")
+    _check_losses(row["name"], losses)
+    row["seconds"] = row["seconds"][WARM_UP:]
+    row["step_seconds"] = median(row["seconds"])
+    row["tokens_per_second"] = tokens / row["step_seconds"]
+    row["flops_per_second"] = flops / row["step_seconds"]
+    row["memory_bytes"] = row.get("device_bytes", row["peak_bytes"])
+    row["first_loss"] = losses[0]
+    if "layers" in row:
+        every = {x: row.pop(x)[WARM_UP:] for x in ("parts", "layers", "calls")}
+        row |= _layer_times(every)
+    elif "apart" in row:  # steps of their own, whose layers were timed
+        row |= _layer_times(by_key(row.pop("apart")))
+    return row
 
 
 def _check_losses(name, losses):
@@ -134,317 +156,112 @@ def _check_losses(name, losses):
             )
 
 
-# the benchmark of writing
-def bench_writers(cfg, prompt=64, count=64, rounds=10, threads=None, **how):
-    """Measure tokens written against transformers; a dict ready for JSON.
-
-    The arguments are those of `race_writers`, and so is what it raises.
-    Seconds are those of the rounds, in order: of the first token, which
-    reads the prompt, and of a later one, the median of a text.
-
-    Derived in chapter 2.8.
-    """
-    result = {"date": date.today().isoformat(), "commit": _commit()}
-    result |= {"machine": machine(), "threads": threads or cores()}
-    result |= {"load": load(), "model": dict(vars(cfg))}
-    found = race_writers(cfg, prompt, count, rounds, threads, **how)
-    rows, texts = {}, []
-    for name, each in found.items():
-        steps = each["steps"]
-        texts.append([x["tokens"] for x in steps])
-        rows[name] = {
-            kind: [x[kind] for x in steps]
-            for kind in ("first_seconds", "token_seconds")
-        }
-    for kind in ("first_seconds", "token_seconds"):
-        seconds = {name: row[kind] for name, row in rows.items()}
-        result[f"{kind}_ratios"] = ratios(seconds)
-    same = all(text == texts[0] for text in texts)
-    result |= {"prompt": prompt, "count": count, "same_tokens": same}
-    result["writers"] = {n: rows[n] | found[n]["facts"] for n in rows}
-    return result
+def _layer_times(steps):
+    """Medians: of each part, and a dict a layer, in the order of first use."""
+    parts, layers = by_key(steps["parts"]), by_key(steps["layers"])
+    whole = [sum(x.values()) for x in steps["parts"]]
+    spent = [sum(x.values()) for x in steps["layers"]]
+    layers["(the rest)"] = [a - b for a, b in zip(whole, spent, strict=True)]
+    calls = steps["calls"][0]
+    return {
+        "parts": {name: median(each) for name, each in parts.items()},
+        "layers": [
+            {"name": k, "calls": calls.get(k, 1), "seconds": median(each)}
+            for k, each in layers.items()
+        ],
+    }
 
 
-def writers_report(result):
-    """The result of `bench_writers` as a text of lines to print.
-
-    Derived in chapter 2.8.
-    """
-    lines = [f"machine  {result['machine']}, {result['threads']} threads"]
-    if result["load"] is not None:
-        lines += [f"load     {result['load']:.2f} before the race"]
-    same = "the same tokens" if result["same_tokens"] else "OTHER TOKENS"
-    lines += [
-        f"a prompt of {result['prompt']} tokens, {result['count']} more: "
-        f"{same}",
-        "",
-        f"{'':<16}{'first ms':>11}{'ms a token':>11}{'tokens/s':>11}",
-    ]
-    for name, row in result["writers"].items():
-        first, each = (
-            median(row[x]) for x in ("first_seconds", "token_seconds")
-        )
-        numbers = f"{first * 1e3:11.1f}{each * 1e3:11.2f}{1 / each:11.1f}"
-        lines.append(f"{name:<16}{numbers}")
-    for kind, what in (("first", "first token"), ("token", "later token")):
-        for x in result[f"{kind}_seconds_ratios"]:
-            lines.append(
-                f"{what}: {x['ours']} / {x['peer']}: {x['ratio']:.2f} of its "
-                f"time ({x['low']:.2f} to {x['high']:.2f})"
-            )
-    return "\n".join(lines)
-
-
-# is the machine busy
-def load():
-    """How many threads have wanted to run in the last minute, on average.
-
-    None where the system does not say.
-
-    Derived in chapter 2.8.
-    """
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-
-
-# which llmnb
-def _commit():
-    """The commit of the checkout that this file is in; None elsewhere."""
-    command = ["git", "describe", "--always", "--dirty"]
-    folder = Path(peers.__file__).parents[2]
-    if not (folder / ".git").exists():
-        return None
-    try:
-        found = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip() or None
-
-
-# one configuration
-def _config_result(name, cfg, batch_size, seq_len, settings, bar):
-    shape = _shape(cfg, batch_size, seq_len)
-    found, why = race(shape, settings, bar)
-    flops = flops_per_token(cfg, seq_len) * batch_size * seq_len
-    rows = [_row(name, flops, shape, **x) for name, x in found.items()]
-    rows += [{"name": k, "unmeasured": v} for k, v in why.items()]
-    order = [*lineup(settings)]
-    rows.sort(key=lambda row: order.index(row["name"]))
-    seconds = {x["name"]: x["seconds"] for x in rows if "seconds" in x}
-    facts = {"parameters": parameter_count(cfg), "flops_per_step": flops}
-    facts |= {"contestants": rows, "ratios": ratios(seconds)}
-    if settings.backend == "cuda":
-        facts["captures"] = captures(seconds)
-    return {"name": name, **shape, **facts}
-
-
-# what a graph saves
-def captures(seconds):
-    """Seconds a step that a captured graph saves, by contestant.
-
-    seconds: a dict from name to a list, one number a round. Returns a list
-    of dicts: name, and the median, lowest and highest of the rounds'
-    differences, saved, low and high.
-
-    Derived in chapter 2.8.
-    """
-    table = []
-    for name, fast in seconds.items():
-        slow = seconds.get(f"{name}, no graph")
-        if slow:
-            each = [b - a for a, b in zip(fast, slow, strict=True)]
-            row = {"name": name, "saved": median(each)}
-            table.append(row | {"low": min(each), "high": max(each)})
-    return table
-
-
-# shares of the peak
-def shares(result):
-    """Give each row of a result its share of the machine's FMA peak.
-
-    The peak is the highest that any row has measured: other programs can
-    only lower it. Changes result in place and returns it.
-
-    Derived in chapter 2.8.
-    """
-    rows = [row for c in result["configs"] for row in c["contestants"]]
-    peak = max((row.get("fma_peak", 0) for row in rows), default=0)
-    for row in rows:
-        if peak and "flops_per_second" in row:
-            row["share_of_peak"] = row["flops_per_second"] / peak
-    return result
-
-
-# one contestant
-def _row(name, flops, shape, steps, facts):
-    _check_losses(name, [x["loss"] for x in steps])
-    measured = steps[WARM_UP:]
-    seconds = [x["seconds"] for x in measured]
-    middle = median(seconds)
-    row = {"name": name, "seconds": seconds, "step_seconds": middle}
-    tokens = shape["batch_size"] * shape["seq_len"]
-    row["tokens_per_second"] = tokens / middle
-    row["flops_per_second"] = flops / middle
-    apart = facts.pop("apart", None)  # steps whose layers were timed alone
-    row |= {"first_loss": steps[0]["loss"], **facts}
-    timed = apart or (measured if "layers" in steps[0] else None)
-    if timed:
-        row |= {"parts": _parts(timed), "layers": _layers(timed)}
-    return row
-
-
-# medians
-def _parts(steps):
-    return {x: median(s["parts"][x] for s in steps) for x in PARTS}
-
-
-def _layers(steps):
-    """One dict a backend function, in the order of first use."""
-    table = []
-    for name, calls in steps[0]["calls"].items():
-        seconds = median(x["layers"][name] for x in steps)
-        table.append({"name": name, "calls": calls, "seconds": seconds})
-    whole = [sum(x["parts"].values()) for x in steps]
-    pairs = zip(whole, steps, strict=True)
-    rest = [total - sum(x["layers"].values()) for total, x in pairs]
-    table.append({"name": "(the rest)", "calls": 1, "seconds": median(rest)})
-    return table
-
-
-# a report in words
-def report(result):
-    """The result of `bench` as a text of lines to print.
-
-    Derived in chapter 2.8.
-    """
-    lines = [f"machine  {result['machine']}, {result['threads']} threads"]
-    if result["load"] is not None:
-        lines += [f"load     {result['load']:.2f} before the race"]
-    for config in result["configs"]:
-        lines += ["", *_config_lines(config)]
-    if result["start"]:
-        lines += ["", "seconds to the first step of the small model", ""]
-        lines += [f"{'':<22} {'cold':>9} {'warm':>9}"]
-        for row in result["start"]:
-            times = row.get("unmeasured") or " ".join(
-                f"{median(row[kind]):9.2f}" for kind in ("cold", "warm")
-            )
-            lines.append(f"{row['name']:<22} {times}")
-    return "\n".join(lines + [*_losses_lines(result.get("losses"))])
-
-
-def _losses_lines(losses):
-    if losses is None:
-        return
-    yield ""
-    if "unmeasured" in losses:
-        yield f"losses against the CPU's: {losses['unmeasured']}"
-        return
-    for name, worst in losses["worst"].items():
-        yield f"losses of {name} differ from the CPU's by at most {worst:.1e}"
-
-
-# one configuration in words
-def _config_lines(config):
-    shape = "L {num_layers}  NH {num_heads}  C {channels}  V {vocab_size}"
-    yield (
-        f"{config['name']}  {shape.format(**config['model'])}  "
-        f"B {config['batch_size']}  T {config['seq_len']}: "
-        f"{config['parameters']:,} parameters"
+# a contest of starts
+def _starts(cfg, batch_size, seq_len, settings, bar):
+    """The contest of first steps; llm.c has no compiled code to keep."""
+    specs = _specs(cfg, batch_size, seq_len, settings)
+    specs.pop("llm.c", None)
+    about = (
+        "seconds from the start of a process to the end of its first step of "
+        "the small model, cold, with nothing compiled before, and warm, with "
+        f"what the cold start compiled; {STARTS} starts"
     )
-    titles = "ms a step", "tokens/s", "GFLOP/s", "of peak", "peak MB"
-    yield ""
-    yield f"{'':<22}" + "".join(f"{x:>11}" for x in titles)
-    for row in config["contestants"]:
-        yield f"{row['name']:<22}" + _numbers(row)
-    yield ""
-    for x in config["ratios"]:
-        yield (
-            f"{x['ours']} / {x['peer']}: {x['ratio']:.2f} of its time, median "
-            f"of the rounds ({x['low']:.2f} to {x['high']:.2f})"
-        )
-    for x in config.get("captures", []):
-        yield f"{x['name']}: the graph saves {x['saved'] * 1e3:.2f} ms a step"
-    for row in config["contestants"]:
-        if "layers" in row:
-            yield from ("", f"{row['name']}, where the time goes", "")
-            yield from _table(row)
+    rows = _rows(race_starts(specs, settings, bar))
+    found = {"name": "starts", "kind": "start", "about": about}
+    return found | {"contestants": rows}
 
 
-# the numbers of a row
-def _numbers(row):
-    if "unmeasured" in row:
-        return "  " + row["unmeasured"]
-    share = row.get("share_of_peak")
-    peak = row.get("device_bytes", row["peak_bytes"])
-    cells = [
-        f"{row['step_seconds'] * 1e3:.1f}",
-        f"{row['tokens_per_second']:,.0f}",
-        f"{row['flops_per_second'] / 1e9:.1f}",
-        f"{share:.0%}" if share else "-",
-        f"{peak / 1e6:,.0f}" if peak else "-",
-    ]
-    return "".join(f"{x:>11}" for x in cells)
+# the same losses
+def losses_contest(precisions, settings, steps=20, config=CONFIGS["small"]):
+    """Train a small model on the CPU and on the GPU, from the same start.
 
-
-# the table
-def _table(row):
-    total = row["step_seconds"]
-    rows = [(name, "", s) for name, s in row["parts"].items()]
-    rows += [("", "", None)]
-    rows += [(x["name"], x["calls"], x["seconds"]) for x in row["layers"]]
-    yield f"{'':<30} {'calls':>6} {'ms':>9} {'share':>7}"
-    for name, calls, s in rows:
-        if s is None:
-            yield ""
-            continue
-        yield f"{name:<30} {calls:>6} {s * 1e3:9.2f} {s / total:7.1%}"
-
-
-# the bars
-def layers_figure(result):
-    """Where the time goes: a matplotlib figure, a panel for each llmnb row.
-
-    result: of `bench`. Raises ValueError when it has no such row.
+    precisions: of the GPU's models. settings: see `race`. config: a
+    GPT2Config, batch size and length. Returns a contest whose rows hold the
+    losses of the steps, and worst, the largest difference from the CPU's in
+    fp32. Raises FloatingPointError when a loss is not finite.
 
     Derived in chapter 2.8.
     """
-    from matplotlib.figure import Figure
+    runs = [("cpu", "fp32")] + [("cuda", x) for x in precisions]
+    (spec,) = _specs(*config, Settings()).values()
+    specs = {
+        f"{backend} {precision}": spec
+        | {"backend": backend, "precision": precision}
+        for backend, precision in runs
+    }
+    rows = _rows(race(specs, steps, settings))
+    want = rows[0]["loss"]
+    for row in rows:
+        if "unmeasured" not in row:
+            _check_losses(row["name"], row["loss"])
+            pairs = zip(want, row["loss"], strict=True)
+            row["worst"] = max(abs(a - b) for a, b in pairs)
+    about = f"{steps} losses of the small model against those of the CPU"
+    found = {"name": "losses", "kind": "losses", "about": about}
+    return found | {"contestants": rows}
 
-    rows = [
-        (f"{config['name']}, {row['name']}", row)
-        for config in result["configs"]
-        for row in config["contestants"]
-        if "layers" in row
-    ]
-    if not rows:
-        raise ValueError("there is nothing to draw: no layer was measured")
-    fig = Figure(figsize=(8, 0.4 + 2.9 * len(rows)), dpi=100)
-    panels = fig.subplots(len(rows), squeeze=False)[:, 0]
-    for ax, (title, row) in zip(panels, rows, strict=True):
-        _draw_bars(ax, row)
-        ax.set_title(title, loc="left", size=11, parse_math=False)
-    fig.tight_layout()
-    return fig
+
+# a contest of writers
+WRITERS = {"llmnb": "llmnb-decoder", "transformers": "transformers"}
+TOKEN_TIMES = {"first_seconds": "first token", "token_seconds": "later token"}
 
 
-# one panel
-def _draw_bars(ax, row):
-    """Bars of milliseconds: a layer's forward and backward in one bar."""
-    from llmnb.book.diagram import PALETTE
+def bench_writers(cfg, prompt=64, count=64, settings=None):
+    """Race a Decoder and transformers' generate on one random model.
 
-    times, names = {x["name"]: x["seconds"] * 1e3 for x in row["layers"]}, {}
-    for name in times:
-        names.setdefault(re.sub(r"_(for|back)ward$", "", name), None)
-    left = dict.fromkeys(names, 0.0)
-    for way, colour in (("forward", "blue"), ("backward", "orange")):
-        width = [times.get(f"{x}_{way}", 0.0) for x in names]
-        ax.barh([*names], width, left=[*left.values()], label=way,
-                color=PALETTE[colour])  # fmt: skip
-        left = dict(zip(names, width, strict=True))
-    ax.barh([*names], [times.get(x, 0.0) for x in names], label="neither",
-            color=PALETTE["grey"])  # fmt: skip
-    ax.invert_yaxis()
-    ax.set_xlabel("milliseconds of a step")
-    ax.legend(loc="lower right")
+    cfg: a GPT2Config. prompt, count: tokens to read and to write. settings:
+    a `race.Settings`: its steps are the texts to measure, after one that is
+    not. Returns a dict ready for JSON; seconds are those of the rounds, in
+    order: of the first token, which reads the prompt, and of a later one,
+    the median of a text. Raises ValueError for numbers that do not fit the
+    model and ChildProcessError in one sentence.
+
+    Derived in chapter 2.8.
+    """
+    if prompt < 1 or count < 2 or prompt + count > cfg.max_seq_len:
+        raise ValueError(
+            f"a prompt of {prompt} and {count} more tokens: must be at least "
+            f"1 and 2, together at most {cfg.max_seq_len}"
+        )
+    settings = settings or Settings()
+    result = facts_of(settings)
+    spec = {"vocab_size": cfg.vocab_size, "prompt": prompt, "count": count}
+    with tempfile.TemporaryDirectory() as folder:
+        write_random(folder, cfg)
+        spec["folder"] = folder
+        specs = {k: spec | {"kind": kind} for k, kind in WRITERS.items()}
+        rows = _rows(race(specs, 1 + settings.steps, settings))
+    contest = {"name": "writing", "kind": "write", "model": vars(cfg)}
+    contest["ratios"] = []
+    for kind, words in TOKEN_TIMES.items():
+        for row in rows:
+            row[kind] = row[kind][1:]
+        contest["ratios"] += [x | {"of": words} for x in ratios(rows, kind)]
+    for row in rows:
+        del row["seconds"]  # of a whole text
+        row["tokens_per_second"] = 1 / median(row["token_seconds"])
+    texts = [row.pop("tokens")[1:] for row in rows]
+    contest["same_tokens"] = all(text == texts[0] for text in texts)
+    same = "the same" if contest["same_tokens"] else "OTHER"
+    contest["about"] = (
+        f"{_model_words(cfg)}, random weights; a prompt of {prompt} tokens "
+        f"and {count} more, always the likeliest; both wrote {same} tokens; "
+        f"{settings.steps} texts"
+    )
+    return result | {"contests": [contest | {"contestants": rows}]}

@@ -3,94 +3,85 @@
 """The versions of a GPU kernel against each other: right, counted, timed."""
 
 __all__ = [
-    "FACTS",
-    "GENERATIONS",
-    "SEEN",
-    "compiled",
-    "contest",
-    "contest_report",
-    "count",
-    "ladders_figure",
-    "speeds",
+    "FACTS", "GENERATIONS", "SEEN", "TOLERANCE", "compiled", "count",
+    "in_turns", "judge", "kernel_contests", "timed",
 ]
 
 
 # imports of the contest
 import functools
-from statistics import median
+from types import SimpleNamespace
 
 import numpy as np
 
-from llmnb.bench.clock import Clock, gpu_facts, in_turns, limits, no_times
+from llmnb.bench.clock import Clock, limits, no_times
+from llmnb.bench.ladders import (
+    GPT2_124M, LADDERS, is_float, ladder_named, version_name,
+)
+from llmnb.bench.peers import torch_on
+from llmnb.bench.race import take_turns
 from llmnb.cuda.cublas import no_cublas
 from llmnb.gpu.launch import empty, simulated, to_device, to_host
 from llmnb.gpu.ptx import compile_kernel, no_compiler
 from llmnb.gpu.simulator import watch
-from llmnb.bench.ladders import (
-    GPT2_124M,
-    LADDERS,
-    is_float,
-    ladder_named,
-    version_name,
-)
 
 
 # run a version
-def _prepared(ladder, version, arguments, sizes, place):
-    """A version ready to run, and its arguments on a device, by name."""
-    there = {
+def _placed(arguments, place):
+    """Arguments by name, the arrays among them on a device."""
+    return {
         k: place(v) if isinstance(v, np.ndarray) else v
         for k, v in arguments.items()
     }
+
+
+def _ready(ladder, version, sizes, there):
+    """A version that has its arguments and its scratch memory."""
     run = ladder.function(version)
-    floats = ladder.scratch(sizes, version)
-    if floats:
-        like = there[(ladder.writes + ladder.changes)[0]]
-        run = functools.partial(run, work=empty(floats, like=like))
-    return functools.partial(run, *there.values()), there
+    if ladder.work:
+        like = there[ladder.results[0]]
+        run = functools.partial(run, work=empty(ladder.work(sizes), like=like))
+    return functools.partial(run, *there.values())
 
 
-# is it right
-def _judged(ladder, there, arguments, want):
-    """Compare what a version left: {"error": number} or {"wrong": text}."""
-    worst = 0.0
-    for name, array in there.items():
-        if not hasattr(array, "copy_to_host"):
-            continue
-        got = to_host(array)
-        if name not in want:
-            if not np.array_equal(got, arguments[name], is_float(got)):
-                return {"wrong": f"{name} was changed"}
-            continue
-        if not np.isfinite(got).all():
-            return {"wrong": f"{name} is not finite everywhere"}
-        scale = max(1.0, np.abs(want[name]).max())
-        error = float(np.abs(got - want[name]).max() / scale)
-        if error > ladder.tolerance:
-            return {"wrong": f"{name} is {error:.0e} from the reference"}
-        worst = max(worst, error)
-    return {"error": worst}
+# judge a version
+TOLERANCE = 5e-5  # relative to the largest element of a result
 
 
 def judge(ladder, version, sizes, place=to_device, seed=1):
     """Run a version on fresh arguments and compare with the reference.
 
     ladder: a Ladder. sizes: of the arguments; of B at most ladder.checked
-    are used. place: to_device or simulated. Returns a dict: error, the
-    worst relative to the largest element of a result; or wrong, a text.
+    are used. place: to_device or simulated. Returns what is wrong, a text;
+    an empty one where nothing is.
+
+    Derived in chapter A.7.
     """
-    sizes = sizes._replace(B=min(sizes.B, ladder.checked))
+    sizes = ladder.few(sizes)
     arguments = ladder.draw(sizes, seed)
-    run, there = _prepared(ladder, version, arguments, sizes, place)
-    run()
-    return _judged(ladder, there, arguments, ladder.expected(arguments))
+    there = _placed(arguments, place)
+    _ready(ladder, version, sizes, there)()
+    want = ladder.expected(arguments)
+    for name in [k for k, v in arguments.items() if np.ndim(v)]:
+        got = to_host(there[name])
+        if name not in want:
+            if not np.array_equal(got, arguments[name], is_float(got)):
+                return f"{name} was changed"
+            continue
+        if not np.isfinite(got).all():
+            return f"{name} is not finite everywhere"
+        scale = max(1.0, np.abs(want[name]).max())
+        error = np.abs(got - want[name]).max() / scale
+        if error > TOLERANCE:
+            return f"{name} is {error:.0e} from the reference"
+    return ""
 
 
 # what the simulator sees
 SEEN = (
-    *("threads", "requests", "sectors", "shared_requests", "shared_passes"),
-    *("barriers", "atomics"),
-)
+    "threads", "requests", "sectors", "shared_requests", "shared_passes",
+    "barriers", "atomics",
+)  # fmt: skip
 
 
 def count(ladder, version, sizes=None):
@@ -103,26 +94,22 @@ def count(ladder, version, sizes=None):
 
     Derived in chapter A.7.
     """
-    sizes = sizes or ladder.counted
-    arguments = ladder.draw(sizes)
-    run, there = _prepared(ladder, version, arguments, sizes, simulated)
+    sizes = ladder.few(sizes or ladder.counted)
     with watch() as seen:
-        run()
+        wrong = judge(ladder, version, sizes, simulated, seed=0)
     found = {"sizes": sizes._asdict(), "launches": len(seen.launches)}
-    found |= {"least_bytes": ladder.least_bytes(arguments)}
+    found |= {"least_bytes": ladder.least_bytes(ladder.draw(sizes))}
     found |= {name: int(getattr(seen, name)) for name in SEEN}
-    verdict = _judged(ladder, there, arguments, ladder.expected(arguments))
-    if "wrong" in verdict:
-        found |= verdict
-    return found, seen.launches
+    found["moved"] = 32 * found["sectors"] / found["least_bytes"]
+    return found | ({"wrong": wrong} if wrong else {}), seen.launches
 
 
 # what the compiler says
 GENERATIONS = {"sm_80": (8, 0), "sm_90": (9, 0)}
 FACTS = (
-    *("registers", "spilled", "stack", "shared", "float64"),
-    *("vector_loads", "vector_stores"),
-)
+    "registers", "spilled", "stack", "shared", "float64", "vector_loads",
+    "vector_stores",
+)  # fmt: skip
 
 
 @functools.cache
@@ -147,264 +134,107 @@ def compiled(launches):
     ]
 
 
-# what is timed
-def _no_torch():
-    """PyTorch's module, and why there is none; one of them is None."""
-    try:
-        import torch
-    except ImportError:
-        return None, "this Python has no torch"
-    if not torch.cuda.is_available():
-        return None, "torch finds no GPU"
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    return torch, None
+# in turns on a GPU
+def in_turns(clock, runs, budget=2.0, most=50):
+    """Time each of some functions once a round; see `take_turns`.
 
+    clock: a `Clock`. runs: a dict from name to a function that launches.
+    budget: seconds of GPU time to spend, roughly; at least five rounds and
+    at most `most` are measured. Returns a dict from name to a list of
+    seconds.
 
-def _torch_run(ladder, torch, there):
-    """PyTorch's operation on the memory of a device's arrays."""
-    from types import SimpleNamespace
-
-    tensors = {
-        k: torch.as_tensor(v, device="cuda") if hasattr(v, "nbytes") else v
-        for k, v in there.items()
-    }
-    return ladder.torch(torch, SimpleNamespace(**tensors))
-
-
-def timed(ladder, versions, sizes, clock, peer=None):
-    """Let versions of a layer take turns on a GPU, and PyTorch with them.
-
-    versions: numbers from 1. clock: a `Clock`. peer: the module torch, or
-    None. NVIDIA's library joins in where the layer has one that starts.
-    Returns the least bytes and a dict from number, the library's names and
-    "torch" to lists of seconds.
+    Derived in chapter A.7.
     """
-    arguments = ladder.draw(sizes)
-    least = ladder.least_bytes(arguments)
-    _, there = _prepared(ladder, 1, arguments, sizes, to_device)
-    runs = {}
-    for version in versions:
-        run = ladder.function(version)
-        floats = ladder.scratch(sizes, version)
-        if floats:
-            run = functools.partial(run, work=empty(floats))
-        runs[version] = functools.partial(run, *there.values())
-    if ladder.library and not no_cublas():
+    turns = {
+        name: functools.partial(clock.seconds, run, clock.launching(run))
+        for name, run in runs.items()
+    }
+    once = sum(turn() for turn in turns.values())
+    rounds = int(budget / max(once, 1e-9))
+    return take_turns(turns, range(min(max(rounds, 5), most)))
+
+
+def timed(ladder, versions, sizes, arguments, clock):
+    """Let versions of a layer and their rivals take turns on a GPU.
+
+    versions: numbers from 1, by name. sizes, arguments: a Sizes, and what
+    `Ladder.draw` made for it. PyTorch joins in where it has a GPU, NVIDIA's
+    library where the layer has one that starts. Returns a dict from name to
+    a dict: seconds, or unmeasured.
+
+    Derived in chapter A.7.
+    """
+    there, found = _placed(arguments, to_device), {}
+    runs = {k: _ready(ladder, x, sizes, there) for k, x in versions.items()}
+    if ladder.library and no_cublas():
+        found["cuBLASLt"] = {"unmeasured": no_cublas()}
+    elif ladder.library:
         for name, run in ladder.library().items():
             runs[name] = functools.partial(run, *there.values())
-    if peer and ladder.torch:
-        runs["torch"] = _torch_run(ladder, peer, there)
-    return least, in_turns(clock, runs)
-
-
-# one layer
-def _says(function):
-    """What a version is, in words: its name."""
-    return version_name(function).replace("_", " ")
-
-
-def _without_gpu(ladder, number, function, counted, why):
-    """The row of a version: what can be known with no GPU."""
-    row = {"version": number, "name": version_name(function)}
-    row |= {"says": _says(function)}
-    row["counted"], launches = count(ladder, number, counted)
-    if no_compiler():
-        row["compiled"] = {"unmeasured": no_compiler()}
-    else:
-        row["compiled"] = compiled(launches)
-    row["time"] = {"unmeasured": why}
-    return row
-
-
-def _time_layer(ladder, rows, sizes, clock):
-    """Judge the versions on the GPU, time those that are right.
-
-    Fills in rows; returns the entries of the layer.
-    """
-    good = []
-    for row in rows:
-        row["judged"] = judge(ladder, row["version"], sizes)
-        wrong = row["judged"].get("wrong")
-        if wrong:
-            row["time"] = {"unmeasured": f"wrong: {wrong}"}
-        else:
-            good.append(row["version"])
-    torch, why = _no_torch()
-    least, seconds = timed(ladder, good, sizes, clock, torch)
-    for row in rows:
-        if row["version"] in seconds:
-            row["time"] = {"seconds": seconds[row["version"]]}
-    found = {"sizes": sizes._asdict(), "least_bytes": least}
-    if ladder.flops:
-        found["flops"] = ladder.flops(sizes)
-    found["peers"] = {
-        name: {"seconds": spent}
-        for name, spent in seconds.items()
-        if isinstance(name, str)
-    }
-    if "torch" not in seconds:
-        why = why or "PyTorch has no such operation by itself"
-        found["peers"]["torch"] = {"unmeasured": why}
-    if ladder.library and no_cublas():
-        found["peers"]["cuBLASLt"] = {"unmeasured": no_cublas()}
-    return found
+    try:
+        torch = torch_on("cuda")
+    except (ImportError, NotImplementedError) as why:
+        found["torch"] = {"unmeasured": str(why)}
+    else:  # on the memory of the same arrays
+        tensors = {
+            k: torch.as_tensor(v, device="cuda") if hasattr(v, "nbytes") else v
+            for k, v in there.items()
+        }
+        runs["torch"] = ladder.torch(torch, SimpleNamespace(**tensors))
+    seconds = in_turns(clock, runs)
+    return {k: {"seconds": x} for k, x in seconds.items()} | found
 
 
 # the contest
-def contest(layers=(), sizes=GPT2_124M, counted=None, bar=iter):
-    """Compare the versions of layers; a dict ready for JSON.
+def kernel_contests(layers=(), sizes=GPT2_124M, counted=None, bar=iter):
+    """Compare the versions of layers: a list of contests, ready for JSON.
 
     layers: names in `LADDERS`, or none for all. sizes: of what is timed,
     where there is a GPU. counted: of what is simulated; None for the
-    ladders' own. bar: takes the
-    ladders and gives them back, such as tqdm. Raises ValueError for a name
-    that is not there.
+    ladders' own. bar: takes the ladders and gives them back, such as tqdm.
+    A row holds what `count` and `compiled` say of a version, and seconds or
+    why they are unmeasured. Raises ValueError for a name that is not there.
 
     Derived in chapter A.7.
     """
     ladders = [ladder_named(x) for x in layers] or [*LADDERS]
-    why = no_times()
-    clock = None if why else Clock()
-    result = {"gpu": {"unmeasured": why}, "limits": {"unmeasured": why}}
+    clock = None if no_times() else Clock()
+    most = limits(clock) if clock else {}
+    return [_contest(x, sizes, counted, clock, most) for x in bar(ladders)]
+
+
+def _contest(ladder, sizes, counted, clock, most):
+    """What is known of all versions of a layer, with a GPU or without."""
+    rows = {}
+    for number, function in enumerate(ladder.versions, 1):
+        row, launches = count(ladder, number, counted)
+        if not no_compiler():
+            row["compiled"] = compiled(launches)
+        wrong = row.get("wrong") or (clock and judge(ladder, number, sizes))
+        if wrong or not clock:
+            row["unmeasured"] = f"wrong: {wrong}" if wrong else no_times()
+        rows[version_name(function)] = row
+    about = f"counted at {_words(row['sizes'])}"
+    found = {"name": ladder.layer, "kind": "kernel", "work": 0, "limit": 0}
     if clock:
-        result = {"gpu": gpu_facts(), "limits": limits(clock)}
-    result["ladders"] = []
-    for ladder in bar(ladders):
-        rows = [
-            _without_gpu(ladder, 1 + i, function, counted, why)
-            for i, function in enumerate(ladder.versions)
-        ]
-        found = {"layer": ladder.layer, "versions": rows}
-        if clock:
-            found |= _time_layer(ladder, rows, sizes, clock)
-        else:
-            found["peers"] = {"torch": {"unmeasured": why}}
-            if ladder.library:
-                found["peers"]["cuBLASLt"] = {"unmeasured": why}
-        result["ladders"].append(found)
-    return result
+        about += f", timed at {_words(sizes._asdict())}"
+        found |= _race(ladder, rows, sizes, clock, most)
+    rows = [{"name": name, **row} for name, row in rows.items()]
+    return found | {"about": about, "contestants": rows}
 
 
-# medians and shares
-def speeds(result):
-    """What follows from the times of a contest, for tables and figures.
-
-    Yields dicts: layer, version (a number, or a peer's name), seconds (the
-    median), low, high, and rate and share: bytes a second of what a copy
-    reaches, or FLOP/s of the peak, whichever the layer counts. Rows
-    without a time are left out.
-
-    Derived in chapter A.7.
-    """
-    for found in result["ladders"]:
-        rows = [(x["version"], x["time"]) for x in found["versions"]]
-        work = found.get("flops", found.get("least_bytes"))
-        kind = "fma_peak" if "flops" in found else "copy_bytes"
-        for version, each in [*rows, *found["peers"].items()]:
-            if "unmeasured" in each:
-                continue
-            middle = median(each["seconds"])
-            low, high = min(each["seconds"]), max(each["seconds"])
-            rate = work / middle
-            yield {
-                "layer": found["layer"], "version": version, "rate": rate,
-                "share": rate / result["limits"][kind], "kind": kind,
-                "seconds": middle, "low": low, "high": high,
-            }  # fmt: skip
+def _race(ladder, rows, sizes, clock, most):
+    """Time the versions that are right; fills in rows, returns the work."""
+    numbers = enumerate(rows.items(), 1)
+    good = {k: i for i, (k, row) in numbers if "unmeasured" not in row}
+    arguments = ladder.draw(sizes)
+    for name, each in timed(ladder, good, sizes, arguments, clock).items():
+        rows[name] = rows.get(name, {}) | each
+    if ladder.flops:
+        return {"work": ladder.flops(sizes), "limit": most["fma_peak"]}
+    least = ladder.least_bytes(arguments)
+    return {"work": least, "limit": most["copy_bytes"]}
 
 
-# the contest in words
-def contest_report(result):
-    """The result of `contest` as a text of lines to print.
-
-    Derived in chapter A.7.
-    """
-    gpu, most = result["gpu"], result["limits"]
-    nothing = gpu.get("unmeasured")  # the one reason of all rows
-    lines = [f"GPU      {gpu.get('name') or 'none: ' + gpu['unmeasured']}"]
-    if "fma_peak" in most:
-        lines.append(
-            f"limits   {most['fma_peak'] / 1e12:.1f} TFLOP/s, "
-            f"{most['copy_bytes'] / 1e9:,.0f} GB/s of copying"
-        )
-    fast = {(x["layer"], x["version"]): x for x in speeds(result)}
-    for found in result["ladders"]:
-        titles = "sectors", "of least", "requests", "registers", "vectors"
-        lines += ["", found["layer"], ""]
-        lines.append(f"{'':<34}" + "".join(f"{x:>11}" for x in titles))
-        for row in found["versions"]:
-            speed = fast.get((found["layer"], row["version"]))
-            lines += _version_lines(row, speed, nothing)
-        for name, row in found["peers"].items():
-            speed = fast.get((found["layer"], name))
-            said = _speed(speed) if speed else row["unmeasured"]
-            lines += [] if said == nothing else [f"{name}: {said}"]
-        if nothing:
-            lines.append(f"  all of these and PyTorch's: {nothing}")
-    return "\n".join(lines)
-
-
-def _version_lines(row, speed, nothing):
-    """A line of counts, and one of the time, or why this row has none."""
-    seen, made = row["counted"], row["compiled"]
-    least = seen["sectors"] * 32 / seen["least_bytes"]
-    cells = [f"{seen['sectors']:,}", f"{least:.2f}", f"{seen['requests']:,}"]
-    if isinstance(made, list):
-        for fact in ("registers", "vector_loads"):
-            cells.append("+".join(f"{x['sm_90'][fact]}" for x in made))
-    title = f"{row['version']} {row['says']}"
-    yield f"{title[:33]:<34}" + "".join(f" {x:>10}" for x in cells)
-    said = _speed(speed) if speed else row["time"]["unmeasured"]
-    if said != nothing:
-        yield f"  {said}"
-    if "wrong" in seen:
-        yield f"  WRONG on the simulator: {seen['wrong']}"
-
-
-def _speed(x):
-    units = {"fma_peak": (1e12, "TFLOP/s"), "copy_bytes": (1e9, "GB/s")}
-    scale, unit = units[x["kind"]]
-    return (
-        f"{x['seconds'] * 1e6:,.1f} us ({x['low'] * 1e6:,.1f} to "
-        f"{x['high'] * 1e6:,.1f}), {x['rate'] / scale:,.1f} {unit}, "
-        f"{x['share']:.0%} of the limit"
-    )
-
-
-# the ladders drawn
-def ladders_figure(result):
-    """The share of its limit that each version reaches, a panel a layer.
-
-    A matplotlib figure. result: of `contest`, measured on a GPU. Raises
-    ValueError when nothing in it was timed.
-
-    Derived in chapter A.7.
-    """
-    from matplotlib.figure import Figure
-
-    from llmnb.book.diagram import PALETTE
-
-    panels = {}
-    for x in speeds(result):
-        panels.setdefault(x["layer"], []).append(x)
-    if not panels:
-        raise ValueError("there is nothing to draw: no kernel was timed")
-    counts = [len(rows) for rows in panels.values()]
-    size = 8, sum(0.9 + 0.3 * n for n in counts)
-    fig = Figure(figsize=size, dpi=100)
-    axes = fig.subplots(len(panels), squeeze=False, height_ratios=counts)
-    for ax, (layer, rows) in zip(axes[:, 0], panels.items(), strict=True):
-        ours = [isinstance(x["version"], int) for x in rows]
-        names = [
-            f"version {x['version']}" if mine else x["version"]
-            for x, mine in zip(rows, ours, strict=True)
-        ]
-        colours = [PALETTE["blue" if x else "grey"] for x in ours]
-        ax.barh(names, [100 * x["share"] for x in rows], color=colours)
-        ax.invert_yaxis()
-        ax.set_title(layer, loc="left", size=11, parse_math=False)
-        limit = {"fma_peak": "peak of multiply-adds", "copy_bytes": "copy"}
-        ax.set_xlabel(f"per cent of the GPU's {limit[rows[0]['kind']]}")
-    fig.tight_layout()
-    return fig
+def _words(sizes):
+    return ", ".join(f"{k} = {v}" for k, v in sizes.items())

@@ -2,9 +2,7 @@
 
 """The multiply-add rate that this processor can reach."""
 
-__all__ = [
-    "fma_peak",
-]
+__all__ = ["fma_peak"]
 
 
 # imports of the peak

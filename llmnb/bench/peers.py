@@ -1,26 +1,24 @@
 # Written by `make export` from notebooks/appendix/08_racing.py: edit that file.
 
-"""What a contestant's process runs: llmnb, PyTorch, transformers."""
+"""What a contestant's process runs: llmnb, PyTorch, llm.c, transformers."""
 
 __all__ = [
-    "CONTESTANTS",
-    "decoder_contestant",
-    "llmnb_contestant",
-    "main",
-    "missing",
-    "peak_memory",
-    "random_batch",
-    "serve",
-    "torch_contestant",
-    "transformers_contestant",
+    "CONTESTANTS", "decoder_contestant", "llmc_contestant",
+    "llmnb_contestant", "main", "peak_memory", "random_batch", "serve",
+    "torch_contestant", "torch_on", "transformers_contestant", "write_random",
 ]
 
 
 # imports of the peers
 import json
 import os
+import re
+import signal
+import subprocess
 import sys
 import time
+from itertools import count
+from pathlib import Path
 from statistics import median
 
 
@@ -34,19 +32,14 @@ def peak_memory(pid="self"):
     Derived in chapter A.8.
     """
     try:
-        with open(f"/proc/{pid}/status") as file:
-            rows = dict(line.split(":", 1) for line in file)
-        return int(rows["VmHWM"].split()[0]) * 1024
-    except (OSError, KeyError):
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    if pid != "self":
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        status = Path(f"/proc/{pid}/status").read_text()
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+    except (OSError, TypeError):  # no such file, or no such line
+        if sys.platform != "darwin" or pid != "self":
+            return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 # take orders
@@ -54,8 +47,9 @@ def serve(step, facts, commands, reply):
     """Train one step for each line "step" of a file, until another line.
 
     step: a function that returns a dict, which is answered with the
-    seconds it took. facts: a function that returns what to answer at the
-    end. commands: a text file. reply: takes each answer, a dict.
+    seconds it took unless it says them itself. facts: a function that
+    returns what to answer at the end. commands: a text file. reply: takes
+    each answer, a dict.
 
     Derived in chapter A.8.
     """
@@ -89,74 +83,49 @@ def random_batch(spec):
     return draw.randint(0, spec["model"]["vocab_size"], shape, np.int64)
 
 
-# why a precision is missing
-def missing(precision, backend="cpu"):
-    """Why a backend cannot train with a precision here; None if it can.
-
-    Derived in chapter A.8.
-    """
-    home = {"bf16": "cpu", "tf32": "cuda"}.get(precision, backend)
-    if backend != home:
-        return f"not available in the {backend} backend"
-    if precision != "bf16":
-        return None
-    from llmnb.cpu.bfloat16 import has_bf16
-
-    return None if has_bf16() else "not available on this CPU"
-
-
 # our contestant
 def llmnb_contestant(spec):
     """A step of a GPT2 and its facts: two functions for `serve`.
 
-    spec: a dict with model, batch_size, seq_len, backend and precision.
-    Raises NotImplementedError, saying why, when the precision is missing.
+    spec: a dict with model, batch_size, seq_len, backend, precision, and on
+    a GPU graph. Raises NotImplementedError, saying why, when the backend or
+    the processor lacks the precision.
 
     Derived in chapter A.8.
     """
-    from itertools import count
-
     from llmnb.bench.stopwatch import Stopwatch, timed_step
-    from llmnb.config import GPT2Config
+    from llmnb.model.architectures import architecture_from
     from llmnb.model.gpt2 import GPT2
 
-    backend, precision = spec["backend"], spec["precision"]
-    if missing(precision, backend):
-        raise NotImplementedError(missing(precision, backend))
-    if backend == "cuda":
-        return _cuda_contestant(spec)
-    cfg = GPT2Config(**spec["model"])
+    cfg, precision = architecture_from(spec["model"]), spec["precision"]
     sizes = spec["batch_size"], spec["seq_len"]
-    model = GPT2(cfg, *sizes, backend=backend, precision=precision)
-    model.ops = Stopwatch(model.ops)
+    try:
+        model = GPT2(cfg, *sizes, spec["backend"], precision)
+    except ValueError as why:
+        raise NotImplementedError(why) from None
+    if model.precision != precision:
+        raise NotImplementedError("not available on this CPU")
     batch, numbers = random_batch(spec), count(1)
+    if spec["backend"] == "cuda":
+        return _on_gpu(model, batch, numbers, spec["graph"])
+    model.ops = Stopwatch(model.ops)
+    arena = {"arena_bytes": model.memory.nbytes}
     return (
         lambda: timed_step(model, *batch, next(numbers)),
-        lambda: {"arena_bytes": model.memory.nbytes, **_our_facts(backend)},
+        lambda: arena | _our_facts(spec["backend"]),
     )
 
 
 # our contestant on a GPU
-def _cuda_contestant(spec):
-    """As llmnb_contestant, for the cuda backend; spec: also graph."""
-    from itertools import count
-
-    from llmnb.config import GPT2Config
-    from llmnb.bench.clock import no_times
-    from llmnb.model.gpt2 import GPT2
-
-    if no_times():
-        raise NotImplementedError(no_times())
+def _on_gpu(model, batch, numbers, graph):
+    """The step and the facts of a model on a GPU."""
     from numba import cuda as real
 
-    cfg = GPT2Config(**spec["model"])
-    sizes = spec["batch_size"], spec["seq_len"]
-    how = {name: spec[name] for name in ("backend", "precision")}
-    model = GPT2(cfg, *sizes, **how)
-    batch, numbers = random_batch(spec), count(1)
+    from llmnb.bench.clock import Clock, limits
+    from llmnb.bench.stopwatch import Stopwatch, timed_step
 
     def step():
-        if spec["graph"]:
+        if graph:
             loss, _ = model.step(*batch, step=next(numbers))
         else:
             loss = model.forward(*batch)
@@ -166,23 +135,17 @@ def _cuda_contestant(spec):
         real.synchronize()
         return {"loss": loss}
 
-    return step, lambda: _cuda_facts(model, batch, numbers, spec["graph"])
-
-
-def _cuda_facts(model, batch, numbers, graph):
-    """Memory, versions, limits, and without a graph where the time goes."""
-    from numba import cuda as real
-
-    from llmnb.bench.stopwatch import Stopwatch, timed_step
-    from llmnb.bench.clock import Clock, limits
-
-    facts = {"arena_bytes": model.memory.nbytes, **_our_facts("cuda")}
-    facts |= {"device_bytes": model.memory.nbytes, **limits(Clock())}
-    if not graph:
+    def facts():
+        size = model.memory.nbytes
+        found = {"arena_bytes": size, "device_bytes": size}
+        found |= _our_facts("cuda") | limits(Clock())
+        if graph:
+            return found
         model.ops = Stopwatch(model.ops, real.synchronize)
-        steps = [timed_step(model, *batch, next(numbers)) for _ in range(3)]
-        facts["apart"] = steps
-    return facts
+        apart = [timed_step(model, *batch, next(numbers)) for _ in range(3)]
+        return found | {"apart": apart}
+
+    return step, facts
 
 
 # our facts
@@ -203,10 +166,12 @@ def _our_facts(backend):
     return facts
 
 
-# a block in PyTorch
-def _torch_block(C, NH):
+# GPT-2 in PyTorch
+def _torch_gpt2(max_seq_len, vocab_size, num_layers, num_heads, channels):
     from torch import nn
     from torch.nn import functional as F
+
+    C, NH = channels, num_heads
 
     class Block(nn.Module):
         def __init__(self):
@@ -215,45 +180,124 @@ def _torch_block(C, NH):
             self.qkv, self.attproj = nn.Linear(C, 3 * C), nn.Linear(C, C)
             self.fc, self.fcproj = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
 
-        def attention(self, x):
+        def forward(self, x):
             B, T, _ = x.shape
-            qkv = self.qkv(x).view(B, T, 3, NH, C // NH)
+            qkv = self.qkv(self.ln1(x)).view(B, T, 3, NH, C // NH)
             q, k, v = qkv.permute(2, 0, 3, 1, 4)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            return self.attproj(y.transpose(1, 2).reshape(B, T, C))
-
-        def forward(self, x):
-            x = x + self.attention(self.ln1(x))
+            x = x + self.attproj(y.transpose(1, 2).reshape(B, T, C))
             h = F.gelu(self.fc(self.ln2(x)), approximate="tanh")
             return x + self.fcproj(h)
-
-    return Block()
-
-
-# GPT-2 in PyTorch
-def _torch_gpt2(max_seq_len, vocab_size, num_layers, num_heads, channels):
-    import torch
-    from torch import nn
-    from torch.nn import functional as F
 
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.wte = nn.Embedding(-(-vocab_size // 128) * 128, channels)
-            self.wpe = nn.Embedding(max_seq_len, channels)
-            blocks = [_torch_block(channels, num_heads)]
-            for _ in range(num_layers - 1):
-                blocks.append(_torch_block(channels, num_heads))
-            self.blocks = nn.Sequential(*blocks)
-            self.lnf = nn.LayerNorm(channels)
+            self.wte = nn.Embedding(-(-vocab_size // 128) * 128, C)
+            self.wpe = nn.Embedding(max_seq_len, C)
+            self.blocks = nn.Sequential(*[Block() for _ in range(num_layers)])
+            self.lnf = nn.LayerNorm(C)
 
         def forward(self, tokens, targets):
             x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
-            x = self.lnf(self.blocks(x))
-            logits = F.linear(x, self.wte.weight)
+            logits = F.linear(self.lnf(self.blocks(x)), self.wte.weight)
             return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    model = Model()
+    return Model()
+
+
+# Llama in PyTorch
+def _rotate(x, cos, sin):
+    """Turn the pairs (i, i + hs/2) of every head by their angles."""
+    import torch
+
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+def _llama_block(shape):
+    """The class of a block, as a module."""
+    from torch import nn
+    from torch.nn import functional as F
+
+    C, NH, NKV = (shape[x] for x in ("channels", "num_heads", "num_kv_heads"))
+    hs, hidden, eps = (shape[x] for x in ("head_size", "hidden", "norm_eps"))
+    parts = [NH * hs, NKV * hs, NKV * hs]
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ln1, self.ln2 = nn.RMSNorm(C, eps), nn.RMSNorm(C, eps)
+            self.qkv = nn.Linear(C, sum(parts), bias=False)
+            self.attproj = nn.Linear(NH * hs, C, bias=False)
+            self.fc = nn.Linear(C, 2 * hidden, bias=False)
+            self.fcproj = nn.Linear(hidden, C, bias=False)
+
+        def forward(self, x, cos, sin):
+            B, T, _ = x.shape
+            qkv = self.qkv(self.ln1(x)).split(parts, -1)
+            q, k, v = (y.view(B, T, -1, hs).transpose(1, 2) for y in qkv)
+            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+            how = {"is_causal": True, "enable_gqa": NKV < NH}
+            y = F.scaled_dot_product_attention(q, k, v, **how)
+            x = x + self.attproj(y.transpose(1, 2).reshape(B, T, NH * hs))
+            gate, up = self.fc(self.ln2(x)).chunk(2, -1)
+            return x + self.fcproj(F.silu(gate) * up)
+
+    return Block
+
+
+def _torch_llama(shape):
+    """A Llama of a LlamaConfig's numbers, a dict; as `_torch_gpt2` else."""
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    Block, C, hs = _llama_block(shape), shape["channels"], shape["head_size"]
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            rows = -(-shape["vocab_size"] // 128) * 128
+            self.wte = nn.Embedding(rows, C)
+            self.blocks = nn.ModuleList(
+                Block() for _ in range(shape["num_layers"])
+            )
+            self.lnf = nn.RMSNorm(C, shape["norm_eps"])
+            self.head = nn.Linear(C, rows, bias=False)
+            if shape["tied"]:
+                self.head.weight = self.wte.weight
+            powers = torch.arange(0, hs, 2) / hs
+            angles = torch.arange(shape["max_seq_len"])[:, None]
+            angles = (angles / shape["rope_theta"] ** powers).repeat(1, 2)
+            self.register_buffer("cos", angles.cos())
+            self.register_buffer("sin", angles.sin())
+
+        def forward(self, tokens, targets):
+            x, T = self.wte(tokens), tokens.shape[1]
+            for block in self.blocks:
+                x = block(x, self.cos[:T], self.sin[:T])
+            logits = self.head(self.lnf(x))
+            return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    return Model()
+
+
+# a model in PyTorch
+# what makes another computation of a Llama, and is not written here
+_BEYOND = "window", "rope_scaling", "attention_scale", "final_softcap"
+
+
+def _torch_model(shape):
+    """The peer of a model, with random weights; shape: its record."""
+    import torch
+
+    family, beyond = shape.get("family", "gpt2"), [*map(shape.get, _BEYOND)]
+    if family not in ("gpt2", "llama", "mistral") or any(beyond):
+        raise NotImplementedError(
+            f"is written for a plain GPT-2 or Llama, not for this {family}"
+        )
+    plain = family == "gpt2"
+    model = _torch_gpt2(**shape) if plain else _torch_llama(shape)
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:
@@ -263,19 +307,18 @@ def _torch_gpt2(max_seq_len, vocab_size, num_layers, num_heads, channels):
 
 # PyTorch's contestant
 def torch_contestant(spec):
-    """A step of PyTorch's GPT-2 and its facts: two functions for `serve`.
+    """A step of PyTorch's model and its facts: two functions for `serve`.
 
-    spec: a dict with model, batch_size, seq_len, compile and bf16, and for
-    a GPU device ("cuda") and tf32. Raises ImportError where there is no
-    torch, NotImplementedError where it finds no GPU.
+    spec: a dict with model, batch_size, seq_len, compile, bf16, device and
+    tf32. Raises ImportError where there is no torch, NotImplementedError
+    where it finds no GPU, and for an architecture that has no peer.
 
     Derived in chapter A.8.
     """
-    import torch
-
-    device = _torch_device(torch, spec)
+    device = spec["device"]
+    torch = torch_on(device, spec["tf32"])
     torch.manual_seed(0)
-    model = _torch_gpt2(**spec["model"]).to(device)
+    model = _torch_model(spec["model"]).to(device)
     run = torch.compile(model) if spec["compile"] else model
     rules = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
     optimizer = torch.optim.AdamW(
@@ -301,25 +344,124 @@ def torch_contestant(spec):
 
 
 # PyTorch on a GPU
-def _torch_device(torch, spec):
-    """Where a spec trains; on a GPU with or without TF32, as it says."""
-    device = spec.get("device", "cpu")
+def torch_on(device, tf32=False):
+    """The module torch, told whether a GPU's products may use TF32.
+
+    Raises ImportError where there is none, NotImplementedError where the
+    device is "cuda" and torch finds no GPU.
+
+    Derived in chapter A.8.
+    """
+    import torch
+
     if device == "cuda":
         if not torch.cuda.is_available():
             raise NotImplementedError("torch finds no GPU")
-        torch.backends.cuda.matmul.allow_tf32 = spec["tf32"]
-        torch.backends.cudnn.allow_tf32 = spec["tf32"]
-    return device
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = tf32
+    return torch
 
 
-def _torch_facts(torch, device):
+def _torch_facts(torch, device, **others):
     """Threads and versions; on a GPU the most memory that torch held."""
-    versions = {"torch": torch.__version__}
+    versions = {"torch": torch.__version__, **others}
     facts = {"threads": torch.get_num_threads(), "versions": versions}
     if device == "cuda":
         facts["device_bytes"] = torch.cuda.max_memory_reserved()
         facts["used_bytes"] = torch.cuda.max_memory_allocated()
     return facts
+
+
+# what llm.c reads
+def _random_weights(cfg):
+    import numpy as np
+
+    from llmnb.arena import Arena
+    from llmnb.model.init import init_params
+    from llmnb.model.tensors import parameter_shapes
+
+    arena = Arena({"params": (np.float32, parameter_shapes(cfg))})
+    init_params(arena["params"], cfg, 42)
+    return arena["params"]
+
+
+def _llmc_folder(folder, model):
+    """Write a random model and random tokens where train_gpt2 looks."""
+    import numpy as np
+
+    from llmnb.config import GPT2Config
+    from llmnb.formats.llmc import write_checkpoint
+    from llmnb.formats.shard import write_shard
+
+    path, cfg = Path(folder), GPT2Config(**model)
+    write_checkpoint(path / "gpt2_124M.bin", cfg, _random_weights(cfg))
+    data = path / "dev" / "data" / "tinyshakespeare"
+    data.mkdir(parents=True)
+    tokens = np.random.RandomState(0).randint(0, cfg.vocab_size, 1 << 16)
+    for part in ("train", "val"):
+        name = f"tiny_shakespeare_{part}.bin"
+        write_shard(data / name, tokens.astype(np.uint16))
+
+
+# llm.c's contestant
+def llmc_contestant(spec):
+    """A step of llm.c's train_gpt2, asleep between its steps, for `serve`.
+
+    spec: a dict with path (of the program), folder (an empty one), model,
+    batch_size and seq_len. Raises NotImplementedError, saying why, for
+    sizes that are not those of the program.
+
+    Derived in chapter A.8.
+    """
+    if (spec["batch_size"], spec["seq_len"]) != (4, 64):
+        raise NotImplementedError("has B=4 T=64 compiled in")
+    if "family" in spec["model"]:
+        raise NotImplementedError("trains GPT-2 only")
+    if os.name != "posix":
+        raise NotImplementedError("can be put to sleep on Linux and macOS")
+    import pty  # its end of a terminal makes C print line by line
+
+    _llmc_folder(spec["folder"], spec["model"])
+    screen, keyboard = pty.openpty()
+    lines = os.fdopen(screen, errors="replace")
+    program = subprocess.Popen(
+        [spec["path"]],
+        cwd=spec["folder"],
+        stdin=subprocess.DEVNULL,
+        stdout=keyboard,
+        stderr=keyboard,
+    )
+    os.close(keyboard)
+
+    def sleep():
+        program.send_signal(signal.SIGSTOP)
+        os.waitpid(program.pid, os.WUNTRACED)
+
+    def step():
+        program.send_signal(signal.SIGCONT)
+        start = time.perf_counter()
+        while True:
+            line = _line(lines)
+            now = time.perf_counter()
+            found = re.match(r"step \d+: train loss (\S+)", line)
+            if found:
+                sleep()
+                return {"seconds": now - start, "loss": float(found[1])}
+            start = now
+
+    sleep()
+    return step, lambda: {"peak_bytes": peak_memory(program.pid)}
+
+
+def _line(lines):
+    """The next line of a terminal; raises when its program has ended."""
+    try:
+        line = lines.readline()
+    except OSError:  # how a terminal says it
+        line = ""
+    if not line:
+        raise ChildProcessError("the program has ended")
+    return line
 
 
 # one text with a clock
@@ -337,6 +479,17 @@ def _pace(times, tokens):
     spent = [b - a for a, b in zip(times, times[1:], strict=False)]
     pace = {"first_seconds": spent[0], "token_seconds": median(spent[1:])}
     return {**pace, "tokens": tokens}
+
+
+# what writers read
+def write_random(folder, cfg):
+    """Write a random model of a GPT2Config, as transformers reads it.
+
+    Derived in chapter A.8.
+    """
+    from llmnb.formats.published import write_folder
+
+    write_folder(folder, cfg, _random_weights(cfg))
 
 
 # our writer
@@ -400,15 +553,15 @@ def transformers_contestant(spec):
         )
         return _pace(times, out[0, prompt.shape[1] :].tolist())
 
-    versions = {x.__name__: x.__version__ for x in (torch, transformers)}
-    facts = {"threads": torch.get_num_threads(), "versions": versions}
-    return step, lambda: facts
+    version = transformers.__version__
+    return step, lambda: _torch_facts(torch, "cpu", transformers=version)
 
 
 # the contestant's program
 CONTESTANTS = {
     "llmnb": llmnb_contestant,
     "torch": torch_contestant,
+    "llmc": llmc_contestant,
     "llmnb-decoder": decoder_contestant,
     "transformers": transformers_contestant,
 }
@@ -431,13 +584,17 @@ def main(argv=None):
             print(json.dumps(answer), file=out, flush=True)
 
         try:
-            contestant = CONTESTANTS[spec["kind"]](spec)
-        except NotImplementedError as why:
-            return reply({"unmeasured": str(why)})
+            try:
+                contestant = CONTESTANTS[spec["kind"]](spec)
+            except NotImplementedError as why:
+                return reply({"unmeasured": str(why)})
+            reply({"ready": True})
+            serve(*contestant, sys.stdin, reply)
+        except ImportError as error:
+            other = f"{sys.executable}: name another with --torch-python"
+            reply({"error": f"{error} in {other}"})
         except Exception as error:
-            return reply({"error": str(error) or type(error).__name__})
-        reply({"ready": True})
-        return serve(*contestant, sys.stdin, reply)
+            reply({"error": str(error) or type(error).__name__})
 
 
 if __name__ == "__main__":

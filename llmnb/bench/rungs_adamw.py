@@ -2,10 +2,7 @@
 
 """A plainer AdamW on a GPU, to be timed."""
 
-__all__ = [
-    "ADAMW_APPLY",
-    "adamw_by_elements",
-]
+__all__ = ["ADAMW_APPLY", "adamw_by_elements"]
 
 
 # imports of a thread an element

@@ -2,10 +2,7 @@
 
 """Plainer versions of the classifier on a GPU, to be timed."""
 
-__all__ = [
-    "CROSSENTROPY_SOFTMAX_FORWARD",
-    "loss_by_threads",
-]
+__all__ = ["CROSSENTROPY_SOFTMAX_FORWARD", "loss_by_threads"]
 
 
 # imports of a thread a row

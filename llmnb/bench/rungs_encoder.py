@@ -2,18 +2,12 @@
 
 """Plain versions of the encoder's kernels, for the ladder."""
 
-__all__ = [
-    "ENCODER_BACKWARD",
-    "ENCODER_FORWARD",
-]
+__all__ = ["ENCODER_BACKWARD", "ENCODER_FORWARD"]
 
 
 # imports of the rungs
 from llmnb.cuda.encoder import (
-    THREADS,
-    forward_by_one,
-    positions_by_one,
-    tokens_by_one,
+    THREADS, forward_by_one, positions_by_one, tokens_by_one,
 )
 from llmnb.gpu.launch import kernel
 from llmnb.gpu.simulator import cuda

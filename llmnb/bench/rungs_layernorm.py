@@ -2,10 +2,7 @@
 
 """Plainer versions of LayerNorm on a GPU, kept to be timed."""
 
-__all__ = [
-    "LAYERNORM_FORWARD",
-    "forward_by_threads",
-]
+__all__ = ["LAYERNORM_FORWARD", "forward_by_threads"]
 
 
 # imports of the rungs

@@ -3,10 +3,7 @@
 """Plainer products on a GPU, to be timed."""
 
 __all__ = [
-    "MATMUL_BACKWARD",
-    "MATMUL_FORWARD",
-    "square_tiles",
-    "thread_an_output",
+    "MATMUL_BACKWARD", "MATMUL_FORWARD", "square_tiles", "thread_an_output",
 ]
 
 
@@ -14,14 +11,8 @@ __all__ = [
 import functools
 
 from llmnb.cuda.matmul import (
-    ZERO,
-    backward_by,
-    forward_by,
-    launch,
-    named,
-    register_tiles,
-    tile_kernel,
-    write,
+    ZERO, launch, matmul_backward, matmul_forward, named, register_tiles,
+    tile_kernel, write,
 )
 from llmnb.gpu.simulator import cuda
 
@@ -29,18 +20,18 @@ from llmnb.gpu.simulator import cuda
 # version 1
 @functools.cache
 def _simple_kernel(along_a, along_b):
-    def multiply(out, start, bias, a, b, rows, cols, steps, add, shift):
+    def multiply(out, start, bias, a, b, add, shift):
         j, i = cuda.grid(2)
-        if i >= rows or j >= cols:
+        if i >= out.shape[0] or j >= out.shape[1]:
             return
-        a_at, a_step = (i * steps, 1) if along_a else (i, rows)
-        b_at, b_step = (j * steps, 1) if along_b else (j, cols)
         total = ZERO
-        for k in range(steps):
-            total += a[a_at + k * a_step] * b[b_at + k * b_step]
+        for k in range(a.shape[1] if along_a else a.shape[0]):
+            x = a[i, k] if along_a else a[k, i]
+            y = b[j, k] if along_b else b[k, j]
+            total += x * y
         if shift:
             total += bias[j]
-        write(out, start, i * cols + j, total, add)
+        write(out, start, (i, j), total, add)
 
     return named(multiply, "simple", along_a, along_b, 256)
 
@@ -64,16 +55,16 @@ def square_tiles(p):
 
 
 # the ladder
-def _by(layer, multiply):
+def _by(layer, version):
     """The layer by a version of the product, under that version's name."""
 
     def by(*arguments, **options):
-        layer(multiply, *arguments, **options)
+        layer(*arguments, version=version, **options)
 
-    by.__name__ = multiply.__name__
+    by.__name__ = version.__name__
     return by
 
 
 _VERSIONS = thread_an_output, square_tiles, register_tiles
-MATMUL_FORWARD = tuple(_by(forward_by, f) for f in _VERSIONS)
-MATMUL_BACKWARD = tuple(_by(backward_by, f) for f in _VERSIONS)
+MATMUL_FORWARD = tuple(_by(matmul_forward, f) for f in _VERSIONS)
+MATMUL_BACKWARD = tuple(_by(matmul_backward, f) for f in _VERSIONS)

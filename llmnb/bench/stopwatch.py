@@ -2,11 +2,7 @@
 
 """A stopwatch around a backend: where a step's time goes."""
 
-__all__ = [
-    "PARTS",
-    "Stopwatch",
-    "timed_step",
-]
+__all__ = ["Stopwatch", "timed_step"]
 
 
 # imports of the benchmark
@@ -15,18 +11,18 @@ import time
 
 # a stopwatch around a backend
 class Stopwatch:
-    """A backend whose functions add up the seconds they take.
+    """An object whose functions add up the seconds they take.
 
-    backend: an object with functions as attributes. wait: what to call
-    before a clock is read, where functions return before their work is
-    done, as on a GPU. seconds, calls: dicts from function name to what has
-    been added up since `reset`.
+    watched: an object with functions as attributes, such as a backend's
+    layers. wait: what to call before a clock is read, where functions return
+    before their work is done, as on a GPU. seconds, calls: dicts from
+    function name to what has been added up since `reset`.
 
     Derived in chapter 2.8.
     """
 
-    def __init__(self, backend, wait=lambda: None):
-        self._backend, self.wait = backend, wait
+    def __init__(self, watched, wait=lambda: None):
+        self._watched, self.wait = watched, wait
         self.reset()
 
     def reset(self):
@@ -34,7 +30,7 @@ class Stopwatch:
         self.seconds, self.calls = {}, {}
 
     def __getattr__(self, name):
-        function = getattr(self._backend, name)
+        function = getattr(self._watched, name)
         if not callable(function):
             return function
 
@@ -51,9 +47,6 @@ class Stopwatch:
 
 
 # one measured step
-PARTS = ("forward", "backward", "update")
-
-
 def timed_step(model, tokens, targets, step):
     """Train a GPT2 once; say what each part and each layer took.
 
@@ -63,20 +56,10 @@ def timed_step(model, tokens, targets, step):
 
     Derived in chapter 2.8.
     """
-    model.ops.reset()
-    times = [time.perf_counter()]
-    loss = model.forward(tokens, targets)
-    times.append(time.perf_counter())
-    model.backward()
-    model.ops.wait()
-    times.append(time.perf_counter())
-    model.update(step=step)
-    model.ops.wait()
-    times.append(time.perf_counter())
-    spent = [b - a for a, b in zip(times, times[1:], strict=False)]
-    return {
-        "loss": loss,
-        "parts": dict(zip(PARTS, spent, strict=True)),
-        "layers": model.ops.seconds,
-        "calls": model.ops.calls,
-    }
+    layers, parts = model.ops, Stopwatch(model, model.ops.wait)
+    layers.reset()
+    loss = parts.forward(tokens, targets)
+    parts.backward()
+    parts.update(step=step)
+    found = {"loss": loss, "parts": parts.seconds}
+    return found | {"layers": layers.seconds, "calls": layers.calls}

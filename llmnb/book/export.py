@@ -3,52 +3,9 @@
 """Write the package from the notebooks' marked cells."""
 
 __all__ = [
-    "ALLOWED",
-    "API_INDEX",
-    "API_PAGE",
-    "APPENDIX",
-    "BACKENDS",
-    "BANNER",
-    "Cell",
-    "Chapter",
-    "ExportError",
-    "LINTER",
-    "LOADERS",
-    "MARKER",
-    "Module",
-    "PARTS",
-    "ROOMS",
-    "ROOT",
-    "build_module",
-    "cell_at",
-    "cell_lines",
-    "chapter_label",
-    "check_imports",
-    "check_undefined",
-    "collect",
-    "defined_names",
-    "differences",
-    "exporter_of",
-    "findings",
-    "in_parts",
-    "main",
-    "parse_cell",
-    "pointed_at",
-    "read_chapter",
-    "read_chapters",
-    "read_heading",
-    "refuse_later",
-    "refuse_loading",
-    "refuse_other_forms",
-    "render",
-    "render_api",
-    "render_contents",
-    "render_index",
-    "render_module",
-    "render_room",
-    "render_toc",
-    "say_where",
-    "sources",
+    "APPENDIX", "Cell", "Chapter", "ExportError", "MARKER", "ROOT",
+    "cell_lines", "chapter_label", "collect", "differences", "main",
+    "read_chapter", "read_chapters", "read_heading", "render", "sources",
     "write_text",
 ]
 
@@ -56,11 +13,12 @@ __all__ = [
 # imports of the exporter
 import argparse
 import ast
-import itertools
 import json
+import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,7 +43,7 @@ class ExportError(Exception):
 class Cell(NamedTuple):
     """A code cell that goes into the package.
 
-    `line` is the line of its first statement in the notebook `path`;
+    `line` is the line in the notebook `path` where its source begins;
     `module` the dotted name of the module it goes to, without `llmnb.`.
 
     Derived in chapter A.10.
@@ -98,10 +56,14 @@ class Cell(NamedTuple):
     public: bool
     source: str
 
-    def fail(self, lineno, message):
+    def fail(self, line, message):
         """Raise an ExportError that names file and line."""
-        line = self.line + lineno - 1
         raise ExportError(f"{self.path}:{line}: {message}")
+
+    def after(self, text):
+        """A text, empty lines, and the source, at its lines of the file."""
+        gap = self.line - 1 - text.count("\n")
+        return text + "\n" * gap + self.source + "\n"
 
 
 # one chapter
@@ -130,9 +92,14 @@ class Chapter(NamedTuple):
         return self.title.partition(":")[0]
 
     @property
+    def part(self):
+        """The folder that it is in, a part of the book."""
+        return self.path.parent.name
+
+    @property
     def place(self):
         """Its path below the folder of notebooks."""
-        return "/".join(self.path.parts[-2:])
+        return f"{self.part}/{self.path.name}"
 
 
 def chapter_label(path):
@@ -150,15 +117,9 @@ def cell_lines(path):
 
     Derived in chapter A.10.
     """
-    lines = Path(path).read_text("utf-8").splitlines()
-    starts = []
-    for i, line in enumerate(lines):
-        if line.startswith(MARKER):
-            first = i + 1
-            while first < len(lines) and not lines[first].strip():
-                first += 1
-            starts.append(first + 1)
-    return starts
+    text = Path(path).read_text("utf-8")
+    markers = re.finditer(rf"^{MARKER}.*\n\s*", text, re.M)
+    return [text.count("\n", 0, x.end()) + 1 for x in markers]
 
 
 # read a chapter
@@ -182,7 +143,7 @@ def read_chapter(path):
         public = "export" in tags
         cells.append(Cell(path, line, name, module, public, cell.source))
         if module not in modules:
-            cells[-1].fail(1, f"the header has no line for module {module}")
+            cells[-1].fail(line, f"the header has no line for module {module}")
     for module in set(modules) - {cell.module for cell in cells}:
         raise ExportError(f"{path}:1: no cell goes to module {module}")
     return Chapter(path, title, summary, modules, cells)
@@ -203,43 +164,32 @@ def read_heading(path, source):
 
 
 # what a cell may hold
-ALLOWED = (
-    ast.Import,
-    ast.ImportFrom,
-    ast.Assign,
-    ast.AnnAssign,
-    ast.FunctionDef,
-    ast.ClassDef,
-)
+IMPORTS = ast.Import, ast.ImportFrom
+ASSIGNMENTS = ast.Assign, ast.AnnAssign
+DEFINITIONS = ast.FunctionDef, ast.ClassDef
 LOADERS = {"open", "load", "loadtxt", "fromfile", "memmap", "read_text"}
 
 
 def parse_cell(cell):
-    """Parse an exported cell and refuse what has no place in a module.
-
-    Derived in chapter A.10.
-    """
-    for i, line in enumerate(cell.source.splitlines(), 1):
-        if line.startswith(("%", "!")):
-            cell.fail(i, f"a magic in an export cell: {line}")
+    """Parse an exported cell and refuse what has no place in a module."""
+    for line, words in enumerate(cell.source.splitlines(), cell.line):
+        if words.startswith(("%", "!")):
+            cell.fail(line, f"a magic in an export cell: {words}")
     try:
-        tree = ast.parse(cell.source, feature_version=(3, 11))
+        tree = ast.parse(cell.after(""), feature_version=(3, 11))
     except SyntaxError as error:
-        cell.fail(error.lineno or 1, f"not Python: {error.msg}")
+        cell.fail(error.lineno or cell.line, f"not Python: {error.msg}")
     for node in tree.body:
-        if not isinstance(node, ALLOWED):
+        if not isinstance(node, IMPORTS + ASSIGNMENTS + DEFINITIONS):
             text = ast.unparse(node).splitlines()[0]
             cell.fail(node.lineno, f"runs code in an export cell: {text}")
-        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+        if isinstance(node, ASSIGNMENTS):
             refuse_loading(cell, node)
     return tree
 
 
 def refuse_loading(cell, node):
-    """Refuse a module-level assignment that prints or reads data.
-
-    Derived in chapter A.10.
-    """
+    """Refuse a module-level assignment that prints or reads data."""
     for call in ast.walk(node):
         if isinstance(call, ast.Call):
             name = ast.unparse(call.func).split(".")[-1]
@@ -249,8 +199,8 @@ def refuse_loading(cell, node):
 
 # what the linter says
 LINTER = (
-    *("-m", "ruff", "check", "--isolated", "--ignore-noqa", "--exit-zero"),
-    *("--quiet", "--output-format", "json", "--target-version", "py311"),
+    "-m ruff check --isolated --ignore-noqa --exit-zero --quiet "
+    "--output-format json --target-version py311 --select"
 )
 
 
@@ -260,41 +210,28 @@ def findings(texts, rule):
     texts: dict from a module's dotted name to its text. rule: of ruff's, such
     as F821 for a name that is not defined. words: what the rule is about, as
     it stands in the text; where the text is not Python, ruff's own words.
-
-    Derived in chapter A.10.
     """
     with tempfile.TemporaryDirectory() as folder:
         for name, text in texts.items():
             Path(folder, f"{name}.py").write_text(text, "utf-8")
-        command = [sys.executable, *LINTER, "--select", rule, folder]
+        command = [sys.executable, *LINTER.split(), rule, folder]
         run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         raise ExportError(f"the linter does not run: {run.stderr.strip()}")
-    return [pointed_at(texts, rule, x) for x in json.loads(run.stdout)]
-
-
-def pointed_at(texts, rule, found):
-    """The module, the line and the words that one finding is about.
-
-    Derived in chapter A.10.
-    """
-    name, start = Path(found["filename"]).stem, found["location"]
-    if found["code"] != rule:
-        return name, start["row"], found["message"]
-    line = texts[name].splitlines()[start["row"] - 1]
-    last = found["end_location"]["column"] - 1
-    return name, start["row"], line[start["column"] - 1 : last]
+    found = []
+    for x in json.loads(run.stdout):
+        quoted = re.search("`(.+)`", x["message"]) if x["code"] == rule else 0
+        words = quoted[1] if quoted else x["message"]
+        found.append((Path(x["filename"]).stem, x["location"]["row"], words))
+    return found
 
 
 # names a cell defines
 def defined_names(node):
-    """Names that a module-level statement binds.
-
-    Derived in chapter A.10.
-    """
-    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+    """Names that a module-level statement binds."""
+    if isinstance(node, DEFINITIONS):
         return [node.name]
-    if isinstance(node, (ast.Import, ast.ImportFrom)):
+    if isinstance(node, IMPORTS):
         return [(a.asname or a.name).split(".")[0] for a in node.names]
     targets = node.targets if isinstance(node, ast.Assign) else [node.target]
     return [
@@ -306,10 +243,8 @@ def defined_names(node):
 class Module(NamedTuple):
     """A module to be written: its cells, trees, and the names it defines.
 
-    `names` maps each name to the cell and line that define it; `public`
-    lists those that stand in `__all__`.
-
-    Derived in chapter A.10.
+    `names` says of each name in which line it is defined; `public` lists
+    those that stand in `__all__`.
     """
 
     name: str
@@ -321,25 +256,18 @@ class Module(NamedTuple):
 
 
 def build_module(name, chapter):
-    """Collect one module's cells; refuse a name that is defined twice.
-
-    Derived in chapter A.10.
-    """
+    """Collect one module's cells; refuse a name that is defined twice."""
     cells = [c for c in chapter.cells if c.module == name]
     trees = [parse_cell(c) for c in cells]
     names, public = {}, []
     for cell, tree in zip(cells, trees, strict=True):
         for node in tree.body:
-            imported = isinstance(node, (ast.Import, ast.ImportFrom))
+            imported = isinstance(node, IMPORTS)
             for x in defined_names(node):
                 if x in names and not imported:
-                    first = names[x][0].path.name, names[x][1]
-                    cell.fail(
-                        node.lineno,
-                        f"{x} is exported twice, first at "
-                        f"{first[0]}:{first[1]}",
-                    )
-                names[x] = cell, cell.line + node.lineno - 1
+                    text = f"{x} is exported twice, first at {names[x]}"
+                    cell.fail(node.lineno, text)
+                names[x] = f"{cell.path.name}:{node.lineno}"
                 if cell.public and not imported and x[0] != "_":
                     public.append(x)
     return Module(name, chapter, cells, trees, names, public)
@@ -347,30 +275,14 @@ def build_module(name, chapter):
 
 # undefined names
 def check_undefined(modules):
-    """Refuse a name that nothing in its module defines.
-
-    Derived in chapter A.10.
-    """
-    texts = {
-        name: "".join(f"{cell.source}\n" for cell in module.cells)
-        for name, module in modules.items()
-    }
+    """Refuse a name that nothing in its module defines."""
+    texts = dict.fromkeys(modules, "")
+    for name, module in modules.items():
+        for cell in module.cells:
+            texts[name] = cell.after(texts[name])
     for name, line, words in findings(texts, "F821"):
-        cell, line = cell_at(modules[name], line)
-        cell.fail(line, f"{words} is not defined in llmnb.{name}")
-
-
-def cell_at(module, line):
-    """The cell that holds a line of a module's cells, and its line there.
-
-    Derived in chapter A.10.
-    """
-    lengths = [cell.source.count("\n") + 1 for cell in module.cells]
-    ends = itertools.accumulate(lengths)
-    for cell, length, end in zip(module.cells, lengths, ends, strict=True):
-        if line <= end:
-            return cell, line - end + length
-    raise IndexError(f"{module.name} has no line {line}")
+        text = f"{words} is not defined in llmnb.{name}"
+        modules[name].cells[0].fail(line, text)
 
 
 # the rooms of the package
@@ -397,63 +309,46 @@ BACKENDS = {"reference": (), "cpu": (), "cuda": ("gpu",)}
 def check_imports(module, modules):
     """Refuse an import from `llmnb` that no earlier chapter exports.
 
-    Inside a function a later chapter's name may be imported.
-
-    Derived in chapter A.10.
+    Inside a function a later chapter's name may be imported, and so may the
+    appendix's anywhere, which stands beside the parts.
     """
     for cell, tree in zip(module.cells, module.trees, strict=True):
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                refuse_other_forms(cell, node)
-            if not isinstance(node, ast.ImportFrom):
-                continue
-            if node.module.split(".")[0] == "llmnb":
-                for name in node.names:
-                    owner = exporter_of(modules, cell, node, name.name)
-                    if node in tree.body:
-                        refuse_later(module, owner, cell, node, name.name)
+        for node in filter(lambda x: isinstance(x, IMPORTS), ast.walk(tree)):
+            for source, name in names_from_llmnb(cell, node):
+                owner = exporter_of(modules, cell, node, source, name)
+                if owner is None or owner.part == APPENDIX:
+                    continue
+                if node in tree.body and owner.place > module.chapter.place:
+                    text = f"{name} belongs to a later chapter, {owner.place}"
+                    cell.fail(node.lineno, text)
 
 
-def refuse_other_forms(cell, node):
-    """Refuse `import llmnb.module`, and an import that begins with a dot.
+def names_from_llmnb(cell, node):
+    """Pairs (module, name) that an import takes from `llmnb`.
 
-    Derived in chapter A.10.
+    Refuses `import llmnb.module`, and an import that begins with a dot.
     """
-    whole = isinstance(node, ast.Import) and any(
-        a.name.split(".")[0] == "llmnb" for a in node.names
-    )
-    if whole or getattr(node, "level", 0):
-        text = ast.unparse(node)
-        cell.fail(node.lineno, f"write `from llmnb.module import`: {text}")
+    plain = isinstance(node, ast.Import)
+    homes = [x.name for x in node.names] if plain else [node.module or ""]
+    ours = any(x.partition(".")[0] == "llmnb" for x in homes)
+    if (plain and ours) or getattr(node, "level", 0):
+        text = f"write `from llmnb.module import`: {ast.unparse(node)}"
+        cell.fail(node.lineno, text)
+    source = homes[0].partition("llmnb.")[2]
+    return [(source, x.name) for x in node.names] if ours else []
 
 
-def exporter_of(modules, cell, node, name):
-    """The module that an imported name, or module, comes from.
-
-    Derived in chapter A.10.
-    """
-    source = node.module.partition("llmnb.")[2]
+def exporter_of(modules, cell, node, source, name):
+    """The chapter that an imported name, or module, comes from."""
     inner = f"{source}.{name}".strip(".")
     if source in modules and name in modules[source].names:
-        return modules[source]
+        return modules[source].chapter
     if inner in modules:
-        return modules[inner]
+        return modules[inner].chapter
     if inner in ROOMS or source in BACKENDS:
         return None
     where = f"llmnb.{source}" if source else "llmnb"
     return cell.fail(node.lineno, f"no chapter exports {name} to {where}")
-
-
-def refuse_later(module, owner, cell, node, name):
-    """Refuse a name of a later chapter; the appendix stands beside them.
-
-    Derived in chapter A.10.
-    """
-    if owner is None or owner.chapter.path.parent.name == APPENDIX:
-        return
-    there, here = owner.chapter.place, module.chapter.place
-    if there > here:
-        cell.fail(node.lineno, f"{name} belongs to a later chapter, {there}")
 
 
 # collect all modules
@@ -470,7 +365,9 @@ def collect(chapters):
             if name in modules:
                 first = modules[name].chapter.place
                 cell = next(c for c in chapter.cells if c.module == name)
-                cell.fail(1, f"llmnb.{name} already belongs to {first}")
+                cell.fail(
+                    cell.line, f"llmnb.{name} already belongs to {first}"
+                )
             modules[name] = build_module(name, chapter)
     check_undefined(modules)
     for module in modules.values():
@@ -479,87 +376,92 @@ def collect(chapters):
 
 
 # the text of a module
+WIDTH = 79  # columns
 BANNER = "# Written by `make export` from notebooks/{}: edit that file.\n"
 
 
 def render_module(module):
-    """The text of a module: banner, docstring, `__all__`, cells in order.
-
-    Derived in chapter A.10.
-    """
+    """The text of a module: banner, docstring, `__all__`, cells in order."""
     chapter = module.chapter
     parts = [BANNER.format(chapter.place)]
     parts.append(f'"""{chapter.modules[module.name]}"""\n')
-    names = "".join(f'    "{x}",\n' for x in sorted(module.public))
-    parts.append(f"__all__ = [\n{names}]\n" if names else "__all__ = []\n")
+    public = [f'"{x}"' for x in sorted(module.public)]
+    parts.append(packed("__all__ = ", public, "[]"))
     for cell, tree in zip(module.cells, module.trees, strict=True):
         title = f"# {cell.name}\n" if cell.name else ""
-        source = say_where(cell.source, tree, module)
-        parts.append("\n" + title + source.strip() + "\n")
+        source = as_written(cell, tree, module).strip()
+        parts.append(f"\n{title}{source}\n")
     if "main" in module.public:
         parts.append('\nif __name__ == "__main__":\n    main()\n')
     return "\n".join(parts)
 
 
-def say_where(source, tree, module):
-    """A cell's source, whose public docstrings name the chapter.
+def packed(start, words, marks):
+    """`start` and words with commas between, in as few lines as they fit.
 
-    Derived in chapter A.10.
+    marks: the brackets around them; parentheses only where they are needed.
     """
-    lines = source.splitlines()
+    words = ", ".join(words)
+    line = words if marks == "()" else marks[0] + words + marks[1]
+    if len(start + line) <= WIDTH:
+        return f"{start}{line}\n"
+    lines = textwrap.indent(textwrap.fill(words, WIDTH - 5), " " * 4)
+    return f"{start}{marks[0]}\n{lines},\n{marks[1]}\n"
+
+
+def as_written(cell, tree, module):
+    """A cell's source: imports packed; public docstrings name the chapter."""
+    lines = cell.after("").splitlines()
     note = f"    Derived in chapter {module.chapter.label}."
     for node in reversed(tree.body):
-        if getattr(node, "name", None) not in module.public:
-            continue
-        if ast.get_docstring(node) is None:
-            continue
-        last = node.body[0].end_lineno
-        ends = lines[last - 1].rstrip().removesuffix('"""').rstrip()
-        kept = [ends] if ends else []
-        lines[last - 1 : last] = [*kept, "", note, '    """']
+        if isinstance(node, ast.ImportFrom):
+            whole = slice(node.lineno - 1, node.end_lineno)
+            start = f"from {node.module} import "
+            words = [ast.unparse(x) for x in node.names]
+            lines[whole] = packed(start, words, "()").splitlines()
+        elif getattr(node, "name", None) in module.public:
+            last = node.body[0].end_lineno
+            ends = lines[last - 1].rstrip().removesuffix('"""').rstrip()
+            if ast.get_docstring(node) is not None:
+                kept = [ends] if ends else []
+                lines[last - 1 : last] = [*kept, "", note, '    """']
     return "\n".join(lines)
 
 
 # the file of a room
-def render_room(room, modules):
-    """`__init__.py` of a room: a docstring, a backend's also its names.
+# all names that are no module's, such as `math`
+PUBLIC = """
+__all__ = [
+    name
+    for name, thing in vars().items()
+    if name[0] != "_" and type(thing) is not types.ModuleType
+]
+"""
 
-    Derived in chapter A.10.
-    """
+
+def render_room(room, modules):
+    """`__init__.py` of a room: a docstring, a backend's also its names."""
     text = BANNER.format("*/*.py") + f'\n"""{ROOMS[room]}"""\n'
     if room not in BACKENDS:
         return text
-    rooms = room, *BACKENDS[room]
-    inside = [m for n, m in modules.items() if n.partition(".")[0] in rooms]
-    lines = [text]
-    for m in sorted(inside):
-        if m.public:
-            names = "".join(f"    {x},\n" for x in sorted(m.public))
-            lines.append(f"from llmnb.{m.name} import (\n{names})")
-    names = sorted(x for m in inside for x in m.public)
-    lines.append("\n__all__ = [\n" + "".join(f'    "{x}",\n' for x in names))
-    return "\n".join(lines) + "]\n"
+    rooms, text = (room, *BACKENDS[room]), text + "\nimport types\n\n"
+    for name in sorted(modules):
+        if name.partition(".")[0] in rooms and modules[name].public:
+            text += f"from llmnb.{name} import *\n"
+    return text + PUBLIC
 
 
 # the index
 def render_index(modules):
-    """`index.json`: for every chapter, what it exports and in a line why.
-
-    Derived in chapter A.10.
-    """
+    """`index.json`: for every chapter, what it exports and in a line why."""
     index = {}
     for module in modules.values():
         rows = index.setdefault(module.chapter.label, [])
-        nodes = {
-            node.name: node
-            for tree in module.trees
-            for node in tree.body
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef))
-        }
-        for name in filter(nodes.get, module.public):
-            doc = ast.get_docstring(nodes[name]) or ""
-            line = doc.partition("\n")[0]
-            rows.append({"module": module.name, "name": name, "doc": line})
+        for node in (node for tree in module.trees for node in tree.body):
+            name = getattr(node, "name", None)
+            if name in module.public:
+                doc = (ast.get_docstring(node) or "").partition("\n")[0]
+                rows.append({"module": module.name, "name": name, "doc": doc})
     return json.dumps(index, indent=1) + "\n"
 
 
@@ -577,21 +479,15 @@ PARTS = {
 
 
 def in_parts(chapters):
-    """The heading of each part that has chapters, and those chapters.
-
-    Derived in chapter A.10.
-    """
+    """The heading of each part that has chapters, and those chapters."""
     for part, heading in PARTS.items():
-        inside = [x for x in chapters if x.path.parent.name == part]
+        inside = [x for x in chapters if x.part == part]
         if inside:
             yield heading, inside
 
 
 def render_toc(chapters):
-    """`_toc.yml`: what the book's sidebar lists.
-
-    Derived in chapter A.10.
-    """
+    """`_toc.yml`: what the book's sidebar lists."""
     lines = ["# Written by `make export` from the chapters' headings."]
     lines += ["format: jb-book", "root: book/intro", "parts:"]
     for heading, inside in in_parts(chapters):
@@ -611,10 +507,7 @@ def render_toc(chapters):
 
 
 def render_contents(chapters):
-    """`contents.md`: a table of the chapters for each part.
-
-    Derived in chapter A.10.
-    """
+    """`contents.md`: a table of the chapters for each part."""
     lines = ["<!-- Written by `make export` from the chapters' headings. -->"]
     for heading, inside in in_parts(chapters):
         lines += ["", f"### {heading}", "", "| | chapter | |", "|---|---|---|"]
@@ -626,10 +519,7 @@ def render_contents(chapters):
 
 # the pages of the package
 def render_api(modules):
-    """The API pages, one a module and one that lists them, by path.
-
-    Derived in chapter A.10.
-    """
+    """The API pages, one a module and one that lists them, by path."""
     rooms = dict.fromkeys(["", *ROOMS])
     pages, lines = {}, [API_INDEX]
     for room in rooms:

@@ -2,9 +2,7 @@
 
 """What a chapter adds to the package."""
 
-__all__ = [
-    "gained",
-]
+__all__ = ["gained"]
 
 
 # what a chapter gained

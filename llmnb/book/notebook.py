@@ -2,14 +2,7 @@
 
 """Run the notebooks and keep what they print."""
 
-__all__ = [
-    "build",
-    "cell_defects",
-    "defects",
-    "from_source",
-    "main",
-    "run",
-]
+__all__ = ["build", "cell_defects", "defects", "from_source", "main", "run"]
 
 
 # imports of the builder

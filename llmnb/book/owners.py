@@ -2,9 +2,7 @@
 
 """Draw which thread owns which element."""
 
-__all__ = [
-    "draw_owners",
-]
+__all__ = ["draw_owners"]
 
 
 # imports of the picture

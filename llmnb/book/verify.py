@@ -2,11 +2,7 @@
 
 """Proof helpers: comparisons, numerical gradients, verdicts."""
 
-__all__ = [
-    "compare",
-    "numerical_gradient",
-    "verdict",
-]
+__all__ = ["compare", "numerical_gradient", "verdict"]
 
 
 # imports of the proofs

@@ -2,21 +2,20 @@
 
 """The `llmnb` command: which commands there are, and what an error looks like."""
 
-__all__ = [
-    "COMMANDS",
-    "USER_ERRORS",
-    "main",
-]
+__all__ = ["COMMANDS", "USER_ERRORS", "main"]
 
 
 # imports of the command
+import argparse
 import importlib
+import inspect
 import os
 import sys
 import warnings
 from importlib.metadata import version
 
-from llmnb.cli.options import Parser, one_line, warn
+from llmnb.cli.options import Parser, add_options, one_line, remark
+from llmnb.cli.options import warn, with_defaults
 from llmnb.train.terminal import screens
 
 
@@ -24,6 +23,7 @@ from llmnb.train.terminal import screens
 COMMANDS = {
     "train": "train a GPT-2 and write a run folder",
     "generate": "continue a prompt",
+    "chat": "talk with a model",
     "data": "turn text into token shards",
     "eval": "measure a model on a text or on HellaSwag",
     "plot": "draw and compare runs",
@@ -34,8 +34,8 @@ COMMANDS = {
 }
 
 
-def _parser(argv):
-    """The parser, which knows the options of the command in argv."""
+def _parsed(argv):
+    """The command in argv, a module, and the values of its options."""
     parser = Parser("llmnb", description="Train GPT-2 and write with it.")
     parser.add_argument(
         "--version", action="version", version=f"llmnb {version('llmnb')}"
@@ -43,24 +43,23 @@ def _parser(argv):
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     asked = next((word for word in argv if word[:1] != "-"), None)
     for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text)
+        command = commands.add_parser(
+            name, help=text, argument_default=argparse.SUPPRESS
+        )
         if name == asked:
             module = importlib.import_module(f"llmnb.cli.{name}")
-            command.description = module.DESCRIPTION
-            module.add(command)
-            command.set_defaults(run=module.run)
-    return parser
+            about, _, _ = inspect.getdoc(module.run).partition("\n\nDerived")
+            command.description = about
+            add_options(command, module.OPTIONS)
+    values = parser.parse_args(argv)  # or exit
+    return module, with_defaults(values, module.OPTIONS)
 
 
 # run it
 USER_ERRORS = (
-    ValueError,
-    TypeError,
-    OSError,
-    ArithmeticError,
-    MemoryError,
+    ValueError, TypeError, OSError, ArithmeticError, MemoryError,
     ImportError,  # of an extra that is not installed
-)
+)  # fmt: skip
 
 
 def main(argv=None):
@@ -76,17 +75,17 @@ def main(argv=None):
     """
     with screens():
         argv = sys.argv[1:] if argv is None else argv
-        args = _parser(argv).parse_args(argv)
+        command, args = _parsed(argv)
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = warn
-                args.run(args)
+                command.run(args)
         except KeyboardInterrupt:
             sys.exit(130)
         except USER_ERRORS as error:
             if "LLMNB_TRACEBACK" in os.environ:
                 raise
-            print(f"llmnb: error: {one_line(error)}", file=sys.stderr)
+            remark(f"llmnb: error: {one_line(error)}")
             sys.exit(1)
 
 

@@ -2,35 +2,22 @@
 
 """`llmnb data`: turn text into token shards."""
 
-__all__ = [
-    "DESCRIPTION",
-    "SHARD_OPTIONS",
-    "ShardOptions",
-    "add",
-    "run",
-]
+__all__ = ["OPTIONS", "ShardOptions", "run"]
 
 
 # its options
 from dataclasses import dataclass, fields
 from itertools import chain
 
-from llmnb.cli.options import add_options, option, say
+from llmnb.cli.options import fields_of, say
 from llmnb.cli.train import check_apart
 from llmnb.text import shards
 from llmnb.text.corpus import describe
 from llmnb.text.documents import sources
 from llmnb.text.reader import Tally
-from llmnb.train.terminal import progress
+from llmnb.train.terminal import progress_bar
 from llmnb.train.feed import make_encoding
-from llmnb.train.options import DataOptions, TrainConfig
-
-DESCRIPTION = (
-    "Write train and val shards and tokenizer.tiktoken, for `llmnb train "
-    "--shards FOLDER`. The corpus is stdlib, tinyshakespeare, or files and "
-    "folders of text and of JSON lines (.jsonl), plain or packed (.gz, "
-    ".zst). The same command goes on where it was stopped."
-)
+from llmnb.train.options import DataOptions, TrainConfig, option
 
 
 @dataclass
@@ -54,32 +41,25 @@ class ShardOptions:
     )
 
 
-def add(parser):
-    """Declare the options.
-
-    Derived in chapter 4.25.
-    """
-    add_options(parser, ShardOptions)
-    names = {x.name for x in fields(DataOptions)} - {"shards"}
-    add_options(parser, DataOptions, names)
+_READ = tuple(x for x in fields(DataOptions) if x.name != "shards")
+OPTIONS = {"": fields(ShardOptions) + _READ}
 
 
 # write the shards
-SHARD_OPTIONS = (
-    "corpus", "limit", "tokenizer", "vocab_size", "field", "skip_bad",
-    "endoftext", "shard_tokens", "val_tokens",
-)  # fmt: skip
-
-
 def run(args):
-    """Write the shards.
+    """Write train and val shards and tokenizer.tiktoken.
+
+    `llmnb train --shards FOLDER` reads them. The corpus is stdlib,
+    tinyshakespeare, or files and folders of text and of JSON lines
+    (.jsonl), plain or packed (.gz, .zst). The same command goes on where
+    it was stopped.
 
     Derived in chapter 4.25.
     """
-    names = [field.name for field in fields(DataOptions)]
-    options = {name: getattr(args, name) for name in SHARD_OPTIONS}
+    names = [x.name for x in _READ] + ["shard_tokens", "val_tokens"]
+    options = {name: getattr(args, name) for name in names}
     options["corpus"] = list(args.corpus)
-    config = TrainConfig(**{k: v for k, v in options.items() if k in names})
+    config = TrainConfig(**fields_of(options, DataOptions))
     check_apart(args.out, args.corpus)
     folder, tally = shards.shards_folder(args.out, args.force), Tally()
     corpus = sources(args.corpus, args.field, args.skip_bad, tally)
@@ -101,7 +81,7 @@ def run(args):
 def _follow_data(work, size):
     """Draw a bar over the bytes read; returns the last `Encoded`."""
     first = next(work)  # what is wrong from the beginning gets no bar
-    bar = progress(total=size, unit="B", unit_scale=True)
+    bar = progress_bar(total=size, unit="B", unit_scale=True)
     with bar:
         for done in chain([first], work):
             bar.update(done.read - bar.n)

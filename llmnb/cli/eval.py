@@ -2,39 +2,23 @@
 
 """`llmnb eval`: measure a model on a text or on HellaSwag."""
 
-__all__ = [
-    "DESCRIPTION",
-    "EvalOptions",
-    "add",
-    "run",
-]
+__all__ = ["EvalOptions", "OPTIONS", "run"]
 
 
 # its options
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 from llmnb.cli.models import model_of, with_tokenizer
-from llmnb.cli.options import (
-    add_options,
-    add_threads,
-    option,
-    say,
-    set_threads,
-    tell_compiling,
-)
+from llmnb.cli.options import ThreadOptions, say, set_threads, some_of
+from llmnb.cli.options import tell_compiling
 from llmnb.model.gpt2 import GPT2
 from llmnb.text.documents import sources
 from llmnb.text.reader import Tally
 from llmnb.text.shards import pieces_from
 from llmnb.train import choices, evaluation
-from llmnb.train.terminal import progress
-from llmnb.train.options import DataOptions
-
-DESCRIPTION = (
-    "Perplexity and bits a byte of a text; accuracy on HellaSwag, from "
-    "llm.c's .bin or from JSON lines."
-)
+from llmnb.train.terminal import progress_bar
+from llmnb.train.options import DataOptions, option
 
 
 @dataclass
@@ -48,10 +32,8 @@ class EvalOptions:
         None,
         "a run folder, a .bin or .safetensors file, or a Hugging Face model "
         "folder (default: the newest in runs/)",
-        positional=True,
-        nargs="?",
-        metavar="MODEL",
-    )
+        positional=True, nargs="?", metavar="MODEL",
+    )  # fmt: skip
     text: tuple = option((), "text to score", metavar="FILE")
     hellaswag: str = option(None, "a .bin file, or JSON lines", metavar="FILE")
     limit: int = option(0, "characters or examples at most; 0 means all")
@@ -60,19 +42,19 @@ class EvalOptions:
     tokenizer: str = option(None, "as for generate")
 
 
-def add(parser):
-    """Declare the options.
-
-    Derived in chapter 4.25.
-    """
-    add_options(parser, EvalOptions)
-    add_options(parser, DataOptions, ["field", "skip_bad", "endoftext"])
-    add_threads(parser)
+OPTIONS = {
+    "": fields(EvalOptions)
+    + some_of(DataOptions, "field", "skip_bad", "endoftext")
+    + fields(ThreadOptions)
+}
 
 
 # measure a model
 def run(args):
-    """Measure, and print a report.
+    """Print what a model pays for a text, and how it answers HellaSwag.
+
+    Perplexity and bits a byte of a text; accuracy on HellaSwag, from
+    llm.c's .bin or from JSON lines.
 
     Derived in chapter 4.25.
     """
@@ -101,7 +83,7 @@ def _eval_text(args, path, encoding, context):
     pieces = ((first, text) for _, first, text, _ in found)
     model = GPT2.from_checkpoint(path, 1, context, tokens=encoding.n_vocab)
     stride = args.stride or max(1, context // 2)
-    bar = partial(progress, unit="window", leave=False)
+    bar = partial(progress_bar, unit="window", leave=False)
     how = stride, bar, args.endoftext
     score = evaluation.score_pieces(model, encoding, pieces, *how)
     size = f"{score.bytes:,} bytes{tally.words(args.endoftext)}"
@@ -125,7 +107,7 @@ def _eval_hellaswag(args, path, encoding, context):
     how = path, 4, max(1, min(context, max(lengths)))
     model = GPT2.from_checkpoint(*how, tokens=encoding.n_vocab)
     cut = sum(length > context for length in lengths)
-    bar = progress(total=len(examples), unit="example", leave=False)
+    bar = progress_bar(total=len(examples), unit="example", leave=False)
     with bar:
         found = []
         for choice in choices.choose(model, examples):

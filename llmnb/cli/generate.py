@@ -2,45 +2,25 @@
 
 """`llmnb generate`: continue a prompt."""
 
-__all__ = [
-    "DESCRIPTION",
-    "GenerateOptions",
-    "add",
-    "run",
-]
+__all__ = ["GenerateOptions", "OPTIONS", "run"]
 
 
 # its options
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from llmnb.cli.models import model_of, with_tokenizer
-from llmnb.cli.options import (
-    add_options,
-    add_threads,
-    check_backend,
-    option,
-    set_threads,
-    tell_compiling,
-)
+from llmnb.cli.options import ThreadOptions, check_backend, remark
+from llmnb.cli.options import set_threads, some_of, tell_compiling
 from llmnb.model.decode import Decoder
-from llmnb.model.generate import (
-    check_sampling,
-    decoded,
-    generate_samples,
-    window_start,
-)
+from llmnb.model.generate import check_sampling, decoded
+from llmnb.model.generate import generate_samples, window_start
 from llmnb.model.gpt2 import GPT2
 from llmnb.text.bpe import EOT
-from llmnb.text.tokenizer import encode_text
-from llmnb.train.options import DataOptions
-
-DESCRIPTION = (
-    "Continue a prompt with the model of a run folder, of a .bin or "
-    ".safetensors file, or of a Hugging Face model folder."
-)
+from llmnb.text.tokenizer import encode_text, text_start
+from llmnb.train.options import DataOptions, option
 
 
 @dataclass
@@ -54,10 +34,8 @@ class GenerateOptions:
         None,
         "a run folder, a model file or a model folder (default: the newest "
         "in runs/)",
-        positional=True,
-        nargs="?",
-        metavar="RUN",
-    )
+        positional=True, nargs="?", metavar="RUN",
+    )  # fmt: skip
     prompt: str = option(
         "", "the beginning of the text; - reads standard input"
     )
@@ -71,8 +49,8 @@ class GenerateOptions:
     seed: int = option(42, "another seed, another text")
     tokenizer: str = option(
         None,
-        "gpt2, byte, a rank file, vocab.json or tokenizer.json, instead of "
-        "what lies beside the model",
+        "gpt2, byte, a rank file, vocab.json, tokenizer.json, "
+        "tokenizer.model or a .gguf, instead of what lies beside the model",
     )
     backend: str = option(
         "cpu",
@@ -82,19 +60,19 @@ class GenerateOptions:
     stats: bool = option(False, "print tokens a second at the end")
 
 
-def add(parser):
-    """Declare the options.
-
-    Derived in chapter 4.25.
-    """
-    add_options(parser, GenerateOptions)
-    add_options(parser, DataOptions, ["endoftext"])
-    add_threads(parser)
+OPTIONS = {
+    "": fields(GenerateOptions)
+    + some_of(DataOptions, "endoftext")
+    + fields(ThreadOptions)
+}
 
 
 # write to the terminal
 def run(args):
-    """Write the texts to standard output.
+    """Continue a prompt, on standard output.
+
+    The model is that of a run folder, of a .bin or .safetensors file, or
+    of a Hugging Face model folder.
 
     Derived in chapter 4.25.
     """
@@ -131,9 +109,8 @@ def _prompt(text):
     """
     if text == "-":
         if sys.stdin is None:
-            raise ValueError(
-                "--prompt - reads standard input, which is closed"
-            )
+            why = "reads standard input, which is closed"
+            raise ValueError(f"--prompt - {why}")
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="surrogateescape")
         text = sys.stdin.read()
@@ -168,31 +145,37 @@ def _stats(length, texts, times):
             f"then: {count:,} tokens in {rest:.3f} s, {count / rest:,.1f} "
             f"tokens/s, {rest / len(seconds[1:]) * 1e3:.1f} ms a step"
         )
-    print(*lines, sep="\n", file=sys.stderr)
+    remark(*lines)
+
+
+# how a text begins
+def _start(encoding):
+    """The tokens before a prompt: another model's tokenizer may want none."""
+    if hasattr(encoding, "bos_token") and encoding.bos_token is None:
+        return []
+    return [text_start(encoding)]
 
 
 # the model, ready
 def _load_model(args, prompt):
     """A model with room for the prompt and the text; the tokenizer; ids."""
     named, path = model_of(args)
-    if not args.model or path not in (named, named / "model.bin"):
-        print(f"model: {path}", file=sys.stderr)
+    if not args.model or (path != named and path.stem != "model"):
+        remark(f"model: {path}")
     cfg, encoding = with_tokenizer(path, args)
     ids = encode_text(encoding, prompt, args.endoftext)
-    ids = [encoding.eot_token, *ids.tolist()]
+    ids = [*_start(encoding), *ids.tolist()] or [encoding.eot_token]
     length = min(len(ids) + max(args.tokens, 0), cfg.max_seq_len)
     if EOT in prompt and not args.endoftext:
-        print(
+        remark(
             f"{EOT} in the prompt is ordinary text (--endoftext takes it as "
-            "the token)",
-            file=sys.stderr,
+            "the token)"
         )
     if len(ids) > length:
         seen = len(ids) - window_start(len(ids), length)
-        print(
+        remark(
             f"the prompt has {len(ids):,} tokens; the model sees the last "
-            f"{seen:,} of them",
-            file=sys.stderr,
+            f"{seen:,} of them"
         )
     how, tokens = (path, args.samples, length), cfg.vocab_size
     tell_compiling(args.backend)

@@ -2,19 +2,16 @@
 
 """`llmnb info`: versions, threads, and the size of a model."""
 
-__all__ = [
-    "DESCRIPTION",
-    "add",
-    "run",
-]
+__all__ = ["OPTIONS", "run"]
 
 
 # llmnb info
+from dataclasses import fields
 from importlib.metadata import version
 
 import numba
 
-from llmnb.cli.options import add_options, say, shape_config
+from llmnb.cli.options import say, shape_config, some_of
 from llmnb.model.tensors import flops_per_token, parameter_count
 from llmnb.cuda.model import gpu
 from llmnb.arena import footprint
@@ -22,23 +19,13 @@ from llmnb.model.layout import gpt2_layout
 from llmnb.timing import machine
 from llmnb.train.options import DataOptions, ModelOptions
 
-DESCRIPTION = (
-    "Print versions, and what a configuration takes: parameters, bytes, "
-    "operations a token."
-)
-
-
-def add(parser):
-    """Declare the options.
-
-    Derived in chapter 4.23.
-    """
-    add_options(parser, DataOptions, ["vocab_size"])
-    add_options(parser, ModelOptions)
+OPTIONS = {"": some_of(DataOptions, "vocab_size") + fields(ModelOptions)}
 
 
 def run(args):
-    """Print the report.
+    """Print versions, and what a configuration takes.
+
+    That is parameters, bytes, and operations a token.
 
     Derived in chapter 4.23.
     """

@@ -2,16 +2,13 @@
 
 """Which model a command means, and which tokenizer goes with it."""
 
-__all__ = [
-    "model_of",
-    "with_tokenizer",
-]
+__all__ = ["model_of", "with_tokenizer"]
 
 
 # imports of the models
-import sys
 from pathlib import Path
 
+from llmnb.cli.options import remark
 from llmnb.formats.checkpoint import read_config, without_padding
 from llmnb.formats.vocabulary import open_encoding, tokenizer_of
 from llmnb.train.newest import newest_run
@@ -41,9 +38,8 @@ def with_tokenizer(path, args):
     encoding = open_encoding(name)
     few = without_padding(path, cfg, encoding.n_vocab, name)
     if few != cfg:
-        print(
+        remark(
             f"{path} has {cfg.vocab_size} tokens, the tokenizer {name} knows "
-            f"{encoding.n_vocab}: the others are left out",
-            file=sys.stderr,
+            f"{encoding.n_vocab}: the others are left out"
         )
     return few, encoding

@@ -3,66 +3,50 @@
 """Options of a command, from the fields of dataclasses."""
 
 __all__ = [
-    "Parser",
-    "add_options",
-    "add_threads",
-    "check_backend",
-    "fields_of",
-    "one_line",
-    "option",
-    "say",
-    "set_threads",
-    "shape_config",
-    "tell_compiling",
-    "warn",
+    "Parser", "ThreadOptions", "add_options", "check_backend", "fields_of",
+    "one_line", "remark", "say", "set_threads", "shape_config", "some_of",
+    "tell_compiling", "warn", "with_defaults",
 ]
 
 
 # imports of the options
 import argparse
-import os
 import sys
-import warnings
-from dataclasses import field, fields
+from dataclasses import dataclass, fields
+from itertools import chain
 
-from llmnb.train.options import ModelOptions, TrainConfig
+from llmnb.train.options import ModelOptions, TrainConfig, option
 
 
-# one option
-def option(default, text, **how):
-    """A field of an option table: its default, its help, and how it is read.
-
-    how: further arguments of argparse's add_argument, such as metavar and
-    nargs; positional=True for what is named by its place.
+# tables of options
+def some_of(table, *names):
+    """The fields of an option table that have one of these names.
 
     Derived in chapter 4.23.
     """
-    return field(default=default, metadata={"help": text, **how})
+    return tuple(x for x in fields(table) if x.name in names)
 
 
-# a table of options
-def add_options(parser, table, names=None, asked=False):
-    """One option for each field of a dataclass, or for those in names.
-
-    asked: leave out of the result what the user has not asked for.
+def add_options(parser, options):
+    """One option for each field in `OPTIONS`, a command's.
 
     Derived in chapter 4.23.
     """
-    for x in fields(table):
-        if names and x.name not in names:
-            continue
-        how = _how(x)
-        if asked:
-            how["default"] = argparse.SUPPRESS
-        name = "--" + x.name.replace("_", "-")
-        if how.pop("positional", False):
-            name = x.name
-        parser.add_argument(name, **how)
+    for heading, group in options.items():
+        place = parser.add_argument_group(heading) if heading else parser
+        for x in group:
+            how = _how(x)
+            if how.pop("positional", False):
+                place.add_argument(x.name, **how)
+                continue
+            # a name that Python keeps for itself ends in _
+            dashed = "--" + x.name.rstrip("_").replace("_", "-")
+            place.add_argument(dashed, dest=x.name, **how)
 
 
 def _how(x):
     """argparse's words for a field."""
-    how = {"default": x.default} | x.metadata
+    how = {"help": x.metadata["help"]} | x.metadata["how"]
     many = isinstance(x.default, tuple)
     shown = " ".join(x.default) if many else x.default
     if shown not in ("", None) and "(default" not in how["help"]:
@@ -74,27 +58,41 @@ def _how(x):
     return {"type": x.type, "metavar": x.type.__name__} | how
 
 
-# fields from options
-def fields_of(args, table):
-    """The fields of a table that are among the options: a dict.
+# what was asked for, and the rest
+def with_defaults(asked, options):
+    """The values of all options, a Namespace.
+
+    asked: a Namespace of those that were asked for, kept as `given`, a dict.
+    Several values come as a tuple.
 
     Derived in chapter 4.23.
     """
-    names = [x.name for x in fields(table) if hasattr(args, x.name)]
-    values = {name: getattr(args, name) for name in names}
-    return {k: tuple(v) if type(v) is list else v for k, v in values.items()}
+    found = vars(asked).items()
+    given = {k: tuple(v) if type(v) is list else v for k, v in found}
+    defaults = {x.name: x.default for x in chain(*options.values())}
+    return argparse.Namespace(**defaults | given, given=given)
+
+
+def fields_of(values, table):
+    """Those of some values, a dict, that are fields of a table.
+
+    Derived in chapter 4.23.
+    """
+    names = {x.name for x in fields(table)}
+    return {name: x for name, x in values.items() if name in names}
 
 
 # the number of threads
-def add_threads(parser):
-    """The option --threads, of the kernels.
+@dataclass
+class ThreadOptions:
+    """How many threads the kernels have.
 
     Derived in chapter 4.23.
     """
-    parser.add_argument(
-        "--threads", type=int, metavar="int",
-        help="threads of the kernels (default: one for each core)",
-    )  # fmt: skip
+
+    threads: int = option(
+        None, "threads of the kernels (default: one for each core)"
+    )
 
 
 def set_threads(args):
@@ -140,8 +138,7 @@ def tell_compiling(backend):
         often = "each time, for want of a folder to keep them: set LLMNB_CACHE"
     elif any(folder.iterdir()):
         return
-    text = f"llmnb: compiling kernels takes up to half a minute, {often}"
-    print(text, file=sys.stderr, flush=True)
+    remark(f"llmnb: compiling kernels takes up to half a minute, {often}")
 
 
 # the model of some options
@@ -150,8 +147,7 @@ def shape_config(args):
 
     Derived in chapter 4.23.
     """
-    names = {x.name for x in fields(ModelOptions)} - {"precision"}
-    shape = {name: getattr(args, name) for name in names}
+    shape = fields_of(vars(args), ModelOptions) | {"precision": "fp32"}
     return TrainConfig(**shape, vocab_size=args.vocab_size)
 
 
@@ -162,6 +158,14 @@ def say(label, text):
     Derived in chapter 4.23.
     """
     print(f"{label:<10} {text}", flush=True)
+
+
+def remark(*lines):
+    """Print lines beside the report, on standard error.
+
+    Derived in chapter 4.23.
+    """
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 # errors in one line

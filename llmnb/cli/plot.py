@@ -2,27 +2,18 @@
 
 """`llmnb plot`: draw and compare runs."""
 
-__all__ = [
-    "DESCRIPTION",
-    "PlotOptions",
-    "add",
-    "run",
-]
+__all__ = ["OPTIONS", "PlotOptions", "run"]
 
 
 # llmnb plot
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from matplotlib import style
 
-from llmnb.cli.options import add_options, option, say
+from llmnb.cli.options import say
 from llmnb.files import replacing
+from llmnb.train.options import option
 from llmnb.train.watch import compare_runs, read_log, run_table
-
-DESCRIPTION = (
-    "Draw the losses, learning rates, gradient norms and speeds of runs in "
-    "one picture, and print a table. A run may still be going on."
-)
 
 
 @dataclass
@@ -33,26 +24,21 @@ class PlotOptions:
     """
 
     runs: str = option(
-        None,
-        "a run folder or a log.csv",
-        positional=True,
-        nargs="+",
-        metavar="RUN",
-    )
+        None, "a run folder or a log.csv",
+        positional=True, nargs="+", metavar="RUN",
+    )  # fmt: skip
     out: str = option("runs.png", "the picture, a PNG", metavar="FILE")
     window: int = option(20, "steps in a running mean")
 
 
-def add(parser):
-    """Declare the options.
-
-    Derived in chapter 4.23.
-    """
-    add_options(parser, PlotOptions)
+OPTIONS = {"": fields(PlotOptions)}
 
 
 def run(args):
-    """Print the table and write the picture.
+    """Draw runs in one picture, and print a table.
+
+    Losses, learning rates, gradient norms and speeds. A run may still be
+    going on.
 
     Derived in chapter 4.23.
     """

@@ -2,14 +2,7 @@
 
 """`llmnb train`: a run from the terminal, with a bar, samples and signals."""
 
-__all__ = [
-    "DESCRIPTION",
-    "FolderOptions",
-    "PARTS",
-    "add",
-    "check_apart",
-    "run",
-]
+__all__ = ["FolderOptions", "OPTIONS", "check_apart", "run"]
 
 
 # imports of the command
@@ -18,55 +11,27 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from llmnb.cli.options import (
-    add_options,
-    add_threads,
-    check_backend,
-    fields_of,
-    option,
-    say,
-    set_threads,
-    tell_compiling,
-    warn,
-)
-from llmnb.files import replacing
+from llmnb.cli.options import ThreadOptions, check_backend, fields_of, say
+from llmnb.cli.options import set_threads, tell_compiling, warn
+from llmnb.files import write_whole
 from llmnb.model.generate import decoded, generate
+from llmnb.text.tokenizer import text_start
 from llmnb.train.newest import new_folder, newest_run, note_newest
 from llmnb.train.run import begin, finish, follow, resume, telling
 from llmnb.train.state import save_state
-from llmnb.train.terminal import progress
+from llmnb.train.terminal import progress_bar
 from llmnb.train.feed import landmarks
 from llmnb.train.folder import load_run, read_run, run_folder, sparing
-from llmnb.train.options import (
-    SHAPE,
-    DataOptions,
-    KeepOptions,
-    LearningOptions,
-    ModelOptions,
-    TrainConfig,
-    UpdateOptions,
-)
+from llmnb.train.options import SHAPE, DataOptions, KeepOptions
+from llmnb.train.options import LearningOptions, ModelOptions, TrainConfig
+from llmnb.train.options import UpdateOptions, option
 from llmnb.train.finetune import starting_from
 
 
 # its options
-DESCRIPTION = (
-    "Train a GPT-2 from scratch, or from a checkpoint. The defaults take "
-    "about two minutes on two cores. Ctrl-C finishes the step and saves; a "
-    "second one stops at once."
-)
-PARTS = {
-    "what to read": DataOptions,
-    "what the model looks like": ModelOptions,
-    "how it learns": LearningOptions,
-    "what an update is": UpdateOptions,
-    "what it keeps": KeepOptions,
-}
-
-
 @dataclass
 class FolderOptions:
     """Where `llmnb train` writes, or goes on.
@@ -75,40 +40,35 @@ class FolderOptions:
     """
 
     out: str = option(
-        None,
-        "where to write (default: a new folder in runs/)",
+        None, "where to write (default: a new folder in runs/)",
         metavar="FOLDER",
-    )
+    )  # fmt: skip
     force: bool = option(False, "write into a folder in use")
     resume: str = option(
         None,
         "go on with a run from its newest checkpoint (default: the newest "
         "run in runs/); --corpus or --shards say where its text is now",
-        nargs="?",
-        const="",
-        metavar="FOLDER",
-    )
+        nargs="?", const="", metavar="FOLDER",
+    )  # fmt: skip
     tensorboard: bool = option(
         False, "write events for TensorBoard into the folder as well"
     )
 
 
-def add(parser):
-    """Declare the options; of a run's numbers, only those asked for.
-
-    Derived in chapter 4.24.
-    """
-    add_options(parser, FolderOptions)
-    add_threads(parser)
-    for title, part in PARTS.items():
-        group = parser.add_argument_group(title)
-        add_options(group, part, asked=True)
+OPTIONS = {
+    "": fields(FolderOptions) + fields(ThreadOptions),
+    "what to read": fields(DataOptions),
+    "what the model looks like": fields(ModelOptions),
+    "how it learns": fields(LearningOptions),
+    "what an update is": fields(UpdateOptions),
+    "what it keeps": fields(KeepOptions),
+}
 
 
 # begin or go on
 def _begun(args):
     """A new run, from scratch or from a checkpoint."""
-    given = fields_of(args, TrainConfig)
+    given = fields_of(args.given, TrainConfig)
     if given.get("depth") and not given.keys().isdisjoint(SHAPE):
         names = ", ".join(name.replace("_", "-") for name in SHAPE)
         raise ValueError(f"--depth sets {names}: leave those out")
@@ -140,7 +100,7 @@ def _resumed(args):
         raise ValueError("--resume needs neither --out nor --force")
     folder = args.resume or newest_run("config.json")
     check_backend(read_run(folder).backend)
-    run, found = resume(folder, **fields_of(args, TrainConfig))
+    run, found = resume(folder, **fields_of(args.given, TrainConfig))
     for warning in found:
         warn(warning)
     where = f"at step {run.at.step:,} of {run.config.steps:,}"
@@ -152,7 +112,11 @@ def _resumed(args):
 
 # train, with a bar
 def run(args):
-    """Train, and report; exit with 128 plus the signal that stopped it.
+    """Train a GPT-2 from scratch, or from a checkpoint.
+
+    The defaults take about two minutes on two cores. Ctrl-C finishes the
+    step and saves; a second one stops at once. Exits with 128 plus the
+    signal that stopped it.
 
     Derived in chapter 4.24.
     """
@@ -223,7 +187,7 @@ class _Stop:
 def _follow(run, args, stop):
     """Train to the end, or until a signal is noted; then save the state."""
     done, total, shown = run.at.step, run.config.steps, {}
-    bar = progress(total=total, initial=done, unit="step")
+    bar = progress_bar(total=total, initial=done, unit="step")
     with bar, _board(run, args) as board:
         for step in follow(run):
             board(step)
@@ -289,8 +253,8 @@ def _sample(model, encoding):
 
     # a GPU would compute the whole window for every token
     model = Decoder.of(model) if model.backend == "cuda" else model
-    eot = encoding.eot_token
-    tokens = generate(model, [eot], stop=eot, **SAMPLE)
+    start, stop = [text_start(encoding)], encoding.eot_token
+    tokens = generate(model, start, stop=stop, **SAMPLE)
     return "".join(decoded(encoding, tokens))
 
 
@@ -316,6 +280,5 @@ def _keep_sample(run):
     folder, on_gpu = run.folder, run.config.backend == "cuda"
     model, encoding, _ = load_run(folder, backend="cpu" if on_gpu else None)
     text = _sample(model, encoding)
-    with replacing(folder / "sample.txt") as file:
-        file.write(text.encode("utf-8"))
+    write_whole(folder / "sample.txt", text.encode())
     return text

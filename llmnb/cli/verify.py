@@ -2,34 +2,17 @@
 
 """`llmnb verify`: run llm.c's acceptance test."""
 
-__all__ = [
-    "DESCRIPTION",
-    "VERDICTS",
-    "VerifyOptions",
-    "add",
-    "run",
-]
+__all__ = ["OPTIONS", "VerifyOptions", "run"]
 
 
 # llmnb verify
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from llmnb.cli.options import (
-    add_options,
-    add_threads,
-    check_backend,
-    option,
-    set_threads,
-    tell_compiling,
-)
+from llmnb.cli.options import ThreadOptions, check_backend, remark
+from llmnb.cli.options import set_threads, tell_compiling
 from llmnb.formats.starter import accept
-
-DESCRIPTION = (
-    "Compare logits, loss, gradients and ten losses with what PyTorch "
-    "recorded, in a folder with NAME.bin and NAME_debug_state.bin, such as "
-    "llm.c's starter pack."
-)
+from llmnb.train.options import option
 
 
 @dataclass
@@ -45,21 +28,19 @@ class VerifyOptions:
     backend: str = option("cpu", "cpu, cuda or reference", metavar="NAME")
 
 
-def add(parser):
-    """Declare the options.
-
-    Derived in chapter 4.23.
-    """
-    add_options(parser, VerifyOptions)
-    add_threads(parser)
+OPTIONS = {"": fields(VerifyOptions) + fields(ThreadOptions)}
 
 
 # a table of verdicts
-VERDICTS = {True: "ok", False: "FAIL", None: "no reference"}
+_VERDICTS = {True: "ok", False: "FAIL", None: "no reference"}
 
 
 def run(args):
-    """Print each check as it is made; exit with 1 if one fails.
+    """Compare a model with what PyTorch recorded, and print the verdicts.
+
+    Logits, loss, gradients and ten losses, in a folder with NAME.bin and
+    NAME_debug_state.bin, such as llm.c's starter pack. Exits with 1 if a
+    check fails.
 
     Derived in chapter 4.23.
     """
@@ -73,8 +54,8 @@ def run(args):
             print(row("", "error", "allowed", ""))
         error = "-" if check.error is None else f"{check.error:.1e}"
         allowed = f"{check.allowed:.0e}"
-        print(row(check.name, error, allowed, VERDICTS[check.ok]), flush=True)
+        print(row(check.name, error, allowed, _VERDICTS[check.ok]), flush=True)
         shown, bad = shown + 1, bad + (check.ok is False)
     if bad:
-        print(f"{bad} of {shown} checks failed", file=sys.stderr)
+        remark(f"{bad} of {shown} checks failed")
         sys.exit(1)

@@ -2,11 +2,7 @@
 
 """AdamW and clipping, compiled for the processor's cores."""
 
-__all__ = [
-    "adamw_update",
-    "clip_gradients",
-    "global_norm",
-]
+__all__ = ["adamw_update", "clip_gradients", "global_norm"]
 
 
 # imports of AdamW

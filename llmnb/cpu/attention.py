@@ -2,26 +2,21 @@
 
 """Attention in blocks with an online softmax, for the processor's cores."""
 
-__all__ = [
-    "attention_backward",
-    "attention_forward",
-]
+__all__ = ["attention_backward", "attention_forward"]
 
 
 # imports of the kernels
 import math
+from typing import NamedTuple
 
 import numba
 import numpy as np
 
 from llmnb.cpu.jit import arguments, inlined, team
 from llmnb.cpu.math import fast_exp
+from llmnb.cpu.microkernel import Place
 from llmnb.cpu.panels import (
-    SPARE,
-    WORK,
-    check_bf16,
-    multiply_panels,
-    pack,
+    SPARE, WORK, Block, Flat, Routines, check_bf16, multiply_panels, pack,
     scratch,
 )
 from llmnb.cpu.tile import COLS, ROWS
@@ -31,124 +26,207 @@ from llmnb.shapes import shapes
 
 # places in the scratch memory
 BLOCK = 96  # rows, and keys, that are taken at once
+FOREVER = 1 << 40  # a window that leaves out nothing
 ZEROS = SPARE + ROWS * COLS  # in work: a row of zeros
 
 
-def _places(block, hs):
-    """Offsets in a thread's scratch of the panels and tables, and its end.
+class Places(NamedTuple):
+    """Where a thread's panels and tables begin in its scratch."""
 
-    Panels of rows: queries (later weights), gradients. Panels of columns:
-    keys, values, their transposes. Tables: scores, their gradients, output.
-    """
+    rows: int  # panels of rows: queries, then weights, then gradients
+    keys: int  # panels of columns
+    values: int  # the same
+    transposed: int  # the same: the keys, channel by channel
+    right: int  # the same: what the weights are multiplied with
+    scores: int  # a table, of a block
+    grads: int  # a table: the gradients of the scores
+    sums: int  # a table: the unfinished output
+    state: int  # of each row: the maximum and the sum so far
+    end: int
+
+
+def _places(block, hs):
+    """The Places for blocks of this size."""
     tall, wide = (-(-block // n) * n for n in (ROWS, COLS))
-    deep = max(block, hs)
     head = -(-hs // COLS) * COLS
-    sizes = [tall * deep, wide * hs, wide * hs, head * block, head * block]
-    sizes += [block * block, block * block, block * (hs + 2)]
-    return tuple(int(n) for n in np.cumsum([0, *sizes]))
+    sizes = [tall * max(block, hs), wide * hs, wide * hs]
+    sizes += [head * block, head * block, block * block, block * block]
+    sizes += [block * hs, block * 2]
+    return Places(*np.cumsum([0, *sizes]).tolist())
 
 
 def block_size(hs):
     """The largest block that fits."""
     block = BLOCK
-    while block and _places(block, hs)[-1] > SPARE:
+    while block and _places(block, hs).end > SPARE:
         block //= 2
     if not block:
         raise ValueError(f"attention: a head of {hs} channels is too wide")
     return block
 
 
+# what a thread works with
+class Heads(NamedTuple):
+    """Positions, heads of queries, of keys, channels of each, a block."""
+
+    T: int
+    NH: int
+    NKV: int
+    hs: int
+    block: int
+
+
+class Look(NamedTuple):
+    """What a query sees, and what its product with a key becomes.
+
+    window: how many keys it sees, its own the last. scale: of the product,
+    then the score. cap: c where c tanh(score / c) takes its place, or 0.
+    """
+
+    window: int
+    scale: float
+    cap: float
+
+
+class Thread(NamedTuple):
+    """Sizes, places, addresses, and the thread's own scratch, w.
+
+    panels: the same memory, for bfloat16 as uint32.
+    """
+
+    sizes: Heads
+    look: Look
+    at: Places
+    code: Routines
+    panels: np.ndarray
+    w: np.ndarray
+
+
+@inlined
+def _thread(part, made):
+    """The Thread of a part, from what `prepared` gives."""
+    sizes, look, places, code, panels, work = made
+    w, code, look = work[part], Routines(*code), Look(*look)
+    w[ZEROS : ZEROS + COLS] = 0
+    return Thread(Heads(*sizes), look, Places(*places), code, panels[part], w)
+
+
+@inlined
+def _table(w, at, rows, cols):
+    """A table in the scratch."""
+    return w[at : at + rows * cols].reshape(rows, cols)
+
+
 # a product of two panels
 @inlined
-def _add_product(code, out, at, step, fresh, panels, a, b, sizes, w):
+def _add_product(my, out, at, step, fresh, pair, sizes):
     """Add a product to the block of out that begins at `at`, or write it."""
-    place, start = (at, step, at, step, 1, ZEROS, 0), out
+    place, start = Place(at, step, at, step, 1, ZEROS, 0), out
     if fresh:
-        place, start = (at, step, ZEROS, 0, 0, ZEROS, 0), w
-    spare = w[SPARE:]
-    multiply_panels(code[2], out, place, start, w, panels, a, b, sizes, spare)
+        place, start = Place(at, step, ZEROS, 0, 0, ZEROS, 0), my.w
+    x = Flat(out, start, my.w, my.panels, my.w[SPARE:])
+    multiply_panels(my.code.multiply, x, place, pair, sizes)
 
 
 # one row of the softmax
 @inlined
-def _softmax_row(scores, seen, top, scale):
-    """Scores to exponentials; returns the new maximum and their sum."""
-    total, largest = scores.dtype.type(0), scores[0]
+def soft_tanh(x, number):
+    """tanh(x), of fast_exp; number: the dtype's type."""
+    q, one = fast_exp(-abs(x) - abs(x)), number(1)
+    t = (one - q) / (one + q)
+    return t if x > 0 else -t
+
+
+@inlined
+def softmax_row(scores, seen, sums, state, look):
+    """Products with a block's keys to exponentials; repairs sums, state."""
+    number = scores.dtype.type
+    scale, cap = number(look.scale), number(look.cap)
+    if cap > 0:
+        for j in range(seen):
+            scores[j] = cap * soft_tanh(scores[j] * scale / cap, number)
+        scale = number(1)
+    total, largest = number(0), scores[0]
     for j in range(seen):
         largest = max(largest, scores[j])
-    top = max(top, largest * scale)
+    top = max(state[0], largest * scale)
     for j in range(seen):
         scores[j] = fast_exp(scores[j] * scale - top)
         total += scores[j]
     scores[seen:] = 0
-    return top, total
+    factor = fast_exp(state[0] - top)
+    state[0] = top
+    state[1] = state[1] * factor + total
+    for k in range(sums.size):
+        sums[k] *= factor
 
 
-# the softmax of a block
+# the keys of a block that a row sees
 @inlined
-def softmax_block(w, s, acc, first, rows, cols, n, hs, scale):
-    """first: how many of the block's keys row 0 sees."""
-    for i in range(rows):
-        state, seen = acc + n * hs + 2 * i, min(cols, first + i)
-        before, scores = w[state], w[s + i * n : s + i * n + cols]
-        top, total = _softmax_row(scores, seen, before, scale)
-        factor = fast_exp(before - top)
-        w[state] = top
-        w[state + 1] = w[state + 1] * factor + total
-        out = w[acc + i * hs : acc + i * hs + hs]
-        for k in range(hs):
-            out[k] *= factor
+def _seen(before, cols, look):
+    """The first key of a block that a row sees, and the end of those.
+
+    before: how many positions lie from the block's first to the row's own.
+    """
+    return min(cols, max(0, before - look.window)), min(cols, before)
+
+
+@inlined
+def _first_block(row, my):
+    """Where the first block of keys begins that a row sees."""
+    return max(0, row + 1 - my.look.window) // my.sizes.block * my.sizes.block
 
 
 # a block of rows, forward
 @inlined
-def _forward_block(out, lse, qkv, b, h, first, sizes, places, code, panels, w):
-    T, NH, NKV, hs, n = sizes
-    A, K, _, _, B, S, _, acc, _ = places
+def _forward_block(out, lse, qkv, my, b, h, first):
+    """Head h of the rows from `first` on."""
+    (T, NH, NKV, hs, n), at, w, code = my.sizes, my.at, my.w, my.code
     C, W, rows = NH * hs, (NH + 2 * NKV) * hs, min(n, T - first)
     key = (NH + h * NKV // NH) * hs
-    scale = w.dtype.type(1 / math.sqrt(hs))
-    q = (b * T + first) * W + h * hs
-    w[acc : acc + n * hs] = 0
-    for i in range(rows):
-        w[acc + n * hs + 2 * i] = -1e30
-        w[acc + n * hs + 2 * i + 1] = 0
-    for u in range(0, first + rows, n):
+    query = Block((b * T + first) * W + h * hs, W, 1, rows, hs)
+    scores, sums = _table(w, at.scores, n, n), _table(w, at.sums, n, hs)
+    state = _table(w, at.state, n, 2)
+    sums[:rows] = 0
+    state[:rows, 0], state[:rows, 1] = -1e30, 0
+    for u in range(_first_block(first, my), first + rows, n):
         cols, k = min(n, T - u), (b * T + u) * W + key
-        pack(code[0], panels, A, qkv, q, W, 1, rows, hs)
-        pack(code[1], panels, K, qkv, k, W, 1, cols, hs)
-        _add_product(code, w, S, n, True, panels, A, K, (rows, cols, hs), w)
-        seen = first - u + 1
-        softmax_block(w, S, acc, seen, rows, cols, n, hs, scale)
-        pack(code[0], panels, A, w, S, n, 1, rows, cols)
-        pack(code[1], panels, B, qkv, k + NKV * hs, 1, W, hs, cols)
-        _add_product(
-            code, w, acc, hs, False, panels, A, B, (rows, hs, cols), w
-        )
+        pack(code.pack_rows, my.panels, at.rows, qkv, query)
+        pack(code.pack_cols, my.panels, at.keys, qkv, Block(k, W, 1, cols, hs))
+        pair, shape = (at.rows, at.keys), (rows, cols, hs)
+        _add_product(my, w, at.scores, n, True, pair, shape)
+        for i in range(rows):
+            low, end = _seen(first - u + 1 + i, cols, my.look)
+            scores[i, :low] = 0
+            if low < end:
+                row = scores[i, low:cols]
+                softmax_row(row, end - low, sums[i], state[i], my.look)
+        weights = Block(at.scores, n, 1, rows, cols)
+        values = Block(k + NKV * hs, 1, W, hs, cols)
+        pack(code.pack_rows, my.panels, at.rows, w, weights)
+        pack(code.pack_cols, my.panels, at.right, qkv, values)
+        pair, shape = (at.rows, at.right), (rows, hs, cols)
+        _add_product(my, w, at.sums, hs, False, pair, shape)
     for i in range(rows):
-        t, state = first + i, acc + n * hs + 2 * i
-        lse[b, h, t] = w[state] + math.log(w[state + 1])
-        y, total = (b * T + t) * C + h * hs, w[state + 1]
-        row, sums = out[y : y + hs], w[acc + i * hs : acc + i * hs + hs]
+        t, total = first + i, state[i, 1]
+        lse[b, h, t] = state[i, 0] + math.log(total)
+        y = (b * T + t) * C + h * hs
+        row = out[y : y + hs]
         for k in range(hs):
-            row[k] = sums[k] / total
+            row[k] = sums[i, k] / total
 
 
 # the forward kernel
 @team
-def _attention_forward(part, parts, address):
-    out, lse, qkv, sizes, places, code, panels, work = arguments(address)
+def team_forward(part, parts, address):
+    given = arguments(address)
+    (out, lse, qkv), my = given[:3], _thread(part, given[3:])
     B, NH, T = lse.shape
-    blocks = -(-T // sizes[4])
-    w = work[part]
-    w[ZEROS : ZEROS + COLS] = 0
+    blocks = -(-T // my.sizes.block)
     for unit in range(part, B * NH * blocks, parts):
         b, h = unit // (NH * blocks), unit // blocks % NH
-        first = unit % blocks * sizes[4]
-        _forward_block(
-            *(out, lse, qkv, b, h, first),
-            *(sizes, places, code, panels[part], w),
-        )
+        first = unit % blocks * my.sizes.block
+        _forward_block(out, lse, qkv, my, b, h, first)
 
 
 # attention, forward
@@ -159,144 +237,172 @@ def attention_forward(out, lse, inp, work=None, bf16=False):
     inp: (B, T, (NH + 2 NKV) * hs), the heads of queries, of keys and of
     values; NKV divides NH. Writes out (B, T, NH * hs) and lse (B, NH, T),
     the log-sum-exp of each row of scaled, masked scores, which the backward
-    pass needs. All float32 or all float64
-    and C-contiguous. work: scratch of work_shape() and the same dtype, or
-    None to allocate it. bf16: round the factors of every product to
-    bfloat16, for float32 only. Raises TypeError or ValueError before it
-    computes anything.
+    pass needs. All float32 or all float64 and C-contiguous. work: scratch
+    of work_shape() and the same dtype, or None to allocate it. bf16: round
+    the factors of every product to bfloat16, for float32 only. Raises
+    TypeError or ValueError before it computes anything.
 
     Derived in chapter 2.5.
     """
-    check_bf16("attention_forward", bf16, inp.dtype)
-    heads = count_heads("attention_forward", out, lse, inp)
-    scratch = _scratch(heads, lse, work, bf16)
-    _attention_forward(out.reshape(-1), lse, inp.reshape(-1), *scratch)
+    arrays = out, lse, inp
+    made = prepared("attention_forward", arrays, (), work, bf16)
+    team_forward(out.reshape(-1), lse, inp.reshape(-1), *made)
 
 
 # what both kernels take
-def _scratch(heads, lse, work, bf16):
-    """T, heads and the size of a block; places; the panels' scratch."""
-    NH, NKV, hs = heads
+def look_of(hs, window=None, scale=None, softcap=None):
+    """The Look of a rule, as a plain tuple."""
+    scale = 1 / math.sqrt(hs) if scale is None else scale
+    return window or FOREVER, float(scale), float(softcap or 0)
+
+
+def prepared(layer, arrays, rule, work, bf16):
+    """Heads, Look and Places, and the panels' scratch, as plain tuples.
+
+    numba takes those from Python much faster than NamedTuples. arrays: out,
+    lse and inp; layer: who is to blame for what does not fit. rule: window,
+    scale and soft cap, each a number or None; () for GPT-2's.
+    """
+    out, lse, inp = arrays
+    check_bf16(layer, bf16, inp.dtype)
+    NH, NKV, hs = count_heads(layer, out, lse, inp)
     block = block_size(hs)
-    made = scratch(work, bf16, lse.dtype)
-    return (lse.shape[2], NH, NKV, hs, block), _places(block, hs), *made
+    sizes, places = (lse.shape[2], NH, NKV, hs, block), _places(block, hs)
+    made = sizes, look_of(hs, *rule), tuple(places)
+    return *made, *scratch(work, bf16, lse.dtype)
 
 
-# the softmax of a block, backward
+# what the backward pass works on
+class Arrays(NamedTuple):
+    """The layer's arrays, flat."""
+
+    dqkv: np.ndarray
+    dout: np.ndarray
+    qkv: np.ndarray
+    out: np.ndarray
+    lse: np.ndarray
+
+
+class Meeting(NamedTuple):
+    """A block of rows and a block of keys that it reads.
+
+    Where queries, outputs, lse, keys and values begin in the flat arrays;
+    how many positions lie from the first key to the first row's own; the
+    numbers of rows and keys.
+    """
+
+    q: int
+    y: int
+    L: int
+    k: int
+    v: int
+    before: int
+    rows: int
+    cols: int
+
+
+# the softmax of a row, backward
 @inlined
-def _softmax_row_backward(scores, grads, seen, y, dy, L, scale):
-    """Scores to weights, their gradients to dS; masked ones to 0."""
-    D = scores.dtype.type(0)
+def _softmax_row_backward(scores, grads, seen, y, dy, L, look):
+    """Products to weights, their gradients to dS; masked ones to 0."""
+    number = scores.dtype.type
+    scale, cap, D = number(look.scale), number(look.cap), number(0)
     for k in range(y.size):
         D += y[k] * dy[k]
-    for j in range(seen):
-        scores[j] = fast_exp(scores[j] * scale - L)
-        grads[j] = scores[j] * (grads[j] - D) * scale
+    if cap > 0:
+        for j in range(seen):
+            t = soft_tanh(scores[j] * scale / cap, number)
+            scores[j] = fast_exp(cap * t - L)
+            slope = (number(1) - t * t) * scale
+            grads[j] = scores[j] * (grads[j] - D) * slope
+    else:
+        for j in range(seen):
+            scores[j] = fast_exp(scores[j] * scale - L)
+            grads[j] = scores[j] * (grads[j] - D) * scale
     scores[seen:] = 0
     grads[seen:] = 0
 
 
-# all rows of a block
-@inlined
-def _weights_block(w, S, dS, dout, out, lse, y, C, hs, n, seen, rows, cols):
-    """y: where the block's rows begin in dout and out; lse: theirs."""
-    scale = w.dtype.type(1 / math.sqrt(hs))
-    for i in range(rows):
-        at = y + i * C
-        _softmax_row_backward(
-            *(
-                w[S + i * n : S + i * n + cols],
-                w[dS + i * n : dS + i * n + cols],
-            ),
-            *(min(seen + i, cols), out[at : at + hs], dout[at : at + hs]),
-            *(lse[i], scale),
-        )
-
-
 # the weights of a block
 @inlined
-def _backward_scores(
-    dout, qkv, out, lse, q, y, seen, sizes, places, code, panels, w
-):
-    """S and dS of a block of rows; its keys and values are packed."""
-    C, W, hs, n, rows, cols = sizes
-    A, K, V, _, _, S, dS, _, _ = places
-    shape = rows, cols, hs
-    pack(code[0], panels, A, qkv, q, W, 1, rows, hs)
-    _add_product(code, w, S, n, True, panels, A, K, shape, w)
-    pack(code[0], panels, A, dout, y, C, 1, rows, hs)
-    _add_product(code, w, dS, n, True, panels, A, V, shape, w)
-    shape = hs, n, seen, rows, cols
-    _weights_block(w, S, dS, dout, out, lse, y, C, *shape)
+def _backward_scores(x, my, m):
+    """A and dS of a Meeting; its keys and values are packed."""
+    (_, NH, NKV, hs, n), at, w, code = my.sizes, my.at, my.w, my.code
+    C, W, shape = NH * hs, (NH + 2 * NKV) * hs, (m.rows, m.cols, hs)
+    query, dout = Block(m.q, W, 1, m.rows, hs), Block(m.y, C, 1, m.rows, hs)
+    pack(code.pack_rows, my.panels, at.rows, x.qkv, query)
+    _add_product(my, w, at.scores, n, True, (at.rows, at.keys), shape)
+    pack(code.pack_rows, my.panels, at.rows, x.dout, dout)
+    _add_product(my, w, at.grads, n, True, (at.rows, at.values), shape)
+    scores, grads = _table(w, at.scores, n, n), _table(w, at.grads, n, n)
+    for i in range(m.rows):
+        low, end = _seen(m.before + i, m.cols, my.look)
+        scores[i, :low] = 0
+        grads[i, :low] = 0
+        s, ds, y = scores[i, low : m.cols], grads[i, low : m.cols], m.y + i * C
+        out, dout, L = x.out[y : y + hs], x.dout[y : y + hs], x.lse[m.L + i]
+        seen = max(0, end - low)
+        _softmax_row_backward(s, ds, seen, out, dout, L, my.look)
 
 
 # the gradients of a block
 @inlined
-def _backward_sums(
-    dqkv, dout, qkv, q, k, v, y, fresh, sizes, places, code, panels, w
-):
-    """The last three products of (2.5.3); fresh: of keys, of queries."""
-    C, step, hs, n, rows, cols = sizes
-    A, _, _, KT, B, S, dS, _, _ = places
-    shape = cols, hs, rows
-    pack(code[0], panels, A, w, S, 1, n, cols, rows)
-    pack(code[1], panels, B, dout, y, 1, C, hs, rows)
-    _add_product(code, dqkv, v, step, fresh[0], panels, A, B, shape, w)
-    pack(code[0], panels, A, w, dS, 1, n, cols, rows)
-    pack(code[1], panels, B, qkv, q, 1, step, hs, rows)
-    _add_product(code, dqkv, k, step, fresh[0], panels, A, B, shape, w)
-    pack(code[0], panels, A, w, dS, n, 1, rows, cols)
-    shape = rows, hs, cols
-    _add_product(code, dqkv, q, step, fresh[1], panels, A, KT, shape, w)
+def _backward_sums(x, my, m, fresh_keys, fresh_rows):
+    """The last three products of (2.5.3); fresh: written, not added to."""
+    (_, NH, NKV, hs, n), at, w, code = my.sizes, my.at, my.w, my.code
+    C, W, shape = NH * hs, (NH + 2 * NKV) * hs, (m.cols, hs, m.rows)
+    pair = at.rows, at.right
+    weights = Block(at.scores, 1, n, m.cols, m.rows)
+    pack(code.pack_rows, my.panels, at.rows, w, weights)
+    dout = Block(m.y, 1, C, hs, m.rows)
+    pack(code.pack_cols, my.panels, at.right, x.dout, dout)
+    _add_product(my, x.dqkv, m.v, W, fresh_keys, pair, shape)
+    dscores = Block(at.grads, 1, n, m.cols, m.rows)
+    pack(code.pack_rows, my.panels, at.rows, w, dscores)
+    query = Block(m.q, 1, W, hs, m.rows)
+    pack(code.pack_cols, my.panels, at.right, x.qkv, query)
+    _add_product(my, x.dqkv, m.k, W, fresh_keys, pair, shape)
+    dscores = Block(at.grads, n, 1, m.rows, m.cols)
+    pack(code.pack_rows, my.panels, at.rows, w, dscores)
+    pair, shape = (at.rows, at.transposed), (m.rows, hs, m.cols)
+    _add_product(my, x.dqkv, m.q, W, fresh_rows, pair, shape)
 
 
 # a head, backward
 @inlined
-def _backward_head(
-    dqkv, dout, qkv, out, lse, b, kv, add, sizes, places, code, panels, w
-):
+def _backward_head(x, my, b, kv, add):
     """Head kv of keys and values, and all heads of queries that read it."""
-    T, NH, NKV, hs, n = sizes
-    _, K, V, KT, _, _, _, _, _ = places
+    (T, NH, NKV, hs, n), at, cols = my.sizes, my.at, my.code.pack_cols
     C, W, group = NH * hs, (NH + 2 * NKV) * hs, NH // NKV
     for u in range(0, T, n):
-        cols, k = min(n, T - u), (b * T + u) * W + (NH + kv) * hs
-        v = k + NKV * hs
-        pack(code[1], panels, K, qkv, k, W, 1, cols, hs)
-        pack(code[1], panels, V, qkv, v, W, 1, cols, hs)
-        pack(code[1], panels, KT, qkv, k, 1, W, hs, cols)
+        count, k = min(n, T - u), (b * T + u) * W + (NH + kv) * hs
+        v, keys = k + NKV * hs, Block(k, W, 1, count, hs)
+        pack(cols, my.panels, at.keys, x.qkv, keys)
+        pack(cols, my.panels, at.values, x.qkv, Block(v, W, 1, count, hs))
+        keys = Block(k, 1, W, hs, count)
+        pack(cols, my.panels, at.transposed, x.qkv, keys)
         for h in range(kv * group, kv * group + group):
-            for t in range(u, T, n):
-                shape = C, W, hs, n, min(n, T - t), cols
-                q, y = (b * T + t) * W + h * hs, (b * T + t) * C + h * hs
-                L, seen = lse[b, h, t:], t - u + 1
-                _backward_scores(
-                    *(dout, qkv, out, L, q, y, seen),
-                    *(shape, places, code, panels, w),
-                )
+            for t in range(u, min(T, u + count - 1 + my.look.window), n):
+                row, rows = b * T + t, min(n, T - t)
+                q, y, L = row * W + h * hs, row * C + h * hs, (b * NH + h) * T
+                m = Meeting(q, y, L + t, k, v, t - u + 1, rows, count)
+                _backward_scores(x, my, m)
                 first = t == u and h == kv * group
-                fresh = not add and first, not add and u == 0
-                _backward_sums(
-                    *(dqkv, dout, qkv, q, k, v, y, fresh),
-                    *(shape, places, code, panels, w),
-                )
+                fresh = u == _first_block(t, my)
+                _backward_sums(x, my, m, not add and first, not add and fresh)
 
 
 # the backward kernel
 @team
-def _attention_backward(part, parts, address):
+def team_backward(part, parts, address):
     given = arguments(address)
     dqkv, dout, qkv, out, lse, add = given[:6]
-    sizes, places, code, panels, work = given[6:]
-    units = len(lse) * sizes[2]
-    w = work[part]
-    w[ZEROS : ZEROS + COLS] = 0
-    for unit in range(part, units, parts):
-        b, kv = unit // sizes[2], unit % sizes[2]
-        _backward_head(
-            *(dqkv, dout, qkv, out, lse, b, kv, add),
-            *(sizes, places, code, panels[part], w),
-        )
+    x, my = Arrays(dqkv, dout, qkv, out, lse), _thread(part, given[6:])
+    NKV = my.sizes.NKV
+    for unit in range(
+        part, lse.size // my.sizes.NH // my.sizes.T * NKV, parts
+    ):
+        _backward_head(x, my, unit // NKV, unit % NKV, add)
 
 
 # attention, backward
@@ -314,8 +420,7 @@ def attention_backward(
 
     Derived in chapter 2.5.
     """
-    check_bf16("attention_backward", bf16, inp.dtype)
-    heads = count_heads("attention_backward", out, lse, inp)
-    scratch = _scratch(heads, lse, work, bf16)
-    flat = (x.reshape(-1) for x in (dinp, dout, inp, out))
-    _attention_backward(*flat, lse, add, *scratch)
+    arrays = out, lse, inp
+    made = prepared("attention_backward", arrays, (), work, bf16)
+    flat = (x.reshape(-1) for x in (dinp, dout, inp, out, lse))
+    team_backward(*flat, add, *made)

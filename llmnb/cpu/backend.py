@@ -2,9 +2,7 @@
 
 """What the compiled layers ask of a model's memory, and offer it."""
 
-__all__ = [
-    "Backend",
-]
+__all__ = ["Backend"]
 
 
 # imports of the backend

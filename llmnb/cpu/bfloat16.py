@@ -2,9 +2,7 @@
 
 """Products of factors rounded to bfloat16."""
 
-__all__ = [
-    "has_bf16",
-]
+__all__ = ["has_bf16"]
 
 
 # imports of the pairs

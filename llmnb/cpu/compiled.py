@@ -2,10 +2,7 @@
 
 """Compiled kernels kept on disk, so that a second start is instant."""
 
-__all__ = [
-    "KernelCache",
-    "cache_folder",
-]
+__all__ = ["KernelCache", "cache_folder"]
 
 
 # imports of what is kept
@@ -30,7 +27,7 @@ from llmnb.files import replacing
 def _origin():
     """A hash of the sources, and of the versions of what compiles them."""
     parts = [numba.__version__, llvmlite.__version__, sys.version]
-    parts.append(os.environ.get("LLMNB_TILE", ""))  # see chapter 1.7
+    parts.append(os.environ.get("LLMNB_TILE", ""))  # see chapter A.2
     package = Path(__file__).parents[1]
     for room in ("cpu", "bench"):
         for path in sorted((package / room).glob("*.py")):

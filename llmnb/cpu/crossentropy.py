@@ -2,10 +2,7 @@
 
 """Softmax and cross-entropy, compiled for the processor's cores."""
 
-__all__ = [
-    "crossentropy_softmax_backward",
-    "crossentropy_softmax_forward",
-]
+__all__ = ["crossentropy_softmax_backward", "crossentropy_softmax_forward"]
 
 
 # imports of cross-entropy

@@ -2,10 +2,7 @@
 
 """The encoder, compiled for the processor's cores."""
 
-__all__ = [
-    "encoder_backward",
-    "encoder_forward",
-]
+__all__ = ["encoder_backward", "encoder_forward"]
 
 
 # imports of the CPU version

@@ -2,10 +2,7 @@
 
 """GELU, compiled for the processor's cores."""
 
-__all__ = [
-    "gelu_backward",
-    "gelu_forward",
-]
+__all__ = ["gelu_backward", "gelu_forward"]
 
 
 # imports of the CPU module

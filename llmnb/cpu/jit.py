@@ -2,13 +2,7 @@
 
 """Compile a function for the processor, alone or for a team of threads."""
 
-__all__ = [
-    "inlined",
-    "inner",
-    "routine",
-    "share",
-    "team",
-]
+__all__ = ["inlined", "inner", "routine", "share", "team"]
 
 
 # imports of the decorators

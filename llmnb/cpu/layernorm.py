@@ -2,10 +2,7 @@
 
 """LayerNorm, compiled for the processor's cores."""
 
-__all__ = [
-    "layernorm_backward",
-    "layernorm_forward",
-]
+__all__ = ["layernorm_backward", "layernorm_forward"]
 
 
 # imports of the CPU module

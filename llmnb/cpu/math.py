@@ -2,9 +2,7 @@
 
 """The exponential in vector instructions."""
 
-__all__ = [
-    "fast_exp",
-]
+__all__ = ["T3", "T5", "T7", "T9", "T_NEAR", "fast_exp", "fast_tanh"]
 
 
 # imports of the fast exponential
@@ -62,3 +60,41 @@ def fast_exp(x):
     Derived in chapter 2.2.
     """
     return _exp(x)
+
+
+# tanh from it
+T3, T5, T7, T9 = map(np.float32, (-1 / 3, 2 / 15, -17 / 315, 62 / 2835))
+
+
+def _tanh_float32(x):
+    # near 0, where 1 - q would lose digits, the first terms of the series
+    q, y = fast_exp(-abs(x + x)), x * x
+    far = (ONE - q) / (ONE + q)
+    near = x + x * y * (T3 + y * (T5 + y * (T7 + y * T9)))
+    return near if abs(x) < T_NEAR else (far if x > 0 else -far)
+
+
+T_NEAR = np.float32(0.3)
+
+
+def _tanh(x):
+    raise NotImplementedError("for compiled code: call fast_tanh")
+
+
+@overload(_tanh, jit_options={"fastmath": {"contract"}})
+def _choose_tanh(x):
+    if x == numba.float32:
+        return _tanh_float32
+    return lambda x: math.tanh(x)
+
+
+@inner
+def fast_tanh(x):
+    """tanh(x) for compiled kernels, as fast_exp is exp(x).
+
+    A float32 gives a float32 with a relative error below 3e-7; any other
+    number goes to math.tanh.
+
+    Derived in chapter 2.2.
+    """
+    return _tanh(x)

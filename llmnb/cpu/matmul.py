@@ -2,10 +2,7 @@
 
 """The linear layer, compiled for the processor's cores."""
 
-__all__ = [
-    "matmul_backward",
-    "matmul_forward",
-]
+__all__ = ["matmul_backward", "matmul_forward"]
 
 
 # imports of the CPU module
@@ -15,16 +12,8 @@ import numpy as np
 from llmnb.cpu.jit import arguments, inlined, team
 from llmnb.cpu.microkernel import Place, moved
 from llmnb.cpu.panels import (
-    DEPTH,
-    HEIGHT,
-    SPARE,
-    WIDTH,
-    WORK,
-    Routines,
-    check_bf16,
-    multiply_panels,
-    pack,
-    scratch,
+    DEPTH, HEIGHT, SPARE, WIDTH, WORK, Block, Flat, Routines, check_bf16,
+    multiply_panels, pack, scratch,
 )
 from llmnb.cpu.tile import COLS, ROWS
 from llmnb.shapes import shapes
@@ -48,19 +37,20 @@ def _multiply_strip(x, strip, where, steps, depth, code, panels, spare):
         cols = min(WIDTH, right - j)
         for k in range(0, depth, DEPTH):
             n, p = min(DEPTH, depth - k), j * b_col + k * b_row
-            pack(code.pack_cols, panels, second, b, p, b_col, b_row, cols, n)
+            block = Block(p, b_col, b_row, cols, n)
+            pack(code.pack_cols, panels, second, b, block)
             for i in range(top, bottom, HEIGHT):
                 rows, p = min(HEIGHT, bottom - i), i * a_row + k * a_col
-                pack(code.pack_rows, panels, 0, a, p, a_row, a_col, rows, n)
+                block = Block(p, a_row, a_col, rows, n)
+                pack(code.pack_rows, panels, 0, a, block)
                 at, first, shift = moved(where, i, j), start, bias
                 if k > 0:
                     o, line = at.out, at.out_row
                     at = Place(o, line, o, line, 1, zeros, 0)
                     first, shift = out, spare
-                multiply_panels(
-                    code.multiply, out, at, first, shift,
-                    panels, 0, second, (rows, cols, n), spare,
-                )  # fmt: skip
+                flat = Flat(out, first, shift, panels, spare)
+                sizes = rows, cols, n
+                multiply_panels(code.multiply, flat, at, (0, second), sizes)
 
 
 # the kernel of all three products
@@ -150,19 +140,19 @@ def matmul_forward(
 
 
 # the linear layer, backward
-@shapes("B T C!, OC C!, OC!?, B T OC, B T C, OC C", work=WORK)
+@shapes("B T C!, OC C!?, OC!?, B T OC, B T C, OC C", work=WORK)
 def matmul_backward(
     dinp, dweight, dbias, dout, inp, weight,
     add_dinp=True, add_dweight=True, work=None, bf16=False,
 ):  # fmt: skip
     """Add the linear layer's gradients to dinp, dweight and dbias.
 
-    dinp, inp: (B, T, C). dout: (B, T, OC). dweight, weight: (OC, C).
-    dbias: (OC,), or None for a layer without bias. All float32 or all
-    float64 and C-contiguous. add_dinp, add_dweight: False overwrites dinp,
-    or dweight and dbias, instead of adding. work, bf16: as in
-    matmul_forward. Raises TypeError or ValueError before it computes
-    anything.
+    dinp, inp: (B, T, C). dout: (B, T, OC). dweight, weight: (OC, C); the
+    first may be None for a weight that does not learn. dbias: (OC,), or
+    None for a layer without bias. All float32 or all float64 and
+    C-contiguous. add_dinp, add_dweight: False overwrites dinp, or dweight
+    and dbias, instead of adding. work, bf16: as in matmul_forward. Raises
+    TypeError or ValueError before it computes anything.
 
     Derived in chapter 2.4.
     """
@@ -170,7 +160,8 @@ def matmul_backward(
     rows, drows, dinp = (x.reshape(-1, x.shape[2]) for x in (inp, dout, dinp))
     start = dinp if add_dinp else None
     _product(dinp, drows, weight, start, None, work, bf16)
-    start = dweight if add_dweight else None
-    _product(dweight, drows.T, rows, start, None, work, bf16)
+    if dweight is not None:
+        start = dweight if add_dweight else None
+        _product(dweight, drows.T, rows, start, None, work, bf16)
     if dbias is not None:
         _sum_columns(dbias, drows, add_dweight)

@@ -3,13 +3,7 @@
 """Matrices packed in panels, and their products tile by tile."""
 
 __all__ = [
-    "DEPTH",
-    "HEIGHT",
-    "SPARE",
-    "WIDTH",
-    "WORK",
-    "check_bf16",
-    "scratch",
+    "DEPTH", "HEIGHT", "SPARE", "WIDTH", "WORK", "check_bf16", "scratch",
     "work_shape",
 ]
 
@@ -22,20 +16,14 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import carray, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from llmnb.cpu.jit import inlined, routine
 from llmnb.cpu.microkernel import (
-    Place,
-    moved,
-    multiply_tile,
-    pack_across,
-    pack_along,
-    pack_one,
+    Place, moved, multiply_tile, pack_across, pack_along, pack_one,
     steps_per_line,
 )
-from llmnb.cpu.tile import COLS, LANES, ROWS
+from llmnb.cpu.tile import COLS, LANES, ROWS, data
 
 
 # a block
@@ -108,6 +96,20 @@ def _packing(width):
 _pack_rows, _pack_cols = _packing(ROWS), _packing(COLS)
 
 
+# what a product works on
+class Flat(NamedTuple):
+    """The flat arrays of a product; spare: room for a tile and two rows.
+
+    The first row of the two is zero, the second is for the bias.
+    """
+
+    out: np.ndarray
+    start: np.ndarray
+    bias: np.ndarray
+    panels: np.ndarray
+    spare: np.ndarray
+
+
 # a tile at the edge
 @inlined
 def _edge_tile(x, at, a, b, lines, rows, cols):
@@ -129,7 +131,7 @@ def _edge_tile(x, at, a, b, lines, rows, cols):
 # all tiles of a block
 @inlined
 def _all_tiles(x, at, a, b, sizes):
-    """x: the flat arrays out, start, bias, panels and spare."""
+    """x: a Flat; at: a Place; a, b: where the panels begin."""
     out, start, bias, panels, _ = x
     rows, cols, steps = sizes
     per = steps_per_line(panels)
@@ -148,25 +150,18 @@ def _all_tiles(x, at, a, b, sizes):
 ALL = 1 << 60  # the length of an array that is only an address
 
 
-def _rows_routine(panels, to, source, at, row, col, rows, depth):
-    panels, source = carray(panels, ALL), carray(source, ALL)
-    _pack_rows(panels, to, source, Block(at, row, col, rows, depth))
+def _rows_routine(panels, to, source, block):
+    _pack_rows(carray(panels, ALL), to, carray(source, ALL), block)
 
 
-def _cols_routine(panels, to, source, at, row, col, rows, depth):
-    panels, source = carray(panels, ALL), carray(source, ALL)
-    _pack_cols(panels, to, source, Block(at, row, col, rows, depth))
+def _cols_routine(panels, to, source, block):
+    _pack_cols(carray(panels, ALL), to, carray(source, ALL), block)
 
 
-def _tiles_routine(out, at, start, bias, panels, a, b, sizes, spare):
-    x = (
-        carray(out, ALL),
-        carray(start, ALL),
-        carray(bias, ALL),
-        carray(panels, ALL),
-        carray(spare, ALL),
-    )
-    _all_tiles(x, Place(*at), a, b, sizes)
+def _tiles_routine(out, start, bias, panels, spare, at, pair, sizes):
+    out, start, bias = carray(out, ALL), carray(start, ALL), carray(bias, ALL)
+    x = Flat(out, start, bias, carray(panels, ALL), carray(spare, ALL))
+    _all_tiles(x, at, pair[0], pair[1], sizes)
 
 
 # their addresses
@@ -178,6 +173,10 @@ class Routines(NamedTuple):
     multiply: int
 
 
+INT = types.int64
+BLOCK = types.NamedUniTuple(INT, 5, Block)
+PLACE = types.NamedUniTuple(INT, 7, Place)
+PAIR, SIZES = types.UniTuple(INT, 2), types.UniTuple(INT, 3)
 _compiled = []  # an address is good as long as its routine is kept
 
 
@@ -185,10 +184,9 @@ _compiled = []  # an address is good as long as its routine is kept
 def _routines(panel, number):
     """The Routines for two dtypes of NumPy, as a plain tuple."""
     kinds = (types.CPointer(numba.from_dtype(d)) for d in (panel, number))
-    p, x, n = *kinds, types.int64
-    pack = types.void(p, n, x, n, n, n, n, n)
-    at, sizes = types.UniTuple(n, 7), types.UniTuple(n, 3)
-    multiply = types.void(x, at, x, x, p, n, n, sizes, x)
+    p, x = kinds
+    pack = types.void(p, INT, x, BLOCK)
+    multiply = types.void(x, x, x, p, x, PLACE, PAIR, SIZES)
     made = (
         routine(_rows_routine, pack),
         routine(_cols_routine, pack),
@@ -204,8 +202,7 @@ def _jump(context, builder, signature, args):
     values = []
     for kind, value in zip(signature.args[1:], args[1:], strict=True):
         if isinstance(kind, types.Array):
-            make = cgutils.create_struct_proxy(kind)
-            value = make(context, builder, value=value).data
+            value = data(context, builder, kind, value)
         values.append(value)
     kind = ir.FunctionType(ir.VoidType(), [value.type for value in values])
     function = builder.inttoptr(args[0], kind.as_pointer())
@@ -215,31 +212,31 @@ def _jump(context, builder, signature, args):
 
 # the routines, called from kernels
 @intrinsic
-def pack(typing, code, panels, to, source, at, row, col, rows, depth):
-    """Pack a block of a matrix into panels; code: a packing routine.
+def pack(typing, code, panels, to, source, block):
+    """Pack a Block of a matrix into panels; code: a packing routine.
 
-    For kernels. The block begins at source[at] and has `rows` rows of
-    `depth` numbers, row and col apart; for a routine that packs columns,
-    columns are meant where it says rows. The panels begin at panels[to].
+    For kernels. The panels begin at panels[to]. For a routine that packs
+    columns, columns are meant where Block says rows.
     """
-    n = types.int64
-    return types.void(n, panels, n, source, n, n, n, n, n), _jump
+    return types.void(INT, panels, INT, source, BLOCK), _jump
 
 
 @intrinsic
-def multiply_panels(
-    typing, code, out, at, start, bias, panels, a, b, sizes, spare
-):
+def _multiply(typing, code, out, start, bias, panels, spare, at, pair, sizes):
+    kinds = out, start, bias, panels, spare
+    return types.void(INT, *kinds, PLACE, PAIR, SIZES), _jump
+
+
+@inlined
+def multiply_panels(code, x, at, pair, sizes):
     """Write a block: out = start + bias + the product of packed panels.
 
-    For kernels. code: the multiplying routine. at: a Place, or seven
-    integers. a, b: where the panels begin. sizes: rows, columns, steps.
-    spare: room for a tile, a row of zeros, and one for the bias.
+    For kernels. code: the multiplying routine. x: a Flat. at: a Place.
+    pair: where the panels of both factors begin. sizes: rows, columns and
+    steps.
     """
-    n = types.int64
-    return types.void(
-        n, out, at, start, bias, panels, n, n, sizes, spare
-    ), _jump
+    out, start, bias, panels, spare = x
+    _multiply(code, out, start, bias, panels, spare, at, pair, sizes)
 
 
 # the blocks

@@ -2,10 +2,7 @@
 
 """The residual sum, compiled for the processor's cores."""
 
-__all__ = [
-    "residual_backward",
-    "residual_forward",
-]
+__all__ = ["residual_backward", "residual_forward"]
 
 
 # imports of the CPU version

@@ -2,14 +2,7 @@
 
 """The shape of a tile of sums, and words for LLVM's vectors."""
 
-__all__ = [
-    "COLS",
-    "LANES",
-    "ROWS",
-    "VECTORS",
-    "cpu_features",
-    "tile_shape",
-]
+__all__ = ["COLS", "LANES", "ROWS", "VECTORS", "cpu_features", "tile_shape"]
 
 
 # imports of the tile
@@ -78,7 +71,7 @@ def data(context, builder, kind, array):
     return make(context, builder, value=array).data
 
 
-def load(builder, pointer, count):
+def peek(builder, pointer, count):
     """The vector of `count` numbers that begins at an address."""
     kind = ir.VectorType(pointer.type.pointee, count)
     return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=4)

@@ -3,14 +3,8 @@
 """AdamW, and the clipping of gradients, on a GPU."""
 
 __all__ = [
-    "adamw_apply",
-    "adamw_scratch",
-    "adamw_settings",
-    "adamw_update",
-    "clip_apply",
-    "clip_gradients",
-    "clip_scratch",
-    "global_norm",
+    "adamw_apply", "adamw_scratch", "adamw_settings", "adamw_update",
+    "clip_apply", "clip_gradients", "clip_scratch", "global_norm",
 ]
 
 
@@ -19,13 +13,9 @@ import math
 
 import numpy as np
 
+from llmnb.cuda.elementwise import BLOCK, count_fours
 from llmnb.gpu.launch import (
-    DEVICE,
-    aligned,
-    device,
-    empty,
-    kernel,
-    to_host,
+    DEVICE, aligned, device, given_work, kernel, to_host,
 )
 from llmnb.gpu.simulator import cuda, load4, store4
 from llmnb.gpu.warp import block_sum
@@ -33,8 +23,7 @@ from llmnb.shapes import shapes
 
 
 # sizes
-BLOCK = 256  # threads
-WARPS = 8  # of them in a block
+WARPS = 8  # in a block of 256 threads
 SETTINGS = 8  # numbers: seven of AdamW, and one to fill two vectors
 NORM_BLOCKS = 1024  # blocks at most that sum squares
 ZERO, ONE = np.float32(0), np.float32(1)
@@ -65,29 +54,6 @@ def adamw_settings(settings):
     return np.array([*settings.factors("adamw_update"), 0], np.float32)
 
 
-# four neighbours
-@device
-def _load(array, i, vectors):
-    """Four numbers from element i on; vectors: whether in one request."""
-    if vectors:
-        return load4(array, i)
-    return array[i], array[i + 1], array[i + 2], array[i + 3]
-
-
-@device
-def _store(array, i, four, vectors):
-    a, b, c, d = four
-    if vectors:
-        store4(array, i, a, b, c, d)
-    else:
-        array[i], array[i + 1], array[i + 2], array[i + 3] = a, b, c, d
-
-
-def _grid(size):
-    """Blocks for a thread for each four elements, and each one left over."""
-    return -(-(size // 4 + size % 4) // BLOCK)
-
-
 # AdamW of four elements
 @device
 def _adamw(p, g, m, v, factors):
@@ -99,8 +65,8 @@ def _adamw(p, g, m, v, factors):
 
 
 @kernel
-def _adamw_by_fours(params, grads, m, v, settings, vectors):
-    i, fours = cuda.grid(1), params.size // 4
+def _adamw_by_fours(params, grads, m, v, settings, fours):
+    i = cuda.grid(1)
     k = 3 * fours + i  # where no four is left for this thread
     if i >= fours and k >= params.size:
         return
@@ -108,29 +74,20 @@ def _adamw_by_fours(params, grads, m, v, settings, vectors):
     root, eps, size, _ = load4(settings, 4)
     factors = keep, new1, beta2, new2, root, eps, size
     if i < fours:
-        p0, p1, p2, p3 = _load(params, 4 * i, vectors)
-        g0, g1, g2, g3 = _load(grads, 4 * i, vectors)
-        m0, m1, m2, m3 = _load(m, 4 * i, vectors)
-        v0, v1, v2, v3 = _load(v, 4 * i, vectors)
+        p0, p1, p2, p3 = load4(params, 4 * i)
+        g0, g1, g2, g3 = load4(grads, 4 * i)
+        m0, m1, m2, m3 = load4(m, 4 * i)
+        v0, v1, v2, v3 = load4(v, 4 * i)
         p0, m0, v0 = _adamw(p0, g0, m0, v0, factors)
         p1, m1, v1 = _adamw(p1, g1, m1, v1, factors)
         p2, m2, v2 = _adamw(p2, g2, m2, v2, factors)
         p3, m3, v3 = _adamw(p3, g3, m3, v3, factors)
-        _store(params, 4 * i, (p0, p1, p2, p3), vectors)
-        _store(m, 4 * i, (m0, m1, m2, m3), vectors)
-        _store(v, 4 * i, (v0, v1, v2, v3), vectors)
+        store4(params, 4 * i, p0, p1, p2, p3)
+        store4(m, 4 * i, m0, m1, m2, m3)
+        store4(v, 4 * i, v0, v1, v2, v3)
     else:
         p0, m0, v0 = _adamw(params[k], grads[k], m[k], v[k], factors)
         params[k], m[k], v[k] = p0, m0, v0
-
-
-# check the scratch
-def _check_work(name, work, size):
-    """Raise ValueError unless `work` is at least that long."""
-    if work.size < size:
-        raise ValueError(
-            f"{name}: work must have shape ({size},), got {work.shape}"
-        )
 
 
 # AdamW on arrays
@@ -148,8 +105,9 @@ def adamw_apply(params, grads, m, v, settings):
     """
     arrays = params, grads, m, v
     if params.size:
-        grid, vectors = _grid(params.size), int(aligned(*arrays))
-        _adamw_by_fours[grid, BLOCK](*arrays, settings, vectors)
+        fours = count_fours(*arrays)
+        grid = -(-(params.size - 3 * fours) // BLOCK)
+        _adamw_by_fours[grid, BLOCK](*arrays, settings, fours)
 
 
 @shapes("N!, N, N!, N!", DEVICE, work="W!?")
@@ -168,22 +126,28 @@ def adamw_update(params, grads, m, v, settings, work=None):
     Derived in chapter 3.10.
     """
     factors = adamw_settings(settings)
-    if work is None:
-        work = empty(SETTINGS, like=params)
-    _check_work("adamw_update", work, SETTINGS)
+    work = given_work("adamw_update", work, SETTINGS, params)
     there = work[:SETTINGS]
     there.copy_to_device(factors)
     adamw_apply(params, grads, m, v, there)
 
 
 # the sum of squares
+@device
+def _four(array, i, vectors):
+    """Four numbers from element i on; vectors: whether in one request."""
+    if vectors:
+        return load4(array, i)
+    return array[i], array[i + 1], array[i + 2], array[i + 3]
+
+
 @kernel(fastmath=False)
 def _squares(grads, work, vectors):
     parts = cuda.shared.array(WARPS, np.float32)
     i, fours = cuda.grid(1), grads.size // 4
     s0 = s1 = s2 = s3 = ZERO
     for k in range(i, fours, cuda.gridsize(1)):
-        a, b, c, d = _load(grads, 4 * k, vectors)
+        a, b, c, d = _four(grads, 4 * k, vectors)
         s0, s1, s2, s3 = s0 + a * a, s1 + b * b, s2 + c * c, s3 + d * d
     total = (s0 + s1) + (s2 + s3)
     if 4 * fours + i < grads.size:
@@ -218,15 +182,15 @@ def _clip_factor(norm, bits, max_norm):
 
 # scale
 @kernel(fastmath=False)
-def _shrink(grads, work, bits, max_norm, vectors):
+def _shrink(grads, work, bits, max_norm, fours):
     factor = _clip_factor(work[0], bits[0], max_norm)
     if factor == ONE:
         return
-    i, fours = cuda.grid(1), grads.size // 4
+    i = cuda.grid(1)
     if i < fours:
-        a, b, c, d = _load(grads, 4 * i, vectors)
-        shrunk = a * factor, b * factor, c * factor, d * factor
-        _store(grads, 4 * i, shrunk, vectors)
+        a, b, c, d = load4(grads, 4 * i)
+        a, b, c, d = a * factor, b * factor, c * factor, d * factor
+        store4(grads, 4 * i, a, b, c, d)
     elif 3 * fours + i < grads.size:
         grads[3 * fours + i] *= factor
 
@@ -242,7 +206,7 @@ def clip_scratch():
 
 def _norm(work, grads):
     """Leave the norm of a flat array in work[0]; nothing waits."""
-    _check_work("global_norm", work, clip_scratch())
+    given_work("global_norm", work, clip_scratch(), grads)
     blocks = (grads.size + 4 * BLOCK - 1) // (4 * BLOCK)
     blocks = min(NORM_BLOCKS, max(1, blocks))
     _squares[blocks, BLOCK](grads, work, int(aligned(grads)))
@@ -260,10 +224,10 @@ def clip_apply(grads, max_norm, work):
     """
     _norm(work, grads)
     if grads.size:
-        bits, vectors = work[:1].view(np.int32), int(aligned(grads))
+        bits, fours = work[:1].view(np.int32), count_fours(grads)
         most = np.float32(min(max_norm, LARGEST))
-        grid = _grid(grads.size)
-        _shrink[grid, BLOCK](grads, work, bits, most, vectors)
+        grid = -(-(grads.size - 3 * fours) // BLOCK)
+        _shrink[grid, BLOCK](grads, work, bits, most, fours)
 
 
 # the norm and the clip, with an answer
@@ -279,8 +243,7 @@ def global_norm(grads, work=None):
 
     Derived in chapter 3.10.
     """
-    if work is None:
-        work = empty(clip_scratch(), like=grads)
+    work = given_work("global_norm", work, clip_scratch(), grads)
     _norm(work, grads)
     return float(to_host(work[:1])[0])
 
@@ -298,7 +261,6 @@ def clip_gradients(grads, max_norm, work=None):
 
     Derived in chapter 3.10.
     """
-    if work is None:
-        work = empty(clip_scratch(), like=grads)
+    work = given_work("clip_gradients", work, clip_scratch(), grads)
     clip_apply(grads, max_norm, work)
     return float(to_host(work[:1])[0])

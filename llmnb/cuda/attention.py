@@ -3,9 +3,7 @@
 """Attention on a GPU, forward and backward."""
 
 __all__ = [
-    "WIDEST_HEAD",
-    "attention_backward",
-    "attention_forward",
+    "WIDEST_HEAD", "attention_backward", "attention_forward",
     "attention_scratch",
 ]
 
@@ -16,17 +14,13 @@ import math
 
 import numpy as np
 
-from llmnb.gpu.launch import (
-    DEVICE,
-    aligned,
-    device,
-    empty,
-    kernel,
-)
+from llmnb.gpu.launch import DEVICE, aligned, device, given_work, kernel
 from llmnb.gpu.simulator import cuda, load4, store4
 from llmnb.gpu.warp import warp_sum
 from llmnb.reference.attention import count_heads
 from llmnb.shapes import shapes
+
+WIDEST_HEAD = 256  # channels; shared memory holds tiles of no more
 
 
 # what a score is before one is seen
@@ -43,18 +37,10 @@ def _lanes_max(value):
     return value
 
 
-@device
-def _lanes_sum(value):
-    """The sum of value over 8 neighbouring lanes, in each of them."""
-    for step in (4, 2, 1):
-        value += cuda.shfl_xor_sync(0xFFFFFFFF, value, step)
-    return value
-
-
 # copy a tile
 def _side(hs):
     """R: the rows, and the columns, of a tile that a thread takes."""
-    return 4 if hs <= 64 else 2
+    return 4 if hs <= 64 else 2 if hs <= 128 else 1
 
 
 def _stride(hs):
@@ -177,14 +163,31 @@ def _tile_write(hs, G, R, FOURS):
     return write
 
 
+# what makes a score
+@functools.cache
+def plain_score(scale):
+    """score(product): the score, and its slope by the product.
+
+    With how many keys a query sees, its own the last, or 0 for all, it is a
+    rule, a pair.
+    """
+    SCALE = np.float32(scale)
+
+    @device
+    def score(product):
+        return product * SCALE, SCALE
+
+    return score
+
+
 # the softmax of a tile
 @functools.cache
-def _tile_softmax(hs, G, R):
+def _tile_softmax(hs, G, R, rule):
     """softmax(weights, sums, s, top, total, first, start): (2.5.1).
 
     first, start: the tile's first query and first key.
     """
-    PER, SCALE = -(-hs // 32) * 4, np.float32(1 / math.sqrt(hs))
+    PER, (WINDOW, score) = -(-hs // 32) * 4, rule
 
     @device
     def softmax(weights, sums, s, top, total, first, start):
@@ -192,8 +195,10 @@ def _tile_softmax(hs, G, R):
         for r in range(R):
             new = top[r]
             for j in range(R):
-                seen = start + lane + 8 * j <= first + row + G * r
-                s[R * r + j] = s[R * r + j] * SCALE if seen else LOWEST
+                back = first + row + G * r - (start + lane + 8 * j)
+                seen = back >= 0 and (WINDOW == 0 or back < WINDOW)
+                value, _ = score(s[R * r + j])
+                s[R * r + j] = value if seen else LOWEST
                 new = max(new, s[R * r + j])
             new = _lanes_max(new)
             factor = math.exp(top[r] - new)
@@ -218,7 +223,7 @@ def _tile_finish(hs, G, R):
     def finish(lse, b, h, sums, top, total, first):
         row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
         for r in range(R):
-            t, whole = first + row + G * r, _lanes_sum(total[r])
+            t, whole = first + row + G * r, warp_sum(total[r], 8)
             for n in range(PER):
                 sums[PER * r + n] /= whole
             if lane == 0 and t < lse.shape[2]:
@@ -229,13 +234,13 @@ def _tile_finish(hs, G, R):
 
 # the kernel of the forward pass
 @functools.cache
-def _forward_kernel(hs, FOURS):
-    R, STRIDE = _side(hs), _stride(hs)
+def _forward_kernel(hs, FOURS, rule):
+    R, STRIDE, WINDOW = _side(hs), _stride(hs), rule[0]
     ROWS, COLS, WIDTH = 16 * R, 8 * R, 8 * R + 8
     SUMS, PAIRS = R * (STRIDE // 8), R * R
     copy, write = _tile_copy(hs, FOURS), _tile_write(hs, 16, R, FOURS)
     dots, add = _tile_dots(hs, 16, R), _tile_add(hs, 16, R)
-    softmax, finish = _tile_softmax(hs, 16, R), _tile_finish(hs, 16, R)
+    softmax, finish = _tile_softmax(hs, 16, R, rule), _tile_finish(hs, 16, R)
 
     @kernel(launch_bounds=128)
     def attention_forward_tiles(out, lse, inp, NKV):
@@ -260,7 +265,8 @@ def _forward_kernel(hs, FOURS):
         for r in range(R):
             top[r], total[r] = LOWEST, np.float32(0)
         copy(q, inp, x + h * hs, W, first, T)
-        for start in range(0, min(first + ROWS, T), COLS):
+        low = max(0, first + 1 - WINDOW) // COLS * COLS if WINDOW else 0
+        for start in range(low, min(first + ROWS, T), COLS):
             cuda.syncthreads()
             copy(k, inp, key, W, start, T)
             copy(v, inp, key + NKV * hs, W, start, T)
@@ -275,12 +281,8 @@ def _forward_kernel(hs, FOURS):
     return attention_forward_tiles
 
 
-# the widest head
-WIDEST_HEAD = 128  # channels; shared memory holds tiles of no more
-
-
 # the checks on a GPU
-def _check(name, out, lse, inp):
+def check_heads(name, out, lse, inp):
     """The Heads; raise for what the kernels cannot take."""
     heads = count_heads(name, out, lse, inp)
     if not lse.size:
@@ -299,17 +301,23 @@ def attention_forward(out, lse, inp):
     """Causal self-attention of NH heads.
 
     inp: (B, T, (NH + 2 NKV) * hs), the heads of queries, of keys and of
-    values; NKV divides NH, and hs is at most 128. Writes out (B, T, NH * hs)
+    values; NKV divides NH, and hs is at most 256. Writes out (B, T, NH * hs)
     and lse (B, NH, T), the log-sum-exp of each row of scaled, masked scores,
     which the backward pass needs. All float32 on a device. Raises TypeError
     or ValueError before it launches anything.
 
     Derived in chapter 3.9.
     """
-    heads = _check("attention_forward", out, lse, inp)
+    heads = check_heads("attention_forward", out, lse, inp)
+    rule = 0, plain_score(1 / math.sqrt(heads.hs))
+    launch_forward(heads, rule, out, lse, inp)
+
+
+# the launch, forward
+def launch_forward(heads, rule, out, lse, inp):
     hs, T = heads.hs, lse.shape[2]
     grid = len(lse) * heads.NH * -(-T // (16 * _side(hs)))
-    tiles = _forward_kernel(hs, hs % 4 == 0 and aligned(out, inp))
+    tiles = _forward_kernel(hs, hs % 4 == 0 and aligned(out, inp), rule)
     tiles[grid, 128](out.reshape(-1), lse, inp.reshape(-1), heads.NKV)
 
 
@@ -332,14 +340,14 @@ def _attention_rows(D, dout, out):
 
 # weights and gradients of a tile
 @functools.cache
-def _tile_gradients(hs, R, BY_KEY):
+def _tile_gradients(R, BY_KEY, rule):
     """gradients(s, ds, lse, D, b, h, first, start): (1.8.4), (1.8.8).
 
     s, ds hold dot products of a tile; they become weights and gradients of
     scores. BY_KEY: whether its rows, from `first` on, are keys and its
     columns, from `start` on, queries; else the other way.
     """
-    SCALE = np.float32(1 / math.sqrt(hs))
+    WINDOW, score = rule
 
     @device
     def gradients(s, ds, lse, D, b, h, first, start):
@@ -351,9 +359,10 @@ def _tile_gradients(hs, R, BY_KEY):
                 if BY_KEY:
                     t, u = u, t
                 a = d = np.float32(0)
-                if u <= t and t < T:
-                    a = math.exp(s[R * r + j] * SCALE - lse[b, h, t])
-                    d = a * (ds[R * r + j] - D[b, h, t]) * SCALE
+                if u <= t and t < T and (WINDOW == 0 or t - u < WINDOW):
+                    value, slope = score(s[R * r + j])
+                    a = math.exp(value - lse[b, h, t])
+                    d = a * (ds[R * r + j] - D[b, h, t]) * slope
                 s[R * r + j], ds[R * r + j] = a, d
 
     return gradients
@@ -378,22 +387,22 @@ def _tile_share(R):
 
 # what both walks are made of
 @functools.cache
-def _pieces(hs, FOURS, BY_KEY):
+def _pieces(hs, FOURS, BY_KEY, rule):
     """What both walks are made of."""
     R = _side(hs)
     products = _tile_dots(hs, 8, R), _tile_add(hs, 8, R)
-    gradients = _tile_gradients(hs, R, BY_KEY), _tile_share(R)
+    gradients = _tile_gradients(R, BY_KEY, rule), _tile_share(R)
     copies = _tile_copy(hs, FOURS), _tile_write(hs, 8, R, FOURS)
     return *copies, *products, *gradients
 
 
 # walk over queries
 @functools.cache
-def _keys_kernel(hs, FOURS):
+def _keys_kernel(hs, FOURS, rule):
     """A block owns a tile of keys and values, for all heads that read it."""
-    R, STRIDE = _side(hs), _stride(hs)
+    R, STRIDE, WINDOW = _side(hs), _stride(hs), rule[0]
     SUMS, PAIRS, ROWS, WIDTH = R * (STRIDE // 8), R * R, 8 * R, 8 * R + 8
-    copy, write, dots, add, gradients, share = _pieces(hs, FOURS, True)
+    copy, write, dots, add, gradients, share = _pieces(hs, FOURS, True, rule)
 
     @kernel(launch_bounds=64)
     def attention_backward_keys(dinp, dout, inp, lse, D, NKV, more):
@@ -416,8 +425,9 @@ def _keys_kernel(hs, FOURS):
             dk[n] = dv[n] = np.float32(0)
         copy(k, inp, key, W, first, T)
         copy(v, inp, key + NKV * hs, W, first, T)
+        stop = min(T, first + ROWS - 1 + WINDOW) if WINDOW else T
         for h in range(kv * group, kv * group + group):
-            for start in range(first, T, ROWS):
+            for start in range(first, stop, ROWS):
                 cuda.syncthreads()
                 copy(q, inp, b * T * W + h * hs, W, start, T)
                 copy(do, dout, b * T * C + h * hs, C, start, T)
@@ -437,11 +447,11 @@ def _keys_kernel(hs, FOURS):
 
 # walk over keys
 @functools.cache
-def _queries_kernel(hs, FOURS):
+def _queries_kernel(hs, FOURS, rule):
     """A block owns a tile of queries."""
-    R, STRIDE = _side(hs), _stride(hs)
+    R, STRIDE, WINDOW = _side(hs), _stride(hs), rule[0]
     SUMS, PAIRS, ROWS, WIDTH = R * (STRIDE // 8), R * R, 8 * R, 8 * R + 8
-    copy, write, dots, add, gradients, share = _pieces(hs, FOURS, False)
+    copy, write, dots, add, gradients, share = _pieces(hs, FOURS, False, rule)
 
     @kernel(launch_bounds=(64, 5))
     def attention_backward_queries(dinp, dout, inp, lse, D, NKV, more):
@@ -465,7 +475,8 @@ def _queries_kernel(hs, FOURS):
             dq[n] = np.float32(0)
         copy(q, inp, query, W, first, T)
         copy(do, dout, b * T * C + h * hs, C, first, T)
-        for start in range(0, min(first + ROWS, T), ROWS):
+        low = max(0, first + 1 - WINDOW) // ROWS * ROWS if WINDOW else 0
+        for start in range(low, min(first + ROWS, T), ROWS):
             cuda.syncthreads()
             copy(k, inp, key, W, start, T)
             copy(v, inp, key + NKV * hs, W, start, T)
@@ -503,18 +514,24 @@ def attention_backward(dinp, dout, inp, out, lse, add=True, work=None):
     Derived in chapter 3.9.
     """
     name = "attention_backward"
-    (NH, NKV, hs), (B, _, T) = _check(name, out, lse, inp), lse.shape
-    count = attention_scratch(B, T, NH)
-    if work is None:
-        work = empty(count, like=inp)
-    if work.size < count:
-        raise ValueError(
-            f"{name}: work must hold {count} floats, got {work.size}"
-        )
-    D = work[:count].reshape(B, NH, T)
-    _attention_rows[-(-count // 4), 128](D, dout, out)
-    arrays, tiles = (dinp, dout, inp), -(-T // (8 * _side(hs)))
-    fours = hs % 4 == 0 and aligned(*arrays)
-    args = *(x.reshape(-1) for x in arrays), lse, D, NKV, int(add)
-    _keys_kernel(hs, fours)[B * NKV * tiles, 64](*args)
-    _queries_kernel(hs, fours)[B * NH * tiles, 64](*args)
+    heads = check_heads(name, out, lse, inp)
+    work = given_work(name, work, lse.size, inp)
+    arrays = dinp, dout, inp, out, lse
+    rule = 0, plain_score(1 / math.sqrt(heads.hs))
+    launch_backward(heads, rule, arrays, add, work)
+
+
+# the launches, backward
+def launch_backward(heads, rule, arrays, add, work):
+    """arrays: dinp, dout, inp, out and lse."""
+    (dinp, dout, inp, out, lse), (NH, NKV, hs) = arrays, heads
+    B, _, T = lse.shape
+    D = work[: lse.size].reshape(B, NH, T)
+    _attention_rows[-(-lse.size // 4), 128](D, dout, out)
+    tiles, fours = -(-T // (8 * _side(hs))), hs % 4 == 0
+    fours = fours and aligned(dinp, dout, inp)
+    flat = [x.reshape(-1) for x in (dinp, dout, inp)]
+    keys = _keys_kernel(hs, fours, rule)
+    queries = _queries_kernel(hs, fours, rule)
+    keys[B * NKV * tiles, 64](*flat, lse, D, NKV, int(add))
+    queries[B * NH * tiles, 64](*flat, lse, D, NKV, int(add))

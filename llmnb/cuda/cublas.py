@@ -3,14 +3,8 @@
 """The linear layer on a GPU, by cuBLASLt."""
 
 __all__ = [
-    "Plan",
-    "cublas_backward",
-    "cublas_forward",
-    "cublas_scratch",
-    "dinp_plan",
-    "dweight_plan",
-    "forward_plan",
-    "no_cublas",
+    "Plan", "cublas_backward", "cublas_forward", "cublas_scratch",
+    "dinp_plan", "dweight_plan", "forward_plan", "no_cublas",
 ]
 
 
@@ -21,13 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmnb.cuda.matmul import bias_gradient, check_work, matmul_scratch
+from llmnb.cuda.matmul import bias_gradient, matmul_scratch
 from llmnb.gpu.launch import (
-    DEVICE,
-    address,
-    empty,
-    missing,
-    stream_address,
+    DEVICE, address, empty, given_work, missing, stream_address,
 )
 from llmnb.shapes import shapes
 
@@ -69,7 +59,9 @@ def forward_plan(rows, C, OC, bias):
 
     Derived in chapter 3.7.
     """
-    return Plan(True, False, OC, rows, C, C, C, OC, bias)
+    return Plan(
+        True, False, m=OC, n=rows, k=C, lda=C, ldb=C, ldd=OC, bias=bias
+    )
 
 
 def dinp_plan(rows, C, OC):
@@ -77,7 +69,7 @@ def dinp_plan(rows, C, OC):
 
     Derived in chapter 3.7.
     """
-    return Plan(False, False, C, rows, OC, C, OC, C)
+    return Plan(False, False, m=C, n=rows, k=OC, lda=C, ldb=OC, ldd=C)
 
 
 def dweight_plan(rows, C, OC):
@@ -85,7 +77,7 @@ def dweight_plan(rows, C, OC):
 
     Derived in chapter 3.7.
     """
-    return Plan(False, True, C, OC, rows, C, OC, C)
+    return Plan(False, True, m=C, n=OC, k=rows, lda=C, ldb=OC, ldd=C)
 
 
 # places and numbers
@@ -94,18 +86,15 @@ ALIGNED = 256  # bytes: the most that is claimed of an address
 NOUGHT, ONE = np.zeros(1, np.float32), np.ones(1, np.float32)
 
 
-class _Places(NamedTuple):
-    """The addresses of a product's operands on the device."""
+def _places(a, b, d, c=None, bias=None):
+    """The addresses of A, B, C, D and the bias; C is D unless it is given."""
+    arrays = a, b, d if c is None else c, d, bias
+    return [0 if x is None else address(x) for x in arrays]
 
-    a: int
-    b: int
-    c: int
-    d: int
-    bias: int
 
-    def alignments(self):
-        """Of each, the largest power of two, up to 256, that divides it."""
-        return tuple(min(x & -x or ALIGNED, ALIGNED) for x in self)
+def _alignments(places):
+    """Of each, the largest power of two, up to 256, that divides it."""
+    return tuple(min(x & -x or ALIGNED, ALIGNED) for x in places)
 
 
 # set an attribute
@@ -119,11 +108,8 @@ def _lt():
 def _set(what, thing, name, value):
     """Set an attribute of a description; what: "matmul_desc" or so."""
     lt = _lt()
-    kinds = {
-        "matmul_desc": lt.MatmulDescAttribute,
-        "matmul_preference": lt.MatmulPreferenceAttribute,
-    }
-    attribute = kinds[what][name]
+    kind = "".join(word.title() for word in what.split("_"))
+    attribute = getattr(lt, f"{kind}Attribute")[name]
     dtype = getattr(lt, f"get_{what}_attribute_dtype")(attribute)
     value = np.array([value], dtype)
     change = getattr(lt, f"{what}_set_attribute")
@@ -186,14 +172,14 @@ def _enqueue(plan, places, beta, work, tf32):
     """Enqueue D = op(A) op(B) + beta C on the current stream."""
     start = -(-address(work) // ALIGNED) * ALIGNED
     size = max(0, address(work) + work.nbytes - start)
-    kept = _prepared(plan, places.alignments(), size, tf32)
-    product, A, B, D, found = kept
+    kept = _prepared(plan, _alignments(places), size, tf32)
+    (product, A, B, D, found), (a, b, c, d, bias) = kept, places
     if plan.bias:
-        _set("matmul_desc", product, "BIAS_POINTER", places.bias)
+        _set("matmul_desc", product, "BIAS_POINTER", bias)
     beta = ONE if beta else NOUGHT
     _lt().matmul(
-        _library(), product, ONE.ctypes.data, places.a, A, places.b, B,
-        beta.ctypes.data, places.c, D, places.d, D,
+        _library(), product, ONE.ctypes.data, a, A, b, B,
+        beta.ctypes.data, c, D, d, D,
         found.ctypes.data, start, size, stream_address(),
     )  # fmt: skip
 
@@ -242,11 +228,8 @@ def cublas_forward(
     rows = _rows("cublas_forward", inp)
     OC, C = weight.shape
     work = empty(WORKSPACE, like=inp) if work is None else work
-    d = address(out)
-    c = d if residual is None else address(residual)
-    b = 0 if bias is None else address(bias)
     plan = forward_plan(rows, C, OC, bias is not None)
-    places = _Places(address(weight), address(inp), c, d, b)
+    places = _places(weight, inp, out, residual, bias)
     _enqueue(plan, places, residual is not None, work, tf32)
 
 
@@ -262,7 +245,7 @@ def _rows(name, inp):
 @shapes("... C!, OC C!, OC!?, ... OC, ... C, OC C", DEVICE, work="W!?")
 def cublas_backward(
     dinp, dweight, dbias, dout, inp, weight,
-    add_dinp=True, add_dweight=True, work=None, tf32=False,
+    add_dinp=True, add_dweight=True, *, work=None, tf32=False,
 ):  # fmt: skip
     """The linear layer's gradients by cuBLASLt; as cuda.matmul_backward.
 
@@ -275,14 +258,12 @@ def cublas_backward(
     rows = _rows("cublas_backward", inp)
     OC, C = weight.shape
     sums = 0 if dbias is None else matmul_scratch(rows, OC)
-    check_work("cublas_backward", work, sums)
     if work is None:
         work = empty(max(WORKSPACE, sums), like=inp)
-    x, w, dy = address(inp), address(weight), address(dout)
-    dx, dw = address(dinp), address(dweight)
-    places = _Places(w, dy, dx, dx, 0)
+    given_work("cublas_backward", work, sums, inp)
+    places = _places(weight, dout, dinp)
     _enqueue(dinp_plan(rows, C, OC), places, add_dinp, work, tf32)
-    places = _Places(x, dy, dw, dw, 0)
+    places = _places(inp, dout, dweight)
     _enqueue(dweight_plan(rows, C, OC), places, add_dweight, work, tf32)
     if dbias is not None:
         bias_gradient(dbias, dout, add_dweight, work)

@@ -2,10 +2,7 @@
 
 """Kernels of layers that compute each number by itself."""
 
-__all__ = [
-    "BLOCK",
-    "elementwise",
-]
+__all__ = ["BLOCK", "count_fours", "elementwise"]
 
 
 # imports of the factory
@@ -34,34 +31,23 @@ def _write_fours(out, i, add, a, b, c, d):
 # kernels around a function
 def _of_one(function):
     @kernel
-    def one_each(out, inp, add):
+    def one_or_four(out, inp, add, fours):
         i = cuda.grid(1)
-        if i < out.size:
-            _write(out, i, add, function(inp[i]))
-
-    @kernel
-    def four_each(out, inp, add):
-        i, fours = cuda.grid(1), out.size // 4
         if i < fours:
             a, b, c, d = load4(inp, 4 * i)
             a, b, c, d = function(a), function(b), function(c), function(d)
             _write_fours(out, 4 * i, add, a, b, c, d)
         elif 3 * fours + i < out.size:
-            _write(out, 3 * fours + i, add, function(inp[3 * fours + i]))
+            i += 3 * fours
+            _write(out, i, add, function(inp[i]))
 
-    return one_each, four_each
+    return one_or_four
 
 
 def _of_two(function):
     @kernel
-    def one_each(out, x, y, add):
+    def one_or_four(out, x, y, add, fours):
         i = cuda.grid(1)
-        if i < out.size:
-            _write(out, i, add, function(x[i], y[i]))
-
-    @kernel
-    def four_each(out, x, y, add):
-        i, fours = cuda.grid(1), out.size // 4
         if i < fours:
             a, b, c, d = load4(x, 4 * i)
             e, f, g, h = load4(y, 4 * i)
@@ -72,28 +58,37 @@ def _of_two(function):
             i += 3 * fours
             _write(out, i, add, function(x[i], y[i]))
 
-    return one_each, four_each
+    return one_or_four
 
 
 # the factory
+def count_fours(*arrays):
+    """How many vectors of four move flat arrays of one size.
+
+    0 where one of them begins at no multiple of 16 bytes.
+
+    Derived in chapter 3.5.
+    """
+    return arrays[0].size // 4 if aligned(*arrays) else 0
+
+
 def elementwise(function, reads):
     """A function that computes `function` for all elements of device arrays.
 
     function: of `reads` float32 numbers, 1 or 2, marked with `device`.
     Returns run(out, *arrays, add=0): out and arrays are flat and of one
-    size, out is overwritten, or added to where add is 1.
+    size, out is overwritten, or added to where add is 1. Its kernel is
+    run.kernel(out, *arrays, add, fours).
 
     Derived in chapter 3.5.
     """
-    one_each, four_each = (_of_one if reads == 1 else _of_two)(function)
+    made = (_of_one if reads == 1 else _of_two)(function)
 
     def run(out, *arrays, add=0):
-        n = out.size
-        threads, chosen = n, one_each
-        if aligned(out, *arrays):
-            threads, chosen = n // 4 + n % 4, four_each
-        if n:
-            chosen[-(-threads // BLOCK), BLOCK](out, *arrays, add)
+        fours = count_fours(out, *arrays)
+        threads = out.size - 3 * fours
+        if threads:
+            made[-(-threads // BLOCK), BLOCK](out, *arrays, add, fours)
 
-    run.kernels = one_each, four_each
+    run.kernel = made
     return run

@@ -2,10 +2,7 @@
 
 """The encoder on a GPU, forward and backward."""
 
-__all__ = [
-    "encoder_backward",
-    "encoder_forward",
-]
+__all__ = ["encoder_backward", "encoder_forward"]
 
 
 # imports of the encoder

@@ -2,10 +2,7 @@
 
 """GELU on a GPU, forward and backward."""
 
-__all__ = [
-    "gelu_backward",
-    "gelu_forward",
-]
+__all__ = ["gelu_backward", "gelu_forward"]
 
 
 # imports of GELU
@@ -72,4 +69,5 @@ def gelu_backward(dinp, dout, inp, add=True):
 
     Derived in chapter 3.5.
     """
-    _backward(*(x.reshape(-1) for x in (dinp, dout, inp)), add=int(add))
+    flat = [x.reshape(-1) for x in (dinp, dout, inp)]
+    _backward(*flat, add=int(add))

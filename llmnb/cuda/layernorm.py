@@ -2,11 +2,7 @@
 
 """LayerNorm on a GPU, forward and backward."""
 
-__all__ = [
-    "layernorm_backward",
-    "layernorm_forward",
-    "layernorm_scratch",
-]
+__all__ = ["layernorm_backward", "layernorm_forward", "layernorm_scratch"]
 
 
 # imports of the GPU module
@@ -15,13 +11,7 @@ import math
 
 import numpy as np
 
-from llmnb.gpu.launch import (
-    DEVICE,
-    aligned,
-    device,
-    empty,
-    kernel,
-)
+from llmnb.gpu.launch import DEVICE, aligned, device, given_work, kernel
 from llmnb.gpu.simulator import cuda, load4, store4
 from llmnb.gpu.warp import warp_sum
 from llmnb.shapes import shapes
@@ -73,8 +63,9 @@ def _deviations(mu, a, b, c, d):
 
 
 @device
-def _write_four(out, at, weight, bias, i, mu, r, a, b, c, d):
+def _write_four(out, at, weight, bias, i, mu, r, four):
     """Normalise four channels from i on and store them at `at`."""
+    a, b, c, d = four
     w0, w1, w2, w3 = load4(weight, i)
     b0, b1, b2, b3 = load4(bias, i)
     a, b = (a - mu) * r * w0 + b0, (b - mu) * r * w1 + b1
@@ -111,8 +102,8 @@ def _forward_kept(room):
             squares += _deviations(mu, a, b, c, d)
         r = np.float32(1) / math.sqrt(warp_sum(squares) / size + EPS32)
         for i in range(4 * lane, C, 128):
-            a, b, c, d = load4(kept, at + i)
-            _write_four(out, n * C + i, weight, bias, i, mu, r, a, b, c, d)
+            four = load4(kept, at + i)
+            _write_four(out, n * C + i, weight, bias, i, mu, r, four)
         if lane == 0:
             mean[n] = mu
             rstd[n] = r
@@ -155,7 +146,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
 # the sums of a row
 @device
 def _two_means(n, lane, dout, inp, weight, mu, r):
-    """a and b of (1.6.10) for row n, in every lane of a warp."""
+    """The two means of (1.6.10) for row n, in every lane of a warp."""
     C = inp.shape[1]
     a, b, size = np.float32(0), np.float32(0), np.float32(C)
     for i in range(lane, C, 32):
@@ -249,13 +240,14 @@ def _add_parts(dweight, dbias, table, parts):
 
 
 # sums of parts, the launches
-def _sums_of_parts(dinp, dweight, dbias, dout, inp, weight, mean, rstd, table):
+def _sums_of_parts(dinp, dweight, dbias, dout, inp, weight, stats, table):
+    """stats: mean and rstd."""
     rows, C = inp.shape
     parts = _parts(rows)
     grid = _blocks(rows, 256 // LANES)
-    _backward_rows[grid, 256](dinp, dout, inp, weight, mean, rstd)
+    _backward_rows[grid, 256](dinp, dout, inp, weight, *stats)
     grid = _blocks(C, LANES), parts
-    _backward_parts[grid, 128](table, dout, inp, mean, rstd)
+    _backward_parts[grid, 128](table, dout, inp, *stats)
     _add_parts(dweight, dbias, table, parts)
 
 
@@ -339,43 +331,21 @@ def _backward_block(dinp, table, dout, inp, weight, mean, rstd):
 MOST_THREADS = 512  # of a block; each has four channels
 
 
-def _rows_once(dinp, dweight, dbias, dout, inp, weight, mean, rstd, table):
+def _rows_once(dinp, dweight, dbias, dout, inp, weight, stats, table):
     rows, C = inp.shape
     fours = C % 4 == 0 and aligned(dinp, dout, inp, weight, table)
     if not fours or C > 4 * MOST_THREADS:
-        _sums_of_parts(
-            dinp, dweight, dbias, dout, inp, weight, mean, rstd, table
-        )
+        _sums_of_parts(dinp, dweight, dbias, dout, inp, weight, stats, table)
         return
     parts, block = _parts(rows), _blocks(C, 4 * LANES) * LANES
-    _backward_block[parts, block](dinp, table, dout, inp, weight, mean, rstd)
+    _backward_block[parts, block](dinp, table, dout, inp, weight, *stats)
     _add_parts(dweight, dbias, table, parts)
-
-
-# the check of the work space
-def _check_work(name, work, floats, inp):
-    """The memory to work in: `work` if it is large enough, or a new one."""
-    if work is None:
-        return empty(floats, like=inp)
-    if work.size < floats:
-        raise ValueError(
-            f"{name}: work must hold {floats} floats, got {work.size}"
-        )
-    return work
 
 
 # layernorm, backward
 @shapes("B T C!, C!, C!, B T C, B T C, C, B T, B T, W!?", DEVICE)
 def layernorm_backward(
-    dinp,
-    dweight,
-    dbias,
-    dout,
-    inp,
-    weight,
-    mean,
-    rstd,
-    work=None,
+    dinp, dweight, dbias, dout, inp, weight, mean, rstd, *, work=None
 ):
     """Add LayerNorm's gradients to dinp, dweight and dbias.
 
@@ -391,7 +361,7 @@ def layernorm_backward(
     """
     name = "layernorm_backward"
     rows, C = mean.size, len(weight)
-    work = _check_work(name, work, layernorm_scratch(rows, C), inp)
+    work = given_work(name, work, layernorm_scratch(rows, C), inp)
     dx, dy, x = (a.reshape(rows, C) for a in (dinp, dout, inp))
-    flat = mean.reshape(rows), rstd.reshape(rows)
-    _rows_once(dx, dweight, dbias, dy, x, weight, *flat, work)
+    stats = mean.reshape(rows), rstd.reshape(rows)
+    _rows_once(dx, dweight, dbias, dy, x, weight, stats, work)

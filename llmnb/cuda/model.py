@@ -3,15 +3,8 @@
 """What a whole model needs of a GPU besides its layers."""
 
 __all__ = [
-    "Backend",
-    "LAYERS",
-    "fill",
-    "gpu",
-    "model_layers",
-    "model_layout",
-    "no_gpu",
-    "products",
-    "zeros",
+    "Backend", "LAYERS", "fill", "gpu", "model_layers", "model_layout",
+    "no_gpu", "products", "zeros",
 ]
 
 
@@ -104,7 +97,7 @@ def gpu():
 def products():
     """Whose products a GPT2 takes on a GPU: "cublas" or "llmnb".
 
-    cuBLASLt's where it can be had, else those of chapter 1.7. The variable
+    cuBLASLt's where it can be had, else those of chapter 3.6. The variable
     LLMNB_MATMUL chooses: ValueError when it asks for what there is not.
 
     Derived in chapter 3.11.
@@ -134,11 +127,16 @@ def model_layout(cfg, batch_size, seq_len, precision="fp32"):
         raise ValueError(f"GPT2: precision 'tf32' needs cuBLASLt: {why}")
     B, T, C, NH = batch_size, seq_len, cfg.channels, cfg.num_heads
     wanted = [
-        layernorm.layernorm_scratch(B * T, C),
+        layernorm.layernorm_scratch(B * T, C),  # RMSNorm wants half of it
         attention.attention_scratch(B, T, NH),
         adamw.clip_scratch(),
-        *[matmul.matmul_scratch(B * T, n * C) for n in (1, 3, 4)],
     ]
+    if cfg.bias:  # their gradients are sums over rows
+        wanted += [matmul.matmul_scratch(B * T, n * C) for n in (1, 3, 4)]
+    if cfg.family != "gpt2" and cfg.qk_norm:
+        from llmnb.cuda.headnorm import headnorm_scratch  # Part 5
+
+        wanted.append(headnorm_scratch(B * T, cfg.head_size))
     if products() == "cublas":
         wanted.append(cublas_scratch())
     rows = dict.fromkeys(("decays", "stays"), (adamw.adamw_scratch(),))
@@ -155,6 +153,15 @@ LAYERS = (
 )  # fmt: skip
 
 
+def _later_layers():
+    """The layers of Part 5, whose chapters come after this one."""
+    from llmnb.cuda import (
+        embedding, gated, headnorm, local, rmsnorm, rotary, softcap,
+    )  # fmt: skip
+
+    return embedding, gated, headnorm, local, rmsnorm, rotary, softcap
+
+
 def model_layers(work, precision="fp32"):
     """The layers as a GPT2 calls them: none of them allocates.
 
@@ -164,7 +171,7 @@ def model_layers(work, precision="fp32"):
     Derived in chapter 3.11.
     """
     found = {}
-    for module in LAYERS:
+    for module in (*LAYERS, *_later_layers()):
         for name in module.__all__:
             found[name] = getattr(module, name)
     if products() == "cublas":

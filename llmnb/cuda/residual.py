@@ -2,10 +2,7 @@
 
 """The residual sum on a GPU, forward and backward."""
 
-__all__ = [
-    "residual_backward",
-    "residual_forward",
-]
+__all__ = ["residual_backward", "residual_forward"]
 
 
 # the sum
@@ -19,13 +16,7 @@ def _sum(a, b):
     return a + b
 
 
-@device
-def _same(x):
-    return x
-
-
 _add = elementwise(_sum, reads=2)
-_pass_on = elementwise(_same, reads=1)
 
 
 @shapes("...!, ...~, ...~", DEVICE)
@@ -38,7 +29,7 @@ def residual_forward(out, inp1, inp2):
 
     Derived in chapter 3.5.
     """
-    _add(*(x.reshape(-1) for x in (out, inp1, inp2)))
+    _add(out.reshape(-1), inp1.reshape(-1), inp2.reshape(-1))
 
 
 @shapes("...!, ...!, ...", DEVICE)
@@ -51,5 +42,5 @@ def residual_backward(dinp1, dinp2, dout):
 
     Derived in chapter 3.5.
     """
-    for dinp in (dinp1, dinp2):
-        _pass_on(dinp.reshape(-1), dout.reshape(-1), add=1)
+    for dinp in (dinp1.reshape(-1), dinp2.reshape(-1)):
+        _add(dinp, dinp, dout.reshape(-1))

@@ -3,23 +3,14 @@
 """Models on disk, in every format that is known."""
 
 __all__ = [
-    "OTHERS",
-    "Opened",
-    "STATE",
-    "find_model",
-    "first_not_finite",
-    "open_model",
-    "read_checkpoint",
-    "read_config",
-    "state_record",
-    "without_padding",
+    "Opened", "STATE", "find_model", "first_not_finite", "open_model",
+    "read_checkpoint", "read_config", "state_record", "without_padding",
     "write_model",
 ]
 
 
 # imports of the door
 import json
-import zlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +20,6 @@ import numpy as np
 
 from llmnb.backend import choose
 from llmnb.checks import check_array
-from llmnb.config import GPT2Config
 from llmnb.files import what_is
 from llmnb.formats.llmc import bin_header, read_bin, write_checkpoint
 from llmnb.formats.published import INDEX, open_published, write_safetensors
@@ -44,48 +34,41 @@ STATE = "llmnb training state 1"
 def state_record(file):
     """The record of a training state: a dict.
 
-    file: its TensorFile. Raises ValueError or KeyError when it is no state,
-    or a damaged one.
+    file: its TensorFile. Raises ValueError or KeyError when it is no state.
+    A bit that is not what it was is found by the sum of any array.
 
     Derived in chapter 4.4.
     """
-    note = file.metadata
-    if note.get("format") != STATE:
+    if file.metadata.get("format") != STATE:
         raise ValueError(f"its format must be {STATE!r}")
-    if str(zlib.crc32(note["record"].encode())) != note["sum"]:
-        raise ValueError("its record is damaged")
-    return json.loads(note["record"])
+    return json.loads(file.metadata["record"])
 
 
 # its weights
 def _open_state(path, file):
     """A state's configuration, and the function that fills its params."""
+    from llmnb.model.architectures import architecture_from  # Part 5
+
     try:
-        record = state_record(file)
-        cfg, sums = GPT2Config(**record["model"]), record["sums"]
+        cfg = architecture_from(state_record(file)["model"])
         for name, shape in parameter_shapes(cfg).items():
             got = file.shape(f"params.{name}")
             if got != shape:
                 raise ValueError(f"params.{name} must be {shape}, got {got}")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a whole state: {error}") from None
-    return cfg, partial(_read_state, path, file, sums)
+    return cfg, partial(_read_state, file)
 
 
-def _read_state(path, file, sums, params):
-    """Fill params, checked before, and check their sums."""
+def _read_state(file, params):
+    """Fill params, checked before."""
     for name, array in params.items():
-        x = file[f"params.{name}"]
-        if zlib.crc32(x) != sums.get(f"params.{name}"):
-            raise ValueError(
-                f"{path} is not a whole state: params.{name} is damaged"
-            )
-        array[...] = x
+        array[...] = file[f"params.{name}"]
 
 
 # which file it is
 # endings of models that we do not read, which is to be said
-OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".gguf", ".npz")
+_OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".npz")
 
 
 def find_model(path):
@@ -100,8 +83,11 @@ def find_model(path):
     for name in names:
         if (path / name).exists():
             return path / name
+    packed = sorted(path.glob("*.gguf"))
+    if len(packed) == 1:
+        return packed[0]
     for other in sorted(path.glob("*.*")):
-        if other.suffix in OTHERS and (what := what_is(other)):
+        if other.suffix in _OTHERS and (what := what_is(other)):
             raise ValueError(f"{other}: {what}")
     raise FileNotFoundError(f"{path}: holds none of {', '.join(names)}")
 
@@ -110,13 +96,31 @@ def find_model(path):
 def _open(path):
     """A model's configuration, and the function that fills its params."""
     path = find_model(path)
+    if path.suffix == ".gguf":
+        from llmnb.formats.gguf import open_gguf  # Part 5
+
+        return open_gguf(path)
     if path.suffix not in (".safetensors", ".json"):
         version, cfg = bin_header(path)
         return cfg, partial(read_bin, path, version)
     file = TensorFile(path) if path.suffix == ".safetensors" else None
     if file and file.metadata.get("format") == STATE:
         return _open_state(path, file)
+    if _of_a_family(path, file):
+        from llmnb.formats.families import open_family  # Part 5
+
+        return open_family(path)
     return open_published(path)
+
+
+def _of_a_family(path, file):
+    """Whether a file's record, or the config.json beside it, says so."""
+    from llmnb.formats.families import RECORD, family_of  # Part 5
+
+    described = path.parent / "config.json"
+    if file and RECORD in file.metadata:
+        return True
+    return described.exists() and family_of(described) is not None
 
 
 # tokens and padding
@@ -129,6 +133,9 @@ def without_padding(path, cfg, tokens, tokenizer=""):
 
     Derived in chapter 4.4.
     """
+    images = cfg.family == "gemma3_text"  # whose tokenizer has one for them
+    if cfg.family != "gpt2" and tokens <= cfg.vocab_size + images:
+        return cfg  # of these some have hundreds of rows to spare
     few = replace(cfg, vocab_size=tokens)
     if not tokens <= cfg.vocab_size <= few.padded_vocab_size:
         named = "the tokenizer" + (tokenizer and f" {tokenizer}")
@@ -236,19 +243,33 @@ def read_checkpoint(path, cfg, params):
 
 
 # write any model
+def _safetensors_writer(cfg):
+    """The function that writes such a model as safetensors."""
+    if cfg.family == "gpt2":
+        return write_safetensors
+    from llmnb.formats.families import write_family  # Part 5
+
+    return write_family
+
+
 def write_model(path, cfg, params, precision="fp32"):
     """Write a model in the format that the name asks for.
 
     Hugging Face's layout for a name that ends in .safetensors, float32 only;
     else llm.c's .bin, with precision "fp32" version 3, with "bf16" version
-    5, half as long. params: a mapping from llm.c's names to arrays. Raises
-    ValueError for a precision that the format lacks.
+    5, half as long, which holds GPT-2 only. params: a mapping from llm.c's
+    names to arrays. Raises ValueError for a precision that the format lacks.
 
     Derived in chapter 4.4.
     """
     if str(path).endswith(".safetensors"):
         choose("GPT2: precision", precision, ["fp32"])
-        write_safetensors(path, cfg, params)
+        _safetensors_writer(cfg)(path, cfg, params)
+    elif cfg.family != "gpt2":
+        raise ValueError(
+            f"{path}: llm.c's format holds GPT-2 only; for a {cfg.family} "
+            "let the name end in .safetensors"
+        )
     else:
         version = {"fp32": 3, "bf16": 5}
         choose("GPT2: precision", precision, version)

@@ -3,19 +3,8 @@
 """llm.c's files: their common header, and the file of a model's weights."""
 
 __all__ = [
-    "BODIES",
-    "CHUNK",
-    "HEADER",
-    "HEADER_BYTES",
-    "MAGIC",
-    "SUMMED",
-    "bin_header",
-    "check_header",
-    "config_of",
-    "header_of",
-    "read_bin",
-    "read_header",
-    "write_checkpoint",
+    "HEADER", "HEADER_BYTES", "MAGIC", "bin_header", "check_header",
+    "config_of", "header_of", "read_bin", "read_header", "write_checkpoint",
 ]
 
 
@@ -26,7 +15,7 @@ import zlib
 import numpy as np
 
 from llmnb.config import GPT2Config
-from llmnb.files import replacing, what_is
+from llmnb.files import check_regular, replacing, what_is
 from llmnb.model.tensors import parameter_count, parameter_shapes
 from llmnb.reference.bfloat16 import from_bfloat16, to_bfloat16
 
@@ -55,8 +44,7 @@ def read_header(path, magic, versions, count):
 
     Derived in chapter 4.2.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path}: must be a regular file")
+    check_regular(path)
     with open(path, "rb", buffering=0) as file:
         size, raw = os.fstat(file.fileno()).st_size, file.read(4 * count + 4)
     if size < HEADER_BYTES or len(raw) < 4 * count + 4:
@@ -91,9 +79,9 @@ def check_header(path, magic, rows):
 
 # the numbers of a model's file
 MAGIC = 20240326
-BODIES = {3: "<f4", 5: "<u2"}  # a version and how its numbers are stored
-SUMMED = 1  # in a header with a checksum, the last number but one
-CHUNK = 1 << 22  # numbers read or written at a time: 16 MiB of float32
+_BODIES = {3: "<f4", 5: "<u2"}  # a version and how its numbers are stored
+_SUMMED = 1  # in a header with a checksum, the last number but one
+_PORTION = 1 << 22  # numbers read or written at a time: 16 MiB of float32
 
 
 # write a checkpoint
@@ -106,19 +94,19 @@ def write_checkpoint(path, cfg, params, version=3):
 
     Derived in chapter 4.2.
     """
-    if version not in BODIES:
+    if version not in _BODIES:
         raise ValueError(
             f"write_checkpoint: version must be 3 (float32) or 5 (bfloat16), "
             f"got {version!r}"
         )
     header = header_of(MAGIC, version, *_sizes(cfg)).view("<u4")
-    header[-2], total = SUMMED, 0
+    header[-2], total = _SUMMED, 0
     with replacing(path) as file:
         file.write(header.data)
         for part in _pieces(params[x] for x in parameter_shapes(cfg)):
             part = part.astype(np.float32, copy=False)
             body = to_bfloat16(part) if version == 5 else part
-            body = body.astype(BODIES[version], copy=False).data
+            body = body.astype(_BODIES[version], copy=False).data
             total = zlib.crc32(body, total)
             file.write(body)
         header[-1] = zlib.crc32(header, total)
@@ -128,11 +116,11 @@ def write_checkpoint(path, cfg, params, version=3):
 
 # pieces, and the six sizes
 def _pieces(arrays):
-    """Some arrays, flat, as views of at most CHUNK numbers."""
+    """Some arrays, flat, as views of at most _PORTION numbers."""
     for array in arrays:
         flat = np.asarray(array).reshape(-1)
-        for first in range(0, flat.size, CHUNK):
-            yield flat[first : first + CHUNK]
+        for first in range(0, flat.size, _PORTION):
+            yield flat[first : first + _PORTION]
 
 
 def _sizes(cfg):
@@ -152,9 +140,9 @@ def bin_header(path):
 
     Derived in chapter 4.2.
     """
-    size, version, *sizes = read_header(path, MAGIC, [*BODIES], 7)
+    size, version, *sizes = read_header(path, MAGIC, [*_BODIES], 7)
     cfg = config_of(path, sizes[:5])
-    width = np.dtype(BODIES[version]).itemsize
+    width = np.dtype(_BODIES[version]).itemsize
     right = HEADER_BYTES + width * parameter_count(cfg)
     padded = cfg.padded_vocab_size
     rows = (
@@ -189,7 +177,7 @@ def read_bin(path, version, params):
         header, total = np.fromfile(file, "<u4", HEADER), 0
         for name, array in params.items():
             for part in _pieces([array]):
-                body = np.fromfile(file, BODIES[version], part.size)
+                body = np.fromfile(file, _BODIES[version], part.size)
                 if body.size != part.size:
                     raise ValueError(f"{path}: ends within {name}")
                 total = zlib.crc32(body, total)
@@ -201,7 +189,7 @@ def _check_sum(path, header, total):
     """Raise unless a .bin has the sum that its header keeps, if any."""
     marked, kept = header[-2:].tolist()
     header[-1] = 0
-    if marked == SUMMED and kept != zlib.crc32(header, total):
+    if marked == _SUMMED and kept != zlib.crc32(header, total):
         raise ValueError(
             f"{path} is damaged, its checksum is not the one in its header: "
             "take another copy, or write it anew, as `llmnb train --resume` "

@@ -3,9 +3,7 @@
 """Hugging Face's layout of GPT-2, read and written."""
 
 __all__ = [
-    "INDEX",
-    "open_published",
-    "write_folder",
+    "INDEX", "open_published", "published_tensors", "write_folder",
     "write_safetensors",
 ]
 
@@ -19,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmnb.files import make_folder, read_json, replacing
+from llmnb.files import make_folder, read_json, write_whole
 from llmnb.formats.llmc import config_of
 from llmnb.formats.safetensors import TensorFile, write_tensors
 from llmnb.model.tensors import parameter_shapes, tensor_table
@@ -115,8 +113,7 @@ def write_folder(folder, cfg, params):
     # our encodings end with the token that ends a text
     config["bos_token_id"] = config["eos_token_id"] = cfg.vocab_size - 1
     write_safetensors(folder / "model.safetensors", cfg, params)
-    with replacing(path) as file:
-        file.write(json.dumps(config, indent=1).encode() + b"\n")
+    write_whole(path, json.dumps(config, indent=1).encode() + b"\n")
 
 
 # files and their index
@@ -146,16 +143,27 @@ def _neighbour(path, name):
     return TensorFile(path.parent / name)
 
 
-# tensors by their short names
-def _tensors(path):
-    """Name without prefix -> (TensorFile, name in it)."""
+# tensors by their names
+def published_tensors(path):
+    """Name -> (TensorFile, the same name), of a file or an index of several.
+
+    Raises ValueError, naming the file, when one is not whole or missing.
+
+    Derived in chapter 4.4.
+    """
     if path.suffix == ".json":
         found = _indexed(path)
     else:
         file = TensorFile(path)
         found = dict.fromkeys(file.names, file)
+    return {name: (file, name) for name, file in found.items()}
+
+
+# by their short names
+def _tensors(path):
+    """Name without prefix -> (TensorFile, name in it)."""
     tensors = {}
-    for name, file in found.items():
+    for name, (file, _) in published_tensors(path).items():
         short = name.removeprefix("transformer.")
         if short in tensors:
             raise ValueError(f"{path}: {short} comes twice")
@@ -170,6 +178,7 @@ def _published_config(path, tensors):
     """The configuration that the shapes give, checked tensor by tensor."""
     described = path.parent / "config.json"
     config = read_json(described) if described.exists() else {}
+    _check_kind(described, config.get("model_type", "gpt2"))
     for name, known in FIXED.items():
         if config.get(name, known[0]) not in known:
             raise ValueError(
@@ -187,6 +196,17 @@ def _published_config(path, tensors):
             )
     _check_shapes(path, cfg, tensors)
     return cfg
+
+
+def _check_kind(path, kind):
+    """Raise for the description of a model that is of another kind."""
+    from llmnb.model.architectures import ARCHITECTURES  # Part 5
+
+    if kind != "gpt2":
+        raise ValueError(
+            f"{path}: model_type is {kind!r:.80}, where known are "
+            f"{', '.join(ARCHITECTURES)}"
+        )
 
 
 # sizes from shapes

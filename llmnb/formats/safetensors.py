@@ -2,13 +2,7 @@
 
 """Any named arrays in one file, by the safetensors library."""
 
-__all__ = [
-    "DTYPES",
-    "LONGEST_TABLE",
-    "NAMES",
-    "TensorFile",
-    "write_tensors",
-]
+__all__ = ["DTYPES", "NAMES", "TensorFile", "write_tensors"]
 
 
 # imports of the container
@@ -35,7 +29,7 @@ DTYPES = {
     "BF16": "<u2",  # read as float32; we write none
 }
 NAMES = {np.dtype(v): k for k, v in DTYPES.items() if k != "BF16"}
-LONGEST_TABLE = 1 << 23  # bytes; a GPT-2 of 48 blocks takes 64 thousand
+_LONGEST_TABLE = 1 << 23  # bytes; a GPT-2 of 48 blocks takes 64 thousand
 _SUMS = "llmnb.crc32"  # where the metadata keep the sums, as JSON
 
 
@@ -46,8 +40,8 @@ def write_tensors(path, tensors, metadata=None):
     tensors: a mapping from name to array, of any shape and a dtype in
     `DTYPES`, or TypeError is raised. metadata: a mapping from str to str.
     A checksum of each array goes with them; ValueError when all that takes
-    more than `LONGEST_TABLE` bytes. No more than one array is copied at a
-    time. The file appears whole or not at all.
+    more than 8 MiB. No more than one array is copied at a time. The file
+    appears whole or not at all.
 
     Derived in chapter 4.3.
     """
@@ -89,10 +83,10 @@ def _head(table, note, sums):
     kept = json.dumps({name: f"{x:08x}" for name, x in sums.items()})
     table = {"__metadata__": note | {_SUMS: kept}} | table
     head = json.dumps(table).encode()
-    if len(head) > LONGEST_TABLE:
+    if len(head) > _LONGEST_TABLE:
         raise ValueError(
             f"write_tensors: names and metadata must take at most "
-            f"{LONGEST_TABLE:,} bytes, got {len(head):,}"
+            f"{_LONGEST_TABLE:,} bytes, got {len(head):,}"
         )
     head += b" " * (-len(head) % 8)
     return len(head).to_bytes(8, "little") + head
@@ -124,7 +118,7 @@ class TensorFile:
         try:
             with open(path, "rb") as file:
                 size = int.from_bytes(file.read(8), "little")
-                if size > LONGEST_TABLE:
+                if size > _LONGEST_TABLE:
                     raise ValueError(f"a table of {size:,} bytes is too long")
                 with safe_open(path, framework="numpy"):
                     self._table = json.loads(file.read(size))

@@ -3,67 +3,61 @@
 """llm.c's shards: tokens in files."""
 
 __all__ = [
-    "SHARD_NAME",
-    "ShardFile",
-    "Shards",
-    "find_shards",
-    "read_shard",
-    "sample_tokens",
-    "shard_length",
-    "write_shard",
+    "ShardFile", "Shards", "find_shards", "read_shard", "sample_tokens",
+    "shard_kind", "shard_length", "write_shard",
 ]
 
 
 # imports of the shards
 import errno
 import io
-import os
 import re
 from pathlib import Path
 
 import numpy as np
 
 from llmnb.checks import check_tokens
-from llmnb.files import replacing
+from llmnb.files import check_regular, replacing
 from llmnb.formats.llmc import (
-    HEADER_BYTES,
-    check_header,
-    header_of,
-    read_header,
+    HEADER_BYTES, check_header, header_of, read_header,
 )
+from llmnb.text.tokenizer import token_dtype
 
 
 # the numbers of a shard
-SHARD_MAGIC = 20240520
-SHARD_VERSION = 1
+# bytes of a token -> the magic number and the version
+_KINDS = {2: (20240520, 1), 4: (20240801, 7)}
 
 
 # write a shard
-def write_shard(path, tokens):
-    """Write tokens as a shard in llm.c's format, uint16.
+def write_shard(path, tokens, vocab_size=None):
+    """Write tokens as a shard in llm.c's format, uint16 or uint32.
 
-    tokens: one dimension of integers in [0, 65536), at least one and fewer
-    than 2**31. The file is written beside `path` and renamed into place.
-    Raises TypeError or ValueError for other tokens.
+    tokens: one dimension of integers in [0, vocab_size), at least one and
+    fewer than 2**31. vocab_size: up to 65,536 a token takes two bytes, beyond
+    that four; None is one more than the largest token. The file is written
+    beside `path` and renamed into place. Raises TypeError or ValueError for
+    other tokens.
 
     Derived in chapter 4.9.
     """
     tokens, name = np.asarray(tokens), "write_shard: tokens"
-    check_tokens(name, tokens, 65536)
+    check_tokens(name, tokens, vocab_size or 2**31)
     if tokens.ndim != 1 or not 0 < tokens.size < 2**31:
         raise ValueError(
             f"{name} must be 1 to {2**31 - 1} in one dimension, got shape "
             f"{tokens.shape}"
         )
-    header = header_of(SHARD_MAGIC, SHARD_VERSION, tokens.size)
+    kind = token_dtype(vocab_size or int(tokens.max()) + 1)
+    header = header_of(*_KINDS[kind.itemsize], tokens.size)
     with replacing(path) as file:
         header.tofile(file)
-        tokens.astype("<u2", copy=False).tofile(file)
+        tokens.astype(kind.newbyteorder("<"), copy=False).tofile(file)
 
 
 # read a shard
-def shard_length(path):
-    """The number of tokens in a shard, from its header alone.
+def shard_kind(path):
+    """The number of tokens in a shard and their dtype, from its header alone.
 
     Raises ValueError, naming the file, what is wrong and what would be
     right, for a file shorter than its header, another magic number or
@@ -71,30 +65,47 @@ def shard_length(path):
 
     Derived in chapter 4.9.
     """
-    size, _, count = read_header(path, SHARD_MAGIC, [SHARD_VERSION], 2)
-    right = HEADER_BYTES + 2 * count
+    width = 4 if _is_wide(path) else 2
+    magic, version = _KINDS[width]
+    size, _, count = read_header(path, magic, [version], 2)
+    right = HEADER_BYTES + width * count
     rows = (
         (count > 0, "token count", "positive", count),
         (size == right, f"size for {count} tokens", f"{right} bytes", size),
     )
-    check_header(path, SHARD_MAGIC, rows)
-    return count
+    check_header(path, magic, rows)
+    return count, np.dtype(f"<u{width}")
+
+
+def _is_wide(path):
+    """Whether a file begins as one with four bytes a token does."""
+    check_regular(path)
+    with open(path, "rb", buffering=0) as file:
+        return file.read(4) == _KINDS[4][0].to_bytes(4, "little")
+
+
+def shard_length(path):
+    """The number of tokens in a shard; raises as `shard_kind` does.
+
+    Derived in chapter 4.9.
+    """
+    return shard_kind(path)[0]
 
 
 def read_shard(path):
     """Map a shard's tokens into memory, read only.
 
-    Returns a np.memmap, uint16, of shape (N,). Raises ValueError as
-    `shard_length` does.
+    Returns a np.memmap, uint16 or uint32, of shape (N,). Raises ValueError
+    as `shard_kind` does.
 
     Derived in chapter 4.9.
     """
-    count = shard_length(path)
-    return np.memmap(path, "<u2", "r", offset=HEADER_BYTES, shape=(count,))
+    count, kind = shard_kind(path)
+    return np.memmap(path, kind, "r", offset=HEADER_BYTES, shape=(count,))
 
 
 # the shards of a folder
-SHARD_NAME = re.compile(r"(?:.*_)?(train|val)(?:_\d+)?\.bin")
+_SHARD_NAME = re.compile(r"(?:.*_)?(train|val)(?:_\d+)?\.bin")
 
 
 def find_shards(folder):
@@ -106,7 +117,7 @@ def find_shards(folder):
     """
     found = {"train": [], "val": []}
     for path in sorted(Path(folder).iterdir()):
-        if match := SHARD_NAME.fullmatch(path.name):
+        if match := _SHARD_NAME.fullmatch(path.name):
             found[match[1]].append(path)
     for part, paths in found.items():
         if not paths:
@@ -136,8 +147,9 @@ class Shards:
         return sum(self.lengths)
 
     def __array__(self, dtype=None, copy=None):
-        parts = zip(self.paths, self.lengths, strict=True)
-        return np.concatenate([_first_tokens(*x) for x in parts], dtype=dtype)
+        return np.concatenate(
+            list(map(_first_tokens, self.paths)), dtype=dtype
+        )
 
 
 # a sample of them
@@ -156,35 +168,35 @@ def sample_tokens(tokens, count):
     return np.concatenate([_first_tokens(path, share) for path in chosen])
 
 
-def _first_tokens(path, count):
-    count = min(count, shard_length(path))
-    return np.fromfile(path, "<u2", count, offset=HEADER_BYTES)
+def _first_tokens(path, count=-1):
+    kind = shard_kind(path)[1]
+    return np.fromfile(path, kind, count, offset=HEADER_BYTES)
 
 
 # a shard that is read in parts
 class ShardFile:
     """An open shard; a slice of it is read, at most seq_len + 1 tokens.
 
-    Raises ValueError as `shard_length` does, and OSError when the file has
+    Raises ValueError as `shard_kind` does, and OSError when the file has
     been cut short since.
 
     Derived in chapter 4.9.
     """
 
     def __init__(self, path, seq_len):
-        shard_length(path)  # checks it
+        kind = shard_kind(path)[1]
         self.path, self.file = path, io.FileIO(path)
-        self.room = np.empty(seq_len + 1, "<u2")
+        self.room = np.empty(seq_len + 1, kind)
 
     def __getitem__(self, part):
         room, got = self.room[: part.stop - part.start], 0
         raw, more = memoryview(room).cast("B"), 1
-        self.file.seek(HEADER_BYTES + 2 * part.start)
+        self.file.seek(HEADER_BYTES + room.itemsize * part.start)
         while got < len(raw) and more:
             more = self.file.readinto(raw[got:])
             got += more
         if not more:
-            gone = part.start + got // 2
+            gone = part.start + got // room.itemsize
             what = f"has been cut short, token {gone:,} is gone"
             raise OSError(errno.EIO, what, str(self.path))
         return room

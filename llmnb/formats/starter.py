@@ -3,20 +3,8 @@
 """llm.c's starter pack: a state to compare with."""
 
 __all__ = [
-    "Check",
-    "DebugState",
-    "FLOOR",
-    "GRADIENT",
-    "LATER",
-    "LOGITS",
-    "LOSS",
-    "LOSSES",
-    "STATE_MAGIC",
-    "STATE_VERSION",
-    "accept",
-    "read_debug_state",
-    "relative_error",
-    "write_debug_state",
+    "Check", "DebugState", "LOSSES", "accept", "read_debug_state",
+    "relative_error", "write_debug_state",
 ]
 
 
@@ -31,19 +19,14 @@ from llmnb.checks import check_tokens
 from llmnb.config import GPT2Config
 from llmnb.files import read_small, replacing
 from llmnb.formats.checkpoint import read_config
-from llmnb.formats.llmc import (
-    CHUNK,
-    HEADER_BYTES,
-    check_header,
-    header_of,
-    read_header,
-)
+from llmnb.formats.llmc import HEADER_BYTES, check_header
+from llmnb.formats.llmc import header_of, read_header
 from llmnb.model.gpt2 import GPT2
 from llmnb.model.tensors import parameter_shapes
 
 
 # the debug state
-STATE_MAGIC, STATE_VERSION = 20240327, 2
+_MAGIC, _VERSION = 20240327, 2
 
 
 class DebugState(NamedTuple):
@@ -63,6 +46,9 @@ class DebugState(NamedTuple):
 
 
 # its parts
+_KINDS = {"tokens": "<i4", "targets": "<i4"}  # all else is float32
+
+
 def _parts(cfg, B, T):
     """The shapes of what stands behind the header, in order."""
     return {
@@ -85,26 +71,23 @@ def read_debug_state(path, cfg):
 
     Derived in chapter 4.5.
     """
-    size, _, B, T = read_header(path, STATE_MAGIC, [STATE_VERSION], 3)
-    counts = {n: math.prod(s) for n, s in _parts(cfg, B, T).items()}
-    right, longest = HEADER_BYTES + 4 * sum(counts.values()), cfg.max_seq_len
+    size, _, B, T = read_header(path, _MAGIC, [_VERSION], 3)
+    parts, longest = _parts(cfg, B, T), cfg.max_seq_len
+    right = HEADER_BYTES + 4 * sum(map(math.prod, parts.values()))
     rows = (
         (B > 0, "batch size", "positive", B),
         (0 < T <= longest, "length", f"in [1, {longest}]", T),
         (size == right, "size for this model", f"{right} bytes", size),
     )
-    check_header(path, STATE_MAGIC, rows)
-    numbers, arrays, at = np.memmap(path, "<i4", "r", HEADER_BYTES), {}, 0
-    for name, shape in _parts(cfg, B, T).items():
-        part = numbers[at : at + counts[name]].reshape(shape)
-        whole = name in ("tokens", "targets")
-        arrays[name] = part if whole else part.view("<f4")
-        at += counts[name]
-    batch = [arrays.pop(name) for name in ("tokens", "targets")]
-    for name, array in zip(("tokens", "targets"), batch, strict=True):
-        check_tokens(f"{path}: {name}", array, cfg.vocab_size)
-    logits, loss = arrays.pop("logits"), float(arrays.pop("loss")[0])
-    return DebugState(*batch, logits, loss, arrays)
+    check_header(path, _MAGIC, rows)
+    arrays, at = {}, HEADER_BYTES
+    for name, shape in parts.items():
+        arrays[name] = np.memmap(path, _KINDS.get(name, "<f4"), "r", at, shape)
+        at += arrays[name].nbytes
+    for name in _KINDS:
+        check_tokens(f"{path}: {name}", arrays[name], cfg.vocab_size)
+    tokens, targets, logits, loss = map(arrays.pop, [*parts][:4])
+    return DebugState(tokens, targets, logits, float(loss[0]), arrays)
 
 
 # write a debug state
@@ -126,11 +109,11 @@ def write_debug_state(path, cfg, state):
                 f"write_debug_state: {name} must have shape {shape}, "
                 f"got {arrays[name].shape}"
             )
-    header = header_of(STATE_MAGIC, STATE_VERSION, B, T)
+    header = header_of(_MAGIC, _VERSION, B, T)
     with replacing(path) as file:
         file.write(header.tobytes())
         for name in parts:
-            kind = "<i4" if name in ("tokens", "targets") else "<f4"
+            kind = _KINDS.get(name, "<f4")
             file.write(np.ascontiguousarray(arrays[name], kind).data)
 
 
@@ -155,25 +138,20 @@ class Check(NamedTuple):
 
 
 # the tolerances
-LOGITS, LOSS, GRADIENT, LATER = 2e-5, 1e-5, 1e-4, 1e-4
-FLOOR = 1e-3  # a tensor whose numbers are smaller is measured against this
+_LOGITS, _LOSS, _GRADIENT, _LATER = 2e-5, 1e-5, 1e-4, 1e-4
+_FLOOR = 1e-3  # a tensor whose numbers are smaller is measured against this
 
 
 def relative_error(got, want):
-    """max|got - want| / max|want|, piece by piece; NaN if there is one.
+    """max|got - want| / max|want|; NaN if there is one.
 
     Where max|want| is below 1e-3, that takes its place: a gradient that is
     zero but for rounding has no size of its own.
 
     Derived in chapter 4.5.
     """
-    got, want = np.reshape(got, -1), np.reshape(want, -1)
-    worst = scale = 0.0
-    for first in range(0, want.size, CHUNK):
-        a, b = got[first : first + CHUNK], want[first : first + CHUNK]
-        worst = np.maximum(worst, np.abs(a - b).max())
-        scale = np.maximum(scale, np.abs(b).max())
-    return float(worst / np.maximum(scale, FLOOR))
+    scale = np.maximum(np.max(np.abs(want)), _FLOOR)
+    return float(np.max(np.abs(np.subtract(got, want))) / scale)
 
 
 # find the pack
@@ -195,9 +173,9 @@ def _find_pack(folder):
 # what the losses should be
 # llm.c's ten losses of GPT-2 124M on its starter pack
 LOSSES = (
-    *(5.270007, 4.059707, 3.375123, 2.800783, 2.315382),
-    *(1.849029, 1.394656, 0.999147, 0.624080, 0.376511),
-)
+    5.270007, 4.059707, 3.375123, 2.800783, 2.315382,
+    1.849029, 1.394656, 0.999147, 0.624080, 0.376511,
+)  # fmt: skip
 
 
 def _expected(path, cfg, state):
@@ -236,12 +214,12 @@ def accept(folder, backend="cpu"):
     model = GPT2.from_checkpoint(path, *state.tokens.shape, backend)
     loss = model.forward(state.tokens, state.targets)
     logits = relative_error(model.logits, state.logits)
-    yield Check("logits", logits, LOGITS)
-    yield Check("loss", relative_error(loss, state.loss), LOSS)
+    yield Check("logits", logits, _LOGITS)
+    yield Check("loss", relative_error(loss, state.loss), _LOSS)
     model.backward()
     for name, want in state.grads.items():
         error = relative_error(np.asarray(model.grads[name]), want)
-        yield Check(name, error, GRADIENT)
+        yield Check(name, error, _GRADIENT)
     yield from _ten_losses(model, state, loss, expected)
 
 
@@ -253,5 +231,5 @@ def _ten_losses(model, state, loss, expected):
             loss = model.forward(state.tokens, state.targets)
             model.backward()
         error = None if want is None else relative_error(loss, want)
-        yield Check(f"loss {step}", error, LATER)
+        yield Check(f"loss {step}", error, _LATER)
         model.update(1e-4, 0.9, 0.999, 1e-8, 0.01, step)

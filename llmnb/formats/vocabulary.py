@@ -3,41 +3,30 @@
 """A model's tokenizer, in any file that it may lie in."""
 
 __all__ = [
-    "BESIDE",
-    "LONGEST_TOKEN",
-    "LONGEST_VOCAB",
-    "PROBE",
-    "TOKENIZER_MAGIC",
-    "TOKENIZER_VERSION",
-    "encoding_of",
-    "open_encoding",
-    "read_encoding",
-    "read_tokenizer",
-    "read_tokenizer_json",
-    "read_vocab",
-    "tokenizer_of",
-    "write_tokenizer",
+    "KEPT", "TOKENIZER_FILES", "encoding_of", "keep_encoding",
+    "open_encoding", "read_encoding", "read_tokenizer", "read_tokenizer_json",
+    "read_vocab", "tokenizer_beside", "tokenizer_of", "write_tokenizer",
 ]
 
 
 # imports of the vocabularies
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 
-from llmnb.files import read_json, read_small, replacing, what_is
+from llmnb.files import package, read_json, read_small
+from llmnb.files import what_is, write_whole
 from llmnb.formats.checkpoint import find_model
+from llmnb.formats.letters import byte_letters
 from llmnb.formats.llmc import (
-    HEADER_BYTES,
-    check_header,
-    header_of,
-    read_header,
+    HEADER_BYTES, check_header, header_of, read_header,
 )
 from llmnb.text.bpe import EOT, WORDS, byte, from_tokens
 
 
 # read a tokenizer
-TOKENIZER_MAGIC, TOKENIZER_VERSION = 20240328, 2
+_MAGIC, _VERSION = 20240328, 2
 
 
 def read_tokenizer(path):
@@ -48,8 +37,8 @@ def read_tokenizer(path):
 
     Derived in chapter 4.6.
     """
-    versions = [TOKENIZER_VERSION]
-    size, _, count, eot = read_header(path, TOKENIZER_MAGIC, versions, 3)
+    versions = [_VERSION]
+    size, _, count, eot = read_header(path, _MAGIC, versions, 3)
     # a token takes two bytes at least and 256 at most
     fits = 2 * count <= size - HEADER_BYTES <= 256 * count
     rows = (
@@ -57,7 +46,7 @@ def read_tokenizer(path):
         (0 <= eot < count, "EOT", f"in [0, {count})", eot),
         (fits, "size", f"right for {count} tokens", size),
     )
-    check_header(path, TOKENIZER_MAGIC, rows)
+    check_header(path, _MAGIC, rows)
     raw = read_small(path, HEADER_BYTES + (1 << 24))  # of 65,536 tokens
     tokens, at = [], HEADER_BYTES
     for number in range(count):
@@ -93,13 +82,12 @@ def write_tokenizer(path, encoding):
             )
         body.append(bytes([len(token)]) + token)
     eot = encoding.eot_token
-    header = header_of(TOKENIZER_MAGIC, TOKENIZER_VERSION, count, eot)
-    with replacing(path) as file:
-        file.write(header.tobytes() + b"".join(body))
+    header = header_of(_MAGIC, _VERSION, count, eot)
+    write_whole(path, header.tobytes() + b"".join(body))
 
 
 # an encoder from a decoder
-LONGEST_TOKEN = 255  # bytes; GPT-2's longest has 128
+_LONGEST_TOKEN = 255  # bytes; GPT-2's longest has 128
 
 
 def read_encoding(path):
@@ -137,9 +125,9 @@ def encoding_of(path, tokens):
         if bytes([number]) not in rank:
             raise ValueError(f"{path}: no token for the byte {number}")
     for token, i in rank.items():
-        if len(token) > LONGEST_TOKEN:
+        if len(token) > _LONGEST_TOKEN:
             raise ValueError(
-                f"{path}: a token must have at most {LONGEST_TOKEN} bytes, "
+                f"{path}: a token must have at most {_LONGEST_TOKEN} bytes, "
                 f"number {i} has {len(token)}"
             )
         if len(token) > 1 and not _joins(token, i, rank):
@@ -156,21 +144,8 @@ def _joins(token, i, rank):
     )
 
 
-# GPT-2's letters
-def _letters():
-    """The byte that each letter of vocab.json stands for.
-
-    Bytes that print stand for themselves, the others in order for the
-    letters from number 256.
-    """
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [x for x in range(256) if x not in plain]
-    letters = {chr(x): x for x in plain}
-    return letters | {chr(256 + i): x for i, x in enumerate(others)}
-
-
 # read a vocabulary
-LONGEST_VOCAB = 1 << 23  # bytes of a file; GPT-2's have one to four million
+_LONGEST_VOCAB = 1 << 23  # bytes of a file; GPT-2's have one to four million
 
 
 def read_vocab(path):
@@ -183,13 +158,13 @@ def read_vocab(path):
     Derived in chapter 4.6.
     """
     path = Path(path)
-    vocab, merges = read_json(path, LONGEST_VOCAB), path.parent / "merges.txt"
+    vocab, merges = read_json(path, _LONGEST_VOCAB), path.parent / "merges.txt"
     if set(map(repr, vocab.values())) != set(map(str, range(len(vocab)))):
         raise ValueError(f"{path}: must number its tokens 0, 1, 2, ...")
     if merges.is_file():
         return _merged(path, vocab, _read_merges(merges))
     tokens = sorted(vocab, key=vocab.get)
-    letters = _letters()
+    letters = byte_letters()
     return encoding_of(path, [_bytes_of(path, x, letters) for x in tokens])
 
 
@@ -203,7 +178,7 @@ def _bytes_of(path, token, letters):
 # read the merges
 def _read_merges(path):
     """The pairs of a merges.txt, in order."""
-    lines = read_small(path, LONGEST_VOCAB).decode("utf-8", "replace")
+    lines = read_small(path, _LONGEST_VOCAB).decode("utf-8", "replace")
     if what := what_is(path):
         raise ValueError(f"{path}: {what}")
     lines = lines.replace("\r\n", "\n").split("\n")
@@ -227,7 +202,7 @@ def _merged(path, vocab, merges, added=()):
     """
     from tiktoken import Encoding  # not before it is needed
 
-    letters = _letters()
+    letters = byte_letters()
     plain = _joined(path, {x: vocab.get(x) for x in letters}, vocab, merges)
     rest = {x: n for x, n in vocab.items() if x not in plain}
     for x in rest:
@@ -267,7 +242,7 @@ def _joined(path, plain, vocab, merges):
 
 
 # read a tokenizer.json
-PROBE = (
+_PROBE = (
     "It's 1,234.5 naïve  cafés:\n\n\tdef f(x):\r\n    return 'x'  # ok\n"
     "東京 ½ ① é \u00a0 \U0001f600 \x00\x7f I'LL we've don't__ \u2028end  "
 )
@@ -281,17 +256,10 @@ def read_tokenizer_json(path):
 
     Derived in chapter 4.6.
     """
+    tokenizers, path = package("tokenizers", "tokenizers", path), Path(path)
+    raw = read_small(path, _LONGEST_VOCAB)
     try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise ImportError(
-            f"{path} needs the package tokenizers: pip install "
-            "'llmnb[tokenizers]'"
-        ) from None
-    path = Path(path)
-    raw = read_small(path, LONGEST_VOCAB)
-    try:
-        theirs = Tokenizer.from_str(raw.decode("utf-8"))
+        theirs = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
     except Exception as error:  # the library has no class of its own for it
         what = what_is(path) or f"not a tokenizer ({error!s:.200})"
         raise ValueError(f"{path}: {what}") from None
@@ -306,8 +274,8 @@ def read_tokenizer_json(path):
     merges = [x.split(" ") if type(x) is str else x for x in model["merges"]]
     added = {x.content for x in theirs.get_added_tokens_decoder().values()}
     ours = _merged(path, theirs.get_vocab(), merges, added)
-    known = theirs.encode(PROBE, add_special_tokens=False).ids
-    if ours.encode_ordinary(PROBE) != known:
+    known = theirs.encode(_PROBE, add_special_tokens=False).ids
+    if ours.encode_ordinary(_PROBE) != known:
         raise ValueError(
             f"{path}: cuts or merges a text in another way than GPT-2's "
             "byte-level BPE, which is the only one known here"
@@ -317,10 +285,11 @@ def read_tokenizer_json(path):
 
 # find and open a tokenizer
 # names of tokenizers beside a model
-BESIDE = (
+TOKENIZER_FILES = (
     "tokenizer.tiktoken",
     "vocab.json",
     "tokenizer.json",
+    "tokenizer.model",
     "gpt2_tokenizer.bin",
 )
 
@@ -334,20 +303,29 @@ def tokenizer_of(path, vocab_size):
     Derived in chapter 4.6.
     """
     path = Path(path)
-    if found := _beside(path if path.is_dir() else path.parent):
+    if path.suffix == ".gguf":  # the tokenizer lies within
+        return str(path)
+    if found := tokenizer_beside(path if path.is_dir() else path.parent):
         return str(found)
-    llmc = find_model(path).suffix not in (".safetensors", ".json")
+    file = find_model(path)
+    if file.suffix == ".gguf":
+        return str(file)
+    llmc = file.suffix not in (".safetensors", ".json")
     if llmc and 50257 <= vocab_size <= 50304:
         return "gpt2"
     raise ValueError(
-        f"{path}: which tokenizer? None of {', '.join(BESIDE[:3])} lies "
+        f"{path}: which tokenizer? None of "
+        f"{', '.join(TOKENIZER_FILES[:3])} lies "
         "beside it: name it, as in --tokenizer gpt2"
     )
 
 
-def _beside(folder):
-    """The path of a folder's tokenizer, or None."""
-    paths = (folder / name for name in BESIDE)
+def tokenizer_beside(folder):
+    """The path of a folder's tokenizer, or None.
+
+    Derived in chapter 4.6.
+    """
+    paths = (folder / name for name in TOKENIZER_FILES)
     return next((path for path in paths if path.is_file()), None)
 
 
@@ -355,8 +333,10 @@ def open_encoding(name):
     """The tiktoken.Encoding that a name stands for.
 
     name: gpt2, byte, or the path of a rank file, a vocab.json, a
-    tokenizer.json, llm.c's .bin, or a folder that holds one. Raises
-    ValueError, OSError, or ImportError for a library that is missing.
+    tokenizer.json, a tokenizer.model, a .gguf, llm.c's .bin, or a folder that
+    holds one. One that is not of GPT-2's kind is an object with the same
+    methods, see llmnb.formats.foreign. Raises ValueError, OSError, or
+    ImportError for a library that is missing.
 
     Derived in chapter 4.6.
     """
@@ -368,11 +348,64 @@ def open_encoding(name):
         return tokenizer.gpt2()
     path = Path(name)
     if path.is_dir():
-        path, folder = _beside(path), path
+        path, folder = tokenizer_beside(path), path
         if path is None:
-            known = ", ".join(BESIDE)
+            known = ", ".join(TOKENIZER_FILES)
             raise FileNotFoundError(f"{folder}: holds none of {known}")
+    if path.name.endswith("tokenizer.json"):
+        return _open_json(path)
+    if path.suffix in (".model", ".gguf"):
+        from llmnb.formats.foreign import open_foreign  # Part 5
+
+        return open_foreign(path)
     if path.suffix == ".json":
-        whole = path.name.endswith("tokenizer.json")
-        return (read_tokenizer_json if whole else read_vocab)(path)
+        return read_vocab(path)
     return (read_encoding if path.suffix == ".bin" else tokenizer.load)(path)
+
+
+def _open_json(path):
+    """The tokenizer of a tokenizer.json: of GPT-2's kind, or another."""
+    from llmnb.formats.foreign import open_foreign  # Part 5
+
+    ours = None
+    with suppress(ValueError):
+        ours = read_tokenizer_json(path)
+    if ours and ours.special_tokens_set == {EOT}:
+        return ours
+    try:  # a text may end with another special token
+        return open_foreign(path)
+    except ValueError:
+        if ours is None:
+            raise
+        return ours
+
+
+# a tokenizer kept in a folder
+# names that a kept tokenizer may have
+KEPT = {
+    "tokenizer.tiktoken", "tokenizer.json", "tokenizer_config.json",
+    "tokenizer.model",
+}  # fmt: skip
+
+
+def keep_encoding(encoding, folder):
+    """Write a tokenizer into a folder, where open_encoding finds it.
+
+    encoding: as open_encoding gives it, or a tiktoken.Encoding whose one
+    special token is `<|endoftext|>`. One that was kept there before is
+    removed. Raises ValueError when the folder holds another's vocab.json.
+
+    Derived in chapter 4.6.
+    """
+    from llmnb.text import tokenizer
+
+    folder, files = Path(folder), getattr(encoding, "files", {})
+    if not files:
+        tokenizer.save(encoding, folder / TOKENIZER_FILES[0])
+    for name, raw in files.items():
+        write_whole(folder / name, raw)
+    for name in KEPT - {*(files or TOKENIZER_FILES[:1])}:
+        (folder / name).unlink(missing_ok=True)
+    found = tokenizer_beside(folder)
+    if files and found.name not in files:
+        raise ValueError(f"{found}: is of another tokenizer than {folder}'s")

@@ -2,9 +2,7 @@
 
 """Launches recorded once and replayed as one."""
 
-__all__ = [
-    "Graph",
-]
+__all__ = ["Graph"]
 
 
 # imports of the graph

@@ -3,24 +3,10 @@
 """One way to launch a kernel, on a GPU or in the simulator."""
 
 __all__ = [
-    "ALIGN",
-    "DEVICE",
-    "DeviceArray",
-    "Kernel",
-    "address",
-    "aligned",
-    "check_device",
-    "device",
-    "device_kind",
-    "empty",
-    "kernel",
-    "missing",
-    "overlap",
-    "simulated",
-    "stream",
-    "stream_address",
-    "to_device",
-    "to_host",
+    "ALIGN", "DEVICE", "DeviceArray", "Kernel", "address", "aligned",
+    "check_device", "device", "device_kind", "empty", "given_work", "kernel",
+    "missing", "overlap", "simulated", "stream", "stream_address",
+    "to_device", "to_host",
 ]
 
 
@@ -34,14 +20,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from llmnb.checks import FLOATS, INTS, check_fit
-from llmnb.gpu.simulator import (
-    cuda,
-    load4,
-    placed,
-    record,
-    simulate,
-    store4,
-)
+from llmnb.gpu.simulator import cuda, load4, placed, record, simulate, store4
 from llmnb.shapes import Memory
 
 
@@ -164,6 +143,23 @@ def empty(shape, dtype=np.float32, like=None):
     from numba import cuda as real
 
     return real.device_array(shape, dtype)
+
+
+def given_work(name, work, floats, like):
+    """A layer's scratch memory: `work` if it is given, or a new array.
+
+    floats: how many it must hold at least. like: as for `empty`. Raises
+    ValueError, which begins with the layer's name, where it holds fewer.
+
+    Derived in chapter A.6.
+    """
+    if work is None:
+        return empty(floats, like=like)
+    if work.size < floats:
+        raise ValueError(
+            f"{name}: work must hold {floats} floats, got {work.size}"
+        )
+    return work
 
 
 # check an array

@@ -2,12 +2,7 @@
 
 """What the compiler makes of a kernel, without a GPU."""
 
-__all__ = [
-    "Compiled",
-    "assemble",
-    "compile_kernel",
-    "no_compiler",
-]
+__all__ = ["Compiled", "assemble", "compile_kernel", "no_compiler"]
 
 
 # imports of the compiler

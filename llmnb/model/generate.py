@@ -1,16 +1,10 @@
-# Written by `make export` from notebooks/1_by_hand/18_writing.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/19_writing.py: edit that file.
 
 """Text from a model: temperature, top-k, top-p, and the loop."""
 
 __all__ = [
-    "check_sampling",
-    "decoded",
-    "distribution",
-    "draw",
-    "generate",
-    "generate_samples",
-    "window_logits",
-    "window_start",
+    "check_sampling", "decoded", "distribution", "draw", "generate",
+    "generate_samples", "window_logits", "window_start",
 ]
 
 
@@ -31,7 +25,7 @@ def draw(probs, u):
     probs: (V,), not negative, with a positive sum. A token of probability 0
     is never returned.
 
-    Derived in chapter 1.18.
+    Derived in chapter 1.19.
     """
     borders = np.cumsum(probs, dtype=np.float64)
     token = int(np.searchsorted(borders, u * borders[-1], side="right"))
@@ -45,7 +39,7 @@ def check_sampling(temperature, top_k, top_p):
     temperature: at least 0. top_k: None or a whole number of at least 1.
     top_p: None or a number above 0 and at most 1.
 
-    Derived in chapter 1.18.
+    Derived in chapter 1.19.
     """
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be at least 0, got {temperature}")
@@ -90,7 +84,7 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=None):
     tokens, and top_p the fewest of those whose sum reaches p. Raises
     ValueError for settings out of range and when a logit is not a number.
 
-    Derived in chapter 1.18.
+    Derived in chapter 1.19.
     """
     check_sampling(temperature, top_k, top_p)
     z = np.asarray(logits, np.float64)
@@ -120,7 +114,7 @@ def window_start(length, T):
 
     0 as long as all fit; then it moves on by half a window at a time.
 
-    Derived in chapter 1.18.
+    Derived in chapter 1.19.
     """
     half = (T + 1) // 2
     return max(0, -(-(length - T) // half) * half)
@@ -133,7 +127,7 @@ def window_logits(model, texts):
     model: a GPT2. texts: lists of tokens of one length, 1 to model.seq_len.
     Everything is computed anew, for batch_size texts at a time.
 
-    Derived in chapter 1.18.
+    Derived in chapter 1.19.
     """
     found = []
     for i in range(0, len(texts), model.batch_size):
@@ -155,6 +149,7 @@ def generate_samples(
     temperature=1.0,
     top_k=None,
     top_p=None,
+    *,
     seed=42,
     stop=None,
 ):
@@ -169,7 +164,7 @@ def generate_samples(
     ended. Raises ValueError for a value out of range, before anything is
     computed.
 
-    Derived in chapter 1.18.
+    Derived in chapter 1.19.
     """
     check_sampling(temperature, top_k, top_p)
     if not len(tokens):
@@ -202,10 +197,12 @@ def generate(
     It ends before `stop`. The arguments are those of `generate_samples`,
     and so is what it raises. A GPT2's batch size of 1 wastes nothing.
 
-    Derived in chapter 1.18.
+    Derived in chapter 1.19.
     """
-    settings = temperature, top_k, top_p, seed, stop
-    steps = generate_samples(model, tokens, count, 1, *settings)
+    steps = generate_samples(
+        model, tokens, count, 1, temperature, top_k, top_p,
+        seed=seed, stop=stop,
+    )  # fmt: skip
     return (step[0] for step in steps)
 
 
@@ -237,7 +234,7 @@ def decoded(encoding, tokens):
     encoding: a tiktoken.Encoding. Bytes that form no character become the
     replacement character, at the latest at the end.
 
-    Derived in chapter 1.18.
+    Derived in chapter 1.19.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:

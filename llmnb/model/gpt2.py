@@ -1,10 +1,8 @@
-# Written by `make export` from notebooks/1_by_hand/16_model.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/17_model.py: edit that file.
 
 """GPT-2 with its gradients and its optimiser."""
 
-__all__ = [
-    "GPT2",
-]
+__all__ = ["GPT2"]
 
 
 # imports of the model
@@ -24,11 +22,148 @@ from llmnb.reference.adamw import ADAMW_LIMITS, AdamW
 from llmnb.shapes import shapes
 
 
-# choose
+# the passes
 # what a forward pass alone never writes, so that it takes no memory
 _OF_TRAINING = {"grads", "m", "v", "dacts"}
 
 
+class _Passes:
+    """Which layer runs when, on which arrays; machine: a Backend."""
+
+    def __init__(self, cfg, batch_size, seq_len, machine):
+        self.cfg, self.batch_size, self.seq_len = cfg, batch_size, seq_len
+        self._machine, self._ends = machine, block_of(cfg)
+        self._allocate(gpt2_layout(cfg, batch_size, seq_len, machine.dtype))
+        self.ops, self._how = machine.ops, machine.how
+        self.params, self.grads = self.memory["params"], self.memory["grads"]
+        self._acts = self.memory["acts"] | self.memory["logits"]
+        self._dacts = self.memory["dacts"] | self.memory["block"]
+        self._batch = self.memory["batch"] | {"V": cfg.vocab_size}
+        self._tables = self._filled_tables()
+        self._layers = [self._layer(i) for i in range(cfg.num_layers)]
+        self._blocks = [block_of(cfg, i) for i in range(cfg.num_layers)]
+
+    def _allocate(self, layout):
+        """The arena, with what the backend wants besides the tensors."""
+        layout |= self._machine.groups(self.cfg, self.batch_size, self.seq_len)
+        sizes = footprint(layout)
+        needed = sum(sizes[x] for x in layout if x not in _OF_TRAINING)
+        self.memory = self._machine.allocate(layout, needed)
+
+    def _filled_tables(self):
+        """What parts look up, written once; GPT-2 has no such tables."""
+        tables, places = self._ends.tables(self.cfg, self.seq_len), {}
+        for name, values in tables.items():
+            places[name] = self.memory["tables"][name]
+            put(places[name], values)
+        return places
+
+    def _layer(self, i):
+        """Views of block i: its weights, activations, weights' gradients."""
+        stacked = [x.name for x in tensor_table(self.cfg) if x.stacked]
+        acts, turns = self.memory["acts"], self.memory["block"]
+        own = block_activations(self.cfg, self.batch_size, self.seq_len)
+        return (
+            {n: self.params[n][i] for n in stacked},
+            {n: acts[n][i] for n in own} | turns | self._tables,
+            {n: self.grads[n][i] for n in stacked},
+        )
+
+    def _forward(self):
+        a, p, ends = self._acts, self.params, self._ends
+        x = a["encoded"]
+        ends.encoder.forward(self.ops, x, self._batch["tokens"], p)
+        for block, (w, acts, _) in zip(
+            self._blocks, self._layers, strict=True
+        ):
+            out = acts["residual3"]
+            block_forward(block, self.ops, out, x, w, acts, **self._how)
+            x = out
+        ends.norm.forward(self.ops, "lnf", a["lnf"], x, p, a)
+        ends.head.forward(self.ops, a["logits"], a["lnf"], p, self._how)
+
+    def _classify(self):
+        """From the logits to each token's loss."""
+        a, targets = self._acts, self._batch["targets"]
+        arrays = a["losses"], a["lse"], a["logits"], targets
+        self.ops.crossentropy_softmax_forward(*arrays, self.cfg.vocab_size)
+
+    def _head_backward(self, add, share):
+        """From the losses back to the end of the residual stream."""
+        a, p, g, d = self._acts, self.params, self.grads, self._dacts
+        dln, dstream, ends = d["dln"], d["dstream"], self._ends
+        self._machine.fill(a["dlosses"], share / a["dlosses"].size)
+        how = add, self._how
+        ends.head.backward(self.ops, dln, a, self._batch, p, g, *how)
+        self._machine.fill(dstream, 0)
+        x = self._layers[-1][1]["residual3"]
+        ends.norm.backward(self.ops, "lnf", dstream, dln, x, p, a, g)
+
+    def _backward(self, add=False, share=1.0):
+        if not add:
+            for x in tensor_table(self.cfg):
+                if x.added:
+                    self._machine.fill(self.grads[x.name], 0)
+        self._head_backward(add, share)
+        g, d, tokens = self.grads, self._dacts, self._batch["tokens"]
+        for i in reversed(range(self.cfg.num_layers)):
+            w, acts, dw = self._layers[i]
+            x = self._layers[i - 1][1]["residual3"]
+            x = x if i else self._acts["encoded"]
+            arrays = x, w, acts, dw, d
+            how = {"add": add} | self._how
+            block_backward(self._blocks[i], self.ops, *arrays, **how)
+        self._ends.encoder.backward(self.ops, d["dstream"], tokens, g)
+
+
+# the update
+class _Updates(_Passes):
+    """What AdamW does with the gradients, and a whole step."""
+
+    def _tune(
+        self, learning_rate=1e-4, beta1=0.9, beta2=0.999, eps=1e-8,
+        weight_decay=0.01, step=1, decay=None,
+    ):  # fmt: skip
+        """Check AdamW's numbers, and keep them where _apply reads them."""
+        for name in decay or ():
+            choose("GPT2: a name in decay", name, self.params)
+        numbers = learning_rate, beta1, beta2, eps
+        rows = [AdamW(*numbers, rate, step) for rate in (weight_decay, 0.0)]
+        self._settings = self._machine.settings(self.memory, rows)
+
+    def _apply(self, decay):
+        """AdamW on all parameters: those in decay, or all, decay."""
+        update = getattr(self.ops, self._machine.update)
+        flat = [self.memory.flat(g) for g in ("params", "grads", "m", "v")]
+        for start, stop, decays in self._ranges(decay):
+            row = self._settings[not decays]
+            update(*[x[start:stop] for x in flat], row)
+
+    def _ranges(self, decay):
+        """Ranges of the flat parameters that decay, or do not; in order.
+
+        Neighbours in memory that are alike are one range: of the tensors
+        that usually decay, which lie first, and of the others, there are two.
+        """
+        ranges, stop = [], 0
+        for name, x in self.params.items():
+            start, stop = stop, stop + x.size
+            decays = decay is None or name in decay
+            if ranges and ranges[-1][2] == decays:
+                start = ranges.pop()[0]
+            ranges.append((start, stop, decays))
+        return ranges
+
+    def _whole_step(self, max_norm, decay):
+        """All of a step; nothing here waits for a GPU."""
+        self._forward()
+        self._classify()
+        self._backward()
+        self._machine.clip(self.ops, self.memory.flat("grads"), max_norm)
+        self._apply(decay)
+
+
+# a shape
 def _check_shape(cfg, batch_size, seq_len):
     for name, n in (("batch_size", batch_size), ("seq_len", seq_len)):
         if not isinstance(n, int) or n < 1:
@@ -43,7 +178,7 @@ def _check_shape(cfg, batch_size, seq_len):
 
 
 # the model
-class GPT2:
+class GPT2(_Updates):
     """GPT-2 with its gradients and its optimiser, in one block of memory.
 
     cfg: a GPT2Config. batch_size (B) and seq_len (T): the shape of every
@@ -61,7 +196,7 @@ class GPT2:
     llmnb.arena.put overwrites one. Where there is no GPU a warning says so,
     and the kernels are simulated.
 
-    Derived in chapter 1.16.
+    Derived in chapter 1.17.
     """
 
     def __init__(
@@ -76,31 +211,12 @@ class GPT2:
         choose("GPT2: precision", precision, PRECISIONS)
         choose("GPT2: backend", backend, BACKENDS)
         _check_shape(cfg, batch_size, seq_len)
-        self.cfg, self.batch_size, self.seq_len = cfg, batch_size, seq_len
-        self.backend, self._machine = (
-            backend,
-            backend_named(backend, precision),
-        )
-        self.precision, self._block = self._machine.precision, block_of(cfg)
-        self._allocate(
-            gpt2_layout(cfg, batch_size, seq_len, self._machine.dtype)
-        )
-        self.ops, self._how = self._machine.ops, self._machine.how
-        self.params, self.grads = self.memory["params"], self.memory["grads"]
-        self._acts = self.memory["acts"] | self.memory["logits"]
-        self._dacts = self.memory["dacts"] | self.memory["block"]
-        self._batch = self.memory["batch"]
-        self._layers = [self._layer(i) for i in range(cfg.num_layers)]
+        machine = backend_named(backend, precision)
+        super().__init__(cfg, batch_size, seq_len, machine)
+        self.backend, self.precision = backend, machine.precision
         self._state, self._has_gradients = "new", False
         if seed is not None:
             self._fill_params(partial(init_params, cfg=cfg, seed=seed))
-
-    def _allocate(self, layout):
-        """The arena, with what the backend wants besides the tensors."""
-        layout |= self._machine.groups(self.cfg, self.batch_size, self.seq_len)
-        sizes = footprint(layout)
-        needed = sum(sizes[x] for x in layout if x not in _OF_TRAINING)
-        self.memory = self._machine.allocate(layout, needed)
 
     def _fill_params(self, function):
         """Let a function write the parameters, wherever they are."""
@@ -169,15 +285,6 @@ class GPT2:
         for name, array in batch.items():
             put(self._batch[name], array)
 
-    def _classify(self):
-        """From the logits to each token's loss."""
-        a, targets = self._acts, self._batch["targets"]
-        arrays = a["losses"], a["lse"], a["logits"], targets
-        self.ops.crossentropy_softmax_forward(*arrays, self.cfg.vocab_size)
-
-    def _loss(self):
-        return float(np.asarray(self._acts["losses"]).mean(dtype=np.float64))
-
     def _checked(self, name, tokens):
         """A batch of tokens as an array, if it can be one."""
         tokens = np.asarray(tokens)
@@ -190,20 +297,8 @@ class GPT2:
         check_tokens(f"GPT2.forward: {name}", tokens, self.cfg.vocab_size)
         return tokens
 
-    def _forward(self):
-        a, p, blocks = self._acts, self.params, self._block
-        self.ops.encoder_forward(
-            a["encoded"], self._batch["tokens"], p["wte"], p["wpe"]
-        )
-        x = a["encoded"]
-        for w, acts, _ in self._layers:
-            out = acts["residual3"]
-            block_forward(blocks, self.ops, out, x, w, acts, **self._how)
-            x = out
-        blocks.norm.forward(self.ops, "lnf", a["lnf"], x, p, a)
-        self.ops.matmul_forward(
-            a["logits"], a["lnf"], p["wte"], None, **self._how
-        )
+    def _loss(self):
+        return float(np.asarray(self._acts["losses"]).mean(dtype=np.float64))
 
     def backward(self, add=False, share=1.0):
         """Write the gradients of the last loss into `grads`.
@@ -219,39 +314,6 @@ class GPT2:
             )
         self._state, self._has_gradients = "backward", True
         self._backward(add, share)
-
-    def _backward(self, add=False, share=1.0):
-        if not add:
-            for x in tensor_table(self.cfg):
-                if x.added:
-                    self._machine.fill(self.grads[x.name], 0)
-        self._head_backward(add, share)
-        g, d, tokens = self.grads, self._dacts, self._batch["tokens"]
-        for i in reversed(range(self.cfg.num_layers)):
-            w, acts, dw = self._layers[i]
-            x = self._layers[i - 1][1]["residual3"]
-            x = x if i else self._acts["encoded"]
-            arrays = x, w, acts, dw, d
-            block_backward(self._block, self.ops, *arrays, add, **self._how)
-        self.ops.encoder_backward(g["wte"], g["wpe"], d["dstream"], tokens)
-
-    def _head_backward(self, add, share):
-        """From the losses back to the end of the residual stream."""
-        a, p, g, d = self._acts, self.params, self.grads, self._dacts
-        dlogits = a["logits"]  # takes the place of the logits
-        dln, dstream = d["dln"], d["dstream"]
-        self._machine.fill(a["dlosses"], share / a["dlosses"].size)
-        self.ops.crossentropy_softmax_backward(
-            dlogits, a["dlosses"], a["logits"], a["lse"],
-            self._batch["targets"], self.cfg.vocab_size,
-        )  # fmt: skip
-        how = {"add_dinp": False, "add_dweight": add} | self._how
-        self.ops.matmul_backward(
-            dln, g["wte"], None, dlogits, a["lnf"], p["wte"], **how
-        )
-        self._machine.fill(dstream, 0)
-        x = self._layers[-1][1]["residual3"]
-        self._block.norm.backward(self.ops, "lnf", dstream, dln, x, p, a, g)
 
     @property
     def logits(self):
@@ -307,40 +369,6 @@ class GPT2:
         self._check_gradients("update")
         self._apply(decay)
 
-    def _tune(
-        self, learning_rate=1e-4, beta1=0.9, beta2=0.999, eps=1e-8,
-        weight_decay=0.01, step=1, decay=None,
-    ):  # fmt: skip
-        """Check AdamW's numbers, and keep them where _apply reads them."""
-        for name in decay or ():
-            choose("GPT2: a name in decay", name, self.params)
-        numbers = learning_rate, beta1, beta2, eps
-        rows = [AdamW(*numbers, rate, step) for rate in (weight_decay, 0.0)]
-        self._settings = self._machine.settings(self.memory, rows)
-
-    def _apply(self, decay):
-        """AdamW on all parameters: those in decay, or all, decay."""
-        update = getattr(self.ops, self._machine.update)
-        flat = [self.memory.flat(g) for g in ("params", "grads", "m", "v")]
-        for start, stop, decays in self._ranges(decay):
-            row = self._settings[not decays]
-            update(*[x[start:stop] for x in flat], row)
-
-    def _ranges(self, decay):
-        """Ranges of the flat parameters that decay, or do not; in order.
-
-        Neighbours in memory that are alike are one range: of the tensors
-        that usually decay, which lie first, and of the others, there are two.
-        """
-        ranges, stop = [], 0
-        for name, x in self.params.items():
-            start, stop = stop, stop + x.size
-            decays = decay is None or name in decay
-            if ranges and ranges[-1][2] == decays:
-                start = ranges.pop()[0]
-            ranges.append((start, stop, decays))
-        return ranges
-
     @shapes("-, -, -, above 0", **ADAMW_LIMITS)
     def step(self, tokens, targets, max_norm=math.inf, **settings):
         """Train once; returns the loss and the norm of the gradients.
@@ -357,22 +385,3 @@ class GPT2:
         whole = partial(self._whole_step, max_norm, decay)
         self._machine.run((max_norm, decay), whole, self.params)
         return self._loss(), self._machine.norm()
-
-    def _whole_step(self, max_norm, decay):
-        """All of a step; nothing here waits for a GPU."""
-        self._forward()
-        self._classify()
-        self._backward()
-        self._machine.clip(self.ops, self.memory.flat("grads"), max_norm)
-        self._apply(decay)
-
-    def _layer(self, i):
-        """Views of block i: its weights, activations, weights' gradients."""
-        stacked = [x.name for x in tensor_table(self.cfg) if x.stacked]
-        acts, turns = self.memory["acts"], self.memory["block"]
-        own = block_activations(self.cfg, self.batch_size, self.seq_len)
-        return (
-            {n: self.params[n][i] for n in stacked},
-            {n: acts[n][i] for n in own} | turns,
-            {n: self.grads[n][i] for n in stacked},
-        )

@@ -2,9 +2,7 @@
 
 """The first weights, of a size that depth does not spoil."""
 
-__all__ = [
-    "init_params",
-]
+__all__ = ["init_params"]
 
 
 # imports

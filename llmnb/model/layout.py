@@ -3,12 +3,8 @@
 """The groups of tensors in which a GPT-2 trains."""
 
 __all__ = [
-    "activation_shapes",
-    "block_activations",
-    "block_shapes",
-    "gpt2_layout",
-    "gradient_shapes",
-    "parameter_layout",
+    "activation_shapes", "block_activations", "block_shapes", "gpt2_layout",
+    "gradient_shapes", "parameter_layout",
 ]
 
 
@@ -28,7 +24,7 @@ def block_activations(cfg, batch_size, seq_len):
     Derived in chapter 1.14.
     """
     B, T = batch_size, seq_len
-    norm, attention, feedforward = block_of(cfg)
+    norm, attention, feedforward, *_ = block_of(cfg)
     stream = dict.fromkeys(("residual2", "residual3"), (B, T, cfg.channels))
     kept = stream | attention.keeps(cfg, B, T) | feedforward.keeps(cfg, B, T)
     for name in ("ln1", "ln2"):
@@ -52,7 +48,12 @@ def activation_shapes(cfg, batch_size, seq_len):
     shapes |= {name: (cfg.num_layers, *own[name]) for name in own}
     shapes |= block_of(cfg).norm.keeps(cfg, B, T, "lnf")
     shapes |= dict.fromkeys(("lse", "losses", "dlosses"), (B, T))
-    return dict(sorted(shapes.items(), key=lambda x: x[1][-2:][:1] != (T,)))
+
+    def narrow(named):
+        rows, width = named[1][-2:]
+        return rows != T or width % C != 0
+
+    return dict(sorted(shapes.items(), key=narrow))
 
 
 # gradients of activations
@@ -76,7 +77,7 @@ def block_shapes(cfg, batch_size, seq_len):
     Derived in chapter 1.14.
     """
     B, T = batch_size, seq_len
-    _, attention, feedforward = block_of(cfg)
+    _, attention, feedforward, *_ = block_of(cfg)
     turns = attention.turns(cfg, B, T) | feedforward.turns(cfg, B, T)
     return {"ln": (B, T, cfg.channels)} | turns
 
@@ -97,13 +98,17 @@ def gpt2_layout(cfg, batch_size, seq_len, dtype=np.float32):
     Four of the groups, params, grads, m and v, have the parameters' shapes;
     acts and dacts hold activations and their gradients, batch the tokens
     and targets (int32). block, what the blocks take turns with, lies over
-    the logits. A backend may add scratch memory of its own.
+    the logits. A backend may add scratch memory of its own; tables holds
+    what the parts of a block look up, if they do.
 
     Derived in chapter 1.14.
     """
     B, T = batch_size, seq_len
     shapes = parameter_layout(cfg)
     groups = dict.fromkeys(("params", "grads", "m", "v"), (dtype, shapes))
+    tables = block_of(cfg).tables(cfg, T)
+    if tables:
+        groups["tables"] = dtype, {n: x.shape for n, x in tables.items()}
     return groups | {
         "acts": (dtype, activation_shapes(cfg, B, T)),
         "dacts": (dtype, gradient_shapes(cfg, B, T)),

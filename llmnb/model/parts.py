@@ -3,18 +3,9 @@
 """The parts of a block: what each wants, keeps and computes."""
 
 __all__ = [
-    "ATTENTION",
-    "Block",
-    "FEEDFORWARDS",
-    "GELU",
-    "LAYERNORM",
-    "NORMS",
-    "Part",
-    "STD",
-    "Tensor",
-    "block_backward",
-    "block_forward",
-    "block_of",
+    "ATTENTION", "Block", "ENCODER", "End", "FEEDFORWARDS", "GELU", "HEAD",
+    "LAYERNORM", "NORMS", "Part", "STD", "Tensor", "block_backward",
+    "block_forward", "block_of",
 ]
 
 
@@ -34,7 +25,8 @@ class Tensor(NamedTuple):
     decay applies. added: whether backward functions add to its gradient;
     the others overwrite it. std: of its first values, 0 where all of them
     are `start`. used: how many of its rows are, None for all; the others
-    are padding, and 0.
+    are padding, and 0. pieces: where published files cut it into several,
+    their names and numbers of rows.
 
     Derived in chapter 1.13.
     """
@@ -49,6 +41,7 @@ class Tensor(NamedTuple):
     std: float = 0.0
     start: float = 0.0
     used: int | None = None
+    pieces: tuple = ()
 
 
 class Part(NamedTuple):
@@ -214,13 +207,54 @@ GELU = Part(
 )
 
 
+# the ends
+class End(NamedTuple):
+    """What stands before all blocks, or after them.
+
+    Derived in chapter 1.13.
+    """
+
+    forward: Callable
+    backward: Callable
+
+
+def _encoder_forward(ops, out, tokens, w):
+    ops.encoder_forward(out, tokens, w["wte"], w["wpe"])
+
+
+def _encoder_backward(ops, dout, tokens, dw):
+    ops.encoder_backward(dw["wte"], dw["wpe"], dout, tokens)
+
+
+def _head_forward(ops, out, inp, w, how):
+    ops.matmul_forward(out, inp, w["wte"], None, **how)
+
+
+def _head_backward(ops, dinp, a, batch, w, dw, add, how):
+    dlogits, V = a["logits"], batch["V"]
+    ops.crossentropy_softmax_backward(
+        dlogits, a["dlosses"], a["logits"], a["lse"], batch["targets"], V
+    )
+    options = {"add_dinp": False, "add_dweight": add} | how
+    ops.matmul_backward(
+        dinp, dw["wte"], None, dlogits, a["lnf"], w["wte"], **options
+    )
+
+
+ENCODER = End(_encoder_forward, _encoder_backward)
+HEAD = End(_head_forward, _head_backward)
+
+
 # the kinds there are
 NORMS = {"layernorm": LAYERNORM}
 FEEDFORWARDS = {"gelu": GELU}
 
 
 class Block(NamedTuple):
-    """The parts of a model's blocks.
+    """The parts of a model's blocks, and its ends.
+
+    tables(cfg, T): by name arrays that attention reads besides; GPT-2's
+    needs none.
 
     Derived in chapter 1.13.
     """
@@ -228,13 +262,18 @@ class Block(NamedTuple):
     norm: Part
     attention: Part
     feedforward: Part
+    encoder: End = ENCODER
+    head: End = HEAD
+    tables: Callable = lambda cfg, T: {}
 
 
-def block_of(cfg):
-    """The parts that a configuration names.
+def block_of(cfg, i=0):
+    """The parts that a configuration names, for its block i.
 
     Derived in chapter 1.13.
     """
+    if hasattr(cfg, "block"):  # of another family, which brings its own
+        return cfg.block(i)
     return Block(NORMS[cfg.norm], ATTENTION, FEEDFORWARDS[cfg.feedforward])
 
 
@@ -249,7 +288,7 @@ def block_forward(parts, ops, out, inp, w, a, **how):
 
     Derived in chapter 1.13.
     """
-    norm, attention, feedforward = parts
+    norm, attention, feedforward = parts[:3]
     x, ln = a["residual2"], a["ln"]
     norm.forward(ops, "ln1", ln, inp, w, a)
     attention.forward(ops, x, ln, inp, w, a, how)
@@ -271,7 +310,7 @@ def block_backward(parts, ops, inp, w, a, dw, d, add=False, **how):
 
     Derived in chapter 1.13.
     """
-    norm, attention, feedforward = parts
+    norm, attention, feedforward = parts[:3]
     x, ln, dln, dstream = a["residual2"], a["ln"], d["dln"], d["dstream"]
     norm.forward(ops, "ln2", ln, x, w, a)
     feedforward.backward(ops, dln, dstream, ln, w, a, dw, d, add, how)

@@ -3,10 +3,7 @@
 """Random numbers, bit for bit and draw for draw PyTorch's."""
 
 __all__ = [
-    "Generator",
-    "MersenneTwister",
-    "ScalarNormals",
-    "box_muller",
+    "Generator", "MersenneTwister", "ScalarNormals", "box_muller",
     "seed_state",
 ]
 

@@ -3,12 +3,8 @@
 """Every parameter tensor of a model: one table, one truth."""
 
 __all__ = [
-    "decaying",
-    "flops_per_token",
-    "full_shape",
-    "parameter_count",
-    "parameter_shapes",
-    "tensor_table",
+    "decaying", "flops_per_token", "full_shape", "parameter_count",
+    "parameter_shapes", "tensor_table",
 ]
 
 
@@ -24,8 +20,10 @@ def tensor_table(cfg):
 
     Derived in chapter 1.13.
     """
+    if hasattr(cfg, "tensors"):  # of another family
+        return cfg.tensors()
     C, Vp = cfg.channels, cfg.padded_vocab_size
-    norm, attention, feedforward = block_of(cfg)
+    norm, attention, feedforward, *_ = block_of(cfg)
     tables = {"stacked": False, "decays": True, "std": STD}
     return [
         Tensor("wte", (Vp, C), "wte.weight", used=cfg.vocab_size, **tables),
@@ -89,5 +87,8 @@ def flops_per_token(cfg, seq_len):
 
     Derived in chapter 1.13.
     """
-    attention = 6 * cfg.num_layers * cfg.channels * seq_len
-    return 6 * parameter_count(cfg, padded=False) + attention
+    weights = parameter_count(cfg, padded=False)
+    if not getattr(cfg, "tied", True):  # reading a table multiplies nothing
+        weights -= cfg.vocab_size * cfg.channels
+    width = cfg.num_heads * cfg.head_size
+    return 6 * weights + 6 * cfg.num_layers * width * seq_len

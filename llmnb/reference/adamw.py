@@ -3,11 +3,7 @@
 """AdamW and the clipping of gradients in NumPy."""
 
 __all__ = [
-    "ADAMW_LIMITS",
-    "AdamW",
-    "Factors",
-    "adamw_update",
-    "clip_gradients",
+    "ADAMW_LIMITS", "AdamW", "Factors", "adamw_update", "clip_gradients",
     "global_norm",
 ]
 

@@ -3,13 +3,8 @@
 """Causal attention in NumPy, forward and backward."""
 
 __all__ = [
-    "Heads",
-    "attention_backward",
-    "attention_forward",
-    "count_heads",
-    "masked_scores",
-    "split_heads",
-    "split_qkv",
+    "Heads", "attention_backward", "attention_forward", "count_heads",
+    "masked_scores", "split_heads", "split_qkv",
 ]
 
 
@@ -111,10 +106,10 @@ def attention_forward(out, lse, inp):
     q, k, v = split_qkv(inp, heads)
     scores = masked_scores(q, k)
     top = scores.max(axis=-1)
-    L = top + np.log(np.exp(scores - top[..., None]).sum(axis=-1))
-    att = np.exp(scores - L[..., None])
+    total = top + np.log(np.exp(scores - top[..., None]).sum(axis=-1))
+    att = np.exp(scores - total[..., None])
     split_heads(out, heads.NKV, heads.hs)[...] = att @ v
-    lse[...] = L.reshape(lse.shape)
+    lse[...] = total.reshape(lse.shape)
 
 
 # attention, backward
@@ -134,8 +129,7 @@ def attention_backward(dinp, dout, inp, out, lse, add=True):
     q, k, v = split_qkv(inp, heads)
     dq, dk, dv = split_qkv(dinp, heads)
     o, do = (split_heads(x, heads.NKV, heads.hs) for x in (out, dout))
-    L = lse.reshape(*q.shape[:-1], 1)
-    att = np.exp(masked_scores(q, k) - L)
+    att = np.exp(masked_scores(q, k) - lse.reshape(*q.shape[:-1], 1))
     dv += (att.swapaxes(-1, -2) @ do).sum(axis=2, keepdims=True)
     datt = do @ v.swapaxes(-1, -2)
     D = (do * o).sum(axis=-1, keepdims=True)

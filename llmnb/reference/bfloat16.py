@@ -2,10 +2,7 @@
 
 """Rounding to bfloat16 and back, in NumPy."""
 
-__all__ = [
-    "from_bfloat16",
-    "to_bfloat16",
-]
+__all__ = ["from_bfloat16", "to_bfloat16"]
 
 
 # imports of the rounding

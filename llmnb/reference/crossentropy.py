@@ -2,10 +2,7 @@
 
 """Softmax and cross-entropy in one, in NumPy, forward and backward."""
 
-__all__ = [
-    "crossentropy_softmax_backward",
-    "crossentropy_softmax_forward",
-]
+__all__ = ["crossentropy_softmax_backward", "crossentropy_softmax_forward"]
 
 
 # imports

@@ -2,10 +2,7 @@
 
 """The encoder in NumPy: token and position vectors, and their gradients."""
 
-__all__ = [
-    "encoder_backward",
-    "encoder_forward",
-]
+__all__ = ["encoder_backward", "encoder_forward"]
 
 
 # imports of the reference

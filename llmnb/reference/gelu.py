@@ -2,10 +2,7 @@
 
 """GELU in NumPy, forward and backward."""
 
-__all__ = [
-    "gelu_backward",
-    "gelu_forward",
-]
+__all__ = ["gelu_backward", "gelu_forward"]
 
 
 # imports
@@ -29,8 +26,8 @@ def gelu_forward(out, inp):
 
     Derived in chapter 1.9.
     """
-    u = ROOT * (inp + CUBIC * inp**3)
-    out[...] = 0.5 * inp * (1 + np.tanh(u))
+    xi = ROOT * (inp + CUBIC * inp**3)
+    out[...] = 0.5 * inp * (1 + np.tanh(xi))
 
 
 # GELU, backward
@@ -44,7 +41,7 @@ def gelu_backward(dinp, dout, inp, add=True):
 
     Derived in chapter 1.9.
     """
-    t = np.tanh(ROOT * (inp + CUBIC * inp**3))
-    du = ROOT * (1 + 3 * CUBIC * inp**2)
-    grad = dout * 0.5 * (1 + t + inp * (1 - t**2) * du)
+    tanh = np.tanh(ROOT * (inp + CUBIC * inp**3))
+    dxi = ROOT * (1 + 3 * CUBIC * inp**2)
+    grad = dout * 0.5 * (1 + tanh + inp * (1 - tanh**2) * dxi)
     dinp[...] = dinp + grad if add else grad

@@ -2,10 +2,7 @@
 
 """LayerNorm in NumPy, forward and backward."""
 
-__all__ = [
-    "layernorm_backward",
-    "layernorm_forward",
-]
+__all__ = ["layernorm_backward", "layernorm_forward"]
 
 
 # imports
@@ -51,6 +48,6 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
     dweight += (dout * norm).sum(axis=(0, 1))
     dbias += dout.sum(axis=(0, 1))
     dnorm = dout * weight
-    a = dnorm.mean(axis=-1, keepdims=True)
-    b = (dnorm * norm).mean(axis=-1, keepdims=True)
-    dinp += rstd[..., None] * (dnorm - a - norm * b)
+    dnorm_mean = dnorm.mean(axis=-1, keepdims=True)
+    dnorm_norm_mean = (dnorm * norm).mean(axis=-1, keepdims=True)
+    dinp += rstd[..., None] * (dnorm - dnorm_mean - norm * dnorm_norm_mean)

@@ -2,10 +2,7 @@
 
 """The linear layer in NumPy, forward and backward."""
 
-__all__ = [
-    "matmul_backward",
-    "matmul_forward",
-]
+__all__ = ["matmul_backward", "matmul_forward"]
 
 
 # imports
@@ -32,28 +29,29 @@ def matmul_forward(out, inp, weight, bias, residual=None):
 
 
 # the linear layer, backward
-@shapes("B T C!, OC C!, OC!?, B T OC, B T C, OC C")
+@shapes("B T C!, OC C!?, OC!?, B T OC, B T C, OC C")
 def matmul_backward(
     dinp, dweight, dbias, dout, inp, weight, add_dinp=True, add_dweight=True
 ):
     """Add the linear layer's gradients to dinp, dweight and dbias.
 
-    dinp, inp: (B, T, C). dout: (B, T, OC). dweight, weight: (OC, C).
-    dbias: (OC,), or None for a layer without bias. All of one float dtype.
-    add_dinp, add_dweight: False overwrites dinp, or dweight and dbias,
-    instead of adding.
+    dinp, inp: (B, T, C). dout: (B, T, OC). dweight, weight: (OC, C); the
+    first may be None for a weight that does not learn. dbias: (OC,), or
+    None for a layer without bias. All of one float dtype. add_dinp,
+    add_dweight: False overwrites dinp, or dweight and dbias, instead of
+    adding.
 
     Derived in chapter 1.7.
     """
     if not add_dinp:
         dinp.fill(0)
-    if not add_dweight:
-        dweight.fill(0)
-        if dbias is not None:
-            dbias.fill(0)
+    for x in (dweight, dbias):
+        if x is not None and not add_dweight:
+            x.fill(0)
     OC, C = weight.shape
     rows, drows = inp.reshape(-1, C), dout.reshape(-1, OC)
     dinp += dout @ weight
-    dweight += drows.T @ rows
+    if dweight is not None:
+        dweight += drows.T @ rows  # (1.7.3)
     if dbias is not None:
         dbias += drows.sum(axis=0)

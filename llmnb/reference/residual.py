@@ -2,10 +2,7 @@
 
 """The residual sum in NumPy, forward and backward."""
 
-__all__ = [
-    "residual_backward",
-    "residual_forward",
-]
+__all__ = ["residual_backward", "residual_forward"]
 
 
 # imports of the reference

@@ -2,11 +2,7 @@
 
 """Byte-pair encoding, learnt from a text: the tokens of GPT-2's kind."""
 
-__all__ = [
-    "byte",
-    "from_tokens",
-    "train",
-]
+__all__ = ["byte", "from_tokens", "train"]
 
 
 # imports of the tokenizer
@@ -76,12 +72,12 @@ def _merge(symbols, pair, new):
         j = following[i]
         if (ids[i], ids[j]) != pair:
             continue
-        h, k = before[i], following[j]
-        symbols.drop(h)
+        left, right = before[i], following[j]
+        symbols.drop(left)
         symbols.drop(j)
         ids[i], ids[j] = new, -2
-        following[i], before[k] = k, i
-        formed |= {symbols.add(h), symbols.add(i)}
+        following[i], before[right] = right, i
+        formed |= {symbols.add(left), symbols.add(i)}
     del symbols.count[pair]
     return formed - {None}
 

@@ -3,12 +3,8 @@
 """Texts to train on, found, downloaded and kept."""
 
 __all__ = [
-    "OUTPUT",
-    "describe",
-    "encode_documents",
-    "files_below",
-    "files_of",
-    "load",
+    "describe", "downloads_folder", "encode_documents", "files_below",
+    "files_of", "load_corpus",
 ]
 
 
@@ -20,38 +16,26 @@ import sys
 import sysconfig
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from llmnb.files import replacing
+from llmnb.files import write_whole
 from llmnb.text.reader import (
-    NotText,
-    Tally,
-    open_stream,
-    passing_over,
-    read_documents,
-    read_text,
+    NotText, Tally, open_stream, passing_over, read_documents, read_text,
 )
 from llmnb.text.bpe import EOT
-from llmnb.text.tokenizer import encode_text
+from llmnb.text.tokenizer import document_start, encode_text, token_dtype
 
 
 # where the text is
 SKIPPED = {
-    "__pycache__",
-    "dist-packages",
-    "encodings",
-    "idle_test",
-    "pydoc_data",
-    "site-packages",
-    "test",
-    "tests",
-}
+    "__pycache__", "dist-packages", "encodings", "idle_test", "pydoc_data",
+    "site-packages", "test", "tests",
+}  # fmt: skip
 SHAKESPEARE_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/"
     "data/tinyshakespeare/input.txt"
@@ -62,7 +46,7 @@ SHAKESPEARE_SHA256 = (
 
 
 # files below a folder
-OUTPUT = re.compile(
+_OUTPUT = re.compile(
     r"(tokenizer\.tiktoken|unfinished\.json|state_\d+\.safetensors)(\..*)?"
 )
 
@@ -83,7 +67,7 @@ def files_below(folder, skipped=(), tally=None):
         tally.note("not readable", error.filename)
 
     for here, folders, names in os.walk(folder, onerror=unreadable):
-        if any(map(OUTPUT.fullmatch, names)):
+        if any(map(_OUTPUT.fullmatch, names)):
             tally.note("runs or shards", here)
             folders.clear()
             continue
@@ -102,26 +86,19 @@ def files_below(folder, skipped=(), tally=None):
 def _standard_library():
     """Yield the source and the manual pages of the running Python."""
     root = Path(sysconfig.get_path("stdlib"))
-    readers = {}
+    found = {}
     for path in files_below(root, SKIPPED):
         name = path.relative_to(root).as_posix()
         if path.suffix == ".py" and not name.startswith("_sysconfigdata"):
-            readers[name] = partial(_read, path)
+            found[name] = path
     with suppress(ImportError):
         from pydoc_data.topics import topics
 
-        for name, text in topics.items():
-            readers[f"topic {name}"] = partial(str, text)
-    for name in sorted(readers, key=_hash):
-        yield readers[name]()
-
-
-def _read(path):
-    """The text of a file, or None when it has none."""
-    try:
-        return read_text(path)
-    except NotText:
-        return None
+        found |= {f"topic {name}": text for name, text in topics.items()}
+    for name in sorted(found, key=_hash):
+        with suppress(NotText):
+            x = found[name]
+            yield read_text(x) if isinstance(x, Path) else x
 
 
 def _hash(text):
@@ -142,8 +119,11 @@ def describe(names, documents, characters):
 
 
 # keep a download
-def _cache_folder():
-    """The folder of this user in which downloads are kept."""
+def downloads_folder():
+    """The folder of this user in which downloads are kept.
+
+    Derived in chapter 4.8.
+    """
     if os.name == "nt":
         base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     elif sys.platform == "darwin":
@@ -155,20 +135,15 @@ def _cache_folder():
 
 # fetch a file
 def _download(url, path):
-    """Fetch a file into place; progress goes to stderr."""
+    """Fetch a file of a megabyte into place; progress goes to stderr."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    raw = bytearray()
     with urllib.request.urlopen(url, timeout=30) as reply:
-        size = int(reply.headers.get("Content-Length") or 0) or None
-        how = {"unit_scale": True, "disable": None}  # no bar in a file
-        bar = tqdm(total=size, unit="B", desc=path.name, **how)
-        with bar:
-            while block := reply.read(1 << 16):
-                raw += block
-                bar.update(len(block))
+        how = {"total": reply.length, "desc": path.name}
+        how["disable"] = None  # no bar in a file
+        with tqdm.wrapattr(reply, "read", **how) as body:
+            raw = body.read()
     _check_hash(raw, url)
-    with replacing(path) as file:
-        file.write(raw)
+    write_whole(path, raw)
 
 
 # check a download
@@ -190,7 +165,7 @@ def _tinyshakespeare():
     path = Path(folder, name) if folder else None
     if path is None or not path.exists():
         try:
-            path = _cache_folder() / name
+            path = downloads_folder() / name
             if not path.exists():
                 _download(SHAKESPEARE_URL, path)
         except (OSError, RuntimeError) as error:  # RuntimeError: no home
@@ -206,11 +181,8 @@ def _tinyshakespeare():
 
 # documents of a play
 def _speeches(text):
-    """Yield the sections of a text, each with the blank line that ends it."""
-    sections = text.split("\n\n")
-    for section in sections[:-1]:
-        yield section + "\n\n"
-    yield sections[-1]
+    """The sections of a text, each with the blank line that ends it."""
+    return re.findall(r".*?\n\n|.+", text, re.DOTALL)
 
 
 # files of a corpus
@@ -239,16 +211,11 @@ def files_of(path, tally):
 # documents of own files
 def _own_files(paths, field, skip_bad, tally):
     """Yield the documents of these files, and of all files in folders."""
-    if isinstance(paths, (str, os.PathLike)):
-        paths = [paths]
     for path in map(Path, paths):
         for inner, named in files_of(path, tally):
-            documents = _whole(inner, field, skip_bad, tally)
-            if named:
-                yield from documents
-            else:
-                with passing_over(inner, tally):
-                    yield from documents
+            how = nullcontext() if named else passing_over(inner, tally)
+            with how:
+                yield from _whole(inner, field, skip_bad, tally)
 
 
 def _whole(path, field, skip_bad, tally):
@@ -259,7 +226,7 @@ def _whole(path, field, skip_bad, tally):
 
 
 # load a corpus
-def load(
+def load_corpus(
     source="stdlib", limit=None, field="text", skip_bad=False, tally=None
 ):
     """The documents of a corpus, a list of str.
@@ -280,16 +247,18 @@ def load(
     """
     tally = tally or Tally()
     if limit is not None and limit < 1:
-        raise ValueError(f"load: limit must be at least 1, got {limit}")
+        raise ValueError(f"load_corpus: limit must be at least 1, got {limit}")
     if source == "stdlib":
         texts = _standard_library()
     elif source == "tinyshakespeare":
         texts = _speeches(_tinyshakespeare())
     else:
-        texts = _own_files(source, field, skip_bad, tally)
-    documents = list(_take(filter(None, texts), limit))
+        alone = isinstance(source, (str, os.PathLike))
+        paths = [source] if alone else source
+        texts = _own_files(paths, field, skip_bad, tally)
+    documents = list(_take(filter(None, texts), limit or sys.maxsize))
     if not documents:
-        raise ValueError(f"load: no text in {source}{tally.words()}")
+        raise ValueError(f"load_corpus: no text in {source}{tally.words()}")
     if times := sum(text.count(EOT) for text in documents):
         tally.note(EOT, source, times)
     return documents
@@ -299,12 +268,9 @@ def load(
 def _take(texts, limit):
     """Yield texts until they hold `limit` characters, the last one cut."""
     for text in texts:
-        if limit is None:
-            yield text
-        elif limit > 0:
-            yield text[:limit]
-            limit -= len(text)
-        else:
+        yield text[:limit]
+        limit -= len(text)
+        if limit <= 0:
             return
 
 
@@ -312,27 +278,22 @@ def _take(texts, limit):
 def encode_documents(encoding, documents, endoftext=False):
     """Encode documents into one array, `<|endoftext|>` before each.
 
-    encoding: a tiktoken.Encoding of at most 65,536 tokens, or ValueError is
-    raised. documents: an iterable of str. Returns a uint16 array of shape
-    (N,). Text that reads `<|endoftext|>` is encoded as ordinary text, or as
-    the token with `endoftext`.
+    encoding: as for `encode_text`; before each stands its `document_start`.
+    documents: an iterable of str. Returns an array of shape (N,), of
+    `token_dtype`. Text that reads `<|endoftext|>` is encoded as ordinary
+    text, or with `endoftext` as a document's start. Raises ValueError when
+    there are no documents.
 
     Derived in chapter 4.8.
     """
-    if encoding.n_vocab > 65536:
-        raise ValueError(
-            f"encode_documents: the encoding must have at most 65536 tokens, "
-            f"got {encoding.n_vocab}"
-        )
     if isinstance(documents, str):
         documents = [documents]
-    parts, rest = [], iter(documents)
+    kind = token_dtype(encoding.n_vocab)
+    parts, before = [], np.array(document_start(encoding), kind)
     encode = partial(encode_text, encoding, endoftext=endoftext)
     with ThreadPoolExecutor(8) as pool:  # tiktoken lets go of the lock
-        while group := list(islice(rest, 256)):
-            for ids in pool.map(encode, group):
-                parts.append(np.uint16([encoding.eot_token]))
-                parts.append(ids.astype(np.uint16))
+        for ids in pool.map(encode, documents):
+            parts += [before, ids.astype(kind)]
     if not parts:
         raise ValueError("encode_documents: there are no documents")
     return np.concatenate(parts)

@@ -2,10 +2,7 @@
 
 """The tokens of a text, cut into batches of tokens and targets."""
 
-__all__ = [
-    "DataLoader",
-    "split",
-]
+__all__ = ["DataLoader", "split"]
 
 
 # imports of the data
@@ -81,7 +78,7 @@ def _length(shard):
 
 
 def _count_windows(shard, batch_size, seq_len):
-    """W of (1.3.2), or an error when there is not one batch."""
+    """The windows of (1.3.2), or an error when there is not one batch."""
     count = _length(shard)
     if count < batch_size * seq_len + 1:
         raise ValueError(
@@ -197,8 +194,8 @@ class DataLoader(_Place):
         place, (B, T) = self._place, self._tokens.shape
         batches = self._epochs.enter(place["epoch"], place["shard"])
         first = place["position"] * B
-        for b, w in enumerate(self._epochs.window_order[first : first + B]):
-            window = self._epochs.tokens[w * T : w * T + T + 1]
+        for b, j in enumerate(self._epochs.window_order[first : first + B]):
+            window = self._epochs.tokens[j * T : j * T + T + 1]
             self._tokens[b] = window[:-1]  # (1.3.1)
             self._targets[b] = window[1:]
         place["position"] += 1

@@ -2,10 +2,7 @@
 
 """Documents of any source, cut where their encoding allows."""
 
-__all__ = [
-    "Source",
-    "sources",
-]
+__all__ = ["Source", "sources"]
 
 
 # imports of the pieces
@@ -17,19 +14,14 @@ from typing import NamedTuple
 from llmnb.text import corpus
 from llmnb.text.bpe import EOT
 from llmnb.text.reader import (
-    Tally,
-    in_blocks,
-    is_json_lines,
-    open_stream,
-    passing_over,
-    read_documents,
-    text_blocks,
+    Tally, in_blocks, is_json_lines, open_stream, passing_over,
+    read_documents, text_blocks,
 )
 
 
 # cut a text
 PIECE = 1 << 20  # characters that are encoded at once, about
-RUN = 1 << 24  # characters without a place to cut, at most
+UNCUT = 1 << 24  # characters without a place to cut, at most
 SAFE = re.compile(r"\S(?=[ \n])")
 
 
@@ -55,9 +47,9 @@ def _cut(where, blocks):
             first, held, searched = False, held[place:], 0
         else:
             searched = len(held) - 1
-        if len(held) > RUN:
+        if len(held) > UNCUT:
             raise ValueError(
-                f"{where}: a blank must come within {RUN:,} characters, and "
+                f"{where}: a blank must come within {UNCUT:,} characters, and "
                 "a word within as many blanks"
             )
     if held:
@@ -127,7 +119,7 @@ def _counted(name, pieces, tally):
 
 # a corpus in memory
 def _memory_source(name):
-    documents = corpus.load(name)
+    documents = corpus.load_corpus(name)
     digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
 
     def pieces():

@@ -3,21 +3,9 @@
 """Text from files that strangers send: packed, encoded, broken."""
 
 __all__ = [
-    "BLOCK",
-    "LINE",
-    "NotText",
-    "Tally",
-    "check_text",
-    "in_blocks",
-    "is_json_lines",
-    "open_stream",
-    "passing_over",
-    "read_documents",
-    "read_lines",
-    "read_record",
-    "read_records",
-    "read_text",
-    "text_blocks",
+    "BLOCK", "LINE", "NotText", "Tally", "check_text", "in_blocks",
+    "is_json_lines", "open_stream", "passing_over", "read_documents",
+    "read_lines", "read_record", "read_records", "read_text", "text_blocks",
     "text_of",
 ]
 
@@ -28,13 +16,13 @@ import contextlib
 import gzip
 import io
 import json
-import os
 import re
 import tokenize
 import zlib
 from collections import Counter
 from pathlib import Path
 
+from llmnb.files import check_regular, package
 from llmnb.text.bpe import EOT
 
 
@@ -46,62 +34,45 @@ class _Zstd(io.RawIOBase):
     """The bytes of a zstd file; EOFError when it is damaged."""
 
     def __init__(self, raw):
-        self.raw, self.frame, self.head = raw, None, b""
-        self.packed, self.ready = b"", memoryview(b"")
+        zstandard = package("zstandard", "zstd", raw.name)
+        self.parts, self.ready = _unpacked(raw, zstandard), memoryview(b"")
 
     def readable(self):
         return True
 
     def readinto(self, buffer):
         while not self.ready:
-            self.packed = self.packed or self.raw.read(1024)  # (4.7.1)
-            if not self.packed and self.frame:
-                raise EOFError("the file ends within a zstd frame")
-            if not self.packed:
+            part = next(self.parts, None)
+            if part is None:
                 return 0
-            self._unpack()
+            self.ready = memoryview(part)
         count = min(len(buffer), len(self.ready))
         buffer[:count] = self.ready[:count]
         self.ready = self.ready[count:]
         return count
 
-    def _unpack(self):
-        z = _zstandard()
-        if self.frame is None:
-            window = z.ZstdDecompressor(max_window_size=WINDOW)
-            self.frame, self.head = window.decompressobj(), b""
-        self.head = (self.head + self.packed)[:18]  # a header has no more
+
+def _unpacked(raw, z):
+    """Yield the bytes of a zstd file in parts, frame after frame."""
+    packed = raw.read(1024)  # (4.7.1)
+    while packed:
+        packed += raw.read(18)  # a frame's header has no more
+        frame = z.ZstdDecompressor(max_window_size=WINDOW).decompressobj()
         try:
-            self.ready = memoryview(self.frame.decompress(self.packed))
+            window = z.get_frame_parameters(packed).window_size
+            if window > WINDOW:
+                raise ValueError(
+                    f"{raw.name} has a zstd window of {window:,} bytes, at "
+                    f"most {WINDOW:,} are taken: unpack it with `zstd -d "
+                    "--long=31`, and pack it again with at most --long=27"
+                )
+            while not frame.eof:
+                if not packed:
+                    raise EOFError("the file ends within a zstd frame")
+                yield frame.decompress(packed)
+                packed = frame.unused_data or raw.read(1024)
         except z.ZstdError as error:
-            self._check_window()
             raise EOFError(f"{error}") from None
-        self.packed = b""
-        if self.frame.eof:
-            self.packed, self.frame = self.frame.unused_data, None
-
-    def _check_window(self):
-        z, window = _zstandard(), 0
-        with contextlib.suppress(z.ZstdError):
-            window = z.get_frame_parameters(self.head).window_size
-        if window > WINDOW:
-            raise ValueError(
-                f"{self.raw.name} has a zstd window of {window:,} bytes, at "
-                f"most {WINDOW:,} are taken: unpack it with `zstd -d "
-                "--long=31`, and pack it again with no more than --long=27"
-            ) from None
-
-
-# zstd, if it is there
-def _zstandard():
-    try:
-        import zstandard
-    except ImportError:
-        raise ValueError(
-            "to read .zst files install the zstandard package: "
-            "pip install 'llmnb[zstd]'"
-        ) from None
-    return zstandard
 
 
 # open a file
@@ -111,20 +82,18 @@ def open_stream(path):
 
     Gives (stream, raw): the bytes, and the file itself, whose tell() says
     how much of it is read. Raises ValueError, naming the file and the byte,
-    when it is damaged or ends early, when it is no regular file, and when
-    zstandard is missing.
+    when it is damaged or ends early, and when it is no regular file;
+    ImportError when it takes the package zstandard, and there is none.
 
     Derived in chapter 4.7.
     """
     suffix = Path(path).suffix.lower()
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path} must be a regular file")
+    check_regular(path)
     with open(path, "rb") as raw:
         stream = raw
         if suffix == ".gz":
             stream = gzip.GzipFile(fileobj=raw)
         elif suffix == ".zst":
-            _zstandard()
             stream = io.BufferedReader(_Zstd(raw), 1 << 17)
         try:
             yield stream, raw

@@ -3,13 +3,8 @@
 """Tokenizers: learnt, kept in a file, GPT-2's own; and any text encoded."""
 
 __all__ = [
-    "byte",
-    "check_special",
-    "encode_text",
-    "gpt2",
-    "load",
-    "save",
-    "train",
+    "byte", "check_special", "document_start", "encode_text", "gpt2", "load",
+    "save", "text_start", "token_dtype", "train",
 ]
 
 
@@ -19,9 +14,8 @@ import re
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 
-from llmnb.files import read_small, replacing, what_is
+from llmnb.files import read_small, what_is, write_whole
 from llmnb.text import bpe
 from llmnb.text.bpe import EOT, from_tokens
 
@@ -57,8 +51,7 @@ def save(encoding, path):
     for rank in range(last + (encoding.eot_token < last)):
         token = base64.b64encode(encoding.decode_single_token_bytes(rank))
         lines.append(b"%s %d\n" % (token, rank))
-    with replacing(path) as file:
-        file.write(b"".join(lines))
+    write_whole(path, b"".join(lines))
 
 
 # read one line of a rank file
@@ -142,6 +135,8 @@ def gpt2():
 
     Derived in chapter 4.7.
     """
+    import tiktoken  # not before it is needed: it takes time
+
     try:
         return tiktoken.get_encoding("gpt2")
     except OSError as error:
@@ -157,43 +152,76 @@ SPACES = (  # all that is \s
     "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006"
     "\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
 )
-RUN = 1 << 16  # blanks in a row that the expression is spared
+BLANKS = 1 << 16  # blanks in a row that the expression is spared
 
 
 def _long_words(text):
-    """Yield (start, end) of each word made of about RUN blanks or more."""
+    """Yield (start, end) of each word made of about BLANKS blanks or more."""
     end = 0
-    for i in range(RUN - 1, len(text), RUN):
+    for i in range(BLANKS - 1, len(text), BLANKS):
         if i < end or text[i] not in SPACES:
             continue
-        head = text[max(end, i - RUN + 1) : i]
+        head = text[max(end, i - BLANKS + 1) : i]
         start = i - len(head) + len(head.rstrip(SPACES))
         end = re.compile(f"[{SPACES}]*").match(text, i).end()
-        if end - start >= RUN:
+        if end - start >= BLANKS:
             yield start, end - (end < len(text))
+
+
+# what stands before a text
+def text_start(encoding):
+    """The token that a text is read behind.
+
+    `<|endoftext|>`, or another model's token that begins a text.
+
+    Derived in chapter 4.7.
+    """
+    begins = getattr(encoding, "bos_token", None)
+    return encoding.eot_token if begins is None else begins
+
+
+def document_start(encoding):
+    """The tokens before each of several documents, a list.
+
+    What ends the last one and, where it is another token, `text_start`.
+
+    Derived in chapter 4.7.
+    """
+    return [*dict.fromkeys([encoding.eot_token, text_start(encoding)])]
+
+
+# the width of a token
+def token_dtype(vocab_size):
+    """The dtype that tokens are kept in: uint16 up to 65,536, else uint32.
+
+    Derived in chapter 4.7.
+    """
+    return np.dtype(np.uint16 if vocab_size <= 65536 else np.uint32)
 
 
 # encode any text
 def encode_text(encoding, text, endoftext=False):
     """The tokens of a text, an array of shape (N,), uint32.
 
-    encoding: a tiktoken.Encoding with GPT-2's expression. endoftext: take
-    `<|endoftext|>` in the text as the token; else it is ordinary text. A
-    run of a million blanks, which tiktoken refuses, has the tokens that its
-    merges give.
+    encoding: a tiktoken.Encoding with GPT-2's expression, or one of
+    llmnb.formats.foreign. endoftext: take `<|endoftext|>` in the text as
+    what stands before a document; else it is ordinary text. A run of a
+    million blanks, which tiktoken refuses, has the tokens that its merges
+    give.
 
     Derived in chapter 4.7.
     """
-    parts, eot = [], np.array([encoding.eot_token], np.uint32)
+    parts, before = [], np.array(document_start(encoding), np.uint32)
+    spared = hasattr(encoding, "_encode_single_piece")  # tiktoken's alone
     for part in text.split(EOT) if endoftext else [text]:
         place = 0
-        for start, end in _long_words(part):
+        for start, end in _long_words(part) if spared else ():
             parts.append(_encode_part(encoding, part[place:start]))
             # tiktoken's own way around the expression
             word = encoding._encode_single_piece(part[start:end])
             parts.append(np.array(word, np.uint32))
             place = end
-        parts += [_encode_part(encoding, part[place:]), eot]
+        parts += [_encode_part(encoding, part[place:]), before]
     return np.concatenate(parts[:-1])
 
 

@@ -2,12 +2,7 @@
 
 """The losses of a run, drawn and saved as a figure."""
 
-__all__ = [
-    "SMOOTH",
-    "draw_losses",
-    "save_figure",
-    "smooth",
-]
+__all__ = ["draw_losses", "save_figure", "smooth"]
 
 
 # imports of drawing
@@ -15,7 +10,7 @@ import numpy as np
 
 from llmnb.files import replacing
 
-SMOOTH = 20  # steps in the running mean of the training loss
+_SMOOTH = 20  # steps in the running mean of the training loss
 
 
 # a running mean
@@ -36,6 +31,13 @@ def smooth(points, window):
     return (sums[:, window:] - sums[:, :-window]) / window
 
 
+# points of a curve
+def points_of(rows, name):
+    """Steps and values of a column, an array (2, N): where it has a value."""
+    points = [(x["step"], x[name]) for x in rows if x[name] is not None]
+    return np.array(points, float).reshape(-1, 2).T
+
+
 # draw the losses
 def draw_losses(ax, steps, landmarks):
     """Draw losses over steps into a matplotlib axes, with the landmarks.
@@ -47,13 +49,14 @@ def draw_losses(ax, steps, landmarks):
     """
     from llmnb.book.diagram import PALETTE
 
-    points = _series(steps, "loss")
+    rows = [step._asdict() for step in steps]
+    points = points_of(rows, "loss")
     ax.plot(*points, ".", color=PALETTE["grey"], ms=3, label="one batch")
-    if points.shape[1] >= 2 * SMOOTH:
-        label = f"mean of {SMOOTH} batches"
-        mean = smooth(points, SMOOTH)
+    if points.shape[1] >= 2 * _SMOOTH:
+        label = f"mean of {_SMOOTH} batches"
+        mean = smooth(points, _SMOOTH)
         ax.plot(*mean, color=PALETTE["blue"], label=label)
-    points = _series(steps, "val_loss")
+    points = points_of(rows, "val_loss")
     ax.plot(*points, "o-", color=PALETTE["orange"], ms=4, label="validation")
     for name, loss in landmarks.items():
         ax.axhline(loss, color=PALETTE["ink"], lw=1, ls="--")
@@ -61,13 +64,6 @@ def draw_losses(ax, steps, landmarks):
         ax.text(0.99, loss, name, va="bottom", parse_math=False, **place)
     ax.set(xlabel="step", ylabel="loss (nats a token)")
     ax.legend(frameon=False)
-
-
-# points of a curve
-def _series(steps, name):
-    pairs = [(step.step, getattr(step, name)) for step in steps]
-    points = [pair for pair in pairs if pair[1] is not None]
-    return np.array(points, float).reshape(-1, 2).T
 
 
 # the figure

@@ -3,11 +3,7 @@
 """What a model pays for a text: perplexity, bits a byte."""
 
 __all__ = [
-    "Score",
-    "row_losses",
-    "score_pieces",
-    "score_text",
-    "text_losses",
+    "Score", "row_losses", "score_pieces", "score_text", "text_losses",
     "windows",
 ]
 
@@ -20,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llmnb.text.bpe import EOT
-from llmnb.text.tokenizer import encode_text
+from llmnb.text.tokenizer import document_start, encode_text, text_start
 
 
 # the score of a text
@@ -113,11 +109,11 @@ def windows(count, seq_len, stride):
 
 
 # the losses of a text
-def text_losses(model, tokens, stride=None, progress=iter):
+def text_losses(model, tokens, stride=None, bar=iter):
     """Yield the losses of tokens[1:], window after window, float64 arrays.
 
     tokens: integers (N,), N of at least 2. stride: tokens that each window
-    scores past the first, by default half the context. progress: wraps the
+    scores past the first, by default half the context. bar: wraps the
     list of windows, as tqdm does. Together the arrays have N - 1 numbers, in
     order.
 
@@ -130,7 +126,7 @@ def text_losses(model, tokens, stride=None, progress=iter):
     plan = list(windows(len(tokens) - 1, T, stride))
     rows = (tokens[start : end + 1] for start, _, end in plan)
     losses = row_losses(model, rows)
-    pairs = zip(progress(plan), losses, strict=True)
+    pairs = zip(bar(plan), losses, strict=True)
     for (start, first, _), loss in pairs:
         yield loss[first - start :]
 
@@ -139,9 +135,9 @@ def text_losses(model, tokens, stride=None, progress=iter):
 def score_text(model, encoding, documents, stride=None):
     """The `Score` of a text, and of nothing but the text.
 
-    documents: a str, or an iterable of str, each read behind
-    `<|endoftext|>`, which is not scored. stride: as for text_losses. Raises
-    ValueError when there is no text.
+    documents: a str, or an iterable of str, each read behind its
+    `text_start`, such as `<|endoftext|>`, which is not scored. stride: as for
+    text_losses. Raises ValueError when there is no text.
 
     Derived in chapter 4.21.
     """
@@ -152,25 +148,25 @@ def score_text(model, encoding, documents, stride=None):
 
 
 def score_pieces(
-    model, encoding, pieces, stride=None, progress=iter, endoftext=False
+    model, encoding, pieces, stride=None, bar=iter, endoftext=False
 ):
     """`score_text` of documents in pieces, as `text.documents` cuts them.
 
-    pieces: an iterable of (whether a document begins, str). progress: wraps
+    pieces: an iterable of (whether a document begins, str). bar: wraps
     the list of windows, as tqdm does. endoftext: `<|endoftext|>` in a text
     is the token, behind which a document begins.
 
     Derived in chapter 4.21.
     """
-    parts, size, eot = [], 0, encoding.eot_token
+    parts, size, marks = [], 0, document_start(encoding)
     for first, text in pieces:
-        parts.append(np.array([eot] * first, np.uint32))
+        parts.append(np.array([text_start(encoding)] * first, np.uint32))
         parts.append(encode_text(encoding, text, endoftext))
         text = text.replace(EOT, "") if endoftext else text
         size += len(text.encode("utf-8"))
     if not size:
         raise ValueError("there is no text to score")
     tokens = np.concatenate(parts).astype(np.int32)
-    losses = np.concatenate([*text_losses(model, tokens, stride, progress)])
-    scored = losses[tokens[1:] != eot]
+    losses = np.concatenate([*text_losses(model, tokens, stride, bar)])
+    scored = losses[~np.isin(tokens[1:], marks)]
     return Score(float(scored.sum()), len(scored), size)

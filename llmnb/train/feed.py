@@ -3,12 +3,7 @@
 """The text of a run as tokens, and its batches."""
 
 __all__ = [
-    "Data",
-    "LANDMARK_TOKENS",
-    "TOKENIZER_TEXT",
-    "landmarks",
-    "loaders",
-    "make_encoding",
+    "Data", "TOKENIZER_TEXT", "landmarks", "loaders", "make_encoding",
     "prepare",
 ]
 
@@ -21,22 +16,21 @@ from typing import NamedTuple
 import numpy as np
 
 from llmnb.checks import check_room
-from llmnb.formats.vocabulary import open_encoding
+from llmnb.formats.vocabulary import open_encoding, tokenizer_beside
 from llmnb.formats.shard import Shards, find_shards, sample_tokens
-from llmnb.text.data import DataLoader
+from llmnb.text import corpus, tokenizer
+from llmnb.text.data import DataLoader, split
+from llmnb.text.reader import Tally
 from llmnb.train.landmarks import unigram_entropy
 
 
 # the data of a run
-TOKENIZER_TEXT = 2_000_000  # characters the bpe tokenizer learns from
-
-
 class Data(NamedTuple):
     """The tokens of a run: what `prepare` returns.
 
-    encoding: a tiktoken.Encoding. train_tokens, val_tokens: 1-D uint16
-    arrays, or the `Shards` of a folder. source: a sentence that
-    says where the text came from.
+    encoding: a tiktoken.Encoding, or one of llmnb.formats.foreign.
+    train_tokens, val_tokens: 1-D arrays of uint16 or uint32, or the `Shards`
+    of a folder. source: a sentence that says where the text came from.
 
     Derived in chapter 4.12.
     """
@@ -56,9 +50,6 @@ def prepare(config):
 
     Derived in chapter 4.12.
     """
-    from llmnb.text import corpus, data
-    from llmnb.text.reader import Tally
-
     if config.shards:
         return _from_shards(config)
     sources, tally = [*config.corpus], Tally()
@@ -69,13 +60,13 @@ def prepare(config):
         "a limit, or shards made with `llmnb data`, take less",
     )
     how = config.limit or None, config.field, config.skip_bad, tally
-    documents = corpus.load(source, *how)
+    documents = corpus.load_corpus(source, *how)
     encoding = make_encoding(config, documents)
     tokens = corpus.encode_documents(encoding, documents, config.endoftext)
     characters = sum(map(len, documents))
     source = corpus.describe(sources, len(documents), characters)
     source += tally.words(config.endoftext)
-    return Data(encoding, *data.split(tokens), source)
+    return Data(encoding, *split(tokens), source)
 
 
 def _text_bytes(path):
@@ -83,42 +74,36 @@ def _text_bytes(path):
 
     At least: what is packed, or holds fields, may be less when it is read.
     """
-    from llmnb.text.corpus import files_below
-
-    path = Path(path)
+    path, kinds = Path(path), (".gz", ".zst", ".jsonl")
     if path.is_file():
-        known = path.suffix not in (".gz", ".zst", ".jsonl")
-        return path.stat().st_size * known
-    found = [x for x in files_below(path) if x.suffix == ".txt"]
-    return sum(x.stat().st_size for x in found if x.is_file())
+        return path.stat().st_size * (path.suffix not in kinds)
+    found = corpus.files_below(path)
+    return sum(x.stat().st_size for x in found if x.suffix == ".txt")
 
 
 # from a folder of shards
 def _from_shards(config):
     """The tokens of a folder, whose files are left closed."""
     folder = Path(config.shards)
-    parts = [Shards(x) for x in find_shards(folder)]
-    encoding = _encoding_of(config, folder)
-    total = sum(len(x) for x in parts)
-    return Data(encoding, *parts, f"shards in {folder}: {total:,} tokens")
-
-
-def _encoding_of(config, folder):
-    """The tokenizer in a folder, or the one that the run names."""
-    from llmnb.text import tokenizer
-
-    path = folder / "tokenizer.tiktoken"
-    if path.exists():
-        return tokenizer.load(path)
-    if config.tokenizer == "bpe":
+    own = tokenizer_beside(folder)
+    train, val = (Shards(paths) for paths in find_shards(folder))
+    if own:
+        encoding = open_encoding(own)
+    elif config.tokenizer == "bpe":
         raise FileNotFoundError(
-            f"{folder} has no tokenizer.tiktoken: name the tokenizer of its "
-            "tokens, such as --tokenizer gpt2"
+            f"{folder} has no tokenizer: name the one of its tokens, "
+            "such as --tokenizer gpt2"
         )
-    return make_encoding(config, [])
+    else:
+        encoding = make_encoding(config, [])
+    source = f"shards in {folder}: {len(train) + len(val):,} tokens"
+    return Data(encoding, train, val, source)
 
 
 # the tokenizer of a run
+TOKENIZER_TEXT = 2_000_000  # characters the bpe tokenizer learns from
+
+
 def make_encoding(config, documents):
     """The tokenizer that a TrainConfig names, trained if it is "bpe".
 
@@ -129,11 +114,10 @@ def make_encoding(config, documents):
 
     Derived in chapter 4.12.
     """
-    from llmnb.text import tokenizer
-
     if config.tokenizer != "bpe":
         encoding = open_encoding(config.tokenizer)
-        tokenizer.check_special(encoding)  # a run keeps its tokenizer
+        if not hasattr(encoding, "files"):  # a run keeps its tokenizer
+            tokenizer.check_special(encoding)
         return encoding
     learnt, left = [], TOKENIZER_TEXT
     for text in documents:
@@ -154,10 +138,8 @@ def loaders(config, data):
 
     Derived in chapter 4.12.
     """
-    return (
-        _loader(config, data.train_tokens, seed=config.seed),
-        _loader(config, data.val_tokens, shuffle=False),
-    )
+    batches = _loader(config, data.train_tokens, seed=config.seed)
+    return batches, _loader(config, data.val_tokens, shuffle=False)
 
 
 # a loader of an array or of shards
@@ -171,7 +153,7 @@ def _loader(config, tokens, **how):
 
 
 # the landmarks
-LANDMARK_TOKENS = 8_000_000  # training tokens that are counted
+_LANDMARK_TOKENS = 8_000_000  # training tokens that are counted
 
 
 def landmarks(config, data):
@@ -179,7 +161,7 @@ def landmarks(config, data):
 
     Returns a dict: "uniform", log V; "unigram", what the token frequencies
     of the training text pay on the tokens that validation uses. Of a long
-    training text a sample of `LANDMARK_TOKENS` is counted.
+    training text a sample of eight million tokens is counted.
 
     Derived in chapter 4.12.
     """
@@ -187,6 +169,6 @@ def landmarks(config, data):
     batches = _loader(config, data.val_tokens, shuffle=False)
     count = min(config.eval_batches, batches.batches_per_epoch)
     targets = [batches.next_batch()[1].ravel().copy() for _ in range(count)]
-    sample = sample_tokens(data.train_tokens, LANDMARK_TOKENS)
+    sample = sample_tokens(data.train_tokens, _LANDMARK_TOKENS)
     unigram = unigram_entropy(sample, np.concatenate(targets), V)
     return {"uniform": math.log(V), "unigram": unigram}

@@ -3,20 +3,9 @@
 """The folder of a run: its files, written and read back."""
 
 __all__ = [
-    "config_from",
-    "load_run",
-    "log_row",
-    "model_step",
-    "note_model",
-    "read_run",
-    "run_folder",
-    "save_run",
-    "sparing",
-    "state_path",
-    "states",
-    "step_of",
-    "weights_path",
-    "write_log",
+    "config_from", "load_run", "log_row", "model_file", "note_model",
+    "read_run", "run_folder", "save_model", "save_run", "sparing",
+    "state_path", "states", "step_of", "weights_path", "write_log",
     "write_record",
 ]
 
@@ -30,14 +19,10 @@ from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 
-from llmnb.files import (
-    LOCK,
-    in_use,
-    make_folder,
-    read_small,
-    replacing,
-    what_is,
-)
+from llmnb.files import own_folder, read_json, read_small
+from llmnb.files import what_is, write_whole
+from llmnb.formats.vocabulary import keep_encoding, open_encoding
+from llmnb.model.gpt2 import GPT2
 from llmnb.timing import machine
 from llmnb.train.drawing import save_figure
 from llmnb.train.feed import landmarks
@@ -46,21 +31,7 @@ from llmnb.train.options import TrainConfig
 
 
 # a folder for a run
-def run_folder(path, force=False):
-    """Make the folder of a run; returns it as a Path.
-
-    Raises FileExistsError when it holds anything, unless `force`.
-
-    Derived in chapter 4.14.
-    """
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is a file, not a folder")
-    make_folder(path)
-    if any(x.name != LOCK for x in path.iterdir()) and not force:
-        state = in_use(path) or "exists and is not empty"
-        raise FileExistsError(f"{path} {state}")
-    return path
+run_folder = own_folder
 
 
 # the log
@@ -70,7 +41,7 @@ def write_log(path, steps):
     Derived in chapter 4.14.
     """
     lines = [",".join(Step._fields), *map(log_row, steps)]
-    _write_text(path, "\n".join(lines) + "\n")
+    write_whole(path, "".join(f"{line}\n" for line in lines).encode())
 
 
 def log_row(step):
@@ -80,11 +51,6 @@ def log_row(step):
     """
     given = ("" if x is None else f"{x:.9g}" for x in step[1:])
     return ",".join([str(step.step), *given])
-
-
-def _write_text(path, text):
-    with replacing(path) as file:
-        file.write(text.encode("utf-8"))
 
 
 # what may fail
@@ -102,15 +68,36 @@ def sparing(what):
 
 
 # the folder's files
+def model_file(cfg):
+    """The name of the file that holds a run's model.
+
+    llm.c's format holds GPT-2; other architectures go into safetensors.
+
+    Derived in chapter 4.14.
+    """
+    return "model.bin" if cfg.family == "gpt2" else "model.safetensors"
+
+
+def save_model(folder, model):
+    """Write a run's model; that of another kind there is no longer its.
+
+    Derived in chapter 4.14.
+    """
+    name = model_file(model.cfg)
+    model.save_checkpoint(folder / name)
+    for other in {"model.bin", "model.safetensors"} - {name}:
+        (folder / other).unlink(missing_ok=True)
+
+
 def save_run(folder, config, model, data, steps):
-    """Write model.bin, config.json, the tokenizer, log.csv and loss.png.
+    """Write the model, config.json, the tokenizer, log.csv and loss.png.
 
     folder: the Path that `run_folder` made. steps: list of `Step`. A log or
     a figure that cannot be written is a warning.
 
     Derived in chapter 4.14.
     """
-    model.save_checkpoint(folder / "model.bin")
+    save_model(folder, model)
     marks = write_record(folder, config, data)
     with sparing(folder / "log.csv"):
         write_log(folder / "log.csv", steps)
@@ -120,33 +107,14 @@ def save_run(folder, config, model, data, steps):
 
 # what a run was
 def write_record(folder, config, data):
-    """Write tokenizer.tiktoken and config.json; returns the landmarks.
+    """Write the tokenizer and config.json; returns the landmarks.
 
     Derived in chapter 4.14.
     """
-    from llmnb.text import tokenizer
-
     folder, marks = Path(folder), landmarks(config, data)
-    tokenizer.save(data.encoding, folder / "tokenizer.tiktoken")
-    record = json.dumps(_facts(config, data, marks), indent=1)
-    _write_text(folder / "config.json", record + "\n")
-    return marks
-
-
-def note_model(folder, step):
-    """Note in config.json at which step model.bin was written.
-
-    Derived in chapter 4.14.
-    """
-    path = Path(folder) / "config.json"
-    record = json.loads(path.read_text("utf-8")) | {"model_step": step}
-    _write_text(path, json.dumps(record, indent=1) + "\n")
-
-
-# what is written down
-def _facts(config, data, marks):
+    keep_encoding(data.encoding, folder)
     names = "llmnb", "numpy", "numba", "tiktoken"
-    return {
+    record = {
         "config": asdict(config),
         "data": data.source,
         "train_tokens": len(data.train_tokens),
@@ -155,6 +123,21 @@ def _facts(config, data, marks):
         "versions": {name: version(name) for name in names},
         "machine": machine(),
     }
+    _write_json(folder / "config.json", record)
+    return marks
+
+
+def _write_json(path, found):
+    write_whole(path, json.dumps(found, indent=1).encode() + b"\n")
+
+
+def note_model(folder, step):
+    """Note in config.json at which step model.bin was written.
+
+    Derived in chapter 4.14.
+    """
+    path = Path(folder, "config.json")
+    _write_json(path, read_json(path) | {"model_step": step})
 
 
 # a run read back
@@ -167,22 +150,15 @@ def load_run(folder, batch_size=1, seq_len=None, backend=None):
 
     Derived in chapter 4.14.
     """
-    from llmnb.text import tokenizer
-    from llmnb.model.gpt2 import GPT2
-
     folder = Path(folder)
     config = read_run(folder)
     backend, precision = backend or config.backend, config.precision
     if precision == "tf32" and backend != "cuda":
         precision = "fp32"
-    encoding = tokenizer.load(folder / "tokenizer.tiktoken")
-    model = GPT2.from_checkpoint(
-        weights_path(folder),
-        batch_size=batch_size,
-        seq_len=seq_len or config.seq_len,
-        backend=backend,
-        precision=precision,
-    )
+    encoding = open_encoding(folder)
+    shape = batch_size, seq_len or config.seq_len
+    path = weights_path(folder)
+    model = GPT2.from_checkpoint(path, *shape, backend, precision)
     return model, encoding, config
 
 
@@ -212,11 +188,10 @@ def config_from(found):
     Derived in chapter 4.14.
     """
     config = TrainConfig(**{**found, "corpus": tuple(found["corpus"])})
-    for each in fields(config):
-        value = getattr(config, each.name)
-        if type(value) not in (each.type, int if each.type is float else None):
-            kind = each.type.__name__
-            raise TypeError(f"{each.name} must be {kind}, got {value!r}")
+    for x in fields(config):
+        value, kinds = getattr(config, x.name), (x.type, int)
+        if type(value) not in (kinds if x.type is float else kinds[:1]):
+            raise TypeError(f"{x.name} must be {x.type}, got {value!r}")
     return config
 
 
@@ -236,13 +211,9 @@ def states(folder):
 
     Derived in chapter 4.14.
     """
-    found = Path(folder).glob("state_*.safetensors")
-    return sorted(filter(_is_state, found), key=step_of)
-
-
-def _is_state(path):
-    digits = path.stem.removeprefix("state_")
-    return bool(re.fullmatch("[0-9]{8}|[1-9][0-9]{8,17}", digits))
+    name = re.compile(r"state_([0-9]{8}|[1-9][0-9]{8,17})\.safetensors")
+    found = Path(folder).glob("state_*")
+    return sorted((x for x in found if name.fullmatch(x.name)), key=step_of)
 
 
 def step_of(path):
@@ -257,25 +228,23 @@ def step_of(path):
 def weights_path(path):
     """The newest weights in a run's folder; any other path as it is.
 
-    They are in the newest state, unless model.bin was written at its step or
+    They are in the newest state, unless the model was written at its step or
     later: config.json says at which. No clock is asked.
 
     Derived in chapter 4.14.
     """
-    folder, model = Path(path), Path(path, "model.bin")
+    folder = Path(path)
+    models = [folder / "model.bin", folder / "model.safetensors"]
+    model = next((x for x in models if x.is_file()), models[0])
     last = states(folder)[-1:] if folder.is_dir() else []
     whole = model.is_file()
-    if last and not (whole and model_step(folder) >= step_of(last[0])):
+    if last and not (whole and _model_step(folder) >= step_of(last[0])):
         return last[0]
     return model if whole else folder
 
 
-def model_step(folder):
-    """The step at which a run's model.bin was written, or -1: not known.
-
-    Derived in chapter 4.14.
-    """
+def _model_step(folder):
+    """The step at which a run's model.bin was written, or -1: not known."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        text = read_small(Path(folder, "config.json"), 1 << 20)
-        return int(json.loads(text)["model_step"])
+        return int(read_json(Path(folder, "config.json"))["model_step"])
     return -1

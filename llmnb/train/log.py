@@ -2,14 +2,7 @@
 
 """The log of a run: a row a step, safe on the disk, read back."""
 
-__all__ = [
-    "ROW",
-    "add_to_log",
-    "read_rows",
-    "read_steps",
-    "start_log",
-    "sync_log",
-]
+__all__ = ["add_to_log", "read_rows", "read_steps", "start_log", "sync_log"]
 
 
 # imports of log
@@ -17,7 +10,6 @@ import errno
 import math
 import os
 import warnings
-from itertools import chain
 from pathlib import Path
 
 from llmnb.train.folder import log_row, write_log
@@ -43,9 +35,8 @@ def add_to_log(path, *steps):
 
     Derived in chapter 4.16.
     """
-    rows = "".join(f"{log_row(step)}\n" for step in steps)
     with open(path, "ab") as file:
-        file.write(rows.encode())
+        file.writelines(f"{log_row(step)}\n".encode() for step in steps)
 
 
 # rows that wait
@@ -77,59 +68,43 @@ def sync_log(path):
 
 
 # a log read back
-ROW = 1000  # characters that a row has at most
+_LONGEST = 1000  # characters that a row has at most
 
 
 def read_rows(path, columns=None):
-    """The columns of a log.csv, and an iterator over its lines.
+    """A log.csv: its columns, its rows, and the lines that are none.
 
     columns: their names in a log that does not begin with them; None: it
-    must. The iterator yields a line's number, its row, a dict from name to
-    number or None, and None; or, for a line that is no row, None and what is
-    wrong with it. A last line without an end is left out. Raises OSError, or
-    ValueError naming the file.
+    must. A row is a dict from name to number or None; of a line that is none
+    there are its number and what is wrong with it. A last line without an
+    end is left out. Raises OSError, or ValueError naming the file.
 
     Derived in chapter 4.16.
     """
-    lines, start = _lines(path), 2
-    head = next(lines, "")
-    names = head.split(",")
-    if names[0] == "step" and len({*names}) == len(names):
-        columns = names
-    elif columns is None:
+    how = {"encoding": "utf-8-sig", "errors": "replace", "newline": "\n"}
+    with open(path, **how) as file:
+        lines = [x.rstrip("\r\n") for x in file if x[-1:] == "\n"]
+    head = lines[0].split(",") if lines else []
+    named = head[:1] == ["step"] and len({*head}) == len(head)
+    if not (named or columns):
         raise ValueError(
             f"{path}: the first line must name the columns, step first"
         )
-    elif head:
-        lines, start = chain([head], lines), 1
-    return columns, _rows(columns, enumerate(lines, start))
-
-
-# line by line
-def _lines(path):
-    """The lines of a text that have an end, without it."""
-    how = {"encoding": "utf-8-sig", "errors": "replace", "newline": "\n"}
-    with open(path, **how) as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield line.rstrip("\r\n")
-
-
-def _rows(names, lines):
-    for number, line in lines:
+    columns, rows, wrong = head if named else columns, [], []
+    for number, line in enumerate(lines[named:], 1 + named):
         try:
-            yield number, _row(names, line), None
+            rows.append(_row(columns, line))
         except ValueError as error:
-            yield number, None, str(error)
+            wrong.append((number, str(error)))
+    return columns, rows, wrong
 
 
 # one row
 def _row(names, line):
     """A line as a dict from name to number, or ValueError."""
-    if len(line) > ROW:
-        raise ValueError(
-            f"must have at most {ROW:,} characters, has {len(line):,}"
-        )
+    if len(line) > _LONGEST:
+        most = f"{_LONGEST:,} characters"
+        raise ValueError(f"must have at most {most}, has {len(line):,}")
     words = line.split(",")
     if len(words) != len(names):
         raise ValueError(f"must have {len(names)} values, has {len(words)}")
@@ -155,15 +130,10 @@ def read_steps(path):
 
     Derived in chapter 4.16.
     """
-    steps, left_out = [], []
+    _, rows, wrong = read_rows(path, Step._fields)
+    if wrong:
+        said = ", ".join(f"line {line} ({why})" for line, why in wrong[:3])
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        warnings.warn(f"{path}: left out {said}{more}", stacklevel=2)
     _, *names = Step._fields
-    for line, row, wrong in read_rows(path, Step._fields)[1]:
-        if wrong:
-            left_out.append(f"line {line} ({wrong})")
-        else:
-            steps.append(Step(int(row["step"]), *map(row.get, names)))
-    if left_out:
-        said, more = ", ".join(left_out[:3]), len(left_out) - 3
-        said += f", and {more} more" if more > 0 else ""
-        warnings.warn(f"{path}: left out {said}", stacklevel=2)
-    return steps
+    return [Step(int(row["step"]), *map(row.get, names)) for row in rows]

@@ -3,12 +3,7 @@
 """The training loop: a generator of steps."""
 
 __all__ = [
-    "Progress",
-    "Step",
-    "accumulate",
-    "evaluate",
-    "train",
-    "train_step",
+    "Progress", "Step", "accumulate", "evaluate", "train", "train_step",
     "z_score",
 ]
 
@@ -44,17 +39,15 @@ def accumulate(config, model, batches, step=0):
 
 
 # finite or not
+GENTLER = "try a lower learning rate or a longer warm-up"
+
+
 def _check_finite(what, value, step=None, rate=0.0):
     """Raise unless a number is finite; without a step nothing is trained."""
-    if math.isfinite(value):
-        return
-    when = (
-        f" at step {step} (learning rate {rate:.3g}): try a lower learning "
-        "rate or a longer warm-up"
-    )
-    raise FloatingPointError(
-        f"the {what} is {value}{'' if step is None else when}"
-    )
+    when = f" at step {step} (learning rate {rate:.3g}): {GENTLER}"
+    if not math.isfinite(value):
+        when = "" if step is None else when
+        raise FloatingPointError(f"the {what} is {value}{when}")
 
 
 # how far out a value is
@@ -106,25 +99,21 @@ def _stands_out(config, at, loss, norm):
 
 
 # validation
-def evaluate(model, batches, count):
+def evaluate(model, batches, count, step=None, rate=0.0):
     """Mean loss of a model over the first `count` batches; trains nothing.
 
     batches: a DataLoader, which is set back to its first batch. At most one
     epoch is read. Returns nats a token, a float. Raises FloatingPointError
-    when it is not finite.
+    when it is not finite, naming the step and the rate of a run.
 
     Derived in chapter 4.13.
     """
-    loss = _mean_loss(model, batches, count)
-    _check_finite("validation loss", loss)
-    return loss
-
-
-def _mean_loss(model, batches, count):
     batches.reset()
     count = min(count, batches.batches_per_epoch)
     losses = [model.forward(*batches.next_batch()) for _ in range(count)]
-    return sum(losses) / count
+    loss = sum(losses) / count
+    _check_finite("validation loss", loss, step, rate)
+    return loss
 
 
 # what a step reports
@@ -161,7 +150,7 @@ def train(config, model, batches, validation=None, at=None):
 
     Derived in chapter 4.13.
     """
-    at = Progress() if at is None else at
+    at = at or Progress()
     tokens = config.micro_batches * config.batch_size * config.seq_len
     while at.step < config.steps:
         step, val_loss = at.step, None
@@ -179,8 +168,8 @@ def train(config, model, batches, validation=None, at=None):
 
 # validation, and the best so far
 def _validate(config, model, validation, at):
-    loss = _mean_loss(model, validation, config.eval_batches)
-    _check_finite("validation loss", loss, at.step, config.rate(at.step))
+    now = at.step, config.rate(at.step)
+    loss = evaluate(model, validation, config.eval_batches, *now)
     at.best_loss = loss if at.best_loss is None else min(at.best_loss, loss)
     return loss
 
@@ -218,8 +207,7 @@ def train_step(config, model, batches, at):
 # the numbers of an update
 def _settings(config, model, at):
     """AdamW's numbers for the next update, by their names in `update`."""
-    names = "beta1", "beta2", "eps", "weight_decay"
-    return {name: getattr(config, name) for name in names} | {
+    return config.some("beta1", "beta2", "eps", "weight_decay") | {
         "learning_rate": config.rate(at.step),
         "step": at.updates + 1,
         "decay": decaying(model.cfg),

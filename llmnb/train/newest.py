@@ -2,14 +2,7 @@
 
 """The runs in runs/: a name for a new one, and which is the newest."""
 
-__all__ = [
-    "MODELS",
-    "ORDER",
-    "RUNS",
-    "new_folder",
-    "newest_run",
-    "note_newest",
-]
+__all__ = ["RUNS", "new_folder", "newest_run", "note_newest"]
 
 
 # imports of the runs
@@ -42,13 +35,13 @@ def new_folder(config):
 
 
 # the order of the runs
-ORDER = RUNS / ".order"
+_ORDER = RUNS / ".order"
 
 
 def _ordered():
     """Names of the runs in runs/, the last one worked on at the end."""
     with suppress(OSError):
-        return ORDER.read_text("utf-8", "surrogateescape").splitlines()
+        return _ORDER.read_text("utf-8", "surrogateescape").splitlines()
     return []
 
 
@@ -60,11 +53,11 @@ def note_newest(run):
     folder = run.folder.resolve()
     if folder.parent == RUNS.resolve() and _ordered()[-1:] != [folder.name]:
         line = f"{folder.name}\n".encode("utf-8", "surrogateescape")
-        with suppress(OSError), open(ORDER, "ab") as file:
+        with suppress(OSError), open(_ORDER, "ab") as file:
             file.write(line)
 
 
-MODELS = "model.bin", "state_*.safetensors"
+_MODELS = "model.bin", "model.safetensors", "state_*.safetensors"
 
 
 def newest_run(*files):
@@ -73,7 +66,7 @@ def newest_run(*files):
     Derived in chapter 4.24.
     """
     ordered, found = _ordered(), {}
-    for path in chain(*(RUNS.glob(f"*/{name}") for name in files or MODELS)):
+    for path in chain(*(RUNS.glob(f"*/{name}") for name in files or _MODELS)):
         name, when = path.parent.name, path.stat().st_mtime
         found[name] = max(when, found.get(name, when))
     if not found:

@@ -3,33 +3,35 @@
 """The numbers of a run, in one dataclass."""
 
 __all__ = [
-    "AT_LEAST",
-    "DataOptions",
-    "HEAD",
-    "KeepOptions",
-    "LearningOptions",
-    "ModelOptions",
-    "SHAPE",
-    "TrainConfig",
-    "UpdateOptions",
-    "WIDTHS",
-    "depth_shape",
+    "DataOptions", "FAMILY", "KeepOptions", "LearningOptions", "ModelOptions",
+    "SHAPE", "TrainConfig", "UpdateOptions", "depth_shape", "option",
 ]
 
 
 # imports of options
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
+from llmnb.backend import choose
 from llmnb.config import GPT2Config
 from llmnb.train.schedule import learning_rate
 
 
-# an option with its help
-def _option(default, text):
-    return field(default=default, metadata={"help": text})
+# an option
+def option(default, text, least=None, below=math.inf, **how):
+    """A field of an option table: its default, its help, its range.
+
+    least, below: what a number must not be less than, and must be less than;
+    no least: it has no range of its own. how: further arguments of argparse's
+    add_argument, such as metavar and nargs; positional=True for what is named
+    by its place.
+
+    Derived in chapter 4.12.
+    """
+    known = {"help": text, "range": (least, below), "how": how}
+    return field(default=default, metadata=known)
 
 
 # what a run reads
@@ -40,25 +42,25 @@ class DataOptions:
     Derived in chapter 4.12.
     """
 
-    corpus: tuple = _option(
+    corpus: tuple = option(
         ("stdlib",),
         "text to learn: stdlib, tinyshakespeare, or files and folders",
     )
-    limit: int = _option(0, "read at most this many characters; 0 means all")
-    tokenizer: str = _option(
+    limit: int = option(0, "read at most this many characters; 0 means all", 0)
+    tokenizer: str = option(
         "bpe",
         "bpe (trained on the text), byte, gpt2, or a file: a rank file, "
-        "vocab.json or tokenizer.json",
+        "vocab.json, tokenizer.json, tokenizer.model or a .gguf",
     )
-    vocab_size: int = _option(1024, "tokens that the bpe tokenizer has")
-    field: str = _option("text", "field of a JSON line that has the text")
-    skip_bad: bool = _option(
+    vocab_size: int = option(1024, "tokens that the bpe tokenizer has", 1)
+    field: str = option("text", "field of a JSON line that has the text")
+    skip_bad: bool = option(
         False, "pass over bad records of JSON lines, and count them"
     )
-    endoftext: bool = _option(
+    endoftext: bool = option(
         False, "take <|endoftext|> in a text as the token, not as text"
     )
-    shards: str = _option(
+    shards: str = option(
         "", "a folder written by `llmnb data`, instead of a corpus"
     )
 
@@ -71,18 +73,27 @@ class ModelOptions:
     Derived in chapter 4.12.
     """
 
-    depth: int = _option(
-        0, "layers of a usual shape (12: GPT-2's 124M); 0: as said below"
+    arch: str = option(
+        "gpt2", "gpt2, llama, mistral, qwen3, gemma, gemma2 or gemma3_text"
     )
-    num_layers: int = _option(4, "transformer blocks (L)")
-    num_heads: int = _option(4, "attention heads (NH)")
-    channels: int = _option(128, "channels (C), a multiple of the heads")
-    seq_len: int = _option(64, "tokens the model sees at once (T)")
-    batch_size: int = _option(8, "sequences in a batch (B)")
-    backend: str = _option(
+    depth: int = option(
+        0, "layers of a usual shape (12: GPT-2's 124M); 0: as said below", 0
+    )
+    num_layers: int = option(4, "transformer blocks (L)")
+    num_heads: int = option(4, "attention heads (NH)")
+    channels: int = option(128, "channels (C), a multiple of the heads")
+    num_kv_heads: int = option(
+        0, "heads of keys and values, not of gpt2; 0: as many as heads", 0
+    )
+    window: int = option(
+        0, "positions that a query sees, not of gpt2; 0: as usual there", 0
+    )
+    seq_len: int = option(64, "tokens the model sees at once (T)")
+    batch_size: int = option(8, "sequences in a batch (B)", 1)
+    backend: str = option(
         "cpu", "cpu, cuda (a GPU), or reference (NumPy, slow)"
     )
-    precision: str = _option(
+    precision: str = option(
         "fp32", "fp32, bf16 (cpu), tf32 (cuda), or fp64 (slow)"
     )
 
@@ -95,17 +106,19 @@ class LearningOptions:
     Derived in chapter 4.12.
     """
 
-    init: str = _option(
+    init: str = option(
         "", "start from this checkpoint, a file or a folder, at a rate of 1e-4"
     )
-    steps: int = _option(1000, "updates of the weights")
-    learning_rate: float = _option(2e-3, "the highest learning rate")
-    warmup_fraction: float = _option(0.1, "share of steps spent rising to it")
-    schedule: str = _option("cosine", "cosine, linear, constant or wsd")
-    final_fraction: float = _option(0.1, "the last rate over the highest")
-    eval_every: int = _option(100, "steps between two validations")
-    eval_batches: int = _option(20, "batches in a validation")
-    seed: int = _option(42, "seed of the weights and of the shuffle")
+    steps: int = option(3000, "updates of the weights", 1)
+    learning_rate: float = option(3e-3, "the highest learning rate")
+    warmup_fraction: float = option(
+        0.1, "share of steps spent rising to it", 0
+    )
+    schedule: str = option("cosine", "cosine, linear, constant or wsd")
+    final_fraction: float = option(0.1, "the last rate over the highest")
+    eval_every: int = option(100, "steps between two validations", 1)
+    eval_batches: int = option(20, "batches in a validation", 1)
+    seed: int = option(42, "seed of the weights and of the shuffle", 0, 2**32)
 
 
 # what an update is
@@ -116,22 +129,22 @@ class UpdateOptions:
     Derived in chapter 4.12.
     """
 
-    beta1: float = _option(0.9, "AdamW: memory of the gradient")
-    beta2: float = _option(0.95, "AdamW: memory of its square")
-    eps: float = _option(1e-8, "AdamW: added to the denominator")
-    weight_decay: float = _option(0.1, "AdamW: decay of 2-D tensors")
-    clip: float = _option(1.0, "largest gradient norm; 0 means no limit")
-    total_batch: int = _option(
-        0, "tokens in an update, a multiple of B*T; 0: one batch"
+    beta1: float = option(0.9, "AdamW: memory of the gradient", 0, 1)
+    beta2: float = option(0.95, "AdamW: memory of its square", 0, 1)
+    eps: float = option(1e-8, "AdamW: added to the denominator", 0)
+    weight_decay: float = option(0.1, "AdamW: decay of 2-D tensors", 0)
+    clip: float = option(1.0, "largest gradient norm; 0 means no limit", 0)
+    total_batch: int = option(
+        0, "tokens in an update, a multiple of B*T; 0: one batch", 0
     )
-    skip_loss: float = _option(
-        0.0, "skip updates whose loss stands out by this z-score; 0: never"
+    skip_loss: float = option(
+        0.0, "skip updates whose loss stands out by this z-score; 0: never", 0
     )
-    skip_norm: float = _option(
-        0.0, "the same for the norm of the gradient; 0: never"
+    skip_norm: float = option(
+        0.0, "the same for the norm of the gradient; 0: never", 0
     )
-    skip_window: int = _option(128, "steps that an update is compared with")
-    overfit: bool = _option(False, "learn the first batch again and again")
+    skip_window: int = option(128, "steps that an update is compared with", 2)
+    overfit: bool = option(False, "learn the first batch again and again")
 
 
 # what it keeps
@@ -142,28 +155,26 @@ class KeepOptions:
     Derived in chapter 4.12.
     """
 
-    save_every: int = _option(
-        250, "steps between two checkpoints; 0: only when it stops"
+    save_every: int = option(
+        250, "steps between two checkpoints; 0: only when it stops", 0
     )
-    keep: int = _option(2, "checkpoints that are kept, the newest ones")
-    sample_every: int = _option(
-        0, "steps between two samples in the terminal; 0: none"
+    keep: int = option(2, "checkpoints that are kept, the newest ones", 1)
+    sample_every: int = option(
+        0, "steps between two samples in the terminal; 0: none", 0
     )
 
 
 # a number in its range
 def check_range(name, value, least, below):
     if not least <= value < below:
-        end = f"and below {below}" if below < math.inf else ""
-        raise ValueError(
-            f"{name} must be at least {least} {end}".rstrip()
-            + f", got {value}"
-        )
+        end = f" and below {below}" if below < math.inf else ""
+        raise ValueError(f"{name} must be at least {least}{end}, got {value}")
 
 
 # a shape from a depth
-WIDTHS = {0: 0, 6: 384, 12: 768, 24: 1024, 36: 1280, 48: 1600}
-HEAD = 64  # channels of a head
+SHAPE = "num_layers", "num_heads", "channels"
+FAMILY = "arch", "num_kv_heads", "window"  # what else a checkpoint fixes
+_WIDTHS = {0: 0, 6: 384, 12: 768, 24: 1024, 36: 1280, 48: 1600}
 
 
 def depth_shape(depth):
@@ -173,26 +184,10 @@ def depth_shape(depth):
 
     Derived in chapter 4.12.
     """
-    check_range("depth", depth, 1, 1 + max(WIDTHS))
-    width = round(np.interp(depth, [*WIDTHS], [*WIDTHS.values()]))
-    heads = -(-width // HEAD)
-    return depth, heads, heads * HEAD
-
-
-# the least values
-SHAPE = "num_layers", "num_heads", "channels"
-AT_LEAST = {
-    2: ("skip_window",),
-    1: (
-        "vocab_size", "batch_size", "steps", "eval_every", "eval_batches",
-        "keep",
-    ),
-    0: (
-        "limit", "warmup_fraction", "eps", "weight_decay", "clip", "seed",
-        "depth", "total_batch", "skip_loss", "skip_norm", "save_every",
-        "sample_every",
-    ),
-}  # fmt: skip
+    check_range("depth", depth, 1, 1 + max(_WIDTHS))
+    width = round(np.interp(depth, [*_WIDTHS], [*_WIDTHS.values()]))
+    heads = -(-width // 64)
+    return depth, heads, heads * 64
 
 
 # numbers that go together
@@ -231,15 +226,16 @@ class TrainConfig(
     """
 
     def __post_init__(self):
-        for least, names in AT_LEAST.items():
-            for name in names:
-                check_range(name, getattr(self, name), least, math.inf)
+        for each in fields(self):
+            limits = each.metadata["range"]
+            if limits[0] is not None:
+                check_range(each.name, getattr(self, each.name), *limits)
         if self.depth:
             _take_shape(self, depth_shape(self.depth))
-        for name in ("beta1", "beta2"):
-            check_range(name, getattr(self, name), 0, 1)
-        check_range("seed", self.seed, 0, 2**32)
-        self.model(self.vocab_size)
+        if self.init:  # which has a shape
+            check_range("seq_len", self.seq_len, 1, math.inf)
+        else:
+            self.model(self.vocab_size)
         self.rate(0)
         _check_total(self)
 
@@ -248,10 +244,24 @@ class TrainConfig(
         """Batches whose gradients make one update."""
         return max(1, self.total_batch // (self.batch_size * self.seq_len))
 
+    def some(self, *names):
+        """The fields of these names, a dict."""
+        return {name: getattr(self, name) for name in names}
+
     def model(self, vocab_size):
-        """The GPT2Config of this run for a vocabulary of this size."""
+        """The configuration of this run for a vocabulary of this size."""
         shape = self.num_layers, self.num_heads, self.channels
-        return GPT2Config(self.seq_len, vocab_size, *shape)
+        shape = self.seq_len, vocab_size, *shape
+        others = self.some("num_kv_heads", "window")
+        others = {name: x for name, x in others.items() if x}
+        if self.arch == "gpt2":
+            for name, x in others.items():
+                raise ValueError(f"{name} is not of gpt2, got {x}")
+            return GPT2Config(*shape)
+        from llmnb.model.architectures import ARCHITECTURES  # Part 5
+
+        choose("arch", self.arch, ARCHITECTURES)
+        return ARCHITECTURES[self.arch](*shape, **others)
 
     def rate(self, step):
         """The learning rate of a step, counted from 0."""

@@ -2,51 +2,31 @@
 
 """A run that is begun, followed, resumed and finished."""
 
-__all__ = [
-    "CHANGEABLE",
-    "begin",
-    "finish",
-    "follow",
-    "resume",
-    "telling",
-]
+__all__ = ["CHANGEABLE", "begin", "finish", "follow", "resume", "telling"]
 
 
 # imports of run
 import re
 import shlex
-import warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
-from llmnb.files import BESIDE
-from llmnb.files import Lock
+from llmnb.files import BESIDE, Lock
+from llmnb.formats.vocabulary import KEPT, TOKENIZER_FILES, tokenizer_beside
 from llmnb.train.drawing import save_figure
 from llmnb.train.feed import landmarks, loaders, prepare
 from llmnb.train.folder import (
-    step_of,
-    note_model,
-    read_run,
-    sparing,
-    state_path,
-    states,
-    write_log,
-    write_record,
+    save_model, step_of, note_model, read_run, sparing, state_path, states,
+    write_log, write_record,
 )
 from llmnb.train.log import log_steps, read_steps, start_log, sync_log
 from llmnb.train.loop import Progress, train
-from llmnb.train.options import SHAPE
+from llmnb.train.options import FAMILY, SHAPE
 from llmnb.train.start import new_model
 from llmnb.train.state import (
-    Run,
-    differences,
-    first_batches,
-    fingerprint,
-    newest_state,
-    restore,
-    save_state,
-    surroundings,
+    Run, differences, first_batches, fingerprint, newest_state, restore,
+    save_state, surroundings,
 )
 
 
@@ -60,24 +40,47 @@ def begin(folder, config):
 
     Derived in chapter 4.16.
     """
-    folder = Path(folder)
+    with _locked(Path(folder)) as lock:
+        return _ready(lock, Path(folder), config, prepare(config))[0]
+
+
+# its folder, locked
+@contextmanager
+def _locked(folder):
+    """The lock of a folder, which stays unless there is an error."""
     with ExitStack() as undo:
-        lock = undo.enter_context(Lock(folder))
-        data = prepare(config)
-        feeds = loaders(config, data)
-        model = new_model(config, data.encoding.n_vocab)
-        begun = surroundings(config.backend)
-        record = fingerprint(*feeds), begun, [], lock
-        _sweep(folder, states(folder))
-        write_record(folder, config, data)
-        undo.pop_all()  # the lock stays
-    return Run(folder, config, data, model, *feeds, Progress(), *record)
+        yield undo.enter_context(Lock(folder))
+        undo.pop_all()
+
+
+# a run, ready
+def _ready(lock, folder, config, data, state=None):
+    """A `Run` at a state, or at its beginning; and a list of warnings."""
+    batches, validation = feeds = loaders(config, data)
+    text, begun, found = fingerprint(*feeds), surroundings(config.backend), []
+    if state:
+        found += _check_text(state, text, feeds)
+        found += differences(state.begun or begun, begun)
+        batches.state, begun = state.place, state.begun or begun
+        model, at = restore(state._replace(config=config)), state.at
+    else:
+        model, at = new_model(config, data.encoding.n_vocab), Progress()
+    _sweep(folder, [] if state else states(folder))
+    write_record(folder, config, data)
+    kept = [x for x in map(step_of, states(folder)) if x <= at.step]
+    run = Run(
+        folder=folder, config=config, data=data, model=model,
+        batches=batches, validation=validation, at=at, text=text,
+        begun=begun, kept=kept, lock=lock,
+    )  # fmt: skip
+    return run, found
 
 
 # what a kill leaves
+_TOKENIZERS = "|".join(map(re.escape, KEPT))
 HALF = re.compile(
-    r"(config\.json|log\.csv|loss\.png|model\.bin|sample\.txt"
-    r"|state_[0-9]+\.safetensors|tokenizer\.tiktoken)" + BESIDE
+    r"(config\.json|log\.csv|loss\.png|sample\.txt|model\.(bin|safetensors)"
+    rf"|state_[0-9]+\.safetensors|{_TOKENIZERS})" + BESIDE
 )
 
 
@@ -111,26 +114,12 @@ def resume(folder, **changes):
     """
     folder = Path(folder)
     read_run(folder)  # only a run is locked
-    with ExitStack() as undo:
-        lock = undo.enter_context(Lock(folder))
+    with _locked(folder) as lock:
         config = _changed(folder, changes)
         state, warnings = newest_state(folder)
         data = _same_data(folder, config, state)
-        feeds = loaders(config, data)
-        text, begun = fingerprint(*feeds), surroundings(config.backend)
-        if state:
-            warnings += _check_text(state, text, feeds)
-            warnings += differences(state.begun or begun, begun)
-            feeds[0].state, begun = state.place, state.begun or begun
-            model, at = restore(state._replace(config=config)), state.at
-        else:
-            model, at = new_model(config, data.encoding.n_vocab), Progress()
-        kept = [x for x in map(step_of, states(folder)) if x <= at.step]
-        _sweep(folder)
-        write_record(folder, config, data)
-        undo.pop_all()  # the lock stays
-    record = at, text, begun, kept, lock
-    return Run(folder, config, data, model, *feeds, *record), warnings
+        run, more = _ready(lock, folder, config, data, state)
+    return run, warnings + more
 
 
 # the text again
@@ -138,7 +127,7 @@ def _same_data(folder, config, state):
     """The Data of a run that goes on, if the state goes with it."""
     if state:
         _check_run(state, config)
-    own = str(folder / "tokenizer.tiktoken")
+    own = str(tokenizer_beside(folder) or folder / TOKENIZER_FILES[0])
     try:
         return prepare(replace(config, tokenizer=own))
     except FileNotFoundError as error:
@@ -154,7 +143,7 @@ def _check_text(state, text, feeds):
     """Raise if the text is another; warn if that cannot be said for sure."""
     if state.text == text:
         return []
-    if state.text == first_batches(feeds):
+    if state.text == [*first_batches(feeds)]:
         return [
             f"{state.path} was written by an older llmnb: only the first "
             "batch of the text was compared"
@@ -219,7 +208,7 @@ def follow(run):
 
 # the end of a run
 def finish(run):
-    """Write model.bin, then loss.png, at any step; returns the log's steps.
+    """Write the model, then loss.png, at any step; returns the log's steps.
 
     A log without the lines that do not count takes the old one's place. When
     a log or a figure fails, that is a warning; a model raises as `follow`
@@ -230,7 +219,7 @@ def finish(run):
     log, figure, steps = run.folder / "log.csv", run.folder / "loss.png", []
     with telling(run):
         run.lock.check(hold=True)
-        run.model.save_checkpoint(run.folder / "model.bin")
+        save_model(run.folder, run.model)
         note_model(run.folder, run.at.step)
     with sparing(log):
         steps = read_steps(log)
@@ -259,14 +248,9 @@ def telling(run):
         raise FloatingPointError(f"{error}: {_gentler(run)}") from error
     except OSError as error:
         what, kept = error.strerror or str(error), _kept(run)
-        left = (
-            f"the last checkpoint is {kept[-1].name}"
-            if kept
-            else ("there is no checkpoint yet")
-        )
-        raise OSError(f"{error.filename or run.folder}: {what}; {left}") from (
-            error
-        )
+        left = f"the last checkpoint is {kept[-1].name}" if kept else ""
+        left, where = left or "there is no checkpoint yet", error.filename
+        raise OSError(f"{where or run.folder}: {what}; {left}") from error
 
 
 def _kept(run):
@@ -281,16 +265,14 @@ def _gentler(run):
     # a state of this very step has the weights that gave no number
     kept = [x for x in _kept(run) if x != now]
     asked = {"learning_rate": float(f"{config.learning_rate / 2:.3g}")}
+    said = SHAPE if config.depth or kept else ()  # by the depth or the state
+    if kept:
+        said += "depth", "tokenizer", "vocab_size", *FAMILY
+        asked = {"init": kept[-1]} | asked
     for each in fields(config):
         value = getattr(config, each.name)
-        if value != each.default:
+        if value != each.default and each.name not in said:
             asked.setdefault(each.name, value)
-    for name in SHAPE if config.depth or kept else ():
-        asked.pop(name, None)  # the depth or the state says them
-    if kept:
-        for name in ("init", "depth", "tokenizer", "vocab_size"):
-            asked.pop(name, None)
-        asked = {"init": kept[-1]} | asked
     words = ["llmnb", "train"]
     for name, value in asked.items():
         words.append("--" + name.replace("_", "-"))

@@ -2,11 +2,7 @@
 
 """The learning rate of each step, and which tensors decay."""
 
-__all__ = [
-    "KINDS",
-    "check_schedule",
-    "learning_rate",
-]
+__all__ = ["KINDS", "check_schedule", "learning_rate"]
 
 
 # imports of the schedule

@@ -3,18 +3,8 @@
 """The state of a run: all that one step hands to the next."""
 
 __all__ = [
-    "GROUPS",
-    "Run",
-    "SETTINGS",
-    "State",
-    "differences",
-    "fingerprint",
-    "first_batches",
-    "newest_state",
-    "read_state",
-    "restore",
-    "save_state",
-    "surroundings",
+    "Run", "State", "differences", "fingerprint", "first_batches",
+    "newest_state", "read_state", "restore", "save_state", "surroundings",
 ]
 
 
@@ -24,8 +14,9 @@ import math
 import os
 import platform
 import zlib
+from contextlib import suppress
 from dataclasses import asdict
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -43,9 +34,9 @@ from llmnb.formats.shard import shard_length
 from llmnb.text.data import DataLoader
 from llmnb.train.feed import Data
 from llmnb.train.folder import step_of, config_from, state_path, states
-from llmnb.train.loop import Progress
+from llmnb.train.loop import GENTLER, Progress
 from llmnb.train.options import TrainConfig
-from llmnb.train.start import check_memory
+from llmnb.train.start import empty_model
 
 
 # a run
@@ -86,28 +77,20 @@ def fingerprint(*batches):
 
 
 def _digest(shards):
-    """A sha256 of tokens, each as two bytes, and of where shards end."""
+    """A sha256 of tokens, as shards keep them, and of where shards end."""
     digest = sha256()
     for shard in shards:
-        path = isinstance(shard, (str, os.PathLike))
-        length = shard_length(shard) if path else len(shard)
-        digest.update(length.to_bytes(8, "little"))
-        for part in _parts_of_file(shard) if path else _parts(shard):
-            digest.update(part)
+        if isinstance(shard, np.ndarray):
+            digest.update(len(shard).to_bytes(8, "little"))
+            kind = "<u2" if shard.dtype == np.uint16 else "<u4"
+            digest.update(np.ascontiguousarray(shard, kind))
+            continue
+        digest.update(shard_length(shard).to_bytes(8, "little"))
+        # read, for to map a file is to die if it is cut
+        with open(shard, "rb") as file:
+            file.seek(HEADER_BYTES)
+            file_digest(file, lambda: digest)
     return digest.hexdigest()
-
-
-def _parts(tokens, size=1 << 20):
-    for at in range(0, len(tokens), size):
-        yield np.ascontiguousarray(tokens[at : at + size], "<u2")
-
-
-def _parts_of_file(path, size=1 << 21):
-    """Its tokens as bytes; read, for to map a file is to die if it is cut."""
-    with open(path, "rb") as file:
-        file.seek(HEADER_BYTES)
-        while part := file.read(size):
-            yield part
 
 
 def first_batches(batches):
@@ -115,17 +98,15 @@ def first_batches(batches):
 
     Derived in chapter 4.15.
     """
-    found = []
     for loader in batches:
         loader.reset()
         first = zlib.crc32(b"".join(x.tobytes() for x in loader.next_batch()))
         loader.reset()
-        found.append([loader.batches_per_epoch, first])
-    return found
+        yield [loader.batches_per_epoch, first]
 
 
 # what else decides the bits
-SETTINGS = (
+_SETTINGS = (
     "LLMNB_BF16", "LLMNB_CUDA", "LLMNB_MATMUL", "LLMNB_TILE",
     "NUMBA_BOUNDSCHECK", "NUMBA_CPU_FEATURES", "NUMBA_CPU_NAME",
     "NUMBA_DISABLE_JIT", "NUMBA_LOOP_VECTORIZE", "NUMBA_OPT",
@@ -137,7 +118,7 @@ def surroundings(backend="cpu"):
     """What the bits of a run depend on besides its options and its text.
 
     A dict of str to str: versions, the processor and its features, the GPU
-    if that is the backend, and the variables in `SETTINGS` that are set.
+    if that is the backend, and the variables that choose other kernels.
 
     Derived in chapter 4.15.
     """
@@ -151,16 +132,11 @@ def surroundings(backend="cpu"):
     if backend == "cuda":
         from llmnb.cuda.model import gpu
 
-        found["numba-cuda"], found["GPU"] = _version("numba-cuda"), gpu()
-    chosen = {x: os.environ[x] for x in SETTINGS if x in os.environ}
+        found["GPU"] = gpu()
+        with suppress(PackageNotFoundError):
+            found["numba-cuda"] = version("numba-cuda")
+    chosen = {x: os.environ[x] for x in _SETTINGS if x in os.environ}
     return found | chosen
-
-
-def _version(name):
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "none"
 
 
 def differences(begun, now):
@@ -175,19 +151,16 @@ def differences(begun, now):
         if name == "features":  # a hundred words: those that differ
             pair = [" ".join(sorted(words[i] - words[1 - i])) for i in (0, 1)]
         if words[0] != words[1]:
-            found.append(
-                f"{name} {pair[0] or 'none'}, now {pair[1] or 'none'}"
-            )
-    if not found:
-        return []
-    return [
+            then, here = (x or "none" for x in pair)
+            found.append(f"{name} {then}, now {here}")
+    return found and [
         "the weights may differ in their last bits from those of a run that "
         f"was not interrupted: it began with {'; '.join(found)}"
     ]
 
 
 # save the state
-GROUPS = "params", "m", "v"
+_GROUPS = "params", "m", "v"
 
 
 def save_state(run):
@@ -201,31 +174,29 @@ def save_state(run):
 
     Derived in chapter 4.15.
     """
+    from llmnb.model.architectures import architecture_record  # Part 5
+
     memory, path = run.model.memory, state_path(run.folder, run.at.step)
     tensors = {
         f"{group}.{name}": np.asarray(memory[group][name])  # from a GPU too
-        for group in GROUPS
+        for group in _GROUPS
         for name in parameter_shapes(run.model.cfg)
     }
-    wrong = first_not_finite(tensors)
-    if wrong:
+    if wrong := first_not_finite(tensors):
+        last = run.at.step - 1
         raise FloatingPointError(
-            f"after the update at step {run.at.step - 1}, {wrong}: try a "
-            "lower learning rate or a longer warm-up"
+            f"after the update at step {last}, {wrong}: {GENTLER}"
         )
     record = {
         "config": asdict(run.config),
-        "model": asdict(run.model.cfg),
+        "model": architecture_record(run.model.cfg),
         "progress": asdict(run.at),
         "place": run.batches.state,
         "text": run.text,
         "begun": run.begun,
-        "sums": {name: zlib.crc32(x) for name, x in tensors.items()},
     }
-    record = json.dumps(record)
-    check = str(zlib.crc32(record.encode()))
-    note = {"format": STATE, "record": record, "sum": check}
     run.lock.check()
+    note = {"format": STATE, "record": json.dumps(record)}
     write_tensors(path, tensors, note)
     _forget_old(run)
     return path
@@ -268,22 +239,26 @@ def read_state(path):
 
     Derived in chapter 4.15.
     """
+    from llmnb.model.architectures import architecture_from  # Part 5
+
     file = TensorFile(path)
     try:
         record = state_record(file)
         state = State(
             Path(path),
             config_from(record["config"]),
-            GPT2Config(**record["model"]),
+            architecture_from(record["model"]),
             Progress(**record["progress"]),
             record["place"],
             record["text"],
             dict(record.get("begun", {})),
         )
         _check_progress(state.at)
-        _check_arrays(file, state, record["sums"])
+        _check_arrays(file, state)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a whole state: {error}") from None
+    for name in file.names:
+        file[name]  # reads it, and checks its sum
     return state
 
 
@@ -297,18 +272,15 @@ def _check_progress(at):
         raise ValueError(f"its progress makes no sense: {at}")
 
 
-def _check_arrays(file, state, sums):
+def _check_arrays(file, state):
     kind = "F64" if state.config.precision == "fp64" else "F32"
     shapes = parameter_shapes(state.cfg)
-    want = {f"{g}.{n}": (kind, s) for g in GROUPS for n, s in shapes.items()}
+    want = {f"{g}.{n}": (kind, s) for g in _GROUPS for n, s in shapes.items()}
     got = {name: (file.dtype(name), file.shape(name)) for name in file.names}
     for name in want | got:
-        if got.get(name) != want.get(name):
-            raise ValueError(
-                f"{name} must be {want.get(name)}, got {got.get(name)}"
-            )
-        if zlib.crc32(file[name]) != sums[name]:
-            raise ValueError(f"{name} is damaged")
+        there, right = got.get(name), want.get(name)
+        if there != right:
+            raise ValueError(f"{name} must be {right}, got {there}")
 
 
 # the model of a state
@@ -317,13 +289,8 @@ def restore(state):
 
     Derived in chapter 4.15.
     """
-    from llmnb.model.gpt2 import GPT2
-
-    names = "batch_size", "seq_len", "backend", "precision"
-    how = {name: getattr(state.config, name) for name in names}
-    check_memory(state.config, state.cfg)
-    model, file = GPT2(state.cfg, **how, seed=None), TensorFile(state.path)
-    for group in GROUPS:
+    model, file = empty_model(state.config, state.cfg), TensorFile(state.path)
+    for group in _GROUPS:
         for name, x in model.memory[group].items():
             put(x, file[f"{group}.{name}"])
     return model

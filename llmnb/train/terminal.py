@@ -2,13 +2,7 @@
 
 """What a terminal is told, whatever it is."""
 
-__all__ = [
-    "LINE",
-    "QUIET",
-    "Screen",
-    "progress",
-    "screens",
-]
+__all__ = ["Screen", "progress_bar", "screens"]
 
 
 # imports of the terminal
@@ -113,8 +107,8 @@ def screens():
 
 
 # a bar, or lines
-QUIET = 60  # seconds between two lines
-LINE = (
+_QUIET = 60  # seconds between two lines
+_LINE = (
     "{percentage:3.0f}% {n_fmt}/{total_fmt} "
     "[{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 )
@@ -133,7 +127,7 @@ class _Lines:
         pass
 
 
-def progress(work=None, **how):
+def progress_bar(work=None, **how):
     """A tqdm over work, on standard error: a bar, or lines in a file.
 
     how: more of tqdm's arguments. Where standard error is no terminal, a
@@ -145,6 +139,6 @@ def progress(work=None, **how):
 
     if sys.stderr.isatty():
         return tqdm(work, dynamic_ncols=True, **how)
-    how |= {"leave": False, "delay": QUIET, "bar_format": LINE}
-    times = {"mininterval": QUIET, "maxinterval": QUIET}
+    how |= {"leave": False, "delay": _QUIET, "bar_format": _LINE}
+    times = {"mininterval": _QUIET, "maxinterval": _QUIET}
     return tqdm(work, file=_Lines(), **times, **how)

@@ -2,13 +2,7 @@
 
 """Runs watched and compared: their logs, in pictures and tables."""
 
-__all__ = [
-    "Board",
-    "PANELS",
-    "compare_runs",
-    "read_log",
-    "run_table",
-]
+__all__ = ["Board", "compare_runs", "read_log", "run_table"]
 
 
 # imports of the watcher
@@ -17,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llmnb.train.drawing import smooth
+from llmnb.files import package
+from llmnb.train.drawing import points_of, smooth
 from llmnb.train.log import read_rows
 
 
@@ -35,19 +30,15 @@ def read_log(path):
     """
     path = Path(path)
     path = path / "log.csv" if path.is_dir() else path
-    names, rows = read_rows(path)
-    points = {name: [] for name in names[1:]}
-    for line, row, wrong in rows:
-        if wrong:
-            raise ValueError(f"{path}, line {line}: {wrong}")
-        for name in points:
-            if row[name] is not None:
-                points[name].append((row["step"], row[name]))
-    return {k: np.array(v, float).reshape(-1, 2).T for k, v in points.items()}
+    names, rows, wrong = read_rows(path)
+    for line, why in wrong[:1]:
+        raise ValueError(f"{path}, line {line}: {why}")
+    return {name: points_of(rows, name) for name in names[1:]}
 
 
 # runs in one picture
-PANELS = {
+_NONE = np.empty((2, 0))  # a column without a value
+_PANELS = {
     "loss": "loss (nats a token)",
     "learning_rate": "learning rate",
     "grad_norm": "norm of the gradient",
@@ -67,9 +58,15 @@ def compare_runs(logs, window=20):
 
     figure = Figure(figsize=(10, 6.5), dpi=100, layout="constrained")
     axes = figure.subplots(2, 2).flat
-    for ax, (name, label) in zip(axes, PANELS.items(), strict=True):
+    for ax, (name, label) in zip(axes, _PANELS.items(), strict=True):
         for number, (run, log) in enumerate(logs.items()):
-            _draw(ax, log, name, run, f"C{number % 10}", window)
+            points, colour = log.get(name, _NONE), f"C{number % 10}"
+            # a rate is chosen, not measured: nothing scatters
+            mean = smooth(points, 1 if name == "learning_rate" else window)
+            ax.plot(*mean, color=colour, label=run)
+            if name == "loss":
+                dots = log.get("val_loss", _NONE)
+                ax.plot(*dots, "o", color=colour, ms=4)
         ax.set(xlabel="step", ylabel=label)
         if name != "loss":
             ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
@@ -93,17 +90,6 @@ def _short(name, most=60):
     return line if len(line) <= most else "..." + line[3 - most :]
 
 
-# one curve
-def _draw(ax, log, name, run, colour, window):
-    empty = np.empty((2, 0))
-    raw = log.get(name, empty)
-    if name == "learning_rate":
-        window = 1  # chosen, not measured: nothing scatters
-    ax.plot(*smooth(raw, window), color=colour, label=run)
-    if name == "loss":
-        ax.plot(*log.get("val_loss", empty), "o", color=colour, ms=4)
-
-
 # runs in one table
 def run_table(logs):
     """Lines of text: a row a run, with steps, losses and speed.
@@ -113,16 +99,15 @@ def run_table(logs):
 
     Derived in chapter 4.17.
     """
-    names = [" ".join(run.split()) for run in logs]  # each in one line
-    wide = max(map(len, ["run", *names]))
+    runs = [" ".join(run.split()) for run in logs]  # each in one line
+    wide = max(map(len, ["run", *runs]))
     lines = [
         f"{'run':<{wide}}  {'steps':>7} {'last val':>9} {'best val':>9} "
         f"{'tokens/s':>9}"
     ]
-    for run, log in zip(names, logs.values(), strict=True):
-        steps, losses = log.get("loss", np.empty((2, 0)))
-        val = log.get("val_loss", np.empty((2, 0)))[1]
-        speed = log.get("tokens_per_second", np.empty((2, 0)))[1]
+    for run, log in zip(runs, logs.values(), strict=True):
+        names = "loss", "val_loss", "tokens_per_second"
+        losses, val, speed = (log.get(name, _NONE)[1] for name in names)
         last, best = (val[-1], val.min()) if len(val) else (np.nan, np.nan)
         middle = np.median(speed) if len(speed) else np.nan
         lines.append(
@@ -143,16 +128,16 @@ class Board:
     """
 
     def __init__(self, folder):
-        try:
-            from tensorboard.compat.proto import event_pb2, summary_pb2
-            from tensorboard.summary.writer import event_file_writer
-        except ImportError:
-            raise ImportError(
-                "TensorBoard's package is missing: "
-                "pip install 'llmnb[tensorboard]'"
-            ) from None
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        self._file = event_file_writer.EventFileWriter(str(folder))
+        event, summary, writer = (
+            package(name, "tensorboard", "TensorBoard")
+            for name in (
+                "tensorboard.compat.proto.event_pb2",
+                "tensorboard.compat.proto.summary_pb2",
+                "tensorboard.summary.writer.event_file_writer",
+            )
+        )
+        self._event, self._summary = event.Event, summary.Summary
+        self._file = writer.EventFileWriter(str(folder))
 
     def write(self, step, numbers):
         """Write a step's numbers, a dict from name to float or None."""

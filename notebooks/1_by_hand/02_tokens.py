@@ -15,17 +15,16 @@
 # > Byte-pair encoding, trained from scratch: the pairs of bytes that a text
 # > repeats become numbers of their own, and any text becomes a list of them.
 #
-# *Reading time: 28 minutes. You need: Python, and
+# *Reading time: 29 minutes. You need: Python, and
 # [chapter 1.1](01_learns.ipynb) for what a vocabulary is.*
-
-# %% [markdown]
+#
 # ## Where we are
 #
-# GPT-2 does not read letters. It reads whole numbers below a limit $V$, and it
-# predicts the next number from those before it. Such a number is a **token**,
-# and $V$ is the size of the **vocabulary**. In [chapter 1.1](01_learns.ipynb)
-# a token was a letter. Here it becomes a piece of text that the text itself
-# suggests.
+# A language model reads [tokens](../../book/glossary.md#term-token), whole
+# numbers below the size $V$ of its
+# [vocabulary](../../book/glossary.md#term-vocabulary), and predicts the next.
+# In [chapter 1.1](01_learns.ipynb) a token was a letter. In GPT-2 it is a
+# piece of text, and the text itself suggests the pieces.
 
 # %% where we are
 from llmnb.book.diagram import PALETTE, gpt2_diagram
@@ -38,39 +37,37 @@ gpt2_diagram(lit="tokens")
 #
 # At the end you can
 #
-# - train a byte-level BPE (byte-pair encoding) by hand on one line of text and
-#   say why each merge was chosen;
-# - say why the fast training finds the same merges as the slow one, and what
-#   each of them costs;
+# - find the pieces of one line of text by hand, and say why each was chosen;
+# - say why the fast training finds the same pieces as the slow one, and what
+#   each costs;
 # - encode any text, and any bytes, and get them back;
 # - say what a larger vocabulary saves, and what it costs.
-
-# %% [markdown]
+#
 # ## Setup
 
 # %% setup
 import gzip
 import json
 import random
-import time
 
 import matplotlib.pyplot as plt
 
-from llmnb.timing import machine
 from llmnb.book.verify import verdict
+
+with gzip.open("../../tests/data/library.jsonl.gz", "rt") as lines:
+    library = [json.loads(line)["text"] for line in lines]
 
 # %% [markdown]
 # ## By hand
 #
 # ### From characters to bytes
 #
-# A Python string is a sequence of Unicode characters, and Unicode has more
-# than 150,000 of them. A vocabulary with a number for each would spend most
-# of its entries on characters that the training text never shows.
+# Unicode has more than 150,000 characters. A vocabulary with a number for each
+# would spend most of its entries on those that the training text never shows.
 #
-# UTF-8 writes each character as one to four **bytes**, numbers from 0 to 255.
-# So 256 numbers are enough for every text there is. The first 128 characters,
-# which English and Python code consist of, take one byte each.
+# UTF-8 writes each character as one to four *bytes*, numbers from 0 to 255. So
+# 256 numbers are enough for every text there is. The first 128 characters,
+# those of English and Python code, take one byte each.
 
 # %% characters and their bytes
 for char in "aé€🙂":
@@ -79,15 +76,15 @@ for char in "aé€🙂":
 
 # %% [markdown]
 # Bytes alone make a complete vocabulary with $V = 256$. Its fault is the
-# length of the sequences: one token a byte. A model of $T$ positions then
-# sees $T$ bytes of the past, and [attention](08_attention.ipynb) compares
-# every position with all those before it. Longer tokens let the same $T$
-# reach further back.
+# length of the sequences: a model that looks at $T$ tokens then sees $T$ bytes
+# of the past. Longer tokens let the same $T$ reach further back.
 #
 # ### Merging by hand
 #
-# **Byte-pair encoding** (BPE) starts from bytes and gives the most frequent
-# pair of neighbours a token of its own, again and again. Take one line:
+# [Byte-pair encoding](../../book/glossary.md#term-BPE-byte-pair-encoding), BPE for
+# short, starts from bytes and gives the most frequent pair of neighbours a
+# token of its own, again and again. Each time is a
+# [merge](../../book/glossary.md#term-merge). Take one line:
 #
 # > hush, the rushes brush the thrush
 #
@@ -111,10 +108,9 @@ for char in "aé€🙂":
 # In merges 3 and 4 several pairs share the first place and the lower number
 # decides again: a blank is 32, `r` is 114, and `␣t`, the third token after the
 # bytes 0 to 255, is 258. In merge 5 only one pair is left that comes three
-# times. Look at `he`: it stood in three words, and after merge 1 it is in two,
-# since the `h` of `rushes` now belongs to `sh`. Counts change as we merge.
-
-# %% [markdown]
+# times. Counts change as we merge: `he` stood in three words, and after merge
+# 1 in two, since the `h` of `rushes` now belongs to `sh`.
+#
 # ## Train
 #
 # ### Cut the text into words
@@ -122,11 +118,13 @@ for char in "aé€🙂":
 # GPT-2 cuts with one regular expression. An apostrophe ending (`'s`, `'ll`) is
 # a piece; so is a run of letters, a run of digits, or a run of other signs,
 # each with one space before it if there is one; so is a run of blanks, which
-# leaves its last blank to the word that follows. Together the pieces are the
-# text: nothing is dropped. We call a piece a **word**. The expression needs
-# Unicode classes (`\p{L}`: any letter, `\p{N}`: any digit), which the `regex`
-# package has and Python's own `re` has not; `tiktoken`, the library that we
-# use for encoding, brings it along.
+# leaves its last blank to the piece that follows. Nothing is dropped. We call
+# a piece a **word**. The expression needs Unicode classes (`\p{L}`: any
+# letter, `\p{N}`: any digit), which the `regex` package has and Python's own
+# `re` has not. `\s` is any blank, a line's end too, and `\S` any other sign;
+# `(?!\S)` demands that no such sign follows, so `\s+` before it gives back one
+# blank. A word takes that blank if it is a space; otherwise the last `\s+`
+# makes it a piece.
 
 # %% imports of the tokenizer tags=["export"]
 import heapq
@@ -148,8 +146,7 @@ print(regex.findall(WORDS, "It's   42 trees,\n\n  naïve ones"))
 
 # %% [markdown]
 # A merge never leaves a word, so all that training needs to know is which
-# words there are and how often each stands in the text. Text repeats itself:
-# the distinct words are far fewer than the words.
+# words there are and how often each stands in the text.
 
 
 # %% count the words tags=["exporti"]
@@ -164,22 +161,22 @@ def _count_words(text):
     return {word.encode("utf-8"): n for word, n in counts.items()}
 
 
-# %% the words of our line
-words = _count_words(line)
-print(words)
-
 # %% [markdown]
 # ### The slow way, which is the definition
 #
-# Let word $w$ stand $c_w$ times in the text, as symbols $w_1 w_2 \dots$ that
-# are bytes at first. The count of a pair is
+# Let each distinct word stand $n_\text{word}$ times in the text, as a row of
+# symbols, which are bytes at first. The pair of symbols $a$ and $b$ stands in
+# the text
 #
-# $$ n(a,b) = \sum_w c_w \, \#\{ i : w_i = a,\; w_{i+1} = b \} \tag{1.2.1} $$
+# $$ n(a,b) = \sum_\text{words} n_\text{word} \cdot \#_\text{word}(a,b)
+#    \tag{1.2.1} $$
 #
-# and the pair that gets the next token is the one with the largest count,
-# the lowest numbers deciding a tie:
+# times, where $\#_\text{word}(a,b)$ counts the places in the word at which $a$
+# stands before $b$. The pair with the largest count gets the next token, the
+# lowest numbers deciding a tie. Written as the smallest of triples, which
+# Python compares by their first entries first:
 #
-# $$ (a,b)^\ast = \arg\min_{(a,b)} \bigl(-n(a,b),\; a,\; b\bigr) \tag{1.2.2} $$
+# $$ (a,b)^\ast = \arg\min_{\text{pairs}} \bigl(-n(a,b),\; a,\; b\bigr) \tag{1.2.2} $$
 #
 # The new token, call it $ab$, takes the next free number, from 256 up, and
 # stands for the bytes of its parts, one after the other:
@@ -200,7 +197,7 @@ def replace(symbols, pair, new):
     return tuple(out)
 
 
-def learn_slowly(words, number, replace=replace):
+def learn_slowly(words, number):
     symbols, merges = {tuple(w): n for w, n in words.items()}, []
     for new in range(256, 256 + number):
         count = Counter()
@@ -221,70 +218,87 @@ def spell(merges):
     return tokens
 
 
+words = _count_words(line)
+print(words)
 slow = learn_slowly(words, 5)
 print(slow)
 print(spell(slow)[256:])
 
 # %% [markdown]
-# Each merge recounts every pair of every distinct word. With $S$ symbols in
-# the distinct words and $M$ merges that is $O(MS)$ steps, nearly all of them
-# spent on counting again what did not change.
+# Each merge recounts every pair of every word, though hardly any count has
+# changed.
 #
 # ### The fast way: change only what changes
 #
-# Look at one occurrence of the pair $(a,b)$ between its neighbours $h$ and
-# $k$, in a word that stands $c_w$ times.
+# Figure 1.2.2 shows one occurrence of a pair between its neighbours, in a word
+# that stands $n_\text{word}$ times, before and after the merge.
 
-# %% draw pieces
+# %% draw pieces tags=["hide-input"]
 BLUE, GREY, ORANGE = PALETTE["blue"], PALETTE["pale"], PALETTE["orange"]
 
 
-def draw_pieces(ax, y, pieces, colours, width=1.0, size=11):
-    x = 0.0
+def draw_pieces(ax, y, pieces, colours, width=None):
+    x, style = 0, {"ha": "center", "va": "center", "size": 11}
     for piece, colour in zip(pieces, colours, strict=True):
-        w = width * len(piece)
-        box = plt.Rectangle(
-            (x + 0.05, y - 0.36), w - 0.1, 0.72, facecolor=colour,
-            edgecolor=PALETTE["grey"],
-        )  # fmt: skip
+        w = width or len(piece)
+        look = {"fc": colour, "ec": PALETTE["grey"]}
+        box = plt.Rectangle((x + 0.05, y - 0.36), w - 0.1, 0.72, **look)
         ax.add_patch(box)
         ink = "white" if colour in (BLUE, ORANGE) else PALETTE["ink"]
-        ax.text(x + w / 2, y, piece, ha="center", va="center",
-                color=ink, size=size)  # fmt: skip
-        x += w
+        ax.text(x + w / 2, y, piece, color=ink, **style)
+        x += w if width is None else 2
 
 
-# %% one merge drawn
-fig, ax = plt.subplots(figsize=(8, 2.3), dpi=100)
-draw_pieces(ax, 1.5, "habk", [GREY, BLUE, BLUE, GREY], width=1.2, size=14)
-after = ["h", "ab", "k"]
-draw_pieces(ax, 0.2, after, [GREY, ORANGE, GREY], width=1.2, size=14)
-ax.text(5.2, 1.5, "(h,a)   (a,b)   (b,k)   fall by c", va="center", size=12)
-ax.text(5.2, 0.2, "(h,ab)   (ab,k)   rise by c", va="center", size=12)
-ax.annotate("", (2.4, 0.62), (2.4, 1.08), arrowprops={"arrowstyle": "-|>"})
-ax.set(xlim=(-0.1, 9.6), ylim=(-0.4, 2.1))
+# %% one symbol taken out, drawn tags=["hide-input"]
+def draw_links(ax, y, chain):
+    """An arrow to the next symbol, and one back, along a chain of places."""
+    for i, j in zip(chain, chain[1:], strict=False):
+        bend, a, b = -0.42 * (j > i + 1), 2 * i + 1.15, 2 * j + 0.05
+        way = {"connectionstyle": f"arc3,rad={bend}", "shrinkA": 0}
+        look = way | {"arrowstyle": "-|>", "lw": 1.3, "shrinkB": 0}
+        there, back = (look | {"color": PALETTE[c]} for c in LINKS)
+        ax.annotate("", (b, y + 0.15), (a, y + 0.15), arrowprops=there)
+        ax.annotate("", (a, y - 0.15), (b, y - 0.15), arrowprops=back)
+
+
+fig, ax = plt.subplots(figsize=(8, 2.7), dpi=100)
+LINKS, before = ("green", "purple"), [GREY, BLUE, BLUE, GREY, "white"]
+after = [GREY, ORANGE, "white", GREY, "white"]
+draw_pieces(ax, 2, ["a", "b", "c", "d", "−1"], before, width=1.2)
+draw_pieces(ax, 0, ["a", "bc", "−2", "d", "−1"], after, width=1.2)
+draw_links(ax, 2, range(5))
+draw_links(ax, 0, [0, 1, 3, 4])
+for y, when, counts in ((2, "before", "(a,b)  (b,c)  (c,d)  fall"),
+                        (0, "after", "(a,bc)  (bc,d)  rise")):  # fmt: skip
+    ax.text(-0.3, y, when, ha="right", va="center", size=11)
+    ax.text(9.8, y, counts, va="center", size=11)
+ax.set(xlim=(-1.6, 14), ylim=(-1.1, 2.7))
 ax.axis("off")
 fig.subplots_adjust(0, 0, 1, 1)
 plt.show()
 
 # %% [markdown]
-# *Figure 1.2.2. A merge at one place changes five counts and no others: three
-# pairs lose this occurrence, two pairs gain it.*
+# *Figure 1.2.2. The word abcd and the border behind it, before and after the
+# merge of b and c. Green arrows lead to the next symbol, purple ones back.
+# Nothing moves: the symbol that is taken out keeps its place, and its
+# neighbours point past it. Five counts change and no others.*
 #
 # $$
 # \begin{aligned}
-# n(h,a) &\mathrel{-}= c_w, & n(b,k) &\mathrel{-}= c_w, \\
-# n(h,ab) &\mathrel{+}= c_w, & n(ab,k) &\mathrel{+}= c_w, & n(a,b) &= 0
+# n(a,b) &\mathrel{-}= n_\text{word}, &
+# n(c,d) &\mathrel{-}= n_\text{word}, \\
+# n(a,bc) &\mathrel{+}= n_\text{word}, &
+# n(bc,d) &\mathrel{+}= n_\text{word}, & n(b,c) &= 0
 # \end{aligned}
 # \tag{1.2.4}
 # $$
 #
-# So we keep the counts, and for each pair a list of the places where it
-# stands. The words lie end to end in one list, parted by $-1$, and each symbol
-# knows the next and the previous one, so that taking one out moves nothing. A
-# symbol that was merged into its left neighbour is marked $-2$. The list ends
-# with $-1$, which Python's index $-1$ finds: the first symbol, too, has a
-# border on its left.
+# The last holds when every occurrence of the pair has been merged; the others
+# are for one of them. So we keep the counts, and for each pair a list of the
+# places where it stands. The words lie end to end in one list, parted by $-1$,
+# and each symbol knows the next and the previous one. A symbol that was merged
+# into its left neighbour is marked $-2$. The list ends with $-1$, which
+# Python's index $-1$ finds: the first symbol, too, has a border on its left.
 
 
 # %% the words as linked symbols tags=["exporti"]
@@ -319,9 +333,9 @@ class _Symbols:
 
 
 # %% [markdown]
-# `drop` leaves the place in its list. When the pair's turn comes we look
-# whether it still stands there, and pass on if not. The places are visited in
-# order, so that `aaa` becomes `aa·a` here too.
+# `drop` leaves the place in its list. When the pair's turn comes we pass on
+# where it no longer stands. The places are visited in order, so that `aaa`
+# becomes `aa·a` here too.
 
 
 # %% merge one pair everywhere tags=["exporti"]
@@ -333,33 +347,23 @@ def _merge(symbols, pair, new):
         j = following[i]
         if (ids[i], ids[j]) != pair:
             continue
-        h, k = before[i], following[j]
-        symbols.drop(h)
+        left, right = before[i], following[j]
+        symbols.drop(left)
         symbols.drop(j)
         ids[i], ids[j] = new, -2
-        following[i], before[k] = k, i
-        formed |= {symbols.add(h), symbols.add(i)}
+        following[i], before[right] = right, i
+        formed |= {symbols.add(left), symbols.add(i)}
     del symbols.count[pair]
     return formed - {None}
 
 
 # %% [markdown]
-# Here is the list with one short word in it, before and after a merge of `b`
-# and `c`: nothing moves, the neighbours of the removed symbol point past it.
-
-# %% one symbol taken out
-few = _Symbols({b"abcd": 1})
-for step in ("before", "after"):
-    print(step, few.ids, "next", few.next, "previous", few.prev)
-    if step == "before":
-        _merge(few, (98, 99), 256)
-
-# %% [markdown]
-# The pair with the largest count comes from a **heap**, a list that yields
-# its smallest entry in $O(\log n)$. Its entries are $(-n(a,b),\,(a,b))$,
-# which is the order of (1.2.2). Counts of old pairs can only fall, so an entry
-# may promise too much, never too little. When the promise at the top is
-# false, we put the entry back with its true count; the first true one is the
+# The pair with the largest count comes from a *heap*, a list that yields its
+# smallest entry in a time that grows as the logarithm of its length. Its
+# entries are $(-n(a,b),\,(a,b))$, which is the order of (1.2.2). Counts of old
+# pairs can only fall, because every pair that a merge forms has the new token
+# in it. So an entry may promise too much, never too little. If the one at the
+# top does, we put it back with its true count; the first true one is the
 # largest.
 
 
@@ -390,18 +394,16 @@ def _learn(words, number):
     return merges
 
 
-# %% the same five merges
-verdict("five merges", _learn(words, 5) == slow, "fast equals slow")
-
 # %% [markdown]
-# What does it cost? A merge at one place removes one symbol for good. There
-# are $S$ symbols at the start, so there are fewer than $S$ such places **in
-# the whole of the training, however many merges we ask for**. Each adds at
-# most two places to the lists and makes at most two promises false. The
-# whole costs $O(S \log S)$.
+# What does it cost? A merge at one place removes one symbol for good. So there
+# are fewer such places than symbols at the start, *in the whole of the
+# training, however many merges we ask for*. Each adds at most two places to
+# the lists and makes at most two promises false. With $S$ symbols in the
+# distinct words the whole costs $O(S \log S)$, where the slow way costs $O(S)$
+# for each merge. The logarithm is that of the heap, and of sorting the places.
 #
-# One line proves little. Here are 200 small texts over few letters, made so
-# that pairs overlap (`aaaa`) and counts tie.
+# Does it find the same merges? Here are 200 small texts over few letters, made
+# so that pairs overlap (`aaaa`) and counts tie.
 
 
 # %% fast against slow
@@ -409,45 +411,30 @@ def random_text(rng, letters, longest):
     return "".join(rng.choices(letters, k=rng.randint(1, longest)))
 
 
-def merges_agree(trials, replace=replace):
-    rng = random.Random(1)
-    for _ in range(trials):
-        words = _count_words(random_text(rng, "aab. \n", 200))
-        fast = _learn(words, 40)
-        if fast != learn_slowly(words, len(fast), replace):
-            return False
-    return True
-
-
-verdict("merges", merges_agree(200), "fast equals slow, 200 texts")
-
-# %% [markdown]
-# Can this check fail? Let the slow training replace from right to left, so
-# that `aaa` becomes `a·aa`.
-
-
-# %% from the wrong end
-def replace_backwards(symbols, pair, new):
-    return replace(symbols[::-1], pair[::-1], new)[::-1]
-
-
-wrong = not merges_agree(200, replace_backwards)
-verdict("right to left", wrong, "is caught")
+rng, agree = random.Random(1), []
+for _ in range(200):
+    words = _count_words(random_text(rng, "aab. \n", 200))
+    fast = _learn(words, 40)
+    agree.append(fast == learn_slowly(words, len(fast)))
+verdict("merges", all(agree), "fast equals slow, 200 texts")
 
 # %% [markdown]
 # ## Encode and decode
 #
-# Training leaves a list of tokens in the order in which they were made. A
-# token's place in that list is its **rank**, and its rank is its number. The
-# single bytes come first, with ranks 0 to 255.
+# Training leaves a list of tokens in the order in which they were made, the
+# single bytes first. A token's place in that list is its **rank**, and its
+# rank is its number.
 #
 # To encode a word, repeat the merges in the order of training: among all
 # neighbours whose bytes together are a token, join those of lowest rank, the
 # leftmost first, until none is left.
 #
 # $$
-# i^\ast = \arg\min_i \bigl(\mathrm{rank}(p_i\,p_{i+1}),\; i\bigr) \tag{1.2.5}
+# i^\ast = \arg\min_i \bigl(\mathrm{rank}(
+# \text{part}_i\,\text{part}_{i+1}),\; i\bigr) \tag{1.2.5}
 # $$
+#
+# The least is taken over the $i$ for which there is such a token.
 
 
 # %% the encoder
@@ -474,12 +461,10 @@ print(encode("the thrush hushes", ranks))
 
 # %% [markdown]
 # Decoding is a table: the bytes of the tokens, one after the other. It undoes
-# encoding whatever the merges are, because no merge changes a byte.
-#
-# Figure 1.2.3 follows one word through (1.2.5).
+# encoding, because no merge changes a byte.
 
 
-# %% one word, merge by merge
+# %% one word, merge by merge tags=["hide-input"]
 def stages(word, ranks):
     for limit in range(255, max(ranks.values()) + 1):
         known = {x: r for x, r in ranks.items() if r <= limit}
@@ -491,10 +476,9 @@ def stages(word, ranks):
 fig, ax = plt.subplots(figsize=(7, 3.6), dpi=100)
 rows = list(stages(b" thrush", ranks))
 for y, row in enumerate(rows):
-    fresh = [len(p) > 1 and p not in rows[y - 1] for p in row]
-    old = [BLUE if len(p) > 1 else GREY for p in row]
-    colours = [ORANGE if f else o for f, o in zip(fresh, old, strict=True)]
-    draw_pieces(ax, -y, row, colours)
+    merged = [BLUE if p in rows[y - 1] else ORANGE for p in row]
+    pairs = zip(row, merged, strict=True)
+    draw_pieces(ax, -y, row, [m if len(p) > 1 else GREY for p, m in pairs])
     label = "bytes" if y == 0 else f"merge {y}"
     ax.text(-0.2, -y, label, ha="right", va="center", size=11)
 ax.set(xlim=(-1.6, 7.2), ylim=(-len(rows) + 0.5, 0.5))
@@ -511,26 +495,25 @@ plt.show()
 # Training merges pairs of numbers; (1.2.5) asks whether the joined *bytes* are
 # a token. Could `a·bc` be the token `abc` and `ab·c` something else? No. Take
 # a stretch of a word whose two ends are still borders between parts after some
-# number of merges. No merge so far has crossed these ends, so each merge did
-# inside the stretch what it would have done had the stretch been a word of its
-# own. How a stretch is divided at a given moment therefore depends on its
-# bytes alone. (Where pairs overlap, as in `aaa`, the order from left to right
-# keeps this true. If the left end is still a border after the merge, then the
-# symbol before it was left alone or joined to *its* left neighbour; in both
-# cases the search went on at the left end, as at the beginning of a word.)
-# When the token `abc` was made from `a·bc`, every stretch `abc` that was two
-# parts was those two, and all of them were joined. Two facts follow: no two
-# tokens have the same bytes, and joining two parts never forms a pair of lower
-# rank that was left behind. So (1.2.5) repeats the training merge by merge.
+# number of merges. No merge so far has crossed these ends, so each did inside
+# the stretch what it would have done in a word of its own. How a stretch is
+# divided at a given moment therefore depends on its bytes alone. (Where pairs
+# overlap, as in `aaa`, the order from left to right keeps this true. If the
+# left end is still a border after the merge, then the symbol before it was
+# left alone or joined to *its* left neighbour; in both cases the search went
+# on at the left end, as at the beginning of a word.) When the token `abc` was
+# made from `a·bc`, every stretch `abc` that was two parts was those two, and
+# all of them were joined. Two facts follow: no two tokens have the same bytes,
+# and joining two parts never forms a pair of lower rank that was left behind.
+# So (1.2.5) repeats the training merge by merge.
 #
 # ### The encoding as an object
 #
-# `encode_word` looks at a word of $n$ bytes up to $n$ times. We leave
-# the work to **tiktoken**, OpenAI's encoder, which does the same much faster.
-# It wants the expression, the ranks, and the **special
-# tokens**, which no text can produce. We have one, `<|endoftext|>`: it stands
-# before each document and tells the model that what follows has nothing to do
-# with what came before. It takes the last number, as in GPT-2.
+# We leave the work to **tiktoken**, OpenAI's encoder, which does the same as
+# `encode_word`, much faster. It wants the expression, the ranks, and the
+# *special tokens*, which no text can produce. We have one, `<|endoftext|>`: it
+# stands before each document ([chapter 1.3](03_batches.ipynb)) and takes the
+# last number, as in GPT-2.
 
 
 # %% the encoding object tags=["export"]
@@ -581,8 +564,10 @@ def train(text, vocab_size):
 
 
 # %% [markdown]
-# A passage to train on, the same on every machine, and the fourteen tokens
-# that come first:
+# A passage to train on, and the fourteen tokens that come first: ` the` with
+# its space is the third already. Then a sentence, cut by `tiktoken`; its
+# `encode_ordinary` takes a text for nothing but text, and makes no special
+# token of it:
 
 # %% a passage to train on
 PASSAGE = """\
@@ -591,35 +576,20 @@ and the first boats slide out past the lighthouse with their lamps still lit.
 An old man counts them as they go. He has counted them for thirty years, and
 he has never written a number down. "Seventeen," he says to the dog, and the
 dog, who has heard larger numbers, goes back to sleep.
-
-By noon the boats return. The man counts again. When the count is right he
-walks home; when it is wrong he waits on the wall until it is. That's all he
-does. Nobody asked him to, nobody pays him, and nobody in the harbour would
-think of going out on a morning when he was not there to count them.
 """
 enc = train(PASSAGE, 400)
 tokens = [enc.decode_single_token_bytes(i) for i in range(enc.n_vocab)]
 print(tokens[256:270])
-print(tokens[-4:])
-
-# %% [markdown]
-# Common pairs of letters come first, and ` the` with its space is the third
-# token already. The last merges make parts of words. Here is `tiktoken`'s
-# answer for a sentence, cut into its parts:
-
-# %% a sentence in tokens
-sentence = "The dog counts the boats, and nobody asked."
-ids = enc.encode_ordinary(sentence)
+ids = enc.encode_ordinary("The old man has never heard of the town.")
 print("|".join(tokens[i].decode() for i in ids))
-print(len(sentence), "bytes,", len(ids), "tokens")
 
 # %% [markdown]
 # ## Proof
 #
 # Three claims. Our encoder and `tiktoken` agree on any text; decoding undoes
-# encoding for any text; and it does so for any bytes at all, whether they are
-# UTF-8 or not. The texts are drawn at random from letters, blanks, digits,
-# accents, Chinese characters and emoji.
+# encoding for any text; and for any bytes at all, whether they are UTF-8 or
+# not. The texts are drawn at random from letters, blanks, digits, accents,
+# Chinese characters and emoji.
 
 # %% encode, decode
 LETTERS = "aehnorst  .,'\n\t0123éñß中文字🙂🚢€" + PASSAGE[:120]
@@ -636,62 +606,13 @@ back = all(enc.decode_bytes(encode_word(r, ranks)) == r for r in raws)
 verdict("bytes", back, "decode(encode(x)) == x")
 
 # %% [markdown]
-# A tempting encoder takes the longest token that the text begins with, and
-# goes on behind it. It decodes to the same text, so the second claim would
-# pass it; but it is not what the merges do, and a model trained on the tokens
-# of one encoder would meet sequences from the other that it never saw. The
-# first claim catches it.
-
-
-# %% the greedy encoder
-def encode_greedily(text, ranks):
-    out, raw, longest = [], text.encode("utf-8"), max(map(len, ranks))
-    while raw:
-        sizes = range(min(longest, len(raw)), 0, -1)
-        size = next(n for n in sizes if raw[:n] in ranks)
-        out.append(ranks[raw[:size]])
-        raw = raw[size:]
-    return out
-
-
-greedy = [encode_greedily(t, ranks) for t in texts]
-exact = all(enc.decode(g) == t for g, t in zip(greedy, texts, strict=True))
-verdict("greedy", exact, "decode(encode(x)) == x")
-wrong = [enc.encode_ordinary(t) for t in texts] != greedy
-verdict("greedy", wrong, "is caught by the first claim")
-
-# %% [markdown]
-# ## What it costs
-#
-# The two trainings on the same text, and few merges, for the slow one needs
-# patience. The fast one counts once, and its merges cost little after that.
-
-# %% slow against fast, timed tags=["nbval-ignore-output"]
-with gzip.open("../../tests/data/library.jsonl.gz", "rt") as lines:
-    library = [json.loads(line)["text"] for line in lines]
-print(machine())
-words = _count_words("".join(library)[:300_000])
-for number in (10, 20, 40):
-    start = time.perf_counter()
-    slow = learn_slowly(words, number)
-    middle = time.perf_counter()
-    verdict(f"{number} merges", _learn(words, number) == slow, "equal")
-    end = time.perf_counter()
-    slow_time, fast_time = middle - start, end - middle
-    print(f"  slow {slow_time:.2f} s, fast {fast_time:.2f} s")
-
-# %% [markdown]
-# The text is a part of Python's library. The slow time grows with the number
-# of merges, a little less than in proportion, since words get shorter.
-#
 # ## Count it
 #
 # How large should a vocabulary be? A larger one makes shorter sequences, and
 # the gain shrinks with every merge. Because the merges do not depend on how
-# many we ask for, **one training holds all smaller ones**: the vocabulary of
-# 512 is the first part of that of 4,096. So we train once, cut the list at
-# several lengths, and measure bytes a token on text that the training did not
-# see.
+# many we ask for, **one training holds all smaller ones**. So we train once on
+# Python's library, cut the list at several lengths, and measure bytes a token
+# on text that the training did not see.
 
 # %% vocabularies cut to size
 seen, unseen = library[: len(library) // 2], "".join(library[-20:])
@@ -702,196 +623,118 @@ for size in sizes:
     cut = from_tokens("cut", merges[: size - 1])
     count = len(cut.encode_ordinary(unseen))
     density.append(len(unseen.encode("utf-8")) / count)
-for size, value in zip(sizes, density, strict=True):
-    print(f"{size:>6} tokens: {value:.2f} bytes a token")
+print(f"with 1,024 tokens {density[4]:.2f} bytes a token")
+part = (1 - 1 / density[4]) / (1 - 1 / density[-1])
+verdict("1,024 tokens", part > 0.8, "four fifths of the saving")
 
-# %% the saving, drawn
-fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), dpi=100)
-left.plot(sizes, density, "o-", color=BLUE)
-left.set(ylabel="bytes a token", ylim=(0, None))
+# %% the saving, drawn tags=["hide-input"]
+fig, ax = plt.subplots(figsize=(7, 3.4), dpi=100)
 share = [100 / d for d in density]
-square = [100 / d**2 for d in density]
-right.plot(sizes, share, "o-", color=BLUE)
-right.plot(sizes, square, "s--", color=ORANGE)
-right.text(4096, share[-1] + 4, "tokens", color=BLUE, ha="right")
-right.text(270, 5, "pairs of positions", color=ORANGE)
-right.set(ylabel="percent of what bytes need", ylim=(0, 105))
-for ax in (left, right):
-    ax.set_xscale("log", base=2)
-    ax.set_xticks([256, 1024, 4096], ["256", "1,024", "4,096"])
-    ax.set_xlabel("size of the vocabulary")
-    ax.spines[["top", "right"]].set_visible(False)
+ax.plot(sizes, share, "o-", color=BLUE)
+ax.plot(sizes, [x * x / 100 for x in share], "s--", color=ORANGE)
+ax.text(4200, share[-1] + 4, "tokens", color=BLUE, ha="right")
+ax.text(300, 14, "pairs of positions", color=ORANGE)
+ax.set(ylabel="percent of what bytes need", ylim=(0, 105))
+ax.set(xscale="log", xlabel="size of the vocabulary")
+ax.set_xticks([256, 1024, 4096], ["256", "1,024", "4,096"])
+ax.minorticks_off()
+ax.spines[["top", "right"]].set_visible(False)
 fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.2.4. Text that the training did not see. Left: tokens
-# grow longer with the vocabulary, and each doubling adds less than the last.
-# Right: the tokens of a given text, and the pairs of positions that attention
-# compares in it, as a percentage of what single bytes need: the first thousand
-# tokens bring most of the saving.*
+# *Figure 1.2.4. Text that the training did not see: its tokens, and the pairs
+# of positions in it, as a percentage of what single bytes need. The first
+# thousand tokens bring four fifths of what four thousand save.*
 #
-# The price is the token table, which has $V$ rows of $C$ numbers. At GPT-2's
-# size, $C = 768$, 50,257 rows are 38.6 million parameters, near a third of the
-# model's 124 million. At the size that a laptop trains in minutes, $C = 128$,
-# a table of that height would outweigh all the rest; with $V = 1024$ it has
-# 131,072 numbers. That is why [training](17_training.ipynb) uses a small
-# vocabulary of its own.
-
-# %% [markdown]
+# Why pairs? GPT-2 compares each token with all before it ([chapter
+# 1.8](08_attention.ipynb)): half the tokens are a quarter of the pairs.
+#
+# The price is the token table: the model has a row of $C$ numbers for each of
+# the $V$ tokens ([chapter 1.5](05_encoder.ipynb)). At GPT-2's size, $C = 768$,
+# 50,257 rows are 38.6 million parameters, near a third of the model's 124
+# million. At the size that a laptop trains in minutes, $C = 128$, a table of
+# that height would outweigh all the rest. That is why [chapter
+# 1.18](18_training.ipynb) trains with a small vocabulary of its own.
+#
 # ## Take away
 #
-# - UTF-8 turns every text into bytes, and 256 tokens can hold any of them. BPE
-#   adds the most frequent pair, again and again.
+# - 256 bytes can write any text. BPE adds the most frequent pair, again and
+#   again.
 # - A merge changes five counts around each place, and each place costs a
-#   symbol: training is $O(S \log S)$ in the symbols of the distinct words,
-#   however many merges there are.
+#   symbol: training is $O(S \log S)$, however many merges there are.
 # - Encoding repeats the merges in the order of rank. Decoding is a table.
-# - The first thousand tokens bring most of the saving; the token table pays
-#   for the rest.
+# - The first thousand tokens bring most of the saving; each costs a row of the
+#   token table.
 #
 # ## Design note
 #
 # Why cut the text into words first? Without the cut, the most frequent pairs
-# would soon be the end of one word with the beginning of the next, `e␣t` and
-# `,␣a`, and a common word would have a different spelling in tokens after
-# every neighbour. The cut costs something too: ` of the` can never be one
-# token, however often it comes. And it decides what a word is once and for
-# all, by the rules of English. For a text in a language without spaces the
+# would soon be the end of one word with the beginning of the next, such as
+# `s␣` and `,␣a`, and a common word would have a different spelling in tokens
+# after every neighbour. The cut costs something too: ` of the` can never be
+# one token, however often it comes, and in a language without spaces the
 # expression cuts far too little.
-
-# %% [markdown]
+#
 # ## Exercises
 #
-# **1** (★★). A token may end in the middle of a character: an emoji is four
-# bytes. Write `stream_text(encoding, ids)`, which yields text as tokens come
-# in and never half a character. The pieces together must be the text.
+# **1** (★). Which pair is merged sixth in the line about the thrush, and how
+# often does it come?
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
-# Python's incremental decoder keeps the bytes of an unfinished character until
-# the rest arrives. At the end it is told that nothing more will come; what is
-# left over then was never a character, and U+FFFD stands for it.
+# After five merges the words are `h·ush`, `,`, twice `␣th·e`, `␣·rush·e·s`,
+# `␣·b·rush` and `␣th·rush`. Only `␣th` `e` comes twice, so it becomes ` the`.
 # :::
 
-# %% exercise 1, the function tags=["hide-cell"]
-import codecs
-
-
-def stream_text(encoding, ids):
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for i in ids:
-        piece = decoder.decode(encoding.decode_single_token_bytes(i))
-        if piece:
-            yield piece
-    rest = decoder.decode(b"", final=True)
-    if rest:
-        yield rest
-
-
-# %% exercise 1, checked
-ids = enc.encode_ordinary("a 🙂 at 中")
-pieces = list(stream_text(enc, ids))
-print(len(ids), "tokens,", len(pieces), "pieces:", pieces)
-whole = all(
-    "".join(stream_text(enc, enc.encode_ordinary(t))) == t for t in texts
-)
-split_up = any("\ufffd" in piece for piece in pieces)
-verdict("exercise 1", whole and not split_up, "nothing is split")
+# %% exercise 1, checked tags=["hide-cell"]
+words = _count_words(line)
+sixth = spell(learn_slowly(words, 6))[-1]
+verdict("exercise 1", sixth == b" the", "␣the")
 
 # %% [markdown]
-# **2** (★★). A model with longer tokens has a larger loss a token, since each
-# token says more. To compare models over different vocabularies, turn the loss
-# into **bits a byte**. Write `bits_per_byte(loss, encoding, text)`, for a mean
-# loss in nats a token ($\ln 2$ nats are a bit). A uniform guess over bytes,
-# with loss $\ln 256$, must give 8.
+# **2** (★★). A tempting encoder takes the longest token that the text begins
+# with, and goes on behind it. Write it. Which of the three claims does it
+# fail, and why does that matter?
 #
 # :::{admonition} Solution to exercise 2
 # :class: dropdown
-# The loss of the whole text is the mean loss times the number of tokens.
-# Divide by $\ln 2$ for bits and by the bytes of the text. The uniform guess
-# over the larger vocabulary is the better one: a vocabulary that was trained
-# on a text already knows something about it.
+# It decodes to the same text, so the second claim would pass it. But it is not
+# what the merges do, and a model trained on the tokens of one encoder would
+# meet sequences from the other that it never saw. The first claim catches it.
 # :::
 
-# %% exercise 2, the function tags=["hide-cell"]
-import math
 
-
-def bits_per_byte(loss, encoding, text):
-    count = len(encoding.encode_ordinary(text))
-    return loss / math.log(2) * count / len(text.encode("utf-8"))
+# %% exercise 2, the greedy encoder tags=["hide-cell"]
+def encode_greedily(text, ranks):
+    out, raw = [], text.encode("utf-8")
+    while raw:
+        size = max(n for n in range(1, len(raw) + 1) if raw[:n] in ranks)
+        out.append(ranks[raw[:size]])
+        raw = raw[size:]
+    return out
 
 
 # %% exercise 2, checked
-eight = bits_per_byte(math.log(256), byte(), PASSAGE)
-verdict("exercise 2", abs(eight - 8) < 1e-9, "ln 256 over bytes is 8")
-uniform = bits_per_byte(math.log(enc.n_vocab), enc, PASSAGE)
-print(f"a uniform guess over {enc.n_vocab} tokens: {uniform:.2f}")
-
-# %% [markdown]
-# **3** (★★★). `encode_word` is quadratic in the length of a word: it ranks
-# every pair anew after each merge. Write `encode_long(word, ranks)` in $O(n
-# \log n)$, with the linked list and the heap of this chapter.
-#
-# :::{admonition} Solution to exercise 3
-# :class: dropdown
-# Each entry of the heap holds the rank, the place and the two parts it was
-# made for. An entry whose parts are gone is passed over. The separator at the
-# end of the list is `None`, and so is a part that was merged away, which keeps
-# either from pairing. Every merge offers two new pairs: at most $3n$ entries.
-# :::
-
-
-# %% exercise 3, the function tags=["hide-cell"]
-def encode_long(word, ranks):
-    parts = [word[i : i + 1] for i in range(len(word))] + [None]
-    after = list(range(1, len(parts))) + [0]
-    before = list(range(-1, len(word)))
-    heap = []
-
-    def offer(i):
-        j = after[i]
-        if parts[i] and parts[j] and parts[i] + parts[j] in ranks:
-            rank = ranks[parts[i] + parts[j]]
-            heapq.heappush(heap, (rank, i, parts[i], parts[j]))
-
-    for i in range(len(word)):
-        offer(i)
-    while heap:
-        _, i, left, right = heapq.heappop(heap)
-        j = after[i]
-        if (parts[i], parts[j]) == (left, right):
-            parts[i], parts[j] = left + right, None
-            after[i] = after[j]
-            before[after[j]] = i
-            offer(before[i])
-            offer(i)
-    return [ranks[part] for part in parts if part]
-
-
-# %% exercise 3, checked
-rng = random.Random(5)
-longs = [rng.choices(b" aehorst", k=rng.randint(1, 400)) for _ in range(50)]
-same = all(
-    encode_long(bytes(w), ranks) == encode_word(bytes(w), ranks) for w in longs
-)
-verdict("exercise 3", same, "equals encode_word")
+greedy = [encode_greedily(t, ranks) for t in texts]
+back = all(enc.decode(g) == t for g, t in zip(greedy, texts, strict=True))
+verdict("greedy", back, "decode(encode(x)) == x")
+wrong = [enc.encode_ordinary(t) for t in texts] != greedy
+verdict("greedy", wrong, "is caught by the first claim")
 
 # %% [markdown]
 # ## Further reading
 #
 # - Philip Gage, "A New Algorithm for Data Compression", *The C Users Journal*,
-#   1994: byte-pair encoding where it began, as a way to compress files.
-# - Rico Sennrich, Barry Haddow and Alexandra Birch,
-#   [Neural Machine Translation of Rare Words with Subword
-#   Units](https://arxiv.org/abs/1508.07909), 2016: read section 3.2, which
-#   brought it to language models.
+#   1994: where it began, as a way to compress files.
+# - Rico Sennrich, Barry Haddow and Alexandra Birch, [Neural Machine
+#   Translation of Rare Words with Subword
+#   Units](https://arxiv.org/abs/1508.07909), 2016: section 3.2 brought it to
+#   language models.
 # - Alec Radford and others, "Language Models are Unsupervised Multitask
-#   Learners", 2019: read section 2.2 for why GPT-2 merges bytes and why it
-#   cuts the text first.
-
-# %% [markdown]
+#   Learners", 2019: section 2.2, why GPT-2 merges bytes and cuts the text
+#   first.
+#
 # ## What llmnb gained
 
 # %% what llmnb gained

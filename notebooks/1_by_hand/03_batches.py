@@ -15,15 +15,15 @@
 # > A text becomes one long row of tokens, the row becomes windows, and windows
 # > become the arrays of tokens and targets that a training step takes.
 #
-# *Reading time: 13 minutes. You need: [chapter 1.2](02_tokens.ipynb).*
-
-# %% [markdown]
+# *Reading time: 23 minutes. You need: [chapter 1.2](02_tokens.ipynb).*
+#
 # ## Where we are
 #
 # A model learns from examples of what comes next. One text holds as many of
 # them as it has tokens, and a training step looks at a few hundred. This
-# chapter cuts the text so that in the end each question is asked once, none is
-# forgotten, and the model is asked nothing that it could have looked up.
+# chapter cuts the text so that one pass over it asks no question twice and
+# leaves out less than a batch of them. And it sets a part aside, to ask the
+# model what it cannot have learned by heart.
 
 # %% where we are
 from llmnb.book.diagram import PALETTE, gpt2_diagram
@@ -41,11 +41,10 @@ gpt2_diagram(lit="tokens")
 # - say which windows the next batch holds, also after a restart;
 # - show that a loader which draws its windows at random forgets some.
 #
-# Two letters are new. A **batch** has $B$ rows, and each row has $T$ tokens.
-# The rows have nothing to do with one another; the tokens of a row are a
-# stretch of text.
-
-# %% [markdown]
+# A [batch](../../book/glossary.md#term-batch) has $B$ rows of $T$ tokens. The
+# rows have nothing to do with one another; the tokens of a row are a stretch
+# of text.
+#
 # ## Setup
 
 # %% setup
@@ -56,7 +55,6 @@ import matplotlib.pyplot as plt
 
 from llmnb.book.verify import verdict
 from llmnb.text import bpe
-from llmnb.timing import fastest, machine
 
 # %% imports of the data tags=["export"]
 import os
@@ -77,20 +75,58 @@ from llmnb.checks import check_tokens
 # | in the | beginning |
 # | in the beginning | was |
 #
-# The **target** of a token is the token after it. So one window asks $T$
-# questions at once, and what it needs is $T + 1$ tokens: `in the beginning`
-# are its tokens, `the beginning was` its targets. The next window begins with
-# `was`, which was the last target of the first: the windows share their
-# borders, so that no question is left out.
+# So one window asks $T$ questions at once, and it needs $T + 1$ tokens: `in
+# the beginning` are its tokens, `the beginning was` its
+# [targets](../../book/glossary.md#term-target). The next window begins with
+# `was`, the last target of the first: the windows share their borders, so that
+# no question is left out.
+
+# %% a row cut into windows tags=["hide-input"]
+sentence = "in the beginning was the word and the word was with him"
+words = sentence.split()
+blue, orange, ink = (PALETTE[name] for name in ("blue", "orange", "ink"))
+
+
+def draw_words(ax, x, y, words, face, size=7.5):
+    for i, word in enumerate(words):
+        box = plt.Rectangle((x + i + 0.03, y), 0.94, 0.7, fc=face, ec="white")
+        ax.add_patch(box)
+        middle = {"ha": "center", "va": "center", "color": "white"}
+        ax.text(x + i + 0.5, y + 0.35, word, size=size, **middle)
+
+
+fig, ax = plt.subplots(figsize=(8, 3.3), dpi=100)
+draw_words(ax, 0, 4, words, ink)
+for i, name in ((0, "tokens"), (1, "targets")):
+    x, face = 1.5 + 5.5 * i, (blue, orange)[i]
+    ax.text(x + 1.5, 2.35, name, ha="center", color=face, size=11)
+    for row in (0, 1):
+        draw_words(ax, x, 1.3 - row, words[3 * row + i :][:3], face)
+for row in (0, 1):
+    x = 3 * row
+    style = {"lw": 2.5, "solid_capstyle": "butt"}
+    ax.plot([x + 0.05, x + 2.95], [3.85, 3.85], color=blue, **style)
+    ax.plot([x + 1.05, x + 3.95], [3.7, 3.7], color=orange, **style)
+    ax.text(1.3, 1.65 - row, f"row {row}", ha="right", va="center", color=ink)
+ax.set(xlim=(-0.1, 12.1), ylim=(0, 4.9))
+ax.axis("off")
+fig.subplots_adjust(0, 0, 1, 1)
+plt.show()
+
+# %% [markdown]
+# *Figure 1.3.2. One long row of tokens, and the first batch cut from it, with
+# $B = 2$ rows of $T = 3$. The targets are the same stretch, one token on; the
+# last target of a row of the batch is where the next one begins.*
 #
 # ## One long row
 #
 # The text of this chapter is that of [chapter 1.1](01_learns.ipynb), a part of
-# Python's library. A **document** is a stretch of text that belongs together,
+# Python's library. A *document* is a stretch of text that belongs together,
 # here one module or one page of the manual. We write the documents one after
-# the other, and put `<|endoftext|>` before each. When the model meets that
-# token it can learn that whatever came before has nothing to say about what
-# follows.
+# the other, and put `<|endoftext|>` before each. A window may reach over the
+# border of two documents; from that token the model can learn that what came
+# before has nothing to say about what follows. The encoding is trained on the
+# first fifty documents only, to save time.
 
 # %% documents, and their tokens
 with gzip.open("../../tests/data/library.jsonl.gz", "rt") as lines:
@@ -105,10 +141,14 @@ starts = np.flatnonzero(stream == encoding.eot_token)
 verdict("documents", len(starts) == len(documents), "each begins once")
 
 # %% [markdown]
-# The first part is set aside for **validation**: the model never trains on it.
-# Its loss there says whether it has learned more than to repeat what it has
-# seen. Which part? Any that is not chosen by its content; we take the first
-# tokens, as llm.c does.
+# The first part is set aside for *validation*: the model never trains on it.
+# Its loss there, the [validation
+# loss](../../book/glossary.md#term-validation-loss), says whether it has
+# learned more than to repeat what it has seen. Which part? Any that is not
+# chosen by its content; we take the first tokens, as llm.c does, Andrej
+# Karpathy's GPT-2 in plain C, which this book re-creates. (The encoding has
+# seen their text. That can make the tokens a little fewer; it shows the model
+# none of their questions.)
 
 
 # %% train and validation tags=["export"]
@@ -136,40 +176,43 @@ print(training.shape, validation.shape)
 # %% [markdown]
 # ## The data loader
 #
-# Let the row of tokens be $s_0, s_1, \dots, s_{N-1}$. Window $w$ of it is
+# Count everything from 0, as Python does. Then window $j$ of the long row has at
+# its place $t$
 #
 # $$
-# \mathrm{tokens}_t = s_{wT + t}, \qquad
-# \mathrm{targets}_t = s_{wT + t + 1}, \qquad 0 \le t < T \tag{1.3.1}
+# \mathrm{token}_{j,t} = \mathrm{row}_{\,jT + t}, \qquad
+# \mathrm{target}_{j,t} = \mathrm{row}_{\,jT + t + 1},
+# \qquad 0 \le t < T . \tag{1.3.1}
 # $$
 #
-# The last target of a window is the first token of the next, so $N$ tokens
-# hold $W$ windows, and $W$ windows fill
+# The last target of a window is the first token of the next. So windows cost
+# $T$ tokens each, and one token is needed beyond the last of them:
 #
 # $$
-# W = \Bigl\lfloor \frac{N - 1}{T} \Bigr\rfloor, \qquad
-# \text{batches} = \Bigl\lfloor \frac{W}{B} \Bigr\rfloor \tag{1.3.2}
+# \text{windows} = \Bigl\lfloor \frac{\text{tokens} - 1}{T} \Bigr\rfloor,
+# \qquad
+# \text{batches} = \Bigl\lfloor \frac{\text{windows}}{B} \Bigr\rfloor .
+# \tag{1.3.2}
 # $$
 #
-# batches of $B$ windows. A large text comes in several rows, which we call
-# **shards**. One pass over all of them is an **epoch**. For training we
-# shuffle, anew in each epoch: the order of the shards, and of the windows
-# within a shard. If the windows of a batch were neighbours, they would speak
-# of one matter, and the step that they ask for would suit that matter more
-# than the rest of the text.
+# The brackets round down: what does not fill a batch is left out, fewer than
+# $BT$ questions. A large text comes in several rows, which we call
+# [shards](../../book/glossary.md#term-shard). One pass over all of them is an
+# [epoch](../../book/glossary.md#term-epoch). For training we shuffle, anew in
+# each epoch: the order of the shards, and of the windows within a shard. If
+# the windows of a batch were neighbours, they would speak of one matter, and
+# the step would suit that more than the rest of the text.
 #
 # The shuffle must be the same wherever the program runs. NumPy promises that
-# for the old generator, `RandomState`, whose numbers are frozen; it does not
-# for the new one.
+# for its old generator, `RandomState`, and not for the new one.
 #
-# The numbers are looked at before anything runs. A batch holds int32, in which
-# the token $2^{40}$ would become 0 without a word; and a text must fill one
-# batch. (A shard may also be the path of a file. [Chapter
-# 4.9](../4_practice/09_shards.ipynb) makes such files; its names are imported
-# when one is met.)
+# Two cells of helpers come first, folded: they refuse what cannot be right (in
+# int32 the token $2^{40}$ would become 0 without a word, and a text must fill
+# one batch), and they count and shuffle the windows. A shard may also be the
+# path of a file, which [chapter 4.9](../4_practice/09_shards.ipynb) makes.
 
 
-# %% check what is given tags=["exporti"]
+# %% check what is given tags=["exporti", "hide-input"]
 def _check_int(name, value, low, high):
     """Raise unless value is an integer in [low, high)."""
     if not isinstance(value, (int, np.integer)):
@@ -190,7 +233,7 @@ def _check_array(shard):
     return tokens.size
 
 
-# %% shards and their order tags=["exporti"]
+# %% shards and their order tags=["exporti", "hide-input"]
 def _is_path(shard):
     return isinstance(shard, (str, os.PathLike))
 
@@ -214,7 +257,7 @@ def _length(shard):
 
 
 def _count_windows(shard, batch_size, seq_len):
-    """W of (1.3.2), or an error when there is not one batch."""
+    """The windows of (1.3.2), or an error when there is not one batch."""
     count = _length(shard)
     if count < batch_size * seq_len + 1:
         raise ValueError(
@@ -233,10 +276,13 @@ def _fill_order(order, key):
 
 
 # %% [markdown]
-# The shuffle of shard $k$ in epoch $e$ is drawn from the key (seed, $e$, $k$),
-# not from a generator that lives on. So the place of the loader is three whole
-# numbers, epoch, shard and position, and a run that was stopped goes on where
-# it was when they are set again.
+# The order of the shards is drawn by a generator that starts from the *key*
+# (seed, epoch), the shuffle of a shard by one that starts from (seed, epoch,
+# number of the shard). No generator lives on from one to the next. So the
+# place of the loader is three whole numbers: the epoch, the shard, counted in
+# the order of that epoch, and the position, the batch within the shard. A run
+# that was stopped goes on where it was when they are set again. That place, as
+# a dict called `state`, is folded too.
 
 
 # %% what an epoch is made of tags=["exporti"]
@@ -270,7 +316,7 @@ class _Epochs:
         return self.batches
 
 
-# %% a place that can be read and set tags=["exporti"]
+# %% a place that can be read and set tags=["exporti", "hide-input"]
 class _Place:
     """Where a loader stands among its epochs."""
 
@@ -335,8 +381,8 @@ class DataLoader(_Place):
         place, (B, T) = self._place, self._tokens.shape
         batches = self._epochs.enter(place["epoch"], place["shard"])
         first = place["position"] * B
-        for b, w in enumerate(self._epochs.window_order[first : first + B]):
-            window = self._epochs.tokens[w * T : w * T + T + 1]
+        for b, j in enumerate(self._epochs.window_order[first : first + B]):
+            window = self._epochs.tokens[j * T : j * T + T + 1]
             self._tokens[b] = window[:-1]  # (1.3.1)
             self._targets[b] = window[1:]
         place["position"] += 1
@@ -375,7 +421,7 @@ mixed = DataLoader([numbers], 4, 4, seed=1)
 epochs = [visits(loader, 4, 6) for loader in (plain, mixed, mixed)]
 print(epochs[0][0], epochs[1][0], epochs[2][0])
 
-# %% the windows, drawn
+# %% the windows, drawn tags=["hide-input"]
 from matplotlib.colors import ListedColormap
 
 names = ["blue", "orange", "green", "purple", "yellow", "grey"]
@@ -396,7 +442,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.3.2. The 24 windows of a shard from left to right; number and
+# *Figure 1.3.3. The 24 windows of a shard from left to right; number and
 # colour say in which of the six batches of an epoch a window is read. Without
 # shuffling a batch is four neighbours. Shuffled, its windows come from all
 # over the shard, in another order each epoch; each window is read once.*
@@ -404,11 +450,11 @@ plt.show()
 # ### Proof
 #
 # Three shards of different length. In every epoch each window must be read
-# once, with its targets one token on; the order must differ between epochs;
-# and a second loader that is given the state of the first must go on with the
-# same batches.
+# once, its tokens in order and its targets one token on; the order must differ
+# between epochs; and a second loader that is given the state of the first must
+# go on with the same batches.
 
-# %% each window once
+# %% each window once tags=["hide-input"]
 parts = [np.arange(0, 121), np.arange(500, 581), np.arange(900, 1101)]
 loader = DataLoader(parts, batch_size=4, seq_len=5, seed=11)
 orders = []
@@ -416,13 +462,15 @@ for _ in range(3):
     rows = []
     for _ in range(loader.batches_per_epoch):
         x, y = loader.next_batch()
-        verdict_ok = np.array_equal(x + 1, y) and np.ptp(x, axis=1).max() == 4
-        rows += x[:, 0].tolist() if verdict_ok else [None]
+        right = x[:, :1] + np.arange(5)  # the tokens count 0, 1, 2, ...
+        fits = np.array_equal(x, right) and np.array_equal(y, right + 1)
+        rows += x[:, 0].tolist() if fits else [None]
     orders.append(rows)
 every = [n for part in parts for n in part[:-1:5].tolist()]
 once = all(sorted(rows) == every for rows in orders)
 verdict("windows", once, "each once an epoch")
-verdict("epochs", orders[0] != orders[1] != orders[2], "differ in order")
+differ = len({tuple(rows) for rows in orders}) == 3
+verdict("epochs", differ, "differ in order")
 
 # %% stop and go on
 for _ in range(7):
@@ -437,8 +485,9 @@ verdict("resumed", same, "50 batches are the same")
 
 # %% [markdown]
 # A loader that drew its windows at random, each time anew, would be shorter to
-# write. It would also see some windows twice and others never; the first
-# verdict catches it:
+# write, and would see some windows twice and others never. Of $n$ windows, $n$
+# draws all miss a given one with probability $(1 - 1/n)^n$, near $1/e$: about
+# 37 of 100 are never read. The first verdict catches it:
 
 # %% windows drawn anew
 rng = np.random.RandomState(0)
@@ -447,18 +496,6 @@ verdict("drawn anew", drawn != every, "is caught")
 print(len(set(drawn)), "of", len(every), "windows seen")
 
 # %% [markdown]
-# How long does a batch take? The loader copies $2BT$ numbers.
-
-# %% a batch, timed tags=["nbval-ignore-output"]
-loader = DataLoader([stream], batch_size=16, seq_len=128)
-seconds = fastest(loader.next_batch, runs=1000)
-print(machine())
-print(f"{1e6 * seconds:.0f} microseconds a batch of 16 x 128")
-
-# %% [markdown]
-# A training step on such a batch takes milliseconds at best, so the next batch
-# need not be prepared ahead.
-#
 # ## Take away
 #
 # - A text is one row of tokens, each document with `<|endoftext|>` before it.
@@ -473,54 +510,53 @@ print(f"{1e6 * seconds:.0f} microseconds a batch of 16 x 128")
 # What should be shuffled? llm.c's loader shuffles the order of the *batches*
 # in a shard: each batch is one contiguous stretch of $BT$ tokens. That needs
 # an order $B$ times shorter. We shuffle *windows*, so the rows of a batch come
-# from $B$ places. On a small text the difference matters: with $B = 16$ and
-# $T = 128$ a contiguous batch would often be a single Python module, and the
-# loss would swing with the module. Without shuffling, both loaders give the
-# same batches.
-
-# %% [markdown]
+# from $B$ places. On a small text the difference matters: with $B = 16$ and $T
+# = 128$ a contiguous batch would often be a single Python module, and the loss
+# would swing with the module.
+#
 # ## Exercises
 #
-# **1** (★). Write `batches(N, B, T)`, the number of batches in a shard of $N$
-# tokens, without building a loader.
+# **1** (★). Write `batches(tokens, B, T)`, the number of batches in a shard of
+# so many tokens, without building a loader.
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
 # A window needs its $T$ tokens and one more for the last target, and the
-# windows share these borders: $\lfloor (N-1)/T \rfloor$ windows. A batch takes
-# $B$ of them.
+# windows share these borders: that is (1.3.2). A batch takes $B$ windows.
 # :::
 
 
 # %% exercise 1, the function tags=["hide-cell"]
-def batches(N, B, T):
-    return (N - 1) // T // B  # (1.3.2)
+def batches(tokens, B, T):
+    return (tokens - 1) // T // B  # (1.3.2)
 
 
 # %% exercise 1, checked
 cases = [(13, 2, 6), (25, 2, 6), (24, 2, 6), (1000, 3, 7), (65, 1, 64)]
 got = [batches(*case) for case in cases]
 want = [
-    DataLoader([np.arange(N)], B, T).batches_per_epoch for N, B, T in cases
+    DataLoader([np.arange(n)], B, T).batches_per_epoch for n, B, T in cases
 ]
 verdict("exercise 1", got == want, f"{got}")
 
 # %% [markdown]
 # **2** (★★). How many tokens of a text are never a target in an epoch, and
-# which? Write `never_asked(N, B, T)` for one shard of $N$ tokens without
-# shuffling, and check it with a loader.
+# which? Write `never_asked(tokens, B, T)` for one shard without shuffling, and
+# check it with a loader.
 #
 # :::{admonition} Solution to exercise 2
 # :class: dropdown
 # The first token is no target, since nothing comes before it. The batches use the
-# first $BT \cdot \text{batches}$ questions, and what remains of the $N - 1$ is
-# left out, another part in each epoch when the windows are shuffled.
+# first $BT \cdot \text{batches}$ questions, and what remains of them is
+# left out. When the windows are shuffled, those that fill no batch are others
+# in each epoch; the last questions, fewer than $T$, which fill no window, are
+# never asked.
 # :::
 
 
 # %% exercise 2, the function tags=["hide-cell"]
-def never_asked(N, B, T):
-    return N - batches(N, B, T) * B * T
+def never_asked(tokens, B, T):
+    return tokens - batches(tokens, B, T) * B * T
 
 
 # %% exercise 2, checked
@@ -541,8 +577,7 @@ verdict("the first token", 0 not in seen, "is no target")
 # - Léon Bottou, Frank Curtis and Jorge Nocedal, [Optimization Methods for
 #   Large-Scale Machine Learning](https://arxiv.org/abs/1606.04838), 2018: read
 #   section 3 for what a step owes to the batch it was computed from.
-
-# %% [markdown]
+#
 # ## What llmnb gained
 
 # %% what llmnb gained

@@ -15,10 +15,10 @@
 # > A token's vector is a row of one table plus a row of another; the backward
 # > pass adds into the rows that were read.
 #
-# *Reading time: 20 minutes. You need: [chapter 1.2](02_tokens.ipynb) for
-# tokens, [chapter 1.4](04_gpt2.ipynb) for the whole model's shape.*
-
-# %% [markdown]
+# *Reading time: 22 minutes. You need: [chapter 1.1](01_learns.ipynb) for
+# gradients, [chapter 1.2](02_tokens.ipynb) for tokens,
+# [chapter 1.4](04_gpt2.ipynb) for the whole model's shape.*
+#
 # ## Where we are
 
 # %% where we are
@@ -30,17 +30,16 @@ gpt2_diagram(lit="encoder")
 # *Figure 1.5.1. The encoder is the first layer: it turns token numbers into
 # the vectors that all other layers work on.*
 #
-# A token is a number between 0 and 50256, and the number itself means
-# nothing: token 300 is not three times token 100. A network needs something
-# that it can shift a little when it learns. So each token gets a vector of
-# C numbers, its *embedding*, and these vectors are parameters, trained like
-# all others. A second table holds a vector for each position in the text.
-# The encoder adds the two.
+# A token's number means nothing: token 300 is not three times token 100. A
+# model needs something that it can shift a little when it learns. So each
+# token gets a vector of C numbers, its *embedding*, and these vectors are
+# parameters. You have seen such a table: in [chapter 1.1](01_learns.ipynb)
+# each letter had a row of logits, read as `W[inputs]`. Here a row has the C
+# numbers that later layers work on. A second table holds a vector for each
+# position in the text. The encoder adds the two.
 #
-# This is the first layer that we build, and its chapter has the form of all
-# that follow: why the layer is there, a small example by hand, the forward
-# pass, the backward pass derived, a proof, a picture, a count. At its end you
-# can
+# This is the first layer that we build, and its chapter has the form of those
+# that follow. At its end you can
 #
 # - say what each of the two tables is for;
 # - compute the encoder's output and its gradients by hand;
@@ -49,8 +48,7 @@ gpt2_diagram(lit="encoder")
 #
 # The fast versions: chapters [2.1](../2_cpu/01_compile.ipynb) and
 # [3.3](../3_gpu/03_encoder.ipynb).
-
-# %% [markdown]
+#
 # ## Setup
 
 # %% setup
@@ -70,10 +68,11 @@ rng = np.random.default_rng(3)
 # %% [markdown]
 # ## Why two tables
 #
-# Take a vocabulary of four letters, a to d, with C = 2 channels. Their
-# embeddings are $a = (1, 0)$, $b = (0, 1)$, $c = (2, 3)$, $d = (5, 5)$. What
-# would the rest of the model see of the texts "cac" and "acc", if each letter
-# came as its embedding and as nothing else?
+# Take a vocabulary of four letters, a to d, with C = 2 *channels*, as the
+# numbers of a vector are called. Their embeddings are (1, 0) for a, (0, 1) for
+# b, (2, 3) for c and (5, 5) for d. What would the rest of the model see of the
+# texts "cac" and "acc", if each letter came as its embedding and as nothing
+# else?
 
 # %% without positions
 wte = np.array([[1.0, 0], [0, 1], [2, 3], [5, 5]])
@@ -90,10 +89,9 @@ verdict("letters alone", bag(wte[cac]) == bag(wte[acc]), "the same vectors")
 # %% [markdown]
 # The same three vectors, in another order. That would do if the later layers
 # knew the order, and they do not. Nearly all of them work on each vector
-# alone. The one that looks at several, attention
-# ([chapter 1.8](08_attention.ipynb)), sees those before it as a set: whoever
-# shuffles them does not change what it computes. So the order must be in the
-# vectors themselves. Add a vector to each that says where it stands:
+# alone; attention ([chapter 1.8](08_attention.ipynb)) sees those before it as
+# a set. So the order must be in the vectors themselves. Add a vector to each
+# that says where it stands:
 
 # %% with positions
 wpe = np.array([[10.0, 10], [20, 20], [30, 30], [40, 40]])
@@ -123,13 +121,10 @@ by_hand = np.array(
 # | `wpe` | (T_max, C) | the vector of each position |
 # | `out` | (B, T, C) | their sums |
 #
-# T_max is the longest text that the model can read, `max_seq_len` in a
-# configuration. Vp is the padded size of the vocabulary: 50257 tokens and 47
-# unused rows make 50304, a multiple of 128, which suits the matrix product at
-# the other end of the model. The names are short for *weights of the token
-# embedding* and *of the position embedding*.
-
-# %% [markdown]
+# T_max is the longest text that the model can read, Vp the padded size of the
+# vocabulary ([chapter 1.4](04_gpt2.ipynb)). The names are short for *weights
+# of the token embedding* and *of the position embedding*.
+#
 # ## Forward
 #
 # Write $x_{b,t}$ for the token at position $t$ of text $b$, $E$ for `wte`
@@ -137,13 +132,12 @@ by_hand = np.array(
 #
 # $$ y_{b,t,i} = E_{x_{b,t},\, i} + P_{t,i} . \tag{1.5.1} $$
 #
-# NumPy reads this almost as it stands. `wte[inp]` takes one row of the
-# table for each element of `inp` and has the shape (B, T, C); the first T
-# rows of `wpe` are added to every text of the batch. The line over the
-# function says what the arrays must be and refuses others
-# ([chapter A.9](../appendix/09_checks.ipynb)): B, T and C are any sizes, `of
-# Vp` means numbers from 0 to Vp - 1, `T+` a size of at least T, and `!` marks
-# what is written.
+# `wte[inp]` takes one row of the table for each element of `inp` and has the
+# shape (B, T, C); the first T rows of `wpe` are added to every text of the
+# batch. The line over the function says what the arrays must be and refuses
+# others ([chapter A.9](../appendix/09_checks.ipynb)): B, T and C are any
+# sizes, `of Vp` means numbers from 0 to Vp - 1, `T+` a size of at least T, and
+# `!` marks what is written.
 
 
 # %% the forward pass tags=["export"]
@@ -167,17 +161,16 @@ compare("by hand", out, by_hand, tol=1e-12)
 
 # %% [markdown]
 # **The same as a matrix product.** Give each token a row of length Vp that
-# is 1 at the token's number and 0 elsewhere, a *one-hot* row. With the
-# Kronecker symbol $\delta_{v,w}$, which is 1 when $v = w$ and 0 otherwise,
-# the one-hot rows of a batch are
+# is 1 at the token's number and 0 elsewhere, a *one-hot* row. Write $\delta$
+# for 1 where its two indices are equal and 0 otherwise, as in chapter 1.1. The
+# one-hot rows of a batch are
 #
 # $$ O_{b,t,v} = \delta_{v,\, x_{b,t}} , \qquad
 #    y_{b,t,i} = \sum_v O_{b,t,v}\, E_{v,i} + P_{t,i} . \tag{1.5.2} $$
 #
-# The sum over $v$ has one term that is not zero, and it is
-# $E_{x_{b,t},\,i}$. So the encoder is a matrix product, as in the
-# linear layers of [chapter 1.7](07_matmul.ipynb), whose input happens to be
-# one-hot. We use this view to derive the gradient, and not to compute:
+# The sum over $v$ has one term that is not zero, and it is $E_{x_{b,t},\,i}$.
+# So the encoder is a matrix product whose input happens to be one-hot. We use
+# this view to derive the gradient, and not to compute:
 
 # %% one-hot rows times the table
 onehot = np.eye(4)[inp]
@@ -197,22 +190,16 @@ print(f"one-hot matrix   {4 * B * T * Vp:>14,} bytes")
 # %% [markdown]
 # ## Backward, derived
 #
-# **What a layer gets, and what it hands on.** The model ends in one number,
-# the loss $\mathcal L$: how badly it guessed the tokens of the batch
-# ([chapter 1.11](11_crossentropy.ipynb)). Training asks of each parameter in
-# which direction to shift it so that the loss falls, and that is the partial
-# derivative of $\mathcal L$ with respect to it, its *gradient*.
-# *Back-propagation* finds all of them in one walk from the loss back to the
-# tokens. Each layer is handed the derivative of the loss with respect to its
-# output, which we write with a $d$ in front: $dy = \partial \mathcal L /
-# \partial y$, in code `dout`. From it, it works out the derivatives with
-# respect to its parameters, and to its input, which it hands to the layer
-# before it. No layer needs to know what the others do.
+# **What a layer gets, and what it hands on.** Back-propagation hands each
+# layer the derivative of the loss $\mathcal L$ by its output, $dy$, in code
+# `dout`. From it the layer works out the derivatives by its parameters, which
+# will be moved by them, and by its input, which it hands to the layer before
+# it.
 #
 # So later layers hand us $dy_{b,t,i} = \partial \mathcal L / \partial
-# y_{b,t,i}$. Differentiate (1.5.2) with respect to one element of the table,
-# $E_{v,j}$. The output $y_{b,t,i}$ depends on it only when the channel is
-# the same and the token is $v$:
+# y_{b,t,i}$. Differentiate (1.5.2) by one element of the table, $E_{v,j}$. The
+# output $y_{b,t,i}$ depends on it only when the channel is the same and the
+# token is $v$:
 #
 # $$ \frac{\partial y_{b,t,i}}{\partial E_{v,j}}
 #    = O_{b,t,v}\, \delta_{i,j} = \delta_{v,\,x_{b,t}}\, \delta_{i,j} .
@@ -226,29 +213,60 @@ print(f"one-hot matrix   {4 * B * T * Vp:>14,} bytes")
 #    = \sum_{b,t} \delta_{v,\,x_{b,t}}\, dy_{b,t,j}
 #    = \sum_{(b,t)\,:\,x_{b,t} = v} dy_{b,t,j} . \tag{1.5.4} $$
 #
-# In words: row $v$ of the gradient is the sum of the rows of $dy$ at all
-# places where token $v$ stood. A token that stands in three places pulls
-# three times at its one row, and a token that stands nowhere gets zero. As
-# a matrix product, (1.5.4) is $O^\top dy$, the transpose of the lookup: where
-# the forward pass *gathers* rows of the table, the backward pass *scatters*
-# rows back and adds where they meet.
+# Row $v$ of the gradient is the sum of the rows of $dy$ at all places where
+# token $v$ stood, and a token that stands nowhere gets zero. As a matrix
+# product, (1.5.4) is $O^\top dy$, the transpose of the lookup: where the
+# forward pass *gathers* rows of the table, the backward pass *scatters* rows
+# back and adds where they meet.
+
+# %% draw gather and scatter tags=["hide-input"]
+fig, axes = plt.subplots(1, 2, figsize=(8.2, 3.1), dpi=100)
+word, colours = "cac", ("orange", "blue", "orange")
+sums = ("$dy_1$", "0", "$dy_0 + dy_2$", "0")
+for ax, way in zip(axes, ("forward", "backward"), strict=True):
+    for row, letter in enumerate("abcd"):
+        used = PALETTE["pale"] if letter in word else "white"
+        box = plt.Rectangle((0, -row), 2.2, 0.75, fc=used, ec=PALETTE["grey"])
+        ax.add_patch(box)
+        ax.text(-0.25, 0.37 - row, letter, ha="right", va="center", size=12)
+        if way == "backward":
+            ax.text(1.1, 0.37 - row, sums[row], ha="center", va="center")
+    for place, (letter, colour) in enumerate(zip(word, colours, strict=True)):
+        at = (5, -0.5 - place)
+        box = plt.Rectangle(at, 1.6, 0.75, fc=PALETTE[colour])
+        ax.add_patch(box)
+        name = f"$y_{place}$" if way == "forward" else f"$dy_{place}$"
+        ax.text(5.8, at[1] + 0.37, name, ha="center", va="center",
+                color="white", size=12)  # fmt: skip
+        ends = [(2.25, 0.37 - "abcd".index(letter)), (4.95, at[1] + 0.37)]
+        start, stop = ends if way == "forward" else ends[::-1]
+        arrow = {"arrowstyle": "-|>", "lw": 1.6, "color": PALETTE[colour]}
+        ax.annotate("", stop, start, arrowprops=arrow)
+        ax.text(6.8, at[1] + 0.37, letter, va="center", size=12)
+    title = "wte to out: gather" if way == "forward" else "dout to dwte: add"
+    ax.set(xlim=(-0.6, 7.2), ylim=(-3.2, 1), title=f"{way}, {title}")
+    ax.axis("off")
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 1.5.2. The text "cac". Forward, positions 0 and 2 read the same row of
+# the table; backward, that row gets the sum of both gradients, and the rows of
+# b and d, which nobody read, get none. (The vectors of the positions are left
+# out.)*
 #
-#     inp      c   a   c            dout    g0    g1    g2
-#              |   |   |                     |     |     |
-#     wte  a   |   o   |            dwte  a  |     o     |     g1
-#          b   |       |                  b  |           |     0
-#          c   o-------o                  c  o-----------o     g0 + g2
-#
-# The position table enters (1.5.1) once for every text, so by the same steps
+# The position table enters (1.5.1) once for every text: $P_{t',j}$ reaches
+# $y_{b,t,i}$ with factor $1$ when $t = t'$ and $i = j$, and with $0$ otherwise.
+# The sum over the outputs keeps one position and one channel of each text:
 #
 # $$ dP_{t,j} = \sum_{b} dy_{b,t,j} \quad (t < T), \qquad
 #    dP_{t,j} = 0 \quad (t \ge T) . \tag{1.5.5} $$
 #
-# The tokens themselves get no gradient: they are integers, and there is no
-# token a little to the side of token 300. Here the walk ends.
+# The tokens themselves get no gradient: there is no token a little to the side
+# of token 300. Here the walk ends.
 #
-# **What to save.** Neither (1.5.4) nor (1.5.5) contains $E$, $P$ or $y$. The
-# tokens are all that backward needs, and they are there already.
+# **What to save.** Neither (1.5.4) nor (1.5.5) contains $E$, $P$ or $y$.
+# Backward needs the tokens, which are there already, and no more.
 
 
 # %% the backward pass tags=["export"]
@@ -267,11 +285,9 @@ def encoder_backward(dwte, dwpe, dout, inp):
 
 
 # %% [markdown]
-# `np.add.at(dwte, inp, dout)` goes through `inp` in order and adds each row
-# of `dout` to its row of `dwte`, as (1.5.4) asks. Let every row of `dout` be
-# $(1, 1)$. Then row $v$ of `dwte` counts how often token $v$ occurs: a
-# twice, b once, c three times, d never. Each position occurs in both texts,
-# and position 3 is beyond T.
+# Let every row of `dout` be $(1, 1)$. Then row $v$ of `dwte` counts how often
+# token $v$ occurs: a twice, b once, c three times, d never. Each position
+# occurs in both texts, and position 3 is beyond T.
 
 # %% gradients that count
 dwte, dwpe = np.zeros((4, 2)), np.zeros((4, 2))
@@ -282,14 +298,13 @@ print(dwpe.T.astype(int))
 # %% [markdown]
 # Both gradients are *added* to what is there. `wte` has a second use at the
 # other end of the model, where it turns vectors into logits
-# ([chapter 1.16](16_model.ipynb)), so its gradient is the sum of two layers'
+# ([chapter 1.17](17_model.ipynb)), so its gradient is the sum of two layers'
 # contributions.
 #
 # **The trap.** The line `dwte[inp] += dout` looks like (1.5.4) and is not.
-# NumPy carries it out in three steps: it gathers `dwte[inp]` into a
-# temporary, adds `dout` to the temporary, and writes the temporary's rows
-# back. All copies of a repeated token start from the same old row, and the
-# last one written wins.
+# NumPy gathers `dwte[inp]` into a temporary, adds `dout` to that, and writes
+# its rows back. All copies of a repeated token start from the same old row,
+# and the last one written wins.
 
 
 # %% the line that loses repeats
@@ -303,24 +318,22 @@ lossy_backward(lost, np.zeros((4, 2)), np.ones((2, 3, 2)), inp)
 print(lost.T.astype(int))
 
 # %% [markdown]
-# The letters a and c count once now. Nothing warns you: the shapes are right,
-# and rare tokens get the right gradient. A frequent one learns from the last
-# of its places only.
-
-# %% [markdown]
+# The letters a and c count once now, and nothing warns you: a frequent token
+# would learn from the last of its places only.
+#
 # ## Proof
 #
-# Choose a fixed random array $g$ and let $\mathcal L = \sum g \cdot y$, so
-# that $dy = g$. The gradients must agree with central differences of
-# $\mathcal L$ in float64, with step $h = 10^{-5}$. The encoder is linear,
-# so the method has no error of its own and only rounding remains, about
-# $10^{-16} / h = 10^{-11}$ times the size of $\mathcal L$; we ask for
-# $10^{-8}$. Five tokens at eight places must repeat.
+# Choose a fixed random array $g$ and let $\mathcal L = \sum g \cdot y$, the
+# sum of products element by element, so that $dy = g$. The gradients must
+# agree with central differences of $\mathcal L$ in float64, with step $h =
+# 10^{-5}$. The encoder is linear, so the method has no error of its own and
+# only rounding remains, about $10^{-16} / h = 10^{-11}$ times the size of
+# $\mathcal L$; we ask for $10^{-8}$. Five tokens at eight places must repeat.
 
 # %% a problem to differentiate
-B, T, C, Vp, max_T = 2, 4, 3, 5, 6
+B, T, C, Vp, T_max = 2, 4, 3, 5, 6
 inp = rng.integers(0, Vp, (B, T), dtype=np.int32)
-wte, wpe = rng.normal(size=(Vp, C)), rng.normal(size=(max_T, C))
+wte, wpe = rng.normal(size=(Vp, C)), rng.normal(size=(T_max, C))
 g, out = rng.normal(size=(B, T, C)), np.empty((B, T, C))
 
 
@@ -357,11 +370,9 @@ except AssertionError:
 verdict("the trap", caught, "is caught")
 
 # %% [markdown]
-# It would not have caught it on a text without repeats, where both lines
-# agree. A gradient check proves what its example exercises; choose examples
-# that are small in size and rich in cases.
-
-# %% [markdown]
+# On a text without repeats both lines agree. A gradient check proves what its
+# example exercises; choose examples that are small in size and rich in cases.
+#
 # ## See it
 #
 # Take a short text, one token a letter, and a random gradient `dout` with
@@ -378,7 +389,7 @@ dwte, dwpe = np.zeros((len(letters), 8)), np.zeros((len(text), 8))
 encoder_backward(dwte, dwpe, dout, inp)
 print(int(dwte.any(axis=1).sum()), "of", len(letters), "rows get a gradient")
 
-# %% draw it
+# %% draw it tags=["hide-input"]
 fig, (left, right) = plt.subplots(
     1, 2, figsize=(8, 6), dpi=100, sharey=True, width_ratios=(18, 10)
 )
@@ -400,19 +411,16 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.5.2. Six letters and the space occur in "to be or not to be", and
-# only their rows of the gradient are coloured; the rows of all other
-# letters stay empty. The row of o collects four positions, the row of n
-# one.*
-
-# %% [markdown]
+# *Figure 1.5.3. Six letters and the space occur in "to be or not to be", and
+# only their rows get a gradient. The row of o collects four positions, the row
+# of n one.*
+#
 # ## Count it
 #
-# The two tables hold $(V_p + T_{max}) C$ parameters, of which $V C + T_{max} C$
-# are ever used. The forward pass makes one addition for each of the $B T C$
-# outputs. The backward pass makes two: each row of `dout` goes to a row of
-# `dwte` and to a row of `dwpe`. It keeps no numbers for itself; the output is
-# what the next layer needs.
+# The two tables hold $(V_p + T_{max}) C$ parameters. The forward pass makes
+# one addition for each of the $B T C$ outputs. The backward pass makes two:
+# each row of `dout` goes to a row of `dwte` and to a row of `dwpe`. Nothing is
+# kept.
 
 # %% the encoder of GPT-2
 B, T, C, Vp, T_max = 4, 64, 768, 50304, 1024
@@ -423,10 +431,8 @@ print(f"rows of wte read    {B * T:>12,} of {Vp:,}, at most")
 
 # %% [markdown]
 # Nearly a third of GPT-2's 124 million parameters stand in these two tables,
-# and a step touches a few hundred rows of them. The layer that holds the most
-# computes the least.
-
-# %% [markdown]
+# and the encoder touches a few hundred rows of them.
+#
 # ## Take away
 #
 # - The encoder adds a row of the token table and a row of the position
@@ -436,18 +442,15 @@ print(f"rows of wte read    {B * T:>12,} of {Vp:,}, at most")
 # - Backward adds each row of `dout` to the row it came from. Repeated tokens
 #   add up, and `dwte[inp] += dout` would lose them.
 # - A gradient check proves what its example exercises.
-
-# %% [markdown]
+#
 # ## Design note
 #
-# GPT-2 learns its position vectors. The first transformer used fixed waves
-# of sine and cosine instead, and later models turn the queries and keys of
-# attention by an angle that grows with the position. A learned table costs
-# T_max·C parameters and ends at T_max: there is no vector for position
-# 1024, and that is why the length of the text is checked. We keep it,
-# because GPT-2 has it.
-
-# %% [markdown]
+# GPT-2 learns its position vectors. The first transformer used fixed waves of
+# sine and cosine instead, and later models turn vectors inside attention by an
+# angle that grows with the position. A learned table ends at T_max: there is
+# no vector for position 1024, and that is why the length of the text is
+# checked.
+#
 # ## Exercises
 #
 # **1** (★). A batch has B = 4 texts of T = 64 tokens, the vocabulary 50257.
@@ -475,9 +478,9 @@ counted = np.count_nonzero(dwte), np.count_nonzero(dwpe)
 verdict("rows", counted == touched_rows(4, 64, 50257), "counted as predicted")
 
 # %% [markdown]
-# **2** (★★). The encoder is blind to one change of its parameters: add a
-# vector $u$ to every row of `wte`, subtract it from every row of `wpe`, and
-# the output stays the same. What does that say about the gradients? Find
+# **2** (★★). The encoder is blind to one change of its parameters: add one and
+# the same vector to every row of `wte`, subtract it from every row of `wpe`,
+# and the output stays the same. What does that say about the gradients? Find
 # the equation that ties `dwte` to `dwpe`, and derive it from (1.5.4) and
 # (1.5.5) as well.
 #
@@ -541,8 +544,7 @@ compare("by sorting", got, dwte, tol=1e-12)
 # - Press and Wolf (2017),
 #   [Using the Output Embedding to Improve Language Models](https://arxiv.org/abs/1608.05859):
 #   the case for one table at both ends of the model.
-
-# %% [markdown]
+#
 # ## What llmnb gained
 
 # %% what llmnb gained

@@ -15,11 +15,10 @@
 # > One matrix product forward and two backward; nearly all of GPT-2's
 # > arithmetic happens in these three.
 #
-# *Reading time: 16 minutes. You need: central differences from
-# [chapter 1.4](04_gpt2.ipynb), and the way a layer is laid out in
+# *Reading time: 21 minutes. You need: [chapter 1.1](01_learns.ipynb) for the
+# loss and its gradient, and the way a layer is laid out in
 # [chapter 1.6](06_layernorm.ipynb).*
-
-# %% [markdown]
+#
 # ## Where we are
 
 # %% where we are
@@ -32,11 +31,11 @@ gpt2_diagram(lit="matmul")
 # before the loss, where it turns a vector into one score for each token of
 # the vocabulary.*
 #
-# A linear layer mixes channels: every output channel is a weighted sum of
-# all input channels. The weights are what the model learns, and here lie
-# most of them. This chapter builds `matmul_forward` and `matmul_backward`,
-# with and without a bias. At its end you can
+# A linear layer mixes channels: every output channel is a weighted sum of all
+# input channels. Most of what the model learns lies in these weights. At the
+# end of this chapter you can
 #
+# - say why a model computes its logits from vectors and not from a table;
 # - compute a linear layer by hand, and say what a row of its weight is for;
 # - derive the three products of training and check each by its shapes;
 # - say what the layer saves for its backward pass, and why that is nothing;
@@ -44,11 +43,13 @@ gpt2_diagram(lit="matmul")
 #
 # The fast versions: chapters [2.4](../2_cpu/04_matmul.ipynb) and
 # [3.6](../3_gpu/06_matmul.ipynb).
-
-# %% [markdown]
+#
 # ## Setup
 
 # %% setup
+import gzip
+import json
+
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -58,6 +59,30 @@ from llmnb.book.verify import compare, numerical_gradient, verdict
 rng = np.random.default_rng(5)
 
 # %% [markdown]
+# ## Why it is there
+#
+# The model of [chapter 1.1](01_learns.ipynb) was a table: for each letter that
+# may come first a row of logits, one for each letter that may come next. With
+# 128 letters that is 16,384 numbers. GPT-2 has 50,257 tokens:
+
+# %% a table against vectors and weights
+V, C = 50257, 768
+print(f"a table of all pairs     {V * V:>13,} numbers")
+print(f"vectors, and weights     {V * C + C * V:>13,} numbers")
+
+# %% [markdown]
+# The table would be twenty times as large as the whole of GPT-2 and would look
+# at one token. And its rows know nothing of one another: what follows an `a`
+# much resembles what follows an `o`, and the table must learn each by itself.
+#
+# [Chapter 1.5](05_encoder.ipynb) gave each token a vector of $C$ numbers. Let
+# a logit be a weighted sum of the numbers in the vector, with one row of $C$
+# weights for each token that may come next. Then $V C$ numbers for the vectors
+# and as many for the weights stand in the place of $V^2$, and tokens with
+# similar vectors get similar logits, whether or not the text has shown each
+# case. Many weighted sums of one vector, that is a linear layer. When it is
+# there, we train this model.
+#
 # ## By hand
 #
 # Take one token with three channels, $x = (1, 2, 3)$, and a layer with two
@@ -87,19 +112,17 @@ for token in x:
 # | `bias` | (OC,) | a shift for each output channel; may be absent |
 # | `out` | (B, T, OC) | OC numbers for each token |
 #
-# Tokens do not meet in this layer, so B and T act as one axis. We number
-# the tokens $n = 0 \dots N - 1$ with $N = BT$, input channels $c$, output
-# channels $o$.
-
-# %% [markdown]
+# Tokens do not meet in this layer, so B and T act as one axis: tokens are $n =
+# 0 \dots N - 1$ with $N = BT$, input channels $c$, output channels $o$.
+#
 # ## Forward
 #
 # What we did by hand, for every token and every output channel:
 #
 # $$ y_{n,o} = \sum_c x_{n,c}\, W_{o,c} + b_o . \tag{1.7.1} $$
 #
-# As matrices this is $Y = X W^\top + b$. The weight stands in memory as
-# (OC, C), the row of an output channel in one piece.
+# As matrices this is $Y = X W^\top + b$. In the line over the function, `?`
+# marks what may be `None`, and `~` what may be the array that is written.
 
 
 # %% imports tags=["export"]
@@ -133,116 +156,123 @@ compare("without bias", y[0], [[-2, 4], [-1, 1]])
 # %% [markdown]
 # In GPT-2 every linear layer has a bias but the last one, which computes the
 # logits. The `residual` is for the layers whose output is added to what came
-# before them ([chapter 1.10](10_residual.ipynb)).
-
-# %% [markdown]
+# before them ([chapter 1.10](10_residual.ipynb)). It enters the sum with
+# factor 1, so its gradient is `dout` itself, and there is nothing to compute
+# for it.
+#
 # ## Backward, derived
 #
-# The next layer hands us $dy_{n,o} = \partial \mathcal L / \partial
-# y_{n,o}$. We owe $dx$, $dW$ and $db$. For each the chain rule says: go
-# through every output that the variable reaches, and add up.
+# The next layer hands us $dy_{n,o} = \partial \mathcal L / \partial y_{n,o}$.
+# We owe $dx$, $dW$ and $db$.
 #
-# **The input.** $x_{m,c}$ appears in the outputs of its own token $m$ only,
-# and there in every output channel $o$, with factor $W_{o,c}$:
+# A prime marks the one element that we differentiate by; $\delta$ is 1 for
+# equal indices and 0 otherwise, as in chapter 1.5.
 #
-# $$ \frac{\partial y_{n,o}}{\partial x_{m,c}}
-#    = \begin{cases} W_{o,c} & n = m \\ 0 & n \ne m \end{cases}
-#    \qquad \Longrightarrow \qquad
-#    dx_{m,c} = \sum_o dy_{m,o}\, W_{o,c} . \tag{1.7.2} $$
+# **The input.** $x_{n',c'}$ appears in the outputs of its own token only, and
+# there in every output channel, with factor $W_{o,c'}$. The sum runs over all
+# outputs, and $\delta_{n,n'}$ leaves those of one token:
 #
-# **The weight.** $W_{p,c}$ appears in output channel $p$ only, and there in
-# every token $n$, with factor $x_{n,c}$:
+# $$ \frac{\partial y_{n,o}}{\partial x_{n',c'}}
+#    = \delta_{n,n'}\, W_{o,c'} , \qquad
+#    dx_{n',c'} = \sum_{n,o} dy_{n,o}\, \delta_{n,n'}\, W_{o,c'}
+#    = \sum_o dy_{n',o}\, W_{o,c'} . \tag{1.7.2} $$
 #
-# $$ \frac{\partial y_{n,o}}{\partial W_{p,c}}
-#    = \begin{cases} x_{n,c} & o = p \\ 0 & o \ne p \end{cases}
-#    \qquad \Longrightarrow \qquad
-#    dW_{p,c} = \sum_n dy_{n,p}\, x_{n,c} . \tag{1.7.3} $$
+# **The weight.** $W_{o',c'}$ appears in its own output channel only, and
+# there in every token, with factor $x_{n,c'}$:
 #
-# **The bias.** $b_p$ appears in output channel $p$ of every token, with
-# factor 1:
+# $$ \frac{\partial y_{n,o}}{\partial W_{o',c'}}
+#    = \delta_{o,o'}\, x_{n,c'} , \qquad
+#    dW_{o',c'} = \sum_{n,o} dy_{n,o}\, \delta_{o,o'}\, x_{n,c'}
+#    = \sum_n dy_{n,o'}\, x_{n,c'} . \tag{1.7.3} $$
 #
-# $$ db_p = \sum_n dy_{n,p} . \tag{1.7.4} $$
+# **The bias.** $b_{o'}$ appears in the same places, with factor 1:
+#
+# $$ \frac{\partial y_{n,o}}{\partial b_{o'}} = \delta_{o,o'} , \qquad
+#    db_{o'} = \sum_n dy_{n,o'} . \tag{1.7.4} $$
 #
 # As matrices, $dX = dY\, W$ and $dW = dY^\top X$. The shapes leave no other
-# way to write them: $dW$ must be (OC, C), and of the two factors at hand,
-# $dY$ with (N, OC) and $X$ with (N, C), only $dY^\top X$ sums the tokens
-# away.
+# way: $dW$ must be (OC, C), and of the factors at hand, $dY$ with (N, OC) and
+# $X$ with (N, C), only $dY^\top X$ has it.
 
-# %% draw the three products
-products = (
-    ("$Y = X\\,W^T$", ("N", "C"), ("C", "OC")),
-    ("$dX = dY\\,W$", ("N", "OC"), ("OC", "C")),
-    ("$dW = dY^T\\,X$", ("OC", "N"), ("N", "C")),
+# %% draw the three products tags=["hide-input"]
+products = (  # the result, its left and right factor, the side summed away
+    (("out", "N", "OC"), "inp", "weight.T", "C"),
+    (("dinp", "N", "C"), "dout", "weight", "OC"),
+    (("dweight", "OC", "C"), "dout.T", "inp", "N"),
 )
-sides = {"N": 2.4, "C": 1.2, "OC": 1.8}
-fig, axes = plt.subplots(1, 3, figsize=(8.4, 3.2), dpi=100)
-for ax, (title, (rows, inner), (_, cols)) in zip(axes, products, strict=True):
+sides = {"N": 2.6, "C": 1.3, "OC": 1.9}
+fig, axes = plt.subplots(1, 3, figsize=(8.4, 3.9), dpi=100)
+for ax, (result, first, second, inner) in zip(axes, products, strict=True):
+    name, rows, cols = result
     high, deep, wide = sides[rows], sides[inner], sides[cols]
-    for corner, size, shade in (
-        ((-deep - 0.3, -high), (deep, high), "blue"),
-        ((0, 0.3), (wide, deep), "green"),
-        ((0, -high), (wide, high), "orange"),
+    for corner, size, shade, label in (
+        ((-deep - 0.2, -high), (deep, high), "blue", first),
+        ((0, 0.2), (wide, deep), "green", second),
+        ((0, -high), (wide, high), "orange", name),
     ):
         ax.add_patch(plt.Rectangle(corner, *size, color=PALETTE[shade]))
-    ax.text(-deep / 2 - 0.3, 0.1, inner, ha="center", va="bottom")
-    ax.text(-deep - 0.45, -high / 2, rows, ha="right", va="center")
-    ax.text(wide + 0.15, deep / 2 + 0.3, inner, ha="left", va="center")
-    ax.text(wide / 2, deep + 0.4, cols, ha="center", va="bottom")
-    ax.set(title=title, xlim=(-3.2, 2.8), ylim=(-2.6, 3.2), aspect="equal")
+        middle = [c + s / 2 for c, s in zip(corner, size, strict=True)]
+        turn = 90 if size[1] > size[0] else 0
+        style = {"ha": "center", "va": "center", "rotation": turn}
+        ax.text(*middle, label, color="white", weight="bold", **style)
+    summed = {"color": PALETTE["purple"], "weight": "bold"}
+    ax.text(-deep / 2 - 0.2, 0.1, inner, ha="center", va="bottom", **summed)
+    ax.text(-0.1, deep / 2 + 0.2, inner, ha="right", va="center", **summed)
+    ax.text(-deep - 0.3, -high / 2, rows, ha="right", va="center")
+    ax.text(wide / 2, deep + 0.3, cols, ha="center", va="bottom")
+    ax.set(xlim=(-3.2, 2.1), ylim=(-2.8, 3.2), aspect="equal")
     ax.axis("off")
-fig.tight_layout()
+fig.subplots_adjust(0, 0, 1, 1, 0)
 plt.show()
 
 # %% [markdown]
-# *Figure 1.7.2. The left factor in blue, the right one in green, standing where
-# its columns meet the result, in orange. The side they share is summed away:
-# input channels forward, output channels for the input's gradient, tokens for
-# the weight's. Each of the three sizes is summed once.*
+# *Figure 1.7.2. The three products, each side as long as its size. The left
+# factor is blue, the right one green, the result orange. The side that the
+# factors share, in purple, is summed away: C forward, OC for the input's
+# gradient, N for the weight's.*
 #
-# **What to save.** (1.7.2) needs the weight, which is a parameter, and (1.7.3)
-# needs $x$, which is the output of the layer before and is in memory anyway.
-# The linear layer saves nothing of its own.
+# **What to save.** (1.7.2) needs the weight, a parameter, and (1.7.3) needs
+# $x$, the output of the layer before. Both are in memory anyway; the linear
+# layer saves nothing of its own.
 
 
 # %% the linear layer, backward tags=["export"]
-@shapes("B T C!, OC C!, OC!?, B T OC, B T C, OC C")
+@shapes("B T C!, OC C!?, OC!?, B T OC, B T C, OC C")
 def matmul_backward(
     dinp, dweight, dbias, dout, inp, weight, add_dinp=True, add_dweight=True
 ):
     """Add the linear layer's gradients to dinp, dweight and dbias.
 
-    dinp, inp: (B, T, C). dout: (B, T, OC). dweight, weight: (OC, C).
-    dbias: (OC,), or None for a layer without bias. All of one float dtype.
-    add_dinp, add_dweight: False overwrites dinp, or dweight and dbias,
-    instead of adding.
+    dinp, inp: (B, T, C). dout: (B, T, OC). dweight, weight: (OC, C); the
+    first may be None for a weight that does not learn. dbias: (OC,), or
+    None for a layer without bias. All of one float dtype. add_dinp,
+    add_dweight: False overwrites dinp, or dweight and dbias, instead of
+    adding.
     """
     if not add_dinp:
         dinp.fill(0)
-    if not add_dweight:
-        dweight.fill(0)
-        if dbias is not None:
-            dbias.fill(0)
+    for x in (dweight, dbias):
+        if x is not None and not add_dweight:
+            x.fill(0)
     OC, C = weight.shape
     rows, drows = inp.reshape(-1, C), dout.reshape(-1, OC)
     dinp += dout @ weight
-    dweight += drows.T @ rows
+    if dweight is not None:
+        dweight += drows.T @ rows  # (1.7.3)
     if dbias is not None:
         dbias += drows.sum(axis=0)
 
 
 # %% [markdown]
 # The gradients are added, not written. In GPT-2 the matrix that computes the
-# logits is also the table of token vectors of
-# [chapter 1.5](05_encoder.ipynb): both layers put their share into the same
-# `dweight`.
-
-# %% [markdown]
+# logits is also the encoder's table: both layers put their share into one
+# gradient.
+#
 # ## Proof
 #
 # As before, $\mathcal L = \sum g \cdot y$ for a fixed random $g$, float64,
-# step $h = 10^{-5}$, tolerance $10^{-8}$. The layer is linear in each of its
-# arguments, so central differences have no error but rounding. We make it
-# square, C = OC, for a reason that comes next.
+# step $h = 10^{-5}$, tolerance $10^{-8}$. We make the layer square, C = OC,
+# for a reason that comes next.
 
 # %% a problem to differentiate
 B, T, C, OC = 2, 3, 4, 4
@@ -269,9 +299,9 @@ compare("dweight", dweight, numerical_gradient(loss, weight), tol=1e-8)
 compare("dbias", dbias, numerical_gradient(loss, bias), tol=1e-8)
 
 # %% [markdown]
-# The frequent mistake is a transpose too many. In most layers the shapes
-# then do not fit and NumPy complains. In a square layer they fit, training
-# runs, and the model learns badly. The proof does not care about shapes:
+# The frequent mistake is a transpose too many. In most layers the shapes then
+# do not fit and NumPy complains. In a square layer they fit, and training
+# runs.
 
 
 # %% a gradient made wrong on purpose
@@ -288,6 +318,113 @@ except AssertionError:
 verdict("the mistake", caught, "is caught")
 
 # %% [markdown]
+# ## Put to work: the table in an eighth of its numbers
+#
+# Now the model that we began with. The text and its pairs are those of chapter
+# 1.1. Each letter has a vector of $C = 8$ numbers, a row of `wte`, and a
+# linear layer makes 128 logits of it. Both are drawn at random, and trained.
+
+# %% the pairs, and what counting gives
+with gzip.open("../../tests/data/library.jsonl.gz", "rt") as lines:
+    text = "".join(json.loads(line)["text"] for line in lines)[:300_000]
+letters = np.frombuffer(text.encode("ascii", "ignore"), np.uint8)
+x, y, V, C = letters[:-1], letters[1:], 128, 8
+pairs = np.zeros((V, V))
+np.add.at(pairs, (x, y), 1)
+entropy = -np.log((pairs / pairs.sum(axis=1, keepdims=True).clip(1))[x, y])
+unigram = -np.log((pairs.sum(axis=0) / len(y))[y])
+print(f"the table, counted: {entropy.mean():.2f} nats")
+print(f"without the letter before: {unigram.mean():.2f} nats")
+
+# %% the model: vectors, and a linear layer
+wte = rng.normal(scale=0.3, size=(V, C))
+head, shift = rng.normal(scale=0.1, size=(V, C)), np.zeros(V)
+print(f"{wte.size + head.size + shift.size:,} numbers for {V * V:,}")
+
+
+# %% the loss of some pairs, and its gradients
+def softmax(logits):
+    e = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
+def loss_and_gradients(x, y):
+    each = np.arange(len(x))
+    vectors, logits = wte[x][None], np.empty((1, len(x), V))
+    matmul_forward(logits, vectors, head, shift)
+    probs = softmax(logits)
+    loss = -np.log(probs[0, each, y]).mean()
+    dlogits = probs  # the same memory: probs is not needed again
+    dlogits[0, each, y] -= 1  # (1.1.6)
+    dlogits /= len(x)
+    dvectors, dwte, dhead, dshift = map(
+        np.zeros_like, (vectors, wte, head, shift)
+    )
+    matmul_backward(dvectors, dhead, dshift, dlogits, vectors, head)
+    np.add.at(dwte, x, dvectors[0])  # (1.5.4)
+    return loss, (dwte, dhead, dshift)
+
+
+# %% [markdown]
+# Read the function from the middle: the loss's gradient by the logits is that
+# of chapter 1.1; our layer turns it into the gradient by its weights, its bias
+# and the vectors; and the encoder's rule brings the last to the rows of `wte`.
+# Training is (1.1.3), a thousand batches of 500 pairs. The rate, 3, was found
+# by trying: with 1 the model learns less, with 10 its numbers grow without
+# end.
+
+# %% a thousand steps downhill
+for _ in range(1000):
+    batch = rng.integers(0, len(x), 500)
+    loss, gradients = loss_and_gradients(x[batch], y[batch])
+    for weights, gradient in zip((wte, head, shift), gradients, strict=True):
+        weights -= 3.0 * gradient
+whole = -np.log(softmax(wte @ head.T + shift)[x, y]).mean()
+verdict("the loss", whole < entropy.mean() + 0.25, "within 0.25 of the table")
+verdict("the letter", whole < unigram.mean() - 0.5, "is used")
+
+# %% [markdown]
+# Now look at the vectors. Which letters have come to lie in the direction of
+# the letter `a`?
+
+# %% the five nearest to a
+common = np.flatnonzero(np.bincount(x, minlength=V) > 500)
+points = wte[common] / np.linalg.norm(wte[common], axis=1, keepdims=True)
+near = points @ (wte[ord("a")] / np.linalg.norm(wte[ord("a")]))
+best = sorted(chr(j) for j in common[np.argsort(-near)[1:6]])
+print("nearest to a:", *best)
+
+# %% draw the letters tags=["hide-input"]
+_, _, axes = np.linalg.svd(points - points.mean(axis=0), full_matrices=False)
+across, along = (points @ axes[:2].T).T
+fig, ax = plt.subplots(figsize=(7.6, 6), dpi=100)
+ax.scatter(across, along, alpha=0)
+for j, here in zip(common, zip(across, along, strict=True), strict=True):
+    sign, kind = chr(j), "grey"
+    if sign.isalpha():
+        kind = "green" if sign.isupper() else "blue"
+    if sign in best or sign == "a":
+        kind = "orange"
+    shown = {" ": "space", "\n": "line end"}.get(sign, sign)
+    ax.text(*here, shown, ha="center", va="center", size=12,
+            color=PALETTE[kind], weight="bold")  # fmt: skip
+ax.set(xticks=[], yticks=[])
+for side in ax.spines.values():
+    side.set_color(PALETTE["grey"])
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 1.7.3. The vectors of the frequent letters, brought to one length and
+# seen from the side from which they differ most. Small letters (blue, the
+# vowels orange), capitals (green) and other signs (grey) have parted into
+# three groups: letters that are followed by the same letters get the same
+# gradients.*
+#
+# That is what a vector buys. The nearest five are the other vowels, and nobody
+# told the model of vowels. The table of chapter 1.1 could not have found this:
+# its rows share no numbers.
+#
 # ## Count it
 #
 # A layer has $C \cdot OC$ weights and $OC$ biases. Each of the three products
@@ -307,39 +444,29 @@ print(f"{'':12}{'C':>6}{'OC':>7}{'weights':>12}{'forward, MFLOP/token':>22}")
 for name, (C, OC) in layers.items():
     print(f"{name:12}{C:6}{OC:7}{C * OC:12,}{2 * C * OC / 1e6:22.1f}")
 
-# %% the share of the whole model
-inside = 12 * sum(2 * C * OC for C, OC in list(layers.values())[:4])
-logits = 2 * 768 * 50304
-mixing = 12 * 4 * 768 * 1024 / 2
-total = inside + logits + mixing
-print(f"blocks {inside / total:.0%}, logits {logits / total:.0%}, ", end="")
-print(f"attention at T = 1024 {mixing / total:.0%} of the forward pass")
-
 # %% [markdown]
-# The first four stand in each of the twelve blocks. The mixing of tokens, the
-# other products of attention, is left over: at its longest text less than a tenth
-# of the arithmetic. So the speed of a model is that of its linear layers.
-
-# %% [markdown]
+# The first four stand in each of the twelve blocks. With the logits they do 92
+# of 100 operations of the model at $T = 1024$ ([chapter 1.4](04_gpt2.ipynb)):
+# the speed of a model is that of its linear layers.
+#
 # ## Take away
 #
-# - Forward is $X W^\top + b$; backward is $dY\,W$, $dY^\top X$ and the
-#   column sums of $dY$. Each of the three indices is summed once.
+# - A linear layer on learned vectors replaces a table of all pairs, and puts
+#   tokens that behave alike near one another.
+# - Forward is $X W^\top + b$; backward is $dY\,W$, $dY^\top X$ and the column
+#   sums of $dY$.
 # - The shapes say where each transpose belongs, but in a square layer only the
 #   proof does.
 # - The layer saves nothing: it needs its input, and that is there already.
 # - A training step takes six operations for each weight and token.
-
-# %% [markdown]
+#
 # ## Design note
 #
-# The other choice is the layout of the weight. Stored as (C, OC), as
-# OpenAI's own GPT-2 files have it, forward would be $X A$ with no transpose and
-# the gradient of the input would have one. (OC, C) is what PyTorch and llm.c
-# use, so checkpoints load without a transpose; and the weights of one output
-# channel, its row, lie in one piece.
-
-# %% [markdown]
+# The other choice is the layout of the weight. Stored as (C, OC), as OpenAI's
+# own GPT-2 files have it, forward would have no transpose and the gradient of
+# the input would have one. (OC, C) is what PyTorch and llm.c use; and the
+# weights of one output channel, its row, lie in one piece.
+#
 # ## Exercises
 #
 # **1** (★★). A bias is a weight on an input that is always 1. Show that
@@ -350,7 +477,7 @@ print(f"attention at T = 1024 {mixing / total:.0%} of the forward pass")
 # :class: dropdown
 # The channels are $0 \dots C - 1$, and the new one is $C$. With $x_{n,C} = 1$
 # and $W_{o,C} = b_o$, (1.7.1) without bias is (1.7.1) with bias, and (1.7.3)
-# for $c = C$ reads $dW_{p,C} = \sum_n dy_{n,p} \cdot 1$.
+# for $c' = C$ reads $dW_{o',C} = \sum_n dy_{n,o'} \cdot 1$.
 # :::
 
 
@@ -368,37 +495,37 @@ compare("dbias", bias_gradient(g, inp, weight, bias), dbias, tol=1e-12)
 
 # %% [markdown]
 # **2** (★★). To adapt a trained layer cheaply, one keeps $W$ fixed and
-# learns a small correction $W + V U$, with $U$ of shape (R, C), $V$ of
-# shape (OC, R) and R small. Derive $dU$ and $dV$ without ever forming an
+# learns a small correction $W + U D$, with $D$ of shape (R, C), $U$ of
+# shape (OC, R) and R small. Derive $dD$ and $dU$ without ever forming an
 # (OC, C) matrix.
 #
 # :::{admonition} Solution to exercise 2
 # :class: dropdown
-# The correction adds $X U^\top V^\top$ to the output: two linear layers, one
-# after the other. With $H = X U^\top$ of shape (N, R), (1.7.3) for the second
-# gives $dV = dY^\top H$, (1.7.2) gives $dH = dY\,V$, and (1.7.3) for the first
-# gives $dU = dH^\top X$.
+# The correction adds $X D^\top U^\top$ to the output: two linear layers, one
+# after the other. With $H = X D^\top$ of shape (N, R), (1.7.3) for the second
+# gives $dU = dY^\top H$, (1.7.2) gives $dH = dY\,U$, and (1.7.3) for the first
+# gives $dD = dH^\top X$.
 # :::
 
 
 # %% exercise 2, the gradients tags=["hide-cell"]
-def correction_backward(dY, X, U, V):
-    dH = dY @ V
-    return dH.T @ X, dY.T @ (X @ U.T)
+def correction_backward(dY, X, D, U):
+    dH = dY @ U
+    return dH.T @ X, dY.T @ (X @ D.T)
 
 
 # %% exercise 2, checked
-U, V = rng.normal(size=(2, 4)), rng.normal(size=(4, 2))
+D, U = rng.normal(size=(2, 4)), rng.normal(size=(4, 2))
 
 
 def corrected():
-    matmul_forward(out, inp, weight + V @ U, bias)
+    matmul_forward(out, inp, weight + U @ D, bias)
     return (g * out).sum()
 
 
-dU, dV = correction_backward(g.reshape(-1, 4), inp.reshape(-1, 4), U, V)
+dD, dU = correction_backward(g.reshape(-1, 4), inp.reshape(-1, 4), D, U)
+compare("dD", dD, numerical_gradient(corrected, D), tol=1e-8)
 compare("dU", dU, numerical_gradient(corrected, U), tol=1e-8)
-compare("dV", dV, numerical_gradient(corrected, V), tol=1e-8)
 
 # %% [markdown]
 # ## Further reading
@@ -406,8 +533,7 @@ compare("dV", dV, numerical_gradient(corrected, V), tol=1e-8)
 # - Hu et al. (2021),
 #   [LoRA](https://arxiv.org/abs/2106.09685): section 4 for the correction of
 #   exercise 2 and what it saves.
-
-# %% [markdown]
+#
 # ## What llmnb gained
 
 # %% what llmnb gained

@@ -15,11 +15,10 @@
 # > GELU lets large numbers through and holds small ones back, without a corner;
 # > its gradient needs the input and nothing else.
 #
-# *Reading time: 16 minutes. You need: the linear layer
+# *Reading time: 23 minutes. You need: the linear layer
 # ([chapter 1.7](07_matmul.ipynb)). The fast versions: chapters
 # [2.2](../2_cpu/02_rows.ipynb) and [3.5](../3_gpu/05_elementwise.ipynb).*
-
-# %% [markdown]
+#
 # ## Where we are
 
 # %% where we are
@@ -31,18 +30,17 @@ gpt2_diagram(lit="gelu")
 # *Figure 1.9.1. GELU stands once in every block, between the linear layer that
 # widens a vector to 4C channels and the one that narrows it to C again.*
 #
-# Two linear layers in a row are worth no more than one, because the product
-# of two matrices is a matrix. Something between them has to bend. GELU, the
-# Gaussian error linear unit, bends each number by itself. This chapter
-# builds `gelu_forward` and `gelu_backward`. At its end you can
+# The second half of a block is two linear layers. Sums of sums are sums, so
+# something between them has to bend, or one layer would do. GELU, the
+# *Gaussian error linear unit*, bends each number by itself. At the end of this
+# chapter you can
 #
-# - say what GELU computes, and where both constants of its tanh form come
-#   from;
+# - name a question that no linear layer can answer, and answer it with a bend;
+# - say what GELU computes, and where both constants of its tanh form come from;
 # - derive its gradient, and say why the input must be saved and the output
 #   would not do;
-# - show what a network can do with a bend that it cannot without.
-
-# %% [markdown]
+# - say what the width 4C is for, and why it is worth nothing without a bend.
+#
 # ## Setup
 
 # %% setup
@@ -62,21 +60,59 @@ from llmnb.shapes import shapes
 rng = np.random.default_rng(7)
 
 # %% [markdown]
+# ## Why it is there
+#
+# Ask of two numbers, each 0 or 1, whether they differ. The answer should be 1
+# for $(0, 1)$ and $(1, 0)$, and 0 for $(0, 0)$ and $(1, 1)$. A linear layer
+# answers $f(x_0, x_1) = w_0 x_0 + w_1 x_1 + b$, and whatever its weights are,
+#
+# $$ f(0, 0) + f(1, 1) = w_0 + w_1 + 2 b = f(0, 1) + f(1, 0) . $$
+#
+# We want 0 on the left and 2 on the right. No weights can do it. Nor can a
+# second linear layer after the first: $W_2 (W_1 x)$ is $(W_2 W_1) x$, and the
+# product of two matrices is a matrix.
+#
+# The simplest bend is $\max(x, 0)$, called *ReLU*, for rectified linear unit: a
+# positive number passes, a negative one becomes 0. With it two numbers
+# in the middle are enough; they are called *hidden*, being neither question nor
+# answer:
+#
+# $$ \max(x_0 - x_1, 0) + \max(x_1 - x_0, 0) , $$
+#
+# a linear layer, a bend, and a linear layer that adds:
+
+# %% do they differ?
+cases = np.array([[0.0, 0], [0, 1], [1, 0], [1, 1]])
+differ = np.array([0.0, 1, 1, 0])
+line = np.hstack([cases, np.ones((4, 1))])  # the ones are for the bias
+best = line @ np.linalg.lstsq(line, differ, rcond=None)[0]
+bent = np.maximum(cases @ np.array([[1, -1], [-1, 1]]), 0).sum(axis=1)
+print("the best linear layer ", np.round(best, 3))
+print("with a bend           ", bent)
+
+# %% [markdown]
+# The best linear layer says "half" to every case.
+#
+# ReLU has a corner at 0, and left of it no slope at all. A *unit* is one
+# hidden number with the weights that make it. If it lies there for every token
+# of the text, it gets no gradient and never comes back. GELU is a bend without
+# a corner.
+#
 # ## By hand
 #
 # Draw a number from the standard normal distribution, the bell curve of
-# mean 0 and deviation 1. It lies below $x$ with a probability called
+# mean 0 and deviation 1. It is less than $x$ with a probability called
 # $\Phi(x)$. GELU multiplies $x$ by it: the larger a number is against the
-# usual ones, the more of it passes. From a table of $\Phi$:
+# usual ones, the more of it passes. From a table of $\Phi$ (the products from
+# more digits than are shown):
 #
 # | $x$ | $-2$ | $-1$ | $0$ | $1$ | $2$ |
 # |---|---|---|---|---|---|
 # | $\Phi(x)$ | 0.0228 | 0.1587 | 0.5 | 0.8413 | 0.9772 |
 # | $x\,\Phi(x)$ | −0.0455 | −0.1587 | 0 | 0.8413 | 1.9545 |
 #
-# The number 2 passes almost whole, 1 is held back a little, and of the
-# negative numbers a small remainder is left. The probability comes from the
-# error function, erf, which Python has in its library:
+# Of the negative numbers a small remainder is left. The probability comes from
+# the error function, erf, which Python has in its library:
 
 
 # %% GELU from the error function
@@ -95,60 +131,82 @@ print(np.round(exact_gelu(five), 4) + 0.0)
 # | `out` | as `inp` | each number through GELU |
 # | `dout`, `dinp` | as `inp` | the gradients of both |
 #
-# Every number is treated alike and alone, so the formulas below have no
-# index.
-
-# %% [markdown]
+# Every number is treated alone, so the formulas have no index.
+#
 # ## Forward
 #
-# The exact form is what we did by hand,
+# The exact form is what we did by hand, $x$ times the area under the bell curve
+# up to $x$. Half of the area lies left of 0, so
 #
-# $$ x\,\Phi(x) = \frac x2 \Bigl(1 + \operatorname{erf}
-#    \frac{x}{\sqrt2}\Bigr) . \tag{1.9.1} $$
+# $$ \Phi(x) = \frac12 + \frac{1}{\sqrt{2\pi}} \int_0^x e^{-x'^2/2}\, dx' .
+#    \tag{1.9.1} $$
+#
+# The error function is $\operatorname{erf} x = \frac{2}{\sqrt\pi} \int_0^x
+# e^{-x'^2} dx'$. At $x / \sqrt2$, with $x' / \sqrt2$ in the place of $x'$ and so
+# $dx' / \sqrt2$ in that of $dx'$, it is
+# $\sqrt{2/\pi} \int_0^x e^{-x'^2/2} dx'$: twice the second term of (1.9.1).
+# Hence $\Phi(x) = \frac12 (1 + \operatorname{erf}(x / \sqrt2))$, which is what
+# the code used.
 #
 # The error function takes long to compute. The paper that introduced GELU
-# gives a cheaper function of the same S shape in its place, the hyperbolic
-# tangent of a polynomial:
+# gives a cheaper one of the same S shape, the hyperbolic tangent of a
+# polynomial:
 #
-# $$ u = k\,(x + a x^3), \qquad
-#    y = \frac x2 \,(1 + \tanh u) , \tag{1.9.2} $$
+# $$ \xi = \sqrt{\tfrac2\pi}\,(x + \gamma x^3), \qquad
+#    y = \frac x2 \,(1 + \tanh \xi) , \tag{1.9.2} $$
 #
-# with $k = \sqrt{2/\pi}$ and $a = 0.044715$. GPT-2's weights were trained
-# with (1.9.2), so (1.9.2) is what GPT-2 *is*, and we keep it.
+# with $\gamma = 0.044715$. GPT-2's weights were trained with (1.9.2), so
+# (1.9.2) is what GPT-2 *is*, and we keep it.
 #
-# Where do the constants come from? Near 0 both forms should agree. The
-# series of the two S curves begin with
+# **Where the constants come from.** Near 0 both S curves should agree, so we
+# compare their series. For the first, $e^{-x'^2/2} = 1 - x'^2/2 + \dots$, and
+# the integral of (1.9.1), term by term, gives
 #
-# $$ \begin{aligned}
-#    \operatorname{erf}\frac{x}{\sqrt2}
-#    &= \sqrt{\tfrac2\pi}\,\Bigl(x - \frac{x^3}{6} + \dots\Bigr), \\
-#    \tanh u &= u - \frac{u^3}{3} + \dots
-#    = k x + \Bigl(k a - \frac{k^3}{3}\Bigr) x^3 + \dots
-#    \end{aligned} \tag{1.9.3} $$
+# $$ \operatorname{erf}\frac{x}{\sqrt2}
+#    = \sqrt{\tfrac2\pi}\,\Bigl(x - \frac{x^3}{6} + \dots\Bigr) .
+#    \tag{1.9.3} $$
 #
-# The terms in $x$ agree if $k = \sqrt{2/\pi}$. The terms in $x^3$ agree if
-# $a = k^2/3 - 1/6$.
+# For the second we need the derivative of the hyperbolic tangent,
+# $\tanh \xi = \sinh \xi / \cosh \xi$ with $\sinh \xi = (e^\xi - e^{-\xi})/2$ and
+# $\cosh \xi = (e^\xi + e^{-\xi})/2$. Each of the two is the derivative of the
+# other, so by the quotient rule
+#
+# $$ \frac{d \tanh \xi}{d \xi}
+#    = \frac{\cosh^2 \xi - \sinh^2 \xi}{\cosh^2 \xi}
+#    = 1 - \tanh^2 \xi . \tag{1.9.4} $$
+#
+# At 0 the tangent is 0 and its slope 1, so it begins as $\xi$. Then by (1.9.4)
+# its slope begins as $1 - \xi^2$, and the tangent as $\xi - \xi^3/3$. Put in
+# $\xi$ from (1.9.2), whose cube begins as $(2/\pi)^{3/2} x^3$:
+#
+# $$ \tanh \xi = \xi - \frac{\xi^3}{3} + \dots = \sqrt{\tfrac2\pi}\, \Bigl(
+#    x + \Bigl(\gamma - \frac{2}{3\pi}\Bigr) x^3 + \dots \Bigr) .
+#    \tag{1.9.5} $$
+#
+# The root before the bracket is there to make the terms in $x$ agree with
+# (1.9.3). The terms in $x^3$ agree if $\gamma = \frac{2}{3\pi} - \frac16$.
 
 # %% the cubic coefficient that the series gives
-k = math.sqrt(2 / math.pi)
-series = k**2 / 3 - 1 / 6
+series = 2 / (3 * math.pi) - 1 / 6
 print(f"{series:.6f}")
 
 # %% [markdown]
-# The value in use, 0.044715, is 2 % smaller: it gives up a little agreement
-# at 0 for a smaller error further out. We can check that it pays:
+# The value in use, 0.044715, is 2 % smaller: it gives up a little agreement at
+# 0 for a smaller error further out.
 
 
 # %% the largest error over the line
-def tanh_gelu(x, a):
-    return 0.5 * x * (1 + np.tanh(k * (x + a * x**3)))
+def tanh_gelu(x, cubic):
+    root = math.sqrt(2 / math.pi)
+    return 0.5 * x * (1 + np.tanh(root * (x + cubic * x**3)))
 
 
 x = np.linspace(-8, 8, 16001)
-errors = [np.abs(tanh_gelu(x, a) - exact_gelu(x)).max() for a in
-          (series, 0.044715)]  # fmt: skip
+exact = exact_gelu(x)
+errors = [np.abs(tanh_gelu(x, c) - exact).max() for c in (series, 0.044715)]
 print("largest error", [f"{e:.5f}" for e in errors])
 verdict("0.044715", errors[1] < errors[0], "errs less than the series")
+verdict("tanh form", errors[1] < 0.0005, "off by less than 0.0005")
 
 # %% [markdown]
 # The function itself is (1.9.2):
@@ -166,42 +224,36 @@ def gelu_forward(out, inp):
     out, inp: arrays of one shape, any, and one float dtype; out is
     overwritten.
     """
-    u = ROOT * (inp + CUBIC * inp**3)
-    out[...] = 0.5 * inp * (1 + np.tanh(u))
+    xi = ROOT * (inp + CUBIC * inp**3)
+    out[...] = 0.5 * inp * (1 + np.tanh(xi))
 
 
 # %% the five numbers through the function
 y = np.empty(5)
 gelu_forward(y, five)
-compare("tanh form", y, exact_gelu(five), tol=1e-3)
+compare("tanh form", y, exact_gelu(five), tol=5e-4)
 
 # %% [markdown]
 # ## Backward, derived
 #
-# Write $t = \tanh u$. (1.9.2) has $x$ in two places, as a factor and inside
-# $u$, so by the product rule
+# (1.9.2) has $x$ in two places, as a factor and inside $\xi$, so by the product
+# rule and the chain rule
 #
-# $$ \frac{dy}{dx} = \frac12 (1 + t) + \frac x2\,
-#    \frac{dt}{du}\,\frac{du}{dx} . \tag{1.9.4} $$
+# $$ \frac{dy}{dx} = \frac12 (1 + \tanh \xi) + \frac x2\,
+#    \frac{d \tanh \xi}{d\xi}\,\frac{d\xi}{dx} , \qquad
+#    \frac{d\xi}{dx} = \sqrt{\tfrac2\pi}\,(1 + 3 \gamma x^2) . \tag{1.9.6} $$
 #
-# For $dt/du$ take $\tanh u = \sinh u / \cosh u$. The derivative of sinh is
-# cosh and the other way round, so by the quotient rule
+# The derivative in the middle is (1.9.4). Each number reaches the loss through
+# its own output and no other, so with the gradient $dy$ that later layers
+# hand us
 #
-# $$ \frac{dt}{du} = \frac{\cosh^2 u - \sinh^2 u}{\cosh^2 u}
-#    = 1 - t^2 , \qquad
-#    \frac{du}{dx} = k\,(1 + 3 a x^2) . \tag{1.9.5} $$
+# $$ dx = dy \cdot \frac12 \Bigl( 1 + \tanh \xi + x\,(1 - \tanh^2 \xi)\,
+#    \sqrt{\tfrac2\pi}\,(1 + 3 \gamma x^2) \Bigr) . \tag{1.9.7} $$
 #
-# Together, with the gradient $dy$ that the layer above hands us:
-#
-# $$ dx = dy \cdot \frac12 \Bigl( 1 + t
-#    + x\,(1 - t^2)\,k\,(1 + 3 a x^2) \Bigr) . \tag{1.9.6} $$
-#
-# **What to save.** (1.9.6) is a function of $x$ alone. The input is the
-# output of the linear layer below, and it must stay in memory until
-# backward comes. That is not free: it is the widest activation inside a
-# block. $t$ is computed anew. Could we save $y$ and let go of $x$, since the
-# next layer needs $y$ anyway? Exercise 4 shows that $y$ does not
-# determine $x$.
+# **What to save.** (1.9.7) needs $x$ alone, the output of the linear layer
+# before. That is not free: it is the widest activation inside a block. Could
+# we save $y$ and let go of $x$, since the next layer needs $y$ anyway?
+# Exercise 4 shows that $y$ does not determine $x$.
 
 
 # %% GELU, backward tags=["export"]
@@ -213,17 +265,17 @@ def gelu_backward(dinp, dout, inp, add=True):
     added to in place. With add=False it is overwritten and its old contents
     are not used, so it need not be zeroed.
     """
-    t = np.tanh(ROOT * (inp + CUBIC * inp**3))
-    du = ROOT * (1 + 3 * CUBIC * inp**2)
-    grad = dout * 0.5 * (1 + t + inp * (1 - t**2) * du)
+    tanh = np.tanh(ROOT * (inp + CUBIC * inp**3))
+    dxi = ROOT * (1 + 3 * CUBIC * inp**2)
+    grad = dout * 0.5 * (1 + tanh + inp * (1 - tanh**2) * dxi)
     dinp[...] = dinp + grad if add else grad
 
 
 # %% [markdown]
 # ## Proof
 #
-# As in the chapters before: $\mathcal L = \sum g \cdot y$, float64, step
-# $h = 10^{-5}$, tolerance $10^{-8}$.
+# As before: $\mathcal L = \sum g \cdot y$, float64, step $h = 10^{-5}$,
+# tolerance $10^{-8}$.
 
 # %% a problem to differentiate
 inp, g = rng.normal(scale=2, size=(2, 3, 5, 4))
@@ -241,14 +293,13 @@ numerical = numerical_gradient(loss, inp)
 compare("dinp", dinp, numerical, tol=1e-8)
 
 # %% [markdown]
-# The term that is easily lost is the second one of (1.9.4). Without it the
-# gradient is still right for large positive and large negative numbers.
-# Between them it is not:
+# The term that is easily lost is the second one of (1.9.6). Without it the
+# gradient is still right far out on both sides. Between them it is not:
 
 # %% a gradient made wrong on purpose
-t = np.tanh(ROOT * (inp + CUBIC * inp**3))
+tanh = np.tanh(ROOT * (inp + CUBIC * inp**3))
 try:
-    compare("dinp, half of it", g * 0.5 * (1 + t), numerical, tol=1e-8)
+    compare("dinp, half of it", g * 0.5 * (1 + tanh), numerical, tol=1e-8)
     caught = False
 except AssertionError:
     caught = True
@@ -264,33 +315,94 @@ def both(x):
 
 
 # %% [markdown]
-# ## Why it is there
+# ## What 4C and a bend can hold
 #
-# Two linear layers in a row are one linear layer: $W_2 (W_1 x)$ is
-# $(W_2 W_1) x$, whatever the width between them. With a bend between, they can
-# be what no line can. Fit the curve $y = \sin 3x$ with a hidden width of 32, by
-# least squares over the second layer alone, the first drawn at random:
+# GELU stands between a linear layer from $C$ to $4C$ channels and one back to
+# $C$. What is the width for? Let us ask the half block to know things. A
+# *fact* here is a token's vector, drawn at random, and for each of $C = 16$
+# channels a sign, drawn too, that the output should have there. How many facts
+# can a layer hold at once?
+#
+# An output channel of a linear layer has $C$ weights and a bias, 17 numbers that
+# can be chosen; so it can meet 17 equations, and an 18th only by luck. With a
+# hidden layer the last matrix has $4C$ weights and a bias for each channel: 65
+# numbers. But they help only if the $4C$ hidden numbers of different tokens are
+# independent. Without a bend they are not. They are sums of the same 16, and the
+# 65 columns of the equations have rank 17:
 
-# %% with and without the bend
-grid = np.linspace(-1, 1, 200)[:, None]
-hidden = grid @ rng.normal(size=(1, 32)) * 3 + rng.normal(size=32)
-target, missed = np.sin(3 * grid), {}
-for name, features in (("a line", hidden), ("a bend", both(hidden)[0])):
-    features = np.hstack([features, np.ones((200, 1))])
-    fit = features @ np.linalg.lstsq(features, target, rcond=1e-8)[0]
-    missed[name] = np.sqrt(((fit - target) ** 2).mean())
-verdict("without a bend", missed["a line"] > 0.1, "the curve is missed")
-verdict("with a bend", missed["a bend"] < 0.01, "it is met")
+# %% four layers, and what reaches their last matrix
+C = 16
+tokens = rng.normal(size=(192, C))
+signs = rng.choice([-1.0, 1.0], (192, C))
+wide = tokens @ rng.normal(scale=0.5, size=(C, 4 * C)) + rng.normal(size=4 * C)
+kinds = {
+    "a linear layer": tokens,
+    "4C, no bend": wide,
+    "C and a bend": both(wide)[0][:, :C],
+    "4C and a bend": both(wide)[0],
+}
+for name, hidden in kinds.items():
+    kinds[name] = np.hstack([hidden, np.ones((192, 1))])
+    print(f"{name:<15} rank {np.linalg.matrix_rank(kinds[name])}")
 
 # %% [markdown]
+# Give each of the four more and more facts, and choose its last matrix by
+# least squares, which finds the best there is. (The first one stays as it was
+# drawn; training both can only do better.)
+
+
+# %% how wrong the best layer is
+def misses(hidden, count):
+    hidden, wanted = hidden[:count], signs[:count]
+    best = hidden @ np.linalg.lstsq(hidden, wanted, rcond=1e-9)[0]
+    return np.sqrt(((best - wanted) ** 2).mean())
+
+
+for name, hidden in kinds.items():
+    holds = 4 * C + 1 if name == "4C and a bend" else C + 1
+    verdict(name, misses(hidden, holds) < 1e-6, f"holds {holds} facts")
+    verdict(name, misses(hidden, holds + 1) > 0.1, f"not {holds + 1}")
+
+# %% draw it tags=["hide-input"]
+fig, ax = plt.subplots(figsize=(7, 3.5), dpi=100)
+styles = (
+    ("grey", "-", 6),
+    ("orange", "-", 2),
+    ("green", "--", 2),
+    ("blue", "-", 2),
+)
+counts = np.arange(8, 193, 8)
+for (name, hidden), (colour, ls, lw) in zip(
+    kinds.items(), styles, strict=True
+):
+    error = [misses(hidden, count) for count in counts]
+    ax.plot(counts, error, ls, color=PALETTE[colour], lw=lw, label=name)
+for count, name in ((C + 1, "C + 1"), (4 * C + 1, "4C + 1")):
+    ax.axvline(count, color=PALETTE["grey"], lw=0.8, ls=":")
+    ax.text(count + 1.5, 0.02, name, color=PALETTE["ink"])
+ax.set(xlabel="facts", ylabel="error of the best layer", ylim=(0, 1))
+ax.legend(frameon=False, loc="lower right")
+ax.spines[["top", "right"]].set_visible(False)
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 1.9.2. Width without a bend is worth nothing, and a bend without
+# width as little: three of the four hold C + 1 facts. Width and bend together
+# hold 4C + 1.*
+#
+# Why four times? There is no derivation. Each further $C$ of width buys $C$
+# facts for $2 C^2$ weights, and four is what the first transformer took and
+# GPT-2 kept.
+#
 # ## See it
 
-# %% GELU, its slope, and the error of the tanh form
+# %% GELU, its slope, and the error of the tanh form tags=["hide-input"]
 x = np.linspace(-4, 4, 801)
 y, slope = both(x)
 fig, axes = plt.subplots(1, 2, figsize=(8, 3.4), dpi=100)
 ax = axes[0]
-ax.plot(x, np.maximum(x, 0), "--", color=PALETTE["grey"], label="max(x, 0)")
+ax.plot(x, np.maximum(x, 0), "--", color=PALETTE["grey"], label="ReLU")
 ax.plot(x, y, color=PALETTE["blue"], label="GELU")
 ax.plot(x, slope, color=PALETTE["orange"], label="its derivative")
 ax.set(xlabel="x", ylim=(-0.4, 3))
@@ -305,40 +417,36 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.9.2. Left: GELU follows max(x, 0) at both ends and dips below 0
+# *Figure 1.9.3. Left: GELU follows ReLU at both ends and dips below 0
 # between; its derivative overshoots 1 and is negative left of the dip.
 # Right: the tanh form stays within half a thousandth of the exact one.*
 #
-# A unit that max(x, 0) has switched off gets no gradient at all. With GELU a
-# moderately negative number still gets one and may come back. Far out to the
-# left, the derivative dies away here too.
-
-# %% [markdown]
+# A moderately negative number still gets a gradient and may come back. Far out
+# to the left it dies away here too.
+#
 # ## Count it
 #
-# GELU has no parameters. Per element the forward pass takes about 20 operations,
-# most of them in the exponential, and the backward pass about 30. The two linear
-# layers around GELU take $2 \cdot 2 C$ operations for each of the $4C$ numbers,
-# over 3,000 at C = 768: GELU adds less than a hundredth. `inp` is saved for the
-# backward pass, $4C$ numbers a token; `out` is not, since computing it once more
-# costs less than keeping it ([chapter 1.14](14_memory.ipynb)).
-
-# %% [markdown]
+# GELU has no parameters. Per element the forward pass takes about 20
+# operations, most of them in the exponential, and the backward pass about 30.
+# The two linear layers around it take $2 \cdot 2 C$ for each of the $4C$
+# numbers, over 3,000 at C = 768: GELU adds less than a hundredth. `inp` is
+# saved, $4C$ numbers a token; `out` is not, since computing it once more costs
+# less than keeping it ([chapter 1.14](14_memory.ipynb)).
+#
 # ## Take away
 #
-# - GELU is $x$ times the probability that a normal number lies below $x$;
+# - Linear layers in a row are one linear layer. A bend between them makes them
+#   more, and the width 4C says how much more.
+# - GELU is $x$ times the probability that a normal number is less than $x$;
 #   GPT-2 uses a tanh form of it that is off by less than 0.0005.
 # - Its gradient needs the input and nothing else.
-
-# %% [markdown]
+#
 # ## Design note
 #
-# ReLU, $\max(x, 0)$, is the older bend, and cheaper. It has a corner at 0 and no
-# gradient to the left of it: a unit that has been pushed there for every token
-# of the text never comes back. GPT-2 was trained with GELU in the tanh form, and
-# its weights mean what they mean only with that form.
-
-# %% [markdown]
+# ReLU is the older bend, and cheaper: one comparison. Many models have used
+# it, dead units and all. GPT-2's weights mean what they mean only with GELU in
+# the tanh form.
+#
 # ## Exercises
 #
 # **1** (★). GELU has one lowest point. Find it to six digits with the
@@ -375,8 +483,8 @@ verdict("lowest", y0 <= tanh_gelu(np.linspace(-8, 8, 9999), CUBIC).min(),
 #
 # :::{admonition} Solution to exercise 2
 # :class: dropdown
-# The product rule gives $\Phi(x) + x\,\varphi(x)$: the shape of (2.2.3) with
-# $\Phi$ in the place of $\sigma$.
+# The product rule gives $\Phi(x) + x\,\varphi(x)$, since the derivative of the
+# integral in (1.9.1) is what stands under it.
 # :::
 
 
@@ -391,26 +499,41 @@ want = numerical_gradient(lambda: exact_gelu(inp).sum(), inp)
 compare("exact slope", exact_slope(inp), want, tol=1e-8)
 
 # %% [markdown]
-# **3** (★★). A cheaper form drops the cube: $x\,\sigma(1.702\,x)$. How far
+# **3** (★★). The *sigmoid* is $\operatorname{sig}(x) = 1 / (1 + e^{-x})$. Show
+# that $\frac12 (1 + \tanh \xi) = \operatorname{sig}(2 \xi)$ and that the
+# derivative of the sigmoid is $\operatorname{sig}\,(1 - \operatorname{sig})$. A
+# cheaper form of GELU drops the cube: $x \operatorname{sig}(1.702\,x)$. How far
 # is it from the exact form at most, and how many times further than the tanh
 # form?
 #
 # :::{admonition} Solution to exercise 3
 # :class: dropdown
-# About 0.02, over forty times as far as the tanh form. It saves three
-# multiplications beside an exponential that costs many more.
+# $\frac12 (1 + \tanh \xi) = \frac12 \frac{(e^\xi + e^{-\xi}) + (e^\xi -
+# e^{-\xi})}{e^\xi + e^{-\xi}} = \frac{e^\xi}{e^\xi + e^{-\xi}}$. Multiply both
+# by $e^{-\xi}$. By the quotient rule the derivative is $e^{-x} / (1 + e^{-x})^2$,
+# which is $\frac{1}{1 + e^{-x}}$ times $\frac{e^{-x}}{1 + e^{-x}}$, and the
+# second is $1 - \operatorname{sig}(x)$. The cheaper form is off by about 0.02,
+# over forty times as far as the tanh form. It saves three multiplications
+# beside an exponential that costs many more.
 # :::
 
 
 # %% exercise 3, the distance tags=["hide-cell"]
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
 def distances():
     x = np.linspace(-8, 8, 16001)
-    quick = x / (1 + np.exp(-1.702 * x))
-    forms = quick, tanh_gelu(x, CUBIC)
+    forms = x * sigmoid(1.702 * x), tanh_gelu(x, CUBIC)
     return [np.abs(form - exact_gelu(x)).max() for form in forms]
 
 
 # %% exercise 3, checked
+at = np.linspace(-3, 3, 7)
+compare("by tanh", (1 + np.tanh(at)) / 2, sigmoid(2 * at), tol=1e-12)
+slope = numerical_gradient(lambda: sigmoid(at).sum(), at)
+compare("its slope", sigmoid(at) * (1 - sigmoid(at)), slope, tol=1e-8)
 quick, tanh = distances()
 print(f"{quick:.3f}, {quick / tanh:.0f} times as far")
 verdict("without the cube", quick > 40 * tanh, "over 40 times as far")
@@ -457,11 +580,7 @@ verdict("derivatives", ends[0] < 0 < ends[1], "have two signs")
 # - Shazeer (2020),
 #   [GLU Variants Improve Transformer](https://arxiv.org/abs/2002.05202):
 #   what later models put in GELU's place.
-# - Goldberg (1991),
-#   [What every computer scientist should know about floating-point arithmetic](https://doi.org/10.1145/103162.103163):
-#   the part on cancellation, which (2.2.5) avoids.
-
-# %% [markdown]
+#
 # ## What llmnb gained
 
 # %% what llmnb gained

@@ -15,12 +15,11 @@
 # > The sum of a layer's output and its input keeps a road open along which
 # > gradients reach the first layers unchanged.
 #
-# *Reading time: 20 minutes. You need: LayerNorm
+# *Reading time: 27 minutes. You need: LayerNorm
 # ([chapter 1.6](06_layernorm.ipynb)) and GELU ([chapter 1.9](09_gelu.ipynb)). The
 # fast versions: chapters [2.2](../2_cpu/02_rows.ipynb) and
 # [3.5](../3_gpu/05_elementwise.ipynb).*
-
-# %% [markdown]
+#
 # ## Where we are
 
 # %% where we are
@@ -33,28 +32,29 @@ gpt2_diagram(lit="residual")
 # half computed is added to what the half was given. The arrows that pass by
 # the layers carry the input there.*
 #
-# The addition is called a *residual connection*: the layers in between
-# compute only the difference, the residue, between input and output. What
-# runs through all the additions, from the encoder to the last LayerNorm, is
-# the *residual stream*. This chapter builds `residual_forward` and
-# `residual_backward`, the shortest layer of the book, and shows what it is
-# for. At its end you can
+# The addition is called a *residual connection*: the layers in between compute
+# only the difference, the residue, between input and output. What runs through
+# all the additions, from the encoder to the last LayerNorm, is the *residual
+# stream*. At the end of this chapter you can
 #
+# - say what becomes of a deep network without it, on the way forward and back;
 # - derive its gradient, and say why a gradient is added and not written;
-# - say what a chain of layers does to a gradient without the addition;
 # - compute how the variance of the stream grows with depth;
 # - say where the factor $1/\sqrt{2L}$ in GPT-2's first weights comes from.
-
-# %% [markdown]
+#
 # ## Setup
 
 # %% setup
-from types import SimpleNamespace
+import gzip
+import json
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 
 from llmnb.book.diagram import PALETTE
 from llmnb.book.verify import compare, numerical_gradient, verdict
+from llmnb.reference.gelu import gelu_backward, gelu_forward
+from llmnb.reference.layernorm import layernorm_backward, layernorm_forward
 
 # %% imports of the reference tags=["export"]
 import numpy as np
@@ -65,12 +65,173 @@ from llmnb.shapes import shapes
 rng = np.random.default_rng(8)
 
 # %% [markdown]
+# ## Why it is there
+#
+# We have all the layers of a block's second half: LayerNorm, a matrix up to 4C
+# channels, GELU, a matrix down to C. Call them together $f$. Deep models are
+# many such halves, one after the other. Let us build one *without* the
+# addition and see whether it learns what the table of [chapter
+# 1.1](01_learns.ipynb) learnt: which letter follows which.
+#
+# The matrices are drawn as GPT-2 draws them, normal with deviation 0.02 at C
+# = 768. We take fewer channels and raise the deviation, so that sums have the
+# same size: at C = 16 it is 0.14. Biases are left out.
+
+
+# %% one half block
+class Half(NamedTuple):
+    """The matrices of a half block: up to 4C channels, and down to C."""
+
+    up: np.ndarray
+    down: np.ndarray
+
+
+def draw_half(rng, C, scale=1.0):
+    deviation = 0.02 * np.sqrt(768 / C)
+    up = rng.normal(0, deviation, (4 * C, C))
+    return Half(up, rng.normal(0, deviation * scale, (C, 4 * C)))
+
+
+def half_forward(x, half, norm):
+    """f(x), and what its backward pass needs; x: (1, N, C)."""
+    normed, stats, C = x, None, x.shape[2]
+    if norm:
+        normed, stats = np.empty_like(x), np.empty((2, *x.shape[:2]))
+        layernorm_forward(normed, *stats, x, np.ones(C), np.zeros(C))
+    wide = normed @ half.up.T
+    bent = np.empty_like(wide)
+    gelu_forward(bent, wide)
+    return bent @ half.down.T, (x, stats, normed, wide, bent)
+
+
+# %% its gradients
+def half_backward(dout, half, kept):
+    """The gradient of a half block's input, and those of its matrices."""
+    x, stats, normed, wide, bent = kept
+    dwide, dx = np.zeros_like(wide), np.zeros_like(x)
+    gelu_backward(dwide, dout @ half.down, wide)
+    gradients = Half(dwide[0].T @ normed[0], dout[0].T @ bent[0])
+    dnormed = dwide @ half.up
+    if stats is None:
+        return dnormed, gradients
+    one, unused = np.ones(x.shape[2]), np.zeros((2, x.shape[2]))
+    layernorm_backward(dx, *unused, dnormed, x, one, *stats)
+    return dx, gradients
+
+
+# %% [markdown]
+# Now the chain of them. `residual`: what a half computes is added to what it
+# was given, and does not take its place. The step of training that follows it
+# is folded; it is that of chapter 1.7, with the chain between the vectors and
+# the logits.
+
+
+# %% a chain of half blocks, forward and backward
+def chain_forward(x, halves, residual, norm):
+    """The vectors at the start and after each half, and what was kept."""
+    stream, kept = [x], []
+    for half in halves:
+        out, saved = half_forward(stream[-1], half, norm)
+        stream.append(stream[-1] + out if residual else out)
+        kept.append(saved)
+    return stream, kept
+
+
+def chain_backward(dout, halves, kept, residual):
+    """The gradients of the vectors, and of the matrices."""
+    dstream, gradients = [dout], []
+    for half, saved in zip(halves[::-1], kept[::-1], strict=True):
+        through, gradient = half_backward(dstream[-1], half, saved)
+        dstream.append(dstream[-1] + through if residual else through)
+        gradients.append(gradient)
+    return dstream[::-1], gradients[::-1]
+
+
+# %% a batch of letters: loss, and one step downhill tags=["hide-input"]
+with gzip.open("../../tests/data/library.jsonl.gz", "rt") as lines:
+    text = "".join(json.loads(line)["text"] for line in lines)[:300_000]
+letters = np.frombuffer(text.encode("ascii", "ignore"), np.uint8)
+
+
+def step(batch, tables, halves, residual, norm):
+    """The loss of some pairs of letters, before one step at rate 0.3."""
+    first, second, each = letters[batch], letters[batch + 1], range(len(batch))
+    wte, head = tables
+    stream, kept = chain_forward(wte[first][None], halves, residual, norm)
+    e = np.exp(stream[-1] @ head.T)
+    dlogits = e / e.sum(axis=-1, keepdims=True)
+    loss = -np.log(dlogits[0, each, second]).mean()
+    dlogits[0, each, second] -= 1  # (1.1.6)
+    dlogits /= len(batch)
+    ends, gradients = chain_backward(dlogits @ head, halves, kept, residual)
+    head -= 0.3 * dlogits[0].T @ stream[-1][0]
+    np.add.at(wte, first, -0.3 * ends[0][0])
+    for half, gradient in zip(halves, gradients, strict=True):
+        for weight, dweight in zip(half, gradient, strict=True):
+            weight -= 0.3 * dweight
+    return loss
+
+
+# %% [markdown]
+# Twelve halves of $C = 16$ channels are trained three times from the same
+# first weights: as a plain chain; with LayerNorm in each half; and with
+# LayerNorm and the addition. The rate is 0.3. At 1 the second and the third
+# run to numbers without end; at 0.1, or with five times the steps, each learns
+# what it learns here, and no more.
+
+
+# %% three times two hundred steps
+def train(residual, norm):
+    rng = np.random.default_rng(9)
+    tables = rng.normal(size=(128, 16)), rng.normal(0, 0.14, (128, 16))
+    halves = [draw_half(rng, 16) for _ in range(12)]
+    batches = rng.integers(0, len(letters) - 1, (200, 64))
+    return [step(b, tables, halves, residual, norm) for b in batches]
+
+
+curves = {
+    "neither": train(residual=False, norm=False),
+    "LayerNorm": train(residual=False, norm=True),
+    "both": train(residual=True, norm=True),
+}
+final = {name: np.mean(curve[-50:]) for name, curve in curves.items()}
+share = np.bincount(letters, minlength=128) / len(letters)
+alone = -(share * np.log(share.clip(1e-9))).sum()  # no letter looked at
+verdict("neither", abs(final["neither"] - np.log(128)) < 0.01, "knows nothing")
+verdict("LayerNorm", final["LayerNorm"] > alone - 0.05, "looks at no letter")
+verdict("both", final["both"] < alone - 0.2, "has learnt pairs")
+
+# %% draw it tags=["hide-input"]
+colours = {"neither": "blue", "LayerNorm": "purple", "addition": "green",
+           "both": "orange"}  # fmt: skip
+fig, ax = plt.subplots(figsize=(7, 3.4), dpi=100)
+for name, curve in curves.items():
+    smooth = np.convolve(curve, np.ones(10) / 10, "valid")
+    ax.plot(smooth, color=PALETTE[colours[name]], lw=2, label=name)
+for height, name in ((np.log(128), "all letters alike"),
+                     (alone, "how frequent each letter is")):  # fmt: skip
+    ax.axhline(height, color=PALETTE["grey"], lw=1, ls=":")
+    ax.text(190, height - 0.14, name, ha="right", size=9)
+ax.set(xlabel="step", ylabel="loss, nats", ylim=(2.6, 5.1))
+ax.legend(frameon=False, loc=(0.7, 0.5))
+ax.spines[["top", "right"]].set_visible(False)
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 1.10.2. One task, one depth, one set of first weights (means over ten
+# steps). A plain chain does not learn. With LayerNorm it learns at most how
+# frequent the letters are, which takes the last matrix alone; the letter that
+# went in is lost. With the addition it learns what follows what.*
+#
+# The plain chain holds the same matrices. It is not too weak, it cannot be
+# *trained*.
+#
 # ## By hand
 #
-# Two tokens with three channels: the stream holds $(1, 2, 3)$ and
-# $(4, 5, 6)$, and a layer has computed $(10, 0, 0)$ and $(0, 0, -6)$ from
-# them. The stream goes on with $(11, 2, 3)$ and $(4, 5, 0)$. A channel
-# where the layer says 0 passes as it was.
+# Two tokens with three channels: the stream holds $(1, 2, 3)$ and $(4, 5, 6)$,
+# and a layer has computed $(10, 0, 0)$ and $(0, 0, -6)$ from them. The stream
+# goes on with $(11, 2, 3)$ and $(4, 5, 0)$.
 #
 # | tensor | shape | what it holds |
 # |---|---|---|
@@ -86,12 +247,9 @@ print((stream + layer).astype(int))
 # %% [markdown]
 # ## Forward
 #
-# Let $x$ be the stream and $f$ all the layers of a half block. Then
+# Let $x$ be the stream. Then
 #
 # $$ y = x + f(x) . \tag{1.10.1} $$
-#
-# The function below sees two arrays and does not know that the second was
-# computed from the first.
 
 
 # %% the forward pass tags=["export"]
@@ -113,25 +271,58 @@ compare("by hand", out[0], [[11, 2, 3], [4, 5, 0]], tol=1e-12)
 # %% [markdown]
 # ## Backward, derived
 #
-# Element $i$ of the output is $y_i = a_i + b_i$, with $a$ for `inp1` and
-# $b$ for `inp2`, so $\partial y_i / \partial a_j = \delta_{i,j}$, which is 1
-# for $i = j$ and 0 otherwise, and the same for $b$. The chain rule gives
+# Write $f_i$ for what `inp2` holds. Element $i$ of the output is
+# $y_i = x_i + f_i$, so $\partial y_i / \partial x_j = \delta_{i,j}$, which is 1
+# for $i = j$ and 0 otherwise, and the same for $f_j$. The chain rule gives
 #
-# $$ da_j = \sum_i dy_i\, \delta_{i,j} = dy_j , \qquad
-#    db_j = dy_j . \tag{1.10.2} $$
+# $$ dx_j = \sum_i dy_i\, \delta_{i,j} = dy_j , \qquad
+#    df_j = dy_j . \tag{1.10.2} $$
 #
-# An addition hands its gradient to both terms unchanged. Nothing of the
-# forward pass appears in (1.10.2), so nothing is saved.
+# An addition hands its gradient to both terms unchanged, and nothing need be
+# saved.
 #
 # **Two readers, one gradient.** In (1.10.1) the stream is read twice: by the
-# addition and by $f$. Let $J_{ij} = \partial f_i / \partial x_j$. Each
+# addition and by $f$. Let $J_{ij} = \partial f_i / \partial x_j$, the
+# *Jacobian* of $f$. By (1.10.2) each $f_i$ receives $df_i = dy_i$, and each
 # element $x_j$ reaches the loss by both roads:
 #
 # $$ dx_j = dy_j + \sum_i dy_i\, J_{ij} . \tag{1.10.3} $$
 #
-# The first term comes from `residual_backward`, the second from the
-# backward pass of the half block's first layer, and both go into the same
-# array. This is why a backward function of this book adds.
+# The first term comes from `residual_backward`, the second from the half
+# block's first layer, and both go into one array. That is why backward adds in
+# this book.
+
+# %% draw the two roads tags=["hide-input"]
+fig, ax = plt.subplots(figsize=(7.4, 2.7), dpi=100)
+places = {"x": (0, 0), "f": (2.5, 0), "+": (5, 0), "y": (7, 0)}
+for name, place in places.items():
+    shape = "square,pad=0.6" if name == "f" else "circle,pad=0.35"
+    box = {"boxstyle": shape, "fc": "white", "ec": PALETTE["grey"]}
+    ax.text(*place, name, ha="center", va="center", size=13, bbox=box)
+for start, stop, colour, bend in (
+    ("x", "f", "ink", 0), ("f", "+", "ink", 0), ("+", "y", "ink", 0),
+    ("x", "+", "ink", -0.45), ("y", "+", "orange", -0.3),
+    ("+", "f", "orange", -0.3), ("f", "x", "orange", -0.3),
+    ("+", "x", "orange", 0.62),
+):  # fmt: skip
+    arrow = {"arrowstyle": "-|>", "lw": 1.5, "color": PALETTE[colour]}
+    arrow |= {"connectionstyle": f"arc3,rad={bend}", "shrinkA": 15}
+    arrow["shrinkB"] = 15
+    ax.annotate("", places[stop], places[start], arrowprops=arrow)
+for place, label in (((6, -0.85), "dy"), ((3.75, -0.95), "dy"),
+                     ((1.25, -0.95), "dy J"), ((2.5, 2.0), "dy"),
+                     ((0, -1.4), "here they add up")):  # fmt: skip
+    ax.text(*place, label, ha="center", color=PALETTE["orange"], size=11)
+ax.add_patch(plt.Circle((0, 0), 0.62, fill=False, ec=PALETTE["orange"], lw=2))
+ax.set(xlim=(-1.1, 7.6), ylim=(-1.6, 2.4), aspect="equal")
+ax.axis("off")
+fig.subplots_adjust(0, 0, 1, 1)
+plt.show()
+
+# %% [markdown]
+# *Figure 1.10.3. Forward (black) the vector goes two ways, through $f$ and
+# past it. Backward (orange) the gradient comes back both ways, and where they
+# part in the forward pass, the gradients add up.*
 
 
 # %% the backward pass tags=["export"]
@@ -149,14 +340,11 @@ def residual_backward(dinp1, dinp2, dout):
 # %% [markdown]
 # ## Proof
 #
-# A check of the addition alone would prove little. We check (1.10.3): let $f$
-# be GELU, so that the stream is read twice, and let
-# $\mathcal L = \sum g \cdot y$ with a fixed random $g$. Float64, step
+# We check (1.10.3), with GELU for $f$, so that the stream is read twice;
+# $\mathcal L = \sum g \cdot y$ with a fixed random $g$, float64, step
 # $10^{-5}$, tolerance $10^{-8}$.
 
 # %% a problem to differentiate
-from llmnb.reference.gelu import gelu_backward, gelu_forward
-
 B, T, C = 2, 3, 5
 x, g = rng.normal(size=(2, B, T, C))
 f, y = np.empty((2, B, T, C))
@@ -182,8 +370,7 @@ def gradient(backward):
 compare("dx", gradient(residual_backward), want, tol=1e-8)
 
 # %% [markdown]
-# Suppose GELU's backward pass wrote its gradient where it should add it.
-# The road along the stream is lost, and the check says so:
+# Suppose someone writes where one must add, and the stream's share is lost:
 
 
 # %% a gradient made wrong on purpose
@@ -199,160 +386,120 @@ except AssertionError:
 verdict("the mistake", caught, "is caught")
 
 # %% [markdown]
-# ## See it: a gradient on its way down
+# ## See it: forward and back through 24 halves
 #
-# What is the addition for? Take the chain of $2L$ half blocks. Without the
-# addition, $x_{l+1} = f_l(x_l)$, the gradient at the bottom is the gradient
-# at the top times a product of Jacobians; with it, each factor gets the
-# identity matrix $I$. With the gradients as row vectors,
+# Take a chain of $2L$ half blocks. Without the addition,
+# $x_{l+1} = f_l(x_l)$, the gradient at the start is the gradient at the end
+# times a product of Jacobians, $J_l$ that of $f_l$; with it, each factor gets the identity matrix
+# $I$, by (1.10.3). With the gradients as row vectors,
 #
 # $$ dx_0 = dx_{2L}\, J_{2L-1} \cdots J_1 J_0
 #    \quad\text{against}\quad
 #    dx_0 = dx_{2L}\, (I + J_{2L-1}) \cdots (I + J_1)(I + J_0) . \tag{1.10.4} $$
 #
-# With one channel the Jacobians are plain slopes. Let each be 0.3, up or
-# down. A product of 24 such slopes has size $0.3^{24}$, about
-# $3 \cdot 10^{-13}$: the first layers would learn nothing. The factors
-# $1 \pm 0.3$ scatter about 1, and their product stays within reach of 1.
-# Multiply the second product out and you find $I$ alone among its terms:
-# one road on which the gradient passes no layer at all.
+# With one channel the Jacobians are plain slopes. Let each be 0.3, up or down.
+# A product of 24 such slopes has size $0.3^{24}$, about $3 \cdot 10^{-13}$:
+# the first layers would learn nothing. The factors $1 \pm 0.3$ scatter about
+# 1, and their product mostly stays within reach of it: with half of the slopes
+# up and half down it is $0.91^{12}$, about 0.3. Among the terms of the second
+# product is $I$ alone: one road on which the gradient passes no layer at all.
 #
-# Now with real layers. Our $f$ is the second half of a GPT-2 block,
-# LayerNorm, a matrix up to 4C channels, GELU, a matrix down to C, with
-# GPT-2's first weights. Those are normal with deviation 0.02 at C = 768; we
-# take fewer channels and raise the deviation, so that sums have the same
-# size as there. We can leave out LayerNorm, the addition, or both. Besides
-# the size of a gradient we watch its *alignment* with the one at the top,
-# the cosine of the angle between the two: 1 for the same direction, near 0
-# for directions that have nothing to do with each other.
+# Now with real halves, 24 of them, as in GPT-2, of 96 channels. Of the vectors
+# we ask two things at each depth: their size, and their likeness to the vector
+# that went in, the cosine of the angle between the two: 1 for the same
+# direction, near 0 for directions that have nothing to do with each other. Of
+# the gradients we ask the same, beside the gradient at the end. Both are drawn
+# at random.
 
-# %% one half block
-from llmnb.reference.layernorm import layernorm_backward, layernorm_forward
-
+# %% through the whole chain tags=["hide-input"]
 C, N, L = 96, 16, 12
-DEVIATION = 0.02 * np.sqrt(768 / C)
-one, nil = np.ones(C), np.zeros(C)
+start, end = rng.normal(size=(2, 1, N, C))
 
 
-def half_block(x, seed, scale, norm):
-    draw = np.random.default_rng(seed).normal
-    h = SimpleNamespace(inp=x, out=x)
-    if norm:
-        h.out, h.stats = np.empty_like(x), np.empty((2, *x.shape[:2]))
-        layernorm_forward(h.out, *h.stats, x, one, nil)
-    h.up = draw(0, DEVIATION, (4 * C, C))
-    h.down = draw(0, DEVIATION * scale, (C, 4 * C))
-    h.wide = h.out @ h.up.T
-    h.bent = np.empty_like(h.wide)
-    gelu_forward(h.bent, h.wide)
-    h.out = h.bent @ h.down.T
-    return h
+def drawn_halves(count, scale=1.0):
+    seeds = range(count)
+    return [draw_half(np.random.default_rng(n), C, scale) for n in seeds]
 
 
-# %% its gradient
-def half_block_backward(h, dout, norm):
-    dwide = np.zeros_like(h.wide)
-    gelu_backward(dwide, dout @ h.down, h.wide)
-    dnormed = dwide @ h.up
-    if not norm:
-        return dnormed
-    dinp = np.zeros_like(h.inp)
-    unused = np.zeros((2, C))
-    layernorm_backward(dinp, *unused, dnormed, h.inp, one, *h.stats)
-    return dinp
+def chain(halves, residual, norm):
+    stream, kept = chain_forward(start, halves, residual, norm)
+    return stream, chain_backward(end, halves, kept, residual)[0]
 
 
-# %% down the whole chain
-start, top = rng.normal(size=(2, 1, N, C))
-
-
-def chain(halves, residual, norm, scale=1.0):
-    x, variances, blocks = start, [start.var()], []
-    for seed in range(halves):
-        blocks.append(half_block(x, seed, scale, norm))
-        x = blocks[-1].out + (x if residual else 0)
-        variances.append(x.var())
-    d, grads = top, [top]
-    for h in reversed(blocks):
-        through = half_block_backward(h, d, norm)
-        d = through + (d if residual else 0)
-        grads.append(d)
-    return np.array(variances), grads[::-1]
-
-
-size = np.linalg.norm
-
-
-def alignment(d):
-    return (d * top).sum() / size(d) / size(top)
+def cosine(d, other):
+    return (d * other).sum() / np.linalg.norm(d) / np.linalg.norm(other)
 
 
 chains = {
-    "neither": chain(2 * L, residual=False, norm=False),
-    "LayerNorm": chain(2 * L, residual=False, norm=True),
-    "addition": chain(2 * L, residual=True, norm=False),
-    "both": chain(2 * L, residual=True, norm=True),
+    "neither": chain(drawn_halves(2 * L), residual=False, norm=False),
+    "LayerNorm": chain(drawn_halves(2 * L), residual=False, norm=True),
+    "addition": chain(drawn_halves(2 * L), residual=True, norm=False),
+    "both": chain(drawn_halves(2 * L), residual=True, norm=True),
 }
 
-# %% the size and the direction of the gradient
-fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), dpi=100)
-colours = [PALETTE[c] for c in ("blue", "purple", "green", "orange")]
-for (name, (_, grads)), colour, style in zip(
-    chains.items(), colours, ("-", "--", ":", "-"), strict=True
-):
-    line = {"color": colour, "ls": style, "label": name, "lw": 2}
-    left.semilogy([size(d) / size(top) for d in grads], **line)
-    right.plot([alignment(d) for d in grads], **line)
-left.set(title="size of the gradient", xlabel="half block")
-right.set(title="alignment with the top", xlabel="half block")
-right.set(ylim=(-0.15, 1.05))
-left.legend(frameon=False)
-for ax in (left, right):
+# %% draw sizes and directions tags=["hide-input"]
+fig, axes = plt.subplots(2, 2, figsize=(8.2, 5.6), dpi=100, sharex=True)
+for name, both_ways in chains.items():
+    style = {"LayerNorm": "--", "addition": ":"}.get(name, "-")
+    line = {"color": PALETTE[colours[name]], "ls": style, "lw": 2}
+    for row, vectors, origin in zip(
+        axes, both_ways, (start, end), strict=True
+    ):
+        size = [np.linalg.norm(d) / np.linalg.norm(origin) for d in vectors]
+        row[0].semilogy(size, label=name, **line)
+        row[1].plot([cosine(d, origin) for d in vectors], **line)
+axes[0, 0].set(title="size", ylabel="vectors, forward →")
+axes[0, 1].set(title="likeness to where it began", ylim=(-0.15, 1.05))
+axes[1, 0].set(xlabel="half block", ylabel="← gradients, backward")
+axes[1, 1].set(xlabel="half block", ylim=(-0.15, 1.05))
+axes[0, 0].legend(frameon=False, loc="lower left")
+for ax in axes.flat:
     ax.spines[["top", "right"]].set_visible(False)
 fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.10.3. The gradient enters at the right, above half block 24, and
-# travels left. With neither LayerNorm nor the addition it shrinks to a
-# third at each half block and ends below a millionth of a millionth of its
-# size. LayerNorm alone keeps the size, and the direction is lost after one
-# half block. The addition alone keeps the size within a factor of ten, and
-# the direction fades. With both, the size lasts, and nearly half of the
-# alignment is left at the bottom.*
+# *Figure 1.10.4. Vectors go through 24 halves from left to right, gradients from
+# right to left. Without the addition (blue, purple) one half is enough to lose
+# the direction; LayerNorm then keeps the size, of something scrambled. The
+# addition alone (green) keeps the direction for a while and lets the sizes
+# grow. With both (orange) the size lasts, and the cosine is still nearly a
+# half at the other end.*
 #
-# The left panel shows what (1.10.4) promised. The right one shows why size is
-# not enough: LayerNorm multiplies a vanishing signal up again, and what
-# comes out is large and scrambled. The addition keeps a share of the loss's
-# own gradient in every layer. With the addition alone, each half block adds
-# in proportion to the stream, which grows like compound interest; LayerNorm
-# in front of the half block makes that a straight line, as we see next.
+# The left panels show what (1.10.4) promised. The right ones show why size is
+# not enough: LayerNorm multiplies a vanishing signal up again, and what comes
+# out says little of the vector that went in, or of the loss at the end. With
+# the addition alone, each half block adds in proportion to the stream, which
+# grows like compound interest; with LayerNorm it grows on a straight line, as
+# we see next.
 
 # %% the same in numbers that could fail
-ends = {name: grads[0] for name, (_, grads) in chains.items()}
-ratio = {name: size(d) / size(top) for name, d in ends.items()}
-verdict("neither", ratio["neither"] < 1e-12, "is below 1e-12 of the top")
-for name in ("LayerNorm", "addition", "both"):
-    verdict(name, 0.1 < ratio[name] < 10, "within 10 times the top")
-cosine = {name: alignment(d) for name, d in ends.items()}
-verdict("both", cosine["both"] > 0.3, "aligned more than 0.3")
-for name in ("neither", "LayerNorm"):
-    verdict(name, abs(cosine[name]) < 0.1, "aligned less than 0.1")
+for name, (stream, grads) in chains.items():
+    ratio = np.linalg.norm(grads[0]) / np.linalg.norm(end)
+    if name == "neither":
+        verdict(name, ratio < 1e-12, "the gradient has vanished")
+    else:
+        verdict(name, 0.1 < ratio < 10, "within 10 times the end's")
+    far = cosine(stream[-1], start), cosine(grads[0], end)
+    near = cosine(stream[1], start), cosine(grads[-2], end)
+    if name == "both":
+        verdict(name, min(far) > 0.45, "cosines over 0.45")
+    if name in ("neither", "LayerNorm"):
+        verdict(name, np.abs(near + far).max() < 0.1, "directions lost")
 
 # %% [markdown]
 # ## See it: the stream grows
 #
-# The addition has a price. Each half block adds something to the stream.
-# LayerNorm stands first in $f$, so the size of what is added does not depend
-# on the size of the stream: every half block adds about the same variance
-# $s$; and before training, with random weights, what it adds is unrelated to
-# what is there, so variances sum:
+# The addition has a price. LayerNorm stands first in $f$, so the size of what
+# a half block adds does not depend on the size of the stream: each adds about
+# the same variance $s$; and before training, with random weights, what it adds
+# is unrelated to what is there, so variances sum:
 #
 # $$ \operatorname{Var}(x_{l+1}) \approx \operatorname{Var}(x_l) + s ,
 #    \qquad \operatorname{Var}(x_{2L}) \approx \operatorname{Var}(x_0)
 #    + 2L\, s . \tag{1.10.5} $$
 #
-# A late half block adds its $s$ to a stream of variance near $2Ls$ and
+# A late half block adds its $s$ to a stream that has gathered nearly $2Ls$ and
 # hardly changes it, the less the deeper the model. GPT-2's remedy is to
 # multiply the first weights of the last matrix of each half block by
 # $1/\sqrt{2L}$. The outputs shrink by that factor, their variances by its
@@ -367,11 +514,13 @@ for name in ("neither", "LayerNorm"):
 streams = {}
 for depth in (12, 48):
     for scale in (1.0, 1 / np.sqrt(2 * depth)):
-        variances, grads = chain(2 * depth, True, True, scale)
+        halves = drawn_halves(2 * depth, scale)
+        stream, grads = chain(halves, residual=True, norm=True)
+        variances = np.array([x.var() for x in stream])
         streams[depth, scale < 1] = variances, grads[0]
-s = half_block(start, 0, 1.0, True).out.var()
+s = half_forward(start, drawn_halves(1)[0], norm=True)[0].var()
 
-# %% draw it
+# %% draw it tags=["hide-input"]
 fig, ax = plt.subplots(figsize=(7, 3.8), dpi=100)
 for (depth, scaled), (variances, _) in streams.items():
     colour = PALETTE["blue" if scaled else "orange"]
@@ -390,154 +539,136 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.10.4. Without scaling, the variance of the stream climbs on a
-# straight line with the number of half blocks, four times as far for 48
-# blocks as for 12. With the factor $1/\sqrt{2L}$ both depths end at the
-# same variance, a little above where they began. Thin grey lines: (1.10.5)
-# and (1.10.6), with $s$ measured on the first half block.*
+# *Figure 1.10.5. Without scaling, the variance of the stream climbs on a
+# straight line with the number of half blocks. With the factor $1/\sqrt{2L}$
+# both depths end at the same variance, a little above where they began. Thin
+# grey lines: (1.10.5) and (1.10.6), with $s$ measured on the first half
+# block.*
 #
-# The gradient gains as well: by (1.10.3) its growth obeys the same
-# arithmetic, with the Jacobian in place of the output.
+# The gradient gains as well: with the factor its direction is nearly kept. Its
+# growth obeys almost the same arithmetic: in (1.10.3) LayerNorm has divided
+# $J$ by the stream's deviation, so the second term adds to the squared
+# gradient about the share of it that the half block adds to the variance. Both
+# then grow by about the same factor from end to end.
 
 # %% growth against prediction
-for (depth, scaled), (variances, bottom) in streams.items():
+for (depth, scaled), (variances, gradient) in streams.items():
     name = f"L={depth}" + (", scaled" if scaled else "")
     growth = variances[-1] - variances[0]
     predicted = s if scaled else 2 * depth * s
-    close = abs(growth / predicted - 1) < 0.25
-    verdict(name, close, "as predicted, to 25 %")
+    close = abs(growth / predicted - 1) < 0.05
+    verdict(name, close, "as predicted, to 5 %")
+    factor = (gradient**2).sum() / (end**2).sum()
+    alike = abs(factor / (variances[-1] / variances[0]) - 1) < 0.2
+    verdict(name, alike, "gradient as well, to 20 %")
     if scaled:
-        verdict(name, alignment(bottom) > 0.9, "gradient aligned > 0.9")
+        verdict(name, cosine(gradient, end) > 0.9, "cosine over 0.9")
 
 # %% [markdown]
 # [Chapter 1.15](15_weights.ipynb) draws the first weights with this factor.
-
-# %% [markdown]
+#
 # ## Count it
 #
-# No parameters; one addition an element forward, two backward; and nothing is
-# saved for the backward pass, because the derivative of a sum does not depend on
-# its terms.
-
-# %% [markdown]
+# No parameters; one addition an element forward, two backward; nothing is
+# saved.
+#
 # ## Take away
 #
 # - A residual connection adds a layer's output to its input; its gradient
 #   goes to both unchanged.
 # - The stream is read twice, so its gradient is a sum: backward adds.
-# - Along a chain the addition puts $I + J$ in place of $J$. The gradient
-#   reaches the first layer with its size and much of its direction.
+# - Along a chain the addition puts $I + J$ in place of $J$: vectors and
+#   gradients arrive with much of their direction.
+# - Without it a deep chain cannot be trained, though it could hold the answer.
 # - The stream's variance grows with depth; $1/\sqrt{2L}$ in the first
 #   weights makes the growth the same for every depth.
-
-# %% [markdown]
+#
 # ## Design note
 #
-# The model of [chapter 1.16](16_model.ipynb) calls neither function. Forward,
-# the product that makes a layer's output adds the stream on the way to
-# memory (`residual=` in [chapter 1.7](07_matmul.ipynb)), and a pass over three
-# arrays is saved. Backward, (1.10.2) says that the gradient of the stream is the
-# gradient of the sum. So the model keeps one array for both and lets each
-# layer add its share to it: nothing is left to compute. The functions stay
-# because they are the equations, and everything faster is tested against
-# them.
+# The model of [chapter 1.17](17_model.ipynb) calls neither function. Forward,
+# the product that makes a layer's output adds the stream as well (`residual=`
+# in [chapter 1.7](07_matmul.ipynb)). Backward, by (1.10.2), the gradient of
+# the stream is the gradient of the sum: the model keeps one array for both,
+# and each layer adds its share to it. The functions stay because they are the
+# equations, and everything faster is tested against them.
 #
-# That one array must not be had by accident. The rule is that backward adds,
-# and an exception to it should stand in the call, as `add=False` does for
-# GELU. An array that is passed twice says nothing, so `residual_backward`
-# refuses such a call.
-
-# %% [markdown]
+# That one array must not be had by accident, so `residual_backward` refuses an
+# array that is passed twice.
+#
 # ## Exercises
 #
-# **1** (★). A layer adds the stream to itself, $y = x + x$. What is $dx$?
-# Predict what the two lines of the NumPy version leave in `dx` when both their
-# outputs are `dx`, and what a version would leave that writes where ours
-# adds. (`residual_backward.__wrapped__` is the function without its decorator, which
-# would refuse.)
+# **1** (★). A layer adds the stream to itself, $y = x + x$. What is $dx$, by
+# (1.10.3)? What would a backward pass leave in `dx` that writes where ours adds?
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
-# $y = 2x$, so $dx = 2\,dy$. NumPy carries out one line after the other and
-# adds `dout` twice, which is right. A version that writes would leave
-# `dout`, half of the truth.
+# With $f(x) = x$ the Jacobian is $I$, so $dx = dy + dy = 2\,dy$. One that writes
+# would leave $dy$, half of the truth.
 # :::
 
-
-# %% exercise 1, a solution tags=["hide-cell"]
-def prediction(dout):
-    return 2 * dout
-
-
-# %% exercise 1, checked
-d = rng.normal(size=(3, 5, 7))
-dx = np.zeros_like(d)
-residual_backward.__wrapped__(dx, dx, d)
-verdict("x + x", np.array_equal(dx, prediction(d)), "as predicted")
+# %% exercise 1, checked tags=["hide-cell"]
+d, dx, df = g, np.zeros_like(g), np.zeros_like(g)
+residual_backward(dx, df, d)
+compare("x + x", dx + df, 2 * d, tol=1e-12)
 
 # %% [markdown]
-# **2** (★★). Let the slopes $a_l$ of a one-channel chain be independent,
+# **2** (★★). Let the slopes $J_l$ of a one-channel chain be independent,
 # with mean 0 and variance $\sigma^2$. What is the mean of the squared
-# gradient $\prod_l (1 + a_l)^2$ over $2L$ half blocks? And with every slope
+# gradient $\prod_l (1 + J_l)^2$ over $2L$ half blocks? And with every slope
 # scaled by $1/\sqrt{2L}$? Give the limit for large $L$.
 #
 # :::{admonition} Solution to exercise 2
 # :class: dropdown
 # The mean of a product of independent factors is the product of their
-# means, and the mean of $(1 + a)^2$ is $1 + \sigma^2$. So it is
+# means, and the mean of $(1 + J)^2$ is $1 + \sigma^2$. So it is
 # $(1 + \sigma^2)^{2L}$, which grows without limit, and scaled
 # $(1 + \sigma^2 / 2L)^{2L}$, which approaches $e^{\sigma^2}$.
 # :::
 
 
-# %% exercise 2, a solution tags=["hide-cell"]
-def mean_square(variance, halves):
-    return (1 + variance) ** halves
-
-
-# %% exercise 2, checked
+# %% exercise 2, checked tags=["hide-cell"]
 slopes = rng.choice([-0.3, 0.3], (200_000, 24)) / np.sqrt(24)
 measured = ((1 + slopes) ** 2).prod(axis=1).mean()
-compare("drawn", measured, mean_square(0.09 / 24, 24), tol=0.01)
-compare("limit", mean_square(0.09 / 1e6, 1e6), np.exp(0.09), tol=1e-6)
+compare("drawn", measured, (1 + 0.09 / 24) ** 24, tol=0.01)
+compare("limit", (1 + 0.09 / 1e6) ** 1e6, np.exp(0.09), tol=1e-6)
 
 # %% [markdown]
 # **3** (★★). GPT-2 places LayerNorm inside the half block. The first
 # transformer placed it after the addition, $x_{l+1} =
 # \operatorname{LN}(x_l + f(x_l))$, with no LayerNorm in $f$. Let the
-# gradient run down 24 such half blocks without scaling. Does it keep its
+# gradient come back through 24 such half blocks without scaling. Does it keep its
 # direction as well as with GPT-2's placement, which is called *pre-LN*?
 #
 # :::{admonition} Solution to exercise 3
 # :class: dropdown
 # No. Every LayerNorm stands in the stream itself, divides the gradient by
 # the deviation there and takes two components away, so no road is left on
-# which the gradient passes unchanged. Its alignment with the top ends
-# below that of figure 1.10.3.
+# which the gradient passes unchanged. Its cosine with the gradient at the end
+# comes out less than in figure 1.10.4.
 # :::
 
 
 # %% exercise 3, a solution tags=["hide-cell"]
 def norm_after(halves):
-    x, saved = start, []
-    for seed in range(halves):
-        h = half_block(x, seed, 1.0, norm=False)
-        total, x = x + h.out, np.empty_like(x)
-        stats = np.empty((2, 1, N))
+    x, saved, one, nil = start, [], np.ones(C), np.zeros(C)
+    for half in halves:
+        out, kept = half_forward(x, half, norm=False)
+        total, stats, x = x + out, np.empty((2, 1, N)), np.empty_like(x)
         layernorm_forward(x, *stats, total, one, nil)
-        saved.append((h, total, stats))
-    d = top
-    for h, total, stats in reversed(saved):
+        saved.append((kept, total, stats))
+    d = end
+    for half, (kept, total, stats) in zip(halves[::-1], saved[::-1],
+                                          strict=True):  # fmt: skip
         dtotal = np.zeros_like(d)
         layernorm_backward(dtotal, *np.zeros((2, C)), d, total, one, *stats)
-        d = dtotal + half_block_backward(h, dtotal, norm=False)
+        d = dtotal + half_backward(dtotal, half, kept)[0]
     return d
 
 
 # %% exercise 3, checked
-after, before = norm_after(2 * L), ends["both"]
-less = alignment(after) < alignment(before) - 0.1
-verdict("LN after", less, "aligned less")
+after, before = norm_after(drawn_halves(2 * L)), chains["both"][1][0]
+less = cosine(after, end) < cosine(before, end) - 0.1
+verdict("LN after", less, "keeps less of it")
 
 # %% [markdown]
 # ## Further reading
@@ -555,8 +686,7 @@ verdict("LN after", less, "aligned less")
 # - Radford et al. (2019),
 #   [Language Models are Unsupervised Multitask Learners](https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf):
 #   section 2.3 names the scaling of the residual layers' first weights.
-
-# %% [markdown]
+#
 # ## What llmnb gained
 
 # %% what llmnb gained

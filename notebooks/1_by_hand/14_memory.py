@@ -16,13 +16,12 @@
 # > One allocation holds every tensor of the model as a named view, so the
 # > footprint is known before training begins and never grows.
 #
-# *Reading time: 22 minutes. You need: the block of
+# *Reading time: 30 minutes. You need: the block of
 # [chapter 1.13](13_block.ipynb).*
-
-# %% [markdown]
+#
 # ## Where we are
 
-# %% where we are
+# %% where we are tags=["hide-input"]
 from llmnb.book.diagram import gpt2_diagram
 
 gpt2_diagram(lit="all")
@@ -31,27 +30,30 @@ gpt2_diagram(lit="all")
 # *Figure 1.14.1. Every box of the model reads arrays and writes arrays. This
 # chapter decides, for all of them at once, where those arrays are.*
 #
-# A framework creates an array whenever a layer produces one, and frees it when
-# nobody needs it any more. How much memory that takes is known only when it
-# has run, and it may run out in the middle of the night. We know all shapes
-# beforehand, so we can do better: add up the sizes, ask the system for memory
-# *once*, and give every tensor its place. Such a block is called an *arena*.
-# At the end of this chapter you can
+# A framework creates an array whenever a layer produces one, and how much memory
+# that takes is known only when it has run. We know all shapes beforehand, so we
+# can do better: add up the sizes, ask the system for memory *once*, and give
+# every tensor its place. Such a block is called an *arena*. At the end of this
+# chapter you can
 #
 # - say what a view is, and what a shape and strides do to plain bytes;
-# - compute a model's footprint to the byte before it exists;
+# - compute a model's footprint before it exists, to the byte but for the gaps
+#   between a few groups;
 # - say which arrays must be kept, and which may share their bytes.
-
-# %% [markdown]
+#
 # ## Setup
 
 # %% setup
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 
-from llmnb.model.tensors import parameter_shapes
+from llmnb import reference
 from llmnb.book.diagram import PALETTE
 from llmnb.book.verify import verdict
+from llmnb.config import GPT2Config
+from llmnb.model.gpt2 import GPT2
+from llmnb.model.tensors import parameter_shapes
 
 # %% [markdown]
 # ## By hand
@@ -80,39 +82,37 @@ print(six)
 print(block)
 
 # %% [markdown]
-# We wrote through the matrix, and the other two saw it. In the bytes stands
-# `0 0 128 63`: the float32 number 1.0 is the bit pattern `0x3f800000`, lowest
-# byte first. The new values went to byte $12 \cdot 1 + 4 \cdot 0 = 12$, as
-# computed.
+# We wrote through the matrix, and the other two saw it, at byte $12 \cdot 1 + 4
+# \cdot 0 = 12$ and on: `0 0 128 63` is the float32 number 1.0, the bit pattern
+# `0x3f800000`, lowest byte first.
 #
 # An array whose last index moves by one element, the one before by a whole
 # row, and so on, is called *C-contiguous*. All arrays that layers read and
 # write are, and that is why a (B, T, C) array can be read as (B·T, C) rows
 # for free.
-
-# %% [markdown]
+#
 # ## The arena
 #
-# So a table of names and shapes is enough to lay out a block: each tensor
-# begins where the one before it ends,
+# A table of names and shapes is enough to lay out a block: each tensor begins
+# where the one before it ends. With $k$ for a tensor's place in the table, $a$ for
+# its axes and itemsize for the bytes of one of its numbers,
 #
 # $$ \text{offset}_{k+1} = \text{offset}_k
 #    + \text{itemsize}_k \prod_a \text{shape}_{k,a} . \tag{1.14.1} $$
 #
-# Two refinements. Tensors come in *groups*, such as all parameters, and a
-# group leaves no gaps: AdamW then updates all parameters as one long flat
-# array, and a file of them is one write. And a group begins at a multiple of
-# 64 bytes. A processor moves memory in *cache lines*, which on most machines
-# are that long, and so are the widest registers with which one instruction
-# works on several numbers. A group that begins at such a border keeps loads
-# from straddling two lines.
+# Three refinements. Tensors come in *groups*, such as all parameters, and a
+# group leaves no gaps: AdamW then updates all parameters as one long flat array.
+# A group begins at a multiple of 64 bytes, because machines move memory in
+# pieces of that length. And two groups of which only one is in use at any time
+# can have the same bytes: the second begins where the first begins, and what
+# follows begins after the longer one.
 #
-# A third refinement saves memory: two groups of which only one is in use at
-# any time can have the same bytes. The second then begins where the first
-# begins, and what follows begins after the longer one.
+# NumPy does not promise that its block begins at a multiple of 64. So `_zeros`
+# asks for 64 bytes more, looks at the address (`ctypes.data`), and skips as many
+# bytes as are missing to the next multiple.
 
-# %% a view tags=["exporti"]
-ALIGN = 64  # bytes in a cache line, and in the widest vector register
+# %% round up tags=["exporti"]
+ALIGN = 64  # bytes
 
 
 def _round_up(n, to):
@@ -206,9 +206,8 @@ def put(array, values):
 
 
 # %% [markdown]
-# `zeros` and `put` are for a block that is not in the processor's own
-# memory. That of a GPU can be cut and viewed like any other, and NumPy
-# cannot write into it: [chapter 1.16](16_model.ipynb) trains there.
+# `zeros` and `put` are for a block in the memory of another device, which NumPy
+# cannot write.
 
 # %% a small arena
 arena = Arena(
@@ -219,25 +218,21 @@ arena = Arena(
 )
 for row in arena.table():
     print(row)
-print(arena.nbytes, "bytes")
-
-# %% [markdown]
-# The group `params` ends at byte 32, and `batch` begins at 64. A name gives a
-# view, and a group is also one flat view:
-
-# %% views of it
-arena["params"]["weight"][...] = [[1, 2, 3], [4, 5, 6]]
 arena["params"]["bias"][...] = [7, 8]
-print(arena.flat("params"))
+print(arena.flat("params"), "in", arena.nbytes, "bytes")
 
 # %% [markdown]
-# `np.zeros` does not write zeros. It asks the system for pages, and the
-# system promises zeroed ones, each handed out when it is first written. So
-# parts of the arena that a program never touches, the optimiser's averages
-# when a model only generates text, cost address space and no memory.
+# The group `params` ends at byte 32, and `batch` begins at 64. A name gives a view,
+# and a group is also one flat view.
 #
-# And here are two groups in one place. What is written to one is seen, as
-# other bits, in the other:
+# For a long array `np.zeros` does not write zeros. It asks the system for *pages*,
+# pieces of memory of a few thousand bytes, each handed out, zeroed, when it is
+# first written. So parts of the arena that a program never touches, such as
+# AdamW's averages when a model only writes text, take no memory.
+#
+# And here are two groups in one place. What is written to one is seen in the
+# other: the same bits, read as other numbers.
+
 
 # %% one group over another
 both = {"a": (np.float32, {"x": (2,)}), "b": (np.int32, {"y": (3,)}, True)}
@@ -248,31 +243,34 @@ print(shared["b"]["y"], "in", shared.nbytes, "bytes")
 verdict("the bits", hex(shared["b"]["y"][0]) == "0x3f800000", "are 1.0's")
 
 # %% [markdown]
-# So an overlay asks for care, and this book has one, below.
-
-# %% [markdown]
+# The third `y` lies beyond both `x`. An overlay asks for care, and the layout of a
+# GPT-2 has one only.
+#
 # ## The layout of GPT-2
 #
-# What must be in the arena? Four groups with the parameters' shapes
-# (parameters, gradients and AdamW's two averages), and the activations:
-# what the forward pass computes and the backward pass needs. Each
-# layer's chapter derives what its backward pass reads; here is the sum. In the
-# code, a leading $L$ means that each of the model's blocks keeps its own.
+# Four groups have the parameters' shapes (parameters, gradients and AdamW's two
+# averages). Then there are the activations: what the forward pass computes and
+# the backward pass needs. A leading $L$ means that each of the model's blocks
+# keeps its own.
 #
 # | tensors | shape | kept because |
 # |---|---|---|
-# | `encoded`, `residual2`, `residual3` | (B, T, C) | LayerNorm's backward reads its input |
-# | `lnf` | (B, T, C) | the product that follows reads its input |
-# | `ln1_mean`, `ln1_rstd` and so on | (B, T) | two numbers a row, [chapter 1.6](06_layernorm.ipynb) |
-# | `qkv`, `atty`, `att_lse` | (B, T, 3C), (B, T, C), (B, NH, T) | attention, [chapter 1.8](08_attention.ipynb) |
-# | `fch` | (B, T, 4C) | GELU reads its input |
-# | `logits`, `lse`, `losses`, `dlosses` | (B, T, Vp), (B, T) | [chapter 1.11](11_crossentropy.ipynb) |
+# | `encoded` | (B, T, C) | the first block's first LayerNorm reads its input again |
+# | `residual2`, `residual3` | (L, B, T, C) | so do a block's second LayerNorm and the norm after the block |
+# | `lnf` | (B, T, C) | the product that makes the logits reads its input again |
+# | `ln1_mean`, `ln1_rstd`, `ln2_mean`, `ln2_rstd` | (L, B, T) | two numbers a row, [chapter 1.6](06_layernorm.ipynb) |
+# | `lnf_mean`, `lnf_rstd` | (B, T) | the same of the last LayerNorm |
+# | `qkv`, `atty` | (L, B, T, 3C), (L, B, T, C) | attention, [chapter 1.8](08_attention.ipynb) |
+# | `att_lse` | (L, B, NH, T) | the same |
+# | `fch` | (L, B, T, 4C) | GELU reads its input |
+# | `logits`, `lse` | (B, T, Vp), (B, T) | softmax and loss, [chapter 1.11](11_crossentropy.ipynb) |
+# | `losses`, `dlosses` | (B, T) | the result, and the gradient with which the way back begins |
 #
-# Three arrays of a block are missing there, and the products that follow
-# them do read them in the backward pass: the outputs of the two LayerNorms
-# and of GELU. They take $6C$ numbers a token and block, and their inputs are
-# kept anyway. So the backward pass computes them again, one block's at a
-# time, which costs about one part in a hundred of a step.
+# Three arrays of a block are missing there, and the products that follow them do
+# read them in the backward pass: the outputs of the two LayerNorms and of GELU.
+# They take $C + C + 4C = 6C$ numbers a token and block, and their inputs are kept
+# anyway. So the backward pass computes them again, one block's at a time. That
+# costs no product.
 
 # %% imports of the layout tags=["export"] module="model.layout"
 import math
@@ -287,7 +285,7 @@ from llmnb.model.tensors import full_shape, tensor_table
 def block_activations(cfg, batch_size, seq_len):
     """Shapes of what a block's forward pass leaves for its backward pass."""
     B, T = batch_size, seq_len
-    norm, attention, feedforward = block_of(cfg)
+    norm, attention, feedforward, *_ = block_of(cfg)
     stream = dict.fromkeys(("residual2", "residual3"), (B, T, cfg.channels))
     kept = stream | attention.keeps(cfg, B, T) | feedforward.keeps(cfg, B, T)
     for name in ("ln1", "ln2"):
@@ -309,30 +307,30 @@ def activation_shapes(cfg, batch_size, seq_len):
     shapes |= {name: (cfg.num_layers, *own[name]) for name in own}
     shapes |= block_of(cfg).norm.keeps(cfg, B, T, "lnf")
     shapes |= dict.fromkeys(("lse", "losses", "dlosses"), (B, T))
-    return dict(sorted(shapes.items(), key=lambda x: x[1][-2:][:1] != (T,)))
+
+    def narrow(named):
+        rows, width = named[1][-2:]
+        return rows != T or width % C != 0
+
+    return dict(sorted(shapes.items(), key=narrow))
 
 
 # %% [markdown]
+# (The last lines sort: what has $T$ rows of $C$ numbers, or of a multiple, comes
+# first.)
+#
 # The gradients of activations need less. When the backward pass is done with a
-# block, it has no more use for the gradients inside it. One block's worth of
-# arrays is enough, and the blocks take turns; so they do with what is
-# computed again. The *residual stream*, the vector to which every half block
-# adds, runs through all of them, and its gradient is one array, `dstream`,
-# to which every half block adds in turn. GELU's gradient is written over the
-# gradient that came in, and the logits' gradient over the logits.
+# block, it has no more use for the gradients inside it: one block's worth of
+# arrays is enough, and the blocks take turns; so they do with what is computed
+# again. The gradient of the residual stream is one array, `dstream`, to which
+# every half block adds in turn. GELU's gradient is written over the gradient that
+# came in, and the logits' gradient over the logits.
 #
-# When are the logits in use? From the end of the forward pass, when all
-# blocks are done, to the beginning of the backward pass, before any block's
-# turn. So the group that the blocks take turns with lies over the logits.
-# `dstream` and `dln` stay outside: they receive the gradient that comes from
-# the logits.
-#
-# ```text
-#           forward                     backward
-#           blocks ...      head        head          blocks ...
-#           block           logits      the gradient  block
-#                                       of logits
-# ```
+# The logits are in use from the end of the forward pass, when all blocks are done,
+# to the beginning of the backward pass, before any block's turn. So the group that
+# the blocks take turns with lies over the logits. `dln` stays outside: it receives
+# the gradient that comes from the logits, while these are read. So does `dstream`,
+# which is in use through all blocks' turns. Figure 1.14.3 will show it.
 
 
 # %% gradients of activations tags=["export"] module="model.layout"
@@ -352,15 +350,15 @@ def block_shapes(cfg, batch_size, seq_len):
     ln is the output of ln1, then of ln2.
     """
     B, T = batch_size, seq_len
-    _, attention, feedforward = block_of(cfg)
+    _, attention, feedforward, *_ = block_of(cfg)
     turns = attention.turns(cfg, B, T) | feedforward.turns(cfg, B, T)
     return {"ln": (B, T, cfg.channels)} | turns
 
 
 # %% [markdown]
-# In the four groups with the parameters' shapes, those that weight decay applies
-# to come first ([chapter 1.12](12_adamw.ipynb)): then each of the two sorts is
-# one range of memory, and an update of all parameters is two calls.
+# Of the parameters, those that weight decay applies to come first ([chapter
+# 1.12](12_adamw.ipynb)), so that each of the two sorts is one range of memory, and
+# an update is two calls.
 
 
 # %% the whole layout tags=["export"] module="model.layout"
@@ -376,11 +374,15 @@ def gpt2_layout(cfg, batch_size, seq_len, dtype=np.float32):
     Four of the groups, params, grads, m and v, have the parameters' shapes;
     acts and dacts hold activations and their gradients, batch the tokens
     and targets (int32). block, what the blocks take turns with, lies over
-    the logits. A backend may add scratch memory of its own.
+    the logits. A backend may add scratch memory of its own; tables holds
+    what the parts of a block look up, if they do.
     """
     B, T = batch_size, seq_len
     shapes = parameter_layout(cfg)
     groups = dict.fromkeys(("params", "grads", "m", "v"), (dtype, shapes))
+    tables = block_of(cfg).tables(cfg, T)
+    if tables:
+        groups["tables"] = dtype, {n: x.shape for n, x in tables.items()}
     return groups | {
         "acts": (dtype, activation_shapes(cfg, B, T)),
         "dacts": (dtype, gradient_shapes(cfg, B, T)),
@@ -408,18 +410,20 @@ def footprint(layout):
 
 
 # %% the footprint of GPT-2 124M
-from llmnb.config import GPT2Config
-
-
+# GPT2Config's defaults are GPT-2 124M; B = 4, T = 64
 for group, size in footprint(gpt2_layout(GPT2Config(), 4, 64)).items():
     print(f"{group:<7} {size:>13,} bytes")
 
 # %% [markdown]
-# Nothing was allocated to find that out. It is a sum over shapes, and the
-# arena takes exactly this, up to the padding between groups:
+# Nothing was allocated to find that out. (`block` counts 0: it lies over the
+# longer logits.) The arena takes exactly this, up to the padding that brings each
+# group's end to a multiple of 64. Nine groups have eight ends, because two lie in
+# one place:
 
 # %% predicted and real
-small = GPT2Config(64, 1000, 2, 4, 64)
+small = GPT2Config(
+    max_seq_len=64, vocab_size=1000, num_layers=2, num_heads=4, channels=64
+)
 arena = Arena(gpt2_layout(small, 4, 64))
 predicted = sum(footprint(gpt2_layout(small, 4, 64)).values())
 extra = arena.nbytes - predicted
@@ -429,13 +433,175 @@ verdict(
 )
 
 # %% [markdown]
+# ## The map
+#
+# The block of a GPT-2 124M that trains on four rows of 256 tokens, a line a group:
+
+# %% the map of the arena tags=["hide-input"]
+layout = gpt2_layout(GPT2Config(), 4, 256)
+fig, ax = plt.subplots(figsize=(7.6, 4.6), dpi=100)
+shades = [PALETTE[c] for c in ("blue", "green", "purple", "orange")]
+sorts = {"acts": 1, "dacts": 3, "logits": 2, "block": 3}
+groups = [g for g in layout if g != "batch"]
+for y, group in enumerate(groups):
+    dtype, shapes = layout[group][:2]
+    at, colour = 0, shades[sorts.get(group, 0)]
+    for name, shape in shapes.items():
+        wide = math.prod(shape) * np.dtype(dtype).itemsize / 1e6
+        kind = {"facecolor": colour, "edgecolor": "white", "linewidth": 0.8}
+        ax.barh(y, wide, 0.72, at, alpha=0.85, **kind)
+        if wide > 5.2 * len(name):
+            style = {"color": "white", "size": 8, "family": "monospace"}
+            ax.text(at + wide / 2, y, name, ha="center", va="center", **style)
+        at += wide
+ax.set_yticks(range(len(groups)), groups, family="monospace")
+ax.set(xlabel="MB from the beginning of the group", ylim=(7.6, -0.6))
+ax.text(60, 7, "over the logits: the same bytes", va="center", size=9)
+ax.spines[["top", "right"]].set_visible(False)
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 1.14.2. The arena of GPT-2 124M with 4 x 256 tokens, to scale, but for the
+# few bytes of `batch`. The token table is almost a third of the parameters, and the
+# logits are longer than any activation. What twelve blocks keep (nearly all of the
+# green) is far more than what they take turns with (`block`), which lies in the logits'
+# bytes and costs nothing. Tensors too narrow for their name have none.*
+#
+# ## A step, watched
+#
+# Two groups in one place are safe only if their times are apart. We can look. The
+# layers of the model are exchanged for layers that note, at each call, which of the
+# arena's tensors they were given and which of them have changed. Then one step of
+# training is run, with the model of [chapter 1.17](17_model.ipynb). (Its vocabulary
+# of 50 is padded to 128, and no other array has rows of 128 numbers: that tells the
+# logits from what lies over them.)
+
+
+# %% layers that take notes tags=["hide-input"]
+def owner(arena, byte):
+    """The group, the tensor and its place in it that hold a byte."""
+    for group, name, shape, _, offset, size in arena.table():
+        if offset <= byte < offset + size:
+            part = (byte - offset) * shape[0] // size
+            return group, name, part
+    return None
+
+
+def watched(name, layer, model, notes):
+    """A layer that notes what it reads and what it writes."""
+    start = model.memory.flat("params").ctypes.data  # the first group's
+
+    def call(*args, **how):
+        given = [*args, *how.values()]
+        arrays = [x for x in given if isinstance(x, np.ndarray)]
+        before = [x.copy() for x in arrays]
+        result = layer(*args, **how)
+        for old, x in zip(before, arrays, strict=True):
+            where = owner(model.memory, x.ctypes.data - start)
+            shared = "logits" if x.shape[-1] == 128 else "turns"
+            changed = not np.array_equal(old, x)
+            notes.append((notes.time, name, *where, shared, changed))
+        notes.time += 1
+        return result
+
+    return call
+
+
+# %% one step of a small model
+class Notes(list):
+    time = 0
+
+
+notes = Notes()
+cfg = GPT2Config(
+    max_seq_len=8, vocab_size=50, num_layers=3, num_heads=2, channels=16
+)
+model = GPT2(cfg, 2, 8, "reference", "fp64")
+names = [n for n in reference.__all__ if n.endswith(("ward", "update"))]
+ops = {n: watched(n, getattr(reference, n), model, notes) for n in names}
+model.ops = SimpleNamespace(**vars(reference) | ops)
+batch = np.random.default_rng(3).integers(0, 50, (2, 9))
+model.forward(batch[:, :-1], batch[:, 1:])
+model.backward()
+model.update(1e-3, step=1)
+print(notes.time, "calls")
+
+# %% [markdown]
+# Forward, a block is eight calls, and encoder, last LayerNorm, logits and loss are
+# four more: 28. Backward, a block has eight twins and computes three layers again:
+# $3 \cdot 11 + 4 = 37$. AdamW is one call, since here all parameters decay alike.
+
+# %% who lies over whom, and when tags=["hide-input"]
+KEPT = [f"kept by block {i}" for i in range(3)]
+ROWS = ["params", "grads", "m, v", "encoded, lnf", *KEPT, "dstream, dln"]
+ROWS.append("shared bytes")
+
+
+def row_of(group, name, part):
+    if group in ("m", "v"):
+        return "m, v"
+    if group in ("logits", "block"):
+        return "shared bytes"
+    if group == "acts":
+        outer = name in ("encoded", "losses", "dlosses", "lse")
+        return "encoded, lnf" if outer or name[:3] == "lnf" else KEPT[part]
+    return {"dacts": "dstream, dln"}.get(group, group)
+
+
+fig, ax = plt.subplots(figsize=(7.6, 3.9), dpi=100)
+for time, _, group, name, part, shared, changed in notes:
+    if group == "batch":
+        continue
+    row = row_of(group, name, part)
+    colour = PALETTE["orange" if changed else "blue"]
+    if row == "shared bytes":
+        colour = PALETTE["purple" if shared == "logits" else "green"]
+    rise = 0.2 if changed else -0.2
+    height = 0.8 if row == "shared bytes" else 0.4
+    rise = 0 if row == "shared bytes" else rise
+    ax.barh(ROWS.index(row) + rise, 1, height, time, color=colour)
+calls = dict(reversed([(note[1], note[0]) for note in notes]))
+turns = ["crossentropy_softmax_backward", "adamw_update"]
+edges = [0, calls[turns[0]], calls[turns[1]], notes.time]
+for left, right, word in zip(
+    edges, edges[1:], ("forward", "backward", "AdamW"), strict=False
+):
+    ax.axvline(right, color=PALETTE["grey"], lw=0.8, ls="--")
+    ax.text((left + right) / 2, -0.9, word, ha="center", size=9)
+ax.set_yticks(range(len(ROWS)), ROWS)
+ax.set(xlabel="call of a layer", xlim=(0, notes.time), ylim=(8.6, -1.4))
+ax.spines[["top", "right"]].set_visible(False)
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 1.14.3. One step of a model with three blocks, call by call. Blue: read,
+# orange: changed, whether written anew or added to. What a block keeps is written on
+# the way there, and read again on the way back; the first block's waits longest. In
+# the last line lie two groups over each other: what the blocks take turns with (green),
+# and the logits (purple), which have the bytes for themselves from the end of the
+# forward pass to the beginning of the backward pass.*
+
+# %% their times are apart
+times = {"logits": [], "turns": []}
+for time, _, group, _, _, shared, _ in notes:
+    if group in ("logits", "block"):
+        times[shared].append(time)
+first, last = min(times["logits"]), max(times["logits"])
+between = [t for t in times["turns"] if first <= t <= last]
+verdict("the overlay", not between, "has one user at a time")
+some = min(times["turns"]) < first and last < max(times["turns"])
+verdict("both sides", some, "of the logits' time are used")
+
+# %% [markdown]
 # ## See it
 #
 # Parameters and their three companions are fixed. Activations grow with
 # $B \cdot T$. At which length of four rows does the second part overtake the
 # first?
 
-# %% the footprint against the length
+# %% the footprint against the length tags=["hide-input"]
 lengths = 2 ** np.arange(4, 11)
 rows = [footprint(gpt2_layout(GPT2Config(), 4, int(T))) for T in lengths]
 still = np.array([4 * r["params"] for r in rows]) / 1e9
@@ -453,21 +619,18 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.14.2. GPT-2 124M in float32 with four rows. Up to T = 512 the
+# *Figure 1.14.4. GPT-2 124M in float32 with four rows. Up to T = 512 the
 # parameters and their companions take most of the memory; at T = 1024 the
 # activations and their gradients take more than half.*
-
-# %% [markdown]
+#
 # ## Why the footprint is constant
 #
-# After the arena is made, a training step writes into views. No layer
-# allocates its result, because the caller hands it the array to fill. That is
-# why every layer of this book lists its outputs first and returns nothing.
-# It is also checked: a test runs 200 training steps in a process and compares
-# its peak memory after the first step and after the last. Before a layer runs
-# it looks at what it is given ([appendix A.9](../appendix/09_checks.ipynb)).
-
-# %% [markdown]
+# After the arena is made, a training step writes into views: every layer of this
+# book is handed the arrays to fill, which is why it lists its outputs first and
+# returns nothing. (What a line of NumPy makes on its way to a result is gone when
+# the layer is done.) It is also checked: a test runs 200 training steps and
+# compares the peak memory after the first and after the last.
+#
 # ## Count it
 #
 # The memory of a model that trains is, in numbers of four bytes,
@@ -475,11 +638,14 @@ plt.show()
 # $$ M = 4 N + B T \left( L \cdot 10 C + 4 C + \max(V_p, 13 C) \right)
 #    + \dots \tag{1.14.2} $$
 #
-# with $10 C$ numbers kept for each token by each block (three arrays of width
-# $C$, one of $3C$, one of $4C$) and, once for all blocks, $4 C$ more:
-# `encoded`, `lnf`, `dstream` and `dln`. Then the logits, or the $13 C$ that
-# the blocks take turns with, if that is more. $N$ counts the parameters with
-# the padding here, and the dots stand for the narrow arrays.
+# with $10 C$ numbers kept for each token by each block (`residual2`, `residual3`
+# and `atty` of width $C$, `qkv` of $3C$, `fch` of $4C$) and, once for all blocks,
+# $4 C$ more: `encoded`, `lnf`, `dstream` and `dln`. Then the logits, or the $13 C$
+# that the blocks take turns with, if that is more: `ln` and `datty` of width $C$,
+# `dqkv` of $3C$, `fch_gelu` and `dfch` of $4C$ each. $N$ counts the padding too, and
+# the dots stand for the narrow arrays: for each token the four numbers of two
+# LayerNorms and one number a head in each block, two of the last LayerNorm, `lse`,
+# `losses`, `dlosses`, the token and its target, $L\,(4 + NH) + 7$ in all.
 
 # %% equation (1.14.2) against the table
 cfg, B, T = GPT2Config(), 4, 1024
@@ -488,9 +654,13 @@ N = sum(math.prod(s) for s in parameter_shapes(cfg).values())
 formula = 4 * (4 * N + B * T * (L * 10 * C + 4 * C + max(Vp, 13 * C)))
 exact = sum(footprint(gpt2_layout(cfg, B, T)).values())
 print(f"{exact / 1e9:.3f} GB, by the formula {formula / 1e9:.3f} GB")
-verdict("narrow arrays", 0 < exact - formula < 0.01 * exact, "take below 1 %")
+narrow = 4 * B * T * (L * (4 + cfg.num_heads) + 7)
+verdict("narrow arrays", exact - formula == narrow, "are all that is left")
 
 # %% [markdown]
+# In figure 1.14.4 the second part overtakes the first where $B T\,(L \cdot 10 C + 4
+# C + V_p) = 4 N$: with $B = 4$ at $T \approx N / 145{,}536 \approx 855$.
+#
 # ## Take away
 #
 # - An array is bytes and a note on how to read them; a view is a second note.
@@ -499,21 +669,18 @@ verdict("narrow arrays", 0 < exact - formula < 0.01 * exact, "take below 1 %")
 # - Forward activations are kept for every block, gradients of activations for
 #   one. What is cheap to compute again need not be kept.
 # - Groups that are never in use at the same time can have the same bytes.
-
-# %% [markdown]
+#
 # ## Design note
 #
-# The arena keeps what is dear to compute again, and no more. One can keep
-# less still: only each block's input, and run its forward pass again, which
-# costs a third more arithmetic. On a CPU time is scarcer than memory, so we
-# stop where an array costs a sweep over memory and no product.
+# The arena keeps what is dear to compute again. One can keep less still: only each
+# block's input, and run its forward pass again, which costs a third more
+# arithmetic (a step is one part forward and two parts backward). On a CPU time is
+# scarcer than memory, so we stop where an array costs a sweep and no product.
 #
-# Another way to save is to let every array take the place of one that is no
-# longer needed, as compilers do with registers. It would make the table hard
-# to read and save little beyond our one overlay: nearly all activations live
-# until the backward pass comes by.
-
-# %% [markdown]
+# One could also let every array take the place of one that is no longer needed. It
+# would make the table hard to read and save little beyond our one overlay: nearly
+# all activations live until the backward pass comes by.
+#
 # ## Exercises
 #
 # **1** (★). At which byte of a float32 array of shape (4, 8, 768) does the
@@ -524,10 +691,8 @@ verdict("narrow arrays", 0 < exact - formula < 0.01 * exact, "take below 1 %")
 # $4 \cdot (2 \cdot 8 \cdot 768 + 5 \cdot 768 + 7) = 64540$.
 # :::
 
-# %% exercise 1 tags=["hide-cell"]
+# %% exercise 1, checked tags=["hide-cell"]
 answer = 4 * (2 * 8 * 768 + 5 * 768 + 7)
-
-# %% exercise 1, checked
 strides = np.empty((4, 8, 768), np.float32).strides
 verdict("byte", answer == np.dot((2, 5, 7), strides), f"is {answer}")
 
@@ -541,57 +706,49 @@ verdict("byte", answer == np.dot((2, 5, 7), strides), f"is {answer}")
 # :::
 
 
-# %% exercise 2 tags=["hide-cell"]
+# %% exercise 2, checked tags=["hide-cell"]
 def total(rows):
     return sum(footprint(gpt2_layout(GPT2Config(), rows, 1024)).values())
 
 
 one, two = total(1), total(2)
 most = int((8e9 - (2 * one - two)) // (two - one))
-
-# %% exercise 2, checked
 fits = total(most) <= 8e9 < total(most + 1)
 verdict(f"{most} rows", fits, "fit, one more does not")
 
 # %% [markdown]
-# **3** (★★★). Write a function that finds the tensor that holds a given byte
-# of the arena. What can it say about the bytes between two groups?
+# **3** (★★★). Could `dstream` lie over the logits as well? Say which call forbids it,
+# and find it in the notes of the watched step.
 #
 # :::{admonition} Solution to exercise 3
 # :class: dropdown
-# The table is sorted by offset, so a bisection would do; a scan is short
-# enough. Bytes between groups belong to nobody, and the function returns None.
+# No. The product at the head reads the gradient of the logits and writes `dln`, then
+# LayerNorm writes `dstream` from `dln`. `dln` is written while the logits' bytes are
+# read; `dstream` could, just. But then it would lie over what the blocks take turns
+# with, which is in use as long as `dstream` is.
 # :::
 
-
-# %% exercise 3 tags=["hide-cell"]
-def owner(arena, byte):
-    for group, name, _, _, offset, size in arena.table():
-        if offset <= byte < offset + size:
-            return group, name
-    return None
-
-
-# %% exercise 3, checked
-tiny = Arena({g: (np.int32, {g: (3,)}) for g in "ab"})
-found = [owner(tiny, byte) for byte in (0, 11, 12, 64)]
-print(found)
-verdict("owners", found == [("a", "a")] * 2 + [None, ("b", "b")], "are right")
+# %% exercise 3, checked tags=["hide-cell"]
+at = {name: set() for name in ("dln", "dstream")}
+for time, _, group, name, _, _, _ in notes:
+    if group == "dacts":
+        at[name].add(time)
+verdict("dln", bool(at["dln"] & set(times["logits"])), "meets the logits")
+verdict("dstream", not at["dstream"] & set(times["logits"]), "does not")
+verdict(
+    "dstream", bool(at["dstream"] & set(times["turns"])), "meets the turns"
+)
 
 # %% [markdown]
 # ## Further reading
 #
-# - NumPy's manual on
-#   [the internal organisation of arrays](https://numpy.org/doc/stable/dev/internals.html):
-#   shape, strides and views, with more examples.
-# - Hanson (1990),
-#   [Fast allocation and deallocation of memory based on object lifetimes](https://doi.org/10.1002/spe.4380200104):
-#   the arena as a general technique.
-# - Chen et al. (2016),
-#   [Training Deep Nets with Sublinear Memory Cost](https://arxiv.org/abs/1604.06174):
-#   what the design note calls running the forward pass again.
-
-# %% [markdown]
+# - Hanson (1990), [Fast allocation and deallocation of memory based on object
+#   lifetimes](https://doi.org/10.1002/spe.4380200104): the arena as a general
+#   technique.
+# - Chen et al. (2016), [Training Deep Nets with Sublinear Memory
+#   Cost](https://arxiv.org/abs/1604.06174): what the design note calls running the
+#   forward pass again.
+#
 # ## What llmnb gained
 
 # %% what llmnb gained

@@ -15,13 +15,11 @@
 # > Zeros would never part, large numbers explode and small ones vanish: the
 # > width of the first weights decides whether a deep model can learn at all.
 #
-# *Reading time: 20 minutes. You need: the 16 tensors of
-# [chapter 1.4](04_gpt2.ipynb), LayerNorm
-# ([chapter 1.6](06_layernorm.ipynb)), the linear layer
-# ([chapter 1.7](07_matmul.ipynb)) and the residual stream
+# *Reading time: 20 minutes. You need: the 16 tensors of [chapter
+# 1.4](04_gpt2.ipynb), LayerNorm ([chapter 1.6](06_layernorm.ipynb)), the
+# linear layer ([chapter 1.7](07_matmul.ipynb)) and the residual stream
 # ([chapter 1.10](10_residual.ipynb)).*
-
-# %% [markdown]
+#
 # ## Where we are
 
 # %% where we are
@@ -39,11 +37,10 @@ gpt2_diagram(lit="matmul")
 # - say why weights must not begin equal;
 # - say how a weight's standard deviation changes the size of activations
 #   and gradients from layer to layer;
-# - compute what GPT-2's 0.02 does to a branch, to the stream and to the
-#   first loss;
-# - say what it will mean that our model equals PyTorch's.
-
-# %% [markdown]
+# - compute what GPT-2's 0.02 does to a half block, to the stream and to the
+#   first loss, and check each by drawing;
+# - say why our weights are those that PyTorch draws.
+#
 # ## Setup
 
 # %% setup
@@ -68,12 +65,13 @@ rng = np.random.default_rng(11)
 # %% [markdown]
 # ## Why not zeros
 #
-# Let two layers compute $h = W_1 x$, $g = \operatorname{GELU}(h)$,
-# $y = W_2 g$, and let all weights begin at one value. Then all the hidden
-# numbers $h_i$ are equal, and so are the gradients that come back to them, and
-# so are the rows of $dW_1$: after the step the rows are equal again. Four
-# hidden channels stay four copies of one, for ever. With zeros it is worse:
-# $W_2 = 0$ sends no gradient back at all.
+# Let two layers compute $y = W_2 \operatorname{GELU}(W_1 x)$, and let all
+# weights begin at one value. Then all the hidden numbers, those of $W_1 x$,
+# are equal, and so are the gradients that come back to them, and so are the
+# rows of $dW_1$: after the step the rows are equal again. Four hidden channels
+# stay four copies of one. With zeros it is worse: $W_2 = 0$ sends no gradient
+# back to $W_1$, and since $\operatorname{GELU}(0) = 0$ gives $W_2$ nothing to
+# weigh, its own gradient is 0 too. Neither ever moves.
 
 
 # %% equal rows, and rows drawn at random
@@ -92,18 +90,19 @@ def rows_that_differ(first, second):
     return len(np.unique(first.round(12), axis=0))
 
 
-print("equal ", rows_that_differ(np.full((4, 3), 0.5), np.full((3, 4), 0.5)))
+equal = rows_that_differ(np.full((4, 3), 0.5), np.full((3, 4), 0.5))
+verdict("begun equal", equal == 1, "four channels are one")
 drawn = rng.normal(size=(4, 3)), rng.normal(size=(3, 4))
-print("random", rows_that_differ(*drawn))
+verdict(
+    "begun at random", rows_that_differ(*drawn) == 4, "four channels are four"
+)
 
 # %% [markdown]
-# So the weights are drawn at random, each apart from the others, with mean 0.
-# What is left to choose is how wide.
-
-# %% [markdown]
+# So the weights are drawn, each apart from the others, with mean 0. How wide?
+#
 # ## By hand
 #
-# One output of a linear layer is a sum $y = w_1 x_1 + w_2 x_2 + w_3 x_3$. Let
+# One output of a linear layer is a sum $y = W_0 x_0 + W_1 x_1 + W_2 x_2$. Let
 # the input be $x = (1, -1, 1)$ and let every weight be $+\sigma$ or $-\sigma$
 # with equal chance. There are eight equally likely cases. In two of them all
 # three terms agree and $y = \pm 3\sigma$; in the other six $y = \pm \sigma$.
@@ -128,30 +127,31 @@ print("mean square", (y**2).mean())
 # | `ln1w`, `ln2w`, `lnfw` | (L, C), (L, C), (C,) | 1 |
 # | all biases | | 0 |
 #
-# N(0, σ²) is the normal distribution with mean 0 and standard deviation σ.
-# The rest of the chapter is about the third column.
-
-# %% [markdown]
+# N(0, σ²) is the normal distribution with mean 0 and standard deviation σ. The
+# rest of the chapter is about the third column.
+#
 # ## Why the size matters
 #
-# Take a linear layer with $C$ inputs, $y_i = \sum_j w_{ij} x_j$, whose
-# weights are independent with mean 0 and variance $\sigma^2$. For a given
-# $x$ the terms are independent with mean 0, so their variances add:
+# Take a linear layer with $C$ inputs, $y_o = \sum_c W_{o,c}\, x_c$, whose
+# weights are independent with mean 0 and variance $\sigma^2$. For a given $x$
+# the terms are independent with mean 0, so their variances add:
 #
-# $$ \operatorname{var}(y_i) = \sum_j \operatorname{var}(w_{ij})\, x_j^2
+# $$ \operatorname{var}(y_o) = \sum_c \operatorname{var}(W_{o,c})\, x_c^2
 #    = C \sigma^2 \cdot \overline{x^2} ,
-#    \qquad \overline{x^2} = \frac1C \sum_j x_j^2 . \tag{1.15.1} $$
+#    \qquad \overline{x^2} = \frac1C \sum_c x_c^2 . \tag{1.15.1} $$
 #
-# The layer multiplies the mean square by $C \sigma^2$. A stack of $d$ such
-# layers, each with $C$ inputs and outputs, multiplies it by
+# The mean of $y_o$ is 0, so its variance is the mean of its square: the layer
+# multiplies the mean square by $C \sigma^2$. The next layer reads these outputs,
+# and its weights are independent of them. So a stack of $L$ such layers, each
+# with $C$ inputs and outputs, multiplies it by
 #
-# $$ (C \sigma^2)^d , \tag{1.15.2} $$
+# $$ (C \sigma^2)^L , \tag{1.15.2} $$
 #
-# which vanishes or explodes with $d$ unless $\sigma = 1/\sqrt C$. The
-# backward pass runs through the same matrices the other way,
-# $dx_j = \sum_i w_{ij}\, dy_i$, so its gradients change by a factor of the
-# same form, with the number of outputs in place of $C$. The root of the
-# mean square, or RMS, is what we plot: it is the typical size of an entry.
+# which vanishes or explodes with $L$ unless $\sigma = 1/\sqrt C$. The backward
+# pass runs through the same matrices the other way, $dx_c = \sum_o W_{o,c}\,
+# dy_o$, so its gradients change by a factor of the same form, with the number
+# of outputs in place of $C$. The root of the mean square, or RMS, is what we
+# plot: it is the typical size of an entry.
 
 
 # %% a stack of linear layers, forward and backward
@@ -182,7 +182,7 @@ for std, (forward, _) in curves.items():
     print(f"std {std:.4f}: a layer multiplies by {growth:.2f}", end=", ")
     print(f"predicted {np.sqrt(C) * std:.2f}")
 
-# %% draw them
+# %% draw them tags=["hide-input"]
 fig, axes = plt.subplots(1, 2, figsize=(7.6, 3.6), dpi=100, sharey=True)
 colours = PALETTE["blue"], PALETTE["green"], PALETTE["orange"]
 for k, title in enumerate(("activations", "gradients")):
@@ -208,42 +208,42 @@ plt.show()
 # %% [markdown]
 # *Figure 1.15.2. In 24 linear layers with 256 channels, a standard deviation
 # of 0.02 shrinks the activations to $10^{-12}$ and one of 0.12 blows them up
-# past $10^6$; gradients do the same on their way back. With
-# $1/\sqrt{256}$ both keep their size. Dots are measured, dashed lines are
-# the root of (1.15.2).*
-
-# %% [markdown]
+# past $10^6$; gradients do the same on their way back. With $1/\sqrt{256}$
+# both keep their size. Dots are measured, dashed lines are the root of
+# (1.15.2).*
+#
 # ## What 0.02 does
 #
-# GPT-2 uses $\sigma = 0.02$ for any $C$. For 768 channels
-# $C \sigma^2 = 0.31$, not 1, yet nothing vanishes, because LayerNorm stands
-# before each matrix and restores mean square 1. What a branch adds to the
-# stream, its $s$ in (1.10.5) of [chapter 1.10](10_residual.ipynb), depends on
-# $\sigma$ and not on how deep the branch sits. For the feed-forward branch we
-# can say how large it is. Its hidden numbers have variance
-# $v = C \sigma^2$; let $g(v)$ be the mean of $\operatorname{GELU}(z)^2$ for a
-# normal $z$ of that variance, an integral that we take numerically. The last
+# GPT-2 uses $\sigma = 0.02$ for any $C$. For 768 channels $C \sigma^2 = 0.31$,
+# not 1, yet nothing vanishes, because LayerNorm stands at the start of each
+# half block and restores mean square 1. What a half block adds to the stream, its
+# $s$ in (1.10.5), depends on $\sigma$ and not on how deep it sits. For the
+# feed-forward half we can say how large it is. Its hidden numbers have variance
+# $C \sigma^2$. Let $z$ be a normal number of that variance; the mean of
+# $\operatorname{GELU}(z)^2$ is an integral that we take numerically. The last
 # matrix has $4C$ inputs, so by (1.15.1)
 #
-# $$ s = 4\, C \sigma^2 \cdot g(C \sigma^2) . \tag{1.15.3} $$
+# $$ s = 4\, C \sigma^2 \cdot \overline{\operatorname{GELU}(z)^2} .
+#    \tag{1.15.3} $$
 #
-# Attention's branch adds less. At the start its scores are small and its
+# Attention's half adds less. At the start its scores are small and its
 # weights nearly equal, so position $t$ carries home the mean of $t + 1$
 # values, and a mean of many random numbers is small.
 
 
 # %% the mean square after GELU
-def after_gelu(v):
-    """The mean of GELU(z)^2 for z normal with variance v."""
+def after_gelu(variance):
+    """The mean of GELU(z)^2 for z normal with this variance."""
     z = np.linspace(-9, 9, 20_001)
     out = np.empty_like(z)
-    gelu_forward(out, np.sqrt(v) * z)
+    gelu_forward(out, np.sqrt(variance) * z)
     density = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi)
     return (out**2 * density).sum() * (z[1] - z[0])
 
 
+# %% one half block of the 124M model
 def feed_forward(x, std):
-    """What a feed-forward branch with fresh weights adds to a stream."""
+    """What a fresh feed-forward half block adds to a stream."""
     C = x.shape[1]
     norm = (x - x.mean(1, keepdims=True)) / x.std(1, keepdims=True)
     hidden = norm @ rng.normal(0, std, (C, 4 * C))
@@ -251,58 +251,86 @@ def feed_forward(x, std):
     return hidden @ rng.normal(0, std, (4 * C, C))
 
 
-# %% one branch of the 124M model
-v = 768 * 0.02**2
-s = 4 * v * after_gelu(v)
-print(f"C sigma^2 = {v:.3f}, s = {s:.3f}")
+# %% its size, predicted and drawn
+variance = 768 * 0.02**2
+s = 4 * variance * after_gelu(variance)
+print(f"C sigma^2 = {variance:.3f}, s = {s:.3f}")
 start = rng.normal(0, 0.02 * np.sqrt(2), (256, 768))
 added = (feed_forward(start, 0.02) ** 2).mean()
-verdict("one branch", abs(added / s - 1) < 0.1, "as (1.15.3), to 10 %")
+verdict("one half", abs(added / s - 1) < 0.1, "as (1.15.3), to 10 %")
 print(f"the stream begins with mean square {2 * 0.02**2:.4f}")
 
 # %% [markdown]
-# A token's vector and a position's, each N(0, 0.02²), begin the stream at
-# mean square 0.0008. A single branch adds far more than that, and there are
-# $2L$ of them. Chapter 1.10 showed the remedy, (1.10.6): the last matrix of
-# each branch, `attprojw` or `fcprojw`, gets its standard deviation divided by
-# $\sqrt{2L}$, and the whole stream ends near one size whatever its depth.
+# A token's vector and a position's, each N(0, 0.02²), begin the stream at mean
+# square 0.0008. A single half block adds far more than that, and there are $2L$
+# of them. Chapter 1.10 showed the remedy, (1.10.6): the last matrix of each,
+# `attprojw` or `fcprojw`, gets its standard deviation divided by $\sqrt{2L}$, and
+# the whole stream ends near one size whatever its depth. A large stream would
+# harm: the last LayerNorm divides by its size, and by (1.6.10) divides the gradient
+# that comes back through it, which would shrink as models grow deeper.
 #
-# What would be wrong with a large stream? The last LayerNorm divides by its
-# size, and by (1.6.10) of [chapter 1.6](06_layernorm.ipynb) the gradient that
-# comes back through it is divided too. It would shrink as models grow deeper.
+# The other end of the model has its own reason for a small $\sigma$. After the
+# last LayerNorm a row has mean square 1, and the logits are its products with
+# the rows of `wte`: normal numbers $z$ of variance $C \sigma^2$ again. By
+# (1.11.10) the loss is $\log \sum_j e^{z_j} - z_y$. The target's logit is 0 on
+# average, and the sum is near $V$ times the mean of $e^z$. That mean is the
+# integral of $e^z$ times the bell curve of $z$, which falls as $e^{-z^2 / (2 C
+# \sigma^2)}$. Complete the square in the exponent of the product:
 #
-# The other end of the model has its own reason for a small $\sigma$. After
-# the last LayerNorm a row has mean square 1, and the logits are its products
-# with the rows of `wte`: their variance is $C \sigma^2$ again. The first
-# guess should be nearly uniform, and it is, because that is below 1. The mean
-# of $e^z$ for a normal $z$ of mean 0 and variance $v$ is $e^{v/2}$, so the
-# first loss is to be expected a little over $\log V$, at
+# $$ z - \frac{z^2}{2 C\sigma^2}
+#    = \tfrac12 C \sigma^2 - \frac{(z - C\sigma^2)^2}{2 C\sigma^2} , \qquad
+#    \overline{e^z} = e^{C\sigma^2/2} , $$
+#
+# because the bell that is left, moved by $C\sigma^2$, has the same area as
+# before. So the first loss is to be expected a little over $\log V$, at
 #
 # $$ \mathcal L_0 \approx \log V + \tfrac12\, C \sigma^2 . \tag{1.15.4} $$
+#
+# Draw such logits and compare, with 0.02 and with ten times as much:
+
+# %% the first loss, predicted and drawn
+V, C = 4096, 768
+rows = rng.normal(size=(256, C))
+rows /= np.sqrt((rows**2).mean(axis=1, keepdims=True))
+excess = {}
+for std in (0.02, 0.2):
+    logits = rows @ rng.normal(0, std, (V, C)).T
+    lse = np.log(np.exp(logits).sum(axis=1))
+    # any token may come: the mean logit stands for the target's
+    excess[std] = (lse - logits.mean(axis=1)).mean() - np.log(V)
+favourite = np.exp(logits.max(axis=1) - lse).mean()  # of std 0.2
+close = abs(excess[0.02] - C * 0.02**2 / 2) < 0.005
+verdict("std 0.02", close, "as (1.15.4), to 0.005 nats")
+verdict("std 0.2", excess[0.2] > 10, "more than 10 nats too much")
+verdict("its favourite", favourite > 0.4, "has over 0.4 of a row")
+
+# %% [markdown]
+# With 0.2 a fresh model gives one token of the 4096 about half of all
+# probability, and nearly always it is a wrong one, which it would have to
+# unlearn before it could learn. For the four sizes of GPT-2 (1.15.4) says:
 
 # %% the four sizes of GPT-2
 for C in (768, 1024, 1280, 1600):
-    v = C * 0.02**2
-    print(f"C = {C:4}: C sigma^2 = {v:.2f}", end=", ")
-    print(f"first loss near {np.log(50257) + v / 2:.2f}")
+    variance = C * 0.02**2
+    print(f"C = {C:4}: C sigma^2 = {variance:.2f}", end=", ")
+    print(f"first loss near {np.log(50257) + variance / 2:.2f}")
 
 # %% [markdown]
-# The number itself is OpenAI's, from the first GPT on, and nothing in the
-# derivation asks for exactly 0.02. Between 768 and 1600 channels it lies a
-# little under $1/\sqrt C$, which runs from 0.036 to 0.025. With LayerNorm
-# before each matrix and $1/\sqrt{2L}$ after it, the model is forgiving.
-
-# %% [markdown]
+# The number itself is OpenAI's, and nothing in the derivation asks for exactly
+# 0.02. From 768 to 1600 channels it is 0.55 to 0.8 of $1/\sqrt C$. With LayerNorm
+# at the start of each half block and $1/\sqrt{2L}$ at its end, the model is
+# forgiving.
+#
 # ## The weights of a new model
 #
-# Random numbers on a computer follow from a seed.
-# [Appendix A.1](../appendix/01_random.ipynb) derives a `Generator` whose
-# normal numbers are those that PyTorch draws from the same seed. What is left
-# is the order of the tensors: `wte`, `wpe`, then block by block
-# `qkvw`, `attprojw`, `fcw`, `fcprojw`. It is the order in which a PyTorch
-# model of this shape holds its parameters, with the vocabulary as it is: the
-# padded rows of `wte` take no draws and stay 0. For a model in float64 the
-# float32 draws are cast, so that both precisions start at the same point.
+# Random numbers on a computer follow from a seed. [Appendix
+# A.1](../appendix/01_random.ipynb) derives a `Generator` whose normal numbers
+# are those that PyTorch draws from the same seed. What is left is the order of
+# the tensors: `wte`, `wpe`, then block by block `qkvw`, `attprojw`, `fcw`,
+# `fcprojw`. It is the order in which a PyTorch model of this shape holds its
+# parameters, with the vocabulary as it is: the padded rows of `wte` take no
+# draws and stay 0. For a model in float64 the float32 draws are cast, so that
+# both precisions start at the same point.
 
 
 # %% the weights of a new model tags=["export"]
@@ -357,19 +385,6 @@ init_params(doubles, cfg, seed=42)
 same = all((doubles[n] == params[n]).all() for n in params)
 verdict("float64", same, "holds the float32 draws")
 
-# %% [markdown]
-# And a seed or an array that does not fit is refused:
-
-# %% what does not fit
-for attempt in (
-    lambda: Generator(-1),
-    lambda: Generator(0).normal_(np.empty((4, 4), np.float32).T[:2]),
-    lambda: init_params(params | {"wpe": params["wte"]}, cfg, 42),
-):
-    try:
-        attempt()
-    except ValueError as error:
-        print(error)
 
 # %% [markdown]
 # ## Count it
@@ -384,32 +399,14 @@ blocks = L * (3 + 1 + 4 + 4) * C * C
 print(f"drawn: {tables:,} in tables, {blocks:,} in blocks")
 
 # %% [markdown]
-# ## What parity will mean
+# ## Why PyTorch's numbers
 #
-# [Chapter 1.16](16_model.ipynb) sets the model against PyTorch's, and because
-# both start from one set of weights the comparison can be sharp. *Parity* is
-# three statements, each with its tolerance:
+# [Chapter 1.17](17_model.ipynb) sets the model against PyTorch's. Every weight
+# equals PyTorch's for the same seed, up to the last places of a float32, $2 \cdot
+# 10^{-8}$ at most, so a run can start from a bare seed and still be compared, loss
+# by loss. Losses from other weights differ by far more than rounding, and a small
+# mistake would hide there for ever.
 #
-# - **The same start.** Every weight equals PyTorch's for the same seed, up
-#   to the last places of a float32: $2 \cdot 10^{-8}$ at most.
-# - **The same function.** From equal weights, in float64, the losses of ten
-#   AdamW steps, the logits and all 16 gradients agree to $10^{-13}$. Two
-#   programs that compute different functions do not agree to 13 digits by
-#   accident; a forgotten bias or a wrong $\epsilon$ shows long before.
-# - **The same up to rounding.** In float32, which training uses, sums in
-#   another order round differently. The losses agree to $10^{-6}$, relative;
-#   the logits to $2 \cdot 10^{-6}$ and a gradient tensor to
-#   $5 \cdot 10^{-6}$: the norm of the difference over the norm.
-#
-# These are limits, each some way above what was measured. Four configurations,
-# two of them with odd sizes, were recorded once with PyTorch, and
-# `tests/model/test_parity.py` holds our model to them. The second and third
-# statement start from PyTorch's recorded weights. The first is what lets a run
-# start from a bare seed and still be compared: losses from other weights
-# differ by far more than rounding, and a small mistake would hide there for
-# ever.
-
-# %% [markdown]
 # ## Take away
 #
 # - Weights that begin equal stay equal: they must be drawn.
@@ -418,54 +415,55 @@ print(f"drawn: {tables:,} in tables, {blocks:,} in blocks")
 #   possible.
 # - LayerNorm makes up for a $\sigma$ that is off. The residual sum grows with
 #   depth, hence $1/\sqrt{2L}$ on the matrices that write into the stream.
-# - Equal first weights let a run be compared with PyTorch's, number by number,
-#   from a bare seed.
-
-# %% [markdown]
+# - Equal first weights let a run be compared with PyTorch's, number by number.
+#
 # ## Exercises
 #
-# **1** (★★). A stack of linear layers with a GELU after each has no
-# LayerNorm and no residual connections. Which standard deviation keeps the
-# mean square of the activations at 1, layer after layer? You need the mean
-# of $\operatorname{GELU}(z)^2$ for a standard normal $z$; take it
-# numerically.
+# **1** (★★). A stack of linear layers with a GELU after each has no LayerNorm
+# and no residual connections. Which standard deviation keeps the mean square
+# of the activations at 1, layer after layer? You need the mean of
+# $\operatorname{GELU}(z)^2$ for a normal $z$; take it numerically.
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
 # Say $\overline{x^2} = 1$ enters a layer. By (1.15.1) the layer's output is
-# close to normal with variance $C \sigma^2$. GELU is not homogeneous, so we
-# look for the $\sigma$ at which $\overline{x^2}$ stays at 1: with variance
-# $v = C\sigma^2$ it must hold that the mean of
-# $\operatorname{GELU}(\sqrt v z)^2$ is 1. Halving an interval finds
-# $v \approx 2.15$, so $\sigma = \sqrt{2.15 / C}$.
+# close to normal with variance $C \sigma^2$. GELU of twice a number is not
+# twice its GELU, so no one factor tells how it changes the size, and we look
+# for the $\sigma$ at which $\overline{x^2}$ stays at 1: the mean of
+# $\operatorname{GELU}(z)^2$ over normal $z$ of variance $C\sigma^2$ must be 1.
+# Halving an interval finds $C\sigma^2 \approx 2.15$, so $\sigma = \sqrt{2.15 /
+# C}$.
 # :::
 
 
 # %% exercise 1, solve for the variance tags=["hide-cell"]
 low, high = 1.0, 4.0
 for _ in range(50):
-    v = (low + high) / 2
-    low, high = (v, high) if after_gelu(v) < 1 else (low, v)
-print(f"v = {v:.2f}")
+    middle = (low + high) / 2
+    enough = after_gelu(middle) >= 1
+    low, high = (low, middle) if enough else (middle, high)
+print(f"C sigma^2 = {middle:.2f}")
 
 # %% exercise 1, checked
 x = rng.normal(size=(256, 1024))
 for _ in range(6):
-    x = x @ rng.normal(0, np.sqrt(v / 1024), (1024, 1024))
+    x = x @ rng.normal(0, np.sqrt(middle / 1024), (1024, 1024))
     gelu_forward(x, x)
 verdict("six layers", abs(rms(x) - 1) < 0.15, "keep RMS 1 within 15 %")
 
 # %% [markdown]
-# **2** (★★). Two models differ in one thing: the second has one token more
-# in its vocabulary. Both are drawn from one seed, with $C = 64$. Which
-# entries of `wpe` do they share? Predict, then check.
+# **2** (★★). Two models differ in one thing: the second has one token more in
+# its vocabulary. Both are drawn from one seed, with $C = 64$. Which entries of
+# `wpe` do they share? Predict, then check. (The generator makes a stream of
+# random *words*, takes one for each number of these tables, and works them up
+# in blocks of 16: [appendix A.1](../appendix/01_random.ipynb).)
 #
 # :::{admonition} Solution to exercise 2
 # :class: dropdown
-# The extra row of `wte` takes 64 words, four blocks of 16, and the rest of
-# the stream moves by one row. Row $i$ of the second `wpe` is drawn from the
-# words of row $i + 1$ of the first; its last row comes from words that the
-# first used for `qkvw`.
+# The extra row of `wte` takes 64 words, four blocks of 16, and the rest of the
+# stream moves by one row. Row $i$ of the second `wpe` is drawn from the words
+# of row $i + 1$ of the first; its last row comes from words that the first
+# used for `qkvw`.
 # :::
 
 # %% exercise 2, one token more tags=["hide-cell"]
@@ -485,7 +483,7 @@ verdict("rows shared", int(same.sum()) == 63, "63 of 64")
 #
 # - Glorot and Bengio (2010),
 #   [Understanding the difficulty of training deep feedforward neural networks](https://proceedings.mlr.press/v9/glorot10a.html):
-#   (1.15.1) forward and backward, and measured figures like 1.14.2.
+#   (1.15.1) forward and backward, and measured figures like 1.15.2.
 # - He et al. (2015),
 #   [Delving Deep into Rectifiers](https://arxiv.org/abs/1502.01852):
 #   the calculation of exercise 1 for ReLU, where it has a closed form.
@@ -495,8 +493,7 @@ verdict("rows shared", int(same.sum()) == 63, "63 of 64")
 # - The PyTorch authors,
 #   [Reproducibility](https://docs.pytorch.org/docs/stable/notes/randomness.html):
 #   what PyTorch promises about equal results, and what it does not.
-
-# %% [markdown]
+#
 # ## What llmnb gained
 
 # %% what llmnb gained

@@ -18,7 +18,7 @@
 #
 # *Reading time: 20 minutes. You need: the products of
 # [chapter 2.4](04_matmul.ipynb) and the whole model
-# ([chapter 1.16](../1_by_hand/16_model.ipynb)).*
+# ([chapter 1.17](../1_by_hand/17_model.ipynb)).*
 
 # %% [markdown]
 # ## Where we are

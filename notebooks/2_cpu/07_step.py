@@ -15,7 +15,7 @@
 # > Another room of layers and one group of scratch memory: the model of Part 1
 # > trains as fast as the processor multiplies, and computes the same.
 #
-# *Reading time: 14 minutes. You need: [chapter 1.16](../1_by_hand/16_model.ipynb)
+# *Reading time: 14 minutes. You need: [chapter 1.17](../1_by_hand/17_model.ipynb)
 # and the kernels of this part.*
 
 # %% [markdown]
@@ -196,7 +196,7 @@ plt.show()
 # %% [markdown]
 # ## In bfloat16
 #
-# The curve of [chapter 1.17](../1_by_hand/17_training.ipynb) once more: 200 losses
+# The curve of [chapter 1.18](../1_by_hand/18_training.ipynb) once more: 200 losses
 # that PyTorch recorded, of a model that both train from the same seed on the same
 # bytes, here in float32 on the compiled layers and then in bfloat16.
 
@@ -209,24 +209,12 @@ print(*[x for x in lines if x.startswith(("# torch", "# seed"))], sep="\n")
 print(len(theirs), "steps")
 
 
-# %% eight readers of one text
-class Readers:
-    def __init__(self, tokens, B, T):
-        tokens = np.array(tokens, np.int32)
-        self.tokens = tokens[:-1].reshape(B, -1, T)
-        self.targets = tokens[1:].reshape(B, -1, T)
-        self.step = 0
-
-    def next_batch(self):
-        s, self.step = self.step, self.step + 1
-        return self.tokens[:, s], self.targets[:, s]
-
-
 # %% our curve
 from dataclasses import replace
 from itertools import islice
 
 from llmnb.formats.shard import read_shard
+from llmnb.text.readers import Readers
 from llmnb.train.loop import train
 from llmnb.train.options import TrainConfig
 from llmnb.train.start import new_model

@@ -6,7 +6,7 @@
 #     name: python3
 #   llmnb:
 #     modules:
-#       gpu.warp: "Sums and maxima over a warp and over a block."
+#       gpu.warp: "Sums over a warp and over a block."
 # ---
 
 # %% [markdown]
@@ -247,22 +247,16 @@ plt.show()
 
 # %% sums in a warp tags=["export"]
 @device
-def warp_sum(value):
+def warp_sum(value, lanes=32):
     """The sum of `value` over the 32 lanes of a warp, in every lane.
 
+    lanes: 16, 8, 4 or 2 for a sum over as many neighbours instead.
     Every lane of the warp must call it. The order of the additions is
     fixed.
     """
     for step in (16, 8, 4, 2, 1):
-        value += cuda.shfl_xor_sync(0xFFFFFFFF, value, step)
-    return value
-
-
-@device
-def warp_max(value):
-    """The largest `value` of the 32 lanes of a warp, in every lane."""
-    for step in (16, 8, 4, 2, 1):
-        value = max(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, step))
+        if step < lanes:
+            value += cuda.shfl_xor_sync(0xFFFFFFFF, value, step)
     return value
 
 
@@ -278,15 +272,6 @@ def warp_max(value):
 
 # %% sums in a block tags=["export"]
 @device
-def _on_board(value, parts):
-    """Put the value of each warp on the board; all see it on return."""
-    warp, lane = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
-    if lane == 0:
-        parts[warp] = value
-    cuda.syncthreads()
-
-
-@device
 def block_sum(value, parts):
     """The sum of `value` over the threads of a block, in every thread.
 
@@ -294,23 +279,15 @@ def block_sum(value, parts):
     warp of the block (at most 32); it is free again when the call returns.
     Blocks are whole warps, in one dimension.
     """
-    _on_board(warp_sum(value), parts)
+    value = warp_sum(value)
+    if cuda.threadIdx.x % 32 == 0:
+        parts[cuda.threadIdx.x // 32] = value
+    cuda.syncthreads()
     total = np.float32(0)
     for i in range(cuda.blockDim.x // 32):
         total += parts[i]
     cuda.syncthreads()
     return total
-
-
-@device
-def block_max(value, parts):
-    """The largest `value` of a block's threads; otherwise as `block_sum`."""
-    _on_board(warp_max(value), parts)
-    top = parts[0]
-    for i in range(1, cuda.blockDim.x // 32):
-        top = max(top, parts[i])
-    cuda.syncthreads()
-    return top
 
 
 # %% [markdown]

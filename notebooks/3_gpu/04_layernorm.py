@@ -25,8 +25,8 @@
 # The layer is bound by memory: about one operation a byte. New on a GPU is
 # the question which thread touches which element, because memory serves
 # a warp's 32 threads at once, in sectors of 32 bytes. The forward pass must read
-# `inp` and write `out`, 8 bytes an element, for 8 operations; the backward pass
-# must read `inp`, `dout` and `dinp` and write `dinp`, 16 bytes for 17 operations.
+# `inp` and write `out`, 8 bytes an element, for 7 operations; the backward pass
+# must read `inp`, `dout` and `dinp` and write `dinp`, 16 bytes for 14 operations.
 # Every sector beyond that is waste, and the simulator counts sectors. At the end
 # of this chapter you can
 #
@@ -65,7 +65,7 @@ def problem(B, T, C, dtype=np.float32):
 
 
 # %% what a GPU section needs
-from llmnb.gpu.launch import simulated, to_device, to_host
+from llmnb.gpu.launch import empty, simulated, to_device, to_host
 from llmnb.gpu.simulator import RaceError, watch
 from llmnb.gpu.warp import block_sum
 from llmnb.book.owners import draw_owners
@@ -80,7 +80,7 @@ from llmnb.gpu.launch import (
     DEVICE,
     aligned,
     device,
-    empty,
+    given_work,
     kernel,
 )
 from llmnb.gpu.simulator import cuda, load4, store4
@@ -304,8 +304,9 @@ def _deviations(mu, a, b, c, d):
 
 
 @device
-def _write_four(out, at, weight, bias, i, mu, r, a, b, c, d):
+def _write_four(out, at, weight, bias, i, mu, r, four):
     """Normalise four channels from i on and store them at `at`."""
+    a, b, c, d = four
     w0, w1, w2, w3 = load4(weight, i)
     b0, b1, b2, b3 = load4(bias, i)
     a, b = (a - mu) * r * w0 + b0, (b - mu) * r * w1 + b1
@@ -358,8 +359,8 @@ def _forward_kept(room):
             squares += _deviations(mu, a, b, c, d)
         r = np.float32(1) / math.sqrt(warp_sum(squares) / size + EPS32)
         for i in range(4 * lane, C, 128):
-            a, b, c, d = load4(kept, at + i)
-            _write_four(out, n * C + i, weight, bias, i, mu, r, a, b, c, d)
+            four = load4(kept, at + i)
+            _write_four(out, n * C + i, weight, bias, i, mu, r, four)
         if lane == 0:
             mean[n] = mu
             rstd[n] = r
@@ -497,7 +498,7 @@ print(seen.barriers // seen.threads, "barriers for each thread, a row")
 # ## Backward, version 1: sums in a fixed order
 #
 # Backward has the two shapes of work that it had on the CPU. $dx$ goes row
-# by row, so a warp takes a row again: one sweep for the sums $a$ and $b$ of
+# by row, so a warp takes a row again: one sweep for the two means of
 # (1.6.10), a second one to write. $dw$ and $db$ sum over rows, across all
 # warps. Atomic additions ([chapter 3.3](03_encoder.ipynb)) would do, and would
 # leave other last bits in every run; so each part of the rows gets sums of its
@@ -507,7 +508,7 @@ print(seen.barriers // seen.threads, "barriers for each thread, a row")
 # %% the sums of a row tags=["exporti"] module="cuda.layernorm"
 @device
 def _two_means(n, lane, dout, inp, weight, mu, r):
-    """a and b of (1.6.10) for row n, in every lane of a warp."""
+    """The two means of (1.6.10) for row n, in every lane of a warp."""
     C = inp.shape[1]
     a, b, size = np.float32(0), np.float32(0), np.float32(C)
     for i in range(lane, C, 32):
@@ -540,7 +541,7 @@ def backward_arguments(d):
     stats = d["mean"].reshape(rows), d["rstd"].reshape(rows)
     sums = x["dinp"], d["dweight"], d["dbias"]
     table = empty(layernorm_scratch(rows, C), like=d["inp"])
-    return *sums, x["dout"], x["inp"], d["weight"], *stats, table
+    return *sums, x["dout"], x["inp"], d["weight"], stats, table
 
 
 def backward_verdict(version, *shape):
@@ -657,13 +658,14 @@ def _add_parts(dweight, dbias, table, parts):
 
 
 # %% sums of parts, the launches tags=["exporti"] module="cuda.layernorm"
-def _sums_of_parts(dinp, dweight, dbias, dout, inp, weight, mean, rstd, table):
+def _sums_of_parts(dinp, dweight, dbias, dout, inp, weight, stats, table):
+    """stats: mean and rstd."""
     rows, C = inp.shape
     parts = _parts(rows)
     grid = _blocks(rows, 256 // LANES)
-    _backward_rows[grid, 256](dinp, dout, inp, weight, mean, rstd)
+    _backward_rows[grid, 256](dinp, dout, inp, weight, *stats)
     grid = _blocks(C, LANES), parts
-    _backward_parts[grid, 128](table, dout, inp, mean, rstd)
+    _backward_parts[grid, 128](table, dout, inp, *stats)
     _add_parts(dweight, dbias, table, parts)
 
 
@@ -783,16 +785,14 @@ def _backward_block(dinp, table, dout, inp, weight, mean, rstd):
 MOST_THREADS = 512  # of a block; each has four channels
 
 
-def _rows_once(dinp, dweight, dbias, dout, inp, weight, mean, rstd, table):
+def _rows_once(dinp, dweight, dbias, dout, inp, weight, stats, table):
     rows, C = inp.shape
     fours = C % 4 == 0 and aligned(dinp, dout, inp, weight, table)
     if not fours or C > 4 * MOST_THREADS:
-        _sums_of_parts(
-            dinp, dweight, dbias, dout, inp, weight, mean, rstd, table
-        )
+        _sums_of_parts(dinp, dweight, dbias, dout, inp, weight, stats, table)
         return
     parts, block = _parts(rows), _blocks(C, 4 * LANES) * LANES
-    _backward_block[parts, block](dinp, table, dout, inp, weight, mean, rstd)
+    _backward_block[parts, block](dinp, table, dout, inp, weight, *stats)
     _add_parts(dweight, dbias, table, parts)
 
 
@@ -812,30 +812,10 @@ count_backward(_sums_of_parts, _rows_once)
 # array does not begin at a multiple of 16 bytes, version 1 runs.
 
 
-# %% the check of the work space tags=["exporti"] module="cuda.layernorm"
-def _check_work(name, work, floats, inp):
-    """The memory to work in: `work` if it is large enough, or a new one."""
-    if work is None:
-        return empty(floats, like=inp)
-    if work.size < floats:
-        raise ValueError(
-            f"{name}: work must hold {floats} floats, got {work.size}"
-        )
-    return work
-
-
 # %% layernorm, backward tags=["export"] module="cuda.layernorm"
 @shapes("B T C!, C!, C!, B T C, B T C, C, B T, B T, W!?", DEVICE)
 def layernorm_backward(
-    dinp,
-    dweight,
-    dbias,
-    dout,
-    inp,
-    weight,
-    mean,
-    rstd,
-    work=None,
+    dinp, dweight, dbias, dout, inp, weight, mean, rstd, *, work=None
 ):
     """Add LayerNorm's gradients to dinp, dweight and dbias.
 
@@ -849,10 +829,10 @@ def layernorm_backward(
     """
     name = "layernorm_backward"
     rows, C = mean.size, len(weight)
-    work = _check_work(name, work, layernorm_scratch(rows, C), inp)
+    work = given_work(name, work, layernorm_scratch(rows, C), inp)
     dx, dy, x = (a.reshape(rows, C) for a in (dinp, dout, inp))
-    flat = mean.reshape(rows), rstd.reshape(rows)
-    _rows_once(dx, dweight, dbias, dy, x, weight, *flat, work)
+    stats = mean.reshape(rows), rstd.reshape(rows)
+    _rows_once(dx, dweight, dbias, dy, x, weight, stats, work)
 
 
 # %% [markdown]

@@ -83,9 +83,9 @@ plt.show()
 # left over get a thread each.*
 #
 # An access of 16 bytes must begin at a multiple of 16 bytes; all memory that a
-# GPU hands out does, but a view may begin anywhere. Such a view gets the plain
-# kernel. And a grid without blocks is an error to CUDA, so for an empty array
-# nothing is launched.
+# GPU hands out does, but a view may begin anywhere. For such a view we set
+# $f = 0$: then thread $i$ takes element $i$, as in the plainest kernel. And a grid
+# without blocks is an error to CUDA, so for an empty array nothing is launched.
 #
 # ## The kernel, once
 #
@@ -120,34 +120,23 @@ def _write_fours(out, i, add, a, b, c, d):
 # %% kernels around a function tags=["exporti"]
 def _of_one(function):
     @kernel
-    def one_each(out, inp, add):
+    def one_or_four(out, inp, add, fours):
         i = cuda.grid(1)
-        if i < out.size:
-            _write(out, i, add, function(inp[i]))
-
-    @kernel
-    def four_each(out, inp, add):
-        i, fours = cuda.grid(1), out.size // 4
         if i < fours:
             a, b, c, d = load4(inp, 4 * i)
             a, b, c, d = function(a), function(b), function(c), function(d)
             _write_fours(out, 4 * i, add, a, b, c, d)
         elif 3 * fours + i < out.size:
-            _write(out, 3 * fours + i, add, function(inp[3 * fours + i]))
+            i += 3 * fours
+            _write(out, i, add, function(inp[i]))
 
-    return one_each, four_each
+    return one_or_four
 
 
 def _of_two(function):
     @kernel
-    def one_each(out, x, y, add):
+    def one_or_four(out, x, y, add, fours):
         i = cuda.grid(1)
-        if i < out.size:
-            _write(out, i, add, function(x[i], y[i]))
-
-    @kernel
-    def four_each(out, x, y, add):
-        i, fours = cuda.grid(1), out.size // 4
         if i < fours:
             a, b, c, d = load4(x, 4 * i)
             e, f, g, h = load4(y, 4 * i)
@@ -158,28 +147,35 @@ def _of_two(function):
             i += 3 * fours
             _write(out, i, add, function(x[i], y[i]))
 
-    return one_each, four_each
+    return one_or_four
 
 
 # %% the factory tags=["export"]
+def count_fours(*arrays):
+    """How many vectors of four move flat arrays of one size.
+
+    0 where one of them begins at no multiple of 16 bytes.
+    """
+    return arrays[0].size // 4 if aligned(*arrays) else 0
+
+
 def elementwise(function, reads):
     """A function that computes `function` for all elements of device arrays.
 
     function: of `reads` float32 numbers, 1 or 2, marked with `device`.
     Returns run(out, *arrays, add=0): out and arrays are flat and of one
-    size, out is overwritten, or added to where add is 1.
+    size, out is overwritten, or added to where add is 1. Its kernel is
+    run.kernel(out, *arrays, add, fours).
     """
-    one_each, four_each = (_of_one if reads == 1 else _of_two)(function)
+    made = (_of_one if reads == 1 else _of_two)(function)
 
     def run(out, *arrays, add=0):
-        n = out.size
-        threads, chosen = n, one_each
-        if aligned(out, *arrays):
-            threads, chosen = n // 4 + n % 4, four_each
-        if n:
-            chosen[-(-threads // BLOCK), BLOCK](out, *arrays, add)
+        fours = count_fours(out, *arrays)
+        threads = out.size - 3 * fours
+        if threads:
+            made[-(-threads // BLOCK), BLOCK](out, *arrays, add, fours)
 
-    run.kernels = one_each, four_each
+    run.kernel = made
     return run
 
 
@@ -236,8 +232,8 @@ def _gelu_back(dout, x):
 # `kernel` turns on, `math.tanh` becomes this one instruction. Then why not
 # keep (1.9.2)? Because it is rough. NVIDIA's manual of PTX states a relative
 # error of up to $2^{-11}$, where a rounding of float32 makes $2^{-24}$. Where
-# $\tanh u$ is close to $-1$, nothing but that error would be left of
-# $1 + \tanh u$, and the small outputs of negative inputs would be noise.
+# $\tanh \xi$ is close to $-1$, nothing but that error would be left of
+# $1 + \tanh \xi$, and the small outputs of negative inputs would be noise.
 
 
 # %% the layer tags=["export"] module="cuda.gelu"
@@ -264,7 +260,8 @@ def gelu_backward(dinp, dout, inp, add=True):
     added to in place. With add=False it is overwritten, and it may be dout
     itself. Raises TypeError or ValueError before it launches anything.
     """
-    _backward(*(x.reshape(-1) for x in (dinp, dout, inp)), add=int(add))
+    flat = [x.reshape(-1) for x in (dinp, dout, inp)]
+    _backward(*flat, add=int(add))
 
 
 # %% [markdown]
@@ -286,7 +283,8 @@ compare("dinp", to_host(dinp), slope, tol=2e-6)
 # %% [markdown]
 # ## The residual sum
 #
-# Forward it is a sum of two numbers; backward each gradient gets `dout` added.
+# Forward it is a sum of two numbers, and so it is backward: each gradient gets
+# `dout` added, where it lies.
 
 # %% the sum tags=["export"] module="cuda.residual"
 from llmnb.cuda.elementwise import elementwise
@@ -299,13 +297,7 @@ def _sum(a, b):
     return a + b
 
 
-@device
-def _same(x):
-    return x
-
-
 _add = elementwise(_sum, reads=2)
-_pass_on = elementwise(_same, reads=1)
 
 
 @shapes("...!, ...~, ...~", DEVICE)
@@ -316,7 +308,7 @@ def residual_forward(out, inp1, inp2):
     overwritten, and may be inp1 or inp2. Raises TypeError or ValueError
     before it launches anything.
     """
-    _add(*(x.reshape(-1) for x in (out, inp1, inp2)))
+    _add(out.reshape(-1), inp1.reshape(-1), inp2.reshape(-1))
 
 
 @shapes("...!, ...!, ...", DEVICE)
@@ -327,8 +319,8 @@ def residual_backward(dinp1, dinp2, dout):
     distinct ones; dinp1 and dinp2 are added to. Raises TypeError or
     ValueError before it launches anything.
     """
-    for dinp in (dinp1, dinp2):
-        _pass_on(dinp.reshape(-1), dout.reshape(-1), add=1)
+    for dinp in (dinp1.reshape(-1), dinp2.reshape(-1)):
+        _add(dinp, dinp, dout.reshape(-1))
 
 
 # %% equal to NumPy's, bit for bit
@@ -350,7 +342,7 @@ verdict("the sum", equal, "all three equal to NumPy's")
 #
 # ## What the simulator counts
 #
-# For 1,027 elements, by the plain kernels and by those that move four:
+# For 1,027 elements, with a thread each, and moved by fours:
 
 # %% requests and sectors
 inp, out, dout = (simulated(np.ones(1027, np.float32)) for _ in range(3))
@@ -361,9 +353,9 @@ runs = {
 }
 print(f"{'':13}threads  requests  sectors  bytes an element")
 for name, (layer, arguments) in runs.items():
-    for each, which in zip((1, 4), layer.kernels, strict=True):
+    for each, fours in ((1, 0), (4, 256)):
         with watch() as seen:
-            which[5, 256](*arguments)
+            layer.kernel[5, 256](*arguments, fours)
         moved = (seen.read_bytes + seen.written_bytes) // inp.size
         print(
             f"{name:11} {each} {seen.threads:7} {seen.requests:9} "
@@ -387,7 +379,7 @@ from llmnb.gpu.simulator import RaceError
 shifted = simulated(np.ones(65, np.float32))
 try:
     with watch():
-        _forward.kernels[0][1, 64](shifted[:64], shifted[1:], 0)
+        _forward.kernel[1, 64](shifted[:64], shifted[1:], 0, 0)
     caught = False
 except RaceError:
     caught = True
@@ -437,7 +429,7 @@ def four_by_one(out, inp):
 # %% exercise 1, checked
 x = simulated(np.ones(1024, np.float32))
 with watch() as one:
-    _forward.kernels[0][4, 256](x, x, 0)
+    _forward.kernel[4, 256](x, x, 0, 0)
 with watch() as scattered:
     four_by_one[1, 256](x, x)
 verdict("requests", scattered.requests == one.requests, "are as many")

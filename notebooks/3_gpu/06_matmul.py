@@ -53,7 +53,7 @@ from llmnb import reference
 from llmnb.book.diagram import PALETTE
 from llmnb.book.owners import draw_owners
 from llmnb.book.verify import compare, verdict
-from llmnb.gpu.launch import simulated, to_device, to_host
+from llmnb.gpu.launch import empty, simulated, to_device, to_host
 from llmnb.gpu.simulator import watch
 
 # %% imports of the GPU's products tags=["export"]
@@ -62,7 +62,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmnb.gpu.launch import DEVICE, aligned, device, empty, kernel
+from llmnb.gpu.launch import DEVICE, aligned, device, given_work, kernel
 from llmnb.gpu.simulator import cuda, load4, store4
 from llmnb.shapes import shapes
 
@@ -85,16 +85,15 @@ from llmnb.shapes import shapes
 
 # %% a product tags=["exporti"]
 class Product(NamedTuple):
-    """out = start + bias + the sum over k of a and b, of flat arrays.
+    """out = start + bias + the sum over k of a and b, of matrices.
 
-    along_a, along_b: whether k runs along the rows in memory. sizes: rows and
-    columns of out, and steps of the sum. start and bias may be None.
+    along_a, along_b: whether k runs along the rows in memory: a is (rows of
+    out, steps), or else (steps, rows of out). start and bias may be None.
     """
 
     out: object
     a: object
     b: object
-    sizes: tuple
     along_a: bool
     along_b: bool
     start: object = None
@@ -119,6 +118,11 @@ def write(out, start, at, value, add):
     out[at] = value
 
 
+def as_rows(array):
+    """A view of an array as a matrix: its last axis as the columns."""
+    return array.reshape(-1, array.shape[-1])
+
+
 def named(function, name, along_a, along_b, threads):
     """A kernel, with a name that a profiler can show."""
     layout = ("n" if along_a else "t") + ("t" if along_b else "n")
@@ -128,14 +132,12 @@ def named(function, name, along_a, along_b, threads):
 
 def launch(made, tile, threads, p):
     """Launch a kernel with a block for each tile of out, (down, across)."""
-    rows, cols, steps = p.sizes
+    rows, cols = p.out.shape
     grid = -(-cols // tile[1]), -(-rows // tile[0])
     add, shift = int(p.start is not None), int(p.bias is not None)
     start = p.start if add else p.out  # not read then
-    bias = p.bias if shift else p.out
-    made[grid, threads](
-        p.out, start, bias, p.a, p.b, rows, cols, steps, add, shift
-    )
+    bias = p.bias if shift else p.out.reshape(-1)
+    made[grid, threads](p.out, start, bias, p.a, p.b, add, shift)
 
 
 # %% [markdown]
@@ -149,9 +151,9 @@ import functools
 
 from llmnb.cuda.matmul import (
     ZERO,
-    backward_by,
-    forward_by,
     launch,
+    matmul_backward,
+    matmul_forward,
     named,
     register_tiles,
     tile_kernel,
@@ -163,18 +165,18 @@ from llmnb.gpu.simulator import cuda
 # %% version 1 tags=["export"] module="bench.rungs_matmul"
 @functools.cache
 def _simple_kernel(along_a, along_b):
-    def multiply(out, start, bias, a, b, rows, cols, steps, add, shift):
+    def multiply(out, start, bias, a, b, add, shift):
         j, i = cuda.grid(2)
-        if i >= rows or j >= cols:
+        if i >= out.shape[0] or j >= out.shape[1]:
             return
-        a_at, a_step = (i * steps, 1) if along_a else (i, rows)
-        b_at, b_step = (j * steps, 1) if along_b else (j, cols)
         total = ZERO
-        for k in range(steps):
-            total += a[a_at + k * a_step] * b[b_at + k * b_step]
+        for k in range(a.shape[1] if along_a else a.shape[0]):
+            x = a[i, k] if along_a else a[k, i]
+            y = b[j, k] if along_b else b[k, j]
+            total += x * y
         if shift:
             total += bias[j]
-        write(out, start, i * cols + j, total, add)
+        write(out, start, (i, j), total, add)
 
     return named(multiply, "simple", along_a, along_b, 256)
 
@@ -199,13 +201,13 @@ def check_product(version, rows, cols, steps):
         small.normal(size=(n, steps)).astype(np.float32) for n in (rows, cols)
     )
     for name, along in LAYOUTS.items():
-        out = empty(rows * cols)
-        flat = [
-            to_device((x if way else x.T).reshape(-1))
+        out = empty((rows, cols))
+        there = [
+            to_device(x if way else x.T)
             for x, way in zip((a, b), along, strict=True)
         ]
-        version(Product(out, *flat, (rows, cols, steps), *along))
-        compare(name, to_host(out).reshape(rows, cols), a @ b.T, tol=1e-5)
+        version(Product(out, *there, *along))
+        compare(name, to_host(out), a @ b.T, tol=1e-5)
 
 
 check_product(thread_an_output, 9, 35, 17)
@@ -216,11 +218,11 @@ counted = {}
 
 def count(name, version, rows=64, cols=64, steps=16):
     out, a, b = (
-        simulated(np.ones(m * n, np.float32))
-        for m, n in ((rows, cols), (rows, steps), (cols, steps))
+        simulated(np.ones(shape, np.float32))
+        for shape in ((rows, cols), (rows, steps), (cols, steps))
     )
     with watch() as seen:
-        version(Product(out, a, b, (rows, cols, steps), True, True))
+        version(Product(out, a, b, True, True))
     counted[name] = seen
     fmas = rows * cols * steps
     print(f"read {seen.read_bytes / fmas:.3f} bytes for each FMA")
@@ -278,17 +280,17 @@ def _filler(tile, depth, threads, along):
     pitch = tile + 32 // depth
 
     @device
-    def fill(shared, source, first, size, k, steps):
+    def fill(shared, source, first, k):
         for turn in range(tile * depth // threads):
             e, value = cuda.threadIdx.x + turn * threads, ZERO
             if along:
                 i, j = e // depth, e % depth  # a row, a step of the sum
-                at = (first + i) * steps + k + j
+                r, c = first + i, k + j
             else:
                 i, j = e % tile, e // tile
-                at = (k + j) * size + first + i
-            if first + i < size and k + j < steps:
-                value = source[at]
+                r, c = k + j, first + i
+            if r < source.shape[0] and c < source.shape[1]:
+                value = source[r, c]
             shared[j * pitch + i] = value
 
     return fill
@@ -303,19 +305,20 @@ def tile_kernel(tile, depth, own, along_a, along_b):
     fill_a = _filler(tile, depth, side * side, along_a)
     fill_b = _filler(tile, depth, side * side, along_b)
 
-    def multiply(out, start, bias, a, b, rows, cols, steps, add, shift):
+    def multiply(out, start, bias, a, b, add, shift):
         left = cuda.shared.array(room, np.float32)
         right = cuda.shared.array(room, np.float32)
         sums = cuda.local.array(count, np.float32)
         p = cuda.local.array(own, np.float32)
         q = cuda.local.array(own, np.float32)
+        rows, cols = out.shape
         top, edge = cuda.blockIdx.y * tile, cuda.blockIdx.x * tile
         y, x = cuda.threadIdx.x // side, cuda.threadIdx.x % side
         for i in range(count):
             sums[i] = ZERO
-        for k in range(0, steps, depth):
-            fill_a(left, a, top, rows, k, steps)
-            fill_b(right, b, edge, cols, k, steps)
+        for k in range(0, a.shape[1] if along_a else a.shape[0], depth):
+            fill_a(left, a, top, k)
+            fill_b(right, b, edge, k)
             cuda.syncthreads()
             for step in range(depth):
                 for i in range(own):
@@ -333,7 +336,7 @@ def tile_kernel(tile, depth, own, along_a, along_b):
             for j in range(own):
                 c, value = edge + x + j * side, sums[i * own + j] + q[j]
                 if r < rows and c < cols:
-                    write(out, start, r * cols + c, value, add)
+                    write(out, start, (r, c), value, add)
 
     name = f"{tile}_scalars_{count}"
     return named(multiply, name, along_a, along_b, side * side)
@@ -386,7 +389,7 @@ def _tile_size(rows, cols):
 
 def register_tiles(p):
     """A product by 8 by 8 outputs a thread, of any sizes."""
-    tile = _tile_size(*p.sizes[:2])
+    tile = _tile_size(*p.out.shape)
     made = tile_kernel(tile, 8, 8, p.along_a, p.along_b)
     launch(made, (tile, tile), tile * tile // 64, p)
 
@@ -466,16 +469,14 @@ def _fetcher(tile, along):
     line, turns = (SLICE if along else tile) // 4, 128 // tile
 
     @device
-    def fetch(held, source, first, size, k, steps):
+    def fetch(held, source, first, k):
         for turn in range(turns):
             e = cuda.threadIdx.x + turn * threads
-            far, near = e // line, e % line * 4
+            r, c = (first, k) if along else (k, first)
+            r, c = r + e // line, c + e % line * 4
             v = ZERO, ZERO, ZERO, ZERO
-            if along:
-                if first + far < size and k + near < steps:
-                    v = load4(source, (first + far) * steps + k + near)
-            elif k + far < steps and first + near < size:
-                v = load4(source, (k + far) * size + first + near)
+            if r < source.shape[0] and c < source.shape[1]:
+                v = load4(source, r * source.shape[1] + c)
             for n in range(4):
                 held[4 * turn + n] = v[n]
 
@@ -535,7 +536,7 @@ def _vector_kernel(tile, along_a, along_b):
     fetch_a, put_a = _fetcher(tile, along_a), _putter(tile, along_a)
     fetch_b, put_b = _fetcher(tile, along_b), _putter(tile, along_b)
 
-    def multiply(out, start, bias, a, b, rows, cols, steps, add, shift):
+    def multiply(out, start, bias, a, b, add, shift):
         left = cuda.shared.array(room, np.float32, alignment=16)
         right = cuda.shared.array(room, np.float32, alignment=16)
         next_a = cuda.local.array(few, np.float32)
@@ -543,20 +544,21 @@ def _vector_kernel(tile, along_a, along_b):
         sums = cuda.local.array(64, np.float32)
         p = cuda.local.array(8, np.float32)
         q = cuda.local.array(8, np.float32)
+        (rows, cols), steps = out.shape, a.shape[1 if along_a else 0]
         top, edge = cuda.blockIdx.y * tile, cuda.blockIdx.x * tile
         y, x = cuda.threadIdx.x // side * 4, cuda.threadIdx.x % side * 4
         for i in range(64):
             sums[i] = ZERO
-        fetch_a(next_a, a, top, rows, 0, steps)
-        fetch_b(next_b, b, edge, cols, 0, steps)
+        fetch_a(next_a, a, top, 0)
+        fetch_b(next_b, b, edge, 0)
         put_a(left, 0, next_a)
         put_b(right, 0, next_b)
         now = 0
         for k in range(SLICE, steps + SLICE, SLICE):
             cuda.syncthreads()
             if k < steps:
-                fetch_a(next_a, a, top, rows, k, steps)
-                fetch_b(next_b, b, edge, cols, k, steps)
+                fetch_a(next_a, a, top, k)
+                fetch_b(next_b, b, edge, k)
             for at in range(now, now + SLICE * pitch, pitch):
                 _take(p, left, at + y, half)
                 _take(q, right, at + x, half)
@@ -589,14 +591,12 @@ def _vector_kernel(tile, along_a, along_b):
 # %% version 4, launched tags=["exporti"]
 def vectors(p):
     """A product by fours, where all rows and arrays begin at fours."""
-    rows, cols, steps = p.sizes
-    lines = (cols, steps if p.along_a else rows, steps if p.along_b else cols)
     arrays = p.out, p.start, p.bias, p.a, p.b
     used = [x for x in arrays if x is not None]
-    if any(n % 4 for n in lines) or not aligned(*used):
+    if any(x.shape[-1] % 4 for x in used) or not aligned(*used):
         register_tiles(p)
         return
-    tile = _tile_size(rows, cols)
+    tile = _tile_size(*p.out.shape)
     made = _vector_kernel(tile, p.along_a, p.along_b)
     launch(made, (tile, tile), tile * tile // 64, p)
 
@@ -641,18 +641,19 @@ CHUNK = 64  # rows that a thread adds up
 
 
 @kernel(launch_bounds=128)
-def _sum_chunks(work, dout, rows, cols):
+def _sum_chunks(work, dout):
     c, chunk, total = cuda.grid(1), cuda.blockIdx.y, ZERO
+    rows, cols = dout.shape
     if c < cols:
         last = min(rows, (chunk + 1) * CHUNK)
         for r in range(chunk * CHUNK, last):
-            total += dout[r * cols + c]
+            total += dout[r, c]
         work[chunk * cols + c] = total
 
 
 @kernel(launch_bounds=128)
-def _add_chunks(dbias, work, chunks, cols, add):
-    c, total = cuda.grid(1), ZERO
+def _add_chunks(dbias, work, chunks, add):
+    c, cols, total = cuda.grid(1), dbias.size, ZERO
     if c < cols:
         for chunk in range(chunks):
             total += work[chunk * cols + c]
@@ -669,78 +670,44 @@ def matmul_scratch(rows, OC):
 
 
 # %% the bias's gradient tags=["exporti"]
-def bias_gradient(dbias, dout, add, work=None):
-    """Sum the rows of dout; work: of matmul_scratch, or None."""
-    cols = dbias.size
-    rows = dout.size // cols
-    if work is None:
-        work = empty(matmul_scratch(rows, cols), like=dout)
-    across, chunks = -(-cols // 128), -(-rows // CHUNK)
-    flat = dout.reshape(-1)
-    _sum_chunks[(across, chunks), 128](work, flat, rows, cols)
-    _add_chunks[across, 128](dbias, work, chunks, cols, int(add))
+def bias_gradient(dbias, dout, add, work):
+    """Sum the rows of dout; work: of `matmul_scratch`."""
+    dout = as_rows(dout)
+    across, chunks = -(-dbias.size // 128), -(-len(dout) // CHUNK)
+    _sum_chunks[(across, chunks), 128](work, dout)
+    _add_chunks[across, 128](dbias, work, chunks, int(add))
 
 
 # %% [markdown]
 # ## The layer
 #
 # The public functions check what they are given before they launch
-# anything. Scratch memory is needed for the bias's gradient alone. `forward_by`
-# and `backward_by` are the layer by any version, for the plainer ones.
-
-
-# %% the layer by any version tags=["exporti"]
-def check_work(name, work, floats):
-    """Raise ValueError where the scratch memory is too small."""
-    if work is not None and work.size < floats:
-        raise ValueError(
-            f"{name}: work must hold {floats} floats, got {work.size}"
-        )
-
-
-def forward_by(multiply, out, inp, weight, bias, residual=None, work=None):
-    """The layer forward, (1.7.1), by a version of the product."""
-    (B, T, C), OC = inp.shape, len(weight)
-    start = None if residual is None else residual.reshape(-1)
-    y, x, w = (z.reshape(-1) for z in (out, inp, weight))
-    multiply(Product(y, x, w, (B * T, OC, C), True, True, start, bias))
-
-
-def backward_by(
-    multiply, dinp, dweight, dbias, dout, inp, weight,
-    add_dinp=True, add_dweight=True, work=None,
-):  # fmt: skip
-    """The layer backward, (1.7.2) to (1.7.4), by a version of the product."""
-    (B, T, C), OC = inp.shape, len(weight)
-    arrays = dinp, dweight, dout, inp, weight
-    dx, dw, dy, x, w = (z.reshape(-1) for z in arrays)
-    start = dx if add_dinp else None
-    multiply(Product(dx, dy, w, (B * T, C, OC), True, False, start))
-    start = dw if add_dweight else None
-    multiply(Product(dw, dy, x, (OC, C, B * T), False, False, start))
-    if dbias is not None:
-        bias_gradient(dbias, dout, add_dweight, work)
+# anything. Scratch memory is needed for the bias's gradient alone.
 
 
 # %% the layer on a GPU, forward tags=["export"]
 @shapes("B T OC!, B T C, OC C, OC?, B T OC?~, W!?", DEVICE)
-def matmul_forward(out, inp, weight, bias, residual=None, work=None):
-    """out = inp @ weight.T + bias + residual, in one launch.
+def matmul_forward(
+    out, inp, weight, bias, residual=None, work=None, version=vectors
+):
+    """out = inp @ weight.T + bias + residual, in one launch: (1.7.1).
 
     out, residual: (B, T, OC). inp: (B, T, C). weight: (OC, C). bias: (OC,).
     bias and residual may be None. Device arrays of float32; out is
     overwritten, and may be residual itself. work: not used, there for the
-    sake of one signature. Raises TypeError or ValueError before it launches
-    anything.
+    sake of one signature. version: of the product. Raises TypeError or
+    ValueError before it launches anything.
     """
-    forward_by(vectors, out, inp, weight, bias, residual)
+    y, x = as_rows(out), as_rows(inp)
+    start = None if residual is None else as_rows(residual)
+    version(Product(y, x, weight, True, True, start, bias))
 
 
 # %% the layer on a GPU, backward tags=["export"]
 @shapes("B T C!, OC C!, OC!?, B T OC, B T C, OC C", DEVICE, work="W!?")
 def matmul_backward(
     dinp, dweight, dbias, dout, inp, weight,
-    add_dinp=True, add_dweight=True, work=None,
+    add_dinp=True, add_dweight=True, *, work=None, version=vectors,
 ):  # fmt: skip
     """Add the linear layer's gradients to dinp, dweight and dbias.
 
@@ -748,30 +715,36 @@ def matmul_backward(
     dbias: (OC,), or None for a layer without bias. Device arrays of
     float32. add_dinp, add_dweight: False overwrites dinp, or dweight and
     dbias, instead of adding. work: scratch of matmul_scratch(B * T, OC)
-    floats or more, or None to allocate it; not used without dbias. Raises
-    TypeError or ValueError before it launches anything.
+    floats or more, or None to allocate it; not used without dbias. version:
+    of the products, (1.7.2) and (1.7.3). Raises TypeError or ValueError
+    before it launches anything.
     """
-    rows, OC = dout.size // dout.shape[-1], len(weight)
-    sums = 0 if dbias is None else matmul_scratch(rows, OC)
-    check_work("matmul_backward", work, sums)
-    arrays = dinp, dweight, dbias, dout, inp, weight
-    backward_by(vectors, *arrays, add_dinp, add_dweight, work)
+    dx, dy, x = as_rows(dinp), as_rows(dout), as_rows(inp)
+    if dbias is not None:
+        sums = matmul_scratch(*dy.shape)
+        work = given_work("matmul_backward", work, sums, dout)
+    start = dx if add_dinp else None
+    version(Product(dx, dy, weight, True, False, start))
+    start = dweight if add_dweight else None
+    version(Product(dweight, dy, x, False, False, start))
+    if dbias is not None:
+        bias_gradient(dbias, dout, add_dweight, work)
 
 
 # %% the ladder tags=["export"] module="bench.rungs_matmul"
-def _by(layer, multiply):
+def _by(layer, version):
     """The layer by a version of the product, under that version's name."""
 
     def by(*arguments, **options):
-        layer(multiply, *arguments, **options)
+        layer(*arguments, version=version, **options)
 
-    by.__name__ = multiply.__name__
+    by.__name__ = version.__name__
     return by
 
 
 _VERSIONS = thread_an_output, square_tiles, register_tiles
-MATMUL_FORWARD = tuple(_by(forward_by, f) for f in _VERSIONS)
-MATMUL_BACKWARD = tuple(_by(backward_by, f) for f in _VERSIONS)
+MATMUL_FORWARD = tuple(_by(matmul_forward, f) for f in _VERSIONS)
+MATMUL_BACKWARD = tuple(_by(matmul_backward, f) for f in _VERSIONS)
 
 # %% [markdown]
 # The verdict, layer against layer, for every version:

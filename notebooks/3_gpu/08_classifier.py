@@ -390,9 +390,9 @@ def _whole(V, *arrays):
     return V - V % 4 if fits else 0
 
 
-def _threads(n, most=1024):
-    """Threads for n things: whole warps, and no more than `most`."""
-    return min(most, -(-n // 32) * 32)
+def _threads(n):
+    """Threads for n things: whole warps, and no more than a block has."""
+    return min(1024, -(-n // 32) * 32)
 
 
 @device

@@ -67,13 +67,11 @@ def forward_and_backward(p, layer):
 # ## What a GPU must not do
 #
 # Attention gives a GPU plenty to do at once: $B \cdot NH$ heads that never
-# meet, and in each of them $T$ rows that need nothing of one another. The
-# CPU version was bound by arithmetic, because its blocks stay in a cache. On
-# a GPU that is a goal to be reached. A block of threads may have 48 KB of
-# *shared memory* ([chapter 3.1](01_threads.ipynb)), and what does not fit there
-# travels through global memory.
-#
-# These kernels have been simulated and compiled, and not run on a GPU.
+# meet, and in each of them $T$ rows that need nothing of one another. On a CPU
+# arithmetic was the limit, because blocks stay in a cache. Here a block of
+# threads may have 48 KB of *shared memory* ([chapter 3.1](01_threads.ipynb)),
+# and what does not fit there travels through global memory. These kernels have
+# been simulated and compiled, and not run on a GPU.
 
 # %% imports of the GPU's kernels tags=["export"] module="cuda.attention"
 import functools
@@ -81,17 +79,13 @@ import math
 
 import numpy as np
 
-from llmnb.gpu.launch import (
-    DEVICE,
-    aligned,
-    device,
-    empty,
-    kernel,
-)
+from llmnb.gpu.launch import DEVICE, aligned, device, given_work, kernel
 from llmnb.gpu.simulator import cuda, load4, store4
 from llmnb.gpu.warp import warp_sum
 from llmnb.reference.attention import count_heads
 from llmnb.shapes import shapes
+
+WIDEST_HEAD = 256  # channels; shared memory holds tiles of no more
 
 # %% what a score is before one is seen tags=["exporti"] module="cuda.attention"
 # exp makes 0 of it; and it is no infinity, which fastmath rules out
@@ -126,9 +120,8 @@ print(f"{4 * hs / 16:.0f} operations a byte of traffic with the square")
 # memory. Then it walks over the keys of the head, a tile at a time, up to the
 # diagonal. Each step copies a tile of keys and one of values and takes the
 # scores of its queries with them. Where a row's maximum grows it
-# rescales what was summed, and adds the new values. This way of working is
-# known as FlashAttention; see the further reading. The backward pass will
-# walk too, so here are both walks.
+# rescales what was summed, and adds the new values: this is known as
+# FlashAttention. The backward pass walks too; here are both walks.
 
 # %% the tiles and the walks
 from llmnb.book.owners import draw_owners
@@ -177,23 +170,6 @@ def _lanes_max(value):
     return value
 
 
-@device
-def _lanes_sum(value):
-    """The sum of value over 8 neighbouring lanes, in each of them."""
-    for step in (4, 2, 1):
-        value += cuda.shfl_xor_sync(0xFFFFFFFF, value, step)
-    return value
-
-
-# %% [markdown]
-# Two kinds of barriers: all threads wait before a tile is overwritten and
-# after it is written, but a row's weights are written and read by lanes of
-# one warp, so there the warp's own barrier is enough. The last queries have
-# the longest walk. CUDA promises no order among blocks; in case they start
-# in the order of their numbers, those of the last queries have the first
-# ones, and short walks fill the end.
-
-
 # %% [markdown]
 # ## Tiles in registers
 #
@@ -236,7 +212,7 @@ plt.show()
 # four rows that a warp writes begin 8 banks apart.
 #
 # For heads of more than 64 channels a thread takes 2 queries and 2 keys
-# instead of 4 and 4; that fits up to 128 channels.
+# instead of 4 and 4; for more than 128, one and one; that fits up to 256.
 #
 # Four pieces serve forward and backward alike. $G$ is how many rows of
 # threads there are, and $R$ how many rows, and how many columns, of a tile a
@@ -250,7 +226,7 @@ plt.show()
 # %% copy a tile tags=["exporti"] module="cuda.attention"
 def _side(hs):
     """R: the rows, and the columns, of a tile that a thread takes."""
-    return 4 if hs <= 64 else 2
+    return 4 if hs <= 64 else 2 if hs <= 128 else 1
 
 
 def _stride(hs):
@@ -381,17 +357,38 @@ def _tile_write(hs, G, R, FOURS):
 
 
 # %% [markdown]
-# Between the products stands (2.5.1), for the $R$ rows of a thread.
+# Between the products stands (2.5.1), for the $R$ rows of a thread. What makes
+# a score of a product is a *rule*: here $1 / \sqrt{hs}$ and no window. Others
+# are in [chapter 5.4](../5_modern/04_attention.ipynb), which calls these
+# kernels for other models. A row that sees no key of its first tile sums
+# nonsense, and its first real score multiplies that by $e^{-10^{30} - m} = 0$.
+
+
+# %% what makes a score tags=["exporti"] module="cuda.attention"
+@functools.cache
+def plain_score(scale):
+    """score(product): the score, and its slope by the product.
+
+    With how many keys a query sees, its own the last, or 0 for all, it is a
+    rule, a pair.
+    """
+    SCALE = np.float32(scale)
+
+    @device
+    def score(product):
+        return product * SCALE, SCALE
+
+    return score
 
 
 # %% the softmax of a tile tags=["exporti"] module="cuda.attention"
 @functools.cache
-def _tile_softmax(hs, G, R):
+def _tile_softmax(hs, G, R, rule):
     """softmax(weights, sums, s, top, total, first, start): (2.5.1).
 
     first, start: the tile's first query and first key.
     """
-    PER, SCALE = -(-hs // 32) * 4, np.float32(1 / math.sqrt(hs))
+    PER, (WINDOW, score) = -(-hs // 32) * 4, rule
 
     @device
     def softmax(weights, sums, s, top, total, first, start):
@@ -399,8 +396,10 @@ def _tile_softmax(hs, G, R):
         for r in range(R):
             new = top[r]
             for j in range(R):
-                seen = start + lane + 8 * j <= first + row + G * r
-                s[R * r + j] = s[R * r + j] * SCALE if seen else LOWEST
+                back = first + row + G * r - (start + lane + 8 * j)
+                seen = back >= 0 and (WINDOW == 0 or back < WINDOW)
+                value, _ = score(s[R * r + j])
+                s[R * r + j] = value if seen else LOWEST
                 new = max(new, s[R * r + j])
             new = _lanes_max(new)
             factor = math.exp(top[r] - new)
@@ -425,7 +424,7 @@ def _tile_finish(hs, G, R):
     def finish(lse, b, h, sums, top, total, first):
         row, lane = cuda.threadIdx.x // 8, cuda.threadIdx.x % 8
         for r in range(R):
-            t, whole = first + row + G * r, _lanes_sum(total[r])
+            t, whole = first + row + G * r, warp_sum(total[r], 8)
             for n in range(PER):
                 sums[PER * r + n] /= whole
             if lane == 0 and t < lse.shape[2]:
@@ -445,13 +444,13 @@ def _tile_finish(hs, G, R):
 
 # %% the kernel of the forward pass tags=["exporti"] module="cuda.attention"
 @functools.cache
-def _forward_kernel(hs, FOURS):
-    R, STRIDE = _side(hs), _stride(hs)
+def _forward_kernel(hs, FOURS, rule):
+    R, STRIDE, WINDOW = _side(hs), _stride(hs), rule[0]
     ROWS, COLS, WIDTH = 16 * R, 8 * R, 8 * R + 8
     SUMS, PAIRS = R * (STRIDE // 8), R * R
     copy, write = _tile_copy(hs, FOURS), _tile_write(hs, 16, R, FOURS)
     dots, add = _tile_dots(hs, 16, R), _tile_add(hs, 16, R)
-    softmax, finish = _tile_softmax(hs, 16, R), _tile_finish(hs, 16, R)
+    softmax, finish = _tile_softmax(hs, 16, R, rule), _tile_finish(hs, 16, R)
 
     @kernel(launch_bounds=128)
     def attention_forward_tiles(out, lse, inp, NKV):
@@ -476,7 +475,8 @@ def _forward_kernel(hs, FOURS):
         for r in range(R):
             top[r], total[r] = LOWEST, np.float32(0)
         copy(q, inp, x + h * hs, W, first, T)
-        for start in range(0, min(first + ROWS, T), COLS):
+        low = max(0, first + 1 - WINDOW) // COLS * COLS if WINDOW else 0
+        for start in range(low, min(first + ROWS, T), COLS):
             cuda.syncthreads()
             copy(k, inp, key, W, start, T)
             copy(v, inp, key + NKV * hs, W, start, T)
@@ -492,16 +492,12 @@ def _forward_kernel(hs, FOURS):
 
 
 # %% [markdown]
-# Rows of the last tile that lie beyond $T$ are zeros, compute something
-# finite, and are not written. The public function checks
-# and launches. It takes heads of at most 128 channels.
-
-# %% the widest head tags=["export"] module="cuda.attention"
-WIDEST_HEAD = 128  # channels; shared memory holds tiles of no more
+# Rows of the last tile that lie beyond $T$ are zeros, compute something finite,
+# and are not written. The public function takes heads of at most 256 channels.
 
 
 # %% the checks on a GPU tags=["exporti"] module="cuda.attention"
-def _check(name, out, lse, inp):
+def check_heads(name, out, lse, inp):
     """The Heads; raise for what the kernels cannot take."""
     heads = count_heads(name, out, lse, inp)
     if not lse.size:
@@ -520,21 +516,26 @@ def attention_forward(out, lse, inp):
     """Causal self-attention of NH heads.
 
     inp: (B, T, (NH + 2 NKV) * hs), the heads of queries, of keys and of
-    values; NKV divides NH, and hs is at most 128. Writes out (B, T, NH * hs)
+    values; NKV divides NH, and hs is at most 256. Writes out (B, T, NH * hs)
     and lse (B, NH, T), the log-sum-exp of each row of scaled, masked scores,
     which the backward pass needs. All float32 on a device. Raises TypeError
     or ValueError before it launches anything.
     """
-    heads = _check("attention_forward", out, lse, inp)
+    heads = check_heads("attention_forward", out, lse, inp)
+    rule = 0, plain_score(1 / math.sqrt(heads.hs))
+    launch_forward(heads, rule, out, lse, inp)
+
+
+# %% the launch, forward tags=["exporti"] module="cuda.attention"
+def launch_forward(heads, rule, out, lse, inp):
     hs, T = heads.hs, lse.shape[2]
     grid = len(lse) * heads.NH * -(-T // (16 * _side(hs)))
-    tiles = _forward_kernel(hs, hs % 4 == 0 and aligned(out, inp))
+    tiles = _forward_kernel(hs, hs % 4 == 0 and aligned(out, inp), rule)
     tiles[grid, 128](out.reshape(-1), lse, inp.reshape(-1), heads.NKV)
 
 
 # %% [markdown]
-# The verdicts, at sizes that divide no tile: 37 positions, heads of 5 and of
-# 12 channels.
+# The verdicts, at sizes that divide no tile: 37 positions, heads of 5 and of 12.
 
 # %% forward against NumPy
 from llmnb.gpu.launch import simulated, to_device, to_host
@@ -575,18 +576,8 @@ for name in what:
 # larger tile a thread would need fewer of them, and more registers. At
 # $hs = 64$ a thread already takes more than half of the 255 that it may have.
 #
-# What a block reads for its tile of queries grows with the tile. At
-# $T = 1024$ and $hs = 64$ a head has 1 MB of queries, keys, values and
-# outputs, and its keys and values are read again by each block after them:
-
-# %% keys and values read by the blocks of a head
-T, hs = 1024, 64
-for tile in (16, 64):
-    rows = sum(range(tile, T + 1, tile))
-    print(f"tiles of {tile} queries: {2 * 4 * hs * rows / 1e6:5.1f} MB")
-
-# %% [markdown]
-# Four times the queries in a tile, about a quarter of the reads.
+# A block reads the keys and values before its queries once: with 64 queries a
+# tile, a quarter as often as with 16.
 #
 # ## The numbers of the rows
 #
@@ -659,14 +650,14 @@ verdict("the race", caught, "is caught")
 
 # %% weights and gradients of a tile tags=["exporti"] module="cuda.attention"
 @functools.cache
-def _tile_gradients(hs, R, BY_KEY):
+def _tile_gradients(R, BY_KEY, rule):
     """gradients(s, ds, lse, D, b, h, first, start): (1.8.4), (1.8.8).
 
     s, ds hold dot products of a tile; they become weights and gradients of
     scores. BY_KEY: whether its rows, from `first` on, are keys and its
     columns, from `start` on, queries; else the other way.
     """
-    SCALE = np.float32(1 / math.sqrt(hs))
+    WINDOW, score = rule
 
     @device
     def gradients(s, ds, lse, D, b, h, first, start):
@@ -678,9 +669,10 @@ def _tile_gradients(hs, R, BY_KEY):
                 if BY_KEY:
                     t, u = u, t
                 a = d = np.float32(0)
-                if u <= t and t < T:
-                    a = math.exp(s[R * r + j] * SCALE - lse[b, h, t])
-                    d = a * (ds[R * r + j] - D[b, h, t]) * SCALE
+                if u <= t and t < T and (WINDOW == 0 or t - u < WINDOW):
+                    value, slope = score(s[R * r + j])
+                    a = math.exp(value - lse[b, h, t])
+                    d = a * (ds[R * r + j] - D[b, h, t]) * slope
                 s[R * r + j], ds[R * r + j] = a, d
 
     return gradients
@@ -712,22 +704,22 @@ def _tile_share(R):
 
 # %% what both walks are made of tags=["exporti"] module="cuda.attention"
 @functools.cache
-def _pieces(hs, FOURS, BY_KEY):
+def _pieces(hs, FOURS, BY_KEY, rule):
     """What both walks are made of."""
     R = _side(hs)
     products = _tile_dots(hs, 8, R), _tile_add(hs, 8, R)
-    gradients = _tile_gradients(hs, R, BY_KEY), _tile_share(R)
+    gradients = _tile_gradients(R, BY_KEY, rule), _tile_share(R)
     copies = _tile_copy(hs, FOURS), _tile_write(hs, 8, R, FOURS)
     return *copies, *products, *gradients
 
 
 # %% walk over queries tags=["exporti"] module="cuda.attention"
 @functools.cache
-def _keys_kernel(hs, FOURS):
+def _keys_kernel(hs, FOURS, rule):
     """A block owns a tile of keys and values, for all heads that read it."""
-    R, STRIDE = _side(hs), _stride(hs)
+    R, STRIDE, WINDOW = _side(hs), _stride(hs), rule[0]
     SUMS, PAIRS, ROWS, WIDTH = R * (STRIDE // 8), R * R, 8 * R, 8 * R + 8
-    copy, write, dots, add, gradients, share = _pieces(hs, FOURS, True)
+    copy, write, dots, add, gradients, share = _pieces(hs, FOURS, True, rule)
 
     @kernel(launch_bounds=64)
     def attention_backward_keys(dinp, dout, inp, lse, D, NKV, more):
@@ -750,8 +742,9 @@ def _keys_kernel(hs, FOURS):
             dk[n] = dv[n] = np.float32(0)
         copy(k, inp, key, W, first, T)
         copy(v, inp, key + NKV * hs, W, first, T)
+        stop = min(T, first + ROWS - 1 + WINDOW) if WINDOW else T
         for h in range(kv * group, kv * group + group):
-            for start in range(first, T, ROWS):
+            for start in range(first, stop, ROWS):
                 cuda.syncthreads()
                 copy(q, inp, b * T * W + h * hs, W, start, T)
                 copy(do, dout, b * T * C + h * hs, C, start, T)
@@ -771,11 +764,11 @@ def _keys_kernel(hs, FOURS):
 
 # %% walk over keys tags=["exporti"] module="cuda.attention"
 @functools.cache
-def _queries_kernel(hs, FOURS):
+def _queries_kernel(hs, FOURS, rule):
     """A block owns a tile of queries."""
-    R, STRIDE = _side(hs), _stride(hs)
+    R, STRIDE, WINDOW = _side(hs), _stride(hs), rule[0]
     SUMS, PAIRS, ROWS, WIDTH = R * (STRIDE // 8), R * R, 8 * R, 8 * R + 8
-    copy, write, dots, add, gradients, share = _pieces(hs, FOURS, False)
+    copy, write, dots, add, gradients, share = _pieces(hs, FOURS, False, rule)
 
     @kernel(launch_bounds=(64, 5))
     def attention_backward_queries(dinp, dout, inp, lse, D, NKV, more):
@@ -799,7 +792,8 @@ def _queries_kernel(hs, FOURS):
             dq[n] = np.float32(0)
         copy(q, inp, query, W, first, T)
         copy(do, dout, b * T * C + h * hs, C, first, T)
-        for start in range(0, min(first + ROWS, T), ROWS):
+        low = max(0, first + 1 - WINDOW) // ROWS * ROWS if WINDOW else 0
+        for start in range(low, min(first + ROWS, T), ROWS):
             cuda.syncthreads()
             copy(k, inp, key, W, start, T)
             copy(v, inp, key + NKV * hs, W, start, T)
@@ -832,21 +826,27 @@ def attention_backward(dinp, dout, inp, out, lse, add=True, work=None):
     anything.
     """
     name = "attention_backward"
-    (NH, NKV, hs), (B, _, T) = _check(name, out, lse, inp), lse.shape
-    count = attention_scratch(B, T, NH)
-    if work is None:
-        work = empty(count, like=inp)
-    if work.size < count:
-        raise ValueError(
-            f"{name}: work must hold {count} floats, got {work.size}"
-        )
-    D = work[:count].reshape(B, NH, T)
-    _attention_rows[-(-count // 4), 128](D, dout, out)
-    arrays, tiles = (dinp, dout, inp), -(-T // (8 * _side(hs)))
-    fours = hs % 4 == 0 and aligned(*arrays)
-    args = *(x.reshape(-1) for x in arrays), lse, D, NKV, int(add)
-    _keys_kernel(hs, fours)[B * NKV * tiles, 64](*args)
-    _queries_kernel(hs, fours)[B * NH * tiles, 64](*args)
+    heads = check_heads(name, out, lse, inp)
+    work = given_work(name, work, lse.size, inp)
+    arrays = dinp, dout, inp, out, lse
+    rule = 0, plain_score(1 / math.sqrt(heads.hs))
+    launch_backward(heads, rule, arrays, add, work)
+
+
+# %% the launches, backward tags=["exporti"] module="cuda.attention"
+def launch_backward(heads, rule, arrays, add, work):
+    """arrays: dinp, dout, inp, out and lse."""
+    (dinp, dout, inp, out, lse), (NH, NKV, hs) = arrays, heads
+    B, _, T = lse.shape
+    D = work[: lse.size].reshape(B, NH, T)
+    _attention_rows[-(-lse.size // 4), 128](D, dout, out)
+    tiles, fours = -(-T // (8 * _side(hs))), hs % 4 == 0
+    fours = fours and aligned(dinp, dout, inp)
+    flat = [x.reshape(-1) for x in (dinp, dout, inp)]
+    keys = _keys_kernel(hs, fours, rule)
+    queries = _queries_kernel(hs, fours, rule)
+    keys[B * NKV * tiles, 64](*flat, lse, D, NKV, int(add))
+    queries[B * NH * tiles, 64](*flat, lse, D, NKV, int(add))
 
 
 # %% backward against NumPy
@@ -870,10 +870,8 @@ verdict("another run", same, "gives the same bits")
 # %% [markdown]
 # What these kernels leave undone: they compute the tiles on the diagonal
 # whole, their copies do not overlap with the arithmetic, and their products
-# run in float32, not on the units for products of small matrices in 16 bits
-# that are called tensor cores.
-
-# %% [markdown]
+# run in float32, not on tensor cores.
+#
 # ## Take away
 #
 # - A block owns a tile of queries and walks over the keys; the square of
@@ -881,8 +879,7 @@ verdict("another run", same, "gives the same bits")
 # - A small tile of the result in registers spares most reads of shared memory.
 # - Backward walks twice, by keys and by queries, so that no two blocks add to
 #   one number and every run has the same bits.
-
-# %% [markdown]
+#
 # ## Further reading
 #
 # - Dao et al. (2022),

@@ -59,11 +59,12 @@ import math
 
 import numpy as np
 
+from llmnb.cuda.elementwise import BLOCK, count_fours
 from llmnb.gpu.launch import (
     DEVICE,
     aligned,
     device,
-    empty,
+    given_work,
     kernel,
     to_host,
 )
@@ -72,8 +73,7 @@ from llmnb.gpu.warp import block_sum
 from llmnb.shapes import shapes
 
 # %% sizes tags=["exporti"]
-BLOCK = 256  # threads
-WARPS = 8  # of them in a block
+WARPS = 8  # in a block of 256 threads
 SETTINGS = 8  # numbers: seven of AdamW, and one to fill two vectors
 NORM_BLOCKS = 1024  # blocks at most that sum squares
 ZERO, ONE = np.float32(0), np.float32(1)
@@ -171,32 +171,9 @@ ADAMW_APPLY = (adamw_by_elements,)
 #
 # The bytes cannot be fewer, the requests can. Each thread takes four
 # neighbours, and the settings come in two vectors as well, which is why there
-# is an eighth. Up to three elements at the end get a thread each. A view that
-# begins at no multiple of 16 bytes has no vectors; there the same thread reads
-# its four numbers one by one.
-
-
-# %% four neighbours tags=["exporti"]
-@device
-def _load(array, i, vectors):
-    """Four numbers from element i on; vectors: whether in one request."""
-    if vectors:
-        return load4(array, i)
-    return array[i], array[i + 1], array[i + 2], array[i + 3]
-
-
-@device
-def _store(array, i, four, vectors):
-    a, b, c, d = four
-    if vectors:
-        store4(array, i, a, b, c, d)
-    else:
-        array[i], array[i + 1], array[i + 2], array[i + 3] = a, b, c, d
-
-
-def _grid(size):
-    """Blocks for a thread for each four elements, and each one left over."""
-    return -(-(size // 4 + size % 4) // BLOCK)
+# is an eighth. Up to three elements at the end get a thread each, and so do all
+# elements of a view that begins at no multiple of 16 bytes: `count_fours` of
+# [chapter 3.5](05_elementwise.ipynb) says 0 of it.
 
 
 # %% AdamW of four elements tags=["exporti"]
@@ -210,8 +187,8 @@ def _adamw(p, g, m, v, factors):
 
 
 @kernel
-def _adamw_by_fours(params, grads, m, v, settings, vectors):
-    i, fours = cuda.grid(1), params.size // 4
+def _adamw_by_fours(params, grads, m, v, settings, fours):
+    i = cuda.grid(1)
     k = 3 * fours + i  # where no four is left for this thread
     if i >= fours and k >= params.size:
         return
@@ -219,17 +196,17 @@ def _adamw_by_fours(params, grads, m, v, settings, vectors):
     root, eps, size, _ = load4(settings, 4)
     factors = keep, new1, beta2, new2, root, eps, size
     if i < fours:
-        p0, p1, p2, p3 = _load(params, 4 * i, vectors)
-        g0, g1, g2, g3 = _load(grads, 4 * i, vectors)
-        m0, m1, m2, m3 = _load(m, 4 * i, vectors)
-        v0, v1, v2, v3 = _load(v, 4 * i, vectors)
+        p0, p1, p2, p3 = load4(params, 4 * i)
+        g0, g1, g2, g3 = load4(grads, 4 * i)
+        m0, m1, m2, m3 = load4(m, 4 * i)
+        v0, v1, v2, v3 = load4(v, 4 * i)
         p0, m0, v0 = _adamw(p0, g0, m0, v0, factors)
         p1, m1, v1 = _adamw(p1, g1, m1, v1, factors)
         p2, m2, v2 = _adamw(p2, g2, m2, v2, factors)
         p3, m3, v3 = _adamw(p3, g3, m3, v3, factors)
-        _store(params, 4 * i, (p0, p1, p2, p3), vectors)
-        _store(m, 4 * i, (m0, m1, m2, m3), vectors)
-        _store(v, 4 * i, (v0, v1, v2, v3), vectors)
+        store4(params, 4 * i, p0, p1, p2, p3)
+        store4(m, 4 * i, m0, m1, m2, m3)
+        store4(v, 4 * i, v0, v1, v2, v3)
     else:
         p0, m0, v0 = _adamw(params[k], grads[k], m[k], v[k], factors)
         params[k], m[k], v[k] = p0, m0, v0
@@ -239,15 +216,6 @@ def _adamw_by_fours(params, grads, m, v, settings, vectors):
 # Now the functions. `adamw_apply` launches and does nothing else, so a
 # graph may record it; `adamw_update` has the arguments that all backends
 # have, and brings the settings to the device first.
-
-
-# %% check the scratch tags=["exporti"]
-def _check_work(name, work, size):
-    """Raise ValueError unless `work` is at least that long."""
-    if work.size < size:
-        raise ValueError(
-            f"{name}: work must have shape ({size},), got {work.shape}"
-        )
 
 
 # %% AdamW on arrays tags=["export"]
@@ -263,8 +231,9 @@ def adamw_apply(params, grads, m, v, settings):
     """
     arrays = params, grads, m, v
     if params.size:
-        grid, vectors = _grid(params.size), int(aligned(*arrays))
-        _adamw_by_fours[grid, BLOCK](*arrays, settings, vectors)
+        fours = count_fours(*arrays)
+        grid = -(-(params.size - 3 * fours) // BLOCK)
+        _adamw_by_fours[grid, BLOCK](*arrays, settings, fours)
 
 
 @shapes("N!, N, N!, N!", DEVICE, work="W!?")
@@ -281,9 +250,7 @@ def adamw_update(params, grads, m, v, settings, work=None):
     do not fit and settings out of range, before it launches anything.
     """
     factors = adamw_settings(settings)
-    if work is None:
-        work = empty(SETTINGS, like=params)
-    _check_work("adamw_update", work, SETTINGS)
+    work = given_work("adamw_update", work, SETTINGS, params)
     there = work[:SETTINGS]
     there.copy_to_device(factors)
     adamw_apply(params, grads, m, v, there)
@@ -370,7 +337,8 @@ verdict("the race", caught, "is caught")
 # the order:
 #
 # 1. Thread $t$ of $T$ sums the squares of fours $t$, $t + T$, $t + 2T$ and
-#    so on, one sum for each of the four places, then adds these four.
+#    so on, one sum for each of the four places, then adds these four. In a
+#    view without vectors it reads the same numbers one by one.
 # 2. The block adds its threads' sums by `block_sum` and writes one number.
 # 3. A second kernel of one block adds these numbers in the same way and
 #    writes the root.
@@ -408,13 +376,21 @@ plt.show()
 
 
 # %% the sum of squares tags=["exporti"]
+@device
+def _four(array, i, vectors):
+    """Four numbers from element i on; vectors: whether in one request."""
+    if vectors:
+        return load4(array, i)
+    return array[i], array[i + 1], array[i + 2], array[i + 3]
+
+
 @kernel(fastmath=False)
 def _squares(grads, work, vectors):
     parts = cuda.shared.array(WARPS, np.float32)
     i, fours = cuda.grid(1), grads.size // 4
     s0 = s1 = s2 = s3 = ZERO
     for k in range(i, fours, cuda.gridsize(1)):
-        a, b, c, d = _load(grads, 4 * k, vectors)
+        a, b, c, d = _four(grads, 4 * k, vectors)
         s0, s1, s2, s3 = s0 + a * a, s1 + b * b, s2 + c * c, s3 + d * d
     total = (s0 + s1) + (s2 + s3)
     if 4 * fours + i < grads.size:
@@ -464,15 +440,15 @@ def _clip_factor(norm, bits, max_norm):
 
 # %% scale tags=["exporti"]
 @kernel(fastmath=False)
-def _shrink(grads, work, bits, max_norm, vectors):
+def _shrink(grads, work, bits, max_norm, fours):
     factor = _clip_factor(work[0], bits[0], max_norm)
     if factor == ONE:
         return
-    i, fours = cuda.grid(1), grads.size // 4
+    i = cuda.grid(1)
     if i < fours:
-        a, b, c, d = _load(grads, 4 * i, vectors)
-        shrunk = a * factor, b * factor, c * factor, d * factor
-        _store(grads, 4 * i, shrunk, vectors)
+        a, b, c, d = load4(grads, 4 * i)
+        a, b, c, d = a * factor, b * factor, c * factor, d * factor
+        store4(grads, 4 * i, a, b, c, d)
     elif 3 * fours + i < grads.size:
         grads[3 * fours + i] *= factor
 
@@ -485,7 +461,7 @@ def clip_scratch():
 
 def _norm(work, grads):
     """Leave the norm of a flat array in work[0]; nothing waits."""
-    _check_work("global_norm", work, clip_scratch())
+    given_work("global_norm", work, clip_scratch(), grads)
     blocks = (grads.size + 4 * BLOCK - 1) // (4 * BLOCK)
     blocks = min(NORM_BLOCKS, max(1, blocks))
     _squares[blocks, BLOCK](grads, work, int(aligned(grads)))
@@ -501,10 +477,10 @@ def clip_apply(grads, max_norm, work):
     """
     _norm(work, grads)
     if grads.size:
-        bits, vectors = work[:1].view(np.int32), int(aligned(grads))
+        bits, fours = work[:1].view(np.int32), count_fours(grads)
         most = np.float32(min(max_norm, LARGEST))
-        grid = _grid(grads.size)
-        _shrink[grid, BLOCK](grads, work, bits, most, vectors)
+        grid = -(-(grads.size - 3 * fours) // BLOCK)
+        _shrink[grid, BLOCK](grads, work, bits, most, fours)
 
 
 # %% the norm and the clip, with an answer tags=["export"]
@@ -518,8 +494,7 @@ def global_norm(grads, work=None):
     `clip_scratch()` floats, or None to have one made. Waits for the result.
     Raises TypeError or ValueError for arrays that do not fit.
     """
-    if work is None:
-        work = empty(clip_scratch(), like=grads)
+    work = given_work("global_norm", work, clip_scratch(), grads)
     _norm(work, grads)
     return float(to_host(work[:1])[0])
 
@@ -535,8 +510,7 @@ def clip_gradients(grads, max_norm, work=None):
     out infinite: as for `global_norm`. Waits for the norm. Raises ValueError
     unless max_norm is positive, and as `global_norm` does.
     """
-    if work is None:
-        work = empty(clip_scratch(), like=grads)
+    work = given_work("clip_gradients", work, clip_scratch(), grads)
     clip_apply(grads, max_norm, work)
     return float(to_host(work[:1])[0])
 

@@ -16,7 +16,7 @@
 # > Everything stays where the kernels are, and what is launched is the same in
 # > every step: so it is recorded once, and launched as one.
 #
-# *Reading time: 22 minutes. You need: [chapter 1.16](../1_by_hand/16_model.ipynb)
+# *Reading time: 22 minutes. You need: [chapter 1.17](../1_by_hand/17_model.ipynb)
 # and the kernels of this part.*
 
 # %% [markdown]
@@ -154,6 +154,10 @@ def zeros(nbytes):
 # [chapter 3.7](07_cublas.ipynb) hands plans to NVIDIA's cuBLASLt where that is
 # installed. The model takes the library's if it can, and the variable `LLMNB_MATMUL` chooses otherwise. Only the
 # library has products in TF32 (`precision="tf32"`).
+#
+# The models of Part 5 have layers that these chapters do not know yet. Their
+# modules are looked up when a model is made, and their linear layers have no
+# biases, whose gradients are what our products want scratch memory for.
 
 
 # %% is a GPU wanted in vain tags=["export"] module="cuda.model"
@@ -181,7 +185,7 @@ def gpu():
 def products():
     """Whose products a GPT2 takes on a GPU: "cublas" or "llmnb".
 
-    cuBLASLt's where it can be had, else those of chapter 1.7. The variable
+    cuBLASLt's where it can be had, else those of chapter 3.6. The variable
     LLMNB_MATMUL chooses: ValueError when it asks for what there is not.
     """
     asked = os.environ.get("LLMNB_MATMUL", "")
@@ -207,11 +211,16 @@ def model_layout(cfg, batch_size, seq_len, precision="fp32"):
         raise ValueError(f"GPT2: precision 'tf32' needs cuBLASLt: {why}")
     B, T, C, NH = batch_size, seq_len, cfg.channels, cfg.num_heads
     wanted = [
-        layernorm.layernorm_scratch(B * T, C),
+        layernorm.layernorm_scratch(B * T, C),  # RMSNorm wants half of it
         attention.attention_scratch(B, T, NH),
         adamw.clip_scratch(),
-        *[matmul.matmul_scratch(B * T, n * C) for n in (1, 3, 4)],
     ]
+    if cfg.bias:  # their gradients are sums over rows
+        wanted += [matmul.matmul_scratch(B * T, n * C) for n in (1, 3, 4)]
+    if cfg.family != "gpt2" and cfg.qk_norm:
+        from llmnb.cuda.headnorm import headnorm_scratch  # Part 5
+
+        wanted.append(headnorm_scratch(B * T, cfg.head_size))
     if products() == "cublas":
         wanted.append(cublas_scratch())
     rows = dict.fromkeys(("decays", "stays"), (adamw.adamw_scratch(),))
@@ -228,6 +237,15 @@ LAYERS = (
 )  # fmt: skip
 
 
+def _later_layers():
+    """The layers of Part 5, whose chapters come after this one."""
+    from llmnb.cuda import (
+        embedding, gated, headnorm, local, rmsnorm, rotary, softcap,
+    )  # fmt: skip
+
+    return embedding, gated, headnorm, local, rmsnorm, rotary, softcap
+
+
 def model_layers(work, precision="fp32"):
     """The layers as a GPT2 calls them: none of them allocates.
 
@@ -235,7 +253,7 @@ def model_layers(work, precision="fp32"):
     object with the functions of all layers.
     """
     found = {}
-    for module in LAYERS:
+    for module in (*LAYERS, *_later_layers()):
         for name in module.__all__:
             found[name] = getattr(module, name)
     if products() == "cublas":

@@ -15,7 +15,7 @@
 # > Three traps that make a GPU look faster than it is, a clock that steps round
 # > them, and what has been measured so far.
 #
-# *Reading time: 14 minutes. You need: [chapter 3.11](11_step.ipynb).*
+# *Reading time: 12 minutes. You need: [chapter 3.11](11_step.ipynb).*
 
 # %% [markdown]
 # ## Where we are
@@ -68,6 +68,7 @@ import numpy as np
 # %% imports of the GPU's clock tags=["export"] module="bench.clock"
 import subprocess
 import time
+from contextlib import suppress
 from statistics import median
 
 import numpy as np
@@ -145,9 +146,8 @@ print(f"{seen.sectors} sectors moved; the least are {least}")
 # %% [markdown]
 # `Clock` puts the events around what it is given. It asks how long the host
 # takes to launch it, and sweeps as often as covers twice that. A GPU changes
-# its clock rate as it warms up, and so the rounds are interleaved here too:
-# `in_turns` times every version once a round, and the median is taken over
-# the rounds.
+# its clock rate as it warms up, and so kernels that are compared take turns
+# too, as programs do, and the median is taken over the rounds.
 #
 # No GPU has run these lines yet. What could be tried without one has been:
 # the kernels in the simulator, and the order of events and launches on a
@@ -205,24 +205,6 @@ class Clock:
         return self._between(run)
 
 
-# %% in turns tags=["export"] module="bench.clock"
-def in_turns(clock, runs, budget=2.0, most=50):
-    """Time each of some functions once a round; see `Clock`.
-
-    runs: a dict from name to a function that launches. budget: seconds of
-    GPU time to spend, roughly; at least five rounds and at most `most` are
-    measured. Returns a dict from name to a list of seconds.
-    """
-    host = {name: clock.launching(run) for name, run in runs.items()}
-    first = {name: clock.seconds(r, host[name]) for name, r in runs.items()}
-    rounds = int(budget / max(sum(first.values()), 1e-9))
-    found = {name: [] for name in runs}
-    for _ in range(min(max(rounds, 5), most)):
-        for name, run in runs.items():
-            found[name].append(clock.seconds(run, host[name]))
-    return found
-
-
 # %% the limits of a GPU tags=["export"] module="bench.clock"
 def limits(clock):
     """What a GPU reaches in the two kernels that do nothing else.
@@ -236,17 +218,18 @@ def limits(clock):
     chains = to_device(np.full(256 * grid, 0.5, np.float32))
     here, turns = to_device(np.zeros(1 << 26, np.float32)), 4096
     there = empty(here.shape, like=here)
+    work = {
+        "fma_peak": 2 * _CHAINS * _UNROLLED * turns * chains.size,
+        "copy_bytes": 2 * here.nbytes,
+    }
     runs = {
-        "fma": lambda: _multiply_add[grid, 256](chains, turns),
-        "copy": lambda: _copy[grid, 256](there, here),
+        "fma_peak": lambda: _multiply_add[grid, 256](chains, turns),
+        "copy_bytes": lambda: _copy[grid, 256](there, here),
     }
-    spent = {k: median(v) for k, v in in_turns(clock, runs, 1.0).items()}
-    flops = 2 * _CHAINS * _UNROLLED * turns * chains.size
-    moved = 2 * here.nbytes
-    return {
-        "fma_peak": flops / spent["fma"],
-        "copy_bytes": moved / spent["copy"],
-    }
+    for name, run in runs.items():
+        host = clock.launching(run)
+        work[name] /= median(clock.seconds(run, host) for _ in range(20))
+    return work
 
 
 # %% which GPU tags=["export"] module="bench.clock"
@@ -258,23 +241,18 @@ def no_times():
 def gpu_facts():
     """The GPU's name, generation, processors, caches, clocks: a dict.
 
-    Needs a GPU. clocks is what nvidia-smi says of them at this moment, or
-    None where it is silent.
+    Needs a GPU. nvidia_smi is what that program says of driver, clocks and
+    power at this moment, or None where it is silent.
     """
     from numba import cuda as real
 
-    gpu = real.get_current_device()
-    name = gpu.name.decode() if isinstance(gpu.name, bytes) else gpu.name
+    gpu, said = real.get_current_device(), None
     fields = "driver_version,clocks.sm,clocks.mem,power.limit"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv"]
-    try:
-        said = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=20
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        said = None
+    with suppress(OSError, subprocess.SubprocessError):
+        said = subprocess.check_output(command, text=True, timeout=20).strip()
     return {
-        "name": name,
+        "name": gpu.name.decode() if isinstance(gpu.name, bytes) else gpu.name,
         "generation": list(gpu.compute_capability),
         "processors": gpu.MULTIPROCESSOR_COUNT,
         "l2_bytes": gpu.L2_CACHE_SIZE,

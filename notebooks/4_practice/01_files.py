@@ -15,7 +15,7 @@
 # > What a kill, a full disk, a second writer or a wrong download can do to a
 # > file, and four small functions after which they cannot.
 #
-# *Reading time: 15 minutes. You need: Python's files, and no other chapter.*
+# *Reading time: 24 minutes. You need: Python's files, and no other chapter.*
 
 # %% [markdown]
 # ## Where we are
@@ -45,6 +45,7 @@ from llmnb.book.verify import verdict
 # %% imports for files tags=["export"]
 import contextlib
 import errno
+import importlib
 import json
 import os
 import platform
@@ -108,7 +109,7 @@ for name, program in (("in place", IN_PLACE), ("beside", BESIDE_IT)):
 # after the rename the folder, which is itself a table from names to files.
 
 # %% names on the disk tags=["export"]
-UNABLE = errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP
+_UNABLE = errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP
 
 
 def sync_folder(folder):
@@ -126,7 +127,7 @@ def sync_folder(folder):
         finally:
             os.close(place)
     except OSError as error:
-        if error.errno not in UNABLE:
+        if error.errno not in _UNABLE:
             raise
 
 
@@ -165,6 +166,12 @@ def replacing(path):
     sync_folder(path.parent)
 
 
+def write_whole(path, data):
+    """Write bytes as a file that appears whole or not at all."""
+    with replacing(path) as file:
+        file.write(data)
+
+
 # %% a write that fails
 (folder / "kept.txt").write_bytes(b"the old text")
 try:
@@ -182,36 +189,28 @@ print((folder / "kept.txt").read_bytes())
 # Files that are read may be anything. A reader knows only what it wants; that
 # a file is *another* well-known thing, and what to do about it, one function
 # knows for all of them. It is asked after the reader has refused, so that
-# what it takes for a pickle can never be a model.
+# what it takes for a pickle can never be a model. The same goes for a package
+# that a file needs and that not everybody installs.
 
 # %% what a file is instead tags=["export"]
-_PICKLE = (
-    "a pickle, as PyTorch saves it: a program that could do anything, so it "
-    "is not opened; in transformers, save_pretrained writes safetensors"
-)
-_PACKED = "a packed file: unpack it first"
-_PAGE = "a web page, not the file that it is about: download that"
 # how files begin that are taken for others
 _BEGINNINGS = {
-    b"version https://git-lfs": "a Git LFS pointer, which stands for a file "
-    "and is not that file: `git lfs pull` fetches it",
-    b"PK\x03\x04": "a zip archive, as PyTorch's torch.save and NumPy's savez "
-    "write it: save the model as safetensors instead",
-    b"\x80\x02\x8a\n": _PICKLE,
-    b"\x80\x03": _PICKLE,
-    b"\x80\x04\x95": _PICKLE,
-    b"\x80\x05\x95": _PICKLE,
-    b"GGUF": "a GGUF file of llama.cpp: take the safetensors of the model",
-    b"\x89HDF": "an HDF5 file of Keras: take the safetensors of the model",
-    b"\x93NUMPY": "an array of NumPy's",
-    b"\x1f\x8b\x08": _PACKED,
-    b"\x28\xb5\x2f\xfd": _PACKED,
-    b"BZh": _PACKED,
-    b"\xfd7zXZ": _PACKED,
-    b"<!doctype": _PAGE,
-    b"<!DOCTYPE": _PAGE,
-    b"<html": _PAGE,
-    b"Entry not found": "an answer of the hub, that it has no such file",
+    (b"version https://git-lfs",): "a Git LFS pointer, which stands for a "
+    "file and is not that file: `git lfs pull` fetches it",
+    (b"PK\x03\x04",): "a zip archive, as PyTorch's torch.save and NumPy's "
+    "savez write it: save the model as safetensors instead",
+    (b"\x80\x02\x8a\n", b"\x80\x03", b"\x80\x04\x95", b"\x80\x05\x95"): "a "
+    "pickle, as PyTorch saves it: a program that could do anything, so it is "
+    "not opened; in transformers, save_pretrained writes safetensors",
+    (b"GGUF",): "a GGUF file of llama.cpp: take the safetensors of the model",
+    (b"\x89HDF",): "an HDF5 file of Keras: take the safetensors of the model",
+    (b"\x93NUMPY",): "an array of NumPy's",
+    # gzip, zstd, bzip2, xz
+    (b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ"): "a packed "
+    "file: unpack it first",
+    (b"<!doctype", b"<!DOCTYPE", b"<html"): "a web page, not the file that it "
+    "is about: download that",
+    (b"Entry not found",): "an answer of the hub, that it has no such file",
 }
 # llm.c's files, by the number that they begin with
 _NUMBERS = {
@@ -219,6 +218,7 @@ _NUMBERS = {
     20240327: "a debug state of llm.c",
     20240328: "a tokenizer in llm.c's format",
     20240520: "a shard of tokens",
+    20240801: "a shard of tokens, of four bytes each",
     20240522: "a multiple choice test in llm.c's format",
 }
 
@@ -233,12 +233,28 @@ def what_is(path, mine=None):
         start = file.read(64)
     if not start:
         return "this is an empty file, of 0 bytes: copy or fetch it again"
-    for beginning, what in _BEGINNINGS.items():
-        if start.lstrip().startswith(beginning):
+    for beginnings, what in _BEGINNINGS.items():
+        if start.lstrip().startswith(beginnings):
             return f"this is {what}"
     number = int.from_bytes(start[:4], "little")
     other = number != mine and _NUMBERS.get(number)
     return f"this is {other}" if other else ""
+
+
+# %% a package that is not there tags=["export"]
+def package(name, extra, user):
+    """Import a module that only an extra of llmnb installs; returns it.
+
+    user: what needs it, as the message calls it. Raises ImportError, which
+    says how to install it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ImportError(
+            f"{user} needs the package {name.partition('.')[0]}: "
+            f"pip install 'llmnb[{extra}]'"
+        ) from None
 
 
 # %% files that are something else
@@ -259,14 +275,19 @@ for name, raw in {
 
 
 # %% read what is small tags=["export"]
+def check_regular(path):
+    """Raise ValueError for a pipe, a device or a folder, naming it."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: must be a regular file")
+
+
 def read_small(path, most):
     """The bytes of a file that has no reason to be large.
 
     Raises ValueError, naming the file, when it has more than `most`, before
     any is read, and when it is no file but a pipe, say, which has no size.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path}: must be a regular file")
+    check_regular(path)
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
@@ -303,7 +324,8 @@ def read_json(path, most=1 << 20):
 # it, and the system keeps a mark on the open file (`flock`), which no second
 # process gets. That mark is the point: it goes when its process goes, in
 # whatever way, so that a program that was killed locks nobody out, whatever
-# its file still says.
+# its file still says. And since nobody's files should be lost by a wrong name,
+# a folder that holds any is taken only when that is asked for.
 
 # %% locked or not tags=["exporti"]
 HELD = BlockingIOError, PermissionError  # another process has the lock
@@ -345,19 +367,32 @@ def in_use(folder):
     own = LOCKS.get(os.path.realpath(folder))
     if own and own.release.alive:
         return ""
-    try:
+    with contextlib.suppress(OSError):
         place = _open(Path(folder, LOCK), create=False)
-    except OSError:
-        return ""
-    try:
-        _flock(place)
-    except HELD:
-        return _words(folder)
-    except OSError:
-        return ""
-    finally:
-        os.close(place)
+        try:
+            _flock(place)
+        except HELD:
+            return _words(folder)
+        finally:
+            os.close(place)
     return ""
+
+
+def own_folder(path, force=False):
+    """Make a folder for one program's files; returns it as a Path.
+
+    Raises FileExistsError when it holds anything, unless `force`. A lock, and
+    what a kill left half written, are nothing.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file, not a folder")
+    make_folder(path)
+    rest = [x for x in path.iterdir() if x.suffix != ".new"]
+    if [x for x in rest if x.name != LOCK] and not force:
+        state = in_use(path) or "exists and is not empty"
+        raise FileExistsError(f"{path} {state}")
+    return path
 
 
 def _words(folder):
@@ -396,9 +431,8 @@ def _take(folder):
         return _take(folder)
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     who = f"process {os.getpid()} on {platform.node()} since {now}"
-    with contextlib.suppress(
-        OSError
-    ):  # a full disk; the lock holds without the words
+    # on a full disk the lock holds without the words
+    with contextlib.suppress(OSError):
         os.ftruncate(place, 0)
         os.write(place, who.encode())
     return place

@@ -16,7 +16,7 @@
 # > model can have, and what must be checked before one of its numbers is
 # > believed.
 #
-# *Reading time: 12 minutes. You need: [chapter 4.1](01_files.ipynb), the
+# *Reading time: 17 minutes. You need: [chapter 4.1](01_files.ipynb), the
 # sixteen tensors of [chapter 1.4](../1_by_hand/04_gpt2.ipynb), and the
 # rounding of [chapter 2.6](../2_cpu/06_bfloat16.ipynb).*
 
@@ -52,7 +52,7 @@ import zlib
 import numpy as np
 
 from llmnb.config import GPT2Config
-from llmnb.files import replacing, what_is
+from llmnb.files import check_regular, replacing, what_is
 from llmnb.model.tensors import parameter_count, parameter_shapes
 from llmnb.reference.bfloat16 import from_bfloat16, to_bfloat16
 
@@ -124,8 +124,7 @@ def read_header(path, magic, versions, count):
     is wrong and what would be right, for a pipe or a device, for a file that
     is shorter than its header, and for another magic number or version.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path}: must be a regular file")
+    check_regular(path)
     with open(path, "rb", buffering=0) as file:
         size, raw = os.fstat(file.fileno()).st_size, file.read(4 * count + 4)
     if size < HEADER_BYTES or len(raw) < 4 * count + 4:
@@ -163,9 +162,9 @@ def check_header(path, magic, rows):
 
 # %% the numbers of a model's file tags=["export"]
 MAGIC = 20240326
-BODIES = {3: "<f4", 5: "<u2"}  # a version and how its numbers are stored
-SUMMED = 1  # in a header with a checksum, the last number but one
-CHUNK = 1 << 22  # numbers read or written at a time: 16 MiB of float32
+_BODIES = {3: "<f4", 5: "<u2"}  # a version and how its numbers are stored
+_SUMMED = 1  # in a header with a checksum, the last number but one
+_PORTION = 1 << 22  # numbers read or written at a time: 16 MiB of float32
 
 
 # %% write a checkpoint tags=["export"]
@@ -176,19 +175,19 @@ def write_checkpoint(path, cfg, params, version=3):
     version: 3 for float32, 5 for bfloat16, rounded from float32 to nearest;
     ValueError for another. The file appears whole or not at all.
     """
-    if version not in BODIES:
+    if version not in _BODIES:
         raise ValueError(
             f"write_checkpoint: version must be 3 (float32) or 5 (bfloat16), "
             f"got {version!r}"
         )
     header = header_of(MAGIC, version, *_sizes(cfg)).view("<u4")
-    header[-2], total = SUMMED, 0
+    header[-2], total = _SUMMED, 0
     with replacing(path) as file:
         file.write(header.data)
         for part in _pieces(params[x] for x in parameter_shapes(cfg)):
             part = part.astype(np.float32, copy=False)
             body = to_bfloat16(part) if version == 5 else part
-            body = body.astype(BODIES[version], copy=False).data
+            body = body.astype(_BODIES[version], copy=False).data
             total = zlib.crc32(body, total)
             file.write(body)
         header[-1] = zlib.crc32(header, total)
@@ -198,11 +197,11 @@ def write_checkpoint(path, cfg, params, version=3):
 
 # %% pieces, and the six sizes tags=["exporti"]
 def _pieces(arrays):
-    """Some arrays, flat, as views of at most CHUNK numbers."""
+    """Some arrays, flat, as views of at most _PORTION numbers."""
     for array in arrays:
         flat = np.asarray(array).reshape(-1)
-        for first in range(0, flat.size, CHUNK):
-            yield flat[first : first + CHUNK]
+        for first in range(0, flat.size, _PORTION):
+            yield flat[first : first + _PORTION]
 
 
 def _sizes(cfg):
@@ -226,9 +225,9 @@ def _sizes(cfg):
 # %% read a header tags=["export"]
 def bin_header(path):
     """Version and configuration of a .bin, checked against its length."""
-    size, version, *sizes = read_header(path, MAGIC, [*BODIES], 7)
+    size, version, *sizes = read_header(path, MAGIC, [*_BODIES], 7)
     cfg = config_of(path, sizes[:5])
-    width = np.dtype(BODIES[version]).itemsize
+    width = np.dtype(_BODIES[version]).itemsize
     right = HEADER_BYTES + width * parameter_count(cfg)
     padded = cfg.padded_vocab_size
     rows = (
@@ -263,7 +262,7 @@ def read_bin(path, version, params):
         header, total = np.fromfile(file, "<u4", HEADER), 0
         for name, array in params.items():
             for part in _pieces([array]):
-                body = np.fromfile(file, BODIES[version], part.size)
+                body = np.fromfile(file, _BODIES[version], part.size)
                 if body.size != part.size:
                     raise ValueError(f"{path}: ends within {name}")
                 total = zlib.crc32(body, total)
@@ -275,7 +274,7 @@ def _check_sum(path, header, total):
     """Raise unless a .bin has the sum that its header keeps, if any."""
     marked, kept = header[-2:].tolist()
     header[-1] = 0
-    if marked == SUMMED and kept != zlib.crc32(header, total):
+    if marked == _SUMMED and kept != zlib.crc32(header, total):
         raise ValueError(
             f"{path} is damaged, its checksum is not the one in its header: "
             "take another copy, or write it anew, as `llmnb train --resume` "
@@ -344,7 +343,7 @@ except ValueError as error:
 
 # %% bytes on disk
 N = parameter_count(GPT2Config())
-for version, dtype in BODIES.items():
+for version, dtype in _BODIES.items():
     size = HEADER_BYTES + np.dtype(dtype).itemsize * N
     print(f"version {version} {size:>13,} bytes")
 verdict("version 3", HEADER_BYTES + 4 * N == 497_904_640, "as llm.c's file")

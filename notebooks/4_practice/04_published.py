@@ -16,7 +16,7 @@
 # > Hugging Face's layout of GPT-2, read and written; and one function that
 # > opens a model of any known format.
 #
-# *Reading time: 22 minutes. You need: [chapter 4.2](02_checkpoints.ipynb),
+# *Reading time: 29 minutes. You need: [chapter 4.2](02_checkpoints.ipynb),
 # [chapter 4.3](03_safetensors.ipynb).*
 
 # %% [markdown]
@@ -55,7 +55,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmnb.files import make_folder, read_json, replacing
+from llmnb.files import make_folder, read_json, write_whole
 from llmnb.formats.llmc import config_of
 from llmnb.formats.safetensors import TensorFile, write_tensors
 from llmnb.model.tensors import parameter_shapes, tensor_table
@@ -200,8 +200,7 @@ def write_folder(folder, cfg, params):
     # our encodings end with the token that ends a text
     config["bos_token_id"] = config["eos_token_id"] = cfg.vocab_size - 1
     write_safetensors(folder / "model.safetensors", cfg, params)
-    with replacing(path) as file:
-        file.write(json.dumps(config, indent=1).encode() + b"\n")
+    write_whole(path, json.dumps(config, indent=1).encode() + b"\n")
 
 
 # %% [markdown]
@@ -241,16 +240,25 @@ def _neighbour(path, name):
     return TensorFile(path.parent / name)
 
 
-# %% tensors by their short names tags=["exporti"]
-def _tensors(path):
-    """Name without prefix -> (TensorFile, name in it)."""
+# %% tensors by their names tags=["export"]
+def published_tensors(path):
+    """Name -> (TensorFile, the same name), of a file or an index of several.
+
+    Raises ValueError, naming the file, when one is not whole or missing.
+    """
     if path.suffix == ".json":
         found = _indexed(path)
     else:
         file = TensorFile(path)
         found = dict.fromkeys(file.names, file)
+    return {name: (file, name) for name, file in found.items()}
+
+
+# %% by their short names tags=["exporti"]
+def _tensors(path):
+    """Name without prefix -> (TensorFile, name in it)."""
     tensors = {}
-    for name, file in found.items():
+    for name, (file, _) in published_tensors(path).items():
         short = name.removeprefix("transformer.")
         if short in tensors:
             raise ValueError(f"{path}: {short} comes twice")
@@ -274,6 +282,7 @@ def _published_config(path, tensors):
     """The configuration that the shapes give, checked tensor by tensor."""
     described = path.parent / "config.json"
     config = read_json(described) if described.exists() else {}
+    _check_kind(described, config.get("model_type", "gpt2"))
     for name, known in FIXED.items():
         if config.get(name, known[0]) not in known:
             raise ValueError(
@@ -291,6 +300,17 @@ def _published_config(path, tensors):
             )
     _check_shapes(path, cfg, tensors)
     return cfg
+
+
+def _check_kind(path, kind):
+    """Raise for the description of a model that is of another kind."""
+    from llmnb.model.architectures import ARCHITECTURES  # Part 5
+
+    if kind != "gpt2":
+        raise ValueError(
+            f"{path}: model_type is {kind!r:.80}, where known are "
+            f"{', '.join(ARCHITECTURES)}"
+        )
 
 
 # %% sizes from shapes tags=["exporti"]
@@ -387,12 +407,11 @@ def open_published(path):
 # A run in progress ([chapter 4.15](15_states.ipynb)) keeps its state in
 # the container of chapter 4.3: the weights under their own names, with
 # `params.` before them, and beside them what only training needs. Its metadata
-# holds a page of JSON, the **record**, with the configuration and a checksum
-# of every array. Whoever wants the model reads a third of the file.
+# holds a page of JSON, the **record**, with the configuration; the sums of the
+# container cover it too. Whoever wants the model reads a third of the file.
 
 # %% imports of the door tags=["export"] module="formats.checkpoint"
 import json
-import zlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -402,7 +421,6 @@ import numpy as np
 
 from llmnb.backend import choose
 from llmnb.checks import check_array
-from llmnb.config import GPT2Config
 from llmnb.files import what_is
 from llmnb.formats.llmc import bin_header, read_bin, write_checkpoint
 from llmnb.formats.published import INDEX, open_published, write_safetensors
@@ -416,41 +434,34 @@ STATE = "llmnb training state 1"
 def state_record(file):
     """The record of a training state: a dict.
 
-    file: its TensorFile. Raises ValueError or KeyError when it is no state,
-    or a damaged one.
+    file: its TensorFile. Raises ValueError or KeyError when it is no state.
+    A bit that is not what it was is found by the sum of any array.
     """
-    note = file.metadata
-    if note.get("format") != STATE:
+    if file.metadata.get("format") != STATE:
         raise ValueError(f"its format must be {STATE!r}")
-    if str(zlib.crc32(note["record"].encode())) != note["sum"]:
-        raise ValueError("its record is damaged")
-    return json.loads(note["record"])
+    return json.loads(file.metadata["record"])
 
 
 # %% its weights tags=["exporti"] module="formats.checkpoint"
 def _open_state(path, file):
     """A state's configuration, and the function that fills its params."""
+    from llmnb.model.architectures import architecture_from  # Part 5
+
     try:
-        record = state_record(file)
-        cfg, sums = GPT2Config(**record["model"]), record["sums"]
+        cfg = architecture_from(state_record(file)["model"])
         for name, shape in parameter_shapes(cfg).items():
             got = file.shape(f"params.{name}")
             if got != shape:
                 raise ValueError(f"params.{name} must be {shape}, got {got}")
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a whole state: {error}") from None
-    return cfg, partial(_read_state, path, file, sums)
+    return cfg, partial(_read_state, file)
 
 
-def _read_state(path, file, sums, params):
-    """Fill params, checked before, and check their sums."""
+def _read_state(file, params):
+    """Fill params, checked before."""
     for name, array in params.items():
-        x = file[f"params.{name}"]
-        if zlib.crc32(x) != sums.get(f"params.{name}"):
-            raise ValueError(
-                f"{path} is not a whole state: params.{name} is damaged"
-            )
-        array[...] = x
+        array[...] = file[f"params.{name}"]
 
 
 # %% [markdown]
@@ -460,7 +471,7 @@ def _read_state(path, file, sums, params):
 
 # %% which file it is tags=["export"] module="formats.checkpoint"
 # endings of models that we do not read, which is to be said
-OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".gguf", ".npz")
+_OTHERS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".npz")
 
 
 def find_model(path):
@@ -472,8 +483,11 @@ def find_model(path):
     for name in names:
         if (path / name).exists():
             return path / name
+    packed = sorted(path.glob("*.gguf"))
+    if len(packed) == 1:
+        return packed[0]
     for other in sorted(path.glob("*.*")):
-        if other.suffix in OTHERS and (what := what_is(other)):
+        if other.suffix in _OTHERS and (what := what_is(other)):
             raise ValueError(f"{other}: {what}")
     raise FileNotFoundError(f"{path}: holds none of {', '.join(names)}")
 
@@ -482,13 +496,31 @@ def find_model(path):
 def _open(path):
     """A model's configuration, and the function that fills its params."""
     path = find_model(path)
+    if path.suffix == ".gguf":
+        from llmnb.formats.gguf import open_gguf  # Part 5
+
+        return open_gguf(path)
     if path.suffix not in (".safetensors", ".json"):
         version, cfg = bin_header(path)
         return cfg, partial(read_bin, path, version)
     file = TensorFile(path) if path.suffix == ".safetensors" else None
     if file and file.metadata.get("format") == STATE:
         return _open_state(path, file)
+    if _of_a_family(path, file):
+        from llmnb.formats.families import open_family  # Part 5
+
+        return open_family(path)
     return open_published(path)
+
+
+def _of_a_family(path, file):
+    """Whether a file's record, or the config.json beside it, says so."""
+    from llmnb.formats.families import RECORD, family_of  # Part 5
+
+    described = path.parent / "config.json"
+    if file and RECORD in file.metadata:
+        return True
+    return described.exists() and family_of(described) is not None
 
 
 # %% [markdown]
@@ -509,6 +541,9 @@ def without_padding(path, cfg, tokens, tokenizer=""):
     ValueError, which names the path and the tokenizer, when it must be
     another model's.
     """
+    images = cfg.family == "gemma3_text"  # whose tokenizer has one for them
+    if cfg.family != "gpt2" and tokens <= cfg.vocab_size + images:
+        return cfg  # of these some have hundreds of rows to spare
     few = replace(cfg, vocab_size=tokens)
     if not tokens <= cfg.vocab_size <= few.padded_vocab_size:
         named = "the tokenizer" + (tokenizer and f" {tokenizer}")
@@ -617,17 +652,31 @@ def read_checkpoint(path, cfg, params):
 
 
 # %% write any model tags=["export"] module="formats.checkpoint"
+def _safetensors_writer(cfg):
+    """The function that writes such a model as safetensors."""
+    if cfg.family == "gpt2":
+        return write_safetensors
+    from llmnb.formats.families import write_family  # Part 5
+
+    return write_family
+
+
 def write_model(path, cfg, params, precision="fp32"):
     """Write a model in the format that the name asks for.
 
     Hugging Face's layout for a name that ends in .safetensors, float32 only;
     else llm.c's .bin, with precision "fp32" version 3, with "bf16" version
-    5, half as long. params: a mapping from llm.c's names to arrays. Raises
-    ValueError for a precision that the format lacks.
+    5, half as long, which holds GPT-2 only. params: a mapping from llm.c's
+    names to arrays. Raises ValueError for a precision that the format lacks.
     """
     if str(path).endswith(".safetensors"):
         choose("GPT2: precision", precision, ["fp32"])
-        write_safetensors(path, cfg, params)
+        _safetensors_writer(cfg)(path, cfg, params)
+    elif cfg.family != "gpt2":
+        raise ValueError(
+            f"{path}: llm.c's format holds GPT-2 only; for a {cfg.family} "
+            "let the name end in .safetensors"
+        )
     else:
         version = {"fp32": 3, "bf16": 5}
         choose("GPT2: precision", precision, version)

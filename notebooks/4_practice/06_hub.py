@@ -7,6 +7,7 @@
 #   llmnb:
 #     modules:
 #       formats.hub: "Published models, downloaded and checked."
+#       formats.letters: "The letters in which GPT-2's vocabulary writes bytes."
 #       formats.vocabulary: "A model's tokenizer, in any file that it may lie in."
 # ---
 
@@ -16,7 +17,7 @@
 # > Fetch GPT-2 and know that it is GPT-2; then find the tokenizer that belongs
 # > to a model, in any of the five files in which it may lie.
 #
-# *Reading time: 24 minutes. You need: [chapter
+# *Reading time: 28 minutes. You need: [chapter
 # 1.2](../1_by_hand/02_tokens.ipynb) for ranks and merges, and [chapter
 # 4.4](04_published.ipynb).*
 
@@ -38,13 +39,18 @@
 import hashlib
 from pathlib import Path
 
+from llmnb.files import package
+
 # %% imports of the vocabularies tags=["export"] module="formats.vocabulary"
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 
-from llmnb.files import read_json, read_small, replacing, what_is
+from llmnb.files import package, read_json, read_small
+from llmnb.files import what_is, write_whole
 from llmnb.formats.checkpoint import find_model
+from llmnb.formats.letters import byte_letters
 from llmnb.formats.llmc import (
     HEADER_BYTES,
     check_header,
@@ -88,84 +94,68 @@ trained = tokenizer.train("low lower lowest, newer newest " * 3, 270)
 # then only the hashes that we name are compared.)
 
 # %% what can be fetched tags=["export"]
-_BPE = {
-    "vocab.json": (
-        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-    ),
-    "merges.txt": (
-        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-    ),
-}
 # files and their SHA-256, or "" for the hash that the hub gives
-_FILES = dict.fromkeys(
+_OPENAI = dict.fromkeys(
     ("config.json", "vocab.json", "merges.txt", "model.safetensors"), ""
 )
-_SMALL = (
-    _FILES
-    | _BPE
-    | {
-        "model.safetensors": (
-            "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"
-        ),
-    }
-)
-_XL = (
-    _FILES
-    | _BPE
-    | {
-        "model.safetensors": (
-            "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"
-        ),
-    }
-)
-_PACK = {
-    "gpt2_124M.bin": (
-        "3da8b207584030bcdcd207cf7a99952e3421dce92da218b351071857511bf162"
-    ),
-    "gpt2_124M_bf16.bin": (
-        "6661f45628102b4c6e86835d9057b5ba2c024dbf9b81445175e258b7878a1a6f"
-    ),
-    "gpt2_124M_debug_state.bin": (
-        "a80c4448eed47c561314a2189e62c49b2c7477c265fc2f15c8470d18401693d9"
-    ),
-    "gpt2_tokenizer.bin": (
-        "6f3abc21e444e4e8300e225f4e03da48ea121cf17e30f67009b8dad7a66c2f13"
-    ),
-    "tiny_shakespeare_train.bin": (
-        "8a70606be574040c26d225694f5f9759973b419852d22f7fe5c118e1b359dcc8"
-    ),
-    "tiny_shakespeare_val.bin": (
-        "fe99db720dc7c83e694806d4e047a952909411da1daccde4ccc2e55f40882a62"
-    ),
-}
+_HASHES = """
+vocab.json
+196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783
+merges.txt
+1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5
+model.safetensors
+"""
+_GPT2 = "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"
+_XL = "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a"
+_PACK = """
+gpt2_124M.bin
+3da8b207584030bcdcd207cf7a99952e3421dce92da218b351071857511bf162
+gpt2_124M_bf16.bin
+6661f45628102b4c6e86835d9057b5ba2c024dbf9b81445175e258b7878a1a6f
+gpt2_124M_debug_state.bin
+a80c4448eed47c561314a2189e62c49b2c7477c265fc2f15c8470d18401693d9
+gpt2_tokenizer.bin
+6f3abc21e444e4e8300e225f4e03da48ea121cf17e30f67009b8dad7a66c2f13
+tiny_shakespeare_train.bin
+8a70606be574040c26d225694f5f9759973b419852d22f7fe5c118e1b359dcc8
+tiny_shakespeare_val.bin
+fe99db720dc7c83e694806d4e047a952909411da1daccde4ccc2e55f40882a62
+"""
+
+
+def _hashes(text):
+    """File -> hash, for lines that take turns."""
+    words = text.split()
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def _openai(name, revision, hashes=""):
+    """One of OpenAI's models: see SOURCES."""
+    files = _OPENAI | _hashes(hashes)
+    return "model", f"openai-community/{name}", revision, files
+
+
 # name: kind of repository, its name, the revision, its files
 SOURCES = {
-    "gpt2": (
-        "model",
-        "openai-community/gpt2",
-        "607a30d783dfa663caf39e06633721c8d4cfcd7e",
-        _SMALL,
+    name: _openai(name, revision, hashes)
+    for name, revision, hashes in (
+        ("gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e", _HASHES + _GPT2),
+        ("gpt2-medium", "6dcaa7a952f72f9298047fd5137cd6e4f05f41da", ""),
+        ("gpt2-large", "32b71b12589c2f8d625668d2335a01cac3249519", ""),
+        ("gpt2-xl", "15ea56dee5df4983c59b2538573817e1667135e2", _HASHES + _XL),
+    )
+} | {
+    "starter-pack": (
+        "dataset", "karpathy/llmc-starter-pack", "main", _hashes(_PACK)
     ),
-    "gpt2-medium": (
-        "model",
-        "openai-community/gpt2-medium",
-        "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
-        _FILES,
+    "smollm2": (
+        "model", "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "12fd25f77366fa6b3b4b768ec3050bf629380bac",
+        dict.fromkeys(("config.json", "generation_config.json",
+                       "tokenizer.json", "tokenizer_config.json",
+                       "model.safetensors"), ""),
     ),
-    "gpt2-large": (
-        "model",
-        "openai-community/gpt2-large",
-        "32b71b12589c2f8d625668d2335a01cac3249519",
-        _FILES,
-    ),
-    "gpt2-xl": (
-        "model",
-        "openai-community/gpt2-xl",
-        "15ea56dee5df4983c59b2538573817e1667135e2",
-        _XL,
-    ),
-    "starter-pack": ("dataset", "karpathy/llmc-starter-pack", "main", _PACK),
-}
+}  # fmt: skip
 
 
 # %% fetch tags=["export"]
@@ -182,18 +172,13 @@ def fetch(name):
     if name not in SOURCES:
         known = ", ".join(SOURCES)
         raise ValueError(f"fetch: no {name!r}: choose from {known}")
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError:
-        raise ImportError(
-            "fetch needs the package huggingface_hub: pip install 'llmnb[hub]'"
-        ) from None
+    hub = package("huggingface_hub", "hub", "fetch")
     kind, repo, revision, files = SOURCES[name]
     paths = {}
     try:
         for file in files:
             how = {"repo_type": kind, "revision": revision}
-            paths[file] = Path(hf_hub_download(repo, file, **how))
+            paths[file] = Path(hub.hf_hub_download(repo, file, **how))
             revision = paths[file].parent.name  # a commit, for all the others
     except Exception as error:  # its errors have no root in common
         why = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -214,8 +199,7 @@ def _check_hash(path, want):
     new, before = kinds[len(want)]
     digest = new(before, usedforsecurity=False)
     with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
+        hashlib.file_digest(file, lambda: digest)
     if digest.hexdigest() != want:
         raise OSError(
             f"fetch: {path} is not what was published, its hash is "
@@ -258,7 +242,7 @@ except ValueError as error:
 # for the length, then the token.
 
 # %% read a tokenizer tags=["export"] module="formats.vocabulary"
-TOKENIZER_MAGIC, TOKENIZER_VERSION = 20240328, 2
+_MAGIC, _VERSION = 20240328, 2
 
 
 def read_tokenizer(path):
@@ -267,8 +251,8 @@ def read_tokenizer(path):
     Raises ValueError, naming the file, when it is none of version 2, when
     it ends early or late, and for an empty token.
     """
-    versions = [TOKENIZER_VERSION]
-    size, _, count, eot = read_header(path, TOKENIZER_MAGIC, versions, 3)
+    versions = [_VERSION]
+    size, _, count, eot = read_header(path, _MAGIC, versions, 3)
     # a token takes two bytes at least and 256 at most
     fits = 2 * count <= size - HEADER_BYTES <= 256 * count
     rows = (
@@ -276,7 +260,7 @@ def read_tokenizer(path):
         (0 <= eot < count, "EOT", f"in [0, {count})", eot),
         (fits, "size", f"right for {count} tokens", size),
     )
-    check_header(path, TOKENIZER_MAGIC, rows)
+    check_header(path, _MAGIC, rows)
     raw = read_small(path, HEADER_BYTES + (1 << 24))  # of 65,536 tokens
     tokens, at = [], HEADER_BYTES
     for number in range(count):
@@ -310,9 +294,8 @@ def write_tokenizer(path, encoding):
             )
         body.append(bytes([len(token)]) + token)
     eot = encoding.eot_token
-    header = header_of(TOKENIZER_MAGIC, TOKENIZER_VERSION, count, eot)
-    with replacing(path) as file:
-        file.write(header.tobytes() + b"".join(body))
+    header = header_of(_MAGIC, _VERSION, count, eot)
+    write_whole(path, header.tobytes() + b"".join(body))
 
 
 # %% [markdown]
@@ -329,7 +312,7 @@ def write_tokenizer(path, encoding):
 # take GPT-2's rule.
 
 # %% an encoder from a decoder tags=["export"] module="formats.vocabulary"
-LONGEST_TOKEN = 255  # bytes; GPT-2's longest has 128
+_LONGEST_TOKEN = 255  # bytes; GPT-2's longest has 128
 
 
 def read_encoding(path):
@@ -363,9 +346,9 @@ def encoding_of(path, tokens):
         if bytes([number]) not in rank:
             raise ValueError(f"{path}: no token for the byte {number}")
     for token, i in rank.items():
-        if len(token) > LONGEST_TOKEN:
+        if len(token) > _LONGEST_TOKEN:
             raise ValueError(
-                f"{path}: a token must have at most {LONGEST_TOKEN} bytes, "
+                f"{path}: a token must have at most {_LONGEST_TOKEN} bytes, "
                 f"number {i} has {len(token)}"
             )
         if len(token) > 1 and not _joins(token, i, rank):
@@ -401,8 +384,8 @@ for sample in ("newer lowest", "naïve\n\n", "<|endoftext|>"):
 # of rank, and gives an encoder without another download.
 
 
-# %% GPT-2's letters tags=["exporti"] module="formats.vocabulary"
-def _letters():
+# %% GPT-2's letters tags=["export"] module="formats.letters"
+def byte_letters():
     """The byte that each letter of vocab.json stands for.
 
     Bytes that print stand for themselves, the others in order for the
@@ -425,7 +408,7 @@ def _letters():
 # numbers, and so do we.
 
 # %% read a vocabulary tags=["export"] module="formats.vocabulary"
-LONGEST_VOCAB = 1 << 23  # bytes of a file; GPT-2's have one to four million
+_LONGEST_VOCAB = 1 << 23  # bytes of a file; GPT-2's have one to four million
 
 
 def read_vocab(path):
@@ -436,13 +419,13 @@ def read_vocab(path):
     a byte-level BPE in order of rank.
     """
     path = Path(path)
-    vocab, merges = read_json(path, LONGEST_VOCAB), path.parent / "merges.txt"
+    vocab, merges = read_json(path, _LONGEST_VOCAB), path.parent / "merges.txt"
     if set(map(repr, vocab.values())) != set(map(str, range(len(vocab)))):
         raise ValueError(f"{path}: must number its tokens 0, 1, 2, ...")
     if merges.is_file():
         return _merged(path, vocab, _read_merges(merges))
     tokens = sorted(vocab, key=vocab.get)
-    letters = _letters()
+    letters = byte_letters()
     return encoding_of(path, [_bytes_of(path, x, letters) for x in tokens])
 
 
@@ -456,7 +439,7 @@ def _bytes_of(path, token, letters):
 # %% read the merges tags=["exporti"] module="formats.vocabulary"
 def _read_merges(path):
     """The pairs of a merges.txt, in order."""
-    lines = read_small(path, LONGEST_VOCAB).decode("utf-8", "replace")
+    lines = read_small(path, _LONGEST_VOCAB).decode("utf-8", "replace")
     if what := what_is(path):
         raise ValueError(f"{path}: {what}")
     lines = lines.replace("\r\n", "\n").split("\n")
@@ -480,7 +463,7 @@ def _merged(path, vocab, merges, added=()):
     """
     from tiktoken import Encoding  # not before it is needed
 
-    letters = _letters()
+    letters = byte_letters()
     plain = _joined(path, {x: vocab.get(x) for x in letters}, vocab, merges)
     rest = {x: n for x, n in vocab.items() if x not in plain}
     for x in rest:
@@ -520,7 +503,7 @@ def _joined(path, plain, vocab, merges):
 
 
 # %% an encoder from letters
-letters = {number: letter for letter, number in _letters().items()}
+letters = {number: letter for letter, number in byte_letters().items()}
 tokens = map(trained.decode_single_token_bytes, range(trained.n_vocab))
 spelt = ["".join(letters[x] for x in token) for token in tokens]
 print(spelt[257:263])
@@ -539,7 +522,7 @@ verdict("vocab.json", got == trained.encode_ordinary(sample), "encodes alike")
 # encode a text that has something of everything alike.
 
 # %% read a tokenizer.json tags=["export"] module="formats.vocabulary"
-PROBE = (
+_PROBE = (
     "It's 1,234.5 naïve  cafés:\n\n\tdef f(x):\r\n    return 'x'  # ok\n"
     "東京 ½ ① é \u00a0 \U0001f600 \x00\x7f I'LL we've don't__ \u2028end  "
 )
@@ -551,17 +534,10 @@ def read_tokenizer_json(path):
     Raises ImportError without the library tokenizers, ValueError, naming the
     file, when it cannot read it or the tokenizer is of another kind.
     """
+    tokenizers, path = package("tokenizers", "tokenizers", path), Path(path)
+    raw = read_small(path, _LONGEST_VOCAB)
     try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise ImportError(
-            f"{path} needs the package tokenizers: pip install "
-            "'llmnb[tokenizers]'"
-        ) from None
-    path = Path(path)
-    raw = read_small(path, LONGEST_VOCAB)
-    try:
-        theirs = Tokenizer.from_str(raw.decode("utf-8"))
+        theirs = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
     except Exception as error:  # the library has no class of its own for it
         what = what_is(path) or f"not a tokenizer ({error!s:.200})"
         raise ValueError(f"{path}: {what}") from None
@@ -576,8 +552,8 @@ def read_tokenizer_json(path):
     merges = [x.split(" ") if type(x) is str else x for x in model["merges"]]
     added = {x.content for x in theirs.get_added_tokens_decoder().values()}
     ours = _merged(path, theirs.get_vocab(), merges, added)
-    known = theirs.encode(PROBE, add_special_tokens=False).ids
-    if ours.encode_ordinary(PROBE) != known:
+    known = theirs.encode(_PROBE, add_special_tokens=False).ids
+    if ours.encode_ordinary(_PROBE) != known:
         raise ValueError(
             f"{path}: cuts or merges a text in another way than GPT-2's "
             "byte-level BPE, which is the only one known here"
@@ -595,10 +571,11 @@ def read_tokenizer_json(path):
 
 # %% find and open a tokenizer tags=["export"] module="formats.vocabulary"
 # names of tokenizers beside a model
-BESIDE = (
+TOKENIZER_FILES = (
     "tokenizer.tiktoken",
     "vocab.json",
     "tokenizer.json",
+    "tokenizer.model",
     "gpt2_tokenizer.bin",
 )
 
@@ -610,20 +587,26 @@ def tokenizer_of(path, vocab_size):
     vocab_size tokens. Raises ValueError when it is not certain.
     """
     path = Path(path)
-    if found := _beside(path if path.is_dir() else path.parent):
+    if path.suffix == ".gguf":  # the tokenizer lies within
+        return str(path)
+    if found := tokenizer_beside(path if path.is_dir() else path.parent):
         return str(found)
-    llmc = find_model(path).suffix not in (".safetensors", ".json")
+    file = find_model(path)
+    if file.suffix == ".gguf":
+        return str(file)
+    llmc = file.suffix not in (".safetensors", ".json")
     if llmc and 50257 <= vocab_size <= 50304:
         return "gpt2"
     raise ValueError(
-        f"{path}: which tokenizer? None of {', '.join(BESIDE[:3])} lies "
+        f"{path}: which tokenizer? None of "
+        f"{', '.join(TOKENIZER_FILES[:3])} lies "
         "beside it: name it, as in --tokenizer gpt2"
     )
 
 
-def _beside(folder):
+def tokenizer_beside(folder):
     """The path of a folder's tokenizer, or None."""
-    paths = (folder / name for name in BESIDE)
+    paths = (folder / name for name in TOKENIZER_FILES)
     return next((path for path in paths if path.is_file()), None)
 
 
@@ -631,8 +614,10 @@ def open_encoding(name):
     """The tiktoken.Encoding that a name stands for.
 
     name: gpt2, byte, or the path of a rank file, a vocab.json, a
-    tokenizer.json, llm.c's .bin, or a folder that holds one. Raises
-    ValueError, OSError, or ImportError for a library that is missing.
+    tokenizer.json, a tokenizer.model, a .gguf, llm.c's .bin, or a folder that
+    holds one. One that is not of GPT-2's kind is an object with the same
+    methods, see llmnb.formats.foreign. Raises ValueError, OSError, or
+    ImportError for a library that is missing.
     """
     from llmnb.text import tokenizer
 
@@ -642,14 +627,65 @@ def open_encoding(name):
         return tokenizer.gpt2()
     path = Path(name)
     if path.is_dir():
-        path, folder = _beside(path), path
+        path, folder = tokenizer_beside(path), path
         if path is None:
-            known = ", ".join(BESIDE)
+            known = ", ".join(TOKENIZER_FILES)
             raise FileNotFoundError(f"{folder}: holds none of {known}")
+    if path.name.endswith("tokenizer.json"):
+        return _open_json(path)
+    if path.suffix in (".model", ".gguf"):
+        from llmnb.formats.foreign import open_foreign  # Part 5
+
+        return open_foreign(path)
     if path.suffix == ".json":
-        whole = path.name.endswith("tokenizer.json")
-        return (read_tokenizer_json if whole else read_vocab)(path)
+        return read_vocab(path)
     return (read_encoding if path.suffix == ".bin" else tokenizer.load)(path)
+
+
+def _open_json(path):
+    """The tokenizer of a tokenizer.json: of GPT-2's kind, or another."""
+    from llmnb.formats.foreign import open_foreign  # Part 5
+
+    ours = None
+    with suppress(ValueError):
+        ours = read_tokenizer_json(path)
+    if ours and ours.special_tokens_set == {EOT}:
+        return ours
+    try:  # a text may end with another special token
+        return open_foreign(path)
+    except ValueError:
+        if ours is None:
+            raise
+        return ours
+
+
+# %% a tokenizer kept in a folder tags=["export"] module="formats.vocabulary"
+# names that a kept tokenizer may have
+KEPT = {
+    "tokenizer.tiktoken", "tokenizer.json", "tokenizer_config.json",
+    "tokenizer.model",
+}  # fmt: skip
+
+
+def keep_encoding(encoding, folder):
+    """Write a tokenizer into a folder, where open_encoding finds it.
+
+    encoding: as open_encoding gives it, or a tiktoken.Encoding whose one
+    special token is `<|endoftext|>`. One that was kept there before is
+    removed. Raises ValueError when the folder holds another's vocab.json.
+    """
+    from llmnb.text import tokenizer
+
+    folder, files = Path(folder), getattr(encoding, "files", {})
+    if not files:
+        tokenizer.save(encoding, folder / TOKENIZER_FILES[0])
+    for name, raw in files.items():
+        write_whole(folder / name, raw)
+    for name in KEPT - {*(files or TOKENIZER_FILES[:1])}:
+        (folder / name).unlink(missing_ok=True)
+    found = tokenizer_beside(folder)
+    if files and found.name not in files:
+        raise ValueError(f"{found}: is of another tokenizer than {folder}'s")
 
 
 # %% what lies beside

@@ -17,7 +17,7 @@
 # > and named by line and byte where it is wrong. And tokenizers, kept in
 # > files.
 #
-# *Reading time: 26 minutes. You need: [chapter
+# *Reading time: 30 minutes. You need: [chapter
 # 1.2](../1_by_hand/02_tokens.ipynb) and [chapter 4.1](01_files.ipynb).*
 
 # %% [markdown]
@@ -92,13 +92,13 @@ import contextlib
 import gzip
 import io
 import json
-import os
 import re
 import tokenize
 import zlib
 from collections import Counter
 from pathlib import Path
 
+from llmnb.files import check_regular, package
 from llmnb.text.bpe import EOT
 
 # %% zstd, read in small bites tags=["exporti"]
@@ -109,62 +109,45 @@ class _Zstd(io.RawIOBase):
     """The bytes of a zstd file; EOFError when it is damaged."""
 
     def __init__(self, raw):
-        self.raw, self.frame, self.head = raw, None, b""
-        self.packed, self.ready = b"", memoryview(b"")
+        zstandard = package("zstandard", "zstd", raw.name)
+        self.parts, self.ready = _unpacked(raw, zstandard), memoryview(b"")
 
     def readable(self):
         return True
 
     def readinto(self, buffer):
         while not self.ready:
-            self.packed = self.packed or self.raw.read(1024)  # (4.7.1)
-            if not self.packed and self.frame:
-                raise EOFError("the file ends within a zstd frame")
-            if not self.packed:
+            part = next(self.parts, None)
+            if part is None:
                 return 0
-            self._unpack()
+            self.ready = memoryview(part)
         count = min(len(buffer), len(self.ready))
         buffer[:count] = self.ready[:count]
         self.ready = self.ready[count:]
         return count
 
-    def _unpack(self):
-        z = _zstandard()
-        if self.frame is None:
-            window = z.ZstdDecompressor(max_window_size=WINDOW)
-            self.frame, self.head = window.decompressobj(), b""
-        self.head = (self.head + self.packed)[:18]  # a header has no more
+
+def _unpacked(raw, z):
+    """Yield the bytes of a zstd file in parts, frame after frame."""
+    packed = raw.read(1024)  # (4.7.1)
+    while packed:
+        packed += raw.read(18)  # a frame's header has no more
+        frame = z.ZstdDecompressor(max_window_size=WINDOW).decompressobj()
         try:
-            self.ready = memoryview(self.frame.decompress(self.packed))
+            window = z.get_frame_parameters(packed).window_size
+            if window > WINDOW:
+                raise ValueError(
+                    f"{raw.name} has a zstd window of {window:,} bytes, at "
+                    f"most {WINDOW:,} are taken: unpack it with `zstd -d "
+                    "--long=31`, and pack it again with at most --long=27"
+                )
+            while not frame.eof:
+                if not packed:
+                    raise EOFError("the file ends within a zstd frame")
+                yield frame.decompress(packed)
+                packed = frame.unused_data or raw.read(1024)
         except z.ZstdError as error:
-            self._check_window()
             raise EOFError(f"{error}") from None
-        self.packed = b""
-        if self.frame.eof:
-            self.packed, self.frame = self.frame.unused_data, None
-
-    def _check_window(self):
-        z, window = _zstandard(), 0
-        with contextlib.suppress(z.ZstdError):
-            window = z.get_frame_parameters(self.head).window_size
-        if window > WINDOW:
-            raise ValueError(
-                f"{self.raw.name} has a zstd window of {window:,} bytes, at "
-                f"most {WINDOW:,} are taken: unpack it with `zstd -d "
-                "--long=31`, and pack it again with no more than --long=27"
-            ) from None
-
-
-# %% zstd, if it is there tags=["exporti"]
-def _zstandard():
-    try:
-        import zstandard
-    except ImportError:
-        raise ValueError(
-            "to read .zst files install the zstandard package: "
-            "pip install 'llmnb[zstd]'"
-        ) from None
-    return zstandard
 
 
 # %% open a file tags=["export"]
@@ -174,18 +157,16 @@ def open_stream(path):
 
     Gives (stream, raw): the bytes, and the file itself, whose tell() says
     how much of it is read. Raises ValueError, naming the file and the byte,
-    when it is damaged or ends early, when it is no regular file, and when
-    zstandard is missing.
+    when it is damaged or ends early, and when it is no regular file;
+    ImportError when it takes the package zstandard, and there is none.
     """
     suffix = Path(path).suffix.lower()
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{path} must be a regular file")
+    check_regular(path)
     with open(path, "rb") as raw:
         stream = raw
         if suffix == ".gz":
             stream = gzip.GzipFile(fileobj=raw)
         elif suffix == ".zst":
-            _zstandard()
             stream = io.BufferedReader(_Zstd(raw), 1 << 17)
         try:
             yield stream, raw
@@ -509,9 +490,8 @@ import re
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 
-from llmnb.files import read_small, replacing, what_is
+from llmnb.files import read_small, what_is, write_whole
 from llmnb.text import bpe
 from llmnb.text.bpe import EOT, from_tokens
 
@@ -535,7 +515,7 @@ verdict("bytes", byte().n_vocab == 257, "and the end of a text")
 # `tiktoken` keeps ranks in a text file: a line for each token, its bytes in
 # base64 (64 printable characters stand for any bytes), a space, its rank. The
 # file holds neither the expression nor the special token; ours are always the
-# same. It is written by `replacing` of [chapter 4.1](01_files.ipynb), so that
+# same. It is written by `write_whole` of [chapter 4.1](01_files.ipynb), so that
 # a reader never meets half a vocabulary.
 
 
@@ -561,8 +541,7 @@ def save(encoding, path):
     for rank in range(last + (encoding.eot_token < last)):
         token = base64.b64encode(encoding.decode_single_token_bytes(rank))
         lines.append(b"%s %d\n" % (token, rank))
-    with replacing(path) as file:
-        file.write(b"".join(lines))
+    write_whole(path, b"".join(lines))
 
 
 # %% [markdown]
@@ -675,6 +654,8 @@ def gpt2():
     TIKTOKEN_CACHE_DIR names, or in a temporary one. Raises ConnectionError
     when the files are neither there nor to be had.
     """
+    import tiktoken  # not before it is needed: it takes time
+
     try:
         return tiktoken.get_encoding("gpt2")
     except OSError as error:
@@ -719,41 +700,67 @@ SPACES = (  # all that is \s
     "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006"
     "\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
 )
-RUN = 1 << 16  # blanks in a row that the expression is spared
+BLANKS = 1 << 16  # blanks in a row that the expression is spared
 
 
 def _long_words(text):
-    """Yield (start, end) of each word made of about RUN blanks or more."""
+    """Yield (start, end) of each word made of about BLANKS blanks or more."""
     end = 0
-    for i in range(RUN - 1, len(text), RUN):
+    for i in range(BLANKS - 1, len(text), BLANKS):
         if i < end or text[i] not in SPACES:
             continue
-        head = text[max(end, i - RUN + 1) : i]
+        head = text[max(end, i - BLANKS + 1) : i]
         start = i - len(head) + len(head.rstrip(SPACES))
         end = re.compile(f"[{SPACES}]*").match(text, i).end()
-        if end - start >= RUN:
+        if end - start >= BLANKS:
             yield start, end - (end < len(text))
+
+
+# %% what stands before a text tags=["export"] module="text.tokenizer"
+def text_start(encoding):
+    """The token that a text is read behind.
+
+    `<|endoftext|>`, or another model's token that begins a text.
+    """
+    begins = getattr(encoding, "bos_token", None)
+    return encoding.eot_token if begins is None else begins
+
+
+def document_start(encoding):
+    """The tokens before each of several documents, a list.
+
+    What ends the last one and, where it is another token, `text_start`.
+    """
+    return [*dict.fromkeys([encoding.eot_token, text_start(encoding)])]
+
+
+# %% the width of a token tags=["export"] module="text.tokenizer"
+def token_dtype(vocab_size):
+    """The dtype that tokens are kept in: uint16 up to 65,536, else uint32."""
+    return np.dtype(np.uint16 if vocab_size <= 65536 else np.uint32)
 
 
 # %% encode any text tags=["export"] module="text.tokenizer"
 def encode_text(encoding, text, endoftext=False):
     """The tokens of a text, an array of shape (N,), uint32.
 
-    encoding: a tiktoken.Encoding with GPT-2's expression. endoftext: take
-    `<|endoftext|>` in the text as the token; else it is ordinary text. A
-    run of a million blanks, which tiktoken refuses, has the tokens that its
-    merges give.
+    encoding: a tiktoken.Encoding with GPT-2's expression, or one of
+    llmnb.formats.foreign. endoftext: take `<|endoftext|>` in the text as
+    what stands before a document; else it is ordinary text. A run of a
+    million blanks, which tiktoken refuses, has the tokens that its merges
+    give.
     """
-    parts, eot = [], np.array([encoding.eot_token], np.uint32)
+    parts, before = [], np.array(document_start(encoding), np.uint32)
+    spared = hasattr(encoding, "_encode_single_piece")  # tiktoken's alone
     for part in text.split(EOT) if endoftext else [text]:
         place = 0
-        for start, end in _long_words(part):
+        for start, end in _long_words(part) if spared else ():
             parts.append(_encode_part(encoding, part[place:start]))
             # tiktoken's own way around the expression
             word = encoding._encode_single_piece(part[start:end])
             parts.append(np.array(word, np.uint32))
             place = end
-        parts += [_encode_part(encoding, part[place:]), eot]
+        parts += [_encode_part(encoding, part[place:]), before]
     return np.concatenate(parts[:-1])
 
 
@@ -782,7 +789,7 @@ def runs_agree():
     )
 
 
-kept, RUN, right = RUN, 2, _long_words
+kept, BLANKS, right = BLANKS, 2, _long_words
 verdict("runs", runs_agree(), "tokens of the whole")
 
 
@@ -791,7 +798,7 @@ def _long_words(text):
 
 
 verdict("one blank more", not runs_agree(), "is caught")
-RUN, _long_words = kept, right
+BLANKS, _long_words = kept, right
 blanks = " " * 1_000_000 + "The dog" + "\n" * 1_000_000
 ids = encode_text(enc, blanks).tolist()
 verdict("two million", enc.decode(ids) == blanks, "decode(encode(x)) == x")

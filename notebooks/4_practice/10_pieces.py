@@ -113,7 +113,7 @@ folder = Path(tempfile.mkdtemp())
 
 # %% cut a text tags=["exporti"]
 PIECE = 1 << 20  # characters that are encoded at once, about
-RUN = 1 << 24  # characters without a place to cut, at most
+UNCUT = 1 << 24  # characters without a place to cut, at most
 SAFE = re.compile(r"\S(?=[ \n])")
 
 
@@ -139,9 +139,9 @@ def _cut(where, blocks):
             first, held, searched = False, held[place:], 0
         else:
             searched = len(held) - 1
-        if len(held) > RUN:
+        if len(held) > UNCUT:
             raise ValueError(
-                f"{where}: a blank must come within {RUN:,} characters, and "
+                f"{where}: a blank must come within {UNCUT:,} characters, and "
                 "a word within as many blanks"
             )
     if held:
@@ -185,7 +185,7 @@ verdict("one further", not cuts_agree(texts, shift=1), "is caught")
 # %% a text without a blank
 from llmnb.text.documents import sources
 
-(folder / "table.csv").write_text("1234567," * (RUN // 8 + 200_000))
+(folder / "table.csv").write_text("1234567," * (UNCUT // 8 + 200_000))
 try:
     list(sources([folder / "table.csv"])[0].pieces())
 except ValueError as error:
@@ -269,7 +269,7 @@ def _counted(name, pieces, tally):
 
 # %% a corpus in memory tags=["exporti"]
 def _memory_source(name):
-    documents = corpus.load(name)
+    documents = corpus.load_corpus(name)
     digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
 
     def pieces():

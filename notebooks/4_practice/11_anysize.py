@@ -15,7 +15,7 @@
 # > Text of any size is encoded on all cores in bounded memory, and written so
 # > that a kill costs nothing.
 #
-# *Reading time: 25 minutes. You need: [chapter 4.9](09_shards.ipynb), [chapter
+# *Reading time: 30 minutes. You need: [chapter 4.9](09_shards.ipynb), [chapter
 # 4.10](10_pieces.ipynb), and the lock of [chapter 4.1](01_files.ipynb).*
 
 # %% [markdown]
@@ -44,24 +44,17 @@ import re
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from llmnb.files import (
-    BESIDE,
-    LOCK,
-    Lock,
-    in_use,
-    make_folder,
-    read_json,
-    replacing,
-)
+from llmnb.files import BESIDE, Lock, own_folder, read_json, write_whole
 from llmnb.formats.shard import shard_length, write_shard
+from llmnb.formats.vocabulary import KEPT, keep_encoding
 from llmnb.text.data import split
-from llmnb.text.tokenizer import encode_text, save
+from llmnb.text.tokenizer import document_start, encode_text, token_dtype
 from llmnb.timing import cores
 
 # %% [markdown]
@@ -128,8 +121,8 @@ print([shard_of(t, 2, 3) for t in range(8)])
 # Threads or processes? Python runs one thread at a time, unless the work is
 # done in compiled code that lets go of the lock, and `tiktoken`'s encoder
 # does. Threads share the tokenizer and hand over arrays without copying;
-# processes would each load it and send every token through a pipe. The
-# measurement below decides.
+# processes would each load it and send every token through a pipe. We
+# measure both, and that decides.
 
 
 # %% results in the order of the items tags=["exporti"]
@@ -147,13 +140,14 @@ def _in_order(function, items, workers):
 
 # %% encode a batch of pieces tags=["exporti"]
 def _encode(encoding, pieces, endoftext=False):
-    """The tokens of (first, text) pieces, uint16, EOT before documents."""
-    parts, eot = [], np.array([encoding.eot_token], np.uint16)
+    """The tokens of (first, text) pieces, each document behind its start."""
+    kind = token_dtype(encoding.n_vocab)
+    parts, before = [], np.array(document_start(encoding), kind)
     for first, text in pieces:
         if first:
-            parts.append(eot)
+            parts.append(before)
         ids = encode_text(encoding, text, endoftext)
-        parts.append(ids.astype(np.uint16))
+        parts.append(ids.astype(kind))
     return np.concatenate(parts)
 
 
@@ -244,18 +238,11 @@ def pieces_from(sources, place=START, limit=0):
 BATCH = 1 << 20  # characters that a thread encodes at once, or more
 
 
-class _Batch(NamedTuple):
-    """Pieces that are encoded together, and how far the corpus is then."""
-
-    place: Place
-    pieces: list
-    read: int
-    documents: int
-    characters: int
-
-
 def _batches(pieces):
-    """Gather what `pieces_from` yields."""
+    """Gather what `pieces_from` yields: a Place, pieces, and counts behind.
+
+    counts: what is read then, documents and characters, as in `Encoded`.
+    """
     batch, start = [], None
     for place, first, text, read in pieces:
         start = start or place
@@ -263,10 +250,10 @@ def _batches(pieces):
         end = place.characters + len(text)
         counts = read, place.documents + first, end
         if end - start.characters >= BATCH:
-            yield _Batch(start, batch, *counts)
+            yield start, batch, counts
             batch, start = [], None
     if batch:
-        yield _Batch(start, batch, *counts)
+        yield start, batch, counts
 
 
 # %% [markdown]
@@ -282,11 +269,12 @@ class _Stream:
 
     def __init__(self, encoding, pieces, workers, drop=0, endoftext=False):
         def work(batch):
-            return batch, _encode(encoding, batch.pieces, endoftext)
+            place, pieces, counts = batch
+            return place, counts, _encode(encoding, pieces, endoftext)
 
         self._blocks = _in_order(work, _batches(pieces), workers)
-        self._tokens, self._used = np.empty(0, np.uint16), 0
-        self.batch = None
+        self._tokens, self._used = np.empty(0), 0
+        self.counts = 0, 0, 0
         if drop and self.more():
             if drop > len(self._tokens):
                 raise ValueError("the place to go on from does not exist")
@@ -298,7 +286,8 @@ class _Stream:
             block = next(self._blocks, None)
             if block is None:
                 return False
-            (self.batch, self._tokens), self._used = block, 0
+            self._place, self.counts, self._tokens = block
+            self._used = 0
         return True
 
     def take(self, count):
@@ -310,7 +299,7 @@ class _Stream:
     @property
     def place(self):
         """The `Place` of the next token."""
-        return self.batch.place._replace(drop=self._used)
+        return self._place._replace(drop=self._used)
 
 
 # %% [markdown]
@@ -333,9 +322,10 @@ class _Stream:
 
 # %% what the work depends on tags=["exporti"]
 NOTE = "unfinished.json"
+_TOKENIZERS = "|".join(map(re.escape, KEPT))
 OURS = re.compile(
-    r"((train|val)(_[0-9]{6,})?\.bin|tokenizer\.tiktoken|unfinished\.json)"
-    rf"({BESIDE})?"
+    r"((train|val)(_[0-9]{6,})?\.bin|unfinished\.json"
+    rf"|{_TOKENIZERS})({BESIDE})?"
 )
 
 
@@ -350,12 +340,13 @@ def _digest(texts):
 def _conditions(sources, encoding, options):
     ranks = range(encoding.n_vocab - 1)
     single = encoding.decode_single_token_bytes
+    files = getattr(encoding, "files", {}).values()
     return {
         "options": options,
         "corpus": _digest(
             x.mark.encode("utf-8", "surrogatepass") for x in sources
         ),
-        "tokenizer": _digest(map(single, ranks)),
+        "tokenizer": _digest(chain(map(single, ranks), files)),
     }
 
 
@@ -410,8 +401,7 @@ def _read_note(path):
 
 def _write_note(path, note):
     note = note | {"next": note["next"]._asdict()}
-    with replacing(path) as file:
-        file.write(json.dumps(note).encode())
+    write_whole(path, json.dumps(note).encode())
 
 
 # %% is the folder ours? tags=["export"]
@@ -421,16 +411,7 @@ def shards_folder(path, force=False):
     A folder is taken up when it is empty, holds unfinished work, or `force`
     is given. Raises FileExistsError otherwise.
     """
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is a file, not a folder")
-    make_folder(path)
-    rest = [x for x in path.iterdir() if x.suffix != ".new"]
-    rest = [x for x in rest if x.name != LOCK]
-    if rest and not force and not (path / NOTE).exists():
-        state = in_use(path) or "exists and is not empty"
-        raise FileExistsError(f"{path} {state}")
-    return path
+    return own_folder(path, force or Path(path, NOTE).exists())
 
 
 def _clear(folder, force):
@@ -512,7 +493,7 @@ def write_shards(folder, sources, encoding, options, force=False, workers=0):
     is gone on with, and the files are those of an uninterrupted run. The
     folder is locked meanwhile. Raises ValueError or OSError.
     """
-    _check_options(encoding, options)
+    _check_options(options)
     with Lock(folder) as lock:
         folder = shards_folder(folder, force)  # nobody has filled it since
         work = sources, encoding, options, force, workers
@@ -522,19 +503,22 @@ def write_shards(folder, sources, encoding, options, force=False, workers=0):
 # %% shard by shard tags=["exporti"]
 def _written(folder, lock, sources, encoding, options, force, workers):
     note = _note_of(folder, sources, encoding, options, force)
-    save(encoding, folder / "tokenizer.tiktoken")
+    keep_encoding(encoding, folder)
     place = note["next"]
     pieces = pieces_from(sources, place, options["limit"])
     how = workers or cores(), place.drop, options.get("endoftext", False)
     stream = _Stream(encoding, pieces, *how)
     while stream.more():
         size = _size_of_next(note, options["shard_tokens"])
-        tokens = np.empty(size, np.uint16)
-        for filled in _fill(stream, tokens):
+        tokens, filled = np.empty(size, token_dtype(encoding.n_vocab)), 0
+        while filled < size and stream.more():
+            part = stream.take(size - filled)
+            tokens[filled : filled + len(part)] = part
+            filled += len(part)
             yield _progress(stream, note, filled)
         name = _name_of_next(note, size, not stream.more())
         lock.check(hold=True)
-        write_shard(folder / name, tokens[:filled])
+        write_shard(folder / name, tokens[:filled], encoding.n_vocab)
         note["shards"].append([name, filled])
         note["next"] = stream.place
         _write_note(folder / NOTE, note)
@@ -543,21 +527,10 @@ def _written(folder, lock, sources, encoding, options, force, workers):
     (folder / NOTE).unlink()
 
 
-# %% fill a shard tags=["exporti"]
-def _fill(stream, tokens):
-    """Fill an array as far as the stream goes; yields how much is full."""
-    filled = 0
-    while filled < len(tokens) and stream.more():
-        part = stream.take(len(tokens) - filled)
-        tokens[filled : filled + len(part)] = part
-        filled += len(part)
-        yield filled
-
-
+# %% what is done tags=["exporti"]
 def _progress(stream, note, filled):
     total = filled + sum(count for _, count in note["shards"])
-    _, _, *counts = stream.batch
-    return Encoded(*counts, total, note["shards"])
+    return Encoded(*stream.counts, total, note["shards"])
 
 
 # %% the next shard tags=["exporti"]
@@ -579,12 +552,7 @@ def _name_of_next(note, size, last):
 
 
 # %% what makes no sense tags=["exporti"]
-def _check_options(encoding, options):
-    if encoding.n_vocab > 65536:
-        raise ValueError(
-            "a shard's tokenizer must have at most 65536 tokens, got "
-            f"{encoding.n_vocab}"
-        )
+def _check_options(options):
     for name, least, below in (
         ("shard_tokens", 1, 2**31),
         ("val_tokens", 0, 2**63),
@@ -701,7 +669,7 @@ verdict("without drop", files_of("wrong") != files_of("one"), "is caught")
 # What is in memory? With $w$ threads at most $2w$ batches wait or are worked
 # on. A batch has a million characters, or nearly three million if a long piece
 # comes last, and about as many tokens at most, and one shard of $s$ tokens of
-# two bytes is being filled:
+# two bytes (four, of a vocabulary over 65,536) is being filled:
 #
 # $$ M \approx 2s + 2w \cdot (\text{1 to 8 MB}) + \text{a line of 16 MB} .
 #    \tag{4.11.2} $$

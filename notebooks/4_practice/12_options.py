@@ -16,7 +16,7 @@
 # > Every number that fixes a run stands in one frozen dataclass, with a sentence
 # > of help; the text it names becomes tokens, and tokens become batches.
 #
-# *Reading time: 24 minutes. You need: [chapter 1.17](../1_by_hand/17_training.ipynb) and the texts of
+# *Reading time: 24 minutes. You need: [chapter 1.18](../1_by_hand/18_training.ipynb) and the texts of
 # [chapter 4.8](08_corpora.ipynb).*
 
 # %% [markdown]
@@ -44,22 +44,33 @@ from llmnb.book.verify import verdict
 #
 # A run is fixed by its numbers: what it reads, what the model looks like,
 # how it learns. They live in one frozen dataclass, `TrainConfig`, in five
-# parts. Each number carries a sentence of help, because the command line
-# of [chapter 4.23](../4_practice/23_commands.ipynb) makes its options from these fields.
+# parts. Each number carries its range and a sentence of help, because the
+# command line of [chapter 4.23](23_commands.ipynb) makes its options from these
+# fields, and from those of a few tables of its own: every option of every command
+# is a field that `option` made.
 
 # %% imports of options tags=["export"]
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
+from llmnb.backend import choose
 from llmnb.config import GPT2Config
 from llmnb.train.schedule import learning_rate
 
 
-# %% an option with its help tags=["exporti"]
-def _option(default, text):
-    return field(default=default, metadata={"help": text})
+# %% an option tags=["export"]
+def option(default, text, least=None, below=math.inf, **how):
+    """A field of an option table: its default, its help, its range.
+
+    least, below: what a number must not be less than, and must be less than;
+    no least: it has no range of its own. how: further arguments of argparse's
+    add_argument, such as metavar and nargs; positional=True for what is named
+    by its place.
+    """
+    known = {"help": text, "range": (least, below), "how": how}
+    return field(default=default, metadata=known)
 
 
 # %% what a run reads tags=["export"]
@@ -67,25 +78,25 @@ def _option(default, text):
 class DataOptions:
     """What a run reads; see `TrainConfig`."""
 
-    corpus: tuple = _option(
+    corpus: tuple = option(
         ("stdlib",),
         "text to learn: stdlib, tinyshakespeare, or files and folders",
     )
-    limit: int = _option(0, "read at most this many characters; 0 means all")
-    tokenizer: str = _option(
+    limit: int = option(0, "read at most this many characters; 0 means all", 0)
+    tokenizer: str = option(
         "bpe",
         "bpe (trained on the text), byte, gpt2, or a file: a rank file, "
-        "vocab.json or tokenizer.json",
+        "vocab.json, tokenizer.json, tokenizer.model or a .gguf",
     )
-    vocab_size: int = _option(1024, "tokens that the bpe tokenizer has")
-    field: str = _option("text", "field of a JSON line that has the text")
-    skip_bad: bool = _option(
+    vocab_size: int = option(1024, "tokens that the bpe tokenizer has", 1)
+    field: str = option("text", "field of a JSON line that has the text")
+    skip_bad: bool = option(
         False, "pass over bad records of JSON lines, and count them"
     )
-    endoftext: bool = _option(
+    endoftext: bool = option(
         False, "take <|endoftext|> in a text as the token, not as text"
     )
-    shards: str = _option(
+    shards: str = option(
         "", "a folder written by `llmnb data`, instead of a corpus"
     )
 
@@ -95,18 +106,27 @@ class DataOptions:
 class ModelOptions:
     """What the model looks like; see `TrainConfig`."""
 
-    depth: int = _option(
-        0, "layers of a usual shape (12: GPT-2's 124M); 0: as said below"
+    arch: str = option(
+        "gpt2", "gpt2, llama, mistral, qwen3, gemma, gemma2 or gemma3_text"
     )
-    num_layers: int = _option(4, "transformer blocks (L)")
-    num_heads: int = _option(4, "attention heads (NH)")
-    channels: int = _option(128, "channels (C), a multiple of the heads")
-    seq_len: int = _option(64, "tokens the model sees at once (T)")
-    batch_size: int = _option(8, "sequences in a batch (B)")
-    backend: str = _option(
+    depth: int = option(
+        0, "layers of a usual shape (12: GPT-2's 124M); 0: as said below", 0
+    )
+    num_layers: int = option(4, "transformer blocks (L)")
+    num_heads: int = option(4, "attention heads (NH)")
+    channels: int = option(128, "channels (C), a multiple of the heads")
+    num_kv_heads: int = option(
+        0, "heads of keys and values, not of gpt2; 0: as many as heads", 0
+    )
+    window: int = option(
+        0, "positions that a query sees, not of gpt2; 0: as usual there", 0
+    )
+    seq_len: int = option(64, "tokens the model sees at once (T)")
+    batch_size: int = option(8, "sequences in a batch (B)", 1)
+    backend: str = option(
         "cpu", "cpu, cuda (a GPU), or reference (NumPy, slow)"
     )
-    precision: str = _option(
+    precision: str = option(
         "fp32", "fp32, bf16 (cpu), tf32 (cuda), or fp64 (slow)"
     )
 
@@ -116,17 +136,19 @@ class ModelOptions:
 class LearningOptions:
     """How a run learns; see `TrainConfig`."""
 
-    init: str = _option(
+    init: str = option(
         "", "start from this checkpoint, a file or a folder, at a rate of 1e-4"
     )
-    steps: int = _option(1000, "updates of the weights")
-    learning_rate: float = _option(2e-3, "the highest learning rate")
-    warmup_fraction: float = _option(0.1, "share of steps spent rising to it")
-    schedule: str = _option("cosine", "cosine, linear, constant or wsd")
-    final_fraction: float = _option(0.1, "the last rate over the highest")
-    eval_every: int = _option(100, "steps between two validations")
-    eval_batches: int = _option(20, "batches in a validation")
-    seed: int = _option(42, "seed of the weights and of the shuffle")
+    steps: int = option(3000, "updates of the weights", 1)
+    learning_rate: float = option(3e-3, "the highest learning rate")
+    warmup_fraction: float = option(
+        0.1, "share of steps spent rising to it", 0
+    )
+    schedule: str = option("cosine", "cosine, linear, constant or wsd")
+    final_fraction: float = option(0.1, "the last rate over the highest")
+    eval_every: int = option(100, "steps between two validations", 1)
+    eval_batches: int = option(20, "batches in a validation", 1)
+    seed: int = option(42, "seed of the weights and of the shuffle", 0, 2**32)
 
 
 # %% what an update is tags=["export"]
@@ -134,22 +156,22 @@ class LearningOptions:
 class UpdateOptions:
     """What an update of the weights is; see `TrainConfig`."""
 
-    beta1: float = _option(0.9, "AdamW: memory of the gradient")
-    beta2: float = _option(0.95, "AdamW: memory of its square")
-    eps: float = _option(1e-8, "AdamW: added to the denominator")
-    weight_decay: float = _option(0.1, "AdamW: decay of 2-D tensors")
-    clip: float = _option(1.0, "largest gradient norm; 0 means no limit")
-    total_batch: int = _option(
-        0, "tokens in an update, a multiple of B*T; 0: one batch"
+    beta1: float = option(0.9, "AdamW: memory of the gradient", 0, 1)
+    beta2: float = option(0.95, "AdamW: memory of its square", 0, 1)
+    eps: float = option(1e-8, "AdamW: added to the denominator", 0)
+    weight_decay: float = option(0.1, "AdamW: decay of 2-D tensors", 0)
+    clip: float = option(1.0, "largest gradient norm; 0 means no limit", 0)
+    total_batch: int = option(
+        0, "tokens in an update, a multiple of B*T; 0: one batch", 0
     )
-    skip_loss: float = _option(
-        0.0, "skip updates whose loss stands out by this z-score; 0: never"
+    skip_loss: float = option(
+        0.0, "skip updates whose loss stands out by this z-score; 0: never", 0
     )
-    skip_norm: float = _option(
-        0.0, "the same for the norm of the gradient; 0: never"
+    skip_norm: float = option(
+        0.0, "the same for the norm of the gradient; 0: never", 0
     )
-    skip_window: int = _option(128, "steps that an update is compared with")
-    overfit: bool = _option(False, "learn the first batch again and again")
+    skip_window: int = option(128, "steps that an update is compared with", 2)
+    overfit: bool = option(False, "learn the first batch again and again")
 
 
 # %% what it keeps tags=["export"]
@@ -157,20 +179,20 @@ class UpdateOptions:
 class KeepOptions:
     """What a run keeps and shows on its way; see `TrainConfig`."""
 
-    save_every: int = _option(
-        250, "steps between two checkpoints; 0: only when it stops"
+    save_every: int = option(
+        250, "steps between two checkpoints; 0: only when it stops", 0
     )
-    keep: int = _option(2, "checkpoints that are kept, the newest ones")
-    sample_every: int = _option(
-        0, "steps between two samples in the terminal; 0: none"
+    keep: int = option(2, "checkpoints that are kept, the newest ones", 1)
+    sample_every: int = option(
+        0, "steps between two samples in the terminal; 0: none", 0
     )
 
 
 # %% [markdown]
 # A number that makes no sense is refused when the configuration is built,
-# not twenty seconds into a run. Most of the checks exist already:
-# `GPT2Config` knows which shapes are possible and `learning_rate` which
-# schedules, so building one of each asks them.
+# not twenty seconds into a run. The ranges of single numbers stand beside them;
+# the other checks exist already: `GPT2Config` knows which shapes are possible
+# and `learning_rate` which schedules, so building one of each asks them.
 #
 # A single number can stand for the shape. The GPT-2 models that were
 # published have 12, 24, 36 and 48 layers with 768, 1024, 1280 and 1600
@@ -183,16 +205,14 @@ class KeepOptions:
 # %% a number in its range tags=["exporti"]
 def check_range(name, value, least, below):
     if not least <= value < below:
-        end = f"and below {below}" if below < math.inf else ""
-        raise ValueError(
-            f"{name} must be at least {least} {end}".rstrip()
-            + f", got {value}"
-        )
+        end = f" and below {below}" if below < math.inf else ""
+        raise ValueError(f"{name} must be at least {least}{end}, got {value}")
 
 
 # %% a shape from a depth tags=["export"]
-WIDTHS = {0: 0, 6: 384, 12: 768, 24: 1024, 36: 1280, 48: 1600}
-HEAD = 64  # channels of a head
+SHAPE = "num_layers", "num_heads", "channels"
+FAMILY = "arch", "num_kv_heads", "window"  # what else a checkpoint fixes
+_WIDTHS = {0: 0, 6: 384, 12: 768, 24: 1024, 36: 1280, 48: 1600}
 
 
 def depth_shape(depth):
@@ -200,30 +220,15 @@ def depth_shape(depth):
 
     Heads have 64 channels. Raises ValueError unless 1 <= depth <= 48.
     """
-    check_range("depth", depth, 1, 1 + max(WIDTHS))
-    width = round(np.interp(depth, [*WIDTHS], [*WIDTHS.values()]))
-    heads = -(-width // HEAD)
-    return depth, heads, heads * HEAD
+    check_range("depth", depth, 1, 1 + max(_WIDTHS))
+    width = round(np.interp(depth, [*_WIDTHS], [*_WIDTHS.values()]))
+    heads = -(-width // 64)
+    return depth, heads, heads * 64
 
 
 # %% the shapes of some depths
 for depth in (4, 6, 12, 16, 24, 36, 48):
     print(f"d{depth:<3}", *depth_shape(depth))
-
-# %% the least values tags=["export"]
-SHAPE = "num_layers", "num_heads", "channels"
-AT_LEAST = {
-    2: ("skip_window",),
-    1: (
-        "vocab_size", "batch_size", "steps", "eval_every", "eval_batches",
-        "keep",
-    ),
-    0: (
-        "limit", "warmup_fraction", "eps", "weight_decay", "clip", "seed",
-        "depth", "total_batch", "skip_loss", "skip_norm", "save_every",
-        "sample_every",
-    ),
-}  # fmt: skip
 
 
 # %% numbers that go together tags=["exporti"]
@@ -260,15 +265,16 @@ class TrainConfig(
     """
 
     def __post_init__(self):
-        for least, names in AT_LEAST.items():
-            for name in names:
-                check_range(name, getattr(self, name), least, math.inf)
+        for each in fields(self):
+            limits = each.metadata["range"]
+            if limits[0] is not None:
+                check_range(each.name, getattr(self, each.name), *limits)
         if self.depth:
             _take_shape(self, depth_shape(self.depth))
-        for name in ("beta1", "beta2"):
-            check_range(name, getattr(self, name), 0, 1)
-        check_range("seed", self.seed, 0, 2**32)
-        self.model(self.vocab_size)
+        if self.init:  # which has a shape
+            check_range("seq_len", self.seq_len, 1, math.inf)
+        else:
+            self.model(self.vocab_size)
         self.rate(0)
         _check_total(self)
 
@@ -277,10 +283,24 @@ class TrainConfig(
         """Batches whose gradients make one update."""
         return max(1, self.total_batch // (self.batch_size * self.seq_len))
 
+    def some(self, *names):
+        """The fields of these names, a dict."""
+        return {name: getattr(self, name) for name in names}
+
     def model(self, vocab_size):
-        """The GPT2Config of this run for a vocabulary of this size."""
+        """The configuration of this run for a vocabulary of this size."""
         shape = self.num_layers, self.num_heads, self.channels
-        return GPT2Config(self.seq_len, vocab_size, *shape)
+        shape = self.seq_len, vocab_size, *shape
+        others = self.some("num_kv_heads", "window")
+        others = {name: x for name, x in others.items() if x}
+        if self.arch == "gpt2":
+            for name, x in others.items():
+                raise ValueError(f"{name} is not of gpt2, got {x}")
+            return GPT2Config(*shape)
+        from llmnb.model.architectures import ARCHITECTURES  # Part 5
+
+        choose("arch", self.arch, ARCHITECTURES)
+        return ARCHITECTURES[self.arch](*shape, **others)
 
     def rate(self, step):
         """The learning rate of a step, counted from 0."""
@@ -323,22 +343,21 @@ from typing import NamedTuple
 import numpy as np
 
 from llmnb.checks import check_room
-from llmnb.formats.vocabulary import open_encoding
+from llmnb.formats.vocabulary import open_encoding, tokenizer_beside
 from llmnb.formats.shard import Shards, find_shards, sample_tokens
-from llmnb.text.data import DataLoader
+from llmnb.text import corpus, tokenizer
+from llmnb.text.data import DataLoader, split
+from llmnb.text.reader import Tally
 from llmnb.train.landmarks import unigram_entropy
 
 
 # %% the data of a run tags=["export"] module="train.feed"
-TOKENIZER_TEXT = 2_000_000  # characters the bpe tokenizer learns from
-
-
 class Data(NamedTuple):
     """The tokens of a run: what `prepare` returns.
 
-    encoding: a tiktoken.Encoding. train_tokens, val_tokens: 1-D uint16
-    arrays, or the `Shards` of a folder. source: a sentence that
-    says where the text came from.
+    encoding: a tiktoken.Encoding, or one of llmnb.formats.foreign.
+    train_tokens, val_tokens: 1-D arrays of uint16 or uint32, or the `Shards`
+    of a folder. source: a sentence that says where the text came from.
     """
 
     encoding: object
@@ -354,9 +373,6 @@ def prepare(config):
     Raises ValueError, OSError or RuntimeError, in one sentence, when the
     text is missing, too short, or cannot be downloaded.
     """
-    from llmnb.text import corpus, data
-    from llmnb.text.reader import Tally
-
     if config.shards:
         return _from_shards(config)
     sources, tally = [*config.corpus], Tally()
@@ -367,13 +383,13 @@ def prepare(config):
         "a limit, or shards made with `llmnb data`, take less",
     )
     how = config.limit or None, config.field, config.skip_bad, tally
-    documents = corpus.load(source, *how)
+    documents = corpus.load_corpus(source, *how)
     encoding = make_encoding(config, documents)
     tokens = corpus.encode_documents(encoding, documents, config.endoftext)
     characters = sum(map(len, documents))
     source = corpus.describe(sources, len(documents), characters)
     source += tally.words(config.endoftext)
-    return Data(encoding, *data.split(tokens), source)
+    return Data(encoding, *split(tokens), source)
 
 
 def _text_bytes(path):
@@ -381,39 +397,30 @@ def _text_bytes(path):
 
     At least: what is packed, or holds fields, may be less when it is read.
     """
-    from llmnb.text.corpus import files_below
-
-    path = Path(path)
+    path, kinds = Path(path), (".gz", ".zst", ".jsonl")
     if path.is_file():
-        known = path.suffix not in (".gz", ".zst", ".jsonl")
-        return path.stat().st_size * known
-    found = [x for x in files_below(path) if x.suffix == ".txt"]
-    return sum(x.stat().st_size for x in found if x.is_file())
+        return path.stat().st_size * (path.suffix not in kinds)
+    found = corpus.files_below(path)
+    return sum(x.stat().st_size for x in found if x.suffix == ".txt")
 
 
 # %% from a folder of shards tags=["exporti"] module="train.feed"
 def _from_shards(config):
     """The tokens of a folder, whose files are left closed."""
     folder = Path(config.shards)
-    parts = [Shards(x) for x in find_shards(folder)]
-    encoding = _encoding_of(config, folder)
-    total = sum(len(x) for x in parts)
-    return Data(encoding, *parts, f"shards in {folder}: {total:,} tokens")
-
-
-def _encoding_of(config, folder):
-    """The tokenizer in a folder, or the one that the run names."""
-    from llmnb.text import tokenizer
-
-    path = folder / "tokenizer.tiktoken"
-    if path.exists():
-        return tokenizer.load(path)
-    if config.tokenizer == "bpe":
+    own = tokenizer_beside(folder)
+    train, val = (Shards(paths) for paths in find_shards(folder))
+    if own:
+        encoding = open_encoding(own)
+    elif config.tokenizer == "bpe":
         raise FileNotFoundError(
-            f"{folder} has no tokenizer.tiktoken: name the tokenizer of its "
-            "tokens, such as --tokenizer gpt2"
+            f"{folder} has no tokenizer: name the one of its tokens, "
+            "such as --tokenizer gpt2"
         )
-    return make_encoding(config, [])
+    else:
+        encoding = make_encoding(config, [])
+    source = f"shards in {folder}: {len(train) + len(val):,} tokens"
+    return Data(encoding, train, val, source)
 
 
 # %% [markdown]
@@ -422,6 +429,9 @@ def _encoding_of(config, folder):
 
 
 # %% the tokenizer of a run tags=["export"] module="train.feed"
+TOKENIZER_TEXT = 2_000_000  # characters the bpe tokenizer learns from
+
+
 def make_encoding(config, documents):
     """The tokenizer that a TrainConfig names, trained if it is "bpe".
 
@@ -430,11 +440,10 @@ def make_encoding(config, documents):
     `<|endoftext|>`. Raises ValueError, OSError or RuntimeError,
     in one sentence.
     """
-    from llmnb.text import tokenizer
-
     if config.tokenizer != "bpe":
         encoding = open_encoding(config.tokenizer)
-        tokenizer.check_special(encoding)  # a run keeps its tokenizer
+        if not hasattr(encoding, "files"):  # a run keeps its tokenizer
+            tokenizer.check_special(encoding)
         return encoding
     learnt, left = [], TOKENIZER_TEXT
     for text in documents:
@@ -473,10 +482,8 @@ def loaders(config, data):
     A shard of fewer tokens than one batch takes is left out. Raises
     ValueError when all are.
     """
-    return (
-        _loader(config, data.train_tokens, seed=config.seed),
-        _loader(config, data.val_tokens, shuffle=False),
-    )
+    batches = _loader(config, data.train_tokens, seed=config.seed)
+    return batches, _loader(config, data.val_tokens, shuffle=False)
 
 
 # %% a loader of an array or of shards tags=["exporti"] module="train.feed"
@@ -492,11 +499,11 @@ def _loader(config, tokens, **how):
 # %% [markdown]
 # The losses of a run are to be held against something. What a uniform guess pays
 # and what counting pays are known from the tokens alone
-# ([chapter 1.17](../1_by_hand/17_training.ipynb)).
+# ([chapter 1.18](../1_by_hand/18_training.ipynb)).
 
 
 # %% the landmarks tags=["export"] module="train.feed"
-LANDMARK_TOKENS = 8_000_000  # training tokens that are counted
+_LANDMARK_TOKENS = 8_000_000  # training tokens that are counted
 
 
 def landmarks(config, data):
@@ -504,13 +511,13 @@ def landmarks(config, data):
 
     Returns a dict: "uniform", log V; "unigram", what the token frequencies
     of the training text pay on the tokens that validation uses. Of a long
-    training text a sample of `LANDMARK_TOKENS` is counted.
+    training text a sample of eight million tokens is counted.
     """
     V = data.encoding.n_vocab
     batches = _loader(config, data.val_tokens, shuffle=False)
     count = min(config.eval_batches, batches.batches_per_epoch)
     targets = [batches.next_batch()[1].ravel().copy() for _ in range(count)]
-    sample = sample_tokens(data.train_tokens, LANDMARK_TOKENS)
+    sample = sample_tokens(data.train_tokens, _LANDMARK_TOKENS)
     unigram = unigram_entropy(sample, np.concatenate(targets), V)
     return {"uniform": math.log(V), "unigram": unigram}
 

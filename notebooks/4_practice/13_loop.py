@@ -15,7 +15,7 @@
 # > Five calls a step, and around them what a long run needs: batches in pieces,
 # > outliers left out, validation, and a report of each step.
 #
-# *Reading time: 26 minutes. You need: [chapter 1.17](../1_by_hand/17_training.ipynb) and
+# *Reading time: 26 minutes. You need: [chapter 1.18](../1_by_hand/18_training.ipynb) and
 # [chapter 4.12](12_options.ipynb).*
 
 # %% [markdown]
@@ -47,7 +47,7 @@ from llmnb.train.start import new_model
 # ## The loop
 #
 # A training step is the five calls of
-# [chapter 1.17](../1_by_hand/17_training.ipynb), in their one order: `forward`,
+# [chapter 1.18](../1_by_hand/18_training.ipynb), in their one order: `forward`,
 # `backward`, `clip_gradients`, the rate, `update`. Two things are new here: the
 # first two may be called several times, and the last may be left out.
 #
@@ -104,17 +104,15 @@ def accumulate(config, model, batches, step=0):
 
 
 # %% finite or not tags=["exporti"]
+GENTLER = "try a lower learning rate or a longer warm-up"
+
+
 def _check_finite(what, value, step=None, rate=0.0):
     """Raise unless a number is finite; without a step nothing is trained."""
-    if math.isfinite(value):
-        return
-    when = (
-        f" at step {step} (learning rate {rate:.3g}): try a lower learning "
-        "rate or a longer warm-up"
-    )
-    raise FloatingPointError(
-        f"the {what} is {value}{'' if step is None else when}"
-    )
+    when = f" at step {step} (learning rate {rate:.3g}): {GENTLER}"
+    if not math.isfinite(value):
+        when = "" if step is None else when
+        raise FloatingPointError(f"the {what} is {value}{when}")
 
 
 # %% [markdown]
@@ -248,23 +246,19 @@ def _stands_out(config, at, loss, norm):
 
 
 # %% validation tags=["export"]
-def evaluate(model, batches, count):
+def evaluate(model, batches, count, step=None, rate=0.0):
     """Mean loss of a model over the first `count` batches; trains nothing.
 
     batches: a DataLoader, which is set back to its first batch. At most one
     epoch is read. Returns nats a token, a float. Raises FloatingPointError
-    when it is not finite.
+    when it is not finite, naming the step and the rate of a run.
     """
-    loss = _mean_loss(model, batches, count)
-    _check_finite("validation loss", loss)
-    return loss
-
-
-def _mean_loss(model, batches, count):
     batches.reset()
     count = min(count, batches.batches_per_epoch)
     losses = [model.forward(*batches.next_batch()) for _ in range(count)]
-    return sum(losses) / count
+    loss = sum(losses) / count
+    _check_finite("validation loss", loss, step, rate)
+    return loss
 
 
 # %% [markdown]
@@ -303,7 +297,7 @@ def train(config, model, batches, validation=None, at=None):
     at: the `Progress` to go on from, changed in place; None for the start.
     Raises FloatingPointError when a loss or a gradient is not finite.
     """
-    at = Progress() if at is None else at
+    at = at or Progress()
     tokens = config.micro_batches * config.batch_size * config.seq_len
     while at.step < config.steps:
         step, val_loss = at.step, None
@@ -321,8 +315,8 @@ def train(config, model, batches, validation=None, at=None):
 
 # %% validation, and the best so far tags=["exporti"]
 def _validate(config, model, validation, at):
-    loss = _mean_loss(model, validation, config.eval_batches)
-    _check_finite("validation loss", loss, at.step, config.rate(at.step))
+    now = at.step, config.rate(at.step)
+    loss = evaluate(model, validation, config.eval_batches, *now)
     at.best_loss = loss if at.best_loss is None else min(at.best_loss, loss)
     return loss
 
@@ -358,8 +352,7 @@ def train_step(config, model, batches, at):
 # %% the numbers of an update tags=["exporti"]
 def _settings(config, model, at):
     """AdamW's numbers for the next update, by their names in `update`."""
-    names = "beta1", "beta2", "eps", "weight_decay"
-    return {name: getattr(config, name) for name in names} | {
+    return config.some("beta1", "beta2", "eps", "weight_decay") | {
         "learning_rate": config.rate(at.step),
         "step": at.updates + 1,
         "decay": decaying(model.cfg),
@@ -387,25 +380,14 @@ def _in_one_launch(config, model):
 # ## Proof: pieces and skips
 #
 # The text is bytes of five modules of Python 3.11, cut into eight equal parts;
-# row $b$ of a batch reads part $b$, `seq_len` tokens a step. Whatever has a
-# `next_batch` can feed `train`.
-
-
-# %% eight readers of one text
-class Readers:
-    def __init__(self, tokens, B, T):
-        tokens = np.array(tokens, np.int32)
-        self.tokens = tokens[:-1].reshape(B, -1, T)
-        self.targets = tokens[1:].reshape(B, -1, T)
-        self.step = 0
-
-    def next_batch(self):
-        s, self.step = self.step, self.step + 1
-        return self.tokens[:, s], self.targets[:, s]
+# row $b$ of a batch reads part $b$, `seq_len` tokens a step (`Readers` of
+# [chapter 1.18](../1_by_hand/18_training.ipynb)). Whatever has a `next_batch` can
+# feed `train`.
 
 
 # %% the same numbers for our run
 from llmnb.formats.shard import read_shard
+from llmnb.text.readers import Readers
 
 small = TrainConfig(
     tokenizer="byte",

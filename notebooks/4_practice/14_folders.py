@@ -65,7 +65,7 @@ import numpy as np
 
 from llmnb.files import replacing
 
-SMOOTH = 20  # steps in the running mean of the training loss
+_SMOOTH = 20  # steps in the running mean of the training loss
 
 
 # %% a running mean tags=["export"] module="train.drawing"
@@ -84,6 +84,13 @@ def smooth(points, window):
     return (sums[:, window:] - sums[:, :-window]) / window
 
 
+# %% points of a curve tags=["exporti"] module="train.drawing"
+def points_of(rows, name):
+    """Steps and values of a column, an array (2, N): where it has a value."""
+    points = [(x["step"], x[name]) for x in rows if x[name] is not None]
+    return np.array(points, float).reshape(-1, 2).T
+
+
 # %% draw the losses tags=["export"] module="train.drawing"
 def draw_losses(ax, steps, landmarks):
     """Draw losses over steps into a matplotlib axes, with the landmarks.
@@ -93,13 +100,14 @@ def draw_losses(ax, steps, landmarks):
     """
     from llmnb.book.diagram import PALETTE
 
-    points = _series(steps, "loss")
+    rows = [step._asdict() for step in steps]
+    points = points_of(rows, "loss")
     ax.plot(*points, ".", color=PALETTE["grey"], ms=3, label="one batch")
-    if points.shape[1] >= 2 * SMOOTH:
-        label = f"mean of {SMOOTH} batches"
-        mean = smooth(points, SMOOTH)
+    if points.shape[1] >= 2 * _SMOOTH:
+        label = f"mean of {_SMOOTH} batches"
+        mean = smooth(points, _SMOOTH)
         ax.plot(*mean, color=PALETTE["blue"], label=label)
-    points = _series(steps, "val_loss")
+    points = points_of(rows, "val_loss")
     ax.plot(*points, "o-", color=PALETTE["orange"], ms=4, label="validation")
     for name, loss in landmarks.items():
         ax.axhline(loss, color=PALETTE["ink"], lw=1, ls="--")
@@ -107,13 +115,6 @@ def draw_losses(ax, steps, landmarks):
         ax.text(0.99, loss, name, va="bottom", parse_math=False, **place)
     ax.set(xlabel="step", ylabel="loss (nats a token)")
     ax.legend(frameon=False)
-
-
-# %% points of a curve tags=["exporti"] module="train.drawing"
-def _series(steps, name):
-    pairs = [(step.step, getattr(step, name)) for step in steps]
-    points = [pair for pair in pairs if pair[1] is not None]
-    return np.array(points, float).reshape(-1, 2).T
 
 
 # %% [markdown]
@@ -149,6 +150,7 @@ import numpy as np
 from llmnb.arena import footprint
 from llmnb.checks import check_room
 from llmnb.formats.checkpoint import read_config
+from llmnb.model.gpt2 import GPT2
 from llmnb.model.layout import gpt2_layout
 from llmnb.train.folder import weights_path
 
@@ -158,39 +160,32 @@ def new_model(config, vocab_size):
     """The GPT2 that a run starts with, for a vocabulary of this size.
 
     Freshly initialised, or with the weights of `config.init`. Raises
-    ValueError when these are for another vocabulary, and as `check_memory`
+    ValueError when these are for another vocabulary, and as `checked_size`
     and GPT2.from_checkpoint do.
     """
-    from llmnb.model.gpt2 import GPT2
-
-    names = "batch_size", "seq_len", "backend", "precision"
-    how = {name: getattr(config, name) for name in names}
     if not config.init:
-        cfg = config.model(vocab_size)
-        check_memory(config, cfg)
-        return GPT2(cfg, **how, seed=config.seed)
+        return empty_model(config, config.model(vocab_size), config.seed)
     path = weights_path(config.init)
-    cfg = read_config(path)
-    known, padded = cfg.vocab_size, -(-vocab_size // 128) * 128
-    if not vocab_size <= known <= padded:
-        raise ValueError(
-            f"{path} knows {known} tokens, the text is made of {vocab_size}: "
-            "choose the tokenizer that it was trained with"
-        )
-    check_memory(config, cfg)
+    how = checked_size(config, read_config(path, vocab_size))
     return GPT2.from_checkpoint(path, **how, tokens=vocab_size)
 
 
-def check_memory(config, cfg):
-    """Raise MemoryError when a run's model is more than fits in memory.
+def empty_model(config, cfg, seed=None):
+    """A GPT2 of a run, with first weights; without a seed, with none."""
+    return GPT2(cfg, **checked_size(config, cfg), seed=seed)
+
+
+def checked_size(config, cfg):
+    """A run's batches, backend and precision, if its model fits in memory.
 
     cfg: the GPT2Config. All of the model counts here, as training writes to
-    all of it; a GPU's memory answers for itself.
+    all of it; a GPU's memory answers for itself. Raises MemoryError.
     """
     if config.backend != "cuda":
         dtype = np.float64 if config.precision == "fp64" else np.float32
         layout = gpt2_layout(cfg, config.batch_size, config.seq_len, dtype)
         check_room(sum(footprint(layout).values()))
+    return config.some("batch_size", "seq_len", "backend", "precision")
 
 
 # %% a short run
@@ -232,7 +227,7 @@ verdict("sixty steps", final < steps[0].val_loss - 0.5, "have been worth it")
 # model is written first, and what only shows it may fail with a warning.
 #
 # Half files are one danger, two writers another: so a run locks its folder
-# ([chapter 4.1](01_files.ipynb)).
+# ([chapter 4.1](01_files.ipynb)), and begins in one that is its own.
 
 # %% imports of folder tags=["export"]
 import json
@@ -243,14 +238,10 @@ from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 
-from llmnb.files import (
-    LOCK,
-    in_use,
-    make_folder,
-    read_small,
-    replacing,
-    what_is,
-)
+from llmnb.files import own_folder, read_json, read_small
+from llmnb.files import what_is, write_whole
+from llmnb.formats.vocabulary import keep_encoding, open_encoding
+from llmnb.model.gpt2 import GPT2
 from llmnb.timing import machine
 from llmnb.train.drawing import save_figure
 from llmnb.train.feed import landmarks
@@ -259,37 +250,20 @@ from llmnb.train.options import TrainConfig
 
 
 # %% a folder for a run tags=["export"]
-def run_folder(path, force=False):
-    """Make the folder of a run; returns it as a Path.
-
-    Raises FileExistsError when it holds anything, unless `force`.
-    """
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"{path} is a file, not a folder")
-    make_folder(path)
-    if any(x.name != LOCK for x in path.iterdir()) and not force:
-        state = in_use(path) or "exists and is not empty"
-        raise FileExistsError(f"{path} {state}")
-    return path
+run_folder = own_folder
 
 
 # %% the log tags=["export"]
 def write_log(path, steps):
     """Write a list of `Step` as CSV; what a step does not give stays empty."""
     lines = [",".join(Step._fields), *map(log_row, steps)]
-    _write_text(path, "\n".join(lines) + "\n")
+    write_whole(path, "".join(f"{line}\n" for line in lines).encode())
 
 
 def log_row(step):
     """The row of a `Step` in a log: numbers with nine digits, and commas."""
     given = ("" if x is None else f"{x:.9g}" for x in step[1:])
     return ",".join([str(step.step), *given])
-
-
-def _write_text(path, text):
-    with replacing(path) as file:
-        file.write(text.encode("utf-8"))
 
 
 # %% what may fail tags=["export"]
@@ -304,13 +278,29 @@ def sparing(what):
 
 
 # %% the folder's files tags=["export"]
+def model_file(cfg):
+    """The name of the file that holds a run's model.
+
+    llm.c's format holds GPT-2; other architectures go into safetensors.
+    """
+    return "model.bin" if cfg.family == "gpt2" else "model.safetensors"
+
+
+def save_model(folder, model):
+    """Write a run's model; that of another kind there is no longer its."""
+    name = model_file(model.cfg)
+    model.save_checkpoint(folder / name)
+    for other in {"model.bin", "model.safetensors"} - {name}:
+        (folder / other).unlink(missing_ok=True)
+
+
 def save_run(folder, config, model, data, steps):
-    """Write model.bin, config.json, the tokenizer, log.csv and loss.png.
+    """Write the model, config.json, the tokenizer, log.csv and loss.png.
 
     folder: the Path that `run_folder` made. steps: list of `Step`. A log or
     a figure that cannot be written is a warning.
     """
-    model.save_checkpoint(folder / "model.bin")
+    save_model(folder, model)
     marks = write_record(folder, config, data)
     with sparing(folder / "log.csv"):
         write_log(folder / "log.csv", steps)
@@ -320,27 +310,11 @@ def save_run(folder, config, model, data, steps):
 
 # %% what a run was tags=["export"]
 def write_record(folder, config, data):
-    """Write tokenizer.tiktoken and config.json; returns the landmarks."""
-    from llmnb.text import tokenizer
-
+    """Write the tokenizer and config.json; returns the landmarks."""
     folder, marks = Path(folder), landmarks(config, data)
-    tokenizer.save(data.encoding, folder / "tokenizer.tiktoken")
-    record = json.dumps(_facts(config, data, marks), indent=1)
-    _write_text(folder / "config.json", record + "\n")
-    return marks
-
-
-def note_model(folder, step):
-    """Note in config.json at which step model.bin was written."""
-    path = Path(folder) / "config.json"
-    record = json.loads(path.read_text("utf-8")) | {"model_step": step}
-    _write_text(path, json.dumps(record, indent=1) + "\n")
-
-
-# %% what is written down tags=["exporti"]
-def _facts(config, data, marks):
+    keep_encoding(data.encoding, folder)
     names = "llmnb", "numpy", "numba", "tiktoken"
-    return {
+    record = {
         "config": asdict(config),
         "data": data.source,
         "train_tokens": len(data.train_tokens),
@@ -349,6 +323,18 @@ def _facts(config, data, marks):
         "versions": {name: version(name) for name in names},
         "machine": machine(),
     }
+    _write_json(folder / "config.json", record)
+    return marks
+
+
+def _write_json(path, found):
+    write_whole(path, json.dumps(found, indent=1).encode() + b"\n")
+
+
+def note_model(folder, step):
+    """Note in config.json at which step model.bin was written."""
+    path = Path(folder, "config.json")
+    _write_json(path, read_json(path) | {"model_step": step})
 
 
 # %% [markdown]
@@ -364,22 +350,15 @@ def load_run(folder, batch_size=1, seq_len=None, backend=None):
     computes in float32 on another backend. Raises OSError or ValueError, in
     one sentence, when a file is missing or damaged.
     """
-    from llmnb.text import tokenizer
-    from llmnb.model.gpt2 import GPT2
-
     folder = Path(folder)
     config = read_run(folder)
     backend, precision = backend or config.backend, config.precision
     if precision == "tf32" and backend != "cuda":
         precision = "fp32"
-    encoding = tokenizer.load(folder / "tokenizer.tiktoken")
-    model = GPT2.from_checkpoint(
-        weights_path(folder),
-        batch_size=batch_size,
-        seq_len=seq_len or config.seq_len,
-        backend=backend,
-        precision=precision,
-    )
+    encoding = open_encoding(folder)
+    shape = batch_size, seq_len or config.seq_len
+    path = weights_path(folder)
+    model = GPT2.from_checkpoint(path, *shape, backend, precision)
     return model, encoding, config
 
 
@@ -405,11 +384,10 @@ def config_from(found):
     Raises KeyError, TypeError or ValueError when it holds anything else.
     """
     config = TrainConfig(**{**found, "corpus": tuple(found["corpus"])})
-    for each in fields(config):
-        value = getattr(config, each.name)
-        if type(value) not in (each.type, int if each.type is float else None):
-            kind = each.type.__name__
-            raise TypeError(f"{each.name} must be {kind}, got {value!r}")
+    for x in fields(config):
+        value, kinds = getattr(config, x.name), (x.type, int)
+        if type(value) not in (kinds if x.type is float else kinds[:1]):
+            raise TypeError(f"{x.name} must be {x.type}, got {value!r}")
     return config
 
 
@@ -442,13 +420,9 @@ def states(folder):
 
     Only what `state_path` names: no file of another name is a state.
     """
-    found = Path(folder).glob("state_*.safetensors")
-    return sorted(filter(_is_state, found), key=step_of)
-
-
-def _is_state(path):
-    digits = path.stem.removeprefix("state_")
-    return bool(re.fullmatch("[0-9]{8}|[1-9][0-9]{8,17}", digits))
+    name = re.compile(r"state_([0-9]{8}|[1-9][0-9]{8,17})\.safetensors")
+    found = Path(folder).glob("state_*")
+    return sorted((x for x in found if name.fullmatch(x.name)), key=step_of)
 
 
 def step_of(path):
@@ -460,22 +434,23 @@ def step_of(path):
 def weights_path(path):
     """The newest weights in a run's folder; any other path as it is.
 
-    They are in the newest state, unless model.bin was written at its step or
+    They are in the newest state, unless the model was written at its step or
     later: config.json says at which. No clock is asked.
     """
-    folder, model = Path(path), Path(path, "model.bin")
+    folder = Path(path)
+    models = [folder / "model.bin", folder / "model.safetensors"]
+    model = next((x for x in models if x.is_file()), models[0])
     last = states(folder)[-1:] if folder.is_dir() else []
     whole = model.is_file()
-    if last and not (whole and model_step(folder) >= step_of(last[0])):
+    if last and not (whole and _model_step(folder) >= step_of(last[0])):
         return last[0]
     return model if whole else folder
 
 
-def model_step(folder):
+def _model_step(folder):
     """The step at which a run's model.bin was written, or -1: not known."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        text = read_small(Path(folder, "config.json"), 1 << 20)
-        return int(json.loads(text)["model_step"])
+        return int(read_json(Path(folder, "config.json"))["model_step"])
     return -1
 
 

@@ -66,7 +66,6 @@ import errno
 import math
 import os
 import warnings
-from itertools import chain
 from pathlib import Path
 
 from llmnb.train.folder import log_row, write_log
@@ -86,9 +85,8 @@ def start_log(path, step=0):
 
 def add_to_log(path, *steps):
     """Add the row of each `Step` to a log."""
-    rows = "".join(f"{log_row(step)}\n" for step in steps)
     with open(path, "ab") as file:
-        file.write(rows.encode())
+        file.writelines(f"{log_row(step)}\n".encode() for step in steps)
 
 
 # %% rows that wait tags=["exporti"] module="train.log"
@@ -117,57 +115,41 @@ def sync_log(path):
 
 
 # %% a log read back tags=["export"] module="train.log"
-ROW = 1000  # characters that a row has at most
+_LONGEST = 1000  # characters that a row has at most
 
 
 def read_rows(path, columns=None):
-    """The columns of a log.csv, and an iterator over its lines.
+    """A log.csv: its columns, its rows, and the lines that are none.
 
     columns: their names in a log that does not begin with them; None: it
-    must. The iterator yields a line's number, its row, a dict from name to
-    number or None, and None; or, for a line that is no row, None and what is
-    wrong with it. A last line without an end is left out. Raises OSError, or
-    ValueError naming the file.
+    must. A row is a dict from name to number or None; of a line that is none
+    there are its number and what is wrong with it. A last line without an
+    end is left out. Raises OSError, or ValueError naming the file.
     """
-    lines, start = _lines(path), 2
-    head = next(lines, "")
-    names = head.split(",")
-    if names[0] == "step" and len({*names}) == len(names):
-        columns = names
-    elif columns is None:
+    how = {"encoding": "utf-8-sig", "errors": "replace", "newline": "\n"}
+    with open(path, **how) as file:
+        lines = [x.rstrip("\r\n") for x in file if x[-1:] == "\n"]
+    head = lines[0].split(",") if lines else []
+    named = head[:1] == ["step"] and len({*head}) == len(head)
+    if not (named or columns):
         raise ValueError(
             f"{path}: the first line must name the columns, step first"
         )
-    elif head:
-        lines, start = chain([head], lines), 1
-    return columns, _rows(columns, enumerate(lines, start))
-
-
-# %% line by line tags=["exporti"] module="train.log"
-def _lines(path):
-    """The lines of a text that have an end, without it."""
-    how = {"encoding": "utf-8-sig", "errors": "replace", "newline": "\n"}
-    with open(path, **how) as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield line.rstrip("\r\n")
-
-
-def _rows(names, lines):
-    for number, line in lines:
+    columns, rows, wrong = head if named else columns, [], []
+    for number, line in enumerate(lines[named:], 1 + named):
         try:
-            yield number, _row(names, line), None
+            rows.append(_row(columns, line))
         except ValueError as error:
-            yield number, None, str(error)
+            wrong.append((number, str(error)))
+    return columns, rows, wrong
 
 
 # %% one row tags=["exporti"] module="train.log"
 def _row(names, line):
     """A line as a dict from name to number, or ValueError."""
-    if len(line) > ROW:
-        raise ValueError(
-            f"must have at most {ROW:,} characters, has {len(line):,}"
-        )
+    if len(line) > _LONGEST:
+        most = f"{_LONGEST:,} characters"
+        raise ValueError(f"must have at most {most}, has {len(line):,}")
     words = line.split(",")
     if len(words) != len(names):
         raise ValueError(f"must have {len(names)} values, has {len(words)}")
@@ -191,18 +173,13 @@ def read_steps(path):
     A line that is none is left out, and a warning says which. Raises
     OSError.
     """
-    steps, left_out = [], []
+    _, rows, wrong = read_rows(path, Step._fields)
+    if wrong:
+        said = ", ".join(f"line {line} ({why})" for line, why in wrong[:3])
+        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        warnings.warn(f"{path}: left out {said}{more}", stacklevel=2)
     _, *names = Step._fields
-    for line, row, wrong in read_rows(path, Step._fields)[1]:
-        if wrong:
-            left_out.append(f"line {line} ({wrong})")
-        else:
-            steps.append(Step(int(row["step"]), *map(row.get, names)))
-    if left_out:
-        said, more = ", ".join(left_out[:3]), len(left_out) - 3
-        said += f", and {more} more" if more > 0 else ""
-        warnings.warn(f"{path}: left out {said}", stacklevel=2)
-    return steps
+    return [Step(int(row["step"]), *map(row.get, names)) for row in rows]
 
 
 # %% [markdown]
@@ -218,16 +195,16 @@ def read_steps(path):
 # %% imports of run tags=["export"]
 import re
 import shlex
-import warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
-from llmnb.files import BESIDE
-from llmnb.files import Lock
+from llmnb.files import BESIDE, Lock
+from llmnb.formats.vocabulary import KEPT, TOKENIZER_FILES, tokenizer_beside
 from llmnb.train.drawing import save_figure
 from llmnb.train.feed import landmarks, loaders, prepare
 from llmnb.train.folder import (
+    save_model,
     step_of,
     note_model,
     read_run,
@@ -239,7 +216,7 @@ from llmnb.train.folder import (
 )
 from llmnb.train.log import log_steps, read_steps, start_log, sync_log
 from llmnb.train.loop import Progress, train
-from llmnb.train.options import SHAPE
+from llmnb.train.options import FAMILY, SHAPE
 from llmnb.train.start import new_model
 from llmnb.train.state import (
     Run,
@@ -261,24 +238,54 @@ def begin(folder, config):
     config.json and the tokenizer, and removes the states of an older run
     there. Raises ValueError, OSError, RuntimeError or MemoryError.
     """
-    folder = Path(folder)
+    with _locked(Path(folder)) as lock:
+        return _ready(lock, Path(folder), config, prepare(config))[0]
+
+
+# %% its folder, locked tags=["exporti"]
+@contextmanager
+def _locked(folder):
+    """The lock of a folder, which stays unless there is an error."""
     with ExitStack() as undo:
-        lock = undo.enter_context(Lock(folder))
-        data = prepare(config)
-        feeds = loaders(config, data)
-        model = new_model(config, data.encoding.n_vocab)
-        begun = surroundings(config.backend)
-        record = fingerprint(*feeds), begun, [], lock
-        _sweep(folder, states(folder))
-        write_record(folder, config, data)
-        undo.pop_all()  # the lock stays
-    return Run(folder, config, data, model, *feeds, Progress(), *record)
+        yield undo.enter_context(Lock(folder))
+        undo.pop_all()
+
+
+# %% [markdown]
+# Both end in the same place: a `Run` that is ready to be followed. With a state
+# it stands where the state stood, and what has changed since is said; without
+# one it stands at its beginning, and the states of an older run go. Until the
+# model is there, nothing in the folder is touched.
+
+
+# %% a run, ready tags=["exporti"]
+def _ready(lock, folder, config, data, state=None):
+    """A `Run` at a state, or at its beginning; and a list of warnings."""
+    batches, validation = feeds = loaders(config, data)
+    text, begun, found = fingerprint(*feeds), surroundings(config.backend), []
+    if state:
+        found += _check_text(state, text, feeds)
+        found += differences(state.begun or begun, begun)
+        batches.state, begun = state.place, state.begun or begun
+        model, at = restore(state._replace(config=config)), state.at
+    else:
+        model, at = new_model(config, data.encoding.n_vocab), Progress()
+    _sweep(folder, [] if state else states(folder))
+    write_record(folder, config, data)
+    kept = [x for x in map(step_of, states(folder)) if x <= at.step]
+    run = Run(
+        folder=folder, config=config, data=data, model=model,
+        batches=batches, validation=validation, at=at, text=text,
+        begun=begun, kept=kept, lock=lock,
+    )  # fmt: skip
+    return run, found
 
 
 # %% what a kill leaves tags=["exporti"]
+_TOKENIZERS = "|".join(map(re.escape, KEPT))
 HALF = re.compile(
-    r"(config\.json|log\.csv|loss\.png|model\.bin|sample\.txt"
-    r"|state_[0-9]+\.safetensors|tokenizer\.tiktoken)" + BESIDE
+    r"(config\.json|log\.csv|loss\.png|sample\.txt|model\.(bin|safetensors)"
+    rf"|state_[0-9]+\.safetensors|{_TOKENIZERS})" + BESIDE
 )
 
 
@@ -310,26 +317,12 @@ def resume(folder, **changes):
     """
     folder = Path(folder)
     read_run(folder)  # only a run is locked
-    with ExitStack() as undo:
-        lock = undo.enter_context(Lock(folder))
+    with _locked(folder) as lock:
         config = _changed(folder, changes)
         state, warnings = newest_state(folder)
         data = _same_data(folder, config, state)
-        feeds = loaders(config, data)
-        text, begun = fingerprint(*feeds), surroundings(config.backend)
-        if state:
-            warnings += _check_text(state, text, feeds)
-            warnings += differences(state.begun or begun, begun)
-            feeds[0].state, begun = state.place, state.begun or begun
-            model, at = restore(state._replace(config=config)), state.at
-        else:
-            model, at = new_model(config, data.encoding.n_vocab), Progress()
-        kept = [x for x in map(step_of, states(folder)) if x <= at.step]
-        _sweep(folder)
-        write_record(folder, config, data)
-        undo.pop_all()  # the lock stays
-    record = at, text, begun, kept, lock
-    return Run(folder, config, data, model, *feeds, *record), warnings
+        run, more = _ready(lock, folder, config, data, state)
+    return run, warnings + more
 
 
 # %% the text again tags=["exporti"]
@@ -337,7 +330,7 @@ def _same_data(folder, config, state):
     """The Data of a run that goes on, if the state goes with it."""
     if state:
         _check_run(state, config)
-    own = str(folder / "tokenizer.tiktoken")
+    own = str(tokenizer_beside(folder) or folder / TOKENIZER_FILES[0])
     try:
         return prepare(replace(config, tokenizer=own))
     except FileNotFoundError as error:
@@ -353,7 +346,7 @@ def _check_text(state, text, feeds):
     """Raise if the text is another; warn if that cannot be said for sure."""
     if state.text == text:
         return []
-    if state.text == first_batches(feeds):
+    if state.text == [*first_batches(feeds)]:
         return [
             f"{state.path} was written by an older llmnb: only the first "
             "batch of the text was compared"
@@ -422,7 +415,7 @@ def follow(run):
 
 # %% the end of a run tags=["export"]
 def finish(run):
-    """Write model.bin, then loss.png, at any step; returns the log's steps.
+    """Write the model, then loss.png, at any step; returns the log's steps.
 
     A log without the lines that do not count takes the old one's place. When
     a log or a figure fails, that is a warning; a model raises as `follow`
@@ -431,7 +424,7 @@ def finish(run):
     log, figure, steps = run.folder / "log.csv", run.folder / "loss.png", []
     with telling(run):
         run.lock.check(hold=True)
-        run.model.save_checkpoint(run.folder / "model.bin")
+        save_model(run.folder, run.model)
         note_model(run.folder, run.at.step)
     with sparing(log):
         steps = read_steps(log)
@@ -458,14 +451,9 @@ def telling(run):
         raise FloatingPointError(f"{error}: {_gentler(run)}") from error
     except OSError as error:
         what, kept = error.strerror or str(error), _kept(run)
-        left = (
-            f"the last checkpoint is {kept[-1].name}"
-            if kept
-            else ("there is no checkpoint yet")
-        )
-        raise OSError(f"{error.filename or run.folder}: {what}; {left}") from (
-            error
-        )
+        left = f"the last checkpoint is {kept[-1].name}" if kept else ""
+        left, where = left or "there is no checkpoint yet", error.filename
+        raise OSError(f"{where or run.folder}: {what}; {left}") from error
 
 
 def _kept(run):
@@ -480,16 +468,14 @@ def _gentler(run):
     # a state of this very step has the weights that gave no number
     kept = [x for x in _kept(run) if x != now]
     asked = {"learning_rate": float(f"{config.learning_rate / 2:.3g}")}
+    said = SHAPE if config.depth or kept else ()  # by the depth or the state
+    if kept:
+        said += "depth", "tokenizer", "vocab_size", *FAMILY
+        asked = {"init": kept[-1]} | asked
     for each in fields(config):
         value = getattr(config, each.name)
-        if value != each.default:
+        if value != each.default and each.name not in said:
             asked.setdefault(each.name, value)
-    for name in SHAPE if config.depth or kept else ():
-        asked.pop(name, None)  # the depth or the state says them
-    if kept:
-        for name in ("init", "depth", "tokenizer", "vocab_size"):
-            asked.pop(name, None)
-        asked = {"init": kept[-1]} | asked
     words = ["llmnb", "train"]
     for name, value in asked.items():
         words.append("--" + name.replace("_", "-"))

@@ -54,7 +54,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llmnb.train.drawing import smooth
+from llmnb.files import package
+from llmnb.train.drawing import points_of, smooth
 from llmnb.train.log import read_rows
 
 
@@ -70,15 +71,10 @@ def read_log(path):
     """
     path = Path(path)
     path = path / "log.csv" if path.is_dir() else path
-    names, rows = read_rows(path)
-    points = {name: [] for name in names[1:]}
-    for line, row, wrong in rows:
-        if wrong:
-            raise ValueError(f"{path}, line {line}: {wrong}")
-        for name in points:
-            if row[name] is not None:
-                points[name].append((row["step"], row[name]))
-    return {k: np.array(v, float).reshape(-1, 2).T for k, v in points.items()}
+    names, rows, wrong = read_rows(path)
+    for line, why in wrong[:1]:
+        raise ValueError(f"{path}, line {line}: {why}")
+    return {name: points_of(rows, name) for name in names[1:]}
 
 
 # %% [markdown]
@@ -88,7 +84,8 @@ def read_log(path):
 
 
 # %% runs in one picture tags=["export"] module="train.watch"
-PANELS = {
+_NONE = np.empty((2, 0))  # a column without a value
+_PANELS = {
     "loss": "loss (nats a token)",
     "learning_rate": "learning rate",
     "grad_norm": "norm of the gradient",
@@ -106,9 +103,15 @@ def compare_runs(logs, window=20):
 
     figure = Figure(figsize=(10, 6.5), dpi=100, layout="constrained")
     axes = figure.subplots(2, 2).flat
-    for ax, (name, label) in zip(axes, PANELS.items(), strict=True):
+    for ax, (name, label) in zip(axes, _PANELS.items(), strict=True):
         for number, (run, log) in enumerate(logs.items()):
-            _draw(ax, log, name, run, f"C{number % 10}", window)
+            points, colour = log.get(name, _NONE), f"C{number % 10}"
+            # a rate is chosen, not measured: nothing scatters
+            mean = smooth(points, 1 if name == "learning_rate" else window)
+            ax.plot(*mean, color=colour, label=run)
+            if name == "loss":
+                dots = log.get("val_loss", _NONE)
+                ax.plot(*dots, "o", color=colour, ms=4)
         ax.set(xlabel="step", ylabel=label)
         if name != "loss":
             ax.set_ylim(0, 1.1 * ax.get_ylim()[1])
@@ -139,17 +142,6 @@ def _short(name, most=60):
     return line if len(line) <= most else "..." + line[3 - most :]
 
 
-# %% one curve tags=["exporti"] module="train.watch"
-def _draw(ax, log, name, run, colour, window):
-    empty = np.empty((2, 0))
-    raw = log.get(name, empty)
-    if name == "learning_rate":
-        window = 1  # chosen, not measured: nothing scatters
-    ax.plot(*smooth(raw, window), color=colour, label=run)
-    if name == "loss":
-        ax.plot(*log.get("val_loss", empty), "o", color=colour, ms=4)
-
-
 # %% runs in one table tags=["export"] module="train.watch"
 def run_table(logs):
     """Lines of text: a row a run, with steps, losses and speed.
@@ -157,16 +149,15 @@ def run_table(logs):
     logs: as for `compare_runs`. The best loss is the lowest of the
     validations, the last one the latest.
     """
-    names = [" ".join(run.split()) for run in logs]  # each in one line
-    wide = max(map(len, ["run", *names]))
+    runs = [" ".join(run.split()) for run in logs]  # each in one line
+    wide = max(map(len, ["run", *runs]))
     lines = [
         f"{'run':<{wide}}  {'steps':>7} {'last val':>9} {'best val':>9} "
         f"{'tokens/s':>9}"
     ]
-    for run, log in zip(names, logs.values(), strict=True):
-        steps, losses = log.get("loss", np.empty((2, 0)))
-        val = log.get("val_loss", np.empty((2, 0)))[1]
-        speed = log.get("tokens_per_second", np.empty((2, 0)))[1]
+    for run, log in zip(runs, logs.values(), strict=True):
+        names = "loss", "val_loss", "tokens_per_second"
+        losses, val, speed = (log.get(name, _NONE)[1] for name in names)
         last, best = (val[-1], val.min()) if len(val) else (np.nan, np.nan)
         middle = np.median(speed) if len(speed) else np.nan
         lines.append(
@@ -226,16 +217,16 @@ class Board:
     """
 
     def __init__(self, folder):
-        try:
-            from tensorboard.compat.proto import event_pb2, summary_pb2
-            from tensorboard.summary.writer import event_file_writer
-        except ImportError:
-            raise ImportError(
-                "TensorBoard's package is missing: "
-                "pip install 'llmnb[tensorboard]'"
-            ) from None
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        self._file = event_file_writer.EventFileWriter(str(folder))
+        event, summary, writer = (
+            package(name, "tensorboard", "TensorBoard")
+            for name in (
+                "tensorboard.compat.proto.event_pb2",
+                "tensorboard.compat.proto.summary_pb2",
+                "tensorboard.summary.writer.event_file_writer",
+            )
+        )
+        self._event, self._summary = event.Event, summary.Summary
+        self._file = writer.EventFileWriter(str(folder))
 
     def write(self, step, numbers):
         """Write a step's numbers, a dict from name to float or None."""
@@ -398,8 +389,8 @@ def screens():
 # at each validation.
 
 # %% a bar, or lines tags=["export"] module="train.terminal"
-QUIET = 60  # seconds between two lines
-LINE = (
+_QUIET = 60  # seconds between two lines
+_LINE = (
     "{percentage:3.0f}% {n_fmt}/{total_fmt} "
     "[{elapsed}<{remaining}, {rate_fmt}{postfix}]"
 )
@@ -418,7 +409,7 @@ class _Lines:
         pass
 
 
-def progress(work=None, **how):
+def progress_bar(work=None, **how):
     """A tqdm over work, on standard error: a bar, or lines in a file.
 
     how: more of tqdm's arguments. Where standard error is no terminal, a
@@ -428,8 +419,8 @@ def progress(work=None, **how):
 
     if sys.stderr.isatty():
         return tqdm(work, dynamic_ncols=True, **how)
-    how |= {"leave": False, "delay": QUIET, "bar_format": LINE}
-    times = {"mininterval": QUIET, "maxinterval": QUIET}
+    how |= {"leave": False, "delay": _QUIET, "bar_format": _LINE}
+    times = {"mininterval": _QUIET, "maxinterval": _QUIET}
     return tqdm(work, file=_Lines(), **times, **how)
 
 

@@ -83,7 +83,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from llmnb.formats.checkpoint import read_config
-from llmnb.formats.vocabulary import tokenizer_of
+from llmnb.formats.vocabulary import tokenizer_beside, tokenizer_of
 from llmnb.train.folder import weights_path
 from llmnb.train.options import SHAPE, TrainConfig, check_range, depth_shape
 
@@ -100,22 +100,30 @@ def starting_from(init, **given):
     """
     cfg, usual = read_config(weights_path(init)), {"learning_rate": 1e-4}
     usual["seq_len"] = min(TrainConfig.seq_len, cfg.max_seq_len)
-    shape = {name: getattr(cfg, name) for name in SHAPE}
+    shape = {name: getattr(cfg, name) for name in SHAPE} | _family(cfg)
     asked = dict(given)
     if asked.get("depth"):
         asked |= zip(SHAPE, depth_shape(asked["depth"]), strict=True)
     for name, value in shape.items():
-        if asked.get(name, value) != value:
+        if asked.get(name) not in (None, value):
             raise ValueError(
                 f"{init} has {name} {value}, not {asked[name]}: leave out "
                 "the shape, or do not start from it"
             )
     config = TrainConfig(**{**usual, **given, **shape, "init": str(init)})
     check_range("seq_len", config.seq_len, 1, cfg.max_seq_len + 1)
-    brought = Path(config.shards) / "tokenizer.tiktoken"
-    if "tokenizer" in given or (config.shards and brought.is_file()):
+    brought = config.shards and tokenizer_beside(Path(config.shards))
+    if "tokenizer" in given or brought:
         return config
     return replace(config, tokenizer=tokenizer_of(init, cfg.vocab_size))
+
+
+def _family(cfg):
+    """The options that say which architecture it is, and how it attends."""
+    if cfg.family == "gpt2":
+        return {"arch": cfg.family, "num_kv_heads": 0, "window": 0}
+    heads, window = cfg.num_kv_heads, cfg.window or 0
+    return {"arch": cfg.family, "num_kv_heads": heads, "window": window}
 
 
 # %% [markdown]
@@ -281,8 +289,9 @@ plt.show()
 #
 # All weights move, and every state holds all of them. Ways to train a few numbers
 # beside frozen weights (LoRA is the best known) need less memory for AdamW and
-# keep many tunings of one model in little space; at the sizes that this book trains
-# they save nothing that is scarce.
+# keep many tunings of one model in little space. At the sizes of this part they
+# save nothing that is scarce; [chapter 5.10](../5_modern/10_lora.ipynb) derives
+# them and tunes a larger model.
 #
 # On the command line it is one option,
 # `llmnb train --init runs/python --corpus book.txt`

@@ -15,7 +15,7 @@
 # > What a position has computed never changes when the text grows. Keep its
 # > keys and values, and the next token costs one position, not all of them.
 #
-# *Reading time: 29 minutes. You need: attention
+# *Reading time: 30 minutes. You need: attention
 # ([chapter 1.8](../1_by_hand/08_attention.ipynb)) and the products of
 # [chapter 2.4](../2_cpu/04_matmul.ipynb).*
 
@@ -31,7 +31,7 @@ gpt2_diagram(lit="attention")
 # *Figure 4.19.1. Attention is the one layer in which a position reads others.
 # What it reads there, keys and values, is all that has to be kept.*
 #
-# [Chapter 1.18](../1_by_hand/18_writing.ipynb) computes a whole window for every token it
+# [Chapter 1.19](../1_by_hand/19_writing.ipynb) computes a whole window for every token it
 # draws, although all but one of the positions held the same tokens before.
 # This chapter computes each position once. At its end you can
 #
@@ -97,19 +97,19 @@ for n in (2, 3):
 # %% [markdown]
 # ## What never changes
 #
-# [Chapter 1.18](../1_by_hand/18_writing.ipynb) has proved that the vector $x^\ell_t$ at
+# [Chapter 1.19](../1_by_hand/19_writing.ipynb) has proved that the vector $x^\ell_t$ at
 # position $t$ above block $\ell$ depends on the tokens $0, \dots, t$ alone. A
 # token that is appended later is none of them. So every number that a position
 # has ever computed, in every block, is final.
 #
-# Which of them does a later position read? Go through a block, with $u$ for
+# Which of them does a later position read? Go through a block, with $t$ for
 # the later position. LayerNorm, the linear layers, GELU and the residual sum
-# of $u$ read position $u$ only. Attention of $u$ is
+# of $t$ read position $t$ only. Attention of $t$ is
 #
-# $$ y_u = \sum_{s \le u} \frac{e^{q_u \cdot k_s / \sqrt{hs}}}
-#    {\sum_{r \le u} e^{q_u \cdot k_r / \sqrt{hs}}} \; v_s . \tag{4.19.1} $$
+# $$ y_t = \sum_{u \le t} \frac{e^{q_t \cdot k_u / \sqrt{hs}}}
+#    {\sum_{w \le t} e^{q_t \cdot k_w / \sqrt{hs}}} \; v_u . \tag{4.19.1} $$
 #
-# From $s < u$ it reads $k_s$ and $v_s$: for all heads together C numbers
+# From $u < t$ it reads $k_u$ and $v_u$: for all heads together C numbers
 # each, in each of L blocks. Everything else can be thrown away, the queries
 # and the residual stream too. A position leaves behind
 #
@@ -120,7 +120,7 @@ for n in (2, 3):
 #
 # Its limit follows from the same proof. If the text loses its first token, all
 # the others move to another position, get another row of `wpe`, and every
-# number changes. The cache is worth nothing then. That is why chapter 1.18 lets
+# number changes. The cache is worth nothing then. That is why chapter 1.19 lets
 # half a window go at once.
 #
 # The whole algorithm fits in a cell. `cache` holds a pair of lists for each
@@ -218,7 +218,7 @@ for n in (16, 128, 1024):
 #
 # In floating point $(a + b) + c$ is not $a + (b + c)$. Numbers are equal to
 # the last bit if they come from the same operations in the same order. Which
-# order does a number of [chapter 1.7](../1_by_hand/07_matmul.ipynb)'s product come from? With
+# order does a number of [chapter 2.4](../2_cpu/04_matmul.ipynb)'s product come from? With
 # blocks of `DEPTH` = 384 steps, $S_b$ for the sum over block $b$, bias $\beta$
 # and residual $r$,
 #
@@ -236,7 +236,7 @@ for n in (16, 128, 1024):
 # Such a product must run down $k$ one step after the other, and for speed it
 # must compute many outputs side by side, one in each lane of a vector. At step
 # $k$ it wants the weights $w_{j,k}$ for `COLS` neighbouring outputs $j$. In
-# the weight's own order, (OC, C), these are C numbers apart. Chapter 1.7 packs
+# the weight's own order, (OC, C), these are C numbers apart. Chapter 2.4 packs
 # them into panels for this reason, on each call, and with one row the packing
 # costs more than the product. But while a model writes, its weights do not
 # change. We pack them **once**:
@@ -252,11 +252,13 @@ for n in (16, 128, 1024):
 #
 # ### A tile without packing
 #
-# The inner loop is that of chapter 1.7's tile, with one change: the inputs are
-# read where they are, a number from each row, and not from a panel.
+# The inner loop is that of the tile in [appendix A.2](../appendix/02_tile.ipynb),
+# with one change: the inputs are read where they are, a number from each row,
+# and not from a panel.
 
 # %% imports of the kernels tags=["export"] module="cpu.decode"
 import math
+from typing import NamedTuple
 
 import numpy as np
 from numba import types
@@ -264,9 +266,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from llmnb.checks import check_fit
-from llmnb.cpu.attention import block_size, softmax_block
-from llmnb.cpu.jit import arguments, inner, team
-from llmnb.cpu.panels import DEPTH, pack, scratch
+from llmnb.cpu.attention import Look, block_size, look_of, softmax_row
+from llmnb.cpu.jit import arguments, inlined, inner, team
+from llmnb.cpu.panels import DEPTH, Block, pack, scratch
 from llmnb.cpu.tile import (
     COLS,
     I32,
@@ -275,8 +277,8 @@ from llmnb.cpu.tile import (
     VECTORS,
     constant,
     data,
-    load,
     multiply_add,
+    peek,
     spread,
     store,
     sum_loop,
@@ -291,7 +293,7 @@ def _sums(builder, inp, panel, line, depth, rows):
     def turn(pointers, sums):
         panel, *inp = pointers
         weights = [
-            load(builder, builder.gep(panel, [I32(v * LANES)]), LANES)
+            peek(builder, builder.gep(panel, [I32(v * LANES)]), LANES)
             for v in range(VECTORS)
         ]
         new = []
@@ -309,50 +311,56 @@ def _sums(builder, inp, panel, line, depth, rows):
 
 # %% [markdown]
 # Around it an intrinsic that finds the addresses, and adds bias and start in
-# the order of (4.19.5). `o`, `s`, `x` and `p` are pairs: where something begins
-# in its flat array, and the step to the next row or line. It is made for as
+# the order of (4.19.5). A `Line` says where something begins and how far it is
+# to the next row, or the next line of a panel. The intrinsic is made for as
 # many rows as a tile has, for two, and for one.
+
+
+# %% where rows are tags=["exporti"] module="cpu.decode"
+class Line(NamedTuple):
+    """A flat array, where a row begins in it, and the step to the next."""
+
+    array: np.ndarray
+    at: int
+    step: int
+
+
+@inlined
+def _moved(line, rows):
+    """The Line that begins some rows further on."""
+    return Line(line.array, line.at + rows * line.step, line.step)
 
 
 # %% some rows by a panel tags=["exporti"] module="cpu.decode"
 def _rows_by_panel(rows):
     @intrinsic
-    def multiply(typing, out, o, start, s, bias, b, inp, x, panel, p, depth):
-        n, two = types.int64, types.UniTuple(types.int64, 2)
-        signature = types.void(
-            out, two, start, two, bias, n, inp, two, panel, two, n
-        )
+    def multiply(typing, out, start, bias, inp, panel, depth):
+        signature = types.void(out, start, bias, inp, panel, types.int64)
 
         def codegen(context, builder, signature, args):
             kinds = signature.args
 
-            def places(i, vectors):
-                at, step = cgutils.unpack_tuple(builder, args[i + 1])
-                base = builder.gep(
-                    data(context, builder, kinds[i], args[i]), [at]
-                )
+            def line(i):
+                """The address of a Line's begin, and its step."""
+                array, at, step = cgutils.unpack_tuple(builder, args[i])
+                base = data(context, builder, kinds[i].types[0], array)
+                return builder.gep(base, [at]), step
+
+            def places(i, rows, vectors):
+                base, step = line(i)
                 for r in range(rows):
                     down = builder.mul(step, step.type(r))
                     for v in range(vectors):
                         place = builder.add(down, step.type(v * LANES))
                         yield builder.gep(base, [place])
 
-            panel = data(context, builder, kinds[8], args[8])
-            p, line = cgutils.unpack_tuple(builder, args[9])
-            inputs = [*places(6, 1)]
-            found = _sums(
-                builder, inputs, builder.gep(panel, [p]), line, args[10], rows
-            )
-            bias = builder.gep(
-                data(context, builder, kinds[4], args[4]), [args[5]]
-            )
-            shift = [
-                load(builder, builder.gep(bias, [I32(v * LANES)]), LANES)
-                for v in range(VECTORS)
-            ] * rows
-            outs, starts = places(0, VECTORS), places(2, VECTORS)
+            inputs, (panel, step) = [*places(3, rows, 1)], line(4)
+            found = _sums(builder, inputs, panel, step, args[5], rows)
+            bias = places(2, 1, VECTORS)
+            shift = [peek(builder, p, LANES) for p in bias] * rows
+            outs, starts = places(0, rows, VECTORS), places(1, rows, VECTORS)
             for q, f, z, y in zip(outs, starts, found, shift, strict=True):
-                z = builder.fadd(builder.fadd(z, y), load(builder, f, LANES))
+                z = builder.fadd(builder.fadd(z, y), peek(builder, f, LANES))
                 store(builder, z, q)
             return context.get_dummy_value()
 
@@ -366,81 +374,72 @@ _all_rows, _two_rows, _one_row = map(_rows_by_panel, (ROWS, 2, 1))
 
 # %% all rows by a panel tags=["exporti"] module="cpu.decode"
 @inner
-def _panel_product(out, o, start, s, bias, b, inp, x, panel, p, depth, count):
-    """o, s, x: where the first row begins, and the step to the next."""
+def _panel_product(out, start, bias, inp, panel, depth, count):
+    """Each of `count` rows, from Lines: out = start + bias + inp by panel."""
     i = 0
     while i < count:
-        places = (o[0] + i * o[1], o[1]), (s[0] + i * s[1], s[1])
-        row = x[0] + i * x[1], x[1]
-        how = bias, b, inp, row, panel, p, depth
+        y, s, x = _moved(out, i), _moved(start, i), _moved(inp, i)
         if count - i >= ROWS:
-            _all_rows(out, places[0], start, places[1], *how)
+            _all_rows(y, s, bias, x, panel, depth)
             i += ROWS
         elif count - i >= 2:
-            _two_rows(out, places[0], start, places[1], *how)
+            _two_rows(y, s, bias, x, panel, depth)
             i += 2
         else:
-            _one_row(out, places[0], start, places[1], *how)
+            _one_row(y, s, bias, x, panel, depth)
             i += 1
 
 
 # %% [markdown]
 # A column of panels runs through the blocks of `DEPTH` steps. The first adds
 # bias and residual, the others go on from `out`. Where OC is not a multiple of
-# `COLS`, the last column goes by way of a wider copy.
+# `COLS`, the last column goes by way of a wider copy. Lines of zeros whose step
+# is 0 stand in for what is not there.
 
 
 # %% a column of the output tags=["exporti"] module="cpu.decode"
 @inner
-def _column(out, start, s, inp, panels, p, j, sizes, zeros):
-    """Columns j to j + COLS of all rows; s: the step of start's rows."""
-    count, OC, C = sizes
+def _column(out, start, inp, panel, zeros, count):
+    """COLS columns of all rows; all but count are Lines."""
+    C = inp.step
+    bias = Line(panel.array, panel.at + C * COLS, 0)
     for k in range(0, C, DEPTH):
-        depth = min(DEPTH, C - k)
-        x, panel = (k, C), (p + k * COLS, COLS)
-        if k == 0:
-            at = (j if s else 0), s
-            _panel_product(
-                *(out, (j, OC), start, at, panels, p + C * COLS),
-                *(inp, x, panels, panel, depth, count),
-            )
-        else:
-            _panel_product(
-                *(out, (j, OC), out, (j, OC), zeros, 0),
-                *(inp, x, panels, panel, depth, count),
-            )
+        depth, x = min(DEPTH, C - k), Line(inp.array, k, C)
+        _panel_product(out, start, bias, x, _moved(panel, k), depth, count)
+        start, bias = out, zeros
 
 
 # %% the column at the edge tags=["exporti"] module="cpu.decode"
 @inner
-def _edge_column(out, start, s, inp, panels, p, j, sizes, zeros):
+def _edge_column(out, start, inp, panel, zeros, count):
     """A column of fewer than COLS numbers, by way of a wider copy."""
-    count, OC, C = sizes
-    wide = np.zeros(count * COLS, out.dtype)
+    cols = out.step - out.at  # out is at its first row
+    wide = Line(np.zeros(count * COLS, out.array.dtype), 0, COLS)
     for i in range(count):
-        for c in range(OC - j if s else 0):
-            wide[i * COLS + c] = start[i * s + j + c]
-    shape = count, COLS, C
-    _column(wide, wide, COLS, inp, panels, p, 0, shape, zeros)
+        for c in range(cols if start.step else 0):
+            there = start.at + i * start.step
+            wide.array[i * COLS + c] = start.array[there + c]
+    _column(wide, wide, inp, panel, zeros, count)
     for i in range(count):
-        for c in range(OC - j):
-            out[i * OC + j + c] = wide[i * COLS + c]
+        for c in range(cols):
+            there = out.at + i * out.step
+            out.array[there + c] = wide.array[i * COLS + c]
 
 
 # %% the kernel of the product tags=["exporti"] module="cpu.decode"
 @team
 def _panels_forward(part, parts, address):
-    out, start, s, inp, panels, sizes = arguments(address)
-    _, OC, C = sizes
-    count, size = -(-OC // COLS), (C + 1) * COLS
-    zeros = np.zeros(COLS, out.dtype)
-    first = start if s else zeros
-    for q in range(part * count // parts, (part + 1) * count // parts):
-        j, p = q * COLS, q * size
+    out, start, add, inp, panels, count, C = arguments(address)
+    OC = out.size // count
+    columns, size = -(-OC // COLS), (C + 1) * COLS
+    zeros, inp = Line(np.zeros(COLS, out.dtype), 0, 0), Line(inp, 0, C)
+    for q in range(part * columns // parts, (part + 1) * columns // parts):
+        j, panel = q * COLS, Line(panels, q * size, COLS)
+        y, first = Line(out, j, OC), Line(start, j, OC) if add else zeros
         if j + COLS <= OC:
-            _column(out, first, s, inp, panels, p, j, sizes, zeros)
+            _column(y, first, inp, panel, zeros, count)
         else:
-            _edge_column(out, first, s, inp, panels, p, j, sizes, zeros)
+            _edge_column(y, first, inp, panel, zeros, count)
 
 
 # %% the product tags=["export"] module="cpu.decode"
@@ -470,12 +469,11 @@ def panels_forward(out, inp, panels, residual=None):
     """
     (B, T, C), OC = inp.shape, out.shape[2]
     _check_panels("panels_forward", panels, OC, C)
-    start = out if residual is None else residual
-    s = 0 if residual is None else OC
-    flat = (x.reshape(-1) for x in (start, inp, panels))
-    start, inp, panels = flat
-    sizes = B * T, OC, C
-    _panels_forward(out.reshape(-1), start, s, inp, panels, sizes)
+    add, start = residual is not None, out if residual is None else residual
+    out, start, inp, panels = (
+        x.reshape(-1) for x in (out, start, inp, panels)
+    )
+    _panels_forward(out, start, add, inp, panels, B * T, C)
 
 
 # %% pack a weight tags=["exporti"] module="cpu.decode"
@@ -484,8 +482,8 @@ def _pack_weight(part, parts, address):
     panels, weight, OC, C, code = arguments(address)
     size = (C + 1) * COLS
     for q in range(part, -(-OC // COLS), parts):
-        rows = min(COLS, OC - q * COLS)
-        pack(code, panels, q * size, weight, q * COLS * C, C, 1, rows, C)
+        block = Block(q * COLS * C, C, 1, min(COLS, OC - q * COLS), C)
+        pack(code, panels, q * size, weight, block)
 
 
 # %% weights into panels tags=["export"] module="cpu.decode"
@@ -505,7 +503,7 @@ def pack_weight(panels, weight, bias=None):
     panels[:, -1] = last.reshape(-1, COLS)
 
 
-# %% the bits of chapter 1.7
+# %% the bits of chapter 2.4
 from llmnb.cpu import matmul_forward
 from llmnb.cpu.decode import pack_weight, panels_forward, panels_shape
 
@@ -550,7 +548,7 @@ inp, out = np.ones((1, 1, 768), "f"), np.empty((1, 1, 49152), "f")
 sums = np.zeros(numba.get_num_threads(), np.float32)
 times = {
     "read": fastest(read_all, sums, weight.reshape(len(sums), -1)),
-    "chapter 1.7": fastest(matmul_forward, out, inp, weight, None),
+    "chapter 2.4": fastest(matmul_forward, out, inp, weight, None),
     "packed once": fastest(panels_forward, out, inp, panels),
 }
 read_bytes = weight.nbytes
@@ -562,103 +560,128 @@ for name, spent in times.items():
 # ### One query, many keys
 #
 # Attention is two products: the query with all keys, then the weights of the
-# softmax with all values. In chapter 1.8 a score is one chain of multiplications
-# over the channels of a head; the values are added up in blocks of keys, and
-# between two blocks the softmax corrects its maximum. We keep to both orders.
+# softmax with all values. In chapter 2.5 a score is one chain of
+# multiplications over the channels of a head; the values are added up in
+# blocks of keys, and between two blocks the softmax corrects its maximum. We
+# keep to both orders.
 # The keys are stored as panels of `COLS` positions, so that a vector holds
 # that many scores. The values need no panels: a vector holds neighbouring
 # channels of one position, and the next line is the next position.
 #
-# The softmax of a block is chapter 1.8's own function.
+# The softmax of a block is chapter 2.5's own function, `softmax_row`.
+#
+# Some models look back a window of $W$ positions only
+# ([chapter 5.4](../5_modern/04_attention.ipynb)). What has left the window is
+# never read again, so its place is free for what comes: the cache is a
+# *ring*, and position $p$ lies at $p$ modulo the ring's size. A block of keys
+# must lie in one piece, or its sums would be cut in two and have another
+# order. So the ring is $W$ rounded up to whole blocks.
 
 
 # %% the shape of a cache tags=["export"] module="cpu.decode"
-def cache_shapes(B, NKV, T, hs):
+def ring_size(hs, window):
+    """Positions that a cache keeps where attention looks back a window."""
+    step = math.lcm(block_size(hs), COLS)
+    return -(-window // step) * step
+
+
+def cache_shapes(B, NKV, T, hs, window=None):
     """Shapes of the cached keys and values of T positions.
 
     Keys (B, NKV, T / COLS, hs, COLS) are panels of COLS positions; values
-    (B, NKV, T, hs), with hs rounded up to a multiple of COLS.
+    (B, NKV, T, hs), with hs rounded up to a multiple of COLS. window: how
+    many positions a query sees, None for all; no more than ring_size of
+    them are kept.
     """
+    T = T if window is None else min(T, ring_size(hs, window))
     wide = -(-hs // COLS) * COLS
     keys = B, NKV, -(-T // COLS), hs, COLS
     return {"keys": keys, "values": (B, NKV, T, wide)}
 
 
-# %% keep keys and values tags=["exporti"] module="cpu.decode"
+# %% keep a key and a value tags=["exporti"] module="cpu.decode"
 @inner
-def _keep(keys, values, qkv, first, k, v):
-    """Of one row of the batch and one head: the new positions.
-
-    k, v: where the head's keys and values begin in a row of qkv.
-    """
-    hs = keys.shape[1]
-    for t in range(len(qkv)):
-        panel, lane = (first + t) // COLS, (first + t) % COLS
-        for c in range(hs):
-            keys[panel, c, lane] = qkv[t, k + c]
-            values[first + t, c] = qkv[t, v + c]
+def _keep(keys, values, key, value, at):
+    """Of one head and position; at: its place in the cache."""
+    panel, lane = at // COLS, at % COLS
+    for c in range(len(key)):
+        keys[panel, c, lane] = key[c]
+        values[at, c] = value[c]
 
 
 # %% one query tags=["exporti"] module="cpu.decode"
+class Reach(NamedTuple):
+    """What a query sees, and where it lies.
+
+    look: of chapter 2.5. end: the position after its own. room: position p
+    lies at p % room. block: how many keys are taken at once.
+    """
+
+    look: Look
+    end: int
+    room: int
+    block: int
+
+
 @inner
-def _look_back(out, query, keys, values, seen, hs, block, w, zeros):
-    """Attention from one position to `seen` keys; w: scores, then sums."""
-    wide, scale = len(zeros), w.dtype.type(1 / math.sqrt(hs))
-    acc, none = len(w) - wide - 2, (0, 0)
-    for j in range(0, seen, COLS):
-        _one_row(
-            *(w, (j, 0), zeros, none, zeros, 0, query, none),
-            *(keys, (j * hs, COLS), hs),
-        )
-    w[acc : acc + wide] = 0
-    w[acc + wide], w[acc + wide + 1] = -1e30, 0
-    for u in range(0, seen, block):
-        cols = min(block, seen - u)
-        softmax_block(w, u, acc, cols, 1, cols, 1, wide, scale)
+def _look_back(out, query, keys, values, reach, scores, sums):
+    """Attention from one position to its Reach; scores, sums: room."""
+    (look, end, room, block), hs, wide = reach, len(query), len(sums)
+    zeros = Line(np.zeros(COLS, sums.dtype), 0, 0)
+    state, low = np.empty(2, sums.dtype), max(0, end - look.window)
+    for j in range(0, min(end, room), COLS):
+        out_line, panel = Line(scores, j, 0), Line(keys, j * hs, COLS)
+        _one_row(out_line, zeros, zeros, Line(query, 0, 0), panel, hs)
+    sums[:], state[0], state[1] = 0, -1e30, 0
+    for u in range(low // block * block, end, block):
+        first = max(u, low)
+        at, cols = first % room, min(u + block, end) - first
+        softmax_row(scores[at : at + cols], cols, sums, state, look)
         for c in range(0, wide, COLS):
-            at = acc + c, 0
-            _one_row(
-                *(w, at, w, at, zeros, 0, w, (u, 0)),
-                *(values, (u * wide + c, wide), cols),
-            )
-    total = w[acc + wide + 1]
-    sums = w[acc : acc + wide]
+            y, panel = Line(sums, c, 0), Line(values, at * wide + c, wide)
+            _one_row(y, y, zeros, Line(scores, at, 0), panel, cols)
     for c in range(hs):
-        out[c] = sums[c] / total
+        out[c] = sums[c] / state[1]
 
 
 # %% all heads tags=["exporti"] module="cpu.decode"
 @team
 def _cache_attention(part, parts, address):
-    out, keys, values, qkv, first, block = arguments(address)
+    out, keys, values, qkv, first, block, look = arguments(address)
     B, T, C = out.shape
-    NKV, hs, wide = keys.shape[1], keys.shape[3], values.shape[3]
-    group = C // (NKV * hs)
-    room = keys.shape[2] * COLS + wide + 2
-    w, zeros = np.empty(room, out.dtype), np.zeros(wide, out.dtype)
+    (_, NKV, room, wide), hs = values.shape, keys.shape[3]
+    group, look = C // (NKV * hs), Look(*look)
+    scores = np.empty(keys.shape[2] * COLS, out.dtype)
+    sums = np.empty(wide, out.dtype)
     for unit in range(part, B * NKV, parts):
         b, kv = unit // NKV, unit % NKV
         K, V, k = keys[b, kv], values[b, kv], C + kv * hs
-        _keep(K, V, qkv[b], first, k, k + NKV * hs)
-        K, V = K.reshape(-1), V.reshape(-1)
-        for h in range(kv * group, kv * group + group):
-            for t in range(T):
-                a, seen = h * hs, first + t + 1
-                y, q = out[b, t, a : a + hs], qkv[b, t, a : a + hs]
-                _look_back(y, q, K, V, seen, hs, block, w, zeros)
+        v, flat_K, flat_V = k + NKV * hs, K.reshape(-1), V.reshape(-1)
+        for t in range(T):
+            row, p = qkv[b, t], first + t
+            _keep(K, V, row[k : k + hs], row[v : v + hs], p % room)
+            reach = Reach(look, p + 1, room, block)
+            for h in range(kv * group, kv * group + group):
+                a = h * hs
+                y, q = out[b, t, a : a + hs], row[a : a + hs]
+                _look_back(y, q, flat_K, flat_V, reach, scores, sums)
 
 
 # %% attention over a cache tags=["export"] module="cpu.decode"
 @shapes("B T C!, B NKV P hs S!, B NKV room W!, B T QKV")
-def cache_attention(out, keys, values, inp, first):
+def cache_attention(
+    out, keys, values, inp, first, window=None, scale=None, softcap=None
+):
     """Attention of new positions to all before them; keeps theirs.
 
     out: (B, T, NH * hs), overwritten. inp: (B, T, (NH + 2 NKV) * hs), heads
     of queries, keys and values of positions first to first + T - 1. keys,
     values: as cache_shapes has it; positions before `first` are read, the
-    new ones written. All float32 or all float64 and C-contiguous. Every
-    number equals that of attention_forward to the last bit. Raises
-    TypeError or ValueError before it computes anything.
+    new ones written. window, scale, softcap: as in chapter 5.4, which
+    checks them; with a window the cache may be shorter than the text. All
+    float32 or all float64 and C-contiguous. Every number equals that of
+    attention_forward to the last bit. Raises TypeError or ValueError before
+    it computes anything.
     """
     name = "cache_attention"
     (B, T, C), (_, NKV, _, hs, _) = out.shape, keys.shape
@@ -668,7 +691,8 @@ def cache_attention(out, keys, values, inp, first):
             f"{name}: inp must have shape (B, T, (NH + 2 NKV) hs), where "
             f"NKV = {NKV}, hs = {hs} and NKV divides NH, got {inp.shape}"
         )
-    if not 0 <= first <= room - T:
+    ring = window is not None and room == ring_size(hs, window)
+    if first < 0 or (first > room - T and not ring):
         raise ValueError(
             f"{name}: positions {first} to {first + T - 1}, where the cache "
             f"has {room}"
@@ -676,11 +700,11 @@ def cache_attention(out, keys, values, inp, first):
     want = cache_shapes(B, NKV, room, hs)
     check_fit(f"{name}: keys", keys, want["keys"], out.dtype)
     check_fit(f"{name}: values", values, want["values"], out.dtype)
-    block = block_size(hs)
-    _cache_attention(out, keys, values, inp, first, block)
+    block, look = block_size(hs), look_of(hs, window, scale, softcap)
+    _cache_attention(out, keys, values, inp, first, block, look)
 
 
-# %% the bits of chapter 1.8
+# %% the bits of chapter 2.5
 from llmnb.cpu import attention_forward
 from llmnb.cpu.decode import cache_attention, cache_shapes
 
@@ -704,33 +728,36 @@ verdict("attention", all(same), f"{n} rows equal to the last bit")
 
 # %% a row back out of panels tags=["exporti"] module="cpu.decode"
 @inner
-def _embed(out, tokens, panels, wpe, first):
+def _embed(out, tokens, panels, scale):
     B, T, C = out.shape
     for b in range(B):
         for t in range(T):
             panel, lane = tokens[b, t] // COLS, tokens[b, t] % COLS
             for c in range(C):
-                out[b, t, c] = panels[panel, c, lane] + wpe[first + t, c]
+                out[b, t, c] = panels[panel, c, lane] * scale
 
 
 # %% embed from panels tags=["export"] module="cpu.decode"
-@shapes(f"B T C!, B T of {COLS}P, P D {COLS}, T+ C", COMPILED)
-def embed_forward(out, tokens, panels, wpe, first):
-    """Sum each token's vector and its position's, from packed wte.
+@shapes(f"B T C!, B T of {COLS}P, P D {COLS}, T+ C?", COMPILED)
+def embed_forward(out, tokens, panels, wpe=None, first=0, scale=1.0):
+    """Sum each token's vector, times scale, and its position's.
 
     out: (B, T, C), overwritten. tokens: int32 (B, T). panels: wte, packed.
-    wpe: (max_T, C). first: the position of the first token. Raises
-    TypeError or ValueError where they do not fit.
+    wpe: (max_T, C), or None where a model has no such table. first: the
+    position of the first token. Raises TypeError or ValueError where they
+    do not fit.
     """
     name = "embed_forward"
     B, T, C = out.shape
     _check_panels(name, panels, len(panels) * COLS, C)
-    if not 0 <= first <= len(wpe) - T:
+    if wpe is not None and not 0 <= first <= len(wpe) - T:
         raise ValueError(
             f"{name}: positions {first} to {first + T - 1}, where wpe has "
             f"{len(wpe)}"
         )
-    _embed(out, tokens, panels, wpe, first)
+    _embed(out, tokens, panels, out.dtype.type(scale))
+    if wpe is not None:
+        out += wpe[first : first + T]
 
 
 # %% [markdown]

@@ -15,7 +15,7 @@
 # > A model without gradients that keeps what it has computed, behind one pure
 # > function: the same logits as a whole window would give.
 #
-# *Reading time: 24 minutes. You need: [chapter 4.19](19_cache.ipynb) and the block
+# *Reading time: 26 minutes. You need: [chapter 4.19](19_cache.ipynb) and the block
 # ([chapter 1.13](../1_by_hand/13_block.ipynb)).*
 
 # %% [markdown]
@@ -45,7 +45,7 @@ from llmnb.timing import fastest, machine
 #
 # `Decoder` is GPT-2 for writing. It has no gradients and no optimiser. Its
 # arena holds the packed weights, the cache, and the activations of one block,
-# since nothing goes backward. A long prompt is computed in parts of `CHUNK`
+# since nothing goes backward. A long prompt is computed in parts of `POSITIONS`
 # positions, so these stay small; each part is one pass through the blocks, in
 # which a weight serves all its positions. That is called **prefill**. Logits
 # are computed for the last position only.
@@ -60,7 +60,7 @@ from numba import get_num_threads, set_num_threads
 from llmnb import cpu
 
 from llmnb.arena import Arena, footprint
-from llmnb.cpu.decode import cache_shapes, panels_shape
+from llmnb.cpu.decode import cache_shapes, panels_shape, ring_size
 from llmnb.formats.checkpoint import open_model
 from llmnb.checks import FLOATS, check_fit, check_tokens
 from llmnb.model.layout import block_activations, block_shapes
@@ -70,7 +70,7 @@ from llmnb.checks import check_room
 
 
 # %% its memory tags=["export"] module="model.decode"
-CHUNK = 128  # positions, of all texts, that are computed at once
+POSITIONS = 128  # positions, of all texts, that are computed at once
 FEWER = "fewer or shorter texts, or a smaller model, take less"
 LIGHT = 1 << 14  # numbers that one thread finishes before a second wakes
 
@@ -80,46 +80,78 @@ def decoder_layout(cfg, batch_size, seq_len, dtype=np.float32):
 
     vectors: parameters as they are; panels: weights, packed with their
     biases; cache: keys and values of every block; acts: what one block
-    computes for at most max(batch_size, CHUNK) positions, and the logits of
-    the last.
+    computes for at most max(batch_size, POSITIONS) positions, and the logits
+    of the last; tables: what the parts of a block look up.
     """
-    L, C, Vp = cfg.num_layers, cfg.channels, cfg.padded_vocab_size
-    B, R, shapes = batch_size, max(batch_size, CHUNK), parameter_shapes(cfg)
+    L, shapes = cfg.num_layers, parameter_shapes(cfg)
     panels = {x.name: (L, *panels_shape(*x.shape)) for x in _packed(cfg)}
-    panels["wte"] = panels_shape(Vp, C)
+    panels[_head(cfg)] = panels_shape(cfg.padded_vocab_size, cfg.channels)
     vectors = {n: shape for n, shape in shapes.items() if n not in panels}
-    cache = cache_shapes(B, cfg.num_kv_heads, seq_len, cfg.head_size)
-    kept = block_activations(cfg, 1, R) | block_shapes(cfg, 1, R)
-    rows = [x for x in kept if x[0] != "d" and x not in _UNUSED]
-    last = {"last": (1, B, C), "lnf": (1, B, C), "logits": (1, B, Vp)}
-    last |= block_of(cfg).norm.keeps(cfg, 1, B, "lnf")
-    acts = {"x": (R, C)} | {name: kept[name][1:] for name in rows}
-    acts |= {name: shape[1:] for name, shape in last.items()}
+    tables = block_of(cfg).tables(cfg, seq_len)
     return {
         "vectors": (dtype, vectors),
         "panels": (dtype, panels),
-        "cache": (dtype, {k: (L, *s) for k, s in cache.items()}),
-        "acts": (dtype, acts),
-        "batch": (np.int32, {"tokens": (B, seq_len)}),
+        "cache": (dtype, _caches(cfg, batch_size, seq_len)),
+        "acts": (dtype, _activations(cfg, batch_size)),
+        "tables": (dtype, {n: x.shape for n, x in tables.items()}),
+        "batch": (np.int32, {"tokens": (batch_size, seq_len)}),
     }
 
 
 # %% which weights are packed tags=["exporti"] module="model.decode"
+def _packed(cfg):
+    """The linear layers' weights, rows of the table of tensors."""
+    return [x for x in tensor_table(cfg) if x.stacked and x.decays]
+
+
+def _head(cfg):
+    """The name of the table that makes the logits."""
+    return "head" if "head" in parameter_shapes(cfg) else "wte"
+
+
+# %% [markdown]
+# A block keeps what its queries may still see: all positions, or, in some of
+# the models of Part 5, a window of them. The activations are those of
+# training, less what only the backward pass reads.
+
+
+# %% caches and activations tags=["exporti"] module="model.decode"
 # what training keeps and writing has no use for
 _UNUSED = ("att_lse", "residual3")
 
 
-def _packed(cfg):
-    """The linear layers' weights, rows of the table of tensors."""
-    return [x for x in tensor_table(cfg) if x.turned]
+def _window(cfg, i):
+    """How many positions a query of block i sees; None for all."""
+    return cfg.window if cfg.family != "gpt2" and cfg.is_local(i) else None
+
+
+def _caches(cfg, B, T):
+    """The shapes of the keys and values of all blocks, by name and block."""
+    heads, hs, found = cfg.num_kv_heads, cfg.head_size, {}
+    for i in range(cfg.num_layers):
+        own = cache_shapes(B, heads, T, hs, _window(cfg, i))
+        found |= {f"{name}{i}": shape for name, shape in own.items()}
+    return found
+
+
+def _activations(cfg, batch_size):
+    B, C, R = batch_size, cfg.channels, max(batch_size, POSITIONS)
+    kept = block_activations(cfg, 1, R) | block_shapes(cfg, 1, R)
+    rows = [x for x in kept if x[0] != "d" and x not in _UNUSED]
+    last = dict.fromkeys(("last", "lnf"), (1, B, C))
+    last |= {"logits": (1, B, cfg.padded_vocab_size)}
+    last |= block_of(cfg).norm.keeps(cfg, 1, B, "lnf")
+    acts = {"x": (R, C)} | {name: kept[name][1:] for name in rows}
+    return acts | {name: shape[1:] for name, shape in last.items()}
 
 
 # %% [markdown]
 # The block itself is that of [chapter 1.13](../1_by_hand/13_block.ipynb), called
 # with other layers: products that read packed weights, and attention that
-# looks into the cache. Two details of speed: LayerNorm and GELU of one row
-# are done before a second thread has woken up, so one thread does them. Their
-# results do not depend on the number of threads.
+# looks into the cache. A detail of speed: LayerNorm, GELU and others of one
+# row are done before a second thread has woken up, so one thread does them.
+# Their results do not depend on the number of threads. The table of tokens is
+# looked up where it is: in panels, if it makes the logits too.
 
 
 # %% the layers of writing tags=["exporti"] module="model.decode"
@@ -133,9 +165,9 @@ def _light(function, out, *args):
         set_num_threads(threads)
 
 
-def _attend(out, lse, qkv, keys, values, first):
+def _attend(out, lse, qkv, keys, values, first, **rule):
     """Attention, by way of the cache; nobody asks for lse."""
-    cpu.cache_attention(out, keys, values, qkv, first)
+    cpu.cache_attention(out, keys, values, qkv, first, **rule)
 
 
 def _multiply(out, inp, panels, bias, residual=None, **cache):
@@ -143,11 +175,24 @@ def _multiply(out, inp, panels, bias, residual=None, **cache):
     cpu.panels_forward(out, inp, panels, residual)
 
 
+def _embed(out, tokens, wte, scale):
+    """Token vectors without positions, from a table or its panels."""
+    if wte.ndim == 2:
+        cpu.embedding_forward(out, tokens, wte, scale)
+    else:
+        cpu.embed_forward(out, tokens, wte, scale=scale)
+
+
+# GPT-2's and, from "rmsnorm" on, those of Part 5
+_ROWS = "layernorm gelu rmsnorm rotary headnorm swiglu geglu residual softcap"
+_NAMES = [f"{name}_forward" for name in _ROWS.split()]
 LAYERS = SimpleNamespace(
-    layernorm_forward=partial(_light, cpu.layernorm_forward),
-    gelu_forward=partial(_light, cpu.gelu_forward),
+    **{name: partial(_light, getattr(cpu, name)) for name in _NAMES},
+    encoder_forward=cpu.embed_forward,
+    embedding_forward=_embed,
     matmul_forward=_multiply,
     attention_forward=_attend,
+    local_attention_forward=_attend,
 )
 
 
@@ -156,21 +201,23 @@ LAYERS = SimpleNamespace(
 # methods to append a token and to go back. Then the caller must know what the
 # cache holds, and a mistake gives wrong text without an error. We hide it.
 # `following` takes whole texts and gives the logits after them; it is a pure
-# function, and its values are those of `window_logits` in chapter 1.18.
+# function, and its values are those of `window_logits` in chapter 1.19.
 # Inside, it compares the texts with those of the last call and computes what
 # is new. When a text slides to its next window nothing matches, and all is
-# computed. When a prompt is continued twice, its positions are still there.
+# computed. So it is where a block has kept a window only and the texts part
+# before it. When a prompt is continued twice, its positions are still there.
 # When several texts are the same, as prompts of several samples are, one row
 # is computed and copied.
 
 
 # %% the decoder tags=["export"] module="model.decode"
 class Decoder:
-    """GPT-2 for writing: no gradients, and keys and values are kept.
+    """A model for writing: no gradients, and keys and values are kept.
 
-    cfg: a GPT2Config. batch_size: the most texts at once. seq_len: the
-    longest text, by default cfg.max_seq_len. dtype: float32 or float64.
-    Its weights are zero until `load`. Raises ValueError for a value out of
+    cfg: a GPT2Config or a relative. batch_size: the most texts at once.
+    seq_len: the longest text, by default cfg.max_seq_len. dtype: float32 or
+    float64.
+    Its weights are zero until `adopt`. Raises ValueError for a value out of
     range and MemoryError when its block of memory cannot be had.
     """
 
@@ -186,30 +233,35 @@ class Decoder:
         check_room(sum(footprint(layout).values()), FEWER)
         self.memory = Arena(layout)
         self._acts, self._tokens = self.memory["acts"], self.memory["batch"]
-        self._block = block_of(cfg)
+        self._weights = self.memory["vectors"] | self.memory["panels"]
+        self._ends = block_of(cfg)
+        for name, values in self._ends.tables(cfg, seq_len).items():
+            self.memory["tables"][name][...] = values
         self._layers = [self._layer(i) for i in range(cfg.num_layers)]
         self._held = 0, 0  # rows and positions whose keys are kept
+        self._longest = 0  # how far the keys went since position 0 was new
 
     def _layer(self, i):
-        """Block i: its weights, and its part of the cache."""
-        arrays = self.memory["vectors"] | self.memory["panels"]
+        """Block i: its parts, its weights, and its part of the cache."""
         own = [x.name for x in tensor_table(self.cfg) if x.stacked]
-        cache = {name: x[i] for name, x in self.memory["cache"].items()}
-        return {name: arrays[name][i] for name in own if name in arrays}, cache
+        weights = {name: self._weights[name][i] for name in own}
+        cache = self.memory["cache"]
+        cache = {name: cache[f"{name}{i}"] for name in ("keys", "values")}
+        return block_of(self.cfg, i), weights, cache
 
-    def load(self, params):
+    def adopt(self, params):
         """Take the weights of a mapping such as `GPT2.params`.
 
         They are copied, from a GPU too: after another step of training,
-        load them again. Raises TypeError or ValueError before it copies any,
+        set them again. Raises TypeError or ValueError before it copies any,
         where one does not fit.
         """
         for name, shape in parameter_shapes(self.cfg).items():
-            check_fit(f"Decoder.load: {name}", params[name], shape, FLOATS)
-        panels = self.memory["panels"]
+            check_fit(f"Decoder.adopt: {name}", params[name], shape, FLOATS)
+        panels, head = self.memory["panels"], _head(self.cfg)
         for name, array in self.memory["vectors"].items():
             array[...] = params[name]
-        cpu.pack_weight(panels["wte"], np.asarray(params["wte"]))
+        cpu.pack_weight(panels[head], np.asarray(params[head]))
         for x in _packed(self.cfg):
             weight, bias = np.asarray(params[x.name]), x.name[:-1] + "b"
             for i, panel in enumerate(panels[x.name]):
@@ -223,7 +275,7 @@ class Decoder:
         """A Decoder with the weights of a GPT2, as they are now."""
         seq_len = model.seq_len if seq_len is None else seq_len
         dtype = model.params["wte"].dtype
-        return cls(model.cfg, batch_size, seq_len, dtype).load(model.params)
+        return cls(model.cfg, batch_size, seq_len, dtype).adopt(model.params)
 
     @classmethod
     def from_checkpoint(cls, path, batch_size=1, seq_len=None, tokens=None):
@@ -237,7 +289,7 @@ class Decoder:
         check_room(2 * sum(footprint(layout).values()), FEWER)
         decoder, arena = cls(cfg, batch_size, seq_len), Arena(layout)
         found.read(arena["params"])
-        return decoder.load(arena["params"])
+        return decoder.adopt(arena["params"])
 
     def following(self, texts):
         """The logits (N, V) of the token that follows each of N texts.
@@ -255,12 +307,13 @@ class Decoder:
         self._held = 0, 0
         self._tokens["tokens"][:rows, :length] = texts
         some = texts[:1] if alone else texts
-        size = max(1, CHUNK // len(some))
+        size = max(1, POSITIONS // len(some))
         for start in range(first, length, size):
             self._extend(some[:, start : start + size], start)
         if alone:
             self._copy_first_row(rows, length)
         self._held = rows, length
+        self._longest = max(length, self._longest if first else 0)
         return self._logits(rows)
 
     def _checked(self, texts):
@@ -285,7 +338,17 @@ class Decoder:
         length = min(length, texts.shape[1] - 1)
         held = self._tokens["tokens"][: len(texts), :length]
         differs = (held != texts[:, :length]).any(axis=0)
-        return int(differs.argmax()) if differs.any() else length
+        shared = int(differs.argmax()) if differs.any() else length
+        return shared if self._still_sees(shared) else 0
+
+    def _still_sees(self, position):
+        """Whether all that a position sees is kept, in every block."""
+        blocks, hs = range(self.cfg.num_layers), self.cfg.head_size
+        windows = {_window(self.cfg, i) for i in blocks} - {None}
+        return all(
+            max(0, position + 1 - x) >= self._longest - ring_size(hs, x)
+            for x in windows
+        )
 
     def _extend(self, tokens, first):
         """Run some positions (B, T) through all blocks."""
@@ -296,31 +359,34 @@ class Decoder:
             for name, x in self._acts.items()
             if len(x) >= tokens.size
         }
-        embedding = self.memory["panels"]["wte"], self.memory["vectors"]["wpe"]
-        cpu.embed_forward(a["x"], tokens, *embedding, first)
-        a["att_lse"] = None
-        for w, cache in self._layers:
+        w = dict(self._weights)
+        if "wpe" in w:
+            w["wpe"] = w["wpe"][first:]
+        self._ends.encoder.forward(LAYERS, a["x"], tokens, w)
+        a |= {"att_lse": None} | self.memory["tables"]
+        for block, w, cache in self._layers:
             kept = {name: x[:rows] for name, x in cache.items()}
-            how = self._block, LAYERS, a["x"], a["x"], w, a
+            how = block, LAYERS, a["x"], a["x"], w, a
             block_forward(*how, first=first, **kept)
         self._acts["last"][:rows] = a["x"][:, -1]
 
     def _copy_first_row(self, rows, length):
         """Texts that are the same share what the first has computed."""
-        keys, values = self.memory["cache"].values()
-        panels = -(-length // keys.shape[-1])
-        keys[:, 1:rows, :, :panels] = keys[:, :1, :, :panels]
-        values[:, 1:rows, :, :length] = values[:, :1, :, :length]
+        for _, _, cache in self._layers:
+            keys, values = cache["keys"], cache["values"]
+            panels = -(-length // keys.shape[-1])
+            keys[1:rows, :, :panels] = keys[:1, :, :panels]
+            values[1:rows, :, :length] = values[:1, :, :length]
         self._acts["last"][1:rows] = self._acts["last"][:1]
 
     def _logits(self, rows):
         """The head of the model, for the last position of each text."""
-        names = "last", "lnf", "lnf_mean", "lnf_rstd", "logits"
+        w, ends = self._weights, self._ends
+        names = ends.norm.keeps(self.cfg, 1, rows, "lnf")
+        names = "last", "lnf", "logits", *names
         a = {x: self._acts[x][:rows, None] for x in names}
-        how = a["lnf"], a["last"], self.memory["vectors"], a
-        self._block.norm.forward(LAYERS, "lnf", *how)
-        wte = self.memory["panels"]["wte"]
-        cpu.panels_forward(a["logits"], a["lnf"], wte)
+        ends.norm.forward(LAYERS, "lnf", a["lnf"], a["last"], w, a)
+        ends.head.forward(LAYERS, a["logits"], a["lnf"], w, {})
         return a["logits"][:, 0, : self.cfg.vocab_size].copy()
 
 
@@ -440,7 +506,7 @@ from llmnb.model.init import init_params
 mid = GPT2Config(512, 8192, 6, 8, 512)
 arena = Arena({"params": (np.float32, parameter_shapes(mid))})
 init_params(arena["params"], mid, 15)
-writer = Decoder(mid, batch_size=8).load(arena["params"])
+writer = Decoder(mid, batch_size=8).adopt(arena["params"])
 ids = rng.randint(0, mid.vocab_size, (8, 512))
 
 
@@ -498,14 +564,16 @@ plt.show()
 # How does that compare? [Chapter A.8](../appendix/08_racing.ipynb) races the decoder
 # against `generate` of Hugging Face's transformers, which keeps keys and
 # values as well, and checks that both write the same tokens. Where
-# transformers is installed, the next cell does it with the model above;
+# transformers is installed, the next cell does it with the same model;
 # `llmnb bench --write` takes GPT-2 124M.
 
 # %% against transformers tags=["nbval-ignore-output"]
-from llmnb.bench.bench import bench_writers, writers_report
+from llmnb.bench.bench import bench_writers
+from llmnb.bench.race import Settings
+from llmnb.bench.report import report
 
 try:
-    print(writers_report(bench_writers(mid, 32, 32, rounds=3)))
+    print(report(bench_writers(mid, 32, 32, Settings(steps=3))))
 except ChildProcessError as error:
     print(f"not installed here: {error}")
 

@@ -69,13 +69,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmnb.files import replacing
-from llmnb.formats.llmc import (
-    HEADER_BYTES,
-    check_header,
-    header_of,
-    read_header,
-)
+from llmnb.files import write_whole
+from llmnb.formats.llmc import HEADER_BYTES, check_header
+from llmnb.formats.llmc import header_of, read_header
 from llmnb.text.reader import check_text, open_stream, read_records, text_of
 from llmnb.text.tokenizer import encode_text
 from llmnb.train.evaluation import row_losses
@@ -233,17 +229,20 @@ def _example_of(where, record, encoding):
         raise ValueError(f"{where}: 'endings' must be a list of four texts")
     if str(label) not in ("0", "1", "2", "3"):
         raise ValueError(f"{where}: 'label' must be 0 to 3, got {label!r:.40}")
-    texts = [f" {check_text(f'{where}: an ending', e)}" for e in endings]
-    ids = [
-        encode_text(encoding, x).astype(np.int32) for x in (context, *texts)
-    ]
-    if not ids[0].size:
+    if not context:
         raise ValueError(f"{where}: 'ctx' must not be empty")
-    return Example(ids[0], ids[1:], int(label))
+    texts = [f" {check_text(f'{where}: an ending', e)}" for e in endings]
+    first, *ids = (
+        encode_text(encoding, x).astype(np.int32) for x in (context, *texts)
+    )
+    begins = getattr(encoding, "bos_token", None)
+    if begins is not None:  # of a model that knows no text without it
+        first = np.array([begins, *first], np.int32)
+    return Example(first, ids, int(label))
 
 
 # %% write llm.c's format tags=["export"]
-EVAL_MAGIC, EVAL_START, EVAL_VERSION = 20240522, 65535, 1
+_EVAL_MAGIC, _EVAL_START, _EVAL_VERSION = 20240522, 65535, 1
 
 
 def write_examples(path, examples):
@@ -263,13 +262,12 @@ def write_examples(path, examples):
                 f"write_examples: example {i} must take less than 65536 "
                 f"bytes and have tokens below 65536, it takes {size}"
             )
-        blocks.append(np.array([EVAL_START, size, *body], "<u2"))
+        blocks.append(np.array([_EVAL_START, size, *body], "<u2"))
     if not blocks:
         raise ValueError("write_examples: there are no examples")
     longest = max(block.nbytes for block in blocks)
-    header = header_of(EVAL_MAGIC, EVAL_VERSION, len(blocks), longest)
-    with replacing(path) as file:
-        file.write(header.tobytes() + b"".join(x.tobytes() for x in blocks))
+    header = header_of(_EVAL_MAGIC, _EVAL_VERSION, len(blocks), longest)
+    write_whole(path, header.tobytes() + b"".join(x.data for x in blocks))
 
 
 # %% [markdown]
@@ -284,32 +282,28 @@ def read_examples(path):
     Raises ValueError, naming the file, what is wrong and what would be
     right.
     """
-    numbers = read_header(path, EVAL_MAGIC, [EVAL_VERSION], 3)
-    size, _, count, longest = numbers
+    size, _, count, longest = read_header(
+        path, _EVAL_MAGIC, [_EVAL_VERSION], 3
+    )
     most = (size - HEADER_BYTES) // 30  # an example has 15 numbers or more
     rows = (
         (size % 2 == 0, "size", "even", size),
         (0 < count <= most, "count", f"1 to {most} in {size} bytes", count),
     )
-    check_header(path, EVAL_MAGIC, rows)
-    numbers, place, found = (
-        np.fromfile(path, "<u2", offset=HEADER_BYTES),
-        0,
-        [],
-    )
+    check_header(path, _EVAL_MAGIC, rows)
+    numbers, found = np.fromfile(path, "<u2", offset=HEADER_BYTES), []
     for i in range(count):
-        example, used = _parse(f"{path}: example {i}", numbers[place:])
+        example, used = _parse(f"{path}: example {i}", numbers)
         if 2 * used > longest:
             raise ValueError(
                 f"{path}: example {i} has {2 * used} bytes, the header says "
                 f"at most {longest}"
             )
-        place += used
+        numbers = numbers[used:]
         found.append(example)
-    if place != len(numbers):
+    if len(numbers):
         raise ValueError(
-            f"{path}: {2 * (len(numbers) - place)} bytes follow the last "
-            "example"
+            f"{path}: {numbers.nbytes} bytes follow the last example"
         )
     return found
 
@@ -317,8 +311,8 @@ def read_examples(path):
 # %% one example tags=["exporti"]
 def _parse(where, numbers):
     """The `Example` at the start of an array, and the numbers it takes."""
-    if len(numbers) < 15 or numbers[0] != EVAL_START:
-        raise ValueError(f"{where} must begin with {EVAL_START}")
+    if len(numbers) < 15 or numbers[0] != _EVAL_START:
+        raise ValueError(f"{where} must begin with {_EVAL_START}")
     size, _, label, four = numbers[1:5].tolist()
     if size % 2 or not 30 <= size <= 2 * len(numbers):
         raise ValueError(

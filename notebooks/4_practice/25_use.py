@@ -48,9 +48,9 @@ from llmnb.book.verify import verdict
 # run's. Its tokenizer lies beside it, or is named.
 
 # %% imports of the models tags=["export"] module="cli.models"
-import sys
 from pathlib import Path
 
+from llmnb.cli.options import remark
 from llmnb.formats.checkpoint import read_config, without_padding
 from llmnb.formats.vocabulary import open_encoding, tokenizer_of
 from llmnb.train.newest import newest_run
@@ -74,10 +74,9 @@ def with_tokenizer(path, args):
     encoding = open_encoding(name)
     few = without_padding(path, cfg, encoding.n_vocab, name)
     if few != cfg:
-        print(
+        remark(
             f"{path} has {cfg.vocab_size} tokens, the tokenizer {name} knows "
-            f"{encoding.n_vocab}: the others are left out",
-            file=sys.stderr,
+            f"{encoding.n_vocab}: the others are left out"
         )
     return few, encoding
 
@@ -85,40 +84,25 @@ def with_tokenizer(path, args):
 # %% [markdown]
 # ## Generate
 #
-# The options say how to draw ([chapter 1.18](../1_by_hand/18_writing.ipynb));
+# The options say how to draw ([chapter 1.19](../1_by_hand/19_writing.ipynb));
 # the text appears as it is drawn, and of several texts the first.
 
 # %% its options tags=["export"] module="cli.generate"
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from llmnb.cli.models import model_of, with_tokenizer
-from llmnb.cli.options import (
-    add_options,
-    add_threads,
-    check_backend,
-    option,
-    set_threads,
-    tell_compiling,
-)
+from llmnb.cli.options import ThreadOptions, check_backend, remark
+from llmnb.cli.options import set_threads, some_of, tell_compiling
 from llmnb.model.decode import Decoder
-from llmnb.model.generate import (
-    check_sampling,
-    decoded,
-    generate_samples,
-    window_start,
-)
+from llmnb.model.generate import check_sampling, decoded
+from llmnb.model.generate import generate_samples, window_start
 from llmnb.model.gpt2 import GPT2
 from llmnb.text.bpe import EOT
-from llmnb.text.tokenizer import encode_text
-from llmnb.train.options import DataOptions
-
-DESCRIPTION = (
-    "Continue a prompt with the model of a run folder, of a .bin or "
-    ".safetensors file, or of a Hugging Face model folder."
-)
+from llmnb.text.tokenizer import encode_text, text_start
+from llmnb.train.options import DataOptions, option
 
 
 @dataclass
@@ -129,10 +113,8 @@ class GenerateOptions:
         None,
         "a run folder, a model file or a model folder (default: the newest "
         "in runs/)",
-        positional=True,
-        nargs="?",
-        metavar="RUN",
-    )
+        positional=True, nargs="?", metavar="RUN",
+    )  # fmt: skip
     prompt: str = option(
         "", "the beginning of the text; - reads standard input"
     )
@@ -146,8 +128,8 @@ class GenerateOptions:
     seed: int = option(42, "another seed, another text")
     tokenizer: str = option(
         None,
-        "gpt2, byte, a rank file, vocab.json or tokenizer.json, instead of "
-        "what lies beside the model",
+        "gpt2, byte, a rank file, vocab.json, tokenizer.json, "
+        "tokenizer.model or a .gguf, instead of what lies beside the model",
     )
     backend: str = option(
         "cpu",
@@ -157,16 +139,20 @@ class GenerateOptions:
     stats: bool = option(False, "print tokens a second at the end")
 
 
-def add(parser):
-    """Declare the options."""
-    add_options(parser, GenerateOptions)
-    add_options(parser, DataOptions, ["endoftext"])
-    add_threads(parser)
+OPTIONS = {
+    "": fields(GenerateOptions)
+    + some_of(DataOptions, "endoftext")
+    + fields(ThreadOptions)
+}
 
 
 # %% write to the terminal tags=["export"] module="cli.generate"
 def run(args):
-    """Write the texts to standard output."""
+    """Continue a prompt, on standard output.
+
+    The model is that of a run folder, of a .bin or .safetensors file, or
+    of a Hugging Face model folder.
+    """
     settings = args.temperature, args.top_k, args.top_p
     check_sampling(*settings)
     check_backend(args.backend)
@@ -200,9 +186,8 @@ def _prompt(text):
     """
     if text == "-":
         if sys.stdin is None:
-            raise ValueError(
-                "--prompt - reads standard input, which is closed"
-            )
+            why = "reads standard input, which is closed"
+            raise ValueError(f"--prompt - {why}")
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="surrogateescape")
         text = sys.stdin.read()
@@ -237,31 +222,37 @@ def _stats(length, texts, times):
             f"then: {count:,} tokens in {rest:.3f} s, {count / rest:,.1f} "
             f"tokens/s, {rest / len(seconds[1:]) * 1e3:.1f} ms a step"
         )
-    print(*lines, sep="\n", file=sys.stderr)
+    remark(*lines)
+
+
+# %% how a text begins tags=["exporti"] module="cli.generate"
+def _start(encoding):
+    """The tokens before a prompt: another model's tokenizer may want none."""
+    if hasattr(encoding, "bos_token") and encoding.bos_token is None:
+        return []
+    return [text_start(encoding)]
 
 
 # %% the model, ready tags=["exporti"] module="cli.generate"
 def _load_model(args, prompt):
     """A model with room for the prompt and the text; the tokenizer; ids."""
     named, path = model_of(args)
-    if not args.model or path not in (named, named / "model.bin"):
-        print(f"model: {path}", file=sys.stderr)
+    if not args.model or (path != named and path.stem != "model"):
+        remark(f"model: {path}")
     cfg, encoding = with_tokenizer(path, args)
     ids = encode_text(encoding, prompt, args.endoftext)
-    ids = [encoding.eot_token, *ids.tolist()]
+    ids = [*_start(encoding), *ids.tolist()] or [encoding.eot_token]
     length = min(len(ids) + max(args.tokens, 0), cfg.max_seq_len)
     if EOT in prompt and not args.endoftext:
-        print(
+        remark(
             f"{EOT} in the prompt is ordinary text (--endoftext takes it as "
-            "the token)",
-            file=sys.stderr,
+            "the token)"
         )
     if len(ids) > length:
         seen = len(ids) - window_start(len(ids), length)
-        print(
+        remark(
             f"the prompt has {len(ids):,} tokens; the model sees the last "
-            f"{seen:,} of them",
-            file=sys.stderr,
+            f"{seen:,} of them"
         )
     how, tokens = (path, args.samples, length), cfg.vocab_size
     tell_compiling(args.backend)
@@ -279,22 +270,15 @@ def _load_model(args, prompt):
 from dataclasses import dataclass, fields
 from itertools import chain
 
-from llmnb.cli.options import add_options, option, say
+from llmnb.cli.options import fields_of, say
 from llmnb.cli.train import check_apart
 from llmnb.text import shards
 from llmnb.text.corpus import describe
 from llmnb.text.documents import sources
 from llmnb.text.reader import Tally
-from llmnb.train.terminal import progress
+from llmnb.train.terminal import progress_bar
 from llmnb.train.feed import make_encoding
-from llmnb.train.options import DataOptions, TrainConfig
-
-DESCRIPTION = (
-    "Write train and val shards and tokenizer.tiktoken, for `llmnb train "
-    "--shards FOLDER`. The corpus is stdlib, tinyshakespeare, or files and "
-    "folders of text and of JSON lines (.jsonl), plain or packed (.gz, "
-    ".zst). The same command goes on where it was stopped."
-)
+from llmnb.train.options import DataOptions, TrainConfig, option
 
 
 @dataclass
@@ -315,26 +299,23 @@ class ShardOptions:
     )
 
 
-def add(parser):
-    """Declare the options."""
-    add_options(parser, ShardOptions)
-    names = {x.name for x in fields(DataOptions)} - {"shards"}
-    add_options(parser, DataOptions, names)
+_READ = tuple(x for x in fields(DataOptions) if x.name != "shards")
+OPTIONS = {"": fields(ShardOptions) + _READ}
 
 
 # %% write the shards tags=["export"] module="cli.data"
-SHARD_OPTIONS = (
-    "corpus", "limit", "tokenizer", "vocab_size", "field", "skip_bad",
-    "endoftext", "shard_tokens", "val_tokens",
-)  # fmt: skip
-
-
 def run(args):
-    """Write the shards."""
-    names = [field.name for field in fields(DataOptions)]
-    options = {name: getattr(args, name) for name in SHARD_OPTIONS}
+    """Write train and val shards and tokenizer.tiktoken.
+
+    `llmnb train --shards FOLDER` reads them. The corpus is stdlib,
+    tinyshakespeare, or files and folders of text and of JSON lines
+    (.jsonl), plain or packed (.gz, .zst). The same command goes on where
+    it was stopped.
+    """
+    names = [x.name for x in _READ] + ["shard_tokens", "val_tokens"]
+    options = {name: getattr(args, name) for name in names}
     options["corpus"] = list(args.corpus)
-    config = TrainConfig(**{k: v for k, v in options.items() if k in names})
+    config = TrainConfig(**fields_of(options, DataOptions))
     check_apart(args.out, args.corpus)
     folder, tally = shards.shards_folder(args.out, args.force), Tally()
     corpus = sources(args.corpus, args.field, args.skip_bad, tally)
@@ -356,7 +337,7 @@ def run(args):
 def _follow_data(work, size):
     """Draw a bar over the bytes read; returns the last `Encoded`."""
     first = next(work)  # what is wrong from the beginning gets no bar
-    bar = progress(total=size, unit="B", unit_scale=True)
+    bar = progress_bar(total=size, unit="B", unit_scale=True)
     with bar:
         for done in chain([first], work):
             bar.update(done.read - bar.n)
@@ -368,30 +349,19 @@ def _follow_data(work, size):
 # ## Eval
 
 # %% its options tags=["export"] module="cli.eval"
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 from llmnb.cli.models import model_of, with_tokenizer
-from llmnb.cli.options import (
-    add_options,
-    add_threads,
-    option,
-    say,
-    set_threads,
-    tell_compiling,
-)
+from llmnb.cli.options import ThreadOptions, say, set_threads, some_of
+from llmnb.cli.options import tell_compiling
 from llmnb.model.gpt2 import GPT2
 from llmnb.text.documents import sources
 from llmnb.text.reader import Tally
 from llmnb.text.shards import pieces_from
 from llmnb.train import choices, evaluation
-from llmnb.train.terminal import progress
-from llmnb.train.options import DataOptions
-
-DESCRIPTION = (
-    "Perplexity and bits a byte of a text; accuracy on HellaSwag, from "
-    "llm.c's .bin or from JSON lines."
-)
+from llmnb.train.terminal import progress_bar
+from llmnb.train.options import DataOptions, option
 
 
 @dataclass
@@ -402,10 +372,8 @@ class EvalOptions:
         None,
         "a run folder, a .bin or .safetensors file, or a Hugging Face model "
         "folder (default: the newest in runs/)",
-        positional=True,
-        nargs="?",
-        metavar="MODEL",
-    )
+        positional=True, nargs="?", metavar="MODEL",
+    )  # fmt: skip
     text: tuple = option((), "text to score", metavar="FILE")
     hellaswag: str = option(None, "a .bin file, or JSON lines", metavar="FILE")
     limit: int = option(0, "characters or examples at most; 0 means all")
@@ -414,16 +382,20 @@ class EvalOptions:
     tokenizer: str = option(None, "as for generate")
 
 
-def add(parser):
-    """Declare the options."""
-    add_options(parser, EvalOptions)
-    add_options(parser, DataOptions, ["field", "skip_bad", "endoftext"])
-    add_threads(parser)
+OPTIONS = {
+    "": fields(EvalOptions)
+    + some_of(DataOptions, "field", "skip_bad", "endoftext")
+    + fields(ThreadOptions)
+}
 
 
 # %% measure a model tags=["export"] module="cli.eval"
 def run(args):
-    """Measure, and print a report."""
+    """Print what a model pays for a text, and how it answers HellaSwag.
+
+    Perplexity and bits a byte of a text; accuracy on HellaSwag, from
+    llm.c's .bin or from JSON lines.
+    """
     if not (args.text or args.hellaswag):
         raise ValueError("name a file: --text FILE or --hellaswag FILE")
     for name in ("limit", "seq_len", "stride"):
@@ -449,7 +421,7 @@ def _eval_text(args, path, encoding, context):
     pieces = ((first, text) for _, first, text, _ in found)
     model = GPT2.from_checkpoint(path, 1, context, tokens=encoding.n_vocab)
     stride = args.stride or max(1, context // 2)
-    bar = partial(progress, unit="window", leave=False)
+    bar = partial(progress_bar, unit="window", leave=False)
     how = stride, bar, args.endoftext
     score = evaluation.score_pieces(model, encoding, pieces, *how)
     size = f"{score.bytes:,} bytes{tally.words(args.endoftext)}"
@@ -473,7 +445,7 @@ def _eval_hellaswag(args, path, encoding, context):
     how = path, 4, max(1, min(context, max(lengths)))
     model = GPT2.from_checkpoint(*how, tokens=encoding.n_vocab)
     cut = sum(length > context for length in lengths)
-    bar = progress(total=len(examples), unit="example", leave=False)
+    bar = progress_bar(total=len(examples), unit="example", leave=False)
     with bar:
         found = []
         for choice in choices.choose(model, examples):

@@ -6,23 +6,25 @@
 #     name: python3
 #   llmnb:
 #     modules:
+#       bench.report: "What was measured, in words and drawn."
 #       cli.bench: "`llmnb bench`: measure a training step, alone or against others."
 # ---
 
 # %% [markdown]
 # # The bench command: race from a terminal
 #
-# > One command that times a training step, on the sizes that have names,
-# > against the contestants that you bring.
+# > One report for all that is measured, and one command that times a training
+# > step, on the sizes that have names, against the contestants that you bring.
 #
-# *Reading time: 10 minutes. You need: [chapter A.8](../appendix/08_racing.ipynb)
+# *Reading time: 18 minutes. You need: [chapter A.8](../appendix/08_racing.ipynb)
 # and [chapter 4.23](23_commands.ipynb).*
 
 # %% [markdown]
 # ## Where we are
 #
-# [Chapter A.8](../appendix/08_racing.ipynb) has the stopwatch and the race. This
-# one lets you start them from a terminal and keeps what they found. At its
+# [Chapter 2.8](../2_cpu/08_time.ipynb) has the stopwatch and
+# [chapter A.8](../appendix/08_racing.ipynb) the race. This one reports what they
+# found, in words and drawn, and lets you start them from a terminal. At its
 # end you can
 #
 # - time a step of a model of your own size;
@@ -30,7 +32,251 @@
 # - keep all numbers as JSON, and draw where the time goes.
 
 # %% [markdown]
+# ## The report
+#
+# A contest ([chapter 2.8](../2_cpu/08_time.ipynb)) is a dict: a name, a sentence
+# about what was done, and a row for each contestant with its seconds, round by
+# round, or the reason why it has none. Of each the report makes a table: a
+# row for each contestant, and a column for each of our own that says what
+# share of the other's time it takes. What was not measured stands below, with
+# the reason. The tables are Markdown, so that the
+# [results page](../../book/results.md) is made of the same lines as your
+# terminal shows.
+
+# %% imports of the report tags=["export"] module="bench.report"
+import re
+from statistics import median
+
+
+# %% the columns of tables tags=["exporti"] module="bench.report"
+# of each kind of contest: title, key in a row, what it is multiplied by, form
+_COLUMNS = {
+    "step": [
+        ("ms a step", "step_seconds", 1e3, ",.1f"),
+        ("tokens/s", "tokens_per_second", 1, ",.0f"),
+        ("GFLOP/s", "flops_per_second", 1e-9, ",.1f"),
+        ("memory, MB", "memory_bytes", 1e-6, ",.0f"),
+    ],
+    "start": [("cold, s", "cold", 1, ".2f"), ("warm, s", "warm", 1, ".2f")],
+    "losses": [("losses at most away", "worst", 1, ".1e")],
+    "write": [
+        ("first token, ms", "first_seconds", 1e3, ",.1f"),
+        ("later token, ms", "token_seconds", 1e3, ",.2f"),
+        ("later tokens/s", "tokens_per_second", 1, ",.1f"),
+    ],
+    "kernel": [
+        ("launches", "launches", 1, ",d"),
+        ("moved", "moved", 1, ".2f"),
+        ("requests", "requests", 1, ",d"),
+        ("time, µs", "seconds", 1e6, ",.1f"),
+    ],
+}
+_COMPILED = "registers", "shared", "vector_loads", "vector_stores", "spilled"
+
+
+def _cell(row, key, scale, form):
+    """A number of a row, the median of several; empty where it has none."""
+    number = row.get(key)
+    if isinstance(number, list):
+        number = median(number)
+    return "" if number is None else format(scale * number, form)
+
+
+def _per_kernel(row, fact):
+    """A fact of each kernel of a version, on an A100 and an H100."""
+    each = [
+        " + ".join(f"{x[cc][fact]:,}" for x in row.get("compiled", []))
+        for cc in ("sm_80", "sm_90")
+    ]
+    return "; ".join(dict.fromkeys(each))
+
+
+# %% shares of the limit tags=["export"] module="bench.report"
+def shares(contest, row):
+    """What share of the limit a contestant reaches, round by round.
+
+    That is the contest's work, operations or bytes, done in its seconds,
+    over what the machine can do in a second. An empty list where the work,
+    the limit or the times are unknown.
+    """
+    most, seconds = contest.get("limit"), row.get("seconds", [])
+    return [contest["work"] / s / most for s in seconds] if most else []
+
+
+def _cells(contest, row):
+    """The name of a row, its numbers, and our times as shares of its own."""
+    cells = {"": row["name"]}
+    for title, *how in _COLUMNS[contest["kind"]]:
+        cells[title] = _cell(row, *how)
+    if contest["kind"] == "kernel":
+        cells |= {x: _per_kernel(row, x) for x in _COMPILED}
+    if "work" in contest:
+        each = shares(contest, row)
+        cells["of limit"] = f"{median(each):.0%}" if each else ""
+    for x in contest.get("ratios", ()):
+        title = f"{x.get('of', x['ours'])}: ratio"
+        cells.setdefault(title, "")
+        if x["peer"] == row["name"]:
+            reach = f"({x['low']:.2f} to {x['high']:.2f})"
+            cells[title] = f"{x['ratio']:.2f} {reach}"
+    return cells
+
+
+# %% a contest in words tags=["export"] module="bench.report"
+def table(rows):
+    """Lines of a Markdown table from dicts; the first column is words."""
+    lines = [[*rows[0]], *([*row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for number, line in enumerate(lines):
+        first, *others = zip(line, widths, strict=True)
+        cells = [first[0].ljust(first[1])]
+        cells += [x.rjust(width) for x, width in others]
+        yield "| " + " | ".join(cells) + " |"
+        if number == 0:
+            yield "|---|" + "---:|" * len(others)
+
+
+def summary(contest):
+    """Lines about a contest: what was done, the times, and what has none."""
+    rows, missing = contest["contestants"], {}
+    known = [x for x in rows if "unmeasured" not in x or "sectors" in x]
+    yield from (f"**{contest['name']}**: {contest['about']}.", "")
+    if known:
+        yield from (*table([_cells(contest, x) for x in known]), "")
+    for row in rows:
+        if "unmeasured" in row:
+            missing.setdefault(row["unmeasured"], []).append(row["name"])
+    for why, names in missing.items():
+        yield from (f"Not measured: {'; '.join(names)} ({why}).", "")
+
+
+# %% a report in words tags=["export"] module="bench.report"
+def report(result):
+    """A result, as `llmnb bench --json` writes it, as a text to print."""
+    lines = [f"machine  {result['machine']}, {result['threads']} threads"]
+    if result["load"] is not None:
+        lines += [f"load     {result['load']:.2f} before the race"]
+    if "gpu" in result:
+        lines += [f"GPU      {result['gpu']['name']}"]
+    for contest in result["contests"]:
+        lines += ["", *summary(contest)]
+        for row in contest["contestants"]:
+            if "layers" in row:
+                lines += [f"{row['name']}, where the time goes:", ""]
+                lines += [*_layers_table(row), ""]
+    return "\n".join(lines).strip()
+
+
+def _layers_table(row):
+    parts = [{"name": k, "seconds": s} for k, s in row["parts"].items()]
+    return table([
+        {
+            "": x["name"],
+            "calls": f"{x.get('calls', '')}",
+            "ms": f"{x['seconds'] * 1e3:.2f}",
+            "share": f"{x['seconds'] / row['step_seconds']:.1%}",
+        }
+        for x in parts + row["layers"]
+    ])  # fmt: skip
+
+
+# %% the bars tags=["export"] module="bench.report"
+def bars_figure(result, kind):
+    """A matplotlib figure: a panel a contest, a bar a contestant.
+
+    kind: "step", of which milliseconds are drawn, or "kernel", of which
+    `shares` are. A bar is the median, and a thin line reaches from the
+    lowest round to the highest. Raises ValueError where there are none.
+    """
+    panels = []
+    for contest in [x for x in result["contests"] if x["kind"] == kind]:
+        rows = [x for x in contest["contestants"] if "seconds" in x]
+        numbers = [
+            [1e3 * s for s in x["seconds"]]
+            if kind == "step"
+            else [100 * share for share in shares(contest, x)]
+            for x in rows
+        ]
+        rows = [*zip(rows, numbers, strict=True)]
+        panels += [(contest["name"], rows)] if rows else []
+    labels = {"step": "milliseconds a step"}
+    labels["kernel"] = "per cent of the GPU's peak, or of a copy"
+    return _figure(panels, _draw_rows, labels[kind])
+
+
+def _draw_rows(ax, rows, palette):
+    for x, each in rows:
+        middle = median(each)
+        reach = [[middle - min(each)], [max(each) - middle]]
+        ours = x["name"].startswith("llmnb") or "sectors" in x
+        colour = palette["blue" if ours else "grey"]
+        ink = {"ecolor": palette["ink"], "error_kw": {"lw": 1}}
+        ax.barh(x["name"], middle, xerr=reach, color=colour, **ink)
+
+
+def _figure(panels, draw, label):
+    """A figure of panels: each a title, and rows that draw puts on axes."""
+    from matplotlib.figure import Figure
+
+    from llmnb.book.diagram import PALETTE
+
+    if not panels:
+        raise ValueError("there is nothing to draw: nothing was measured")
+    counts = [2 + len(rows) for _, rows in panels]
+    fig = Figure(figsize=(8, 0.4 * sum(counts)), dpi=100)
+    axes = fig.subplots(len(panels), squeeze=False, height_ratios=counts)
+    for ax, (title, rows) in zip(axes[:, 0], panels, strict=True):
+        draw(ax, rows, PALETTE)
+        ax.invert_yaxis()
+        ax.set_title(title, loc="left", size=11, parse_math=False)
+        ax.set_xlabel(label)
+    fig.tight_layout()
+    return fig
+
+
+# %% where the time goes, drawn tags=["export"] module="bench.report"
+def layers_figure(result):
+    """Where the time goes: a matplotlib figure, a panel for each llmnb row.
+
+    result: of `bench`. Raises ValueError when it has no such row.
+    """
+    panels = [
+        (f"{contest['name']}, {row['name']}", _layer_bars(row))
+        for contest in result["contests"]
+        for row in contest["contestants"]
+        if "layers" in row
+    ]
+    return _figure(panels, _draw_layers, "milliseconds of a step")
+
+
+def _layer_bars(row):
+    """Milliseconds by layer, and by way: forward, backward, or neither."""
+    found = {}
+    for x in row["layers"]:
+        name, way = re.fullmatch(
+            r"(.*?)(?:_(forward|backward))?", x["name"]
+        ).groups()
+        found.setdefault(name, {})[way or "neither"] = 1e3 * x["seconds"]
+    return found
+
+
+def _draw_layers(ax, found, palette):
+    """Bars of milliseconds: a layer's forward and backward in one bar."""
+    colours = {"forward": "blue", "backward": "orange", "neither": "grey"}
+    left = [0.0] * len(found)
+    for way, colour in colours.items():
+        width = [x.get(way, 0.0) for x in found.values()]
+        ax.barh([*found], width, left=left, label=way, color=palette[colour])
+        left = [a + b for a, b in zip(left, width, strict=True)]
+    ax.legend(loc="lower right")
+
+
+# %% [markdown]
 # ## The command
+#
+# Its options say who races and on what. Four things can be measured: a
+# training step, the start of a process (`--start`), a text (`--write`), and
+# the kernels of a GPU (`--kernels`). One report prints them all.
 
 # %% its options tags=["export"] module="cli.bench"
 import json
@@ -40,60 +286,39 @@ from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
-from llmnb.bench.bench import (
-    CONFIGS,
-    bench,
-    bench_writers,
-    layers_figure,
-    report,
-    writers_report,
-)
-from llmnb.bench.contest import contest, contest_report, ladders_figure
-from llmnb.bench.race import Settings
-from llmnb.cli.options import (
-    add_options,
-    add_threads,
-    option,
-    shape_config,
-)
+from llmnb.bench.bench import CONFIGS, bench, bench_writers
+from llmnb.bench.contest import kernel_contests
+from llmnb.bench.race import PEERS, Settings
+from llmnb.bench.report import bars_figure, layers_figure, report
+from llmnb.cli.options import ThreadOptions, shape_config, some_of
 from llmnb.config import GPT2Config
 from llmnb.files import replacing
-from llmnb.train.terminal import progress
-from llmnb.train.options import DataOptions, ModelOptions
+from llmnb.train.options import DataOptions, ModelOptions, option
+from llmnb.train.terminal import progress_bar
 
-DESCRIPTION = (
-    "Time training steps on random tokens: tokens a second, memory, where "
-    "the time goes. Every contestant has a process of its own; they take "
-    "turns, and all are in memory at once."
-)
+NAMED = {"metavar": "NAME"}
+FILE = {"metavar": "FILE"}
 
 
 @dataclass
 class BenchOptions:
     """What `llmnb bench` is told: who races, on what, and what is kept."""
 
-    config: tuple = option(
-        (),
-        "small, 124m-64, 124m-256, 124m-1024, 124m-16x1024, or several",
-        metavar="NAME",
-    )
+    config: tuple = option((), f"{', '.join(CONFIGS)}, or several", **NAMED)
     precision: tuple = option(
         (),
         "what llmnb computes in (default: fp32 bf16, on a GPU fp32 tf32)",
-        metavar="NAME",
+        **NAMED,
     )
     against: tuple = option(
-        (),
-        "torch, torch-compile, torch-bf16, torch-tf32, torch-compile-tf32, "
-        "or llmc=PATH of llm.c's train_gpt2",
-        metavar="NAME",
+        (), f"{', '.join(PEERS)}, or llmc=PATH of llm.c's train_gpt2", **NAMED
     )
     torch_python: str = option(
-        sys.executable,
+        Settings().torch_python,
         "the Python that has torch (default: this one)",
         metavar="PATH",
     )
-    steps: int = option(10, "steps of each to measure")
+    steps: int = option(Settings().steps, "steps of each to measure")
     write: bool = option(
         False, "time tokens of a 124M model instead, against transformers"
     )
@@ -108,58 +333,74 @@ class BenchOptions:
         False,
         "time the first step of fresh processes; without --config this alone",
     )
-    json: str = option(
-        None, "write all numbers; - prints them", metavar="FILE"
-    )
-    plot: str = option(
-        None, "draw where the time goes, as a PNG", metavar="FILE"
-    )
+    json: str = option(None, "write all numbers; - prints them", **FILE)
+    plot: str = option(None, "draw where the time goes, as a PNG", **FILE)
 
 
-def add(parser):
-    """Declare the options."""
-    add_options(parser, BenchOptions)
-    add_threads(parser)
-    shape = parser.add_argument_group("the model, without --config")
-    add_options(shape, DataOptions, ["vocab_size"])
-    names = [x.name for x in fields(ModelOptions) if x.name != "precision"]
-    add_options(shape, ModelOptions, names)
+OPTIONS = {
+    "": fields(BenchOptions) + fields(ThreadOptions),
+    "the model, without --config": some_of(DataOptions, "vocab_size")
+    + tuple(x for x in fields(ModelOptions) if x.name != "precision"),
+}
 
 
 # %% measure tags=["export"] module="cli.bench"
 def run(args):
-    """Measure, print a report, and write what is asked for."""
+    """Time training steps on random tokens.
+
+    Tokens a second, memory, where the time goes. Every contestant has a
+    process of its own; they take turns, and all are in memory at once.
+    """
     for path in filter(None, (args.json, args.plot)):
         if not Path(path).parent.is_dir():
             raise FileNotFoundError(f"there is no folder {Path(path).parent}")
-    (_bench_writers if args.write else _bench_steps)(args)
+    measure = _writers if args.write else _steps
+    result = {"command": _command(sys.argv[1:]), **measure(args)}
+    as_json = json.dumps(result, indent=1)
+    print(as_json if args.json == "-" else report(result))
+    if args.json and args.json != "-":
+        with replacing(args.json) as file:
+            file.write(as_json.encode() + b"\n")
+    if args.plot:
+        from matplotlib import style
+
+        kinds = [x["kind"] for x in result["contests"]]
+        with style.context("default"), replacing(args.plot) as file:
+            draw = (
+                layers_figure
+                if "step" in kinds
+                else partial(bars_figure, kind="kernel")
+            )
+            draw(result).savefig(file, format="png")
 
 
-def _bench_steps(args):
+# %% measure steps and kernels tags=["exporti"] module="cli.bench"
+def _steps(args):
     gpu = args.backend == "cuda"
     if args.kernels is not None and not gpu:
         raise ValueError("--kernels needs a GPU: add --backend cuda")
     precisions = args.precision or ["fp32", "tf32" if gpu else "bf16"]
-    settings = Settings(
-        tuple(precisions), tuple(args.against), args.steps,
-        args.threads, args.backend, args.torch_python,
-    )  # fmt: skip
-    bar = partial(progress, unit="round", leave=False)
-    configs = _configs_of(args)
-    result = bench(configs, settings, args.start, bar)
-    result = {"command": _command(sys.argv[1:]), **result}
-    words = [report(result)]
+    bar = partial(progress_bar, unit="round", leave=False)
+    settings = _settings(args)._replace(precisions=tuple(precisions))
+    result = bench(_configs_of(args), settings, args.start, bar)
     if args.kernels is not None:
-        kernels = contest(args.kernels, bar=partial(bar, unit="layer"))
-        words.append(contest_report(kernels))
-        result |= kernels
-    as_json = json.dumps(result, indent=1)
-    print(as_json if args.json == "-" else "\n\n".join(words))
-    _write_result(args, result)
+        bar = partial(progress_bar, unit="layer", leave=False)
+        result["contests"] += kernel_contests(args.kernels, bar=bar)
+    return result
+
+
+def _settings(args):
+    return Settings(
+        against=tuple(args.against),
+        steps=args.steps,
+        threads=args.threads,
+        backend=args.backend,
+        torch_python=args.torch_python,
+    )
 
 
 # %% measure writing tags=["exporti"] module="cli.bench"
-def _bench_writers(args):
+def _writers(args):
     if args.config or args.against or args.plot:
         raise ValueError(
             "--write has a model and a rival of its own, and no picture: "
@@ -167,25 +408,7 @@ def _bench_writers(args):
         )
     if args.backend != "cpu" or args.kernels is not None:
         raise ValueError("--write times the backend cpu alone")
-    how = {"threads": args.threads, "python": args.torch_python}
-    result = bench_writers(GPT2Config(), rounds=args.steps, **how)
-    result = {"command": _command(sys.argv[1:]), **result}
-    as_json = json.dumps(result, indent=1)
-    print(as_json if args.json == "-" else writers_report(result))
-    _write_result(args, result)
-
-
-# %% write the files tags=["exporti"] module="cli.bench"
-def _write_result(args, result):
-    draw = layers_figure if result.get("configs") else ladders_figure
-    if args.json and args.json != "-":
-        with replacing(args.json) as file:
-            file.write(json.dumps(result, indent=1).encode() + b"\n")
-    if args.plot:
-        from matplotlib import style
-
-        with style.context("default"), replacing(args.plot) as file:
-            draw(result).savefig(file, format="png")
+    return bench_writers(GPT2Config(), settings=_settings(args))
 
 
 # %% the configurations tags=["exporti"] module="cli.bench"

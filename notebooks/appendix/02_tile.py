@@ -142,7 +142,7 @@ def data(context, builder, kind, array):
     return make(context, builder, value=array).data
 
 
-def load(builder, pointer, count):
+def peek(builder, pointer, count):
     """The vector of `count` numbers that begins at an address."""
     kind = ir.VectorType(pointer.type.pointee, count)
     return builder.load(builder.bitcast(pointer, kind.as_pointer()), align=4)
@@ -245,8 +245,8 @@ from llmnb.cpu.tile import (
     VECTORS,
     constant,
     data,
-    load,
     multiply_add,
+    peek,
     spread,
     store,
     sum_loop,
@@ -321,7 +321,7 @@ def _tile_sums(builder, a, b, depth, pairs):
     def turn(pointers, sums):
         a, b = pointers
         columns = [
-            load(builder, builder.gep(b, [I32(v * LANES)]), LANES)
+            peek(builder, builder.gep(b, [I32(v * LANES)]), LANES)
             for v in range(VECTORS)
         ]
         new = []
@@ -371,8 +371,8 @@ def multiply_tile(typing, out, at, start, bias, panels, a, b, depth):
         shifts = list(_addresses(builder, bias, at.bias, none, at.bias_col))
         starts = _addresses(builder, start, at.start, at.row, at.col)
         for x, p, q, r in zip(sums, outs, starts, shifts, strict=True):
-            x = builder.fadd(x, load(builder, r, LANES))
-            store(builder, builder.fadd(x, load(builder, q, LANES)), p)
+            x = builder.fadd(x, peek(builder, r, LANES))
+            store(builder, builder.fadd(x, peek(builder, q, LANES)), p)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -471,7 +471,7 @@ def _pieces(width):
 
 def _load_along(builder, pointer, width):
     return [
-        [(j, load(builder, pointer(k, j), n)) for j, n in _pieces(width)]
+        [(j, peek(builder, pointer(k, j), n)) for j, n in _pieces(width)]
         for k in range(LANES)
     ]
 
@@ -481,7 +481,7 @@ def _load_across(builder, pointer, width):
     for left in range(0, width, LANES):
         count = min(LANES, width - left)
         rows = [
-            load(builder, pointer(left + i, 0), LANES) for i in range(count)
+            peek(builder, pointer(left + i, 0), LANES) for i in range(count)
         ]
         rows += rows[:1] * (LANES - count)  # their columns are not stored
         for line, x in zip(lines, _transposed(builder, rows), strict=True):

@@ -49,7 +49,6 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import carray, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from llmnb.cpu.jit import inlined, routine
@@ -62,7 +61,7 @@ from llmnb.cpu.microkernel import (
     pack_one,
     steps_per_line,
 )
-from llmnb.cpu.tile import COLS, LANES, ROWS
+from llmnb.cpu.tile import COLS, LANES, ROWS, data
 
 # %% random numbers
 rng = np.random.default_rng(5)
@@ -185,6 +184,20 @@ for name, view in (("rows", x), ("columns", x.T), ("every other", x[::2])):
 # bit.
 
 
+# %% what a product works on tags=["exporti"]
+class Flat(NamedTuple):
+    """The flat arrays of a product; spare: room for a tile and two rows.
+
+    The first row of the two is zero, the second is for the bias.
+    """
+
+    out: np.ndarray
+    start: np.ndarray
+    bias: np.ndarray
+    panels: np.ndarray
+    spare: np.ndarray
+
+
 # %% a tile at the edge tags=["exporti"]
 @inlined
 def _edge_tile(x, at, a, b, lines, rows, cols):
@@ -206,7 +219,7 @@ def _edge_tile(x, at, a, b, lines, rows, cols):
 # %% all tiles of a block tags=["exporti"]
 @inlined
 def _all_tiles(x, at, a, b, sizes):
-    """x: the flat arrays out, start, bias, panels and spare."""
+    """x: a Flat; at: a Place; a, b: where the panels begin."""
     out, start, bias, panels, _ = x
     rows, cols, steps = sizes
     per = steps_per_line(panels)
@@ -237,25 +250,18 @@ def _all_tiles(x, at, a, b, sizes):
 ALL = 1 << 60  # the length of an array that is only an address
 
 
-def _rows_routine(panels, to, source, at, row, col, rows, depth):
-    panels, source = carray(panels, ALL), carray(source, ALL)
-    _pack_rows(panels, to, source, Block(at, row, col, rows, depth))
+def _rows_routine(panels, to, source, block):
+    _pack_rows(carray(panels, ALL), to, carray(source, ALL), block)
 
 
-def _cols_routine(panels, to, source, at, row, col, rows, depth):
-    panels, source = carray(panels, ALL), carray(source, ALL)
-    _pack_cols(panels, to, source, Block(at, row, col, rows, depth))
+def _cols_routine(panels, to, source, block):
+    _pack_cols(carray(panels, ALL), to, carray(source, ALL), block)
 
 
-def _tiles_routine(out, at, start, bias, panels, a, b, sizes, spare):
-    x = (
-        carray(out, ALL),
-        carray(start, ALL),
-        carray(bias, ALL),
-        carray(panels, ALL),
-        carray(spare, ALL),
-    )
-    _all_tiles(x, Place(*at), a, b, sizes)
+def _tiles_routine(out, start, bias, panels, spare, at, pair, sizes):
+    out, start, bias = carray(out, ALL), carray(start, ALL), carray(bias, ALL)
+    x = Flat(out, start, bias, carray(panels, ALL), carray(spare, ALL))
+    _all_tiles(x, at, pair[0], pair[1], sizes)
 
 
 # %% their addresses tags=["exporti"]
@@ -267,6 +273,10 @@ class Routines(NamedTuple):
     multiply: int
 
 
+INT = types.int64
+BLOCK = types.NamedUniTuple(INT, 5, Block)
+PLACE = types.NamedUniTuple(INT, 7, Place)
+PAIR, SIZES = types.UniTuple(INT, 2), types.UniTuple(INT, 3)
 _compiled = []  # an address is good as long as its routine is kept
 
 
@@ -274,10 +284,9 @@ _compiled = []  # an address is good as long as its routine is kept
 def _routines(panel, number):
     """The Routines for two dtypes of NumPy, as a plain tuple."""
     kinds = (types.CPointer(numba.from_dtype(d)) for d in (panel, number))
-    p, x, n = *kinds, types.int64
-    pack = types.void(p, n, x, n, n, n, n, n)
-    at, sizes = types.UniTuple(n, 7), types.UniTuple(n, 3)
-    multiply = types.void(x, at, x, x, p, n, n, sizes, x)
+    p, x = kinds
+    pack = types.void(p, INT, x, BLOCK)
+    multiply = types.void(x, x, x, p, x, PLACE, PAIR, SIZES)
     made = (
         routine(_rows_routine, pack),
         routine(_cols_routine, pack),
@@ -298,8 +307,7 @@ def _jump(context, builder, signature, args):
     values = []
     for kind, value in zip(signature.args[1:], args[1:], strict=True):
         if isinstance(kind, types.Array):
-            make = cgutils.create_struct_proxy(kind)
-            value = make(context, builder, value=value).data
+            value = data(context, builder, kind, value)
         values.append(value)
     kind = ir.FunctionType(ir.VoidType(), [value.type for value in values])
     function = builder.inttoptr(args[0], kind.as_pointer())
@@ -309,31 +317,31 @@ def _jump(context, builder, signature, args):
 
 # %% the routines, called from kernels tags=["exporti"]
 @intrinsic
-def pack(typing, code, panels, to, source, at, row, col, rows, depth):
-    """Pack a block of a matrix into panels; code: a packing routine.
+def pack(typing, code, panels, to, source, block):
+    """Pack a Block of a matrix into panels; code: a packing routine.
 
-    For kernels. The block begins at source[at] and has `rows` rows of
-    `depth` numbers, row and col apart; for a routine that packs columns,
-    columns are meant where it says rows. The panels begin at panels[to].
+    For kernels. The panels begin at panels[to]. For a routine that packs
+    columns, columns are meant where Block says rows.
     """
-    n = types.int64
-    return types.void(n, panels, n, source, n, n, n, n, n), _jump
+    return types.void(INT, panels, INT, source, BLOCK), _jump
 
 
 @intrinsic
-def multiply_panels(
-    typing, code, out, at, start, bias, panels, a, b, sizes, spare
-):
+def _multiply(typing, code, out, start, bias, panels, spare, at, pair, sizes):
+    kinds = out, start, bias, panels, spare
+    return types.void(INT, *kinds, PLACE, PAIR, SIZES), _jump
+
+
+@inlined
+def multiply_panels(code, x, at, pair, sizes):
     """Write a block: out = start + bias + the product of packed panels.
 
-    For kernels. code: the multiplying routine. at: a Place, or seven
-    integers. a, b: where the panels begin. sizes: rows, columns, steps.
-    spare: room for a tile, a row of zeros, and one for the bias.
+    For kernels. code: the multiplying routine. x: a Flat. at: a Place.
+    pair: where the panels of both factors begin. sizes: rows, columns and
+    steps.
     """
-    n = types.int64
-    return types.void(
-        n, out, at, start, bias, panels, n, n, sizes, spare
-    ), _jump
+    out, start, bias, panels, spare = x
+    _multiply(code, out, start, bias, panels, spare, at, pair, sizes)
 
 
 # %% [markdown]
@@ -400,14 +408,15 @@ def one_block(out, a, b, code, panels, spare):
     right = HEIGHT * DEPTH
     spare[ROWS * COLS : (ROWS + 1) * COLS] = 0
     flat_a, flat_b, flat = a.reshape(-1), b.reshape(-1), out.reshape(-1)
-    pack(code.pack_rows, panels, 0, flat_a, 0, steps, 1, rows, steps)
-    pack(code.pack_cols, panels, right, flat_b, 0, steps, 1, cols, steps)
+    left = Block(0, steps, 1, rows, steps)
+    pack(code.pack_rows, panels, 0, flat_a, left)
+    pack(
+        code.pack_cols, panels, right, flat_b, Block(0, steps, 1, cols, steps)
+    )
     zeros = ROWS * COLS
     at = Place(0, cols + 1, zeros, 0, 0, zeros, 0)
-    sizes = rows, cols, steps
-    multiply_panels(
-        code.multiply, flat, at, spare, spare, panels, 0, right, sizes, spare
-    )
+    x = Flat(flat, spare, spare, panels, spare)
+    multiply_panels(code.multiply, x, at, (0, right), (rows, cols, steps))
 
 
 a, b = rng.normal(size=(31, 50)), rng.normal(size=(70, 50))

@@ -68,7 +68,7 @@ class _Three(NamedTuple):
 
 
 def _three(size):
-    return _Three(*(size if isinstance(size, tuple) else (size,)))
+    return _Three(*size) if isinstance(size, tuple) else _Three(size)
 
 
 def _check_sizes(grid, block):
@@ -190,9 +190,7 @@ class _Block:
 # %% [markdown]
 # One thread runs at a time. `_now` says which, and an object `cuda`, of
 # which more soon, tells the kernel where it stands. `seen` will hold what
-# we count and check; until somebody asks for that it is None. To make a
-# fiber takes longer than to run a short kernel in it, so those that have
-# nothing to do rest in a list, to be used again.
+# we count and check; until somebody asks for that it is None.
 
 
 # %% the thread that runs tags=["exporti"]
@@ -200,7 +198,7 @@ class _Now(threading.local):
     """What runs: each thread of Python may simulate a GPU of its own."""
 
     def __init__(self):
-        self.lane, self.seen, self.resting = None, None, []
+        self.lane, self.seen = None, None
 
 
 _now = _Now()
@@ -219,28 +217,14 @@ def _enter(lane):
 
 # %% a fiber's life tags=["exporti"]
 def _serve(block, lane):
-    """Run this lane, then others that nobody has begun; then rest."""
-    me = _greenlet().getcurrent()
-    while True:
-        while lane is not None:
-            lane.fiber = me
-            _enter(lane)
-            block.body()
-            lane.fiber, block.ended = None, block.ended + 1
-            lane = next(block.todo, None)
-        _now.resting.append(me)
-        block = None  # nothing of it may be kept while we rest
-        block, lane = me.parent.switch()
-
-
-def _fiber():
-    """A fiber to switch to, with (block, lane)."""
-    greenlet = _greenlet()
-    if not _now.resting:
-        return greenlet(_serve)
-    fiber = _now.resting.pop()
-    fiber.parent = greenlet.getcurrent()
-    return fiber
+    """Run this lane, then others that nobody has begun."""
+    fiber = _greenlet().getcurrent()
+    while lane is not None:
+        lane.fiber = fiber
+        _enter(lane)
+        block.body()
+        lane.fiber, block.ended = None, block.ended + 1
+        lane = next(block.todo, None)
 
 
 # %% [markdown]
@@ -258,7 +242,7 @@ def _run_block(block):
     cuda.gridDim = block.grid
     try:
         for lane in block.todo:
-            _fiber().switch(block, lane)
+            _greenlet()(_serve).switch(block, lane)
         while block.ended < len(block.lanes):
             ready, block.ready = block.ready, []
             if not ready:

@@ -194,6 +194,21 @@ def empty(shape, dtype=np.float32, like=None):
     return real.device_array(shape, dtype)
 
 
+def given_work(name, work, floats, like):
+    """A layer's scratch memory: `work` if it is given, or a new array.
+
+    floats: how many it must hold at least. like: as for `empty`. Raises
+    ValueError, which begins with the layer's name, where it holds fewer.
+    """
+    if work is None:
+        return empty(floats, like=like)
+    if work.size < floats:
+        raise ValueError(
+            f"{name}: work must hold {floats} floats, got {work.size}"
+        )
+    return work
+
+
 # %% there and back
 there = to_device(np.arange(6.0).reshape(2, 3))
 print(there.shape, there.nbytes, to_host(there[1]))

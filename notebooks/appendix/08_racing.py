@@ -7,7 +7,7 @@
 #   llmnb:
 #     modules:
 #       bench.race: "A race in turns, on the same machine at the same time."
-#       bench.peers: "What a contestant's process runs: llmnb, PyTorch, transformers."
+#       bench.peers: "What a contestant's process runs: llmnb, PyTorch, llm.c, transformers."
 # ---
 
 # %% [markdown]
@@ -16,7 +16,7 @@
 # > How to say that one program is faster than another on a machine that never
 # > keeps still.
 #
-# *Reading time: 40 minutes. You need: [chapter 2.8](../2_cpu/08_time.ipynb).*
+# *Reading time: 42 minutes. You need: [chapter 2.8](../2_cpu/08_time.ipynb).*
 
 # %% [markdown]
 # ## Where we are
@@ -80,14 +80,20 @@ verdict("blocks", abs(blocks - 1.1) > 0.1, "mislead")
 # ## What runs in the process
 #
 # The programs are contestants, and `peers` is the file that each of them
-# runs, except llm.c. It must also run in a Python that has PyTorch and not
-# llmnb, so it imports nothing but the standard library at its top.
+# runs. It must also run in a Python that has PyTorch and not llmnb, so it
+# imports nothing but the standard library at its top.
+
 
 # %% imports of the peers tags=["export"] module="bench.peers"
 import json
 import os
+import re
+import signal
+import subprocess
 import sys
 import time
+from itertools import count
+from pathlib import Path
 from statistics import median
 
 
@@ -99,19 +105,14 @@ def peak_memory(pid="self"):
     everything: Python, NumPy, the compiler, the model.
     """
     try:
-        with open(f"/proc/{pid}/status") as file:
-            rows = dict(line.split(":", 1) for line in file)
-        return int(rows["VmHWM"].split()[0]) * 1024
-    except (OSError, KeyError):
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    if pid != "self":
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        status = Path(f"/proc/{pid}/status").read_text()
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+    except (OSError, TypeError):  # no such file, or no such line
+        if sys.platform != "darwin" or pid != "self":
+            return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 # %% [markdown]
@@ -131,8 +132,9 @@ def serve(step, facts, commands, reply):
     """Train one step for each line "step" of a file, until another line.
 
     step: a function that returns a dict, which is answered with the
-    seconds it took. facts: a function that returns what to answer at the
-    end. commands: a text file. reply: takes each answer, a dict.
+    seconds it took unless it says them itself. facts: a function that
+    returns what to answer at the end. commands: a text file. reply: takes
+    each answer, a dict.
     """
     waits = []
     while True:
@@ -163,50 +165,39 @@ def random_batch(spec):
 
 
 # %% [markdown]
-# Our own contestant is a `GPT2` behind a `Stopwatch`. A precision that this
-# processor lacks is refused, not replaced by another: timing float32 twice
-# would tell you that bfloat16 gains nothing.
-
-
-# %% why a precision is missing tags=["export"] module="bench.peers"
-def missing(precision, backend="cpu"):
-    """Why a backend cannot train with a precision here; None if it can."""
-    home = {"bf16": "cpu", "tf32": "cuda"}.get(precision, backend)
-    if backend != home:
-        return f"not available in the {backend} backend"
-    if precision != "bf16":
-        return None
-    from llmnb.cpu.bfloat16 import has_bf16
-
-    return None if has_bf16() else "not available on this CPU"
+# Our own contestant is a `GPT2` under a `Stopwatch`. A precision that the
+# backend or the processor lacks is refused, not replaced by another: timing
+# float32 twice would tell you that bfloat16 gains nothing.
 
 
 # %% our contestant tags=["export"] module="bench.peers"
 def llmnb_contestant(spec):
     """A step of a GPT2 and its facts: two functions for `serve`.
 
-    spec: a dict with model, batch_size, seq_len, backend and precision.
-    Raises NotImplementedError, saying why, when the precision is missing.
+    spec: a dict with model, batch_size, seq_len, backend, precision, and on
+    a GPU graph. Raises NotImplementedError, saying why, when the backend or
+    the processor lacks the precision.
     """
-    from itertools import count
-
     from llmnb.bench.stopwatch import Stopwatch, timed_step
-    from llmnb.config import GPT2Config
+    from llmnb.model.architectures import architecture_from
     from llmnb.model.gpt2 import GPT2
 
-    backend, precision = spec["backend"], spec["precision"]
-    if missing(precision, backend):
-        raise NotImplementedError(missing(precision, backend))
-    if backend == "cuda":
-        return _cuda_contestant(spec)
-    cfg = GPT2Config(**spec["model"])
+    cfg, precision = architecture_from(spec["model"]), spec["precision"]
     sizes = spec["batch_size"], spec["seq_len"]
-    model = GPT2(cfg, *sizes, backend=backend, precision=precision)
-    model.ops = Stopwatch(model.ops)
+    try:
+        model = GPT2(cfg, *sizes, spec["backend"], precision)
+    except ValueError as why:
+        raise NotImplementedError(why) from None
+    if model.precision != precision:
+        raise NotImplementedError("not available on this CPU")
     batch, numbers = random_batch(spec), count(1)
+    if spec["backend"] == "cuda":
+        return _on_gpu(model, batch, numbers, spec["graph"])
+    model.ops = Stopwatch(model.ops)
+    arena = {"arena_bytes": model.memory.nbytes}
     return (
         lambda: timed_step(model, *batch, next(numbers)),
-        lambda: {"arena_bytes": model.memory.nbytes, **_our_facts(backend)},
+        lambda: arena | _our_facts(spec["backend"]),
     )
 
 
@@ -223,26 +214,15 @@ def llmnb_contestant(spec):
 
 
 # %% our contestant on a GPU tags=["exporti"] module="bench.peers"
-def _cuda_contestant(spec):
-    """As llmnb_contestant, for the cuda backend; spec: also graph."""
-    from itertools import count
-
-    from llmnb.config import GPT2Config
-    from llmnb.bench.clock import no_times
-    from llmnb.model.gpt2 import GPT2
-
-    if no_times():
-        raise NotImplementedError(no_times())
+def _on_gpu(model, batch, numbers, graph):
+    """The step and the facts of a model on a GPU."""
     from numba import cuda as real
 
-    cfg = GPT2Config(**spec["model"])
-    sizes = spec["batch_size"], spec["seq_len"]
-    how = {name: spec[name] for name in ("backend", "precision")}
-    model = GPT2(cfg, *sizes, **how)
-    batch, numbers = random_batch(spec), count(1)
+    from llmnb.bench.clock import Clock, limits
+    from llmnb.bench.stopwatch import Stopwatch, timed_step
 
     def step():
-        if spec["graph"]:
+        if graph:
             loss, _ = model.step(*batch, step=next(numbers))
         else:
             loss = model.forward(*batch)
@@ -252,23 +232,17 @@ def _cuda_contestant(spec):
         real.synchronize()
         return {"loss": loss}
 
-    return step, lambda: _cuda_facts(model, batch, numbers, spec["graph"])
-
-
-def _cuda_facts(model, batch, numbers, graph):
-    """Memory, versions, limits, and without a graph where the time goes."""
-    from numba import cuda as real
-
-    from llmnb.bench.stopwatch import Stopwatch, timed_step
-    from llmnb.bench.clock import Clock, limits
-
-    facts = {"arena_bytes": model.memory.nbytes, **_our_facts("cuda")}
-    facts |= {"device_bytes": model.memory.nbytes, **limits(Clock())}
-    if not graph:
+    def facts():
+        size = model.memory.nbytes
+        found = {"arena_bytes": size, "device_bytes": size}
+        found |= _our_facts("cuda") | limits(Clock())
+        if graph:
+            return found
         model.ops = Stopwatch(model.ops, real.synchronize)
-        steps = [timed_step(model, *batch, next(numbers)) for _ in range(3)]
-        facts["apart"] = steps
-    return facts
+        apart = [timed_step(model, *batch, next(numbers)) for _ in range(3)]
+        return found | {"apart": apart}
+
+    return step, facts
 
 
 # %% our facts tags=["exporti"] module="bench.peers"
@@ -290,17 +264,19 @@ def _our_facts(backend):
 
 
 # %% [markdown]
-# PyTorch's contestant is the GPT-2 that a user of PyTorch would write:
-# fused attention, fused AdamW, the head tied to the embedding. The
-# vocabulary is padded as ours is, so that both form products of the same
+# PyTorch's contestant is the GPT-2, or the Llama, that a user of PyTorch
+# would write: fused attention, fused AdamW, the head tied to the embedding
+# where the model ties it. The vocabulary is padded as ours is, so that both form products of the same
 # shapes. On a GPU, PyTorch may use the tensor cores in TF32 or not; both
 # are asked for by name, so that each of ours meets its like.
 
 
-# %% a block in PyTorch tags=["exporti"] module="bench.peers"
-def _torch_block(C, NH):
+# %% GPT-2 in PyTorch tags=["exporti"] module="bench.peers"
+def _torch_gpt2(max_seq_len, vocab_size, num_layers, num_heads, channels):
     from torch import nn
     from torch.nn import functional as F
+
+    C, NH = channels, num_heads
 
     class Block(nn.Module):
         def __init__(self):
@@ -309,45 +285,124 @@ def _torch_block(C, NH):
             self.qkv, self.attproj = nn.Linear(C, 3 * C), nn.Linear(C, C)
             self.fc, self.fcproj = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
 
-        def attention(self, x):
+        def forward(self, x):
             B, T, _ = x.shape
-            qkv = self.qkv(x).view(B, T, 3, NH, C // NH)
+            qkv = self.qkv(self.ln1(x)).view(B, T, 3, NH, C // NH)
             q, k, v = qkv.permute(2, 0, 3, 1, 4)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            return self.attproj(y.transpose(1, 2).reshape(B, T, C))
-
-        def forward(self, x):
-            x = x + self.attention(self.ln1(x))
+            x = x + self.attproj(y.transpose(1, 2).reshape(B, T, C))
             h = F.gelu(self.fc(self.ln2(x)), approximate="tanh")
             return x + self.fcproj(h)
-
-    return Block()
-
-
-# %% GPT-2 in PyTorch tags=["exporti"] module="bench.peers"
-def _torch_gpt2(max_seq_len, vocab_size, num_layers, num_heads, channels):
-    import torch
-    from torch import nn
-    from torch.nn import functional as F
 
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
-            self.wte = nn.Embedding(-(-vocab_size // 128) * 128, channels)
-            self.wpe = nn.Embedding(max_seq_len, channels)
-            blocks = [_torch_block(channels, num_heads)]
-            for _ in range(num_layers - 1):
-                blocks.append(_torch_block(channels, num_heads))
-            self.blocks = nn.Sequential(*blocks)
-            self.lnf = nn.LayerNorm(channels)
+            self.wte = nn.Embedding(-(-vocab_size // 128) * 128, C)
+            self.wpe = nn.Embedding(max_seq_len, C)
+            self.blocks = nn.Sequential(*[Block() for _ in range(num_layers)])
+            self.lnf = nn.LayerNorm(C)
 
         def forward(self, tokens, targets):
             x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
-            x = self.lnf(self.blocks(x))
-            logits = F.linear(x, self.wte.weight)
+            logits = F.linear(self.lnf(self.blocks(x)), self.wte.weight)
             return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    model = Model()
+    return Model()
+
+
+# %% Llama in PyTorch tags=["exporti"] module="bench.peers"
+def _rotate(x, cos, sin):
+    """Turn the pairs (i, i + hs/2) of every head by their angles."""
+    import torch
+
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+def _llama_block(shape):
+    """The class of a block, as a module."""
+    from torch import nn
+    from torch.nn import functional as F
+
+    C, NH, NKV = (shape[x] for x in ("channels", "num_heads", "num_kv_heads"))
+    hs, hidden, eps = (shape[x] for x in ("head_size", "hidden", "norm_eps"))
+    parts = [NH * hs, NKV * hs, NKV * hs]
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ln1, self.ln2 = nn.RMSNorm(C, eps), nn.RMSNorm(C, eps)
+            self.qkv = nn.Linear(C, sum(parts), bias=False)
+            self.attproj = nn.Linear(NH * hs, C, bias=False)
+            self.fc = nn.Linear(C, 2 * hidden, bias=False)
+            self.fcproj = nn.Linear(hidden, C, bias=False)
+
+        def forward(self, x, cos, sin):
+            B, T, _ = x.shape
+            qkv = self.qkv(self.ln1(x)).split(parts, -1)
+            q, k, v = (y.view(B, T, -1, hs).transpose(1, 2) for y in qkv)
+            q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+            how = {"is_causal": True, "enable_gqa": NKV < NH}
+            y = F.scaled_dot_product_attention(q, k, v, **how)
+            x = x + self.attproj(y.transpose(1, 2).reshape(B, T, NH * hs))
+            gate, up = self.fc(self.ln2(x)).chunk(2, -1)
+            return x + self.fcproj(F.silu(gate) * up)
+
+    return Block
+
+
+def _torch_llama(shape):
+    """A Llama of a LlamaConfig's numbers, a dict; as `_torch_gpt2` else."""
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    Block, C, hs = _llama_block(shape), shape["channels"], shape["head_size"]
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            rows = -(-shape["vocab_size"] // 128) * 128
+            self.wte = nn.Embedding(rows, C)
+            self.blocks = nn.ModuleList(
+                Block() for _ in range(shape["num_layers"])
+            )
+            self.lnf = nn.RMSNorm(C, shape["norm_eps"])
+            self.head = nn.Linear(C, rows, bias=False)
+            if shape["tied"]:
+                self.head.weight = self.wte.weight
+            powers = torch.arange(0, hs, 2) / hs
+            angles = torch.arange(shape["max_seq_len"])[:, None]
+            angles = (angles / shape["rope_theta"] ** powers).repeat(1, 2)
+            self.register_buffer("cos", angles.cos())
+            self.register_buffer("sin", angles.sin())
+
+        def forward(self, tokens, targets):
+            x, T = self.wte(tokens), tokens.shape[1]
+            for block in self.blocks:
+                x = block(x, self.cos[:T], self.sin[:T])
+            logits = self.head(self.lnf(x))
+            return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    return Model()
+
+
+# %% a model in PyTorch tags=["exporti"] module="bench.peers"
+# what makes another computation of a Llama, and is not written here
+_BEYOND = "window", "rope_scaling", "attention_scale", "final_softcap"
+
+
+def _torch_model(shape):
+    """The peer of a model, with random weights; shape: its record."""
+    import torch
+
+    family, beyond = shape.get("family", "gpt2"), [*map(shape.get, _BEYOND)]
+    if family not in ("gpt2", "llama", "mistral") or any(beyond):
+        raise NotImplementedError(
+            f"is written for a plain GPT-2 or Llama, not for this {family}"
+        )
+    plain = family == "gpt2"
+    model = _torch_gpt2(**shape) if plain else _torch_llama(shape)
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:
@@ -357,17 +412,16 @@ def _torch_gpt2(max_seq_len, vocab_size, num_layers, num_heads, channels):
 
 # %% PyTorch's contestant tags=["export"] module="bench.peers"
 def torch_contestant(spec):
-    """A step of PyTorch's GPT-2 and its facts: two functions for `serve`.
+    """A step of PyTorch's model and its facts: two functions for `serve`.
 
-    spec: a dict with model, batch_size, seq_len, compile and bf16, and for
-    a GPU device ("cuda") and tf32. Raises ImportError where there is no
-    torch, NotImplementedError where it finds no GPU.
+    spec: a dict with model, batch_size, seq_len, compile, bf16, device and
+    tf32. Raises ImportError where there is no torch, NotImplementedError
+    where it finds no GPU, and for an architecture that has no peer.
     """
-    import torch
-
-    device = _torch_device(torch, spec)
+    device = spec["device"]
+    torch = torch_on(device, spec["tf32"])
     torch.manual_seed(0)
-    model = _torch_gpt2(**spec["model"]).to(device)
+    model = _torch_model(spec["model"]).to(device)
     run = torch.compile(model) if spec["compile"] else model
     rules = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
     optimizer = torch.optim.AdamW(
@@ -392,26 +446,134 @@ def torch_contestant(spec):
     return step, lambda: _torch_facts(torch, device)
 
 
-# %% PyTorch on a GPU tags=["exporti"] module="bench.peers"
-def _torch_device(torch, spec):
-    """Where a spec trains; on a GPU with or without TF32, as it says."""
-    device = spec.get("device", "cpu")
+# %% PyTorch on a GPU tags=["export"] module="bench.peers"
+def torch_on(device, tf32=False):
+    """The module torch, told whether a GPU's products may use TF32.
+
+    Raises ImportError where there is none, NotImplementedError where the
+    device is "cuda" and torch finds no GPU.
+    """
+    import torch
+
     if device == "cuda":
         if not torch.cuda.is_available():
             raise NotImplementedError("torch finds no GPU")
-        torch.backends.cuda.matmul.allow_tf32 = spec["tf32"]
-        torch.backends.cudnn.allow_tf32 = spec["tf32"]
-    return device
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = tf32
+    return torch
 
 
-def _torch_facts(torch, device):
+def _torch_facts(torch, device, **others):
     """Threads and versions; on a GPU the most memory that torch held."""
-    versions = {"torch": torch.__version__}
+    versions = {"torch": torch.__version__, **others}
     facts = {"threads": torch.get_num_threads(), "versions": versions}
     if device == "cuda":
         facts["device_bytes"] = torch.cuda.max_memory_reserved()
         facts["used_bytes"] = torch.cuda.max_memory_allocated()
     return facts
+
+
+# %% [markdown]
+# llm.c's program takes no orders: it trains forty-one steps and prints a line
+# after each. We let it believe that it runs alone. When its line has come, we
+# stop the process with a signal, and when its turn is there another signal
+# wakes it. Its own times would include the sleep, so we take the time from
+# the wake-up, or from the last other line it printed, to the step's line.
+# What it computes between printing and falling asleep is lost to the
+# measurement: well below a millisecond of a step that takes seconds.
+#
+# The program has its batch of 4 times 64 tokens compiled in, and it wants its
+# model and its tokens under certain names.
+
+
+# %% what llm.c reads tags=["exporti"] module="bench.peers"
+def _random_weights(cfg):
+    import numpy as np
+
+    from llmnb.arena import Arena
+    from llmnb.model.init import init_params
+    from llmnb.model.tensors import parameter_shapes
+
+    arena = Arena({"params": (np.float32, parameter_shapes(cfg))})
+    init_params(arena["params"], cfg, 42)
+    return arena["params"]
+
+
+def _llmc_folder(folder, model):
+    """Write a random model and random tokens where train_gpt2 looks."""
+    import numpy as np
+
+    from llmnb.config import GPT2Config
+    from llmnb.formats.llmc import write_checkpoint
+    from llmnb.formats.shard import write_shard
+
+    path, cfg = Path(folder), GPT2Config(**model)
+    write_checkpoint(path / "gpt2_124M.bin", cfg, _random_weights(cfg))
+    data = path / "dev" / "data" / "tinyshakespeare"
+    data.mkdir(parents=True)
+    tokens = np.random.RandomState(0).randint(0, cfg.vocab_size, 1 << 16)
+    for part in ("train", "val"):
+        name = f"tiny_shakespeare_{part}.bin"
+        write_shard(data / name, tokens.astype(np.uint16))
+
+
+# %% llm.c's contestant tags=["export"] module="bench.peers"
+def llmc_contestant(spec):
+    """A step of llm.c's train_gpt2, asleep between its steps, for `serve`.
+
+    spec: a dict with path (of the program), folder (an empty one), model,
+    batch_size and seq_len. Raises NotImplementedError, saying why, for
+    sizes that are not those of the program.
+    """
+    if (spec["batch_size"], spec["seq_len"]) != (4, 64):
+        raise NotImplementedError("has B=4 T=64 compiled in")
+    if "family" in spec["model"]:
+        raise NotImplementedError("trains GPT-2 only")
+    if os.name != "posix":
+        raise NotImplementedError("can be put to sleep on Linux and macOS")
+    import pty  # its end of a terminal makes C print line by line
+
+    _llmc_folder(spec["folder"], spec["model"])
+    screen, keyboard = pty.openpty()
+    lines = os.fdopen(screen, errors="replace")
+    program = subprocess.Popen(
+        [spec["path"]],
+        cwd=spec["folder"],
+        stdin=subprocess.DEVNULL,
+        stdout=keyboard,
+        stderr=keyboard,
+    )
+    os.close(keyboard)
+
+    def sleep():
+        program.send_signal(signal.SIGSTOP)
+        os.waitpid(program.pid, os.WUNTRACED)
+
+    def step():
+        program.send_signal(signal.SIGCONT)
+        start = time.perf_counter()
+        while True:
+            line = _line(lines)
+            now = time.perf_counter()
+            found = re.match(r"step \d+: train loss (\S+)", line)
+            if found:
+                sleep()
+                return {"seconds": now - start, "loss": float(found[1])}
+            start = now
+
+    sleep()
+    return step, lambda: {"peak_bytes": peak_memory(program.pid)}
+
+
+def _line(lines):
+    """The next line of a terminal; raises when its program has ended."""
+    try:
+        line = lines.readline()
+    except OSError:  # how a terminal says it
+        line = ""
+    if not line:
+        raise ChildProcessError("the program has ended")
+    return line
 
 
 # %% [markdown]
@@ -438,6 +600,14 @@ def _pace(times, tokens):
     spent = [b - a for a, b in zip(times, times[1:], strict=False)]
     pace = {"first_seconds": spent[0], "token_seconds": median(spent[1:])}
     return {**pace, "tokens": tokens}
+
+
+# %% what writers read tags=["export"] module="bench.peers"
+def write_random(folder, cfg):
+    """Write a random model of a GPT2Config, as transformers reads it."""
+    from llmnb.formats.published import write_folder
+
+    write_folder(folder, cfg, _random_weights(cfg))
 
 
 # %% our writer tags=["export"] module="bench.peers"
@@ -497,15 +667,15 @@ def transformers_contestant(spec):
         )
         return _pace(times, out[0, prompt.shape[1] :].tolist())
 
-    versions = {x.__name__: x.__version__ for x in (torch, transformers)}
-    facts = {"threads": torch.get_num_threads(), "versions": versions}
-    return step, lambda: facts
+    version = transformers.__version__
+    return step, lambda: _torch_facts(torch, "cpu", transformers=version)
 
 
 # %% the contestant's program tags=["export"] module="bench.peers"
 CONTESTANTS = {
     "llmnb": llmnb_contestant,
     "torch": torch_contestant,
+    "llmc": llmc_contestant,
     "llmnb-decoder": decoder_contestant,
     "transformers": transformers_contestant,
 }
@@ -526,13 +696,17 @@ def main(argv=None):
             print(json.dumps(answer), file=out, flush=True)
 
         try:
-            contestant = CONTESTANTS[spec["kind"]](spec)
-        except NotImplementedError as why:
-            return reply({"unmeasured": str(why)})
+            try:
+                contestant = CONTESTANTS[spec["kind"]](spec)
+            except NotImplementedError as why:
+                return reply({"unmeasured": str(why)})
+            reply({"ready": True})
+            serve(*contestant, sys.stdin, reply)
+        except ImportError as error:
+            other = f"{sys.executable}: name another with --torch-python"
+            reply({"error": f"{error} in {other}"})
         except Exception as error:
-            return reply({"error": str(error) or type(error).__name__})
-        reply({"ready": True})
-        return serve(*contestant, sys.stdin, reply)
+            reply({"error": str(error) or type(error).__name__})
 
 
 # %% [markdown]
@@ -548,48 +722,35 @@ def main(argv=None):
 # time of a wait is written down with the results, so you can see that the
 # pause is long enough.
 
+
 # %% imports of the race tags=["export"] module="bench.race"
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
+from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-import numpy as np
-
-from llmnb.bench import peers
-from llmnb.arena import Arena
-from llmnb.formats.llmc import write_checkpoint
-from llmnb.formats.published import write_folder
-from llmnb.config import GPT2Config
-from llmnb.model.tensors import parameter_shapes
-from llmnb.formats.shard import write_shard
-from llmnb.model.init import init_params
-from llmnb.timing import cores
-from llmnb.arena import footprint
-from llmnb.model.layout import gpt2_layout
-from llmnb.checks import SMALLER, check_room
-
+from llmnb.backend import PRECISIONS, choose
+from llmnb.bench import clock, peers
+from llmnb.timing import cores, machine
 
 # %% what a race is told tags=["export"] module="bench.race"
-WARM_UP = 2  # rounds that are not measured: they compile and touch memory
-WRITERS = {"llmnb": "llmnb-decoder", "transformers": "transformers"}
 PAUSE = 0.05  # seconds between two turns, in which threads fall asleep
-_PLAIN = {"kind": "torch", "compile": False, "bf16": False, "tf32": False}
-PEERS = {
-    "torch": _PLAIN,
-    "torch-compile": _PLAIN | {"compile": True},
-    "torch-bf16": _PLAIN | {"bf16": True},
-    "torch-tf32": _PLAIN | {"tf32": True},
-    "torch-compile-tf32": _PLAIN | {"compile": True, "tf32": True},
-}
+PEERS = (
+    "torch",
+    "torch-compile",
+    "torch-bf16",
+    "torch-tf32",
+    "torch-compile-tf32",
+)
 
 
 class Settings(NamedTuple):
@@ -626,49 +787,56 @@ def _environment(threads, cache=None):
 class Contestant:
     """A process that runs `peers` and trains one step on command.
 
-    name: for messages. spec: see `peers`. python: the interpreter. cache: a
-    folder for compiled code, or None for the usual ones. unmeasured: None,
-    or why there is nothing to measure. Raises ChildProcessError, in one
-    sentence, when the process cannot do what it was asked.
+    name: for messages. spec: see `peers`. settings: a `Settings`, of which
+    threads and torch_python count. cache: a folder for compiled code, or
+    None for the usual ones. Raises NotImplementedError, saying why, when
+    there is nothing to measure, and ChildProcessError, in one sentence, when
+    the process cannot do what it was asked.
     """
 
-    def __init__(self, name, spec, python, threads=None, cache=None):
-        self.name = name
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        env = _environment(threads, cache)
-        if spec["kind"].startswith("llmnb"):
-            package = str(Path(peers.__file__).parents[2])
-            env["PYTHONPATH"] = package
-        self._process = subprocess.Popen(
-            [python, peers.__file__, json.dumps(spec)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            env=env,
-        )
+    def __init__(self, name, spec, settings, cache=None):
+        if "cuda" in spec.values() and clock.no_times():
+            raise NotImplementedError(clock.no_times())
+        self.name, python = name, settings.torch_python
+        env = _environment(settings.threads, cache)
+        if spec["kind"].startswith("llm"):  # which needs llmnb and no torch
+            python = sys.executable
+            env["PYTHONPATH"] = str(Path(peers.__file__).parents[2])
+        self._folder = tempfile.TemporaryDirectory()
+        spec = {"folder": self._folder.name, **spec}
+        self._said = Path(self._folder.name, "stderr")
+        with self._said.open("w") as errors:
+            self._process = subprocess.Popen(
+                [python, peers.__file__, json.dumps(spec)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=env,
+                start_new_session=True,  # so that it ends with what it starts
+            )
         try:
-            self.unmeasured = self._answer().get("unmeasured")
-        except ChildProcessError:
+            self._answer()
+        except BaseException:
             self.close()
             raise
 
     def _answer(self):
         line = self._process.stdout.readline()
         answer = json.loads(line) if line else {"error": self._last_words()}
+        if "unmeasured" in answer:
+            raise NotImplementedError(answer["unmeasured"])
         if "error" in answer:
             raise ChildProcessError(f"{self.name}: {answer['error']}")
         return answer
 
     def _last_words(self):
         code = self._process.wait()
-        self._errors.seek(0)
-        lines = self._errors.read().split("\n")
-        said = [x for x in lines if x.strip()]
         if code < 0:
             name = signal.Signals(-code).name
             return f"was ended by {name}: is there enough memory?"
-        return said[-1] if said else f"ended with code {code}"
+        said = self._said.read_text(errors="replace").strip()
+        return said.split("\n")[-1] or f"ended with code {code}"
 
     def _ask(self, command):
         with suppress(OSError):  # the answer will say why
@@ -684,108 +852,17 @@ class Contestant:
         return self._ask("finish")
 
     def close(self):
-        """End the process, whatever it is doing."""
-        self._process.kill()
+        """End the process, whatever it is doing, and what it started."""
+        with suppress(ProcessLookupError):
+            if os.name == "posix":
+                os.killpg(self._process.pid, signal.SIGKILL)
+            else:
+                self._process.kill()
         self._process.wait()
-        for file in (self._process.stdin, self._process.stdout, self._errors):
-            with suppress(OSError):
-                file.close()
-
-
-# %% [markdown]
-# llm.c's program takes no orders: it trains forty-one steps and prints a line
-# after each. We let it believe that it runs alone. When its line has come, we
-# stop the process with a signal, and when its turn is there another signal
-# wakes it. Its own times would include the sleep, so we take the time from
-# the wake-up, or from the last other line it printed, to the step's line.
-# What it computes between printing and falling asleep is lost to the
-# measurement: well below a millisecond of a step that takes seconds.
-#
-# The program has its batch of 4 times 64 tokens compiled in, and it wants its
-# model and its tokens under certain names.
-
-
-# %% what llm.c reads tags=["exporti"] module="bench.race"
-def _llmc_folder(folder, cfg):
-    """A folder with a random model and random tokens for train_gpt2."""
-    arena = Arena({"params": (np.float32, parameter_shapes(cfg))})
-    init_params(arena["params"], cfg, 42)
-    path = Path(folder)
-    write_checkpoint(path / "gpt2_124M.bin", cfg, arena["params"])
-    data = path / "dev" / "data" / "tinyshakespeare"
-    data.mkdir(parents=True)
-    tokens = np.random.RandomState(0).randint(0, cfg.vocab_size, 1 << 16)
-    for part in ("train", "val"):
-        name = f"tiny_shakespeare_{part}.bin"
-        write_shard(data / name, tokens.astype(np.uint16))
-
-
-# %% llm.c as a contestant tags=["export"] module="bench.race"
-class LlmC:
-    """llm.c's train_gpt2, asleep between its steps; see `Contestant`.
-
-    binary: the path of the program. shape: a dict with model, batch_size and
-    seq_len.
-    """
-
-    def __init__(self, binary, shape, threads=None):
-        self.unmeasured = None
-        if (shape["batch_size"], shape["seq_len"]) != (4, 64):
-            self.unmeasured = "has B=4 T=64 compiled in"
-        if os.name != "posix":
-            self.unmeasured = "can be put to sleep on Linux and macOS only"
-        if self.unmeasured:
-            return
-        import pty  # its end of a terminal makes C print line by line
-
-        self._folder = tempfile.TemporaryDirectory()
-        _llmc_folder(self._folder.name, GPT2Config(**shape["model"]))
-        screen, keyboard = pty.openpty()
-        self._lines = os.fdopen(screen, errors="replace")
-        self._process = subprocess.Popen(
-            [str(Path(binary).resolve())],
-            cwd=self._folder.name,
-            stdin=subprocess.DEVNULL,
-            stdout=keyboard,
-            stderr=keyboard,
-            env=_environment(threads),
-        )
-        os.close(keyboard)
-        self._sleep()
-
-    def _sleep(self):
-        self._process.send_signal(signal.SIGSTOP)
-        os.waitpid(self._process.pid, os.WUNTRACED)
-
-    def step(self):
-        """Train once; a dict with the seconds and the loss."""
-        self._process.send_signal(signal.SIGCONT)
-        start, line = time.perf_counter(), ""
-        while True:
-            try:
-                line = self._lines.readline()
-            except OSError:  # how a terminal says that its program has ended
-                line = ""
-            now = time.perf_counter()
-            if not line:
-                raise ChildProcessError("llm.c: the program has ended")
-            found = re.match(r"step \d+: train loss (\S+)", line)
-            if found:
-                self._sleep()
-                return {"seconds": now - start, "loss": float(found[1])}
-            start = now
-
-    def finish(self):
-        """A dict of what is known about the process."""
-        return {"peak_bytes": peers.peak_memory(self._process.pid)}
-
-    def close(self):
-        """End the process and remove its folder."""
-        if self.unmeasured is None:
-            self._process.kill()
-            self._process.wait()
-            self._lines.close()
-            self._folder.cleanup()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with suppress(OSError):  # it has not read what it was asked
+                pipe.close()
+        self._folder.cleanup()
 
 
 # %% who races tags=["export"] module="bench.race"
@@ -800,184 +877,148 @@ def lineup(settings):
         number = getattr(settings, name)
         if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
-    specs = {}
+    specs, on_gpu = {}, settings.backend == "cuda"
     for precision in settings.precisions:
+        choose("precision", precision, PRECISIONS)
         ours = {"backend": settings.backend, "precision": precision}
-        specs[f"llmnb {precision}"] = {"kind": "llmnb", **ours}
-        if settings.backend == "cuda":
-            specs[f"llmnb {precision}"]["graph"] = True
-            alone = {"kind": "llmnb", **ours, "graph": False}
-            specs[f"llmnb {precision}, no graph"] = alone
+        ours |= {"kind": "llmnb", "graph": True}
+        specs[f"llmnb {precision}"] = ours
+        if on_gpu:
+            specs[f"llmnb {precision}, no graph"] = ours | {"graph": False}
     for name in settings.against:
-        _check_peer(name, settings.backend)
-        kind, _, path = name.partition("=")
-        if kind == "llmc" and path:
-            if not os.access(path, os.X_OK):
-                raise FileNotFoundError(f"{path} is not a program")
-            specs["llm.c"] = {"kind": "llmc", "path": path}
-        elif name in PEERS:
-            device = "cuda" if settings.backend == "cuda" else "cpu"
-            specs[name] = PEERS[name] | {"device": device}
-        else:
-            known = ", ".join([*PEERS, "llmc=PATH"])
-            raise ValueError(f"no contestant {name!r}: choose from {known}")
+        specs |= _peer(name, on_gpu)
     return specs
 
 
-def _check_peer(name, backend):
-    """Raise for a contestant that the backend's device cannot run."""
-    if backend == "cuda" and name.startswith("llmc="):
+def _peer(name, on_gpu):
+    """A peer's name and its spec; raises where the device cannot run it."""
+    kind, _, path = name.partition("=")
+    if name in PEERS:
+        spec = {x: x in name for x in ("compile", "bf16", "tf32")}
+        if spec["tf32"] and not on_gpu:
+            raise ValueError(f"{name} needs a GPU: --backend cuda")
+        spec |= {"kind": "torch", "device": "cuda" if on_gpu else "cpu"}
+        return {name: spec}
+    if kind != "llmc" or not path:
+        known = ", ".join([*PEERS, "llmc=PATH"])
+        raise ValueError(f"no contestant {name!r}: choose from {known}")
+    if on_gpu:
         raise ValueError("llmc: train_gpt2 runs on the CPU, not on a GPU")
-    if backend != "cuda" and name in PEERS and PEERS[name]["tf32"]:
-        raise ValueError(f"{name} needs a GPU: --backend cuda")
+    if not os.access(path, os.X_OK):
+        raise FileNotFoundError(f"{path} is not a program")
+    return {"llm.c": {"kind": "llmc", "path": str(Path(path).resolve())}}
 
 
-def no_device(backend):
-    """Why nothing can be timed with a backend here; empty if it can."""
-    if backend != "cuda":
-        return ""
-    from llmnb.bench.clock import no_times
-
-    return no_times()
+# %% [markdown]
+# Taking turns does not make a busy machine a quiet one. When a third program
+# wants a core, the contestants suffer differently: threads that spin until
+# all of them have finished lose the most. So every result states the
+# machine's **load** before the race. A load far below 1 is a quiet machine.
 
 
-# %% start a contestant tags=["exporti"] module="bench.race"
-def _start(name, spec, shape, settings, cache=None):
-    spec = {**shape, **spec}
-    if spec["kind"] == "llmc":
-        return LlmC(spec["path"], shape, settings.threads)
-    ours = spec["kind"] == "llmnb"
-    python = sys.executable if ours else settings.torch_python
-    try:
-        return Contestant(name, spec, python, settings.threads, cache)
-    except ChildProcessError as error:
-        if "No module named 'torch'" not in str(error):
-            raise
-        raise ChildProcessError(
-            f"{name}: {python} has no torch; name a Python that has it with "
-            "--torch-python"
-        ) from None
+# %% what every result says tags=["export"] module="bench.race"
+def facts_of(settings):
+    """When and where `Settings` are raced: a dict ready for JSON.
+
+    date, commit (of this checkout, or None), machine, threads, backend, and
+    load: how many threads have wanted to run in the last minute, on average,
+    or None where the system does not say; with a GPU what `gpu_facts` says.
+    """
+    folder, commit = Path(__file__).parents[2], None
+    if (folder / ".git").exists():
+        command = ["git", "describe", "--always", "--dirty"]
+        with suppress(OSError):
+            commit = subprocess.check_output(command, cwd=folder, text=True)
+            commit = commit.strip()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    facts = {"date": date.today().isoformat(), "commit": commit}
+    facts |= {"machine": machine(), "threads": settings.threads or cores()}
+    facts |= {"load": load, "backend": settings.backend}
+    if settings.backend == "cuda" and not clock.no_times():
+        facts["gpu"] = clock.gpu_facts()
+    return facts
+
+
+# %% [markdown]
+# Everything in this book that is compared is compared by `take_turns`: the
+# steps of programs, the texts that they write, their cold and warm starts,
+# and the kernels of a GPU.
 
 
 # %% in turns tags=["export"] module="bench.race"
-def take_turns(contestants, rounds):
-    """One step of each contestant a round; who begins changes each round.
+def take_turns(turns, rounds, pause=0.0):
+    """One turn of each contestant a round; who begins changes each round.
 
-    contestants: a dict from name to an object with `step`. rounds: an
-    iterable of round numbers. Returns a dict from name to a list of what
-    `step` returned.
+    turns: a dict from name to a function. rounds: an iterable of round
+    numbers. pause: seconds before each turn. Returns a dict from name to a
+    list of what the function returned.
     """
-    names = [*contestants]
+    names = [*turns]
     replies = {name: [] for name in names}
-    for number in rounds:
+    for number in rounds if names else ():
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            time.sleep(PAUSE)
-            replies[name].append(contestants[name].step())
+            time.sleep(pause)
+            replies[name].append(turns[name]())
     return replies
 
 
-# %% all in memory at once tags=["exporti"] module="bench.race"
-def _check_together(shape, settings):
-    """Raise MemoryError when our own contestants alone do not fit."""
-    specs = lineup(settings).values()
-    ours = [
-        x for x in specs
-        if x["kind"] == "llmnb"
-        and x["backend"] != "cuda"
-        and not peers.missing(x["precision"], x["backend"])
-    ]  # fmt: skip
-    if ours:
-        cfg = GPT2Config(**shape["model"])
-        layout = gpt2_layout(cfg, shape["batch_size"], shape["seq_len"])
-        size = sum(footprint(layout).values())
-        check_room(len(ours) * size, "fewer precisions, or " + SMALLER)
-
-
 # %% the race tags=["export"] module="bench.race"
-def race(shape, settings, bar=iter):
-    """Race all contestants of some `Settings` on one shape.
+def race(specs, rounds, settings, bar=iter):
+    """Let contestants, each in a process of its own, take turns.
 
-    shape: a dict with model (what GPT2Config takes), batch_size, seq_len.
-    bar: takes the rounds and gives them back, such as tqdm. Returns two
-    dicts by name: of each contestant its steps (one dict a round, the
-    `WARM_UP` rounds first) and its facts, or else why it is unmeasured.
+    specs: a dict from name to a spec, see `peers`. rounds: how many. bar:
+    takes the rounds and gives them back, such as tqdm. Returns a dict from
+    name to a dict: for each key of a step's answer the list of its values,
+    one a round, and what the process knows about itself; or why it is
+    unmeasured. Raises ChildProcessError in one sentence.
     """
-    found, why = {}, {}
-    if no_device(settings.backend):
-        reason = no_device(settings.backend)
-        return found, dict.fromkeys(lineup(settings), reason)
-    _check_together(shape, settings)
+    found, runners = {}, {}
     with ExitStack() as stack:
-        runners = {}
-        for name, spec in lineup(settings).items():
-            runner = _start(name, spec, shape, settings)
-            stack.callback(runner.close)
-            if runner.unmeasured:
-                why[name] = runner.unmeasured
-            else:
-                runners[name] = runner
-        if runners:
-            rounds = bar(range(WARM_UP + settings.steps))
-            replies = take_turns(runners, rounds)
-            for name, runner in runners.items():
-                facts = runner.finish()
-                found[name] = {"steps": replies[name], "facts": facts}
-    return found, why
-
-
-# %% a race of writers tags=["export"] module="bench.race"
-def race_writers(cfg, prompt, count, rounds, threads=None, python=None):
-    """Race a Decoder and transformers' generate on one random model.
-
-    cfg: a GPT2Config. prompt, count: tokens to read and to write. rounds:
-    texts of each to measure, after one that is not. threads: of each, or
-    None for all cores. python: the interpreter that has transformers.
-    Returns a dict from name to the steps (dicts, as `peers` answers) and
-    the facts. Raises ValueError for numbers that do not fit the model and
-    ChildProcessError in one sentence.
-    """
-    if prompt < 1 or count < 2 or prompt + count > cfg.max_seq_len:
-        raise ValueError(
-            f"a prompt of {prompt} and {count} more tokens: must be at least "
-            f"1 and 2, together at most {cfg.max_seq_len}"
-        )
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        arena = Arena({"params": (np.float32, parameter_shapes(cfg))})
-        init_params(arena["params"], cfg, 42)
-        write_folder(folder, cfg, arena["params"])
-        spec = {"folder": folder, "vocab_size": cfg.vocab_size}
-        spec |= {"prompt": prompt, "count": count}
-        runners = {}
-        for name, kind in WRITERS.items():
-            ours = kind.startswith("llmnb")
-            program = sys.executable if ours else python or sys.executable
-            runner = Contestant(name, spec | {"kind": kind}, program, threads)
+        for name, spec in specs.items():
+            try:
+                runner = Contestant(name, spec, settings)
+            except NotImplementedError as why:
+                found[name] = {"unmeasured": str(why)}
+                continue
             stack.callback(runner.close)
             runners[name] = runner
-        replies = take_turns(runners, range(1 + rounds))
-        return {
-            name: {"steps": replies[name][1:], "facts": runner.finish()}
-            for name, runner in runners.items()
-        }
+        steps = {name: runner.step for name, runner in runners.items()}
+        turns = take_turns(steps, bar(range(rounds)), PAUSE)
+        for name, each in turns.items():
+            found[name] = by_key(each) | runners[name].finish()
+    return {name: found[name] for name in specs}
+
+
+def by_key(turns):
+    """A list of dicts that are alike as one dict of lists."""
+    return {key: [x[key] for x in turns] for key in turns[0]}
 
 
 # %% ratios tags=["export"] module="bench.race"
-def ratios(seconds):
+def ratios(rows, key="seconds"):
     """Compare every llmnb with every peer, round by round.
 
-    seconds: a dict from name to a list, one number a round; ours begin with
-    "llmnb". Returns a list of dicts: ours, peer, and of the rounds' ratios
-    of our time to the peer's the median, the lowest and the highest.
+    rows: dicts with a name and, where they were measured, by that key a
+    list with one number a round. Ours begin with "llmnb"; one that launches
+    without a graph is a peer of those that do not. Returns a list of dicts:
+    ours, peer, and of the rounds' ratios of our time to the peer's the
+    median, ratio, the lowest, low, and the highest, high.
     """
-    ours = [x for x in seconds if x.startswith("llmnb")]
+    seconds = {x["name"]: x[key] for x in rows if key in x}
+    llmnbs = [x for x in seconds if x.startswith("llmnb")]
+    ours = [x for x in llmnbs if not x.endswith("no graph")]
     table = []
     for a in ours:
         for b in [x for x in seconds if x not in ours]:
             pairs = zip(seconds[a], seconds[b], strict=True)
             each = [x / y for x, y in pairs]
-            row = {"ours": a, "peer": b, "ratio": median(each)}
-            table.append(row | {"low": min(each), "high": max(each)})
+            found = {
+                "ratio": median(each),
+                "low": min(each),
+                "high": max(each),
+            }
+            table.append({"ours": a, "peer": b, **found})
     return table
 
 
@@ -985,24 +1026,17 @@ def ratios(seconds):
 # Two contestants that do nothing but wait show that the turns are given as
 # promised: who begins changes, and the ratios are taken within a round.
 
+
 # %% a race of two clocks
 from itertools import cycle
 
 from llmnb.bench.race import ratios, take_turns
 
-
-class Clock:
-    def __init__(self, *seconds):
-        self.seconds = cycle(seconds)
-
-    def step(self):
-        return {"seconds": next(self.seconds)}
-
-
-clocks = {"llmnb fp32": Clock(1.0, 3.0), "other": Clock(2.0, 6.0)}
+ours, other = cycle([1.0, 3.0]), cycle([2.0, 6.0])
+clocks = {"llmnb fp32": lambda: next(ours), "other": lambda: next(other)}
 turns = take_turns(clocks, range(4))
-seconds = {k: [x["seconds"] for x in v] for k, v in turns.items()}
-print(ratios(seconds))
+print(ratios([{"name": k, "seconds": v} for k, v in turns.items()]))
+
 
 # %% [markdown]
 # ## How long until the first step
@@ -1013,49 +1047,39 @@ print(ratios(seconds))
 # start has left there. Python's own files are in the system's memory in both
 # cases.
 
-
 # %% time to the first step tags=["export"] module="bench.race"
 STARTS = 3  # how often each contestant is started, cold and warm
 
 
-def start_times(shape, settings, bar=iter):
+def race_starts(specs, settings, bar=iter):
     """Seconds from starting a process to the end of its first step.
 
-    shape, bar: see `race`. In each of `STARTS` rounds each contestant starts
-    cold and then warm. Returns a list of dicts: name, cold and warm (lists
-    of seconds), or name and unmeasured. llm.c is left out: it has no
-    compiled code to keep.
+    specs, bar, settings: see `race`. In each of `STARTS` rounds each
+    contestant starts cold and then warm. Returns a dict from name to a dict:
+    cold and warm, lists of seconds, or unmeasured.
     """
-    specs = lineup(settings)
-    specs.pop("llm.c", None)
-    why = no_device(settings.backend)
-    if why:
-        return [{"name": name, "unmeasured": why} for name in specs]
-    rows = {name: {"name": name, "cold": [], "warm": []} for name in specs}
-    for _ in bar(range(STARTS)):
-        for name, spec in specs.items():
-            with tempfile.TemporaryDirectory() as cache:
-                for kind in ("cold", "warm"):
-                    what = spec, shape, settings, cache
-                    spent, why = _first_step(name, *what)
-                    rows[name][kind].append(spent)
-            if why:
-                rows[name] = {"name": name, "unmeasured": why}
-                specs = {k: v for k, v in specs.items() if k != name}
-    return [*rows.values()]
+    starts = {k: partial(_start, k, x, settings) for k, x in specs.items()}
+    turns = take_turns(starts, bar(range(STARTS)))
+    return {
+        name: each[0] if "unmeasured" in each[0] else by_key(each)
+        for name, each in turns.items()
+    }
 
 
-# %% one start tags=["exporti"] module="bench.race"
-def _first_step(name, spec, shape, settings, cache):
-    """Seconds to the first step, and why there are none."""
-    start = time.perf_counter()
-    runner = _start(name, spec, shape, settings, cache)
-    try:
-        if not runner.unmeasured:
-            runner.step()
-        return time.perf_counter() - start, runner.unmeasured
-    finally:
-        runner.close()
+def _start(name, spec, settings):
+    """Seconds of a cold start and of a warm one, or why there are none."""
+    seconds = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for kind in ("cold", "warm"):
+            begin = time.perf_counter()
+            try:
+                runner = Contestant(name, spec, settings, cache)
+            except NotImplementedError as why:
+                return {"unmeasured": str(why)}
+            with closing(runner):
+                runner.step()
+                seconds[kind] = time.perf_counter() - begin
+    return seconds
 
 
 # %% [markdown]

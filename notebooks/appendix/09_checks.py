@@ -234,7 +234,7 @@ class Argument:
         """The shape that an array must have which has this one."""
         if self.found(shape) is None:
             return self.names
-        first = sizes["..."] if self.open else ()
+        first = sizes.get("...", ()) if self.open else ()
         return first + tuple(
             factor * sizes[name] for factor, name in self.sizes
         )
@@ -456,7 +456,7 @@ for args in (
 #   *control group*: a folder with a limit and what is used of it, or several,
 #   one inside the other. The smallest decides.
 # - What would fit must not be refused. Parts of the arena are never written
-#   when a model is only read: [chapter 1.16](../1_by_hand/16_model.ipynb) leaves them out.
+#   when a model is only read: [chapter 1.17](../1_by_hand/17_model.ipynb) leaves them out.
 #
 # Other systems do not say what they have, and nothing is refused there.
 

@@ -87,40 +87,32 @@ BOXES = [
 
 
 # %% one box tags=["export"] module="book.diagram"
+def draw_rounded(ax, corner, width, height, radius, **style):
+    """Draw a rectangle with round corners; corner: its least x and y."""
+    box = f"round,pad=0,rounding_size={radius}"
+    shape = FancyBboxPatch(corner, width, height, boxstyle=box, **style)
+    ax.add_patch(shape)
+
+
 def draw_box(ax, label, x, y, lit):
     """Draw one box of the diagram with its middle at (x, y)."""
-    face = PALETTE["orange"] if lit else "white"
-    edge = PALETTE["orange"] if lit else PALETTE["grey"]
-    shape = FancyBboxPatch(
-        (x - 0.43, y - 0.27),
-        0.86,
-        0.54,
-        boxstyle="round,pad=0,rounding_size=0.07",
-        facecolor=face,
-        edgecolor=edge,
-        linewidth=1.2,
-    )
-    ax.add_patch(shape)
-    ink = "white" if lit else PALETTE["ink"]
+    edge = PALETTE["orange" if lit else "grey"]
+    face, ink = (edge, "white") if lit else ("white", PALETTE["ink"])
+    style = {"facecolor": face, "edgecolor": edge, "linewidth": 1.2}
+    draw_rounded(ax, (x - 0.43, y - 0.27), 0.86, 0.54, 0.07, **style)
     weight = "bold" if lit else "normal"
-    ax.text(
-        x, y, label, ha="center", va="center", color=ink, size=10,
-        weight=weight, linespacing=1.15,
-    )  # fmt: skip
+    style = {"size": 10, "weight": weight, "linespacing": 1.15}
+    ax.text(x, y, label, ha="center", va="center", color=ink, **style)
 
 
 # %% one arrow tags=["export"] module="book.diagram"
-def draw_arrow(ax, points):
-    """Draw an arrow through these points."""
-    line = {"color": PALETTE["ink"], "linewidth": 1.0}
+def draw_arrow(ax, points, **style):
+    """Draw an arrow through these points; style: of matplotlib's lines."""
+    style = {"color": PALETTE["ink"], "linewidth": 1.0, "zorder": 2} | style
     xs, ys = zip(*points[:-1], strict=True)
-    ax.plot(xs, ys, solid_joinstyle="round", **line)
-    ax.annotate(
-        "",
-        points[-1],
-        points[-2],
-        arrowprops={"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0, **line},
-    )
+    ax.plot(xs, ys, solid_joinstyle="round", **style)
+    head = {"arrowstyle": "-|>", "shrinkA": 0, "shrinkB": 0} | style
+    ax.annotate("", points[-1], points[-2], arrowprops=head, zorder=2)
 
 
 # %% the arrows tags=["export"] module="book.diagram"
@@ -153,15 +145,8 @@ def gpt2_diagram(lit=None):
     if lit not in names:
         raise ValueError(f"gpt2_diagram: no layer is called {lit!r}")
     fig, ax = plt.subplots(figsize=(8, 4.6), dpi=100)
-    frame = FancyBboxPatch(
-        (-0.52, -2.78),
-        5.08,
-        2.12,
-        boxstyle="round,pad=0,rounding_size=0.1",
-        facecolor=PALETTE["pale"],
-        edgecolor="none",
-    )
-    ax.add_patch(frame)
+    pale = {"facecolor": PALETTE["pale"], "edgecolor": "none"}
+    draw_rounded(ax, (-0.52, -2.78), 5.08, 2.12, 0.1, **pale)
     ax.text(4.5, -0.62, "one block, L times", ha="right", size=10)
     for label, name, x, y in BOXES:
         draw_box(ax, label, x, y, lit in (name, "all"))

@@ -1,5 +1,6 @@
 """The benchmark: who races, what is counted, how it is reported."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -8,36 +9,30 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numba
 import numpy as np
 import pytest
 from PIL import Image
 
+from llmnb import cpu
 from llmnb.bench import bench as module
-from llmnb.bench import peers, race
-from llmnb.bench.bench import (
-    CONFIGS,
-    bench,
-    layers_figure,
-    report,
-)
-from llmnb.bench.peers import missing, peak_memory, random_batch, serve
-from llmnb.bench.race import (
-    WARM_UP,
-    Contestant,
-    LlmC,
-    Settings,
-    lineup,
-    ratios,
-    start_times,
-    take_turns,
-)
+from llmnb.bench import clock, peers, race
+from llmnb.bench.bench import CONFIGS, bench
+from llmnb.bench.race import Settings, lineup, ratios
+from llmnb.bench.report import bars_figure, layers_figure, report, shares
 from llmnb.bench.stopwatch import Stopwatch, timed_step
 from llmnb.config import GPT2Config
-from llmnb.cpu import bfloat16
 from llmnb.formats.published import write_folder
+from llmnb.model import gpt2
+from llmnb.model.architectures import (
+    ARCHITECTURES,
+    LlamaConfig,
+    architecture_record,
+)
 from llmnb.model.generate import generate
 from llmnb.model.gpt2 import GPT2
 from llmnb.model.tensors import flops_per_token, parameter_count
@@ -47,126 +42,108 @@ CFG = GPT2Config(16, 131, 3, 2, 16)
 SHAPE = {"model": dict(vars(CFG)), "batch_size": 2, "seq_len": 16}
 OURS = {"kind": "llmnb", "backend": "reference", "precision": "fp32"}
 REFERENCE = Settings(("fp32", "bf16"), (), 3, 1, "reference")
+FP32 = REFERENCE._replace(precisions=("fp32",))
+TINY = {"tiny": (CFG, 2, 16)}
+RACE = Settings(("fp32",), ("torch",), 3)
+ONE_THREAD = Settings(threads=1)
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 @pytest.fixture(scope="module")
 def result():
-    return bench({"tiny": (CFG, 2, 16)}, REFERENCE)
+    return bench(TINY, REFERENCE)
 
 
 # numbers that are none
 
 
-def test_who_computes_no_numbers_has_no_speed(monkeypatch):
-    steps = [{"loss": 3.0, "seconds": 1.0} for _ in range(5)]
-    for name in ("llmnb fp32", "torch"):
-        found = {
-            "llmnb fp32": {"steps": steps, "facts": {"peak_bytes": 1}},
-            name: {
-                "steps": [*steps[:4], {"loss": math.nan, "seconds": 0.1}],
-                "facts": {"peak_bytes": 1},
-            },
+def fake_race(monkeypatch, **contestants):
+    """What a race finds: for each contestant a last loss, and its facts."""
+    found = {
+        name.replace("_", " "): {
+            "loss": [3.0] * 4 + [loss],
+            "seconds": [9.0, 9.0, 2.0, 4.0, 3.0],
+            "peak_bytes": 1e6,
+            **facts,
         }
-        monkeypatch.setattr(
-            "llmnb.bench.bench.race", lambda *x, f=found: (f, {})
-        )
-        with pytest.raises(FloatingPointError, match=f"{name}: the loss is n"):
-            bench({"tiny": (CFG, 2, 16)}, REFERENCE)
+        for name, (loss, facts) in contestants.items()
+    }
+    monkeypatch.setattr(module, "race", lambda *_: found)
 
 
-def test_curves_of_no_numbers_are_not_compared(monkeypatch):
-    monkeypatch.setattr("llmnb.bench.bench.no_device", lambda backend: "")
-    monkeypatch.setattr("llmnb.bench.peers.missing", lambda *x: "")
-
-    class Broken(GPT2):
-        def __init__(self, *shape, backend, precision):
-            super().__init__(*shape, "reference")
-
-        def forward(self, *batch):
-            return math.inf
-
-        def backward(self):
-            pass
-
-        def update(self, step):
-            pass
-
-    monkeypatch.setattr("llmnb.bench.bench.GPT2", Broken)
-    with pytest.raises(FloatingPointError, match="cpu fp32: the loss is inf"):
-        module.loss_curves(["fp32"], 2, (CFG, 2, 16))
+@pytest.mark.parametrize("name", ["llmnb fp32", "torch"])
+def test_who_computes_no_numbers_has_no_speed(name, monkeypatch):
+    losses = {"llmnb_fp32": (3.0, {}), "torch": (3.0, {})}
+    losses[name.replace(" ", "_")] = math.nan, {}
+    fake_race(monkeypatch, **losses)
+    with pytest.raises(FloatingPointError, match=f"{name}: the loss is n"):
+        bench(TINY, RACE)
 
 
 # our contestant
 
 
-def test_stopwatch(monkeypatch):
-    clock = iter([0.0, 2.0, 10.0, 11.0, 20.0, 24.0])
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    watch = Stopwatch(SimpleNamespace(f=lambda x: x + 1, g=abs, name="me"))
-    assert (watch.f(1), watch.f(x=2), watch.g(-3)) == (2, 3, 3)
-    assert watch.name == "me"
-    assert watch.seconds == {"f": 3.0, "g": 4.0}
-    assert watch.calls == {"f": 2, "g": 1}
+def test_a_stopwatch_waits_before_it_reads_the_clock(monkeypatch):
+    log, times = [], iter([0.0, 2.0, 10.0, 11.0, 20.0, 24.0])
+    monkeypatch.setattr(
+        "time.perf_counter", lambda: log.append("read") or next(times)
+    )
+    ops = SimpleNamespace(f=lambda x: log.append("f") or x + 1, name="me")
+    watch = Stopwatch(ops, lambda: log.append("wait"))
+    assert (watch.f(1), watch.f(x=2), watch.name) == (2, 3, "me")
+    assert log == ["read", "f", "wait", "read"] * 2
+    assert (watch.seconds, watch.calls) == ({"f": 3.0}, {"f": 2})
     watch.reset()
-    assert watch.seconds == {}
+    assert watch.seconds == watch.calls == {}
     with pytest.raises(AttributeError):
         watch.nothing  # noqa: B018
 
 
-def test_a_stopwatch_that_waits(monkeypatch):
-    clock = iter([0.0, 5.0])
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
-    log = []
-    ops = SimpleNamespace(f=lambda: log.append("f"))
-    watch = Stopwatch(ops, lambda: log.append("wait"))
-    watch.f()
-    assert log == ["f", "wait"] and watch.seconds == {"f": 5.0}
-
-
 def test_a_timed_step_is_a_step():
     a, b = GPT2(CFG, 2, 16, "reference"), GPT2(CFG, 2, 16, "reference")
-    tokens, targets = random_batch(SHAPE)
-    b.ops = Stopwatch(b.ops)
+    waits = []
+    tokens, targets = peers.random_batch(SHAPE)
+    b.ops = Stopwatch(b.ops, lambda: waits.append("waited"))
     for step in (1, 2):
         loss = a.forward(tokens, targets)
         a.backward()
         a.update(step=step)
         found = timed_step(b, tokens, targets, step)
         assert found["loss"] == loss
-        assert found["calls"]["adamw_update"] == 1  # not added up
+        calls = found["calls"]
+        assert calls["adamw_update"] == 1  # not added up
+        assert [*found["parts"]] == ["forward", "backward", "update"]
+        assert len(waits) == sum(calls.values()) + 3
+        waits.clear()
     for name in a.params:
         np.testing.assert_array_equal(a.params[name], b.params[name])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+@on_linux
 def test_the_peak_of_another_process_is_its_own():
     ours = np.ones(50_000_000)  # 400 MB that the other does not have
     code = "import sys; print('up', flush=True); sys.stdin.read()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
         other.stdout.readline()
-        peak = peak_memory(other.pid)
+        peak = peers.peak_memory(other.pid)
         other.communicate()
-    assert 1e6 < peak < ours.nbytes < peak_memory()
-    assert peak_memory("nobody") is None
+    assert 1e6 < peak < ours.nbytes < peers.peak_memory()
+    assert peers.peak_memory("nobody") is None
 
 
 def test_the_batch_is_the_same_for_all():
-    batch = random_batch(SHAPE)
+    batch = peers.random_batch(SHAPE)
     assert batch.shape == (2, 2, 16)
     assert batch.min() >= 0 and batch.max() < CFG.vocab_size
-    np.testing.assert_array_equal(batch, random_batch(SHAPE))
+    np.testing.assert_array_equal(batch, peers.random_batch(SHAPE))
 
 
 def test_serve():
     answers, numbers = [], iter([1.0, 2.0])
     commands = io.StringIO("step\nstep\nfinish\nstep\n")
-    serve(
-        lambda: {"loss": next(numbers)},
-        lambda: {"threads": 3},
-        commands,
-        answers.append,
-    )
+    step, facts = lambda: {"loss": next(numbers)}, lambda: {"threads": 3}
+    peers.serve(step, facts, commands, answers.append)
     assert [x.get("loss") for x in answers] == [1.0, 2.0, None]
     assert all(x["seconds"] >= 0 for x in answers[:2])
     assert answers[2]["threads"] == 3
@@ -174,57 +151,75 @@ def test_serve():
     assert commands.read() == "step\n"
 
 
-def test_bf16_is_missing_unless_the_cpu_has_it(monkeypatch):
-    assert missing("fp32") is None and missing("fp64") is None
-    monkeypatch.setattr(bfloat16, "has_bf16", lambda: False)
-    assert missing("bf16") == "not available on this CPU"
-    monkeypatch.setattr(bfloat16, "has_bf16", lambda: True)
-    assert missing("bf16") is None
-    assert "reference backend" in missing("bf16", "reference")
-
-
 # processes
 
 
-def test_a_contestant_trains_on_command():
-    runner = Contestant("llmnb fp32", {**SHAPE, **OURS}, sys.executable, 1)
-    try:
-        losses = [runner.step()["loss"] for _ in range(3)]
-        facts = runner.finish()
-    finally:
-        runner.close()
+@pytest.fixture
+def runner():
+    runner = race.Contestant("me", {**SHAPE, **OURS}, ONE_THREAD)
+    yield runner
+    runner.close()
+    runner.close()  # once more does no harm
+
+
+def test_a_contestant_trains_on_command(runner):
+    losses = [runner.step()["loss"] for _ in range(3)]
+    facts = runner.finish()
     model = GPT2(CFG, 2, 16, "reference")
     model.ops = Stopwatch(model.ops)
-    batch = random_batch(SHAPE)
+    batch = peers.random_batch(SHAPE)
     want = [timed_step(model, *batch, 1 + i)["loss"] for i in range(3)]
     assert losses == want
     assert facts["threads"] == 1
     assert set(facts["versions"]) == {"llmnb", "numpy", "numba"}
-    assert runner.unmeasured is None
-    runner.close()  # once more does no harm
-
-
-def test_a_contestant_says_why_it_cannot():
-    spec = {**SHAPE, **OURS, "precision": "fp99"}
-    with pytest.raises(ChildProcessError, match="llmnb fp99: .*precision"):
-        Contestant("llmnb fp99", spec, sys.executable)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="there are no signals")
-def test_a_contestant_that_is_ended():
-    runner = Contestant("me", {**SHAPE, **OURS}, sys.executable, 1)
-    try:
-        runner._process.kill()
-        runner._process.wait()
-        with pytest.raises(ChildProcessError, match="me: was ended by SIGKI"):
-            runner.step()
-    finally:
-        runner.close()
+def test_a_contestant_that_is_ended(runner):
+    runner._process.kill()
+    runner._process.wait()
+    with pytest.raises(ChildProcessError, match="me: was ended by SIGKI"):
+        runner.step()
 
 
-def test_a_program_that_is_no_python():
-    with pytest.raises(OSError, match="no-python"):
-        Contestant("torch", {**SHAPE, **OURS}, "no-python")
+@pytest.mark.parametrize(
+    ("others", "error", "message"),
+    [
+        ({"batch_size": "x"}, NotImplementedError, "batch_size must be a pos"),
+        ({"precision": "tf32"}, NotImplementedError, "needs the backend 'cu"),
+        ({"kind": "llmc"}, NotImplementedError, "has B=4 T=64 compiled in"),
+        ({"model": {}, "kind": "llmnb-decoder"}, ChildProcessError, "me: 'pr"),
+    ],
+)
+def test_a_contestant_says_why_it_cannot(others, error, message):
+    with pytest.raises(error, match=message):
+        race.Contestant("me", {**SHAPE, **OURS, **others}, ONE_THREAD)
+
+
+def test_a_precision_that_the_processor_lacks(monkeypatch):
+    """It is refused, and not replaced by float32."""
+    monkeypatch.setattr(cpu, "has_bf16", lambda: False)
+    spec = {**SHAPE, **OURS, "backend": "cpu", "precision": "bf16"}
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(NotImplementedError, match="not available on this CPU"),
+    ):
+        peers.llmnb_contestant(spec)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [(":", "me: ended with code 3"), ("echo 1; echo no Python", "me: no P")],
+)
+def test_the_last_words_of_a_program_that_is_no_python(
+    said, message, tmp_path
+):
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\nexec 1>&2\n{said}\nexit 3\n")
+    program.chmod(0o755)
+    spec = {**SHAPE, "kind": "torch"}
+    with pytest.raises(ChildProcessError, match=message):
+        race.Contestant("me", spec, Settings(torch_python=str(program)))
 
 
 def has_torch(python):
@@ -234,13 +229,17 @@ def has_torch(python):
     return subprocess.run([python, "-c", code]).returncode == 0
 
 
-def test_a_python_without_torch(tmp_path):
+def run_race(settings):
+    specs = {k: SHAPE | x for k, x in lineup(settings).items()}
+    return race.race(specs, 5, settings)
+
+
+def test_a_python_without_torch():
     if has_torch(sys.executable):
         pytest.skip("this Python has torch")
-    settings = REFERENCE._replace(precisions=("fp32",), against=("torch",))
-    message = "torch: .* has no torch; name a Python .* --torch-python"
+    message = "torch: No module named 'torch' in .* with --torch-python"
     with pytest.raises(ChildProcessError, match=message):
-        race.race(SHAPE, settings)
+        run_race(FP32._replace(against=("torch",)))
 
 
 @pytest.mark.parametrize("name", ["torch", "torch-bf16"])
@@ -249,19 +248,81 @@ def test_torch_trains_the_same_model(name):
     if not has_torch(python):
         pytest.skip("no torch: LLMNB_TORCH_PYTHON may name a Python with it")
     settings = Settings((), (name,), 3, 1, "reference", python)
-    found, why = race.race(SHAPE, settings)
-    assert why == {}
-    losses = [x["loss"] for x in found[name]["steps"]]
-    assert len(losses) == WARM_UP + 3
-    assert abs(losses[0] - math.log(CFG.padded_vocab_size)) < 0.1
-    assert losses[-1] < losses[0]
-    assert found[name]["facts"]["threads"] == 1
-    assert "torch" in found[name]["facts"]["versions"]
+    row = run_race(settings)[name]
+    assert len(row["loss"]) == len(row["seconds"]) == 5
+    assert abs(row["loss"][0] - math.log(CFG.padded_vocab_size)) < 0.1
+    assert row["loss"][-1] < row["loss"][0]
+    assert row["threads"] == 1 and "torch" in row["versions"]
+
+
+LLAMA = LlamaConfig(16, 128, 2, 4, 16, num_kv_heads=2)
+
+
+def test_ours_and_torch_compute_the_same_llama():
+    """The peer, given our weights, has our loss."""
+    torch = pytest.importorskip("torch")
+    for cfg in (LLAMA, replace(LLAMA, num_kv_heads=4, tied=True)):
+        ours = GPT2(cfg, 2, 8, "reference", "fp64", seed=1)
+        theirs = peers._torch_model(architecture_record(cfg)).double()
+        there = dict(theirs.named_parameters())
+        with torch.no_grad():
+            for name, x in ours.params.items():
+                whole = f"{name.removesuffix('w')}.weight"
+                if name in ("wte", "head", "lnfw"):
+                    there.pop(whole).copy_(torch.from_numpy(x))
+                    continue
+                for i in range(2):
+                    y = there.pop(f"blocks.{i}.{whole}")
+                    y.copy_(torch.from_numpy(x[i]))
+        assert not there
+        spec = {"model": vars(cfg), "batch_size": 2, "seq_len": 8}
+        batch = peers.random_batch(spec)
+        want = ours.forward(*batch)
+        with torch.no_grad():
+            got = theirs(*torch.from_numpy(batch)).item()
+        assert abs(got / want - 1) < 1e-6  # the angles are float32 there
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_llama_races_torchs(family):
+    python = os.environ.get("LLMNB_TORCH_PYTHON", sys.executable)
+    if not has_torch(python):
+        pytest.skip("no torch: LLMNB_TORCH_PYTHON may name a Python with it")
+    cfg = ARCHITECTURES[family](16, 128, 2, 4, 16, num_kv_heads=2)
+    settings = Settings(("fp32",), ("torch",), 2, 1, "reference", python)
+    (contest,) = bench({"a": (cfg, 2, 8)}, settings)["contests"]
+    assert contest["model"]["family"] == family
+    assert contest["about"].startswith(f"{family}, 2 layers")
+    for row in contest["contestants"]:
+        assert abs(row["first_loss"] - math.log(128)) < 0.1
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma", "gemma2", "gemma3_text"])
+def test_every_family_is_measured_and_has_no_peer(family):
+    """Whose computation nobody has written in PyTorch is said, not raced."""
+    cfg = ARCHITECTURES[family](16, 131, 2, 4, 16, num_kv_heads=2)
+    settings = Settings(("fp32",), (), 1, 1, "reference")
+    (contest,) = bench({"a": (cfg, 2, 8)}, settings)["contests"]
+    (row,) = contest["contestants"]
+    assert row["step_seconds"] > 0
+    json.dumps(contest)
+    if has_torch(sys.executable):
+        with pytest.raises(NotImplementedError, match="not for this"):
+            peers._torch_model(architecture_record(cfg))
+
+
+def test_llmc_is_told_no_llama(train_gpt2):
+    spec = {"model": architecture_record(LLAMA), "kind": "llmc"}
+    spec |= {"batch_size": 4, "seq_len": 64, "path": str(train_gpt2)}
+    with pytest.raises(NotImplementedError, match="trains GPT-2 only"):
+        race.Contestant("llm.c", spec, ONE_THREAD)
 
 
 FAKE = """#!{python}
 import os, time
 names = "gpt2_124M.bin", "dev/data/tinyshakespeare/tiny_shakespeare_val.bin"
+open("pid", "w").write(str(os.getpid()))
+assert "GOMP_SPINCOUNT" not in os.environ
 print(*(os.path.getsize(x) for x in names))
 print("[GPT-2]")
 print("val loss 9.0")
@@ -281,24 +342,30 @@ def train_gpt2(tmp_path):
     return path
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@on_linux
 def test_llmc_sleeps_between_its_steps(train_gpt2):
-    runner = LlmC(train_gpt2, {**SHAPE, "batch_size": 4, "seq_len": 64})
+    spec = {**SHAPE, "kind": "llmc", "path": str(train_gpt2)}
+    spec |= {"batch_size": 4, "seq_len": 64}
+    runner = race.Contestant("llm.c", spec, ONE_THREAD)
     try:
-        for loss in (5.5, 4.5, 3.5):
-            found = runner.step()
-            assert found["loss"] == loss and found["seconds"] > 0
-            status = Path(f"/proc/{runner._process.pid}/status").read_text()
-            assert "T (stopped)" in status
-        assert runner.finish()["peak_bytes"] > 1e6
-        with pytest.raises(ChildProcessError, match="llm.c: the program has"):
-            runner.step()
         folder = Path(runner._folder.name)
         size = 1024 + 4 * parameter_count(CFG)
         assert (folder / "gpt2_124M.bin").stat().st_size == size
+        for loss in (5.5, 4.5, 3.5):
+            found = runner.step()
+            assert found["loss"] == loss and found["seconds"] > 0
+            pid = int((folder / "pid").read_text())
+            status = Path(f"/proc/{pid}/status").read_text()
+            assert "T (stopped)" in status
+        memory = runner.finish()["peak_bytes"]
+        assert 1e6 < memory < 5e7  # its own, not that of Python with NumPy
     finally:
         runner.close()
     assert not folder.exists()
+    with contextlib.suppress(OSError):  # nobody has waited for it yet
+        assert "Z (zombie)" in Path(f"/proc/{pid}/status").read_text()
+    with pytest.raises(ChildProcessError, match="the program has ended"):
+        peers._line(io.StringIO())
 
 
 def test_the_environment_of_a_contestant(monkeypatch):
@@ -308,31 +375,34 @@ def test_the_environment_of_a_contestant(monkeypatch):
     assert "GOMP_SPINCOUNT" not in env
     assert env["OMP_NUM_THREADS"] == env["NUMBA_NUM_THREADS"] == "3"
     assert env["LLMNB_CACHE"] == env["TORCHINDUCTOR_CACHE_DIR"] == "folder"
-    assert env["MINE"] == "kept"
+    assert env["MINE"] == "kept" and env["PYTHONSAFEPATH"] == "1"
     assert race._environment(None)["OMP_NUM_THREADS"] == str(race.cores())
-
-
-def test_llmc_has_one_batch_size(train_gpt2):
-    runner = LlmC(train_gpt2, SHAPE)
-    assert runner.unmeasured == "has B=4 T=64 compiled in"
-    runner.close()
 
 
 # the race
 
 
 @pytest.mark.parametrize(
-    ("backend", "against", "message"),
+    ("settings", "error", "message"),
     [
-        ("cpu", "torch-tf32", "torch-tf32 needs a GPU: --backend cuda"),
-        ("cpu", "torch-compile-tf32", "needs a GPU"),
-        ("cuda", "llmc={train_gpt2}", "train_gpt2 runs on the CPU"),
+        ({"against": ("torch-tf32",)}, ValueError, "torch-tf32 needs a GPU:"),
+        ({"against": ("torch-compile-tf32",)}, ValueError, "needs a GPU"),
+        ({"against": ("tensorflow",)}, ValueError, "no contestant 'tensorf"),
+        ({"precisions": ("fp99",)}, ValueError, "precision must be one of"),
+        ({"against": ("llmc=",)}, ValueError, "no contestant 'llmc='"),
+        ({"against": ("llmc=/no/where",)}, OSError, "where is not a program"),
+        (
+            {"against": ("llmc=a",), "backend": "cuda"},
+            ValueError,
+            "train_gpt2 runs on the CPU",
+        ),
+        ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
+        ({"threads": -1}, ValueError, "threads must be at least 1, got -1"),
     ],
 )
-def test_who_cannot_race_where(backend, against, message, train_gpt2):
-    against = against.format(train_gpt2=train_gpt2)
-    with pytest.raises(ValueError, match=message):
-        lineup(Settings(backend=backend, against=(against,)))
+def test_who_cannot_race(settings, error, message):
+    with pytest.raises(error, match=message):
+        lineup(Settings(**settings))
 
 
 def test_who_races_on_a_gpu():
@@ -342,73 +412,75 @@ def test_who_races_on_a_gpu():
             for end in ("", ", no graph")]  # fmt: skip
     assert [*specs] == [*ours, *against]
     assert [specs[x]["graph"] for x in ours] == [True, False] * 2
-    for name in against:
-        assert specs[name]["device"] == "cuda"
-        assert specs[name]["tf32"] is ("tf32" in name)
-        assert specs[name]["compile"] is ("compile" in name)
-
-
-def test_torch_is_told_where_and_how(monkeypatch):
-    settings = SimpleNamespace(
-        matmul=SimpleNamespace(allow_tf32=None),
-    )
-    cudnn = SimpleNamespace(allow_tf32=None)
-    has = SimpleNamespace(is_available=lambda: True)
-    backends = SimpleNamespace(cuda=settings, cudnn=cudnn)
-    torch = SimpleNamespace(cuda=has, backends=backends)
-    for tf32 in (True, False):
-        spec = {"device": "cuda", "tf32": tf32}
-        assert peers._torch_device(torch, spec) == "cuda"
-        assert settings.matmul.allow_tf32 is tf32
-        assert cudnn.allow_tf32 is tf32
-    assert peers._torch_device(torch, {}) == "cpu"
-    has.is_available = lambda: False
-    with pytest.raises(NotImplementedError, match="torch finds no GPU"):
-        peers._torch_device(torch, {"device": "cuda", "tf32": False})
+    assert specs["torch-compile-tf32"] == {
+        "kind": "torch", "device": "cuda",
+        "compile": True, "bf16": False, "tf32": True,
+    }  # fmt: skip
 
 
 def test_who_races(train_gpt2):
-    against = "torch-compile", "torch", f"llmc={train_gpt2}"
+    against = "torch-bf16", "torch", f"llmc={train_gpt2}"
     specs = lineup(Settings(("fp32", "bf16"), against))
     ours = ["llmnb fp32", "llmnb bf16"]
-    assert [*specs] == [*ours, "torch-compile", "torch", "llm.c"]
-    assert specs["torch-compile"]["compile"] is True
-    assert specs["torch"]["compile"] is False
-    assert specs["llm.c"]["path"] == str(train_gpt2)
+    assert [*specs] == [*ours, "torch-bf16", "torch", "llm.c"]
+    plain = {"kind": "torch", "device": "cpu", "compile": False}
+    plain |= {"bf16": False, "tf32": False}
+    assert specs["torch"] == plain
+    assert specs["torch-bf16"] == plain | {"bf16": True}
+    assert specs["llm.c"] == {"kind": "llmc", "path": str(train_gpt2)}
 
 
-class Player:
-    def __init__(self, name, log):
-        self.name, self.log = name, log
-
-    def step(self):
-        self.log.append(self.name)
-        return len(self.log)
+def test_torch_is_told_where_and_how(monkeypatch):
+    matmul, cudnn, has = (SimpleNamespace() for _ in "123")
+    here = SimpleNamespace(matmul=matmul)
+    backends = SimpleNamespace(cuda=here, cudnn=cudnn)
+    torch = SimpleNamespace(cuda=has, backends=backends)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    has.is_available = lambda: True
+    for tf32 in (True, False):
+        assert peers.torch_on("cuda", tf32) is torch
+        assert matmul.allow_tf32 is cudnn.allow_tf32 is tf32
+    matmul.allow_tf32 = "untouched"
+    assert peers.torch_on("cpu", True) is torch
+    assert matmul.allow_tf32 == "untouched"
+    has.is_available = lambda: False
+    with pytest.raises(NotImplementedError, match="torch finds no GPU"):
+        peers.torch_on("cuda")
 
 
 def test_turns(monkeypatch):
-    monkeypatch.setattr(race, "PAUSE", 0)
     log = []
-    players = {name: Player(name, log) for name in "abc"}
-    found = take_turns(players, range(4))
-    assert "".join(log) == "abc" + "bca" + "cab" + "abc"
+    monkeypatch.setattr("time.sleep", lambda pause: log.append(pause))
+    turns = {x: lambda x=x: log.append(x) or len(log) // 2 for x in "abc"}
+    found = race.take_turns(turns, range(4), 0.5)
+    assert log[0::2] == [0.5] * 12
+    assert "".join(log[1::2]) == "abc" + "bca" + "cab" + "abc"
     assert found == {"a": [1, 6, 8, 10], "b": [2, 4, 9, 11],
                      "c": [3, 5, 7, 12]}  # fmt: skip
+    assert race.take_turns({}, range(4)) == {}
 
 
 def test_ratios_are_taken_within_rounds():
     seconds = {
         "llmnb fp32": [1.0, 30.0, 4.0],
+        "llmnb fp32, no graph": [2.0, 60.0, 8.0],
         "llmnb bf16": [1.0, 1.0, 1.0],
         "torch": [2.0, 10.0, 5.0],
     }
-    assert ratios(seconds) == [
-        {"ours": "llmnb fp32", "peer": "torch", "ratio": 0.8, "low": 0.5,
-         "high": 3.0},
-        {"ours": "llmnb bf16", "peer": "torch", "ratio": 0.2, "low": 0.1,
-         "high": 0.5},
-    ]  # fmt: skip
-    assert ratios({"llmnb fp32": [1.0]}) == []
+    rows = [{"name": k, "x": v} for k, v in seconds.items()]
+    rows.append({"name": "llm.c", "unmeasured": "why"})
+    found = {(x["ours"], x["peer"]): x for x in ratios(rows, "x")}
+    assert len(found) == 4
+    numbers = [
+        [x[k] for k in ("ratio", "low", "high")]
+        for x in (
+            found["llmnb fp32", "torch"],
+            found["llmnb bf16", "torch"],
+            found["llmnb fp32", "llmnb fp32, no graph"],
+        )
+    ]
+    assert numbers == [[0.8, 0.5, 3.0], [0.2, 0.1, 0.5], [0.5, 0.5, 0.5]]
+    assert ratios(rows[:1], "x") == ratios(rows) == []
 
 
 def test_starts(monkeypatch):
@@ -416,9 +488,7 @@ def test_starts(monkeypatch):
     seen = []
 
     class Runner:
-        unmeasured = None
-
-        def __init__(self, name, spec, shape, settings, cache):
+        def __init__(self, name, spec, settings, cache):
             folder = Path(cache)
             seen.append((name, [x.name for x in folder.iterdir()]))
             (folder / "kernel").write_text("x")
@@ -429,50 +499,50 @@ def test_starts(monkeypatch):
         def close(self):
             seen.append("closed")
 
-    monkeypatch.setattr(race, "_start", Runner)
+    monkeypatch.setattr(race, "Contestant", Runner)
     monkeypatch.setattr(race, "STARTS", 2)
-    rows = start_times(SHAPE, REFERENCE._replace(precisions=("fp32",)))
+    also = f"llmc={sys.executable}"  # which has nothing to compile
+    settings = FP32._replace(against=(also,))
+    contest = bench({}, settings, start=True)["contests"][0]
+    (row,) = contest["contestants"]
     once = [("llmnb fp32", []), "step", "closed"]
     once += [("llmnb fp32", ["kernel"]), "step", "closed"]
     assert seen == once * 2
-    (row,) = rows
     assert row["name"] == "llmnb fp32"
     assert len(row["cold"]) == len(row["warm"]) == 2
 
 
 def test_a_real_start(monkeypatch):
     monkeypatch.setattr(race, "STARTS", 1)
-    fp32, bf16 = start_times(SHAPE, REFERENCE)
+    contest = bench({}, REFERENCE, start=True)["contests"][0]
+    fp32, bf16 = contest["contestants"]
     assert 0 < fp32["warm"][0] < 60 and 0 < fp32["cold"][0] < 60
-    assert "not available" in bf16["unmeasured"]
+    assert "needs the backend 'cpu'" in bf16["unmeasured"]
 
 
 # the result
 
 
 def test_rows(result):
-    (config,) = result["configs"]
-    fp32, bf16 = config["contestants"]
-    assert (fp32["name"], bf16["name"]) == ("llmnb fp32", "llmnb bf16")
-    assert bf16 == {
-        "name": "llmnb bf16",
-        "unmeasured": "not available in the reference backend",
-    }
-    assert len(fp32["seconds"]) == 3
+    (contest,) = result["contests"]
+    fp32, bf16 = contest["contestants"]
+    why = "GPT2: precision 'bf16' needs the backend 'cpu'"
+    assert bf16 == {"name": "llmnb bf16", "unmeasured": why}
+    assert fp32["name"] == "llmnb fp32" and len(fp32["seconds"]) == 3
     middle = sorted(fp32["seconds"])[1]
     assert fp32["step_seconds"] == middle
     assert fp32["tokens_per_second"] * middle == pytest.approx(2 * 16)
     flops = flops_per_token(CFG, 16) * 32
     assert fp32["flops_per_second"] * middle == pytest.approx(flops)
     assert abs(fp32["first_loss"] - math.log(131)) < 0.1
-    assert fp32["arena_bytes"] > 16 * config["parameters"]
-    assert config["parameters"] == parameter_count(CFG)
-    assert config["ratios"] == []
+    assert fp32["arena_bytes"] > 16 * contest["parameters"]
+    assert contest["parameters"] == parameter_count(CFG)
+    assert contest["ratios"] == []
     assert json.loads(json.dumps(result)) == result
 
 
 def test_layers(result):
-    row = result["configs"][0]["contestants"][0]
+    row = result["contests"][0]["contestants"][0]
     calls = Counter({x["name"]: x["calls"] for x in row["layers"]})
     L = CFG.num_layers
     for way in ("forward", "backward"):
@@ -489,62 +559,80 @@ def test_layers(result):
     assert all(x["seconds"] >= 0 for x in row["layers"])
 
 
-def test_share_of_the_peak():
-    steps = [{"seconds": s, "loss": 5.0} for s in (9.0, 9.0, 2.0, 4.0, 3.0)]
-    row = module._row("x", 600.0, SHAPE, steps, {"fma_peak": 300.0})
-    assert row["seconds"] == [2.0, 4.0, 3.0]
-    assert row["flops_per_second"] == 200.0
-    other = {"contestants": [{"name": "y", "fma_peak": 400.0}]}
-    module.shares({"configs": [{"contestants": [row]}, other]})
-    assert row["share_of_peak"] == 0.5
-    row = module._row("x", 1.0, SHAPE, steps, {})
-    module.shares({"configs": [{"contestants": [row]}]})
-    assert "share_of_peak" not in row
+def test_share_of_the_peak(monkeypatch):
+    """The highest peak that any has measured is the peak of all."""
+    peaks = {"llmnb_fp32": 1e6, "torch": 4e6}
+    facts = {k: (3.0, {"fma_peak": x}) for k, x in peaks.items()}
+    fake_race(monkeypatch, **facts, llm_c=(3.0, {"device_bytes": 7e6}))
+    (contest,) = bench(TINY, RACE)["contests"]
+    flops = flops_per_token(CFG, 16) * 32
+    for row, memory in zip(
+        contest["contestants"], (1e6, 1e6, 7e6), strict=True
+    ):
+        assert row["seconds"] == [2.0, 4.0, 3.0]  # and no round to warm up
+        assert row["step_seconds"] == 3.0
+        assert row["flops_per_second"] == flops / 3
+        assert row["memory_bytes"] == memory
+        assert shares(contest, row) == [flops / s / 4e6 for s in (2, 4, 3)]
+    assert contest["ratios"][0]["ratio"] == 1.0
+    fake_race(monkeypatch, llmnb_fp32=(3.0, {}))
+    (contest,) = bench(TINY, RACE)["contests"]
+    assert shares(contest, contest["contestants"][0]) == []
 
 
-def test_the_peak_of_one_is_the_peak_of_all(monkeypatch):
-    def fake(shape, settings, bar):
-        steps = [{"seconds": 2.0, "loss": 5.0}] * (WARM_UP + 1)
-        facts = {"llmnb fp32": {"fma_peak": 1e6}, "torch": {}}
-        found = {k: {"steps": steps, "facts": v} for k, v in facts.items()}
-        return found, {}
-
-    monkeypatch.setattr(module, "race", fake)
-    settings = Settings(("fp32",), ("torch",))
-    (config,) = bench({"tiny": (CFG, 2, 16)}, settings)["configs"]
-    ours, peer = config["contestants"]
-    share = flops_per_token(CFG, 16) * 32 / 2.0 / 1e6
-    assert ours["share_of_peak"] == peer["share_of_peak"] == share
-    assert config["ratios"][0]["ratio"] == 1.0
+@pytest.mark.parametrize(
+    ("precisions", "many"), [(("fp32",), 1), (("fp32", "fp64", "tf32"), 2)]
+)
+def test_all_of_ours_must_fit_together(precisions, many, monkeypatch):
+    asked = []
+    monkeypatch.setattr(module, "check_room", lambda x, _: asked.append(x))
+    fake_race(monkeypatch, llmnb_fp32=(3.0, {}))
+    bench(TINY, RACE._replace(precisions=precisions))
+    one = GPT2(CFG, 2, 16, "reference").memory.nbytes
+    assert asked == [many * one]
 
 
 def fake_result():
     """What a race writes, with times that can be checked by eye."""
-    layers = [
-        {"name": "matmul_forward", "calls": 4, "seconds": 0.1},
-        {"name": "matmul_backward", "calls": 4, "seconds": 0.2},
-        {"name": "(the rest)", "calls": 1, "seconds": 0.1},
-    ]
-    ours = {"name": "llmnb fp32", "seconds": [0.3, 0.4, 0.5]}
-    ours |= {"step_seconds": 0.4, "tokens_per_second": 80.0}
-    ours |= {"flops_per_second": 2e9, "share_of_peak": 0.25}
-    ours |= {"peak_bytes": 123e6, "layers": layers}
-    ours["parts"] = {"forward": 0.1, "backward": 0.2, "update": 0.1}
-    peer = {"name": "torch", "seconds": [0.2, 0.2, 0.2]}
-    peer |= {"step_seconds": 0.2, "tokens_per_second": 160.0}
-    peer |= {"flops_per_second": 4e9, "peak_bytes": None}
+
+    def row(name, seconds, **others):
+        middle = seconds[len(seconds) // 2]
+        facts = {"name": name, "seconds": seconds, "step_seconds": middle}
+        facts["tokens_per_second"] = 32 / middle
+        facts["flops_per_second"] = 8e8 / middle
+        return facts | others
+
+    times = {"matmul_forward": 0.1, "matmul_backward": 0.2, "(the rest)": 0.1}
+    layers = [{"name": k, "calls": 4, "seconds": s} for k, s in times.items()]
+    parts = {"forward": 0.1, "backward": 0.2, "update": 0.1}
+    ours = row("llmnb fp32", [0.3, 0.4, 0.5], memory_bytes=123e6,
+               layers=layers, parts=parts)  # fmt: skip
+    peer = row("torch", [0.2, 0.2, 0.2], memory_bytes=None)
     bf16 = {"name": "llmnb bf16", "unmeasured": "not available on this CPU"}
-    seconds = {x["name"]: x["seconds"] for x in (ours, peer)}
-    config = {"name": "tiny", **SHAPE, "parameters": parameter_count(CFG)}
-    config |= {"contestants": [ours, bf16, peer], "ratios": ratios(seconds)}
-    starts = [{"name": "llmnb fp32", "cold": [9.0], "warm": [1.5]}, bf16]
+    rows = [ours, bf16, peer]
+    steps = {"name": "tiny", "kind": "step", "about": "a tiny model"}
+    steps |= {"work": 8e8, "limit": 8e9, "ratios": ratios(rows)}
+    cold = {"name": "llmnb fp32", "cold": [9.0], "warm": [1.5]}
+    starts = {"name": "starts", "kind": "start", "about": "in seconds"}
+    starts["contestants"] = [cold, bf16]
     facts = {"command": "llmnb bench", "date": "2026-01-02", "threads": 2}
-    facts |= {
-        "load": 0.25,
-        "commit": "abc",
-        "machine": "A processor, Linux, Python 3",
-    }
-    return {**facts, "configs": [config], "start": starts}
+    facts |= {"load": 0.25, "commit": "abc", "backend": "cpu"}
+    facts["machine"] = "A processor, Linux, Python 3"
+    return {**facts, "contests": [steps | {"contestants": rows}, starts]}
+
+
+LINES = (
+    "| | ms a step | tokens/s | GFLOP/s | memory, MB | of limit "
+    "| llmnb fp32: ratio |",
+    "| llmnb fp32 | 400.0 | 80 | 2.0 | 123 | 25% | |",
+    "| torch | 200.0 | 160 | 4.0 | | 50% | 2.00 (1.50 to 2.50) |",
+    "Not measured: llmnb bf16 (not available on this CPU).",
+    "| llmnb fp32 | 9.00 | 1.50 |",
+)
+
+
+def lines_of(text):
+    return [" ".join(x.split()) for x in text.split("\n")]
 
 
 def test_report(result):
@@ -553,74 +641,61 @@ def test_report(result):
     assert f"{parameter_count(CFG):,} parameters" in text
     for name in ("matmul_forward", "backward", "(the rest)", "tokens/s"):
         assert name in text
-    assert "not available in the reference backend" in text
+    lines = lines_of(report(fake_result()))
+    for line in (
+        *LINES,
+        "load 0.25 before the race",
+        "| matmul_backward | 4 | 200.00 | 50.0% |",
+        "| update | | 100.00 | 25.0% |",
+    ):
+        assert line in lines
 
 
-def test_report_of_a_race():
-    lines = [" ".join(x.split()) for x in report(fake_result()).split("\n")]
-    assert "load 0.25 before the race" in lines
-    assert "llmnb fp32 400.0 80 2.0 25% 123" in lines
-    assert "llmnb bf16 not available on this CPU" in lines
-    assert "torch 200.0 160 4.0 - -" in lines
-    ratio = "llmnb fp32 / torch: 2.00 of its time, median of the rounds "
-    assert ratio + "(1.50 to 2.50)" in lines
-    assert "matmul_backward 4 200.00 50.0%" in lines
-    assert "llmnb fp32 9.00 1.50" in lines
-
-
-def test_layers_figure():
+def test_figures():
     (ax,) = layers_figure(fake_result()).axes
-    widths = {}
     names = [x.get_text() for x in ax.get_yticklabels()]
-    for bars in ax.containers:
-        widths[bars.get_label()] = [round(x.get_width()) for x in bars]
+    widths = {
+        bars.get_label(): [round(x.get_width()) for x in bars]
+        for bars in ax.containers
+    }
     assert names == ["matmul", "(the rest)"]
     assert widths == {"forward": [100, 0], "backward": [200, 0],
                       "neither": [0, 100]}  # fmt: skip
-    empty = {"configs": []}
+    (ax,) = bars_figure(fake_result(), "step").axes
+    assert [round(x.get_width()) for x in ax.patches] == [400, 200]
+    reach = ax.collections[0].get_segments()[0]  # of the thin line
+    assert reach[:, 0] == pytest.approx([300, 500])
     with pytest.raises(ValueError, match="there is nothing to draw"):
-        layers_figure(empty)
+        layers_figure({"contests": []})
 
 
 def test_named_configurations():
-    lengths = ["124m-64", "124m-256", "124m-1024", "124m-16x1024"]
-    assert [*CONFIGS] == ["small", *lengths]
-    counts = [parameter_count(cfg) for cfg, _, _ in CONFIGS.values()]
-    assert counts == [834_304] + 4 * [124_475_904]
-    shapes = [(12, 64), (4, 64), (4, 256), (1, 1024), (16, 1024)]
-    assert [x[1:] for x in CONFIGS.values()] == shapes
+    for name, (cfg, batch_size, seq_len) in CONFIGS.items():
+        if name != "small":
+            assert parameter_count(cfg) == 124_475_904
+            many = name.split("-")[1].split("x")
+            assert seq_len == int(many[-1])
+            assert batch_size * seq_len in (256, 1024, 16384)
 
 
 # a GPU
 
 
-@pytest.fixture
-def no_gpu(monkeypatch):
+def test_no_gpu(monkeypatch):
     """A machine without a GPU, whatever this one has."""
-    from llmnb.bench import clock
-
-    monkeypatch.setattr(clock, "no_times", lambda: "no GPU: says the test")
-    monkeypatch.setattr(race, "_start", None)  # no process is started
-    return "no GPU: says the test"
-
-
-def test_no_gpu(no_gpu):
+    no_gpu = "no GPU: says the test"
+    monkeypatch.setattr(clock, "no_times", lambda: no_gpu)
+    monkeypatch.setattr(subprocess, "Popen", None)  # no process is started
+    monkeypatch.setattr(subprocess, "check_output", lambda *_, **__: "abc")
     settings = Settings(("fp32", "tf32"), ("torch",), backend="cuda")
-    result = bench({"tiny": (CFG, 2, 16)}, settings, start=True)
-    (config,) = result["configs"]
+    result = bench(TINY, settings, start=True)
     names = ["llmnb fp32", "llmnb fp32, no graph", "llmnb tf32",
              "llmnb tf32, no graph", "torch"]  # fmt: skip
     rows = [{"name": x, "unmeasured": no_gpu} for x in names]
-    assert config["contestants"] == rows == result["start"]
-    assert config["ratios"] == config["captures"] == []
-    assert result["losses"] == {"unmeasured": no_gpu}
-    text = report(result)
-    assert text.count(no_gpu) == 2 * len(names) + 1
-    for backend, why in (("cpu", ""), ("cuda", no_gpu)):
-        assert race.no_device(backend) == why
-    spec = {**SHAPE, **OURS, "backend": "cuda", "graph": True}
-    with pytest.raises(NotImplementedError, match=no_gpu):
-        peers.llmnb_contestant(spec)
+    steps, starts = result["contests"]
+    assert steps["contestants"] == rows == starts["contestants"]
+    assert steps["ratios"] == [] and "gpu" not in result
+    assert report(result).count(f"{'; '.join(names)} ({no_gpu})") == 2
 
 
 class OnGpu(GPT2):
@@ -629,9 +704,9 @@ class OnGpu(GPT2):
     log = []
 
     def __init__(self, cfg, B, T, backend="cuda", precision="fp32"):
-        assert backend in ("cpu", "cuda")
         self.log.append((backend, precision))
         super().__init__(cfg, B, T, "reference", "fp32")
+        self.precision = precision
 
     def clip_gradients(self, max_norm):
         self.log.append(("clip", max_norm))
@@ -647,22 +722,20 @@ class OnGpu(GPT2):
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU that is made up; what waits for it is noted."""
-    import numba
-
-    from llmnb.bench import clock
-    from llmnb.model import gpt2
-
     log = []
     real = SimpleNamespace(synchronize=lambda: log.append("synchronize"))
-    monkeypatch.setattr(OnGpu, "log", log)
-    monkeypatch.setattr(numba, "cuda", real, raising=False)
     monkeypatch.setitem(sys.modules, "numba.cuda", real)
-    monkeypatch.setattr(clock, "no_times", lambda: "")
-    monkeypatch.setattr(clock, "Clock", lambda: "clock")
-    monkeypatch.setattr(clock, "limits", lambda clock: {"fma_peak": 9.0})
-    monkeypatch.setattr(peers, "_our_facts", lambda backend: {"for": backend})
-    monkeypatch.setattr(gpt2, "GPT2", OnGpu)
-    monkeypatch.setattr(module, "GPT2", OnGpu)
+    for place, name, what in (
+        (OnGpu, "log", log),
+        (numba, "cuda", real),
+        (clock, "no_times", lambda: ""),
+        (clock, "gpu_facts", lambda: {"name": "Nothing 1"}),
+        (clock, "Clock", lambda: "clock"),
+        (clock, "limits", lambda clock: {"fma_peak": 9.0}),
+        (peers, "_our_facts", lambda backend: {"for": backend}),
+        (gpt2, "GPT2", OnGpu),
+    ):
+        monkeypatch.setattr(place, name, what, raising=False)
     return log
 
 
@@ -671,7 +744,7 @@ def test_our_contestant_on_a_gpu(gpu, graph):
     spec = {**SHAPE, **OURS, "backend": "cuda", "precision": "tf32"}
     step, facts = peers.llmnb_contestant(spec | {"graph": graph})
     assert gpu == [("cuda", "tf32")]
-    model, batch = GPT2(CFG, 2, 16, "reference"), random_batch(SHAPE)
+    model, batch = GPT2(CFG, 2, 16, "reference"), peers.random_batch(SHAPE)
     for number in (1, 2):
         loss = model.forward(*batch)
         model.backward()
@@ -687,52 +760,51 @@ def test_our_contestant_on_a_gpu(gpu, graph):
     if not graph:
         assert len(found["apart"]) == 3
         assert found["apart"][0]["calls"]["adamw_update"] == 1
-        assert set(found["apart"][0]["parts"]) == set(module.PARTS)
+        assert "backward" in found["apart"][0]["parts"]
 
 
-def test_loss_curves(gpu):
-    shape = CFG, 2, 16
-    found = module.loss_curves(("fp32", "bf16", "tf32"), 3, shape)
-    runs = ["cpu fp32", "cuda fp32", "cuda tf32"]  # and no bf16
-    assert [*found] == [*runs, "worst"]
-    assert all(len(found[x]) == 3 for x in runs)
-    assert found["cpu fp32"][0] > found["cpu fp32"][-1]
-    assert found["worst"] == {"cuda fp32": 0.0, "cuda tf32": 0.0}
-    lines = [*module._losses_lines(found)]
-    assert lines[-1].endswith("differ from the CPU's by at most 0.0e+00")
+def test_losses_are_those_of_the_cpu(gpu, monkeypatch):
+    def found(specs, rounds, settings, *_):
+        if rounds != 20:
+            return {}
+        kinds = [(x["backend"], x["precision"]) for x in specs.values()]
+        assert kinds == [("cpu", "fp32"), ("cuda", "fp32"), ("cuda", "bf16"),
+                         ("cuda", "tf32")]  # fmt: skip
+        losses = [5.0, 3.0], [5.0, 2.5], None, [5.25, 3.0]
+        rows = [{"loss": x} if x else {"unmeasured": "why"} for x in losses]
+        return dict(zip(specs, rows, strict=True))
+
+    monkeypatch.setattr(module, "race", found)
+    settings = Settings(("fp32", "bf16", "tf32"), backend="cuda")
+    result = bench(TINY, settings)
+    assert result["gpu"] == {"name": "Nothing 1"}
+    _, contest = result["contests"]
+    worst = {x["name"]: x.get("worst") for x in contest["contestants"]}
+    assert worst == {"cpu fp32": 0.0, "cuda fp32": 0.5, "cuda bf16": None,
+                     "cuda tf32": 0.25}  # fmt: skip
+    lines = lines_of(report(result))
+    assert "| cuda tf32 | 2.5e-01 |" in lines
+    assert "Not measured: cuda bf16 (why)." in lines
+    lost = {"loss": [math.inf]}
+    monkeypatch.setattr(module, "race", lambda specs, *_: {"cpu fp32": lost})
+    with pytest.raises(FloatingPointError, match="cpu fp32: the loss is inf"):
+        module.losses_contest(("fp32",), settings)
 
 
-def test_tf32_is_missing_on_a_cpu():
-    assert missing("tf32", "cuda") is None
-    assert missing("tf32", "cpu") == "not available in the cpu backend"
-    assert missing("bf16", "cuda") == "not available in the cuda backend"
-
-
-def test_what_a_graph_saves():
-    seconds = {
-        "llmnb fp32": [1.0, 2.0, 1.0],
-        "llmnb fp32, no graph": [1.5, 2.25, 5.0],
-        "llmnb tf32": [1.0, 1.0, 1.0],
-        "torch": [9.0, 9.0, 9.0],
-    }
-    row = {"name": "llmnb fp32", "saved": 0.5, "low": 0.25, "high": 4.0}
-    assert module.captures(seconds) == [row]
-
-
-def test_layers_that_were_timed_apart():
+def test_layers_that_were_timed_apart(monkeypatch):
     """On a GPU the layers come from steps of their own."""
-    steps = [{"seconds": 1.0, "loss": 5.0}] * (WARM_UP + 2)
-    apart = {"loss": 4.0, "parts": dict.fromkeys(module.PARTS, 2.0)}
-    apart |= {"layers": {"f": 5.0}, "calls": {"f": 3}}
-    facts = {"apart": [apart] * 3, "peak_bytes": 1e6, "device_bytes": 7e6}
-    row = module._row("x", 600.0, SHAPE, steps, facts)
+    parts = {"forward": 2.0, "backward": 2.0, "update": 2.0}
+    apart = {"loss": 4.0, "parts": parts, "layers": {"f": 5.0}}
+    facts = {"apart": [apart | {"calls": {"f": 3}}] * 3}
+    fake_race(monkeypatch, llmnb_fp32=(3.0, facts))
+    (row,) = bench(TINY, RACE)["contests"][0]["contestants"]
     assert "apart" not in row
-    assert row["step_seconds"] == 1.0 and row["first_loss"] == 5.0
+    assert row["step_seconds"] == 3.0 and row["first_loss"] == 3.0
+    assert row["parts"] == parts
     assert row["layers"] == [
         {"name": "f", "calls": 3, "seconds": 5.0},
         {"name": "(the rest)", "calls": 1, "seconds": 1.0},
     ]
-    assert module._numbers(row).split()[-1] == "7"  # the GPU's memory
 
 
 # the page of results
@@ -747,34 +819,21 @@ def test_the_page_is_what_its_files_say(results_page):
         with Image.open(ROOT / "book" / "_static" / name) as image:
             drawn_from = image.info["Description"]
         assert drawn_from == results_page.digest(result), name
-
-
-def test_files_name_no_folder_of_a_machine():
     for path in (ROOT / "book" / "results").glob("*.json"):
         result = json.loads(path.read_text("utf-8"))
-        assert "/" not in result["command"], path.name
+        assert "/" not in result["command"], "a folder of some machine"
 
 
 def test_a_page_of_results(results_page):
     found = {"one": fake_result()}
     text = results_page.page(found)
     assert "## A processor, Linux, Python 3, 2 threads" in text
-    assert "| llmnb, float32 | 400.0 | 80 | 25% | 123 |  |" in text
-    row = "| PyTorch | 200.0 | 160 |  |  | 2.00 (1.50 to 2.50) |"
-    assert row in text
-    assert "Not measured: llmnb, bfloat16 (not available on this CPU)." in text
-    assert "| llmnb, float32 | 9.0 | 1.5 |" in text
     assert "](_static/results-one.png)" in text
+    assert set(LINES) <= set(lines_of(text))
     names = [name for name, _, _ in results_page.figures(found)]
     assert names == ["results-one.png", "results-one-layers.png"]
-    (ax,) = results_page.steps_figure(fake_result()).axes
-    bars = [round(x.get_width()) for x in ax.patches]
-    assert bars == [400, 200]
-
-
-def test_a_changed_file_is_noticed(results_page):
     one, other = fake_result(), fake_result()
-    other["configs"][0]["contestants"][0]["step_seconds"] = 0.1
+    other["contests"][0]["contestants"][0]["step_seconds"] = 0.1
     assert results_page.digest(one) != results_page.digest(other)
     text = json.dumps(one).encode()
     assert results_page.digest(one) == hashlib.sha256(text).hexdigest()
@@ -782,16 +841,12 @@ def test_a_changed_file_is_noticed(results_page):
 
 def test_peers_runs_without_llmnb():
     """The file that torch's Python runs imports the standard library."""
-    text = Path(peers.__file__).read_text("utf-8")
-    top = [x.split()[1] for x in text.split("\n") if x.startswith("import ")]
-    top += [x.split()[1] for x in text.split("\n") if x.startswith("from ")]
-    assert set(top) <= set(sys.stdlib_module_names)
+    lines = Path(peers.__file__).read_text("utf-8").split("\n")
+    top = {x.split()[1] for x in lines if x.startswith(("import ", "from "))}
+    assert top <= set(sys.stdlib_module_names)
 
 
 # writers
-
-
-WRITING = {"prompt": 5, "count": 6, "rounds": 2, "threads": 1}
 
 
 def test_our_writer(tmp_path):
@@ -806,48 +861,78 @@ def test_our_writer(tmp_path):
         assert answer["tokens"] == want
         assert answer["first_seconds"] > 0 < answer["token_seconds"]
     assert facts()["threads"] >= 1
-
-
-def test_pace():
     answer = peers._pace([1.0, 5.0, 6.0, 8.0, 11.0], [7, 8, 9, 10])
     assert (answer["first_seconds"], answer["token_seconds"]) == (4.0, 2.0)
 
 
+TWO_TEXTS = Settings(steps=2, threads=1)
+
+
+@pytest.mark.parametrize("last", [2, 3])
+def test_a_race_of_writers(last, monkeypatch):
+    """What is made of the answers, and that the first text is not measured."""
+
+    def found(specs, rounds, settings):
+        assert rounds == 3 and settings == TWO_TEXTS
+        kinds = {k: x["kind"] for k, x in specs.items()}
+        assert kinds == {"llmnb": "llmnb-decoder",
+                         "transformers": "transformers"}  # fmt: skip
+        row = {"first_seconds": [9.0, 1.0, 2.0], "seconds": [9.0] * 3}
+        row["token_seconds"] = [9.0, 0.1, 0.2]
+        tokens = [[1, 2], [1, 2], [1, 2]], [[1, 5], [1, 2], [1, last]]
+        return {
+            k: row | {"tokens": x} for k, x in zip(specs, tokens, strict=True)
+        }
+
+    monkeypatch.setattr(module, "race", found)
+    result = module.bench_writers(CFG, 5, 6, TWO_TEXTS)
+    (contest,) = result["contests"]
+    assert contest["same_tokens"] is (last == 2)
+    for row in contest["contestants"]:
+        assert row["first_seconds"] == [1.0, 2.0]
+        assert row["tokens_per_second"] == pytest.approx(1 / 0.15)
+    assert [x["of"] for x in contest["ratios"]] == ["first token",
+                                                    "later token"]  # fmt: skip
+    json.dumps(result)
+    text = report(result)
+    words = "the same" if last == 2 else "OTHER"
+    assert (
+        f"5 tokens and 6 more, always the likeliest; both wrote {words}"
+        in (text)
+    )
+    same = "1.00 (1.00 to 1.00)"
+    lines = lines_of(text)
+    assert "| llmnb | 1,500.0 | 150.00 | 6.7 | | |" in lines
+    assert f"| transformers | 1,500.0 | 150.00 | 6.7 | {same} | {same} |" in (
+        lines
+    )
+
+
 def test_writers_race():
-    pytest.importorskip("torch")
-    pytest.importorskip("transformers")
-    result = module.bench_writers(CFG, **WRITING)
-    assert result["same_tokens"]
-    assert set(result["writers"]) == {"llmnb", "transformers"}
-    for row in result["writers"].values():
+    python = os.environ.get("LLMNB_TORCH_PYTHON", sys.executable)
+    if not has_torch(python):
+        pytest.skip("no torch: LLMNB_TORCH_PYTHON may name a Python with it")
+    how = TWO_TEXTS._replace(torch_python=python)
+    (contest,) = module.bench_writers(CFG, 5, 6, how)["contests"]
+    assert contest["same_tokens"]
+    for row in contest["contestants"]:
         assert len(row["first_seconds"]) == len(row["token_seconds"]) == 2
         assert row["threads"] == 1
-    for kind in ("first", "token"):
-        (ratio,) = result[f"{kind}_seconds_ratios"]
-        assert (ratio["ours"], ratio["peer"]) == ("llmnb", "transformers")
-        assert 0 < ratio["low"] <= ratio["ratio"] <= ratio["high"]
-    json.dumps(result)
-    text = module.writers_report(result)
-    assert "a prompt of 5 tokens, 6 more: the same tokens" in text
-    assert "later token: llmnb / transformers: " in text
-    other = {**result, "same_tokens": False}
-    assert "OTHER TOKENS" in module.writers_report(other)
 
 
 def test_writers_where_there_are_no_transformers(tmp_path):
     fake = tmp_path / "transformers.py"
     fake.write_text("raise ImportError(\"No module named 'transformers'\")")
     (tmp_path / "torch.py").write_text("")
-    python = tmp_path / "python"
-    python.write_text(
-        f'#!/bin/sh\nPYTHONPATH={tmp_path} exec "{sys.executable}" "$@"\n'
-    )
+    python, run = tmp_path / "python", f'exec "{sys.executable}" "$@"'
+    python.write_text(f"#!/bin/sh\nPYTHONPATH={tmp_path} {run}\n")
     python.chmod(0o755)
+    how = TWO_TEXTS._replace(torch_python=str(python))
     with pytest.raises(ChildProcessError, match="No module named 'transf"):
-        module.bench_writers(CFG, **WRITING, python=str(python))
+        module.bench_writers(CFG, 5, 6, how)
 
 
 @pytest.mark.parametrize("sizes", [(0, 4), (4, 1), (10, 7)])
 def test_writers_that_do_not_fit(sizes):
     with pytest.raises(ValueError, match="together at most 16"):
-        race.race_writers(CFG, *sizes, rounds=1)
+        module.bench_writers(CFG, *sizes)

@@ -12,34 +12,20 @@ import numba
 import numpy as np
 import pytest
 
-import llmnb.cuda
-from llmnb.bench import clock
+import llmnb.bench
+from llmnb.bench import clock, ladders
 from llmnb.bench import contest as module
-from llmnb.bench.contest import (
-    compiled,
-    contest,
-    contest_report,
-    count,
-    judge,
-    ladders_figure,
-    speeds,
-    timed,
-)
-from llmnb.bench.ladders import (
-    GPT2_124M,
-    LADDERS,
-    TINY,
-    Ladder,
-    ladder_named,
-    version_name,
-)
+from llmnb.bench.contest import count, in_turns, judge, kernel_contests, timed
+from llmnb.bench.ladders import LADDERS, TINY, Ladder, ladder_named
+from llmnb.bench.report import bars_figure, report
 from llmnb.cli.__main__ import main
-from llmnb.gpu.launch import missing, simulated, to_host
+from llmnb.gpu.launch import missing, simulated
 from llmnb.gpu.ptx import compile_kernel, no_compiler
-from llmnb.gpu.simulator import watch
 
-ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parents[2] / "book" / "results"
 NAMES = [x.layer for x in LADDERS]
+WHY = "no GPU: this test says so"
+compiles = pytest.mark.skipif(bool(no_compiler()), reason=no_compiler() or "")
 
 
 # the ladders
@@ -49,19 +35,21 @@ NAMES = [x.layer for x in LADDERS]
 def test_the_best_version_is_right(name):
     ladder = ladder_named(name)
     best = len(ladder.versions)
-    verdict = judge(ladder, best, TINY, simulated)
-    assert verdict.get("error", 1) < ladder.tolerance, verdict
+    assert judge(ladder, best, TINY, simulated) == ""
 
 
-def test_every_tuple_of_versions_has_a_ladder():
-    """A layer that is written must be measured: add it to LADDERS."""
-    known = {(x.module, x.named or x.layer.upper()) for x in LADDERS}
-    for info in pkgutil.iter_modules(llmnb.cuda.__path__):
-        found = importlib.import_module(f"llmnb.cuda.{info.name}")
-        for name, value in vars(found).items():
-            public = name.isupper() and name[0] != "_"
-            if public and isinstance(value, tuple) and callable(value[0]):
-                assert (info.name, name) in known
+def test_every_tuple_of_plainer_versions_has_a_ladder():
+    """A version that is written must be measured: add it to LADDERS."""
+    known, seen = {f for x in LADDERS for f in x.versions}, 0
+    for info in pkgutil.iter_modules(llmnb.bench.__path__, "llmnb.bench."):
+        if "rungs_" not in info.name:
+            continue
+        rungs = importlib.import_module(info.name)
+        for value in (getattr(rungs, x) for x in rungs.__all__):
+            if isinstance(value, tuple):
+                assert known.issuperset(value), info.name
+                seen += len(value)
+    assert seen >= 12
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -69,10 +57,8 @@ def test_torch_does_the_same(name):
     """PyTorch's operation, on a CPU, where V fills the padded rows."""
     torch = pytest.importorskip("torch")
     ladder = ladder_named(name)
-    if ladder.torch is None:
-        pytest.skip("PyTorch has no such operation")
     arguments = ladder.draw(TINY._replace(V=128))
-    for key in ladder.changes:
+    for key in ladder.results if ladder.changes else ():
         if key.startswith("d") and name != "residual_backward":
             arguments[key][...] = 0  # PyTorch writes where we add
     want = ladder.expected(arguments)
@@ -81,36 +67,52 @@ def test_torch_does_the_same(name):
         for k, v in arguments.items()
     }
     got = ladder.torch(torch, SimpleNamespace(**tensors))()
-    names = ladder.writes + ladder.changes
     assert len(got) >= 1 or name == "adamw_apply"
-    for key, x in zip(names, got, strict=False):
+    for key, x in zip(ladder.results, got, strict=False):
         x = x.detach().numpy().reshape(want[key].shape)
         np.testing.assert_allclose(x, want[key], atol=3e-5, err_msg=key)
 
 
+def test_what_is_only_written_is_drawn_as_nothing():
+    for ladder in LADDERS:
+        drawn = ladder.draw(TINY)
+        for name in ladder.results:
+            empty = np.isnan(drawn[name]).all()
+            assert empty != ladder.changes, (ladder.layer, name)
+        if "logits" in drawn:  # nobody may read what is only padding
+            padding = np.isnan(drawn["logits"])
+            assert padding[..., TINY.V :].all()
+            assert not padding[..., : TINY.V].any()
+
+
 def test_least_bytes():
-    sizes = TINY
-    rows, C = sizes.B * sizes.T, sizes.C
-    ladder = ladder_named("layernorm_forward")
-    least = ladder.least_bytes(ladder.draw(sizes))
-    assert least == 4 * (2 * rows * C + 2 * rows + 2 * C)
-    ladder = ladder_named("gelu_backward")  # dinp is read and written
-    assert ladder.least_bytes(ladder.draw(sizes)) == 4 * 4 * rows * 4 * C
-    ladder = ladder_named("encoder_forward")
-    arguments = ladder.draw(sizes)
-    asked = len(set(arguments["inp"].flat))
-    least = 4 * (rows * C + sizes.T * C + rows + asked * C)
-    assert ladder.least_bytes(arguments) == least
+    rows, C = TINY.B * TINY.T, TINY.C
+
+    def least(name):
+        ladder = ladder_named(name)
+        drawn = ladder.draw(TINY)
+        return ladder.least_bytes(drawn), len({*drawn["inp"].flat})
+
+    bytes, _ = least("layernorm_forward")
+    assert bytes == 4 * (2 * rows * C + 2 * rows + 2 * C)
+    bytes, _ = least("gelu_backward")  # dinp is read and written
+    assert bytes == 4 * 4 * rows * 4 * C
+    bytes, asked = least("encoder_forward")
+    assert bytes == 4 * (rows * C + TINY.T * C + rows + asked * C)
+    bytes, asked = least("encoder_backward")
+    assert bytes == 4 * (rows * C + 2 * TINY.T * C + rows + 2 * asked * C)
 
 
 def test_flops():
-    s = GPT2_124M
-    forward = ladder_named("matmul_forward").flops(s)
-    assert forward == 2 * s.B * s.T * s.C * 4 * s.C
-    assert ladder_named("matmul_backward").flops(s) == 2 * forward
-    pairs = s.B * s.T * (s.T + 1) // 2
-    assert ladder_named("attention_forward").flops(s) == 2 * 2 * pairs * s.C
-    assert ladder_named("attention_backward").flops(s) == 5 * 2 * pairs * s.C
+    s = ladders.GPT2_124M
+    layers = {x.layer: x.flops(s) for x in LADDERS if x.flops}
+    forward, pairs = 8 * s.B * s.T * s.C**2, s.B * s.T * (s.T + 1) // 2
+    assert layers == {
+        "matmul_forward": forward,
+        "matmul_backward": 2 * forward,
+        "attention_forward": 2 * 2 * pairs * s.C,
+        "attention_backward": 5 * 2 * pairs * s.C,
+    }
 
 
 # right before fast
@@ -143,139 +145,121 @@ def test_a_wrong_version_is_found(array, value, message, monkeypatch):
 
     monkeypatch.setattr(Spoilt, "mistake", mistake, raising=False)
     ladder = Spoilt(*ladder_named("gelu_forward"))
-    verdict = judge(ladder, 1, TINY, simulated)
-    assert set(verdict) == {"wrong"}
-    assert re.fullmatch(message, verdict["wrong"])
+    assert re.fullmatch(message, judge(ladder, 1, TINY, simulated))
     found, _ = count(ladder, 1, TINY)
     assert re.fullmatch(message, found["wrong"])
 
 
 def test_fewer_rows_are_compared():
-    ladder = ladder_named("crossentropy_softmax_forward")
+    ladder, seen = ladder_named("crossentropy_softmax_forward"), []
     assert ladder.checked == 1
-    seen = []
+    settle = ladder.settle
     spy = ladder._replace(
-        arguments=lambda s, draw: seen.append(s) or ladder.arguments(s, draw)
+        settle=lambda a: seen.append(len(a.logits)) or settle(a)
     )
-    assert "error" in judge(spy, 1, TINY, simulated)
-    assert [s.B for s in seen] == [1]
+    assert judge(spy, 1, TINY, simulated) == ""
+    assert seen == [1]
 
 
-def test_the_library_takes_turns(monkeypatch):
-    """cuBLASLt is timed where it starts, on the same arrays."""
+@pytest.mark.parametrize("library", ["", "no library"])
+@pytest.mark.parametrize("why", ["", "no GPU for torch"])
+def test_the_library_and_torch_take_turns(why, library, monkeypatch):
+    """Where they start, and on the same arrays."""
     seen = []
-
-    def multiply(out, inp, weight, bias):
-        seen.append(out.shape)
-
     ladder = ladder_named("matmul_forward")._replace(
-        library=lambda: {"cuBLASLt": multiply}
+        library=lambda: {"cuBLASLt": lambda *a: seen.append(a[0].shape)},
+        torch=lambda torch, a: lambda: seen.append(a.out),
     )
+    torch = SimpleNamespace(as_tensor=lambda x, device: (x.shape, device))
     monkeypatch.setattr(module, "to_device", simulated)
     monkeypatch.setattr(module, "in_turns", lambda clock, runs: runs)
-    for why, names in (("", [2, "cuBLASLt"]), ("no library", [2])):
-        monkeypatch.setattr(module, "no_cublas", lambda why=why: why)
-        _, runs = timed(ladder, [2], TINY, None)
-        assert [*runs] == names
-    _, runs = timed(ladder, [], TINY, None)
-    assert runs == {}
-    monkeypatch.setattr(module, "no_cublas", lambda: "")
-    _, runs = timed(ladder, [], TINY, None)
-    runs["cuBLASLt"]()
-    assert seen == [(2, 5, 128)]
+    monkeypatch.setattr(module, "no_cublas", lambda: library)
+    monkeypatch.setattr(module, "torch_on", torch_or_none(torch, why))
+    found = timed(ladder, {"one": 2}, TINY, ladder.draw(TINY), None)
+    reasons = {k: x.get("unmeasured", "") for k, x in found.items()}
+    assert reasons == {"one": "", "cuBLASLt": library, "torch": why}
+    for run in [x["seconds"] for x in found.values() if "seconds" in x][1:]:
+        run()
+    shapes = [(2, 5, 128)] * (not library)
+    assert seen == shapes + [((2, 5, 128), "cuda")] * (not why)
 
 
-def test_torch_takes_turns(monkeypatch):
-    torch = pytest.importorskip("torch")
-    ladder = ladder_named("gelu_forward")
-    monkeypatch.setattr(module, "to_device", simulated)
-    monkeypatch.setattr(module, "in_turns", lambda clock, runs: runs)
+def torch_or_none(torch, why=""):
+    """A function that gives torch, or raises where there is none."""
 
-    class Here:
-        """torch, for which a simulated array is on the GPU."""
+    def found(device):
+        assert device == "cuda"
+        if why:
+            raise NotImplementedError(why)
+        return torch
 
-        as_tensor = staticmethod(
-            lambda x, device: torch.from_numpy(np.array(x))
-        )
-
-    _, runs = timed(ladder, [1], TINY, None, Here)
-    assert [*runs] == [1, "torch"]
-    (out,) = runs["torch"]()
-    assert out.shape == (2, 5, 128)
+    return found
 
 
 # without a GPU
 
 
+def facts(contests, backend="cuda"):
+    """What a command writes of some contests."""
+    facts = {"command": "llmnb bench --backend cuda --kernels", "load": 0.5}
+    facts |= {"date": "2026-01-02", "commit": "abc", "machine": "m"}
+    return {**facts, "threads": 1, "backend": backend, "contests": contests}
+
+
 @pytest.fixture(scope="module")
 def result():
     with pytest.MonkeyPatch.context() as patch:
-        why = "no GPU: this test says so"
-        patch.setattr(module, "no_times", lambda: why)
-        names = ["layernorm_forward", "encoder_forward"]
-        return contest(names, counted=TINY)
+        patch.setattr(module, "no_times", lambda: WHY)
+        return kernel_contests(
+            ["layernorm_forward", "encoder_forward"], counted=TINY
+        )
 
 
 def test_no_time_without_a_gpu(result):
-    why = {"unmeasured": "no GPU: this test says so"}
-    assert result["gpu"] == result["limits"] == why
-    assert [x["layer"] for x in result["ladders"]] == [
-        "layernorm_forward",
-        "encoder_forward",
-    ]
-    for found in result["ladders"]:
-        assert found["peers"] == {"torch": why}
-        for row in found["versions"]:
-            assert row["time"] == why
-            assert "judged" not in row
-            assert row["counted"]["sectors"] > 0
-            assert "wrong" not in row["counted"]
-    assert [*speeds(result)] == []
+    assert [x["name"] for x in result] == ["layernorm_forward",
+                                           "encoder_forward"]  # fmt: skip
+    for found in result:
+        assert found["limit"] == 0
+        assert len(found["contestants"]) == 2  # and no rival
+        for row in found["contestants"]:
+            assert row["unmeasured"] == WHY
+            assert "seconds" not in row and "wrong" not in row
+            assert row["moved"] == 32 * row["sectors"] / row["least_bytes"]
     with pytest.raises(ValueError, match="nothing to draw"):
-        ladders_figure(result)
-    text = contest_report(result)
-    assert "GPU      none: no GPU: this test says so" in text
-    assert text.count("no GPU: this test says so") == 3
-    assert "TFLOP/s" not in text and " us " not in text
+        bars_figure({"contests": result}, "kernel")
+    text = report(facts(result))
+    assert text.count(WHY) == 2 and "GPU " not in text
     assert json.loads(json.dumps(result)) == result
 
 
+@compiles
 def test_compiled_facts(result):
-    if no_compiler():
-        pytest.skip(no_compiler())
-    row = result["ladders"][0]["versions"][1]  # the one that is used
+    row = result[0]["contestants"][1]  # the one that is used
     (kernel,) = row["compiled"]
     for cc in ("sm_80", "sm_90"):
         facts = kernel[cc]
         assert 0 < facts["registers"] < 256
         assert facts["vector_loads"] > 0 and facts["vector_stores"] > 0
         assert facts["float64"] == facts["spilled"] == 0
+    _, launches = count(ladder_named("gelu_forward"), 1, TINY)
+    rows = module.compiled(launches * 3)  # one kernel is compiled once
+    assert len(rows) == 1 and set(rows[0]) == {"name", "sm_80", "sm_90"}
 
 
 def test_without_a_compiler(monkeypatch):
     monkeypatch.setattr(module, "no_compiler", lambda: "there is none")
-    found = contest(["layernorm_forward"], counted=TINY)
-    for row in found["ladders"][0]["versions"]:
-        assert row["compiled"] == {"unmeasured": "there is none"}
-    contest_report(found)
-
-
-def test_one_kernel_is_compiled_once():
-    if no_compiler():
-        pytest.skip(no_compiler())
-    _, launches = count(ladder_named("gelu_forward"), 1, TINY)
-    rows = compiled(launches * 3)
-    assert len(rows) == 1 and set(rows[0]) == {"name", "sm_80", "sm_90"}
+    found = kernel_contests(["layernorm_forward"], counted=TINY)
+    for row in found[0]["contestants"]:
+        assert "compiled" not in row and row["sectors"] > 0
+    report(facts(found))
 
 
 # the clock
 
 
+@compiles
 def test_the_kernels_that_measure():
-    if no_compiler():
-        pytest.skip(no_compiler())
-    flat = ("float32", 1)
-    number = ("int64", 0)
+    flat, number = ("float32", 1), ("int64", 0)
     chains = compile_kernel(clock._multiply_add, (flat, number))
     each = clock._CHAINS * clock._UNROLLED
     assert chains.ptx.count("fma.rn") == each
@@ -283,15 +267,6 @@ def test_the_kernels_that_measure():
     for kernel in (clock._copy, clock._sweep):
         made = compile_kernel(kernel, (flat, flat))
         assert made.vector_loads and made.stack == made.float64 == 0
-
-
-def test_a_copy_moves_the_least():
-    here = simulated(np.arange(1024, dtype=np.float32))
-    there = simulated(np.zeros(1024, np.float32))
-    with watch() as seen:
-        clock._copy[2, 64](there, here)
-    np.testing.assert_array_equal(to_host(there), to_host(here))
-    assert seen.sectors == 2 * 1024 * 4 // 32
 
 
 class Gpu:
@@ -307,20 +282,15 @@ class Gpu:
         self.now += seconds
 
     def event(self):
-        gpu = self
+        mark = SimpleNamespace(synchronize=lambda: self.log.append("wait"))
 
-        class Mark:
-            def record(self):
-                gpu.log.append("mark")
-                self.at = gpu.now
+        def record():
+            self.log.append("mark")
+            mark.at = self.now
 
-            def synchronize(self):
-                gpu.log.append("wait")
-
-            def elapsed_time(self, other):
-                return 1e3 * (other.at - self.at)
-
-        return Mark()
+        mark.record = record
+        mark.elapsed_time = lambda other: 1e3 * (other.at - mark.at)
+        return mark
 
 
 @pytest.fixture
@@ -353,94 +323,136 @@ def test_the_clock_sweeps_before_the_first_mark(gpu):
 def test_versions_take_turns(gpu):
     timer = clock.Clock()
     runs = {x: lambda x=x: gpu.work(x, ord(x) * 1e-6) for x in "ab"}
-    found = clock.in_turns(timer, runs, budget=1e-3)
+    found = in_turns(timer, runs, budget=1e-3)
     assert {k: len(v) for k, v in found.items()} == {"a": 5, "b": 5}
     assert found["a"] == pytest.approx([97e-6] * 5)
-    assert "".join(x for x in gpu.log if x in "ab")[-10:] == "ab" * 5
-    assert len(clock.in_turns(timer, runs, budget=99.0)["a"]) == 50
+    log = "".join(x for x in gpu.log if x in "ab")
+    assert log[-10:] == "ab" + "ba" + "ab" + "ba" + "ab"
+    assert len(in_turns(timer, runs, budget=99.0)["a"]) == 50
+
+
+def test_the_limits_are_of_the_work_of_two_kernels(gpu, monkeypatch):
+    monkeypatch.setattr(clock.np, "zeros", lambda n, kind: np.empty(64, kind))
+    took = {"_multiply_add": 1e-3, "_copy": 1e-6}
+    for name, spent in took.items():
+        run = {(16, 256): lambda *_, s=spent, n=name: gpu.work(n, s)}
+        monkeypatch.setattr(clock, name, run)
+    timer = SimpleNamespace(
+        launching=lambda run: 2e-4, seconds=lambda run, host: between(gpu, run)
+    )
+    found = clock.limits(timer)
+    flops = 2 * 16 * 8 * 4096 * 256 * 16  # of all threads of 16 blocks
+    assert found["fma_peak"] == pytest.approx(flops / 1e-3)
+    assert found["copy_bytes"] == pytest.approx(2 * 64 * 4 / 1e-6)
+
+
+def between(gpu, run):
+    start = gpu.now
+    run()
+    return gpu.now - start
 
 
 def test_the_contest_on_a_gpu_that_is_made_up(monkeypatch):
     """All that follows the clock: which rows are timed, and their shares."""
-    right = ladder_named("layernorm_forward")
-    monkeypatch.setattr(module, "no_times", lambda: "")
-    monkeypatch.setattr(module, "Clock", lambda: "clock")
-    monkeypatch.setattr(module, "gpu_facts", lambda: {"name": "Nothing 1"})
-    most = {"fma_peak": 1e12, "copy_bytes": 1e9}
-    monkeypatch.setattr(module, "limits", lambda clock: most)
-    monkeypatch.setattr(module, "to_device", simulated)
-    monkeypatch.setattr(module, "_no_torch", lambda: (None, "no torch here"))
-    verdicts = iter([{"wrong": "out is 9 off"}, {"error": 1e-7}])
-    monkeypatch.setattr(module, "judge", lambda *_: next(verdicts))
+    verdicts = iter(["out is 9 off", ""])
+
+    def judged(ladder, version, sizes, place=None, seed=1):
+        return "" if place is simulated else next(verdicts)
 
     def turns(clock, runs):
-        assert clock == "clock" and [*runs] == [2]
-        runs[2]()  # it can be launched
-        return {2: [3e-6, 1e-6, 2e-6]}
+        assert clock == "clock" and [*runs] == ["layernorm_forward"]
+        runs["layernorm_forward"]()  # it can be launched
+        return {"layernorm_forward": [3e-6, 1e-6, 2e-6]}
 
-    monkeypatch.setattr(module, "in_turns", turns)
-    found = contest(["layernorm_forward"], sizes=TINY, counted=TINY)
-    one, two = found["ladders"][0]["versions"]
-    assert one["time"] == {"unmeasured": "wrong: out is 9 off"}
-    assert two["time"] == {"seconds": [3e-6, 1e-6, 2e-6]}
-    peers = {"torch": {"unmeasured": "no torch here"}}
-    assert found["ladders"][0]["peers"] == peers
-    (speed,) = speeds(found)
-    least = right.least_bytes(right.draw(TINY))
-    assert speed["rate"] == pytest.approx(least / 2e-6)
-    assert speed["share"] == pytest.approx(least / 2e-6 / 1e9)
-    text = contest_report(found)
-    assert "2.0 us (1.0 to 3.0)" in text and "wrong: out is 9 off" in text
+    for name, what in {
+        "no_times": lambda: "",
+        "Clock": lambda: "clock",
+        "limits": lambda clock: {"fma_peak": 1e12, "copy_bytes": 1e9},
+        "to_device": simulated,
+        "torch_on": torch_or_none(None, "none here"),
+        "judge": judged,
+        "in_turns": turns,
+    }.items():
+        monkeypatch.setattr(module, name, what)
+    (found,) = kernel_contests(["layernorm_forward"], sizes=TINY, counted=TINY)
+    one, two, torch = found["contestants"]
+    assert one["unmeasured"] == "wrong: out is 9 off"
+    assert two["seconds"] == [3e-6, 1e-6, 2e-6]
+    assert torch == {"name": "torch", "unmeasured": "none here"}
+    ladder = ladder_named("layernorm_forward")
+    assert found["work"] == ladder.least_bytes(ladder.draw(TINY))
+    assert found["limit"] == 1e9
+    assert "timed at B = 2, T = 5" in found["about"]
+    share = found["work"] / 2e-6 / 1e9
+    text = report(facts([found]) | {"gpu": {"name": "Nothing 1"}})
+    assert "  2.0 |" in text and f" {share:.0%} |" in text
+    assert "forward_by_threads (wrong: out is 9 off)" in text
+    assert "GPU      Nothing 1" in text
     json.dumps(found)
 
 
-# what is drawn, from numbers that are made up
+@pytest.mark.parametrize("name", ["matmul_forward", "residual_forward"])
+def test_the_limit_is_what_takes_the_time(name, monkeypatch):
+    """The peak of multiply-adds for products, the copy for the rest."""
+    ladder, rows = ladder_named(name), {}
+    monkeypatch.setattr(module, "timed", lambda *_: {"torch": {"x": 1}})
+    most = {"fma_peak": 2, "copy_bytes": 3}
+    found = module._race(ladder, rows, TINY, "clock", most)
+    assert found["limit"] == (2 if ladder.flops else 3)
+    assert rows == {"torch": {"x": 1}}
 
 
-def fake_times(found):
-    """A result with times that can be checked by eye; for tests alone."""
-    found = json.loads(json.dumps(found))
-    found["gpu"] = {"name": "A GPU that is made up"}
-    found["limits"] = {"fma_peak": 1e12, "copy_bytes": 1e9}
-    for i, ladder in enumerate(found["ladders"]):
-        ladder |= {"sizes": {}, "least_bytes": 1000 * (1 + i)}
-        for row in ladder["versions"]:
-            row["time"] = {"seconds": [4e-6 / row["version"]] * 3}
-        ladder["peers"]["torch"] = {"seconds": [1e-6]}
-    return found
+def test_a_version_that_is_wrong_in_the_simulator(monkeypatch):
+    monkeypatch.setattr(module, "no_times", lambda: WHY)
+    monkeypatch.setattr(module, "judge", lambda *_, **__: "out is 9 off")
+    (found,) = kernel_contests(["gelu_forward"], counted=TINY)
+    (row,) = found["contestants"]
+    assert row["unmeasured"] == "wrong: out is 9 off"
+
+
+# what is drawn and written, from numbers that are made up
+
+
+def fake_times(result):
+    """Contests with times that can be checked by eye; for tests alone."""
+    result = json.loads(json.dumps(result))
+    for i, found in enumerate(result, 1):
+        found |= {"work": 1000 * i, "limit": 1e9}
+        for number, row in enumerate(found["contestants"], 1):
+            del row["unmeasured"]
+            row["seconds"] = [4e-6 / number] * 3
+        torch = {"name": "torch", "seconds": [1e-6]}
+        found["contestants"].append(torch)
+    return result
 
 
 def test_the_figure(result):
-    first, second = ladders_figure(fake_times(result)).axes
+    timed = facts(fake_times(result))
+    first, second = bars_figure(timed, "kernel").axes
     widths = [round(x.get_width()) for x in first.patches]
     assert widths == [25, 50, 100]  # 250, 500 and 1000 MB/s of 1 GB/s
     names = [x.get_text() for x in first.get_yticklabels()]
-    assert names == ["version 1", "version 2", "torch"]
+    assert names == ["forward_by_threads", "layernorm_forward", "torch"]
+    ours, _, torch = [x.get_facecolor() for x in first.patches]
+    assert ours != torch
     assert [round(x.get_width()) for x in second.patches] == [50, 100, 200]
 
 
-def as_written(found):
-    facts = {"command": "llmnb bench --backend cuda --kernels"}
-    facts |= {"date": "2026-01-02", "commit": "abc", "configs": []}
-    return facts | found
-
-
-def test_the_page_without_times(results_page, result):
-    text = results_page.page({"gpu": as_written(result)})
+def test_the_page_with_and_without_times(results_page, result):
+    without = {"gpu": facts(result)}
+    text = results_page.page(without)
     assert "**No time has been measured on a GPU yet.**" in text
     assert "    llmnb bench --backend cuda --kernels" in text
-    assert text.count("| not measured |") == 4
-    assert "| `layernorm_forward` | launches |" in text
-    assert [*results_page.figures({"gpu": as_written(result)})] == []
-
-
-def test_the_page_with_times(results_page, result):
-    found = {"gpu": as_written(fake_times(result))}
-    text = results_page.page(found)
+    assert text.count("Not measured:") == 2
+    assert "**layernorm_forward**: counted at B = 2" in text
+    assert [*results_page.figures(without)] == []
+    gpu = {"name": "A GPU that is made up"}
+    timed = {"gpu": facts(fake_times(result)) | {"gpu": gpu}}
+    text = results_page.page(timed)
     assert "## On a GPU: A GPU that is made up" in text
-    assert "No time" not in text and "not measured" not in text
-    assert "| 4.0 | 25% |" in text and "| 1.0 | 100% |" in text
-    names = [name for name, _, _ in results_page.figures(found)]
+    assert "No time" not in text and "Not measured" not in text
+    assert "  25% |" in text and " 100% |" in text
+    names = [name for name, _, _ in results_page.figures(timed)]
     assert names == ["results-gpu-ladders.png"]
 
 
@@ -449,19 +461,17 @@ def test_the_page_with_times(results_page, result):
 
 def test_the_command(monkeypatch, capsys, tmp_path):
     """llmnb bench --kernels: the whole way, without a GPU."""
-    why = "no GPU: this test says so"
     for place in (module, clock):
-        monkeypatch.setattr(place, "no_times", lambda: why)
+        monkeypatch.setattr(place, "no_times", lambda: WHY)
     path = tmp_path / "gpu.json"
     asked = ["bench", "--backend", "cuda", "--kernels", "encoder_forward"]
     monkeypatch.setattr(sys, "argv", ["llmnb", *asked])
     assert not main([*asked, "--json", str(path)])
     text = capsys.readouterr().out
-    assert "encoder_forward" in text and why in text
+    assert "encoder_forward" in text and WHY in text
     found = json.loads(path.read_text("utf-8"))
-    assert found["configs"] == [] and "losses" not in found
-    assert [x["layer"] for x in found["ladders"]] == ["encoder_forward"]
-    assert found["gpu"] == {"unmeasured": why}
+    assert [x["name"] for x in found["contests"]] == ["encoder_forward"]
+    assert "gpu" not in found
 
 
 # what is committed
@@ -469,36 +479,28 @@ def test_the_command(monkeypatch, capsys, tmp_path):
 
 def test_no_number_stands_for_a_time():
     """A file from a machine without a GPU holds no time of one."""
-    for path in (ROOT / "book" / "results").glob("*.json"):
+    for path in RESULTS.glob("*.json"):
         found = json.loads(path.read_text("utf-8"))
-        if "unmeasured" not in found.get("gpu", {}):
+        if found["backend"] != "cuda" or "gpu" in found:
             continue
-        for config in found["configs"]:
-            for row in config["contestants"]:
-                assert set(row) == {"name", "unmeasured"}
-        assert set(found["losses"]) == {"unmeasured"}
-        assert found["ladders"], "no kernel is named"
-        for ladder in found["ladders"]:
-            for peer in ladder["peers"].values():
-                assert set(peer) == {"unmeasured"}
-            for row in ladder["versions"]:
-                assert set(row["time"]) == {"unmeasured"}
-                assert "wrong" not in row["counted"]
+        kinds = [x["kind"] for x in found["contests"]]
+        assert kinds.count("kernel") == len(LADDERS)
+        for row in (x for c in found["contests"] for x in c["contestants"]):
+            assert "seconds" not in row
+            assert row["unmeasured"].startswith("no GPU")
 
 
-def test_the_gpu_file_names_every_version():
-    found = json.loads(
-        (ROOT / "book" / "results" / "5-gpu.json").read_text("utf-8")
-    )
-    rows = {
-        x["layer"]: [row["name"] for row in x["versions"]]
-        for x in found["ladders"]
-    }
-    for ladder in LADDERS:
-        names = [version_name(x) for x in ladder.versions]
-        assert rows[ladder.layer] == names, "measure once more"
-        first = found["ladders"][LADDERS.index(ladder)]["versions"][0]
-        assert first["counted"]["sizes"] == ladder.counted._asdict()
+@pytest.mark.parametrize("ladder", LADDERS, ids=NAMES)
+def test_the_gpu_file_counts_every_version(ladder):
+    found = json.loads((RESULTS / "5-gpu.json").read_text("utf-8"))
+    rows = {x["name"]: x["contestants"] for x in found["contests"]}
+    rows = [x for x in rows[ladder.layer] if "sectors" in x]
+    names = [ladders.version_name(x) for x in ladder.versions]
+    assert [x["name"] for x in rows] == names, "measure once more"
+    arguments = ladder.draw(ladder.counted)
+    assert rows[0]["sizes"] == ladder.counted._asdict()
+    least = ladder.least_bytes(arguments)
+    assert rows[0]["least_bytes"] == least, "measure once more"
 
 
 def test_this_machine():

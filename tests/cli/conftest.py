@@ -11,23 +11,6 @@ from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
 
 
-@pytest.fixture
-def llmnb(tmp_path, monkeypatch, capsys):
-    """Run a command in an empty folder; gives its code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LLMNB_TRACEBACK", raising=False)
-
-    def run(*args):
-        code = 0
-        try:
-            main([str(x) for x in args])
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of a fixed text: what it writes depends on no other."""

@@ -29,12 +29,12 @@ def test_bench(llmnb, tmp_path, monkeypatch):
     code, out, err = llmnb("bench", "--steps", 2, *files, *SMALL.split())
     assert code == 0
     assert "tokens/s" in out and "matmul_backward" in out
-    assert "llmnb bf16" in out and "not available" in out
+    assert "Not measured: llmnb bf16" in out
     assert re.search("[1-4]/4", err)  # two rounds, two to warm up
     found = json.loads((tmp_path / "a.json").read_text("utf-8"))
-    assert found["configs"][0]["model"]["vocab_size"] == 300
-    assert found["configs"][0]["batch_size"] == 2
-    assert found["start"] == []
+    (contest,) = found["contests"]
+    assert contest["model"]["vocab_size"] == 300
+    assert contest["batch_size"] == 2 and contest["kind"] == "step"
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -44,7 +44,7 @@ def test_bench_prints_json(llmnb):
     assert code == 0
     found = json.loads(out)
     assert found["threads"] == 1
-    (row,) = found["configs"][0]["contestants"]
+    (row,) = found["contests"][0]["contestants"]
     assert row["name"] == "llmnb fp32" and row["threads"] == 1
 
 
@@ -60,7 +60,7 @@ def test_bench_takes_named_configurations(llmnb, monkeypatch):
     def fake(configs, settings, start, bar):
         asked.append((configs, settings, start))
         facts = {"machine": "m", "threads": 1, "load": 0.0}
-        return {**facts, "configs": [], "start": []}
+        return {**facts, "contests": []}
 
     monkeypatch.setattr(bench_command, "bench", fake)
     llmnb("bench", "--config", "124m-64", "small", "--against", "torch")

@@ -6,10 +6,12 @@ import re
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from commands import TINY, interrupt
+from runs import PLAIN
 
 from llmnb.cli import train as train_command
 from llmnb.train.newest import new_folder, newest_run, note_newest
@@ -80,11 +82,7 @@ def test_the_newest_run_is_the_one_that_saved_last(llmnb, tmp_path):
         args = argparse.Namespace(tensorboard=False)
         train_command._follow(run, args, train_command._Stop())
 
-    options = {"num_layers": 1, "num_heads": 2, "channels": 16, "steps": 6}
-    config = TrainConfig(
-        tokenizer="byte", limit=30000, seq_len=16, batch_size=2,
-        backend="reference", save_every=3, eval_every=4, **options,
-    )  # fmt: skip
+    config = replace(PLAIN, limit=30000, steps=6, save_every=3, eval_every=4)
     first = run("first")
     second = run("second")
     follow_to_the_end(second)

@@ -4,14 +4,12 @@ import json
 import os
 import shutil
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import llvmlite
 import numba
-import numpy as np
 import pytest
+from processes import output
 
 import llmnb.cpu.jit as jit
 from llmnb.cpu import compiled
@@ -57,17 +55,9 @@ def copy(tmp_path):
 
 def run(copy, cache, program=PROGRAM, **more):
     """Run in a new process; -B because .pyc files go by whole seconds."""
-    variables = {**os.environ, "LLMNB_CACHE": str(cache), **more}
-    variables["PYTHONPATH"] = str(copy)
-    done = subprocess.run(
-        [sys.executable, "-B", "-c", program],
-        cwd=copy,
-        env=variables,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    place = {"LLMNB_CACHE": str(cache), "PYTHONPATH": str(copy)}
+    how = {"options": ["-B"], "cwd": copy}
+    return json.loads(output(program, **how, **place, **more))
 
 
 def edit(copy, name, old, new):
@@ -150,23 +140,6 @@ def test_the_options_of_a_kernel():
     assert ratio.stats.cache_path is None
 
 
-def test_an_element_is_rounded_alike_wherever_it_stands():
-    """In the vectors of a loop and in the rest that is done one by one."""
-
-    @jit.inner
-    def quotient(out, a, b):
-        for i in range(len(out)):
-            out[i] = a[i] / (b[i] * b[i] + a[0])
-
-    a, b = np.random.default_rng(0).uniform(1, 2, (2, 1000)).astype("f4")
-    a[:65] = a[0]
-    whole, part = np.empty_like(a), np.empty_like(a)
-    quotient(whole, a, b)
-    for n in range(1, 65):
-        quotient(part[:n], a[:n], b[:n])
-        np.testing.assert_array_equal(part[:n], whole[:n])
-
-
 DAMAGES = {
     "empty": lambda data, other: b"",
     "cut": lambda data, other: data[: len(data) // 2],
@@ -219,21 +192,6 @@ def test_the_folder_is_this_users_alone(tmp_path, monkeypatch):
     assert folder() is None
 
 
-@pytest.mark.skipif(
-    getattr(os, "geteuid", lambda: 1)() != 0, reason="only root gives away"
-)
-@pytest.mark.parametrize("whole", [True, False])
-def test_what_another_user_has_planted_is_not_run(copy, whole):
-    """A whole folder, or files in a folder of ours."""
-    cache = copy / "cache"
-    assert run(copy, cache)["hits"] == 0
-    for path in cache.rglob("*"):
-        if whole or path.is_file():
-            os.chown(path, 12345, 12345)
-    again = run(copy, cache)
-    assert (again["result"], again["hits"]) == (20, 0)
-
-
 def test_without_a_home_nothing_is_kept(monkeypatch):
     def home():
         raise RuntimeError("Could not determine home directory.")
@@ -283,9 +241,7 @@ model = llmnb.GPT2(cfg, 1, 4, backend="reference")
 tokens = numpy.array([[1, 2, 3, 4]])
 assert model.forward(tokens, tokens) > 0
 """
-    variables = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
-    command = [sys.executable, "-c", program]
-    subprocess.run(command, env=variables, check=True)
+    output(program, NUMBA_DISABLE_JIT="1")
 
 
 LAYER = """
@@ -330,9 +286,8 @@ assert os.waitpid(child, 0)[1] == 0
 @pytest.mark.parametrize("before", ["kernels", "threads"])
 @pytest.mark.parametrize("layer", ["default", "workqueue"])
 def test_a_forked_child_computes_the_same_bits(layer, before):
-    variables = {**os.environ, "NUMBA_THREADING_LAYER": layer}
-    command = [sys.executable, "-W", "ignore", "-c", FORK, before]
-    subprocess.run(command, env=variables, check=True, timeout=90)
+    quiet = ["-W", "ignore"]
+    output(FORK, before, options=quiet, NUMBA_THREADING_LAYER=layer)
 
 
 THREADS = (
@@ -348,9 +303,7 @@ assert set(found) == {layers()}
 
 @pytest.mark.parametrize("layer", ["default", "workqueue"])
 def test_threads_of_python_may_all_call_kernels(layer):
-    variables = {**os.environ, "NUMBA_THREADING_LAYER": layer}
-    command = [sys.executable, "-c", THREADS]
-    subprocess.run(command, env=variables, check=True, timeout=90)
+    output(THREADS, NUMBA_THREADING_LAYER=layer)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -373,8 +326,7 @@ for _ in range(50):
 stop.set()
 thread.join()
 """
-    command = [sys.executable, "-W", "ignore", "-c", LAYER + program]
-    subprocess.run(command, check=True, timeout=90)
+    output(LAYER + program, options=["-W", "ignore"])
 
 
 def test_the_folder_is_named_by_the_sources(tmp_path, monkeypatch):

@@ -1,9 +1,6 @@
 """The fast exponential against float64."""
 
-import math
-
 import numpy as np
-import pytest
 
 from llmnb.cpu.jit import inner
 from llmnb.cpu.math import fast_exp
@@ -29,14 +26,6 @@ def test_float32_error_over_a_dense_grid():
     assert error.max() < 1.5e-7
 
 
-def test_float32_small_arguments():
-    tiny = np.logspace(-30, 0, 10_001)
-    x = np.concatenate((-tiny, tiny, [0.0])).astype(np.float32)
-    error = np.abs(exponentials(x) / np.exp(x.astype(np.float64)) - 1)
-    assert error.max() < 1.5e-7
-    assert exponentials(np.zeros(1, np.float32))[0] == 1
-
-
 def test_float32_ends():
     low = np.array([-88.1, -100, -1e4, -1e30], np.float32)
     high = np.array([88.1, 100, 1e4, 1e30], np.float32)
@@ -48,19 +37,8 @@ def test_float32_ends():
     assert np.abs(got - want).max() < 2.0**-126
 
 
-def test_float32_is_monotone_where_it_matters():
-    x = np.linspace(-20, 0, 100_001).astype(np.float32)
-    steps = np.diff(exponentials(x))
-    assert (steps >= -1e-7).all()
-
-
 def test_float64_is_that_of_the_library():
     x = np.linspace(-700, 700, 10_001)
     y = exponentials(x)
     assert y.dtype == np.float64
     np.testing.assert_allclose(y, np.exp(x), rtol=1e-15)
-
-
-@pytest.mark.parametrize("kind", (float, np.float32, np.float64))
-def test_from_python(kind):
-    assert math.isclose(fast_exp(kind(1)), math.e, rel_tol=1.5e-7)

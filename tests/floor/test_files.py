@@ -69,29 +69,6 @@ def test_a_file_has_the_mode_that_open_would_give(tmp_path, umask):
     assert len(modes) == 1 and modes.pop() & 0o777 == 0o666 & ~umask
 
 
-@pytest.fixture
-def calls(monkeypatch):
-    """What the disk is asked for: (call, name), in order."""
-    made = []
-
-    def noted(name, call):
-        def wrapped(first, *rest, **more):
-            if name == "fsync":
-                folder = stat.S_ISDIR(os.fstat(first).st_mode)
-                made.append(("sync", "folder" if folder else "file"))
-            else:
-                made.append(
-                    (name, os.path.basename(rest[0] if rest else first))
-                )
-            return call(first, *rest, **more)
-
-        return wrapped
-
-    for name in ("fsync", "replace", "unlink"):
-        monkeypatch.setattr(os, name, noted(name, getattr(os, name)))
-    return made
-
-
 @pytest.mark.skipif(os.name == "nt", reason="folders cannot be synced")
 def test_the_folder_is_synced_after_the_renaming(tmp_path, calls):
     with replacing(tmp_path / "a") as file:

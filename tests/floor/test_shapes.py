@@ -22,12 +22,15 @@ from llmnb.shapes import LIMITS, shapes
 TOOLS = "jit tile microkernel bfloat16 panels peak math launch simulator warp "
 TOOLS += "elementwise ptx clock"
 TOOLS = {*TOOLS.split(), "graph", "model"}
-# what other modules have for them: it takes no arrays, or makes views of them
+# what other modules have for them: it takes no arrays, or makes views of them;
+# the page's two passes take dicts of arrays, and are no layers
 OTHERS = {
-    reference: "count_heads masked_scores split_heads split_qkv",
-    cpu: "cache_shapes panels_shape",
+    reference: "backward count_heads forward masked_scores rope_frequencies "
+    "rope_table split_heads split_qkv",
+    cpu: "cache_shapes panels_shape ring_size",
     cuda: "adamw_scratch attention_scratch clip_scratch cublas_scratch "
-    "dinp_plan dweight_plan forward_plan layernorm_scratch matmul_scratch",
+    "dinp_plan dweight_plan forward_plan headnorm_scratch layernorm_scratch "
+    "matmul_scratch rmsnorm_scratch",
 }
 SIZES = {"B": 2, "T": 3, "C": 4, "NH": 2, "V": 5, "Vp": 7, "": 1, "QKV": 12}
 

@@ -1,17 +1,14 @@
 """Arrays in one file: the library reads what we write, and we what it does."""
 
-import errno
-import io
 import json
-import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from measure import peak
 
-from llmnb import files
 from llmnb.formats.safetensors import DTYPES, NAMES, TensorFile, write_tensors
 
 arrays = st.sampled_from(sorted(NAMES.values())).flatmap(
@@ -107,11 +104,6 @@ def test_no_table_at_all(tmp_path, raw):
         TensorFile(tmp_path / "a")
 
 
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing"):
-        TensorFile(tmp_path / "nothing")
-
-
 @settings(deadline=None, max_examples=200)
 @given(data=st.data())
 def test_a_flipped_bit_is_never_another_array(tmp_path_factory, data):
@@ -159,12 +151,12 @@ def test_a_table_of_megabytes_is_refused_unread(tmp_path):
     head = b"{" + b",".join(row % i for i in range(170_000)) + b"}"
     path = tmp_path / "a"
     path.write_bytes(len(head).to_bytes(8, "little") + head)
-    tracemalloc.start()
-    with pytest.raises(ValueError, match="a: not a whole .*too long"):
-        TensorFile(path)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1 << 20
+
+    def read():
+        with pytest.raises(ValueError, match="a: not a whole .*too long"):
+            TensorFile(path)
+
+    assert peak(read) < 1 << 20
 
 
 def test_a_table_that_none_would_read_is_not_written(tmp_path):
@@ -173,53 +165,7 @@ def test_a_table_that_none_would_read_is_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@settings(deadline=None, max_examples=300)
-@given(st.data())
-def test_damage_is_an_answer_or_one_error(tmp_path_factory, data):
-    path = tmp_path_factory.mktemp("x") / "a"
-    write_tensors(path, {"x": np.arange(5.0), "y": np.arange(3)}, {"k": "v"})
-    raw = bytearray(path.read_bytes())
-    for _ in range(data.draw(st.integers(1, 4))):
-        at = data.draw(st.integers(0, len(raw) - 1))
-        raw[at] = data.draw(st.integers(0, 255))
-    path.write_bytes(raw[: data.draw(st.integers(0, len(raw)))])
-    try:
-        file = TensorFile(path)
-        for name in file.names:
-            assert file[name].shape == file.shape(name)
-    except ValueError as error:
-        assert str(path) in str(error)
-
-
 def test_a_dtype_without_a_name_is_refused(tmp_path):
     with pytest.raises(TypeError, match="z must be one of .*complex128"):
         write_tensors(tmp_path / "a", {"z": np.zeros(2, complex)})
     assert not list(tmp_path.iterdir())
-
-
-class Full(io.BytesIO):
-    """A disk with room for a kilobyte."""
-
-    def write(self, data):
-        if self.tell() + len(memoryview(data).cast("B")) > 1024:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return super().write(data)
-
-
-def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "a"
-    write_tensors(path, {"x": np.arange(3)})
-    before = path.read_bytes()
-    real = open
-
-    def limited(name, mode="r", *rest):
-        if mode != "xb":
-            return real(name, mode, *rest)
-        real(name, mode).close()
-        return Full()
-
-    monkeypatch.setattr(files, "open", limited, raising=False)
-    with pytest.raises(OSError, match="No space left"):
-        write_tensors(path, {"x": np.arange(1000)})
-    assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]

@@ -1,5 +1,7 @@
 """The cache: every number equals full recomputation, to the last bit."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,8 +9,10 @@ from hypothesis import strategies as st
 
 from llmnb import cpu
 from llmnb.config import GPT2Config
+from llmnb.cpu.attention import block_size
 from llmnb.model import decode
-from llmnb.model.decode import CHUNK, Decoder
+from llmnb.model.architectures import PRESETS
+from llmnb.model.decode import POSITIONS, Decoder
 from llmnb.model.generate import generate, generate_samples
 from llmnb.model.gpt2 import GPT2
 
@@ -90,6 +94,36 @@ def test_attention_has_the_bits_of_the_whole(B, T, heads, hs, dtype, data):
         first += new
 
 
+@few
+@given(
+    st.sampled_from([1, 5, 96, 97, 210, 400]),
+    st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+    st.sampled_from([2, 10, 16, 64, 256]),
+    st.none() | st.integers(1, 12) | st.sampled_from([95, 96, 97, 150, 999]),
+    st.sampled_from([{}, {"scale": 0.2}, {"softcap": 3.0}]),
+    st.sampled_from([np.float32, np.float64]),
+    st.data(),
+)
+def test_a_window_has_the_bits_of_the_whole(
+    T, heads, hs, window, rule, dtype, data
+):
+    """Also where the cache is a ring, and shorter than the text."""
+    (NH, NKV), rule = heads, {"window": window, **rule}
+    qkv = draws(2, T, (NH + 2 * NKV) * hs, dtype=dtype)
+    want, lse = np.empty((2, T, NH * hs), dtype), np.empty((2, NH, T), dtype)
+    cpu.local_attention_forward(want, lse, qkv, **rule)
+    shapes = cpu.cache_shapes(2, NKV, T, hs, window)
+    cache = [np.full(shape, np.nan, dtype) for shape in shapes.values()]
+    first = 0
+    while first < T:
+        new = data.draw(st.integers(1, T - first))
+        part = np.ascontiguousarray(qkv[:, first : first + new])
+        got = np.empty((2, new, NH * hs), dtype)
+        cpu.cache_attention(got, *cache, part, first, **rule)
+        assert np.array_equal(got, want[:, first : first + new])
+        first += new
+
+
 def test_embedding_has_the_bits_of_the_encoder():
     wte, wpe = draws(V, 30), draws(9, 30, seed=1)
     panels = np.empty(cpu.panels_shape(V, 30), np.float32)
@@ -144,7 +178,7 @@ def test_logits_have_the_bits_of_the_model(data, precision):
 
 
 def test_long_prompts_are_taken_in_parts():
-    length = CHUNK + 50
+    length = POSITIONS + 50
     cfg = GPT2Config(length, V, 2, 2, 16)
     model = model_of(length, 2, cfg=cfg)
     texts = np.random.RandomState(0).randint(0, V, (2, length))
@@ -196,7 +230,7 @@ def test_loading_forgets_the_cache():
     for p in model.params.values():
         p *= 1.1
     assert np.array_equal(decoder.following([[1, 2, 3]]), before)
-    decoder.load(model.params)
+    decoder.adopt(model.params)
     model.forward(np.array([[1, 2, 3] + [0] * (T - 3)]))
     assert np.array_equal(
         decoder.following([[1, 2, 3]])[0], model.logits[0, 2]
@@ -253,8 +287,8 @@ def test_weights_that_do_not_fit_are_not_loaded(name, change, error, says):
     before = decoder.memory.flat("vectors").copy()
     params = {n: x + 1 for n, x in model.params.items()}
     params[name] = change(params[name])
-    with pytest.raises(error, match=f"Decoder.load: {name} {says}"):
-        decoder.load(params)
+    with pytest.raises(error, match=f"Decoder.adopt: {name} {says}"):
+        decoder.adopt(params)
     assert np.array_equal(decoder.memory.flat("vectors"), before)
 
 
@@ -272,6 +306,124 @@ def test_positions_beyond_the_cache(first):
     out, inp = draws(1, 13, 8), draws(1, 13, 24)
     with pytest.raises(ValueError, match="where the cache has 16"):
         cpu.cache_attention(out, keys, values, inp, first)
+
+
+# Part 5
+
+
+def small(name, window=40):
+    """A preset's shape with small numbers; what makes it itself remains."""
+    cfg = PRESETS[name]
+    kv = {1: 1, cfg.num_heads: 4}.get(cfg.num_kv_heads, 2)
+    sizes = {"max_seq_len": 150, "vocab_size": V, "num_layers": 3}
+    sizes |= {"num_heads": 4, "num_kv_heads": kv, "channels": 24}
+    sizes |= {"head_size": 8, "hidden": 40}
+    if cfg.window:
+        sizes["window"] = window
+    if cfg.global_every:
+        sizes["global_every"] = 3 if cfg.global_every == 6 else 2
+    return replace(cfg, **sizes)
+
+
+def modern(name, seq_len, batch_size=1, precision="fp32", window=40):
+    cfg = small(name, window)
+    model = GPT2(cfg, batch_size, seq_len, "cpu", precision)
+    rng = np.random.RandomState(1)
+    for key, p in model.params.items():
+        p *= 4 if p.ndim > 1 and key != "wte" else 1
+        p += rng.normal(0, 0.1, p.shape)
+        if key in ("wte", "head"):
+            p[V:] = 0
+    return model
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_the_bits_of_its_model(name, precision):
+    length = 150
+    model = modern(name, length, 2, precision)
+    texts = np.random.RandomState(0).randint(0, V, (2, length))
+    model.forward(texts)
+    decoder = Decoder.of(model, 2)
+    for end in [*range(1, 12), 40, 41, 96, 97, 98, 137, 138, 150]:
+        got = decoder.following(texts[:, :end])
+        assert np.array_equal(got, model.logits[:, end - 1]), end
+
+
+@few
+@given(st.data(), st.sampled_from(["mistral-7b-v0.1", "gemma-3-1b"]))
+def test_a_ring_gives_the_bits_whatever_is_asked(data, name):
+    """Texts part within the window, before it, and before the ring."""
+    model = modern(name, 150, 2, window=30)
+    decoder, text = Decoder.of(model, 2), []
+    for _ in range(6):
+        kept = data.draw(st.integers(0, len(text)))
+        more = data.draw(st.integers(0, 120))
+        new = data.draw(st.integers(0, V - 1))
+        tail = (new + np.arange(more) ** 2) % V
+        text = [*text[:kept], *tail.tolist()][:150] or [1]
+        rows = [[*text[:-1], x] for x in (text[-1], 5)]
+        rows = rows[: data.draw(st.integers(1, 2))]
+        got = decoder.following(rows)
+        window = np.zeros((2, 150), np.int32)
+        window[: len(rows), : len(text)] = rows
+        model.forward(window)
+        assert np.array_equal(got, model.logits[: len(rows), len(text) - 1])
+
+
+def test_texts_that_part_before_the_ring_are_computed_anew():
+    model = modern("mistral-7b-v0.1", 150)
+    decoder, seen = Decoder.of(model), []
+    whole = decoder._extend
+    decoder._extend = lambda t, first: (seen.append(first), whole(t, first))
+    text = list(range(120))
+    decoder.following([text])
+    decoder.following([text[:100]])  # position 99 sees 60, and 24 is kept
+    decoder.following([text[:100] + [7]])
+    decoder.following([text[:70] + [7]])  # 70 sees 31
+    decoder.following([text[:50] + [7]])  # 50 sees 11, which is overwritten
+    assert seen == [0, 99, 100, 70, 0]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_cache_holds_kv_heads_and_no_more_than_a_window(name):
+    cfg = small(name, window=100)
+    layout = decode.decoder_layout(cfg, 3, 150)["cache"][1]
+    whole = replace(PRESETS[name], max_seq_len=32768)
+    far = decode.decoder_layout(whole, 1, 32768)["cache"][1]
+    for i in range(cfg.num_layers):
+        values, kept = layout[f"values{i}"], 150
+        if cfg.is_local(i):
+            kept = 100 + -100 % block_size(8)
+        kept = min(150, kept)
+        assert values[:3] == (3, cfg.num_kv_heads, kept)
+        keys = layout[f"keys{i}"]
+        assert keys[:2] == (3, cfg.num_kv_heads)
+        assert 0 <= keys[2] * keys[4] - kept < keys[4]
+    for i in range(whole.num_layers):
+        kept = far[f"values{i}"][2]
+        if whole.is_local(i):
+            assert whole.window <= kept < whole.window + 96
+        else:
+            assert kept == 32768
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_writes_the_same_texts(name):
+    """Beyond max_seq_len too, where the window slides."""
+    model = modern(name, 40)
+    for how in ({"temperature": 0}, {"top_k": 9}):
+        want = list(generate(model, [1, 2, 3], 60, seed=4, **how))
+        got = list(generate(Decoder.of(model), [1, 2, 3], 60, seed=4, **how))
+        assert got == want
+
+
+@pytest.mark.parametrize("name", ["llama-2-7b", "gemma-2-2b"])
+def test_samples_of_a_modern_model(name):
+    model = modern(name, 40)
+    ask = {"tokens": [1], "count": 50, "samples": 3, "seed": 3}
+    got = list(generate_samples(Decoder.of(model, 3), **ask))
+    assert got == list(generate_samples(model, **ask))
 
 
 # texts
@@ -301,24 +453,3 @@ def test_the_same_samples_with_and_without():
         want = list(generate_samples(model, **ask, stop=stop))
         got = list(generate_samples(Decoder.of(model, 5), **ask, stop=stop))
         assert got == want
-
-
-def test_transformers_says_the_same(tmp_path):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    from llmnb.formats.published import write_folder
-
-    model = model_of()
-    write_folder(tmp_path, model.cfg, model.params)
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
-    decoder, seen = Decoder.of(model), set()
-    for prompt in np.random.RandomState(2).randint(0, V, (12, 4)).tolist():
-        with torch.no_grad():
-            out = theirs.generate(
-                torch.tensor([prompt]), max_new_tokens=10, do_sample=False,
-                eos_token_id=None, pad_token_id=0,
-            )  # fmt: skip
-        ours = list(generate(decoder, prompt, 10, temperature=0))
-        assert out[0, len(prompt) :].tolist() == ours
-        seen |= set(ours)
-    assert len(seen) > 10, "texts of one token would show little"

@@ -42,13 +42,6 @@ def plain_softmax(z, temperature=1.0):
 
 
 @few
-@given(logit_lists, st.floats(0.1, 10))
-def test_temperature(z, temperature):
-    got = distribution(z, temperature)
-    np.testing.assert_allclose(got, plain_softmax(z, temperature), 1e-12)
-
-
-@few
 @given(logit_lists)
 def test_temperature_zero_is_greedy(z):
     got = distribution(z, temperature=0)
@@ -56,74 +49,38 @@ def test_temperature_zero_is_greedy(z):
     assert np.array_equal(got, distribution(z, top_k=1))
 
 
-@few
-@given(logit_lists, st.integers(1, 50))
-def test_top_k(z, k):
-    p, got = plain_softmax(z), distribution(z, top_k=k)
-    kept = sorted(range(len(z)), key=lambda i: (-z[i], i))[:k]
-    want = np.zeros(len(z))
-    want[kept] = p[kept] / p[kept].sum()
-    np.testing.assert_allclose(got, want, 1e-12)
-
-
-@few
-@given(logit_lists, st.floats(0.01, 0.99))
-def test_top_p_is_the_fewest_that_reach_p(z, top_p):
-    p, got = plain_softmax(z), distribution(z, top_p=top_p)
-    kept = got > 0
-    assert got.sum() == pytest.approx(1)
-    assert p[kept].sum() > top_p - 1e-9
-    assert p[kept].sum() - p[kept].min() < top_p + 1e-9
-    assert p[kept].min() >= p[~kept].max(initial=0)
-    np.testing.assert_allclose(got[kept], p[kept] / p[kept].sum(), 1e-9)
-
-
-def sorted_cut(z, top_k, top_p):
-    """The plain rule: sort all, then cut."""
+def by_definition(z, heat, top_k, top_p):
+    """Sort all, keep the first k, then the fewest that reach p."""
     order = sorted(range(len(z)), key=lambda i: (-z[i], i))[:top_k]
-    p = np.exp(z[order] - z.max())
-    p /= p.sum()
-    inside = np.cumsum(p) - p < top_p
+    p = plain_softmax(z[order], heat)
+    inside = np.cumsum(p) - p < (top_p or 1)
     inside[0] = True
     out = np.zeros(len(z))
     out[np.array(order)[inside]] = p[inside] / p[inside].sum()
     return out
 
 
-@few
+@settings(few, max_examples=150)
 @given(
     st.integers(0, 99),
     st.integers(1, 3000),
     st.integers(0, 2),
+    st.just(1.0) | st.floats(0.1, 10),
     st.none() | st.integers(1, 4000),
-    st.floats(0.01, 1),
+    st.none() | st.floats(0.01, 1),
 )
-def test_partition_keeps_what_a_sort_keeps(seed, V, digits, top_k, top_p):
+def test_a_distribution_is_what_a_sort_keeps(seed, V, digits, heat, k, top_p):
     z = np.random.RandomState(seed).normal(0, 2, V).round(digits)  # equals
-    got = distribution(z, top_k=top_k, top_p=top_p)
-    want = sorted_cut(z, top_k, top_p)
-    assert abs(got - want).max() < 1e-12 or near_the_border(z, top_k, top_p)
+    got = distribution(z, heat, k, top_p)
+    want = by_definition(z, heat, k, top_p)
+    assert abs(got - want).max() < 1e-12 or near_the_border(z, heat, k, top_p)
 
 
-def near_the_border(z, top_k, top_p):
+def near_the_border(z, heat, top_k, top_p):
     """Whether a rounding decides if one more token is kept."""
-    p = -np.sort(-plain_softmax(z))[:top_k]
-    return abs(np.cumsum(p / p.sum()) - top_p).min() < 1e-12
-
-
-def test_order_of_the_three():
-    z = np.log([0.4, 0.3, 0.2, 0.1])
-    got = distribution(z, temperature=0.5, top_k=3, top_p=0.85)
-    squares = np.array([16, 9, 4]) / 29  # the first two reach 0.862
-    assert squares[:2].sum() > 0.85
-    np.testing.assert_allclose(got, [16 / 25, 9 / 25, 0, 0], 1e-12)
-
-
-def test_all_of_it():
-    z = np.random.RandomState(0).normal(0, 3, 500)
-    for cut in ({"top_k": 500}, {"top_k": 9999}, {"top_p": 1.0}):
-        got = distribution(z, **cut)
-        np.testing.assert_allclose(got, plain_softmax(z), 1e-9)
+    p = -np.sort(-plain_softmax(z, heat))[:top_k]
+    near = abs(np.cumsum(p / p.sum()) - (top_p or 1)).min() < 1e-12
+    return top_p is not None and near
 
 
 @pytest.mark.parametrize(
@@ -170,13 +127,6 @@ def test_draw_falls_on_its_piece(probs, u):
     assert below - 1e-12 <= u <= above + 1e-12
 
 
-def test_draw_frequencies():
-    p = np.array([0.0, 0.7, 0.0, 0.2, 0.1])
-    uniform = (np.arange(1000) + 0.5) / 1000
-    counts = np.bincount([draw(p, u) for u in uniform], minlength=5)
-    assert counts.tolist() == [0, 700, 0, 200, 100]
-
-
 # the loop
 
 
@@ -199,26 +149,6 @@ def test_greedy_is_what_a_model_of_that_length_says(start):
     got = list(generate(tiny_model(), start, 15, temperature=0))
     assert got == want
     assert len(set(got)) > 1, "a text of one token would show little"
-
-
-def test_other_rows_do_not_matter():
-    start = [3, 1, 4]
-    one = list(generate(tiny_model(), start, 12))
-    three = list(generate(tiny_model(batch_size=3), start, 12))
-    assert one == three
-
-
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_padding_changes_no_bit(backend):
-    model = tiny_model(backend=backend)
-    seen = []
-    for padding in (0, V - 1, 77):
-        window = np.full((1, T), padding)
-        window[0, :5] = [9, 8, 7, 6, 5]
-        model.forward(window)
-        seen.append(model.logits[0, :5].copy())
-    assert np.array_equal(seen[0], seen[1])
-    assert np.array_equal(seen[0], seen[2])
 
 
 def test_seeds():

@@ -1,7 +1,6 @@
 """Rounding to bfloat16 and back."""
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,18 +29,6 @@ def test_rounding_goes_to_the_nearest_and_ties_to_even(x):
         if np.isfinite(other):
             near, far = abs(value - x), abs(float(other) - x)
             assert near < far or (near == far and got % 2 == 0)
-
-
-def test_bfloat16_is_torchs():
-    torch = pytest.importorskip("torch")
-    rng = np.random.default_rng(0)
-    x = rng.integers(0, 2**32, 1 << 16, np.uint64).astype(np.uint32)
-    x = x.view(np.float32)
-    x = x[~np.isnan(x)]
-    theirs = torch.from_numpy(x).to(torch.bfloat16).view(torch.int16)
-    np.testing.assert_array_equal(
-        to_bfloat16(x), theirs.numpy().view(np.uint16)
-    )
 
 
 def test_nan_never_becomes_a_number():

@@ -1,11 +1,10 @@
 """The linear layer: both backends, gradients, threads, bad input."""
 
-import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import Problem
+from problems import Problem, assert_threads_change_no_bit
 
 from llmnb.book.verify import numerical_gradient
 from llmnb.cpu import matmul as cpu
@@ -90,21 +89,6 @@ def test_gradients(backend, bias, shape):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-8)
 
 
-def test_backward_adds():
-    """The reference's, to which test_options compares the other."""
-    p = Problem(2, 3, 4, 5, dtype=np.float64)
-    before = p.dinp.copy(), p.dweight.copy(), p.dbias.copy()
-    once = p.backward(reference)
-    p.dinp, p.dweight, p.dbias = once
-    twice = p.backward(reference)
-    for zero, one, two in zip(before, once, twice, strict=True):
-        np.testing.assert_allclose(two - one, one - zero, atol=1e-12)
-        assert np.abs(one - zero).max() > 0.1
-
-
-@pytest.mark.skipif(
-    numba.config.NUMBA_NUM_THREADS < 2, reason="needs two threads"
-)
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize(
     "shape",
@@ -117,25 +101,7 @@ def test_backward_adds():
 )
 def test_threads_change_no_bit(shape, bf16):
     p = Problem(*shape)
-    before = numba.get_num_threads()
-    try:
-        numba.set_num_threads(1)
-        alone = p.results(cpu, bf16=bf16)
-        numba.set_num_threads(2)
-        together = p.results(cpu, bf16=bf16)
-    finally:
-        numba.set_num_threads(before)
-    for one, two in zip(alone, together, strict=True):
-        np.testing.assert_array_equal(one, two)
-
-
-def test_inputs_are_not_written():
-    p = Problem(2, 5, 6, 7)
-    before = [a.copy() for a in (p.inp, p.weight, p.bias, p.dout)]
-    p.results(cpu)
-    after = p.inp, p.weight, p.bias, p.dout
-    for old, new in zip(before, after, strict=True):
-        np.testing.assert_array_equal(old, new)
+    assert_threads_change_no_bit(lambda: p.results(cpu, bf16=bf16))
 
 
 def test_bf16_wants_float32():

@@ -8,17 +8,11 @@ import pytest
 import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spelling import STORY, TEXT, tokens_of
 
 from llmnb.text import bpe
 
 QUICK = settings(max_examples=25, deadline=None, derandomize=True)
-# assigned characters only: libraries may differ on those of a newer Unicode
-TEXT = st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=200)
-STORY = """\
-Four frogs sat on a log. One frog jumped, and three frogs sat on the log.
-Then it rained for a week; the log floated off with three frogs on it, and
-the fourth, who couldn't swim well, swam after them anyway. 'Wait!' it cried.
-"""
 
 
 def slow_merges(text, number):
@@ -61,13 +55,6 @@ def slow_encode(text, tokens):
     return out
 
 
-def tokens_of(encoding):
-    return [
-        encoding.decode_single_token_bytes(i)
-        for i in range(encoding.n_vocab - 1)
-    ]
-
-
 @pytest.fixture(scope="module")
 def story():
     return bpe.train(STORY, 330)
@@ -81,24 +68,7 @@ def test_training_equals_its_definition(text, number):
     for a, b in merges:
         tokens.append(tokens[a] + tokens[b])
     encoding = bpe.train(text, 257 + len(merges))
-    assert tokens_of(encoding) == tokens
-
-
-def test_training_equals_its_definition_on_prose():
-    merges = slow_merges(STORY, 73)
-    assert bpe._learn(bpe._count_words(STORY), 73) == merges
-
-
-def test_ties_go_to_the_lowest_pair():
-    assert tokens_of(bpe.train("zy xw", 258))[256] == b" x"
-    assert tokens_of(bpe.train("zy,ba", 258))[256] == b"ba"
-
-
-def test_overlapping_pairs_merge_from_the_left():
-    encoding = bpe.train("aaaaaaa", 259)
-    assert tokens_of(encoding)[256:] == [b"aa", b"aaaa"]
-    got = encoding.decode_tokens_bytes(encoding.encode_ordinary("aaaaaaa"))
-    assert got == [b"aaaa", b"aa", b"a"]
+    assert tokens_of(encoding)[:-1] == tokens
 
 
 def test_vocabulary_counts_bytes_merges_and_the_special_token(story):
@@ -106,7 +76,7 @@ def test_vocabulary_counts_bytes_merges_and_the_special_token(story):
     assert story.eot_token == 329
     assert story.special_tokens_set == {"<|endoftext|>"}
     assert tokens_of(story)[:256] == [bytes([i]) for i in range(256)]
-    assert len(set(tokens_of(story))) == 329
+    assert len(set(tokens_of(story))) == 330
 
 
 def test_special_token_in_a_text_is_ordinary_text(story):
@@ -121,23 +91,15 @@ def test_documents_train_as_one_text_where_words_do_not_cross():
     assert tokens_of(a) == tokens_of(b)
 
 
-def test_smaller_vocabulary_is_the_start_of_a_larger(story):
-    small = bpe.train(STORY, 290)
-    assert tokens_of(small) == tokens_of(story)[:289]
+LIKELY = st.lists(st.sampled_from("ogfrs at'\n"), max_size=80).map("".join)
 
 
 @QUICK
-@given(TEXT)
+@given(TEXT | LIKELY)
 def test_encoding_repeats_the_merges(story, text):
     got = story.encode_ordinary(text)
-    assert got == slow_encode(text, tokens_of(story))
+    assert got == slow_encode(text, tokens_of(story)[:-1])
     assert story.decode(got) == text
-
-
-@QUICK
-@given(st.lists(st.sampled_from("ogfrs at'\n"), max_size=80).map("".join))
-def test_encoding_repeats_the_merges_on_likely_words(story, text):
-    assert story.encode_ordinary(text) == slow_encode(text, tokens_of(story))
 
 
 @QUICK
@@ -177,24 +139,6 @@ def test_text_too_small_for_the_vocabulary(text, most):
 def test_text_of_another_type(text):
     with pytest.raises(TypeError, match="text must be str, got"):
         bpe.train(text, 257)
-
-
-def random_prose(size):
-    """Text with some tens of thousands of distinct words."""
-    rng = random.Random(7)
-    parts = ["ta", "ri", "mon", "es", "qua", "lu", "ber", "in", "o", "ck"]
-    words = ["".join(rng.choices(parts, k=1 + k % 6)) for k in range(60_000)]
-    rank = [1 / (k + 1) for k in range(len(words))]
-    return " ".join(rng.choices(words, rank, k=size // 7))
-
-
-def test_five_megabytes_to_1024_tokens_in_30_seconds():
-    text = random_prose(5_000_000)
-    assert len(text) > 4_500_000
-    start = time.process_time()
-    encoding = bpe.train(text, 1024)
-    assert time.process_time() - start < 30
-    assert encoding.n_vocab == 1024
 
 
 def test_one_long_word_is_not_quadratic():

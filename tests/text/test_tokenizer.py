@@ -8,36 +8,13 @@ import pytest
 import regex
 import tiktoken
 import tiktoken.load
-from fuzz import answer, mangled
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spelling import STORY, TEXT, tokens_of
 
 from llmnb.text import bpe, tokenizer
 
 QUICK = settings(max_examples=25, deadline=None, derandomize=True)
-# assigned characters only: libraries may differ on those of a newer Unicode
-TEXT = st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=200)
-STORY = """\
-Four frogs sat on a log. One frog jumped, and three frogs sat on the log.
-Then it rained for a week; the log floated off with three frogs on it, and
-the fourth, who couldn't swim well, swam after them anyway. 'Wait!' it cried.
-"""
-
-
-RANKS = b"".join(
-    base64.b64encode(token) + b" %d\n" % rank
-    for rank, token in enumerate([*(bytes([i]) for i in range(256)), b"ab"])
-)
-
-
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(raw=mangled(RANKS))
-def test_a_mangled_rank_file(tmp_path_factory, raw):
-    path = tmp_path_factory.getbasetemp() / "mangled.tiktoken"
-    got = answer(tokenizer.load, path, raw)
-    if not isinstance(got, Exception):
-        assert got.decode(got.encode_ordinary("tab")) == "tab"
-    assert not isinstance(got, Exception) or len(str(got)) < 400
 
 
 @pytest.mark.parametrize("rank", ["9" * 5000, "1" * 10, "\u0663", "-1"])
@@ -52,34 +29,20 @@ def test_ranks_that_are_no_numbers(tmp_path, rank):
 # files
 
 
-def tokens_of(encoding):
-    return [
-        encoding.decode_single_token_bytes(i)
-        for i in range(encoding.n_vocab - 1)
-    ]
-
-
 @pytest.fixture(scope="module")
 def story():
     return tokenizer.train(STORY, 330)
-
-
-def test_saved_and_loaded(story, tmp_path):
-    path = tmp_path / "story.tiktoken"
-    tokenizer.save(story, path)
-    again = tokenizer.load(path)
-    assert tokens_of(again) == tokens_of(story)
-    assert again.eot_token == story.eot_token
-    assert again.encode_ordinary(STORY) == story.encode_ordinary(STORY)
-    assert os.listdir(tmp_path) == ["story.tiktoken"]
 
 
 def test_file_is_tiktokens(story, tmp_path):
     path = tmp_path / "story.tiktoken"
     tokenizer.save(story, path)
     ranks = tiktoken.load.load_tiktoken_bpe(str(path))
-    assert ranks == {token: i for i, token in enumerate(tokens_of(story))}
+    tokens = tokens_of(story)[:-1]
+    assert ranks == {token: i for i, token in enumerate(tokens)}
     assert path.read_bytes().startswith(b"AA== 0\nAQ== 1\n")
+    assert tokens_of(tokenizer.load(path)) == tokens_of(story)
+    assert os.listdir(tmp_path) == ["story.tiktoken"]
 
 
 def test_save_replaces_and_leaves_the_old_file_when_it_fails(story, tmp_path):
@@ -138,11 +101,6 @@ def test_blank_lines_and_windows_line_ends_are_read(tmp_path):
     assert tokenizer.load(path).encode_ordinary("ab") == [256]
 
 
-def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.tiktoken"):
-        tokenizer.load(tmp_path / "none.tiktoken")
-
-
 # any text
 
 
@@ -169,20 +127,14 @@ def test_what_counts_as_a_blank_is_what_tiktoken_counts():
     assert {x for x in every if one.encode_ordinary(x)} == {*tokenizer.SPACES}
 
 
+@pytest.mark.parametrize("name", ["blanks", "gpt2"])
 @settings(max_examples=500, deadline=None, derandomize=True)
 @given(text=RUNS, run=st.integers(2, 5))
-def test_runs_taken_apart_keep_the_tokens(blanks, text, run):
+def test_runs_taken_apart_keep_the_tokens(request, name, text, run):
+    encoding = request.getfixturevalue(name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "RUN", run)
-        assert encoded(blanks, text) == blanks.encode_ordinary(text)
-
-
-@settings(max_examples=500, deadline=None, derandomize=True)
-@given(text=RUNS, run=st.integers(2, 5))
-def test_runs_taken_apart_keep_the_tokens_of_gpt2(gpt2, text, run):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "RUN", run)
-        assert encoded(gpt2, text) == gpt2.encode_ordinary(text)
+        patch.setattr(tokenizer, "BLANKS", run)
+        assert encoded(encoding, text) == encoding.encode_ordinary(text)
 
 
 @pytest.mark.parametrize("run", [" ", "\n", "\u00a0", "\u3000", " \n\t"])
@@ -232,17 +184,6 @@ def test_half_a_character_becomes_a_replacement(blanks):
 # GPT-2's
 
 
-@pytest.fixture(scope="module")
-def gpt2():
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR")
-    if not folder:
-        pytest.skip("TIKTOKEN_CACHE_DIR names no folder with GPT-2's files")
-    try:
-        return tokenizer.gpt2()
-    except ConnectionError as error:
-        pytest.skip(str(error))
-
-
 def test_gpt2(gpt2):
     assert gpt2.n_vocab == 50257
     assert gpt2.eot_token == 50256
@@ -256,13 +197,6 @@ def test_gpt2_cuts_words_as_we_do(gpt2, text):
     assert "".join(words) == text
     apart = [i for word in words for i in gpt2.encode_ordinary(word)]
     assert gpt2.encode_ordinary(text) == apart
-
-
-def test_gpt2_saved_and_loaded(gpt2, tmp_path):
-    tokenizer.save(gpt2, tmp_path / "gpt2.tiktoken")
-    again = tokenizer.load(tmp_path / "gpt2.tiktoken")
-    assert again.n_vocab == 50257
-    assert again.encode_ordinary(STORY) == gpt2.encode_ordinary(STORY)
 
 
 def test_gpt2_without_a_connection(monkeypatch):

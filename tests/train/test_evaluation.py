@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 import pytest
+from commands import BYTES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmnb.cli.__main__ import main
 from llmnb.config import GPT2Config
 from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
@@ -84,12 +84,9 @@ def test_rows_of_any_length():
     for row, losses in zip(rows, got, strict=True):
         assert losses.dtype == np.float64
         assert np.allclose(losses, plain_losses(alone, row), atol=1e-12)
-
-
-@pytest.mark.parametrize("length", [0, 1, 22])
-def test_rows_that_do_not_fit(length):
-    with pytest.raises(ValueError, match=f"2 to 21 tokens, got {length}"):
-        list(row_losses(model_of(1, 20), [np.zeros(length, int)]))
+    for length in (0, 1, 22):
+        with pytest.raises(ValueError, match=f"2 to 21 tokens, got {length}"):
+            list(row_losses(alone, [np.zeros(length, int)]))
 
 
 @QUICK
@@ -104,12 +101,6 @@ def test_windows_score_each_token_once(N, T, data):
     assert scored == list(range(N))
 
 
-@pytest.mark.parametrize("stride", [0, 21, -1])
-def test_bad_strides(stride):
-    with pytest.raises(ValueError, match=r"stride must lie in \[1, 20\]"):
-        list(text_losses(model_of(1, 20), np.arange(30), stride))
-
-
 @pytest.mark.parametrize("stride", [1, 5, 8, None])
 def test_each_token_has_the_context_of_its_window(stride):
     model, alone = model_of(2, 8), model_of(1, 8)
@@ -120,6 +111,9 @@ def test_each_token_has_the_context_of_its_window(stride):
         losses = plain_losses(alone, tokens[start : end + 1])
         want[first:end] = losses[first - start :]
     assert np.allclose(got, want, atol=1e-12)
+    for wrong in (0, 9, -1):
+        with pytest.raises(ValueError, match=r"stride must lie in \[1, 8\]"):
+            list(text_losses(model, tokens, wrong))
 
 
 # a text
@@ -137,6 +131,10 @@ def test_the_score_of_a_text():
     assert score_pieces(model, encoding, pieces) == score
     assert score.loss == score.nats / score.tokens
     assert score.perplexity == pytest.approx(math.exp(score.loss))
+    parted = [(True, "one<|endoftext|>two")]
+    got = score_pieces(model, encoding, parted, endoftext=True)
+    assert got == score_text(model, encoding, ["one", "two"])
+    assert got.bytes == 6 and got.tokens == 6
 
 
 def test_a_uniform_model_over_bytes_pays_eight_bits_and_a_little():
@@ -144,9 +142,6 @@ def test_a_uniform_model_over_bytes_pays_eight_bits_and_a_little():
     score = score_text(model, tokenizer.byte(), "some text of any kind")
     assert score.perplexity == pytest.approx(257)
     assert score.bits_per_byte == pytest.approx(math.log2(257))
-
-
-def test_bits_a_byte_do_not_depend_on_the_tokens():
     assert Score(8.0, 4, 10).bits_per_byte == Score(8.0, 2, 10).bits_per_byte
 
 
@@ -187,6 +182,8 @@ def test_the_sum_prefers_short_endings():
     ending = [np.zeros(n, int) for n in (3, 2, 1, 4)]
     (got,) = choose(model, [Example(np.zeros(5, int), ending, 0)])
     assert got.by_sum == 2
+    assert standard_error(0.5, 100) == pytest.approx(0.05)
+    assert standard_error(1.0, 9) == 0
     assert np.allclose(got.losses, math.log(257))
 
 
@@ -202,52 +199,6 @@ def test_a_row_that_is_too_long_loses_its_beginning(context, ending):
         row = np.concatenate([first, tokens])[-13:]
         want = plain_losses(model, row)[-len(tokens) :].mean()
         assert abs(mean - want) < 1e-12
-
-
-def test_pytorch_pays_the_same_and_chooses_the_same(tmp_path):
-    torch = pytest.importorskip("torch")
-    F = torch.nn.functional
-    model = model_of(4, 48, "fp32")
-    w = {k: torch.tensor(v).double() for k, v in model.params.items()}
-    V, C, H = CFG.vocab_size, CFG.channels, CFG.num_heads
-
-    def logits(ids):
-        T = len(ids)
-        x = w["wte"][ids] + w["wpe"][:T]
-        for i in range(CFG.num_layers):
-            h = F.layer_norm(x, (C,), w["ln1w"][i], w["ln1b"][i])
-            qkv = F.linear(h, w["qkvw"][i], w["qkvb"][i])
-            q, k, v = qkv.view(T, 3, H, C // H).permute(1, 2, 0, 3)
-            a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            a = a.transpose(0, 1).reshape(T, C)
-            x = x + F.linear(a, w["attprojw"][i], w["attprojb"][i])
-            h = F.layer_norm(x, (C,), w["ln2w"][i], w["ln2b"][i])
-            h = F.linear(h, w["fcw"][i], w["fcb"][i])
-            h = F.gelu(h, approximate="tanh")
-            x = x + F.linear(h, w["fcprojw"][i], w["fcprojb"][i])
-        x = F.layer_norm(x, (C,), w["lnfw"], w["lnfb"])
-        return F.linear(x, w["wte"])[:, :V]
-
-    path = lines_of(tmp_path / "a.jsonl")
-    examples = read_examples_json(path, tokenizer.byte())
-    for example, got in zip(examples, choose(model, examples), strict=True):
-        means, sums = [], []
-        for ending in example.endings:
-            ids = torch.tensor([*example.context, *ending]).long()
-            losses = F.cross_entropy(
-                logits(ids[:-1]), ids[1:], reduction="none"
-            )
-            losses = losses[len(example.context) - 1 :]
-            means.append(float(losses.mean()))
-            sums.append(float(losses.sum()))
-        assert np.allclose(got.losses, means, atol=1e-4)
-        assert got.by_mean == np.argmin(means)
-        assert got.by_sum == np.argmin(sums)
-
-
-def test_standard_error():
-    assert standard_error(0.5, 100) == pytest.approx(0.05)
-    assert standard_error(1.0, 9) == 0
 
 
 # llm.c's format
@@ -274,10 +225,6 @@ def test_the_format_is_llm_c_s(binary):
     want = b"".join(n.to_bytes(4, "little") for n in header)
     want += b"".join(int(n).to_bytes(2, "little") for b in blocks for n in b)
     assert raw == want
-
-
-def test_what_is_written_is_read(binary):
-    path, examples = binary
     again = read_examples(path)
     assert len(again) == 3
     for a, b in zip(examples, again, strict=True):
@@ -319,29 +266,6 @@ def test_bad_files(binary, change, message):
     assert str(error.value).startswith(str(path))
 
 
-@QUICK
-@given(data=st.data())
-def test_fuzzed_files(tmp_path_factory, data):
-    folder = tmp_path_factory.getbasetemp()
-    path = folder / "fuzzed.bin"
-    examples = read_examples_json(
-        lines_of(folder / "fuzzed.jsonl"), tokenizer.byte()
-    )
-    write_examples(path, examples)
-    raw = bytearray(path.read_bytes())
-    places = st.integers(0, len(raw) - 1) | st.integers(1024, 1060)
-    for _ in range(data.draw(st.integers(0, 4))):
-        raw[data.draw(places)] = data.draw(st.integers(0, 255))
-    end = data.draw(st.integers(0, len(raw)) | st.just(len(raw)))
-    path.write_bytes(raw[:end])
-    try:
-        for example in read_examples(path):
-            assert len(example.context) and 0 <= example.label < 4
-            assert all(map(len, example.endings))
-    except ValueError as error:
-        assert str(error).startswith(str(path)) and len(str(error)) < 400
-
-
 @pytest.mark.parametrize(
     "line, message",
     [
@@ -376,12 +300,9 @@ def test_bad_lines_are_passed_over_when_asked_for(tmp_path):
     found = read_examples_json(tmp_path / "a.jsonl", byte, True, tally)
     assert [x.label for x in found] == [0, 1, 2]
     assert tally.words() == "; passed over: bad records 4"
-
-
-def test_an_empty_file(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="holds no example"):
-        read_examples_json(tmp_path / "a.jsonl", tokenizer.byte())
+        read_examples_json(tmp_path / "a.jsonl", byte)
 
 
 @pytest.mark.parametrize(
@@ -421,92 +342,60 @@ def test_a_loss_that_is_no_number_gets_no_score(value):
             score()
 
 
-def test_weights_that_are_too_large_get_no_score(saved, capsys):
-    """Each is a number; what they give is not."""
-    model = model_of(1, 8, "fp32")
-    model.params["fcw"][:] = 1e38
-    model.save_checkpoint("m.bin")
-    lines_of(saved / "a.jsonl")
-    (saved / "a.txt").write_text("some text")
-    for what in ("--text a.txt", "--hellaswag a.jsonl"):
-        with np.errstate(all="ignore"), pytest.raises(SystemExit) as stop:
-            main(["eval", "m.bin", "--tokenizer", "byte", *what.split()])
-        out, err = capsys.readouterr()
-        assert stop.value.code == 1 and "acc" not in out
-        assert "loss" not in out and "nan" not in out
-        assert "llmnb: error: the loss of a token is nan" in err
-
-
 # the command
 
 
 @pytest.fixture
-def saved(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def saved(tmp_path, llmnb):
     model_of(1, 8, "fp32").save_checkpoint("m.bin")
     return tmp_path
 
 
-def test_eval_text(saved, capsys):
-    (saved / "a.txt").write_text("some text é\n" * 9, "utf-8")
-    with gzip.open("a.jsonl.gz", "wt") as file:
-        file.write(json.dumps({"body": "some text é\n" * 9}))
-    command = ["eval", "m.bin", "--tokenizer", "byte", "--text"]
-    main([*command, "a.txt"])
-    first = capsys.readouterr().out
-    model = GPT2.from_checkpoint("m.bin", 1, 48)
+def test_eval_text(saved, llmnb):
     text = "some text é\n" * 9
+    (saved / "a.txt").write_text(text, "utf-8")
+    with gzip.open("a.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"body": text}))
+    ask = "eval", "m.bin", *BYTES, "--text"
+    first = llmnb(*ask, "a.txt")[1]
+    model = GPT2.from_checkpoint("m.bin", 1, 48)
     score = score_text(model, tokenizer.byte(), text)
     assert f"{score.loss:.4f} nats a token" in first
     assert f"{score.perplexity:.2f} a token" in first
     assert f"{score.bits_per_byte:.4f} a byte" in first
     assert "117 bytes" in first and "context 48, stride 24" in first
-    main([*command, "a.jsonl.gz", "--field", "body"])
-    assert capsys.readouterr().out.splitlines()[3:] == first.splitlines()[3:]
+    again = llmnb(*ask, "a.jsonl.gz", "--field", "body")[1]
+    assert again.splitlines()[3:] == first.splitlines()[3:]
 
 
-def test_eval_hellaswag(saved, capsys):
+def test_eval_hellaswag(saved, llmnb):
     lines_of(saved / "a.jsonl")
     examples = read_examples_json(saved / "a.jsonl", tokenizer.byte())
     write_examples(saved / "a.bin", examples)
-    outputs = []
-    for name in ("a.bin", "a.jsonl"):
-        command = f"eval m.bin --tokenizer byte --hellaswag {name}"
-        main(command.split())
-        outputs.append(capsys.readouterr().out.splitlines()[2:])
-    assert outputs[0] == outputs[1]
+    one, two = (
+        llmnb("eval", "m.bin", *BYTES, "--hellaswag", name)[1].splitlines()[2:]
+        for name in ("a.bin", "a.jsonl")
+    )
+    assert one == two
     model = GPT2.from_checkpoint("m.bin", 4, 48)
     right = [x.by_mean == x.label for x in choose(model, examples)]
-    assert f"acc_norm   {np.mean(right):.4f} +- " in outputs[0][0]
+    assert f"acc_norm   {np.mean(right):.4f} +- " in one[0]
 
 
-def test_eval_says_what_it_left_out(saved, capsys):
+def test_eval_says_what_it_left_out(saved, llmnb):
     lines = lines_of(saved / "a.jsonl").read_text()
     long = json.dumps({"ctx": "x" * 99, "endings": ["y"] * 4, "label": 2})
     (saved / "a.jsonl").write_text(f"{lines}\n{long}\n[]")
-    ask = ["eval", "m.bin", "--tokenizer", "byte", "--skip-bad"]
-    main([*ask, "--hellaswag", "a.jsonl"])
-    assert (
-        "a.jsonl: 4 examples, 1 cut on the left to 48 tokens; passed over: "
-        "bad records 1\n"
-    ) in capsys.readouterr().out
+    ask = "eval", "m.bin", *BYTES, "--skip-bad"
+    passed = "passed over: bad records 1"
+    cut = f"4 examples, 1 cut on the left to 48 tokens; {passed}\n"
+    assert cut in llmnb(*ask, "--hellaswag", "a.jsonl")[1]
     (saved / "b.jsonl").write_text('{"text": "a<|endoftext|>b"}\n{}\n')
-    main([*ask, "--text", "b.jsonl"])
-    out = capsys.readouterr().out
-    assert "b.jsonl: 15 bytes; passed over: bad records 1; <|endo" in out
-    assert "<|endoftext|> as ordinary text: 1 (" in out
-    main([*ask, "--text", "b.jsonl", "--endoftext"])
-    out = capsys.readouterr().out
-    assert "b.jsonl: 2 bytes; passed over: bad records 1\n" in out
-    assert "tokens     2," in out
-
-
-def test_the_special_token_parts_documents():
-    model, byte = model_of(1, 20), tokenizer.byte()
-    pieces = [(True, "one<|endoftext|>two")]
-    got = score_pieces(model, byte, pieces, endoftext=True)
-    assert got == score_text(model, byte, ["one", "two"])
-    assert got.bytes == 6 and got.tokens == 6
+    out = llmnb(*ask, "--text", "b.jsonl")[1]
+    more = "<|endoftext|> as ordinary text: 1 ("
+    assert f"b.jsonl: 15 bytes; {passed}; {more}" in out
+    out = llmnb(*ask, "--text", "b.jsonl", "--endoftext")[1]
+    assert f"b.jsonl: 2 bytes; {passed}\n" in out and "tokens     2," in out
 
 
 @pytest.mark.parametrize(
@@ -527,17 +416,14 @@ def test_the_special_token_parts_documents():
         ("a.txt --text a.txt", "a.txt"),
     ],
 )
-def test_mistakes_get_one_line(saved, capsys, monkeypatch, command, message):
+def test_mistakes_get_one_line(saved, llmnb, monkeypatch, command, message):
     if "tokenizer gpt2" in command:
         monkeypatch.setattr(
             tokenizer, "gpt2", lambda: from_tokens("gpt2", TOKENS)
         )
     (saved / "a.txt").write_text("text")
-    with pytest.raises(SystemExit) as stop:
-        main(["eval", *command.split()])
-    err = capsys.readouterr().err
-    assert stop.value.code == 1 and message in err
-    assert err.count("\n") == 1
+    code, _, err = llmnb("eval", *command.split())
+    assert code == 1 and message in err and err.count("\n") == 1
 
 
 TOKENS = [bytes([i]) for i in range(256)] + [b"ab"]

@@ -1,0 +1,400 @@
+# Written by `make export` from notebooks/5_modern/06_files.py: edit that file.
+
+"""Published models of Llama's kind: folders read and written."""
+
+__all__ = [
+    "FIXED_OF_FAMILIES", "Piece", "RECORD", "described_config",
+    "family_description", "family_of", "open_family", "pieces",
+    "write_family", "write_family_folder",
+]
+
+
+# imports of the families
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from llmnb.files import make_folder, read_json, replacing
+from llmnb.formats.published import published_tensors
+from llmnb.formats.safetensors import write_tensors
+from llmnb.model.architectures import (
+    ARCHITECTURES, architecture_from, architecture_record,
+)
+from llmnb.model.tensors import tensor_table
+
+
+# settings we compute with
+# settings that change what a model computes, and the values we compute with;
+# None: as if it were not there
+FIXED_OF_FAMILIES = {
+    "attention_bias": [False, None],
+    "mlp_bias": [False, None],
+    "use_bidirectional_attention": [False, None],
+    "partial_rotary_factor": [1.0, None],
+    "num_local_experts": [None],
+}
+_ACTIVATIONS = {
+    "swiglu": ("silu", "swish"),
+    # Gemma's first files say gelu and mean its tanh form
+    "geglu": ("gelu_pytorch_tanh", "gelu_new", "gelu"),
+}
+_KINDS = [x for x in ARCHITECTURES if x != "gpt2"]
+# our name -> the published one
+_NAMES = {
+    "max_seq_len": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "channels": "hidden_size",
+    "num_kv_heads": "num_key_value_heads",
+    "head_size": "head_dim",
+    "hidden": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "tied": "tie_word_embeddings",
+    "attention_softcap": "attn_logit_softcapping",
+    "final_softcap": "final_logit_softcapping",
+}
+
+
+# a description, read
+class _Description:
+    """A config.json: values by name, with errors that name the file."""
+
+    def __init__(self, path):
+        self.path, self.found = path, read_json(path)
+
+    def refuse(self, name, wanted):
+        got = self.found.get(name)
+        raise ValueError(
+            f"{self.path}: {name} must be {wanted}, got {got!r:.80}"
+        )
+
+    def part(self, name, within=None):
+        """An object within, or in a part of it; or an empty one."""
+        found = (self.found if within is None else within).get(name) or {}
+        if not isinstance(found, dict):
+            raise ValueError(
+                f"{self.path}: {name} must be an object, got {found!r:.80}"
+            )
+        return found
+
+
+def family_of(path):
+    """The family that a config.json names, or None where it is none of ours.
+
+    path: of the file. Raises ValueError, naming it, when it is no JSON.
+
+    Derived in chapter 5.6.
+    """
+    kind = read_json(path).get("model_type")
+    return kind if kind in _KINDS else None
+
+
+def described_config(path):
+    """The configuration that a Hugging Face config.json describes.
+
+    path: of the file; either style, with rope_theta and rope_scaling or with
+    rope_parameters and layer_types. Raises ValueError, naming the file and
+    the setting, where a model of that kind would compute what ours does not.
+
+    Derived in chapter 5.6.
+    """
+    said = _Description(path)
+    kind = said.found.get("model_type")
+    if kind not in _KINDS:
+        said.refuse("model_type", f"one of {', '.join(_KINDS)}")
+    for name, values in FIXED_OF_FAMILIES.items():
+        if said.found.get(name) not in values + [None]:
+            said.refuse(name, repr(values[0]))
+    made = ARCHITECTURES[kind]
+    acts = _ACTIVATIONS[made.feedforward]
+    act = said.found.get("hidden_activation") or said.found.get("hidden_act")
+    if (act or acts[0]) not in acts:
+        raise ValueError(
+            f"{path}: the activation must be {acts[0]}, got {act!r:.80}"
+        )
+    given = {
+        ours: said.found[theirs]
+        for ours, theirs in _NAMES.items()
+        if theirs in said.found
+    }
+    given |= _rope(said, made) | _windows(said, made) | _scale(said)
+    try:
+        return made(**given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+# rotary settings of both styles
+def _rope(said, made):
+    """theta, scaling and the local theta, of either style."""
+    new, found = said.part("rope_parameters"), {}
+    layers = new if "full_attention" in new else {"full_attention": new}
+    whole = said.part("full_attention", layers)
+    theta = whole.get("rope_theta", said.found.get("rope_theta"))
+    if theta is not None:
+        found["rope_theta"] = theta
+    scaling = _scaling(said, whole or said.part("rope_scaling"))
+    if scaling:
+        found["rope_scaling"] = scaling
+    local = said.part("sliding_attention", layers)
+    theta = local.get("rope_theta", said.found.get("rope_local_base_freq"))
+    if theta is not None and made.family == "gemma3_text":
+        found["local_theta"] = theta
+    if _scaling(said, local):
+        said.refuse("rope_parameters", "unscaled where the look is short")
+    return found
+
+
+def _scaling(said, part):
+    kind = part.get("rope_type", part.get("type", "default"))
+    if kind == "default":
+        return None
+    names = {"linear": ["factor"]}
+    names["llama3"] = ["factor", "low_freq_factor", "high_freq_factor"]
+    names["llama3"] += ["original_max_position_embeddings"]
+    if kind not in list(names):
+        raise ValueError(
+            f"{said.path}: rope_type must be default, linear or llama3, "
+            f"got {kind!r:.80}"
+        )
+    missing = [x for x in names[kind] if x not in part]
+    if missing:
+        raise ValueError(f"{said.path}: rope scaling lacks {missing[0]}")
+    return kind, *[part[x] for x in names[kind]]
+
+
+# windows of both styles
+def _windows(said, made):
+    """window and global_every, from layer_types or from a pattern."""
+    window = said.found.get("sliding_window")
+    if said.found.get("use_sliding_window") is False or not window:
+        return {"window": None, "global_every": 0}
+    if made.family in ("llama", "gemma"):
+        return {}
+    kinds = said.found.get("layer_types")
+    if kinds is None:
+        if made.family == "qwen3":
+            said.refuse("layer_types", "there where use_sliding_window is")
+        every = said.found.get("sliding_window_pattern", made.global_every)
+        return {"window": window, "global_every": every}
+    if not isinstance(kinds, list):
+        said.refuse("layer_types", "a list")
+    whole = [kind == "full_attention" for kind in kinds]
+    if all(whole):
+        return {"window": None, "global_every": 0}
+    every = whole.index(True) + 1 if any(whole) else 0
+    layers = said.found.get("num_hidden_layers")
+    want = [bool(every) and (i + 1) % every == 0 for i in range(len(whole))]
+    if whole != want or len(whole) != layers:
+        said.refuse("layer_types", "a regular pattern, one for each layer")
+    return {"window": window, "global_every": every}
+
+
+def _scale(said):
+    scalar = said.found.get("query_pre_attn_scalar")
+    head = said.found.get("head_dim")
+    if scalar is None or scalar == head:
+        return {}
+    number = isinstance(scalar, (int, float))
+    if not number or not 0 < scalar <= sys.float_info.max:
+        said.refuse("query_pre_attn_scalar", "a positive number")
+    return {"attention_scale": scalar**-0.5}
+
+
+# a description, written
+_CLASSES = {
+    "llama": "Llama", "mistral": "Mistral", "qwen3": "Qwen3",
+    "gemma": "Gemma", "gemma2": "Gemma2", "gemma3_text": "Gemma3",
+}  # fmt: skip
+
+
+def family_description(cfg):
+    """The config.json of a configuration, a dict, as `transformers` reads it.
+
+    In the older style, which newer versions read too, with layer_types.
+
+    Derived in chapter 5.6.
+    """
+    found = {theirs: getattr(cfg, ours) for ours, theirs in _NAMES.items()}
+    found |= {"model_type": cfg.family, "rope_theta": cfg.rope_theta}
+    found["architectures"] = [f"{_CLASSES[cfg.family]}ForCausalLM"]
+    act = _ACTIVATIONS[cfg.feedforward][0]
+    found |= {"hidden_act": act, "hidden_activation": act}
+    found |= {"attention_bias": False, "mlp_bias": False}
+    if cfg.rope_scaling:
+        found["rope_scaling"] = _described_scaling(*cfg.rope_scaling)
+    if cfg.local_theta:
+        found["rope_local_base_freq"] = cfg.local_theta
+    scale = cfg.attention_scale or cfg.head_size**-0.5
+    if cfg.family in ("gemma2", "gemma3_text"):
+        found["query_pre_attn_scalar"] = round(scale**-2, 9)
+    if cfg.family == "qwen3":
+        found["use_sliding_window"] = cfg.window is not None
+    if cfg.family not in ("llama", "gemma"):
+        local = [cfg.is_local(i) for i in range(cfg.num_layers)]
+        kinds = "full_attention", "sliding_attention"
+        found["layer_types"] = [kinds[x] for x in local]
+        found["sliding_window"] = cfg.window
+    return {name: x for name, x in found.items() if x is not None}
+
+
+def _described_scaling(kind, factor, low=None, high=None, length=None):
+    found = {"rope_type": kind, "factor": factor}
+    if kind == "llama3":
+        found |= {"low_freq_factor": low, "high_freq_factor": high}
+        found["original_max_position_embeddings"] = length
+    return found
+
+
+# where each tensor belongs
+class Piece(NamedTuple):
+    """Where one published tensor lies in our arrays.
+
+    name: ours. block: its number, or None. rows: a slice of the rows.
+
+    Derived in chapter 5.6.
+    """
+
+    name: str
+    block: int | None
+    rows: slice
+
+    def of(self, params):
+        """Our rows, a view."""
+        x = params[self.name]
+        return (x if self.block is None else x[self.block])[self.rows]
+
+
+def pieces(cfg):
+    """Published name -> `Piece`, for all tensors of a Llama or a relative.
+
+    Derived in chapter 5.6.
+    """
+    found = {}
+    for x in tensor_table(cfg):
+        for i in range(cfg.num_layers) if x.stacked else [None]:
+            at = 0
+            for name, rows in x.pieces or [(x.there, x.used or x.shape[0])]:
+                place = Piece(x.name, i, slice(at, at + rows))
+                found[name.format(i)] = place
+                at += rows
+    return found
+
+
+# check all tensors
+# old files hold the frequencies of the rotation, which the config gives
+_IGNORED = ".rotary_emb.inv_freq"
+
+
+def _check_pieces(path, cfg, tensors):
+    """Raise unless there is each tensor of the model, and no other."""
+    if cfg.num_layers > len(tensors):  # before all of them are named
+        raise ValueError(
+            f"{path}: num_hidden_layers must be at most its {len(tensors)} "
+            f"tensors, got {cfg.num_layers}"
+        )
+    places = pieces(cfg)
+    shapes = {x.name: x.shape for x in tensor_table(cfg)}
+    for name, place in places.items():
+        if name not in tensors:
+            raise ValueError(f"{path}: has no tensor {name}")
+        file, full = tensors[name]
+        rows = place.rows.stop - place.rows.start
+        want = (rows, *shapes[place.name][1:])
+        if file.shape(full) != want:
+            raise ValueError(
+                f"{path}: {full} must be {want}, got {file.shape(full)}"
+            )
+        if file.dtype(full) not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(
+                f"{path}: {full} must be a float, got {file.dtype(full)}"
+            )
+    for name in sorted(set(tensors) - set(places)):
+        tied = cfg.tied and name == "lm_head.weight"
+        if not tied and not name.endswith(_IGNORED):
+            raise ValueError(f"{path}: a {cfg.family} has no tensor {name}")
+
+
+def _read_pieces(path, cfg, tensors, params):
+    """Fill params, checked before, one tensor at a time."""
+    for name, place in pieces(cfg).items():
+        file, full = tensors[name]
+        place.of(params)[...] = file[full]
+    for x in tensor_table(cfg):
+        if x.used:
+            params[x.name][x.used :] = 0
+    if cfg.tied and "lm_head.weight" in tensors:
+        file, full = tensors["lm_head.weight"]
+        if not np.array_equal(file[full], params["wte"][: cfg.vocab_size]):
+            raise ValueError(f"{path}: {full} must equal the token table")
+
+
+# open a folder
+RECORD = "llmnb"  # where the metadata of our own files hold the record
+
+
+def open_family(path):
+    """A model's configuration, and the function that fills its params.
+
+    path: a .safetensors file, or the index of several, with a config.json
+    beside it or our own record inside. Raises ValueError, naming the file
+    and what is wrong, before anything is read.
+
+    Derived in chapter 5.6.
+    """
+    tensors = published_tensors(path)
+    file, _ = next(iter(tensors.values()))
+    own = file.metadata.get(RECORD)
+    if own is None:
+        cfg = described_config(Path(path).parent / "config.json")
+    else:
+        try:
+            cfg = architecture_from(json.loads(own))
+            if cfg.family not in _KINDS:
+                raise ValueError("it is of no family")
+        except (TypeError, ValueError, AttributeError, RecursionError) as e:
+            raise ValueError(f"{path}: its record is wrong: {e}") from None
+    _check_pieces(path, cfg, tensors)
+    return cfg, partial(_read_pieces, path, cfg, tensors)
+
+
+# write a folder
+def write_family(path, cfg, params):
+    """Write a model as one safetensors file, float32, with published names.
+
+    params: a mapping from our names to arrays. The configuration stands in
+    the metadata, so that the file alone is enough for us. It appears whole or
+    not at all.
+
+    Derived in chapter 5.6.
+    """
+    tensors = {
+        name: place.of(params).astype(np.float32, copy=False)
+        for name, place in pieces(cfg).items()
+    }
+    note = {"format": "pt", RECORD: json.dumps(architecture_record(cfg))}
+    write_tensors(path, tensors, note)
+
+
+def write_family_folder(folder, cfg, params):
+    """Write a folder that `transformers` reads: config.json and the weights.
+
+    The folder is made if it is not there. Raises ValueError when it holds a
+    config.json of another family.
+
+    Derived in chapter 5.6.
+    """
+    path = Path(folder) / "config.json"
+    if path.exists() and family_of(path) != cfg.family:
+        raise ValueError(
+            f"{path}: describes no {cfg.family}, and is left alone"
+        )
+    make_folder(Path(folder))
+    write_family(Path(folder) / "model.safetensors", cfg, params)
+    with replacing(path) as file:
+        file.write(json.dumps(family_description(cfg), indent=1).encode())

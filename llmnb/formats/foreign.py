@@ -1,0 +1,326 @@
+# Written by `make export` from notebooks/5_modern/08_tokenizers.py: edit that file.
+
+"""Tokenizers of other models, read through libraries."""
+
+__all__ = [
+    "Foreign", "LETTERS", "foreign_gguf", "foreign_json",
+    "foreign_sentencepiece", "open_foreign",
+]
+
+
+# imports
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from llmnb.files import read_json, read_small, what_is
+from llmnb.formats.gguf import GGUFFile
+from llmnb.formats.letters import byte_letters
+
+
+LETTERS = byte_letters()
+
+
+# the interface
+class Foreign:
+    """A tokenizer of another library, with the methods that llmnb calls.
+
+    name: what it is called. encode: a function from a text to a list of
+    tokens, none of them special. tokens: what each stands for, a list of
+    bytes. special: a mapping from text to token of those that only markup
+    makes. bos, eos: the tokens that a text begins and ends with; bos may be
+    None. files: name to bytes of what it can be opened from again. The
+    methods do what those of a tiktoken.Encoding do.
+
+    Derived in chapter 5.8.
+    """
+
+    def __init__(self, name, encode, tokens, special, bos, eos, files):
+        self.name, self._encode, self._tokens = name, encode, tokens
+        self.files = files
+        self._special, self.bos_token, self.eot_token = special, bos, eos
+        self.n_vocab = len(tokens)
+        words = sorted(special, key=len, reverse=True)
+        self._markup = re.compile("|".join(map(re.escape, words)) or "(?!)")
+
+    @property
+    def special_tokens_set(self):
+        """The texts of special tokens, a set."""
+        return set(self._special)
+
+    def encode_ordinary(self, text):
+        """The tokens of a text, a list; markup in it is ordinary text."""
+        # halves of a pair, which is no text to the libraries
+        return self._encode(re.sub("[\ud800-\udfff]", "\ufffd", text))
+
+    def encode(self, text, allowed_special="all"):
+        """The tokens of a text, a list; markup becomes special tokens."""
+        if allowed_special != "all":
+            return self.encode_ordinary(text)
+        found, at = [], 0
+        for markup in self._markup.finditer(text):
+            if markup.start() > at:
+                found += self.encode_ordinary(text[at : markup.start()])
+            found.append(self._special[markup[0]])
+            at = markup.end()
+        return found + (self.encode_ordinary(text[at:]) if text[at:] else [])
+
+    def encode_to_numpy(self, text, disallowed_special=()):
+        """As encode_ordinary, a uint32 array."""
+        return np.array(self.encode_ordinary(text), np.uint32)
+
+    def decode_single_token_bytes(self, token):
+        """What a token stands for: bytes."""
+        return self._tokens[token]
+
+    def decode(self, tokens):
+        """The text of some tokens; what is no character is U+FFFD."""
+        whole = b"".join(self._tokens[x] for x in tokens)
+        return whole.decode("utf-8", "replace")
+
+
+# a library that may be missing
+def _need(name, path):
+    try:
+        return __import__(name)
+    except ImportError:
+        raise ImportError(
+            f"{path} needs the package {name}: pip install 'llmnb[modern]'"
+        ) from None
+
+
+def _bytes_in_letters(token):
+    """The bytes of a token in GPT-2's letters; others as UTF-8."""
+    if all(x in LETTERS for x in token):
+        return bytes(LETTERS[x] for x in token)
+    return token.encode("utf-8")
+
+
+def _bytes_of_piece(token):
+    """The bytes of a token as SentencePiece writes it."""
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("\u2581", " ").encode("utf-8")
+
+
+# tokenizer.json
+_LONGEST_FILE = 1 << 26  # bytes; Gemma 3's has 33 million
+_MOST_TOKENS = 1 << 20  # Gemma 3 has 262,145
+
+
+def foreign_json(path):
+    """The tokenizer of a tokenizer.json, through the library tokenizers.
+
+    What begins and ends a text is read from the config.json, or the
+    tokenizer_config.json, beside it. Raises ImportError without the library
+    and ValueError, naming the file, when it is no tokenizer.
+
+    Derived in chapter 5.8.
+    """
+    path = Path(path)
+    library = _need("tokenizers", path)
+    raw = read_small(path, _LONGEST_FILE)
+    try:
+        theirs = library.Tokenizer.from_str(raw.decode("utf-8"))
+        said = json.loads(raw)
+    except Exception as error:  # the library has no class of its own for it
+        what = what_is(path) or f"not a tokenizer ({error!s:.200})"
+        raise ValueError(f"{path}: {what}") from None
+    theirs.no_truncation()
+    theirs.no_padding()
+    letters = '"ByteLevel"' in json.dumps(
+        [said.get("pre_tokenizer"), said.get("decoder")]
+    )
+    return _of_library(path, theirs, letters, _ends_beside(path, theirs))
+
+
+def _of_library(path, theirs, letters, ends):
+    """A Foreign of a tokenizers.Tokenizer; letters: whether GPT-2's."""
+    theirs.encode_special_tokens = True  # markup in a text is text
+    decode = _bytes_in_letters if letters else _bytes_of_piece
+    added = theirs.get_added_tokens_decoder()
+    count = 1 + max(theirs.get_vocab().values(), default=-1)
+    _check_numbers(path, count, ends)
+    tokens = []
+    for i in range(count):
+        token = theirs.id_to_token(i)
+        if i in added:
+            tokens.append(added[i].content.encode("utf-8"))
+        else:
+            tokens.append(b"" if token is None else decode(token))
+    special = {x.content: i for i, x in added.items() if x.special}
+    said = {f"{kind}_token": None if x is None else theirs.id_to_token(x)
+            for kind, x in zip(("bos", "eos"), ends, strict=True)}  # fmt: skip
+    files = {
+        "tokenizer.json": theirs.to_str().encode(),
+        "tokenizer_config.json": json.dumps(said).encode(),
+    }
+
+    def encode(text):
+        return theirs.encode(text, add_special_tokens=False).ids
+
+    return Foreign(str(path), encode, tokens, special, *ends, files)
+
+
+def _check_numbers(path, count, ends):
+    """Raise unless there are count tokens, and these ends among them."""
+    if count > _MOST_TOKENS:
+        raise ValueError(
+            f"{path}: must have at most {_MOST_TOKENS:,} tokens, has {count:,}"
+        )
+    begin, end = ends
+    for number in (end,) if begin is None else (begin, end):
+        if type(number) is not int or not 0 <= number < count:
+            raise ValueError(
+                f"{path}: a text ends or begins with token {number!r:.80}, "
+                f"which is none of {count:,}"
+            )
+
+
+# what a text begins and ends with
+def _ends_beside(path, theirs):
+    """Begin and end, from the files beside a tokenizer."""
+    folder = path.parent
+    said = _optional(folder / "tokenizer_config.json")
+    numbers = _optional(folder / "config.json")
+    found = []
+    for kind in ("bos", "eos"):
+        word = said.get(f"{kind}_token")
+        word = word.get("content") if isinstance(word, dict) else word
+        number = theirs.token_to_id(word) if word else None
+        if number is None:
+            number = numbers.get(f"{kind}_token_id")
+        several = isinstance(number, list) and number
+        found.append(number[0] if several else number)
+    if found[1] is None:
+        raise ValueError(
+            f"{path}: no eos_token in the tokenizer_config.json or "
+            "config.json beside it, so where a text ends is not known"
+        )
+    # a tokenizer that puts nothing before a text has no begin
+    begins = theirs.encode("").ids[:1]
+    return (found[0] if begins == [found[0]] else None), found[1]
+
+
+def _optional(path):
+    return read_json(path) if path.is_file() else {}
+
+
+# tokenizer.model
+def foreign_sentencepiece(path):
+    """The tokenizer of a tokenizer.model, through the library sentencepiece.
+
+    Raises ImportError without the library and ValueError, naming the file,
+    when it is no such model.
+
+    Derived in chapter 5.8.
+    """
+    path = Path(path)
+    library = _need("sentencepiece", path)
+    theirs = library.SentencePieceProcessor()
+    raw = read_small(path, _LONGEST_FILE)
+    try:
+        theirs.LoadFromSerializedProto(raw)
+        pieces = [theirs.id_to_piece(i) for i in range(theirs.vocab_size())]
+    except (RuntimeError, UnicodeDecodeError) as error:
+        what = what_is(path) or f"not a tokenizer ({error!s:.200})"
+        raise ValueError(f"{path}: {what}") from None
+    bos, eos = theirs.bos_id(), theirs.eos_id()
+    bos = bos if bos >= 0 else None
+    _check_numbers(path, len(pieces), (bos, eos))
+    tokens = [_bytes_of_piece(x) for x in pieces]
+    special = {x: i for i, x in enumerate(pieces) if theirs.is_control(i)}
+    what = theirs.encode, tokens, special, bos, eos
+    return Foreign(str(path), *what, {"tokenizer.model": raw})
+
+
+# a GGUF's own tables
+_CONTROL, _ADDED = 3, 4  # kinds of token there
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# how a text is cut into words, by the name that the file gives it: a
+# pattern, or None for GPT-2's
+_CUTS = {
+    "gpt-2": None,
+    "default": None,
+    "smollm": None,  # and digits stand alone
+    "llama-bpe": _LLAMA3,
+    "qwen2": _LLAMA3.replace("{1,3}", ""),
+}
+
+
+def foreign_gguf(path):
+    """The byte-level BPE whose tokens and merges a GGUF file holds.
+
+    Raises ImportError without the libraries gguf and tokenizers, and
+    ValueError, naming the file, when it holds a tokenizer of another kind.
+
+    Derived in chapter 5.8.
+    """
+    file, library = GGUFFile(path), _need("tokenizers", path)
+    start = "tokenizer.ggml."
+    kind, cut = file.get(f"{start}model"), file.get(f"{start}pre", "default")
+    if kind != "gpt2" or cut not in list(_CUTS):
+        raise ValueError(
+            f"{path}: its tokenizer must be a byte-level BPE cut as one of "
+            f"{', '.join(_CUTS)}, got {kind!r:.80} and {cut!r:.80}: name "
+            "another, as in --tokenizer tokenizer.json"
+        )
+    adds = file.get(f"{start}add_bos_token", cut == "llama-bpe")
+    bos = file.get(f"{start}bos_token_id") if adds else None
+    try:
+        theirs = _byte_level(file, library, cut)
+        if bos is not None:
+            text = theirs.id_to_token(bos)
+            theirs.post_processor = library.processors.TemplateProcessing(
+                single=f"{text} $A", special_tokens=[(text, bos)]
+            )
+    except Exception as error:  # the library has no class of its own for it
+        raise ValueError(
+            f"{path}: its tokenizer is not whole ({error!s:.200})"
+        ) from None
+    eos = file.get(f"{start}eos_token_id")
+    return _of_library(path, theirs, True, (bos, eos))
+
+
+def _byte_level(file, library, cut):
+    """The library's tokenizer of a file's tables."""
+    start, before = "tokenizer.ggml.", library.pre_tokenizers
+    tokens, merges = file.get(f"{start}tokens"), file.get(f"{start}merges")
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if len(vocab) < len(tokens):
+        raise ValueError("a token comes twice")
+    pairs = [tuple(x.split(" ")) for x in merges]
+    how = {"ignore_merges": True} if cut == "llama-bpe" else {}
+    model = library.models.BPE(vocab=vocab, merges=pairs, **how)
+    theirs = library.Tokenizer(model)
+    steps = [before.Digits(individual_digits=True)] * (cut == "smollm")
+    if _CUTS[cut] is None:
+        steps.append(before.ByteLevel(add_prefix_space=False))
+    else:
+        steps.append(before.Split(library.Regex(_CUTS[cut]), "isolated"))
+        whole = before.ByteLevel(add_prefix_space=False, use_regex=False)
+        steps.append(whole)
+    theirs.pre_tokenizer = before.Sequence(steps)
+    theirs.decoder = library.decoders.ByteLevel()
+    if cut == "qwen2":
+        theirs.normalizer = library.normalizers.NFC()
+    kinds = file.get(f"{start}token_type", [1] * len(tokens))
+    named = list(zip(tokens, kinds, strict=True))
+    theirs.add_special_tokens([x for x, kind in named if kind == _CONTROL])
+    theirs.add_tokens([x for x, kind in named if kind == _ADDED])
+    return theirs
+
+
+# any of them
+def open_foreign(path):
+    """The tokenizer of a file: a tokenizer.json, .model or .gguf.
+
+    Derived in chapter 5.8.
+    """
+    kinds = {".json": foreign_json, ".model": foreign_sentencepiece}
+    return kinds.get(Path(path).suffix, foreign_gguf)(path)

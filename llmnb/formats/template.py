@@ -1,0 +1,104 @@
+# Written by `make export` from notebooks/5_modern/09_chat.py: edit that file.
+
+"""Chat templates, rendered in a sandbox."""
+
+__all__ = ["chat_template", "render_chat"]
+
+
+# imports of the template
+from datetime import datetime
+from pathlib import Path
+
+from llmnb.files import read_json, read_small
+from llmnb.formats.checkpoint import find_model
+from llmnb.formats.gguf import GGUFFile
+
+
+# a model's template
+def chat_template(path):
+    """The chat template of a model on disk: a text in Jinja's language.
+
+    path: as for llmnb.load. It lies in a GGUF file, in chat_template.jinja
+    or in tokenizer_config.json. Raises ValueError when the model has none:
+    then it is one that continues texts, and does not talk.
+
+    Derived in chapter 5.9.
+    """
+    file = find_model(path)
+    if file.suffix == ".gguf":
+        found = GGUFFile(file).get("tokenizer.chat_template")
+    else:
+        found = _beside(file.parent)
+    if not isinstance(found, str):
+        raise ValueError(
+            f"{path}: has no chat template, so it continues texts and does "
+            "not talk: use llmnb generate"
+        )
+    return found
+
+
+def _beside(folder):
+    own = folder / "chat_template.jinja"
+    if own.is_file():
+        try:
+            return read_small(own, 1 << 20).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{own}: not a text ({error})") from None
+    said = folder / "tokenizer_config.json"
+    found = read_json(said, 1 << 24) if said.is_file() else {}
+    found = found.get("chat_template")
+    if isinstance(found, list):  # several, by name
+        named = [x for x in found if isinstance(x, dict)]
+        found = {x.get("name"): x.get("template") for x in named}
+        found = found.get("default")
+    return found
+
+
+# render it
+def render_chat(template, messages, bos="", eos=""):
+    """The text in which a model expects a conversation, up to its answer.
+
+    template: as chat_template gives it. messages: dicts with role (system,
+    user or assistant) and content. bos, eos: the texts of the tokens by
+    which a text begins and ends. Templates come with models from anywhere, so
+    they run in Jinja's sandbox. Raises ValueError when one asks for what the
+    sandbox forbids, refuses the messages, or is no template.
+
+    Derived in chapter 5.9.
+    """
+    sandbox = _sandbox()
+    given = {"messages": messages, "add_generation_prompt": True}
+    given |= {"bos_token": bos, "eos_token": eos}
+    try:
+        return sandbox.from_string(template).render(given)
+    except Exception as error:  # a template is a program: it may fail anyhow
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"the chat template fails: {why:.200}") from None
+
+
+# the sandbox
+def _sandbox():
+    """Jinja's sandbox, with the two functions that templates may call."""
+    try:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+    except ImportError:
+        raise ImportError(
+            "a chat needs the package jinja2: pip install 'llmnb[modern]'"
+        ) from None
+
+    def refuse(message):
+        raise TemplateError(message)
+
+    def forbid(x, name):
+        kind = type(x).__name__
+        raise SecurityError(f"it asks for {name!r:.80} of a {kind}")
+
+    made = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols"],
+    )  # fmt: skip
+    made.unsafe_undefined = forbid  # Jinja's own says nothing, and goes on
+    made.globals["raise_exception"] = refuse
+    made.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return made

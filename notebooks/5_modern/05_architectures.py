@@ -1,0 +1,820 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     modules:
+#       reference.embedding: "Token vectors in NumPy, without positions."
+#       cpu.embedding: "Token vectors, compiled for the processor's cores."
+#       cuda.embedding: "Token vectors on a GPU, without positions."
+#       model.modern: "The parts of Llama's block and its relatives'."
+# ---
+
+# %% [markdown]
+# # The architectures: Llama, Mistral, Gemma, Qwen from the same parts
+#
+# > One block with other parts, a table of tensors, and a configuration a family.
+#
+# *Reading time: 30 minutes. You need: the block ([chapter
+# 1.13](../1_by_hand/13_block.ipynb)) and the parts of chapters 5.1 to 5.4.*
+#
+# ## Where we are
+#
+# Four chapters have changed one box each. Now they go into one block, and six
+# families of models come out: they differ in numbers and in a few words. At the end
+# you can
+#
+# - say what separates GPT-2 from Llama, and Llama from each of the others;
+# - read the parts of a block, and say which array each hands to the next;
+# - count a published model's parameters, and hit the published number.
+#
+# ## Three blocks
+
+# %% setup
+import matplotlib.pyplot as plt
+import numpy as np
+
+from llmnb.book.diagram import PALETTE, draw_arrow, draw_rounded
+from llmnb.book.verify import compare, numerical_gradient, verdict
+from llmnb.config import GPT2Config
+from llmnb.model.architectures import ARCHITECTURES, PRESETS
+
+COLUMNS = {
+    "GPT-2": "LayerNorm|attention|+|LayerNorm|up, GELU, down|+",
+    "Llama": "RMSNorm|turn q and k\nattention|+|RMSNorm"
+    "|gate, up\nSwiGLU, down|+",
+    "Gemma 2": "RMSNorm|turn q and k\nattention, capped|RMSNorm|+|RMSNorm"
+    "|gate, up\nGeGLU, down|RMSNorm|+",
+}
+
+# %% draw them tags=["hide-input"]
+fig, ax = plt.subplots(figsize=(8, 5.6), dpi=100)
+old = set(COLUMNS["GPT-2"].split("|"))
+for n, (name, labels) in enumerate(COLUMNS.items()):
+    x, labels = 2.7 * n, labels.split("|")
+    ax.text(x, 0.75, name, ha="center", color=PALETTE["grey"], weight="bold")
+    step, begin = 7 / len(labels), 0.2
+    for i, label in enumerate(labels):
+        y = -(i + 0.5) * step
+        lit = "grey" if label in old else "orange"
+        if label == "+":
+            by = [(x, begin), (x - 1.15, begin), (x - 1.15, y), (x - 0.2, y)]
+            draw_arrow(ax, by, color=PALETTE["grey"])
+            begin = y - 0.28
+        half = (0.2, 0.2) if label == "+" else (0.85, min(0.36, step * 0.42))
+        corner, size = (x - half[0], y - half[1]), [2 * a for a in half]
+        look = {"facecolor": PALETTE[lit], "edgecolor": "none"}
+        draw_rounded(ax, corner, *size, 0.1, **look)
+        middle = {"ha": "center", "va": "center", "size": 8.5}
+        ax.text(x, y, label, color="white", **middle)
+        top = y + step - (0.2 if i and labels[i - 1] == "+" else 0.36)
+        down = [(x, top), (x, y + half[1])]
+        draw_arrow(ax, down, color=PALETTE["grey"])
+ax.set(xlim=(-1.3, 6.5), ylim=(-7.1, 1.1))
+ax.axis("off")
+fig.patch.set_alpha(0)
+plt.show()
+
+# %% [markdown]
+# *Figure 5.5.1. A block of three models; orange is what GPT-2 has not. The plan
+# stays, two halves that each add to the stream, and Gemma 2 norms what a half
+# has computed before it is added.*
+#
+# Both ends changed too. Positions are gone from the first, for rotation does their
+# work in every block; Gemma multiplies the token vectors by $\sqrt C$. And
+# at the last the logits come from the table of tokens again (*tied*), or
+# from a matrix of their own.
+
+# %% imports of the embedding tags=["export"] module="reference.embedding"
+import numpy as np
+
+from llmnb.shapes import shapes
+
+
+# %% token vectors tags=["export"] module="reference.embedding"
+@shapes("B T C!, B T of Vp, Vp C", scale="above 0")
+def embedding_forward(out, inp, wte, scale=1.0):
+    """Write the vector of each token, times scale.
+
+    out: (B, T, C), overwritten. inp: (B, T) integers, each in [0, Vp). wte:
+    (Vp, C). out and wte of one float dtype.
+    """
+    out[...] = wte[inp] * wte.dtype.type(scale)
+
+
+@shapes("Vp C!, B T C, B T of Vp", scale="above 0")
+def embedding_backward(dwte, dout, inp, scale=1.0):
+    """Add dout's rows, times scale, to the rows that they came from.
+
+    dwte: (Vp, C), added to. dout: (B, T, C). inp: (B, T) integers.
+    """
+    np.add.at(dwte, inp, dout * dwte.dtype.type(scale))
+
+
+# %% [markdown]
+# ## The whole difference
+#
+# A family is a configuration class, which
+# [chapter 5.6](06_files.ipynb) writes beside the files that it comes from. What a
+# user sets is a field: sizes, the base of rotation, a window. What makes the
+# family itself is an attribute of the class, so that no file can change it.
+# Read from the configurations, this is all that separates six models:
+
+
+# %% the families, a column each
+def facts(cfg):
+    old, norm = cfg.family == "gpt2", {"rmsnorm": "rms"}.get(cfg.norm, "layer")
+    has = {x: getattr(cfg, x, None) for x in dir(cfg)}
+    get, yes = has.get, ("-", "yes")
+    shared = get("num_kv_heads") or cfg.num_heads
+    caps = [f"{get(f'{x}_softcap') or '-'}" for x in ("attention", "final")]
+    return {
+        "norm": norm + (", 1+w" if get("offset") else ""),
+        "norms a block": 4 if get("post_norms") else 2,
+        "q, k normed": yes[bool(get("qk_norm"))],
+        "positions": "learned" if old else "turned",
+        "feed-forward": cfg.feedforward,
+        "its channels": get("hidden") or 4 * cfg.channels,
+        "heads, of k": f"{cfg.num_heads}, {shared}",
+        "size of head": cfg.head_size,
+        "window": get("window") or "-",
+        "1 whole in": get("global_every") or "-",
+        "soft caps": " ".join(caps),
+        "tied": yes[old or cfg.tied],
+        "biases": yes[cfg.bias],
+    }
+
+
+# %% printed
+shown = "llama-3-8b", "mistral-7b-v0.1", "qwen3-0.6b", "gemma-2-2b"
+columns = [GPT2Config()]
+columns += [PRESETS[name] for name in (*shown, "gemma-3-1b")]
+print(" " * 13, *[f"{x.family:>10.10}" for x in columns])
+for row in facts(columns[0]):
+    print(f"{row:<13}", *[f"{facts(x)[row]!s:>10}" for x in columns])
+
+# %% [markdown]
+# ## The parts
+#
+# A model asks its configuration two things: `cfg.tensors()`, what there is to
+# learn, and `cfg.block(i)`, the parts of block $i$. `tensor_table` and `block_of` of
+# [chapter 1.13](../1_by_hand/13_block.ipynb) pass the questions on, so `GPT2`,
+# which trains all of them, names no family.
+#
+# The table first. Published files keep queries, keys and values apart, and gate and
+# up too; we keep each group as one matrix, one product, and note the `pieces`.
+# A norm's weights begin where it does nothing: at 1, or with Gemma's $1 + w$ at 0.
+
+# %% imports of the parts tags=["export"] module="model.modern"
+import math
+
+from llmnb.model.parts import STD, Block, End, Part, Tensor
+from llmnb.reference.rotary import rope_table
+
+
+# %% the table of tensors tags=["export"] module="model.modern"
+def modern_table(cfg):
+    """All tensors of a Llama or a relative, a list of `Tensor`."""
+    C, hs, H = cfg.channels, cfg.head_size, cfg.hidden
+    NH, NKV = cfg.num_heads * hs, cfg.num_kv_heads * hs
+    attention, mlp = "self_attn.{}_proj", "mlp.{}_proj"
+    qkv = [("q", NH), ("k", NKV), ("v", NKV)]
+    short = STD / math.sqrt(2 * cfg.num_layers)  # into the stream
+    after = cfg.post_norms
+    return [
+        *_token_tables(cfg),
+        _gain(cfg, "ln1w", "input_layernorm", C),
+        _matrix("qkvw", attention, qkv, C),
+        *_gains_of_heads(cfg),
+        _matrix("attprojw", attention, [("o", C)], NH, short),
+        *[_gain(cfg, "post1w", "post_attention_layernorm", C)] * after,
+        _gain(
+            cfg,
+            "ln2w",
+            (
+                "pre_feedforward_layernorm"
+                if after
+                else "post_attention_layernorm"
+            ),
+            C,
+        ),  # fmt: skip
+        _matrix("fcw", mlp, [("gate", H), ("up", H)], C),
+        _matrix("fcprojw", mlp, [("down", C)], H, short),
+        *[_gain(cfg, "post2w", "post_feedforward_layernorm", C)] * after,
+        _gain(cfg, "lnfw", None, C),
+    ]
+
+
+def _token_tables(cfg):
+    """The table of tokens, and of what makes the logits if that is another."""
+    shape = cfg.padded_vocab_size, cfg.channels
+    how = {"stacked": False, "decays": True, "std": STD}
+    how["used"] = cfg.vocab_size
+    wte = Tensor("wte", shape, "model.embed_tokens.weight", **how)
+    if cfg.tied:
+        return [wte]
+    head = Tensor("head", shape, "lm_head.weight", **how)
+    return [wte._replace(added=True), head]
+
+
+def _gain(cfg, name, there, size):
+    """The weights of a norm; they begin where the norm does nothing."""
+    there = (
+        f"model.layers.{{}}.{there}.weight" if there else "model.norm.weight"
+    )
+    start, stacked = 1.0 - cfg.offset, name != "lnfw"
+    how = {"stacked": stacked, "added": True, "start": start}
+    return Tensor(name, (size,), there, **how)
+
+
+def _gains_of_heads(cfg):
+    if not cfg.qk_norm:
+        return []
+    return [
+        _gain(cfg, f"{x}normw", f"self_attn.{x}_norm", cfg.head_size)
+        for x in ("q", "k")
+    ]
+
+
+def _matrix(name, there, pieces, ins, std=STD):
+    """A linear layer's weights, of one or several published matrices."""
+    names = [f"model.layers.{{}}.{there.format(x)}.weight" for x, _ in pieces]
+    rows = [n for _, n in pieces]
+    several = tuple(zip(names, rows, strict=True)) if len(rows) > 1 else ()
+    shape = sum(rows), ins
+    how = {"decays": True, "std": std, "pieces": several}
+    return Tensor(name, shape, names[0], **how)
+
+
+# %% the matrices of a block tags=["hide-input"]
+from llmnb.model.tensors import parameter_count, tensor_table
+
+fig, ax = plt.subplots(figsize=(8, 2.0), dpi=100)
+kinds = {"q": "blue", "k": "orange", "v": "green"}
+small = ARCHITECTURES["llama"](64, 100, 2, 4, 32, num_kv_heads=2, hidden=48)
+x = 0
+for tensor in tensor_table(small):
+    if not tensor.stacked or not tensor.decays:
+        continue
+    ax.text(x, 1.1, tensor.name, color=PALETTE["grey"])
+    for name, rows in tensor.pieces or [(tensor.there, tensor.shape[0])]:
+        label = name.split(".")[4]
+        colour = PALETTE[kinds.get(label[0], "purple")]
+        look = {"fc": colour, "ec": "white", "lw": 2}
+        ax.add_patch(plt.Rectangle((x, 0), rows, 1, **look))
+        middle = {"ha": "center", "va": "center", "size": 8, "rotation": 90}
+        ax.text(x + rows / 2, 0.5, label, color="white", **middle)
+        x += rows
+    x += 18
+ax.set(xlim=(-2, x), ylim=(-0.1, 1.4))
+ax.axis("off")
+fig.patch.set_alpha(0)
+plt.show()
+
+# %% [markdown]
+# *Figure 5.5.2. The rows of a block's four matrices, and the published tensors that
+# fill them: three are one of ours, two another, and none is turned.*
+
+# %% [markdown]
+# The norm hands its function the two numbers that differ, $\epsilon$ and the
+# offset, and keeps one number a row (chapter 5.1).
+
+
+# %% the norm tags=["export"] module="model.modern"
+def _rmsnorm(cfg):
+    eps, offset = cfg.norm_eps, cfg.offset
+
+    def forward(ops, name, out, inp, w, a):
+        rstd, weight = a[f"{name}_rstd"], w[f"{name}w"]
+        ops.rmsnorm_forward(out, rstd, inp, weight, eps, offset)
+
+    def backward(ops, name, dinp, dout, inp, w, a, dw, add=True):
+        rstd, weight = a[f"{name}_rstd"], w[f"{name}w"]
+        grads = dinp, dw[f"{name}w"], dout
+        ops.rmsnorm_backward(*grads, inp, weight, rstd, offset, add)
+
+    def keeps(cfg, B, T, name):
+        return {f"{name}_rstd": (B, T)}
+
+    return Part(None, keeps, None, forward, backward)
+
+
+# %% [markdown]
+# Attention reads queries and keys that have been normed, if the family does, and
+# turned. `ready` makes them in the forward pass. Without norms it turns in place,
+# and backward finds them turned. With norms it writes into `qkvn`, which all
+# blocks share, and backward makes them once more: cheaper than keeping them for
+# each block. A family without window, scale and cap takes GPT-2's own attention.
+
+
+# %% attention tags=["export"] module="model.modern"
+def _queries_and_keys(cfg, i):
+    """Functions that take the products' output to what attention reads."""
+    table = "rope_local" if cfg.is_local(i) and cfg.local_theta else "rope"
+    turning = cfg.num_heads + cfg.num_kv_heads
+    eps, offset = cfg.norm_eps, cfg.offset
+
+    def ready(ops, w, a, first=0, turned=False):
+        """qkv, normed and turned; turned: whether it is, from forward."""
+        qkv = a["qkv"]
+        if cfg.qk_norm:
+            weights = w["qnormw"], w["knormw"]
+            qkv, turned = a["qkvn"], False
+            arrays = qkv, a["qk_rstd"], a["qkv"]
+            ops.headnorm_forward(*arrays, *weights, eps, offset)
+        if not turned:
+            ops.rotary_forward(qkv, a[table], turning, first)
+        return qkv
+
+    def back(ops, w, a, dqkv, dw):
+        ops.rotary_backward(dqkv, a[table], turning)
+        if cfg.qk_norm:
+            grads = dqkv, dw["qnormw"], dw["knormw"]
+            kept = a["qkv"], w["qnormw"], w["knormw"], a["qk_rstd"]
+            ops.headnorm_backward(*grads, *kept, offset)
+
+    return ready, back
+
+
+def _attention(cfg, i):
+    ready, back = _queries_and_keys(cfg, i)
+    window = cfg.window if cfg.is_local(i) else None
+    rule = {"window": window, "scale": cfg.attention_scale}
+    rule["softcap"] = cfg.attention_softcap
+    rule = {name: x for name, x in rule.items() if x is not None}
+    layer = "local_attention" if rule else "attention"
+
+    def forward(ops, out, inp, residual, w, a, how):
+        ops.matmul_forward(a["qkv"], inp, w["qkvw"], None, **how)
+        qkv = ready(ops, w, a, how.get("first", 0))
+        attend = getattr(ops, f"{layer}_forward")
+        attend(a["atty"], a["att_lse"], qkv, **rule, **how)
+        arrays = out, a["atty"], w["attprojw"], None
+        ops.matmul_forward(*arrays, residual=residual, **how)
+
+    def backward(ops, dinp, dout, inp, w, a, dw, d, add, how):
+        datty, dqkv = d["datty"], d["dqkv"]
+        options = {"add_dinp": False, "add_dweight": add} | how
+        arrays = dw["attprojw"], None, dout, a["atty"], w["attprojw"]
+        ops.matmul_backward(datty, *arrays, **options)
+        kept = ready(ops, w, a, turned=True), a["atty"], a["att_lse"]
+        attend = getattr(ops, f"{layer}_backward")
+        attend(dqkv, datty, *kept, add=False, **rule, **how)
+        back(ops, w, a, dqkv, dw)
+        arrays = dw["qkvw"], None, dqkv, inp, w["qkvw"]
+        ops.matmul_backward(dinp, *arrays, **options)
+
+    return Part(None, _attention_keeps, _attention_turns, forward, backward)
+
+
+def _widths(cfg):
+    """Of the packed queries, keys and values, and of attention's output."""
+    heads, hs = cfg.num_heads, cfg.head_size
+    return (heads + 2 * cfg.num_kv_heads) * hs, heads * hs
+
+
+def _attention_keeps(cfg, B, T):
+    packed, width = _widths(cfg)
+    kept = {"qkv": (B, T, packed), "atty": (B, T, width)}
+    if cfg.qk_norm:
+        kept["qk_rstd"] = B, T, cfg.num_heads + cfg.num_kv_heads
+    return kept | {"att_lse": (B, cfg.num_heads, T)}
+
+
+def _attention_turns(cfg, B, T):
+    packed, width = _widths(cfg)
+    turns = {"datty": (B, T, width), "dqkv": (B, T, packed)}
+    return turns | ({"qkvn": (B, T, packed)} if cfg.qk_norm else {})
+
+
+# %% [markdown]
+# The gated half keeps both halves of its wide array and computes the gate's
+# product again on the way back (chapter 5.3).
+
+
+# %% feed-forward tags=["export"] module="model.modern"
+def _gated(cfg):
+    kind = cfg.feedforward
+
+    def keeps(cfg, B, T):
+        return {"fch": (B, T, 2 * cfg.hidden)}
+
+    def turns(cfg, B, T):
+        narrow, wide = (B, T, cfg.hidden), (B, T, 2 * cfg.hidden)
+        return {"fcg": narrow, "dfcg": narrow, "dfch": wide}
+
+    def forward(ops, out, inp, residual, w, a, how):
+        ops.matmul_forward(a["fch"], inp, w["fcw"], None, **how)
+        getattr(ops, f"{kind}_forward")(a["fcg"], a["fch"])
+        arrays = out, a["fcg"], w["fcprojw"], None
+        ops.matmul_forward(*arrays, residual=residual, **how)
+
+    def backward(ops, dinp, dout, inp, w, a, dw, d, add, how):
+        options = {"add_dinp": False, "add_dweight": add} | how
+        getattr(ops, f"{kind}_forward")(a["fcg"], a["fch"])
+        arrays = dw["fcprojw"], None, dout, a["fcg"], w["fcprojw"]
+        ops.matmul_backward(d["dfcg"], *arrays, **options)
+        getattr(ops, f"{kind}_backward")(d["dfch"], d["dfcg"], a["fch"])
+        arrays = dw["fcw"], None, d["dfch"], inp, w["fcw"]
+        ops.matmul_backward(dinp, *arrays, **options)
+
+    return Part(None, keeps, turns, forward, backward)
+
+
+# %% [markdown]
+# Gemma 2 and 3 wrap both halves: the same part, with no stream to add, then a norm,
+# then the sum. `half` is kept, for the norm's gradient reads its input.
+
+
+# %% a norm after a half tags=["export"] module="model.modern"
+def _then_norm(part, norm, name):
+    """A part whose output is normed before the stream's is added."""
+
+    def keeps(cfg, B, T):
+        kept = part.keeps(cfg, B, T) | norm.keeps(cfg, B, T, name)
+        return kept | {f"{name}_inp": (B, T, cfg.channels)}
+
+    def turns(cfg, B, T):
+        own = dict.fromkeys(("normed", "dnormed"), (B, T, cfg.channels))
+        return part.turns(cfg, B, T) | own
+
+    def forward(ops, out, inp, residual, w, a, how):
+        half = a[f"{name}_inp"]
+        part.forward(ops, half, inp, None, w, a, how)
+        norm.forward(ops, name, a["normed"], half, w, a)
+        ops.residual_forward(out, residual, a["normed"])
+
+    def backward(ops, dinp, dout, inp, w, a, dw, d, add, how):
+        dhalf, half = d["dnormed"], a[f"{name}_inp"]
+        norm.backward(ops, name, dhalf, dout, half, w, a, dw, add=False)
+        part.backward(ops, dinp, dhalf, inp, w, a, dw, d, add, how)
+
+    return Part(None, keeps, turns, forward, backward)
+
+
+# %% [markdown]
+# The ends. A tied table gets two gradients, so the token vectors' is added to what
+# the logits left there; with a cap the loss goes back through its slope.
+
+
+# %% both ends tags=["export"] module="model.modern"
+def _ends(cfg):
+    scale = math.sqrt(cfg.channels) if cfg.embedding_scaled else 1.0
+    cap, head = cfg.final_softcap, "wte" if cfg.tied else "head"
+
+    def embed(ops, out, tokens, w):
+        ops.embedding_forward(out, tokens, w["wte"], scale)
+
+    def embed_backward(ops, dout, tokens, dw):
+        ops.embedding_backward(dw["wte"], dout, tokens, scale)
+
+    def logits(ops, out, inp, w, how):
+        ops.matmul_forward(out, inp, w[head], None, **how)
+        if cap is not None:
+            ops.softcap_forward(out, cap)
+
+    def logits_backward(ops, dinp, a, batch, w, dw, add, how):
+        dlogits, V = a["logits"], batch["V"]
+        arrays = dlogits, a["dlosses"], a["logits"], a["lse"]
+        if cap is None:
+            ops.crossentropy_softmax_backward(*arrays, batch["targets"], V)
+        else:
+            arrays = *arrays, batch["targets"]
+            ops.capped_crossentropy_backward(*arrays, V, cap)
+        options = {"add_dinp": False, "add_dweight": add} | how
+        arrays = dw[head], None, dlogits, a["lnf"], w[head]
+        ops.matmul_backward(dinp, *arrays, **options)
+
+    return End(embed, embed_backward), End(logits, logits_backward)
+
+
+# %% the block tags=["export"] module="model.modern"
+def _tables(cfg, T):
+    tables = {
+        "rope": rope_table(T, cfg.head_size, cfg.rope_theta, cfg.rope_scaling)
+    }
+    if cfg.local_theta:
+        local = rope_table(T, cfg.head_size, cfg.local_theta)
+        tables["rope_local"] = local
+    return tables
+
+
+def modern_block(cfg, i=0):
+    """The parts of block i of a Llama or a relative, and the ends."""
+    norm, attention, feedforward = (
+        _rmsnorm(cfg),
+        _attention(cfg, i),
+        _gated(cfg),
+    )
+    if cfg.post_norms:
+        attention = _then_norm(attention, norm, "post1")
+        feedforward = _then_norm(feedforward, norm, "post2")
+    return Block(norm, attention, feedforward, *_ends(cfg), _tables)
+
+
+# %% [markdown]
+# ## Every gradient of every family
+#
+# Layers that are right can be connected wrongly. So the proof again, for whole
+# models: every parameter of a tiny one of each family, in float64. The step is
+# $10^{-6}$, smaller than elsewhere, because a norm of four channels bends much, and
+# the error of central differences grows with the square of the step. Then
+# gradients from a block that looks one position too far back.
+
+# %% a whole gradient, by central differences
+from llmnb.model.gpt2 import GPT2
+
+TINY = {"num_kv_heads": 1, "head_size": 4, "hidden": 3, "window": 2}
+tokens = np.array([[3, 1, 4, 1, 5, 2]])
+
+
+def tiny(family, **others):
+    how = {} if family == "gpt2" else TINY | {"global_every": 2} | others
+    cfg = ARCHITECTURES[family](8, 7, 2, 2, 4, **how)
+    model = GPT2(cfg, 1, 5, "reference", "fp64")
+    draw = np.random.default_rng(5)
+    for x in tensor_table(cfg):
+        w = model.params[x.name][: x.used]
+        w += draw.normal(size=w.shape) * 0.5
+    return model
+
+
+def both_gradients(model, other=None):
+    """Of all parameters: by central differences, and by `other`'s backward."""
+    batch, pairs = (tokens[:, :-1], tokens[:, 1:]), []
+    other = other or model
+    other.forward(*batch)
+    other.backward()
+    for x in tensor_table(model.cfg):
+        w, grad = (y[x.name][: x.used] for y in (model.params, other.grads))
+        want = numerical_gradient(lambda: model.forward(*batch), w, 1e-6)
+        pairs.append((want.ravel(), grad.ravel().copy()))
+    return [np.concatenate(y) for y in zip(*pairs, strict=True)]
+
+
+for family in ARCHITECTURES:
+    want, got = both_gradients(tiny(family))
+    compare(f"{family}, {want.size}", got, want, tol=1e-7)
+want, wrong = both_gradients(tiny("gemma2"), tiny("gemma2", window=3))
+verdict("window of 3", np.abs(want - wrong).max() > 1e-3, "caught")
+
+# %% [markdown]
+# ## Counted
+#
+# The number of parameters of a published model is known to the last digit. It
+# says that the table has forgotten no tensor and has none too many.
+
+# %% against the published numbers
+published = {
+    "llama-2-7b": 6_738_415_616, "llama-3-8b": 8_030_261_248,
+    "llama-3.2-1b": 1_235_814_400, "smollm2-135m": 134_515_008,
+    "mistral-7b-v0.1": 7_241_732_096, "mistral-7b-v0.3": 7_248_023_552,
+    "gemma-2b": 2_506_172_416, "gemma-2-2b": 2_614_341_888,
+    "gemma-3-270m": 268_098_176, "gemma-3-1b": 999_885_952,
+    "qwen3-0.6b": 596_049_920,
+}  # fmt: skip
+for name, number in published.items():
+    ours = parameter_count(PRESETS[name], padded=False)
+    verdict(name, ours == number, f"{ours:,}")
+
+# %% [markdown]
+# ## What each change buys
+#
+# The model of [chapter 1.18](../1_by_hand/18_training.ipynb) again: its text, its
+# 3,000 steps, its rates, two seeds. First GPT-2 as it was; then without biases, and
+# of that one with a single part replaced by Llama's; then whole families. Compare a
+# difference with the distance of a row's two dots before you believe it.
+# (`tests/record_changes.py` has recorded the runs.)
+
+# %% recorded runs, and their spread tags=["hide-input"]
+import csv
+from pathlib import Path
+
+table = Path("../../tests/data/families.csv").read_text("utf-8")
+found = {}
+for row in csv.DictReader(table.splitlines()):
+    found.setdefault(row["family"], []).append(row)
+losses = {x: [float(r["val"]) for r in rows] for x, rows in found.items()}
+for name, rows in found.items():
+    count = f"{int(rows[0]['parameters']):,} parameters"
+    print(f"{name:<30} {count:>19}", *[f"{x:.3f}" for x in losses[name]])
+fig, ax = plt.subplots(figsize=(8, 0.5 + 0.3 * len(found)), dpi=100)
+for y, vals in enumerate(losses.values()):
+    ax.plot(vals, [y] * len(vals), "o", color=PALETTE["orange"])
+ax.set_yticks(range(len(found)), list(found))
+ax.invert_yaxis()
+ax.set_xlabel("validation loss", color=PALETTE["grey"])
+ax.tick_params(colors=PALETTE["grey"])
+ax.patch.set_alpha(0)
+fig.patch.set_alpha(0)
+plt.show()
+
+# %% [markdown]
+# *Figure 5.5.3. Validation loss at the end of each run, a dot a seed. Of the single
+# changes only rotary positions stand apart from GPT-2 on the better side; every family
+# that has them lies there too.*
+
+# %% what stands apart
+old, plain = losses["GPT-2"], losses["GPT-2 without biases"]
+alone = {x: losses[f"GPT-2 without biases + {x}"] for x in ("norm", "rotary")}
+gated = losses["GPT-2 without biases + gated"]
+verdict("rotary", max(alone["rotary"]) < min(old), "better on both seeds")
+verdict("RMSNorm", min(alone["norm"]) < max(plain), "no gain, no clear loss")
+verdict("the gate alone", min(gated) > min(old), "no gain at this size")
+whole = (
+    "Llama",
+    "Mistral, window 16",
+    "Qwen 3",
+    "Gemma",
+    "Gemma 2",
+    "Gemma 3",
+)
+verdict("families", all(max(losses[x]) < min(old) for x in whole), "better")
+fewer = losses["Llama, 1 kv head"]
+verdict("1 kv head", min(fewer) > max(losses["Llama"]), "costs a little")
+
+# %% [markdown]
+# At this size, two layers and 170,000 parameters, positions are what buys: a turn
+# costs no parameter, and the model need not learn 64 vectors to know who stands next
+# to whom. RMSNorm was never meant to lower a loss; it is cheaper. The gate gains
+# nothing here by itself, and its two seeds lie far apart: at the high rate of this
+# run some starts go badly. That large models gain from it is what others have
+# measured; these runs cannot show it. One head of keys and values in place of four
+# costs a few hundredths of a nat, and saves three quarters of the cache.
+
+# %% [markdown]
+# ## Token vectors on a CPU and a GPU
+
+# %% imports of the CPU's embedding tags=["export"] module="cpu.embedding"
+from llmnb.cpu.jit import inner
+from llmnb.shapes import COMPILED, shapes
+
+
+# %% the embedding's loops tags=["exporti"] module="cpu.embedding"
+@inner
+def _embedding_forward(out, inp, wte, scale):
+    rows, C = out.shape
+    for n in range(rows):
+        y, token = out[n], wte[inp[n]]
+        for c in range(C):
+            y[c] = token[c] * scale
+
+
+@inner
+def _embedding_backward(dwte, dout, inp, scale):
+    rows, C = dout.shape
+    for n in range(rows):
+        dtoken, dy = dwte[inp[n]], dout[n]
+        for c in range(C):
+            dtoken[c] += dy[c] * scale
+
+
+# %% token vectors, compiled tags=["export"] module="cpu.embedding"
+@shapes("B T C!, B T of Vp, Vp C", COMPILED, scale="above 0")
+def embedding_forward(out, inp, wte, scale=1.0):
+    """Write the vector of each token, times scale.
+
+    out: (B, T, C), overwritten. inp: (B, T) int32, each in [0, Vp). wte:
+    (Vp, C). out and wte both float32 or both float64 and C-contiguous.
+    Raises TypeError or ValueError before it computes anything.
+    """
+    rows = out.reshape(inp.size, out.shape[2])
+    _embedding_forward(rows, inp.reshape(-1), wte, wte.dtype.type(scale))
+
+
+@shapes("Vp C!, B T C, B T of Vp", COMPILED, scale="above 0")
+def embedding_backward(dwte, dout, inp, scale=1.0):
+    """Add dout's rows, times scale, to the rows that they came from.
+
+    dwte: (Vp, C), added to; rows of absent tokens stay. dout: (B, T, C).
+    inp: (B, T) int32, each in [0, Vp). One thread adds all rows in the
+    order of the text. Raises as `embedding_forward` does.
+    """
+    rows = dout.reshape(inp.size, dout.shape[2])
+    number = dwte.dtype.type(scale)
+    _embedding_backward(dwte, rows, inp.reshape(-1), number)
+
+
+# %% imports of the GPU's embedding tags=["export"] module="cuda.embedding"
+import numpy as np
+
+from llmnb.cuda.encoder import THREADS, _where
+from llmnb.gpu.launch import DEVICE, kernel
+from llmnb.gpu.simulator import cuda
+from llmnb.shapes import shapes
+
+
+# %% the embedding's kernels tags=["exporti"] module="cuda.embedding"
+@kernel
+def _embedding_forward(out, inp, wte, scale):
+    i = cuda.grid(1)
+    rows, C = out.shape
+    if i < rows * C:
+        n, c = i // C, i % C
+        out[n, c] = wte[inp[n], c] * scale
+
+
+@kernel
+def _embedding_backward(dwte, dout, inp, scale):
+    n, c = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
+    rows, C = dout.shape
+    if c - cuda.laneid >= C:
+        return  # nothing is left for this warp
+    token, mine, total = int(inp[n]), c < C, np.float32(0)
+    for first in range(0, n, 32):
+        if _where(inp, first, 0, n, token) != 0:
+            return  # the block of an earlier place does it all
+    if mine:
+        total = dwte[token, c]
+    for first in range(n // 32 * 32, rows, 32):
+        bits = _where(inp, first, n, rows, token)
+        if mine and bits != 0:
+            for k in range(32):
+                if (bits >> k) & 1:
+                    total += dout[first + k, c] * scale
+    if mine:
+        dwte[token, c] = total
+
+
+# %% token vectors on a GPU tags=["export"] module="cuda.embedding"
+@shapes("B T C!, B T of Vp, Vp C", DEVICE, scale="above 0")
+def embedding_forward(out, inp, wte, scale=1.0):
+    """Write the vector of each token, times scale.
+
+    out: (B, T, C), overwritten. inp: (B, T) int32, each in [0, Vp): the
+    caller sees to that. wte: (Vp, C). On a device, out and wte float32.
+    Raises TypeError or ValueError before it launches anything.
+    """
+    rows, places = out.reshape(inp.size, out.shape[2]), inp.reshape(inp.size)
+    grid = -(-out.size // THREADS)
+    _embedding_forward[grid, THREADS](rows, places, wte, np.float32(scale))
+
+
+@shapes("Vp C!, B T C, B T of Vp", DEVICE, scale="above 0")
+def embedding_backward(dwte, dout, inp, scale=1.0):
+    """Add dout's rows, times scale, to the rows that they came from.
+
+    dwte: (Vp, C), added to; rows of absent tokens stay. dout: (B, T, C).
+    inp: (B, T) int32. On a device, dwte and dout float32. A block for each
+    place: the first of each token adds all rows in the order of the text.
+    Raises as `embedding_forward` does.
+    """
+    n, C = inp.size, dout.shape[2]
+    rows, places = dout.reshape(n, C), inp.reshape(n)
+    grid, number = (n, -(-C // THREADS)), np.float32(scale)
+    _embedding_backward[grid, THREADS](dwte, rows, places, number)
+
+
+# %% [markdown]
+# ## Exercises
+#
+# **1** (★). How many parameters would Llama 3 8B have with a head of keys for each of
+# its 32 heads of queries, and how many if it were tied?
+#
+# **2** (★★). Which blocks of Gemma 3 1B see the whole text?
+#
+# :::{admonition} Solutions to exercises 1 and 2
+# :class: dropdown
+# 1: 24 more heads of keys and of values, $2 \cdot 24 \cdot 128 \cdot 4096$ in each of
+# 32 blocks; tied, $128{,}256 \cdot 4096$ fewer. 2: of each six the last.
+# :::
+
+# %% exercises 1 and 2, checked tags=["hide-cell"]
+from dataclasses import replace
+
+llama = PRESETS["llama-3-8b"]
+count = parameter_count(llama)
+more = parameter_count(replace(llama, num_kv_heads=32)) - count
+verdict("1: all heads", more == 2 * 24 * 128 * 4096 * 32, f"{more:,} more")
+less = count - parameter_count(replace(llama, tied=True))
+verdict("1: tied", less == 128256 * 4096, f"{less:,} fewer")
+gemma = PRESETS["gemma-3-1b"]
+print("2:", *[i for i in range(gemma.num_layers) if not gemma.is_local(i)])
+
+# %% [markdown]
+# ## Take away
+#
+# - Six families are one block: norm, attention, feed-forward, two ends.
+# - A model asks for a table and for parts, and knows no family.
+# - A count to the last digit and central differences prove table and wiring.
+#
+# **Design note.** Hugging Face's library has a file for each family, copies that
+# may drift and that nobody's change breaks. Here a family is a handful of
+# attributes, so that what differs can be printed as a table; the price is that a
+# family with a new idea has to give it a name in all parts that it touches.
+#
+# ## Further reading
+#
+# - Touvron et al. (2023), [Llama](https://arxiv.org/abs/2302.13971), section 2.2, and
+#   Grattafiori et al. (2024), [Llama 3](https://arxiv.org/abs/2407.21783), section 3.2.
+# - Gemma Team (2025), [Gemma 3](https://arxiv.org/abs/2503.19786), section 2, and Yang et
+#   al. (2025), [Qwen3](https://arxiv.org/abs/2505.09388), section 2: a page each.
+#
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.book.index import gained
+
+gained("5.5")

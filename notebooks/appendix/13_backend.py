@@ -1,0 +1,198 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     modules:
+#       backend: "What a model asks of the machine that it runs on."
+# ---
+
+# %% [markdown]
+# # Backends: what a model asks of its machine
+#
+# > A room of layers and eight short answers are all that a model needs to run on a
+# > machine of another kind.
+#
+# *Reading time: 8 minutes. You need: the model
+# ([chapter 1.17](../1_by_hand/17_model.ipynb)).*
+
+# %% [markdown]
+# ## Where we are
+#
+# The model of [chapter 1.17](../1_by_hand/17_model.ipynb) calls layers by their
+# names, and does not know who wrote them: those in NumPy, the compiled ones of Part
+# 2, or the GPU's of Part 3. Layers are most of what a model asks of a machine. The
+# rest is here, in one class, so that the model has no line that begins with `if
+# backend ==`. At the end of this chapter you can
+#
+# - name everything that a model asks of the machine that it runs on;
+# - say which answers a new machine must give itself, and which it inherits;
+# - run the model on layers of your own.
+
+# %% [markdown]
+# ## Setup
+
+# %% setup
+from types import SimpleNamespace
+
+from llmnb import reference
+from llmnb.book.verify import verdict
+from llmnb.config import GPT2Config
+from llmnb.model.gpt2 import GPT2
+
+# %% [markdown]
+# ## The questions
+#
+# How is memory had, filled and written? What do an optimiser's settings look like
+# there? How is a whole step run? Written here for NumPy, each answer is a line. A
+# room of layers that answers some of them in another way has a class `Backend` of its
+# own, which inherits the others: [chapter 2.7](../2_cpu/07_step.ipynb) does it for
+# compiled layers, [chapter 3.11](../3_gpu/11_step.ipynb) for a GPU, where a whole
+# step is recorded once and then played.
+
+# %% imports of the backend tags=["export"]
+import importlib
+
+import numpy as np
+
+from llmnb.arena import Arena
+from llmnb.checks import check_room
+
+# %% what a model asks of a machine tags=["export"]
+BACKENDS = ("reference", "cpu", "cuda")
+# precisions, and the backends that have them
+PRECISIONS = {
+    "fp32": BACKENDS,
+    "fp64": ("reference", "cpu"),
+    "bf16": ("cpu",),
+    "tf32": ("cuda",),
+}
+
+
+class Backend:
+    """What a model asks of the machine that it runs on; here, NumPy's.
+
+    layers: a room of layers, such as llmnb.reference. precision: one of
+    `PRECISIONS`. ops: the layers as a model calls them, how: what its
+    products take besides. A room of layers that does some of this in
+    another way has a class `Backend` of its own.
+    """
+
+    update = "adamw_update"  # the layer that a range of parameters goes to
+
+    def __init__(self, layers, precision):
+        self.ops, self.how, self.precision = layers, {}, precision
+
+    @property
+    def dtype(self):
+        """Of parameters and activations."""
+        return np.float64 if self.precision == "fp64" else np.float32
+
+    def groups(self, cfg, batch_size, seq_len):
+        """Groups of the arena that it wants besides those of the model."""
+        return {}
+
+    def allocate(self, layout, needed):
+        """An Arena; needed: bytes of it that will be written at once."""
+        check_room(needed)
+        return Arena(layout)
+
+    def fill(self, array, value):
+        """Write one number into all elements of an array."""
+        array.fill(value)
+
+    def write(self, params, function):
+        """Let a function write the parameters, a dict of NumPy arrays."""
+        function(params)
+
+    def settings(self, memory, rows):
+        """What AdamW takes for each of two rows of settings."""
+        return rows
+
+    def clip(self, ops, grads, max_norm):
+        """Clip the gradients within a step; `norm` knows their norm then."""
+        self._norm = ops.clip_gradients(grads, max_norm)
+
+    def norm(self):
+        """The norm of the gradients that `clip` found, a float."""
+        return self._norm
+
+    def run(self, key, whole, params):
+        """Call a whole step; key: what it depends on besides its arrays."""
+        whole()
+
+
+# %% find a backend tags=["export"]
+def choose(what, value, choices):
+    """The value, if it is among the choices; else raises ValueError."""
+    if value not in choices:
+        listed = ", ".join(map(repr, choices))
+        raise ValueError(f"{what} must be one of {listed}, got {value!r}")
+    return value
+
+
+def backend_named(name, precision):
+    """The Backend of that name; raises ValueError for a precision it lacks."""
+    if name not in PRECISIONS[precision]:
+        needs = " or ".join(map(repr, PRECISIONS[precision]))
+        raise ValueError(
+            f"GPT2: precision {precision!r} needs the backend {needs}"
+        )
+    layers = importlib.import_module(f"llmnb.{name}")
+    return getattr(layers, "Backend", Backend)(layers, precision)
+
+
+# %% [markdown]
+# ## Layers of your own
+#
+# `ops` is looked up at each call, so any object with the layers' names will do. This one counts the
+# calls of a training step, and leaves the arithmetic to NumPy.
+
+# %% a room that counts
+calls = {}
+
+
+def counted(name, layer):
+    def call(*args, **how):
+        calls[name] = calls.get(name, 0) + 1
+        return layer(*args, **how)
+
+    return call
+
+
+cfg = GPT2Config(8, 20, num_layers=3, num_heads=2, channels=8)
+model = GPT2(cfg, 2, 8, backend="reference")
+names = [n for n in reference.__all__ if n.endswith(("_forward", "_backward"))]
+ops = {n: counted(n, getattr(reference, n)) for n in names}
+model.ops = SimpleNamespace(**vars(reference) | ops)
+tokens = np.arange(16).reshape(2, 8)
+model.forward(tokens, tokens)
+model.backward()
+for name in sorted(calls):
+    print(f"{name:<30} {calls[name]:>3}")
+
+# %% [markdown]
+# Three blocks have four products each, and the logits are one more: 13 calls of
+# `matmul_forward`. LayerNorm runs forward 13 times and backward 7: the backward pass of each
+# block computes two outputs again that were not kept.
+
+# %% as the text says
+verdict("products", calls["matmul_forward"] == 4 * 3 + 1, "are 13")
+verdict("norms", calls["layernorm_forward"] == 2 * 3 + 1 + 6, "are 13")
+verdict("their twins", calls["layernorm_backward"] == 2 * 3 + 1, "are 7")
+
+# %% [markdown]
+# ## Take away
+#
+# - A machine is a room of layers and a `Backend`; what it does not say is done as
+#   NumPy does it.
+# - A precision is a property of a backend: one table says who has which.
+#
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.book.index import gained
+
+gained("A.13")

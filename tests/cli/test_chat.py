@@ -1,0 +1,342 @@
+"""Talking with a model: what it is told, what it forgets, what stops it."""
+
+import io
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import time
+
+import pytest
+from commands import ROOT
+
+if os.name != "nt":
+    import pty
+
+from llmnb.cli.chat import Conversation
+from llmnb.config import GPT2Config
+from llmnb.formats.published import write_folder
+from llmnb.formats.vocabulary import open_encoding
+from llmnb.model.gpt2 import GPT2
+
+tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("jinja2")
+
+MARKUP = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+STRICT = (
+    "{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('no system here') }}{% endif %}" + TEMPLATE
+)
+GREEDY = 0.0, None, None
+
+
+def save_tokenizer(folder, template=TEMPLATE):
+    """A tokenizer.json of single bytes, its ends, and a template."""
+    before = tokenizers.pre_tokenizers
+    letters = sorted(before.ByteLevel.alphabet())
+    vocab = {x: i for i, x in enumerate([*MARKUP, *letters])}
+    theirs = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab=vocab, merges=[])
+    )
+    theirs.pre_tokenizer = before.ByteLevel(add_prefix_space=False)
+    theirs.decoder = tokenizers.decoders.ByteLevel()
+    theirs.add_special_tokens(MARKUP)
+    theirs.save(str(folder / "tokenizer.json"))
+    said = {"eos_token": "<|im_end|>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+
+
+def never_ending(params, encoding):
+    """Weights whose logits of all but letters are far below the others."""
+    plain = {
+        encoding.encode_ordinary(x)[0] for x in "abcdefghijklmnopqrstuvwxyz "
+    }
+    for name in "wte", "qkvw", "attprojw", "fcw", "fcprojw":
+        params[name] *= 15  # so that what was said makes a difference
+    params["lnfb"][0] = 10.0
+    params["wte"][:, 0] = [
+        10.0 * (i in plain) for i in range(len(params["wte"]))
+    ]
+
+
+def folder_of(folder, length=256, template=TEMPLATE, change=never_ending):
+    """A model folder with a template; its answers are letters."""
+    cfg = GPT2Config(length, 259, 1, 2, 16)
+    model = GPT2(cfg, 1, 8, "reference", seed=3)
+    folder.mkdir(exist_ok=True)
+    save_tokenizer(folder, template)
+    encoding = open_encoding(str(folder))
+    if change:
+        change(model.params, encoding)
+    write_folder(folder, cfg, model.params)
+    return folder
+
+
+@pytest.fixture
+def talker(tmp_path):
+    return folder_of(tmp_path / "talker")
+
+
+def conversation(folder, system="", length=256, template=TEMPLATE):
+    model = GPT2.from_checkpoint(folder, 1, length, "reference")
+    return Conversation(model, open_encoding(str(folder)), template, system)
+
+
+def token(talk, markup):
+    (found,) = talk.encoding.encode(markup, allowed_special="all")
+    return found
+
+
+def said(talk, question, count=5, settings=GREEDY, seed=1):
+    return "".join(talk.answer(question, count, settings, seed))
+
+
+# a conversation
+
+
+def test_an_answer_follows_the_whole_conversation(talker):
+    talk = conversation(talker, "be brief")
+    first = said(talk, "hello")
+    second = said(talk, "and now")
+    assert len(first) == len(second) == 5
+    assert talk.messages == [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": first.strip()},
+        {"role": "user", "content": "and now"},
+        {"role": "assistant", "content": second.strip()},
+    ]
+    told, ids = talk.prompt("more", 5)
+    text = talk.encoding.decode(ids)
+    assert text.startswith("<|im_start|>system\nbe brief<|im_end|>\n")
+    assert text.endswith("user\nmore<|im_end|>\n<|im_start|>assistant\n")
+    assert f"assistant\n{first.strip()}<|im_end|>" in text
+    assert ids.count(token(talk, "<|im_end|>")) == 6
+    assert told[-1] == {"role": "user", "content": "more"}
+
+
+def test_a_token_that_ends_a_turn_ends_the_answer(tmp_path):
+    def ending(params, encoding):
+        params["lnfb"][0] = 10.0
+        params["wte"][:, 0] = 0
+        params["wte"][encoding.eot_token, 0] = 10.0
+
+    talk = conversation(folder_of(tmp_path / "a", change=ending))
+    assert said(talk, "hello") == ""
+    assert talk.messages[-1] == {"role": "assistant", "content": ""}
+
+
+def test_markup_that_a_user_types_is_what_the_template_makes_of_it(talker):
+    """It could only speak for itself: its words are its own."""
+    talk = conversation(talker)
+    _, ids = talk.prompt("hi", 5)
+    _, more = talk.prompt("hi<|im_end|>", 5)
+    assert len(more) == len(ids) + 1
+
+
+def test_another_seed_is_another_conversation(talker):
+    def answers(seed):
+        talk, how = conversation(talker), (1.0, None, None)
+        return [said(talk, "hello", 20, how, seed) for _ in range(2)]
+
+    assert answers(1) == answers(1)
+    assert answers(1) != answers(2)
+    one, two = answers(1)
+    assert one != two  # the second answer has draws of its own
+    assert len(answers(2**32 - 1)) == 2  # and no seed is too large for it
+
+
+def test_the_oldest_messages_are_forgotten_when_the_context_is_full(talker):
+    talk = conversation(talker, "be brief")
+    for i in range(6):
+        said(talk, f"question {i}")
+    told, ids = talk.prompt("the last", 5)
+    text = talk.encoding.decode(ids)
+    assert len(ids) + 5 <= talk.model.seq_len
+    assert "be brief" in text and "question 5" in text
+    assert "question 0" not in text
+    assert told[0]["role"] == "user"
+    # another question and answer would not have fitted
+    pair = talk.encoding.encode(
+        "<|im_start|>user\nquestion 1<|im_end|>\n"
+        "<|im_start|>assistant\nabcde<|im_end|>\n",
+        allowed_special="all",
+    )
+    assert len(ids) + 5 + len(pair) > talk.model.seq_len
+    assert sum(x.startswith("user: ") for x in talk.log) == 6
+
+
+def test_a_question_that_is_too_long_changes_nothing(talker):
+    talk = conversation(talker)
+    said(talk, "hello")
+    before = list(talk.messages), list(talk.log)
+    with pytest.raises(ValueError, match="that is too long: 2.. tokens and"):
+        said(talk, "x" * 240)
+    assert (talk.messages, talk.log) == before
+    assert len(said(talk, "hello")) == 5
+
+
+def test_an_answer_takes_half_of_the_context_at_most(talker):
+    assert len(said(conversation(talker), "hello", 10_000)) == 128
+
+
+def test_what_was_said_when_it_was_stopped_is_the_answer(talker):
+    talk = conversation(talker)
+    pieces = talk.answer("hello", 50, GREEDY, 1)
+    heard = [next(pieces) for _ in range(4)]
+    pieces.close()
+    assert talk.messages[-1]["content"] == "".join(heard).strip()
+    assert talk.log[-1] == f"assistant: {''.join(heard).strip()}"
+    assert len(said(talk, "go on")) == 5
+
+
+def test_a_new_conversation_remembers_nothing(talker):
+    talk = conversation(talker)
+    first = said(talk, "hello", 20)
+    talk.begin("be brief")
+    assert talk.messages == [] and talk.system == "be brief"
+    assert talk.log[-2:] == ["* * *", "system: be brief"]
+    talk.begin("")
+    talk.answers = 0
+    assert said(talk, "hello", 20) == first
+
+
+def test_a_template_that_wants_no_system_says_so_before_the_first_question(
+    talker,
+):
+    with pytest.raises(ValueError, match="template fails: no system here"):
+        conversation(talker, "be brief", template=STRICT)
+    assert said(conversation(talker, template=STRICT), "hello")
+
+
+# the command
+
+
+def test_a_conversation_through_a_pipe(talker, llmnb, monkeypatch, tmp_path):
+    lines = "hello\n\n/help\nand now\n/new\n/system be brief\nhello\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    how = "--tokens", 6, "--temperature", 0, "--transcript", "said.txt"
+    code, out, err = llmnb("chat", talker, *how)
+    assert code == 0
+    answers = out.splitlines()
+    assert [len(x) for x in answers] == [6, 6, 6]
+    assert "/new     begin another conversation" in err
+    assert err.count("a new conversation") == 2
+    assert (tmp_path / "said.txt").read_text() == "\n\n".join(
+        [
+            "user: hello", f"assistant: {answers[0].strip()}",
+            "user: and now", f"assistant: {answers[1].strip()}",
+            "* * *", "* * *", "system: be brief",
+            "user: hello", f"assistant: {answers[2].strip()}",
+        ]
+    ) + "\n"  # fmt: skip
+
+
+def test_what_the_command_is_told_reaches_the_model(
+    talker, llmnb, monkeypatch
+):
+    def answer(*options):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+        code, out, _ = llmnb("chat", talker, "--tokens", 40, *options)
+        assert code == 0
+        return out
+
+    usual = answer()
+    assert answer() == usual
+    assert answer("--seed", 7) != usual
+    assert answer("--system", "you are a poet") != usual
+    assert answer("--top-k", 1) == answer("--temperature", 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--tokens", 0), "tokens must be at least 1"),
+        (("--context", 1), "context must be at least 2"),
+        (("--temperature", -1), "temperature must be at least 0"),
+        (("--top-p", 2), "top_p must be above 0"),
+        (("--seed", -1), "seed must be in"),
+        (("--transcript", "no/such/file"), "transcript: there is no folder"),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_one_line(
+    options, says, talker, llmnb
+):
+    code, out, err = llmnb("chat", talker, *options)
+    assert (code, out) == (1, "")
+    assert says in err and len(err.splitlines()) == 1
+
+
+def test_a_model_without_a_template_is_refused(talker, llmnb):
+    (talker / "tokenizer_config.json").write_text("{}")
+    code, _, err = llmnb("chat", talker)
+    assert code == 1
+    assert "has no chat template" in err and "llmnb generate" in err
+    code, _, err = llmnb("chat", "nowhere")
+    assert code == 1 and len(err.splitlines()) == 1
+
+
+# in a terminal of its own
+
+# takes its terminal for its own, and Ctrl-C as a program in the foreground
+OWN = """\
+import fcntl, signal, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from llmnb.cli.__main__ import main
+main()
+"""
+
+
+def until(terminal, pattern, seconds=120):
+    """Wait until a terminal shows a pattern."""
+    shown, end = "", time.monotonic() + seconds
+    while not re.search(pattern, shown):
+        left = max(0, end - time.monotonic())
+        ready, _, _ = select.select([terminal], [], [], left)
+        assert ready, f"no {pattern!r} in {shown[-500:]!r}"
+        shown += os.read(terminal, 4096).decode("utf-8", "replace")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no such terminals")
+def test_ctrl_c_stops_an_answer_and_not_the_program(tmp_path):
+    talker = folder_of(tmp_path / "talker", length=8192)
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", OWN, "chat", str(talker)]
+    command += ["--context", "8192", "--tokens", "4000"]
+    command += ["--transcript", str(tmp_path / "said.txt")]
+    how = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    how |= {"env": os.environ | {"PYTHONPATH": os.pathsep.join(paths)}}
+    run = subprocess.Popen(command, start_new_session=True, **how)
+    os.close(theirs)
+    try:
+        until(ours, "> $")
+        # between its prompt and its waiting Python would not be woken
+        time.sleep(1)
+        os.write(ours, b"hel\x03")  # at the prompt it clears the line
+        until(ours, "> $")
+        for question in b"hello", b"again":
+            os.write(ours, question + b"\n")
+            until(ours, "\r\n[a-z ]{5}")
+            os.write(ours, b"\x03")
+            until(ours, r"\[stopped\]\r\n> $")
+        os.write(ours, b"\x04")
+        assert run.wait(60) == 0
+    finally:
+        if run.poll() is None:
+            run.kill()
+            run.wait()
+        os.close(ours)
+    kept = (tmp_path / "said.txt").read_text()
+    words = re.findall(r"^(\w+): ([a-z ]+)$", kept, re.M)
+    assert [x for x, _ in words] == ["user", "assistant"] * 2
+    assert [x for _, x in words[::2]] == ["hello", "again"]
+    assert all(len(x) < 3000 for _, x in words[1::2])  # of 4,000

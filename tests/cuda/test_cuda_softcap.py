@@ -1,0 +1,109 @@
+"""Soft caps on a GPU: of logits, and the gradient through them."""
+
+import math
+
+import numpy as np
+import pytest
+from gpu import PLACES, check_layer, check_machine_code, there
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmnb import cuda, reference
+from llmnb.gpu.launch import simulated, to_host
+from llmnb.gpu.simulator import watch
+
+drawn = settings(max_examples=16, deadline=None, derandomize=True)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_cap_is_right_at_every_size(place):
+    """Relative to each element, next to the seam of its two forms too."""
+    rng, n = np.random.default_rng(0), 4000
+    x = np.exp(rng.uniform(math.log(1e-6), math.log(60), n))
+    x[:100] = 0.6 * (1 + rng.uniform(-1e-3, 1e-3, 100))
+    x = (x * rng.choice([-1, 1], n)).astype(np.float32)
+    for cap in (1.0, 30.0):
+        given = place((x * np.float32(cap))[None, None])
+        cuda.softcap_forward(given, cap)
+        want = cap * np.tanh((x * np.float32(cap)).astype("f8") / cap)
+        np.testing.assert_allclose(to_host(given)[0, 0], want, rtol=5e-7)
+
+
+@drawn
+@given(
+    st.tuples(*(st.integers(1, n) for n in (2, 3, 60))),
+    st.sampled_from((0.5, 30.0)),
+)
+def test_caps_equal_the_reference(shape, cap):
+    rng = np.random.default_rng(0)
+    x = rng.normal(scale=2 * cap, size=shape).astype(np.float32)
+    layers = cuda.softcap_forward, reference.softcap_forward
+    check_layer(*layers, {"x": x, "softcap": cap}, ["x"], tol=5e-7)
+
+
+def test_far_out_the_cap_is_reached_and_no_more():
+    x = simulated(np.array([[[-1e30, -1e3, 0, 1e3, 3e38]]], np.float32))
+    cuda.softcap_forward(x, 30.0)
+    assert to_host(x).ravel().tolist() == [-30, -30, 0, 30, 30]
+
+
+def slopes(B, T, V, more, cap=3.0):
+    rng, Vp = np.random.default_rng(0), V + more
+    logits = rng.normal(scale=cap, size=(B, T, Vp)).astype(np.float32)
+    logits = (cap * np.tanh(logits / cap)).astype(np.float32)
+    lse = np.log(np.exp(logits[..., :V]).sum(axis=-1)).astype(np.float32)
+    targets = rng.integers(0, V, (B, T)).astype(np.int32)
+    return {
+        "dlogits": np.full_like(logits, np.nan),
+        "dlosses": rng.normal(size=(B, T)).astype(np.float32),
+        "logits": logits, "lse": lse, "targets": targets,
+        "V": V, "softcap": cap,
+    }  # fmt: skip
+
+
+def check_slopes(*shape):
+    name = "capped_crossentropy_backward"
+    layers = getattr(cuda, name), getattr(reference, name)
+    return check_layer(*layers, slopes(*shape), ["dlogits"])
+
+
+@drawn
+@given(st.tuples(*(st.integers(1, n) for n in (2, 3, 60))), st.integers(0, 7))
+def test_slopes_equal_the_reference(shape, more):
+    check_slopes(*shape, more)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_slopes_may_overwrite_the_logits(place):
+    for more in (0, 3):
+        arrays = slopes(2, 3, 29, more)
+        apart, same = there(arrays, place), there(arrays, place)
+        cuda.capped_crossentropy_backward(*apart.values())
+        same["dlogits"] = same["logits"]
+        cuda.capped_crossentropy_backward(*same.values())
+        want = to_host(apart["dlogits"])
+        np.testing.assert_array_equal(to_host(same["logits"]), want)
+        assert not want[..., 29:].any()
+
+
+def test_machine_code():
+    """No tangent of the GPU's own, which is right to three digits."""
+    with watch() as seen:
+        cuda.softcap_forward(simulated(np.ones((1, 1, 5), "f4")), 3.0)
+        arrays = there(slopes(1, 1, 5, 0))
+        cuda.capped_crossentropy_backward(*arrays.values())
+    for made in check_machine_code(seen).values():
+        assert "tanh.approx" not in made.ptx and "call" not in made.ptx
+        assert made.registers <= 64
+
+
+def test_nothing_is_launched_for_empty_arrays():
+    with watch() as seen:
+        cuda.softcap_forward(simulated(np.empty((2, 0, 3), "f4")), 3.0)
+    assert not seen.launches
+
+
+def test_what_is_refused():
+    x = simulated(np.ones((1, 1, 3), "f4"))
+    with pytest.raises(ValueError, match="softcap must be above 0, got 0"):
+        cuda.softcap_forward(x, 0)

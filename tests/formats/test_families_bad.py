@@ -1,0 +1,256 @@
+"""Folders of other families that are damaged, or contradict themselves."""
+
+import json
+import shutil
+import tracemalloc
+
+import numpy as np
+import pytest
+from fuzz import answer, mangled
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llamas import FAMILIES, cfg_of
+
+import llmnb
+from llmnb.formats.checkpoint import open_model
+from llmnb.formats.families import RECORD, write_family_folder
+from llmnb.formats.published import INDEX
+from llmnb.formats.safetensors import TensorFile, write_tensors
+from llmnb.model.gpt2 import GPT2
+
+
+def read(path):
+    """The model of a file, or that of the folder for its config.json."""
+    whole = path if path.suffix == ".safetensors" else path.parent
+    whole = path.parent / INDEX if path.name.startswith("model-") else whole
+    return llmnb.load(whole, 1, 1, "reference")
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """Folders of every family, and two pieces of a Llama with an index."""
+    whole = tmp_path_factory.mktemp("families")
+    for family in FAMILIES:
+        cfg = cfg_of(family, 21)
+        params = GPT2(cfg, 1, 2, "reference").params
+        write_family_folder(whole / family, cfg, params)
+        cut = whole / f"{family}-cut"
+        shutil.copytree(whole / family, cut)
+        # as another program writes it: without our record, in two files
+        file, table = TensorFile(cut / "model.safetensors"), {}
+        for k, names in enumerate((file.names[::2], file.names[1::2])):
+            part = f"model-{k}.safetensors"
+            write_tensors(cut / part, {name: file[name] for name in names})
+            table |= dict.fromkeys(names, part)
+        (cut / INDEX).write_text(json.dumps({"weight_map": table}))
+        (cut / "model.safetensors").unlink()
+    return whole
+
+
+@pytest.fixture(scope="module")
+def bad(good, tmp_path_factory):
+    return shutil.copytree(good, tmp_path_factory.mktemp("bad") / "x")
+
+
+NAMES = [
+    "llama/model.safetensors", "llama-cut/config.json", f"llama-cut/{INDEX}",
+    "llama-cut/model-0.safetensors", "gemma3_text-cut/config.json",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_good_folder_is_read(good, name):
+    assert read(good / name).cfg.vocab_size == 21
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_a_damaged_file_is_an_answer_or_one_error(good, bad, name, data):
+    raw = data.draw(mangled((good / name).read_bytes()))
+    try:
+        found = answer(read, bad / name, raw)
+        assert not isinstance(found, Exception) or len(str(found)) < 500
+    finally:
+        shutil.copy(good / name, bad / name)
+
+
+JUNK = [
+    None, True, False, -1, 0, 1, 3, 2**31 - 1, 2**31, 2**63, 10**30, 1.5,
+    float("nan"), float("inf"), 1e308, 1e-320, "x", "", "llama", "linear",
+    [], [1], ["full_attention"], {}, {"factor": 2.0}, {"rope_theta": "x"},
+    {"full_attention": 5}, {"full_attention": {"rope_type": [1]}},
+    {"rope_type": "llama3", "factor": 2.0}, [[]] * 3, {"x": [None]},
+    {"type": "linear", "factor": "x"}, {"sliding_attention": []},
+]  # fmt: skip
+KEYS = [
+    "rope_parameters", "rope_scaling", "sliding_window_pattern", "model_type",
+    "use_sliding_window", "head_dim", "query_pre_attn_scalar", "layer_types",
+    "sliding_window", "rope_local_base_freq", "attn_logit_softcapping",
+    "tie_word_embeddings", "mlp_bias", "num_local_experts",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(deadline=None, max_examples=250)
+@given(data=st.data())
+def test_a_config_json_of_junk_is_an_answer_or_one_error(
+    good, bad, family, data
+):
+    """Values of every kind in the place of every setting."""
+    path = bad / f"{family}-cut" / "config.json"
+    raw = (good / f"{family}-cut" / "config.json").read_bytes()
+    said = json.loads(raw)
+    for _ in range(data.draw(st.integers(1, 3))):
+        key = data.draw(st.sampled_from([*said, *KEYS]))
+        if data.draw(st.booleans()):
+            said[key] = data.draw(st.sampled_from(JUNK))
+        else:
+            said.pop(key, None)
+    try:
+        found = answer(read, path, json.dumps(said).encode())
+        assert not isinstance(found, Exception) or len(str(found)) < 900
+    finally:
+        path.write_bytes(raw)
+
+
+@settings(deadline=None, max_examples=250)
+@given(data=st.data())
+def test_a_record_of_junk_is_an_answer_or_one_error(good, bad, data):
+    path = bad / "gemma3_text" / "model.safetensors"
+    file = TensorFile(good / "gemma3_text" / "model.safetensors")
+    record = json.loads(file.metadata[RECORD])
+    for _ in range(data.draw(st.integers(1, 3))):
+        key = data.draw(st.sampled_from([*record, "family", "other"]))
+        record[key] = data.draw(st.sampled_from(JUNK))
+    arrays = {name: file[name] for name in file.names}
+    text = data.draw(st.sampled_from(["[]", "5", "{}", "x", "[" * 9000]))
+    kept = data.draw(st.integers(0, 9))
+    note = {RECORD: json.dumps(record) if kept else text}
+    write_tensors(path, arrays, file.metadata | note)
+    found = answer(read, path, path.read_bytes())
+    assert not isinstance(found, Exception) or len(str(found)) < 900
+
+
+def changed(good, tmp_path, family="llama", config=None, tensors=None):
+    """A folder as another program writes it, one thing changed."""
+    cfg = cfg_of(family, 21)
+    params = GPT2(cfg, 1, 2, "reference").params
+    write_family_folder(tmp_path, cfg, params)
+    file = TensorFile(tmp_path / "model.safetensors")
+    arrays = {name: file[name] for name in file.names}
+    said = json.loads((tmp_path / "config.json").read_text())
+    if config:
+        config(said)
+    if tensors:
+        tensors(arrays)
+    write_tensors(tmp_path / "model.safetensors", arrays)
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    return tmp_path
+
+
+def setting(name, value):
+    return {"config": lambda said: said.__setitem__(name, value)}
+
+
+def tensor(name, x):
+    return {"tensors": lambda arrays: arrays.__setitem__(name, x)}
+
+
+NORM, Q = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
+BAD = {
+    "channels": (setting("hidden_size", 32), "q_proj.weight must be|embed_t"),
+    "rows": (setting("vocab_size", 22), r"must be \(22, 16\), got \(21, 16\)"),
+    "layers": (setting("num_hidden_layers", 3), "no tensor model.layers.2"),
+    "fewer layers": (
+        setting("num_hidden_layers", 1), "a llama has no tensor model.layers.1"
+    ),
+    "a billion layers": (
+        setting("num_hidden_layers", 10**9), "num_hidden_layers must be"
+    ),
+    "kv heads": (
+        setting("num_key_value_heads", 2), r"k_proj.weight must be \(16, 16\)"
+    ),
+    "kv heads that do not divide": (
+        setting("num_key_value_heads", 3), "num_kv_heads must be a divisor"
+    ),
+    "a head size that is odd": (
+        setting("head_dim", 7), "head_size must be even"
+    ),
+    "heads that do not divide": (
+        {
+            "config": lambda said: said.pop("head_dim")
+            and said.update(num_attention_heads=3, num_key_value_heads=3)
+        },
+        "channels must be a multiple of num_heads = 3",
+    ),
+    "hidden": (setting("intermediate_size", 65), "gate_proj.weight must be"),
+    "an activation": (
+        setting("hidden_activation", "relu"), "the activation must be"
+    ),
+    "a bias": (setting("attention_bias", True), "attention_bias must be"),
+    "a scaling": (
+        setting("rope_scaling", {"rope_type": "yarn", "factor": 2.0}),
+        "rope_type must be default, linear or llama3, got 'yarn'",
+    ),
+    "half a scaling": (
+        setting("rope_scaling", {"rope_type": "llama3", "factor": 2.0}),
+        "rope scaling lacks low_freq_factor",
+    ),
+    "eps": (setting("rms_norm_eps", 0), "norm_eps must be a positive number"),
+    "a missing tensor": (
+        {"tensors": lambda arrays: arrays.pop(NORM)},
+        "has no tensor model.norm.weight",
+    ),
+    "a tensor too many": (
+        tensor("model.layers.0.self_attn.q_proj.bias", np.zeros(16, "f4")),
+        "a llama has no tensor model.layers.0.self_attn.q_proj.bias",
+    ),
+    "another shape": (
+        tensor(NORM, np.ones(15, "f4")), r"must be \(16,\), got \(15,\)"
+    ),
+    "whole numbers": (
+        tensor(NORM, np.ones(16, "i4")), "must be a float, got I32"
+    ),
+    "no number": (tensor(NORM, np.full(16, np.nan, "f4")), "lnfw is nan at"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_contradicts_itself_is_one_error(good, tmp_path, name):
+    change, says = BAD[name]
+    path = changed(good, tmp_path, **change)
+    with pytest.raises(ValueError, match=says) as error:
+        llmnb.load(path, 1, 2, "reference")
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_architecture_is_named(good, tmp_path):
+    path = changed(good, tmp_path, **setting("model_type", "mamba"))
+    with pytest.raises(ValueError, match="'mamba'") as error:
+        llmnb.load(path, 1, 2, "reference")
+    assert "llama, mistral" in str(error.value)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_damaged_large_model_takes_no_memory(tmp_path):
+    """One tensor is wrong, and a gigabyte is not allocated first."""
+    cfg = llmnb.LlamaConfig(8, 2**20, 1, 1, 256, hidden=64)
+    small = llmnb.LlamaConfig(8, 21, 1, 1, 256, hidden=64)
+    params = GPT2(small, 1, 2, "reference").params
+    write_family_folder(tmp_path, small, params)
+    said = json.loads((tmp_path / "config.json").read_text())
+    said["vocab_size"] = cfg.vocab_size
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    file = TensorFile(tmp_path / "model.safetensors")
+    arrays = {name: file[name] for name in file.names}
+    write_tensors(tmp_path / "model.safetensors", arrays)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="embed_tokens.weight must be"):
+        open_model(tmp_path)
+    with pytest.raises(ValueError, match="embed_tokens.weight must be"):
+        llmnb.load(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 22

@@ -1,0 +1,417 @@
+"""GGUF files, which the tests write with the library gguf."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fuzz import answer, mangled
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import llmnb
+from llmnb.formats.checkpoint import open_model
+from llmnb.formats.families import pieces
+from llmnb.formats.gguf import (
+    GGUFFile,
+    gguf_config,
+    gguf_name,
+    half_split,
+    interleaved,
+    open_gguf,
+)
+from llmnb.model.tensors import full_shape, parameter_shapes, tensor_table
+from llmnb.reference.rotary import rope_frequencies
+
+gguf = pytest.importorskip("gguf")
+FAMILIES = Path(__file__).parents[1] / "data" / "families"
+KINDS = {"llama": "llama", "mistral": "llama", "qwen3": "qwen3"}
+KINDS |= {"gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3"}
+WIDE = llmnb.LlamaConfig(
+    16, 61, 2, 4, 64, num_kv_heads=2, hidden=96, tied=True
+)
+
+
+def random_params(cfg, seed=0):
+    """Weights, by our names; the padding is 0."""
+    rng = np.random.default_rng(seed)
+    params = {}
+    for x in tensor_table(cfg):
+        shape = full_shape(x, cfg)
+        params[x.name] = rng.normal(size=shape).astype(np.float32)
+        if x.used:
+            params[x.name][x.used :] = 0
+    return params
+
+
+def metadata(cfg):
+    """Key -> value, as llama.cpp's converter writes them."""
+    kind = KINDS[cfg.family]
+    found = {
+        "context_length": cfg.max_seq_len,
+        "block_count": cfg.num_layers,
+        "embedding_length": cfg.channels,
+        "feed_forward_length": cfg.hidden,
+        "attention.head_count": cfg.num_heads,
+        "attention.head_count_kv": cfg.num_kv_heads,
+        "attention.key_length": cfg.head_size,
+        "attention.value_length": cfg.head_size,
+        "attention.layer_norm_rms_epsilon": cfg.norm_eps,
+        "rope.freq_base": cfg.rope_theta,
+        "attn_logit_softcapping": cfg.attention_softcap,
+        "final_logit_softcapping": cfg.final_softcap,
+        "attention.sliding_window": cfg.window,
+    }
+    return {f"{kind}.{k}": x for k, x in found.items() if x is not None}
+
+
+def tensors(cfg, params):
+    """Name there -> array, in llama.cpp's order of rows."""
+    found = {}
+    for published, place in pieces(cfg).items():
+        x, name = place.of(params), gguf_name(published, cfg)
+        if KINDS[cfg.family] == "llama" and ".attn_" in name:
+            turned = name.endswith(("attn_q.weight", "attn_k.weight"))
+            x = interleaved(x, cfg.head_size) if turned else x
+        if name.endswith("norm.weight"):
+            x = x + np.float32(cfg.offset)
+        found[name] = np.ascontiguousarray(x)
+    return found
+
+
+def packed_as(name, x, kind):
+    """Vectors stay float32, as in published files."""
+    if kind is None or x.ndim == 1:
+        return x, None
+    kind = gguf.GGMLQuantizationType[kind]
+    return gguf.quantize(x, kind), kind
+
+
+def write(path, kind, keys, arrays, pack=None):
+    """arrays: name -> array, or (bytes, type) as they are to lie there."""
+    writer = gguf.GGUFWriter(path, kind)
+    for key, x in keys.items():
+        if isinstance(x, float):
+            writer.add_float32(key, x)
+        elif isinstance(x, int):
+            writer.add_uint32(key, x)
+        elif isinstance(x, str):
+            writer.add_string(key, x)
+        else:
+            writer.add_array(key, x)
+    for name, x in arrays.items():
+        raw, how = x if type(x) is tuple else packed_as(name, x, pack)
+        writer.add_tensor(name, raw, raw_dtype=how)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_model(path, cfg, params, pack=None, keys=None, arrays=None):
+    """keys, arrays: functions that change what is written."""
+    said, held = metadata(cfg), tensors(cfg, params)
+    for change, of in ((keys, said), (arrays, held)):
+        if change:
+            change(of)
+    return write(path, KINDS[cfg.family], said, held, pack)
+
+
+def read(path):
+    """Configuration and weights of a file."""
+    found = open_model(path)
+    params = {
+        name: np.full(shape, np.nan, np.float32)
+        for name, shape in parameter_shapes(found.cfg).items()
+    }
+    found.read(params)
+    return found.cfg, params
+
+
+def fixture(name):
+    model = llmnb.load(FAMILIES / name, 2, 17, "reference", "fp32")
+    return model, np.load(FAMILIES / name / "expected.npz")
+
+
+@pytest.mark.parametrize(
+    "name", ["llama2", "mistral", "mistral3", "qwen3", "gemma"]
+)
+def test_a_family_written_as_llama_cpp_does_is_read_back(name, tmp_path):
+    model, want = fixture(name)
+    path = write_model(tmp_path / "a.gguf", model.cfg, model.params)
+    again = llmnb.load(path, 2, 17, "reference", "fp64")
+    assert vars(again.cfg) == vars(model.cfg)
+    for key, x in model.params.items():
+        # 1 + w of float32 numbers loses their last bits
+        error = np.abs(again.params[key] - x).max()
+        assert error <= (2.0**-23 if model.cfg.offset else 0), key
+    tokens = want["tokens"]
+    again.forward(tokens[:, :-1], tokens[:, 1:])
+    error = np.abs(again.logits - want["fp64.logits"]).max()
+    assert error < 1e-5
+
+
+def test_rows_that_are_not_put_back_would_show(tmp_path):
+    """The order of rows matters to the check before."""
+    model, want = fixture("llama2")
+    path = write_model(tmp_path / "a.gguf", model.cfg, model.params)
+    again = llmnb.load(path, 2, 17, "reference", "fp64")
+    qkv = again.params["qkvw"]
+    for x in qkv:
+        x[:24] = interleaved(x[:24], 6)
+    again.forward(want["tokens"][:, :-1])
+    assert np.abs(again.logits - want["fp64.logits"]).max() > 0.1
+
+
+def test_gemmas_settings_are_read(tmp_path):
+    """Windows, caps and both kinds of frequency; the file says no scale."""
+    for name in "gemma2", "gemma3":
+        model, _ = fixture(name)
+        cfg = replace(model.cfg, attention_scale=None)
+        path = write_model(tmp_path / f"{name}.gguf", cfg, model.params)
+        assert gguf_config(GGUFFile(path)) == cfg
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
+def test_the_largest_gemmas_have_another_scale(kind, tmp_path):
+    model, _ = fixture(kind)
+    layers = {"gemma2": 46, "gemma3": 62}[kind]
+    cfg = replace(model.cfg, num_layers=layers, attention_scale=None)
+    path = write_model(tmp_path / "a.gguf", cfg, random_params(cfg))
+    found = gguf_config(GGUFFile(path))
+    assert found.attention_scale == (cfg.channels / cfg.num_heads) ** -0.5
+
+
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 3))
+def test_rows_are_put_back_in_order(heads, half, C):
+    x = np.arange(heads * 2 * half * C).reshape(-1, C)
+    back = half_split(x, 2 * half)
+    assert np.array_equal(interleaved(back, 2 * half), x)
+    # row 2i of a head goes to i, row 2i + 1 to i + half
+    assert np.array_equal(back[:half], x[0 : 2 * half : 2])
+    assert np.array_equal(back[half : 2 * half], x[1 : 2 * half : 2])
+
+
+# the largest error of a block, in parts of its largest number
+PACKED = {
+    "F32": 0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 0.5 / 127,
+    "Q5_0": 1 / 16, "Q5_1": 1 / 31, "Q4_0": 1 / 8, "Q4_1": 1 / 15,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_numbers_come_back_nearly(kind, tmp_path):
+    params = random_params(WIDE)
+    path = write_model(tmp_path / "a.gguf", WIDE, params, kind)
+    cfg, found = read(path)
+    assert cfg == WIDE
+    for name, x in params.items():
+        error, most = np.abs(found[name] - x), np.abs(x).max()
+        exact = kind == "F32" or name.startswith("ln")
+        assert error.max() <= (0 if exact else 1.01 * PACKED[kind] * most)
+        assert exact or error.max() > 0
+
+
+def q6_k(rows, d):
+    """Blocks of 256 numbers, all d: 6 bits 33, less 32, times scale 1."""
+    low, high = np.full(128, 0x11, np.uint8), np.full(64, 0xAA, np.uint8)
+    ones = np.ones(16, np.uint8)
+    scale = np.array([d], np.float16).view(np.uint8)
+    return np.tile(np.concatenate([low, high, ones, scale]), (rows, 1))
+
+
+def test_k_quants_are_unpacked(tmp_path):
+    cfg = llmnb.LlamaConfig(16, 61, 1, 4, 256, hidden=256, tied=True)
+    params = random_params(cfg)
+
+    def replaced(arrays):
+        kind = gguf.GGMLQuantizationType.Q6_K
+        arrays["blk.0.ffn_up.weight"] = q6_k(256, 0.5), kind
+
+    path = tmp_path / "a.gguf"
+    write_model(path, cfg, params, arrays=replaced)
+    _, found = read(path)
+    assert (found["fcw"][0, 256:] == 0.5).all()
+    assert np.array_equal(found["fcw"][0, :256], params["fcw"][0, :256])
+
+
+@pytest.mark.parametrize("factor", [8.0, 32.0])
+def test_scaled_rotations_are_recognised(factor, tmp_path):
+    scaling = "llama3", factor, 1.0, 4.0, 8192
+    cfg = replace(WIDE, rope_theta=500000.0)
+    plain = rope_frequencies(cfg.head_size, cfg.rope_theta)
+    scaled = rope_frequencies(cfg.head_size, cfg.rope_theta, scaling)
+
+    def add(arrays):
+        arrays["rope_freqs.weight"] = (plain / scaled).astype(np.float32)
+
+    path = tmp_path / "a.gguf"
+    write_model(path, cfg, random_params(cfg), arrays=add)
+    assert open_gguf(path)[0].rope_scaling == scaling
+
+
+def test_a_linear_scaling_is_read(tmp_path):
+    def add(keys):
+        keys["llama.rope.scaling.type"] = "linear"
+        keys["llama.rope.scaling.factor"] = 4.0
+
+    path = write_model(
+        tmp_path / "a.gguf", WIDE, random_params(WIDE), keys=add
+    )
+    assert open_gguf(path)[0].rope_scaling == ("linear", 4.0)
+
+
+def setting(name, value):
+    return {"keys": lambda keys: keys.update({f"llama.{name}": value})}
+
+
+def without(name):
+    return {"keys": lambda keys: keys.pop(f"llama.{name}")}
+
+
+def tensor(name, value):
+    return {"arrays": lambda arrays: arrays.update({name: value})}
+
+
+BAD = {
+    "no blocks": (without("block_count"), "lacks llama.block_count"),
+    "no epsilon": (
+        without("attention.layer_norm_rms_epsilon"), "lacks llama.attention"
+    ),
+    "no heads": (setting("attention.head_count", 0), "num_heads must be"),
+    "a text": (setting("block_count", "two"), "num_layers must be"),
+    "a list": (
+        setting("attention.head_count_kv", [2, 2]), "num_kv_heads must be"
+    ),
+    "too many blocks": (setting("block_count", 2**30), "block_count is"),
+    "far too many": (setting("block_count", 2**31), "num_layers must be"),
+    "a block more": (setting("block_count", 3), "has no tensor blk.2."),
+    "a block less": (setting("block_count", 1), "a llama has no tensor blk"),
+    "part of a head": (setting("rope.dimension_count", 8), "the head size"),
+    "other values": (setting("attention.value_length", 8), "the head size"),
+    "kv heads": (setting("attention.head_count_kv", 3), "num_kv_heads"),
+    "hidden": (
+        setting("feed_forward_length", 97),
+        r"ffn_gate.weight must be \(97, 64\), got \(96, 64\)",
+    ),
+    "channels": (setting("embedding_length", 32), r"must be \(61, 32\)"),
+    "a scaling": (
+        setting("rope.scaling.type", "yarn"), "scaling 'yarn' is not known"
+    ),
+    "no factor": (
+        setting("rope.scaling.type", "linear"), "rope_scaling must be"
+    ),
+    "factors": (
+        tensor("rope_freqs.weight", np.full(8, 2, np.float32)),
+        "factors of rope_freqs.weight are not known",
+    ),
+    "few factors": (
+        tensor("rope_freqs.weight", np.full(3, 2, np.float32)),
+        "factors of rope_freqs.weight are not known",
+    ),
+    "another tensor": (
+        tensor("blk.0.attn_q.bias", np.zeros(64, np.float32)),
+        "a llama has no tensor blk.0.attn_q.bias",
+    ),
+    "no table": (
+        {"arrays": lambda arrays: arrays.pop("token_embd.weight")},
+        "has no table token_embd.weight",
+    ),
+    "a flat table": (
+        tensor("token_embd.weight", np.zeros(64, np.float32)),
+        "has no table token_embd.weight",
+    ),
+    "no weight": (
+        {"arrays": lambda arrays: arrays.pop("blk.1.ffn_up.weight")},
+        "has no tensor blk.1.ffn_up.weight",
+    ),
+    "not finite": (
+        tensor("output_norm.weight", np.full(64, np.inf, np.float32)),
+        "lnfw is inf at",
+    ),
+    "whole numbers": (
+        tensor("output_norm.weight", np.ones(64, np.int32)),
+        "output_norm.weight is I32, which gguf cannot unpack",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_contradicts_itself_is_refused(name, tmp_path):
+    change, says = BAD[name]
+    path = tmp_path / "a.gguf"
+    write_model(path, WIDE, random_params(WIDE), **change)
+    with pytest.raises(ValueError, match=says) as error:
+        read(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_another_architecture_is_refused(tmp_path):
+    path = write(tmp_path / "a.gguf", "mamba", {"mamba.block_count": 1}, {})
+    with pytest.raises(ValueError, match="one of llama, qwen3.*got 'mamba'"):
+        open_gguf(path)
+
+
+def test_what_is_no_gguf_is_said_to_be_what_it_is(tmp_path):
+    path = tmp_path / "a.gguf"
+    for raw, says in (
+        (b"", "empty file"),
+        (b"<!doctype html>", "a web page"),
+        (b"something else", "does not begin with GGUF"),
+        (b"GGUF", "not a whole GGUF file"),
+        (b"GGUF\x09\0\0\0", "not a whole GGUF file"),
+    ):
+        path.write_bytes(raw)
+        with pytest.raises(ValueError, match=says):
+            open_gguf(path)
+    with pytest.raises(FileNotFoundError):
+        open_gguf(tmp_path / "b.gguf")
+
+
+def test_without_the_library_the_error_says_what_to_install(
+    tmp_path, monkeypatch
+):
+    path = write_model(tmp_path / "a.gguf", WIDE, random_params(WIDE))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match=r"pip install 'llmnb\[modern\]'"):
+        open_gguf(path)
+
+
+def test_a_length_that_lies_is_found_at_once(tmp_path):
+    """The library alone would count to it."""
+    path = tmp_path / "a.gguf"
+    keys = {"llama.list": [1, 2, 3]}
+    write(path, "llama", keys, {})
+    raw = path.read_bytes()
+    at = raw.index(b"llama.list") + len(b"llama.list") + 8
+    assert raw[at : at + 8] == (3).to_bytes(8, "little")
+    path.write_bytes(raw[:at] + (2**60).to_bytes(8, "little") + raw[at + 8 :])
+    with pytest.raises(ValueError, match="not a whole GGUF file"):
+        GGUFFile(path)
+
+
+TINY = llmnb.LlamaConfig(8, 9, 1, 2, 8, hidden=8, tied=True)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "good.gguf"
+    write_model(path, TINY, random_params(TINY))
+    return path.read_bytes()
+
+
+@settings(
+    max_examples=300,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_a_damaged_file_gives_one_error(data, good, tmp_path):
+    raw = data.draw(mangled(good))
+    found = answer(read, tmp_path / "a.gguf", raw)
+    if not isinstance(found, Exception):
+        cfg, params = found
+        assert all(np.isfinite(x).all() for x in params.values())

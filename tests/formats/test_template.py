@@ -1,0 +1,152 @@
+"""Chat templates come from strangers and run in a sandbox."""
+
+import json
+import sys
+
+import pytest
+
+from llmnb.formats.template import chat_template, render_chat
+
+pytest.importorskip("jinja2")
+CHATML = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def test_a_conversation_is_rendered_up_to_the_answer():
+    messages = [{"role": "system", "content": "be brief"}, *HELLO]
+    assert render_chat(CHATML, messages) == (
+        "<|im_start|>system\nbe brief<|im_end|>\n"
+        "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_transformers_renders_the_same(tmp_path):
+    """With what templates of published models use."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    template = (
+        "{{ bos_token }}\n{%- set start = 0 %}\n"
+        "{%- if messages[0]['role'] == 'system' %}\n"
+        "    {{- messages[0].content | trim }}\n"
+        "    {%- set messages = messages[1:] %}\n{%- endif %}\n"
+        "{%- for m in messages %}\n"
+        "    {%- if m.role == 'nobody' %}{% continue %}{% endif %}\n"
+        "    {{- '[' + m.role + '] ' + m.content.strip() + eos_token }}\n"
+        "{%- endfor %}\n"
+        "{%- if add_generation_prompt is defined %}{{ '[answer]' }}{% endif %}"
+    )
+    model = tokenizers.models.WordLevel({"<s>": 0, "</s>": 1}, "<s>")
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(model),
+        bos_token="<s>",
+        eos_token="</s>",
+    )
+    messages = [{"role": "system", "content": " be brief "}, *HELLO]
+    messages += [{"role": "nobody", "content": "?"}]
+    want = theirs.apply_chat_template(
+        messages,
+        chat_template=template,
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    assert render_chat(template, messages, "<s>", "</s>") == want
+    assert want.endswith("hello</s>[answer]")
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ ''.__class__ }}", "asks for '__class__' of a str"),
+        ("{{ messages.__class__.__mro__ }}", "asks for '__class__'"),
+        ("{{ ''['__class__'] }}", "asks for '__class__'"),
+        ("{{ (''|attr('__class__')).__mro__ }}", "asks for '__class__'"),
+        ("{{ raise_exception.__globals__ }}", "asks for '__globals__'"),
+        ("{{ messages.append(1) }}", "asks for 'append' of a list"),
+        ("{{ messages[0].update(role='x') }}", "asks for 'update'"),
+        ("{{ '{0.__class__}'.format(1) }}", "asks for '__class__' of a int"),
+        ("{% for i in range(10**9) %}{% endfor %}", "too big"),
+        ("{{ raise_exception('no system here') }}", "no system here"),
+        ("{{ messages[5].content }}", "has no (element|attribute)|no element"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ strftime_now(7) }}", "must be str"),
+        ("{% if %}", "fails: Expected an expression"),
+        ("{{ x", "fails: "),
+        ("{% include 'passwd' %}", "no loader"),
+        ("{% import os %}", "fails: "),
+    ],
+)
+def test_what_fails_or_is_forbidden_is_one_error(template, says):
+    with pytest.raises(ValueError, match=says) as error:
+        render_chat(template, HELLO)
+    assert "the chat template fails" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert HELLO == [{"role": "user", "content": "hello"}]
+
+
+def test_without_jinja_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ImportError, match=r"pip install 'llmnb\[modern\]'"):
+        render_chat(CHATML, HELLO)
+
+
+def folder(tmp_path, **files):
+    """A model folder, of whose weights nothing is read."""
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    for name, x in files.items():
+        name = name.replace("_jinja", ".jinja").replace("_json", ".json")
+        (tmp_path / name).write_text(x if name[-1] == "a" else json.dumps(x))
+    return tmp_path
+
+
+def test_a_template_is_found_where_it_lies(tmp_path):
+    said = {"chat_template": "A"}
+    assert chat_template(folder(tmp_path, tokenizer_config_json=said)) == "A"
+    several = [{"name": "tool_use", "template": "T"}]
+    several.append({"name": "default", "template": "D"})
+    said = {"chat_template": several}
+    assert chat_template(folder(tmp_path, tokenizer_config_json=said)) == "D"
+    (tmp_path / "chat_template.jinja").write_text("own")
+    assert chat_template(tmp_path) == "own"  # which transformers 5 writes
+
+
+def test_a_template_is_found_in_a_gguf(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    for template in (CHATML, None):
+        writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+        if template:
+            writer.add_chat_template(template)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        if template:
+            assert chat_template(tmp_path / "a.gguf") == template
+    with pytest.raises(ValueError, match="has no chat template"):
+        chat_template(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {"chat_template": None},
+        {"chat_template": 7},
+        {"chat_template": [{"name": "tool_use", "template": "T"}]},
+        {"chat_template": ["T"]},
+        {"chat_template": [{"name": "default", "template": 7}]},
+    ],
+)
+def test_a_model_without_a_template_does_not_talk(said, tmp_path):
+    with pytest.raises(ValueError, match="has no chat template") as error:
+        chat_template(folder(tmp_path, tokenizer_config_json=said))
+    assert "llmnb generate" in str(error.value)
+
+
+def test_a_template_that_is_no_text_is_refused(tmp_path):
+    (folder(tmp_path) / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="chat_template.jinja"):
+        chat_template(tmp_path)

@@ -1,0 +1,72 @@
+"""Tiny models of other families, each with a tokenizer made here."""
+
+import io
+import json
+
+import pytest
+
+from llmnb.formats.families import write_family_folder
+from llmnb.model.architectures import ARCHITECTURES
+from llmnb.model.gpt2 import GPT2
+
+TEXT = (
+    "the low tower, the lower one and the lowest: the newest of the new "
+    "towers has 12 windows, the wider ones 99. It isn't a wide window.\n"
+)
+MARKUP = ["<s>", "</s>", "<|im_start|>"]
+FAMILIES = {
+    "llama": {"num_kv_heads": 1},
+    "mistral": {"num_kv_heads": 2, "window": 5},
+    "qwen3": {"num_kv_heads": 2, "head_size": 6},
+    "gemma": {"num_kv_heads": 1, "head_size": 8},
+    "gemma2": {"num_kv_heads": 2, "window": 5},
+    "gemma3_text": {"num_kv_heads": 2, "window": 5, "global_every": 2},
+}
+
+
+def cfg_of(family, vocab_size=300, **others):
+    """A configuration of two layers and 16 channels."""
+    sizes = 32, vocab_size, 2, 2, 16
+    return ARCHITECTURES[family](*sizes, **FAMILIES[family], **others)
+
+
+def write_json(folder, begins=True):
+    """A byte-level tokenizer.json, and what says how a text begins."""
+    library = pytest.importorskip("tokenizers")
+    before = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs = library.Tokenizer(library.models.BPE())
+    theirs.pre_tokenizer = before
+    theirs.decoder = library.decoders.ByteLevel()
+    alphabet = library.pre_tokenizers.ByteLevel.alphabet()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=MARKUP, show_progress=False,
+        initial_alphabet=alphabet,
+    )  # fmt: skip
+    theirs.train_from_iterator([TEXT] * 4, trainer)
+    if begins:
+        theirs.post_processor = library.processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
+    theirs.save(str(folder / "tokenizer.json"))
+    said = {"bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+
+
+def write_sentencepiece(folder):
+    """A tokenizer.model of SentencePiece's BPE, of 300 pieces."""
+    library, file = pytest.importorskip("sentencepiece"), io.BytesIO()
+    library.SentencePieceTrainer.train(
+        sentence_iterator=iter([TEXT] * 4), model_writer=file, vocab_size=300,
+        model_type="bpe", byte_fallback=True, hard_vocab_limit=False,
+        minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(file.getvalue())
+
+
+def write_llama(folder, family="llama", tokenizer=write_json, **how):
+    """A folder with a model of a family and a tokenizer; returns it."""
+    cfg = cfg_of(family)
+    params = GPT2(cfg, 1, 8, "reference", seed=3).params
+    write_family_folder(folder, cfg, params)
+    tokenizer(folder, **how)
+    return folder

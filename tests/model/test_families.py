@@ -1,0 +1,147 @@
+"""Llama, Mistral, Qwen 3 and Gemma against transformers' own models.
+
+The fixtures are folders in tests/data/families, written by
+record_families.py: a model as the library saves it, and what it computes.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import llmnb
+from llmnb.book.verify import numerical_gradient
+from llmnb.formats.families import (
+    described_config,
+    pieces,
+    write_family_folder,
+)
+from llmnb.model.architectures import (
+    PRESETS,
+    architecture_from,
+    architecture_record,
+)
+from llmnb.model.tensors import decaying, parameter_count
+
+FAMILIES = Path(__file__).parents[1] / "data" / "families"
+CASES = sorted(x.name for x in FAMILIES.iterdir() if x.is_dir())
+# the largest error allowed, relative to the size of what is compared
+TOLERANCES = {"fp64": 1e-12, "fp32": 5e-6}
+
+
+def expected(name):
+    with np.load(FAMILIES / name / "expected.npz") as file:
+        return dict(file)
+
+
+def opened(name, backend="reference", precision="fp64"):
+    return llmnb.load(FAMILIES / name, 2, 17, backend, precision)
+
+
+def relative(got, want):
+    assert got.shape == want.shape
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+def train(model, tokens, steps=10):
+    """Losses of AdamW on one batch, as record_families.py runs it."""
+    rules = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.95}
+    rules |= {"weight_decay": 0.1, "eps": 1e-8}
+    batch = tokens[:, :-1], tokens[:, 1:]
+    return [model.step(*batch, step=i + 1, **rules)[0] for i in range(steps)]
+
+
+@pytest.mark.parametrize("precision", ["fp64", "fp32"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("name", CASES)
+def test_ten_steps_are_the_librarys(name, backend, precision):
+    want, limit = expected(name), TOLERANCES[precision]
+    model, tokens = opened(name, backend, precision), want["tokens"]
+    model.forward(tokens[:, :-1], tokens[:, 1:])
+    assert relative(model.logits, want[f"{precision}.logits"]) < limit
+    model.backward()
+    for there, place in pieces(model.cfg).items():
+        got, key = place.of(model.grads), f"fp64.grads.{there}"
+        error = relative(got, want[key])
+        # a gradient is a sum that may almost cancel
+        assert error < (limit if precision == "fp64" else 10 * limit), there
+    losses = np.array(train(opened(name, backend, precision), tokens))
+    error = np.abs(losses / want[f"{precision}.losses"] - 1).max()
+    assert error < limit
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_folder_written_is_read_back(name, tmp_path):
+    model = opened(name)
+    write_family_folder(tmp_path / "copy", model.cfg, model.params)
+    copy = llmnb.load(tmp_path / "copy", 2, 17, "reference", "fp64")
+    assert copy.cfg == model.cfg
+    for key, x in model.params.items():
+        assert np.array_equal(copy.params[key], x), key
+    (tmp_path / "copy" / "config.json").unlink()  # the record says it too
+    file = tmp_path / "copy" / "model.safetensors"
+    assert llmnb.load(file, 1, 4, "reference").cfg == model.cfg
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_library_reads_what_we_write(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    model, want = opened(name), expected(name)
+    write_family_folder(tmp_path, model.cfg, model.params)
+    kinds = transformers.AutoModelForCausalLM
+    theirs = kinds.from_pretrained(tmp_path, attn_implementation="eager")
+    logits = theirs(torch.from_numpy(want["tokens"][:, :-1])).logits
+    got = logits.detach().numpy()
+    assert relative(got, want["fp32.logits"]) < 1e-6
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_styles_of_description_say_the_same(name, tmp_path):
+    """What version 5 writes, and what version 4 wrote."""
+    model = opened(name)
+    write_family_folder(tmp_path, model.cfg, model.params)
+    ours = json.loads((tmp_path / "config.json").read_text())
+    theirs = json.loads((FAMILIES / name / "config.json").read_text())
+    assert "rope_parameters" in theirs and "rope_theta" in ours
+    assert described_config(FAMILIES / name / "config.json") == model.cfg
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_published_shape_has_the_published_count(name):
+    counts = {
+        "llama-2-7b": 6738415616, "llama-3-8b": 8030261248,
+        "llama-3.1-8b": 8030261248, "llama-3.2-1b": 1235814400,
+        "smollm2-135m": 134515008, "mistral-7b-v0.1": 7241732096,
+        "mistral-7b-v0.3": 7248023552, "gemma-2b": 2506172416,
+        "gemma-2-2b": 2614341888, "gemma-3-270m": 268098176,
+        "gemma-3-1b": 999885952, "qwen3-0.6b": 596049920,
+    }  # fmt: skip
+    assert parameter_count(PRESETS[name], padded=False) == counts[name]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_record_gives_the_configuration_back(name):
+    record = json.loads(json.dumps(architecture_record(PRESETS[name])))
+    assert architecture_from(record) == PRESETS[name]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_familys_gradient_is_right(name):
+    model, tokens = opened(name), expected(name)["tokens"]
+    batch = tokens[:, :-1], tokens[:, 1:]
+    model.forward(*batch)
+    model.backward()
+    flat = model.memory.flat("params")
+    some = np.random.default_rng(0).choice(flat.size, 40, replace=False)
+    got = model.memory.flat("grads")[some]
+    for at, grad in zip(some, got, strict=True):
+        one = flat[at : at + 1]
+        want = numerical_gradient(lambda: model.forward(*batch), one)
+        assert abs(grad - want[0]) < 1e-7
+
+
+def test_matrices_and_tables_decay():
+    names = "wte qkvw attprojw fcw fcprojw"
+    assert decaying(opened("llama3").cfg) == names.split()

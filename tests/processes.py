@@ -1,0 +1,51 @@
+"""Python in processes of its own."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+HOLDER = """
+import sys
+from llmnb.files import Lock
+lock = Lock(sys.argv[1])
+print("locked", flush=True)
+{then}
+sys.stdin.read()
+"""
+
+
+def python(code, *args, options=(), cwd=None, **environment):
+    """Run a program, and give its code, and what it wrote as text."""
+    paths = str(ROOT), os.environ.get("PYTHONPATH", "")
+    path = {"PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.run(
+        [sys.executable, *options, "-c", code, *map(str, args)],
+        cwd=cwd, env=os.environ | path | environment, timeout=600,
+        capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def output(code, *args, **how):
+    """What a program writes that must not fail."""
+    done = python(code, *args, **how)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@contextlib.contextmanager
+def held(folder, then=""):
+    """Another process that has the lock of a folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER.format(then=then), str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout.readline() == b"locked\n"
+    try:
+        yield process
+    finally:
+        process.communicate(timeout=60)

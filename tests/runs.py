@@ -1,0 +1,75 @@
+"""What the tests of runs share: a tiny run, and what is left of it."""
+
+import json
+import random
+from itertools import islice
+
+import numpy as np
+
+from llmnb.formats.safetensors import TensorFile, write_tensors
+from llmnb.text import tokenizer
+from llmnb.train.feed import Data
+from llmnb.train.folder import run_folder
+from llmnb.train.log import read_steps
+from llmnb.train.options import TrainConfig
+from llmnb.train.run import begin, follow
+
+SHAPE = {
+    "num_layers": 1, "num_heads": 2, "channels": 16, "seq_len": 16,
+    "batch_size": 2, "tokenizer": "byte", "backend": "reference",
+    "eval_batches": 3,
+}  # fmt: skip
+PLAIN = TrainConfig(**SHAPE, steps=12, eval_every=5, learning_rate=1e-2)
+TINY = TrainConfig(
+    **SHAPE, steps=20, eval_every=7, learning_rate=1e-3, total_batch=64,
+    skip_loss=1.0, skip_norm=1.0, skip_window=5, save_every=5,
+)  # fmt: skip
+
+
+def small_data():
+    """A text of some thousand bytes in place of a corpus."""
+    stream = random.Random(5)
+    kinds = ["spam ", "0123456789", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
+    lines = (stream.choices(stream.choice(kinds), k=90) for _ in range(150))
+    text = "".join("".join(line) for line in lines).encode()
+    tokens = np.frombuffer(text, np.uint8).astype(np.uint16)
+    return Data(tokenizer.byte(), tokens[900:], tokens[:900], "a test")
+
+
+def straight(folder, config=TINY):
+    run = begin(run_folder(folder), config)
+    return run, list(follow(run))
+
+
+def cut(folder, count, config=TINY):
+    """A run that was left after so many steps."""
+    run = begin(run_folder(folder), config)
+    list(islice(follow(run), count))
+    return run
+
+
+def weights(run):
+    return run.model.memory.flat("params").copy()
+
+
+def log_of(folder):
+    """The rows of a log, but for the speed."""
+    steps = read_steps(folder / "log.csv")
+    return [x._replace(tokens_per_second=None) for x in steps]
+
+
+def files_of(folder):
+    """What is in a run folder, the log without its speeds."""
+    found = {x.name: x.read_bytes() for x in folder.iterdir()}
+    found["log.csv"] = log_of(folder)
+    return found
+
+
+def rewrite(path, change=lambda record: None, arrays=lambda x: x):
+    """Write a state with another record, its checksums in order."""
+    file = TensorFile(path)
+    record = json.loads(file.metadata["record"])
+    tensors = arrays({name: file[name].copy() for name in file.names})
+    change(record)
+    note = file.metadata | {"record": json.dumps(record)}
+    write_tensors(path, tensors, note)

@@ -1,0 +1,283 @@
+"""Runs of other architectures, with other models' tokenizers."""
+
+import json
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+from large import TEXT as LETTERS
+from large import large_encoding
+from llamas import (
+    FAMILIES,
+    TEXT,
+    cfg_of,
+    write_json,
+    write_llama,
+    write_sentencepiece,
+)
+from runs import TINY, cut, files_of, straight, weights
+
+from llmnb.formats.foreign import Foreign
+from llmnb.formats.shard import read_shard, write_shard
+from llmnb.formats.vocabulary import keep_encoding, open_encoding
+from llmnb.model.gpt2 import GPT2
+from llmnb.text import tokenizer
+from llmnb.text.corpus import encode_documents
+from llmnb.text.tokenizer import document_start, text_start
+from llmnb.train.evaluation import score_text, text_losses
+from llmnb.train.feed import prepare
+from llmnb.train.finetune import starting_from
+from llmnb.train.folder import load_run, run_folder, weights_path
+from llmnb.train.options import TrainConfig
+from llmnb.train.run import begin, finish, follow, resume
+
+QUICK = {
+    "backend": "reference", "steps": 6, "save_every": 2, "eval_batches": 2,
+    "eval_every": 3, "batch_size": 2, "seq_len": 8, "total_batch": 32,
+}  # fmt: skip
+
+
+@pytest.fixture
+def read_files(monkeypatch):
+    """Runs read their own corpus, not the one that other tests share."""
+    monkeypatch.setattr("llmnb.train.run.prepare", prepare)
+
+
+@pytest.fixture
+def corpus(tmp_path, read_files):
+    (tmp_path / "a.txt").write_text(TEXT * 9)
+    return {"corpus": (str(tmp_path / "a.txt"),)}
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_resumed_run_of_every_family_is_the_straight_run(
+    tmp_path, family, backend
+):
+    shape = {"num_kv_heads": FAMILIES[family]["num_kv_heads"]}
+    if "window" in FAMILIES[family]:
+        shape["window"] = FAMILIES[family]["window"]
+    config = replace(TINY, arch=family, backend=backend, **shape)
+    assert config.micro_batches == 2
+    want, _ = straight(tmp_path / "a", config)
+    cut(tmp_path / "b", 8, config)
+    run, warnings = resume(tmp_path / "b")
+    assert (warnings, run.at.step) == ([], 5)
+    assert run.model.cfg == want.model.cfg and run.model.cfg.family == family
+    list(follow(run))
+    assert np.array_equal(weights(run), weights(want)) and run.at == want.at
+    finish(want)
+    finish(run)
+    assert files_of(tmp_path / "b") == files_of(tmp_path / "a")
+    assert "model.safetensors" in files_of(tmp_path / "b")
+    model, _, _ = load_run(tmp_path / "b")
+    assert np.array_equal(model.memory.flat("params"), weights(run))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_tuned_with_its_own_tokenizer(tmp_path, corpus, family):
+    init = write_llama(tmp_path / "hub", family)
+    config = starting_from(init, **corpus, **QUICK)
+    cfg = cfg_of(family)
+    assert (config.arch, config.channels) == (family, 16)
+    assert config.num_kv_heads == cfg.num_kv_heads
+    assert config.window == (cfg.window or 0)
+    run = begin(run_folder(tmp_path / "a"), config)
+    start = GPT2.from_checkpoint(init, 2, 8, "reference")
+    assert run.model.cfg == start.cfg
+    assert np.array_equal(weights(run), start.memory.flat("params"))
+    list(follow(run))
+    other = begin(run_folder(tmp_path / "b"), config)
+    list(islice(follow(other), 3))
+    again, _ = resume(tmp_path / "b")
+    assert isinstance(again.data.encoding, Foreign)
+    list(follow(again))
+    assert np.array_equal(weights(again), weights(run))
+    assert not np.array_equal(weights(run), start.memory.flat("params"))
+    finish(run)
+    _, encoding, _ = load_run(tmp_path / "a")
+    want = open_encoding(init)
+    assert encoding.encode_ordinary(TEXT) == want.encode_ordinary(TEXT)
+    assert (encoding.bos_token, encoding.eot_token) == (0, 1)
+
+
+def test_options_that_contradict_the_checkpoint(tmp_path):
+    init = write_llama(tmp_path / "hub")
+    for wrong, says in (
+        ({"arch": "mistral"}, "hub has arch llama, not mistral"),
+        ({"num_kv_heads": 2}, "hub has num_kv_heads 1, not 2"),
+        ({"channels": 32}, "hub has channels 16, not 32"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            starting_from(init, **wrong)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_documents_begin_as_the_tokenizer_says(tmp_path, begins):
+    write_json(tmp_path, begins)
+    encoding = open_encoding(tmp_path)
+    want = [1, 0] if begins else [1]  # the end of what was before, a begin
+    assert document_start(encoding) == want
+    assert text_start(encoding) == want[-1]
+    tokens = encode_documents(encoding, ["low", "new"])
+    low, new = map(encoding.encode_ordinary, ("low", "new"))
+    assert tokens.tolist() == [*want, *low, *want, *new]
+    one = encode_documents(encoding, ["low<|endoftext|>new"], endoftext=True)
+    assert one.tolist() == tokens.tolist()
+
+
+def test_gpt2s_documents_begin_as_ever():
+    encoding = tokenizer.byte()
+    assert document_start(encoding) == [256] == [text_start(encoding)]
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_foreign_tokenizer_takes_long_blanks(tmp_path, begins):
+    write_json(tmp_path, begins)
+    encoding = open_encoding(tmp_path)
+    text = "low" + " " * 100_000 + "new\n" * 3
+    ids = tokenizer.encode_text(encoding, text)
+    assert ids.tolist() == encoding.encode_ordinary(text)
+    assert encoding.decode(ids.tolist()) == text
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_a_text_is_scored_behind_its_start(tmp_path, begins):
+    init = write_llama(tmp_path / "hub", begins=begins)
+    model = GPT2.from_checkpoint(init, 1, 32, "reference", "fp64")
+    encoding = open_encoding(init)
+    ids = [0 if begins else 1, *encoding.encode_ordinary("the lowest tower")]
+    score = score_text(model, encoding, "the lowest tower")
+    losses = np.concatenate([*text_losses(model, np.array(ids))])
+    assert (score.tokens, score.bytes) == (len(ids) - 1, 16)
+    assert score.nats == losses.sum()
+
+
+def test_a_sentencepiece_is_kept_and_found(tmp_path, corpus):
+    init = write_llama(tmp_path / "hub", tokenizer=write_sentencepiece)
+    config = starting_from(init, **corpus, **QUICK)
+    assert config.tokenizer == str(init / "tokenizer.model")
+    run = begin(run_folder(tmp_path / "a"), config)
+    list(islice(follow(run), 3))
+    run, _ = resume(tmp_path / "a")
+    list(follow(run))
+    finish(run)
+    _, encoding, _ = load_run(tmp_path / "a")
+    want = open_encoding(init)
+    assert encoding.encode_ordinary(TEXT) == want.encode_ordinary(TEXT)
+    assert encoding.bos_token == 1
+
+
+def test_a_run_in_a_folder_in_use_has_its_own_tokenizer_and_model(
+    tmp_path, corpus
+):
+    plain = TrainConfig(
+        num_layers=1, num_heads=2, channels=16, tokenizer="byte", **QUICK,
+        **corpus,
+    )  # fmt: skip
+    finish(straight(tmp_path / "a", plain)[0])
+    assert weights_path(tmp_path / "a").name == "model.bin"
+    tuned = starting_from(write_llama(tmp_path / "hub"), **QUICK, **corpus)
+    run = begin(run_folder(tmp_path / "a", force=True), tuned)
+    list(follow(run))
+    finish(run)
+    model, encoding, _ = load_run(tmp_path / "a")
+    assert model.cfg.family == "llama" and isinstance(encoding, Foreign)
+    names = {x.name for x in (tmp_path / "a").iterdir()}
+    assert not names & {"model.bin", "tokenizer.tiktoken"}
+    run = begin(run_folder(tmp_path / "a", force=True), plain)
+    list(follow(run))
+    finish(run)
+    model, encoding, _ = load_run(tmp_path / "a")
+    assert model.cfg.family == "gpt2" and encoding.n_vocab == 257
+    names = {x.name for x in (tmp_path / "a").iterdir()}
+    assert not names & {"model.safetensors", "tokenizer.json"}
+
+
+def test_a_folder_with_another_tokenizer_is_not_written_over(tmp_path):
+    write_json(tmp_path)
+    encoding = open_encoding(tmp_path)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "vocab.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"vocab\.json: is of another token"):
+        keep_encoding(encoding, tmp_path / "b")
+    assert (tmp_path / "b" / "vocab.json").read_text() == "{}"
+
+
+def test_a_json_of_gpt2s_kind_with_other_ends_stays_what_it_is(tmp_path):
+    """One that ends texts with a token of its own is not GPT-2's."""
+    library = pytest.importorskip("tokenizers")
+    write_json(tmp_path, begins=False)
+    whole = library.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    whole.add_special_tokens(["<|endoftext|>"])
+    whole.save(str(tmp_path / "tokenizer.json"))
+    encoding = open_encoding(tmp_path)
+    assert isinstance(encoding, Foreign) and encoding.eot_token == 1
+    (tmp_path / "kept").mkdir()
+    keep_encoding(encoding, tmp_path / "kept")
+    again = open_encoding(tmp_path / "kept")
+    assert isinstance(again, Foreign) and again.eot_token == 1
+
+
+# more tokens than two bytes can number
+
+
+def large_shards(folder):
+    """Shards of a text in 70,000 tokens, and its tokenizer."""
+    folder.mkdir()
+    tokens = encode_documents(large_encoding(), [LETTERS])
+    write_shard(folder / "val.bin", tokens[:800], 70_000)
+    write_shard(folder / "train.bin", tokens[800:], 70_000)
+    tokenizer.save(large_encoding(), folder / "tokenizer.tiktoken")
+    return folder
+
+
+def test_a_run_of_a_large_vocabulary_goes_on_from_shards(tmp_path, read_files):
+    shards = large_shards(tmp_path / "shards")
+    assert read_shard(shards / "val.bin").max() > 65_536
+    shape = {"num_layers": 1, "num_heads": 2, "channels": 8}
+    config = TrainConfig(**shape, **QUICK, shards=str(shards), arch="llama")
+    want = begin(run_folder(tmp_path / "a"), config)
+    assert want.model.cfg.vocab_size == 70_000
+    list(follow(want))
+    cut(tmp_path / "b", 3, config)
+    run, warnings = resume(tmp_path / "b")
+    assert warnings == []
+    list(follow(run))
+    assert np.array_equal(weights(run), weights(want))
+    assert all(np.isfinite(x) for x in run.at.losses)
+
+
+def test_a_corpus_of_a_large_vocabulary_is_its_shards(tmp_path, read_files):
+    """The text of a run is the same in shards and in memory."""
+    shards = large_shards(tmp_path / "shards")
+    (tmp_path / "a.txt").write_text(LETTERS)
+    shape = {"num_layers": 1, "num_heads": 2, "channels": 8}
+    named = {"tokenizer": str(shards / "tokenizer.tiktoken")}
+    config = TrainConfig(
+        **shape, **QUICK, **named, corpus=(str(tmp_path / "a.txt"),)
+    )
+    data = prepare(config)
+    write_shard(shards / "val.bin", data.val_tokens, 70_000)
+    write_shard(shards / "train.bin", data.train_tokens, 70_000)
+    assert data.train_tokens.dtype == np.uint32
+    cut(tmp_path / "a", 3, config)
+    run, warnings = resume(tmp_path / "a", shards=str(shards))
+    assert warnings == []
+    tokens = read_shard(shards / "train.bin").copy()
+    tokens[-1] ^= 65_536  # what two bytes do not show
+    write_shard(shards / "train.bin", tokens, 2**31)
+    run.lock.release()
+    with pytest.raises(ValueError, match="not the one it began with"):
+        resume(tmp_path / "a", shards=str(shards))
+
+
+def test_the_record_of_a_run_names_its_architecture(tmp_path, corpus):
+    init = write_llama(tmp_path / "hub", "gemma3_text")
+    run = begin(
+        run_folder(tmp_path / "a"), starting_from(init, **corpus, **QUICK)
+    )
+    said = json.loads((tmp_path / "a" / "config.json").read_text())["config"]
+    assert said["arch"] == "gemma3_text" and said["init"] == str(init)
+    run.lock.release()
