@@ -247,10 +247,10 @@ verdict("not zeroed", wrong, "caught")
 # %% [markdown]
 # ## Count it
 #
-# With $P$ parameters, $P_b$ of them in a block and $P_e$ at both ends, training
+# With $P$ parameters, $Q$ of them in a block and $E$ at both ends, training
 # holds $4P$ numbers, and now
 #
-# $$ 3P + P_b + P_e. \tag{5.11.3} $$
+# $$ 3P + Q + E. \tag{5.11.3} $$
 #
 # For SmolLM2 that is
 
@@ -330,7 +330,7 @@ plt.show()
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
-# $2P$ become $P + P_b + P_e$: nearly half.
+# $2P$ become $P + Q + E$: nearly half.
 # :::
 
 # %% [markdown]
