@@ -362,7 +362,7 @@ def finish_card(app, docname, card):
 
 def write_previews(app, error):
     """Write the cards as a script, which loads from the disk as well."""
-    if error or app.builder.format != "html":
+    if error or app.builder.name != "html":
         return
     cards = {}
     for docname, data in sorted(app.env.metadata.items()):

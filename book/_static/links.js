@@ -3,6 +3,7 @@
 // contents come from previews.js, which loads when the first card is asked
 // for. Esc closes a card; a tap follows the link as usual.
 
+(() => {
 const root = document.documentElement.dataset.content_root || "./";
 let previews = null;
 let card = null;
@@ -67,7 +68,7 @@ function place() {
 async function typeset(box) {
   if (!/\\\(|\\\[|\\begin/.test(box.textContent)) return;
   if (!window.MathJax?.startup?.promise)
-    await loadScript("_static/mathjax.js");
+    await loadScript("_static/mathjax/book.js");
   await MathJax.startup.promise;
   await MathJax.typesetPromise([box]);
 }
@@ -129,3 +130,4 @@ for (const link of document.querySelectorAll("article a[href]")) {
   link.addEventListener("blur", closeSoon);
 }
 addEventListener("keydown", (event) => event.key === "Escape" && close());
+})();
