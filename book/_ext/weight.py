@@ -123,7 +123,9 @@ def prune(css, words):
 
 
 def is_used(selector, words):
-    plain = re.sub(r":(?:not|is|where|has)\((?:[^()]|\([^()]*\))*\)", "", selector)
+    plain = re.sub(
+        r":(?:not|is|where|has)\((?:[^()]|\([^()]*\))*\)", "", selector
+    )
     names = re.findall(r"\.((?:[\w-]|\\.)+)", plain)
     icons = any(x.startswith("fa-") or x == "fa" for x in names)
     return not icons and all(x.replace("\\", "") in words for x in names)
