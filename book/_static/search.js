@@ -63,7 +63,9 @@ function score(section, wanted) {
     if (!inTitle && !inText) return 0;
     sum += 10 * Math.min(inTitle, 1) + Math.min(inText, 6) / 2;
   }
-  return sum + 12 * cover(section.title, wanted);
+  const chapter = section.from ? 0 : 6 * (sum >= 10);
+  const api = section.link.includes("book/api/") ? 0.6 : 1;
+  return (sum + chapter + 12 * cover(section.title, wanted)) * api;
 }
 
 // A page's first section goes by the page's name, the others by their title.
@@ -147,10 +149,11 @@ function choose(i) {
 
 async function search() {
   const pages = await load();
-  const query = input.value;
+  const query = input.value; // of now, not of before the load
   const found = find(pages, query);
   list.replaceChildren(...found.map(line));
   list.hidden = !found.length;
+  list.dataset.query = query;
   input.setAttribute("aria-expanded", found.length > 0);
   input.removeAttribute("aria-activedescendant");
   chosen = -1;
