@@ -72,6 +72,15 @@ def lazy_images(app, pagename, templatename, context, doctree):
         context["body"] = re.sub(r"<img (.*?>)", tag, context["body"])
 
 
+def name_parts(app, pagename, templatename, context, doctree):
+    """What a screen reader hears: no empty headers, folds by their text."""
+    if "body" in context:
+        empty = r'<th class="head[^"]*">(<p></p>)?</th>'
+        body = re.sub(empty, "<td></td>", context["body"])
+        label = ' aria-label="Toggle hidden content"'
+        context["body"] = body.replace(label, "")
+
+
 def size(path):
     """A PNG's width and height, or None."""
     data = path.read_bytes()[:24] if path.is_file() else b""
@@ -236,6 +245,7 @@ def setup(app):
     app.connect("builder-inited", start)
     app.connect("html-page-context", gather, priority=950)
     app.connect("html-page-context", lazy_images, priority=950)
+    app.connect("html-page-context", name_parts, priority=950)
     # after the other extensions have written their files
     app.connect("build-finished", finish, priority=900)
     app.add_css_file("icons.css")
