@@ -13,6 +13,7 @@ import re
 import sys
 from pathlib import Path
 
+from docstrings import block_lines
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.ext.autodoc import Documenter, ModuleDocumenter
@@ -180,21 +181,12 @@ def on_doctree(app, doctree):
     name_anchors(app, doctree, docname)
 
 
-def escape(text):
-    """Plain text as reStructuredText; `name` becomes a literal."""
-    parts = re.split(r"`([^`\n]+)`", text)
-    plain = [re.sub(r"([\\*|_`:<>\[\]])", r"\\\1", p) for p in parts[::2]]
-    code = [f" ``{p}`` " for p in parts[1::2]]
-    return "".join(
-        p + (c and f"\\{c}\\") for p, c in zip(plain, [*code, ""], strict=True)
-    )
-
-
 def show_docstring(app, what, name, obj, options, lines):
     """Show a docstring as the plain text it is.
 
-    Paragraphs stay paragraphs, an indented block keeps its lines, and the
-    closing "Derived in chapter N." becomes a link to that chapter.
+    Paragraphs and lists of arrays stay what they are (docstrings.py), an
+    indented block keeps its lines, and the closing "Derived in chapter N."
+    becomes a link to that chapter.
     """
     blocks = re.split(r"\n\s*\n", "\n".join(lines).strip("\n"))
     lines.clear()
@@ -207,7 +199,7 @@ def show_docstring(app, what, name, obj, options, lines):
         elif block.startswith(" "):
             lines += ["::", "", *("    " + x for x in block.split("\n")), ""]
         else:
-            lines += [*escape(block).split("\n"), ""]
+            lines += block_lines(block)
 
 
 def skip_bare_fields(app, what, name, obj, skip, options):
