@@ -170,13 +170,17 @@ def fold_cell(cell):
     # what an author folded stays folded where the code is open
     classes += ["authors"] if AUTHORS & tags else []
     fold = Fold(title=name, size=lines_of(source), classes=classes)
-    brief = outline(source) if exported and lines_of(source) else ""
-    place = cell.index(code)
+    brief = outline(source) if kind == "exported" else ""
     cell["classes"].append("folded")
+    label = cell[0]
+    if not brief and "export-label" in label["classes"]:
+        label["classes"].append("beside")
+        del label[2:]  # the fold says the cell's name
+    place = cell.index(code)
     cell.remove(code)
     fold += code
     cell.insert(place, fold)
-    if brief and kind == "exported":
+    if brief:
         cell.insert(place, outlined(brief, code))
         fold["title"] = "the whole code"
 
@@ -228,6 +232,6 @@ def fold(doctree):
 
 
 def setup(app):
-    plain = {x: (pass_by, pass_by) for x in ("latex", "text", "man")}
+    plain = dict.fromkeys(("latex", "text", "man"), (pass_by, pass_by))
     app.add_node(Fold, html=(visit_fold, depart_fold), **plain)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
