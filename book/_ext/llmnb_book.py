@@ -13,6 +13,7 @@ import re
 import sys
 from pathlib import Path
 
+import folds
 from docstrings import block_lines
 from docutils import nodes
 from sphinx import addnodes
@@ -90,17 +91,7 @@ def mark_exports(doctree, default):
         label += [nodes.Text("exported to "), name_module(module)]
         if data.get("title"):
             label += nodes.Text(f": {data['title']}")
-        # MyST-NB folds a cell's first child only
-        cell.insert(1 if cell.get("hide_mode") else 0, label)
-
-
-def name_folds(doctree):
-    """Say on a folded cell what is in it: the cell's name."""
-    for cell in doctree.findall(nodes.container):
-        title = cell.get("cell_metadata", {}).get("title")
-        if title and cell.get("hide_mode"):
-            cell["prompt_show"] = f"Show {{type}}: {title}"
-            cell["prompt_hide"] = f"Hide {{type}}: {title}"
+        cell.insert(0, label)
 
 
 def free_tags(doctree):
@@ -173,7 +164,7 @@ def on_doctree(app, doctree):
         # the header in the .ipynb is in alphabetical order
         chapter = read_chapter(ROOT / f"{docname}.py")
         mark_exports(doctree, next(iter(chapter.modules), ""))
-        name_folds(doctree)
+        folds.fold(doctree)
         number_chapter(doctree, docname)
         index_chapter(app, doctree, docname)
     free_tags(doctree)
@@ -218,6 +209,7 @@ def add_description(app, pagename, templatename, context, doctree):
 
 def setup(app):
     app.setup_extension("sphinx.ext.autodoc")
+    app.setup_extension("folds")
     app.add_autodocumenter(SourceOrderDocumenter, override=True)
     app.connect("doctree-read", on_doctree, priority=900)
     app.connect("autodoc-process-docstring", show_docstring)
