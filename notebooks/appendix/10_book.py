@@ -809,6 +809,8 @@ verdict("llmnb", changed == extra == [], "is what the chapters export")
 
 # %% imports of the builder tags=["export"] module="book.notebook"
 import argparse
+import os
+import re
 import sys
 
 import jupytext
@@ -844,13 +846,58 @@ def run(book, folder):
         kernel_name="python3",
         record_timing=False,
         coalesce_streams=True,
-        extra_arguments=["--log-level=ERROR"],
+        extra_arguments=["--log-level=ERROR", FORMATS],
         resources={"metadata": {"path": str(folder)}},
-    ).execute()
+    ).execute(env=os.environ | {"MATPLOTLIBRC": str(STYLE)})
     book.metadata["language_info"] = {"name": "python"}
     for cell in book.cells:
         for output in cell.get("outputs", []):
             output.get("metadata", {}).pop("execution", None)
+            one_picture(output)
+
+
+# %% [markdown]
+# A figure is kept as lines, not as dots: an SVG is sharp at every size, and
+# the page can turn its colours for dark mode. `notebooks/matplotlibrc` holds
+# the colours, and a fixed salt for the names in the file. The kernel draws
+# each figure twice, as an SVG and as dots, two to a pixel; a figure of
+# thousands of points would be a heavy SVG, and for it the dots are kept.
+# `slim` takes out what no reader sees: the date, comments, and digits below
+# a hundredth of a point.
+
+# %% lines or dots tags=["exporti"] module="book.notebook"
+FORMATS = "--InlineBackend.figure_formats={'svg', 'retina'}"
+STYLE = ROOT / "notebooks" / "matplotlibrc"
+HEAVY = 150_000  # characters: an SVG above this is kept as dots
+LINES, DOTS = "image/svg+xml", "image/png"
+
+
+# %% one picture tags=["export"] module="book.notebook"
+def one_picture(output):
+    """Keep one of an output's two pictures: lines where they are light."""
+    data = output.get("data", {})
+    if LINES not in data:
+        return
+    data[LINES] = slim(data[LINES])
+    drop = DOTS if len(data[LINES]) <= HEAVY else LINES
+    data.pop(drop, None)
+    output.metadata.pop(drop, None)
+
+
+def slim(svg):
+    """An SVG without date, comments, and digits that nobody sees."""
+    svg = svg[svg.index("<svg") :]
+    unseen = r"(?s)\s*<metadata>.*?</metadata>|<!--.*?-->"
+    svg = re.sub(unseen, "", svg)
+    svg = re.sub(r"\n\s*", "\n", svg)
+    places = r'(?<= [dxy]=")[^"]*|(?<=translate\()[^)]*'
+    number = r"-?\d+\.\d+(?:e-\d+)?"
+    return re.sub(places, lambda x: re.sub(number, hundredths, x[0]), svg)
+
+
+def hundredths(number):
+    """The text of a number, a match, with two decimals at most."""
+    return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
 
 
 # %% write one notebook tags=["export"] module="book.notebook"
