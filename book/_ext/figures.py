@@ -22,6 +22,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 HREF = "{http://www.w3.org/1999/xlink}href"
 NAMES = {colour: name for name, colour in PALETTE.items()}
 NAMES |= {"#000000": "ink", "#ffffff": "paper", "#808080": "grey"}
+WHITE_AND_BLACK = "#ffffff", "#000000"  # letters: on boxes, on heat maps
 POINT = 100 / 72  # pixels, as in a notebook: figures have 100 dots an inch
 SHIFT = re.compile(r"translate\((\S+) 0\)")
 
@@ -40,19 +41,26 @@ def painted(style, kind):
     return re.sub(r"(fill|stroke): (#\w{6})", variable, style)
 
 
-# letters on coloured boxes, on the cells of heat maps
-WHITE_AND_BLACK = ("#ffffff", "#000000")
+# matplotlib's names of groups that hold marks and arrows, not areas
+MARKS = ("Quiver", "PathCollection", "line2d")
 
 
-def kind_of(element, before):
-    """How an element that is not a letter is painted: as line or as fill.
+def kind_of(element, kind, before):
+    """How an element is painted; kind: its parent; before: its neighbour.
 
-    before: the element before it. A shape after an open line is the line's
-    arrow head. What is used many times is a mark on a line.
+    A shape after an open line is the line's arrow head. What is used many
+    times is a mark on a line. A text may have a box around it.
     """
-    head = before is not None and "fill: none" in before.get("style", "")
-    mark = element.tag == f"{SVG}use"
-    return "line" if head or mark else "fill"
+    name = element.get("id", "")
+    if name.startswith("text_"):
+        return "text"
+    if name.startswith("patch_"):
+        return "fill"
+    if kind == "fill":
+        head = before is not None and "fill: none" in before.get("style", "")
+        mark = element.tag == f"{SVG}use" or name.startswith(MARKS)
+        return "line" if head or mark else "fill"
+    return kind
 
 
 class Figure:
@@ -63,11 +71,8 @@ class Figure:
     """
 
     def __init__(self, text, name, glyphs):
-        self.root, self.name, self.glyphs = (
-            ElementTree.fromstring(text),
-            name,
-            glyphs,
-        )
+        self.root = ElementTree.fromstring(text)
+        self.name, self.glyphs = name, glyphs
         used = re.findall(r"url\(#(\w+)\)|href=\"#([\w-]+)\"", text)
         self.used = {x or y for x, y in used}
         self.walk(self.root, "fill")
@@ -82,9 +87,9 @@ class Figure:
                 self.take_glyphs(child)
                 parent.remove(child)
             else:
-                texts = kind == "text" or child.get("id", "")[:5] == "text_"
-                self.paint(child, "text" if texts else kind_of(child, before))
-                self.walk(child, "text" if texts else "fill")
+                own = kind_of(child, kind, before)
+                self.paint(child, own)
+                self.walk(child, own)
             before = child
 
     def take_glyphs(self, definitions):

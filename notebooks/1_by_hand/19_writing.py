@@ -25,7 +25,7 @@
 # %% where we are
 from llmnb.book.diagram import gpt2_diagram
 
-gpt2_diagram(lit="crossentropy")
+gpt2_diagram(lit="writing")
 
 # %% [markdown]
 # *Figure 1.19.1. To write, the model runs forward as far as the softmax. The
