@@ -142,7 +142,7 @@ def drawings():
 
 def test_figures_stand_in_their_page_with_a_name(drawings):
     for name, (path, text) in drawings.items():
-        tags = re.findall(r'<svg[^>]*class="drawing"[^>]*>', text)
+        tags = re.findall(r'<svg[^>]*class="drawing[ "][^>]*>', text)
         assert len(tags) == len(pictures(path, LINES)), name
         for tag in tags:
             assert 'role="img"' in tag, name

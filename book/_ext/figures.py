@@ -24,6 +24,7 @@ NAMES = {colour: name for name, colour in PALETTE.items()}
 NAMES |= {"#000000": "ink", "#ffffff": "paper", "#808080": "grey"}
 WHITE_AND_BLACK = "#ffffff", "#000000"  # letters: on boxes, on heat maps
 POINT = 100 / 72  # pixels, as in a notebook: figures have 100 dots an inch
+WIDE = 600  # a wider figure is not shrunk to a phone's width: it scrolls
 SHIFT = re.compile(r"translate\((\S+) 0\)")
 
 
@@ -128,14 +129,15 @@ class Figure:
 
     def html(self, label):
         """The figure as a part of a page; label: what it shows, in words."""
-        width, height = map(float, self.root.get("viewBox").split()[2:])
+        width = float(self.root.get("viewBox").split()[2])
         for key in ("width", "height", "version"):
             self.root.attrib.pop(key, None)
-        self.root.set("class", "drawing")
+        wide = " wide" if width * POINT > WIDE else ""
+        self.root.set("class", f"drawing{wide}")
         self.root.set("role", "img")
         self.root.set("aria-label", label)
         self.root.set("style", f"width: {width * POINT:.0f}px")
-        return markup(self.root)
+        return f'<div class="drawing-frame">{markup(self.root)}</div>'
 
 
 def markup(element):
