@@ -55,16 +55,53 @@
 
 # %% [markdown]
 # ## One source, two products
-#
-#     2_cpu/02_rows.py        the source, the one thing a person edits
-#       |
-#       |  make export          marked cells, checked and put in order
-#       +--------------->       llmnb/cpu/layernorm.py, and others
-#       |  make notebooks       run from top to bottom
-#       +--------------->       2_cpu/02_rows.ipynb
-#                                 |
-#                                 |  pytest --nbval     runs it again, compares
-#                                 |  make book          shows it
+# A chapter's source is the one thing that a person edits. The exporter takes
+# its marked cells, checks them, puts them in order and writes the package; the
+# builder runs it from top to bottom and keeps what it prints.
+
+# %% draw the two products tags=["hide-input"]
+import matplotlib.pyplot as plt
+
+from llmnb.book.diagram import PALETTE, draw_arrow, draw_rounded
+
+
+def station(x, y, width, text, colour):
+    style = {"fc": "white", "ec": PALETTE[colour], "lw": 1.5}
+    draw_rounded(ax, (x, y), width, 0.8, 0.12, **style)
+    ax.text(x + width / 2, y + 0.4, text, ha="center", va="center", size=9)
+
+
+def way(points, text, x, y):
+    draw_arrow(ax, points, color=PALETTE["blue"], linewidth=1.5)
+    ax.text(x, y, text, ha="center", va="bottom", size=9,
+            color=PALETTE["blue"], linespacing=1.1)  # fmt: skip
+
+
+fig, ax = plt.subplots(figsize=(8, 3.0), dpi=100)
+station(0, 1, 2, "02_rows.py\nwhat a person edits", "orange")
+station(4, 2, 2.2, "llmnb/cpu/*.py\nthe package", "green")
+station(4, 0, 2.2, "02_rows.ipynb\nwith its outputs", "green")
+station(8, 0.6, 1.9, "the same outputs?", "grey")
+station(8, -0.6, 1.9, "this page", "grey")
+way([(2, 1.55), (2.4, 1.55), (2.4, 2.4), (4, 2.4)], "make export", 3.2, 2.45)
+way(
+    [(2, 1.25), (2.4, 1.25), (2.4, 0.4), (4, 0.4)], "make notebooks", 3.2, 0.45
+)
+way([(6.2, 0.55), (6.6, 0.55), (6.6, 1), (8, 1)], "pytest --nbval", 7.3, 1.05)
+way(
+    [(6.2, 0.25), (6.6, 0.25), (6.6, -0.2), (8, -0.2)], "make book", 7.3, -0.15
+)
+draw_arrow(ax, [(5.1, 2), (5.1, 0.8)], color=PALETTE["grey"], linewidth=1.2)
+ax.text(5.2, 1.4, "later chapters import it", va="center", size=9)
+ax.set(xlim=(-0.1, 10), ylim=(-0.7, 2.9))
+ax.axis("off")
+fig.subplots_adjust(0, 0, 1, 1)
+plt.show()
+
+# %% [markdown]
+# *Figure A.10.1. Both the package and the page come from one source, so
+# neither can say what the other does not. Green is written by a program, and
+# checked against the source.*
 #
 # The source is in jupytext's *percent format*: a plain Python file in which a
 # line `# %%` begins a cell. Such a file can be read in a difference, searched,
