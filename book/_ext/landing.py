@@ -7,6 +7,7 @@ that chapters state. All of it works without JavaScript.
 """
 
 import csv
+import functools
 import html
 import json
 import math
@@ -16,7 +17,7 @@ from pathlib import Path
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
-from llmnb.book.export import PARTS, read_chapters
+from llmnb.book.export import read_chapters
 
 ROOT = Path(__file__).parents[2]
 HOUR = ROOT / "book" / "hour"
@@ -26,6 +27,12 @@ LANDMARKS = {
     "bigrams": "counting pairs",
     "trigrams": "counting triples",
 }
+
+
+@functools.cache
+def chapters():
+    """All chapters, in the order of the book."""
+    return read_chapters(ROOT / "notebooks")
 
 
 def minutes(chapter):
@@ -108,14 +115,16 @@ def render_learning():
         )
         rules.append(f".learn:has(#learn-{step}:checked) [for=learn-{step}]")
     return f"""<style>{",".join(rules)}{{
-  background: var(--live-warm); scale: 1.5}}</style>
+  background: var(--learn-line); scale: 1.5}}</style>
 <div class="learn">
 <div class="learn-plot"><svg viewBox="0 0 100 100" preserveAspectRatio="none"
   role="img" aria-label="The loss falls from {validated[0][1]:.2f} to
 {validated[-1][1]:.2f} nats a token in {last:,} steps">
-{"".join(lines)}</svg>{"".join(marks)}{"".join(dots)}</div>
-<fieldset class="learn-steps"><legend>What it wrote after step</legend>
-{"".join(texts)}</fieldset>
+{"".join(lines)}</svg>{"".join(marks)}
+<span class="learn-lines"><b>on text it has not seen</b>in training</span>
+{"".join(dots)}</div>
+<fieldset><legend>What it wrote after step</legend>
+<div class="learn-steps">{"".join(texts)}</div></fieldset>
 </div>"""
 
 
@@ -129,23 +138,23 @@ class Learning(SphinxDirective):
 # The map of the book
 
 
-def render_part(chapters, words, need, end):
+def render_part(inside, words, need, end):
     """One part: what it needs, what it ends with, and its chapters."""
     cells = "".join(
         f'<li><a href="../notebooks/{x.place.removesuffix(".py")}.html" '
         f'title="{html.escape(x.name)}" '
         f'aria-label="{x.label} {html.escape(x.name)}">'
         f"{x.label.partition('.')[2]}</a></li>"
-        for x in chapters
+        for x in inside
     )
-    first = chapters[0].place.removesuffix(".py")
-    number = chapters[0].label.partition(".")[0]
-    time = long(sum(map(minutes, chapters)))
+    first = inside[0].place.removesuffix(".py")
+    number = inside[0].label.partition(".")[0]
+    time = long(sum(map(minutes, inside)))
     return f"""<section class="map-part map-{number}">
 <h3><a href="../notebooks/{first}.html"><b>{number}</b> {words}</a></h3>
 <p>{end}</p>
 <ol>{cells}</ol>
-<p class="map-need">{len(chapters)} chapters, {time}; you need {need}</p>
+<p class="map-need">{len(inside)} chapters, {time}; you need {need}</p>
 </section>"""
 
 
@@ -155,26 +164,29 @@ class Map(SphinxDirective):
     has_content = True
 
     def run(self):
-        chapters = read_chapters(ROOT / "notebooks")
         parts = []
         for text in self.content:
             name, need, end = (x.strip() for x in text.split("|"))
-            words, folder = re.match(r"\[(.+)\]\(.*notebooks/(\w+)/", name).groups()
-            assert folder in PARTS, folder
-            inside = [x for x in chapters if x.part == folder]
+            words = name[1 : name.index("]")]
+            folder = re.search(r"notebooks/(\w+)/", name)[1]
+            inside = [x for x in chapters() if x.part == folder]
             parts.append(render_part(inside, words, need, end))
-        whole = f'<nav class="map" aria-label="Map of the book">{"".join(parts)}</nav>'
-        return [nodes.raw("", whole, format="html")]
+        text = f'<nav class="map" aria-label="Map">{"".join(parts)}</nav>'
+        return [nodes.raw("", text, format="html")]
+
+
+# Reading times
 
 
 def reading(name, raw, text, lineno, inliner, options=None, content=()):
-    """The role `reading`: the time that these chapters take together."""
-    times = {x.label: minutes(x) for x in read_chapters(ROOT / "notebooks")}
+    """The role `reading`: the time that chapters and parts take together."""
     wanted = text.split()
-    if wanted == ["all"]:
-        wanted = [*times]
-    parts = [x for w in wanted for x in times if x == w or x.startswith(w + ".")]
-    return [nodes.Text(long(sum(times[x] for x in parts)))], []
+    found = [
+        minutes(x)
+        for x in chapters()
+        if x.label in wanted or x.label.partition(".")[0] in wanted
+    ]
+    return [nodes.Text(long(sum(found)))], []
 
 
 def setup(app):

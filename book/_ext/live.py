@@ -118,7 +118,7 @@ class Account:
     def __init__(self, balance=0):
         self.balance = balance
 
-    def deposit(self, '''
+    def deposit(self,'''
 NEXT = """<li><button type="button" disabled><code></code><i></i>\
 <b></b></button></li>"""
 HEAD = """<label title="block {l}, head {h}"><input type="radio" \
@@ -127,7 +127,7 @@ name="live-head" aria-label="block {l}, head {h}"{on}>\
 
 
 def render_heads(layers, heads):
-    """A small map for each head, to choose one; first that which looks back."""
+    """A small map for each head; chosen is the one that looks back."""
     rows = []
     for layer in range(layers):
         row = [f"<span>block {layer}</span>"]
@@ -145,7 +145,8 @@ class Live(SphinxDirective):
 
     def run(self):
         self.env.metadata[self.env.docname]["live"] = True
-        before, after = (HERE / "live.html").read_text("utf-8").split("{about}")
+        text = (HERE / "live.html").read_text("utf-8")
+        before, after = text.split("{about}")
         config = json.loads((HOUR / "config.json").read_text())["config"]
         before = before.replace("{text}", html.escape(FIRST_TEXT))
         before = before.replace("{rows}", 10 * NEXT)
@@ -158,9 +159,10 @@ class Live(SphinxDirective):
 
 
 def add_files(app, pagename, templatename, context, doctree):
-    """The scripts and the style, on a page with the live model alone."""
+    """The scripts and styles, on a page with the live model alone."""
     if app.env.metadata.get(pagename, {}).get("live"):
-        app.add_css_file("live.css")
+        for name in ("live.css", "landing.css"):
+            app.add_css_file(name)
         for name in ("gpt2.js", "live.js"):
             app.add_js_file(name, loading_method="defer")
 

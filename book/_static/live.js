@@ -122,7 +122,7 @@
       return text.replace(/ /g, "·").replace(/\n/g, "⏎").replace(/\t/g, "⇥");
     }
     const percent = p => (p >= 0.0995 ? (100 * p).toFixed(0)
-      : p >= 0.001 ? (100 * p).toFixed(1) : p > 0 ? "<0.1" : "0") + " %";
+      : p >= 0.001 ? (100 * p).toFixed(1) : p > 0 ? "<0.1" : "0") + "\u202f%";
 
     // ---- Settings
 
@@ -277,13 +277,14 @@
     function tellToken() {
       const i = seen.at, t = i - shown.first, id = shown.ids[i];
       const cost = shown.cost[t];
-      const told = [i === 0 ? "The start of the text"
-        : `${visible(id)}  token ${id}`];
+      const name = document.createElement("code");
+      name.textContent = i === 0 ? "start" : visible(id);
+      const told = [` token ${id}`];
       if (cost >= 0)
-        told.push(`surprise ${cost.toFixed(2)} nats: expected with ${
+        told.push(`a surprise of ${cost.toFixed(2)} nats, expected with ${
           percent(Math.exp(-cost))}`);
       if (colour() === "attention") told.push(mostRead(t));
-      $(".live-token").textContent = told.join("   ");
+      $(".live-token").replaceChildren(name, told.join("; "));
     }
 
     function mostRead(t) {
@@ -344,6 +345,7 @@
       before = area.value;
       $(".live-write").textContent = "Stop";
       $(".live-status").textContent = "Writing …";
+      $(".live-token").textContent = "";
       area.setSelectionRange(before.length, before.length);
       ask("write", { count: LONGEST, seed: seed() });
     }
@@ -391,8 +393,14 @@
       tip.style.top = `${event.clientY + 18}px`;
     }
 
+    function pressed(event) {
+      const go = event.key === "Enter" && (event.ctrlKey || event.metaKey);
+      if (go ? !writing : event.key === "Escape" && writing) write();
+    }
+
     function listen() {
       area.addEventListener("input", typed);
+      area.addEventListener("keydown", pressed);
       document.addEventListener("selectionchange", () =>
         document.activeElement === area && moved());
       area.addEventListener("mousemove", hover);
