@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from docutils import nodes
+from sphinx import addnodes
 from sphinx.util.docutils import SphinxDirective
 
 HERE = Path(__file__).parent
@@ -138,6 +139,11 @@ def render_heads(layers, heads):
     return "\n".join(rows)
 
 
+def on_pages(*children):
+    """What the pages show, and other editions of the book do not."""
+    return addnodes.only("", *children, expr="html and not epub")
+
+
 class Live(SphinxDirective):
     """Where the live model stands; the content is said beside it."""
 
@@ -155,12 +161,13 @@ class Live(SphinxDirective):
         said = nodes.container()
         self.state.nested_parse(self.content, self.content_offset, said)
         raw = [nodes.raw("", x, format="html") for x in (before, after)]
-        return [raw[0], *said.children, raw[1]]
+        return [on_pages(raw[0], *said.children, raw[1])]
 
 
 def add_files(app, pagename, templatename, context, doctree):
     """The scripts and styles, on a page with the live model alone."""
-    if app.env.metadata.get(pagename, {}).get("live"):
+    there = app.env.metadata.get(pagename, {}).get("live")
+    if there and app.builder.name == "html":
         for name in ("live.css", "landing.css"):
             app.add_css_file(name)
         for name in ("gpt2.js", "live.js"):
@@ -170,7 +177,7 @@ def add_files(app, pagename, templatename, context, doctree):
 def write_model(app, exception):
     """Write the weights beside the scripts, where the page finds them."""
     folder = Path(app.outdir) / "_static"
-    if exception is None and app.builder.format == "html":
+    if exception is None and app.builder.name == "html":
         (folder / "live-model.js").write_text(render_model(), "utf-8")
 
 

@@ -17,6 +17,7 @@
   function serve(gpt2, LAST) {
     let model, words, ids = [], first = 0, cost = [];
     let turn = 0; // the newest request; what an older one began is dropped
+    let version = 0; // the number of the text that was read last
     let settings = {};
     const pause = ms => new Promise(go => setTimeout(go, ms));
 
@@ -40,7 +41,7 @@
     }
 
     // Read all tokens that the window holds; false if a newer request came.
-    async function read(all, mine) {
+    async function read(all, mine, number) {
       const start = gpt2.windowStart(all.length, model.config.T);
       const seen = all.slice(start);
       for (let t = model.keep(seen); t < seen.length; t++) {
@@ -50,6 +51,7 @@
         if (mine !== turn) return false;
       }
       [ids, first, cost] = [all, start, cost.slice(0, seen.length)];
+      version = number ?? version;
       postMessage({ kind: "text", ids, first, cost, maps: maps(seen.length) });
       return true;
     }
@@ -75,13 +77,15 @@
       const weights = [];
       for (let k = 0; k < L * NH; k++)
         weights.push(model.row(Math.floor(k / NH), k % NH, t).slice());
-      postMessage({ kind: "look", at, weights, logits: model.logitsAt(t).slice() });
+      const logits = model.logitsAt(t).slice();
+      postMessage({ kind: "look", at, version, weights, logits });
     }
 
     const answers = {
       start: ({ packed }) => start(packed),
       settings: message => (settings = message),
-      read: ({ text }) => read([words.eot, ...words.encode(text)], ++turn),
+      read: ({ text, number }) =>
+        read([words.eot, ...words.encode(text)], ++turn, number),
       write: ({ count, seed }) => write(count, seed),
       stop: () => turn++,
       look: ({ at }) => look(at),
@@ -108,6 +112,7 @@
     // one that is still in the window
     let shown = { ids: [], pieces: [], ends: [], cost: [], first: 0 };
     let seen = null; // the answer to the last look
+    let asked = 0; // how many texts the worker was asked to read
     let writing = false, before = firstText;
 
     const ask = (kind, more) => worker?.postMessage({ kind, ...more });
@@ -297,7 +302,7 @@
     }
 
     function showLook(look) {
-      if (look.at !== atCaret()) return;
+      if (look.version !== asked || look.at !== atCaret()) return;
       seen = look;
       showNext();
       mark();
@@ -323,7 +328,7 @@
     function typed() {
       if (writing) stop();
       paint();
-      ask("read", { text: area.value });
+      ask("read", { text: area.value, number: ++asked });
     }
 
     function moved() {
