@@ -367,7 +367,7 @@ def loaded(browser, disk, name):  # noqa: F811
         parts = urlsplit(request.url)
         if parts.scheme == "file":
             path = Path(unquote(parts.path))
-            files[path.name] = path.stat().st_size
+            files[path] = path.stat().st_size
 
     with Visit(browser, disk, 1280) as visit:
         visit.page.on("request", note)

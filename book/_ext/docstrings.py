@@ -72,17 +72,15 @@ def render(pairs):
     """Lines of reStructuredText: definition lists and paragraphs."""
     lines, before = [], None
     for term, text in pairs:
-        if term is None:
-            joined = before == "text"
-            lines[-1:] = (
-                [lines[-1] + " " + escape(text)]
-                if joined
-                else [*lines[-1:], "", escape(text)]
-            )
-        else:
+        if term is not None:
             if before != "list":
                 lines += ["", ".. rst-class:: fields", ""]
-            lines += [term, f"    {escape(text)}"]
+            # within the directive: MyST does not resolve what follows one
+            lines += [f"    {term}", f"        {escape(text)}"]
+        elif before == "text":
+            lines[-1] += " " + escape(text)
+        else:
+            lines += ["", escape(text)]
         before = "text" if term is None else "list"
     return [*lines, ""]
 

@@ -8,6 +8,7 @@ a reference to nothing is a warning even where only some pages are built.
 the cards' contents go into one script, `_static/previews.js`.
 """
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -169,11 +170,11 @@ class Names:
         if not match or match[1] == "llmnb":
             return None
         name = match[1]
-        if name in self.full or f"llmnb.{name}" in self.full:
-            return name if name in self.full else f"llmnb.{name}"
-        if "." in name or not (
-            "_" in name or name != name.lower() or match[2] == "()"
-        ):
+        if "." in name:
+            full = f"llmnb.{name.removeprefix('llmnb.')}"
+            return full if full in self.full else None
+        # a plain word such as `step` is rather a variable of the chapter
+        if not ("_" in name or name != name.lower() or match[2] == "()"):
             return None
         found = self.short.get(name, [])
         own = [x for x in found if self.module(x) in exports(docname)]
@@ -189,15 +190,14 @@ class Names:
         return f"{page}#{entry.node_id}"
 
 
-def exports(docname, cache={}):  # noqa: B006 (one entry a page)
+@functools.cache
+def exports(docname):
     """The modules that a chapter writes."""
-    if docname not in cache:
-        path = ROOT / f"{docname}.py"
-        text = path.read_text("utf-8") if path.exists() else ""
-        block = re.search(r"#     modules:\n((?:#       .*\n)+)", text)
-        names = re.findall(r"#       ([\w.]+):", block[1] if block else "")
-        cache[docname] = {f"llmnb.{x}" for x in names}
-    return cache[docname]
+    path = ROOT / f"{docname}.py"
+    text = path.read_text("utf-8") if path.exists() else ""
+    block = re.search(r"#     modules:\n((?:#       .*\n)+)", text)
+    names = re.findall(r"#       ([\w.]+):", block[1] if block else "")
+    return {f"llmnb.{x}" for x in names}
 
 
 def section_of(node):
@@ -306,6 +306,14 @@ def cards_of_names(doctree):
                 yield name, card
 
 
+def card_of_module(doctree, docname):
+    """A module's name and its docstring's first paragraph."""
+    name = docname.removeprefix("book/api/")
+    text = next(doctree.findall(nodes.paragraph), None)
+    if name.startswith("llmnb") and text is not None:
+        yield f"module-{name}", {"code": name, "text": tidy(text)}
+
+
 def card_of_page(doctree, docname):
     """A chapter's name and the sentence under its title."""
     summary = next(doctree.findall(nodes.block_quote), None)
@@ -320,6 +328,7 @@ def collect(app, doctree):
     cards |= mark_figures(doctree)
     cards |= cards_of_terms(doctree)
     cards |= cards_of_names(doctree)
+    cards |= card_of_module(doctree, docname)
     cards |= card_of_page(doctree, docname)
     app.env.metadata[docname]["previews"] = cards
 

@@ -1,11 +1,12 @@
 """Make the pages light: one style sheet, one script, a smaller MathJax.
 
 The theme and its extensions bring fourteen files, most of them unused: an
-icon font of 1.5 MB, style rules for parts that the book does not have, the
-search index on every page. Here their styles become `_static/book.css`,
-without the rules that no page can use, and their scripts `_static/book.js`.
-MathJax is put together from its own parts without its menu. Pictures load
-when you come near them, and say their size so that nothing jumps.
+icon font of 1.5 MB, a library of parts of which the book has a menu, style
+rules for all of them, the search index on every page. Here their styles
+become `_static/book.css`, without the rules that no page can use, and their
+scripts `_static/book.js`. MathJax is put together from its own parts without
+its menu. Pictures load when you come near them, and say their size so that
+nothing jumps.
 """
 
 import os
@@ -27,9 +28,10 @@ MATHJAX_PARTS = (
 )
 # of a theme's style sheets, these stand in its own templates
 THEME_STYLES = ("basic.css", "styles/pydata-sphinx-theme.css")
-THEME_SCRIPTS = ("scripts/bootstrap.js", "scripts/pydata-sphinx-theme.js")
+THEME_SCRIPTS = ("scripts/pydata-sphinx-theme.js",)
 LARGE = 60_000  # bytes; a larger script of an extension stays on its own
-UNUSED = ("scripts/fontawesome.js", "vendor/fontawesome", "locales")
+UNUSED = ("scripts/fontawesome.js", "scripts/bootstrap.js", "locales")
+UNUSED += ("vendor/fontawesome",)
 
 
 def gather(app, pagename, templatename, context, doctree):
@@ -122,7 +124,7 @@ def prune(css, words):
             inside = prune(block, words)
             kept += [f"{head}{{{inside}}}"] if inside.strip() else []
         elif name.startswith("@"):
-            icons = name.startswith("@font-face") and "fontawesome" in block
+            icons = "fontawesome" in block or "keyframes fa-" in name
             kept += [] if icons else [f"{head}{{{block}}}"]
         else:
             parts = re.split(r",(?![^()]*\))", name)
@@ -171,7 +173,7 @@ def move_addresses(css, folder):
 def write_styles(app, static):
     own = {p.name for p in (Path(app.confdir) / "book/_static").rglob("*.css")}
     pages = [*Path(app.outdir).rglob("*.html")]
-    words = words_of([*pages, *static.glob("*.js"), *static.glob("s*/*.js")])
+    words = words_of([*pages, *static.rglob("*.js")])
     names = [static / x for x in THEME_STYLES]
     names += [Path(app.outdir) / x for x in app.llmnb_styles]
     parts = []
@@ -182,7 +184,7 @@ def write_styles(app, static):
         if path.name not in own:
             css = prune(css, words)
         parts.append(move_addresses(css, path.parent.relative_to(static)))
-    text = "\n".join(parts)
+    text = re.sub(r"\s*\n\s*", "\n", "\n".join(parts))
     (static / "book.css").write_text(text, "utf-8")
 
 
@@ -232,9 +234,9 @@ def finish(app, error):
         return
     static = Path(app.outdir) / "_static"
     write_scripts(app, static)
+    remove_unused(static)
     write_styles(app, static)
     write_mathjax(static)
-    remove_unused(static)
 
 
 def start(app):
@@ -249,4 +251,5 @@ def setup(app):
     # after the other extensions have written their files
     app.connect("build-finished", finish, priority=900)
     app.add_css_file("icons.css")
+    app.add_js_file("menus.js", loading_method="defer")
     return {"parallel_read_safe": True, "parallel_write_safe": True}
