@@ -74,7 +74,7 @@ def render(pairs):
     for term, text in pairs:
         if term is not None:
             if before != "list":
-                lines += ["", ".. rst-class:: fields", ""]
+                lines.append("")
             # within the directive: MyST does not resolve what follows one
             lines += [f"    {term}", f"        {escape(text)}"]
         elif before == "text":

@@ -158,6 +158,13 @@ def name_anchors(app, doctree, docname):
                 slugs.setdefault(name, (node.line or 0, name, name))
 
 
+def mark_fields(doctree):
+    """Let the style sheet tell a docstring's lists from others."""
+    for listed in doctree.findall(nodes.definition_list):
+        if isinstance(listed.parent, addnodes.desc_content):
+            listed["classes"].append("fields")
+
+
 def on_doctree(app, doctree):
     docname = app.env.docname
     if docname.startswith("notebooks/"):
@@ -168,6 +175,7 @@ def on_doctree(app, doctree):
         number_chapter(doctree, docname)
         index_chapter(app, doctree, docname)
     free_tags(doctree)
+    mark_fields(doctree)
     describe(app, doctree, docname)
     name_anchors(app, doctree, docname)
 
