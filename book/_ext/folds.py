@@ -59,9 +59,10 @@ def is_definition(statement):
 
 
 def only_imports(body):
-    return bool(body) and all(
-        isinstance(x, ast.Import | ast.ImportFrom) for x in body
-    )
+    """Whether a cell imports, and beside that names constants at most."""
+    imports = [isinstance(x, ast.Import | ast.ImportFrom) for x in body]
+    names = [isinstance(x, ast.Assign) for x in body]
+    return any(imports) and sum(imports) + sum(names) == len(body)
 
 
 def only_verdicts(text):
@@ -77,13 +78,13 @@ def kind_of(source, text, shown, exported):
     anything at all. exported: whether its code is part of the package.
     """
     body, lines = statements(source), source.count("\n") + 1
-    if only_imports(body):
+    if only_imports(body) and not shown:
         return "imports"
     if exported:
         return "exported" if lines > LONG else None
     if DRAWS.search(source):
         return "drawing"
-    if "gained(" in source and not text:
+    if "gained(" in source:
         return "imports"
     if only_verdicts(text):
         return "check"
@@ -149,7 +150,7 @@ def printed(output):
     if output is None:
         return ""
     blocks = output.findall(nodes.literal_block)
-    return "\n".join(x.astext() for x in blocks)
+    return "\n".join(x.astext() for x in blocks if "stream" in x["classes"])
 
 
 def fold_cell(cell):

@@ -234,13 +234,25 @@ function addCues() {
   }
 }
 
+/** Set an equation that is a little too wide for its box a little smaller;
+ * one that is much too wide scrolls. */
+function fitEquation(box) {
+  box.style.fontSize = "";
+  const ratio = box.clientWidth / box.scrollWidth;
+  if (ratio < 1 && ratio > 0.78) box.style.fontSize = `${ratio - 0.005}em`;
+  cue(box);
+}
+
 /** An equation is text: no stop for the Tab key, unless its box scrolls. */
-async function freeEquations() {
+async function settleEquations() {
   await window.MathJax?.startup?.promise;
   for (const x of document.querySelectorAll("mjx-container[tabindex]")) {
     x.removeAttribute("tabindex");
   }
-  document.querySelectorAll("article div.math").forEach(cue);
+  const fit = () =>
+    document.querySelectorAll("article div.math").forEach(fitEquation);
+  fit();
+  addEventListener("resize", fit);
 }
 
 addEventListener("DOMContentLoaded", () => {
@@ -254,5 +266,5 @@ addEventListener("hashchange", openTarget);
 addEventListener("keydown", turnPage);
 addEventListener("load", () => {
   followReader();
-  freeEquations();
+  settleEquations();
 });
