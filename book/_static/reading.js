@@ -131,6 +131,15 @@ function mark(link, contents) {
   for (let x = link; x !== contents; x = x.parentElement) {
     if (x.matches(".toc-entry")) x.classList.add("active");
   }
+  keepInSight(link, contents.closest(".bd-sidebar-secondary"));
+}
+
+/** Scroll long contents, and nothing else, to the marked line. */
+function keepInSight(link, rail) {
+  if (!rail) return;
+  const [line, box] = [link, rail].map((x) => x.getBoundingClientRect());
+  const out = line.top < box.top || line.bottom > box.bottom;
+  if (out) rail.scrollTop += line.top - box.top - box.height / 2;
 }
 
 /** Keep the mark and the bar of progress with the reader's place. */
