@@ -12,6 +12,7 @@ the folds for the readers who want the code.
 
 import ast
 import re
+from pathlib import Path
 
 from docutils import nodes
 
@@ -242,6 +243,8 @@ def fold(doctree):
 
 
 def setup(app):
+    first = Path(__file__).parents[1] / "_static" / "first.js"
+    app.add_js_file(None, body=first.read_text("utf-8"), priority=1)
     plain = dict.fromkeys(("latex", "text", "man"), (pass_by, pass_by))
     app.add_node(Fold, html=(visit_fold, depart_fold), **plain)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

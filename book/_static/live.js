@@ -462,6 +462,7 @@
   window.llmnbLive = gpt2; // for tests
   addEventListener("DOMContentLoaded", () => {
     const root = document.querySelector(".live");
+    if (!root) return; // the script is part of every page
     const begin = open(root);
     requestAnimationFrame(() => setTimeout(() =>
       load(begin, root.querySelector(".live-status"))));
