@@ -147,7 +147,8 @@ def test_an_address_adds_buttons_and_a_dead_reference_is_told(tmp_path):
     chapter = place(CHAPTERS[0])
     toc = f"format: jb-book\nroot: notebooks/{chapter}\n"
     (tmp_path / "toc.yml").write_text(toc)
-    command = [sys.executable, "-m", "jupyter_book", "build", "."]
+    program = Path(sys.executable).with_name("jupyter-book")
+    command = [str(program), "build", "."]
     command += ["--config", "book/_config.yml", "--toc", "toc.yml", "-q"]
     command += ["--path-output", "out"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
