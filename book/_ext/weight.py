@@ -29,34 +29,31 @@ MATHJAX_PARTS = (
 # of a theme's style sheets, these stand in its own templates
 THEME_STYLES = ("basic.css", "styles/pydata-sphinx-theme.css")
 THEME_SCRIPTS = ("scripts/pydata-sphinx-theme.js",)
-LARGE = 60_000  # bytes; a larger script of an extension stays on its own
 UNUSED = ("scripts/fontawesome.js", "scripts/bootstrap.js", "locales")
 UNUSED += ("vendor/fontawesome",)
 
 
 def gather(app, pagename, templatename, context, doctree):
-    """Note the styles and scripts of a page; leave those that stay apart."""
+    """Note the styles and scripts of all pages; leave those of this one."""
     if app.builder.name != "html":
         return
-    styles = [x.filename.split("?")[0] for x in context["css_files"]]
-    app.llmnb_styles |= dict.fromkeys(styles)
-    if pagename == "search":
-        return
-    apart = []
-    for script in context["script_files"]:
-        name = (script.filename or "").split("?")[0]
-        body = script.attributes.get("body", "")
-        if name and joins(app, name):
-            app.llmnb_scripts[name] = None
-        elif not body.startswith("DOCUMENTATION_OPTIONS"):
-            apart.append(script)
-    context["script_files"] = apart
+    shared = {x.filename for x in app.builder._orig_css_files}
+    shared |= {x.filename for x in app.builder._orig_js_files}
+    styles, scripts = context["css_files"], context["script_files"]
+    names = [x.filename for x in styles if x.filename in shared]
+    app.llmnb_styles |= dict.fromkeys(x.split("?")[0] for x in names)
+    context["css_files"] = [x for x in styles if x.filename not in shared]
+    if pagename != "search":
+        names = [x.filename for x in scripts if x.filename in shared]
+        app.llmnb_scripts |= dict.fromkeys(x for x in names if x)
+        context["script_files"] = [x for x in scripts if stays(x, shared)]
 
 
-def joins(app, name):
-    """Whether a script becomes part of book.js."""
-    path = Path(app.outdir) / name
-    return path.exists() and path.stat().st_size < LARGE
+def stays(script, shared):
+    """Whether a script stands on its page: its own, or a few words in it."""
+    body = script.attributes.get("body", "")
+    options = body.startswith("DOCUMENTATION_OPTIONS")  # no one asks for them
+    return not options and (body or script.filename not in shared)
 
 
 def lazy_images(app, pagename, templatename, context, doctree):
