@@ -12,20 +12,25 @@ nothing jumps.
 import os
 import re
 import shutil
+from base64 import b64encode
 from importlib.util import find_spec
 from pathlib import Path
 
 MATHJAX = Path(find_spec("sphinx-mathjax-offline").origin).parent
 MATHJAX /= "static/mathjax"
 # startup comes first and starts MathJax when the rest has run
-MATHJAX_PARTS = (
-    "startup",
-    "core",
-    "input/tex",
-    "output/chtml",
-    "output/chtml/fonts/tex",
-    "a11y/assistive-mml",
-)
+MATHJAX_PARTS = {
+    "startup": "startup",
+    "core": "core",
+    "input/tex-base": "input/tex-base",
+    "[tex]/ams": "input/tex/extensions/ams",
+    "output/chtml": "output/chtml",
+    "output/chtml/fonts/tex": "output/chtml/fonts/tex",
+    "a11y/assistive-mml": "a11y/assistive-mml",
+}
+FONTS = "output/chtml/fonts/woff-v2"
+# fonts of some kilobytes, which nearly every page needs, come along
+INSIDE = ("MathJax_Zero", "MathJax_Size1-Regular", "MathJax_Size2-Regular")
 # of a theme's style sheets, these stand in its own templates
 THEME_STYLES = ("basic.css", "styles/pydata-sphinx-theme.css")
 THEME_SCRIPTS = ("scripts/pydata-sphinx-theme.js",)
@@ -71,11 +76,17 @@ def lazy_images(app, pagename, templatename, context, doctree):
         context["body"] = re.sub(r"<img (.*?>)", tag, context["body"])
 
 
-def name_parts(app, pagename, templatename, context, doctree):
-    """What a screen reader hears: no empty headers, folds by their text."""
+def tidy(app, pagename, templatename, context, doctree):
+    """Leave out what is empty or says nothing.
+
+    That is a header of no column, which a screen reader would announce, a
+    fold's label beside its text, and marks without a colour of their own.
+    """
     if "body" in context:
         empty = r'<th class="head[^"]*">(<p></p>)?</th>'
         body = re.sub(empty, "<td></td>", context["body"])
+        # names, commas and spaces have the colour of all code
+        body = re.sub(r'<span class="[npw]">([^<]*)</span>', r"\1", body)
         label = ' aria-label="Toggle hidden content"'
         context["body"] = body.replace(label, "")
 
@@ -210,12 +221,17 @@ def write_scripts(app, static):
 def write_mathjax(static):
     """MathJax of the parts that the pages use, and its fonts."""
     loaded = ", ".join(f'"{x}"' for x in MATHJAX_PARTS)
-    parts = [(MATHJAX / f"{x}.js").read_text("utf-8") for x in MATHJAX_PARTS]
+    files = [MATHJAX / f"{x}.js" for x in MATHJAX_PARTS.values()]
+    parts = [x.read_text("utf-8") for x in files]
     parts.insert(1, f"MathJax.loader.preLoad({loaded})")
+    text = "\n;\n".join(parts)
+    for name in INSIDE:
+        data = b64encode((MATHJAX / FONTS / f"{name}.woff").read_bytes())
+        address = f"data:font/woff;base64,{data.decode()}"
+        text = text.replace(f"%%URL%%/{name}.woff", address)
     folder = static / "mathjax"
-    for name in ("output/chtml/fonts/woff-v2", "input/tex/extensions"):
-        shutil.copytree(MATHJAX / name, folder / name, dirs_exist_ok=True)
-    (folder / "book.js").write_text("\n;\n".join(parts), "utf-8")
+    shutil.copytree(MATHJAX / FONTS, folder / FONTS, dirs_exist_ok=True)
+    (folder / "book.js").write_text(text, "utf-8")
 
 
 def remove_unused(static):
@@ -244,7 +260,7 @@ def setup(app):
     app.connect("builder-inited", start)
     app.connect("html-page-context", gather, priority=950)
     app.connect("html-page-context", lazy_images, priority=950)
-    app.connect("html-page-context", name_parts, priority=950)
+    app.connect("html-page-context", tidy, priority=950)
     # after the other extensions have written their files
     app.connect("build-finished", finish, priority=900)
     app.add_css_file("icons.css")
