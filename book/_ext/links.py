@@ -11,6 +11,7 @@ the cards' contents go into one script, `_static/previews.js`.
 import functools
 import json
 import re
+import shutil
 from pathlib import Path
 
 from docutils import nodes
@@ -66,6 +67,7 @@ class Targets:
 
     def __init__(self, app):
         self.app, self.known = app, numbered()
+        self.away = set()  # figures that another page refers to
 
     def address(self, kind, number, docname):
         """The address of a target from a page, or None if there is none."""
@@ -83,7 +85,10 @@ class Targets:
             return None
         if kind == "chapter":
             return self.relative(docname, page) if page != docname else None
-        return self.relative(docname, page) + "#" + anchor(kind, number)
+        name = anchor(kind, number)
+        if page != docname:
+            self.away.add(name)
+        return self.relative(docname, page) + "#" + name
 
     def relative(self, docname, page):
         if page == docname:
@@ -347,17 +352,25 @@ def link_code(app, pagename, templatename, context, doctree):
         context["body"] = link_comments(body, pagename, app.llmnb_targets)
 
 
-def picture(app, images):
-    """The address of the picture, of several formats, that was built."""
+def picture(app, images, copy):
+    """The address of the picture, of several formats, that was built.
+
+    copy: whether to bring it there if it was not, as it stands in its page
+    as a drawing.
+    """
     for uri in images:
         name = app.env.images.get(uri, (None, ""))[1]
-        path = Path(app.builder.imagedir) / name
-        if name and (Path(app.outdir) / path).exists():
-            return path.as_posix()
+        path = Path(app.outdir) / app.builder.imagedir / name
+        source = Path(app.srcdir) / uri
+        if name and copy and not path.exists() and source.exists():
+            path.parent.mkdir(exist_ok=True)
+            shutil.copy(source, path)
+        if name and path.exists():
+            return path.relative_to(app.outdir).as_posix()
     return None
 
 
-def finish_card(app, docname, card):
+def finish_card(app, docname, name, card):
     """Add the chapter's name; turn a page's images into an address."""
     title = getattr(app.config.external_site_map.get(docname), "title", "")
     card = dict(card)
@@ -365,7 +378,8 @@ def finish_card(app, docname, card):
         card["head"] = title
     elif docname.startswith("notebooks/"):
         card["from"] = title
-    image = picture(app, card.pop("images", []))
+    away = name in app.llmnb_targets.away
+    image = picture(app, card.pop("images", []), away)
     return card | ({"image": image} if image else {})
 
 
@@ -376,7 +390,7 @@ def write_previews(app, error):
     cards = {}
     for docname, data in sorted(app.env.metadata.items()):
         for name, card in data.get("previews", {}).items():
-            cards[name] = finish_card(app, docname, card)
+            cards[name] = finish_card(app, docname, name, card)
     text = json.dumps(cards, ensure_ascii=False, separators=(",", ":"))
     path = Path(app.outdir) / "_static" / "previews.js"
     path.write_text(f"window.llmnbPreviews = {text};\n", "utf-8")
