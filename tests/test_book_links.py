@@ -101,12 +101,16 @@ def test_docstrings_become_lists(extension):
 
 
 def test_styles_are_pruned_by_the_classes_in_use(extension):
-    from weight import move_addresses, prune
+    from weight import drop_variables, move_addresses, prune
 
     css = "@import 'x';a{b:c}.on,.off{b:c}.off a{b:c}"
     css += "@media print{.off{b:c}.on:not(.off){b:c}}.fa-x{b:c}"
     want = "a{b:c}.on{b:c}@media print{.on:not(.off){b:c}}"
     assert prune(css, {"on", "fa-x"}) == want
+    css = 'x{--pst-a:url("data:b;c");--pst-d:e;--pst-f:var(--pst-a)}'
+    css += "y{c:var(--pst-d)}"
+    want = "x{--pst-d:e;}y{c:var(--pst-d)}"
+    assert drop_variables(css, "") == want
     css = 'url("../a.woff2") url(data:x) url(/b) url(c.png)'
     want = 'url("a.woff2") url(data:x) url(/b) url(styles/c.png)'
     assert move_addresses(css, "styles") == want

@@ -150,6 +150,24 @@ def is_used(selector, words):
     return not icons and all(x.replace("\\", "") in words for x in names)
 
 
+SET = re.compile(
+    r"""(?<=[{;])\s*(--(?:bs|fa|pst)-[\w-]+):(?:"[^"]*"|[^;{}"])*(?:;|(?=}))"""
+)
+
+
+def drop_variables(css, others):
+    """Leave out the themes' variables that no rule asks for.
+
+    others: the text of files beside this one that may ask.
+    """
+    while True:
+        asked = set(re.findall(r"--[\w-]+(?=[),])", css + others))
+        idle = {x[1] for x in SET.finditer(css)} - asked
+        if not idle:
+            return css
+        css = SET.sub(lambda x, idle=idle: "" if x[1] in idle else x[0], css)
+
+
 def words_of(paths):
     """Every word that may be a class: in a page's classes, in a script."""
     found = set()
@@ -193,6 +211,10 @@ def write_styles(app, static):
             css = prune(css, words)
         parts.append(move_addresses(css, path.parent.relative_to(static)))
     text = re.sub(r"\s*\n\s*", "\n", "\n".join(parts))
+    others = [
+        p for p in static.glob("*.[cj]s*") if p.name in own | {"book.js"}
+    ]
+    text = drop_variables(text, "".join(x.read_text("utf-8") for x in others))
     (static / "book.css").write_text(text, "utf-8")
 
 
@@ -213,7 +235,9 @@ def keep_licence(parts):
 def write_scripts(app, static):
     names = [Path(app.outdir) / x for x in app.llmnb_scripts]
     names += [static / x for x in THEME_SCRIPTS]
-    parts = [re.sub(r"//# source.*", "", x.read_text("utf-8")) for x in names]
+    # lines of comments stay in the sources; so do the addresses of maps
+    texts = [x.read_text("utf-8") for x in names]
+    parts = [re.sub(r"^\s*//.*\n?", "", x, flags=re.M) for x in texts]
     # a ";" first: no file's "use strict" is meant for the next
     (static / "book.js").write_text(";" + "\n;\n".join(parts), "utf-8")
 
