@@ -31,6 +31,7 @@ MATHJAX_PARTS = {
 FONTS = "output/chtml/fonts/woff-v2"
 # fonts of some kilobytes, which nearly every page needs, come along
 INSIDE = ("MathJax_Zero", "MathJax_Size1-Regular", "MathJax_Size2-Regular")
+DATA = 100_000  # bytes: a larger script holds data, not names of classes
 # of a theme's style sheets, these stand in its own templates
 THEME_STYLES = ("basic.css", "styles/pydata-sphinx-theme.css")
 THEME_SCRIPTS = ("scripts/pydata-sphinx-theme.js",)
@@ -199,7 +200,8 @@ def move_addresses(css, folder):
 def write_styles(app, static):
     own = {p.name for p in (Path(app.confdir) / "book/_static").rglob("*.css")}
     pages = [*Path(app.outdir).rglob("*.html")]
-    words = words_of([*pages, *static.rglob("*.js")])
+    scripts = [x for x in static.rglob("*.js") if x.stat().st_size < DATA]
+    words = words_of([*pages, *scripts])
     names = [static / x for x in THEME_STYLES]
     names += [Path(app.outdir) / x for x in app.llmnb_styles]
     parts = []
