@@ -292,7 +292,7 @@ def test_a_card_opens_by_keyboard_and_is_named(browser, disk):  # noqa: F811
 
 def test_names_and_terms_have_cards(browser, disk):  # noqa: F811
     with Visit(browser, disk, 1280) as visit:
-        page = visit.open("notebooks/1_by_hand/05_encoder.html")
+        page = visit.open("notebooks/1_by_hand/01_learns.html")
         page.locator("article a[href*='#term-']").first.hover()
         page.wait_for_selector(f"{CARD} .card-text")
         page.keyboard.press("Escape")
