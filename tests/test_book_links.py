@@ -361,7 +361,8 @@ def test_search_as_you_type(browser, disk):  # noqa: F811
         page.keyboard.press("ArrowDown")
         page.keyboard.press("Enter")
         page.wait_for_url("**/18_training.html*")
-        assert visit.trouble == []
+        page.wait_for_load_state("networkidle")
+        assert not visit.trouble, visit.trouble
 
 
 def loaded(browser, disk, name):  # noqa: F811
