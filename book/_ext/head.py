@@ -12,7 +12,7 @@ from pathlib import Path
 
 from docutils import nodes
 
-CARD = "_static/card.png"  # drawn by card.py
+CARD = "_static/card.png"  # drawn by social_card.py
 LAUNCH = {
     "notebook_interface": "jupyterlab",
     "binderhub_url": "https://mybinder.org",
