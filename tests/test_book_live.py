@@ -104,8 +104,16 @@ READ = """ids => {
 
 def fill(page, text):
     """Put a text into the box, and wait until the model has read it."""
-    page.evaluate("document.querySelector('.live-token').textContent = ''")
-    page.fill(".live textarea", text)
+    page.evaluate(
+        """text => {
+        const area = document.querySelector(".live textarea");
+        area.value = text;
+        area.setSelectionRange(text.length, text.length);
+        area.dispatchEvent(new Event("input"));
+        document.querySelector(".live-token").textContent = "";
+    }""",
+        text,
+    )
     page.wait_for_function(READY)
 
 

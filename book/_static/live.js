@@ -140,8 +140,8 @@
 
     function settings() {
       const top = TOPS[control("top").value] ?? "all";
-      $("[data-of=temperature]").value = temperature().toFixed(2);
-      $("[data-of=top]").value = top;
+      $("[data-of=temperature]").textContent = temperature().toFixed(2);
+      $("[data-of=top]").textContent = top;
       control("top").setAttribute("aria-valuetext", `${top} tokens`);
       ask("settings", { temperature: temperature(), topK: topK(), wait: 30 });
       showNext();
