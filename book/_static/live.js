@@ -349,7 +349,7 @@
       writing = true;
       before = area.value;
       $(".live-write").textContent = "Stop";
-      $(".live-status").textContent = "Writing …";
+      $(".live-status").textContent = $(".live-news").textContent = "Writing …";
       $(".live-token").textContent = "";
       area.setSelectionRange(before.length, before.length);
       ask("write", { count: LONGEST, seed: seed() });
@@ -363,6 +363,7 @@
     function done() {
       writing = false;
       $(".live-write").textContent = "Write";
+      $(".live-news").textContent = `It wrote: ${area.value.slice(before.length)}`;
       say();
       ask("look", { at: atCaret() });
     }
@@ -438,6 +439,8 @@
       words = gpt2.tokenizer(packed);
       worker = makeWorker();
       const answers = { text: showText, look: showLook, done };
+      worker.onerror = ({ message }) =>
+        ($(".live-status").textContent = `The model has stopped: ${message}`);
       worker.onmessage = ({ data }) => answers[data.kind](data);
       ask("start", { packed });
       listen();
@@ -445,6 +448,7 @@
       area.setSelectionRange(area.value.length, area.value.length);
       typed();
       for (const x of root.querySelectorAll(":disabled")) x.disabled = false;
+      $(".live-news").textContent = "The model is loaded.";
     }
 
     return begin;
