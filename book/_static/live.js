@@ -58,6 +58,7 @@
 
     async function write(count, seed) {
       const mine = ++turn, random = gpt2.randomState(seed);
+      if (!await read(ids, mine)) return; // what was dropped left its traces
       for (let n = 0; n < count; n++) {
         const z = model.logitsAt(ids.length - first - 1);
         const { temperature, topK } = settings;
