@@ -275,6 +275,21 @@ def test_writing_streams_and_stops_and_starts_again(visit):
     assert page.input_value(".live textarea") == live.FIRST_TEXT
 
 
+def test_writing_at_once_goes_on_from_the_new_text(visit):
+    page = visit.page
+    page.click(".live [data-text=manual]")
+    page.click(".live-write")
+    begin = page.input_value(".live textarea")
+    page.wait_for_function(
+        "n => document.querySelector('.live textarea').value.length > n + 9",
+        arg=len(begin),
+    )
+    title = page.inner_text(".live-title")
+    page.click(".live-write")
+    assert page.input_value(".live textarea").startswith(begin)
+    assert title == "What comes next?"
+
+
 def test_a_token_says_its_number_and_its_surprise(visit):
     page, (_, encoding, _, small) = visit.page, hour()
     text = "import os\nimport sys"

@@ -56,9 +56,11 @@
       return true;
     }
 
-    async function write(count, seed) {
+    const tokens = text => [words.eot, ...words.encode(text)];
+
+    async function write({ text, number, count, seed }) {
       const mine = ++turn, random = gpt2.randomState(seed);
-      if (!await read(ids, mine)) return; // what was dropped left its traces
+      if (!await read(tokens(text), mine, number)) return;
       for (let n = 0; n < count; n++) {
         const z = model.logitsAt(ids.length - first - 1);
         const { temperature, topK } = settings;
@@ -85,9 +87,8 @@
     const answers = {
       start: ({ packed }) => start(packed),
       settings: message => (settings = message),
-      read: ({ text, number }) =>
-        read([words.eot, ...words.encode(text)], ++turn, number),
-      write: ({ count, seed }) => write(count, seed),
+      read: ({ text, number }) => read(tokens(text), ++turn, number),
+      write,
       stop: () => turn++,
       look: ({ at }) => look(at),
     };
@@ -353,7 +354,9 @@
       $(".live-status").textContent = $(".live-news").textContent = "Writing …";
       $(".live-token").textContent = "";
       area.setSelectionRange(before.length, before.length);
-      ask("write", { count: LONGEST, seed: seed() });
+      ask("write", {
+        text: before, number: ++asked, count: LONGEST, seed: seed(),
+      });
     }
 
     function stop() {
