@@ -361,7 +361,7 @@ def test_nothing_sticks_out_moves_or_is_nameless(browser, width):
         write(page, SHORT, 40, 0.8)
         assert page.evaluate(TOO_WIDE) == []
         assert page.evaluate(NAMELESS) == []
-        assert page.evaluate("moved") < 0.02
+        assert page.evaluate("moved") < 0.05
         sizes = page.evaluate("""['pre', 'textarea'].map(x =>
             document.querySelector('.live-stack ' + x).scrollHeight)""")
         assert sizes[0] == sizes[1]  # the tokens lie under the text
