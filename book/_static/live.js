@@ -315,10 +315,12 @@
 
     function drawMaps(maps) {
       const size = LAST * LAST;
+      const blue = getComputedStyle(root).getPropertyValue("--live-cool");
+      const rgb = blue.match(/[\da-f]{2}/gi).map(x => parseInt(x, 16));
       root.querySelectorAll(".live-heads canvas").forEach((canvas, k) => {
         const image = new ImageData(LAST, LAST);
         for (let i = 0; i < size; i++) {
-          image.data.set([56, 132, 214], 4 * i);
+          image.data.set(rgb, 4 * i);
           image.data[4 * i + 3] = maps[k * size + i];
         }
         canvas.getContext("2d").putImageData(image, 0, 0);
