@@ -153,8 +153,9 @@ def sheet(glyphs):
 
 
 def draw_inline(app, doctree, docname):
-    """Replace a page's images that are SVG made by a notebook."""
-    if app.builder.name != "html" or not docname.startswith("notebooks/"):
+    """Replace a page's images that are SVG made by matplotlib."""
+    drawn = docname.startswith("notebooks/") or docname == "book/results"
+    if app.builder.name != "html" or not drawn:
         return
     glyphs = {}
     for number, image in enumerate(list(doctree.findall(nodes.image))):
