@@ -30,9 +30,6 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*/[0-9]*.ipynb"))
 LINES, DOTS = "image/svg+xml", "image/png"
 
-# Figures that are kept as dots: here 36 heat maps, each of a whole text.
-DOTTED = {"20_inside-17"}
-
 FIGURE = """
 import matplotlib.pyplot as plt
 fig, ax = plt.subplots()
@@ -89,7 +86,7 @@ def test_slim_keeps_what_is_seen():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_stored_figures_are_light_lines(path):
-    assert {name for name, _ in pictures(path, DOTS)} <= DOTTED
+    assert pictures(path, DOTS) == []
     for name, svg in pictures(path, LINES):
         assert len(svg) <= notebook.HEAVY, name
         assert "<metadata" not in svg, name

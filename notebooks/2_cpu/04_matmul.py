@@ -212,7 +212,8 @@ for ax, numbers, title in (
 ):
     ax.imshow(numbers, cmap="Blues", vmin=-6, vmax=34)
     for (i, k), value in np.ndenumerate(numbers):
-        ax.text(k, i, value, ha="center", va="center", size=9)
+        ax.text(k, i, value, ha="center", va="center", size=9,
+                color="black")  # fmt: skip
     ax.set(title=title, xlabel="step of the sum", xticks=[], yticks=[])
 axes[0].set_ylabel("row")
 fig.tight_layout()
