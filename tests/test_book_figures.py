@@ -165,6 +165,20 @@ def test_every_variable_of_a_figure_has_a_colour_in_both_themes(drawings):
             assert f"{used}:" in dark, (name, used)
 
 
+def test_the_card_of_a_figure_shows_it_in_both_themes(drawings):
+    text = (HTML / "_static" / "previews.js").read_text("utf-8")
+    cards = json.loads(text.split("= ", 1)[1].rstrip().rstrip(";"))
+    names = [
+        x["image"] for x in cards.values() if ".svg" in x.get("image", "")
+    ]
+    assert len(names) >= len(drawings)
+    for name in names:
+        file = (HTML / name).read_text("utf-8")
+        ElementTree.fromstring(file)
+        assert 'id="dark"' in file
+        assert "svg:target" in file
+
+
 # The built pages, in a browser
 
 # Of what a figure paints: the variable, the colour, the page's background.

@@ -45,7 +45,8 @@ function fill(box, data) {
   if (data.tex) box.append(element("div", "card-math", data.tex));
   if (data.image) {
     const image = element("img", "card-image", "");
-    image.src = root + data.image;
+    const dark = document.documentElement.dataset.theme === "dark";
+    image.src = root + data.image + (dark ? "#dark" : "");
     image.alt = "";
     image.addEventListener("load", place);
     box.append(image);
