@@ -1,8 +1,8 @@
 # Written by `make export` from notebooks/3_gpu/01_threads.py: edit that file.
 
-"""Draw which thread owns which element."""
+"""Which thread owns which element, drawn and stepped through."""
 
-__all__ = ["draw_owners"]
+__all__ = ["draw_owners", "walk"]
 
 
 # imports of the picture
@@ -32,3 +32,55 @@ def draw_owners(ax, who, title="", group=None, rows="", cols=""):
                 ax.text(j + 0.5, i + 0.5, owner, ha="center", va="center")
     ax.set(xlim=(0, len(who[0])), ylim=(len(who), 0), title=title)
     ax.set(xticks=[], yticks=[], xlabel=cols, ylabel=rows, aspect="equal")
+
+
+# imports of the steps
+import inspect
+import math
+
+import numpy as np
+
+from llmnb.gpu.simulator import Film, simulate, watch
+
+
+# the steps of a kernel
+def _filmed(kernel, blocks, threads, args, together):
+    """The steps of a launch on copies of its arguments."""
+    film = Film(together)
+    copies = [a.copy() if isinstance(a, np.ndarray) else a for a in args]
+    with watch(film=film):
+        simulate(kernel, blocks, threads, copies)
+    return film.steps
+
+
+def _held(values):
+    """Numbers as JSON has them: None for what nobody has written."""
+    return [None if math.isnan(x) else round(x, 4) for x in values]
+
+
+# a walk through a kernel
+def walk(name, kernel, blocks, threads, args):
+    """The steps of a launch, in two orders, for a figure that moves.
+
+    As `simulate` takes its arguments; the arrays in args stay as they are.
+
+    Derived in chapter 3.1.
+    """
+    steps = {
+        order: [
+            [*s[:4], s.line, s.array, s.first, _held(s.values), s.rival]
+            for s in _filmed(
+                kernel, blocks, threads, args, order == "together"
+            )
+        ]
+        for order in ("together", "alone")
+    }
+    names = inspect.signature(kernel).parameters
+    arrays = {
+        name: [*a.shape, _held(a.ravel().tolist())]
+        for name, a in zip(names, args, strict=True)
+        if isinstance(a, np.ndarray)
+    }
+    code = inspect.getsource(kernel).rstrip()
+    return {"name": name, "code": code, "block": threads, "steps": steps,
+            "arrays": arrays}  # fmt: skip
