@@ -17,7 +17,7 @@ SHOWN = ("display_data", "execute_result")
 
 
 def read_figures(path):
-    """For each cell by its place: its outputs' figures, None for others."""
+    """For each cell by its place: its outputs' JSON, None for others."""
     cells = json.loads(Path(path).read_text("utf-8"))["cells"]
     return [
         [
@@ -31,8 +31,7 @@ def read_figures(path):
 
 def figure(data):
     """The place of a figure in the page: a raw node."""
-    text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
-    kind = data["kind"]
+    text, kind = data.replace("</", "<\\/"), json.loads(data)["kind"]
     node = nodes.raw(
         "",
         f'<figure class="move" data-kind="{kind}">'
@@ -62,9 +61,6 @@ def place_figures(app, doctree):
         for bundle, data in zip(bundles, found, strict=True):
             if data:
                 bundle.replace_self(figure(data))
-            else:
-                for image in bundle.findall(nodes.image):
-                    image["classes"].append("move-still")
 
 
 def add_scripts(app, pagename, templatename, context, doctree):

@@ -4,8 +4,6 @@
 "use strict";
 
 const Move = {
-  calm: matchMedia("(prefers-reduced-motion: reduce)"),
-
   // make("p", {class: "x", onclick: f}, "text", child): a new element
   make(tag, attributes = {}, ...children) {
     const svg = ["svg", "path", "g", "rect", "circle", "line", "text"];
@@ -53,7 +51,8 @@ class Stage {
     this.picture = make("div", { class: "move-picture" });
     this.words = make("p", { class: "move-words", "aria-live": "polite" });
     this.buttons = make("div", { class: "move-buttons" });
-    figure.append(this.choices, this.picture, this.words, this.buttons);
+    figure.append(this.choices, this.picture,
+      make("div", { class: "move-foot" }, this.words, this.buttons));
     figure.setAttribute("role", "group");
     figure.setAttribute("aria-roledescription", "figure that moves");
   }
@@ -73,21 +72,26 @@ class Stage {
     this.choices.append(box);
   }
 
-  // A slider over the given values, or from least to most: change(value).
+  // A slider over the given values: change(value). Returns set(index), which
+  // moves it without a change.
   slide(label, values, first, change, show = String) {
     const { make } = Move;
-    const out = make("output", {}, show(values[first]));
+    const out = make("output");
     const input = make("input", { type: "range", min: 0,
-      max: values.length - 1, value: first, "aria-label": label });
-    const set = () => {
-      out.textContent = show(values[input.value]);
+      max: values.length - 1, "aria-label": label });
+    const set = (index) => {
+      input.value = index;
+      out.textContent = show(values[index]);
       input.setAttribute("aria-valuetext", out.textContent);
-      change(values[input.value]);
     };
-    input.addEventListener("input", set);
-    input.setAttribute("aria-valuetext", out.textContent);
+    input.addEventListener("input", () => {
+      set(+input.value);
+      change(values[input.value]);
+    });
+    set(first);
     this.choices.append(make("label", { class: "move-slide" },
       make("span", {}, label), input, out));
+    return set;
   }
 
   // Buttons and a slider for `count` steps, shown by show(step).
@@ -160,7 +164,8 @@ class Player {
     clearInterval(this.timer);
     this.timer = null;
     if (on && this.step === this.last) this.go(0);
-    if (on) this.timer = setInterval(() => this.go(this.step + 1), 900);
+    const pause = Math.max(150, Math.min(900, 15000 / this.last));
+    if (on) this.timer = setInterval(() => this.go(this.step + 1), pause);
     const label = on ? "pause" : "play";
     this.toggle.querySelector("path").setAttribute("d", SIGNS[label]);
     this.toggle.setAttribute("aria-label", label);

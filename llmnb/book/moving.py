@@ -6,6 +6,8 @@ __all__ = ["MIME", "moving"]
 
 
 # imports of figures that move
+import json
+
 from IPython.display import display
 
 
@@ -19,9 +21,9 @@ def moving(kind, said, **data):
     kind: the script book/_static/move/<kind>.js that draws it. said: what a
     notebook shows in its place. data: numbers, texts, lists and mappings of
     these, as JSON has them. They must be the same on every machine, since
-    the notebook's test compares them.
+    the notebook's test compares them. A notebook keeps them in one line.
 
     Derived in chapter A.11.
     """
-    facts = {"kind": kind, **data}
+    facts = json.dumps({"kind": kind, **data}, separators=(",", ":"))
     display({"text/plain": said, MIME: facts}, raw=True)

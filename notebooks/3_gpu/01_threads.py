@@ -182,20 +182,21 @@ compare("add one", out, inp + 1, tol=1e-7)
 # %% imports of the steps tags=["export"]
 import inspect
 import math
+import textwrap
 
 import numpy as np
 
-from llmnb.gpu.simulator import Film, simulate, watch
+from llmnb.gpu.simulator import Film, placed, simulate, watch
 
 
 # %% the steps of a kernel tags=["exporti"]
 def _filmed(kernel, blocks, threads, args, together):
-    """The steps of a launch on copies of its arguments."""
+    """A film of a launch on copies of its arguments."""
     film = Film(together)
-    copies = [a.copy() if isinstance(a, np.ndarray) else a for a in args]
+    copies = [placed(a, 16) if isinstance(a, np.ndarray) else a for a in args]
     with watch(film=film):
         simulate(kernel, blocks, threads, copies)
-    return film.steps
+    return film
 
 
 def _held(values):
@@ -203,30 +204,44 @@ def _held(values):
     return [None if math.isnan(x) else round(x, 4) for x in values]
 
 
+def _rows(film):
+    """The steps of a film, a list for each."""
+    return [
+        [s.moment, s.block, s.thread, s.kind, s.function, s.line, s.array,
+         s.first, _held(s.values), s.rival]
+        for s in film.steps
+    ]  # fmt: skip
+
+
 # %% a walk through a kernel tags=["export"]
-def walk(name, kernel, blocks, threads, args):
+def walk(name, kernel, blocks, threads, args, group=1):
     """The steps of a launch, in two orders, for a figure that moves.
 
     As `simulate` takes its arguments; the arrays in args stay as they are.
+    group: how many threads of a block have one colour, in a grid of one.
     """
-    steps = {
-        order: [
-            [*s[:4], s.line, s.array, s.first, _held(s.values), s.rival]
-            for s in _filmed(
-                kernel, blocks, threads, args, order == "together"
+    kernel = getattr(kernel, "function", kernel)
+    launch = kernel, blocks, threads, args
+    films = {
+        "together": _filmed(*launch, True),
+        "alone": _filmed(*launch, False),
+    }
+    codes = films["alone"].codes.items()
+    return {
+        "name": name,
+        "block": math.prod(threads) if isinstance(threads, tuple) else threads,
+        "group": group,
+        "main": kernel.__code__.co_name,
+        "code": {x: textwrap.dedent(inspect.getsource(c)) for x, c in codes},
+        "steps": {order: _rows(film) for order, film in films.items()},
+        "arrays": {
+            name: [*a.shape, _held(a.ravel().tolist())]
+            for name, a in zip(
+                inspect.signature(kernel).parameters, args, strict=True
             )
-        ]
-        for order in ("together", "alone")
+            if isinstance(a, np.ndarray)
+        },
     }
-    names = inspect.signature(kernel).parameters
-    arrays = {
-        name: [*a.shape, _held(a.ravel().tolist())]
-        for name, a in zip(names, args, strict=True)
-        if isinstance(a, np.ndarray)
-    }
-    code = inspect.getsource(kernel).rstrip()
-    return {"name": name, "code": code, "block": threads, "steps": steps,
-            "arrays": arrays}  # fmt: skip
 
 
 # %% who owns which of seven elements
@@ -521,16 +536,16 @@ walks = [walk("with a barrier", turn, 1, 4, arrays),
          walk("a count", count, 1, 4, (one,)),
          walk("an atomic count", count_atomically, 1, 4, (one,))]  # fmt: skip
 said = "four kernels, step by step, in two orders"
-moving("threads", said, walks=walks, shared="board")
+moving("threads", said, walks=walks, shared=["board"])
 
 # %% what the two orders gave
 for w in walks:
     out = next(iter(w["arrays"]))
     last = {
-        order: {s[6]: s[7] for s in steps if s[5] == out}
+        order: {s[7]: s[8] for s in steps if s[6] == out}
         for order, steps in w["steps"].items()
     }
-    races = sum(s[8] is not None for s in w["steps"]["together"])
+    races = sum(s[9] is not None for s in w["steps"]["together"])
     print(w["name"], *last.values(), races, "steps race")
 
 # %% [markdown]

@@ -367,7 +367,9 @@ class _Shared:
                 raise MemoryError(f"a block has {SHARED} bytes to share")
             if _now.seen is not None:
                 log = _Log(memory.itemsize) if _now.seen.races else None
-                memory = _Watched(memory, "shared", log, shared=True)
+                count = len(block.shared) + 1
+                name = f"shared {count}" if count > 1 else "shared"
+                memory = _Watched(memory, name, log, shared=True)
             block.shared[key] = memory
         return block.shared[key]
 
@@ -698,18 +700,19 @@ class Step(NamedTuple):
 class Film:
     """The `steps` of simulated kernels, for `watch(film=...)`.
 
-    together: the threads of a block go on access by access, side by side,
+    codes: the code of each function that made a step, by name. together: the threads of a block go on access by access, side by side,
     in one moment; otherwise each step is a moment of its own.
     """
 
     def __init__(self, together=False):
-        self.together, self.steps = together, []
+        self.together, self.steps, self.codes = together, [], {}
         self._now, self._touched = None, None
 
     def take(self, kind, frame, array=None, address=0, nbytes=0):
         """Note a step of the thread that runs."""
         self.develop()
         lane, code = _now.lane, frame.f_code
+        self.codes.setdefault(code.co_name, code)
         before, self._now = self._now, (lane.block, lane.block.round)
         moment = self.steps[-1].moment if self.steps else -1
         moment += not (self.together and before == self._now)

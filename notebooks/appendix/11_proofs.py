@@ -174,6 +174,8 @@ gpt2_diagram(lit="attention")
 # draws them is named by `kind`: it lies in `book/_static/move/`.
 
 # %% imports of figures that move tags=["export"] module="book.moving"
+import json
+
 from IPython.display import display
 
 # %% numbers for a figure that moves tags=["export"] module="book.moving"
@@ -186,9 +188,9 @@ def moving(kind, said, **data):
     kind: the script book/_static/move/<kind>.js that draws it. said: what a
     notebook shows in its place. data: numbers, texts, lists and mappings of
     these, as JSON has them. They must be the same on every machine, since
-    the notebook's test compares them.
+    the notebook's test compares them. A notebook keeps them in one line.
     """
-    facts = {"kind": kind, **data}
+    facts = json.dumps({"kind": kind, **data}, separators=(",", ":"))
     display({"text/plain": said, MIME: facts}, raw=True)
 
 

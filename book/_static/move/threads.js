@@ -1,5 +1,7 @@
 // Threads that step through kernels: a film of the simulator, played.
-// A step is [moment, block, thread, kind, line, array, first, values, rival].
+// A step is [moment, block, thread, kind, function, line, array, first,
+// values, rival]; data.shared: the names of a kernel's shared arrays, drawn
+// data.wrap to a row.
 "use strict";
 
 Move.kind("threads", (stage, data) => {
@@ -13,17 +15,20 @@ Move.kind("threads", (stage, data) => {
   // A block's colour, or where there is one block only, the thread's.
   const colour = (block, thread) => {
     const many = steps.some((step) => step[1] > 0);
-    return `move-c${(many ? block : Math.floor(thread / (data.group ?? 1)))
+    return `move-c${(many ? block : Math.floor(thread / walk.group))
       % 4}`;
   };
-  const title = (array) => (array === "shared" ? data.shared : array);
+  // The simulator calls shared arrays "shared", "shared 2" and so on
+  const shared = (array) => array.startsWith("shared");
+  const title = (array) => (shared(array)
+    ? data.shared[(array.split(" ")[1] ?? 1) - 1] : array);
   const number = (x) => (x === null ? "?" : String(x));
 
   // Arrays in the order in which they are touched first; a board has as many
   // elements as are touched, and nobody has written to it yet.
   function shapes() {
     const found = {};
-    for (const [, , , kind, , array, first, values] of steps) {
+    for (const [, , , kind, , , array, first, values] of steps) {
       if (kind === WAIT) continue;
       const known = walk.arrays[array];
       found[array] ??= known
@@ -39,15 +44,16 @@ Move.kind("threads", (stage, data) => {
   }
 
   function drawArray(name, { shape, values }) {
-    const columns = shape.at(-1);
+    const columns = shared(name) && data.wrap ? data.wrap : shape.at(-1);
     const cells = values.map(() => make("div", { class: "move-cell" },
       make("b"), make("small")));
     const grid = make("div", { class: "move-grid",
       style: `--columns: ${columns}` }, ...cells);
     view.cells[name] = cells;
-    return make("div", { class: "move-array" },
+    const tight = shape.length > 1 || values.length > 12 ? " move-tight" : "";
+    return make("div", { class: `move-array${tight}` },
       make("h5", {},
-        title(name) + (name === "shared" ? " (shared memory)" : "")), grid);
+        title(name) + (shared(name) ? " (shared memory)" : "")), grid);
   }
 
   // Draw code, threads and arrays anew: another kernel, or another order.
@@ -56,15 +62,23 @@ Move.kind("threads", (stage, data) => {
     moments = 1 + steps.at(-1)[0];
     const found = shapes();
     const blocks = 1 + Math.max(...steps.map((step) => step[1]));
-    view = { cells: {}, lines: [], threads: {} };
-    view.lines = walk.code.split("\n").map((line) => make("code", {}, line));
+    view = { cells: {}, codes: {}, lines: {}, threads: {} };
+    const longest = Math.max(...Object.values(walk.code).map(
+      (code) => code.trimEnd().split("\n").length));
+    for (const [name, code] of Object.entries(walk.code)) {
+      view.lines[name] = code.trimEnd().split("\n")
+        .map((line) => make("code", {}, line));
+      view.codes[name] = make("pre",
+        { style: `height: ${1.6 * longest + 2}em` },
+        ...view.lines[name]);
+    }
     const chips = Array.from({ length: blocks }, (_, b) => make("div",
       { class: "move-block" }, make("span", {}, `block ${b}`),
       ...Array.from({ length: walk.block }, (_, t) =>
         view.threads[[b, t]] = make("span",
           { class: `move-chip ${colour(b, t)}` }, String(t)))));
     stage.picture.replaceChildren(make("div", { class: "move-threads" },
-      make("pre", {}, ...view.lines),
+      make("div", {}, ...Object.values(view.codes)),
       make("div", {}, make("div", { class: "move-chips" },
         make("h5", {}, "threads"), ...chips),
       ...Object.entries(found).map(([name, array]) =>
@@ -78,7 +92,7 @@ Move.kind("threads", (stage, data) => {
     for (const [name, { values }] of Object.entries(view.start)) {
       held[name] = values.map((value) => ({ value }));
     }
-    for (const [when, b, t, kind, , array, first, values] of steps) {
+    for (const [when, b, t, kind, , , array, first, values] of steps) {
       if (when >= moment) break;
       if (kind === WAIT) continue;
       values.forEach((value, i) => {
@@ -101,7 +115,11 @@ Move.kind("threads", (stage, data) => {
         cell.lastChild.textContent = owner ? `t${owner[1]}` : "";
       });
     }
-    for (const line of view.lines) line.className = "";
+    const where = now.length ? now[0][4] : walk.main;
+    for (const [name, code] of Object.entries(view.codes)) {
+      code.hidden = name !== where;
+      for (const line of view.lines[name]) line.className = "";
+    }
     for (const chip of Object.values(view.threads)) {
       chip.classList.remove("move-now", "move-wait", "move-race");
     }
@@ -109,11 +127,13 @@ Move.kind("threads", (stage, data) => {
     stage.say(words(moment, now));
   }
 
-  function mark([, b, t, kind, line, array, first, values, rival]) {
+  function mark([, b, t, kind, name, line, array, first, values, rival]) {
     const chip = view.threads[[b, t]];
     chip.classList.add("move-now");
     chip.classList.toggle("move-wait", kind === WAIT);
-    view.lines[line]?.classList.add("move-now");
+    const code = view.lines[name][line], box = view.codes[name];
+    code.classList.add("move-now");
+    box.scrollTop = code.offsetTop - box.offsetTop - box.clientHeight / 2;
     values.forEach((_, i) => {
       const cell = view.cells[array][first + i];
       cell.classList.add(kind === READ ? "move-read" : "move-write");
@@ -126,16 +146,23 @@ Move.kind("threads", (stage, data) => {
     if (rival) chip.classList.add("move-race");
   }
 
-  const element = (step) => `${title(step[5])}[${step[6]}`
-    + (step[7].length > 1 ? `..${step[6] + step[7].length - 1}]` : "]");
+  const element = (step) => `${title(step[6])}[${place(step[6], step[7])}]`
+    + (step[8].length > 1 ? ` and the next ${step[8].length - 1}` : "");
+
+  // An element's place, with a number for each of its array's directions
+  function place(array, first) {
+    const { shape } = view.start[array];
+    return shape.length < 2 ? first
+      : `${Math.floor(first / shape[1])}, ${first % shape[1]}`;
+  }
 
   // What happens at a moment, in a sentence; a race takes precedence.
   function words(moment, now) {
-    const race = now.find((step) => step[8]);
+    const race = now.find((step) => step[9]);
     stage.words.classList.toggle("move-alarm", !!race);
     if (!now.length) return `${walk.name}: before the first step.`;
     if (race) {
-      const [block, thread] = race[8];
+      const [block, thread] = race[9];
       const far = block === race[1] ? "" : ` of block ${block}`;
       return `Race: thread ${race[2]} ${DOES[race[3]]} ${element(race)}, and `
         + `nothing orders that after the access by thread ${thread}${far}.`;
@@ -146,7 +173,7 @@ Move.kind("threads", (stage, data) => {
         + (step[3] === WAIT ? "." : ` ${element(step)}.`);
     }
     const said = [...new Set(now.map((step) => (step[3] === WAIT
-      ? DOES[WAIT] : `${DOES[step[3]]} an element of ${title(step[5])}`)))];
+      ? DOES[WAIT] : `${DOES[step[3]]} an element of ${title(step[6])}`)))];
     return `Block ${now[0][1]}: ${now.length} threads, each `
       + `${said.join(" or ")}.`;
   }
