@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 import pytest
-from test_book import HTML, ROOT, TOO_WIDE, Visit, address, browser  # noqa: F401
+from test_book import HTML, ROOT, Visit, address, browser  # noqa: F401
 
 from llmnb.arena import footprint
 from llmnb.book.moving import MIME
@@ -77,8 +77,10 @@ class Figure:
     def __init__(self, visit, name, index=0):
         if not (HTML / f"{name}.html").exists():
             pytest.skip(f"{name} is not in the built book")
-        self.page = visit.open(f"{name}.html")
+        self.page = visit.page
+        self.page.goto(f"{visit.home}/{name}.html", wait_until="commit")
         self.box = self.page.locator("figure.move").nth(index)
+        self.box.locator(".move-place").wait_for()
 
     def press(self, *keys):
         self.box.focus()
@@ -108,8 +110,23 @@ class Figure:
         return self.box.locator(".move-place").inner_text()
 
 
+# What of a figure is wider than it, but for what scrolls in a box
+STICKS_OUT = """() => [...document.querySelectorAll("figure.move *")]
+    .filter(x => x.getBoundingClientRect().right
+        > x.closest("figure").getBoundingClientRect().right)
+    .filter(x => !x.closest("pre")).map(x => x.outerHTML.slice(0, 80))"""
+
+# Whether each figure is shown, and whether its still is
+SHOWN = """() => [...document.querySelectorAll("figure.move")].map(x => {
+    const shown = y => y.getClientRects().length > 0;
+    return [shown(x), shown(x.previousElementSibling)];
+})"""
+
+
 @pytest.mark.parametrize("name", FIGURES)
-def test_a_figure_moves_by_keys_and_buttons_and_fits(browser, address, name):
+def test_a_figure_moves_by_keys_and_buttons_fits_and_prints_its_still(
+    browser, address, name
+):
     with Visit(browser, address, width=390) as visit:
         for index in range(len(FIGURES[name])):
             figure = Figure(visit, name, index)
@@ -126,25 +143,13 @@ def test_a_figure_moves_by_keys_and_buttons_and_fits(browser, address, name):
             figure.press("End")
             count = int(figure.place.split(" / ")[1])
             assert figure.place == f"{count} / {count}"
-        assert figure.page.evaluate(TOO_WIDE) == []
-        figure.page.set_viewport_size({"width": 1280, "height": 844})
-        assert figure.page.evaluate(TOO_WIDE) == []
+        for width in (390, 1280):
+            figure.page.set_viewport_size({"width": width, "height": 844})
+            assert figure.page.evaluate(STICKS_OUT) == []
+        assert set(map(tuple, figure.page.evaluate(SHOWN))) == {(True, False)}
+        figure.page.emulate_media(media="print")
+        assert set(map(tuple, figure.page.evaluate(SHOWN))) == {(False, True)}
         assert visit.trouble == []
-
-
-STILLS = """() => [...document.querySelectorAll("figure.move")].map(x => {
-    const shown = y => y.getClientRects().length > 0;
-    return [shown(x), shown(x.previousElementSibling)];
-})"""
-
-
-@pytest.mark.parametrize("name", FIGURES)
-def test_the_still_is_there_in_print(browser, address, name):
-    with Visit(browser, address, width=1280) as visit:
-        page = Figure(visit, name).page
-        assert set(map(tuple, page.evaluate(STILLS))) == {(True, False)}
-        page.emulate_media(media="print")
-        assert set(map(tuple, page.evaluate(STILLS))) == {(False, True)}
 
 
 def test_the_still_is_there_without_javascript(browser, address):

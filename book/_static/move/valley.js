@@ -46,14 +46,19 @@ Move.kind("valley", (stage, data) => {
     const at = ([x, y]) => [
       (x - X[0]) / (X[1] - X[0]) * width,
       (Y[1] - y) / (Y[1] - Y[0]) * height,
-    ].map((v) => Math.max(-9999, Math.min(9999, v)));
+    ];
+    const inside = ([x, y]) => x > 2 && x < width - 2 && y > 2
+      && y < height - 2;
+    // A line through points, broken where it leaves the picture
+    const line = (points) => points.map((p, i) => (!inside(p) ? ""
+      : `${i && inside(points[i - 1]) ? "L" : "M"}${p.join(" ")}`)).join("");
     const [cx, cy] = at(data.lowest);
     const rings = data.levels.map((level) => {
       const [rx, ry] = data.curvature.map((k) => Math.sqrt(2 * level / k));
-      const d = Array.from({ length: 97 }, (_, i) => at([
-        data.lowest[0] + rx * Math.cos(i * Math.PI / 48),
-        data.lowest[1] + ry * Math.sin(i * Math.PI / 48)]).join(" "));
-      return make("path", { d: `M${d.join("L")}`, class: "move-ring" });
+      const points = Array.from({ length: 361 }, (_, i) => at([
+        data.lowest[0] + rx * Math.cos(i * Math.PI / 180),
+        data.lowest[1] + ry * Math.sin(i * Math.PI / 180)]));
+      return make("path", { d: line(points), class: "move-ring" });
     });
     const gone = path.slice(0, step + 1).map(at);
     stage.picture.replaceChildren(make("svg", { class: "move-valley",
@@ -62,10 +67,9 @@ Move.kind("valley", (stage, data) => {
     ...rings,
     make("path", { class: "move-lowest",
       d: `M${cx - 9} ${cy}h18M${cx} ${cy - 9}v18` }),
-    make("path", { class: "move-path",
-      d: `M${gone.map((p) => p.join(" ")).join("L")}` }),
-    ...gone.map(([x, y], i) => make("circle", { cx: x, cy: y,
-      r: i === step ? 5 : 2.2, class: "move-dot" }))));
+    make("path", { class: "move-path", d: line(gone) }),
+    ...gone.map((p, i) => (inside(p) ? make("circle", { cx: p[0], cy: p[1],
+      r: i === step ? 5 : 2.2, class: "move-dot" }) : null))));
   }
 
   function show(step) {
