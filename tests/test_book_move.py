@@ -25,9 +25,11 @@ FIGURES = {
     "notebooks/1_by_hand/02_tokens": ["merges"],
     "notebooks/1_by_hand/12_adamw": ["valley"],
     "notebooks/1_by_hand/14_memory": ["arena"],
+    "notebooks/2_cpu/04_matmul": ["roofline"],
     "notebooks/2_cpu/05_attention": ["softmax"],
     "notebooks/3_gpu/01_threads": ["threads", "threads"],
     "notebooks/3_gpu/03_encoder": ["threads", "threads"],
+    "notebooks/3_gpu/05_elementwise": ["threads"],
     "notebooks/3_gpu/06_matmul": ["threads"],
 }
 
@@ -44,7 +46,6 @@ def numbers(name, index=0):
 
 
 def test_every_figure_that_moves_is_known_here():
-    """And so has the tests below."""
     found = {}
     for path in sorted((ROOT / "notebooks").glob("*/[0-9]*.ipynb")):
         name = path.relative_to(ROOT).with_suffix("").as_posix()
@@ -130,6 +131,8 @@ def test_a_figure_moves_by_keys_and_buttons_fits_and_prints_its_still(
     with Visit(browser, address, width=390) as visit:
         for index in range(len(FIGURES[name])):
             figure = Figure(visit, name, index)
+            label = figure.box.get_attribute("aria-label")
+            assert re.fullmatch(r"Figure \d\.\d+\.\d+", label)
             figure.press("Home")
             assert figure.place.startswith("0 / ")
             first = figure.words
@@ -338,3 +341,21 @@ def test_optimisers_walk_as_in_python(browser, address):
                 assert got == pytest.approx(want.tolist(), rel=1e-9), rule
                 flown = np.hypot(*(want - data["lowest"])) >= 1e3
                 assert ("flown apart" in figure.words) == flown
+
+
+def test_the_roof_is_the_lower_of_two_limits(browser, address):
+    name = "notebooks/2_cpu/04_matmul"
+    data = numbers(name)
+    with Visit(browser, address, width=1280) as visit:
+        figure = Figure(visit, name)
+        for copy, peak in ((data["copy"], data["peak"]), (819, 19500)):
+            figure.box.get_by_label("memory, GB/s").fill(str(copy))
+            figure.box.get_by_label("arithmetic, GFLOP/s").fill(str(peak))
+            for layer, C, OC in data["layers"]:
+                figure.choose(layer)
+                figure.press("Home", "ArrowRight", "ArrowRight")
+                bytes_moved = 4 * (4 * C + C * OC + 4 * OC)  # N = 4
+                want = 2 * 4 * C * OC / bytes_moved
+                assert float(figure.data("intensity")) == pytest.approx(want)
+                roof = min(peak, copy * want)
+                assert float(figure.data("roof")) == pytest.approx(roof)

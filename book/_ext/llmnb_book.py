@@ -13,6 +13,8 @@ import re
 import sys
 from pathlib import Path
 
+import folds
+from docstrings import block_lines
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.ext.autodoc import Documenter, ModuleDocumenter
@@ -89,17 +91,7 @@ def mark_exports(doctree, default):
         label += [nodes.Text("exported to "), name_module(module)]
         if data.get("title"):
             label += nodes.Text(f": {data['title']}")
-        # MyST-NB folds a cell's first child only
-        cell.insert(1 if cell.get("hide_mode") else 0, label)
-
-
-def name_folds(doctree):
-    """Say on a folded cell what is in it: the cell's name."""
-    for cell in doctree.findall(nodes.container):
-        title = cell.get("cell_metadata", {}).get("title")
-        if title and cell.get("hide_mode"):
-            cell["prompt_show"] = f"Show {{type}}: {title}"
-            cell["prompt_hide"] = f"Hide {{type}}: {title}"
+        cell.insert(0, label)
 
 
 def free_tags(doctree):
@@ -172,7 +164,7 @@ def on_doctree(app, doctree):
         # the header in the .ipynb is in alphabetical order
         chapter = read_chapter(ROOT / f"{docname}.py")
         mark_exports(doctree, next(iter(chapter.modules), ""))
-        name_folds(doctree)
+        folds.fold(doctree)
         number_chapter(doctree, docname)
         index_chapter(app, doctree, docname)
     free_tags(doctree)
@@ -180,21 +172,12 @@ def on_doctree(app, doctree):
     name_anchors(app, doctree, docname)
 
 
-def escape(text):
-    """Plain text as reStructuredText; `name` becomes a literal."""
-    parts = re.split(r"`([^`\n]+)`", text)
-    plain = [re.sub(r"([\\*|_`:<>\[\]])", r"\\\1", p) for p in parts[::2]]
-    code = [f" ``{p}`` " for p in parts[1::2]]
-    return "".join(
-        p + (c and f"\\{c}\\") for p, c in zip(plain, [*code, ""], strict=True)
-    )
-
-
 def show_docstring(app, what, name, obj, options, lines):
     """Show a docstring as the plain text it is.
 
-    Paragraphs stay paragraphs, an indented block keeps its lines, and the
-    closing "Derived in chapter N." becomes a link to that chapter.
+    Paragraphs and lists of arrays stay what they are (docstrings.py), an
+    indented block keeps its lines, and the closing "Derived in chapter N."
+    becomes a link to that chapter.
     """
     blocks = re.split(r"\n\s*\n", "\n".join(lines).strip("\n"))
     lines.clear()
@@ -207,7 +190,7 @@ def show_docstring(app, what, name, obj, options, lines):
         elif block.startswith(" "):
             lines += ["::", "", *("    " + x for x in block.split("\n")), ""]
         else:
-            lines += [*escape(block).split("\n"), ""]
+            lines += block_lines(block)
 
 
 def skip_bare_fields(app, what, name, obj, skip, options):
@@ -226,6 +209,7 @@ def add_description(app, pagename, templatename, context, doctree):
 
 def setup(app):
     app.setup_extension("sphinx.ext.autodoc")
+    app.setup_extension("folds")
     app.add_autodocumenter(SourceOrderDocumenter, override=True)
     app.connect("doctree-read", on_doctree, priority=900)
     app.connect("autodoc-process-docstring", show_docstring)

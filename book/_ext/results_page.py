@@ -9,11 +9,12 @@ the page with the files.
 
 import hashlib
 import json
+import re
 import sys
 from functools import partial
 from pathlib import Path
 
-from llmnb.bench.report import bars_figure, layers_figure, summary
+from llmnb.bench.report import bars_figure, layers_figure, summary, table
 from llmnb.files import replacing
 
 BOOK = Path(__file__).parents[1]
@@ -37,7 +38,7 @@ wanted to run just before; when it is not far below 1, distrust the numbers.
 the multiply-adds that this machine reached in a loop of nothing else
 ([chapter A.2](../notebooks/appendix/02_tile.ipynb)), in float32. *Memory*
 is the most that the process held: the model, the libraries, and the compiler
-where it ran. *Ratio* is our time over that of the row. Of the contestants,
+where it ran. *Ratio* is our time over that of the column. Of the contestants,
 `torch` is PyTorch, `torch-compile` PyTorch compiled, and `tf32` and `bf16`
 say in what the products are computed.
 """
@@ -80,14 +81,14 @@ bytes that the layer must move: more than 1 where elements are read again, and
 caches may help then; atomic additions are not counted, so a version that uses
 them may seem to move less. *Requests* are the warps' accesses. The compiler
 says how many *registers* a thread takes and how many bytes of *shared* memory
-a block, how many instructions load and store 16 bytes at once (*vector_loads*,
-*vector_stores*), and the bytes of registers that did not fit (*spilled*): for
+a block, how many instructions load and store 16 bytes at once (*vector loads*,
+*vector stores*), and the bytes of registers that did not fit (*spilled*): for
 compute capability 8.0 (an A100), and after a semicolon for 9.0 (an H100,
 where the system takes 1,024 of the shared bytes) where that differs; a plus
 stands between the kernels of a version that launches several. Each version
 was compared with the reference in the simulator. *Time* is the median on the
 GPU, with a cold L2. The limit is the GPU's own: its peak of multiply-adds, or
-its bytes a second in a copy.
+its bytes a second in a copy. What is zero for every version is left out.
 """
 
 
@@ -106,19 +107,76 @@ def has(result, kind, key):
     return any(key in row for x in contests for row in x["contestants"])
 
 
-def title(result):
-    """The heading of a file: its machine, or its GPU."""
+def title(result, found=()):
+    """The heading of a file: its machine, or its GPU.
+
+    found: all results; where another has the same machine, the heading
+    says which models this one trains.
+    """
     if result["backend"] == "cuda":
         gpu = result.get("gpu", {"name": "not measured yet"})
         return f"## On a GPU: {gpu['name']}"
     writing = "Writing: " * has(result, "write", "token_seconds")
-    threads = f"{result['threads']} threads"
-    return f"## {writing}{result['machine']}, {threads}"
+    count = result["threads"]
+    threads = f"{count} thread{'s' * (count != 1)}"
+    text = f"## {writing}{result['machine']}, {threads}"
+    if [title(x) for x in found].count(text) > 1:
+        steps = [x for x in result["contests"] if x["kind"] == "step"]
+        text += ": " + ", ".join(x["name"] for x in steps)
+    return text
 
 
-def section(stem, result):
+def turned(lines):
+    """A Markdown table with a line a number and a column a contestant.
+
+    So it fits a page, and a phone: there are more numbers than
+    contestants. Left out are lines without numbers, and of zeros alone.
+    """
+    cells = [[x.strip() for x in line[2:-2].split(" | ")] for line in lines]
+    del cells[1]  # the rule under the head
+    head, *rows = zip(*cells, strict=True)
+    rows = [x for x in rows if any(re.search("[1-9]", y) for y in x[1:])]
+    names = [f"`{x}`" if "_" in x else x for x in head[1:]]
+    what = [x.replace("_", " ") for x, *_ in rows]
+    return table([
+        {"": name} | dict(zip(names, row[1:], strict=True))
+        for name, row in zip(what, rows, strict=True)
+    ])  # fmt: skip
+
+
+def contest_lines(contest, said):
+    """The lines about a contest; what they share with others is said once.
+
+    said: the reasons for missing times that the section has given.
+    """
+    lines = [*summary(contest)]
+    there = [x for x in lines if x.startswith("|")]
+    if there:
+        place = lines.index(there[0])
+        lines[place : place + len(there)] = turned(there)
+    for line in lines if there else []:
+        missing = line.startswith("Not measured:")
+        if not missing or (line not in said and "no GPU" not in line):
+            yield line
+            said.add(line)
+        elif "no GPU" not in said and "no GPU" in line:
+            said.add("no GPU")
+            why = re.search(r"\((no GPU: .*)\)\.$", line)[1]
+            yield f"Not measured: any time ({why})."
+
+
+def spaced(lines):
+    """The lines with one empty line where there were several."""
+    before = ""
+    for line in lines:
+        if line or before:
+            yield line
+        before = line
+
+
+def section(stem, result, found=()):
     """The lines about one file."""
-    yield from (title(result), "")
+    yield from (title(result, found), "")
     if result["backend"] == "cuda" and "gpu" not in result:
         yield NO_GPU
     yield (
@@ -127,16 +185,26 @@ def section(stem, result):
         f"{result['load']:.2f} before, by"
     )
     yield from ("", f"    {result['command']}", "")
-    explained = False
+    explained, said = False, set()
     for contest in result["contests"]:
         if contest["kind"] == "kernel" and not explained:
             explained = True
             yield KERNELS
-        yield from summary(contest)
+        yield from contest_lines(contest, said)
     for end, what, _, alt, caption in FIGURES:
-        if has(result, *what):
+        if draws(result, end, what):
             yield from (f"![{alt}](_static/results-{stem}{end}.png)", "")
             yield from (f"*{caption}*", "")
+
+
+def draws(result, end, what):
+    """Whether a figure has something to compare: not one bar alone."""
+    if end == "-layers":
+        return has(result, *what)
+    kind, key = what
+    contests = [x for x in result["contests"] if x["kind"] == kind]
+    rows = [[key in y for y in x["contestants"]] for x in contests]
+    return any(sum(x) > 1 for x in rows)
 
 
 def results(book=BOOK):
@@ -149,8 +217,8 @@ def page(found):
     """The text of results.md."""
     lines = [HEAD]
     for stem, result in found.items():
-        lines += section(stem, result)
-    return "\n".join(lines).strip() + "\n"
+        lines += section(stem, result, found.values())
+    return "\n".join(spaced(lines)).strip() + "\n"
 
 
 def digest(result):
@@ -162,7 +230,7 @@ def figures(found):
     """Of each figure its file name, the function that draws it, its result."""
     for stem, result in found.items():
         for end, what, draw, *_ in FIGURES:
-            if has(result, *what):
+            if draws(result, end, what):
                 yield f"results-{stem}{end}.png", draw, result
 
 

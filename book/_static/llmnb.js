@@ -26,4 +26,5 @@ addEventListener("load", async () => {
   };
   fit();
   addEventListener("resize", fit);
+  addEventListener("toggle", fit, true); // a fold that opens
 });

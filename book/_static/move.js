@@ -3,6 +3,7 @@
 // and gets the stage to draw on. Scripts are deferred: the page is there.
 "use strict";
 
+(() => {
 const Move = {
   // make("p", {class: "x", onclick: f}, "text", child): a new element
   make(tag, attributes = {}, ...children) {
@@ -55,6 +56,11 @@ class Stage {
       make("div", { class: "move-foot" }, this.words, this.buttons));
     figure.setAttribute("role", "group");
     figure.setAttribute("aria-roledescription", "figure that moves");
+    const captions = [...document.querySelectorAll(".figure-caption")];
+    const caption = captions.find((x) => figure.compareDocumentPosition(x)
+      & Node.DOCUMENT_POSITION_FOLLOWING);
+    const number = caption?.textContent.match(/Figure [\dA.]*\d/)?.[0];
+    figure.setAttribute("aria-label", number ?? "figure");
   }
 
   say(text) {
@@ -183,3 +189,6 @@ class Player {
     this.by(steps);
   }
 }
+
+window.Move = Move;
+})();

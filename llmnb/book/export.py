@@ -497,7 +497,7 @@ def render_toc(chapters):
             lines += [f"      - file: notebooks/{place}"]
             lines += [f'        title: "{x.label} {x.name}"']
     lines += ['  - caption: "Reference"', "    chapters:"]
-    for page in ("notation", "results"):
+    for page in ("about", "notation", "results"):
         lines += [f"      - file: book/{page}"]
     lines += ["      - file: book/api/index", "        sections:"]
     lines += ["          - glob: book/api/llmnb*"]

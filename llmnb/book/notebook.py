@@ -2,11 +2,16 @@
 
 """Run the notebooks and keep what they print."""
 
-__all__ = ["build", "cell_defects", "defects", "from_source", "main", "run"]
+__all__ = [
+    "build", "cell_defects", "defects", "from_source", "hundredths", "main",
+    "one_picture", "run", "slim",
+]
 
 
 # imports of the builder
 import argparse
+import os
+import re
 import sys
 
 import jupytext
@@ -47,13 +52,58 @@ def run(book, folder):
         kernel_name="python3",
         record_timing=False,
         coalesce_streams=True,
-        extra_arguments=["--log-level=ERROR"],
+        extra_arguments=["--log-level=ERROR", FORMATS],
         resources={"metadata": {"path": str(folder)}},
-    ).execute()
+    ).execute(env=os.environ | {"MATPLOTLIBRC": str(STYLE)})
     book.metadata["language_info"] = {"name": "python"}
     for cell in book.cells:
         for output in cell.get("outputs", []):
             output.get("metadata", {}).pop("execution", None)
+            one_picture(output)
+
+
+# lines or dots
+FORMATS = "--InlineBackend.figure_formats={'svg', 'retina'}"
+STYLE = ROOT / "notebooks" / "matplotlibrc"
+HEAVY = 150_000  # characters: an SVG above this is kept as dots
+LINES, DOTS = "image/svg+xml", "image/png"
+
+
+# one picture
+def one_picture(output):
+    """Keep one of an output's two pictures: lines where they are light.
+
+    Derived in chapter A.10.
+    """
+    data = output.get("data", {})
+    if LINES not in data:
+        return
+    data[LINES] = slim(data[LINES])
+    drop = DOTS if len(data[LINES]) <= HEAVY else LINES
+    data.pop(drop, None)
+    output.metadata.pop(drop, None)
+
+
+def slim(svg):
+    """An SVG without date, comments, and digits that nobody sees.
+
+    Derived in chapter A.10.
+    """
+    svg = svg[svg.index("<svg") :]
+    unseen = r"(?s)\s*<metadata>.*?</metadata>|<!--.*?-->"
+    svg = re.sub(unseen, "", svg)
+    svg = re.sub(r"\n\s*", "\n", svg)
+    places = r'(?<= [dxy]=")[^"]*|(?<=translate\()[^)]*'
+    number = r"-?\d+\.\d+(?:e-\d+)?"
+    return re.sub(places, lambda x: re.sub(number, hundredths, x[0]), svg)
+
+
+def hundredths(number):
+    """The text of a number, a match, with two decimals at most.
+
+    Derived in chapter A.10.
+    """
+    return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
 
 
 # write one notebook

@@ -105,15 +105,16 @@ class _Passes:
                 if x.added:
                     self._machine.fill(self.grads[x.name], 0)
         self._head_backward(add, share)
-        g, d, tokens = self.grads, self._dacts, self._batch["tokens"]
         for i in reversed(range(self.cfg.num_layers)):
-            w, acts, dw = self._layers[i]
-            x = self._layers[i - 1][1]["residual3"]
-            x = x if i else self._acts["encoded"]
-            arrays = x, w, acts, dw, d
-            how = {"add": add} | self._how
-            block_backward(self._blocks[i], self.ops, *arrays, **how)
-        self._ends.encoder.backward(self.ops, d["dstream"], tokens, g)
+            self._block_backward(i, add)
+        d, tokens = self._dacts["dstream"], self._batch["tokens"]
+        self._ends.encoder.backward(self.ops, d, tokens, self.grads)
+
+    def _block_backward(self, i, add):
+        w, acts, dw = self._layers[i]
+        x = self._layers[i - 1][1]["residual3"] if i else self._acts["encoded"]
+        arrays, how = (x, w, acts, dw, self._dacts), {"add": add} | self._how
+        block_backward(self._blocks[i], self.ops, *arrays, **how)
 
 
 # the update
@@ -384,4 +385,8 @@ class GPT2(_Updates):
         self._state, self._has_gradients = "backward", True
         whole = partial(self._whole_step, max_norm, decay)
         self._machine.run((max_norm, decay), whole, self.params)
-        return self._loss(), self._machine.norm()
+        return self._loss(), self._norm()
+
+    def _norm(self):
+        """Of the gradients of the last step."""
+        return self._machine.norm()

@@ -28,11 +28,11 @@
 # %% where we are
 from llmnb.book.diagram import PALETTE, gpt2_diagram
 
-gpt2_diagram(lit="tokens")
+gpt2_diagram(lit="batches")
 
 # %% [markdown]
-# *Figure 1.3.1. The same box as in chapter 1.2. What leaves it now has the
-# shape that all later layers expect: $B$ rows of $T$ tokens.*
+# *Figure 1.3.1. The box after the tokens. What leaves it has the shape that
+# all later layers expect: $B$ rows of $T$ tokens.*
 #
 # At the end you can
 #

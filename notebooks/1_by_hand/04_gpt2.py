@@ -52,11 +52,11 @@ from llmnb.book.verify import compare, verdict
 
 # %% the whole of GPT-2 tags=["hide-input"]
 stream, wide = "(B, T, C)", "(B, T, 4C)"
-shapes = ["", "(B, T)", stream]
+shapes = ["", "", "(B, T)", stream]
 shapes += [stream, "(B, T, 3C)", stream, stream, stream]
 shapes += [stream, wide, wide, stream, stream]
 shapes += [stream, "(B, T, Vp)", "(B, T)", "one number", ""]
-tensors = ["", "", "wte, wpe"]
+tensors = ["", "", "", "wte, wpe"]
 tensors += ["ln1w, ln1b", "qkvw, qkvb", "", "attprojw, attprojb", ""]
 tensors += ["ln2w, ln2b", "fcw, fcb", "", "fcprojw, fcprojb", ""]
 tensors += ["lnfw, lnfb", "wte", "", "", ""]
@@ -66,16 +66,16 @@ ax.add_patch(plt.Rectangle((-0.52, -2.88), 5.08, 2.22, fc=PALETTE["pale"]))
 draw_arrows(ax)
 for (label, _, x, y), shape, held in zip(BOXES, shapes, tensors, strict=True):
     draw_box(ax, label, x, y, lit=False)
-    aside = 0.33 * (label in ("encoder", "residual  +"))  # of an arrow
+    aside = 0.33 * label.startswith(("encoder", "residual"))  # of an arrow
     style = {"ha": "center", "va": "center", "size": 8}
     ax.text(x + aside, y - 0.36, shape, **style)
     ax.text(x + aside, y - 0.5, held, color=PALETTE["blue"], **style)
 ax.text(4.5, -0.62, "one block, L times", ha="right", size=10)
 tie = {"color": PALETTE["purple"], "lw": 1.5, "ls": "--"}
-ax.plot([2.43, 4.75, 4.75, 1, 1], [0.1, 0.1, -4.15, -4.15, -4.02], **tie)
-ax.text(4.7, 0.18, "wte: one table, used at both ends",
+ax.plot([3.43, 4.75, 4.75, 1, 1], [0.1, 0.1, -4.15, -4.15, -4.02], **tie)
+ax.text(4.7, 0.32, "wte: one table, used at both ends",
         ha="right", size=9, color=PALETTE["purple"])  # fmt: skip
-ax.set(xlim=(-0.55, 4.85), ylim=(-4.25, 0.4))
+ax.set(xlim=(-0.55, 4.85), ylim=(-4.25, 0.5))
 ax.axis("off")
 fig.subplots_adjust(0, 0, 1, 1)
 plt.show()

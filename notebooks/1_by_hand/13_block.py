@@ -24,11 +24,11 @@
 # %% where we are tags=["hide-input"]
 from llmnb.book.diagram import gpt2_diagram
 
-gpt2_diagram(lit="residual")
+gpt2_diagram(lit="block")
 
 # %% [markdown]
 # *Figure 1.13.1. The two rows in the frame are a block, and each ends in a sum. This
-# chapter draws the arrows between their boxes, and gives each a name.*
+# chapter draws the lit arrows between their boxes, and gives each a name.*
 #
 # Each layer has been derived and proved alone. That leaves the wiring: which
 # array goes where, and what is added to what on the way back. Its mistakes are

@@ -24,11 +24,11 @@
 # %% where we are tags=["hide-input"]
 from llmnb.book.diagram import gpt2_diagram
 
-gpt2_diagram(lit="all")
+gpt2_diagram(lit="arrays")
 
 # %% [markdown]
-# *Figure 1.14.1. Every box of the model reads arrays and writes arrays. This
-# chapter decides, for all of them at once, where those arrays are.*
+# *Figure 1.14.1. Every box of the model reads arrays and writes arrays: each
+# arrow is one. This chapter decides, for all of them at once, where they are.*
 #
 # A framework creates an array whenever a layer produces one, and how much memory
 # that takes is known only when it has run. We know all shapes beforehand, so we

@@ -25,11 +25,12 @@
 # %% where we are
 from llmnb.book.diagram import gpt2_diagram
 
-gpt2_diagram(lit="matmul")
+gpt2_diagram(lit="weights")
 
 # %% [markdown]
-# *Figure 1.15.1. The lit layers hold nearly all the numbers that are drawn at
-# random: the weight matrices, of which the last is the token table too.*
+# *Figure 1.15.1. The lit layers hold the numbers that are drawn at random: the
+# encoder's tables and the weight matrices, of which the last is the token
+# table once more.*
 #
 # The layers are derived; now their weights need first values. This chapter
 # builds `init_params`. At its end you can

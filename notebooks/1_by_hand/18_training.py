@@ -26,11 +26,11 @@
 # %% where we are
 from llmnb.book.diagram import PALETTE, gpt2_diagram
 
-gpt2_diagram(lit="all")
+gpt2_diagram(lit="training")
 
 # %% [markdown]
-# *Figure 1.18.1. Every box is lit: each has a forward pass and a proven backward
-# pass. What is missing is the loop around them.*
+# *Figure 1.18.1. Each box has a forward pass and a proven backward pass. What
+# is missing is the loop around them: after each update, the next batch.*
 #
 # This chapter writes that loop, in NumPy, and runs it until a model has learnt to
 # write something like a program. At its end you can

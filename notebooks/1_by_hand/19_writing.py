@@ -25,7 +25,7 @@
 # %% where we are
 from llmnb.book.diagram import gpt2_diagram
 
-gpt2_diagram(lit="crossentropy")
+gpt2_diagram(lit="writing")
 
 # %% [markdown]
 # *Figure 1.19.1. To write, the model runs forward as far as the softmax. The
@@ -653,7 +653,9 @@ for row in range(16):
     token, right = draw(p, u), np.cumsum(p)
     grey = np.where(np.arange(V) % 2, PALETTE["pale"], PALETTE["grey"])
     grey[token] = PALETTE["orange"]
-    ax.barh([row] * V, p, 0.7, right - p, color=list(grey))
+    ax.barh(row, 1, 0.7, color=PALETTE["pale"])
+    for i in np.flatnonzero((p > 0.002) | (np.arange(V) == token)):
+        ax.barh(row, p[i], 0.7, right[i] - p[i], color=grey[i])
     ax.plot(u, row - 0.38, "v", color=PALETTE["ink"], ms=5)
     for i in np.flatnonzero(p > 0.09):
         ax.text(right[i] - p[i] / 2, row, shown(i), size=8, clip_on=True,

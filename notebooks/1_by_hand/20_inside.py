@@ -207,11 +207,11 @@ print(maps.shape)
 compare("rows", maps.sum(-1), np.ones(maps.shape[:-1]), tol=1e-5)
 
 # %% draw all heads tags=["hide-input"]
-L = cfg.num_layers
+L, shades = cfg.num_layers, plt.get_cmap("Blues", 12)
 fig, axes = plt.subplots(L, NH, figsize=(8, 8.2), dpi=100)
 for layer, row in enumerate(axes):
     for head, ax in enumerate(row):
-        ax.imshow(maps[layer, 0, head] ** 0.5, cmap="Blues", vmin=0, vmax=1)
+        ax.imshow(maps[layer, 0, head] ** 0.5, shades, vmin=0, vmax=1)
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set_color(PALETTE["grey"])
         if layer == 0:

@@ -47,9 +47,11 @@ gpt2_diagram(lit="attention")
 # ## Setup
 
 # %% setup
+import matplotlib.pyplot as plt
 import numpy as np
 
 from llmnb import reference
+from llmnb.book.diagram import PALETTE
 from llmnb.config import GPT2Config
 from llmnb.model.tensors import parameter_count
 from llmnb.model.gpt2 import GPT2
@@ -117,6 +119,36 @@ for n in (2, 3):
 #
 # 18,432 for GPT-2 124M, or 74 kB in float32: a full window of 1,024 positions
 # takes 75 MB. These are the **key-value cache**.
+
+# %% draw what is computed tags=["hide-input"]
+words = ["to", "be", "or", "not", "to", "be"]
+blue, orange, pale = (PALETTE[k] for k in ("blue", "orange", "pale"))
+fig, axes = plt.subplots(1, 2, figsize=(8, 3.2), dpi=100)
+for ax, cached in zip(axes, (False, True), strict=True):
+    for n in range(len(words)):
+        for t in range(len(words)):
+            new = t == n or (t < n and not cached)
+            face = orange if new else blue if t < n else pale
+            ax.add_patch(plt.Rectangle((t, n), 0.92, 0.84, fc=face))
+            if t <= n:
+                word = "q k v" if new else "k v"
+                style = {"ha": "center", "va": "center", "color": "white"}
+                ax.text(t + 0.46, n + 0.42, word, size=9, **style)
+    ax.set(xlim=(-0.1, 6), ylim=(6, -0.1), xlabel="position")
+    ax.set_xticks(np.arange(6) + 0.46, words, va="baseline")
+    ax.set_yticks(np.arange(6) + 0.42, range(1, 7))
+    ax.tick_params(length=0)
+    ax.tick_params(axis="x", pad=14)
+    ax.spines[:].set_visible(False)
+axes[0].set(title="without a cache: 21 positions", ylabel="tokens in the text")
+axes[1].set(title="with a cache: 6 positions")
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 4.19.2. A text grows by a token a line. Orange is computed in that
+# line, blue is read from an earlier one: with a cache each line computes one
+# position, whatever its length, and what it keeps of it is the key and value.*
 #
 # Its limit follows from the same proof. If the text loses its first token, all
 # the others move to another position, get another row of `wpe`, and every

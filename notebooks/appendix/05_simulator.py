@@ -1044,6 +1044,20 @@ except RaceError as error:
     print(error)
 
 # %% [markdown]
+# A film goes on where the watch stops. With the threads side by side the
+# reversal comes out right, for all have written before anyone reads; and every
+# read is marked all the same:
+
+# %% the same, filmed
+film = Film(together=True)
+with watch(film=film):
+    simulate(hasty, 2, 64, (out, inp))
+races = [step for step in film.steps if step.rival is not None]
+verdict("the result", np.array_equal(out, turned), "is right, by luck")
+verdict("the film", len(races) == 128, "marks every read")
+verdict("the rival", races[0].rival == (0, 63), "is the one who wrote")
+
+# %% [markdown]
 # ## Four numbers at once
 #
 # A lane may also ask for 16 bytes in one instruction, four numbers that lie

@@ -55,16 +55,53 @@
 
 # %% [markdown]
 # ## One source, two products
-#
-#     2_cpu/02_rows.py        the source, the one thing a person edits
-#       |
-#       |  make export          marked cells, checked and put in order
-#       +--------------->       llmnb/cpu/layernorm.py, and others
-#       |  make notebooks       run from top to bottom
-#       +--------------->       2_cpu/02_rows.ipynb
-#                                 |
-#                                 |  pytest --nbval     runs it again, compares
-#                                 |  make book          shows it
+# A chapter's source is the one thing that a person edits. The exporter takes
+# its marked cells, checks them, puts them in order and writes the package; the
+# builder runs it from top to bottom and keeps what it prints.
+
+# %% draw the two products tags=["hide-input"]
+import matplotlib.pyplot as plt
+
+from llmnb.book.diagram import PALETTE, draw_arrow, draw_rounded
+
+
+def station(x, y, width, text, colour):
+    style = {"fc": "white", "ec": PALETTE[colour], "lw": 1.5}
+    draw_rounded(ax, (x, y), width, 0.8, 0.12, **style)
+    ax.text(x + width / 2, y + 0.4, text, ha="center", va="center", size=9)
+
+
+def way(points, text, x, y):
+    draw_arrow(ax, points, color=PALETTE["blue"], linewidth=1.5)
+    ax.text(x, y, text, ha="center", va="bottom", size=9,
+            color=PALETTE["blue"], linespacing=1.1)  # fmt: skip
+
+
+fig, ax = plt.subplots(figsize=(8, 3.0), dpi=100)
+station(0, 1, 2, "02_rows.py\nwhat a person edits", "orange")
+station(4, 2, 2.2, "llmnb/cpu/*.py\nthe package", "green")
+station(4, 0, 2.2, "02_rows.ipynb\nwith its outputs", "green")
+station(8, 0.6, 1.9, "the same outputs?", "grey")
+station(8, -0.6, 1.9, "this page", "grey")
+way([(2, 1.55), (2.4, 1.55), (2.4, 2.4), (4, 2.4)], "make export", 3.2, 2.45)
+way(
+    [(2, 1.25), (2.4, 1.25), (2.4, 0.4), (4, 0.4)], "make notebooks", 3.2, 0.45
+)
+way([(6.2, 0.55), (6.6, 0.55), (6.6, 1), (8, 1)], "pytest --nbval", 7.3, 1.05)
+way(
+    [(6.2, 0.25), (6.6, 0.25), (6.6, -0.2), (8, -0.2)], "make book", 7.3, -0.15
+)
+draw_arrow(ax, [(5.1, 2), (5.1, 0.8)], color=PALETTE["grey"], linewidth=1.2)
+ax.text(5.2, 1.4, "later chapters import it", va="center", size=9)
+ax.set(xlim=(-0.1, 10), ylim=(-0.7, 2.9))
+ax.axis("off")
+fig.subplots_adjust(0, 0, 1, 1)
+plt.show()
+
+# %% [markdown]
+# *Figure A.10.1. Both the package and the page come from one source, so
+# neither can say what the other does not. Green is written by a program, and
+# checked against the source.*
 #
 # The source is in jupytext's *percent format*: a plain Python file in which a
 # line `# %%` begins a cell. Such a file can be read in a difference, searched,
@@ -649,7 +686,7 @@ def render_toc(chapters):
             lines += [f"      - file: notebooks/{place}"]
             lines += [f'        title: "{x.label} {x.name}"']
     lines += ['  - caption: "Reference"', "    chapters:"]
-    for page in ("notation", "results"):
+    for page in ("about", "notation", "results"):
         lines += [f"      - file: book/{page}"]
     lines += ["      - file: book/api/index", "        sections:"]
     lines += ["          - glob: book/api/llmnb*"]
@@ -809,6 +846,8 @@ verdict("llmnb", changed == extra == [], "is what the chapters export")
 
 # %% imports of the builder tags=["export"] module="book.notebook"
 import argparse
+import os
+import re
 import sys
 
 import jupytext
@@ -844,13 +883,58 @@ def run(book, folder):
         kernel_name="python3",
         record_timing=False,
         coalesce_streams=True,
-        extra_arguments=["--log-level=ERROR"],
+        extra_arguments=["--log-level=ERROR", FORMATS],
         resources={"metadata": {"path": str(folder)}},
-    ).execute()
+    ).execute(env=os.environ | {"MATPLOTLIBRC": str(STYLE)})
     book.metadata["language_info"] = {"name": "python"}
     for cell in book.cells:
         for output in cell.get("outputs", []):
             output.get("metadata", {}).pop("execution", None)
+            one_picture(output)
+
+
+# %% [markdown]
+# A figure is kept as lines, not as dots: an SVG is sharp at every size, and
+# the page can turn its colours for dark mode. `notebooks/matplotlibrc` holds
+# the colours, and a fixed salt for the names in the file. The kernel draws
+# each figure twice, as an SVG and as dots, two to a pixel; a figure of
+# thousands of points would be a heavy SVG, and for it the dots are kept.
+# `slim` takes out what no reader sees: the date, comments, and digits below
+# a hundredth of a point.
+
+# %% lines or dots tags=["exporti"] module="book.notebook"
+FORMATS = "--InlineBackend.figure_formats={'svg', 'retina'}"
+STYLE = ROOT / "notebooks" / "matplotlibrc"
+HEAVY = 150_000  # characters: an SVG above this is kept as dots
+LINES, DOTS = "image/svg+xml", "image/png"
+
+
+# %% one picture tags=["export"] module="book.notebook"
+def one_picture(output):
+    """Keep one of an output's two pictures: lines where they are light."""
+    data = output.get("data", {})
+    if LINES not in data:
+        return
+    data[LINES] = slim(data[LINES])
+    drop = DOTS if len(data[LINES]) <= HEAVY else LINES
+    data.pop(drop, None)
+    output.metadata.pop(drop, None)
+
+
+def slim(svg):
+    """An SVG without date, comments, and digits that nobody sees."""
+    svg = svg[svg.index("<svg") :]
+    unseen = r"(?s)\s*<metadata>.*?</metadata>|<!--.*?-->"
+    svg = re.sub(unseen, "", svg)
+    svg = re.sub(r"\n\s*", "\n", svg)
+    places = r'(?<= [dxy]=")[^"]*|(?<=translate\()[^)]*'
+    number = r"-?\d+\.\d+(?:e-\d+)?"
+    return re.sub(places, lambda x: re.sub(number, hundredths, x[0]), svg)
+
+
+def hundredths(number):
+    """The text of a number, a match, with two decimals at most."""
+    return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
 
 
 # %% write one notebook tags=["export"] module="book.notebook"

@@ -43,11 +43,15 @@ import numpy as np
 # %% [markdown]
 # ## The diagram
 #
-# Every chapter opens with the same picture and lights the part that it
-# builds. A box has a label, a name that lights it and a place; the arrows
-# follow from the places.
+# Many chapters open with the same picture and light the part that they build.
+# A box has a label, a name that lights it and a place; the arrows follow from
+# the places. Some chapters build no box: the wiring of a block, the arrays
+# that the arrows stand for, the loop of training. Their names light arrows.
+# The letters are large for the picture's width, for those who read on a phone.
 
 # %% imports of the diagram tags=["export"] module="book.diagram"
+import itertools
+
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch
 
@@ -68,23 +72,37 @@ PALETTE = {
 BOXES = [
     ("text", "tokens", 0.0, 0.0),
     ("tokens", "tokens", 1.0, 0.0),
-    ("encoder", "encoder", 2.0, 0.0),
+    ("batches", "batches", 2.0, 0.0),
+    ("encoder", "encoder", 3.0, 0.0),
     ("layernorm", "layernorm", 0.0, -1.25),
     ("matmul\nq, k, v", "matmul", 1.0, -1.25),
     ("attention", "attention", 2.0, -1.25),
     ("matmul\nprojection", "matmul", 3.0, -1.25),
-    ("residual  +", "residual", 4.0, -1.25),
+    ("residual\n+", "residual", 4.0, -1.25),
     ("layernorm", "layernorm", 0.0, -2.2),
     ("matmul\nup to 4C", "matmul", 1.0, -2.2),
     ("GELU", "gelu", 2.0, -2.2),
     ("matmul\ndown to C", "matmul", 3.0, -2.2),
-    ("residual  +", "residual", 4.0, -2.2),
+    ("residual\n+", "residual", 4.0, -2.2),
     ("layernorm", "layernorm", 0.0, -3.45),
     ("matmul\nlogits", "matmul", 1.0, -3.45),
-    ("softmax and\ncross-entropy", "crossentropy", 2.0, -3.45),
-    ("loss", "crossentropy", 3.0, -3.45),
+    ("softmax,\ncross-\nentropy", "crossentropy", 2.0, -3.45),
+    ("loss", "loss", 3.0, -3.45),
     ("AdamW", "adamw", 4.0, -3.45),
 ]
+LAYERS = dict.fromkeys(box[1] for box in BOXES)
+# names that light other boxes than their own
+GROUPS = {
+    "all": tuple(LAYERS),
+    "arrays": (),
+    "block": (),
+    "crossentropy": ("crossentropy", "loss"),
+    "training": (),
+    "weights": ("encoder", "matmul"),
+    "writing": ("crossentropy",),
+}
+# arrows that lead back: from which box of the last row to which of the first
+LOOPS = {"training": (4.0, 2.0), "writing": (2.0, 1.0)}
 
 
 # %% one box tags=["export"] module="book.diagram"
@@ -101,9 +119,8 @@ def draw_box(ax, label, x, y, lit):
     face, ink = (edge, "white") if lit else ("white", PALETTE["ink"])
     style = {"facecolor": face, "edgecolor": edge, "linewidth": 1.2}
     draw_rounded(ax, (x - 0.43, y - 0.27), 0.86, 0.54, 0.07, **style)
-    weight = "bold" if lit else "normal"
-    style = {"size": 10, "weight": weight, "linespacing": 1.15}
-    ax.text(x, y, label, ha="center", va="center", color=ink, **style)
+    style = {"size": 11, "linespacing": 1.0, "color": ink}
+    ax.text(x, y, label, ha="center", va="center", **style)
 
 
 # %% one arrow tags=["export"] module="book.diagram"
@@ -117,42 +134,68 @@ def draw_arrow(ax, points, **style):
 
 
 # %% the arrows tags=["export"] module="book.diagram"
-def draw_arrows(ax):
-    """Draw the arrows between neighbours, rows, and past each half block."""
+BLOCK = (-1.25, -2.2)  # the rows of a block
+
+
+def draw_arrows(ax, lit=None):
+    """Draw the arrows between neighbours, rows, and past each half block.
+
+    lit: "arrays" lights them all, "block" those within the block.
+    """
+
+    def arrow(points, y):
+        bright = lit == "arrays" or (lit == "block" and y in BLOCK)
+        style = {"color": PALETTE["orange"], "linewidth": 1.8, "zorder": 3}
+        draw_arrow(ax, points, **(style if bright else {}))
+
     rows = {y: [b[2] for b in BOXES if b[3] == y] for _, _, _, y in BOXES}
     for y, xs in rows.items():
         for x in xs[:-1]:
-            draw_arrow(ax, [(x + 0.43, y), (x + 0.57, y)])
-    ends = [(2.0, 0.0), (4.0, -1.25), (4.0, -2.2)]
-    for (x, y), below in zip(ends, (-1.25, -2.2, -3.45), strict=True):
-        middle = below + 0.39
-        down = [(x, y - 0.27), (x, middle), (0.0, middle), (0.0, below + 0.27)]
-        draw_arrow(ax, down)
-    for y in (-1.25, -2.2):
+            arrow([(x + 0.43, y), (x + 0.57, y)], y)
+    for upper, y in itertools.pairwise(rows):
+        x, middle = rows[upper][-1], y + 0.39
+        down = [(x, upper - 0.27), (x, middle), (0.0, middle), (0.0, y + 0.27)]
+        arrow(down, y)
+    for y in BLOCK:
         top = y + 0.39
-        draw_arrow(ax, [(0.0, top), (4.0, top), (4.0, y + 0.27)])
+        arrow([(0.0, top), (4.0, top), (4.0, y + 0.27)], y)
+
+
+# %% the arrow that leads back tags=["export"] module="book.diagram"
+def draw_loop(ax, start, end):
+    """Draw a lit arrow from below the last row to above the first."""
+    left, low, top = -0.62, -3.95, 0.5
+    points = [(start, -3.72), (start, low), (left, low), (left, top)]
+    points += [(end, top), (end, 0.27)]
+    draw_arrow(ax, points, color=PALETTE["orange"], linewidth=1.8)
 
 
 # %% the diagram tags=["export"] module="book.diagram"
 def gpt2_diagram(lit=None):
-    """Draw GPT-2's forward pass, one box a layer, with some boxes lit.
+    """Draw GPT-2's forward pass, one box a layer, with some parts lit.
 
-    lit: None, or one of "tokens", "encoder", "layernorm", "matmul",
-    "attention", "gelu", "residual", "crossentropy", "adamw", or "all".
-    Raises ValueError for another name. Shows a matplotlib figure of
-    8 by 4.6 inches at 100 dots an inch.
+    lit: None; one of the layers "tokens", "batches", "encoder", "layernorm",
+    "matmul", "attention", "gelu", "residual", "crossentropy", "adamw"; "all"
+    of them; the "weights" that are drawn at random; the arrows of a "block",
+    or of all "arrays"; or the loop of "training" or of "writing". Raises
+    ValueError for another name. Shows a matplotlib figure of 5.6 by 4.8
+    inches.
     """
-    names = {box[1] for box in BOXES} | {None, "all"}
-    if lit not in names:
-        raise ValueError(f"gpt2_diagram: no layer is called {lit!r}")
-    fig, ax = plt.subplots(figsize=(8, 4.6), dpi=100)
-    pale = {"facecolor": PALETTE["pale"], "edgecolor": "none"}
-    draw_rounded(ax, (-0.52, -2.78), 5.08, 2.12, 0.1, **pale)
-    ax.text(4.5, -0.62, "one block, L times", ha="right", size=10)
+    if lit not in {None, *LAYERS, *GROUPS}:
+        raise ValueError(f"gpt2_diagram: nothing is called {lit!r}")
+    fig, ax = plt.subplots(figsize=(5.6, 4.8), dpi=100)
+    frame = {"edgecolor": PALETTE["orange"], "linewidth": 1.8}
+    frame = frame if lit == "block" else {"edgecolor": "none"}
+    corner, pale = (-0.52, -2.62), PALETTE["pale"]
+    draw_rounded(ax, corner, 5.04, 1.92, 0.1, facecolor=pale, **frame)
+    ax.text(4.5, -0.64, "one block, L times", ha="right", size=11)
+    bright = GROUPS.get(lit, (lit,))
     for label, name, x, y in BOXES:
-        draw_box(ax, label, x, y, lit in (name, "all"))
-    draw_arrows(ax)
-    ax.set(xlim=(-0.55, 4.6), ylim=(-3.8, 0.35))
+        draw_box(ax, label, x, y, name in bright)
+    draw_arrows(ax, lit)
+    if lit in LOOPS:
+        draw_loop(ax, *LOOPS[lit])
+    ax.set(xlim=(-0.7, 4.6), ylim=(-4.02, 0.56))
     ax.axis("off")
     fig.subplots_adjust(0, 0, 1, 1)
     plt.show()

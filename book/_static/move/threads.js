@@ -1,7 +1,7 @@
 // Threads that step through kernels: a film of the simulator, played.
 // A step is [moment, block, thread, kind, function, line, array, first,
-// values, rival]; data.shared: the names of a kernel's shared arrays, drawn
-// data.wrap to a row.
+// values, rival]; data.shared: the names of a kernel's shared arrays;
+// data.wrap: how many elements of an array without rows go into one.
 "use strict";
 
 Move.kind("threads", (stage, data) => {
@@ -44,7 +44,8 @@ Move.kind("threads", (stage, data) => {
   }
 
   function drawArray(name, { shape, values }) {
-    const columns = shared(name) && data.wrap ? data.wrap : shape.at(-1);
+    const columns = shape.length > 1 ? shape.at(-1)
+      : Math.min(shape[0], data.wrap ?? Infinity);
     const cells = values.map(() => make("div", { class: "move-cell" },
       make("b"), make("small")));
     const grid = make("div", { class: "move-grid",
@@ -56,34 +57,40 @@ Move.kind("threads", (stage, data) => {
         title(name) + (shared(name) ? " (shared memory)" : "")), grid);
   }
 
+  // A box for each function that makes a step, all as high as the longest
+  function drawCode() {
+    for (const [name, code] of Object.entries(walk.code)) {
+      view.lines[name] = code.trimEnd().split("\n")
+        .map((line) => make("code", {}, line));
+    }
+    const lines = Object.values(view.lines);
+    const height = 1.6 * Math.max(...lines.map((x) => x.length)) + 2;
+    for (const name of Object.keys(walk.code)) {
+      view.codes[name] = make("pre", { style: `height: ${height}em` },
+        ...view.lines[name]);
+    }
+    return make("div", {}, ...Object.values(view.codes));
+  }
+
+  function drawBlock(b) {
+    const chips = Array.from({ length: walk.block }, (_, t) =>
+      view.threads[[b, t]] = make("span",
+        { class: `move-chip ${colour(b, t)}` }, String(t)));
+    return make("div", { class: "move-block" },
+      make("span", {}, `block ${b}`), ...chips);
+  }
+
   // Draw code, threads and arrays anew: another kernel, or another order.
   function begin() {
     steps = walk.steps[order];
     moments = 1 + steps.at(-1)[0];
-    const found = shapes();
+    view = { cells: {}, codes: {}, lines: {}, threads: {}, start: shapes() };
     const blocks = 1 + Math.max(...steps.map((step) => step[1]));
-    view = { cells: {}, codes: {}, lines: {}, threads: {} };
-    const longest = Math.max(...Object.values(walk.code).map(
-      (code) => code.trimEnd().split("\n").length));
-    for (const [name, code] of Object.entries(walk.code)) {
-      view.lines[name] = code.trimEnd().split("\n")
-        .map((line) => make("code", {}, line));
-      view.codes[name] = make("pre",
-        { style: `height: ${1.6 * longest + 2}em` },
-        ...view.lines[name]);
-    }
-    const chips = Array.from({ length: blocks }, (_, b) => make("div",
-      { class: "move-block" }, make("span", {}, `block ${b}`),
-      ...Array.from({ length: walk.block }, (_, t) =>
-        view.threads[[b, t]] = make("span",
-          { class: `move-chip ${colour(b, t)}` }, String(t)))));
     stage.picture.replaceChildren(make("div", { class: "move-threads" },
-      make("div", {}, ...Object.values(view.codes)),
-      make("div", {}, make("div", { class: "move-chips" },
-        make("h5", {}, "threads"), ...chips),
-      ...Object.entries(found).map(([name, array]) =>
-        drawArray(name, array)))));
-    view.start = found;
+      drawCode(), make("div", {}, make("h5", {}, "threads"),
+        ...Array.from({ length: blocks }, (_, b) => drawBlock(b)),
+        ...Object.entries(view.start).map(([name, array]) =>
+          drawArray(name, array)))));
   }
 
   // What every element holds, and who touched it, after so many moments
@@ -156,6 +163,9 @@ Move.kind("threads", (stage, data) => {
       : `${Math.floor(first / shape[1])}, ${first % shape[1]}`;
   }
 
+  const some = (step) => (step[8].length === 1 ? "an element"
+    : `${step[8].length} elements`);
+
   // What happens at a moment, in a sentence; a race takes precedence.
   function words(moment, now) {
     const race = now.find((step) => step[9]);
@@ -173,7 +183,7 @@ Move.kind("threads", (stage, data) => {
         + (step[3] === WAIT ? "." : ` ${element(step)}.`);
     }
     const said = [...new Set(now.map((step) => (step[3] === WAIT
-      ? DOES[WAIT] : `${DOES[step[3]]} an element of ${title(step[6])}`)))];
+      ? DOES[WAIT] : `${DOES[step[3]]} ${some(step)} of ${title(step[6])}`)))];
     return `Block ${now[0][1]}: ${now.length} threads, each `
       + `${said.join(" or ")}.`;
   }

@@ -1,0 +1,398 @@
+"""Links to equations, figures, chapters and names, and what they preview.
+
+The notebooks write "(1.6.10)", "figure 1.6.3", "chapter 1.6" and
+`layernorm_backward` as plain text. Here each becomes a link, in the text and
+in the comments of code. What exists is read from the notebooks' sources, so
+a reference to nothing is a warning even where only some pages are built.
+`_static/links.js` shows a card with the target when you point at a link;
+the cards' contents go into one script, `_static/previews.js`.
+"""
+
+import functools
+import json
+import re
+from pathlib import Path
+
+from docutils import nodes
+from llmnb_book import PAGES, ROOT
+from sphinx import addnodes
+from sphinx.util import logging
+
+log = logging.getLogger(__name__)
+LABEL = r"[\dA]\.\d+"
+NUMBER = LABEL + r"\.\d+"
+MORE = r"(?:(?:,| and| or| to|, and)\s+{0})*"
+REFERENCE = re.compile(
+    rf"(?P<eq>(?:[Ee]quations?\s+)?\({NUMBER}\))"
+    rf"|(?P<fig>[Ff]igures?\s+{NUMBER}{MORE.format(NUMBER)})"
+    rf"|(?P<chapter>[Cc]hapters?\s+{LABEL}{MORE.format(LABEL)})(?!\.\d)"
+)
+TAG = re.compile(rf"\\tag\{{({NUMBER})\}}")
+CAPTION = re.compile(rf"Figure ({NUMBER})\.")
+COMMENT = re.compile(r'(<span class="(?:c1|sd)">)(.*?)(?=</span>)', re.S)
+# text in these stays as it is
+CLOSED = (
+    nodes.reference,
+    nodes.literal,
+    nodes.literal_block,
+    nodes.math,
+    nodes.math_block,
+    nodes.title,
+    nodes.raw,
+    addnodes.pending_xref,
+    addnodes.desc_signature,
+    addnodes.index,
+)
+
+
+def anchor(kind, number):
+    """The id of an equation or a figure: eq-1-6-10."""
+    return f"{kind}-{number.replace('.', '-')}"
+
+
+def numbered(root=ROOT):
+    """The anchors of all equations and figures in the notebooks' sources."""
+    found = set()
+    for path in root.glob("notebooks/*/*.py"):
+        text = path.read_text("utf-8")
+        found |= {anchor("eq", x) for x in TAG.findall(text)}
+        captions = re.findall(rf"^# \*?{CAPTION.pattern}", text, re.M)
+        found |= {anchor("fig", x) for x in captions}
+    return found
+
+
+class Targets:
+    """Where references lead, and which of them lead nowhere."""
+
+    def __init__(self, app):
+        self.app, self.known = app, numbered()
+
+    def address(self, kind, number, docname):
+        """The address of a target from a page, or None if there is none."""
+        label = number if kind == "chapter" else number.rsplit(".", 1)[0]
+        page = PAGES.get(label)
+        there = page and (
+            kind == "chapter" or anchor(kind, number) in self.known
+        )
+        if not there:
+            what = {"eq": "equation", "fig": "figure"}.get(kind, kind)
+            text = f"there is no {what} {number}"
+            log.warning(text, location=docname, type="llmnb", subtype="links")
+            return None
+        if page not in self.app.env.found_docs:
+            return None
+        if kind == "chapter":
+            return self.relative(docname, page) if page != docname else None
+        return self.relative(docname, page) + "#" + anchor(kind, number)
+
+    def relative(self, docname, page):
+        if page == docname:
+            return ""
+        return self.app.builder.get_relative_uri(docname, page)
+
+    def split(self, text, docname):
+        """Cut a text into pairs: a piece, and the address that it gets."""
+        end = 0
+        for match in REFERENCE.finditer(text):
+            for piece in self.pieces(match):
+                kind, number, start, stop = piece
+                link = self.address(kind, number, docname)
+                if link:
+                    yield text[end:start], None
+                    yield text[start:stop], link
+                    end = stop
+        yield text[end:], None
+
+    def pieces(self, match):
+        """The references in a match: "figures 1.6.1 and 1.6.2" are two."""
+        kind = match.lastgroup
+        start = match.start()
+        for number in re.finditer(
+            LABEL if kind == "chapter" else NUMBER, match[0]
+        ):
+            stop = match.start() + number.end() + (kind == "eq")
+            yield kind, number[0], start, stop
+            # the words before belong to the first number only
+            start = stop
+            rest = match.string[stop : match.end()]
+            start += len(rest) - len(re.sub(r"^\D*?(?=[\dA]\.)", "", rest))
+
+
+def is_closed(node):
+    while node is not None:
+        if isinstance(node, CLOSED):
+            return True
+        node = node.parent
+    return False
+
+
+def own_caption(text):
+    """Whether a text begins the caption of a figure: it names itself."""
+    paragraph = text.parent
+    while paragraph and not isinstance(paragraph, nodes.paragraph):
+        paragraph = paragraph.parent
+    first = paragraph and next(paragraph.findall(nodes.Text), None)
+    return first is text and bool(CAPTION.match(text))
+
+
+def link_text(doctree, docname, targets):
+    """Make links of the references in a page's text."""
+    for text in list(doctree.findall(nodes.Text)):
+        if not REFERENCE.search(text) or is_closed(text.parent):
+            continue
+        head = CAPTION.match(text)[0] if own_caption(text) else ""
+        new = [nodes.Text(head)] if head else []
+        for piece, link in targets.split(text[len(head) :], docname):
+            if link:
+                new += [nodes.reference(piece, piece, refuri=link)]
+                new[-1]["internal"] = True
+            elif piece:
+                new += [nodes.Text(piece)]
+        if len(new) > 1:
+            text.parent.replace(text, new)
+
+
+class Names:
+    """The public functions, classes and modules, by full and short name."""
+
+    def __init__(self, app):
+        self.app = app
+        objects = app.env.domains["py"].objects
+        self.full = {k: v for k, v in objects.items() if not v.aliased}
+        self.short = {}
+        for name, entry in self.full.items():
+            if entry.objtype in ("function", "class"):
+                self.short.setdefault(name.rsplit(".", 1)[1], []).append(name)
+
+    def find(self, code, docname):
+        """The full name that a piece of code means on a page, or None."""
+        match = re.fullmatch(r"([A-Za-z_][\w.]*)(\(.*\))?", code)
+        if not match or match[1] == "llmnb":
+            return None
+        name = match[1]
+        if "." in name:
+            full = f"llmnb.{name.removeprefix('llmnb.')}"
+            return full if full in self.full else None
+        # a plain word such as `step` is rather a variable of the chapter
+        if not ("_" in name or name != name.lower() or match[2] == "()"):
+            return None
+        found = self.short.get(name, [])
+        own = [x for x in found if self.module(x) in exports(docname)]
+        found = own if own else found
+        return found[0] if len(found) == 1 else None
+
+    def module(self, name):
+        return name.rsplit(".", 1)[0]
+
+    def address(self, name, docname):
+        entry = self.full[name]
+        page = self.app.builder.get_relative_uri(docname, entry.docname)
+        return f"{page}#{entry.node_id}"
+
+
+@functools.cache
+def exports(docname):
+    """The modules that a chapter writes."""
+    path = ROOT / f"{docname}.py"
+    text = path.read_text("utf-8") if path.exists() else ""
+    block = re.search(r"#     modules:\n((?:#       .*\n)+)", text)
+    names = re.findall(r"#       ([\w.]+):", block[1] if block else "")
+    return {f"llmnb.{x}" for x in names}
+
+
+def section_of(node):
+    while node and not isinstance(node, nodes.section):
+        node = node.parent
+    return node
+
+
+def link_names(doctree, docname, names):
+    """Link the first mention of each public name in a section."""
+    seen = set()
+    for literal in list(doctree.findall(nodes.literal)):
+        if is_closed(literal.parent):
+            continue
+        name = names.find(literal.astext(), docname)
+        if name is None or (section_of(literal), name) in seen:
+            continue
+        seen.add((section_of(literal), name))
+        link = nodes.reference("", refuri=names.address(name, docname))
+        link["internal"] = True
+        link["classes"] = ["api-name"]
+        literal.replace_self(link)
+        link += literal
+
+
+def link_comments(body, docname, targets):
+    """Link the references in the comments of highlighted code."""
+
+    def linked(match):
+        return match[1] + "".join(
+            f'<a class="reference internal" href="{link}">{piece}</a>'
+            if link
+            else piece
+            for piece, link in targets.split(match[2], docname)
+        )
+
+    return COMMENT.sub(linked, body)
+
+
+# What the cards show
+
+
+def plain(node):
+    """A node's text, with its formulas as TeX between \\( and \\)."""
+    if isinstance(node, nodes.math):
+        return f"\\({node.astext()}\\)"
+    if isinstance(node, (nodes.math_block, addnodes.index, nodes.raw)):
+        return ""
+    if isinstance(node, nodes.Text):
+        return node.astext()
+    return "".join(plain(x) for x in node.children)
+
+
+def tidy(node):
+    return " ".join(plain(node).split())
+
+
+def mark_equations(doctree):
+    """Give each tagged equation its id; yield the cards."""
+    for equation in doctree.findall(nodes.math_block):
+        tex = equation.astext()
+        for number in TAG.findall(tex):
+            name = anchor("eq", number)
+            equation["ids"].append(name)
+            yield name, {"head": f"({number})", "tex": TAG.sub("", tex)}
+
+
+def mark_figures(doctree):
+    """Give each figure its id, on the block above its caption."""
+    for caption in doctree.findall(nodes.paragraph):
+        match = CAPTION.match(caption.astext())
+        if not match:
+            continue
+        name = anchor("fig", match[1])
+        place = caption.parent.index(caption) - 1
+        block = caption.parent[place] if place >= 0 else caption
+        if isinstance(block, nodes.container):
+            block["ids"].append(name)
+        else:
+            caption["ids"].append(name)
+        images = [x["uri"] for x in block.findall(nodes.image)]
+        yield name, {"text": tidy(caption), "images": images}
+
+
+def cards_of_terms(doctree):
+    """The glossary's entries."""
+    for item in doctree.findall(nodes.definition_list_item):
+        for term in item.findall(nodes.term):
+            definition = next(item.findall(nodes.definition), None)
+            for name in term["ids"] if definition else []:
+                if name.startswith("term-"):
+                    text = tidy(definition.children[0])
+                    yield name, {"head": tidy(term), "text": text}
+
+
+def cards_of_names(doctree):
+    """The signatures of documented names, and what they do in a line."""
+    for entry in doctree.findall(addnodes.desc):
+        text = next(entry.findall(nodes.paragraph), None)
+        for sign in entry.findall(addnodes.desc_signature):
+            for name in sign["ids"] if sign.parent is entry else []:
+                code = sign.astext().replace("[source]", "").strip()
+                card = {"code": code}
+                if text is not None:
+                    card["text"] = re.split(r"(?<=\.) ", tidy(text))[0]
+                yield name, card
+
+
+def card_of_module(doctree, docname):
+    """A module's name and its docstring's first paragraph."""
+    name = docname.removeprefix("book/api/")
+    text = next(doctree.findall(nodes.paragraph), None)
+    if name.startswith("llmnb") and text is not None:
+        yield f"module-{name}", {"code": name, "text": tidy(text)}
+
+
+def card_of_page(doctree, docname):
+    """A chapter's name and the sentence under its title."""
+    summary = next(doctree.findall(nodes.block_quote), None)
+    if docname in PAGES.values() and summary is not None:
+        yield f"{docname}.html", {"page": docname, "text": tidy(summary)}
+
+
+def collect(app, doctree):
+    """Name a page's targets and keep what their cards show."""
+    docname = app.env.docname
+    cards = dict(mark_equations(doctree))
+    cards |= mark_figures(doctree)
+    cards |= cards_of_terms(doctree)
+    cards |= cards_of_names(doctree)
+    cards |= card_of_module(doctree, docname)
+    cards |= card_of_page(doctree, docname)
+    app.env.metadata[docname]["previews"] = cards
+
+
+def link(app, doctree, docname):
+    if app.builder.format != "html":
+        return
+    link_text(doctree, docname, app.llmnb_targets)
+    if not docname.startswith("book/api/"):
+        link_names(doctree, docname, Names(app))
+
+
+def link_code(app, pagename, templatename, context, doctree):
+    if "body" in context:
+        body = context["body"]
+        context["body"] = link_comments(body, pagename, app.llmnb_targets)
+
+
+def picture(app, images):
+    """The address of the picture, of several formats, that was built."""
+    for uri in images:
+        name = app.env.images.get(uri, (None, ""))[1]
+        path = Path(app.builder.imagedir) / name
+        if name and (Path(app.outdir) / path).exists():
+            return path.as_posix()
+    return None
+
+
+def finish_card(app, docname, card):
+    """Add the chapter's name; turn a page's images into an address."""
+    title = getattr(app.config.external_site_map.get(docname), "title", "")
+    card = dict(card)
+    if card.pop("page", None):
+        card["head"] = title
+    elif docname.startswith("notebooks/"):
+        card["from"] = title
+    image = picture(app, card.pop("images", []))
+    return card | ({"image": image} if image else {})
+
+
+def write_previews(app, error):
+    """Write the cards as a script, which loads from the disk as well."""
+    if error or app.builder.name != "html":
+        return
+    cards = {}
+    for docname, data in sorted(app.env.metadata.items()):
+        for name, card in data.get("previews", {}).items():
+            cards[name] = finish_card(app, docname, card)
+    text = json.dumps(cards, ensure_ascii=False, separators=(",", ":"))
+    path = Path(app.outdir) / "_static" / "previews.js"
+    path.write_text(f"window.llmnbPreviews = {text};\n", "utf-8")
+
+
+def start(app):
+    app.llmnb_targets = Targets(app)
+
+
+def setup(app):
+    app.connect("builder-inited", start)
+    # after llmnb_book has given equations and captions their form
+    app.connect("doctree-read", collect, priority=950)
+    app.connect("doctree-resolved", link, priority=900)
+    app.connect("html-page-context", link_code)
+    app.connect("build-finished", write_previews)
+    app.add_css_file("links.css")
+    app.add_js_file("links.js", loading_method="defer")
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,258 @@
+// Reading a chapter: the switch Read / Code / All over its folds, the mark in
+// the contents on the right, the keys to the chapters beside it, and the cues
+// of boxes that scroll sideways. Without this script every fold still opens.
+"use strict";
+
+// ---- Fonts -----------------------------------------------------------------
+
+// Ask for the fonts before the text needs them. (From the disk they are at
+// hand, and browsers refuse to load them ahead.)
+if (location.protocol.startsWith("http")) {
+  for (const name of ["llmnb-serif", "llmnb-serif-italic", "llmnb-code"]) {
+    const link = document.createElement("link");
+    const url = new URL(`fonts/${name}.woff2`, document.currentScript.src);
+    Object.assign(link, { rel: "preload", as: "font", type: "font/woff2" });
+    Object.assign(link, { crossOrigin: "anonymous", href: url });
+    document.head.append(link);
+  }
+}
+
+// ---- The switch ------------------------------------------------------------
+
+const VIEWS = { read: "Read", code: "Code", all: "All" };
+const page = document.documentElement;
+
+/** The view chosen before, where the browser stores one. */
+function storedView() {
+  try {
+    const name = localStorage.getItem("llmnb-view");
+    return name in VIEWS ? name : "read";
+  } catch {
+    return "read";
+  }
+}
+
+function storeView(name) {
+  try {
+    localStorage.setItem("llmnb-view", name);
+  } catch {
+    // no storage: the choice holds for this page
+  }
+}
+
+/** Whether a view opens a fold; what an author folded opens in All only. */
+function opens(fold, view) {
+  if (view !== "code") return view === "all";
+  if (fold.closest(".tag_export, .tag_exporti")) return true;
+  return !fold.matches(".authors, .exercise");
+}
+
+function openFolds() {
+  for (const fold of document.querySelectorAll("details.fold")) {
+    fold.open = opens(fold, page.dataset.view);
+  }
+}
+
+/** Do something that changes heights, and leave in place what is read. */
+function keepPlace(change) {
+  const seen = document.querySelectorAll("article :is(p, h2, h3, img)");
+  const first = [...seen].find((x) => {
+    const box = x.getBoundingClientRect();
+    return box.bottom > 70 && box.height && !x.closest("details.fold");
+  });
+  const before = first?.getBoundingClientRect().top;
+  change();
+  const moved = first ? first.getBoundingClientRect().top - before : 0;
+  scrollBy({ top: moved, behavior: "instant" });
+}
+
+function show(view) {
+  page.dataset.view = view;
+  storeView(view);
+  keepPlace(openFolds);
+}
+
+/** Put the switch into the page's header, where there is something to fold. */
+function addSwitch() {
+  const place = document.querySelector(".article-header-buttons");
+  if (!place || !document.querySelector("details.fold")) return;
+  const box = document.createElement("fieldset");
+  box.className = "view-switch";
+  box.innerHTML = "<legend class='visually-hidden'>Show the code</legend>";
+  for (const [view, name] of Object.entries(VIEWS)) {
+    const label = document.createElement("label");
+    label.innerHTML = `<input type="radio" name="view"> <span>${name}</span>`;
+    const input = label.firstChild;
+    input.value = view;
+    input.checked = view === page.dataset.view;
+    input.addEventListener("change", () => show(view));
+    box.append(label);
+  }
+  place.prepend(box);
+}
+
+// This runs before the page's body is there: folds open as they arrive, so
+// nothing jumps once the page stands.
+page.dataset.view = storedView();
+const arrivals = new MutationObserver(openFolds);
+if (page.dataset.view !== "read") {
+  arrivals.observe(page, { childList: true, subtree: true });
+}
+
+// ---- Folds that must open --------------------------------------------------
+
+/** Open the folds around the place that the address names. */
+function openTarget() {
+  const name = decodeURIComponent(location.hash.slice(1));
+  const target = name && document.getElementById(name);
+  if (!target) return;
+  const shut = [];
+  for (let x = target; x; x = x.parentElement) {
+    if (x.matches("details:not([open])")) shut.push(x);
+  }
+  for (const fold of shut) fold.open = true;
+  if (shut.length) target.scrollIntoView();
+}
+
+// On paper solutions are open; code stays as the switch says.
+let opened = [];
+addEventListener("beforeprint", () => {
+  const shut = "details.exercise:not([open])";
+  opened = [...document.querySelectorAll(shut)];
+  for (const fold of opened) fold.open = true;
+});
+addEventListener("afterprint", () => {
+  for (const fold of opened) fold.open = false;
+});
+
+// ---- Where the reader is ---------------------------------------------------
+
+/** The last of some headings above the line where one reads. That line is a
+ * fifth down the window, and sinks to its foot over the page's last screen,
+ * so that short sections at the end have their turn. */
+function currentHeading(headings) {
+  const left = page.scrollHeight - innerHeight - scrollY;
+  const sunk = Math.max(0, 1 - left / innerHeight);
+  const line = innerHeight * (0.2 + 0.8 * sunk);
+  const above = (x) => x.getBoundingClientRect().top <= line;
+  return headings.findLast(above) ?? headings[0];
+}
+
+/** Mark in the contents on the right the section that is being read. */
+function followContents() {
+  const theirs = document.querySelector("#pst-page-toc-nav");
+  if (!theirs) return () => {};
+  // a copy: the theme goes on marking the original, and marks it wrongly
+  const contents = theirs.cloneNode(true);
+  theirs.replaceWith(contents);
+  const links = new Map();
+  for (const link of contents.querySelectorAll("a[href^='#']")) {
+    const name = decodeURIComponent(link.hash.slice(1));
+    const heading = document.getElementById(name)?.querySelector("h2, h3, h4");
+    if (heading) links.set(heading, link);
+  }
+  const headings = [...links.keys()];
+  let asked = null; // the section asked for, until the reader scrolls on
+  addEventListener("click", (event) => {
+    const link = event.target.closest?.("a[href^='#']");
+    asked = headings.find((x) => links.get(x).hash === link?.hash) ?? null;
+  });
+  for (const kind of ["wheel", "touchmove", "keydown", "pointerdown"]) {
+    addEventListener(kind, () => (asked = null), { passive: true });
+  }
+  return () => mark(links.get(asked ?? currentHeading(headings)), contents);
+}
+
+function mark(link, contents) {
+  if (!link || link.ariaCurrent) return;
+  for (const x of contents.querySelectorAll(".active, [aria-current]")) {
+    x.classList.remove("active");
+    x.removeAttribute("aria-current");
+  }
+  link.ariaCurrent = "true";
+  link.classList.add("active");
+  for (let x = link; x !== contents; x = x.parentElement) {
+    if (x.matches(".toc-entry")) x.classList.add("active");
+  }
+}
+
+/** Keep the mark and the bar of progress with the reader's place. */
+function followReader() {
+  const markContents = followContents();
+  let waiting = false;
+  const update = () => {
+    waiting = false;
+    const all = page.scrollHeight - innerHeight;
+    page.style.setProperty("--llmnb-read", all > 0 ? scrollY / all : 1);
+    markContents();
+  };
+  const soon = () => {
+    if (!waiting) requestAnimationFrame(update);
+    waiting = true;
+  };
+  for (const kind of ["scroll", "resize", "hashchange"]) {
+    addEventListener(kind, soon, { passive: true });
+  }
+  addEventListener("toggle", soon, true);
+  update();
+}
+
+// ---- Keys ------------------------------------------------------------------
+
+/** Left and right lead to the chapters beside this one, unless something on
+ * the page has the keys: a field, a slider, a box that scrolls. */
+function turnPage(event) {
+  const turn = { ArrowLeft: ".left-prev", ArrowRight: ".right-next" };
+  const with_ = event.altKey || event.ctrlKey || event.metaKey;
+  const holder = document.activeElement;
+  const free = !holder || holder === document.body || holder.matches("a");
+  if (!turn[event.key] || with_ || event.shiftKey) return;
+  if (!free || event.defaultPrevented) return;
+  if (document.querySelector("dialog[open]")) return;
+  document.querySelector(`.prev-next-area ${turn[event.key]}`)?.click();
+}
+
+// ---- Boxes that scroll sideways --------------------------------------------
+
+const SCROLLERS =
+  "article :is(.highlight pre, div.math, .pst-scrollable-table-container)";
+
+/** Shade the edge beyond which a box goes on; let the keyboard into it. */
+function cue(box) {
+  const beyond = box.scrollWidth - box.clientWidth;
+  box.classList.toggle("more-left", beyond > 1 && box.scrollLeft > 1);
+  box.classList.toggle("more-right", box.scrollLeft < beyond - 1);
+  if (beyond > 1) box.tabIndex = 0;
+  else box.removeAttribute("tabindex");
+}
+
+function addCues() {
+  const sizes = new ResizeObserver((all) => all.forEach((x) => cue(x.target)));
+  for (const box of document.querySelectorAll(SCROLLERS)) {
+    box.addEventListener("scroll", () => cue(box), { passive: true });
+    sizes.observe(box);
+  }
+}
+
+/** An equation is text: no stop for the Tab key, unless its box scrolls. */
+async function freeEquations() {
+  await window.MathJax?.startup?.promise;
+  for (const x of document.querySelectorAll("mjx-container[tabindex]")) {
+    x.removeAttribute("tabindex");
+  }
+  document.querySelectorAll("article div.math").forEach(cue);
+}
+
+addEventListener("DOMContentLoaded", () => {
+  arrivals.disconnect();
+  openFolds();
+  openTarget();
+  addSwitch();
+  addCues();
+});
+addEventListener("hashchange", openTarget);
+addEventListener("keydown", turnPage);
+addEventListener("load", () => {
+  followReader();
+  freeEquations();
+});

@@ -1,0 +1,349 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     modules:
+#       model.inbackward: "A model whose blocks learn while it goes back."
+# ---
+
+# %% [markdown]
+# # In backward: learn while going back
+#
+# > A block's gradient is needed until the block has learnt. If it learns at
+# > once, one block's gradients are all that a model ever holds.
+#
+# *Reading time: 10 minutes. You need: the model's passes ([chapter
+# 1.17](../1_by_hand/17_model.ipynb)), AdamW ([chapter
+# 1.12](../1_by_hand/12_adamw.ipynb)) and what fine-tuning takes ([chapter
+# 5.10](10_lora.ipynb)).*
+
+# %% [markdown]
+# ## Where we are
+#
+# LoRA trains a large model in little memory, and its thin matrices cannot
+# learn everything. This chapter keeps all weights learning and asks what can be
+# left out instead. At the end of it you can
+#
+# - say when a gradient is written, when it is read, and when it is dead;
+# - let the blocks of any model take turns with one block's gradients;
+# - say which two things a training run gives up for it.
+#
+# ## Setup
+
+# %% setup
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+import llmnb
+from llmnb.book.diagram import PALETTE
+from llmnb.book.verify import compare, verdict
+
+# %% imports tags=["export"]
+import math
+
+import numpy as np
+
+from llmnb.backend import choose
+from llmnb.model.gpt2 import GPT2
+from llmnb.model.lora import HOSTS
+from llmnb.model.tensors import full_shape, tensor_table
+
+# %% [markdown]
+# ## When a gradient is dead
+#
+# Count the numbers that training holds for each parameter: itself, its
+# gradient, and AdamW's two averages. The averages outlive a step and so does the
+# parameter. The gradient does not. In block $i$, going back,
+#
+# - the block's backward functions write $dw_i$;
+# - AdamW reads $dw_i$, once, and then the next step overwrites it.
+#
+# Nothing between the two looks at it, with one exception: clipping, which
+# needs the norm of *all* gradients before it scales the first
+# ([chapter 1.12](../1_by_hand/12_adamw.ipynb)). And the backward pass of block
+# $i - 1$ reads the stream's gradient, the activations and $w_{i-1}$, but
+# never $w_i$ again. So without clipping the two loops
+#
+# $$ \text{for } i = L-1, \dots, 0: \; dw_i \qquad
+# \text{then for all } i: \; w_i \leftarrow \mathrm{AdamW}(w_i, dw_i)
+# \tag{5.11.1} $$
+#
+# may be one loop with the same numbers in the same order for each parameter:
+#
+# $$ \text{for } i = L-1, \dots, 0: \; dw_i, \quad
+# w_i \leftarrow \mathrm{AdamW}(w_i, dw_i). \tag{5.11.2} $$
+#
+# In it all $dw_i$ can lie in the same place. The token table is the exception: a
+# tied one gets its gradient from both ends of the model, so it learns last.
+#
+# ## The same place for every block
+#
+# The model asks for the gradients of block $i$ as `grads[name][i]`. An array with
+# a stride of zero gives it the same memory for every $i$:
+
+
+# %% every block the same tags=["exporti"]
+def _for_every_block(array, L):
+    """An array (L, ...) of which every [i] is the array given."""
+    shape, strides = (L, *array.shape), (0, *array.strides)
+    return np.lib.stride_tricks.as_strided(array, shape, strides)
+
+
+# %% one place, three names
+place = np.zeros(2, np.float32)
+gradients = _for_every_block(place, 3)
+gradients[2] = 7
+print(gradients.shape, place, gradients[0])
+
+# %% [markdown]
+# The model does the rest as it always does, block after block. One method is
+# longer: when a block's backward pass is done, its tensors learn. The
+# backward functions of norms *add* to their gradients, so those are zeroed for
+# the block that comes next. The norm that `step` returns is put together from
+# the tensors' norms: their squares add.
+
+
+# %% learn while going back tags=["export"]
+class InBackward(GPT2):
+    """A model, of any architecture, that holds one block's gradients.
+
+    It learns as GPT2 does, to the bit, by `step` alone and without clipping:
+    a block learns as soon as its gradients are there, and the next
+    overwrites them. cfg, batch_size, seq_len, backend, precision, seed: as
+    for GPT2, on the host. grads[name] of what every block has are those of
+    the block that came last, by any number. backward, update and
+    clip_gradients raise RuntimeError, for they need all gradients at once.
+
+    Derived in chapter 5.11.
+    """
+
+    def __init__(
+        self, cfg, batch_size, seq_len, backend="cpu", precision="fp32",
+        seed=42,
+    ):  # fmt: skip
+        choose("InBackward: backend", backend, HOSTS)
+        super().__init__(cfg, batch_size, seq_len, backend, precision, seed)
+
+    def _allocate(self, layout):
+        dtype, _ = layout["params"]
+        rows = tensor_table(self.cfg)
+        own = {x.name: x.shape if x.stacked else full_shape(x, self.cfg)
+               for x in rows}  # fmt: skip
+        super()._allocate(layout | {"grads": (dtype, own)})
+        grads, L = self.memory["grads"], self.cfg.num_layers
+        for name in [x.name for x in rows if x.stacked]:
+            grads[name] = _for_every_block(grads[name], L)
+
+    def _whole_step(self, max_norm, decay):
+        self._decay, self._squares = decay, 0.0
+        self._forward()
+        self._classify()
+        self._backward()
+        for x in tensor_table(self.cfg):
+            if not x.stacked:
+                self._learn(x, self.memory, ...)
+
+    def _block_backward(self, i, add):
+        super()._block_backward(i, add)
+        for x in tensor_table(self.cfg):
+            if x.stacked:
+                self._learn(x, self.memory, i)
+                if x.added:
+                    self._machine.fill(self.grads[x.name][i], 0)
+
+    def _learn(self, x, memory, i):
+        """AdamW on a tensor, or on block i of it."""
+        groups = [memory[g][x.name][i] for g in ("params", "grads", "m", "v")]
+        flat = [array.reshape(-1) for array in groups]
+        decays = self._decay is None or x.name in self._decay
+        getattr(self.ops, self._machine.update)(
+            *flat, self._settings[not decays]
+        )
+        self._squares += self.ops.clip_gradients(flat[1], math.inf) ** 2
+
+    def _norm(self):
+        return math.sqrt(self._squares)
+
+    def step(self, tokens, targets, max_norm=math.inf, **settings):
+        """As GPT2.step; raises ValueError for a max_norm that is not inf."""
+        if max_norm != math.inf:
+            raise ValueError(
+                f"InBackward.step: max_norm must be inf, got {max_norm!r}: "
+                f"blocks learn before the norm of all gradients is known"
+            )
+        return super().step(tokens, targets, **settings)
+
+    def backward(self, add=False, share=1.0):
+        """Raises RuntimeError: call step."""
+        self._check_gradients("backward")
+
+    def _check_gradients(self, name):
+        raise RuntimeError(
+            f"InBackward.{name}: gradients are not kept; call step"
+        )
+
+
+# %% [markdown]
+# ## Proof
+#
+# Not a tolerance this time: after three steps of either model the losses and
+# every parameter must be the same bits. With GPT-2 and with a tied Llama, whose
+# token table learns last, and with weight decay on some tensors:
+
+# %% the same bits
+gpt2 = llmnb.GPT2Config(
+    max_seq_len=16, vocab_size=97, num_layers=3, num_heads=2, channels=32
+)
+llama = llmnb.LlamaConfig(
+    max_seq_len=16, vocab_size=97, num_layers=3, num_heads=4, channels=32,
+    num_kv_heads=2, tied=True,
+)  # fmt: skip
+rng = np.random.default_rng(511)
+tokens = rng.integers(0, 97, (3, 2, 17))
+
+
+def three_steps(made, cfg, decay):
+    """Losses, norms and parameters after three steps."""
+    model, told = made(cfg, 2, 16), []
+    for step, batch in enumerate(tokens, 1):
+        how = {"step": step, "learning_rate": 1e-2, "decay": decay}
+        told.append(model.step(batch[:, :-1], batch[:, 1:], **how))
+    losses, norms = zip(*told, strict=True)
+    return losses, norms, model.params, model.memory
+
+
+for name, cfg in ("GPT-2", gpt2), ("Llama", llama):
+    for decay in None, ("fcw", "wte"):
+        want = three_steps(llmnb.GPT2, cfg, decay)
+        got = three_steps(InBackward, cfg, decay)
+        same = all(np.array_equal(got[2][x], want[2][x]) for x in want[2])
+        verdict(f"{name}: losses", got[0] == want[0], "the same bits")
+        verdict(f"{name}: parameters", same, "the same bits")
+        compare(f"{name}: norms", np.array(got[1]), want[1], tol=1e-5)
+
+# %% [markdown]
+# A mistake that is easy to make: to leave the norms' gradients as they are for
+# the next block, which adds to them. The losses of later steps give it away.
+
+
+# %% a mistake, caught
+class Unzeroed(InBackward):
+    def _block_backward(self, i, add):
+        GPT2._block_backward(self, i, add)
+        for x in tensor_table(self.cfg):
+            if x.stacked:
+                self._learn(x, self.memory, i)
+
+
+losses = three_steps(Unzeroed, llama, None)[0]
+wrong = losses[1:] != three_steps(llmnb.GPT2, llama, None)[0][1:]
+verdict("not zeroed", wrong, "caught")
+
+# %% [markdown]
+# ## Count it
+#
+# With $P$ parameters, $Q$ of them in a block and $E$ at both ends, training
+# holds $4P$ numbers, and now
+#
+# $$ 3P + Q + E. \tag{5.11.3} $$
+#
+# For SmolLM2 that is
+
+# %% numbers held
+smollm2 = llmnb.PRESETS["smollm2-135m"]
+rows = tensor_table(smollm2)
+P = sum(math.prod(full_shape(x, smollm2)) for x in rows)
+block = sum(math.prod(x.shape) for x in rows if x.stacked)
+ends = P - smollm2.num_layers * block
+print(f"{4 * 4 * P / 1e6:,.0f} MB before")
+print(f"{4 * (3 * P + block + ends) / 1e6:,.0f} MB in backward")
+
+# %% [markdown]
+# `tests/record_lora.py` asked the system for the peak of a process that
+# fine-tunes it on 256 tokens at a time, in the three ways that you know now:
+
+# %% measured
+measured = json.loads(Path("../../book/lora.json").read_text("utf-8"))
+for kind in "whole", "inbackward", "lora":
+    row = measured[kind]
+    print(f"{kind:10} peak {row['peak'] / 1e9:.2f} GB, "
+          f"gradients {row['sizes']['grads'] / 1e9:.2f}")  # fmt: skip
+same = measured["inbackward"]["losses"] == measured["whole"]["losses"]
+verdict("its losses", same, "the bits of the whole")
+
+# %% what is held, and when tags=["hide-input"]
+L = smollm2.num_layers
+moments = np.arange(L + 2)  # the head, the blocks from last to first, the end
+both = {
+    "all, then learn": (ends + np.minimum(moments, L) * block, "orange"),
+    "in backward": (np.full(L + 2, ends + block), "blue"),
+}
+fig, ax = plt.subplots(figsize=(7.5, 2.6), dpi=100)
+for name, (held, colour) in both.items():
+    ax.step(moments, 4 * held / 1e6, where="post", color=PALETTE[colour])
+    ax.text(L + 1, 4 * held[-1] / 1e6 + 14, name, ha="right",
+            color=PALETTE[colour])  # fmt: skip
+ax.set(xlabel="blocks that have gone back", ylabel="MB of gradients",
+       ylim=(0, 620), xlim=(0, L + 1))  # fmt: skip
+ax.spines[["top", "right"]].set_visible(False)
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 5.11.1. Gradients that hold something still to be read, as SmolLM2 goes
+# back through its 30 blocks. Where blocks learn at once, there are never more
+# than one block's and the token table's.*
+#
+# ## What it does not do
+#
+# It cannot clip: the first block to learn would have to know the norm of those
+# that have not gone back yet. AdamW bounds the size of a step by itself, and a
+# warm-up covers its first steps, so short fine-tuning can do without; a long
+# run from new weights is better off with clipping ([chapter
+# 1.18](../1_by_hand/18_training.ipynb)). And it cannot add up the gradients of
+# several batches, for nothing of the first would be left to add to. It runs on
+# the host's backends.
+#
+# ## Take away
+#
+# - A gradient lives from its backward function to its update.
+# - Let the update follow at once, and the blocks need one place for theirs.
+# - Same bits, $3P$ and a little instead of $4P$; no clipping, no accumulation.
+#
+# ## Design note
+#
+# The same trick frees activations: what a block's backward pass has read is dead
+# too. But they are written by the forward pass before the first backward, so
+# all must be there at once; to save them one has to compute them again, which
+# costs a third of a step. Gradients cost nothing.
+#
+# ## Exercises
+#
+# **1** (★). Plain gradient descent has no averages. What fraction of its memory for
+# parameters and gradients is left, for a model of many equal blocks and small
+# ends?
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# $2P$ become $P + Q + E$: nearly half.
+# :::
+
+# %% [markdown]
+# ## Further reading
+#
+# - Lv et al. (2023),
+#   [Full Parameter Fine-tuning for Large Language Models with Limited
+#   Resources](https://arxiv.org/abs/2306.09782): the same loop with plain gradient
+#   descent, and two passes where the norm is wanted.
+#
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.book.index import gained
+
+gained("5.11")

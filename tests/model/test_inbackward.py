@@ -1,0 +1,58 @@
+"""A model whose blocks learn in the backward pass: GPT2's bits, in less."""
+
+import math
+
+import numpy as np
+import pytest
+from test_lora import CONFIGS, B, T, batch
+
+import llmnb
+from llmnb.model.inbackward import InBackward
+
+KINDS = [("reference", "fp64"), ("cpu", "fp32")]
+
+
+@pytest.mark.parametrize("backend, precision", KINDS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_learns_as_gpt2_does(name, backend, precision):
+    models = [
+        made(CONFIGS[name], B, T, backend, precision)
+        for made in (llmnb.GPT2, InBackward)
+    ]
+    for step in 1, 2, 3:
+        how = {"learning_rate": 1e-2, "step": step, "decay": ["fcw", "wte"]}
+        (loss, norm), (ours, our_norm) = (
+            model.step(*batch(step), **how) for model in models
+        )
+        assert ours == loss
+        assert our_norm == pytest.approx(norm, rel=1e-5)
+    for x, want in models[0].params.items():
+        assert np.array_equal(models[1].params[x], want), x
+    for group in "m", "v":
+        flat = [model.memory.flat(group) for model in models]
+        assert np.array_equal(*flat), group
+
+
+def test_it_holds_one_blocks_gradients():
+    cfg = llmnb.GPT2Config(8, 5, 6, 2, 16)
+    whole, ours = llmnb.GPT2(cfg, 1, 8), InBackward(cfg, 1, 8)
+    ends = 4 * sum(whole.params[x].size for x in ("wte", "wpe"))
+    ends += 4 * sum(whole.params[x].size for x in ("lnfw", "lnfb"))
+    sizes = [model.memory.sizes()["grads"] - ends for model in (whole, ours)]
+    assert sizes[0] == 6 * sizes[1]
+
+
+def test_what_needs_all_gradients_is_refused():
+    model = InBackward(CONFIGS["llama"], B, T, "reference")
+    before = model.memory.flat("params").copy()
+    with pytest.raises(ValueError, match=r"max_norm must be inf, got 1\.0"):
+        model.step(*batch(), max_norm=1.0)
+    with pytest.raises(ValueError, match="backend must be one of 'cpu'"):
+        InBackward(CONFIGS["llama"], B, T, "cuda")
+    model.forward(*batch())
+    for call in (
+        model.backward, model.update, lambda: model.clip_gradients(math.inf)
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match="call step"):
+            call()
+    assert np.array_equal(model.memory.flat("params"), before)

@@ -1,0 +1,408 @@
+"""Links with cards, search, names and weight of the rendered book.
+
+The fixtures are those of test_book.py, and so is what is skipped.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from test_book import (
+    BOOK,
+    CHAPTERS,
+    HTML,
+    ROOT,
+    Page,
+    Visit,
+    browser,  # noqa: F401 (a fixture)
+    built,  # noqa: F401
+    place,
+    why_not_built,
+)
+
+from llmnb.book.export import chapter_label
+
+LAYERNORM = "notebooks/1_by_hand/06_layernorm.html"
+CARD = ".preview-card"
+MOST_BYTES, MOST_REQUESTS = 1_500_000, 15
+
+
+# The sources
+
+
+@pytest.fixture(scope="module")
+def extension():
+    """book/_ext, to import from."""
+    pytest.importorskip("sphinx")
+    sys.path.insert(0, str(BOOK / "_ext"))
+    yield
+    sys.path.remove(str(BOOK / "_ext"))
+
+
+def test_every_reference_in_the_notebooks_has_its_target(extension):
+    import links
+
+    known, dead, count = links.numbered(), [], 0
+    for path in CHAPTERS:
+        for match in links.REFERENCE.finditer(path.read_text("utf-8")):
+            kind = match.lastgroup
+            label = links.LABEL if kind == "chapter" else links.NUMBER
+            for number in re.findall(label, match[0]):
+                count += 1
+                there = (
+                    number in links.PAGES
+                    if kind == "chapter"
+                    else links.anchor(kind, number) in known
+                )
+                dead += [] if there else [f"{path.name}: {kind} {number}"]
+    assert count > 500
+    assert not dead
+
+
+def test_a_line_of_references_is_cut_at_each(extension):
+    import links
+
+    text = "By (1.6.1), figures 1.6.2 and 1.6.3 and chapters 1.5 to 1.7."
+    targets = object.__new__(links.Targets)
+    targets.address = lambda kind, number, page: f"{kind} {number}"
+    found = [x for x in targets.split(text, "here") if x[1]]
+    assert found == [
+        ("(1.6.1)", "eq 1.6.1"),
+        ("figures 1.6.2", "fig 1.6.2"),
+        ("1.6.3", "fig 1.6.3"),
+        ("chapters 1.5", "chapter 1.5"),
+        ("1.7", "chapter 1.7"),
+    ]
+    assert "".join(x for x, _ in targets.split(text, "here")) == text
+
+
+def test_docstrings_become_lists(extension):
+    from docstrings import block_lines, columns, split
+
+    text = "out, inp: (B, T, C). All of one dtype. Raises ValueError if not."
+    assert [*split(text)] == [
+        ("``out``, ``inp``", "(B, T, C)."),
+        (None, "All of one dtype."),
+        ("Raises", "ValueError if not."),
+    ]
+    block = "out   (B, T)   float, written\nwte   (V, C)   the table"
+    assert columns(block) == [
+        ("``out``", "(B, T), float, written"),
+        ("``wte``", "(V, C), the table"),
+    ]
+    assert columns("One line.\nAnother line.") is None
+    # a name in backticks may reach over the end of a line
+    assert "``a + b``" in "\n".join(block_lines("Computes `a +\nb` at once."))
+
+
+def test_styles_are_pruned_by_the_classes_in_use(extension):
+    from weight import move_addresses, prune
+
+    css = "@import 'x';a{b:c}.on,.off{b:c}.off a{b:c}"
+    css += "@media print{.off{b:c}.on:not(.off){b:c}}.fa-x{b:c}"
+    want = "a{b:c}.on{b:c}@media print{.on:not(.off){b:c}}"
+    assert prune(css, {"on", "fa-x"}) == want
+    css = 'url("../a.woff2") url(data:x) url(/b) url(c.png)'
+    want = 'url("a.woff2") url(data:x) url(/b) url(styles/c.png)'
+    assert move_addresses(css, "styles") == want
+
+
+def test_the_card_for_messages_has_its_size():
+    data = (BOOK / "_static" / "card.png").read_bytes()
+    size = [int.from_bytes(data[i : i + 4]) for i in (16, 20)]
+    assert size == [1200, 630]
+
+
+# A small book with an address and a reference that leads nowhere
+
+
+def copy_book(folder):
+    """The book's files in a folder, with one chapter that can be changed."""
+    skip = shutil.ignore_patterns("_build", "__pycache__", "*.pdf")
+    shutil.copytree(BOOK, folder / "book", ignore=skip)
+    (folder / "llmnb").symlink_to(ROOT / "llmnb")
+    for path in [*CHAPTERS, CHAPTERS[0].with_suffix(".ipynb")]:
+        copy = folder / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+    return folder / CHAPTERS[0].with_suffix(".ipynb").relative_to(ROOT)
+
+
+def test_an_address_adds_buttons_and_a_dead_reference_is_told(tmp_path):
+    pytest.importorskip("jupyter_book")
+    notebook = copy_book(tmp_path)
+    text = notebook.read_text("utf-8")
+    assert "(1.1.4)" in text
+    notebook.write_text(text.replace("(1.1.4)", "(1.1.99)"), "utf-8")
+    config = tmp_path / "book" / "_config.yml"
+    text = config.read_text("utf-8")
+    text = text.replace("\nhtml:\n", "\nhtml:\n  baseurl: https://x.test/b/\n")
+    text += "\nrepository: {url: https://github.com/some/book, branch: main}\n"
+    config.write_text(text, "utf-8")
+    chapter = place(CHAPTERS[0])
+    toc = f"format: jb-book\nroot: notebooks/{chapter}\n"
+    (tmp_path / "toc.yml").write_text(toc)
+    command = [sys.executable, "-m", "jupyter_book", "build", "."]
+    command += ["--config", "book/_config.yml", "--toc", "toc.yml", "-q"]
+    command += ["--path-output", "out"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    told = done.stdout + done.stderr
+    assert "there is no equation 1.1.99" in told
+    page = tmp_path / f"out/_build/html/notebooks/{chapter}.html"
+    text = page.read_text("utf-8")
+    place_ = f"main?urlpath=lab/tree/notebooks/{chapter}.ipynb"
+    assert f"https://mybinder.org/v2/gh/some/book/{place_}" in text
+    assert "https://colab.research.google.com/github/some/book" in text
+    assert (
+        f'rel="canonical" href="https://x.test/b/notebooks/{chapter}' in text
+    )
+    assert 'content="https://x.test/b/_static/card.png"' in text
+
+
+# The built pages, as files
+
+
+@pytest.fixture(scope="module")
+def subjects():
+    """Each chapter's page and its numbered name, from the contents."""
+    text = (BOOK / "_toc.yml").read_text("utf-8")
+    found = re.findall(r'file: (notebooks/.+)\n +title: "(.+)"', text)
+    assert len(found) == len(CHAPTERS)
+    return {f"{page}.html": name for page, name in found}
+
+
+def plain(html):
+    return " ".join(re.sub(r"<[^>]+>", "", html).split())
+
+
+def test_a_chapter_has_one_name_everywhere(built, subjects):  # noqa: F811
+    for page, name in subjects.items():
+        if page not in built:
+            pytest.skip("a book of some chapters only")
+        text = (HTML / page).read_text("utf-8")
+        assert plain(
+            re.search("<title>(.+?)</title>", text, re.S)[1]
+        ).startswith(name)
+        heading = plain(re.search(r"<h1>(.+?)</h1>", text.split("<article")[1],
+                                  re.S)[1])  # fmt: skip
+        number, _, short = name.partition(" ")
+        assert heading.startswith(f"Chapter {number} "), heading
+        current = re.search(r'class="current reference[^>]*>(.*?)</a>', text,
+                            re.S)  # fmt: skip
+        assert plain(current[1]) == name
+        for link in re.findall(r'class="prev-next-title">(.+?)</p>', text):
+            assert not re.match(r".*: ", plain(link)), (page, link)
+
+
+def test_the_first_page_leads_to_the_first_chapter(built, subjects):  # noqa: F811
+    text = (HTML / "book" / "intro.html").read_text("utf-8")
+    link = re.search(r'<a class="right-next"\s+href="([^"]+)"', text)[1]
+    assert "notebooks/1_by_hand/01_" in link
+
+
+def test_index_html_says_what_it_is(built):  # noqa: F811
+    page = Page(HTML / "index.html")
+    assert page.title
+    assert len(page.description) > 60
+    assert "book/intro.html" in page.links
+
+
+def test_equations_and_figures_have_ids_and_links(built):  # noqa: F811
+    for path in CHAPTERS:
+        name = f"notebooks/{place(path)}.html"
+        if name not in built:
+            continue
+        text, label = path.read_text("utf-8"), chapter_label(path)
+        for kind, pattern in (
+            ("eq", rf"\\tag\{{({re.escape(label)}\.\d+)\}}"),
+            ("fig", rf"^# \*?Figure ({re.escape(label)}\.\d+)\."),
+        ):
+            for number in re.findall(pattern, text, re.M):
+                want = f"{kind}-{number.replace('.', '-')}"
+                assert want in built[name].ids, (name, want)
+
+
+def test_heads_tell_what_a_message_shows(built):  # noqa: F811
+    text = (HTML / LAYERNORM).read_text("utf-8")
+    for name in ("title", "description", "image"):
+        assert f'property="og:{name}" content="' in text
+    assert "canonical" not in text
+    assert "mybinder" not in text
+
+
+def test_search_data_is_small(built):  # noqa: F811
+    assert (HTML / "_static/search-data.js").stat().st_size < 1_500_000
+
+
+# The built pages, in a browser, from the disk
+
+
+@pytest.fixture(scope="module")
+def disk():
+    if why_not_built():
+        pytest.skip(why_not_built())
+    return HTML.resolve().as_uri()
+
+
+CARDS = (
+    ('a[href="#eq-1-6-10"]', "(1.6.10) · 1.6 LayerNorm", "mjx-container"),
+    ('a[href="#fig-1-6-4"]', "Figure 1.6.4. LayerNorm with three", "img, svg"),
+    ('article p a[href="01_learns.html"]', "1.1 A model that learns", "p"),
+)
+
+
+def test_a_link_shows_a_card_of_its_target(browser, disk):  # noqa: F811
+    with Visit(browser, disk, 1280) as visit:
+        page = visit.open(LAYERNORM)
+        for link, text, inside in CARDS:
+            page.locator(link).first.hover()
+            page.wait_for_selector(f"{CARD} :is({inside})")
+            assert text in page.locator(CARD).inner_text()
+            box = page.locator(CARD).bounding_box()
+            assert box["x"] >= 0 and box["x"] + box["width"] <= 1280
+            page.keyboard.press("Escape")
+            assert page.locator(CARD).count() == 0
+        assert visit.trouble == []
+
+
+def test_a_card_opens_by_keyboard_and_is_named(browser, disk):  # noqa: F811
+    with Visit(browser, disk, 390, "dark") as visit:
+        page = visit.open(LAYERNORM)
+        page.keyboard.press("Tab")  # so that focus comes from the keyboard
+        page.locator('a[href="#eq-1-6-10"]').first.focus()
+        page.wait_for_selector(f"{CARD} mjx-container")
+        link = page.locator("[aria-describedby=preview-card]")
+        assert link.get_attribute("href") == "#eq-1-6-10"
+        box = page.locator(CARD).bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 390
+
+
+def test_names_and_terms_have_cards(browser, disk):  # noqa: F811
+    with Visit(browser, disk, 1280) as visit:
+        page = visit.open("notebooks/1_by_hand/05_encoder.html")
+        page.locator("article a[href*='#term-']").first.hover()
+        page.wait_for_selector(f"{CARD} .card-text")
+        page.keyboard.press("Escape")
+        page = visit.open("notebooks/1_by_hand/08_attention.html")
+        name = page.locator("a.api-name[href*='attention']").first
+        name.hover()
+        page.wait_for_selector(f"{CARD} .card-code")
+        assert name.inner_text() in page.locator(CARD).inner_text()
+
+
+def test_comments_in_code_link_to_equations(browser, disk):  # noqa: F811
+    with Visit(browser, disk, 1280) as visit:
+        page = visit.open("notebooks/1_by_hand/01_learns.html")
+        links = page.locator(".highlight .c1 a[href='#eq-1-1-6']")
+        assert links.count() >= 2
+        source = "_modules/llmnb/reference/matmul.html"
+        page = visit.open(source)
+        links = page.locator(".highlight a[href*='#eq-1-7-']")
+        assert links.count() >= 1
+
+
+def test_a_tap_follows_the_link(browser, disk):  # noqa: F811
+    with Visit(browser, disk, 390) as visit:
+        context = browser.new_context(
+            has_touch=True, viewport={"width": 390, "height": 844}
+        )
+        page = context.new_page()
+        page.goto(f"{visit.home}/{LAYERNORM}")
+        page.locator("article p a[href='01_learns.html']").first.tap()
+        page.wait_for_url("**/01_learns.html")
+        assert page.locator(CARD).count() == 0
+        context.close()
+
+
+SEARCHES = {
+    "how do I train": ["1.18 Training"],
+    "attention": ["1.8 Attention"],
+    "layernorm_backward": ["1.6 LayerNorm", "layernorm_backward"],
+    "tokens": ["1.2 Tokens"],
+}
+
+
+def test_search_as_you_type(browser, disk):  # noqa: F811
+    with Visit(browser, disk, 1280) as visit:
+        page = visit.open("book/notation.html")
+        page.keyboard.press("/")
+        box = page.locator("#pst-search-dialog input")
+        for query, wanted in SEARCHES.items():
+            box.fill(query)
+            page.wait_for_selector("#found mark")
+            page.wait_for_function(
+                "q => document.querySelector('#found').dataset.query === q",
+                arg=query,
+            )
+            titles = page.locator("#found .found-title").all_inner_texts()
+            assert set(titles[:2]) & set(wanted), (query, titles)
+            text = page.locator("#found").inner_text()
+            assert "import " not in text
+        box.fill("xyzzyplugh")
+        page.wait_for_function(
+            "document.querySelector('.found-status').innerText"
+            ".startsWith('Nothing found')"
+        )
+        box.fill("how do I train")
+        page.wait_for_selector("#found mark")
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("Enter")
+        page.wait_for_url("**/18_training.html*")
+        assert visit.trouble == []
+
+
+def loaded(browser, disk, name):  # noqa: F811
+    """The files that a page loads before you scroll, with their sizes."""
+    files = {}
+
+    def note(request):
+        parts = urlsplit(request.url)
+        if parts.scheme == "file":
+            path = Path(unquote(parts.path))
+            files[path] = path.stat().st_size
+
+    with Visit(browser, disk, 1280) as visit:
+        visit.page.on("request", note)
+        visit.open(name)
+    return files
+
+
+def heaviest():
+    """The pages with the most text, and with MathJax."""
+    pages = [*HTML.glob("notebooks/*/*.html"), *HTML.glob("book/*.html")]
+    pages.sort(key=lambda x: x.stat().st_size)
+    return [x.relative_to(HTML).as_posix() for x in pages[-3:]]
+
+
+def test_pages_are_light(browser, disk):  # noqa: F811
+    for name in heaviest():
+        files = loaded(browser, disk, name)
+        print(f"{name}: {sum(files.values()):,} bytes, {len(files)} files")
+        assert sum(files.values()) < MOST_BYTES, (name, files)
+        assert len(files) <= MOST_REQUESTS, (name, files)
+
+
+CUT = """() => [...document.querySelectorAll("article table")]
+    .map(x => [x.closest(".pst-scrollable-table-container"), x])
+    .filter(([box, x]) => box && x.scrollWidth > box.clientWidth + 1)
+    .map(([box, x]) => x.innerText.slice(0, 60))"""
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_results_fit(browser, disk, width):  # noqa: F811
+    with Visit(browser, disk, width) as visit:
+        page = visit.open("book/results.html")
+        assert page.evaluate(CUT) == []
+        heads = page.locator("article h2").all_inner_texts()
+        assert len(heads) == len(set(heads))
+        text = page.locator("article").inner_text()
+        assert not re.search(r"\b1 threads", text)
+        assert text.count("no GPU: ") <= 1
