@@ -321,6 +321,48 @@ plt.show()
 # | local | one thread | in registers if small and indexed by constants | `cuda.local.array` |
 # | shared | one block | 48 KB a block | `cuda.shared.array` |
 # | global | all | 80 GB | arguments of the kernel |
+
+# %% draw who sees which memory tags=["hide-input"]
+from llmnb.book.diagram import draw_rounded
+
+
+def level(x, y, width, height, text, colour):
+    style = {"fc": "white", "ec": PALETTE[colour], "lw": 1.5}
+    draw_rounded(ax, (x, y), width, height, 0.12, **style)
+    ax.text(x + 0.12, y + height - 0.12, text, va="top", color=PALETTE[colour])
+
+
+def memory(y, text, colour, x):
+    style = {"ha": "center", "va": "center", "color": "white"}
+    draw_rounded(ax, (6.6, y), 3.2, 0.8, 0.12, fc=PALETTE[colour], ec="none")
+    ax.text(8.2, y + 0.4, text, size=9, **style)
+    ax.plot([x, 6.6], [y + 0.4, y + 0.4], color=PALETTE[colour], lw=1.5)
+
+
+fig, ax = plt.subplots(figsize=(8, 3.8), dpi=100)
+level(0, 0, 6, 5, "grid: all blocks of a launch", "orange")
+for k in (2, 1, 0):
+    level(0.3 + 0.2 * k, 0.3 + 0.15 * k, 5, 3.9, "", "green")
+level(0.3, 0.3, 5, 3.9, "block: up to 1,024 threads", "green")
+level(0.6, 0.5, 4.4, 2.9, "warp: 32 threads, each a lane", "ink")
+for t in range(8):
+    x = 0.8 + 0.5 * t
+    level(x, 0.7, 0.4, 1.7, "", "blue")
+    name = [0, 1, 2, 3, 4, 5, "...", 31][t]
+    style = {"ha": "center", "va": "center", "color": PALETTE["blue"]}
+    ax.text(x + 0.2, 1.55, name, **style)
+memory(4.1, "global memory: all", "orange", 6)
+memory(2.6, "shared memory: one block", "green", 5.3)
+memory(1.1, "registers: one thread", "blue", 4.7)
+ax.set(xlim=(-0.1, 9.9), ylim=(-0.1, 5.1))
+ax.axis("off")
+fig.subplots_adjust(0, 0, 1, 1)
+plt.show()
+
+# %% [markdown]
+# *Figure 3.1.3. A launch is a grid of blocks, a block is some warps, a warp is
+# 32 threads. The wider the circle that shares a memory, the farther away the
+# memory lies, and the longer a thread waits for it.*
 #
 # A variable lives in a register. Global memory lies outside the chip, and a
 # thread that reads it waits; a GPU hides that by running other warps, as
@@ -504,7 +546,7 @@ with watch() as seen:
     print(counted(count_atomically), "counted,", seen.atomics, "atomics")
 
 # %% [markdown]
-# Figure 3.1.3 has the four kernels once more, with a block of four threads that
+# Figure 3.1.4 has the four kernels once more, with a block of four threads that
 # you can watch one step at a time, in either order.
 
 
@@ -549,7 +591,7 @@ for w in walks:
     print(w["name"], *last.values(), races, "steps race")
 
 # %% [markdown]
-# *Figure 3.1.3. Every element of the board is written by one thread and read
+# *Figure 3.1.4. Every element of the board is written by one thread and read
 # by another. With a barrier between, both orders turn the numbers round.
 # Without it the result depends on the order, and the watch marks the race in
 # both, even where the result is right. A count races alike; atomic additions
