@@ -8,6 +8,7 @@ page, `line` less, and `fill` bears letters in white or in ink. A colour that
 the palette does not know, such as a heat map's, stays what it is.
 
 The outlines of letters stand once in a page, at its end, not in each figure.
+A file of each figure is written too, for the cards of links to it.
 """
 
 import re
@@ -137,7 +138,7 @@ class Figure:
         self.root.set("role", "img")
         self.root.set("aria-label", label)
         self.root.set("style", f"width: {width * POINT:.0f}px")
-        return f'<div class="drawing-frame">{markup(self.root)}</div>'
+        return markup(self.root)
 
 
 def markup(element):
@@ -152,19 +153,48 @@ def sheet(glyphs):
     return f'<svg class="glyphs" aria-hidden="true">{paths}</svg>'
 
 
+def styles():
+    """The colours of figures.css, for a file: dark where its address ends so.
+
+    A picture in an `<img>` does not see the page, but it sees the end of its
+    own address, `#dark`.
+    """
+    text = (Path(__file__).parents[1] / "_static/figures.css").read_text()
+    light, dark = re.findall(r"(?:--[\w-]+: #\w+;\s*)+", text)
+    return f"svg {{ {light} }} svg:target {{ {dark} }}"
+
+
+def preview(drawing, glyphs):
+    """A drawing as a file of its own, which a link's card shows."""
+    used = set(re.findall(r' href="#([^"]+)"', drawing))
+    own = "".join(markup(x) for name, x in glyphs.items() if name in used)
+    start, rest = drawing.split(">", 1)
+    start = start.replace("<svg", f'<svg xmlns="{SVG[1:-1]}" id="dark"')
+    return f"{start}><style>{styles()}</style><defs>{own}</defs>{rest}"
+
+
+def write_preview(app, uri, drawing, glyphs):
+    """Write a figure's file to where the builder puts a page's images."""
+    folder = Path(app.outdir, app.builder.imagedir)
+    folder.mkdir(exist_ok=True)
+    file = folder / app.env.images[uri][1]
+    file.write_text(preview(drawing, glyphs), "utf-8")
+
+
 def draw_inline(app, doctree, docname):
-    """Replace a page's images that are SVG made by a notebook."""
-    if app.builder.name != "html" or not docname.startswith("notebooks/"):
+    """Replace a page's images that are SVG made by matplotlib."""
+    drawn = docname.startswith("notebooks/") or docname == "book/results"
+    if app.builder.name != "html" or not drawn:
         return
     glyphs = {}
     for number, image in enumerate(list(doctree.findall(nodes.image))):
         path = Path(app.srcdir, image["uri"])
         if path.suffix == ".svg":
             figure = Figure(path.read_text("utf-8"), f"f{number}", glyphs)
-            label = image.get("alt", "")
-            image.replace_self(
-                nodes.raw("", figure.html(label), format="html")
-            )
+            drawing = figure.html(image.get("alt", ""))
+            write_preview(app, image["uri"], drawing, glyphs)
+            frame = f'<div class="drawing-frame">{drawing}</div>'
+            image.replace_self(nodes.raw("", frame, format="html"))
     if glyphs:
         doctree += nodes.raw("", sheet(glyphs), format="html")
 

@@ -8,13 +8,17 @@ the page with the files.
 """
 
 import hashlib
+import io
 import json
 import re
 import sys
 from functools import partial
 from pathlib import Path
 
+import matplotlib
+
 from llmnb.bench.report import bars_figure, layers_figure, summary, table
+from llmnb.book.notebook import STYLE, slim
 from llmnb.files import replacing
 
 BOOK = Path(__file__).parents[1]
@@ -193,7 +197,7 @@ def section(stem, result, found=()):
         yield from contest_lines(contest, said)
     for end, what, _, alt, caption in FIGURES:
         if draws(result, end, what):
-            yield from (f"![{alt}](_static/results-{stem}{end}.png)", "")
+            yield from (f"![{alt}](_static/results-{stem}{end}.svg)", "")
             yield from (f"*{caption}*", "")
 
 
@@ -231,7 +235,15 @@ def figures(found):
     for stem, result in found.items():
         for end, what, draw, *_ in FIGURES:
             if draws(result, end, what):
-                yield f"results-{stem}{end}.png", draw, result
+                yield f"results-{stem}{end}.svg", draw, result
+
+
+def drawn(draw, result):
+    """A figure as an SVG in the book's style, which says what it draws."""
+    file = io.StringIO()
+    with matplotlib.rc_context(fname=STYLE):
+        draw(result).savefig(file, format="svg", bbox_inches="tight")
+    return f"<!-- {digest(result)} -->\n{slim(file.getvalue())}\n"
 
 
 def main(book=BOOK):
@@ -240,8 +252,7 @@ def main(book=BOOK):
         sys.exit(f"there are no results in {book / 'results'}")
     for file_name, draw, result in figures(found):
         with replacing(book / "_static" / file_name) as file:
-            meta = {"Description": digest(result)}
-            draw(result).savefig(file, format="png", metadata=meta)
+            file.write(drawn(draw, result).encode())
     with replacing(book / "results.md") as file:
         file.write(page(found).encode())
 

@@ -55,7 +55,8 @@ function fill(box, data, name) {
   if (drawn) box.append(drawn);
   else if (data.image) {
     const image = element("img", "card-image", "");
-    image.src = root + data.image;
+    const dark = document.documentElement.dataset.theme === "dark";
+    image.src = root + data.image + (dark ? "#dark" : "");
     image.alt = "";
     image.addEventListener("load", place);
     box.append(image);

@@ -3,8 +3,8 @@
 """A GPU in Python: blocks, warps and threads that find races."""
 
 __all__ = [
-    "BarrierError", "RaceError", "Seen", "cuda", "load4", "record",
-    "simulate", "store4", "watch",
+    "BarrierError", "Film", "RaceError", "Seen", "Step", "cuda", "load4",
+    "record", "simulate", "store4", "watch",
 ]
 
 
@@ -94,7 +94,7 @@ class _Block:
             for n, thread in enumerate(threads)
         ]
         self.todo, self.ended = iter(self.lanes), 0
-        self.arrived, self.ready = [], []
+        self.arrived, self.ready, self.round = [], [], 0
         self.clock = self.since = self.bytes = 0
 
 
@@ -135,6 +135,7 @@ def _run_block(block):
             _greenlet()(_serve).switch(block, lane)
         while block.ended < len(block.lanes):
             ready, block.ready = block.ready, []
+            block.round += 1
             if not ready:
                 raise BarrierError(_stuck(block))
             for lane in ready:
@@ -235,7 +236,9 @@ class _Shared:
                 raise MemoryError(f"a block has {SHARED} bytes to share")
             if _now.seen is not None:
                 log = _Log(memory.itemsize) if _now.seen.races else None
-                memory = _Watched(memory, "shared", log, shared=True)
+                count = len(block.shared) + 1
+                name = f"shared {count}" if count > 1 else "shared"
+                memory = _Watched(memory, name, log, shared=True)
             block.shared[key] = memory
         return block.shared[key]
 
@@ -298,6 +301,7 @@ def _exchange(kind, mask, value, orders=False):
         )
     if _now.seen is not None:
         _now.seen.exchanges += 1
+        _filmed(WAIT, sys._getframe(2))
     warp, place = lane.warp, lane.number % WARP
     if warp.arrived and warp.kind != kind:
         raise BarrierError(f"lanes of a warp call {warp.kind} and {kind}")
@@ -344,6 +348,7 @@ class _Cuda(threading.local):
     def syncthreads(self):
         if _now.seen is not None:
             _now.seen.barriers += 1
+            _filmed(WAIT, sys._getframe(1))
         block = _now.lane.block
         _wait(block, len(block.lanes))
 
@@ -380,7 +385,7 @@ def _ordered(before, lane):
 
 
 # what was touched
-READ, WRITE, ATOMIC = range(3)  # kinds of access
+READ, WRITE, ATOMIC, WAIT = range(4)  # kinds of access, and a barrier
 
 
 class _Log:
@@ -439,6 +444,97 @@ class RaceError(RuntimeError):
 
     Derived in chapter A.5.
     """
+
+
+# a film
+class Step(NamedTuple):
+    """What one thread does at one moment, and who races with it.
+
+    kind: READ, WRITE, ATOMIC or WAIT. function, line: where in the code,
+    counted from the function's first line. array, first: its name and the
+    element where the access begins; values: what is there afterwards, and
+    in the elements next to it that the access spans. rival: (block, thread)
+    of an access that nothing orders before this one, or None.
+
+    Derived in chapter A.5.
+    """
+
+    moment: int
+    block: int
+    thread: int
+    kind: int
+    function: str
+    line: int
+    array: str = ""
+    first: int = 0
+    values: tuple = ()
+    rival: tuple = None
+
+
+class Film:
+    """The `steps` of simulated kernels, for `watch(film=...)`.
+
+    codes: the code of each function that made a step, by name. together: the threads of a block go on access by access, side by side,
+    in one moment; otherwise each step is a moment of its own.
+
+    Derived in chapter A.5.
+    """
+
+    def __init__(self, together=False):
+        self.together, self.steps, self.codes = together, [], {}
+        self._now, self._touched = None, None
+
+    def take(self, kind, frame, array=None, address=0, nbytes=0):
+        """Note a step of the thread that runs."""
+        self.develop()
+        lane, code = _now.lane, frame.f_code
+        self.codes.setdefault(code.co_name, code)
+        before, self._now = self._now, (lane.block, lane.block.round)
+        moment = self.steps[-1].moment if self.steps else -1
+        moment += not (self.together and before == self._now)
+        block, line = _number(lane.block), frame.f_lineno
+        line -= code.co_firstlineno
+        step = Step(moment, block, lane.number, kind, code.co_name, line)
+        if array is not None:
+            first = (address - array.start) // array.itemsize
+            self._touched = array.array, first, nbytes // array.itemsize
+            step = step._replace(array=array.name, first=first)
+        self.steps.append(step)
+
+    def develop(self):
+        """Complete the last step: what do its elements hold now?"""
+        if self._touched is not None:
+            array, first, count = self._touched
+            held = array.reshape(-1)[first : first + count].tolist()
+            self._touched = None
+            self.steps[-1] = self.steps[-1]._replace(values=tuple(held))
+
+    def mark(self, lane):
+        """Say of the last step with whose access it races."""
+        rival = _number(lane.block), lane.number
+        self.steps[-1] = self.steps[-1]._replace(rival=rival)
+
+
+# a step of a film
+def _number(block):
+    """A block's place in its grid, x running fastest."""
+    at, of = block.index, block.grid
+    return at.x + of.x * (at.y + of.y * at.z)
+
+
+def _step_aside(lane):
+    """Let the other threads of the block come to their next access."""
+    lane.block.ready.append(lane)
+    lane.fiber.parent.switch()
+
+
+def _filmed(kind, frame):
+    """Take a step that touches no array, if somebody films."""
+    film = _now.seen.film
+    if film is not None:
+        if film.together:
+            _step_aside(_now.lane)
+        film.take(kind, frame)
 
 
 # an array under watch
@@ -500,7 +596,9 @@ class _Watched:
 # note an access
 def _note(array, address, nbytes, access):
     """Note an access of the lane that runs, and look for a race."""
-    lane = _now.lane
+    lane, film = _now.lane, _now.seen.film
+    if film is not None and film.together:
+        _step_aside(lane)
     if access != ATOMIC:
         frame, kind = sys._getframe(2), (nbytes, access, array.shared)
         key = kind, id(frame.f_code), frame.f_lasti
@@ -508,12 +606,16 @@ def _note(array, address, nbytes, access):
         if site is None:
             site = _now.seen.add_site(key, frame.f_code)
         lane.trace.setdefault(site, []).append(address)
+    if film is not None:
+        film.take(access, sys._getframe(2), array, address, nbytes)
     if array.log is None:
         return
     now, step = (lane, lane.block.clock), array.log.step
     for at in range(address - address % step, address + nbytes, step):
         before = _clash(array.log, at, access, now)
-        if before is not None:
+        if before is not None and film is not None:
+            film.mark(before[0])
+        elif before is not None:
             element = (max(at, address) - array.start) // array.itemsize
             raise RaceError(_clashing(array.name, element, before, access))
 
@@ -588,13 +690,13 @@ class Seen:
     Derived in chapter A.5.
     """
 
-    def __init__(self, races=True):
+    def __init__(self, races=True, film=None):
+        self.races, self.film, self.launches = races, film, []
         self.threads = self.reads = self.writes = 0
         self.read_bytes = self.written_bytes = 0
         self.requests = self.sectors = 0
         self.shared_requests = self.shared_passes = 0
         self.barriers = self.exchanges = self.atomics = 0
-        self.launches, self.races = [], races
         self.sites, self._codes = {}, []
 
     def add_site(self, key, code):
@@ -630,21 +732,24 @@ class Seen:
 
 # watch
 @contextmanager
-def watch(races=True):
+def watch(races=True, film=None):
     """Check and count what simulated kernels do; yields a Seen.
 
     Every element that a kernel touches must lie inside its array, and no
     two threads may touch one element, one of them writing, with nothing
     that orders them: IndexError, ValueError and RaceError tell. Several
-    times slower than without. races: False lets races pass.
+    times slower than without. races: False lets races pass. film: a Film
+    that takes every step, and marks a race instead of raising an error.
 
     Derived in chapter A.5.
     """
-    before, _now.seen = _now.seen, Seen(races)
+    before, _now.seen = _now.seen, Seen(races, film)
     try:
         yield _now.seen
     finally:
         _now.seen = before
+        if film is not None:
+            film.develop()
 
 
 # note a launch

@@ -52,6 +52,7 @@ import random
 
 import matplotlib.pyplot as plt
 
+from llmnb.book.moving import moving
 from llmnb.book.verify import verdict
 
 with gzip.open("../../tests/data/library.jsonl.gz", "rt") as lines:
@@ -616,7 +617,8 @@ verdict("bytes", back, "decode(encode(x)) == x")
 
 # %% vocabularies cut to size
 seen, unseen = library[: len(library) // 2], "".join(library[-20:])
-merges = spell(_learn(_count_words(seen), 4096 - 257))
+pairs = _learn(_count_words(seen), 4096 - 257)
+merges = spell(pairs)
 sizes = [257, 384, 512, 768, 1024, 1536, 2048, 3072, 4096]
 density = []
 for size in sizes:
@@ -646,6 +648,34 @@ plt.show()
 # *Figure 1.2.4. Text that the training did not see: its tokens, and the pairs
 # of positions in it, as a percentage of what single bytes need. The first
 # thousand tokens bring four fifths of what four thousand save.*
+
+# %% one line in five vocabularies tags=["hide-input"]
+mine, heights = "A tokenizer's mistakes: 1234 naïve bytes", sizes[::2]
+fig, ax = plt.subplots(figsize=(8, 2.6), dpi=100)
+for y, size in enumerate(heights):
+    known = {token: rank for rank, token in enumerate(merges[: size - 1])}
+    ids = encode(mine, known)
+    row = [merges[i].decode("utf-8", "replace") for i in ids]
+    row = [piece.replace(" ", "␣").replace("�", "·") for piece in row]
+    colours = [BLUE if len(piece) > 1 else GREY for piece in row]
+    draw_pieces(ax, -y, row, colours)
+    ax.text(-0.4, -y, f"{size:,}", ha="right", va="center", size=11)
+    ax.text(42.4, -y, f"{len(ids)} tokens", va="center", size=11)
+ax.set(xlim=(-4, 50), ylim=(-len(heights) + 0.5, 0.6))
+ax.axis("off")
+fig.subplots_adjust(0, 0, 1, 1)
+plt.show()
+moving(
+    "merges", "one line in five vocabularies, merge by merge",
+    pairs=" ".join(f"{a} {b}" for a, b in pairs),
+    words=WORDS, text=mine, sizes=heights,
+)  # fmt: skip
+
+# %% [markdown]
+# *Figure 1.2.5. One line in vocabularies of five sizes, learnt from Python's
+# library. A larger vocabulary goes on where a smaller one ends, for the merges
+# are the same: common pieces are whole soon, and what the library never says
+# stays in bytes. (In the rendered book the line is yours to change.)*
 #
 # Why pairs? GPT-2 compares each token with all before it ([chapter
 # 1.8](08_attention.ipynb)): half the tokens are a quarter of the pairs.

@@ -48,6 +48,7 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 
 from llmnb.book.diagram import PALETTE
+from llmnb.book.moving import moving
 from llmnb.book.verify import compare, verdict
 from llmnb.config import GPT2Config
 
@@ -280,12 +281,26 @@ for ax, (name, path) in zip(axes.flat, paths.items(), strict=True):
     ax.set(title=name, xlim=(-1.6, 4.4), ylim=(-0.6, 2.4))
 fig.tight_layout()
 plt.show()
+means = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
+rules = {
+    "gradient descent": {"lr": 0.036},
+    "momentum": {"lr": 0.02, "beta": 0.9},
+    "Adam": {"lr": 0.2, **means},
+    "AdamW": {"lr": 0.2, "decay": 0.1, **means},
+}
+moving(
+    "valley", "the four paths, at any learning rate", rules=rules, steps=60,
+    curvature=curvature.tolist(), lowest=lowest.tolist(), start=[-1, -0.2],
+    levels=levels,
+)  # fmt: skip
 
 # %% [markdown]
 # *Figure 1.12.2. Sixty steps from the lower left; the cross is the lowest
 # point. Gradient descent bounces between the walls and creeps along the floor.
 # Momentum overshoots but arrives. Adam ignores the steepness, sets off
-# diagonally and overshoots less. AdamW turns back before the cross.*
+# diagonally and overshoots less. AdamW turns back before the cross. (In the
+# rendered book the learning rate is yours to change: above 0.04 descent flies
+# apart, and Adam does not.)*
 #
 # **Why Adam.** Make the walls a hundred times as steep. Descent must make its
 # steps a hundred times as short, or it flies apart, and comes nowhere along

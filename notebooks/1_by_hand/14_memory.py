@@ -50,6 +50,7 @@ import matplotlib.pyplot as plt
 
 from llmnb import reference
 from llmnb.book.diagram import PALETTE
+from llmnb.book.moving import moving
 from llmnb.book.verify import verdict
 from llmnb.config import GPT2Config
 from llmnb.model.gpt2 import GPT2
@@ -437,6 +438,20 @@ verdict(
 #
 # The block of a GPT-2 124M that trains on four rows of 256 tokens, a line a group:
 
+# %% the shapes in letters tags=["hide-input"]
+LETTERS = {3: "L", 5: "B", 7: "T", 13: "maxT", 2: "NH", 22: "C", 66: "3C"}
+LETTERS |= {88: "4C", 128: "Vp"}  # no two of these sizes are alike
+odd = GPT2Config(
+    max_seq_len=13, vocab_size=50, num_layers=3, num_heads=2, channels=22
+)
+table = [
+    [group, np.dtype(dtype).itemsize, bool(over), [
+        [name, [LETTERS[n] for n in shape]] for name, shape in shapes.items()
+    ]]
+    for group, (dtype, shapes, *over) in gpt2_layout(odd, 5, 7).items()
+]  # fmt: skip
+print(*table[0][3][:4], sep="\n")
+
 # %% the map of the arena tags=["hide-input"]
 layout = gpt2_layout(GPT2Config(), 4, 256)
 fig, ax = plt.subplots(figsize=(7.6, 4.6), dpi=100)
@@ -460,13 +475,16 @@ ax.text(60, 7, "over the logits: the same bytes", va="center", size=9)
 ax.spines[["top", "right"]].set_visible(False)
 fig.tight_layout()
 plt.show()
+start = {"B": 4, "T": 256, "L": 12, "C": 768, "Vp": 50304, "maxT": 1024}
+moving("arena", "the map, for any B, T, L and C", groups=table, start=start)
 
 # %% [markdown]
 # *Figure 1.14.2. The arena of GPT-2 124M with 4 x 256 tokens, to scale, but for the
 # few bytes of `batch`. The token table is almost a third of the parameters, and the
 # logits are longer than any activation. What twelve blocks keep (nearly all of the
 # green) is far more than what they take turns with (`block`), which lies in the logits'
-# bytes and costs nothing. Tensors too narrow for their name have none.*
+# bytes and costs nothing. Tensors too narrow for their name have none. (In the
+# rendered book the sizes are yours to change.)*
 #
 # ## A step, watched
 #

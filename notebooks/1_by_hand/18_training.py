@@ -362,7 +362,7 @@ verdict("the gap", abs(gap - 0.8) < 0.15, "about 0.8 nats at the end")
 
 # %% the loss curve tags=["hide-input"]
 fig, ax = plt.subplots(figsize=(8, 4.4), dpi=100)
-ax.plot(losses, ".", color=PALETTE["grey"], ms=2, label="one batch")
+ax.plot(losses, color=PALETTE["grey"], lw=0.5, label="one batch")
 mean = np.convolve(losses, np.ones(50) / 50, "valid")
 where = np.arange(len(mean)) + 24.5
 ax.plot(where, mean, color=PALETTE["blue"], label="mean of 50")

@@ -658,8 +658,10 @@ for row in range(16):
         ax.barh(row, p[i], 0.7, right[i] - p[i], color=grey[i])
     ax.plot(u, row - 0.38, "v", color=PALETTE["ink"], ms=5)
     for i in np.flatnonzero(p > 0.09):
+        ink = "white" if i == token else PALETTE["ink"]
         ax.text(right[i] - p[i] / 2, row, shown(i), size=8, clip_on=True,
-                ha="center", va="center", family="monospace")  # fmt: skip
+                ha="center", va="center", family="monospace",
+                color=ink)  # fmt: skip
     before = text.replace(" ", "␣").replace("\n", "⏎")[-24:]
     style = {"va": "center", "size": 9, "family": "monospace"}
     ax.text(-0.02, row, before, ha="right", **style)

@@ -51,6 +51,7 @@ import numpy as np
 
 from llmnb import reference
 from llmnb.book.diagram import PALETTE
+from llmnb.book.moving import moving
 from llmnb.book.verify import compare, verdict
 from llmnb.cpu.jit import inner
 from llmnb.timing import fastest, machine
@@ -212,7 +213,8 @@ for ax, numbers, title in (
 ):
     ax.imshow(numbers, cmap="Blues", vmin=-6, vmax=34)
     for (i, k), value in np.ndenumerate(numbers):
-        ax.text(k, i, value, ha="center", va="center", size=9)
+        ax.text(k, i, value, ha="center", va="center", size=9,
+                color="black")  # fmt: skip
     ax.set(title=title, xlabel="step of the sum", xticks=[], yticks=[])
 axes[0].set_ylabel("row")
 fig.tight_layout()
@@ -774,11 +776,19 @@ ax.legend(loc="lower right", frameon=False)
 ax.spines[["top", "right"]].set_visible(False)
 fig.tight_layout()
 plt.show()
+moving(
+    "roofline", "the roof of any machine, for any number of tokens",
+    copy=round(bandwidth / 1e9, 1), peak=round(top), measured="up to 4C",
+    rows=[2**k for k in range(11)],
+    layers=[[name, *size] for name, size in layers.items()],
+    points=[[n, round(i, 1), round(v, 1)] for n, (i, v) in points.items()],
+)  # fmt: skip
 
 # %% [markdown]
 # *Figure 2.4.5. With one token the layer lies at the left end, where memory
 # is the limit: every weight is read for a single multiplication. With the
-# tokens of a batch it lies under the flat part, where arithmetic is.*
+# tokens of a batch it lies under the flat part, where arithmetic is. (In the
+# rendered book you can write down what your own machine does.)*
 #
 # A point may lie over the slope: the copy goes to main memory, while a
 # weight of 9.4 MB may stay in the last-level cache from one run to the

@@ -39,6 +39,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from llmnb.book.diagram import PALETTE
+from llmnb.book.moving import moving
 from llmnb.book.verify import compare, verdict
 from llmnb.reference.attention import attention_backward as backward_numpy
 from llmnb.reference.attention import attention_forward as forward_numpy
@@ -122,7 +123,7 @@ shades = [PALETTE["blue"] if x < tops[i // 4] else PALETTE["orange"]
 ax.bar(range(16), row, color=shades)
 ax.step(np.arange(-0.5, 16, 4), [*tops, tops[-1]], where="post",
         color=PALETTE["ink"], label="m, the maximum so far")  # fmt: skip
-ax.set(ylabel="score", ylim=(0, 4.9))
+ax.set(ylabel="score", ylim=(0, 4.9), xticks=range(16))
 ax.legend(loc="upper left", frameon=False)
 for g, (factor, old, new) in enumerate(sizes):
     below.bar(4 * g + 1.5, old, 2.4, color=PALETTE["grey"])
@@ -130,20 +131,19 @@ for g, (factor, old, new) in enumerate(sizes):
     text = f"old times {factor:.2f}" if g else "nothing is old"
     below.text(4 * g + 1.5, old + new + 0.2, text, ha="center", size=9)
 below.set(xlabel="key, in groups of four", ylabel="sum", ylim=(0, 5.4))
-below.set(xticks=range(16))
 for a in (ax, below):
     a.spines[["top", "right"]].set_visible(False)
 fig.tight_layout()
 plt.show()
+moving("softmax", "group by group", row=row.round(1).tolist(), group=4)
 
 # %% [markdown]
 # *Figure 2.5.1. A row of sixteen scores, in four groups. A group with a larger
 # score (orange) raises $m$, and what was summed before (grey) shrinks by
 # $e^{m - m'}$; one without leaves the old sum as it is. Each group then adds
 # its own exponentials (green), all of them at most 1. At no time does anyone
-# hold more than a group.*
-
-# %% [markdown]
+# hold more than a group. (In the rendered book you can change the scores.)*
+#
 # ## First version: a row at a time
 #
 # A thread takes a row and walks over the keys before it in groups of 64:

@@ -6,7 +6,7 @@
 #     name: python3
 #   llmnb:
 #     modules:
-#       book.owners: "Draw which thread owns which element."
+#       book.owners: "Which thread owns which element, drawn and stepped through."
 # ---
 
 # %% [markdown]
@@ -55,6 +55,7 @@
 import matplotlib.pyplot as plt
 import numpy as np
 
+from llmnb.book.moving import moving
 from llmnb.book.verify import compare, verdict
 from llmnb.gpu.simulator import (
     BarrierError,
@@ -154,17 +155,7 @@ def draw_owners(ax, who, title="", group=None, rows="", cols=""):
     ax.set(xticks=[], yticks=[], xlabel=cols, ylabel=rows, aspect="equal")
 
 
-# %% the owners of eight elements
-fig, ax = plt.subplots(figsize=(6, 1.3), dpi=100)
-draw_owners(ax, [[0, 1, 2, 3, 4, 5, 6, -1]], group=4, cols="elements")
-fig.tight_layout()
-plt.show()
-
 # %% [markdown]
-# *Figure 3.1.1. Two blocks of four threads and seven elements: each thread
-# owns the element that has its place in the grid, in the colour of its block.
-# Thread 7 owns nothing.*
-#
 # Here is the kernel as a GPU would run it. `simulate` takes the function, the
 # two sizes and the arguments; the kernel asks `cuda` where it is, and
 # `cuda.grid(1)` is (3.1.1). These are the names that numba gives to CUDA,
@@ -183,6 +174,90 @@ simulate(add_one, 2, 4, (out, inp, 7))
 compare("add one", out, inp + 1, tol=1e-7)
 
 # %% [markdown]
+# The simulator can take down every step: which thread touches which element,
+# and at which line. `walk` runs a kernel twice for that, once with the threads
+# of a block side by side, step by step, and once one thread after the other.
+# Nobody can say which of the two a GPU will do.
+
+# %% imports of the steps tags=["export"]
+import inspect
+import math
+import textwrap
+
+import numpy as np
+
+from llmnb.gpu.simulator import Film, placed, simulate, watch
+
+
+# %% the steps of a kernel tags=["exporti"]
+def _filmed(kernel, blocks, threads, args, together):
+    """A film of a launch on copies of its arguments."""
+    film = Film(together)
+    copies = [placed(a, 16) if isinstance(a, np.ndarray) else a for a in args]
+    with watch(film=film):
+        simulate(kernel, blocks, threads, copies)
+    return film
+
+
+def _held(values):
+    """Numbers as JSON has them: None for what nobody has written."""
+    return [None if math.isnan(x) else round(x, 4) for x in values]
+
+
+def _rows(film):
+    """The steps of a film, a list for each."""
+    return [
+        [s.moment, s.block, s.thread, s.kind, s.function, s.line, s.array,
+         s.first, _held(s.values), s.rival]
+        for s in film.steps
+    ]  # fmt: skip
+
+
+# %% a walk through a kernel tags=["export"]
+def walk(name, kernel, blocks, threads, args, group=1):
+    """The steps of a launch, in two orders, for a figure that moves.
+
+    As `simulate` takes its arguments; the arrays in args stay as they are.
+    group: how many threads of a block have one colour, in a grid of one.
+    """
+    kernel = getattr(kernel, "function", kernel)
+    launch = kernel, blocks, threads, args
+    films = {
+        "together": _filmed(*launch, True),
+        "alone": _filmed(*launch, False),
+    }
+    codes = films["alone"].codes.items()
+    return {
+        "name": name,
+        "block": math.prod(threads) if isinstance(threads, tuple) else threads,
+        "group": group,
+        "main": kernel.__code__.co_name,
+        "code": {x: textwrap.dedent(inspect.getsource(c)) for x, c in codes},
+        "steps": {order: _rows(film) for order, film in films.items()},
+        "arrays": {
+            name: [*a.shape, _held(a.ravel().tolist())]
+            for name, a in zip(
+                inspect.signature(kernel).parameters, args, strict=True
+            )
+            if isinstance(a, np.ndarray)
+        },
+    }
+
+
+# %% who owns which of seven elements
+fig, ax = plt.subplots(figsize=(6, 1.3), dpi=100)
+draw_owners(ax, [[0, 1, 2, 3, 4, 5, 6, -1]], group=4, cols="elements")
+fig.tight_layout()
+plt.show()
+steps = walk("add_one", add_one, 2, 4, (np.zeros(7, "f4"), inp, 7))
+moving("threads", "two blocks of four threads, step by step", walks=[steps])
+
+# %% [markdown]
+# *Figure 3.1.1. Two blocks of four threads and seven elements: each thread
+# owns the element that has its place in the grid, in the colour of its block.
+# Thread 7 owns nothing, and does nothing. No two threads touch one element, so
+# the order does not matter.*
+#
 # The number 1 is written `np.float32(1)`: with a plain `1.0` numba would
 # compute in float64, the trap of [chapter 2.1](../2_cpu/01_compile.ipynb). An
 # A100 does 9.7 instead of 19.5 million million such operations a second, an
@@ -246,6 +321,48 @@ plt.show()
 # | local | one thread | in registers if small and indexed by constants | `cuda.local.array` |
 # | shared | one block | 48 KB a block | `cuda.shared.array` |
 # | global | all | 80 GB | arguments of the kernel |
+
+# %% draw who sees which memory tags=["hide-input"]
+from llmnb.book.diagram import draw_rounded
+
+
+def level(x, y, width, height, text, colour):
+    style = {"fc": "white", "ec": PALETTE[colour], "lw": 1.5}
+    draw_rounded(ax, (x, y), width, height, 0.12, **style)
+    ax.text(x + 0.12, y + height - 0.12, text, va="top", color=PALETTE[colour])
+
+
+def memory(y, text, colour, x):
+    style = {"ha": "center", "va": "center", "color": "white"}
+    draw_rounded(ax, (6.6, y), 3.2, 0.8, 0.12, fc=PALETTE[colour], ec="none")
+    ax.text(8.2, y + 0.4, text, size=9, **style)
+    ax.plot([x, 6.6], [y + 0.4, y + 0.4], color=PALETTE[colour], lw=1.5)
+
+
+fig, ax = plt.subplots(figsize=(8, 3.8), dpi=100)
+level(0, 0, 6, 5, "grid: all blocks of a launch", "orange")
+for k in (2, 1, 0):
+    level(0.3 + 0.2 * k, 0.3 + 0.15 * k, 5, 3.9, "", "green")
+level(0.3, 0.3, 5, 3.9, "block: up to 1,024 threads", "green")
+level(0.6, 0.5, 4.4, 2.9, "warp: 32 threads, each a lane", "ink")
+for t in range(8):
+    x = 0.8 + 0.5 * t
+    level(x, 0.7, 0.4, 1.7, "", "blue")
+    name = [0, 1, 2, 3, 4, 5, "...", 31][t]
+    style = {"ha": "center", "va": "center", "color": PALETTE["blue"]}
+    ax.text(x + 0.2, 1.55, name, **style)
+memory(4.1, "global memory: all", "orange", 6)
+memory(2.6, "shared memory: one block", "green", 5.3)
+memory(1.1, "registers: one thread", "blue", 4.7)
+ax.set(xlim=(-0.1, 9.9), ylim=(-0.1, 5.1))
+ax.axis("off")
+fig.subplots_adjust(0, 0, 1, 1)
+plt.show()
+
+# %% [markdown]
+# *Figure 3.1.3. A launch is a grid of blocks, a block is some warps, a warp is
+# 32 threads. The wider the circle that shares a memory, the farther away the
+# memory lies, and the longer a thread waits for it.*
 #
 # A variable lives in a register. Global memory lies outside the chip, and a
 # thread that reads it waits; a GPU hides that by running other warps, as
@@ -429,6 +546,57 @@ with watch() as seen:
     print(counted(count_atomically), "counted,", seen.atomics, "atomics")
 
 # %% [markdown]
+# Figure 3.1.4 has the four kernels once more, with a block of four threads that
+# you can watch one step at a time, in either order.
+
+
+# %% four threads and a board
+def turn(out, inp):
+    board = cuda.shared.array(4, np.float32)
+    t = cuda.threadIdx.x
+    board[t] = inp[t]
+    cuda.syncthreads()
+    out[t] = board[3 - t]
+
+
+def turn_hastily(out, inp):
+    board = cuda.shared.array(4, np.float32)
+    t = cuda.threadIdx.x
+    board[t] = inp[t]
+    out[t] = board[3 - t]
+
+
+# %% who writes the board, and who reads it
+fig, axes = plt.subplots(1, 2, figsize=(6, 1.6), dpi=100)
+draw_owners(axes[0], [[0, 1, 2, 3]], "board, written by")
+draw_owners(axes[1], [[3, 2, 1, 0]], "board, read by")
+fig.tight_layout()
+plt.show()
+arrays, one = (np.zeros(4, "f4"), np.arange(10, 14, dtype="f4")), np.zeros(1)
+walks = [walk("with a barrier", turn, 1, 4, arrays),
+         walk("without it", turn_hastily, 1, 4, arrays),
+         walk("a count", count, 1, 4, (one,)),
+         walk("an atomic count", count_atomically, 1, 4, (one,))]  # fmt: skip
+said = "four kernels, step by step, in two orders"
+moving("threads", said, walks=walks, shared=["board"])
+
+# %% what the two orders gave
+for w in walks:
+    out = next(iter(w["arrays"]))
+    last = {
+        order: {s[7]: s[8] for s in steps if s[6] == out}
+        for order, steps in w["steps"].items()
+    }
+    races = sum(s[9] is not None for s in w["steps"]["together"])
+    print(w["name"], *last.values(), races, "steps race")
+
+# %% [markdown]
+# *Figure 3.1.4. Every element of the board is written by one thread and read
+# by another. With a barrier between, both orders turn the numbers round.
+# Without it the result depends on the order, and the watch marks the race in
+# both, even where the result is right. A count races alike; atomic additions
+# do not.*
+#
 # For whole numbers the order does not matter. For a sum of float32 it changes
 # the last bits, and this book has promised runs that repeat to the last bit.
 # The other repair is the owner rule: one thread owns the number, and the

@@ -129,7 +129,8 @@ for ax, width in zip(axes, (8, 9), strict=True):
         wanted = column == 0
         fill = PALETTE["orange"] if wanted else PALETTE["pale"]
         ax.add_patch(plt.Rectangle((x, y), 1, 1, fc=fill, ec="white"))
-        ax.text(x + 0.5, y + 0.5, row, ha="center", va="center")
+        ink = "white" if wanted else PALETTE["ink"]
+        ax.text(x + 0.5, y + 0.5, row, ha="center", va="center", color=ink)
     ax.set(xlim=(0, 8), ylim=(6, 0), xlabel="bank", yticks=[])
     ax.set(xticks=np.arange(8) + 0.5, xticklabels=range(8))
     ax.set(title=f"rows of {width} numbers")

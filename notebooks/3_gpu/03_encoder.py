@@ -40,7 +40,8 @@
 # %% setup
 import matplotlib.pyplot as plt
 
-from llmnb.book.owners import draw_owners
+from llmnb.book.moving import moving
+from llmnb.book.owners import draw_owners, walk
 from llmnb.book.verify import compare, verdict
 from llmnb.cpu import encoder as cpu_encoder
 from llmnb.gpu.launch import empty, simulated, to_device, to_host
@@ -64,22 +65,6 @@ rng = np.random.default_rng(4)
 # writes their sum. It has one addition for twelve bytes: memory decides.
 # There is nothing to share and nothing to wait for. We must only see to it
 # that neighbours in memory belong to neighbours in a warp.
-
-# %% owners in the forward pass
-fig, axes = plt.subplots(1, 2, figsize=(8, 2.4), dpi=100)
-who = np.arange(32).reshape(4, 8)
-names = {"rows": "place", "cols": "channel"}
-draw_owners(axes[0], who.tolist(), "one element", 8, **names)
-draw_owners(axes[1], (who // 4).tolist(), "four channels", 2, **names)
-fig.tight_layout()
-plt.show()
-
-# %% [markdown]
-# *Figure 3.3.1. The owners of an output with four places and eight channels,
-# a colour for each place. Left: a thread for each element. Right: a thread
-# for four channels, a quarter of the threads. In both, neighbours in a row
-# belong to neighbours in a warp, or to one thread, so no byte of a sector is
-# left unused.*
 #
 # **A thread an element.** Thread $i$ owns element $i$ of the output, seen as
 # one long array: place $n = \lfloor i / C \rfloor$ and channel
@@ -121,7 +106,28 @@ def _forward_by_four(out, inp, wte, wpe, T):
         store4(out, i, x + p, y + q, z + r, w + s)
 
 
+# %% owners in the forward pass, and their steps
+fig, axes = plt.subplots(1, 2, figsize=(8, 2.4), dpi=100)
+who = np.arange(32).reshape(4, 8)
+names = {"rows": "place", "cols": "channel"}
+draw_owners(axes[0], who.tolist(), "one element", 8, **names)
+draw_owners(axes[1], (who // 4).tolist(), "four channels", 2, **names)
+fig.tight_layout()
+plt.show()
+tables = np.arange(24).reshape(3, 8), np.arange(4)[:, None] * np.full(8, 100)
+wte, wpe = (table.astype(np.float32) for table in tables)
+args = np.zeros((4, 8), np.float32), np.array([2, 0, 1, 0]), wte, wpe, 4
+walks = [walk("a thread an element", forward_by_one, 1, 32, args, 8),
+         walk("a thread four channels", _forward_by_four, 1, 8, args, 2)]  # fmt: skip
+moving("threads", "both kernels, step by step", walks=walks)
+
 # %% [markdown]
+# *Figure 3.3.1. The owners of an output with four places and eight channels,
+# a colour for each place. Left: a thread for each element. Right: a thread
+# for four channels, a quarter of the threads. In both, neighbours in a row
+# belong to neighbours in a warp, or to one thread, so no byte of a sector is
+# left unused; and no element of the output is touched by two.*
+#
 # The layer takes the second where it can. Shapes and types are checked. The
 # *values* of the tokens are on the device, and to look at them would mean to
 # wait for it; whoever sends the tokens there must have checked them.
@@ -301,21 +307,6 @@ def _backward_with_atomics(dwte, dwpe, dout, inp):
 # through the rest of the text, adds up the rows of its token in the order of
 # the text, and writes the sum.
 
-# %% owners in the backward pass
-text = "cacbca"
-who = [[text.index(token)] * 4 for token in text]
-fig, ax = plt.subplots(figsize=(4.4, 3.2), dpi=100)
-draw_owners(ax, who, rows="place", cols="channel")
-ax.set_yticks(np.arange(len(text)) + 0.5, list(text))
-fig.tight_layout()
-plt.show()
-
-# %% [markdown]
-# *Figure 3.3.2. The rows of `dout` for the text "cacbca", each with the
-# number of the block that adds it. Blocks 0, 1 and 3 stand at the first
-# place of their letter and do the work; blocks 2, 4 and 5 have found
-# theirs before them and ended.*
-
 
 # %% the first place of a token tags=["exporti"]
 @kernel
@@ -334,7 +325,28 @@ def tokens_by_one(dwte, dout, inp):
         dwte[token, c] = total
 
 
+# %% owners in the backward pass
+text = "cacbca"
+who = [[text.index(token)] * 4 for token in text]
+fig, ax = plt.subplots(figsize=(4.4, 3.2), dpi=100)
+draw_owners(ax, who, rows="place", cols="channel")
+ax.set_yticks(np.arange(len(text)) + 0.5, list(text))
+fig.tight_layout()
+plt.show()
+dout, inp = (
+    np.arange(24, dtype=np.float32),
+    np.array(["abc".index(x) for x in text]),
+)
+args = np.zeros((3, 4), np.float32), dout.reshape(6, 4), inp
+steps = walk("tokens_by_one", tokens_by_one, 6, 4, args)
+moving("threads", "six blocks of four threads, step by step", walks=[steps])
+
 # %% [markdown]
+# *Figure 3.3.2. The rows of `dout` for the text "cacbca", each with the
+# number of the block that adds it. Blocks 0, 1 and 3 stand at the first
+# place of their letter and do the work; blocks 2, 4 and 5 find theirs
+# before them and end. Each row of `dwte` has one owner, and nobody races.*
+#
 # A row of `dwpe` has an owner without any search: position $t$ occurs once
 # in each of the B texts. A thread for each element adds them up.
 

@@ -45,7 +45,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from llmnb import reference
-from llmnb.book.owners import draw_owners
+from llmnb.book.moving import moving
+from llmnb.book.owners import draw_owners, walk
 from llmnb.book.verify import compare, verdict
 from llmnb.gpu.launch import empty, simulated, to_device, to_host
 from llmnb.gpu.simulator import watch
@@ -68,19 +69,6 @@ rng = np.random.default_rng(8)
 # a thread each, in the same launch: with $n$ elements and
 # $f = \lfloor n / 4 \rfloor$ fours, thread $i \ge f$ takes element
 # $4f + (i - f) = 3f + i$.
-
-# %% who owns what
-fig, axes = plt.subplots(2, 1, figsize=(8, 1.9), dpi=100)
-draw_owners(axes[0], [list(range(19))], "one element a thread")
-fours = [i // 4 for i in range(16)] + [4, 5, 6]
-draw_owners(axes[1], [fours], "four elements a thread")
-fig.tight_layout()
-plt.show()
-
-# %% [markdown]
-# *Figure 3.5.1. The threads that own 19 elements. Each owns one, or four
-# neighbours, which move in one access of 16 bytes, and then the three that are
-# left over get a thread each.*
 #
 # An access of 16 bytes must begin at a multiple of 16 bytes; all memory that a
 # GPU hands out does, but a view may begin anywhere. For such a view we set
@@ -148,6 +136,32 @@ def _of_two(function):
             _write(out, i, add, function(x[i], y[i]))
 
     return one_or_four
+
+
+# %% who owns what, and the steps
+@device
+def plus(x, y):
+    return x + y
+
+
+fig, axes = plt.subplots(2, 1, figsize=(8, 1.9), dpi=100)
+draw_owners(axes[0], [list(range(19))], "one element a thread")
+fours = [i // 4 for i in range(16)] + [4, 5, 6]
+draw_owners(axes[1], [fours], "four elements a thread")
+fig.tight_layout()
+plt.show()
+x = np.arange(19, dtype=np.float32)
+args = np.zeros_like(x), x, 100 + 0 * x, 0
+walks = [
+    walk("one a thread", _of_two(plus), 1, 19, (*args, 0)),
+    walk("four a thread", _of_two(plus), 1, 7, (*args, 4)),
+]
+moving("threads", "a sum of 19 elements, step by step", walks=walks, wrap=10)
+
+# %% [markdown]
+# *Figure 3.5.1. The threads that own 19 elements of a sum. Each owns one, or four
+# neighbours, which move in one access of 16 bytes, and then the three that are
+# left over get a thread each: the same three accesses by 7 threads, not by 19.*
 
 
 # %% the factory tags=["export"]

@@ -51,7 +51,8 @@ import matplotlib.pyplot as plt
 
 from llmnb import reference
 from llmnb.book.diagram import PALETTE
-from llmnb.book.owners import draw_owners
+from llmnb.book.moving import moving
+from llmnb.book.owners import draw_owners, walk
 from llmnb.book.verify import compare, verdict
 from llmnb.gpu.launch import empty, simulated, to_device, to_host
 from llmnb.gpu.simulator import watch
@@ -404,6 +405,33 @@ count("3", register_tiles)
 # eight lanes lie in a row of the tile; those of the next rows want the same
 # words of `b`, and a word that several lanes want is served to all in one pass.
 #
+# The same kernel, made for tiles of 4 by 4 with 2 by 2 outputs a thread, is
+# small enough to watch.
+
+# %% a small tile, step by step
+fig, axes = plt.subplots(1, 2, figsize=(6, 2.6), dpi=100)
+brought = np.repeat(np.arange(4), 4).reshape(4, 4)
+draw_owners(axes[0], brought.tolist(), "who brings it", rows="left, by steps")
+owned = np.tile([[0, 1], [2, 3]], (2, 2))
+draw_owners(axes[1], owned.tolist(), "who owns it", rows="out")
+fig.tight_layout()
+plt.show()
+a = np.arange(32, dtype=np.float32).reshape(4, 8)
+b, out = a % 5, np.zeros((4, 4), np.float32)
+args = out, out, out[0], a, b, 0, 0
+steps = walk("a tile", tile_kernel(4, 4, 2, True, True), 1, 4, args)
+names = {"shared": ["left", "right"], "wrap": 4 + 32 // 4}
+moving("threads", "a tile, step by step", walks=[steps], **names)
+last = {s[7]: s[8][0] for s in steps["steps"]["alone"] if s[6] == "out"}
+compare("the tile", [last[i] for i in range(16)], (a @ b.T).ravel())
+
+# %% [markdown]
+# *Figure 3.6.1. A block of four threads, one tile of `out`, and eight steps of
+# the sum in two tiles of four. Each number comes from global memory once,
+# brought by one thread; then, behind the barrier, two threads read it from
+# shared memory for two outputs each. The second barrier holds back those who
+# would overwrite what others still read.*
+#
 # ## Version 4: vectors
 #
 # A load of four numbers is one instruction instead of four. For that a thread's
@@ -445,7 +473,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 3.6.1. Left, a block needs the rows of `a`, and of `b`, drawn as
+# *Figure 3.6.2. Left, a block needs the rows of `a`, and of `b`, drawn as
 # columns, that meet in its tile. Right, which thread owns each piece of 4 by 4
 # outputs, coloured by warp: a thread has four pieces, 8 by 8 outputs in all,
 # and neighbours read neighbouring fours.*

@@ -8,6 +8,7 @@
 #     modules:
 #       book.verify: "Proof helpers: comparisons, numerical gradients, verdicts."
 #       book.diagram: "The diagram of GPT-2, and the colours of all figures."
+#       book.moving: "Figures that move in the rendered book."
 #       timing: "The fastest of some calls, and the name of the machine."
 # ---
 
@@ -206,6 +207,35 @@ gpt2_diagram(lit="attention")
 # %% [markdown]
 # *Figure A.11.1. The picture at the head of the chapter on attention. Text
 # comes in at the top left; the loss and AdamW stand at the end.*
+#
+# ## Figures that move
+#
+# Some figures want to be stepped through. A notebook has the still picture;
+# the rendered book can do more, without a kernel, if it is given the numbers.
+# So a cell draws the still, and then calls `moving`, which hands the numbers to
+# the book beside a line of text for whoever reads the notebook. The script that
+# draws them is named by `kind`: it lies in `book/_static/move/`.
+
+# %% imports of figures that move tags=["export"] module="book.moving"
+import json
+
+from IPython.display import display
+
+# %% numbers for a figure that moves tags=["export"] module="book.moving"
+MIME = "application/vnd.llmnb.figure+json"
+
+
+def moving(kind, said, **data):
+    """Hand a figure's numbers to the rendered book, below its still picture.
+
+    kind: the script book/_static/move/<kind>.js that draws it. said: what a
+    notebook shows in its place. data: numbers, texts, lists and mappings of
+    these, as JSON has them. They must be the same on every machine, since
+    the notebook's test compares them. A notebook keeps them in one line.
+    """
+    facts = json.dumps({"kind": kind, **data}, separators=(",", ":"))
+    display({"text/plain": said, MIME: facts}, raw=True)
+
 
 # %% [markdown]
 # ## Verdicts

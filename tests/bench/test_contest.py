@@ -453,7 +453,7 @@ def test_the_page_with_and_without_times(results_page, result):
     assert "No time" not in text and "Not measured" not in text
     assert "  25% |" in text and " 100% |" in text
     names = [name for name, _, _ in results_page.figures(timed)]
-    assert names == ["results-gpu-ladders.png"]
+    assert names == ["results-gpu-ladders.svg"]
 
 
 # the command
