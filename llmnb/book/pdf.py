@@ -3,7 +3,7 @@
 """The book on paper: chapters printed by a browser, and merged."""
 
 __all__ = [
-    "FRONT", "HREF", "PAPER", "PLACES", "Sheets", "add_outline",
+    "FIT", "FRONT", "HREF", "PAPER", "PLACES", "Sheets", "add_outline",
     "front_matter", "lead", "linked_places", "main", "make_pdf", "merge",
     "place_of", "print_entry", "print_page",
 ]
@@ -38,9 +38,19 @@ PAPER = """
     }
 }
 @page :first { @top-left { content: none; } }
+article { width: 140mm; }
 html { counter-reset: page %(before)d; }
 .place { position: absolute; top: 0; font-size: 1px; color: transparent; }
 """
+# makes equations and tables that are too wide as small as they must be
+FIT = """() => {
+    const wide = "article div.math mjx-container, article table";
+    for (const x of document.querySelectorAll(wide)) {
+        const room = x.parentElement.getBoundingClientRect().width;
+        const share = room / x.getBoundingClientRect().width;
+        if (share < 0.999) x.style.zoom = share;
+    }
+}"""
 # links to these places, which nobody sees; returns the page's sections
 PLACES = """ids => {
     for (const id of ids) {
@@ -78,7 +88,9 @@ def print_page(page, entry, first, style="decimal"):
     Derived in chapter A.15.
     """
     words = {"head": json.dumps(entry.title), "before": first - 1}
+    page.emulate_media(media="print", color_scheme="light")
     page.add_style_tag(content=PAPER % (words | {"style": style}))
+    page.evaluate(FIT)
     return page.pdf(prefer_css_page_size=True, print_background=True)
 
 

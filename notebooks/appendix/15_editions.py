@@ -202,9 +202,19 @@ PAPER = """
     }
 }
 @page :first { @top-left { content: none; } }
+article { width: 140mm; }
 html { counter-reset: page %(before)d; }
 .place { position: absolute; top: 0; font-size: 1px; color: transparent; }
 """
+# makes equations and tables that are too wide as small as they must be
+FIT = """() => {
+    const wide = "article div.math mjx-container, article table";
+    for (const x of document.querySelectorAll(wide)) {
+        const room = x.parentElement.getBoundingClientRect().width;
+        const share = room / x.getBoundingClientRect().width;
+        if (share < 0.999) x.style.zoom = share;
+    }
+}"""
 # links to these places, which nobody sees; returns the page's sections
 PLACES = """ids => {
     for (const id of ids) {
@@ -237,7 +247,9 @@ class Sheets(NamedTuple):
 def print_page(page, entry, first, style="decimal"):
     """The bytes of a PDF of what the browser's page shows."""
     words = {"head": json.dumps(entry.title), "before": first - 1}
+    page.emulate_media(media="print", color_scheme="light")
     page.add_style_tag(content=PAPER % (words | {"style": style}))
+    page.evaluate(FIT)
     return page.pdf(prefer_css_page_size=True, print_background=True)
 
 
