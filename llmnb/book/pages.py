@@ -87,7 +87,9 @@ def open_browser():
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=next(filter(None, map(shutil.which, CHROMIUM)), None),
+            executable_path=next(
+                filter(None, map(shutil.which, CHROMIUM)), None
+            ),
             args=["--no-sandbox"],
         )
         yield browser.new_page(color_scheme="light")
