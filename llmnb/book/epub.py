@@ -49,12 +49,19 @@ TAKE = """names => {
     }
     for (const x of all(".math")) {
         const box = x.querySelector("mjx-container"), tex = x.dataset.tex;
-        const svg = box?.querySelector("svg");
-        if (!svg) continue;
+        if (!tex) continue;
+        // a number that is drawn keeps the drawing from shrinking
+        const tags = tex.match(/\\\\tag\\{[^}]*\\}/g) || [];
+        const display = box.getAttribute("display") == "true";
+        const drawn = tags.length != 1 ? box
+            : MathJax.tex2svg(tex.replace(tags[0], ""), {display});
+        const svg = drawn.querySelector("svg");
+        const whole = made("span", "");
+        if (display) whole.className = "display";
         svg.setAttribute("aria-label", tex);
-        const whole = document.createElement("span");
-        if (box.getAttribute("display") == "true") whole.className = "display";
         whole.append(svg);
+        if (tags.length == 1)
+            whole.append("\\u2003(" + tags[0].slice(5, -1) + ")");
         x.replaceChildren(whole);
     }
     all("script, style, link, button, canvas, input, select, textarea, form, "
@@ -107,6 +114,7 @@ div.highlight { border-left: 0.2em solid #ccd3da; padding-left: 0.6em; }
 .export-label, .figure-caption, summary { font-size: 0.85em; }
 .chapter-number { display: block; font-size: 0.5em; }
 img, svg { max-width: 100%; }
+span.display svg { height: auto; }
 span.display { display: block; text-align: center; margin: 0.8em 0; }
 table { border-collapse: collapse; font-size: 0.85em; }
 th, td { border-bottom: 1px solid #ccd3da; padding: 0.2em 0.6em 0.2em 0; }
