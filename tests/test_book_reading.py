@@ -142,7 +142,7 @@ def test_the_switch_opens_what_it_says(browser, address):
         assert state["open"] == []
         state = press(page, "Code")
         kinds = " ".join(state["open"]).split()
-        assert {"imports", "check", "exported"} <= set(kinds)
+        assert {"imports", "check", "setup"} <= set(kinds)
         assert not {"authors", "exercise"} & set(kinds)
         state = press(page, "All")
         assert len(state["open"]) == state["count"] > 15
@@ -203,6 +203,20 @@ def test_the_switch_works_without_storage(browser, address):
         assert page.evaluate(STATE)["view"] == "read"
         assert len(press(page, "All")["open"]) > 15
         assert visit.trouble == []
+
+
+def test_a_long_function_shows_its_outline_until_it_is_opened(
+    browser, address
+):
+    with Visit(browser, address, 1280) as visit:
+        page = look(visit, "notebooks/3_gpu/04_layernorm.html")
+        cell = page.locator(".cell:has(> .brief)").first
+        brief = cell.locator("> .brief")
+        assert "def " in brief.inner_text()
+        assert not cell.locator("details pre").is_visible()
+        cell.locator("summary").click()
+        assert cell.locator("details pre").is_visible()
+        assert not brief.is_visible()
 
 
 def test_without_scripts_folds_open_and_nothing_is_lost(browser, address):
