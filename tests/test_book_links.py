@@ -243,6 +243,16 @@ def test_heads_tell_what_a_message_shows(built):  # noqa: F811
     assert "mybinder" not in text
 
 
+def test_every_icon_that_a_page_asks_for_is_drawn(built):  # noqa: F811
+    drawn = (BOOK / "_static" / "icons.css").read_text("utf-8")
+    for name, page in built.items():
+        for classes in page.classes:
+            if {"fas", "fa-solid"} & set(classes):
+                icons = {x for x in classes if x.startswith("fa-")}
+                for icon in icons - {"fa-solid", "fa-lg"}:
+                    assert f".{icon} {{ --icon" in drawn, (name, icon)
+
+
 def test_search_data_is_small(built):  # noqa: F811
     assert (HTML / "_static/search-data.js").stat().st_size < 1_500_000
 
