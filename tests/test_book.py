@@ -382,7 +382,7 @@ EXPORT_MARK = """() => {
         return (x + 0.05) / (y + 0.05);
     };
     const page = getComputedStyle(document.body).backgroundColor;
-    const label = document.querySelector(".export-label");
+    const label = document.querySelector(".export-label:not(.beside)");
     const input = label.parentElement.querySelector(".cell_input");
     const plain = [...document.querySelectorAll("div.cell > .cell_input")]
         .find(x => !x.parentElement.querySelector(".export-label"));
@@ -413,16 +413,18 @@ def test_exported_cells_are_marked(browser, address, scheme):
 def test_solutions_are_folded_and_open(browser, address):
     with Visit(browser, address, 390) as visit:
         page = visit.open("notebooks/1_by_hand/06_layernorm.html")
-        cell = page.locator("details.hide").first
+        cell = page.locator("details.fold:not(.exercise)").first
         code = cell.locator("pre").first
         assert not code.is_visible()
         cell.locator("summary").click()
         assert code.is_visible()
-        solution = page.locator(".admonition.dropdown").first
-        text = solution.locator("p").nth(1)
+        solution = page.locator("details.exercise").first
+        text, check = solution.locator("p").first, solution.locator("pre")
         assert not text.is_visible()
-        solution.locator(".admonition-title").click()
+        assert not check.last.is_visible()
+        solution.locator("summary").click()
         text.wait_for(state="visible")
+        assert check.last.is_visible()
         assert visit.trouble == []
 
 

@@ -75,8 +75,7 @@ def render(pairs):
         if term is not None:
             if before != "list":
                 lines.append("")
-            # within the directive: MyST does not resolve what follows one
-            lines += [f"    {term}", f"        {escape(text)}"]
+            lines += [term, f"    {escape(text)}"]
         elif before == "text":
             lines[-1] += " " + escape(text)
         else:

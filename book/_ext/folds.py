@@ -2,7 +2,9 @@
 
 A reader comes for the text, the figures and the results. So a cell that only
 imports, sets up, draws or checks is folded to one line with its name, and a
-long function to its signature; a cell's outputs stay in sight. An exercise's
+long function to its signature; a cell's outputs stay in sight. In Part 1 the
+functions are what a reader came for: a cell of them is folded only where it is
+longer than a cell of the book should be. An exercise's
 solution, its code and its check go into one fold. What a fold holds follows
 from the cell alone, so no notebook needs a tag for it. `reading.js` opens
 the folds for the readers who want the code.
@@ -10,10 +12,13 @@ the folds for the readers who want the code.
 
 import ast
 import re
+from pathlib import Path
 
 from docutils import nodes
 
 LONG = 12  # lines; exported code longer than this is folded to its outline
+LONG_BY_HAND = 26  # the same in Part 1
+BY_HAND = "1_by_hand"  # the folder of Part 1
 AUTHORS = {"hide-input", "hide-cell"}
 EXPORTED = {"export", "exporti"}
 VERDICT = re.compile(r".{16} .+ (ok|FAIL)")
@@ -71,17 +76,18 @@ def only_verdicts(text):
     return bool(text) and all(VERDICT.fullmatch(x.rstrip()) for x in lines)
 
 
-def kind_of(source, text, shown, exported):
+def kind_of(source, text, shown, exported, long=LONG):
     """What a cell is to a reader: the name of its fold, or None.
 
     source: its code. text: what it prints; shown: whether it puts out
-    anything at all. exported: whether its code is part of the package.
+    anything at all. exported: whether its code is part of the package. long:
+    the lines that defined code may have before it is folded.
     """
     body, lines = statements(source), source.count("\n") + 1
     if only_imports(body) and not shown:
         return "imports"
     if exported:
-        return "exported" if lines > LONG else None
+        return "exported" if lines > long else None
     if DRAWS.search(source):
         return "drawing"
     if "gained(" in source:
@@ -89,7 +95,10 @@ def kind_of(source, text, shown, exported):
     if only_verdicts(text):
         return "check"
     if not shown:
-        return "helper" if any(map(is_definition, body)) else "setup"
+        defines = any(map(is_definition, body))
+        if defines and long == LONG_BY_HAND and lines <= long:
+            return None
+        return "helper" if defines else "setup"
     return "long" if lines > LONG else None
 
 
@@ -153,7 +162,7 @@ def printed(output):
     return "\n".join(x.astext() for x in blocks if "stream" in x["classes"])
 
 
-def fold_cell(cell):
+def fold_cell(cell, long):
     """Fold a cell's code if its kind or its author asks for that."""
     cell.attributes.pop("hide_mode", None)  # or MyST-NB folds it once more
     code = part_of(cell, "cell_code_source")
@@ -163,7 +172,7 @@ def fold_cell(cell):
     source = code.astext()
     tags, text = tags_of(cell), printed(output)
     exported = bool(EXPORTED & tags)
-    kind = kind_of(source, text, output is not None, exported)
+    kind = kind_of(source, text, output is not None, exported, long)
     if kind is None and not AUTHORS & tags:
         return
     name = cell["cell_metadata"].get("title") or "code"
@@ -227,12 +236,15 @@ def is_cell(node):
 def fold(doctree):
     """Fold a chapter's exercises, then the cells outside of them."""
     fold_exercises(doctree)
+    long = LONG_BY_HAND if BY_HAND in doctree["source"] else LONG
     for cell in code_cells(doctree):
         if not isinstance(cell.parent, Fold):
-            fold_cell(cell)
+            fold_cell(cell, long)
 
 
 def setup(app):
+    first = Path(__file__).parents[1] / "_static" / "first.js"
+    app.add_js_file(None, body=first.read_text("utf-8"), priority=1)
     plain = dict.fromkeys(("latex", "text", "man"), (pass_by, pass_by))
     app.add_node(Fold, html=(visit_fold, depart_fold), **plain)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

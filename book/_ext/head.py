@@ -12,12 +12,13 @@ from pathlib import Path
 
 from docutils import nodes
 
-CARD = "_static/card.png"  # drawn by card.py
+CARD = "_static/card.png"  # drawn by social_card.py
 LAUNCH = {
     "notebook_interface": "jupyterlab",
     "binderhub_url": "https://mybinder.org",
     "colab_url": "https://colab.research.google.com",
 }
+OWN = "https://github.com/executablebooks/"
 INDEX = """\
 <!DOCTYPE html>
 <html lang="en">
@@ -75,8 +76,9 @@ def add_tags(app, pagename, templatename, context, doctree):
 def offer_launch(app):
     """Buttons that open a chapter elsewhere, once the book has an address."""
     options = app.config.html_theme_options
-    if options.get("repository_url"):
-        options.setdefault("launch_buttons", LAUNCH)
+    # without an address Jupyter Book puts that of its own repository
+    if not options.get("repository_url", OWN).startswith(OWN):
+        options["launch_buttons"] = LAUNCH
 
 
 def write_index(app, error):

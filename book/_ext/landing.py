@@ -143,7 +143,7 @@ def render_part(inside, words, need, end):
     """One part: what it needs, what it ends with, and its chapters."""
     cells = "".join(
         f'<li><a href="../notebooks/{x.place.removesuffix(".py")}.html" '
-        f'title="{html.escape(x.name)}" '
+        f'data-name="{x.label} {html.escape(x.name)}" '
         f'aria-label="{x.label} {html.escape(x.name)}">'
         f"{x.label.partition('.')[2]}</a></li>"
         for x in inside

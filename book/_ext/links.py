@@ -1,17 +1,14 @@
-"""Links to equations, figures, chapters and names, and what they preview.
+"""Links to equations, figures, chapters and names.
 
 The notebooks write "(1.6.10)", "figure 1.6.3", "chapter 1.6" and
 `layernorm_backward` as plain text. Here each becomes a link, in the text and
 in the comments of code. What exists is read from the notebooks' sources, so
 a reference to nothing is a warning even where only some pages are built.
-`_static/links.js` shows a card with the target when you point at a link;
-the cards' contents go into one script, `_static/previews.js`.
+cards.py shows what a link leads to.
 """
 
 import functools
-import json
 import re
-from pathlib import Path
 
 from docutils import nodes
 from llmnb_book import PAGES, ROOT
@@ -66,6 +63,7 @@ class Targets:
 
     def __init__(self, app):
         self.app, self.known = app, numbered()
+        self.away = set()  # figures that another page refers to
 
     def address(self, kind, number, docname):
         """The address of a target from a page, or None if there is none."""
@@ -83,7 +81,10 @@ class Targets:
             return None
         if kind == "chapter":
             return self.relative(docname, page) if page != docname else None
-        return self.relative(docname, page) + "#" + anchor(kind, number)
+        name = anchor(kind, number)
+        if page != docname:
+            self.away.add(name)
+        return self.relative(docname, page) + "#" + name
 
     def relative(self, docname, page):
         if page == docname:
@@ -94,8 +95,7 @@ class Targets:
         """Cut a text into pairs: a piece, and the address that it gets."""
         end = 0
         for match in REFERENCE.finditer(text):
-            for piece in self.pieces(match):
-                kind, number, start, stop = piece
+            for kind, number, start, stop in self.pieces(match):
                 link = self.address(kind, number, docname)
                 if link:
                     yield text[end:start], None
@@ -104,18 +104,15 @@ class Targets:
         yield text[end:], None
 
     def pieces(self, match):
-        """The references in a match: "figures 1.6.1 and 1.6.2" are two."""
-        kind = match.lastgroup
-        start = match.start()
-        for number in re.finditer(
-            LABEL if kind == "chapter" else NUMBER, match[0]
-        ):
-            stop = match.start() + number.end() + (kind == "eq")
-            yield kind, number[0], start, stop
-            # the words before belong to the first number only
-            start = stop
-            rest = match.string[stop : match.end()]
-            start += len(rest) - len(re.sub(r"^\D*?(?=[\dA]\.)", "", rest))
+        """The references in a match: "figures 1.6.2 and 1.6.3" are two.
+
+        The word before them belongs to the first.
+        """
+        kind, start = match.lastgroup, match.start()
+        form = LABEL if kind == "chapter" else NUMBER
+        for i, number in enumerate(re.finditer(form, match[0])):
+            first = start + (number.start() if i else 0)
+            yield kind, number[0], first, start + number.end() + (kind == "eq")
 
 
 def is_closed(node):
@@ -237,102 +234,6 @@ def link_comments(body, docname, targets):
     return COMMENT.sub(linked, body)
 
 
-# What the cards show
-
-
-def plain(node):
-    """A node's text, with its formulas as TeX between \\( and \\)."""
-    if isinstance(node, nodes.math):
-        return f"\\({node.astext()}\\)"
-    if isinstance(node, (nodes.math_block, addnodes.index, nodes.raw)):
-        return ""
-    if isinstance(node, nodes.Text):
-        return node.astext()
-    return "".join(plain(x) for x in node.children)
-
-
-def tidy(node):
-    return " ".join(plain(node).split())
-
-
-def mark_equations(doctree):
-    """Give each tagged equation its id; yield the cards."""
-    for equation in doctree.findall(nodes.math_block):
-        tex = equation.astext()
-        for number in TAG.findall(tex):
-            name = anchor("eq", number)
-            equation["ids"].append(name)
-            yield name, {"head": f"({number})", "tex": TAG.sub("", tex)}
-
-
-def mark_figures(doctree):
-    """Give each figure its id, on the block above its caption."""
-    for caption in doctree.findall(nodes.paragraph):
-        match = CAPTION.match(caption.astext())
-        if not match:
-            continue
-        name = anchor("fig", match[1])
-        place = caption.parent.index(caption) - 1
-        block = caption.parent[place] if place >= 0 else caption
-        if isinstance(block, nodes.container):
-            block["ids"].append(name)
-        else:
-            caption["ids"].append(name)
-        images = [x["uri"] for x in block.findall(nodes.image)]
-        yield name, {"text": tidy(caption), "images": images}
-
-
-def cards_of_terms(doctree):
-    """The glossary's entries."""
-    for item in doctree.findall(nodes.definition_list_item):
-        for term in item.findall(nodes.term):
-            definition = next(item.findall(nodes.definition), None)
-            for name in term["ids"] if definition else []:
-                if name.startswith("term-"):
-                    text = tidy(definition.children[0])
-                    yield name, {"head": tidy(term), "text": text}
-
-
-def cards_of_names(doctree):
-    """The signatures of documented names, and what they do in a line."""
-    for entry in doctree.findall(addnodes.desc):
-        text = next(entry.findall(nodes.paragraph), None)
-        for sign in entry.findall(addnodes.desc_signature):
-            for name in sign["ids"] if sign.parent is entry else []:
-                code = sign.astext().replace("[source]", "").strip()
-                card = {"code": code}
-                if text is not None:
-                    card["text"] = re.split(r"(?<=\.) ", tidy(text))[0]
-                yield name, card
-
-
-def card_of_module(doctree, docname):
-    """A module's name and its docstring's first paragraph."""
-    name = docname.removeprefix("book/api/")
-    text = next(doctree.findall(nodes.paragraph), None)
-    if name.startswith("llmnb") and text is not None:
-        yield f"module-{name}", {"code": name, "text": tidy(text)}
-
-
-def card_of_page(doctree, docname):
-    """A chapter's name and the sentence under its title."""
-    summary = next(doctree.findall(nodes.block_quote), None)
-    if docname in PAGES.values() and summary is not None:
-        yield f"{docname}.html", {"page": docname, "text": tidy(summary)}
-
-
-def collect(app, doctree):
-    """Name a page's targets and keep what their cards show."""
-    docname = app.env.docname
-    cards = dict(mark_equations(doctree))
-    cards |= mark_figures(doctree)
-    cards |= cards_of_terms(doctree)
-    cards |= cards_of_names(doctree)
-    cards |= card_of_module(doctree, docname)
-    cards |= card_of_page(doctree, docname)
-    app.env.metadata[docname]["previews"] = cards
-
-
 def link(app, doctree, docname):
     if app.builder.format != "html":
         return
@@ -347,52 +248,13 @@ def link_code(app, pagename, templatename, context, doctree):
         context["body"] = link_comments(body, pagename, app.llmnb_targets)
 
 
-def picture(app, images):
-    """The address of the picture, of several formats, that was built."""
-    for uri in images:
-        name = app.env.images.get(uri, (None, ""))[1]
-        path = Path(app.builder.imagedir) / name
-        if name and (Path(app.outdir) / path).exists():
-            return path.as_posix()
-    return None
-
-
-def finish_card(app, docname, card):
-    """Add the chapter's name; turn a page's images into an address."""
-    title = getattr(app.config.external_site_map.get(docname), "title", "")
-    card = dict(card)
-    if card.pop("page", None):
-        card["head"] = title
-    elif docname.startswith("notebooks/"):
-        card["from"] = title
-    image = picture(app, card.pop("images", []))
-    return card | ({"image": image} if image else {})
-
-
-def write_previews(app, error):
-    """Write the cards as a script, which loads from the disk as well."""
-    if error or app.builder.name != "html":
-        return
-    cards = {}
-    for docname, data in sorted(app.env.metadata.items()):
-        for name, card in data.get("previews", {}).items():
-            cards[name] = finish_card(app, docname, card)
-    text = json.dumps(cards, ensure_ascii=False, separators=(",", ":"))
-    path = Path(app.outdir) / "_static" / "previews.js"
-    path.write_text(f"window.llmnbPreviews = {text};\n", "utf-8")
-
-
 def start(app):
     app.llmnb_targets = Targets(app)
 
 
 def setup(app):
     app.connect("builder-inited", start)
-    # after llmnb_book has given equations and captions their form
-    app.connect("doctree-read", collect, priority=950)
     app.connect("doctree-resolved", link, priority=900)
     app.connect("html-page-context", link_code)
-    app.connect("build-finished", write_previews)
     app.add_css_file("links.css")
-    app.add_js_file("links.js", loading_method="defer")
     return {"parallel_read_safe": True, "parallel_write_safe": True}

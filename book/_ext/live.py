@@ -150,7 +150,6 @@ class Live(SphinxDirective):
     has_content = True
 
     def run(self):
-        self.env.metadata[self.env.docname]["live"] = True
         text = (HERE / "live.html").read_text("utf-8")
         before, after = text.split("{about}")
         config = json.loads((HOUR / "config.json").read_text())["config"]
@@ -158,20 +157,12 @@ class Live(SphinxDirective):
         before = before.replace("{rows}", 10 * NEXT)
         grid = render_heads(config["num_layers"], config["num_heads"])
         before = before.replace("{heads}", grid)
+        up = "../" * self.env.docname.count("/")
+        before = before.replace("{static}", f"{up}_static")
         said = nodes.container()
         self.state.nested_parse(self.content, self.content_offset, said)
         raw = [nodes.raw("", x, format="html") for x in (before, after)]
         return [on_pages(raw[0], *said.children, raw[1])]
-
-
-def add_files(app, pagename, templatename, context, doctree):
-    """The scripts and styles, on a page with the live model alone."""
-    there = app.env.metadata.get(pagename, {}).get("live")
-    if there and app.builder.name == "html":
-        for name in ("live.css", "landing.css"):
-            app.add_css_file(name)
-        for name in ("gpt2.js", "live.js"):
-            app.add_js_file(name, loading_method="defer")
 
 
 def write_model(app, exception):
@@ -183,6 +174,5 @@ def write_model(app, exception):
 
 def setup(app):
     app.add_directive("live", Live)
-    app.connect("html-page-context", add_files)
     app.connect("build-finished", write_model)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

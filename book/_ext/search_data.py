@@ -21,6 +21,7 @@ APART = (
     nodes.image,
     nodes.comment,
     addnodes.desc,
+    addnodes.glossary,
     addnodes.index,
     addnodes.toctree,
     addnodes.pending_xref_condition,
@@ -81,8 +82,18 @@ def sections(doctree):
             yield sign["ids"][0], name, prose(content)
 
 
+def terms(doctree):
+    """The glossary's entries, each as a section of its own."""
+    for entry in doctree.findall(nodes.definition_list_item):
+        for term in entry.findall(nodes.term):
+            definition = next(entry.findall(nodes.definition), None)
+            for name in term["ids"] if definition else []:
+                if name.startswith("term-"):
+                    yield name, term.astext(), words(definition)
+
+
 def collect(app, doctree):
-    found = [list(x) for x in sections(doctree)]
+    found = [list(x) for x in [*sections(doctree), *terms(doctree)]]
     app.env.metadata[app.env.docname]["sections"] = found
 
 

@@ -12,51 +12,54 @@ nothing jumps.
 import os
 import re
 import shutil
+from base64 import b64encode
 from importlib.util import find_spec
 from pathlib import Path
 
 MATHJAX = Path(find_spec("sphinx-mathjax-offline").origin).parent
 MATHJAX /= "static/mathjax"
 # startup comes first and starts MathJax when the rest has run
-MATHJAX_PARTS = (
-    "startup",
-    "core",
-    "input/tex",
-    "output/chtml",
-    "output/chtml/fonts/tex",
-    "a11y/assistive-mml",
-)
+MATHJAX_PARTS = {
+    "startup": "startup",
+    "core": "core",
+    "input/tex-base": "input/tex-base",
+    "[tex]/ams": "input/tex/extensions/ams",
+    "output/chtml": "output/chtml",
+    "output/chtml/fonts/tex": "output/chtml/fonts/tex",
+    "a11y/assistive-mml": "a11y/assistive-mml",
+}
+FONTS = "output/chtml/fonts/woff-v2"
+# fonts of some kilobytes, which nearly every page needs, come along
+INSIDE = ("MathJax_Zero", "MathJax_Size1-Regular", "MathJax_Size2-Regular")
+DATA = 100_000  # bytes: a larger script holds data, not names of classes
 # of a theme's style sheets, these stand in its own templates
 THEME_STYLES = ("basic.css", "styles/pydata-sphinx-theme.css")
 THEME_SCRIPTS = ("scripts/pydata-sphinx-theme.js",)
-LARGE = 60_000  # bytes; a larger script of an extension stays on its own
 UNUSED = ("scripts/fontawesome.js", "scripts/bootstrap.js", "locales")
 UNUSED += ("vendor/fontawesome",)
 
 
 def gather(app, pagename, templatename, context, doctree):
-    """Note the styles and scripts of a page; leave those that stay apart."""
+    """Note the styles and scripts of all pages; leave those of this one."""
     if app.builder.name != "html":
         return
-    styles = [x.filename.split("?")[0] for x in context["css_files"]]
-    app.llmnb_styles |= dict.fromkeys(styles)
-    if pagename == "search":
-        return
-    apart = []
-    for script in context["script_files"]:
-        name = (script.filename or "").split("?")[0]
-        body = script.attributes.get("body", "")
-        if name and joins(app, name):
-            app.llmnb_scripts[name] = None
-        elif not body.startswith("DOCUMENTATION_OPTIONS"):
-            apart.append(script)
-    context["script_files"] = apart
+    shared = {x.filename for x in app.builder._orig_css_files}
+    shared |= {x.filename for x in app.builder._orig_js_files}
+    styles, scripts = context["css_files"], context["script_files"]
+    names = [x.filename for x in styles if x.filename in shared]
+    app.llmnb_styles |= dict.fromkeys(x.split("?")[0] for x in names)
+    context["css_files"] = [x for x in styles if x.filename not in shared]
+    if pagename != "search":
+        names = [x.filename for x in scripts if x.filename in shared]
+        app.llmnb_scripts |= dict.fromkeys(x for x in names if x)
+        context["script_files"] = [x for x in scripts if stays(x, shared)]
 
 
-def joins(app, name):
-    """Whether a script becomes part of book.js."""
-    path = Path(app.outdir) / name
-    return path.exists() and path.stat().st_size < LARGE
+def stays(script, shared):
+    """Whether a script stands on its page: its own, or a few words in it."""
+    body = script.attributes.get("body", "")
+    options = body.startswith("DOCUMENTATION_OPTIONS")  # no one asks for them
+    return not options and (body or script.filename not in shared)
 
 
 def lazy_images(app, pagename, templatename, context, doctree):
@@ -74,11 +77,17 @@ def lazy_images(app, pagename, templatename, context, doctree):
         context["body"] = re.sub(r"<img (.*?>)", tag, context["body"])
 
 
-def name_parts(app, pagename, templatename, context, doctree):
-    """What a screen reader hears: no empty headers, folds by their text."""
+def tidy(app, pagename, templatename, context, doctree):
+    """Leave out what is empty or says nothing.
+
+    That is a header of no column, which a screen reader would announce, a
+    fold's label beside its text, and marks without a colour of their own.
+    """
     if "body" in context:
         empty = r'<th class="head[^"]*">(<p></p>)?</th>'
         body = re.sub(empty, "<td></td>", context["body"])
+        # names, commas and spaces have the colour of all code
+        body = re.sub(r'<span class="[npw]">([^<]*)</span>', r"\1", body)
         label = ' aria-label="Toggle hidden content"'
         context["body"] = body.replace(label, "")
 
@@ -142,6 +151,24 @@ def is_used(selector, words):
     return not icons and all(x.replace("\\", "") in words for x in names)
 
 
+SET = re.compile(
+    r"""(?<=[{;])\s*(--(?:bs|fa|pst)-[\w-]+):(?:"[^"]*"|[^;{}"])*(?:;|(?=}))"""
+)
+
+
+def drop_variables(css, others):
+    """Leave out the themes' variables that no rule asks for.
+
+    others: the text of files beside this one that may ask.
+    """
+    while True:
+        asked = set(re.findall(r"--[\w-]+(?=[),])", css + others))
+        idle = {x[1] for x in SET.finditer(css)} - asked
+        if not idle:
+            return css
+        css = SET.sub(lambda x, idle=idle: "" if x[1] in idle else x[0], css)
+
+
 def words_of(paths):
     """Every word that may be a class: in a page's classes, in a script."""
     found = set()
@@ -173,7 +200,8 @@ def move_addresses(css, folder):
 def write_styles(app, static):
     own = {p.name for p in (Path(app.confdir) / "book/_static").rglob("*.css")}
     pages = [*Path(app.outdir).rglob("*.html")]
-    words = words_of([*pages, *static.rglob("*.js")])
+    scripts = [x for x in static.rglob("*.js") if x.stat().st_size < DATA]
+    words = words_of([*pages, *scripts])
     names = [static / x for x in THEME_STYLES]
     names += [Path(app.outdir) / x for x in app.llmnb_styles]
     parts = []
@@ -185,6 +213,10 @@ def write_styles(app, static):
             css = prune(css, words)
         parts.append(move_addresses(css, path.parent.relative_to(static)))
     text = re.sub(r"\s*\n\s*", "\n", "\n".join(parts))
+    others = [
+        p for p in static.glob("*.[cj]s*") if p.name in own | {"book.js"}
+    ]
+    text = drop_variables(text, "".join(x.read_text("utf-8") for x in others))
     (static / "book.css").write_text(text, "utf-8")
 
 
@@ -205,7 +237,9 @@ def keep_licence(parts):
 def write_scripts(app, static):
     names = [Path(app.outdir) / x for x in app.llmnb_scripts]
     names += [static / x for x in THEME_SCRIPTS]
-    parts = [re.sub(r"//# source.*", "", x.read_text("utf-8")) for x in names]
+    # lines of comments stay in the sources; so do the addresses of maps
+    texts = [x.read_text("utf-8") for x in names]
+    parts = [re.sub(r"^\s*//.*\n?", "", x, flags=re.M) for x in texts]
     # a ";" first: no file's "use strict" is meant for the next
     (static / "book.js").write_text(";" + "\n;\n".join(parts), "utf-8")
 
@@ -213,12 +247,17 @@ def write_scripts(app, static):
 def write_mathjax(static):
     """MathJax of the parts that the pages use, and its fonts."""
     loaded = ", ".join(f'"{x}"' for x in MATHJAX_PARTS)
-    parts = [(MATHJAX / f"{x}.js").read_text("utf-8") for x in MATHJAX_PARTS]
+    files = [MATHJAX / f"{x}.js" for x in MATHJAX_PARTS.values()]
+    parts = [x.read_text("utf-8") for x in files]
     parts.insert(1, f"MathJax.loader.preLoad({loaded})")
+    text = "\n;\n".join(parts)
+    for name in INSIDE:
+        data = b64encode((MATHJAX / FONTS / f"{name}.woff").read_bytes())
+        address = f"data:font/woff;base64,{data.decode()}"
+        text = text.replace(f"%%URL%%/{name}.woff", address)
     folder = static / "mathjax"
-    for name in ("output/chtml/fonts/woff-v2", "input/tex/extensions"):
-        shutil.copytree(MATHJAX / name, folder / name, dirs_exist_ok=True)
-    (folder / "book.js").write_text("\n;\n".join(parts), "utf-8")
+    shutil.copytree(MATHJAX / FONTS, folder / FONTS, dirs_exist_ok=True)
+    (folder / "book.js").write_text(text, "utf-8")
 
 
 def remove_unused(static):
@@ -247,7 +286,7 @@ def setup(app):
     app.connect("builder-inited", start)
     app.connect("html-page-context", gather, priority=950)
     app.connect("html-page-context", lazy_images, priority=950)
-    app.connect("html-page-context", name_parts, priority=950)
+    app.connect("html-page-context", tidy, priority=950)
     # after the other extensions have written their files
     app.connect("build-finished", finish, priority=900)
     app.add_css_file("icons.css")

@@ -56,8 +56,11 @@
       return true;
     }
 
-    async function write(count, seed) {
+    const tokens = text => [words.eot, ...words.encode(text)];
+
+    async function write({ text, number, count, seed }) {
       const mine = ++turn, random = gpt2.randomState(seed);
+      if (!await read(tokens(text), mine, number)) return;
       for (let n = 0; n < count; n++) {
         const z = model.logitsAt(ids.length - first - 1);
         const { temperature, topK } = settings;
@@ -84,9 +87,8 @@
     const answers = {
       start: ({ packed }) => start(packed),
       settings: message => (settings = message),
-      read: ({ text, number }) =>
-        read([words.eot, ...words.encode(text)], ++turn, number),
-      write: ({ count, seed }) => write(count, seed),
+      read: ({ text, number }) => read(tokens(text), ++turn, number),
+      write,
       stop: () => turn++,
       look: ({ at }) => look(at),
     };
@@ -140,8 +142,8 @@
 
     function settings() {
       const top = TOPS[control("top").value] ?? "all";
-      $("[data-of=temperature]").value = temperature().toFixed(2);
-      $("[data-of=top]").value = top;
+      $("[data-of=temperature]").textContent = temperature().toFixed(2);
+      $("[data-of=top]").textContent = top;
       control("top").setAttribute("aria-valuetext", `${top} tokens`);
       ask("settings", { temperature: temperature(), topK: topK(), wait: 30 });
       showNext();
@@ -313,10 +315,12 @@
 
     function drawMaps(maps) {
       const size = LAST * LAST;
+      const blue = getComputedStyle(root).getPropertyValue("--live-cool");
+      const rgb = blue.match(/[\da-f]{2}/gi).map(x => parseInt(x, 16));
       root.querySelectorAll(".live-heads canvas").forEach((canvas, k) => {
         const image = new ImageData(LAST, LAST);
         for (let i = 0; i < size; i++) {
-          image.data.set([56, 132, 214], 4 * i);
+          image.data.set(rgb, 4 * i);
           image.data[4 * i + 3] = maps[k * size + i];
         }
         canvas.getContext("2d").putImageData(image, 0, 0);
@@ -349,10 +353,12 @@
       writing = true;
       before = area.value;
       $(".live-write").textContent = "Stop";
-      $(".live-status").textContent = "Writing …";
+      $(".live-status").textContent = $(".live-news").textContent = "Writing …";
       $(".live-token").textContent = "";
       area.setSelectionRange(before.length, before.length);
-      ask("write", { count: LONGEST, seed: seed() });
+      ask("write", {
+        text: before, number: ++asked, count: LONGEST, seed: seed(),
+      });
     }
 
     function stop() {
@@ -363,6 +369,7 @@
     function done() {
       writing = false;
       $(".live-write").textContent = "Write";
+      $(".live-news").textContent = `It wrote: ${area.value.slice(before.length)}`;
       say();
       ask("look", { at: atCaret() });
     }
@@ -438,6 +445,8 @@
       words = gpt2.tokenizer(packed);
       worker = makeWorker();
       const answers = { text: showText, look: showLook, done };
+      worker.onerror = ({ message }) =>
+        ($(".live-status").textContent = `The model has stopped: ${message}`);
       worker.onmessage = ({ data }) => answers[data.kind](data);
       ask("start", { packed });
       listen();
@@ -445,6 +454,7 @@
       area.setSelectionRange(area.value.length, area.value.length);
       typed();
       for (const x of root.querySelectorAll(":disabled")) x.disabled = false;
+      $(".live-news").textContent = "The model is loaded.";
     }
 
     return begin;
@@ -462,6 +472,7 @@
   window.llmnbLive = gpt2; // for tests
   addEventListener("DOMContentLoaded", () => {
     const root = document.querySelector(".live");
+    if (!root) return; // the script is part of every page
     const begin = open(root);
     requestAnimationFrame(() => setTimeout(() =>
       load(begin, root.querySelector(".live-status"))));

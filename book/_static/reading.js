@@ -1,55 +1,20 @@
 // Reading a chapter: the switch Read / Code / All over its folds, the mark in
 // the contents on the right, the keys to the chapters beside it, and the cues
 // of boxes that scroll sideways. Without this script every fold still opens.
+(() => {
 "use strict";
-
-// ---- Fonts -----------------------------------------------------------------
-
-// Ask for the fonts before the text needs them. (From the disk they are at
-// hand, and browsers refuse to load them ahead.)
-if (location.protocol.startsWith("http")) {
-  for (const name of ["llmnb-serif", "llmnb-serif-italic", "llmnb-code"]) {
-    const link = document.createElement("link");
-    const url = new URL(`fonts/${name}.woff2`, document.currentScript.src);
-    Object.assign(link, { rel: "preload", as: "font", type: "font/woff2" });
-    Object.assign(link, { crossOrigin: "anonymous", href: url });
-    document.head.append(link);
-  }
-}
 
 // ---- The switch ------------------------------------------------------------
 
 const VIEWS = { read: "Read", code: "Code", all: "All" };
 const page = document.documentElement;
-
-/** The view chosen before, where the browser stores one. */
-function storedView() {
-  try {
-    const name = localStorage.getItem("llmnb-view");
-    return name in VIEWS ? name : "read";
-  } catch {
-    return "read";
-  }
-}
+const { openFolds, arrivals } = window.llmnbFolds; // of first.js
 
 function storeView(name) {
   try {
     localStorage.setItem("llmnb-view", name);
   } catch {
     // no storage: the choice holds for this page
-  }
-}
-
-/** Whether a view opens a fold; what an author folded opens in All only. */
-function opens(fold, view) {
-  if (view !== "code") return view === "all";
-  if (fold.closest(".tag_export, .tag_exporti")) return true;
-  return !fold.matches(".authors, .exercise");
-}
-
-function openFolds() {
-  for (const fold of document.querySelectorAll("details.fold")) {
-    fold.open = opens(fold, page.dataset.view);
   }
 }
 
@@ -89,14 +54,6 @@ function addSwitch() {
     box.append(label);
   }
   place.prepend(box);
-}
-
-// This runs before the page's body is there: folds open as they arrive, so
-// nothing jumps once the page stands.
-page.dataset.view = storedView();
-const arrivals = new MutationObserver(openFolds);
-if (page.dataset.view !== "read") {
-  arrivals.observe(page, { childList: true, subtree: true });
 }
 
 // ---- Folds that must open --------------------------------------------------
@@ -174,6 +131,15 @@ function mark(link, contents) {
   for (let x = link; x !== contents; x = x.parentElement) {
     if (x.matches(".toc-entry")) x.classList.add("active");
   }
+  keepInSight(link, contents.closest(".bd-sidebar-secondary"));
+}
+
+/** Scroll long contents, and nothing else, to the marked line. */
+function keepInSight(link, rail) {
+  if (!rail) return;
+  const [line, box] = [link, rail].map((x) => x.getBoundingClientRect());
+  const out = line.top < box.top || line.bottom > box.bottom;
+  if (out) rail.scrollTop += line.top - box.top - box.height / 2;
 }
 
 /** Keep the mark and the bar of progress with the reader's place. */
@@ -268,3 +234,4 @@ addEventListener("load", () => {
   followReader();
   settleEquations();
 });
+})();

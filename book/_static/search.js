@@ -111,8 +111,9 @@ function snippet(text, wanted) {
   const places = wanted.map((x) => text.search(x)).filter((x) => x >= 0);
   const at = Math.max(0, Math.min(...places, text.length) - 60);
   const start = at ? text.indexOf(" ", at) + 1 : 0;
-  const cut = text.slice(start, start + 200).replace(/\s\S*$/, "");
-  return `${start ? "… " : ""}${cut}${start + 200 < text.length ? " …" : ""}`;
+  const rest = text.slice(start);
+  const cut = rest.slice(0, 200).replace(/\s\S*$/, " …");
+  return (start ? "… " : "") + (rest.length > 200 ? cut : rest);
 }
 
 function line(result, i) {

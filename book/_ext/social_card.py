@@ -1,6 +1,6 @@
 """Draw book/_static/card.png, what a message shows that links to the book.
 
-.venv/bin/python book/_ext/card.py
+.venv/bin/python book/_ext/social_card.py
 """
 
 from pathlib import Path

@@ -1,0 +1,520 @@
+# ruff: noqa: F811 (fixtures of test_book.py)
+"""Reading a chapter: the switch, folds, type, the rail and the keys.
+
+The fixtures are those of test_book.py, and so is what is skipped.
+"""
+
+import json
+import re
+import sys
+
+import pytest
+from test_book import (
+    BOOK,
+    CHAPTERS,
+    EXPORTED,
+    HTML,
+    ROOT,
+    Visit,
+    address,  # noqa: F401 (a fixture)
+    browser,  # noqa: F401
+    built,  # noqa: F401
+    place,
+)
+
+LAYERNORM = "notebooks/1_by_hand/06_layernorm.html"
+ATTENTION = "notebooks/1_by_hand/08_attention.html"
+MEASURED = [p for p in CHAPTERS if p.parent.name == "1_by_hand"][:12]
+PROSE = 35  # per cent of an article's height that is prose, at least
+FEWEST = 10  # chapters of these that must reach it
+
+
+# The rules, on cells
+
+
+@pytest.fixture(scope="module")
+def folds():
+    """book/_ext/folds.py."""
+    pytest.importorskip("sphinx")
+    sys.path.insert(0, str(BOOK / "_ext"))
+    import folds
+
+    yield folds
+    sys.path.remove(str(BOOK / "_ext"))
+
+
+OK = "dinp             max|diff| < 1e-08            ok"
+LONG_LOOP = "\n".join(["for i in range(3):"] + ["    print(i)"] * 14)
+
+
+@pytest.mark.parametrize(
+    ("source", "text", "exported", "kind"),
+    [
+        ("import numpy as np", "", True, "imports"),
+        ("import numpy as np\n\nEPS = 1e-5", "", False, "imports"),
+        ("fig, ax = plt.subplots()\nplt.show()", "", False, "drawing"),
+        ("compare('dinp', a, b)", OK, False, "check"),
+        ("compare('dinp', a, b)", OK + "\n" + OK, False, "check"),
+        ("compare('dinp', a, b)", "x = 3\n" + OK, False, None),
+        ("rng = np.random.default_rng(4)", "", False, "setup"),
+        ("def f(x):\n    return x", "", False, "helper"),
+        ("def f(x):\n    return x", "", True, None),
+        ("def f(x):\n" + "    x += 1\n" * 12, "", True, "exported"),
+        ("print(1)", "1", False, None),
+        (LONG_LOOP, "0", False, "long"),
+    ],
+)
+def test_what_a_cell_is(folds, source, text, exported, kind):
+    shown = bool(text)
+    assert folds.kind_of(source, text, shown, exported) == kind
+
+
+def test_an_outline_has_the_signatures_and_the_first_lines(folds):
+    source = '@jit\ndef f(a,\n      b):\n    """One.\n\n    Two.\n    """\n'
+    source += "    return a\n\n\nclass C:\n    def g(self):\n        pass\n"
+    outline = '@jit\ndef f(a,\n      b):\n    """One."""'
+    outline += "\n\nclass C:\n\n    def g(self):"
+    assert folds.outline(source) == outline
+
+
+# The pages, as files
+
+
+def cells(path):
+    book = json.loads(path.with_suffix(".ipynb").read_text("utf-8"))
+    return [c for c in book["cells"] if c["cell_type"] == "code"]
+
+
+def test_what_an_author_hides_is_in_a_fold(built):
+    """Also where the cell is exported as well and has its label first."""
+    for path in CHAPTERS:
+        tags = [set(c["metadata"].get("tags", [])) for c in cells(path)]
+        hidden = [t for t in tags if t & {"hide-input", "hide-cell"}]
+        text = (HTML / f"notebooks/{place(path)}.html").read_text("utf-8")
+        kinds = re.findall(r'<details class="([^"]*) fold"', text)
+        authors = sum("authors" in k.split() for k in kinds)
+        inside = sum("hide-cell" in t for t in tags)  # in an exercise's fold
+        assert len(hidden) - inside <= authors <= len(hidden), path.stem
+        both = [t for t in hidden if t & EXPORTED]
+        pattern = r'class="[^"]*tag_exporti?[^"]*tag_hide-input[^"]*">'
+        for start in re.finditer(pattern, text):
+            cell = text[start.end() :].split('<div class="cell ')[0]
+            assert ' fold">' in cell, path.stem
+        assert len(re.findall(pattern, text)) == len(both)
+
+
+def test_the_fonts_are_small_and_have_their_licences(built):
+    folder = HTML / "_static" / "fonts"
+    fonts = list(folder.glob("*.woff2"))
+    assert len(fonts) == 3
+    assert sum(f.stat().st_size for f in fonts) < 300_000
+    for name in ("serif", "code"):
+        text = (folder / f"LICENSE-{name}.txt").read_text("utf-8")
+        assert "SIL OPEN FONT LICENSE" in text.upper()
+
+
+# The switch
+
+STATE = """() => ({
+    view: document.documentElement.dataset.view,
+    open: [...document.querySelectorAll("details.fold")]
+        .filter(x => x.open).map(x => x.className),
+    count: document.querySelectorAll("details.fold").length,
+})"""
+
+
+def press(page, name):
+    page.locator(".view-switch label", has_text=name).click()
+    return page.evaluate(STATE)
+
+
+def test_the_switch_opens_what_it_says(browser, address):
+    with Visit(browser, address, 1280) as visit:
+        page = visit.open(LAYERNORM)
+        state = page.evaluate(STATE)
+        assert state["view"] == "read"
+        assert state["open"] == []
+        state = press(page, "Code")
+        kinds = " ".join(state["open"]).split()
+        assert {"imports", "check", "exported"} <= set(kinds)
+        assert not {"authors", "exercise"} & set(kinds)
+        state = press(page, "All")
+        assert len(state["open"]) == state["count"] > 15
+        assert press(page, "Read")["open"] == []
+        assert visit.trouble == []
+
+
+def test_the_switch_works_by_keyboard_and_keeps_the_place(browser, address):
+    with Visit(browser, address, 1280) as visit:
+        page = visit.open(LAYERNORM)
+        page.evaluate("document.querySelector('#proof').scrollIntoView()")
+        top = "document.querySelector('#proof h2').getBoundingClientRect().top"
+        before = page.evaluate(top)
+        page.locator(".view-switch input").first.focus()
+        page.keyboard.press("ArrowRight")
+        assert page.evaluate(STATE)["view"] == "code"
+        assert page.url.endswith("06_layernorm.html")  # no page is turned
+        assert abs(page.evaluate(top) - before) < 60
+
+
+# What the page looked like each time that it was painted
+FRAMES = """() => {
+    window.frames_ = [];
+    const look = () => {
+        const all = [...document.querySelectorAll("details.fold")];
+        window.frames_.push(all.filter(x => !x.open).length);
+        requestAnimationFrame(look);
+    };
+    requestAnimationFrame(look);
+}"""
+
+
+def test_the_choice_is_remembered_and_nothing_flashes(browser, address):
+    with Visit(browser, address, 1280) as visit:
+        page = visit.open(LAYERNORM)
+        press(page, "All")
+        page.add_init_script(f"({FRAMES})()")
+        page = visit.open(ATTENTION)
+        state = page.evaluate(STATE)
+        assert state["view"] == "all"
+        assert len(state["open"]) == state["count"] > 10
+        assert set(page.evaluate("window.frames_")) == {0}
+        assert page.locator("input[value=all]").is_checked()
+
+
+def test_the_switch_works_without_storage(browser, address):
+    with Visit(browser, address, 1280) as visit:
+        page = visit.page
+        page.add_init_script(
+            "const kept = Storage.prototype;"
+            "for (const name of ['getItem', 'setItem']) {"
+            "const plain = kept[name];"
+            "kept[name] = function (key, ...rest) {"
+            "if (key === 'llmnb-view') throw new DOMException('no');"
+            "return plain.call(this, key, ...rest); }; }"
+        )
+        page = visit.open(LAYERNORM)
+        assert page.evaluate(STATE)["view"] == "read"
+        assert len(press(page, "All")["open"]) > 15
+        assert visit.trouble == []
+
+
+def test_without_scripts_folds_open_and_nothing_is_lost(browser, address):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(f"{address}/{LAYERNORM}")
+    fold = page.locator("details.fold").first
+    assert not fold.locator("pre").is_visible()
+    fold.locator("summary").click()
+    assert fold.locator("pre").is_visible()
+    assert page.locator(".view-switch").count() == 0
+    context.close()
+
+
+def test_an_address_inside_a_fold_opens_it(browser, address):
+    with Visit(browser, address, 1280) as visit:
+        page = visit.open(f"{LAYERNORM}#solution-exercise-2")
+        page.wait_for_selector("#solution-exercise-2[open]")
+        assert page.locator("details.fold[open]").count() == 1
+        page.evaluate("location.hash = '#solution-exercise-1'")
+        page.wait_for_selector("#solution-exercise-1[open]")
+
+
+# Exercises
+
+
+def test_an_exercise_is_one_fold_with_its_check_inside(browser, address):
+    with Visit(browser, address, 1280) as visit:
+        page = visit.open(LAYERNORM)
+        section = page.locator("#exercises")
+        folds = section.locator("details.exercise")
+        assert folds.count() == 3
+        assert section.locator("details").count() == 3
+        # before it is opened: questions and nothing else
+        assert section.locator("pre:visible").count() == 0
+        assert "max|diff|" not in section.inner_text()
+        second = folds.nth(1)
+        second.locator("summary").click()
+        text = second.inner_text()
+        assert "mean’s road is gone" in " ".join(text.split())
+        assert "def rmsnorm_backward" in text
+        assert re.search(r"rmsnorm dinp +max\|diff\| < 1e-08 +ok", text)
+
+
+def test_no_solution_stands_outside_its_fold(built):
+    for path in CHAPTERS:
+        text = (HTML / f"notebooks/{place(path)}.html").read_text("utf-8")
+        assert "dropdown admonition" not in text, path.stem
+        source = path.read_text("utf-8")
+        want = len(re.findall(r"^# :::\{admonition\} Solution", source, re.M))
+        exercise = r'<details class="exercise fold"'
+        assert len(re.findall(exercise, text)) == want, path.stem
+
+
+# The share of prose
+#
+# The article's height is that of its box at 1280 px, in Read. Prose is the
+# sum of the heights of its paragraphs, lists, headings, quotations and
+# displayed equations; the white between blocks belongs to nobody. Not prose:
+# cells and what they put out, folds (an exercise's closed solution too),
+# labels of exported code, tables, figures and their captions.
+
+SHARE = """() => {
+    const article = document.querySelector("article.bd-article");
+    const height = x => x.getBoundingClientRect().height;
+    const prose = "p, ul, ol, dl, h1, h2, h3, h4, blockquote, div.math";
+    const other = ".cell, details, .export-label, .figure-caption, table,"
+        + " figure, .pst-scrollable-table-container";
+    const count = x => [...x.children].reduce((sum, child) => sum + (
+        child.matches(other) ? 0
+        : child.matches(prose) ? height(child) : count(child)), 0);
+    return [count(article), height(article)];
+}"""
+
+
+def test_a_chapter_is_mostly_read(browser, address):
+    shares = {}
+    with Visit(browser, address, 1280) as visit:
+        page = visit.page
+        for path in MEASURED:
+            page.goto(f"{address}/notebooks/{place(path)}.html")
+            page.wait_for_function("window.MathJax?.startup?.promise")
+            page.evaluate("MathJax.startup.promise")
+            prose, height = page.evaluate(SHARE)
+            shares[path.stem] = 100 * prose / height
+            print(f"{path.stem:16} {shares[path.stem]:4.1f} % of {height:.0f}")
+    assert sum(share >= PROSE for share in shares.values()) >= FEWEST
+    assert min(shares.values()) > 25
+
+
+# The characters of each line of the paragraphs without an equation, but for
+# the last line of each.
+LINES = """() => {
+    const counts = [];
+    for (const p of document.querySelectorAll("section > p")) {
+        if (p.querySelector(".math") || p.matches(".figure-caption")) continue;
+        const walk = document.createTreeWalker(p, NodeFilter.SHOW_TEXT);
+        const lines = [], range = document.createRange();
+        let right = Infinity;
+        for (let text; (text = walk.nextNode());)
+            for (let i = 0; i < text.length; i++) {
+                range.setStart(text, i);
+                range.setEnd(text, i + 1);
+                const box = range.getBoundingClientRect();
+                if (!box.width) continue;
+                if (box.right < right - 100 || !lines.length) lines.push(0);
+                right = box.right;
+                lines[lines.length - 1]++;
+            }
+        counts.push(...lines.slice(0, -1));
+    }
+    return counts;
+}"""
+
+
+def test_a_line_of_text_has_65_to_75_characters(browser, address):
+    with Visit(browser, address, 1280) as visit:
+        page = visit.open("notebooks/1_by_hand/05_encoder.html")
+        lines = page.evaluate(LINES)
+        font = page.evaluate("document.fonts.check('16px \"Llmnb Serif\"')")
+    assert font
+    assert len(lines) > 20
+    assert 65 <= sum(lines) / len(lines) <= 75
+
+
+def test_headings_weigh_what_their_rank_says(browser, address):
+    with Visit(browser, address, 1280) as visit:
+        page = visit.open(LAYERNORM)
+        page.evaluate(
+            """() => document.querySelector("article section")
+            .insertAdjacentHTML("beforeend", "<h2>a</h2><h3>b</h3>")"""
+        )
+        style = page.evaluate(
+            """() => ["h1", "h2", "h3"].map(x => {
+            const s = getComputedStyle(document.querySelector("article " + x));
+            return [+s.fontWeight, parseFloat(s.fontSize)]; })"""
+        )
+    assert sorted(style, reverse=True) == style
+
+
+# The rail on the right and the keys
+
+MARKED = """() => {
+    const at = document.querySelectorAll(".page-toc a[aria-current=true]");
+    const name = decodeURIComponent(at[0].hash.slice(1));
+    const all = [...document.querySelectorAll("article section[id]")]
+        .map(x => [x.id, x.querySelector("h2, h3").getBoundingClientRect()])
+        .filter(([id]) => document.querySelector(
+            `.page-toc a[href="#${CSS.escape(id)}"]`));
+    const begun = all.filter(([, box]) => box.top <= 0.2 * innerHeight);
+    const read = begun.length ? begun.at(-1)[0] : all[0][0];
+    const left = document.scrollingElement.scrollHeight - innerHeight
+        - scrollY;
+    const seen = all.find(([id]) => id === name)[1];
+    return {marks: at.length, name, read, last: all.at(-1)[0],
+            nearEnd: left < innerHeight, top: seen.top, left};
+}"""
+
+
+def test_the_rail_marks_the_right_section_at_ten_stops(browser, address):
+    with Visit(browser, address, 1280) as visit:
+        page = visit.open(ATTENTION)
+        names = set()
+        for stop in range(10):
+            page.evaluate(
+                """stop => scrollTo({behavior: "instant", top: stop / 9
+                * (document.scrollingElement.scrollHeight - innerHeight)})""",
+                stop,
+            )
+            page.wait_for_timeout(120)
+            seen = page.evaluate(MARKED)
+            assert seen["marks"] == 1
+            if seen["nearEnd"]:
+                assert seen["top"] < 844
+            else:
+                assert seen["name"] == seen["read"]
+            names.add(seen["name"])
+        assert seen["name"] == seen["last"]
+        assert len(names) >= 6
+        bar = page.evaluate(
+            "getComputedStyle(document.documentElement)"
+            ".getPropertyValue('--llmnb-read')"
+        )
+        assert float(bar) > 0.99
+
+
+def test_keys_turn_the_page_but_not_from_a_field(browser, address):
+    with Visit(browser, address, 1280) as visit:
+        page = visit.open(LAYERNORM)
+        link = page.locator(".right-next")
+        following = link.evaluate("x => x.href")
+        page.evaluate(
+            """() => document.querySelector("article").insertAdjacentHTML(
+            "afterbegin", "<input id=field><input id=slider type=range>")"""
+        )
+        for name in ("#field", "#slider", ".view-switch input:checked"):
+            page.focus(name)
+            page.keyboard.press("ArrowRight")
+            page.wait_for_timeout(60)
+            assert page.url.endswith("06_layernorm.html"), name
+        page.evaluate("document.activeElement.blur()")
+        page.keyboard.press("Alt+ArrowRight")
+        page.keyboard.press("ArrowRight")
+        page.wait_for_url(following)
+        page.keyboard.press("ArrowLeft")
+        page.wait_for_url("**/06_layernorm.html")
+
+
+# Boxes that scroll, and equations
+
+CUES = """() => {
+    const boxes = [...document.querySelectorAll("article .highlight pre, "
+        + "article div.math")].filter(x => x.checkVisibility(
+            {contentVisibilityAuto: true}) && x.clientWidth);
+    const wide = boxes.filter(x => x.scrollWidth > x.clientWidth + 1);
+    const cued = x => x.classList.contains("more-right");
+    return {wide: wide.length, missing: wide.filter(x => !cued(x)).length,
+            extra: boxes.filter(x => cued(x) && !wide.includes(x)).length};
+}"""
+
+
+def test_a_box_that_goes_on_says_so(browser, address):
+    with Visit(browser, address, 390) as visit:
+        page = visit.open(LAYERNORM)
+        press(page, "All")
+        page.wait_for_timeout(300)
+        cues = page.evaluate(CUES)
+        assert cues["wide"] > 10
+        assert cues["missing"] == cues["extra"] == 0
+        box = page.locator("pre.more-right").first
+        assert "gradient" in box.evaluate("x => getComputedStyle(x).maskImage")
+        box.evaluate("x => { window.box_ = x; x.scrollLeft = 10000; }")
+        page.wait_for_function(
+            "!window.box_.classList.contains('more-right')"
+            " && window.box_.classList.contains('more-left')"
+        )
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_an_equation_is_a_tab_stop_only_where_it_scrolls(
+    browser, address, width
+):
+    with Visit(browser, address, width) as visit:
+        page = visit.open(ATTENTION)
+        page.wait_for_timeout(300)
+        stops = page.evaluate(
+            """() => [...document.querySelectorAll(".math, .math *")]
+            .filter(x => x.tabIndex >= 0 && !x.matches("a[href]"))
+            .map(x => x.scrollWidth > x.clientWidth + 1)"""
+        )
+        equations = page.locator("mjx-container").count()
+    assert equations > 100
+    assert all(stops)
+    assert len(stops) < 20
+
+
+# The contrast of WCAG 2 of every kind of token with what lies under it.
+TOKENS = """() => {
+    const rgb = c => c.match(/[\\d.]+/g).map(Number);
+    const light = c => {
+        const [r, g, b] = rgb(c).map(v => (v /= 255) <= 0.04045
+            ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const under = x => {
+        for (; x; x = x.parentElement) {
+            const c = getComputedStyle(x).backgroundColor;
+            if ((rgb(c)[3] ?? 1) > 0.99) return c;
+        }
+        return "rgb(255, 255, 255)";
+    };
+    const worst = {};
+    for (const x of document.querySelectorAll("article .highlight span")) {
+        if (!x.textContent.trim()) continue;
+        const [a, b] = [getComputedStyle(x).color, under(x)].map(light);
+        const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+        const name = x.className || "plain";
+        worst[name] = Math.min(worst[name] ?? 21, ratio);
+    }
+    return worst;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_code_can_be_read_by_its_colours(browser, address, scheme):
+    with Visit(browser, address, 390, scheme) as visit:
+        page = visit.open(LAYERNORM)
+        press(page, "All")
+        worst = page.evaluate(TOKENS)
+    assert len(worst) > 8
+    assert {k: v for k, v in worst.items() if v < 4.5} == {}
+
+
+# Paper
+
+
+def test_on_paper_solutions_are_open_and_code_follows_the_switch(
+    browser, address, tmp_path
+):
+    with Visit(browser, address, 1280) as visit:
+        page = visit.open(LAYERNORM)
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        page.emulate_media(media="print")
+        kinds = page.evaluate(STATE)["open"]
+        assert kinds == ["exercise fold"] * 3
+        assert page.locator(".chapter-number").is_visible()
+        assert not page.locator("#jb-print-docs-body").is_visible()
+        heading = page.locator("article h1").bounding_box()
+        assert heading["y"] < 300
+        page.evaluate("dispatchEvent(new Event('afterprint'))")
+        assert page.evaluate(STATE)["open"] == []
+        pdf = page.pdf(path=tmp_path / "page.pdf")
+        assert len(re.findall(rb"/Type\s*/Page\b", pdf)) > 3
+
+
+def test_the_scripts_name_no_word_twice():
+    """They become one file, where a name of two scripts would stop both."""
+    text = (ROOT / "book/_static/reading.js").read_text("utf-8")
+    body = re.sub(r"^//.*\n", "", text, flags=re.M).strip()
+    assert body.startswith("(() => {")
+    assert body.endswith("})();")
