@@ -1,0 +1,315 @@
+# Written by `make export` from notebooks/appendix/15_editions.py: edit that file.
+
+"""The book on paper: chapters printed by a browser, and merged."""
+
+__all__ = [
+    "FIT", "FRONT", "HREF", "PAPER", "PLACES", "Sheets", "add_outline",
+    "front_matter", "lead", "linked_places", "main", "make_pdf", "merge",
+    "place_of", "print_entry", "print_page",
+]
+
+
+# imports of the PDF
+import io
+import json
+import re
+import sys
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urldefrag
+
+from llmnb.book.pages import (
+    BUILT, ROOT, TITLE, Entry, open_browser, open_page, read_contents,
+)
+
+
+# one chapter on paper
+PAPER = """
+@page {
+    size: 176mm 250mm;
+    margin: 20mm 18mm;
+    @top-left { content: %(head)s; font: 8pt sans-serif; color: #55616e; }
+    @bottom-center {
+        content: counter(page, %(style)s);
+        font: 8pt sans-serif;
+        color: #55616e;
+    }
+}
+@page :first { @top-left { content: none; } }
+article { width: 140mm; }
+html { counter-reset: page %(before)d; }
+.place { position: absolute; top: 0; font-size: 1px; color: transparent; }
+"""
+# makes equations and tables that are too wide as small as they must be
+FIT = """() => {
+    const wide = "article div.math mjx-container, article table";
+    for (const x of document.querySelectorAll(wide)) {
+        const room = x.parentElement.getBoundingClientRect().width;
+        const share = room / x.getBoundingClientRect().width;
+        if (share < 0.999) x.style.zoom = share;
+    }
+}"""
+# links to these places, which nobody sees; returns the page's sections
+PLACES = """ids => {
+    for (const id of ids) {
+        const link = document.createElement("a");
+        link.href = "#" + id;
+        link.className = "place";
+        link.textContent = ".";
+        document.body.append(link);
+    }
+    return [...document.querySelectorAll("article section > h2")].map(
+        x => [x.parentElement.id, x.textContent.replace(/#$/, "").trim()]);
+}"""
+
+
+class Sheets(NamedTuple):
+    """A printed page of the book.
+
+    first: the number of its first sheet. places: dict from a place's name to
+    its sheet, counted from 0, and its height on it. sections: pairs of a
+    place's name and a title.
+
+    Derived in chapter A.15.
+    """
+
+    entry: Entry
+    first: int
+    pdf: Any
+    places: dict
+    sections: list
+
+
+def print_page(page, entry, first, style="decimal"):
+    """The bytes of a PDF of what the browser's page shows.
+
+    Derived in chapter A.15.
+    """
+    words = {"head": json.dumps(entry.title), "before": first - 1}
+    page.emulate_media(media="print", color_scheme="light")
+    page.add_style_tag(content=PAPER % (words | {"style": style}))
+    page.evaluate(FIT)
+    return page.pdf(prefer_css_page_size=True, print_background=True)
+
+
+def print_entry(page, built, entry, first, ids):
+    """Print an entry of the contents, numbered from `first`, as Sheets.
+
+    Derived in chapter A.15.
+    """
+    from pypdf import PdfReader
+
+    open_page(page, built / entry.page)
+    text = (built / entry.page).read_text("utf-8")
+    own = re.findall(r'<section id="([^"]+)"', text)
+    sections = page.evaluate(PLACES, sorted({*ids, *own}))
+    pdf = PdfReader(io.BytesIO(print_page(page, entry, first)))
+    places = {
+        unquote(name.removeprefix("/")): (
+            pdf.get_destination_page_number(x),
+            float(x.get("/Top", 0)),
+        )
+        for name, x in pdf.named_destinations.items()
+    }
+    return Sheets(entry, first, pdf, places, sections)
+
+
+# places that others link to
+HREF = re.compile(r'href="([^"#:]+\.html)#([^"]+)"')
+
+
+def linked_places(built, entries):
+    """Dict from each entry's page to the places in it that others link to.
+
+    Derived in chapter A.15.
+    """
+    found = {x.page: set() for x in entries}
+    top = built.resolve()
+    for x in entries:
+        path = top / x.page
+        for link, place in HREF.findall(path.read_text("utf-8")):
+            target = (path.parent / unquote(link)).resolve()
+            if target.is_relative_to(top):
+                page = target.relative_to(top).as_posix()
+                found.get(page, set()).add(unquote(place))
+    return found
+
+
+# the contents
+FRONT = """
+<style>
+.front-title { height: 200mm; padding-top: 60mm; break-after: page; }
+.front-title h1 { font-size: 2.6rem !important; }
+.front-row { display: flex; gap: 0.5em; margin: 0 0 0.15em; }
+.front-row i { flex: 1; border-bottom: 1px dotted #8893a0; height: 1em; }
+.front-row a { color: inherit; }
+</style>
+<div class="front-title"><h1>%s</h1>
+<p>GPT-2, derived, proved and trained: one layer a chapter. %s</p></div>
+<h2>Contents</h2>
+"""
+
+
+def front_matter(built, printed, part=""):
+    """The HTML of the title page and the contents; printed: list of Sheets.
+
+    Derived in chapter A.15.
+    """
+    captions = [x.entry.part for x in printed if x.entry.part]
+    text = FRONT % (escape(TITLE), escape(captions[0] if part else ""))
+    for caption, rows in groupby(printed, key=lambda x: x.entry.part):
+        text += f"<h3>{escape(caption)}</h3>\n" if caption else ""
+        for x in rows:
+            link = (built / x.entry.page).resolve().as_uri()
+            words = f'<a href="{link}">{escape(x.entry.title)}</a>'
+            row = f"{words}<i></i><span>{x.first}</span>"
+            text += f'<div class="front-row">{row}</div>\n'
+    return text
+
+
+# where a link leads
+def place_of(link, built, own, printed):
+    """The sheet and height that a link's annotation leads to.
+
+    own: the Sheets that it stands on. printed: dict from a page's path to its
+    Sheets. Returns "away" for a link into the web, None for one that leads
+    nowhere in this edition.
+
+    Derived in chapter A.15.
+    """
+    address = link.get("/A", {}).get("/URI")
+    place = str(link.get("/Dest", "")).removeprefix("/")
+    if address is not None:
+        address, place = urldefrag(str(address))
+        top = built.resolve().as_uri() + "/"
+        if not address.startswith("file:"):
+            return "away"
+        own = printed.get(unquote(address.removeprefix(top)))
+    if own is None or link["/Rect"][3] - link["/Rect"][1] < 2:
+        return None
+    sheet, height = own.places.get(unquote(place), (0, None))
+    return own.first - 1 + sheet, height
+
+
+def lead(writer, links, before, built, own, printed):
+    """The annotations of a sheet, each led to its place in the whole.
+
+    Derived in chapter A.15.
+    """
+    from pypdf.generic import ArrayObject, FloatObject, NameObject, NullObject
+
+    kept = ArrayObject()
+    for link in links:
+        a = link.get_object()
+        place = place_of(a, built, own, printed)
+        if place not in ("away", None):
+            sheet, height = place
+            top = NullObject() if height is None else FloatObject(height)
+            page = writer.pages[before + sheet].indirect_reference
+            how = [NameObject("/XYZ"), NullObject(), top, NullObject()]
+            a[NameObject("/Dest")] = ArrayObject([page, *how])
+            a.pop("/A", None)
+        if place is not None:
+            kept.append(link)
+    return kept
+
+
+# the outline
+def add_outline(writer, before, printed):
+    """Parts, chapters and sections as the outline of a PDF.
+
+    Derived in chapter A.15.
+    """
+    from pypdf.generic import Fit
+
+    for caption, chapters in groupby(printed, key=lambda x: x.entry.part):
+        parent = None
+        for x in chapters:
+            start = before + x.first - 1
+            if caption and parent is None:
+                parent = writer.add_outline_item(caption, start)
+            chapter = writer.add_outline_item(
+                x.entry.title, start, parent=parent
+            )
+            for name, title in x.sections:
+                sheet, height = x.places.get(name, (0, None))
+                fit = Fit.xyz(top=height)
+                writer.add_outline_item(
+                    title, start + sheet, parent=chapter, fit=fit
+                )
+
+
+def merge(front, printed, built):
+    """One PDF of the front matter, a PdfReader, and a list of Sheets.
+
+    Derived in chapter A.15.
+    """
+    from pypdf import PdfWriter
+    from pypdf.generic import NameObject, TextStringObject
+
+    writer, before = PdfWriter(), len(front.pages)
+    first = Sheets(printed[0].entry, 1 - before, front, {}, [])
+    for x in [first, *printed]:
+        for sheet in x.pdf.pages:
+            writer.add_page(sheet)
+    pages = {x.entry.page: x for x in printed}
+    for x in [first, *printed]:
+        start = before + x.first - 1
+        for sheet in writer.pages[start : start + len(x.pdf.pages)]:
+            links = sheet.get("/Annots", [])
+            kept = lead(writer, links, before, built, x, pages)
+            sheet[NameObject("/Annots")] = kept
+    add_outline(writer, before, printed)
+    writer.add_metadata({"/Title": TITLE})
+    writer.root_object[NameObject("/Lang")] = TextStringObject("en")
+    writer.page_mode = "/UseOutlines"
+    writer.set_page_label(0, before - 1, style="/r")
+    writer.set_page_label(before, len(writer.pages) - 1, style="/D")
+    writer.compress_identical_objects()
+    return writer
+
+
+# the command
+def make_pdf(built, path, part=""):
+    """Print the built book, or a part of it, into one PDF.
+
+    built: the folder of `make book`. part: such as "1", or "A"; all else.
+
+    Derived in chapter A.15.
+    """
+    from pypdf import PdfReader
+
+    entries = read_contents(built, part)
+    if not entries:
+        sys.exit(f"no page of part {part!r} in {built}: run `make book`")
+    ids, printed, first = linked_places(built, entries), [], 1
+    with open_browser() as page:
+        for entry in entries:
+            x = print_entry(page, built, entry, first, ids[entry.page])
+            print(f"{first:5}  {entry.title}", flush=True)
+            printed.append(x)
+            first += len(x.pdf.pages)
+        open_page(page, built / entries[0].page)
+        fill = "x => document.querySelector('article').innerHTML = x"
+        page.evaluate(fill, front_matter(built, printed, part))
+        cover = Entry("", "Contents", "")
+        front = print_page(page, cover, 1, "lower-roman")
+    merge(PdfReader(io.BytesIO(front)), printed, built).write(path)
+
+
+def main(argv=None):
+    """Print the built book into build/llmnb.pdf, or one part of it.
+
+    Derived in chapter A.15.
+    """
+    part = "".join(sys.argv[1:] if argv is None else argv)
+    name = f"llmnb-part-{part}.pdf" if part else "llmnb.pdf"
+    (ROOT / "build").mkdir(exist_ok=True)
+    make_pdf(BUILT, ROOT / "build" / name, part)
+    print(ROOT / "build" / name)
+
+
+if __name__ == "__main__":
+    main()

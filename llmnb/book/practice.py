@@ -1,0 +1,199 @@
+# Written by `make export` from notebooks/appendix/16_practice.py: edit that file.
+
+"""Chapters as plain notebooks, and as notebooks to fill in."""
+
+__all__ = [
+    "AWAY", "EXPORTED", "FOLD", "GO", "HOW", "LABEL", "ROLE", "TODO", "blank",
+    "functions", "here", "main", "own_imports", "plain", "plain_cell",
+    "plain_text",
+]
+
+
+# imports
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+
+from llmnb.book.export import ROOT, read_chapter, sources, write_text
+
+
+# take bodies out
+TODO = 'raise NotImplementedError("your code here")'
+
+
+def functions(tree):
+    """The functions of a module's tree, and the methods of its classes.
+
+    Derived in chapter A.16.
+    """
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            yield node
+        elif isinstance(node, ast.ClassDef):
+            yield from functions(node)
+
+
+def blank(source):
+    """Code with the bodies of its functions taken out, for you to write.
+
+    Derived in chapter A.16.
+    """
+    lines = source.splitlines()
+    for node in reversed([*functions(ast.parse(source))]):
+        documented = ast.get_docstring(node) is not None
+        body = node.body[documented:]
+        if not body:
+            continue
+        marks = getattr(body[0], "decorator_list", [])
+        first = min(x.lineno for x in [body[0], *marks])
+        if documented:
+            first = node.body[0].end_lineno + 1
+        indent = " " * body[0].col_offset
+        lines[first - 1 : node.end_lineno] = [indent + TODO]
+    return "\n".join(lines)
+
+
+# imports of the chapter's own names
+def own_imports(source, modules):
+    """Code whose imports from a chapter's own modules lead to the notebook.
+
+    modules: their names without `llmnb.`, such as "reference.layernorm".
+
+    Derived in chapter A.16.
+    """
+    lines = source.splitlines()
+    nodes = [*ast.walk(ast.parse(source))]
+    nodes = [x for x in nodes if isinstance(x, ast.ImportFrom)]
+    for node in sorted(nodes, key=lambda x: -x.lineno):
+        made = [here(node.module, x, modules) for x in node.names]
+        if not any(made):
+            continue
+        rest = [
+            x for x, mine in zip(node.names, made, strict=True) if not mine
+        ]
+        if rest:
+            left = ast.ImportFrom(node.module, rest, node.level)
+            made.append(ast.unparse(left))
+        indent = " " * node.col_offset
+        new = [indent + x for x in made if x and x != "pass"]
+        lines[node.lineno - 1 : node.end_lineno] = new or [indent + "pass"]
+    return "\n".join(lines)
+
+
+def here(module, name, modules):
+    """What takes the place of one imported name; None if it stays.
+
+    "pass" for a name that is in the notebook.
+
+    Derived in chapter A.16.
+    """
+    source = (module or "").removeprefix("llmnb").lstrip(".")
+    ours = (module or "").partition(".")[0] == "llmnb"
+    if ours and source in modules:
+        new = name.asname
+        return f"{new} = {name.name}" if new else "pass"
+    if ours and f"{source}.{name.name}".strip(".") in modules:
+        return f"import __main__ as {name.asname or name.name}"
+    return None
+
+
+# plain Markdown
+FOLD = re.compile(
+    r"^:::+\{[\w-]+\} *(.*)\n((?::[\w-]+:.*\n)*)(.*?)^:::+ *$", re.M | re.S
+)
+AWAY = re.compile(r"\[([^\]]*)\]\((?!https?:)[^)\s]*\.(?:md|html)[^)\s]*\)")
+ROLE = re.compile(r"\{[\w:-]+\}`([^`]*)`")
+LABEL = re.compile(r"^\([\w.:-]+\)=\n", re.M)
+
+
+def plain_text(text):
+    """Markdown without the book's markup.
+
+    Derived in chapter A.16.
+    """
+    fold = "<details>\n<summary>{}</summary>\n\n{}\n</details>"
+    text = FOLD.sub(lambda x: fold.format(x[1], x[3].rstrip() + "\n"), text)
+    text = AWAY.sub(r"\1", text)
+    text = ROLE.sub(lambda x: f"`{x[1].partition(' <')[0]}`", text)
+    return LABEL.sub("", text)
+
+
+# a notebook of a chapter
+EXPORTED = {"export", "exporti"}
+HOW = """\
+> **To fill in.** The bodies of this chapter's functions are yours to write: each
+> raises `NotImplementedError` until you do. The chapter's checks are left in, and
+> they test your functions: run them; they say `ok`, or `FAIL` and stop."""
+GO = """\
+# this chapter reads files of the repository
+import os
+
+os.chdir("../../../notebooks/{}")"""
+
+
+def plain_cell(cell, chapter, practice):
+    """Rewrite a cell in place: its text or code, its tags, its outputs.
+
+    Derived in chapter A.16.
+    """
+    tags = {*cell.metadata.get("tags", [])}
+    module = cell.metadata.get("module", next(iter(chapter.modules), ""))
+    title = cell.metadata.get("title", "")
+    cell.metadata = nbformat.NotebookNode()
+    if cell.cell_type != "code":
+        cell.source = plain_text(cell.source)
+        return
+    if practice:
+        cell.outputs, cell.execution_count = [], None
+        solves = "hide-cell" in tags and title.startswith("exercise")
+        if tags & EXPORTED or solves:
+            cell.source = blank(cell.source)
+        cell.source = own_imports(cell.source, chapter.modules)
+    if tags & EXPORTED:
+        cell.source = f"# exported to llmnb.{module}\n{cell.source}"
+
+
+def plain(path, practice=False):
+    """A chapter's notebook without the book's markup.
+
+    path: of its source. practice: also without its functions' bodies and its
+    outputs, for you to fill in.
+
+    Derived in chapter A.16.
+    """
+    book = nbformat.read(path.with_suffix(".ipynb"), as_version=4)
+    chapter = read_chapter(path)
+    for cell in book.cells:
+        plain_cell(cell, chapter, practice)
+    first = []
+    if practice:
+        first += [nbformat.v4.new_markdown_cell(HOW)]
+    if any("../" in x.source for x in book.cells if x.cell_type == "code"):
+        go = GO.format(path.parent.name)
+        first += [nbformat.v4.new_code_cell(go)]
+    for number, cell in enumerate(first):
+        cell.id = f"first-{number}"
+    book.cells[1:1] = first
+    book.metadata.pop("llmnb", None)
+    return book
+
+
+# the command
+def main(argv=None):
+    """Write all chapters to build/plain/ and to build/practice/.
+
+    Derived in chapter A.16.
+    """
+    for path in sources(ROOT / "notebooks"):
+        place = f"{path.parent.name}/{path.stem}.ipynb"
+        for name in ("plain", "practice"):
+            book = plain(path, practice=name == "practice")
+            text = nbformat.writes(book) + "\n"
+            write_text(ROOT / "build" / name / place, text)
+    print(ROOT / "build" / "plain", ROOT / "build" / "practice")
+
+
+if __name__ == "__main__":
+    main()
