@@ -554,6 +554,12 @@ TAKE = """names => {
             whole.append("\\u2003(" + tags[0].slice(5, -1) + ")");
         x.replaceChildren(whole);
     }
+    // a device may know no variables: a figure takes its colours along
+    const colours = getComputedStyle(document.documentElement);
+    const value = (_, name) => colours.getPropertyValue(name).trim();
+    for (const x of all("svg.drawing [style]"))
+        x.setAttribute("style", x.getAttribute("style")
+            .replace(/var\\((--[a-z]+-[a-z]+)\\)/g, value));
     all("script, style, link, button, canvas, input, select, textarea, form, "
         + "iframe, audio, video, object, template, noscript, dialog, "
         + ".headerlink, .visually-hidden, .noprint, [hidden]")
@@ -604,6 +610,7 @@ div.highlight { border-left: 0.2em solid #ccd3da; padding-left: 0.6em; }
 .export-label, .figure-caption, summary { font-size: 0.85em; }
 .chapter-number { display: block; font-size: 0.5em; }
 img, svg { max-width: 100%; }
+svg.glyphs { display: block; width: 0; height: 0; }
 span.display svg { height: auto; }
 span.display { display: block; text-align: center; margin: 0.8em 0; }
 table { border-collapse: collapse; font-size: 0.85em; }
