@@ -23,6 +23,7 @@ from llmnb.book.export import ROOT, chapter_label, read_chapter, sources
 
 CHAPTERS = sources(ROOT / "notebooks")
 LAYERNORM = ROOT / "notebooks/1_by_hand/06_layernorm.py"
+XHTML = "{http://www.w3.org/1999/xhtml}"
 FEW = ["1.1 A model that learns", "1.6 LayerNorm", "Glossary"]
 
 
@@ -189,6 +190,8 @@ def test_the_epubs_equations_are_drawn_and_nothing_runs(packed):
             tree = ElementTree.fromstring(text)
             tags = {x.tag.rpartition("}")[2] for x in tree.iter()}
             assert not tags & {"script", "button", "canvas", "iframe"}
+            for code in tree.iter(f"{XHTML}pre"):
+                code.clear()
             seen = "".join(tree.itertext())
             assert not re.search(r"\\(frac|sum|tag|partial)\b|\$\$", seen)
 
