@@ -3,9 +3,9 @@
 """The book for a reading device: an ePub without a script."""
 
 __all__ = [
-    "CONTAINER", "KEEP_TEX", "KINDS", "PACKAGE", "PAGE", "SHEET", "TAKE",
-    "file_of", "item_id", "main", "make_epub", "manifest", "mend_links",
-    "navigation", "take_page", "write_epub",
+    "CONTAINER", "FORBIDDEN", "KEEP_TEX", "KINDS", "PACKAGE", "PAGE", "SHEET",
+    "TAKE", "file_of", "item_id", "main", "make_epub", "manifest",
+    "mend_links", "navigation", "take_page", "write_epub",
 ]
 
 
@@ -101,6 +101,8 @@ KEEP_TEX = """() => {
     for (const item of MathJax.startup.document.math)
         item.typesetRoot.closest(".math").dataset.tex = item.math.trim();
 }"""
+# characters that a program may print, and that no XML may hold
+FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 PAGE = """<?xml version="1.0" encoding="utf-8"?>
 <!DOCTYPE html>
 <html xmlns="http://www.w3.org/1999/xhtml"
@@ -147,6 +149,7 @@ def take_page(page, built, entry, names):
     if page.evaluate("!!window.MathJax?.startup?.document"):
         page.evaluate(KEEP_TEX)
     body, images = page.evaluate(TAKE, names)
+    body = FORBIDDEN.sub("\ufffd", body)
     paths = [
         url2pathname(urlsplit(x).path) for x in images if x[:5] == "file:"
     ]
