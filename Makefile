@@ -11,9 +11,12 @@ BIN := $(VENV)/bin
 ARGS ?=
 # chapters, such as 2.4 or "1.6 2.2"; none means all
 CHAPTER ?=
+# a part of the book, such as 1, or A for the appendix; none means all
+PART ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help train test tiles check notebooks export poster book lab bench clean
+.PHONY: help train test tiles check notebooks export poster book pdf epub plain \
+	lab bench clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -49,6 +52,15 @@ book: $(VENV)/.book ## build the book into book/_build/html
 	rm -rf book/_build
 	$(BIN)/jupyter-book build . --config book/_config.yml \
 		--toc book/_toc.yml --path-output book -W -n --keep-going
+
+pdf: $(VENV)/.book ## print the built book: build/llmnb.pdf (PART=1: that part)
+	$(BIN)/python -m llmnb.book.pdf $(PART)
+
+epub: $(VENV)/.book ## pack the built book for a reading device: build/llmnb.epub
+	$(BIN)/python -m llmnb.book.epub
+
+plain: export ## write the chapters as plain and as practice notebooks to build/
+	$(BIN)/python -m llmnb.book.practice
 
 # opens a .py as a notebook, in this environment's JupyterLab only
 VIEWER := {"@jupyterlab/docmanager-extension:plugin": \

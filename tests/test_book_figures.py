@@ -3,6 +3,7 @@
 The pages are those that tests/test_book.py looks at.
 """
 
+import functools
 import json
 import re
 import shutil
@@ -38,6 +39,7 @@ plt.show()
 """
 
 
+@functools.cache
 def pictures(path, kind):
     """The pictures of a kind in a stored notebook, by the cell's id."""
     book = json.loads(path.read_text("utf-8"))

@@ -353,15 +353,24 @@ NAMELESS = """() => [...document.querySelectorAll(
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_sticks_out_moves_or_is_nameless(browser, width):
     with Visit(browser, HTML.resolve().as_uri(), width, "dark") as visit:
-        visit.page.add_init_script("""window.moved = 0;
+        visit.page.add_init_script("""
+            addEventListener("DOMContentLoaded", () => window.tall =
+                document.querySelector(".live").offsetHeight);
+            window.moved = 0;
             new PerformanceObserver(list => list.getEntries()
                 .forEach(x => window.moved += x.value))
                 .observe({type: "layout-shift", buffered: true})""")
         page = start(visit)
+        tall = page.evaluate(
+            "[tall, document.querySelector('.live').offsetHeight]"
+        )
+        assert tall[0] == tall[1]  # loading the model moved nothing
+        loaded = page.evaluate("moved")
         write(page, SHORT, 40, 0.8)
+        assert page.evaluate("moved") - loaded < 0.001  # nor did writing
+        assert loaded < 0.05  # only letters, when their font came
         assert page.evaluate(TOO_WIDE) == []
         assert page.evaluate(NAMELESS) == []
-        assert page.evaluate("moved") < 0.05
         sizes = page.evaluate("""['pre', 'textarea'].map(x =>
             document.querySelector('.live-stack ' + x).scrollHeight)""")
         assert sizes[0] == sizes[1]  # the tokens lie under the text

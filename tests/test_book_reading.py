@@ -113,6 +113,12 @@ def test_the_fonts_are_small_and_have_their_licences(built):
         assert "SIL OPEN FONT LICENSE" in text.upper()
 
 
+def look(visit, name=LAYERNORM):
+    """Open a page without waiting for its equations."""
+    visit.page.goto(f"{visit.home}/{name}")
+    return visit.page
+
+
 # The switch
 
 STATE = """() => ({
@@ -130,13 +136,13 @@ def press(page, name):
 
 def test_the_switch_opens_what_it_says(browser, address):
     with Visit(browser, address, 1280) as visit:
-        page = visit.open(LAYERNORM)
+        page = look(visit)
         state = page.evaluate(STATE)
         assert state["view"] == "read"
         assert state["open"] == []
         state = press(page, "Code")
         kinds = " ".join(state["open"]).split()
-        assert {"imports", "check", "exported"} <= set(kinds)
+        assert {"imports", "check", "setup"} <= set(kinds)
         assert not {"authors", "exercise"} & set(kinds)
         state = press(page, "All")
         assert len(state["open"]) == state["count"] > 15
@@ -146,7 +152,7 @@ def test_the_switch_opens_what_it_says(browser, address):
 
 def test_the_switch_works_by_keyboard_and_keeps_the_place(browser, address):
     with Visit(browser, address, 1280) as visit:
-        page = visit.open(LAYERNORM)
+        page = look(visit)
         page.evaluate("document.querySelector('#proof').scrollIntoView()")
         top = "document.querySelector('#proof h2').getBoundingClientRect().top"
         before = page.evaluate(top)
@@ -171,10 +177,10 @@ FRAMES = """() => {
 
 def test_the_choice_is_remembered_and_nothing_flashes(browser, address):
     with Visit(browser, address, 1280) as visit:
-        page = visit.open(LAYERNORM)
+        page = look(visit)
         press(page, "All")
         page.add_init_script(f"({FRAMES})()")
-        page = visit.open(ATTENTION)
+        page = look(visit, ATTENTION)
         state = page.evaluate(STATE)
         assert state["view"] == "all"
         assert len(state["open"]) == state["count"] > 10
@@ -193,10 +199,24 @@ def test_the_switch_works_without_storage(browser, address):
             "if (key === 'llmnb-view') throw new DOMException('no');"
             "return plain.call(this, key, ...rest); }; }"
         )
-        page = visit.open(LAYERNORM)
+        page = look(visit)
         assert page.evaluate(STATE)["view"] == "read"
         assert len(press(page, "All")["open"]) > 15
         assert visit.trouble == []
+
+
+def test_a_long_function_shows_its_outline_until_it_is_opened(
+    browser, address
+):
+    with Visit(browser, address, 1280) as visit:
+        page = look(visit, "notebooks/3_gpu/04_layernorm.html")
+        cell = page.locator(".cell:has(> .brief)").first
+        brief = cell.locator("> .brief")
+        assert "def " in brief.inner_text()
+        assert not cell.locator("details pre").is_visible()
+        cell.locator("summary").click()
+        assert cell.locator("details pre").is_visible()
+        assert not brief.is_visible()
 
 
 def test_without_scripts_folds_open_and_nothing_is_lost(browser, address):
@@ -213,7 +233,7 @@ def test_without_scripts_folds_open_and_nothing_is_lost(browser, address):
 
 def test_an_address_inside_a_fold_opens_it(browser, address):
     with Visit(browser, address, 1280) as visit:
-        page = visit.open(f"{LAYERNORM}#solution-exercise-2")
+        page = look(visit, f"{LAYERNORM}#solution-exercise-2")
         page.wait_for_selector("#solution-exercise-2[open]")
         assert page.locator("details.fold[open]").count() == 1
         page.evaluate("location.hash = '#solution-exercise-1'")
@@ -225,7 +245,7 @@ def test_an_address_inside_a_fold_opens_it(browser, address):
 
 def test_an_exercise_is_one_fold_with_its_check_inside(browser, address):
     with Visit(browser, address, 1280) as visit:
-        page = visit.open(LAYERNORM)
+        page = look(visit)
         section = page.locator("#exercises")
         folds = section.locator("details.exercise")
         assert folds.count() == 3
@@ -324,7 +344,7 @@ def test_a_line_of_text_has_65_to_75_characters(browser, address):
 
 def test_headings_weigh_what_their_rank_says(browser, address):
     with Visit(browser, address, 1280) as visit:
-        page = visit.open(LAYERNORM)
+        page = look(visit)
         page.evaluate(
             """() => document.querySelector("article section")
             .insertAdjacentHTML("beforeend", "<h2>a</h2><h3>b</h3>")"""
@@ -385,7 +405,7 @@ def test_the_rail_marks_the_right_section_at_ten_stops(browser, address):
 
 def test_keys_turn_the_page_but_not_from_a_field(browser, address):
     with Visit(browser, address, 1280) as visit:
-        page = visit.open(LAYERNORM)
+        page = look(visit)
         link = page.locator(".right-next")
         following = link.evaluate("x => x.href")
         page.evaluate(
@@ -483,7 +503,7 @@ TOKENS = """() => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_code_can_be_read_by_its_colours(browser, address, scheme):
     with Visit(browser, address, 390, scheme) as visit:
-        page = visit.open(LAYERNORM)
+        page = look(visit)
         press(page, "All")
         worst = page.evaluate(TOKENS)
     assert len(worst) > 8

@@ -9,7 +9,6 @@ when the first card is asked for.
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 from docutils import nodes
@@ -111,25 +110,17 @@ def collect(app, doctree):
     app.env.metadata[docname]["previews"] = cards
 
 
-def picture(app, images, copy):
-    """The address of the picture, of several formats, that was built.
-
-    copy: whether to bring it there if it was not, as it stands in its page
-    as a drawing.
-    """
+def picture(app, images):
+    """The address of the picture, of several formats, that was built."""
     for uri in images:
         name = app.env.images.get(uri, (None, ""))[1]
-        path = Path(app.outdir) / app.builder.imagedir / name
-        source = Path(app.srcdir) / uri
-        if name and copy and not path.exists() and source.exists():
-            path.parent.mkdir(exist_ok=True)
-            shutil.copy(source, path)
-        if name and path.exists():
-            return path.relative_to(app.outdir).as_posix()
+        path = Path(app.builder.imagedir) / name
+        if name and (Path(app.outdir) / path).exists():
+            return path.as_posix()
     return None
 
 
-def finish_card(app, docname, name, card):
+def finish_card(app, docname, card):
     """Add the chapter's name; turn a page's images into an address."""
     title = getattr(app.config.external_site_map.get(docname), "title", "")
     card = dict(card)
@@ -137,8 +128,7 @@ def finish_card(app, docname, name, card):
         card["head"] = title
     elif docname.startswith("notebooks/"):
         card["from"] = title
-    away = name in app.llmnb_targets.away
-    image = picture(app, card.pop("images", []), away)
+    image = picture(app, card.pop("images", []))
     return card | ({"image": image} if image else {})
 
 
@@ -149,7 +139,7 @@ def write_previews(app, error):
     cards = {}
     for docname, data in sorted(app.env.metadata.items()):
         for name, card in data.get("previews", {}).items():
-            cards[name] = finish_card(app, docname, name, card)
+            cards[name] = finish_card(app, docname, card)
     text = json.dumps(cards, ensure_ascii=False, separators=(",", ":"))
     path = Path(app.outdir) / "_static" / "previews.js"
     path.write_text(f"window.llmnbPreviews = {text};\n", "utf-8")

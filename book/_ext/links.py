@@ -63,7 +63,6 @@ class Targets:
 
     def __init__(self, app):
         self.app, self.known = app, numbered()
-        self.away = set()  # figures that another page refers to
 
     def address(self, kind, number, docname):
         """The address of a target from a page, or None if there is none."""
@@ -81,10 +80,7 @@ class Targets:
             return None
         if kind == "chapter":
             return self.relative(docname, page) if page != docname else None
-        name = anchor(kind, number)
-        if page != docname:
-            self.away.add(name)
-        return self.relative(docname, page) + "#" + name
+        return self.relative(docname, page) + "#" + anchor(kind, number)
 
     def relative(self, docname, page):
         if page == docname:

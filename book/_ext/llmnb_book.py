@@ -33,6 +33,18 @@ PAGES = {
     chapter_label(path): path.relative_to(ROOT).with_suffix("").as_posix()
     for path in sources(ROOT / "notebooks")
 }
+# the other extensions of this folder; they act after this one, in this order
+PARTS = (
+    "head",
+    "links",
+    "cards",
+    "search_data",
+    "weight",
+    "figures",
+    "live",
+    "landing",
+    "move",
+)
 EXPORT_TAGS = {"export", "exporti"}
 CHAPTER = re.compile(r"notebooks/(\w+)/(\d\d)_\w+")
 DERIVED = re.compile(r"Derived in chapter ([\dA]\.\d+)\.")
@@ -227,4 +239,6 @@ def setup(app):
         "doctree-resolved",
         lambda app, doctree, docname: caption_figures(doctree, docname),
     )
+    for name in PARTS:
+        app.setup_extension(name)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -65,12 +65,14 @@ def place_figures(app, doctree):
 
 
 def add_scripts(app, pagename, templatename, context, doctree):
-    """Load the scripts of the figures that a page has."""
+    """Load the scripts and the style of the figures that a page has."""
     raw = doctree.findall(nodes.raw) if doctree is not None else ()
     kinds = dict.fromkeys(node["kind"] for node in raw if "kind" in node)
     for name in ["move.js", *(f"move/{kind}.js" for kind in kinds)]:
         if kinds:
             app.add_js_file(name, loading_method="defer")
+    if kinds:
+        app.add_css_file("move.css")
 
 
 def setup(app):

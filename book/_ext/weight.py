@@ -29,8 +29,7 @@ MATHJAX_PARTS = {
     "a11y/assistive-mml": "a11y/assistive-mml",
 }
 FONTS = "output/chtml/fonts/woff-v2"
-# fonts of some kilobytes, which nearly every page needs, come along
-INSIDE = ("MathJax_Zero", "MathJax_Size1-Regular", "MathJax_Size2-Regular")
+INSIDE = ("MathJax_Zero",)  # a font of a kilobyte that every page asks for
 DATA = 100_000  # bytes: a larger script holds data, not names of classes
 # of a theme's style sheets, these stand in its own templates
 THEME_STYLES = ("basic.css", "styles/pydata-sphinx-theme.css")
@@ -212,7 +211,7 @@ def write_styles(app, static):
         if path.name not in own:
             css = prune(css, words)
         parts.append(move_addresses(css, path.parent.relative_to(static)))
-    text = re.sub(r"\s*\n\s*", "\n", "\n".join(parts))
+    text = re.sub(r"\s*([{};])\s*", r"\1", "\n".join(parts))
     others = [
         p for p in static.glob("*.[cj]s*") if p.name in own | {"book.js"}
     ]

@@ -37,23 +37,13 @@ function element(tag, className, text) {
   return made;
 }
 
-// A figure of this page that is a drawing in it, once more.
-function drawing(name) {
-  const drawn = document.getElementById(name)?.querySelector("svg.drawing");
-  const copy = drawn?.cloneNode(true);
-  copy?.setAttribute("class", "drawing card-drawing");
-  return copy;
-}
-
 // The parts of a card, in their order.
-function fill(box, data, name) {
+function fill(box, data) {
   const head = [data.head, data.from].filter(Boolean).join(" · ");
   if (head) box.append(element("p", "card-head", head));
   if (data.code) box.append(element("code", "card-code", data.code));
   if (data.tex) box.append(element("div", "card-math", data.tex));
-  const drawn = drawing(name);
-  if (drawn) box.append(drawn);
-  else if (data.image) {
+  if (data.image) {
     const image = element("img", "card-image", "");
     const dark = document.documentElement.dataset.theme === "dark";
     image.src = root + data.image + (dark ? "#dark" : "");
@@ -96,14 +86,13 @@ function close() {
 async function open(link) {
   await loadScript("_static/previews.js");
   previews ??= window.llmnbPreviews;
-  const name = nameOf(link);
-  const data = previews[name];
+  const data = previews[nameOf(link)];
   if (!data || !link.matches(":hover, :focus")) return;
   close();
   const box = element("div", "preview-card mathjax_process", "");
   box.id = "preview-card";
   box.setAttribute("role", "tooltip");
-  fill(box, data, name);
+  fill(box, data);
   [card, opener] = [box, link];
   link.setAttribute("aria-describedby", box.id);
   box.addEventListener("mouseenter", () => clearTimeout(timer));

@@ -105,7 +105,8 @@ function followContents() {
   const links = new Map();
   for (const link of contents.querySelectorAll("a[href^='#']")) {
     const name = decodeURIComponent(link.hash.slice(1));
-    const heading = document.getElementById(name)?.querySelector("h2, h3, h4");
+    const place = document.getElementById(name); // a section, or a name's dt
+    const heading = place?.querySelector("h2, h3, h4") ?? place;
     if (heading) links.set(heading, link);
   }
   const headings = [...links.keys()];

@@ -3,9 +3,9 @@
 """The book for a reading device: an ePub without a script."""
 
 __all__ = [
-    "CONTAINER", "KEEP_TEX", "KINDS", "PACKAGE", "PAGE", "SHEET", "TAKE",
-    "file_of", "item_id", "main", "make_epub", "manifest", "mend_links",
-    "navigation", "take_page", "write_epub",
+    "CONTAINER", "FORBIDDEN", "KEEP_TEX", "KINDS", "PACKAGE", "PAGE", "SHEET",
+    "TAKE", "file_of", "item_id", "main", "make_epub", "manifest",
+    "mend_links", "navigation", "take_page", "write_epub",
 ]
 
 
@@ -64,6 +64,12 @@ TAKE = """names => {
             whole.append("\\u2003(" + tags[0].slice(5, -1) + ")");
         x.replaceChildren(whole);
     }
+    // a device may know no variables: a figure takes its colours along
+    const colours = getComputedStyle(document.documentElement);
+    const value = (_, name) => colours.getPropertyValue(name).trim();
+    for (const x of all("svg.drawing [style]"))
+        x.setAttribute("style", x.getAttribute("style")
+            .replace(/var\\((--[a-z]+-[a-z]+)\\)/g, value));
     all("script, style, link, button, canvas, input, select, textarea, form, "
         + "iframe, audio, video, object, template, noscript, dialog, "
         + ".headerlink, .visually-hidden, .noprint, [hidden]")
@@ -95,6 +101,8 @@ KEEP_TEX = """() => {
     for (const item of MathJax.startup.document.math)
         item.typesetRoot.closest(".math").dataset.tex = item.math.trim();
 }"""
+# characters that a program may print, and that no XML may hold
+FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 PAGE = """<?xml version="1.0" encoding="utf-8"?>
 <!DOCTYPE html>
 <html xmlns="http://www.w3.org/1999/xhtml"
@@ -114,6 +122,7 @@ div.highlight { border-left: 0.2em solid #ccd3da; padding-left: 0.6em; }
 .export-label, .figure-caption, summary { font-size: 0.85em; }
 .chapter-number { display: block; font-size: 0.5em; }
 img, svg { max-width: 100%; }
+svg.glyphs { display: block; width: 0; height: 0; }
 span.display svg { height: auto; }
 span.display { display: block; text-align: center; margin: 0.8em 0; }
 table { border-collapse: collapse; font-size: 0.85em; }
@@ -140,6 +149,7 @@ def take_page(page, built, entry, names):
     if page.evaluate("!!window.MathJax?.startup?.document"):
         page.evaluate(KEEP_TEX)
     body, images = page.evaluate(TAKE, names)
+    body = FORBIDDEN.sub("\ufffd", body)
     paths = [
         url2pathname(urlsplit(x).path) for x in images if x[:5] == "file:"
     ]

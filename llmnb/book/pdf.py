@@ -224,20 +224,24 @@ def add_outline(writer, before, printed):
     """
     from pypdf.generic import Fit
 
+    add = writer.add_outline_item
     for caption, chapters in groupby(printed, key=lambda x: x.entry.part):
         parent = None
         for x in chapters:
             start = before + x.first - 1
             if caption and parent is None:
-                parent = writer.add_outline_item(caption, start)
-            chapter = writer.add_outline_item(
-                x.entry.title, start, parent=parent
+                parent = add(title=caption, page_number=start)
+            chapter = add(
+                title=x.entry.title, page_number=start, parent=parent
             )
             for name, title in x.sections:
                 sheet, height = x.places.get(name, (0, None))
                 fit = Fit.xyz(top=height)
-                writer.add_outline_item(
-                    title, start + sheet, parent=chapter, fit=fit
+                add(
+                    title=title,
+                    page_number=start + sheet,
+                    parent=chapter,
+                    fit=fit,
                 )
 
 

@@ -101,7 +101,7 @@ def here(module, name, modules):
 
 # plain Markdown
 FOLD = re.compile(
-    r"^:::+\{[\w-]+\} *(.*)\n((?::[\w-]+:.*\n)*)(.*?)^:::+ *$", re.M | re.S
+    r"^:::+\{[\w-]+\} *(.*)\n((?::[\w-]+:.*\n)*)((?:.*\n)*?):::+ *$", re.M
 )
 AWAY = re.compile(r"\[([^\]]*)\]\((?!https?:)[^)\s]*\.(?:md|html)[^)\s]*\)")
 ROLE = re.compile(r"\{[\w:-]+\}`([^`]*)`")

@@ -580,6 +580,13 @@ walks = [walk("with a barrier", turn, 1, 4, arrays),
 said = "four kernels, step by step, in two orders"
 moving("threads", said, walks=walks, shared=["board"])
 
+# %% [markdown]
+# *Figure 3.1.4. Every element of the board is written by one thread and read
+# by another. With a barrier between, both orders turn the numbers round.
+# Without it the result depends on the order, and the watch marks the race in
+# both, even where the result is right. A count races alike; atomic additions
+# do not.*
+
 # %% what the two orders gave
 for w in walks:
     out = next(iter(w["arrays"]))
@@ -591,12 +598,6 @@ for w in walks:
     print(w["name"], *last.values(), races, "steps race")
 
 # %% [markdown]
-# *Figure 3.1.4. Every element of the board is written by one thread and read
-# by another. With a barrier between, both orders turn the numbers round.
-# Without it the result depends on the order, and the watch marks the race in
-# both, even where the result is right. A count races alike; atomic additions
-# do not.*
-#
 # For whole numbers the order does not matter. For a sum of float32 it changes
 # the last bits, and this book has promised runs that repeat to the last bit.
 # The other repair is the owner rule: one thread owns the number, and the

@@ -402,20 +402,24 @@ def add_outline(writer, before, printed):
     """Parts, chapters and sections as the outline of a PDF."""
     from pypdf.generic import Fit
 
+    add = writer.add_outline_item
     for caption, chapters in groupby(printed, key=lambda x: x.entry.part):
         parent = None
         for x in chapters:
             start = before + x.first - 1
             if caption and parent is None:
-                parent = writer.add_outline_item(caption, start)
-            chapter = writer.add_outline_item(
-                x.entry.title, start, parent=parent
+                parent = add(title=caption, page_number=start)
+            chapter = add(
+                title=x.entry.title, page_number=start, parent=parent
             )
             for name, title in x.sections:
                 sheet, height = x.places.get(name, (0, None))
                 fit = Fit.xyz(top=height)
-                writer.add_outline_item(
-                    title, start + sheet, parent=chapter, fit=fit
+                add(
+                    title=title,
+                    page_number=start + sheet,
+                    parent=chapter,
+                    fit=fit,
                 )
 
 
@@ -554,6 +558,12 @@ TAKE = """names => {
             whole.append("\\u2003(" + tags[0].slice(5, -1) + ")");
         x.replaceChildren(whole);
     }
+    // a device may know no variables: a figure takes its colours along
+    const colours = getComputedStyle(document.documentElement);
+    const value = (_, name) => colours.getPropertyValue(name).trim();
+    for (const x of all("svg.drawing [style]"))
+        x.setAttribute("style", x.getAttribute("style")
+            .replace(/var\\((--[a-z]+-[a-z]+)\\)/g, value));
     all("script, style, link, button, canvas, input, select, textarea, form, "
         + "iframe, audio, video, object, template, noscript, dialog, "
         + ".headerlink, .visually-hidden, .noprint, [hidden]")
@@ -585,6 +595,8 @@ KEEP_TEX = """() => {
     for (const item of MathJax.startup.document.math)
         item.typesetRoot.closest(".math").dataset.tex = item.math.trim();
 }"""
+# characters that a program may print, and that no XML may hold
+FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 PAGE = """<?xml version="1.0" encoding="utf-8"?>
 <!DOCTYPE html>
 <html xmlns="http://www.w3.org/1999/xhtml"
@@ -604,6 +616,7 @@ div.highlight { border-left: 0.2em solid #ccd3da; padding-left: 0.6em; }
 .export-label, .figure-caption, summary { font-size: 0.85em; }
 .chapter-number { display: block; font-size: 0.5em; }
 img, svg { max-width: 100%; }
+svg.glyphs { display: block; width: 0; height: 0; }
 span.display svg { height: auto; }
 span.display { display: block; text-align: center; margin: 0.8em 0; }
 table { border-collapse: collapse; font-size: 0.85em; }
@@ -624,6 +637,7 @@ def take_page(page, built, entry, names):
     if page.evaluate("!!window.MathJax?.startup?.document"):
         page.evaluate(KEEP_TEX)
     body, images = page.evaluate(TAKE, names)
+    body = FORBIDDEN.sub("\ufffd", body)
     paths = [
         url2pathname(urlsplit(x).path) for x in images if x[:5] == "file:"
     ]

@@ -157,7 +157,7 @@ print(own_imports(code, ["reference.layernorm"]))
 
 # %% plain Markdown tags=["export"]
 FOLD = re.compile(
-    r"^:::+\{[\w-]+\} *(.*)\n((?::[\w-]+:.*\n)*)(.*?)^:::+ *$", re.M | re.S
+    r"^:::+\{[\w-]+\} *(.*)\n((?::[\w-]+:.*\n)*)((?:.*\n)*?):::+ *$", re.M
 )
 AWAY = re.compile(r"\[([^\]]*)\]\((?!https?:)[^)\s]*\.(?:md|html)[^)\s]*\)")
 ROLE = re.compile(r"\{[\w:-]+\}`([^`]*)`")

@@ -1,0 +1,296 @@
+"""The editions: the PDF, the ePub, plain notebooks and those to fill in.
+
+The PDF and the ePub are made of two chapters and a reference page of the
+built book; tests of them are skipped where no book is built, or where there
+is no Chromium.
+"""
+
+import ast
+import re
+import shutil
+import zipfile
+from posixpath import dirname, join, normpath
+from urllib.parse import unquote, urldefrag
+from xml.etree import ElementTree
+
+import nbformat
+import pytest
+from nbclient.exceptions import CellExecutionError
+from test_book import HTML, why_not_built
+
+from llmnb.book import epub, notebook, pages, pdf, practice
+from llmnb.book.export import ROOT, chapter_label, read_chapter, sources
+
+CHAPTERS = sources(ROOT / "notebooks")
+LAYERNORM = ROOT / "notebooks/1_by_hand/06_layernorm.py"
+XHTML = "{http://www.w3.org/1999/xhtml}"
+FEW = ["1.1 A model that learns", "1.6 LayerNorm", "Glossary"]
+
+
+def few(built, part=""):
+    """What stands for the book's contents here: two chapters, a page."""
+    return [x for x in pages.read_contents(built) if x.title in FEW]
+
+
+@pytest.fixture(scope="module")
+def built():
+    """The folder of the built book."""
+    if why_not_built():
+        pytest.skip(why_not_built())
+    pytest.importorskip("playwright.sync_api")
+    if not any(map(shutil.which, pages.CHROMIUM)):
+        pytest.skip("no Chromium on this machine")
+    missing = {*FEW} - {x.title for x in few(HTML)}
+    if missing:
+        pytest.skip(f"the built book has no {missing}")
+    return HTML
+
+
+# The PDF
+
+
+@pytest.fixture(scope="module")
+def printed(built, tmp_path_factory):
+    """A PdfReader of two chapters and the glossary."""
+    pypdf = pytest.importorskip("pypdf")
+    path = tmp_path_factory.mktemp("pdf") / "llmnb.pdf"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pdf, "read_contents", few)
+        pdf.make_pdf(built, path)
+    return pypdf.PdfReader(path)
+
+
+def words(page):
+    return " ".join(page.extract_text().split())
+
+
+def test_the_pdf_has_a_title_and_contents_with_the_right_pages(printed):
+    labels = printed.page_labels
+    contents = next(p for p in printed.pages if "Contents" in words(p))
+    for title in FEW:
+        number = re.search(rf"{title}\W*(\d+)", words(contents))[1]
+        start = words(printed.pages[labels.index(number)])
+        assert title.partition(" ")[2].split(" ")[0] in start or title in start
+    assert printed.metadata.title == pages.TITLE
+    assert labels[0] == "i"
+
+
+def test_pages_are_numbered_and_name_their_chapter(printed):
+    bodies = [*zip(printed.page_labels, printed.pages, strict=True)]
+    start = printed.page_labels.index("1")
+    for label, page in bodies[start:]:
+        assert label in words(page).split(), label
+    later = words(bodies[start + 1][1])
+    assert "1.1 A model that learns" in later
+
+
+def test_the_outline_lists_parts_chapters_and_sections(printed):
+    titles = []
+
+    def collect(items, depth):
+        for x in items:
+            if isinstance(x, list):
+                collect(x, depth + 1)
+            else:
+                titles.append((depth, x.title))
+
+    collect(printed.outline, 0)
+    assert (0, "Part 1: by hand") in titles
+    assert (1, "1.6 LayerNorm") in titles
+    assert (2, "Proof") in titles
+
+
+def test_links_stay_inside_and_name_no_file(printed):
+    inside, sheets = 0, {x.indirect_reference.idnum for x in printed.pages}
+    for page in printed.pages:
+        for link in page.get("/Annots", []):
+            a = link.get_object()
+            address = str(a.get("/A", {}).get("/URI", "http"))
+            assert address.startswith("http"), address
+            if "/Dest" in a:
+                assert a["/Dest"].get_object()[0].get_object()
+                assert a["/Dest"][0].idnum in sheets
+                inside += 1
+    assert inside > 20
+
+
+def test_fonts_are_embedded_and_equations_are_set(printed):
+    for page in printed.pages:
+        fonts = page["/Resources"].get_object().get("/Font", {})
+        for font in fonts.values():
+            font = font.get_object()
+            below = font.get("/DescendantFonts", [font])[0].get_object()
+            drawn = font["/Subtype"] == "/Type3"
+            about = below.get("/FontDescriptor", {})
+            assert drawn or "/FontFile2" in about or "/FontFile3" in about
+        assert not re.search(r"\\(frac|sum|tag|hat)\b", words(page))
+
+
+# The ePub
+
+
+@pytest.fixture(scope="module")
+def packed(built, tmp_path_factory):
+    """The files of an ePub of two chapters and the glossary, by name."""
+    path = tmp_path_factory.mktemp("epub") / "llmnb.epub"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(epub, "read_contents", few)
+        epub.make_epub(built, path)
+    with zipfile.ZipFile(path) as z:
+        assert z.testzip() is None
+        assert z.infolist()[0].filename == "mimetype"
+        assert z.infolist()[0].compress_type == zipfile.ZIP_STORED
+        return {name: z.read(name) for name in z.namelist()}
+
+
+def test_the_epub_lists_every_file_once(packed):
+    package = ElementTree.fromstring(packed["book/package.opf"])
+    items = package.findall(".//{*}item")
+    listed = [f"book/{x.get('href')}" for x in items]
+    own = {"mimetype", "META-INF/container.xml", "book/package.opf"}
+    assert sorted(listed) == sorted({*packed} - own)
+    ids = [x.get("id") for x in items]
+    assert len(ids) == len({*ids})
+    order = [x.get("idref") for x in package.findall(".//{*}itemref")]
+    assert len(order) == len(FEW) + 1
+    assert {*order} <= {*ids}
+    assert package.find(".//{*}title").text == pages.TITLE
+    assert package.find(".//{*}language").text == "en"
+
+
+def test_the_epubs_links_and_images_lead_somewhere(packed):
+    trees = {
+        name: ElementTree.fromstring(text)
+        for name, text in packed.items()
+        if name.endswith(".xhtml")
+    }
+    places = {
+        name: {x.get("id") for x in tree.iter()}
+        for name, tree in trees.items()
+    }
+    for name, tree in trees.items():
+        for x in tree.iter():
+            link = x.get("href") or x.get("src") or "https:"
+            if link.startswith(("https:", "http:", "data:")):
+                continue
+            file, place = urldefrag(link)
+            file = normpath(join(dirname(name), file)) if file else name
+            assert file in packed, (name, link)
+            assert not place or unquote(place) in places[file], (name, link)
+
+
+def test_the_epubs_equations_are_drawn_and_nothing_runs(packed):
+    tree = ElementTree.fromstring(
+        packed["book/p-1_by_hand-06_layernorm.xhtml"]
+    )
+    drawn = list(tree.iter("{http://www.w3.org/2000/svg}svg"))
+    assert sum(x.get("aria-label") is not None for x in drawn) > 40
+    for name, text in packed.items():
+        if name.endswith(".xhtml"):
+            tree = ElementTree.fromstring(text)
+            tags = {x.tag.rpartition("}")[2] for x in tree.iter()}
+            assert not tags & {"script", "button", "canvas", "iframe"}
+            for code in tree.iter(f"{XHTML}pre"):
+                code.clear()
+            seen = "".join(tree.itertext())
+            assert not re.search(r"\\(frac|sum|tag|partial)\b|\$\$", seen)
+
+
+# Plain notebooks, and notebooks to fill in
+
+
+def code_cells(book):
+    return [x for x in book.cells if x.cell_type == "code"]
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=map(chapter_label, CHAPTERS))
+def test_a_chapter_loses_its_markup_and_its_bodies(path):
+    chapter = read_chapter(path)
+    plain = practice.plain(path)
+    for cell in plain.cells:
+        assert "tags" not in cell.metadata
+        if cell.cell_type != "code":
+            prose = re.sub(r"```.*?```|`[^`]*`", "", cell.source, flags=re.S)
+            assert ":::" not in prose
+            assert not re.search(r"\]\((?!http)[^)]*\.md\b", prose)
+    book = practice.plain(path, practice=True)
+    full_cells = {x.id: x.source for x in notebook.from_source(path).cells}
+    marked = [x for x in code_cells(book) if "# exported to" in x.source]
+    assert len(marked) == len(chapter.cells)
+    for cell in marked:
+        for node in practice.functions(ast.parse(cell.source)):
+            said = ast.get_docstring(node) is not None
+            body = [ast.unparse(x) for x in node.body[said:]]
+            full = practice.functions(ast.parse(full_cells[cell.id]))
+            had = next(x for x in full if x.name == node.name)
+            left = [ast.unparse(ast.parse(practice.TODO))]
+            assert body == left * (len(had.body) > said), node.name
+    for cell in code_cells(book):
+        assert not cell.get("outputs")
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                own = node.module.removeprefix("llmnb.")
+                assert own not in chapter.modules, ast.unparse(node)
+
+
+def filled(change=None):
+    """1.6, filled in with its own bodies; change: a pair of texts."""
+    book = practice.plain(LAYERNORM, practice=True)
+    own = {x.id: x.source for x in notebook.from_source(LAYERNORM).cells}
+    empty = [x for x in code_cells(book) if practice.TODO in x.source]
+    assert len(empty) >= 3
+    for cell in empty:
+        cell.source = own[cell.id]
+        if change and change[0] in cell.source:
+            cell.source = cell.source.replace(*change)
+            change = None
+    assert change is None
+    return book
+
+
+def outputs(book):
+    texts = [x.get("text", "") for c in code_cells(book) for x in c.outputs]
+    return "".join(texts)
+
+
+def test_the_readers_own_functions_pass_the_chapters_checks():
+    book = filled()
+    notebook.run(book, LAYERNORM.parent)
+    stored = nbformat.read(LAYERNORM.with_suffix(".ipynb"), as_version=4)
+    assert outputs(book) == outputs(stored)
+    assert outputs(book).count(" ok\n") >= 10
+
+
+def test_a_wrong_function_fails_the_chapters_checks():
+    wrong = "- norm * dnorm_norm_mean", "+ norm * dnorm_norm_mean"
+    book = filled(wrong)
+    with pytest.raises(CellExecutionError):
+        notebook.run(book, LAYERNORM.parent)
+    assert "FAIL" in outputs(book)
+
+
+def test_an_empty_function_asks_for_its_body():
+    book = practice.plain(LAYERNORM, practice=True)
+    with pytest.raises(CellExecutionError, match="your code here"):
+        notebook.run(book, LAYERNORM.parent)
+
+
+def test_an_import_of_the_chapters_own_names_leads_to_the_notebook():
+    modules = ["reference.layernorm"]
+    code = """def check():
+    from llmnb.reference.layernorm import layernorm_forward as f, EPS
+    from llmnb.shapes import shapes
+    return f"""
+    made = practice.own_imports(code, modules)
+    assert "f = layernorm_forward" in made
+    assert "from llmnb.shapes import shapes" in made
+    assert "llmnb.reference" not in made
+    ast.parse(made)
+    alone = "def f():\n    from llmnb.reference.layernorm import EPS"
+    assert practice.own_imports(alone, modules) == "def f():\n    pass"
+    whole = "from llmnb.reference import layernorm as ln, gelu"
+    made = practice.own_imports(whole, modules).splitlines()
+    assert made == [
+        "import __main__ as ln",
+        "from llmnb.reference import gelu",
+    ]
