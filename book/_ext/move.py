@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from docutils import nodes
+from sphinx import addnodes
 
 MIME = "application/vnd.llmnb.figure+json"
 SHOWN = ("display_data", "execute_result")
@@ -30,7 +31,7 @@ def read_figures(path):
 
 
 def figure(data):
-    """The place of a figure in the page: a raw node."""
+    """The place of a figure in a page; an ePub and paper have the still."""
     text, kind = data.replace("</", "<\\/"), json.loads(data)["kind"]
     node = nodes.raw(
         "",
@@ -39,7 +40,7 @@ def figure(data):
         format="html",
     )
     node["kind"] = kind
-    return node
+    return addnodes.only("", node, expr="html and not epub")
 
 
 def place_figures(app, doctree):

@@ -566,17 +566,27 @@ def turn_hastily(out, inp):
     out[t] = board[3 - t]
 
 
+# %% what the two orders give
+arrays, one = (np.zeros(4, "f4"), np.arange(10, 14, dtype="f4")), np.zeros(1)
+walks = [walk("with a barrier", turn, 1, 4, arrays),
+         walk("without it", turn_hastily, 1, 4, arrays),
+         walk("a count", count, 1, 4, (one,)),
+         walk("an atomic count", count_atomically, 1, 4, (one,))]  # fmt: skip
+for w in walks:
+    out = next(iter(w["arrays"]))
+    last = {
+        order: {s[7]: s[8] for s in steps if s[6] == out}
+        for order, steps in w["steps"].items()
+    }
+    races = sum(s[9] is not None for s in w["steps"]["together"])
+    print(w["name"], *last.values(), races, "steps race")
+
 # %% who writes the board, and who reads it
 fig, axes = plt.subplots(1, 2, figsize=(6, 1.6), dpi=100)
 draw_owners(axes[0], [[0, 1, 2, 3]], "board, written by")
 draw_owners(axes[1], [[3, 2, 1, 0]], "board, read by")
 fig.tight_layout()
 plt.show()
-arrays, one = (np.zeros(4, "f4"), np.arange(10, 14, dtype="f4")), np.zeros(1)
-walks = [walk("with a barrier", turn, 1, 4, arrays),
-         walk("without it", turn_hastily, 1, 4, arrays),
-         walk("a count", count, 1, 4, (one,)),
-         walk("an atomic count", count_atomically, 1, 4, (one,))]  # fmt: skip
 said = "four kernels, step by step, in two orders"
 moving("threads", said, walks=walks, shared=["board"])
 
@@ -586,16 +596,6 @@ moving("threads", said, walks=walks, shared=["board"])
 # Without it the result depends on the order, and the watch marks the race in
 # both, even where the result is right. A count races alike; atomic additions
 # do not.*
-
-# %% what the two orders gave
-for w in walks:
-    out = next(iter(w["arrays"]))
-    last = {
-        order: {s[7]: s[8] for s in steps if s[6] == out}
-        for order, steps in w["steps"].items()
-    }
-    races = sum(s[9] is not None for s in w["steps"]["together"])
-    print(w["name"], *last.values(), races, "steps race")
 
 # %% [markdown]
 # For whole numbers the order does not matter. For a sum of float32 it changes
