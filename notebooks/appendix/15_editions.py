@@ -560,8 +560,9 @@ TAKE = """names => {
         x.replaceChildren(whole);
     }
     all("script, style, link, button, canvas, input, select, textarea, form, "
-        + "iframe, audio, video, object, template, noscript, dialog, "
-        + ".headerlink, .visually-hidden, .noprint, [hidden]")
+        + "iframe, audio, video, object, template, noscript, dialog, label, "
+        + ".headerlink, .visually-hidden, .noprint, [hidden], "
+        + ".live > :not(.live-print)")
         .forEach(x => x.remove());
     for (const x of all("a")) {
         const url = x.href.split("#")[0], place = x.hash;
@@ -814,7 +815,7 @@ def make_epub(built, path):
     with open_browser() as page:
         mathjax = Path(find_spec("sphinx-mathjax-offline").origin).parent
         draws = mathjax / "static" / "mathjax" / "tex-svg.js"
-        page.route("**/mathjax/*.js", lambda x: x.fulfill(path=draws))
+        page.route("**/mathjax/*.js*", lambda x: x.fulfill(path=draws))
         for x in entries:
             print(x.title, flush=True)
             pages[file_of(x)], paths = take_page(page, built, x, names)
