@@ -18,6 +18,7 @@ import zipfile
 from datetime import UTC, datetime
 from functools import partial
 from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
@@ -37,7 +38,7 @@ TAKE = """names => {
     const made = (tag, text) => Object.assign(
         document.createElement(tag), {textContent: text});
     // a fold needs no script; its title is plain text
-    for (const x of all("details.hide > summary"))
+    for (const x of all("details > summary"))
         x.replaceWith(made("summary", x.textContent.trim().split("\\n")[0]));
     for (const x of all(".admonition.dropdown")) {
         const title = x.querySelector(".admonition-title");
@@ -71,8 +72,9 @@ TAKE = """names => {
         x.setAttribute("style", x.getAttribute("style")
             .replace(/var\\((--[a-z]+-[a-z]+)\\)/g, value));
     all("script, style, link, button, canvas, input, select, textarea, form, "
-        + "iframe, audio, video, object, template, noscript, dialog, "
-        + ".headerlink, .visually-hidden, .noprint, [hidden]")
+        + "iframe, audio, video, object, template, noscript, dialog, label, "
+        + ".headerlink, .visually-hidden, .noprint, [hidden], "
+        + ".live > :not(.live-print)")
         .forEach(x => x.remove());
     for (const x of all("a")) {
         const url = x.href.split("#")[0], place = x.hash;
@@ -307,8 +309,9 @@ def make_epub(built, path):
     names = {(built / x.page).resolve().as_uri(): file_of(x) for x in entries}
     pages, images = {}, {}
     with open_browser() as page:
-        svg = built / "_static" / "mathjax" / "tex-svg.js"
-        page.route("**/tex-*chtml.js", lambda x: x.fulfill(path=svg))
+        mathjax = Path(find_spec("sphinx-mathjax-offline").origin).parent
+        draws = mathjax / "static" / "mathjax" / "tex-svg.js"
+        page.route("**/mathjax/*.js*", lambda x: x.fulfill(path=draws))
         for x in entries:
             print(x.title, flush=True)
             pages[file_of(x)], paths = take_page(page, built, x, names)
