@@ -174,7 +174,7 @@ def plain_text(text):
 
 
 # %% a fold and two links
-text = """See [chapter 1.1](01_learns.ipynb), for a
+text = """See [chapter 1.1](../1_by_hand/01_learns.ipynb), for a
 [token](../../book/glossary.md#term-token).
 
 :::{admonition} Solution
