@@ -39,8 +39,7 @@ TAKE = """names => {
         document.createElement(tag), {textContent: text});
     // a figure keeps the colours and letters that the style sheets give it
     const shapes = ["fill", "fill-opacity", "stroke", "stroke-width",
-        "stroke-opacity", "stroke-dasharray", "stroke-linejoin", "opacity",
-        "vector-effect"];
+        "stroke-opacity", "stroke-dasharray", "stroke-linejoin", "opacity"];
     const letters = ["font-family", "font-size", "font-weight",
         "font-style", "text-anchor", "dominant-baseline"];
     const drawn = all("svg *").filter(
