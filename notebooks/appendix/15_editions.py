@@ -531,6 +531,24 @@ TAKE = """names => {
     const all = selector => [...article.querySelectorAll(selector)];
     const made = (tag, text) => Object.assign(
         document.createElement(tag), {textContent: text});
+    // a figure keeps the colours and letters that the style sheets give it
+    const shapes = ["fill", "fill-opacity", "stroke", "stroke-width",
+        "stroke-opacity", "stroke-dasharray", "stroke-linejoin", "opacity"];
+    const letters = ["font-family", "font-size", "font-weight",
+        "font-style", "text-anchor", "dominant-baseline"];
+    const drawn = all("svg *").filter(
+        x => !x.closest("mjx-container, defs")).map(x => {
+        const style = getComputedStyle(x);
+        const written = ["text", "tspan"].includes(x.tagName);
+        const looks = [...shapes, ...(written ? letters : [])];
+        const seen = looks.map(look => [look, style.getPropertyValue(look)]);
+        return [x, seen, style.display == "none"];
+    });
+    for (const [x, looks, hidden] of drawn) {
+        if (hidden) x.remove();
+        x.removeAttribute("style");
+        for (const look of looks) x.setAttribute(...look);
+    }
     // a fold needs no script; its title is plain text
     for (const x of all("details > summary"))
         x.replaceWith(made("summary", x.textContent.trim().split("\\n")[0]));
@@ -548,9 +566,9 @@ TAKE = """names => {
         // a number that is drawn keeps the drawing from shrinking
         const tags = tex.match(/\\\\tag\\{[^}]*\\}/g) || [];
         const display = box.getAttribute("display") == "true";
-        const drawn = tags.length != 1 ? box
+        const shown = tags.length != 1 ? box
             : MathJax.tex2svg(tex.replace(tags[0], ""), {display});
-        const svg = drawn.querySelector("svg");
+        const svg = shown.querySelector("svg");
         const whole = made("span", "");
         if (display) whole.className = "display";
         svg.setAttribute("aria-label", tex);
