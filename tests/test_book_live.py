@@ -68,7 +68,7 @@ def rounded():
     from llmnb.model.gpt2 import GPT2
 
     model = GPT2.from_checkpoint(
-        live.HOUR / "model.bin", 1, 64, backend="reference"
+        live.HOUR / "model.bin", 1, 40, backend="reference"
     )
     for name, array in hour()[3].items():
         model.params[name][...] = array
