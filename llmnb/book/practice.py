@@ -123,9 +123,10 @@ def plain_text(text):
 # a notebook of a chapter
 EXPORTED = {"export", "exporti"}
 HOW = """\
-> **To fill in.** The bodies of this chapter's functions are yours to write: each
-> raises `NotImplementedError` until you do. The chapter's checks are left in, and
-> they test your functions: run them; they say `ok`, or `FAIL` and stop."""
+> **To fill in.** The bodies of this chapter's functions are yours to write:
+> each raises `NotImplementedError` until you do. The chapter's checks are left
+> in, and they test your functions: run them; they say `ok`, or `FAIL` and
+> stop."""
 GO = """\
 # this chapter reads files of the repository
 import os

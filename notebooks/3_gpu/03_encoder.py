@@ -117,8 +117,10 @@ plt.show()
 tables = np.arange(24).reshape(3, 8), np.arange(4)[:, None] * np.full(8, 100)
 wte, wpe = (table.astype(np.float32) for table in tables)
 args = np.zeros((4, 8), np.float32), np.array([2, 0, 1, 0]), wte, wpe, 4
-walks = [walk("a thread an element", forward_by_one, 1, 32, args, 8),
-         walk("a thread four channels", _forward_by_four, 1, 8, args, 2)]  # fmt: skip
+walks = [
+    walk("a thread an element", forward_by_one, 1, 32, args, 8),
+    walk("a thread four channels", _forward_by_four, 1, 8, args, 2),
+]
 moving("threads", "both kernels, step by step", walks=walks)
 
 # %% [markdown]

@@ -700,8 +700,9 @@ class Step(NamedTuple):
 class Film:
     """The `steps` of simulated kernels, for `watch(film=...)`.
 
-    codes: the code of each function that made a step, by name. together: the threads of a block go on access by access, side by side,
-    in one moment; otherwise each step is a moment of its own.
+    codes: the code of each function that made a step, by name. together:
+    the threads of a block go on access by access, side by side, in one
+    moment; otherwise each step is a moment of its own.
     """
 
     def __init__(self, together=False):

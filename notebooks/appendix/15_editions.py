@@ -602,10 +602,11 @@ TAKE = """names => {
             x.setAttribute("src", "images/" + url.split("/").pop());
         return url;
     });
+    const away = new RegExp(
+        "^(on|data-|tabindex|translate|border|align|valign|role$|focus)");
     for (const x of [article, ...all("*")])
         for (const a of [...x.attributes])
-            if (/^(on|data-|tabindex|translate|border|align|valign|role$|focus)/
-                .test(a.name) || a.name == "style" && !x.closest("svg"))
+            if (away.test(a.name) || a.name == "style" && !x.closest("svg"))
                 x.removeAttribute(a.name);
     all("svg[aria-label]").forEach(x => x.setAttribute("role", "img"));
     return [new XMLSerializer().serializeToString(article), images];
