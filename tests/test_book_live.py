@@ -17,9 +17,10 @@ from test_book import HTML, ROOT, TOO_WIDE, Visit, browser
 from llmnb.model.generate import generate, window_start
 from llmnb.reference.gpt2 import forward
 
+pytest.importorskip("sphinx", reason="the book's extensions need Sphinx")
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
-import landing
-import live
+import landing  # noqa: E402
+import live  # noqa: E402
 
 __all__ = ["browser"]  # a fixture
 FIRST = "book/intro.html"
