@@ -96,8 +96,8 @@ def render_learning():
     for name, words in LANDMARKS.items():
         y = 100 * down(landmarks[name])
         marks.append(
-            f'<span class="learn-mark" style="top:{y:.2f}%">{words} '
-            f"{landmarks[name]:.2f}</span>"
+            f'<span class="learn-mark" style="top:{y:.2f}%"><span>{words}: '
+            f"{landmarks[name]:.2f} nats</span></span>"
         )
     for step, text in samples.items():
         x, loss = across(int(step), last), held[int(step)]

@@ -286,10 +286,10 @@
       const cost = shown.cost[t];
       const name = document.createElement("code");
       name.textContent = i === 0 ? "start" : visible(id);
-      const told = [` token ${id}`];
+      const told = [` token ${id} of the vocabulary`];
       if (cost >= 0)
-        told.push(`a surprise of ${cost.toFixed(2)} nats, expected with ${
-          percent(Math.exp(-cost))}`);
+        told.push(`the model gave it ${percent(Math.exp(-cost))
+          }: a surprise of ${cost.toFixed(2)} nats`);
       if (colour() === "attention") told.push(mostRead(t));
       $(".live-token").replaceChildren(name, told.join("; "));
     }

@@ -142,7 +142,7 @@ moving("softmax", "group by group", row=row.round(1).tolist(), group=4)
 # score (orange) raises $m$, and what was summed before (grey) shrinks by
 # $e^{m - m'}$; one without leaves the old sum as it is. Each group then adds
 # its own exponentials (green), all of them at most 1. At no time does anyone
-# hold more than a group. (In the rendered book you can change the scores.)*
+# hold more than a group. (On the web page you can change the scores.)*
 #
 # ## First version: a row at a time
 #
