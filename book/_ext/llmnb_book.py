@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import folds
-from docstrings import block_lines
+from docstrings import block_lines, escape
 from docutils import nodes
 from sphinx import addnodes
 from sphinx.ext.autodoc import Documenter, ModuleDocumenter
@@ -199,8 +199,9 @@ def show_docstring(app, what, name, obj, options, lines):
     indented block keeps its lines, and the closing "Derived in chapter N."
     becomes a link to that chapter.
     """
-    blocks = re.split(r"\n\s*\n", "\n".join(lines).strip("\n"))
-    lines.clear()
+    summary, *blocks = re.split(r"\n\s*\n", "\n".join(lines).strip("\n"))
+    # a summary is no list, even where it has a colon
+    lines[:] = [escape(" ".join(summary.split())), ""]
     for block in blocks:
         derived = DERIVED.fullmatch(block.strip())
         if derived:
