@@ -23,10 +23,9 @@ def escape(text):
     """Plain text as reStructuredText; `name` becomes a literal."""
     parts = re.split(r"`([^`]+)`", text)
     plain = [re.sub(r"([\\*|_`:<>\[\]])", r"\\\1", p) for p in parts[::2]]
-    code = [f" ``{p}`` " for p in parts[1::2]]
-    return "".join(
-        p + (c and f"\\{c}\\") for p, c in zip(plain, [*code, ""], strict=True)
-    )
+    # an escaped space parts a literal from what stands beside it, unseen
+    code = [f"\\ ``{p}``\\ " for p in parts[1::2]]
+    return "".join(p + c for p, c in zip(plain, [*code, ""], strict=True))
 
 
 def parts_of(names):
