@@ -30,9 +30,10 @@ class InBackward(GPT2):
     It learns as GPT2 does, to the bit, by `step` alone and without clipping:
     a block learns as soon as its gradients are there, and the next
     overwrites them. cfg, batch_size, seq_len, backend, precision, seed: as
-    for GPT2, on the host. grads[name] of what every block has are those of
-    the block that came last, by any number. backward, update and
-    clip_gradients raise RuntimeError, for they need all gradients at once.
+    for GPT2, on the host. grads[name][i] of what every block has is the same
+    memory for every i: what the last block left, zeros for norms. backward,
+    update and clip_gradients raise RuntimeError, for they need all gradients
+    at once.
 
     Derived in chapter 5.11.
 

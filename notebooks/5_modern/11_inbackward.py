@@ -13,23 +13,24 @@
 # # In backward: learn while going back
 #
 # > A block's gradient is needed until the block has learnt. If it learns at
-# > once, one block's gradients are all that a model ever holds.
+# > once, a model holds one block's gradients, and those of its two ends.
 #
 # *Reading time: 10 minutes. You need: the model's passes ([chapter
 # 1.17](../1_by_hand/17_model.ipynb)), AdamW ([chapter
-# 1.12](../1_by_hand/12_adamw.ipynb)) and what fine-tuning takes ([chapter
+# 1.12](../1_by_hand/12_adamw.ipynb)), Llama's tensors ([chapter
+# 5.5](05_architectures.ipynb)) and what fine-tuning takes ([chapter
 # 5.10](10_lora.ipynb)).*
 
 # %% [markdown]
 # ## Where we are
 #
-# LoRA trains a large model in little memory, and its thin matrices cannot
+# LoRA trains a large model in little memory, but its thin matrices cannot
 # learn everything. This chapter keeps all weights learning and asks what can be
 # left out instead. At the end of it you can
 #
 # - say when a gradient is written, when it is read, and when it is dead;
 # - let the blocks of any model take turns with one block's gradients;
-# - say which two things a training run gives up for it.
+# - say which three things a training run gives up for it.
 #
 # ## Setup
 
@@ -61,30 +62,34 @@ from llmnb.model.tensors import full_shape, tensor_table
 # parameter. The gradient does not. In block $i$, going back,
 #
 # - the block's backward functions write $dw_i$;
-# - AdamW reads $dw_i$, once, and then the next step overwrites it.
+# - AdamW reads $dw_i$, and then the next step overwrites it.
 #
-# Nothing between the two looks at it, with one exception: clipping, which
-# needs the norm of *all* gradients before it scales the first
-# ([chapter 1.12](../1_by_hand/12_adamw.ipynb)). And the backward pass of block
-# $i - 1$ reads the stream's gradient, the activations and $w_{i-1}$, but
-# never $w_i$ again. So without clipping the two loops
+# Two others look at all gradients. Clipping needs their norm before it scales the
+# first ([chapter 1.12](../1_by_hand/12_adamw.ipynb)); the norm that a step reports
+# can be added up block by block. The backward pass of block $i - 1$ reads the
+# stream's gradient, which was made with the old $w_i$, the activations and
+# $w_{i-1}$, but never $w_i$ again. And AdamW computes each parameter from its own
+# weight, gradient and averages only, so the order in which tensors learn cannot
+# matter. So without clipping the two loops
 #
 # $$ \text{for } i = L-1, \dots, 0: \; dw_i \qquad
 # \text{then for all } i: \; w_i \leftarrow \mathrm{AdamW}(w_i, dw_i)
 # \tag{5.11.1} $$
 #
-# may be one loop with the same numbers in the same order for each parameter:
+# may be one loop with the same numbers for each parameter:
 #
 # $$ \text{for } i = L-1, \dots, 0: \; dw_i, \quad
 # w_i \leftarrow \mathrm{AdamW}(w_i, dw_i). \tag{5.11.2} $$
 #
-# In it all $dw_i$ can lie in the same place. The token table is the exception: a
-# tied one gets its gradient from both ends of the model, so it learns last.
+# In it all $dw_i$ can lie in the same place. What is in no block keeps a place of
+# its own and learns at the end. A tied token table has to: its gradient comes from
+# both ends of the model.
 #
 # ## The same place for every block
 #
 # The model asks for the gradients of block $i$ as `grads[name][i]`. An array with
-# a stride of zero gives it the same memory for every $i$:
+# a stride of zero, no bytes from one $i$ to the next, gives it the same memory for
+# every $i$:
 
 
 # %% every block the same tags=["exporti"]
@@ -101,8 +106,9 @@ gradients[2] = 7
 print(gradients.shape, place, gradients[0])
 
 # %% [markdown]
-# The model does the rest as it always does, block after block. One method is
-# longer: when a block's backward pass is done, its tensors learn. The
+# The model does the rest as it always does, block after block. Three methods
+# differ: gradients are allocated for one block; a block's backward pass ends with
+# its learning; and a step ends with the learning of the ends alone. The
 # backward functions of norms *add* to their gradients, so those are zeroed for
 # the block that comes next. The norm that `step` returns is put together from
 # the tensors' norms: their squares add.
@@ -115,9 +121,10 @@ class InBackward(GPT2):
     It learns as GPT2 does, to the bit, by `step` alone and without clipping:
     a block learns as soon as its gradients are there, and the next
     overwrites them. cfg, batch_size, seq_len, backend, precision, seed: as
-    for GPT2, on the host. grads[name] of what every block has are those of
-    the block that came last, by any number. backward, update and
-    clip_gradients raise RuntimeError, for they need all gradients at once.
+    for GPT2, on the host. grads[name][i] of what every block has is the same
+    memory for every i: what the last block left, zeros for norms. backward,
+    update and clip_gradients raise RuntimeError, for they need all gradients
+    at once.
 
     Derived in chapter 5.11.
     """
@@ -192,8 +199,9 @@ class InBackward(GPT2):
 # ## Proof
 #
 # Not a tolerance this time: after three steps of either model the losses and
-# every parameter must be the same bits. With GPT-2 and with a tied Llama, whose
-# token table learns last, and with weight decay on some tensors:
+# every parameter must be the same bits. Only the norm has one, for its squares are
+# added in another order. With GPT-2 and with a tied Llama, and with weight decay on
+# all tensors or on some:
 
 # %% the same bits
 gpt2 = llmnb.GPT2Config(
@@ -214,7 +222,7 @@ def three_steps(made, cfg, decay):
         how = {"step": step, "learning_rate": 1e-2, "decay": decay}
         told.append(model.step(batch[:, :-1], batch[:, 1:], **how))
     losses, norms = zip(*told, strict=True)
-    return losses, norms, model.params, model.memory
+    return losses, norms, model.params
 
 
 for name, cfg in ("GPT-2", gpt2), ("Llama", llama):
@@ -222,9 +230,10 @@ for name, cfg in ("GPT-2", gpt2), ("Llama", llama):
         want = three_steps(llmnb.GPT2, cfg, decay)
         got = three_steps(InBackward, cfg, decay)
         same = all(np.array_equal(got[2][x], want[2][x]) for x in want[2])
-        verdict(f"{name}: losses", got[0] == want[0], "the same bits")
-        verdict(f"{name}: parameters", same, "the same bits")
-        compare(f"{name}: norms", np.array(got[1]), want[1], tol=1e-5)
+        where = f"{name}, {'some' if decay else 'all'}"
+        verdict(f"{where} losses", got[0] == want[0], "the same bits")
+        verdict(f"{where} weights", same, "the same bits")
+        compare(f"{where} norms", np.array(got[1]), want[1], tol=1e-5)
 
 # %% [markdown]
 # A mistake that is easy to make: to leave the norms' gradients as they are for
@@ -247,8 +256,8 @@ verdict("not zeroed", wrong, "caught")
 # %% [markdown]
 # ## Count it
 #
-# With $P$ parameters, $Q$ of them in a block and $E$ at both ends, training
-# holds $4P$ numbers, and now
+# With $P$ parameters, $Q$ of them in each block and $E$ at both ends, training
+# holds $4P$ numbers besides activations, and now
 #
 # $$ 3P + Q + E. \tag{5.11.3} $$
 #
@@ -274,53 +283,56 @@ for kind in "whole", "inbackward", "lora":
     print(f"{kind:10} peak {row['peak'] / 1e9:.2f} GB, "
           f"gradients {row['sizes']['grads'] / 1e9:.2f}")  # fmt: skip
 same = measured["inbackward"]["losses"] == measured["whole"]["losses"]
-verdict("its losses", same, "the bits of the whole")
+verdict("SmolLM2, losses", same, "the bits of the whole")
 
 # %% what is held, and when tags=["hide-input"]
 L = smollm2.num_layers
-moments = np.arange(L + 2)  # the head, the blocks from last to first, the end
+moments = np.arange(L + 1)  # the head, then the blocks from last to first
 both = {
-    "all, then learn": (ends + np.minimum(moments, L) * block, "orange"),
-    "in backward": (np.full(L + 2, ends + block), "blue"),
+    "all, then learn": (ends + moments * block, "orange"),
+    "in backward": (ends + np.minimum(moments, 1) * block, "blue"),
 }
 fig, ax = plt.subplots(figsize=(7.5, 2.6), dpi=100)
 for name, (held, colour) in both.items():
     ax.step(moments, 4 * held / 1e6, where="post", color=PALETTE[colour])
-    ax.text(L + 1, 4 * held[-1] / 1e6 + 14, name, ha="right",
+    ax.text(L, 4 * held[-1] / 1e6 + 14, name, ha="right",
             color=PALETTE[colour])  # fmt: skip
 ax.set(xlabel="blocks that have gone back", ylabel="MB of gradients",
-       ylim=(0, 620), xlim=(0, L + 1))  # fmt: skip
+       ylim=(0, 620), xlim=(0, L))  # fmt: skip
 ax.spines[["top", "right"]].set_visible(False)
 fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 5.11.1. Gradients that hold something still to be read, as SmolLM2 goes
-# back through its 30 blocks. Where blocks learn at once, there are never more
-# than one block's and the token table's.*
+# *Figure 5.11.1. Gradients that SmolLM2 has written as it goes back through its 30
+# blocks. All of them come to 538 MB; where blocks learn at once it is 127 MB, 113
+# of them the token table's, from the first block on.*
+#
+# The process shrank by what was counted. LoRA takes less still, for it needs no
+# averages of the frozen weights either, but it learns less.
 #
 # ## What it does not do
 #
 # It cannot clip: the first block to learn would have to know the norm of those
-# that have not gone back yet. AdamW bounds the size of a step by itself, and a
-# warm-up covers its first steps, so short fine-tuning can do without; a long
-# run from new weights is better off with clipping ([chapter
-# 1.18](../1_by_hand/18_training.ipynb)). And it cannot add up the gradients of
-# several batches, for nothing of the first would be left to add to. It runs on
-# the host's backends.
+# that have not gone back yet. For the same reason it cannot drop a step whose norm
+# is a spike or no number: blocks have learnt before it is known. So a long run is
+# safer with clipping ([chapter 1.18](../1_by_hand/18_training.ipynb)); a short one
+# at a low rate may do without. And it cannot add up the gradients of several
+# batches, for nothing of the first would be left to add to. It runs on the CPU.
 #
 # ## Take away
 #
 # - A gradient lives from its backward function to its update.
 # - Let the update follow at once, and the blocks need one place for theirs.
-# - Same bits, $3P$ and a little instead of $4P$; no clipping, no accumulation.
+# - The same bits from $3P + Q + E$ numbers instead of $4P$; no clipping, no dropped
+#   steps, no accumulation.
 #
 # ## Design note
 #
-# The same trick frees activations: what a block's backward pass has read is dead
-# too. But they are written by the forward pass before the first backward, so
-# all must be there at once; to save them one has to compute them again, which
-# costs a third of a step. Gradients cost nothing.
+# Could activations go the same way? What a block's backward pass has read is dead
+# too, but the forward pass writes all of them before the first is read. To hold
+# fewer, one has to compute them again, which is one more forward pass: about a third
+# more work. Here nothing is computed twice.
 #
 # ## Exercises
 #
@@ -330,7 +342,7 @@ plt.show()
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
-# $2P$ become $P + Q + E$: nearly half.
+# $2P$ become $P + Q + E$: a little more than half.
 # :::
 
 # %% [markdown]
