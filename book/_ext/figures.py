@@ -144,7 +144,8 @@ class Figure:
 def markup(element):
     """An element as text without the prefixes of namespaces."""
     text = ElementTree.tostring(element, "unicode")
-    return re.sub(r"(</?)ns\d:| xmlns:ns\d=\"[^\"]*\"", r"\1", text)
+    text = re.sub(r"(</?)ns\d:| xmlns:ns\d=\"[^\"]*\"", r"\1", text)
+    return text.replace(" />", "/>")
 
 
 def sheet(glyphs):

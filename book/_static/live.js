@@ -286,7 +286,7 @@
       const cost = shown.cost[t];
       const name = document.createElement("code");
       name.textContent = i === 0 ? "start" : visible(id);
-      const told = [` token ${id} of the vocabulary`];
+      const told = [` token ${id}`];
       if (cost >= 0)
         told.push(`the model gave it ${percent(Math.exp(-cost))
           }: a surprise of ${cost.toFixed(2)} nats`);
