@@ -65,7 +65,7 @@ def run(book, folder):
 # lines or dots
 FORMATS = "--InlineBackend.figure_formats={'svg', 'retina'}"
 STYLE = ROOT / "notebooks" / "matplotlibrc"
-HEAVY = 180_000  # characters: an SVG above this is kept as dots
+HEAVY = 150_000  # characters: an SVG above this is kept as dots
 LINES, DOTS = "image/svg+xml", "image/png"
 
 
