@@ -139,10 +139,10 @@ moving("softmax", "group by group", row=row.round(1).tolist(), group=4)
 
 # %% [markdown]
 # *Figure 2.5.1. A row of sixteen scores, in four groups. A group with a larger
-# score (orange) raises $m$, and what was summed before (grey) shrinks by
-# $e^{m - m'}$; one without leaves the old sum as it is. Each group then adds
-# its own exponentials (green), all of them at most 1. At no time does anyone
-# hold more than a group. (On the web page you can change the scores.)*
+# score raises $m$, and what was summed before is multiplied by $e^{m - m'}$; one
+# without leaves the old sum as it is. Each group then adds its own exponentials, all
+# of them at most 1. At no time does anyone hold more than a group of scores and the
+# sums. (On the web page you can change the scores.)*
 #
 # ## First version: a row at a time
 #

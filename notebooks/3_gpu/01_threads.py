@@ -259,9 +259,9 @@ moving("threads", "two blocks of four threads, step by step", walks=[steps])
 # the order does not matter.*
 #
 # The number 1 is written `np.float32(1)`: with a plain `1.0` numba would
-# compute in float64, the trap of [chapter 2.1](../2_cpu/01_compile.ipynb). An
-# A100 does 9.7 instead of 19.5 million million such operations a second, an
-# H100 34 instead of 67, and GPUs made for games far fewer.
+# compute in float64, the trap of [chapter 2.1](../2_cpu/01_compile.ipynb). Of
+# such operations an A100 does 19.5 million million a second in float32 and 9.7 in
+# float64, an H100 67 and 34, and GPUs made for games far fewer.
 #
 # ## The machine
 

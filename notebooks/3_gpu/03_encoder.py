@@ -296,7 +296,7 @@ def _backward_with_atomics(dwte, dwpe, dout, inp):
 # But in which order does the memory add? In that in which the requests
 # arrive, and the order of a sum of float32 changes its last bits. The
 # simulator adds in the order of the threads and cannot show it; on a
-# GPU two runs of one training would part after the first step. This book
+# GPU two runs of one training may part after the first step. This book
 # has promised runs that repeat to the last bit, so atomics are a rung to
 # stand on and not our choice.
 #

@@ -159,9 +159,10 @@ walks = [
 moving("threads", "a sum of 19 elements, step by step", walks=walks, wrap=10)
 
 # %% [markdown]
-# *Figure 3.5.1. The threads that own 19 elements of a sum. Each owns one, or four
-# neighbours, which move in one access of 16 bytes, and then the three that are
-# left over get a thread each: the same three accesses by 7 threads, not by 19.*
+# *Figure 3.5.1. The threads that own the 19 elements of a sum of two arrays. Each owns
+# one, or four neighbours, which move in one access of 16 bytes; the three that are
+# left over get a thread each. A thread makes two loads and a store either way, but
+# 7 threads do it, not 19.*
 
 
 # %% the factory tags=["export"]

@@ -357,7 +357,7 @@ count("2", square_tiles)
 # %% [markdown]
 # A sixteenth of the bytes, half a byte for an FMA, and a request for 32
 # lanes now touches four sectors, all of which are used. But look at shared
-# memory. Each FMA still needs two requests; they only go there now: 4,096
+# memory. Each FMA still needs two requests; they go to shared memory now: 4,096
 # for 2,048 FMAs, and 256 to write the tiles.
 #
 # ## Version 3: register tiles
