@@ -609,6 +609,8 @@ TAKE = """names => {
             if (away.test(a.name) || a.name == "style" && !x.closest("svg"))
                 x.removeAttribute(a.name);
     all("svg[aria-label]").forEach(x => x.setAttribute("role", "img"));
+    // a space has an outline of nothing, which has to be said
+    all("path:not([d])").forEach(x => x.setAttribute("d", "M0 0"));
     return [new XMLSerializer().serializeToString(article), images];
 }"""
 # MathJax's own TeX of each equation, kept where TAKE finds it
