@@ -263,72 +263,100 @@ def cache_shapes(B, NKV, T, hs, window=None):
     return {"keys": keys, "values": (B, NKV, T, wide)}
 
 
-# keep a key and a value
-@inner
-def _keep(keys, values, key, value, at):
-    """Of one head and position; at: its place in the cache."""
-    panel, lane = at // COLS, at % COLS
-    for c in range(len(key)):
-        keys[panel, c, lane] = key[c]
-        values[at, c] = value[c]
+# keep keys and values
+@team
+def _keep(part, parts, address):
+    """Write the keys and values of new positions into the cache."""
+    keys, values, qkv, C, first, begin, end = arguments(address)
+    (B, NKV, room, _), hs = values.shape, keys.shape[3]
+    for unit in range(part, B * NKV, parts):
+        b, kv = unit // NKV, unit % NKV
+        K, V, k = keys[b, kv], values[b, kv], C + kv * hs
+        v = k + NKV * hs
+        for t in range(begin, end):
+            row, p = qkv[b, t], (first + t) % room
+            for c in range(hs):
+                K[p // COLS, c, p % COLS] = row[k + c]
+                V[p, c] = row[v + c]
 
 
-# one query
+# some queries
 class Reach(NamedTuple):
-    """What a query sees, and where it lies.
+    """What neighbouring queries see, and where it lies.
 
-    look: of chapter 2.5. end: the position after its own. room: position p
-    lies at p % room. block: how many keys are taken at once.
+    look: of chapter 2.5. first: the position of the first query. room:
+    position p lies at p % room. block: how many keys are taken at once.
     """
 
     look: Look
-    end: int
+    first: int
     room: int
     block: int
 
 
 @inner
+def _weigh(scores, sums, state, begin, reach, at):
+    """The softmax of a block that begins at a position, for all rows.
+
+    at: where the block lies in the scores, begin and end. A weight that a
+    row does not see becomes 0.
+    """
+    look, cols = reach.look, at[1] - at[0]
+    for i in range(len(sums)):
+        end = reach.first + i + 1
+        low = min(cols, max(0, end - look.window - begin))
+        end = min(cols, end - begin)
+        row = scores[i, at[0] : at[1]]
+        row[:low] = 0
+        if low < end:
+            softmax_row(row[low:], end - low, sums[i], state[i], look)
+        else:
+            row[:] = 0
+
+
+@inner
 def _look_back(out, query, keys, values, reach, scores, sums):
-    """Attention from one position to its Reach; scores, sums: room."""
-    (look, end, room, block), hs, wide = reach, len(query), len(sums)
-    zeros = Line(np.zeros(COLS, sums.dtype), 0, 0)
-    state, low = np.empty(2, sums.dtype), max(0, end - look.window)
-    for j in range(0, min(end, room), COLS):
-        out_line, panel = Line(scores, j, 0), Line(keys, j * hs, COLS)
-        _one_row(out_line, zeros, zeros, Line(query, 0, 0), panel, hs)
-    sums[:], state[0], state[1] = 0, -1e30, 0
-    for u in range(low // block * block, end, block):
-        first = max(u, low)
-        at, cols = first % room, min(u + block, end) - first
-        softmax_row(scores[at : at + cols], cols, sums, state, look)
+    """Attention of some queries, from Lines; scores, sums: a row each."""
+    (look, first, room, block), rows = reach, len(sums)
+    wide, width, hs = sums.shape[1], scores.shape[1], out.shape[1]
+    zeros, last = Line(np.zeros(COLS, sums.dtype), 0, 0), first + rows
+    weights, flat = Line(scores.reshape(-1), 0, width), sums.reshape(-1)
+    for j in range(0, min(last, room), COLS):
+        y, panel = Line(weights.array, j, width), Line(keys, j * hs, COLS)
+        _panel_product(y, zeros, zeros, query, panel, hs, rows)
+    state, low = np.empty((rows, 2), sums.dtype), first + 1 - look.window
+    sums[:], state[:, 0], state[:, 1] = 0, -1e30, 0
+    for u in range(max(0, low) // block * block, last, block):
+        begin = max(u, low)
+        at, cols = begin % room, min(u + block, last) - begin
+        _weigh(scores, sums, state, begin, reach, (at, at + cols))
+        weights = Line(weights.array, at, width)
         for c in range(0, wide, COLS):
-            y, panel = Line(sums, c, 0), Line(values, at * wide + c, wide)
-            _one_row(y, y, zeros, Line(scores, at, 0), panel, cols)
-    for c in range(hs):
-        out[c] = sums[c] / state[1]
+            y, panel = Line(flat, c, wide), Line(values, at * wide + c, wide)
+            _panel_product(y, y, zeros, weights, panel, cols, rows)
+    for i in range(rows):
+        for c in range(hs):
+            out[i, c] = sums[i, c] / state[i, 1]
 
 
 # all heads
 @team
 def _cache_attention(part, parts, address):
-    out, keys, values, qkv, first, block, look = arguments(address)
-    B, T, C = out.shape
+    out, keys, values, qkv, first, begin, end, block, look = arguments(address)
+    (B, T, C), W, flat = out.shape, qkv.shape[2], qkv.reshape(-1)
     (_, NKV, room, wide), hs = values.shape, keys.shape[3]
-    group, look = C // (NKV * hs), Look(*look)
-    scores = np.empty(keys.shape[2] * COLS, out.dtype)
-    sums = np.empty(wide, out.dtype)
-    for unit in range(part, B * NKV, parts):
-        b, kv = unit // NKV, unit % NKV
-        K, V, k = keys[b, kv], values[b, kv], C + kv * hs
-        v, flat_K, flat_V = k + NKV * hs, K.reshape(-1), V.reshape(-1)
-        for t in range(T):
-            row, p = qkv[b, t], first + t
-            _keep(K, V, row[k : k + hs], row[v : v + hs], p % room)
-            reach = Reach(look, p + 1, room, block)
-            for h in range(kv * group, kv * group + group):
-                a = h * hs
-                y, q = out[b, t, a : a + hs], row[a : a + hs]
-                _look_back(y, q, flat_K, flat_V, reach, scores, sums)
+    NH, groups = C // hs, -(-(end - begin) // ROWS)
+    scores = np.empty((ROWS, keys.shape[2] * COLS), out.dtype)
+    sums = np.empty((ROWS, wide), out.dtype)
+    for unit in range(part, B * NH * groups, parts):
+        b, h = unit // (NH * groups), unit // groups % NH
+        t, a = begin + unit % groups * ROWS, h * hs
+        n, kv = min(ROWS, end - t), h * NKV // NH
+        K, V = keys[b, kv].reshape(-1), values[b, kv].reshape(-1)
+        query = Line(flat, (b * T + t) * W + a, W)
+        reach = Reach(Look(*look), first + t, room, block)
+        y = out[b, t : t + n, a : a + hs]
+        _look_back(y, query, K, V, reach, scores[:n], sums[:n])
 
 
 # attention over a cache
@@ -367,7 +395,12 @@ def cache_attention(
     check_fit(f"{name}: keys", keys, want["keys"], out.dtype)
     check_fit(f"{name}: values", values, want["values"], out.dtype)
     block, look = block_size(hs), look_of(hs, window, scale, softcap)
-    _cache_attention(out, keys, values, inp, first, block, look)
+    # as many at a time as push nothing out that the first of them sees
+    size = room - window + 1 if ring else T
+    for t in range(0, T, size):
+        these = first, t, min(T, t + size)
+        _keep(keys, values, inp, C, *these)
+        _cache_attention(out, keys, values, inp, *these, block, look)
 
 
 # a row back out of panels
