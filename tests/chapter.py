@@ -1,6 +1,8 @@
 """Run everything, or a chapter's notebook and the tests of its modules.
 
-    python tests/chapter.py                    all tests and notebooks
+    python tests/chapter.py                    all tests and notebooks, by
+                                               as many workers as cores, 4 at
+                                               most: each takes up to 1 GB
     python tests/chapter.py 2.4 -- ARGS        pytest with ARGS, for 2.4 alone
 
 A module is tested by the files in the folder of its room that bear its name,
@@ -10,6 +12,7 @@ that tests it in NumPy.
 
 import ast
 import json
+import os
 import sys
 
 import pytest
@@ -74,7 +77,12 @@ def chapter_files(label):
 def main(args):
     at = args.index("--") if "--" in args else len(args)
     files = [f for label in args[:at] for f in chapter_files(label)]
-    return pytest.main(["--nbval", *args[at + 1 :], *map(str, files)])
+    how = ["--nbval"]
+    if not files:
+        # threads that wait must not keep the other workers' from running
+        os.environ.setdefault("GOMP_SPINCOUNT", "0")
+        how += ["-n", str(min(4, os.cpu_count())), "--dist", "loadfile"]
+    return pytest.main([*how, *args[at + 1 :], *map(str, files)])
 
 
 if __name__ == "__main__":
