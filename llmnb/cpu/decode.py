@@ -22,7 +22,7 @@ from llmnb.cpu.attention import Look, block_size, look_of, softmax_row
 from llmnb.cpu.jit import arguments, inlined, inner, team
 from llmnb.cpu.panels import DEPTH, Block, pack, scratch
 from llmnb.cpu.tile import (
-    COLS, I32, LANES, ROWS, VECTORS, constant, data, multiply_add, peek,
+    COLS, I32, LANES, ROWS, VECTORS, constant, data, multiply_add, peek, plus,
     spread, store, sum_loop,
 )
 from llmnb.shapes import COMPILED, shapes
@@ -95,8 +95,8 @@ def _rows_by_panel(rows):
             shift = [peek(builder, p, LANES) for p in bias] * rows
             outs, starts = places(0, rows, VECTORS), places(1, rows, VECTORS)
             for q, f, z, y in zip(outs, starts, found, shift, strict=True):
-                z = builder.fadd(builder.fadd(z, y), peek(builder, f, LANES))
-                store(builder, z, q)
+                z = plus(builder, z, y)
+                store(builder, plus(builder, z, peek(builder, f, LANES)), q)
             return context.get_dummy_value()
 
         return signature, codegen

@@ -12,8 +12,8 @@ import numpy as np
 from llmnb.cpu.jit import arguments, inlined, team
 from llmnb.cpu.microkernel import Place, moved
 from llmnb.cpu.panels import (
-    DEPTH, HEIGHT, SPARE, WIDTH, WORK, Block, Flat, Routines, check_bf16,
-    multiply_panels, pack, scratch,
+    DEPTH, HEIGHT, LENGTH, SPARE, WIDTH, WORK, Block, Flat, Routines,
+    check_bf16, multiply_panels, pack, scratch,
 )
 from llmnb.cpu.tile import COLS, ROWS
 from llmnb.shapes import shapes
@@ -29,14 +29,14 @@ def _multiply_strip(x, strip, where, steps, depth, code, panels, spare):
     out, start, bias, a, b = x
     top, bottom, left, right = strip
     a_row, a_col, b_row, b_col = steps
-    zeros, second = ROWS * COLS, HEIGHT * DEPTH  # second: the panels of b
+    zeros, second = ROWS * COLS, HEIGHT * LENGTH  # second: the panels of b
     spare[zeros : zeros + COLS] = 0
     start = start if where.col else spare
     bias = bias if where.bias_col else spare
     for j in range(left, right, WIDTH):
         cols = min(WIDTH, right - j)
-        for k in range(0, depth, DEPTH):
-            n, p = min(DEPTH, depth - k), j * b_col + k * b_row
+        for k in range(0, depth, LENGTH):
+            n, p = min(LENGTH, depth - k), j * b_col + k * b_row
             block = Block(p, b_col, b_row, cols, n)
             pack(code.pack_cols, panels, second, b, block)
             for i in range(top, bottom, HEIGHT):
@@ -49,7 +49,7 @@ def _multiply_strip(x, strip, where, steps, depth, code, panels, spare):
                     at = Place(o, line, o, line, 1, zeros, 0)
                     first, shift = out, spare
                 flat = Flat(out, first, shift, panels, spare)
-                sizes = rows, cols, n
+                sizes = rows, cols, n, DEPTH
                 multiply_panels(code.multiply, flat, at, (0, second), sizes)
 
 

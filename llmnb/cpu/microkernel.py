@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 from llmnb.cpu.bfloat16 import multiply_add_pairs, pair, steps_in
 from llmnb.cpu.jit import inlined
 from llmnb.cpu.tile import (
-    COLS, I32, LANES, ROWS, VECTORS, constant, data, multiply_add, peek,
+    COLS, I32, LANES, ROWS, VECTORS, constant, data, multiply_add, peek, plus,
     spread, store, sum_loop,
 )
 
@@ -58,15 +58,15 @@ def _addresses(builder, base, at, row, col):
             yield builder.gep(base, [step])
 
 
-def _prefetch(builder, pointers):
-    """Ask for the cache lines that will be written, ahead of time."""
+def _prefetch(builder, pointers, write):
+    """Ask for cache lines that will be read, or written, ahead of time."""
     byte = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
     name = "llvm.prefetch.p0"
     function = cgutils.get_or_insert_function(builder.module, kind, name)
     for pointer in pointers:
         address = builder.bitcast(pointer, byte)
-        builder.call(function, [address, I32(1), I32(3), I32(1)])
+        builder.call(function, [address, I32(int(write)), I32(3), I32(1)])
 
 
 # a turn of the loop
@@ -116,14 +116,14 @@ def multiply_tile(typing, out, at, start, bias, panels, a, b, depth):
         a, b = (builder.gep(panels, [x]) for x in args[5:7])
         one, none = at.out.type(1), at.out.type(0)
         outs = list(_addresses(builder, out, at.out, at.out_row, one))
-        _prefetch(builder, outs[::VECTORS])
+        _prefetch(builder, outs[::VECTORS], write=True)
         pairs = kinds[4].dtype == types.uint32
         sums = _tile_sums(builder, a, b, args[7], pairs)
         shifts = list(_addresses(builder, bias, at.bias, none, at.bias_col))
         starts = _addresses(builder, start, at.start, at.row, at.col)
         for x, p, q, r in zip(sums, outs, starts, shifts, strict=True):
-            x = builder.fadd(x, peek(builder, r, LANES))
-            store(builder, builder.fadd(x, peek(builder, q, LANES)), p)
+            x = plus(builder, x, peek(builder, r, LANES))
+            store(builder, plus(builder, x, peek(builder, q, LANES)), p)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -176,6 +176,8 @@ def _load_across(builder, pointer, width):
             peek(builder, pointer(left + i, 0), LANES) for i in range(count)
         ]
         rows += rows[:1] * (LANES - count)  # their columns are not stored
+        ahead = (pointer(left + i, 2 * LANES) for i in range(count))
+        _prefetch(builder, ahead, write=False)  # of the square after next
         for line, x in zip(lines, _transposed(builder, rows), strict=True):
             for j, n in _pieces(count):
                 part = constant(I32, range(j, j + n))

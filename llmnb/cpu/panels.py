@@ -3,8 +3,8 @@
 """Matrices packed in panels, and their products tile by tile."""
 
 __all__ = [
-    "DEPTH", "HEIGHT", "SPARE", "WIDTH", "WORK", "check_bf16", "scratch",
-    "work_shape",
+    "DEPTH", "HEIGHT", "LENGTH", "SPARE", "WIDTH", "WORK", "check_bf16",
+    "scratch", "work_shape",
 ]
 
 
@@ -110,9 +110,21 @@ class Flat(NamedTuple):
     spare: np.ndarray
 
 
+# a tile
+@inlined
+def _tile(x, at, a, b, lines, chain):
+    """A whole tile; lines: of its panels; chain: lines of one sum."""
+    out, start, bias, panels, spare = x
+    for k in range(0, lines, chain):
+        n, p, q = min(chain, lines - k), a + k * ROWS, b + k * COLS
+        multiply_tile(out, at, start, bias, panels, p, q, n)
+        o, line, zeros = at.out, at.out_row, ROWS * COLS
+        at, start, bias = Place(o, line, o, line, 1, zeros, 0), out, spare
+
+
 # a tile at the edge
 @inlined
-def _edge_tile(x, at, a, b, lines, rows, cols):
+def _edge_tile(x, at, a, b, lines, chain, rows, cols):
     """A tile of which only some rows and columns exist."""
     out, start, bias, panels, spare = x
     shift = (ROWS + 1) * COLS
@@ -122,7 +134,8 @@ def _edge_tile(x, at, a, b, lines, rows, cols):
             first = moved(at, i, j).start
             spare[i * COLS + j] = start[first]
     place = Place(0, COLS, 0, COLS, 1, shift, 1)
-    multiply_tile(spare, place, spare, spare, panels, a, b, lines)
+    flat = Flat(spare, spare, spare, panels, spare)
+    _tile(flat, place, a, b, lines, chain)
     for i in range(rows):
         for j in range(cols):
             out[moved(at, i, j).out] = spare[i * COLS + j]
@@ -132,18 +145,17 @@ def _edge_tile(x, at, a, b, lines, rows, cols):
 @inlined
 def _all_tiles(x, at, a, b, sizes):
     """x: a Flat; at: a Place; a, b: where the panels begin."""
-    out, start, bias, panels, _ = x
-    rows, cols, steps = sizes
-    per = steps_per_line(panels)
-    lines = (steps + per - 1) // per
+    rows, cols, steps, chain = sizes
+    per = steps_per_line(x.panels)
+    lines, chain = (steps + per - 1) // per, chain // per
     for j in range(0, cols, COLS):
         for i in range(0, rows, ROWS):
             here, p, q = moved(at, i, j), a + i * lines, b + j * lines
             if i + ROWS <= rows and j + COLS <= cols:
-                multiply_tile(out, here, start, bias, panels, p, q, lines)
+                _tile(x, here, p, q, lines, chain)
             else:
                 m, n = min(ROWS, rows - i), min(COLS, cols - j)
-                _edge_tile(x, here, p, q, lines, m, n)
+                _edge_tile(x, here, p, q, lines, chain, m, n)
 
 
 # three routines
@@ -176,7 +188,7 @@ class Routines(NamedTuple):
 INT = types.int64
 BLOCK = types.NamedUniTuple(INT, 5, Block)
 PLACE = types.NamedUniTuple(INT, 7, Place)
-PAIR, SIZES = types.UniTuple(INT, 2), types.UniTuple(INT, 3)
+PAIR, SIZES = types.UniTuple(INT, 2), types.UniTuple(INT, 4)
 _compiled = []  # an address is good as long as its routine is kept
 
 
@@ -232,24 +244,25 @@ def multiply_panels(code, x, at, pair, sizes):
     """Write a block: out = start + bias + the product of packed panels.
 
     For kernels. code: the multiplying routine. x: a Flat. at: a Place.
-    pair: where the panels of both factors begin. sizes: rows, columns and
-    steps.
+    pair: where the panels of both factors begin. sizes: rows, columns,
+    steps, and how many of those are one chain of additions.
     """
     out, start, bias, panels, spare = x
     _multiply(code, out, start, bias, panels, spare, at, pair, sizes)
 
 
 # the blocks
-DEPTH = 384  # steps of the sum in a block
+DEPTH = 384  # steps of the sum in a chain
+LENGTH = 2 * DEPTH  # steps of the sum in a block
 HEIGHT = 144 // ROWS * ROWS  # rows in a block
 WIDTH = 768 // COLS * COLS  # columns in a block
-SPARE = (HEIGHT + WIDTH) * DEPTH  # where the spare tile begins
+SPARE = (HEIGHT + WIDTH) * LENGTH  # where the spare tile begins
 
 
 def work_shape():
     """The shape of the scratch memory that the products pack into.
 
-    A row for each thread that numba may use, of 1.4 MB in float32.
+    A row for each thread that numba may use, of 2.8 MB in float32.
 
     Derived in chapter A.3.
     """

@@ -100,6 +100,16 @@ def multiply_add(builder, a, b, c):
     return builder.call(function, [a, b, c])
 
 
+# add in order
+def plus(builder, a, b):
+    """a + b of vectors, whose sum with others is not taken apart."""
+    double = isinstance(a.type.element, ir.DoubleType)
+    name = f"llvm.arithmetic.fence.v{a.type.count}f{64 if double else 32}"
+    kind = ir.FunctionType(a.type, [a.type])
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(function, [builder.fadd(a, b)])
+
+
 # the loop over the sum
 def sum_loop(builder, depth, pointers, steps, sums, turn):
     """Emit a loop of `depth` turns, at least one; returns the last sums.

@@ -308,10 +308,10 @@ for corner, (wide, high), shade in blocks:
     color = {"color": PALETTE[shade]} if shade else {"fill": False}
     ax.add_patch(plt.Rectangle(corner, wide, high, **color))
 notes = (
-    (6.6, 6.1, "a block of b, 1.2 MB: third level"),
-    (6.6, 5.1, "one panel of it, 24 KB: first level"),
+    (6.6, 6.1, "a block of b, 2.4 MB: third level"),
+    (6.6, 5.1, "half a panel of it, 24 KB: first level"),
     (6.6, 3.4, "the tile of sums: registers"),
-    (6.6, 2.2, "all panels of a, 221 KB: second level"),
+    (6.6, 2.2, "all panels of a, 442 KB: second level"),
     (6.6, 1.0, "one line of a panel at a time: registers"),
 )
 for x, y, text in notes:
@@ -326,23 +326,26 @@ plt.show()
 
 # %% [markdown]
 # *Figure 2.4.3. A tile of `out` needs one panel of rows (orange) and one of
-# columns (green). The panel of columns stays in the first level while all
-# panels of rows pass by; those stay in the second level while all columns of
-# the block, which wait in the third, pass by.*
+# columns (green), one half after the other. The half of the columns stays in
+# the first level while a tile of rows passes by; the panels of rows stay in the
+# second level while all columns of the block, which wait in the third, do.*
 #
-# The sizes are of float32 and a tile 16 columns wide: a panel of columns is 384
-# steps long, the panels of `a` take at most 144 rows, those of `b` at most 768
-# columns. [Chapter A.3](../appendix/03_panels.ipynb) packs such blocks from
-# matrices that lie either way, with vectors where it can, and multiplies all
-# tiles of a block. From here on we need two of its functions: `pack` writes
-# the panels of a block, and `multiply_panels` writes a block of `out`.
+# The sizes are of float32 and a tile 16 columns wide: panels are 768 steps
+# long, those of `a` take at most 144 rows, those of `b` at most 768 columns.
+# 768 steps are two chains of 384. A tile of `out` takes in the sums of both
+# while it is in the first level; one that came back for the second chain would
+# have to be fetched again. [Chapter A.3](../appendix/03_panels.ipynb) packs
+# such blocks from matrices that lie either way, with vectors where it can, and
+# multiplies all tiles of a block. From here on we need two of its functions:
+# `pack` writes the panels of a block, and `multiply_panels` writes a block of
+# `out`.
 #
 # ## The product
 #
 # **Threads.** `out` is cut into strips along its longer side, one for each
 # thread, and a thread packs in its own row of `work`. The strips depend on
 # the number of threads, but no sum does: every number of `out` is summed in
-# runs of 384 steps, one after the other, wherever the cuts are. So no bit of
+# chains of 384 steps, one after the other, wherever the cuts are. So no bit of
 # the result depends on it either.
 
 # %% imports of the CPU module tags=["exporti"]
@@ -354,6 +357,7 @@ from llmnb.cpu.microkernel import Place, moved
 from llmnb.cpu.panels import (
     DEPTH,
     HEIGHT,
+    LENGTH,
     SPARE,
     WIDTH,
     WORK,
@@ -388,14 +392,14 @@ def _multiply_strip(x, strip, where, steps, depth, code, panels, spare):
     out, start, bias, a, b = x
     top, bottom, left, right = strip
     a_row, a_col, b_row, b_col = steps
-    zeros, second = ROWS * COLS, HEIGHT * DEPTH  # second: the panels of b
+    zeros, second = ROWS * COLS, HEIGHT * LENGTH  # second: the panels of b
     spare[zeros : zeros + COLS] = 0
     start = start if where.col else spare
     bias = bias if where.bias_col else spare
     for j in range(left, right, WIDTH):
         cols = min(WIDTH, right - j)
-        for k in range(0, depth, DEPTH):
-            n, p = min(DEPTH, depth - k), j * b_col + k * b_row
+        for k in range(0, depth, LENGTH):
+            n, p = min(LENGTH, depth - k), j * b_col + k * b_row
             block = Block(p, b_col, b_row, cols, n)
             pack(code.pack_cols, panels, second, b, block)
             for i in range(top, bottom, HEIGHT):
@@ -408,7 +412,7 @@ def _multiply_strip(x, strip, where, steps, depth, code, panels, spare):
                     at = Place(o, line, o, line, 1, zeros, 0)
                     first, shift = out, spare
                 flat = Flat(out, first, shift, panels, spare)
-                sizes = rows, cols, n
+                sizes = rows, cols, n, DEPTH
                 multiply_panels(code.multiply, flat, at, (0, second), sizes)
 
 

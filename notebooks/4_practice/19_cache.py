@@ -311,6 +311,7 @@ from llmnb.cpu.tile import (
     data,
     multiply_add,
     peek,
+    plus,
     spread,
     store,
     sum_loop,
@@ -392,8 +393,8 @@ def _rows_by_panel(rows):
             shift = [peek(builder, p, LANES) for p in bias] * rows
             outs, starts = places(0, rows, VECTORS), places(1, rows, VECTORS)
             for q, f, z, y in zip(outs, starts, found, shift, strict=True):
-                z = builder.fadd(builder.fadd(z, y), peek(builder, f, LANES))
-                store(builder, z, q)
+                z = plus(builder, z, y)
+                store(builder, plus(builder, z, peek(builder, f, LANES)), q)
             return context.get_dummy_value()
 
         return signature, codegen

@@ -177,6 +177,10 @@ for name, view in (("rows", x), ("columns", x.T), ("every other", x[::2])):
 # %% [markdown]
 # ## All tiles of a block
 #
+# A long sum is cut into chains of multiplications, of `chain` steps each. The
+# first chain of a tile adds start and bias; the others go on from `out`, which
+# is still in the nearest cache, because nothing else came between.
+#
 # Tiles at the right and lower edge are computed in a spare tile, and only the
 # part that exists is copied to `out`. So nothing is ever written outside of
 # it. The spare tile has a row for the bias, which is added first there too: a
@@ -198,9 +202,21 @@ class Flat(NamedTuple):
     spare: np.ndarray
 
 
+# %% a tile tags=["exporti"]
+@inlined
+def _tile(x, at, a, b, lines, chain):
+    """A whole tile; lines: of its panels; chain: lines of one sum."""
+    out, start, bias, panels, spare = x
+    for k in range(0, lines, chain):
+        n, p, q = min(chain, lines - k), a + k * ROWS, b + k * COLS
+        multiply_tile(out, at, start, bias, panels, p, q, n)
+        o, line, zeros = at.out, at.out_row, ROWS * COLS
+        at, start, bias = Place(o, line, o, line, 1, zeros, 0), out, spare
+
+
 # %% a tile at the edge tags=["exporti"]
 @inlined
-def _edge_tile(x, at, a, b, lines, rows, cols):
+def _edge_tile(x, at, a, b, lines, chain, rows, cols):
     """A tile of which only some rows and columns exist."""
     out, start, bias, panels, spare = x
     shift = (ROWS + 1) * COLS
@@ -210,7 +226,8 @@ def _edge_tile(x, at, a, b, lines, rows, cols):
             first = moved(at, i, j).start
             spare[i * COLS + j] = start[first]
     place = Place(0, COLS, 0, COLS, 1, shift, 1)
-    multiply_tile(spare, place, spare, spare, panels, a, b, lines)
+    flat = Flat(spare, spare, spare, panels, spare)
+    _tile(flat, place, a, b, lines, chain)
     for i in range(rows):
         for j in range(cols):
             out[moved(at, i, j).out] = spare[i * COLS + j]
@@ -220,18 +237,17 @@ def _edge_tile(x, at, a, b, lines, rows, cols):
 @inlined
 def _all_tiles(x, at, a, b, sizes):
     """x: a Flat; at: a Place; a, b: where the panels begin."""
-    out, start, bias, panels, _ = x
-    rows, cols, steps = sizes
-    per = steps_per_line(panels)
-    lines = (steps + per - 1) // per
+    rows, cols, steps, chain = sizes
+    per = steps_per_line(x.panels)
+    lines, chain = (steps + per - 1) // per, chain // per
     for j in range(0, cols, COLS):
         for i in range(0, rows, ROWS):
             here, p, q = moved(at, i, j), a + i * lines, b + j * lines
             if i + ROWS <= rows and j + COLS <= cols:
-                multiply_tile(out, here, start, bias, panels, p, q, lines)
+                _tile(x, here, p, q, lines, chain)
             else:
                 m, n = min(ROWS, rows - i), min(COLS, cols - j)
-                _edge_tile(x, here, p, q, lines, m, n)
+                _edge_tile(x, here, p, q, lines, chain, m, n)
 
 
 # %% [markdown]
@@ -276,7 +292,7 @@ class Routines(NamedTuple):
 INT = types.int64
 BLOCK = types.NamedUniTuple(INT, 5, Block)
 PLACE = types.NamedUniTuple(INT, 7, Place)
-PAIR, SIZES = types.UniTuple(INT, 2), types.UniTuple(INT, 3)
+PAIR, SIZES = types.UniTuple(INT, 2), types.UniTuple(INT, 4)
 _compiled = []  # an address is good as long as its routine is kept
 
 
@@ -337,8 +353,8 @@ def multiply_panels(code, x, at, pair, sizes):
     """Write a block: out = start + bias + the product of packed panels.
 
     For kernels. code: the multiplying routine. x: a Flat. at: a Place.
-    pair: where the panels of both factors begin. sizes: rows, columns and
-    steps.
+    pair: where the panels of both factors begin. sizes: rows, columns,
+    steps, and how many of those are one chain of additions.
     """
     out, start, bias, panels, spare = x
     _multiply(code, out, start, bias, panels, spare, at, pair, sizes)
@@ -353,22 +369,25 @@ def multiply_panels(code, x, at, pair, sizes):
 # shared by the cores, some tens of megabytes. Figure 2.4.3 shows how the blocks
 # fit.
 #
-# A panel of columns is 384 steps long, 24 KB in float32 for 16 columns, and
-# stays in the first level while all panels of rows pass by. Those take at most
-# 144 rows, 221 KB, and stay in the second level while all columns pass by. At
-# most 768 columns are packed at a time; they wait in the third level.
+# A chain is 384 steps of the sum: a panel of columns takes 24 KB for them in
+# float32 and 16 columns, and mostly stays in the first level while the panels
+# of rows pass by. Panels hold two chains, 768 steps, so that a tile of `out` is
+# fetched once for both. Those of the rows take at most 144 rows, 442 KB, and
+# stay in the second level while all columns pass by. At most 768 columns are
+# packed at a time; they wait in the third level.
 
 # %% the blocks tags=["export"]
-DEPTH = 384  # steps of the sum in a block
+DEPTH = 384  # steps of the sum in a chain
+LENGTH = 2 * DEPTH  # steps of the sum in a block
 HEIGHT = 144 // ROWS * ROWS  # rows in a block
 WIDTH = 768 // COLS * COLS  # columns in a block
-SPARE = (HEIGHT + WIDTH) * DEPTH  # where the spare tile begins
+SPARE = (HEIGHT + WIDTH) * LENGTH  # where the spare tile begins
 
 
 def work_shape():
     """The shape of the scratch memory that the products pack into.
 
-    A row for each thread that numba may use, of 1.4 MB in float32.
+    A row for each thread that numba may use, of 2.8 MB in float32.
     """
     return numba.config.NUMBA_NUM_THREADS, SPARE + (ROWS + 2) * COLS
 
@@ -405,7 +424,7 @@ def scratch(work, bf16, dtype):
 def one_block(out, a, b, code, panels, spare):
     code = Routines(*code)
     rows, cols, steps = out.shape[0] - 1, out.shape[1] - 1, a.shape[1]
-    right = HEIGHT * DEPTH
+    right = HEIGHT * LENGTH
     spare[ROWS * COLS : (ROWS + 1) * COLS] = 0
     flat_a, flat_b, flat = a.reshape(-1), b.reshape(-1), out.reshape(-1)
     left = Block(0, steps, 1, rows, steps)
@@ -416,7 +435,8 @@ def one_block(out, a, b, code, panels, spare):
     zeros = ROWS * COLS
     at = Place(0, cols + 1, zeros, 0, 0, zeros, 0)
     x = Flat(flat, spare, spare, panels, spare)
-    multiply_panels(code.multiply, x, at, (0, right), (rows, cols, steps))
+    sizes = rows, cols, steps, 16  # four chains
+    multiply_panels(code.multiply, x, at, (0, right), sizes)
 
 
 a, b = rng.normal(size=(31, 50)), rng.normal(size=(70, 50))
@@ -437,7 +457,7 @@ verdict("the rest", (out[-1] == 7).all() and (out[:, -1] == 7).all(), "stays")
 # %% [markdown]
 # ## Design note
 #
-# Panels cost 1.4 MB for each thread and a copy of both factors. Where a factor
+# Panels cost 2.8 MB for each thread and a copy of both factors. Where a factor
 # is used again and again, as the weights are when a model writes text, it can
 # be packed once and kept: [chapter 4.19](../4_practice/19_cache.ipynb) does.
 # In training the weights change with every step, and a weight that is packed
@@ -455,8 +475,8 @@ verdict("the rest", (out[-1] == 7).all() and (out[:, -1] == 7).all(), "stays")
 # 32 columns of float32 are 128 bytes a step, so 384 steps are 48 KB: the whole
 # first level of the processors that have AVX-512 in their newer kinds, and
 # more than that of the older ones, which then take a part of it from the
-# second level. 256 steps would fit; they would also read and write `out` once
-# more for every 768 steps of the sum.
+# second level. 256 steps would fit; a tile would also end its sums, and begin
+# them anew, once more for every 768 steps.
 # :::
 
 

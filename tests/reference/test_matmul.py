@@ -110,3 +110,21 @@ def test_bf16_wants_float32():
         wanted = f"matmul_{name}: bf16 wants float32 arrays, got float64"
         with pytest.raises(TypeError, match=wanted):
             call(cpu, bf16=True)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rows, C, OC", [(16, 32, 32), (31, 800, 70)])
+def test_a_row_has_its_bits_wherever_it_lies(rows, C, OC, dtype):
+    """In a whole tile or in one at the edge, with all that is added."""
+    rng = np.random.default_rng(rows)
+    drawn = [(1, rows, C), (OC, C), (OC,), (1, rows, OC)]
+    x, weight, bias, residual = (
+        rng.normal(size=shape).astype(dtype) for shape in drawn
+    )
+    out = np.empty_like(residual)
+    cpu.matmul_forward(out, x, weight, bias, residual)
+    for i in range(rows):
+        alone = np.empty((1, rows - i, OC), dtype)
+        rest = [np.ascontiguousarray(y[:, i:]) for y in (x, residual)]
+        cpu.matmul_forward(alone, rest[0], weight, bias, rest[1])
+        assert np.array_equal(alone, out[:, i:])
