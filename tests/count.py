@@ -19,7 +19,9 @@ NO_CODE = {
     tokenize.DEDENT, tokenize.ENDMARKER,
 }  # fmt: skip
 WITH_DOCSTRING = ast.Module, ast.ClassDef, ast.FunctionDef
-CURVE = "1.18", "# %% the loss curve"  # a chapter, and a cell of it
+# where GPT-2's loss is drawn as it falls: chapters, and what begins it there
+CURVES = ("1.16", "# ## It learns"), ("1.18", "# %% the loss curve")
+EXERCISES = "# ## Exercises"  # the first of the sections that end a chapter
 
 
 def spans(nodes):
@@ -61,22 +63,30 @@ def print_code(folder):
         print(f"{room:<20}{lines:>12,}{names[room]:>16,}")
 
 
+def lines_before(texts, label, mark):
+    """How many lines stand before a mark in a chapter, and how many of them
+    are exercises, with the reading and the list of names behind them."""
+    before = [*texts.values()][: [*texts].index(label)]
+    ends = [text[text.index(EXERCISES) :] for text in before]
+    before.append(texts[label][: texts[label].index(mark)])
+    return sum(x.count("\n") for x in before), sum(x.count("\n") for x in ends)
+
+
 def print_chapters():
-    """How long the longest is, and how much stands before the loss curve."""
+    """How long the longest is, and how much stands before a loss curve."""
     texts = {
         chapter_label(path): path.read_text("utf-8")
         for path in sources(ROOT / "notebooks")
     }
     lengths = {label: x.count("\n") for label, x in texts.items()}
-    label, cell = CURVE
-    before = [*texts][: [*texts].index(label)]
-    last = texts[label][: texts[label].index(cell)].count("\n")
     for kind, wanted in (("chapter", False), ("appendix", True)):
         some = [x for x in lengths if x.startswith("A") == wanted]
         longest = max(some, key=lengths.get)
         print(f"longest {kind}: {longest}, {lengths[longest]:,} source lines")
-    total = sum(map(lengths.get, before)) + last
-    print(f"before the loss curve of {label}: {total:,} source lines")
+    for label, mark in CURVES:
+        lines, ends = lines_before(texts, label, mark)
+        print(f"before the loss curve of {label}: {lines:,} source lines")
+        print(f"    without exercises and further reading: {lines - ends:,}")
 
 
 def main():

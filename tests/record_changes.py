@@ -10,23 +10,16 @@ It takes the cpu backend: half a minute a run on two quiet cores.
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-from record_ablations import STEPS, B, T, V, texts
+from record_ablations import DATA, DEFAULT, SHAPE, STEPS, losses, texts
 
 from llmnb.config import GPT2Config
 from llmnb.model import parts
 from llmnb.model.architectures import ARCHITECTURES, LlamaConfig
-from llmnb.model.gpt2 import GPT2
-from llmnb.model.tensors import decaying, parameter_count, tensor_table
-from llmnb.text.data import DataLoader
-from llmnb.train.schedule import learning_rate
+from llmnb.model.tensors import parameter_count, tensor_table
 
-DATA = Path(__file__).parent / "data"
 SEEDS = (42, 43)
-SHAPE = (T, V, 2, 4, 64)
 
 
 class Unbiased(GPT2Config):
@@ -84,30 +77,12 @@ def families():
     )
 
 
-def final_loss(cfg, learnt, held_out, seed):
-    """The validation loss at the end of chapter 1.18's run."""
-    model = GPT2(cfg, B, T, backend="cpu", seed=seed)
-    batches = DataLoader([learnt], B, T, seed=seed)
-    validation = DataLoader([held_out], B, T, shuffle=False)
-    how = {"beta2": 0.95, "weight_decay": 0.1, "decay": decaying(cfg)}
-    for step in range(STEPS):
-        rate = learning_rate(step, 5e-3, 150, STEPS, final=0.05)
-        model.step(
-            *batches.next_batch(), 1.0, learning_rate=rate, step=step + 1,
-            **how,
-        )  # fmt: skip
-    count = (len(held_out) - 1) // (B * T)
-    return np.mean(
-        [model.forward(*validation.next_batch()) for _ in range(count)]
-    )
-
-
 def main():
     learnt, held_out = texts()
     rows = ["family,steps,seed,parameters,val"]
     for name, cfg in families():
         for seed in SEEDS:
-            loss = final_loss(cfg, learnt, held_out, seed)
+            *_, loss = losses(cfg, learnt, held_out, seed, **DEFAULT)
             size = parameter_count(cfg, padded=False)
             rows.append(f'"{name}",{STEPS},{seed},{size},{loss:.4f}')
             print(rows[-1], file=sys.stderr, flush=True)
