@@ -31,7 +31,6 @@ tiles: $(VENV)/.test ## verify the notebooks on every tile shape and on one thre
 	$(BIN)/python tests/tiles.py $(ARGS)
 
 check: $(VENV)/.test ## the fast checks: package and notebooks in step, linter
-	$(BIN)/python -m llmnb.book.export --check
 	$(BIN)/python -m llmnb.book.notebook --check
 	$(BIN)/python -m llmnb.book.poster --check
 	$(BIN)/ruff check

@@ -1,5 +1,6 @@
 """Damaged copies of good files: a reader must answer or give one error."""
 
+import shutil
 import tracemalloc
 import warnings
 
@@ -62,6 +63,20 @@ def answer(read, path, raw, limit=16 << 20):
         tracemalloc.stop()
     assert peak < limit, f"{peak:,} bytes for a file of {len(raw):,}"
     return result
+
+
+def damaged(data, read, good, bad):
+    """What read makes of a damaged copy of a file: a result, or a short error.
+
+    data: hypothesis' draws. bad: where the copy lies for a while, in the
+    place of the good file.
+    """
+    try:
+        found = answer(read, bad, data.draw(mangled(good.read_bytes())))
+    finally:
+        shutil.copy(good, bad)
+    assert not isinstance(found, Exception) or len(str(found)) < 500
+    return found
 
 
 def header(*numbers):

@@ -24,6 +24,7 @@ from llmnb.train.schedule import learning_rate
 
 DATA = Path(__file__).parent / "data"
 B, T, V, STEPS, EVERY = 4, 64, 1024, 3000, 250
+SHAPE = T, V, 2, 4, 64  # max_seq_len, vocab_size, num_layers, num_heads, C
 DEFAULT = {"peak": 5e-3, "warmup": 150, "clip": 1.0, "beta2": 0.95}
 CHANGES = {
     "as it is": {},
@@ -45,9 +46,8 @@ def texts():
     return tokens[: -len(tokens) // 10], tokens[-len(tokens) // 10 :]
 
 
-def losses(learnt, held_out, seed, peak, warmup, clip, beta2):
+def losses(cfg, learnt, held_out, seed, peak, warmup, clip, beta2):
     """The validation loss every EVERY steps, from before the first."""
-    cfg = GPT2Config(T, V, num_layers=2, num_heads=4, channels=64)
     model = GPT2(cfg, B, T, backend="cpu", seed=seed)
     batches = DataLoader([learnt], B, T, seed=seed)
     validation = DataLoader([held_out], B, T, shuffle=False)
@@ -77,7 +77,9 @@ def main():
     rows = ["setting,seed," + ",".join(map(str, range(0, STEPS + 1, EVERY)))]
     for name, change in CHANGES.items():
         for seed in SEEDS if not change else SEEDS[:2]:
-            found = losses(learnt, held_out, seed, **DEFAULT | change)
+            texts_and_seed = learnt, held_out, seed
+            how = DEFAULT | change
+            found = losses(GPT2Config(*SHAPE), *texts_and_seed, **how)
             rows.append(
                 f"{name},{seed}," + ",".join(f"{x:.4f}" for x in found)
             )

@@ -10,23 +10,20 @@ It takes the cpu backend: half a minute a run on two quiet cores.
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-from record_ablations import STEPS, B, T, V, texts
+from record_ablations import DATA, DEFAULT, SHAPE, STEPS, losses, texts
 
 from llmnb.config import GPT2Config
-from llmnb.model import modern, parts
+from llmnb.model import parts
 from llmnb.model.architectures import ARCHITECTURES, LlamaConfig
-from llmnb.model.gpt2 import GPT2
-from llmnb.model.tensors import decaying, parameter_count
-from llmnb.text.data import DataLoader
-from llmnb.train.schedule import learning_rate
+from llmnb.model.tensors import parameter_count, tensor_table
 
-DATA = Path(__file__).parent / "data"
 SEEDS = (42, 43)
-SHAPE = (T, V, 2, 4, 64)
+
+
+class Unbiased(GPT2Config):
+    bias: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -37,51 +34,27 @@ class Between(LlamaConfig):
     replaced: tuple = ()
 
     def block(self, i=0):
-        new = self.replaced
-        ends = parts.ENCODER, parts.HEAD
-        tables = parts.Block.__new__.__defaults__[2]
-        if "rotary" in new:
-            ends, tables = modern._ends(self), modern._tables
-        norm = modern._rmsnorm(self) if "norm" in new else parts.LAYERNORM
-        attention = parts.ATTENTION
-        if "rotary" in new:
-            attention = modern._attention(self, i)
-        gated = modern._gated(self) if "gated" in new else parts.GELU
-        return parts.Block(norm, attention, gated, *ends, tables)
+        plain, llama = parts.block_of(Unbiased(*SHAPE)), super().block(i)
+        new = {"norm": llama.norm} if "norm" in self.replaced else {}
+        if "rotary" in self.replaced:
+            new |= {x: getattr(llama, x) for x in plain._fields[3:]}
+            new["attention"] = llama.attention
+        if "gated" in self.replaced:
+            new["feedforward"] = llama.feedforward
+        return plain._replace(**new)
 
     def tensors(self):
-        mine = {x.name: x for x in modern.modern_table(self)}
-        theirs = {
-            x.name: x
-            for x in parts_table(self)
-            if "norm" not in self.replaced or not x.name.startswith("ln")
-        }
+        rows = {x.name: x for x in tensor_table(Unbiased(*SHAPE))}
+        llama = {x.name: x for x in super().tensors()}
+        if "norm" in self.replaced:
+            rows = {n: x for n, x in rows.items() if n[:2] != "ln"}
+            rows |= {n: x for n, x in llama.items() if n[:2] == "ln"}
         if "rotary" in self.replaced:
-            del theirs["wpe"]
+            del rows["wpe"]
         if "gated" in self.replaced:
-            del theirs["fcw"], theirs["fcprojw"]
-        return [*(mine | theirs).values()] if "norm" in self.replaced else [
-            x for n, x in (mine | theirs).items() if n in theirs
-            or n in ("fcw", "fcprojw")
-        ]  # fmt: skip
-
-
-def parts_table(cfg):
-    """GPT-2's tensors for a configuration without biases."""
-    from llmnb.model.parts import STD, Tensor
-
-    tables = {"stacked": False, "decays": True, "std": STD}
-    C, shape = cfg.channels, (cfg.padded_vocab_size, cfg.channels)
-    norm, there = parts.LAYERNORM.tensors, "{}"
-    return [
-        Tensor("wte", shape, "wte", used=cfg.vocab_size, **tables),
-        Tensor("wpe", (cfg.max_seq_len, C), "wpe", added=True, **tables),
-        *norm(cfg, "ln1", there),
-        *parts.ATTENTION.tensors(cfg),
-        *norm(cfg, "ln2", there),
-        *parts.GELU.tensors(cfg),
-        *norm(cfg, "lnf", there, stacked=False),
-    ]
+            rows |= {n: llama[n] for n in ("fcw", "fcprojw")}
+        # in Llama's order, in which the record was made
+        return [*({n: rows[n] for n in llama if n in rows} | rows).values()]
 
 
 def families():
@@ -104,30 +77,12 @@ def families():
     )
 
 
-def final_loss(cfg, learnt, held_out, seed):
-    """The validation loss at the end of chapter 1.18's run."""
-    model = GPT2(cfg, B, T, backend="cpu", seed=seed)
-    batches = DataLoader([learnt], B, T, seed=seed)
-    validation = DataLoader([held_out], B, T, shuffle=False)
-    how = {"beta2": 0.95, "weight_decay": 0.1, "decay": decaying(cfg)}
-    for step in range(STEPS):
-        rate = learning_rate(step, 5e-3, 150, STEPS, final=0.05)
-        model.step(
-            *batches.next_batch(), 1.0, learning_rate=rate, step=step + 1,
-            **how,
-        )  # fmt: skip
-    count = (len(held_out) - 1) // (B * T)
-    return np.mean(
-        [model.forward(*validation.next_batch()) for _ in range(count)]
-    )
-
-
 def main():
     learnt, held_out = texts()
     rows = ["family,steps,seed,parameters,val"]
     for name, cfg in families():
         for seed in SEEDS:
-            loss = final_loss(cfg, learnt, held_out, seed)
+            *_, loss = losses(cfg, learnt, held_out, seed, **DEFAULT)
             size = parameter_count(cfg, padded=False)
             rows.append(f'"{name}",{STEPS},{seed},{size},{loss:.4f}')
             print(rows[-1], file=sys.stderr, flush=True)

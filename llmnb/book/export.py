@@ -130,7 +130,7 @@ def read_chapter(path):
 
     Derived in chapter A.10.
     """
-    book = jupytext.read(path)
+    book = jupytext.read(path, fmt="py:percent")
     modules = book.metadata.get("llmnb", {}).get("modules", {})
     title, summary = read_heading(path, book.cells[0].source)
     cells = []

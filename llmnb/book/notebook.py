@@ -27,7 +27,7 @@ def from_source(path):
 
     Derived in chapter A.10.
     """
-    book = jupytext.read(path)
+    book = jupytext.read(path, fmt="py:percent")
     book.metadata = {
         key: book.metadata[key]
         for key in ("kernelspec", "llmnb")

@@ -6,9 +6,8 @@ __all__ = ["capped_crossentropy_backward", "softcap_forward"]
 
 
 # imports of the CPU's caps
-from llmnb.cpu.attention import soft_tanh
 from llmnb.cpu.jit import arguments, share, team
-from llmnb.cpu.math import fast_exp
+from llmnb.cpu.math import fast_exp, fast_tanh
 from llmnb.shapes import COMPILED, shapes
 
 
@@ -19,7 +18,7 @@ def _softcap(part, parts, address):
     number = x.dtype.type
     cap, mine = number(softcap), share(x.size, part, parts)
     for i in range(mine.start, mine.stop):
-        x[i] = cap * soft_tanh(x[i] / cap, number)
+        x[i] = cap * fast_tanh(x[i] / cap)
 
 
 @team

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmnb.files import read_json, read_small, what_is
+from llmnb.files import package, read_json, read_small, what_is
 from llmnb.formats.gguf import GGUFFile
 from llmnb.formats.letters import byte_letters
 
@@ -81,16 +81,7 @@ class Foreign:
         return whole.decode("utf-8", "replace")
 
 
-# a library that may be missing
-def _need(name, path):
-    try:
-        return __import__(name)
-    except ImportError:
-        raise ImportError(
-            f"{path} needs the package {name}: pip install 'llmnb[modern]'"
-        ) from None
-
-
+# bytes of a token
 def _bytes_in_letters(token):
     """The bytes of a token in GPT-2's letters; others as UTF-8."""
     if all(x in LETTERS for x in token):
@@ -120,7 +111,7 @@ def foreign_json(path):
     Derived in chapter 5.8.
     """
     path = Path(path)
-    library = _need("tokenizers", path)
+    library = package("tokenizers", "modern", path)
     raw = read_small(path, _LONGEST_FILE)
     try:
         theirs = library.Tokenizer.from_str(raw.decode("utf-8"))
@@ -218,7 +209,7 @@ def foreign_sentencepiece(path):
     Derived in chapter 5.8.
     """
     path = Path(path)
-    library = _need("sentencepiece", path)
+    library = package("sentencepiece", "modern", path)
     theirs = library.SentencePieceProcessor()
     raw = read_small(path, _LONGEST_FILE)
     try:
@@ -261,7 +252,8 @@ def foreign_gguf(path):
 
     Derived in chapter 5.8.
     """
-    file, library = GGUFFile(path), _need("tokenizers", path)
+    file = GGUFFile(path)
+    library = package("tokenizers", "modern", path)
     start = "tokenizer.ggml."
     kind, cut = file.get(f"{start}model"), file.get(f"{start}pre", "default")
     if kind != "gpt2" or cut not in list(_CUTS):

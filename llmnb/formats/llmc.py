@@ -164,7 +164,7 @@ def config_of(path, sizes):
         raise ValueError(f"{path}: {error}") from None
 
 
-# read a
+# the numbers behind a header
 def read_bin(path, version, params):
     """Fill params, checked before, from the numbers behind the header.
 

@@ -3,8 +3,8 @@
 """Hugging Face's layout of GPT-2, read and written."""
 
 __all__ = [
-    "INDEX", "open_published", "published_tensors", "write_folder",
-    "write_safetensors",
+    "IGNORED", "INDEX", "check_tensors", "open_published",
+    "published_tensors", "write_folder", "write_safetensors",
 ]
 
 
@@ -24,7 +24,7 @@ from llmnb.model.tensors import parameter_shapes, tensor_table
 
 
 # where each tensor belongs
-class _Place(NamedTuple):
+class _Home(NamedTuple):
     """Where one tensor of a published file belongs in our arrays."""
 
     name: str
@@ -38,13 +38,13 @@ class _Place(NamedTuple):
 
 
 def _places(cfg):
-    """Name in published files -> _Place."""
+    """Name in published files -> _Home."""
     places = {}
     for x in tensor_table(cfg):
         rows = slice(cfg.vocab_size if x.name == "wte" else None)
         for i in range(cfg.num_layers) if x.stacked else [rows]:
             turned = x.turned and x.stacked
-            places[x.there.format(i)] = _Place(x.name, i, turned)
+            places[x.there.format(i)] = _Home(x.name, i, turned)
     return places
 
 
@@ -194,7 +194,7 @@ def _published_config(path, tensors):
                 f"{described}: {name} is {config[name]!r:.80}, where "
                 f"{path.name} has {value}"
             )
-    _check_shapes(path, cfg, tensors)
+    check_tensors(path, "GPT-2", tensors, _shapes_of(cfg), IGNORED)
     return cfg
 
 
@@ -253,16 +253,25 @@ def _heads(path, tensors, config, shape):
 IGNORED = re.compile(r"h\.\d+\.attn\.(masked_)?bias|lm_head\.weight")
 
 
-def _check_shapes(path, cfg, tensors):
-    """Raise unless there is each tensor of the model, and no other."""
+def _shapes_of(cfg):
+    """Name in published files -> the shape there."""
     shapes = parameter_shapes(cfg)
     empty = {x: np.broadcast_to(np.float32(0), shapes[x]) for x in shapes}
-    places = _places(cfg)
-    for name, place in places.items():
+    return {name: x.of(empty).shape for name, x in _places(cfg).items()}
+
+
+def check_tensors(path, kind, tensors, shapes, ignored):
+    """Raise ValueError unless there is each tensor of a model, and no other.
+
+    kind: of model. tensors: name -> (TensorFile, name in it). shapes: name
+    -> what it must be. ignored: a pattern of names that may be there too.
+
+    Derived in chapter 4.4.
+    """
+    for name, want in shapes.items():
         if name not in tensors:
             raise ValueError(f"{path}: has no tensor {name}")
         file, full = tensors[name]
-        want = place.of(empty).shape
         if file.shape(full) != want:
             raise ValueError(
                 f"{path}: {full} must be {want}, got {file.shape(full)}"
@@ -271,9 +280,9 @@ def _check_shapes(path, cfg, tensors):
             raise ValueError(
                 f"{path}: {full} must be a float, got {file.dtype(full)}"
             )
-    for name in sorted(set(tensors) - set(places)):
-        if not IGNORED.fullmatch(name):
-            raise ValueError(f"{path}: GPT-2 has no tensor {name}")
+    for name in sorted(set(tensors) - set(shapes)):
+        if not ignored.fullmatch(name):
+            raise ValueError(f"{path}: a {kind} has no tensor {name}")
 
 
 # read tensors into place

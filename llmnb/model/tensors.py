@@ -73,9 +73,13 @@ def parameter_count(cfg, padded=True):
 
     Derived in chapter 1.13.
     """
-    count = sum(math.prod(s) for s in parameter_shapes(cfg).values())
-    unused = cfg.padded_vocab_size - cfg.vocab_size
-    return count if padded else count - unused * cfg.channels
+    count = 0
+    for x in tensor_table(cfg):
+        rows, *columns = full_shape(x, cfg)
+        if x.used is not None and not padded:
+            rows = x.used
+        count += rows * math.prod(columns)
+    return count
 
 
 def flops_per_token(cfg, seq_len):

@@ -128,7 +128,7 @@ class _Epochs:
 
 
 # a place that can be read and set
-class _Place:
+class _Bookmark:
     """Where a loader stands among its epochs."""
 
     def reset(self):
@@ -156,7 +156,7 @@ class _Place:
 
 
 # the data loader
-class DataLoader(_Place):
+class DataLoader(_Bookmark):
     """Batches of tokens and targets from shards, epoch after epoch.
 
     shards: a list of paths of shards and of integer arrays of shape (N,).

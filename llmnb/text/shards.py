@@ -3,7 +3,7 @@
 """Text of any size turned into shards on all cores."""
 
 __all__ = [
-    "Encoded", "Place", "START", "pieces_from", "shards_folder",
+    "Encoded", "Origin", "START", "pieces_from", "shards_folder",
     "write_shards",
 ]
 
@@ -55,7 +55,7 @@ def _encode(encoding, pieces, endoftext=False):
 
 
 # a place in a corpus
-class Place(NamedTuple):
+class Origin(NamedTuple):
     """Where a token of a corpus comes from.
 
     source, piece: where its batch begins. drop: tokens of the batch before
@@ -72,11 +72,11 @@ class Place(NamedTuple):
 
 
 # the pieces behind a place
-START = Place()
+START = Origin()
 
 
 def pieces_from(sources, place=START, limit=0):
-    """Yield (Place, first, text, read) from a place on.
+    """Yield (Origin, first, text, read) from a place on.
 
     sources: a list of `Source`. limit: end after so many characters of the
     corpus, 0 for all of it; the last piece is cut to fit. read: how much of
@@ -93,7 +93,7 @@ def pieces_from(sources, place=START, limit=0):
             if limit and characters >= limit:
                 return
             text = text[: limit - characters] if limit else text
-            here = Place(k, i, 0, documents, characters)
+            here = Origin(k, i, 0, documents, characters)
             yield here, first, text, before + read
             documents, characters = documents + first, characters + len(text)
         skipped, before = 0, before + sources[k].size
@@ -104,7 +104,7 @@ BATCH = 1 << 20  # characters that a thread encodes at once, or more
 
 
 def _batches(pieces):
-    """Gather what `pieces_from` yields: a Place, pieces, and counts behind.
+    """Gather what `pieces_from` yields: an Origin, pieces, and counts behind.
 
     counts: what is read then, documents and characters, as in `Encoded`.
     """
@@ -156,7 +156,7 @@ class _Stream:
 
     @property
     def place(self):
-        """The `Place` of the next token."""
+        """The `Origin` of the next token."""
         return self._place._replace(drop=self._used)
 
 
@@ -214,7 +214,7 @@ def _read_note(path):
     """The note of unfinished work, checked."""
     try:
         note = read_json(path, 1 << 24)
-        place = Place(**note["next"])
+        place = Origin(**note["next"])
         counts = [*place, note["val_tokens"]]
         counts += [count for _, count in note["shards"]]
         if not all(type(x) is int and 0 <= x < 2**63 for x in counts):

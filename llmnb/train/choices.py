@@ -3,7 +3,7 @@
 """Multiple choice, as HellaSwag asks it, and how far to trust the score."""
 
 __all__ = [
-    "Choice", "Example", "choose", "longest_row", "read_examples",
+    "Choice", "Example", "choices_of", "longest_row", "read_examples",
     "read_examples_json", "standard_error", "write_examples",
 ]
 
@@ -54,7 +54,7 @@ class Choice(NamedTuple):
 
 
 # choose
-def choose(model, examples):
+def choices_of(model, examples):
     """Yield the `Choice` of a model for every `Example`.
 
     The four rows of an example, context and ending, are scored in the

@@ -550,9 +550,13 @@ def decaying(cfg):
 # %% counts tags=["export"] module="model.tensors"
 def parameter_count(cfg, padded=True):
     """How many parameters a configuration has, with or without padding."""
-    count = sum(math.prod(s) for s in parameter_shapes(cfg).values())
-    unused = cfg.padded_vocab_size - cfg.vocab_size
-    return count if padded else count - unused * cfg.channels
+    count = 0
+    for x in tensor_table(cfg):
+        rows, *columns = full_shape(x, cfg)
+        if x.used is not None and not padded:
+            rows = x.used
+        count += rows * math.prod(columns)
+    return count
 
 
 def flops_per_token(cfg, seq_len):

@@ -247,7 +247,7 @@ import numba
 import numpy as np
 
 from llmnb.cpu.jit import arguments, inlined, team
-from llmnb.cpu.math import fast_exp
+from llmnb.cpu.math import fast_exp, fast_tanh
 from llmnb.cpu.microkernel import Place
 from llmnb.cpu.panels import (
     ALL, SPARE, WORK, Block, Flat, Routines, check_bf16, multiply_panels, pack,
@@ -382,21 +382,13 @@ def _add_product(my, out, at, step, fresh, pair, sizes):
 
 # %% one row of the softmax tags=["exporti"] module="cpu.attention"
 @inlined
-def soft_tanh(x, number):
-    """tanh(x), of fast_exp; number: the dtype's type."""
-    q, one = fast_exp(-abs(x) - abs(x)), number(1)
-    t = (one - q) / (one + q)
-    return t if x > 0 else -t
-
-
-@inlined
 def softmax_row(scores, seen, sums, state, look):
     """Products with a block's keys to exponentials; repairs sums, state."""
     number = scores.dtype.type
     scale, cap = number(look.scale), number(look.cap)
     if cap > 0:
         for j in range(seen):
-            scores[j] = cap * soft_tanh(scores[j] * scale / cap, number)
+            scores[j] = cap * fast_tanh(scores[j] * scale / cap)
         scale = number(1)
     total, largest = number(0), scores[0]
     for j in range(seen):
@@ -595,7 +587,7 @@ def _softmax_row_backward(scores, grads, seen, y, dy, L, look):
         D += y[k] * dy[k]
     if cap > 0:
         for j in range(seen):
-            t = soft_tanh(scores[j] * scale / cap, number)
+            t = fast_tanh(scores[j] * scale / cap)
             scores[j] = fast_exp(cap * t - L)
             slope = (number(1) - t * t) * scale
             grads[j] = scores[j] * (grads[j] - D) * slope

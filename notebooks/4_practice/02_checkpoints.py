@@ -251,7 +251,7 @@ def config_of(path, sizes):
 # the size of the model exists.
 
 
-# %% read a .bin tags=["export"]
+# %% the numbers behind a header tags=["export"]
 def read_bin(path, version, params):
     """Fill params, checked before, from the numbers behind the header.
 

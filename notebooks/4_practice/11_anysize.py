@@ -194,7 +194,7 @@ for name, pool, count in (
 
 
 # %% a place in a corpus tags=["export"]
-class Place(NamedTuple):
+class Origin(NamedTuple):
     """Where a token of a corpus comes from.
 
     source, piece: where its batch begins. drop: tokens of the batch before
@@ -209,11 +209,11 @@ class Place(NamedTuple):
 
 
 # %% the pieces behind a place tags=["export"]
-START = Place()
+START = Origin()
 
 
 def pieces_from(sources, place=START, limit=0):
-    """Yield (Place, first, text, read) from a place on.
+    """Yield (Origin, first, text, read) from a place on.
 
     sources: a list of `Source`. limit: end after so many characters of the
     corpus, 0 for all of it; the last piece is cut to fit. read: how much of
@@ -228,7 +228,7 @@ def pieces_from(sources, place=START, limit=0):
             if limit and characters >= limit:
                 return
             text = text[: limit - characters] if limit else text
-            here = Place(k, i, 0, documents, characters)
+            here = Origin(k, i, 0, documents, characters)
             yield here, first, text, before + read
             documents, characters = documents + first, characters + len(text)
         skipped, before = 0, before + sources[k].size
@@ -239,7 +239,7 @@ BATCH = 1 << 20  # characters that a thread encodes at once, or more
 
 
 def _batches(pieces):
-    """Gather what `pieces_from` yields: a Place, pieces, and counts behind.
+    """Gather what `pieces_from` yields: an Origin, pieces, and counts behind.
 
     counts: what is read then, documents and characters, as in `Encoded`.
     """
@@ -298,7 +298,7 @@ class _Stream:
 
     @property
     def place(self):
-        """The `Place` of the next token."""
+        """The `Origin` of the next token."""
         return self._place._replace(drop=self._used)
 
 
@@ -379,7 +379,7 @@ def _read_note(path):
     """The note of unfinished work, checked."""
     try:
         note = read_json(path, 1 << 24)
-        place = Place(**note["next"])
+        place = Origin(**note["next"])
         counts = [*place, note["val_tokens"]]
         counts += [count for _, count in note["shards"]]
         if not all(type(x) is int and 0 <= x < 2**63 for x in counts):

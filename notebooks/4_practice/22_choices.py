@@ -131,7 +131,7 @@ class Choice(NamedTuple):
 
 
 # %% choose tags=["export"]
-def choose(model, examples):
+def choices_of(model, examples):
     """Yield the `Choice` of a model for every `Example`.
 
     The four rows of an example, context and ending, are scored in the
@@ -396,7 +396,7 @@ def make_example(rng, tokens):
 
 
 test = [make_example(rng, data.val_tokens) for _ in range(400)]
-choices = list(choose(student, test))
+choices = list(choices_of(student, test))
 right = np.mean([c.by_mean == c.label for c in choices])
 error = standard_error(right, len(test))
 verdict("the student", right > 0.25 + 3 * error, "is better than a guess")
@@ -421,7 +421,7 @@ print(f"tokens chosen: {by_mean:.1f} by the mean, {by_sum:.1f} by the sum")
 
 # %% no weights
 guess = GPT2(config.model(data.encoding.n_vocab), 4, 64, seed=None)
-blank = list(choose(guess, test[:50]))
+blank = list(choices_of(guess, test[:50]))
 means = np.array([c.losses for c in blank])
 compare(
     "the mean", means, np.full((50, 4), np.log(guess.cfg.vocab_size)), 1e-5

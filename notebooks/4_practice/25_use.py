@@ -448,7 +448,7 @@ def _eval_hellaswag(args, path, encoding, context):
     bar = progress_bar(total=len(examples), unit="example", leave=False)
     with bar:
         found = []
-        for choice in choices.choose(model, examples):
+        for choice in choices.choices_of(model, examples):
             found.append(choice)
             bar.update()
     size = f"{args.hellaswag}: {len(found):,} examples"

@@ -170,7 +170,7 @@ for row in facts(columns[0]):
 # %% imports of the parts tags=["export"] module="model.modern"
 import math
 
-from llmnb.model.parts import STD, Block, End, Part, Tensor
+from llmnb.model.parts import ATTENTION, STD, Block, End, Part, Tensor
 from llmnb.reference.rotary import rope_table
 
 
@@ -369,24 +369,14 @@ def _attention(cfg, i):
     return Part(None, _attention_keeps, _attention_turns, forward, backward)
 
 
-def _widths(cfg):
-    """Of the packed queries, keys and values, and of attention's output."""
-    heads, hs = cfg.num_heads, cfg.head_size
-    return (heads + 2 * cfg.num_kv_heads) * hs, heads * hs
-
-
 def _attention_keeps(cfg, B, T):
-    packed, width = _widths(cfg)
-    kept = {"qkv": (B, T, packed), "atty": (B, T, width)}
-    if cfg.qk_norm:
-        kept["qk_rstd"] = B, T, cfg.num_heads + cfg.num_kv_heads
-    return kept | {"att_lse": (B, cfg.num_heads, T)}
+    kept, normed = ATTENTION.keeps(cfg, B, T), cfg.num_heads + cfg.num_kv_heads
+    return kept | ({"qk_rstd": (B, T, normed)} if cfg.qk_norm else {})
 
 
 def _attention_turns(cfg, B, T):
-    packed, width = _widths(cfg)
-    turns = {"datty": (B, T, width), "dqkv": (B, T, packed)}
-    return turns | ({"qkvn": (B, T, packed)} if cfg.qk_norm else {})
+    turns = ATTENTION.turns(cfg, B, T)
+    return turns | ({"qkvn": turns["dqkv"]} if cfg.qk_norm else {})
 
 
 # %% [markdown]

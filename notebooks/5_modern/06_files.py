@@ -326,6 +326,7 @@ PRESETS = {
 
 # %% imports of the families tags=["export"] module="formats.families"
 import json
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -334,7 +335,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llmnb.files import make_folder, read_json, replacing
-from llmnb.formats.published import published_tensors
+from llmnb.formats.published import check_tensors, published_tensors
 from llmnb.formats.safetensors import write_tensors
 from llmnb.model.architectures import (
     ARCHITECTURES,
@@ -688,7 +689,7 @@ for name, x in pieces(cfg).items():
 
 # %% check all tensors tags=["exporti"] module="formats.families"
 # old files hold the frequencies of the rotation, which the config gives
-_IGNORED = ".rotary_emb.inv_freq"
+_IGNORED = r".*\.rotary_emb\.inv_freq"
 
 
 def _check_pieces(path, cfg, tensors):
@@ -698,26 +699,11 @@ def _check_pieces(path, cfg, tensors):
             f"{path}: num_hidden_layers must be at most its {len(tensors)} "
             f"tensors, got {cfg.num_layers}"
         )
-    places = pieces(cfg)
-    shapes = {x.name: x.shape for x in tensor_table(cfg)}
-    for name, place in places.items():
-        if name not in tensors:
-            raise ValueError(f"{path}: has no tensor {name}")
-        file, full = tensors[name]
-        rows = place.rows.stop - place.rows.start
-        want = (rows, *shapes[place.name][1:])
-        if file.shape(full) != want:
-            raise ValueError(
-                f"{path}: {full} must be {want}, got {file.shape(full)}"
-            )
-        if file.dtype(full) not in ("F64", "F32", "F16", "BF16"):
-            raise ValueError(
-                f"{path}: {full} must be a float, got {file.dtype(full)}"
-            )
-    for name in sorted(set(tensors) - set(places)):
-        tied = cfg.tied and name == "lm_head.weight"
-        if not tied and not name.endswith(_IGNORED):
-            raise ValueError(f"{path}: a {cfg.family} has no tensor {name}")
+    ignored = _IGNORED + (r"|lm_head\.weight" if cfg.tied else "")
+    shapes, wanted = {x.name: x.shape for x in tensor_table(cfg)}, {}
+    for name, (ours, _, rows) in pieces(cfg).items():
+        wanted[name] = rows.stop - rows.start, *shapes[ours][1:]
+    check_tensors(path, cfg.family, tensors, wanted, re.compile(ignored))
 
 
 def _read_pieces(path, cfg, tensors, params):

@@ -57,7 +57,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmnb.files import read_json, read_small, what_is
+from llmnb.files import package, read_json, read_small, what_is
 from llmnb.formats.gguf import GGUFFile
 from llmnb.formats.letters import byte_letters
 
@@ -143,16 +143,7 @@ class Foreign:
 # SentencePiece writes a space as `▁` and a byte without a piece as `<0xE2>`.
 
 
-# %% a library that may be missing tags=["exporti"]
-def _need(name, path):
-    try:
-        return __import__(name)
-    except ImportError:
-        raise ImportError(
-            f"{path} needs the package {name}: pip install 'llmnb[modern]'"
-        ) from None
-
-
+# %% bytes of a token tags=["exporti"]
 def _bytes_in_letters(token):
     """The bytes of a token in GPT-2's letters; others as UTF-8."""
     if all(x in LETTERS for x in token):
@@ -190,7 +181,7 @@ def foreign_json(path):
     and ValueError, naming the file, when it is no tokenizer.
     """
     path = Path(path)
-    library = _need("tokenizers", path)
+    library = package("tokenizers", "modern", path)
     raw = read_small(path, _LONGEST_FILE)
     try:
         theirs = library.Tokenizer.from_str(raw.decode("utf-8"))
@@ -338,7 +329,7 @@ def foreign_sentencepiece(path):
     when it is no such model.
     """
     path = Path(path)
-    library = _need("sentencepiece", path)
+    library = package("sentencepiece", "modern", path)
     theirs = library.SentencePieceProcessor()
     raw = read_small(path, _LONGEST_FILE)
     try:
@@ -389,7 +380,8 @@ def foreign_gguf(path):
     Raises ImportError without the libraries gguf and tokenizers, and
     ValueError, naming the file, when it holds a tokenizer of another kind.
     """
-    file, library = GGUFFile(path), _need("tokenizers", path)
+    file = GGUFFile(path)
+    library = package("tokenizers", "modern", path)
     start = "tokenizer.ggml."
     kind, cut = file.get(f"{start}model"), file.get(f"{start}pre", "default")
     if kind != "gpt2" or cut not in list(_CUTS):

@@ -236,7 +236,7 @@ def read_chapter(path):
 
     Raises ExportError when the title, the summary or the module is missing.
     """
-    book = jupytext.read(path)
+    book = jupytext.read(path, fmt="py:percent")
     modules = book.metadata.get("llmnb", {}).get("modules", {})
     title, summary = read_heading(path, book.cells[0].source)
     cells = []
@@ -860,7 +860,7 @@ from llmnb.book.export import ROOT, chapter_label, sources, write_text
 # %% the notebook a source stands for tags=["export"] module="book.notebook"
 def from_source(path):
     """The notebook of a percent source, not run, with stable cell ids."""
-    book = jupytext.read(path)
+    book = jupytext.read(path, fmt="py:percent")
     book.metadata = {
         key: book.metadata[key]
         for key in ("kernelspec", "llmnb")

@@ -196,15 +196,14 @@ verdict("threads", same, "change no bit")
 # %% [markdown]
 # ## Soft caps on a CPU
 #
-# The tangent is that of [chapter 2.5](../2_cpu/05_attention.ipynb), made of the
+# The tangent is `fast_tanh` of [chapter 2.2](../2_cpu/02_rows.ipynb), made of the
 # fast exponential. The gradient may be written over the logits: at each place the
 # logit is read before its gradient is written, and that of the target, which is
 # needed once more at the end of the row, is read before the row begins.
 
 # %% imports of the CPU's caps tags=["export"] module="cpu.softcap"
-from llmnb.cpu.attention import soft_tanh
 from llmnb.cpu.jit import arguments, share, team
-from llmnb.cpu.math import fast_exp
+from llmnb.cpu.math import fast_exp, fast_tanh
 from llmnb.shapes import COMPILED, shapes
 
 
@@ -215,7 +214,7 @@ def _softcap(part, parts, address):
     number = x.dtype.type
     cap, mine = number(softcap), share(x.size, part, parts)
     for i in range(mine.start, mine.stop):
-        x[i] = cap * soft_tanh(x[i] / cap, number)
+        x[i] = cap * fast_tanh(x[i] / cap)
 
 
 @team

@@ -1,9 +1,10 @@
-"""The fast exponential against float64."""
+"""The fast exponential and tangent against wider numbers."""
 
 import numpy as np
+import pytest
 
 from llmnb.cpu.jit import inner
-from llmnb.cpu.math import fast_exp
+from llmnb.cpu.math import fast_exp, fast_tanh
 
 
 @inner
@@ -42,3 +43,18 @@ def test_float64_is_that_of_the_library():
     y = exponentials(x)
     assert y.dtype == np.float64
     np.testing.assert_allclose(y, np.exp(x), rtol=1e-15)
+
+
+@inner
+def fill_tangents(y, x):
+    for i in range(x.size):
+        y[i] = fast_tanh(x[i])
+
+
+@pytest.mark.parametrize("dtype, most", ((np.float32, 3e-7), (float, 1e-15)))
+def test_tanh_keeps_its_digits_down_to_the_smallest_numbers(dtype, most):
+    sizes = np.logspace(-7, 1.6, 400_001).astype(dtype)
+    x = np.concatenate([sizes, -sizes])
+    y = np.empty_like(x)
+    fill_tangents(y, x)
+    assert np.abs(y / np.tanh(x.astype(np.longdouble)) - 1).max() < most

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from fuzz import answer, header, mangled
+from fuzz import damaged, header
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spelling import tokens_of, vocab_of
@@ -121,12 +121,7 @@ def test_a_good_file_is_read(folders, name):
 @given(data=st.data())
 def test_a_damaged_file_is_an_answer_or_one_error(folders, name, data):
     good, bad = folders
-    raw = data.draw(mangled((good / name).read_bytes()))
-    try:
-        found = answer(READERS[name], bad / name, raw)
-        assert not isinstance(found, Exception) or len(str(found)) < 500
-    finally:
-        shutil.copy(good / name, bad / name)
+    damaged(data, READERS[name], good / name, bad / name)
 
 
 # what each file is taken for instead, by the number its reader wants

@@ -128,6 +128,14 @@ def test_a_flipped_bit_is_never_another_array(tmp_path_factory, data):
         assert got[name].tobytes() == x.tobytes()
 
 
+def test_a_shape_that_is_turned_is_another_array(tmp_path):
+    path = tmp_path / "a"
+    write_tensors(path, {"x": np.ones((2, 3))})
+    path.write_bytes(path.read_bytes().replace(b"[2, 3]", b"[3, 2]"))
+    with pytest.raises(ValueError, match="x is damaged"):
+        TensorFile(path)["x"]
+
+
 def test_checksums_are_not_among_the_metadata(tmp_path):
     """So that a file written from another's metadata has its own."""
     write_tensors(tmp_path / "a", {"x": np.arange(3)}, {"k": "v"})

@@ -19,6 +19,7 @@ from llmnb.formats.families import (
 )
 from llmnb.model.architectures import (
     PRESETS,
+    LlamaConfig,
     architecture_from,
     architecture_record,
 )
@@ -119,6 +120,13 @@ def test_a_published_shape_has_the_published_count(name):
         "gemma-3-1b": 999885952, "qwen3-0.6b": 596049920,
     }  # fmt: skip
     assert parameter_count(PRESETS[name], padded=False) == counts[name]
+
+
+@pytest.mark.parametrize("tied", (True, False))
+def test_the_padding_of_each_table_of_tokens_is_counted(tied):
+    odd = LlamaConfig(8, 300, 1, 2, 16, tied=tied)  # 384 rows a table
+    padding = parameter_count(odd) - parameter_count(odd, padded=False)
+    assert padding == (1 if tied else 2) * 84 * 16
 
 
 @pytest.mark.parametrize("name", PRESETS)

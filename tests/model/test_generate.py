@@ -76,6 +76,11 @@ def test_a_distribution_is_what_a_sort_keeps(seed, V, digits, heat, k, top_p):
     assert abs(got - want).max() < 1e-12 or near_the_border(z, heat, k, top_p)
 
 
+def test_a_sum_that_reaches_p_is_enough():
+    p = distribution(np.zeros(4), top_p=0.5)  # a quarter each, exactly
+    assert p.tolist() == [0.5, 0.5, 0, 0]
+
+
 def near_the_border(z, heat, top_k, top_p):
     """Whether a rounding decides if one more token is kept."""
     p = -np.sort(-plain_softmax(z, heat))[:top_k]

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from curve import CURVE, recorded_batches, recorded_curve
+from llamas import cfg_of
 from problems import assert_threads_change_no_bit, batch, wide
 
 from llmnb import GPT2, GPT2Config, cpu
@@ -99,6 +100,25 @@ def test_the_curve_of_pytorch_in_bf16(emulated):
     # as sums in another order change what is rounded up and what down
     assert np.abs(ours - theirs).max() < 3e-3
     assert distance(ours, theirs) < 0.75 * distance(single, theirs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "cfg", [TINY, cfg_of("llama", 21), cfg_of("gemma2", 21)]
+)
+def test_parts_of_a_batch_add_up(cfg, backend):
+    """Every gradient of two halves, each with its share, is the whole's."""
+    whole, half = (wide(GPT2(cfg, B, 3, backend, "fp64")) for B in (4, 2))
+    tokens, targets = batch(cfg, 4, 3)
+    whole.forward(tokens, targets)
+    whole.backward()
+    for rows in (slice(0, 2), slice(2, 4)):
+        half.forward(tokens[rows], targets[rows])
+        half.backward(add=rows.start > 0, share=0.5)
+    for name, want in whole.grads.items():
+        scale = np.abs(want).max()
+        error = np.abs(half.grads[name] - want).max()
+        assert error < 1e-12 * scale, name
 
 
 @pytest.mark.parametrize("decay", [None, ["wte", "fcprojw"], []])

@@ -17,7 +17,7 @@ from llmnb.text.bpe import from_tokens
 from llmnb.text.reader import Tally
 from llmnb.train.choices import (
     Example,
-    choose,
+    choices_of,
     longest_row,
     read_examples,
     read_examples_json,
@@ -162,7 +162,7 @@ def test_choices(tmp_path, batch_size):
     assert examples[1].endings[2].tolist() == [*b" cat"]
     assert longest_row(examples[0]) == len(SENTENCES[0][0]) + 18
     alone = model_of(1, 48)
-    got = list(choose(model_of(batch_size, 48), examples))
+    got = list(choices_of(model_of(batch_size, 48), examples))
     assert [x.label for x in got] == [0, 1, 2]
     for example, choice in zip(examples, got, strict=True):
         sums, means = [], []
@@ -180,7 +180,7 @@ def test_choices(tmp_path, batch_size):
 def test_the_sum_prefers_short_endings():
     model = GPT2(CFG, 4, 48, "reference", "fp64", seed=None)
     ending = [np.zeros(n, int) for n in (3, 2, 1, 4)]
-    (got,) = choose(model, [Example(np.zeros(5, int), ending, 0)])
+    (got,) = choices_of(model, [Example(np.zeros(5, int), ending, 0)])
     assert got.by_sum == 2
     assert standard_error(0.5, 100) == pytest.approx(0.05)
     assert standard_error(1.0, 9) == 0
@@ -194,7 +194,7 @@ def test_a_row_that_is_too_long_loses_its_beginning(context, ending):
     rng, model = np.random.RandomState(3), model_of(4, 12)
     first = rng.randint(0, 257, context)
     endings = [rng.randint(0, 257, n) for n in (ending, 2, 1, 4)]
-    (got,) = choose(model, [Example(first, endings, 0)])
+    (got,) = choices_of(model, [Example(first, endings, 0)])
     for mean, tokens in zip(got.losses, endings, strict=True):
         row = np.concatenate([first, tokens])[-13:]
         want = plain_losses(model, row)[-len(tokens) :].mean()
@@ -332,7 +332,7 @@ def test_a_loss_that_is_no_number_gets_no_score(value):
     rows = [np.arange(9)]
     for score in (
         lambda: list(row_losses(model, rows)),
-        lambda: list(choose(model, [example])),
+        lambda: list(choices_of(model, [example])),
         lambda: score_text(model, encoding, "some text"),
     ):
         with (
@@ -378,7 +378,7 @@ def test_eval_hellaswag(saved, llmnb):
     )
     assert one == two
     model = GPT2.from_checkpoint("m.bin", 4, 48)
-    right = [x.by_mean == x.label for x in choose(model, examples)]
+    right = [x.by_mean == x.label for x in choices_of(model, examples)]
     assert f"acc_norm   {np.mean(right):.4f} +- " in one[0]
 
 

@@ -634,6 +634,13 @@ def test_a_damaged_state_is_no_model(good, whole):
         assert str(good) in str(error.value)
 
 
+def test_a_state_of_other_shapes_is_no_model(good):
+    rewrite(good, lambda record: record["model"].update(channels=32))
+    says = "is not a whole state: params.wte must be .* got "
+    with pytest.raises(ValueError, match=says):
+        GPT2.from_checkpoint(good, 1, 8, "reference")
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_no_numbers_are_not_read(good, value):
     """From a state, as from every other format."""
