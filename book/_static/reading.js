@@ -182,7 +182,8 @@ function turnPage(event) {
 // ---- Boxes that scroll sideways --------------------------------------------
 
 const SCROLLERS =
-  "article :is(.highlight pre, div.math, .pst-scrollable-table-container)";
+  "article :is(.highlight pre, div.math, .pst-scrollable-table-container, "
+  + ".drawing-frame)";
 
 /** Shade the edge beyond which a box goes on; let the keyboard into it. */
 function cue(box) {

@@ -483,8 +483,7 @@ moving("arena", "the map, for any B, T, L and C", groups=table, start=start)
 # few bytes of `batch`. The token table is almost a third of the parameters, and the
 # logits are longer than any activation. What twelve blocks keep (nearly all of the
 # green) is far more than what they take turns with (`block`), which lies in the logits'
-# bytes and costs nothing. Tensors too narrow for their name have none. (On the
-# web page the sizes are yours to change.)*
+# bytes and so adds none. Tensors too narrow for their name have none.*
 #
 # ## A step, watched
 #
