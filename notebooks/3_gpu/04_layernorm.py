@@ -510,8 +510,9 @@ plt.show()
 args = np.zeros((1, 64), np.float32), np.arange(64, dtype="f4")[None]
 sums = {"one barrier": hasty_sum, "two barriers": block_sum}
 walks = [walk(x, block_a_row(f), 1, 64, args, 32) for x, f in sums.items()]
-said = "two warps normalise a row, step by step"
-moving("threads", said, walks=walks, shared=["parts"], wrap=8)
+for x in walks:
+    del x["steps"]["alone"]  # they go side by side
+moving("threads", "two warps, a row", walks=walks, shared=["parts"], wrap=8)
 
 # %% [markdown]
 # *Figure 3.4.2. Two warps share a row and the table `parts`. After the only

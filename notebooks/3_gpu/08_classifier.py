@@ -387,6 +387,8 @@ plt.show()
 args = np.zeros(64, np.float32), np.arange(64, dtype=np.float32) % 7
 walks = [walk("without a barrier", hurried, 1, 64, args, 32),
          walk("with one", patient, 1, 64, args, 32)]  # fmt: skip
+for x in walks:
+    del x["steps"]["alone"]  # they go side by side
 names = {"shared": ["tops", "totals"], "wrap": 8}
 moving("threads", "two warps merge their pairs", walks=walks, **names)
 

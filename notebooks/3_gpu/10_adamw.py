@@ -337,6 +337,7 @@ fig.tight_layout()
 plt.show()
 args = np.zeros(1, np.float32), np.ones(64, np.float32)
 steps = walk("in a hurry", hurried, 2, 32, args)
+del steps["steps"]["alone"]  # threads go side by side
 names = {"shared": ["parts"], "wrap": 16}
 moving("threads", "two blocks add to one number", walks=[steps], **names)
 

@@ -202,9 +202,11 @@ Move.kind("threads", (stage, data) => {
       restart();
     });
   }
-  stage.choose("order", Object.values(orders), (i) => {
-    order = Object.keys(orders)[i];
-    restart();
-  });
+  if (walk.steps.alone) {
+    stage.choose("order", Object.values(orders), (i) => {
+      order = Object.keys(orders)[i];
+      restart();
+    });
+  }
   restart();
 });
