@@ -257,6 +257,35 @@ def test_the_roadmap_can_be_read_on_a_phone(browser, address):  # noqa: F811
     assert min(sizes) >= 9
 
 
+# Of each figure: what it asks to scroll, its letters' least size in pixels
+ON_A_PHONE = """() => [...document.querySelectorAll("svg.drawing")].map(x => {
+    const sizes = [...x.querySelectorAll("g[transform*=scale]")]
+        .map(g => 100 * Math.hypot(g.getScreenCTM().c, g.getScreenCTM().d));
+    const box = x.parentElement;
+    return [box.scrollWidth - box.clientWidth, Math.min(...sizes),
+            box.classList.contains("more-right")];
+})"""
+
+
+def test_a_phone_shows_a_figure_whole_or_says_that_it_goes_on(
+    browser,  # noqa: F811
+    address,  # noqa: F811
+):
+    found = []
+    for name in ("1_by_hand/07_matmul", "2_cpu/04_matmul"):
+        if f"notebooks/{name}.html" not in built_pages():
+            pytest.skip(f"{name} is not built")
+        with Visit(browser, address, 390) as visit:
+            page = visit.open(f"notebooks/{name}.html")
+            found += page.evaluate(ON_A_PHONE)
+    assert len(found) > 5
+    for beyond, letters, cue in found:
+        assert letters >= 7 or beyond > 1
+        assert letters >= 5
+        assert (beyond > 1) == cue
+    assert sum(beyond <= 1 for beyond, *_ in found) > len(found) / 2
+
+
 def test_the_roadmaps_names_are_all_used():
     """No part of the picture is there for nobody."""
     text = "".join(p.read_text("utf-8") for p in ROOT.glob("notebooks/*/*.py"))

@@ -29,8 +29,11 @@ FIGURES = {
     "notebooks/2_cpu/05_attention": ["softmax"],
     "notebooks/3_gpu/01_threads": ["threads", "threads"],
     "notebooks/3_gpu/03_encoder": ["threads", "threads"],
+    "notebooks/3_gpu/04_layernorm": ["threads"],
     "notebooks/3_gpu/05_elementwise": ["threads"],
     "notebooks/3_gpu/06_matmul": ["threads"],
+    "notebooks/3_gpu/08_classifier": ["threads"],
+    "notebooks/3_gpu/10_adamw": ["threads"],
 }
 
 
@@ -67,6 +70,17 @@ def test_a_notebook_has_a_still_and_a_line_of_text(name):
                 text = "".join(moving["text/plain"])
                 assert 5 < len(text) < 80 and "\n" not in text
                 assert "0x" not in text and "NaN" not in moving[MIME]
+
+
+@pytest.mark.parametrize(
+    "chapter", ["04_layernorm", "08_classifier", "10_adamw"]
+)
+def test_the_hasty_kernel_races_and_its_repair_does_not(chapter):
+    for index, walk in enumerate(
+        numbers(f"notebooks/3_gpu/{chapter}")["walks"]
+    ):
+        for steps in walk["steps"].values():
+            assert any(step[9] for step in steps) == (index == 0), walk["name"]
 
 
 # The built pages

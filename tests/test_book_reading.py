@@ -61,6 +61,7 @@ LONG_LOOP = "\n".join(["for i in range(3):"] + ["    print(i)"] * 14)
         ("def f(x):\n    return x", "", True, None),
         ("def f(x):\n" + "    x += 1\n" * 12, "", True, "exported"),
         ("print(1)", "1", False, None),
+        ("gained('1.6')", "", False, "gained"),
         (LONG_LOOP, "0", False, "long"),
     ],
 )
@@ -143,7 +144,7 @@ def test_the_switch_opens_what_it_says(browser, address):
         state = press(page, "Code")
         kinds = " ".join(state["open"]).split()
         assert {"imports", "check", "setup"} <= set(kinds)
-        assert not {"authors", "exercise"} & set(kinds)
+        assert not {"authors", "exercise", "gained"} & set(kinds)
         state = press(page, "All")
         assert len(state["open"]) == state["count"] > 15
         assert press(page, "Read")["open"] == []
@@ -521,7 +522,7 @@ def test_on_paper_solutions_are_open_and_code_follows_the_switch(
         page.evaluate("dispatchEvent(new Event('beforeprint'))")
         page.emulate_media(media="print")
         kinds = page.evaluate(STATE)["open"]
-        assert kinds == ["exercise fold"] * 3
+        assert kinds == ["exercise fold"] * 3 + ["gained fold"]
         assert page.locator(".chapter-number").is_visible()
         assert not page.locator("#jb-print-docs-body").is_visible()
         heading = page.locator("article h1").bounding_box()

@@ -25,7 +25,8 @@ NAMES = {colour: name for name, colour in PALETTE.items()}
 NAMES |= {"#000000": "ink", "#ffffff": "paper", "#808080": "grey"}
 WHITE_AND_BLACK = "#ffffff", "#000000"  # letters: on boxes, on heat maps
 POINT = 100 / 72  # pixels, as in a notebook: figures have 100 dots an inch
-WIDE = 600  # a wider figure is not shrunk to a phone's width: it scrolls
+LEGIBLE = 7  # pixels: no phone shrinks a figure's letters further: it scrolls
+SCALE = re.compile(r"scale\((0\.\d+) -0\.\d+\)")  # letters, of 100 points
 SHIFT = re.compile(r"translate\((\S+) 0\)")
 
 
@@ -130,15 +131,22 @@ class Figure:
 
     def html(self, label):
         """The figure as a part of a page; label: what it shows, in words."""
-        width = float(self.root.get("viewBox").split()[2])
+        width = float(self.root.get("viewBox").split()[2]) * POINT
         for key in ("width", "height", "version"):
             self.root.attrib.pop(key, None)
-        wide = " wide" if width * POINT > WIDE else ""
-        self.root.set("class", f"drawing{wide}")
+        least = min(480, LEGIBLE / self.letters() * width)
+        self.root.set("class", "drawing")
         self.root.set("role", "img")
         self.root.set("aria-label", label)
-        self.root.set("style", f"width: {width * POINT:.0f}px")
+        sizes = f"width: {width:.0f}px; --least: {least:.0f}px"
+        self.root.set("style", sizes)
         return markup(self.root)
+
+    def letters(self):
+        """The height of the smallest letters, in pixels."""
+        moves = (x.get("transform", "") for x in self.root.iter())
+        sizes = [100 * float(x[1]) for x in map(SCALE.search, moves) if x]
+        return min(sizes, default=10) * POINT
 
 
 def markup(element):

@@ -5,7 +5,8 @@ imports, sets up, draws or checks is folded to one line with its name, and a
 long function to its signature; a cell's outputs stay in sight. In Part 1 the
 functions are what a reader came for: a cell of them is folded only where it is
 longer than a cell of the book should be. An exercise's
-solution, its code and its check go into one fold. What a fold holds follows
+solution, its code and its check go into one fold, and so does the closing
+table of the names that the package gained. What a fold holds follows
 from the cell alone, so no notebook needs a tag for it. `reading.js` opens
 the folds for the readers who want the code.
 """
@@ -91,7 +92,7 @@ def kind_of(source, text, shown, exported, long=LONG):
     if DRAWS.search(source):
         return "drawing"
     if "gained(" in source:
-        return "imports"
+        return "gained"
     if only_verdicts(text):
         return "check"
     if not shown:
@@ -193,6 +194,12 @@ def fold_cell(cell, long):
     if brief:
         cell.insert(place, outlined(brief, code))
         fold["title"] = "the whole code"
+    if kind == "gained":
+        rows = len(list(output.findall(nodes.row))) - 1
+        fold["title"] = f"{rows} name{'s' * (rows > 1)} in the package"
+        fold["size"] = ""
+        cell.remove(output)
+        fold += output
 
 
 def outlined(text, code):

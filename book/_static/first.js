@@ -17,7 +17,7 @@ window.llmnbFolds = (() => {
   function opens(fold, view) {
     if (view !== "code") return view === "all";
     if (fold.closest(".tag_export, .tag_exporti")) return true;
-    return !fold.matches(".authors, .exercise");
+    return !fold.matches(".authors, .exercise, .gained");
   }
 
   function openFolds() {

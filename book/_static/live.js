@@ -313,8 +313,13 @@
 
     // ---- The small maps
 
+    let drawn = null;
+    new MutationObserver(() => drawn && drawMaps(drawn)).observe(
+      document.documentElement, { attributeFilter: ["data-theme"] });
+
     function drawMaps(maps) {
       const size = LAST * LAST;
+      drawn = maps;
       const blue = getComputedStyle(root).getPropertyValue("--live-cool");
       const rgb = blue.match(/[\da-f]{2}/gi).map(x => parseInt(x, 16));
       root.querySelectorAll(".live-heads canvas").forEach((canvas, k) => {

@@ -71,10 +71,10 @@ function openTarget() {
   if (shut.length) target.scrollIntoView();
 }
 
-// On paper solutions are open; code stays as the switch says.
+// On paper solutions and tables are open; code stays as the switch says.
 let opened = [];
 addEventListener("beforeprint", () => {
-  const shut = "details.exercise:not([open])";
+  const shut = "details:is(.exercise, .gained):not([open])";
   opened = [...document.querySelectorAll(shut)];
   for (const fold of opened) fold.open = true;
 });
@@ -182,7 +182,8 @@ function turnPage(event) {
 // ---- Boxes that scroll sideways --------------------------------------------
 
 const SCROLLERS =
-  "article :is(.highlight pre, div.math, .pst-scrollable-table-container)";
+  "article :is(.highlight pre, div.math, .pst-scrollable-table-container, "
+  + ".drawing-frame)";
 
 /** Shade the edge beyond which a box goes on; let the keyboard into it. */
 function cue(box) {

@@ -42,7 +42,9 @@ TAKE = """names => {
         "stroke-opacity", "stroke-dasharray", "stroke-linejoin", "opacity"];
     const letters = ["font-family", "font-size", "font-weight",
         "font-style", "text-anchor", "dominant-baseline"];
-    const drawn = all("svg *").filter(
+    const painted = "g, use, path, rect, circle, ellipse, line, polyline, "
+        + "polygon, text, tspan";
+    const drawn = all("svg :is(" + painted + ")").filter(
         x => !x.closest("mjx-container, defs")).map(x => {
         const style = getComputedStyle(x);
         const written = ["text", "tspan"].includes(x.tagName);
@@ -86,6 +88,8 @@ TAKE = """names => {
     // a device may know no variables: a figure takes its colours along
     const colours = getComputedStyle(document.documentElement);
     const value = (_, name) => colours.getPropertyValue(name).trim();
+    for (const x of all("svg.drawing"))
+        x.style.removeProperty("--least");
     for (const x of all("svg.drawing [style]"))
         x.setAttribute("style", x.getAttribute("style")
             .replace(/var\\((--[a-z]+-[a-z]+)\\)/g, value));

@@ -675,7 +675,7 @@ moving(
 # *Figure 1.2.5. One line in vocabularies of five sizes, learnt from Python's
 # library. A larger vocabulary goes on where a smaller one ends, for the merges
 # are the same: common pieces are whole soon, and what the library never says
-# stays in bytes. (On the web page the line is yours to change.)*
+# stays in bytes.*
 #
 # Why pairs? GPT-2 compares each token with all before it ([chapter
 # 1.8](08_attention.ipynb)): half the tokens are a quarter of the pairs.

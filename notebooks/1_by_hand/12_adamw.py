@@ -298,9 +298,8 @@ moving(
 # *Figure 1.12.2. Sixty steps from the lower left; the cross is the lowest
 # point. Gradient descent bounces between the walls and creeps along the floor.
 # Momentum overshoots but arrives. Adam ignores the steepness, sets off
-# diagonally and overshoots less. AdamW turns back before the cross. (On the
-# web page the learning rate is yours to change: above 0.04 descent flies
-# apart, and Adam does not.)*
+# diagonally and overshoots less. AdamW turns back before the cross. At a
+# learning rate above 0.04 descent would fly apart; Adam would not.*
 #
 # **Why Adam.** Make the walls a hundred times as steep. Descent must make its
 # steps a hundred times as short, or it flies apart, and comes nowhere along

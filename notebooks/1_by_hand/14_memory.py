@@ -479,12 +479,13 @@ start = {"B": 4, "T": 256, "L": 12, "C": 768, "Vp": 50304, "maxT": 1024}
 moving("arena", "the map, for any B, T, L and C", groups=table, start=start)
 
 # %% [markdown]
-# *Figure 1.14.2. The arena of GPT-2 124M with 4 x 256 tokens, to scale, but for the
-# few bytes of `batch`. The token table is almost a third of the parameters, and the
-# logits are longer than any activation. What twelve blocks keep (nearly all of the
-# green) is far more than what they take turns with (`block`), which lies in the logits'
-# bytes and costs nothing. Tensors too narrow for their name have none. (On the
-# web page the sizes are yours to change.)*
+# *Figure 1.14.2. The arena of GPT-2 124M with 4 x 256 tokens, to scale, but
+# for the few bytes of `batch`: a line is a group, a piece of it a tensor. The
+# token table is almost a third of the parameters, and the logits are longer
+# than any activation. What the model's twelve blocks keep (nearly all of the
+# line `acts`) is far more than what they take turns with (the group called
+# `block`), which lies in the logits' bytes and adds none of its own. A tensor
+# too narrow for its name has none.*
 #
 # ## A step, watched
 #

@@ -789,10 +789,12 @@ moving(
 )  # fmt: skip
 
 # %% [markdown]
-# *Figure 2.4.5. With one token the layer lies at the left end, where memory
-# is the limit: every weight is read for a single multiplication. With the
-# tokens of a batch it lies under the flat part, where arithmetic is. (On the
-# web page you can write down what your own machine does.)*
+# *Figure 2.4.5. A roofline, and the product up to 4C as measured under it. The
+# slope is what memory can feed: its bytes a second times the operations for
+# each. The flat part is what the arithmetic units can do. With one token the
+# product lies at the left end, where memory is the limit: every weight is read
+# for a single multiplication. With the tokens of a batch it lies under the
+# flat part, where arithmetic is.*
 #
 # A point may lie over the slope: the copy goes to main memory, while a
 # weight of 9.4 MB may stay in the last-level cache from one run to the

@@ -142,7 +142,7 @@ moving("softmax", "group by group", row=row.round(1).tolist(), group=4)
 # score raises $m$, and what was summed before is multiplied by $e^{m - m'}$; one
 # without leaves the old sum as it is. Each group then adds its own exponentials, all
 # of them at most 1. At no time does anyone hold more than a group of scores and the
-# sums. (On the web page you can change the scores.)*
+# sums.*
 #
 # ## First version: a row at a time
 #

@@ -591,11 +591,12 @@ said = "four kernels, step by step, in two orders"
 moving("threads", said, walks=walks, shared=["board"])
 
 # %% [markdown]
-# *Figure 3.1.4. Every element of the board is written by one thread and read
-# by another. With a barrier between, both orders turn the numbers round.
-# Without it the result depends on the order, and the watch marks the race in
-# both, even where the result is right. A count races alike; atomic additions
-# do not.*
+# *Figure 3.1.4. Who writes each element of the board, and who reads it: never
+# the same thread. With a barrier between writing and reading, both orders turn
+# the numbers round. Without it a thread may read what is not yet written, and
+# the result depends on the order; the watch marks the race in both orders,
+# even where the result happens to be right. Four threads that add to one
+# count race in the same way; atomic additions do not.*
 
 # %% [markdown]
 # For whole numbers the order does not matter. For a sum of float32 it changes

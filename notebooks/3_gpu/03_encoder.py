@@ -125,8 +125,8 @@ moving("threads", "both kernels, step by step", walks=walks)
 
 # %% [markdown]
 # *Figure 3.3.1. The owners of an output with four places and eight channels,
-# a colour for each place. Left: a thread for each element. Right: a thread
-# for four channels, a quarter of the threads. In both, neighbours in a row
+# a colour for each place: a thread for each element, or a thread for four
+# channels, which makes a quarter of the threads. In both, neighbours in a row
 # belong to neighbours in a warp, or to one thread, so no byte of a sector is
 # left unused; and no element of the output is touched by two.*
 #
@@ -344,10 +344,10 @@ steps = walk("tokens_by_one", tokens_by_one, 6, 4, args)
 moving("threads", "six blocks of four threads, step by step", walks=[steps])
 
 # %% [markdown]
-# *Figure 3.3.2. The rows of `dout` for the text "cacbca", each with the
-# number of the block that adds it. Blocks 0, 1 and 3 stand at the first
-# place of their letter and do the work; blocks 2, 4 and 5 find theirs
-# before them and end. Each row of `dwte` has one owner, and nobody races.*
+# *Figure 3.3.2. Who adds the rows of `dout` for the text "cacbca". Blocks 0,
+# 1 and 3 stand at the first place of their letter: each adds up all rows of
+# that letter, into one row of `dwte`. Blocks 2, 4 and 5 find their letter
+# before them and end. So each row of `dwte` has one owner, and nobody races.*
 #
 # A row of `dwpe` has an owner without any search: position $t$ occurs once
 # in each of the B texts. A thread for each element adds them up.

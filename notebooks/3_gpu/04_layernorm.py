@@ -45,6 +45,8 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import numpy as np
 
+from llmnb.book.diagram import PALETTE
+from llmnb.book.moving import moving
 from llmnb.book.verify import compare, verdict
 from llmnb.reference.layernorm import layernorm_backward as backward_numpy
 from llmnb.reference.layernorm import layernorm_forward as forward_numpy
@@ -68,7 +70,7 @@ def problem(B, T, C, dtype=np.float32):
 from llmnb.gpu.launch import empty, simulated, to_device, to_host
 from llmnb.gpu.simulator import RaceError, watch
 from llmnb.gpu.warp import block_sum
-from llmnb.book.owners import draw_owners
+from llmnb.book.owners import draw_owners, walk
 
 # %% imports of the GPU module tags=["export"] module="cuda.layernorm"
 import functools
@@ -493,6 +495,30 @@ with watch() as seen:
     block_a_row(block_sum)[3, 64](y, x)
 compare("block_sum", to_host(y), p.out[0], tol=1e-5)
 print(seen.barriers // seen.threads, "barriers for each thread, a row")
+
+# %% two warps at one table
+fig, ax = plt.subplots(figsize=(7.6, 1.2), dpi=100)
+first = ["writes its sum", "waits", "reads both", "writes the next"]
+for y, row in enumerate((first, first[:2] + ["", "reads both"])):
+    for x, does in enumerate([f"warp {y}", *row]):
+        shade = {"fc": PALETTE["orange" if x == 4 else "blue"], "ec": "none"}
+        style = {"color": "white", "bbox": shade} if x and does else {}
+        ax.text(x, -y, does, ha="center", **style)
+ax.set(xlim=(-0.4, 4.5), ylim=(-1.4, 0.5))
+ax.axis("off")
+plt.show()
+args = np.zeros((1, 64), np.float32), np.arange(64, dtype="f4")[None]
+sums = {"one barrier": hasty_sum, "two barriers": block_sum}
+walks = [walk(x, block_a_row(f), 1, 64, args, 32) for x, f in sums.items()]
+for x in walks:
+    del x["steps"]["alone"]  # they go side by side
+moving("threads", "two warps, a row", walks=walks, shared=["parts"], wrap=8)
+
+# %% [markdown]
+# *Figure 3.4.2. Two warps share a row and the table `parts`. After the only
+# barrier of `hasty_sum` nothing holds the first warp back: it may write its
+# next sum (orange) while the second has yet to read the last one. With the
+# second barrier both have read before either writes.*
 
 # %% [markdown]
 # ## Backward, version 1: sums in a fixed order

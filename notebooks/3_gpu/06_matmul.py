@@ -426,11 +426,13 @@ last = {s[7]: s[8][0] for s in steps["steps"]["alone"] if s[6] == "out"}
 compare("the tile", [last[i] for i in range(16)], (a @ b.T).ravel())
 
 # %% [markdown]
-# *Figure 3.6.1. A block of four threads, one tile of `out`, and eight steps of
-# the sum in two tiles of four. Each number comes from global memory once,
-# brought by one thread; then, behind the barrier, two threads read it from
-# shared memory for two outputs each. The second barrier holds back those who
-# would overwrite what others still read.*
+# *Figure 3.6.1. A block of four threads owns a tile of `out` of 4 by 4. Its
+# sums have eight steps, one for each column of `a` and `b`, and the block
+# takes them four at a time: four columns of each go into shared memory, `left`
+# and `right`. Each number comes from global memory once, brought by one
+# thread; then, behind the barrier, two threads read it from shared memory for
+# two outputs each. The second barrier holds back those who would overwrite
+# what others still read.*
 #
 # ## Version 4: vectors
 #

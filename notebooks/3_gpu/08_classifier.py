@@ -51,7 +51,8 @@ import matplotlib.pyplot as plt
 
 from llmnb import reference
 from llmnb.book.diagram import PALETTE
-from llmnb.book.owners import draw_owners
+from llmnb.book.moving import moving
+from llmnb.book.owners import draw_owners, walk
 from llmnb.book.verify import compare, verdict
 from llmnb.gpu.launch import empty, simulated, to_device, to_host
 from llmnb.gpu.simulator import RaceError, watch
@@ -367,7 +368,35 @@ except RaceError as error:
     caught = True
 verdict("the race", caught, "is caught")
 
+
+# %% the same threads, who wait
+@kernel
+def patient(lse, logits):
+    tops = cuda.shared.array(32, np.float32)
+    totals = cuda.shared.array(32, np.float32)
+    top, one = logits[cuda.threadIdx.x], np.float32(1)
+    top, total = _block_merged(top, one, tops, totals)
+    lse[cuda.threadIdx.x] = top + math.log(total)
+
+
+fig, axes = plt.subplots(1, 2, figsize=(6, 1.4), dpi=100)
+draw_owners(axes[0], [[0, 32]], "tops, written by", 32)
+draw_owners(axes[1], [[0, 1], [32, 33]], "tops, read by", 32)
+fig.tight_layout()
+plt.show()
+args = np.zeros(64, np.float32), np.arange(64, dtype=np.float32) % 7
+walks = [walk("without a barrier", hurried, 1, 64, args, 32),
+         walk("with one", patient, 1, 64, args, 32)]  # fmt: skip
+for x in walks:
+    del x["steps"]["alone"]  # they go side by side
+names = {"shared": ["tops", "totals"], "wrap": 8}
+moving("threads", "two warps merge their pairs", walks=walks, **names)
+
 # %% [markdown]
+# *Figure 3.8.3. The first lane of each of two warps writes its warp's pair;
+# then two lanes of each warp read both pairs. One of the two always comes
+# from the other warp, and only a barrier says that it is there by then.*
+#
 # ## Vectors of four
 #
 # A lane may ask for 16 bytes at once, where its address is a multiple of

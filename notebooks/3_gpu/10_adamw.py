@@ -48,7 +48,8 @@
 import matplotlib.pyplot as plt
 
 from llmnb import reference
-from llmnb.book.owners import draw_owners
+from llmnb.book.moving import moving
+from llmnb.book.owners import draw_owners, walk
 from llmnb.book.verify import compare, verdict
 from llmnb.gpu.launch import simulated, to_device
 from llmnb.gpu.simulator import RaceError, watch
@@ -329,7 +330,23 @@ except RaceError as error:
     caught = True
 verdict("the race", caught, "is caught")
 
+# %% two blocks, one sum
+fig, ax = plt.subplots(figsize=(8, 1), dpi=100)
+draw_owners(ax, np.arange(64).reshape(2, 32), group=32, rows="blocks")
+fig.tight_layout()
+plt.show()
+args = np.zeros(1, np.float32), np.ones(64, np.float32)
+steps = walk("in a hurry", hurried, 2, 32, args)
+del steps["steps"]["alone"]  # threads go side by side
+names = {"shared": ["parts"], "wrap": 16}
+moving("threads", "two blocks add to one number", walks=[steps], **names)
+
 # %% [markdown]
+# *Figure 3.10.1. 64 squares, the threads that read them, and their blocks, a
+# colour each. Thread 0 of each block adds its block's sum to `total`. What it
+# adds to may be out of date before it is written: no barrier reaches across
+# blocks.*
+#
 # An atomic addition would lose nothing. But whoever comes first is added
 # first, the order differs from run to run, and so do the last bits of the
 # norm, of the clipped gradients, and of the model (exercise 1). We want the
@@ -358,7 +375,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 3.10.1. 87 gradients, summed by two blocks (two colours) of four
+# *Figure 3.10.2. 87 gradients, summed by two blocks (two colours) of four
 # threads; the number is the thread. In each sweep, a row of the figure, a
 # thread takes four neighbours; the three elements that make no four go to the
 # first three threads. Which thread adds what, and in which order, depends on

@@ -214,7 +214,9 @@ gpt2_diagram(lit="attention")
 # the rendered book can do more, without a kernel, if it is given the numbers.
 # So a cell draws the still, and then calls `moving`, which hands the numbers to
 # the book beside a line of text for whoever reads the notebook. The script that
-# draws them is named by `kind`: it lies in `book/_static/move/`.
+# draws them is named by `kind`: it lies in `book/_static/move/`. The cell of
+# figure 2.5.1, for instance, ends with `moving("softmax", "group by group",
+# row=..., group=4)`: sixteen scores, which `softmax.js` takes four at a time.
 
 # %% imports of figures that move tags=["export"] module="book.moving"
 import json

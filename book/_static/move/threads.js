@@ -44,14 +44,15 @@ Move.kind("threads", (stage, data) => {
   }
 
   function drawArray(name, { shape, values }) {
-    const columns = shape.length > 1 ? shape.at(-1)
-      : Math.min(shape[0], data.wrap ?? Infinity);
+    const table = shape.length > 1 && shape[0] > 1;
+    const columns = table ? shape.at(-1)
+      : Math.min(values.length, data.wrap ?? Infinity);
     const cells = values.map(() => make("div", { class: "move-cell" },
       make("b"), make("small")));
     const grid = make("div", { class: "move-grid",
       style: `--columns: ${columns}` }, ...cells);
     view.cells[name] = cells;
-    const tight = shape.length > 1 || values.length > 12 ? " move-tight" : "";
+    const tight = table || values.length > 12 ? " move-tight" : "";
     return make("div", { class: `move-array${tight}` },
       make("h5", {},
         title(name) + (shared(name) ? " (shared memory)" : "")), grid);
@@ -201,9 +202,11 @@ Move.kind("threads", (stage, data) => {
       restart();
     });
   }
-  stage.choose("order", Object.values(orders), (i) => {
-    order = Object.keys(orders)[i];
-    restart();
-  });
+  if (walk.steps.alone) {
+    stage.choose("order", Object.values(orders), (i) => {
+      order = Object.keys(orders)[i];
+      restart();
+    });
+  }
   restart();
 });
