@@ -23,7 +23,7 @@ def together(group):
     """Within, the first of several processes speaks; an error ends all.
 
     The error is one line that names the process. Where it befalls several,
-    the first of them is a moment ahead, and says it for the others.
+    the first of them is some seconds ahead, and says it for the others.
 
     Derived in chapter 6.2.
     """
@@ -35,7 +35,7 @@ def together(group):
         try:
             yield
         except (Exception, KeyboardInterrupt) as error:
-            time.sleep(min(0.3 * group.rank, 5))
+            time.sleep(min(2 * group.rank, 6))
             known = isinstance(error, (*USER_ERRORS, KeyboardInterrupt))
             if not known or "LLMNB_TRACEBACK" in os.environ:
                 traceback.print_exc()

@@ -14,6 +14,20 @@ from llmnb.cpu.adamw import PIECES, piece_length
 from llmnb.train.group import Tree
 
 
+# what a process has to send
+def blocks_of(pieces):
+    """The blocks of a `Tree` to which a range of micro-batches adds up.
+
+    Returns a list of (start, stop).
+
+    Derived in chapter 6.1.
+    """
+    tree = Tree(lambda before, array: None)
+    for k in pieces:
+        tree.push(k, k + 1, None)
+    return [(start, stop) for start, stop, _ in tree.blocks]
+
+
 # who owns what
 def shards(size, ranks):
     """Where the shards of a flat array begin and end: a list of pairs.
@@ -29,20 +43,6 @@ def shards(size, ranks):
     length = piece_length(size)
     ends = (r * PIECES // ranks * length for r in range(ranks + 1))
     return list(pairwise(min(size, end) for end in ends))
-
-
-# what a process has to send
-def blocks_of(pieces):
-    """The blocks of a `Tree` to which a range of micro-batches adds up.
-
-    Returns a list of (start, stop).
-
-    Derived in chapter 6.1.
-    """
-    tree = Tree(lambda before, array: None)
-    for k in pieces:
-        tree.push(k, k + 1, None)
-    return [(start, stop) for start, stop, _ in tree.blocks]
 
 
 # the exchange
