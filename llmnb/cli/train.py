@@ -151,7 +151,7 @@ def _run(args, group):
     begun = _begun if args.resume is None else _resumed
     this = begun(args, group)
     if not group.first:
-        with _Stop() as stop:
+        with _Stop(says=False) as stop:
             _assist(this, stop)
         return
     note_newest(this)
@@ -162,7 +162,7 @@ def _run(args, group):
     say("model", _size_of(this.model))
     say("folder", this.folder)
     tell_compiling(this.config.backend)
-    with _Stop() as stop:
+    with _Stop(says=group.size == 1) as stop:
         _follow(this, args, stop)
         steps = finish(this)
     say("took", f"{time.perf_counter() - start:.0f} s")
@@ -191,6 +191,9 @@ class _Stop:
     hangup = getattr(signal, "SIGHUP", None)  # Windows has none
     signal = 0
 
+    def __init__(self, says=True):
+        self._says = says  # that it has noted one
+
     def __enter__(self):
         known = {signal.SIGINT, signal.SIGTERM}
         if self.hangup and signal.getsignal(self.hangup) != signal.SIG_IGN:
@@ -203,9 +206,12 @@ class _Stop:
         for other in self.old:
             again = signal.SIG_IGN if other == self.hangup else self.old[other]
             signal.signal(other, again)
-        # not print, which may be at work when the signal comes
-        with suppress(OSError):
-            os.write(2, b"\nfinishing the step; once more to stop at once\n")
+        if self._says:
+            # not print, which may be at work when the signal comes
+            with suppress(OSError):
+                os.write(
+                    2, b"\nfinishing the step; once more to stop at once\n"
+                )
 
     def __exit__(self, *error):
         for number, handler in self.old.items():

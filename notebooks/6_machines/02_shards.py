@@ -255,7 +255,7 @@ def trained(group, folder, steps=None, again=False):
 
 def kept(folder):
     files = [*folder.glob("state_*"), folder / "model.bin"]
-    return {x.name: x.read_bytes() for x in files}
+    return {x.name: x.read_bytes() for x in sorted(files)}
 
 
 one = Path(place.name, "one")

@@ -186,7 +186,7 @@ def test_a_rank_without_memory_ends_all(tmp_path):
     """It says what it needed; the others do not wait for it."""
     args = [*TRAIN, "--out", tmp_path / "a", *threads(1)]
     code, said = run((1, {}, args), (1, {}, ["-c", NO_MEMORY, *args[2:]]))
-    lines = [x for x in said.splitlines() if x.startswith("llmnb: error")]
+    lines = [x for x in said.splitlines() if "llmnb: error" in x]
     assert code != 0 and len(lines) == 1, said
     assert "rank 1 on" in lines[0] and "one block of" in lines[0]
 
@@ -203,7 +203,7 @@ def test_a_rank_without_memory_ends_all(tmp_path):
 def test_ranks_that_differ_are_refused(where, more, words, tmp_path):
     args = [*TRAIN, "--out", tmp_path / "a", *threads(1)]
     code, said = run((1, {}, args), (1, where, [*args, *more]))
-    lines = [x for x in said.splitlines() if x.startswith("llmnb: error")]
+    lines = [x for x in said.splitlines() if "llmnb: error" in x]
     assert code != 0 and len(lines) == 1, said
     assert "rank 1 on" in lines[0] and words in lines[0]
     assert not (tmp_path / "a" / "config.json").exists()
