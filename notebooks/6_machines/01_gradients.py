@@ -142,10 +142,8 @@ COLOURS = ("blue", "orange", "green", "purple")
 
 def draw_tree(ax, n, R):
     """A tree over n leaves; what one rank adds has its colour."""
-    level, y = [(k, k + 1, float(k)) for k in range(n)], 0
     stack = []
-    for start, stop, x in level:
-        y = 0
+    for start, stop, x, y in [(k, k + 1, float(k), 0) for k in range(n)]:
         owner = COLOURS[start * R // n]
         ax.text(x, -0.05, str(start), ha="center", va="top",
                 color=PALETTE[owner])  # fmt: skip
