@@ -2,7 +2,10 @@
 
 """AdamW and clipping, compiled for the processor's cores."""
 
-__all__ = ["adamw_update", "clip_gradients", "global_norm"]
+__all__ = [
+    "PIECES", "adamw_update", "clip_gradients", "global_norm", "piece_length",
+    "shrink", "squares",
+]
 
 
 # imports of AdamW
@@ -50,8 +53,7 @@ def adamw_update(params, grads, m, v, settings):
 # the kernels
 @team
 def _sum_of_squares(part, parts, address):
-    grads, sums = arguments(address)
-    length = (grads.size + sums.size - 1) // sums.size
+    grads, sums, length = arguments(address)
     for k in range(part, sums.size, parts):
         piece = grads[k * length : (k + 1) * length]
         total = 0.0
@@ -70,6 +72,9 @@ def _scale(part, parts, address):
 
 
 # the norm and the clip
+PIECES = 256  # of an array, each summed by itself
+
+
 @shapes("N")
 def global_norm(grads):
     """The Euclidean norm of a flat array, summed in float64, as a float.
@@ -81,9 +86,30 @@ def global_norm(grads):
 
     Derived in chapter 2.3.
     """
-    sums = np.empty(256)
-    _sum_of_squares(grads, sums)
+    sums = np.zeros(PIECES)
+    found = squares(grads, piece_length(grads.size))
+    sums[: found.size] = found
     return math.sqrt(sums.sum())
+
+
+def piece_length(size):
+    """Elements in each of the pieces of an array, but for the last ones.
+
+    Derived in chapter 2.3.
+    """
+    return max(1, -(-size // PIECES))
+
+
+def squares(grads, length):
+    """The sums of squares of pieces of so many elements; in float64.
+
+    grads: flat. Each sum is of one piece alone, whatever lies beside it.
+
+    Derived in chapter 2.3.
+    """
+    sums = np.empty(-(-grads.size // length))
+    _sum_of_squares(grads, sums, length)
+    return sums
 
 
 @shapes("N!, above 0")
@@ -99,7 +125,15 @@ def clip_gradients(grads, max_norm):
     Derived in chapter 2.3.
     """
     norm = global_norm(grads)
+    shrink(grads, norm, max_norm)
+    return norm
+
+
+def shrink(grads, norm, max_norm):
+    """Scale a flat array in place as `clip_gradients` does, for a norm.
+
+    Derived in chapter 2.3.
+    """
     scale = max_norm / (norm + 1e-6)
     if math.isfinite(norm) and scale < 1:
         _scale(grads, grads.dtype.type(scale))
-    return norm

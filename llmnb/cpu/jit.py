@@ -55,6 +55,7 @@ def inner(function):
     Derived in chapter A.4.
     """
     options = {"forceinline": True, "no_cfunc_wrapper": True, **OPTIONS}
+    options["nogil"] = True  # other threads of Python go on meanwhile
     return _kept(numba.njit(**options)(function), function)
 
 

@@ -135,6 +135,17 @@ class _Bookmark:
         """Go back to the first batch of epoch 0."""
         self._place = {"epoch": 0, "shard": 0, "position": 0}
 
+    def skip(self, count=1):
+        """Move on by so many batches, unread."""
+        place = self._place
+        for _ in range(count):
+            batches = self._epochs.enter(place["epoch"], place["shard"])
+            place["position"] += 1
+            if place["position"] == batches:
+                place["position"], place["shard"] = 0, place["shard"] + 1
+            if place["shard"] == len(self._epochs.shards):
+                place["shard"], place["epoch"] = 0, place["epoch"] + 1
+
     @property
     def state(self):
         """Place of the next batch: epoch, shard of it, batch of that."""
@@ -169,7 +180,7 @@ class DataLoader(_Bookmark):
 
     batches_per_epoch: batches in one epoch. shards: a list of what was
     given. state: the place of the next batch, a dict of ints; set it to go
-    on from there. reset(): back to the start.
+    on from there. reset(): back to the start. skip(count): on by so many batches.
 
     Derived in chapter 1.3.
     """
@@ -192,15 +203,11 @@ class DataLoader(_Bookmark):
         call: nothing is allocated at a step. Copy what you want to keep.
         """
         place, (B, T) = self._place, self._tokens.shape
-        batches = self._epochs.enter(place["epoch"], place["shard"])
+        self._epochs.enter(place["epoch"], place["shard"])
         first = place["position"] * B
         for b, j in enumerate(self._epochs.window_order[first : first + B]):
             window = self._epochs.tokens[j * T : j * T + T + 1]
             self._tokens[b] = window[:-1]  # (1.3.1)
             self._targets[b] = window[1:]
-        place["position"] += 1
-        if place["position"] == batches:
-            place["position"], place["shard"] = 0, place["shard"] + 1
-        if place["shard"] == len(self._epochs.shards):
-            place["shard"], place["epoch"] = 0, place["epoch"] + 1
+        self.skip()
         return self._tokens, self._targets

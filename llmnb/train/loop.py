@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llmnb.model.tensors import decaying
+from llmnb.train.group import group_of, tree_of
 
 
 # the gradient of an update
@@ -25,17 +26,46 @@ def accumulate(config, model, batches, step=0):
 
     Takes `config.micro_batches` batches from `batches`, whatever has a
     next_batch. The loss, a float, is the mean over all of them, and the
-    gradient is that of this mean. Raises FloatingPointError, naming the
-    step, at a loss that is not finite.
+    gradient is that of this mean, in the order of `Tree`. In a group each
+    process computes its share of the batches. Raises FloatingPointError,
+    naming the step, at a loss that is not finite.
 
     Derived in chapter 4.13.
     """
-    count, losses = config.micro_batches, []
-    for k in range(count):
+    group, count = group_of(model), config.micro_batches
+    mine, tree, losses = group.share(count), tree_of(model), []
+    _skip(batches, mine.start)
+    for k in mine:
         losses.append(model.forward(*batches.next_batch()))
-        _check_finite("loss", losses[-1], step, config.rate(step))
-        model.backward(add=k > 0, share=1 / count)  # (4.13.2)
+        if not math.isfinite(losses[-1]):
+            break
+        _piece(model, tree, k, 1 / count)  # (4.13.2)
+    _skip(batches, count - mine.stop)
+    losses = sum(group.gather(losses), [])
+    for loss in losses:
+        _check_finite("loss", loss, step, config.rate(step))
+    if group.size > 1:
+        model.exchange(tree.blocks, count)
+    elif model.backend != "cuda":
+        tree.whole()
     return sum(losses) / count
+
+
+# a piece of it
+def _piece(model, tree, k, share):
+    """Compute the gradient of piece k, and add it to its neighbours."""
+    if model.backend == "cuda":
+        model.backward(add=k > 0, share=share)
+        return
+    tree.make_room()
+    model.backward(share=share)
+    tree.push(k, k + 1, tree.grads)
+
+
+def _skip(batches, count):
+    """Pass over batches that others compute."""
+    if count:
+        batches.skip(count)
 
 
 # finite or not
@@ -103,15 +133,18 @@ def evaluate(model, batches, count, step=None, rate=0.0):
     """Mean loss of a model over the first `count` batches; trains nothing.
 
     batches: a DataLoader, which is set back to its first batch. At most one
-    epoch is read. Returns nats a token, a float. Raises FloatingPointError
+    epoch is read, by a group in parts. Returns nats a token, a float. Raises FloatingPointError
     when it is not finite, naming the step and the rate of a run.
 
     Derived in chapter 4.13.
     """
-    batches.reset()
     count = min(count, batches.batches_per_epoch)
-    losses = [model.forward(*batches.next_batch()) for _ in range(count)]
-    loss = sum(losses) / count
+    group = group_of(model)
+    mine = group.share(count)
+    batches.reset()
+    _skip(batches, mine.start)
+    losses = [model.forward(*batches.next_batch()) for _ in mine]
+    loss = sum(sum(group.gather(losses), [])) / count
     _check_finite("validation loss", loss, step, rate)
     return loss
 

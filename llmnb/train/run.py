@@ -9,7 +9,7 @@ __all__ = ["CHANGEABLE", "begin", "finish", "follow", "resume", "telling"]
 import re
 import shlex
 from contextlib import ExitStack, contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from llmnb.files import BESIDE, Lock
@@ -20,6 +20,7 @@ from llmnb.train.folder import (
     save_model, step_of, note_model, read_run, sparing, state_path, states,
     write_log, write_record,
 )
+from llmnb.train.group import ALONE, group_of
 from llmnb.train.log import log_steps, read_steps, start_log, sync_log
 from llmnb.train.loop import Progress, train
 from llmnb.train.options import FAMILY, SHAPE
@@ -31,42 +32,52 @@ from llmnb.train.state import (
 
 
 # begin a run
-def begin(folder, config):
+def begin(folder, config, group=ALONE):
     """Make ready a new run in an existing folder; returns a `Run`.
 
     Locks the folder until `finish`, or until the Run is gone. Writes
     config.json and the tokenizer, and removes the states of an older run
-    there. Raises ValueError, OSError, RuntimeError or MemoryError.
+    there. In a group all processes call it, and the first does the writing.
+    Raises ValueError, OSError, RuntimeError or MemoryError.
 
     Derived in chapter 4.16.
     """
-    with _locked(Path(folder)) as lock:
-        return _ready(lock, Path(folder), config, prepare(config))[0]
+    folder = Path(folder)
+    with _locked(folder, group) as lock:
+        data = prepare(config)
+        return _ready(lock, folder, config, data, None, group)[0]
 
 
 # its folder, locked
 @contextmanager
-def _locked(folder):
-    """The lock of a folder, which stays unless there is an error."""
+def _locked(folder, group):
+    """The lock of a folder, which stays unless there is an error.
+
+    The first process has it for its group.
+    """
     with ExitStack() as undo:
-        yield undo.enter_context(Lock(folder))
+        yield undo.enter_context(Lock(folder)) if group.first else None
         undo.pop_all()
 
 
 # a run, ready
-def _ready(lock, folder, config, data, state=None):
+def _ready(lock, folder, config, data, state, group):
     """A `Run` at a state, or at its beginning; and a list of warnings."""
     batches, validation = feeds = loaders(config, data)
     text, begun, found = fingerprint(*feeds), surroundings(config.backend), []
+    if group.size > 1:
+        _check_group(group, config, text, begun, state)
     if state:
         found += _check_text(state, text, feeds)
         found += differences(state.begun or begun, begun)
         batches.state, begun = state.place, state.begun or begun
-        model, at = restore(state._replace(config=config)), state.at
+        model, at = restore(state._replace(config=config), group), state.at
     else:
-        model, at = new_model(config, data.encoding.n_vocab), Progress()
-    _sweep(folder, [] if state else states(folder))
-    write_record(folder, config, data)
+        model = new_model(config, data.encoding.n_vocab, group)
+        at = Progress()
+    if group.first:
+        _sweep(folder, [] if state else states(folder))
+        write_record(folder, config, data)
     kept = [x for x in map(step_of, states(folder)) if x <= at.step]
     run = Run(
         folder=folder, config=config, data=data, model=model,
@@ -74,6 +85,24 @@ def _ready(lock, folder, config, data, state=None):
         begun=begun, kept=kept, lock=lock,
     )  # fmt: skip
     return run, found
+
+
+# before several begin
+def _check_group(group, config, text, begun, state):
+    """Raise ValueError unless all of a group can train, and the same."""
+    from llmnb.train.machines import check_alike  # Part 6
+
+    if config.micro_batches % group.size:
+        batch = config.batch_size * config.seq_len
+        raise ValueError(
+            f"{group.size} processes share the batches of an update: "
+            f"total_batch must be a multiple of {group.size * batch} tokens "
+            f"({group.size} batches of {batch}), got {config.total_batch}"
+        )
+    options = asdict(replace(config, corpus=(), shards=""))
+    found = {name: str(value) for name, value in options.items()}
+    found |= {"text": str(text), "state": state.path.name if state else ""}
+    check_alike(group, begun | found)
 
 
 # what a kill leaves
@@ -99,12 +128,12 @@ CHANGEABLE = (
 
 
 # go on with a run
-def resume(folder, **changes):
+def resume(folder, group=ALONE, **changes):
     """Take up the run in a folder; returns a `Run` and a list of warnings.
 
     changes: fields of the TrainConfig, of which only those in `CHANGEABLE`
     may differ from the run's; `corpus` and `shards` say where the text is
-    now. The folder is locked as by `begin`. The warnings say which newer
+    now. group: as for `begin`. The folder is locked as there. The warnings say which newer
     states are damaged, and what else has changed since the beginning that
     may change bits. Nothing is written before all is checked. Raises
     OSError or ValueError when the folder holds no run, no state of it is
@@ -114,11 +143,11 @@ def resume(folder, **changes):
     """
     folder = Path(folder)
     read_run(folder)  # only a run is locked
-    with _locked(folder) as lock:
+    with _locked(folder, group) as lock:
         config = _changed(folder, changes)
         state, warnings = newest_state(folder)
         data = _same_data(folder, config, state)
-        run, more = _ready(lock, folder, config, data, state)
+        run, more = _ready(lock, folder, config, data, state, group)
     return run, warnings + more
 
 
@@ -190,20 +219,37 @@ def follow(run):
 
     Derived in chapter 4.16.
     """
-    config, at, log = run.config, run.at, run.folder / "log.csv"
-    steps, rows = train(config, run.model, run.batches, run.validation, at), []
+    at, log, rows = run.at, run.folder / "log.csv", []
+    steps = train(run.config, run.model, run.batches, run.validation, at)
     with telling(run):
+        if not group_of(run.model).first:
+            yield from _assist(run, steps)
+            return
         run.lock.check(hold=True)
         start_log(log, at.step)
         for step in steps:
             run.lock.check(hold=True)
             rows = log_steps(log, [*rows, step])
-            due = config.save_every and at.step % config.save_every == 0
-            if step.loss is not None and (due or at.step == config.steps):
+            if _due(run, step):
                 if not rows:
                     sync_log(log)
                 save_state(run)
             yield step
+
+
+def _assist(run, steps):
+    """The steps of a process that is not its group's first."""
+    for step in steps:
+        if _due(run, step):
+            save_state(run)
+        yield step
+
+
+def _due(run, step):
+    """Whether a state is to be written after a step."""
+    config, at = run.config, run.at
+    due = config.save_every and at.step % config.save_every == 0
+    return step.loss is not None and (due or at.step == config.steps)
 
 
 # the end of a run
@@ -212,10 +258,13 @@ def finish(run):
 
     A log without the lines that do not count takes the old one's place. When
     a log or a figure fails, that is a warning; a model raises as `follow`
-    does. Then the folder is no longer locked.
+    does. Then the folder is no longer locked. Of a group only the first
+    process writes; the others return an empty list.
 
     Derived in chapter 4.16.
     """
+    if not group_of(run.model).first:
+        return []
     log, figure, steps = run.folder / "log.csv", run.folder / "loss.png", []
     with telling(run):
         run.lock.check(hold=True)

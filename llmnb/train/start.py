@@ -14,43 +14,61 @@ from llmnb.formats.checkpoint import read_config
 from llmnb.model.gpt2 import GPT2
 from llmnb.model.layout import gpt2_layout
 from llmnb.train.folder import weights_path
+from llmnb.train.group import ALONE, waiting
 
 
 # the model and its batches
-def new_model(config, vocab_size):
+def new_model(config, vocab_size, group=ALONE):
     """The GPT2 that a run starts with, for a vocabulary of this size.
 
     Freshly initialised, or with the weights of `config.init`. Raises
     ValueError when these are for another vocabulary, and as `checked_size`
-    and GPT2.from_checkpoint do.
+    and GPT2.from_checkpoint do. group: the Group that trains it, of which
+    each process calls this.
 
     Derived in chapter 4.14.
     """
     if not config.init:
-        return empty_model(config, config.model(vocab_size), config.seed)
+        cfg = config.model(vocab_size)
+        return empty_model(config, cfg, config.seed, group)
     path = weights_path(config.init)
-    how = checked_size(config, read_config(path, vocab_size))
-    return GPT2.from_checkpoint(path, **how, tokens=vocab_size)
+    how = checked_size(config, read_config(path, vocab_size), group)
+    made = _model_class(group)
+    return made.from_checkpoint(path, **how, tokens=vocab_size)
 
 
-def empty_model(config, cfg, seed=None):
+def empty_model(config, cfg, seed=None, group=ALONE):
     """A GPT2 of a run, with first weights; without a seed, with none.
 
     Derived in chapter 4.14.
     """
-    return GPT2(cfg, **checked_size(config, cfg), seed=seed)
+    how = checked_size(config, cfg, group)
+    return _model_class(group)(cfg, **how, seed=seed)
 
 
-def checked_size(config, cfg):
+def _model_class(group):
+    if group.size == 1:
+        return GPT2
+    from llmnb.train.sharded import Sharded  # Part 6
+
+    return Sharded.of(group)
+
+
+def checked_size(config, cfg, group=ALONE):
     """A run's batches, backend and precision, if its model fits in memory.
 
     cfg: the GPT2Config. All of the model counts here, as training writes to
-    all of it; a GPU's memory answers for itself. Raises MemoryError.
+    all of it, with the gradients that wait for others and without what
+    other processes of the group hold; a GPU's memory answers for itself.
+    Raises MemoryError.
 
     Derived in chapter 4.14.
     """
     if config.backend != "cuda":
         dtype = np.float64 if config.precision == "fp64" else np.float32
         layout = gpt2_layout(cfg, config.batch_size, config.seq_len, dtype)
-        check_room(sum(footprint(layout).values()))
+        sizes = footprint(layout)
+        wait = waiting(group.share(config.micro_batches)) * sizes["grads"]
+        others = (sizes["m"] + sizes["v"]) * (1 - 1 / group.size)
+        check_room(int(sum(sizes.values()) + wait - others))
     return config.some("batch_size", "seq_len", "backend", "precision")

@@ -34,6 +34,7 @@ from llmnb.formats.shard import shard_length
 from llmnb.text.data import DataLoader
 from llmnb.train.feed import Data
 from llmnb.train.folder import step_of, config_from, state_path, states
+from llmnb.train.group import ALONE, group_of
 from llmnb.train.loop import GENTLER, Progress
 from llmnb.train.options import TrainConfig
 from llmnb.train.start import empty_model
@@ -166,6 +167,8 @@ _GROUPS = "params", "m", "v"
 def save_state(run):
     """Write the state of a run into its folder; return the path.
 
+    In a group all processes call it, and the first writes.
+
     The file appears whole or not at all. Then all up to this step are
     removed but the newest `config.keep` that the run itself has written or
     gone on from. Those from beyond the step, which may be damaged, stay
@@ -177,16 +180,23 @@ def save_state(run):
     from llmnb.model.architectures import architecture_record  # Part 5
 
     memory, path = run.model.memory, state_path(run.folder, run.at.step)
+    group = group_of(run.model)
     tensors = {
-        f"{group}.{name}": np.asarray(memory[group][name])  # from a GPU too
-        for group in _GROUPS
+        f"{kind}.{name}": memory[kind][name]
+        for kind in _GROUPS
         for name in parameter_shapes(run.model.cfg)
     }
-    if wrong := first_not_finite(tensors):
+    if group.size == 1:  # from a GPU too
+        tensors = {name: np.asarray(x) for name, x in tensors.items()}
+    parts = {name: getattr(x, "part", x) for name, x in tensors.items()}
+    for wrong in filter(None, group.gather(first_not_finite(parts))):
         last = run.at.step - 1
         raise FloatingPointError(
             f"after the update at step {last}, {wrong}: {GENTLER}"
         )
+    if not group.first:
+        _hand_over(tensors)
+        return path
     record = {
         "config": asdict(run.config),
         "model": architecture_record(run.model.cfg),
@@ -200,6 +210,13 @@ def save_state(run):
     write_tensors(path, tensors, note)
     _forget_old(run)
     return path
+
+
+def _hand_over(tensors):
+    """Give the first process what it writes, in the order of its writing."""
+    for x in tensors.values():
+        if hasattr(x, "collect"):
+            x.collect()
 
 
 def _forget_old(run):
@@ -284,15 +301,18 @@ def _check_arrays(file, state):
 
 
 # the model of a state
-def restore(state):
+def restore(state, group=ALONE):
     """The GPT2 of a `State`: its weights and AdamW's averages.
+
+    group: the Group that goes on with it, each of whose processes reads it.
 
     Derived in chapter 4.15.
     """
-    model, file = empty_model(state.config, state.cfg), TensorFile(state.path)
-    for group in _GROUPS:
-        for name, x in model.memory[group].items():
-            put(x, file[f"{group}.{name}"])
+    model = empty_model(state.config, state.cfg, group=group)
+    file = TensorFile(state.path)
+    for kind in _GROUPS:
+        for name, x in model.memory[kind].items():
+            put(x, file[f"{kind}.{name}"])
     return model
 
 

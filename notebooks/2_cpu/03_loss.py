@@ -386,8 +386,7 @@ print(f"memory  {28 * n / bandwidth * 1e3:7.1f} ms, at a copy's rate")
 # %% the kernels tags=["exporti"] module="cpu.adamw"
 @team
 def _sum_of_squares(part, parts, address):
-    grads, sums = arguments(address)
-    length = (grads.size + sums.size - 1) // sums.size
+    grads, sums, length = arguments(address)
     for k in range(part, sums.size, parts):
         piece = grads[k * length : (k + 1) * length]
         total = 0.0
@@ -406,6 +405,9 @@ def _scale(part, parts, address):
 
 
 # %% the norm and the clip tags=["export"] module="cpu.adamw"
+PIECES = 256  # of an array, each summed by itself
+
+
 @shapes("N")
 def global_norm(grads):
     """The Euclidean norm of a flat array, summed in float64, as a float.
@@ -415,9 +417,25 @@ def global_norm(grads):
     it. Raises TypeError or ValueError unless `grads` is flat and
     float32 or float64.
     """
-    sums = np.empty(256)
-    _sum_of_squares(grads, sums)
+    sums = np.zeros(PIECES)
+    found = squares(grads, piece_length(grads.size))
+    sums[: found.size] = found
     return math.sqrt(sums.sum())
+
+
+def piece_length(size):
+    """Elements in each of the pieces of an array, but for the last ones."""
+    return max(1, -(-size // PIECES))
+
+
+def squares(grads, length):
+    """The sums of squares of pieces of so many elements; in float64.
+
+    grads: flat. Each sum is of one piece alone, whatever lies beside it.
+    """
+    sums = np.empty(-(-grads.size // length))
+    _sum_of_squares(grads, sums, length)
+    return sums
 
 
 @shapes("N!, above 0")
@@ -431,10 +449,15 @@ def clip_gradients(grads, max_norm):
     max_norm is positive, and as `global_norm` does.
     """
     norm = global_norm(grads)
+    shrink(grads, norm, max_norm)
+    return norm
+
+
+def shrink(grads, norm, max_norm):
+    """Scale a flat array in place as `clip_gradients` does, for a norm."""
     scale = max_norm / (norm + 1e-6)
     if math.isfinite(norm) and scale < 1:
         _scale(grads, grads.dtype.type(scale))
-    return norm
 
 
 # %% the norm, and a gradient that is not a number

@@ -7,6 +7,7 @@
 #   llmnb:
 #     modules:
 #       train.loop: "The training loop: a generator of steps."
+#       train.group: "The processes that train together: here one; and the order of a sum."
 # ---
 
 # %% [markdown]
@@ -74,6 +75,185 @@ from llmnb.train.start import new_model
 # factor $1/n$ costs nothing: `backward` begins with the derivative of the
 # loss by each token's loss, a constant that it writes anyway, $1/M$. With
 # `share=1/n` it writes $1/(nM)$, and everything behind it is linear.
+#
+# **The order of the sum.** A sum of floats depends on the order of its
+# additions. A run may be spread over processes some day (Part 6), each with some of the
+# pieces, and its bits must not tell how many there were. So we fix an order
+# that any of them can take a part of. It is that of a binary counter: the
+# gradients of pieces 0 and 1 are added, those of 2 and 3, and then the two sums;
+# whenever two neighbouring blocks of pieces are equally long, and the first begins at
+# a multiple of both together, they become one:
+#
+# $$ \bigl( (g_0 + g_1) + (g_2 + g_3) \bigr) +
+#    \bigl( (g_4 + g_5) + (g_6 + g_7) \bigr) . \tag{4.13.3} $$
+#
+# What is left over when $n$ is no power of two is added from its end: of
+# seven pieces, $(\dots) + \bigl( (g_4 + g_5) + g_6 \bigr)$ with the first four in the
+# dots. Whoever has pieces 4 to 7, and no others, can make the second bracket of
+# (4.13.3) alone. A stack holds the blocks that wait for their neighbour:
+
+# %% imports of the group tags=["export"] module="train.group"
+from weakref import WeakKeyDictionary
+
+
+# %% the order of a sum tags=["export"] module="train.group"
+class Tree:
+    """A sum over 0, 1, 2, ... in an order that does not depend on who adds.
+
+    add: a function of two arrays, of an earlier and of a later block, that
+    returns their sum. blocks: what waits for its neighbour, a list of
+    (start, stop, array), each a sum over range(start, stop).
+    """
+
+    def __init__(self, add):
+        self.add, self.blocks = add, []
+
+    def push(self, start, stop, array):
+        """Put a block behind the others; it joins those it can. (4.13.3)"""
+        while self.blocks and _joins(self.blocks[-1], stop):
+            start, _, before = self.blocks.pop()
+            array = self.add(before, array)
+        self.blocks.append((start, stop, array))
+
+    def whole(self):
+        """The sum of all that was pushed; no block is left."""
+        _, _, array = self.blocks.pop()
+        while self.blocks:
+            array = self.add(self.blocks.pop()[2], array)
+        return array
+
+
+# %% do two blocks become one tags=["exporti"] module="train.group"
+def _joins(block, end):
+    """Whether a block and the one behind it, to `end`, make one."""
+    start, stop, _ = block
+    length = stop - start
+    return end - stop == length and start % (2 * length) == 0
+
+
+# %% seven pieces, and their order
+tree = Tree(lambda a, b: f"({a}+{b})")
+for k in range(7):
+    tree.push(k, k + 1, str(k))
+print(tree.whole())
+
+# %% [markdown]
+# The price is memory: a block that waits is a gradient of its own. While the last of
+# $n$ pieces is computed, as many wait as $n - 1$ has ones in base two,
+# $\log_2 n$ for a power of two. So one piece takes nothing, two take
+# one gradient more, and 16 take four, as much as the weights, their gradient and AdamW's
+# averages together. A plain sum, each piece added to those before, would take none
+# but could not be divided.
+#
+# In a model the newest block lies where `backward` writes, in `model.grads`. Before
+# the next piece is computed it is copied aside; and when two become one, the place
+# of the earlier is free again. The arrays are kept from step to step, for fresh memory
+# costs time. Where the model is on a GPU, which has less memory and so far no group, the pieces
+# are added in place, one by one.
+
+
+# %% the tree of a model's gradients tags=["export"] module="train.group"
+class GradientTree(Tree):
+    """A `Tree` of gradients, whose newest block lies in a model's grads.
+
+    grads: these, flat; ops: layers that add. On the host.
+    """
+
+    def __init__(self, grads, ops):
+        super().__init__(self._sum)
+        self.grads, self._ops, self._spare = grads, ops, []
+
+    def clear(self):
+        """Forget all blocks; their memory is kept."""
+        self._spare += [x for *_, x in self.blocks if x is not self.grads]
+        self.blocks.clear()
+
+    def make_room(self):
+        """Copy the newest block aside: grads will be overwritten."""
+        if self.blocks:
+            start, stop, array = self.blocks.pop()
+            aside = self._spare.pop() if self._spare else array.copy()
+            aside[:] = array
+            self.blocks.append((start, stop, aside))
+
+    def _sum(self, before, array):
+        self._ops.residual_forward(array, before, array)
+        self._spare.append(before)
+        return array
+
+
+_TREES = WeakKeyDictionary()  # of models
+
+
+def tree_of(model):
+    """The GradientTree of a model, empty."""
+    if model not in _TREES:
+        grads = model.memory.flat("grads")
+        _TREES[model] = GradientTree(grads, model.ops)
+    _TREES[model].clear()
+    return _TREES[model]
+
+
+def waiting(pieces):
+    """How many gradients wait at most while a range of pieces is computed.
+
+    Besides the one in model.grads.
+    """
+    tree, most = Tree(lambda before, array: None), 0
+    for k in pieces:
+        most = max(most, len(tree.blocks))
+        tree.push(k, k + 1, None)
+    return most
+
+
+# %% so many wait
+print([waiting(range(n)) for n in (1, 2, 3, 4, 8, 16)])
+
+# %% [markdown]
+# The loop asks the processes that train together, its *group*, for little:
+# which one this is, of how many, and what each of them says. A group of one answers:
+
+
+# %% one process tags=["export"] module="train.group"
+class Group:
+    """The processes that train together: a group of one.
+
+    rank: which of them this is, from 0 on. size: how many there are. Of
+    several, each calls the same methods in the same order; those of a larger
+    group, which chapter 6.1 adds, move parts of arrays.
+    """
+
+    rank, size = 0, 1
+
+    @property
+    def first(self):
+        """Whether this is the one that writes and speaks for all."""
+        return self.rank == 0
+
+    def gather(self, x):
+        """What each of them has given, a list in order of rank.
+
+        x: numbers, texts, lists and dicts, as JSON has them.
+        """
+        return [x]
+
+    def share(self, count, rank=None):
+        """The range of `count` things, in order, that this one does.
+
+        rank: of another one.
+        """
+        rank = self.rank if rank is None else rank
+        first, last = (r * count // self.size for r in (rank, rank + 1))
+        return range(first, last)
+
+
+ALONE = Group()
+
+
+def group_of(model):
+    """The Group that a model trains in."""
+    return getattr(model, "group", ALONE)
+
 
 # %% imports of loop tags=["export"]
 import math
@@ -84,6 +264,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llmnb.model.tensors import decaying
+from llmnb.train.group import group_of, tree_of
 
 
 # %% the gradient of an update tags=["export"]
@@ -92,15 +273,44 @@ def accumulate(config, model, batches, step=0):
 
     Takes `config.micro_batches` batches from `batches`, whatever has a
     next_batch. The loss, a float, is the mean over all of them, and the
-    gradient is that of this mean. Raises FloatingPointError, naming the
-    step, at a loss that is not finite.
+    gradient is that of this mean, in the order of `Tree`. In a group each
+    process computes its share of the batches. Raises FloatingPointError,
+    naming the step, at a loss that is not finite.
     """
-    count, losses = config.micro_batches, []
-    for k in range(count):
+    group, count = group_of(model), config.micro_batches
+    mine, tree, losses = group.share(count), tree_of(model), []
+    _skip(batches, mine.start)
+    for k in mine:
         losses.append(model.forward(*batches.next_batch()))
-        _check_finite("loss", losses[-1], step, config.rate(step))
-        model.backward(add=k > 0, share=1 / count)  # (4.13.2)
+        if not math.isfinite(losses[-1]):
+            break
+        _piece(model, tree, k, 1 / count)  # (4.13.2)
+    _skip(batches, count - mine.stop)
+    losses = sum(group.gather(losses), [])
+    for loss in losses:
+        _check_finite("loss", loss, step, config.rate(step))
+    if group.size > 1:
+        model.exchange(tree.blocks, count)
+    elif model.backend != "cuda":
+        tree.whole()
     return sum(losses) / count
+
+
+# %% a piece of it tags=["exporti"]
+def _piece(model, tree, k, share):
+    """Compute the gradient of piece k, and add it to its neighbours."""
+    if model.backend == "cuda":
+        model.backward(add=k > 0, share=share)
+        return
+    tree.make_room()
+    model.backward(share=share)
+    tree.push(k, k + 1, tree.grads)
+
+
+def _skip(batches, count):
+    """Pass over batches that others compute."""
+    if count:
+        batches.skip(count)
 
 
 # %% finite or not tags=["exporti"]
@@ -126,7 +336,7 @@ def _check_finite(what, value, step=None, rate=0.0):
 # a new loss $x$ is its distance from the mean, counted in standard
 # deviations:
 #
-# $$ z = \frac{x - \mu}{\sigma} . \tag{4.13.3} $$
+# $$ z = \frac{x - \mu}{\sigma} . \tag{4.13.4} $$
 #
 # If losses were normally distributed, $z > 5$ would come once in 3.5
 # million steps. Only large values are suspect: a small loss does no harm.
@@ -134,22 +344,22 @@ def _check_finite(what, value, step=None, rate=0.0):
 # The window moves on by one step: $x$ enters and the oldest, $a$, leaves.
 # The mean and the variance follow without another pass over the window:
 #
-# $$ \mu' = \mu + \frac{x - a}{W} , \tag{4.13.4} $$
+# $$ \mu' = \mu + \frac{x - a}{W} , \tag{4.13.5} $$
 #
 # and as $Q = \sum_i x_i^2 - W \mu^2$, before and after,
 #
 # $$ Q' - Q = x^2 - a^2 - W (\mu'^2 - \mu^2)
 #    = (x - a)(x + a) - W (\mu' - \mu)(\mu' + \mu)
-#    = (x - a) \bigl[ (x - \mu') + (a - \mu) \bigr] , \tag{4.13.5} $$
+#    = (x - a) \bigl[ (x - \mu') + (a - \mu) \bigr] , \tag{4.13.6} $$
 #
-# where the last step put in (4.13.4). The two sums and a ring of $W$ values
+# where the last step put in (4.13.5). The two sums and a ring of $W$ values
 # are all it takes. Try it on a window through which a huge loss passes:
 
 
 # %% a running variance, and an outlier that passes through
 def slide(mean, Q, new, old, W):
-    after = mean + (new - old) / W  # (4.13.4)
-    return after, Q + (new - old) * ((new - after) + (old - mean))  # (4.13.5)
+    after = mean + (new - old) / W  # (4.13.5)
+    return after, Q + (new - old) * ((new - after) + (old - mean))  # (4.13.6)
 
 
 W = 8
@@ -162,8 +372,8 @@ for i in range(W, 200):
     running.append(math.sqrt(max(Q, 0) / W))
 true = [stream[i - W + 1 : i + 1].std() for i in range(W, 200)]
 far = np.abs(np.array(running) - true) / true
-verdict("before it", far[:80].max() < 1e-6, "(4.13.5) is right")
-verdict("after it", far[-1] > 10, "(4.13.5) is never right again")
+verdict("before it", far[:80].max() < 1e-6, "(4.13.6) is right")
+verdict("after it", far[-1] > 10, "(4.13.6) is never right again")
 
 # %% [markdown]
 # The derivation is right and the arithmetic is not. $Q$ rose to $10^{18}$,
@@ -250,13 +460,16 @@ def evaluate(model, batches, count, step=None, rate=0.0):
     """Mean loss of a model over the first `count` batches; trains nothing.
 
     batches: a DataLoader, which is set back to its first batch. At most one
-    epoch is read. Returns nats a token, a float. Raises FloatingPointError
+    epoch is read, by a group in parts. Returns nats a token, a float. Raises FloatingPointError
     when it is not finite, naming the step and the rate of a run.
     """
-    batches.reset()
     count = min(count, batches.batches_per_epoch)
-    losses = [model.forward(*batches.next_batch()) for _ in range(count)]
-    loss = sum(losses) / count
+    group = group_of(model)
+    mine = group.share(count)
+    batches.reset()
+    _skip(batches, mine.start)
+    losses = [model.forward(*batches.next_batch()) for _ in mine]
+    loss = sum(sum(group.gather(losses), [])) / count
     _check_finite("validation loss", loss, step, rate)
     return loss
 

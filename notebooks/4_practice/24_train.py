@@ -155,6 +155,7 @@ from llmnb.train.state import save_state
 from llmnb.train.terminal import progress_bar
 from llmnb.train.feed import landmarks
 from llmnb.train.folder import load_run, read_run, run_folder, sparing
+from llmnb.train.group import group_of
 from llmnb.train.options import SHAPE, DataOptions, KeepOptions
 from llmnb.train.options import LearningOptions, ModelOptions, TrainConfig
 from llmnb.train.options import UpdateOptions, option
@@ -180,6 +181,10 @@ class FolderOptions:
     tensorboard: bool = option(
         False, "write events for TensorBoard into the folder as well"
     )
+    group: str = option(
+        "", "processes that train together: none, or mpi (default: mpi if "
+        "mpirun or srun has launched several)",
+    )  # fmt: skip
 
 
 OPTIONS = {
@@ -193,7 +198,7 @@ OPTIONS = {
 
 
 # %% begin or go on tags=["export"] module="cli.train"
-def _begun(args):
+def _begun(args, group):
     """A new run, from scratch or from a checkpoint."""
     given = fields_of(args.given, TrainConfig)
     if given.get("depth") and not given.keys().isdisjoint(SHAPE):
@@ -203,8 +208,10 @@ def _begun(args):
     make = starting_from if given.get("init") else TrainConfig
     config = make(**given)
     check_apart(args.out, config.corpus)
-    folder = run_folder(args.out or new_folder(config), args.force)
-    return begin(folder, config)
+    folder = ""
+    if group.first:
+        folder = run_folder(args.out or new_folder(config), args.force)
+    return begin(group.gather(str(folder))[0], config, group)
 
 
 def check_apart(out, corpus):
@@ -218,13 +225,17 @@ def check_apart(out, corpus):
             )
 
 
-def _resumed(args):
+def _resumed(args, group):
     """The run that --resume names, at its newest checkpoint."""
     if args.out or args.force:
         raise ValueError("--resume needs neither --out nor --force")
-    folder = args.resume or newest_run("config.json")
+    folder = args.resume or ""
+    if group.first and not folder:
+        folder = newest_run("config.json")
+    folder = group.gather(str(folder))[0]
     check_backend(read_run(folder).backend)
-    run, found = resume(folder, **fields_of(args.given, TrainConfig))
+    changes = fields_of(args.given, TrainConfig)
+    run, found = resume(folder, group, **changes)
     for warning in found:
         warn(warning)
     where = f"at step {run.at.step:,} of {run.config.steps:,}"
@@ -244,9 +255,27 @@ def run(args):
     """
     sys.stdout.ends = False  # who trains does not need to be read
     set_threads(args)
+    from llmnb.train.machines import find_group  # Part 6
+
+    group = find_group(args.group)
+    if group.size == 1:
+        _run(args, group)
+        return
+    from llmnb.cli.together import together
+
+    with together(group):
+        _run(args, group)
+
+
+def _run(args, group):
+    """The run of a group of processes, in one of them."""
     start = time.perf_counter()
     begun = _begun if args.resume is None else _resumed
-    this = begun(args)
+    this = begun(args, group)
+    if not group.first:
+        with _Stop(says=False) as stop:
+            _assist(this, stop)
+        return
     note_newest(this)
     data = this.data
     say("corpus", data.source)
@@ -255,7 +284,7 @@ def run(args):
     say("model", _size_of(this.model))
     say("folder", this.folder)
     tell_compiling(this.config.backend)
-    with _Stop() as stop:
+    with _Stop(says=group.size == 1) as stop:
         _follow(this, args, stop)
         steps = finish(this)
     say("took", f"{time.perf_counter() - start:.0f} s")
@@ -300,6 +329,9 @@ class _Stop:
     hangup = getattr(signal, "SIGHUP", None)  # Windows has none
     signal = 0
 
+    def __init__(self, says=True):
+        self._says = says  # that it has noted one
+
     def __enter__(self):
         known = {signal.SIGINT, signal.SIGTERM}
         if self.hangup and signal.getsignal(self.hangup) != signal.SIG_IGN:
@@ -312,9 +344,12 @@ class _Stop:
         for other in self.old:
             again = signal.SIG_IGN if other == self.hangup else self.old[other]
             signal.signal(other, again)
-        # not print, which may be at work when the signal comes
-        with suppress(OSError):
-            os.write(2, b"\nfinishing the step; once more to stop at once\n")
+        if self._says:
+            # not print, which may be at work when the signal comes
+            with suppress(OSError):
+                os.write(
+                    2, b"\nfinishing the step; once more to stop at once\n"
+                )
 
     def __exit__(self, *error):
         for number, handler in self.old.items():
@@ -332,10 +367,26 @@ def _follow(run, args, stop):
             _show(bar, run, step, shown)
             if run.kept[-1:] == [run.at.step]:
                 note_newest(run)
-            if stop.signal and step.loss is not None:
+            if _stopped(run, stop) and step.loss is not None:
                 with telling(run):
                     save_state(run)
                 return
+
+
+def _assist(run, stop):
+    """What `_follow` does, in a process that says nothing."""
+    for step in follow(run):
+        if _stopped(run, stop) and step.loss is not None:
+            save_state(run)
+            return
+
+
+def _stopped(run, stop):
+    """Whether a signal has come, to this process or another of its group."""
+    signals = group_of(run.model).gather(stop.signal)
+    if any(signals):
+        stop.signal = max(signals)
+    return stop.signal
 
 
 # %% show a step tags=["exporti"] module="cli.train"

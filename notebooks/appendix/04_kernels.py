@@ -343,6 +343,7 @@ def inner(function):
     GOMP_SPINCOUNT, unless it is set, so that idle threads soon sleep.
     """
     options = {"forceinline": True, "no_cfunc_wrapper": True, **OPTIONS}
+    options["nogil"] = True  # other threads of Python go on meanwhile
     return _kept(numba.njit(**options)(function), function)
 
 

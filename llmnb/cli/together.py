@@ -1,0 +1,44 @@
+# Written by `make export` from notebooks/6_machines/02_shards.py: edit that file.
+
+"""What a command says and does when several processes run it."""
+
+__all__ = ["together"]
+
+
+# imports of together
+import contextlib
+import os
+import sys
+import time
+import traceback
+import warnings
+
+from llmnb.cli.__main__ import USER_ERRORS
+from llmnb.cli.options import one_line
+
+
+# one speaks for all
+@contextlib.contextmanager
+def together(group):
+    """Within, the first of several processes speaks; an error ends all.
+
+    The error is one line that names the process. Where it befalls several,
+    the first of them is some seconds ahead, and says it for the others.
+
+    Derived in chapter 6.2.
+    """
+    with contextlib.ExitStack() as quiet:
+        if not group.first:
+            nowhere = quiet.enter_context(open(os.devnull, "w"))
+            quiet.enter_context(contextlib.redirect_stdout(nowhere))
+            warnings.simplefilter("ignore")
+        try:
+            yield
+        except (Exception, KeyboardInterrupt) as error:
+            time.sleep(min(2 * group.rank, 6))
+            known = isinstance(error, (*USER_ERRORS, KeyboardInterrupt))
+            if not known or "LLMNB_TRACEBACK" in os.environ:
+                traceback.print_exc()
+            group.end(f"{group.name(group.rank)}: {one_line(error)}")
+        finally:
+            group.close()

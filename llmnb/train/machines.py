@@ -1,0 +1,211 @@
+# Written by `make export` from notebooks/6_machines/02_shards.py: edit that file.
+
+"""A group of processes on one or many machines, over MPI."""
+
+__all__ = [
+    "Machines", "PATIENCE", "Watch", "check_alike", "find_group", "launched",
+]
+
+
+# imports of the machines
+import json
+import os
+import platform
+import sys
+import threading
+import time
+
+import numpy as np
+
+from llmnb.backend import choose
+from llmnb.files import package
+from llmnb.train.group import ALONE, Group
+
+
+# how many were launched
+_SIZES = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"
+
+
+def launched():
+    """How many processes a launcher says that it has started; else 1.
+
+    Known are mpirun of Open MPI, of MPICH and of Intel, and Slurm's srun.
+
+    Derived in chapter 6.2.
+    """
+    found = (os.environ.get(name, "") for name in _SIZES)
+    return max([1, *(int(x) for x in found if x.isdigit())])
+
+
+def find_group(kind=""):
+    """The Group of this process: of those that were launched with it.
+
+    kind: "none" or "mpi", whatever the launcher says. Raises ImportError
+    when mpi4py is missing, or sees another number of processes than were
+    launched.
+
+    Derived in chapter 6.2.
+    """
+    choose("group", kind, ("", "none", "mpi"))
+    wanted = launched()
+    if kind == "none" or (kind == "" and wanted == 1):
+        return ALONE
+    group = Machines()
+    if group.size != wanted and wanted > 1:
+        raise ImportError(
+            f"{wanted} processes were launched, and mpi4py sees "
+            f"{group.size}: the launcher is of another MPI than the one that "
+            "mpi4py has loaded"
+        )
+    return group
+
+
+# a group over MPI
+class Machines(Group):
+    """The processes that one mpirun or srun has started.
+
+    names: of the machine of each. sent: bytes of arrays that this process
+    has sent to others. Until close(), each watches its neighbour, and a
+    process that is silent for `PATIENCE` seconds ends all.
+
+    Derived in chapter 6.2.
+    """
+
+    def __init__(self):
+        self._mpi = package("mpi4py.MPI", "mpi", "a group of processes")
+        self._world = self._mpi.COMM_WORLD
+        self.rank, self.size = self._world.rank, self._world.size
+        self.sent, self.names = 0, [""] * self.size
+        self.names = self.gather(platform.node())
+        self._watch = Watch(self._world.Dup(), self) if self.size > 1 else None
+
+    def gather(self, x):
+        """What each has given, a list in order of rank; as JSON."""
+        raw = np.frombuffer(json.dumps(x).encode(), np.uint8)
+        lengths = np.empty(self.size, np.int64)
+        self._world.Allgather(np.array([raw.size]), lengths)
+        found = np.empty(lengths.sum(), np.uint8)
+        self._world.Allgatherv(raw, [found, lengths])
+        parts = np.split(found, np.cumsum(lengths)[:-1])
+        return [json.loads(part.tobytes()) for part in parts]
+
+    def exchange(self, out, array, spans, senders):
+        """Send each its span of an array; out[r] begins with what r sent.
+
+        array: flat, or None for who does not send. spans: a (start, stop)
+        for each. senders: whether it sends, for each.
+        """
+        starts, stops = np.array(spans).T
+        counts = (stops - starts) * senders[self.rank]
+        array = out[0] if array is None else array
+        come = np.array(senders) * (stops - starts)[self.rank]
+        places = np.arange(self.size) * out.shape[1]
+        self._world.Alltoallv([array, (counts, starts)], [out, (come, places)])
+        self.sent += (counts.sum() - counts[self.rank]) * array.itemsize
+
+    def spread(self, array, spans):
+        """Have all of an array, of which each has its own span."""
+        starts, stops = np.array(spans).T
+        how = [array, (stops - starts, starts)]
+        self._world.Allgatherv(self._mpi.IN_PLACE, how)
+        mine = (stops - starts)[self.rank]
+        self.sent += (self.size - 1) * mine * array.itemsize
+
+    def collect(self, part, lengths):
+        """The parts of all in one array, for the first; None for others."""
+        whole = np.empty(sum(lengths), part.dtype) if self.first else None
+        come = [whole, lengths] if self.first else None
+        self._world.Gatherv(part, come)
+        return whole
+
+    def name(self, rank):
+        """A rank in words, with its machine."""
+        return f"rank {rank} on {self.names[rank]}"
+
+    def end(self, message):
+        """End all processes, with one line on standard error."""
+        print(f"llmnb: error: {message}", file=sys.stderr, flush=True)
+        self._world.Abort(1)
+
+    def close(self):
+        """Watch no longer: this process is about to leave."""
+        if self._watch:
+            self._watch.close()
+
+
+# the watch
+PATIENCE = 8  # seconds of silence
+
+
+class Watch:
+    """Sends the next process a sign of life each second, and hears the last.
+
+    comm: a communicator of its own. group: the Machines.
+
+    Derived in chapter 6.2.
+    """
+
+    def __init__(self, comm, group):
+        self._comm, self._group, self._closed = comm, group, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        comm, size = self._comm, self._comm.size
+        after, before = (comm.rank + 1) % size, (comm.rank - 1) % size
+        sign, heard, there = np.ones(1, np.uint8), time.monotonic(), True
+        sent, last = [], heard
+        while not self._closed.wait(1):
+            sent = [x for x in sent if not x.Test()]
+            sent.append(comm.Isend(sign, after))
+            now, there = time.monotonic(), there and not self._left(before)
+            if self._heard or now - last > PATIENCE / 2:  # it slept itself
+                heard = now
+            last = now
+            if there and now - heard > PATIENCE:
+                name = self._group.name(before)
+                self._group.end(f"{name} has not answered for {PATIENCE} s")
+
+    def _left(self, rank):
+        """Whether it has said goodbye; notes whether it said anything."""
+        self._heard, sign = False, np.ones(1, np.uint8)
+        while self._comm.Iprobe(rank):
+            self._comm.Recv(sign, rank)
+            self._heard = True
+        return sign[0] == 0
+
+    def close(self):
+        """Say goodbye."""
+        self._closed.set()
+        self._thread.join()
+        after = (self._comm.rank + 1) % self._comm.size
+        self._comm.Send(np.zeros(1, np.uint8), after)
+
+
+# are all alike
+def check_alike(group, facts):
+    """Raise ValueError unless all of a group have the same before them.
+
+    facts: a dict of str to str. The message names the first that differs.
+
+    Derived in chapter 6.2.
+    """
+    everyone = group.gather(facts)
+    for rank, other in enumerate(everyone):
+        for name in sorted(everyone[0] | other):
+            pair = [x.get(name, "none") for x in (everyone[0], other)]
+            if pair[0] != pair[1]:
+                first, this = _differing(*pair)
+                raise ValueError(
+                    f"{group.name(rank)} has another {name} than rank 0: "
+                    f"{this}, not {first}"
+                )
+
+
+def _differing(first, this):
+    """Two texts, cut to where they differ if they are long."""
+    if max(len(first), len(this)) < 60:
+        return first, this
+    words = first.split(), this.split()
+    left = ([x for x in words[i] if x not in words[1 - i]] for i in (0, 1))
+    return [" ".join(x)[:60] or "nothing more" for x in left]

@@ -1,0 +1,99 @@
+# Written by `make export` from notebooks/6_machines/01_gradients.py: edit that file.
+
+"""A group of threads that stand for processes."""
+
+__all__ = ["Rehearsal", "rehearse"]
+
+
+# imports of the rehearsal
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from llmnb.train.group import Group
+
+
+# threads that stand for processes
+class Rehearsal(Group):
+    """One of a group of threads, with what a group of processes does.
+
+    sent: bytes that it would have sent to others.
+
+    Derived in chapter 6.1.
+    """
+
+    def __init__(self, rank, table, barrier):
+        self.rank, self.size, self.sent = rank, len(table), 0
+        self._table, self._barrier = table, barrier
+
+    def _meet(self, x=None):
+        """What each has brought, when all are there."""
+        self._table[self.rank] = x
+        self._barrier.wait()
+        found = list(self._table)
+        self._barrier.wait()
+        return found
+
+    def gather(self, x):
+        return self._meet(x)
+
+    def exchange(self, out, array, spans, senders):
+        """Send each its span of an array; out[r] begins with what r sent.
+
+        array: flat, or None for who does not send. spans: a (start, stop)
+        for each. senders: whether it sends, for each.
+        """
+        start, stop = spans[self.rank]
+        for rank, other in enumerate(self._meet(array)):
+            if senders[rank]:
+                out[rank, : stop - start] = other[start:stop]
+        self._meet()  # until all have read
+        if senders[self.rank]:
+            self.sent += self._others(spans) * array.itemsize
+
+    def spread(self, array, spans):
+        """Have all of an array, of which each has its own span."""
+        for other, span in zip(self._meet(array), spans, strict=True):
+            if other is not array:
+                array[slice(*span)] = other[slice(*span)]
+        self._meet()
+        start, stop = spans[self.rank]
+        self.sent += (self.size - 1) * (stop - start) * array.itemsize
+
+    def collect(self, part, lengths):
+        """The parts of all in one array, for the first; None for others."""
+        found = self._meet(part)
+        whole = np.concatenate(found) if self.first else None
+        self._meet()
+        return whole
+
+    def _others(self, spans):
+        """Elements of the spans of others."""
+        return sum(b - a for a, b in spans) - np.diff(spans[self.rank])[0]
+
+
+# rehearse
+def rehearse(size, work):
+    """What work(group) returns in each of `size` threads, a list.
+
+    An error in one of them ends all, and is raised.
+
+    Derived in chapter 6.1.
+    """
+    table, barrier = [None] * size, threading.Barrier(size)
+
+    def part(rank):
+        try:
+            return work(Rehearsal(rank, table, barrier))
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        made = [pool.submit(part, rank) for rank in range(size)]
+    errors = [x.exception() for x in made if x.exception()]
+    for error in errors:
+        if not isinstance(error, threading.BrokenBarrierError):
+            raise error
+    return [x.result() for x in made]

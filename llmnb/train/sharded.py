@@ -1,0 +1,136 @@
+# Written by `make export` from notebooks/6_machines/02_shards.py: edit that file.
+
+"""A model whose optimiser lies in shards on a group of processes."""
+
+__all__ = ["Sharded", "Spread"]
+
+
+# imports of the shards
+import math
+
+import numpy as np
+
+from llmnb.backend import choose
+from llmnb.cpu.adamw import PIECES, piece_length, shrink, squares
+from llmnb.model.gpt2 import GPT2
+from llmnb.train.exchange import exchange, shards
+from llmnb.train.group import ALONE
+
+
+# a tensor that lies in parts
+class Spread:
+    """A tensor of m or v, of which each process of a group holds a part.
+
+    part: this process's, flat, maybe empty. To others it looks like an array
+    on a device: np.asarray gives a copy of the whole, to the first process
+    when all call `collect`, and llmnb.arena.put overwrites it.
+
+    Derived in chapter 6.2.
+    """
+
+    def __init__(self, group, shape, part, places):
+        self.group, self.shape, self.part = group, shape, part
+        self.dtype, self.itemsize = part.dtype, part.itemsize
+        self.nbytes = math.prod(shape) * part.itemsize
+        self._places = places  # a slice of the flat tensor for each process
+
+    def collect(self):
+        """The whole tensor for the first process, None for the others."""
+        lengths = [x.stop - x.start for x in self._places]
+        whole = self.group.collect(self.part, lengths)
+        return whole if whole is None else whole.reshape(self.shape)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.collect(), dtype)
+
+    def copy_to_device(self, values):
+        """Keep of a whole tensor what lies here."""
+        mine = self._places[self.group.rank]
+        self.part[:] = values.reshape(-1)[mine]
+
+
+# the model
+class Sharded(GPT2):
+    """A GPT2 that trains in a group: each process holds its shard of m, v.
+
+    Sharded.of(group) is the class to make one of, with the arguments of
+    GPT2; the backend is "cpu". All processes of the group make one, and
+    call its methods in the same order. grads holds, after `exchange`, the
+    sum over the group in this process's shard, and elsewhere what was left.
+
+    Derived in chapter 6.2.
+    """
+
+    group = ALONE
+
+    @classmethod
+    def of(cls, group):
+        """A class of models of this group."""
+        return type(cls.__name__, (cls,), {"group": group})
+
+    def __init__(
+        self, cfg, batch_size, seq_len, backend="cpu", precision="fp32",
+        seed=42,
+    ):  # fmt: skip
+        choose("Sharded: backend", backend, ("cpu",))
+        super().__init__(cfg, batch_size, seq_len, backend, precision, seed)
+
+    def _allocate(self, layout):
+        dtype, shapes = layout["params"]
+        size = sum(map(math.prod, shapes.values()))
+        self.shards = shards(size, self.group.size)
+        start, stop = self.shards[self.group.rank]
+        own = dtype, {"shard": (stop - start,)}
+        super()._allocate(layout | {"m": own, "v": own})
+        for kind in ("m", "v"):
+            tensors, at = self.memory[kind], 0
+            shard = tensors.pop("shard")
+            for name, shape in shapes.items():
+                tensors[name] = self._spread(shard, at, shape)
+                at += math.prod(shape)
+
+    def _spread(self, shard, at, shape):
+        """The tensor that begins at an element of the flat parameters."""
+        size = math.prod(shape)
+        ends = np.clip(np.array(self.shards) - at, 0, size).tolist()
+        places = [slice(*pair) for pair in ends]
+        mine, (start, _) = (
+            places[self.group.rank],
+            self.shards[self.group.rank],
+        )
+        first = max(0, at - start)
+        part = shard[first : first + mine.stop - mine.start]
+        return Spread(self.group, shape, part, places)
+
+    def exchange(self, blocks, count):
+        """Sum the gradients of all processes; see train.exchange."""
+        exchange(self.group, self.memory.flat("grads"), blocks, count)
+
+    def _own(self, kind):
+        """This process's shard of params or grads."""
+        return self.memory.flat(kind)[slice(*self.shards[self.group.rank])]
+
+    def clip_gradients(self, max_norm):
+        """As GPT2.clip_gradients, of the sum over the group."""
+        self._check_gradients("clip_gradients")
+        grads, size = self._own("grads"), self.shards[-1][1]
+        found = squares(grads, piece_length(size)).tolist()
+        found = sum(self.group.gather(found), [])
+        sums = np.zeros(PIECES)
+        sums[: len(found)] = found
+        norm = math.sqrt(sums.sum())
+        shrink(grads, norm, max_norm)
+        return norm
+
+    def _apply(self, decay):
+        """AdamW on the own shard; then all parameters, from all."""
+        update = getattr(self.ops, self._machine.update)
+        own = [self._own(kind) for kind in ("params", "grads")]
+        own += [self.memory.flat(kind) for kind in ("m", "v")]
+        begin, end = self.shards[self.group.rank]
+        for start, stop, decays in self._ranges(decay):
+            start, stop = max(start, begin), min(stop, end)
+            if start < stop:
+                row = self._settings[not decays]
+                update(*[x[start - begin : stop - begin] for x in own], row)
+        self.group.spread(self.memory.flat("params"), self.shards)

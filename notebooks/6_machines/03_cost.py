@@ -1,0 +1,298 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Cost: what a wire allows
+#
+# > Two numbers describe a wire, one a processor, and together they say how many
+# > machines are worth having; measured on two hosts, and then on paper for 512.
+#
+# *Reading time: 15 minutes. You need: [chapter 6.2](02_shards.ipynb).*
+
+# %% [markdown]
+# ## Where we are
+#
+# The bits do not depend on the number of machines. The time does, and not always as one
+# would like. At the end of this chapter you can
+#
+# - predict the time of a step from a wire's two numbers, and hold it to a
+#   measurement;
+# - say how many tokens a rank must compute between two exchanges to be worth its
+#   place;
+# - tell where more machines stop helping, and what is done then.
+#
+# ## Setup
+
+# %% setup
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+import llmnb
+from llmnb.book.diagram import PALETTE
+from llmnb.book.verify import verdict
+from llmnb.model.tensors import parameter_count
+
+measured = json.loads(Path("../../book/machines.json").read_text("utf-8"))
+here, link = measured["here"], measured["link"]
+
+# %% [markdown]
+# ## A wire in two numbers
+#
+# A message of $x$ bytes takes a time that grows with $x$ and does not begin at zero:
+#
+# $$ t(x) = \alpha + \beta x . \tag{6.3.1} $$
+#
+# $\alpha$ is the **latency**, what even an empty message takes: system calls, the way,
+# the other process waking up. $\beta$ is the time of a byte, one over the **bandwidth**.
+# A gigabit a second is $\beta = 8 \cdot 10^{-9}$ seconds.
+#
+# `tests/record_machines.py` has measured both between two processes of one
+# machine, which share memory, and between two *hosts*: network namespaces of
+# the same machine, each with a network card of its own that exists in
+# software only, and a cable between them whose rate was set. The processes are
+# started by `mpirun` with a list of hosts, and talk TCP. The least length gives $\alpha$, the
+# greatest $\beta$.
+
+
+# %% the two numbers
+def alpha_beta(rows):
+    """Latency and seconds a byte, of the shortest and longest message."""
+    (x0, t0), *_, (x1, t1) = rows
+    beta = (t1 - t0) / (x1 - x0)
+    return t0 - beta * x0, beta
+
+
+wires = {"one machine": alpha_beta(here["memory of one machine"])}
+for name in ("100 Mbit/s", "1 Gbit/s", "10 Gbit/s"):
+    wires[name] = alpha_beta(link[name]["wire"])
+print(here["machine"], here["cores"], "cores")
+for name, (alpha, beta) in wires.items():
+    print(f"{name:12} {1e6 * alpha:7.0f} us {8e-9 / beta:8.2f} Gbit/s")
+
+# %% [markdown]
+# The cable of 10 gigabits is emulated by the same two cores that compute, and
+# gives what they can. The delay of a cable could not be set here; real ones,
+# through a switch, add some tens of microseconds.
+#
+# ## A step
+#
+# Let an update have $n$ micro-batches, each of which takes a rank $c$ seconds
+# forward and backward, and let $u$ be the seconds of AdamW on the whole model. Rank
+# and shard alike are divided by $R$. The exchange has $k$ parts, in each of which a rank sends
+# $R - 1$ messages; the spreading of parameters has $R - 1$ more. With the bytes
+# of (6.1.2), one block to a rank,
+#
+# $$ t_R = \frac{n c + u}{R} + (k + 1) (R - 1) \alpha
+#    + 8 P \beta \left(1 - \frac1R\right) . \tag{6.3.2} $$
+#
+# The first term falls with $R$, the others grow. The **efficiency** is the share of
+# time in which a rank does what one process would have done:
+#
+# $$ e = \frac{t_1}{R\, t_R} . \tag{6.3.3} $$
+#
+# ## Predicted, and measured
+#
+# GPT-2 124M, four rows of 64 tokens to a micro-batch, two of them to an update; a
+# thread to each rank. One process with one thread gives $n c + u$. Then nothing
+# is left to fit:
+
+# %% predicted against measured
+P = here["2 ranks, 1 thread each"]["sent"][0] / 4  # (6.1.2) at R = 2
+one = here["one process, 1 thread"]["seconds"]
+parts = int(np.ceil(P / 2 / (2**24 / 8)))  # of the exchange
+
+
+def predicted(R, alpha, beta, work=one, size=P, parts=parts):
+    """Seconds of a step: (6.3.2)."""
+    wire = 8 * size * beta * (1 - 1 / R)
+    return work / R + (parts + 1) * (R - 1) * alpha + wire
+
+
+rows = {"one machine": here["2 ranks, 1 thread each"]}
+rows |= {name: link[name] for name in ("1 Gbit/s", "10 Gbit/s")}
+print(f"one process, one thread: {one:.2f} s a step")
+for name, row in rows.items():
+    guess, took = predicted(2, *wires[name]), row["seconds"]
+    print(f"{name:12} predicted {guess:5.2f} s, took {took:5.2f} s, "
+          f"efficiency {one / 2 / took:.2f}")  # fmt: skip
+
+# %% the same step, drawn tags=["hide-input"]
+fig, ax = plt.subplots(figsize=(7.5, 2.6), dpi=100)
+for y, (name, row) in enumerate(rows.items()):
+    guess = predicted(2, *wires[name])
+    ax.barh(y - 0.18, one / 2, 0.32, color=PALETTE["grey"])
+    ax.barh(y - 0.18, guess - one / 2, 0.32, left=one / 2,
+            color=PALETTE["orange"])  # fmt: skip
+    took, waits = row["seconds"], row["communication"]
+    ax.barh(y + 0.18, took - waits, 0.32, color=PALETTE["ink"])
+    ax.barh(y + 0.18, waits, 0.32, left=took - waits, color=PALETTE["blue"])
+ax.set(yticks=range(len(rows)), yticklabels=rows, xlabel="seconds a step")
+ax.invert_yaxis()
+ax.spines[["top", "right"]].set_visible(False)
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 6.3.1. A step of two ranks. The upper bar of each pair is the
+# prediction, work in grey and wire in orange; the lower one is measured, work in
+# black and time within the calls in blue. What the wires add is what was predicted
+# from two numbers.*
+#
+# Are the bytes those that were derived? The namespaces count what crosses their end of the
+# cable, with all headers of TCP and all that MPI says besides:
+
+# %% bytes on the cable
+for name in ("1 Gbit/s", "10 Gbit/s"):
+    row = link[name]
+    derived = row["steps"] * 4 * P
+    for host, sent in zip("AB", row["on the link"], strict=True):
+        ratio = sent / derived
+        verdict(f"{name}, host {host}", abs(ratio - 1) < 0.02,
+                "to 2 % of (6.1.2)")  # fmt: skip
+same = {*here["one process, 2 threads"]["weights"]}
+same |= {*here["2 ranks, 1 thread each"]["weights"]}
+verdict("weights", len(same) == 1, "the same from 1 and 2")
+
+# %% [markdown]
+# And the memory. Four ranks, four micro-batches to an update, against one process with
+# the same update, whose gradients wait for each other besides:
+
+# %% memory of a rank
+whole, part = (here[x] for x in ("one process, 4 batches",
+                                 "4 ranks, 1 thread each"))  # fmt: skip
+share = max(part["m"]) / whole["m"][0]
+ratio = max(part["peak"]) / whole["peak"][0]
+print(f"m and v: {share:.3f} of one process's; in all: {ratio:.2f}")
+verdict("m and v", share < 0.255, "a quarter each")
+verdict("in all", ratio < 0.65, "less than 0.65 of it")
+
+# %% [markdown]
+# ## How many tokens a rank must have
+#
+# Leave latency and AdamW aside, which are small where it matters. A rank
+# computes $b$ tokens between two exchanges, at $6 P$ operations each (1.4.2) and $F$ operations
+# a second, $6 P b / F$ seconds in all. The wire takes nearly $8 P \beta$. Both grow
+# with the model alike, so it drops out:
+#
+# $$ e = \frac{1}{1 + b_0 / b} , \qquad
+#    b_0 = \frac43 \beta F \left(1 - \frac1R\right) . \tag{6.3.4} $$
+#
+# $b_0$ is the number of tokens at which half of the time is lost. It depends on the
+# machine alone: the better it computes, and the worse its wire, the more
+# tokens it must have. Latency spoils this for tiny models only, and attention,
+# which (1.4.2) adds to $6P$, helps.
+
+# %% half of the time is lost at
+tokens = 2 * 256
+F = 6 * P * tokens / one
+for rate in (1, 10, 100):
+    print(f"{rate:3} Gbit/s: {4 / 3 * 8e-9 / rate * F:8,.0f} tokens "
+          f"at {F / 1e9:.0f} GFLOP/s")  # fmt: skip
+
+# %% [markdown]
+# ## On paper: 8, 64, 512 machines
+#
+# Batches cannot grow without end; GPT-2 and its kin learn well from half a million
+# tokens to an update, and gain less and less from more. With 524,288 of them, a
+# rank of 512 has 1,024. Take machines that compute ten times what one thread
+# does here, as sixteen cores may, and let them have wires of three kinds, with 20
+# microseconds of latency. (`llmnb` has at most 256 ranks; on paper, 512 are as good.)
+
+# %% on paper tags=["hide-input"]
+TOTAL, ALPHA = 524_288, 20e-6
+models = {
+    "124M": llmnb.GPT2Config(1024, 50257, 12, 12, 768),
+    "1.5B": llmnb.GPT2Config(1024, 50257, 48, 25, 1600),
+}
+print("efficiency" + " " * 14 + "  ".join(f"{R:>5}" for R in (8, 64, 512)))
+paper = {}
+for name, cfg in models.items():
+    size = parameter_count(cfg)
+    work = 6 * size * TOTAL / (10 * F)
+    for rate in (1, 10, 100):
+        row = []
+        for R in (8, 64, 512):
+            k = np.ceil(size / R / (2**22 / R))
+            how = ALPHA, 8e-9 / rate, work, size, k
+            row.append(work / R / predicted(R, *how))
+        paper[name, rate] = row
+        print(f"{name} {rate:4} Gbit/s        "
+              + "  ".join(f"{e:5.2f}" for e in row))  # fmt: skip
+
+# %% efficiency over machines tags=["hide-input"]
+fig, ax = plt.subplots(figsize=(7.5, 3), dpi=100)
+many = 2 ** np.arange(1, 11)
+for rate, colour in (1, "orange"), (10, "blue"), (100, "green"):
+    b0 = 4 / 3 * 8e-9 / rate * 10 * F * (1 - 1 / many)
+    e = 1 / (1 + b0 / (TOTAL / many))
+    ax.semilogx(many, e, base=2, color=PALETTE[colour])
+    ax.text(many[-1] * 1.1, e[-1], f"{rate} Gbit/s", va="center",
+            color=PALETTE[colour])  # fmt: skip
+ax.axhline(0.5, color=PALETTE["grey"], lw=1, ls="--")
+ax.set(xlabel="machines that share 524,288 tokens", ylabel="efficiency",
+       ylim=(0, 1.02))  # fmt: skip
+ax.set_xticks(many, many)
+ax.spines[["top", "right"]].set_visible(False)
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 6.3.2. Equation (6.3.4) for a batch that does not grow. Each curve falls
+# through one half, the dashed line, where a machine's tokens are $b_0$: beyond it,
+# more machines mostly wait.*
+#
+# Where a curve has fallen, other things are done. *Send less*: two bytes a
+# number, for half of the wire's time, at the price of rounding. *Send meanwhile*: the
+# gradients of the last block are there while the first is still computed, so up to two
+# thirds of the work can hide the first half of the bytes. *Split the model*, not the
+# batch: with layers, or parts of their matrices, on different machines, activations
+# cross the wire in place of gradients, and a machine holds a part of
+# the model only. A model that does not fit into one machine has no other way. None
+# of these is in `llmnb`.
+#
+# ## Take away
+#
+# - A wire is $\alpha + \beta x$. For models of any size $\beta$ decides.
+# - Efficiency depends on the tokens that a rank computes between two exchanges, and not
+#   on the model.
+# - With a fixed batch every added machine has fewer tokens; half of the time
+#   is lost at $b_0$.
+#
+# ## Design note
+#
+# Overlap is what most programs do first. It needs the backward pass to tell when
+# a tensor's gradient is complete, a queue, and a thread that drives the
+# library while kernels compute, on cores that would compute as well. On a machine whose
+# cores all work, the gain is bounded by the time in which the wire, and no
+# core, is the limit. We left it out, and measured what that costs: the blue bars.
+#
+# ## Exercises
+#
+# **1** (★). A wire of 1 gigabit, machines of 500 GFLOP/s. With how many tokens to each
+# is the efficiency 0.9?
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# $b_0 = \frac43 \cdot 8 \cdot 10^{-9} \cdot 5 \cdot 10^{11} = 5333$ tokens; an
+# efficiency of 0.9 needs nine times that, 48,000.
+# :::
+
+# %% exercise 1, checked tags=["hide-cell"]
+b0 = 4 / 3 * 8e-9 * 5e11
+print(f"{b0:.0f} {9 * b0:.0f} {1 / (1 + 1 / 9):.2f}")
+
+# %% [markdown]
+# ## Further reading
+#
+# - Hockney (1994), [The communication challenge for
+#   MPP](https://doi.org/10.1016/S0167-8191(06)80021-9): where (6.3.1) is from.
+# - McCandlish et al. (2018), [An Empirical Model of Large-Batch
+#   Training](https://arxiv.org/abs/1812.06162): how large a batch is worth its tokens.

@@ -1,0 +1,277 @@
+"""Processes that train together, rehearsed by threads: no MPI is needed."""
+
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+from runs import TINY, small_data
+
+from llmnb.model.gpt2 import GPT2
+from llmnb.train.exchange import blocks_of, exchange, shards
+from llmnb.train.feed import loaders
+from llmnb.train.folder import run_folder
+from llmnb.train.group import ALONE, Tree, waiting
+from llmnb.train.loop import Progress, accumulate, train_step
+from llmnb.train.machines import check_alike, find_group, launched
+from llmnb.train.rehearsal import rehearse
+from llmnb.train.run import begin, finish, follow, resume
+from llmnb.train.start import checked_size, new_model
+
+# twelve batches to an update: groups of 1, 2, 3, 4, 6 and 12 can share them
+RUN = replace(
+    TINY, backend="cpu", total_batch=12 * 32, steps=9, eval_every=4,
+    save_every=3,
+)  # fmt: skip
+
+
+def words(count, size):
+    """The sum of `count` letters as each of `size` ranks' owner adds it."""
+    letters = np.array([f"{k:x}" for k in range(count)], object)
+
+    def add(a, b):
+        return f"({a}+{b})"
+
+    blocks = []
+    for rank in range(size):
+        tree = Tree(add)
+        for k in range(rank * count // size, (rank + 1) * count // size):
+            tree.push(k, k + 1, letters[k])
+        blocks += tree.blocks
+    tree = Tree(add)
+    for block in blocks:
+        tree.push(*block)
+    return tree.whole()
+
+
+def test_a_sum_does_not_tell_how_many_add():
+    assert words(1, 1) == "0" and words(2, 1) == "(0+1)"
+    assert words(7, 1) == "(((0+1)+(2+3))+((4+5)+6))"
+    for count in range(1, 25):
+        for size in range(1, count + 1):
+            assert words(count, size) == words(count, 1)
+
+
+def test_what_waits_and_what_is_sent():
+    assert [waiting(range(n)) for n in (1, 2, 3, 4, 8)] == [0, 1, 1, 2, 3]
+    assert blocks_of(range(4, 8)) == [(4, 8)]
+    assert blocks_of(range(3, 6)) == [(3, 4), (4, 6)]
+    for size in (1, 300, 256 * 64, 10**6 + 7):
+        for ranks in (1, 2, 3, 7, 256):
+            spans = shards(size, ranks)
+            assert spans[0][0] == 0 and spans[-1][1] == size
+            assert all(
+                a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False)
+            )
+    with pytest.raises(ValueError, match="at most 256 ranks, got 257"):
+        shards(1000, 257)
+
+
+def test_a_loader_passes_over_what_others_read():
+    a, b = (loaders(RUN, small_data())[0] for _ in range(2))
+    for _ in range(a.batches_per_epoch + 2):
+        a.next_batch()
+    b.skip(a.batches_per_epoch + 2)
+    assert a.state == b.state and a.state["epoch"] > 0
+    np.testing.assert_array_equal(a.next_batch()[0], b.next_batch()[0])
+
+
+# the same bits
+
+
+def together(size, folder, steps=None, again=False):
+    """A run of so many ranks: its weights and its steps, of each."""
+
+    def work(group):
+        if group.first and not again:
+            run_folder(folder)
+        group.gather("the folder is there")
+        if again:
+            run, _ = resume(folder, group)
+        else:
+            run = begin(folder, RUN, group)
+        found = list(islice(follow(run), steps))
+        if steps is None:
+            finish(run)
+        elif run.lock:
+            run.lock.release()
+        found = [x._replace(tokens_per_second=None) for x in found]
+        return run.model.memory.flat("params").copy(), found
+
+    return rehearse(size, work)
+
+
+def kept(folder):
+    files = [*folder.glob("state_*"), folder / "model.bin"]
+    return {x.name: x.read_bytes() for x in files}
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The run of one process: its folder, its weights, its steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llmnb.train.run.prepare", lambda _: small_data())
+        folder = tmp_path_factory.mktemp("one") / "a"
+        run = begin(run_folder(folder), RUN)
+        steps = [x._replace(tokens_per_second=None) for x in follow(run)]
+        finish(run)
+    return folder, run.model.memory.flat("params").copy(), steps
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 12])
+def test_the_bits_are_those_of_one(size, one, tmp_path):
+    folder, weights, steps = one
+    assert any(x.skipped for x in steps), "something must be decided"
+    for params, found in together(size, tmp_path / "a"):
+        assert found == steps
+        np.testing.assert_array_equal(params, weights)
+    assert kept(tmp_path / "a") == kept(folder)
+
+
+def test_another_number_goes_on(one, tmp_path):
+    together(4, tmp_path / "a", steps=5)
+    together(3, tmp_path / "a", steps=2, again=True)
+    ((params, _),) = together(1, tmp_path / "a", again=True)
+    np.testing.assert_array_equal(params, one[1])
+    assert kept(tmp_path / "a") == kept(one[0])
+
+
+def test_a_group_of_one_is_a_plain_model():
+    assert type(new_model(RUN, 257, ALONE)) is GPT2
+
+
+# what it takes
+
+
+def test_a_rank_holds_its_part_of_the_averages():
+    def sizes(group):
+        return new_model(RUN, 257, group).memory.sizes()
+
+    whole = sizes(ALONE)
+    parts = rehearse(4, sizes)
+    for kind in ("m", "v"):
+        assert sum(x[kind] for x in parts) == whole[kind]
+        assert max(x[kind] for x in parts) < 0.27 * whole[kind]
+    assert all(x["grads"] == whole["grads"] for x in parts)
+
+
+def test_the_check_of_memory_knows_the_group(monkeypatch):
+    asked = []
+    monkeypatch.setattr("llmnb.train.start.check_room", asked.append)
+    cfg = RUN.model(257)
+    checked_size(RUN, cfg)
+    rehearse(12, lambda group: checked_size(RUN, cfg, group))
+    P = 4 * sum(x.size for x in new_model(RUN, 257).params.values())
+    whole, *rest = asked[:13]
+    less = pytest.approx(3 * P + 2 * P * 11 / 12, abs=2)
+    assert [whole - x for x in rest] == [less] * 12
+
+
+@pytest.mark.parametrize(("size", "blocks"), [(2, 2), (3, 1), (4, 2), (12, 1)])
+def test_bytes_that_are_sent(size, blocks, monkeypatch):
+    """(6.1.2): a block of gradients and the parameters, but for one's own."""
+
+    def work(group):
+        model = new_model(RUN, 257, group)
+        feed, before = loaders(RUN, small_data())[0], group.sent
+        train_step(replace(RUN, skip_loss=0, skip_norm=0), model, feed,
+                   Progress())  # fmt: skip
+        return group.sent - before
+
+    P = 4 * sum(x.size for x in new_model(RUN, 257).params.values())
+    assert len(blocks_of(range(12 // size))) <= blocks
+    most = max(len(blocks_of(range(r * 12 // size, (r + 1) * 12 // size)))
+               for r in range(size))  # fmt: skip
+    assert most == blocks
+    sent = rehearse(size, work)
+    held = [len(blocks_of(range(r * 12 // size, (r + 1) * 12 // size)))
+            for r in range(size)]  # fmt: skip
+    derived = sum(h + 1 for h in held) * P * (size - 1) / size
+    assert sum(sent) == pytest.approx(derived, rel=0.02)
+
+
+def test_an_exchange_in_many_parts(monkeypatch):
+    """Shards that arrive a few numbers at a time, of lengths unlike."""
+    monkeypatch.setattr("llmnb.train.exchange.BUFFER", 400)
+    given = np.random.default_rng(0).normal(size=(6, 1001)).astype("f4")
+
+    def work(group):
+        tree = Tree(lambda a, b: np.add(a, b, out=b))
+        for k in group.share(6):
+            tree.push(k, k + 1, given[k].copy())
+        grads = tree.blocks[-1][2]
+        exchange(group, grads, tree.blocks, 6)
+        return grads[slice(*shards(1001, group.size)[group.rank])]
+
+    tree = Tree(np.add)
+    for k in range(6):
+        tree.push(k, k + 1, given[k])
+    whole = tree.whole()
+    for size in (2, 3, 6):
+        found = np.concatenate(rehearse(size, work))
+        np.testing.assert_array_equal(found, whole)
+
+
+# what is refused
+
+
+def refused(size, config, folder, **where):
+    def work(group):
+        changed = replace(config, **where.get(str(group.rank), {}))
+        if group.first:
+            run_folder(folder)
+        group.gather("there")
+        group.name = "rank {}".format
+        return begin(folder, changed, group)
+
+    with pytest.raises(ValueError) as error:
+        rehearse(size, work)
+    assert not [x for x in folder.iterdir() if x.name != ".lock"]
+    return str(error.value)
+
+
+def test_what_does_not_go_together(tmp_path, monkeypatch):
+    said = refused(5, RUN, tmp_path / "a")
+    assert (
+        "total_batch must be a multiple of 160 tokens (5 batches of 32)"
+        in (said)
+        and said.endswith("got 384")
+    )
+    said = refused(2, RUN, tmp_path / "b", **{"1": {"seed": 43}})
+    assert said == "rank 1 has another seed than rank 0: 43, not 42"
+    said = refused(2, replace(RUN, backend="reference"), tmp_path / "c")
+    assert "backend must be one of 'cpu', got 'reference'" in said
+
+
+def test_a_long_fact_is_cut_to_what_differs():
+    def work(group):
+        group.name = "rank {}".format
+        words = [f"+feature{k}" for k in range(40)]
+        check_alike(group, {"features": " ".join(words[group.rank :])})
+
+    with pytest.raises(ValueError, match="nothing more, not .feature0"):
+        rehearse(2, work)
+
+
+def test_a_loss_that_is_not_finite_is_everyones(tmp_path):
+    def work(group):
+        model = new_model(RUN, 257, group)
+        if group.rank == 1:
+            model.params["lnfb"][:] = np.nan
+        try:
+            accumulate(RUN, model, loaders(RUN, small_data())[0])
+        except FloatingPointError as error:
+            return str(error)
+
+    first, second = rehearse(2, work)
+    assert first == second and "loss is nan at step 0" in first
+
+
+def test_who_was_launched(monkeypatch):
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    assert launched() == 1 and find_group() is ALONE
+    monkeypatch.setenv("PMI_SIZE", "4")
+    assert launched() == 4 and find_group("none") is ALONE
+    with pytest.raises(ValueError, match="group must be one of .* got 'all'"):
+        find_group("all")

@@ -1,0 +1,216 @@
+"""Real processes that train together, started by the wheel's mpirun.
+
+LLMNB_KILLS=30 kills at 30 random moments instead of two.
+"""
+
+import importlib.util
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from commands import LIBRARY
+from processes import ROOT
+
+MPIRUN = Path(sys.executable).with_name("mpirun")
+HERE = importlib.util.find_spec("mpi4py") and MPIRUN.exists()
+pytestmark = [
+    pytest.mark.skipif(
+        not HERE, reason="no mpi4py and mpirun here: pip install llmnb[mpi]"
+    ),
+    pytest.mark.skipif(
+        not Path("/proc/self/environ").exists(),
+        reason="ranks are found in /proc",
+    ),
+]
+OPTIONS = (
+    "-m llmnb.cli train --tokenizer byte --limit 30000 --num-layers 1 "
+    "--num-heads 2 --channels 32 --seq-len 16 --batch-size 2 "
+    "--total-batch 128 --steps 50 --eval-every 20 --eval-batches 3 "
+    "--save-every 5 --keep 3 --skip-loss 2 --skip-norm 2 --skip-window 8"
+)
+TRAIN = [*OPTIONS.split(), "--corpus", str(LIBRARY)]
+LIMIT = 10  # seconds in which all ranks must be gone
+
+
+def ranks(*commands, tcp=False):
+    """Start mpirun with some (count, environment, arguments of Python).
+
+    Returns its Popen, and the mark by which its ranks are found.
+    """
+    mark = uuid.uuid4().hex
+    line = [MPIRUN, "--oversubscribe", "--bind-to", "none"]
+    line += ["--allow-run-as-root"] if os.getuid() == 0 else []
+    line += ["--mca", "btl", "tcp,self"] if tcp else []
+    for count, where, args in commands:
+        pairs = [f"{name}={value}" for name, value in where.items()]
+        line += ["-n", count, "env", *pairs, sys.executable, *args, ":"]
+    process = subprocess.Popen(
+        [str(x) for x in line[:-1]], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "LLMNB_MARK": mark},
+    )  # fmt: skip
+    return process, mark
+
+
+def run(*commands, **how):
+    """Run to the end: its code, and all that it wrote."""
+    process, mark = ranks(*commands, **how)
+    out, err = process.communicate(timeout=300)
+    assert not found(mark)
+    return process.returncode, out + err
+
+
+def found(mark):
+    """The living ranks that have a mark: pid by rank."""
+    pids = {}
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            words = path.read_bytes().split(b"\0")
+            state = (path.parent / "stat").read_text().rpartition(")")[2]
+        except OSError:
+            continue
+        name = b"OMPI_COMM_WORLD_RANK="
+        rank = [x[len(name) :] for x in words if x.startswith(name)]
+        if (
+            f"LLMNB_MARK={mark}".encode() in words
+            and rank
+            and "Z" not in state
+        ):
+            pids[int(rank[0])] = int(path.parent.name)
+    return pids
+
+
+def threads(count):
+    return ["--threads", str(count)]
+
+
+def kept(folder):
+    files = [*folder.glob("state_*"), folder / "model.bin"]
+    return {x.name: x.read_bytes() for x in files}
+
+
+def rows(folder):
+    lines = (folder / "log.csv").read_text().splitlines()
+    return [x.split(",")[:5] for x in lines]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The folder of a run of one process, which mpirun did not start."""
+    folder = tmp_path_factory.mktemp("one") / "a"
+    args = [*TRAIN, "--out", str(folder), *threads(2)]
+    subprocess.run(
+        [sys.executable, *args], check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize(("size", "count"), [(2, 1), (2, 2), (4, 1)])
+def test_the_bits_are_those_of_one(size, count, one, tmp_path):
+    folder = tmp_path / "a"
+    code, said = run(
+        (size, {}, [*TRAIN, "--out", folder, *threads(count)]),
+    )
+    assert code == 0, said
+    assert said.count("corpus  ") == 1, "one speaks for all"
+    assert kept(folder) == kept(one) and rows(folder) == rows(one)
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "number", range(int(os.environ.get("LLMNB_KILLS", 2)))
+)
+def test_a_killed_rank_loses_nothing(number, one, tmp_path):
+    """At any moment after the first state, in the midst of another too."""
+    draw, folder = random.Random(number), tmp_path / "a"
+    size, other = draw.sample([1, 2, 4], 2)
+    size = max(size, 2)
+    process, mark = ranks((size, {}, [*TRAIN, "--out", folder, *threads(1)]))
+    at = draw.randint(2, 45)
+    wait_for(lambda: (folder / "log.csv").exists() and len(rows(folder)) > at)
+    time.sleep(draw.random() / 10)
+    victim = found(mark)[draw.randrange(size)]
+    os.kill(victim, signal.SIGKILL)
+    start = time.monotonic()
+    out, err = process.communicate(timeout=60)
+    wait_for(lambda: not found(mark))
+    assert time.monotonic() - start < LIMIT
+    assert process.returncode != 0 and "rank" in out + err
+    if not any(folder.glob("state_*")):
+        other = size
+    again = ["-m", "llmnb.cli", "train", "--resume", folder, *threads(1)]
+    code, said = run((other, {}, again))
+    assert code == 0, said
+    assert kept(folder) == kept(one) and rows(folder) == rows(one)
+
+
+def test_a_rank_that_hangs_ends_all(tmp_path):
+    args = [*TRAIN, "--out", tmp_path / "a", "--steps", 10**6, *threads(1)]
+    process, mark = ranks((2, {}, args))
+    log = tmp_path / "a" / "log.csv"
+    wait_for(lambda: log.exists() and len(rows(tmp_path / "a")) > 6)
+    os.kill(found(mark)[1], signal.SIGSTOP)
+    start = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - start < LIMIT
+    assert err.count("llmnb: error: rank 1 on ") == 1, err
+    assert "has not answered for" in err and not found(mark)
+
+
+NO_MEMORY = """
+from llmnb.arena import Arena
+from llmnb.cli.__main__ import main
+
+def fail(nbytes):
+    raise MemoryError
+
+Arena.__init__.__defaults__ = (fail,)
+main()
+"""
+
+
+def test_a_rank_without_memory_ends_all(tmp_path):
+    """It says what it needed; the others do not wait for it."""
+    args = [*TRAIN, "--out", tmp_path / "a", *threads(1)]
+    code, said = run((1, {}, args), (1, {}, ["-c", NO_MEMORY, *args[2:]]))
+    lines = [x for x in said.splitlines() if "llmnb: error" in x]
+    assert code != 0 and len(lines) == 1, said
+    assert "rank 1 on" in lines[0] and "one block of" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("where", "more", "words"),
+    [
+        ({}, ["--seed", "7"], "another seed than rank 0: 7, not 42"),
+        ({"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}, [],
+         "another NUMBA_CPU_FEATURES than rank 0"),
+        ({}, ["--limit", "20000"], "another limit than rank 0"),
+    ],
+)  # fmt: skip
+def test_ranks_that_differ_are_refused(where, more, words, tmp_path):
+    args = [*TRAIN, "--out", tmp_path / "a", *threads(1)]
+    code, said = run((1, {}, args), (1, where, [*args, *more]))
+    lines = [x for x in said.splitlines() if "llmnb: error" in x]
+    assert code != 0 and len(lines) == 1, said
+    assert "rank 1 on" in lines[0] and words in lines[0]
+    assert not (tmp_path / "a" / "config.json").exists()
+
+
+def test_a_number_that_does_not_divide_is_refused(tmp_path):
+    args = [*TRAIN, "--out", tmp_path / "a", *threads(1)]
+    code, said = run((3, {}, args))
+    assert code != 0 and "a multiple of 96 tokens (3 batches of 32)" in said
+    assert said.count("llmnb: error") == 1
