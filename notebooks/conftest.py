@@ -1,10 +1,17 @@
 """What nbval does otherwise here than by default.
 
 It gives a cell 5 s for its output after it has run: too few for ours. And of
-pictures it skips PNG only: yours may be PNG where an SVG is stored.
+pictures it skips PNG only: yours may be PNG where an SVG is stored. It runs a
+notebook with the Python that runs it, not with a kernel that the file names;
+said here and not in pyproject.toml, so that pytest runs without nbval too.
 """
 
 PICTURES = ("image/svg+xml",)
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "nbval_current_env"):
+        config.option.nbval_current_env = True
 
 
 def pytest_collection_modifyitems(items):

@@ -4,6 +4,7 @@ import os
 import stat
 
 import pytest
+import standin
 
 from llmnb.cli.__main__ import main
 from llmnb.text import tokenizer
@@ -18,6 +19,15 @@ def gpt2():
         return tokenizer.gpt2()
     except ConnectionError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def on_standin(tmp_path_factory):
+    """Run a program on the stand-in driver; gives what it prints."""
+    if standin.no_standin():
+        pytest.skip(standin.no_standin())
+    folder = tmp_path_factory.mktemp("driver")
+    return standin.runner(standin.compiled(folder))
 
 
 @pytest.fixture

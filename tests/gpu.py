@@ -14,7 +14,7 @@ import pytest
 from llmnb import reference
 from llmnb.bench.ladders import Sizes, ladder_named
 from llmnb.gpu.launch import missing, simulated, to_device, to_host
-from llmnb.gpu.ptx import assemble, compile_kernel, no_compiler
+from llmnb.gpu.ptx import compile_kernel, no_compiler
 from llmnb.gpu.simulator import watch
 
 PLACES = [simulated] if missing() else [simulated, to_device]
@@ -87,16 +87,7 @@ def _close(name, got, want, tol):
     assert error < tol, f"{name}: {error:.1e} from the reference"
 
 
-@functools.cache
-def compiled(kernel, kinds, cc):
-    """A kernel's machine code; numba translates it once for all generations.
-
-    The PTX is the same for all, but for the name of the generation in it,
-    which test_cuda_matmul checks on its longest kernel.
-    """
-    if cc == GENERATIONS[0]:
-        return compile_kernel(kernel, kinds, cc)
-    return assemble(compiled(kernel, kinds, GENERATIONS[0]).ptx, cc)
+compiled = functools.cache(compile_kernel)
 
 
 def check_machine_code(seen, stack=0):

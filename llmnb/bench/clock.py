@@ -15,6 +15,7 @@ import numpy as np
 
 from llmnb.gpu.launch import empty, kernel, missing, to_device
 from llmnb.gpu.simulator import cuda, load4, store4
+from llmnb.gpu.toolkit import numba_cuda
 
 
 # three kernels that measure
@@ -64,8 +65,7 @@ class Clock:
     """
 
     def __init__(self):
-        from numba import cuda as real
-
+        real = numba_cuda()
         gpu = real.get_current_device()
         self._grid = 8 * gpu.MULTIPROCESSOR_COUNT
         floats = max(gpu.L2_CACHE_SIZE, 1 << 20)  # four times its bytes
@@ -116,8 +116,7 @@ def limits(clock):
 
     Derived in chapter 3.12.
     """
-    from numba import cuda as real
-
+    real = numba_cuda()
     grid = 8 * real.get_current_device().MULTIPROCESSOR_COUNT
     chains = to_device(np.full(256 * grid, 0.5, np.float32))
     here, turns = to_device(np.zeros(1 << 26, np.float32)), 4096
@@ -153,8 +152,7 @@ def gpu_facts():
 
     Derived in chapter 3.12.
     """
-    from numba import cuda as real
-
+    real = numba_cuda()
     gpu, said = real.get_current_device(), None
     fields = "driver_version,clocks.sm,clocks.mem,power.limit"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv"]

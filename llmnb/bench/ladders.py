@@ -237,6 +237,13 @@ def _adamw_as_written(params, grads, m, v, settings):
     reference.adamw_update(params, grads, m, v, _SETTINGS)
 
 
+def _classifier_as_written(losses, lse, logits, dlosses, targets, V):
+    """The reference of fused_classifier: forward, then backward in place."""
+    reference.crossentropy_softmax_forward(losses, lse, logits, targets, V)
+    arrays = dlosses, logits, lse, targets
+    reference.crossentropy_softmax_backward(logits, *arrays, V)
+
+
 # PyTorch's operations
 def _rival(forward):
     """What runs a forward pass: a function of torch and the arguments."""
@@ -297,6 +304,19 @@ def _losses(torch, a):
     return loss(rows, targets, reduction="none").view(a.targets.shape)
 
 
+def _losses_and_slopes(torch, a):
+    """PyTorch's losses, and the gradient of their weighted sum."""
+
+    def run():
+        inputs = SimpleNamespace(**vars(a))
+        inputs.logits = a.logits.detach().requires_grad_()
+        out = _losses(torch, inputs)
+        (slopes,) = torch.autograd.grad(out, [inputs.logits], a.dlosses)
+        return out, torch.logsumexp(a.logits, -1), slopes
+
+    return run
+
+
 def _torch_adamw(torch, a):
     weights = torch.nn.Parameter(a.params)
     weights.grad = a.grads
@@ -321,7 +341,7 @@ LADDERS = (
     Ladder("encoder_forward", _rival(_encoder), table="wte"),
     Ladder(
         "encoder_backward", _gradient(_encoder, "wte", "wpe"), True,
-        table="dwte",
+        table="dwte", work=lambda s: cuda.encoder_scratch(s.B * s.T),
     ),
     Ladder("layernorm_forward", _rival(_layernorm)),
     Ladder(
@@ -367,6 +387,10 @@ LADDERS = (
     Ladder(
         "crossentropy_softmax_backward", _gradient(_losses, "logits"),
         settle=_after_loss, checked=1, counted=LONG_ROWS,
+    ),
+    Ladder(
+        "fused_classifier", _losses_and_slopes, True, _pad,
+        reference=_classifier_as_written, checked=1, counted=LONG_ROWS,
     ),
     Ladder(
         "adamw_apply", _torch_adamw, True, _adamw_settled,

@@ -5,7 +5,8 @@
 __all__ = [
     "CONTESTANTS", "decoder_contestant", "llmc_contestant",
     "llmnb_contestant", "main", "peak_memory", "random_batch", "serve",
-    "torch_contestant", "torch_on", "transformers_contestant", "write_random",
+    "torch_contestant", "torch_on", "transformers_contestant", "version_of",
+    "write_random",
 ]
 
 
@@ -119,10 +120,11 @@ def llmnb_contestant(spec):
 # our contestant on a GPU
 def _on_gpu(model, batch, numbers, graph):
     """The step and the facts of a model on a GPU."""
-    from numba import cuda as real
-
     from llmnb.bench.clock import Clock, limits
     from llmnb.bench.stopwatch import Stopwatch, timed_step
+    from llmnb.gpu.toolkit import numba_cuda
+
+    wait = numba_cuda().synchronize
 
     def step():
         if graph:
@@ -132,7 +134,7 @@ def _on_gpu(model, batch, numbers, graph):
             model.backward()
             model.clip_gradients(float("inf"))
             model.update(step=next(numbers))
-        real.synchronize()
+        wait()
         return {"loss": loss}
 
     def facts():
@@ -141,7 +143,7 @@ def _on_gpu(model, batch, numbers, graph):
         found |= _our_facts("cuda") | limits(Clock())
         if graph:
             return found
-        model.ops = Stopwatch(model.ops, real.synchronize)
+        model.ops = Stopwatch(model.ops, wait)
         apart = [timed_step(model, *batch, next(numbers)) for _ in range(3)]
         return found | {"apart": apart}
 
@@ -149,16 +151,29 @@ def _on_gpu(model, batch, numbers, graph):
 
 
 # our facts
+def version_of(name):
+    """An installed package's version; None for one that is only on the path.
+
+    A checkout that was copied onto a machine is such a one.
+
+    Derived in chapter A.8.
+    """
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 def _our_facts(backend):
     """Threads, versions, and for the cpu backend the peak of FMAs."""
-    from importlib.metadata import version
-
     import numba
 
     names = ["llmnb", "numpy", "numba"]
     names += ["numba-cuda"] * (backend == "cuda")
     facts = {"threads": numba.get_num_threads()}
-    facts["versions"] = {name: version(name) for name in names}
+    facts["versions"] = {name: version_of(name) for name in names}
     if backend == "cpu":
         from llmnb.bench.peak import fma_peak
 

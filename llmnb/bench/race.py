@@ -36,6 +36,7 @@ PEERS = (
     "torch-bf16",
     "torch-tf32",
     "torch-compile-tf32",
+    "torch-compile-bf16",
 )
 
 
@@ -91,7 +92,8 @@ class Contestant:
         env = _environment(settings.threads, cache)
         if spec["kind"].startswith("llm"):  # which needs llmnb and no torch
             python = sys.executable
-            env["PYTHONPATH"] = str(Path(peers.__file__).parents[2])
+            paths = Path(peers.__file__).parents[2], env.get("PYTHONPATH")
+            env["PYTHONPATH"] = os.pathsep.join(map(str, filter(None, paths)))
         self._folder = tempfile.TemporaryDirectory()
         spec = {"folder": self._folder.name, **spec}
         self._said = Path(self._folder.name, "stderr")
@@ -247,31 +249,44 @@ def take_turns(turns, rounds, pause=0.0):
 
 
 # the race
+def _or_why(function):
+    """What a function returns; a dict that says why, where it cannot."""
+    try:
+        return function()
+    except (NotImplementedError, ChildProcessError) as why:
+        return {"unmeasured": str(why)}
+
+
 def race(specs, rounds, settings, bar=iter):
     """Let contestants, each in a process of its own, take turns.
 
-    specs: a dict from name to a spec, see `peers`. rounds: how many. bar:
-    takes the rounds and gives them back, such as tqdm. Returns a dict from
-    name to a dict: for each key of a step's answer the list of its values,
-    one a round, and what the process knows about itself; or why it is
-    unmeasured. Raises ChildProcessError in one sentence.
+    On a GPU, whose memory does not hold them all, each runs alone, one after
+    the other. specs: a dict from name to a spec, see `peers`. rounds: how
+    many. bar: takes the rounds and gives them back, such as tqdm. Returns a
+    dict from name to a dict: for each key of a step's answer the list of its
+    values, one a round, and what the process knows about itself; or why it is
+    unmeasured, which stops nobody else.
 
     Derived in chapter A.8.
     """
+    if settings.backend == "cuda" and len(specs) > 1:
+        alone = [race({k: x}, rounds, settings, bar) for k, x in specs.items()]
+        return {name: row for each in alone for name, row in each.items()}
     found, runners = {}, {}
     with ExitStack() as stack:
         for name, spec in specs.items():
-            try:
-                runner = Contestant(name, spec, settings)
-            except NotImplementedError as why:
-                found[name] = {"unmeasured": str(why)}
+            runner = _or_why(partial(Contestant, name, spec, settings))
+            if isinstance(runner, dict):
+                found[name] = runner
                 continue
             stack.callback(runner.close)
             runners[name] = runner
-        steps = {name: runner.step for name, runner in runners.items()}
+        steps = {k: partial(_or_why, x.step) for k, x in runners.items()}
         turns = take_turns(steps, bar(range(rounds)), PAUSE)
         for name, each in turns.items():
-            found[name] = by_key(each) | runners[name].finish()
+            each = [*each, _or_why(runners[name].finish)]
+            why = next((x for x in each if "unmeasured" in x), None)
+            found[name] = why or by_key(each[:-1]) | each[-1]
     return {name: found[name] for name in specs}
 
 
@@ -339,10 +354,10 @@ def _start(name, spec, settings):
     with tempfile.TemporaryDirectory() as cache:
         for kind in ("cold", "warm"):
             begin = time.perf_counter()
-            try:
-                runner = Contestant(name, spec, settings, cache)
-            except NotImplementedError as why:
-                return {"unmeasured": str(why)}
+            start = partial(Contestant, name, spec, settings, cache)
+            runner = _or_why(start)
+            if isinstance(runner, dict):
+                return runner
             with closing(runner):
                 runner.step()
                 seconds[kind] = time.perf_counter() - begin

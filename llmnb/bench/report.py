@@ -23,6 +23,11 @@ _COLUMNS = {
     ],
     "start": [("cold, s", "cold", 1, ".2f"), ("warm, s", "warm", 1, ".2f")],
     "losses": [("losses at most away", "worst", 1, ".1e")],
+    "gradients": [
+        ("loss away", "loss_apart", 1, ".1e"),
+        ("worst gradient away", "worst", 1, ".1e"),
+        ("steps of 4 with the same bits", "same_steps", 1, "d"),
+    ],
     "write": [
         ("first token, ms", "first_seconds", 1e3, ",.1f"),
         ("later token, ms", "token_seconds", 1e3, ",.2f"),

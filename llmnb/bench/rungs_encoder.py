@@ -37,7 +37,7 @@ def _backward_atomic(dwte, dwpe, dout, inp, T):
         cuda.atomic.add(dwpe, (n % T, c), dy)
 
 
-def _backward_with_atomics(dwte, dwpe, dout, inp):
+def _backward_with_atomics(dwte, dwpe, dout, inp, work=None):
     """encoder_backward by atomics, in an order that changes run by run."""
     B, T, C = dout.shape
     rows, places = dout.reshape(B * T, C), inp.reshape(B * T)
@@ -46,7 +46,7 @@ def _backward_with_atomics(dwte, dwpe, dout, inp):
 
 
 # backward, the rungs
-def _backward_a_place(dwte, dwpe, dout, inp):
+def _backward_a_place(dwte, dwpe, dout, inp, work=None):
     """encoder_backward with a thread for each channel, token by token."""
     B, T, C = dout.shape
     rows, places = dout.reshape(B * T, C), inp.reshape(B * T)

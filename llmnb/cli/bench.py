@@ -79,7 +79,8 @@ def run(args):
     """Time training steps on random tokens.
 
     Tokens a second, memory, where the time goes. Every contestant has a
-    process of its own; they take turns, and all are in memory at once.
+    process of its own; they take turns, and all are in memory at once. On a
+    GPU each runs alone.
 
     Derived in chapter 4.26.
     """
@@ -88,11 +89,8 @@ def run(args):
             raise FileNotFoundError(f"there is no folder {Path(path).parent}")
     measure = _writers if args.write else _steps
     result = {"command": _command(sys.argv[1:]), **measure(args)}
-    as_json = json.dumps(result, indent=1)
-    print(as_json if args.json == "-" else report(result))
-    if args.json and args.json != "-":
-        with replacing(args.json) as file:
-            file.write(as_json.encode() + b"\n")
+    print(_json(result) if args.json == "-" else report(result))
+    _keep(args.json, result)
     if args.plot:
         from matplotlib import style
 
@@ -106,6 +104,18 @@ def run(args):
             draw(result).savefig(file, format="png")
 
 
+def _json(result):
+    return json.dumps(result, indent=1)
+
+
+def _keep(path, result):
+    """Write a result, or what there is of it so far, if a file is wanted."""
+    if path and path != "-":
+        result = {"command": _command(sys.argv[1:])} | result
+        with replacing(path) as file:
+            file.write(_json(result).encode() + b"\n")
+
+
 # measure steps and kernels
 def _steps(args):
     gpu = args.backend == "cuda"
@@ -114,7 +124,8 @@ def _steps(args):
     precisions = args.precision or ["fp32", "tf32" if gpu else "bf16"]
     bar = partial(progress_bar, unit="round", leave=False)
     settings = _settings(args)._replace(precisions=tuple(precisions))
-    result = bench(_configs_of(args), settings, args.start, bar)
+    keep = partial(_keep, args.json)
+    result = bench(_configs_of(args), settings, args.start, bar, keep)
     if args.kernels is not None:
         bar = partial(progress_bar, unit="layer", leave=False)
         result["contests"] += kernel_contests(args.kernels, bar=bar)

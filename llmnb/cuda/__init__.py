@@ -26,6 +26,7 @@ from llmnb.gpu.graph import *
 from llmnb.gpu.launch import *
 from llmnb.gpu.ptx import *
 from llmnb.gpu.simulator import *
+from llmnb.gpu.toolkit import *
 from llmnb.gpu.warp import *
 
 __all__ = [

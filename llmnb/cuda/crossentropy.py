@@ -2,7 +2,10 @@
 
 """Softmax and cross-entropy on a GPU, forward and backward."""
 
-__all__ = ["crossentropy_softmax_backward", "crossentropy_softmax_forward"]
+__all__ = [
+    "crossentropy_softmax_backward", "crossentropy_softmax_forward",
+    "fused_classifier",
+]
 
 
 # imports of the kernels
@@ -80,19 +83,26 @@ def _with_four(top, total, a, b, c, d):
 
 
 # loss and lse by blocks
-@kernel(launch_bounds=1024)
-def _loss_by_blocks(losses, lse, logits, targets, V, whole):
-    row, me, step = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
-    tops = cuda.shared.array(32, np.float32)
-    totals = cuda.shared.array(32, np.float32)
-    top, total, Vp = _LOWEST, np.float32(0), logits.shape[1]
+@device
+def _row_merged(logits, row, V, whole, tops, totals):
+    """The pair of a row, which all threads of a block read together."""
+    me, step, Vp = cuda.threadIdx.x, cuda.blockDim.x, logits.shape[1]
+    top, total = _LOWEST, np.float32(0)
     for i in range(4 * me, whole, 4 * step):
         a, b, c, d = load4(logits, row * Vp + i)
         top, total = _with_four(top, total, a, b, c, d)
     for i in range(whole + me, V, step):
         top, total = _merged(top, total, logits[row, i], np.float32(1))
-    top, total = _block_merged(top, total, tops, totals)
-    if me == 0:
+    return _block_merged(top, total, tops, totals)
+
+
+@kernel(launch_bounds=1024)
+def _loss_by_blocks(losses, lse, logits, targets, V, whole):
+    row = cuda.blockIdx.x
+    tops = cuda.shared.array(32, np.float32)
+    totals = cuda.shared.array(32, np.float32)
+    top, total = _row_merged(logits, row, V, whole, tops, totals)
+    if cuda.threadIdx.x == 0:
         lse[row] = top + math.log(total)
         losses[row] = top + math.log(total) - logits[row, targets[row]]
 
@@ -131,11 +141,10 @@ def _slope(x, shift, scale, hit):
     return scale * (math.exp(x - shift) - y)
 
 
-@kernel(launch_bounds=1024)
-def _slopes_by_blocks(dlogits, dlosses, logits, lse, targets, V, whole):
-    row, me, step = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
-    k, shift, scale = targets[row], lse[row], dlosses[row]
-    Vp = logits.shape[1]
+@device
+def _row_of_slopes(dlogits, logits, row, k, shift, scale, V, whole):
+    """Write p - y of a row, scaled; all threads of a block together."""
+    me, step, Vp = cuda.threadIdx.x, cuda.blockDim.x, logits.shape[1]
     for i in range(4 * me, whole, 4 * step):
         a, b, c, d = load4(logits, row * Vp + i)
         a = _slope(a, shift, scale, i == k)
@@ -148,6 +157,13 @@ def _slopes_by_blocks(dlogits, dlosses, logits, lse, targets, V, whole):
         if i < V:
             slope = _slope(logits[row, i], shift, scale, i == k)
         dlogits[row, i] = slope
+
+
+@kernel(launch_bounds=1024)
+def _slopes_by_blocks(dlogits, dlosses, logits, lse, targets, V, whole):
+    row = cuda.blockIdx.x
+    k, shift, scale = targets[row], lse[row], dlosses[row]
+    _row_of_slopes(dlogits, logits, row, k, shift, scale, V, whole)
 
 
 # the backward pass
@@ -165,3 +181,34 @@ def crossentropy_softmax_backward(dlogits, dlosses, logits, lse, targets, V):
     arrays = _rows(dlogits, dlosses, logits, lse, targets)
     whole, block = _whole(V, arrays[0], arrays[2]), _threads(-(-V // 4))
     _slopes_by_blocks[len(arrays[0]), block](*arrays, V, whole)
+
+
+# loss and gradient in one launch
+@kernel(launch_bounds=1024)
+def _both_by_blocks(losses, lse, logits, dlosses, targets, V, whole):
+    row = cuda.blockIdx.x
+    tops = cuda.shared.array(32, np.float32)
+    totals = cuda.shared.array(32, np.float32)
+    k, scale = targets[row], dlosses[row]
+    top, total = _row_merged(logits, row, V, whole, tops, totals)
+    shift = top + math.log(total)
+    if cuda.threadIdx.x == 0:
+        lse[row] = shift
+        losses[row] = shift - logits[row, k]
+    cuda.syncthreads()
+    _row_of_slopes(logits, logits, row, k, shift, scale, V, whole)
+
+
+@shapes("B T!, B T!, B T Vp!, B T, B T of V, 1 to Vp", DEVICE)
+def fused_classifier(losses, lse, logits, dlosses, targets, V):
+    """Losses, and their gradient in the place of the logits, in one launch.
+
+    The same as crossentropy_softmax_forward(losses, lse, logits, targets, V)
+    and crossentropy_softmax_backward(logits, dlosses, logits, lse, targets,
+    V), to the bit, and raises what they raise.
+
+    Derived in chapter 3.8.
+    """
+    arrays = _rows(losses, lse, logits, dlosses, targets)
+    whole, block = _whole(V, arrays[2]), _threads(-(-V // 4))
+    _both_by_blocks[len(arrays[2]), block](*arrays, V, whole)

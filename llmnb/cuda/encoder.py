@@ -8,7 +8,7 @@ __all__ = ["encoder_backward", "encoder_forward"]
 # imports of the encoder
 import numpy as np
 
-from llmnb.gpu.launch import DEVICE, aligned, device, kernel
+from llmnb.gpu.launch import DEVICE, aligned, device, given_work, kernel
 from llmnb.gpu.simulator import cuda, load4, store4
 from llmnb.shapes import shapes
 
@@ -94,38 +94,91 @@ def positions_by_one(dwpe, dout, T):
         dwpe[t, c] = total
 
 
-# a vote on 32 places
-@device
-def _where(inp, first, begin, end, token):
-    """A bit for each lane's place, first + lane: whether token stands there.
+# places into buckets
+_ALL = 0xFFFFFFFF  # lanes
+_MOST = 1024  # buckets
 
-    Places outside begin to end do not count. For whole warps.
+
+@kernel
+def _into_buckets(order, starts, inp, K):
+    k, lane = cuda.grid(1) // 32, cuda.laneid
+    if k >= K:
+        return
+    rows, begin = len(inp), 0
+    for first in range(0, rows, 32):
+        n = first + lane
+        lower = n < rows and inp[n] % K < k
+        begin += cuda.popc(cuda.ballot_sync(_ALL, lower))
+    at = begin
+    for first in range(0, rows, 32):
+        n = first + lane
+        mine = n < rows and inp[n] % K == k
+        bits = cuda.ballot_sync(_ALL, mine)
+        if mine:
+            order[at + cuda.popc(bits & ((1 << lane) - 1))] = n
+        at += cuda.popc(bits)
+    if lane == 0:
+        starts[k] = begin
+        if k == K - 1:
+            starts[K] = rows
+
+
+def _buckets(rows):
+    """How many buckets rows places go into: 16 to each, on average."""
+    return min(_MOST, -(-rows // 16))
+
+
+def encoder_scratch(rows):
+    """How many elements `work` needs for B * T = rows places."""
+    return rows + _buckets(rows) + 1
+
+
+def into_buckets(inp, work):
+    """Sort places into buckets by their tokens; launches one kernel.
+
+    inp: a device's int32 (rows,). work: a device's float32 of
+    `encoder_scratch(rows)` elements. Returns three things: the places,
+    bucket after bucket, each in the order of the text; where each bucket
+    begins, and where the last ends, both int32 in work; how many there are.
+    """
+    rows, K, ints = inp.size, _buckets(inp.size), work.view(np.int32)
+    order, starts = ints[:rows], ints[rows : rows + K + 1]
+    _into_buckets[-(-K * 32 // THREADS), THREADS](order, starts, inp, K)
+    return order, starts, K
+
+
+# a vote on 32 entries
+@device
+def _where(inp, order, first, end, token):
+    """A bit for each lane's entry, first + lane: whether token stands there.
+
+    Entries from end on do not count. For whole warps.
     """
     i = first + cuda.laneid
-    here = i >= begin and i < end and inp[i] == token
-    return cuda.ballot_sync(0xFFFFFFFF, here)
+    return cuda.ballot_sync(_ALL, i < end and inp[order[i]] == token)
 
 
 # four channels a thread
 @kernel
-def _tokens_by_four(dwte, dout, inp):
-    n, i = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
-    rows, C = dout.shape
+def _tokens_by_four(dwte, dout, inp, order, starts, K):
+    at, i = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
+    C = dout.shape[1]
     if (i - cuda.laneid) * 4 >= C:
         return  # nothing is left for this warp
-    token, c, mine = int(inp[n]), i * 4, i * 4 < C
-    for first in range(0, n, 32):
-        if _where(inp, first, 0, n, token) != 0:
-            return
+    token, c, mine = int(inp[order[at]]), i * 4, i * 4 < C
+    begin, end = starts[token % K], starts[token % K + 1]
+    for first in range(begin, at, 32):
+        if _where(inp, order, first, at, token) != 0:
+            return  # the block of an earlier entry does it all
     x = y = z = w = np.float32(0)
     if mine:
         x, y, z, w = load4(dwte, token * C + c)
-    for first in range(n // 32 * 32, rows, 32):
-        bits = _where(inp, first, n, rows, token)
+    for first in range(at, end, 32):
+        bits = _where(inp, order, first, end, token)
         if mine and bits != 0:
             for k in range(32):
                 if (bits >> k) & 1:
-                    p, q, r, s = load4(dout, (first + k) * C + c)
+                    p, q, r, s = load4(dout, order[first + k] * C + c)
                     x, y, z, w = x + p, y + q, z + r, w + s
     if mine:
         store4(dwte, token * C + c, x, y, z, w)
@@ -145,26 +198,33 @@ def _positions_by_four(dwpe, dout, T):
 
 
 # the encoder, backward
-@shapes("Vp C!, T+ C!, B T C, B T of Vp", DEVICE)
-def encoder_backward(dwte, dwpe, dout, inp):
+@shapes("Vp C!, T+ C!, B T C, B T of Vp, W!?", DEVICE)
+def encoder_backward(dwte, dwpe, dout, inp, work=None):
     """Add dout's rows to the rows of the tables that they came from.
 
     dwte  (Vp, C)        float32, added to; rows of absent tokens stay
     dwpe  (T_max, C)     float32, added to; rows from T on stay
     dout  (B, T, C)      float32
     inp   (B, T)         int32, as in the forward pass
+    work  (W,)           float32, W >= encoder_scratch(B * T); overwritten,
+                         allocated when None
 
-    All on a device. A block for each place: the first of each token adds
-    all rows in the order of the text. A thread has four channels, or one,
-    as in `encoder_forward`, which says what is raised.
+    All on a device. The places are sorted into buckets; a block for each
+    place: the first of each token adds all rows in the order of the text. A
+    thread has four channels, or one and no buckets, as in `encoder_forward`,
+    which says what is raised; ValueError, too, where work is too small.
 
     Derived in chapter 3.3.
     """
     B, T, C = dout.shape
-    tokens, positions, each = tokens_by_one, positions_by_one, 1
-    if C % 4 == 0 and aligned(dwte, dwpe, dout):
-        tokens, positions, each = _tokens_by_four, _positions_by_four, 4
     rows, places = dout.reshape(B * T, C), inp.reshape(B * T)
-    step = each * THREADS  # channels that one block owns
-    tokens[(B * T, -(-C // step)), THREADS](dwte, rows, places)
-    positions[-(-T * C // step), THREADS](dwpe, rows, T)
+    if C % 4 or not aligned(dwte, dwpe, dout):
+        grid = B * T, -(-C // THREADS)
+        tokens_by_one[grid, THREADS](dwte, rows, places)
+        positions_by_one[-(-T * C // THREADS), THREADS](dwpe, rows, T)
+        return
+    work = given_work("encoder_backward", work, encoder_scratch(B * T), dout)
+    step = 4 * THREADS  # channels that one block owns
+    grid, found = (B * T, -(-C // step)), into_buckets(places, work)
+    _tokens_by_four[grid, THREADS](dwte, rows, places, *found)
+    _positions_by_four[-(-T * C // step), THREADS](dwpe, rows, T)

@@ -11,6 +11,7 @@ import gc
 import weakref
 
 from llmnb.gpu.launch import DeviceArray, stream
+from llmnb.gpu.toolkit import numba_cuda
 
 
 # a graph
@@ -53,9 +54,7 @@ def _stream():
 
     It waits for what was put on the default stream before, and that for it.
     """
-    from numba import cuda as real
-
-    return real.stream()
+    return numba_cuda().stream()
 
 
 def _asked(answer):
@@ -70,8 +69,8 @@ def _asked(answer):
 def _recorded(function):
     """An executable graph of what a function launches; nothing runs yet."""
     from cuda.bindings import driver
-    from numba import cuda as real
 
+    real = numba_cuda()
     place = _stream()
     mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
     place.synchronize()

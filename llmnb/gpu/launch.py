@@ -12,15 +12,17 @@ __all__ = [
 
 # imports of the launch
 import functools
-import importlib.util
 import os
 import types
+import warnings
 from contextlib import contextmanager
 
 import numpy as np
 
 from llmnb.checks import FLOATS, INTS, check_fit
+from llmnb.gpu.ptx import no_compiler
 from llmnb.gpu.simulator import cuda, load4, placed, record, simulate, store4
+from llmnb.gpu.toolkit import absent, gpus, numba_cuda
 from llmnb.shapes import Memory
 
 
@@ -30,18 +32,18 @@ def missing():
     """Why kernels run on the simulator; empty where they run on a GPU.
 
     LLMNB_CUDA=simulator chooses the simulator even where there is a GPU.
+    Warns where there is one that cannot be used.
 
     Derived in chapter A.6.
     """
     if os.environ.get("LLMNB_CUDA") == "simulator":
         return "LLMNB_CUDA asks for the simulator"
-    if importlib.util.find_spec("numba_cuda") is None:
-        return "numba-cuda is not installed: pip install 'llmnb[cuda]'"
-    from numba import cuda as real
-
-    if not real.is_available():
-        return "numba-cuda finds no NVIDIA GPU with a driver"
-    return ""
+    if not gpus():
+        return absent() or "numba-cuda finds no NVIDIA GPU with a driver"
+    why = no_compiler() or numba_cuda().cuda_error() or ""
+    if why:
+        warnings.warn(f"there is a GPU, but {why}", stacklevel=2)
+    return why
 
 
 # arrays on the device
@@ -112,9 +114,7 @@ def to_device(array):
     """
     if missing():
         return simulated(array)
-    from numba import cuda as real
-
-    return real.to_device(np.ascontiguousarray(array))
+    return numba_cuda().to_device(np.ascontiguousarray(array))
 
 
 def to_host(array):
@@ -140,9 +140,7 @@ def empty(shape, dtype=np.float32, like=None):
         dtype = np.dtype(dtype)
         poison = np.nan if dtype.kind == "f" else np.iinfo(dtype).max - 77
         return simulated(np.full(shape, poison, dtype))
-    from numba import cuda as real
-
-    return real.device_array(shape, dtype)
+    return numba_cuda().device_array(shape, dtype)
 
 
 def given_work(name, work, floats, like):
@@ -275,10 +273,8 @@ def _real_vectors():
 @functools.cache
 def _real_names():
     """numba's own objects for the simulator's, by id."""
-    from numba import cuda as real
-
     load, store = _real_vectors()
-    return {id(cuda): real, id(load4): load, id(store4): store}
+    return {id(cuda): numba_cuda(), id(load4): load, id(store4): store}
 
 
 # the same function for numba
@@ -364,14 +360,12 @@ class Kernel:
     def compiled(self):
         """numba's kernel, compiled when first launched; needs numba-cuda."""
         if self._made is None:
-            from numba import cuda as real
+            jit = numba_cuda().jit
             from numba.cuda.core import config
 
             # a small grid is no mistake here, and no reason for a warning
             config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
-            self._made = real.jit(
-                _real_function(self.function), **self.options
-            )
+            self._made = jit(_real_function(self.function), **self.options)
         return self._made
 
 
@@ -381,11 +375,12 @@ def kernel(function=None, **options):
 
     options: numba's `launch_bounds`, the largest number of threads a block
     will have; `fastmath`, on unless False: a product and a sum become one
-    instruction, exp and division are approximate.
+    instruction, exp and division are approximate; `lto`, off unless True:
+    the assembler optimises once more, and forgets parts of fastmath.
 
     Derived in chapter A.6.
     """
-    options = {"fastmath": True} | options
+    options = {"fastmath": True, "lto": False} | options
     if function is None:
         return functools.partial(kernel, **options)
     return Kernel(function, **options)

@@ -201,6 +201,7 @@ for group, size in model.memory.sizes().items():
 # %% imports of the benchmark of steps tags=["export"] module="bench.bench"
 import math
 import tempfile
+from functools import partial
 from statistics import median
 
 from llmnb.arena import footprint
@@ -250,29 +251,39 @@ def _model_words(cfg):
 
 
 # %% the benchmark tags=["export"] module="bench.bench"
-def bench(configs, settings=None, start=False, bar=iter):
+def bench(configs, settings=None, start=False, bar=iter, keep=None):
     """Measure training steps, and starts; a dict ready for JSON.
 
     configs: a dict from name to (GPT2Config, batch_size, seq_len), such as
     `CONFIGS`. settings: a `race.Settings`. start: whether to measure starts
-    of the small model too. bar: see `race`. contests, a list, holds what was
-    measured. Seconds are those of the rounds, in order; memory is in bytes.
+    of the small model too. bar: see `race`. keep: called with the result so
+    far after each contest, to be written down. contests, a list, holds what
+    was measured. Seconds are those of the rounds, in order; memory is in bytes.
     Raises ValueError, MemoryError, ChildProcessError, or FloatingPointError
     at a loss that is not finite, in one sentence.
     """
     settings = settings or Settings()
     lineup(settings)  # so that a mistake is found before anything is built
-    result = facts_of(settings)
-    contests = [_steps(k, *x, settings, bar) for k, x in configs.items()]
+    result = facts_of(settings) | {"contests": []}
+    parts = [partial(_steps, k, *x, settings, bar) for k, x in configs.items()]
     if "gpu" in result and configs:
-        contests.append(losses_contest(settings.precisions, settings))
+        parts.append(partial(losses_contest, settings.precisions, settings))
     if start:
-        contests.append(_starts(*CONFIGS["small"], settings, bar))
+        parts.append(partial(_starts, *CONFIGS["small"], settings, bar))
+    for part in parts:
+        result["contests"].append(part())
+        _set_limit(result["contests"])
+        if keep:
+            keep(result)
+    return result
+
+
+def _set_limit(contests):
+    """The best peak of all rows: others can only lower what a row measures."""
     rows = [row for x in contests for row in x["contestants"]]
     peak = max((row.get("fma_peak", 0) for row in rows), default=0)
-    for contest in contests:  # others can only lower what a row measures
+    for contest in contests:
         contest["limit"] = peak if "work" in contest else 0
-    return result | {"contests": contests}
 
 
 # %% a contest of steps tags=["exporti"] module="bench.bench"
@@ -443,6 +454,9 @@ def bench_writers(cfg, prompt=64, count=64, settings=None):
         spec["folder"] = folder
         specs = {k: spec | {"kind": kind} for k, kind in WRITERS.items()}
         rows = _rows(race(specs, 1 + settings.steps, settings))
+    for row in rows:
+        if "unmeasured" in row:
+            raise ChildProcessError(row["unmeasured"])
     contest = {"name": "writing", "kind": "write", "model": vars(cfg)}
     contest["ratios"] = []
     for kind, words in TOKEN_TIMES.items():

@@ -14,7 +14,8 @@
 # # Encoder on a GPU: an owner for every row
 #
 # > Forward, a thread owns four channels; backward, the first place of each
-# > token owns its row, so that no addition is lost and none is out of order.
+# > token owns its row, so that no addition is lost and none is out of order,
+# > and it looks for the others in a bucket, not in the whole text.
 #
 # *Reading time: 20 minutes. You need: [chapter 1.5](../1_by_hand/05_encoder.ipynb)
 # for the layer, [chapter 3.1](01_threads.ipynb) for races and votes,
@@ -32,7 +33,8 @@
 # - give the elements of a layer to threads so that no byte of a sector is
 #   wasted;
 # - write a sum over unknown places without a race and without atomics;
-# - let a warp look at 32 places in one request.
+# - let a warp look at 32 places in one request;
+# - put places into buckets without losing their order.
 
 # %% [markdown]
 # ## Setup
@@ -51,7 +53,7 @@ from llmnb.reference import encoder as reference
 # %% imports of the encoder tags=["export"]
 import numpy as np
 
-from llmnb.gpu.launch import DEVICE, aligned, device, kernel
+from llmnb.gpu.launch import DEVICE, aligned, device, given_work, kernel
 from llmnb.gpu.simulator import cuda, load4, store4
 from llmnb.shapes import shapes
 
@@ -284,7 +286,7 @@ def _backward_atomic(dwte, dwpe, dout, inp, T):
         cuda.atomic.add(dwpe, (n % T, c), dy)
 
 
-def _backward_with_atomics(dwte, dwpe, dout, inp):
+def _backward_with_atomics(dwte, dwpe, dout, inp, work=None):
     """encoder_backward by atomics, in an order that changes run by run."""
     B, T, C = dout.shape
     rows, places = dout.reshape(B * T, C), inp.reshape(B * T)
@@ -367,51 +369,135 @@ def positions_by_one(dwpe, dout, T):
 
 
 # %% [markdown]
-# ## Votes and vectors
+# ## Votes
 #
 # A block a place adds few numbers and reads many tokens: each warp of each
 # block asks for one token at a time, and all its lanes for the same. A warp can
 # read 32 tokens in one request, each lane one, and vote. The bits of the
-# vote say where the token stands.
+# vote say where the token stands. That makes a thirty-second of the requests.
+# But every block still reads the whole text, and with the text grows the
+# number of blocks: what all of them read grows with its square.
+#
+# ## Buckets
+#
+# Sort the places first, roughly. Bucket $k$ of $K$ holds the places whose
+# token leaves $k$ when divided by $K$. All places of a token are then in one
+# bucket, and with 16 places in a bucket on average there is little to look
+# through. What must not get lost is the order of the text.
+#
+# A warp makes a bucket. It goes through the text twice, 32 places at a time,
+# and votes. The first time it counts the places that belong to buckets before
+# its own: there its bucket begins. The second time it writes down its own. A
+# lane whose place belongs here counts the ones among the bits of lower lanes
+# (`popc` counts bits), and that is how many places of this vote come before
+# its own. So a bucket is in the order of the text, and no warp waits for
+# another.
 
 
-# %% a vote on 32 places tags=["exporti"]
-@device
-def _where(inp, first, begin, end, token):
-    """A bit for each lane's place, first + lane: whether token stands there.
+# %% places into buckets tags=["exporti"]
+_ALL = 0xFFFFFFFF  # lanes
+_MOST = 1024  # buckets
 
-    Places outside begin to end do not count. For whole warps.
+
+@kernel
+def _into_buckets(order, starts, inp, K):
+    k, lane = cuda.grid(1) // 32, cuda.laneid
+    if k >= K:
+        return
+    rows, begin = len(inp), 0
+    for first in range(0, rows, 32):
+        n = first + lane
+        lower = n < rows and inp[n] % K < k
+        begin += cuda.popc(cuda.ballot_sync(_ALL, lower))
+    at = begin
+    for first in range(0, rows, 32):
+        n = first + lane
+        mine = n < rows and inp[n] % K == k
+        bits = cuda.ballot_sync(_ALL, mine)
+        if mine:
+            order[at + cuda.popc(bits & ((1 << lane) - 1))] = n
+        at += cuda.popc(bits)
+    if lane == 0:
+        starts[k] = begin
+        if k == K - 1:
+            starts[K] = rows
+
+
+def _buckets(rows):
+    """How many buckets rows places go into: 16 to each, on average."""
+    return min(_MOST, -(-rows // 16))
+
+
+def encoder_scratch(rows):
+    """How many elements `work` needs for B * T = rows places."""
+    return rows + _buckets(rows) + 1
+
+
+def into_buckets(inp, work):
+    """Sort places into buckets by their tokens; launches one kernel.
+
+    inp: a device's int32 (rows,). work: a device's float32 of
+    `encoder_scratch(rows)` elements. Returns three things: the places,
+    bucket after bucket, each in the order of the text; where each bucket
+    begins, and where the last ends, both int32 in work; how many there are.
     """
-    i = first + cuda.laneid
-    here = i >= begin and i < end and inp[i] == token
-    return cuda.ballot_sync(0xFFFFFFFF, here)
+    rows, K, ints = inp.size, _buckets(inp.size), work.view(np.int32)
+    order, starts = ints[:rows], ints[rows : rows + K + 1]
+    _into_buckets[-(-K * 32 // THREADS), THREADS](order, starts, inp, K)
+    return order, starts, K
 
+
+# %% three buckets
+text = simulated(np.array([7, 2, 5, 2, 9, 5, 2, 0], np.int32))
+order = simulated(np.zeros(8, np.int32))
+starts = simulated(np.zeros(4, np.int32))
+with watch():
+    _into_buckets[1, 96](order, starts, text, 3)
+places, ends = to_host(order), to_host(starts)
+for k in range(3):
+    mine = places[ends[k] : ends[k + 1]]
+    tokens = ", ".join(map(str, to_host(text)[mine]))
+    print(f"bucket {k}: places {mine.tolist()}, tokens {tokens}")
 
 # %% [markdown]
-# The rows are read as vectors of four. The lanes beyond the last channel
-# must come along to the votes, and touch no row.
+# Now a block for each entry of that list. It looks through its bucket for its
+# token, backward to see whether it is the first, and on to add. The rows are
+# read as vectors of four. The lanes beyond the last channel must come along
+# to the votes, and touch no row.
+
+
+# %% a vote on 32 entries tags=["exporti"]
+@device
+def _where(inp, order, first, end, token):
+    """A bit for each lane's entry, first + lane: whether token stands there.
+
+    Entries from end on do not count. For whole warps.
+    """
+    i = first + cuda.laneid
+    return cuda.ballot_sync(_ALL, i < end and inp[order[i]] == token)
 
 
 # %% four channels a thread tags=["exporti"]
 @kernel
-def _tokens_by_four(dwte, dout, inp):
-    n, i = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
-    rows, C = dout.shape
+def _tokens_by_four(dwte, dout, inp, order, starts, K):
+    at, i = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
+    C = dout.shape[1]
     if (i - cuda.laneid) * 4 >= C:
         return  # nothing is left for this warp
-    token, c, mine = int(inp[n]), i * 4, i * 4 < C
-    for first in range(0, n, 32):
-        if _where(inp, first, 0, n, token) != 0:
-            return
+    token, c, mine = int(inp[order[at]]), i * 4, i * 4 < C
+    begin, end = starts[token % K], starts[token % K + 1]
+    for first in range(begin, at, 32):
+        if _where(inp, order, first, at, token) != 0:
+            return  # the block of an earlier entry does it all
     x = y = z = w = np.float32(0)
     if mine:
         x, y, z, w = load4(dwte, token * C + c)
-    for first in range(n // 32 * 32, rows, 32):
-        bits = _where(inp, first, n, rows, token)
+    for first in range(at, end, 32):
+        bits = _where(inp, order, first, end, token)
         if mine and bits != 0:
             for k in range(32):
                 if (bits >> k) & 1:
-                    p, q, r, s = load4(dout, (first + k) * C + c)
+                    p, q, r, s = load4(dout, order[first + k] * C + c)
                     x, y, z, w = x + p, y + q, z + r, w + s
     if mine:
         store4(dwte, token * C + c, x, y, z, w)
@@ -431,36 +517,44 @@ def _positions_by_four(dwpe, dout, T):
 
 
 # %% [markdown]
-# The layer takes votes and vectors where it can, and a block a place for other
-# sizes. Both add in the same order, so their bits are the same.
+# The layer takes buckets and vectors where it can, and a block a place for other
+# sizes. Both add in the same order, so their bits are the same. The buckets
+# want scratch memory; where none is given the layer allocates it.
 
 
 # %% the encoder, backward tags=["export"]
-@shapes("Vp C!, T+ C!, B T C, B T of Vp", DEVICE)
-def encoder_backward(dwte, dwpe, dout, inp):
+@shapes("Vp C!, T+ C!, B T C, B T of Vp, W!?", DEVICE)
+def encoder_backward(dwte, dwpe, dout, inp, work=None):
     """Add dout's rows to the rows of the tables that they came from.
 
     dwte  (Vp, C)        float32, added to; rows of absent tokens stay
     dwpe  (T_max, C)     float32, added to; rows from T on stay
     dout  (B, T, C)      float32
     inp   (B, T)         int32, as in the forward pass
+    work  (W,)           float32, W >= encoder_scratch(B * T); overwritten,
+                         allocated when None
 
-    All on a device. A block for each place: the first of each token adds
-    all rows in the order of the text. A thread has four channels, or one,
-    as in `encoder_forward`, which says what is raised.
+    All on a device. The places are sorted into buckets; a block for each
+    place: the first of each token adds all rows in the order of the text. A
+    thread has four channels, or one and no buckets, as in `encoder_forward`,
+    which says what is raised; ValueError, too, where work is too small.
     """
     B, T, C = dout.shape
-    tokens, positions, each = tokens_by_one, positions_by_one, 1
-    if C % 4 == 0 and aligned(dwte, dwpe, dout):
-        tokens, positions, each = _tokens_by_four, _positions_by_four, 4
     rows, places = dout.reshape(B * T, C), inp.reshape(B * T)
-    step = each * THREADS  # channels that one block owns
-    tokens[(B * T, -(-C // step)), THREADS](dwte, rows, places)
-    positions[-(-T * C // step), THREADS](dwpe, rows, T)
+    if C % 4 or not aligned(dwte, dwpe, dout):
+        grid = B * T, -(-C // THREADS)
+        tokens_by_one[grid, THREADS](dwte, rows, places)
+        positions_by_one[-(-T * C // THREADS), THREADS](dwpe, rows, T)
+        return
+    work = given_work("encoder_backward", work, encoder_scratch(B * T), dout)
+    step = 4 * THREADS  # channels that one block owns
+    grid, found = (B * T, -(-C // step)), into_buckets(places, work)
+    _tokens_by_four[grid, THREADS](dwte, rows, places, *found)
+    _positions_by_four[-(-T * C // step), THREADS](dwpe, rows, T)
 
 
 # %% backward, the rungs tags=["export"] module="bench.rungs_encoder"
-def _backward_a_place(dwte, dwpe, dout, inp):
+def _backward_a_place(dwte, dwpe, dout, inp, work=None):
     """encoder_backward with a thread for each channel, token by token."""
     B, T, C = dout.shape
     rows, places = dout.reshape(B * T, C), inp.reshape(B * T)
@@ -471,7 +565,7 @@ def _backward_a_place(dwte, dwpe, dout, inp):
 ENCODER_BACKWARD = (_backward_with_atomics, _backward_a_place)
 
 # %% three versions against NumPy
-names = "atomics", "a block a place", "votes"
+names = "atomics", "a block a place", "buckets"
 layers = *ENCODER_BACKWARD, encoder_backward
 BACKWARD = dict(zip(names, layers, strict=True))
 for C in (5, 8):
@@ -506,32 +600,36 @@ for layer in BACKWARD.values():
 # The table shows the price of order. Atomics move the fewest sectors, and
 # there are 16,384 of them besides, two for each element, which the memory
 # carries out by itself and which our requests do not count. A block a place
-# reads every token again and again. Votes ask for them 32 at a time and for
-# rows in vectors: a twentieth of the requests, and fewer than the atomics
-# make before they add.
+# reads every token again and again. Buckets cost two readings of the text a
+# bucket, then each block reads little, and rows in vectors: a small part of
+# the requests, and about as many as the atomics make before they add.
 #
 # ## Count it
 #
-# How many tokens does the search read at GPT-2's size? A block at place $n$
-# reads at most $n$ tokens before it knows, and the first of a token reads
-# on to the end. At worst, when no token repeats, each of the $BT$ blocks
-# reads all $BT$, with every one of its warps. With votes, each warp owns
-# 128 channels.
+# How many tokens does the search read at GPT-2's size? A block that has no
+# buckets reads at worst, when no token repeats, all $BT$ of them, and there
+# are $BT$ blocks. With buckets, each of the $K$ warps reads the text twice,
+# and then each warp of each block looks through one bucket of $BT / K$ places,
+# if the tokens are spread evenly. They are not: the bucket of a word such as
+# "the" is long, and every block of that bucket looks through it.
 
 # %% the search at GPT-2's size
-B, T, C = 4, 1024, 768
-places, warps = B * T, C // 128
-rows = 3 * places * C * 4
-tokens = places * places * warps * 4
-print(f"dout, and dwte there and back  {rows / 1e6:6.0f} MB")
-print(f"tokens, at worst               {tokens / 1e6:6.0f} MB")
-print(f"requests for tokens, at worst  {places**2 * warps // 32 / 1e6:6.1f} M")
-print(f"the same, one token at a time  {places**2 * C // 32 / 1e6:6.1f} M")
+C = 768
+print("B     rows of dout and dwte   tokens, no buckets   with buckets")
+for B in (4, 16):
+    places, warps = B * 1024, C // 128
+    K = min(1024, places // 16)
+    rows = 3 * places * C * 4
+    worst = places * places * warps * 4
+    better = 2 * K * places * 4 + places * (places // K) * warps * 8
+    print(f"{B:<5} {rows / 1e6:18.0f} MB {worst / 1e6:17.0f} MB", end="")
+    print(f" {better / 1e6:11.0f} MB")
 
 # %% [markdown]
-# The tokens of a batch are 16 KB, small enough for a cache, so few of those
-# bytes should come from global memory. But they are asked for, and the
-# number grows with the square of the batch. For much larger batches, sort.
+# The tokens of a batch are 16 or 64 KB, small enough for a cache, so few of
+# those bytes should come from global memory. But they are asked for, one
+# request after the other, and without buckets the number grows with the
+# square of the batch.
 #
 # ## Take away
 #
@@ -541,13 +639,14 @@ print(f"the same, one token at a time  {places**2 * C // 32 / 1e6:6.1f} M")
 #   same bits every time.
 # - Where the owner is not known beforehand it can be agreed on: the first
 #   place of a token.
-# - A vote looks at 32 places in one request.
+# - A vote looks at 32 places in one request, and counting the bits of lower
+#   lanes gives each its place in a list that stays in order.
 #
 # ## Design note
 #
 # llm.c sorts the tokens on the CPU into buckets, one for each token and
 # some of the channels, and gives each bucket a block. That reads each token
-# once, and puts the CPU between the passes of the GPU. We search on the GPU,
+# once, and puts the CPU between the passes of the GPU. We sort on the GPU,
 # which costs more reading and needs no host: the launches of a training step
 # can be recorded once as a whole, a *CUDA graph*, and be started with one
 # call ([chapter 3.11](11_step.ipynb)).

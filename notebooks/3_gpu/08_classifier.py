@@ -435,19 +435,26 @@ def _with_four(top, total, a, b, c, d):
 
 
 # %% loss and lse by blocks tags=["exporti"]
-@kernel(launch_bounds=1024)
-def _loss_by_blocks(losses, lse, logits, targets, V, whole):
-    row, me, step = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
-    tops = cuda.shared.array(32, np.float32)
-    totals = cuda.shared.array(32, np.float32)
-    top, total, Vp = _LOWEST, np.float32(0), logits.shape[1]
+@device
+def _row_merged(logits, row, V, whole, tops, totals):
+    """The pair of a row, which all threads of a block read together."""
+    me, step, Vp = cuda.threadIdx.x, cuda.blockDim.x, logits.shape[1]
+    top, total = _LOWEST, np.float32(0)
     for i in range(4 * me, whole, 4 * step):
         a, b, c, d = load4(logits, row * Vp + i)
         top, total = _with_four(top, total, a, b, c, d)
     for i in range(whole + me, V, step):
         top, total = _merged(top, total, logits[row, i], np.float32(1))
-    top, total = _block_merged(top, total, tops, totals)
-    if me == 0:
+    return _block_merged(top, total, tops, totals)
+
+
+@kernel(launch_bounds=1024)
+def _loss_by_blocks(losses, lse, logits, targets, V, whole):
+    row = cuda.blockIdx.x
+    tops = cuda.shared.array(32, np.float32)
+    totals = cuda.shared.array(32, np.float32)
+    top, total = _row_merged(logits, row, V, whole, tops, totals)
+    if cuda.threadIdx.x == 0:
         lse[row] = top + math.log(total)
         losses[row] = top + math.log(total) - logits[row, targets[row]]
 
@@ -510,11 +517,10 @@ def _slope(x, shift, scale, hit):
     return scale * (math.exp(x - shift) - y)
 
 
-@kernel(launch_bounds=1024)
-def _slopes_by_blocks(dlogits, dlosses, logits, lse, targets, V, whole):
-    row, me, step = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
-    k, shift, scale = targets[row], lse[row], dlosses[row]
-    Vp = logits.shape[1]
+@device
+def _row_of_slopes(dlogits, logits, row, k, shift, scale, V, whole):
+    """Write p - y of a row, scaled; all threads of a block together."""
+    me, step, Vp = cuda.threadIdx.x, cuda.blockDim.x, logits.shape[1]
     for i in range(4 * me, whole, 4 * step):
         a, b, c, d = load4(logits, row * Vp + i)
         a = _slope(a, shift, scale, i == k)
@@ -527,6 +533,13 @@ def _slopes_by_blocks(dlogits, dlosses, logits, lse, targets, V, whole):
         if i < V:
             slope = _slope(logits[row, i], shift, scale, i == k)
         dlogits[row, i] = slope
+
+
+@kernel(launch_bounds=1024)
+def _slopes_by_blocks(dlogits, dlosses, logits, lse, targets, V, whole):
+    row = cuda.blockIdx.x
+    k, shift, scale = targets[row], lse[row], dlosses[row]
+    _row_of_slopes(dlogits, logits, row, k, shift, scale, V, whole)
 
 
 # %% the backward pass tags=["export"]
@@ -553,6 +566,56 @@ there = [to_device(x) for x in arrays]
 for place, out in (("apart", empty((2, 3, 128))), ("in place", there[1])):
     crossentropy_softmax_backward(out, *there, 101)
     compare(place, to_host(out), want)
+
+# %% [markdown]
+# ## Both at once
+#
+# In a training step backward follows forward at once, and the logits of a
+# batch pass by three times: read, read, written. One block that does both for
+# its row asks for it again much earlier, when a cache may still hold it, and
+# $z_k$ and lse never leave the block. It takes one more barrier: the place of
+# $z_k$ is overwritten, perhaps by another thread than the one that reads it.
+
+
+# %% loss and gradient in one launch tags=["export"]
+@kernel(launch_bounds=1024)
+def _both_by_blocks(losses, lse, logits, dlosses, targets, V, whole):
+    row = cuda.blockIdx.x
+    tops = cuda.shared.array(32, np.float32)
+    totals = cuda.shared.array(32, np.float32)
+    k, scale = targets[row], dlosses[row]
+    top, total = _row_merged(logits, row, V, whole, tops, totals)
+    shift = top + math.log(total)
+    if cuda.threadIdx.x == 0:
+        lse[row] = shift
+        losses[row] = shift - logits[row, k]
+    cuda.syncthreads()
+    _row_of_slopes(logits, logits, row, k, shift, scale, V, whole)
+
+
+@shapes("B T!, B T!, B T Vp!, B T, B T of V, 1 to Vp", DEVICE)
+def fused_classifier(losses, lse, logits, dlosses, targets, V):
+    """Losses, and their gradient in the place of the logits, in one launch.
+
+    The same as crossentropy_softmax_forward(losses, lse, logits, targets, V)
+    and crossentropy_softmax_backward(logits, dlosses, logits, lse, targets,
+    V), to the bit, and raises what they raise.
+    """
+    arrays = _rows(losses, lse, logits, dlosses, targets)
+    whole, block = _whole(V, arrays[2]), _threads(-(-V // 4))
+    _both_by_blocks[len(arrays[2]), block](*arrays, V, whole)
+
+
+# %% the same bits as in two launches
+two, one = ([to_device(x) for x in (losses, lse, logits)] for _ in range(2))
+numbers = to_device(dlosses), to_device(targets)
+crossentropy_softmax_forward(*two, numbers[1], 101)
+crossentropy_softmax_backward(
+    two[2], numbers[0], two[2], two[1], numbers[1], 101
+)
+fused_classifier(*one, *numbers, 101)
+for name, a, b in zip(("losses", "lse", "dlogits"), one, two, strict=True):
+    verdict(name, np.array_equal(to_host(a), to_host(b)), "the same bits")
 
 # %% [markdown]
 # ## Count it
@@ -598,18 +661,13 @@ print(f"B=4 T=1024 on an H100: at least {seconds * 1e3:.1f} ms for both")
 # %% [markdown]
 # ## Design note
 #
-# llm.c's trainer goes one step further: one kernel computes the loss and
-# leaves the gradient where the logits were. In two launches the logits of a
-# batch pass by three times, read, read, written; one block that does both for
-# its row asks for it again much earlier, when a cache may still hold it, and
-# lse never leaves the block. It must read $z_k$ before the barrier, for
-# the place of $z_k$ is overwritten after it.
-#
-# `llmnb` keeps two functions. A model's forward pass leaves logits to its
-# caller: to sample from them, to evaluate a loss that nobody differentiates,
-# to look at them. One call for both would overwrite them, and would need
-# `dlosses` before the first loss is known. With two calls `backward` decides
-# that the logits may go.
+# llm.c's trainer has the one kernel only. `llmnb` keeps the two functions as
+# well. A model's forward pass leaves logits to its caller: to sample from them,
+# to evaluate a loss that nobody differentiates, to look at them. One call for
+# both would overwrite them, and would need `dlosses` before the first loss is
+# known. With two calls `backward` decides that the logits may go; in
+# `GPT2.step` nobody asks for them, and there the two become one
+# ([chapter 3.11](11_step.ipynb)).
 
 # %% [markdown]
 # ## Exercises

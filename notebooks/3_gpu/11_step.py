@@ -102,6 +102,7 @@ from llmnb.cuda.cublas import cublas_scratch, no_cublas
 from llmnb.gpu.graph import Graph
 from llmnb.gpu.launch import kernel, missing, simulated, to_host
 from llmnb.gpu.simulator import cuda
+from llmnb.gpu.toolkit import gpus, numba_cuda
 
 
 # %% fill an array tags=["export"] module="cuda.model"
@@ -126,8 +127,7 @@ def zeros(nbytes):
     """
     if missing():
         return simulated(np.zeros(nbytes, np.uint8))
-    from numba import cuda as real
-
+    real = numba_cuda()
     try:
         block = real.device_array(nbytes, np.uint8)
     except real.cudadrv.driver.CudaAPIError as error:
@@ -155,6 +155,10 @@ def zeros(nbytes):
 # installed. The model takes the library's if it can, and the variable `LLMNB_MATMUL` chooses otherwise. Only the
 # library has products in TF32 (`precision="tf32"`).
 #
+# In a step the classifier's backward pass follows its forward pass, and nobody
+# wants the logits in between; there one launch does the work of both
+# ([chapter 3.8](08_classifier.ipynb)).
+#
 # The models of Part 5 have layers that these chapters do not know yet. Their
 # modules are looked up when a model is made, and their linear layers have no
 # biases, whose gradients are what our products want scratch memory for.
@@ -174,9 +178,7 @@ def gpu():
     """The name of the GPU and whose products it takes, or why not."""
     if missing():
         return f"none: {missing()}"
-    from numba import cuda as real
-
-    name = real.get_current_device().name
+    name = numba_cuda().get_current_device().name
     name = name.decode() if isinstance(name, bytes) else name
     return f"{name}, products by {products()}"
 
@@ -214,6 +216,7 @@ def model_layout(cfg, batch_size, seq_len, precision="fp32"):
         layernorm.layernorm_scratch(B * T, C),  # RMSNorm wants half of it
         attention.attention_scratch(B, T, NH),
         adamw.clip_scratch(),
+        encoder.encoder_scratch(B * T),
     ]
     if cfg.bias:  # their gradients are sums over rows
         wanted += [matmul.matmul_scratch(B * T, n * C) for n in (1, 3, 4)]
@@ -246,11 +249,36 @@ def _later_layers():
     return embedding, gated, headnorm, local, rmsnorm, rotary, softcap
 
 
-def model_layers(work, precision="fp32"):
+class Classifier:
+    """The classifier's two functions; within a step, both in one launch.
+
+    While `whole` is set, backward is sure to follow forward, so forward waits
+    for it, and the fused function does the work of both.
+    """
+
+    whole = False
+
+    def forward(self, losses, lse, logits, targets, V):
+        """As crossentropy_softmax_forward."""
+        self._losses = losses
+        if not self.whole:
+            arrays = losses, lse, logits, targets
+            crossentropy.crossentropy_softmax_forward(*arrays, V)
+
+    def backward(self, dlogits, dlosses, logits, lse, targets, V):
+        """As crossentropy_softmax_backward."""
+        if self.whole:
+            arrays = self._losses, lse, dlogits, dlosses, targets
+            return crossentropy.fused_classifier(*arrays, V)
+        arrays = dlogits, dlosses, logits, lse, targets
+        return crossentropy.crossentropy_softmax_backward(*arrays, V)
+
+
+def model_layers(work, precision="fp32", classifier=None):
     """The layers as a GPT2 calls them: none of them allocates.
 
-    work: as `model_layout` says. precision: "fp32" or "tf32". Returns an
-    object with the functions of all layers.
+    work: as `model_layout` says. precision: "fp32" or "tf32". classifier: a
+    `Classifier`, or None. Returns an object with the functions of all layers.
     """
     found = {}
     for module in (*LAYERS, *_later_layers()):
@@ -260,6 +288,9 @@ def model_layers(work, precision="fp32"):
         tf32 = {"tf32": precision == "tf32"}
         found["matmul_forward"] = partial(cublas_forward, **tf32)
         found["matmul_backward"] = partial(cublas_backward, **tf32)
+    if classifier:
+        found["crossentropy_softmax_forward"] = classifier.forward
+        found["crossentropy_softmax_backward"] = classifier.backward
     for name, function in found.items():
         if callable(function) and "work" in signature(function).parameters:
             found[name] = partial(function, work=work)
@@ -270,12 +301,18 @@ def model_layers(work, precision="fp32"):
 class Backend(backend.Backend):
     """A GPU, or the simulated one: its memory, its layers, a step as a graph.
 
-    Where there is no GPU, though one is wanted, a warning says why.
+    Where there is no GPU, though one is wanted, a warning says why. Raises
+    RuntimeError where there is one that cannot be used.
     """
 
     update = "adamw_apply"
 
     def __init__(self, layers, precision):
+        if no_gpu() and gpus():
+            raise RuntimeError(
+                f"GPT2: there is a GPU, but {no_gpu()}; LLMNB_CUDA=simulator "
+                "asks for the simulator"
+            )
         if no_gpu():
             warnings.warn(
                 f"GPT2: {no_gpu()}; the kernels run on the simulator, which "
@@ -283,17 +320,20 @@ class Backend(backend.Backend):
                 stacklevel=4,
             )
         super().__init__(layers, precision)
-        self._graphs = {}
+        self._graphs, self._classifier = {}, Classifier()
 
     def groups(self, cfg, batch_size, seq_len):
         """Scratch memory for the layers, and a place for AdamW's settings."""
+        # a cap on the logits has a backward function of its own (Part 5)
+        self._fuses = not getattr(cfg, "final_softcap", None)
         return model_layout(cfg, batch_size, seq_len, self.precision)
 
     def allocate(self, layout, needed):
         """An Arena on the GPU, and the layers that work in it."""
         memory = Arena(layout, zeros)
         self._work = memory["work"]["floats"]
-        self.ops = model_layers(self._work, self.precision)
+        how = self.precision, self._classifier
+        self.ops = model_layers(self._work, *how)
         return memory
 
     def fill(self, array, value):
@@ -326,7 +366,11 @@ class Backend(backend.Backend):
         """Launch a whole step, as the graph of an earlier one with its key."""
         if key not in self._graphs:
             self._graphs[key] = Graph(whole, params["wte"])
-        self._graphs[key]()
+        self._classifier.whole = self._fuses
+        try:
+            self._graphs[key]()
+        finally:
+            self._classifier.whole = False
 
 
 # %% [markdown]
@@ -379,6 +423,7 @@ import gc
 import weakref
 
 from llmnb.gpu.launch import DeviceArray, stream
+from llmnb.gpu.toolkit import numba_cuda
 
 
 # %% a graph tags=["export"] module="gpu.graph"
@@ -419,9 +464,7 @@ def _stream():
 
     It waits for what was put on the default stream before, and that for it.
     """
-    from numba import cuda as real
-
-    return real.stream()
+    return numba_cuda().stream()
 
 
 def _asked(answer):
@@ -436,8 +479,8 @@ def _asked(answer):
 def _recorded(function):
     """An executable graph of what a function launches; nothing runs yet."""
     from cuda.bindings import driver
-    from numba import cuda as real
 
+    real = numba_cuda()
     place = _stream()
     mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
     place.synchronize()

@@ -75,6 +75,7 @@ import numpy as np
 
 from llmnb.gpu.launch import empty, kernel, missing, to_device
 from llmnb.gpu.simulator import cuda, load4, store4
+from llmnb.gpu.toolkit import numba_cuda
 
 # %% three kernels that measure tags=["exporti"] module="bench.clock"
 _CHAINS, _UNROLLED = 16, 8  # of multiply-adds: independent, and in a row
@@ -162,8 +163,7 @@ class Clock:
     """
 
     def __init__(self):
-        from numba import cuda as real
-
+        real = numba_cuda()
         gpu = real.get_current_device()
         self._grid = 8 * gpu.MULTIPROCESSOR_COUNT
         floats = max(gpu.L2_CACHE_SIZE, 1 << 20)  # four times its bytes
@@ -212,8 +212,7 @@ def limits(clock):
     Returns a dict: fma_peak, FLOP/s in float32 on registers alone, and
     copy_bytes, bytes read and written a second in a copy of 256 MB.
     """
-    from numba import cuda as real
-
+    real = numba_cuda()
     grid = 8 * real.get_current_device().MULTIPROCESSOR_COUNT
     chains = to_device(np.full(256 * grid, 0.5, np.float32))
     here, turns = to_device(np.zeros(1 << 26, np.float32)), 4096
@@ -244,8 +243,7 @@ def gpu_facts():
     Needs a GPU. nvidia_smi is what that program says of driver, clocks and
     power at this moment, or None where it is silent.
     """
-    from numba import cuda as real
-
+    real = numba_cuda()
     gpu, said = real.get_current_device(), None
     fields = "driver_version,clocks.sm,clocks.mem,power.limit"
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv"]

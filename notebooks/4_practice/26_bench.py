@@ -59,6 +59,11 @@ _COLUMNS = {
     ],
     "start": [("cold, s", "cold", 1, ".2f"), ("warm, s", "warm", 1, ".2f")],
     "losses": [("losses at most away", "worst", 1, ".1e")],
+    "gradients": [
+        ("loss away", "loss_apart", 1, ".1e"),
+        ("worst gradient away", "worst", 1, ".1e"),
+        ("steps of 4 with the same bits", "same_steps", 1, "d"),
+    ],
     "write": [
         ("first token, ms", "first_seconds", 1e3, ",.1f"),
         ("later token, ms", "token_seconds", 1e3, ",.2f"),
@@ -349,18 +354,16 @@ def run(args):
     """Time training steps on random tokens.
 
     Tokens a second, memory, where the time goes. Every contestant has a
-    process of its own; they take turns, and all are in memory at once.
+    process of its own; they take turns, and all are in memory at once. On a
+    GPU each runs alone.
     """
     for path in filter(None, (args.json, args.plot)):
         if not Path(path).parent.is_dir():
             raise FileNotFoundError(f"there is no folder {Path(path).parent}")
     measure = _writers if args.write else _steps
     result = {"command": _command(sys.argv[1:]), **measure(args)}
-    as_json = json.dumps(result, indent=1)
-    print(as_json if args.json == "-" else report(result))
-    if args.json and args.json != "-":
-        with replacing(args.json) as file:
-            file.write(as_json.encode() + b"\n")
+    print(_json(result) if args.json == "-" else report(result))
+    _keep(args.json, result)
     if args.plot:
         from matplotlib import style
 
@@ -374,6 +377,18 @@ def run(args):
             draw(result).savefig(file, format="png")
 
 
+def _json(result):
+    return json.dumps(result, indent=1)
+
+
+def _keep(path, result):
+    """Write a result, or what there is of it so far, if a file is wanted."""
+    if path and path != "-":
+        result = {"command": _command(sys.argv[1:])} | result
+        with replacing(path) as file:
+            file.write(_json(result).encode() + b"\n")
+
+
 # %% measure steps and kernels tags=["exporti"] module="cli.bench"
 def _steps(args):
     gpu = args.backend == "cuda"
@@ -382,7 +397,8 @@ def _steps(args):
     precisions = args.precision or ["fp32", "tf32" if gpu else "bf16"]
     bar = partial(progress_bar, unit="round", leave=False)
     settings = _settings(args)._replace(precisions=tuple(precisions))
-    result = bench(_configs_of(args), settings, args.start, bar)
+    keep = partial(_keep, args.json)
+    result = bench(_configs_of(args), settings, args.start, bar, keep)
     if args.kernels is not None:
         bar = partial(progress_bar, unit="layer", leave=False)
         result["contests"] += kernel_contests(args.kernels, bar=bar)

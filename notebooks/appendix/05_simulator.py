@@ -527,6 +527,9 @@ class _Cuda(threading.local):
         values, _ = _exchange("ballot", mask, bool(predicate))
         return sum(1 << i for i, v in enumerate(values) if v)
 
+    def popc(self, bits):
+        return int(bits).bit_count()
+
 
 # %% the object tags=["export"]
 cuda = _Cuda()

@@ -8,6 +8,7 @@
 #     modules:
 #       gpu.launch: "One way to launch a kernel, on a GPU or in the simulator."
 #       gpu.ptx: "What the compiler makes of a kernel, without a GPU."
+#       gpu.toolkit: "What of NVIDIA's software a machine has."
 # ---
 
 # %% [markdown]
@@ -43,16 +44,98 @@ import re
 
 from llmnb.book.verify import compare
 
-# %% imports of the launch tags=["export"]
+# %% [markdown]
+# ## What a machine has
+#
+# A kernel reaches a GPU through many hands. The *driver* comes with the
+# machine and talks to the GPU. numba-cuda translates Python for *libNVVM*,
+# which writes PTX, an assembly language; *nvJitLink* makes machine code of
+# that; *nvrtc* knows the generations of GPUs. The three are libraries of
+# NVIDIA's toolkit, and any of them may be absent or of another age. Then we
+# want its name, and not "no GPU".
+#
+# All of `llmnb` asks one function for numba-cuda. Its last version looks for a
+# function of NumPy that NumPy 2.5 no longer has, an old name of `vstack`, and
+# without it compiles nothing. So the name is put back first.
+
+# %% imports of the toolkit tags=["export"] module="gpu.toolkit"
+import ctypes
 import functools
 import importlib.util
 import os
+
+import numpy as np
+
+
+# %% numba's CUDA tags=["export"] module="gpu.toolkit"
+def numba_cuda():
+    """The module numba.cuda, ready for NumPy 2.5, which dropped a name.
+
+    Raises ImportError where numba-cuda is not installed.
+    """
+    if not hasattr(np, "row_stack"):
+        np.row_stack = np.vstack
+    from numba import cuda
+
+    return cuda
+
+
+# %% is there a GPU, whoever can use it tags=["export"] module="gpu.toolkit"
+@functools.cache
+def gpus():
+    """How many NVIDIA GPUs the driver offers; 0 where there is no driver."""
+    name = "nvcuda.dll" if os.name == "nt" else "libcuda.so.1"
+    try:
+        driver = ctypes.CDLL(name)
+    except OSError:
+        return 0
+    count = ctypes.c_int()
+    refused = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    return 0 if refused else count.value
+
+
+# %% what is absent tags=["export"] module="gpu.toolkit"
+_PARTS = {"nvvm": "libNVVM", "nvJitLink": "nvJitLink", "nvrtc": "nvrtc"}
+
+
+@functools.cache
+def absent():
+    """Which part of what compiles kernels is not here; empty if all are."""
+    if importlib.util.find_spec("numba_cuda") is None:
+        return (
+            "numba-cuda is not installed: pip install 'llmnb[cuda]', or "
+            "'llmnb[ptx]' where there is no GPU"
+        )
+    from cuda import pathfinder
+
+    for name, said in _PARTS.items():
+        try:
+            pathfinder.load_nvidia_dynamic_lib(name)
+        except Exception:  # not found, or of no use: each has its own class
+            return (
+                f"{said}, of NVIDIA's toolkit, is missing: "
+                "pip install 'numba-cuda[cu13]'"
+            )
+    return ""
+
+
+# %% [markdown]
+# Whether a kernel runs on a GPU or on the simulator is asked once. Where there
+# is a GPU that cannot be used the simulator takes its place with a warning,
+# never without a word; a model there refuses to be made
+# ([chapter 3.11](../3_gpu/11_step.ipynb)).
+
+# %% imports of the launch tags=["export"]
+import functools
+import os
 import types
+import warnings
 from contextlib import contextmanager
 
 import numpy as np
 
 from llmnb.checks import FLOATS, INTS, check_fit
+from llmnb.gpu.ptx import no_compiler
 from llmnb.gpu.simulator import (
     cuda,
     load4,
@@ -61,6 +144,7 @@ from llmnb.gpu.simulator import (
     simulate,
     store4,
 )
+from llmnb.gpu.toolkit import absent, gpus, numba_cuda
 from llmnb.shapes import Memory
 
 
@@ -70,16 +154,16 @@ def missing():
     """Why kernels run on the simulator; empty where they run on a GPU.
 
     LLMNB_CUDA=simulator chooses the simulator even where there is a GPU.
+    Warns where there is one that cannot be used.
     """
     if os.environ.get("LLMNB_CUDA") == "simulator":
         return "LLMNB_CUDA asks for the simulator"
-    if importlib.util.find_spec("numba_cuda") is None:
-        return "numba-cuda is not installed: pip install 'llmnb[cuda]'"
-    from numba import cuda as real
-
-    if not real.is_available():
-        return "numba-cuda finds no NVIDIA GPU with a driver"
-    return ""
+    if not gpus():
+        return absent() or "numba-cuda finds no NVIDIA GPU with a driver"
+    why = no_compiler() or numba_cuda().cuda_error() or ""
+    if why:
+        warnings.warn(f"there is a GPU, but {why}", stacklevel=2)
+    return why
 
 
 # %% what runs here tags=["nbval-ignore-output"]
@@ -160,9 +244,7 @@ def to_device(array):
     """A copy of a NumPy array on the GPU, or else on the simulated one."""
     if missing():
         return simulated(array)
-    from numba import cuda as real
-
-    return real.to_device(np.ascontiguousarray(array))
+    return numba_cuda().to_device(np.ascontiguousarray(array))
 
 
 def to_host(array):
@@ -189,9 +271,7 @@ def empty(shape, dtype=np.float32, like=None):
         dtype = np.dtype(dtype)
         poison = np.nan if dtype.kind == "f" else np.iinfo(dtype).max - 77
         return simulated(np.full(shape, poison, dtype))
-    from numba import cuda as real
-
-    return real.device_array(shape, dtype)
+    return numba_cuda().device_array(shape, dtype)
 
 
 def given_work(name, work, floats, like):
@@ -345,10 +425,8 @@ def _real_vectors():
 @functools.cache
 def _real_names():
     """numba's own objects for the simulator's, by id."""
-    from numba import cuda as real
-
     load, store = _real_vectors()
-    return {id(cuda): real, id(load4): load, id(store4): store}
+    return {id(cuda): numba_cuda(), id(load4): load, id(store4): store}
 
 
 # %% [markdown]
@@ -448,14 +526,12 @@ class Kernel:
     def compiled(self):
         """numba's kernel, compiled when first launched; needs numba-cuda."""
         if self._made is None:
-            from numba import cuda as real
+            jit = numba_cuda().jit
             from numba.cuda.core import config
 
             # a small grid is no mistake here, and no reason for a warning
             config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
-            self._made = real.jit(
-                _real_function(self.function), **self.options
-            )
+            self._made = jit(_real_function(self.function), **self.options)
         return self._made
 
 
@@ -470,9 +546,10 @@ def kernel(function=None, **options):
 
     options: numba's `launch_bounds`, the largest number of threads a block
     will have; `fastmath`, on unless False: a product and a sum become one
-    instruction, exp and division are approximate.
+    instruction, exp and division are approximate; `lto`, off unless True:
+    the assembler optimises once more, and forgets parts of fastmath.
     """
-    options = {"fastmath": True} | options
+    options = {"fastmath": True, "lto": False} | options
     if function is None:
         return functools.partial(kernel, **options)
     return Kernel(function, **options)
@@ -537,28 +614,37 @@ except TypeError as error:
 # assembler we learn how many registers a thread takes, whether some of them
 # had to be *spilled* to memory, whether anything computes in float64, and
 # whether our vectors are vectors.
+#
+# All this is worth something only if it is the program that will run. numba
+# can have the assembler optimise the whole once more, *link-time
+# optimisation*; it does so unless told otherwise, and what comes out has other
+# registers and less of fastmath in it. So `kernel` says `lto=False`, and
+# what follows asks the object that a launch would make.
 
 # %% imports of the compiler tags=["export"] module="gpu.ptx"
-import importlib.util
+import functools
 import re
 import types
 from contextlib import contextmanager
 from typing import NamedTuple
+
+from llmnb.gpu.toolkit import absent, numba_cuda
 
 
 # %% what a compiled kernel is like tags=["export"] module="gpu.ptx"
 class Compiled(NamedTuple):
     """A kernel compiled for a GPU that need not be there.
 
-    ptx: the text for any GPU of that generation or a later one. registers:
-    a thread's; spilled: bytes of them kept in memory for want of room;
-    stack: bytes of a thread's arrays that are in memory; shared: bytes of a
-    block's memory, with what the system takes. float64, vector_loads,
+    ptx: the text for GPUs of that generation. cubin: the machine code, bytes.
+    registers: a thread's; spilled: bytes of them kept in memory for want of
+    room; stack: bytes of a thread's arrays that are in memory; shared: bytes
+    of a block's memory, with what the system takes. float64, vector_loads,
     vector_stores: how many instructions compute in double precision, or
     move 16 bytes at once from global or shared memory.
     """
 
     ptx: str
+    cubin: bytes
     registers: int
     spilled: int
     stack: int
@@ -569,16 +655,33 @@ class Compiled(NamedTuple):
 
 
 # %% is there a compiler tags=["export"] module="gpu.ptx"
+@functools.cache
 def no_compiler():
-    """Why kernels cannot be compiled here; empty where they can."""
-    if importlib.util.find_spec("numba_cuda") is None:
-        return "numba-cuda is not installed: pip install 'llmnb[ptx]'"
+    """Why kernels cannot be compiled here; empty where they can.
+
+    The smallest kernel is compiled once, to see that the parts go together.
+    """
+    return absent() or _apart()
+
+
+def _apart():
+    """Why the parts of the toolkit do not go together; empty if they do."""
+    try:
+        ptx, _ = numba_cuda().compile_ptx(lambda: None, (), cc=(8, 0))
+        _link(ptx, (8, 0))
+    except RuntimeError as error:
+        if "version" not in str(error):
+            raise
+        return (
+            "libNVVM and nvJitLink are of different CUDA toolkits, and must "
+            f"be of one ({str(error).splitlines()[-1]})"
+        )
     return ""
 
 
 # %% translate and assemble tags=["export"] module="gpu.ptx"
 def compile_kernel(kernel, kinds, cc=(9, 0)):
-    """Compile a Kernel to PTX and on to machine code, with no GPU.
+    """Compile a Kernel as a launch would, but with no GPU.
 
     kinds: (dtype name, number of dimensions) of each argument, as
     `Seen.launches` holds them; a number has none. cc: the generation, (8, 0)
@@ -586,23 +689,33 @@ def compile_kernel(kernel, kinds, cc=(9, 0)):
     ModuleNotFoundError without numba-cuda, numba's errors for what it
     cannot compile, and RuntimeError for what the assembler refuses.
     """
-    from numba import cuda as real
+    # from an H100 on, code is made for one generation and no later one
+    cc = (*cc, "a" if cc >= (9, 0) else "")
+    with _pretend(cc):
+        ptx = _translated(kernel, kinds).get_asm_str(cc)
+    return assemble(ptx, cc)
+
+
+@functools.cache
+def _translated(kernel, kinds):
+    """numba's library of a kernel, from which it makes code for any GPU."""
+    numba_cuda()
     from numba.core import types as nb
+    from numba.cuda.dispatcher import _Kernel
 
     scalars = [(getattr(nb, name), ndim) for name, ndim in kinds]
-    signature = nb.void(*[nb.Array(x, n, "C") if n else x for x, n in scalars])
-    function = kernel.compiled().py_func
-    with _pretend(cc):
-        ptx, _ = real.compile_ptx(function, signature, cc=cc, **kernel.options)
-    return assemble(ptx, cc)
+    arguments = tuple(nb.Array(x, n, "C") if n else x for x, n in scalars)
+    made = kernel.compiled()
+    return _Kernel(made.py_func, arguments, **made.targetoptions).library
 
 
 def assemble(ptx, cc):
     """Assemble PTX for a generation of GPU; returns a Compiled."""
-    log = _link(ptx, cc)
+    cubin, log = _link(ptx, cc)
     wide = re.findall(r"(ld|st)\.(?:global|shared)\S*\.v4", ptx)
     return Compiled(
         ptx,
+        cubin,
         registers=_number(r"Used (\d+) registers", log),
         spilled=_number(r"(\d+) bytes spill stores", log),
         stack=_number(r"(\d+) bytes stack frame", log),
@@ -622,15 +735,17 @@ def assemble(ptx, cc):
 @contextmanager
 def _pretend(cc):
     """Answer numba, which asks the GPU of what generation it is."""
-    from numba.cuda import dispatcher
+    from numba.cuda import codegen, dispatcher
 
-    asked = dispatcher.get_current_device
-    answer = types.SimpleNamespace(compute_capability=cc)
-    dispatcher.get_current_device = lambda: answer
+    gpu = types.SimpleNamespace(compute_capability=cc[:2])
+    here = types.SimpleNamespace(device=gpu)
+    asked = dispatcher.get_current_device, codegen.devices
+    dispatcher.get_current_device = lambda: gpu
+    codegen.devices = types.SimpleNamespace(get_context=lambda: here)
     try:
         yield
     finally:
-        dispatcher.get_current_device = asked
+        dispatcher.get_current_device, codegen.devices = asked
 
 
 # %% assemble tags=["exporti"] module="gpu.ptx"
@@ -640,16 +755,18 @@ def _number(pattern, log):
 
 
 def _link(ptx, cc):
-    """Assemble PTX to a cubin; return what the assembler says of it."""
+    """Assemble PTX: the cubin, and what the assembler says of it."""
     from cuda.bindings import nvjitlink
 
-    arch = f"-arch=sm_{cc[0]}{cc[1]}"
-    handle = nvjitlink.create(3, [arch, "-O3", "-verbose"])
+    arch = "-arch=sm_" + "".join(map(str, cc))
+    handle = nvjitlink.create(2, [arch, "-verbose"])
     try:
         text = ptx.encode()
         kind = nvjitlink.InputType.PTX
         nvjitlink.add_data(handle, kind, text, len(text), "kernel.ptx")
         nvjitlink.complete(handle)
+        cubin = bytearray(nvjitlink.get_linked_cubin_size(handle))
+        nvjitlink.get_linked_cubin(handle, cubin)
         log = bytearray(nvjitlink.get_info_log_size(handle))
         nvjitlink.get_info_log(handle, log)
     except Exception as error:
@@ -658,7 +775,7 @@ def _link(ptx, cc):
         raise RuntimeError(log.decode(errors="replace").strip()) from error
     finally:
         nvjitlink.destroy(handle)
-    return log.decode(errors="replace")
+    return bytes(cubin), log.decode(errors="replace")
 
 
 # %% [markdown]

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -237,8 +238,9 @@ def test_a_python_without_torch():
     if has_torch(sys.executable):
         pytest.skip("this Python has torch")
     message = "torch: No module named 'torch' in .* with --torch-python"
-    with pytest.raises(ChildProcessError, match=message):
-        run_race(FP32._replace(against=("torch",)))
+    found = run_race(FP32._replace(against=("torch",)))
+    assert re.search(message, found["torch"]["unmeasured"])
+    assert len(found["llmnb fp32"]["seconds"]) == 5  # it stops nobody else
 
 
 @pytest.mark.parametrize("name", ["torch", "torch-bf16"])
@@ -940,3 +942,52 @@ def test_writers_where_there_are_no_transformers(tmp_path):
 def test_writers_that_do_not_fit(sizes):
     with pytest.raises(ValueError, match="together at most 16"):
         module.bench_writers(CFG, *sizes)
+
+
+def test_who_ends_in_the_race_stops_nobody(monkeypatch):
+    """On a GPU each is alone in memory: one is closed before the next."""
+    log = []
+
+    class Made:
+        def __init__(self, name, spec, settings):
+            log.append(f"start {name}")
+            self.name, self.left = name, spec["rounds"]
+
+        def step(self):
+            self.left -= 1
+            if self.left < 0:
+                raise ChildProcessError(f"{self.name}: out of memory")
+            return {"seconds": 1.0}
+
+        def finish(self):
+            return {"peak_bytes": 7}
+
+        def close(self):
+            log.append(f"close {self.name}")
+
+    monkeypatch.setattr(race, "Contestant", Made)
+    monkeypatch.setattr(race, "PAUSE", 0)
+    specs = {"a": {"rounds": 1}, "b": {"rounds": 3}}
+    for backend in ("cpu", "cuda"):
+        log.clear()
+        found = race.race(specs, 3, Settings(backend=backend))
+        assert found["a"] == {"unmeasured": "a: out of memory"}
+        assert found["b"] == {"seconds": [1.0] * 3, "peak_bytes": 7}
+        alone = ["start a", "close a", "start b", "close b"]
+        assert (log == alone) is (backend == "cuda")
+
+
+def test_a_childs_path_keeps_what_it_was_given(monkeypatch, tmp_path):
+    """Wheels that were carried along lie on PYTHONPATH."""
+    (tmp_path / "carried.py").write_text("HERE = True")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    seen = {}
+
+    def started(command, env, **_):
+        seen.update(env)
+        raise ChildProcessError("enough")
+
+    monkeypatch.setattr(race.subprocess, "Popen", started)
+    with pytest.raises(ChildProcessError, match="enough"):
+        race.Contestant("me", {**SHAPE, **OURS}, ONE_THREAD)
+    assert seen["PYTHONPATH"].split(os.pathsep)[1:] == [str(tmp_path)]

@@ -6,8 +6,14 @@ from gpu import check_ladder, check_machine_code, draw, there
 
 from llmnb.bench.rungs_encoder import ENCODER_BACKWARD, ENCODER_FORWARD
 from llmnb.cpu import encoder as cpu
-from llmnb.cuda.encoder import encoder_backward, encoder_forward
-from llmnb.gpu.launch import simulated, to_host
+from llmnb.cuda.encoder import (
+    encoder_backward,
+    encoder_forward,
+    encoder_scratch,
+    into_buckets,
+)
+from llmnb.gpu.launch import empty, simulated, to_host
+from llmnb.gpu.simulator import watch
 
 FORWARD = (*ENCODER_FORWARD, encoder_forward)
 BACKWARD = (*ENCODER_BACKWARD, encoder_backward)
@@ -31,12 +37,13 @@ def test_machine_code_backward(shape, version):
     arrays = draw("encoder_backward", *shape)
     seen = check_ladder("encoder_backward", arrays, version)
     found = check_machine_code(seen)
-    assert len(found) == (1 if version == 1 else 2)
+    wide = version == len(BACKWARD) and shape[2] % 4 == 0
+    assert len(found) == (1 if version == 1 else 2 + wide)
     assert (seen.atomics > 0) is (version == 1)
     assert seen.barriers == 0
-    for made in found.values():
-        wide = version == len(BACKWARD) and shape[2] % 4 == 0
-        assert (made.vector_loads > 0) is (made.vector_stores > 0) is wide
+    for name, made in found.items():
+        vectors = wide and name != "_into_buckets"
+        assert (made.vector_loads > 0) is (made.vector_stores > 0) is vectors
 
 
 @pytest.mark.parametrize("layer", BACKWARD)
@@ -61,3 +68,42 @@ def test_the_order_is_that_of_the_text(layer):
     cpu.encoder_backward(*arrays.values())
     for name in ("dwte", "dwpe"):
         assert np.array_equal(to_host(given[name]), arrays[name])
+
+
+@pytest.mark.parametrize("rows", [1, 31, 33, 100])
+def test_buckets_keep_the_order_of_the_text(rows):
+    """Every place once, by what its token leaves, and in order within."""
+    inp = np.random.default_rng(rows).integers(0, 50, rows, np.int32)
+    with watch():
+        order, starts, K = into_buckets(
+            simulated(inp), empty(encoder_scratch(rows), like=simulated(inp))
+        )
+    order, starts = to_host(order), to_host(starts)
+    assert -(-rows // 16) == K
+    assert (order == np.argsort(inp % K, kind="stable")).all()
+    edges = np.searchsorted(np.sort(inp % K), np.arange(K + 1))
+    assert (starts == edges).all()
+
+
+def test_the_search_does_not_grow_with_the_square_of_the_text():
+    """Reads of tokens: four times the text, hardly more than four times."""
+    seen = []
+    for rows in (64, 256):
+        inp = np.arange(rows, dtype=np.int32)[None]
+        table = simulated(np.zeros((rows, 4), np.float32))
+        dout = simulated(np.zeros((1, rows, 4), np.float32))
+        arrays = table, simulated(np.zeros((rows, 4), "f4")), dout
+        with watch() as counted:
+            encoder_backward(*arrays, simulated(inp))
+        seen.append(counted.reads)
+    assert seen[1] < 7 * seen[0]
+
+
+def test_work_must_hold_the_buckets():
+    grads = [simulated(np.zeros((3, 4), "f4")) for _ in range(2)]
+    there = (
+        simulated(np.ones((1, 3, 4), "f4")),
+        simulated(np.zeros((1, 3), "i4")),
+    )
+    with pytest.raises(ValueError, match="encoder_backward: work must hold 5"):
+        encoder_backward(*grads, *there, simulated(np.zeros(4, "f4")))

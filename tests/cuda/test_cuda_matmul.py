@@ -18,7 +18,6 @@ from llmnb.cuda.matmul import (
     vectors,
 )
 from llmnb.gpu.launch import empty, missing, simulated, to_device, to_host
-from llmnb.gpu.ptx import compile_kernel, no_compiler
 from llmnb.gpu.simulator import watch
 
 rng = np.random.default_rng(0)
@@ -213,22 +212,6 @@ def test_machine_code_of_vectors(tile, along, ladder):
         assert found(r"st\.global\S*\.v4\.f32", made) >= 16
         # two blocks of the large tile fit on a processor
         assert made.registers <= (128 if tile == 128 else 168)
-
-
-def without_names(ptx):
-    """PTX without the names that numba numbers, and the generation's."""
-    return re.sub(r"\b_Z\w+|_smem_\d+|\bsm_\d+", "", ptx)
-
-
-def test_all_generations_have_one_ptx(ladder):
-    """So that `compiled` may translate a kernel once for all of them."""
-    if no_compiler():
-        pytest.skip(no_compiler())
-    kernel = module._vector_kernel(64, *LAYOUTS[0])
-    kinds = ladder[0].launches[0][3]
-    first, second = GENERATIONS
-    text = without_names(compiled(kernel, kinds, first).ptx)
-    assert text == without_names(compile_kernel(kernel, kinds, second).ptx)
 
 
 @pytest.mark.parametrize(

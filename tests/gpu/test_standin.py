@@ -1,0 +1,228 @@
+"""What a step asks of the driver, and what a wrong step is told."""
+
+import json
+
+import pytest
+
+from llmnb.config import GPT2Config
+
+STEP = """
+import json, sys
+from llmnb import GPT2, GPT2Config
+cfg = GPT2Config(*json.loads(sys.argv[1]))
+B, T, steps = map(int, sys.argv[2:])
+model = GPT2(cfg, B, T, "cuda", seed=None)
+batch, rows = np.zeros((2, B, T), int), []
+names = ("allocations", "launches", "recorded", "recorded_copies", "copies",
+         "recordings", "replays", "replayed", "refusals")
+for k in range(1, steps + 1):
+    driver.standin_reset()
+    model.step(*batch, 1.0, step=k, decay=["wte"])
+    rows.append(dict(zip(names, counts(*names))))
+print(json.dumps([rows, refused(), model.memory.nbytes]))
+"""
+TINY = GPT2Config(8, 61, 2, 2, 16)
+
+
+def steps(on_standin, cfg, B, T):
+    sizes = json.dumps([*vars(cfg).values()])
+    return json.loads(on_standin(STEP, sizes, B, T, 4))
+
+
+@pytest.mark.parametrize(
+    ("cfg", "B", "T"),
+    [(TINY, 2, 8), (GPT2Config(), 16, 1024)],
+    ids=["tiny", "124M"],
+)
+def test_a_step_is_recorded_once_and_replayed(on_standin, cfg, B, T):
+    """No allocation, and no copy but the batch, the settings, the results.
+
+    At GPT-2's size the block is reserved and hardly touched.
+    """
+    rows, refused, nbytes = steps(on_standin, cfg, B, T)
+    assert refused == ""
+    first, second, *later = rows
+    for row in rows:
+        assert row["allocations"] == row["recorded_copies"] == 0
+        assert row["copies"] == 6  # 2 of the batch, 2 of settings, 2 back
+    launches = first["launches"]
+    assert launches > 20 * cfg.num_layers
+    assert second["recorded"] == second["replayed"] == launches
+    assert (second["launches"], second["recordings"]) == (0, 1)
+    for row in later:
+        assert row["launches"] == row["recorded"] == row["recordings"] == 0
+        assert (row["replays"], row["replayed"]) == (1, launches)
+    if cfg != TINY:
+        assert 11e9 < nbytes < 12e9
+
+
+WRONG = """
+from llmnb.gpu.graph import Graph
+from llmnb.gpu.launch import empty, kernel, stream, to_device, to_host
+from llmnb.gpu.simulator import cuda
+
+@kernel
+def add_one(x):
+    i = cuda.grid(1)
+    if i < x.size:
+        x[i] = x[i] + np.float32(1)
+
+x = to_device(np.zeros(40, np.float32))
+def allocates(): add_one[2, 32](empty(40))
+def copies(): to_host(x)
+def waits():
+    from numba import cuda as real
+    real.synchronize()
+def elsewhere():
+    with stream(0): add_one[2, 32](x)
+def good(): add_one[2, 32](x)
+
+for wrong in (allocates, copies, waits, elsewhere):
+    graph = Graph(wrong, x)
+    graph()
+    driver.standin_reset()
+    try:
+        graph()
+    except Exception as error:
+        print(wrong.__name__, "|", refused())
+good_one = Graph(good, x)
+for _ in range(3):
+    good_one()
+print("good", *counts("replays", "replayed"))
+"""
+
+
+def test_what_a_recording_may_not_do_is_refused(on_standin):
+    """So the counts of the test before it could have been others."""
+    lines = on_standin(WRONG).splitlines()
+    said = dict(x.split(" | ") for x in lines[:-1])
+    assert said["allocates"] == "cuMemAlloc_v2 (900)"
+    assert said["copies"].startswith("cuMemcpyDtoH_v2 (900)")
+    assert said["waits"] == "cuCtxSynchronize (900)"
+    assert "add_one" in said["elsewhere"] and "(906)" in said["elsewhere"]
+    assert lines[-1] == "good 2 2"
+
+
+AS_LAUNCHED = """
+import re
+from llmnb.cuda import attention_forward, gelu_forward
+from llmnb.gpu.launch import to_device
+from llmnb.gpu.ptx import compile_kernel
+from llmnb.gpu.simulator import watch
+
+def there(*shape):
+    return to_device(np.zeros(shape, np.float32))
+
+with watch() as seen:
+    attention_forward(there(1, 64, 64), there(1, 1, 64), there(1, 64, 192))
+    gelu_forward(there(1, 8, 64), there(1, 8, 64))
+plain = lambda text: re.sub(r"_Z\\\\w+|_smem_\\\\d+", "", text)
+for kernel, _, _, kinds in seen.launches:
+    (launched,) = kernel.compiled().overloads.values()
+    made = compile_kernel(kernel, kinds, CC)
+    code = launched.library.get_cubin()
+    assert plain(launched.library.get_asm_str()) == plain(made.ptx)
+    assert len(bytes(code.code)) == len(made.cubin)
+    print(re.search(r"\\\\.target (\\\\w+)", made.ptx)[1])
+"""
+
+
+@pytest.mark.parametrize(
+    ("generation", "target"), [(80, "sm_80"), (90, "sm_90a")]
+)
+def test_checks_compile_what_is_launched(on_standin, generation, target):
+    """The text is the same but for the names, which numba numbers."""
+    cc = divmod(generation, 10)
+    code = AS_LAUNCHED.replace("CC", str(cc)).replace("\\\\", "\\")
+    said = on_standin(code, STANDIN_GENERATION=str(generation))
+    assert said.splitlines() == [target] * 2
+
+
+MODEL = """
+import warnings
+from llmnb import GPT2, GPT2Config
+from llmnb.cuda import gpu
+from llmnb.gpu.launch import empty
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    empty(3)
+    print([str(x.message) for x in seen])
+try:
+    GPT2(GPT2Config(8, 61, 2, 2, 16), 2, 8, "cuda", seed=None)
+    print("a model")
+except RuntimeError as error:
+    print(error)
+print(gpu())
+"""
+HIDE = """
+from cuda import pathfinder
+found = pathfinder.load_nvidia_dynamic_lib
+def hidden(name):
+    if name == "nvvm":
+        raise pathfinder.DynamicLibNotFoundError(name)
+    return found(name)
+pathfinder.load_nvidia_dynamic_lib = hidden
+"""
+MIX = """
+import llmnb.gpu.ptx as ptx
+def old(text, cc):
+    raise RuntimeError("ptxas fatal : Unsupported .version 9.5; current "
+                       "version is '9.0'")
+ptx._link = old
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        (HIDE, "libNVVM, of NVIDIA's toolkit, is missing: "),
+        (MIX, "libNVVM and nvJitLink are of different CUDA toolkits, and "),
+    ],
+    ids=["missing", "mixed"],
+)
+def test_a_gpu_that_cannot_be_used_is_no_simulator(on_standin, how, why):
+    warned, refused, said = on_standin(how + MODEL).splitlines()
+    assert "there is a GPU, but " + why in warned
+    assert refused.startswith("GPT2: there is a GPU, but " + why)
+    assert "LLMNB_CUDA=simulator asks for the simulator" in refused
+    assert said.startswith("none: " + why)
+    assert "a model" in on_standin(how + MODEL, LLMNB_CUDA="simulator")
+
+
+def test_a_driver_without_a_gpu(on_standin):
+    said = on_standin(MODEL, STANDIN_GPUS="0").splitlines()
+    assert said[0] == "[]" and said[1] == "a model"
+    assert said[2] == "none: numba-cuda finds no NVIDIA GPU with a driver"
+
+
+ROWS = """
+for name in ("row_stack",):
+    if hasattr(np, name):
+        delattr(np, name)
+from llmnb.cuda import gelu_forward
+from llmnb.gpu.launch import to_device
+x = to_device(np.zeros((1, 8, 64), np.float32))
+gelu_forward(x, x)
+print(*counts("launches"))
+"""
+
+
+def test_numpy_without_row_stack(on_standin):
+    """As NumPy 2.5 is: without its old name no kernel would compile."""
+    assert on_standin(ROWS) == "1"
+
+
+def test_refusals_are_counted(on_standin):
+    code = """
+from numba import cuda
+@cuda.jit
+def f(x): x[0] = 1
+x = cuda.device_array(4, np.float32)
+try:
+    f[(1, 65536), 32](x)
+except Exception as error:
+    print(error)
+print(refused(), *counts("refusals", "allocations"))
+"""
+    said = on_standin(code)
+    assert "grid 1 65536 1" in said and said.endswith("1 1")
