@@ -6,6 +6,7 @@ import types
 
 from llmnb.cuda.adamw import *
 from llmnb.cuda.attention import *
+from llmnb.cuda.bf16_attention import *
 from llmnb.cuda.bf16_matmul import *
 from llmnb.cuda.crossentropy import *
 from llmnb.cuda.cublas import *

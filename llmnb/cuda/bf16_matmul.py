@@ -27,7 +27,7 @@ def swizzle(chunks):
 
     @device
     def place(row, chunk):
-        return 4 * (row * chunks + (chunk ^ (row * FEW // 8 % FEW)))
+        return 4 * (row * chunks + (chunk ^ ((row & 7) * FEW >> 3)))
 
     return place
 
@@ -40,18 +40,18 @@ def filler(rows, chunks, threads):
     Rows first to first + rows of a matrix of `pitch` int32 a row, the last
     one before `stop`, from column `left` on, in int32.
     """
-    place = swizzle(chunks)
+    place, DOWN = swizzle(chunks), threads // chunks
 
     @device
     def fill(tile, base, source, first, stop, left, pitch):
-        for turn in range(rows * chunks // threads):
-            e = cuda.threadIdx.x + turn * threads
-            row, chunk = e // chunks, e % chunks
-            r, c = first + row, left + 4 * chunk
+        row, chunk = cuda.threadIdx.x // chunks, cuda.threadIdx.x % chunks
+        there, c = base + place(row, chunk), left + 4 * chunk
+        for turn in range(rows // DOWN):
+            r = first + row + DOWN * turn
             inside = r < stop and c < pitch
             size = 16 if inside else 0
             at = r * pitch + c if inside else 0
-            cp_async(tile, base + place(row, chunk), source, at, size)
+            cp_async(tile, there + 4 * chunks * DOWN * turn, source, at, size)
 
     return fill
 
@@ -64,21 +64,19 @@ def taker(chunks, along, left):
     left: a fragment of A, rows first to first + 16 of the output; or else
     two fragments of B, 16 columns. For 16 steps of the sum from k on.
     """
-    place, load = swizzle(chunks), ldmatrix if along else ldmatrix_trans
-    WIDE = along == left
+    WIDE, FEW = along == left, min(chunks, 8)
+    load = ldmatrix if along else ldmatrix_trans
 
     @device
     def take(tile, base, first, k):
         lane = cuda.laneid
         if WIDE:
-            row, chunk = lane % 16, lane // 16
+            row, chunk = lane & 15, lane >> 4
         else:
-            row, chunk = lane % 8 + lane // 16 * 8, lane // 8 % 2
-        if along:
-            row, chunk = row + first, chunk + k // 8
-        else:
-            row, chunk = row + k, chunk + first // 8
-        return load(tile, base + place(row, chunk))
+            row, chunk = (lane & 7) + (lane >> 4) * 8, lane >> 3 & 1
+        down, right = (first, k) if along else (k, first)
+        chunk = (chunk + right // 8) ^ ((row & 7) * FEW >> 3)
+        return load(tile, base + 4 * ((row + down) * chunks + chunk))
 
     return take
 
