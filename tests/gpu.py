@@ -7,6 +7,7 @@ generations of GPU, with none at hand.
 """
 
 import functools
+import struct
 
 import numpy as np
 import pytest
@@ -106,4 +107,54 @@ def check_machine_code(seen, stack=0):
             assert made.spilled == 0, f"{name} spills registers"
             assert made.stack <= stack, f"{name} keeps arrays in memory"
             found[name] = made
+    return found
+
+
+# the lowest 12 bits of an instruction of sm_80 to sm_90, as nvdisasm names it
+OPCODES = {"HMMA": 0x23C, "LDSM": 0x83B, "LDGSTS": 0xFAE}
+
+
+def tensor_instructions(seen, prefix):
+    """How many of OPCODES each kernel has whose name begins with prefix.
+
+    One dict by name for each kernel and generation, read from machine code.
+    """
+    if no_compiler():
+        pytest.skip(no_compiler())
+    chosen = {(x[0], x[3]): x for x in seen.launches}.values()
+    for kernel, _, _, kinds in chosen:
+        if not kernel.__name__.startswith(prefix):
+            continue
+        for cc in GENERATIONS:
+            codes = opcodes(cubin(compiled(kernel, kinds, cc).ptx, cc))
+            yield {k: codes.count(v) for k, v in OPCODES.items()}
+
+
+def cubin(ptx, cc):
+    """Machine code, an ELF file, of PTX."""
+    from cuda.bindings import nvjitlink
+
+    linker = nvjitlink.create(2, [f"-arch=sm_{cc[0]}{cc[1]}", "-O3"])
+    text, kind = ptx.encode(), nvjitlink.InputType.PTX
+    nvjitlink.add_data(linker, kind, text, len(text), "kernel")
+    nvjitlink.complete(linker)
+    code = bytearray(nvjitlink.get_linked_cubin_size(linker))
+    nvjitlink.get_linked_cubin(linker, code)
+    nvjitlink.destroy(linker)
+    return bytes(code)
+
+
+def opcodes(elf):
+    """The codes of all instructions, of 16 bytes each."""
+    (start,) = struct.unpack_from("<Q", elf, 0x28)
+    size, count = struct.unpack_from("<HH", elf, 0x3A)
+    found = []
+    for n in range(count):
+        row = struct.unpack_from("<IIQQQQ", elf, start + n * size)
+        _, _, flags, _, offset, length = row
+        if flags & 4:  # it can be run
+            places = range(offset, offset + length, 16)
+            found += [
+                struct.unpack_from("<H", elf, i)[0] & 0xFFF for i in places
+            ]
     return found

@@ -6,6 +6,8 @@ import types
 
 from llmnb.cuda.adamw import *
 from llmnb.cuda.attention import *
+from llmnb.cuda.bf16_attention import *
+from llmnb.cuda.bf16_matmul import *
 from llmnb.cuda.crossentropy import *
 from llmnb.cuda.cublas import *
 from llmnb.cuda.elementwise import *
@@ -22,6 +24,7 @@ from llmnb.cuda.residual import *
 from llmnb.cuda.rmsnorm import *
 from llmnb.cuda.rotary import *
 from llmnb.cuda.softcap import *
+from llmnb.gpu.fragments import *
 from llmnb.gpu.graph import *
 from llmnb.gpu.launch import *
 from llmnb.gpu.ptx import *

@@ -163,11 +163,14 @@ class _Warp:
 class _Lane:
     """A thread: its place, and the fiber that runs it."""
 
-    __slots__ = ("thread", "number", "block", "warp", "fiber", "trace")
+    __slots__ = (
+        "thread", "number", "block", "warp", "fiber", "trace", "copies",
+    )  # fmt: skip
 
     def __init__(self, thread, number, block, warp):
         self.thread, self.number, self.block = thread, number, block
         self.warp, self.fiber, self.trace = warp, None, {}
+        self.copies = [[]]  # on their way, in groups: chapter 3.13
 
 
 class _Block:
@@ -202,6 +205,11 @@ class _Now(threading.local):
 
 
 _now = _Now()
+
+
+def running():
+    """The lane that runs."""
+    return _now.lane
 
 
 def _enter(lane):
@@ -313,7 +321,7 @@ def simulate(function, grid, block, args):
 def _poison(shape, dtype):
     """What memory holds before anyone writes to it: nothing good."""
     dtype = np.dtype(getattr(dtype, "name", dtype))
-    bad = np.nan if dtype.kind == "f" else np.iinfo(dtype).min + 77
+    bad = np.nan if dtype.kind == "f" else np.iinfo(dtype).max - 77
     return np.full(shape, bad, dtype)
 
 
@@ -438,8 +446,11 @@ def _stuck(block):
 FULL = 0xFFFFFFFF  # a mask that names all lanes
 
 
-def _exchange(kind, mask, value, orders=False):
-    """Hand in a value; return those of all 32 lanes and one's own place."""
+def exchange(kind, mask, value, orders=False, combine=None):
+    """Hand in a value; return those of all 32 lanes and one's own place.
+
+    combine: a function of the 32 values, whose result is returned instead.
+    """
     lane = _now.lane
     if mask != FULL or len(lane.block.lanes) % WARP:
         raise ValueError(
@@ -454,7 +465,8 @@ def _exchange(kind, mask, value, orders=False):
         raise BarrierError(f"lanes of a warp call {warp.kind} and {kind}")
     warp.kind, warp.values[place] = kind, value
     if len(warp.arrived) == WARP - 1:  # the last one: all values are there
-        warp.shown, warp.values = warp.values, [None] * WARP
+        shown, warp.values = warp.values, [None] * WARP
+        warp.shown = combine(shown) if combine else shown
     _wait(warp, WARP, orders)
     return warp.shown, place
 
@@ -514,17 +526,17 @@ class _Cuda(threading.local):
         _wait(block, len(block.lanes))
 
     def syncwarp(self, mask=FULL):
-        _exchange("syncwarp", mask, None, orders=True)
+        exchange("syncwarp", mask, None, orders=True)
 
     def shfl_sync(self, mask, value, source):
-        return _exchange("shfl", mask, value)[0][source % WARP]
+        return exchange("shfl", mask, value)[0][source % WARP]
 
     def shfl_xor_sync(self, mask, value, bits):
-        values, lane = _exchange("shfl_xor", mask, value)
+        values, lane = exchange("shfl_xor", mask, value)
         return values[lane ^ bits]
 
     def ballot_sync(self, mask, predicate):
-        values, _ = _exchange("ballot", mask, bool(predicate))
+        values, _ = exchange("ballot", mask, bool(predicate))
         return sum(1 << i for i, v in enumerate(values) if v)
 
     def popc(self, bits):
@@ -852,8 +864,14 @@ def _note(array, address, nbytes, access):
         lane.trace.setdefault(site, []).append(address)
     if film is not None:
         film.take(access, sys._getframe(2), array, address, nbytes)
+    _look(array, address, nbytes, access)
+
+
+def _look(array, address, nbytes, access):
+    """Look for a race with an access of the lane that runs."""
     if array.log is None:
         return
+    lane, film = _now.lane, _now.seen.film
     now, step = (lane, lane.block.clock), array.log.step
     for at in range(address - address % step, address + nbytes, step):
         before = _clash(array.log, at, access, now)
@@ -1067,7 +1085,7 @@ verdict("the rival", races[0].rival == (0, 63), "is the one who wrote")
 # A lane may also ask for 16 bytes in one instruction, four numbers that lie
 # together at a multiple of 16. numba does not do this by itself, so we have
 # `load4` and `store4`; what they become on a GPU is written in
-# [chapter A.6](06_launch.ipynb).
+# [chapter A.6](06_launch.ipynb). `promise4` is for copies that take a while.
 
 
 # %% vectors of four tags=["export"]
@@ -1095,6 +1113,12 @@ def store4(array, i, a, b, c, d):
         array = array.array
     flat = array if array.ndim == 1 else array.reshape(-1)
     flat[i : i + 4] = a, b, c, d
+
+
+def promise4(array, i):
+    """Look for races as if elements i to i + 3 were written now."""
+    if isinstance(array, _Watched):
+        _look(array, array.place4(i), 16, WRITE)
 
 
 # %% [markdown]

@@ -462,6 +462,8 @@ def _real_device(function):
 
 
 def _real(value):
+    if hasattr(value, "on_gpu"):  # a function that is one instruction there
+        return value.on_gpu()
     if getattr(value, "on_device", False):
         return _real_device(value)
     return _real_names().get(id(value), value)

@@ -1,0 +1,737 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+#   llmnb:
+#     modules:
+#       cuda.bf16_attention: "Attention in bfloat16, on tensor cores."
+# ---
+
+# %% [markdown]
+# # Attention on tensor cores: scores never leave their lanes
+#
+# > The product of queries and keys lies in the lanes as a factor of the next
+# > product must. Forward in one kernel, backward with five products instead of
+# > seven, and every sum in one order.
+#
+# *Reading time: 22 minutes. You need: attention on a GPU
+# ([chapter 3.9](09_attention.ipynb)) and products on tensor cores
+# ([chapter 3.14](14_tensor_products.ipynb)).*
+
+# %% [markdown]
+# ## Where we are
+#
+# In [chapter 3.9](09_attention.ipynb) a block walked over tiles of keys, and
+# its warps handed weights to each other through shared memory. On tensor
+# cores they need not, for the fragments of a result lie as those of a left
+# factor do (figure 3.13.1). At the end of this chapter you can
+#
+# - follow a score from `mma` through the softmax into the next `mma`, in the
+#   registers of one lane;
+# - count the products of the backward pass, and save two of the seven;
+# - add up the gradient of the queries from many blocks without an atomic, in
+#   one order.
+
+# %% [markdown]
+# ## Setup
+
+# %% setup
+import matplotlib.pyplot as plt
+
+from llmnb.book.owners import draw_owners
+from llmnb.book.verify import verdict
+from llmnb.gpu.launch import empty, simulated, to_host
+from llmnb.gpu.simulator import watch
+from llmnb.reference import attention as reference
+from llmnb.reference.bfloat16 import from_bfloat16, to_bfloat16
+
+# %% imports of the kernels tags=["export"]
+import functools
+import math
+
+import numpy as np
+
+from llmnb.cuda.bf16_matmul import ZERO, filler, halves, multiply, pairs
+from llmnb.cuda.bf16_matmul import swizzle, taker
+from llmnb.gpu.fragments import cp_async_commit, cp_async_wait
+from llmnb.gpu.fragments import pack, unpack
+from llmnb.gpu.launch import device, given_work, kernel
+from llmnb.gpu.simulator import cuda
+from llmnb.gpu.warp import warp_sum
+from llmnb.reference.attention import count_heads
+from llmnb.shapes import shapes
+
+# %% [markdown]
+# ## Tiles of a head
+#
+# A block has four warps and 64 queries, 16 for each warp, and takes 64 keys at
+# a time. A tile is 64 rows of a head; a row of $hs$ bfloat16 numbers is $hs/8$
+# chunks, which change places as in [chapter 3.14](14_tensor_products.ipynb).
+# All of it comes from there: how a tile is filled, and how fragments are taken
+# from it. Heads have 16, 32 or 64 channels, as all of GPT-2's have; wider ones
+# would need more registers than a lane has, or smaller tiles.
+#
+# One piece is new: sums that become a factor.
+
+# %% the pieces tags=["exporti"]
+WIDTHS = 16, 32, 64  # channels of a head
+LOWEST = np.float32(-1e30)  # exp makes 0 of it, and it is no infinity
+
+
+@device
+def as_factor(s, j):
+    """Sums j to j + 8 as a left factor of 16 steps, in bfloat16."""
+    return (
+        pack(s[j], s[j + 1]),
+        pack(s[j + 2], s[j + 3]),
+        pack(s[j + 4], s[j + 5]),
+        pack(s[j + 6], s[j + 7]),
+    )
+
+
+# %% [markdown]
+# `as_factor` is the whole trick. Sums j to j + 3 are four numbers of D, for
+# eight columns, the next four for the next eight. As A of the next product
+# those columns are 16 steps, and the table of
+# [chapter 3.13](13_tensor_cores.ipynb) wants: the row of the group and its two
+# columns; the row eight further down; the same for the columns eight further.
+# They are there. Only the rounding to bfloat16 is left to do.
+
+
+# %% products of a tile tags=["exporti"]
+@functools.cache
+def _weighted(hs):
+    """weighted(o, s, tile, b): add the sums s, 16 by 64, times 64 rows."""
+    right, PARTS = taker(hs // 8, False, False), hs // 16
+
+    @device
+    def weighted(o, s, tile, b):
+        for j in range(4):
+            factor = as_factor(s, 8 * j)
+            for n in range(PARTS):
+                multiply(o, 8 * n, factor, right(tile, b, 16 * n, 16 * j))
+
+    return weighted
+
+
+# %% [markdown]
+# ## Forward
+#
+# A lane has sums of two rows, in groups: row lane // 4 and the one eight
+# further. A row's maximum and sum are therefore over four lanes, two shuffles.
+# Below the diagonal nothing is masked; the one tile on it is, and the tiles
+# above it are never loaded. The rest is (2.5.1), as in chapter 3.9.
+
+
+# %% the softmax of fragments tags=["exporti"]
+@device
+def _quad_max(value):
+    value = max(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, 1))
+    return max(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, 2))
+
+
+@functools.cache
+def _softmax(hs):
+    """softmax(s, o, top, total, scale, back): (2.5.1) for two rows a lane.
+
+    back: by how much the first row of the warp's lane is after the tile's
+    first key; the tile is masked where that is less than 64.
+    """
+    PARTS = hs // 8
+
+    @device
+    def softmax(s, o, top, total, scale, back):
+        near = 2 * (cuda.laneid & 3)
+        for half in range(2):
+            new = top[half]
+            for n in range(8):
+                for m in range(2):
+                    i, ahead = 4 * n + 2 * half + m, 8 * n + near + m
+                    value = s[i] * scale
+                    if ahead > back + 8 * half:
+                        value = LOWEST
+                    s[i], new = value, max(new, value)
+            new = _quad_max(new)
+            factor = math.exp(top[half] - new)
+            top[half], total[half] = new, total[half] * factor
+            for n in range(8):
+                for m in range(2):
+                    i = 4 * n + 2 * half + m
+                    s[i] = math.exp(s[i] - new)
+                    total[half] += s[i]
+            for n in range(PARTS):
+                o[4 * n + 2 * half] *= factor
+                o[4 * n + 2 * half + 1] *= factor
+
+    return softmax
+
+
+# %% write rows tags=["exporti"]
+@functools.cache
+def _writer(hs):
+    """write(out, o, rows, at, pitch, scales, add): 16 rows of a head.
+
+    rows: the warp's first and where they stop; at, pitch: in pairs; scales:
+    by what the rows of each half are multiplied.
+    """
+    PARTS = hs // 8
+
+    @device
+    def write(out, o, rows, at, pitch, scales, add):
+        row, stop = rows
+        for half in range(2):
+            r = row + (cuda.laneid >> 2) + 8 * half
+            if r < stop:
+                for n in range(PARTS):
+                    i = r * pitch + at + 4 * n + (cuda.laneid & 3)
+                    x = o[4 * n + 2 * half] * scales[half]
+                    y = o[4 * n + 2 * half + 1] * scales[half]
+                    if add:
+                        low, high = unpack(out[i])
+                        x, y = x + low, y + high
+                    out[i] = pack(x, y)
+
+    return write
+
+
+# %% the kernel of the forward pass tags=["exporti"]
+@functools.cache
+def _forward_kernel(hs):
+    TILE, STEPS, SUMS = 32 * hs, hs // 16, hs // 2
+    ROOM, REGISTERS, HEAD = 4 * TILE, 4 * STEPS, hs // 2
+    fill, take_q = filler(64, hs // 8, 128), taker(hs // 8, True, True)
+    take_k = taker(hs // 8, True, False)
+    softmax, weighted, write = _softmax(hs), _weighted(hs), _writer(hs)
+
+    def attention_forward_bf16_tiles(out, lse, inp, NKV, scale):
+        tile = cuda.shared.array(ROOM, np.int32, alignment=16)
+        q = cuda.local.array(REGISTERS, np.int32)
+        s = cuda.local.array(32, np.float32)
+        o = cuda.local.array(SUMS, np.float32)
+        top = cuda.local.array(2, np.float32)
+        total = cuda.local.array(2, np.float32)
+        _, NH, T = lse.shape
+        W, tiles = (NH + 2 * NKV) * HEAD, (T + 63) // 64
+        unit, warp = cuda.blockIdx.x // tiles, cuda.threadIdx.x // 32
+        first = (tiles - 1 - cuda.blockIdx.x % tiles) * 64
+        b, h = unit // NH, unit % NH
+        row, stop, key = b * T, b * T + T, (NH + h * NKV // NH) * HEAD
+        value = key + NKV * HEAD
+        fill(tile, 0, inp, row + first, stop, h * HEAD, W)
+        cp_async_commit()
+        cp_async_wait()
+        cuda.syncthreads()
+        for k in range(STEPS):
+            i = 4 * k
+            q[i], q[i + 1], q[i + 2], q[i + 3] = take_q(
+                tile, 0, 16 * warp, 16 * k
+            )
+        for n in range(SUMS):
+            o[n] = ZERO
+        for half in range(2):
+            top[half], total[half] = LOWEST, ZERO
+        cuda.syncthreads()  # the queries are in registers
+        fill(tile, 0, inp, row, stop, key, W)
+        fill(tile, TILE, inp, row, stop, value, W)
+        cp_async_commit()
+        now = 0
+        for start in range(0, first + 64, 64):
+            cp_async_wait()
+            cuda.syncthreads()
+            if start < first:
+                there, after = row + start + 64, 2 * TILE - now
+                fill(tile, after, inp, there, stop, key, W)
+                fill(tile, after + TILE, inp, there, stop, value, W)
+                cp_async_commit()
+            for n in range(32):
+                s[n] = ZERO
+            for k in range(STEPS):
+                i = 4 * k
+                factor = q[i], q[i + 1], q[i + 2], q[i + 3]
+                for j in range(4):
+                    keys = take_k(tile, now, 16 * j, 16 * k)
+                    multiply(s, 8 * j, factor, keys)
+            back = first + 16 * warp + (cuda.laneid >> 2) - start
+            softmax(s, o, top, total, scale, back)
+            weighted(o, s, tile, now + TILE)
+            now = 2 * TILE - now
+        for half in range(2):
+            whole = warp_sum(total[half], 4)
+            t = first + 16 * warp + (cuda.laneid >> 2) + 8 * half
+            total[half] = np.float32(1) / whole
+            if (cuda.laneid & 3) == 0 and t < T:
+                lse[b, h, t] = top[half] + math.log(whole)
+        rows = row + first + 16 * warp, stop
+        write(out, o, rows, h * HEAD, NH * HEAD, total, False)
+
+    return kernel(attention_forward_bf16_tiles, launch_bounds=128)
+
+
+# %% attention, forward tags=["export"]
+@shapes("B T C!, B NH|C T!, B T QKV", halves("lse"))
+def attention_forward_bf16(out, lse, inp):
+    """Causal self-attention of NH heads, in bfloat16 on tensor cores.
+
+    inp: (B, T, (NH + 2 NKV) * hs), the heads of queries, of keys and of
+    values; out: (B, T, NH * hs): bits of bfloat16, uint16, on a device. lse:
+    (B, NH, T), float32. hs is 16, 32 or 64; NKV divides NH. Scores, softmax
+    and sums are float32; the weights are rounded to bfloat16. Raises
+    TypeError or ValueError before it launches anything.
+    """
+    heads = _count_heads("attention_forward_bf16", out, lse, inp)
+    B, NH, T = lse.shape
+    scale = np.float32(1 / math.sqrt(heads.hs))
+    made = _forward_kernel(heads.hs)
+    made[B * NH * -(-T // 64), 128](
+        pairs(out), lse, pairs(inp), heads.NKV, scale
+    )
+
+
+# %% the heads tags=["exporti"]
+def _count_heads(name, out, lse, inp):
+    """The Heads; raise for what the kernels cannot take."""
+    heads = count_heads(name, out, lse, inp)
+    if heads.hs not in WIDTHS:
+        raise ValueError(
+            f"{name}: in bfloat16 a head has {', '.join(map(str, WIDTHS))} "
+            f"channels, got {heads.hs}"
+        )
+    if not lse.size:
+        raise ValueError(f"{name}: lse must not be empty, got {lse.shape}")
+    return heads
+
+
+# %% [markdown]
+# The verdict, against attention in float64 on the same bfloat16 numbers, over
+# two tiles, the second not full, with two heads of queries for one of keys:
+
+# %% forward, against float64
+draw = np.random.default_rng(15)
+B, T, NH, NKV, hs = 1, 72, 2, 1, 16
+
+
+def half(*shape):
+    return to_bfloat16(draw.normal(size=shape).astype(np.float32))
+
+
+def error(got, want):
+    got = from_bfloat16(got) if got.dtype == np.uint16 else got
+    return np.linalg.norm(got - want) / np.linalg.norm(want)
+
+
+inp, dout = half(B, T, (NH + 2 * NKV) * hs), half(B, T, NH * hs)
+wide_inp, wide_dout = (
+    from_bfloat16(x).astype(np.float64) for x in (inp, dout)
+)
+want, want_lse = np.empty((B, T, NH * hs)), np.empty((B, NH, T))
+reference.attention_forward(want, want_lse, wide_inp)
+there = simulated(inp)
+out, lse = empty((B, T, NH * hs), np.uint16), empty((B, NH, T))
+with watch():
+    attention_forward_bf16(out, lse, there)
+verdict("out", error(to_host(out), want) < 3e-3, "within 3e-3 of float64")
+verdict("lse", error(to_host(lse), want_lse) < 1e-6, "within 1e-6")
+
+# %% [markdown]
+# ## Backward: five products
+#
+# (1.8.4) to (1.8.8) need the weights A once more, from scores S, and the
+# gradients dA of the weights. With those come the three gradients:
+#
+# | product | of |
+# |---|---|
+# | S | queries and keys |
+# | dA | gradients of the output and values |
+# | dv | A and gradients of the output |
+# | dk | dS and queries |
+# | dq | dS and keys |
+#
+# The first four are at hand where a block owns a tile of keys and walks over
+# the queries; dq is a sum over keys and wants a walk over those. In chapter
+# 3.9 two kernels walked, and both made S and dA: seven products. Here one
+# kernel makes all five. It adds its part of dq, 64 queries by $hs$, to an array
+# in global memory. If all blocks of a head added to one array they would need
+# atomics, and the order of a sum would be that in which they came. So the
+# tiles of keys are dealt to a few *strips*, and each strip has an array of
+# its own: one block walks over all tiles of its strip, one after the other,
+# and adds in that order. A last kernel adds up the arrays of the strips.
+#
+# How many strips? A block a head would be enough for the order, but not for
+# the GPU: 16 sequences of 12 heads make 192 blocks, where 132 multiprocessors
+# of an H100 hold two each. With three strips there are 576. A tile's work
+# grows with the queries that see it, and so the strips take turns: strip 0 has
+# tiles 0, 3, 6, strip 1 tiles 1, 4, 7. The price is memory, strips times the
+# queries in float32.
+
+# %% who walks over what tags=["hide-input"]
+# [fig:strips]
+tiles, strips = 8, 3
+owner = [
+    [keys % strips if queries >= keys else -1 for keys in range(tiles)]
+    for queries in range(tiles)
+]
+fig, ax = plt.subplots(figsize=(3, 3), dpi=100)
+draw_owners(ax, owner, "strips", rows="tiles of queries", cols="of keys")
+fig.tight_layout()
+plt.show()
+
+# %% [markdown]
+# *Figure 3.15.1. Eight tiles of keys in three strips. A block goes down its
+# columns, one after the other, from the diagonal on; a row of dq gets a sum
+# from each column left of the diagonal, the strips' columns in order.*
+#
+# In a block, a warp owns 16 keys and all channels of their dk and dv. It makes
+# S and dA transposed, keys by queries, so that both are left factors for dv
+# and dk as they are; and 16 queries at a time, so that there is never more of
+# them in the registers than eight sums each. For dq the sum is over the keys of
+# all four warps; dS goes through shared memory once, and each warp takes 16
+# queries.
+
+
+# %% the row sums of (1.8.9) tags=["exporti"]
+@kernel
+def _rows(D, dout, out):
+    """A warp a row of a head. D: (B, NH, T); dout, out: pairs."""
+    B, NH, T = D.shape
+    row, lane = cuda.grid(1) // 32, cuda.grid(1) % 32
+    b, t, h = row // (T * NH), row // NH % T, row % NH
+    HALF = out.size // (B * T * NH)
+    if b < B:
+        total = ZERO
+        for i in range(row * HALF + lane, row * HALF + HALF, 32):
+            x, y = unpack(dout[i])
+            u, v = unpack(out[i])
+            total += x * u + y * v
+        total = warp_sum(total)
+        if lane == 0:
+            D[b, h, t] = total
+
+
+# %% weights and gradients of scores tags=["exporti"]
+@device
+def _gradients(s, ds, head, u, start):
+    """s becomes weights, (1.8.4), and ds gradients of scores, (1.8.8).
+
+    For 16 queries from `start` on. head: lse and D, flat, where the head's
+    rows begin in them, T and the scale; u: the lane's first key.
+    """
+    lse, D, at, T, scale = head
+    for n in range(2):
+        for m in range(2):
+            t = start + 8 * n + 2 * (cuda.laneid & 3) + m
+            top = share = ZERO
+            if t < T:
+                top, share = lse[at + t], D[at + t]
+            for half in range(2):
+                i, a = 4 * n + 2 * half + m, ZERO
+                if u + 8 * half <= t and t < T:
+                    a = math.exp(s[i] * scale - top)
+                s[i], ds[i] = a, a * (ds[i] - share)
+
+
+# %% hand dS to the block tags=["exporti"]
+_DS_PLACE = swizzle(8)
+
+
+@device
+def _share(tile, base, factor, row, j):
+    """A warp's 16 keys and 16 queries, from 16 j on, to shared memory."""
+    a0, a1, a2, a3 = factor
+    low, near = row + (cuda.laneid >> 2), base + (cuda.laneid & 3)
+    tile[near + _DS_PLACE(low, 2 * j)] = a0
+    tile[near + _DS_PLACE(low + 8, 2 * j)] = a1
+    tile[near + _DS_PLACE(low, 2 * j + 1)] = a2
+    tile[near + _DS_PLACE(low + 8, 2 * j + 1)] = a3
+
+
+# %% four of the five products tags=["exporti"]
+@functools.cache
+def _key_parts(hs):
+    """parts(sums, tile, own, head, u, start): add a tile of queries' part.
+
+    sums: dk, dv, and room for 16 columns of S and dA; own: the warp's first
+    key in the tile; head, u: as for _gradients.
+    """
+    TILE, STEPS, PARTS = 32 * hs, hs // 16, hs // 16
+    V, Q, DO, DS = TILE, 2 * TILE, 3 * TILE, 4 * TILE
+    left, right = taker(hs // 8, True, True), taker(hs // 8, True, False)
+    rows = taker(hs // 8, False, False)
+
+    @device
+    def parts(sums, tile, own, head, u, start):
+        dk, dv, s, ds = sums
+        for j in range(4):
+            for n in range(8):
+                s[n] = ds[n] = ZERO
+            for k in range(STEPS):
+                keys = left(tile, 0, own, 16 * k)
+                multiply(s, 0, keys, right(tile, Q, 16 * j, 16 * k))
+                values = left(tile, V, own, 16 * k)
+                multiply(ds, 0, values, right(tile, DO, 16 * j, 16 * k))
+            _gradients(s, ds, head, u, start + 16 * j)
+            weights, grads = as_factor(s, 0), as_factor(ds, 0)
+            _share(tile, DS, grads, own, j)
+            for n in range(PARTS):
+                multiply(dv, 8 * n, weights, rows(tile, DO, 16 * n, 16 * j))
+                multiply(dk, 8 * n, grads, rows(tile, Q, 16 * n, 16 * j))
+
+    return parts
+
+
+# %% a part of dq tags=["exporti"]
+@functools.cache
+def _query_part(hs):
+    """part(dq, tile, ds, k, row): 16 queries by hs, over 64 keys."""
+    left, right = taker(8, False, True), taker(hs // 8, False, False)
+    PARTS, SUMS = hs // 16, hs // 2
+
+    @device
+    def part(dq, tile, ds, k, row):
+        for n in range(SUMS):
+            dq[n] = ZERO
+        for j in range(4):
+            factor = left(tile, ds, row, 16 * j)
+            for n in range(PARTS):
+                multiply(dq, 8 * n, factor, right(tile, k, 16 * n, 16 * j))
+
+    return part
+
+
+@functools.cache
+def _part_adder(hs):
+    """add(parts, dq, at, pitch, row, T, more): to a strip's array."""
+    PARTS = hs // 8
+
+    @device
+    def add(parts, dq, at, pitch, row, T, more):
+        for half in range(2):
+            t = row + (cuda.laneid >> 2) + 8 * half
+            if t < T:
+                i = at + t * pitch + 2 * (cuda.laneid & 3)
+                for n in range(PARTS):
+                    for m in range(2):
+                        value = dq[4 * n + 2 * half + m]
+                        if more:
+                            value += parts[i + 8 * n + m]
+                        parts[i + 8 * n + m] = value
+
+    return add
+
+
+# %% the kernel of the backward pass tags=["exporti"]
+@functools.cache
+def _backward_kernel(hs):
+    TILE, SUMS, HEAD = 32 * hs, hs // 2, hs // 2
+    ROOM, V, Q, DO, DS = 4 * TILE + 2048, TILE, 2 * TILE, 3 * TILE, 4 * TILE
+    fill, key_parts = filler(64, hs // 8, 128), _key_parts(hs)
+    part, add = _query_part(hs), _part_adder(hs)
+    write = _writer(hs)
+
+    def attention_backward_bf16_tiles(
+        dinp, parts, dout, inp, lse, D, B, T, NH, NKV, scale, strips, more
+    ):
+        tile = cuda.shared.array(ROOM, np.int32, alignment=16)
+        dk = cuda.local.array(SUMS, np.float32)
+        dv = cuda.local.array(SUMS, np.float32)
+        dq = cuda.local.array(SUMS, np.float32)
+        s = cuda.local.array(8, np.float32)
+        ds = cuda.local.array(8, np.float32)
+        scales = cuda.local.array(2, np.float32)
+        C, W, group = NH * HEAD, (NH + 2 * NKV) * HEAD, NH // NKV
+        unit, strip = cuda.blockIdx.x // strips, cuda.blockIdx.x % strips
+        b, kv, own = unit // NKV, unit % NKV, cuda.threadIdx.x // 32 * 16
+        row, stop, key = b * T, b * T + T, (NH + kv) * HEAD
+        value = key + NKV * HEAD
+        for first in range(strip * 64, T, strips * 64):
+            cuda.syncthreads()
+            fill(tile, 0, inp, row + first, stop, key, W)
+            fill(tile, V, inp, row + first, stop, value, W)
+            sums, u = (dk, dv, s, ds), first + own + (cuda.laneid >> 2)
+            for n in range(SUMS):
+                dk[n] = dv[n] = ZERO
+            for h in range(kv * group, kv * group + group):
+                head = lse, D, (b * NH + h) * T, T, scale
+                there = ((strip * B + b) * T * NH + h) * hs
+                for start in range(first, T, 64):
+                    cuda.syncthreads()
+                    fill(tile, Q, inp, row + start, stop, h * HEAD, W)
+                    fill(tile, DO, dout, row + start, stop, h * HEAD, C)
+                    cp_async_commit()
+                    cp_async_wait()
+                    cuda.syncthreads()
+                    key_parts(sums, tile, own, head, u, start)
+                    cuda.syncthreads()
+                    part(dq, tile, DS, 0, own)
+                    again = first > strip * 64
+                    add(parts, dq, there, 2 * C, start + own, T, again)
+            rows = row + first + own, stop
+            scales[0] = scales[1] = scale
+            write(dinp, dk, rows, key, W, scales, more)
+            scales[0] = scales[1] = np.float32(1)
+            write(dinp, dv, rows, value, W, scales, more)
+
+    return kernel(attention_backward_bf16_tiles, launch_bounds=128)
+
+
+# %% [markdown]
+# The last kernel has a thread for each pair of channels of a query. A strip
+# whose first tile of keys comes after the query has no part in it.
+
+
+# %% add up the strips tags=["exporti"]
+@kernel(launch_bounds=256)
+def _sum_parts(dinp, parts, B, T, NH, NKV, hs, scale, strips, more):
+    i, C = cuda.grid(1), NH * hs // 2
+    row, c = i // C, i % C
+    if row < B * T:
+        x = y = ZERO
+        for strip in range(min(strips, row % T // 64 + 1)):
+            at = 2 * (strip * B * T * C + i)
+            x, y = x + parts[at], y + parts[at + 1]
+        x, y = x * scale, y * scale
+        at = row * (NH + 2 * NKV) * hs // 2 + c
+        if more:
+            low, high = unpack(dinp[at])
+            x, y = x + low, y + high
+        dinp[at] = pack(x, y)
+
+
+# %% how many strips tags=["exporti"]
+BLOCKS = 512  # that a GPU should have at least, where there are tiles enough
+
+
+def _strips(B, T, NKV):
+    return min(-(-T // 64), -(-BLOCKS // (B * NKV)))
+
+
+# %% attention, backward tags=["export"]
+def attention_scratch_bf16(B, T, NH, NKV, hs):
+    """How many floats of `work` the backward pass wants.
+
+    One for each row of a head, and the gradient of the queries for each
+    strip.
+    """
+    return B * NH * T * (1 + _strips(B, T, NKV) * hs)
+
+
+@shapes(
+    "B T QKV!, B T C, B T QKV, B T C, B NH|C T", halves("lse", "work"),
+    work="W!?",
+)  # fmt: skip
+def attention_backward_bf16(dinp, dout, inp, out, lse, add=True, work=None):
+    """Add attention's gradient to dinp, in bfloat16 on tensor cores.
+
+    dinp, inp: (B, T, (NH + 2 NKV) * hs). dout, out: (B, T, NH * hs): bits of
+    bfloat16, uint16, on a device. lse: (B, NH, T), float32; out and lse as
+    the forward pass left them. add: False overwrites dinp. work: scratch of
+    attention_scratch_bf16() floats, or None to allocate it. Every sum is
+    float32 and in one order. Raises TypeError or ValueError before it
+    launches anything.
+    """
+    name = "attention_backward_bf16"
+    (NH, NKV, hs), (B, _, T) = _count_heads(name, out, lse, inp), lse.shape
+    wanted = attention_scratch_bf16(B, T, NH, NKV, hs)
+    work = given_work(name, work, wanted, lse)
+    D, parts = work[: lse.size], work[lse.size : wanted]
+    shape, strips = (B, T, NH, NKV), _strips(B, T, NKV)
+    scale, more = np.float32(1 / math.sqrt(hs)), int(add)
+    dx, dy, x = pairs(dinp), pairs(dout), pairs(inp)
+    _rows[-(-lse.size // 4), 128](D.reshape(B, NH, T), dy, pairs(out))
+    made = _backward_kernel(hs)
+    made[B * NKV * strips, 128](
+        dx, parts, dy, x, lse.reshape(-1), D, *shape, scale, strips, more
+    )
+    threads = B * T * NH * hs // 2
+    _sum_parts[-(-threads // 256), 256](
+        dx, parts, *shape, hs, scale, strips, more
+    )
+
+
+# %% [markdown]
+# The verdict. Three things are rounded to bfloat16 on the way, each once: the
+# weights, the gradients of the scores, and the results. One rounding is off by
+# $2^{-8}$ at most, and all together here by less.
+
+# %% backward, against float64
+grads = np.zeros(inp.shape)
+reference.attention_backward(grads, wide_dout, wide_inp, want, want_lse)
+dinp = empty(inp.shape, np.uint16)
+with watch():
+    attention_backward_bf16(dinp, simulated(dout), there, out, lse, False)
+dinp = from_bfloat16(to_host(dinp)).reshape(B, T, -1, hs)
+grads = grads.reshape(B, T, -1, hs)
+for name, part in (("dq", [0, 1]), ("dk", [2]), ("dv", [3])):
+    small = error(dinp[:, :, part], grads[:, :, part]) < 2**-8
+    verdict(name, small, "within 2**-8 of float64")
+
+# %% [markdown]
+# ## Count it
+#
+# A product of a pair of tiles is $64 \cdot 64 \cdot hs$ FMAs. Forward there
+# are two for each pair on or below the diagonal, backward five, where chapter
+# 3.9 had seven. For T = 1,024 the 16 tiles make 136 pairs of 256.
+
+# %% FMAs of a layer
+B, T, NH, hs = 16, 1024, 12, 64
+pairs_of_tiles = B * NH * (T // 64) * (T // 64 + 1) // 2
+for name, products in (("forward", 2), ("backward", 5)):
+    fmas = pairs_of_tiles * products * 64 * 64 * hs
+    print(f"{name:8} {2 * fmas / 1e9:5.1f} GFLOP")
+
+# %% [markdown]
+# Prediction: at half of an A100's 312 TFLOP/s that is 0.09 ms forward and 0.22
+# ms backward for a layer of GPT-2 124M, 16 sequences of 1,024 tokens. The
+# softmax, which no tensor core does, will keep it from more.
+#
+# ## Take away
+#
+# - Sums of one product are a left factor of the next, in the lanes where they
+#   are. Only a rounding lies between.
+# - A walk over queries makes four products from one tile of keys; the fifth,
+#   dq, is added to an array of the strip's own. Five products, no atomic, one
+#   order.
+# - Scores, softmax and sums are float32. What goes into a product is bfloat16.
+
+# %% [markdown]
+# ## Design note
+#
+# dq could also be added in order to one array: each block waits until the
+# block of the tile before it has added. That takes less memory, and a block
+# that waits for another hangs for ever if the other has not begun. Blocks
+# begin in the order of their numbers on GPUs so far, which no manual promises.
+# Strips need no such promise.
+
+# %% [markdown]
+# ## Exercises
+#
+# **1** (★★). How many floats do the strips take for GPT-2 124M at B = 16 and
+# T = 1,024? How many for B = 1?
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# `attention_scratch_bf16` says it: 3 strips of $B\,T\,C$ numbers, besides
+# one number for each row of a head. With one sequence there are 12 heads, and
+# 16 strips, as many as tiles.
+# :::
+
+# %% exercise 1, checked
+for B, strips in ((16, 3), (1, 16)):
+    floats = attention_scratch_bf16(B, T, NH, NH, hs)
+    same = floats == B * T * NH * (1 + strips * hs)
+    verdict(f"B = {B}", same, f"{strips} strips")
+
+# %% [markdown]
+# ## Further reading
+#
+# - Dao (2023), [FlashAttention-2](https://arxiv.org/abs/2307.08691): the same
+#   five products, with atomics for dq; how work is dealt to warps.
+
+# %% [markdown]
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.book.index import gained
+
+gained("3.15")
