@@ -125,8 +125,9 @@ class TensorFile:
             self.metadata = self._table.pop("__metadata__", {})
             self._sums = dict(json.loads(self.metadata.pop(_SUMS, "{}")))
         except (SafetensorError, ValueError, TypeError, RecursionError) as e:
+            why = what_is(path) or f"{e!s:.200}"  # which may quote the table
             raise ValueError(
-                f"{path}: not a whole safetensors file ({what_is(path) or e})"
+                f"{path}: not a whole safetensors file ({why})"
             ) from None
         self._start = 8 + size
         self.names = list(self._table)

@@ -221,6 +221,17 @@ def test_what_contradicts_itself_is_one_error(good, tmp_path, name):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name", ["lm_head.weight", "model.layers.1.self_attn.rotary_emb.inv_freq"]
+)
+def test_what_a_tied_model_does_not_need_is_left(good, tmp_path, name):
+    def more(arrays):
+        arrays[name] = arrays["model.embed_tokens.weight"].copy()
+
+    path = changed(good, tmp_path, "gemma", tensors=more)
+    assert llmnb.load(path, 1, 2, "reference").cfg.tied
+
+
 def test_an_unknown_architecture_is_named(good, tmp_path):
     path = changed(good, tmp_path, **setting("model_type", "mamba"))
     with pytest.raises(ValueError, match="'mamba'") as error:

@@ -104,6 +104,13 @@ def test_no_table_at_all(tmp_path, raw):
         TensorFile(tmp_path / "a")
 
 
+def test_a_long_string_in_a_table_makes_a_short_message(tmp_path):
+    by_hand(tmp_path / "a", {"x": {"dtype": "x" * 5000}}, b"")
+    with pytest.raises(ValueError, match="not a whole safetensors") as error:
+        TensorFile(tmp_path / "a")
+    assert len(str(error.value)) < 300 + len(str(tmp_path))
+
+
 @settings(deadline=None, max_examples=200)
 @given(data=st.data())
 def test_a_flipped_bit_is_never_another_array(tmp_path_factory, data):
