@@ -34,8 +34,8 @@ Move.kind("tiles", (stage, { rows, columns }) => {
         + "third. Nothing is multiplied yet.");
       return;
     }
-    const green = i ? "The panel of b is still in the first level"
-      : `A panel of b comes into the first level, for ${rows} tiles`;
+    const green = i ? "the panel of b is still in the first level"
+      : `a panel of b comes into the first level, for ${rows} tiles`;
     const end = step < count ? "" : ` In all ${columns} panels came from the `
       + `third level and ${count} from the second, none from memory.`;
     stage.say(`Tile ${step}: ${green}; one of a passes by, from the second.`
