@@ -25,7 +25,7 @@ FIGURES = {
     "notebooks/1_by_hand/02_tokens": ["merges"],
     "notebooks/1_by_hand/12_adamw": ["valley"],
     "notebooks/1_by_hand/14_memory": ["arena"],
-    "notebooks/2_cpu/04_matmul": ["roofline"],
+    "notebooks/2_cpu/04_matmul": ["tiles", "roofline"],
     "notebooks/2_cpu/05_attention": ["softmax"],
     "notebooks/3_gpu/01_threads": ["threads", "threads"],
     "notebooks/3_gpu/03_encoder": ["threads", "threads"],
@@ -369,11 +369,27 @@ def test_optimisers_walk_as_in_python(browser, address):
                 assert ("flown apart" in figure.words) == flown
 
 
-def test_the_roof_is_the_lower_of_two_limits(browser, address):
+def test_a_panel_of_b_comes_once_and_one_of_a_each_time(browser, address):
     name = "notebooks/2_cpu/04_matmul"
-    data = numbers(name)
+    rows, columns = (numbers(name)[x] for x in ("rows", "columns"))
     with Visit(browser, address, width=1280) as visit:
         figure = Figure(visit, name)
+        for step in range(1, rows * columns + 1):
+            figure.press("ArrowRight")
+            assert int(figure.data("second")) == step
+            assert int(figure.data("third")) == -(-step // rows)
+            lit = figure.box.locator("rect.move-now").all()
+            a, b, tile = (x.bounding_box() for x in lit)
+            assert a["y"] == pytest.approx(tile["y"], abs=1)
+            assert b["x"] == pytest.approx(tile["x"], abs=1)
+        assert figure.words.startswith(f"Tile {rows * columns}: ")
+
+
+def test_the_roof_is_the_lower_of_two_limits(browser, address):
+    name = "notebooks/2_cpu/04_matmul"
+    data = numbers(name, 1)
+    with Visit(browser, address, width=1280) as visit:
+        figure = Figure(visit, name, 1)
         for copy, peak in ((data["copy"], data["peak"]), (819, 19500)):
             figure.box.get_by_label("memory, GB/s").fill(str(copy))
             figure.box.get_by_label("arithmetic, GFLOP/s").fill(str(peak))

@@ -601,6 +601,9 @@ plt.show()
 # which is which, a matter of $\log 2$. Two heads of half the size share the
 # work, one place each; without a projection they have got no further than one
 # head.*
+#
+# What heads look at in a trained model, on a sentence of yours, you can see on
+# [the first page](../../book/intro.md): pick a head there, and move the caret.
 
 # %% who looks where
 back = [(np.diag(att, -1)[2:], np.diag(att, -3)) for att in maps]

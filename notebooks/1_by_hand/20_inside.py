@@ -228,7 +228,8 @@ plt.show()
 # some of their heads prefer certain tokens: dark columns. In blocks 2 and 3, heads
 # look at the last few tokens, and head 0 of block 4 at the one before and hardly
 # anything else: a line beside the diagonal. The last block picks out single tokens
-# far back.*
+# far back. (The same maps for a text of your own are on [the first
+# page](../../book/intro.md), where this model runs as you type.)*
 
 # %% how far they look
 apart = np.arange(ids.size)[:, None] - np.arange(ids.size)

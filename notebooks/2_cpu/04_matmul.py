@@ -323,6 +323,7 @@ ax.set(xlim=(-3.2, 13.5), ylim=(0, 6.9), aspect="equal")
 ax.axis("off")
 fig.tight_layout()
 plt.show()
+moving("tiles", "a block of the product, tile by tile", rows=4, columns=6)
 
 # %% [markdown]
 # *Figure 2.4.3. A tile of `out` needs one panel of rows (orange) and one of
