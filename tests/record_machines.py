@@ -284,8 +284,8 @@ def main(part, *args):
 
     if part == "link" and not shutil.which("tc"):
         sys.exit("no tc here: the rate of a link cannot be set")
-    known = json.loads(PLACE.read_text("utf-8")) if PLACE.exists() else {}
     found = {"here": here, "link": link, "ddp": ddp}[part](*args)
+    known = json.loads(PLACE.read_text("utf-8")) if PLACE.exists() else {}
     where = {"machine": machine(), "cores": os.cpu_count()}
     known[part] = where | {"date": date.today().isoformat()} | found
     PLACE.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
