@@ -20,7 +20,7 @@ BACKENDS = ("reference", "cpu", "cuda")
 PRECISIONS = {
     "fp32": BACKENDS,
     "fp64": ("reference", "cpu"),
-    "bf16": ("cpu",),
+    "bf16": ("cpu", "cuda"),
     "tf32": ("cuda",),
 }
 
@@ -58,6 +58,10 @@ class Backend:
     def fill(self, array, value):
         """Write one number into all elements of an array."""
         array.fill(value)
+
+    def floats(self, array):
+        """An array of activations as the host's floats."""
+        return np.asarray(array)
 
     def write(self, params, function):
         """Let a function write the parameters, a dict of NumPy arrays."""
@@ -103,4 +107,6 @@ def backend_named(name, precision):
             f"GPT2: precision {precision!r} needs the backend {needs}"
         )
     layers = importlib.import_module(f"llmnb.{name}")
-    return getattr(layers, "Backend", Backend)(layers, precision)
+    kind = getattr(layers, "PRECISE", {}).get(precision)
+    kind = kind or getattr(layers, "Backend", Backend)
+    return kind(layers, precision)

@@ -7,7 +7,9 @@ import types
 from llmnb.cuda.adamw import *
 from llmnb.cuda.attention import *
 from llmnb.cuda.bf16_attention import *
+from llmnb.cuda.bf16_layers import *
 from llmnb.cuda.bf16_matmul import *
+from llmnb.cuda.bf16_model import *
 from llmnb.cuda.crossentropy import *
 from llmnb.cuda.cublas import *
 from llmnb.cuda.elementwise import *

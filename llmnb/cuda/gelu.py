@@ -23,7 +23,7 @@ ONE, ZERO, THREE = np.float32(1), np.float32(0), np.float32(3)
 
 # GELU of one number
 @device
-def _gelu(x):
+def gelu_of(x):
     q = math.exp(-abs(SLOPE32 * x * (ONE + CUBIC32 * x * x)))
     return x * (ONE if x > ZERO else q) / (ONE + q)
 
@@ -37,13 +37,13 @@ def _gelu_slope(x):
 
 
 @device
-def _gelu_back(dout, x):
+def gelu_back(dout, x):
     return dout * _gelu_slope(x)
 
 
 # the layer
-_forward = elementwise(_gelu, reads=1)
-_backward = elementwise(_gelu_back, reads=2)
+_forward = elementwise(gelu_of, reads=1)
+_backward = elementwise(gelu_back, reads=2)
 
 
 @shapes("...!, ...~", DEVICE)

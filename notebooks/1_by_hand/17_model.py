@@ -306,7 +306,8 @@ class GPT2(_Updates):
     on the host; for the cpu backend "bf16": float32 with the factors of all
     products rounded to bfloat16. Where the processor has no such products a
     warning says so and precision becomes "fp32". For the cuda backend
-    "tf32": factors rounded to 10 bits after the point, on tensor cores.
+    "bf16": activations too, parameters float32; and "tf32": factors rounded
+    to 10 bits after the point; both on tensor cores.
     seed: of the initial weights; None leaves them zero. Raises ValueError
     for a value out of range and MemoryError when the block cannot be had.
 
@@ -442,7 +443,8 @@ class GPT2(_Updates):
         which puts their gradients in the same place.
         """
         self._check_logits()
-        return np.asarray(self._acts["logits"])[..., : self.cfg.vocab_size]
+        logits = self._machine.floats(self._acts["logits"])
+        return logits[..., : self.cfg.vocab_size]
 
     def logits_at(self, position):
         """The logits (B, V) of one position of the rows; a copy.
@@ -451,7 +453,8 @@ class GPT2(_Updates):
         """
         self._check_logits()
         rows = self._acts["logits"]
-        rows = [np.asarray(rows[i, position]) for i in range(len(rows))]
+        rows = [rows[i, position] for i in range(len(rows))]
+        rows = [self._machine.floats(x) for x in rows]
         return np.stack(rows)[:, : self.cfg.vocab_size]
 
     def _check_logits(self):

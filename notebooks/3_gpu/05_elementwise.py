@@ -217,7 +217,7 @@ ONE, ZERO, THREE = np.float32(1), np.float32(0), np.float32(3)
 
 # %% GELU of one number tags=["exporti"] module="cuda.gelu"
 @device
-def _gelu(x):
+def gelu_of(x):
     q = math.exp(-abs(SLOPE32 * x * (ONE + CUBIC32 * x * x)))
     return x * (ONE if x > ZERO else q) / (ONE + q)
 
@@ -231,7 +231,7 @@ def _gelu_slope(x):
 
 
 @device
-def _gelu_back(dout, x):
+def gelu_back(dout, x):
     return dout * _gelu_slope(x)
 
 
@@ -252,8 +252,8 @@ def _gelu_back(dout, x):
 
 
 # %% the layer tags=["export"] module="cuda.gelu"
-_forward = elementwise(_gelu, reads=1)
-_backward = elementwise(_gelu_back, reads=2)
+_forward = elementwise(gelu_of, reads=1)
+_backward = elementwise(gelu_back, reads=2)
 
 
 @shapes("...!, ...~", DEVICE)
@@ -438,7 +438,7 @@ def four_by_one(out, inp):
     first = 4 * cuda.grid(1)
     if first < inp.size:
         for i in range(first, first + 4):
-            out[i] = _gelu(inp[i])
+            out[i] = gelu_of(inp[i])
 
 
 # %% exercise 1, checked

@@ -196,38 +196,70 @@ def _writer(hs):
     return write
 
 
+# %% the end of the rows tags=["exporti"]
+@device
+def _finish(lse, at, top, total, t, T):
+    """Write (2.5.2) for rows t and t + 8; total becomes its inverse."""
+    for half in range(2):
+        whole = warp_sum(total[half], 4)
+        total[half] = np.float32(1) / whole
+        if (cuda.laneid & 3) == 0 and t + 8 * half < T:
+            lse[at + t + 8 * half] = top[half] + math.log(whole)
+
+
+# %% queries in registers, and their scores tags=["exporti"]
+@functools.cache
+def _scores(hs):
+    """hold(q, tile, row): 16 queries; scores(s, q, tile, base): by 64 keys."""
+    left, right = taker(hs // 8, True, True), taker(hs // 8, True, False)
+    STEPS = hs // 16
+
+    @device
+    def hold(q, tile, row):
+        for k in range(STEPS):
+            i = 4 * k
+            q[i], q[i + 1], q[i + 2], q[i + 3] = left(tile, 0, row, 16 * k)
+
+    @device
+    def scores(s, q, tile, base):
+        for n in range(32):
+            s[n] = ZERO
+        for k in range(STEPS):
+            i = 4 * k
+            factor = q[i], q[i + 1], q[i + 2], q[i + 3]
+            for j in range(4):
+                keys = right(tile, base, 16 * j, 16 * k)
+                multiply(s, 8 * j, factor, keys)
+
+    return hold, scores
+
+
 # %% the kernel of the forward pass tags=["exporti"]
 @functools.cache
 def _forward_kernel(hs):
-    TILE, STEPS, SUMS = 32 * hs, hs // 16, hs // 2
-    ROOM, REGISTERS, HEAD = 4 * TILE, 4 * STEPS, hs // 2
-    fill, take_q = filler(64, hs // 8, 128), taker(hs // 8, True, True)
-    take_k = taker(hs // 8, True, False)
+    TILE, SUMS, HEAD = 32 * hs, hs // 2, hs // 2
+    ROOM, REGISTERS = 4 * TILE, hs // 4
+    fill, (hold, scores) = filler(64, hs // 8, 128), _scores(hs)
     softmax, weighted, write = _softmax(hs), _weighted(hs), _writer(hs)
 
-    def attention_forward_bf16_tiles(out, lse, inp, NKV, scale):
+    def attention_forward_bf16_tiles(out, lse, inp, T, NH, NKV, scale):
         tile = cuda.shared.array(ROOM, np.int32, alignment=16)
         q = cuda.local.array(REGISTERS, np.int32)
         s = cuda.local.array(32, np.float32)
         o = cuda.local.array(SUMS, np.float32)
         top = cuda.local.array(2, np.float32)
         total = cuda.local.array(2, np.float32)
-        _, NH, T = lse.shape
         W, tiles = (NH + 2 * NKV) * HEAD, (T + 63) // 64
         unit, warp = cuda.blockIdx.x // tiles, cuda.threadIdx.x // 32
         first = (tiles - 1 - cuda.blockIdx.x % tiles) * 64
-        b, h = unit // NH, unit % NH
-        row, stop, key = b * T, b * T + T, (NH + h * NKV // NH) * HEAD
-        value = key + NKV * HEAD
+        row, h = unit // NH * T, unit % NH
+        stop, key = row + T, (NH + h * NKV // NH) * HEAD
+        value, t = key + NKV * HEAD, first + 16 * warp + (cuda.laneid >> 2)
         fill(tile, 0, inp, row + first, stop, h * HEAD, W)
         cp_async_commit()
         cp_async_wait()
         cuda.syncthreads()
-        for k in range(STEPS):
-            i = 4 * k
-            q[i], q[i + 1], q[i + 2], q[i + 3] = take_q(
-                tile, 0, 16 * warp, 16 * k
-            )
+        hold(q, tile, 16 * warp)
         for n in range(SUMS):
             o[n] = ZERO
         for half in range(2):
@@ -245,24 +277,11 @@ def _forward_kernel(hs):
                 fill(tile, after, inp, there, stop, key, W)
                 fill(tile, after + TILE, inp, there, stop, value, W)
                 cp_async_commit()
-            for n in range(32):
-                s[n] = ZERO
-            for k in range(STEPS):
-                i = 4 * k
-                factor = q[i], q[i + 1], q[i + 2], q[i + 3]
-                for j in range(4):
-                    keys = take_k(tile, now, 16 * j, 16 * k)
-                    multiply(s, 8 * j, factor, keys)
-            back = first + 16 * warp + (cuda.laneid >> 2) - start
-            softmax(s, o, top, total, scale, back)
+            scores(s, q, tile, now)
+            softmax(s, o, top, total, scale, t - start)
             weighted(o, s, tile, now + TILE)
             now = 2 * TILE - now
-        for half in range(2):
-            whole = warp_sum(total[half], 4)
-            t = first + 16 * warp + (cuda.laneid >> 2) + 8 * half
-            total[half] = np.float32(1) / whole
-            if (cuda.laneid & 3) == 0 and t < T:
-                lse[b, h, t] = top[half] + math.log(whole)
+        _finish(lse, unit * T, top, total, t, T)
         rows = row + first + 16 * warp, stop
         write(out, o, rows, h * HEAD, NH * HEAD, total, False)
 
@@ -285,7 +304,7 @@ def attention_forward_bf16(out, lse, inp):
     scale = np.float32(1 / math.sqrt(heads.hs))
     made = _forward_kernel(heads.hs)
     made[B * NH * -(-T // 64), 128](
-        pairs(out), lse, pairs(inp), heads.NKV, scale
+        pairs(out), lse.reshape(-1), pairs(inp), T, NH, heads.NKV, scale
     )
 
 

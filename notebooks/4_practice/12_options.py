@@ -126,9 +126,7 @@ class ModelOptions:
     backend: str = option(
         "cpu", "cpu, cuda (a GPU), or reference (NumPy, slow)"
     )
-    precision: str = option(
-        "fp32", "fp32, bf16 (cpu), tf32 (cuda), or fp64 (slow)"
-    )
+    precision: str = option("fp32", "fp32, bf16, tf32 (cuda), or fp64 (slow)")
 
 
 # %% how it learns tags=["export"]

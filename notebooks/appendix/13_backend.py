@@ -50,7 +50,9 @@ from llmnb.model.gpt2 import GPT2
 # room of layers that answers some of them in another way has a class `Backend` of its
 # own, which inherits the others: [chapter 2.7](../2_cpu/07_step.ipynb) does it for
 # compiled layers, [chapter 3.11](../3_gpu/11_step.ipynb) for a GPU, where a whole
-# step is recorded once and then played.
+# step is recorded once and then played. A room whose precisions differ in more
+# than their products names a backend for one of them in `PRECISE`, as
+# [chapter 3.16](../3_gpu/16_bf16_training.ipynb) does.
 
 # %% imports of the backend tags=["export"]
 import importlib
@@ -66,7 +68,7 @@ BACKENDS = ("reference", "cpu", "cuda")
 PRECISIONS = {
     "fp32": BACKENDS,
     "fp64": ("reference", "cpu"),
-    "bf16": ("cpu",),
+    "bf16": ("cpu", "cuda"),
     "tf32": ("cuda",),
 }
 
@@ -102,6 +104,10 @@ class Backend:
     def fill(self, array, value):
         """Write one number into all elements of an array."""
         array.fill(value)
+
+    def floats(self, array):
+        """An array of activations as the host's floats."""
+        return np.asarray(array)
 
     def write(self, params, function):
         """Let a function write the parameters, a dict of NumPy arrays."""
@@ -141,7 +147,9 @@ def backend_named(name, precision):
             f"GPT2: precision {precision!r} needs the backend {needs}"
         )
     layers = importlib.import_module(f"llmnb.{name}")
-    return getattr(layers, "Backend", Backend)(layers, precision)
+    kind = getattr(layers, "PRECISE", {}).get(precision)
+    kind = kind or getattr(layers, "Backend", Backend)
+    return kind(layers, precision)
 
 
 # %% [markdown]

@@ -1,0 +1,137 @@
+# Written by `make export` from notebooks/3_gpu/16_bf16_training.py: edit that file.
+
+"""Training in bfloat16 on a GPU, with float32 masters."""
+
+__all__ = ["HalfBackend", "PRECISE"]
+
+
+# imports of the backend
+from functools import partial
+from inspect import signature
+
+import numpy as np
+
+from llmnb.arena import Arena
+from llmnb.cuda import bf16_attention, bf16_layers, bf16_matmul, model
+from llmnb.cuda.bf16_layers import round_bf16, widen_bf16
+from llmnb.gpu.launch import address
+from llmnb.reference.bfloat16 import from_bfloat16
+
+
+# the memory
+# activations that stay float32, by how their names end
+STATISTICS = "mean", "rstd", "lse", "losses"
+# groups that are halves otherwise
+HALVES = "acts", "dacts", "logits", "block"
+
+
+def _half_layout(layout):
+    """A model's groups, activations in bfloat16, with copies of weights."""
+    (kind, weights), acts = layout["params"], layout["acts"][1]
+    stats = {n: x for n, x in acts.items() if n.endswith(STATISTICS)}
+    stream = {"stream": layout["dacts"][1]["dstream"]}
+    found = {"copies": (np.uint16, weights), "stats": (kind, stats | stream)}
+    for group, (kind, named, *over) in layout.items():
+        if group in HALVES:
+            kind = np.uint16
+            named = {n: x for n, x in named.items() if n not in stats}
+        found[group] = kind, named, *over
+    return found
+
+
+class _HalfArena(Arena):
+    """The statistics answer among the activations that they belong to."""
+
+    def __getitem__(self, group):
+        found = super().__getitem__(group)
+        if group == "acts":
+            return found | super().__getitem__("stats")
+        return found
+
+
+# the layers
+def _half_layers(ops, memory, work):
+    """Put the layers in bfloat16 into ops, under the names of the others."""
+    for module in (bf16_matmul, bf16_attention, bf16_layers):
+        for name in module.__all__:
+            if not name.endswith("_bf16"):
+                continue
+            function = getattr(module, name)
+            if "work" in signature(function).parameters:
+                function = partial(function, work=work)
+            setattr(ops, name.removesuffix("_bf16"), function)
+    masters, copies = memory.flat("params"), memory.flat("copies")
+    stream = memory["stats"]["stream"]
+    encode, encode_back = ops.encoder_forward, ops.encoder_backward
+    forward, backward = ops.matmul_forward, ops.matmul_backward
+
+    def copy(weight):
+        start = (address(weight) - address(masters)) // 4
+        return copies[start : start + weight.size].reshape(*weight.shape)
+
+    def first(out, inp, wte, wpe):
+        round_bf16(copies, masters)
+        encode(out, inp, wte, wpe)
+
+    def last(dwte, dwpe, dout, inp):
+        widen_bf16(stream.reshape(-1), dout)
+        encode_back(dwte, dwpe, stream, inp)
+
+    def product(out, inp, weight, bias, residual=None):
+        forward(out, inp, copy(weight), bias, residual)
+
+    def product_back(dinp, dweight, dbias, dout, inp, weight, *rest, **more):
+        given = dinp, dweight, dbias, dout, inp
+        backward(*given, copy(weight), *rest, **more)
+
+    ops.encoder_forward, ops.encoder_backward = first, last
+    ops.matmul_forward, ops.matmul_backward = product, product_back
+
+
+# the backend
+class HalfBackend(model.Backend):
+    """A GPU that trains in bfloat16: float32 parameters, halves elsewhere.
+
+    For GPT-2's layers. Raises ValueError for another family, for channels
+    that are no multiple of 8 and heads that tensor cores do not take.
+
+    Derived in chapter 3.16.
+    """
+
+    def groups(self, cfg, batch_size, seq_len):
+        """Scratch memory for the layers, and a place for AdamW's settings."""
+        if cfg.family != "gpt2":
+            raise ValueError(
+                "GPT2: precision 'bf16' on a GPU is for GPT-2, not for "
+                f"{cfg.family!r}; take 'fp32' or 'tf32'"
+            )
+        bf16_matmul.check_eights("GPT2: channels", cfg.channels)
+        if cfg.head_size not in bf16_attention.WIDTHS:
+            raise ValueError(
+                "GPT2: precision 'bf16' on a GPU takes heads of "
+                f"{bf16_attention.WIDTHS} channels, got {cfg.head_size}"
+            )
+        B, T, C, NH = batch_size, seq_len, cfg.channels, cfg.num_heads
+        found = model.model_layout(cfg, B, T)
+        floats = (
+            found["work"][1]["floats"][0],
+            bf16_layers.layernorm_scratch_bf16(B * T, C),
+            bf16_attention.attention_scratch_bf16(B, T, NH, NH, C // NH),
+        )
+        return found | {"work": (np.float32, {"floats": (max(floats),)})}
+
+    def allocate(self, layout, needed):
+        """An Arena on the GPU, and the layers that work in it."""
+        memory = _HalfArena(_half_layout(layout), model.zeros)
+        self._work = memory["work"]["floats"]
+        self.ops = model.model_layers(self._work)
+        _half_layers(self.ops, memory, self._work)
+        return memory
+
+    def floats(self, array):
+        """The host's float32 copy of an array in bfloat16."""
+        return from_bfloat16(np.asarray(array))
+
+
+# which backend for a precision
+PRECISE = {"bf16": HalfBackend}  # where it is not `Backend`

@@ -1,0 +1,118 @@
+"""The layers of rows in bfloat16: simulated, and their machine code."""
+
+import numpy as np
+import pytest
+from gpu import check_machine_code
+
+from llmnb import cuda as gpu
+from llmnb import reference
+from llmnb.gpu.launch import empty, simulated, to_host
+from llmnb.gpu.simulator import watch
+from llmnb.reference.bfloat16 import from_bfloat16, to_bfloat16
+
+ROUNDING = 2**-8  # of one number, the most
+B, T, C, V, Vp = 1, 3, 72, 61, 64
+rng = np.random.default_rng(0)
+
+
+def half(*shape):
+    return to_bfloat16(rng.normal(size=shape).astype(np.float32))
+
+
+def single(*shape):
+    return rng.normal(size=shape).astype(np.float32)
+
+
+def wide(x):
+    x = to_host(x) if hasattr(x, "copy_to_host") else x
+    x = from_bfloat16(x) if x.dtype == np.uint16 else x
+    return x.astype(np.float64) if x.dtype.kind == "f" else x
+
+
+def check(name, arrays, writes, exact=(), **options):
+    """A layer against the reference in float64, races looked for.
+
+    arrays: in order; writes: indices of those written; exact: of those in
+    float32, which one rounding of an input has not touched.
+    """
+    want = [wide(x) if isinstance(x, np.ndarray) else x for x in arrays]
+    getattr(reference, name)(*want, **options)
+    there = [simulated(x) if isinstance(x, np.ndarray) else x for x in arrays]
+    with watch() as seen:
+        getattr(gpu, f"{name}_bf16")(*there, **options)
+    for i in writes:
+        got = wide(there[i])
+        assert np.isfinite(got).all()
+        scale = 1e-5 if i in exact else ROUNDING
+        most = scale * np.abs(want[i]) + 1e-6
+        assert (np.abs(got - want[i]) <= most).all(), (name, i)
+    check_machine_code(seen)
+
+
+def test_encoder():
+    tokens = rng.integers(0, V, (B, T)).astype(np.int32)
+    arrays = half(B, T, C), tokens, single(Vp, C), single(T + 2, C)
+    check("encoder_forward", arrays, [0])
+
+
+def layernorm():
+    inp, weight = half(B, T, C), single(C)
+    stats = [np.zeros((B, T)) for _ in range(2)]
+    reference.layernorm_forward(
+        np.zeros((B, T, C)), *stats, wide(inp), wide(weight), np.zeros(C)
+    )
+    return inp, weight, *(x.astype(np.float32) for x in stats)
+
+
+def test_layernorm_forward():
+    inp, weight, mean, rstd = layernorm()
+    arrays = half(B, T, C), mean * 0, rstd * 0, inp, weight, single(C)
+    check("layernorm_forward", arrays, [0, 1, 2], exact=[1, 2])
+
+
+def test_layernorm_backward():
+    inp, weight, mean, rstd = layernorm()
+    sums = single(C), single(C)
+    arrays = half(B, T, C), *sums, half(B, T, C), inp, weight, mean, rstd
+    check("layernorm_backward", arrays, [0, 1, 2], exact=[1, 2])
+
+
+def test_gelu():
+    check("gelu_forward", (half(T, C), half(T, C)), [0])
+    arrays = half(T, C), half(T, C), half(T, C)
+    check("gelu_backward", arrays, [0])
+    check("gelu_backward", arrays, [0], add=False)
+
+
+def test_classifier():
+    """V is odd, so that a pair is half padding, which is NaN here."""
+    logits = half(B, T, Vp)
+    logits[..., V:] = 0x7FC0
+    targets = np.array([[0, V - 1, 5]], np.int32)
+    losses, lse = single(B, T), single(B, T)
+    arrays = losses, lse, logits, targets, V
+    check("crossentropy_softmax_forward", arrays, [0, 1], exact=[0, 1])
+    clean = np.where(np.isnan(wide(logits)), 0, wide(logits))
+    reference.crossentropy_softmax_forward(
+        np.zeros((B, T)), sums := np.zeros((B, T)), clean, targets, V
+    )
+    arrays = half(B, T, Vp), losses, logits, sums.astype(np.float32)
+    check("crossentropy_softmax_backward", (*arrays, targets, V), [0])
+
+
+def test_rounding_and_widening():
+    x = single(40)
+    half, wide = empty(40, np.uint16), empty(40)
+    with watch() as seen:
+        gpu.round_bf16(half, simulated(x))
+        gpu.widen_bf16(wide, half)
+    np.testing.assert_array_equal(to_host(half), to_bfloat16(x))
+    want = from_bfloat16(to_bfloat16(x))
+    np.testing.assert_array_equal(to_host(wide), want)
+    check_machine_code(seen)
+
+
+def test_rows_that_are_no_eights_are_refused():
+    arrays = simulated(half(1, 2, 4)), simulated(half(1, 2, 4))
+    with pytest.raises(ValueError, match="gelu_forward_bf16.* got 4"):
+        gpu.gelu_forward_bf16(*arrays)

@@ -1,0 +1,79 @@
+"""A GPT-2 that trains in bfloat16, on the simulator."""
+
+import numpy as np
+import pytest
+
+from llmnb import GPT2, GPT2Config
+from llmnb.gpu.launch import to_host
+from llmnb.gpu.simulator import watch
+from llmnb.reference.bfloat16 import from_bfloat16, to_bfloat16
+
+TINY = {"max_seq_len": 16, "vocab_size": 61, "num_layers": 1, "num_heads": 2}
+BATCH = np.random.default_rng(3).integers(0, 61, (2, 1, 16))
+
+
+@pytest.fixture(autouse=True)
+def on_the_simulator(monkeypatch):
+    monkeypatch.setenv("LLMNB_CUDA", "simulator")
+
+
+def model(channels=32, T=16, **how):
+    cfg = GPT2Config(channels=channels, **TINY)
+    how = {"backend": "cuda", "precision": "bf16", "seed": 7} | how
+    return GPT2(cfg, 1, T, **how)
+
+
+def ten_steps(model):
+    how = {"learning_rate": 1e-2, "max_norm": 1.0}
+    return np.array([model.step(*BATCH, step=s, **how) for s in range(1, 11)])
+
+
+def test_ten_steps_go_along_those_of_float32():
+    """Losses within 2e-2, and the gradients' norms within 2 %."""
+    half = ten_steps(model())
+    whole = ten_steps(model(backend="cpu", precision="fp32"))
+    np.testing.assert_allclose(half[:, 0], whole[:, 0], rtol=0, atol=2e-2)
+    np.testing.assert_allclose(half[:, 1], whole[:, 1], rtol=2e-2)
+    assert whole[-1, 0] < whole[0, 0] - 1
+    assert (half[:, 0] != whole[:, 0]).any()
+
+
+def test_parameters_are_float32_and_their_copies_rounded(tmp_path):
+    made = model(T=3)
+    made.params["wpe"].copy_to_device(np.full((16, 32), 0.1, np.float32))
+    with watch(races=False):
+        loss = made.forward(BATCH[0][:, :3], BATCH[1][:, :3])
+    assert np.isfinite(loss)
+    for name, master in made.params.items():
+        assert master.dtype == np.float32
+        copy = to_host(made.memory["copies"][name])
+        np.testing.assert_array_equal(copy, to_bfloat16(np.asarray(master)))
+    logits = to_host(made.memory["logits"]["logits"])
+    np.testing.assert_array_equal(made.logits, from_bfloat16(logits)[..., :61])
+    np.testing.assert_array_equal(made.logits_at(1), made.logits[:, 1])
+    path = tmp_path / "model.bin"
+    made.save_checkpoint(path)
+    again = GPT2.from_checkpoint(path, 1, 3, backend="cpu")
+    for name, master in made.params.items():
+        np.testing.assert_array_equal(again.params[name], np.asarray(master))
+
+
+def test_gradients_are_those_of_float32_but_for_rounding():
+    half = model(T=5)
+    whole = model(T=5, backend="cpu", precision="fp32")
+    batch = BATCH[:, :, :5]
+    for made in (half, whole):
+        made.forward(*batch)
+        made.backward()
+    for name, want in whole.grads.items():
+        got = np.asarray(half.grads[name])
+        assert got.dtype == np.float32
+        error = np.linalg.norm(got - want) / np.linalg.norm(want)
+        assert error < 2e-2, name
+
+
+def test_what_tensor_cores_do_not_take_is_refused():
+    with pytest.raises(ValueError, match="multiple of 8 numbers, got 12"):
+        model(channels=12)
+    with pytest.raises(ValueError, match=r"\(16, 32, 64\) channels, got 8"):
+        model(channels=16)
