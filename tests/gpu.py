@@ -126,22 +126,8 @@ def tensor_instructions(seen, prefix):
         if not kernel.__name__.startswith(prefix):
             continue
         for cc in GENERATIONS:
-            codes = opcodes(cubin(compiled(kernel, kinds, cc).ptx, cc))
+            codes = opcodes(compiled(kernel, kinds, cc).cubin)
             yield {k: codes.count(v) for k, v in OPCODES.items()}
-
-
-def cubin(ptx, cc):
-    """Machine code, an ELF file, of PTX."""
-    from cuda.bindings import nvjitlink
-
-    linker = nvjitlink.create(2, [f"-arch=sm_{cc[0]}{cc[1]}", "-O3"])
-    text, kind = ptx.encode(), nvjitlink.InputType.PTX
-    nvjitlink.add_data(linker, kind, text, len(text), "kernel")
-    nvjitlink.complete(linker)
-    code = bytearray(nvjitlink.get_linked_cubin_size(linker))
-    nvjitlink.get_linked_cubin(linker, code)
-    nvjitlink.destroy(linker)
-    return bytes(code)
 
 
 def opcodes(elf):

@@ -112,7 +112,7 @@ class HalfBackend(model.Backend):
                 f"{bf16_attention.WIDTHS} channels, got {cfg.head_size}"
             )
         B, T, C, NH = batch_size, seq_len, cfg.channels, cfg.num_heads
-        found = model.model_layout(cfg, B, T)
+        found = super().groups(cfg, B, T)
         floats = (
             found["work"][1]["floats"][0],
             bf16_layers.layernorm_scratch_bf16(B * T, C),

@@ -233,7 +233,6 @@ C_ROWS = (_GROUP + 8 * (_PAIR // 2))[..., 0]
 C_COLS = (_NEAR + _PAIR % 2)[..., 0]
 
 # %% draw who holds what tags=["hide-input"]
-# [fig:fragments]
 fig, axes = plt.subplots(1, 3, figsize=(7.4, 3.6), dpi=100)
 for ax, name, rows, cols, size in (
     (axes[0], "A", A_ROWS, A_COLS, (16, 16)),

@@ -385,7 +385,6 @@ verdict("lse", error(to_host(lse), want_lse) < 1e-6, "within 1e-6")
 # queries in float32.
 
 # %% who walks over what tags=["hide-input"]
-# [fig:strips]
 tiles, strips = 8, 3
 owner = [
     [keys % strips if queries >= keys else -1 for keys in range(tiles)]

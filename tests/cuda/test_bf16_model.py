@@ -1,5 +1,7 @@
 """A GPT-2 that trains in bfloat16, on the simulator."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -77,3 +79,34 @@ def test_what_tensor_cores_do_not_take_is_refused():
         model(channels=12)
     with pytest.raises(ValueError, match=r"\(16, 32, 64\) channels, got 8"):
         model(channels=16)
+
+
+STEPS = """
+import json
+from llmnb import GPT2, GPT2Config
+B, T, rows = 16, 1024, []
+model = GPT2(GPT2Config(), B, T, "cuda", "bf16", seed=None)
+batch = np.zeros((2, B, T), int)
+names = ("allocations", "launches", "recorded", "recorded_copies", "replays",
+         "replayed", "refusals")
+for k in range(1, 4):
+    driver.standin_reset()
+    model.step(*batch, 1.0, step=k, decay=["wte"])
+    rows.append(dict(zip(names, counts(*names))))
+print(json.dumps([rows, model.memory.nbytes]))
+"""
+
+
+def test_a_step_of_gpt2_is_one_graph(on_standin):
+    """On the stand-in driver: all kernels compiled, nothing allocated."""
+    rows, nbytes = json.loads(on_standin(STEPS))
+    first, second, third = rows
+    for row in rows:
+        assert row["allocations"] == row["recorded_copies"] == 0
+        assert row["refusals"] == 0
+    launches = first["launches"]
+    assert launches > 30 * 12
+    assert second["recorded"] == second["replayed"] == launches
+    assert third["launches"] == third["recorded"] == 0
+    assert (third["replays"], third["replayed"]) == (1, launches)
+    assert 7.2e9 < nbytes < 7.3e9  # float32's are 11.6e9
