@@ -235,24 +235,25 @@ C_COLS = (_NEAR + _PAIR % 2)[..., 0]
 # %% draw who holds what tags=["hide-input"]
 fig, axes = plt.subplots(1, 3, figsize=(7.4, 3.6), dpi=100)
 for ax, name, rows, cols, size in (
-    (axes[0], "A", A_ROWS, A_COLS, (16, 16)),
-    (axes[1], "B", B_ROWS, B_COLS, (16, 8)),
-    (axes[2], "C and D", C_ROWS, C_COLS, (16, 8)),
+    (axes[0], "A", A_ROWS[..., 0], A_COLS[..., 0] // 2, (16, 8)),
+    (axes[1], "B", B_ROWS[..., 0] // 2, B_COLS[..., 0], (8, 8)),
+    (axes[2], "C and D", C_ROWS[:, ::2], C_COLS[:, ::2] // 2, (16, 4)),
 ):
     who = np.zeros(size, int)
-    who[rows, cols] = np.arange(32).reshape(32, *[1] * (rows.ndim - 1))
+    who[rows, cols] = np.arange(32)[:, None]
     draw_owners(ax, who.tolist(), name, group=4)
     for text in ax.texts:
         text.set_fontsize(6)
-axes[0].set(xlabel="k", ylabel="rows of out")
-axes[1].set(xlabel="columns of out", ylabel="k")
-axes[2].set(xlabel="columns of out", ylabel="rows of out")
+axes[0].set(xlabel="k, in pairs", ylabel="rows of out")
+axes[1].set(xlabel="columns of out", ylabel="k, in pairs")
+axes[2].set(xlabel="columns of out, in pairs", ylabel="rows of out")
 fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 3.13.1. Each element bears the number of the lane that holds it; a
-# group of four lanes has one colour. Two neighbours along k are one register.
+# *Figure 3.13.1. Each box is a pair of neighbours, and bears the number of the
+# lane that holds it; a group of four lanes has one colour. In A and B the two
+# are neighbours along k and share a register, in C and D neighbours in a row.
 # D's fragments lie as A's do: a product can be a factor of the next one
 # without leaving its lanes.*
 #

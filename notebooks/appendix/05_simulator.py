@@ -447,10 +447,7 @@ FULL = 0xFFFFFFFF  # a mask that names all lanes
 
 
 def exchange(kind, mask, value, orders=False, combine=None):
-    """Hand in a value; return those of all 32 lanes and one's own place.
-
-    combine: a function of the 32 values, whose result is returned instead.
-    """
+    """The 32 lanes' values, or what combine makes of them; one's own place."""
     lane = _now.lane
     if mask != FULL or len(lane.block.lanes) % WARP:
         raise ValueError(
