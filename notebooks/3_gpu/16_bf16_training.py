@@ -145,13 +145,13 @@ verdict("by chance", abs(ends.mean() - 0.4) < 0.1, "near 0.4 on average")
 #
 # We take masters. Four bytes more for each of 124 million parameters are half
 # a gigabyte, of which a GPU has many; in return AdamW, clipping, checkpoints,
-# and a run that goes on with another backend are what they were. llm.c takes
-# the other way by default, and offers masters.
+# and a run that goes on with another backend are what they were. llm.c offers
+# both.
 #
 # The copies are made anew at the beginning of every forward pass. That reads
-# and writes six bytes for each parameter, 0.75 GB for 124M, less than a
-# thousandth of what a step of 16 by 1,024 tokens computes in FLOP; and no
-# copy can be out of date, whoever has written the parameters.
+# and writes six bytes for each parameter, 0.75 GB for 124M: half a millisecond
+# of an A100's 1,555 GB/s, in a step that we expect to take over 70. In return
+# no copy can be out of date, whoever has written the parameters.
 #
 # ## What is stored in what
 #
