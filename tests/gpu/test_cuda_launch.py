@@ -231,10 +231,11 @@ def test_a_grid_that_no_gpu_takes_is_refused():
     inp = simulated(floats(4))
     with pytest.raises(ValueError, match=r"double: grid \(1, 65536\) has mo"):
         double[(1, 65536), 32](inp, inp, 4)
-    rows = simulated(np.zeros((1, 8 * 65536, 1), np.float32))
+    shape = 1, 8 * 65536, 1
+    rows, out = (simulated(np.zeros(shape, np.float32)) for _ in range(2))
     weight = simulated(np.zeros((1, 1), np.float32))
     with pytest.raises(ValueError, match="grid .1, 65536. has more than 65"):
-        MATMUL_FORWARD[0](rows, rows, weight, None)
+        MATMUL_FORWARD[0](out, rows, weight, None)
 
 
 def factory(factor):
