@@ -16,7 +16,7 @@ PART ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help train test tiles check notebooks export poster book pdf epub plain \
-	lab bench clean
+	lab bench gpu clean
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -72,6 +72,9 @@ lab: $(VENV)/.test ## open the notebooks' sources in JupyterLab
 
 bench: $(VENV)/.run ## time a training step on this machine
 	$(BIN)/llmnb bench $(ARGS)
+
+gpu: ## check and time everything on this NVIDIA GPU, in eight minutes
+	$(PYTHON) llmnb/bench/start.py $(ARGS)
 
 clean: ## remove the environment, the built book and caches
 	rm -rf .venv .venv-* book/_build build *.egg-info .pytest_cache .ruff_cache

@@ -75,8 +75,9 @@ NO_GPU = """\
 **No time has been measured on a GPU yet.** The kernels have run in the
 simulator of [chapter A.5](../notebooks/appendix/05_simulator.ipynb) and have
 been compiled; no hardware has run them. What is known without a GPU stands
-here; on a machine that has one, the same command measures a training step and
-every version of every layer, against PyTorch on the same GPU.
+here; on a machine that has one, `make gpu` measures a training step and every
+version of every layer, against PyTorch on the same GPU
+([chapter A.17](../notebooks/appendix/17_gpu.ipynb)).
 """
 KERNELS = """\
 **Every version of every layer.** The simulator counts at a small size, which
@@ -118,8 +119,9 @@ def title(result, found=()):
     says which models this one trains.
     """
     if result["backend"] == "cuda":
-        gpu = result.get("gpu", {"name": "not measured yet"})
-        return f"## On a GPU: {gpu['name']}"
+        timed = any("gpu" in x for x in found)
+        words = "counted without one" if timed else "not measured yet"
+        return f"## On a GPU: {result.get('gpu', {'name': words})['name']}"
     writing = "Writing: " * has(result, "write", "token_seconds")
     count = result["threads"]
     threads = f"{count} thread{'s' * (count != 1)}"
@@ -180,8 +182,9 @@ def spaced(lines):
 
 def section(stem, result, found=()):
     """The lines about one file."""
+    found = found or [result]
     yield from (title(result, found), "")
-    if result["backend"] == "cuda" and "gpu" not in result:
+    if result["backend"] == "cuda" and not any("gpu" in x for x in found):
         yield NO_GPU
     yield (
         f"Measured on {result['date']} at commit {result['commit']} with "

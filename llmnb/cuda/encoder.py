@@ -2,7 +2,9 @@
 
 """The encoder on a GPU, forward and backward."""
 
-__all__ = ["encoder_backward", "encoder_forward"]
+__all__ = [
+    "encoder_backward", "encoder_forward", "encoder_scratch", "into_buckets",
+]
 
 
 # imports of the encoder
@@ -123,13 +125,17 @@ def _into_buckets(order, starts, inp, K):
             starts[K] = rows
 
 
+# buckets in scratch memory
 def _buckets(rows):
     """How many buckets rows places go into: 16 to each, on average."""
     return min(_MOST, -(-rows // 16))
 
 
 def encoder_scratch(rows):
-    """How many elements `work` needs for B * T = rows places."""
+    """How many elements `work` needs for B * T = rows places.
+
+    Derived in chapter 3.3.
+    """
     return rows + _buckets(rows) + 1
 
 
@@ -140,6 +146,8 @@ def into_buckets(inp, work):
     `encoder_scratch(rows)` elements. Returns three things: the places,
     bucket after bucket, each in the order of the text; where each bucket
     begins, and where the last ends, both int32 in work; how many there are.
+
+    Derived in chapter 3.3.
     """
     rows, K, ints = inp.size, _buckets(inp.size), work.view(np.int32)
     order, starts = ints[:rows], ints[rows : rows + K + 1]

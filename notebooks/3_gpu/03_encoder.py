@@ -423,6 +423,7 @@ def _into_buckets(order, starts, inp, K):
             starts[K] = rows
 
 
+# %% buckets in scratch memory tags=["export"]
 def _buckets(rows):
     """How many buckets rows places go into: 16 to each, on average."""
     return min(_MOST, -(-rows // 16))

@@ -265,9 +265,9 @@ def gpu_facts():
 # Nothing yet: no GPU has run the kernels of this book. They have been compiled
 # for two generations of GPUs, run in the simulator, and counted there; every
 # version of every layer, with these counts, stands in
-# [chapter A.7](../appendix/07_ladders.ipynb). `llmnb bench --backend cuda` on a
-# machine with a GPU measures the step and PyTorch's in turns, and
-# `--kernels` every version of every layer; the
+# [chapter A.7](../appendix/07_ladders.ipynb). On a machine with a GPU `make gpu`
+# checks every gradient against float64, and measures the step, PyTorch's, and
+# every version of every layer ([chapter A.17](../appendix/17_gpu.ipynb)); the
 # [results page](../../book/results.md) is drawn from what it writes, and says
 # unmeasured where there is nothing.
 

@@ -266,9 +266,8 @@ def _run_block(block):
 
 
 # %% [markdown]
-# A launch runs the blocks one after the other. What an error says is
-# worth much when there are thousands of threads, so we add to it which one
-# raised it.
+# A launch runs the blocks one after the other. With thousands of threads an
+# error must say which one raised it, so we add that.
 
 
 # %% simulate a launch tags=["export"]
@@ -438,9 +437,8 @@ def _stuck(block):
 
 
 # %% [markdown]
-# A shuffle is a barrier for the 32 threads of a warp, at which everybody
-# leaves a value. All must call the same function: lanes that call different
-# ones never meet.
+# A shuffle is a barrier for the 32 threads of a warp, at which each leaves a
+# value. All must call the same function: different ones never meet.
 
 # %% exchange in a warp tags=["exporti"]
 FULL = 0xFFFFFFFF  # a mask that names all lanes
@@ -1144,9 +1142,8 @@ def promise4(array, i):
 # slices, nor a thread's local arrays. It knows whole warps alone, no *fences*
 # (which order one thread's accesses as others see them), and nothing of time.
 #
-# Races could also be found by running a kernel many times in random
-# orders and comparing the results. That finds only those that show, in the
-# orders it tried.
+# Races could also be found by running a kernel many times in random orders and
+# comparing the results. That finds only those that show in these orders.
 
 # %% [markdown]
 # ## Exercises

@@ -499,7 +499,8 @@ class Kernel:
     `kernel[grid, block](arguments)` launches it: on a device's arrays it runs
     there, in the current stream; on those of the simulated GPU it is
     simulated. A call returns nothing. Raises TypeError for a Python float,
-    which would be computed with in float64.
+    which would be computed with in float64, and ValueError for a grid with
+    more than 65,535 blocks along another axis than the first.
     """
 
     def __init__(self, function, **options):
@@ -516,6 +517,11 @@ class Kernel:
                 raise TypeError(
                     f"{self.__name__}: pass np.float32(...), not a float"
                 )
+        if isinstance(grid, tuple) and max(grid[1:], default=1) > 65535:
+            raise ValueError(
+                f"{self.__name__}: grid {grid} has more than 65,535 blocks "
+                "along an axis that is not the first"
+            )
         record((self, grid, block, _kinds(args)))
         if any(isinstance(x, DeviceArray) for x in args):
             plain = [

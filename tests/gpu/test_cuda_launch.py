@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from processes import output
 
+from llmnb.bench.rungs_matmul import MATMUL_FORWARD
 from llmnb.gpu import launch
 from llmnb.gpu.launch import (
     ALIGN,
@@ -223,6 +224,18 @@ def test_a_python_float_is_refused():
     with pytest.raises(TypeError, match=r"double: pass np.float32\(...\)"):
         double[1, 32](inp, inp, 4.0)
     double[1, 32](inp, inp, np.int32(4))
+
+
+def test_a_grid_that_no_gpu_takes_is_refused():
+    """By the simulator too, which could simulate it."""
+    inp = simulated(floats(4))
+    with pytest.raises(ValueError, match=r"double: grid \(1, 65536\) has mo"):
+        double[(1, 65536), 32](inp, inp, 4)
+    shape = 1, 8 * 65536, 1
+    rows, out = (simulated(np.zeros(shape, np.float32)) for _ in range(2))
+    weight = simulated(np.zeros((1, 1), np.float32))
+    with pytest.raises(ValueError, match="grid .1, 65536. has more than 65"):
+        MATMUL_FORWARD[0](out, rows, weight, None)
 
 
 def factory(factor):

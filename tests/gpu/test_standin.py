@@ -214,7 +214,8 @@ def test_numpy_without_row_stack(on_standin):
 
 def test_refusals_are_counted(on_standin):
     code = """
-from numba import cuda
+from llmnb.gpu.toolkit import numba_cuda
+cuda = numba_cuda()
 @cuda.jit
 def f(x): x[0] = 1
 x = cuda.device_array(4, np.float32)

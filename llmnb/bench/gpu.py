@@ -1,0 +1,528 @@
+# Written by `make export` from notebooks/appendix/17_gpu.py: edit that file.
+
+"""Everything worth knowing from a GPU, in eight minutes."""
+
+__all__ = [
+    "PRECISIONS", "Result", "SETTINGS", "SMALL", "ask_kernels", "ask_right",
+    "ask_steps", "drawn_by", "exact_gradients", "expected_by", "gradients",
+    "graph_of_parts", "main", "measure", "needed_layer", "wrong_by",
+]
+
+
+# imports of the measurement
+import argparse
+import json
+import math
+import re
+import time
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+
+from llmnb.arena import put
+from llmnb.bench.bench import CONFIGS, WARM_UP, _specs, _step_row
+from llmnb.bench.clock import Clock, limits, no_times
+from llmnb.bench.contest import TOLERANCE, _ready, in_turns, judge
+from llmnb.bench.ladders import GPT2_124M, LADDERS, TINY, needed, version_name
+from llmnb.bench.peers import torch_on
+from llmnb.bench.race import Settings, facts_of, race, ratios
+from llmnb.config import GPT2Config
+from llmnb.cuda.cublas import no_cublas
+from llmnb.files import replacing
+from llmnb.gpu.launch import Kernel, to_device
+from llmnb.gpu.simulator import watch
+from llmnb.gpu.toolkit import numba_cuda
+from llmnb.model.gpt2 import GPT2
+
+
+# a result on disk
+class Result:
+    """What has been measured so far, on disk after every row.
+
+    path: of a JSON file. seconds: how long there is. facts: what the file
+    begins with.
+
+    Derived in chapter A.17.
+    """
+
+    def __init__(self, path, seconds, facts):
+        self.path, self.end = path, time.monotonic() + seconds
+        self.found = facts | {"contests": []}
+        self.write()
+
+    def left(self):
+        """Seconds that are left."""
+        return self.end - time.monotonic()
+
+    def write(self):
+        """Write all of it beside its place, and rename."""
+        with replacing(self.path) as file:
+            file.write(json.dumps(self.found, indent=1).encode() + b"\n")
+
+    def contest(self, name, kind, about, **more):
+        """Begin a contest, to which `row` adds; a dict."""
+        found = {"name": name, "kind": kind, "about": about, **more}
+        self.found["contests"].append(found | {"contestants": []})
+        return self.found["contests"][-1]
+
+    def row(self, contest, name, measure, needs=5):
+        """Add what measure() returns, a dict, or why there is nothing.
+
+        needs: seconds without which it is not begun.
+        """
+        start = time.monotonic()
+        if self.left() < needs:
+            row = {"unmeasured": "no time was left"}
+        else:
+            try:
+                row = measure()
+            except Exception as error:  # one row must not cost the others
+                said = str(error) or type(error).__name__
+                row = {"unmeasured": said.splitlines()[0][:300]}
+        contest["contestants"].append({"name": name} | row)
+        self.write()
+        spent, why = time.monotonic() - start, row.get("unmeasured", "")
+        print(f"{spent:6.1f} s  {contest['name']}: {name} {why}", flush=True)
+        return row
+
+
+# gradients against float64
+def exact_gradients(cfg, rows, seq_len):
+    """A model in float64 on the CPU after one backward pass.
+
+    Returns three things: the GPT2, whose weights are all float32's; its
+    batch, tokens and targets (2, rows, T); its loss.
+
+    Derived in chapter A.17.
+    """
+    draw = np.random.default_rng(3)
+    model = GPT2(cfg, rows, seq_len, "cpu", "fp64", seed=3)
+    for x in model.params.values():
+        x[...] = np.float32(x + draw.normal(scale=0.02, size=x.shape))
+    batch = draw.integers(0, cfg.vocab_size, (2, rows, seq_len))
+    loss = model.forward(*batch)
+    model.backward()
+    return model, batch, loss
+
+
+def gradients(exact, batch, want, copies, precision):
+    """How far a GPU's loss and gradients are from those of float64.
+
+    exact, batch, want: of `exact_gradients`. copies: how often the batch is
+    repeated on the GPU. Returns a dict: loss_apart; worst, the largest
+    distance of a gradient over its norm, and tensor, whose it is.
+
+    Derived in chapter A.17.
+    """
+    rows = np.tile(batch, (1, copies, 1))
+    model = GPT2(exact.cfg, *rows.shape[1:], "cuda", precision, seed=None)
+    for name, x in exact.params.items():
+        put(model.params[name], np.float32(x))
+    loss, apart = model.forward(*rows), {}
+    model.backward()
+    for name, g in exact.grads.items():
+        distance = np.linalg.norm(np.asarray(model.grads[name]) - g)
+        apart[name] = float(distance / np.linalg.norm(g))
+        if not math.isfinite(apart[name]):
+            raise FloatingPointError(f"the gradient of {name} is not finite")
+    worst = max(apart, key=apart.get)
+    return {
+        "loss_apart": abs(loss - want),
+        "worst": apart[worst],
+        "tensor": worst,
+    }
+
+
+def graph_of_parts(cfg, batch_size, seq_len, steps=4):
+    """In how many of some steps a graph leaves the bits of its parts.
+
+    Derived in chapter A.17.
+    """
+    shape = batch_size, seq_len, "cuda"
+    whole, parts = (GPT2(cfg, *shape, seed=3) for _ in range(2))
+    draw, same = np.random.default_rng(5), 0
+    for k in range(1, 1 + steps):
+        batch = draw.integers(0, cfg.vocab_size, (2, *shape[:2]))
+        result = whole.step(*batch, 1.0, step=k)
+        loss = parts.forward(*batch)
+        parts.backward()
+        norm = parts.clip_gradients(1.0)
+        parts.update(step=k)
+        a, b = (np.asarray(x.memory.flat("params")) for x in (whole, parts))
+        same += result == (loss, norm) and np.array_equal(a, b)
+    return {"same_steps": int(same)}
+
+
+# the first contest
+def ask_right(result, shapes, precisions):
+    """Compare gradients with float64, the graph with its parts.
+
+    shapes: by name (cfg, rows that differ, copies of them, T).
+
+    Derived in chapter A.17.
+    """
+    about = "loss and gradients against float64 on the CPU, relative in norm"
+    contest = result.contest("right", "gradients", about)
+    for name, (cfg, rows, copies, T) in shapes.items():
+        exact = None if result.left() < 30 else exact_gradients(cfg, rows, T)
+        for precision in precisions:
+            row = partial(gradients, *(exact or ()), copies, precision)
+            needs = 10 if exact else math.inf
+            result.row(contest, f"{name} {precision}", row, needs)
+        if rows > 1:
+            row = partial(graph_of_parts, cfg, rows, T)
+            result.row(contest, f"{name}, graph and parts", row)
+
+
+# the second contest
+SETTINGS = Settings(
+    ("tf32", "fp32"),
+    (
+        "torch-compile-bf16",
+        "torch",
+        "torch-compile-tf32",
+        "torch-tf32",
+        "torch-bf16",
+    ),
+    10,
+    backend="cuda",
+)
+
+
+def ask_steps(result, name, shape, settings):
+    """Time steps of every contestant on one shape, each alone.
+
+    Derived in chapter A.17.
+    """
+    cfg, B, T = shape
+    contest = result.contest(name, "step", f"batches of {B} times {T} tokens")
+    specs = _specs(*shape, settings)
+    later = [k for k in specs if k.endswith("no graph")]
+    for who in [k for k in specs if k not in later] + later:
+        row = partial(_step, who, specs[who], settings, B * T)
+        result.row(contest, who, row, needs=40)
+        contest["ratios"] = ratios(contest["contestants"])
+    result.write()
+
+
+def _step(name, spec, settings, tokens):
+    row = race({name: spec}, WARM_UP + settings.steps, settings)[name]
+    return _step_row({"name": name, **row}, tokens, 0)
+
+
+# arguments on the GPU
+def drawn_by(torch, ladder, sizes, where="cuda"):
+    """As `Ladder.draw`, but tensors, drawn where they are used.
+
+    Derived in chapter A.17.
+    """
+    letters, a = sizes.letters, SimpleNamespace()
+    torch.manual_seed(1)
+    layer = needed_layer(ladder)
+    for x in needed(layer):
+        shape = [letters[y] for y in ladder.any.split()] if x.open else []
+        shape += [n * letters[re.match(r"\w*", y)[0]] for n, y in x.sizes]
+        if x.limit:
+            value = torch.randint(sizes.V, shape, dtype=torch.int32)
+        elif x.written and not ladder.changes:
+            value = torch.full(shape, math.nan, device=where)
+        elif x.written and ladder.layer in _ADDED:
+            value = torch.zeros(shape, device=where)  # as PyTorch begins
+        else:
+            value = torch.randn(shape, device=where)
+        setattr(a, x.name, value.to(where))
+    for name in layer.arguments.below:
+        setattr(a, name, letters[name])
+    _settled(torch, ladder, a)
+    for name, x in vars(a).items():
+        if isinstance(x, np.ndarray):
+            setattr(a, name, torch.from_numpy(x).to(where))
+    return vars(a)
+
+
+def needed_layer(ladder):
+    """The function of a ladder's layer, with its declared shapes.
+
+    Derived in chapter A.17.
+    """
+    from llmnb import cuda
+
+    return getattr(cuda, ladder.layer)
+
+
+_ADDED = {
+    x.layer for x in LADDERS
+    if x.layer.endswith("_backward") and x.layer != "residual_backward"
+}  # fmt: skip
+
+
+# arguments that can be
+def _settled(torch, ladder, a):
+    """What the forward pass would have left, from PyTorch."""
+    if ladder.layer == "layernorm_backward":
+        a.mean = a.inp.mean(-1)
+        a.rstd = (a.inp.var(-1, correction=0) + 1e-5).rsqrt()
+    elif ladder.layer == "attention_backward":
+        _attended(torch, a)
+    elif ladder.layer == "crossentropy_softmax_backward":
+        a.lse = a.logits[..., : a.V].logsumexp(-1)
+        a.logits[..., a.V :] = math.nan
+        a.dlosses /= a.dlosses.numel()
+    else:
+        ladder.settle(a)
+
+
+def _attended(torch, a):
+    """Attention's output and lse, row by row of the batch."""
+    B, T, C = a.out.shape
+    NH = a.lse.shape[1]
+    later = torch.ones(T, T, dtype=bool, device=a.inp.device).triu(1)
+    for b in range(B):
+        q, k, v = a.inp[b].view(T, 3, NH, C // NH).permute(1, 2, 0, 3)
+        scores = q @ k.mT / math.sqrt(C // NH)
+        scores.masked_fill_(later, -math.inf)
+        a.lse[b] = scores.logsumexp(-1)
+        a.out[b] = (scores.softmax(-1) @ v).transpose(0, 1).reshape(T, C)
+
+
+# what should come out
+def expected_by(torch, ladder, arguments):
+    """What a layer should leave, by name, from PyTorch in float64.
+
+    Of AdamW the first 4,096 elements, from the reference.
+
+    Derived in chapter A.17.
+    """
+    if ladder.layer == "adamw_apply":
+        few = {k: x[:4096].cpu().numpy().copy() for k, x in arguments.items()}
+        want = ladder.expected(few)
+        return {k: torch.from_numpy(x) for k, x in want.items()}
+    wide = {
+        k: x.double() if hasattr(x, "dtype") and x.is_floating_point() else x
+        for k, x in arguments.items()
+    }
+    if "logits" in wide:  # padding that takes no part
+        wide["logits"][..., wide["V"] :] = -math.inf
+    found = ladder.torch(torch, SimpleNamespace(**wide))()
+    return dict(zip(ladder.results, found, strict=False))
+
+
+def wrong_by(torch, got, want):
+    """What is wrong with results, tensors by name; empty if nothing is.
+
+    Derived in chapter A.17.
+    """
+    for name, x in want.items():
+        y = got[name].reshape(-1)[: x.numel()].to(x.device)
+        y, x = y.double(), x.reshape(-1)
+        if not torch.isfinite(y).all():
+            return f"{name} is not finite everywhere"
+        error = ((y - x).abs().max() / x.abs().max().clamp_min(1)).item()
+        if error > TOLERANCE:
+            return f"{name} is {error:.0e} from float64"
+    return ""
+
+
+# a version with link-time optimisation
+@contextmanager
+def _linked(kernels):
+    """Launch these kernels as link-time optimisation makes them."""
+    plain = {k: k._made for k in kernels}
+    for k in kernels:
+        if k not in _LINKED:
+            options = k.options | {"lto": True}
+            _LINKED[k] = Kernel(k.function, **options).compiled()
+        k._made = _LINKED[k]
+    try:
+        yield
+    finally:
+        for k, made in plain.items():
+            k._made = made
+
+
+_LINKED = {}
+
+
+def _with_lto(run):
+    """The same launches, linked; run() has been called before."""
+    with watch() as seen:
+        run()
+    kernels = {k for k, *_ in seen.launches}
+
+    def linked():
+        with _linked(kernels):
+            run()
+
+    return linked
+
+
+# the third contest
+def ask_kernels(result, sizes, judging=True):
+    """Judge and time every version of every layer, most work first.
+
+    judging: whether a version must be right to be timed; not on a driver
+    that computes nothing.
+
+    Derived in chapter A.17.
+    """
+    clock = Clock()
+    most, torch = limits(clock), _torch()
+    for ladder in sorted(LADDERS, key=lambda x: x.flops is None):
+        shape = ", ".join(f"{k} = {v}" for k, v in sizes._asdict().items())
+        contest = result.contest(ladder.layer, "kernel", f"timed at {shape}")
+        limit = most["fma_peak" if ladder.flops else "copy_bytes"]
+        contest |= {"work": 0, "limit": limit}
+        found = {}
+
+        def all_rows(ladder=ladder, found=found):
+            found |= _rows(ladder, sizes, clock, torch, judging)
+            return found.pop("work")
+
+        if result.left() < 15:
+            names = [version_name(x) for x in ladder.versions]
+            found = dict.fromkeys(names, {"unmeasured": "no time was left"})
+        else:
+            try:
+                contest["work"] = all_rows()
+            except Exception as error:
+                said = (
+                    str(error).splitlines()[0] if str(error) else repr(error)
+                )
+                found = {ladder.layer: {"unmeasured": said[:300]}}
+        for name, row in found.items():
+            result.row(contest, name, lambda row=row: row, needs=-math.inf)
+
+
+def _torch():
+    """The module torch where it has a GPU, or None."""
+    try:
+        return torch_on("cuda")
+    except (ImportError, NotImplementedError):
+        return None
+
+
+def _rows(ladder, sizes, clock, torch, judging):
+    """The rows of a layer by name, and its work, by "work"."""
+    if torch:
+        drawn = drawn_by(torch, ladder, sizes)
+        want = expected_by(torch, ladder, drawn) if judging else {}
+    else:
+        drawn = ladder.draw(sizes)
+    found, runs = {}, {}
+    for number, function in enumerate(ladder.versions, 1):
+        name, there = version_name(function), _there(torch, drawn)
+        run = _ready(ladder, number, sizes, there)
+        run()
+        wrong = ""
+        if judging and torch:
+            wrong = wrong_by(torch, _tensors(torch, there), want)
+        elif judging:
+            wrong = judge(ladder, number, TINY)
+        if wrong:
+            found[name] = {"unmeasured": f"wrong: {wrong}"}
+            continue
+        runs[name] = run
+    if runs:
+        name, run = list(runs.items())[-1]
+        runs[f"{name}, LTO"] = _with_lto(run)
+    runs |= _rivals(torch, ladder, drawn)
+    times = in_turns(clock, runs, budget=0.5)
+    work = ladder.flops(sizes) if ladder.flops else _bytes(ladder, drawn)
+    rows = {k: {"seconds": x} for k, x in times.items()}
+    return found | rows | {"work": work}
+
+
+# arrays of both sides
+def _there(torch, drawn):
+    """Fresh copies of arguments, as arrays for our kernels."""
+    if torch:
+        share = partial(numba_cuda().as_cuda_array, sync=False)
+        return {
+            k: share(x.clone()) if hasattr(x, "clone") else x
+            for k, x in drawn.items()
+        }
+    return {
+        k: to_device(x) if isinstance(x, np.ndarray) else x
+        for k, x in drawn.items()
+    }
+
+
+def _tensors(torch, there):
+    """PyTorch's view of our arrays; numbers stay."""
+    return {
+        k: torch.as_tensor(x, device="cuda") if hasattr(x, "nbytes") else x
+        for k, x in there.items()
+    }
+
+
+def _rivals(torch, ladder, drawn):
+    """What is timed beside our versions, on arrays of its own."""
+    runs, there = {}, _there(torch, drawn)
+    if ladder.library and not no_cublas():
+        for name, run in ladder.library().items():
+            runs[name] = partial(run, *there.values())
+    if torch:
+        tensors = SimpleNamespace(**_tensors(torch, there))
+        runs["torch"] = ladder.torch(torch, tensors)
+    return runs
+
+
+def _bytes(ladder, drawn):
+    """The least bytes of a layer, whoever drew its arguments."""
+    arrays = {
+        k: x.cpu().numpy() if k == "inp" and hasattr(x, "cpu") else x
+        for k, x in drawn.items()
+    }
+    return ladder.least_bytes(arrays)
+
+
+# everything, in order
+SMALL = GPT2Config(64, 251, 2, 2, 128)
+PRECISIONS = ("fp32", "tf32")
+
+
+def measure(path, seconds=450, rehearse=False):
+    """Ask a GPU everything, most important first; a dict, and a file.
+
+    path: of the JSON. seconds: how long. rehearse: at sizes of nothing, and
+    nothing is judged. Raises RuntimeError where there is no GPU to ask.
+
+    Derived in chapter A.17.
+    """
+    if no_times():
+        raise RuntimeError(no_times())
+    command = "make gpu" + " (rehearsed)" * rehearse
+    facts = {"command": command} | facts_of(SETTINGS)
+    result = Result(path, seconds, facts)
+    precisions = PRECISIONS[: 1 if no_cublas() else 2]
+    ask_right(result, {"small": (SMALL, 2, 1, 33)}, precisions)
+    settings, shape = SETTINGS, CONFIGS["124m-16x1024"]
+    if rehearse:
+        settings = Settings(("fp32",), ("torch",), 2, backend="cuda")
+        shape = SMALL, 2, 33
+    ask_steps(result, "step", shape, settings)
+    if not rehearse:
+        large = {"124M, 16 x 1024": (shape[0], 1, 16, 1024)}
+        ask_right(result, large, precisions)
+    sizes = TINY if rehearse else GPT2_124M
+    ask_kernels(result, sizes, judging=not rehearse)
+    return result.found
+
+
+def main(argv=None):
+    """Measure, as `make gpu` asks; argv: options, see --help.
+
+    Derived in chapter A.17.
+    """
+    parser = argparse.ArgumentParser(prog="make gpu")
+    parser.add_argument("--json", default="book/results/6-measured.json")
+    parser.add_argument("--seconds", type=float, default=450)
+    parser.add_argument("--rehearse", action="store_true")
+    args = parser.parse_args(argv)
+    measure(args.json, args.seconds, args.rehearse)
+
+
+if __name__ == "__main__":
+    main()

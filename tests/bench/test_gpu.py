@@ -1,0 +1,152 @@
+"""`make gpu`: rehearsed on the stand-in, and judged by PyTorch on a CPU."""
+
+import json
+import zipfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from llmnb.bench import gpu, start
+from llmnb.bench.ladders import LADDERS, TINY
+
+NAMES = [x.layer for x in LADDERS]
+REHEARSE = """
+import sys
+from llmnb.bench import gpu
+some = "gelu_forward", "encoder_backward"
+gpu.LADDERS = [x for x in gpu.LADDERS if x.layer in some]
+gpu.main(["--rehearse", "--json", sys.argv[1], "--seconds", "500"])
+print("|", *counts("refusals"), refused())
+"""
+
+
+def test_rehearsed_from_end_to_end(on_standin, tmp_path, results_page):
+    """Every launch and copy of a measurement; results there are none."""
+    said = on_standin(REHEARSE, tmp_path / "6.json")
+    assert said.rsplit("|", 1)[1].split() == ["0"]
+    found = json.loads((tmp_path / "6.json").read_text("utf-8"))
+    kinds = [x["kind"] for x in found["contests"]]
+    assert kinds == ["gradients", "step", "kernel", "kernel"]
+    right, step, *kernels = (
+        {y["name"]: y for y in x["contestants"]} for x in found["contests"]
+    )
+    assert right["small fp32"]["worst"] == pytest.approx(1)  # all zero there
+    assert right["small, graph and parts"] == {
+        "name": "small, graph and parts",
+        "same_steps": 4,
+    }
+    assert len(step["llmnb fp32"]["seconds"]) == 2
+    assert "unmeasured" in step["torch"] or "seconds" in step["torch"]
+    for rows, last in zip(
+        kernels, ("encoder_backward", "gelu_forward"), strict=True
+    ):
+        assert len(rows[last]["seconds"]) == len(
+            rows[f"{last}, LTO"]["seconds"]
+        )
+    page = results_page.page({"6": found})
+    assert "## On a GPU: a stand-in, no GPU" in page
+    assert "No time has been measured" not in page
+    assert "worst gradient away" in page
+
+
+def test_without_a_gpu_it_refuses(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "no_times", lambda: "no GPU: none")
+    with pytest.raises(RuntimeError, match="no GPU: none"):
+        gpu.measure(tmp_path / "a.json")
+    assert not (tmp_path / "a.json").exists()
+
+
+def test_every_row_is_on_disk_before_the_next(tmp_path):
+    path = tmp_path / "a.json"
+    result = gpu.Result(path, 100, {"backend": "cuda"})
+    contest, seen = result.contest("a", "losses", "of a test"), []
+
+    def rows():
+        found = json.loads(path.read_text("utf-8"))["contests"]
+        seen.append([y["name"] for x in found for y in x["contestants"]])
+        return {"worst": 1.0}
+
+    for name in "abc":
+        result.row(contest, name, rows)
+    assert seen == [
+        [],
+        ["a"],
+        ["a", "b"],
+    ]
+    late = result.row(contest, "late", rows, needs=1e6)
+    assert late == {"unmeasured": "no time was left"}
+
+
+@pytest.mark.parametrize("ladder", LADDERS, ids=NAMES)
+def test_pytorch_in_float64_is_the_reference(ladder):
+    """So it may judge on the GPU, at sizes that NumPy takes minutes for."""
+    torch = pytest.importorskip("torch")
+    drawn = gpu.drawn_by(torch, ladder, TINY, "cpu")
+    want = ladder.expected({
+        k: x.numpy().copy() if hasattr(x, "numpy") else x
+        for k, x in drawn.items()
+    })  # fmt: skip
+    got = gpu.expected_by(torch, ladder, drawn)
+    assert set(got) <= set(want) and got
+    for name, x in got.items():
+        y = want[name].reshape(-1)[: x.numel()]
+        np.testing.assert_allclose(x.detach().reshape(-1), y, atol=1e-6)
+    fine = {k: torch.from_numpy(np.asarray(x)) for k, x in want.items()}
+    assert gpu.wrong_by(torch, fine, got) == ""
+    name = next(iter(got))
+    spoilt = fine | {name: fine[name] + 0.01}
+    assert gpu.wrong_by(torch, spoilt, got).startswith(f"{name} is ")
+    spoilt = fine | {name: fine[name] * np.nan}
+    assert "not finite" in gpu.wrong_by(torch, spoilt, got)
+
+
+def wheel(folder, name):
+    """A wheel of one module, by hand."""
+    info = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as file:
+        file.writestr(f"{name}.py", "HERE = 1\n")
+        head = f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
+        file.writestr(f"{info}/METADATA", head)
+        kind = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        file.writestr(f"{info}/WHEEL", kind)
+        file.writestr(f"{info}/RECORD", "")
+
+
+def test_carried_wheels_are_installed_beside_the_checkout(tmp_path):
+    pytest.importorskip("pip")
+    (tmp_path / "wheels").mkdir()
+    wheel(tmp_path / "wheels", "carried")
+    there = start.install(tmp_path)
+    assert there == tmp_path / "build" / "gpu"
+    assert (there / "carried.py").read_text() == "HERE = 1\n"
+
+
+def test_a_library_of_a_toolkit_is_found(tmp_path):
+    place = tmp_path / "cuda-13.0" / "nvvm" / "lib64"
+    place.mkdir(parents=True)
+    assert start.library(roots=(tmp_path,)) == ""
+    (place / "libnvvm.so.4").touch()
+    assert start.library(roots=(tmp_path,)) == str(place)
+
+
+def test_the_measurement_starts_with_what_was_found(monkeypatch, tmp_path):
+    seen = {}
+
+    class Process:
+        def __init__(self, command, env, cwd):
+            seen.update(env=env, command=command)
+
+        def wait(self, timeout=None):
+            return 7
+
+    fake = SimpleNamespace(Popen=Process, TimeoutExpired=TimeoutError)
+    monkeypatch.setattr(start, "subprocess", fake)
+    monkeypatch.setattr(start, "install", lambda root: tmp_path)
+    monkeypatch.setattr(start, "library", lambda: "/nvvm")
+    with pytest.raises(SystemExit) as end:
+        start.main(["--seconds", "9"])
+    assert end.value.code == 7
+    assert seen["command"][1:] == ["-m", "llmnb.bench.gpu", "--seconds", "9"]
+    assert str(tmp_path) in seen["env"]["PYTHONPATH"]
+    assert seen["env"]["LD_LIBRARY_PATH"].startswith("/nvvm")
