@@ -561,6 +561,11 @@ draw_owners(ax, lies.tolist(), "row and chunk", group=10)
 fig.tight_layout()
 plt.show()
 
+# %% [markdown]
+# *Figure 3.14.1. Eight rows of four chunks: the tens are the row, the last
+# figure is the chunk. A line holds a pair of rows, and each pair exchanges its
+# chunks in another way: no column of this picture has a chunk twice.*
+
 # %% exercise 1, checked
 columns = [set((lies % 10 == c).argmax(axis=1)) for c in range(4)]
 verdict("a chunk", all(len(x) > 1 for x in columns), "moves from line to line")
