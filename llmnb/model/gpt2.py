@@ -382,7 +382,7 @@ class GPT2(_Updates):
         With the cuda backend it is one launch: see llmnb.gpu.graph.
         """
         self._tune(**settings)
-        self._take(tokens, targets)
+        self._take(tokens, self._checked("targets", targets))
         decay = settings.get("decay")
         decay = decay if decay is None else tuple(decay)
         self._state, self._has_gradients = "backward", True

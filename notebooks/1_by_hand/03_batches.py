@@ -509,8 +509,8 @@ print(len(set(drawn)), "of", len(every), "windows seen")
 #   The first part of the row is never trained on.
 # - A window of $T$ tokens asks $T$ questions, and its targets are the tokens
 #   one further on.
-# - What is shuffled is drawn from (seed, epoch, shard), so three numbers say
-#   where a run stands.
+# - What is shuffled is drawn from the seed, the epoch and the shard's number,
+#   so epoch, shard and position say where a run stands.
 #
 # ## Design note
 #

@@ -62,8 +62,8 @@ rng = np.random.default_rng(4)
 # vectors of 96 numbers and multiply them by twelve matrices, one after the
 # other, drawn at random. A sum of 96 products keeps the size of the vector's
 # numbers when those of the matrix have standard deviation $1/\sqrt{96}$: the
-# variances of the products add up, 96 times $1/96$. We draw it a fifth
-# smaller, and a quarter larger. The size of a vector is the root of its
+# variances of the products add up, 96 times $1/96$. We take this deviation a
+# fifth smaller, and a quarter larger. The size of a vector is the root of its
 # numbers' mean square. Then we do it again and *normalise* each vector before
 # each matrix: take away its mean, divide by its standard deviation.
 
@@ -111,7 +111,7 @@ plt.show()
 # %% [markdown]
 # *Figure 1.6.2. A fifth or a quarter is enough: after twelve layers the numbers
 # have shrunk or grown more than tenfold, by the same factor at each layer.
-# Normalised, every layer begins anew, and its error is not handed on.*
+# Normalised, every layer begins anew, and its wrong factor is not handed on.*
 #
 # One could draw the first matrices just right, but training changes them at
 # every step. The sizes matter, because later chapters bring layers that are
@@ -200,7 +200,8 @@ compare("by hand", y[0], centred / deviation, tol=1e-5)
 
 # %% [markdown]
 # The tolerance is for $\epsilon$, which the hand calculation left out. It
-# makes $r$ smaller by a share of about $\epsilon / 2 \sigma^2$, in the first
+# makes $r$ smaller by a share of about $\epsilon / (2 \sigma^2)$, the first term
+# of the series of $(1 + \epsilon / \sigma^2)^{-1/2}$, in the first
 # row $0.75 \cdot 10^{-5}$, and $1.2247$ times that is $0.92 \cdot 10^{-5}$.
 #
 # ## Backward, derived
@@ -310,8 +311,10 @@ plt.show()
 #
 # Read it as geometry: the gradient loses its component along the constant
 # vector (the first mean) and its component along $\hat x$ itself (the second).
-# It had to: moving a row along these two directions shifts it or stretches it,
-# and LayerNorm is blind to both.
+# (Both vectors have squared length $C$, but for $\epsilon$ in the second. So a
+# mean product with one of them, times that vector, is the component along it.)
+# It had to: moving a row along these two directions shifts it, or stretches it
+# about its mean, and LayerNorm is blind to both.
 #
 # **What to save.** (1.6.10) needs $\hat x$, which is $(x - \mu)\, r$. The
 # input $x$ is in memory anyway, as the output of the layer before. Two numbers
@@ -340,7 +343,8 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
 # %% [markdown]
 # The gradients are *added*, not written. The vector that LayerNorm reads is
 # also read by the sum that ends its half block (figure 1.4.1), so its gradient
-# has two contributions, and whoever comes second must not erase the first.
+# has two contributions, and whoever comes second must not erase the first. The
+# gradients of weight and bias are added so that several batches can be summed.
 #
 # ## Proof
 #
@@ -403,7 +407,7 @@ verdict("the mistake", caught, "is caught")
 # over $j$, leaves $\epsilon\, r^3 \sum_i d\hat x_i\, \hat x_i$.
 
 # %% the two blind directions
-loss()  # mean and rstd of inp as it is; the differences moved it last
+loss()  # mean and rstd of inp as it is: numerical_gradient had moved it
 norm = (inp - mean[..., None]) * rstd[..., None]
 left = EPS * rstd**3 * (g * weight * norm).sum(axis=-1)
 compare("along ones", dinp.sum(axis=-1), np.zeros((B, T)), tol=1e-12)

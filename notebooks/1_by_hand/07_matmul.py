@@ -232,8 +232,8 @@ plt.show()
 # gradient, N for the weight's.*
 #
 # **What to save.** (1.7.2) needs the weight, a parameter, and (1.7.3) needs
-# $x$, the output of the layer before. Both are in memory anyway; the linear
-# layer saves nothing of its own.
+# $x$, the output of the layer before. Both are in memory anyway, or the layer
+# before makes its output again; the linear layer saves nothing of its own.
 
 
 # %% the linear layer, backward tags=["export"]
@@ -301,7 +301,7 @@ compare("dbias", dbias, numerical_gradient(loss, bias), tol=1e-8)
 # %% [markdown]
 # The frequent mistake is a transpose too many. In most layers the shapes then
 # do not fit and NumPy complains. In a square layer they fit, and training
-# runs.
+# runs. So we test a square one, where only the numbers can tell.
 
 
 # %% a gradient made wrong on purpose
@@ -318,7 +318,7 @@ except AssertionError:
 verdict("the mistake", caught, "is caught")
 
 # %% [markdown]
-# ## Put to work: the table in an eighth of its numbers
+# ## Put to work: the table in a seventh of its numbers
 #
 # Now the model that we began with. The text and its pairs are those of chapter
 # 1.1. Each letter has a vector of $C = 8$ numbers, a row of `wte`, and a
@@ -457,7 +457,8 @@ for name, (C, OC) in layers.items():
 #   sums of $dY$.
 # - The shapes say where each transpose belongs, but in a square layer only the
 #   proof does.
-# - The layer saves nothing: it needs its input, and that is there already.
+# - The layer saves nothing: it needs its input, which the layer before has kept
+#   or makes again.
 # - A training step takes six operations for each weight and token.
 #
 # ## Design note

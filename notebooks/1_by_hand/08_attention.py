@@ -229,9 +229,9 @@ def split_qkv(x, heads):
 # with mean 0 and variance 1. Each product $q_{ti} k_{ui}$ then has mean 0 and
 # variance 1, and variances of independent terms add up: the dot product has
 # variance $hs$. Divided by $\sqrt{hs}$ it has variance 1 for any head size.
-# Without the division, scores of a head of 64 would spread by 8, the largest
-# would take most of the weight (of 32 weights, in the cell that follows), and
-# little would be left to learn from: the gradient of a score vanishes when one
+# Without the division, scores of a head of 64 would spread by 8, and the largest
+# of the 32 weights in the cell that follows would take most of the sum. Little
+# would be left to learn from: the gradient of a score vanishes when one
 # weight of its row is 1, as (1.8.8) will show.
 
 # %% with and without the root
@@ -363,8 +363,9 @@ compare("by hand", out[0], weights @ v, tol=1e-12)
 # So $D_t$ is a dot product of $hs$ numbers, known before any weight of the row
 # is.
 #
-# **Queries and keys.** By (1.8.1), $q_{ti}$ enters the scores of row $t$, and
-# $k_{ui}$ those of column $u$:
+# **Queries and keys.** By (1.8.1), $q_{ti}$ enters the scores of row $t$, each
+# $s_{tu}$ with the factor $k_{ui} / \sqrt{hs}$, and $k_{ui}$ those of column $u$,
+# with the factor $q_{ti} / \sqrt{hs}$:
 #
 # $$ dq_{ti} = \frac{1}{\sqrt{hs}} \sum_{u \le t} ds_{tu}\, k_{ui} , \qquad
 #    dk_{ui} = \frac{1}{\sqrt{hs}} \sum_{t \ge u} ds_{tu}\, q_{ti} .
@@ -401,8 +402,8 @@ plt.show()
 # %% [markdown]
 # *Figure 1.8.3. One score's way back: what arrives is multiplied by the factor
 # on each arrow, and what meets is added. The score touched every weight of its
-# row, so the gradient comes to it from all of them: in sum $a_{tu}$ times what
-# its own weight gets, $da_{tu}$, less the average of all, $D_t$.*
+# row, so the gradient comes to it from all of them: in sum $a_{tu}$ times the
+# difference of what its own weight gets, $da_{tu}$, and the average of all, $D_t$.*
 #
 # **What to save.** $q$, $k$, $v$ and $o$ are in memory as input and output of
 # the layer. (1.8.4) rebuilds $a$ from the log-sum-exp, (1.8.9) gets $D$ from
@@ -612,7 +613,8 @@ shared = min(back[1][1].min(), back[2][0].min()) > 0.8
 verdict("two heads", shared, "one place each")
 
 # %% [markdown]
-# **Why a projection must follow.** Half of the logits of each question stand
+# **Why a projection must follow.** The logits of the two questions take turns,
+# channel by channel. So half of those of each stand
 # in the channels of head 0, and without a projection there is only what head 0
 # has found: it must look at both places, as one head must. (Trained eight
 # times as long, these two come to 0.3, by ways more intricate than a mean over

@@ -175,8 +175,8 @@ print(np.round(exact_gelu(five), 4) + 0.0)
 #    = \frac{\cosh^2 \xi - \sinh^2 \xi}{\cosh^2 \xi}
 #    = 1 - \tanh^2 \xi . \tag{1.9.4} $$
 #
-# At 0 the tangent is 0 and its slope 1, so it begins as $\xi$. Then by (1.9.4)
-# its slope begins as $1 - \xi^2$, and the tangent as $\xi - \xi^3/3$. Put in
+# At 0, $\tanh$ is 0 and its slope 1, so it begins as $\xi$. Then by (1.9.4)
+# its slope begins as $1 - \xi^2$, and $\tanh$ as $\xi - \xi^3/3$. Put in
 # $\xi$ from (1.9.2), whose cube begins as $(2/\pi)^{3/2} x^3$:
 #
 # $$ \tanh \xi = \xi - \frac{\xi^3}{3} + \dots = \sqrt{\tfrac2\pi}\, \Bigl(
@@ -253,7 +253,8 @@ compare("tanh form", y, exact_gelu(five), tol=5e-4)
 # **What to save.** (1.9.7) needs $x$ alone, the output of the linear layer
 # before. That is not free: it is the widest activation inside a block. Could
 # we save $y$ and let go of $x$, since the next layer needs $y$ anyway?
-# Exercise 4 shows that $y$ does not determine $x$.
+# Exercise 4 shows that $y$ does not determine $x$: every value between the lowest
+# and 0 comes from two.
 
 
 # %% GELU, backward tags=["export"]
@@ -327,8 +328,9 @@ def both(x):
 # can be chosen; so it can meet 17 equations, and an 18th only by luck. With a
 # hidden layer the last matrix has $4C$ weights and a bias for each channel: 65
 # numbers. But they help only if the $4C$ hidden numbers of different tokens are
-# independent. Without a bend they are not. They are sums of the same 16, and the
-# 65 columns of the equations have rank 17:
+# independent. Without a bend they are not. They are sums of the same 16, so that
+# of the 65 columns of the equations only 17 are independent: their *rank* is 17.
+# For the third of these layers we keep the first $C$ of the bent numbers.
 
 # %% four layers, and what reaches their last matrix
 C = 16

@@ -321,8 +321,8 @@ plt.show()
 
 # %% [markdown]
 # *Figure 1.10.3. Forward (black) the vector goes two ways, through $f$ and
-# past it. Backward (orange) the gradient comes back both ways, and where they
-# part in the forward pass, the gradients add up.*
+# past it. Backward (orange) the gradient comes back both ways, and where the
+# ways part on the way forward, the gradients add up on the way back.*
 
 
 # %% the backward pass tags=["export"]
@@ -390,8 +390,9 @@ verdict("the mistake", caught, "is caught")
 #
 # Take a chain of $2L$ half blocks. Without the addition,
 # $x_{l+1} = f_l(x_l)$, the gradient at the start is the gradient at the end
-# times a product of Jacobians, $J_l$ that of $f_l$; with it, each factor gets the identity matrix
-# $I$, by (1.10.3). With the gradients as row vectors,
+# times a product of Jacobians, $J_l$ that of $f_l$. With it, each factor gets the
+# identity matrix $I$: with gradients as row vectors, (1.10.3) is
+# $dx = dy + dy\, J = dy\, (I + J)$. From the last half to the first,
 #
 # $$ dx_0 = dx_{2L}\, J_{2L-1} \cdots J_1 J_0
 #    \quad\text{against}\quad
@@ -546,10 +547,10 @@ plt.show()
 # block.*
 #
 # The gradient gains as well: with the factor its direction is nearly kept. Its
-# growth obeys almost the same arithmetic: in (1.10.3) LayerNorm has divided
-# $J$ by the stream's deviation, so the second term adds to the squared
-# gradient about the share of it that the half block adds to the variance. Both
-# then grow by about the same factor from end to end.
+# growth obeys almost the same arithmetic. In (1.10.3) LayerNorm has divided
+# $J$ by the stream's deviation. So the second term makes the squared gradient
+# larger by about the same share by which the half block makes the variance
+# larger, and both grow by about the same factor from end to end.
 
 # %% growth against prediction
 for (depth, scaled), (variances, gradient) in streams.items():

@@ -208,7 +208,7 @@ paths["momentum"] = descend(momentum, lr=0.02)
 # In step 1 this gives $\hat m = g$ and $\hat v = g^2$, so that every parameter
 # moves by $\eta$, up or down. Without the correction the first step would be
 # $\eta \cdot 0.1 / \sqrt{0.001} \approx 3.2\, \eta$. It gets worse before it
-# gets better: $m$ has caught up after ten steps or so, while $v$ stays too
+# gets better: $m$ has caught up after some twenty steps, while $v$ stays too
 # small, and the steps too large, for a thousand. (The race here lasts sixty
 # steps, so it takes $\beta_2 = 0.99$, which forgets faster.)
 
@@ -713,9 +713,9 @@ verdict("the mistake", caught, "is caught")
 #
 # ## Design note
 #
-# Decay in (1.12.10) is multiplied by the learning rate, as in PyTorch, so it
-# fades with the schedule; the paper on AdamW multiplies it by the schedule's
-# share only. In the common form a number from somebody's recipe means the same.
+# Decay in (1.12.10) is multiplied by the learning rate, as in PyTorch. The paper
+# on AdamW leaves the highest rate out, and multiplies decay by the schedule's
+# share of it. In the common form a number from somebody's recipe means the same.
 #
 # ## Exercises
 #

@@ -78,8 +78,8 @@ wiring_figure("block")
 # The names return in the code of this chapter and of the next three. `residual2`
 # is what the stream is called between the two halves, the $x'$ of the equations;
 # after the second the code says `residual3`. The names in the boxes are those of
-# the weights. `dx` is the stream's gradient where it is read, on the way back: $dy$
-# by the second half, $dx'$ by the first.
+# the weights. `dx` there is the stream's gradient where it is read, on the way back:
+# $dy$ by the second half, $dx'$ by the first.
 #
 # ## What a part is
 #
@@ -456,7 +456,8 @@ def block_forward(parts, ops, out, inp, w, a, **how):
 # 2. **The output of `ln1`** becomes queries, keys and values. Their weights lie in
 #    one matrix, so the three shares are added within one product.
 # 3. **The token table**, outside the block, is read by the encoder and again at the
-#    logits.
+#    logits. On the way back the logits come first: their share is written, and the
+#    encoder adds its own.
 #
 # This makes the code short. A residual sum hands its gradient on unchanged, so one
 # array, `dstream`, serves for $dy$, $dx'$ and $dx$ in turn: it comes in as $dy$, each

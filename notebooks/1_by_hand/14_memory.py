@@ -742,9 +742,9 @@ verdict(f"{most} rows", fits, "fit, one more does not")
 # :::{admonition} Solution to exercise 3
 # :class: dropdown
 # No. The product at the head reads the gradient of the logits and writes `dln`, then
-# LayerNorm writes `dstream` from `dln`. `dln` is written while the logits' bytes are
-# read; `dstream` could, just. But then it would lie over what the blocks take turns
-# with, which is in use as long as `dstream` is.
+# LayerNorm adds to `dstream`, once cleared, from `dln`. `dln` is written while the
+# logits' bytes are read; `dstream` could, just. But then it would lie over what the
+# blocks take turns with, which is in use as long as `dstream` is.
 # :::
 
 # %% exercise 3, checked tags=["hide-cell"]

@@ -17,8 +17,10 @@
 #
 # *Reading time: 20 minutes. You need: the 16 tensors of [chapter
 # 1.4](04_gpt2.ipynb), LayerNorm ([chapter 1.6](06_layernorm.ipynb)), the
-# linear layer ([chapter 1.7](07_matmul.ipynb)) and the residual stream
-# ([chapter 1.10](10_residual.ipynb)).*
+# linear layer ([chapter 1.7](07_matmul.ipynb)), GELU ([1.9](09_gelu.ipynb)), the
+# residual stream ([1.10](10_residual.ipynb)), the loss
+# ([1.11](11_crossentropy.ipynb)) and the table of tensors
+# ([1.13](13_block.ipynb)).*
 #
 # ## Where we are
 

@@ -264,7 +264,7 @@ verdict("real text", abs(first - predicted) < 0.05, "is not far from it")
 #
 # ## The loop
 #
-# One **training step** is five calls, and their order is forced:
+# One **training step** is five calls:
 #
 # | call | reads | writes |
 # |---|---|---|
@@ -272,8 +272,9 @@ verdict("real text", abs(first - predicted) < 0.05, "is not far from it")
 # | `backward` | activations, the weights | gradients |
 # | `clip_gradients` | gradients | gradients, if their norm is above 1 |
 # | `learning_rate` | the step's number | nothing: a function of the step |
-# | `update` | gradients | the weights, AdamW's two averages |
+# | `update` | gradients, the rate | the weights, AdamW's two averages |
 #
+# The order is forced, but for the rate, which any moment before `update` will do.
 # `backward` needs the activations of the very `forward` before it, and clipping must
 # see all gradients together. `update` counts its steps from 1.
 

@@ -283,8 +283,8 @@ def check_sampling(temperature, top_k, top_p):
 
 
 # %% [markdown]
-# The order of the three matters, and this is the usual one: temperature first,
-# then top-k, then top-p on what top-k has left, renormalised. Among equals the
+# Top-p comes last, on what temperature and top-k have left, renormalised, as is
+# usual; it would keep other tokens in any other place. Among equals the
 # lower number comes first, so that the result is the same everywhere.
 #
 # Both cuts need the largest of $V$ numbers in order. A *partition* finds the $k$-th
@@ -454,8 +454,8 @@ verdict("in the padding", not np.array_equal(*seen), "differs")
 # What if the text grows longer than the window? The model knows no more than $T$
 # positions, so it must forget the beginning. Were one token dropped for each that is
 # drawn, the tokens that stay would move to other positions each time, and all that
-# was computed for them would be void. We drop half a window at once: when $T$ tokens
-# are full, the older half goes. Where the window begins is a function of the length
+# was computed for them would be void. We drop half a window at once: when a token
+# more than $T$ would be needed, the older half goes. Where the window begins is a function of the length
 # of the text alone, which will let [chapter 4.19](../4_practice/19_cache.ipynb) keep
 # what it has computed and still draw the same tokens.
 
@@ -699,8 +699,8 @@ for name, way in ways.items():
 # ## Count it
 #
 # A token costs a forward pass over the whole window, $2N + 2LCT$ operations
-# for each of its $T$ positions, by (1.4.2). All but one of these positions held
-# the same tokens the last time, and by the proof of the window their vectors are
+# for each of its $T$ positions, by (1.4.2). Unless the window has just moved, all
+# but one of these positions held the same tokens the last time, and by the proof of the window their vectors are
 # the same too. [Chapter 4.19](../4_practice/19_cache.ipynb) keeps what they leave
 # behind, and computes one position a token.
 
@@ -731,7 +731,7 @@ print(f"its last position alone: {forward / 1e6:.1f} MFLOP")
 # draw. To slide by one gives the model the longest memory, and costs a whole window
 # for every token. Half a window at once costs one window for every $T/2$ tokens, once
 # a program keeps what it has computed. The price is that right after the cut the
-# model sees half of what it could.
+# model sees little more than half of what it could.
 #
 # ## Exercises
 #

@@ -45,7 +45,7 @@ gpt2_diagram(lit="attention")
 # The model is the one that trained for an hour in
 # [chapter 1.18](18_training.ipynb): 6 layers of 6 heads, 192 channels. It runs
 # here on the page of [chapter 1.16](16_page.ipynb), because that page keeps every
-# array and hides none.
+# array but the weights of attention, and hides none.
 
 # %% setup
 import json
@@ -532,8 +532,8 @@ verdict(
 )
 
 # %% [markdown]
-# The loss falls with every block from block 1 on. After block 1 it is higher than
-# after block 0: a block is not asked to leave a good guess, only something that later
+# After block 1 the loss falls with every block. After block 1 itself it is higher
+# than after block 0: a block is not asked to leave a good guess, only something that later
 # blocks can use. The lens reads the stream in a language that it need not speak until
 # the end.
 

@@ -283,3 +283,14 @@ def test_without_a_seed_the_weights_are_zero():
     flat = model.memory.flat("params")
     assert flat.size == parameter_count(TINY)
     assert not flat.any()
+
+
+def test_a_step_without_targets_is_refused():
+    """It would learn the targets of the step before."""
+    model = GPT2(TINY, 2, 3, backend="reference")
+    tokens, targets = batch(TINY, 2, 3)
+    model.step(tokens, targets)
+    before = model.memory.flat("params").copy()
+    with pytest.raises(ValueError, match="targets must have shape"):
+        model.step(tokens, None)
+    assert np.array_equal(model.memory.flat("params"), before)
