@@ -450,8 +450,8 @@ plt.show()
 # valley and lands higher on the other side: a letter that was pulled up is far
 # too likely in the next batch, and is pushed down as far.*
 #
-# A rate of 30 is large: later chapters have rates of a thousandth. Here a row
-# sees its share of a batch only, and (1.1.7) divides by all of it. [Chapter
+# A rate of 30 is large: later chapters have rates of a thousandth. Here only a
+# few pairs of a batch use a row, and (1.1.7) divides by all $B$. [Chapter
 # 1.12](12_adamw.ipynb) makes the right rate depend less on the model. Now
 # train in earnest:
 
@@ -539,8 +539,8 @@ print(write(W, ord("d"), 300, rng))
 # ## Design note
 #
 # We could have begun with a network of neurons. A table has an answer that can
-# be counted, so you can see that learning finds it; and all that is later
-# called a layer stands between a row's number and its logits.
+# be counted, so you can see that learning finds it. In GPT-2 all layers stand
+# where the table stands here: between the number of a token and the logits.
 #
 # ## Exercises
 #
@@ -564,8 +564,8 @@ compare("bits", nats / np.log(2), 3.0, tol=1e-12)
 #
 # :::{admonition} Solution to exercise 2
 # :class: dropdown
-# The mean loss of the row's pairs is $-\sum_i q_i \log p_i$. Its distance from
-# that of the frequencies is $-\sum_i q_i \log (p_i / q_i) \ge -\sum_i q_i (p_i
+# The mean loss of the row's pairs is $-\sum_i q_i \log p_i$. Less the loss of
+# the frequencies it is $-\sum_i q_i \log (p_i / q_i) \ge -\sum_i q_i (p_i
 # / q_i - 1) = \sum_i q_i - \sum_i p_i \ge 0$, since the $q_i$ sum to 1 and the
 # $p_i$ of the letters that came to at most 1. For the gradient, sum (1.1.6)
 # over the row's pairs: each gives $p_j$, and a share $q_j$ of them gives $-1$,

@@ -125,7 +125,8 @@ for char in "aé€🙂":
 # `re` has not. `\s` is any blank, a line's end too, and `\S` any other sign;
 # `(?!\S)` demands that no such sign follows, so `\s+` before it gives back one
 # blank. A word takes that blank if it is a space; otherwise the last `\s+`
-# makes it a piece.
+# makes it a piece. Of three spaces before 42, two are a piece, and the third
+# begins the word ` 42`.
 
 # %% imports of the tokenizer tags=["export"]
 import heapq
@@ -282,7 +283,8 @@ plt.show()
 # *Figure 1.2.2. The word abcd and the border behind it, before and after the
 # merge of b and c. Green arrows lead to the next symbol, purple ones back.
 # Nothing moves: the symbol that is taken out keeps its place, and its
-# neighbours point past it. Five counts change and no others.*
+# neighbours point past it. Five counts change and no others (fewer where the
+# pair begins or ends its word).*
 #
 # $$
 # \begin{aligned}
@@ -364,8 +366,8 @@ def _merge(symbols, pair, new):
 # entries are $(-n(a,b),\,(a,b))$, which is the order of (1.2.2). Counts of old
 # pairs can only fall, because every pair that a merge forms has the new token
 # in it. So an entry may promise too much, never too little. If the one at the
-# top does, we put it back with its true count; the first true one is the
-# largest.
+# top does, we put it back with its true count. The first true one is the
+# largest: the others promise no more, and hold no more than they promise.
 
 
 # %% the fast training tags=["exporti"]
@@ -399,8 +401,9 @@ def _learn(words, number):
 # What does it cost? A merge at one place removes one symbol for good. So there
 # are fewer such places than symbols at the start, *in the whole of the
 # training, however many merges we ask for*. Each adds at most two places to
-# the lists and makes at most two promises false. With $S$ symbols in the
-# distinct words the whole costs $O(S \log S)$, where the slow way costs $O(S)$
+# the lists and makes at most two promises false, each of which is put back once.
+# With $S$ symbols in the
+# distinct words the heap is asked a few times $S$ times, and the whole costs $O(S \log S)$, where the slow way costs $O(S)$
 # for each merge. The logarithm is that of the heap, and of sorting the places.
 #
 # Does it find the same merges? Here are 200 small texts over few letters, made
@@ -496,7 +499,7 @@ plt.show()
 # Training merges pairs of numbers; (1.2.5) asks whether the joined *bytes* are
 # a token. Could `a·bc` be the token `abc` and `ab·c` something else? No. Take
 # a stretch of a word whose two ends are still borders between parts after some
-# number of merges. No merge so far has crossed these ends, so each did inside
+# number of merges. No merge so far has crossed these ends, so each merge did inside
 # the stretch what it would have done in a word of its own. How a stretch is
 # divided at a given moment therefore depends on its bytes alone. (Where pairs
 # overlap, as in `aaa`, the order from left to right keeps this true. If the
@@ -504,8 +507,9 @@ plt.show()
 # left alone or joined to *its* left neighbour; in both cases the search went
 # on at the left end, as at the beginning of a word.) When the token `abc` was
 # made from `a·bc`, every stretch `abc` that was two parts was those two, and
-# all of them were joined. Two facts follow: no two tokens have the same bytes,
-# and joining two parts never forms a pair of lower rank that was left behind.
+# all of them were joined. Two facts follow. No two tokens have the same bytes.
+# And after merge $r$ no two parts side by side have the bytes of token $r$ any
+# more, so that no later join leaves a pair of lower rank behind.
 # So (1.2.5) repeats the training merge by merge.
 #
 # ### The encoding as an object
@@ -677,12 +681,12 @@ moving(
 # are the same: common pieces are whole soon, and what the library never says
 # stays in bytes.*
 #
-# Why pairs? GPT-2 compares each token with all before it ([chapter
+# Why does figure 1.2.4 count pairs of positions? GPT-2 compares each token with all before it ([chapter
 # 1.8](08_attention.ipynb)): half the tokens are a quarter of the pairs.
 #
 # The price is the token table: the model has a row of $C$ numbers for each of
 # the $V$ tokens ([chapter 1.5](05_encoder.ipynb)). At GPT-2's size, $C = 768$,
-# 50,257 rows are 38.6 million parameters, near a third of the model's 124
+# 50,257 rows are 38.6 million parameters, nearly a third of the model's 124
 # million. At the size that a laptop trains in minutes, $C = 128$, a table of
 # that height would outweigh all the rest. That is why [chapter
 # 1.18](18_training.ipynb) trains with a small vocabulary of its own.

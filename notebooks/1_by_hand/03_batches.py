@@ -22,7 +22,7 @@
 # A model learns from examples of what comes next. One text holds as many of
 # them as it has tokens, and a training step looks at a few hundred. This
 # chapter cuts the text so that one pass over it asks no question twice and
-# leaves out less than a batch of them. And it sets a part aside, to ask the
+# leaves out less than a batch of them, of each of its parts. And it sets a part aside, to ask the
 # model what it cannot have learned by heart.
 
 # %% where we are
@@ -195,8 +195,9 @@ print(training.shape, validation.shape)
 # \tag{1.3.2}
 # $$
 #
-# The brackets round down: what does not fill a batch is left out, fewer than
-# $BT$ questions. A large text comes in several rows, which we call
+# The brackets round down: what does not fill a window is left out, at most $T - 1$
+# questions, and at most $B - 1$ windows that do not fill a batch; together fewer
+# than $BT$ questions. A large text comes in several rows, which we call
 # [shards](../../book/glossary.md#term-shard). One pass over all of them is an
 # [epoch](../../book/glossary.md#term-epoch). For training we shuffle, anew in
 # each epoch: the order of the shards, and of the windows within a shard. If
@@ -281,8 +282,8 @@ def _fill_order(order, key):
 # number of the shard). No generator lives on from one to the next. So the
 # place of the loader is three whole numbers: the epoch, the shard, counted in
 # the order of that epoch, and the position, the batch within the shard. A run
-# that was stopped goes on where it was when they are set again. That place, as
-# a dict called `state`, is folded too.
+# that was stopped goes on where it was when they are set again. The cell that
+# keeps this place, as a dict called `state`, is folded too.
 
 
 # %% what an epoch is made of tags=["exporti"]

@@ -353,8 +353,8 @@ plt.show()
 # block, and the logits. The ten of figure 1.4.1 are q, k and v (three),
 # attention's output (one), the output of the product up (four) and the two
 # sums (two). The LayerNorms and GELU are computed again from these when their
-# turn comes, and to go backwards through an addition takes neither of what was
-# added.
+# turn comes. To go backwards through an addition needs neither of the two numbers
+# that were added.
 
 # %% bytes for four rows of two lengths
 static = 4 * 4 * parameter_count(cfg)

@@ -215,7 +215,7 @@ print(f"one-hot matrix   {4 * B * T * Vp:>14,} bytes")
 #
 # Row $v$ of the gradient is the sum of the rows of $dy$ at all places where
 # token $v$ stood, and a token that stands nowhere gets zero. As a matrix
-# product, (1.5.4) is $O^\top dy$, the transpose of the lookup: where the
+# product, with the places $(b, t)$ as rows of $O$ and $dy$, (1.5.4) is $O^\top dy$, the transpose of the lookup: where the
 # forward pass *gathers* rows of the table, the backward pass *scatters* rows
 # back and adds where they meet.
 
@@ -418,8 +418,8 @@ plt.show()
 # ## Count it
 #
 # The two tables hold $(V_p + T_{max}) C$ parameters. The forward pass makes
-# one addition for each of the $B T C$ outputs. The backward pass makes two:
-# each row of `dout` goes to a row of `dwte` and to a row of `dwpe`. Nothing is
+# one addition for each of the $B T C$ outputs. The backward pass makes two for
+# each number of `dout`: a row of it goes to a row of `dwte` and to a row of `dwpe`. Nothing is
 # kept.
 
 # %% the encoder of GPT-2
