@@ -129,7 +129,7 @@ class _Updates(_Passes):
         for name in decay or ():
             choose("GPT2: a name in decay", name, self.params)
         numbers = learning_rate, beta1, beta2, eps
-        rows = [AdamW(*numbers, rate, step) for rate in (weight_decay, 0.0)]
+        rows = [AdamW(*numbers, x, step) for x in (weight_decay, 0.0)]
         self._settings = self._machine.settings(self.memory, rows)
 
     def _apply(self, decay):

@@ -178,7 +178,9 @@ print(probs[0].round(4))
 # The last sum, the Kullback-Leibler divergence, is never negative and is 0
 # only for $p = q$: $\log x \le x - 1$, with equality at $x = 1$ alone, so with
 # $x = p_i / q_i$ the logarithm in it, $-\log x$, is at least $1 - x$, and the sum at
-# least $\sum_i q_i (1 - p_i / q_i) = \sum_i q_i - \sum_i p_i = 0$. With $p_i = 1 / V$ the left side is $\log V$: no entropy is
+# least $\sum_i q_i (1 - p_i / q_i) = \sum_i q_i - \sum_i p_i = 0$. (Terms with
+# $q_i = 0$ are 0; the other $p_i$ then sum to at most 1, and the sum is still at
+# least 0.) With $p_i = 1 / V$ the left side is $\log V$: no entropy is
 # larger than that of V equally likely outcomes. And the cross-entropy has a
 # floor, the entropy of the data; the only way down to it is to believe what is
 # true.
@@ -421,8 +423,8 @@ compare("in place", logits, probs - onehot, tol=1e-12)
 # right one. The separate functions see a probability that has underflowed to
 # 0: the clamp turns their loss into 87.3. Backward, $p_j$ is 0 at every token
 # but the wrong one, and (1.11.8) multiplies by it. At the wrong one $dp_j$ is
-# 0, and so is the sum, since its only $dp_i$ that is not 0 stands beside $p_y =
-# 0$. Nothing is left.
+# 0, and so is the sum, since its only $dp_i$ that is not 0, and finite thanks to
+# the clamp, stands beside $p_y = 0$. Nothing is left.
 
 # %% sure and wrong
 wide = np.array([[[0, 1e4, 0, 0]]], np.float32)
@@ -554,7 +556,8 @@ plt.show()
 # ## Why it is there
 #
 # Why cross-entropy and not, say, the squared distance $(1 - p_y)^2$? Both are
-# 0 for a perfect prediction. By (1.11.7) the second has the gradient $2\, (1 -
+# 0 for a perfect prediction. The derivative of the second by $p_y$ is
+# $-2\, (1 - p_y)$, and by (1.11.7) with $i = y$ its gradient is $2\, (1 -
 # p_y)\, p_y\, (p_j - \delta_{jy})$. The factor $p_y$ is fatal: the more wrong,
 # the smaller. We begin with three logits that are sure of a wrong token, by a
 # lead of 4 or of 8, and descend with either.

@@ -250,7 +250,8 @@ paths["Adam"] = descend(adam, lr=0.2)
 # In gradient descent both are the same: (1.12.2) with (1.12.9) reads $w - \eta
 # g - \eta \lambda w$. In Adam they are not. There $\lambda w$ passes through
 # the division by $\sqrt{\hat v}$, so a weight with large gradients is hardly
-# shrunk, and a weight with small ones collapses. AdamW is Adam with (1.12.10),
+# shrunk, and a weight with small ones collapses: there $\lambda w$ is most of the
+# gradient, and the step is about $\eta$ whatever $\lambda$ is. AdamW is Adam with (1.12.10),
 # decay **decoupled** from the gradient.
 
 
@@ -461,7 +462,7 @@ print(*decaying(GPT2Config()))
 # **cosine**, $1 - \rho$ for **linear**, 1 for **constant**. The fourth,
 # **wsd** (warm-up, stable, decay), stays at the peak until 80 % of all steps
 # are done and falls over the rest as $f = 1 - \sqrt \rho$, with $0.8\, S$ in
-# place of $S_0$ in $\rho$. Its long flat part does not depend on $S$: one may
+# place of $S_0$ in $\rho$. The rates up to there are the same for any $S$: one may
 # decide late when to stop. (A loop counts its steps from 0, so `learning_rate`
 # takes $s - 1$.)
 
@@ -525,7 +526,8 @@ for kind in KINDS:
 # Now and then a batch has a gradient many times as long as usual. Adam's
 # division does not tame it: with $\beta_2 = 0.999$ a tenth of the spike enters
 # $m$, but only $\sqrt{0.001}$, three hundredths, enters $\sqrt v$. The next
-# steps follow the spike, at about three times the usual length.
+# steps follow the spike, at about three times the usual length. Then $m$ forgets
+# it, $\sqrt v$ does not, and for a long time the steps are too short.
 #
 # **Clipping** measures the length of the gradient of *all* parameters taken as
 # one vector, the **global norm**, and shortens it to a given $g_{\max}$ when
@@ -644,8 +646,9 @@ plt.show()
 # and not 1000, and soon forgets a spike. Warm-up over 150 of 3,000 steps: many
 # times what $v$ needs to come to rest. A clip at 1 touches spikes and the first
 # steps; later most runs have shorter gradients. A peak of $5 \cdot 10^{-3}$:
-# (1.12.5) moves a weight by about $\eta$ at most (a mean is no larger than the
-# root of a mean square), and first weights are of size 0.02 ([chapter
+# (1.12.5) moves a weight by little more than $\eta$ at most (a mean is no larger
+# than the root of a mean square, and $m$ and $v$ look back not much differently
+# far), and first weights are of size 0.02 ([chapter
 # 1.15](15_weights.ipynb)), so four steps in one direction move a weight by its
 # own size; larger models take less. A decay of 0.1 takes half of a weight that
 # nothing renews in $\log 2 / (\eta \lambda)$ steps, here 1,386 at the peak.

@@ -269,8 +269,8 @@ ATTENTION = Part(
 )
 
 # %% [markdown]
-# Every array but the stream's is written by exactly one function, so these calls
-# say `add=False` and overwrite: to add, one would have to clear the array first.
+# Every gradient of an activation, but the stream's, is one share from one reader,
+# so these calls say `add=False` and overwrite: to add, one would have to clear the array first.
 # For gradients of weights the caller decides: `add=True` sums those of several
 # batches.
 #
@@ -465,8 +465,8 @@ def block_forward(parts, ops, out, inp, w, a, **how):
 # share. It is the thick orange line of the figure. Likewise one array, `dln`, serves
 # for `dln1` and `dln2`.
 #
-# The products read what they read before, and the outputs of LayerNorm and
-# GELU are no longer there: the next block has written its own in their place
+# On the way back a product needs the input that it had on the way there, and the
+# outputs of LayerNorm and GELU are no longer there: the next block has written its own in their place
 # ([chapter 1.14](14_memory.ipynb)). So they are computed again where they are
 # needed, from inputs that were kept, and come out with the same bits.
 
@@ -587,8 +587,8 @@ for x in tensor_table(GPT2Config()):
 # The gradient of a block against central differences, in float64 as always, for
 # the input and for each of its twelve tensors. The weights are drawn fifty times as
 # wide as GPT-2's, so that every gradient is large; so is then the error of the
-# differences, and the tolerance is $10^{-7}$. (`d` starts from `a`: what the blocks
-# take turns with holds gradients too.)
+# differences, and the tolerance is $10^{-7}$. (`d` contains `a`: the gradients that
+# stay in a block are among the arrays with which the blocks take turns.)
 
 # %% one block by itself
 cfg = GPT2Config(

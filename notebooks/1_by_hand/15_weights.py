@@ -220,7 +220,7 @@ plt.show()
 # GPT-2 uses $\sigma = 0.02$ for any $C$. For 768 channels $C \sigma^2 = 0.31$,
 # not 1, yet nothing vanishes, because LayerNorm stands at the start of each
 # half block and restores mean square 1. What a half block adds to the stream, its
-# $s$ in (1.10.5), depends on $\sigma$ and not on how deep it sits. For the
+# $s$ in (1.10.5), depends on $C \sigma^2$ and not on how deep it sits. For the
 # feed-forward half we can say how large it is. Its hidden numbers have variance
 # $C \sigma^2$. Let $z$ be a normal number of that variance; the mean of
 # $\operatorname{GELU}(z)^2$ is an integral that we take numerically. The last
@@ -269,8 +269,9 @@ print(f"the stream begins with mean square {2 * 0.02**2:.4f}")
 # of them. Chapter 1.10 showed the remedy, (1.10.6): the last matrix of each,
 # `attprojw` or `fcprojw`, gets its standard deviation divided by $\sqrt{2L}$, and
 # the whole stream ends near one size whatever its depth. A large stream would
-# harm: the last LayerNorm divides by its size, and by (1.6.10) divides the gradient
-# that comes back through it, which would shrink as models grow deeper.
+# harm: what the later halves add would hardly change its direction, which is all
+# that the last LayerNorm passes on. And by (1.6.10) that divides the gradient by
+# the same size.
 #
 # The other end of the model has its own reason for a small $\sigma$. After the
 # last LayerNorm a row has mean square 1, and the logits are its products with

@@ -300,7 +300,7 @@ wiring_figure("model")
 #
 # Read `forward` from its last line to its first, and write down the twin of each
 # call. The gradient of the mean loss by the logits is (1.11.9) with $d\ell = 1 / BT$:
-# the softmax, minus 1 at the target (`hit` is true there), over the number of tokens.
+# the softmax, minus 1 at the target (`hit` here is a mask, true there), over the number of tokens.
 # The padding of the table has no part in it and stays 0. `np.add.at` adds a row of `dx`
 # to the table for each token, however often a token occurs.
 
@@ -369,7 +369,7 @@ verdict("each tensor", least > 1e5 * 1e-8, "has a gradient to test")
 #
 # - The second half's share replaces the stream's gradient, where it should be added.
 # - `g["wte"][tokens] += dx` looks like `np.add.at` and is not: where a token occurs
-#   twice in the batch, NumPy adds only one of its rows.
+#   twice in the batch, NumPy adds only the last of its rows.
 # - The scale $1/\sqrt{hs}$ is forgotten on the way back.
 # - LayerNorm's last term is forgotten.
 
@@ -445,7 +445,7 @@ for step in range(1, 501):
 # %% [markdown]
 # The least that a model can pay that knows how often each byte occurs, and nothing
 # else, is the entropy of these shares, (1.11.3): the *unigram* loss. The first loss
-# should be near $\log 128$, by the rule from before to $0.02 \sqrt{32}$, about 0.1.
+# should lie within $0.02 \sqrt{32}$, about 0.1, of $\log 128$.
 
 # %% what counting pays, and what the model pays
 counts = np.bincount(text)

@@ -103,8 +103,9 @@ from llmnb.shapes import shapes
 # - The page's `g` is new and all 0. Here `add` says whether gradients are added to what
 #   is there, for a sum over batches, and `share` is what they are multiplied by. With
 #   `add=False` most layers overwrite. Only what layers always add to is set to 0 first:
-#   the LayerNorms' parameters, `wpe` (rows with `added` in the table of
-#   [chapter 1.13](13_block.ipynb)) and `dstream`. `wte` needs no zeros: the product at
+#   the LayerNorms' parameters and `wpe` (rows with `added` in the table of
+#   [chapter 1.13](13_block.ipynb)). `dstream` is set to 0 before every backward pass.
+#   `wte` needs no zeros: the product at
 #   the head overwrites it, and the encoder adds to that at the end.
 
 # %% the passes tags=["exporti"]
@@ -224,7 +225,7 @@ class _Updates(_Passes):
         for name in decay or ():
             choose("GPT2: a name in decay", name, self.params)
         numbers = learning_rate, beta1, beta2, eps
-        rows = [AdamW(*numbers, rate, step) for rate in (weight_decay, 0.0)]
+        rows = [AdamW(*numbers, x, step) for x in (weight_decay, 0.0)]
         self._settings = self._machine.settings(self.memory, rows)
 
     def _apply(self, decay):
@@ -273,8 +274,8 @@ class _Updates(_Passes):
 # | `"loss"` | `forward` with targets | runs | given |
 # | `"backward"` | `backward`, or a whole `step` | refused | refused: their gradients have their place |
 #
-# So no loss is differentiated twice. `update` and `clip_gradients` want that there has
-# been a `backward` at all, and after that are refused no more: which gradients are
+# So no loss is differentiated twice. `update` and `clip_gradients` need one `backward`
+# to have run, and are never refused after that: which gradients are
 # summed before a step is the caller's choice.
 #
 # The decorator `shapes` checks AdamW's numbers ([appendix
@@ -633,7 +634,7 @@ for name in ("wte", "qkvw", "fcprojw"):
 # %% [markdown]
 # Our draws differ from PyTorch's by roundings in float32: neighbours below 0.125 are
 # at most $7.5 \cdot 10^{-9}$ apart, and the check allows less than three such steps.
-# That is far too much for thirteen digits. To compare functions and not draws, we
+# A difference of that size is far too much for thirteen digits. To compare functions and not draws, we
 # copy PyTorch's weights into the model. The distance of two arrays is the norm of
 # their difference over the norm of what PyTorch computed.
 

@@ -94,7 +94,7 @@ print("counted", np.round(-(p * np.log(p)).sum(), 4))
 # $$ q_v = \frac{n_v}{N} . \tag{1.18.3} $$
 #
 # This $q$ is the **unigram distribution**, and the loss at it the **unigram
-# entropy**. A network above it has not yet learned how frequent each token is; one
+# entropy**. A network above it has not yet learnt how frequent each token is; one
 # below it must be using the tokens that came before. We count on the training text
 # and charge the validation text, and add 1 to every count so that a token never
 # seen does not cost infinitely much.
@@ -240,8 +240,8 @@ verdict("trust 32", tried[1] < min(tried) + 0.03, "is within 0.03 of the best")
 #
 # With 64 channels and $\sigma = 0.02$ the excess over (1.18.1) is
 # $\tfrac12 \cdot 64 \cdot 0.0004 = 0.0128$. A first loss that is far from this
-# means that something is broken before training has begun: a wrong initialisation,
-# or targets that are not shifted by one. The check allows an error of half the
+# means that something is broken before training has begun. Well above it: weights
+# that are too wide. Well below: targets that are not shifted by one. The check allows an error of half the
 # excess, so that (1.18.1) alone would fail it.
 
 # %% the first loss, predicted
@@ -274,7 +274,7 @@ verdict("real text", abs(first - predicted) < 0.05, "is not far from it")
 # | `learning_rate` | the step's number | nothing: a function of the step |
 # | `update` | gradients, the rate | the weights, AdamW's two averages |
 #
-# The order is forced, but for the rate, which any moment before `update` will do.
+# The order is forced. Only the rate is free: any moment before `update` will do.
 # `backward` needs the activations of the very `forward` before it, and clipping must
 # see all gradients together. `update` counts its steps from 1.
 

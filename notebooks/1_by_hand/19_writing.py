@@ -112,7 +112,7 @@ verdict("u at its ends", ends == (1, 4), "the first and the last")
 #
 # We take the one that trained for an hour in chapter 1.18, with a window of 64
 # tokens, one text at a time. To use a model of your own, set `RUN` to its folder. The
-# texts hang on the last bits of the logits, which are others on another processor, so
+# texts depend on the last bits of the logits, which are others on another processor, so
 # those outputs are not compared when the notebook is verified.
 
 # %% the model of the hour
@@ -179,8 +179,8 @@ def shown(token):
 #    = \frac1Z \sum_j -\frac{z_j}{\tau^2}\, e^{z_j / \tau}
 #    = -\frac{\langle z \rangle}{\tau^2} . \tag{1.19.4} $$
 #
-# With it the second follows from $\log p_i = z_i/\tau - \log Z$, and the third
-# from the second:
+# With it the second follows from $\log p_i = z_i/\tau - \log Z$, since
+# $\partial p_i = p_i\, \partial \log p_i$, and the third from the second:
 #
 # $$ \frac{\partial p_i}{\partial \tau}
 #    = p_i\, \frac{\langle z \rangle - z_i}{\tau^2} , \qquad
@@ -190,8 +190,8 @@ def shown(token):
 #
 # where $\operatorname{Var}(z) = \sum_i p_i z_i^2 - \langle z \rangle^2$ is the
 # variance of the logits when tokens are drawn. Now differentiate (1.19.3). The
-# first term gives (1.19.4); the second is a quotient, whose part with the
-# denominator gives $+\langle z \rangle / \tau^2$ and cancels it. What is left is
+# first term gives (1.19.4). In the second, the derivative of $1/\tau$ gives
+# $+\langle z \rangle / \tau^2$ and cancels it. That of $\langle z \rangle$ is left:
 #
 # $$ \frac{\partial H}{\partial \tau}
 #    = -\frac1\tau\, \frac{\partial \langle z \rangle}{\partial \tau}
@@ -488,8 +488,8 @@ verdict("the window", min(spans) == 5 and max(spans) == 8, "5 to 8 tokens")
 # Often we want several texts that continue one prompt. They are rows of a batch, and
 # one forward pass serves all of them. Text $i$ draws with a random stream of its
 # own, from seed + $i$. So it comes out the same however many are written beside it.
-# A text that has ended keeps its row until all have ended; what the model says there
-# is thrown away.
+# A text that has ended keeps its row until all have ended, and grows, so that all
+# stay equally long; what the model says there is thrown away.
 #
 # The loop asks for one thing only, the logits that follow some texts. A model that
 # has a method `following` answers by itself ([chapter

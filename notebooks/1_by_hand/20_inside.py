@@ -264,8 +264,8 @@ verdict(
 # $$ \text{induction} = \frac{1}{R - 1} \sum_{t=R}^{2R-2} a_{t,\,t-R+1} .
 #    \tag{1.20.2} $$
 #
-# The sum ends one before the last token, after which nothing came that could be
-# proposed. This is called **induction**, and no head of a first block can do it: a
+# The sum leaves out the last token: there the text ends, and nothing shows what
+# should have followed it. This is called **induction**, and no head of a first block can do it: a
 # key there knows its own token and not the one before it. A head of an *earlier*
 # block must first write into each token's stream which token stood before it; then
 # the key at $t - R + 1$ says "I follow `deposit`", and the query at $t$ asks for
@@ -532,8 +532,8 @@ verdict(
 )
 
 # %% [markdown]
-# After block 1 the loss falls with every block. After block 1 itself it is higher
-# than after block 0: a block is not asked to leave a good guess, only something that later
+# From block 2 on the loss falls with every block. After block 1 it is higher than
+# after block 0: a block is not asked to leave a good guess, only something that later
 # blocks can use. The lens reads the stream in a language that it need not speak until
 # the end.
 
