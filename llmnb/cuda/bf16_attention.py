@@ -68,8 +68,8 @@ def _quad_max(value):
 def _softmax(hs):
     """softmax(s, o, top, total, scale, back): (2.5.1) for two rows a lane.
 
-    back: by how much the first row of the warp's lane is after the tile's
-    first key; the tile is masked where that is less than 64.
+    back: by how much the lane's first row is after the tile's first key;
+    the tile is masked where that is less than 64.
     """
     PARTS = hs // 8
 

@@ -39,9 +39,10 @@
 #   of them, races looked for.
 #
 # The next chapters build on it the linear layer, attention, and training in
-# bfloat16. No GPU has run their kernels. They run on the simulator, and tests
-# compile them for the A100's and the H100's generations and look for the
-# instructions in the machine code. No times are given: none are measured.
+# bfloat16. No GPU has run their kernels, nor this chapter's. They run on the
+# simulator, and tests compile theirs for the A100's and the H100's generations
+# and look for the instructions in the machine code. A time that they give is a
+# prediction: none is measured.
 
 # %% [markdown]
 # ## Setup
@@ -66,12 +67,15 @@ from llmnb.gpu.simulator import store4
 # %% [markdown]
 # ## How a function becomes an instruction
 #
-# Each function of the next sections is written twice. In Python it is what
-# the simulator does. Where a kernel is compiled, its name stands for one
-# instruction of PTX, which the line before it says. numba calls such a thing
-# an *intrinsic*. It gets the instruction's text and a letter for each operand:
-# `f` for a float32, `r` for 32 bits, and `s` or `g` for an array with an
-# index, which become an address in shared or in global memory.
+# Each function of the next sections is written twice. In Python it is what the
+# simulator does. Where a kernel is compiled, its name stands for an
+# instruction of PTX, or for two, which the line before it says. numba calls
+# such a thing an *intrinsic*. It gets the instruction's text and a letter for
+# each operand: `f` for a float32, `r` for 32 bits, and `s` or `g` for an array
+# with an index, which become an address in shared or in global memory. The
+# intrinsic is made by the function's `on_gpu`: the compiler of
+# [chapter A.6](../appendix/06_launch.ipynb), where it meets a function that
+# has one, takes what `on_gpu()` returns instead of the Python body.
 
 
 # %% a function that is an instruction tags=["exporti"]
@@ -254,7 +258,7 @@ plt.show()
 # *Figure 3.13.1. Each box is a pair of neighbours, and bears the number of the
 # lane that holds it; a group of four lanes has one colour. In A and B the two
 # are neighbours along k and share a register, in C and D neighbours in a row.
-# D's fragments lie as A's do: a product can be a factor of the next one
+# Two D's side by side lie as one A: a product can be a factor of the next one
 # without leaving its lanes.*
 #
 # In the simulator, `mma` is a meeting of the warp, as a shuffle is. Each lane
@@ -326,13 +330,15 @@ verdict("D = A B", np.allclose(out, a @ b, atol=1e-5), "by 32 lanes")
 # %% [markdown]
 # ## Load fragments: ldmatrix
 #
-# A lane's pairs lie far apart in memory, and four bytes each. `ldmatrix` loads
-# four matrices of 8 by 8 halves at once. Each lane gives the place of one row
-# of 16 bytes: lanes 0 to 7 those of the first matrix, 8 to 15 those of the
-# second, and so on. What it gets are four registers, one of each matrix: lane
-# n has pair n % 4 of row n // 4. That is the layout of the table, for A has
-# four such matrices and B two. With `.trans`, each matrix is turned over on
-# the way, so that a factor may lie in memory either way.
+# A lane's pairs lie far apart in memory, and are four bytes each. `ldmatrix`
+# loads four matrices of 8 by 8 halves at once. Each lane gives the place of
+# one row of 16 bytes: lanes 0 to 7 those of the first matrix, 8 to 15 those of
+# the second, and so on. What it gets are four registers, one of each matrix:
+# lane n has pair n % 4 of row n // 4. That is the layout of the table, for A
+# has four such matrices and B two. Of A, rows 0 to 7 become a0 and rows 8 to
+# 15 a1, both for the first eight k; the same rows for the other eight become
+# a2 and a3. With `.trans`, each matrix is turned over on the way, so that a
+# factor may lie in memory either way.
 
 
 # %% rows to lanes tags=["exporti"]
@@ -383,8 +389,11 @@ def ldmatrix_trans(array, i):
 # This is easy to get wrong: read too early, and you read what was there
 # before; copy too early, and others may still read it. So the simulator is as
 # slow as it may be. A copy lands when its lane waits for it and not before:
-# whoever forgets to wait reads poison, which is NaN as bfloat16. And for the
-# watch for races it is a write twice, when it is asked for and when it lands.
+# whoever forgets to wait reads what was there. At first that is *poison*, a
+# number that nobody wrote: the simulator fills new memory with it
+# ([chapter A.5](../appendix/05_simulator.ipynb)), and as bfloat16 it is NaN.
+# And for the watch for races a copy is a write twice, when it is asked for and
+# when it lands.
 
 
 # %% copies on their way tags=["export"]
@@ -423,8 +432,8 @@ def cp_async_wait():
 
 
 # %% [markdown]
-# Two kernels that forget something. Both would come out right on many runs of
-# a GPU.
+# Two kernels that forget something. A GPU reports neither; `greedy` may come
+# out right there.
 
 
 # %% two mistakes
@@ -461,10 +470,15 @@ except RaceError as error:
     print(error)
 
 # %% [markdown]
+# Element 60 is the first of the four that thread 15 copies. In the second turn
+# thread 15 asks for its copy to that place, and nothing says that thread 16
+# has read there what came in the first.
+#
 # A kernel that does it right, with all of the chapter: copy A and B to shared
-# memory, wait, load the fragments, multiply. B lies here as a matrix of 8
-# rows and 16 columns, so that its rows go along k; the four matrices of
-# `ldmatrix` are then both registers of B, twice.
+# memory, wait, load the fragments, multiply. B lies here as a matrix of 8 rows
+# and 16 columns, so that its rows go along k; two matrices of `ldmatrix` are
+# then both registers of B. Lanes 16 to 31 name the same rows again, and so two
+# of the four results are dropped.
 
 
 # %% copy, load, multiply
@@ -501,23 +515,23 @@ verdict("the same", np.array_equal(got, out), "bit for bit")
 #
 # - A tensor core takes its factors from the registers of a whole warp. Which
 #   lane holds what is a table; two neighbours along k share a register.
-# - `ldmatrix` loads 8 rows of 16 bytes and deals them to the lanes in that
-#   order, as they are or transposed.
-# - `cp.async` copies past the registers while the lane goes on. It must wait
-#   before it reads, and a barrier must stand between the last reader and the
-#   next copy.
-# - The same function is Python in the simulator and one instruction of PTX in
-#   a compiled kernel.
+# - `ldmatrix` loads four times 8 rows of 16 bytes and deals them to the lanes
+#   in that order, as they are or transposed.
+# - `cp.async` copies past the registers while the lane goes on. A lane must
+#   wait before it reads, and a barrier must stand between the last reader and
+#   the next copy.
+# - The same function is Python in the simulator and an instruction or two of
+#   PTX in a compiled kernel.
 
 # %% [markdown]
 # ## Design note
 #
 # The H100 has a larger instruction too, `wgmma`: four warps multiply 64 rows
 # by up to 256 columns, one or both factors straight from shared memory, which
-# a copying engine fills. Its full rate needs them. They exist on that
-# generation alone, though; a kernel for the A100 must be written besides. We
-# take the older instructions, which both have, and give away part of the
-# H100's rate.
+# a copying engine fills. We expect that its full rate needs them. They exist
+# on that generation alone, though; a kernel for the A100 must be written
+# besides. We take the older instructions, which both have, and expect to give
+# away part of the H100's rate.
 #
 # numba has no function for any of this, so we write the assembler's text. A
 # CUDA program in C++ would use the same instructions by the names of a

@@ -12,8 +12,8 @@
 # %% [markdown]
 # # Products on tensor cores: the linear layer in bfloat16
 #
-# > One kernel for all three products of the linear layer: tiles that change
-# > places to keep the banks apart, copied while the warps multiply.
+# > One kernel for all three products of the linear layer: tiles whose chunks
+# > change places to keep the banks apart, copied while the warps multiply.
 #
 # *Reading time: 20 minutes. You need: the product's tiles
 # ([chapter 3.6](06_matmul.ipynb)) and the instructions of tensor cores
@@ -60,20 +60,24 @@ from llmnb.shapes import Memory, shapes
 # ## A warp's part
 #
 # A block owns a tile of 64 by 64 outputs with four warps, or of 128 by 128
-# with eight; a warp owns 32 by 32 of it, or 64 by 32. All take 32 steps of the
-# sum at a time from two tiles in shared memory, while the next two are on
-# their way. Counted for a warp and 16 steps of a tile of 128: six `ldmatrix`
-# bring four fragments of A and four of B, for 16 `mma`, which are 32,768 FMAs.
+# with eight; a warp owns 32 by 32 of it, or 64 by 32. The larger tile is taken
+# where that leaves a tile for each of an A100's 108 multiprocessors, the
+# smaller one for less. All take 32 steps of the sum at a time from two tiles
+# in shared memory, while the next two are on their way. Counted for a warp and
+# 16 steps of a tile of 128: six `ldmatrix` bring four fragments of A and four
+# of B, for 16 `mma`, which are 32,768 FMAs.
 #
-# A tile lies in memory as in its matrix, by *chunks* of 16 bytes, for each row
-# of it is the row of a matrix that `ldmatrix` wants. Eight lanes ask for eight
-# rows of one column of chunks; as they stand, these are all in the same banks.
-# Padding would help, as it did in chapter 3.6, but a row that begins at a
-# multiple of 16 bytes must stay at one. So the chunks of a row change places:
-# chunk c of row r lies where chunk $c \oplus r$ was, $\oplus$ being the
-# exclusive or. Eight rows then use all eight columns of chunks of 128 bytes.
-# Of short rows, several make 128 bytes; they share one change of place. This
-# is called a *swizzle*.
+# A tile lies in memory as in its matrix, by *chunks* of 16 bytes: each of its
+# chunks is one row that `ldmatrix` wants. Eight lanes ask for eight rows of
+# one column of chunks. Where a row has 8 chunks or 16, these are all in the
+# same banks as they stand; where it has four, in two of the eight places that
+# 128 bytes have. A chunk of padding for each row would do, as in
+# [chapter 3.9](09_attention.ipynb), but it takes room, half of a tile where a
+# row has two chunks and an eighth where it has eight. To exchange places takes
+# none: chunk c of row r lies where chunk $c \oplus (r \bmod 8)$ was, $\oplus$
+# being the exclusive or. Eight rows then use all eight columns of chunks of
+# 128 bytes. Of short rows, several make 128 bytes; they share one change of
+# place. This is called a *swizzle*.
 
 
 # %% where a chunk lies tags=["exporti"]
@@ -99,8 +103,10 @@ for chunks in (2, 4, 8, 16):
 print("eight rows of a column of chunks: eight different fours of banks")
 
 # %% [markdown]
-# A block fills a tile with one copy of 16 bytes a lane and turn. Beyond the
-# matrix a copy brings zeros, which add nothing.
+# A block fills a tile with one copy of 16 bytes a lane and turn. A turn goes
+# `DOWN` rows further, a multiple of 8, which changes nothing in the swizzle:
+# so a lane asks for its place once, before the turns. Beyond the matrix a copy
+# brings zeros, which add nothing.
 
 
 # %% fill a tile of chunks tags=["exporti"]
@@ -128,8 +134,8 @@ def filler(rows, chunks, threads):
 
 
 # %% [markdown]
-# The fragments come out of a tile in four ways. The tile holds `along` the sum
-# if a row of it goes along k, and then `ldmatrix` loads it as it is; if not,
+# The fragments come out of a tile in four ways. `along` is true if a row of
+# the tile goes along k, and then `ldmatrix` loads it as it is; if not,
 # transposed. Either way four matrices of 8 by 8 make a fragment of A, or those
 # of two neighbours of B. Which lane names which row follows from the order of
 # the registers in the table: `wide` goes down 16 rows first, then to the next
@@ -162,8 +168,8 @@ def taker(chunks, along, left):
 
 
 # %% [markdown]
-# With a fragment of A and two of B a lane does two `mma`, for eight of its
-# sums: those of 16 rows and 16 columns.
+# With a fragment of A and two of B a warp does two `mma`, for eight sums of
+# each lane: those of 16 rows and 16 columns.
 
 
 # %% multiply fragments tags=["exporti"]
@@ -181,10 +187,10 @@ def multiply(s, j, a, b):
 
 
 # %% [markdown]
-# What is done with a sum at the end is made into the kernel: whether it is
+# What is done with a sum at the end is compiled into the kernel: whether it is
 # rounded to bfloat16 or kept in float32 (the gradients of weights), whether a
 # bias or what is there already is added. The sum itself is always in float32,
-# and there is one rounding.
+# and is rounded to bfloat16 once.
 
 
 # %% the end of a product tags=["exporti"]
@@ -298,8 +304,8 @@ def _product_kernel(tile, along_a, along_b, end):
 # All that comes in rows begins at a multiple of 16 bytes, and so does each
 # row, if the channels are a multiple of 8. That is checked, with the rest,
 # before anything is launched. On the device a bfloat16 number is a uint16,
-# since NumPy has no such type; which arrays are float32 all the same each
-# layer says to `halves`.
+# since NumPy has no such type; each layer tells `halves` which arrays are
+# float32 all the same.
 
 
 # %% what a layer's arrays must be tags=["exporti"]
@@ -448,11 +454,13 @@ def matmul_backward_bf16(
 
 
 # %% [markdown]
-# The verdict, against float64, for a layer whose sizes no tile divides. All
-# that is left of an error is one rounding of the result: a bfloat16 number is
-# off by at most $2^{-8}$ of its size, 0.4 %, and by less than half of that on
-# the whole. The gradients of the weights, float32, have no such error; their
-# factors were bfloat16 already.
+# The verdict, against float64, for a layer whose sizes no tile divides. The
+# simulator adds in float64 and rounds to float32 once an `mma`, so that hardly
+# more is left of an error here than one rounding of the result: a bfloat16
+# number is off by at most $2^{-8}$ of its size, 0.4 %, and by less than half
+# of that on the whole. How a GPU rounds inside an `mma` is open
+# ([chapter 3.13](13_tensor_cores.ipynb)). The gradients of the weights,
+# float32, are not rounded to bfloat16; their factors were bfloat16 already.
 
 # %% the layer against float64
 draw = np.random.default_rng(14)
@@ -490,9 +498,9 @@ for name, got, want, most in (
     verdict(name, small, f"within {most:g} of float64")
 
 # %% [markdown]
-# All accesses were watched for races, the copies twice. And no request of
-# eight rows met another in its bank: a request of 32 lanes for 16 bytes each
-# takes four passes, the fewest that 512 bytes can take.
+# All accesses were watched for races, the copies twice. And no two of eight
+# rows wanted one bank: a request of 32 lanes for 16 bytes each takes four
+# passes, the fewest that 512 bytes can take.
 
 # %% the passes
 verdict(
@@ -507,14 +515,14 @@ verdict(
 # What does a tile of 128 ask of memory? For 32 steps it brings 128 rows of A
 # and 128 of B, 64 bytes each, and does $128^2 \cdot 32$ FMAs with them: 64
 # operations for each byte. An A100 that computes 312 TFLOP/s and reads 1,555
-# GB/s needs 200, and an H100 of 989 and 3,350 needs 295. So other blocks must
-# find what one has read in the second cache, which all multiprocessors share:
-# a row of tiles reads the same rows of A.
+# GB/s needs 200 operations a byte, and an H100 of 989 and 3,350 needs 295. So
+# other blocks must find what one has read in the L2 cache, which all
+# multiprocessors share: a row of tiles reads the same rows of A.
 #
 # Prediction, for a product of 16,384 rows by 768 steps and 2,304 columns, the
 # queries, keys and values of GPT-2 124M for 16 sequences of 1,024 tokens: 58
-# GFLOP. At 60 % of the A100's rate 0.31 ms, at that of the H100's 0.1 ms. The
-# H100's full rate is for `wgmma`, and we expect to stay below 60 % there.
+# GFLOP, 0.31 ms at 60 % of an A100's rate. On an H100 we expect more than the
+# 0.1 ms that 60 % of its rate would take, since that rate is for `wgmma`.
 
 # %% [markdown]
 # ## Take away
@@ -525,19 +533,20 @@ verdict(
 #   eight rows are in eight different places of the banks, in either direction.
 # - Two pairs of tiles and one barrier: wait, meet, ask for the next tiles,
 #   multiply.
-# - Factors are bfloat16, sums are float32, and a result is rounded once.
+# - Factors are bfloat16, sums are float32, and a result is rounded to bfloat16
+#   once.
 
 # %% [markdown]
 # ## Design note
 #
 # Each lane writes its results two by two, four bytes at a time; four lanes
-# make 16 bytes of a row. Through shared memory they could write whole
-# sectors, for one more barrier and one more pass over the tile, once a tile.
-# Long sums hide either; we kept the shorter code.
+# make 16 bytes of a row. Through shared memory they could write whole sectors,
+# for one more barrier and one more pass over the tile, once a tile. We expect
+# long sums to hide either, and kept the shorter code.
 #
 # A library such as cuBLASLt has kernels for each shape and generation, and
-# will be faster where it is there ([chapter 3.7](07_cublas.ipynb)). With this
-# one, training in bfloat16 needs no library at all.
+# should be faster where it is there ([chapter 3.7](07_cublas.ipynb)). With
+# this one, training in bfloat16 needs no library at all.
 
 # %% [markdown]
 # ## Exercises

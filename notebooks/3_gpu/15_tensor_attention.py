@@ -24,9 +24,9 @@
 # ## Where we are
 #
 # In [chapter 3.9](09_attention.ipynb) a block walked over tiles of keys, and
-# its warps handed weights to each other through shared memory. On tensor
-# cores they need not, for the fragments of a result lie as those of a left
-# factor do (figure 3.13.1). At the end of this chapter you can
+# its warps handed weights to each other through shared memory. On tensor cores
+# they need not, for the fragments of two results side by side lie as those of
+# a left factor do (figure 3.13.1). At the end of this chapter you can
 #
 # - follow a score from `mma` through the softmax into the next `mma`, in the
 #   registers of one lane;
@@ -70,8 +70,9 @@ from llmnb.shapes import shapes
 # a time. A tile is 64 rows of a head; a row of $hs$ bfloat16 numbers is $hs/8$
 # chunks, which change places as in [chapter 3.14](14_tensor_products.ipynb).
 # All of it comes from there: how a tile is filled, and how fragments are taken
-# from it. Heads have 16, 32 or 64 channels, as all of GPT-2's have; wider ones
-# would need more registers than a lane has, or smaller tiles.
+# from it. Heads have 16, 32 or 64 channels; GPT-2's have 64. At 128 the four
+# tiles of the forward pass, two of keys and two of values, would take 64 KB,
+# more than the 48 that a kernel may declare.
 #
 # One piece is new: sums that become a factor.
 
@@ -119,10 +120,13 @@ def _weighted(hs):
 # %% [markdown]
 # ## Forward
 #
-# A lane has sums of two rows, in groups: row lane // 4 and the one eight
-# further. A row's maximum and sum are therefore over four lanes, two shuffles.
-# Below the diagonal nothing is masked; the one tile on it is, and the tiles
-# above it are never loaded. The rest is (2.5.1), as in chapter 3.9.
+# A lane has sums of two rows: row lane // 4 and the one eight further. A row's
+# maximum and sum are therefore over four lanes, two shuffles. Below the
+# diagonal nothing is masked; the one tile on it is, and the tiles above it are
+# never loaded. Keys from T on arrive as zeros; they come after every query
+# that is written, and so the mask hides them too. The rest is (2.5.1), as in
+# chapter 3.9. A row's total adds up its weights in float32, while the product
+# with the values takes them rounded to bfloat16.
 
 
 # %% the softmax of fragments tags=["exporti"]
@@ -136,8 +140,8 @@ def _quad_max(value):
 def _softmax(hs):
     """softmax(s, o, top, total, scale, back): (2.5.1) for two rows a lane.
 
-    back: by how much the first row of the warp's lane is after the tile's
-    first key; the tile is masked where that is less than 64.
+    back: by how much the lane's first row is after the tile's first key;
+    the tile is masked where that is less than 64.
     """
     PARTS = hs // 8
 
@@ -378,11 +382,11 @@ verdict("lse", error(to_host(lse), want_lse) < 1e-6, "within 1e-6")
 # and adds in that order. A last kernel adds up the arrays of the strips.
 #
 # How many strips? A block a head would be enough for the order, but not for
-# the GPU: 16 sequences of 12 heads make 192 blocks, where 132 multiprocessors
-# of an H100 hold two each. With three strips there are 576. A tile's work
-# grows with the queries that see it, and so the strips take turns: strip 0 has
-# tiles 0, 3, 6, strip 1 tiles 1, 4, 7. The price is memory, strips times the
-# queries in float32.
+# the GPU: 16 sequences of 12 heads make 192 blocks, where each of an H100's
+# 132 multiprocessors holds two, even if a lane takes all 255 registers. With
+# three strips there are 576. A tile's work grows with the queries that see it,
+# and so the strips take turns: strip 0 has tiles 0, 3 and 6, strip 1 has 1, 4
+# and 7. The price is memory, strips times dq in float32.
 
 # %% who walks over what tags=["hide-input"]
 tiles, strips = 8, 3
@@ -402,10 +406,9 @@ plt.show()
 #
 # In a block, a warp owns 16 keys and all channels of their dk and dv. It makes
 # S and dA transposed, keys by queries, so that both are left factors for dv
-# and dk as they are; and 16 queries at a time, so that there is never more of
-# them in the registers than eight sums each. For dq the sum is over the keys of
-# all four warps; dS goes through shared memory once, and each warp takes 16
-# queries.
+# and dk as they are; and it takes 16 queries at a time: then S and dA take
+# only eight registers each. For dq the sum is over the keys of all four warps;
+# dS goes through shared memory once, and each warp takes 16 queries.
 
 
 # %% the row sums of (1.8.9) tags=["exporti"]
@@ -701,7 +704,7 @@ for name, products in (("forward", 2), ("backward", 5)):
 # %% [markdown]
 # Prediction: at half of an A100's 312 TFLOP/s that is 0.18 ms forward and 0.44
 # ms backward for a layer of GPT-2 124M, 16 sequences of 1,024 tokens. The
-# softmax, which no tensor core does, will keep it from more.
+# softmax, which no tensor core does, should keep it from more.
 #
 # ## Take away
 #
@@ -716,10 +719,10 @@ for name, products in (("forward", 2), ("backward", 5)):
 # ## Design note
 #
 # dq could also be added in order to one array: each block waits until the
-# block of the tile before it has added. That takes less memory, and a block
-# that waits for another hangs for ever if the other has not begun. Blocks
-# begin in the order of their numbers on GPUs so far, which no manual promises.
-# Strips need no such promise.
+# block of the tile before it has added. That takes less memory, but blocks
+# that fill the GPU while they wait for one that has not begun wait for ever.
+# As far as we know blocks begin in the order of their numbers; we know of no
+# manual that promises it. Strips need no such promise.
 
 # %% [markdown]
 # ## Exercises

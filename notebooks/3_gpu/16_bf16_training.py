@@ -26,9 +26,9 @@
 # ## Where we are
 #
 # On a CPU `precision="bf16"` rounded the factors of products and kept all else
-# in float32. On a GPU it pays to store in bfloat16 as well: half of the bytes
-# are half of the time of every layer that only reads and writes. At the end of
-# this chapter you can
+# in float32. On a GPU it should pay to store in bfloat16 as well: half of the
+# bytes should be half of the time of every layer that only reads and writes.
+# At the end of this chapter you can
 #
 # - say which arrays of a training step may have eight bits, and why
 #   parameters may not;
@@ -162,8 +162,9 @@ verdict("by chance", abs(ends.mean() - 0.4) < 0.1, "near 0.4 on average")
 # | gradients of activations | means, deviations, log-sum-exps, losses |
 # | logits and their gradients | the gradients' norm |
 #
-# bfloat16 has float32's exponents, so nothing that float32 holds is too small
-# or too large for it, and the loss needs no scaling, as it does with float16.
+# bfloat16 has float32's exponents, so hardly anything that float32 holds is
+# too small or too large for it, and the loss needs no scaling, as it does with
+# float16.
 #
 # ## Layers of rows
 #
@@ -503,11 +504,14 @@ def crossentropy_softmax_backward_bf16(
 # ## The backend
 #
 # The model stays as it is. A backend decides what its memory is, and hands
-# over its layers ([chapter A.13](../appendix/13_backend.ipynb)); so bfloat16 is
-# a backend, made of that of [chapter 3.11](11_step.ipynb). In its memory the
-# activations are halves but for the statistics, and there is a group of copies
-# beside the parameters. The layers that take a weight find its copy where the
-# parameter is, as many numbers from the beginning.
+# over its layers ([chapter A.13](../appendix/13_backend.ipynb)); so bfloat16
+# is a backend, made of that of [chapter 3.11](11_step.ipynb). In its memory
+# the activations are halves but for the statistics, and there is a group of
+# copies beside the parameters. A layer finds the copy at the weight's own
+# offset from the beginning. That goes for the linear layers and the
+# classifier; the encoder reads the masters themselves, as LayerNorms and
+# biases are read. The encoder's backward pass is that of float32: the buffer
+# `stream` is for the gradient that it wants, widened from bfloat16.
 
 # %% imports of the backend tags=["export"]
 from functools import partial
@@ -678,15 +682,17 @@ verdict("it learns", half[-1] < half[0] - 1, "by more than 1")
 #
 # ## Prediction
 #
-# A step of GPT-2 124M at B = 16 and T = 1,024 is 13.2 TFLOP by the count of
-# [chapter 3.11](11_step.ipynb). At 60 % of an A100's 312 TFLOP/s in bfloat16
-# its products and attention would take 70 ms, where float32's 19.5 TFLOP/s
-# take 680. Not measured, as said in [chapter 3.13](13_tensor_cores.ipynb).
+# A step of GPT-2 124M at B = 16 and T = 1,024 is 13.2 TFLOP by (1.4.2). At
+# 60 % of an A100's 312 TFLOP/s in bfloat16 its products and attention would
+# take 70 ms, where 60 % of float32's 19.5 TFLOP/s take 1,120. Not measured, as
+# said in [chapter 3.13](13_tensor_cores.ipynb).
 #
 # What can be counted without a GPU: all of such a model lies in one block of
-# 7.2 GB, where float32's has 11.6. The activations halve; parameters, gradients
-# and averages stay 16 bytes for each parameter, and the copies add 2. A step
-# is one graph still, without an allocation.
+# 7.2 GB, to which a test holds it, where float32's, with our own products, has
+# 11.5. The activations halve; parameters, gradients and averages stay 16 bytes
+# for each parameter, and the copies add 2. A step is one graph still, without
+# an allocation; the same test counts that on a driver that stands in for
+# NVIDIA's.
 #
 # ## Take away
 #
@@ -702,9 +708,9 @@ verdict("it learns", half[-1] < half[0] - 1, "by more than 1")
 # ## Design note
 #
 # The stream, to which every half block adds, is bfloat16 here, as in llm.c. In
-# PyTorch's mixed precision it is float32, for four bytes a number; a deep model
-# would be the better for it. The gradients of the weights stay float32: that
-# is where micro-batches are added up.
+# PyTorch's mixed precision it is float32, for four bytes a number; a deep
+# model should be the better for it. The gradients of the weights stay float32:
+# that is where micro-batches are added up.
 #
 # cuBLASLt's products with a bias, GELU or its gradient at their end would save
 # a few passes over memory. They could stand in for two functions of this

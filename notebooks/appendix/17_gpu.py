@@ -23,8 +23,10 @@
 # %% [markdown]
 # ## Where we are
 #
-# A GPU is often lent for minutes, on a machine without a network, with an image
-# that somebody else made. `make gpu` is for such a machine. At the end of this
+# A GPU is often lent for minutes, on a machine without a network, with an
+# image that somebody else made. `make gpu` is for such a machine; on a GPU it
+# has never run. It asks about float32 and TF32, and leaves out the layers and
+# the training in bfloat16, of chapters 3.13 to 3.16. At the end of this
 # chapter you can
 #
 # - say in which order to ask, and why;
@@ -75,8 +77,8 @@ from llmnb.model.gpt2 import GPT2
 #
 # A lent machine is taken back without asking. So the result is written after
 # every row, as JSON in the form of `llmnb bench --json`, from which the
-# [results page](../../book/results.md) is drawn. What fails says why in its row,
-# and so does what the time was too short for; nothing else waits for it.
+# [results page](../../book/results.md) is drawn. What fails says why in its
+# row, and a row with no time left says so; nothing else waits for it.
 
 
 # %% a result on disk tags=["export"] module="bench.gpu"
@@ -140,7 +142,8 @@ class Result:
 #
 # The weights are not those of a beginning, where some gradients are nearly
 # nothing, but wider. And the graph is compared with the separate calls, whose
-# bits it must have.
+# bits it must have. The rows say how far everything is apart, and leave it to
+# the reader what is near enough; a gradient that is not finite is an error.
 
 
 # %% gradients against float64 tags=["export"] module="bench.gpu"
@@ -226,9 +229,9 @@ def ask_right(result, shapes, precisions):
 # ## Second: how long is a step?
 #
 # Everyone trains alone on the GPU, in a process of its own, as
-# [chapter A.8](08_racing.ipynb) says. They come in the order in which we should
-# miss them: ours, then the strongest rival, PyTorch compiled in bf16, then the
-# plainest.
+# [chapter A.8](08_racing.ipynb) says. The most missed come first: ours, in
+# TF32 and float32, then the rival that should be the strongest, PyTorch
+# compiled in bf16, then the plainest. Our own bf16 does not take part.
 
 
 # %% the second contest tags=["export"] module="bench.gpu"
@@ -267,11 +270,15 @@ def _step(name, spec, settings, tokens):
 # %% [markdown]
 # ## Third: every version of every kernel
 #
-# Drawing the arguments on the host and judging there takes longer than all
-# the rest. Where PyTorch sees the GPU, they are drawn there, and the rival of
+# Every version, that is, of the layers in float32. Drawing the arguments on
+# the host and judging there should take longer than all the rest. Where
+# PyTorch sees the GPU, they are drawn there, and the rival of
 # [chapter A.7](07_ladders.ipynb) computes in float64 what should come out: it
 # is the same function in either precision. A version that is wrong gets no
-# time. Where there is no PyTorch, a small size is judged on the host.
+# time. Right is a version whose results are finite and off by no more than
+# that chapter's `TOLERANCE`, relative to the largest element of a result, or
+# to 1 if that is smaller. Where there is no PyTorch, a small size is judged on
+# the host.
 
 
 # %% arguments on the GPU tags=["export"] module="bench.gpu"
@@ -377,9 +384,10 @@ def wrong_by(torch, got, want):
 
 
 # %% [markdown]
-# Our kernels take PyTorch's memory as it is. Each version is also timed once
-# more with link-time optimisation ([chapter A.6](06_launch.ipynb)), as a row of
-# its own: what we left out on the strength of reading machine code.
+# Our kernels take PyTorch's memory as it is. The last version of a layer that
+# is right is timed once more with link-time optimisation, as a row of its own.
+# [Chapter A.6](06_launch.ipynb) leaves that out, for reasons read from machine
+# code; here it is measured.
 
 
 # %% a version with link-time optimisation tags=["exporti"] module="bench.gpu"
@@ -537,10 +545,10 @@ def _bytes(ladder, drawn):
 # ## The order
 #
 # Small and right, then our step, then the rest. All of it is one function, and
-# `rehearse` makes everything small: the tests run it on a driver that stands in
-# for NVIDIA's, which takes every launch and computes nothing. That finds what a
-# host can do wrong, without a GPU; that results are right it cannot say, and
-# there every version counts as wrong unless nobody judges.
+# `rehearse` makes everything small: the tests run it on a driver that stands
+# in for NVIDIA's, which takes every launch and computes nothing. That finds
+# what a host can do wrong, without a GPU; that results are right it cannot
+# say, and so a rehearsal does not judge.
 
 
 # %% everything, in order tags=["export"] module="bench.gpu"
@@ -587,12 +595,13 @@ def main(argv=None):
 # %% [markdown]
 # ## Before that: find what is lacking
 #
-# An image made for PyTorch has numba-cuda perhaps, and not libNVVM; it has no
-# metadata of this book's package, and nobody to ask for wheels. A short program
-# that needs nothing but Python looks first. Wheels that were carried along in
-# `wheels/` are installed beside the checkout; without them `pip` is asked, which
-# needs a network. libNVVM is looked for in toolkits on the disk. Then the
-# measurement starts as a process of its own, with what was found on its paths.
+# We expect an image made for PyTorch to have numba-cuda perhaps, but neither
+# libNVVM nor metadata of this book's package, and nobody to ask for wheels. A
+# short program that needs nothing but Python looks first. Wheels carried along
+# in `wheels/` are installed beside the checkout; without them `pip` is asked,
+# which needs a network. libNVVM is looked for in toolkits on the disk. Then
+# the measurement starts as a process of its own, with what was found on its
+# paths.
 
 # %% find what is lacking tags=["export"] module="bench.start"
 import importlib.util
