@@ -35,7 +35,7 @@ check: $(VENV)/.test ## the fast checks: package and notebooks in step, linter
 	$(BIN)/python -m llmnb.book.poster --check
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/python -m pytest -q -p no:nbval -o addopts= tests/test_export.py \
+	$(BIN)/python -m pytest -q -p no:nbval tests/test_export.py \
 		tests/test_house.py tests/test_package.py
 
 export: $(VENV)/.test ## write llmnb/ from the notebooks' marked cells

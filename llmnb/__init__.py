@@ -25,7 +25,7 @@ import importlib.util
 
 
 # the package's front door
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _CONFIGS = (
     "LlamaConfig", "MistralConfig", "Qwen3Config", "GemmaConfig",
     "Gemma2Config", "Gemma3Config", "PRESETS",

@@ -16,7 +16,7 @@ import math
 import re
 import time
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -107,15 +107,16 @@ def exact_gradients(cfg, rows, seq_len):
     return model, batch, loss
 
 
-def gradients(exact, batch, want, copies, precision):
+def gradients(found, copies, precision):
     """How far a GPU's loss and gradients are from those of float64.
 
-    exact, batch, want: of `exact_gradients`. copies: how often the batch is
+    found: gives what `exact_gradients` does. copies: how often the batch is
     repeated on the GPU. Returns a dict: loss_apart; worst, the largest
     distance of a gradient over its norm, and tensor, whose it is.
 
     Derived in chapter A.17.
     """
+    exact, batch, want = found()
     rows = np.tile(batch, (1, copies, 1))
     model = GPT2(exact.cfg, *rows.shape[1:], "cuda", precision, seed=None)
     for name, x in exact.params.items():
@@ -166,10 +167,10 @@ def ask_right(result, shapes, precisions):
     about = "loss and gradients against float64 on the CPU, relative in norm"
     contest = result.contest("right", "gradients", about)
     for name, (cfg, rows, copies, T) in shapes.items():
-        exact = None if result.left() < 30 else exact_gradients(cfg, rows, T)
+        exact = cache(partial(exact_gradients, cfg, rows, T))
         for precision in precisions:
-            row = partial(gradients, *(exact or ()), copies, precision)
-            needs = 10 if exact else math.inf
+            row = partial(gradients, exact, copies, precision)
+            needs = 10 if exact.cache_info().currsize else 30
             result.row(contest, f"{name} {precision}", row, needs)
         if rows > 1:
             row = partial(graph_of_parts, cfg, rows, T)

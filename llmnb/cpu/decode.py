@@ -396,7 +396,7 @@ def cache_attention(
     check_fit(f"{name}: values", values, want["values"], out.dtype)
     block, look = block_size(hs), look_of(hs, window, scale, softcap)
     # as many at a time as push nothing out that the first of them sees
-    size = room - window + 1 if ring else T
+    size = room - window + 1 if ring else max(1, T)
     for t in range(0, T, size):
         these = first, t, min(T, t + size)
         _keep(keys, values, inp, C, *these)

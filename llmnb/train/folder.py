@@ -144,16 +144,17 @@ def note_model(folder, step):
 def load_run(folder, batch_size=1, seq_len=None, backend=None):
     """Read the model, the tokenizer and the TrainConfig of a run folder.
 
-    seq_len and backend default to the run's own; of a run in TF32 the model
-    computes in float32 on another backend. Raises OSError or ValueError, in
-    one sentence, when a file is missing or damaged.
+    seq_len and backend default to the run's own; of a run on a GPU, in
+    whatever precision, the model computes in float32 on another backend.
+    Raises OSError or ValueError, in one sentence, when a file is missing or
+    damaged.
 
     Derived in chapter 4.14.
     """
     folder = Path(folder)
     config = read_run(folder)
     backend, precision = backend or config.backend, config.precision
-    if precision == "tf32" and backend != "cuda":
+    if config.backend == "cuda" != backend:
         precision = "fp32"
     encoding = open_encoding(folder)
     shape = batch_size, seq_len or config.seq_len

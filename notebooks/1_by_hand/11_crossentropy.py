@@ -175,15 +175,14 @@ print(probs[0].round(4))
 # $$ H(q, p) = -\sum_i q_i \log p_i
 #            = H(q) + \sum_i q_i \log \frac{q_i}{p_i} . \tag{1.11.4} $$
 #
-# The last sum, the Kullback-Leibler divergence, is never negative and is 0
-# only for $p = q$: $\log x \le x - 1$, with equality at $x = 1$ alone, so with
-# $x = p_i / q_i$ the logarithm in it, $-\log x$, is at least $1 - x$, and the sum at
-# least $\sum_i q_i (1 - p_i / q_i) = \sum_i q_i - \sum_i p_i = 0$. (Terms with
-# $q_i = 0$ are 0; the other $p_i$ then sum to at most 1, and the sum is still at
-# least 0.) With $p_i = 1 / V$ the left side is $\log V$: no entropy is
-# larger than that of V equally likely outcomes. And the cross-entropy has a
-# floor, the entropy of the data; the only way down to it is to believe what is
-# true.
+# The last sum, the Kullback-Leibler divergence, is never negative and is 0 only for $p
+# = q$: $\log x \le x - 1$, with equality at $x = 1$ alone, so with $x = p_i / q_i$ the
+# logarithm in it, $-\log x$, is at least $1 - x$, and the sum at least $\sum_i q_i (1 -
+# p_i / q_i) = \sum_i q_i - \sum_i p_i = 0$. (Terms with $q_i = 0$ are 0; the other
+# $p_i$ then sum to at most 1, and the sum is still at least 0.) With $p_i = 1 / V$ the
+# left side is $\log V$: no entropy is larger than that of V equally likely outcomes.
+# And the cross-entropy has a floor, the entropy of the data; the only way down to it is
+# to believe what is true.
 
 # %% entropy and cross-entropy
 q = np.array([0.5, 0.25, 0.25])

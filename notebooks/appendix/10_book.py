@@ -1026,7 +1026,7 @@ import importlib
 import importlib.util
 
 # %% the package's front door tags=["exporti"] module="__init__"
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _CONFIGS = (
     "LlamaConfig", "MistralConfig", "Qwen3Config", "GemmaConfig",
     "Gemma2Config", "Gemma3Config", "PRESETS",

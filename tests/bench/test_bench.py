@@ -21,7 +21,7 @@ import pytest
 from llmnb import cpu
 from llmnb.bench import bench as module
 from llmnb.bench import clock, peers, race
-from llmnb.bench.bench import CONFIGS, bench
+from llmnb.bench.bench import CONFIGS, bench, losses_contest
 from llmnb.bench.race import Settings, lineup, ratios
 from llmnb.bench.report import bars_figure, layers_figure, report, shares
 from llmnb.bench.stopwatch import Stopwatch, timed_step
@@ -991,3 +991,17 @@ def test_a_childs_path_keeps_what_it_was_given(monkeypatch, tmp_path):
     with pytest.raises(ChildProcessError, match="enough"):
         race.Contestant("me", {**SHAPE, **OURS}, ONE_THREAD)
     assert seen["PYTHONPATH"].split(os.pathsep)[1:] == [str(tmp_path)]
+
+
+def test_losses_want_those_of_the_cpu(monkeypatch):
+    none = {
+        "cpu fp32": {"unmeasured": "has ended"},
+        "cuda fp32": {"loss": [1]},
+    }
+    monkeypatch.setattr("llmnb.bench.bench.race", lambda *args: none)
+    monkeypatch.setattr(
+        "llmnb.bench.bench._rows",
+        lambda found: [{"name": n} | x for n, x in found.items()],
+    )
+    with pytest.raises(ChildProcessError, match="cpu fp32: has ended"):
+        losses_contest(["fp32"], Settings())

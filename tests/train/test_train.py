@@ -564,3 +564,16 @@ def test_any_configuration(tmp_path_factory, data):
         assert isinstance(config, TrainConfig)
         assert config.rate(0) >= 0 and config.micro_batches >= 1
         assert isinstance(config.tokenizer, str)
+
+
+def test_a_gpus_run_is_read_in_float32_elsewhere(tmp_path, monkeypatch):
+    """bf16 and tf32 mean other roundings on a CPU, or none."""
+    config, asked = replace(PLAIN, backend="cuda", precision="bf16"), []
+    monkeypatch.setattr("llmnb.train.folder.read_run", lambda folder: config)
+    monkeypatch.setattr("llmnb.train.folder.open_encoding", lambda folder: 0)
+    made = "llmnb.train.folder.GPT2.from_checkpoint"
+    monkeypatch.setattr(made, lambda *args: asked.append(args[-2:]))
+    (tmp_path / "model.bin").touch()
+    load_run(tmp_path, backend="cpu")
+    load_run(tmp_path)
+    assert asked == [("cpu", "fp32"), ("cuda", "bf16")]
