@@ -80,7 +80,11 @@ def main(args):
     how = ["--nbval"]
     if not files:
         # threads that wait must not keep the other workers' from running
-        os.environ.setdefault("GOMP_SPINCOUNT", "0")
+        for name, value in (
+            ("GOMP_SPINCOUNT", "0"),
+            ("OPENBLAS_NUM_THREADS", "1"),
+        ):
+            os.environ.setdefault(name, value)
         how += ["-n", str(min(4, os.cpu_count())), "--dist", "loadfile"]
     return pytest.main([*how, *args[at + 1 :], *map(str, files)])
 
