@@ -85,8 +85,9 @@ class Spread:
     """A tensor of m or v, of which each process of a group holds a part.
 
     part: this process's, flat, maybe empty. To others it looks like an array
-    on a device: np.asarray gives a copy of the whole, to the first process
-    when all call `collect`, and llmnb.arena.put overwrites it.
+    on a device: np.asarray gives a copy of the whole, in the first process,
+    while the others call `collect` (it raises TypeError there), and
+    llmnb.arena.put overwrites it.
     """
 
     def __init__(self, group, shape, part, places):
@@ -102,6 +103,12 @@ class Spread:
         return whole if whole is None else whole.reshape(self.shape)
 
     def __array__(self, dtype=None, copy=None):
+        if not self.group.first:
+            raise TypeError(
+                "only the first process of a group gets a whole tensor of m "
+                "or v, while the others call collect(): this is "
+                f"{self.group.name(self.group.rank)}"
+            )
         return np.asarray(self.collect(), dtype)
 
     def copy_to_device(self, values):
@@ -352,18 +359,19 @@ _SIZES = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"
 def launched():
     """How many processes a launcher says that it has started; else 1.
 
-    Known are mpirun of Open MPI, of MPICH and of Intel, and Slurm's srun.
+    Known are mpirun of Open MPI, of MPICH and of Intel, and Slurm's srun,
+    which is asked last: an mpirun within Slurm starts its own by srun.
     """
     found = (os.environ.get(name, "") for name in _SIZES)
-    return max([1, *(int(x) for x in found if x.isdigit())])
+    return next((int(x) for x in found if x.isdigit()), 1)
 
 
 def find_group(kind=""):
     """The Group of this process: of those that were launched with it.
 
     kind: "none" or "mpi", whatever the launcher says. Raises ImportError
-    when mpi4py is missing, or sees another number of processes than were
-    launched.
+    when mpi4py is missing, sees another number of processes than were
+    launched, or lets no second thread call MPI.
     """
     choose("group", kind, ("", "none", "mpi"))
     wanted = launched()
@@ -391,13 +399,21 @@ class Machines(Group):
 
     names: of the machine of each. sent: bytes of arrays that this process
     has sent to others. Until close(), each watches its neighbour, and a
-    process that is silent for `PATIENCE` seconds ends all.
+    process that is silent for `PATIENCE` seconds ends all. Arrays have fewer
+    than 2^31 elements, unless the MPI takes longer counts, as MPI 4 may.
     """
 
     def __init__(self):
         self._mpi = package("mpi4py.MPI", "mpi", "a group of processes")
         self._world = self._mpi.COMM_WORLD
         self.rank, self.size = self._world.rank, self._world.size
+        level = self._mpi.Query_thread()
+        if self.size > 1 and level < self._mpi.THREAD_MULTIPLE:
+            raise ImportError(
+                "a group needs an MPI that several threads may call at once, "
+                f"MPI_THREAD_MULTIPLE, and mpi4py has begun one of level "
+                f"{level}: see MPI4PY_RC_THREAD_LEVEL, or build MPI with it"
+            )
         self.sent, self.names = 0, [""] * self.size
         self.names = self.gather(platform.node())
         self._watch = Watch(self._world.Dup(), self) if self.size > 1 else None
@@ -419,9 +435,10 @@ class Machines(Group):
         for each. senders: whether it sends, for each.
         """
         starts, stops = np.array(spans).T
+        if array is None:  # nothing, and not from where it will arrive
+            array, starts = np.empty(0, out.dtype), np.zeros_like(starts)
         counts = (stops - starts) * senders[self.rank]
-        array = out[0] if array is None else array
-        come = np.array(senders) * (stops - starts)[self.rank]
+        come = np.array(senders) * np.diff(spans[self.rank])
         places = np.arange(self.size) * out.shape[1]
         self._world.Alltoallv([array, (counts, starts)], [out, (come, places)])
         self.sent += (counts.sum() - counts[self.rank]) * array.itemsize
@@ -545,13 +562,15 @@ def _differing(first, this):
     if max(len(first), len(this)) < 60:
         return first, this
     words = first.split(), this.split()
-    left = ([x for x in words[i] if x not in words[1 - i]] for i in (0, 1))
+    left = [[x for x in words[i] if x not in words[1 - i]] for i in (0, 1)]
+    if not any(left):  # other spaces, or another order
+        at = len(os.path.commonprefix([first, this]))
+        return [repr(x[at : at + 60]) for x in (first, this)]
     return [" ".join(x)[:60] or "nothing more" for x in left]
 
 
 # %% a rank with another text
 def differing(group):
-    group.name = "rank {}".format
     check_alike(group, {"text": "a page" if group.rank < 2 else "half a page"})
 
 
@@ -584,7 +603,8 @@ def together(group):
     """Within, the first of several processes speaks; an error ends all.
 
     The error is one line that names the process. Where it befalls several,
-    the first of them is some seconds ahead, and says it for the others.
+    the first of them is some seconds ahead, and says it for the others. So
+    ends also a process that exits within: the others would wait for it.
     """
     with contextlib.ExitStack() as quiet:
         if not group.first:
@@ -593,14 +613,18 @@ def together(group):
             warnings.simplefilter("ignore")
         try:
             yield
-        except (Exception, KeyboardInterrupt) as error:
+        except BaseException as error:
             time.sleep(min(2 * group.rank, 6))
-            known = isinstance(error, (*USER_ERRORS, KeyboardInterrupt))
-            if not known or "LLMNB_TRACEBACK" in os.environ:
+            bug = isinstance(error, Exception)
+            bug = bug and not isinstance(error, USER_ERRORS)
+            if bug or "LLMNB_TRACEBACK" in os.environ:
                 traceback.print_exc()
-            group.end(f"{group.name(group.rank)}: {one_line(error)}")
-        finally:
-            group.close()
+            said = one_line(error)
+            if isinstance(error, SystemExit):
+                said = f"it has left with {said}"
+            group.end(f"{group.name(group.rank)}: {said}")
+            raise
+        group.close()
 
 
 # %% [markdown]
