@@ -21,7 +21,7 @@ LEFT = object()  # what a thread brings that has returned
 class Rehearsal(Group):
     """One of a group of threads, with what a group of processes does.
 
-    sent: bytes that it would have sent to others.
+    sent: bytes that it would have sent to others in exchange and spread.
 
     Derived in chapter 6.1.
     """

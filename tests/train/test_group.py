@@ -131,7 +131,8 @@ def test_the_bits_are_those_of_one(size, one, tmp_path):
 
 def test_another_number_goes_on(one, tmp_path):
     together(4, tmp_path / "a", steps=5)
-    together(3, tmp_path / "a", steps=2, again=True)
+    together(3, tmp_path / "a", steps=4, again=True)
+    assert (tmp_path / "a" / "state_00000006.safetensors").exists()
     ((params, _),) = together(1, tmp_path / "a", again=True)
     np.testing.assert_array_equal(params, one[1])
     assert kept(tmp_path / "a") == kept(one[0])
