@@ -255,3 +255,35 @@ def test_a_group_that_is_asked_to_stop_saves(tmp_path):
     assert process.returncode == 128 + signal.SIGTERM, out + err
     assert "and saved" in out and "llmnb: error" not in out + err
     assert not found(mark)
+
+
+UNEVEN = """
+import numpy as np
+from llmnb.train.exchange import exchange, shards
+from llmnb.train.group import Tree
+from llmnb.train.machines import find_group
+
+def tree(pieces):
+    made = Tree(lambda a, b: np.add(a, b, out=b))
+    for k in pieces:
+        made.push(k, k + 1, given[k].copy())
+    return made
+
+group = find_group()
+given = np.random.default_rng(0).normal(size=(15, 1001)).astype("f4")
+blocks = tree(group.share(15)).blocks
+grads = blocks[-1][2]
+exchange(group, grads, blocks, 15)
+mine = slice(*shards(1001, group.size)[group.rank])
+same = np.array_equal(grads[mine], tree(range(15)).whole()[mine])
+print(f"{len(blocks)} blocks, the same: {same}")
+group.close()
+"""
+
+
+def test_ranks_with_unlike_numbers_of_blocks():
+    """Who has no block in a round sends nothing, and receives."""
+    code, said = run((3, {}, ["-c", UNEVEN]))
+    assert code == 0, said
+    assert said.count("2 blocks, the same: True") == 1, said
+    assert said.count("3 blocks, the same: True") == 2, said
