@@ -23,7 +23,8 @@ def together(group):
     """Within, the first of several processes speaks; an error ends all.
 
     The error is one line that names the process. Where it befalls several,
-    the first of them is some seconds ahead, and says it for the others.
+    the first of them is some seconds ahead, and says it for the others. So
+    ends also a process that exits within: the others would wait for it.
 
     Derived in chapter 6.2.
     """
@@ -34,11 +35,15 @@ def together(group):
             warnings.simplefilter("ignore")
         try:
             yield
-        except (Exception, KeyboardInterrupt) as error:
+        except BaseException as error:
             time.sleep(min(2 * group.rank, 6))
-            known = isinstance(error, (*USER_ERRORS, KeyboardInterrupt))
-            if not known or "LLMNB_TRACEBACK" in os.environ:
+            bug = isinstance(error, Exception)
+            bug = bug and not isinstance(error, USER_ERRORS)
+            if bug or "LLMNB_TRACEBACK" in os.environ:
                 traceback.print_exc()
-            group.end(f"{group.name(group.rank)}: {one_line(error)}")
-        finally:
-            group.close()
+            said = one_line(error)
+            if isinstance(error, SystemExit):
+                said = f"it has left with {said}"
+            group.end(f"{group.name(group.rank)}: {said}")
+            raise
+        group.close()

@@ -137,23 +137,25 @@ def run(args):
 
     group = find_group(args.group)
     if group.size == 1:
-        _run(args, group)
-        return
-    from llmnb.cli.together import together
+        code = _run(args, group)
+    else:
+        from llmnb.cli.together import together
 
-    with together(group):
-        _run(args, group)
+        with together(group):
+            code = _run(args, group)
+    if code:
+        sys.exit(code)
 
 
 def _run(args, group):
-    """The run of a group of processes, in one of them."""
+    """The run of a group, in one of its processes; returns an exit code."""
     start = time.perf_counter()
     begun = _begun if args.resume is None else _resumed
     this = begun(args, group)
     if not group.first:
         with _Stop(says=False) as stop:
             _assist(this, stop)
-        return
+        return 0
     note_newest(this)
     data = this.data
     say("corpus", data.source)
@@ -169,8 +171,9 @@ def _run(args, group):
     if stop.signal:
         say("stopped", f"at step {this.at.step:,}, and saved")
         say("go on", f"llmnb train --resume {this.folder}")
-        sys.exit(128 + stop.signal)
+        return 128 + stop.signal
     _report(this, steps)
+    return 0
 
 
 # the size of a model

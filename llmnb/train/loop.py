@@ -133,8 +133,9 @@ def evaluate(model, batches, count, step=None, rate=0.0):
     """Mean loss of a model over the first `count` batches; trains nothing.
 
     batches: a DataLoader, which is set back to its first batch. At most one
-    epoch is read, by a group in parts. Returns nats a token, a float. Raises FloatingPointError
-    when it is not finite, naming the step and the rate of a run.
+    epoch is read, by a group in parts. Returns nats a token, a float. Raises
+    FloatingPointError when it is not finite, naming the step and the rate of
+    a run.
 
     Derived in chapter 4.13.
     """

@@ -29,20 +29,21 @@ _SIZES = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"
 def launched():
     """How many processes a launcher says that it has started; else 1.
 
-    Known are mpirun of Open MPI, of MPICH and of Intel, and Slurm's srun.
+    Known are mpirun of Open MPI, of MPICH and of Intel, and Slurm's srun,
+    which is asked last: an mpirun within Slurm starts its own by srun.
 
     Derived in chapter 6.2.
     """
     found = (os.environ.get(name, "") for name in _SIZES)
-    return max([1, *(int(x) for x in found if x.isdigit())])
+    return next((int(x) for x in found if x.isdigit()), 1)
 
 
 def find_group(kind=""):
     """The Group of this process: of those that were launched with it.
 
     kind: "none" or "mpi", whatever the launcher says. Raises ImportError
-    when mpi4py is missing, or sees another number of processes than were
-    launched.
+    when mpi4py is missing, sees another number of processes than were
+    launched, or lets no second thread call MPI.
 
     Derived in chapter 6.2.
     """
@@ -66,7 +67,8 @@ class Machines(Group):
 
     names: of the machine of each. sent: bytes of arrays that this process
     has sent to others. Until close(), each watches its neighbour, and a
-    process that is silent for `PATIENCE` seconds ends all.
+    process that is silent for `PATIENCE` seconds ends all. Arrays have fewer
+    than 2^31 elements, unless the MPI takes longer counts, as MPI 4 may.
 
     Derived in chapter 6.2.
     """
@@ -75,6 +77,13 @@ class Machines(Group):
         self._mpi = package("mpi4py.MPI", "mpi", "a group of processes")
         self._world = self._mpi.COMM_WORLD
         self.rank, self.size = self._world.rank, self._world.size
+        level = self._mpi.Query_thread()
+        if self.size > 1 and level < self._mpi.THREAD_MULTIPLE:
+            raise ImportError(
+                "a group needs an MPI that several threads may call at once, "
+                f"MPI_THREAD_MULTIPLE, and mpi4py has begun one of level "
+                f"{level}: see MPI4PY_RC_THREAD_LEVEL, or build MPI with it"
+            )
         self.sent, self.names = 0, [""] * self.size
         self.names = self.gather(platform.node())
         self._watch = Watch(self._world.Dup(), self) if self.size > 1 else None
@@ -96,9 +105,10 @@ class Machines(Group):
         for each. senders: whether it sends, for each.
         """
         starts, stops = np.array(spans).T
+        if array is None:  # nothing, and not from where it will arrive
+            array, starts = np.empty(0, out.dtype), np.zeros_like(starts)
         counts = (stops - starts) * senders[self.rank]
-        array = out[0] if array is None else array
-        come = np.array(senders) * (stops - starts)[self.rank]
+        come = np.array(senders) * np.diff(spans[self.rank])
         places = np.arange(self.size) * out.shape[1]
         self._world.Alltoallv([array, (counts, starts)], [out, (come, places)])
         self.sent += (counts.sum() - counts[self.rank]) * array.itemsize
@@ -207,5 +217,8 @@ def _differing(first, this):
     if max(len(first), len(this)) < 60:
         return first, this
     words = first.split(), this.split()
-    left = ([x for x in words[i] if x not in words[1 - i]] for i in (0, 1))
+    left = [[x for x in words[i] if x not in words[1 - i]] for i in (0, 1)]
+    if not any(left):  # other spaces, or another order
+        at = len(os.path.commonprefix([first, this]))
+        return [repr(x[at : at + 60]) for x in (first, this)]
     return [" ".join(x)[:60] or "nothing more" for x in left]

@@ -2,7 +2,7 @@
 
 """A group of threads that stand for processes."""
 
-__all__ = ["Rehearsal", "rehearse"]
+__all__ = ["LEFT", "Rehearsal", "rehearse"]
 
 
 # imports of the rehearsal
@@ -15,10 +15,13 @@ from llmnb.train.group import Group
 
 
 # threads that stand for processes
+LEFT = object()  # what a thread brings that has returned
+
+
 class Rehearsal(Group):
     """One of a group of threads, with what a group of processes does.
 
-    sent: bytes that it would have sent to others.
+    sent: bytes that it would have sent to others in exchange and spread.
 
     Derived in chapter 6.1.
     """
@@ -33,7 +36,17 @@ class Rehearsal(Group):
         self._barrier.wait()
         found = list(self._table)
         self._barrier.wait()
+        gone = [other is LEFT for other in found]
+        if any(gone) and not all(gone):
+            raise RuntimeError(
+                f"{self.name(gone.index(True))} of the group has returned, "
+                f"and {self.name(gone.index(False))} waits for it"
+            )
         return found
+
+    def name(self, rank):
+        """A rank in words."""
+        return f"rank {rank}"
 
     def gather(self, x):
         return self._meet(x)
@@ -77,7 +90,8 @@ class Rehearsal(Group):
 def rehearse(size, work):
     """What work(group) returns in each of `size` threads, a list.
 
-    An error in one of them ends all, and is raised.
+    An error in one of them ends all, and is raised. Raises RuntimeError
+    when one returns while others wait for it.
 
     Derived in chapter 6.1.
     """
@@ -85,7 +99,10 @@ def rehearse(size, work):
 
     def part(rank):
         try:
-            return work(Rehearsal(rank, table, barrier))
+            group = Rehearsal(rank, table, barrier)
+            result = work(group)
+            group._meet(LEFT)
+            return result
         except BaseException:
             barrier.abort()
             raise

@@ -133,11 +133,11 @@ def resume(folder, group=ALONE, **changes):
 
     changes: fields of the TrainConfig, of which only those in `CHANGEABLE`
     may differ from the run's; `corpus` and `shards` say where the text is
-    now. group: as for `begin`. The folder is locked as there. The warnings say which newer
-    states are damaged, and what else has changed since the beginning that
-    may change bits. Nothing is written before all is checked. Raises
-    OSError or ValueError when the folder holds no run, no state of it is
-    whole, or the text is not the one it began with.
+    now. group: as for `begin`. The folder is locked as there. The warnings
+    say which newer states are damaged, and what else has changed since the
+    beginning that may change bits. Nothing is written before all is checked.
+    Raises OSError or ValueError when the folder holds no run, no state of it
+    is whole, or the text is not the one it began with.
 
     Derived in chapter 4.16.
     """

@@ -22,8 +22,9 @@ class Spread:
     """A tensor of m or v, of which each process of a group holds a part.
 
     part: this process's, flat, maybe empty. To others it looks like an array
-    on a device: np.asarray gives a copy of the whole, to the first process
-    when all call `collect`, and llmnb.arena.put overwrites it.
+    on a device: np.asarray gives a copy of the whole, in the first process,
+    while the others call `collect` (it raises TypeError there), and
+    llmnb.arena.put overwrites it.
 
     Derived in chapter 6.2.
     """
@@ -41,6 +42,12 @@ class Spread:
         return whole if whole is None else whole.reshape(self.shape)
 
     def __array__(self, dtype=None, copy=None):
+        if not self.group.first:
+            raise TypeError(
+                "only the first process of a group gets a whole tensor of m "
+                "or v, while the others call collect(): this is "
+                f"{self.group.name(self.group.rank)}"
+            )
         return np.asarray(self.collect(), dtype)
 
     def copy_to_device(self, values):

@@ -77,19 +77,20 @@ from llmnb.train.start import new_model
 # `share=1/n` it writes $1/(nM)$, and everything behind it is linear.
 #
 # **The order of the sum.** A sum of floats depends on the order of its
-# additions. A run may be spread over processes some day (Part 6), each with some of the
-# pieces, and its bits must not tell how many there were. So we fix an order
-# that any of them can take a part of. It is that of a binary counter: the
-# gradients of pieces 0 and 1 are added, those of 2 and 3, and then the two sums;
-# whenever two neighbouring blocks of pieces are equally long, and the first begins at
-# a multiple of both together, they become one:
+# additions. A run may be spread over processes some day (Part 6), each with
+# some of the pieces, and the result must have the same bits however many
+# processes there are. So we fix an order that any of them can take a part of.
+# It is that of a binary counter: the gradients of pieces 0 and 1 are added,
+# those of 2 and 3, and then the two sums; two neighbouring blocks of equal
+# length $L$ become one if the first begins at a multiple of $2L$:
 #
 # $$ \bigl( (g_0 + g_1) + (g_2 + g_3) \bigr) +
 #    \bigl( (g_4 + g_5) + (g_6 + g_7) \bigr) . \tag{4.13.3} $$
 #
-# What is left over when $n$ is no power of two is added from its end: of
-# seven pieces, $(\dots) + \bigl( (g_4 + g_5) + g_6 \bigr)$ with the first four in the
-# dots. Whoever has pieces 4 to 7, and no others, can make the second bracket of
+# When $n$ is no power of two, several blocks are left, and they are added
+# from right to left: of seven pieces,
+# $(\dots) + \bigl( (g_4 + g_5) + g_6 \bigr)$ with the first four in the dots.
+# Whoever has pieces 4 to 7, and no others, can make the second bracket of
 # (4.13.3) alone. A stack holds the blocks that wait for their neighbour:
 
 # %% imports of the group tags=["export"] module="train.group"
@@ -148,8 +149,8 @@ print(tree.whole())
 # In a model the newest block lies where `backward` writes, in `model.grads`. Before
 # the next piece is computed it is copied aside; and when two become one, the place
 # of the earlier is free again. The arrays are kept from step to step, for fresh memory
-# costs time. Where the model is on a GPU, which has less memory and so far no group, the pieces
-# are added in place, one by one.
+# costs time. Where the model is on a GPU, which has less memory and trains
+# in one process only, the pieces are added in place, one by one.
 
 
 # %% the tree of a model's gradients tags=["export"] module="train.group"
@@ -460,8 +461,9 @@ def evaluate(model, batches, count, step=None, rate=0.0):
     """Mean loss of a model over the first `count` batches; trains nothing.
 
     batches: a DataLoader, which is set back to its first batch. At most one
-    epoch is read, by a group in parts. Returns nats a token, a float. Raises FloatingPointError
-    when it is not finite, naming the step and the rate of a run.
+    epoch is read, by a group in parts. Returns nats a token, a float. Raises
+    FloatingPointError when it is not finite, naming the step and the rate of
+    a run.
     """
     count = min(count, batches.batches_per_epoch)
     group = group_of(model)
@@ -663,8 +665,8 @@ verdict("no 1/n", abs(ratio - 4) < 1e-9, "is 4 times too long, and caught")
 #
 # Now a batch that does not belong: at step 100, and only there, the small
 # model gets random bytes. One run takes the batch as it comes, one skips
-# updates whose loss lies six standard deviations above the last 32, and a
-# third is spared the garbage.
+# updates whose loss lies six standard deviations above the mean of the last
+# 32, and a third never gets the garbage.
 
 
 # %% garbage at step 100
@@ -721,7 +723,8 @@ plt.show()
 #   fits into memory, in pieces.
 # - A step is forward, backward, clip, rate, update. The loop around it is a
 #   generator that reports and knows nothing of its readers.
-# - What is skipped, if asked to, is finite and rare, and the log says so.
+# - With `skip_loss` or `skip_norm`, an update whose loss or norm stands out is
+#   skipped, and the log marks it. A value that is not finite ends the run.
 #
 # ## Design note
 #
@@ -738,10 +741,9 @@ plt.show()
 #
 # A second choice concerns an infinite or undefined loss. Some trainers skip
 # such a step and go on. Skipping hides the cause, and the batch comes again
-# in the next epoch. We stop with the step, the value and the learning rate,
-# before the update has spoilt the weights, and name the command that begins
-# again where they were good. What we skip, if asked to, is finite and rare,
-# and the log says so.
+# in the next epoch. We stop before the update has spoilt the weights, and
+# say the step, the value, the learning rate and what to try. What is skipped,
+# if you ask for it, is finite, and the log marks it.
 #
 # ## Exercises
 #

@@ -24,7 +24,7 @@
 # ## Where we are
 #
 # One machine has so many cores, and a run on it takes so many days. Another machine
-# would halve them, if the two could train one model and not two. This chapter
+# would halve them, if both could train the same model. This chapter
 # splits the batch of an update among processes, and says what they must tell
 # each other. They are threads of this notebook, so that it runs anywhere; the next
 # chapter puts machines in their place. At the end of it you can
@@ -46,25 +46,26 @@ from llmnb.book.verify import verdict
 # ## What can be split
 #
 # The gradient of an update is a mean over $n$ micro-batches (4.13.2), and each term
-# needs the weights and its own tokens, nothing of the others. So let each
-# of $R$ processes, its *rank* $r$ from 0 to $R - 1$, have the same weights, compute
-# $n / R$ of the gradients, and add them. What is left is a sum of $R$ arrays,
-# each as long as the model, which lie in different memories. This is
-# **data parallel** training.
+# needs the weights and its own tokens, nothing of the others. So give $R$
+# processes the same weights, and number them: the *rank* $r$ of a process
+# goes from 0 to $R - 1$. Each computes $n / R$ of the gradients and adds
+# them. What is left is a sum of $R$ arrays, each as long as the model, which
+# lie in different memories. This is **data parallel** training.
 #
 # Who adds? If rank 0 did, it would receive $R - 1$ whole gradients through one
 # wire, add for all while the others wait, and send $R - 1$ results. But
 # a sum of arrays is a sum element by element, so elements can be divided among
-# ranks: cut the flat gradient into $R$ *shards*. Every rank sends shard $r$ of what it
-# has to rank $r$, which adds the $R$ arrays that arrive. All wires are used alike,
-# and so are all processors. In MPI, the library that clusters use, the
-# first half is one call, *all-to-all*.
+# ranks: cut the flat gradient into $R$ *shards*. Every rank sends shard 0 of
+# its gradient to rank 0, shard 1 to rank 1, and so on; each rank adds the $R$
+# arrays that it receives. Then every wire carries the same, and every
+# processor adds as much. In MPI, the library that clusters use, the sending
+# is one call, *all-to-all*.
 #
 # ## The order of the sum
 #
 # Floats do not add up alike in every order. At a hundred million, float32 counts in
-# steps of eight. Here is one sum, taken by one process, by two and by four that
-# each add up their own and then the sums:
+# steps of eight. Here is one sum, in truth 100,000,021, taken by one process,
+# by two and by four that each add up their own and then the sums:
 
 # %% one sum, three results
 import numpy as np
@@ -84,17 +85,19 @@ for R in (1, 2, 4):
     print(R, int(plain([plain(x) for x in np.split(values, R)])))
 
 # %% [markdown]
-# A difference in the last bit grows from step to step until the curves part. The run is
-# no worse for it, but it cannot be told any more from a run with a
-# mistake. So we want the bits of one process, for any number of ranks, and have
-# to find an order that all can keep.
+# A difference in the last bit grows from step to step until the curves part.
+# The run is no worse for it, but you can no longer tell it from a run with a
+# mistake. So we want the bits of one process for any number of ranks, and
+# need an order of additions that all of them can keep.
 #
-# Let rank $r$ have the micro-batches from $r n / R$ to $(r + 1) n / R$, without gaps,
-# and look at the tree of (4.13.3) over all of them. Which of its sums can a rank make
-# alone? Those whose leaves are all its own. A block of the tree begins at a
-# multiple of its own length, a power of two. So what a rank makes are the
-# longest such blocks that fit into its range: the same that the binary counter
-# of chapter 4.13 leaves on its stack when it is fed with this range only.
+# Let rank $r$ have the micro-batches from $r n / R$ up to, and without,
+# $(r + 1) n / R$, and look at the tree of (4.13.3) over all $n$. Leave aside
+# its last sums, over the blocks that are left when $n$ is no power of two.
+# Which of the others can a rank make alone? Those whose leaves are all its
+# own. A block of the tree begins at a multiple of its own length, a power of
+# two. So what a rank makes are the longest such blocks that fit into its
+# range: the same that the binary counter of chapter 4.13 leaves on its stack
+# when it is fed with this range only.
 
 # %% imports of the exchange tags=["export"] module="train.exchange"
 from itertools import pairwise
@@ -125,15 +128,26 @@ for n, R in (8, 2), (8, 4), (12, 4), (12, 2):
 # %% [markdown]
 # When $n / R$ is a power of two, a rank has one block. Else it has a few: of
 # twelve micro-batches and two ranks, rank 0 has $0$ to $3$ and $4$ to $5$, for
-# $6$ and $7$, which would complete the block, are with rank 1. It must not add these two,
-# since one process would not either. It sends both. A range of $k$ has at most two
-# blocks of each length, so
+# $6$ and $7$, which would complete the block, are with rank 1. It must not add
+# these two blocks to each other, since one process would not. It sends both.
+#
+# How many can there be, in a range of $k = n / R$? From its beginning they
+# grow, as far as the beginning allows; then they shrink, as far as the end
+# allows. So each length occurs at most twice, once on the way up and once on
+# the way down. The lengths are $1, 2, 4, \dots, 2^m$ with
+# $m = \lfloor \log_2 k \rfloor$, and the last at most once, since two of it
+# would be longer than $k$:
 #
 # $$ \text{blocks of a rank} \le 2 \log_2 (n / R) + 1 . \tag{6.1.1} $$
 #
-# Who receives the blocks of all ranks pushes them onto a stack of its own, in
-# order of their beginnings, and the same rule joins them. The result is the same
-# tree: the rule looks at where blocks begin and end, not at who made them.
+# The owner of a shard pushes the blocks of all ranks onto a stack of its own,
+# in order of their beginnings, and the same rule joins them. The result is the
+# same tree. For suppose that it pushed single leaves. Could the first $j$ leaves of
+# a longer block join what lies before it? Only if that were $j$ long too, and
+# began at a multiple of $2j$. But the block itself begins at a multiple of its
+# length, and so of $2j$, and what begins $j$ before it does not. The leaves
+# of a block thus join each other first, and the stack is then the one that
+# pushing the whole block leaves.
 
 # %% the tree, drawn tags=["hide-input"]
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.1), dpi=100)
@@ -182,9 +196,9 @@ plt.show()
 
 # %% [markdown]
 # *Figure 6.1.1. The order of the sum, with the sums that a rank makes alone in
-# its colour. What is dashed joins blocks of different ranks, and the owner of a
-# shard makes it. The tree depends on the micro-batches only; the colours change
-# with the number of ranks.*
+# its colour. Dashed are the sums over blocks of different ranks, which the
+# owner of a shard makes. The tree depends on the micro-batches only; the
+# colours change with the number of ranks.*
 #
 # ## Who owns what
 #
@@ -192,8 +206,10 @@ plt.show()
 # by which it is clipped, is a sum over all of it, and its bits must not depend on
 # $R$ either. [Chapter 2.3](../2_cpu/03_loss.ipynb) takes it over 256 pieces
 # whose bounds depend on the length alone. So let a shard be a run of whole
-# pieces. Then a rank sums the squares of its own pieces, all ranks tell each other these
-# few numbers, and each of them adds the 256 in the one order:
+# pieces. Then a rank sums the squares of its own pieces, all ranks tell each
+# other these few numbers, and each of them adds the 256 in the one order. The
+# loss is treated alike: all ranks gather the losses of all micro-batches, and
+# add them in the order of these.
 
 
 # %% who owns what tags=["export"] module="train.exchange"
@@ -215,8 +231,10 @@ def shards(size, ranks):
 print(shards(1_000_000, 3))
 
 # %% [markdown]
-# A group so has at most 256 ranks. Their shards are equal up to one piece, 1/256 of
-# the model, which is what the most loaded rank may have more than its part.
+# So a group has at most 256 ranks. Their shards are equal up to one piece,
+# 1/256 of the model. That is little beside the shard of one of eight ranks.
+# But of 200 ranks some own one piece and some two, and the most loaded has
+# over one and a half times its part.
 #
 # ## The exchange
 #
@@ -264,12 +282,14 @@ def _sum(held, came):
 # %% [markdown]
 # ## A rehearsal
 #
-# To try it we need ranks. Threads will do: each is given a `Rehearsal`, with the
-# methods that a group over MPI has, and they meet at a barrier where real
-# ones would send. Besides `gather` of chapter 4.13 there are three methods: `exchange` sends
-# everyone its part and `spread` gives everyone the whole of what each has a part of
-# (*all-gather*); `collect` brings all parts to the first rank. Each counts the bytes that it
-# would have sent.
+# To try it we need ranks. Threads will do: each is given a `Rehearsal`, with
+# the methods that a group over MPI has, and they meet at a barrier where real
+# ones would send. Besides `gather` of chapter 4.13 there are three methods:
+# `exchange` sends everyone its part, `spread` gives everyone the whole of what
+# each has a part of (*all-gather*), and `collect` brings all parts to the first
+# rank. The first two, which every step calls, count the bytes that the thread
+# would have sent. A thread that returns meets the others once more to say so;
+# if they still expect a part of it, that is an error, and not a wait for ever.
 
 # %% imports of the rehearsal tags=["export"] module="train.rehearsal"
 import threading
@@ -281,10 +301,13 @@ from llmnb.train.group import Group
 
 
 # %% threads that stand for processes tags=["export"] module="train.rehearsal"
+LEFT = object()  # what a thread brings that has returned
+
+
 class Rehearsal(Group):
     """One of a group of threads, with what a group of processes does.
 
-    sent: bytes that it would have sent to others.
+    sent: bytes that it would have sent to others in exchange and spread.
     """
 
     def __init__(self, rank, table, barrier):
@@ -297,7 +320,17 @@ class Rehearsal(Group):
         self._barrier.wait()
         found = list(self._table)
         self._barrier.wait()
+        gone = [other is LEFT for other in found]
+        if any(gone) and not all(gone):
+            raise RuntimeError(
+                f"{self.name(gone.index(True))} of the group has returned, "
+                f"and {self.name(gone.index(False))} waits for it"
+            )
         return found
+
+    def name(self, rank):
+        """A rank in words."""
+        return f"rank {rank}"
 
     def gather(self, x):
         return self._meet(x)
@@ -341,13 +374,17 @@ class Rehearsal(Group):
 def rehearse(size, work):
     """What work(group) returns in each of `size` threads, a list.
 
-    An error in one of them ends all, and is raised.
+    An error in one of them ends all, and is raised. Raises RuntimeError
+    when one returns while others wait for it.
     """
     table, barrier = [None] * size, threading.Barrier(size)
 
     def part(rank):
         try:
-            return work(Rehearsal(rank, table, barrier))
+            group = Rehearsal(rank, table, barrier)
+            result = work(group)
+            group._meet(LEFT)
+            return result
         except BaseException:
             barrier.abort()
             raise
@@ -414,10 +451,13 @@ verdict("added too early", not np.array_equal(hasty(0) + hasty(1), alone),
 #    + 4 \frac{P}{R} (R - 1)
 #    = 4 P (h + 1) \left(1 - \frac1R\right) . \tag{6.1.2} $$
 #
-# With one block it is $8P (1 - 1/R)$: with many ranks nearly twice the model,
-# however many there are, and however large the batch. That is why data
-# parallelism scales: more ranks compute more tokens for the same bytes. And it
-# says what to avoid: a number of micro-batches a rank that is no power of two.
+# That is exact for shards of equal length. Else it is the mean over the ranks,
+# if all have $h$ blocks: who owns more sends less of its gradient, and more
+# parameters. With one block it is $8P (1 - 1/R)$: once the model for two
+# ranks, nearly twice for many, and however large the batch. That is why data
+# parallelism scales: more ranks compute more tokens for the same bytes. The
+# formula also says what to avoid: a number of micro-batches to a rank that is
+# no power of two.
 
 
 # %% counted
@@ -438,9 +478,10 @@ for R in (2, 3, 4, 6, 12):
 # %% [markdown]
 # ## What it does not do
 #
-# All gradients are sent as they are, in four bytes a number; many programs send two, and
-# round. And it sends when the backward pass is over; the gradient
-# of the last layer is there long before that of the first, and could travel meanwhile.
+# All gradients are sent as they are, in four bytes a number; many programs
+# round them to two. And it sends when the backward pass is over; the gradient
+# of the last layer is there long before that of the first, and could travel
+# meanwhile.
 #
 # ## Take away
 #
@@ -449,7 +490,8 @@ for R in (2, 3, 4, 6, 12):
 # - A tree over micro-batches, and not over ranks, has the same bits for any number of
 #   ranks. The price is memory for what waits, and a block more to send
 #   where ranges do not fit the tree.
-# - Each rank sends about twice the model in a step, whatever their number.
+# - With one block, each rank sends less than twice the model in a step, however
+#   many ranks there are.
 #
 # ## Design note
 #
@@ -459,8 +501,9 @@ for R in (2, 3, 4, 6, 12):
 # move bytes, and add ourselves.
 #
 # Another way to the same bits is a sum of integers, which adds up alike in any
-# order: scale, round to 64 bits, add, scale back. It needs twice the bytes, or a bound on
-# what may come, and it changes the bits of one process in return.
+# order: scale, round to 64 bits, add, scale back. It needs twice the bytes, or
+# a bound on the numbers, and one process has to add in integers too, or its
+# bits would differ.
 #
 # ## Exercises
 #
@@ -470,7 +513,7 @@ for R in (2, 3, 4, 6, 12):
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
-# $8 \cdot 124 \cdot 10^6 \cdot 15/16$ bytes are 930 megabytes: seven and a half seconds, in
+# $8 \cdot 124 \cdot 10^6 \cdot 15/16$ bytes are 930 megabytes: 7.4 seconds, in
 # which nothing is computed.
 # :::
 
@@ -485,9 +528,10 @@ print(
 #
 # :::{admonition} Solution to exercise 2
 # :class: dropdown
-# The multiples of 840, the least common multiple of 1 to 8. While piece 511 is computed,
-# nine wait, for 511 has nine ones in base two. Few need that: 24 can be shared by 1, 2,
-# 3, 4, 6 and 8 ranks, and at most four wait.
+# The multiples of 840, the least common multiple of 1 to 8. If one process
+# computes all 840, at most nine gradients wait: while piece 511 is computed,
+# which has nine ones in base two. Few need that: 24 can be shared by 1, 2, 3,
+# 4, 6 and 8 ranks, and at most four wait.
 # :::
 
 # %% exercise 2, checked tags=["hide-cell"]

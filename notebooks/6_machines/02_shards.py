@@ -15,7 +15,8 @@
 # # Shards: the optimiser in parts
 #
 # > AdamW's averages exist once over all ranks; a run on many machines writes the
-# > bytes of a run on one, is killed like one, and goes on with another number.
+# > bytes of a run on one, is killed like one, and goes on with another number
+# > of ranks.
 #
 # *Reading time: 25 minutes. You need: [chapter 6.1](01_gradients.ipynb), states
 # ([chapter 4.15](../4_practice/15_states.ipynb)) and how a run is resumed
@@ -57,8 +58,10 @@ from llmnb.book.verify import verdict
 # \tag{6.2.1} $$
 #
 # instead of $16P$: at four ranks 10 in place of 16. This is the first stage of
-# what is called ZeRO. It costs no byte on the wire. Without shards the sums
-# would have been sent to all, with them it is the parameters, and those are as many.
+# ZeRO, the *Zero Redundancy Optimizer*, whose aim is that no number is held by
+# two ranks. It costs no byte on the wire. Without shards the owners
+# would have sent their sums to all, with them they send their parameters, and
+# those are as many.
 #
 # ## A tensor in parts
 #
@@ -85,8 +88,9 @@ class Spread:
     """A tensor of m or v, of which each process of a group holds a part.
 
     part: this process's, flat, maybe empty. To others it looks like an array
-    on a device: np.asarray gives a copy of the whole, to the first process
-    when all call `collect`, and llmnb.arena.put overwrites it.
+    on a device: np.asarray gives a copy of the whole, in the first process,
+    while the others call `collect` (it raises TypeError there), and
+    llmnb.arena.put overwrites it.
     """
 
     def __init__(self, group, shape, part, places):
@@ -102,6 +106,12 @@ class Spread:
         return whole if whole is None else whole.reshape(self.shape)
 
     def __array__(self, dtype=None, copy=None):
+        if not self.group.first:
+            raise TypeError(
+                "only the first process of a group gets a whole tensor of m "
+                "or v, while the others call collect(): this is "
+                f"{self.group.name(self.group.rank)}"
+            )
         return np.asarray(self.collect(), dtype)
 
     def copy_to_device(self, values):
@@ -111,9 +121,10 @@ class Spread:
 
 
 # %% [markdown]
-# `save_state` asks for the tensors one at a time, so that the first rank never holds more
-# than one whole; `restore` puts a whole tensor, of which each rank keeps its
-# part. So a state has no trace of the number of ranks.
+# `save_state` asks for the tensors one at a time, so that the first rank never
+# holds more than one whole, and the others call `collect` in the same order.
+# `restore` puts a whole tensor, of which each rank keeps its part. So a state
+# has no trace of the number of ranks.
 #
 # The model differs from any other in four places: it allocates a shard for $m$ and
 # $v$; it sums over the group; it takes the norm of the sum from the squares of all shards;
@@ -210,9 +221,9 @@ class Sharded(GPT2):
 # ## Proof
 #
 # A run with everything in it, as in [chapter 4.16](../4_practice/16_resume.ipynb):
-# it accumulates, skips, validates and keeps a state every three steps. First by
-# one process, then by 2, 3 and 4 ranks, which are threads here. Every
-# file that matters must have the same bytes.
+# it accumulates, skips, validates, saves a state every three steps and keeps
+# the last two. First by one process, then by 2, 3 and 4 ranks, which are
+# threads here. Every file that matters must have the same bytes.
 
 # %% a run with everything in it
 from llmnb.formats.shard import read_shard
@@ -272,14 +283,16 @@ for R in (2, 3, 4):
 # these depends on the rank. A place is a number of micro-batches read by all; a
 # rank passes over what is not its own, unread (`skip` of
 # [chapter 1.3](../1_by_hand/03_batches.ipynb)). So a run may go on with another number of
-# ranks, as long as it divides the micro-batches. Four, cut in the fifth step;
-# three, cut again; and one to the end:
+# ranks, as long as it divides the micro-batches. Four, cut after the fifth step,
+# which leave a state of step 3; three, which take four steps from there and
+# leave one of step 6; and one to the end:
 
 # %% cut, and on with others
 folder = Path(place.name, "cut")
-for R, steps, again in (4, 5, False), (3, 2, True), (1, None, True):
+for R, steps, again in (4, 5, False), (3, 4, True), (1, None, True):
     rehearse(R, lambda group, how=(steps, again): trained(
         group, folder, *how))  # fmt: skip
+    print(R, "leave", *sorted(x.stem for x in folder.glob("state_*")))
 verdict("4, 3, then 1", kept(folder) == kept(one), "the same bytes")
 
 # %% what a rank holds
@@ -322,7 +335,10 @@ place.cleanup()
 # cluster's `srun`, on this machine or on many, and tells each by a variable of the
 # environment how many there are. MPI does the rest; it knows
 # shared memory, TCP and the networks of clusters, and `mpi4py` brings it to
-# NumPy's arrays. Nothing else of the command changes:
+# NumPy's arrays. Nothing else of the command changes, except that ranks must
+# have something to share. A micro-batch is by default 8 rows of 64 tokens, so
+# that the first two lines below give each rank 2 of 4 micro-batches, and 4 of
+# 32:
 #
 #     pip install -e ".[mpi]"
 #     mpirun -n 2 llmnb train --total-batch 2048
@@ -352,18 +368,19 @@ _SIZES = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"
 def launched():
     """How many processes a launcher says that it has started; else 1.
 
-    Known are mpirun of Open MPI, of MPICH and of Intel, and Slurm's srun.
+    Known are mpirun of Open MPI, of MPICH and of Intel, and Slurm's srun,
+    which is asked last: an mpirun within Slurm starts its own by srun.
     """
     found = (os.environ.get(name, "") for name in _SIZES)
-    return max([1, *(int(x) for x in found if x.isdigit())])
+    return next((int(x) for x in found if x.isdigit()), 1)
 
 
 def find_group(kind=""):
     """The Group of this process: of those that were launched with it.
 
     kind: "none" or "mpi", whatever the launcher says. Raises ImportError
-    when mpi4py is missing, or sees another number of processes than were
-    launched.
+    when mpi4py is missing, sees another number of processes than were
+    launched, or lets no second thread call MPI.
     """
     choose("group", kind, ("", "none", "mpi"))
     wanted = launched()
@@ -391,13 +408,21 @@ class Machines(Group):
 
     names: of the machine of each. sent: bytes of arrays that this process
     has sent to others. Until close(), each watches its neighbour, and a
-    process that is silent for `PATIENCE` seconds ends all.
+    process that is silent for `PATIENCE` seconds ends all. Arrays have fewer
+    than 2^31 elements, unless the MPI takes longer counts, as MPI 4 may.
     """
 
     def __init__(self):
         self._mpi = package("mpi4py.MPI", "mpi", "a group of processes")
         self._world = self._mpi.COMM_WORLD
         self.rank, self.size = self._world.rank, self._world.size
+        level = self._mpi.Query_thread()
+        if self.size > 1 and level < self._mpi.THREAD_MULTIPLE:
+            raise ImportError(
+                "a group needs an MPI that several threads may call at once, "
+                f"MPI_THREAD_MULTIPLE, and mpi4py has begun one of level "
+                f"{level}: see MPI4PY_RC_THREAD_LEVEL, or build MPI with it"
+            )
         self.sent, self.names = 0, [""] * self.size
         self.names = self.gather(platform.node())
         self._watch = Watch(self._world.Dup(), self) if self.size > 1 else None
@@ -419,9 +444,10 @@ class Machines(Group):
         for each. senders: whether it sends, for each.
         """
         starts, stops = np.array(spans).T
+        if array is None:  # nothing, and not from where it will arrive
+            array, starts = np.empty(0, out.dtype), np.zeros_like(starts)
         counts = (stops - starts) * senders[self.rank]
-        array = out[0] if array is None else array
-        come = np.array(senders) * (stops - starts)[self.rank]
+        come = np.array(senders) * np.diff(spans[self.rank])
         places = np.arange(self.size) * out.shape[1]
         self._world.Alltoallv([array, (counts, starts)], [out, (come, places)])
         self.sent += (counts.sum() - counts[self.rank]) * array.itemsize
@@ -464,7 +490,14 @@ class Machines(Group):
 # stopped it, would be waited for without end. So each rank sends its neighbour a byte each
 # second, by a thread of its own, and listens to the other neighbour. Eight seconds
 # of silence end all, with a line that names the silent one. Kernels let go of Python's
-# lock, so that a long one is no silence.
+# lock, so that a long one is no silence. The thread of the watch and the main
+# one are in MPI at once, which not every MPI allows; one that does not is
+# refused.
+#
+# What is lost when all have ended? The steps since the last state, at most
+# `--save-every` of them and the one that was under way. `--resume` computes them
+# again, to the same bits. Of the log it keeps the rows before the state, so that
+# each step has one row in the end, and only their speeds tell.
 
 
 # %% the watch tags=["export"] module="train.machines"
@@ -545,13 +578,15 @@ def _differing(first, this):
     if max(len(first), len(this)) < 60:
         return first, this
     words = first.split(), this.split()
-    left = ([x for x in words[i] if x not in words[1 - i]] for i in (0, 1))
+    left = [[x for x in words[i] if x not in words[1 - i]] for i in (0, 1)]
+    if not any(left):  # other spaces, or another order
+        at = len(os.path.commonprefix([first, this]))
+        return [repr(x[at : at + 60]) for x in (first, this)]
     return [" ".join(x)[:60] or "nothing more" for x in left]
 
 
 # %% a rank with another text
 def differing(group):
-    group.name = "rank {}".format
     check_alike(group, {"text": "a page" if group.rank < 2 else "half a page"})
 
 
@@ -561,9 +596,11 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
-# Last, who speaks? The first rank does, on the screen and on the disk. An error is said
-# by the rank that has it, with its name, and ends all. Where all have the same,
-# such as a wrong option, the first says it before the others come to it.
+# Last, who speaks? The first rank does, on the screen and on the disk. An error
+# is said by the rank that has it, with its name, and ends all; so does a rank
+# that exits by itself, since the others would wait for it. Where all have the
+# same error, such as a wrong option, the first says it before the others come
+# to it. Only who has come to the end says goodbye to its neighbour.
 
 
 # %% imports of together tags=["export"] module="cli.together"
@@ -584,7 +621,8 @@ def together(group):
     """Within, the first of several processes speaks; an error ends all.
 
     The error is one line that names the process. Where it befalls several,
-    the first of them is some seconds ahead, and says it for the others.
+    the first of them is some seconds ahead, and says it for the others. So
+    ends also a process that exits within: the others would wait for it.
     """
     with contextlib.ExitStack() as quiet:
         if not group.first:
@@ -593,45 +631,53 @@ def together(group):
             warnings.simplefilter("ignore")
         try:
             yield
-        except (Exception, KeyboardInterrupt) as error:
+        except BaseException as error:
             time.sleep(min(2 * group.rank, 6))
-            known = isinstance(error, (*USER_ERRORS, KeyboardInterrupt))
-            if not known or "LLMNB_TRACEBACK" in os.environ:
+            bug = isinstance(error, Exception)
+            bug = bug and not isinstance(error, USER_ERRORS)
+            if bug or "LLMNB_TRACEBACK" in os.environ:
                 traceback.print_exc()
-            group.end(f"{group.name(group.rank)}: {one_line(error)}")
-        finally:
-            group.close()
+            said = one_line(error)
+            if isinstance(error, SystemExit):
+                said = f"it has left with {said}"
+            group.end(f"{group.name(group.rank)}: {said}")
+            raise
+        group.close()
 
 
 # %% [markdown]
 # The tests start real ranks with `mpirun`: 1, 2 and 4 of them, with one and two threads,
 # end with the same bytes after 50 steps; one is killed by a signal that cannot be
-# caught, at a random moment, and another number goes on; one is stopped, one gets
-# no memory, one has another option or processor (`tests/train/test_group_mpi.py`).
+# caught, at a random moment, and another number of ranks goes on; one is
+# stopped, one exits, one gets no memory, one has another option or processor
+# (`tests/train/test_group_mpi.py`).
 #
 # ## What it does not do
 #
-# Every rank reads the text and the run's folder itself, so all machines need them under
-# the same path, as clusters have. The kernels are the CPU's: a group of GPUs would need the
-# same three methods over their own network, and is not there. Parameters and gradients are whole on every rank, so that
-# a model must fit into one machine's memory, less $m$ and $v$. Ctrl-C reaches
+# Every rank reads the text and the run's folder itself, so all machines need
+# them under the same path, as clusters have. The kernels are the CPU's: a group
+# of GPUs would need the same four methods, `gather`, `exchange`, `spread` and
+# `collect`, over their own network, and is not there. Each rank holds all
+# parameters and all gradients, $8P$ bytes, and ranks on one machine do not share
+# them: eight there hold $64P$. Where memory is short, start fewer ranks with more
+# threads each. Ctrl-C reaches
 # `mpirun`, which gives its ranks about a second; the last state is whole in any case.
 #
 # ## Take away
 #
 # - The owner of a shard has the whole gradient of it, so it alone needs $m$ and $v$.
-# - Parameters are spread in place of sums: shards cost nothing on the wire.
-# - A place in the data without a rank, and a state without shards: then a run
-#   does not know how many train it.
-# - What decides the bits is compared before the first step, and silence is
-#   an answer.
+# - Owners send parameters in place of sums: shards cost nothing on the wire.
+# - Neither the place in the data nor a state depends on the number of ranks, so
+#   a run can go on with another.
+# - What decides the bits is compared before the first step, and a rank that is
+#   silent for eight seconds ends the run.
 #
 # ## Design note
 #
-# A watch of its own, where MPI has error handlers? Those speak when a
-# connection breaks. A process that was stopped keeps its connections, and so does a
-# machine that has lost its power, until TCP gives up after many minutes. A sign of life is the only
-# question that gets the same answer from all ways of being absent.
+# Why a watch of our own, when MPI has error handlers? Those are called when a
+# connection breaks. A process that was stopped keeps its connections, and so
+# does a machine that has lost its power, until TCP gives up after many minutes.
+# A sign of life that does not come is the same in all these cases.
 #
 # ## Exercises
 #

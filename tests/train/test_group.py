@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from runs import TINY, small_data
 
+from llmnb.cli.together import together as together_within
 from llmnb.model.gpt2 import GPT2
 from llmnb.train.exchange import blocks_of, exchange, shards
 from llmnb.train.feed import loaders
 from llmnb.train.folder import run_folder
-from llmnb.train.group import ALONE, Tree, waiting
+from llmnb.train.group import ALONE, Group, Tree, waiting
 from llmnb.train.loop import Progress, accumulate, train_step
 from llmnb.train.machines import check_alike, find_group, launched
 from llmnb.train.rehearsal import rehearse
@@ -130,7 +131,8 @@ def test_the_bits_are_those_of_one(size, one, tmp_path):
 
 def test_another_number_goes_on(one, tmp_path):
     together(4, tmp_path / "a", steps=5)
-    together(3, tmp_path / "a", steps=2, again=True)
+    together(3, tmp_path / "a", steps=4, again=True)
+    assert (tmp_path / "a" / "state_00000006.safetensors").exists()
     ((params, _),) = together(1, tmp_path / "a", again=True)
     np.testing.assert_array_equal(params, one[1])
     assert kept(tmp_path / "a") == kept(one[0])
@@ -221,7 +223,6 @@ def refused(size, config, folder, **where):
         if group.first:
             run_folder(folder)
         group.gather("there")
-        group.name = "rank {}".format
         return begin(folder, changed, group)
 
     with pytest.raises(ValueError) as error:
@@ -245,12 +246,72 @@ def test_what_does_not_go_together(tmp_path, monkeypatch):
 
 def test_a_long_fact_is_cut_to_what_differs():
     def work(group):
-        group.name = "rank {}".format
         words = [f"+feature{k}" for k in range(40)]
         check_alike(group, {"features": " ".join(words[group.rank :])})
 
     with pytest.raises(ValueError, match="nothing more, not .feature0"):
         rehearse(2, work)
+
+    def spaced(group):
+        check_alike(group, {"text": "a word " * 20 + " " * group.rank + "end"})
+
+    with pytest.raises(ValueError, match="another text .*: ' end', not 'end'"):
+        rehearse(2, spaced)
+
+
+def test_only_the_first_gets_a_whole_tensor():
+    def work(group):
+        m = new_model(RUN, 257, group).memory["m"]["wte"]
+        assert m.collect() is None or group.first
+        np.asarray(m)
+
+    with pytest.raises(TypeError, match=r"collect\(\): this is rank 1"):
+        rehearse(2, work)
+
+
+def test_a_thread_that_returns_early_is_named():
+    def work(group):
+        if group.rank != 1:
+            group.gather("is anybody there?")
+
+    with pytest.raises(RuntimeError, match="rank 1 .* returned, and rank 0 w"):
+        rehearse(3, work)
+
+
+class Ended(Group):
+    """Notes how a group that is not there would be left."""
+
+    rank, size = 0, 2
+
+    def __init__(self):
+        self.said = []
+
+    def name(self, rank):
+        return f"rank {rank} here"
+
+    def end(self, message):
+        self.said.append(message)
+
+    def close(self):
+        self.said.append("goodbye")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (SystemExit(141), "rank 0 here: it has left with 141"),
+        (KeyboardInterrupt(), "rank 0 here: KeyboardInterrupt"),
+        (ValueError("a  seed"), "rank 0 here: a seed"),
+    ],
+)
+def test_who_leaves_early_ends_all(error, said):
+    group = Ended()
+    with pytest.raises(type(error)), together_within(group):
+        raise error
+    assert group.said == [said], "and no goodbye"
+    with together_within(group):
+        pass
+    assert group.said[1:] == ["goodbye"]
 
 
 def test_a_loss_that_is_not_finite_is_everyones(tmp_path):
@@ -275,3 +336,7 @@ def test_who_was_launched(monkeypatch):
     assert launched() == 4 and find_group("none") is ALONE
     with pytest.raises(ValueError, match="group must be one of .* got 'all'"):
         find_group("all")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")  # a daemon on each node
+    assert launched() == 4
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
+    assert launched() == 1

@@ -214,3 +214,76 @@ def test_a_number_that_does_not_divide_is_refused(tmp_path):
     code, said = run((3, {}, args))
     assert code != 0 and "a multiple of 96 tokens (3 batches of 32)" in said
     assert said.count("llmnb: error") == 1
+
+
+EXITS = """
+from llmnb.train import run
+from llmnb.cli.__main__ import main
+
+def leave(*args):
+    raise SystemExit(3)
+
+run.save_state = leave
+main()
+"""
+
+
+def test_a_rank_that_exits_ends_all(tmp_path):
+    """Quietly, and by itself: the others are told, and do not wait."""
+    args = [*TRAIN, "--out", tmp_path / "a", *threads(1)]
+    code, said = run((1, {}, args), (1, {}, ["-c", EXITS, *args[2:]]))
+    lines = [x for x in said.splitlines() if "llmnb: error" in x]
+    assert code != 0 and len(lines) == 1, said
+    assert "rank 1 on" in lines[0] and "it has left with 3" in lines[0]
+
+
+def test_an_mpi_of_one_thread_is_refused(tmp_path):
+    args = [*TRAIN, "--out", tmp_path / "a", *threads(1)]
+    few = {"MPI4PY_RC_THREAD_LEVEL": "serialized"}
+    code, said = run((2, few, args))
+    assert code != 0 and "MPI_THREAD_MULTIPLE" in said
+    assert not (tmp_path / "a" / "config.json").exists()
+
+
+def test_a_group_that_is_asked_to_stop_saves(tmp_path):
+    args = [*TRAIN, "--out", tmp_path / "a", "--steps", 10**6, *threads(1)]
+    process, mark = ranks((2, {}, args))
+    log = tmp_path / "a" / "log.csv"
+    wait_for(lambda: log.exists() and len(rows(tmp_path / "a")) > 6)
+    os.kill(found(mark)[1], signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, out + err
+    assert "and saved" in out and "llmnb: error" not in out + err
+    assert not found(mark)
+
+
+UNEVEN = """
+import numpy as np
+from llmnb.train.exchange import exchange, shards
+from llmnb.train.group import Tree
+from llmnb.train.machines import find_group
+
+def tree(pieces):
+    made = Tree(lambda a, b: np.add(a, b, out=b))
+    for k in pieces:
+        made.push(k, k + 1, given[k].copy())
+    return made
+
+group = find_group()
+given = np.random.default_rng(0).normal(size=(15, 1001)).astype("f4")
+blocks = tree(group.share(15)).blocks
+grads = blocks[-1][2]
+exchange(group, grads, blocks, 15)
+mine = slice(*shards(1001, group.size)[group.rank])
+same = np.array_equal(grads[mine], tree(range(15)).whole()[mine])
+print(f"{len(blocks)} blocks, the same: {same}")
+group.close()
+"""
+
+
+def test_ranks_with_unlike_numbers_of_blocks():
+    """Who has no block in a round sends nothing, and receives."""
+    code, said = run((3, {}, ["-c", UNEVEN]))
+    assert code == 0, said
+    assert said.count("2 blocks, the same: True") == 1, said
+    assert said.count("3 blocks, the same: True") == 2, said
