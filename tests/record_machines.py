@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -280,14 +279,17 @@ def ddp(python):
 
 
 def main(part, *args):
-    from llmnb.timing import machine
+    from llmnb.bench.race import Settings, facts_of
 
     if part == "link" and not shutil.which("tc"):
         sys.exit("no tc here: the rate of a link cannot be set")
     found = {"here": here, "link": link, "ddp": ddp}[part](*args)
     known = json.loads(PLACE.read_text("utf-8")) if PLACE.exists() else {}
-    where = {"machine": machine(), "cores": os.cpu_count()}
-    known[part] = where | {"date": date.today().isoformat()} | found
+    facts = facts_of(Settings())
+    where = {name: facts[name] for name in ("machine", "date", "commit")}
+    where |= {"cores": os.cpu_count()}
+    where |= {"command": f"python tests/record_machines.py {part}"}
+    known[part] = where | found
     PLACE.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
 
 
