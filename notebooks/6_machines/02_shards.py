@@ -183,6 +183,13 @@ class Sharded(GPT2):
         part = shard[first : first + mine.stop - mine.start]
         return Spread(self.group, shape, part, places)
 
+    def step(self, *batch, **settings):
+        """Refused: it would learn from this process's batch alone."""
+        raise RuntimeError(
+            "Sharded.step: a group exchanges gradients within a step; call "
+            "llmnb.train.loop.train_step"
+        )
+
     def exchange(self, blocks, count):
         """Sum the gradients of all processes; see train.exchange."""
         exchange(self.group, self.memory.flat("grads"), blocks, count)

@@ -157,6 +157,16 @@ def test_a_rank_holds_its_part_of_the_averages():
     assert all(x["grads"] == whole["grads"] for x in parts)
 
 
+def test_a_whole_step_alone_is_refused():
+    """Each rank would learn from its own batch."""
+
+    def tried(group):
+        with pytest.raises(RuntimeError, match="a group exchanges gradients"):
+            new_model(RUN, 257, group).step(None, None)
+
+    rehearse(2, tried)
+
+
 def test_the_check_of_memory_knows_the_group(monkeypatch):
     asked = []
     monkeypatch.setattr("llmnb.train.start.check_room", asked.append)
