@@ -37,8 +37,8 @@ def activation_shapes(cfg, batch_size, seq_len):
 
     A leading L marks what every block keeps for itself. By llm.c's names
     where it has one. What has rows of channels comes first: where C is a
-    multiple of 4, each such row then begins at a multiple of 16 bytes. The logits
-    are a group by themselves.
+    multiple of 4, each such row then begins at a multiple of 16 bytes. The
+    logits are a group by themselves.
 
     Derived in chapter 1.14.
     """

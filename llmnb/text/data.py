@@ -180,7 +180,8 @@ class DataLoader(_Bookmark):
 
     batches_per_epoch: batches in one epoch. shards: a list of what was
     given. state: the place of the next batch, a dict of ints; set it to go
-    on from there. reset(): back to the start. skip(count): on by so many batches.
+    on from there. reset(): back to the start. skip(count): on by so many
+    batches.
 
     Derived in chapter 1.3.
     """

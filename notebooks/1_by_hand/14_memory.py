@@ -299,8 +299,8 @@ def activation_shapes(cfg, batch_size, seq_len):
 
     A leading L marks what every block keeps for itself. By llm.c's names
     where it has one. What has rows of channels comes first: where C is a
-    multiple of 4, each such row then begins at a multiple of 16 bytes. The logits
-    are a group by themselves.
+    multiple of 4, each such row then begins at a multiple of 16 bytes. The
+    logits are a group by themselves.
     """
     B, T, C = batch_size, seq_len, cfg.channels
     own = block_activations(cfg, B, T)

@@ -258,7 +258,7 @@ def bench(configs, settings=None, start=False, bar=iter, keep=None):
     `CONFIGS`. settings: a `race.Settings`. start: whether to measure starts
     of the small model too. bar: see `race`. keep: called with the result so
     far after each contest, to be written down. contests, a list, holds what
-    was measured. Seconds are those of the rounds, in order; memory is in bytes.
+    was measured. Seconds are of the rounds, in order; memory is in bytes.
     Raises ValueError, MemoryError, ChildProcessError, or FloatingPointError
     at a loss that is not finite, in one sentence.
     """

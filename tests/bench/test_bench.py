@@ -527,7 +527,7 @@ def test_a_real_start(monkeypatch):
 def test_rows(result):
     (contest,) = result["contests"]
     fp32, bf16 = contest["contestants"]
-    why = "GPT2: precision 'bf16' needs the backend 'cpu'"
+    why = "GPT2: precision 'bf16' needs the backend 'cpu' or 'cuda'"
     assert bf16 == {"name": "llmnb bf16", "unmeasured": why}
     assert fp32["name"] == "llmnb fp32" and len(fp32["seconds"]) == 3
     middle = sorted(fp32["seconds"])[1]

@@ -57,7 +57,7 @@ def test_bench_writes_no_folders_of_this_machine():
 def test_bench_takes_named_configurations(llmnb, monkeypatch):
     asked = []
 
-    def fake(configs, settings, start, bar):
+    def fake(configs, settings, start, bar, keep):
         asked.append((configs, settings, start))
         facts = {"machine": "m", "threads": 1, "load": 0.0}
         return {**facts, "contests": []}
