@@ -105,6 +105,7 @@ def test_what_a_recording_may_not_do_is_refused(on_standin):
 
 AS_LAUNCHED = """
 import re
+import struct
 from llmnb.cuda import attention_forward, gelu_forward
 from llmnb.gpu.launch import to_device
 from llmnb.gpu.ptx import compile_kernel
@@ -116,13 +117,23 @@ def there(*shape):
 with watch() as seen:
     attention_forward(there(1, 64, 64), there(1, 1, 64), there(1, 64, 192))
     gelu_forward(there(1, 8, 64), there(1, 8, 64))
+def machine_code(elf):
+    (at,) = struct.unpack_from("<Q", elf, 40)
+    size, count, names = struct.unpack_from("<3H", elf, 58)
+    places = [at + i * size for i in range(count)]
+    rows = [struct.unpack_from("<IIQQQQ", elf, place) for place in places]
+    name = lambda row: elf[rows[names][4] + row[0] :]
+    texts = (x for x in rows if name(x).startswith(b".text."))
+    return [elf[start : start + length] for *_, start, length in texts]
+
 plain = lambda text: re.sub(r"_Z\\\\w+|_smem_\\\\d+", "", text)
 for kernel, _, _, kinds in seen.launches:
     (launched,) = kernel.compiled().overloads.values()
     made = compile_kernel(kernel, kinds, CC)
     code = launched.library.get_cubin()
     assert plain(launched.library.get_asm_str()) == plain(made.ptx)
-    assert len(bytes(code.code)) == len(made.cubin)
+    made_code = machine_code(bytes(made.cubin))
+    assert machine_code(bytes(code.code)) == made_code and made_code[0]
     print(re.search(r"\\\\.target (\\\\w+)", made.ptx)[1])
 """
 
