@@ -559,7 +559,7 @@ verdict(
 # Two rows share a line of eight chunks. `swizzle(4)` says where each goes.
 # :::
 
-# %% exercise 1, drawn tags=["hide-input"]
+# %% exercise 1, drawn tags=["hide-cell"]
 lies = np.zeros((4, 8), int)
 for row in range(8):
     for chunk in range(4):
