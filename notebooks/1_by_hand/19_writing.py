@@ -654,7 +654,7 @@ for row in range(16):
     grey = np.where(np.arange(V) % 2, PALETTE["pale"], PALETTE["grey"])
     grey[token] = PALETTE["orange"]
     ax.barh(row, 1, 0.7, color=PALETTE["pale"])
-    for i in np.flatnonzero((p > 0.002) | (np.arange(V) == token)):
+    for i in np.flatnonzero((p > 0.004) | (np.arange(V) == token)):
         ax.barh(row, p[i], 0.7, right[i] - p[i], color=grey[i])
     ax.plot(u, row - 0.38, "v", color=PALETTE["ink"], ms=5)
     for i in np.flatnonzero(p > 0.09):
