@@ -75,7 +75,7 @@ rng = np.random.default_rng(9)
 # The work of a row can be given to one thread, to a warp, or to a block.
 
 # %% who owns what
-rows, columns = range(2), range(12)
+rows, columns = range(2), range(8)
 panels = {
     "a thread a row": ([[i for j in columns] for i in rows], None),
     "a warp a row": ([[4 * i + j % 4 for j in columns] for i in rows], 4),
@@ -89,10 +89,10 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 3.8.1. Two rows of 12 logits, for warps that are drawn with four
+# *Figure 3.8.1. Two rows of 8 logits, for warps that are drawn with four
 # threads instead of 32. At the top, threads that run together read a column,
 # one element of each row; in the middle, they read neighbours; at the bottom,
-# each takes four neighbours at a time (and here the fourth has nothing to do).*
+# each takes four neighbours at a time (and here two have nothing to do).*
 #
 # Each version gets a verdict on six rows of 101 logits, padded to 128 with
 # NaN, and is counted by the simulator.
