@@ -95,20 +95,20 @@ from llmnb.shapes import shapes
 
 # %% who owns what, forward
 lanes = np.arange(16)
-fig, axes = plt.subplots(3, 1, figsize=(6, 5.6), dpi=100)
+fig, axes = plt.subplots(3, 1, figsize=(6, 4.2), dpi=100)
 for ax, title, owner in (
     (axes[0], "1: a thread a row", 0 * lanes),
     (axes[1], "2: a warp a row", lanes % 4),
     (axes[2], "3: a warp a row, four channels a lane", lanes // 4),
 ):
     step = 1 if title.startswith("1") else 4
-    who = [[step * n + k for k in owner] for n in range(4)]
+    who = [[step * n + k for k in owner] for n in range(2)]
     draw_owners(ax, who, title, step, rows="rows", cols="channels")
 fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 3.4.1. The threads that own the elements of four rows, with warps of
+# *Figure 3.4.1. The threads that own the elements of two rows, with warps of
 # 4 threads drawn in place of 32; a colour is a warp, but in the first
 # panel a thread. At any moment each thread reads the leftmost element that
 # it has not read yet: in the first panel these lie a row apart, in the
