@@ -94,7 +94,7 @@ from llmnb.shapes import shapes
 # do so are in the figure; each is a version below.
 
 # %% who owns what, forward
-lanes = np.arange(16)
+lanes = np.arange(12)
 fig, axes = plt.subplots(3, 1, figsize=(6, 4.2), dpi=100)
 for ax, title, owner in (
     (axes[0], "1: a thread a row", 0 * lanes),
