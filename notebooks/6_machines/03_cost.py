@@ -212,10 +212,10 @@ same |= {*here["2 ranks, 1 thread each"]["weights"]}
 verdict("weights", len(same) == 1, "the same from 1 and 2")
 
 # %% [markdown]
-# The cable's MTU is 1,500 bytes to a packet, 1,448 of them data. A real card cuts to that,
+# A network's usual packet has 1,500 bytes, 1,448 of them data. A real card cuts to that,
 # and each packet has 66 bytes of headers, 4.6 % of the data. Here there is up to 0.4 %
-# more in all: a card of software takes what the kernel hands to it, as much
-# as 64 KB with one header, and counts that.
+# more in all. We take it that a card of software counts what the kernel hands
+# to it, which may be as much as 64 KB with one header; we have not looked.
 #
 # And the memory. Four ranks, four micro-batches to an update, against one process with
 # the same update, whose gradients wait for each other besides:
