@@ -248,10 +248,10 @@ def _assist(run, stop):
 
 def _stopped(run, stop):
     """Whether a signal has come, to this process or another of its group."""
-    signals = group_of(run.model).gather(stop.signal)
-    if any(signals):
-        stop.signal = max(signals)
-    return stop.signal
+    found = max(group_of(run.model).gather(stop.signal))
+    if found:
+        stop.signal = found
+    return found  # not stop.signal: one may have come since, here alone
 
 
 # show a step

@@ -1,12 +1,15 @@
 """Processes that train together, rehearsed by threads: no MPI is needed."""
 
+import signal
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from runs import TINY, small_data
 
+from llmnb.cli import train as train_command
 from llmnb.cli.together import together as together_within
 from llmnb.model.gpt2 import GPT2
 from llmnb.train.exchange import blocks_of, exchange, shards
@@ -322,6 +325,26 @@ def test_who_leaves_early_ends_all(error, said):
     with together_within(group):
         pass
     assert group.said[1:] == ["goodbye"]
+
+
+class Late(Group):
+    """A signal comes to this process just after all have been asked."""
+
+    def __init__(self, stop):
+        self.stop = stop
+
+    def gather(self, x):
+        self.stop.signal = signal.SIGTERM
+        return [x, 0]
+
+
+def test_a_signal_that_comes_late_is_seen_at_the_next_step():
+    """Else one process would save while the others go on."""
+    stop = train_command._Stop()
+    model = SimpleNamespace(group=Late(stop))
+    run = SimpleNamespace(model=model)
+    assert train_command._stopped(run, stop) == 0
+    assert train_command._stopped(run, stop) == signal.SIGTERM
 
 
 def test_a_loss_that_is_not_finite_is_everyones(tmp_path):
