@@ -18,7 +18,7 @@ import llvmlite.binding as llvm
 from llmnb.cpu import tile
 
 SHAPES = {
-    "12x2x16": {"avx512f", "avx2"},
+    "8x3x16": {"avx512f", "avx2"},
     "6x2x8": {"avx", "avx2"},
     "6x4x4": {"neon"},
     "4x2x4": {"sse2"},

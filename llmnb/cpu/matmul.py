@@ -10,13 +10,43 @@ import numba
 import numpy as np
 
 from llmnb.cpu.jit import arguments, inlined, team
-from llmnb.cpu.microkernel import Place, moved
+from llmnb.cpu.microkernel import Place, moved, steps_per_line
 from llmnb.cpu.panels import (
-    DEPTH, HEIGHT, LENGTH, SPARE, WIDTH, WORK, Block, Flat, Routines,
+    DEPTH, HEIGHT, LENGTH, SPARE, WIDTH, WORK, Ahead, Block, Flat, Routines,
     check_bf16, multiply_panels, pack, scratch,
 )
 from llmnb.cpu.tile import COLS, ROWS
 from llmnb.shapes import shapes
+
+
+# a block of rows
+SECOND = HEIGHT * LENGTH  # where the panels of columns begin
+
+
+@inlined
+def _ahead(b, at, row, col):
+    """The Ahead of columns that begin somewhere in a flat array."""
+    size = b.itemsize
+    return Ahead(np.int64(b.ctypes.data) + at * size, row * size, col * size)
+
+
+@inlined
+def _multiply_rows(code, x, at, rows, b, columns, apart, fresh):
+    """Multiply a packed block of rows with columns, panel by panel.
+
+    x: a Flat; at: a Place. columns: a Block of b. fresh: pack them too.
+    """
+    for c in range(0, columns.rows, COLS):
+        m, p = min(COLS, columns.rows - c), columns.at + c * columns.row
+        to, ahead = SECOND + c * apart, _ahead(b, p, 0, 0)
+        if fresh:
+            block = Block(p, columns.row, columns.col, m, columns.depth)
+            pack(code.pack_cols, x.panels, to, b, block)
+        if fresh and m < columns.rows - c:
+            p += COLS * columns.row
+            ahead = _ahead(b, p, columns.row, columns.col)
+        here, sizes = moved(at, 0, c), (rows, m, columns.depth, DEPTH)
+        multiply_panels(code.multiply, x, here, (0, to), sizes, ahead)
 
 
 # a strip
@@ -29,28 +59,32 @@ def _multiply_strip(x, strip, where, steps, depth, code, panels, spare):
     out, start, bias, a, b = x
     top, bottom, left, right = strip
     a_row, a_col, b_row, b_col = steps
-    zeros, second = ROWS * COLS, HEIGHT * LENGTH  # second: the panels of b
+    zeros, per = ROWS * COLS, steps_per_line(panels)
     spare[zeros : zeros + COLS] = 0
-    start = start if where.col else spare
-    bias = bias if where.bias_col else spare
-    for j in range(left, right, WIDTH):
-        cols = min(WIDTH, right - j)
-        for k in range(0, depth, LENGTH):
-            n, p = min(LENGTH, depth - k), j * b_col + k * b_row
-            block = Block(p, b_col, b_row, cols, n)
-            pack(code.pack_cols, panels, second, b, block)
+    first = start if where.col else spare
+    shift = bias if where.bias_col else spare
+    several = bottom - top > HEIGHT
+    width = WIDTH if several else right - left
+    for k in range(0, depth, LENGTH):
+        n = min(LENGTH, depth - k)
+        apart = (n + per - 1) // per if several else 0
+        if k > 0:
+            first, shift = out, spare
+        flat = Flat(out, first, shift, panels, spare)
+        for j in range(left, right, width):
+            p, cols = j * b_col + k * b_row, min(width, right - j)
+            columns = Block(p, b_col, b_row, cols, n)
             for i in range(top, bottom, HEIGHT):
                 rows, p = min(HEIGHT, bottom - i), i * a_row + k * a_col
                 block = Block(p, a_row, a_col, rows, n)
                 pack(code.pack_rows, panels, 0, a, block)
-                at, first, shift = moved(where, i, j), start, bias
+                at = moved(where, i, j)
                 if k > 0:
                     o, line = at.out, at.out_row
                     at = Place(o, line, o, line, 1, zeros, 0)
-                    first, shift = out, spare
-                flat = Flat(out, first, shift, panels, spare)
-                sizes = rows, cols, n, DEPTH
-                multiply_panels(code.multiply, flat, at, (0, second), sizes)
+                _multiply_rows(
+                    code, flat, at, rows, b, columns, apart, i == top
+                )
 
 
 # the kernel of all three products

@@ -48,10 +48,10 @@ def moved(at, i, j):
 
 
 # the vectors of a tile
-def _addresses(builder, base, at, row, col):
+def _addresses(builder, base, at, row, col, vectors):
     """The addresses of a tile's vectors, row by row."""
     for i in range(ROWS):
-        for j in range(0, COLS, LANES):
+        for j in range(0, vectors * LANES, LANES):
             down = builder.mul(row, row.type(i))
             across = builder.mul(col, col.type(j))
             step = builder.add(at, builder.add(down, across))
@@ -70,15 +70,19 @@ def _prefetch(builder, pointers, write):
 
 
 # a turn of the loop
-def _tile_sums(builder, a, b, depth, pairs):
-    """The sums of a tile over two panels, as vectors, row by row."""
+def _tile_sums(builder, panels, depth, ahead, pairs, vectors):
+    """The sums of a tile over two panels, as vectors, row by row.
+
+    panels: where they begin. ahead: an address to ask for, and its step.
+    """
     fma = multiply_add_pairs if pairs else multiply_add
 
     def turn(pointers, sums):
-        a, b = pointers
+        a, b, ahead = pointers
+        _prefetch(builder, [ahead], write=False)
         columns = [
             peek(builder, builder.gep(b, [I32(v * LANES)]), LANES)
-            for v in range(VECTORS)
+            for v in range(vectors)
         ]
         new = []
         for i in range(ROWS):
@@ -87,25 +91,33 @@ def _tile_sums(builder, a, b, depth, pairs):
                 new.append(fma(builder, x, y, sums[len(new)]))
         return new
 
-    number = ir.FloatType() if pairs else a.type.pointee
-    zeros = [constant(number, [0.0] * LANES)] * (ROWS * VECTORS)
-    return sum_loop(
-        builder, depth, [a, b], [I32(ROWS), I32(COLS)], zeros, turn
-    )
+    number = ir.FloatType() if pairs else panels[0].type.pointee
+    zeros = [constant(number, [0.0] * LANES)] * (ROWS * vectors)
+    place, step = ahead
+    pointers, steps = [*panels, place], [I32(ROWS), I32(COLS), step]
+    return sum_loop(builder, depth, pointers, steps, zeros, turn)
 
 
 # one tile
 INT = types.int64
+LINE = 64  # bytes that memory gives at once
+APART = LINE // (4 * LANES)  # vectors of float32 in them
 
 
-@intrinsic
-def multiply_tile(typing, out, at, start, bias, panels, a, b, depth):
+@intrinsic(prefer_literal=True)
+def multiply_tile(
+    typing, out, at, start, bias, panels, a, b, depth, vectors, ahead
+):
     """Write one tile: out = start + bias + the product of two panels.
 
     For kernels. out, start, bias and panels are flat arrays; at: a Place.
-    a, b: where the panels begin; depth: their lines, at least 1.
+    a, b: where the panels begin; depth: their lines, at least 1. vectors: a
+    constant, how many of each line of b are taken. ahead: the address of
+    memory that will be read soon, and its step from line to line, in bytes.
     """
-    signature = types.void(out, at, start, bias, panels, INT, INT, INT)
+    signature = types.void(
+        out, at, start, bias, panels, INT, INT, INT, vectors, ahead
+    )
 
     def codegen(context, builder, signature, args):
         kinds = signature.args
@@ -115,12 +127,19 @@ def multiply_tile(typing, out, at, start, bias, panels, a, b, depth):
         at = Place(*cgutils.unpack_tuple(builder, args[1]))
         a, b = (builder.gep(panels, [x]) for x in args[5:7])
         one, none = at.out.type(1), at.out.type(0)
-        outs = list(_addresses(builder, out, at.out, at.out_row, one))
-        _prefetch(builder, outs[::VECTORS], write=True)
+        vectors = kinds[8].literal_value
+
+        def addresses(base, at, row, col):
+            return list(_addresses(builder, base, at, row, col, vectors))
+
+        outs = addresses(out, at.out, at.out_row, one)
+        _prefetch(builder, outs[::APART], write=True)
+        place, step = cgutils.unpack_tuple(builder, args[9])
+        ahead = builder.inttoptr(place, ir.IntType(8).as_pointer()), step
         pairs = kinds[4].dtype == types.uint32
-        sums = _tile_sums(builder, a, b, args[7], pairs)
-        shifts = list(_addresses(builder, bias, at.bias, none, at.bias_col))
-        starts = _addresses(builder, start, at.start, at.row, at.col)
+        sums = _tile_sums(builder, (a, b), args[7], ahead, pairs, vectors)
+        shifts = addresses(bias, at.bias, none, at.bias_col)
+        starts = addresses(start, at.start, at.row, at.col)
         for x, p, q, r in zip(sums, outs, starts, shifts, strict=True):
             x = plus(builder, x, peek(builder, r, LANES))
             store(builder, plus(builder, x, peek(builder, q, LANES)), p)
@@ -131,8 +150,8 @@ def multiply_tile(typing, out, at, start, bias, panels, a, b, depth):
 
 # a transpose in registers
 def _transposed(builder, rows):
-    """The columns of a square of LANES vectors."""
-    rows, distance = list(rows), LANES // 2
+    """The columns of squares, as many as stand side by side in vectors."""
+    rows, distance = list(rows), len(rows) // 2
     while distance:
         first, second = [], []
         for j in range(LANES):
@@ -140,7 +159,7 @@ def _transposed(builder, rows):
             first.append(j - distance + LANES if far else j)
             second.append(j + LANES if far else j + distance)
         low, high = constant(I32, first), constant(I32, second)
-        for i in range(LANES):
+        for i in range(len(rows)):
             if not i & distance:
                 x, y = rows[i], rows[i + distance]
                 rows[i] = builder.shuffle_vector(x, y, low)
@@ -175,12 +194,15 @@ def _load_across(builder, pointer, width):
         rows = [
             peek(builder, pointer(left + i, 0), LANES) for i in range(count)
         ]
-        rows += rows[:1] * (LANES - count)  # their columns are not stored
+        side = 1 << (count - 1).bit_length()  # of a square
+        rows += rows[:1] * (side - count)  # their columns are not stored
         ahead = (pointer(left + i, 2 * LANES) for i in range(count))
         _prefetch(builder, ahead, write=False)  # of the square after next
-        for line, x in zip(lines, _transposed(builder, rows), strict=True):
+        columns = _transposed(builder, rows)
+        for k, line in enumerate(lines):
+            square, x = k - k % side, columns[k % side]
             for j, n in _pieces(count):
-                part = constant(I32, range(j, j + n))
+                part = constant(I32, range(square + j, square + j + n))
                 piece = builder.shuffle_vector(x, x, part)
                 line.append((left + j, piece))
     return lines

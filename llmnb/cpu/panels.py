@@ -20,10 +20,10 @@ from numba.extending import intrinsic
 
 from llmnb.cpu.jit import inlined, routine
 from llmnb.cpu.microkernel import (
-    Place, moved, multiply_tile, pack_across, pack_along, pack_one,
+    LINE, Place, moved, multiply_tile, pack_across, pack_along, pack_one,
     steps_per_line,
 )
-from llmnb.cpu.tile import COLS, LANES, ROWS, data
+from llmnb.cpu.tile import COLS, LANES, ROWS, VECTORS, data
 
 
 # a block
@@ -111,20 +111,44 @@ class Flat(NamedTuple):
 
 
 # a tile
+def _tiles_of(vectors):
+    @inlined
+    def tile(x, at, a, b, lines, chain, ask):
+        out, start, bias, panels, spare = x
+        place, apart, step = ask
+        for k in range(0, lines, chain):
+            n, p, q = min(chain, lines - k), a + k * ROWS, b + k * COLS
+            ahead = place, step
+            multiply_tile(
+                out, at, start, bias, panels, p, q, n, vectors, ahead
+            )
+            o, line, zeros = at.out, at.out_row, ROWS * COLS
+            at, start, bias = Place(o, line, o, line, 1, zeros, 0), out, spare
+            place += apart
+
+    return tile
+
+
+_whole, _narrow = _tiles_of(VECTORS), _tiles_of(1)
+
+
 @inlined
-def _tile(x, at, a, b, lines, chain):
-    """A whole tile; lines: of its panels; chain: lines of one sum."""
-    out, start, bias, panels, spare = x
-    for k in range(0, lines, chain):
-        n, p, q = min(chain, lines - k), a + k * ROWS, b + k * COLS
-        multiply_tile(out, at, start, bias, panels, p, q, n)
-        o, line, zeros = at.out, at.out_row, ROWS * COLS
-        at, start, bias = Place(o, line, o, line, 1, zeros, 0), out, spare
+def _tile(x, at, a, b, lines, chain, ask, cols):
+    """A tile; lines: of its panels; chain: lines of one sum.
+
+    Of its vectors of columns only those that `cols` reaches are computed.
+    ask: see _asked.
+    """
+    if cols > COLS - LANES:
+        _whole(x, at, a, b, lines, chain, ask)
+    else:
+        for j in range(0, cols, LANES):
+            _narrow(x, moved(at, 0, j), a, b + j, lines, chain, ask)
 
 
 # a tile at the edge
 @inlined
-def _edge_tile(x, at, a, b, lines, chain, rows, cols):
+def _edge_tile(x, at, a, b, lines, chain, ask, rows, cols):
     """A tile of which only some rows and columns exist."""
     out, start, bias, panels, spare = x
     shift = (ROWS + 1) * COLS
@@ -135,15 +159,45 @@ def _edge_tile(x, at, a, b, lines, chain, rows, cols):
             spare[i * COLS + j] = start[first]
     place = Place(0, COLS, 0, COLS, 1, shift, 1)
     flat = Flat(spare, spare, spare, panels, spare)
-    _tile(flat, place, a, b, lines, chain)
+    _tile(flat, place, a, b, lines, chain, ask, cols)
     for i in range(rows):
         for j in range(cols):
             out[moved(at, i, j).out] = spare[i * COLS + j]
 
 
+# what a tile asks for
+class Ahead(NamedTuple):
+    """What is packed next: an address, and two steps in bytes.
+
+    row: from column to column; col: along the sum.
+    """
+
+    at: int
+    row: int
+    col: int
+
+
+@inlined
+def _asked(ahead, left, lines, chain, per, size):
+    """Where a tile's first chain asks, how much further the next; the step.
+
+    left: tiles that follow in the block. per: steps of a line. size: bytes
+    of a number.
+    """
+    if ahead.col == size:
+        chains = (lines + chain - 1) // chain
+        first = ahead.at + left * chains * ahead.row
+        return first, ahead.row, chains * per * size
+    first, step = left // per * LINE, per * ahead.col
+    if ahead.row == size and first < COLS * size:
+        first += ahead.at + left % per * ahead.col
+        return first, chain * step, step
+    return ahead.at, 0, 0
+
+
 # all tiles of a block
 @inlined
-def _all_tiles(x, at, a, b, sizes):
+def _all_tiles(x, at, a, b, sizes, ahead):
     """x: a Flat; at: a Place; a, b: where the panels begin."""
     rows, cols, steps, chain = sizes
     per = steps_per_line(x.panels)
@@ -151,11 +205,13 @@ def _all_tiles(x, at, a, b, sizes):
     for j in range(0, cols, COLS):
         for i in range(0, rows, ROWS):
             here, p, q = moved(at, i, j), a + i * lines, b + j * lines
-            if i + ROWS <= rows and j + COLS <= cols:
-                _tile(x, here, p, q, lines, chain)
+            m, n = min(ROWS, rows - i), min(COLS, cols - j)
+            left = (rows - i - 1) // ROWS
+            ask = _asked(ahead, left, lines, chain, per, x.out.itemsize)
+            if m == ROWS and n % LANES == 0:
+                _tile(x, here, p, q, lines, chain, ask, n)
             else:
-                m, n = min(ROWS, rows - i), min(COLS, cols - j)
-                _edge_tile(x, here, p, q, lines, chain, m, n)
+                _edge_tile(x, here, p, q, lines, chain, ask, m, n)
 
 
 # three routines
@@ -170,10 +226,10 @@ def _cols_routine(panels, to, source, block):
     _pack_cols(carray(panels, ALL), to, carray(source, ALL), block)
 
 
-def _tiles_routine(out, start, bias, panels, spare, at, pair, sizes):
+def _tiles_routine(out, start, bias, panels, spare, at, pair, sizes, ahead):
     out, start, bias = carray(out, ALL), carray(start, ALL), carray(bias, ALL)
     x = Flat(out, start, bias, carray(panels, ALL), carray(spare, ALL))
-    _all_tiles(x, at, pair[0], pair[1], sizes)
+    _all_tiles(x, at, pair[0], pair[1], sizes, ahead)
 
 
 # their addresses
@@ -189,6 +245,7 @@ INT = types.int64
 BLOCK = types.NamedUniTuple(INT, 5, Block)
 PLACE = types.NamedUniTuple(INT, 7, Place)
 PAIR, SIZES = types.UniTuple(INT, 2), types.UniTuple(INT, 4)
+NEXT = types.NamedUniTuple(INT, 3, Ahead)
 _compiled = []  # an address is good as long as its routine is kept
 
 
@@ -198,7 +255,7 @@ def _routines(panel, number):
     kinds = (types.CPointer(numba.from_dtype(d)) for d in (panel, number))
     p, x = kinds
     pack = types.void(p, INT, x, BLOCK)
-    multiply = types.void(x, x, x, p, x, PLACE, PAIR, SIZES)
+    multiply = types.void(x, x, x, p, x, PLACE, PAIR, SIZES, NEXT)
     made = (
         routine(_rows_routine, pack),
         routine(_cols_routine, pack),
@@ -234,35 +291,38 @@ def pack(typing, code, panels, to, source, block):
 
 
 @intrinsic
-def _multiply(typing, code, out, start, bias, panels, spare, at, pair, sizes):
+def _multiply(
+    typing, code, out, start, bias, panels, spare, at, pair, sizes, ahead
+):
     kinds = out, start, bias, panels, spare
-    return types.void(INT, *kinds, PLACE, PAIR, SIZES), _jump
+    return types.void(INT, *kinds, PLACE, PAIR, SIZES, NEXT), _jump
 
 
 @inlined
-def multiply_panels(code, x, at, pair, sizes):
+def multiply_panels(code, x, at, pair, sizes, ahead):
     """Write a block: out = start + bias + the product of packed panels.
 
     For kernels. code: the multiplying routine. x: a Flat. at: a Place.
     pair: where the panels of both factors begin. sizes: rows, columns,
-    steps, and how many of those are one chain of additions.
+    steps, and how many of those are one chain of additions. ahead: an Ahead;
+    with steps of 0 at an address that may be read, when nothing is next.
     """
     out, start, bias, panels, spare = x
-    _multiply(code, out, start, bias, panels, spare, at, pair, sizes)
+    _multiply(code, out, start, bias, panels, spare, at, pair, sizes, ahead)
 
 
 # the blocks
 DEPTH = 384  # steps of the sum in a chain
 LENGTH = 2 * DEPTH  # steps of the sum in a block
-HEIGHT = 144 // ROWS * ROWS  # rows in a block
-WIDTH = 768 // COLS * COLS  # columns in a block
+HEIGHT = 264 // ROWS * ROWS  # rows in a block
+WIDTH = 768 // COLS * COLS  # columns in a block, where rows make several
 SPARE = (HEIGHT + WIDTH) * LENGTH  # where the spare tile begins
 
 
 def work_shape():
     """The shape of the scratch memory that the products pack into.
 
-    A row for each thread that numba may use, of 2.8 MB in float32.
+    A row for each thread that numba may use, of 3.2 MB in float32.
 
     Derived in chapter A.3.
     """

@@ -46,7 +46,7 @@ def tile_shape():
         )
     if chosen:
         return tuple(map(int, chosen.split("x")))
-    shapes = {"avx512f": (12, 2, 16), "avx2": (6, 2, 8), "neon": (6, 4, 4)}
+    shapes = {"avx512f": (8, 3, 16), "avx2": (6, 2, 8), "neon": (6, 4, 4)}
     found = [shapes[f] for f in shapes if f in cpu_features()]
     return found[0] if found else (4, 2, 4)
 

@@ -332,7 +332,7 @@ moving("tiles", "a block of the product, tile by tile", rows=4, columns=6)
 # second level while all columns of the block, which wait in the third, do.*
 #
 # The sizes are of float32 and a tile 16 columns wide: panels are 768 steps
-# long, those of `a` take at most 144 rows, those of `b` at most 768 columns.
+# long, those of `a` take at most 264 rows, those of `b` at most 768 columns.
 # 768 steps are two chains of 384. A tile of `out` takes in the sums of both
 # while it is in the first level; one that came back for the second chain would
 # have to be fetched again. [Chapter A.3](../appendix/03_panels.ipynb) packs
@@ -354,7 +354,7 @@ import numba
 import numpy as np
 
 from llmnb.cpu.jit import arguments, inlined, team
-from llmnb.cpu.microkernel import Place, moved
+from llmnb.cpu.microkernel import Place, moved, steps_per_line
 from llmnb.cpu.panels import (
     DEPTH,
     HEIGHT,
@@ -362,6 +362,7 @@ from llmnb.cpu.panels import (
     SPARE,
     WIDTH,
     WORK,
+    Ahead,
     Block,
     Flat,
     Routines,
@@ -375,10 +376,50 @@ from llmnb.shapes import shapes
 
 
 # %% [markdown]
-# A thread goes through its strip block by block: columns, then steps of the
-# sum, then rows. `where` is the Place of the first block, how `out`, what there
-# is to start from, and the bias lie (chapter A.2). The first block of the steps
-# adds the latter two; the others go on from the sums so far, which are in
+# **Columns.** A block of rows, once packed, is multiplied with one panel of
+# columns after the other. A panel is packed just before it is needed, and while
+# it is multiplied, its tiles ask for what the next one will be packed from
+# (chapter A.3): memory works while the processor computes. Where the strip has
+# more rows than fit in a block, the first block packs the panels and leaves
+# them for the others, `apart` from one to the next. Otherwise all of them take
+# the same place, which so stays in the second-level cache.
+
+
+# %% a block of rows tags=["exporti"]
+SECOND = HEIGHT * LENGTH  # where the panels of columns begin
+
+
+@inlined
+def _ahead(b, at, row, col):
+    """The Ahead of columns that begin somewhere in a flat array."""
+    size = b.itemsize
+    return Ahead(np.int64(b.ctypes.data) + at * size, row * size, col * size)
+
+
+@inlined
+def _multiply_rows(code, x, at, rows, b, columns, apart, fresh):
+    """Multiply a packed block of rows with columns, panel by panel.
+
+    x: a Flat; at: a Place. columns: a Block of b. fresh: pack them too.
+    """
+    for c in range(0, columns.rows, COLS):
+        m, p = min(COLS, columns.rows - c), columns.at + c * columns.row
+        to, ahead = SECOND + c * apart, _ahead(b, p, 0, 0)
+        if fresh:
+            block = Block(p, columns.row, columns.col, m, columns.depth)
+            pack(code.pack_cols, x.panels, to, b, block)
+        if fresh and m < columns.rows - c:
+            p += COLS * columns.row
+            ahead = _ahead(b, p, columns.row, columns.col)
+        here, sizes = moved(at, 0, c), (rows, m, columns.depth, DEPTH)
+        multiply_panels(code.multiply, x, here, (0, to), sizes, ahead)
+
+
+# %% [markdown]
+# A thread goes through its strip block by block: steps of the sum, then
+# columns, then rows. `where` is the Place of the first block, how `out`, what
+# there is to start from, and the bias lie (chapter A.2). The first block of the
+# steps adds the latter two; the others go on from the sums so far, which are in
 # `out`. Where there is nothing to add, a row of zeros in `spare` stands in,
 # with steps of 0.
 
@@ -393,28 +434,32 @@ def _multiply_strip(x, strip, where, steps, depth, code, panels, spare):
     out, start, bias, a, b = x
     top, bottom, left, right = strip
     a_row, a_col, b_row, b_col = steps
-    zeros, second = ROWS * COLS, HEIGHT * LENGTH  # second: the panels of b
+    zeros, per = ROWS * COLS, steps_per_line(panels)
     spare[zeros : zeros + COLS] = 0
-    start = start if where.col else spare
-    bias = bias if where.bias_col else spare
-    for j in range(left, right, WIDTH):
-        cols = min(WIDTH, right - j)
-        for k in range(0, depth, LENGTH):
-            n, p = min(LENGTH, depth - k), j * b_col + k * b_row
-            block = Block(p, b_col, b_row, cols, n)
-            pack(code.pack_cols, panels, second, b, block)
+    first = start if where.col else spare
+    shift = bias if where.bias_col else spare
+    several = bottom - top > HEIGHT
+    width = WIDTH if several else right - left
+    for k in range(0, depth, LENGTH):
+        n = min(LENGTH, depth - k)
+        apart = (n + per - 1) // per if several else 0
+        if k > 0:
+            first, shift = out, spare
+        flat = Flat(out, first, shift, panels, spare)
+        for j in range(left, right, width):
+            p, cols = j * b_col + k * b_row, min(width, right - j)
+            columns = Block(p, b_col, b_row, cols, n)
             for i in range(top, bottom, HEIGHT):
                 rows, p = min(HEIGHT, bottom - i), i * a_row + k * a_col
                 block = Block(p, a_row, a_col, rows, n)
                 pack(code.pack_rows, panels, 0, a, block)
-                at, first, shift = moved(where, i, j), start, bias
+                at = moved(where, i, j)
                 if k > 0:
                     o, line = at.out, at.out_row
                     at = Place(o, line, o, line, 1, zeros, 0)
-                    first, shift = out, spare
-                flat = Flat(out, first, shift, panels, spare)
-                sizes = rows, cols, n, DEPTH
-                multiply_panels(code.multiply, flat, at, (0, second), sizes)
+                _multiply_rows(
+                    code, flat, at, rows, b, columns, apart, i == top
+                )
 
 
 # %% the kernel of all three products tags=["exporti"]
@@ -805,7 +850,9 @@ moving(
 # ## Take away
 #
 # - Speed comes from using a loaded number several times: twelve FMAs for
-#   eight loads in registers, a panel for 144 rows in the nearest cache.
+#   eight loads in registers, a panel for 264 rows in the nearest cache.
+# - Memory is slow to answer, so ask early: what is packed next comes while
+#   what is packed already is multiplied.
 # - Packing puts the numbers in the order in which they are read, and makes
 #   one inner loop of three products.
 # - The sums run in one order for any number of threads.

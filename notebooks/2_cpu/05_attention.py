@@ -250,8 +250,8 @@ from llmnb.cpu.jit import arguments, inlined, team
 from llmnb.cpu.math import fast_exp, fast_tanh
 from llmnb.cpu.microkernel import Place
 from llmnb.cpu.panels import (
-    ALL, SPARE, WORK, Block, Flat, Routines, check_bf16, multiply_panels, pack,
-    scratch,
+    ALL, SPARE, WORK, Ahead, Block, Flat, Routines, check_bf16,
+    multiply_panels, pack, scratch,
 )  # fmt: skip
 from llmnb.cpu.tile import COLS, ROWS
 from llmnb.reference.attention import count_heads
@@ -372,7 +372,8 @@ def _add_product(my, out, at, step, fresh, pair, sizes):
         place, start = Place(at, step, ZEROS, 0, 0, ZEROS, 0), my.w
     x = Flat(out, start, my.w, my.panels, my.w[SPARE:])
     sizes = *sizes, ALL  # one chain
-    multiply_panels(my.code.multiply, x, place, pair, sizes)
+    nothing = Ahead(np.int64(my.w.ctypes.data), 0, 0)
+    multiply_panels(my.code.multiply, x, place, pair, sizes, nothing)
 
 
 # %% [markdown]

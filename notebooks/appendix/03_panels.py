@@ -53,6 +53,7 @@ from numba.extending import intrinsic
 
 from llmnb.cpu.jit import inlined, routine
 from llmnb.cpu.microkernel import (
+    LINE,
     Place,
     moved,
     multiply_tile,
@@ -61,7 +62,7 @@ from llmnb.cpu.microkernel import (
     pack_one,
     steps_per_line,
 )
-from llmnb.cpu.tile import COLS, LANES, ROWS, data
+from llmnb.cpu.tile import COLS, LANES, ROWS, VECTORS, data
 
 # %% random numbers
 rng = np.random.default_rng(5)
@@ -203,20 +204,44 @@ class Flat(NamedTuple):
 
 
 # %% a tile tags=["exporti"]
+def _tiles_of(vectors):
+    @inlined
+    def tile(x, at, a, b, lines, chain, ask):
+        out, start, bias, panels, spare = x
+        place, apart, step = ask
+        for k in range(0, lines, chain):
+            n, p, q = min(chain, lines - k), a + k * ROWS, b + k * COLS
+            ahead = place, step
+            multiply_tile(
+                out, at, start, bias, panels, p, q, n, vectors, ahead
+            )
+            o, line, zeros = at.out, at.out_row, ROWS * COLS
+            at, start, bias = Place(o, line, o, line, 1, zeros, 0), out, spare
+            place += apart
+
+    return tile
+
+
+_whole, _narrow = _tiles_of(VECTORS), _tiles_of(1)
+
+
 @inlined
-def _tile(x, at, a, b, lines, chain):
-    """A whole tile; lines: of its panels; chain: lines of one sum."""
-    out, start, bias, panels, spare = x
-    for k in range(0, lines, chain):
-        n, p, q = min(chain, lines - k), a + k * ROWS, b + k * COLS
-        multiply_tile(out, at, start, bias, panels, p, q, n)
-        o, line, zeros = at.out, at.out_row, ROWS * COLS
-        at, start, bias = Place(o, line, o, line, 1, zeros, 0), out, spare
+def _tile(x, at, a, b, lines, chain, ask, cols):
+    """A tile; lines: of its panels; chain: lines of one sum.
+
+    Of its vectors of columns only those that `cols` reaches are computed.
+    ask: see _asked.
+    """
+    if cols > COLS - LANES:
+        _whole(x, at, a, b, lines, chain, ask)
+    else:
+        for j in range(0, cols, LANES):
+            _narrow(x, moved(at, 0, j), a, b + j, lines, chain, ask)
 
 
 # %% a tile at the edge tags=["exporti"]
 @inlined
-def _edge_tile(x, at, a, b, lines, chain, rows, cols):
+def _edge_tile(x, at, a, b, lines, chain, ask, rows, cols):
     """A tile of which only some rows and columns exist."""
     out, start, bias, panels, spare = x
     shift = (ROWS + 1) * COLS
@@ -227,15 +252,54 @@ def _edge_tile(x, at, a, b, lines, chain, rows, cols):
             spare[i * COLS + j] = start[first]
     place = Place(0, COLS, 0, COLS, 1, shift, 1)
     flat = Flat(spare, spare, spare, panels, spare)
-    _tile(flat, place, a, b, lines, chain)
+    _tile(flat, place, a, b, lines, chain, ask, cols)
     for i in range(rows):
         for j in range(cols):
             out[moved(at, i, j).out] = spare[i * COLS + j]
 
 
+# %% [markdown]
+# What is packed next lies far away, in memory, and a tile takes its time with
+# what is near: so each of its turns asks for a line of the columns that come
+# next (chapter A.2). Along the sum, where a column is a piece of memory, each
+# chain of each tile takes a column. Where columns lie side by side, the last
+# tiles take them line by line. The first tiles of a block may ask for
+# nothing: what comes too early is gone again when it is needed.
+
+
+# %% what a tile asks for tags=["exporti"]
+class Ahead(NamedTuple):
+    """What is packed next: an address, and two steps in bytes.
+
+    row: from column to column; col: along the sum.
+    """
+
+    at: int
+    row: int
+    col: int
+
+
+@inlined
+def _asked(ahead, left, lines, chain, per, size):
+    """Where a tile's first chain asks, how much further the next; the step.
+
+    left: tiles that follow in the block. per: steps of a line. size: bytes
+    of a number.
+    """
+    if ahead.col == size:
+        chains = (lines + chain - 1) // chain
+        first = ahead.at + left * chains * ahead.row
+        return first, ahead.row, chains * per * size
+    first, step = left // per * LINE, per * ahead.col
+    if ahead.row == size and first < COLS * size:
+        first += ahead.at + left % per * ahead.col
+        return first, chain * step, step
+    return ahead.at, 0, 0
+
+
 # %% all tiles of a block tags=["exporti"]
 @inlined
-def _all_tiles(x, at, a, b, sizes):
+def _all_tiles(x, at, a, b, sizes, ahead):
     """x: a Flat; at: a Place; a, b: where the panels begin."""
     rows, cols, steps, chain = sizes
     per = steps_per_line(x.panels)
@@ -243,11 +307,13 @@ def _all_tiles(x, at, a, b, sizes):
     for j in range(0, cols, COLS):
         for i in range(0, rows, ROWS):
             here, p, q = moved(at, i, j), a + i * lines, b + j * lines
-            if i + ROWS <= rows and j + COLS <= cols:
-                _tile(x, here, p, q, lines, chain)
+            m, n = min(ROWS, rows - i), min(COLS, cols - j)
+            left = (rows - i - 1) // ROWS
+            ask = _asked(ahead, left, lines, chain, per, x.out.itemsize)
+            if m == ROWS and n % LANES == 0:
+                _tile(x, here, p, q, lines, chain, ask, n)
             else:
-                m, n = min(ROWS, rows - i), min(COLS, cols - j)
-                _edge_tile(x, here, p, q, lines, chain, m, n)
+                _edge_tile(x, here, p, q, lines, chain, ask, m, n)
 
 
 # %% [markdown]
@@ -274,10 +340,10 @@ def _cols_routine(panels, to, source, block):
     _pack_cols(carray(panels, ALL), to, carray(source, ALL), block)
 
 
-def _tiles_routine(out, start, bias, panels, spare, at, pair, sizes):
+def _tiles_routine(out, start, bias, panels, spare, at, pair, sizes, ahead):
     out, start, bias = carray(out, ALL), carray(start, ALL), carray(bias, ALL)
     x = Flat(out, start, bias, carray(panels, ALL), carray(spare, ALL))
-    _all_tiles(x, at, pair[0], pair[1], sizes)
+    _all_tiles(x, at, pair[0], pair[1], sizes, ahead)
 
 
 # %% their addresses tags=["exporti"]
@@ -293,6 +359,7 @@ INT = types.int64
 BLOCK = types.NamedUniTuple(INT, 5, Block)
 PLACE = types.NamedUniTuple(INT, 7, Place)
 PAIR, SIZES = types.UniTuple(INT, 2), types.UniTuple(INT, 4)
+NEXT = types.NamedUniTuple(INT, 3, Ahead)
 _compiled = []  # an address is good as long as its routine is kept
 
 
@@ -302,7 +369,7 @@ def _routines(panel, number):
     kinds = (types.CPointer(numba.from_dtype(d)) for d in (panel, number))
     p, x = kinds
     pack = types.void(p, INT, x, BLOCK)
-    multiply = types.void(x, x, x, p, x, PLACE, PAIR, SIZES)
+    multiply = types.void(x, x, x, p, x, PLACE, PAIR, SIZES, NEXT)
     made = (
         routine(_rows_routine, pack),
         routine(_cols_routine, pack),
@@ -343,21 +410,24 @@ def pack(typing, code, panels, to, source, block):
 
 
 @intrinsic
-def _multiply(typing, code, out, start, bias, panels, spare, at, pair, sizes):
+def _multiply(
+    typing, code, out, start, bias, panels, spare, at, pair, sizes, ahead
+):
     kinds = out, start, bias, panels, spare
-    return types.void(INT, *kinds, PLACE, PAIR, SIZES), _jump
+    return types.void(INT, *kinds, PLACE, PAIR, SIZES, NEXT), _jump
 
 
 @inlined
-def multiply_panels(code, x, at, pair, sizes):
+def multiply_panels(code, x, at, pair, sizes, ahead):
     """Write a block: out = start + bias + the product of packed panels.
 
     For kernels. code: the multiplying routine. x: a Flat. at: a Place.
     pair: where the panels of both factors begin. sizes: rows, columns,
-    steps, and how many of those are one chain of additions.
+    steps, and how many of those are one chain of additions. ahead: an Ahead;
+    with steps of 0 at an address that may be read, when nothing is next.
     """
     out, start, bias, panels, spare = x
-    _multiply(code, out, start, bias, panels, spare, at, pair, sizes)
+    _multiply(code, out, start, bias, panels, spare, at, pair, sizes, ahead)
 
 
 # %% [markdown]
@@ -372,22 +442,23 @@ def multiply_panels(code, x, at, pair, sizes):
 # A chain is 384 steps of the sum: a panel of columns takes 24 KB for them in
 # float32 and 16 columns, and mostly stays in the first level while the panels
 # of rows pass by. Panels hold two chains, 768 steps, so that a tile of `out` is
-# fetched once for both. Those of the rows take at most 144 rows, 442 KB, and
-# stay in the second level while all columns pass by. At most 768 columns are
-# packed at a time; they wait in the third level.
+# fetched once for both. Those of the rows take at most 264 rows, 811 KB, and
+# stay in the second level, or near it, while all columns pass by: 256 tokens
+# are one block. At most 768 columns are packed at a time for several blocks of
+# rows; they wait in the third level.
 
 # %% the blocks tags=["export"]
 DEPTH = 384  # steps of the sum in a chain
 LENGTH = 2 * DEPTH  # steps of the sum in a block
-HEIGHT = 144 // ROWS * ROWS  # rows in a block
-WIDTH = 768 // COLS * COLS  # columns in a block
+HEIGHT = 264 // ROWS * ROWS  # rows in a block
+WIDTH = 768 // COLS * COLS  # columns in a block, where rows make several
 SPARE = (HEIGHT + WIDTH) * LENGTH  # where the spare tile begins
 
 
 def work_shape():
     """The shape of the scratch memory that the products pack into.
 
-    A row for each thread that numba may use, of 2.8 MB in float32.
+    A row for each thread that numba may use, of 3.2 MB in float32.
     """
     return numba.config.NUMBA_NUM_THREADS, SPARE + (ROWS + 2) * COLS
 
@@ -436,7 +507,8 @@ def one_block(out, a, b, code, panels, spare):
     at = Place(0, cols + 1, zeros, 0, 0, zeros, 0)
     x = Flat(flat, spare, spare, panels, spare)
     sizes = rows, cols, steps, 16  # four chains
-    multiply_panels(code.multiply, x, at, (0, right), sizes)
+    nothing = Ahead(np.int64(panels.ctypes.data), 0, 0)
+    multiply_panels(code.multiply, x, at, (0, right), sizes, nothing)
 
 
 a, b = rng.normal(size=(31, 50)), rng.normal(size=(70, 50))
@@ -457,7 +529,7 @@ verdict("the rest", (out[-1] == 7).all() and (out[:, -1] == 7).all(), "stays")
 # %% [markdown]
 # ## Design note
 #
-# Panels cost 2.8 MB for each thread and a copy of both factors. Where a factor
+# Panels cost 3.2 MB for each thread and a copy of both factors. Where a factor
 # is used again and again, as the weights are when a model writes text, it can
 # be packed once and kept: [chapter 4.19](../4_practice/19_cache.ipynb) does.
 # In training the weights change with every step, and a weight that is packed
@@ -467,16 +539,16 @@ verdict("the rest", (out[-1] == 7).all() and (out[:, -1] == 7).all(), "stays")
 # ## Exercises
 #
 # **1** (★★). A panel of columns must stay in a first-level cache of 32 KB with
-# room for the line of rows that passes by. For 12 by 32 tiles (AVX-512), how
+# room for the line of rows that passes by. For 8 by 48 tiles (AVX-512), how
 # long may it be? What does the package's choice of 384 steps ask of the cache?
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
-# 32 columns of float32 are 128 bytes a step, so 384 steps are 48 KB: the whole
-# first level of the processors that have AVX-512 in their newer kinds, and
-# more than that of the older ones, which then take a part of it from the
-# second level. 256 steps would fit; a tile would also end its sums, and begin
-# them anew, once more for every 768 steps.
+# 48 columns of float32 are 192 bytes a step, so 384 steps are 72 KB, more than
+# the first level of the processors that have AVX-512, which then take it from
+# the second: three vectors a step, in the time of 24 FMAs, come from there as
+# fast as they are needed. 160 steps would fit; a tile would also end its sums,
+# and begin them anew, more than twice as often.
 # :::
 
 
@@ -486,8 +558,8 @@ def panel_bytes(cols, steps, itemsize=4):
 
 
 # %% exercise 1, checked
-verdict("384 steps", panel_bytes(32, 384) == 48 << 10, "48 KB")
-verdict("256 steps", panel_bytes(32, 256) == 32 << 10, "32 KB")
+verdict("384 steps", panel_bytes(48, 384) == 72 << 10, "72 KB")
+verdict("160 steps", panel_bytes(48, 160) == 30 << 10, "30 KB")
 
 # %% [markdown]
 # ## What llmnb gained

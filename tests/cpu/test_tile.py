@@ -270,16 +270,19 @@ import sys
 from numba import float32, int64, njit, types, uint32
 from llmnb.cpu.jit import FASTMATH
 from llmnb.cpu.microkernel import multiply_tile
+from llmnb.cpu.tile import VECTORS
 
 @njit(fastmath=FASTMATH, error_model="numpy", no_cfunc_wrapper=True)
-def one(out, at, start, bias, panels, a, b, depth):
-    multiply_tile(out, at, start, bias, panels, a, b, depth)
+def one(out, at, start, bias, panels, a, b, depth, ahead):
+    multiply_tile(
+        out, at, start, bias, panels, a, b, depth, VECTORS, (ahead, 64)
+    )
 
 numbers = types.Array(float32, 1, "C")
 panels = types.Array({"fp32": float32, "bf16": uint32}[sys.argv[1]], 1, "C")
 at = types.UniTuple(int64, 7)
-three = int64, int64, int64
-one.compile(types.void(numbers, at, numbers, numbers, panels, *three))
+four = int64, int64, int64, int64
+one.compile(types.void(numbers, at, numbers, numbers, panels, *four))
 print(json.dumps(list(one.inspect_asm().values())))
 """
 AVX512 = AVX2 + ",+avx512f,+avx512vl,+avx512bw,+avx512dq,+avx512cd"
@@ -299,15 +302,15 @@ def loops(assembly):
 
 @x86_only
 @pytest.mark.parametrize(
-    "precision, processor, features, instruction, register, sums",
+    "precision, processor, features, instruction, register, shape",
     [
-        ("fp32", "haswell", AVX2, "vfmadd...ps", "ymm", 12),
-        ("fp32", "skylake-avx512", AVX512, "vfmadd...ps", "zmm", 24),
-        ("bf16", "znver4", BF16, "vdpbf16ps", "zmm", 24),
+        ("fp32", "haswell", AVX2, "vfmadd...ps", "ymm", (6, 2)),
+        ("fp32", "skylake-avx512", AVX512, "vfmadd...ps", "zmm", (8, 3)),
+        ("bf16", "znver4", BF16, "vdpbf16ps", "zmm", (8, 3)),
     ],
 )
 def test_the_sums_stay_in_registers(
-    processor, features, precision, instruction, register, sums
+    processor, features, precision, instruction, register, shape
 ):
     """Compiled for a processor that need not be this one, and not run."""
     done = python(
@@ -325,6 +328,8 @@ def test_the_sums_stay_in_registers(
         if targets:
             found.append((loop, targets))
     ((loop, targets),) = found  # one loop has them all
+    rows, vectors = shape
+    sums = rows * vectors
     assert len(set(targets)) == sums  # every sum is a register
     assert len(targets) % sums == 0  # LLVM may take two steps in a turn
     turns = len(targets) // sums
@@ -333,4 +338,4 @@ def test_the_sums_stay_in_registers(
     assert not [x for x in loop if re.match(stores, x)]  # nor elsewhere
     spread = [x for x in loop if re.match(r"\s+vbroadcastss\s", x)]
     loads = [x for x in loop if re.match(r"\s+vmov[ua]p[sd]\s", x)]
-    assert (len(spread), len(loads)) == (sums // 2 * turns, 2 * turns)
+    assert (len(spread), len(loads)) == (rows * turns, vectors * turns)
