@@ -84,6 +84,6 @@ OTHERS = {
     "plot": "plot {run}",
     "data": "data out --corpus {run}/log.csv --tokenizer byte",
     "info": "info",
-    "bench": "bench --steps 1 --precision fp32 --json - " + SMALL,
+    "bench": "bench --steps 1 --turn 0 --precision fp32 --json - " + SMALL,
     "help": "train --help",
 }

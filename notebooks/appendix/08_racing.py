@@ -46,7 +46,7 @@ from llmnb.book.verify import verdict
 # **The machine changes.** Another program wakes up, the processor gets hot
 # and lowers its clock. Run all steps of one program and then all of the
 # other, and the second may meet another machine. So the programs take
-# turns: a **round** is one step of each, and a disturbance that lasts longer
+# turns: a **round** is one turn of each, and a disturbance that lasts longer
 # than a round hits all of them.
 #
 # **One number hides the noise.** Within a round, take the ratio of two
@@ -57,7 +57,10 @@ from llmnb.book.verify import verdict
 # **Programs disturb each other.** Two libraries in one process share its
 # memory, and their threads compete for the cores. So each program has a
 # process of its own, and there it sleeps until its turn: it waits for a line
-# on its standard input.
+# on its standard input. The caches are shared all the same: the first step of
+# a turn finds the other's numbers in them. Who trains takes thousands of
+# steps in a row, so a turn of training is at least a second of steps, and
+# its time is their mean.
 #
 # Let us try the first two answers on a machine that we make up. Program a
 # takes 1 second a step, program b takes 1.1. The machine gets slower by half
@@ -94,7 +97,7 @@ import sys
 import time
 from itertools import count
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 
 # %% peak memory tags=["export"] module="bench.peers"
@@ -121,31 +124,36 @@ def peak_memory(pid="self"):
 # anew with each program, so we read that where it exists.
 #
 # `serve` is the contestant's side of the conversation. It answers each line
-# `step` with a line of JSON, and any other line with the facts it has
-# gathered. It also watches itself sleep: a library whose threads spin while
+# `step`, with the seconds to fill, with a line of JSON, and any other line
+# with the facts it has gathered. It also watches itself sleep: a library whose threads spin while
 # they wait takes time from the program whose turn it is. So it reports the
 # processor time that a wait cost, all threads together.
 
 
 # %% take orders tags=["export"] module="bench.peers"
 def serve(step, facts, commands, reply):
-    """Train one step for each line "step" of a file, until another line.
+    """Train for each line "step SECONDS" of a file, until another line.
 
-    step: a function that returns a dict, which is answered with the
-    seconds it took unless it says them itself. facts: a function that
+    step: a function that returns a dict, which may say the seconds that it
+    took. It is called once, and again until SECONDS are spent; the answer
+    is the last dict, with the mean of the seconds. facts: a function that
     returns what to answer at the end. commands: a text file. reply: takes
     each answer, a dict.
     """
     waits = []
     while True:
         start = time.process_time()
-        command = commands.readline().strip()
+        command, *turn = commands.readline().split() or [""]
         waits.append(time.process_time() - start)
         if command != "step":
             break
-        start = time.perf_counter()
-        found = step()
-        reply({"seconds": time.perf_counter() - start, **found})
+        spent = []
+        while not spent or sum(spent) < float(*turn):
+            start = time.perf_counter()
+            found = step()
+            now = time.perf_counter()
+            spent.append(found.get("seconds", now - start))
+        reply(found | {"seconds": fmean(spent)})
     waited = {"cpu_seconds_a_wait": median(waits)}
     reply({"peak_bytes": peak_memory(), **waited, **facts()})
 
@@ -770,9 +778,10 @@ class Settings(NamedTuple):
     """How to race: what llmnb computes in, against whom, how often.
 
     precisions: of `GPT2`. against: names of `PEERS`, and "llmc=PATH", where
-    PATH is llm.c's compiled train_gpt2. steps: how many are measured, one a
-    round. threads: of each contestant, or None for all cores. backend: of
-    `GPT2`. torch_python: the interpreter that has torch.
+    PATH is llm.c's compiled train_gpt2. steps: how many rounds are
+    measured. threads: of each contestant, or None for all cores. backend:
+    of `GPT2`. torch_python: the interpreter that has torch. turn: seconds of
+    training in a turn, at least.
     """
 
     precisions: tuple = ("fp32",)
@@ -781,6 +790,7 @@ class Settings(NamedTuple):
     threads: int | None = None
     backend: str = "cpu"
     torch_python: str = sys.executable
+    turn: float = 1.0
 
 
 # %% the contestant's environment tags=["exporti"] module="bench.race"
@@ -857,9 +867,12 @@ class Contestant:
             print(command, file=self._process.stdin, flush=True)
         return self._answer()
 
-    def step(self):
-        """Train once; a dict with the seconds and the loss."""
-        return self._ask("step")
+    def step(self, turn=0):
+        """Train once, and again until `turn` seconds are over.
+
+        Returns the last step's dict, with the mean of the seconds.
+        """
+        return self._ask(f"step {turn}")
 
     def finish(self):
         """Stop; a dict of what the process knows about itself."""
@@ -891,6 +904,8 @@ def lineup(settings):
         number = getattr(settings, name)
         if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
+    if not 0 <= settings.turn <= 3600:
+        raise ValueError(f"turn must be 0 to 3600 s, got {settings.turn}")
     specs, on_gpu = {}, settings.backend == "cuda"
     for precision in settings.precisions:
         choose("precision", precision, PRECISIONS)
@@ -1008,7 +1023,10 @@ def race(specs, rounds, settings, bar=iter):
                 continue
             stack.callback(runner.close)
             runners[name] = runner
-        steps = {k: partial(_or_why, x.step) for k, x in runners.items()}
+        steps = {
+            k: partial(_or_why, partial(x.step, settings.turn))
+            for k, x in runners.items()
+        }
         turns = take_turns(steps, bar(range(rounds)), PAUSE)
         for name, each in turns.items():
             each = [*each, _or_why(runners[name].finish)]

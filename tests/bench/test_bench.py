@@ -41,11 +41,11 @@ ROOT = Path(__file__).parents[2]
 CFG = GPT2Config(16, 131, 3, 2, 16)
 SHAPE = {"model": dict(vars(CFG)), "batch_size": 2, "seq_len": 16}
 OURS = {"kind": "llmnb", "backend": "reference", "precision": "fp32"}
-REFERENCE = Settings(("fp32", "bf16"), (), 3, 1, "reference")
+REFERENCE = Settings(("fp32", "bf16"), (), 3, 1, "reference", turn=0)
 FP32 = REFERENCE._replace(precisions=("fp32",))
 TINY = {"tiny": (CFG, 2, 16)}
-RACE = Settings(("fp32",), ("torch",), 3)
-ONE_THREAD = Settings(threads=1)
+RACE = Settings(("fp32",), ("torch",), 3, turn=0)
+ONE_THREAD = Settings(threads=1, turn=0)
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
@@ -141,7 +141,7 @@ def test_the_batch_is_the_same_for_all():
 
 def test_serve():
     answers, numbers = [], iter([1.0, 2.0])
-    commands = io.StringIO("step\nstep\nfinish\nstep\n")
+    commands = io.StringIO("step\nstep 0\nfinish\nstep\n")
     step, facts = lambda: {"loss": next(numbers)}, lambda: {"threads": 3}
     peers.serve(step, facts, commands, answers.append)
     assert [x.get("loss") for x in answers] == [1.0, 2.0, None]
@@ -149,6 +149,15 @@ def test_serve():
     assert answers[2]["threads"] == 3
     assert answers[2]["cpu_seconds_a_wait"] >= 0
     assert commands.read() == "step\n"
+
+
+def test_a_turn_is_filled_with_steps():
+    answers, seconds = [], iter([0.75, 0.5, 2.0])
+    commands = io.StringIO("step 1\nstep 1\nfinish\n")
+    peers.serve(
+        lambda: {"seconds": next(seconds)}, dict, commands, answers.append
+    )
+    assert [x.get("seconds") for x in answers] == [0.625, 2.0, None]
 
 
 # processes
@@ -248,7 +257,7 @@ def test_torch_trains_the_same_model(name):
     python = os.environ.get("LLMNB_TORCH_PYTHON", sys.executable)
     if not has_torch(python):
         pytest.skip("no torch: LLMNB_TORCH_PYTHON may name a Python with it")
-    settings = Settings((), (name,), 3, 1, "reference", python)
+    settings = Settings((), (name,), 3, 1, "reference", python, 0)
     row = run_race(settings)[name]
     assert len(row["loss"]) == len(row["seconds"]) == 5
     assert abs(row["loss"][0] - math.log(CFG.padded_vocab_size)) < 0.1
@@ -290,7 +299,7 @@ def test_a_llama_races_torchs(family):
     if not has_torch(python):
         pytest.skip("no torch: LLMNB_TORCH_PYTHON may name a Python with it")
     cfg = ARCHITECTURES[family](16, 128, 2, 4, 16, num_kv_heads=2)
-    settings = Settings(("fp32",), ("torch",), 2, 1, "reference", python)
+    settings = Settings(("fp32",), ("torch",), 2, 1, "reference", python, 0)
     (contest,) = bench({"a": (cfg, 2, 8)}, settings)["contests"]
     assert contest["model"]["family"] == family
     assert contest["about"].startswith(f"{family}, 2 layers")
@@ -399,6 +408,7 @@ def test_the_environment_of_a_contestant(monkeypatch):
         ),
         ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
         ({"threads": -1}, ValueError, "threads must be at least 1, got -1"),
+        ({"turn": float("nan")}, ValueError, "turn must be 0 to 3600 s, got"),
     ],
 )
 def test_who_cannot_race(settings, error, message):
@@ -953,7 +963,7 @@ def test_who_ends_in_the_race_stops_nobody(monkeypatch):
             log.append(f"start {name}")
             self.name, self.left = name, spec["rounds"]
 
-        def step(self):
+        def step(self, turn):
             self.left -= 1
             if self.left < 0:
                 raise ChildProcessError(f"{self.name}: out of memory")

@@ -10,6 +10,8 @@ from llmnb.cli import bench as bench_command
 from llmnb.config import GPT2Config
 from llmnb.model.gpt2 import GPT2
 
+SHORT = [*SMALL.split(), "--turn", 0]
+
 
 def test_a_picture_that_fails_costs_no_measurement(
     llmnb, tmp_path, monkeypatch
@@ -17,7 +19,7 @@ def test_a_picture_that_fails_costs_no_measurement(
     savefig = "matplotlib.figure.Figure.savefig"
     monkeypatch.setattr(savefig, raising(OSError, "no font"))
     files = ["--json", "a.json", "--plot", "a.png"]
-    args = [*files, "--precision", "fp32", "--steps", 1, *SMALL.split()]
+    args = [*files, "--precision", "fp32", "--steps", 1, *SHORT]
     code, out, err = llmnb("bench", *args)
     assert code == 1 and "error: no font" in err
     assert "tokens/s" in out and (tmp_path / "a.json").exists()
@@ -26,7 +28,7 @@ def test_a_picture_that_fails_costs_no_measurement(
 def test_bench(llmnb, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     files = ["--json", "a.json", "--plot", "a.png"]
-    code, out, err = llmnb("bench", "--steps", 2, *files, *SMALL.split())
+    code, out, err = llmnb("bench", "--steps", 2, *files, *SHORT)
     assert code == 0
     assert "tokens/s" in out and "matmul_backward" in out
     assert "Not measured: llmnb bf16" in out
@@ -40,7 +42,7 @@ def test_bench(llmnb, tmp_path, monkeypatch):
 
 def test_bench_prints_json(llmnb):
     args = ["--steps", 1, "--precision", "fp32", "--json", "-"]
-    code, out, _ = llmnb("bench", *args, *SMALL.split(), "--threads", 1)
+    code, out, _ = llmnb("bench", *args, *SHORT, "--threads", 1)
     assert code == 0
     found = json.loads(out)
     assert found["threads"] == 1

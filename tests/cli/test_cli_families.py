@@ -130,7 +130,7 @@ def test_info_and_bench_know_every_family(llmnb, family):
     how = [*SMALL.split(), "--arch", family]
     code, out, _ = llmnb("info", *how)
     assert code == 0 and "MFLOP" in out
-    args = ["--steps", 1, "--precision", "fp32"]
+    args = ["--steps", 1, "--turn", 0, "--precision", "fp32"]
     code, out, err = llmnb("bench", *args, *how)
     assert code == 0 and "tokens/s" in out, err
     assert (f"{family}, 1 layers" in out) == (family != "gpt2")

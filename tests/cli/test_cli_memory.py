@@ -20,7 +20,7 @@ from llmnb.model.gpt2 import GPT2
         ("generate {run}", "fewer or shorter texts"),
         ("generate {run} --backend reference", "a smaller batch_size"),
         ("eval {run} --text big.txt", "a smaller batch_size"),
-        ("bench --steps 1 " + SMALL, "fewer precisions"),
+        ("bench --steps 1 --turn 0 " + SMALL, "fewer precisions"),
     ],
 )
 def test_too_little_memory_is_one_line(
@@ -43,7 +43,8 @@ def test_memory_goes_by_what_is_asked(llmnb, trained, tmp_path, free):
     assert llmnb(*ask, 2)[0] == 0
     model = GPT2(GPT2Config(16, 300, 1, 2, 16), 2, 16, "reference")
     free(3 * model.memory.nbytes // 2)  # one of them fits, but not two
-    ask = ["bench", "--steps", 1, *SMALL.split(), "--precision", "fp32"]
+    ask = ["bench", "--steps", 1, "--turn", 0, *SMALL.split()]
+    ask += ["--precision", "fp32"]
     code, _, err = llmnb(*ask, "fp64")
     assert code == 1 and "fewer precisions" in err
     assert llmnb(*ask)[0] == 0
