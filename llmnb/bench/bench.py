@@ -126,7 +126,8 @@ def _steps(name, cfg, batch_size, seq_len, settings, bar):
     rows = [_step_row(x, tokens, flops) for x in _rows(found)]
     about = (
         f"{_model_words(cfg)}, {parameter_count(cfg):,} parameters; batches "
-        f"of {batch_size} times {seq_len} tokens; {settings.steps} rounds"
+        f"of {batch_size} times {seq_len} tokens; {settings.steps} rounds of "
+        f"turns of at least {settings.turn:g} s"
     )
     return {
         "name": name, "kind": "step", "about": about, "model": _record(cfg),
@@ -217,7 +218,7 @@ def losses_contest(precisions, settings, steps=20, config=CONFIGS["small"]):
         | {"backend": backend, "precision": precision}
         for backend, precision in runs
     }
-    rows = _rows(race(specs, steps, settings))
+    rows = _rows(race(specs, steps, settings._replace(turn=0)))
     if "unmeasured" in rows[0]:  # with which all others are compared
         raise ChildProcessError(f"{rows[0]['name']}: {rows[0]['unmeasured']}")
     want = rows[0]["loss"]
@@ -253,7 +254,7 @@ def bench_writers(cfg, prompt=64, count=64, settings=None):
             f"a prompt of {prompt} and {count} more tokens: must be at least "
             f"1 and 2, together at most {cfg.max_seq_len}"
         )
-    settings = settings or Settings()
+    settings = (settings or Settings())._replace(turn=0)
     result = facts_of(settings)
     spec = {"vocab_size": cfg.vocab_size, "prompt": prompt, "count": count}
     with tempfile.TemporaryDirectory() as folder:

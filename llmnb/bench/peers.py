@@ -20,7 +20,7 @@ import sys
 import time
 from itertools import count
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 
 # peak memory
@@ -45,10 +45,11 @@ def peak_memory(pid="self"):
 
 # take orders
 def serve(step, facts, commands, reply):
-    """Train one step for each line "step" of a file, until another line.
+    """Train for each line "step SECONDS" of a file, until another line.
 
-    step: a function that returns a dict, which is answered with the
-    seconds it took unless it says them itself. facts: a function that
+    step: a function that returns a dict, which may say the seconds that it
+    took. It is called once, and again until SECONDS are spent; the answer
+    is the last dict, with the mean of the seconds. facts: a function that
     returns what to answer at the end. commands: a text file. reply: takes
     each answer, a dict.
 
@@ -57,13 +58,17 @@ def serve(step, facts, commands, reply):
     waits = []
     while True:
         start = time.process_time()
-        command = commands.readline().strip()
+        command, *turn = commands.readline().split() or [""]
         waits.append(time.process_time() - start)
         if command != "step":
             break
-        start = time.perf_counter()
-        found = step()
-        reply({"seconds": time.perf_counter() - start, **found})
+        spent = []
+        while not spent or sum(spent) < float(*turn):
+            start = time.perf_counter()
+            found = step()
+            now = time.perf_counter()
+            spent.append(found.get("seconds", now - start))
+        reply(found | {"seconds": fmean(spent)})
     waited = {"cpu_seconds_a_wait": median(waits)}
     reply({"peak_bytes": peak_memory(), **waited, **facts()})
 

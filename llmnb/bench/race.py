@@ -44,9 +44,10 @@ class Settings(NamedTuple):
     """How to race: what llmnb computes in, against whom, how often.
 
     precisions: of `GPT2`. against: names of `PEERS`, and "llmc=PATH", where
-    PATH is llm.c's compiled train_gpt2. steps: how many are measured, one a
-    round. threads: of each contestant, or None for all cores. backend: of
-    `GPT2`. torch_python: the interpreter that has torch.
+    PATH is llm.c's compiled train_gpt2. steps: how many rounds are
+    measured. threads: of each contestant, or None for all cores. backend:
+    of `GPT2`. torch_python: the interpreter that has torch. turn: seconds of
+    training in a turn, at least.
 
     Derived in chapter A.8.
     """
@@ -57,6 +58,7 @@ class Settings(NamedTuple):
     threads: int | None = None
     backend: str = "cpu"
     torch_python: str = sys.executable
+    turn: float = 1.0
 
 
 # the contestant's environment
@@ -135,9 +137,12 @@ class Contestant:
             print(command, file=self._process.stdin, flush=True)
         return self._answer()
 
-    def step(self):
-        """Train once; a dict with the seconds and the loss."""
-        return self._ask("step")
+    def step(self, turn=0):
+        """Train once, and again until `turn` seconds are over.
+
+        Returns the last step's dict, with the mean of the seconds.
+        """
+        return self._ask(f"step {turn}")
 
     def finish(self):
         """Stop; a dict of what the process knows about itself."""
@@ -171,6 +176,8 @@ def lineup(settings):
         number = getattr(settings, name)
         if number is not None and number < 1:
             raise ValueError(f"{name} must be at least 1, got {number}")
+    if not 0 <= settings.turn <= 3600:
+        raise ValueError(f"turn must be 0 to 3600 s, got {settings.turn}")
     specs, on_gpu = {}, settings.backend == "cuda"
     for precision in settings.precisions:
         choose("precision", precision, PRECISIONS)
@@ -281,7 +288,10 @@ def race(specs, rounds, settings, bar=iter):
                 continue
             stack.callback(runner.close)
             runners[name] = runner
-        steps = {k: partial(_or_why, x.step) for k, x in runners.items()}
+        steps = {
+            k: partial(_or_why, partial(x.step, settings.turn))
+            for k, x in runners.items()
+        }
         turns = take_turns(steps, bar(range(rounds)), PAUSE)
         for name, each in turns.items():
             each = [*each, _or_why(runners[name].finish)]

@@ -48,7 +48,10 @@ class BenchOptions:
         "the Python that has torch (default: this one)",
         metavar="PATH",
     )
-    steps: int = option(Settings().steps, "steps of each to measure")
+    steps: int = option(Settings().steps, "rounds to measure")
+    turn: float = option(
+        Settings().turn, "seconds of training in a turn of each, at least"
+    )
     write: bool = option(
         False, "time tokens of a 124M model instead, against transformers"
     )
@@ -139,6 +142,7 @@ def _settings(args):
         threads=args.threads,
         backend=args.backend,
         torch_python=args.torch_python,
+        turn=args.turn,
     )
 
 

@@ -3,8 +3,8 @@
 """Matrices packed in panels, and their products tile by tile."""
 
 __all__ = [
-    "DEPTH", "HEIGHT", "LENGTH", "SPARE", "WIDTH", "WORK", "check_bf16",
-    "scratch", "work_shape",
+    "DEPTH", "HEIGHT", "LENGTH", "SECOND", "SPARE", "WIDTH", "WORK",
+    "check_bf16", "scratch", "work_shape",
 ]
 
 
@@ -316,7 +316,8 @@ DEPTH = 384  # steps of the sum in a chain
 LENGTH = 2 * DEPTH  # steps of the sum in a block
 HEIGHT = 264 // ROWS * ROWS  # rows in a block
 WIDTH = 768 // COLS * COLS  # columns in a block, where rows make several
-SPARE = (HEIGHT + WIDTH) * LENGTH  # where the spare tile begins
+SECOND = HEIGHT * LENGTH  # where the panels of columns begin
+SPARE = SECOND + WIDTH * LENGTH  # where the spare tile begins
 
 
 def work_shape():
@@ -330,6 +331,33 @@ def work_shape():
 
 
 WORK = "{} {}!?".format(*work_shape())  # as `shapes` reads it
+
+
+# a block of rows
+@inlined
+def _ahead(b, at, row, col):
+    """The Ahead of columns that begin somewhere in a flat array."""
+    size = b.itemsize
+    return Ahead(np.int64(b.ctypes.data) + at * size, row * size, col * size)
+
+
+@inlined
+def multiply_rows(code, x, at, rows, b, columns, apart, fresh):
+    """Multiply a packed block of rows with columns, panel by panel.
+
+    x: a Flat; at: a Place. columns: a Block of b. fresh: pack them too.
+    """
+    for c in range(0, columns.rows, COLS):
+        m, p = min(COLS, columns.rows - c), columns.at + c * columns.row
+        to, ahead = SECOND + c * apart, _ahead(b, p, 0, 0)
+        if fresh:
+            block = Block(p, columns.row, columns.col, m, columns.depth)
+            pack(code.pack_cols, x.panels, to, b, block)
+        if fresh and m < columns.rows - c:
+            p += COLS * columns.row
+            ahead = _ahead(b, p, columns.row, columns.col)
+        here, sizes = moved(at, 0, c), (rows, m, columns.depth, DEPTH)
+        multiply_panels(code.multiply, x, here, (0, to), sizes, ahead)
 
 
 # the scratch memory

@@ -338,8 +338,9 @@ moving("tiles", "a block of the product, tile by tile", rows=4, columns=6)
 # have to be fetched again. [Chapter A.3](../appendix/03_panels.ipynb) packs
 # such blocks from matrices that lie either way, with vectors where it can, and
 # multiplies all tiles of a block. From here on we need two of its functions:
-# `pack` writes the panels of a block, and `multiply_panels` writes a block of
-# `out`.
+# `pack` writes the panels of a block, and `multiply_rows` multiplies a packed
+# block of rows with columns. It packs these a panel at a time, just before they
+# are needed, and asks memory for the next while it multiplies.
 #
 # ## The product
 #
@@ -356,63 +357,11 @@ import numpy as np
 from llmnb.cpu.jit import arguments, inlined, team
 from llmnb.cpu.microkernel import Place, moved, steps_per_line
 from llmnb.cpu.panels import (
-    DEPTH,
-    HEIGHT,
-    LENGTH,
-    SPARE,
-    WIDTH,
-    WORK,
-    Ahead,
-    Block,
-    Flat,
-    Routines,
-    check_bf16,
-    multiply_panels,
-    pack,
-    scratch,
-)
+    HEIGHT, LENGTH, SPARE, WIDTH, WORK, Block, Flat, Routines, check_bf16,
+    multiply_rows, pack, scratch,
+)  # fmt: skip
 from llmnb.cpu.tile import COLS, ROWS
 from llmnb.shapes import shapes
-
-
-# %% [markdown]
-# **Columns.** A block of rows, once packed, is multiplied with one panel of
-# columns after the other. A panel is packed just before it is needed, and while
-# it is multiplied, its tiles ask for what the next one will be packed from
-# (chapter A.3): memory works while the processor computes. Where the strip has
-# more rows than fit in a block, the first block packs the panels and leaves
-# them for the others, `apart` from one to the next. Otherwise all of them take
-# the same place, which so stays in the second-level cache.
-
-
-# %% a block of rows tags=["exporti"]
-SECOND = HEIGHT * LENGTH  # where the panels of columns begin
-
-
-@inlined
-def _ahead(b, at, row, col):
-    """The Ahead of columns that begin somewhere in a flat array."""
-    size = b.itemsize
-    return Ahead(np.int64(b.ctypes.data) + at * size, row * size, col * size)
-
-
-@inlined
-def _multiply_rows(code, x, at, rows, b, columns, apart, fresh):
-    """Multiply a packed block of rows with columns, panel by panel.
-
-    x: a Flat; at: a Place. columns: a Block of b. fresh: pack them too.
-    """
-    for c in range(0, columns.rows, COLS):
-        m, p = min(COLS, columns.rows - c), columns.at + c * columns.row
-        to, ahead = SECOND + c * apart, _ahead(b, p, 0, 0)
-        if fresh:
-            block = Block(p, columns.row, columns.col, m, columns.depth)
-            pack(code.pack_cols, x.panels, to, b, block)
-        if fresh and m < columns.rows - c:
-            p += COLS * columns.row
-            ahead = _ahead(b, p, columns.row, columns.col)
-        here, sizes = moved(at, 0, c), (rows, m, columns.depth, DEPTH)
-        multiply_panels(code.multiply, x, here, (0, to), sizes, ahead)
 
 
 # %% [markdown]
@@ -457,7 +406,7 @@ def _multiply_strip(x, strip, where, steps, depth, code, panels, spare):
                 if k > 0:
                     o, line = at.out, at.out_row
                     at = Place(o, line, o, line, 1, zeros, 0)
-                _multiply_rows(
+                multiply_rows(
                     code, flat, at, rows, b, columns, apart, i == top
                 )
 

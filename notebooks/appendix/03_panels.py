@@ -452,7 +452,8 @@ DEPTH = 384  # steps of the sum in a chain
 LENGTH = 2 * DEPTH  # steps of the sum in a block
 HEIGHT = 264 // ROWS * ROWS  # rows in a block
 WIDTH = 768 // COLS * COLS  # columns in a block, where rows make several
-SPARE = (HEIGHT + WIDTH) * LENGTH  # where the spare tile begins
+SECOND = HEIGHT * LENGTH  # where the panels of columns begin
+SPARE = SECOND + WIDTH * LENGTH  # where the spare tile begins
 
 
 def work_shape():
@@ -464,6 +465,43 @@ def work_shape():
 
 
 WORK = "{} {}!?".format(*work_shape())  # as `shapes` reads it
+
+
+# %% [markdown]
+# A block of rows, once packed, is multiplied with one panel of columns after
+# the other. A panel is packed just before it is needed, and while it is
+# multiplied, its tiles ask for what the next one will be packed from: memory
+# works while the processor computes. Where there are more rows than fit in a
+# block, the first block packs the panels and leaves them for the others, each
+# `apart` from the one before. Otherwise all of them take the same place, which
+# so stays in the second-level cache.
+
+
+# %% a block of rows tags=["exporti"]
+@inlined
+def _ahead(b, at, row, col):
+    """The Ahead of columns that begin somewhere in a flat array."""
+    size = b.itemsize
+    return Ahead(np.int64(b.ctypes.data) + at * size, row * size, col * size)
+
+
+@inlined
+def multiply_rows(code, x, at, rows, b, columns, apart, fresh):
+    """Multiply a packed block of rows with columns, panel by panel.
+
+    x: a Flat; at: a Place. columns: a Block of b. fresh: pack them too.
+    """
+    for c in range(0, columns.rows, COLS):
+        m, p = min(COLS, columns.rows - c), columns.at + c * columns.row
+        to, ahead = SECOND + c * apart, _ahead(b, p, 0, 0)
+        if fresh:
+            block = Block(p, columns.row, columns.col, m, columns.depth)
+            pack(code.pack_cols, x.panels, to, b, block)
+        if fresh and m < columns.rows - c:
+            p += COLS * columns.row
+            ahead = _ahead(b, p, columns.row, columns.col)
+        here, sizes = moved(at, 0, c), (rows, m, columns.depth, DEPTH)
+        multiply_panels(code.multiply, x, here, (0, to), sizes, ahead)
 
 
 # %% the scratch memory tags=["export"]
@@ -495,20 +533,19 @@ def scratch(work, bf16, dtype):
 def one_block(out, a, b, code, panels, spare):
     code = Routines(*code)
     rows, cols, steps = out.shape[0] - 1, out.shape[1] - 1, a.shape[1]
-    right = HEIGHT * LENGTH
     spare[ROWS * COLS : (ROWS + 1) * COLS] = 0
     flat_a, flat_b, flat = a.reshape(-1), b.reshape(-1), out.reshape(-1)
     left = Block(0, steps, 1, rows, steps)
     pack(code.pack_rows, panels, 0, flat_a, left)
     pack(
-        code.pack_cols, panels, right, flat_b, Block(0, steps, 1, cols, steps)
+        code.pack_cols, panels, SECOND, flat_b, Block(0, steps, 1, cols, steps)
     )
     zeros = ROWS * COLS
     at = Place(0, cols + 1, zeros, 0, 0, zeros, 0)
     x = Flat(flat, spare, spare, panels, spare)
     sizes = rows, cols, steps, 16  # four chains
     nothing = Ahead(np.int64(panels.ctypes.data), 0, 0)
-    multiply_panels(code.multiply, x, at, (0, right), sizes, nothing)
+    multiply_panels(code.multiply, x, at, (0, SECOND), sizes, nothing)
 
 
 a, b = rng.normal(size=(31, 50)), rng.normal(size=(70, 50))

@@ -881,7 +881,7 @@ def test_our_writer(tmp_path):
     assert (answer["first_seconds"], answer["token_seconds"]) == (4.0, 2.0)
 
 
-TWO_TEXTS = Settings(steps=2, threads=1)
+TWO_TEXTS = Settings(steps=2, threads=1, turn=0)
 
 
 @pytest.mark.parametrize("last", [2, 3])
