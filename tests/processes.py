@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -49,3 +50,11 @@ def held(folder, then=""):
         yield process
     finally:
         process.communicate(timeout=60)
+
+
+def wait_for(condition, seconds=60):
+    """Until a function says that it is so; fails when it takes too long."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.02)

@@ -1,6 +1,5 @@
 """The benchmark: who races, what is counted, how it is reported."""
 
-import contextlib
 import hashlib
 import io
 import json
@@ -17,6 +16,7 @@ from types import SimpleNamespace
 import numba
 import numpy as np
 import pytest
+from processes import wait_for
 
 from llmnb import cpu
 from llmnb.bench import bench as module
@@ -353,6 +353,14 @@ def train_gpt2(tmp_path):
 
 
 @on_linux
+def ended(pid):
+    """Whether a process is gone, or only waits to be waited for."""
+    try:
+        return "Z (zombie)" in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+
+
 def test_llmc_sleeps_between_its_steps(train_gpt2):
     spec = {**SHAPE, "kind": "llmc", "path": str(train_gpt2)}
     spec |= {"batch_size": 4, "seq_len": 64}
@@ -372,8 +380,7 @@ def test_llmc_sleeps_between_its_steps(train_gpt2):
     finally:
         runner.close()
     assert not folder.exists()
-    with contextlib.suppress(OSError):  # nobody has waited for it yet
-        assert "Z (zombie)" in Path(f"/proc/{pid}/status").read_text()
+    wait_for(lambda: ended(pid))
     with pytest.raises(ChildProcessError, match="the program has ended"):
         peers._line(io.StringIO())
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from commands import LIBRARY
-from processes import ROOT
+from processes import ROOT, wait_for
 
 MPIRUN = Path(sys.executable).with_name("mpirun")
 HERE = importlib.util.find_spec("mpi4py") and MPIRUN.exists()
@@ -121,13 +121,6 @@ def test_the_bits_are_those_of_one(size, count, one, tmp_path):
     assert code == 0, said
     assert said.count("corpus  ") == 1, "one speaks for all"
     assert kept(folder) == kept(one) and rows(folder) == rows(one)
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it took too long"
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(
