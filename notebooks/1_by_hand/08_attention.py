@@ -40,8 +40,8 @@ gpt2_diagram(lit="attention")
 # - work out one attention by hand;
 # - say why there are several heads, and why a linear layer follows them;
 # - say why scores are divided by the root of the head size;
-# - derive the backward pass and say where $T^3$ turns into $T^2$;
-# - say what the forward pass must save, and why one number a row is enough.
+# - derive the backward pass, and say where $T^3$ turns into $T^2$ and why one
+#   saved number a row is enough.
 #
 # ## Setup
 
@@ -77,9 +77,7 @@ from llmnb.shapes import shapes
 # these weights,
 #
 # $$ 0.2483\,(1, 0) + 0.2483\,(0, 1) + 0.5035\,(2, 2)
-#    = (1.2552, 1.2552), $$
-#
-# give or take the last digit.
+#    \approx (1.2552, 1.2552) . $$
 #
 # Position 1 may look at positions 0 and 1 only. Its scores are $0$ and
 # $1.4142$, its weights $0.1956$ and $0.8044$. Position 0 sees nobody but
@@ -96,11 +94,9 @@ print(np.round(weights @ v, 4))
 
 # %% [markdown]
 # Each row holds the weights of one position that reads. The triangle of zeros
-# is the future.
-#
-# Hiding it is what makes the layer *causal*. GPT-2 learns to predict the next
-# token at every position of a text at once, and a position that could read the
-# next one would learn to copy it.
+# is the future. Hiding it makes the layer *causal*: GPT-2 learns to predict the
+# next token at every position of a text at once, and a position that could
+# read the next one would learn to copy it.
 #
 # ## Heads
 #
@@ -154,10 +150,9 @@ plt.show()
 # | `out` | (B, T, NH hs) | the heads' weighted means, side by side |
 # | `lse` | (B, NH, T) | one number for each row of scores, explained later |
 #
-# For GPT-2 the width of `inp` is 3C. The shapes tell the three numbers
-# `Heads(NH, NKV, hs)`: `lse` has $NH$, `out` then has $hs$, and what is left
-# of `inp` is $2\,NKV\,hs$ wide. `count_heads`, folded, finds them and refuses
-# shapes that do not fit.
+# For GPT-2 the width of `inp` is 3C. `count_heads`, folded, reads the three
+# numbers off the shapes: `lse` has $NH$, `out` then has $hs$, and what is left
+# of `inp` is $2\,NKV\,hs$ wide.
 
 
 # %% how many heads tags=["export", "hide-input"]
@@ -361,7 +356,8 @@ compare("by hand", out[0], weights @ v, tol=1e-12)
 #    = \sum_i do_{ti}\, o_{ti} . \tag{1.8.9} $$
 #
 # So $D_t$ is a dot product of $hs$ numbers, known before any weight of the row
-# is.
+# is. With (1.8.4), all that backward needs beside the layer's input and output
+# is one saved number a row.
 #
 # **Queries and keys.** By (1.8.1), $q_{ti}$ enters the scores of row $t$, each
 # $s_{tu}$ with the factor $k_{ui} / \sqrt{hs}$, and $k_{ui}$ those of column $u$,
@@ -404,10 +400,6 @@ plt.show()
 # on each arrow, and what meets is added. The score touched every weight of its
 # row, so the gradient comes to it from all of them: in sum $a_{tu}$ times the
 # difference of what its own weight gets, $da_{tu}$, and the average of all, $D_t$.*
-#
-# **What to save.** $q$, $k$, $v$ and $o$ are in memory as input and output of
-# the layer. (1.8.4) rebuilds $a$ from the log-sum-exp, (1.8.9) gets $D$ from
-# $o$: one saved number a row is enough.
 
 
 # %% attention, backward tags=["export"]
@@ -561,10 +553,9 @@ runs = {
     "two heads": train(2),
 }
 ends = {name: losses[-50:].mean() for name, (losses, _) in runs.items()}
-nothing = abs(ends["no attention"] - np.log(8)) < 0.01
-verdict("no attention", nothing, "knows nothing: log 8")
-half = abs(ends["one head"] - np.log(2)) < 0.01
-verdict("one head", half, "does not tell which: log 2")
+known = {name: abs(end - np.log([8, 2])) < 0.01 for name, end in ends.items()}
+verdict("no attention", known["no attention"][0], "knows nothing: log 8")
+verdict("one head", known["one head"][1], "does not tell which: log 2")
 apart = ends["two heads, no projection"]
 verdict("no projection", apart > np.log(2), "is no further")
 verdict("two heads", ends["two heads"] < 0.02, "has both answers")
@@ -587,9 +578,8 @@ for name, NH in (("one head", 1), ("two heads", 2)):
     q, k, _ = split_qkv(x @ runs[name][1].T, Heads(NH, NH, 16 // NH))
     att = np.exp(masked_scores(q, k))
     maps += list((att / att.sum(-1, keepdims=True)).mean(0)[:, 0])
-titles = "one head", "two heads, the first", "the second"
-for i, (att, title) in enumerate(zip(maps, titles, strict=True)):
-    ax = fig.add_subplot(2, 3, 4 + i)
+for i, title in enumerate(("one head", "two heads, the first", "the second")):
+    att, ax = maps[i], fig.add_subplot(2, 3, 4 + i)
     ax.set_facecolor(PALETTE["pale"])
     ax.imshow(np.where(np.tri(8) > 0, att, np.nan), cmap="Blues", vmax=1)
     ax.set(title=title, xlabel="is read")
@@ -614,13 +604,11 @@ verdict("two heads", shared, "one place each")
 
 # %% [markdown]
 # **Why a projection must follow.** The logits of the two questions take turns,
-# channel by channel. So half of those of each stand
-# in the channels of head 0, and without a projection there is only what head 0
-# has found: it must look at both places, as one head must. (Trained eight
-# times as long, these two come to 0.3, by ways more intricate than a mean over
-# two places.) In GPT-2 what head 0 finds could never leave the first $hs$
-# channels. A matrix in which every output reads all heads, the *projection*,
-# undoes that.
+# channel by channel. So half of those of each stand in the channels of head 0,
+# and without a projection there is only what head 0 has found: it must look at
+# both places, as one head must. In GPT-2 what head 0 finds could never leave
+# the first $hs$ channels. A matrix in which every output reads all heads, the
+# *projection*, undoes that.
 #
 # ## Count it
 #
@@ -630,7 +618,9 @@ verdict("two heads", shared, "one place each")
 # parameter, and $B \cdot NH \cdot T$ numbers are saved. A position sees $T/2$
 # others on average, so attention takes $2\,T C$ operations a position,
 # forward; the four linear layers of its block, with their $12\,C^2$ weights,
-# take $24\,C^2$. The two are equal at $T = 12\,C$, 9,216 positions.
+# take $24\,C^2$. The two are equal at $T = 12\,C$, 9,216 positions. Saving the
+# weights would spare backward one of its five sums and all exponentials, a fair
+# trade for short sequences only.
 #
 # ## Take away
 #
@@ -641,11 +631,6 @@ verdict("two heads", shared, "one place each")
 # - The softmax's matrix of derivatives is never formed: its product
 #   collapses to $a\,(da - D)$, with $D = do \cdot o$.
 # - One saved number a row, the log-sum-exp, rebuilds the weights.
-#
-# ## Design note
-#
-# Saving the weights would spare backward one of its five sums and all
-# exponentials, a fair trade for short sequences only.
 #
 # ## Exercises
 #
@@ -700,9 +685,8 @@ verdict("second word", list(found) == [1, 2, 3, 4, 5, 6], "reads what follows")
 # %% [markdown]
 # ## Further reading
 #
-# - Vaswani et al. (2017), [Attention Is All You
-#   Need](https://arxiv.org/abs/1706.03762): section 3.2, with the reason for
-#   the root in a footnote.
+# - Vaswani et al. (2017),
+#   [Attention Is All You Need](https://arxiv.org/abs/1706.03762): section 3.2.
 # - Olsson et al. (2022),
 #   [In-context Learning and Induction Heads](https://arxiv.org/abs/2209.11895):
 #   the heads of exercise 2, found in trained models.

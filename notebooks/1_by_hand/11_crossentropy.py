@@ -41,9 +41,8 @@ gpt2_diagram(lit="crossentropy")
 # - say what a loss of 10.82 means for a vocabulary of 50,257 tokens, and why
 #   an untrained model starts near there;
 # - derive p - y, the gradient of softmax and cross-entropy together;
-# - say why the fused form saves one number a row where the separate form
-#   saves V, and survives logits on which the separate one loses its
-#   gradient.
+# - say why the fused form saves one number a row and not V, and survives
+#   logits on which the separate form loses its gradient.
 #
 # ## Setup
 
