@@ -248,14 +248,14 @@ def test_differences_are_found(tmp_path):
     (package / "a.py").write_text("one")
     (package / "old.py").write_text("two")
     files = {"llmnb/a.py": "one", "llmnb/b.py": "new"}
-    found = export.differences(files, tmp_path)
+    found = export.out_of_step(files, tmp_path)
     assert found == (["llmnb/b.py"], ["llmnb/old.py"])
     files["llmnb/a.py"] = "changed"
-    changed, _ = export.differences(files, tmp_path)
+    changed, _ = export.out_of_step(files, tmp_path)
     assert changed == ["llmnb/a.py", "llmnb/b.py"]
 
 
 def test_the_package_is_what_the_notebooks_export():
     files = export.render(export.read_chapters(export.ROOT / "notebooks"))
-    assert export.differences(files) == ([], []), "run `make export`"
+    assert export.out_of_step(files) == ([], []), "run `make export`"
     assert not any("# %%" in text for text in files.values())

@@ -4,7 +4,7 @@
 
 __all__ = [
     "APPENDIX", "Cell", "Chapter", "ExportError", "MARKER", "ROOT",
-    "cell_lines", "chapter_label", "collect", "differences", "main",
+    "cell_lines", "chapter_label", "collect", "main", "out_of_step",
     "read_chapter", "read_chapters", "read_heading", "render", "sources",
     "write_text",
 ]
@@ -591,7 +591,7 @@ def write_text(path, text):
 
 
 # compare and write
-def differences(files, root=ROOT):
+def out_of_step(files, root=ROOT):
     """Paths whose text on the disk is missing, different or superfluous.
 
     Derived in chapter A.10.
@@ -636,7 +636,7 @@ def main(argv=None):
         files = render(read_chapters(ROOT / "notebooks"))
     except ExportError as error:
         sys.exit(str(error))
-    changed, extra = differences(files)
+    changed, extra = out_of_step(files)
     if check and (changed or extra):
         sys.exit(f"run `make export`: out of date: {changed + extra}")
     for name in changed:

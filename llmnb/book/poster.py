@@ -4,7 +4,7 @@
 
 __all__ = [
     "LEGEND", "PAGE", "POSTER", "ROOT", "TITLE", "WORD", "coloured_words",
-    "draw_poster", "fingerprint", "is_stale", "main", "page_code",
+    "draw_poster", "is_stale", "main", "page_code", "source_hash",
     "write_poster",
 ]
 
@@ -128,7 +128,7 @@ def draw_poster(text):
 
 
 # write and check
-def fingerprint(text):
+def source_hash(text):
     """A hash of what the sheet prints of the page.
 
     Derived in chapter A.12.
@@ -143,7 +143,7 @@ def is_stale(poster, text):
     Derived in chapter A.12.
     """
     found = re.search(rb"page-[0-9a-f]{32}", poster)
-    return found is None or found[0].decode() != fingerprint(text)
+    return found is None or found[0].decode() != source_hash(text)
 
 
 def write_poster(path, text):
@@ -151,7 +151,7 @@ def write_poster(path, text):
 
     Derived in chapter A.12.
     """
-    facts = {"Title": TITLE, "Keywords": fingerprint(text)}
+    facts = {"Title": TITLE, "Keywords": source_hash(text)}
     facts |= {"CreationDate": None}
     draw_poster(text).savefig(path, format="pdf", metadata=facts)
 

@@ -685,7 +685,7 @@ class RaceError(RuntimeError):
 
 
 # %% a film tags=["export"]
-class Step(NamedTuple):
+class Frame(NamedTuple):
     """What one thread does at one moment, and who races with it.
 
     kind: READ, WRITE, ATOMIC or WAIT. function, line: where in the code,
@@ -729,7 +729,7 @@ class Film:
         moment += not (self.together and before == self._now)
         block, line = _number(lane.block), frame.f_lineno
         line -= code.co_firstlineno
-        step = Step(moment, block, lane.number, kind, code.co_name, line)
+        step = Frame(moment, block, lane.number, kind, code.co_name, line)
         if array is not None:
             first = (address - array.start) // array.itemsize
             self._touched = array.array, first, nbytes // array.itemsize

@@ -784,7 +784,7 @@ def write_text(path, text):
 
 
 # %% compare and write tags=["export"]
-def differences(files, root=ROOT):
+def out_of_step(files, root=ROOT):
     """Paths whose text on the disk is missing, different or superfluous."""
     patterns = "llmnb/**/*.py", "llmnb/*.json", "book/api/*.md"
     there = {
@@ -817,7 +817,7 @@ def main(argv=None):
         files = render(read_chapters(ROOT / "notebooks"))
     except ExportError as error:
         sys.exit(str(error))
-    changed, extra = differences(files)
+    changed, extra = out_of_step(files)
     if check and (changed or extra):
         sys.exit(f"run `make export`: out of date: {changed + extra}")
     for name in changed:
@@ -829,7 +829,7 @@ def main(argv=None):
 
 # %% this page and the package
 files = render(read_chapters(ROOT / "notebooks"))
-changed, extra = differences(files)
+changed, extra = out_of_step(files)
 verdict("llmnb", changed == extra == [], "is what the chapters export")
 
 # %% [markdown]
@@ -1128,7 +1128,7 @@ for source in sources(ROOT / "notebooks"):
 
 # %% exercise 1, checked
 files = render(read_chapters(copies))
-changed, extra = differences(files)
+changed, extra = out_of_step(files)
 print(changed)
 verdict("one cell", len(changed) == 2 and not extra, "changes two files")
 

@@ -440,7 +440,7 @@ def draw_poster(text):
 
 
 # %% write and check tags=["export"] module="book.poster"
-def fingerprint(text):
+def source_hash(text):
     """A hash of what the sheet prints of the page."""
     code = "\n".join(page_code(text))
     return f"page-{hashlib.sha256(code.encode()).hexdigest()[:32]}"
@@ -449,12 +449,12 @@ def fingerprint(text):
 def is_stale(poster, text):
     """Whether a PDF, its bytes, was drawn from another page than this."""
     found = re.search(rb"page-[0-9a-f]{32}", poster)
-    return found is None or found[0].decode() != fingerprint(text)
+    return found is None or found[0].decode() != source_hash(text)
 
 
 def write_poster(path, text):
     """Draw the sheet and write it as a PDF."""
-    facts = {"Title": TITLE, "Keywords": fingerprint(text)}
+    facts = {"Title": TITLE, "Keywords": source_hash(text)}
     facts |= {"CreationDate": None}
     draw_poster(text).savefig(path, format="pdf", metadata=facts)
 
