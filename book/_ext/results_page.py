@@ -31,11 +31,12 @@ HEAD = """\
 Every number on this page comes from a file in `book/results/`, which
 `llmnb bench` wrote; each section gives its command. All programs train the
 same model on random tokens with AdamW, in the same number of threads, each
-in a process of its own. They take turns, one step each, and do not clip
-gradients. Times are medians over the rounds. A ratio is the median of the
-ratios within the rounds, with the lowest and the highest beside it: below 1,
-llmnb takes less time. The load is the number of threads that other programs
-wanted to run just before; when it is not far below 1, distrust the numbers.
+in a process of its own. They take turns and do not clip gradients; a turn is
+one step, or as many as fill the time that a section names. Times are medians
+over the rounds. A ratio is the median of the ratios within the rounds, with
+the lowest and the highest beside it: below 1, llmnb takes less time. The load
+is the number of threads that other programs wanted to run just before; when
+it is not far below 1, distrust the numbers.
 [Chapter A.8](../notebooks/appendix/08_racing.ipynb) says why we measure so.
 
 *Of limit* compares the operations of a step, done in the time it took, with
