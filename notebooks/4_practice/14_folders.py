@@ -145,6 +145,8 @@ def save_figure(path, steps, landmarks):
 
 
 # %% imports of start tags=["export"] module="train.start"
+import platform
+
 import numpy as np
 
 from llmnb.arena import footprint
@@ -193,16 +195,19 @@ def checked_size(config, cfg, group=ALONE):
 
     cfg: the GPT2Config. All of the model counts here, as training writes to
     all of it, with the gradients that wait for others and without what
-    other processes of the group hold; a GPU's memory answers for itself.
-    Raises MemoryError.
+    other processes of the group hold; the processes on one machine count
+    together. A GPU's memory answers for itself. Raises MemoryError.
     """
+    here, size = platform.node(), 0
     if config.backend != "cuda":
         dtype = np.float64 if config.precision == "fp64" else np.float32
         layout = gpt2_layout(cfg, config.batch_size, config.seq_len, dtype)
         sizes = footprint(layout)
         wait = waiting(group.share(config.micro_batches)) * sizes["grads"]
         others = (sizes["m"] + sizes["v"]) * (1 - 1 / group.size)
-        check_room(int(sum(sizes.values()) + wait - others))
+        size = int(sum(sizes.values()) + wait - others)
+    everyone = group.gather([here, size])
+    check_room(sum(n for machine, n in everyone if machine == here))
     return config.some("batch_size", "seq_len", "backend", "precision")
 
 
