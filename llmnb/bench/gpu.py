@@ -3,9 +3,12 @@
 """Everything worth knowing from a GPU, in eight minutes."""
 
 __all__ = [
-    "PRECISIONS", "Result", "SETTINGS", "SMALL", "ask_kernels", "ask_right",
-    "ask_steps", "drawn_by", "exact_gradients", "expected_by", "gradients",
-    "graph_of_parts", "main", "measure", "needed_layer", "wrong_by",
+    "FAR", "HALVES", "PRECISIONS", "Result", "SETTINGS", "SINGLE", "SMALL",
+    "ask_halves", "ask_kernels", "ask_right", "ask_steps", "drawn_by",
+    "exact_gradients", "expected_by", "fitting_batch", "free_bytes",
+    "gradients", "graph_of_parts", "half_apart", "half_arguments",
+    "layer_bytes", "main", "measure", "mma_peak", "model_bytes",
+    "needed_layer", "wrong_by",
 ]
 
 
@@ -13,28 +16,36 @@ __all__ = [
 import argparse
 import json
 import math
-import re
 import time
 from contextlib import contextmanager
 from functools import cache, partial
+from statistics import median
 from types import SimpleNamespace
 
 import numpy as np
 
-from llmnb.arena import put
+from llmnb.arena import footprint, put
 from llmnb.bench.bench import CONFIGS, WARM_UP, _specs, _step_row
 from llmnb.bench.clock import Clock, limits, no_times
 from llmnb.bench.contest import TOLERANCE, _ready, in_turns, judge
-from llmnb.bench.ladders import GPT2_124M, LADDERS, TINY, needed, version_name
+from llmnb.bench.ladders import (
+    GPT2_124M, LADDERS, TINY, declared_shape, ladder_named, needed,
+    version_name,
+)
 from llmnb.bench.peers import torch_on
 from llmnb.bench.race import Settings, facts_of, race, ratios
 from llmnb.config import GPT2Config
+from llmnb.cuda.bf16_attention import attention_scratch_bf16
+from llmnb.cuda.bf16_matmul import multiply
 from llmnb.cuda.cublas import no_cublas
 from llmnb.files import replacing
-from llmnb.gpu.launch import Kernel, to_device
-from llmnb.gpu.simulator import watch
+from llmnb.gpu.fragments import pack
+from llmnb.gpu.launch import Kernel, empty, kernel, to_device, to_host
+from llmnb.gpu.simulator import cuda, watch
 from llmnb.gpu.toolkit import numba_cuda
 from llmnb.model.gpt2 import GPT2
+from llmnb.model.layout import gpt2_layout
+from llmnb.reference.bfloat16 import from_bfloat16, to_bfloat16
 
 
 # a result on disk
@@ -136,12 +147,12 @@ def gradients(found, copies, precision):
     }
 
 
-def graph_of_parts(cfg, batch_size, seq_len, steps=4):
+def graph_of_parts(cfg, batch_size, seq_len, precision="fp32", steps=4):
     """In how many of some steps a graph leaves the bits of its parts.
 
     Derived in chapter A.17.
     """
-    shape = batch_size, seq_len, "cuda"
+    shape = batch_size, seq_len, "cuda", precision
     whole, parts = (GPT2(cfg, *shape, seed=3) for _ in range(2))
     draw, same = np.random.default_rng(5), 0
     for k in range(1, 1 + steps):
@@ -172,14 +183,226 @@ def ask_right(result, shapes, precisions):
             row = partial(gradients, exact, copies, precision)
             needs = 10 if exact.cache_info().currsize else 30
             result.row(contest, f"{name} {precision}", row, needs)
-        if rows > 1:
-            row = partial(graph_of_parts, cfg, rows, T)
-            result.row(contest, f"{name}, graph and parts", row)
+        for precision in precisions if rows > 1 else ():
+            row = partial(graph_of_parts, cfg, rows, T, precision)
+            result.row(contest, f"{name} {precision}, graph and parts", row)
+
+
+# what fits
+def free_bytes():
+    """Bytes that are free on the GPU.
+
+    Derived in chapter A.17.
+    """
+    return numba_cuda().current_context().get_memory_info()[0]
+
+
+def fitting_batch(batch_size, needs, free):
+    """The batch size, halved until needs(it) bytes are free.
+
+    Raises MemoryError, in one sentence, where one sequence does not fit.
+
+    Derived in chapter A.17.
+    """
+    while needs(batch_size) > free:
+        if batch_size == 1:
+            raise MemoryError(
+                f"one sequence needs {needs(1):,} bytes on the GPU, of which "
+                f"{free:,} are free"
+            )
+        batch_size //= 2
+    return batch_size
+
+
+def model_bytes(cfg, seq_len, batch_size):
+    """Bytes in which a GPT2 trains in float32, without scratch memory.
+
+    Derived in chapter A.17.
+    """
+    return sum(footprint(gpt2_layout(cfg, batch_size, seq_len)).values())
+
+
+def layer_bytes(ladder, sizes, batch_size):
+    """Bytes for judging and timing all versions of a layer, roughly.
+
+    Derived in chapter A.17.
+    """
+    letters = sizes._replace(B=batch_size).letters
+    shapes = [
+        declared_shape(x, letters, ladder.any)
+        for x in needed(needed_layer(ladder))
+    ]
+    wide = 0 if ladder.layer == "adamw_apply" else 6  # it is judged in part
+    copies = len(ladder.versions) + 2 + wide
+    return copies * sum(4 * math.prod(x) for x in shapes)
+
+
+def _fitted(ladder, sizes):
+    """The sizes with as many sequences as fit."""
+    needs = partial(layer_bytes, ladder, sizes)
+    return sizes._replace(B=fitting_batch(sizes.B, needs, free_bytes()))
+
+
+# the limit of mma
+_TURNS = 1024  # of four products of 16 by 16 by 16
+
+
+@kernel(launch_bounds=256)
+def _mma_alone(out, turns):
+    me, s = cuda.grid(1), cuda.local.array(32, np.float32)
+    x = out[me]
+    pair = pack(x, -x)
+    a, b = (pair, pair, pair, pair), (pair, pair, pair, pair)
+    for k in range(32):
+        s[k] = x
+    for _ in range(turns):
+        for j in range(4):
+            multiply(s, 8 * j, a, b)
+    for k in range(1, 32):
+        s[0] += s[k]
+    out[me] = s[0]
+
+
+def mma_peak(clock):
+    """FLOP/s of `mma` in bfloat16 on registers alone.
+
+    Derived in chapter A.17.
+    """
+    grid = 8 * numba_cuda().get_current_device().MULTIPROCESSOR_COUNT
+    out = to_device(np.full(256 * grid, 0.5, np.float32))
+    run = partial(_mma_alone[grid, 256], out, _TURNS)
+    host = clock.launching(run)
+    seconds = median(clock.seconds(run, host) for _ in range(20))
+    return grid * 8 * _TURNS * 4 * 2 * 16**3 / seconds
 
 
 # the second contest
+HALVES = (
+    "attention_backward",
+    "attention_forward",
+    "matmul_backward",
+    "matmul_forward",
+)
+SINGLE = "bias", "dbias", "dweight", "lse"  # float32 in the layers too
+FAR = 2**-8  # relative in norm: who is further from float64 is wrong
+
+
+def half_arguments(ladder, sizes):
+    """A layer's arguments, all but `SINGLE` rounded to bfloat16 and back.
+
+    Derived in chapter A.17.
+    """
+    a = SimpleNamespace(**ladder.draw(sizes))
+    for name, x in vars(a).items():
+        if name not in SINGLE and np.isfinite(x).all():
+            setattr(a, name, from_bfloat16(to_bfloat16(x)))
+    if ladder.layer == "attention_backward":
+        ladder.settle(a)  # out and lse are those of rounded numbers
+    return vars(a)
+
+
+def half_apart(ladder, drawn, there):
+    """How far results are from float64, relative in norm; a dict by name.
+
+    drawn: arguments before, there: arrays after. Of attention two sequences
+    are compared.
+
+    Derived in chapter A.17.
+    """
+    rows = ladder.checked if "attention" in ladder.layer else None
+    want = ladder.expected({k: x[:rows] for k, x in drawn.items()})
+    apart = {}
+    for name, x in want.items():
+        got = to_host(there[name])[:rows]
+        got = got if name in SINGLE else from_bfloat16(got)
+        if not np.isfinite(got).all():
+            raise FloatingPointError(f"{name} is not finite everywhere")
+        apart[name] = float(np.linalg.norm(got - x) / np.linalg.norm(x))
+    return apart
+
+
+def ask_halves(result, sizes, judging=True):
+    """Judge and time the layers in bfloat16; judging: as for kernels.
+
+    Derived in chapter A.17.
+    """
+    clock, torch = Clock(), _torch()
+    peak = mma_peak(clock)
+    for layer in HALVES:
+        about = "in bfloat16"
+        contest = result.contest(f"{layer}_bf16", "kernel", about)
+        contest |= {"work": 0, "limit": peak}
+        rows = {}
+
+        def ours(layer=layer, contest=contest, rows=rows):
+            rows |= _half_rows(layer, sizes, clock, torch, judging, contest)
+            return rows["llmnb bf16"]
+
+        result.row(contest, "llmnb bf16", ours, needs=20)
+        why = {"unmeasured": "ours has failed" if torch else "no PyTorch"}
+        row = rows.get("torch bf16", why)
+        result.row(contest, "torch bf16", lambda row=row: row, needs=-math.inf)
+        contest["ratios"] = ratios(contest["contestants"])
+    result.write()
+
+
+# one layer in bfloat16
+def _half_rows(layer, sizes, clock, torch, judging, contest):
+    """The rows of a layer by name; fills in what the contest is about."""
+    from llmnb import cuda as layers
+
+    ladder = ladder_named(layer)
+    sizes = _fitted(ladder, sizes)
+    contest["about"] += f", timed at {_words(sizes)}"
+    contest["work"] = ladder.flops(sizes)
+    drawn = half_arguments(ladder, sizes)
+    there = {
+        k: to_device(x if k in SINGLE else to_bfloat16(x))
+        for k, x in drawn.items()
+    }
+    more = {}
+    if layer.endswith("backward"):
+        B, T, NH = sizes.B, sizes.T, sizes.NH
+        floats = attention_scratch_bf16(B, T, NH, NH, sizes.C // NH)
+        more["work"] = empty(max(floats, ladder.work(sizes)))
+    run = partial(getattr(layers, f"{layer}_bf16"), *there.values(), **more)
+    run()
+    row = {}
+    if judging:
+        row["apart"] = half_apart(ladder, drawn, there)
+        row["worst"] = max(row["apart"].values())
+        if row["worst"] > FAR:
+            said = f"wrong: {row['worst']:.0e} from float64"
+            return {"llmnb bf16": row | {"unmeasured": said}}
+    runs = {"llmnb bf16": run}
+    if torch:
+        tensors = SimpleNamespace(**_half_tensors(torch, there))
+        runs["torch bf16"] = ladder.torch(torch, tensors)
+    times = in_turns(clock, runs, budget=0.5)
+    found = {name: {"seconds": x} for name, x in times.items()}
+    found["llmnb bf16"] |= row
+    return found
+
+
+def _half_tensors(torch, there):
+    """PyTorch's view of our arrays, and all of them in bfloat16."""
+    found = {}
+    for name, x in there.items():
+        if name in SINGLE:
+            found[name] = torch.as_tensor(x, device="cuda").bfloat16()
+        else:
+            bits = torch.as_tensor(x.view(np.int16), device="cuda")
+            found[name] = bits.view(torch.bfloat16)
+    return found
+
+
+def _words(sizes):
+    return ", ".join(f"{k} = {v}" for k, v in sizes._asdict().items())
+
+
+# the third contest
 SETTINGS = Settings(
-    ("tf32", "fp32"),
+    ("bf16", "tf32", "fp32"),
     (
         "torch-compile-bf16",
         "torch",
@@ -200,7 +423,7 @@ def ask_steps(result, name, shape, settings):
     """
     cfg, B, T = shape
     contest = result.contest(name, "step", f"batches of {B} times {T} tokens")
-    specs = _specs(*shape, settings)
+    specs = _specs(cfg, B, T, settings)
     later = [k for k in specs if k.endswith("no graph")]
     for who in [k for k in specs if k not in later] + later:
         row = partial(_step, who, specs[who], settings, B * T)
@@ -224,8 +447,7 @@ def drawn_by(torch, ladder, sizes, where="cuda"):
     torch.manual_seed(1)
     layer = needed_layer(ladder)
     for x in needed(layer):
-        shape = [letters[y] for y in ladder.any.split()] if x.open else []
-        shape += [n * letters[re.match(r"\w*", y)[0]] for n, y in x.sizes]
+        shape = declared_shape(x, letters, ladder.any)
         if x.limit:
             value = torch.randint(sizes.V, shape, dtype=torch.int32)
         elif x.written and not ladder.changes:
@@ -360,7 +582,7 @@ def _with_lto(run):
     return linked
 
 
-# the third contest
+# the fourth contest
 def ask_kernels(result, sizes, judging=True):
     """Judge and time every version of every layer, most work first.
 
@@ -372,14 +594,15 @@ def ask_kernels(result, sizes, judging=True):
     clock = Clock()
     most, torch = limits(clock), _torch()
     for ladder in sorted(LADDERS, key=lambda x: x.flops is None):
-        shape = ", ".join(f"{k} = {v}" for k, v in sizes._asdict().items())
-        contest = result.contest(ladder.layer, "kernel", f"timed at {shape}")
+        contest = result.contest(ladder.layer, "kernel", "in float32")
         limit = most["fma_peak" if ladder.flops else "copy_bytes"]
         contest |= {"work": 0, "limit": limit}
         found = {}
 
-        def all_rows(ladder=ladder, found=found):
-            found |= _rows(ladder, sizes, clock, torch, judging)
+        def all_rows(ladder=ladder, found=found, contest=contest):
+            fitted = _fitted(ladder, sizes)
+            contest["about"] += f", timed at {_words(fitted)}"
+            found |= _rows(ladder, fitted, clock, torch, judging)
             return found.pop("work")
 
         if result.left() < 15:
@@ -482,7 +705,7 @@ def _bytes(ladder, drawn):
 
 # everything, in order
 SMALL = GPT2Config(64, 251, 2, 2, 128)
-PRECISIONS = ("fp32", "tf32")
+PRECISIONS = ("bf16", "fp32", "tf32")
 
 
 def measure(path, seconds=450, rehearse=False):
@@ -498,19 +721,21 @@ def measure(path, seconds=450, rehearse=False):
     command = "make gpu" + " (rehearsed)" * rehearse
     facts = {"command": command} | facts_of(SETTINGS)
     result = Result(path, seconds, facts)
-    precisions = PRECISIONS[: 1 if no_cublas() else 2]
+    precisions = PRECISIONS[: 2 if no_cublas() else 3]
+    sizes = TINY if rehearse else GPT2_124M
     ask_right(result, {"small": (SMALL, 2, 1, 33)}, precisions)
-    settings, shape = SETTINGS, CONFIGS["124m-16x1024"]
+    ask_halves(result, sizes, judging=not rehearse)
+    settings, (cfg, B, T) = SETTINGS, CONFIGS["124m-16x1024"]
+    B = fitting_batch(B, partial(model_bytes, cfg, T), free_bytes())
     if rehearse:
         settings = SETTINGS._replace(
-            precisions=("fp32",), against=("torch",), steps=2
+            precisions=("bf16",), against=("torch",), steps=2
         )
-        shape = SMALL, 2, 33
-    ask_steps(result, "step", shape, settings)
+        cfg, B, T = SMALL, 2, 33
+    ask_steps(result, "step", (cfg, B, T), settings)
     if not rehearse:
-        large = {"124M, 16 x 1024": (shape[0], 1, 16, 1024)}
+        large = {f"124M, {B} x {T}": (cfg, 1, B, T)}
         ask_right(result, large, precisions)
-    sizes = TINY if rehearse else GPT2_124M
     ask_kernels(result, sizes, judging=not rehearse)
     return result.found
 

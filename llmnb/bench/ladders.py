@@ -4,7 +4,8 @@
 
 __all__ = [
     "COUNTED", "GPT2_124M", "LADDERS", "LONG_ROWS", "Ladder", "Sizes", "TINY",
-    "drawn", "is_float", "ladder_named", "needed", "version_name",
+    "declared_shape", "drawn", "is_float", "ladder_named", "needed",
+    "version_name",
 ]
 
 
@@ -69,6 +70,17 @@ def needed(layer):
     ]  # fmt: skip
 
 
+def declared_shape(argument, letters, any="B T C"):
+    """The shape of one of them, a list; any: what stands for "...".
+
+    Derived in chapter A.7.
+    """
+    shape = [letters[x] for x in any.split()] if argument.open else []
+    for factor, size in argument.sizes:
+        shape.append(factor * letters[re.match(r"\w*", size)[0]])
+    return shape
+
+
 def drawn(layer, letters, seed=0, any="B T C", changes=True):
     """Random arguments that fit a layer: a dict, in the layer's order.
 
@@ -80,9 +92,7 @@ def drawn(layer, letters, seed=0, any="B T C", changes=True):
     """
     random, given = np.random.default_rng(seed), {}
     for a in needed(layer):
-        shape = [letters[x] for x in any.split()] if a.open else []
-        for factor, size in a.sizes:
-            shape.append(factor * letters[re.match(r"\w*", size)[0]])
+        shape = declared_shape(a, letters, any)
         if a.limit:
             given[a.name] = random.integers(0, letters["V"], shape, np.int32)
         elif a.written and not changes:

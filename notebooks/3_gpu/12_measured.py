@@ -266,10 +266,10 @@ def gpu_facts():
 # for two generations of GPUs, run in the simulator, and counted there; every
 # version of every layer, with these counts, stands in
 # [chapter A.7](../appendix/07_ladders.ipynb). On a machine with a GPU
-# `make gpu` checks every gradient of a model in float32 and in TF32 against
-# float64, and measures the step, PyTorch's, and every version of every layer
-# of chapters 3.3 to 3.10 ([chapter A.17](../appendix/17_gpu.ipynb)); bfloat16,
-# of chapters 3.13 to 3.16, it leaves out. The
+# `make gpu` checks every gradient of a model in bfloat16, float32 and TF32
+# against float64, and measures the products and attention on tensor cores of
+# chapters 3.14 and 3.15, the step, PyTorch's, and every version of every layer
+# of chapters 3.3 to 3.10 ([chapter A.17](../appendix/17_gpu.ipynb)). The
 # [results page](../../book/results.md) is drawn from what it writes, and says
 # unmeasured where there is nothing.
 

@@ -74,6 +74,7 @@ _COLUMNS = {
         ("moved", "moved", 1, ".2f"),
         ("requests", "requests", 1, ",d"),
         ("time, µs", "seconds", 1e6, ",.1f"),
+        ("away from float64", "worst", 1, ".1e"),
     ],
 }
 _COMPILED = "registers", "shared", "vector_loads", "vector_stores", "spilled"

@@ -96,6 +96,14 @@ def needed(layer):
     ]  # fmt: skip
 
 
+def declared_shape(argument, letters, any="B T C"):
+    """The shape of one of them, a list; any: what stands for "..."."""
+    shape = [letters[x] for x in any.split()] if argument.open else []
+    for factor, size in argument.sizes:
+        shape.append(factor * letters[re.match(r"\w*", size)[0]])
+    return shape
+
+
 def drawn(layer, letters, seed=0, any="B T C", changes=True):
     """Random arguments that fit a layer: a dict, in the layer's order.
 
@@ -105,9 +113,7 @@ def drawn(layer, letters, seed=0, any="B T C", changes=True):
     """
     random, given = np.random.default_rng(seed), {}
     for a in needed(layer):
-        shape = [letters[x] for x in any.split()] if a.open else []
-        for factor, size in a.sizes:
-            shape.append(factor * letters[re.match(r"\w*", size)[0]])
+        shape = declared_shape(a, letters, any)
         if a.limit:
             given[a.name] = random.integers(0, letters["V"], shape, np.int32)
         elif a.written and not changes:

@@ -7,8 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from llmnb import GPT2Config, cuda
 from llmnb.bench import gpu, start
-from llmnb.bench.ladders import LADDERS, TINY
+from llmnb.bench.ladders import GPT2_124M, LADDERS, TINY, ladder_named
+from llmnb.gpu.launch import simulated, to_host
+from llmnb.reference.bfloat16 import to_bfloat16
 
 NAMES = [x.layer for x in LADDERS]
 REHEARSE = """
@@ -27,16 +30,22 @@ def test_rehearsed_from_end_to_end(on_standin, tmp_path, results_page):
     assert said.rsplit("|", 1)[1].split() == ["0"]
     found = json.loads((tmp_path / "6.json").read_text("utf-8"))
     kinds = [x["kind"] for x in found["contests"]]
-    assert kinds == ["gradients", "step", "kernel", "kernel"]
-    right, step, *kernels = (
+    assert kinds == ["gradients", *4 * ["kernel"], "step", *2 * ["kernel"]]
+    right, *halves, step, one, two = (
         {y["name"]: y for y in x["contestants"]} for x in found["contests"]
     )
-    assert right["small fp32"]["worst"] == pytest.approx(1)  # all zero there
-    assert right["small, graph and parts"] == {
-        "name": "small, graph and parts",
-        "same_steps": 4,
-    }
-    assert len(step["llmnb fp32"]["seconds"]) == 2
+    kernels = one, two
+    for precision in ("fp32", "bf16"):
+        name = f"small {precision}"  # all is zero there
+        assert right[name]["worst"] == pytest.approx(1)
+        name += ", graph and parts"
+        assert right[name] == {"name": name, "same_steps": 4}
+    assert len(step["llmnb bf16"]["seconds"]) == 2
+    for contest, rows in zip(found["contests"][1:5], halves, strict=True):
+        assert contest["limit"] > 0 and contest["work"] > 0
+        assert "timed at B = 2, T = 5, C = 32" in contest["about"]
+        assert len(rows["llmnb bf16"]["seconds"]) >= 5
+        assert {"seconds", "unmeasured"} & set(rows["torch bf16"])
     assert "unmeasured" in step["torch"] or "seconds" in step["torch"]
     for rows, last in zip(
         kernels, ("encoder_backward", "gelu_forward"), strict=True
@@ -99,6 +108,35 @@ def test_pytorch_in_float64_is_the_reference(ladder):
     assert gpu.wrong_by(torch, spoilt, got).startswith(f"{name} is ")
     spoilt = fine | {name: fine[name] * np.nan}
     assert "not finite" in gpu.wrong_by(torch, spoilt, got)
+
+
+@pytest.mark.parametrize("layer", gpu.HALVES)
+def test_layers_in_bfloat16_are_judged(layer):
+    """On the simulator, by the function that judges on a GPU."""
+    ladder, sizes = ladder_named(layer), TINY._replace(T=9)
+    drawn = gpu.half_arguments(ladder, sizes)
+    there = {
+        k: simulated(x if k in gpu.SINGLE else to_bfloat16(x))
+        for k, x in drawn.items()
+    }
+    getattr(cuda, f"{layer}_bf16")(*there.values())
+    apart = gpu.half_apart(ladder, drawn, there)
+    assert set(apart) == set(ladder.results)
+    assert 0 < max(apart.values()) < gpu.FAR
+    name = ladder.results[0]
+    there[name].copy_to_device(np.zeros_like(to_host(there[name])))
+    assert gpu.half_apart(ladder, drawn, there)[name] == pytest.approx(1)
+
+
+def test_the_largest_batch_that_fits():
+    assert gpu.fitting_batch(16, lambda B: 10 * B, 1000) == 16
+    assert gpu.fitting_batch(16, lambda B: 10 * B, 50) == 4
+    with pytest.raises(MemoryError, match="needs 10 bytes on the GPU, of wh"):
+        gpu.fitting_batch(16, lambda B: 10 * B, 9)
+    cfg = GPT2Config()
+    assert 11e9 < gpu.model_bytes(cfg, 1024, 16) < 12e9
+    large = gpu.layer_bytes(ladder_named("fused_classifier"), GPT2_124M, 16)
+    assert 8 * 16 * 1024 * 50304 * 4 < large < 80e9
 
 
 def wheel(folder, name):
