@@ -98,6 +98,14 @@ class HalfBackend(model.Backend):
     Derived in chapter 3.16.
     """
 
+    def __init__(self, layers, precision):
+        super().__init__(layers, precision)
+        self._classifier = model.Classifier((
+            bf16_layers.crossentropy_softmax_forward_bf16,
+            bf16_layers.crossentropy_softmax_backward_bf16,
+            bf16_layers.fused_classifier_bf16,
+        ))  # fmt: skip
+
     def groups(self, cfg, batch_size, seq_len):
         """Scratch memory for the layers, and a place for AdamW's settings."""
         if cfg.family != "gpt2":
@@ -126,6 +134,8 @@ class HalfBackend(model.Backend):
         self._work = memory["work"]["floats"]
         self.ops = model.model_layers(self._work)
         _half_layers(self.ops, memory, self._work)
+        self.ops.crossentropy_softmax_forward = self._classifier.forward
+        self.ops.crossentropy_softmax_backward = self._classifier.backward
         return memory
 
     def floats(self, array):

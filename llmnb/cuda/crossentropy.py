@@ -19,7 +19,7 @@ from llmnb.shapes import shapes
 
 
 # two pairs
-_LOWEST = np.float32(-1e38)  # below every logit; times log2(e) still finite
+LOWEST = np.float32(-1e38)  # below every logit; times log2(e) still finite
 
 
 @device
@@ -44,7 +44,7 @@ def _warp_merged(top, total):
 
 # the pair of a block
 @device
-def _block_merged(top, total, tops, totals):
+def block_merged(top, total, tops, totals):
     """The pair of all logits that the threads of a block have seen.
 
     tops, totals: shared memory, 32 elements each.
@@ -54,7 +54,7 @@ def _block_merged(top, total, tops, totals):
     if lane == 0:
         tops[warp], totals[warp] = top, total
     cuda.syncthreads()
-    top, total = _LOWEST, np.float32(0)
+    top, total = LOWEST, np.float32(0)
     if lane < cuda.blockDim.x // 32:
         top, total = tops[lane], totals[lane]
     return _warp_merged(top, total)
@@ -87,13 +87,13 @@ def _with_four(top, total, a, b, c, d):
 def _row_merged(logits, row, V, whole, tops, totals):
     """The pair of a row, which all threads of a block read together."""
     me, step, Vp = cuda.threadIdx.x, cuda.blockDim.x, logits.shape[1]
-    top, total = _LOWEST, np.float32(0)
+    top, total = LOWEST, np.float32(0)
     for i in range(4 * me, whole, 4 * step):
         a, b, c, d = load4(logits, row * Vp + i)
         top, total = _with_four(top, total, a, b, c, d)
     for i in range(whole + me, V, step):
         top, total = _merged(top, total, logits[row, i], np.float32(1))
-    return _block_merged(top, total, tops, totals)
+    return block_merged(top, total, tops, totals)
 
 
 @kernel(launch_bounds=1024)

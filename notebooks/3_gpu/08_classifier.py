@@ -194,7 +194,7 @@ try_loss(loss_by_threads)
 # Whichever maximum is the larger, it needs the same exponential, so that the
 # lanes of a warp do not have to part ways.
 #
-# A lane that has seen nothing brings (`_LOWEST`, 0): whatever it is merged
+# A lane that has seen nothing brings (`LOWEST`, 0): whatever it is merged
 # with stays as it is. On paper the lowest would be $-\infty$, but fastmath
 # assumes that there is no infinity. The GPU computes $e^x$ as
 # $2^{x \log_2 e}$, so the number is chosen such that this product is finite
@@ -202,7 +202,7 @@ try_loss(loss_by_threads)
 
 
 # %% two pairs tags=["exporti"]
-_LOWEST = np.float32(-1e38)  # below every logit; times log2(e) still finite
+LOWEST = np.float32(-1e38)  # below every logit; times log2(e) still finite
 
 
 @device
@@ -235,7 +235,7 @@ def _warp_merged(top, total):
 logits_of = [[0.5, 1.2], [2.0, -0.5], [-1.0, 1.0], [0.0, -2.0]]
 pairs = []
 for two in logits_of:
-    pair = _LOWEST, np.float32(0)
+    pair = LOWEST, np.float32(0)
     for number in np.float32(two):
         pair = _merged(pair[0], pair[1], number, np.float32(1))
     pairs.append(pair)
@@ -284,7 +284,7 @@ def by_warps(losses, lse, logits, targets, V):
     row, lane = cuda.grid(1) // 32, cuda.threadIdx.x % 32
     if row >= len(logits):
         return
-    top, total = _LOWEST, np.float32(0)
+    top, total = LOWEST, np.float32(0)
     for i in range(lane, V, 32):
         top, total = _merged(top, total, logits[row, i], np.float32(1))
     top, total = _warp_merged(top, total)
@@ -322,7 +322,7 @@ count_loss("a warp", loss_by_warps, 32, 125, 128)
 
 # %% the pair of a block tags=["exporti"]
 @device
-def _block_merged(top, total, tops, totals):
+def block_merged(top, total, tops, totals):
     """The pair of all logits that the threads of a block have seen.
 
     tops, totals: shared memory, 32 elements each.
@@ -332,7 +332,7 @@ def _block_merged(top, total, tops, totals):
     if lane == 0:
         tops[warp], totals[warp] = top, total
     cuda.syncthreads()
-    top, total = _LOWEST, np.float32(0)
+    top, total = LOWEST, np.float32(0)
     if lane < cuda.blockDim.x // 32:
         top, total = tops[lane], totals[lane]
     return _warp_merged(top, total)
@@ -351,7 +351,7 @@ def hurried(lse, logits):
     top, total = _warp_merged(logits[cuda.threadIdx.x], np.float32(1))
     if lane == 0:
         tops[warp], totals[warp] = top, total
-    top, total = _LOWEST, np.float32(0)
+    top, total = LOWEST, np.float32(0)
     if lane < 2:
         top, total = tops[lane], totals[lane]
     top, total = _warp_merged(top, total)
@@ -375,7 +375,7 @@ def patient(lse, logits):
     tops = cuda.shared.array(32, np.float32)
     totals = cuda.shared.array(32, np.float32)
     top, one = logits[cuda.threadIdx.x], np.float32(1)
-    top, total = _block_merged(top, one, tops, totals)
+    top, total = block_merged(top, one, tops, totals)
     lse[cuda.threadIdx.x] = top + math.log(total)
 
 
@@ -439,13 +439,13 @@ def _with_four(top, total, a, b, c, d):
 def _row_merged(logits, row, V, whole, tops, totals):
     """The pair of a row, which all threads of a block read together."""
     me, step, Vp = cuda.threadIdx.x, cuda.blockDim.x, logits.shape[1]
-    top, total = _LOWEST, np.float32(0)
+    top, total = LOWEST, np.float32(0)
     for i in range(4 * me, whole, 4 * step):
         a, b, c, d = load4(logits, row * Vp + i)
         top, total = _with_four(top, total, a, b, c, d)
     for i in range(whole + me, V, step):
         top, total = _merged(top, total, logits[row, i], np.float32(1))
-    return _block_merged(top, total, tops, totals)
+    return block_merged(top, total, tops, totals)
 
 
 @kernel(launch_bounds=1024)
@@ -689,7 +689,7 @@ print(f"B=4 T=1024 on an H100: at least {seconds * 1e3:.1f} ms for both")
 @kernel
 def largest(tokens, logits, V):
     row, lane = cuda.blockIdx.x, cuda.threadIdx.x
-    top, token = _LOWEST, 0
+    top, token = LOWEST, 0
     for i in range(lane, V, 32):
         if logits[row, i] > top:
             top, token = logits[row, i], i

@@ -253,25 +253,32 @@ class Classifier:
     """The classifier's two functions; within a step, both in one launch.
 
     While `whole` is set, backward is sure to follow forward, so forward waits
-    for it, and the fused function does the work of both.
+    for it, and the fused function does the work of both. layers: the two
+    functions and the fused one; None for those of chapter 3.8.
     """
 
     whole = False
+
+    def __init__(self, layers=None):
+        self._apart = layers or (
+            crossentropy.crossentropy_softmax_forward,
+            crossentropy.crossentropy_softmax_backward,
+            crossentropy.fused_classifier,
+        )
 
     def forward(self, losses, lse, logits, targets, V):
         """As crossentropy_softmax_forward."""
         self._losses = losses
         if not self.whole:
-            arrays = losses, lse, logits, targets
-            crossentropy.crossentropy_softmax_forward(*arrays, V)
+            self._apart[0](losses, lse, logits, targets, V)
 
     def backward(self, dlogits, dlosses, logits, lse, targets, V):
         """As crossentropy_softmax_backward."""
+        _, backward, fused = self._apart
         if self.whole:
-            arrays = self._losses, lse, dlogits, dlosses, targets
-            return crossentropy.fused_classifier(*arrays, V)
-        arrays = dlogits, dlosses, logits, lse, targets
-        return crossentropy.crossentropy_softmax_backward(*arrays, V)
+            fused(self._losses, lse, dlogits, dlosses, targets, V)
+        else:
+            backward(dlogits, dlosses, logits, lse, targets, V)
 
 
 def model_layers(work, precision="fp32", classifier=None):

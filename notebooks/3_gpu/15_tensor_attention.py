@@ -671,9 +671,10 @@ def attention_backward_bf16(dinp, dout, inp, out, lse, add=True, work=None):
 
 
 # %% [markdown]
-# The verdict. Three things are rounded to bfloat16 on the way, each once: the
-# weights, the gradients of the scores, and the results. One rounding is off by
-# $2^{-8}$ at most, and all together here by less.
+# The verdict. Four things are rounded to bfloat16 on the way, each once: the
+# output, from which (1.8.9) takes its sums; the weights; the gradients of the
+# scores; and the results. One rounding is off by $2^{-8}$ at most, and all
+# together here by less.
 
 # %% backward, against float64
 grads = np.zeros(inp.shape)
@@ -688,6 +689,68 @@ for name, part in (("dq", [0, 1]), ("dk", [2]), ("dv", [3])):
     verdict(name, small, "within 2**-8 of float64")
 
 # %% [markdown]
+# By how much, and which rounding is it? Here are the same equations in float64,
+# where each rounding can be had alone. The measure is that of all verdicts in
+# this chapter: the norm of the difference over the norm of what is right. (The
+# largest error of one element is another measure; for one rounding alone it
+# is $2^{-8}$.)
+
+
+# %% one rounding at a time
+def heads(x):
+    """(heads, T, hs), of the one sequence."""
+    return x.reshape(T, -1, hs).transpose(1, 0, 2)
+
+
+def turned(x):
+    return x.swapaxes(1, 2)
+
+
+def by_hand(*rounded):
+    """(1.8.4) to (1.8.9) in float64, but for what is rounded, by name."""
+
+    def near(name, x):
+        if name not in rounded:
+            return x
+        return from_bfloat16(to_bfloat16(x.astype(np.float32)))
+
+    x, dy = heads(wide_inp), heads(wide_dout)
+    q, k, v = x[:NH], x[[NH]], x[[NH + 1]]
+    s = np.where(np.tri(T), q @ turned(k) / np.sqrt(hs), -np.inf)
+    a = np.exp(s - s.max(-1, keepdims=True))
+    a /= a.sum(-1, keepdims=True)
+    y = heads(from_bfloat16(to_host(out)) if "out" in rounded else want)
+    ds = a * (dy @ turned(v) - (dy * y).sum(-1, keepdims=True))
+    a, ds = near("A", a), near("dS", ds)
+    dk = (turned(ds) @ q).sum(0, keepdims=True)
+    dv = (turned(a) @ dy).sum(0, keepdims=True)
+    found = np.concatenate([ds @ k / np.sqrt(hs), dk / np.sqrt(hs), dv])
+    return near("results", found).transpose(1, 0, 2)[None]
+
+
+parts = {"dq": [0, 1], "dk": [2], "dv": [3]}
+every = "out", "A", "dS", "results"
+print(" " * 9, *(f"{x:>7}" for x in parts))
+for names in [*[(x,) for x in every], every]:
+    found = by_hand(*names)
+    each = (error(found[:, :, x], grads[:, :, x]) for x in parts.values())
+    words = names[0] if len(names) == 1 else "all four"
+    cells = [f"{x:.1e}" if x > 1e-9 else "      0" for x in each]
+    print(f"{words:9}", *cells)
+same = error(dinp, by_hand(*every)) < 2e-4
+verdict("the kernels", same, "round these four, and nothing else")
+
+# %% [markdown]
+# The errors of several roundings add up as squares do. The results' alone is
+# 1.6e-3: that is the floor of whatever is stored in bfloat16. The gradients of
+# the scores bring another 1.6e-3, and the output about 1.4e-3, from the forward
+# pass's weights and its own rounding; together 2.7e-3. To come below 2e-3 both
+# would have to go. The product would take weights and gradients in two parts,
+# what was rounded and what that left over: three products more than five. And
+# the output would be kept in two parts, which is as much memory again. We pay
+# neither. The next product rounds nothing less, and ten steps of training
+# ([chapter 3.16](16_bf16_training.ipynb)) do not notice.
+#
 # ## Count it
 #
 # A product of a pair of tiles is $64 \cdot 64 \cdot hs$ FMAs. Forward there

@@ -55,11 +55,12 @@ import numpy as np
 
 from llmnb.cuda.bf16_matmul import CHUNK, ZERO, add_sums, check_eights
 from llmnb.cuda.bf16_matmul import halves, pairs
+from llmnb.cuda.crossentropy import LOWEST, block_merged
 from llmnb.cuda.gelu import gelu_back, gelu_of
 from llmnb.gpu.fragments import pack, unpack
 from llmnb.gpu.launch import device, given_work, kernel
 from llmnb.gpu.simulator import cuda
-from llmnb.gpu.warp import block_sum, warp_sum
+from llmnb.gpu.warp import warp_sum
 from llmnb.shapes import shapes
 
 # %% [markdown]
@@ -401,54 +402,49 @@ def gelu_backward_bf16(dinp, dout, inp, add=True):
 
 
 # %% [markdown]
-# The classifier has a block for each row of logits, which it reads twice, for
-# the largest and for the sum. The columns from V on are padding; where V is
-# odd, one pair is half padding.
+# The classifier has a block for each row of logits. It reads the row once, for
+# the pair of (3.8.1), its maximum and sum; lanes, warps and the block merge
+# their pairs as in [chapter 3.8](08_classifier.ipynb). The columns from V on
+# are padding; where V is odd, one pair is half padding.
 
 
 # %% the classifier, forward tags=["export"] module="cuda.bf16_layers"
-_LOWEST = np.float32(-1e38)
-
-
-@device
-def _warp_max(value):
-    for step in (16, 8, 4, 2, 1):
-        value = max(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, step))
-    return value
-
-
 @device
 def _seen(pair, i, V):
     """Both logits of a pair; the lowest in place of padding."""
     x, y = unpack(pair)
-    return x, y if 2 * i + 1 < V else _LOWEST
+    return x, y if 2 * i + 1 < V else LOWEST
+
+
+@device
+def _lse_of_row(logits, n, HALF, V, tops, totals):
+    """A row's log of the sum of exponentials, by all threads of a block."""
+    top, total = LOWEST, ZERO
+    for i in range(cuda.threadIdx.x, (V + 1) // 2, 256):
+        x, y = _seen(logits[n * HALF + i], i, V)
+        most = max(top, max(x, y))
+        total *= math.exp(top - most)
+        total += math.exp(x - most) + math.exp(y - most)
+        top = most
+    top, total = block_merged(top, total, tops, totals)
+    return top + math.log(total)
+
+
+@device
+def _logit(logits, n, HALF, k):
+    x, y = unpack(logits[n * HALF + k // 2])
+    return x if k % 2 == 0 else y
 
 
 @kernel(launch_bounds=256)
 def _losses_of_rows(losses, lse, logits, targets, V):
-    parts = cuda.shared.array(8, np.float32)
-    n, me, used = cuda.blockIdx.x, cuda.threadIdx.x, (V + 1) // 2
-    HALF = logits.size // losses.size
-    top, total = _LOWEST, ZERO
-    for i in range(me, used, 256):
-        x, y = _seen(logits[n * HALF + i], i, V)
-        top = max(top, max(x, y))
-    top = _warp_max(top)
-    if me % 32 == 0:
-        parts[me // 32] = top
-    cuda.syncthreads()
-    for k in range(8):
-        top = max(top, parts[k])
-    cuda.syncthreads()  # before the sum uses the same place
-    for i in range(me, used, 256):
-        x, y = _seen(logits[n * HALF + i], i, V)
-        total += math.exp(x - top) + math.exp(y - top)
-    total = block_sum(total, parts)
-    if me == 0:
-        x, y = unpack(logits[n * HALF + targets[n] // 2])
-        hit = x if targets[n] % 2 == 0 else y
-        lse[n] = top + math.log(total)
-        losses[n] = top + math.log(total) - hit
+    tops = cuda.shared.array(8, np.float32)
+    totals = cuda.shared.array(8, np.float32)
+    n, HALF = cuda.blockIdx.x, logits.size // losses.size
+    shift = _lse_of_row(logits, n, HALF, V, tops, totals)
+    if cuda.threadIdx.x == 0:
+        lse[n] = shift
+        losses[n] = shift - _logit(logits, n, HALF, targets[n])
 
 
 @shapes("B T!, B T!, B T Vp, B T of V, 1 to Vp", halves("losses", "lse"))
@@ -465,20 +461,26 @@ def crossentropy_softmax_forward_bf16(losses, lse, logits, targets, V):
 
 
 # %% the classifier, backward tags=["export"] module="cuda.bf16_layers"
-@kernel(launch_bounds=256)
-def _slopes_of_rows(dlogits, dlosses, logits, lse, targets, V):
-    n, me = cuda.blockIdx.x, cuda.threadIdx.x
-    HALF, scale, shift = logits.size // lse.size, dlosses[n], lse[n]
-    for i in range(me, HALF, 256):
+@device
+def _slopes_of_row(dlogits, logits, n, HALF, k, shift, scale, V):
+    """Write p - y of a row, scaled; all threads of a block together."""
+    for i in range(cuda.threadIdx.x, HALF, 256):
         x, y = _seen(logits[n * HALF + i], i, V)
         u = v = ZERO
         if 2 * i < V:
             u, v = math.exp(x - shift), math.exp(y - shift)
-        if targets[n] == 2 * i:
+        if k == 2 * i:
             u -= _ONE
-        if targets[n] == 2 * i + 1:
+        if k == 2 * i + 1:
             v -= _ONE
         dlogits[n * HALF + i] = pack(u * scale, v * scale)
+
+
+@kernel(launch_bounds=256)
+def _slopes_of_rows(dlogits, dlosses, logits, lse, targets, V):
+    n, HALF = cuda.blockIdx.x, logits.size // lse.size
+    row = n, HALF, targets[n], lse[n], dlosses[n], V
+    _slopes_of_row(dlogits, logits, *row)
 
 
 @shapes(
@@ -498,6 +500,43 @@ def crossentropy_softmax_backward_bf16(
     flat = pairs(dlogits), dlosses.reshape(-1), pairs(logits)
     rest = lse.reshape(-1), targets.reshape(-1), V
     _slopes_of_rows[lse.size, 256](*flat, *rest)
+
+
+# %% [markdown]
+# Within a step nobody wants the logits between the two, and one launch does
+# both: the row comes from memory once, and is still in a cache when the block
+# reads it again to write the gradient in its place.
+
+
+# %% loss and gradient in one launch tags=["export"] module="cuda.bf16_layers"
+@kernel(launch_bounds=256)
+def _both_of_rows(losses, lse, logits, dlosses, targets, V):
+    tops = cuda.shared.array(8, np.float32)
+    totals = cuda.shared.array(8, np.float32)
+    n, HALF = cuda.blockIdx.x, logits.size // losses.size
+    k, scale = targets[n], dlosses[n]
+    shift = _lse_of_row(logits, n, HALF, V, tops, totals)
+    if cuda.threadIdx.x == 0:
+        lse[n], losses[n] = shift, shift - _logit(logits, n, HALF, k)
+    cuda.syncthreads()  # the target's logit has been read
+    _slopes_of_row(logits, logits, n, HALF, k, shift, scale, V)
+
+
+@shapes(
+    "B T!, B T!, B T Vp!, B T, B T of V, 1 to Vp",
+    halves("losses", "lse", "dlosses"),
+)
+def fused_classifier_bf16(losses, lse, logits, dlosses, targets, V):
+    """Losses, and their gradient in the place of the logits, in one launch.
+
+    The same as crossentropy_softmax_forward_bf16(losses, lse, logits,
+    targets, V) and crossentropy_softmax_backward_bf16(logits, dlosses,
+    logits, lse, targets, V), to the bit, and raises what they raise.
+    """
+    check_eights("fused_classifier_bf16", logits.shape[-1])
+    flat = losses.reshape(-1), lse.reshape(-1), pairs(logits)
+    rest = dlosses.reshape(-1), targets.reshape(-1), V
+    _both_of_rows[losses.size, 256](*flat, *rest)
 
 
 # %% [markdown]
@@ -603,6 +642,14 @@ class HalfBackend(model.Backend):
     that are no multiple of 8 and heads that tensor cores do not take.
     """
 
+    def __init__(self, layers, precision):
+        super().__init__(layers, precision)
+        self._classifier = model.Classifier((
+            bf16_layers.crossentropy_softmax_forward_bf16,
+            bf16_layers.crossentropy_softmax_backward_bf16,
+            bf16_layers.fused_classifier_bf16,
+        ))  # fmt: skip
+
     def groups(self, cfg, batch_size, seq_len):
         """Scratch memory for the layers, and a place for AdamW's settings."""
         if cfg.family != "gpt2":
@@ -631,6 +678,8 @@ class HalfBackend(model.Backend):
         self._work = memory["work"]["floats"]
         self.ops = model.model_layers(self._work)
         _half_layers(self.ops, memory, self._work)
+        self.ops.crossentropy_softmax_forward = self._classifier.forward
+        self.ops.crossentropy_softmax_backward = self._classifier.backward
         return memory
 
     def floats(self, array):

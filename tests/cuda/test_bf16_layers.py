@@ -100,6 +100,26 @@ def test_classifier():
     check("crossentropy_softmax_backward", (*arrays, targets, V), [0])
 
 
+def test_fused_classifier():
+    """The bits of the two launches, in one, which reads what it overwrites."""
+    logits, targets = half(B, T, Vp), np.array([[0, V - 1, 5]], np.int32)
+    logits[..., V:] = 0x7FC0
+    k, scale = simulated(targets), simulated(single(B, T))
+    two, one = (
+        [empty((B, T)), empty((B, T)), simulated(logits)] for _ in range(2)
+    )
+    with watch() as seen:
+        gpu.crossentropy_softmax_forward_bf16(*two, k, V)
+        gpu.crossentropy_softmax_backward_bf16(
+            two[2], scale, two[2], two[1], k, V
+        )
+        gpu.fused_classifier_bf16(*one, scale, k, V)
+    for a, b in zip(one, two, strict=True):
+        np.testing.assert_array_equal(to_host(a), to_host(b))
+    assert not wide(one[2])[..., V:].any()
+    check_machine_code(seen)
+
+
 def test_rounding_and_widening():
     x = single(40)
     half, wide = empty(40, np.uint16), empty(40)

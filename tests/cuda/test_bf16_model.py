@@ -74,6 +74,23 @@ def test_gradients_are_those_of_float32_but_for_rounding():
         assert error < 2e-2, name
 
 
+def test_a_step_leaves_the_bits_of_its_parts():
+    """Though its classifier is one launch, and theirs are two."""
+    whole, parts = model(T=5), model(T=5)
+    batch = BATCH[:, :, :5]
+    with watch(races=False) as seen:
+        result = whole.step(*batch, 1.0)
+    names = {kernel.__name__ for kernel, *_ in seen.launches}
+    assert "_both_of_rows" in names
+    assert not {"_losses_of_rows", "_slopes_of_rows"} & names
+    loss = parts.forward(*batch)
+    parts.backward()
+    assert result == (loss, parts.clip_gradients(1.0))
+    parts.update()
+    a, b = (np.asarray(x.memory.flat("params")) for x in (whole, parts))
+    np.testing.assert_array_equal(a, b)
+
+
 def test_what_tensor_cores_do_not_take_is_refused():
     with pytest.raises(ValueError, match="multiple of 8 numbers, got 12"):
         model(channels=12)
