@@ -12,11 +12,12 @@ import struct
 import numpy as np
 import pytest
 
-from llmnb import reference
+from llmnb import cuda, reference
 from llmnb.bench.ladders import Sizes, ladder_named
 from llmnb.gpu.launch import missing, simulated, to_device, to_host
 from llmnb.gpu.ptx import compile_kernel, no_compiler
 from llmnb.gpu.simulator import watch
+from llmnb.reference.bfloat16 import from_bfloat16
 
 PLACES = [simulated] if missing() else [simulated, to_device]
 GENERATIONS = [(8, 0), (9, 0)]
@@ -86,6 +87,36 @@ def _close(name, got, want, tol):
     scale = max(1.0, np.abs(want).max(initial=0))
     error = np.abs(got - want).max(initial=0) / scale
     assert error < tol, f"{name}: {error:.1e} from the reference"
+
+
+ROUNDING = 2**-8  # of one number to bfloat16, the most
+
+
+def wide_half(x):
+    """An array of the device's or the host's in float64; tokens stay."""
+    x = to_host(x) if hasattr(x, "copy_to_host") else x
+    x = from_bfloat16(x) if x.dtype == np.uint16 else x
+    return x.astype(np.float64) if x.dtype.kind == "f" else x
+
+
+def check_half(name, arrays, writes, exact=(), **options):
+    """A layer in bfloat16 against the reference, races looked for.
+
+    arrays: in order; writes: indices of those written; exact: of those in
+    float32, which one rounding of an input has not touched.
+    """
+    want = [wide_half(x) if isinstance(x, np.ndarray) else x for x in arrays]
+    getattr(reference, name)(*want, **options)
+    there = [simulated(x) if isinstance(x, np.ndarray) else x for x in arrays]
+    with watch() as seen:
+        getattr(cuda, f"{name}_bf16")(*there, **options)
+    for i in writes:
+        got = wide_half(there[i])
+        assert np.isfinite(got).all()
+        scale = 1e-5 if i in exact else ROUNDING
+        most = scale * np.abs(want[i]) + 1e-6
+        assert (np.abs(got - want[i]) <= most).all(), (name, i)
+    check_machine_code(seen)
 
 
 compiled = functools.cache(compile_kernel)

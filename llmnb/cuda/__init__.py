@@ -10,6 +10,7 @@ from llmnb.cuda.bf16_attention import *
 from llmnb.cuda.bf16_layers import *
 from llmnb.cuda.bf16_matmul import *
 from llmnb.cuda.bf16_model import *
+from llmnb.cuda.bf16_modern import *
 from llmnb.cuda.crossentropy import *
 from llmnb.cuda.cublas import *
 from llmnb.cuda.elementwise import *

@@ -2,7 +2,7 @@
 
 """Training in bfloat16 on a GPU, with float32 masters."""
 
-__all__ = ["HalfBackend", "PRECISE"]
+__all__ = ["HalfBackend", "MISSING", "PRECISE"]
 
 
 # imports of the backend
@@ -52,7 +52,9 @@ class _HalfArena(Arena):
 # the layers
 def _half_layers(ops, memory, work):
     """Put the layers in bfloat16 into ops, under the names of the others."""
-    for module in (bf16_matmul, bf16_attention, bf16_layers):
+    from llmnb.cuda import bf16_modern  # Part 5
+
+    for module in (bf16_matmul, bf16_attention, bf16_layers, bf16_modern):
         for name in module.__all__:
             if not name.endswith("_bf16"):
                 continue
@@ -63,6 +65,7 @@ def _half_layers(ops, memory, work):
     masters, copies = memory.flat("params"), memory.flat("copies")
     stream = memory["stats"]["stream"]
     encode, encode_back = ops.encoder_forward, ops.encoder_backward
+    embed, embed_back = ops.embedding_forward, ops.embedding_backward
     forward, backward = ops.matmul_forward, ops.matmul_backward
 
     def copy(weight):
@@ -77,6 +80,14 @@ def _half_layers(ops, memory, work):
         widen_bf16(stream.reshape(-1), dout)
         encode_back(dwte, dwpe, stream, inp)
 
+    def first_of_llama(out, inp, wte, scale):
+        round_bf16(copies, masters)
+        embed(out, inp, wte, scale)
+
+    def last_of_llama(dwte, dout, inp, scale):
+        widen_bf16(stream.reshape(-1), dout)
+        embed_back(dwte, stream, inp, scale)
+
     def product(out, inp, weight, bias, residual=None):
         forward(out, inp, copy(weight), bias, residual)
 
@@ -85,15 +96,29 @@ def _half_layers(ops, memory, work):
         backward(*given, copy(weight), *rest, **more)
 
     ops.encoder_forward, ops.encoder_backward = first, last
+    ops.embedding_forward = first_of_llama
+    ops.embedding_backward = last_of_llama
     ops.matmul_forward, ops.matmul_backward = product, product_back
 
 
 # the backend
+# what a model may ask for that has no layer in bfloat16
+MISSING = (
+    "qk_norm",
+    "post_norms",
+    "window",
+    "attention_scale",
+    "attention_softcap",
+    "final_softcap",
+)
+
+
 class HalfBackend(model.Backend):
     """A GPU that trains in bfloat16: float32 parameters, halves elsewhere.
 
-    For GPT-2's layers. Raises ValueError for another family, for channels
-    that are no multiple of 8 and heads that tensor cores do not take.
+    For GPT-2's layers and those of chapter 5.12. Raises ValueError for a
+    model that has others, for channels that are no multiple of 8 and heads
+    that tensor cores do not take.
 
     Derived in chapter 3.16.
     """
@@ -108,23 +133,28 @@ class HalfBackend(model.Backend):
 
     def groups(self, cfg, batch_size, seq_len):
         """Scratch memory for the layers, and a place for AdamW's settings."""
-        if cfg.family != "gpt2":
-            raise ValueError(
-                "GPT2: precision 'bf16' on a GPU is for GPT-2, not for "
-                f"{cfg.family!r}; take 'fp32' or 'tf32'"
-            )
+        for name in MISSING:
+            if getattr(cfg, name, None):
+                raise ValueError(
+                    f"GPT2: precision 'bf16' on a GPU has no layer for {name} "
+                    f"= {getattr(cfg, name)!r}, which this {cfg.family!r} "
+                    "has; take 'fp32' or 'tf32'"
+                )
         bf16_matmul.check_eights("GPT2: channels", cfg.channels)
+        hidden = getattr(cfg, "hidden", 4 * cfg.channels)
+        bf16_matmul.check_eights("GPT2: hidden", hidden)
         if cfg.head_size not in bf16_attention.WIDTHS:
             raise ValueError(
                 "GPT2: precision 'bf16' on a GPU takes heads of "
                 f"{bf16_attention.WIDTHS} channels, got {cfg.head_size}"
             )
-        B, T, C, NH = batch_size, seq_len, cfg.channels, cfg.num_heads
+        B, T, C = batch_size, seq_len, cfg.channels
+        heads = cfg.num_heads, cfg.num_kv_heads, cfg.head_size
         found = super().groups(cfg, B, T)
         floats = (
             found["work"][1]["floats"][0],
             bf16_layers.layernorm_scratch_bf16(B * T, C),
-            bf16_attention.attention_scratch_bf16(B, T, NH, NH, C // NH),
+            bf16_attention.attention_scratch_bf16(B, T, *heads),
         )
         return found | {"work": (np.float32, {"floats": (max(floats),)})}
 

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from gpu import check_machine_code
+from gpu import check_half as check
+from gpu import check_machine_code, wide_half
 
 from llmnb import cuda as gpu
 from llmnb import reference
@@ -10,7 +11,6 @@ from llmnb.gpu.launch import empty, simulated, to_host
 from llmnb.gpu.simulator import watch
 from llmnb.reference.bfloat16 import from_bfloat16, to_bfloat16
 
-ROUNDING = 2**-8  # of one number, the most
 B, T, C, V, Vp = 1, 3, 72, 61, 64
 rng = np.random.default_rng(0)
 
@@ -23,32 +23,6 @@ def single(*shape):
     return rng.normal(size=shape).astype(np.float32)
 
 
-def wide(x):
-    x = to_host(x) if hasattr(x, "copy_to_host") else x
-    x = from_bfloat16(x) if x.dtype == np.uint16 else x
-    return x.astype(np.float64) if x.dtype.kind == "f" else x
-
-
-def check(name, arrays, writes, exact=(), **options):
-    """A layer against the reference in float64, races looked for.
-
-    arrays: in order; writes: indices of those written; exact: of those in
-    float32, which one rounding of an input has not touched.
-    """
-    want = [wide(x) if isinstance(x, np.ndarray) else x for x in arrays]
-    getattr(reference, name)(*want, **options)
-    there = [simulated(x) if isinstance(x, np.ndarray) else x for x in arrays]
-    with watch() as seen:
-        getattr(gpu, f"{name}_bf16")(*there, **options)
-    for i in writes:
-        got = wide(there[i])
-        assert np.isfinite(got).all()
-        scale = 1e-5 if i in exact else ROUNDING
-        most = scale * np.abs(want[i]) + 1e-6
-        assert (np.abs(got - want[i]) <= most).all(), (name, i)
-    check_machine_code(seen)
-
-
 def test_encoder():
     tokens = rng.integers(0, V, (B, T)).astype(np.int32)
     arrays = half(B, T, C), tokens, single(Vp, C), single(T + 2, C)
@@ -58,9 +32,8 @@ def test_encoder():
 def layernorm():
     inp, weight = half(B, T, C), single(C)
     stats = [np.zeros((B, T)) for _ in range(2)]
-    reference.layernorm_forward(
-        np.zeros((B, T, C)), *stats, wide(inp), wide(weight), np.zeros(C)
-    )
+    arrays = wide_half(inp), wide_half(weight), np.zeros(C)
+    reference.layernorm_forward(np.zeros((B, T, C)), *stats, *arrays)
     return inp, weight, *(x.astype(np.float32) for x in stats)
 
 
@@ -92,7 +65,7 @@ def test_classifier():
     losses, lse = single(B, T), single(B, T)
     arrays = losses, lse, logits, targets, V
     check("crossentropy_softmax_forward", arrays, [0, 1], exact=[0, 1])
-    clean = np.where(np.isnan(wide(logits)), 0, wide(logits))
+    clean = np.where(np.isnan(wide_half(logits)), 0, wide_half(logits))
     reference.crossentropy_softmax_forward(
         np.zeros((B, T)), sums := np.zeros((B, T)), clean, targets, V
     )
@@ -116,7 +89,7 @@ def test_fused_classifier():
         gpu.fused_classifier_bf16(*one, scale, k, V)
     for a, b in zip(one, two, strict=True):
         np.testing.assert_array_equal(to_host(a), to_host(b))
-    assert not wide(one[2])[..., V:].any()
+    assert not wide_half(one[2])[..., V:].any()
     check_machine_code(seen)
 
 
