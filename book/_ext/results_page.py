@@ -93,8 +93,9 @@ compute capability 8.0 (an A100), and after a semicolon for 9.0 (an H100,
 where the system takes 1,024 of the shared bytes) where that differs; a plus
 stands between the kernels of a version that launches several. Each version
 was compared with the reference in the simulator. *Time* is the median on the
-GPU, with a cold L2. The limit is the GPU's own: its peak of multiply-adds, or
-its bytes a second in a copy. What is zero for every version is left out.
+GPU, with a cold L2. The limit is the GPU's own: its peak of multiply-adds, for
+a layer in bfloat16 that of `mma`, or its bytes a second in a copy. What is
+zero for every version is left out.
 """
 
 
