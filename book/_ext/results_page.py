@@ -118,7 +118,7 @@ def title(result, found=()):
     """The heading of a file: its machine, or its GPU.
 
     found: all results; where another has the same machine, the heading
-    says which models this one trains.
+    says which models this one trains, and when.
     """
     if result["backend"] == "cuda":
         timed = any("gpu" in x for x in found)
@@ -131,6 +131,7 @@ def title(result, found=()):
     if [title(x) for x in found].count(text) > 1:
         steps = [x for x in result["contests"] if x["kind"] == "step"]
         text += ": " + ", ".join(x["name"] for x in steps)
+        text += f" ({result['date']})"
     return text
 
 

@@ -112,7 +112,7 @@ print(f"{len(inputs):,} pairs; the first: {text[:2]!r}, {text[1:3]!r}")
 # in which share was it followed by an `n`? The loss of these frequencies is
 # the [entropy](../../book/glossary.md#term-entropy) of a letter when the one
 # before it is known. No table of probabilities has a lower loss on this text;
-# exercise 2 proves it. In between lies a model that looks at no letter at all
+# exercise 2 proves it. Between the two lies a model that looks at no letter
 # and only knows which share of the text each of them has. (`np.add.at` adds 1
 # for each pair, also for one that came before; `np.maximum` keeps a letter
 # that never came from a division by 0.)
@@ -189,7 +189,7 @@ verdict("zero logits", abs(start - np.log(V)) < 1e-12, "know nothing")
 #
 # One could find the gradient by trying: change each parameter and compute the
 # loss anew, 16,384 times here and 124 million times in GPT-2. Calculus gives
-# all of it for about the price of three: one for the loss itself, and two for
+# all of it for about the price of three losses: one for the loss, and two for
 # the way back ([chapter 1.7](07_matmul.ipynb) counts them).
 #
 # ## Going backwards
@@ -245,8 +245,9 @@ plt.show()
 # %% [markdown]
 # *Figure 1.1.1. Blue, from left to right: the values. Orange, from right to
 # left: what each node is handed, the derivative of the loss by its values.
-# Each step multiplies what it was handed by its own derivative and passes the
-# result on; it need not know the other steps.*
+# Each step multiplies what it was handed by its own derivative, the equation
+# below its arrow, which is yet to come, and passes the result on; it need not
+# know the other steps.*
 #
 # The rule behind the figure is the chain rule, read **backwards**. For any
 # array $z$ on the way, write $dz$ for the derivative of the loss by it: an
@@ -262,16 +263,16 @@ plt.show()
 #
 # Hand that down to the step before, the softmax. The logit $z_j$ stands in the
 # sum below the line of every $p_i$, and above the line of one of them, $p_j$.
-# By the quotient rule on (1.1.2), whose sum is here over $v$, for $i = j$ and
+# By the quotient rule on (1.1.2), whose sum is here over $k$, for $i = j$ and
 # for $i \ne j$,
 #
 # $$
 # \begin{aligned}
 # \frac{\partial p_j}{\partial z_j}
-#   &= \frac{e^{z_j} \sum_v e^{z_v} - e^{z_j} e^{z_j}}
-#           {\bigl(\sum_v e^{z_v}\bigr)^2} = p_j - p_j\, p_j , \\
+#   &= \frac{e^{z_j} \sum_k e^{z_k} - e^{z_j} e^{z_j}}
+#           {\bigl(\sum_k e^{z_k}\bigr)^2} = p_j - p_j\, p_j , \\
 # \frac{\partial p_i}{\partial z_j}
-#   &= \frac{0 - e^{z_i} e^{z_j}}{\bigl(\sum_v e^{z_v}\bigr)^2}
+#   &= \frac{0 - e^{z_i} e^{z_j}}{\bigl(\sum_k e^{z_k}\bigr)^2}
 #    = - p_i\, p_j .
 # \end{aligned}
 # $$
@@ -545,11 +546,11 @@ print(write(W, ord("d"), 300, rng))
 # ## Exercises
 #
 # **1** (★). The model gives the right letter a probability of 1/8, every time.
-# What is its loss, in nats and in bits?
+# What is its loss, in nats and in bits (the logarithm to base 2)?
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
-# $\log 8 = 2.08$ nats; with the logarithm to base 2 it is 3 bits.
+# $\log 8 = 2.08$ nats, or 3 bits.
 # :::
 
 # %% exercise 1, checked tags=["hide-cell"]
@@ -583,7 +584,8 @@ verdict("at rest", np.abs(dW).max() < 1e-12, "the counts have no gradient")
 rng = np.random.default_rng(4)
 tries = []
 for _ in range(100):
-    moved = np.log(frequencies + 1e-9) + rng.normal(0, 0.1, (V, V))
+    moved = np.log(frequencies + 1e-9)  # the log of 0 is not finite
+    moved += rng.normal(0, 0.1, (V, V))
     tries.append(-np.log(softmax(moved)[inputs, targets]).mean())
 verdict("100 tables", min(tries) > entropy, "none is better")
 
