@@ -263,16 +263,16 @@ plt.show()
 #
 # Hand that down to the step before, the softmax. The logit $z_j$ stands in the
 # sum below the line of every $p_i$, and above the line of one of them, $p_j$.
-# By the quotient rule on (1.1.2), whose sum is here over $k$, for $i = j$ and
+# By the quotient rule on (1.1.2), whose sum is here over $v$, for $i = j$ and
 # for $i \ne j$,
 #
 # $$
 # \begin{aligned}
 # \frac{\partial p_j}{\partial z_j}
-#   &= \frac{e^{z_j} \sum_k e^{z_k} - e^{z_j} e^{z_j}}
-#           {\bigl(\sum_k e^{z_k}\bigr)^2} = p_j - p_j\, p_j , \\
+#   &= \frac{e^{z_j} \sum_v e^{z_v} - e^{z_j} e^{z_j}}
+#           {\bigl(\sum_v e^{z_v}\bigr)^2} = p_j - p_j\, p_j , \\
 # \frac{\partial p_i}{\partial z_j}
-#   &= \frac{0 - e^{z_i} e^{z_j}}{\bigl(\sum_k e^{z_k}\bigr)^2}
+#   &= \frac{0 - e^{z_i} e^{z_j}}{\bigl(\sum_v e^{z_v}\bigr)^2}
 #    = - p_i\, p_j .
 # \end{aligned}
 # $$
