@@ -31,9 +31,9 @@ OTHERS = {
     cpu: "cache_shapes panels_shape piece_length ring_size shrink squares",
     cuda: "adamw_scratch attention_scratch attention_scratch_bf16 "
     "clip_scratch cublas_scratch dinp_plan dweight_plan encoder_scratch "
-    "forward_plan headnorm_scratch into_buckets layernorm_scratch rmsnorm_scratch_bf16 "
+    "forward_plan headnorm_scratch into_buckets layernorm_scratch "
     "layernorm_scratch_bf16 matmul_scratch rmsnorm_scratch round_bf16 "
-    "widen_bf16",
+    "rmsnorm_scratch_bf16 widen_bf16",
 }
 SIZES = {"B": 2, "T": 3, "C": 4, "NH": 2, "V": 5, "Vp": 7, "": 1, "QKV": 12}
 
