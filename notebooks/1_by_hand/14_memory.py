@@ -37,8 +37,8 @@ gpt2_diagram(lit="arrays")
 # chapter you can
 #
 # - say what a view is, and what a shape and strides do to plain bytes;
-# - compute a model's footprint before it exists, to the byte but for the gaps
-#   between a few groups;
+# - compute a model's footprint before it exists, to the byte, save for the
+#   padding between a few groups;
 # - say which arrays must be kept, and which may share their bytes.
 #
 # ## Setup
@@ -101,8 +101,9 @@ print(block)
 # $$ \text{offset}_{k+1} = \text{offset}_k
 #    + \text{itemsize}_k \prod_a \text{shape}_{k,a} . \tag{1.14.1} $$
 #
-# Three refinements. Tensors come in *groups*, such as all parameters, and a
-# group leaves no gaps: AdamW then updates all parameters as one long flat array.
+# Three refinements. Tensors come in *groups*, such as all parameters. Those of a
+# group have one dtype and no gaps between them, so a group can also be read as one
+# long flat array, and AdamW does so with all parameters.
 # A group begins at a multiple of 64 bytes, because machines move memory in
 # pieces of that length. And two groups of which only one is in use at any time
 # can have the same bytes: the second begins where the first begins, and what
@@ -110,7 +111,8 @@ print(block)
 #
 # NumPy does not promise that its block begins at a multiple of 64. So `_zeros`
 # asks for 64 bytes more, looks at the address (`ctypes.data`), and skips as many
-# bytes as are missing to the next multiple.
+# bytes as are missing to the next multiple: minus the address, modulo 64. To round
+# a number up, `_round_up` divides its negative, since `//` rounds down.
 
 # %% round up tags=["exporti"]
 ALIGN = 64  # bytes
@@ -244,8 +246,8 @@ print(shared["b"]["y"], "in", shared.nbytes, "bytes")
 verdict("the bits", hex(shared["b"]["y"][0]) == "0x3f800000", "are 1.0's")
 
 # %% [markdown]
-# The third `y` lies beyond both `x`. An overlay asks for care, and the layout of a
-# GPT-2 has one only.
+# `y` is longer: its third number lies beyond the two of `x`. An overlay asks for
+# care, and the layout of a GPT-2 has one only.
 #
 # ## The layout of GPT-2
 #
@@ -267,11 +269,11 @@ verdict("the bits", hex(shared["b"]["y"][0]) == "0x3f800000", "are 1.0's")
 # | `logits`, `lse` | (B, T, Vp), (B, T) | softmax and loss, [chapter 1.11](11_crossentropy.ipynb) |
 # | `losses`, `dlosses` | (B, T) | the result, and the gradient with which the way back begins |
 #
-# Three arrays of a block are missing there, and the products that follow them do
-# read them in the backward pass: the outputs of the two LayerNorms and of GELU.
-# They take $C + C + 4C = 6C$ numbers a token and block, and their inputs are kept
-# anyway. So the backward pass computes them again, one block's at a time. That
-# costs no product.
+# Three arrays of a block are missing there, the outputs of the two LayerNorms and
+# of GELU, although the products that read them forward need them again backward.
+# They would take $C + C + 4C = 6C$ numbers a token and block, and their inputs are
+# kept anyway. So the backward pass computes them again, one block's at a time,
+# which costs no product. (`qkv` and `fch` would cost one each.)
 
 # %% imports of the layout tags=["export"] module="model.layout"
 import math
@@ -329,9 +331,11 @@ def activation_shapes(cfg, batch_size, seq_len):
 #
 # The logits are in use from the end of the forward pass, when all blocks are done,
 # to the beginning of the backward pass, before any block's turn. So the group that
-# the blocks take turns with lies over the logits. `dln` stays outside: it receives
-# the gradient that comes from the logits, while these are read. So does `dstream`,
-# which is in use through all blocks' turns. Figure 1.14.3 will show it.
+# the blocks take turns with lies over the logits. Nothing in it has to outlast the
+# logits: a block's way back computes `ln` and `fch_gelu` again before it reads them.
+# `dln` stays outside, for it receives the gradient that comes from the logits while
+# these are read, and so does `dstream`, which exercise 3 asks about. Figure 1.14.3
+# will show their times.
 
 
 # %% gradients of activations tags=["export"] module="model.layout"
@@ -450,7 +454,6 @@ table = [
     ]]
     for group, (dtype, shapes, *over) in gpt2_layout(odd, 5, 7).items()
 ]  # fmt: skip
-print(*table[0][3][:4], sep="\n")
 
 # %% the map of the arena tags=["hide-input"]
 layout = gpt2_layout(GPT2Config(), 4, 256)
@@ -482,7 +485,7 @@ moving("arena", "the map, for any B, T, L and C", groups=table, start=start)
 # *Figure 1.14.2. The arena of GPT-2 124M with 4 x 256 tokens, to scale, but
 # for the few bytes of `batch`: a line is a group, a piece of it a tensor. The
 # token table is almost a third of the parameters, and the logits are longer
-# than any activation. What the model's twelve blocks keep (nearly all of the
+# than any other activation. What the model's twelve blocks keep (nearly all of the
 # line `acts`) is far more than what they take turns with (the group called
 # `block`), which lies in the logits' bytes and adds none of its own. A tensor
 # too narrow for its name has none.*
@@ -549,7 +552,8 @@ print(notes.time, "calls")
 # %% [markdown]
 # Forward, a block is eight calls, and encoder, last LayerNorm, logits and loss are
 # four more: 28. Backward, a block has eight twins and computes three layers again:
-# $3 \cdot 11 + 4 = 37$. AdamW is one call, since here all parameters decay alike.
+# $3 \cdot 11 + 4 = 37$. AdamW is one call, since `update` was not told which
+# parameters decay, and then all do.
 
 # %% who lies over whom, and when tags=["hide-input"]
 KEPT = [f"kept by block {i}" for i in range(3)]
@@ -573,13 +577,12 @@ for time, _, group, name, part, shared, changed in notes:
     if group == "batch":
         continue
     row = row_of(group, name, part)
-    colour = PALETTE["orange" if changed else "blue"]
+    look = (0.2, 0.4, "orange") if changed else (-0.2, 0.4, "blue")
     if row == "shared bytes":
-        colour = PALETTE["purple" if shared == "logits" else "green"]
-    rise = 0.2 if changed else -0.2
-    height = 0.8 if row == "shared bytes" else 0.4
-    rise = 0 if row == "shared bytes" else rise
-    ax.barh(ROWS.index(row) + rise, 1, height, time, color=colour)
+        look = 0, 0.8, "purple" if shared == "logits" else "green"
+    rise, height, colour = look
+    at = ROWS.index(row) + rise
+    ax.barh(at, 1, height, time, color=PALETTE[colour])
 calls = dict(reversed([(note[1], note[0]) for note in notes]))
 turns = ["crossentropy_softmax_backward", "adamw_update"]
 edges = [0, calls[turns[0]], calls[turns[1]], notes.time]
@@ -597,7 +600,9 @@ plt.show()
 # %% [markdown]
 # *Figure 1.14.3. One step of a model with three blocks, call by call. Blue: read,
 # orange: changed, whether written anew or added to. What a block keeps is written on
-# the way there, and read again on the way back; the first block's waits longest. In
+# the way there, and read again on the way back; the first block's waits longest. (A
+# norm that is computed again writes its means once more, with the same bits: blue.)
+# With `encoded` and `lnf` stand the losses. In
 # the last line lie two groups over each other: what the blocks take turns with (green),
 # and the logits (purple), which have the bytes for themselves from the end of the
 # forward pass to the beginning of the backward pass.*
@@ -624,10 +629,10 @@ verdict("both sides", some, "of the logits' time are used")
 lengths = 2 ** np.arange(4, 11)
 rows = [footprint(gpt2_layout(GPT2Config(), 4, int(T))) for T in lengths]
 still = np.array([4 * r["params"] for r in rows]) / 1e9
-moving = np.array([sum(r.values()) for r in rows]) / 1e9 - still
+grows = np.array([sum(r.values()) for r in rows]) / 1e9 - still
 fig, ax = plt.subplots(figsize=(7, 3.4), dpi=100)
 at = np.arange(len(lengths))
-top = ax.bar(at, moving, 0.6, still, color=PALETTE["orange"])
+top = ax.bar(at, grows, 0.6, still, color=PALETTE["orange"])
 foot = ax.bar(at, still, 0.6, color=PALETTE["blue"])
 names = "activations and their gradients", "parameters, gradients, m and v"
 ax.legend((top, foot), names, loc="upper left", frameon=False, fontsize=11)
@@ -694,7 +699,7 @@ verdict("narrow arrays", exact - formula == narrow, "are all that is left")
 # The arena keeps what is dear to compute again. One can keep less still: only each
 # block's input, and run its forward pass again, which costs a third more
 # arithmetic (a step is one part forward and two parts backward). On a CPU time is
-# scarcer than memory, so we stop where an array costs a sweep and no product.
+# scarcer than memory, so we stop at arrays that can be had again without a product.
 #
 # One could also let every array take the place of one that is no longer needed. It
 # would make the table hard to read and save little beyond our one overlay: nearly
@@ -721,7 +726,8 @@ verdict("byte", answer == np.dot((2, 5, 7), strides), f"is {answer}")
 #
 # :::{admonition} Solution to exercise 2
 # :class: dropdown
-# Compute the footprint for one row and for two; it is linear in $B$.
+# Ten. Compute the footprint for one row and for two; it is linear in $B$, so from
+# these two follow what a model takes without rows, and what each row adds.
 # :::
 
 
@@ -736,15 +742,16 @@ fits = total(most) <= 8e9 < total(most + 1)
 verdict(f"{most} rows", fits, "fit, one more does not")
 
 # %% [markdown]
-# **3** (★★★). Could `dstream` lie over the logits as well? Say which call forbids it,
-# and find it in the notes of the watched step.
+# **3** (★★★). Could `dln` and `dstream` be two more tensors of the group that lies
+# over the logits? Find the calls that decide it in the notes of the watched step.
 #
 # :::{admonition} Solution to exercise 3
 # :class: dropdown
-# No. The product at the head reads the gradient of the logits and writes `dln`, then
-# LayerNorm adds to `dstream`, once cleared, from `dln`. `dln` is written while the
-# logits' bytes are read; `dstream` could, just. But then it would lie over what the
-# blocks take turns with, which is in use as long as `dstream` is.
+# `dln` could not: the product at the head writes it while it reads the gradient of
+# the logits. `dstream` could, just: it is cleared after that product, and then the
+# last LayerNorm adds to it from `dln`. But it must lie beside the arrays that the
+# blocks take turns with, not over them: they are in use at the same time. It would
+# save $BTC$ numbers of the $10\,L\,BTC$ and more that are kept.
 # :::
 
 # %% exercise 3, checked tags=["hide-cell"]
