@@ -12,8 +12,8 @@
 # %% [markdown]
 # # GELU: bend the line and differentiate the bend
 #
-# > GELU lets large numbers through and holds small ones back, without a corner;
-# > its gradient needs the input and nothing else.
+# > GELU lets positive numbers through and holds negative ones back, without a
+# > corner; its gradient needs the input and nothing else.
 #
 # *Reading time: 23 minutes. You need: the linear layer
 # ([chapter 1.7](07_matmul.ipynb)). The fast versions: chapters
@@ -69,8 +69,8 @@ rng = np.random.default_rng(7)
 # $$ f(0, 0) + f(1, 1) = w_0 + w_1 + 2 b = f(0, 1) + f(1, 0) . $$
 #
 # We want 0 on the left and 2 on the right. No weights can do it. Nor can a
-# second linear layer after the first: $W_2 (W_1 x)$ is $(W_2 W_1) x$, and the
-# product of two matrices is a matrix.
+# second linear layer after the first: $W_2 (W_1 x + b_1) + b_2$ is
+# $(W_2 W_1)\, x + (W_2 b_1 + b_2)$, one matrix again and one bias.
 #
 # The simplest bend is $\max(x, 0)$, called *ReLU*, for rectified linear unit: a
 # positive number passes, a negative one becomes 0. With it two numbers
@@ -94,9 +94,10 @@ print("with a bend           ", bent)
 # The best linear layer says "half" to every case.
 #
 # ReLU has a corner at 0, and left of it no slope at all. A *unit* is one
-# hidden number with the weights that make it. If it lies there for every token
-# of the text, it gets no gradient and never comes back. GELU is a bend without
-# a corner.
+# hidden number with the weights that make it. If the number lies left of 0 for
+# every token of the text, its weights get no gradient and stay as they are:
+# the unit is *dead*, unless the layers before it change what it reads. GELU is
+# a bend without a corner.
 #
 # ## By hand
 #
@@ -111,8 +112,9 @@ print("with a bend           ", bent)
 # | $\Phi(x)$ | 0.0228 | 0.1587 | 0.5 | 0.8413 | 0.9772 |
 # | $x\,\Phi(x)$ | −0.0455 | −0.1587 | 0 | 0.8413 | 1.9545 |
 #
-# Of the negative numbers a small remainder is left. The probability comes from
-# the error function, erf, which Python has in its library:
+# Of the negative numbers a small remainder is left. The bell is symmetric, so
+# $\Phi(-x) = 1 - \Phi(x)$. The probability comes from the error function, erf,
+# which Python has in its library:
 
 
 # %% GELU from the error function
@@ -209,7 +211,8 @@ verdict("0.044715", errors[1] < errors[0], "errs less than the series")
 verdict("tanh form", errors[1] < 0.0005, "off by less than 0.0005")
 
 # %% [markdown]
-# The function itself is (1.9.2):
+# The function itself is (1.9.2). In the line over it `...` is any shape, the
+# same for all:
 
 # %% the constants tags=["exporti"]
 ROOT = np.sqrt(2 / np.pi)
@@ -295,7 +298,8 @@ compare("dinp", dinp, numerical, tol=1e-8)
 
 # %% [markdown]
 # The term that is easily lost is the second one of (1.9.6). Without it the
-# gradient is still right far out on both sides. Between them it is not:
+# gradient is still right at 0, where its factor $x$ is 0, and far out on both
+# sides. Elsewhere it is not:
 
 # %% a gradient made wrong on purpose
 tanh = np.tanh(ROOT * (inp + CUBIC * inp**3))
@@ -309,10 +313,10 @@ verdict("the mistake", caught, "is caught")
 
 # %% both directions at once
 def both(x):
-    y, dy = np.empty_like(x), np.zeros_like(x)
+    y, slope = np.empty_like(x), np.zeros_like(x)
     gelu_forward(y, x)
-    gelu_backward(dy, np.ones_like(x), x)
-    return y, dy
+    gelu_backward(slope, np.ones_like(x), x)
+    return y, slope
 
 
 # %% [markdown]
@@ -321,16 +325,17 @@ def both(x):
 # GELU stands between a linear layer from $C$ to $4C$ channels and one back to
 # $C$. What is the width for? Let us ask the half block to know things. A
 # *fact* here is a token's vector, drawn at random, and for each of $C = 16$
-# channels a sign, drawn too, that the output should have there. How many facts
-# can a layer hold at once?
+# channels the number that the output should be there, 1 or $-1$, drawn too. A
+# layer *holds* facts whose numbers it meets. How many can it hold at once?
 #
 # An output channel of a linear layer has $C$ weights and a bias, 17 numbers that
 # can be chosen; so it can meet 17 equations, and an 18th only by luck. With a
 # hidden layer the last matrix has $4C$ weights and a bias for each channel: 65
 # numbers. But they help only if the $4C$ hidden numbers of different tokens are
-# independent. Without a bend they are not. They are sums of the same 16, so that
-# of the 65 columns of the equations only 17 are independent: their *rank* is 17.
-# For the third of these layers we keep the first $C$ of the bent numbers.
+# independent. Without a bend they are not. They are sums of the same 16, so
+# that of the 65 columns of the equations only 17 are independent: their *rank*
+# is 17. We compare four layers: a linear one; $4C$ hidden numbers without a
+# bend; $C$ with a bend, the first $C$ of the bent ones; and $4C$ with a bend.
 
 # %% four layers, and what reaches their last matrix
 C = 16
@@ -349,8 +354,10 @@ for name, hidden in kinds.items():
 
 # %% [markdown]
 # Give each of the four more and more facts, and choose its last matrix by
-# least squares, which finds the best there is. (The first one stays as it was
-# drawn; training both can only do better.)
+# least squares, which finds the smallest error there is, the root of the mean
+# squared miss. The matrix before the bend stays as it was drawn. (To train it
+# as well can only do better where there is a bend, and without one changes
+# nothing.)
 
 
 # %% how wrong the best layer is
@@ -389,9 +396,9 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.9.2. Width without a bend is worth nothing, and a bend without
-# width as little: three of the four hold C + 1 facts. Width and bend together
-# hold 4C + 1.*
+# *Figure 1.9.2. Width without a bend is worth nothing; a bend without width is
+# worth as little while the matrix before it stays as drawn: three of the four
+# hold C + 1 facts. Width and bend together hold 4C + 1.*
 #
 # Why four times? There is no derivation. Each further $C$ of width buys $C$
 # facts for $2 C^2$ weights, and four is what the first transformer took and
@@ -424,12 +431,12 @@ plt.show()
 # Right: the tanh form stays within half a thousandth of the exact one.*
 #
 # A moderately negative number still gets a gradient and may come back. Far out
-# to the left it dies away here too.
+# to the left the gradient dies away here too.
 #
 # ## Count it
 #
 # GELU has no parameters. Per element the forward pass takes about 20
-# operations, most of them in the exponential, and the backward pass about 30.
+# operations, most of them in the tanh, and the backward pass about 30.
 # The two linear layers around it take $2 \cdot 2 C$ for each of the $4C$
 # numbers, over 3,000 at C = 768: GELU adds less than a hundredth. `inp` is
 # saved, $4C$ numbers a token; `out` is not, since computing it once more costs
