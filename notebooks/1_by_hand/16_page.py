@@ -26,8 +26,9 @@
 # real training run: each checks what it is given, and fills arrays that somebody
 # else has laid out. Here we put all that aside for once, and write the model as one
 # would on a blackboard: a line is an equation, an array is made where it is needed.
-# It is the same model, in float64 to the last bit. The page is also
-# [a sheet that you can print](../../book/poster.pdf), beside figure 1.16.1.
+# It is the same model: in float64 both compute the same bits, as
+# [chapter 1.17](17_model.ipynb) will show. You can print
+# [the page as one sheet](../../book/poster.pdf), with figure 1.16.1 beside it.
 #
 # At the end of this chapter you can
 #
@@ -123,8 +124,8 @@ def linear_back(dy, x, p, g, name, i):
 
 # %% [markdown]
 # **GELU**, [chapter 1.9](09_gelu.ipynb), forward (1.9.2) and backward (1.9.7). `t` is
-# $\tanh \xi$, and `du` the slope of what it is taken of, (1.9.6): a derivative by $x$,
-# for once, and not one of the loss.
+# $\tanh \xi$, and `du` is $d\xi / dx$, (1.9.6): for once a `d` that is no gradient of
+# the loss.
 
 # %% GELU tags=["exporti"]
 ROOT, CUBIC = math.sqrt(2 / math.pi), 0.044715
@@ -145,7 +146,7 @@ def gelu_back(dy, x):
 # $(B, NH, T, hs)$ and `from_heads` turns it back. `attend` computes what both
 # passes need: queries, keys, values, and the weights, which are the softmax of the
 # scores with the future masked (`np.tri` is true where $u \le t$), taken by way of
-# its logarithm, (1.8.4). The loss will ask for the same log-sum-exp.
+# its logarithm, (1.8.4). The loss will call `log_sum_exp` again.
 #
 # `attention_back` goes through (1.8.5) to (1.8.10) in order: the values, the weights,
 # the row sum $D$, which is `row`, the scores, and then queries and keys. The scale
@@ -265,7 +266,8 @@ wiring_figure("model")
 # up: dark ones in the forward pass, orange ones on the way back. Each orange circle
 # stands where the forward pass read one array more than once: the stream is read by
 # every half block and by the sum that follows it, `ln1` becomes queries, keys and
-# values, and `wte` is read at both ends of the model.*
+# values, and `wte` is read at both ends of the model. The way back begins with the
+# loss's gradient by itself, which is 1.*
 #
 # The rule behind the orange circles is the chain rule for several roads. Let an array
 # $x$ be read by layers $f_1, f_2, \dots$, and move one of its numbers, $x_j$, a little.
@@ -279,7 +281,7 @@ wiring_figure("model")
 # The inner sum is what one layer's backward pass hands back; the outer one is the
 # circle.
 #
-# Between the layers of a GPT-2 there are three such places.
+# Between the layers of a GPT-2 three kinds of array are read so.
 #
 # 1. **The stream.** Before each half block it is read twice: by the LayerNorm and by
 #    the sum. Through the sum the gradient comes back as it is, $1 \cdot dx$, and
@@ -335,8 +337,8 @@ def backward(p, tokens, targets, NH, kept):
 
 
 # %% [markdown]
-# That is all of GPT-2. Nothing under it differentiates: the derivatives are the ones
-# you did.
+# That is all of GPT-2. No library differentiates for it: every derivative on the page
+# is one that you took.
 #
 # ## Proof
 #
@@ -362,7 +364,7 @@ least = min(np.abs(x).max() for x in g.values())
 verdict("each tensor", least > 1e5 * 1e-8, "has a gradient to test")
 
 # %% [markdown]
-# Would the proof notice a mistake? Here are four that a careful person makes. Each is
+# Would the proof notice a mistake? Here are five that a careful person makes. Each is
 # one edit of the text of `backward` or of a layer; the function is compiled again
 # from the edited text. None of them raises an error, and each must be off by more
 # than $10^{-3}$ somewhere, where the proof allows $10^{-8}$.
@@ -370,16 +372,18 @@ verdict("each tensor", least > 1e5 * 1e-8, "has a gradient to test")
 # - The second half's share replaces the stream's gradient, where it should be added.
 # - `g["wte"][tokens] += dx` looks like `np.add.at` and is not: where a token occurs
 #   twice in the batch, NumPy adds only the last of its rows.
+# - The values' share of the gradient of `ln1` is lost.
 # - The scale $1/\sqrt{hs}$ is forgotten on the way back.
 # - LayerNorm's last term is forgotten.
 
-# %% four mistakes
+# %% five mistakes
 MISTAKES = {
     "share lost": (
         backward, "dx + layernorm_back(dln2", "layernorm_back(dln2",
     ),  # fmt: skip
     "added once": (backward, 'np.add.at(g["wte"], tokens, dx)',
                    'g["wte"][tokens] += dx'),
+    "no values": (attention_back, "(dq, dk, dv)", "(dq, dk, 0 * dv)"),
     "no scale": (attention_back, "(datt - row) * scale", "(datt - row)"),
     "no last term": (layernorm_back, " - xhat * along", ""),
 }  # fmt: skip
@@ -443,8 +447,8 @@ for step in range(1, 501):
     losses.append(loss)
 
 # %% [markdown]
-# The least that a model can pay that knows how often each byte occurs, and nothing
-# else, is the entropy of these shares, (1.11.3): the *unigram* loss. The first loss
+# A model that knows how often each byte occurs, and nothing else, pays at least the
+# entropy of these shares, (1.11.3): the *unigram* loss. The first loss
 # should lie within $0.02 \sqrt{32}$, about 0.1, of $\log 128$.
 
 # %% what counting pays, and what the model pays
@@ -468,8 +472,8 @@ plt.show()
 
 # %% [markdown]
 # *Figure 1.16.2. A GPT-2 learns the text of its own source, in 500 steps of 256
-# bytes. It passes what counting single bytes can reach within the first hundred steps
-# and goes on falling: the rest it can only have from the bytes before.*
+# bytes. Within the first hundred steps the loss falls below what counting single bytes
+# can reach, and it goes on falling: the rest it can only have from the bytes before.*
 #
 # ## What the page leaves out
 #
