@@ -83,8 +83,8 @@ for char in "aé€🙂":
 #
 # ### Merging by hand
 #
-# [Byte-pair encoding](../../book/glossary.md#term-BPE-byte-pair-encoding), BPE for
-# short, starts from bytes and gives the most frequent pair of neighbours a
+# [Byte-pair encoding](../../book/glossary.md#term-BPE-byte-pair-encoding), BPE
+# for short, starts from bytes and gives the most frequent pair of neighbours a
 # token of its own, again and again. Each time is a
 # [merge](../../book/glossary.md#term-merge). Take one line:
 #
@@ -720,8 +720,9 @@ moving(
 # Why cut the text into words first? Without the cut, the most frequent pairs
 # would soon be the end of one word with the beginning of the next, such as
 # `s␣` and `,␣a`, and a common word would have a different spelling in tokens
-# after every neighbour. The cut costs something too: ` of the` can never be
-# one token, however often it comes, and in a language without spaces the
+# after every neighbour. And training would have the whole text to go through,
+# not each distinct word once. The cut costs something too: ` of the` can never
+# be one token, however often it comes, and in a language without spaces the
 # expression cuts far too little.
 #
 # ## Exercises
