@@ -50,7 +50,7 @@ class GPT2Config:
     @property
     def padded_vocab_size(self):
         """Vp: the vocabulary rounded up to a multiple of 128."""
-        return -(-self.vocab_size // 128) * 128
+        return -(-self.vocab_size // 128) * 128  # two minuses round up
 
     @property
     def head_size(self):

@@ -30,7 +30,8 @@
 # This chapter looks at the whole. Do not expect to understand how a part
 # works: each has its own chapter. At the end you can
 #
-# - name the [layers](../../book/glossary.md#term-layer) in the order in which a token meets them;
+# - name the [layers](../../book/glossary.md#term-layer) in the order in which
+#   a token meets them;
 # - read the sixteen arrays of parameters and their shapes;
 # - say where the parameters, the arithmetic and the memory are.
 
@@ -92,19 +93,21 @@ plt.show()
 # 1. **Tokens.** Text is cut into pieces, and each piece has a number between
 #    0 and 50,256 ([chapter 1.2](02_tokens.ipynb)).
 # 2. **Encoder.** The number picks a row of a table: a *vector* of 768
-#    numbers. A second table adds a vector for its *position*, the place in the row
-#    ([chapter 1.5](05_encoder.ipynb)). From here to the end the token *is*
+#    numbers. A second table adds a vector for its *position*, the place in the
+#    row ([chapter 1.5](05_encoder.ipynb)). From here to the end the token *is*
 #    this vector.
 # 3. **Block**, twelve times. Its first half lets the token look at the tokens
 #    before it: LayerNorm brings the vector to a common size
 #    ([chapter 1.6](06_layernorm.ipynb)), a matrix product makes three vectors
-#    of it, called q, k and v ([chapter 1.7](07_matmul.ipynb)), attention mixes
-#    those of different tokens ([chapter 1.8](08_attention.ipynb)), another product returns to 768
-#    numbers, and the result is *added* to the vector
-#    ([chapter 1.10](10_residual.ipynb)). The second half, called *feed-forward*
-#    or *MLP* (multi-layer perceptron), works on each token alone: up to 3,072
-#    numbers, through a curve called GELU ([chapter 1.9](09_gelu.ipynb)), back
-#    down to 768, and added.
+#    of it, called q, k and v ([chapter 1.7](07_matmul.ipynb)), attention, the
+#    one layer in which tokens meet, mixes those of different tokens ([chapter
+#    1.8](08_attention.ipynb)), another product returns to 768 numbers, and the
+#    result is *added* to the vector ([chapter 1.10](10_residual.ipynb)). One
+#    can only add what has the same size, so the vector has 768 numbers
+#    throughout. The second half, called *feed-forward* or *MLP* (multi-layer
+#    perceptron), works on each token alone: up to 3,072 numbers, through a
+#    curve called GELU ([chapter 1.9](09_gelu.ipynb)), back down to 768, and
+#    added.
 # 4. **Logits.** A last LayerNorm, and a product with the first table: one
 #    logit for each of the 50,257 pieces.
 # 5. **Loss.** Softmax and the logarithm, as in chapter 1.1. Here their pair is
@@ -140,10 +143,10 @@ plt.show()
 # suits hardware, and we shall see to it that these rows get no probability.
 #
 # The class below holds the five. Four names (`family`, `norm`, `feedforward`,
-# `bias`) say of what a block is made, and `num_kv_heads` counts the heads that have a
-# k and a v of their own. For GPT-2 they are fixed, and you can pass them over:
-# they leave room for models whose blocks differ
-# ([chapter 1.13](13_block.ipynb)).
+# `bias`) say of what a block is made, and `num_kv_heads` counts the heads that
+# have a k and a v of their own. For GPT-2 they are fixed, and you can pass
+# them over: they leave room for models whose blocks differ ([chapter
+# 1.13](13_block.ipynb)).
 
 # %% imports of the configuration tags=["export"]
 from dataclasses import dataclass
@@ -188,7 +191,7 @@ class GPT2Config:
     @property
     def padded_vocab_size(self):
         """Vp: the vocabulary rounded up to a multiple of 128."""
-        return -(-self.vocab_size // 128) * 128
+        return -(-self.vocab_size // 128) * 128  # two minuses round up
 
     @property
     def head_size(self):
@@ -239,7 +242,8 @@ except ValueError as error:
 #
 # The logits need a matrix too, $(V_p, C)$. GPT-2 uses `wte` a second time
 # there: the vector that a token goes in as is also the direction in which it
-# is looked for. This is called [weight tying](../../book/glossary.md#term-weight-tying).
+# is looked for. This is called [weight
+# tying](../../book/glossary.md#term-weight-tying).
 #
 # [Chapter 1.13](13_block.ipynb) makes the table that we read here.
 
@@ -285,8 +289,8 @@ assert parameter_count(cfg, padded=False) == N
 # multiplication; an MFLOP is a million of them, a TFLOP a million million. In
 # (1.4.2) $N$ stands for all parameters: `wte` does its arithmetic at the
 # logits, and `wpe`, the biases and the LayerNorms are too small to matter. The
-# second term is attention's. A token compares itself with the tokens before
-# it, $T/2$ on average, which takes $C$ multiplications and $C$ additions for
+# second term is attention's. A token compares itself with those up to it,
+# about $T/2$ on average, which takes $C$ multiplications and $C$ additions for
 # each, and takes a weighted sum of as many vectors, which takes as many again.
 # That is $4 C \cdot T/2 = 2 C T$ operations a block forward and twice that
 # backward. (What chapter 1.8 computes a second time, to save memory, is not
@@ -296,6 +300,7 @@ assert parameter_count(cfg, padded=False) == N
 T, B = 1024, 4
 per_token = flops_per_token(cfg, T)
 print(f"{per_token / 1e6:.0f} MFLOP a token")
+print(f"{6 * L * C * T / 1e6:.0f} of them attention's")
 print(f"{per_token * B * T / 1e12:.2f} TFLOP a training step")
 
 # %% [markdown]
@@ -335,11 +340,11 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.4.2. Nearly a third of the parameters sits in the token table, which
-# works only at the logits. Two fifths of the arithmetic are the MLP's;
-# attention itself, at T = 1024, takes a small share. All else: biases and
-# LayerNorms, and in the lower bar the table of places, which (1.4.2) counts
-# as if it did arithmetic.*
+# *Figure 1.4.2. Nearly a third of the parameters sits in the
+# token table, which works only at the logits. Two fifths of the arithmetic are
+# the MLP's; attention itself, at T = 1024, takes a small share. All else:
+# biases and LayerNorms, and in the lower bar the table of places, which
+# (1.4.2) counts as if it did arithmetic.*
 
 # %% [markdown]
 # ## Where the bytes are
@@ -353,8 +358,8 @@ plt.show()
 # block, and the logits. The ten of figure 1.4.1 are q, k and v (three),
 # attention's output (one), the output of the product up (four) and the two
 # sums (two). The LayerNorms and GELU are computed again from these when their
-# turn comes. To go backwards through an addition needs neither of the two numbers
-# that were added.
+# turn comes. To go backwards through an addition needs neither of the two
+# numbers that were added.
 
 # %% bytes for four rows of two lengths
 static = 4 * 4 * parameter_count(cfg)
@@ -396,7 +401,8 @@ for T in (64, 1024):
 # ## Exercises
 #
 # **1** (★). GPT-2 comes in four sizes: (L, NH, C) = (12, 12, 768),
-# (24, 16, 1024), (36, 20, 1280), (48, 25, 1600). Compute how many parameters they have.
+# (24, 16, 1024), (36, 20, 1280), (48, 25, 1600). Compute how many parameters
+# they have.
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
@@ -425,8 +431,8 @@ verdict("four sizes", millions == [124, 355, 774, 1558], f"{millions}")
 #
 # :::{admonition} Solution to exercise 2
 # :class: dropdown
-# By (1.4.2) when $6LCT = 6N$, so $T = N / (LC)$, about 13,500 tokens: more than
-# ten times the length that GPT-2 was trained with.
+# By (1.4.2) when $6LCT = 6N$, so $T = N / (LC)$, about 13,500 tokens: more
+# than ten times the length that GPT-2 was trained with.
 # :::
 
 # %% exercise 2 tags=["hide-cell"]
