@@ -214,10 +214,11 @@ print(f"one-hot matrix   {4 * B * T * Vp:>14,} bytes")
 #    = \sum_{(b,t)\,:\,x_{b,t} = v} dy_{b,t,j} . \tag{1.5.4} $$
 #
 # Row $v$ of the gradient is the sum of the rows of $dy$ at all places where
-# token $v$ stood, and a token that stands nowhere gets zero. As a matrix
-# product, with the places $(b, t)$ as rows of $O$ and $dy$, (1.5.4) is $O^\top dy$, the transpose of the lookup: where the
-# forward pass *gathers* rows of the table, the backward pass *scatters* rows
-# back and adds where they meet.
+# token $v$ stood, and a token that stands nowhere gets zero. With the $BT$
+# places $(b, t)$ as rows of $O$ and of $dy$, (1.5.4) is the matrix product
+# $O^\top dy$, the transpose of the lookup: where the forward pass *gathers*
+# rows of the table, the backward pass *scatters* rows back and adds where they
+# meet.
 
 # %% draw gather and scatter tags=["hide-input"]
 fig, axes = plt.subplots(1, 2, figsize=(8.2, 3.1), dpi=100)
@@ -250,17 +251,24 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.5.2. The text "cac". Forward, positions 0 and 2 read the same row of
-# the table; backward, that row gets the sum of both gradients, and the rows of
-# b and d, which nobody read, get none. (The vectors of the positions are left
-# out.)*
+# *Figure 1.5.2. The text "cac". Forward, positions 0 and 2 read the same row
+# of the table; backward, that row gets the sum of both gradients, and the rows
+# of b and d, which nobody read, get none. (The vectors of the positions are
+# left out.)*
 #
 # The position table enters (1.5.1) once for every text: $P_{t',j}$ reaches
-# $y_{b,t,i}$ with factor $1$ when $t = t'$ and $i = j$, and with $0$ otherwise.
-# The sum over the outputs keeps one position and one channel of each text:
+# $y_{b,t,i}$ with factor $1$ when $t = t'$ and $i = j$, and with $0$
+# otherwise. The sum over the outputs keeps one position and one channel of
+# each text, and no position from $T$ on:
 #
-# $$ dP_{t,j} = \sum_{b} dy_{b,t,j} \quad (t < T), \qquad
-#    dP_{t,j} = 0 \quad (t \ge T) . \tag{1.5.5} $$
+# $$
+# \begin{aligned}
+# dP_{t',j} &= \sum_{b,t,i} dy_{b,t,i}\, \delta_{t,t'}\, \delta_{i,j}
+#    = \sum_{b} dy_{b,t',j} & (t' &< T) , \\
+# dP_{t',j} &= 0 & (t' &\ge T) .
+# \end{aligned}
+# \tag{1.5.5}
+# $$
 #
 # The tokens themselves get no gradient: there is no token a little to the side
 # of token 300. Here the walk ends.
@@ -287,7 +295,8 @@ def encoder_backward(dwte, dwpe, dout, inp):
 # %% [markdown]
 # Let every row of `dout` be $(1, 1)$. Then row $v$ of `dwte` counts how often
 # token $v$ occurs: a twice, b once, c three times, d never. Each position
-# occurs in both texts, and position 3 is beyond T.
+# occurs in both texts, and position 3 is beyond T. (Both tables are printed
+# lying down: a column for each of their rows.)
 
 # %% gradients that count
 dwte, dwpe = np.zeros((4, 2)), np.zeros((4, 2))
@@ -329,6 +338,8 @@ print(lost.T.astype(int))
 # 10^{-5}$. The encoder is linear, so the method has no error of its own and
 # only rounding remains, about $10^{-16} / h = 10^{-11}$ times the size of
 # $\mathcal L$; we ask for $10^{-8}$. Five tokens at eight places must repeat.
+# The gradients start from ones, which must still be there: a backward pass
+# that wrote instead of adding would be caught.
 
 # %% a problem to differentiate
 B, T, C, Vp, T_max = 2, 4, 3, 5, 6
@@ -348,9 +359,9 @@ print(inp)
 
 # %% against central differences
 def gradients(backward):
-    grads = np.zeros_like(wte), np.zeros_like(wpe)
+    grads = np.ones_like(wte), np.ones_like(wpe)
     backward(*grads, g, inp)
-    return grads
+    return [grad - 1 for grad in grads]
 
 
 for name, got, numeric in zip(
@@ -419,8 +430,8 @@ plt.show()
 #
 # The two tables hold $(V_p + T_{max}) C$ parameters. The forward pass makes
 # one addition for each of the $B T C$ outputs. The backward pass makes two for
-# each number of `dout`: a row of it goes to a row of `dwte` and to a row of `dwpe`. Nothing is
-# kept.
+# each number of `dout`: a row of it goes to a row of `dwte` and to a row of
+# `dwpe`. Nothing is kept.
 
 # %% the encoder of GPT-2
 B, T, C, Vp, T_max = 4, 64, 768, 50304, 1024
@@ -455,8 +466,8 @@ print(f"rows of wte read    {B * T:>12,} of {Vp:,}, at most")
 #
 # **1** (★). A batch has B = 4 texts of T = 64 tokens, the vocabulary 50257.
 # At most how many rows of `dwte` and of `dwpe` get a gradient from the
-# encoder? Write it for any B, T and V, and check it on a batch without
-# repeats.
+# encoder? Write it for any B, T and V, and check it on a batch that repeats no
+# token before it has used all.
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
@@ -471,11 +482,12 @@ def touched_rows(B, T, V):
 
 
 # %% exercise 1, checked
-dwte, dwpe = np.zeros((50257, 1)), np.zeros((1024, 1))
-distinct = rng.permutation(50257)[:256].reshape(4, 64).astype(np.int32)
-encoder_backward(dwte, dwpe, np.ones((4, 64, 1)), distinct)
-counted = np.count_nonzero(dwte), np.count_nonzero(dwpe)
-verdict("rows", counted == touched_rows(4, 64, 50257), "counted as predicted")
+for V in (50257, 100):
+    dwte, dwpe = np.zeros((V, 1)), np.zeros((1024, 1))
+    tokens = np.arange(4 * 64).reshape(4, 64) % V
+    encoder_backward(dwte, dwpe, np.ones((4, 64, 1)), tokens)
+    counted = np.count_nonzero(dwte), np.count_nonzero(dwpe)
+    verdict(f"V = {V}", counted == touched_rows(4, 64, V), "as predicted")
 
 # %% [markdown]
 # **2** (★★). The encoder is blind to one change of its parameters: add one and
