@@ -33,6 +33,14 @@ _COLUMNS = {
         ("later token, ms", "token_seconds", 1e3, ",.2f"),
         ("later tokens/s", "tokens_per_second", 1, ",.1f"),
     ],
+    "group": [
+        ("ms a step", "step_seconds", 1e3, ",.1f"),
+        ("tokens/s", "tokens_per_second", 1, ",.0f"),
+        ("efficiency", "efficiency", 1, ".2f"),
+        ("in calls, ms", "waiting_seconds", 1e3, ",.1f"),
+        ("sent, MB", "sent", 1e-6, ",.1f"),
+        ("memory, MB", "memory_bytes", 1e-6, ",.0f"),
+    ],
     "kernel": [
         ("launches", "launches", 1, ",d"),
         ("moved", "moved", 1, ".2f"),

@@ -17,9 +17,11 @@ from llmnb.bench.bench import CONFIGS, bench, bench_writers
 from llmnb.bench.contest import kernel_contests
 from llmnb.bench.race import PEERS, Settings
 from llmnb.bench.report import bars_figure, layers_figure, report
-from llmnb.cli.options import ThreadOptions, shape_config, some_of
+from llmnb.cli.options import GroupOptions, ThreadOptions, set_threads
+from llmnb.cli.options import shape_config, some_of
 from llmnb.config import GPT2Config
 from llmnb.files import replacing
+from llmnb.train.group import ALONE
 from llmnb.train.options import DataOptions, ModelOptions, option
 from llmnb.train.terminal import progress_bar
 
@@ -66,12 +68,15 @@ class BenchOptions:
         False,
         "time the first step of fresh processes; without --config this alone",
     )
+    total_batch: int = option(
+        0, "of a group: tokens in an update; 0: one batch for each rank"
+    )
     json: str = option(None, "write all numbers; - prints them", **FILE)
     plot: str = option(None, "draw where the time goes, as a PNG", **FILE)
 
 
 OPTIONS = {
-    "": fields(BenchOptions) + fields(ThreadOptions),
+    "": fields(BenchOptions) + fields(GroupOptions) + fields(ThreadOptions),
     "the model, without --config": some_of(DataOptions, "vocab_size")
     + tuple(x for x in fields(ModelOptions) if x.name != "precision"),
 }
@@ -83,17 +88,30 @@ def run(args):
 
     Tokens a second, memory, where the time goes. Every contestant has a
     process of its own; they take turns, and all are in memory at once. On a
-    GPU each runs alone.
+    GPU each runs alone. Under mpirun or srun the group is measured instead:
+    tokens a second, efficiency, and what each rank waits, sends and holds.
 
     Derived in chapter 4.26.
     """
+    from llmnb.cli.together import in_group  # Part 6
+
+    in_group(args, _run)
+
+
+def _run(args, group):
+    """Measure what is asked for, as one of a group; the first reports."""
     for path in filter(None, (args.json, args.plot)):
         if not Path(path).parent.is_dir():
             raise FileNotFoundError(f"there is no folder {Path(path).parent}")
     measure = _writers if args.write else _steps
+    if group is not ALONE:
+        measure = partial(_ranks, group)
+    elif args.total_batch:
+        raise ValueError("--total-batch is of a group: start it with mpirun")
     result = {"command": _command(sys.argv[1:]), **measure(args)}
     print(_json(result) if args.json == "-" else report(result))
-    _keep(args.json, result)
+    if group.first:
+        _keep(args.json, result)
     if args.plot:
         from matplotlib import style
 
@@ -156,6 +174,36 @@ def _writers(args):
     if args.backend != "cpu" or args.kernels is not None:
         raise ValueError("--write times the backend cpu alone")
     return bench_writers(GPT2Config(), settings=_settings(args))
+
+
+# measure a group
+_OF_ONE = (
+    "against",
+    "torch_python",
+    "turn",
+    "write",
+    "kernels",
+    "start",
+    "plot",
+)
+
+
+def _ranks(group, args):
+    from llmnb.bench.ranks import bench_group  # Part 6
+    from llmnb.cli.together import check_command
+
+    for name in _OF_ONE:
+        if name in args.given:
+            option = name.replace("_", "-")
+            raise ValueError(
+                f"--{option} is of one process: leave it out, or add "
+                "--group none"
+            )
+    set_threads(args)
+    check_command(args, group)
+    precisions = tuple(args.precision or ["fp32"])
+    settings = _settings(args)._replace(precisions=precisions)
+    return bench_group(group, _configs_of(args), settings, args.total_batch)
 
 
 # the configurations

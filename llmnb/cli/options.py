@@ -3,9 +3,9 @@
 """Options of a command, from the fields of dataclasses."""
 
 __all__ = [
-    "Parser", "ThreadOptions", "add_options", "check_backend", "fields_of",
-    "one_line", "remark", "say", "set_threads", "shape_config", "some_of",
-    "tell_compiling", "warn", "with_defaults",
+    "GroupOptions", "Parser", "ThreadOptions", "add_options", "check_backend",
+    "fields_of", "one_line", "remark", "say", "set_threads", "shape_config",
+    "some_of", "tell_compiling", "warn", "with_defaults",
 ]
 
 
@@ -104,6 +104,20 @@ def set_threads(args):
 
     if args.threads is not None:
         numba.set_num_threads(args.threads)
+
+
+# several processes
+@dataclass
+class GroupOptions:
+    """Whether a command shares its work with other processes.
+
+    Derived in chapter 4.23.
+    """
+
+    group: str = option(
+        "", "processes that share the work: none, or mpi (default: mpi if "
+        "mpirun or srun has launched several)",
+    )  # fmt: skip
 
 
 # is the GPU there

@@ -2,7 +2,7 @@
 
 """What a command says and does when several processes run it."""
 
-__all__ = ["together"]
+__all__ = ["check_command", "in_group", "together"]
 
 
 # imports of together
@@ -15,6 +15,8 @@ import warnings
 
 from llmnb.cli.__main__ import USER_ERRORS
 from llmnb.cli.options import one_line
+from llmnb.train.machines import check_alike, find_group
+from llmnb.train.state import surroundings
 
 
 # one speaks for all
@@ -47,3 +49,27 @@ def together(group):
             group.end(f"{group.name(group.rank)}: {said}")
             raise
         group.close()
+
+
+# a command in a group
+def in_group(args, work):
+    """work(args, group) for the group of this process; what it returns.
+
+    args: the values of a command's options, of which group says what kind.
+
+    Derived in chapter 6.2.
+    """
+    group = find_group(args.group)
+    if group.size == 1:
+        return work(args, group)
+    with together(group):
+        return work(args, group)
+
+
+def check_command(args, group):
+    """Raise ValueError unless a group was given one command, and is alike.
+
+    Derived in chapter 6.2.
+    """
+    given = {name: str(value) for name, value in args.given.items()}
+    check_alike(group, surroundings() | given)

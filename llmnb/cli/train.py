@@ -14,8 +14,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from llmnb.cli.options import ThreadOptions, check_backend, fields_of, say
-from llmnb.cli.options import set_threads, tell_compiling, warn
+from llmnb.cli.options import GroupOptions, ThreadOptions, check_backend
+from llmnb.cli.options import fields_of, say, set_threads, tell_compiling, warn
 from llmnb.files import write_whole
 from llmnb.model.generate import decoded, generate
 from llmnb.text.tokenizer import text_start
@@ -54,14 +54,10 @@ class FolderOptions:
     tensorboard: bool = option(
         False, "write events for TensorBoard into the folder as well"
     )
-    group: str = option(
-        "", "processes that train together: none, or mpi (default: mpi if "
-        "mpirun or srun has launched several)",
-    )  # fmt: skip
 
 
 OPTIONS = {
-    "": fields(FolderOptions) + fields(ThreadOptions),
+    "": fields(FolderOptions) + fields(GroupOptions) + fields(ThreadOptions),
     "what to read": fields(DataOptions),
     "what the model looks like": fields(ModelOptions),
     "how it learns": fields(LearningOptions),
@@ -133,16 +129,9 @@ def run(args):
     """
     sys.stdout.ends = False  # who trains does not need to be read
     set_threads(args)
-    from llmnb.train.machines import find_group  # Part 6
+    from llmnb.cli.together import in_group  # Part 6
 
-    group = find_group(args.group)
-    if group.size == 1:
-        code = _run(args, group)
-    else:
-        from llmnb.cli.together import together
-
-        with together(group):
-            code = _run(args, group)
+    code = in_group(args, _run)
     if code:
         sys.exit(code)
 

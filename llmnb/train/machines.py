@@ -128,6 +128,12 @@ class Machines(Group):
         self._world.Gatherv(part, come)
         return whole
 
+    def rest(self):
+        """Wait for all, asleep: others may need this core meanwhile."""
+        come = self._world.Ibarrier()
+        while not come.Test():
+            time.sleep(0.01)
+
     def name(self, rank):
         """A rank in words, with its machine."""
         return f"rank {rank} on {self.names[rank]}"

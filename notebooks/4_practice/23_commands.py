@@ -148,6 +148,17 @@ def set_threads(args):
         numba.set_num_threads(args.threads)
 
 
+# %% several processes tags=["export"] module="cli.options"
+@dataclass
+class GroupOptions:
+    """Whether a command shares its work with other processes."""
+
+    group: str = option(
+        "", "processes that share the work: none, or mpi (default: mpi if "
+        "mpirun or srun has launched several)",
+    )  # fmt: skip
+
+
 # %% [markdown]
 # A run of `--backend cuda` where there is no GPU counts as a mistake: on the
 # simulator it would take days, and nobody means that. Who wants it for a tiny

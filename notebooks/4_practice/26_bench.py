@@ -29,6 +29,7 @@
 #
 # - time a step of a model of your own size;
 # - race PyTorch and llm.c, each in a process of its own;
+# - measure several processes that train together;
 # - keep all numbers as JSON, and draw where the time goes.
 
 # %% [markdown]
@@ -68,6 +69,14 @@ _COLUMNS = {
         ("first token, ms", "first_seconds", 1e3, ",.1f"),
         ("later token, ms", "token_seconds", 1e3, ",.2f"),
         ("later tokens/s", "tokens_per_second", 1, ",.1f"),
+    ],
+    "group": [
+        ("ms a step", "step_seconds", 1e3, ",.1f"),
+        ("tokens/s", "tokens_per_second", 1, ",.0f"),
+        ("efficiency", "efficiency", 1, ".2f"),
+        ("in calls, ms", "waiting_seconds", 1e3, ",.1f"),
+        ("sent, MB", "sent", 1e-6, ",.1f"),
+        ("memory, MB", "memory_bytes", 1e-6, ",.0f"),
     ],
     "kernel": [
         ("launches", "launches", 1, ",d"),
@@ -296,9 +305,11 @@ from llmnb.bench.bench import CONFIGS, bench, bench_writers
 from llmnb.bench.contest import kernel_contests
 from llmnb.bench.race import PEERS, Settings
 from llmnb.bench.report import bars_figure, layers_figure, report
-from llmnb.cli.options import ThreadOptions, shape_config, some_of
+from llmnb.cli.options import GroupOptions, ThreadOptions, set_threads
+from llmnb.cli.options import shape_config, some_of
 from llmnb.config import GPT2Config
 from llmnb.files import replacing
+from llmnb.train.group import ALONE
 from llmnb.train.options import DataOptions, ModelOptions, option
 from llmnb.train.terminal import progress_bar
 
@@ -342,12 +353,15 @@ class BenchOptions:
         False,
         "time the first step of fresh processes; without --config this alone",
     )
+    total_batch: int = option(
+        0, "of a group: tokens in an update; 0: one batch for each rank"
+    )
     json: str = option(None, "write all numbers; - prints them", **FILE)
     plot: str = option(None, "draw where the time goes, as a PNG", **FILE)
 
 
 OPTIONS = {
-    "": fields(BenchOptions) + fields(ThreadOptions),
+    "": fields(BenchOptions) + fields(GroupOptions) + fields(ThreadOptions),
     "the model, without --config": some_of(DataOptions, "vocab_size")
     + tuple(x for x in fields(ModelOptions) if x.name != "precision"),
 }
@@ -359,15 +373,28 @@ def run(args):
 
     Tokens a second, memory, where the time goes. Every contestant has a
     process of its own; they take turns, and all are in memory at once. On a
-    GPU each runs alone.
+    GPU each runs alone. Under mpirun or srun the group is measured instead:
+    tokens a second, efficiency, and what each rank waits, sends and holds.
     """
+    from llmnb.cli.together import in_group  # Part 6
+
+    in_group(args, _run)
+
+
+def _run(args, group):
+    """Measure what is asked for, as one of a group; the first reports."""
     for path in filter(None, (args.json, args.plot)):
         if not Path(path).parent.is_dir():
             raise FileNotFoundError(f"there is no folder {Path(path).parent}")
     measure = _writers if args.write else _steps
+    if group is not ALONE:
+        measure = partial(_ranks, group)
+    elif args.total_batch:
+        raise ValueError("--total-batch is of a group: start it with mpirun")
     result = {"command": _command(sys.argv[1:]), **measure(args)}
     print(_json(result) if args.json == "-" else report(result))
-    _keep(args.json, result)
+    if group.first:
+        _keep(args.json, result)
     if args.plot:
         from matplotlib import style
 
@@ -430,6 +457,42 @@ def _writers(args):
     if args.backend != "cpu" or args.kernels is not None:
         raise ValueError("--write times the backend cpu alone")
     return bench_writers(GPT2Config(), settings=_settings(args))
+
+
+# %% [markdown]
+# Several processes that `mpirun` has started do not race. They train one model
+# together, as [chapter 6.3](../6_machines/03_cost.ipynb) derives, and are
+# measured with the same report.
+
+
+# %% measure a group tags=["exporti"] module="cli.bench"
+_OF_ONE = (
+    "against",
+    "torch_python",
+    "turn",
+    "write",
+    "kernels",
+    "start",
+    "plot",
+)
+
+
+def _ranks(group, args):
+    from llmnb.bench.ranks import bench_group  # Part 6
+    from llmnb.cli.together import check_command
+
+    for name in _OF_ONE:
+        if name in args.given:
+            option = name.replace("_", "-")
+            raise ValueError(
+                f"--{option} is of one process: leave it out, or add "
+                "--group none"
+            )
+    set_threads(args)
+    check_command(args, group)
+    precisions = tuple(args.precision or ["fp32"])
+    settings = _settings(args)._replace(precisions=precisions)
+    return bench_group(group, _configs_of(args), settings, args.total_batch)
 
 
 # %% the configurations tags=["exporti"] module="cli.bench"

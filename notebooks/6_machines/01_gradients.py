@@ -284,10 +284,10 @@ def _sum(held, came):
 #
 # To try it we need ranks. Threads will do: each is given a `Rehearsal`, with
 # the methods that a group over MPI has, and they meet at a barrier where real
-# ones would send. Besides `gather` of chapter 4.13 there are three methods:
+# ones would send. Besides `gather` of chapter 4.13 there are four methods:
 # `exchange` sends everyone its part, `spread` gives everyone the whole of what
 # each has a part of (*all-gather*), and `collect` brings all parts to the first
-# rank. The first two, which every step calls, count the bytes that the thread
+# rank; `rest` only waits for all. The first two, which every step calls, count the bytes that the thread
 # would have sent. A thread that returns meets the others once more to say so;
 # if they still expect a part of it, that is an error, and not a wait for ever.
 
@@ -364,6 +364,10 @@ class Rehearsal(Group):
         whole = np.concatenate(found) if self.first else None
         self._meet()
         return whole
+
+    def rest(self):
+        """Wait for all; as threads do at each call."""
+        self._meet()
 
     def _others(self, spans):
         """Elements of the spans of others."""

@@ -406,7 +406,9 @@ def find_group(kind=""):
 # %% [markdown]
 # The methods are those of the rehearsal. `Alltoallv` and `Allgatherv` take the
 # places of what goes out and what comes in, so that nothing is packed; what is
-# not an array travels as JSON.
+# not an array travels as JSON. Who waits in them keeps its core busy, as MPI
+# asks again and again, which is quickest when all come at once. `rest` waits
+# asleep, for where one has more to do than the others.
 
 
 # %% a group over MPI tags=["export"] module="train.machines"
@@ -473,6 +475,12 @@ class Machines(Group):
         come = [whole, lengths] if self.first else None
         self._world.Gatherv(part, come)
         return whole
+
+    def rest(self):
+        """Wait for all, asleep: others may need this core meanwhile."""
+        come = self._world.Ibarrier()
+        while not come.Test():
+            time.sleep(0.01)
 
     def name(self, rank):
         """A rank in words, with its machine."""
@@ -620,6 +628,8 @@ import warnings
 
 from llmnb.cli.__main__ import USER_ERRORS
 from llmnb.cli.options import one_line
+from llmnb.train.machines import check_alike, find_group
+from llmnb.train.state import surroundings
 
 
 # %% one speaks for all tags=["export"] module="cli.together"
@@ -653,6 +663,31 @@ def together(group):
 
 
 # %% [markdown]
+# A command hands over its work, a function of its options and of the group.
+# Where it is told nothing but options, these are what must be alike; training
+# compares more.
+
+
+# %% a command in a group tags=["export"] module="cli.together"
+def in_group(args, work):
+    """work(args, group) for the group of this process; what it returns.
+
+    args: the values of a command's options, of which group says what kind.
+    """
+    group = find_group(args.group)
+    if group.size == 1:
+        return work(args, group)
+    with together(group):
+        return work(args, group)
+
+
+def check_command(args, group):
+    """Raise ValueError unless a group was given one command, and is alike."""
+    given = {name: str(value) for name, value in args.given.items()}
+    check_alike(group, surroundings() | given)
+
+
+# %% [markdown]
 # The tests start real ranks with `mpirun`: 1, 2 and 4 of them, with one and two threads,
 # end with the same bytes after 50 steps; one is killed by a signal that cannot be
 # caught, at a random moment, and another number of ranks goes on; one is
@@ -663,8 +698,8 @@ def together(group):
 #
 # Every rank reads the text and the run's folder itself, so all machines need
 # them under the same path, as clusters have. The kernels are the CPU's: a group
-# of GPUs would need the same four methods, `gather`, `exchange`, `spread` and
-# `collect`, over their own network, and is not there. Each rank holds all
+# of GPUs would need the same methods over their own network, and is not
+# there. Each rank holds all
 # parameters and all gradients, $8P$ bytes, and ranks on one machine do not share
 # them: eight there hold $64P$. Where memory is short, start fewer ranks with more
 # threads each. Ctrl-C reaches

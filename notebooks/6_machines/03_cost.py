@@ -4,6 +4,9 @@
 #     display_name: Python 3
 #     language: python
 #     name: python3
+#   llmnb:
+#     modules:
+#       bench.ranks: "The step of a group of processes, measured."
 # ---
 
 # %% [markdown]
@@ -25,7 +28,8 @@
 #   measurement;
 # - say how many tokens a rank must compute between two exchanges to be worth its
 #   place;
-# - tell where more machines stop helping, and what is done then.
+# - tell where more machines stop helping, and what is done then;
+# - measure all of this on machines of your own.
 #
 # ## Setup
 
@@ -247,6 +251,194 @@ ddp = measured["ddp"]
 theirs, ours = ddp["seconds"], ddp["ours"]
 print(f"torch {ddp['torch']}: {theirs:.2f} s a step, llmnb: {ours:.2f} s, "
       f"ratio {ours / theirs:.2f}")  # fmt: skip
+
+# %% [markdown]
+# ## On your machines
+#
+# These numbers are of one machine. For yours there is `llmnb bench`, which under
+# `mpirun` or `srun` measures the group in place of a race:
+#
+#     mpirun -n 2 llmnb bench --config 124m-64
+#     mpirun -n 8 --hostfile hosts llmnb bench --depth 12 --total-batch 16384
+#
+# An update has one batch for each rank, unless `--total-batch` says more. A stopwatch
+# ([chapter 2.8](../2_cpu/08_time.ipynb)) around the group tells what its calls take:
+# the wire, and the wait for whoever is late.
+
+# %% imports of the ranks tags=["export"] module="bench.ranks"
+import gc
+import time
+from statistics import median
+
+import numpy as np
+
+from llmnb.bench.bench import WARM_UP
+from llmnb.bench.peers import peak_memory
+from llmnb.bench.race import Settings, facts_of
+from llmnb.bench.stopwatch import Stopwatch
+from llmnb.model.architectures import architecture_record
+from llmnb.model.tensors import parameter_count
+from llmnb.train.group import ALONE
+from llmnb.train.loop import Progress, train_step
+from llmnb.train.options import TrainConfig
+from llmnb.train.start import empty_model
+
+
+# %% batches that cost nothing tags=["exporti"] module="bench.ranks"
+class _Same:
+    """A loader whose batches are all the same random tokens."""
+
+    def __init__(self, cfg, *shape):
+        draw = np.random.default_rng(0)
+        self._batch = draw.integers(0, cfg.vocab_size, (2, *shape), np.int32)
+
+    def next_batch(self):
+        return self._batch
+
+    def skip(self, count):
+        pass
+
+
+# %% the steps of a rank tags=["export"] module="bench.ranks"
+def timed_updates(config, cfg, count, group=ALONE):
+    """Train for some updates, in a group that all its processes call this in.
+
+    config: a TrainConfig, of which the batches count; cfg: the model's
+    configuration. Returns of each update, but for `WARM_UP` before them, a
+    dict: seconds; waiting, those in the group's calls; sent, bytes.
+    """
+    watch, rows, at = Stopwatch(group), [], Progress()
+    model = empty_model(config, cfg, config.seed, watch)
+    batches = _Same(cfg, config.batch_size, config.seq_len)
+    for _ in range(WARM_UP + count):
+        group.gather("all are here")
+        watch.reset()
+        before = getattr(group, "sent", 0)
+        start = time.perf_counter()
+        train_step(config, model, batches, at)
+        seconds = time.perf_counter() - start
+        sent = int(getattr(group, "sent", 0) - before)
+        waiting = sum(watch.seconds.values())
+        rows.append({"seconds": seconds, "waiting": waiting, "sent": sent})
+    return rows[WARM_UP:]
+
+
+# %% [markdown]
+# A step of the group takes as long as that of its slowest rank. The efficiency
+# (6.3.3) needs $t_1$: the same update, by one rank with its threads, while the others
+# rest. That comes last, so that it does not stand in what the first rank's memory
+# was at most. Where the whole model does not fit one rank, there is no $t_1$, and the
+# report says so.
+
+
+# %% the group, and one rank alone tags=["export"] module="bench.ranks"
+def group_contest(name, config, cfg, count, group):
+    """Measure the updates of a group, and those of one rank, as a contest.
+
+    All processes call it, with the arguments of `timed_updates`; name: of
+    the contest. Raises ValueError when the ranks cannot share an update.
+    """
+    _check_shared(config, group)
+    mine = {"updates": timed_updates(config, cfg, count, group)}
+    ranks = group.gather(mine | {"memory_bytes": peak_memory()})
+    gc.collect()  # the model; one rank's comes in its place
+    one = _alone(config, cfg, count) if group.first else None
+    group.rest()
+    rows = _group_rows(group, ranks, group.gather(one)[0])
+    tokens = config.micro_batches * config.batch_size * config.seq_len
+    for row in rows[:2]:
+        if "step_seconds" in row:
+            row["tokens_per_second"] = tokens / row["step_seconds"]
+    return {
+        "name": name, "kind": "group", "model": architecture_record(cfg),
+        "batch_size": config.batch_size, "seq_len": config.seq_len,
+        "total_batch": tokens, "parameters": parameter_count(cfg),
+        "about": f"{parameter_count(cfg):,} parameters; updates of "
+        f"{config.micro_batches} batches of {config.batch_size} times "
+        f"{config.seq_len} tokens; medians of {count}",
+        "contestants": rows,
+    }  # fmt: skip
+
+
+def _check_shared(config, group):
+    tokens = group.size * config.batch_size * config.seq_len
+    if config.micro_batches % group.size:
+        raise ValueError(
+            f"total_batch must be a multiple of {tokens} tokens, a batch for "
+            f"each of {group.size} ranks, got {config.total_batch}"
+        )
+
+
+def _alone(config, cfg, count):
+    """The row of one rank that does the whole update."""
+    try:
+        found = timed_updates(config, cfg, count)
+    except MemoryError as why:
+        return {"name": "one rank alone", "unmeasured": str(why)}
+    return {
+        "name": "one rank alone",
+        "step_seconds": median(x["seconds"] for x in found),
+    }
+
+
+# %% its rows tags=["exporti"] module="bench.ranks"
+def _group_rows(group, ranks, one):
+    """The rows of a contest: one rank, all of them, and each."""
+    steps = zip(*(x["updates"] for x in ranks), strict=True)
+    seconds = [max(x["seconds"] for x in step) for step in steps]
+    every = {"name": f"all {group.size} ranks", "seconds": seconds}
+    every["step_seconds"] = median(seconds)
+    if "step_seconds" in one:
+        share = one["step_seconds"] / group.size  # (6.3.3)
+        every["efficiency"] = share / every["step_seconds"]
+    each = [
+        {
+            "name": group.name(rank),
+            "waiting_seconds": median(y["waiting"] for y in x["updates"]),
+            "sent": median(y["sent"] for y in x["updates"]),
+            "memory_bytes": x["memory_bytes"],
+        }
+        for rank, x in enumerate(ranks)
+    ]
+    return [one, every, *each]
+
+
+# %% all that is wanted tags=["export"] module="bench.ranks"
+def bench_group(group, configs, settings=None, total_batch=0):
+    """Measure the updates of a group; a dict ready for JSON, like `bench`'s.
+
+    configs: a dict from name to (configuration, batch_size, seq_len).
+    settings: a `Settings`, without those of a race; threads: of each rank.
+    total_batch: tokens of an update; 0: one batch a rank.
+    """
+    settings = settings or Settings()
+    result = facts_of(settings) | {"ranks": group.size, "contests": []}
+    for name, (cfg, *shape) in configs.items():
+        for precision in settings.precisions:
+            total = total_batch or group.size * shape[0] * shape[1]
+            config = TrainConfig(
+                batch_size=shape[0], seq_len=shape[1], total_batch=total,
+                precision=precision, backend=settings.backend,
+            )  # fmt: skip
+            how = config, cfg, settings.steps, group
+            contest = group_contest(f"{name}, {precision}", *how)
+            result["contests"].append(contest)
+    return result
+
+
+# %% two threads as ranks
+from llmnb.bench.report import report
+from llmnb.train.rehearsal import rehearse
+
+tiny = {"tiny": (llmnb.GPT2Config(16, 131, 1, 2, 16), 2, 16)}
+quick = Settings(steps=2, threads=1)
+first, _ = rehearse(2, lambda group: bench_group(group, tiny, quick))
+(contest,) = first["contests"]
+print(*[row["name"] for row in contest["contestants"]], sep=", ")
+whole = 4 * contest["parameters"]
+sent = [row["sent"] for row in contest["contestants"][2:]]
+verdict("two ranks", sum(sent) == 2 * whole, "send (6.1.2)")
+verdict("the report", "efficiency" in report(first), "has all columns")
 
 # %% [markdown]
 # ## How many tokens a rank must have

@@ -4,6 +4,7 @@ LLMNB_KILLS=30 kills at 30 random moments instead of two.
 """
 
 import importlib.util
+import json
 import os
 import random
 import signal
@@ -280,3 +281,41 @@ def test_ranks_with_unlike_numbers_of_blocks():
     assert code == 0, said
     assert said.count("2 blocks, the same: True") == 1, said
     assert said.count("3 blocks, the same: True") == 2, said
+
+
+BENCH = (
+    "-m llmnb.cli bench --num-layers 1 --num-heads 2 --channels 32 "
+    "--seq-len 16 --batch-size 2 --vocab-size 300 --steps 2 --threads 1"
+)
+
+
+def test_bench_measures_a_group(tmp_path):
+    more = ["--total-batch", 4 * 32, "--json", tmp_path / "a.json"]
+    code, said = run((2, {}, [*BENCH.split(), *more]))
+    assert code == 0, said
+    assert said.count("efficiency") == 1, "one reports for all"
+    found = json.loads((tmp_path / "a.json").read_text("utf-8"))
+    assert found["ranks"] == 2 and found["threads"] == 1
+    (contest,) = found["contests"]
+    alone, both, *each = contest["contestants"]
+    speed = [x["tokens_per_second"] * x["step_seconds"] for x in (alone, both)]
+    assert speed == pytest.approx([128, 128])
+    share = alone["step_seconds"] / both["step_seconds"]
+    assert both["efficiency"] == pytest.approx(share / 2)
+    assert sum(x["sent"] for x in each) == 8 * contest["parameters"]
+    assert all(x["memory_bytes"] > 1e7 for x in each)
+    assert all(0 < x["waiting_seconds"] < max(both["seconds"]) for x in each)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--write"], "--write is of one process"),
+        (["--total-batch", "96"], "a multiple of 64 tokens"),
+        (["--backend", "reference"], "backend must be"),
+    ],
+)
+def test_bench_refuses_what_a_group_cannot(more, words):
+    code, said = run((2, {}, [*BENCH.split(), *more]))
+    assert code != 0 and said.count("llmnb: error") == 1, said
+    assert words in said
