@@ -50,8 +50,8 @@ def matmul_backward(
             x.fill(0)
     OC, C = weight.shape
     rows, drows = inp.reshape(-1, C), dout.reshape(-1, OC)
-    dinp += dout @ weight
+    dinp += dout @ weight  # (1.7.2)
     if dweight is not None:
         dweight += drows.T @ rows  # (1.7.3)
     if dbias is not None:
-        dbias += drows.sum(axis=0)
+        dbias += drows.sum(axis=0)  # (1.7.4)

@@ -15,8 +15,8 @@
 # > LayerNorm gives every token's vector mean 0 and variance 1, then scales and
 # > shifts each channel; its backward pass takes two sums a row.
 #
-# *Reading time: 24 minutes. You need: [chapter 1.1](01_learns.ipynb) for what a
-# gradient is. The fast versions: chapters [2.2](../2_cpu/02_rows.ipynb) and
+# *Reading time: 24 minutes. You need: [chapter 1.1](01_learns.ipynb) for what
+# a gradient is. The fast versions: chapters [2.2](../2_cpu/02_rows.ipynb) and
 # [3.4](../3_gpu/04_layernorm.ipynb).*
 #
 # ## Where we are
@@ -109,8 +109,9 @@ fig.subplots_adjust(0.1, 0.15, 0.78, 0.97)
 plt.show()
 
 # %% [markdown]
-# *Figure 1.6.2. A fifth or a quarter is enough: after twelve layers the numbers
-# have shrunk or grown more than tenfold, by the same factor at each layer.
+# *Figure 1.6.2. A fifth or a quarter is enough: after twelve layers the
+# numbers have shrunk or grown more than tenfold, by about the same factor at
+# each layer.
 # Normalised, every layer begins anew, and its wrong factor is not handed on.*
 #
 # One could draw the first matrices just right, but training changes them at
@@ -133,7 +134,7 @@ plt.show()
 x = np.array([[1.0, 2.0, 3.0], [0.0, 10.0, 20.0]])
 centred = x - x.mean(axis=1, keepdims=True)
 deviation = np.sqrt((centred**2).mean(axis=1, keepdims=True))
-print(np.round(centred / deviation, 4) + 0.0)
+print(np.round(centred / deviation, 4) + 0.0)  # + 0 clears the sign of -0
 
 # %% [markdown]
 # | tensor | shape | what it holds |
@@ -200,9 +201,9 @@ compare("by hand", y[0], centred / deviation, tol=1e-5)
 
 # %% [markdown]
 # The tolerance is for $\epsilon$, which the hand calculation left out. It
-# makes $r$ smaller by a share of about $\epsilon / (2 \sigma^2)$, the first term
-# of the series of $(1 + \epsilon / \sigma^2)^{-1/2}$, in the first
-# row $0.75 \cdot 10^{-5}$, and $1.2247$ times that is $0.92 \cdot 10^{-5}$.
+# makes $r$ smaller by a share of about $\epsilon / (2 \sigma^2)$, the first
+# term of the series of $(1 + \epsilon / \sigma^2)^{-1/2}$, in the first row
+# $0.75 \cdot 10^{-5}$, and $1.2247$ times that is $0.92 \cdot 10^{-5}$.
 #
 # ## Backward, derived
 #
@@ -233,7 +234,7 @@ places = {
 }
 x_, mu, var, r_, xhat, y_, end = places
 roads = [  # from, to, the derivative, its place, the road's colour
-    (x_, xhat, "$r$, for $i = j$ only", (2.4, 0.17), "blue"),
+    (x_, xhat, "$r$, for $i = j$ only", (3.6, 0.17), "blue"),
     (x_, mu, "$1/C$", (0.8, 0.78), "green"),
     (mu, xhat, "$-r$", (4.8, 0.86), "green"),
     (x_, var, "$2(x_j - \\mu)/C$", (0.5, -0.86), "orange"),
@@ -289,8 +290,9 @@ plt.show()
 #
 # $$ d\mu = -r \sum_i d\hat x_i . \tag{1.6.8} $$
 #
-# **The input.** $x_j$ enters $\hat x_j$ with factor $r$, enters $\sigma^2$ with
-# factor $\tfrac2C (x_j - \mu)$, and enters $\mu$ with factor $\tfrac1C$. (That
+# **The input.** $x_j$ enters $\hat x_j$ with factor $r$, enters $\sigma^2$
+# with factor $\tfrac2C (x_j - \mu)$, and enters $\mu$ with factor $\tfrac1C$.
+# (That
 # $\mu$ moves with $x_j$ changes nothing in the second: by the dotted road.)
 # Three roads, three terms:
 #
@@ -312,7 +314,9 @@ plt.show()
 # Read it as geometry: the gradient loses its component along the constant
 # vector (the first mean) and its component along $\hat x$ itself (the second).
 # (Both vectors have squared length $C$, but for $\epsilon$ in the second. So a
-# mean product with one of them, times that vector, is the component along it.)
+# mean product with one of them, times that vector, is the component along it.
+# And they stand at right angles, since $\hat x$ sums to 0: to take off the one
+# component leaves the other as it is.)
 # It had to: moving a row along these two directions shifts it, or stretches it
 # about its mean, and LayerNorm is blind to both.
 #
@@ -351,7 +355,7 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
 # As in chapter 1.5, $\mathcal L = \sum g \cdot y$ with a fixed random $g$, in
 # float64 with step $h = 10^{-5}$. The method's error is of the order $h^2 =
 # 10^{-10}$, so a tolerance of $10^{-8}$ leaves room for rounding and none for
-# a mistake.
+# a mistake. As there, the gradients start from ones.
 
 # %% a problem to differentiate
 B, T, C = 2, 3, 5
@@ -367,10 +371,10 @@ def loss():
 
 # %% our gradients
 def gradients(backward):
-    grads = [np.zeros_like(a) for a in (inp, weight, bias)]
+    grads = [np.ones_like(a) for a in (inp, weight, bias)]
     loss()
     backward(*grads, g, inp, weight, mean, rstd)
-    return grads
+    return [grad - 1 for grad in grads]
 
 
 dinp, dweight, dbias = gradients(layernorm_backward)
@@ -402,9 +406,13 @@ verdict("the mistake", caught, "is caught")
 
 # %% [markdown]
 # Last, the two blind directions. The component along ones is zero. That along
-# $\hat x$ is zero but for $\epsilon$: the mean of $\hat x^2$ is $\sigma^2 r^2
-# = 1 - \epsilon\, r^2$ and not quite 1, and (1.6.10) times $\hat x_j$, summed
-# over $j$, leaves $\epsilon\, r^3 \sum_i d\hat x_i\, \hat x_i$.
+# $\hat x$ is zero but for $\epsilon$. By (1.6.2) $\sigma^2 = 1 / r^2 -
+# \epsilon$, so the mean of $\hat x^2$, which is $\sigma^2 r^2$, is $1 -
+# \epsilon\, r^2$ and not quite 1. Now sum (1.6.10) times $\hat x_j$ over $j$:
+#
+# $$ \sum_j dx_j\, \hat x_j = r \Bigl( \sum_j d\hat x_j\, \hat x_j - 0
+#    - C\, (1 - \epsilon\, r^2)\; \overline{d\hat x\, \hat x} \Bigr)
+#    = \epsilon\, r^3 \sum_i d\hat x_i\, \hat x_i . $$
 
 # %% the two blind directions
 loss()  # mean and rstd of inp as it is: numerical_gradient had moved it
@@ -510,8 +518,8 @@ plt.show()
 #
 # We could have saved $\hat x$ and spared backward the subtraction and the
 # product that rebuild it. In GPT-2 124M with B·T = 4·1024 that is 25 arrays of
-# 12.6 MB, 315 MB in all that the model would have to hold from the forward pass
-# to the backward pass. Two operations a number are the smaller price.
+# 12.6 MB, 315 MB in all that the model would have to hold from the forward
+# pass to the backward pass. Two operations a number are the smaller price.
 #
 # The other alternative is RMSNorm, which drops the mean and the bias: $y_i =
 # w_i x_i / \sqrt{\overline{x^2} + \epsilon}$. It saves one sum a row and
@@ -541,9 +549,13 @@ inp /= 1000
 # :::{admonition} Solution to exercise 2
 # :class: dropdown
 # With $r = (\overline{x^2} + \epsilon)^{-1/2}$ and $\hat x_i = x_i r$ the
-# mean's road is gone, and the first mean disappears from (1.6.10):
-# $dx_j = r\,(d\hat x_j - \hat x_j\, \overline{d\hat x\,\hat x})$. The gradient still has no component
-# along $\hat x$; it may have one along the constant vector.
+# mean's road is gone. $x_j$ enters $\hat x_j$ with factor $r$, and $r$ with
+# $\partial r / \partial x_j = -\tfrac12 r^3 \cdot \tfrac2C x_j$. As in
+# (1.6.6), $dr = \sum_i d\hat x_i\, x_i$. So $dx_j = r\, d\hat x_j - \tfrac1C
+# r^3 x_j \sum_i d\hat x_i\, x_i$, and with $x_i r = \hat x_i$, twice, this is
+# $r\,(d\hat x_j - \hat x_j\; \overline{d\hat x\,\hat x})$: (1.6.10) without
+# the first mean. The gradient still has no component along $\hat x$; it may have
+# one along the constant vector.
 # :::
 
 

@@ -152,11 +152,14 @@ matmul_forward(y, x[None], w, b)
 compare("by hand", y[0], [[8, 24], [9, 21]])
 matmul_forward(y, x[None], w, None)
 compare("without bias", y[0], [[-2, 4], [-1, 1]])
+matmul_forward(y, x[None], w, b, residual=y)
+compare("added to those", y[0], [[6, 28], [8, 22]])
 
 # %% [markdown]
 # In GPT-2 every linear layer has a bias but the last one, which computes the
-# logits. The `residual` is for the layers whose output is added to what came
-# before them ([chapter 1.10](10_residual.ipynb)). It enters the sum with
+# logits. The `residual`, in the third call the array that is written, is for
+# the layers whose output is added to what came before them ([chapter
+# 1.10](10_residual.ipynb)). It enters the sum with
 # factor 1, so its gradient is `dout` itself, and there is nothing to compute
 # for it.
 #
@@ -256,23 +259,23 @@ def matmul_backward(
             x.fill(0)
     OC, C = weight.shape
     rows, drows = inp.reshape(-1, C), dout.reshape(-1, OC)
-    dinp += dout @ weight
+    dinp += dout @ weight  # (1.7.2)
     if dweight is not None:
         dweight += drows.T @ rows  # (1.7.3)
     if dbias is not None:
-        dbias += drows.sum(axis=0)
+        dbias += drows.sum(axis=0)  # (1.7.4)
 
 
 # %% [markdown]
-# The gradients are added, not written. In GPT-2 the matrix that computes the
-# logits is also the encoder's table: both layers put their share into one
-# gradient.
+# The gradients are added, not written, unless the caller wants that. In GPT-2
+# the matrix that computes the logits is also the encoder's table: both layers
+# put their share into one gradient.
 #
 # ## Proof
 #
 # As before, $\mathcal L = \sum g \cdot y$ for a fixed random $g$, float64,
-# step $h = 10^{-5}$, tolerance $10^{-8}$. We make the layer square, C = OC,
-# for a reason that comes next.
+# step $h = 10^{-5}$, tolerance $10^{-8}$, gradients that start from ones. We
+# make the layer square, C = OC, for a reason that comes next.
 
 # %% a problem to differentiate
 B, T, C, OC = 2, 3, 4, 4
@@ -286,10 +289,10 @@ def loss():
     return (g * out).sum()
 
 
-def gradients(backward):
-    grads = [np.zeros_like(a) for a in (inp, weight, bias)]
-    backward(*grads, g, inp, weight)
-    return grads
+def gradients(backward, **add):
+    grads = [np.ones_like(a) for a in (inp, weight, bias)]
+    backward(*grads, g, inp, weight, **add)
+    return grads if add else [grad - 1 for grad in grads]
 
 
 # %% against central differences
@@ -297,6 +300,11 @@ dinp, dweight, dbias = gradients(matmul_backward)
 compare("dinp", dinp, numerical_gradient(loss, inp), tol=1e-8)
 compare("dweight", dweight, numerical_gradient(loss, weight), tol=1e-8)
 compare("dbias", dbias, numerical_gradient(loss, bias), tol=1e-8)
+written = gradients(matmul_backward, add_dinp=False, add_dweight=False)
+for name, got, want in zip(
+    "xWb", written, (dinp, dweight, dbias), strict=True
+):
+    compare(f"d{name}, written", got, want, tol=1e-12)
 
 # %% [markdown]
 # The frequent mistake is a transpose too many. In most layers the shapes then
@@ -322,7 +330,8 @@ verdict("the mistake", caught, "is caught")
 #
 # Now the model that we began with. The text and its pairs are those of chapter
 # 1.1. Each letter has a vector of $C = 8$ numbers, a row of `wte`, and a
-# linear layer makes 128 logits of it. Both are drawn at random, and trained.
+# linear layer with weight `w` and bias `b` makes 128 logits of it. Vectors and
+# weights are drawn at random, and trained.
 
 # %% the pairs, and what counting gives
 with gzip.open("../../tests/data/library.jsonl.gz", "rt") as lines:
@@ -338,8 +347,8 @@ print(f"without the letter before: {unigram.mean():.2f} nats")
 
 # %% the model: vectors, and a linear layer
 wte = rng.normal(scale=0.3, size=(V, C))
-head, shift = rng.normal(scale=0.1, size=(V, C)), np.zeros(V)
-print(f"{wte.size + head.size + shift.size:,} numbers for {V * V:,}")
+w, b = rng.normal(scale=0.1, size=(V, C)), np.zeros(V)
+print(f"{wte.size + w.size + b.size:,} numbers for {V * V:,}")
 
 
 # %% the loss of some pairs, and its gradients
@@ -351,18 +360,16 @@ def softmax(logits):
 def loss_and_gradients(x, y):
     each = np.arange(len(x))
     vectors, logits = wte[x][None], np.empty((1, len(x), V))
-    matmul_forward(logits, vectors, head, shift)
+    matmul_forward(logits, vectors, w, b)
     probs = softmax(logits)
     loss = -np.log(probs[0, each, y]).mean()
     dlogits = probs  # the same memory: probs is not needed again
     dlogits[0, each, y] -= 1  # (1.1.6)
     dlogits /= len(x)
-    dvectors, dwte, dhead, dshift = map(
-        np.zeros_like, (vectors, wte, head, shift)
-    )
-    matmul_backward(dvectors, dhead, dshift, dlogits, vectors, head)
+    dvectors, dwte, dw, db = map(np.zeros_like, (vectors, wte, w, b))
+    matmul_backward(dvectors, dw, db, dlogits, vectors, w)
     np.add.at(dwte, x, dvectors[0])  # (1.5.4)
-    return loss, (dwte, dhead, dshift)
+    return loss, (dwte, dw, db)
 
 
 # %% [markdown]
@@ -377,9 +384,9 @@ def loss_and_gradients(x, y):
 for _ in range(1000):
     batch = rng.integers(0, len(x), 500)
     loss, gradients = loss_and_gradients(x[batch], y[batch])
-    for weights, gradient in zip((wte, head, shift), gradients, strict=True):
+    for weights, gradient in zip((wte, w, b), gradients, strict=True):
         weights -= 3.0 * gradient
-whole = -np.log(softmax(wte @ head.T + shift)[x, y]).mean()
+whole = -np.log(softmax(wte @ w.T + b)[x, y]).mean()
 verdict("the loss", whole < entropy.mean() + 0.25, "within 0.25 of the table")
 verdict("the letter", whole < unigram.mean() - 0.5, "is used")
 
@@ -418,19 +425,23 @@ plt.show()
 # *Figure 1.7.3. The vectors of the frequent letters, brought to one length and
 # seen from the side from which they differ most. Small letters (blue, the
 # vowels orange), capitals (green) and other signs (grey) have parted into
-# three groups: letters that are followed by the same letters get the same
-# gradients.*
+# three groups. The picture keeps two of eight directions: vowels that are near
+# one another in all eight may stand apart in it.*
 #
-# That is what a vector buys. The nearest five are the other vowels, and nobody
-# told the model of vowels. The table of chapter 1.1 could not have found this:
-# its rows share no numbers.
+# The nearest five are the other vowels, and nobody told the model of vowels.
+# By (1.1.6) and (1.7.2) a step moves a letter's vector along the rows of `w`:
+# towards those of the letters that came next, away from those that were
+# expected. So letters that are followed by the same letters are moved alike.
+# In the table of chapter 1.1 the rows of vowels come out alike too, but each
+# learns alone. Here they share the weights: what comes after an `a` also
+# teaches what comes after an `o`. That is what a vector buys.
 #
 # ## Count it
 #
 # A layer has $C \cdot OC$ weights and $OC$ biases. Each of the three products
-# takes $2 N C \cdot OC$ operations, one multiplication and one addition a term.
-# So forward takes two operations for each weight and token, backward four, and
-# a training step six: $6 C \cdot OC$ for each token.
+# takes $2 N C \cdot OC$ operations, one multiplication and one addition a
+# term. So forward takes two operations for each weight and token, backward
+# four, and a training step six: $6 C \cdot OC$ for each token.
 
 # %% the linear layers of GPT-2 124M
 layers = {
@@ -457,8 +468,8 @@ for name, (C, OC) in layers.items():
 #   sums of $dY$.
 # - The shapes say where each transpose belongs, but in a square layer only the
 #   proof does.
-# - The layer saves nothing: it needs its input, which the layer before has kept
-#   or makes again.
+# - The layer saves nothing: it needs its input, which the layer before has
+#   kept or makes again.
 # - A training step takes six operations for each weight and token.
 #
 # ## Design note
