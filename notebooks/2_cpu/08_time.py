@@ -16,7 +16,7 @@
 # > A stopwatch around the layers says what to make faster next; a report says
 # > how fast the whole is, beside others and beside the machine's limit.
 #
-# *Reading time: 20 minutes. You need: [chapter 2.7](07_step.ipynb).*
+# *Reading time: 25 minutes. You need: [chapter 2.7](07_step.ipynb).*
 
 # %% [markdown]
 # ## Where we are
@@ -25,6 +25,7 @@
 # chapter builds most of `llmnb bench`. At its end you can
 #
 # - say which layer takes the time of a step, on your machine;
+# - say what keeps a product from the peak, by leaving parts of it out;
 # - read a report, and say what its numbers are shares of;
 # - read the [results page](../../book/results.md).
 #
@@ -183,6 +184,159 @@ plt.show()
 for group, size in model.memory.sizes().items():
     if group != "work":
         print(f"{group:<8} {size / 1e6:8.2f} MB")
+
+# %% [markdown]
+# ## What binds a product
+#
+# At the peak of the multiply-adds ([chapter A.2](../appendix/02_tile.ipynb)) a
+# product would take its $2 \cdot \text{rows} \cdot \text{columns} \cdot
+# \text{depth}$ operations over that peak. It takes longer. Which part of it is
+# to blame? We leave parts out and see what time goes with them. The kernel of
+# [chapter 2.4](04_matmul.ipynb) calls two routines that pack its factors, by
+# their addresses; in place of either we hand it the address of one that packs
+# nothing. The result is wrong then. The tiles do all their work just the same,
+# on whatever lies in the panels.
+
+# %% a product with parts left out
+from functools import partial
+from unittest.mock import patch
+
+from numba import types
+
+from llmnb.bench.peak import fma_peak
+from llmnb.cpu import matmul
+from llmnb.cpu.jit import arguments, routine, team
+from llmnb.cpu.panels import BLOCK, scratch, work_shape
+from llmnb.timing import fastest, machine
+
+
+def pack_nothing(panels, to, source, block):
+    pass
+
+
+numbers = types.CPointer(types.float32)
+signature = types.void(numbers, types.int64, numbers, BLOCK)
+nothing = routine(pack_nothing, signature)
+work = np.zeros(work_shape(), np.float32)
+
+
+def product_time(out, a, b, parts="rows columns"):
+    """Seconds of out = a @ b in which only some factors are packed."""
+    code, panels, _ = scratch(work, False, out.dtype)
+    kept = ["rows" in parts, "columns" in parts, True]
+    code = tuple(np.where(kept, code, nothing.address).tolist())
+    with patch.object(matmul, "scratch", lambda *_: (code, panels, work)):
+        return fastest(partial(matmul._product, out, a, b), runs=7)
+
+
+# %% a small one, wrong and right
+a, b = np.ones((2, 32, 32), np.float32)
+out = np.zeros((32, 32), np.float32)
+product_time(out, a, b, "")
+verdict("no panels", not out.any(), "so their zeros are multiplied")
+product_time(out, a, b)
+verdict("both packed", (out == 32).all(), "the product")
+
+# %% [markdown]
+# Each weight of GPT-2 124M is in three products: forward, the gradient of what
+# came in, and its own gradient. Here are all of them for a batch of 256
+# tokens. *Tiles* is the share of the peak that the tiles reach alone; the next
+# two columns say what packing each factor adds, in shares of the whole time;
+# *memory* is the share in which the memory could copy all three matrices.
+
+# %% the products of a step tags=["nbval-ignore-output"]
+sizes = {
+    "q, k, v": (768, 2304),
+    "projection": (768, 768),
+    "up to 4C": (768, 3072),
+    "down to C": (3072, 768),
+    "logits": (768, 50304),
+}
+tokens, peak = 256, fma_peak()
+source, target = np.ones((2, 1 << 25), np.float32)
+copied = 2 * source.nbytes / fastest(np.copyto, target, source, runs=5)
+spent = np.zeros(3)
+print(f"{machine()}, peak {peak / 1e9:.0f} GFLOP/s")
+print(f"{'':22}{'ms':>8}  of peak  tiles  rows  columns  memory")
+for name, (C, OC) in sizes.items():
+    x, dy = np.ones((tokens, C), np.float32), np.ones((tokens, OC), np.float32)
+    w = np.ones((OC, C), np.float32)
+    ways = {
+        "forward": (dy, x, w.T),
+        "dinp": (x, dy, w),
+        "dweight": (w, dy.T, x),
+    }
+    for way, (y, a, b) in ways.items():
+        least = 2 * a.size * b.shape[1] / peak
+        whole = product_time(y, a, b)
+        tiles = product_time(y, a, b, "")
+        rows, columns = (
+            product_time(y, a, b, part) - tiles for part in ("rows", "columns")
+        )
+        moved = 4 * (y.size + a.size + b.size) / copied
+        blocks = 1 if name == "logits" else 12
+        spent += blocks * np.array([whole, tiles, least])
+        print(
+            f"{name:12}{way:10}{1000 * whole:8.2f}{least / whole:9.0%}"
+            f"{least / tiles:7.0%}{rows / whole:6.0%}{columns / whole:9.0%}"
+            f"{moved / whole:8.0%}"
+        )
+least, tiles = spent[2] / spent[:2]
+print(f"{'a step':22}{1000 * spent[0]:8.2f}{least:9.0%}{tiles:7.0%}")
+
+# %% [markdown]
+# So the tiles are near the peak, and what a product loses it loses before them,
+# while it packs. That is no matter of how fast memory is, which could bring and
+# take everything in a fraction of the time, but of how often a packed number is
+# used. A weight is packed once for all tokens: for 256 of them that shows, for
+# thousands it hardly would. (The columns need not add up: a panel that was just
+# packed is in the cache, and the tiles that read it are faster for it.)
+#
+# This table is how the products were made. Whatever looked slow was left out
+# first; only what bought time by its absence was worth improving. Wider blocks
+# of columns, or asking the memory for the next block of rows too, bought
+# nothing, and are not there.
+#
+# ## What a launch costs
+#
+# A small model has another enemy. Each call of a kernel is a *launch*: Python
+# checks the arrays, hands them over, and wakes the other threads. That takes
+# the same time whether the arrays are long or short. We count the launches of
+# a step, time an empty one, and run a step whose launches are left out
+# altogether: what it takes is Python's share.
+
+# %% launches and Python tags=["nbval-ignore-output"]
+from llmnb.cpu import jit
+
+
+@team
+def idle(part, parts, address):
+    arguments(address)
+
+
+def step():
+    model.forward(text[:, :-1], text[:, 1:])
+    model.backward()
+    model.update()
+
+
+whole, launches, begin = fastest(step, runs=20), [], jit._begin
+with patch.object(jit, "_begin", lambda *a: launches.append(begin(*a))):
+    step()
+row, grid = np.zeros(4, np.float32), np.zeros((4, 4), np.float32)
+given = row, row, grid, grid, (1, 2, 3), (1, 2, 3, 4, 5, 6, 7), True
+idle(*given)
+empty = len(launches) * fastest(idle, *given, runs=1000)
+with patch.object(jit, "_begin", lambda *a: None):
+    python = fastest(step, runs=20)
+print(f"a step: {1000 * whole:.1f} ms, {len(launches)} launches")
+print(f"empty launches: {empty / whole:.1%}, Python: {python / whole:.1%}")
+
+# %% [markdown]
+# A launch costs some microseconds itself and more than that before it, in
+# Python: for each array, is it of the right dtype and shape, does it overlap
+# another, which compiled routine takes such arrays? A wider model does more in
+# each launch and hardly notices; this one notices.
 
 # %% [markdown]
 # ## What is measured
@@ -510,6 +664,7 @@ print(report(bench({"this chapter": (cfg, B, T)}, Settings(steps=3))))
 #
 # - A step's time is the sum of its layers' times, and the products take most
 #   of it.
+# - To know what a part costs, leave it out.
 # - Say with every number on which machine it was measured, and how busy that
 #   machine was.
 #
@@ -540,6 +695,26 @@ import timeit
 
 reading = timeit.timeit(time.perf_counter, number=10_000) / 10_000
 verdict("a reading", reading < 5e-6, "takes less than 5 microseconds")
+
+# %% [markdown]
+# **2** (★). Set `tokens = 1024` in the table of products. Say before you run it
+# in which of the three products of a weight the tiles will gain most, and why.
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# In `dweight`. There the sums go over the tokens, and what a tile costs at its
+# beginning and its end is spread over their number, or over the 768 steps that
+# panels hold if there are more. In the other two the sums go over channels, as
+# before. All three gain otherwise: a weight is packed once for four times as
+# many tokens.
+# :::
+
+# %% exercise 2, counted
+from llmnb.cpu.panels import LENGTH
+
+for n in (256, 1024):
+    blocks = -(-n // LENGTH)
+    print(f"{n} tokens: {n / blocks:.0f} steps of dweight's sums in a tile")
 
 # %% [markdown]
 # ## What llmnb gained
