@@ -93,9 +93,11 @@ from llmnb.shapes import shapes
 #
 # - Results go into arrays that are there already. `self._acts` holds the activations
 #   of [chapter 1.14](14_memory.ipynb), `self._layers` each block's views of weights,
-#   activations and gradients.
+#   activations and gradients. (`_allocate` also adds up what a forward pass alone
+#   writes, `needed`: a machine that has less than that free refuses the model.)
 # - What happens within a block is left to the parts of [chapter
-#   1.13](13_block.ipynb), and the layers are `self.ops`, whoever wrote them.
+#   1.13](13_block.ipynb), what stands before and after all blocks to `self._ends`, and
+#   the layers are `self.ops`, whoever wrote them.
 #   `self._machine` answers what else depends on what the model runs on ([appendix
 #   A.13](../appendix/13_backend.ipynb)); with NumPy each answer is a line.
 # - The page's `dx` is one array, `dstream`, for all blocks, and the gradient of the
@@ -104,7 +106,7 @@ from llmnb.shapes import shapes
 #   is there, for a sum over batches, and `share` is what they are multiplied by. With
 #   `add=False` most layers overwrite. Only what layers always add to is set to 0 first:
 #   the LayerNorms' parameters and `wpe` (rows with `added` in the table of
-#   [chapter 1.13](13_block.ipynb)). `dstream` is set to 0 before every backward pass.
+#   [chapter 1.13](13_block.ipynb)), and `dstream`, once the head's product is done.
 #   `wte` needs no zeros: the product at
 #   the head overwrites it, and the encoder adds to that at the end.
 
@@ -209,7 +211,8 @@ class _Passes:
 # AdamW runs over flat ranges of the parameters, those that decay and those that do
 # not ([chapter 1.12](12_adamw.ipynb)). `_tune` makes two rows of settings, the first
 # with weight decay and the second without; `_settings[not decays]` picks one, for
-# `False` counts as 0. `_whole_step` is a training step from the tokens to the new
+# `False` counts as 0. `_machine.update` is the name of the layer that updates, with
+# NumPy `adamw_update`. `_whole_step` is a training step from the tokens to the new
 # parameters.
 
 
@@ -531,7 +534,7 @@ model = GPT2(cfg, 2, 5, backend="reference", precision="fp64", seed=1)
 tokens, targets = rng.integers(0, 7, (2, 2, 5))
 first = model.forward(tokens, targets)
 print(model.logits.shape)
-verdict("first loss", abs(first - np.log(7)) < 0.04, "is near log 7")
+verdict("first loss", abs(first - np.log(7)) < 0.02 * 6**0.5, "is near log 7")
 
 # %% what is refused
 for call in (
@@ -634,9 +637,9 @@ for name in ("wte", "qkvw", "fcprojw"):
 # %% [markdown]
 # Our draws differ from PyTorch's by roundings in float32: neighbours below 0.125 are
 # at most $7.5 \cdot 10^{-9}$ apart, and the check allows less than three such steps.
-# A difference of that size is far too much for thirteen digits. To compare functions and not draws, we
-# copy PyTorch's weights into the model. The distance of two arrays is the norm of
-# their difference over the norm of what PyTorch computed.
+# From weights that differ so much no two results agree to thirteen digits. To compare
+# functions and not draws, we copy PyTorch's weights into the model. The distance of
+# two arrays is the norm of their difference over the norm of what PyTorch computed.
 
 
 # %% PyTorch's weights, and a distance
@@ -687,9 +690,9 @@ for precision, tol in (("fp32", 1e-6), ("fp64", 1e-13)):
     print(f"with the exact GELU {far:.0e}")
 
 # %% [markdown]
-# The wrong GELU is as far off in float64 as in float32: there eighty million times
-# what we allow, here eight times. With a tolerance of $10^{-5}$, which is usual in
-# float32, nobody would have noticed.
+# The wrong GELU is as far off in float64 as in float32. That is eight times what we
+# allow float32, and eighty million times what we allow float64. With a tolerance of
+# $10^{-5}$, which is usual in float32, nobody would have noticed.
 #
 # Ten steps of training, in float64 and float32 from PyTorch's weights, and in
 # float64 from our own draws, where only the seed is shared. There the weights differ by
