@@ -89,13 +89,15 @@ print("counted", np.round(-(p * np.log(p)).sum(), 4))
 #    \qquad \sum_v q_v = 1 . \tag{1.18.2} $$
 #
 # This is the cross-entropy (1.11.4) of the shares $n_v / N$ and of what the model
-# believes. It is least, the entropy of the shares, where it believes in them:
+# believes. As shown there, it is never less than the entropy of the shares, and is
+# that only where the model believes in them:
 #
 # $$ q_v = \frac{n_v}{N} . \tag{1.18.3} $$
 #
 # This $q$ is the **unigram distribution**, and the loss at it the **unigram
-# entropy**. A network above it has not yet learnt how frequent each token is; one
-# below it must be using the tokens that came before. We count on the training text
+# entropy**. A network whose loss is above it has not yet learnt how frequent each
+# token is; one below it must be using the tokens that came before. We count on the
+# training text
 # and charge the validation text, and add 1 to every count so that a token never
 # seen does not cost infinitely much.
 
@@ -130,6 +132,10 @@ def unigram_entropy(train_tokens, tokens, vocab_size):
 # as much worse. These tables are honest rivals: they remember all that they ever
 # saw, and make no mistake in counting. A transformer that ends above the trigrams
 # has learnt less from 64 tokens than a table from two.
+#
+# To count runs of $n$ tokens, `_counts` reads each as one whole number whose digits,
+# in base $V$, are the tokens. The numbers of the text are sorted and counted, and
+# `searchsorted` finds the place where each number that is asked for would stand.
 
 
 # %% how often each row occurs tags=["exporti"]
@@ -241,8 +247,9 @@ verdict("trust 32", tried[1] < min(tried) + 0.03, "is within 0.03 of the best")
 # With 64 channels and $\sigma = 0.02$ the excess over (1.18.1) is
 # $\tfrac12 \cdot 64 \cdot 0.0004 = 0.0128$. A first loss that is far from this
 # means that something is broken before training has begun. Well above it: weights
-# that are too wide. Well below: targets that are not shifted by one. The check allows an error of half the
-# excess, so that (1.18.1) alone would fail it.
+# that are too wide. Well below: targets that are not shifted by one, since a token's
+# own logit begins larger than the others (`wte` reads it and writes the logits). The
+# check allows an error of half the excess, so that (1.18.1) alone would fail it.
 
 # %% the first loss, predicted
 predicted = marks["uniform"] + cfg.channels * 0.02**2 / 2
@@ -384,18 +391,19 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.18.2. The loss falls steeply to the unigrams while the model learns
-# which tokens are frequent, bends, and falls on more slowly as it learns what
+# *Figure 1.18.2. In fifty steps the loss falls to the unigrams: the model has learnt
+# which tokens are frequent. It falls on to about 5, where it bends, and from there
+# more slowly, as the model learns what
 # follows what: past the pairs, and in the end past the triples. The batches that it
 # trains on soon cost it less than the text it has not seen, and in the end 0.8 nats
-# less: it has read them before, nearly six times.*
+# less: by then it has been through them nearly six times.*
 #
 # The triples are passed, but narrowly: this is a run of minutes, and a table whose
 # trust was chosen for this text comes closer still. The hour at the end of the
 # chapter leaves them far behind.
 #
 # And here is what it wrote on the way. Nobody told it about words, brackets or
-# indents.
+# indents. (A � stands for bytes that are no whole character.)
 
 # %% what it wrote on the way tags=["nbval-ignore-output"]
 for number in SHOWN:
@@ -425,7 +433,8 @@ print(f"{final:.3f}  the model, on text it has not seen")
 #
 # The same run was done again, on fast layers that compute the same numbers up to
 # rounding, each time with one of these changed and from two or three seeds
-# (`tests/record_ablations.py` records it).
+# (`tests/record_ablations.py` records it). For each change, the mean of the last
+# validation losses, and how far that is from the run as it is:
 
 # %% each setting's price
 lines = Path("../../tests/data/ablations.csv").read_text("utf-8").splitlines()
@@ -572,9 +581,11 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.18.3. Our curve, in float64, covers PyTorch's, bump for bump. Below, on
+# *Figure 1.18.3. Our curve, in float64, covers PyTorch's, bump for bump, as far as we
+# follow. Below, on
 # a logarithmic scale, the distance to PyTorch's float64 run, which is recorded to
-# eight decimals. That of its own float32 run shows how far rounding alone leads;
+# eight decimals; where both agree in all of them, a line leaves the picture. That of
+# its own float32 run shows how far rounding alone leads;
 # ours is closer than that, and the mistake, once the first update is done, stands
 # thousands of times further off.*
 #
