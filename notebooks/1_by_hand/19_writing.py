@@ -131,7 +131,8 @@ T, V = model.seq_len, encoding.n_vocab
 
 # %% [markdown]
 # A prompt goes in, and one row of logits comes out: that of the prompt's last
-# position. Behind the prompt the window holds zeros. That they change nothing is
+# position. Before the prompt stands `<|endoftext|>`, as it did before each text of the
+# training. Behind it the window holds zeros. That they change nothing is
 # proved later.
 
 
@@ -256,9 +257,9 @@ for tau in (0.3, 1.0, 3.0):
 #
 # Now choose the set. If it may hold $k$ tokens, the price is least when their
 # probabilities sum to most: take the $k$ most probable ones. This is
-# [top-k](../../book/glossary.md#term-top-k-top-p). If instead the price is limited, by a sum that must
-# be reached (a sum of 0.9 at least is a price of $-\log 0.9 = 0.105$ nats at most),
-# the smallest set that affords it is again filled from the top. This
+# [top-k](../../book/glossary.md#term-top-k-top-p). If instead the price is limited, by
+# a sum that must be reached (a sum of 0.9 at least is a price of $-\log 0.9 = 0.105$
+# nats at most), the smallest set that affords it is again filled from the top. This
 # is [top-p](../../book/glossary.md#term-top-k-top-p), also called nucleus sampling.
 # Top-k fixes the number of tokens and lets the price vary; top-p limits the price
 # and lets the number vary: one or two tokens when the model is sure, hundreds when
@@ -290,7 +291,8 @@ def check_sampling(temperature, top_k, top_p):
 # Both cuts need the largest of $V$ numbers in order. A *partition* finds the $k$-th
 # largest in time proportional to $V$, without sorting; what reaches it is then
 # sorted, and that is little. Top-p does not know its $k$ beforehand. It tries 64,
-# and eight times more until the sum is reached.
+# and each time eight times as many, until the sum is reached. Then a token stays as
+# long as those before it, `before`, do not yet reach the sum by themselves.
 
 
 # %% the largest, in order tags=["exporti"]
@@ -455,8 +457,10 @@ verdict("in the padding", not np.array_equal(*seen), "differs")
 # positions, so it must forget the beginning. Were one token dropped for each that is
 # drawn, the tokens that stay would move to other positions each time, and all that
 # was computed for them would be void. We drop half a window at once: when a token
-# more than $T$ would be needed, the older half goes. Where the window begins is a function of the length
-# of the text alone, which will let [chapter 4.19](../4_practice/19_cache.ipynb) keep
+# more than $T$ would be needed, the older half goes. So the beginning is what
+# exceeds $T$, rounded up to half windows (`-(-a // b)` rounds up, as in
+# [chapter 1.14](14_memory.ipynb)). It is a function of the text's length
+# alone, which will let [chapter 4.19](../4_practice/19_cache.ipynb) keep
 # what it has computed and still draw the same tokens.
 
 
@@ -488,6 +492,7 @@ verdict("the window", min(spans) == 5 and max(spans) == 8, "5 to 8 tokens")
 # Often we want several texts that continue one prompt. They are rows of a batch, and
 # one forward pass serves all of them. Text $i$ draws with a random stream of its
 # own, from seed + $i$. So it comes out the same however many are written beside it.
+# (The streams are NumPy's `RandomState`, which is promised never to change.)
 # A text that has ended keeps its row until all have ended, and grows, so that all
 # stay equally long; what the model says there is thrown away.
 #
@@ -633,8 +638,10 @@ once, again, other = (
 verdict("seeded", once == again != other, "repeats; another seed, another")
 hot = list(generate(model, start, 200, temperature=1e6))
 verdict("the padding", max(hot) < V, "never drawn, at any heat")
-three = [*generate_samples(model, start, 30, 3, seed=6)]
-verdict("three texts", [x[1] for x in three] == once, "the second is seed 7")
+trio = GPT2(model.cfg, 3, T, seed=None)  # three rows in one batch
+trio.memory.flat("params")[:] = model.memory.flat("params")
+three = [*generate_samples(trio, start, 30, 3, seed=6)]
+verdict("three at once", [x[1] for x in three] == once, "the second is seed 7")
 last = once[20]
 cut = list(generate(model, start, 30, seed=7, stop=last))
 verdict("stop", cut == once[: once.index(last)], "ends before it")
@@ -675,9 +682,11 @@ plt.show()
 # %% [markdown]
 # *Figure 1.19.3. A text being drawn at temperature 0.8. Left: the end of the
 # text so far. Middle: the probabilities end to end, the likely ones named, the
-# drawn one orange, under the mark where $u$ fell. Right: what was drawn, and its
+# drawn one orange, under the mark where $u$ fell; the greys only part neighbours.
+# Right: what was drawn, and its
 # probability. Where the model is sure, one piece fills the row and $u$ hardly
-# matters; where it is not, $u$ decides.*
+# matters; where it is not, $u$ decides. In the eighth row it fell into the tail, on a
+# piece too small to see, and the text no longer makes sense.*
 #
 # And here is the text going on, five ways:
 
@@ -700,9 +709,9 @@ for name, way in ways.items():
 #
 # A token costs a forward pass over the whole window, $2N + 2LCT$ operations
 # for each of its $T$ positions, by (1.4.2). Unless the window has just moved, all
-# but one of these positions held the same tokens the last time, and by the proof of the window their vectors are
-# the same too. [Chapter 4.19](../4_practice/19_cache.ipynb) keeps what they leave
-# behind, and computes one position a token.
+# but one of these positions held the same tokens the last time, and as we proved,
+# their vectors are the same too. [Chapter 4.19](../4_practice/19_cache.ipynb) keeps
+# what they leave behind, and computes one position a token.
 
 # %% operations a token
 from llmnb.model.tensors import flops_per_token
