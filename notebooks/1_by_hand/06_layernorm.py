@@ -284,17 +284,16 @@ plt.show()
 #    = -\tfrac12\, r^2 \sum_i d\hat x_i\, \hat x_i . \tag{1.6.7} $$
 #
 # **The mean.** $\mu$ enters each $\hat x_i$ with factor $-r$, and it enters
-# $\sigma^2$ with
-# $\partial \sigma^2 / \partial \mu = -\tfrac2C \sum_i (x_i - \mu) = 0$, because
-# distances from the mean sum to nothing: the dotted road. One term is left:
+# $\sigma^2$ with $\partial \sigma^2 / \partial \mu = -\tfrac2C \sum_i (x_i -
+# \mu) = 0$, because distances from the mean sum to nothing: the dotted road.
+# One term is left:
 #
 # $$ d\mu = -r \sum_i d\hat x_i . \tag{1.6.8} $$
 #
 # **The input.** $x_j$ enters $\hat x_j$ with factor $r$, enters $\sigma^2$
 # with factor $\tfrac2C (x_j - \mu)$, and enters $\mu$ with factor $\tfrac1C$.
-# (That
-# $\mu$ moves with $x_j$ changes nothing in the second: by the dotted road.)
-# Three roads, three terms:
+# (That $\mu$ moves with $x_j$ changes nothing in the second: by the dotted
+# road.) Three roads, three terms:
 #
 # $$ dx_j = r\, d\hat x_j + \tfrac2C (x_j - \mu)\, d(\sigma^2)
 #         + \tfrac1C\, d\mu . \tag{1.6.9} $$
@@ -554,8 +553,8 @@ inp /= 1000
 # (1.6.6), $dr = \sum_i d\hat x_i\, x_i$. So $dx_j = r\, d\hat x_j - \tfrac1C
 # r^3 x_j \sum_i d\hat x_i\, x_i$, and with $x_i r = \hat x_i$, twice, this is
 # $r\,(d\hat x_j - \hat x_j\; \overline{d\hat x\,\hat x})$: (1.6.10) without
-# the first mean. The gradient still has no component along $\hat x$; it may have
-# one along the constant vector.
+# the first mean. The gradient still has no component along $\hat x$; it may
+# have one along the constant vector.
 # :::
 
 

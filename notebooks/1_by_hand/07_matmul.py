@@ -392,14 +392,24 @@ verdict("the letter", whole < unigram.mean() - 0.5, "is used")
 
 # %% [markdown]
 # Now look at the vectors. Which letters have come to lie in the direction of
-# the letter `a`?
+# the letter `a`? And which rows of the table of pairs are likest to its row?
 
 # %% the five nearest to a
 common = np.flatnonzero(np.bincount(x, minlength=V) > 500)
-points = wte[common] / np.linalg.norm(wte[common], axis=1, keepdims=True)
-near = points @ (wte[ord("a")] / np.linalg.norm(wte[ord("a")]))
-best = sorted(chr(j) for j in common[np.argsort(-near)[1:6]])
+
+
+def directions(rows):
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def nearest(rows):
+    near = directions(rows[common]) @ directions(rows[[ord("a")]])[0]
+    return sorted(chr(j) for j in common[np.argsort(-near)[1:6]])
+
+
+points, best = directions(wte[common]), nearest(wte)
 print("nearest to a:", *best)
+print("in the table:", *nearest(pairs))
 
 # %% draw the letters tags=["hide-input"]
 _, _, axes = np.linalg.svd(points - points.mean(axis=0), full_matrices=False)
@@ -432,9 +442,9 @@ plt.show()
 # By (1.1.6) and (1.7.2) a step moves a letter's vector along the rows of `w`:
 # towards those of the letters that came next, away from those that were
 # expected. So letters that are followed by the same letters are moved alike.
-# In the table of chapter 1.1 the rows of vowels come out alike too, but each
-# learns alone. Here they share the weights: what comes after an `a` also
-# teaches what comes after an `o`. That is what a vector buys.
+# The table shows the same five, but learns each row alone. Here the letters
+# share the weights: what comes after an `a` also teaches what comes after an
+# `o`. That is what a vector buys.
 #
 # ## Count it
 #
