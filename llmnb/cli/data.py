@@ -9,7 +9,7 @@ __all__ = ["OPTIONS", "ShardOptions", "run"]
 from dataclasses import dataclass, fields
 from itertools import chain
 
-from llmnb.cli.options import fields_of, say
+from llmnb.cli.options import GroupOptions, fields_of, say
 from llmnb.cli.train import check_apart
 from llmnb.text import shards
 from llmnb.text.corpus import describe
@@ -42,7 +42,7 @@ class ShardOptions:
 
 
 _READ = tuple(x for x in fields(DataOptions) if x.name != "shards")
-OPTIONS = {"": fields(ShardOptions) + _READ}
+OPTIONS = {"": fields(ShardOptions) + fields(GroupOptions) + _READ}
 
 
 # write the shards
@@ -52,22 +52,42 @@ def run(args):
     `llmnb train --shards FOLDER` reads them. The corpus is stdlib,
     tinyshakespeare, or files and folders of text and of JSON lines
     (.jsonl), plain or packed (.gz, .zst). The same command goes on where
-    it was stopped.
+    it was stopped. Under mpirun or srun all processes encode, and the first
+    writes.
 
     Derived in chapter 4.25.
     """
+    from llmnb.cli.together import in_group  # Part 6
+
+    in_group(args, _run)
+
+
+def _run(args, group):
+    """Write the shards, or encode for the process that does."""
     names = [x.name for x in _READ] + ["shard_tokens", "val_tokens"]
     options = {name: getattr(args, name) for name in names}
     options["corpus"] = list(args.corpus)
     config = TrainConfig(**fields_of(options, DataOptions))
     check_apart(args.out, args.corpus)
-    folder, tally = shards.shards_folder(args.out, args.force), Tally()
+    tally = Tally()
+    if group.first:
+        folder = shards.shards_folder(args.out, args.force)
     corpus = sources(args.corpus, args.field, args.skip_bad, tally)
     pieces = shards.pieces_from(corpus, limit=args.limit)
     encoding = make_encoding(config, (text for _, _, text, _ in pieces))
-    work = shards.write_shards(
-        folder, corpus, encoding, options, args.force, args.threads
-    )
+    work, blocks = (corpus, encoding, options), shards.encoded
+    if group.size > 1:
+        from llmnb.cli.together import check_command
+        from llmnb.train.sharing import encoded_by
+
+        check_command(args, group, **shards.conditions(*work))
+        blocks = encoded_by(group)
+    if not group.first:
+        for _ in blocks(*work, workers=args.threads):
+            pass
+        return
+    how = args.force, args.threads, blocks
+    work = shards.write_shards(folder, *work, *how)
     done = _follow_data(work, sum(source.size for source in corpus))
     words = tally.words(args.endoftext)
     size = describe(args.corpus, done.documents, done.characters)

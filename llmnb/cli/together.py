@@ -66,10 +66,12 @@ def in_group(args, work):
         return work(args, group)
 
 
-def check_command(args, group):
+def check_command(args, group, **facts):
     """Raise ValueError unless a group was given one command, and is alike.
+
+    facts: more that has to be alike, of any kind; see `check_alike`.
 
     Derived in chapter 6.2.
     """
-    given = {name: str(value) for name, value in args.given.items()}
-    check_alike(group, surroundings() | given)
+    facts = {name: str(value) for name, value in (args.given | facts).items()}
+    check_alike(group, surroundings() | facts)

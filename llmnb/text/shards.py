@@ -3,8 +3,8 @@
 """Text of any size turned into shards on all cores."""
 
 __all__ = [
-    "Encoded", "Origin", "START", "pieces_from", "shards_folder",
-    "write_shards",
+    "Encoded", "Origin", "START", "conditions", "encoded", "in_order",
+    "pieces_from", "shards_folder", "write_shards",
 ]
 
 
@@ -29,8 +29,11 @@ from llmnb.timing import cores
 
 
 # results in the order of the items
-def _in_order(function, items, workers):
-    """Yield function(item) for all items, in order, computed in threads."""
+def in_order(function, items, workers):
+    """Yield function(item) for all items, in order, computed in threads.
+
+    Derived in chapter 4.11.
+    """
     with ThreadPoolExecutor(workers) as pool:
         waiting = deque()
         for item in items:
@@ -121,16 +124,34 @@ def _batches(pieces):
         yield start, batch, counts
 
 
+# the batches, encoded
+def encoded(
+    sources, encoding, options, place=START, workers=0, turns=in_order
+):
+    """Yield (Origin, counts, tokens) of batches of a corpus from a place on.
+
+    sources, encoding, options, workers: as for `write_shards`. counts: read,
+    documents and characters behind the batch, as in `Encoded`. turns:
+    `in_order`, or what does its work elsewhere.
+
+    Derived in chapter 4.11.
+    """
+    special = options.get("endoftext", False)
+
+    def work(batch):
+        place, pieces, counts = batch
+        return place, counts, _encode(encoding, pieces, special)
+
+    pieces = pieces_from(sources, place, options["limit"])
+    return turns(work, _batches(pieces), workers or cores())
+
+
 # the stream of tokens
 class _Stream:
-    """The tokens of a corpus from a place on, taken in portions."""
+    """The tokens of a corpus in blocks, as of `encoded`, taken in portions."""
 
-    def __init__(self, encoding, pieces, workers, drop=0, endoftext=False):
-        def work(batch):
-            place, pieces, counts = batch
-            return place, counts, _encode(encoding, pieces, endoftext)
-
-        self._blocks = _in_order(work, _batches(pieces), workers)
+    def __init__(self, blocks, drop=0):
+        self._blocks = blocks
         self._tokens, self._used = np.empty(0), 0
         self.counts = 0, 0, 0
         if drop and self.more():
@@ -160,7 +181,7 @@ class _Stream:
         return self._place._replace(drop=self._used)
 
 
-# what the work depends on
+# what is noted
 NOTE = "unfinished.json"
 _TOKENIZERS = "|".join(map(re.escape, KEPT))
 OURS = re.compile(
@@ -177,7 +198,12 @@ def _digest(texts):
     return digest.hexdigest()
 
 
-def _conditions(sources, encoding, options):
+# what the work depends on
+def conditions(sources, encoding, options):
+    """What the shards of a corpus depend on, a dict: options, and hashes.
+
+    Derived in chapter 4.11.
+    """
     ranks = range(encoding.n_vocab - 1)
     single = encoding.decode_single_token_bytes
     files = getattr(encoding, "files", {}).values()
@@ -262,7 +288,7 @@ def _clear(folder, force):
 # how it goes on
 def _note_of(folder, sources, encoding, options, force):
     """The note to go on from: that of the folder, or a new one."""
-    path, now = folder / NOTE, _conditions(sources, encoding, options)
+    path, now = folder / NOTE, conditions(sources, encoding, options)
     if path.exists() and not force:
         note = _read_note(path)
         _check_conditions(path, note, now)
@@ -288,9 +314,8 @@ def _note_of(folder, sources, encoding, options, force):
 def _validation(sources, encoding, options):
     if options["val_tokens"]:
         return options["val_tokens"]
-    pieces = pieces_from(sources, limit=options["limit"])
-    special = options.get("endoftext", False)
-    stream, count = _Stream(encoding, pieces, 1, 0, special), 0
+    blocks = encoded(sources, encoding, options, workers=1)
+    stream, count = _Stream(blocks), 0
     while count < 327_680 and stream.more():
         count += len(stream.take(327_680 - count))
     if not count:
@@ -316,33 +341,34 @@ class Encoded(NamedTuple):
 
 
 # write the shards
-def write_shards(folder, sources, encoding, options, force=False, workers=0):
+def write_shards(
+    folder, sources, encoding, options, force=False, workers=0, blocks=encoded
+):
     """Encode a corpus into shards; yields an `Encoded` as it goes on.
 
     folder: from `shards_folder`. sources: a list of `Source`. options: a
     dict with at least limit (characters, 0 for all), shard_tokens and
     val_tokens (0: a tenth, at most 32,768); endoftext: as for `encode_text`.
-    force: start anew. workers: threads, 0 for one a core. Unfinished work
-    is gone on with, and the files are those of an uninterrupted run. The
-    folder is locked meanwhile. Raises ValueError or OSError.
+    force: start anew. workers: threads, 0 for one a core. blocks: `encoded`,
+    or what gives the same. Unfinished work is gone on with, and the files
+    are those of an uninterrupted run. The folder is locked meanwhile. Raises
+    ValueError or OSError.
 
     Derived in chapter 4.11.
     """
     _check_options(options)
     with Lock(folder) as lock:
         folder = shards_folder(folder, force)  # nobody has filled it since
-        work = sources, encoding, options, force, workers
-        yield from _written(folder, lock, *work)
+        work = sources, encoding, options
+        note = _note_of(folder, *work, force)
+        place = note["next"]
+        stream = _Stream(blocks(*work, place, workers), place.drop)
+        yield from _written(folder, lock, encoding, options, note, stream)
 
 
 # shard by shard
-def _written(folder, lock, sources, encoding, options, force, workers):
-    note = _note_of(folder, sources, encoding, options, force)
+def _written(folder, lock, encoding, options, note, stream):
     keep_encoding(encoding, folder)
-    place = note["next"]
-    pieces = pieces_from(sources, place, options["limit"])
-    how = workers or cores(), place.drop, options.get("endoftext", False)
-    stream = _Stream(encoding, pieces, *how)
     while stream.more():
         size = _size_of_next(note, options["shard_tokens"])
         tokens, filled = np.empty(size, token_dtype(encoding.n_vocab)), 0

@@ -10,13 +10,14 @@ __all__ = [
 
 # imports of the evaluation
 import math
-from itertools import islice
+from itertools import islice, pairwise
 from typing import NamedTuple
 
 import numpy as np
 
 from llmnb.text.bpe import EOT
 from llmnb.text.tokenizer import document_start, encode_text, text_start
+from llmnb.train.group import ALONE
 
 
 # the score of a text
@@ -109,13 +110,13 @@ def windows(count, seq_len, stride):
 
 
 # the losses of a text
-def text_losses(model, tokens, stride=None, bar=iter):
+def text_losses(model, tokens, stride=None, bar=iter, group=ALONE):
     """Yield the losses of tokens[1:], window after window, float64 arrays.
 
     tokens: integers (N,), N of at least 2. stride: tokens that each window
     scores past the first, by default half the context. bar: wraps the
     list of windows, as tqdm does. Together the arrays have N - 1 numbers, in
-    order.
+    order; those of one process of a group are its share of the windows.
 
     Derived in chapter 4.21.
     """
@@ -124,6 +125,8 @@ def text_losses(model, tokens, stride=None, bar=iter):
     T = model.seq_len
     stride = max(1, T // 2) if stride is None else stride
     plan = list(windows(len(tokens) - 1, T, stride))
+    mine = group.share(len(plan))
+    plan = plan[mine.start : mine.stop]
     rows = (tokens[start : end + 1] for start, _, end in plan)
     losses = row_losses(model, rows)
     pairs = zip(bar(plan), losses, strict=True)
@@ -148,13 +151,15 @@ def score_text(model, encoding, documents, stride=None):
 
 
 def score_pieces(
-    model, encoding, pieces, stride=None, bar=iter, endoftext=False
-):
+    model, encoding, pieces, stride=None, bar=iter, endoftext=False,
+    group=ALONE,
+):  # fmt: skip
     """`score_text` of documents in pieces, as `text.documents` cuts them.
 
     pieces: an iterable of (whether a document begins, str). bar: wraps
     the list of windows, as tqdm does. endoftext: `<|endoftext|>` in a text
-    is the token, behind which a document begins.
+    is the token, behind which a document begins. group: the Group that
+    shares the work, of which each process calls this.
 
     Derived in chapter 4.21.
     """
@@ -167,6 +172,19 @@ def score_pieces(
     if not size:
         raise ValueError("there is no text to score")
     tokens = np.concatenate(parts).astype(np.int32)
-    losses = np.concatenate([*text_losses(model, tokens, stride, bar)])
+    losses = text_losses(model, tokens, stride, bar, group)
+    losses = _of_all(group, np.concatenate([np.empty(0), *losses]))
     scored = losses[~np.isin(tokens[1:], marks)]
     return Score(float(scored.sum()), len(scored), size)
+
+
+# the losses of all
+def _of_all(group, losses):
+    """The losses of all processes in their order, from this one's."""
+    if group.size == 1:
+        return losses
+    ends = np.cumsum([0, *group.gather(len(losses))]).tolist()
+    whole, spans = np.empty(ends[-1]), [*pairwise(ends)]
+    whole[slice(*spans[group.rank])] = losses
+    group.spread(whole, spans)
+    return whole

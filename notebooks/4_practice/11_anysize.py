@@ -113,7 +113,7 @@ print([shard_of(t, 2, 3) for t in range(8)])
 # ## Encode on all cores
 #
 # Pieces come in order and tokens must leave in order, but in between any core
-# may take any piece. `_in_order` hands out the work and returns results in the
+# may take any piece. `in_order` hands out the work and returns results in the
 # order of the items. It reads only as far ahead as keeps every worker busy:
 # with $w$ workers at most $2w$ batches wait, so that the memory does not
 # depend on the corpus.
@@ -125,8 +125,8 @@ print([shard_of(t, 2, 3) for t in range(8)])
 # measure both, and that decides.
 
 
-# %% results in the order of the items tags=["exporti"]
-def _in_order(function, items, workers):
+# %% results in the order of the items tags=["export"]
+def in_order(function, items, workers):
     """Yield function(item) for all items, in order, computed in threads."""
     with ThreadPoolExecutor(workers) as pool:
         waiting = deque()
@@ -260,19 +260,36 @@ def _batches(pieces):
 # A limit may cut a piece at any character; nothing follows it, so (4.10.1)
 # does not matter there.
 #
-# The stream puts the batches through the encoder and is read in portions.
+# The batches are put through the encoder, and the stream that comes out is read
+# in portions.
+
+
+# %% the batches, encoded tags=["export"]
+def encoded(
+    sources, encoding, options, place=START, workers=0, turns=in_order
+):
+    """Yield (Origin, counts, tokens) of batches of a corpus from a place on.
+
+    sources, encoding, options, workers: as for `write_shards`. counts: read,
+    documents and characters behind the batch, as in `Encoded`. turns:
+    `in_order`, or what does its work elsewhere.
+    """
+    special = options.get("endoftext", False)
+
+    def work(batch):
+        place, pieces, counts = batch
+        return place, counts, _encode(encoding, pieces, special)
+
+    pieces = pieces_from(sources, place, options["limit"])
+    return turns(work, _batches(pieces), workers or cores())
 
 
 # %% the stream of tokens tags=["exporti"]
 class _Stream:
-    """The tokens of a corpus from a place on, taken in portions."""
+    """The tokens of a corpus in blocks, as of `encoded`, taken in portions."""
 
-    def __init__(self, encoding, pieces, workers, drop=0, endoftext=False):
-        def work(batch):
-            place, pieces, counts = batch
-            return place, counts, _encode(encoding, pieces, endoftext)
-
-        self._blocks = _in_order(work, _batches(pieces), workers)
+    def __init__(self, blocks, drop=0):
+        self._blocks = blocks
         self._tokens, self._used = np.empty(0), 0
         self.counts = 0, 0, 0
         if drop and self.more():
@@ -320,7 +337,7 @@ class _Stream:
 # marks of all sources, a hash of the tokenizer. If one has changed, the two
 # halves would not fit, and we refuse.
 
-# %% what the work depends on tags=["exporti"]
+# %% what is noted tags=["exporti"]
 NOTE = "unfinished.json"
 _TOKENIZERS = "|".join(map(re.escape, KEPT))
 OURS = re.compile(
@@ -337,7 +354,9 @@ def _digest(texts):
     return digest.hexdigest()
 
 
-def _conditions(sources, encoding, options):
+# %% what the work depends on tags=["export"]
+def conditions(sources, encoding, options):
+    """What the shards of a corpus depend on, a dict: options, and hashes."""
     ranks = range(encoding.n_vocab - 1)
     single = encoding.decode_single_token_bytes
     files = getattr(encoding, "files", {}).values()
@@ -425,7 +444,7 @@ def _clear(folder, force):
 # %% how it goes on tags=["exporti"]
 def _note_of(folder, sources, encoding, options, force):
     """The note to go on from: that of the folder, or a new one."""
-    path, now = folder / NOTE, _conditions(sources, encoding, options)
+    path, now = folder / NOTE, conditions(sources, encoding, options)
     if path.exists() and not force:
         note = _read_note(path)
         _check_conditions(path, note, now)
@@ -457,9 +476,8 @@ def _note_of(folder, sources, encoding, options, force):
 def _validation(sources, encoding, options):
     if options["val_tokens"]:
         return options["val_tokens"]
-    pieces = pieces_from(sources, limit=options["limit"])
-    special = options.get("endoftext", False)
-    stream, count = _Stream(encoding, pieces, 1, 0, special), 0
+    blocks = encoded(sources, encoding, options, workers=1)
+    stream, count = _Stream(blocks), 0
     while count < 327_680 and stream.more():
         count += len(stream.take(327_680 - count))
     if not count:
@@ -483,31 +501,32 @@ class Encoded(NamedTuple):
 
 
 # %% write the shards tags=["export"]
-def write_shards(folder, sources, encoding, options, force=False, workers=0):
+def write_shards(
+    folder, sources, encoding, options, force=False, workers=0, blocks=encoded
+):
     """Encode a corpus into shards; yields an `Encoded` as it goes on.
 
     folder: from `shards_folder`. sources: a list of `Source`. options: a
     dict with at least limit (characters, 0 for all), shard_tokens and
     val_tokens (0: a tenth, at most 32,768); endoftext: as for `encode_text`.
-    force: start anew. workers: threads, 0 for one a core. Unfinished work
-    is gone on with, and the files are those of an uninterrupted run. The
-    folder is locked meanwhile. Raises ValueError or OSError.
+    force: start anew. workers: threads, 0 for one a core. blocks: `encoded`,
+    or what gives the same. Unfinished work is gone on with, and the files
+    are those of an uninterrupted run. The folder is locked meanwhile. Raises
+    ValueError or OSError.
     """
     _check_options(options)
     with Lock(folder) as lock:
         folder = shards_folder(folder, force)  # nobody has filled it since
-        work = sources, encoding, options, force, workers
-        yield from _written(folder, lock, *work)
+        work = sources, encoding, options
+        note = _note_of(folder, *work, force)
+        place = note["next"]
+        stream = _Stream(blocks(*work, place, workers), place.drop)
+        yield from _written(folder, lock, encoding, options, note, stream)
 
 
 # %% shard by shard tags=["exporti"]
-def _written(folder, lock, sources, encoding, options, force, workers):
-    note = _note_of(folder, sources, encoding, options, force)
+def _written(folder, lock, encoding, options, note, stream):
     keep_encoding(encoding, folder)
-    place = note["next"]
-    pieces = pieces_from(sources, place, options["limit"])
-    how = workers or cores(), place.drop, options.get("endoftext", False)
-    stream = _Stream(encoding, pieces, *how)
     while stream.more():
         size = _size_of_next(note, options["shard_tokens"])
         tokens, filled = np.empty(size, token_dtype(encoding.n_vocab)), 0

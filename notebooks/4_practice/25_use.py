@@ -270,7 +270,7 @@ def _load_model(args, prompt):
 from dataclasses import dataclass, fields
 from itertools import chain
 
-from llmnb.cli.options import fields_of, say
+from llmnb.cli.options import GroupOptions, fields_of, say
 from llmnb.cli.train import check_apart
 from llmnb.text import shards
 from llmnb.text.corpus import describe
@@ -300,7 +300,7 @@ class ShardOptions:
 
 
 _READ = tuple(x for x in fields(DataOptions) if x.name != "shards")
-OPTIONS = {"": fields(ShardOptions) + _READ}
+OPTIONS = {"": fields(ShardOptions) + fields(GroupOptions) + _READ}
 
 
 # %% write the shards tags=["export"] module="cli.data"
@@ -310,20 +310,40 @@ def run(args):
     `llmnb train --shards FOLDER` reads them. The corpus is stdlib,
     tinyshakespeare, or files and folders of text and of JSON lines
     (.jsonl), plain or packed (.gz, .zst). The same command goes on where
-    it was stopped.
+    it was stopped. Under mpirun or srun all processes encode, and the first
+    writes.
     """
+    from llmnb.cli.together import in_group  # Part 6
+
+    in_group(args, _run)
+
+
+def _run(args, group):
+    """Write the shards, or encode for the process that does."""
     names = [x.name for x in _READ] + ["shard_tokens", "val_tokens"]
     options = {name: getattr(args, name) for name in names}
     options["corpus"] = list(args.corpus)
     config = TrainConfig(**fields_of(options, DataOptions))
     check_apart(args.out, args.corpus)
-    folder, tally = shards.shards_folder(args.out, args.force), Tally()
+    tally = Tally()
+    if group.first:
+        folder = shards.shards_folder(args.out, args.force)
     corpus = sources(args.corpus, args.field, args.skip_bad, tally)
     pieces = shards.pieces_from(corpus, limit=args.limit)
     encoding = make_encoding(config, (text for _, _, text, _ in pieces))
-    work = shards.write_shards(
-        folder, corpus, encoding, options, args.force, args.threads
-    )
+    work, blocks = (corpus, encoding, options), shards.encoded
+    if group.size > 1:
+        from llmnb.cli.together import check_command
+        from llmnb.train.sharing import encoded_by
+
+        check_command(args, group, **shards.conditions(*work))
+        blocks = encoded_by(group)
+    if not group.first:
+        for _ in blocks(*work, workers=args.threads):
+            pass
+        return
+    how = args.force, args.threads, blocks
+    work = shards.write_shards(folder, *work, *how)
     done = _follow_data(work, sum(source.size for source in corpus))
     words = tally.words(args.endoftext)
     size = describe(args.corpus, done.documents, done.characters)
@@ -351,10 +371,11 @@ def _follow_data(work, size):
 # %% its options tags=["export"] module="cli.eval"
 from dataclasses import dataclass, fields
 from functools import partial
+from zlib import crc32
 
 from llmnb.cli.models import model_of, with_tokenizer
-from llmnb.cli.options import ThreadOptions, say, set_threads, some_of
-from llmnb.cli.options import tell_compiling
+from llmnb.cli.options import GroupOptions, ThreadOptions, say, set_threads
+from llmnb.cli.options import some_of, tell_compiling
 from llmnb.model.gpt2 import GPT2
 from llmnb.text.documents import sources
 from llmnb.text.reader import Tally
@@ -385,6 +406,7 @@ class EvalOptions:
 OPTIONS = {
     "": fields(EvalOptions)
     + some_of(DataOptions, "field", "skip_bad", "endoftext")
+    + fields(GroupOptions)
     + fields(ThreadOptions)
 }
 
@@ -394,8 +416,16 @@ def run(args):
     """Print what a model pays for a text, and how it answers HellaSwag.
 
     Perplexity and bits a byte of a text; accuracy on HellaSwag, from
-    llm.c's .bin or from JSON lines.
+    llm.c's .bin or from JSON lines. Processes that mpirun or srun has
+    started share the work.
     """
+    from llmnb.cli.together import in_group  # Part 6
+
+    in_group(args, _run)
+
+
+def _run(args, group):
+    """Measure a model, as one of a group; the first reports."""
     if not (args.text or args.hellaswag):
         raise ValueError("name a file: --text FILE or --hellaswag FILE")
     for name in ("limit", "seq_len", "stride"):
@@ -406,23 +436,35 @@ def run(args):
     cfg, encoding = with_tokenizer(path, args)
     context = min(args.seq_len or cfg.max_seq_len, cfg.max_seq_len)
     say("model", path)
-    tell_compiling("cpu")
+    if group.first:
+        tell_compiling("cpu")
     if args.text:
-        _eval_text(args, path, encoding, context)
+        _eval_text(args, path, encoding, context, group)
     if args.hellaswag:
-        _eval_hellaswag(args, path, encoding, context)
+        _eval_hellaswag(args, path, encoding, context, group)
+
+
+# %% are all alike tags=["exporti"] module="cli.eval"
+def _check_group(args, group, model, **facts):
+    """Raise ValueError unless a group has the same model and the same text."""
+    if group.size > 1:
+        from llmnb.cli.together import check_command  # Part 6
+
+        facts["model"] = crc32(model.memory.flat("params"))
+        check_command(args, group, **facts)
 
 
 # %% perplexity tags=["exporti"] module="cli.eval"
-def _eval_text(args, path, encoding, context):
+def _eval_text(args, path, encoding, context, group):
     tally = Tally()
-    found = sources(args.text, args.field, args.skip_bad, tally)
-    found = pieces_from(found, limit=args.limit)
+    texts = sources(args.text, args.field, args.skip_bad, tally)
+    found = pieces_from(texts, limit=args.limit)
     pieces = ((first, text) for _, first, text, _ in found)
     model = GPT2.from_checkpoint(path, 1, context, tokens=encoding.n_vocab)
+    _check_group(args, group, model, text=[x.mark for x in texts])
     stride = args.stride or max(1, context // 2)
     bar = partial(progress_bar, unit="window", leave=False)
-    how = stride, bar, args.endoftext
+    how = stride, bar if group.first else iter, args.endoftext, group
     score = evaluation.score_pieces(model, encoding, pieces, *how)
     size = f"{score.bytes:,} bytes{tally.words(args.endoftext)}"
     say("text", f"{' '.join(args.text)}: {size}")
@@ -433,7 +475,7 @@ def _eval_text(args, path, encoding, context):
 
 
 # %% multiple choice tags=["exporti"] module="cli.eval"
-def _eval_hellaswag(args, path, encoding, context):
+def _eval_hellaswag(args, path, encoding, context, group):
     tally = Tally()
     if args.hellaswag.endswith(".bin"):
         examples = choices.read_examples(args.hellaswag)
@@ -445,20 +487,28 @@ def _eval_hellaswag(args, path, encoding, context):
     how = path, 4, max(1, min(context, max(lengths)))
     model = GPT2.from_checkpoint(*how, tokens=encoding.n_vocab)
     cut = sum(length > context for length in lengths)
-    bar = progress_bar(total=len(examples), unit="example", leave=False)
-    with bar:
-        found = []
-        for choice in choices.choices_of(model, examples):
-            found.append(choice)
-            bar.update()
+    _check_group(args, group, model, examples=crc32(repr(examples).encode()))
+    found = _chosen(model, examples, group)
     size = f"{args.hellaswag}: {len(found):,} examples"
     size += f", {cut:,} cut on the left to {context} tokens" if cut else ""
     say("hellaswag", size + tally.words())
-    for name in ("by_mean", "by_sum"):
-        right = sum(getattr(c, name) == c.label for c in found) / len(found)
-        error = choices.standard_error(right, len(found))
-        label = {"by_mean": "acc_norm", "by_sum": "acc"}[name]
+    hits_by_way = zip(*found, strict=True)
+    for label, hits in zip(("acc_norm", "acc"), hits_by_way, strict=True):
+        right = sum(hits) / len(hits)
+        error = choices.standard_error(right, len(hits))
         say(label, f"{right:.4f} +- {error:.4f}")
+
+
+def _chosen(model, examples, group):
+    """Whether each example was met, by mean and by sum; over the group."""
+    mine, found = group.share(len(examples)), []
+    how = {"unit": "example", "leave": False, "disable": not group.first}
+    with progress_bar(total=len(mine), **how) as bar:
+        own = examples[mine.start : mine.stop]
+        for x in choices.choices_of(model, own):
+            found.append([x.by_mean == x.label, x.by_sum == x.label])
+            bar.update()
+    return sum(group.gather(found), [])
 
 
 # %% [markdown]

@@ -681,10 +681,13 @@ def in_group(args, work):
         return work(args, group)
 
 
-def check_command(args, group):
-    """Raise ValueError unless a group was given one command, and is alike."""
-    given = {name: str(value) for name, value in args.given.items()}
-    check_alike(group, surroundings() | given)
+def check_command(args, group, **facts):
+    """Raise ValueError unless a group was given one command, and is alike.
+
+    facts: more that has to be alike, of any kind; see `check_alike`.
+    """
+    facts = {name: str(value) for name, value in (args.given | facts).items()}
+    check_alike(group, surroundings() | facts)
 
 
 # %% [markdown]

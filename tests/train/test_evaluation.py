@@ -32,6 +32,7 @@ from llmnb.train.evaluation import (
     text_losses,
     windows,
 )
+from llmnb.train.rehearsal import rehearse
 
 QUICK = settings(max_examples=300, deadline=None, derandomize=True)
 CFG = GPT2Config(48, 257, 2, 2, 16)
@@ -427,3 +428,17 @@ def test_mistakes_get_one_line(saved, llmnb, monkeypatch, command, message):
 
 
 TOKENS = [bytes([i]) for i in range(256)] + [b"ab"]
+
+
+def test_more_ranks_than_windows():
+    """Some have nothing to score, and all have the same bits."""
+    pieces = [(True, "spam and eggs"), (True, "more")]
+
+    def score(group):
+        how = {"stride": 8, "group": group}
+        return score_pieces(model_of(1, 8), tokenizer.byte(), pieces, **how)
+
+    (one,) = rehearse(1, score)
+    assert one == score_pieces(model_of(1, 8), tokenizer.byte(), pieces, 8)
+    for size in (2, 5):
+        assert rehearse(size, score) == [one] * size

@@ -319,3 +319,92 @@ def test_bench_refuses_what_a_group_cannot(more, words):
     code, said = run((2, {}, [*BENCH.split(), *more]))
     assert code != 0 and said.count("llmnb: error") == 1, said
     assert words in said
+
+
+def files(folder):
+    return {x.name: x.read_bytes() for x in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """`llmnb data` of four batches, without its folder, and its files."""
+    folder = tmp_path_factory.mktemp("data") / "a"
+    args = ["--tokenizer", "byte", "--shard-tokens", "30000", *threads(1)]
+    args = [*args, "--corpus", str(LIBRARY), str(LIBRARY)]
+    subprocess.run(
+        [sys.executable, "-m", "llmnb.cli", "data", str(folder), *args],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True,
+        capture_output=True,
+    )  # fmt: skip
+    return args, files(folder)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_data_has_the_bytes_of_one(size, data, tmp_path):
+    args, want = data
+    line = ["-m", "llmnb.cli", "data", tmp_path / "a", *args]
+    code, said = run((size, {}, [*line, "--group", "mpi"]))
+    assert code == 0, said
+    assert said.count("corpus  ") == 1, "one speaks for all"
+    assert len(want) > 100 and files(tmp_path / "a") == want
+
+
+def test_data_goes_on_with_other_ranks(data, tmp_path):
+    args, want = data
+    line = ["-m", "llmnb.cli", "data", tmp_path / "a", *args]
+    process, mark = ranks((2, {}, line))
+    wait_for(lambda: len([*tmp_path.glob("a/train*")]) > 3)
+    os.kill(found(mark)[1], signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode != 0, out + err
+    wait_for(lambda: not found(mark))
+    assert (tmp_path / "a" / "unfinished.json").exists()
+    code, said = run((3, {}, line))
+    assert code == 0, said
+    assert files(tmp_path / "a") == want
+
+
+def test_data_of_ranks_that_differ_is_refused(data, tmp_path):
+    args, _ = data
+    (tmp_path / "b.txt").write_text("another text")
+    line = ["-m", "llmnb.cli", "data", tmp_path / "a", *args]
+    other = [*line[:4], "--corpus", tmp_path / "b.txt", *args[:-3]]
+    code, said = run((1, {}, line), (1, {}, other))
+    assert code != 0 and "another corpus than rank 0" in said, said
+    assert not [*tmp_path.glob("a/*")]
+
+
+@pytest.fixture(scope="module")
+def scored(one, tmp_path_factory):
+    """`llmnb eval` of a text and of five examples, and what it prints."""
+    folder = tmp_path_factory.mktemp("eval")
+    (folder / "a.txt").write_text("def spam(eggs):\n    return eggs\n" * 20)
+    ends = ["sat on it", "ate", "went away again", "is not here"]
+    lines = [
+        json.dumps({"ctx": "The cat", "label": k % 4, "endings": ends})
+        for k in range(5)
+    ]
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    args = ["-m", "llmnb.cli", "eval", str(one), *threads(1)]
+    args += ["--text", str(folder / "a.txt")]
+    args += ["--hellaswag", str(folder / "a.jsonl")]
+    found = subprocess.run(
+        [sys.executable, *args], check=True, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    return args, found.stdout
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_scores_are_those_of_one(size, scored):
+    args, want = scored
+    code, said = run((size, {}, [*args, "--group", "mpi"]))
+    assert code == 0, said
+    assert "acc_norm" in want and want in said
+    assert said.count("perplexity") == 1, "one speaks for all"
+
+
+def test_scores_of_ranks_that_differ_are_refused(scored):
+    args, _ = scored
+    code, said = run((1, {}, args), (1, {}, [*args, "--stride", "3"]))
+    assert code != 0 and "another stride than rank 0" in said, said
