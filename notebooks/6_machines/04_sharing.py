@@ -238,8 +238,8 @@ print(f"{size / 1e6:.1f} million characters: read in {read:.2f} s, "
 # ## Who scores what
 #
 # A text is scored in windows (chapter 4.21), HellaSwag in examples (chapter
-# 4.22). Both are lists whose items cost about the same, so rank $r$ of $R$
-# gets one run of them, `share` of chapter 4.13. All have the same text
+# 4.22). Both are lists whose items cost about the same, so each of $R$ ranks
+# gets one run of them, by `share` of chapter 4.13. All have the same text
 # and the same weights. Then all tell each other their losses, in the order of
 # the windows, and each adds them up in that order. A window's losses do not
 # depend on the windows before it, so the sum has the bits of one process.
