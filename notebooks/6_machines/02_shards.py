@@ -700,13 +700,20 @@ def check_command(args, group, **facts):
 # ## What it does not do
 #
 # Every rank reads the text and the run's folder itself, so all machines need
-# them under the same path, as clusters have. The kernels are the CPU's: a group
-# of GPUs would need the same methods over their own network, and is not
-# there. Each rank holds all
+# them under the same path, as clusters have. Each rank holds all
 # parameters and all gradients, $8P$ bytes, and ranks on one machine do not share
 # them: eight there hold $64P$. Where memory is short, start fewer ranks with more
 # threads each. Ctrl-C reaches
 # `mpirun`, which gives its ranks about a second; the last state is whole in any case.
+#
+# The kernels are the CPU's. A group of GPUs needs the same methods over NCCL,
+# NVIDIA's library, which `nccl4py` brings to Python. That is not written, because
+# it could not be tried. Without a GPU `nccl4py` installs and makes the
+# identifier of a group; to make the group it wants a driver. And what we have in
+# place of a GPU does half of the work each: the simulator of
+# [chapter A.5](../appendix/05_simulator.ipynb) computes, in memory that NCCL
+# cannot send; the driver's stand-in of the tests has memory of a device, and
+# does not compute. A group has to add up what it was sent.
 #
 # ## Take away
 #
