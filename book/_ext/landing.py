@@ -97,7 +97,7 @@ def render_learning():
         y = 100 * down(landmarks[name])
         marks.append(
             f'<span class="learn-mark" style="top:{y:.2f}%"><span>{words}: '
-            f"{landmarks[name]:.2f} nats</span></span>"
+            f"{landmarks[name]:.2f}<i> nats</i></span></span>"
         )
     for step, text in samples.items():
         x, loss = across(int(step), last), held[int(step)]

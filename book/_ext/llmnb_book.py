@@ -48,6 +48,12 @@ PARTS = (
 EXPORT_TAGS = {"export", "exporti"}
 CHAPTER = re.compile(r"notebooks/(\w+)/(\d\d)_\w+")
 DERIVED = re.compile(r"Derived in chapter ([\dA]\.\d+)\.")
+# what one reads as one word, in the text of which nodes
+TOGETHER = re.compile(
+    r"(GPT-\d\w*|\d[\d.,]* (?:%|[KMGT]B(?:/s)?|[mµ]s|[MGT]FLOP(?:/s)?)(?!\w)"
+    r"|\b[A-Z]\w* = \d[\d,]*(?!\w))"
+)
+PROSE = nodes.paragraph, nodes.emphasis, nodes.strong
 log = logging.getLogger(__name__)
 
 
@@ -146,6 +152,19 @@ def caption_figures(doctree, docname):
         below["classes"].append("figure-caption")
 
 
+def keep_together(doctree):
+    """Let no line end inside a number with its unit, or inside "GPT-2"."""
+    for text in [*doctree.findall(nodes.Text)]:
+        if not isinstance(text.parent, PROSE):
+            continue
+        pieces = TOGETHER.split(text)
+        if len(pieces) > 1:
+            whole = [nodes.Text(x) for x in pieces]
+            for i in range(1, len(pieces), 2):
+                whole[i] = nodes.inline("", whole[i], classes=["whole"])
+            text.parent.replace(text, [x for x in whole if x.astext()])
+
+
 class SourceOrderDocumenter(ModuleDocumenter):
     """List a module's names as its source does: forward, then backward."""
 
@@ -239,6 +258,11 @@ def setup(app):
     app.connect(
         "doctree-resolved",
         lambda app, doctree, docname: caption_figures(doctree, docname),
+    )
+    app.connect(
+        "doctree-resolved",
+        lambda app, doctree, docname: keep_together(doctree),
+        priority=990,
     )
     for name in PARTS:
         app.setup_extension(name)

@@ -88,7 +88,15 @@ def tidy(app, pagename, templatename, context, doctree):
         # names, commas and spaces have the colour of all code
         body = re.sub(r'<span class="[npw]">([^<]*)</span>', r"\1", body)
         label = ' aria-label="Toggle hidden content"'
-        context["body"] = body.replace(label, "")
+        body = body.replace(label, "")
+        # a long name at the head of a column may break after a "_"
+        heads = r"(?s)<th [^>]*>.*?</th>"
+        context["body"] = re.sub(heads, break_names, body)
+
+
+def break_names(match):
+    """A cell's HTML with a place to break after each "_" of its text."""
+    return re.sub("_(?=[^<>]*<)", "_<wbr/>", match[0])
 
 
 def size(path):

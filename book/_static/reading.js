@@ -143,6 +143,15 @@ function keepInSight(link, rail) {
   if (out) rail.scrollTop += line.top - box.top - box.height / 2;
 }
 
+/** Scroll the list of chapters to this one: the theme keeps it where it was
+ * on the page before, though a link may lead far away. */
+function showChapter() {
+  const rail = document.querySelector(".bd-sidebar-primary");
+  const links = rail?.querySelectorAll("a.current, .current.active > a") ?? [];
+  const link = [...links].at(-1);
+  if (link?.getClientRects().length) keepInSight(link, rail);
+}
+
 /** Keep the mark and the bar of progress with the reader's place. */
 function followReader() {
   const markContents = followContents();
@@ -234,6 +243,7 @@ addEventListener("hashchange", openTarget);
 addEventListener("keydown", turnPage);
 addEventListener("load", () => {
   followReader();
+  showChapter();
   settleEquations();
 });
 })();
