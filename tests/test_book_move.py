@@ -31,8 +31,9 @@ FIGURES = {
     "notebooks/3_gpu/03_encoder": ["threads", "threads"],
     "notebooks/3_gpu/04_layernorm": ["threads"],
     "notebooks/3_gpu/05_elementwise": ["threads"],
-    "notebooks/3_gpu/06_matmul": ["threads"],
+    "notebooks/3_gpu/06_matmul": ["threads", "threads"],
     "notebooks/3_gpu/08_classifier": ["threads"],
+    "notebooks/3_gpu/09_attention": ["threads", "threads"],
     "notebooks/3_gpu/10_adamw": ["threads"],
 }
 
@@ -255,6 +256,44 @@ def test_the_small_tile_is_the_product(browser, address):
         a, b = (np.reshape(arrays[x][-1], arrays[x][:-1]) for x in "ab")
         shown = figure.texts(".move-array:last-child .move-cell b")
         assert list(map(float, shown)) == (a @ b.T).ravel().tolist()
+
+
+def products_of(q, k):
+    """Of each walk of 3.6 and 3.9 in small: the arrays that it leaves."""
+    every = np.outer(q, k)
+    seen = np.tril(every)
+    return {
+        "one step": {"out": every},
+        "to_the_right": {"s": seen, "dq": seen @ k},
+        "down": {"s": seen, "dk": seen.T @ q},
+        "a small tile": {"s": every},
+    }
+
+
+@pytest.mark.parametrize(
+    "name, index", [("06_matmul", 1), ("09_attention", 0), ("09_attention", 1)]
+)
+@pytest.mark.parametrize("order", ["side by side", "one after the other"])
+def test_owners_in_small_write_the_products(
+    browser, address, name, index, order
+):
+    name = f"notebooks/3_gpu/{name}"
+    with Visit(browser, address, width=1280) as visit:
+        figure = Figure(visit, name, index)
+        walks = numbers(name, index)["walks"]
+        for walk in walks:
+            if len(walks) > 1:
+                figure.choose(walk["name"])
+            figure.choose(order)
+            figure.press("End")
+            factors = [np.array(a[-1]) for a in walk["arrays"].values()][-2:]
+            for array, want in products_of(*factors)[walk["name"]].items():
+                box = figure.box.locator(".move-array").filter(
+                    has=figure.page.get_by_text(array, exact=True)
+                )
+                shown = box.locator(".move-cell b").all_inner_texts()
+                assert list(map(float, shown)) == want.ravel().tolist()
+            assert not any(s[9] for x in walk["steps"].values() for s in x)
 
 
 AWKWARD = [

@@ -451,34 +451,27 @@ for apart, name in ((8, "eight in a piece"), (4, "four and four")):
     print(f"{name}: eight lanes take {passes}")
 
 # %% draw the tiles
-fig, axes = plt.subplots(1, 2, figsize=(8.6, 4.8), dpi=100)
+fig, ax = plt.subplots(figsize=(4.6, 4.6), dpi=100)
 shades = [PALETTE[name] for name in ("blue", "green", "orange")]
 places = (((0, 4.4), 1.4, 1.2), ((3, 7), 1.2, 1.4), ((3, 4.4), 1.2, 1.2))
 for (corner, wide, high), shade in zip(places, shades, strict=True):
-    axes[0].add_patch(plt.Rectangle(corner, wide, high, color=shade))
+    ax.add_patch(plt.Rectangle(corner, wide, high, color=shade))
 for corner, wide, high in (((0, 2), 1.4, 3.6), ((1.8, 7), 3.6, 1.4)):
-    axes[0].add_patch(plt.Rectangle(corner, wide, high, fill=False))
+    ax.add_patch(plt.Rectangle(corner, wide, high, fill=False))
 for i, j in np.ndindex(3, 3):
     square = (1.8 + 1.2 * j, 2 + 1.2 * i)
-    axes[0].add_patch(plt.Rectangle(square, 1.2, 1.2, fill=False))
-axes[0].text(0.7, 1.5, "a", ha="center")
-axes[0].text(3.6, 1.5, "out, in tiles", ha="center")
-axes[0].text(3.6, 8.6, "b, transposed", ha="center")
-axes[0].set(xlim=(-0.2, 5.6), ylim=(1.2, 9), aspect="equal")
-axes[0].set_title("a block owns a tile")
-axes[0].axis("off")
-pieces = np.arange(64).reshape(8, 8)
-with plt.rc_context({"font.size": 7}):
-    draw_owners(axes[1], np.tile(pieces, (2, 2)).tolist(), group=32)
-axes[1].set_title("a tile of 64 by 64 in pieces of 4 by 4")
+    ax.add_patch(plt.Rectangle(square, 1.2, 1.2, fill=False))
+ax.text(0.7, 1.5, "a", ha="center")
+ax.text(3.6, 1.5, "out, in tiles", ha="center")
+ax.text(3.6, 8.6, "b, transposed", ha="center")
+ax.set(xlim=(-0.2, 5.6), ylim=(1.2, 9), aspect="equal")
+ax.axis("off")
 fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 3.6.2. Left, a block needs the rows of `a`, and of `b`, drawn as
-# columns, that meet in its tile. Right, which thread owns each piece of 4 by 4
-# outputs, coloured by warp: a thread has four pieces, 8 by 8 outputs in all,
-# and neighbours read neighbouring fours.*
+# *Figure 3.6.2. A block owns a tile of `out`. It needs the rows of `a`, and of
+# `b`, drawn as columns, that meet in its tile.*
 #
 # Global memory is read by fours too. And the threads no longer wait for it:
 # while a block multiplies one tile, the loads of the next are under way.
@@ -611,7 +604,35 @@ def _vector_kernel(tile, along_a, along_b):
     return named(multiply, f"{tile}_vectors", along_a, along_b, side * side)
 
 
+# %% one step of the sum, by fours
+def one_step(out, left, right):
+    p = cuda.local.array(8, np.float32)
+    q = cuda.local.array(8, np.float32)
+    y, x = cuda.threadIdx.x // 2 * 4, cuda.threadIdx.x % 2 * 4
+    _take(p, left, y, 8)
+    _take(q, right, x, 8)
+    for i in range(8):
+        r = y + i % 4 + i // 4 * 8
+        for n in (0, 4):
+            v = p[i] * q[n], p[i] * q[n + 1], p[i] * q[n + 2], p[i] * q[n + 3]
+            store4(out, 16 * r + x + 2 * n, *v)
+
+
+fig, ax = plt.subplots(figsize=(2.6, 2.6), dpi=100)
+draw_owners(ax, np.tile([[0, 1], [2, 3]], (2, 2)).tolist())
+fig.tight_layout()
+plt.show()
+left, right = (np.arange(16, dtype=np.float32) % n + 1 for n in (4, 5))
+args = np.zeros((16, 16), np.float32), left, right
+steps = walk("one step", one_step, 1, 4, args)
+moving("threads", "one step of a sum, by fours", walks=[steps], wrap=16)
+
 # %% [markdown]
+# *Figure 3.6.3. One step of a sum in a tile of 16 by 16, in pieces of 4 by 4
+# outputs, each with the number of its thread: a thread has four pieces, 8 by 8
+# outputs in all. It takes two fours of `left` and two of `right`, its
+# neighbour the fours beside. A tile of 64 has 8 by 8 such threads.*
+#
 # Four numbers at once must begin at a multiple of 16 bytes, so every row
 # that is read or written by fours must be a multiple of four numbers long,
 # and the arrays must begin at such a place. GPT-2's do; otherwise version 4

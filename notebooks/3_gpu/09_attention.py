@@ -38,13 +38,12 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import numpy as np
 
-from llmnb.book.diagram import PALETTE
+from llmnb.book.moving import moving
+from llmnb.book.owners import draw_owners, walk
 from llmnb.book.verify import compare, verdict
-from llmnb.reference.attention import attention_backward as backward_numpy
-from llmnb.reference.attention import attention_forward as forward_numpy
+from llmnb.reference import attention as reference
 
 rng = np.random.default_rng(6)
-reference = SimpleNamespace(forward=forward_numpy, backward=backward_numpy)
 
 
 # %% a problem of any size
@@ -56,11 +55,6 @@ def problem(B, T, NH, hs, NKV=None):
     p.dout = rng.normal(size=(B, T, NH * hs)).astype(dtype)
     p.out, p.lse = np.zeros_like(p.dout), np.zeros((B, NH, T), dtype)
     return p
-
-
-def forward_and_backward(p, layer):
-    layer.forward(p.out, p.lse, p.inp)
-    layer.backward(p.dinp, p.dout, p.inp, p.out, p.lse)
 
 
 # %% [markdown]
@@ -123,32 +117,41 @@ print(f"{4 * hs / 16:.0f} operations a byte of traffic with the square")
 # rescales what was summed, and adds the new values: this is known as
 # FlashAttention. The backward pass walks too; here are both walks.
 
-# %% the tiles and the walks
-from llmnb.book.owners import draw_owners
 
-fig, axes = plt.subplots(1, 2, figsize=(7.4, 3.9), dpi=100)
-tiles = range(5)
-by_query = [[t if u <= t else -1 for u in tiles] for t in tiles]
-by_key = [[u if u <= t else -1 for u in tiles] for t in tiles]
-draw_owners(axes[0], by_query, "out and dq", rows="tiles of queries")
-draw_owners(axes[1], by_key, "dk and dv")
-walk = {"arrowstyle": "->", "color": PALETTE["ink"], "lw": 1.5}
-for n in tiles:
-    start, end = (0.1, n + 0.82), (n + 0.9, n + 0.82)
-    axes[0].annotate("", end, start, arrowprops=walk)
-    start, end = (n + 0.82, n + 0.1), (n + 0.82, 4.9)
-    axes[1].annotate("", end, start, arrowprops=walk)
-for ax in axes:
-    ax.set_xlabel("tiles of keys")
-fig.tight_layout()
+# %% the tiles and the walks
+def to_the_right(s, dq, q, k):  # a block owns a query
+    t = cuda.blockIdx.x
+    for u in range(t + 1):
+        s[t, u] = q[t] * k[u]
+        dq[t] += s[t, u] * k[u]
+
+
+def down(s, dk, q, k):  # a block owns a key
+    u = cuda.blockIdx.x
+    for t in range(u, len(q)):
+        s[t, u] = q[t] * k[u]
+        dk[u] += s[t, u] * q[t]
+
+
+fig, axes = plt.subplots(1, 2, figsize=(7.4, 3.9), dpi=100, layout="tight")
+t, u = np.indices((5, 5))
+names = {"rows": "tiles of queries", "cols": "tiles of keys"}
+draw_owners(axes[0], np.where(u <= t, t, -1).tolist(), "out, dq", **names)
+draw_owners(axes[1], np.where(u <= t, u, -1).tolist(), "dk, dv", **names)
+for n in range(5):
+    axes[0].arrow(0.1, n + 0.82, n + 0.6, 0, head_width=0.12)
+    axes[1].arrow(n + 0.82, n + 0.1, 0, 4.6 - n, head_width=0.12)
 plt.show()
+args = np.zeros((5, 5)), np.zeros(5), *np.arange(10).reshape(2, 5) % 4 + 1
+walks = [walk(f.__name__, f, 5, 1, args) for f in (to_the_right, down)]
+moving("threads", "both walks, step by step", walks=walks)
 
 # %% [markdown]
 # *Figure 3.9.1. The scores of one head in tiles, each with the number of the
-# tile that its block owns. Left, a block owns a tile of queries and walks to
-# the right until the diagonal; right, it owns a tile of keys and walks down
-# from the diagonal. Nobody visits the empty triangle, and every element of a
-# result has one owner that sums along its arrow.*
+# tile that its block owns. A block that owns queries walks to the right until
+# the diagonal, one that owns keys walks down from it. Nobody visits the empty
+# triangle, and every element of a result has one owner that sums along its
+# arrow. The small kernels do so without a softmax; a tile is one number.*
 #
 # A row of scores lies in 8 neighbouring lanes of a warp, and its maximum
 # is found with three exchanges. Every lane of the row keeps the row's $m$; it
@@ -181,18 +184,28 @@ def _lanes_max(value):
 # $l, l + 8, l + 16, l + 24$. With 4 queries and 4 keys a thread, 8 numbers
 # read serve 16 products. And it reads four channels at once, with `load4`.
 
+
 # %% which thread owns which scores
-fig, ax = plt.subplots(figsize=(5.6, 6.0), dpi=100)
-who = [[8 * (t % 16) + u % 8 for u in range(16)] for t in range(18)]
-draw_owners(ax, who, group=32, rows="queries", cols="keys")
-fig.tight_layout()
+def small_tile(s, q, k):
+    row, lane = cuda.threadIdx.x // 4, cuda.threadIdx.x % 4
+    for t in (row, row + 2):
+        for u in (lane, lane + 4):
+            s[t, u] = q[t] * k[u]
+
+
+fig, ax = plt.subplots(figsize=(5, 2.8), dpi=100, layout="tight")
+who = [[4 * (t % 2) + u % 4 for u in range(8)] for t in range(4)]
+draw_owners(ax, who, group=4, rows="queries", cols="keys")
 plt.show()
+args = np.zeros((4, 8)), np.arange(1, 5), np.arange(8) % 5 + 1
+steps = walk("a small tile", small_tile, 1, 8, args, 4)
+moving("threads", "eight threads, step by step", walks=[steps])
 
 # %% [markdown]
-# *Figure 3.9.2. A corner of a block's 64 x 32 scores, each with the number of
-# its thread, coloured by warp. A thread's scores stand 16 queries and 8 keys
-# apart; the eight threads of a row of scores share a warp, so that its
-# maximum takes three exchanges and no barrier of the block.*
+# *Figure 3.9.2. The same in small: 4 x 8 scores, each with the number of its
+# thread, and two rows of four threads. There a thread's scores stand 2 queries
+# and 4 keys apart, here 16 and 8. The eight threads of a row share a warp, so
+# that its maximum takes three exchanges and no barrier of the block.*
 #
 # The plan of shared memory, of which a block may have 48 KB, at $hs = 64$:
 #
@@ -550,34 +563,28 @@ def on_gpu(p, place=to_device):
 
 for hs in (5, 12):
     p = problem(1, 37, 2, hs, NKV=1)
-    reference.forward(p.out, p.lse, p.inp)
+    reference.attention_forward(p.out, p.lse, p.inp)
     out, lse = on_gpu(p)
     compare(f"{hs}: out", out, p.out, tol=1e-5)
     compare(f"{hs}: lse", lse, p.lse, tol=1e-5)
 
 # %% [markdown]
 # And the counts, on the simulator, for one head of 32 channels and 64
-# positions: requests of whole warps and sectors of global memory, requests
-# and passes of shared memory, all defined in chapters
-# [3.1](01_threads.ipynb) and [3.2](02_sectors.ipynb).
+# positions ([chapter 3.2](02_sectors.ipynb) defines them):
 
 # %% forward, counted
 from llmnb.gpu.simulator import RaceError, watch
 
-p = problem(1, 64, 1, 32)
-what = "requests", "sectors", "shared_requests", "shared_passes"
 with watch() as seen:
-    on_gpu(p, simulated)
-for name in what:
+    on_gpu(problem(1, 64, 1, 32), simulated)
+for name in ("requests", "sectors", "shared_requests", "shared_passes"):
     print(f"{name:<15} {getattr(seen, name):9,}")
 
 # %% [markdown]
-# A request of shared memory for four floats a lane takes four passes. A
-# larger tile a thread would need fewer of them, and more registers. At
-# $hs = 64$ a thread already takes more than half of the 255 that it may have.
-#
-# A block reads the keys and values before its queries once: with 64 queries a
-# tile, a quarter as often as with 16.
+# A request of shared memory for four floats a lane takes four passes. A larger
+# tile a thread would need fewer, and more registers: at $hs = 64$ a thread takes
+# more than half of the 255 that it may have. A block reads the keys and values
+# before its queries once: with 64 queries a tile, a quarter as often as with 16.
 #
 # ## The numbers of the rows
 #
@@ -859,11 +866,10 @@ def back_on_gpu(p, place=to_device):
 
 for hs in (5, 12):
     p = problem(1, 37, 2, hs, NKV=1)
-    forward_and_backward(p, reference)
-    want, p.dinp = p.dinp, np.zeros_like(p.dinp)
+    reference.attention_forward(p.out, p.lse, p.inp)
+    want = np.zeros_like(p.dinp)
+    reference.attention_backward(want, p.dout, p.inp, p.out, p.lse)
     compare(f"dinp, heads of {hs}", back_on_gpu(p), want, tol=1e-5)
-
-# %% the same bits on every run
 same = np.array_equal(back_on_gpu(p), back_on_gpu(p))
 verdict("another run", same, "gives the same bits")
 
