@@ -62,7 +62,8 @@ def induction_score(maps, repeat):
 
     Derived in chapter 1.20.
     """
-    # row t and column t - repeat + 1, for t from `repeat` to T - 2
+    # row t and column t - repeat + 1, for t from `repeat` to T - 2; the
+    # diagonal begins one row earlier
     followed = np.diagonal(maps, 1 - repeat, -2, -1)[..., 1:repeat]
     return followed.mean(-1).mean(-2)
 

@@ -247,7 +247,7 @@ verdict(
 # ## Two habits with a score
 #
 # Pictures persuade whoever wants to see something in them. A score can come out
-# low, and so can be trusted when it does not. Two habits are worth one each.
+# low, and so can be trusted when it does not. Two habits deserve a score each.
 #
 # **Looking back one token.** The mean weight on the token before,
 #
@@ -264,9 +264,10 @@ verdict(
 # $$ \text{induction} = \frac{1}{R - 1} \sum_{t=R}^{2R-2} a_{t,\,t-R+1} .
 #    \tag{1.20.2} $$
 #
-# The sum leaves out the last token: there the text ends, and nothing shows what
-# should have followed it. This is called **induction**, and no head of a first block can do it: a
-# key there knows its own token and not the one before it. A head of an *earlier*
+# The sum leaves out the last token, after which nothing is left to foretell. This is
+# called **induction**, and no head of a first block can do it: a
+# key there knows its own token and position, and not the token before it. A head of
+# an *earlier*
 # block must first write into each token's stream which token stood before it; then
 # the key at $t - R + 1$ says "I follow `deposit`", and the query at $t$ asks for
 # that.
@@ -292,7 +293,8 @@ def induction_score(maps, repeat):
     maps: (..., B, NH, T, T), of a text that repeats after `repeat` tokens,
     T = 2 repeat. Returns (..., NH).
     """
-    # row t and column t - repeat + 1, for t from `repeat` to T - 2
+    # row t and column t - repeat + 1, for t from `repeat` to T - 2; the
+    # diagonal begins one row earlier
     followed = np.diagonal(maps, 1 - repeat, -2, -1)[..., 1:repeat]
     return followed.mean(-1).mean(-2)
 
@@ -357,7 +359,7 @@ plt.show()
 # Nothing in random tokens can be learnt from the training text. If the model is
 # better on the second half, then it has looked it up in the first: which tokens
 # there were, or what followed what. To tell the two apart, shuffle the second half.
-# The same tokens are then there, but nothing follows what it followed before. (The
+# The same tokens are then there, but hardly one follows what it followed before. (The
 # first token of the second half is left out: no one can know that the text will
 # repeat.)
 
@@ -491,7 +493,8 @@ plt.show()
 
 # %% [markdown]
 # *Figure 1.20.6. First a head learns to look back; the heads that find come later,
-# and with them the second half of a repeated text becomes cheaper. After step 8,000
+# since they need what it writes, and with them the second half of a repeated text
+# becomes cheaper. After step 8,000
 # both scores and the saving fall a little: the loss asks for Python, not for
 # this.*
 #
@@ -499,8 +502,8 @@ plt.show()
 #
 # Every block adds to the stream and none replaces it, so we may ask at any block: if
 # the model had to answer now, what would it say? Put the stream through the last
-# LayerNorm and `wte`, as if the rest of the blocks were not there. This is the
-# **logit lens**.
+# LayerNorm, `wte` and the softmax, as if the rest of the blocks were not there. This
+# is the **logit lens**.
 
 
 # %% read the stream early tags=["export"]
@@ -575,7 +578,8 @@ plt.show()
 # the answer is the token itself, because the table that reads it is the table that
 # answers. Grammar comes early: the dot after `self` is there from block 1. The
 # pieces of `balance` and of `amount` come in the last block, where the heads are
-# that find them, and not all of them do.*
+# that find them, and not all of them do. In the first column the right guess of block
+# 4 is lost again.*
 #
 # ## Take away
 #
