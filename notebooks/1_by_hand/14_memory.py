@@ -16,8 +16,7 @@
 # > One allocation holds every tensor of the model as a named view, so the
 # > footprint is known before training begins and never grows.
 #
-# *Reading time: 30 minutes. You need: the block of
-# [chapter 1.13](13_block.ipynb).*
+# *Reading time: 30 minutes. You need: the block of [chapter 1.13](13_block.ipynb).*
 #
 # ## Where we are
 
@@ -103,11 +102,11 @@ print(block)
 #
 # Three refinements. Tensors come in *groups*, such as all parameters. Those of a
 # group have one dtype and no gaps between them, so a group can also be read as one
-# long flat array, and AdamW does so with all parameters.
-# A group begins at a multiple of 64 bytes, because machines move memory in
-# pieces of that length. And two groups of which only one is in use at any time
-# can have the same bytes: the second begins where the first begins, and what
-# follows begins after the longer one.
+# long flat array, and AdamW does so with all parameters. A group begins at a
+# multiple of 64 bytes, because machines move memory in pieces of that length. And
+# two groups of which only one is in use at any time can have the same bytes: the
+# second begins where the first begins, and what follows begins after the longer
+# one.
 #
 # NumPy does not promise that its block begins at a multiple of 64. So `_zeros`
 # asks for 64 bytes more, looks at the address (`ctypes.data`), and skips as many
@@ -599,13 +598,13 @@ plt.show()
 
 # %% [markdown]
 # *Figure 1.14.3. One step of a model with three blocks, call by call. Blue: read,
-# orange: changed, whether written anew or added to. What a block keeps is written on
-# the way there, and read again on the way back; the first block's waits longest. (A
-# norm that is computed again writes its means once more, with the same bits: blue.)
-# With `encoded` and `lnf` stand the losses. In
-# the last line lie two groups over each other: what the blocks take turns with (green),
-# and the logits (purple), which have the bytes for themselves from the end of the
-# forward pass to the beginning of the backward pass.*
+# orange: changed, whether written anew or added to. What a block keeps is written
+# on the way there, and read again on the way back; the first block's waits longest.
+# (A norm that is computed again writes its means once more, with the same bits:
+# blue.) With `encoded` and `lnf` stand the losses. In the last line lie two groups
+# over each other: what the blocks take turns with (green), and the logits (purple),
+# which have the bytes for themselves from the end of the forward pass to the
+# beginning of the backward pass.*
 
 # %% their times are apart
 times = {"logits": [], "turns": []}

@@ -67,14 +67,13 @@ rng = np.random.default_rng(11)
 # %% [markdown]
 # ## Why not zeros
 #
-# Let two layers compute $y = W_2 \operatorname{GELU}(W_1 x)$, and let all
-# weights begin at one value. Then all the hidden numbers, those of $W_1 x$,
-# are equal, and so are the gradients that come back to them, and so are the rows
-# of $dW_1$ and the columns of $dW_2$: after the step the channels are alike again.
-# Four hidden channels
-# stay four copies of one. With zeros it is worse: $W_2 = 0$ sends no gradient
-# back to $W_1$, and since $\operatorname{GELU}(0) = 0$ gives $W_2$ nothing to
-# weigh, its own gradient is 0 too. Neither ever moves.
+# Let two layers compute $y = W_2 \operatorname{GELU}(W_1 x)$, and let all weights
+# begin at one value. Then all the hidden numbers, those of $W_1 x$, are equal, and
+# so are the gradients that come back to them, and so are the rows of $dW_1$ and the
+# columns of $dW_2$: after the step the channels are alike again. Four hidden
+# channels stay four copies of one. With zeros it is worse: $W_2 = 0$ sends no
+# gradient back to $W_1$, and since $\operatorname{GELU}(0) = 0$ gives $W_2$ nothing
+# to weigh, its own gradient is 0 too. Neither ever moves.
 
 
 # %% equal rows, and rows drawn at random
@@ -154,12 +153,11 @@ print("mean square", (y**2).mean())
 #
 # $$ (C \sigma^2)^L , \tag{1.15.2} $$
 #
-# which vanishes or explodes with $L$ unless $\sigma = 1/\sqrt C$. The backward
-# pass runs through the same matrices the other way, $dx_c = \sum_o W_{o,c}\,
-# dy_o$. Where $dy$ does not depend on $W$, gradients change by a factor of the same
-# form, with the number
-# of outputs in place of $C$. The root of the mean square, or RMS, is what we
-# plot: it is the typical size of an entry.
+# which vanishes or explodes with $L$ unless $\sigma = 1/\sqrt C$. The backward pass
+# runs through the same matrices the other way, $dx_c = \sum_o W_{o,c}\, dy_o$.
+# Where $dy$ does not depend on $W$, gradients change by a factor of the same form,
+# with the number of outputs in place of $C$. The root of the mean square, or RMS,
+# is what we plot: it is the typical size of an entry.
 
 
 # %% a stack of linear layers, forward and backward
@@ -222,15 +220,14 @@ plt.show()
 #
 # ## What 0.02 does
 #
-# GPT-2 uses $\sigma = 0.02$ for any $C$. For 768 channels $C \sigma^2 = 0.31$,
-# not 1, yet nothing vanishes, because LayerNorm stands at the start of each
-# half block and restores mean square 1. What a half block adds to the stream, its
-# $s$ in (1.10.5), depends on $C \sigma^2$ and not on how deep it sits. For the
+# GPT-2 uses $\sigma = 0.02$ for any $C$. For 768 channels $C \sigma^2 = 0.31$, not
+# 1, yet nothing vanishes, because LayerNorm stands at the start of each half block
+# and restores mean square 1. What a half block adds to the stream, its $s$ in
+# (1.10.5), depends on $C \sigma^2$ and not on how deep it sits. For the
 # feed-forward half we can say how large it is. It reads rows of mean square 1, so
-# by (1.15.1) its hidden numbers have variance
-# $C \sigma^2$. Let $z$ be a normal number of that variance; the mean of
-# $\operatorname{GELU}(z)^2$ is an integral that we take numerically. The last
-# matrix has $4C$ inputs, so by (1.15.1)
+# by (1.15.1) its hidden numbers have variance $C \sigma^2$. Let $z$ be a normal
+# number of that variance; the mean of $\operatorname{GELU}(z)^2$ is an integral
+# that we take numerically. The last matrix has $4C$ inputs, so by (1.15.1)
 #
 # $$ s = 4\, C \sigma^2 \cdot \overline{\operatorname{GELU}(z)^2} .
 #    \tag{1.15.3} $$
@@ -272,15 +269,14 @@ print(f"the stream begins with mean square {2 * 0.02**2:.4f}")
 
 # %% [markdown]
 # A token's vector and a position's, each N(0, 0.02²), begin the stream at mean
-# square 0.0008. A single half block adds far more than that, and there are $2L$
-# of them. Chapter 1.10 showed the remedy, (1.10.6): the last matrix of each,
+# square 0.0008. A single half block adds far more than that, and there are $2L$ of
+# them. Chapter 1.10 showed the remedy, (1.10.6): the last matrix of each,
 # `attprojw` or `fcprojw`, gets its standard deviation divided by $\sqrt{2L}$, and
 # the whole stream ends near one size whatever its depth: here at $s$ and the little
 # with which it began, if all halves add what a feed-forward one does. A large
-# stream would
-# harm: what the later halves add would hardly change its direction, which is all
-# that the last LayerNorm passes on. And by (1.6.10) that LayerNorm divides the
-# gradient by the stream's size.
+# stream would harm: what the later halves add would hardly change its direction,
+# which is all that the last LayerNorm passes on. And by (1.6.10) that LayerNorm
+# divides the gradient by the stream's size.
 
 # %% the whole stream, predicted and drawn
 ends = []

@@ -26,9 +26,9 @@
 # real training run: each checks what it is given, and fills arrays that somebody
 # else has laid out. Here we put all that aside for once, and write the model as one
 # would on a blackboard: a line is an equation, an array is made where it is needed.
-# It is the same model: in float64 both compute the same bits, as
-# [chapter 1.17](17_model.ipynb) will show. You can print
-# [the page as one sheet](../../book/poster.pdf), with figure 1.16.1 beside it.
+# It is the same model: in float64 both compute the same bits, as [chapter
+# 1.17](17_model.ipynb) will show. You can print [the page as one
+# sheet](../../book/poster.pdf), with figure 1.16.1 beside it.
 #
 # At the end of this chapter you can
 #
@@ -301,10 +301,11 @@ wiring_figure("model")
 # ## Backward
 #
 # Read `forward` from its last line to its first, and write down the twin of each
-# call. The gradient of the mean loss by the logits is (1.11.9) with $d\ell = 1 / BT$:
-# the softmax, minus 1 at the target (`hit` here is a mask, true there), over the number of tokens.
-# The padding of the table has no part in it and stays 0. `np.add.at` adds a row of `dx`
-# to the table for each token, however often a token occurs.
+# call. The gradient of the mean loss by the logits is (1.11.9) with $d\ell = 1 /
+# BT$: the softmax, minus 1 at the target (`hit` here is a mask, true there), over
+# the number of tokens. The padding of the table has no part in it and stays 0.
+# `np.add.at` adds a row of `dx` to the table for each token, however often a token
+# occurs.
 
 
 # %% backward tags=["export"]

@@ -15,11 +15,11 @@
 # > The same arithmetic as the page, in one block of memory and behind a guarded
 # > door; its losses, its logits and every gradient are those of PyTorch.
 #
-# *Reading time: 30 minutes. You need: the page
-# ([chapter 1.16](16_page.ipynb)), the block ([chapter 1.13](13_block.ipynb)),
-# the arena ([chapter 1.14](14_memory.ipynb)) and the first weights
-# ([chapter 1.15](15_weights.ipynb)). The fast versions: chapters
-# [2.7](../2_cpu/07_step.ipynb) and [3.11](../3_gpu/11_step.ipynb).*
+# *Reading time: 30 minutes. You need: the page ([chapter 1.16](16_page.ipynb)), the
+# block ([chapter 1.13](13_block.ipynb)), the arena ([chapter
+# 1.14](14_memory.ipynb)) and the first weights ([chapter 1.15](15_weights.ipynb)).
+# The fast versions: chapters [2.7](../2_cpu/07_step.ipynb) and
+# [3.11](../3_gpu/11_step.ipynb).*
 #
 # ## Where we are
 

@@ -16,10 +16,10 @@
 # > Batches become gradients, gradients become a model that predicts better than
 # > counting can, along the curve that PyTorch draws.
 #
-# *Reading time: 25 minutes. You need: all chapters before this one, above all
-# AdamW ([chapter 1.12](12_adamw.ipynb)) and the model
-# ([chapter 1.17](17_model.ipynb)). Runs that are kept, resumed and fast: Parts
-# [2](../2_cpu/07_step.ipynb) and [4](../4_practice/13_loop.ipynb).*
+# *Reading time: 25 minutes. You need: all chapters before this one, above all AdamW
+# ([chapter 1.12](12_adamw.ipynb)) and the model ([chapter 1.17](17_model.ipynb)).
+# Runs that are kept, resumed and fast: Parts [2](../2_cpu/07_step.ipynb) and
+# [4](../4_practice/13_loop.ipynb).*
 #
 # ## Where we are
 
@@ -97,9 +97,8 @@ print("counted", np.round(-(p * np.log(p)).sum(), 4))
 # This $q$ is the **unigram distribution**, and the loss at it the **unigram
 # entropy**. A network whose loss is above it has not yet learnt how frequent each
 # token is; one below it must be using the tokens that came before. We count on the
-# training text
-# and charge the validation text, and add 1 to every count so that a token never
-# seen does not cost infinitely much.
+# training text and charge the validation text, and add 1 to every count so that a
+# token never seen does not cost infinitely much.
 
 
 # %% the unigram entropy tags=["export"]
@@ -301,8 +300,8 @@ def train_step(model, batch, step, rate):
 
 # %% [markdown]
 # Now and then we want to hear how far it is. The model writes: draw a token with
-# the probabilities it gives, append it, ask again
-# ([chapter 1.19](19_writing.ipynb) does it with more care).
+# the probabilities it gives, append it, ask again ([chapter 1.19](19_writing.ipynb)
+# does it with more care).
 
 
 # %% let it write
@@ -391,12 +390,12 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.18.2. In fifty steps the loss falls to the unigrams: the model has learnt
-# which tokens are frequent. It falls on to about 5, where it bends, and from there
-# more slowly, as the model learns what
-# follows what: past the pairs, and in the end past the triples. The batches that it
-# trains on soon cost it less than the text it has not seen, and in the end 0.8 nats
-# less: by then it has been through them nearly six times.*
+# *Figure 1.18.2. In fifty steps the loss falls to the unigrams: the model has
+# learnt which tokens are frequent. It falls on to about 5, where it bends, and from
+# there more slowly, as the model learns what follows what: past the pairs, and in
+# the end past the triples. The batches that it trains on soon cost it less than the
+# text it has not seen, and in the end 0.8 nats less: by then it has been through
+# them nearly six times.*
 #
 # The triples are passed, but narrowly: this is a run of minutes, and a table whose
 # trust was chosen for this text comes closer still. The hour at the end of the
@@ -581,13 +580,12 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.18.3. Our curve, in float64, covers PyTorch's, bump for bump, as far as we
-# follow. Below, on
-# a logarithmic scale, the distance to PyTorch's float64 run, which is recorded to
-# eight decimals; where both agree in all of them, a line leaves the picture. That of
-# its own float32 run shows how far rounding alone leads;
-# ours is closer than that, and the mistake, once the first update is done, stands
-# thousands of times further off.*
+# *Figure 1.18.3. Our curve, in float64, covers PyTorch's, bump for bump, as far as
+# we follow. Below, on a logarithmic scale, the distance to PyTorch's float64 run,
+# which is recorded to eight decimals; where both agree in all of them, a line
+# leaves the picture. That of its own float32 run shows how far rounding alone
+# leads; ours is closer than that, and the mistake, once the first update is done,
+# stands thousands of times further off.*
 #
 # ## An hour instead of minutes
 #
@@ -668,8 +666,8 @@ verdict("greedy", len(set(words)) < len(words) / 2, "says the same again")
 #
 # ## Count it
 #
-# A token costs $6N + 6LCT$ floating-point operations
-# ([chapter 1.4](04_gpt2.ipynb)). Times the tokens of all steps:
+# A token costs $6N + 6LCT$ floating-point operations ([chapter
+# 1.4](04_gpt2.ipynb)). Times the tokens of all steps:
 
 # %% the work of the run
 from llmnb.model.tensors import flops_per_token, parameter_count

@@ -15,10 +15,10 @@
 # > A trained model gives a distribution over the next token. Temperature,
 # > top-k and top-p reshape it, a seeded draw picks one, and the loop repeats.
 #
-# *Reading time: 30 minutes. You need: softmax
-# ([chapter 1.11](11_crossentropy.ipynb)) and a trained model
-# ([chapter 1.18](18_training.ipynb)). The fast version:
-# [chapter 4.19](../4_practice/19_cache.ipynb).*
+# *Reading time: 30 minutes. You need: softmax ([chapter
+# 1.11](11_crossentropy.ipynb)) and a trained model ([chapter
+# 1.18](18_training.ipynb)). The fast version: [chapter
+# 4.19](../4_practice/19_cache.ipynb).*
 #
 # ## Where we are
 
@@ -242,10 +242,10 @@ for tau in (0.3, 1.0, 3.0):
 # $$ \mathrm{KL}(q \,\|\, p) = \sum_{i \in \mathcal K} q_i \log \frac{q_i}{p_i} .
 #    \tag{1.19.7} $$
 #
-# Write $p(\mathcal K) = \sum_{i \in \mathcal K} p_i$. Then
-# $p_i / p(\mathcal K)$ is a distribution on $\mathcal K$, the model's own, scaled
-# up. Since $\log \frac{q_i}{p_i} = \log \frac{q_i}{p_i / p(\mathcal K)} - \log
-# p(\mathcal K)$ and the $q_i$ sum to 1,
+# Write $p(\mathcal K) = \sum_{i \in \mathcal K} p_i$. Then $p_i / p(\mathcal K)$ is
+# a distribution on $\mathcal K$, the model's own, scaled up. Since $\log
+# \frac{q_i}{p_i} = \log \frac{q_i}{p_i / p(\mathcal K)} - \log p(\mathcal K)$ and
+# the $q_i$ sum to 1,
 #
 # $$ \mathrm{KL}(q \,\|\, p) = \mathrm{KL}\bigl(q \,\|\, p / p(\mathcal K)\bigr)
 #    - \log p(\mathcal K) . \tag{1.19.8} $$
@@ -680,13 +680,12 @@ fig.subplots_adjust(0.3, 0.09, 0.86, 0.99)
 plt.show()
 
 # %% [markdown]
-# *Figure 1.19.3. A text being drawn at temperature 0.8. Left: the end of the
-# text so far. Middle: the probabilities end to end, the likely ones named, the
-# drawn one orange, under the mark where $u$ fell; the greys only part neighbours.
-# Right: what was drawn, and its
-# probability. Where the model is sure, one piece fills the row and $u$ hardly
-# matters; where it is not, $u$ decides. In the eighth row it fell into the tail, on a
-# piece too small to see, and the text no longer makes sense.*
+# *Figure 1.19.3. A text being drawn at temperature 0.8. Left: the end of the text
+# so far. Middle: the probabilities end to end, the likely ones named, the drawn one
+# orange, under the mark where $u$ fell; the greys only part neighbours. Right: what
+# was drawn, and its probability. Where the model is sure, one piece fills the row
+# and $u$ hardly matters; where it is not, $u$ decides. In the eighth row it fell
+# into the tail, on a piece too small to see, and the text no longer makes sense.*
 #
 # And here is the text going on, five ways:
 

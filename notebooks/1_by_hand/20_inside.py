@@ -42,10 +42,10 @@ gpt2_diagram(lit="attention")
 #
 # ## Setup
 #
-# The model is the one that trained for an hour in
-# [chapter 1.18](18_training.ipynb): 6 layers of 6 heads, 192 channels. It runs
-# here on the page of [chapter 1.16](16_page.ipynb), because that page keeps every
-# array but the weights of attention, and hides none.
+# The model is the one that trained for an hour in [chapter
+# 1.18](18_training.ipynb): 6 layers of 6 heads, 192 channels. It runs here on the
+# page of [chapter 1.16](16_page.ipynb), because that page keeps every array but the
+# weights of attention, and hides none.
 
 # %% setup
 import json
@@ -264,10 +264,9 @@ verdict(
 # $$ \text{induction} = \frac{1}{R - 1} \sum_{t=R}^{2R-2} a_{t,\,t-R+1} .
 #    \tag{1.20.2} $$
 #
-# The sum leaves out the last token, after which nothing is left to foretell. This is
-# called **induction**, and no head of a first block can do it: a
-# key there knows its own token and position, and not the token before it. A head of
-# an *earlier*
+# The sum leaves out the last token, after which nothing is left to foretell. This
+# is called **induction**, and no head of a first block can do it: a key there knows
+# its own token and position, and not the token before it. A head of an *earlier*
 # block must first write into each token's stream which token stood before it; then
 # the key at $t - R + 1$ says "I follow `deposit`", and the query at $t$ asks for
 # that.
@@ -494,16 +493,16 @@ plt.show()
 # %% [markdown]
 # *Figure 1.20.6. First a head learns to look back; the heads that find come later,
 # since they need what it writes, and with them the second half of a repeated text
-# becomes cheaper. After step 8,000
-# both scores and the saving fall a little: the loss asks for Python, not for
-# this.*
+# becomes cheaper. After step 8,000 both scores and the saving fall a little: the
+# loss asks for Python, not for this.*
 #
 # ## A guess ripens
 #
 # Every block adds to the stream and none replaces it, so we may ask at any block: if
 # the model had to answer now, what would it say? Put the stream through the last
 # LayerNorm, `wte` and the softmax, as if the rest of the blocks were not there. This
-# is the **logit lens**.
+# is the **logit lens**: $\operatorname{softmax}(\mathrm{ln}_f(x)\, E^\top)$ for the
+# stream $x$ of any block, with $E$ for `wte`.
 
 
 # %% read the stream early tags=["export"]
