@@ -178,8 +178,8 @@ print(probs[0].round(4))
 # = q$: $\log x \le x - 1$, with equality at $x = 1$ alone, so with $x = p_i / q_i$ the
 # logarithm in it, $-\log x$, is at least $1 - x$, and the sum at least $\sum_i q_i (1 -
 # p_i / q_i) = \sum_i q_i - \sum_i p_i = 0$. (Terms with $q_i = 0$ are 0; the other
-# $p_i$ then sum to at most 1, and the sum is still at least 0.) With $p_i = 1 / V$ the
-# left side is $\log V$: no entropy is larger than that of V equally likely outcomes.
+# $p_i$ then sum to at most 1, and the sum is still at least 0.) With $p_i = 1 / V$
+# (1.11.4) is $\log V$: no entropy is larger than that of V equally likely outcomes.
 # And the cross-entropy has a floor, the entropy of the data; the only way down to it is
 # to believe what is true.
 
@@ -251,8 +251,8 @@ print(f"mean {mean:.4f} nats, perplexity {np.exp(mean):.4f}")
 #
 # For the mean over the batch, $d\ell = 1/(BT)$ at every position. (In the
 # code, `np.indices` gives every row its $b$ and $t$, so `probs[b, t, targets]`
-# is $p_y$ of every row, and can be written to. Where the clamp holds, the
-# clamped number stands for $p_y$.)
+# is $p_y$ of every row, and can be written to. Where the clamp holds, the loss
+# is flat; we still send a gradient back, with the clamped number for $p_y$.)
 
 
 # %% the gradient of the cross-entropy
@@ -361,9 +361,9 @@ compare("p - y", dlogits, probs - onehot, tol=1e-12)
 #    \tag{1.11.12} $$
 #
 # **What to save.** The logits, which are there anyway, and lse, one number a
-# row. Each $dz_j$ needs its own $z_j$ and no other, so it may be written in
-# the place of $z_j$: the largest array of the whole model needs no second one
-# for its gradient.
+# row. Beside it, $dz_j$ needs its own $z_j$ and no other, so it may be written
+# in the place of $z_j$: the largest array of the whole model needs no second
+# one for its gradient. (`1 to Vp` is an integer between the two.)
 
 
 # %% both in one tags=["export"]
@@ -421,8 +421,8 @@ compare("in place", logits, probs - onehot, tol=1e-12)
 # right one. The separate functions see a probability that has underflowed to
 # 0: the clamp turns their loss into 87.3. Backward, $p_j$ is 0 at every token
 # but the wrong one, and (1.11.8) multiplies by it. At the wrong one $dp_j$ is
-# 0, and so is the sum, since its only $dp_i$ that is not 0, and finite thanks to
-# the clamp, stands beside $p_y = 0$. Nothing is left.
+# 0, and so is the sum: the only $dp_i$ that is not 0 is the right token's, and
+# it is multiplied by $p_y = 0$. Nothing is left.
 
 # %% sure and wrong
 wide = np.array([[[0, 1e4, 0, 0]]], np.float32)
@@ -558,7 +558,7 @@ plt.show()
 # $-2\, (1 - p_y)$, and by (1.11.7) with $i = y$ its gradient is $2\, (1 -
 # p_y)\, p_y\, (p_j - \delta_{jy})$. The factor $p_y$ is fatal: the more wrong,
 # the smaller. We begin with three logits that are sure of a wrong token, by a
-# lead of 4 or of 8, and descend with either.
+# lead of 4 or of 8, and descend with either, at rate 1.
 
 # %% sure, wrong, and on the way back tags=["hide-input"]
 fig, axes = plt.subplots(1, 2, figsize=(8, 3), dpi=100, sharey=True)
@@ -584,8 +584,8 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.11.3. With cross-entropy the pull is near 1 however wrong the
-# prediction is, and a few steps set it right. The squared distance needs a
+# *Figure 1.11.3. With cross-entropy the pull is near 1 while the prediction is
+# wrong, and a few steps set it right. The squared distance needs a
 # long time to leave a bad prediction (left), and a hopeless one stays hopeless
 # (right).*
 #

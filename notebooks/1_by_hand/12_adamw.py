@@ -186,9 +186,9 @@ paths["momentum"] = descend(momentum, lr=0.02)
 # $$ w \leftarrow w - \eta\, \frac{\hat m}{\sqrt{\hat v} + \epsilon} .
 #    \tag{1.12.5} $$
 #
-# The hats need an explanation. Both means start at 0, and a mean that starts
-# at 0 is too small for a while. How much too small? Let $g_r$ be the gradient
-# of step $r$, and unroll (1.12.4): after step $s$
+# The hats need an explanation; $\epsilon = 10^{-8}$ gets its own later. Both
+# means start at 0, and so are too small for a while. How much too small? Let
+# $g_r$ be the gradient of step $r$, and unroll (1.12.4): after step $s$
 #
 # $$ m_s = (1 - \beta_1) \sum_{r=1}^{s} \beta_1^{\,s-r} g_r . \tag{1.12.6} $$
 #
@@ -208,12 +208,13 @@ paths["momentum"] = descend(momentum, lr=0.02)
 # In step 1 this gives $\hat m = g$ and $\hat v = g^2$, so that every parameter
 # moves by $\eta$, up or down. Without the correction the first step would be
 # $\eta \cdot 0.1 / \sqrt{0.001} \approx 3.2\, \eta$. It gets worse before it
-# gets better: $m$ has caught up after some twenty steps, while $v$ stays too
-# small, and the steps too large, for a thousand. (The race here lasts sixty
-# steps, so it takes $\beta_2 = 0.99$, which forgets faster.)
+# gets better, and is worst at step 12: $m$ has caught up after some twenty
+# steps, while $v$ stays too small, and the steps too large, for a thousand.
+# (The race here lasts sixty steps, so it takes $\beta_2 = 0.99$, which forgets
+# faster.)
 
 # %% the correction, step by step
-for s in (1, 10, 100, 1000, 10000):
+for s in (1, 12, 100, 1000, 10000):
     ratio = (1 - 0.9**s) / np.sqrt(1 - 0.999**s)
     print(f"step {s:5}: uncorrected steps are {ratio:.2f} times as long")
 
@@ -451,9 +452,9 @@ print(*decaying(GPT2Config()))
 #
 # **Decline.** Near the end a large step keeps throwing the parameters to and
 # fro across the valley; a small one lets them sink. Let $S$ be the number of
-# steps in all, and $\rho$ run from 0 towards 1 over the declining part; the
-# step after the last would have 1. With $\phi$ the share of the peak that is
-# left at the end,
+# steps in all, and $\rho$ (`u` in the code) run from 0 towards 1 over the
+# declining part; the step after the last would have 1. With $\phi$ the share of
+# the peak that is left at the end,
 #
 # $$ \eta_s = \eta_{\max} \bigl( \phi + (1 - \phi)\, f(\rho) \bigr) ,
 #    \qquad \rho = \frac{s - 1 - S_0}{S - S_0} , \tag{1.12.13} $$
@@ -581,7 +582,7 @@ for values in ([3.0, 4.0], [0.3, 0.4], [3.0, np.inf]):
 # point of the valley, with noise on every gradient, a thousand runs at once:
 # noise shakes the parameters about, and some loss is inevitable. To see what a
 # clip saves, go down the valley without noise; one gradient, in step 40, comes
-# out a thousand times too long.
+# out a thousand times too long. Rate and $\beta_2$ are those of the race.
 
 
 # %% losses of a run, or of a thousand
@@ -609,6 +610,7 @@ spoilt = {
     "not clipped": losses_of(start.copy(), bad=1000),
     "clipped at 10": losses_of(start.copy(), bad=1000, max_norm=10),
 }
+
 # %% what they save tags=["hide-input"]
 peaks = [losses[:60].max() / losses[60:].mean() for losses in noisy.values()]
 verdict("warm-up", peaks[1] < 1.25 and peaks[0] > 1.5, "spares a peak")
@@ -641,14 +643,14 @@ plt.show()
 # with one, it hardly notices.*
 #
 # **What runs choose.** The numbers of [chapter 1.18](18_training.ipynb) have
-# reasons, and it takes three of them away to see what becomes of the loss. A
+# reasons, and that chapter takes three of them away to see what comes of it. A
 # $\beta_2$ of 0.95, not 0.999: $v$ looks back over $1/(1 - \beta_2) = 20$ steps
 # and not 1000, and soon forgets a spike. Warm-up over 150 of 3,000 steps: many
 # times what $v$ needs to come to rest. A clip at 1 touches spikes and the first
 # steps; later most runs have shorter gradients. A peak of $5 \cdot 10^{-3}$:
 # (1.12.5) moves a weight by little more than $\eta$ at most (a mean is no larger
-# than the root of a mean square, and $m$ and $v$ look back not much differently
-# far), and first weights are of size 0.02 ([chapter
+# than the root of the mean square over the same steps; $m$ looks back over ten,
+# $v$ over twenty), and first weights are of size 0.02 ([chapter
 # 1.15](15_weights.ipynb)), so four steps in one direction move a weight by its
 # own size; larger models take less. A decay of 0.1 takes half of a weight that
 # nothing renews in $\log 2 / (\eta \lambda)$ steps, here 1,386 at the peak.
@@ -718,7 +720,8 @@ verdict("the mistake", caught, "is caught")
 #
 # Decay in (1.12.10) is multiplied by the learning rate, as in PyTorch. The paper
 # on AdamW leaves the highest rate out, and multiplies decay by the schedule's
-# share of it. In the common form a number from somebody's recipe means the same.
+# share of it. We keep the common form: the decay of a recipe means here what it
+# means there.
 #
 # ## Exercises
 #
@@ -728,9 +731,10 @@ verdict("the mistake", caught, "is caught")
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
-# Both coordinates now see the steep wall, so both get the same small step, and
-# Adam's advantage is gone. Momentum does not know what a coordinate is; but
-# for the turned starting point its path is the old one.
+# Both coordinates now see the steep wall. Both are divided by its size, the
+# floor's slope counts for little, and Adam's advantage is gone. Momentum does
+# not know what a coordinate is; but for the turned starting point its path is
+# the old one.
 # :::
 
 

@@ -85,10 +85,10 @@ wiring_figure("block")
 #
 # Seen from further away a block is a norm, attention, a sum, a norm, a feed-forward
 # layer and a sum. Models that came after GPT-2 have the same six, of other kinds. So
-# each kind, a *part*, says five things about itself: the tensors of weights that it
-# wants, the arrays that its forward pass leaves for its backward pass, those that
-# the blocks can take turns with (nothing in them is needed once a block is done),
-# and its two passes.
+# each kind of norm, attention or feed-forward layer is a *part*, and a part says five
+# things about itself: the tensors of weights that it wants, the arrays that its
+# forward pass leaves for its backward pass, those that the blocks can take turns
+# with (nothing in them is needed once a block is done), and its two passes.
 #
 # What several chapters ask about a tensor of parameters stands in one row: its
 # shape ([1.14](14_memory.ipynb)), the size of its first values
@@ -147,7 +147,9 @@ class Part(NamedTuple):
 #
 # A norm is used three times, under the names `ln1`, `ln2` and `lnf`. `w` and `a`
 # map names to weights and activations, `dw` and `d` to their gradients; `ops`
-# holds the layers. LayerNorm's backward pass *adds* to the gradient of its input.
+# holds the layers. LayerNorm's backward pass *adds* to the gradient of its input,
+# which holds a share already, and to those of its weights, which the model clears
+# when a new sum begins ([chapter 1.17](17_model.ipynb)).
 
 # %% layernorm tags=["export"]
 STD = 0.02  # of the first weights
@@ -194,7 +196,7 @@ LAYERNORM = Part(
 # still at hand ([chapter 1.10](10_residual.ipynb)).
 #
 # The weights that write into the stream begin smaller than the others, by
-# $1/\sqrt{2L}$; [chapter 1.15](15_weights.ipynb) says why. Two things in the
+# $1/\sqrt{2L}$, as [chapter 1.10](10_residual.ipynb) found. Two things in the
 # code are for models after GPT-2: fewer heads of keys and values than of
 # queries (in GPT-2 `num_kv_heads` is `num_heads`, so `packed` is $3C$), and
 # linear layers without a bias (`w.get` then gives None). `how` goes on to the
@@ -452,7 +454,8 @@ def block_forward(parts, ops, out, inp, w, a, **how):
 #    Write $f$ for all that the second half adds, so that $y = x' + f(x')$. Then
 #    $dx'_j = dy_j + \sum_i dy_i\, \partial f_i / \partial x'_j$. The first share has
 #    passed by; the second is $dy$ sent back through down, GELU, up and $\mathrm{ln}_2$,
-#    which hands it out. In the same way $dx$ is $dx'$ and what $\mathrm{ln}_1$ hands out.
+#    whose backward pass adds it. In the same way $dx$ is $dx'$ and what that of
+#    $\mathrm{ln}_1$ adds.
 # 2. **The output of `ln1`** becomes queries, keys and values. Their weights lie in
 #    one matrix, so the three shares are added within one product.
 # 3. **The token table**, outside the block, is read by the encoder and again at the
@@ -466,9 +469,10 @@ def block_forward(parts, ops, out, inp, w, a, **how):
 # for `dln1` and `dln2`.
 #
 # On the way back a product needs the input that it had on the way there, and the
-# outputs of LayerNorm and GELU are no longer there: the next block has written its own in their place
-# ([chapter 1.14](14_memory.ipynb)). So they are computed again where they are
-# needed, from inputs that were kept, and come out with the same bits.
+# outputs of LayerNorm and GELU are no longer there: the second norm, or the next
+# block, has written in their place ([chapter 1.14](14_memory.ipynb)). So they are
+# computed again where they are needed, from inputs that were kept, and come out
+# with the same bits.
 
 
 # %% one block, backward tags=["export"]
@@ -587,8 +591,8 @@ for x in tensor_table(GPT2Config()):
 # The gradient of a block against central differences, in float64 as always, for
 # the input and for each of its twelve tensors. The weights are drawn fifty times as
 # wide as GPT-2's, so that every gradient is large; so is then the error of the
-# differences, and the tolerance is $10^{-7}$. (`d` contains `a`: the gradients that
-# stay in a block are among the arrays with which the blocks take turns.)
+# differences, and the tolerance is $10^{-7}$. (`d` has the arrays of `a` too: the
+# gradients that stay in a block, such as `dqkv`, are those of its parts' `turns`.)
 
 # %% one block by itself
 cfg = GPT2Config(
@@ -666,7 +670,8 @@ verdict("one share lost", far > 1e-3, "is caught")
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
-# Sum the sizes of the rows that are stacked.
+# Sum the sizes of the rows that are stacked: $4C$ for the norms, and for the
+# products $3C^2 + 3C$, $C^2 + C$, $4C^2 + 4C$ and $4C^2 + C$.
 # :::
 
 # %% exercise 1, checked tags=["hide-cell"]
