@@ -109,6 +109,11 @@ def test_lists_of_names_fill_their_lines(count):
             compile(text, "a.py", "exec")
 
 
+def test_the_comma_behind_the_last_name_fits():
+    text = export.packed("__all__ = ", ['"1234567"'] * 7, "[]")
+    assert max(map(len, text.splitlines())) <= 79  # 75 without comma, indented
+
+
 def test_a_cell_can_go_elsewhere(tmp_path):
     cells = """# %% here tags=["export"]
 def here():
@@ -153,6 +158,7 @@ UNEXPORTED = (
         ("x = 1\ntype A = int", 3, "not Python"),  # the package is for 3.11
         ("def f(:\n    pass", 2, "not Python"),
         ("# %timeit 1\nx = 1", 2, "a magic in an export cell"),
+        ("# !ls\nx = 1", 2, "a magic in an export cell"),
         ("print(1)", 2, "runs code in an export cell: print(1)"),
         ("for i in range(3):\n    x = i", 2, "runs code in an export cell"),
         (LOADS, 3, "load() in an export cell"),
