@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from llmnb.formats.families import write_family_folder
+from llmnb.formats.published import write_folder
 from llmnb.model.architectures import ARCHITECTURES
 from llmnb.model.gpt2 import GPT2
 
@@ -67,6 +67,6 @@ def write_llama(folder, family="llama", tokenizer=write_json, **how):
     """A folder with a model of a family and a tokenizer; returns it."""
     cfg = cfg_of(family)
     params = GPT2(cfg, 1, 8, "reference", seed=3).params
-    write_family_folder(folder, cfg, params)
+    write_folder(folder, cfg, params)
     tokenizer(folder, **how)
     return folder

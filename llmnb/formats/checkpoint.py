@@ -22,7 +22,8 @@ from llmnb.backend import choose
 from llmnb.checks import check_array
 from llmnb.files import what_is
 from llmnb.formats.llmc import bin_header, read_bin, write_checkpoint
-from llmnb.formats.published import INDEX, open_published, write_safetensors
+from llmnb.formats.published import INDEX, RECORD
+from llmnb.formats.published import open_published, write_safetensors
 from llmnb.formats.safetensors import TensorFile
 from llmnb.model.tensors import parameter_shapes
 
@@ -115,7 +116,7 @@ def _open(path):
 
 def _of_a_family(path, file):
     """Whether a file's record, or the config.json beside it, says so."""
-    from llmnb.formats.families import RECORD, family_of  # Part 5
+    from llmnb.formats.families import family_of  # Part 5
 
     described = path.parent / "config.json"
     if file and RECORD in file.metadata:
@@ -243,15 +244,6 @@ def read_checkpoint(path, cfg, params):
 
 
 # write any model
-def _safetensors_writer(cfg):
-    """The function that writes such a model as safetensors."""
-    if cfg.family == "gpt2":
-        return write_safetensors
-    from llmnb.formats.families import write_family  # Part 5
-
-    return write_family
-
-
 def write_model(path, cfg, params, precision="fp32"):
     """Write a model in the format that the name asks for.
 
@@ -264,7 +256,7 @@ def write_model(path, cfg, params, precision="fp32"):
     """
     if str(path).endswith(".safetensors"):
         choose("GPT2: precision", precision, ["fp32"])
-        _safetensors_writer(cfg)(path, cfg, params)
+        write_safetensors(path, cfg, params)
     elif cfg.family != "gpt2":
         raise ValueError(
             f"{path}: llm.c's format holds GPT-2 only; for a {cfg.family} "

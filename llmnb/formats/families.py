@@ -3,9 +3,8 @@
 """Published models of Llama's kind: folders read and written."""
 
 __all__ = [
-    "FIXED_OF_FAMILIES", "Piece", "RECORD", "described_config",
-    "family_description", "family_of", "open_family", "pieces",
-    "write_family", "write_family_folder",
+    "FIXED_OF_FAMILIES", "described_config", "family_description",
+    "family_of", "open_family",
 ]
 
 
@@ -15,17 +14,13 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from llmnb.files import make_folder, read_json, replacing
-from llmnb.formats.published import check_tensors, published_tensors
-from llmnb.formats.safetensors import write_tensors
-from llmnb.model.architectures import (
-    ARCHITECTURES, architecture_from, architecture_record,
-)
-from llmnb.model.tensors import tensor_table
+from llmnb.files import read_json
+from llmnb.formats.published import RECORD, check_tensors, pieces
+from llmnb.formats.published import published_tensors, read_pieces
+from llmnb.model.architectures import ARCHITECTURES, architecture_from
 
 
 # settings we compute with
@@ -252,41 +247,6 @@ def _described_scaling(kind, factor, low=None, high=None, length=None):
     return found
 
 
-# where each tensor belongs
-class Piece(NamedTuple):
-    """Where one published tensor lies in our arrays.
-
-    name: ours. block: its number, or None. rows: a slice of the rows.
-
-    Derived in chapter 5.6.
-    """
-
-    name: str
-    block: int | None
-    rows: slice
-
-    def of(self, params):
-        """Our rows, a view."""
-        x = params[self.name]
-        return (x if self.block is None else x[self.block])[self.rows]
-
-
-def pieces(cfg):
-    """Published name -> `Piece`, for all tensors of a Llama or a relative.
-
-    Derived in chapter 5.6.
-    """
-    found = {}
-    for x in tensor_table(cfg):
-        for i in range(cfg.num_layers) if x.stacked else [None]:
-            at = 0
-            for name, rows in x.pieces or [(x.there, x.used or x.shape[0])]:
-                place = Piece(x.name, i, slice(at, at + rows))
-                found[name.format(i)] = place
-                at += rows
-    return found
-
-
 # check all tensors
 # old files hold the frequencies of the rotation, which the config gives
 _IGNORED = r".*\.rotary_emb\.inv_freq"
@@ -300,20 +260,12 @@ def _check_pieces(path, cfg, tensors):
             f"tensors, got {cfg.num_layers}"
         )
     ignored = _IGNORED + (r"|lm_head\.weight" if cfg.tied else "")
-    shapes, wanted = {x.name: x.shape for x in tensor_table(cfg)}, {}
-    for name, (ours, _, rows) in pieces(cfg).items():
-        wanted[name] = rows.stop - rows.start, *shapes[ours][1:]
-    check_tensors(path, cfg.family, tensors, wanted, re.compile(ignored))
+    ignored = re.compile(ignored)
+    check_tensors(path, cfg.family, tensors, pieces(cfg), ignored)
 
 
-def _read_pieces(path, cfg, tensors, params):
-    """Fill params, checked before, one tensor at a time."""
-    for name, place in pieces(cfg).items():
-        file, full = tensors[name]
-        place.of(params)[...] = file[full]
-    for x in tensor_table(cfg):
-        if x.used:
-            params[x.name][x.used :] = 0
+def _read_family(path, cfg, tensors, params):
+    read_pieces(cfg, tensors, params)
     if cfg.tied and "lm_head.weight" in tensors:
         file, full = tensors["lm_head.weight"]
         if not np.array_equal(file[full], params["wte"][: cfg.vocab_size]):
@@ -321,9 +273,6 @@ def _read_pieces(path, cfg, tensors, params):
 
 
 # open a folder
-RECORD = "llmnb"  # where the metadata of our own files hold the record
-
-
 def open_family(path):
     """A model's configuration, and the function that fills its params.
 
@@ -346,41 +295,4 @@ def open_family(path):
         except (TypeError, ValueError, AttributeError, RecursionError) as e:
             raise ValueError(f"{path}: its record is wrong: {e}") from None
     _check_pieces(path, cfg, tensors)
-    return cfg, partial(_read_pieces, path, cfg, tensors)
-
-
-# write a folder
-def write_family(path, cfg, params):
-    """Write a model as one safetensors file, float32, with published names.
-
-    params: a mapping from our names to arrays. The configuration stands in
-    the metadata, so that the file alone is enough for us. It appears whole or
-    not at all.
-
-    Derived in chapter 5.6.
-    """
-    tensors = {
-        name: place.of(params).astype(np.float32, copy=False)
-        for name, place in pieces(cfg).items()
-    }
-    note = {"format": "pt", RECORD: json.dumps(architecture_record(cfg))}
-    write_tensors(path, tensors, note)
-
-
-def write_family_folder(folder, cfg, params):
-    """Write a folder that `transformers` reads: config.json and the weights.
-
-    The folder is made if it is not there. Raises ValueError when it holds a
-    config.json of another family.
-
-    Derived in chapter 5.6.
-    """
-    path = Path(folder) / "config.json"
-    if path.exists() and family_of(path) != cfg.family:
-        raise ValueError(
-            f"{path}: describes no {cfg.family}, and is left alone"
-        )
-    make_folder(Path(folder))
-    write_family(Path(folder) / "model.safetensors", cfg, params)
-    with replacing(path) as file:
-        file.write(json.dumps(family_description(cfg), indent=1).encode())
+    return cfg, partial(_read_family, path, cfg, tensors)

@@ -1,10 +1,10 @@
 # Written by `make export` from notebooks/4_practice/04_published.py: edit that file.
 
-"""Hugging Face's layout of GPT-2, read and written."""
+"""Hugging Face's layout: written, and GPT-2's read."""
 
 __all__ = [
-    "IGNORED", "INDEX", "check_tensors", "open_published",
-    "published_tensors", "write_folder", "write_safetensors",
+    "IGNORED", "INDEX", "Piece", "RECORD", "check_tensors", "open_published",
+    "pieces", "published_tensors", "write_folder", "write_safetensors",
 ]
 
 
@@ -20,52 +20,74 @@ import numpy as np
 from llmnb.files import make_folder, read_json, write_whole
 from llmnb.formats.llmc import config_of
 from llmnb.formats.safetensors import TensorFile, write_tensors
-from llmnb.model.tensors import parameter_shapes, tensor_table
+from llmnb.model.tensors import tensor_table
 
 
 # where each tensor belongs
-class _Home(NamedTuple):
-    """Where one tensor of a published file belongs in our arrays."""
+class Piece(NamedTuple):
+    """Where one published tensor lies in our arrays.
+
+    name: ours. block: its number, or None. rows: a slice of the rows. turned:
+    whether it stands the other way round there. shape: as it stands there.
+
+    Derived in chapter 4.4.
+    """
 
     name: str
-    index: object  # a block's number, or a slice of rows
+    block: int | None
+    rows: slice
     turned: bool
+    shape: tuple
 
     def of(self, params):
-        """The part of our array: a view, as it stands there."""
-        part = params[self.name][self.index]
-        return part.T if self.turned else part
+        """Our rows, a view, as they stand there."""
+        x = params[self.name]
+        rows = (x if self.block is None else x[self.block])[self.rows]
+        return rows.T if self.turned else rows
 
 
-def _places(cfg):
-    """Name in published files -> _Home."""
-    places = {}
+def pieces(cfg):
+    """Published name -> `Piece`, for all tensors of a model.
+
+    Derived in chapter 4.4.
+    """
+    found = {}
     for x in tensor_table(cfg):
-        rows = slice(cfg.vocab_size if x.name == "wte" else None)
-        for i in range(cfg.num_layers) if x.stacked else [rows]:
-            turned = x.turned and x.stacked
-            places[x.there.format(i)] = _Home(x.name, i, turned)
-    return places
+        for i in range(cfg.num_layers) if x.stacked else [None]:
+            at = 0
+            for name, rows in x.pieces or [(x.there, x.used or x.shape[0])]:
+                here, shape = slice(at, at + rows), (rows, *x.shape[1:])
+                shape = shape[::-1] if x.turned else shape
+                found[name.format(i)] = Piece(x.name, i, here, x.turned, shape)
+                at += rows
+    return found
 
 
 # write safetensors
-def write_safetensors(path, cfg, params):
-    """Write a model as safetensors, in Hugging Face's layout of GPT-2.
+RECORD = "llmnb"  # where the metadata hold another family's configuration
 
-    params: a mapping from llm.c's names to arrays, as `GPT2.params`. The
-    tensors are float32, without padding; the number of heads, which no
-    shape shows, stands in the metadata. The file appears whole or not at
-    all.
+
+def write_safetensors(path, cfg, params):
+    """Write a model as safetensors, in Hugging Face's layout.
+
+    params: a mapping from our names to arrays, as `GPT2.params`. The tensors
+    are float32, without padding. What no shape shows stands in the metadata:
+    GPT-2's number of heads, or all of another configuration. The file
+    appears whole or not at all.
 
     Derived in chapter 4.4.
     """
     tensors = {
         name: place.of(params).astype(np.float32, copy=False)
-        for name, place in _places(cfg).items()
+        for name, place in pieces(cfg).items()
     }
+    note = {"n_head": str(cfg.num_heads)}
+    if cfg.family != "gpt2":
+        from llmnb.model.architectures import architecture_record  # Part 5
+
+        note = {RECORD: json.dumps(architecture_record(cfg))}
     # the library transformers wants the format named
-    metadata = {"format": "pt", "n_head": str(cfg.num_heads)}
-    write_tensors(path, tensors, metadata)
+    write_tensors(path, tensors, {"format": "pt"} | note)
 
 
 # the model's description
@@ -93,27 +115,39 @@ def _described(cfg):
 
 
 # write a folder
-def write_folder(folder, cfg, params):
-    """Write a model folder that `transformers` reads: GPT2LMHeadModel.
+def _description(cfg):
+    """The config.json of a model, a dict."""
+    if cfg.family != "gpt2":
+        from llmnb.formats.families import family_description  # Part 5
 
-    The folder is made if it is not there; in it config.json and
-    model.safetensors are replaced. params: as for write_safetensors. Raises
-    ValueError when there is a config.json that describes no GPT-2.
-
-    Derived in chapter 4.4.
-    """
-    folder = Path(folder)
-    path = folder / "config.json"
-    if path.exists() and read_json(path).get("model_type") != "gpt2":
-        raise ValueError(f"{path}: describes no GPT-2, and is left alone")
-    make_folder(folder)
+        return family_description(cfg)
     config = {name: values[0] for name, values in FIXED.items()}
     config |= _described(cfg)
     config["architectures"] = ["GPT2LMHeadModel"]
     # our encodings end with the token that ends a text
     config["bos_token_id"] = config["eos_token_id"] = cfg.vocab_size - 1
+    return config
+
+
+def write_folder(folder, cfg, params):
+    """Write a model folder that `transformers` reads.
+
+    The folder is made if it is not there; in it config.json and
+    model.safetensors are replaced. params: as for write_safetensors. Raises
+    ValueError when there is a config.json of another family.
+
+    Derived in chapter 4.4.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    if path.exists() and read_json(path).get("model_type") != cfg.family:
+        raise ValueError(
+            f"{path}: describes no {cfg.family}, and is left alone"
+        )
+    make_folder(folder)
     write_safetensors(folder / "model.safetensors", cfg, params)
-    write_whole(path, json.dumps(config, indent=1).encode() + b"\n")
+    config = json.dumps(_description(cfg), indent=1)
+    write_whole(path, config.encode() + b"\n")
 
 
 # files and their index
@@ -194,7 +228,7 @@ def _published_config(path, tensors):
                 f"{described}: {name} is {config[name]!r:.80}, where "
                 f"{path.name} has {value}"
             )
-    check_tensors(path, "GPT-2", tensors, _shapes_of(cfg), IGNORED)
+    check_tensors(path, "GPT-2", tensors, pieces(cfg), IGNORED)
     return cfg
 
 
@@ -253,25 +287,18 @@ def _heads(path, tensors, config, shape):
 IGNORED = re.compile(r"h\.\d+\.attn\.(masked_)?bias|lm_head\.weight")
 
 
-def _shapes_of(cfg):
-    """Name in published files -> the shape there."""
-    shapes = parameter_shapes(cfg)
-    empty = {x: np.broadcast_to(np.float32(0), shapes[x]) for x in shapes}
-    return {name: x.of(empty).shape for name, x in _places(cfg).items()}
-
-
-def check_tensors(path, kind, tensors, shapes, ignored):
+def check_tensors(path, kind, tensors, wanted, ignored):
     """Raise ValueError unless there is each tensor of a model, and no other.
 
-    kind: of model. tensors: name -> (TensorFile, name in it). shapes: name
-    -> what it must be. ignored: a pattern of names that may be there too.
+    kind: of model. tensors: name -> (TensorFile, name in it). wanted: its
+    `pieces`. ignored: a pattern of names that may be there too.
 
     Derived in chapter 4.4.
     """
-    for name, want in shapes.items():
+    for name, place in wanted.items():
         if name not in tensors:
             raise ValueError(f"{path}: has no tensor {name}")
-        file, full = tensors[name]
+        (file, full), want = tensors[name], place.shape
         if file.shape(full) != want:
             raise ValueError(
                 f"{path}: {full} must be {want}, got {file.shape(full)}"
@@ -280,22 +307,28 @@ def check_tensors(path, kind, tensors, shapes, ignored):
             raise ValueError(
                 f"{path}: {full} must be a float, got {file.dtype(full)}"
             )
-    for name in sorted(set(tensors) - set(shapes)):
+    for name in sorted(set(tensors) - set(wanted)):
         if not ignored.fullmatch(name):
             raise ValueError(f"{path}: a {kind} has no tensor {name}")
 
 
 # read tensors into place
+def read_pieces(cfg, tensors, params):
+    """Fill params, checked before, one tensor at a time; padding with 0."""
+    for name, place in pieces(cfg).items():
+        file, full = tensors[name]
+        place.of(params)[...] = file[full]
+    for x in tensor_table(cfg):
+        if x.used:
+            params[x.name][x.used :] = 0
+
+
 def _read_published(path, cfg, tensors, params):
-    """Fill params, checked before, one tensor at a time."""
     file, wte = tensors["wte.weight"]
     head, name = tensors.get("lm_head.weight", (file, wte))
     if name != wte and not np.array_equal(head[name], file[wte], True):
         raise ValueError(f"{path}: lm_head.weight must equal {wte}")
-    for name, place in _places(cfg).items():
-        file, full = tensors[name]
-        place.of(params)[...] = file[full]
-    params["wte"][cfg.vocab_size :] = 0
+    read_pieces(cfg, tensors, params)
 
 
 # open a published model

@@ -343,8 +343,8 @@ def merge(model):
     """Add a LoRA's adapters to its weights, and begin with up = 0 again.
 
     The model computes what it did, up to rounding, and its params are those
-    of an ordinary model: save_checkpoint, write_family_folder and
-    Decoder.of take them.
+    of an ordinary model: save_checkpoint, write_folder and Decoder.of take
+    them.
 
     Derived in chapter 5.10.
     """

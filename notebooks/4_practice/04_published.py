@@ -6,7 +6,7 @@
 #     name: python3
 #   llmnb:
 #     modules:
-#       formats.published: "Hugging Face's layout of GPT-2, read and written."
+#       formats.published: "Hugging Face's layout: written, and GPT-2's read."
 #       formats.checkpoint: "Models on disk, in every format that is known."
 # ---
 
@@ -58,7 +58,7 @@ import numpy as np
 from llmnb.files import make_folder, read_json, write_whole
 from llmnb.formats.llmc import config_of
 from llmnb.formats.safetensors import TensorFile, write_tensors
-from llmnb.model.tensors import parameter_shapes, tensor_table
+from llmnb.model.tensors import tensor_table
 
 # %% [markdown]
 # A small model to work with, which learns in a few steps to repeat one line,
@@ -97,51 +97,69 @@ print("A in memory:", A.ravel().tolist(), " x A   =", (x @ A).tolist())
 
 # %% [markdown]
 # The layout has names of its own too, each block's tensors by themselves, and
-# no padding. `_places` says of each tensor there which of our sixteen it
-# belongs to, and at which index. Reading, writing and checking all go by it.
+# no padding. `pieces` says of each tensor there which of ours it belongs to,
+# and where in it. Reading, writing and checking all go by it. (Of GPT-2 each
+# is a whole matrix; the models of Part 5 publish three where we have one.)
 
 
-# %% where each tensor belongs tags=["exporti"]
-class _Home(NamedTuple):
-    """Where one tensor of a published file belongs in our arrays."""
+# %% where each tensor belongs tags=["export"]
+class Piece(NamedTuple):
+    """Where one published tensor lies in our arrays.
+
+    name: ours. block: its number, or None. rows: a slice of the rows. turned:
+    whether it stands the other way round there. shape: as it stands there.
+    """
 
     name: str
-    index: object  # a block's number, or a slice of rows
+    block: int | None
+    rows: slice
     turned: bool
+    shape: tuple
 
     def of(self, params):
-        """The part of our array: a view, as it stands there."""
-        part = params[self.name][self.index]
-        return part.T if self.turned else part
+        """Our rows, a view, as they stand there."""
+        x = params[self.name]
+        rows = (x if self.block is None else x[self.block])[self.rows]
+        return rows.T if self.turned else rows
 
 
-def _places(cfg):
-    """Name in published files -> _Home."""
-    places = {}
+def pieces(cfg):
+    """Published name -> `Piece`, for all tensors of a model."""
+    found = {}
     for x in tensor_table(cfg):
-        rows = slice(cfg.vocab_size if x.name == "wte" else None)
-        for i in range(cfg.num_layers) if x.stacked else [rows]:
-            turned = x.turned and x.stacked
-            places[x.there.format(i)] = _Home(x.name, i, turned)
-    return places
+        for i in range(cfg.num_layers) if x.stacked else [None]:
+            at = 0
+            for name, rows in x.pieces or [(x.there, x.used or x.shape[0])]:
+                here, shape = slice(at, at + rows), (rows, *x.shape[1:])
+                shape = shape[::-1] if x.turned else shape
+                found[name.format(i)] = Piece(x.name, i, here, x.turned, shape)
+                at += rows
+    return found
 
 
 # %% write safetensors tags=["export"]
-def write_safetensors(path, cfg, params):
-    """Write a model as safetensors, in Hugging Face's layout of GPT-2.
+RECORD = "llmnb"  # where the metadata hold another family's configuration
 
-    params: a mapping from llm.c's names to arrays, as `GPT2.params`. The
-    tensors are float32, without padding; the number of heads, which no
-    shape shows, stands in the metadata. The file appears whole or not at
-    all.
+
+def write_safetensors(path, cfg, params):
+    """Write a model as safetensors, in Hugging Face's layout.
+
+    params: a mapping from our names to arrays, as `GPT2.params`. The tensors
+    are float32, without padding. What no shape shows stands in the metadata:
+    GPT-2's number of heads, or all of another configuration. The file
+    appears whole or not at all.
     """
     tensors = {
         name: place.of(params).astype(np.float32, copy=False)
-        for name, place in _places(cfg).items()
+        for name, place in pieces(cfg).items()
     }
+    note = {"n_head": str(cfg.num_heads)}
+    if cfg.family != "gpt2":
+        from llmnb.model.architectures import architecture_record  # Part 5
+
+        note = {RECORD: json.dumps(architecture_record(cfg))}
     # the library transformers wants the format named
-    metadata = {"format": "pt", "n_head": str(cfg.num_heads)}
-    write_tensors(path, tensors, metadata)
+    write_tensors(path, tensors, {"format": "pt"} | note)
 
 
 # %% what is in the file
@@ -182,25 +200,37 @@ def _described(cfg):
 
 
 # %% write a folder tags=["export"]
-def write_folder(folder, cfg, params):
-    """Write a model folder that `transformers` reads: GPT2LMHeadModel.
+def _description(cfg):
+    """The config.json of a model, a dict."""
+    if cfg.family != "gpt2":
+        from llmnb.formats.families import family_description  # Part 5
 
-    The folder is made if it is not there; in it config.json and
-    model.safetensors are replaced. params: as for write_safetensors. Raises
-    ValueError when there is a config.json that describes no GPT-2.
-    """
-    folder = Path(folder)
-    path = folder / "config.json"
-    if path.exists() and read_json(path).get("model_type") != "gpt2":
-        raise ValueError(f"{path}: describes no GPT-2, and is left alone")
-    make_folder(folder)
+        return family_description(cfg)
     config = {name: values[0] for name, values in FIXED.items()}
     config |= _described(cfg)
     config["architectures"] = ["GPT2LMHeadModel"]
     # our encodings end with the token that ends a text
     config["bos_token_id"] = config["eos_token_id"] = cfg.vocab_size - 1
+    return config
+
+
+def write_folder(folder, cfg, params):
+    """Write a model folder that `transformers` reads.
+
+    The folder is made if it is not there; in it config.json and
+    model.safetensors are replaced. params: as for write_safetensors. Raises
+    ValueError when there is a config.json of another family.
+    """
+    folder = Path(folder)
+    path = folder / "config.json"
+    if path.exists() and read_json(path).get("model_type") != cfg.family:
+        raise ValueError(
+            f"{path}: describes no {cfg.family}, and is left alone"
+        )
+    make_folder(folder)
     write_safetensors(folder / "model.safetensors", cfg, params)
-    write_whole(path, json.dumps(config, indent=1).encode() + b"\n")
+    config = json.dumps(_description(cfg), indent=1)
+    write_whole(path, config.encode() + b"\n")
 
 
 # %% [markdown]
@@ -298,7 +328,7 @@ def _published_config(path, tensors):
                 f"{described}: {name} is {config[name]!r:.80}, where "
                 f"{path.name} has {value}"
             )
-    check_tensors(path, "GPT-2", tensors, _shapes_of(cfg), IGNORED)
+    check_tensors(path, "GPT-2", tensors, pieces(cfg), IGNORED)
     return cfg
 
 
@@ -357,23 +387,16 @@ def _heads(path, tensors, config, shape):
 IGNORED = re.compile(r"h\.\d+\.attn\.(masked_)?bias|lm_head\.weight")
 
 
-def _shapes_of(cfg):
-    """Name in published files -> the shape there."""
-    shapes = parameter_shapes(cfg)
-    empty = {x: np.broadcast_to(np.float32(0), shapes[x]) for x in shapes}
-    return {name: x.of(empty).shape for name, x in _places(cfg).items()}
-
-
-def check_tensors(path, kind, tensors, shapes, ignored):
+def check_tensors(path, kind, tensors, wanted, ignored):
     """Raise ValueError unless there is each tensor of a model, and no other.
 
-    kind: of model. tensors: name -> (TensorFile, name in it). shapes: name
-    -> what it must be. ignored: a pattern of names that may be there too.
+    kind: of model. tensors: name -> (TensorFile, name in it). wanted: its
+    `pieces`. ignored: a pattern of names that may be there too.
     """
-    for name, want in shapes.items():
+    for name, place in wanted.items():
         if name not in tensors:
             raise ValueError(f"{path}: has no tensor {name}")
-        file, full = tensors[name]
+        (file, full), want = tensors[name], place.shape
         if file.shape(full) != want:
             raise ValueError(
                 f"{path}: {full} must be {want}, got {file.shape(full)}"
@@ -382,22 +405,28 @@ def check_tensors(path, kind, tensors, shapes, ignored):
             raise ValueError(
                 f"{path}: {full} must be a float, got {file.dtype(full)}"
             )
-    for name in sorted(set(tensors) - set(shapes)):
+    for name in sorted(set(tensors) - set(wanted)):
         if not ignored.fullmatch(name):
             raise ValueError(f"{path}: a {kind} has no tensor {name}")
 
 
 # %% read tensors into place tags=["exporti"]
+def read_pieces(cfg, tensors, params):
+    """Fill params, checked before, one tensor at a time; padding with 0."""
+    for name, place in pieces(cfg).items():
+        file, full = tensors[name]
+        place.of(params)[...] = file[full]
+    for x in tensor_table(cfg):
+        if x.used:
+            params[x.name][x.used :] = 0
+
+
 def _read_published(path, cfg, tensors, params):
-    """Fill params, checked before, one tensor at a time."""
     file, wte = tensors["wte.weight"]
     head, name = tensors.get("lm_head.weight", (file, wte))
     if name != wte and not np.array_equal(head[name], file[wte], True):
         raise ValueError(f"{path}: lm_head.weight must equal {wte}")
-    for name, place in _places(cfg).items():
-        file, full = tensors[name]
-        place.of(params)[...] = file[full]
-    params["wte"][cfg.vocab_size :] = 0
+    read_pieces(cfg, tensors, params)
 
 
 # %% open a published model tags=["export"]
@@ -430,7 +459,8 @@ from llmnb.backend import choose
 from llmnb.checks import check_array
 from llmnb.files import what_is
 from llmnb.formats.llmc import bin_header, read_bin, write_checkpoint
-from llmnb.formats.published import INDEX, open_published, write_safetensors
+from llmnb.formats.published import INDEX, RECORD
+from llmnb.formats.published import open_published, write_safetensors
 from llmnb.formats.safetensors import TensorFile
 from llmnb.model.tensors import parameter_shapes
 
@@ -522,7 +552,7 @@ def _open(path):
 
 def _of_a_family(path, file):
     """Whether a file's record, or the config.json beside it, says so."""
-    from llmnb.formats.families import RECORD, family_of  # Part 5
+    from llmnb.formats.families import family_of  # Part 5
 
     described = path.parent / "config.json"
     if file and RECORD in file.metadata:
@@ -659,15 +689,6 @@ def read_checkpoint(path, cfg, params):
 
 
 # %% write any model tags=["export"] module="formats.checkpoint"
-def _safetensors_writer(cfg):
-    """The function that writes such a model as safetensors."""
-    if cfg.family == "gpt2":
-        return write_safetensors
-    from llmnb.formats.families import write_family  # Part 5
-
-    return write_family
-
-
 def write_model(path, cfg, params, precision="fp32"):
     """Write a model in the format that the name asks for.
 
@@ -678,7 +699,7 @@ def write_model(path, cfg, params, precision="fp32"):
     """
     if str(path).endswith(".safetensors"):
         choose("GPT2: precision", precision, ["fp32"])
-        _safetensors_writer(cfg)(path, cfg, params)
+        write_safetensors(path, cfg, params)
     elif cfg.family != "gpt2":
         raise ValueError(
             f"{path}: llm.c's format holds GPT-2 only; for a {cfg.family} "

@@ -330,19 +330,13 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from llmnb.files import make_folder, read_json, replacing
-from llmnb.formats.published import check_tensors, published_tensors
-from llmnb.formats.safetensors import write_tensors
-from llmnb.model.architectures import (
-    ARCHITECTURES,
-    architecture_from,
-    architecture_record,
-)
-from llmnb.model.tensors import tensor_table
+from llmnb.files import read_json
+from llmnb.formats.published import RECORD, check_tensors, pieces
+from llmnb.formats.published import published_tensors, read_pieces
+from llmnb.model.architectures import ARCHITECTURES, architecture_from
 
 # %% settings we compute with tags=["export"] module="formats.families"
 # settings that change what a model computes, and the values we compute with;
@@ -636,40 +630,10 @@ def _described_scaling(kind, factor, low=None, high=None, length=None):
 #
 # Our `qkvw` of a block is one matrix, $(NH + 2\,NKV)\, hs$ rows; published are three.
 # Rows lie one after the other in memory, so a published tensor is a slice of
-# rows, a view, and reading is one copy into place. `Piece` says which. A vocabulary
-# fills the first rows of its padded table, and nothing else is special. Figure 5.5.2
-# draws it.
-
-
-# %% where each tensor belongs tags=["export"] module="formats.families"
-class Piece(NamedTuple):
-    """Where one published tensor lies in our arrays.
-
-    name: ours. block: its number, or None. rows: a slice of the rows.
-    """
-
-    name: str
-    block: int | None
-    rows: slice
-
-    def of(self, params):
-        """Our rows, a view."""
-        x = params[self.name]
-        return (x if self.block is None else x[self.block])[self.rows]
-
-
-def pieces(cfg):
-    """Published name -> `Piece`, for all tensors of a Llama or a relative."""
-    found = {}
-    for x in tensor_table(cfg):
-        for i in range(cfg.num_layers) if x.stacked else [None]:
-            at = 0
-            for name, rows in x.pieces or [(x.there, x.used or x.shape[0])]:
-                place = Piece(x.name, i, slice(at, at + rows))
-                found[name.format(i)] = place
-                at += rows
-    return found
-
+# rows, a view, and reading is one copy into place. The `pieces` of
+# [chapter 4.4](../4_practice/04_published.ipynb) say which. A vocabulary fills the
+# first rows of its padded table, and nothing else is special. Figure 5.5.2 draws it.
+# To write is the same way back, and so `write_folder` writes every family.
 
 # %% the pieces of a block
 cfg = LlamaConfig(64, 100, 2, 4, 32, num_kv_heads=2, hidden=48)
@@ -700,20 +664,12 @@ def _check_pieces(path, cfg, tensors):
             f"tensors, got {cfg.num_layers}"
         )
     ignored = _IGNORED + (r"|lm_head\.weight" if cfg.tied else "")
-    shapes, wanted = {x.name: x.shape for x in tensor_table(cfg)}, {}
-    for name, (ours, _, rows) in pieces(cfg).items():
-        wanted[name] = rows.stop - rows.start, *shapes[ours][1:]
-    check_tensors(path, cfg.family, tensors, wanted, re.compile(ignored))
+    ignored = re.compile(ignored)
+    check_tensors(path, cfg.family, tensors, pieces(cfg), ignored)
 
 
-def _read_pieces(path, cfg, tensors, params):
-    """Fill params, checked before, one tensor at a time."""
-    for name, place in pieces(cfg).items():
-        file, full = tensors[name]
-        place.of(params)[...] = file[full]
-    for x in tensor_table(cfg):
-        if x.used:
-            params[x.name][x.used :] = 0
+def _read_family(path, cfg, tensors, params):
+    read_pieces(cfg, tensors, params)
     if cfg.tied and "lm_head.weight" in tensors:
         file, full = tensors["lm_head.weight"]
         if not np.array_equal(file[full], params["wte"][: cfg.vocab_size]):
@@ -721,9 +677,6 @@ def _read_pieces(path, cfg, tensors, params):
 
 
 # %% open a folder tags=["export"] module="formats.families"
-RECORD = "llmnb"  # where the metadata of our own files hold the record
-
-
 def open_family(path):
     """A model's configuration, and the function that fills its params.
 
@@ -744,49 +697,18 @@ def open_family(path):
         except (TypeError, ValueError, AttributeError, RecursionError) as e:
             raise ValueError(f"{path}: its record is wrong: {e}") from None
     _check_pieces(path, cfg, tensors)
-    return cfg, partial(_read_pieces, path, cfg, tensors)
-
-
-# %% write a folder tags=["export"] module="formats.families"
-def write_family(path, cfg, params):
-    """Write a model as one safetensors file, float32, with published names.
-
-    params: a mapping from our names to arrays. The configuration stands in
-    the metadata, so that the file alone is enough for us. It appears whole or
-    not at all.
-    """
-    tensors = {
-        name: place.of(params).astype(np.float32, copy=False)
-        for name, place in pieces(cfg).items()
-    }
-    note = {"format": "pt", RECORD: json.dumps(architecture_record(cfg))}
-    write_tensors(path, tensors, note)
-
-
-def write_family_folder(folder, cfg, params):
-    """Write a folder that `transformers` reads: config.json and the weights.
-
-    The folder is made if it is not there. Raises ValueError when it holds a
-    config.json of another family.
-    """
-    path = Path(folder) / "config.json"
-    if path.exists() and family_of(path) != cfg.family:
-        raise ValueError(
-            f"{path}: describes no {cfg.family}, and is left alone"
-        )
-    make_folder(Path(folder))
-    write_family(Path(folder) / "model.safetensors", cfg, params)
-    with replacing(path) as file:
-        file.write(json.dumps(family_description(cfg), indent=1).encode())
+    return cfg, partial(_read_family, path, cfg, tensors)
 
 
 # %% written and read back
 from llmnb.book.verify import verdict
+from llmnb.formats.published import write_folder
+from llmnb.formats.safetensors import write_tensors
 from llmnb.model.gpt2 import GPT2
 
 model = GPT2(cfg, 1, 8, "reference", seed=3)
 folder = Path(room.name) / "tiny"
-write_family_folder(folder, cfg, model.params)
+write_folder(folder, cfg, model.params)
 print(sorted(x.name for x in folder.iterdir()))
 found, fill = open_family(folder / "model.safetensors")
 copy = GPT2(found, 1, 8, "reference", seed=4)

@@ -58,7 +58,7 @@ from pathlib import Path
 import numpy as np
 
 from llmnb.files import what_is
-from llmnb.formats.families import pieces
+from llmnb.formats.published import pieces
 from llmnb.model.architectures import ARCHITECTURES
 from llmnb.model.tensors import tensor_table
 from llmnb.reference.rotary import rope_frequencies
@@ -523,15 +523,12 @@ def open_gguf(path):
     file = GGUFFile(path)
     cfg = gguf_config(file)
     names = {gguf_name(x, cfg): place for x, place in pieces(cfg).items()}
-    shapes = {x.name: x.shape for x in tensor_table(cfg)}
     for name, place in names.items():
-        rows = place.rows.stop - place.rows.start
-        want = (rows, *shapes[place.name][1:])
         if name not in file.names:
             raise ValueError(f"{path}: has no tensor {name}")
-        if file.shape(name) != want:
+        if file.shape(name) != place.shape:
             raise ValueError(
-                f"{path}: {name} must be {want}, got {file.shape(name)}"
+                f"{path}: {name} must be {place.shape}, got {file.shape(name)}"
             )
     for name in sorted(set(file.names) - set(names) - {"rope_freqs.weight"}):
         raise ValueError(f"{path}: a {cfg.family} has no tensor {name}")

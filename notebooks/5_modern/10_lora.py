@@ -782,8 +782,8 @@ def merge(model):
     """Add a LoRA's adapters to its weights, and begin with up = 0 again.
 
     The model computes what it did, up to rounding, and its params are those
-    of an ordinary model: save_checkpoint, write_family_folder and
-    Decoder.of take them.
+    of an ordinary model: save_checkpoint, write_folder and Decoder.of take
+    them.
     """
     for name in model.targets:
         down, up = (model.adapters[f"{name}.{x}"] for x in ("down", "up"))
@@ -795,10 +795,10 @@ def merge(model):
 
 
 # %% merged, and like any other
-from llmnb.formats.families import write_family_folder
+from llmnb.formats.published import write_folder
 
 merge(model)
-write_family_folder(folder / "merged", model.cfg, model.params)
+write_folder(folder / "merged", model.cfg, model.params)
 again = llmnb.load(folder / "merged", *size)
 compare("the loss", again.forward(tokens, targets), told, tol=1e-5)
 # %% [markdown]
@@ -808,7 +808,7 @@ compare("the loss", again.forward(tokens, targets), told, tol=1e-5)
 #     model = LoRA.from_checkpoint(path, 1, 256, rank=8)
 #     model.step(tokens, targets, learning_rate=2e-4, step=1)   # and so on
 #     merge(model)
-#     write_family_folder("mine", model.cfg, model.params)
+#     write_folder("mine", model.cfg, model.params)
 #
 # where `path` is what `llmnb fetch smollm2` prints.
 #

@@ -455,7 +455,7 @@ def test_another_folders_config_is_left_alone(folder):
     model, path = folder
     (path / "config.json").write_text('{"config": {"steps": 3}}')
     before = (path / "model.safetensors").stat().st_mtime_ns
-    with pytest.raises(ValueError, match="describes no GPT-2"):
+    with pytest.raises(ValueError, match="describes no gpt2"):
         write_folder(path, CFG, model.params)
     assert (path / "model.safetensors").stat().st_mtime_ns == before
     assert (path / "config.json").read_text() == '{"config": {"steps": 3}}'

@@ -13,8 +13,7 @@ from llamas import FAMILIES, cfg_of
 
 import llmnb
 from llmnb.formats.checkpoint import open_model
-from llmnb.formats.families import RECORD, write_family_folder
-from llmnb.formats.published import INDEX
+from llmnb.formats.published import INDEX, RECORD, write_folder
 from llmnb.formats.safetensors import TensorFile, write_tensors
 from llmnb.model.gpt2 import GPT2
 
@@ -33,7 +32,7 @@ def good(tmp_path_factory):
     for family in FAMILIES:
         cfg = cfg_of(family, 21)
         params = GPT2(cfg, 1, 2, "reference").params
-        write_family_folder(whole / family, cfg, params)
+        write_folder(whole / family, cfg, params)
         cut = whole / f"{family}-cut"
         shutil.copytree(whole / family, cut)
         # as another program writes it: without our record, in two files
@@ -131,7 +130,7 @@ def changed(good, tmp_path, family="llama", config=None, tensors=None):
     """A folder as another program writes it, one thing changed."""
     cfg = cfg_of(family, 21)
     params = GPT2(cfg, 1, 2, "reference").params
-    write_family_folder(tmp_path, cfg, params)
+    write_folder(tmp_path, cfg, params)
     file = TensorFile(tmp_path / "model.safetensors")
     arrays = {name: file[name] for name in file.names}
     said = json.loads((tmp_path / "config.json").read_text())
@@ -207,6 +206,14 @@ BAD = {
     "whole numbers": (
         tensor(NORM, np.ones(16, "i4")), "must be a float, got I32"
     ),
+    "a tied head of its own": (
+        {"family": "gemma"} | tensor("lm_head.weight", np.ones((21, 16))),
+        "lm_head.weight must equal the token table",
+    ),
+    "kinds of one layer of two": (
+        {"family": "gemma2"} | setting("layer_types", ["sliding_attention"]),
+        "layer_types must be a regular pattern, one for each layer",
+    ),
     "no number": (tensor(NORM, np.full(16, np.nan, "f4")), "lnfw is nan at"),
 }  # fmt: skip
 
@@ -245,7 +252,7 @@ def test_a_damaged_large_model_takes_no_memory(tmp_path):
     cfg = llmnb.LlamaConfig(8, 2**20, 1, 1, 256, hidden=64)
     small = llmnb.LlamaConfig(8, 21, 1, 1, 256, hidden=64)
     params = GPT2(small, 1, 2, "reference").params
-    write_family_folder(tmp_path, small, params)
+    write_folder(tmp_path, small, params)
     said = json.loads((tmp_path / "config.json").read_text())
     said["vocab_size"] = cfg.vocab_size
     (tmp_path / "config.json").write_text(json.dumps(said))

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 import llmnb
 from llmnb.formats.checkpoint import open_model
-from llmnb.formats.families import pieces
 from llmnb.formats.gguf import (
     GGUFFile,
     gguf_config,
@@ -21,6 +20,7 @@ from llmnb.formats.gguf import (
     interleaved,
     open_gguf,
 )
+from llmnb.formats.published import pieces
 from llmnb.model.tensors import full_shape, parameter_shapes, tensor_table
 from llmnb.reference.rotary import rope_frequencies
 

@@ -12,18 +12,17 @@ import pytest
 
 import llmnb
 from llmnb.book.verify import numerical_gradient
-from llmnb.formats.families import (
-    described_config,
-    pieces,
-    write_family_folder,
-)
+from llmnb.formats.checkpoint import read_checkpoint, read_config
+from llmnb.formats.families import described_config
+from llmnb.formats.published import pieces, write_folder
 from llmnb.model.architectures import (
     PRESETS,
+    Gemma3Config,
     LlamaConfig,
     architecture_from,
     architecture_record,
 )
-from llmnb.model.tensors import decaying, parameter_count
+from llmnb.model.tensors import decaying, flops_per_token, parameter_count
 
 FAMILIES = Path(__file__).parents[1] / "data" / "families"
 CASES = sorted(x.name for x in FAMILIES.iterdir() if x.is_dir())
@@ -75,7 +74,7 @@ def test_ten_steps_are_the_librarys(name, backend, precision):
 @pytest.mark.parametrize("name", CASES)
 def test_a_folder_written_is_read_back(name, tmp_path):
     model = opened(name)
-    write_family_folder(tmp_path / "copy", model.cfg, model.params)
+    write_folder(tmp_path / "copy", model.cfg, model.params)
     copy = llmnb.load(tmp_path / "copy", 2, 17, "reference", "fp64")
     assert copy.cfg == model.cfg
     for key, x in model.params.items():
@@ -90,7 +89,7 @@ def test_the_library_reads_what_we_write(name, tmp_path):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     model, want = opened(name), expected(name)
-    write_family_folder(tmp_path, model.cfg, model.params)
+    write_folder(tmp_path, model.cfg, model.params)
     kinds = transformers.AutoModelForCausalLM
     theirs = kinds.from_pretrained(tmp_path, attn_implementation="eager")
     logits = theirs(torch.from_numpy(want["tokens"][:, :-1])).logits
@@ -102,7 +101,7 @@ def test_the_library_reads_what_we_write(name, tmp_path):
 def test_both_styles_of_description_say_the_same(name, tmp_path):
     """What version 5 writes, and what version 4 wrote."""
     model = opened(name)
-    write_family_folder(tmp_path, model.cfg, model.params)
+    write_folder(tmp_path, model.cfg, model.params)
     ours = json.loads((tmp_path / "config.json").read_text())
     theirs = json.loads((FAMILIES / name / "config.json").read_text())
     assert "rope_parameters" in theirs and "rope_theta" in ours
@@ -127,6 +126,39 @@ def test_the_padding_of_each_table_of_tokens_is_counted(tied):
     odd = LlamaConfig(8, 300, 1, 2, 16, tied=tied)  # 384 rows a table
     padding = parameter_count(odd) - parameter_count(odd, padded=False)
     assert padding == (1 if tied else 2) * 84 * 16
+
+
+@pytest.mark.parametrize("tied", (True, False))
+def test_a_table_that_is_only_read_multiplies_nothing(tied):
+    """Six for each weight of a product, by hand; see (1.4.2)."""
+    C, H, V, T = 16, 64, 300, 4
+    cfg = LlamaConfig(8, V, 1, 2, C, tied=tied)
+    weights = 4 * C * C + 3 * C * H + 3 * C + V * C  # with three norms
+    assert cfg.hidden == H
+    assert flops_per_token(cfg, T) == 6 * weights + 6 * C * T
+
+
+@pytest.mark.parametrize("tied", (True, False))
+def test_the_padding_is_cleared(tied, tmp_path):
+    """Of each table of tokens, whatever was in the arrays."""
+    cfg = LlamaConfig(8, 300, 1, 2, 16, tied=tied)
+    model = llmnb.Model(cfg, 1, 4, "reference")
+    write_folder(tmp_path, cfg, model.params)
+    found = {name: np.full_like(x, 9) for name, x in model.params.items()}
+    read_checkpoint(tmp_path, cfg, found)
+    for name, x in model.params.items():
+        assert np.array_equal(found[name], x), name
+
+
+def test_gemma_3s_tokenizer_has_a_token_without_a_row(tmp_path):
+    """The one that stands for a picture; another family's may not."""
+    for kind, more in ((Gemma3Config, 1), (LlamaConfig, 0)):
+        cfg = kind(8, 300, 1, 2, 16)
+        model = llmnb.Model(cfg, 1, 4, "reference")
+        write_folder(tmp_path / cfg.family, cfg, model.params)
+        assert read_config(tmp_path / cfg.family, 300 + more) == cfg
+        with pytest.raises(ValueError, match="has 300 tokens, the tokenizer"):
+            read_config(tmp_path / cfg.family, 301 + more)
 
 
 @pytest.mark.parametrize("name", PRESETS)

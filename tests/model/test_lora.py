@@ -7,7 +7,7 @@ import pytest
 
 import llmnb
 from llmnb.book.verify import numerical_gradient
-from llmnb.formats.families import write_family_folder
+from llmnb.formats.published import write_folder
 from llmnb.formats.safetensors import TensorFile, write_tensors
 from llmnb.model import lora
 from llmnb.model.lora import LoRA, load_adapters, merge, save_adapters
@@ -165,7 +165,7 @@ def test_a_merged_model_is_read_back(tmp_path):
     model = moved(CONFIGS["llama"])
     want = model.forward(*batch())
     merge(model)
-    write_family_folder(tmp_path, model.cfg, model.params)
+    write_folder(tmp_path, model.cfg, model.params)
     again = llmnb.load(tmp_path, B, T, "reference", "fp64")
     assert abs(again.forward(*batch()) - want) < 1e-6  # float32 there
 
@@ -177,7 +177,7 @@ def test_transformers_reads_a_merged_model(tmp_path):
     model.forward(tokens, targets)
     logits = model.logits.copy()
     merge(model)
-    write_family_folder(tmp_path, model.cfg, model.params)
+    write_folder(tmp_path, model.cfg, model.params)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     found = theirs(torch.from_numpy(tokens)).logits.detach().numpy()
     np.testing.assert_allclose(found, logits, rtol=0, atol=1e-5)
