@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from llmnb.formats.published import write_folder
+from llmnb.formats.checkpoint import write_folder
 from llmnb.model.architectures import ARCHITECTURES
 from llmnb.model.gpt2 import GPT2
 

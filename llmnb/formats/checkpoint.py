@@ -5,7 +5,7 @@
 __all__ = [
     "Opened", "STATE", "find_model", "first_not_finite", "open_model",
     "read_checkpoint", "read_config", "state_record", "without_padding",
-    "write_model",
+    "write_folder", "write_model",
 ]
 
 
@@ -20,9 +20,9 @@ import numpy as np
 
 from llmnb.backend import choose
 from llmnb.checks import check_array
-from llmnb.files import what_is
+from llmnb.files import make_folder, read_json, what_is, write_whole
 from llmnb.formats.llmc import bin_header, read_bin, write_checkpoint
-from llmnb.formats.published import INDEX, RECORD
+from llmnb.formats.published import INDEX, RECORD, gpt2_description
 from llmnb.formats.published import open_published, write_safetensors
 from llmnb.formats.safetensors import TensorFile
 from llmnb.model.tensors import parameter_shapes
@@ -266,3 +266,27 @@ def write_model(path, cfg, params, precision="fp32"):
         version = {"fp32": 3, "bf16": 5}
         choose("GPT2: precision", precision, version)
         write_checkpoint(path, cfg, params, version[precision])
+
+
+def write_folder(folder, cfg, params):
+    """Write a model folder that `transformers` reads, of any family.
+
+    The folder is made if it is not there; in it config.json and
+    model.safetensors are replaced. params: as for write_safetensors. Raises
+    ValueError when there is a config.json of another family.
+
+    Derived in chapter 4.4.
+    """
+    folder, describe = Path(folder), gpt2_description
+    path = folder / "config.json"
+    if path.exists() and read_json(path).get("model_type") != cfg.family:
+        raise ValueError(
+            f"{path}: describes no {cfg.family}, and is left alone"
+        )
+    if cfg.family != "gpt2":
+        from llmnb.formats.families import family_description  # Part 5
+
+        describe = family_description
+    make_folder(folder)
+    write_safetensors(folder / "model.safetensors", cfg, params)
+    write_whole(path, json.dumps(describe(cfg), indent=1).encode() + b"\n")

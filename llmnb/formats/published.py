@@ -4,7 +4,7 @@
 
 __all__ = [
     "IGNORED", "INDEX", "Piece", "RECORD", "check_tensors", "open_published",
-    "pieces", "published_tensors", "write_folder", "write_safetensors",
+    "pieces", "published_tensors", "write_safetensors",
 ]
 
 
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmnb.files import make_folder, read_json, write_whole
+from llmnb.files import read_json
 from llmnb.formats.llmc import config_of
 from llmnb.formats.safetensors import TensorFile, write_tensors
 from llmnb.model.tensors import tensor_table
@@ -114,40 +114,14 @@ def _described(cfg):
     }
 
 
-# write a folder
-def _description(cfg):
-    """The config.json of a model, a dict."""
-    if cfg.family != "gpt2":
-        from llmnb.formats.families import family_description  # Part 5
-
-        return family_description(cfg)
-    config = {name: values[0] for name, values in FIXED.items()}
-    config |= _described(cfg)
-    config["architectures"] = ["GPT2LMHeadModel"]
+def gpt2_description(cfg):
+    """The config.json of a GPT-2, a dict, as `transformers` reads it."""
+    found = {name: values[0] for name, values in FIXED.items()}
+    found |= _described(cfg)
+    found["architectures"] = ["GPT2LMHeadModel"]
     # our encodings end with the token that ends a text
-    config["bos_token_id"] = config["eos_token_id"] = cfg.vocab_size - 1
-    return config
-
-
-def write_folder(folder, cfg, params):
-    """Write a model folder that `transformers` reads.
-
-    The folder is made if it is not there; in it config.json and
-    model.safetensors are replaced. params: as for write_safetensors. Raises
-    ValueError when there is a config.json of another family.
-
-    Derived in chapter 4.4.
-    """
-    folder = Path(folder)
-    path = folder / "config.json"
-    if path.exists() and read_json(path).get("model_type") != cfg.family:
-        raise ValueError(
-            f"{path}: describes no {cfg.family}, and is left alone"
-        )
-    make_folder(folder)
-    write_safetensors(folder / "model.safetensors", cfg, params)
-    config = json.dumps(_description(cfg), indent=1)
-    write_whole(path, config.encode() + b"\n")
+    found["bos_token_id"] = found["eos_token_id"] = cfg.vocab_size - 1
+    return found
 
 
 # files and their index

@@ -55,7 +55,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llmnb.files import make_folder, read_json, write_whole
+from llmnb.files import read_json
 from llmnb.formats.llmc import config_of
 from llmnb.formats.safetensors import TensorFile, write_tensors
 from llmnb.model.tensors import tensor_table
@@ -199,38 +199,14 @@ def _described(cfg):
     }
 
 
-# %% write a folder tags=["export"]
-def _description(cfg):
-    """The config.json of a model, a dict."""
-    if cfg.family != "gpt2":
-        from llmnb.formats.families import family_description  # Part 5
-
-        return family_description(cfg)
-    config = {name: values[0] for name, values in FIXED.items()}
-    config |= _described(cfg)
-    config["architectures"] = ["GPT2LMHeadModel"]
+def gpt2_description(cfg):
+    """The config.json of a GPT-2, a dict, as `transformers` reads it."""
+    found = {name: values[0] for name, values in FIXED.items()}
+    found |= _described(cfg)
+    found["architectures"] = ["GPT2LMHeadModel"]
     # our encodings end with the token that ends a text
-    config["bos_token_id"] = config["eos_token_id"] = cfg.vocab_size - 1
-    return config
-
-
-def write_folder(folder, cfg, params):
-    """Write a model folder that `transformers` reads.
-
-    The folder is made if it is not there; in it config.json and
-    model.safetensors are replaced. params: as for write_safetensors. Raises
-    ValueError when there is a config.json of another family.
-    """
-    folder = Path(folder)
-    path = folder / "config.json"
-    if path.exists() and read_json(path).get("model_type") != cfg.family:
-        raise ValueError(
-            f"{path}: describes no {cfg.family}, and is left alone"
-        )
-    make_folder(folder)
-    write_safetensors(folder / "model.safetensors", cfg, params)
-    config = json.dumps(_description(cfg), indent=1)
-    write_whole(path, config.encode() + b"\n")
+    found["bos_token_id"] = found["eos_token_id"] = cfg.vocab_size - 1
+    return found
 
 
 # %% [markdown]
@@ -457,9 +433,9 @@ import numpy as np
 
 from llmnb.backend import choose
 from llmnb.checks import check_array
-from llmnb.files import what_is
+from llmnb.files import make_folder, read_json, what_is, write_whole
 from llmnb.formats.llmc import bin_header, read_bin, write_checkpoint
-from llmnb.formats.published import INDEX, RECORD
+from llmnb.formats.published import INDEX, RECORD, gpt2_description
 from llmnb.formats.published import open_published, write_safetensors
 from llmnb.formats.safetensors import TensorFile
 from llmnb.model.tensors import parameter_shapes
@@ -685,7 +661,8 @@ def read_checkpoint(path, cfg, params):
 
 
 # %% [markdown]
-# To write there is one door too. The name decides.
+# To write there is one door too. The name decides. A model folder is written
+# whole, with the description that fits.
 
 
 # %% write any model tags=["export"] module="formats.checkpoint"
@@ -709,6 +686,28 @@ def write_model(path, cfg, params, precision="fp32"):
         version = {"fp32": 3, "bf16": 5}
         choose("GPT2: precision", precision, version)
         write_checkpoint(path, cfg, params, version[precision])
+
+
+def write_folder(folder, cfg, params):
+    """Write a model folder that `transformers` reads, of any family.
+
+    The folder is made if it is not there; in it config.json and
+    model.safetensors are replaced. params: as for write_safetensors. Raises
+    ValueError when there is a config.json of another family.
+    """
+    folder, describe = Path(folder), gpt2_description
+    path = folder / "config.json"
+    if path.exists() and read_json(path).get("model_type") != cfg.family:
+        raise ValueError(
+            f"{path}: describes no {cfg.family}, and is left alone"
+        )
+    if cfg.family != "gpt2":
+        from llmnb.formats.families import family_description  # Part 5
+
+        describe = family_description
+    make_folder(folder)
+    write_safetensors(folder / "model.safetensors", cfg, params)
+    write_whole(path, json.dumps(describe(cfg), indent=1).encode() + b"\n")
 
 
 # %% there and back

@@ -702,7 +702,7 @@ def open_family(path):
 
 # %% written and read back
 from llmnb.book.verify import verdict
-from llmnb.formats.published import write_folder
+from llmnb.formats.checkpoint import write_folder
 from llmnb.formats.safetensors import write_tensors
 from llmnb.model.gpt2 import GPT2
 

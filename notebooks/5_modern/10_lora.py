@@ -795,7 +795,7 @@ def merge(model):
 
 
 # %% merged, and like any other
-from llmnb.formats.published import write_folder
+from llmnb.formats.checkpoint import write_folder
 
 merge(model)
 write_folder(folder / "merged", model.cfg, model.params)

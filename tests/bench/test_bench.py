@@ -26,7 +26,7 @@ from llmnb.bench.race import Settings, lineup, ratios
 from llmnb.bench.report import bars_figure, layers_figure, report, shares
 from llmnb.bench.stopwatch import Stopwatch, timed_step
 from llmnb.config import GPT2Config
-from llmnb.formats.published import write_folder
+from llmnb.formats.checkpoint import write_folder
 from llmnb.model import gpt2
 from llmnb.model.architectures import (
     ARCHITECTURES,

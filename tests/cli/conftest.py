@@ -6,7 +6,7 @@ from spelling import own_files
 
 from llmnb.cli.__main__ import main
 from llmnb.config import GPT2Config
-from llmnb.formats.published import write_folder
+from llmnb.formats.checkpoint import write_folder
 from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
 

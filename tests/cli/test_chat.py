@@ -17,7 +17,7 @@ if os.name != "nt":
 
 from llmnb.cli.chat import Conversation
 from llmnb.config import GPT2Config
-from llmnb.formats.published import write_folder
+from llmnb.formats.checkpoint import write_folder
 from llmnb.formats.vocabulary import open_encoding
 from llmnb.model.gpt2 import GPT2
 

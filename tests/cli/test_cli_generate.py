@@ -10,7 +10,7 @@ from commands import TUNE
 from spelling import own_files
 
 from llmnb.config import GPT2Config
-from llmnb.formats.published import write_folder
+from llmnb.formats.checkpoint import write_folder
 from llmnb.formats.shard import read_shard
 from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer

@@ -14,9 +14,8 @@ from measure import peak
 
 from llmnb import GPT2, GPT2Config
 from llmnb.formats import checkpoint, llmc, published
-from llmnb.formats.checkpoint import read_checkpoint, read_config
+from llmnb.formats.checkpoint import read_checkpoint, read_config, write_folder
 from llmnb.formats.llmc import write_checkpoint
-from llmnb.formats.published import write_folder
 from llmnb.formats.safetensors import TensorFile, write_tensors
 from llmnb.model.decode import Decoder
 from llmnb.reference.bfloat16 import from_bfloat16, to_bfloat16

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from spelling import tokens_of, vocab_of
 
 from llmnb import GPT2, GPT2Config
-from llmnb.formats.published import INDEX, write_folder
+from llmnb.formats.checkpoint import write_folder
+from llmnb.formats.published import INDEX
 from llmnb.formats.safetensors import TensorFile, write_tensors
 from llmnb.formats.shard import read_shard, write_shard
 from llmnb.formats.starter import (

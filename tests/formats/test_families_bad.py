@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from llamas import FAMILIES, cfg_of
 
 import llmnb
-from llmnb.formats.checkpoint import open_model
-from llmnb.formats.published import INDEX, RECORD, write_folder
+from llmnb.formats.checkpoint import open_model, write_folder
+from llmnb.formats.published import INDEX, RECORD
 from llmnb.formats.safetensors import TensorFile, write_tensors
 from llmnb.model.gpt2 import GPT2
 

@@ -16,8 +16,8 @@ from spelling import vocab_of
 
 from llmnb.book.export import ROOT
 from llmnb.config import GPT2Config
+from llmnb.formats.checkpoint import write_folder
 from llmnb.formats.hub import SOURCES, fetch
-from llmnb.formats.published import write_folder
 from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
 

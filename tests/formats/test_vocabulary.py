@@ -12,8 +12,8 @@ from spelling import merges_of, own_files, tokens_of, vocab_of
 
 from llmnb.config import GPT2Config
 from llmnb.formats import vocabulary
+from llmnb.formats.checkpoint import write_folder
 from llmnb.formats.foreign import Foreign
-from llmnb.formats.published import write_folder
 from llmnb.formats.vocabulary import (
     encoding_of,
     open_encoding,

@@ -12,9 +12,9 @@ import pytest
 
 import llmnb
 from llmnb.book.verify import numerical_gradient
-from llmnb.formats.checkpoint import read_checkpoint, read_config
+from llmnb.formats.checkpoint import read_checkpoint, read_config, write_folder
 from llmnb.formats.families import described_config
-from llmnb.formats.published import pieces, write_folder
+from llmnb.formats.published import pieces
 from llmnb.model.architectures import (
     PRESETS,
     Gemma3Config,

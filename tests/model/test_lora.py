@@ -7,7 +7,7 @@ import pytest
 
 import llmnb
 from llmnb.book.verify import numerical_gradient
-from llmnb.formats.published import write_folder
+from llmnb.formats.checkpoint import write_folder
 from llmnb.formats.safetensors import TensorFile, write_tensors
 from llmnb.model import lora
 from llmnb.model.lora import LoRA, load_adapters, merge, save_adapters
