@@ -11,6 +11,7 @@ __all__ = [
 # imports of the checkpoint
 import os
 import zlib
+from dataclasses import astuple
 
 import numpy as np
 
@@ -99,7 +100,8 @@ def write_checkpoint(path, cfg, params, version=3):
             f"write_checkpoint: version must be 3 (float32) or 5 (bfloat16), "
             f"got {version!r}"
         )
-    header = header_of(MAGIC, version, *_sizes(cfg)).view("<u4")
+    sizes = *astuple(cfg), cfg.padded_vocab_size
+    header = header_of(MAGIC, version, *sizes).view("<u4")
     header[-2], total = _SUMMED, 0
     with replacing(path) as file:
         file.write(header.data)
@@ -114,24 +116,13 @@ def write_checkpoint(path, cfg, params, version=3):
         file.write(header.data)
 
 
-# pieces, and the six sizes
+# pieces
 def _pieces(arrays):
     """Some arrays, flat, as views of at most _PORTION numbers."""
     for array in arrays:
         flat = np.asarray(array).reshape(-1)
         for first in range(0, flat.size, _PORTION):
             yield flat[first : first + _PORTION]
-
-
-def _sizes(cfg):
-    return (
-        cfg.max_seq_len,
-        cfg.vocab_size,
-        cfg.num_layers,
-        cfg.num_heads,
-        cfg.channels,
-        cfg.padded_vocab_size,
-    )
 
 
 # read a header

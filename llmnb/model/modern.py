@@ -24,6 +24,7 @@ def modern_table(cfg):
     qkv = [("q", NH), ("k", NKV), ("v", NKV)]
     short = STD / math.sqrt(2 * cfg.num_layers)  # into the stream
     after = cfg.post_norms
+    second = "pre_feedforward" if after else "post_attention"
     return [
         *_token_tables(cfg),
         _gain(cfg, "ln1w", "input_layernorm", C),
@@ -31,16 +32,7 @@ def modern_table(cfg):
         *_gains_of_heads(cfg),
         _matrix("attprojw", attention, [("o", C)], NH, short),
         *[_gain(cfg, "post1w", "post_attention_layernorm", C)] * after,
-        _gain(
-            cfg,
-            "ln2w",
-            (
-                "pre_feedforward_layernorm"
-                if after
-                else "post_attention_layernorm"
-            ),
-            C,
-        ),  # fmt: skip
+        _gain(cfg, "ln2w", f"{second}_layernorm", C),
         _matrix("fcw", mlp, [("gate", H), ("up", H)], C),
         _matrix("fcprojw", mlp, [("down", C)], H, short),
         *[_gain(cfg, "post2w", "post_feedforward_layernorm", C)] * after,
@@ -62,12 +54,10 @@ def _token_tables(cfg):
 
 def _gain(cfg, name, there, size):
     """The weights of a norm; they begin where the norm does nothing."""
-    there = (
-        f"model.layers.{{}}.{there}.weight" if there else "model.norm.weight"
-    )
+    there = f"layers.{{}}.{there}" if there else "norm"
     start, stacked = 1.0 - cfg.offset, name != "lnfw"
     how = {"stacked": stacked, "added": True, "start": start}
-    return Tensor(name, (size,), there, **how)
+    return Tensor(name, (size,), f"model.{there}.weight", **how)
 
 
 def _gains_of_heads(cfg):
@@ -280,11 +270,8 @@ def modern_block(cfg, i=0):
 
     Derived in chapter 5.5.
     """
-    norm, attention, feedforward = (
-        _rmsnorm(cfg),
-        _attention(cfg, i),
-        _gated(cfg),
-    )
+    norm, attention = _rmsnorm(cfg), _attention(cfg, i)
+    feedforward = _gated(cfg)
     if cfg.post_norms:
         attention = _then_norm(attention, norm, "post1")
         feedforward = _then_norm(feedforward, norm, "post2")

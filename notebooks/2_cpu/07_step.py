@@ -132,33 +132,19 @@ batch = recorded["tokens"]
 inputs, answers = batch[:, :-1], batch[:, 1:]
 
 
-# %% the same first weights, from the seed
-def ours(backend, precision):
-    return GPT2(
-        GPT2Config(**case["model"]),
-        case["batch_size"],
-        case["seq_len"],
-        backend,
-        precision,
-        case["seed"],
-    )
+# %% a model with PyTorch's weights, and how far apart
+sizes = case["batch_size"], case["seq_len"]
+model = GPT2(GPT2Config(**case["model"]), *sizes, "cpu", "fp32", seed=None)
+for name, x in model.params.items():
+    x[...] = recorded[f"initial.{name}"]
 
 
-# %% how far apart
 def distance(got, key):
     want = recorded[key]
     return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
-def started_as_pytorch(backend, precision):
-    model = ours(backend, precision)
-    for name, x in model.params.items():
-        x[...] = recorded[f"initial.{name}"]
-    return model
-
-
 # %% distance from the float64 gradient
-model = started_as_pytorch("cpu", "fp32")
 model.forward(inputs, answers)
 model.backward()
 us, torch = {}, {}

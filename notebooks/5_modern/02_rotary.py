@@ -171,7 +171,6 @@ for ax, t in zip(axes, (0, 1, 2, 6, 60, 600), strict=True):
     ax.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect="equal")
     ax.set_title(f"place {t}", size=10, color=PALETTE["grey"])
     ax.axis("off")
-fig.patch.set_alpha(0)
 fig.tight_layout()
 plt.show()
 
@@ -193,12 +192,7 @@ for base, colour in ((1e2, "green"), (1e4, "orange"), (5e5, "blue")):
 ax.axhline(0, color=PALETTE["grey"], lw=0.8)
 ax.set(xlabel="distance", ylabel="score", xlim=(0, 256))
 place = {"loc": "lower right", "bbox_to_anchor": (1, 0.98), "ncol": 3}
-ax.legend(frameon=False, labelcolor=PALETTE["grey"], **place)
-ax.tick_params(colors=PALETTE["grey"])
-for which in (ax.xaxis, ax.yaxis):
-    which.label.set_color(PALETTE["grey"])
-ax.patch.set_alpha(0)
-fig.patch.set_alpha(0)
+ax.legend(**place)
 fig.tight_layout()
 plt.show()
 
@@ -494,12 +488,7 @@ for (name, x), colour in zip(losses.items(), ("blue", "orange"), strict=True):
 ax.axhline(chance, color=PALETTE["grey"], lw=0.8, ls="--")
 ax.axvline(SHORT - 0.5, color=PALETTE["grey"], lw=0.8)
 ax.set(xlabel="position", ylabel="loss", ylim=(-0.2, None))
-ax.legend(frameon=False, labelcolor=PALETTE["grey"])
-ax.tick_params(colors=PALETTE["grey"])
-for which in (ax.xaxis, ax.yaxis):
-    which.label.set_color(PALETTE["grey"])
-ax.patch.set_alpha(0)
-fig.patch.set_alpha(0)
+ax.legend()
 fig.tight_layout()
 plt.show()
 
@@ -550,11 +539,6 @@ for x, name in ((2048, "M / 4"), (8192, "M")):
     ax.axvline(x, color=PALETTE["grey"], lw=0.8)
     ax.text(x * 1.1, 0.92, name, color=PALETTE["grey"])
 ax.set(xlabel="places for a whole turn", ylabel="new frequency / old")
-ax.tick_params(colors=PALETTE["grey"])
-for which in (ax.xaxis, ax.yaxis):
-    which.label.set_color(PALETTE["grey"])
-ax.patch.set_alpha(0)
-fig.patch.set_alpha(0)
 fig.tight_layout()
 plt.show()
 

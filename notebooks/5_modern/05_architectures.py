@@ -74,7 +74,6 @@ for n, (name, labels) in enumerate(COLUMNS.items()):
         draw_arrow(ax, down, color=PALETTE["grey"])
 ax.set(xlim=(-1.3, 6.5), ylim=(-7.1, 1.1))
 ax.axis("off")
-fig.patch.set_alpha(0)
 plt.show()
 
 # %% [markdown]
@@ -183,6 +182,7 @@ def modern_table(cfg):
     qkv = [("q", NH), ("k", NKV), ("v", NKV)]
     short = STD / math.sqrt(2 * cfg.num_layers)  # into the stream
     after = cfg.post_norms
+    second = "pre_feedforward" if after else "post_attention"
     return [
         *_token_tables(cfg),
         _gain(cfg, "ln1w", "input_layernorm", C),
@@ -190,16 +190,7 @@ def modern_table(cfg):
         *_gains_of_heads(cfg),
         _matrix("attprojw", attention, [("o", C)], NH, short),
         *[_gain(cfg, "post1w", "post_attention_layernorm", C)] * after,
-        _gain(
-            cfg,
-            "ln2w",
-            (
-                "pre_feedforward_layernorm"
-                if after
-                else "post_attention_layernorm"
-            ),
-            C,
-        ),  # fmt: skip
+        _gain(cfg, "ln2w", f"{second}_layernorm", C),
         _matrix("fcw", mlp, [("gate", H), ("up", H)], C),
         _matrix("fcprojw", mlp, [("down", C)], H, short),
         *[_gain(cfg, "post2w", "post_feedforward_layernorm", C)] * after,
@@ -221,12 +212,10 @@ def _token_tables(cfg):
 
 def _gain(cfg, name, there, size):
     """The weights of a norm; they begin where the norm does nothing."""
-    there = (
-        f"model.layers.{{}}.{there}.weight" if there else "model.norm.weight"
-    )
+    there = f"layers.{{}}.{there}" if there else "norm"
     start, stacked = 1.0 - cfg.offset, name != "lnfw"
     how = {"stacked": stacked, "added": True, "start": start}
-    return Tensor(name, (size,), there, **how)
+    return Tensor(name, (size,), f"model.{there}.weight", **how)
 
 
 def _gains_of_heads(cfg):
@@ -270,7 +259,6 @@ for tensor in tensor_table(small):
     x += 18
 ax.set(xlim=(-2, x), ylim=(-0.1, 1.4))
 ax.axis("off")
-fig.patch.set_alpha(0)
 plt.show()
 
 # %% [markdown]
@@ -493,11 +481,8 @@ def _tables(cfg, T):
 
 def modern_block(cfg, i=0):
     """The parts of block i of a Llama or a relative, and the ends."""
-    norm, attention, feedforward = (
-        _rmsnorm(cfg),
-        _attention(cfg, i),
-        _gated(cfg),
-    )
+    norm, attention = _rmsnorm(cfg), _attention(cfg, i)
+    feedforward = _gated(cfg)
     if cfg.post_norms:
         attention = _then_norm(attention, norm, "post1")
         feedforward = _then_norm(feedforward, norm, "post2")
@@ -595,10 +580,7 @@ for y, vals in enumerate(losses.values()):
     ax.plot(vals, [y] * len(vals), "o", color=PALETTE["orange"])
 ax.set_yticks(range(len(found)), list(found))
 ax.invert_yaxis()
-ax.set_xlabel("validation loss", color=PALETTE["grey"])
-ax.tick_params(colors=PALETTE["grey"])
-ax.patch.set_alpha(0)
-fig.patch.set_alpha(0)
+ax.set_xlabel("validation loss")
 plt.show()
 
 # %% [markdown]

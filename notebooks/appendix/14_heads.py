@@ -83,13 +83,8 @@ from llmnb.shapes import shapes
 def _headnorm_forward(part, parts, address):
     out, rstd, inp, qweight, kweight, NKV, eps, offset = arguments(address)
     (rows, heads, hs), number = inp.shape, inp.dtype.type
-    one, shift, small, normed = (
-        number(1),
-        number(offset),
-        number(eps),
-        rstd.shape[1],
-    )
-    mine = share(rows, part, parts)
+    one, shift, small = number(1), number(offset), number(eps)
+    mine, normed = share(rows, part, parts), rstd.shape[1]
     for n in range(mine.start, mine.stop):
         for h in range(normed):
             x, y, squares = inp[n, h], out[n, h], number(0)
