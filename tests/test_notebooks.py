@@ -21,6 +21,9 @@ print(6 * 7)
 """
 
 
+ERROR = {"output_type": "error", "ename": "E", "evalue": "", "traceback": []}
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """A notebook built from a source of two cells."""
@@ -55,6 +58,7 @@ def test_building_again_changes_nothing(built):
     ("change", "says"),
     [
         (lambda c: c[1].update(execution_count=None), "was never run"),
+        (lambda c: c[1].update(outputs=[ERROR]), "ended in an error"),
         (lambda c: c[1].update(source="print(43)"), "differs from"),
         (lambda c: c[0].update(source="# Other"), "differs from"),
         (lambda c: c[1]["metadata"].update(tags=["x"]), "differs from"),

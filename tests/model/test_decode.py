@@ -381,8 +381,9 @@ def test_texts_that_part_before_the_ring_are_computed_anew():
     decoder.following([text[:100]])  # position 99 sees 60, and 24 is kept
     decoder.following([text[:100] + [7]])
     decoder.following([text[:70] + [7]])  # 70 sees 31
-    decoder.following([text[:50] + [7]])  # 50 sees 11, which is overwritten
-    assert seen == [0, 99, 100, 70, 0]
+    decoder.following([text[:63] + [7]])  # 63 sees 24
+    decoder.following([text[:62] + [7]])  # 62 sees 23, which is overwritten
+    assert seen == [0, 99, 100, 70, 63, 0]
 
 
 @pytest.mark.parametrize("name", PRESETS)
