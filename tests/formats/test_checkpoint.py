@@ -621,3 +621,11 @@ def test_weights_that_are_no_numbers_are_not_read(
     says = rf"{kind}.*: wte is {value} at \(65, 0\), where weights must"
     with pytest.raises(ValueError, match=says):
         reader.from_checkpoint(tmp_path / kind, 1, 5)
+
+
+def test_numbers_whose_squares_are_too_large_are_read(saved, tmp_path):
+    model, _ = saved
+    model.params["wte"][65] = 3e38
+    model.save_checkpoint(tmp_path / "a.bin")
+    again = GPT2.from_checkpoint(tmp_path / "a.bin", 1, 5, "reference")
+    assert np.array_equal(again.params["wte"], model.params["wte"])

@@ -316,11 +316,31 @@ def test_a_gguf_says_whether_a_text_has_a_begin(theirs, tmp_path):
     assert ours.bos_token == 1
 
 
-@pytest.mark.parametrize("cut", ["llama-bpe", "qwen2"])
-def test_digits_are_cut_as_the_name_says(cut, theirs, tmp_path):
+@pytest.mark.parametrize(
+    ("cut", "want"),
+    [
+        ("gpt-2", ["1234", "5"]),
+        ("smollm", ["1", "2", "3", "4", "5"]),
+        ("llama-bpe", ["123", "4", "5"]),
+        ("qwen2", ["1", "2", "3", "4", "5"]),
+    ],
+)
+def test_digits_are_cut_as_the_name_says(cut, want, theirs, tmp_path):
+    keys = tables(theirs) | {"tokenizer.ggml.pre": cut}
+    keys["tokenizer.ggml.tokens"] += ["12", "123", "1234"]
+    keys["tokenizer.ggml.token_type"] += [1, 1, 1]
+    keys["tokenizer.ggml.merges"] += ["1 2", "12 3", "123 4"]
+    ours = open_foreign(gguf_of(keys, tmp_path / "a.gguf"))
+    assert [ours.decode([x]) for x in ours.encode_ordinary("12345")] == want
+    assert ours.decode(ours.encode_ordinary(TEXT)) == TEXT
+
+
+@pytest.mark.parametrize("cut", ["smollm", "qwen2"])
+def test_accents_are_composed_as_the_name_says(cut, theirs, tmp_path):
     keys = tables(theirs) | {"tokenizer.ggml.pre": cut}
     ours = open_foreign(gguf_of(keys, tmp_path / "a.gguf"))
-    assert ours.decode(ours.encode_ordinary(TEXT)) == TEXT
+    apart, whole = map(ours.encode_ordinary, ("cafe\u0301", "caf\u00e9"))
+    assert (apart == whole) == (cut == "qwen2")
 
 
 def test_added_tokens_of_a_gguf_stand_in_texts(theirs, tmp_path):

@@ -23,6 +23,7 @@ from llmnb.model.architectures import (
     architecture_record,
 )
 from llmnb.model.tensors import decaying, flops_per_token, parameter_count
+from llmnb.reference.rotary import rope_table
 
 FAMILIES = Path(__file__).parents[1] / "data" / "families"
 CASES = sorted(x.name for x in FAMILIES.iterdir() if x.is_dir())
@@ -159,6 +160,17 @@ def test_gemma_3s_tokenizer_has_a_token_without_a_row(tmp_path):
         assert read_config(tmp_path / cfg.family, 300 + more) == cfg
         with pytest.raises(ValueError, match="has 300 tokens, the tokenizer"):
             read_config(tmp_path / cfg.family, 301 + more)
+
+
+def test_only_the_long_looks_of_a_gemma_3_are_stretched():
+    """As the larger ones are published: by 8, but not in their windows."""
+    stretched = "linear", 8.0
+    cfg = Gemma3Config(8, 300, 6, 2, 16, rope_scaling=stretched)
+    tables = llmnb.Model(cfg, 1, 4, "reference", "fp64").memory["tables"]
+    whole = rope_table(4, cfg.head_size, cfg.rope_theta, stretched)
+    assert np.array_equal(tables["rope"], whole)
+    local = rope_table(4, cfg.head_size, cfg.local_theta)
+    assert np.array_equal(tables["rope_local"], local)
 
 
 @pytest.mark.parametrize("name", PRESETS)
