@@ -507,7 +507,7 @@ def write_random(folder, cfg):
 
     Derived in chapter A.8.
     """
-    from llmnb.formats.published import write_folder
+    from llmnb.formats.checkpoint import write_folder
 
     write_folder(folder, cfg, _random_weights(cfg))
 

@@ -31,13 +31,9 @@ from llmnb.timing import cores, machine
 # what a race is told
 PAUSE = 0.05  # seconds between two turns, in which threads fall asleep
 PEERS = (
-    "torch",
-    "torch-compile",
-    "torch-bf16",
-    "torch-tf32",
-    "torch-compile-tf32",
-    "torch-compile-bf16",
-)
+    "torch", "torch-compile", "torch-bf16", "torch-tf32",
+    "torch-compile-tf32", "torch-compile-bf16",
+)  # fmt: skip
 
 
 class Settings(NamedTuple):

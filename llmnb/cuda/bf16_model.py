@@ -104,13 +104,9 @@ def _half_layers(ops, memory, work):
 # the backend
 # what a model may ask for that has no layer in bfloat16
 MISSING = (
-    "qk_norm",
-    "post_norms",
-    "window",
-    "attention_scale",
-    "attention_softcap",
-    "final_softcap",
-)
+    "qk_norm", "post_norms", "window", "attention_scale",
+    "attention_softcap", "final_softcap",
+)  # fmt: skip
 
 
 class HalfBackend(model.Backend):

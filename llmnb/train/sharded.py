@@ -101,11 +101,8 @@ class Sharded(GPT2):
         size = math.prod(shape)
         ends = np.clip(np.array(self.shards) - at, 0, size).tolist()
         places = [slice(*pair) for pair in ends]
-        mine, (start, _) = (
-            places[self.group.rank],
-            self.shards[self.group.rank],
-        )
-        first = max(0, at - start)
+        rank = self.group.rank
+        mine, first = places[rank], max(0, at - self.shards[rank][0])
         part = shard[first : first + mine.stop - mine.start]
         return Spread(self.group, shape, part, places)
 

@@ -625,7 +625,7 @@ def _pace(times, tokens):
 # %% what writers read tags=["export"] module="bench.peers"
 def write_random(folder, cfg):
     """Write a random model of a GPT2Config, as transformers reads it."""
-    from llmnb.formats.published import write_folder
+    from llmnb.formats.checkpoint import write_folder
 
     write_folder(folder, cfg, _random_weights(cfg))
 
@@ -765,13 +765,9 @@ from llmnb.timing import cores, machine
 # %% what a race is told tags=["export"] module="bench.race"
 PAUSE = 0.05  # seconds between two turns, in which threads fall asleep
 PEERS = (
-    "torch",
-    "torch-compile",
-    "torch-bf16",
-    "torch-tf32",
-    "torch-compile-tf32",
-    "torch-compile-bf16",
-)
+    "torch", "torch-compile", "torch-bf16", "torch-tf32",
+    "torch-compile-tf32", "torch-compile-bf16",
+)  # fmt: skip
 
 
 class Settings(NamedTuple):

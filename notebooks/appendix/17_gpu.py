@@ -112,30 +112,35 @@ class Result:
             file.write(json.dumps(self.found, indent=1).encode() + b"\n")
 
     def contest(self, name, kind, about, **more):
-        """Begin a contest, to which `row` adds; a dict."""
+        """Begin a contest, to which `rows` adds; a dict."""
         found = {"name": name, "kind": kind, "about": about, **more}
         self.found["contests"].append(found | {"contestants": []})
         return self.found["contests"][-1]
 
-    def row(self, contest, name, measure, needs=5):
-        """Add what measure() returns, a dict, or why there is nothing.
+    def rows(self, contest, names, measure, needs):
+        """Add the rows that measure() returns by name, or why there are none.
 
-        needs: seconds without which it is not begun.
+        names: whose they are. needs: seconds without which it is not begun.
         """
         start = time.monotonic()
         if self.left() < needs:
-            row = {"unmeasured": "no time was left"}
+            found = dict.fromkeys(names, {"unmeasured": "no time was left"})
         else:
             try:
-                row = measure()
-            except Exception as error:  # one row must not cost the others
+                found = measure()
+            except Exception as error:  # these must not cost the others
                 said = str(error) or type(error).__name__
-                row = {"unmeasured": said.splitlines()[0][:300]}
-        contest["contestants"].append({"name": name} | row)
+                why = {"unmeasured": said.splitlines()[0][:300]}
+                found = dict.fromkeys(names, why)
+        spent = f"{time.monotonic() - start:6.1f} s  {contest['name']}"
+        for name, row in found.items():
+            contest["contestants"].append({"name": name} | row)
+            print(f"{spent}: {name} {row.get('unmeasured', '')}", flush=True)
         self.write()
-        spent, why = time.monotonic() - start, row.get("unmeasured", "")
-        print(f"{spent:6.1f} s  {contest['name']}: {name} {why}", flush=True)
-        return row
+
+    def row(self, contest, name, measure, needs=5):
+        """Add one row, the dict that measure() returns."""
+        self.rows(contest, [name], lambda: {name: measure()}, needs)
 
 
 # %% [markdown]
@@ -285,10 +290,13 @@ def layer_bytes(ladder, sizes, batch_size):
     return copies * sum(4 * math.prod(x) for x in shapes)
 
 
-def _fitted(ladder, sizes):
-    """The sizes with as many sequences as fit."""
+def _fitted(ladder, sizes, contest):
+    """The sizes with as many sequences as fit; a contest tells them."""
     needs = partial(layer_bytes, ladder, sizes)
-    return sizes._replace(B=fitting_batch(sizes.B, needs, free_bytes()))
+    sizes = sizes._replace(B=fitting_batch(sizes.B, needs, free_bytes()))
+    words = ", ".join(f"{k} = {v}" for k, v in sizes._asdict().items())
+    contest["about"] += f", timed at {words}"
+    return sizes
 
 
 # %% [markdown]
@@ -344,11 +352,9 @@ def mma_peak(clock):
 
 # %% the second contest tags=["export"] module="bench.gpu"
 HALVES = (
-    "attention_backward",
-    "attention_forward",
-    "matmul_backward",
+    "attention_backward", "attention_forward", "matmul_backward",
     "matmul_forward",
-)
+)  # fmt: skip
 SINGLE = "bias", "dbias", "dweight", "lse"  # float32 in the layers too
 FAR = 2**-8  # relative in norm: who is further from float64 is wrong
 
@@ -382,24 +388,15 @@ def half_apart(ladder, drawn, there):
     return apart
 
 
-def ask_halves(result, sizes, judging=True):
+def ask_halves(result, sizes, judging):
     """Judge and time the layers in bfloat16; judging: as for kernels."""
     clock, torch = Clock(), _torch()
-    peak = mma_peak(clock)
+    peak, names = mma_peak(clock), ("llmnb bf16", "torch bf16")
     for layer in HALVES:
-        about = "in bfloat16"
-        contest = result.contest(f"{layer}_bf16", "kernel", about)
+        contest = result.contest(f"{layer}_bf16", "kernel", "in bfloat16")
         contest |= {"work": 0, "limit": peak}
-        rows = {}
-
-        def ours(layer=layer, contest=contest, rows=rows):
-            rows |= _half_rows(layer, sizes, clock, torch, judging, contest)
-            return rows["llmnb bf16"]
-
-        result.row(contest, "llmnb bf16", ours, needs=20)
-        why = {"unmeasured": "ours has failed" if torch else "no PyTorch"}
-        row = rows.get("torch bf16", why)
-        result.row(contest, "torch bf16", lambda row=row: row, needs=-math.inf)
+        what = layer, sizes, clock, torch, judging, contest
+        result.rows(contest, names, partial(_half_rows, *what), needs=20)
         contest["ratios"] = ratios(contest["contestants"])
     result.write()
 
@@ -410,8 +407,7 @@ def _half_rows(layer, sizes, clock, torch, judging, contest):
     from llmnb import cuda as layers
 
     ladder = ladder_named(layer)
-    sizes = _fitted(ladder, sizes)
-    contest["about"] += f", timed at {_words(sizes)}"
+    sizes = _fitted(ladder, sizes, contest)
     contest["work"] = ladder.flops(sizes)
     drawn = half_arguments(ladder, sizes)
     there = {
@@ -430,8 +426,9 @@ def _half_rows(layer, sizes, clock, torch, judging, contest):
         row["apart"] = half_apart(ladder, drawn, there)
         row["worst"] = max(row["apart"].values())
         if row["worst"] > FAR:
-            said = f"wrong: {row['worst']:.0e} from float64"
-            return {"llmnb bf16": row | {"unmeasured": said}}
+            row["unmeasured"] = f"wrong: {row['worst']:.0e} from float64"
+            why = {"unmeasured": "ours has failed"}
+            return {"llmnb bf16": row, "torch bf16": why}
     runs = {"llmnb bf16": run}
     if torch:
         tensors = SimpleNamespace(**_half_tensors(torch, there))
@@ -439,6 +436,7 @@ def _half_rows(layer, sizes, clock, torch, judging, contest):
     times = in_turns(clock, runs, budget=0.5)
     found = {name: {"seconds": x} for name, x in times.items()}
     found["llmnb bf16"] |= row
+    found.setdefault("torch bf16", {"unmeasured": "no PyTorch"})
     return found
 
 
@@ -454,10 +452,6 @@ def _half_tensors(torch, there):
     return found
 
 
-def _words(sizes):
-    return ", ".join(f"{k} = {v}" for k, v in sizes._asdict().items())
-
-
 # %% [markdown]
 # ## Third: how long is a step?
 #
@@ -468,19 +462,11 @@ def _words(sizes):
 
 
 # %% the third contest tags=["export"] module="bench.gpu"
+_RIVALS = "torch-compile-bf16 torch torch-compile-tf32 torch-tf32 torch-bf16"
 SETTINGS = Settings(
-    ("bf16", "tf32", "fp32"),
-    (
-        "torch-compile-bf16",
-        "torch",
-        "torch-compile-tf32",
-        "torch-tf32",
-        "torch-bf16",
-    ),
-    10,
-    backend="cuda",
+    ("bf16", "tf32", "fp32"), tuple(_RIVALS.split()), 10, backend="cuda",
     turn=0,  # alone, it finds nobody's numbers in the caches
-)
+)  # fmt: skip
 
 
 def ask_steps(result, name, shape, settings):
@@ -657,7 +643,7 @@ def _with_lto(run):
 
 
 # %% the fourth contest tags=["export"] module="bench.gpu"
-def ask_kernels(result, sizes, judging=True):
+def ask_kernels(result, sizes, judging):
     """Judge and time every version of every layer, most work first.
 
     judging: whether a version must be right to be timed; not on a driver
@@ -669,27 +655,9 @@ def ask_kernels(result, sizes, judging=True):
         contest = result.contest(ladder.layer, "kernel", "in float32")
         limit = most["fma_peak" if ladder.flops else "copy_bytes"]
         contest |= {"work": 0, "limit": limit}
-        found = {}
-
-        def all_rows(ladder=ladder, found=found, contest=contest):
-            fitted = _fitted(ladder, sizes)
-            contest["about"] += f", timed at {_words(fitted)}"
-            found |= _rows(ladder, fitted, clock, torch, judging)
-            return found.pop("work")
-
-        if result.left() < 15:
-            names = [version_name(x) for x in ladder.versions]
-            found = dict.fromkeys(names, {"unmeasured": "no time was left"})
-        else:
-            try:
-                contest["work"] = all_rows()
-            except Exception as error:
-                said = (
-                    str(error).splitlines()[0] if str(error) else repr(error)
-                )
-                found = {ladder.layer: {"unmeasured": said[:300]}}
-        for name, row in found.items():
-            result.row(contest, name, lambda row=row: row, needs=-math.inf)
+        names = [version_name(x) for x in ladder.versions]
+        what = ladder, sizes, clock, torch, judging, contest
+        result.rows(contest, names, partial(_rows, *what), needs=15)
 
 
 def _torch():
@@ -700,8 +668,9 @@ def _torch():
         return None
 
 
-def _rows(ladder, sizes, clock, torch, judging):
-    """The rows of a layer by name, and its work, by "work"."""
+def _rows(ladder, sizes, clock, torch, judging, contest):
+    """The rows of a layer by name; fills in what the contest is about."""
+    sizes = _fitted(ladder, sizes, contest)
     if torch:
         drawn = drawn_by(torch, ladder, sizes)
         want = expected_by(torch, ladder, drawn) if judging else {}
@@ -727,8 +696,8 @@ def _rows(ladder, sizes, clock, torch, judging):
     runs |= _rivals(torch, ladder, drawn)
     times = in_turns(clock, runs, budget=0.5)
     work = ladder.flops(sizes) if ladder.flops else _bytes(ladder, drawn)
-    rows = {k: {"seconds": x} for k, x in times.items()}
-    return found | rows | {"work": work}
+    contest["work"] = work
+    return found | {k: {"seconds": x} for k, x in times.items()}
 
 
 # %% arrays of both sides tags=["exporti"] module="bench.gpu"
