@@ -360,8 +360,8 @@ compare("by hand", out[0], weights @ v, tol=1e-12)
 # is one saved number a row.
 #
 # **Queries and keys.** By (1.8.1), $q_{ti}$ enters the scores of row $t$, each
-# $s_{tu}$ with the factor $k_{ui} / \sqrt{hs}$, and $k_{ui}$ those of column $u$,
-# with the factor $q_{ti} / \sqrt{hs}$:
+# $s_{tu}$ with the factor $k_{ui} / \sqrt{hs}$, and $k_{ui}$ those of column
+# $u$, with the factor $q_{ti} / \sqrt{hs}$:
 #
 # $$ dq_{ti} = \frac{1}{\sqrt{hs}} \sum_{u \le t} ds_{tu}\, k_{ui} , \qquad
 #    dk_{ui} = \frac{1}{\sqrt{hs}} \sum_{t \ge u} ds_{tu}\, q_{ti} .
@@ -606,9 +606,9 @@ verdict("one head", 10 * two < late < one, "1000 steps: lower, not near")
 # channel by channel. So half of those of each stand in the channels of head 0,
 # and without a projection there is only what head 0 has found: it has to serve
 # both questions, as one head has to. In GPT-2 what head 0 finds could never
-# leave the first $hs$ channels. A matrix in which every output reads all heads,
-# the *projection*, undoes that. What the heads of a trained model look at, on a
-# sentence of yours, [the first page](../../book/intro.md) shows.
+# leave the first $hs$ channels. A matrix in which every output reads all
+# heads, the *projection*, undoes that. What the heads of a trained model look
+# at, on a sentence of yours, [the first page](../../book/intro.md) shows.
 #
 # ## Count it
 #

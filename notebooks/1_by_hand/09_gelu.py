@@ -72,9 +72,9 @@ rng = np.random.default_rng(7)
 # second linear layer after the first: $W_2 (W_1 x + b_1) + b_2$ is
 # $(W_2 W_1)\, x + (W_2 b_1 + b_2)$, one matrix again and one bias.
 #
-# The simplest bend is $\max(x, 0)$, called *ReLU*, for rectified linear unit: a
-# positive number passes, a negative one becomes 0. With it two numbers
-# in the middle are enough; they are called *hidden*, being neither question nor
+# The simplest bend is $\max(x, 0)$, called *ReLU*, for rectified linear unit:
+# a positive number passes, a negative one becomes 0. With it two numbers in
+# the middle are enough; they are called *hidden*, being neither question nor
 # answer:
 #
 # $$ \max(x_0 - x_1, 0) + \max(x_1 - x_0, 0) , $$
@@ -137,18 +137,19 @@ print(np.round(exact_gelu(five), 4) + 0.0)
 #
 # ## Forward
 #
-# The exact form is what we did by hand, $x$ times the area under the bell curve
-# up to $x$. Half of the area lies left of 0, so
+# The exact form is what we did by hand, $x$ times the area under the bell
+# curve up to $x$. Half of the area lies left of 0, so
 #
 # $$ \Phi(x) = \frac12 + \frac{1}{\sqrt{2\pi}} \int_0^x e^{-x'^2/2}\, dx' .
 #    \tag{1.9.1} $$
 #
-# The error function is $\operatorname{erf} x = \frac{2}{\sqrt\pi} \int_0^x
-# e^{-x'^2} dx'$. At $x / \sqrt2$, with $x' / \sqrt2$ in the place of $x'$ and so
-# $dx' / \sqrt2$ in that of $dx'$, it is
-# $\sqrt{2/\pi} \int_0^x e^{-x'^2/2} dx'$: twice the second term of (1.9.1).
-# Hence $\Phi(x) = \frac12 (1 + \operatorname{erf}(x / \sqrt2))$, which is what
-# the code used.
+# The error function is
+# $\operatorname{erf} x = \frac{2}{\sqrt\pi} \int_0^x e^{-x'^2} dx'$. At
+# $x / \sqrt2$, with $x' / \sqrt2$ in the place of $x'$ and so $dx' / \sqrt2$
+# in that of $dx'$, it is $\sqrt{2/\pi} \int_0^x e^{-x'^2/2} dx'$: twice the
+# second term of (1.9.1). Hence
+# $\Phi(x) = \frac12 (1 + \operatorname{erf}(x / \sqrt2))$, which is what the
+# code used.
 #
 # The error function takes long to compute. The paper that introduced GELU
 # gives a cheaper one of the same S shape, the hyperbolic tangent of a
@@ -169,9 +170,9 @@ print(np.round(exact_gelu(five), 4) + 0.0)
 #    \tag{1.9.3} $$
 #
 # For the second we need the derivative of the hyperbolic tangent,
-# $\tanh \xi = \sinh \xi / \cosh \xi$ with $\sinh \xi = (e^\xi - e^{-\xi})/2$ and
-# $\cosh \xi = (e^\xi + e^{-\xi})/2$. Each of the two is the derivative of the
-# other, so by the quotient rule
+# $\tanh \xi = \sinh \xi / \cosh \xi$ with $\sinh \xi = (e^\xi - e^{-\xi})/2$
+# and $\cosh \xi = (e^\xi + e^{-\xi})/2$. Each of the two is the derivative of
+# the other, so by the quotient rule
 #
 # $$ \frac{d \tanh \xi}{d \xi}
 #    = \frac{\cosh^2 \xi - \sinh^2 \xi}{\cosh^2 \xi}
@@ -239,8 +240,8 @@ compare("tanh form", y, exact_gelu(five), tol=5e-4)
 # %% [markdown]
 # ## Backward, derived
 #
-# (1.9.2) has $x$ in two places, as a factor and inside $\xi$, so by the product
-# rule and the chain rule
+# (1.9.2) has $x$ in two places, as a factor and inside $\xi$, so by the
+# product rule and the chain rule
 #
 # $$ \frac{dy}{dx} = \frac12 (1 + \tanh \xi) + \frac x2\,
 #    \frac{d \tanh \xi}{d\xi}\,\frac{d\xi}{dx} , \qquad
@@ -256,8 +257,8 @@ compare("tanh form", y, exact_gelu(five), tol=5e-4)
 # **What to save.** (1.9.7) needs $x$ alone, the output of the linear layer
 # before. That is not free: it is the widest activation inside a block. Could
 # we save $y$ and let go of $x$, since the next layer needs $y$ anyway?
-# Exercise 4 shows that $y$ does not determine $x$: every value between the lowest
-# and 0 comes from two.
+# Exercise 4 shows that $y$ does not determine $x$: every value between the
+# lowest and 0 comes from two.
 
 
 # %% GELU, backward tags=["export"]
@@ -328,14 +329,15 @@ def both(x):
 # channels the number that the output should be there, 1 or $-1$, drawn too. A
 # layer *holds* facts whose numbers it meets. How many can it hold at once?
 #
-# An output channel of a linear layer has $C$ weights and a bias, 17 numbers that
-# can be chosen; so it can meet 17 equations, and an 18th only by luck. With a
-# hidden layer the last matrix has $4C$ weights and a bias for each channel: 65
-# numbers. But they help only if the $4C$ hidden numbers of different tokens are
-# independent. Without a bend they are not. They are sums of the same 16, so
-# that of the 65 columns of the equations only 17 are independent: their *rank*
-# is 17. We compare four layers: a linear one; $4C$ hidden numbers without a
-# bend; $C$ with a bend, the first $C$ of the bent ones; and $4C$ with a bend.
+# An output channel of a linear layer has $C$ weights and a bias, 17 numbers
+# that can be chosen; so it can meet 17 equations, and an 18th only by luck.
+# With a hidden layer the last matrix has $4C$ weights and a bias for each
+# channel: 65 numbers. But they help only if the $4C$ hidden numbers of
+# different tokens are independent. Without a bend they are not. They are sums
+# of the same 16, so that of the 65 columns of the equations only 17 are
+# independent: their *rank* is 17. We compare four layers: a linear one; $4C$
+# hidden numbers without a bend; $C$ with a bend, the first $C$ of the bent
+# ones; and $4C$ with a bend.
 
 # %% four layers, and what reaches their last matrix
 C = 16
@@ -510,10 +512,10 @@ compare("exact slope", exact_slope(inp), want, tol=1e-8)
 # %% [markdown]
 # **3** (★★). The *sigmoid* is $\operatorname{sig}(x) = 1 / (1 + e^{-x})$. Show
 # that $\frac12 (1 + \tanh \xi) = \operatorname{sig}(2 \xi)$ and that the
-# derivative of the sigmoid is $\operatorname{sig}\,(1 - \operatorname{sig})$. A
-# cheaper form of GELU drops the cube: $x \operatorname{sig}(1.702\,x)$. How far
-# is it from the exact form at most, and how many times further than the tanh
-# form?
+# derivative of the sigmoid is $\operatorname{sig}\,(1 - \operatorname{sig})$.
+# A cheaper form of GELU drops the cube: $x \operatorname{sig}(1.702\,x)$. How
+# far is it from the exact form at most, and how many times further than the
+# tanh form?
 #
 # :::{admonition} Solution to exercise 3
 # :class: dropdown

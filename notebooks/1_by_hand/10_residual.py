@@ -15,9 +15,9 @@
 # > The sum of a layer's output and its input keeps a road open along which
 # > gradients reach the first layers unchanged.
 #
-# *Reading time: 27 minutes. You need: LayerNorm
-# ([chapter 1.6](06_layernorm.ipynb)) and GELU ([chapter 1.9](09_gelu.ipynb)). The
-# fast versions: chapters [2.2](../2_cpu/02_rows.ipynb) and
+# *Reading time: 27 minutes. You need: LayerNorm ([chapter
+# 1.6](06_layernorm.ipynb)) and GELU ([chapter 1.9](09_gelu.ipynb)). The fast
+# versions: chapters [2.2](../2_cpu/02_rows.ipynb) and
 # [3.5](../3_gpu/05_elementwise.ipynb).*
 #
 # ## Where we are
@@ -205,7 +205,7 @@ alone = -(share * np.log(share.clip(1e-9))).sum()  # no letter looked at
 verdict("neither", abs(final["neither"] - np.log(128)) < 0.01, "knows nothing")
 verdict("LayerNorm", final["LayerNorm"] > alone - 0.05, "looks at no letter")
 verdict("both", final["both"] < alone - 0.2, "has learnt pairs")
-verdict("LayerNorm", runs["LayerNorm"][1] > 0.95, "makes all letters alike")
+verdict("LayerNorm", runs["LayerNorm"][1] > 0.9, "makes all letters alike")
 verdict("both", runs["both"][1] < 0.7, "keeps them apart")
 
 # %% draw it tags=["hide-input"]
@@ -278,14 +278,13 @@ compare("by hand", out[0], [[11, 2, 3], [4, 5, 0]], tol=1e-12)
 # ## Backward, derived
 #
 # Write $f_i$ for what `inp2` holds. Element $i$ of the output is
-# $y_i = x_i + f_i$, so $\partial y_i / \partial x_j = \delta_{i,j}$, which is 1
-# for $i = j$ and 0 otherwise, and the same for $f_j$. The chain rule gives
+# $y_i = x_i + f_i$, so $\partial y_i / \partial x_j = \delta_{i,j}$, which is
+# 1 for $i = j$ and 0 otherwise, and the same for $f_j$. The chain rule gives
 #
 # $$ dx_j = \sum_i dy_i\, \delta_{i,j} = dy_j , \qquad
 #    df_j = dy_j . \tag{1.10.2} $$
 #
-# An addition hands its gradient to both terms unchanged, and nothing need be
-# saved.
+# An addition hands its gradient to both terms unchanged. Nothing is saved.
 #
 # **Two readers, one gradient.** In (1.10.1) the stream is read twice: by the
 # addition and by $f$. Let $J_{ij} = \partial f_i / \partial x_j$, the
@@ -295,8 +294,7 @@ compare("by hand", out[0], [[11, 2, 3], [4, 5, 0]], tol=1e-12)
 # $$ dx_j = dy_j + \sum_i dy_i\, J_{ij} . \tag{1.10.3} $$
 #
 # The first term comes from `residual_backward`, the second from the half
-# block's first layer, and both go into one array. That is why backward adds in
-# this book.
+# block's first layer, and both go into one array. That is why backward adds.
 
 # %% draw the two roads tags=["hide-input"]
 fig, ax = plt.subplots(figsize=(7.4, 2.7), dpi=100)
@@ -394,10 +392,10 @@ verdict("the mistake", caught, "is caught")
 # %% [markdown]
 # ## See it: forward and back through 24 halves
 #
-# Take a chain of $2L$ half blocks. Without the addition,
-# $x_{l+1} = f_l(x_l)$, the gradient at the start is the gradient at the end
-# times a product of Jacobians, $J_l$ that of $f_l$. With it, each factor gets the
-# identity matrix $I$: with gradients as row vectors, (1.10.3) is
+# Take a chain of $2L$ half blocks. Without the addition, $x_{l+1} = f_l(x_l)$,
+# the gradient at the start is the gradient at the end times a product of
+# Jacobians, $J_l$ that of $f_l$. With it, each factor gets the identity matrix
+# $I$: with gradients as row vectors, (1.10.3) is
 # $dx = dy + dy\, J = dy\, (I + J)$. From the last half to the first,
 #
 # $$ dx_0 = dx_{2L}\, J_{2L-1} \cdots J_1 J_0
@@ -465,10 +463,10 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.10.4. Vectors go through 24 halves from left to right, gradients from
-# right to left. Without the addition (blue, purple) one half is enough to lose
-# the direction; LayerNorm then keeps the size, of something scrambled. The
-# addition alone (green) keeps the direction for a while and lets the sizes
+# *Figure 1.10.4. Vectors go through 24 halves from left to right, gradients
+# from right to left. Without the addition (blue, purple) one half is enough to
+# lose the direction; LayerNorm then keeps the size, of something scrambled.
+# The addition alone (green) keeps the direction for a while and lets the sizes
 # grow. With both (orange) the size lasts, and the cosine is still nearly a
 # half at the other end.*
 #
@@ -575,8 +573,7 @@ for (depth, scaled), (variances, gradient) in streams.items():
 #
 # ## Count it
 #
-# No parameters; one addition an element forward, two backward; nothing is
-# saved.
+# No parameters; one addition an element forward, two backward; nothing saved.
 #
 # ## Take away
 #
@@ -603,7 +600,8 @@ for (depth, scaled), (variances, gradient) in streams.items():
 # ## Exercises
 #
 # **1** (★). A layer adds the stream to itself, $y = x + x$. What is $dx$, by
-# (1.10.3)? What would a backward pass leave in `dx` that writes where ours adds?
+# (1.10.3)? What would a backward pass leave in `dx` that writes where ours
+# adds?
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
@@ -639,10 +637,11 @@ compare("limit", (1 + 0.09 / 1e6) ** 1e6, np.exp(0.09), tol=1e-6)
 
 # %% [markdown]
 # **3** (★★). GPT-2 places LayerNorm inside the half block. The first
-# transformer placed it after the addition, $x_{l+1} =
-# \operatorname{LN}(x_l + f(x_l))$, with no LayerNorm in $f$. Let the
-# gradient come back through 24 such half blocks without scaling. Does it keep its
-# direction as well as with GPT-2's placement, which is called *pre-LN*?
+# transformer placed it after the addition,
+# $x_{l+1} = \operatorname{LN}(x_l + f(x_l))$, with no LayerNorm in $f$. Let
+# the gradient come back through 24 such half blocks without scaling. Does it
+# keep its direction as well as with GPT-2's placement, which is called
+# *pre-LN*?
 #
 # :::{admonition} Solution to exercise 3
 # :class: dropdown

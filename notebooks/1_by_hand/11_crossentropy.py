@@ -69,8 +69,8 @@ rng = np.random.default_rng(9)
 # $\frac58$, and the loss is $-\log \frac58 = 0.4700$. Had token 0 come, it
 # would be $-\log \frac18 = 2.0794$.
 #
-# The gradient by the logits is, by (1.1.6), the probabilities with 1 taken from
-# the token that came: $(\frac18, \frac28, -\frac38)$ for token 2.
+# The gradient by the logits is, by (1.1.6), the probabilities with 1 taken
+# from the token that came: $(\frac18, \frac28, -\frac38)$ for token 2.
 #
 # Let a second row be the first one plus 1000. The ratios of exponentials are
 # the same, so the probabilities are too. But $e^{1000}$ has 435 digits, and no
@@ -174,14 +174,15 @@ print(probs[0].round(4))
 # $$ H(q, p) = -\sum_i q_i \log p_i
 #            = H(q) + \sum_i q_i \log \frac{q_i}{p_i} . \tag{1.11.4} $$
 #
-# The last sum, the Kullback-Leibler divergence, is never negative and is 0 only for $p
-# = q$: $\log x \le x - 1$, with equality at $x = 1$ alone, so with $x = p_i / q_i$ the
-# logarithm in it, $-\log x$, is at least $1 - x$, and the sum at least $\sum_i q_i (1 -
-# p_i / q_i) = \sum_i q_i - \sum_i p_i = 0$. (Terms with $q_i = 0$ are 0; the other
-# $p_i$ then sum to at most 1, and the sum is still at least 0.) With $p_i = 1 / V$
-# (1.11.4) is $\log V$: no entropy is larger than that of V equally likely outcomes.
-# And the cross-entropy has a floor, the entropy of the data; the only way down to it is
-# to believe what is true.
+# The last sum, the Kullback-Leibler divergence, is never negative and is 0
+# only for $p = q$: $\log x \le x - 1$, with equality at $x = 1$ alone, so with
+# $x = p_i / q_i$ the logarithm in it, $-\log x$, is at least $1 - x$, and the
+# sum at least $\sum_i q_i (1 - p_i / q_i) = \sum_i q_i - \sum_i p_i = 0$.
+# (Terms with $q_i = 0$ are 0; the other $p_i$ then sum to at most 1, and the
+# sum is still at least 0.) With $p_i = 1 / V$ (1.11.4) is $\log V$: no entropy
+# is larger than that of V equally likely outcomes. And the cross-entropy has a
+# floor, the entropy of the data; the only way down to it is to believe what is
+# true.
 
 # %% entropy and cross-entropy
 q = np.array([0.5, 0.25, 0.25])
@@ -193,8 +194,8 @@ for V in (256, 1024, 50257):
     print(f"log {V:<6}{np.log(V):.4f} nats")
 
 # %% [markdown]
-# Belief in $q$ itself costs 1.5 bits, the entropy. Not committing oneself costs
-# a little more, being wrongly sure much more.
+# Belief in $q$ itself costs 1.5 bits, the entropy. Not committing oneself
+# costs a little more, being wrongly sure much more.
 #
 # The last line is the loss of a GPT-2 that guesses uniformly. A fresh model
 # starts near it ((1.15.4) says how near); a first loss that is far off is a
@@ -440,14 +441,14 @@ print("fused   ", int(losses[0, 0]), dlogits[0, 0].astype(int))
 
 # %% [markdown]
 # Where the model is most wrong, the separate form learns nothing: token 2, the
-# right one, is sent 0. The fused form is exact. It is the layer of `llmnb`; the
-# separate functions have done their work on this page and are not exported.
+# right one, is sent 0. The fused form is exact. It is the layer of `llmnb`;
+# the separate functions have done their work here and are not exported.
 #
 # ## Proof
 #
-# As always: float64, step $10^{-5}$, tolerance $10^{-8}$. The halves are tested
-# alone, with a random gradient coming in, then the fused form with unequal
-# weights `dlosses` for the positions.
+# As always: float64, step $10^{-5}$, tolerance $10^{-8}$. The halves are
+# tested alone, with a random gradient coming in, then the fused form with
+# unequal weights `dlosses` for the positions.
 #
 # The cross-entropy alone needs care: the error of central differences grows
 # with the third derivative, here $2 / p_y^3$ in size. So its test takes
@@ -585,9 +586,8 @@ plt.show()
 
 # %% [markdown]
 # *Figure 1.11.3. With cross-entropy the pull is near 1 while the prediction is
-# wrong, and a few steps set it right. The squared distance needs a
-# long time to leave a bad prediction (left), and a hopeless one stays hopeless
-# (right).*
+# wrong, and a few steps set it right. The squared distance needs a long time
+# to leave a bad prediction (left), and a hopeless one stays hopeless (right).*
 #
 # ## Take away
 #

@@ -180,8 +180,8 @@ paths["momentum"] = descend(momentum, lr=0.02)
 # $$ m \leftarrow \beta_1 m + (1 - \beta_1)\, g , \qquad
 #    v \leftarrow \beta_2 v + (1 - \beta_2)\, g^2 , \tag{1.12.4} $$
 #
-# where $\beta_2$ is the larger, since a size should be steady and a direction fresh.
-# It steps by the first, divided by the root of the second:
+# where $\beta_2$ is the larger, since a size should be steady and a direction
+# fresh. It steps by the first, divided by the root of the second:
 #
 # $$ w \leftarrow w - \eta\, \frac{\hat m}{\sqrt{\hat v} + \epsilon} .
 #    \tag{1.12.5} $$
@@ -210,8 +210,7 @@ paths["momentum"] = descend(momentum, lr=0.02)
 # $\eta \cdot 0.1 / \sqrt{0.001} \approx 3.2\, \eta$. It gets worse before it
 # gets better, and is worst at step 12: $m$ has caught up after some twenty
 # steps, while $v$ stays too small, and the steps too large, for a thousand.
-# (The race here lasts sixty steps, so it takes $\beta_2 = 0.99$, which forgets
-# faster.)
+# (The race here lasts sixty steps, so its $\beta_2$ is 0.99: it forgets faster.)
 
 # %% the correction, step by step
 for s in (1, 12, 100, 1000, 10000):
@@ -248,12 +247,12 @@ paths["Adam"] = descend(adam, lr=0.2)
 #
 # $$ w \leftarrow (1 - \eta \lambda)\, w . \tag{1.12.10} $$
 #
-# In gradient descent both are the same: (1.12.2) with (1.12.9) reads $w - \eta
-# g - \eta \lambda w$. In Adam they are not. There $\lambda w$ passes through
-# the division by $\sqrt{\hat v}$, so a weight with large gradients is hardly
-# shrunk, and a weight with small ones collapses: there $\lambda w$ is most of the
-# gradient, and the step is about $\eta$ whatever $\lambda$ is. AdamW is Adam with (1.12.10),
-# decay **decoupled** from the gradient.
+# In gradient descent both are the same: (1.12.2) with (1.12.9) reads
+# $w - \eta g - \eta \lambda w$. In Adam they are not. There $\lambda w$ passes
+# through the division by $\sqrt{\hat v}$, so a weight with large gradients is
+# hardly shrunk, and a weight with small ones collapses: there $\lambda w$ is
+# most of the gradient, and the step is about $\eta$ whatever $\lambda$ is.
+# AdamW is Adam with (1.12.10), decay **decoupled** from the gradient.
 
 
 # %% AdamW and the other way
@@ -346,8 +345,8 @@ verdict("L2", l2[2] - l2[0] > 0.5, "depends on the gradient")
 #
 # It does (1.12.10), (1.12.4), (1.12.8) and (1.12.5), in the order in which
 # PyTorch's `torch.optim.AdamW` does them, so that both round alike: $m$ moves
-# by $(1 - \beta_1)(g - m)$, $v$ is corrected *after* the root, and the correction
-# of $m$ is folded into the rate:
+# by $(1 - \beta_1)(g - m)$, $v$ is corrected *after* the root, and the
+# correction of $m$ is folded into the rate:
 #
 # $$ w \leftarrow w - \frac{\eta}{1 - \beta_1^{\,s}} \cdot
 #    \frac{m}{\sqrt v \,/ \sqrt{1 - \beta_2^{\,s}} + \epsilon} .
@@ -453,8 +452,8 @@ print(*decaying(GPT2Config()))
 # **Decline.** Near the end a large step keeps throwing the parameters to and
 # fro across the valley; a small one lets them sink. Let $S$ be the number of
 # steps in all, and $\rho$ (`u` in the code) run from 0 towards 1 over the
-# declining part; the step after the last would have 1. With $\phi$ the share of
-# the peak that is left at the end,
+# declining part; the step after the last would have 1. With $\phi$ the share
+# of the peak that is left at the end,
 #
 # $$ \eta_s = \eta_{\max} \bigl( \phi + (1 - \phi)\, f(\rho) \bigr) ,
 #    \qquad \rho = \frac{s - 1 - S_0}{S - S_0} , \tag{1.12.13} $$
@@ -463,9 +462,9 @@ print(*decaying(GPT2Config()))
 # **cosine**, $1 - \rho$ for **linear**, 1 for **constant**. The fourth,
 # **wsd** (warm-up, stable, decay), stays at the peak until 80 % of all steps
 # are done and falls over the rest as $f = 1 - \sqrt \rho$, with $0.8\, S$ in
-# place of $S_0$ in $\rho$. The rates up to there are the same for any $S$: one may
-# decide late when to stop. (A loop counts its steps from 0, so `learning_rate`
-# takes $s - 1$.)
+# place of $S_0$ in $\rho$. The rates up to there are the same for any $S$: one
+# may decide late when to stop. (A loop counts its steps from 0, so
+# `learning_rate` takes $s - 1$.)
 
 # %% imports of the schedule tags=["export"] module="train.schedule"
 import math
@@ -527,8 +526,8 @@ for kind in KINDS:
 # Now and then a batch has a gradient many times as long as usual. Adam's
 # division does not tame it: with $\beta_2 = 0.999$ a tenth of the spike enters
 # $m$, but only $\sqrt{0.001}$, three hundredths, enters $\sqrt v$. The next
-# steps follow the spike, at about three times the usual length. Then $m$ forgets
-# it, $\sqrt v$ does not, and for a long time the steps are too short.
+# steps follow the spike, at about three times the usual length. Then $m$
+# forgets it, $\sqrt v$ does not, and for a long time the steps are too short.
 #
 # **Clipping** measures the length of the gradient of *all* parameters taken as
 # one vector, the **global norm**, and shortens it to a given $g_{\max}$ when
@@ -660,7 +659,7 @@ plt.show()
 # AdamW is a definition, with no gradient to check. What can be checked is that
 # ours is PyTorch's. These numbers were computed with `torch.optim.AdamW`
 # (PyTorch 2.13.0, float64, six steps, learning rate 0.01, its defaults, decay
-# 0.1) for seven parameters and gradients of very different sizes, one of them 0.
+# 0.1) for seven parameters and gradients of very different sizes, one being 0.
 
 # %% six steps of PyTorch tags=["hide-input"]
 start = [1.0, -0.5, 0.03125, -2.0, 0.0, 8.0, 0.25]
@@ -718,10 +717,10 @@ verdict("the mistake", caught, "is caught")
 #
 # ## Design note
 #
-# Decay in (1.12.10) is multiplied by the learning rate, as in PyTorch. The paper
-# on AdamW leaves the highest rate out, and multiplies decay by the schedule's
-# share of it. We keep the common form: the decay of a recipe means here what it
-# means there.
+# Decay in (1.12.10) is multiplied by the learning rate, as in PyTorch. The
+# paper on AdamW leaves the highest rate out, and multiplies decay by the
+# schedule's share of it. We keep the common form: the decay of a recipe means
+# here what it means there.
 #
 # ## Exercises
 #

@@ -27,13 +27,14 @@ from llmnb.book.diagram import gpt2_diagram
 gpt2_diagram(lit="block")
 
 # %% [markdown]
-# *Figure 1.13.1. The two rows in the frame are a block, and each ends in a sum. This
-# chapter draws the lit arrows between their boxes, and gives each a name.*
+# *Figure 1.13.1. The two rows in the frame are a block, and each ends in a
+# sum. This chapter draws the lit arrows between their boxes, and gives each a
+# name.*
 #
 # Each layer has been derived and proved alone. That leaves the wiring: which
 # array goes where, and what is added to what on the way back. Its mistakes are
-# quiet ones: a model with one gradient missing still learns, only worse. At the
-# end of this chapter you can
+# quiet ones: a model with one gradient missing still learns, only worse. At
+# the end of this chapter you can
 #
 # - write a transformer block, forward and backward, as a list of calls;
 # - name every array in it, and every gradient that flows back;
@@ -53,8 +54,8 @@ from llmnb.config import GPT2Config
 # %% [markdown]
 # ## The block
 #
-# A block has two halves. In the first a token looks at others, in the second it
-# works alone. With $x$ for the stream that comes in,
+# A block has two halves. In the first a token looks at others, in the second
+# it works alone. With $x$ for the stream that comes in,
 #
 # $$ x' = x + \mathrm{proj}(\mathrm{attention}(\mathrm{qkv}(
 #    \mathrm{ln}_1(x)))) , \tag{1.13.1} $$
@@ -62,33 +63,35 @@ from llmnb.config import GPT2Config
 # $$ y = x' + \mathrm{down}(\mathrm{gelu}(\mathrm{up}(\mathrm{ln}_2(x')))) .
 #    \tag{1.13.2} $$
 #
-# Here proj, qkv, up and down are the four linear layers of a block; in the code their
-# weights begin with `attproj`, `qkv`, `fc` and `fcproj`. Written out with arrays, it
-# is eight layers and two sums:
+# Here proj, qkv, up and down are the four linear layers of a block; in the
+# code their weights begin with `attproj`, `qkv`, `fc` and `fcproj`. Written
+# out with arrays, it is eight layers and two sums:
 
 # %% the wiring of a block tags=["hide-input"]
 wiring_figure("block")
 
 # %% [markdown]
-# *Figure 1.13.2. A block with every array named. Dark arrows are the forward pass:
-# each half leaves the stream to the right and comes back into it. Orange arrows are
-# the gradients, which take the same roads the other way. Where the forward pass reads
-# an array twice, the gradients of both readers meet in an orange circle.*
+# *Figure 1.13.2. A block with every array named. Dark arrows are the forward
+# pass: each half leaves the stream to the right and comes back into it. Orange
+# arrows are the gradients, which take the same roads the other way. Where the
+# forward pass reads an array twice, the gradients of both readers meet in an
+# orange circle.*
 #
-# The names return in the code of this chapter and of the next three. `residual2`
-# is what the stream is called between the two halves, the $x'$ of the equations;
-# after the second the code says `residual3`. The names in the boxes are those of
-# the weights. `dx` there is the stream's gradient where it is read, on the way back:
-# $dy$ by the second half, $dx'$ by the first.
+# The names return in the code of this chapter and of the next three.
+# `residual2` is what the stream is called between the two halves, the $x'$ of
+# the equations; after the second the code says `residual3`. The names in the
+# boxes are those of the weights. `dx` there is the stream's gradient where it
+# is read, on the way back: $dy$ by the second half, $dx'$ by the first.
 #
 # ## What a part is
 #
-# Seen from further away a block is a norm, attention, a sum, a norm, a feed-forward
-# layer and a sum. Models that came after GPT-2 have the same six, of other kinds. So
-# each kind of norm, attention or feed-forward layer is a *part*, and a part says five
-# things about itself: the tensors of weights that it wants, the arrays that its
-# forward pass leaves for its backward pass, those that the blocks can take turns
-# with (nothing in them is needed once a block is done), and its two passes.
+# Seen from further away a block is a norm, attention, a sum, a norm, a
+# feed-forward layer and a sum. Models that came after GPT-2 have the same six,
+# of other kinds. So each kind of norm, attention or feed-forward layer is a
+# *part*, and a part says five things about itself: the tensors of weights that
+# it wants, the arrays that its forward pass leaves for its backward pass,
+# those that the blocks can take turns with (nothing in them is needed once a
+# block is done), and its two passes.
 #
 # What several chapters ask about a tensor of parameters stands in one row: its
 # shape ([1.14](14_memory.ipynb)), the size of its first values
@@ -145,11 +148,11 @@ class Part(NamedTuple):
 # %% [markdown]
 # ## The norm
 #
-# A norm is used three times, under the names `ln1`, `ln2` and `lnf`. `w` and `a`
-# map names to weights and activations, `dw` and `d` to their gradients; `ops`
-# holds the layers. LayerNorm's backward pass *adds* to the gradient of its input,
-# which holds a share already, and to those of its weights, which the model clears
-# when a new sum begins ([chapter 1.17](17_model.ipynb)).
+# A norm is used three times, under the names `ln1`, `ln2` and `lnf`. `w` and
+# `a` map names to weights and activations, `dw` and `d` to their gradients;
+# `ops` holds the layers. LayerNorm's backward pass *adds* to the gradient of
+# its input, which holds a share already, and to those of its weights, which
+# the model clears when a new sum begins ([chapter 1.17](17_model.ipynb)).
 
 # %% layernorm tags=["export"]
 STD = 0.02  # of the first weights
@@ -191,9 +194,9 @@ LAYERNORM = Part(
 # %% [markdown]
 # ## Attention
 #
-# A product makes queries, keys and values, attention mixes the values, a second
-# product returns to the stream. `residual=` adds the stream while the result is
-# still at hand ([chapter 1.10](10_residual.ipynb)).
+# A product makes queries, keys and values, attention mixes the values, a
+# second product returns to the stream. `residual=` adds the stream while the
+# result is still at hand ([chapter 1.10](10_residual.ipynb)).
 #
 # The weights that write into the stream begin smaller than the others, by
 # $1/\sqrt{2L}$, as [chapter 1.10](10_residual.ipynb) found. Two things in the
@@ -271,17 +274,17 @@ ATTENTION = Part(
 )
 
 # %% [markdown]
-# Every gradient of an activation, but the stream's, is one share from one reader,
-# so these calls say `add=False` and overwrite: to add, one would have to clear the array first.
-# For gradients of weights the caller decides: `add=True` sums those of several
-# batches.
+# Every gradient of an activation, but the stream's, is one share from one
+# reader, so these calls say `add=False` and overwrite: to add, one would have
+# to clear the array first. For gradients of weights the caller decides:
+# `add=True` sums those of several batches.
 #
 # ## Feed-forward
 #
-# Up to $4C$ numbers, through GELU, and down again. The output of GELU is not kept;
-# the backward pass computes it again, from what is. `dfch` first receives the
-# gradient of GELU's output, over which GELU's backward pass writes that of its
-# input.
+# Up to $4C$ numbers, through GELU, and down again. The output of GELU is not
+# kept; the backward pass computes it again, from what is. `dfch` first
+# receives the gradient of GELU's output, over which GELU's backward pass
+# writes that of its input.
 
 
 # %% feed-forward tags=["export"]
@@ -326,9 +329,9 @@ GELU = Part(
 # %% [markdown]
 # ## Both ends
 #
-# Before the blocks stands the encoder, after the last norm the product with the
-# token table and the losses. `dlogits` takes the place of the logits, which nobody
-# needs after that.
+# Before the blocks stands the encoder, after the last norm the product with
+# the token table and the losses. `dlogits` takes the place of the logits,
+# which nobody needs after that.
 
 
 # %% the ends tags=["export"]
@@ -441,38 +444,39 @@ def block_forward(parts, ops, out, inp, w, a, **how):
 #
 # ## One block, backward
 #
-# The chain rule runs through the list from its last line to its first. Every call
-# becomes its backward twin; what it wrote becomes what it reads. One rule
+# The chain rule runs through the list from its last line to its first. Every
+# call becomes its backward twin; what it wrote becomes what it reads. One rule
 # needs care:
 #
 # > An array that was read twice receives two gradients, and they add up.
 #
-# It is the chain rule for two roads, and it happens in three places. Two of them are
-# in figure 1.13.2.
+# It is the chain rule for two roads, and it happens in three places. Two of
+# them are in figure 1.13.2.
 #
-# 1. **The stream** is read twice in each half, by the norm and by the sum at its end.
-#    Write $f$ for all that the second half adds, so that $y = x' + f(x')$. Then
-#    $dx'_j = dy_j + \sum_i dy_i\, \partial f_i / \partial x'_j$. The first share has
-#    passed by; the second is $dy$ sent back through down, GELU, up and $\mathrm{ln}_2$,
-#    whose backward pass adds it. In the same way $dx$ is $dx'$ and what that of
-#    $\mathrm{ln}_1$ adds.
-# 2. **The output of `ln1`** becomes queries, keys and values. Their weights lie in
-#    one matrix, so the three shares are added within one product.
-# 3. **The token table**, outside the block, is read by the encoder and again at the
-#    logits. On the way back the logits come first: their share is written, and the
-#    encoder adds its own.
+# 1. **The stream** is read twice in each half, by the norm and by the sum at
+#    its end. Write $f$ for all that the second half adds, so that
+#    $y = x' + f(x')$. Then
+#    $dx'_j = dy_j + \sum_i dy_i\, \partial f_i / \partial x'_j$. The first
+#    share has passed by; the second is $dy$ sent back through down, GELU, up
+#    and $\mathrm{ln}_2$, whose backward pass adds it. In the same way $dx$ is
+#    $dx'$ and what that of $\mathrm{ln}_1$ adds.
+# 2. **The output of `ln1`** becomes queries, keys and values. Their weights
+#    lie in one matrix, so the three shares are added within one product.
+# 3. **The token table**, outside the block, is read by the encoder and again
+#    at the logits. On the way back the logits come first: their share is
+#    written, and the encoder adds its own.
 #
-# This makes the code short. A residual sum hands its gradient on unchanged, so one
-# array, `dstream`, serves for $dy$, $dx'$ and $dx$ in turn: it comes in as $dy$, each
-# half of the block reads it, and only then LayerNorm's backward pass adds the half's
-# share. It is the thick orange line of the figure. Likewise one array, `dln`, serves
-# for `dln1` and `dln2`.
+# This makes the code short. A residual sum hands its gradient on unchanged, so
+# one array, `dstream`, serves for $dy$, $dx'$ and $dx$ in turn: it comes in as
+# $dy$, each half of the block reads it, and only then LayerNorm's backward
+# pass adds the half's share. It is the thick orange line of the figure.
+# Likewise one array, `dln`, serves for `dln1` and `dln2`.
 #
-# On the way back a product needs the input that it had on the way there, and the
-# outputs of LayerNorm and GELU are no longer there: the second norm, or the next
-# block, has written in their place ([chapter 1.14](14_memory.ipynb)). So they are
-# computed again where they are needed, from inputs that were kept, and come out
-# with the same bits.
+# On the way back a product needs the input that it had on the way there, and
+# the outputs of LayerNorm and GELU are no longer there: the second norm, or
+# the next block, has written in their place ([chapter 1.14](14_memory.ipynb)).
+# So they are computed again where they are needed, from inputs that were kept,
+# and come out with the same bits.
 
 
 # %% one block, backward tags=["export"]
@@ -500,10 +504,10 @@ def block_backward(parts, ops, inp, w, a, dw, d, add=False, **how):
 # %% [markdown]
 # ## The table
 #
-# A model is two tables, blocks, and a last norm. Here are their tensors, in llm.c's
-# order; nothing else in the package lists them. Printed are the name, the shape of
-# one block's, the deviation of the first values (0 where all begin equal), and the
-# name in published files.
+# A model is two tables, blocks, and a last norm. Here are their tensors, in
+# llm.c's order; nothing else in the package lists them. Printed are the name,
+# the shape of one block's, the deviation of the first values (0 where all
+# begin equal), and the name in published files.
 
 # %% imports of the table tags=["export"] module="model.tensors"
 import math
@@ -588,11 +592,12 @@ for x in tensor_table(GPT2Config()):
 # %% [markdown]
 # ## Proof of a block
 #
-# The gradient of a block against central differences, in float64 as always, for
-# the input and for each of its twelve tensors. The weights are drawn fifty times as
-# wide as GPT-2's, so that every gradient is large; so is then the error of the
-# differences, and the tolerance is $10^{-7}$. (`d` has the arrays of `a` too: the
-# gradients that stay in a block, such as `dqkv`, are those of its parts' `turns`.)
+# The gradient of a block against central differences, in float64 as always,
+# for the input and for each of its twelve tensors. The weights are drawn fifty
+# times as wide as GPT-2's, so that every gradient is large; so is then the
+# error of the differences, and the tolerance is $10^{-7}$. (`d` has the arrays
+# of `a` too: the gradients that stay in a block, such as `dqkv`, are those of
+# its parts' `turns`.)
 
 # %% one block by itself
 cfg = GPT2Config(
@@ -657,11 +662,12 @@ verdict("one share lost", far > 1e-3, "is caught")
 #
 # ## Design note
 #
-# A block could be a tree of small objects, as in most frameworks, each with its
-# own arrays. Then a new model is a new tree. Here a model differs from another in
-# a few words of its configuration, and the block is written once. The price is
-# that a part must keep to the five things it may say. A model that does not fit
-# should get a block of its own, and not make this list longer.
+# A block could be a tree of small objects, as in most frameworks, each with
+# its own arrays. Then a new model is a new tree. Here a model differs from
+# another in a few words of its configuration, and the block is written once.
+# The price is that a part must keep to the five things it may say. A model
+# that does not fit should get a block of its own, and not make this list
+# longer.
 #
 # ## Exercises
 #
