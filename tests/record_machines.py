@@ -2,6 +2,7 @@
 
     python tests/record_machines.py here          on this machine
     python tests/record_machines.py link          on two hosts with a link
+    python tests/record_machines.py overlap       what sending meanwhile gains
     python tests/record_machines.py ddp PYTHON    PyTorch's DDP over gloo
 
 needs the extra `mpi`, 8 GB of memory and two cores that nothing else uses.
@@ -93,6 +94,45 @@ def worker(micro, steps, threads, out):
         Path(out).write_text(json.dumps(found), "utf-8")
     if group.size > 1:
         group.close()
+
+
+def overlap(steps, out):
+    """Steps of two ranks that send meanwhile, and that do not, in turns.
+
+    steps: of each kind; none of those that send meanwhile if negative.
+    """
+    import numba
+    from overlapped import Overlapped
+
+    from llmnb.text.data import DataLoader
+    from llmnb.train.loop import Progress, train_step
+    from llmnb.train.machines import find_group
+    from llmnb.train.options import TrainConfig
+
+    numba.set_num_threads(1)
+    group, at, turns = find_group(), Progress(), [False, steps > 0]
+    config = TrainConfig(
+        depth=12, seq_len=T, batch_size=B, total_batch=B * T * 2, steps=100,
+        learning_rate=3e-4,
+    )  # fmt: skip
+    model = Overlapped.of(group)(config.model(V), B, T, seed=config.seed)
+    model.prepare()
+    text = np.random.default_rng(0).integers(0, V, 100 * B * T + 1)
+    feed = DataLoader([text.astype(np.uint16)], B, T)
+    rows = [[], []]
+    for _ in range(abs(steps)):
+        for turn, model.on in enumerate(turns):
+            group.gather("all are here")
+            start = time.perf_counter()
+            train_step(config, model, feed, at)
+            seconds = time.perf_counter() - start
+            rows[turn].append(max(group.gather(seconds)))
+    digest = hashlib.sha256(model.memory.flat("params")).hexdigest()[:12]
+    weights = sorted({*group.gather(digest)})
+    if group.first:
+        found = {"after": rows[0], "meanwhile": rows[1], "weights": weights}
+        Path(out).write_text(json.dumps(found), "utf-8")
+    group.close()
 
 
 def wire(out):
@@ -206,18 +246,23 @@ def counted(name):
     return int(subprocess.run(line, check=True, capture_output=True).stdout)
 
 
+def set_rate(rate):
+    """Let both ends of the link send at a rate of tc."""
+    for host in NAMES:
+        subprocess.run(
+            ["ip", "netns", "exec", host, "tc", "qdisc", "replace",
+             "dev", "veth0", "root", "tbf", "rate", rate,
+             "burst", "2mb", "latency", "50ms"], check=True,
+        )  # fmt: skip
+
+
 def link():
     """Two ranks on two hosts, with three rates of the link between them."""
     found = {}
     with tempfile.TemporaryDirectory() as folder, hosts(folder) as how:
         before, options = how
         for name, rate in RATES.items():
-            for host in NAMES:
-                subprocess.run(
-                    ["ip", "netns", "exec", host, "tc", "qdisc", "replace",
-                     "dev", "veth0", "root", "tbf", "rate", rate,
-                     "burst", "2mb", "latency", "50ms"], check=True,
-                )  # fmt: skip
+            set_rate(rate)
             where = {"before": before, "options": options}
             row = {"wire": launched(2, "wire", **where)}
             if rate != "100mbit":
@@ -231,6 +276,22 @@ def link():
                 row["steps"] = 4
             found[name] = row
             print(name, row, flush=True)
+    return found
+
+
+def overlapping(turns=5):
+    """The steps of `overlap` on one machine, and over two rates of a link."""
+    plain = launched(2, "overlap", -turns)["weights"]
+    found = {"one machine": launched(2, "overlap", turns)}
+    with tempfile.TemporaryDirectory() as folder, hosts(folder) as how:
+        before, options = how
+        for name in ("1 Gbit/s", "10 Gbit/s"):
+            set_rate(RATES[name])
+            where = {"before": before, "options": options}
+            found[name] = launched(2, "overlap", turns, **where)
+            print(name, found[name], flush=True)
+    for row in found.values():
+        row["same as without"] = row["weights"] == plain
     return found
 
 
@@ -281,12 +342,14 @@ def ddp(python):
 def main(part, *args):
     from llmnb.bench.race import Settings, facts_of
 
-    if part == "link" and not shutil.which("tc"):
+    if part in ("link", "overlap") and not shutil.which("tc"):
         sys.exit("no tc here: the rate of a link cannot be set")
-    found = {"here": here, "link": link, "ddp": ddp}[part](*args)
+    parts = {"here": here, "link": link, "overlap": overlapping, "ddp": ddp}
+    found = parts[part](*map(int, args) if part == "overlap" else args)
     known = json.loads(PLACE.read_text("utf-8")) if PLACE.exists() else {}
     facts = facts_of(Settings())
-    where = {name: facts[name] for name in ("machine", "date", "commit")}
+    names = "machine", "date", "commit", "load"
+    where = {name: facts[name] for name in names}
     where |= {"cores": os.cpu_count()}
     where |= {"command": f"python tests/record_machines.py {part}"}
     known[part] = where | found
@@ -296,6 +359,8 @@ def main(part, *args):
 if __name__ == "__main__":
     if sys.argv[1] == "worker":
         worker(*map(int, sys.argv[2:5]), sys.argv[5])
+    elif sys.argv[1] == "overlap" and len(sys.argv) == 4:
+        overlap(int(sys.argv[2]), sys.argv[3])
     elif sys.argv[1] == "wire":
         wire(sys.argv[2])
     else:
