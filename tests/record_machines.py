@@ -279,7 +279,7 @@ def link():
     return found
 
 
-def overlapping(turns=5):
+def overlapping(turns=4):
     """The steps of `overlap` on one machine, and over two rates of a link."""
     plain = launched(2, "overlap", -turns)["weights"]
     found = {"one machine": launched(2, "overlap", turns)}
