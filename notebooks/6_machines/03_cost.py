@@ -525,15 +525,84 @@ plt.show()
 # microseconds are 10 ms, and the 16 MB that they carry take 1.3 ms.
 #
 # Where a curve has fallen, other things are done. *Send less*: two bytes a
-# number, for half of the wire's time, at the price of rounding. *Send meanwhile*: the
-# gradients of the last block are there while the first is still computed. The backward
-# pass is $4P$ of the $6P$ operations, so up to two thirds of the work can hide the
-# gradients, half of the bytes. *Split the model*, not the
+# number, for half of the wire's time, at the price of rounding. *Send meanwhile*, while
+# the backward pass goes on: see the next section. *Split the model*, not the
 # batch: with layers, or parts of their matrices, on different machines, activations
 # cross the wire in place of gradients, and a machine holds a part of
 # the model only. A model that does not fit into one machine needs this, or the second
 # and third stage of ZeRO, which put gradients and parameters into shards too
 # ([chapter 6.2](02_shards.ipynb)). None of these is in `llmnb`.
+#
+# ## Why nothing is sent meanwhile
+#
+# The gradients of the last block are there while the first block is still computed.
+# Most programs send them then, a *bucket* for each block, and hide a part of the wire
+# behind the work. What could that hide here?
+#
+# Not the parameters, which are spread after the update: half of the bytes. Of the
+# gradients only those of a rank's last micro-batch, since until then
+# the sum is not whole; and of these only the blocks'. The table of tokens is used first and
+# last. Its gradient begins with the head, and the encoder adds to it when all else is
+# done. So the owner of a shard gets, before the end of the pass, the part of it that
+# belongs to blocks. Where that is least, the wire has most to do afterwards, and
+# the others wait. With $q$ for the least such part of a shard, a step becomes
+# shorter by at most
+#
+# $$ q \cdot 4 P \beta \left(1 - \frac1R\right) . \tag{6.3.6} $$
+
+# %% what is ready early
+from llmnb.model.tensors import full_shape, tensor_table
+from llmnb.train.exchange import shards
+
+
+def ready(cfg, R):
+    """The least part of a shard that belongs to blocks."""
+    blocks, at = [], 0
+    for x in tensor_table(cfg):
+        size = int(np.prod(full_shape(x, cfg)))
+        blocks += [(at, at + size)] * x.stacked
+        at += size
+    return min(
+        sum(max(0, min(b, stop) - max(a, start)) for a, b in blocks)
+        / (stop - start)
+        for start, stop in shards(at, R)
+    )
+
+
+small = models["124M"]
+for R in (2, 3, 4, 8):
+    print(f"{R} ranks: {ready(small, R):.2f}")
+beta = wires["1 Gbit/s"][1]
+saved = ready(small, 2) * 4 * P * beta / 2
+print(f"1 Gbit/s: {saved:.2f} s of {link['1 Gbit/s']['seconds']:.2f}")
+
+# %% [markdown]
+# From four ranks on the table fills a shard by itself, and nothing can be gained. With
+# two it is something, on a wire where two ranks are slower than one.
+# `tests/overlapped.py` is a prototype for two ranks: a thread sends each block's
+# gradients as they come. It was measured in turns with what `llmnb` does, a step of
+# one, a step of the other, but not on free cores: other programs wanted them
+# too. So only the two columns can be compared, and not with the other tables.
+
+# %% sending after the pass, and meanwhile
+overlap = measured["overlap"]
+print(f"on average {overlap['load']:.0f} threads wanted {overlap['cores']} "
+      "cores before it")  # fmt: skip
+for name in ("one machine", "1 Gbit/s", "10 Gbit/s"):
+    row = overlap[name]
+    after, meanwhile = (
+        float(np.median(row[x][1:])) for x in ("after", "meanwhile")
+    )
+    print(f"{name:12} after {after:5.1f} s, meanwhile {meanwhile:5.1f} s, "
+          f"ratio {meanwhile / after:.2f}")  # fmt: skip
+    verdict(name, row["same as without"], "the same weights")
+
+# %% [markdown]
+# The weights are the same. On such cores nothing became shorter: on one machine the
+# two differ by less than the turns of each, and over the link the step with the
+# thread takes longer, as it takes time from the kernels. On free cores it has not
+# been measured; there (6.3.6) is the most that two ranks could gain, and four gain
+# nothing. So `llmnb` sends when the pass is done.
 #
 # ## Take away
 #
@@ -548,12 +617,12 @@ plt.show()
 #
 # ## Design note
 #
-# Overlap is what most programs do first. It needs the backward pass to tell when
-# a tensor's gradient is complete, a queue, and a thread that drives the
-# library while kernels compute, on cores that would compute as well. On a machine whose
-# cores all work, overlap gains only while the wire works and the cores would wait.
-# We left it out. The blue bars of figure 6.3.1 are all of the communication; overlap
-# could hide the half of it that carries gradients, at most.
+# Sending meanwhile could gain more if shards were dealt out crosswise, a part of
+# each block to each rank. Then every bucket would have something for every owner, and
+# only the table would come late. But a shard would be a hundred ranges in place of
+# one, of parameters, gradients, $m$ and $v$, and the pieces of the norm would
+# have to be cut anew. It takes a queue as well, and a thread that drives the library
+# while kernels compute, on cores that would compute too.
 #
 # ## Exercises
 #
