@@ -85,7 +85,8 @@ from llmnb.checks import check_tokens
 # %% a row cut into windows tags=["hide-input"]
 sentence = "in the beginning was the word and the word was with him"
 words = sentence.split()
-blue, orange, ink = (PALETTE[name] for name in ("blue", "orange", "ink"))
+blue, orange, green = (PALETTE[x] for x in ("blue", "orange", "green"))
+ink = PALETTE["ink"]
 
 
 def draw_words(ax, x, y, words, face, size=7.5):
@@ -97,7 +98,7 @@ def draw_words(ax, x, y, words, face, size=7.5):
 
 
 fig, ax = plt.subplots(figsize=(8, 3.3), dpi=100)
-draw_words(ax, 0, 4, words, ink)
+draw_words(ax, 0, 4, words, green)
 for i, name in ((0, "tokens"), (1, "targets")):
     x, face = 1.5 + 5.5 * i, (blue, orange)[i]
     ax.text(x + 1.5, 2.35, name, ha="center", color=face, size=11)

@@ -324,7 +324,7 @@ fig.subplots_adjust(0, 0, 1, 1)
 plt.show()
 
 # %% [markdown]
-# *Figure 1.10.3. Forward (black) the vector goes two ways, through $f$ and
+# *Figure 1.10.3. Forward the vector goes two ways, through $f$ and
 # past it. Backward (orange) the gradient comes back both ways, and where the
 # ways part on the way forward, the gradients add up on the way back.*
 

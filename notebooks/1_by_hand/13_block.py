@@ -71,7 +71,7 @@ from llmnb.config import GPT2Config
 wiring_figure("block")
 
 # %% [markdown]
-# *Figure 1.13.2. A block with every array named. Dark arrows are the forward
+# *Figure 1.13.2. A block with every array named. Plain arrows are the forward
 # pass: each half leaves the stream to the right and comes back into it. Orange
 # arrows are the gradients, which take the same roads the other way. Where the
 # forward pass reads an array twice, the gradients of both readers meet in an
@@ -398,7 +398,7 @@ def block_of(cfg, i=0):
 # %% [markdown]
 # ## One block, forward
 #
-# Follow the dark arrows of figure 1.13.2 and write down the calls. `ops` holds
+# Follow the plain arrows of figure 1.13.2 and write down the calls. `ops` holds
 # the layers, such as `llmnb.reference`; such a set of functions is called a
 # *backend*. `ln` is the output of either norm: the second writes over what the
 # first has written. In both functions `inp` is the $x$ of (1.13.1), and `x` is

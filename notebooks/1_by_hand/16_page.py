@@ -255,7 +255,7 @@ for name, array in kept["blocks"][0].items():
 # %% [markdown]
 # ## The wiring
 #
-# Dark arrows are the forward pass, orange ones the gradients that flow back along
+# Plain arrows are the forward pass, orange ones the gradients that flow back along
 # the same roads. Every array on a road has the name that it has in the code.
 
 # %% the wiring of GPT-2 tags=["hide-input"]

@@ -153,11 +153,11 @@ def draw_surprise(words, cost, scale=8):
 draw_surprise(words, cost)
 
 # %% [markdown]
-# *Figure 1.20.2. The surprise of every token. What starts something new is dark:
-# `class` itself, `balance` the first time, `deposit`, whose second piece is darkest
-# of all. What grammar foretells is light: indents, `def`, the `self` after a
+# *Figure 1.20.2. The surprise of every token. What starts something new is
+# strong: `class` itself, `balance` the first time, `deposit`, whose second piece is
+# strongest of all. What grammar foretells is faint: indents, `def`, the `self` after a
 # bracket. So is `amount` when it comes again, but for its first letters inside the
-# quotation marks. `balance` is harder: dark a second time, paler from the third.*
+# quotation marks. `balance` is harder: strong a second time, paler from the third.*
 
 
 # %% a name the second time

@@ -744,7 +744,7 @@ plt.show()
 # %% [markdown]
 # *Figure 4.11.2. One stream of tokens, cut three times: by the documents, by
 # the batches in which it is encoded, by the shards in which it is kept. The
-# borders need not meet. The place to go on from (black) is a batch and the
+# borders need not meet. The place to go on from (the thick line) is a batch and the
 # number of its tokens that are already in a shard, `drop`.*
 
 # %% [markdown]

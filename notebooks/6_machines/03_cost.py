@@ -149,7 +149,7 @@ plt.show()
 # %% [markdown]
 # *Figure 6.3.1. A step of two ranks. The upper bar of each pair is the
 # prediction, work in grey and wire in orange; the lower one is measured, work in
-# black and time within the calls in blue.*
+# the colour of the text and time within the calls in blue.*
 #
 # At 10 gigabits the prediction is met to a few per cent, at one gigabit the step
 # takes 27 % longer than predicted. Where is that lost? The calls against the bytes
