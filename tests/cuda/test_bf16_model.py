@@ -25,17 +25,17 @@ def model(channels=32, T=16, **how):
     return GPT2(cfg, 1, T, **how)
 
 
-def ten_steps(model):
+def five_steps(model):
     how = {"learning_rate": 1e-2, "max_norm": 1.0}
-    return np.array([model.step(*BATCH, step=s, **how) for s in range(1, 11)])
+    return np.array([model.step(*BATCH, step=s, **how) for s in range(1, 6)])
 
 
-def test_ten_steps_go_along_those_of_float32():
-    """Losses within 2e-2, and the gradients' norms within 2 %."""
-    half = ten_steps(model())
-    whole = ten_steps(model(backend="cpu", precision="fp32"))
-    np.testing.assert_allclose(half[:, 0], whole[:, 0], rtol=0, atol=2e-2)
-    np.testing.assert_allclose(half[:, 1], whole[:, 1], rtol=2e-2)
+def test_five_steps_go_along_those_of_float32():
+    """Losses within 4e-3, and the gradients' norms within 1 %."""
+    half = five_steps(model())
+    whole = five_steps(model(backend="cpu", precision="fp32"))
+    np.testing.assert_allclose(half[:, 0], whole[:, 0], rtol=0, atol=4e-3)
+    np.testing.assert_allclose(half[:, 1], whole[:, 1], rtol=1e-2)
     assert whole[-1, 0] < whole[0, 0] - 1
     assert (half[:, 0] != whole[:, 0]).any()
 

@@ -98,8 +98,8 @@ def test_gradients_are_those_of_float32_but_for_rounding(kind):
         assert error < 2e-2, name
 
 
-def test_ten_steps_go_along_those_of_float32():
-    """Losses within 2e-2, and the first gradient's norm within 1 %.
+def test_five_steps_go_along_those_of_float32():
+    """Losses within 4e-3, and the first gradient's norm within 1 %.
 
     The batch is that of GPT-2's test. With five tokens float32 itself parts
     by more, where its weights differ by a rounding to bfloat16.
@@ -107,10 +107,10 @@ def test_ten_steps_go_along_those_of_float32():
     how = {"learning_rate": 1e-2, "max_norm": 1.0}
     batch = np.random.default_rng(3).integers(0, 61, (2, 1, 16))
     half, whole = (
-        np.array([made.step(*batch, step=s, **how) for s in range(1, 11)])
+        np.array([made.step(*batch, step=s, **how) for s in range(1, 6)])
         for made in pair(LlamaConfig(*SIZES, **SMALL), 16)
     )
-    np.testing.assert_allclose(half[:, 0], whole[:, 0], rtol=0, atol=2e-2)
+    np.testing.assert_allclose(half[:, 0], whole[:, 0], rtol=0, atol=4e-3)
     np.testing.assert_allclose(half[0, 1], whole[0, 1], rtol=1e-2)
     assert whole[-1, 0] < whole[0, 0] - 1
     assert (half[:, 0] != whole[:, 0]).any()
