@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import pickle
+import re
 import sys
 from pathlib import Path
 
@@ -113,6 +114,7 @@ class KernelCache(FunctionCache):
         key = repr((self._index_key(signature, codegen), options))
         one = self._py_func
         name = f"{one.__module__}.{one.__qualname__}-"
+        name = re.sub("[<>]", "", name)  # which Windows has in no name
         name += hashlib.sha256((name + key).encode()).hexdigest()[:16]
         return self._cache_path / f"{name}.kernel"
 

@@ -27,7 +27,9 @@ def cpu_features():
     chosen = numba.config.CPU_FEATURES
     if chosen is not None:
         return {f[1:] for f in chosen.split(",") if f.startswith("+")}
-    return {name for name, has in llvm.get_host_cpu_features().items() if has}
+    found = llvm.get_host_cpu_features().items()
+    arm = llvm.get_process_triple().startswith(("aarch64", "arm64"))
+    return {name for name, has in found if has} | ({"neon"} if arm else set())
 
 
 def tile_shape():

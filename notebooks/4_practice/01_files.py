@@ -106,7 +106,9 @@ for name, program in (("in place", IN_PLACE), ("beside", BESIDE_IT)):
 #
 # A system keeps what is written in memory for a while. `fsync` waits until the
 # disk has it: first the file, so that the name never leads to nothing, and
-# after the rename the folder, which is itself a table from names to files.
+# after the rename the folder, which is itself a table from names to files. (On
+# macOS `fsync` only waits until the disk has taken it, perhaps into a memory of
+# its own: a kill loses nothing there, a power cut may.)
 
 # %% names on the disk tags=["export"]
 _UNABLE = errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP

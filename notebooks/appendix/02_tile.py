@@ -68,6 +68,10 @@ rng = np.random.default_rng(5)
 # for processors that we do not know: a small tile, which still is right.
 # `LLMNB_TILE` overrides the choice, so that every shape can be tried, and
 # tested, on any machine.
+#
+# LLVM knows the features of the processor it runs on, but not everywhere: on
+# Apple's processors its list may be empty. Every 64-bit ARM processor has NEON,
+# so there we do not ask.
 
 # %% imports of the tile tags=["exporti"]
 import os
@@ -89,7 +93,9 @@ def cpu_features():
     chosen = numba.config.CPU_FEATURES
     if chosen is not None:
         return {f[1:] for f in chosen.split(",") if f.startswith("+")}
-    return {name for name, has in llvm.get_host_cpu_features().items() if has}
+    found = llvm.get_host_cpu_features().items()
+    arm = llvm.get_process_triple().startswith(("aarch64", "arm64"))
+    return {name for name, has in found if has} | ({"neon"} if arm else set())
 
 
 def tile_shape():

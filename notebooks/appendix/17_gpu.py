@@ -870,7 +870,10 @@ def main(argv=None):
     try:
         code = process.wait(timeout=float(os.environ.get("LIMIT", 480)))
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)  # it closes what it has started
+        if os.name == "nt":  # which has no such signal
+            process.terminate()
+        else:
+            process.send_signal(signal.SIGINT)  # closes what it has started
         code = process.wait()
     sys.exit(code)
 

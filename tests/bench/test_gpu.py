@@ -1,6 +1,8 @@
 """`make gpu`: rehearsed on the stand-in, and judged by PyTorch on a CPU."""
 
 import json
+import os
+import signal
 import zipfile
 from types import SimpleNamespace
 
@@ -189,3 +191,36 @@ def test_the_measurement_starts_with_what_was_found(monkeypatch, tmp_path):
     assert seen["command"][1:] == ["-m", "llmnb.bench.gpu", "--seconds", "9"]
     assert str(tmp_path) in seen["env"]["PYTHONPATH"]
     assert seen["env"]["LD_LIBRARY_PATH"].startswith("/nvvm")
+
+
+@pytest.mark.parametrize(
+    "system, how", [("posix", signal.SIGINT), ("nt", "terminated")]
+)
+def test_a_measurement_that_takes_too_long(monkeypatch, system, how):
+    """It is asked to end as the system can ask; Windows has no SIGINT."""
+    seen = []
+
+    class Process:
+        def __init__(self, command, env, cwd):
+            pass
+
+        def wait(self, timeout=None):
+            if not seen:
+                raise TimeoutError
+            return 3
+
+        def send_signal(self, number):
+            seen.append(number)
+
+        def terminate(self):
+            seen.append("terminated")
+
+    fake = SimpleNamespace(Popen=Process, TimeoutExpired=TimeoutError)
+    there = {"environ": os.environ, "pathsep": os.pathsep, "name": system}
+    monkeypatch.setattr(start, "subprocess", fake)
+    monkeypatch.setattr(start, "os", SimpleNamespace(**there))
+    monkeypatch.setattr(start, "install", lambda root: "there")
+    monkeypatch.setattr(start, "library", lambda: "")
+    with pytest.raises(SystemExit) as end:
+        start.main([])
+    assert (end.value.code, seen) == (3, [how])

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import llvmlite
 import numba
@@ -219,6 +221,12 @@ def test_a_kernel_is_found_by_the_options_it_was_compiled_with(copy):
     assert run(copy, cache)["hits"] == 1
     assert run(copy, cache, NUMBA_BOUNDSCHECK="1")["hits"] == 1
     assert run(copy, cache, NUMBA_NUM_THREADS="1")["hits"] == 1
+
+
+def test_a_kernel_has_a_name_that_windows_takes(tmp_path):
+    made = compiled.KernelCache(lambda: 0, tmp_path)
+    path = made._path((), SimpleNamespace(magic_tuple=tuple))
+    assert re.fullmatch(r"[\w.-]+", path.name), path.name
 
 
 def test_every_option_is_one_of_numbas():

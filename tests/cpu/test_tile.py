@@ -110,6 +110,22 @@ def test_the_shape_follows_the_features(monkeypatch, shape):
     assert "x".join(map(str, tile.tile_shape())) == shape
 
 
+@pytest.mark.parametrize(
+    "triple, shape",
+    [
+        ("arm64-apple-darwin24.0.0", (6, 4, 4)),
+        ("aarch64-unknown-linux-gnu", (6, 4, 4)),
+        ("x86_64-pc-windows-msvc", (4, 2, 4)),
+    ],
+)
+def test_arm_has_neon_though_llvm_may_not_say_so(monkeypatch, triple, shape):
+    monkeypatch.delenv("LLMNB_TILE", raising=False)
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", None)
+    monkeypatch.setattr(tile.llvm, "get_host_cpu_features", dict)
+    monkeypatch.setattr(tile.llvm, "get_process_triple", lambda: triple)
+    assert tile.tile_shape() == shape
+
+
 def test_the_variable_comes_first(monkeypatch):
     monkeypatch.setenv("LLMNB_TILE", "5x3x8")
     assert tile.tile_shape() == (5, 3, 8)

@@ -2,7 +2,9 @@
 
 import errno
 import os
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from processes import held, python
@@ -97,6 +99,63 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, number):
     lock.check(hold=True)
     lock.release()
     assert not (tmp_path / LOCK).exists()
+
+
+class Windows:
+    """The module os as it is there, but for what it does."""
+
+    name = "nt"
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+    def open(self, path, *how):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return os.open(path, *how)
+
+    def unlink(self, path):
+        assert not locked, "a file in use cannot be removed"
+        os.unlink(path)
+
+    def close(self, place):
+        locked.discard(place)
+        os.close(place)
+
+
+locked = set()
+
+
+def locking(place, mode, count):
+    """msvcrt's: of so many bytes, from the place that was gone to."""
+    import fcntl
+
+    assert (mode, count) == ("at once", 1)
+    assert os.lseek(place, 0, os.SEEK_CUR) > 1 << 20, "the text is locked"
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise PermissionError(errno.EACCES, "Permission denied") from None
+    locked.add(place)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has the real one")
+def test_the_calls_of_windows(tmp_path, monkeypatch):
+    """On a stand-in: what is called, in which order, for which answers."""
+    msvcrt = SimpleNamespace(LK_NBLCK="at once", locking=locking)
+    monkeypatch.setitem(sys.modules, "msvcrt", msvcrt)
+    monkeypatch.setattr(files, "os", Windows())
+    with held(tmp_path) as process:
+        who = rf"is in use by process {process.pid} on \S+ since 20\d\d-"
+        with pytest.raises(BlockingIOError, match=who):
+            Lock(tmp_path)
+    with Lock(tmp_path):
+        text = (tmp_path / LOCK).read_text()
+        assert text.startswith(f"process {os.getpid()} on") and locked
+    assert not locked and not (tmp_path / LOCK).exists()
+    files.make_folder(tmp_path / "new")
+    files.write_whole(tmp_path / "new" / "a", b"1")
+    assert (tmp_path / "new" / "a").read_bytes() == b"1"
 
 
 @pytest.mark.skipif(not hasattr(os, "O_NOFOLLOW"), reason="links are followed")
