@@ -105,14 +105,15 @@ def run(args):
 def _prompt(text):
     """The prompt, from standard input for -; what is no text becomes U+FFFD.
 
-    Python reads a byte that is not UTF-8 as half of a character.
+    Standard input is read as UTF-8, as files are, whatever the system's
+    encoding; Python reads a byte that is not UTF-8 as half of a character.
     """
     if text == "-":
         if sys.stdin is None:
             why = "reads standard input, which is closed"
             raise ValueError(f"--prompt - {why}")
         if hasattr(sys.stdin, "reconfigure"):
-            sys.stdin.reconfigure(errors="surrogateescape")
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
         text = sys.stdin.read()
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 

@@ -196,6 +196,9 @@ def test_a_prompt_that_is_not_text(llmnb, trained, monkeypatch):
     prompt = io.TextIOWrapper(io.BytesIO(b"caf\xe9!"), "utf-8")
     monkeypatch.setattr(sys, "stdin", prompt)
     assert llmnb(*ask) == (0, "caf\ufffd!\n", "")
+    prompt = io.TextIOWrapper(io.BytesIO("café".encode()), "cp1252")
+    monkeypatch.setattr(sys, "stdin", prompt)  # as Windows opens it
+    assert llmnb(*ask) == (0, "café\n", "")
     monkeypatch.setattr(sys, "stdin", None)
     code, _, err = llmnb(*ask)
     assert code == 1 and "standard input, which is closed" in err
