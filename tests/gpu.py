@@ -14,6 +14,7 @@ import pytest
 
 from llmnb import cuda, reference
 from llmnb.bench.ladders import Sizes, ladder_named
+from llmnb.gpu import launch
 from llmnb.gpu.launch import missing, simulated, to_device, to_host
 from llmnb.gpu.ptx import compile_kernel, no_compiler
 from llmnb.gpu.simulator import watch
@@ -29,6 +30,31 @@ def there(arrays, place=simulated, **others):
         k: others.get(k, place)(v) if isinstance(v, np.ndarray) else v
         for k, v in arrays.items()
     }
+
+
+def stay_in_arena(model, monkeypatch):
+    """Let no array of a simulated GPU be made outside a model's memory."""
+    block = model.memory._block._array
+    made = launch.DeviceArray.__init__
+
+    def watched(self, array):
+        inside = not array.size or np.shares_memory(array, block)
+        assert inside, "an array of its own"
+        made(self, array)
+
+    monkeypatch.setattr(launch.DeviceArray, "__init__", watched)
+
+
+def check_gradients(half, whole, batch):
+    """Those in bfloat16 are those in float32, but for rounding."""
+    for made in (half, whole):
+        made.forward(*batch)
+        made.backward()
+    for name, want in whole.grads.items():
+        got = np.asarray(half.grads[name])
+        assert got.dtype == np.float32
+        error = np.linalg.norm(got - want) / np.linalg.norm(want)
+        assert error < 2e-2, name
 
 
 def between(array, place=simulated):

@@ -24,6 +24,23 @@ FAMILIES = {
 }
 
 
+def write_gguf(path, keys, kind="llama", arrays=()):
+    """A GGUF file; arrays: names, bytes, and their types or None."""
+    writer = pytest.importorskip("gguf").GGUFWriter(path, kind)
+    add = {bool: writer.add_bool, float: writer.add_float32}
+    add |= {int: writer.add_uint32, str: writer.add_string}
+    for key, x in keys.items():
+        add.get(type(x), writer.add_array)(key, x)
+    for name, raw, how in arrays:
+        writer.add_tensor(name, raw, raw_dtype=how)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    if arrays:
+        writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def cfg_of(family, vocab_size=300, **others):
     """A configuration of two layers and 16 channels."""
     sizes = 32, vocab_size, 2, 2, 16

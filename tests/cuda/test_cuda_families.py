@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gpu import stay_in_arena
 
 import llmnb
 from llmnb.arena import put
@@ -95,15 +96,7 @@ def test_three_steps_in_one_block_of_memory(name, monkeypatch):
     """Whole steps, of one graph; none makes an array outside the arena."""
     exact, model, batch = pair(config(name))
     if SIMULATED:
-        block = model.memory._block._array
-        made = launch.DeviceArray.__init__
-
-        def watched(self, array):
-            inside = not array.size or np.shares_memory(array, block)
-            assert inside, "an array of its own"
-            made(self, array)
-
-        monkeypatch.setattr(launch.DeviceArray, "__init__", watched)
+        stay_in_arena(model, monkeypatch)
     got, want = (
         [m.step(*batch, 1.0, step=k, **ADAMW) for k in (1, 2, 3)]
         for m in (model, exact)

@@ -9,6 +9,7 @@ import pytest
 from fuzz import answer, mangled
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llamas import write_gguf
 
 from llmnb.formats.foreign import (
     foreign_gguf,
@@ -278,29 +279,11 @@ def tables(theirs):
     }
 
 
-def gguf_of(keys, path):
-    gguf = pytest.importorskip("gguf")
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, x in keys.items():
-        if isinstance(x, bool):
-            writer.add_bool(key, x)
-        elif isinstance(x, int):
-            writer.add_uint32(key, x)
-        elif isinstance(x, str):
-            writer.add_string(key, x)
-        else:
-            writer.add_array(key, x)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return path
-
-
 @pytest.mark.parametrize("cut", ["smollm", "gpt-2", "default"])
 def test_tables_in_a_gguf_cut_and_merge_alike(cut, tmp_path):
     theirs = byte_level(cut)
     keys = tables(theirs) | {"tokenizer.ggml.pre": cut}
-    ours = open_foreign(gguf_of(keys, tmp_path / "a.gguf"))
+    ours = open_foreign(write_gguf(tmp_path / "a.gguf", keys))
     for text in TEXT, PROBE:
         want = theirs.encode(text).ids
         assert ours.encode_ordinary(text) == want
@@ -312,7 +295,7 @@ def test_tables_in_a_gguf_cut_and_merge_alike(cut, tmp_path):
 
 def test_a_gguf_says_whether_a_text_has_a_begin(theirs, tmp_path):
     keys = tables(theirs) | {"tokenizer.ggml.add_bos_token": True}
-    ours = open_foreign(gguf_of(keys, tmp_path / "a.gguf"))
+    ours = open_foreign(write_gguf(tmp_path / "a.gguf", keys))
     assert ours.bos_token == 1
 
 
@@ -330,7 +313,7 @@ def test_digits_are_cut_as_the_name_says(cut, want, theirs, tmp_path):
     keys["tokenizer.ggml.tokens"] += ["12", "123", "1234"]
     keys["tokenizer.ggml.token_type"] += [1, 1, 1]
     keys["tokenizer.ggml.merges"] += ["1 2", "12 3", "123 4"]
-    ours = open_foreign(gguf_of(keys, tmp_path / "a.gguf"))
+    ours = open_foreign(write_gguf(tmp_path / "a.gguf", keys))
     assert [ours.decode([x]) for x in ours.encode_ordinary("12345")] == want
     assert ours.decode(ours.encode_ordinary(TEXT)) == TEXT
 
@@ -338,7 +321,7 @@ def test_digits_are_cut_as_the_name_says(cut, want, theirs, tmp_path):
 @pytest.mark.parametrize("cut", ["smollm", "qwen2"])
 def test_accents_are_composed_as_the_name_says(cut, theirs, tmp_path):
     keys = tables(theirs) | {"tokenizer.ggml.pre": cut}
-    ours = open_foreign(gguf_of(keys, tmp_path / "a.gguf"))
+    ours = open_foreign(write_gguf(tmp_path / "a.gguf", keys))
     apart, whole = map(ours.encode_ordinary, ("cafe\u0301", "caf\u00e9"))
     assert (apart == whole) == (cut == "qwen2")
 
@@ -347,7 +330,7 @@ def test_added_tokens_of_a_gguf_stand_in_texts(theirs, tmp_path):
     keys = tables(theirs)
     keys["tokenizer.ggml.tokens"].append("<think>")
     keys["tokenizer.ggml.token_type"].append(4)
-    ours = open_foreign(gguf_of(keys, tmp_path / "a.gguf"))
+    ours = open_foreign(write_gguf(tmp_path / "a.gguf", keys))
     assert len(ours.encode_ordinary("<think>")) == 1
     assert "<think>" not in ours.special_tokens_set
 
@@ -392,7 +375,7 @@ def test_tables_that_make_no_tokenizer_are_refused(
     keys, path = tables(theirs), tmp_path / "a.gguf"
     change(keys)
     with pytest.raises(ValueError, match=says) as error:
-        foreign_gguf(gguf_of(keys, path))
+        foreign_gguf(write_gguf(path, keys))
     assert str(path) in str(error.value)
 
 
@@ -400,7 +383,7 @@ def test_a_token_that_comes_twice_is_refused(theirs, tmp_path):
     keys = tables(theirs)
     keys["tokenizer.ggml.tokens"][-1] = keys["tokenizer.ggml.tokens"][-2]
     with pytest.raises(ValueError, match="a token comes twice"):
-        foreign_gguf(gguf_of(keys, tmp_path / "a.gguf"))
+        foreign_gguf(write_gguf(tmp_path / "a.gguf", keys))
 
 
 @pytest.mark.parametrize("library", ["tokenizers", "sentencepiece"])

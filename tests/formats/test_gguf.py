@@ -9,6 +9,7 @@ import pytest
 from fuzz import answer, mangled
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from llamas import write_gguf
 
 import llmnb
 from llmnb.formats.checkpoint import open_model
@@ -90,24 +91,11 @@ def packed_as(name, x, kind):
 
 def write(path, kind, keys, arrays, pack=None):
     """arrays: name -> array, or (bytes, type) as they are to lie there."""
-    writer = gguf.GGUFWriter(path, kind)
-    for key, x in keys.items():
-        if isinstance(x, float):
-            writer.add_float32(key, x)
-        elif isinstance(x, int):
-            writer.add_uint32(key, x)
-        elif isinstance(x, str):
-            writer.add_string(key, x)
-        else:
-            writer.add_array(key, x)
-    for name, x in arrays.items():
-        raw, how = x if type(x) is tuple else packed_as(name, x, pack)
-        writer.add_tensor(name, raw, raw_dtype=how)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    rows = [
+        (name, *(x if type(x) is tuple else packed_as(name, x, pack)))
+        for name, x in arrays.items()
+    ]
+    return write_gguf(path, keys, kind, rows)
 
 
 def write_model(path, cfg, params, pack=None, keys=None, arrays=None):
