@@ -150,10 +150,14 @@ class Figure:
 
 
 def markup(element):
-    """An element as text without the prefixes of namespaces."""
+    """An element as text without the prefixes of namespaces.
+
+    Nor with what says nothing: white between elements, a group of one.
+    """
     text = ElementTree.tostring(element, "unicode")
     text = re.sub(r"(</?)ns\d:| xmlns:ns\d=\"[^\"]*\"", r"\1", text)
-    return text.replace(" />", "/>")
+    text = re.sub(r">\s+<", "><", text.replace(" />", "/>"))
+    return re.sub(r"<g>(<(?:path|use)\b[^<>]*/>)</g>", r"\1", text)
 
 
 def sheet(glyphs):

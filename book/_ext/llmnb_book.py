@@ -51,7 +51,8 @@ DERIVED = re.compile(r"Derived in chapter ([\dA]\.\d+)\.")
 # what one reads as one word, in the text of which nodes
 TOGETHER = re.compile(
     r"(GPT-\d\w*|\d[\d.,]* (?:%|[KMGT]B(?:/s)?|[mµ]s|[MGT]FLOP(?:/s)?)(?!\w)"
-    r"|\b[A-Z]\w* = \d[\d,]*(?!\w))"
+    r"|\b[A-Z]\w* = \d[\d,]*(?!\w)"
+    r"|\([A-Z]\w?, (?:[A-Z]\w?, )?[A-Z]\w?\))"
 )
 PROSE = nodes.paragraph, nodes.emphasis, nodes.strong
 log = logging.getLogger(__name__)
@@ -153,7 +154,7 @@ def caption_figures(doctree, docname):
 
 
 def keep_together(doctree):
-    """Let no line end inside a number with its unit, or inside "GPT-2"."""
+    """Let no line end inside a number with its unit, a shape, or "GPT-2"."""
     for text in [*doctree.findall(nodes.Text)]:
         if not isinstance(text.parent, PROSE):
             continue

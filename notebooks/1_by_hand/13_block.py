@@ -398,7 +398,7 @@ def block_of(cfg, i=0):
 # %% [markdown]
 # ## One block, forward
 #
-# Follow the plain arrows of figure 1.13.2 and write down the calls. `ops` holds
+# Follow the plain arrows of figure 1.13.2 and write down the calls. `ops` has
 # the layers, such as `llmnb.reference`; such a set of functions is called a
 # *backend*. `ln` is the output of either norm: the second writes over what the
 # first has written. In both functions `inp` is the $x$ of (1.13.1), and `x` is
