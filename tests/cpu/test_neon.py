@@ -1,0 +1,85 @@
+"""The tile of NEON, run by an emulator where the processor has none.
+
+LLMNB_ARM names a Python for 64-bit ARM; `python tests/arm.py FOLDER` makes it.
+It takes minutes: the emulator runs LLVM, too.
+"""
+
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import pytest
+from processes import output
+from test_tile import AT_A_SHAPE, CHOSEN
+
+from llmnb.cpu.tile import cpu_features
+
+TESTS = Path(__file__).parents[1]
+ARM = os.environ.get("LLMNB_ARM")
+MACHINE = platform.machine().lower()
+pytestmark = [
+    pytest.mark.skipif(
+        MACHINE in ("arm64", "aarch64"), reason="all tests run on NEON here"
+    ),
+    pytest.mark.skipif(
+        not ARM,
+        reason="LLMNB_ARM names no Python for ARM; see tests/arm.py",
+    ),
+]
+# a kernel that is compiled while hypothesis draws is no fault of the test
+SLOW = """
+from hypothesis import HealthCheck, settings
+settings.register_profile("slow", suppress_health_check=list(HealthCheck))
+settings.load_profile("slow")
+"""
+PRODUCTS = """
+import hashlib, json, random
+from problems import Problem
+from llmnb.cpu import matmul
+
+def digest(x):
+    return hashlib.sha256(x.tobytes()).hexdigest()[:12]
+
+draw, found = random.Random(0), {}
+sizes = [*range(1, 14), 16, 17, 37, 48, 49, 51, 97]
+shapes = [tuple(draw.choices(sizes, k=3)) for _ in range(150)]
+for T, C, OC in [*shapes, (50, 801, 49), (300, 40, 41), (13, 2100, 33)]:
+    p = Problem(1, T, C, OC, T % 2)
+    found[f"{T} {C} {OC}"] = [*map(digest, p.results(matmul))]
+print(json.dumps(found))
+"""
+
+
+def emulated(program, *args, **how):
+    """Run a program on ARM; returns what is known of its end."""
+    paths = str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")
+    env = {k: v for k, v in os.environ.items() if k[:5] not in OURS}
+    env["PYTHONPATH"] = os.pathsep.join(paths)
+    return subprocess.run(
+        [ARM, "-c", program, *args], cwd=TESTS, env=env | how,
+        timeout=7200, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+OURS = "LLMNB", "NUMBA"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("kernels"))
+
+
+def test_neon_computes_what_the_reference_does(cache):
+    """Chosen by the processor, not by LLMNB_TILE."""
+    done = emulated(SLOW + AT_A_SHAPE, "6x4x4", *CHOSEN, LLMNB_CACHE=cache)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif("fma" not in cpu_features(), reason="rounds twice")
+def test_products_have_the_bits_of_other_processors(cache):
+    done = emulated(PRODUCTS, LLMNB_CACHE=cache)
+    assert done.returncode == 0, done.stderr
+    theirs, ours = json.loads(done.stdout), output(PRODUCTS, cwd=TESTS)
+    assert theirs == json.loads(ours)
