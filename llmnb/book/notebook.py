@@ -4,7 +4,7 @@
 
 __all__ = [
     "build", "cell_defects", "defects", "from_source", "hundredths", "main",
-    "one_picture", "run", "slim",
+    "one_picture", "run", "slim", "with_table",
 ]
 
 
@@ -13,10 +13,14 @@ import argparse
 import os
 import re
 import sys
+from base64 import b64decode, b64encode
+from functools import partial
+from io import BytesIO
 
 import jupytext
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 from llmnb.book.export import ROOT, chapter_label, sources, write_text
 
@@ -85,7 +89,7 @@ def one_picture(output):
 
 
 def slim(svg):
-    """An SVG without date, comments, and digits that nobody sees.
+    """An SVG without date, comments, and what else nobody sees.
 
     Derived in chapter A.10.
     """
@@ -95,7 +99,11 @@ def slim(svg):
     svg = re.sub(r"\n\s*", "\n", svg)
     places = r'(?<= [dxy]=")[^"]*|(?<=translate\()[^)]*'
     number = r"-?\d+\.\d+(?:e-\d+)?"
-    return re.sub(places, lambda x: re.sub(number, hundredths, x[0]), svg)
+    svg = re.sub(places, lambda x: re.sub(number, hundredths, x[0]), svg)
+    inside = r"(?s)(?<=data:image/png;base64,)[^\"]+"
+    svg = re.sub(inside, lambda x: with_table(x[0]), svg)
+    blanks = partial(re.sub, r"\s*([A-Zz])\s*", r"\1")
+    return re.sub(r'(?<= d=")[^"]*', lambda x: blanks(x[0]), svg)
 
 
 def hundredths(number):
@@ -104,6 +112,19 @@ def hundredths(number):
     Derived in chapter A.10.
     """
     return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
+
+
+def with_table(text):
+    """The base64 of a PNG, smaller if it has few colours; the same dots.
+
+    Derived in chapter A.10.
+    """
+    picture, file = Image.open(BytesIO(b64decode(text))), BytesIO()
+    table = picture.convert("RGB").quantize(256)
+    if table.convert(picture.mode).tobytes() != picture.tobytes():
+        return text
+    table.save(file, "png", optimize=True)
+    return min(text, b64encode(file.getvalue()).decode(), key=len)
 
 
 # write one notebook

@@ -121,32 +121,27 @@ compare("their mean", cost.mean(), loss, tol=1e-5)
 
 
 # %% draw the surprise tags=["hide-input"]
-def draw_surprise(words, cost, scale=8):
+def draw_surprise(words, cost, scale=8, size=12):
     """The text, each token on a ground that darkens with its surprise."""
-    fig, ax = plt.subplots(figsize=(8, 3.6), dpi=100)
-    line, column = 0, 0
+    wide = 60 * 0.602 * size / 72  # inches of 60 letters of this font
+    fig = plt.figure(figsize=(wide, 3.6), dpi=100)
+    ax, line, column = fig.add_axes((0, 0, 1, 1)), 0, 0
+    shade = plt.matplotlib.colors.to_rgba
     for word, x in zip(words[1:], cost, strict=True):
         for part in word.splitlines(keepends=True):
-            width, shown = len(part.rstrip("\n")), part.rstrip("\n")
-            shade = plt.matplotlib.colors.to_rgba(
-                PALETTE["orange"], min(1, x / scale)
-            )
-            ax.add_patch(
-                plt.Rectangle(
-                    (column, -line - 0.8), width or 0.6, 0.9, fc=shade
-                )
-            )
-            for i, letter in enumerate(shown):
-                ax.text(
-                    column + i + 0.5, -line - 0.55, letter, ha="center",
-                    family="monospace", fontsize=8.5, color=PALETTE["ink"],
-                )  # fmt: skip
-            column += width
+            shown = part.rstrip("\n")
+            place, width = (column, -line - 0.8), len(shown) or 0.6
+            ground = shade(PALETTE["orange"], min(1, x / scale))
+            ax.add_patch(plt.Rectangle(place, width, 0.9, fc=ground))
+            ax.text(
+                column, -line - 0.55, shown, family="monospace",
+                fontsize=size, color=PALETTE["ink"],
+            )  # fmt: skip
+            column += len(shown)
             if part.endswith("\n"):
                 line, column = line + 1, 0
     ax.set(xlim=(0, 60), ylim=(-line - 0.4, 0.6))
     ax.axis("off")
-    fig.tight_layout()
     plt.show()
 
 
@@ -207,17 +202,22 @@ print(maps.shape)
 compare("rows", maps.sum(-1), np.ones(maps.shape[:-1]), tol=1e-5)
 
 # %% draw all heads tags=["hide-input"]
-L, shades = cfg.num_layers, plt.get_cmap("Blues", 12)
-fig, axes = plt.subplots(L, NH, figsize=(8, 8.2), dpi=100)
-for layer, row in enumerate(axes):
-    for head, ax in enumerate(row):
-        ax.imshow(maps[layer, 0, head] ** 0.5, shades, vmin=0, vmax=1)
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_color(PALETTE["grey"])
-        if layer == 0:
-            ax.set_title(f"head {head}", fontsize=9, color=PALETTE["ink"])
-        if head == 0:
-            ax.set_ylabel(f"block {layer}", fontsize=9)
+L, T = cfg.num_layers, ids.size
+sheet = maps[:, 0].transpose(0, 2, 1, 3).reshape(L * T, NH * T)
+shades = plt.get_cmap("Blues", 8)(sheet**0.5, bytes=True)
+fig, ax = plt.subplots(figsize=(8, 8.2), dpi=100)
+ax.imshow(shades, interpolation="none", extent=(0, NH, L, 0))
+for x in range(1, NH):
+    ax.axvline(x, color=PALETTE["grey"], lw=1)
+for y in range(1, L):
+    ax.axhline(y, color=PALETTE["grey"], lw=1)
+ax.set_xticks(np.arange(NH) + 0.5, [f"head {x}" for x in range(NH)])
+ax.set_yticks(
+    np.arange(L) + 0.5, [f"block {y}" for y in range(L)], rotation=90
+)
+ax.tick_params(length=0, top=True, labeltop=True, labelbottom=False)
+plt.setp(ax.get_yticklabels(), va="center")
+ax.spines[:].set_color(PALETTE["grey"])
 fig.tight_layout(pad=0.4)
 plt.show()
 

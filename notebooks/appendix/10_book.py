@@ -849,10 +849,14 @@ import argparse
 import os
 import re
 import sys
+from base64 import b64decode, b64encode
+from functools import partial
+from io import BytesIO
 
 import jupytext
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 from llmnb.book.export import ROOT, chapter_label, sources, write_text
 
@@ -899,8 +903,10 @@ def run(book, folder):
 # the colours, and a fixed salt for the names in the file. The kernel draws
 # each figure twice, as an SVG and as dots, two to a pixel; a figure of
 # thousands of points would be a heavy SVG, and for it the dots are kept.
-# `slim` takes out what no reader sees: the date, comments, and digits below
-# a hundredth of a point.
+# `slim` takes out what no reader sees: the date, comments, digits below a
+# hundredth of a point, and the blanks around the letters of a path. A picture
+# inside, such as a map of weights, has few colours: it keeps a table of them,
+# and for each dot a place in the table.
 
 # %% lines or dots tags=["exporti"] module="book.notebook"
 FORMATS = "--InlineBackend.figure_formats={'svg', 'retina'}"
@@ -922,19 +928,33 @@ def one_picture(output):
 
 
 def slim(svg):
-    """An SVG without date, comments, and digits that nobody sees."""
+    """An SVG without date, comments, and what else nobody sees."""
     svg = svg[svg.index("<svg") :]
     unseen = r"(?s)\s*<metadata>.*?</metadata>|<!--.*?-->"
     svg = re.sub(unseen, "", svg)
     svg = re.sub(r"\n\s*", "\n", svg)
     places = r'(?<= [dxy]=")[^"]*|(?<=translate\()[^)]*'
     number = r"-?\d+\.\d+(?:e-\d+)?"
-    return re.sub(places, lambda x: re.sub(number, hundredths, x[0]), svg)
+    svg = re.sub(places, lambda x: re.sub(number, hundredths, x[0]), svg)
+    inside = r"(?s)(?<=data:image/png;base64,)[^\"]+"
+    svg = re.sub(inside, lambda x: with_table(x[0]), svg)
+    blanks = partial(re.sub, r"\s*([A-Zz])\s*", r"\1")
+    return re.sub(r'(?<= d=")[^"]*', lambda x: blanks(x[0]), svg)
 
 
 def hundredths(number):
     """The text of a number, a match, with two decimals at most."""
     return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
+
+
+def with_table(text):
+    """The base64 of a PNG, smaller if it has few colours; the same dots."""
+    picture, file = Image.open(BytesIO(b64decode(text))), BytesIO()
+    table = picture.convert("RGB").quantize(256)
+    if table.convert(picture.mode).tobytes() != picture.tobytes():
+        return text
+    table.save(file, "png", optimize=True)
+    return min(text, b64encode(file.getvalue()).decode(), key=len)
 
 
 # %% write one notebook tags=["export"] module="book.notebook"
