@@ -28,8 +28,8 @@ from llmnb.book.diagram import gpt2_diagram
 gpt2_diagram(lit="adamw")
 
 # %% [markdown]
-# *Figure 1.12.1. AdamW is no layer: it stands after the loss. When the
-# backward pass has filled every gradient, it changes every parameter.*
+# *Figure 1.12.1. AdamW is an optimiser and no layer: when the backward pass
+# has filled every gradient, it changes every parameter.*
 #
 # At the end of this chapter you can
 #

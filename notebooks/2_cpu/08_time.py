@@ -226,7 +226,7 @@ def product_time(out, a, b, parts="rows columns"):
     kept = ["rows" in parts, "columns" in parts, True]
     code = tuple(np.where(kept, code, nothing.address).tolist())
     with patch.object(matmul, "scratch", lambda *_: (code, panels, work)):
-        return fastest(partial(matmul._product, out, a, b), runs=7)
+        return fastest(partial(matmul._product, out, a, b), runs=3)
 
 
 # %% a small one, wrong and right
@@ -285,9 +285,8 @@ least, tiles = spent[2] / spent[:2]
 print(f"{'a step':22}{1000 * spent[0]:8.2f}{least:9.0%}{tiles:7.0%}")
 
 # %% [markdown]
-# Of what is missing to the peak, somewhat more than half is lost in the tiles,
-# which begin and end their sums and wait for panels from the second cache. They
-# are slowest in `dweight`: its sums go over the 256 tokens, and are short. The
+# Of what is missing to the peak, about half is lost in the tiles, which begin
+# and end their sums and wait for panels from the second cache. They are slowest in `dweight`: its sums go over the 256 tokens, and are short. The
 # rest is lost while the product packs. That is no matter of how fast memory is,
 # which could bring and take everything in a fraction of the time, but of how
 # often a packed number is used. A weight is packed once for all tokens: for 256
