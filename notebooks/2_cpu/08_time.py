@@ -286,13 +286,14 @@ print(f"{'a step':22}{1000 * spent[0]:8.2f}{least:9.0%}{tiles:7.0%}")
 
 # %% [markdown]
 # Of what is missing to the peak, about half is lost in the tiles, which begin
-# and end their sums and wait for panels from the second cache. They are slowest in `dweight`: its sums go over the 256 tokens, and are short. The
-# rest is lost while the product packs. That is no matter of how fast memory is,
-# which could bring and take everything in a fraction of the time, but of how
-# often a packed number is used. A weight is packed once for all tokens: for 256
-# of them that shows, for thousands it hardly would. (The columns need not add
-# up: a panel that was just packed is in the cache, and the tiles that read it
-# are faster for it.)
+# and end their sums and wait for panels from the second cache. They are
+# slowest in `dweight`: its sums go over the 256 tokens, and are short. The
+# rest is lost while the product packs. That is no matter of how fast memory
+# is, which could bring and take everything in a fraction of the time, but of
+# how often a packed number is used. A weight is packed once for all tokens:
+# for 256 of them that shows, for thousands it hardly would. (The columns need
+# not add up: a panel that was just packed is in the cache, and the tiles that
+# read it are faster for it.)
 #
 # This table is how the products were made. Whatever looked slow was left out
 # first; only what bought time by its absence was worth improving. Wider blocks
