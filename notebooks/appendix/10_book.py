@@ -1153,41 +1153,23 @@ print(changed)
 verdict("one cell", len(changed) == 2 and not extra, "changes two files")
 
 # %% [markdown]
-# **2** (★★). `refuse_loading` knows some names of functions that read files.
-# Write a chapter that reads a file on import all the same, without these
-# names, and see whether it is refused.
-#
-# :::{admonition} Solution to exercise 2
-# :class: dropdown
-# `lines = list(map(len, Path("x").glob("*")))` touches the disk and is let
-# through. The check guards against mistakes, not against intent.
-# :::
-
-# %% exercise 2, checked
-path.write_text(
-    HEAD + CELL + "from pathlib import Path\n\nn = len([*Path().glob('*')])\n"
-)
-let_through = "n" in collect([read_chapter(path)])["thing"].names
-verdict("glob", let_through, "is let through")
-
-# %% [markdown]
-# **3** (★★★). An import that nothing uses does no harm, and stays in the
+# **2** (★★★). An import that nothing uses does no harm, and stays in the
 # package for ever. Write a function that lists such names of a `Module`.
 #
-# :::{admonition} Solution to exercise 3
+# :::{admonition} Solution to exercise 2
 # :class: dropdown
 # The linter has a rule for it, F401. It does not know which names a module
 # means to export, so an import that is there for others would be listed too.
 # :::
 
 
-# %% exercise 3 tags=["hide-cell"]
+# %% exercise 2 tags=["hide-cell"]
 def unused(module):
     text = "".join(f"{cell.source}\n" for cell in module.cells)
     return [x for _, _, x in findings({module.name: text}, "F401")]
 
 
-# %% exercise 3, checked
+# %% exercise 2, checked
 path.write_text(
     HEAD + CELL + "import json\nimport math\n\nroot = math.sqrt(2)\n"
 )
