@@ -290,15 +290,15 @@ print(f"{'a step':22}{1000 * spent[0]:8.2f}{least:9.0%}{tiles:7.0%}")
 # slowest in `dweight`: its sums go over the 256 tokens, and are short. The
 # rest is lost while the product packs. That is no matter of how fast memory
 # is, which could bring and take everything in a fraction of the time, but of
-# how often a packed number is used. A weight is packed once for all tokens:
-# for 256 of them that shows, for thousands it hardly would. (The columns need
-# not add up: a panel that was just packed is in the cache, and the tiles that
-# read it are faster for it.)
+# how often a packed number is used. A weight is packed once for all tokens,
+# and 256 of them are not many. (The columns need not add up: a panel that was
+# just packed is in the cache, and the tiles that read it are faster for it.)
 #
-# This table is how the products were made. Whatever looked slow was left out
-# first; only what bought time by its absence was worth improving. Wider blocks
-# of columns, or asking the memory for the next block of rows too, bought
-# nothing, and are not there.
+# So were the products improved. What looked slow was left out first, and only
+# what bought time by its absence was worth the work. Some of that bought
+# nothing when it was done, and is not there: wider blocks of columns, asking
+# the memory for the next packed panel too, spreading what is asked over all
+# tiles.
 #
 # ## What a launch costs
 #
@@ -708,8 +708,7 @@ verdict("a reading", reading < 5e-6, "takes less than 5 microseconds")
 # In `dweight`. There the sums go over the tokens, and what a tile costs at its
 # beginning and its end is spread over their number, or over the 768 steps that
 # panels hold if there are more. In the other two the sums go over channels, as
-# before. All three gain otherwise: a weight is packed once for four times as
-# many tokens.
+# before.
 # :::
 
 # %% exercise 2, counted
