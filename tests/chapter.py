@@ -7,7 +7,7 @@
 
 A module is tested by the files in the folder of its room that bear its name,
 or else by those that import it. A layer that is compiled is tested by the file
-that tests it in NumPy.
+that tests it in NumPy; the tests of all layers are run for its own alone.
 """
 
 import ast
@@ -27,6 +27,12 @@ FOLDERS = {
     "book": ["."],
     "cpu": ["cpu", "reference"],
     "bench": ["bench", "cuda"],
+}
+# what tests all layers of a room, by their names
+LAYERS = {
+    "reference": "reference/test_layers.py",
+    "cpu": "reference/test_layers.py",
+    "cuda": "cuda/test_cuda_layers.py",
 }
 # modules that are tested through the model that runs on them
 ALSO = {
@@ -64,20 +70,30 @@ def test_files(module):
 
 
 def chapter_files(label):
-    """A chapter's notebook, and the files that test what it exports."""
+    """A chapter's notebook, what tests its exports, and its layers."""
     paths = {chapter_label(p): p for p in sources(ROOT / "notebooks")}
     if label not in paths:
         sys.exit(f"there is no chapter {label}: {', '.join(paths)}")
     index = json.loads((ROOT / "llmnb" / "index.json").read_text("utf-8"))
-    modules = {name["module"] for name in index.get(label, [])}
-    tests = set().union(*map(test_files, modules))
-    return [paths[label].with_suffix(".ipynb"), *sorted(tests)]
+    exported = index.get(label, [])
+    tests = set().union(*(test_files(x["module"]) for x in exported))
+    layers = set()
+    for x in exported:
+        room, name = x["module"].split(".")[0], x["name"]
+        if room in LAYERS and name.endswith("_forward"):
+            tests.add(TESTS / LAYERS[room])
+            layers.add(name.removesuffix("_forward"))
+    return [paths[label].with_suffix(".ipynb"), *sorted(tests)], layers
 
 
 def main(args):
     at = args.index("--") if "--" in args else len(args)
-    files = [f for label in args[:at] for f in chapter_files(label)]
-    how = ["--nbval"]
+    files, layers, how = [], ["not layers.py"], ["--nbval"]
+    for label in args[:at]:
+        found = chapter_files(label)
+        files += found[0]
+        layers += found[1]
+    how += ["-k", " or ".join(layers)] if files else []
     if not files:
         # threads that wait must not keep the other workers' from running
         for name, value in (

@@ -11,6 +11,7 @@ import struct
 
 import numpy as np
 import pytest
+from layers import NAMED, arguments, passed, problem
 
 from llmnb import cuda, reference
 from llmnb.bench.ladders import Sizes, ladder_named
@@ -100,6 +101,31 @@ def check_layer(layer, reference, arrays, writes, tol=2e-6, **options):
                 same = to_host(given[name])
                 np.testing.assert_array_equal(same, arrays[name], name)
     return simulation
+
+
+def both(layer, p):
+    """Each pass of tests/layers.py, and its arguments, by name."""
+    first, second = layer.ways
+    yield first, arguments(first, p)
+    saved = passed(layer, reference, p, [first])
+    yield second, arguments(second, saved)
+
+
+def check_row(name, *sizes, tol=1e-5, **options):
+    """check_layer for both passes of a row of tests/layers.py."""
+    layer = NAMED[name]
+    p = problem(layer, np.float32, layer.sized(*sizes), **options)
+    return check_problem(layer, p, tol)
+
+
+def check_problem(layer, p, tol=1e-5):
+    return [
+        check_layer(
+            getattr(cuda, way), getattr(reference, way), arrays,
+            layer.written(way), tol,
+        )
+        for way, arrays in both(layer, p)
+    ]  # fmt: skip
 
 
 def _wide(x):

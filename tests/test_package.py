@@ -172,10 +172,12 @@ def test_the_readme_leads_everywhere():
 
 def test_a_chapters_tests_are_found():
     """What `make test CHAPTER=...` runs: the notebook, its modules' tests."""
-    found = chapter.chapter_files("2.4")
+    found, layers = chapter.chapter_files("2.4")
+    assert layers == {"matmul"}
     names = [path.relative_to(ROOT).as_posix() for path in found]
     assert names == [
         "notebooks/2_cpu/04_matmul.ipynb",
+        "tests/reference/test_layers.py",
         "tests/reference/test_matmul.py",
     ]
     with pytest.raises(SystemExit, match="no chapter 9.9"):

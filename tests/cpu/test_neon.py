@@ -36,8 +36,9 @@ settings.load_profile("slow")
 """
 PRODUCTS = """
 import hashlib, json, random
-from problems import Problem
-from llmnb.cpu import matmul
+import numpy as np
+from layers import NAMED, draw, passed, results
+from llmnb import cpu
 
 def digest(x):
     return hashlib.sha256(x.tobytes()).hexdigest()[:12]
@@ -46,8 +47,12 @@ draw, found = random.Random(0), {}
 sizes = [*range(1, 14), 16, 17, 37, 48, 49, 51, 97]
 shapes = [tuple(draw.choices(sizes, k=3)) for _ in range(150)]
 for T, C, OC in [*shapes, (50, 801, 49), (300, 40, 41), (13, 2100, 33)]:
-    p = Problem(1, T, C, OC, T % 2)
-    found[f"{T} {C} {OC}"] = [*map(digest, p.results(matmul))]
+    absent = ("residual", *(("bias", "dbias") * (1 - T % 2)))
+    p = draw("matmul", 1, T, C, OC, dtype=np.float32, absent=absent)
+    p = passed(NAMED["matmul"], cpu, p)
+    found[f"{T} {C} {OC}"] = [
+        *map(digest, results(NAMED["matmul"], p).values())
+    ]
 print(json.dumps(found))
 """
 

@@ -15,21 +15,21 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
-from problems import Problem, assert_threads_change_no_bit, problem, run
+from layers import NAMED, assert_near, draw, passed, results
 from tiles import AVX2, MASKS, ON_X86, OURS, SHAPES, chosen, masked
 
-from llmnb.cpu import attention, bfloat16, matmul, tile
+from llmnb import cpu
+from llmnb.cpu import bfloat16, matmul, tile
 
 TESTS = Path(__file__).parents[1]
 OTHERS = [shape for shape in SHAPES if shape != OURS]
 # what each shape has to pass: the comparisons with the reference
 CHOSEN = [
-    "reference/test_matmul.py::test_cpu_equals_reference",
-    "reference/test_matmul.py::test_options",
-    "reference/test_matmul.py::test_wide_layers",
-    "reference/test_matmul.py::test_threads_change_no_bit",
-    "reference/test_attention.py::test_cpu_against_reference[float32]",
-    "reference/test_attention.py::test_backward_overwrites",
+    "reference/test_layers.py::test_cpu_equals_reference[float32-matmul]",
+    "reference/test_layers.py::test_cpu_equals_reference[float64-matmul]",
+    "reference/test_layers.py::test_at_the_edges[matmul]",
+    "reference/test_layers.py::test_threads_change_no_bit[matmul]",
+    "reference/test_layers.py::test_cpu_equals_reference[float32-attention]",
 ]
 AT_A_SHAPE = """
 import sys
@@ -191,20 +191,22 @@ BF16_SHAPES = [(1, 1, 1, 1), (2, 37, 51, 97), (1, 13, 801, 49), (3, 50, 64, 9)]
 @pytest.mark.parametrize("shape", BF16_SHAPES)
 def test_bf16_products(shape, bias):
     """The product of the rounded factors, in float64; the bias is whole."""
-    p = Problem(*shape, bias)
-    rows, drows = (nearest(x).reshape(-1, x.shape[2]) for x in (p.inp, p.dout))
-    weight = nearest(p.weight)
-    want = [
-        (rows @ weight.T).reshape(p.out.shape) + (p.bias if bias else 0),
-        p.dinp + (drows @ weight).reshape(p.inp.shape),
-        p.dweight + drows.T @ rows,
-    ]
+    layer, absent = NAMED["matmul"], ("residual",)
+    absent += () if bias else ("bias", "dbias")
+    p = draw("matmul", *shape, dtype=np.float32, absent=absent)
+    inp, dout, weight = (nearest(p[x]) for x in ("inp", "dout", "weight"))
+    rows, drows = (x.reshape(-1, x.shape[2]) for x in (inp, dout))
+    want = {
+        "out": inp @ weight.T + (p["bias"] if bias else 0),
+        "dinp": p["dinp"] + dout @ weight,
+        "dweight": p["dweight"] + drows.T @ rows,
+    }
     if bias:
-        want.append(p.dbias + p.dout.sum((0, 1), dtype=np.float64))
-    p.assert_close(p.results(matmul, bf16=True), want)
+        want["dbias"] = p["dbias"] + p["dout"].sum((0, 1), dtype=np.float64)
+    assert_near(results(layer, passed(layer, cpu, p, bf16=True)), want, 2e-5)
     if shape != BF16_SHAPES[0]:
         with pytest.raises(AssertionError):
-            p.assert_close(p.results(matmul), want)
+            assert_near(results(layer, passed(layer, cpu, p)), want, 2e-5)
 
 
 def heads(x, NH, parts):
@@ -252,30 +254,22 @@ def attention_of_rounded(inp, dout, out, NH):
     "shape", [(1, 1, 1, 1), (2, 37, 3, 5), (1, 210, 2, 9)]
 )
 def test_bf16_attention(shape):
-    inp, dout = problem(*shape, np.float32)
-    NH = shape[2]
-    out, lse, dinp = run(attention, inp, dout, NH, bf16=True)
-    got = lse, out, dinp - 1
-    want, allowed = attention_of_rounded(inp, dout, out, NH)
-    for x, y, most in zip(got, want, allowed, strict=True):
+    (B, T, NH, hs), layer = shape, NAMED["attention"]
+    p = draw("attention", B, T, 1, NH, hs, dtype=np.float32, add=False)
+    got = passed(layer, cpu, p, bf16=True)
+    found = [got[name] for name in ("lse", "out", "dinp")]
+    arrays = p["inp"], p["dout"], got["out"], NH
+    want, allowed = attention_of_rounded(*arrays)
+    for x, y, most in zip(found, want, allowed, strict=True):
         float32 = 4e-6 * max(1, np.abs(y).max())
         assert (np.abs(x - y) <= most + float32).all()
-    if shape[1] == 1:
+    if T == 1:
         return
-    plain = run(attention, inp, dout, NH)
-    assert np.abs(plain[1] - lse).max() > 1e-4  # the scores' factors
-    rounded = run(*(attention, nearest(inp).astype(np.float32), dout, NH))
-    assert np.abs(rounded[0] - out).max() > 1e-4  # the weights
-
-
-# threads
-
-
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("shape", [(1, 97, 1, 17), (2, 200, 3, 16)])
-def test_threads_change_no_bit_of_attention(shape, bf16):
-    args = attention, *problem(*shape, np.float32), shape[2]
-    assert_threads_change_no_bit(lambda: run(*args, bf16=bf16))
+    plain = passed(layer, cpu, p)
+    assert np.abs(plain["lse"] - got["lse"]).max() > 1e-4  # of the scores
+    p["inp"] = nearest(p["inp"]).astype(np.float32)
+    rounded = passed(layer, cpu, p)
+    assert np.abs(rounded["out"] - got["out"]).max() > 1e-4  # the weights
 
 
 # assembly

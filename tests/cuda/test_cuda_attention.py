@@ -2,22 +2,20 @@
 
 import numpy as np
 import pytest
-from gpu import check_layer, check_machine_code, there
+from gpu import check_machine_code, check_row, there
 
 from llmnb import cuda as gpu
 from llmnb.gpu.launch import simulated, to_host
 from llmnb.gpu.simulator import watch
 from llmnb.reference import attention as reference
-from llmnb.reference import local
 
 TOLERANCE = 1e-5  # exp is approximate on a GPU
 
 
-def arrays(B, T, NH, hs, NKV=None):
+def arrays(B, T, NH, hs):
     """The backward pass's, from a forward pass in NumPy; it adds to ones."""
     rng = np.random.default_rng(0)
-    width = (NH + 2 * (NKV or NH)) * hs
-    inp = rng.normal(size=(B, T, width)).astype(np.float32)
+    inp = rng.normal(size=(B, T, 3 * NH * hs)).astype(np.float32)
     dout = rng.normal(size=(B, T, NH * hs)).astype(np.float32)
     out, lse = np.empty_like(dout), np.empty((B, NH, T), np.float32)
     reference.attention_forward(out, lse, inp)
@@ -25,35 +23,8 @@ def arrays(B, T, NH, hs, NKV=None):
     return {"dinp": ones, "dout": dout, "inp": inp, "out": out, "lse": lse}
 
 
-def forward(*shape):
-    a = arrays(*shape)
-    new = {k: np.full_like(a[k], np.nan) for k in ("out", "lse")}
-    layers = gpu.attention_forward, reference.attention_forward
-    return check_layer(*layers, new | {"inp": a["inp"]}, new, TOLERANCE)
-
-
-def backward(*shape, add=True):
-    a = arrays(*shape) | {"add": add}
-    if not add:
-        a["dinp"][...] = np.nan
-    layers = gpu.attention_backward, reference.attention_backward
-    return check_layer(*layers, a, ["dinp"], TOLERANCE)
-
-
 def test_forward_over_several_tiles():
-    forward(1, 70, 1, 4)
-
-
-@pytest.mark.parametrize(("NH", "NKV", "hs"), [(4, 2, 5), (3, 1, 4)])
-def test_heads_that_share_keys(NH, NKV, hs):
-    forward(1, 33, NH, hs, NKV)
-    backward(1, 33, NH, hs, NKV)
-
-
-@pytest.mark.parametrize("shape", [(1, 4, 2, 5), (1, 3, 1, 4)])
-def test_backward_overwrites(shape):
-    """Numbers, and vectors."""
-    backward(*shape, add=False)
+    check_row("attention", 1, 70, 1, 1, 4)
 
 
 def run(back, shape):
@@ -164,34 +135,3 @@ def test_no_positions():
     empty = [simulated(np.zeros(s, "f4")) for s in ((0, 3, 4), (0, 1, 3))]
     with pytest.raises(ValueError, match="lse must not be empty"):
         gpu.attention_forward(*empty, simulated(np.zeros((0, 3, 12), "f4")))
-
-
-# by a rule of chapter 5.4
-
-
-def by_a_rule(B, T, heads, add=True, **rule):
-    """Forward and backward against the reference; what was launched."""
-    (NH, NKV, hs), rng = heads, np.random.default_rng(0)
-    inp = rng.normal(size=(B, T, (NH + 2 * NKV) * hs)).astype(np.float32)
-    dout = rng.normal(size=(B, T, NH * hs)).astype(np.float32)
-    out, lse = np.empty_like(dout), np.empty((B, NH, T), np.float32)
-    local.local_attention_forward(out, lse, inp, **rule)
-    new = {"out": np.full_like(out, np.nan), "lse": np.full_like(lse, np.nan)}
-    named = rule | dict.fromkeys({"window", "scale", "softcap"} - set(rule))
-    named = {k: named[k] for k in ("window", "scale", "softcap")}
-    layers = gpu.local_attention_forward, local.local_attention_forward
-    forward = check_layer(*layers, new | {"inp": inp} | named, new, TOLERANCE)
-    dinp = np.full_like(inp, 1 if add else np.nan)
-    a = {"dinp": dinp, "dout": dout, "inp": inp, "out": out, "lse": lse}
-    a |= {"add": add} | named
-    layers = gpu.local_attention_backward, local.local_attention_backward
-    return forward, check_layer(*layers, a, ["dinp"], TOLERANCE)
-
-
-@pytest.mark.parametrize("window", (1, 32, 40))
-def test_tiles_outside_the_window_are_not_visited(window):
-    """Each walk reads what its rows see, and no more tiles than that."""
-    far = by_a_rule(1, 200, (1, 1, 4), window=window)
-    whole = by_a_rule(1, 200, (1, 1, 4))
-    for some, all_of_them in zip(far, whole, strict=True):
-        assert some.shared_requests < 0.8 * all_of_them.shared_requests

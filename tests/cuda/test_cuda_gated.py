@@ -2,63 +2,13 @@
 
 import numpy as np
 import pytest
-from gpu import PLACES, between, check_layer, check_machine_code, there
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from gpu import PLACES, both, check_machine_code, check_row, there
+from layers import NAMED, problem
 
-from llmnb import cpu, cuda, reference
+from llmnb import cpu, cuda
 from llmnb.gpu.launch import simulated, to_host
-from llmnb.gpu.simulator import watch
 
 KINDS = "swiglu", "geglu"
-sizes = st.tuples(st.integers(1, 2), st.integers(1, 5), st.integers(1, 41))
-drawn = settings(max_examples=12, deadline=None, derandomize=True)
-
-
-def draw(B, T, H, scale=2.0):
-    """The arguments of both directions; what is written is NaN."""
-    rng = np.random.default_rng(0)
-    inp = rng.normal(scale=scale, size=(B, T, 2 * H)).astype(np.float32)
-    dout = rng.normal(size=(B, T, H)).astype(np.float32)
-    none = np.full_like(inp, np.nan)
-    forward = {"out": np.full_like(dout, np.nan), "inp": inp}
-    return forward, {"dinp": none, "dout": dout, "inp": inp}
-
-
-def check(kind, *shape):
-    found = []
-    for way, arrays in zip(("forward", "backward"), draw(*shape), strict=True):
-        name, writes = f"{kind}_{way}", [*arrays][:1]
-        layers = getattr(cuda, name), getattr(reference, name)
-        found.append(check_layer(*layers, arrays, writes, tol=2e-6))
-    return found
-
-
-@drawn
-@given(st.sampled_from(KINDS), sizes)
-def test_gates_equal_the_reference(kind, shape):
-    for seen in check(kind, *shape):
-        ((kernel, *_),) = seen.launches
-        each = "by_four" if shape[2] % 4 == 0 else "by_one"
-        assert kernel.__name__ == each
-
-
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_array_may_begin_between_vectors(kind, place):
-    for way, arrays in zip(
-        ("forward", "backward"), draw(1, 3, 8), strict=True
-    ):
-        layer = getattr(cuda, f"{kind}_{way}")
-        first, straight = next(iter(arrays)), there(arrays, place)
-        layer(*straight.values())
-        want = to_host(straight[first])
-        for name in arrays:
-            shifted = {name: lambda x: between(x, place)}
-            given = there(arrays, place, **shifted)
-            with watch():
-                layer(*given.values())
-            np.testing.assert_array_equal(to_host(given[first]), want)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,7 +29,7 @@ def test_far_out_a_gate_is_shut_or_wide_open(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_gates_move(kind):
     """inp once and out once; three arrays twice as wide on the way back."""
-    forward, backward = check(kind, 1, 4, 256)
+    forward, backward = check_row(kind, 1, 4, 256, tol=2e-6)
     assert forward.sectors == 4 * (64 + 32)
     assert backward.sectors == 4 * (64 + 32 + 64)
     assert forward.requests == forward.sectors // 16
@@ -88,7 +38,7 @@ def test_what_gates_move(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("H", [5, 8])
 def test_machine_code(kind, H):
-    for seen in check(kind, 1, 1, H):
+    for seen in check_row(kind, 1, 1, H):
         (made,) = check_machine_code(seen).values()
         wide = H % 4 == 0
         assert (made.vector_loads > 0) is (made.vector_stores > 0) is wide
@@ -96,47 +46,14 @@ def test_machine_code(kind, H):
         assert "tanh" not in made.ptx and "call" not in made.ptx
 
 
-def test_nothing_is_launched_for_empty_arrays():
-    for shape in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
-        inp = simulated(np.empty((*shape[:2], 2 * shape[2]), np.float32))
-        out = simulated(np.empty(shape, np.float32))
-        with watch() as seen:
-            cuda.swiglu_forward(out, inp)
-            cuda.geglu_forward(out, inp)
-        assert not seen.launches
-
-
 # token vectors
-
-
-def tokens(B, T, C, V, scale):
-    rng = np.random.default_rng(0)
-    inp = rng.integers(0, V, (B, T)).astype(np.int32)
-    wte, dwte = rng.normal(size=(2, V, C)).astype(np.float32)
-    dout = rng.normal(size=(B, T, C)).astype(np.float32)
-    forward = {"out": np.full_like(dout, np.nan), "inp": inp, "wte": wte}
-    backward = {"dwte": dwte, "dout": dout, "inp": inp}
-    return forward | {"scale": scale}, backward | {"scale": scale}
-
-
-@drawn
-@given(
-    st.tuples(*(st.integers(1, n) for n in (3, 23, 140, 9))),
-    st.sampled_from((1.0, 7.3)),
-)
-def test_token_vectors_equal_the_reference(shape, scale):
-    for way, arrays in zip(
-        ("forward", "backward"), tokens(*shape, scale), strict=True
-    ):
-        name, writes = f"embedding_{way}", [*arrays][:1]
-        layers = getattr(cuda, name), getattr(reference, name)
-        seen = check_layer(*layers, arrays, writes)
-        assert seen.atomics == seen.barriers == 0
 
 
 def test_the_order_is_that_of_the_text():
     """The bits are those of the CPU's one thread."""
-    _, arrays = tokens(4, 20, 8, 3, 4.0)
+    layer = NAMED["embedding"]
+    p = problem(layer, np.float32, layer.sized(4, 20, 8, 3), scale=4.0)
+    _, arrays = dict(both(layer, p)).values()
     given = there(arrays)
     cuda.embedding_backward(*given.values())
     cpu.embedding_backward(*arrays.values())
@@ -153,12 +70,3 @@ def test_rows_of_absent_tokens_stay_even_as_nan():
     got = to_host(given)
     assert (got[0] == 13).all() and (got[2] == 19).all()
     assert np.isnan(got[[1, 3]]).all()
-
-
-def test_machine_code_of_token_vectors():
-    for way, arrays in zip(
-        ("forward", "backward"), tokens(1, 3, 33, 5, 2.0), strict=True
-    ):
-        with watch() as seen:
-            getattr(cuda, f"embedding_{way}")(*there(arrays).values())
-        check_machine_code(seen)

@@ -1,12 +1,28 @@
-"""Every layer on a GPU, from the ladders' table: right wherever it begins."""
+"""Every layer on a GPU: right, and wherever its arrays begin.
+
+Those of GPT-2 are drawn from the ladders' table, the others from that of
+tests/layers.py.
+"""
 
 import numpy as np
 import pytest
-from gpu import PLACES, between, check_ladder, draw, there
+from gpu import (
+    PLACES,
+    between,
+    both,
+    check_ladder,
+    check_machine_code,
+    check_problem,
+    draw,
+    there,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layers import LAYERS, NAMED, copied, problem, problems
 
-from llmnb import cuda
+from llmnb import cuda, reference
 from llmnb.bench.ladders import LADDERS, TINY, ladder_named
-from llmnb.gpu.launch import to_host
+from llmnb.gpu.launch import simulated, to_host
 from llmnb.gpu.simulator import watch
 
 # exp is approximate on a GPU, and sums are as long as rows
@@ -42,7 +58,10 @@ SIZES = {
         (1, 3, 4),
     ],
 }
-NAMES = [x.layer for x in LADDERS]
+# a thread a number or a pair, no sums
+LIGHT = [w for x in ("rotary", "swiglu", "geglu") for w in NAMED[x].ways]
+OTHERS = {way: x for x in LAYERS if x.gpu for way in x.ways}
+NAMES = [*(x.layer for x in LADDERS), *OTHERS]
 
 
 def home(name):
@@ -64,10 +83,38 @@ def test_every_version_equals_the_reference(name, sizes, version):
     check_ladder(name, draw(name, *sizes), version, tolerance)
 
 
+@pytest.mark.parametrize(
+    "layer", [x for x in LAYERS if x.gpu], ids=lambda x: x.name
+)
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_layers_equal_the_reference(layer, data):
+    p = data.draw(problems(layer, np.float32, layer.gpu))
+    tol = 1e-5 if "attention" in layer.name else 5e-6
+    assert not any(seen.atomics for seen in check_problem(layer, p, tol))
+
+
+def drawn(name, ladder_sizes, odd=False):
+    """A layer, its arguments, and what it should leave, by name."""
+    if name not in OTHERS:
+        ladder, arrays = ladder_named(name), draw(name, *ladder_sizes)
+        return ladder.function(0), arrays, ladder.expected(arrays)
+    layer = OTHERS[name]
+    even, options = layer.even
+    sizes = dict.fromkeys(layer.most, 3) if odd else layer.sized(*even)
+    p = problem(layer, np.float32, sizes, **options)
+    arrays = dict(both(layer, p))[name]
+    want = copied(arrays, np.float64)
+    getattr(reference, name)(**want)
+    want = {k: want[k] for k in layer.written(name)}
+    return getattr(cuda, name), arrays, want
+
+
+SIZE = 1, 3, 8, 2, 61
 SHIFTED = [
-    pytest.param(x.layer, array, id=f"{x.layer}-{array}")
-    for x in LADDERS
-    for array, value in x.draw(TINY).items()
+    pytest.param(name, array, id=f"{name}-{array}")
+    for name in NAMES
+    for array, value in drawn(name, SIZE)[1].items()
     if isinstance(value, np.ndarray) and array != "settings"
 ]
 
@@ -76,12 +123,11 @@ SHIFTED = [
 @pytest.mark.parametrize(("name", "array"), SHIFTED)
 def test_an_array_may_begin_between_vectors(name, array, place):
     """Which `watch` refuses to read or write in fours there."""
-    ladder = ladder_named(name)
-    arrays = draw(name, 1, 3, 8, 2, 61)
+    layer, arrays, expected = drawn(name, SIZE)
     given = there(arrays, place, **{array: lambda x: between(x, place)})
     with watch():
-        ladder.function(0)(*given.values())
-    for key, want in ladder.expected(arrays).items():
+        layer(*given.values())
+    for key, want in expected.items():
         scale = max(1, np.abs(want).max())
         error = np.abs(to_host(given[key]) - want).max()
         assert error < 2e-5 * scale, key
@@ -89,14 +135,14 @@ def test_an_array_may_begin_between_vectors(name, array, place):
 
 def bits(name, backwards):
     """What a layer leaves when its blocks run from the first, or the last."""
-    ladder, given = ladder_named(name), there(draw(name, 2, 19, 36, 1, 61))
-    straight = np.ndindex
+    layer, arrays, expected = drawn(name, (2, 19, 36, 1, 61))
+    given, straight = there(arrays), np.ndindex
     with pytest.MonkeyPatch.context() as patch:
         if backwards:
             turned = lambda size: reversed([*straight(size)])  # noqa: E731
             patch.setattr("llmnb.gpu.simulator.np.ndindex", turned)
-        ladder.function(0)(*given.values())
-    return [to_host(given[k]) for k in ladder.results]
+        layer(*given.values())
+    return [to_host(given[k]) for k in expected]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -105,17 +151,48 @@ def test_the_order_of_blocks_changes_no_bit(name):
     assert all(np.array_equal(*pair) for pair in runs)
 
 
+BATCH = TINY._replace(B=3, T=7)
+SCRATCH = {x.layer: x.work(BATCH) for x in LADDERS if x.work} | {
+    "embedding_backward": cuda.encoder_scratch(21),
+    "headnorm_backward": cuda.headnorm_scratch(21, 8),
+    "local_attention_backward": cuda.attention_scratch(3, 7, 2),
+    "rmsnorm_backward": cuda.rmsnorm_scratch(21, 36),
+}
+
+
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("name", [x.layer for x in LADDERS if x.work])
-def test_scratch_of_ones_own(name, place):
+@pytest.mark.parametrize(("name", "size"), SCRATCH.items())
+def test_scratch_of_ones_own(name, size, place):
     """Exactly as many floats as are asked for do; one less is refused."""
-    sizes, layer = TINY._replace(B=3, T=7), getattr(cuda, name)
-    size = ladder_named(name).work(sizes)
-    arrays = ladder_named(name).draw(sizes)
+    _, arrays, expected = drawn(name, BATCH)
+    layer = getattr(cuda, name)
     work, given = place(np.full(size + 1, np.nan, "f4")), there(arrays, place)
     layer(*given.values(), work=work[:size])
-    assert all(np.isfinite(to_host(x)).all() for x in given.values())
+    assert all(np.isfinite(to_host(given[x])).all() for x in expected)
     written = np.isfinite(to_host(work))
     assert written[:size].all() and not written[size]
     with pytest.raises(ValueError, match=f"{name}: work must hold {size} fl"):
         layer(*given.values(), work=work[: size - 1])
+
+
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize(
+    "name", [name for name in OTHERS if "attention" not in name]
+)
+def test_machine_code(name, odd):
+    layer, arrays, _ = drawn(name, SIZE, odd)
+    with watch() as seen:
+        layer(*there(arrays).values())
+    for made in check_machine_code(seen).values():
+        assert made.registers <= (64 if name in LIGHT else 255)
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_nothing_is_launched_for_empty_arrays(name):
+    layer, arrays, _ = drawn(name, SIZE)
+    row = getattr(reference, name).arguments.arrays
+    batched = {a.name for a in row if ("B" in a.names)}
+    empty = {k: x[:0] if k in batched else x for k, x in arrays.items()}
+    with watch() as seen:
+        layer(*there(empty, simulated).values())
+    assert not seen.launches

@@ -1,147 +1,70 @@
-"""Attention: both backends, forward and backward."""
+"""Attention, with a window and a soft cap too: values and memory."""
 
 import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numba.core.runtime import _nrt_python, rtsys
-from problems import (
-    TOLERANCE,
-    assert_threads_change_no_bit,
-    problem,
-    run,
+from layers import (
+    NAMED,
+    RULE,
+    arguments,
+    assert_near,
+    copied,
+    draw,
+    passed,
+    results,
 )
+from numba.core.runtime import _nrt_python, rtsys
 
-from llmnb.book.verify import numerical_gradient
-from llmnb.cpu import attention as cpu
+from llmnb import cpu, reference
 from llmnb.cpu.panels import work_shape
-from llmnb.reference import attention as reference
 
-DRAWN = settings(max_examples=25, deadline=None, derandomize=True)
-
-
-def assert_close(got, want, tolerance):
-    for a, b in zip(got, want, strict=True):
-        scale = max(1, np.abs(b).max(initial=0))
-        assert np.abs(a - b).max(initial=0) / scale < tolerance
+LAYER = NAMED["attention"]
 
 
-def grouped(B, T, heads, dtype=np.float64):
-    """inp and dout of (NH, NKV, hs) heads."""
-    NH, NKV, hs = heads
-    rng = np.random.default_rng(1)
-    inp = rng.normal(size=(B, T, (NH + 2 * NKV) * hs)).astype(dtype)
-    return inp, rng.normal(size=(B, T, NH * hs)).astype(dtype)
-
-
-def by_definition(inp, NH, NKV, hs):
+def by_definition(inp, NH, NKV, hs, window=None, scale=None, softcap=None):
     """Output and log-sum-exp by plain loops over (1.8.1) to (1.8.4)."""
     B, T, _ = inp.shape
-    heads = inp.reshape(B, T, NH + 2 * NKV, hs)
+    x = inp.reshape(B, T, NH + 2 * NKV, hs)
     out, lse = np.zeros((B, T, NH, hs)), np.zeros((B, NH, T))
     for b, h, t in np.ndindex(B, NH, T):
         k = NH + h // (NH // NKV)
-        q, past = heads[b, t, h], heads[b, : t + 1]
-        e = np.exp(past[:, k] @ q / np.sqrt(hs))
+        past = x[b, max(0, t + 1 - (window or T)) : t + 1]
+        scores = past[:, k] @ x[b, t, h] * (scale or hs**-0.5)
+        if softcap:
+            scores = softcap * np.tanh(scores / softcap)
+        e = np.exp(scores)
         lse[b, h, t] = np.log(sum(e))
         out[b, t, h] = e / sum(e) @ past[:, k + NKV]
-    return out.reshape(B, T, NH * hs), lse
+    return {"out": out.reshape(B, T, NH * hs), "lse": lse}
 
 
-GROUPS = pytest.mark.parametrize("heads", ((3, 3, 5), (4, 2, 5), (3, 1, 4)))
-
-
-@GROUPS
-@pytest.mark.parametrize("layer", (reference, cpu))
-def test_forward_by_definition(layer, heads):
-    inp, dout = grouped(2, 7, heads)
-    out, lse, _ = run(layer, inp, dout, heads[0])
-    assert_close((out, lse), by_definition(inp, *heads), 1e-13)
-
-
-@GROUPS
-def test_heads_that_share_keys(heads):
-    """Over several blocks; the reference's gradient by differences."""
-    inp, dout = grouped(2, 130, heads)
-    want = run(reference, inp, dout, heads[0])
-    assert_close(run(cpu, inp, dout, heads[0]), want, 1e-13)
-    inp, dout = grouped(1, 4, heads)
-    out, lse = np.empty_like(dout), np.empty((1, heads[0], 4))
-
-    def loss():
-        reference.attention_forward(out, lse, inp)
-        return (dout * out).sum()
-
-    want = 1 + numerical_gradient(loss, inp)
-    assert_close(run(reference, inp, dout, heads[0])[2:], [want], 1e-8)
-
-
-@pytest.mark.parametrize("dtype", (np.float32, np.float64))
-@DRAWN
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
-    B=st.integers(1, 3),
-    T=st.integers(1, 150),
-    NH=st.integers(1, 4),
-    hs=st.integers(1, 40),
+    st.sampled_from(((1, 1), (1, 2), (2, 2), (3, 1))),
+    st.fixed_dictionaries(RULE) | st.just({}),
+    st.integers(1, 12),
 )
-def test_cpu_against_reference(dtype, B, T, NH, hs):
-    inp, dout = problem(B, T, NH, hs, dtype)
-    want = run(reference, inp.astype(np.float64), dout.astype(np.float64), NH)
-    assert_close(run(cpu, inp, dout, NH), want, TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("shape", ((1, 97, 2, 5), (2, 200, 1, 140)))
-def test_backward_overwrites(shape):
-    """Also with scratch memory of one's own, and heads of many channels."""
-    inp, dout = problem(*shape, np.float32)
-    work = np.full(work_shape(), np.nan, np.float32)
-    out, lse, added = run(cpu, inp, dout, shape[2], work=work)
-    got = np.full_like(inp, np.nan)
-    cpu.attention_backward(got, dout, inp, out, lse, add=False, work=work)
-    assert_close([got], [added - 1], 2e-6)
-    double = inp.astype(np.float64), dout.astype(np.float64)
-    want = run(reference, *double, shape[2])[2] - 1
-    assert_close([got], [want], 2e-6)
-
-
-@pytest.mark.parametrize("T", (31, 32, 33, 63, 64, 65, 128, 129, 257))
-def test_around_the_size_of_a_tile(T):
-    inp, dout = problem(1, T, 1, 9, np.float64)
-    want = run(reference, inp, dout, 1)
-    assert_close(run(cpu, inp, dout, 1), want, 1e-13)
-
-
-@pytest.mark.parametrize("layer", (reference, cpu))
-@pytest.mark.parametrize("shape", ((1, 1, 1, 1), (2, 5, 3, 4), (1, 9, 2, 3)))
-def test_gradient(layer, shape):
-    B, T, NH, hs = shape
-    inp, dout = problem(*shape, np.float64)
-    out, lse = np.empty_like(dout), np.empty((B, NH, T))
-
-    def loss():
-        layer.attention_forward(out, lse, inp)
-        return (dout * out).sum()
-
-    want = 1 + numerical_gradient(loss, inp)
-    assert_close(run(layer, inp, dout, NH)[2:], [want], 1e-8)
+def test_forward_by_definition(heads, rule, T):
+    name = "local_attention" if rule else "attention"
+    p, (group, NKV) = draw(name, 2, T, *heads, 5, **rule), heads
+    want = by_definition(p["inp"], group * NKV, NKV, 5, **rule)
+    for backend in (reference, cpu):
+        layer = NAMED[name]
+        got = passed(layer, backend, p, layer.ways[:1])
+        assert_near({k: got[k] for k in want}, want, 1e-13)
 
 
 def test_scores_that_grow_along_the_row_and_large_scores():
-    inp, dout = problem(1, 200, 2, 8, np.float32)
-    inp[..., :16] = 20
-    inp[..., 16:32] = np.linspace(-50, 50, 200)[:, None]
-    want = run(reference, inp.astype(np.float64), dout.astype(np.float64), 2)
-    got = run(cpu, inp, dout, 2)
-    assert all(np.isfinite(a).all() for a in got)
+    p = draw("attention", 1, 200, 1, 2, 8, dtype=np.float32)
+    p["inp"][..., :16] = 20
+    p["inp"][..., 16:32] = np.linspace(-50, 50, 200)[:, None]
+    want = results(LAYER, passed(LAYER, reference, copied(p, np.float64)))
+    got = results(LAYER, passed(LAYER, cpu, p))
+    assert all(np.isfinite(x).all() for x in got.values())
     # scores of thousands carry float32's rounding into the exponent
-    assert_close(got, want, 2e-3)
-
-
-@pytest.mark.parametrize("shape", ((1, 37, 1, 17), (2, 130, 3, 16)))
-def test_threads_change_no_bit(shape):
-    inp, dout = problem(*shape, np.float32)
-    assert_threads_change_no_bit(lambda: run(cpu, inp, dout, shape[2]))
+    assert_near(got, want, 2e-3)
 
 
 @numba.njit
@@ -169,28 +92,18 @@ def count_allocations(function, *args):
 
 
 def test_kernels_allocate_nothing():
-    inp, dout = problem(1, 130, 2, 8, np.float32)
-    out, lse, dinp = run(cpu, inp, dout, 2)
+    p = draw("attention", 1, 130, 1, 2, 8, dtype=np.float32)
+    p = passed(LAYER, cpu, p)
+    forward, backward = ([*arguments(way, p).values()] for way in LAYER.ways)
     assert count_allocations(one_allocation) == 1
     # numba makes one handle for each array that Python hands it, and the
     # scratch memory is handed over twice
     work = np.empty(work_shape(), np.float32)
-    backward = dinp, dout, inp, out, lse
-    handles = count_allocations(no_allocation, *backward) + 2
-    full = [*backward, True, work]
+    handles = count_allocations(no_allocation, *backward[:5]) + 2
+    full = *backward, work
     assert count_allocations(cpu.attention_backward, *full) == handles
-    full = out, lse, inp, work
+    full = *forward, work
     assert count_allocations(cpu.attention_forward, *full) == handles - 2
-
-
-def test_bf16_wants_float32():
-    inp, dout = problem(2, 5, 3, 4, np.float64)
-    out, lse, dinp = run(cpu, inp, dout, 3)
-    wanted = "bf16 wants float32 arrays, got float64"
-    with pytest.raises(TypeError, match=f"attention_forward: {wanted}"):
-        cpu.attention_forward(out, lse, inp, bf16=True)
-    with pytest.raises(TypeError, match=f"attention_backward: {wanted}"):
-        cpu.attention_backward(dinp, dout, inp, out, lse, bf16=True)
 
 
 def test_a_head_too_wide_for_the_scratch_memory():

@@ -1,0 +1,163 @@
+"""Every layer with a backward pass: NumPy, kernels, gradients, threads."""
+
+import inspect
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layers import (
+    LAYERS,
+    NAMED,
+    arguments,
+    assert_near,
+    copied,
+    passed,
+    problem,
+    problems,
+    results,
+)
+from problems import assert_threads_change_no_bit
+
+from llmnb import cpu, reference
+from llmnb.book.verify import numerical_gradient
+from llmnb.cpu.panels import work_shape
+
+drawn = settings(max_examples=25, deadline=None, derandomize=True)
+EACH = pytest.mark.parametrize("layer", LAYERS, ids=lambda x: x.name)
+BACKENDS = pytest.mark.parametrize(
+    "backend", (reference, cpu), ids=("reference", "cpu")
+)
+
+
+def taking(word):
+    """The layers of the CPU that take an argument of this name."""
+    return [
+        x.name
+        for x in LAYERS
+        if word in inspect.signature(getattr(cpu, x.ways[1])).parameters
+    ]
+
+
+def check_kernels(layer, p, dtype, own=False):
+    """Against NumPy in float64; own: with scratch memory of one's own."""
+    how = {}
+    if own and layer.name in taking("work"):
+        how = {"work": np.full(work_shape(), np.nan, dtype)}
+    got = results(layer, passed(layer, cpu, p, **how))
+    want = results(layer, passed(layer, reference, copied(p, np.float64)))
+    assert all(x.dtype == dtype for x in got.values())
+    assert_near(got, want, layer.tol[dtype == np.float64])
+
+
+@EACH
+@pytest.mark.parametrize("dtype", (np.float32, np.float64))
+@drawn
+@given(data=st.data(), own=st.booleans())
+def test_cpu_equals_reference(layer, dtype, data, own):
+    check_kernels(layer, data.draw(problems(layer, dtype)), dtype, own)
+
+
+@EACH
+def test_at_the_edges(layer):
+    """About the sizes of blocks, and far beyond them."""
+    for sizes, options in layer.edges:
+        p = problem(layer, np.float64, layer.sized(*sizes), **options)
+        check_kernels(layer, p, np.float64)
+
+
+@EACH
+@BACKENDS
+@settings(drawn, max_examples=15)
+@given(data=st.data())
+def test_gradients(layer, backend, data):
+    """By central differences; what is added to does not begin at zero."""
+    p = data.draw(problems(layer, np.float64, cap=4))
+    out, upstream = layer.written(layer.ways[0])[0], layer.turns
+    upstream = upstream or ("dlosses" if out == "losses" else "dout")
+
+    def loss():
+        forward = passed(layer, backend, p, layer.ways[:1])
+        return (p[upstream] * forward[out]).sum()
+
+    got, want = passed(layer, backend, p), {}
+    for name in layer.written(layer.ways[1]):
+        if p[name] is not None:
+            want[name] = numerical_gradient(loss, p[name[1:]])
+            if layer.kept(name, p) and name != layer.turns:
+                want[name] += p[name]
+    assert_near({name: got[name] for name in want}, want, 2e-8)
+
+
+@EACH
+def test_threads_change_no_bit(layer):
+    """In float32, and in bfloat16 where a layer takes it."""
+    rule = {"window": 50, "softcap": 5.0} if "local" in layer.name else {}
+    for sizes in layer.large:
+        p = problem(layer, np.float32, layer.sized(*sizes), **rule)
+        for how in ({}, {"bf16": True})[: 1 + (layer.name in taking("bf16"))]:
+            work = partial(passed, layer, cpu, p, **how)
+            assert_threads_change_no_bit(
+                lambda work=work: results(layer, work()).values()
+            )
+
+
+def in_place():
+    """The passes whose first array may be another of theirs, and which."""
+    for layer in LAYERS:
+        for way in layer.ways:
+            first, *rest = getattr(reference, way).arguments.arrays
+            for a in rest:
+                if a.same:
+                    name = f"{way}-{a.name}"
+                    yield pytest.param(layer, way, first.name, a.name, id=name)
+
+
+@pytest.mark.parametrize(("layer", "way", "first", "other"), [*in_place()])
+@BACKENDS
+@pytest.mark.parametrize("dtype", (np.float32, np.float64))
+def test_in_place(layer, way, first, other, backend, dtype):
+    """The bits of apart; a view of the array is the array."""
+    sizes = {k: n if isinstance(n, int) else 3 for k, n in layer.most.items()}
+    add = {"add": False} if "add" in layer.options else {}
+    p = problem(layer, dtype, sizes, **add)
+    if way == layer.ways[1]:
+        p = passed(layer, backend, p, layer.ways[:1])
+    want = passed(layer, backend, p, [way])[first]
+    for view in (False, True):
+        same = copied(p)
+        same[first] = same[other][:] if view else same[other]
+        getattr(backend, way)(**arguments(way, same))
+        np.testing.assert_array_equal(same[other], want)
+
+
+@pytest.mark.parametrize("name", taking("bf16"))
+def test_bf16_wants_float32(name):
+    layer = NAMED[name]
+    p = problem(layer, np.float64, dict.fromkeys(layer.most, 3))
+    p = passed(layer, cpu, p)
+    for way in layer.ways:
+        wanted = f"{way}: bf16 wants float32 arrays, got float64"
+        with pytest.raises(TypeError, match=wanted):
+            passed(layer, cpu, p, [way], bf16=True)
+
+
+@pytest.mark.parametrize("name", ("gelu", "swiglu", "geglu"))
+def test_an_element_gets_the_same_bits_wherever_it_stands(name):
+    """In a vector, in the rest after the vectors, or alone."""
+    layer, n = NAMED[name], 100
+    p = problem(layer, np.float32, layer.sized(1, 1, n))
+
+    def cut(p, n):
+        parts = {k: np.split(x, x.shape[-1] // 100, -1) for k, x in p.items()}
+        return {
+            k: np.concatenate([x[..., :n] for x in part], -1)
+            for k, part in parts.items()
+        }
+
+    whole = results(layer, passed(layer, cpu, p))
+    for n in range(1, 70):
+        got = results(layer, passed(layer, cpu, cut(p, n)))
+        for k, want in cut(whole, n).items():
+            np.testing.assert_array_equal(got[k], want)
