@@ -9,6 +9,7 @@ import re
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 from llmnb import reference
@@ -293,3 +294,22 @@ def draw(name, *sizes, dtype=np.float64, **options):
     """A row's problem of these sizes, in the order of its row."""
     layer = NAMED[name]
     return problem(layer, dtype, layer.sized(*sizes), **options)
+
+
+# passes whose first array may be another of theirs, and which
+IN_PLACE = [
+    pytest.param(layer, way, a.name, id=f"{way}-{a.name}")
+    for layer in LAYERS
+    for way in layer.ways
+    for a in getattr(reference, way).arguments.arrays[1:]
+    if a.same
+]
+
+
+def in_place(layer, way, dtype):
+    """A problem for one of them, in which nothing is added to."""
+    sizes = {k: n if isinstance(n, int) else 3 for k, n in layer.most.items()}
+    p = problem(layer, dtype, sizes, **dict.fromkeys(layer.options, False))
+    if way == layer.ways[1]:
+        p = passed(layer, reference, p, layer.ways[:1])
+    return p

@@ -18,7 +18,16 @@ from gpu import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import LAYERS, NAMED, copied, problem, problems
+from layers import (
+    IN_PLACE,
+    LAYERS,
+    NAMED,
+    arguments,
+    copied,
+    in_place,
+    problem,
+    problems,
+)
 
 from llmnb import cuda, reference
 from llmnb.bench.ladders import LADDERS, TINY, ladder_named
@@ -149,6 +158,20 @@ def bits(name, backwards):
 def test_the_order_of_blocks_changes_no_bit(name):
     runs = zip(bits(name, False), bits(name, True), strict=True)
     assert all(np.array_equal(*pair) for pair in runs)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("layer, way, other", IN_PLACE)
+def test_in_place(layer, way, other, place):
+    p = arguments(way, in_place(layer, way, np.float32))
+    first, found = next(iter(p)), []
+    for same in (False, True):
+        given = there(p, place)
+        if same:
+            given[first] = given[other]
+        getattr(cuda, way)(**given)
+        found.append(to_host(given[first]))
+    np.testing.assert_array_equal(*found)
 
 
 BATCH = TINY._replace(B=3, T=7)

@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import (
+    IN_PLACE,
     LAYERS,
     NAMED,
     arguments,
     assert_near,
     copied,
+    in_place,
     passed,
     problem,
     problems,
@@ -103,32 +105,20 @@ def test_threads_change_no_bit(layer):
             )
 
 
-def in_place():
-    """The passes whose first array may be another of theirs, and which."""
-    for layer in LAYERS:
-        for way in layer.ways:
-            first, *rest = getattr(reference, way).arguments.arrays
-            for a in rest:
-                if a.same:
-                    name = f"{way}-{a.name}"
-                    yield pytest.param(layer, way, first.name, a.name, id=name)
-
-
-@pytest.mark.parametrize(("layer", "way", "first", "other"), [*in_place()])
+@pytest.mark.parametrize("layer, way, other", IN_PLACE)
 @BACKENDS
 @pytest.mark.parametrize("dtype", (np.float32, np.float64))
-def test_in_place(layer, way, first, other, backend, dtype):
+def test_in_place(layer, way, other, backend, dtype):
     """The bits of apart; a view of the array is the array."""
-    sizes = {k: n if isinstance(n, int) else 3 for k, n in layer.most.items()}
-    add = {"add": False} if "add" in layer.options else {}
-    p = problem(layer, dtype, sizes, **add)
-    if way == layer.ways[1]:
-        p = passed(layer, backend, p, layer.ways[:1])
-    want = passed(layer, backend, p, [way])[first]
+    p = in_place(layer, way, dtype)
+    first, want = (
+        next(iter(arguments(way, p))),
+        passed(layer, backend, p, [way]),
+    )
     for view in (False, True):
-        same = copied(p)
+        same = arguments(way, copied(p))
         same[first] = same[other][:] if view else same[other]
-        getattr(backend, way)(**arguments(way, same))
+        getattr(backend, way)(**same)
         np.testing.assert_array_equal(same[other], want)
 
 
