@@ -1,11 +1,15 @@
 """Damaged copies of good files: a reader must answer or give one error."""
 
+import json
 import shutil
 import tracemalloc
 import warnings
 
 import numpy as np
 from hypothesis import strategies as st
+
+from llmnb.formats.published import INDEX
+from llmnb.formats.safetensors import TensorFile, write_tensors
 
 # what a reader may raise; the command line shows each in one line
 ERRORS = (ValueError, TypeError, OSError)
@@ -96,3 +100,21 @@ def flip(path, at):
     raw = bytearray(path.read_bytes())
     raw[at] ^= 1
     path.write_bytes(raw)
+
+
+def cut_in_two(folder, tensors):
+    """Write tensors as two files and their index, in the place of one."""
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    names, table = sorted(tensors), {}
+    for part, chosen in enumerate((names[::2], names[1::2])):
+        there = f"model-{part}.safetensors"
+        write_tensors(folder / there, {n: tensors[n] for n in chosen})
+        table |= dict.fromkeys(chosen, there)
+    (folder / INDEX).write_text(json.dumps({"weight_map": table}))
+    return folder / INDEX
+
+
+def tensors_of(folder):
+    """The arrays of a model's folder, by name."""
+    file = TensorFile(folder / "model.safetensors")
+    return {name: file[name] for name in file.names}

@@ -11,15 +11,13 @@ these casts are to float64 instead.
 """
 
 import json
-import platform
-import sys
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from record_parity import provenance
 from torch.nn import functional as F
 
 FOLDER = Path(__file__).parent / "data" / "families"
@@ -142,11 +140,7 @@ def record(name, kind, others):
 def main():
     for name, (kind, others) in CASES.items():
         record(name, kind, others)
-    facts = {"torch": torch.__version__, "python": platform.python_version()}
-    facts["transformers"] = transformers.__version__
-    facts["machine"] = platform.machine()
-    facts["command"] = "python tests/" + Path(sys.argv[0]).name
-    facts["date"] = date.today().isoformat()
+    facts = provenance() | {"transformers": transformers.__version__}
     text = json.dumps(facts, indent=1) + "\n"
     (FOLDER / "provenance.json").write_text(text)
 

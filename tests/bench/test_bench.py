@@ -238,6 +238,15 @@ def has_torch(python):
     return subprocess.run([python, "-c", code]).returncode == 0
 
 
+@pytest.fixture(scope="module")
+def torch_python():
+    """A Python that has torch."""
+    python = os.environ.get("LLMNB_TORCH_PYTHON", sys.executable)
+    if not has_torch(python):
+        pytest.skip("no torch: LLMNB_TORCH_PYTHON may name a Python with it")
+    return python
+
+
 def run_race(settings):
     specs = {k: SHAPE | x for k, x in lineup(settings).items()}
     return race.race(specs, 5, settings)
@@ -253,11 +262,8 @@ def test_a_python_without_torch():
 
 
 @pytest.mark.parametrize("name", ["torch", "torch-bf16"])
-def test_torch_trains_the_same_model(name):
-    python = os.environ.get("LLMNB_TORCH_PYTHON", sys.executable)
-    if not has_torch(python):
-        pytest.skip("no torch: LLMNB_TORCH_PYTHON may name a Python with it")
-    settings = Settings((), (name,), 3, 1, "reference", python, 0)
+def test_torch_trains_the_same_model(name, torch_python):
+    settings = Settings((), (name,), 3, 1, "reference", torch_python, 0)
     row = run_race(settings)[name]
     assert len(row["loss"]) == len(row["seconds"]) == 5
     assert abs(row["loss"][0] - math.log(CFG.padded_vocab_size)) < 0.1
@@ -294,12 +300,10 @@ def test_ours_and_torch_compute_the_same_llama():
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_a_llama_races_torchs(family):
-    python = os.environ.get("LLMNB_TORCH_PYTHON", sys.executable)
-    if not has_torch(python):
-        pytest.skip("no torch: LLMNB_TORCH_PYTHON may name a Python with it")
+def test_a_llama_races_torchs(family, torch_python):
     cfg = ARCHITECTURES[family](16, 128, 2, 4, 16, num_kv_heads=2)
-    settings = Settings(("fp32",), ("torch",), 2, 1, "reference", python, 0)
+    how = ("torch",), 2, 1, "reference", torch_python, 0
+    settings = Settings(("fp32",), *how)
     (contest,) = bench({"a": (cfg, 2, 8)}, settings)["contests"]
     assert contest["model"]["family"] == family
     assert contest["about"].startswith(f"{family}, 2 layers")
@@ -931,11 +935,8 @@ def test_a_race_of_writers(last, monkeypatch):
     )
 
 
-def test_writers_race():
-    python = os.environ.get("LLMNB_TORCH_PYTHON", sys.executable)
-    if not has_torch(python):
-        pytest.skip("no torch: LLMNB_TORCH_PYTHON may name a Python with it")
-    how = TWO_TEXTS._replace(torch_python=python)
+def test_writers_race(torch_python):
+    how = TWO_TEXTS._replace(torch_python=torch_python)
     (contest,) = module.bench_writers(CFG, 5, 6, how)["contests"]
     assert contest["same_tokens"]
     for row in contest["contestants"]:

@@ -9,14 +9,14 @@ from functools import partial
 
 import numpy as np
 import pytest
-from fuzz import flip, put_number
+from fuzz import cut_in_two, flip, put_number, tensors_of
 from measure import peak
 
 from llmnb import GPT2, GPT2Config
 from llmnb.formats import checkpoint, llmc, published
 from llmnb.formats.checkpoint import read_checkpoint, read_config, write_folder
 from llmnb.formats.llmc import write_checkpoint
-from llmnb.formats.safetensors import TensorFile, write_tensors
+from llmnb.formats.safetensors import write_tensors
 from llmnb.model.decode import Decoder
 from llmnb.reference.bfloat16 import from_bfloat16, to_bfloat16
 
@@ -177,26 +177,8 @@ def folder(saved, tmp_path):
     return model, tmp_path / "folder"
 
 
-def tensors_of(folder):
-    file = TensorFile(folder / "model.safetensors")
-    return {name: file[name] for name in file.names}
-
-
 def rewrite(folder, tensors, metadata=None):
     write_tensors(folder / "model.safetensors", tensors, metadata)
-
-
-def split(folder, tensors):
-    """Write tensors as two files and their index."""
-    (folder / "model.safetensors").unlink(missing_ok=True)
-    names, table = sorted(tensors), {}
-    for part, chosen in enumerate((names[::2], names[1::2])):
-        file = f"model-{part}.safetensors"
-        write_tensors(folder / file, {n: tensors[n] for n in chosen})
-        table |= dict.fromkeys(chosen, file)
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": table}))
-    return index
 
 
 def test_a_folder_comes_back(folder):
@@ -229,7 +211,7 @@ def test_the_variants_of_the_layout(folder, prefix, indexed, tied):
     if tied:
         del tensors[prefix + "wte.weight"]
     if indexed:
-        same(model, split(path, tensors))
+        same(model, cut_in_two(path, tensors))
     else:
         rewrite(path, tensors, note if tied else None)
     same(model, path)
@@ -417,7 +399,7 @@ ELSEWHERE += ["C:x", "a\0b", 3, None, ["x"]]
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_an_index_stays_in_its_folder(folder, name):
     _, path = folder
-    index = split(path, tensors_of(path))
+    index = cut_in_two(path, tensors_of(path))
     table = json.loads(index.read_text())
     table["weight_map"]["wpe.weight"] = name
     index.write_text(json.dumps(table))
@@ -427,7 +409,7 @@ def test_an_index_stays_in_its_folder(folder, name):
 
 def test_an_index_that_lies(folder):
     _, path = folder
-    index = split(path, tensors_of(path))
+    index = cut_in_two(path, tensors_of(path))
     table = json.loads(index.read_text())["weight_map"]
     table["wpe.weight"], table["wte.weight"] = (
         table["wte.weight"],

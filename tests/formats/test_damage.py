@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from fuzz import damaged, header
+from fuzz import cut_in_two, damaged, header, tensors_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spelling import tokens_of, vocab_of
@@ -80,12 +80,9 @@ def folders(tmp_path_factory):
     small.save_checkpoint(good / "3.bin")
     small.save_checkpoint(good / "5.bin", "bf16")
     write_folder(good, CFG, small.params)
-    file, table = TensorFile(good / "model.safetensors"), {}
-    for part, names in enumerate((file.names[::2], file.names[1::2])):
-        there = f"model-{part}.safetensors"
-        write_tensors(good / there, {name: file[name] for name in names})
-        table |= dict.fromkeys(names, there)
-    (good / INDEX).write_text(json.dumps({"weight_map": table}))
+    whole = (good / "model.safetensors").read_bytes()
+    cut_in_two(good, tensors_of(good))
+    (good / "model.safetensors").write_bytes(whole)
     some = {"x": np.arange(5.0), "y": np.arange(3)}
     write_tensors(good / "any.safetensors", some, {"k": "v"})
     write_shard(good / "shard.bin", np.arange(4))

@@ -2,14 +2,14 @@
 
 import json
 import shutil
-import tracemalloc
 
 import numpy as np
 import pytest
-from fuzz import answer, damaged
+from fuzz import answer, cut_in_two, damaged, tensors_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llamas import FAMILIES, cfg_of
+from measure import peak
 
 import llmnb
 from llmnb.formats.checkpoint import open_model, write_folder
@@ -36,13 +36,7 @@ def good(tmp_path_factory):
         cut = whole / f"{family}-cut"
         shutil.copytree(whole / family, cut)
         # as another program writes it: without our record, in two files
-        file, table = TensorFile(cut / "model.safetensors"), {}
-        for k, names in enumerate((file.names[::2], file.names[1::2])):
-            part = f"model-{k}.safetensors"
-            write_tensors(cut / part, {name: file[name] for name in names})
-            table |= dict.fromkeys(names, part)
-        (cut / INDEX).write_text(json.dumps({"weight_map": table}))
-        (cut / "model.safetensors").unlink()
+        cut_in_two(cut, tensors_of(cut))
     return whole
 
 
@@ -131,8 +125,7 @@ def changed(good, tmp_path, family="llama", config=None, tensors=None):
     cfg = cfg_of(family, 21)
     params = GPT2(cfg, 1, 2, "reference").params
     write_folder(tmp_path, cfg, params)
-    file = TensorFile(tmp_path / "model.safetensors")
-    arrays = {name: file[name] for name in file.names}
+    arrays = tensors_of(tmp_path)
     said = json.loads((tmp_path / "config.json").read_text())
     if config:
         config(said)
@@ -256,14 +249,11 @@ def test_a_damaged_large_model_takes_no_memory(tmp_path):
     said = json.loads((tmp_path / "config.json").read_text())
     said["vocab_size"] = cfg.vocab_size
     (tmp_path / "config.json").write_text(json.dumps(said))
-    file = TensorFile(tmp_path / "model.safetensors")
-    arrays = {name: file[name] for name in file.names}
-    write_tensors(tmp_path / "model.safetensors", arrays)
-    tracemalloc.start()
-    with pytest.raises(ValueError, match="embed_tokens.weight must be"):
-        open_model(tmp_path)
-    with pytest.raises(ValueError, match="embed_tokens.weight must be"):
-        llmnb.load(tmp_path)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1 << 22
+    write_tensors(tmp_path / "model.safetensors", tensors_of(tmp_path))
+
+    def read():
+        for opened in (open_model, llmnb.load):
+            with pytest.raises(ValueError, match="embed_tokens.weight must"):
+                opened(tmp_path)
+
+    assert peak(read) < 1 << 22
