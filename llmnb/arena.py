@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/1_by_hand/14_memory.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/16_memory.py: edit that file.
 
 """One block of memory that holds named groups of named tensors."""
 
@@ -52,7 +52,7 @@ class Arena:
 
     arena[group][tensor] is the view of a tensor; .nbytes the block's size.
 
-    Derived in chapter 1.14.
+    Derived in chapter 1.16.
     """
 
     def __init__(self, groups, zeros=_zeros):
@@ -101,7 +101,7 @@ def put(array, values):
 
     values: an array of the same shape, of any dtype that can be converted.
 
-    Derived in chapter 1.14.
+    Derived in chapter 1.16.
     """
     if isinstance(array, np.ndarray):
         np.copyto(array, values, casting="unsafe")
@@ -117,7 +117,7 @@ def footprint(layout):
     what it is longer, so that the sum is what the arena takes, up to the
     padding between groups.
 
-    Derived in chapter 1.14.
+    Derived in chapter 1.16.
     """
     sizes, before = {}, 0
     for group, (dtype, shapes, *over) in layout.items():

@@ -20,7 +20,7 @@ NO_CODE = {
 }  # fmt: skip
 WITH_DOCSTRING = ast.Module, ast.ClassDef, ast.FunctionDef
 # where GPT-2's loss is drawn as it falls: chapters, and what begins it there
-CURVES = ("1.16", "# ## It learns"), ("1.18", "# %% the loss curve")
+CURVES = ("1.14", "# ## It learns"), ("1.18", "# %% the loss curve")
 EXERCISES = "# ## Exercises"  # the first of the sections that end a chapter
 
 

@@ -413,7 +413,7 @@ def test_the_first_page_states_what_was_measured():
     ratio = next(x for x in contest["ratios"] if x["peer"] == "torch")
     assert contest["name"] == "124m-64"
     assert f"**{ratio['ratio']:.2f} ×**" in intro
-    page = (ROOT / "notebooks/1_by_hand/16_page.ipynb").read_text("utf-8")
+    page = (ROOT / "notebooks/1_by_hand/14_page.ipynb").read_text("utf-8")
     lines = re.search(r"(\d+) lines of code in", page)[1]
     assert f"**{lines} lines**" in intro
     curve = ROOT / "notebooks/1_by_hand/18_training.ipynb"

@@ -24,7 +24,7 @@ SCRIPTS = ROOT / "book" / "_static" / "move"
 FIGURES = {
     "notebooks/1_by_hand/02_tokens": ["merges"],
     "notebooks/1_by_hand/12_adamw": ["valley"],
-    "notebooks/1_by_hand/14_memory": ["arena"],
+    "notebooks/1_by_hand/16_memory": ["arena"],
     "notebooks/2_cpu/04_matmul": ["tiles", "roofline"],
     "notebooks/2_cpu/05_attention": ["softmax"],
     "notebooks/3_gpu/01_threads": ["threads", "threads"],
@@ -332,7 +332,7 @@ SIZES = [(4, 256, 12, 768, 50257), (1, 16, 1, 64, 1000),
 
 
 def test_the_arena_has_pythons_size(browser, address):
-    name = "notebooks/1_by_hand/14_memory"
+    name = "notebooks/1_by_hand/16_memory"
     with Visit(browser, address, width=1280) as visit:
         figure = Figure(visit, name)
         for B, T, L, C, V in SIZES:

@@ -1,4 +1,4 @@
-// GPT-2 in JavaScript: the page of NumPy of chapter 1.16, forward only, with
+// GPT-2 in JavaScript: the page of NumPy of chapter 1.14, forward only, with
 // the keys and values kept (chapter 4.19), its tokenizer (1.2) and its draws
 // (1.19). Nothing here knows of a document: live.js runs it in a worker, and
 // tests/test_book_live.py holds it to Python.

@@ -103,7 +103,7 @@ p, g: parameters and gradients, by name; i: the block.
 (B, T, 4C)     fch, fch_gelu
 (B, T, V)      logits
 
-Proved in chapter 1.16 of llmnb."""
+Proved in chapter 1.14 of llmnb."""
 
 
 def draw_poster(text):

@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/1_by_hand/14_memory.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/16_memory.py: edit that file.
 
 """The groups of tensors in which a GPT-2 trains."""
 
@@ -21,7 +21,7 @@ from llmnb.model.tensors import full_shape, tensor_table
 def block_activations(cfg, batch_size, seq_len):
     """Shapes of what a block's forward pass leaves for its backward pass.
 
-    Derived in chapter 1.14.
+    Derived in chapter 1.16.
     """
     B, T = batch_size, seq_len
     norm, attention, feedforward, *_ = block_of(cfg)
@@ -40,7 +40,7 @@ def activation_shapes(cfg, batch_size, seq_len):
     multiple of 4, each such row then begins at a multiple of 16 bytes. The
     logits are a group by themselves.
 
-    Derived in chapter 1.14.
+    Derived in chapter 1.16.
     """
     B, T, C = batch_size, seq_len, cfg.channels
     own = block_activations(cfg, B, T)
@@ -62,7 +62,7 @@ def gradient_shapes(cfg, batch_size, seq_len):
 
     dln is that of any LayerNorm's output, dstream that of the stream.
 
-    Derived in chapter 1.14.
+    Derived in chapter 1.16.
     """
     B, T, C = batch_size, seq_len, cfg.channels
     return {"dstream": (B, T, C), "dln": (B, T, C)}
@@ -74,7 +74,7 @@ def block_shapes(cfg, batch_size, seq_len):
 
     ln is the output of ln1, then of ln2.
 
-    Derived in chapter 1.14.
+    Derived in chapter 1.16.
     """
     B, T = batch_size, seq_len
     _, attention, feedforward, *_ = block_of(cfg)
@@ -86,7 +86,7 @@ def block_shapes(cfg, batch_size, seq_len):
 def parameter_layout(cfg):
     """Shapes of all parameters as they lie in memory: who decays first.
 
-    Derived in chapter 1.14.
+    Derived in chapter 1.16.
     """
     rows = sorted(tensor_table(cfg), key=lambda x: not x.decays)
     return {x.name: full_shape(x, cfg) for x in rows}
@@ -101,7 +101,7 @@ def gpt2_layout(cfg, batch_size, seq_len, dtype=np.float32):
     the logits. A backend may add scratch memory of its own; tables holds
     what the parts of a block look up, if they do.
 
-    Derived in chapter 1.14.
+    Derived in chapter 1.16.
     """
     B, T = batch_size, seq_len
     shapes = parameter_layout(cfg)

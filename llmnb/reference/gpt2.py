@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/1_by_hand/16_page.py: edit that file.
+# Written by `make export` from notebooks/1_by_hand/14_page.py: edit that file.
 
 """GPT-2 on one page: forward and backward, in plain NumPy."""
 
@@ -104,7 +104,7 @@ def forward(p, tokens, targets, NH, V):
     p: the parameters, a dict of arrays by llm.c's names. tokens, targets:
     integers (B, T), each below V, the number of tokens. NH: heads.
 
-    Derived in chapter 1.16.
+    Derived in chapter 1.14.
     """
     x = p["wte"][tokens] + p["wpe"][: tokens.shape[1]]
     blocks = []
@@ -133,7 +133,7 @@ def backward(p, tokens, targets, NH, kept):
 
     The arguments are those of `forward`; kept is what it returned.
 
-    Derived in chapter 1.16.
+    Derived in chapter 1.14.
     """
     g = {name: np.zeros_like(array) for name, array in p.items()}
     lnf, logits, lse = kept["lnf"], kept["logits"], kept["lse"]

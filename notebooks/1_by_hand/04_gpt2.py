@@ -353,7 +353,7 @@ plt.show()
 # numbers: the parameters, their gradients, and two averages that AdamW keeps
 # of them. Then the [activations](../../book/glossary.md#term-activation), what
 # the forward pass must keep so that the backward pass can run: they grow with
-# $B \cdot T$. [Chapter 1.14](14_memory.ipynb) lists them and lays all of it
+# $B \cdot T$. [Chapter 1.16](16_memory.ipynb) lists them and lays all of it
 # out in one block. The rough sum, for each token: ten vectors of $C$ numbers a
 # block, and the logits. The ten of figure 1.4.1 are q, k and v (three),
 # attention's output (one), the output of the product up (four) and the two

@@ -188,7 +188,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
 
 # %% [markdown]
 # The caller brings the arrays, outputs first, and the function fills them:
-# [chapter 1.14](14_memory.ipynb) has laid all of them out beforehand.
+# [chapter 1.16](16_memory.ipynb) has laid all of them out beforehand.
 # `mean[..., None]` gives the means a last axis of length 1, which
 # *broadcasting* repeats for every channel.
 

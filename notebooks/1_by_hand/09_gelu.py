@@ -442,7 +442,7 @@ plt.show()
 # The two linear layers around it take $2 \cdot 2 C$ for each of the $4C$
 # numbers, over 3,000 at C = 768: GELU adds less than a hundredth. `inp` is
 # saved, $4C$ numbers a token; `out` is not, since computing it once more costs
-# less than keeping it ([chapter 1.14](14_memory.ipynb)).
+# less than keeping it ([chapter 1.16](16_memory.ipynb)).
 #
 # ## Take away
 #

@@ -94,7 +94,7 @@ wiring_figure("block")
 # block is done), and its two passes.
 #
 # What several chapters ask about a tensor of parameters stands in one row: its
-# shape ([1.14](14_memory.ipynb)), the size of its first values
+# shape ([1.16](16_memory.ipynb)), the size of its first values
 # ([1.15](15_weights.ipynb)), whether it decays ([1.12](12_adamw.ipynb)).
 
 # %% imports of the parts tags=["export"]
@@ -474,7 +474,7 @@ def block_forward(parts, ops, out, inp, w, a, **how):
 #
 # On the way back a product needs the input that it had on the way there, and
 # the outputs of LayerNorm and GELU are no longer there: the second norm, or
-# the next block, has written in their place ([chapter 1.14](14_memory.ipynb)).
+# the next block, has written in their place ([chapter 1.16](16_memory.ipynb)).
 # So they are computed again where they are needed, from inputs that were kept,
 # and come out with the same bits.
 

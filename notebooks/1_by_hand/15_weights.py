@@ -34,8 +34,9 @@ gpt2_diagram(lit="weights")
 # encoder's tables and the weight matrices, of which the last is the token
 # table once more.*
 #
-# The layers are derived; now their weights need first values. This chapter
-# builds `init_params`. At its end you can
+# The page of [chapter 1.14](14_page.ipynb) drew its matrices with the standard
+# deviation 0.02 and gave no reason. This chapter gives one, finds two matrices a
+# block that should have less, and builds `init_params`. At its end you can
 #
 # - say why weights must not begin equal;
 # - say how a weight's standard deviation changes the size of activations

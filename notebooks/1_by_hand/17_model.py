@@ -15,9 +15,9 @@
 # > The same arithmetic as the page, in one block of memory and behind a guarded
 # > door; its losses, its logits and every gradient are those of PyTorch.
 #
-# *Reading time: 30 minutes. You need: the page ([chapter 1.16](16_page.ipynb)), the
+# *Reading time: 30 minutes. You need: the page ([chapter 1.14](14_page.ipynb)), the
 # block ([chapter 1.13](13_block.ipynb)), the arena ([chapter
-# 1.14](14_memory.ipynb)) and the first weights ([chapter 1.15](15_weights.ipynb)).
+# 1.16](16_memory.ipynb)) and the first weights ([chapter 1.15](15_weights.ipynb)).
 # The fast versions: chapters [2.7](../2_cpu/07_step.ipynb) and
 # [3.11](../3_gpu/11_step.ipynb).*
 #
@@ -32,7 +32,7 @@ gpt2_diagram(lit="all")
 # *Figure 1.17.1. All boxes are built and all arrows are drawn. What is left is to
 # give every array its place, and to put a door in front.*
 #
-# The page of [chapter 1.16](16_page.ipynb) is GPT-2. To train for hours one wants
+# The page of [chapter 1.14](14_page.ipynb) is GPT-2. To train for hours one wants
 # more: no array that is made anew in every step, no wrong batch that trains in
 # silence, gradients summed over several batches, and the freedom to exchange
 # NumPy's layers for faster ones. At the end of this chapter you can
@@ -92,7 +92,7 @@ from llmnb.shapes import shapes
 # Look for four differences.
 #
 # - Results go into arrays that are there already. `self._acts` holds the activations
-#   of [chapter 1.14](14_memory.ipynb), `self._layers` each block's views of weights,
+#   of [chapter 1.16](16_memory.ipynb), `self._layers` each block's views of weights,
 #   activations and gradients. (`_allocate` also adds up what a forward pass alone
 #   writes, `needed`: a machine that has less than that free refuses the model.)
 # - What happens within a block is left to the parts of [chapter
@@ -522,7 +522,7 @@ class GPT2(_Updates):
 # any, so that a batch that is refused leaves no trace. There is no `update` before the
 # first `backward`: AdamW's averages would begin with a gradient of zeros.
 #
-# A tiny model, and its first loss. By the rule of [chapter 1.16](16_page.ipynb) it is
+# A tiny model, and its first loss. By the rule of [chapter 1.14](14_page.ipynb) it is
 # nearer to $\log V$ than $0.02 \sqrt C$, about 0.05 here.
 
 # %% a tiny GPT-2
@@ -734,7 +734,7 @@ verdict("training", losses32[-1] < losses32[0] - 0.5, "lowers the loss")
 #
 # ## Design note
 #
-# Could the page itself train? It could, as chapter 1.16 showed. But it makes all its
+# Could the page itself train? It could, as chapter 1.14 showed. But it makes all its
 # arrays anew in every step, and forgives every mistake of its caller.
 #
 # The order in which a step runs is fixed. That gives up some speed: the gradient of

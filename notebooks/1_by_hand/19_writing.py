@@ -459,7 +459,7 @@ verdict("in the padding", not np.array_equal(*seen), "differs")
 # was computed for them would be void. We drop half a window at once: when a token
 # more than $T$ would be needed, the older half goes. So the beginning is what
 # exceeds $T$, rounded up to half windows (`-(-a // b)` rounds up, as in
-# [chapter 1.14](14_memory.ipynb)). It is a function of the text's length
+# [chapter 1.16](16_memory.ipynb)). It is a function of the text's length
 # alone, which will let [chapter 4.19](../4_practice/19_cache.ipynb) keep
 # what it has computed and still draw the same tokens.
 

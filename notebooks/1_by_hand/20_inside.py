@@ -16,7 +16,7 @@
 # > followed the last time, and how a guess ripens from block to block.
 #
 # *Reading time: 20 minutes. You need: the model on one page
-# ([chapter 1.16](16_page.ipynb)), attention ([chapter 1.8](08_attention.ipynb))
+# ([chapter 1.14](14_page.ipynb)), attention ([chapter 1.8](08_attention.ipynb))
 # and the trained model of [chapter 1.18](18_training.ipynb).*
 #
 # ## Where we are
@@ -44,7 +44,7 @@ gpt2_diagram(lit="attention")
 #
 # The model is the one that trained for an hour in [chapter
 # 1.18](18_training.ipynb): 6 layers of 6 heads, 192 channels. It runs here on the
-# page of [chapter 1.16](16_page.ipynb), because that page keeps every array but the
+# page of [chapter 1.14](14_page.ipynb), because that page keeps every array but the
 # weights of attention, and hides none.
 
 # %% setup

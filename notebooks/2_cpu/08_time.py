@@ -173,7 +173,7 @@ plt.show()
 # pass. `llmnb bench` prints such a table for any configuration, and
 # `llmnb bench --plot layers.png` draws it.
 #
-# The arena keeps a promise of [chapter 1.14](../1_by_hand/14_memory.ipynb). It is laid out
+# The arena keeps a promise of [chapter 1.16](../1_by_hand/16_memory.ipynb). It is laid out
 # before the first step and holds weights, gradients, optimiser state and
 # activations. What the process holds beyond it is Python, the libraries,
 # the compiled kernels and the text. One group is left out below, `work`: it is

@@ -77,11 +77,11 @@ print(f"stays {stays:>14,} bytes")
 # %% [markdown]
 # ## The arena on the device
 #
-# The arena of [chapter 1.14](../1_by_hand/14_memory.ipynb) is a block of bytes with a table
+# The arena of [chapter 1.16](../1_by_hand/16_memory.ipynb) is a block of bytes with a table
 # of names. For a GPU it gets its block from another function, and the rest
 # is as it was: a slice of a device's array is a view, and so are `.view` and
 # `.reshape`. Where NumPy wrote into an array, two small tools take over.
-# `put`, of chapter 1.14, copies an array of the host's to the device, and
+# `put`, of chapter 1.16, copies an array of the host's to the device, and
 # `fill` is the shortest kernel of this book.
 
 # %% imports of the model's GPU side tags=["export"] module="cuda.model"
@@ -140,7 +140,7 @@ def zeros(nbytes):
 
 # %% [markdown]
 # A vector of four needs an address that is a multiple of 16 bytes. That is
-# why chapter 1.14 puts the tensors with rows of $C$ first in their group: if 4
+# why chapter 1.16 puts the tensors with rows of $C$ first in their group: if 4
 # divides $C$, each of them begins at such an address, and so does each
 # block's part of it.
 #

@@ -24,7 +24,7 @@
 #
 # The header of a `.bin` has room for one kind of model. For anything else we
 # use *safetensors*, the format of the Hugging Face hub, and it is much like
-# the arena of [chapter 1.14](../1_by_hand/14_memory.ipynb): a table of names,
+# the arena of [chapter 1.16](../1_by_hand/16_memory.ipynb): a table of names,
 # types, shapes and places, then the numbers. At the end of this chapter you
 # can
 #

@@ -485,7 +485,7 @@ def run(args):
 # %% [markdown]
 # `llmnb info` says what a model would take before there is one: the counts
 # of [chapter 1.4](../1_by_hand/04_gpt2.ipynb) and the layout of
-# [chapter 1.14](../1_by_hand/14_memory.ipynb).
+# [chapter 1.16](../1_by_hand/16_memory.ipynb).
 
 # %% llmnb info tags=["export"] module="cli.info"
 from dataclasses import fields

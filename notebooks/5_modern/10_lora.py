@@ -462,7 +462,7 @@ def adapter_shapes(cfg, rank=8, targets=TARGETS):
 
 
 # %% [markdown]
-# The arena of [chapter 1.14](../1_by_hand/14_memory.ipynb) now has gradients and
+# The arena of [chapter 1.16](../1_by_hand/16_memory.ipynb) now has gradients and
 # averages in the shapes of the thin matrices. Where the passes ask for the
 # gradient of a frozen matrix, an object without size stands in its place.
 

@@ -68,7 +68,7 @@ from llmnb.book.verify import verdict
 # The rest of the program sees $m$ as a tensor with a name, and a state has to hold it
 # whole. It need not learn of shards for that. There are arrays already that
 # do not lie in this process's memory: a GPU's. `np.asarray` copies one here,
-# and `put` of [chapter 1.14](../1_by_hand/14_memory.ipynb) overwrites it. A tensor that lies
+# and `put` of [chapter 1.16](../1_by_hand/16_memory.ipynb) overwrites it. A tensor that lies
 # on several ranks can offer the same two:
 
 # %% imports of the shards tags=["export"] module="train.sharded"

@@ -17,12 +17,12 @@
 # > cannot drift from the code unnoticed.
 #
 # *Reading time: 22 minutes. You need:
-# [chapter 1.16](../1_by_hand/16_page.ipynb).*
+# [chapter 1.14](../1_by_hand/14_page.ipynb).*
 
 # %% [markdown]
 # ## Where we are
 #
-# [Chapter 1.16](../1_by_hand/16_page.ipynb) holds the whole model on one page, beside
+# [Chapter 1.14](../1_by_hand/14_page.ipynb) holds the whole model on one page, beside
 # a figure of its wiring. Both should hang on a wall, and both should be right on the
 # day after a line of the code was changed. So a program draws them. At the end of
 # this chapter you can
@@ -409,7 +409,7 @@ p, g: parameters and gradients, by name; i: the block.
 (B, T, 4C)     fch, fch_gelu
 (B, T, V)      logits
 
-Proved in chapter 1.16 of llmnb."""
+Proved in chapter 1.14 of llmnb."""
 
 
 def draw_poster(text):

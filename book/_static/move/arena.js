@@ -1,4 +1,4 @@
-// The map of the arena, with sliders for its sizes: chapter 1.14. data.groups:
+// The map of the arena, with sliders for its sizes: chapter 1.16. data.groups:
 // [name, bytes of a number, lies over the one before, tensors], a tensor
 // being [name, letters of its shape]; data.start: the sizes to begin with.
 "use strict";
@@ -24,7 +24,7 @@ Move.kind("arena", (stage, data) => {
     return (times === "" ? 1 : +times) * (letter === "" ? 1 : now[letter]);
   }
 
-  // Where every tensor begins in its group and how long it is, as (1.14.1);
+  // Where every tensor begins in its group and how long it is, as (1.16.1);
   // a group that lies over another takes only what it is longer.
   function layout() {
     now.NH = now.C / 64;

@@ -26,12 +26,12 @@ from llmnb.book.diagram import gpt2_diagram
 gpt2_diagram(lit="arrays")
 
 # %% [markdown]
-# *Figure 1.14.1. Every box of the model reads arrays and writes arrays: each
+# *Figure 1.16.1. Every box of the model reads arrays and writes arrays: each
 # arrow is one. This chapter decides, for all of them at once, where they are.*
 #
-# A framework creates an array whenever a layer produces one, and how much memory
-# that takes is known only when it has run. We know all shapes beforehand, so we
-# can do better: add up the sizes, ask the system for memory *once*, and give
+# The page of [chapter 1.14](14_page.ipynb) makes an array on each line, as a
+# framework does whenever a layer produces one, and how much memory that takes is
+# known only when it has run. We know all shapes beforehand, so we can do better: add up the sizes, ask the system for memory *once*, and give
 # every tensor its place. Such a block is called an *arena*. At the end of this
 # chapter you can
 #
@@ -98,7 +98,7 @@ print(block)
 # its axes and itemsize for the bytes of one of its numbers,
 #
 # $$ \text{offset}_{k+1} = \text{offset}_k
-#    + \text{itemsize}_k \prod_a \text{shape}_{k,a} . \tag{1.14.1} $$
+#    + \text{itemsize}_k \prod_a \text{shape}_{k,a} . \tag{1.16.1} $$
 #
 # Three refinements. Tensors come in *groups*, such as all parameters. Those of a
 # group have one dtype and no gaps between them, so a group can also be read as one
@@ -333,7 +333,7 @@ def activation_shapes(cfg, batch_size, seq_len):
 # the blocks take turns with lies over the logits. Nothing in it has to outlast the
 # logits: a block's way back computes `ln` and `fch_gelu` again before it reads them.
 # `dln` stays outside, for it receives the gradient that comes from the logits while
-# these are read, and so does `dstream`, which exercise 3 asks about. Figure 1.14.3
+# these are read, and so does `dstream`, which exercise 3 asks about. Figure 1.16.3
 # will show their times.
 
 
@@ -481,7 +481,7 @@ start = {"B": 4, "T": 256, "L": 12, "C": 768, "Vp": 50304, "maxT": 1024}
 moving("arena", "the map, for any B, T, L and C", groups=table, start=start)
 
 # %% [markdown]
-# *Figure 1.14.2. The arena of GPT-2 124M with 4 x 256 tokens, to scale, but
+# *Figure 1.16.2. The arena of GPT-2 124M with 4 x 256 tokens, to scale, but
 # for the few bytes of `batch`: a line is a group, a piece of it a tensor. The
 # token table is almost a third of the parameters, and the logits are longer
 # than any other activation. What the model's twelve blocks keep (nearly all of the
@@ -597,7 +597,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.14.3. One step of a model with three blocks, call by call. Blue: read,
+# *Figure 1.16.3. One step of a model with three blocks, call by call. Blue: read,
 # orange: changed, whether written anew or added to. What a block keeps is written
 # on the way there, and read again on the way back; the first block's waits longest.
 # (A norm that is computed again writes its means once more, with the same bits:
@@ -642,7 +642,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.14.4. GPT-2 124M in float32 with four rows. Up to T = 512 the
+# *Figure 1.16.4. GPT-2 124M in float32 with four rows. Up to T = 512 the
 # parameters and their companions take most of the memory; at T = 1024 the
 # activations and their gradients take more than half.*
 #
@@ -659,7 +659,7 @@ plt.show()
 # The memory of a model that trains is, in numbers of four bytes,
 #
 # $$ M = 4 N + B T \left( L \cdot 10 C + 4 C + \max(V_p, 13 C) \right)
-#    + \dots \tag{1.14.2} $$
+#    + \dots \tag{1.16.2} $$
 #
 # with $10 C$ numbers kept for each token by each block (`residual2`, `residual3`
 # and `atty` of width $C$, `qkv` of $3C$, `fch` of $4C$) and, once for all blocks,
@@ -670,7 +670,7 @@ plt.show()
 # LayerNorms and one number a head in each block, two of the last LayerNorm, `lse`,
 # `losses`, `dlosses`, the token and its target, $L\,(4 + NH) + 7$ in all.
 
-# %% equation (1.14.2) against the table
+# %% equation (1.16.2) against the table
 cfg, B, T = GPT2Config(), 4, 1024
 L, C, Vp = cfg.num_layers, cfg.channels, cfg.padded_vocab_size
 N = sum(math.prod(s) for s in parameter_shapes(cfg).values())
@@ -681,7 +681,7 @@ narrow = 4 * B * T * (L * (4 + cfg.num_heads) + 7)
 verdict("narrow arrays", exact - formula == narrow, "are all that is left")
 
 # %% [markdown]
-# In figure 1.14.4 the second part overtakes the first where $B T\,(L \cdot 10 C + 4
+# In figure 1.16.4 the second part overtakes the first where $B T\,(L \cdot 10 C + 4
 # C + V_p) = 4 N$: with $B = 4$ at $T \approx N / 145{,}536 \approx 855$.
 #
 # ## Take away
@@ -779,4 +779,4 @@ verdict(
 # %% what llmnb gained
 from llmnb.book.index import gained
 
-gained("1.14")
+gained("1.16")

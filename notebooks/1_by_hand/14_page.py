@@ -16,9 +16,8 @@
 # > GPT-2's loss and the gradient of every parameter.
 #
 # *Reading time: 25 minutes. You need: the layers of chapters
-# [1.5](05_encoder.ipynb) to [1.11](11_crossentropy.ipynb), the block
-# ([chapter 1.13](13_block.ipynb)) and the first weights
-# ([chapter 1.15](15_weights.ipynb)).*
+# [1.5](05_encoder.ipynb) to [1.11](11_crossentropy.ipynb), AdamW
+# ([chapter 1.12](12_adamw.ipynb)) and the block ([chapter 1.13](13_block.ipynb)).*
 #
 # ## Where we are
 #
@@ -28,7 +27,7 @@
 # would on a blackboard: a line is an equation, an array is made where it is needed.
 # It is the same model: in float64 both compute the same bits, as [chapter
 # 1.17](17_model.ipynb) will show. You can print [the page as one
-# sheet](../../book/poster.pdf), with figure 1.16.1 beside it.
+# sheet](../../book/poster.pdf), with figure 1.14.1 beside it.
 #
 # At the end of this chapter you can
 #
@@ -49,7 +48,6 @@ from llmnb.book.diagram import PALETTE
 from llmnb.book.verify import compare, numerical_gradient, verdict
 from llmnb.book.wiring import wiring_figure
 from llmnb.config import GPT2Config
-from llmnb.model.init import init_params
 from llmnb.model.tensors import parameter_shapes
 from llmnb.reference import gpt2
 from llmnb.reference.adamw import AdamW, adamw_update
@@ -231,11 +229,30 @@ def forward(p, tokens, targets, NH, V):
 
 
 # %% [markdown]
-# Run it at once. By (1.15.4) the first loss of an untrained model is about $\log V$.
-# How near, with a batch so small? A logit's deviation is $0.02 \sqrt C$, here 0.04,
-# and the mean loss should be off by less. If yours is not, look for the mistake
-# before you train. (A loss well *under* $\log V$ on fresh weights means that targets
-# leak into the input.)
+# Run it at once. GPT-2 begins with matrices and tables of random numbers, normal with
+# mean 0 and standard deviation 0.02; the next chapter says why. LayerNorm's weights
+# begin at 1, and all biases at 0.
+#
+# Such a model knows nothing, so its first loss should be about $\log V$, what an even
+# guess pays. How near, with a batch so small? The last LayerNorm's rows have mean
+# square 1, and a logit is the product of such a row with a row of `wte`: a sum of $C$
+# terms, with standard deviation $0.02 \sqrt C$, here 0.04. The mean loss should be off
+# by less. If yours is not, look for the mistake before you train. (A loss well *under*
+# $\log V$ on fresh weights means that targets leak into the input.)
+
+# %% the first weights
+def first_weights(cfg):
+    """Random matrices and tables; LayerNorms that only normalise."""
+    p = {}
+    for name, shape in parameter_shapes(cfg).items():
+        if name.endswith("b"):
+            p[name] = np.zeros(shape)
+        elif name.startswith("ln"):
+            p[name] = np.ones(shape)
+        else:
+            p[name] = rng.normal(scale=0.02, size=shape)
+    return p
+
 
 # %% a first loss
 cfg = GPT2Config(
@@ -243,9 +260,7 @@ cfg = GPT2Config(
 )
 NH, V = cfg.num_heads, cfg.vocab_size
 rng = np.random.default_rng(12)
-shapes = parameter_shapes(cfg)
-p = {name: np.zeros(shape) for name, shape in shapes.items()}
-init_params(p, cfg=cfg, seed=1)
+p = first_weights(cfg)
 tokens, targets = rng.integers(0, V, (2, 2, 5))
 loss, kept = forward(p, tokens, targets, NH, V)
 verdict("first loss", abs(loss - np.log(V)) < 0.04, "is near log 7")
@@ -262,7 +277,7 @@ for name, array in kept["blocks"][0].items():
 wiring_figure("model")
 
 # %% [markdown]
-# *Figure 1.16.1. GPT-2 with every array named. A circle is a place where arrays add
+# *Figure 1.14.1. GPT-2 with every array named. A circle is a place where arrays add
 # up: dark ones in the forward pass, orange ones on the way back. Each orange circle
 # stands where the forward pass read one array more than once: the stream is read by
 # every half block and by the sum that follows it, `ln1` becomes queries, keys and
@@ -276,7 +291,7 @@ wiring_figure("model")
 # together in the loss:
 #
 # $$ dx_j = \sum_i \sum_o df_{i,o}\, \frac{\partial f_{i,o}}{\partial x_j} .
-#    \tag{1.16.1} $$
+#    \tag{1.14.1} $$
 #
 # The inner sum is what one layer's backward pass hands back; the outer one is the
 # circle.
@@ -287,7 +302,7 @@ wiring_figure("model")
 #    the sum. Through the sum the gradient comes back as it is, $1 \cdot dx$, and
 #    LayerNorm adds its share: `dx = dx + layernorm_back(...)`.
 # 2. **Queries, keys and values** are three products of the same `ln1`. Their weights
-#    are stored as one matrix, so (1.16.1) for them is one product: $dq\, W_q + dk\,
+#    are stored as one matrix, so (1.14.1) for them is one product: $dq\, W_q + dk\,
 #    W_k + dv\, W_v$ is `dqkv @ qkvw`, the last line of `linear_back`.
 # 3. **`wte`** is read when tokens become vectors and again when vectors become
 #    logits. Its gradient is written by one of the two and added to by the other.
@@ -350,7 +365,7 @@ def backward(p, tokens, targets, NH, kept):
 # rows for padding, which no token names; their gradient is 0 and must be.
 
 # %% every parameter of every tensor
-p = {n: rng.normal(scale=0.5, size=shape) for n, shape in shapes.items()}
+p = {n: rng.normal(scale=0.5, size=x.shape) for n, x in p.items()}
 _, kept = forward(p, tokens, targets, NH, V)
 g = backward(p, tokens, targets, NH, kept)
 numeric = {
@@ -430,8 +445,7 @@ verdict("the present", not same[:, -1].any(), "does move")
 page = inspect.getsource(gpt2)
 text = np.frombuffer(page.encode(), np.uint8).astype(np.int64)
 own = GPT2Config(32, 128, num_layers=2, num_heads=4, channels=32)
-p = {n: np.zeros(s, np.float32) for n, s in parameter_shapes(own).items()}
-init_params(p, cfg=own, seed=7)
+p = {n: x.astype(np.float32) for n, x in first_weights(own).items()}
 m, v = ({n: np.zeros_like(x) for n, x in p.items()} for _ in "mv")
 
 # %% five hundred steps
@@ -472,7 +486,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.16.2. A GPT-2 learns the text of its own source, in 500 steps of 256
+# *Figure 1.14.2. A GPT-2 learns the text of its own source, in 500 steps of 256
 # bytes. Within the first hundred steps the loss falls below what counting single bytes
 # can reach, and it goes on falling: the rest it can only have from the bytes before.*
 #
@@ -483,14 +497,15 @@ plt.show()
 #
 # | the page | the model of chapter 1.17 |
 # |---|---|
-# | makes a new array on each line | all arrays lie in one block that was measured beforehand, [chapter 1.14](14_memory.ipynb) |
+# | draws its weights by one rule | draws them as PyTorch does, and so that depth does not spoil them, [chapter 1.15](15_weights.ipynb) |
+# | makes a new array on each line | all arrays lie in one block that was measured beforehand, [chapter 1.16](16_memory.ipynb) |
 # | keeps $16 C$ numbers a token and block | keeps $10 C$, and computes the others again |
 # | knows one kind of norm and of feed-forward layer | takes the parts that its configuration names, [chapter 1.13](13_block.ipynb) |
 # | believes its caller | checks each batch before it computes, [appendix A.9](../appendix/09_checks.ipynb) |
 # | one batch, one gradient | adds the gradients of several batches |
 # | NumPy | any backend: any set of layers with the same names |
 #
-# What must not differ is the result, and the next chapter asks for it bit by bit.
+# What must not differ is the result, and chapter 1.17 asks for it bit by bit.
 #
 # ## Count it
 #
@@ -624,4 +639,4 @@ for name in ("wte", "headw"):
 # %% what llmnb gained
 from llmnb.book.index import gained
 
-gained("1.16")
+gained("1.14")
