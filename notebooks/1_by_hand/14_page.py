@@ -240,6 +240,7 @@ def forward(p, tokens, targets, NH, V):
 # by less. If yours is not, look for the mistake before you train. (A loss well *under*
 # $\log V$ on fresh weights means that targets leak into the input.)
 
+
 # %% the first weights
 def first_weights(cfg):
     """Random matrices and tables; LayerNorms that only normalise."""
