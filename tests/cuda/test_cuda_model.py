@@ -1,4 +1,7 @@
-"""The model on a GPU, which is simulated where there is none."""
+"""The model on a GPU, which is simulated where there is none.
+
+Its gradients and its steps are in test_cuda_families.py.
+"""
 
 import sys
 import warnings
@@ -8,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from gpu import check_machine_code, stay_in_arena
+from gpu import check_machine_code
 from problems import batch, wide
 from runs import PLAIN
 
@@ -31,7 +34,6 @@ from llmnb.train.start import new_model
 
 SMALL = GPT2Config(5, 29, 1, 2, 8)
 DEEP = GPT2Config(7, 61, 2, 3, 12)
-ODD = GPT2Config(7, 61, 1, 2, 10)  # rows that are no multiple of 16 bytes
 ADAMW = {"learning_rate": 1e-2, "weight_decay": 0.1, "decay": ["wte", "fcw"]}
 SIMULATED = bool(launch.missing())
 
@@ -45,57 +47,6 @@ def asked(monkeypatch):
 
 def host(model, group):
     return np.asarray(model.memory.flat(group)).copy()
-
-
-@pytest.mark.parametrize("cfg", [DEEP, ODD], ids=["vectors", "numbers"])
-def test_every_gradient(cfg):
-    """Against the reference in float64, with every access checked."""
-    tokens, targets = batch(cfg, 2, 7)
-    exact = wide(GPT2(cfg, 2, 7, "reference", "fp64"))
-    model = wide(GPT2(cfg, 2, 7, "cuda"))
-    put(model.memory.flat("grads"), np.full(host(model, "m").shape, 7.0))
-    with watch():
-        loss = model.forward(tokens, targets)
-        logits = model.logits
-        at = model.logits_at(4)
-        model.backward()
-    assert loss == pytest.approx(exact.forward(tokens, targets), rel=1e-6)
-    want = exact.logits
-    assert logits.shape == want.shape and type(logits) is np.ndarray
-    assert np.abs(logits - want).max() < 1e-5 * np.abs(want).max()
-    assert (at == logits[:, 4]).all()
-    exact.backward()
-    for name, want in exact.grads.items():
-        got = np.asarray(model.grads[name])
-        assert np.abs(want).max() > 1e-3, f"{name}: nothing to test"
-        assert np.linalg.norm(got - want) < 5e-6 * np.linalg.norm(want), name
-
-
-@pytest.fixture(scope="module")
-def ten():
-    """Losses and norms of ten steps on the CPU, and its last weights."""
-    model = GPT2(SMALL, 2, 5, "cpu", seed=3)
-    steps = [
-        model.step(*batch(SMALL, 2, 5), 1.0, step=k, **ADAMW)
-        for k in range(1, 11)
-    ]
-    return np.array(steps), host(model, "params")
-
-
-def test_ten_steps_in_one_block_of_memory(ten, monkeypatch):
-    """Those of the CPU; and a step makes no array outside the arena."""
-    model = GPT2(SMALL, 2, 5, "cuda", seed=3)
-    before = model.memory.nbytes
-    if SIMULATED:
-        stay_in_arena(model, monkeypatch)
-    steps = [
-        model.step(*batch(SMALL, 2, 5), 1.0, step=k, **ADAMW)
-        for k in range(1, 11)
-    ]
-    np.testing.assert_allclose(steps, ten[0], rtol=1e-5)
-    assert np.abs(host(model, "params") - ten[1]).max() < 2e-4
-    assert model.memory.nbytes == before and len(model._machine._graphs) == 1
-    assert steps[-1][0] < steps[0][0] - 0.5
 
 
 def test_a_step_is_its_parts():
