@@ -4,6 +4,7 @@ A row is a forward and a backward pass. What a layer says of its arguments
 (llmnb.shapes) is what they are drawn from.
 """
 
+import functools
 import inspect
 import re
 from typing import NamedTuple
@@ -139,15 +140,17 @@ def problem(layer, dtype, sizes, spread=1.0, absent=(), **options):
     return p
 
 
-def problems(layer, dtype, most=None, cap=10**9):
-    """Strategies of problems, with sizes up to `most` and to `cap`."""
+@functools.cache
+def problems(name, dtype, gpu=False, cap=10**9):
+    """A strategy of problems of a row; gpu: small enough for a simulator."""
+    layer = NAMED[name]
     sizes = {
         name: st.integers(name not in FROM_ZERO, min(n, cap))
         if isinstance(n, int)
         else n
         if cap > 9
         else st.integers(name not in FROM_ZERO, cap)
-        for name, n in (most or layer.most).items()
+        for name, n in (layer.gpu if gpu else layer.most).items()
     }
     how = {"spread": st.sampled_from(layer.spread)}
     how |= {"absent": st.sampled_from(layer.absent)} | layer.options

@@ -98,7 +98,7 @@ def test_every_version_equals_the_reference(name, sizes, version):
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_layers_equal_the_reference(layer, data):
-    p = data.draw(problems(layer, np.float32, layer.gpu))
+    p = data.draw(problems(layer.name, np.float32, gpu=True))
     tol = 1e-5 if "attention" in layer.name else 5e-6
     assert not any(seen.atomics for seen in check_problem(layer, p, tol))
 

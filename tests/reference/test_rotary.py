@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from layers import NAMED, problems
+from layers import problems
 
 from llmnb import cpu, reference
 from llmnb.reference.rotary import rope_frequencies, rope_table
@@ -13,7 +13,7 @@ BOTH = pytest.mark.parametrize("layer", (reference, cpu))
 
 @BOTH
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(p=problems(NAMED["rotary"], np.float64))
+@given(p=problems("rotary", np.float64))
 def test_backward_turns_back(layer, p):
     x, how = p["x"].copy(), (p["table"], p["heads"], p["first"])
     layer.rotary_forward(x, *how)
