@@ -43,9 +43,9 @@ from llmnb import cpu
 def digest(x):
     return hashlib.sha256(x.tobytes()).hexdigest()[:12]
 
-draw, found = random.Random(0), {}
+pick, found = random.Random(0), {}
 sizes = [*range(1, 14), 16, 17, 37, 48, 49, 51, 97]
-shapes = [tuple(draw.choices(sizes, k=3)) for _ in range(150)]
+shapes = [tuple(pick.choices(sizes, k=3)) for _ in range(150)]
 for T, C, OC in [*shapes, (50, 801, 49), (300, 40, 41), (13, 2100, 33)]:
     absent = ("residual", *(("bias", "dbias") * (1 - T % 2)))
     p = draw("matmul", 1, T, C, OC, dtype=np.float32, absent=absent)
