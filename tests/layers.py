@@ -253,7 +253,7 @@ LAYERS = (
             for n in (1, 64, 96, 97, 300)
         ],
         gpu={"B": 1, "T": 40, "hs": st.sampled_from((2, 5, 8, 12))} | _FEW,
-        even=((3, 7, 2, 1, 8), {"window": 4, "scale": None, "softcap": 3.0}),
+        even=((1, 7, 2, 1, 8), {"window": 4, "scale": None, "softcap": 3.0}),
     ),
     Layer(
         "headnorm", HEADS | {"T": 40}, (2e-5, 1e-12), ((3, 37, 3, 2, 40),),
