@@ -30,6 +30,14 @@ def on_standin(tmp_path_factory):
     return standin.runner(standin.compiled(folder))
 
 
+@pytest.fixture(scope="session")
+def nccl_path(tmp_path_factory):
+    """Where a stand-in for NCCL is, compiled."""
+    if standin.no_compiler():
+        pytest.skip(standin.no_compiler())
+    return standin.compiled_nccl(tmp_path_factory.mktemp("nccl"))
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """What the disk is asked for: (call, name), in order."""

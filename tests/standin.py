@@ -35,13 +35,18 @@ def refused():
 """
 
 
-def no_standin():
-    """Why there is none here; empty where it can be compiled."""
+def no_compiler():
+    """Why no stand-in can be compiled here; else empty."""
     if not sys.platform.startswith("linux"):
-        return "the stand-in driver is for Linux"
+        return "the stand-ins are for Linux"
     if not shutil.which("cc"):
-        return "there is no C compiler, cc, for the stand-in driver"
-    return absent()
+        return "there is no C compiler, cc, for the stand-ins"
+    return ""
+
+
+def no_standin():
+    """Why there is no driver's stand-in here; else empty."""
+    return no_compiler() or absent()
 
 
 def compiled(folder):
@@ -53,6 +58,16 @@ def compiled(folder):
     return paths | {"LLMNB_CUDA": "", "LLMNB_MATMUL": "llmnb"}
 
 
+def compiled_nccl(folder):
+    """Compile NCCL's stand-in, from gpu/standin_libnccl.c; its path."""
+    library = folder / "libnccl.so.2"
+    command = ["cc", "-shared", "-fPIC", "-O1", "-pthread"]
+    command += ["-Wl,-soname,libnccl.so.2", "-o", library]
+    source = SOURCE.with_name("standin_libnccl.c")
+    subprocess.run([*command, source, "-lrt", "-ldl"], check=True)
+    return library
+
+
 def runner(environment):
     """A function that runs a program on it; gives what that prints."""
 
@@ -62,4 +77,5 @@ def runner(environment):
         return done.stdout.strip()
 
     run.plain = partial(python, **environment)
+    run.folder = environment["LD_LIBRARY_PATH"]
     return run

@@ -115,8 +115,9 @@ class GroupOptions:
     """
 
     group: str = option(
-        "", "processes that share the work: none, or mpi (default: mpi if "
-        "mpirun or srun has launched several)",
+        "", "processes that share the work: none, mpi, or nccl, which is MPI "
+        "with NCCL between GPUs (default: if mpirun or srun has launched "
+        "several, mpi, and nccl on GPUs)",
     )  # fmt: skip
 
 

@@ -27,9 +27,11 @@ from llmnb.cuda.residual import *
 from llmnb.cuda.rmsnorm import *
 from llmnb.cuda.rotary import *
 from llmnb.cuda.softcap import *
+from llmnb.cuda.sums import *
 from llmnb.gpu.fragments import *
 from llmnb.gpu.graph import *
 from llmnb.gpu.launch import *
+from llmnb.gpu.nccl import *
 from llmnb.gpu.ptx import *
 from llmnb.gpu.simulator import *
 from llmnb.gpu.toolkit import *

@@ -70,9 +70,12 @@ class GradientTree(Tree):
         """Copy the newest block aside: grads will be overwritten."""
         if self.blocks:
             start, stop, array = self.blocks.pop()
-            aside = self._spare.pop() if self._spare else array.copy()
-            aside[:] = array
-            self.blocks.append((start, stop, aside))
+            self.blocks.append((start, stop, self._aside(array)))
+
+    def _aside(self, array):
+        aside = self._spare.pop() if self._spare else array.copy()
+        aside[:] = array
+        return aside
 
     def _sum(self, before, array):
         self._ops.residual_forward(array, before, array)
@@ -89,8 +92,8 @@ def tree_of(model):
     Derived in chapter 4.13.
     """
     if model not in _TREES:
-        grads = model.memory.flat("grads")
-        _TREES[model] = GradientTree(grads, model.ops)
+        kind = getattr(model, "tree", GradientTree)
+        _TREES[model] = kind(model.memory.flat("grads"), model.ops)
     _TREES[model].clear()
     return _TREES[model]
 
@@ -115,12 +118,14 @@ class Group:
 
     rank: which of them this is, from 0 on. size: how many there are. Of
     several, each calls the same methods in the same order; those of a larger
-    group, which chapter 6.1 adds, move parts of arrays.
+    group, which chapter 6.1 adds, move parts of arrays. on_gpus: whether
+    these lie on GPUs. in_graph: whether a recorded step may hold such calls.
 
     Derived in chapter 4.13.
     """
 
     rank, size = 0, 1
+    on_gpus, in_graph = False, True
 
     @property
     def first(self):

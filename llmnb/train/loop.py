@@ -44,7 +44,7 @@ def accumulate(config, model, batches, step=0):
     losses = sum(group.gather(losses), [])
     for loss in losses:
         _check_finite("loss", loss, step, config.rate(step))
-    if group.size > 1:
+    if _shares(model):
         model.exchange(tree.blocks, count)
     elif model.backend != "cuda":
         tree.whole()
@@ -54,12 +54,17 @@ def accumulate(config, model, batches, step=0):
 # a piece of it
 def _piece(model, tree, k, share):
     """Compute the gradient of piece k, and add it to its neighbours."""
-    if model.backend == "cuda":
+    if model.backend == "cuda" and not _shares(model):
         model.backward(add=k > 0, share=share)
         return
     tree.make_room()
     model.backward(share=share)
     tree.push(k, k + 1, tree.grads)
+
+
+def _shares(model):
+    """Whether its gradients are summed over a group (Part 6)."""
+    return hasattr(model, "exchange")
 
 
 def _skip(batches, count):
@@ -222,8 +227,7 @@ def train_step(config, model, batches, at):
     rate, settings = config.rate(at.step), _settings(config, model, at)
     most, whole = config.clip or math.inf, _in_one_launch(config, model)
     if whole:
-        batch = batches.next_batch()
-        loss, norm = model.step(*batch, most, **settings)
+        loss, norm = _launched(config, model, batches, most, settings)
         _check_finite("loss", loss, at.step, rate)
     else:
         loss = accumulate(config, model, batches, at.step)
@@ -250,5 +254,17 @@ def _settings(config, model, at):
 
 def _in_one_launch(config, model):
     """Whether nothing has to be decided between a gradient and its use."""
-    decides = config.micro_batches > 1 or config.skip_loss or config.skip_norm
-    return model.backend == "cuda" and not decides
+    group = group_of(model)
+    many = config.micro_batches > group.size
+    decides = many or config.skip_loss or config.skip_norm
+    return model.backend == "cuda" and group.in_graph and not decides
+
+
+def _launched(config, model, batches, most, settings):
+    """A step in one launch, on this process's batch; its loss and norm."""
+    group, count = group_of(model), config.micro_batches
+    mine = group.share(count)
+    _skip(batches, mine.start)
+    loss, norm = model.step(*batches.next_batch(), most, **settings)
+    _skip(batches, count - mine.stop)
+    return sum(group.gather(loss)) / count, norm

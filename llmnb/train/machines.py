@@ -41,17 +41,18 @@ def launched():
 def find_group(kind=""):
     """The Group of this process: of those that were launched with it.
 
-    kind: "none" or "mpi", whatever the launcher says. Raises ImportError
-    when mpi4py is missing, sees another number of processes than were
-    launched, or lets no second thread call MPI.
+    kind: "none", "mpi" or "nccl", whatever the launcher says; over NCCL go
+    the arrays of GPUs alone, and all else over MPI. Raises ImportError when
+    mpi4py is missing, sees another number of processes than were launched,
+    or lets no second thread call MPI.
 
     Derived in chapter 6.2.
     """
-    choose("group", kind, ("", "none", "mpi"))
+    choose("group", kind, ("", "none", "mpi", "nccl"))
     wanted = launched()
     if kind == "none" or (kind == "" and wanted == 1):
         return ALONE
-    group = Machines()
+    group = Machines(kind)
     if group.size != wanted and wanted > 1:
         raise ImportError(
             f"{wanted} processes were launched, and mpi4py sees "
@@ -66,14 +67,16 @@ class Machines(Group):
     """The processes that one mpirun or srun has started.
 
     names: of the machine of each. sent: bytes of arrays that this process
-    has sent to others. Until close(), each watches its neighbour, and a
+    has sent to others. kind: as `find_group` was told. ending: functions
+    that close() calls first. Until close(), each watches its neighbour, and a
     process that is silent for `PATIENCE` seconds ends all. Arrays have fewer
     than 2^31 elements, unless the MPI takes longer counts, as MPI 4 may.
 
     Derived in chapter 6.2.
     """
 
-    def __init__(self):
+    def __init__(self, kind=""):
+        self.kind, self.ending = kind, []
         self._mpi = package("mpi4py.MPI", "mpi", "a group of processes")
         self._world = self._mpi.COMM_WORLD
         self.rank, self.size = self._world.rank, self._world.size
@@ -145,6 +148,8 @@ class Machines(Group):
 
     def close(self):
         """Watch no longer: this process is about to leave."""
+        while self.ending:
+            self.ending.pop()()
         if self._watch:
             self._watch.close()
 

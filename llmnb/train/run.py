@@ -64,7 +64,13 @@ def _locked(folder, group):
 def _ready(lock, folder, config, data, state, group):
     """A `Run` at a state, or at its beginning; and a list of warnings."""
     batches, validation = feeds = loaders(config, data)
-    text, begun, found = fingerprint(*feeds), surroundings(config.backend), []
+    text, begun, found = fingerprint(*feeds), {}, []
+    if group is not ALONE:
+        from llmnb.train.gpus import placed  # Part 6
+
+        group = placed(group, config.backend)
+        begun |= {"group of GPUs": "yes"} if group.on_gpus else {}
+    begun |= surroundings(config.backend)
     if group.size > 1:
         _check_group(group, config, text, begun, state)
     if state:

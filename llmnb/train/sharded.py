@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from llmnb.arena import put
 from llmnb.backend import choose
 from llmnb.cpu.adamw import PIECES, piece_length, shrink, squares
 from llmnb.model.gpt2 import GPT2
@@ -31,14 +32,14 @@ class Spread:
 
     def __init__(self, group, shape, part, places):
         self.group, self.shape, self.part = group, shape, part
-        self.dtype, self.itemsize = part.dtype, part.itemsize
-        self.nbytes = math.prod(shape) * part.itemsize
+        self.dtype, self.itemsize = part.dtype, part.dtype.itemsize
+        self.nbytes = math.prod(shape) * self.itemsize
         self._places = places  # a slice of the flat tensor for each process
 
     def collect(self):
         """The whole tensor for the first process, None for the others."""
         lengths = [x.stop - x.start for x in self._places]
-        whole = self.group.collect(self.part, lengths)
+        whole = self.group.collect(np.asarray(self.part), lengths)
         return whole if whole is None else whole.reshape(self.shape)
 
     def __array__(self, dtype=None, copy=None):
@@ -53,7 +54,7 @@ class Spread:
     def copy_to_device(self, values):
         """Keep of a whole tensor what lies here."""
         mine = self._places[self.group.rank]
-        self.part[:] = values.reshape(-1)[mine]
+        put(self.part, values.reshape(-1)[mine])
 
 
 # the model
@@ -68,7 +69,7 @@ class Sharded(GPT2):
     Derived in chapter 6.2.
     """
 
-    group = ALONE
+    group, backends = ALONE, ("cpu",)
 
     @classmethod
     def of(cls, group):
@@ -79,7 +80,7 @@ class Sharded(GPT2):
         self, cfg, batch_size, seq_len, backend="cpu", precision="fp32",
         seed=42,
     ):  # fmt: skip
-        choose("Sharded: backend", backend, ("cpu",))
+        choose("Sharded: backend", backend, self.backends)
         super().__init__(cfg, batch_size, seq_len, backend, precision, seed)
 
     def _allocate(self, layout):

@@ -49,6 +49,10 @@ def empty_model(config, cfg, seed=None, group=ALONE):
 
 
 def _model_class(group):
+    if group.on_gpus:
+        from llmnb.train.gpus import OnGPUs  # Part 6
+
+        return OnGPUs.of(group)
     if group.size == 1:
         return GPT2
     from llmnb.train.sharded import Sharded  # Part 6

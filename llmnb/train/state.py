@@ -186,9 +186,11 @@ def save_state(run):
         for kind in _GROUPS
         for name in parameter_shapes(run.model.cfg)
     }
-    if group.size == 1:  # from a GPU too
-        tensors = {name: np.asarray(x) for name, x in tensors.items()}
+    for name, x in tensors.items():
+        if not hasattr(x, "collect"):  # all of it is here, or on a GPU
+            tensors[name] = np.asarray(x)
     parts = {name: getattr(x, "part", x) for name, x in tensors.items()}
+    parts = {name: np.asarray(x) for name, x in parts.items()}
     for wrong in filter(None, group.gather(first_not_finite(parts))):
         last = run.at.step - 1
         raise FloatingPointError(

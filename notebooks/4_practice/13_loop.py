@@ -149,8 +149,8 @@ print(tree.whole())
 # In a model the newest block lies where `backward` writes, in `model.grads`. Before
 # the next piece is computed it is copied aside; and when two become one, the place
 # of the earlier is free again. The arrays are kept from step to step, for fresh memory
-# costs time. Where the model is on a GPU, which has less memory and trains
-# in one process only, the pieces are added in place, one by one.
+# costs time. Where the model is on a GPU, which has less memory, and trains
+# alone, the pieces are added in place, one by one.
 
 
 # %% the tree of a model's gradients tags=["export"] module="train.group"
@@ -173,9 +173,12 @@ class GradientTree(Tree):
         """Copy the newest block aside: grads will be overwritten."""
         if self.blocks:
             start, stop, array = self.blocks.pop()
-            aside = self._spare.pop() if self._spare else array.copy()
-            aside[:] = array
-            self.blocks.append((start, stop, aside))
+            self.blocks.append((start, stop, self._aside(array)))
+
+    def _aside(self, array):
+        aside = self._spare.pop() if self._spare else array.copy()
+        aside[:] = array
+        return aside
 
     def _sum(self, before, array):
         self._ops.residual_forward(array, before, array)
@@ -189,8 +192,8 @@ _TREES = WeakKeyDictionary()  # of models
 def tree_of(model):
     """The GradientTree of a model, empty."""
     if model not in _TREES:
-        grads = model.memory.flat("grads")
-        _TREES[model] = GradientTree(grads, model.ops)
+        kind = getattr(model, "tree", GradientTree)
+        _TREES[model] = kind(model.memory.flat("grads"), model.ops)
     _TREES[model].clear()
     return _TREES[model]
 
@@ -221,10 +224,12 @@ class Group:
 
     rank: which of them this is, from 0 on. size: how many there are. Of
     several, each calls the same methods in the same order; those of a larger
-    group, which chapter 6.1 adds, move parts of arrays.
+    group, which chapter 6.1 adds, move parts of arrays. on_gpus: whether
+    these lie on GPUs. in_graph: whether a recorded step may hold such calls.
     """
 
     rank, size = 0, 1
+    on_gpus, in_graph = False, True
 
     @property
     def first(self):
@@ -290,7 +295,7 @@ def accumulate(config, model, batches, step=0):
     losses = sum(group.gather(losses), [])
     for loss in losses:
         _check_finite("loss", loss, step, config.rate(step))
-    if group.size > 1:
+    if _shares(model):
         model.exchange(tree.blocks, count)
     elif model.backend != "cuda":
         tree.whole()
@@ -300,12 +305,17 @@ def accumulate(config, model, batches, step=0):
 # %% a piece of it tags=["exporti"]
 def _piece(model, tree, k, share):
     """Compute the gradient of piece k, and add it to its neighbours."""
-    if model.backend == "cuda":
+    if model.backend == "cuda" and not _shares(model):
         model.backward(add=k > 0, share=share)
         return
     tree.make_room()
     model.backward(share=share)
     tree.push(k, k + 1, tree.grads)
+
+
+def _shares(model):
+    """Whether its gradients are summed over a group (Part 6)."""
+    return hasattr(model, "exchange")
 
 
 def _skip(batches, count):
@@ -548,8 +558,7 @@ def train_step(config, model, batches, at):
     rate, settings = config.rate(at.step), _settings(config, model, at)
     most, whole = config.clip or math.inf, _in_one_launch(config, model)
     if whole:
-        batch = batches.next_batch()
-        loss, norm = model.step(*batch, most, **settings)
+        loss, norm = _launched(config, model, batches, most, settings)
         _check_finite("loss", loss, at.step, rate)
     else:
         loss = accumulate(config, model, batches, at.step)
@@ -576,8 +585,20 @@ def _settings(config, model, at):
 
 def _in_one_launch(config, model):
     """Whether nothing has to be decided between a gradient and its use."""
-    decides = config.micro_batches > 1 or config.skip_loss or config.skip_norm
-    return model.backend == "cuda" and not decides
+    group = group_of(model)
+    many = config.micro_batches > group.size
+    decides = many or config.skip_loss or config.skip_norm
+    return model.backend == "cuda" and group.in_graph and not decides
+
+
+def _launched(config, model, batches, most, settings):
+    """A step in one launch, on this process's batch; its loss and norm."""
+    group, count = group_of(model), config.micro_batches
+    mine = group.share(count)
+    _skip(batches, mine.start)
+    loss, norm = model.step(*batches.next_batch(), most, **settings)
+    _skip(batches, count - mine.stop)
+    return sum(group.gather(loss)) / count, norm
 
 
 # %% [markdown]

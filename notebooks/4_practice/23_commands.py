@@ -154,8 +154,9 @@ class GroupOptions:
     """Whether a command shares its work with other processes."""
 
     group: str = option(
-        "", "processes that share the work: none, or mpi (default: mpi if "
-        "mpirun or srun has launched several)",
+        "", "processes that share the work: none, mpi, or nccl, which is MPI "
+        "with NCCL between GPUs (default: if mpirun or srun has launched "
+        "several, mpi, and nccl on GPUs)",
     )  # fmt: skip
 
 

@@ -100,6 +100,7 @@ for R in (1, 2, 4):
 # when it is fed with this range only.
 
 # %% imports of the exchange tags=["export"] module="train.exchange"
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -248,35 +249,40 @@ print(shards(1_000_000, 3))
 BUFFER = 1 << 24  # bytes that arrive at a time
 
 
-def exchange(group, grads, blocks, count):
+def exchange(group, grads, blocks, count, came=None, add=None):
     """Leave in this process's shard of grads the sum over all processes.
 
     group: a Group of several, each of which calls this. grads: a model's
     gradients, flat. blocks: those of its `GradientTree`, which may lie in
     grads. count: micro-batches of the update. The rest of grads is left as
-    it is.
+    it is. came: None, or a flat array for what arrives. add: None, or what
+    adds that up, a function (out, blocks of each rank, what came).
     """
     spans, rank = shards(grads.size, group.size), group.rank
     held = [blocks_of(group.share(count, r)) for r in range(group.size)]
-    rounds = max(map(len, held))
-    width = max(1, BUFFER // (rounds * group.size * grads.itemsize))
-    came = np.empty((rounds, group.size, width), grads.dtype)
+    parts = max(map(len, held)), group.size
+    if came is None:
+        size = max(BUFFER // grads.itemsize, math.prod(parts))
+        came = np.empty(size, grads.dtype)
+    width = came.size // math.prod(parts)
+    came = came[: math.prod(parts) * width].reshape(*parts, width)
     for at in range(0, max(b - a for a, b in spans), width):
         cut = [(min(a + at, b), min(a + at + width, b)) for a, b in spans]
-        for i in range(rounds):
+        for i in range(parts[0]):
             mine = blocks[i][2] if i < len(blocks) else None
             group.exchange(came[i], mine, cut, [i < len(x) for x in held])
         start, stop = cut[rank]
-        grads[start:stop] = _sum(held, came[..., : stop - start])
+        if start < stop:
+            (add or _add)(grads[start:stop], held, came)
 
 
-def _sum(held, came):
+def _add(out, held, came):
     """The tree of (4.13.3) over the blocks of all, in their order."""
     tree = Tree(lambda before, array: np.add(before, array, out=array))
     for rank, blocks in enumerate(held):
         for i, (start, stop) in enumerate(blocks):
-            tree.push(start, stop, came[i, rank])
-    return tree.whole()
+            tree.push(start, stop, came[i, rank, : out.size])
+    out[:] = tree.whole()
 
 
 # %% [markdown]

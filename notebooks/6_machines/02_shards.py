@@ -76,6 +76,7 @@ import math
 
 import numpy as np
 
+from llmnb.arena import put
 from llmnb.backend import choose
 from llmnb.cpu.adamw import PIECES, piece_length, shrink, squares
 from llmnb.model.gpt2 import GPT2
@@ -95,14 +96,14 @@ class Spread:
 
     def __init__(self, group, shape, part, places):
         self.group, self.shape, self.part = group, shape, part
-        self.dtype, self.itemsize = part.dtype, part.itemsize
-        self.nbytes = math.prod(shape) * part.itemsize
+        self.dtype, self.itemsize = part.dtype, part.dtype.itemsize
+        self.nbytes = math.prod(shape) * self.itemsize
         self._places = places  # a slice of the flat tensor for each process
 
     def collect(self):
         """The whole tensor for the first process, None for the others."""
         lengths = [x.stop - x.start for x in self._places]
-        whole = self.group.collect(self.part, lengths)
+        whole = self.group.collect(np.asarray(self.part), lengths)
         return whole if whole is None else whole.reshape(self.shape)
 
     def __array__(self, dtype=None, copy=None):
@@ -117,7 +118,7 @@ class Spread:
     def copy_to_device(self, values):
         """Keep of a whole tensor what lies here."""
         mine = self._places[self.group.rank]
-        self.part[:] = values.reshape(-1)[mine]
+        put(self.part, values.reshape(-1)[mine])
 
 
 # %% [markdown]
@@ -142,7 +143,7 @@ class Sharded(GPT2):
     sum over the group in this process's shard, and elsewhere what was left.
     """
 
-    group = ALONE
+    group, backends = ALONE, ("cpu",)
 
     @classmethod
     def of(cls, group):
@@ -153,7 +154,7 @@ class Sharded(GPT2):
         self, cfg, batch_size, seq_len, backend="cpu", precision="fp32",
         seed=42,
     ):  # fmt: skip
-        choose("Sharded: backend", backend, ("cpu",))
+        choose("Sharded: backend", backend, self.backends)
         super().__init__(cfg, batch_size, seq_len, backend, precision, seed)
 
     def _allocate(self, layout):
@@ -382,15 +383,16 @@ def launched():
 def find_group(kind=""):
     """The Group of this process: of those that were launched with it.
 
-    kind: "none" or "mpi", whatever the launcher says. Raises ImportError
-    when mpi4py is missing, sees another number of processes than were
-    launched, or lets no second thread call MPI.
+    kind: "none", "mpi" or "nccl", whatever the launcher says; over NCCL go
+    the arrays of GPUs alone, and all else over MPI. Raises ImportError when
+    mpi4py is missing, sees another number of processes than were launched,
+    or lets no second thread call MPI.
     """
-    choose("group", kind, ("", "none", "mpi"))
+    choose("group", kind, ("", "none", "mpi", "nccl"))
     wanted = launched()
     if kind == "none" or (kind == "" and wanted == 1):
         return ALONE
-    group = Machines()
+    group = Machines(kind)
     if group.size != wanted and wanted > 1:
         raise ImportError(
             f"{wanted} processes were launched, and mpi4py sees "
@@ -413,12 +415,14 @@ class Machines(Group):
     """The processes that one mpirun or srun has started.
 
     names: of the machine of each. sent: bytes of arrays that this process
-    has sent to others. Until close(), each watches its neighbour, and a
+    has sent to others. kind: as `find_group` was told. ending: functions
+    that close() calls first. Until close(), each watches its neighbour, and a
     process that is silent for `PATIENCE` seconds ends all. Arrays have fewer
     than 2^31 elements, unless the MPI takes longer counts, as MPI 4 may.
     """
 
-    def __init__(self):
+    def __init__(self, kind=""):
+        self.kind, self.ending = kind, []
         self._mpi = package("mpi4py.MPI", "mpi", "a group of processes")
         self._world = self._mpi.COMM_WORLD
         self.rank, self.size = self._world.rank, self._world.size
@@ -490,6 +494,8 @@ class Machines(Group):
 
     def close(self):
         """Watch no longer: this process is about to leave."""
+        while self.ending:
+            self.ending.pop()()
         if self._watch:
             self._watch.close()
 
@@ -703,14 +709,7 @@ def check_command(args, group, **facts):
 # threads each. Ctrl-C reaches
 # `mpirun`, which gives its ranks about a second; the last state is whole in any case.
 #
-# The kernels are the CPU's. A group of GPUs needs the same methods over NCCL,
-# NVIDIA's library, which `nccl4py` brings to Python. That is not written, because
-# it could not be tried. Without a GPU `nccl4py` installs and makes the
-# identifier of a group; to make the group it wants a driver. And what we have in
-# place of a GPU does half of the work each: the simulator of
-# [chapter A.5](../appendix/05_simulator.ipynb) computes, in memory that NCCL
-# cannot send; the driver's stand-in of the tests has memory of a device, and
-# does not compute. A group has to add up what it was sent.
+# The kernels are the CPU's. For a group of GPUs see [chapter 6.5](05_gpus.ipynb).
 #
 # ## Take away
 #

@@ -1,6 +1,7 @@
 """What a step asks of the driver, and what a wrong step is told."""
 
 import json
+import os
 
 import pytest
 
@@ -238,3 +239,50 @@ print(refused(), *counts("refusals", "allocations"))
 """
     said = on_standin(code)
     assert "grid 1 65536 1" in said and said.endswith("1 1")
+
+
+GROUP = """
+import ctypes, json
+from llmnb import GPT2Config
+from llmnb.train.gpus import OnGPUs, OverNCCL
+from llmnb.train.rehearsal import rehearse
+
+library = ctypes.CDLL("libnccl.so.2")
+library.standin_nccl_refused.restype = ctypes.c_char_p
+names = "sends", "receives", "broadcasts", "groups", "recorded", "refusals"
+asked = "allocations", "recorded", "recorded_copies", "replays", "launches"
+
+def work(group):
+    there, rows = OverNCCL(group), []
+    model = OnGPUs.of(there)(GPT2Config(8, 61, 2, 2, 16), 2, 8, "cuda",
+                             seed=None)
+    batch = np.zeros((2, 2, 8), int)
+    for k in range(1, 5):
+        driver.standin_reset(), library.standin_nccl_reset()
+        model.step(*batch, 1.0, step=k, decay=["wte"])
+        calls = [library.standin_nccl(x.encode()) for x in names]
+        more = {"driver " + x: y for x, y in zip(asked, counts(*asked))}
+        rows.append(dict(zip(names, calls)) | more)
+    return rows
+
+print(json.dumps([rehearse(1, work)[0], refused(),
+                  library.standin_nccl_refused().decode()]))
+"""
+
+
+def test_a_step_of_a_group_is_recorded_with_its_sending(on_standin, nccl_path):
+    """A group of one, whose sends go to itself, on two stand-ins."""
+    paths = [str(nccl_path.parent), on_standin.folder]
+    where = {"LD_LIBRARY_PATH": os.pathsep.join(paths)}
+    rows, refused, nccl_refused = json.loads(on_standin(GROUP, **where))
+    assert refused == nccl_refused == ""
+    first, second, *later = rows
+    assert first["sends"] == first["receives"] == 1
+    assert first["broadcasts"] == 2 and first["recorded"] == 0
+    assert second["recorded"] == 4 and second["driver launches"] == 0
+    assert second["driver recorded"] == first["driver launches"] > 40
+    for row in rows[1:]:
+        assert row["driver allocations"] == row["driver recorded_copies"] == 0
+        assert row["driver replays"] == 1
+    for row in later:
+        assert row["sends"] == row["broadcasts"] == row["groups"] == 0

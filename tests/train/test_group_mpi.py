@@ -283,6 +283,55 @@ def test_ranks_with_unlike_numbers_of_blocks():
     assert said.count("3 blocks, the same: True") == 2, said
 
 
+# Each rank has a simulated GPU
+
+GPU = (
+    "-m llmnb.cli train --tokenizer byte --limit 3000 --num-layers 1 "
+    "--num-heads 1 --channels 8 --seq-len 4 --batch-size 1 --total-batch 8 "
+    "--steps 2 --eval-every 2 --eval-batches 1 --save-every 2 --skip-loss 9 "
+    "--skip-norm 9 --backend cuda --threads 1"
+)
+ON_GPU = [*GPU.split(), "--corpus", str(LIBRARY)]
+
+
+@pytest.fixture(scope="module")
+def one_gpu(tmp_path_factory):
+    """The folder of a run of a group of one."""
+    folder = tmp_path_factory.mktemp("gpu") / "a"
+    subprocess.run(
+        [sys.executable, *ON_GPU, "--group", "mpi", "--out", str(folder)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "LLMNB_CUDA": "simulator"},
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize("over", ["mpi", "nccl"])
+def test_gpus_have_the_bits_of_one(over, one_gpu, nccl_path, tmp_path):
+    """Through the hosts, and over the stand-in for NCCL."""
+    where = {"LLMNB_CUDA": "simulator"}
+    if over == "nccl":
+        where["LD_LIBRARY_PATH"] = str(nccl_path.parent)
+    args = [*ON_GPU, "--group", over, "--out", tmp_path / "a"]
+    code, said = run((2, where, args))
+    assert code == 0, said
+    assert kept(tmp_path / "a") == kept(one_gpu)
+    assert rows(tmp_path / "a") == rows(one_gpu)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("nvidia.nccl")
+    if importlib.util.find_spec("nvidia")
+    else False,
+    reason="there is an NCCL",
+)
+def test_gpus_without_nccl_end_with_one_error(tmp_path):
+    args = [*ON_GPU, "--group", "nccl", "--out", tmp_path / "a"]
+    code, said = run((2, {"LLMNB_CUDA": "simulator"}, args))
+    assert code != 0 and said.count("llmnb: error") == 1, said
+    assert "needs NCCL" in said and "--group mpi" in said
+
+
 BENCH = (
     "-m llmnb.cli bench --num-layers 1 --num-heads 2 --channels 32 "
     "--seq-len 16 --batch-size 2 --vocab-size 300 --steps 2 --threads 1"
