@@ -27,6 +27,7 @@ from llmnb.train.options import TrainConfig
 from llmnb.train.rehearsal import rehearse
 from llmnb.train.run import begin, finish, follow, resume
 
+pytest.importorskip("greenlet", reason="the simulator needs greenlet")
 pytestmark = [
     pytest.mark.skipif(not missing(), reason="there is a GPU"),
     pytest.mark.filterwarnings("ignore:GPT2. "),

@@ -297,6 +297,7 @@ ON_GPU = [*GPU.split(), "--corpus", str(LIBRARY)]
 @pytest.fixture(scope="module")
 def one_gpu(tmp_path_factory):
     """The folder of a run of a group of one."""
+    pytest.importorskip("greenlet", reason="the simulator needs greenlet")
     folder = tmp_path_factory.mktemp("gpu") / "a"
     subprocess.run(
         [sys.executable, *ON_GPU, "--group", "mpi", "--out", str(folder)],
