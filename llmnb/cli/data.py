@@ -11,6 +11,7 @@ from itertools import chain
 
 from llmnb.cli.options import GroupOptions, fields_of, say
 from llmnb.cli.train import check_apart
+from llmnb.files import unmade
 from llmnb.text import shards
 from llmnb.text.corpus import describe
 from llmnb.text.documents import sources
@@ -59,7 +60,8 @@ def run(args):
     """
     from llmnb.cli.together import in_group  # Part 6
 
-    in_group(args, _run)
+    with unmade(args.out):
+        in_group(args, _run)
 
 
 def _run(args, group):

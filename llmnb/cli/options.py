@@ -102,8 +102,15 @@ def set_threads(args):
     """
     import numba
 
-    if args.threads is not None:
-        numba.set_num_threads(args.threads)
+    most = numba.config.NUMBA_NUM_THREADS
+    if args.threads is None:
+        return
+    if not 1 <= args.threads <= most:
+        raise ValueError(
+            f"threads must lie in [1, {most}], as many as there are cores, "
+            f"got {args.threads}"
+        )
+    numba.set_num_threads(args.threads)
 
 
 # several processes

@@ -160,6 +160,8 @@ _STATE = "_debug_state.bin"
 
 def _find_pack(folder):
     """The paths of a pack's model, debug state and losses."""
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
     states = sorted(Path(folder).glob("*" + _STATE))
     if len(states) != 1:
         raise ValueError(

@@ -25,6 +25,8 @@ def chat_template(path):
     Derived in chapter 5.9.
     """
     file = find_model(path)
+    if not file.exists():
+        raise FileNotFoundError(f"there is no model {path}")
     if file.suffix == ".gguf":
         found = GGUFFile(file).get("tokenizer.chat_template")
     else:

@@ -10,7 +10,9 @@ __all__ = [
 
 
 # imports of the vocabularies
+import errno
 import json
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -352,6 +354,10 @@ def open_encoding(name):
         if path is None:
             known = ", ".join(TOKENIZER_FILES)
             raise FileNotFoundError(f"{folder}: holds none of {known}")
+    if not path.exists():
+        what = os.strerror(errno.ENOENT) + ", and no tokenizer: these are "
+        what += "byte and gpt2, and bpe where one is trained"
+        raise FileNotFoundError(errno.ENOENT, what, str(path))
     if path.name.endswith("tokenizer.json"):
         return _open_json(path)
     if path.suffix in (".model", ".gguf"):

@@ -138,14 +138,21 @@ def loaders(config, data):
 
     Derived in chapter 4.12.
     """
-    batches = _loader(config, data.train_tokens, seed=config.seed)
-    return batches, _loader(config, data.val_tokens, shuffle=False)
+    train, val = data.train_tokens, data.val_tokens
+    batches = _loader(config, train, "train on", seed=config.seed)
+    return batches, _loader(config, val, "validate on", shuffle=False)
 
 
 # a loader of an array or of shards
-def _loader(config, tokens, **how):
+def _loader(config, tokens, what, **how):
     shape = config.batch_size, config.seq_len
     if not isinstance(tokens, Shards):
+        if len(tokens) <= math.prod(shape):
+            raise ValueError(
+                f"the text has {len(tokens)} tokens to {what}, a batch of "
+                f"{shape[0]} x {shape[1]} needs {math.prod(shape) + 1}: give "
+                "more text, or a smaller batch_size or seq_len"
+            )
         return DataLoader([tokens], *shape, **how)
     pairs = zip(tokens.paths, tokens.lengths, strict=True)
     long = [path for path, n in pairs if n > math.prod(shape)]
@@ -166,7 +173,8 @@ def landmarks(config, data):
     Derived in chapter 4.12.
     """
     V = data.encoding.n_vocab
-    batches = _loader(config, data.val_tokens, shuffle=False)
+    what = "validate on"
+    batches = _loader(config, data.val_tokens, what, shuffle=False)
     count = min(config.eval_batches, batches.batches_per_epoch)
     targets = [batches.next_batch()[1].ravel().copy() for _ in range(count)]
     sample = sample_tokens(data.train_tokens, _LANDMARK_TOKENS)

@@ -173,7 +173,11 @@ def read_run(folder):
     Derived in chapter 4.14.
     """
     path = Path(folder) / "config.json"
-    raw = read_small(path, 1 << 20)
+    try:
+        raw = read_small(path, 1 << 20)
+    except FileNotFoundError as error:
+        what = f"{error.strerror}; the folder of a run has one"
+        raise FileNotFoundError(error.errno, what, str(path)) from None
     try:
         return config_from(json.loads(raw)["config"])
     except (ValueError, KeyError, TypeError, RecursionError) as error:

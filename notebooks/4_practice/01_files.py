@@ -163,6 +163,10 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:
+        if error.filename == str(beside):  # which nobody has named
+            error.filename = str(path)
+        raise
     finally:
         beside.unlink(missing_ok=True)
     sync_folder(path.parent)
@@ -360,6 +364,9 @@ def _same(place, path):
     return False
 
 
+# %% [markdown]
+# A folder that was made for work which is then refused is removed again.
+
 # %% who has it tags=["export"]
 LOCK = ".lock"
 
@@ -392,9 +399,29 @@ def own_folder(path, force=False):
     make_folder(path)
     rest = [x for x in path.iterdir() if x.suffix != ".new"]
     if [x for x in rest if x.name != LOCK] and not force:
-        state = in_use(path) or "exists and is not empty"
+        state = in_use(path) or (
+            "exists and is not empty: choose another folder, or force it"
+        )
         raise FileExistsError(f"{path} {state}")
     return path
+
+
+@contextlib.contextmanager
+def unmade(path):
+    """After an error within, no empty folder is left that was made for it.
+
+    Of `path` and those above it, what did not exist is removed if it is
+    empty. Yields a list of Paths, to which others may be added.
+    """
+    path = Path(path)
+    made = [x for x in (path, *path.parents) if not x.exists()][::-1]
+    try:
+        yield made
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for folder in reversed(made):
+                folder.rmdir()
+        raise
 
 
 def _words(folder):

@@ -42,7 +42,9 @@ from pathlib import Path
 from llmnb.files import package
 
 # %% imports of the vocabularies tags=["export"] module="formats.vocabulary"
+import errno
 import json
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -631,6 +633,10 @@ def open_encoding(name):
         if path is None:
             known = ", ".join(TOKENIZER_FILES)
             raise FileNotFoundError(f"{folder}: holds none of {known}")
+    if not path.exists():
+        what = os.strerror(errno.ENOENT) + ", and no tokenizer: these are "
+        what += "byte and gpt2, and bpe where one is trained"
+        raise FileNotFoundError(errno.ENOENT, what, str(path))
     if path.name.endswith("tokenizer.json"):
         return _open_json(path)
     if path.suffix in (".model", ".gguf"):

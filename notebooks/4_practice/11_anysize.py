@@ -542,7 +542,7 @@ def _written(folder, lock, encoding, options, note, stream):
         note["next"] = stream.place
         _write_note(folder / NOTE, note)
     yield _progress(stream, note, 0)
-    _check_end(note)
+    _check_end(folder, note)
     (folder / NOTE).unlink()
 
 
@@ -583,9 +583,10 @@ def _check_options(options):
             )
 
 
-def _check_end(note):
+def _check_end(folder, note):
     total = sum(count for _, count in note["shards"])
     if total <= note["val_tokens"]:
+        _clear(folder, True)
         raise ValueError(
             f"the corpus has {total:,} tokens, all of them for validation "
             f"({note['val_tokens']:,}): none is left to train on"

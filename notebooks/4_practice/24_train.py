@@ -146,10 +146,10 @@ from pathlib import Path
 
 from llmnb.cli.options import GroupOptions, ThreadOptions, check_backend
 from llmnb.cli.options import fields_of, say, set_threads, tell_compiling, warn
-from llmnb.files import write_whole
+from llmnb.files import unmade, write_whole
 from llmnb.model.generate import decoded, generate
 from llmnb.text.tokenizer import text_start
-from llmnb.train.newest import new_folder, newest_run, note_newest
+from llmnb.train.newest import RUNS, new_folder, newest_run, note_newest
 from llmnb.train.run import begin, finish, follow, resume, telling
 from llmnb.train.state import save_state
 from llmnb.train.terminal import progress_bar
@@ -205,9 +205,12 @@ def _begun(args, group):
     config = make(**given)
     check_apart(args.out, config.corpus)
     folder = ""
-    if group.first:
-        folder = run_folder(args.out or new_folder(config), args.force)
-    return begin(group.gather(str(folder))[0], config, group)
+    with unmade(args.out or RUNS) as made:
+        if group.first:
+            folder = args.out or new_folder(config)
+            made += [] if args.out else [folder]
+            folder = run_folder(folder, args.force)
+        return begin(group.gather(str(folder))[0], config, group)
 
 
 def check_apart(out, corpus):

@@ -83,6 +83,8 @@ def chat_template(path):
     then it is one that continues texts, and does not talk.
     """
     file = find_model(path)
+    if not file.exists():
+        raise FileNotFoundError(f"there is no model {path}")
     if file.suffix == ".gguf":
         found = GGUFFile(file).get("tokenizer.chat_template")
     else:

@@ -27,14 +27,29 @@ from llmnb.train.terminal import progress_bar
         ("train --depth 4 --num-layers 4", 1, "--depth sets num-layers"),
         ("train --init none.bin", 1, "none.bin: No such file"),
         ("train --resume", 1, "there is no run in runs/ here"),
-        ("train --resume nowhere", 1, "config.json: No such file"),
+        (
+            "train --resume nowhere",
+            1,
+            "config.json: No such file or directory; the folder of a run has",
+        ),
         ("train --resume x --out y", 1, "needs neither --out nor --force"),
         ("info --depth 12 --channels 64", 1, "depth 12 makes channels 768"),
         ("train --corpus nowhere", 1, "nowhere"),
         ("train --shards no-such-folder", 1, "no-such-folder"),
-        ("train --tokenizer none --limit 99", 1, "none: No such file"),
-        ("train --limit 200 --tokenizer byte", 1, "token"),
-        ("train --threads 0", 1, "threads"),
+        (
+            "train --tokenizer none --limit 99",
+            1,
+            "none: No such file or directory, and no tokenizer: these are",
+        ),
+        (
+            "train --limit 200 --tokenizer byte",
+            1,
+            "the text has 181 tokens to train on, a batch of 8 x 64 needs "
+            "513: give more text, or a smaller batch_size or seq_len",
+        ),
+        ("train --limit 99 --tokenizer byte --out a/b/c", 1, "to train on"),
+        ("train --threads 0", 1, "threads must lie in [1, "),
+        ("train --threads 999", 1, "as many as there are cores, got 999"),
         ("train --backend quantum --limit 300000", 1, "quantum"),
         ("generate", 1, "there is no run in runs/ here"),
         ("generate nowhere", 1, "there is no run nowhere"),
@@ -47,6 +62,13 @@ from llmnb.train.terminal import progress_bar
         ("data out --vocab-size 3", 1, "3"),
         ("data out --shard-tokens 0 --tokenizer byte --limit 9", 1, "1, 2147"),
         ("data out --corpus nothing", 1, "no file called nothing"),
+        (
+            "data a/out --tokenizer byte --limit 99 --val-tokens 500",
+            1,
+            "all of them for validation",
+        ),
+        ("chat nowhere", 1, "there is no model nowhere"),
+        ("verify nowhere", 1, "there is no folder nowhere"),
         ("bench --steps 0 --backend reference", 1, "steps must be at least 1"),
         ("bench --threads 0", 1, "threads must be at least 1, got 0"),
         ("bench --config big", 1, "no config 'big': choose from small, 124m"),
@@ -62,11 +84,12 @@ from llmnb.train.terminal import progress_bar
         ("info --num-heads 7", 1, "multiple of num_heads"),
     ],
 )
-def test_mistakes_get_one_line(llmnb, command, code, message):
+def test_mistakes_get_one_line(llmnb, tmp_path, command, code, message):
     got, _, err = llmnb(*command.split())
     assert got == code
     assert message in err
     assert err.count("\n") == 1 and "rror: " in err
+    assert not list(tmp_path.rglob("*")), "nothing is left"
 
 
 def test_tracebacks_on_request(llmnb, monkeypatch):

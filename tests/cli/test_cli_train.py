@@ -34,7 +34,10 @@ def test_train_refuses_a_folder_in_use(llmnb, tmp_path):
     (tmp_path / "mine" / "x").write_text("x")
     code, out, err = llmnb("train", "--out", "mine", *TINY.split())
     assert (code, out) == (1, "")
-    assert err == "llmnb: error: mine exists and is not empty\n"
+    assert err == (
+        "llmnb: error: mine exists and is not empty: choose another folder, "
+        "or force it\n"
+    )
     assert llmnb("train", "--out", "mine", "--force", *TINY.split())[0] == 0
     assert {x.name for x in (tmp_path / "mine").iterdir()} == {*FILES, "x"}
 

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from llmnb import files
 from llmnb.files import make_folder, replacing
 
 
@@ -102,3 +103,30 @@ def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch, number):
     number = errno.EIO
     with pytest.raises(OSError), replacing(tmp_path / "b") as file:
         file.write(b"x")
+
+
+def test_an_error_names_the_file_and_not_the_one_beside_it(tmp_path):
+    wanted = tmp_path / "none" / "a.txt"
+    with pytest.raises(FileNotFoundError) as error:
+        files.write_whole(wanted, b"x")
+    assert error.value.filename == str(wanted)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_no_empty_folder_is_left_that_was_made(tmp_path, there):
+    old, new = tmp_path / "old", tmp_path / "old" / "a" / "b"
+    old.mkdir()
+    if there:
+        new.mkdir(parents=True)
+    with pytest.raises(ValueError, match="refused"), files.unmade(new):
+        files.own_folder(new)
+        raise ValueError("refused")
+    assert old.is_dir() and new.parent.exists() == there
+    with pytest.raises(ValueError, match="late"), files.unmade(new):
+        files.own_folder(new)
+        (new / "x").write_text("kept")
+        raise ValueError("late")
+    assert (new / "x").read_text() == "kept"
+    with files.unmade(tmp_path / "c"):
+        files.own_folder(tmp_path / "c")
+    assert (tmp_path / "c").is_dir()
