@@ -638,20 +638,15 @@ def _keep(part, parts, address):
     """Write the keys and values of new positions into the cache."""
     keys, values, qkv, C, first, begin, end = arguments(address)
     (B, NKV, room, _), hs = values.shape, keys.shape[3]
-    low = (first + begin) // COLS
-    panels = (first + end - 1) // COLS + 1 - low
-    for unit in range(part, B * NKV * panels, parts):
-        b, kv = unit // panels // NKV, unit // panels % NKV
+    for unit in range(part, B * NKV, parts):
+        b, kv = unit // NKV, unit % NKV
         K, V, k = keys[b, kv], values[b, kv], C + kv * hs
-        v, at = k + NKV * hs, (low + unit % panels) * COLS - first
-        some = range(max(begin, at), min(end, at + COLS))
-        for c in range(hs):
-            for t in some:
-                p = (first + t) % room
-                K[p // COLS, c, p % COLS] = qkv[b, t, k + c]
-        for t in some:
+        v = k + NKV * hs
+        for t in range(begin, end):
+            row, p = qkv[b, t], (first + t) % room
             for c in range(hs):
-                V[(first + t) % room, c] = qkv[b, t, v + c]
+                K[p // COLS, c, p % COLS] = row[k + c]
+                V[p, c] = row[v + c]
 
 
 # %% [markdown]

@@ -489,27 +489,11 @@ import math
 
 import numpy as np
 
-from llmnb.cpu.jit import arguments, inner, share, team
+from llmnb.cpu.jit import arguments, share, team
 from llmnb.shapes import shapes
 
 
-# %% [markdown]
-# A sum waits for each of its additions before the next. Four rows are summed
-# together, each in its own order: the four do not wait for each other.
-
 # %% the forward kernel tags=["exporti"] module="cpu.rmsnorm"
-@inner
-def _squares_of_four(inp, n, count, zero):
-    """The sums of squares of up to four rows, from row n on."""
-    b, c, d = min(1, count - 1), min(2, count - 1), min(3, count - 1)
-    a, b, c, d = inp[n], inp[n + b], inp[n + c], inp[n + d]
-    p = q = r = s = zero
-    for i in range(inp.shape[1]):
-        p, q = p + a[i] * a[i], q + b[i] * b[i]
-        r, s = r + c[i] * c[i], s + d[i] * d[i]
-    return p, q, r, s
-
-
 @team
 def _rmsnorm_forward(part, parts, address):
     out, rstd, inp, weight, eps, offset = arguments(address)
@@ -517,14 +501,14 @@ def _rmsnorm_forward(part, parts, address):
     zero, one, size = number(0), number(1), number(C)
     shift, small = number(offset), number(eps)
     mine = share(rows, part, parts)
-    for n in range(mine.start, mine.stop, 4):
-        count = min(4, mine.stop - n)
-        squares = _squares_of_four(inp, n, count, zero)
-        for j in range(count):
-            r = one / math.sqrt(squares[j] / size + small)
-            for i in range(C):
-                out[n + j, i] = inp[n + j, i] * r * (weight[i] + shift)
-            rstd[n + j] = r
+    for n in range(mine.start, mine.stop):
+        squares = zero
+        for i in range(C):
+            squares += inp[n, i] * inp[n, i]
+        r = one / math.sqrt(squares / size + small)
+        for i in range(C):
+            out[n, i] = inp[n, i] * r * (weight[i] + shift)
+        rstd[n] = r
 
 
 # %% [markdown]
