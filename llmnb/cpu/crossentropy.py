@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from llmnb.cpu.jit import arguments, share, team
-from llmnb.cpu.math import fast_exp
+from llmnb.cpu.math import fast_exp, larger
 from llmnb.shapes import COMPILED, shapes
 
 
@@ -23,7 +23,7 @@ def _softmax_forward(part, parts, address):
     for n in range(mine.start, mine.stop):
         top, total = logits[n, 0], zero
         for i in range(V):
-            top = max(top, logits[n, i])
+            top = larger(top, logits[n, i])
         for i in range(V):
             total += fast_exp(logits[n, i] - top)
         lse[n] = top + math.log(total)

@@ -2,7 +2,7 @@
 
 """The exponential in vector instructions."""
 
-__all__ = ["T3", "T5", "T7", "T9", "T_NEAR", "fast_exp", "fast_tanh"]
+__all__ = ["T3", "T5", "T7", "T9", "T_NEAR", "fast_exp", "fast_tanh", "larger"]
 
 
 # imports of the fast exponential
@@ -10,7 +10,8 @@ import math
 
 import numba
 import numpy as np
-from numba.extending import overload
+from llvmlite import ir
+from numba.extending import intrinsic, overload
 
 from llmnb.cpu.jit import inner
 
@@ -98,3 +99,20 @@ def fast_tanh(x):
     Derived in chapter 2.2.
     """
     return _tanh(x)
+
+
+# the larger of two
+@intrinsic
+def larger(typing, x, y):
+    """max(x, y) for compiled kernels, in a form that LLVM vectorises.
+
+    Derived in chapter 2.2.
+    """
+
+    def codegen(context, builder, signature, args):
+        number = args[0].type
+        kind = ir.FunctionType(number, [number] * 2)
+        names = "llvm.maxnum", [number], kind
+        return builder.call(builder.module.declare_intrinsic(*names), args)
+
+    return x(x, x), codegen

@@ -338,7 +338,8 @@ import math
 
 import numba
 import numpy as np
-from numba.extending import overload
+from llvmlite import ir
+from numba.extending import intrinsic, overload
 
 from llmnb.cpu.jit import inner
 
@@ -458,6 +459,53 @@ print(f"{machine()}, one thread")
 for name, function in (("math.exp", fill_by_library), ("fast_exp", fill)):
     seconds = fastest(function, got[:4096], grid[:4096], runs=200)
     print(f"{name} {seconds / 4096 * 1e9:5.2f} ns a number")
+
+# %% [markdown]
+# ## The largest of a row
+#
+# A softmax begins with the largest number of its row, and Python's `max` in a
+# loop is slow: numba makes of it a comparison and a choice, and LLVM takes
+# these one number after the other. To take the maximum of 16 columns of numbers
+# first and the largest of those 16 at the end, it must know that the order is
+# of no matter, and a choice might tell 0 from -0. LLVM has a word of its own
+# for the larger of two numbers, which may be reordered. An *intrinsic* puts it
+# in the place of a call ([chapter A.2](../appendix/02_tile.ipynb) uses more of
+# them). No rounding is involved, so no bit depends on the order.
+
+
+# %% the larger of two tags=["export"] module="cpu.math"
+@intrinsic
+def larger(typing, x, y):
+    """max(x, y) for compiled kernels, in a form that LLVM vectorises."""
+
+    def codegen(context, builder, signature, args):
+        number = args[0].type
+        kind = ir.FunctionType(number, [number] * 2)
+        names = "llvm.maxnum", [number], kind
+        return builder.call(builder.module.declare_intrinsic(*names), args)
+
+    return x(x, x), codegen
+
+
+# %% both over a row of GPT-2's vocabulary tags=["nbval-ignore-output"]
+def top_by(pick):
+    @inner
+    def top(x):
+        largest = x[0]
+        for i in range(x.size):
+            largest = pick(largest, x[i])
+        return largest
+
+    return top
+
+
+row = np.random.default_rng(6).normal(size=50257).astype(np.float32)
+for pick in (max, larger):
+    seconds = fastest(top_by(pick), row, runs=200)
+    print(f"{pick.__name__:6} {seconds / row.size * 1e9:5.3f} ns a number")
+
+# %% the same number
+verdict("the largest", top_by(larger)(row) == row.max(), "is NumPy's")
 
 # %% [markdown]
 # ## GELU

@@ -50,7 +50,7 @@ import math
 import numpy as np
 
 from llmnb.cpu.jit import arguments, share, team
-from llmnb.cpu.math import fast_exp
+from llmnb.cpu.math import fast_exp, larger
 from llmnb.shapes import COMPILED, shapes
 
 # %% the seed
@@ -96,7 +96,8 @@ print(f"predicted for one thread: {numpy_bytes / least:.1f} times as fast")
 # for the sum of (1.11.11). The exponential decides how long that takes.
 # NumPy's works on whole vectors of numbers. In a kernel, `math.exp` is a call
 # to a library that takes one number at a time; `fast_exp` is a polynomial,
-# which LLVM turns into vector instructions like any other arithmetic.
+# which LLVM turns into vector instructions like any other arithmetic. So it does
+# with `larger`, the maximum of chapter 2.2.
 #
 # Rows are independent, so the threads share them out, and each sum is taken
 # by one thread in one order.
@@ -114,7 +115,7 @@ def _softmax_forward(part, parts, address):
     for n in range(mine.start, mine.stop):
         top, total = logits[n, 0], zero
         for i in range(V):
-            top = max(top, logits[n, i])
+            top = larger(top, logits[n, i])
         for i in range(V):
             total += fast_exp(logits[n, i] - top)
         lse[n] = top + math.log(total)
@@ -236,7 +237,7 @@ def library_forward(part, parts, address):
     for n in range(mine.start, mine.stop):
         top, total = logits[n, 0], zero
         for i in range(V):
-            top = max(top, logits[n, i])
+            top = larger(top, logits[n, i])
         for i in range(V):
             total += math.exp(logits[n, i] - top)
         lse[n] = top + math.log(total)

@@ -247,7 +247,7 @@ import numba
 import numpy as np
 
 from llmnb.cpu.jit import arguments, inlined, team
-from llmnb.cpu.math import fast_exp, fast_tanh
+from llmnb.cpu.math import fast_exp, fast_tanh, larger
 from llmnb.cpu.microkernel import Place
 from llmnb.cpu.panels import (
     ALL, SPARE, WORK, Ahead, Block, Flat, Routines, check_bf16,
@@ -393,7 +393,7 @@ def softmax_row(scores, seen, sums, state, look):
         scale = number(1)
     total, largest = number(0), scores[0]
     for j in range(seen):
-        largest = max(largest, scores[j])
+        largest = larger(largest, scores[j])
     top = max(state[0], largest * scale)
     for j in range(seen):
         scores[j] = fast_exp(scores[j] * scale - top)

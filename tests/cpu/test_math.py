@@ -1,10 +1,10 @@
-"""The fast exponential and tangent against wider numbers."""
+"""The fast exponential and tangent against wider numbers; a maximum."""
 
 import numpy as np
 import pytest
 
 from llmnb.cpu.jit import inner
-from llmnb.cpu.math import fast_exp, fast_tanh
+from llmnb.cpu.math import fast_exp, fast_tanh, larger
 
 
 @inner
@@ -58,3 +58,21 @@ def test_tanh_keeps_its_digits_down_to_the_smallest_numbers(dtype, most):
     y = np.empty_like(x)
     fill_tangents(y, x)
     assert np.abs(y / np.tanh(x.astype(np.longdouble)) - 1).max() < most
+
+
+@inner
+def top(x):
+    largest = x[0]
+    for i in range(x.size):
+        largest = larger(largest, x[i])
+    return largest
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_larger_of_two_finds_the_largest_of_a_row(dtype):
+    rng = np.random.default_rng(3)
+    for size in (1, 2, 15, 16, 17, 63, 64, 97, 1000):
+        x = (rng.normal(size=size) - 5).astype(dtype)
+        for at in {0, size // 2, size - 1}:
+            x[at] = x.max() + 1
+            assert top(x) == x.max() == x[at]
