@@ -25,7 +25,7 @@ NAMES = {colour: name for name, colour in PALETTE.items()}
 NAMES |= {"#000000": "ink", "#ffffff": "paper", "#808080": "grey"}
 WHITE_AND_BLACK = "#ffffff", "#000000"  # letters: on boxes, on heat maps
 POINT = 100 / 72  # pixels, as in a notebook: figures have 100 dots an inch
-LEGIBLE = 5.75  # pixels: on a phone a figure with smaller letters scrolls
+LEGIBLE = 6.7  # pixels: on a phone a figure with smaller letters scrolls
 SCALE = re.compile(r"scale\((0\.\d+) -0\.\d+\)")  # letters, of 100 points
 SHIFT = re.compile(r"translate\((\S+) 0\)")
 
@@ -134,7 +134,7 @@ class Figure:
         width = float(self.root.get("viewBox").split()[2]) * POINT
         for key in ("width", "height", "version"):
             self.root.attrib.pop(key, None)
-        least = min(480, LEGIBLE / self.letters() * width)
+        least = min(560, LEGIBLE / self.letters() * width)
         self.root.set("class", "drawing")
         self.root.set("role", "img")
         self.root.set("aria-label", label)

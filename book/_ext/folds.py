@@ -7,8 +7,9 @@ functions are what a reader came for: a cell of them is folded only where it is
 longer than a cell of the book should be. An exercise's
 solution, its code and its check go into one fold, and so does the closing
 table of the names that the package gained. What a fold holds follows
-from the cell alone, so no notebook needs a tag for it. `reading.js` opens
-the folds for the readers who want the code.
+from the cell alone, so that hardly a notebook needs a tag for it: `fold-input`
+where the text has said what the code does. `reading.js` opens the folds for
+the readers who want the code.
 """
 
 import ast
@@ -21,6 +22,7 @@ LONG = 12  # lines; exported code longer than this is folded to its outline
 LONG_BY_HAND = 26  # the same in Part 1
 BY_HAND = "1_by_hand"  # the folder of Part 1
 AUTHORS = {"hide-input", "hide-cell"}
+TOLD = "fold-input"  # a tag: what the code does, the text has said
 EXPORTED = {"export", "exporti"}
 VERDICT = re.compile(r".{16} .+ (ok|FAIL)")
 DRAWS = re.compile(r"\bplt\.|\bgpt2_diagram\(|\.savefig\(")
@@ -174,6 +176,8 @@ def fold_cell(cell, long):
     tags, text = tags_of(cell), printed(output)
     exported = bool(EXPORTED & tags)
     kind = kind_of(source, text, output is not None, exported, long)
+    if kind is None and TOLD in tags:
+        kind = "told"
     if kind is None and not AUTHORS & tags:
         return
     name = cell["cell_metadata"].get("title") or "code"

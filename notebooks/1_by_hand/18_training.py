@@ -324,7 +324,7 @@ def sample(model, count=60, seed=3):
 # warm-up, how many steps there are, and what share of the peak is left at the end.
 
 # %% the loop
-STEPS, SHOWN = 3000, (0, 50, 200, 1000, 3000)
+STEPS, SHOWN = 3000, (0, 200, 1000, 3000)
 losses, checks, samples = [], {}, {}
 
 
@@ -390,12 +390,15 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.18.2. In fifty steps the loss falls to the unigrams: the model has
-# learnt which tokens are frequent. It falls on to about 5, where it bends, and from
-# there more slowly, as the model learns what follows what: past the pairs, and in
-# the end past the triples. The batches that it trains on soon cost it less than the
-# text it has not seen, and in the end 0.8 nats less: by then it has been through
-# them nearly six times.*
+# *Figure 1.18.2. The loss falls fast to the unigrams, bends at about 5, and ends
+# just under the triples.*
+#
+# In fifty steps the loss falls to the unigrams: the model has learnt which tokens
+# are frequent. It falls on to about 5, where it bends, and from there more slowly,
+# as the model learns what follows what: past the pairs, and in the end past the
+# triples. The batches that it trains on soon cost it less than the text it has not
+# seen, and in the end 0.8 nats less: by then it has been through them nearly six
+# times.
 #
 # The triples are passed, but narrowly: this is a run of minutes, and a table whose
 # trust was chosen for this text comes closer still. The hour at the end of the
@@ -404,12 +407,12 @@ plt.show()
 # And here is what it wrote on the way. Nobody told it about words, brackets or
 # indents. (A � stands for bytes that are no whole character.)
 
-# %% what it wrote on the way tags=["nbval-ignore-output"]
+# %% what it wrote on the way tags=["nbval-ignore-output", "fold-input"]
 for number in SHOWN:
     print(f"--- after {number} steps, loss {checks[number]:.2f}")
     print(samples[number])
 
-# %% the numbers of this run tags=["nbval-ignore-output"]
+# %% the numbers of this run tags=["nbval-ignore-output", "fold-input"]
 for name, loss in marks.items():
     print(f"{loss:.3f}  {name}")
 print(f"{final:.3f}  the model, on text it has not seen")
@@ -419,23 +422,28 @@ print(f"{final:.3f}  the model, on text it has not seen")
 #
 # Every number of the run is a choice.
 #
-# | number | why |
-# |---|---|
-# | $B = 4$, $T = 64$ | 256 tokens a step: many small steps learn more from the same tokens than few large ones, as long as the noise of a batch does not drown them |
-# | $V = 1024$ | common words of code are single tokens, and the classifier stays smaller than the blocks |
-# | 2 layers, 64 channels, 4 heads | what NumPy trains while you wait; one layer cannot look for what followed the last time, two can ([chapter 1.20](20_inside.ipynb)) |
-# | 3,000 steps | nearly six times through the text; more would be learnt by heart |
-# | peak 0.005 | small models bear more than the 0.0006 of GPT-2's size, and not any amount |
-# | 150 steps of warm-up, clip at 1, $\beta_2 = 0.95$ | AdamW's defences ([chapter 1.12](12_adamw.ipynb)) against its first steps and against single bad batches |
-# | final rate 0.05 of the peak | the last steps settle what the large ones shook |
-# | decay 0.1 | GPT-3's, taken over without a trial of our own |
+# - **$B = 4$, $T = 64$.** 256 tokens a step: many small steps learn more from the
+#   same tokens than few large ones, as long as the noise of a batch does not drown
+#   them.
+# - **$V = 1024$.** Common words of code are single tokens, and the classifier stays
+#   smaller than the blocks.
+# - **2 layers, 64 channels, 4 heads.** What NumPy trains while you wait. One layer
+#   cannot look for what followed the last time, two can
+#   ([chapter 1.20](20_inside.ipynb)).
+# - **3,000 steps.** Nearly six times through the text; more would be learnt by heart.
+# - **Peak 0.005.** Small models bear more than the 0.0006 of GPT-2's size, and not
+#   any amount.
+# - **150 steps of warm-up, clip at 1, $\beta_2 = 0.95$.** AdamW's defences ([chapter
+#   1.12](12_adamw.ipynb)) against its first steps and against single bad batches.
+# - **Final rate 0.05 of the peak.** The last steps settle what the large ones shook.
+# - **Decay 0.1.** GPT-3's, taken over without a trial of our own.
 #
 # The same run was done again, on fast layers that compute the same numbers up to
 # rounding, each time with one of these changed and from two or three seeds
 # (`tests/record_ablations.py` records it). For each change, the mean of the last
 # validation losses, and how far that is from the run as it is:
 
-# %% each setting's price
+# %% each setting's price tags=["fold-input"]
 lines = Path("../../tests/data/ablations.csv").read_text("utf-8").splitlines()
 runs = {}
 for name, _, *path in (x.split(",") for x in lines[1:]):
@@ -485,7 +493,7 @@ print(f"spread {spread:.3f}; no clipping, after 250 steps:", behind.round(2))
 # The tokens come from a file this time: bytes of five modules of Python 3.11, each
 # read once.
 
-# %% the run that PyTorch recorded
+# %% the run that PyTorch recorded tags=["fold-input"]
 recorded = Path("../../tests/data/torch_curve.csv").read_text("utf-8")
 lines = recorded.splitlines()
 rows = [x.split(",") for x in lines if x[0].isdigit()]
@@ -581,11 +589,12 @@ plt.show()
 
 # %% [markdown]
 # *Figure 1.18.3. Our curve, in float64, covers PyTorch's, bump for bump, as far as
-# we follow. Below, on a logarithmic scale, the distance to PyTorch's float64 run,
-# which is recorded to eight decimals; where both agree in all of them, a line
-# leaves the picture. That of its own float32 run shows how far rounding alone
-# leads; ours is closer than that, and the mistake, once the first update is done,
-# stands thousands of times further off.*
+# we follow. Below, on a logarithmic scale, the distance to PyTorch's float64 run.*
+#
+# That run is recorded to eight decimals; where both agree in all of them, a line
+# leaves the picture. The distance of PyTorch's own float32 run shows how far
+# rounding alone leads. Ours is closer than that, and the mistake, once the first
+# update is done, stands thousands of times further off.
 #
 # ## An hour instead of minutes
 #
@@ -597,7 +606,7 @@ plt.show()
 # are kept in `book/hour`; `tests/record_hour.py` names the command. The landmarks
 # are counted anew, on this run's own text.
 
-# %% the log of the hour
+# %% the log of the hour tags=["fold-input"]
 HOUR = Path("../../book/hour")
 hour_marks = json.loads((HOUR / "landmarks.json").read_text("utf-8"))
 written = json.loads((HOUR / "samples.json").read_text("utf-8"))
@@ -633,21 +642,24 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.18.4. The hour. It passes the triples after 2,000 steps. The loss on the
-# batches falls nearly to the end. That on unseen text falls more and more slowly, and not
-# at all in the last thousand steps: there the text is read for the sixth and the
-# seventh time, and the gap between the two curves is widest.*
+# *Figure 1.18.4. The hour. It passes the triples after 2,000 steps and goes on.*
+#
+# The loss on the batches falls nearly to the end. That on unseen text falls more and
+# more slowly, and not at all in the last thousand steps: there the text is read for
+# the sixth and the seventh time, and the gap between the two curves is widest.
+#
+# What the model wrote on the way shows the same descent. Every text was begun by the
+# same word, `class`, and a space, and drawn with the same seed, at a temperature of
+# 0.8 ([chapter 1.19](19_writing.ipynb)).
 
-# %% what it wrote during the hour
-for step in ("500", "2000", "4000", "12000"):
+# %% what it wrote during the hour tags=["fold-input"]
+for step in ("500", "2000", "12000"):
     print(f"--- after {int(step):,} steps")
     print(written["after"][step])
 
 # %% [markdown]
 # At a glance the last one is Python: a class, its docstring, names that belong
-# together. Read a second time it means nothing. Every one of these texts was begun
-# by the same word, `class`, and a space, and drawn with the same seed, at a
-# temperature of 0.8 ([chapter 1.19](19_writing.ipynb)).
+# together. Read a second time it means nothing.
 #
 # The likeliest token each time, without any draw, is a harder test, and the
 # model fails it:

@@ -62,7 +62,7 @@ import numpy as np
 
 from llmnb.reference.gpt2 import attend, forward, layernorm, log_sum_exp
 
-# %% the trained model
+# %% the trained model tags=["fold-input"]
 HOUR = "../../book/hour/"
 trained = GPT2.from_checkpoint(
     HOUR + "model.bin", batch_size=1, seq_len=256, backend="reference"
@@ -114,7 +114,7 @@ def surprises(params, ids, num_heads, vocab_size):
     return (kept["lse"] - hit)[..., 0]
 
 
-# %% the surprise along the class
+# %% the surprise along the class tags=["fold-input"]
 cost = surprises(params, ids, NH, V)[0]
 loss, kept = forward(params, ids[:, :-1], ids[:, 1:], NH, V)
 compare("their mean", cost.mean(), loss, tol=1e-5)
@@ -148,11 +148,15 @@ def draw_surprise(words, cost, scale=8, size=12):
 draw_surprise(words, cost)
 
 # %% [markdown]
-# *Figure 1.20.2. The surprise of every token. What starts something new is
-# strong: `class` itself, `balance` the first time, `deposit`, whose second piece is
-# strongest of all. What grammar foretells is faint: indents, `def`, the `self` after a
-# bracket. So is `amount` when it comes again, but for its first letters inside the
-# quotation marks. `balance` is harder: strong a second time, paler from the third.*
+# *Figure 1.20.2. The surprise of every token: strong where something new starts,
+# faint where grammar or an earlier line foretells it.*
+#
+# Read it as you would read the text. New are `class` itself, `balance` the first
+# time, and `deposit`, whose second piece is strongest of all. What grammar
+# foretells is faint: indents, `def`, the `self` after a bracket. So is `amount` when
+# it comes again, but for its first letters inside the quotation marks. `balance` is
+# harder: strong a second time, paler from the third. Let us put a number on the two
+# names, and add up the surprise of all pieces of each.
 
 
 # %% a name the second time
@@ -182,6 +186,14 @@ for name in ("balance", "amount"):
 # what it returns: row $t$ says how token $t$ divides its attention among the tokens
 # up to itself. `forward` wants targets as well, but only for the loss; where we
 # need its arrays alone, the tokens themselves stand in.
+#
+# Before you look at 36 such maps, know what shapes to expect. Above the diagonal
+# nothing can stand, since no token sees a later one. A head that treats all tokens
+# before it alike fills the triangle with one shade to a row, paler with every row,
+# because each row shares out the same 1 among one token more. A column is a token
+# that many later ones look at. A line beside the diagonal is a head that looks a
+# fixed number of tokens back, whatever they are. And single dark spots are heads
+# that choose by content.
 
 
 # %% the attention of all heads tags=["export"]
@@ -205,7 +217,7 @@ compare("rows", maps.sum(-1), np.ones(maps.shape[:-1]), tol=1e-5)
 L, T = cfg.num_layers, ids.size
 sheet = maps[:, 0].transpose(0, 2, 1, 3).reshape(L * T, NH * T)
 shades = plt.get_cmap("Blues", 8)(sheet**0.5, bytes=True)
-fig, ax = plt.subplots(figsize=(8, 8.2), dpi=100)
+fig, ax = plt.subplots(figsize=(6.4, 6.6), dpi=100)
 ax.imshow(shades, interpolation="none", extent=(0, NH, L, 0))
 for x in range(1, NH):
     ax.axvline(x, color=PALETTE["grey"], lw=1)
@@ -224,14 +236,19 @@ plt.show()
 # %% [markdown]
 # *Figure 1.20.3. All heads on the class, from the query (down) to the key
 # (across), darker for more weight; the shade is the root of the weight, so that
-# small weights show. The first two blocks spread widely over what came, though
-# some of their heads prefer certain tokens: dark columns. In blocks 2 and 3, heads
-# look at the last few tokens, and head 0 of block 4 at the one before and hardly
-# anything else: a line beside the diagonal. The last block picks out single tokens
-# far back. (The same maps for a text of your own are on [the first
-# page](../../book/intro.md), where this model runs as you type.)*
+# small weights show. Heads look widely first, then near, and far again at the end.*
+#
+# The first two blocks spread widely over what came, though some of their heads
+# prefer certain tokens: dark columns. In blocks 2 and 3, heads look at the last few
+# tokens, and head 0 of block 4 at the one before and hardly anything else: a line
+# beside the diagonal. The last block picks out single tokens far back. (The same
+# maps for a text of your own are on [the first page](../../book/intro.md), where
+# this model runs as you type.)
+#
+# One number a head says the same without a picture: how many tokens back it looks,
+# each weighed by the attention that it gets. Printed is the mean of each block.
 
-# %% how far they look
+# %% how far they look tags=["fold-input"]
 apart = np.arange(ids.size)[:, None] - np.arange(ids.size)
 far = (maps[:, 0] * np.maximum(apart, 0)).sum(-1).mean(-1)  # (L, NH)
 print("tokens back, mean of each block's heads:", np.round(far.mean(1), 1))
@@ -317,7 +334,7 @@ print(perfect[0, 0].astype(int))
 print("previous", previous_token_score(perfect), "of 5: rows 1, 2 and 5")
 print("induction", induction_score(perfect, 3))
 
-# %% the scores of all heads
+# %% the scores of all heads tags=["fold-input"]
 R = 60
 twice = repeated_tokens(V, R)
 seen = attention_maps(params, twice, NH, V)
@@ -334,7 +351,7 @@ verdict("induction", induction[:-1].max() < 0.02, "none before the last block")
 verdict("the order", back[0] < finder[0], "looking back comes in earlier")
 
 # %% draw the scores tags=["hide-input"]
-fig, axes = plt.subplots(1, 2, figsize=(8, 3.4), dpi=100, sharey=True)
+fig, axes = plt.subplots(1, 2, figsize=(7, 3), dpi=100, sharey=True)
 for ax, scores, name in zip(
     axes, (previous, induction), ("looks back one token", "induction"),
     strict=True,
@@ -351,9 +368,12 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 1.20.4. Both scores of every head, on random tokens that come twice. The
-# heads that look back sit in blocks 2 to 4, the four that find in block 5, the
-# last. Even the best of them gives what followed only a third of its weight.*
+# *Figure 1.20.4. Both scores of every head, on random tokens that come twice: the
+# heads that look back sit in blocks 2 to 4, the four that find in block 5.*
+#
+# Who looks back comes before who finds, as it must. Even the best finder gives what
+# followed only a third of its weight. That is little beside 1, and more than twenty
+# times what an even spread would give.
 #
 # Nothing in random tokens can be learnt from the training text. If the model is
 # better on the second half, then it has looked it up in the first: which tokens
@@ -362,7 +382,7 @@ plt.show()
 # first token of the second half is left out: no one can know that the text will
 # repeat.)
 
-# %% the second time
+# %% the second time tags=["fold-input"]
 cost2 = surprises(params, twice, NH, V)
 once, again = cost2[:, : R - 1].mean(), cost2[:, R:].mean()
 mixed = twice.copy()
@@ -403,7 +423,7 @@ def without_head(params, layer, head, num_heads):
     return params | {"attprojw": weight}
 
 
-# %% what each head is worth for the second half
+# %% what each head is worth for the second half tags=["fold-input"]
 def halves(params):
     """The mean surprise in the first half, and in the second."""
     found = surprises(params, twice[:2], NH, V)
@@ -424,7 +444,7 @@ verdict("first half", worth_first[finders].max() < 0.2, "they are not")
 verdict("first half", worth_first[back] < 0.2, "nor is looking back")
 
 # %% draw what each head is worth tags=["hide-input"]
-fig, ax = plt.subplots(figsize=(8, 3.4), dpi=100)
+fig, ax = plt.subplots(figsize=(7, 2.8), dpi=100)
 ax.scatter(induction, worth, color=PALETTE["grey"], s=24)
 for (layer, head), colour, name in (
     (finder, "orange", "the best finder"), (back, "blue", "looks back most"),
@@ -442,18 +462,20 @@ plt.show()
 
 # %% [markdown]
 # *Figure 1.20.5. What the second half costs more when one head is silent, against
-# that head's induction score. The finders, on the right, are missed. Missed most of
-# all is a head that finds nothing itself but looks back: without it all the finders
-# find less (exercise 2). The score does not explain everything: of the heads at the
-# left some are missed nearly as much, and without one the second half gets cheaper
-# by half a nat.*
+# that head's induction score. The finders, on the right, are missed.*
+#
+# Missed most of all is a head that finds nothing itself but looks back: without it
+# all the finders find less (exercise 2). In the first half neither is missed: they
+# serve to look something up, not to write in general. But the score does not explain
+# everything: of the heads at the left some are missed nearly as much, and without
+# one the second half gets cheaper by half a nat.
 #
 # ## When it learnt this
 #
 # The run kept its weights every 500 steps and once between, and the same two scores
 # were taken of each (`tests/record_hour.py` records them).
 
-# %% the heads over training
+# %% the heads over training tags=["fold-input"]
 history = json.loads(Path(HOUR + "heads.json").read_text("utf-8"))
 steps = [x["step"] for x in history]
 gain = [x["first"] - x["again"] for x in history]
@@ -472,7 +494,7 @@ verdict("the order", rise["previous"] < rise["induction"], "looks back first")
 
 # %% draw the rise tags=["hide-input"]
 fig, (ax, low) = plt.subplots(
-    2, 1, figsize=(8, 4.6), dpi=100, sharex=True, height_ratios=(1, 1)
+    1, 2, figsize=(8, 2.8), dpi=100, sharex=True
 )
 for name, colour, label in (
     ("previous", "blue", "looks back one token"),
@@ -484,17 +506,21 @@ for name, colour, label in (
 ax.set(ylabel="the best head's score", ylim=(0, 1))
 ax.legend(frameon=False)
 low.plot(steps, gain, color=PALETTE["ink"])
-low.set(xlabel="step", ylabel="nats saved the\nsecond time")
+low.set(ylabel="nats saved the second time")
 for one in (ax, low):
+    one.set_xlabel("step")
     one.spines[["top", "right"]].set_visible(False)
 fig.tight_layout()
 plt.show()
 
 # %% [markdown]
 # *Figure 1.20.6. First a head learns to look back; the heads that find come later,
-# since they need what it writes, and with them the second half of a repeated text
-# becomes cheaper. After step 8,000 both scores and the saving fall a little: the
-# loss asks for Python, not for this.*
+# and with them (right) the second half of a repeated text becomes cheaper.*
+#
+# The order is what the mechanism asks for. A finder has nothing to gain before
+# another head has written into each stream which token stood before. After step
+# 8,000 both scores and the saving fall a little: the loss asks for Python, not for
+# this.
 #
 # ## A guess ripens
 #
@@ -520,7 +546,7 @@ def logit_lens(params, ids, num_heads, vocab_size):
     return logits - log_sum_exp(logits)
 
 
-# %% the loss after each block
+# %% the loss after each block tags=["fold-input"]
 lens = logit_lens(params, ids[:, :-1], NH, V)
 picked = np.take_along_axis(lens, ids[None, :, 1:, None], -1)[..., 0]
 by_block = -picked.mean((1, 2))
@@ -552,7 +578,7 @@ def show(word):
     return repr(word)[1:-1].replace(" ", "\u00b7")
 
 
-fig, ax = plt.subplots(figsize=(8, 3.8), dpi=100)
+fig, ax = plt.subplots(figsize=(8, 3.3), dpi=100)
 p = np.exp(lens[:, 0, span].max(-1))
 ax.imshow(p, cmap="Blues", vmin=0, vmax=1, aspect="auto")
 best = lens[:, 0, span].argmax(-1)
@@ -573,12 +599,14 @@ plt.show()
 
 # %% [markdown]
 # *Figure 1.20.7. The likeliest next token, read after each block; bold where it is
-# what came; a raised dot is a space; darker for more probability. Before any block
-# the answer is the token itself, because the table that reads it is the table that
-# answers. Grammar comes early: the dot after `self` is there from block 1. The
-# pieces of `balance` and of `amount` come in the last block, where the heads are
-# that find them, and not all of them do. In the first column the right guess of block
-# 4 is lost again.*
+# what came; a raised dot is a space; darker for more probability. Grammar comes
+# early, names come last.*
+#
+# Read a column from the top down. Before any block the answer is the token
+# itself, because the table that reads it is the table that answers. Grammar comes
+# early: the dot after `self` is there from block 1. The pieces of `balance` and of
+# `amount` come in the last block, where the heads are that find them, and not all of
+# them do. In the first column the right guess of block 4 is lost again.
 #
 # ## Take away
 #
@@ -591,6 +619,16 @@ plt.show()
 # - Where a head looks is not what it is worth: silence it, and measure, also where
 #   it should not matter.
 # - The stream can be read after any block, with care.
+#
+# ## Design note
+#
+# We silenced a head with zeros. That takes away more than what the head found in
+# this text: it also takes what the head adds to every text alike, a mean that the
+# later blocks have learnt to reckon with. The alternative is to put that mean in the
+# place of the output, or what the head did on another text, so that only what
+# depends on *this* one is gone. It measures the more interesting thing, but needs a
+# second text, whose choice then is part of the answer. Zeros need none, and the first
+# half meets the objection: what a head adds to every text would be missed there too.
 #
 # ## Exercises
 #

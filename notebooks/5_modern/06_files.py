@@ -562,7 +562,7 @@ one, two = described(**older), described(**newer)
 print(f"{one.window} positions, whole every {one.global_every}")
 print("the same:", one == two)
 
-# %% what is refused
+# %% what is refused tags=["fold-input"]
 bad = (
     older | {"model_type": "mamba"},
     older | {"attention_bias": True},
