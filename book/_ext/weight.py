@@ -30,9 +30,9 @@ MATHJAX_PARTS = {
     "a11y/assistive-mml": "a11y/assistive-mml",
 }
 FONTS = "output/chtml/fonts/woff-v2"
-# MathJax is less than a third as long when packed, and every browser that knows
-# the style sheets' :has() unpacks it. Who asks for `MathJax.startup.promise` in
-# the meantime gets a promise that waits for MathJax's own.
+# MathJax is less than a third as long when packed, and every browser that
+# knows the style sheets' :has() unpacks it. Who asks for
+# `MathJax.startup.promise` in the meantime gets one that waits for its own.
 UNPACK = """{
   const {src} = document.currentScript;
   const start = async () => {
@@ -129,7 +129,7 @@ SHAPE = re.compile(r"\((?:[\w+ ]+,)+[\w+ ]*\)(?=[^<>]*<)")
 
 
 def keep_tuples(match):
-    """A cell's HTML where no line ends inside a short tuple, such as (B, T)."""
+    """A cell's HTML where no line ends inside a short tuple: (B, T)."""
 
     def kept(shape):
         short = len(shape[0]) < 13

@@ -493,9 +493,7 @@ verdict("in the end", gain[-1] > 2, "it is looked up")
 verdict("the order", rise["previous"] < rise["induction"], "looks back first")
 
 # %% draw the rise tags=["hide-input"]
-fig, (ax, low) = plt.subplots(
-    1, 2, figsize=(8, 2.8), dpi=100, sharex=True
-)
+fig, (ax, low) = plt.subplots(1, 2, figsize=(8, 2.8), dpi=100, sharex=True)
 for name, colour, label in (
     ("previous", "blue", "looks back one token"),
     ("induction", "orange", "induction"),
