@@ -142,6 +142,7 @@ def _close(name, got, want, tol):
 
 
 ROUNDING = 2**-8  # of one number to bfloat16, the most
+NORM = 2e-3  # of a result's norm, the most that its error may have
 
 
 def wide_half(x):
@@ -168,6 +169,8 @@ def check_half(name, arrays, writes, exact=(), **options):
         scale = 1e-5 if i in exact else ROUNDING
         most = scale * np.abs(want[i]) + 1e-6
         assert (np.abs(got - want[i]) <= most).all(), (name, i)
+        error = np.linalg.norm(got - want[i]) / np.linalg.norm(want[i])
+        assert error < NORM, (name, i)
     check_machine_code(seen)
 
 

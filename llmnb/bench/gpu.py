@@ -357,6 +357,8 @@ def _half_rows(layer, sizes, clock, torch, judging, contest):
         for k, x in drawn.items()
     }
     more = {}
+    if layer.startswith("attention"):  # as in a step
+        more["rest"] = to_device(np.zeros(drawn["out"].shape, np.uint16))
     if layer.endswith("backward"):
         B, T, NH = sizes.B, sizes.T, sizes.NH
         floats = attention_scratch_bf16(B, T, NH, NH, sizes.C // NH)

@@ -31,14 +31,21 @@ LOWEST = np.float32(-1e30)  # exp makes 0 of it, and it is no infinity
 
 
 @device
-def as_factor(s, j):
-    """Sums j to j + 8 as a left factor of 16 steps, in bfloat16."""
-    return (
-        pack(s[j], s[j + 1]),
-        pack(s[j + 2], s[j + 3]),
-        pack(s[j + 4], s[j + 5]),
-        pack(s[j + 6], s[j + 7]),
-    )
+def in_two(x, y):
+    """A pair in bfloat16, and as such a pair what its rounding left over."""
+    pair = pack(x, y)
+    low, high = unpack(pair)
+    return pair, pack(x - low, y - high)
+
+
+@device
+def as_factors(s, j):
+    """Sums j to j + 8 as left factors of 16 steps: two, to be added up."""
+    a0, b0 = in_two(s[j], s[j + 1])
+    a1, b1 = in_two(s[j + 2], s[j + 3])
+    a2, b2 = in_two(s[j + 4], s[j + 5])
+    a3, b3 = in_two(s[j + 6], s[j + 7])
+    return (a0, a1, a2, a3), (b0, b1, b2, b3)
 
 
 # products of a tile
@@ -50,9 +57,11 @@ def _weighted(hs):
     @device
     def weighted(o, s, tile, b):
         for j in range(4):
-            factor = as_factor(s, 8 * j)
+            first, second = as_factors(s, 8 * j)
             for n in range(PARTS):
-                multiply(o, 8 * n, factor, right(tile, b, 16 * n, 16 * j))
+                values = right(tile, b, 16 * n, 16 * j)
+                multiply(o, 8 * n, first, values)
+                multiply(o, 8 * n, second, values)
 
     return weighted
 
@@ -128,6 +137,28 @@ def _writer(hs):
     return write
 
 
+# what rounding leaves
+@functools.cache
+def _leaver(hs):
+    """leave(o, scales): sums become what rounding has left of each, scaled.
+
+    The scales become 1.
+    """
+    SUMS = hs // 2
+
+    @device
+    def leave(o, scales):
+        for n in range(0, SUMS, 4):
+            for half in range(2):
+                i = n + 2 * half
+                x, y = o[i] * scales[half], o[i + 1] * scales[half]
+                low, high = unpack(pack(x, y))
+                o[i], o[i + 1] = x - low, y - high
+        scales[0] = scales[1] = np.float32(1)
+
+    return leave
+
+
 # the end of the rows
 @device
 def _finish(lse, at, top, total, t, T):
@@ -173,8 +204,11 @@ def _forward_kernel(hs):
     ROOM, REGISTERS = 4 * TILE, hs // 4
     fill, (hold, scores) = filler(64, hs // 8, 128), _scores(hs)
     softmax, weighted, write = _softmax(hs), _weighted(hs), _writer(hs)
+    leave = _leaver(hs)
 
-    def attention_forward_bf16_tiles(out, lse, inp, T, NH, NKV, scale):
+    def attention_forward_bf16_tiles(
+        out, lse, inp, T, NH, NKV, scale, rest, keep
+    ):
         tile = cuda.shared.array(ROOM, np.int32, alignment=16)
         q = cuda.local.array(REGISTERS, np.int32)
         s = cuda.local.array(32, np.float32)
@@ -216,20 +250,24 @@ def _forward_kernel(hs):
         _finish(lse, unit * T, top, total, t, T)
         rows = row + first + 16 * warp, stop
         write(out, o, rows, h * HEAD, NH * HEAD, total, False)
+        if keep:
+            leave(o, total)
+            write(rest, o, rows, h * HEAD, NH * HEAD, total, False)
 
     return kernel(attention_forward_bf16_tiles, launch_bounds=128)
 
 
 # attention, forward
-@shapes("B T C!, B NH|C T!, B T QKV", halves("lse"))
-def attention_forward_bf16(out, lse, inp):
+@shapes("B T C!, B NH|C T!, B T QKV", halves("lse"), rest="B T C!?")
+def attention_forward_bf16(out, lse, inp, rest=None):
     """Causal self-attention of NH heads, in bfloat16 on tensor cores.
 
     inp: (B, T, (NH + 2 NKV) * hs), the heads of queries, of keys and of
     values; out: (B, T, NH * hs): bits of bfloat16, uint16, on a device. lse:
-    (B, NH, T), float32. hs is 16, 32 or 64; NKV divides NH. Scores, softmax
-    and sums are float32; the weights are rounded to bfloat16. Raises
-    TypeError or ValueError before it launches anything.
+    (B, NH, T), float32. rest: None, or as out: what its rounding left over,
+    for the backward pass. hs is 16, 32 or 64; NKV divides NH. All but inp is
+    float32 until it is written. Raises TypeError or ValueError before it
+    launches anything.
 
     Derived in chapter 3.15.
     """
@@ -237,8 +275,10 @@ def attention_forward_bf16(out, lse, inp):
     B, NH, T = lse.shape
     scale = np.float32(1 / math.sqrt(heads.hs))
     made = _forward_kernel(heads.hs)
+    left, keep = pairs(out if rest is None else rest), int(rest is not None)
+    shape = T, NH, heads.NKV
     made[B * NH * -(-T // 64), 128](
-        pairs(out), lse.reshape(-1), pairs(inp), T, NH, heads.NKV, scale
+        pairs(out), lse.reshape(-1), pairs(inp), *shape, scale, left, keep
     )
 
 
@@ -258,8 +298,8 @@ def _count_heads(name, out, lse, inp):
 
 # the row sums of (1.8.9)
 @kernel
-def _rows(D, dout, out):
-    """A warp a row of a head. D: (B, NH, T); dout, out: pairs."""
+def _rows(D, dout, out, rest, kept):
+    """A warp a row of a head. D: (B, NH, T); the others: pairs."""
     B, NH, T = D.shape
     row, lane = cuda.grid(1) // 32, cuda.grid(1) % 32
     b, t, h = row // (T * NH), row // NH % T, row % NH
@@ -269,6 +309,9 @@ def _rows(D, dout, out):
         for i in range(row * HALF + lane, row * HALF + HALF, 32):
             x, y = unpack(dout[i])
             u, v = unpack(out[i])
+            if kept:
+                low, high = unpack(rest[i])
+                u, v = u + low, v + high
             total += x * u + y * v
         total = warp_sum(total)
         if lane == 0:
@@ -298,7 +341,7 @@ def _gradients(s, ds, head, u, start):
 
 
 # hand dS to the block
-_DS_PLACE = swizzle(8)
+_DS_PLACE, REST = swizzle(8), 2048  # how far behind dS its rest lies
 
 
 @device
@@ -337,11 +380,16 @@ def _key_parts(hs):
                 values = left(tile, V, own, 16 * k)
                 multiply(ds, 0, values, right(tile, DO, 16 * j, 16 * k))
             _gradients(s, ds, head, u, start + 16 * j)
-            weights, grads = as_factor(s, 0), as_factor(ds, 0)
-            _share(tile, DS, grads, own, j)
+            (a, a_rest), (g, g_rest) = as_factors(s, 0), as_factors(ds, 0)
+            _share(tile, DS, g, own, j)
+            _share(tile, DS + REST, g_rest, own, j)
             for n in range(PARTS):
-                multiply(dv, 8 * n, weights, rows(tile, DO, 16 * n, 16 * j))
-                multiply(dk, 8 * n, grads, rows(tile, Q, 16 * n, 16 * j))
+                right_dv = rows(tile, DO, 16 * n, 16 * j)
+                multiply(dv, 8 * n, a, right_dv)
+                multiply(dv, 8 * n, a_rest, right_dv)
+                right_dk = rows(tile, Q, 16 * n, 16 * j)
+                multiply(dk, 8 * n, g, right_dk)
+                multiply(dk, 8 * n, g_rest, right_dk)
 
     return parts
 
@@ -358,9 +406,12 @@ def _query_part(hs):
         for n in range(SUMS):
             dq[n] = ZERO
         for j in range(4):
-            factor = left(tile, ds, row, 16 * j)
+            first = left(tile, ds, row, 16 * j)
+            second = left(tile, ds + REST, row, 16 * j)
             for n in range(PARTS):
-                multiply(dq, 8 * n, factor, right(tile, k, 16 * n, 16 * j))
+                keys = right(tile, k, 16 * n, 16 * j)
+                multiply(dq, 8 * n, first, keys)
+                multiply(dq, 8 * n, second, keys)
 
     return part
 
@@ -390,7 +441,8 @@ def _part_adder(hs):
 @functools.cache
 def _backward_kernel(hs):
     TILE, SUMS, HEAD = 32 * hs, hs // 2, hs // 2
-    ROOM, V, Q, DO, DS = 4 * TILE + 2048, TILE, 2 * TILE, 3 * TILE, 4 * TILE
+    V, Q, DO, DS = TILE, 2 * TILE, 3 * TILE, 4 * TILE
+    ROOM = DS + 2 * REST
     fill, key_parts = filler(64, hs // 8, 128), _key_parts(hs)
     part, add = _query_part(hs), _part_adder(hs)
     write = _writer(hs)
@@ -481,15 +533,18 @@ def attention_scratch_bf16(B, T, NH, NKV, hs):
 
 @shapes(
     "B T QKV!, B T C, B T QKV, B T C, B NH|C T", halves("lse", "work"),
-    work="W!?",
+    work="W!?", rest="B T C?",
 )  # fmt: skip
-def attention_backward_bf16(dinp, dout, inp, out, lse, add=True, work=None):
+def attention_backward_bf16(
+    dinp, dout, inp, out, lse, add=True, work=None, rest=None
+):
     """Add attention's gradient to dinp, in bfloat16 on tensor cores.
 
     dinp, inp: (B, T, (NH + 2 NKV) * hs). dout, out: (B, T, NH * hs): bits of
-    bfloat16, uint16, on a device. lse: (B, NH, T), float32; out and lse as
-    the forward pass left them. add: False overwrites dinp. work: scratch of
-    attention_scratch_bf16() floats, or None to allocate it. Every sum is
+    bfloat16, uint16, on a device. lse: (B, NH, T), float32; out, lse and
+    rest as the forward pass left them. add: False overwrites dinp. work:
+    scratch of attention_scratch_bf16() floats, or None to allocate it. rest:
+    None lets the sums of (1.8.9) suffer from out's rounding. Every sum is
     float32 and in one order. Raises TypeError or ValueError before it
     launches anything.
 
@@ -503,7 +558,9 @@ def attention_backward_bf16(dinp, dout, inp, out, lse, add=True, work=None):
     shape, strips = (B, T, NH, NKV), _strips(B, T, NKV)
     scale, more = np.float32(1 / math.sqrt(hs)), int(add)
     dx, dy, x = pairs(dinp), pairs(dout), pairs(inp)
-    _rows[-(-lse.size // 4), 128](D.reshape(B, NH, T), dy, pairs(out))
+    left, kept = pairs(out if rest is None else rest), int(rest is not None)
+    rows, y = D.reshape(B, NH, T), pairs(out)
+    _rows[-(-lse.size // 4), 128](rows, dy, y, left, kept)
     made = _backward_kernel(hs)
     made[B * NKV * strips, 128](
         dx, parts, dy, x, lse.reshape(-1), D, *shape, scale, strips, more

@@ -31,6 +31,7 @@ def _half_layout(layout):
     stats = {n: x for n, x in acts.items() if n.endswith(STATISTICS)}
     stream = {"stream": layout["dacts"][1]["dstream"]}
     found = {"copies": (np.uint16, weights), "stats": (kind, stats | stream)}
+    found["rests"] = np.uint16, {"atty": acts["atty"]}
     for group, (kind, named, *over) in layout.items():
         if group in HALVES:
             kind = np.uint16
@@ -67,10 +68,22 @@ def _half_layers(ops, memory, work):
     encode, encode_back = ops.encoder_forward, ops.encoder_backward
     embed, embed_back = ops.embedding_forward, ops.embedding_backward
     forward, backward = ops.matmul_forward, ops.matmul_backward
+    attend, attend_back = ops.attention_forward, ops.attention_backward
+    outputs, rests = memory["acts"]["atty"], memory.flat("rests")
+
+    def twin(array, whole, twins):
+        start = (address(array) - address(whole)) // array.dtype.itemsize
+        return twins[start : start + array.size].reshape(*array.shape)
 
     def copy(weight):
-        start = (address(weight) - address(masters)) // 4
-        return copies[start : start + weight.size].reshape(*weight.shape)
+        return twin(weight, masters, copies)
+
+    def attention(out, lse, inp):
+        attend(out, lse, inp, twin(out, outputs, rests))
+
+    def attention_back(dinp, dout, inp, out, lse, add=True):
+        more = {"add": add, "rest": twin(out, outputs, rests)}
+        attend_back(dinp, dout, inp, out, lse, **more)
 
     def first(out, inp, wte, wpe):
         round_bf16(copies, masters)
@@ -99,6 +112,7 @@ def _half_layers(ops, memory, work):
     ops.embedding_forward = first_of_llama
     ops.embedding_backward = last_of_llama
     ops.matmul_forward, ops.matmul_backward = product, product_back
+    ops.attention_forward, ops.attention_backward = attention, attention_back
 
 
 # the backend

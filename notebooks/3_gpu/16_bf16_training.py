@@ -547,7 +547,8 @@ def fused_classifier_bf16(losses, lse, logits, dlosses, targets, V):
 # is a backend, made of that of [chapter 3.11](11_step.ipynb). In its memory
 # the activations are halves but for the statistics, and there is a group of
 # copies beside the parameters. A layer finds the copy at the weight's own
-# offset from the beginning. That goes for the linear layers and the
+# offset from the beginning, and in the same way attention finds the place for
+# what rounding leaves of its output. That goes for the linear layers and the
 # classifier; the encoder reads the masters themselves, as LayerNorms and
 # biases are read. The encoder's backward pass is that of float32: the buffer
 # `stream` is for the gradient that it wants, widened from bfloat16. A Llama's
@@ -579,6 +580,7 @@ def _half_layout(layout):
     stats = {n: x for n, x in acts.items() if n.endswith(STATISTICS)}
     stream = {"stream": layout["dacts"][1]["dstream"]}
     found = {"copies": (np.uint16, weights), "stats": (kind, stats | stream)}
+    found["rests"] = np.uint16, {"atty": acts["atty"]}
     for group, (kind, named, *over) in layout.items():
         if group in HALVES:
             kind = np.uint16
@@ -615,10 +617,22 @@ def _half_layers(ops, memory, work):
     encode, encode_back = ops.encoder_forward, ops.encoder_backward
     embed, embed_back = ops.embedding_forward, ops.embedding_backward
     forward, backward = ops.matmul_forward, ops.matmul_backward
+    attend, attend_back = ops.attention_forward, ops.attention_backward
+    outputs, rests = memory["acts"]["atty"], memory.flat("rests")
+
+    def twin(array, whole, twins):
+        start = (address(array) - address(whole)) // array.dtype.itemsize
+        return twins[start : start + array.size].reshape(*array.shape)
 
     def copy(weight):
-        start = (address(weight) - address(masters)) // 4
-        return copies[start : start + weight.size].reshape(*weight.shape)
+        return twin(weight, masters, copies)
+
+    def attention(out, lse, inp):
+        attend(out, lse, inp, twin(out, outputs, rests))
+
+    def attention_back(dinp, dout, inp, out, lse, add=True):
+        more = {"add": add, "rest": twin(out, outputs, rests)}
+        attend_back(dinp, dout, inp, out, lse, **more)
 
     def first(out, inp, wte, wpe):
         round_bf16(copies, masters)
@@ -647,6 +661,7 @@ def _half_layers(ops, memory, work):
     ops.embedding_forward = first_of_llama
     ops.embedding_backward = last_of_llama
     ops.matmul_forward, ops.matmul_backward = product, product_back
+    ops.attention_forward, ops.attention_backward = attention, attention_back
 
 
 # %% the backend tags=["export"]
@@ -765,7 +780,7 @@ verdict("it learns", half[-1] < half[0] - 1, "by more than 1")
 # said in [chapter 3.13](13_tensor_cores.ipynb).
 #
 # What can be counted without a GPU: all of such a model lies in one block of
-# 7.2 GB, to which a test holds it, where float32's, with our own products, has
+# 7.5 GB, to which a test holds it, where float32's, with our own products, has
 # 11.5. The activations halve; parameters, gradients and averages stay 16 bytes
 # for each parameter, and the copies add 2. A step is one graph still, without
 # an allocation; the same test counts that on a driver that stands in for

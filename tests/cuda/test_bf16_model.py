@@ -118,4 +118,4 @@ def test_a_step_of_gpt2_is_one_graph(on_standin):
     assert second["recorded"] == second["replayed"] == launches
     assert third["launches"] == third["recorded"] == 0
     assert (third["replays"], third["replayed"]) == (1, launches)
-    assert 7.2e9 < nbytes < 7.3e9  # float32's are 11.5e9
+    assert 7.5e9 < nbytes < 7.6e9  # float32's are 11.5e9
