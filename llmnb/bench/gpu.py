@@ -3,12 +3,12 @@
 """Everything worth knowing from a GPU, in eight minutes."""
 
 __all__ = [
-    "FAR", "HALVES", "PRECISIONS", "Result", "SETTINGS", "SINGLE", "SMALL",
-    "ask_halves", "ask_kernels", "ask_right", "ask_steps", "drawn_by",
-    "exact_gradients", "expected_by", "fitting_batch", "free_bytes",
-    "gradients", "graph_of_parts", "half_apart", "half_arguments",
-    "layer_bytes", "main", "measure", "mma_peak", "model_bytes",
-    "needed_layer", "wrong_by",
+    "ENDS", "FAR", "HALVES", "PRECISIONS", "Result", "SETTINGS", "SINGLE",
+    "SMALL", "ask_ends", "ask_halves", "ask_kernels", "ask_right",
+    "ask_steps", "drawn_by", "exact_gradients", "expected_by",
+    "fitting_batch", "free_bytes", "gradients", "graph_of_parts",
+    "half_apart", "half_arguments", "layer_bytes", "main", "measure",
+    "mma_peak", "model_bytes", "needed_layer", "wrong_by",
 ]
 
 
@@ -35,9 +35,11 @@ from llmnb.bench.ladders import (
 from llmnb.bench.peers import torch_on
 from llmnb.bench.race import Settings, facts_of, race, ratios
 from llmnb.config import GPT2Config
+from llmnb.cuda import cublas
 from llmnb.cuda.bf16_attention import attention_scratch_bf16
 from llmnb.cuda.bf16_matmul import multiply
 from llmnb.cuda.cublas import no_cublas
+from llmnb.cuda.matmul import matmul_scratch
 from llmnb.files import replacing
 from llmnb.gpu.fragments import pack
 from llmnb.gpu.launch import Kernel, empty, kernel, to_device, to_host
@@ -674,6 +676,78 @@ def _bytes(ladder, drawn):
     return ladder.least_bytes(arrays)
 
 
+# epilogues
+ENDS = (
+    "cublas_gelu_forward", "cublas_gelu_backward", "cublas_weight_backward",
+)  # fmt: skip
+_WAYS = [(p, way) for p in ("fp32", "tf32") for way in ("apart", "fused")]
+
+
+def ask_ends(result, sizes, judging):
+    """Time cuBLASLt's epilogues in turns with what they stand in for.
+
+    Derived in chapter A.17.
+    """
+    clock, names = Clock(), [" ".join(x) for x in _WAYS]
+    for name in ENDS:
+        contest = result.contest(name, "kernel", "apart, and by an epilogue")
+        what = name, sizes, clock, judging, contest
+        result.rows(contest, names, partial(_end_rows, *what), needs=10)
+
+
+def _end_arguments(name, N, C):
+    """A function's arrays: N rows of C and of 4 C numbers."""
+    draw = np.random.default_rng(7).normal(size=1 << 16).astype(np.float32)
+    slim, wide, aux, up, down, bias = (
+        to_device(np.resize(draw, shape))
+        for shape in (
+            (1, N, C), (1, N, 4 * C), (1, N, 4 * C), (4 * C, C), (C, 4 * C),
+            (4 * C,),
+        )
+    )  # fmt: skip
+    return {
+        "cublas_gelu_forward": (wide, aux, slim, up, bias),
+        "cublas_gelu_backward": (wide, bias, slim, down, aux),
+        "cublas_weight_backward": (up, bias, wide, slim, False),
+    }[name]
+
+
+def _end_rows(name, sizes, clock, judging, contest):
+    """The rows of a function by name, and which epilogues win."""
+    if no_cublas():
+        raise RuntimeError(no_cublas())
+    N, C = sizes.B * sizes.T, sizes.C
+    arrays = _end_arguments(name, N, C)
+    floats = max(cublas.cublas_scratch(), matmul_scratch(N, 4 * C))
+    run = partial(getattr(cublas, name), *arrays, work=empty(floats))
+    runs, left, found = {}, {}, {}
+    for p, way in _WAYS:
+        one = partial(run, tf32=p == "tf32", fused=way == "fused")
+        for x in arrays[:2]:  # both are written, whole
+            x.copy_to_device(np.full(x.shape, np.nan, np.float32))
+        one()
+        left[way] = [to_host(x).copy() for x in arrays[:2]]
+        runs[f"{p} {way}"] = one
+        if judging and way == "fused" and _far(left):
+            found[f"{p} fused"] = {"unmeasured": "wrong: not what apart is"}
+            del runs[f"{p} fused"]
+    times = in_turns(clock, runs, budget=0.5)
+    best = {k: median(x) for k, x in times.items()}
+    contest["wins"] = [
+        p for p in ("fp32", "tf32")
+        if best.get(f"{p} fused", math.inf) < best[f"{p} apart"]
+    ]  # fmt: skip
+    return found | {k: {"seconds": x} for k, x in times.items()}
+
+
+def _far(left):
+    """Whether what both ways have left is further apart than FAR."""
+    for x, y in zip(left["apart"], left["fused"], strict=True):
+        if not np.linalg.norm(x - y) <= FAR * np.linalg.norm(x):
+            return True
+    return False
+
+
 # everything, in order
 SMALL = GPT2Config(64, 251, 2, 2, 128)
 PRECISIONS = ("bf16", "fp32", "tf32")
@@ -707,6 +781,7 @@ def measure(path, seconds=450, rehearse=False):
     if not rehearse:
         large = {f"124M, {B} x {T}": (cfg, 1, B, T)}
         ask_right(result, large, precisions)
+    ask_ends(result, sizes, judging=not rehearse)
     ask_kernels(result, sizes, judging=not rehearse)
     return result.found
 

@@ -3,7 +3,8 @@
 """The linear layer on a GPU, by cuBLASLt."""
 
 __all__ = [
-    "Plan", "cublas_backward", "cublas_forward", "cublas_scratch",
+    "Plan", "cublas_backward", "cublas_forward", "cublas_gelu_backward",
+    "cublas_gelu_forward", "cublas_scratch", "cublas_weight_backward",
     "dinp_plan", "dweight_plan", "forward_plan", "no_cublas",
 ]
 
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llmnb.cuda.gelu import gelu_backward, gelu_forward
 from llmnb.cuda.matmul import bias_gradient, matmul_scratch
 from llmnb.gpu.launch import (
     DEVICE, address, empty, given_work, missing, stream_address,
@@ -28,8 +30,8 @@ class Plan(NamedTuple):
 
     op(A) is (m, k), op(B) is (k, n), D and C are (m, n). transa, transb:
     whether op transposes what is stored. lda, ldb, ldd: elements from one
-    column to the next; C has D's. bias: whether a vector of m numbers is
-    added to every column.
+    column to the next; C has D's. ends: the library's name for what is done
+    to D before it is written, such as "BIAS", a vector added to each column.
 
     Derived in chapter 3.7.
     """
@@ -42,7 +44,7 @@ class Plan(NamedTuple):
     lda: int
     ldb: int
     ldd: int
-    bias: bool = False
+    ends: str = "DEFAULT"  # nothing
 
     def stored(self):
         """Rows, columns and leading dimension of A, B and D as stored."""
@@ -59,8 +61,9 @@ def forward_plan(rows, C, OC, bias):
 
     Derived in chapter 3.7.
     """
+    ends = "BIAS" if bias else "DEFAULT"
     return Plan(
-        True, False, m=OC, n=rows, k=C, lda=C, ldb=C, ldd=OC, bias=bias
+        True, False, m=OC, n=rows, k=C, lda=C, ldb=C, ldd=OC, ends=ends
     )
 
 
@@ -86,9 +89,9 @@ ALIGNED = 256  # bytes: the most that is claimed of an address
 NOUGHT, ONE = np.zeros(1, np.float32), np.ones(1, np.float32)
 
 
-def _places(a, b, d, c=None, bias=None):
-    """The addresses of A, B, C, D and the bias; C is D unless it is given."""
-    arrays = a, b, d if c is None else c, d, bias
+def _places(a, b, d, c=None, bias=None, aux=None):
+    """The addresses of A, B, C, D and what an epilogue wants; else C is D."""
+    arrays = a, b, d if c is None else c, d, bias, aux
     return [0 if x is None else address(x) for x in arrays]
 
 
@@ -117,7 +120,15 @@ def _set(what, thing, name, value):
 
 
 # describe a plan
-def _describe(plan, bias, tf32):
+def _point(product, plan, bias, aux):
+    """Tell a product the addresses of what its epilogue wants."""
+    if plan.ends != "DEFAULT":
+        _set("matmul_desc", product, "BIAS_POINTER", bias)
+    if "GELU" in plan.ends:
+        _set("matmul_desc", product, "EPILOGUE_AUX_POINTER", aux)
+
+
+def _describe(plan, bias, aux, tf32):
     """A plan as the library knows it: a product and three matrices."""
     from nvmath.bindings import cublas
 
@@ -126,9 +137,10 @@ def _describe(plan, bias, tf32):
     product = lt.matmul_desc_create(kind, 0)  # 0 is float32
     _set("matmul_desc", product, "TRANSA", int(plan.transa))
     _set("matmul_desc", product, "TRANSB", int(plan.transb))
-    if plan.bias:
-        _set("matmul_desc", product, "EPILOGUE", int(lt.Epilogue.BIAS))
-        _set("matmul_desc", product, "BIAS_POINTER", bias)
+    _set("matmul_desc", product, "EPILOGUE", int(lt.Epilogue[plan.ends]))
+    if "GELU" in plan.ends:
+        _set("matmul_desc", product, "EPILOGUE_AUX_LD", plan.ldd)
+    _point(product, plan, bias, aux)
     return product, *[lt.matrix_layout_create(0, *x) for x in plan.stored()]
 
 
@@ -150,7 +162,7 @@ def _prepared(plan, alignments, size, tf32):
     """
     lt = _lt()
     # the search looks at how the bias is aligned, so it needs an address
-    product, A, B, D = _describe(plan, alignments[-1], tf32)
+    product, A, B, D = _describe(plan, *alignments[4:], tf32)
     wish = lt.matmul_preference_create()
     _set("matmul_preference", wish, "MAX_WORKSPACE_BYTES", size)
     for name, bytes_ in zip("ABCD", alignments, strict=False):
@@ -173,9 +185,8 @@ def _enqueue(plan, places, beta, work, tf32):
     start = -(-address(work) // ALIGNED) * ALIGNED
     size = max(0, address(work) + work.nbytes - start)
     kept = _prepared(plan, _alignments(places), size, tf32)
-    (product, A, B, D, found), (a, b, c, d, bias) = kept, places
-    if plan.bias:
-        _set("matmul_desc", product, "BIAS_POINTER", bias)
+    (product, A, B, D, found), (a, b, c, d, *more) = kept, places
+    _point(product, plan, *more)
     beta = ONE if beta else NOUGHT
     _lt().matmul(
         _library(), product, ONE.ctypes.data, a, A, b, B,
@@ -267,3 +278,91 @@ def cublas_backward(
     _enqueue(dweight_plan(rows, C, OC), places, add_dweight, work, tf32)
     if dbias is not None:
         bias_gradient(dbias, dout, add_dweight, work)
+
+
+# products with more at their ends
+@shapes("... OC!, ... OC!, ... C, OC C, OC", DEVICE, work="W!?")
+def cublas_gelu_forward(
+    out, aux, inp, weight, bias, *, work=None, tf32=False, fused=False
+):
+    """out = GELU(aux), where aux = inp weight^T + bias, by cuBLASLt.
+
+    fused: with an epilogue; else two kernels. work, tf32, what is raised: as
+    for `cublas_forward`; ValueError, too, where OC is no multiple of 8.
+
+    Derived in chapter 3.7.
+    """
+    rows = _rows("cublas_gelu_forward", inp)
+    (OC, C), work = _eights(weight, 0), _given(work, 0, inp)
+    plan = forward_plan(rows, C, OC, True)
+    if fused:
+        plan = plan._replace(ends="GELU_AUX_BIAS")
+    d = out if fused else aux
+    places = _places(weight, inp, d, bias=bias, aux=aux)
+    _enqueue(plan, places, False, work, tf32)
+    if not fused:
+        gelu_forward(out, aux)
+
+
+@shapes("... C!, C!, ... OC, OC C, ... C", DEVICE, work="W!?")
+def cublas_gelu_backward(
+    dinp, dbias, dout, weight, aux, *, work=None, tf32=False, fused=False
+):
+    """dinp = (dout weight) times GELU's slope at aux; dbias: its rows' sum.
+
+    The rest as for `cublas_gelu_forward`, where C is no multiple of 8, and
+    for `cublas_backward`.
+
+    Derived in chapter 3.7.
+    """
+    rows = _rows("cublas_gelu_backward", dout)
+    OC, C = _eights(weight, 1)
+    work = _given(work, matmul_scratch(rows, C), dout)
+    plan = dinp_plan(rows, C, OC)
+    if fused:
+        plan = plan._replace(ends="DGELU_BGRAD")
+    places = _places(weight, dout, dinp, bias=dbias, aux=aux)
+    _enqueue(plan, places, False, work, tf32)
+    if not fused:
+        gelu_backward(dinp, dinp, aux, add=False)
+        bias_gradient(dbias, dinp, False, work)
+
+
+@shapes("OC C!, OC!, ... OC, ... C", DEVICE, work="W!?")
+def cublas_weight_backward(
+    dweight, dbias, dout, inp, add=True, *, work=None, tf32=False, fused=False
+):
+    """Add dout^T inp to dweight; dbias: the sum of the rows of dout.
+
+    add: False overwrites dweight; dbias always is. The rest as for
+    `cublas_backward`, and fused as for `cublas_gelu_forward`.
+
+    Derived in chapter 3.7.
+    """
+    rows, (OC, C) = _rows("cublas_weight_backward", inp), dweight.shape
+    work = _given(work, matmul_scratch(rows, OC), inp)
+    plan = dweight_plan(rows, C, OC)
+    if fused:
+        plan = plan._replace(ends="BGRADB")
+    places = _places(inp, dout, dweight, bias=dbias)
+    _enqueue(plan, places, add, work, tf32)
+    if not fused:
+        bias_gradient(dbias, dout, False, work)
+
+
+# what an aux must be
+def _eights(weight, axis):
+    """The weight's shape, where that axis, aux's columns, goes by eights."""
+    if weight.shape[axis] % 8:
+        raise ValueError(
+            "cuBLASLt: rows of aux must hold a multiple of 8 numbers, "
+            f"got {weight.shape[axis]}"
+        )
+    return weight.shape
+
+
+def _given(work, sums, like):
+    """The caller's work, if it holds so many sums, or else a new one."""
+    if work is None:
+        work = empty(max(WORKSPACE, sums), like=like)
+    return given_work("cuBLASLt", work, sums, like)

@@ -32,9 +32,10 @@
 #   them by columns, without a transpose in memory;
 # - prove what you ask of a library on a machine that cannot run it;
 # - say what TF32 rounds, and what a tensor core is;
-# - say why one gradient stays with our own kernel.
+# - say why one gradient stays with our own kernel;
+# - count the passes over memory that more epilogues would save.
 #
-# This much is known of the two functions of this chapter: the requests are
+# This much is known of the first two functions of this chapter: the requests are
 # proved here, and cuBLASLt 13.10 has accepted the descriptions, on a machine
 # without a GPU. The search for a kernel needs a GPU, and neither it nor a
 # product has ever run.
@@ -54,6 +55,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llmnb.cuda.gelu import gelu_backward, gelu_forward
 from llmnb.cuda.matmul import bias_gradient, matmul_scratch
 from llmnb.gpu.launch import (
     DEVICE,
@@ -93,8 +95,8 @@ class Plan(NamedTuple):
 
     op(A) is (m, k), op(B) is (k, n), D and C are (m, n). transa, transb:
     whether op transposes what is stored. lda, ldb, ldd: elements from one
-    column to the next; C has D's. bias: whether a vector of m numbers is
-    added to every column.
+    column to the next; C has D's. ends: the library's name for what is done
+    to D before it is written, such as "BIAS", a vector added to each column.
     """
 
     transa: bool
@@ -105,7 +107,7 @@ class Plan(NamedTuple):
     lda: int
     ldb: int
     ldd: int
-    bias: bool = False
+    ends: str = "DEFAULT"  # nothing
 
     def stored(self):
         """Rows, columns and leading dimension of A, B and D as stored."""
@@ -120,8 +122,9 @@ def forward_plan(rows, C, OC, bias):
 
     rows: of inp (rows, C) and out (rows, OC); weight is (OC, C).
     """
+    ends = "BIAS" if bias else "DEFAULT"
     return Plan(
-        True, False, m=OC, n=rows, k=C, lda=C, ldb=C, ldd=OC, bias=bias
+        True, False, m=OC, n=rows, k=C, lda=C, ldb=C, ldd=OC, ends=ends
     )
 
 
@@ -153,7 +156,7 @@ def carry_out(plan, a, b, d, beta=0, c=None, bias=None):
     if beta:
         c = d if c is None else c
         product += beta * by_columns(c, *plan.stored()[2])
-    if plan.bias:
+    if plan.ends == "BIAS":
         product += bias[:, None]
     D[...] = product
 
@@ -194,9 +197,9 @@ ALIGNED = 256  # bytes: the most that is claimed of an address
 NOUGHT, ONE = np.zeros(1, np.float32), np.ones(1, np.float32)
 
 
-def _places(a, b, d, c=None, bias=None):
-    """The addresses of A, B, C, D and the bias; C is D unless it is given."""
-    arrays = a, b, d if c is None else c, d, bias
+def _places(a, b, d, c=None, bias=None, aux=None):
+    """The addresses of A, B, C, D and what an epilogue wants; else C is D."""
+    arrays = a, b, d if c is None else c, d, bias, aux
     return [0 if x is None else address(x) for x in arrays]
 
 
@@ -234,7 +237,15 @@ def _set(what, thing, name, value):
 
 
 # %% describe a plan tags=["exporti"]
-def _describe(plan, bias, tf32):
+def _point(product, plan, bias, aux):
+    """Tell a product the addresses of what its epilogue wants."""
+    if plan.ends != "DEFAULT":
+        _set("matmul_desc", product, "BIAS_POINTER", bias)
+    if "GELU" in plan.ends:
+        _set("matmul_desc", product, "EPILOGUE_AUX_POINTER", aux)
+
+
+def _describe(plan, bias, aux, tf32):
     """A plan as the library knows it: a product and three matrices."""
     from nvmath.bindings import cublas
 
@@ -243,9 +254,10 @@ def _describe(plan, bias, tf32):
     product = lt.matmul_desc_create(kind, 0)  # 0 is float32
     _set("matmul_desc", product, "TRANSA", int(plan.transa))
     _set("matmul_desc", product, "TRANSB", int(plan.transb))
-    if plan.bias:
-        _set("matmul_desc", product, "EPILOGUE", int(lt.Epilogue.BIAS))
-        _set("matmul_desc", product, "BIAS_POINTER", bias)
+    _set("matmul_desc", product, "EPILOGUE", int(lt.Epilogue[plan.ends]))
+    if "GELU" in plan.ends:
+        _set("matmul_desc", product, "EPILOGUE_AUX_LD", plan.ldd)
+    _point(product, plan, bias, aux)
     return product, *[lt.matrix_layout_create(0, *x) for x in plan.stored()]
 
 
@@ -273,7 +285,7 @@ def _prepared(plan, alignments, size, tf32):
     """
     lt = _lt()
     # the search looks at how the bias is aligned, so it needs an address
-    product, A, B, D = _describe(plan, alignments[-1], tf32)
+    product, A, B, D = _describe(plan, *alignments[4:], tf32)
     wish = lt.matmul_preference_create()
     _set("matmul_preference", wish, "MAX_WORKSPACE_BYTES", size)
     for name, bytes_ in zip("ABCD", alignments, strict=False):
@@ -296,9 +308,8 @@ def _enqueue(plan, places, beta, work, tf32):
     start = -(-address(work) // ALIGNED) * ALIGNED
     size = max(0, address(work) + work.nbytes - start)
     kept = _prepared(plan, _alignments(places), size, tf32)
-    (product, A, B, D, found), (a, b, c, d, bias) = kept, places
-    if plan.bias:
-        _set("matmul_desc", product, "BIAS_POINTER", bias)
+    (product, A, B, D, found), (a, b, c, d, *more) = kept, places
+    _point(product, plan, *more)
     beta = ONE if beta else NOUGHT
     _lt().matmul(
         _library(), product, ONE.ctypes.data, a, A, b, B,
@@ -413,6 +424,172 @@ else:
         compare(f"cuBLASLt, {name}", to_host(got), right, tol=1e-5)
 
 # %% [markdown]
+# ## More at the end of a product
+#
+# Three more epilogues go with a block's feedforward half, and with biases:
+#
+# | the library's name | what is done to a product | what leaves besides |
+# |---|---|---|
+# | `GELU_AUX_BIAS` | the bias is added, then GELU | `aux`: GELU's input |
+# | `DGELU_BGRAD` | times GELU's slope at `aux` | dbias: the sum of its rows |
+# | `BGRADB` | nothing | dbias: the sum of the rows of `dout` |
+#
+# What does that save? Apart, the first product writes its output, and GELU
+# reads that and writes its own: three passes over a matrix, of which two
+# remain. Backward the second product writes a gradient, GELU reads it and its
+# input and writes another, and a kernel sums that for the bias: five passes,
+# of which two remain. `BGRADB` saves the pass over `dout`. At B = 16 and T =
+# 1,024, for the 12 layers of GPT-2 124M in float32:
+
+# %% passes saved
+rows, C, passes = 16 * 1024, 768, {}
+passes["GELU_AUX_BIAS"] = 1 * 4 * C
+passes["DGELU_BGRAD"] = 3 * 4 * C
+passes["BGRADB"] = C + C + 3 * C  # both projections, and queries to values
+for name, columns in passes.items():
+    moved = 12 * rows * columns * 4
+    print(f"{name:13} {moved / 1e9:4.1f} GB, {moved / 3.35e9:4.2f} ms")
+
+# %% [markdown]
+# The last column is a prediction for an H100, which moves 3.35 TB a second:
+# together 3.8 ms. An epilogue can also lose: the library may have its
+# best kernel without it, and not with it.
+#
+# Each is one field of the plan. `aux` lies as D does, and the library wants
+# its leading dimension to be a multiple of 8. Which GELU is meant? We expect
+# the tanh form of chapter 1.9, and a comparison decides it where there is a
+# GPU. The sums overwrite, in float32 and in an order that is the library's;
+# so micro-batches must add them up themselves.
+
+
+# %% products with more at their ends tags=["export"]
+@shapes("... OC!, ... OC!, ... C, OC C, OC", DEVICE, work="W!?")
+def cublas_gelu_forward(
+    out, aux, inp, weight, bias, *, work=None, tf32=False, fused=False
+):
+    """out = GELU(aux), where aux = inp weight^T + bias, by cuBLASLt.
+
+    fused: with an epilogue; else two kernels. work, tf32, what is raised: as
+    for `cublas_forward`; ValueError, too, where OC is no multiple of 8.
+    """
+    rows = _rows("cublas_gelu_forward", inp)
+    (OC, C), work = _eights(weight, 0), _given(work, 0, inp)
+    plan = forward_plan(rows, C, OC, True)
+    if fused:
+        plan = plan._replace(ends="GELU_AUX_BIAS")
+    d = out if fused else aux
+    places = _places(weight, inp, d, bias=bias, aux=aux)
+    _enqueue(plan, places, False, work, tf32)
+    if not fused:
+        gelu_forward(out, aux)
+
+
+@shapes("... C!, C!, ... OC, OC C, ... C", DEVICE, work="W!?")
+def cublas_gelu_backward(
+    dinp, dbias, dout, weight, aux, *, work=None, tf32=False, fused=False
+):
+    """dinp = (dout weight) times GELU's slope at aux; dbias: its rows' sum.
+
+    The rest as for `cublas_gelu_forward`, where C is no multiple of 8, and
+    for `cublas_backward`.
+    """
+    rows = _rows("cublas_gelu_backward", dout)
+    OC, C = _eights(weight, 1)
+    work = _given(work, matmul_scratch(rows, C), dout)
+    plan = dinp_plan(rows, C, OC)
+    if fused:
+        plan = plan._replace(ends="DGELU_BGRAD")
+    places = _places(weight, dout, dinp, bias=dbias, aux=aux)
+    _enqueue(plan, places, False, work, tf32)
+    if not fused:
+        gelu_backward(dinp, dinp, aux, add=False)
+        bias_gradient(dbias, dinp, False, work)
+
+
+@shapes("OC C!, OC!, ... OC, ... C", DEVICE, work="W!?")
+def cublas_weight_backward(
+    dweight, dbias, dout, inp, add=True, *, work=None, tf32=False, fused=False
+):
+    """Add dout^T inp to dweight; dbias: the sum of the rows of dout.
+
+    add: False overwrites dweight; dbias always is. The rest as for
+    `cublas_backward`, and fused as for `cublas_gelu_forward`.
+    """
+    rows, (OC, C) = _rows("cublas_weight_backward", inp), dweight.shape
+    work = _given(work, matmul_scratch(rows, OC), inp)
+    plan = dweight_plan(rows, C, OC)
+    if fused:
+        plan = plan._replace(ends="BGRADB")
+    places = _places(inp, dout, dweight, bias=dbias)
+    _enqueue(plan, places, add, work, tf32)
+    if not fused:
+        bias_gradient(dbias, dout, False, work)
+
+
+# %% what an aux must be tags=["exporti"]
+def _eights(weight, axis):
+    """The weight's shape, where that axis, aux's columns, goes by eights."""
+    if weight.shape[axis] % 8:
+        raise ValueError(
+            "cuBLASLt: rows of aux must hold a multiple of 8 numbers, "
+            f"got {weight.shape[axis]}"
+        )
+    return weight.shape
+
+
+def _given(work, sums, like):
+    """The caller's work, if it holds so many sums, or else a new one."""
+    if work is None:
+        work = empty(max(WORKSPACE, sums), like=like)
+    return given_work("cuBLASLt", work, sums, like)
+
+
+# %% [markdown]
+# The plans can again be carried out in NumPy. Where the library has columns,
+# our arrays have rows, so a sum over the columns of D is one over our rows:
+
+
+# %% the ends, proved
+def finish(plan, b, d, vector, aux):
+    """What is done at a product's end; d, aux: (n, m), b: (k, n), rows."""
+    if plan.ends == "GELU_AUX_BIAS":
+        aux[...] = d + vector
+        reference.gelu_forward(d, aux)
+    if plan.ends == "DGELU_BGRAD":
+        reference.gelu_backward(d, d.copy(), aux, add=False)
+        vector[...] = d.sum(axis=0)
+    if plan.ends == "BGRADB":
+        vector[...] = b.sum(axis=0)
+
+
+rows, C, OC = 7, 5, 8
+x, W, b = (rng.normal(size=s) for s in ((rows, C), (OC, C), OC))
+y, aux, want = (np.empty((rows, OC)) for _ in range(3))
+plan = forward_plan(rows, C, OC, True)._replace(ends="GELU_AUX_BIAS")
+carry_out(plan, W, x, y)
+finish(plan, x, y, b, aux)
+reference.gelu_forward(want, x @ W.T + b)
+compare("GELU_AUX_BIAS", y, want, tol=1e-12)
+W2, dy = rng.normal(size=(C, OC)), rng.normal(size=(rows, C))
+dx, db = np.empty((rows, OC)), np.empty(OC)
+plan = dinp_plan(rows, OC, C)._replace(ends="DGELU_BGRAD")
+carry_out(plan, W2, dy, dx)
+finish(plan, dy, dx, db, aux)
+reference.gelu_backward(want, dy @ W2, aux, add=False)
+compare("DGELU_BGRAD, dinp", dx, want, tol=1e-12)
+compare("DGELU_BGRAD, dbias", db, want.sum(axis=0), tol=1e-12)
+dW, db = np.empty((OC, C)), np.empty(OC)
+plan = dweight_plan(rows, C, OC)._replace(ends="BGRADB")
+carry_out(plan, x, dx, dW)
+finish(plan, dx, dW, db, aux)
+compare("BGRADB", db, dx.sum(axis=0), tol=1e-12)
+
+# %% [markdown]
+# None of the three has run, and `fused` is False unless it is asked for. `make
+# gpu` times each function in turns with and without
+# ([chapter A.17](../appendix/17_gpu.ipynb)); a model takes an epilogue when a
+# GPU has shown that it wins, and so far no model calls these functions.
+#
 # ## Take away
 #
 # - A matrix by rows is its transpose by columns: the same bytes.
@@ -420,6 +597,8 @@ else:
 #   sees it.
 # - Bias and residual cost no pass; a sum that must add, in one order, stays
 #   with us.
+# - GELU, its slope and the sums of biases can be had at the end of a product;
+#   what they save is passes over memory.
 # - TF32 rounds factors, not sums.
 
 # %% [markdown]

@@ -804,9 +804,9 @@ verdict("it learns", half[-1] < half[0] - 1, "by more than 1")
 # model should be the better for it. The gradients of the weights stay float32:
 # that is where micro-batches are added up.
 #
-# cuBLASLt's products with a bias, GELU or its gradient at their end would save
-# a few passes over memory. They could stand in for two functions of this
-# chapter; none is written, since none could be tried.
+# cuBLASLt's products with GELU or its gradient at their end save a few passes
+# over memory. [Chapter 3.7](07_cublas.ipynb) has them in float32, untried; in
+# bfloat16 the bias and its gradient would be rounded there as well.
 
 # %% [markdown]
 # ## Exercises

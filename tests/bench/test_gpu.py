@@ -34,11 +34,12 @@ def test_rehearsed_from_end_to_end(on_standin, tmp_path, results_page):
     assert said.rsplit("|", 1)[1].split() == ["0"]
     found = json.loads((tmp_path / "6.json").read_text("utf-8"))
     kinds = [x["kind"] for x in found["contests"]]
-    assert kinds == ["gradients", *4 * ["kernel"], "step", *2 * ["kernel"]]
-    right, *halves, step, one, two = (
+    assert kinds == ["gradients", *4 * ["kernel"], "step", *5 * ["kernel"]]
+    right, *halves, step, end, _, _, one, two = (
         {y["name"]: y for y in x["contestants"]} for x in found["contests"]
     )
     kernels = one, two
+    assert "nvmath" in end["tf32 fused"]["unmeasured"]
     for precision in ("fp32", "bf16"):
         name = f"small {precision}"  # all is zero there
         assert right[name]["worst"] == pytest.approx(1)

@@ -7,17 +7,32 @@ we ask for, not what cuBLASLt does.
 
 import ctypes
 import sys
+from enum import IntEnum
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import llmnb.cuda.cublas as cublas
+from llmnb.bench import gpu
+from llmnb.bench.ladders import TINY
 from llmnb.gpu.launch import simulated, to_device, to_host
-from llmnb.reference import matmul_backward, matmul_forward
+from llmnb.reference import (
+    gelu_backward,
+    gelu_forward,
+    matmul_backward,
+    matmul_forward,
+)
 
 SIZES = [(1, 1, 1), (1, 5, 3), (7, 1, 9), (3, 8, 4), (33, 17, 65)]
 SEARCHES = []
+ENDS = {
+    "DEFAULT": 1,
+    "BIAS": 4,
+    "GELU_AUX_BIAS": 164,
+    "DGELU_BGRAD": 208,
+    "BGRADB": 512,
+}
 
 
 def by_columns(address, rows, cols, ld):
@@ -35,11 +50,13 @@ class Library:
         "TRANSB",
         "EPILOGUE",
         "BIAS_POINTER",
+        "EPILOGUE_AUX_POINTER",
+        "EPILOGUE_AUX_LD",
         "MAX_WORKSPACE_BYTES",
     ]
     names += [f"MIN_ALIGNMENT_{x}_BYTES" for x in "ABCD"]
     MatmulDescAttribute = MatmulPreferenceAttribute = {x: x for x in names}
-    Epilogue = SimpleNamespace(BIAS=4)
+    Epilogue = IntEnum("Epilogue", ENDS)
     matmul_heuristic_result_dtype = np.dtype(
         [("algo", np.uint64, 8), ("state", np.int32)]
     )
@@ -61,7 +78,7 @@ class Library:
         SEARCHES.append(wish)
 
     def get_matmul_desc_attribute_dtype(self, name):
-        return np.int64 if name == "BIAS_POINTER" else np.int32
+        return np.int64 if "POINTER" in name or "LD" in name else np.int32
 
     def get_matmul_preference_attribute_dtype(self, name):
         return np.uint64 if name == "MAX_WORKSPACE_BYTES" else np.uint32
@@ -75,7 +92,46 @@ class Library:
     def matmul_algo_get_heuristic(
         self, handle, product, A, B, C, D, wish, wanted, found, count
     ):
+        self.wanted(product, D)
         ctypes.c_int32.from_address(count).value = 1
+
+    def wanted(self, product, D):
+        """What the documentation wants of a description's epilogue."""
+        ends = Library.Epilogue(product["EPILOGUE"]).name
+        assert ends == "DEFAULT" or product["BIAS_POINTER"] % 4 == 0
+        assert ends == "DEFAULT" or product["BIAS_POINTER"] > 0
+        assert ("EPILOGUE_AUX_POINTER" in product) == ("GELU" in ends)
+        if "GELU" in ends:
+            ld = product["EPILOGUE_AUX_LD"]
+            assert ld % 8 == 0 and ld >= D[0]
+            assert product["EPILOGUE_AUX_POINTER"] % 16 == 0
+        return ends
+
+    def finish(self, product, result, right, D):
+        """Do what the epilogue says; result: (m, n), right: (k, n)."""
+        ends = self.wanted(product, D)
+        if ends == "DEFAULT":
+            return result
+        size = len(right.T) if ends == "BGRADB" else D[0]
+        vector = by_columns(product["BIAS_POINTER"], size, 1, size)
+        if "GELU" in ends:
+            place, ld = (
+                product[f"EPILOGUE_AUX_{x}"] for x in ("POINTER", "LD")
+            )
+            aux = by_columns(place, *D[:2], ld)
+        if ends in ("BIAS", "GELU_AUX_BIAS"):
+            result = result + vector
+        if ends == "GELU_AUX_BIAS":
+            aux[...], given = result, result
+            gelu_forward(result := np.empty_like(given), given)
+        if ends == "DGELU_BGRAD":
+            slope = np.ones_like(result)
+            gelu_backward(slope, result, np.ascontiguousarray(aux), add=False)
+            result = slope
+            vector[...] = result.sum(1, keepdims=True)
+        if ends == "BGRADB":
+            vector[...] = right.sum(0)[:, None]
+        return result
 
     def matmul(
         self, handle, product, alpha, a, A, b, B, beta, c, C, d, D, *rest
@@ -94,10 +150,7 @@ class Library:
         result = alpha * (left @ right)
         if beta:
             result += beta * by_columns(c, *C)
-        if product["EPILOGUE"] == Library.Epilogue.BIAS:
-            bias = by_columns(product["BIAS_POINTER"], D[0], 1, D[0])
-            result += bias
-        by_columns(d, *D)[...] = result
+        by_columns(d, *D)[...] = self.finish(product, result, right, D)
 
 
 @pytest.fixture
@@ -162,6 +215,80 @@ def test_backward(place, rows, C, OC, add):
         assert np.abs(to_host(a) - b).max() < 1e-5 * scale
 
 
+def near(got, want):
+    got = to_host(got)
+    assert np.isfinite(got).all()
+    assert np.abs(got - want).max() < 1e-5 * max(1, np.abs(want).max())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("rows, C, OC", [(7, 5, 8), (3, 8, 16), (33, 17, 64)])
+def test_gelu_at_the_end_of_a_product_and_back(place, rows, C, OC, fused):
+    """Forward and backward of a block's second half, and their sums."""
+    rng = np.random.default_rng(rows)
+    x, w, b = draw(rng, 1, rows, C), draw(rng, OC, C), draw(rng, OC)
+    w2, dy = draw(rng, C, OC), draw(rng, 1, rows, C)
+    aux = np.empty((1, rows, OC))
+    matmul_forward(aux, *(z.astype(float) for z in (x, w, b)))
+    want = np.empty_like(aux)
+    gelu_forward(want, aux)
+    grad = np.empty_like(aux)
+    gelu_backward(grad, dy.astype(float) @ w2, aux, add=False)
+    for _ in range(2):  # the second with what was kept, elsewhere
+        out, kept, dx, db = (
+            place(np.full(z, np.nan, np.float32))
+            for z in (aux.shape, aux.shape, aux.shape, OC)
+        )
+        how = {"fused": fused}
+        cublas.cublas_gelu_forward(out, kept, *map(place, (x, w, b)), **how)
+        near(kept, aux)
+        near(out, want)
+        given = dx, db, place(dy), place(w2), kept
+        cublas.cublas_gelu_backward(*given, **how)
+        near(dx, grad)
+        near(db, grad.sum((0, 1)))
+    for add in (False, True):
+        start = draw(rng, OC, C)
+        dw = place(start if add else np.full_like(start, np.nan))
+        db = place(np.full(OC, np.nan, np.float32))
+        cublas.cublas_weight_backward(dw, db, dx, place(x), add, **how)
+        near(dw, grad[0].T @ x[0] + start * add)
+        near(db, grad.sum((0, 1)))
+
+
+@pytest.mark.parametrize("name", gpu.ENDS)
+def test_make_gpu_times_both_ways(place, monkeypatch, name):
+    """And says who wins; an epilogue that is wrong is not timed."""
+
+    def times(clock, runs, budget):
+        return {k: [1.0 + ("apart" in k)] for k in runs}
+
+    monkeypatch.setattr(gpu, "no_cublas", lambda: "")
+    monkeypatch.setattr(gpu, "to_device", place)
+    monkeypatch.setattr(gpu, "in_turns", times)
+    what, contest = (name, TINY, None, True), {}
+    found = gpu._end_rows(*what, contest)
+    assert contest["wins"] == ["fp32", "tf32"]
+    assert all(x["seconds"] for x in found.values()) and len(found) == 4
+    monkeypatch.setattr(Library, "finish", lambda *given: given[2])
+    found = gpu._end_rows(*what, contest)
+    assert contest["wins"] == []
+    assert found["tf32 fused"] == {"unmeasured": "wrong: not what apart is"}
+
+
+def test_rows_of_aux_are_eights(place):
+    x, w = (place(np.zeros(s, np.float32)) for s in ((1, 2, 4), (12, 4)))
+    b, out, aux = (
+        place(np.zeros(s, np.float32)) for s in (12, (1, 2, 12), (1, 2, 12))
+    )
+    with pytest.raises(ValueError, match="rows of aux .* got 12"):
+        cublas.cublas_gelu_forward(out, aux, x, w, b)
+    with pytest.raises(ValueError, match="rows of aux .* got 12"):
+        cublas.cublas_gelu_backward(
+            out, b, x, place(np.zeros((4, 12), "f")), aux
+        )
+
+
 def test_a_description_is_made_once(place):
     rng = np.random.default_rng(0)
     x, w, out = (place(draw(rng, 1, 4, 4)) for _ in range(3))
@@ -203,6 +330,9 @@ PLANS = [
     cublas.forward_plan(7, 5, 3, False),
     cublas.dinp_plan(7, 5, 3),
     cublas.dweight_plan(7, 5, 3),
+    cublas.forward_plan(7, 5, 8, True)._replace(ends="GELU_AUX_BIAS"),
+    cublas.dinp_plan(7, 8, 5)._replace(ends="DGELU_BGRAD"),
+    cublas.dweight_plan(7, 5, 3)._replace(ends="BGRADB"),
 ]
 
 
@@ -228,15 +358,19 @@ def test_the_real_library_takes_the_descriptions(plan, tf32):
             values.append(value.item())
         return tuple(values)
 
-    product, *matrices = cublas._describe(plan, 256, tf32)
+    product, *matrices = cublas._describe(plan, 256, 512, tf32)
     names = "TRANSA TRANSB COMPUTE_TYPE EPILOGUE"
     got = told("matmul_desc", lt.MatmulDescAttribute, product, names)
     assert got == (
         plan.transa,
         plan.transb,
         77 if tf32 else 68,
-        4 if plan.bias else 1,
+        ENDS[plan.ends],
     )
+    if "GELU" in plan.ends:
+        names = "BIAS_POINTER EPILOGUE_AUX_POINTER EPILOGUE_AUX_LD"
+        got = told("matmul_desc", lt.MatmulDescAttribute, product, names)
+        assert got == (256, 512, 8)
     for matrix, sizes in zip(matrices, plan.stored(), strict=True):
         kinds, names = lt.MatrixLayoutAttribute, "TYPE ORDER ROWS COLS LD"
         assert told("matrix_layout", kinds, matrix, names) == (0, 0, *sizes)
