@@ -216,14 +216,11 @@ def _writer(hs):
 # %% what rounding leaves tags=["exporti"]
 @functools.cache
 def _leaver(hs):
-    """leave(o, scales): sums become what rounding has left of each, scaled.
-
-    The scales become 1.
-    """
-    SUMS = hs // 2
+    """leave(rest, o, rows, at, pitch, scales): write what rounding left."""
+    SUMS, write = hs // 2, _writer(hs)
 
     @device
-    def leave(o, scales):
+    def leave(rest, o, rows, at, pitch, scales):
         for n in range(0, SUMS, 4):
             for half in range(2):
                 i = n + 2 * half
@@ -231,6 +228,7 @@ def _leaver(hs):
                 low, high = unpack(pack(x, y))
                 o[i], o[i + 1] = x - low, y - high
         scales[0] = scales[1] = np.float32(1)
+        write(rest, o, rows, at, pitch, scales, False)
 
     return leave
 
@@ -275,23 +273,20 @@ def _scores(hs):
 
 # %% the kernel of the forward pass tags=["exporti"]
 @functools.cache
-def _forward_kernel(hs):
-    TILE, SUMS, HEAD = 32 * hs, hs // 2, hs // 2
-    ROOM, REGISTERS = 4 * TILE, hs // 4
+def _forward_kernel(hs, keep):
+    TILE, ROOM, SUMS, HEAD, Q = 32 * hs, 128 * hs, hs // 2, hs // 2, hs // 4
     fill, (hold, scores) = filler(64, hs // 8, 128), _scores(hs)
     softmax, weighted, write = _softmax(hs), _weighted(hs), _writer(hs)
     leave = _leaver(hs)
 
-    def attention_forward_bf16_tiles(
-        out, lse, inp, T, NH, NKV, scale, rest, keep
-    ):
+    def attention_forward_bf16_tiles(out, lse, inp, T, NH, NKV, scale, rest):
         tile = cuda.shared.array(ROOM, np.int32, alignment=16)
-        q = cuda.local.array(REGISTERS, np.int32)
+        q = cuda.local.array(Q, np.int32)
         s = cuda.local.array(32, np.float32)
         o = cuda.local.array(SUMS, np.float32)
         top = cuda.local.array(2, np.float32)
         total = cuda.local.array(2, np.float32)
-        W, tiles = (NH + 2 * NKV) * HEAD, (T + 63) // 64
+        now, W, tiles = 0, (NH + 2 * NKV) * HEAD, (T + 63) // 64
         unit, warp = cuda.blockIdx.x // tiles, cuda.threadIdx.x // 32
         first = (tiles - 1 - cuda.blockIdx.x % tiles) * 64
         row, h = unit // NH * T, unit % NH
@@ -310,7 +305,6 @@ def _forward_kernel(hs):
         fill(tile, 0, inp, row, stop, key, W)
         fill(tile, TILE, inp, row, stop, value, W)
         cp_async_commit()
-        now = 0
         for start in range(0, first + 64, 64):
             cp_async_wait()
             cuda.syncthreads()
@@ -327,8 +321,7 @@ def _forward_kernel(hs):
         rows = row + first + 16 * warp, stop
         write(out, o, rows, h * HEAD, NH * HEAD, total, False)
         if keep:
-            leave(o, total)
-            write(rest, o, rows, h * HEAD, NH * HEAD, total, False)
+            leave(rest, o, rows, h * HEAD, NH * HEAD, total)
 
     return kernel(attention_forward_bf16_tiles, launch_bounds=128)
 
@@ -348,11 +341,10 @@ def attention_forward_bf16(out, lse, inp, rest=None):
     heads = _count_heads("attention_forward_bf16", out, lse, inp)
     B, NH, T = lse.shape
     scale = np.float32(1 / math.sqrt(heads.hs))
-    made = _forward_kernel(heads.hs)
-    left, keep = pairs(out if rest is None else rest), int(rest is not None)
-    shape = T, NH, heads.NKV
+    made = _forward_kernel(heads.hs, rest is not None)
+    left, shape = pairs(out if rest is None else rest), (T, NH, heads.NKV)
     made[B * NH * -(-T // 64), 128](
-        pairs(out), lse.reshape(-1), pairs(inp), *shape, scale, left, keep
+        pairs(out), lse.reshape(-1), pairs(inp), *shape, scale, left
     )
 
 
@@ -602,9 +594,8 @@ def _part_adder(hs):
 # %% the kernel of the backward pass tags=["exporti"]
 @functools.cache
 def _backward_kernel(hs):
-    TILE, SUMS, HEAD = 32 * hs, hs // 2, hs // 2
+    TILE, SUMS, HEAD, ROOM = 32 * hs, hs // 2, hs // 2, 128 * hs + 2 * REST
     V, Q, DO, DS = TILE, 2 * TILE, 3 * TILE, 4 * TILE
-    ROOM = DS + 2 * REST
     fill, key_parts = filler(64, hs // 8, 128), _key_parts(hs)
     part, add = _query_part(hs), _part_adder(hs)
     write = _writer(hs)

@@ -599,6 +599,28 @@ class _HalfArena(Arena):
         return found
 
 
+# %% attention's layers tags=["exporti"]
+def _twin(array, whole, twins):
+    """What lies among the twins where the array lies in the whole."""
+    start = (address(array) - address(whole)) // array.dtype.itemsize
+    return twins[start : start + array.size].reshape(*array.shape)
+
+
+def _half_attention(ops, memory):
+    """Give attention the place for what rounding leaves of its output."""
+    forward, backward = ops.attention_forward, ops.attention_backward
+    outputs, rests = memory["acts"]["atty"], memory.flat("rests")
+
+    def attention(out, lse, inp):
+        forward(out, lse, inp, _twin(out, outputs, rests))
+
+    def attention_back(dinp, dout, inp, out, lse, add=True):
+        rest = _twin(out, outputs, rests)
+        backward(dinp, dout, inp, out, lse, add, rest=rest)
+
+    ops.attention_forward, ops.attention_backward = attention, attention_back
+
+
 # %% the layers tags=["exporti"]
 def _half_layers(ops, memory, work):
     """Put the layers in bfloat16 into ops, under the names of the others."""
@@ -617,22 +639,9 @@ def _half_layers(ops, memory, work):
     encode, encode_back = ops.encoder_forward, ops.encoder_backward
     embed, embed_back = ops.embedding_forward, ops.embedding_backward
     forward, backward = ops.matmul_forward, ops.matmul_backward
-    attend, attend_back = ops.attention_forward, ops.attention_backward
-    outputs, rests = memory["acts"]["atty"], memory.flat("rests")
-
-    def twin(array, whole, twins):
-        start = (address(array) - address(whole)) // array.dtype.itemsize
-        return twins[start : start + array.size].reshape(*array.shape)
 
     def copy(weight):
-        return twin(weight, masters, copies)
-
-    def attention(out, lse, inp):
-        attend(out, lse, inp, twin(out, outputs, rests))
-
-    def attention_back(dinp, dout, inp, out, lse, add=True):
-        more = {"add": add, "rest": twin(out, outputs, rests)}
-        attend_back(dinp, dout, inp, out, lse, **more)
+        return _twin(weight, masters, copies)
 
     def first(out, inp, wte, wpe):
         round_bf16(copies, masters)
@@ -661,7 +670,7 @@ def _half_layers(ops, memory, work):
     ops.embedding_forward = first_of_llama
     ops.embedding_backward = last_of_llama
     ops.matmul_forward, ops.matmul_backward = product, product_back
-    ops.attention_forward, ops.attention_backward = attention, attention_back
+    _half_attention(ops, memory)
 
 
 # %% the backend tags=["export"]
