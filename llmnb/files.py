@@ -65,13 +65,14 @@ BESIDE = r"\.([0-9a-f]{16}|[0-9]+)\.new"  # what a kill leaves; once the pid
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path, durable=True):
     """Open a file beside `path` for writing bytes, then rename it to `path`.
 
     A reader sees the old file or the new one, never half of one. When
     anything goes wrong, such as a full disk, the new file is removed, the
     old one is as it was, and the error goes on. After a kill the new file
-    may stay; its name is that of `path` and what `BESIDE` matches.
+    may stay; its name is that of `path` and what `BESIDE` matches. durable:
+    wait until the disk has it.
 
     Derived in chapter 4.1.
     """
@@ -80,8 +81,9 @@ def replacing(path):
     try:
         with open(beside, "xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
         if error.filename == str(beside):  # which nobody has named
@@ -89,7 +91,8 @@ def replacing(path):
         raise
     finally:
         beside.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
 def write_whole(path, data):

@@ -114,6 +114,10 @@ def llmnb_contestant(spec):
     batch, numbers = random_batch(spec), count(1)
     if spec["backend"] == "cuda":
         return _on_gpu(model, batch, numbers, spec["graph"])
+    if spec["backend"] == "cpu":
+        from llmnb.model.ahead import compile_ahead
+
+        compile_ahead(cfg, precision)
     model.ops = Stopwatch(model.ops)
     arena = {"arena_bytes": model.memory.nbytes}
     return (

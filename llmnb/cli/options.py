@@ -158,7 +158,7 @@ def tell_compiling(backend):
     folder, often = cache_folder(), "once"
     if folder is None:
         often = "each time, for want of a folder to keep them: set LLMNB_CACHE"
-    elif any(folder.iterdir()):
+    elif any(folder.glob("*.kernel")):
         return
     remark(f"llmnb: compiling kernels takes up to half a minute, {often}")
 

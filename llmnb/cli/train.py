@@ -156,6 +156,10 @@ def _run(args, group):
     say("model", _size_of(this.model))
     say("folder", this.folder)
     tell_compiling(this.config.backend)
+    if this.config.backend == "cpu" and group.size == 1:
+        from llmnb.model.ahead import compile_ahead
+
+        compile_ahead(this.model.cfg, this.model.precision)
     with _Stop(says=group.size == 1) as stop:
         _follow(this, args, stop)
         steps = finish(this)

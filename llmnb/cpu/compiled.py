@@ -80,7 +80,7 @@ def _read(path):
 
 
 def _write(path, data):
-    with contextlib.suppress(OSError), replacing(path) as file:
+    with contextlib.suppress(OSError), replacing(path, durable=False) as file:
         file.write(_seal(path, data) + data)
 
 

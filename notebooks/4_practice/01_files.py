@@ -108,7 +108,9 @@ for name, program in (("in place", IN_PLACE), ("beside", BESIDE_IT)):
 # disk has it: first the file, so that the name never leads to nothing, and
 # after the rename the folder, which is itself a table from names to files. (On
 # macOS `fsync` only waits until the disk has taken it, perhaps into a memory of
-# its own: a kill loses nothing there, a power cut may.)
+# its own: a kill loses nothing there, a power cut may.) What can be made again,
+# such as a compiled kernel, need not wait: with `durable=False` a power cut
+# may leave a new name with nothing behind it.
 
 # %% names on the disk tags=["export"]
 _UNABLE = errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP
@@ -147,21 +149,23 @@ BESIDE = r"\.([0-9a-f]{16}|[0-9]+)\.new"  # what a kill leaves; once the pid
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path, durable=True):
     """Open a file beside `path` for writing bytes, then rename it to `path`.
 
     A reader sees the old file or the new one, never half of one. When
     anything goes wrong, such as a full disk, the new file is removed, the
     old one is as it was, and the error goes on. After a kill the new file
-    may stay; its name is that of `path` and what `BESIDE` matches.
+    may stay; its name is that of `path` and what `BESIDE` matches. durable:
+    wait until the disk has it.
     """
     path = Path(path)
     beside = path.with_name(f"{path.name}.{os.urandom(8).hex()}.new")
     try:
         with open(beside, "xb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
         if error.filename == str(beside):  # which nobody has named
@@ -169,7 +173,8 @@ def replacing(path):
         raise
     finally:
         beside.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    if durable:
+        sync_folder(path.parent)
 
 
 def write_whole(path, data):

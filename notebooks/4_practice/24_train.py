@@ -244,6 +244,11 @@ def _resumed(args, group):
     return run
 
 
+# %% [markdown]
+# The very first step on a machine waits for its kernels. A second process
+# compiles half of them ([chapter A.4](../appendix/04_kernels.ipynb)).
+
+
 # %% train, with a bar tags=["export"] module="cli.train"
 def run(args):
     """Train a GPT-2 from scratch, or from a checkpoint.
@@ -278,6 +283,10 @@ def _run(args, group):
     say("model", _size_of(this.model))
     say("folder", this.folder)
     tell_compiling(this.config.backend)
+    if this.config.backend == "cpu" and group.size == 1:
+        from llmnb.model.ahead import compile_ahead
+
+        compile_ahead(this.model.cfg, this.model.precision)
     with _Stop(says=group.size == 1) as stop:
         _follow(this, args, stop)
         steps = finish(this)

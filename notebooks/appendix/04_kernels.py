@@ -8,6 +8,7 @@
 #     modules:
 #       cpu.compiled: "Compiled kernels kept on disk, so that a second start is instant."
 #       cpu.jit: "Compile a function for the processor, alone or for a team of threads."
+#       model.ahead: "A second process that compiles a training step from its end."
 # ---
 
 # %% [markdown]
@@ -16,7 +17,7 @@
 # > The decorators that compile every CPU layer: a cache that is never stale,
 # > one parallel loop for all kernels, and threads that survive a fork.
 #
-# *Reading time: 25 minutes. You need: [chapter 2.1](../2_cpu/01_compile.ipynb)
+# *Reading time: 30 minutes. You need: [chapter 2.1](../2_cpu/01_compile.ipynb)
 # for numba, its options and the owner rule.*
 
 # %% [markdown]
@@ -39,7 +40,8 @@
 #   folder named by a hash cannot;
 # - say why a cache of machine code must belong to you alone;
 # - follow a call from Python through the one parallel loop to each thread;
-# - say what a fork does to threads, and what a kernel does in its child.
+# - say what a fork does to threads, and what a kernel does in its child;
+# - let a second core compile, without a list of what there is to compile.
 
 # %% [markdown]
 # ## Setup
@@ -193,7 +195,9 @@ def cache_folder():
 # of a pickle is an exception at every start from then on. So each file begins
 # with the SHA-256 of the rest and of its own name. What does not agree with
 # it is not unpickled, and the kernel is compiled again, as if there were no
-# file. A file that cannot be written is given up without a word.
+# file. So nobody needs to wait until the disk has it, which on a busy disk
+# takes longer than to compile. A file that cannot be written is given up
+# without a word.
 
 
 # %% read and write a kernel tags=["exporti"]
@@ -211,7 +215,7 @@ def _read(path):
 
 
 def _write(path, data):
-    with contextlib.suppress(OSError), replacing(path) as file:
+    with contextlib.suppress(OSError), replacing(path, durable=False) as file:
         file.write(_seal(path, data) + data)
 
 
@@ -297,6 +301,13 @@ class KernelCache(FunctionCache):
 # written in C, which shortens compilation a little. A function that only
 # kernels call needs no entry at all, not even for Python; it is `inlined`. A
 # function that is to be called as C functions are is made by `routine`.
+#
+# numba makes machine code of an `inlined` function all the same, and nobody
+# runs it: its callers take the function in LLVM's language, into themselves.
+# But a function may bring a compiler of its own, its `pipeline_class`. Ours is
+# numba's but for the *library*, the object that takes what LLVM has optimised
+# and has machine code made of it: ours makes none. So it has no place either
+# for the *environment*, the Python objects that an entry for Python needs.
 
 # %% imports of the decorators tags=["export"] module="cpu.jit"
 import contextlib
@@ -310,6 +321,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.ccallback import CFunc
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.sigutils import normalize_signature
 from numba.extending import intrinsic, register_jitable
 
@@ -334,6 +347,26 @@ def _kept(compiled, function):
     return compiled
 
 
+# %% a compiler of parts tags=["exporti"] module="cpu.jit"
+class _Part(JITCodeLibrary):
+    """What LLVM made of a function that is only ever a part of others."""
+
+    codegen = property(lambda self: self)  # whom numba gives environments
+
+    def set_env(self, name, environment):
+        pass
+
+    def _finalize_final_module(self):
+        self._finalized = True
+
+
+class _PartCompiler(CompilerBase):
+    def define_pipelines(self):
+        state, name = self.state, self.state.func_id.func_qualname
+        state.library = _Part(state.targetctx.codegen(), name)
+        return [DefaultPassBuilder.define_nopython_pipeline(state)]
+
+
 # %% the decorators for one thread tags=["export"] module="cpu.jit"
 def inner(function):
     """Compile a function for the thread that calls it, cached on disk.
@@ -355,7 +388,8 @@ def inlined(function):
     Quicker to compile than `inner`, and not a compiled function for Python:
     a call from there runs it as it is written.
     """
-    return register_jitable(forceinline=True, **OPTIONS)(function)
+    how = {"no_cfunc_wrapper": True, "pipeline_class": _PartCompiler}
+    return register_jitable(forceinline=True, **how, **OPTIONS)(function)
 
 
 def routine(function, signature, parallel=False):
@@ -451,7 +485,7 @@ def _call(typing, code, part, parts, address):
 
 
 # %% [markdown]
-# `_begin` is compiled for each list of types, which is quick, since it only
+# `_begin` is compiled for each list of types too, which is quick, since it only
 # puts the arguments in their place. With one thread there is nothing to
 # share, and it calls the kernel itself.
 
@@ -470,10 +504,11 @@ def _loop():
 
 @inner
 def _begin(loop, code, parts, *args):
+    address = _stored(args)
     if parts > 1:
-        _call(loop, code, parts, _stored(args))
+        _call(loop, code, parts, address)
     else:
-        _call(code, 0, 1, _stored(args))
+        _call(code, 0, 1, address)
 
 
 # %% [markdown]
@@ -540,6 +575,8 @@ def _type(x):
 
 
 def _routine_for(function, args):
+    """The routine for such arguments; `_begin` is compiled for them too."""
+    _begin.compile((*[types.int64] * 3, numba.typeof(args)))
     every = types.BaseTuple.from_types([_type(x) for x in args])
     address = types.CPointer(every)
     return routine(function, types.void(types.int64, types.int64, address))
@@ -633,6 +670,214 @@ print(f"with prange  {fastest(shared, one, squares, runs=1):.2f} s")
 print(f"one thread   {fastest(alone, one, squares, runs=1):.2f} s")
 
 # %% [markdown]
+# ## Two processes compile one step
+#
+# The first training step waits for some thirty kernels, one after the other:
+# LLVM could compile several at once, but most of the time goes to numba's
+# Python, which uses one core. So a helper, a process of its own, compiles into
+# the same folder. Which kernels? A list would have to be kept up for each
+# architecture and precision. Instead the helper takes a step with a model of
+# one block, in which no kernel is compiled or run: each is only noted down.
+# Then it compiles what it has noted *from the last one on*. The training
+# process comes from the first one, as it needs them, and where the two meet all
+# is done, however fast either of them is. Attention's two kernels, which take
+# the longest, the helper does first: nobody waits for them then.
+
+# %% imports of the helper tags=["export"] module="model.ahead"
+import atexit
+import contextlib
+import gc
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import numba
+import numpy as np
+
+from llmnb.cpu import attention, compiled, jit, panels
+from llmnb.model.gpt2 import GPT2
+
+
+# %% note what is wanted tags=["exporti"] module="model.ahead"
+def _wanted(step):
+    """What a function would compile, in order: functions that do it.
+
+    Nothing is compiled meanwhile, nor run; for a process that never will.
+    """
+    found, nowhere = [], SimpleNamespace(address=0)
+    kept = jit._routine_for, panels.routine, jit._begin, jit._loop
+
+    def noted(function):
+        def note(*args):
+            found.append(partial(function, *args))
+            return nowhere
+
+        return note
+
+    jit._routine_for = noted(jit._routine_for)
+    panels.routine = noted(panels.routine)
+    jit._begin = jit._loop = lambda *args: nowhere
+    step()
+    jit._routine_for, panels.routine, jit._begin, jit._loop = kept
+    return found
+
+
+# %% what the helper does tags=["export"] module="model.ahead"
+def main():
+    """Compile what a training step wants, and a clip, from the last on.
+
+    The one argument of the process says of which model, in JSON.
+    """
+    from llmnb.model.architectures import architecture_from  # Part 5
+
+    gc.disable()
+    record, precision = json.loads(sys.argv[1])
+    cfg = replace(architecture_from(record), num_layers=1, vocab_size=2)
+    model = GPT2(cfg, 2, 2, "cpu", precision, seed=None)
+
+    def step():
+        model.forward(*np.zeros((2, 2, 2), int))
+        model.backward()
+        model.update()
+
+    found = _wanted(step)
+    long = [x for x in found if x.args[0].__module__ == attention.__name__]
+    found = long + found[::-1] + _wanted(partial(model.clip_gradients, 1.0))
+    compiled._read = partial(_read_or_mark, compiled._read)
+    compiled._write = partial(_write_and_unmark, compiled._write)
+    for compile_one in found:
+        compile_one()
+
+
+# %% [markdown]
+# While the helper is at a kernel there is a file beside the kernel's name, and
+# who wants that kernel waits, as long as the helper lives. The two put this
+# around the cache's reading and writing, each what it needs.
+
+
+# %% what the helper is at tags=["exporti"] module="model.ahead"
+def _mark(path):
+    return path.with_suffix(".busy")
+
+
+def _read_or_mark(read, path):
+    """In the helper: who finds no kernel will make it."""
+    data = read(path)
+    if data is None:
+        with contextlib.suppress(OSError):
+            _mark(path).touch()
+    return data
+
+
+def _write_and_unmark(write, path, data):
+    write(path, data)
+    with contextlib.suppress(OSError):
+        _mark(path).unlink(missing_ok=True)
+
+
+def _await_and_read(read, helper, path):
+    """In the process that trains."""
+    while helper.poll() is None and _mark(path).exists():
+        time.sleep(0.005)
+    return read(path)
+
+
+# %% [markdown]
+# By these files the helper says what it is at and what it has done, and that
+# is all that the two say to each other. If it fails, or is ended, the training
+# process finds fewer kernels and compiles them itself. A helper is started
+# once for each family and precision, which a file in the folder remembers, and
+# never for a process that has one thread to compute with.
+#
+# While it compiles numba makes many objects and keeps most of them. Python's
+# garbage collector looks through all objects again and again and finds little
+# there. The helper, which is soon over, does without; the other process tells
+# it with `freeze` to leave alone what is there already.
+
+
+# %% start it tags=["export"] module="model.ahead"
+def compile_ahead(cfg, precision="fp32"):
+    """Have a second process compile a training step's kernels, once.
+
+    cfg, precision: of a GPT2 with the cpu backend. To be called before its
+    first step; the process ends with this one at the latest.
+    """
+    from llmnb.model.architectures import architecture_record  # Part 5
+
+    folder = compiled.cache_folder()
+    if folder is None or numba.config.NUMBA_NUM_THREADS < 2:
+        return
+    what = json.dumps([architecture_record(cfg), precision])
+    with contextlib.suppress(OSError):  # of a file that is there, for one
+        (folder / f"{cfg.family}-{precision}.helped").touch(exist_ok=False)
+        helper = subprocess.Popen(
+            [sys.executable, "-m", "llmnb.model.ahead", what],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        atexit.register(_end, helper)
+        compiled._read = partial(_await_and_read, compiled._read, helper)
+        gc.freeze()
+
+
+def _end(helper):
+    helper.kill()
+    helper.wait()
+
+
+# %% [markdown]
+# `llmnb train` starts a helper, and so does `llmnb bench --start`, which
+# measures the time from the start of a process to the end of its first step.
+# Here is a first step of a small model in a new process with an empty folder,
+# alone and with a helper.
+
+# %% the first step of a process
+FIRST_STEP = """
+import sys, time
+start = time.perf_counter()
+from llmnb.config import GPT2Config
+from llmnb.model.ahead import compile_ahead
+from llmnb.model.gpt2 import GPT2
+import numpy as np
+cfg = GPT2Config(64, 256, num_layers=4, num_heads=4, channels=128)
+if sys.argv[1] == "with":
+    compile_ahead(cfg)
+model = GPT2(cfg, batch_size=12, seq_len=64)
+text = np.random.RandomState(0).randint(0, 256, (2, 12, 64))
+model.forward(*text)
+model.backward()
+model.update()
+print(time.perf_counter() - start, model.forward(*text).hex())
+"""
+
+
+def first_step(how):
+    """Seconds until a new process has trained once, and its next loss."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        variables = {**os.environ, "LLMNB_CACHE": folder}
+        command = [sys.executable, "-B", "-c", FIRST_STEP, how]
+        found = subprocess.check_output(command, env=variables, text=True)
+    seconds, loss = found.split()
+    return float(seconds), loss
+
+
+# %% alone tags=["nbval-ignore-output"]
+alone = first_step("without")
+print(f"alone          {alone[0]:.1f} s")
+
+# %% with a helper tags=["nbval-ignore-output"]
+helped = first_step("with")
+print(f"with a helper  {helped[0]:.1f} s")
+
+# %% the same model
+verdict("the loss", helped[1] == alone[1], "the same bits")
+
+# %% [markdown]
 # ## Take away
 #
 # - A kernel kept on disk must be found by everything it was made from: its
@@ -642,6 +887,7 @@ print(f"one thread   {fastest(alone, one, squares, runs=1):.2f} s")
 # - One parallel loop calls every kernel by its address. It is compiled once,
 #   and each kernel has one copy, so its bits do not depend on who compiled it.
 # - After a fork there are no threads; the same kernel then runs on one.
+# - Two who do the same list from both ends need no plan of who does what.
 
 # %% [markdown]
 # ## Design note
@@ -651,6 +897,10 @@ print(f"one thread   {fastest(alone, one, squares, runs=1):.2f} s")
 # fixes the processor when the package is built, and this book wants the
 # vector instructions of yours. C extensions would compile sooner and run as
 # fast. Then half of the book would be in another language.
+#
+# For the same reason `pip install llmnb` brings no compiled kernels: whoever
+# builds it knows neither your processor nor your versions of Python, numba and
+# LLVM, by which the folder is named.
 
 # %% [markdown]
 # ## Further reading

@@ -1,0 +1,114 @@
+"""A helper compiles what a first step wants, and is only ever a help."""
+
+import json
+import sys
+from functools import partial
+
+import pytest
+from processes import output
+
+from llmnb.config import GPT2Config
+from llmnb.cpu import compiled
+from llmnb.model import ahead
+from llmnb.model.architectures import ARCHITECTURES, architecture_record
+
+WHOLE = """
+import json, sys
+from llmnb.model import ahead
+sys.argv[1:] = {what!r},
+ahead.main()
+"""
+STEP = """
+import json
+import numpy as np
+from llmnb.cpu import compiled
+from llmnb.model.architectures import architecture_from
+from llmnb.model.gpt2 import GPT2
+
+read, cfg = [], architecture_from(json.loads({record!r}))
+plain = compiled._read
+compiled._read = lambda path: read.append(path.name) or plain(path)
+model = GPT2(cfg, 3, 9, precision={precision!r})
+text = np.random.RandomState(0).randint(0, 30, (2, 3, 9))
+for step in (1, 2):
+    model.forward(*text)
+    model.backward()
+    model.clip_gradients(1e9)
+    model.update(step=step)
+print(json.dumps(read))
+"""
+SIZES = 16, 30, 2, 2, 8
+
+
+@pytest.mark.parametrize(
+    "family, precision", [("gpt2", "fp32"), ("llama", "fp64")]
+)
+def test_a_helper_has_all_that_a_step_wants(family, precision, tmp_path):
+    """But the one loop; and the step looks for each kernel only once."""
+    record = architecture_record(ARCHITECTURES[family](*SIZES))
+    what, how = json.dumps([record, precision]), {"precision": precision}
+    step = STEP.format(record=json.dumps(record), **how)
+    output(WHOLE.format(what=what), LLMNB_CACHE=str(tmp_path))
+    there = {x.name for x in tmp_path.rglob("*.kernel")}
+    assert len(there) > 20 and not [*tmp_path.rglob("*.busy")]
+    read = json.loads(output(step, LLMNB_CACHE=str(tmp_path)))
+    assert len(read) == len(set(read))
+    (own,) = set(read) - there
+    assert own.startswith("llmnb.cpu.jit._every_part-")
+
+
+class Helper:
+    """A process that ends when it has been asked so many times."""
+
+    def __init__(self, asked):
+        self.asked = asked
+
+    def poll(self):
+        self.asked -= 1
+        return None if self.asked > 0 else 1
+
+
+def test_nobody_waits_for_a_helper_that_has_ended(tmp_path):
+    path, helper = tmp_path / "a.kernel", Helper(3)
+    look = partial(ahead._await_and_read, compiled._read, helper, path)
+    assert look() is None and helper.asked == 2
+    ahead._mark(path).touch()
+    assert look() is None and helper.asked == 0
+
+
+def test_a_kernel_is_awaited(tmp_path):
+    path = tmp_path / "a.kernel"
+    assert ahead._read_or_mark(compiled._read, path) is None
+
+    class AtWork:
+        def poll(self):
+            ahead._write_and_unmark(compiled._write, path, b"made")
+
+    assert ahead._mark(path).exists()
+    found = ahead._await_and_read(compiled._read, AtWork(), path)
+    assert found == b"made" and not ahead._mark(path).exists()
+
+
+def test_a_helper_is_started_once(tmp_path, monkeypatch):
+    started = []
+
+    class Popen:
+        def __init__(self, command, **pipes):
+            started.append(command)
+
+    cfg = GPT2Config(*SIZES)
+    monkeypatch.setattr(compiled, "_read", compiled._read)  # and put back
+    monkeypatch.setattr(ahead.gc, "freeze", lambda: None)
+    monkeypatch.setattr(ahead.atexit, "register", lambda end, helper: None)
+    monkeypatch.setattr(ahead.subprocess, "Popen", Popen)
+    monkeypatch.setattr(ahead.numba.config, "NUMBA_NUM_THREADS", 1)
+    monkeypatch.setattr(compiled, "cache_folder", lambda: tmp_path)
+    ahead.compile_ahead(cfg)
+    assert not started  # with one thread
+    monkeypatch.setattr(ahead.numba.config, "NUMBA_NUM_THREADS", 2)
+    for precision in ("fp32", "fp32", "fp64"):
+        ahead.compile_ahead(cfg, precision)
+    monkeypatch.setattr(compiled, "cache_folder", lambda: None)
+    ahead.compile_ahead(cfg)
+    assert [json.loads(x[-1])[1] for x in started] == ["fp32", "fp64"]
+    assert started[0][0] == sys.executable
