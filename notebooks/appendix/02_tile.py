@@ -308,8 +308,7 @@ def moved(at, i, j):
 
 # %% [markdown]
 # The addresses of a tile's vectors follow, row by row. A *prefetch* asks for
-# the lines of `out` while the sums are still being taken, so that they have
-# come when they are needed.
+# a line of memory before it is needed.
 
 
 # %% the vectors of a tile tags=["exporti"] module="cpu.microkernel"
@@ -335,6 +334,28 @@ def _prefetch(builder, pointers, write):
 
 
 # %% [markdown]
+# While the sums are being taken, the lines of `out` that they will go to should
+# come nearer. A core can wait for some lines at once, ten or twenty, and main
+# memory takes hundreds of cycles for each; meanwhile it gets no panels from the
+# second cache either. So a tile asks for one row in each turn, until it has
+# asked for all. For 256 tokens this saved 3 % of `dweight`, whose
+# sums are short, and 1 % of the other two products.
+
+
+# %% ask for a row of out tags=["exporti"] module="cpu.microkernel"
+LINE = 64  # bytes that memory gives at once
+APART = LINE // (4 * LANES)  # vectors of float32 in them
+
+
+def _ask_row(builder, row, to, vectors):
+    """Ask for a row of out, or for the tile's last; to: as in _tile_sums."""
+    last = builder.gep(to[0], [builder.mul(to[1], to[1].type(ROWS - 1))])
+    row = builder.select(builder.icmp_unsigned("<", row, last), row, last)
+    places = range(0, vectors * LANES, APART * LANES)
+    _prefetch(builder, [builder.gep(row, [I32(j)]) for j in places], True)
+
+
+# %% [markdown]
 # A turn loads the vectors of a line of `b`, then goes down the numbers of a
 # line of `a`, spreads each, and multiplies it with all of them: 6 by 2 FMAs
 # for 8 loads. It also asks for one line of memory that nobody needs yet: while
@@ -342,16 +363,18 @@ def _prefetch(builder, pointers, write):
 
 
 # %% a turn of the loop tags=["exporti"] module="cpu.microkernel"
-def _tile_sums(builder, panels, depth, ahead, pairs, vectors):
+def _tile_sums(builder, panels, depth, to, ahead, pairs, vectors):
     """The sums of a tile over two panels, as vectors, row by row.
 
-    panels: where they begin. ahead: an address to ask for, and its step.
+    panels: where they begin. to: the tile's address in out, and the step to
+    the next row. ahead: an address to ask for, and its step.
     """
     fma = multiply_add_pairs if pairs else multiply_add
 
     def turn(pointers, sums):
-        a, b, ahead = pointers
+        a, b, ahead, row = pointers
         _prefetch(builder, [ahead], write=False)
+        _ask_row(builder, row, to, vectors)
         columns = [
             peek(builder, builder.gep(b, [I32(v * LANES)]), LANES)
             for v in range(vectors)
@@ -365,8 +388,8 @@ def _tile_sums(builder, panels, depth, ahead, pairs, vectors):
 
     number = ir.FloatType() if pairs else panels[0].type.pointee
     zeros = [constant(number, [0.0] * LANES)] * (ROWS * vectors)
-    place, step = ahead
-    pointers, steps = [*panels, place], [I32(ROWS), I32(COLS), step]
+    (place, step), (row, line) = ahead, to
+    pointers, steps = [*panels, place, row], [I32(ROWS), I32(COLS), step, line]
     return sum_loop(builder, depth, pointers, steps, zeros, turn)
 
 
@@ -377,8 +400,6 @@ def _tile_sums(builder, panels, depth, ahead, pairs, vectors):
 
 # %% one tile tags=["exporti"] module="cpu.microkernel"
 INT = types.int64
-LINE = 64  # bytes that memory gives at once
-APART = LINE // (4 * LANES)  # vectors of float32 in them
 
 
 @intrinsic(prefer_literal=True)
@@ -410,15 +431,16 @@ def multiply_tile(
             return list(_addresses(builder, base, at, row, col, vectors))
 
         outs = addresses(out, at.out, at.out_row, one)
-        _prefetch(builder, outs[::APART], write=True)
+        to = outs[0], at.out_row
         place, step = cgutils.unpack_tuple(builder, args[9])
         ahead = builder.inttoptr(place, ir.IntType(8).as_pointer()), step
         pairs = kinds[4].dtype == types.uint32
-        sums = _tile_sums(builder, (a, b), args[7], ahead, pairs, vectors)
-        shifts = addresses(bias, at.bias, none, at.bias_col)
+        sums = _tile_sums(builder, (a, b), args[7], to, ahead, pairs, vectors)
+        shifts = addresses(bias, at.bias, none, at.bias_col)[:vectors]
+        shifts = [peek(builder, r, LANES) for r in shifts] * ROWS
         starts = addresses(start, at.start, at.row, at.col)
-        for x, p, q, r in zip(sums, outs, starts, shifts, strict=True):
-            x = plus(builder, x, peek(builder, r, LANES))
+        for x, p, q, shift in zip(sums, outs, starts, shifts, strict=True):
+            x = plus(builder, x, shift)
             store(builder, plus(builder, x, peek(builder, q, LANES)), p)
         return context.get_dummy_value()
 
