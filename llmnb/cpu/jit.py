@@ -17,8 +17,6 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.ccallback import CFunc
-from numba.core.codegen import JITCodeLibrary
-from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.sigutils import normalize_signature
 from numba.extending import intrinsic, register_jitable
 
@@ -42,26 +40,6 @@ def _kept(compiled, function):
     if ours and (folder := cache_folder()):
         compiled._cache = KernelCache(function, folder)
     return compiled
-
-
-# a compiler of parts
-class _Part(JITCodeLibrary):
-    """What LLVM made of a function that is only ever a part of others."""
-
-    codegen = property(lambda self: self)  # whom numba gives environments
-
-    def set_env(self, name, environment):
-        pass
-
-    def _finalize_final_module(self):
-        self._finalized = True
-
-
-class _PartCompiler(CompilerBase):
-    def define_pipelines(self):
-        state, name = self.state, self.state.func_id.func_qualname
-        state.library = _Part(state.targetctx.codegen(), name)
-        return [DefaultPassBuilder.define_nopython_pipeline(state)]
 
 
 # the decorators for one thread
@@ -89,8 +67,8 @@ def inlined(function):
 
     Derived in chapter A.4.
     """
-    how = {"no_cfunc_wrapper": True, "pipeline_class": _PartCompiler}
-    return register_jitable(forceinline=True, **how, **OPTIONS)(function)
+    how = {"no_cfunc_wrapper": True, **OPTIONS}
+    return register_jitable(forceinline=True, **how)(function)
 
 
 def routine(function, signature, parallel=False):

@@ -301,13 +301,6 @@ class KernelCache(FunctionCache):
 # written in C, which shortens compilation a little. A function that only
 # kernels call needs no entry at all, not even for Python; it is `inlined`. A
 # function that is to be called as C functions are is made by `routine`.
-#
-# numba makes machine code of an `inlined` function all the same, and nobody
-# runs it: its callers take the function in LLVM's language, into themselves.
-# But a function may bring a compiler of its own, its `pipeline_class`. Ours is
-# numba's but for the *library*, the object that takes what LLVM has optimised
-# and has machine code made of it: ours makes none. So it has no place either
-# for the *environment*, the Python objects that an entry for Python needs.
 
 # %% imports of the decorators tags=["export"] module="cpu.jit"
 import contextlib
@@ -321,8 +314,6 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.ccallback import CFunc
-from numba.core.codegen import JITCodeLibrary
-from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.sigutils import normalize_signature
 from numba.extending import intrinsic, register_jitable
 
@@ -347,26 +338,6 @@ def _kept(compiled, function):
     return compiled
 
 
-# %% a compiler of parts tags=["exporti"] module="cpu.jit"
-class _Part(JITCodeLibrary):
-    """What LLVM made of a function that is only ever a part of others."""
-
-    codegen = property(lambda self: self)  # whom numba gives environments
-
-    def set_env(self, name, environment):
-        pass
-
-    def _finalize_final_module(self):
-        self._finalized = True
-
-
-class _PartCompiler(CompilerBase):
-    def define_pipelines(self):
-        state, name = self.state, self.state.func_id.func_qualname
-        state.library = _Part(state.targetctx.codegen(), name)
-        return [DefaultPassBuilder.define_nopython_pipeline(state)]
-
-
 # %% the decorators for one thread tags=["export"] module="cpu.jit"
 def inner(function):
     """Compile a function for the thread that calls it, cached on disk.
@@ -388,8 +359,8 @@ def inlined(function):
     Quicker to compile than `inner`, and not a compiled function for Python:
     a call from there runs it as it is written.
     """
-    how = {"no_cfunc_wrapper": True, "pipeline_class": _PartCompiler}
-    return register_jitable(forceinline=True, **how, **OPTIONS)(function)
+    how = {"no_cfunc_wrapper": True, **OPTIONS}
+    return register_jitable(forceinline=True, **how)(function)
 
 
 def routine(function, signature, parallel=False):
