@@ -67,8 +67,7 @@ def inlined(function):
 
     Derived in chapter A.4.
     """
-    how = {"no_cfunc_wrapper": True, **OPTIONS}
-    return register_jitable(forceinline=True, **how)(function)
+    return register_jitable(forceinline=True, **OPTIONS)(function)
 
 
 def routine(function, signature, parallel=False):
@@ -141,11 +140,10 @@ def _loop():
 
 @inner
 def _begin(loop, code, parts, *args):
-    address = _stored(args)
     if parts > 1:
-        _call(loop, code, parts, address)
+        _call(loop, code, parts, _stored(args))
     else:
-        _call(code, 0, 1, address)
+        _call(code, 0, 1, _stored(args))
 
 
 # one caller at a time
@@ -186,8 +184,6 @@ def _type(x):
 
 
 def _routine_for(function, args):
-    """The routine for such arguments; `_begin` is compiled for them too."""
-    _begin.compile((*[types.int64] * 3, numba.typeof(args)))
     every = types.BaseTuple.from_types([_type(x) for x in args])
     address = types.CPointer(every)
     return routine(function, types.void(types.int64, types.int64, address))

@@ -40,7 +40,11 @@ def _wanted(step):
 
         return note
 
-    jit._routine_for = noted(jit._routine_for)
+    def team(function, args):
+        jit._begin.compile((*[numba.types.int64] * 3, numba.typeof(args)))
+        kept[0](function, args)
+
+    jit._routine_for = noted(team)
     panels.routine = noted(panels.routine)
     jit._begin = jit._loop = lambda *args: nowhere
     step()

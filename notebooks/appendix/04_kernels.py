@@ -359,8 +359,7 @@ def inlined(function):
     Quicker to compile than `inner`, and not a compiled function for Python:
     a call from there runs it as it is written.
     """
-    how = {"no_cfunc_wrapper": True, **OPTIONS}
-    return register_jitable(forceinline=True, **how)(function)
+    return register_jitable(forceinline=True, **OPTIONS)(function)
 
 
 def routine(function, signature, parallel=False):
@@ -456,7 +455,7 @@ def _call(typing, code, part, parts, address):
 
 
 # %% [markdown]
-# `_begin` is compiled for each list of types too, which is quick, since it only
+# `_begin` is compiled for each list of types, which is quick, since it only
 # puts the arguments in their place. With one thread there is nothing to
 # share, and it calls the kernel itself.
 
@@ -475,11 +474,10 @@ def _loop():
 
 @inner
 def _begin(loop, code, parts, *args):
-    address = _stored(args)
     if parts > 1:
-        _call(loop, code, parts, address)
+        _call(loop, code, parts, _stored(args))
     else:
-        _call(code, 0, 1, address)
+        _call(code, 0, 1, _stored(args))
 
 
 # %% [markdown]
@@ -546,8 +544,6 @@ def _type(x):
 
 
 def _routine_for(function, args):
-    """The routine for such arguments; `_begin` is compiled for them too."""
-    _begin.compile((*[types.int64] * 3, numba.typeof(args)))
     every = types.BaseTuple.from_types([_type(x) for x in args])
     address = types.CPointer(every)
     return routine(function, types.void(types.int64, types.int64, address))
@@ -689,7 +685,11 @@ def _wanted(step):
 
         return note
 
-    jit._routine_for = noted(jit._routine_for)
+    def team(function, args):
+        jit._begin.compile((*[numba.types.int64] * 3, numba.typeof(args)))
+        kept[0](function, args)
+
+    jit._routine_for = noted(team)
     panels.routine = noted(panels.routine)
     jit._begin = jit._loop = lambda *args: nowhere
     step()
