@@ -17,6 +17,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.ccallback import CFunc
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.sigutils import normalize_signature
 from numba.extending import intrinsic, register_jitable
 
@@ -40,6 +42,26 @@ def _kept(compiled, function):
     if ours and (folder := cache_folder()):
         compiled._cache = KernelCache(function, folder)
     return compiled
+
+
+# a compiler of parts
+class _Part(JITCodeLibrary):
+    """What LLVM made of a function that is only ever a part of others."""
+
+    codegen = property(lambda self: self)  # whom numba gives environments
+
+    def set_env(self, name, environment):
+        pass
+
+    def _finalize_final_module(self):
+        self._finalized = True
+
+
+class _PartCompiler(CompilerBase):
+    def define_pipelines(self):
+        state, name = self.state, self.state.func_id.func_qualname
+        state.library = _Part(state.targetctx.codegen(), name)
+        return [DefaultPassBuilder.define_nopython_pipeline(state)]
 
 
 # the decorators for one thread
@@ -67,7 +89,8 @@ def inlined(function):
 
     Derived in chapter A.4.
     """
-    return register_jitable(forceinline=True, **OPTIONS)(function)
+    how = {"no_cfunc_wrapper": True, "pipeline_class": _PartCompiler}
+    return register_jitable(forceinline=True, **how, **OPTIONS)(function)
 
 
 def routine(function, signature, parallel=False):
@@ -140,10 +163,11 @@ def _loop():
 
 @inner
 def _begin(loop, code, parts, *args):
+    address = _stored(args)
     if parts > 1:
-        _call(loop, code, parts, _stored(args))
+        _call(loop, code, parts, address)
     else:
-        _call(code, 0, 1, _stored(args))
+        _call(code, 0, 1, address)
 
 
 # one caller at a time
@@ -184,6 +208,8 @@ def _type(x):
 
 
 def _routine_for(function, args):
+    """The routine for such arguments; `_begin` is compiled for them too."""
+    _begin.compile((*[types.int64] * 3, numba.typeof(args)))
     every = types.BaseTuple.from_types([_type(x) for x in args])
     address = types.CPointer(every)
     return routine(function, types.void(types.int64, types.int64, address))

@@ -98,8 +98,8 @@ class Communicator:
     """A rank's place in a group of GPUs; its calls do not wait.
 
     rank, size, key: which of how many, and the group's `new_key`. All ranks
-    make one at a time, each with its own GPU current, and that waits. Arrays are
-    a device's, flat, float32; what is called goes to the current stream.
+    make one at a time, each with its own GPU current, and that waits. Arrays
+    are a device's, flat, float32; what is called goes to the current stream.
     Raises RuntimeError when NCCL refuses.
 
     Derived in chapter 6.5.

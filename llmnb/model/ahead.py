@@ -40,11 +40,7 @@ def _wanted(step):
 
         return note
 
-    def team(function, args):
-        jit._begin.compile((*[numba.types.int64] * 3, numba.typeof(args)))
-        kept[0](function, args)
-
-    jit._routine_for = noted(team)
+    jit._routine_for = noted(jit._routine_for)
     panels.routine = noted(panels.routine)
     jit._begin = jit._loop = lambda *args: nowhere
     step()

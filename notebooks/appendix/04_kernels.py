@@ -301,6 +301,13 @@ class KernelCache(FunctionCache):
 # written in C, which shortens compilation a little. A function that only
 # kernels call needs no entry at all, not even for Python; it is `inlined`. A
 # function that is to be called as C functions are is made by `routine`.
+#
+# numba makes machine code of an `inlined` function all the same, and nobody
+# runs it: its callers take the function in LLVM's language, into themselves.
+# But a function may bring a compiler of its own, its `pipeline_class`. Ours is
+# numba's but for the *library*, the object that takes what LLVM has optimised
+# and has machine code made of it: ours makes none. So it has no place either
+# for the *environment*, the Python objects that an entry for Python needs.
 
 # %% imports of the decorators tags=["export"] module="cpu.jit"
 import contextlib
@@ -314,6 +321,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.ccallback import CFunc
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.sigutils import normalize_signature
 from numba.extending import intrinsic, register_jitable
 
@@ -338,6 +347,26 @@ def _kept(compiled, function):
     return compiled
 
 
+# %% a compiler of parts tags=["exporti"] module="cpu.jit"
+class _Part(JITCodeLibrary):
+    """What LLVM made of a function that is only ever a part of others."""
+
+    codegen = property(lambda self: self)  # whom numba gives environments
+
+    def set_env(self, name, environment):
+        pass
+
+    def _finalize_final_module(self):
+        self._finalized = True
+
+
+class _PartCompiler(CompilerBase):
+    def define_pipelines(self):
+        state, name = self.state, self.state.func_id.func_qualname
+        state.library = _Part(state.targetctx.codegen(), name)
+        return [DefaultPassBuilder.define_nopython_pipeline(state)]
+
+
 # %% the decorators for one thread tags=["export"] module="cpu.jit"
 def inner(function):
     """Compile a function for the thread that calls it, cached on disk.
@@ -359,7 +388,8 @@ def inlined(function):
     Quicker to compile than `inner`, and not a compiled function for Python:
     a call from there runs it as it is written.
     """
-    return register_jitable(forceinline=True, **OPTIONS)(function)
+    how = {"no_cfunc_wrapper": True, "pipeline_class": _PartCompiler}
+    return register_jitable(forceinline=True, **how, **OPTIONS)(function)
 
 
 def routine(function, signature, parallel=False):
@@ -455,7 +485,7 @@ def _call(typing, code, part, parts, address):
 
 
 # %% [markdown]
-# `_begin` is compiled for each list of types, which is quick, since it only
+# `_begin` is compiled for each list of types too, which is quick, since it only
 # puts the arguments in their place. With one thread there is nothing to
 # share, and it calls the kernel itself.
 
@@ -474,10 +504,11 @@ def _loop():
 
 @inner
 def _begin(loop, code, parts, *args):
+    address = _stored(args)
     if parts > 1:
-        _call(loop, code, parts, _stored(args))
+        _call(loop, code, parts, address)
     else:
-        _call(code, 0, 1, _stored(args))
+        _call(code, 0, 1, address)
 
 
 # %% [markdown]
@@ -544,6 +575,8 @@ def _type(x):
 
 
 def _routine_for(function, args):
+    """The routine for such arguments; `_begin` is compiled for them too."""
+    _begin.compile((*[types.int64] * 3, numba.typeof(args)))
     every = types.BaseTuple.from_types([_type(x) for x in args])
     address = types.CPointer(every)
     return routine(function, types.void(types.int64, types.int64, address))
@@ -685,11 +718,7 @@ def _wanted(step):
 
         return note
 
-    def team(function, args):
-        jit._begin.compile((*[numba.types.int64] * 3, numba.typeof(args)))
-        kept[0](function, args)
-
-    jit._routine_for = noted(team)
+    jit._routine_for = noted(jit._routine_for)
     panels.routine = noted(panels.routine)
     jit._begin = jit._loop = lambda *args: nowhere
     step()
