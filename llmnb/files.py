@@ -304,7 +304,7 @@ def unmade(path):
 
     Derived in chapter 4.1.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # without links and ".."
     made = [x for x in (path, *path.parents) if not x.exists()][::-1]
     try:
         yield made

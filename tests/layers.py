@@ -187,7 +187,7 @@ def results(layer, p):
 
 
 def assert_near(got, want, tol):
-    """Two dicts of arrays; tol: relative to the largest of each array."""
+    """Two dicts of arrays; tol: of each array's largest, or of 1 if less."""
     assert got.keys() == want.keys()
     for name, x in got.items():
         scale = max(1, np.abs(want[name]).max(initial=0))

@@ -30,19 +30,26 @@ MATHJAX_PARTS = {
     "a11y/assistive-mml": "a11y/assistive-mml",
 }
 FONTS = "output/chtml/fonts/woff-v2"
-# MathJax is less than a third as long when packed, and every browser that
-# knows the style sheets' :has() unpacks it. Who asks for
-# `MathJax.startup.promise` in the meantime gets one that waits for its own.
+# MathJax is less than a third as long when packed. A browser that can't unpack
+# it (Safari before 16.4) gets it plain. Who asks for `MathJax.startup.promise`
+# in the meantime gets one that waits for its own, or ends if there is none.
 UNPACK = """{
   const {src} = document.currentScript;
   const start = async () => {
-    const bytes = Uint8Array.from(atob("PACKED"), x => x.charCodeAt(0));
-    const plain = new DecompressionStream("gzip");
-    const code = new Blob([bytes]).stream().pipeThrough(plain);
     const script = document.createElement("script");
-    script.text = await new Response(code).text();
+    let ready;
+    if (window.DecompressionStream) {
+      const bytes = Uint8Array.from(atob("PACKED"), x => x.charCodeAt(0));
+      const plain = new DecompressionStream("gzip");
+      const code = new Blob([bytes]).stream().pipeThrough(plain);
+      script.text = await new Response(code).text();
+    } else {
+      script.src = src.replace(/book\\.js.*/, "plain.js");
+      ready = new Promise(done => script.onload = script.onerror = done);
+    }
     document.head.append(script);
-    return MathJax.startup.promise;
+    await ready;
+    return MathJax.version && MathJax.startup.promise;
   };
   window.MathJax = {
     ...window.MathJax,
@@ -305,6 +312,7 @@ def write_mathjax(static):
     folder = static / "mathjax"
     shutil.copytree(MATHJAX / FONTS, folder / FONTS, dirs_exist_ok=True)
     packed = b64encode(gzip.compress(text.encode(), mtime=0)).decode()
+    (folder / "plain.js").write_text(text, "utf-8")
     (folder / "book.js").write_text(UNPACK.replace("PACKED", packed), "utf-8")
 
 

@@ -30,7 +30,6 @@ _CALLS = {
     "ncclGetVersion": [ctypes.POINTER(_INT)],
     "ncclGetUniqueId": [ctypes.POINTER(_Key)],
     "ncclCommInitRank": [ctypes.POINTER(_PLACE), _INT, _Key, _INT],
-    "ncclCommDestroy": [_PLACE],
     "ncclCommGetAsyncError": [_PLACE, ctypes.POINTER(_INT)],
     "ncclGroupStart": [],
     "ncclGroupEnd": [],
@@ -117,8 +116,10 @@ class Communicator:
         _asked("ncclGroupStart")
         try:
             yield
-        finally:
-            _asked("ncclGroupEnd")
+        except BaseException:
+            _library().ncclGroupEnd()  # the first error is the one to tell
+            raise
+        _asked("ncclGroupEnd")
 
     def send(self, array, rank):
         """Send an array to a rank, which receives one as long."""
@@ -144,10 +145,6 @@ class Communicator:
         if code.value:
             said = _library().ncclGetErrorString(code.value).decode()
             raise RuntimeError(f"NCCL: a call failed later: {said}")
-
-    def close(self):
-        """Leave the group, when all is done; all ranks do."""
-        _asked("ncclCommDestroy", self._place)
 
 
 def _numbers(array):

@@ -175,7 +175,8 @@ class OnGPUs(Sharded):
 class OverNCCL(Staged):
     """A group whose arrays lie on GPUs, and are sent over NCCL.
 
-    group: as for `Staged`; it hands out the key, and counts what is sent.
+    group: as for `Staged`; it hands out the key, and counts what is sent
+    (what a recorded step sends again is not counted).
     Raises ImportError where there is no NCCL, ValueError where ranks have
     different ones.
 
@@ -189,7 +190,6 @@ class OverNCCL(Staged):
         check_alike(group, {"version of NCCL": str(nccl_version())})
         key = group.gather(new_key() if group.first else "")[0]
         self._nccl = Communicator(group.rank, group.size, key)
-        getattr(group, "ending", []).append(self._nccl.close)
 
     def gather(self, x):
         """As of the group within; tells, too, what has failed on a GPU."""

@@ -77,7 +77,7 @@ wiring_figure("block")
 # forward pass reads an array twice, the gradients of both readers meet in an
 # orange circle.*
 #
-# The names return in the code of this chapter and of the next three.
+# The names return in the code of this chapter and of chapters 1.14, 1.16 and 1.17.
 # `residual2` is what the stream is called between the two halves, the $x'$ of
 # the equations; after the second the code says `residual3`. The names in the
 # boxes are those of the weights. `dx` there is the stream's gradient where it

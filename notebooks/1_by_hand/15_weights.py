@@ -19,8 +19,8 @@
 # 1.4](04_gpt2.ipynb), LayerNorm ([chapter 1.6](06_layernorm.ipynb)), the
 # linear layer ([chapter 1.7](07_matmul.ipynb)), GELU ([1.9](09_gelu.ipynb)), the
 # residual stream ([1.10](10_residual.ipynb)), the loss
-# ([1.11](11_crossentropy.ipynb)) and the table of tensors
-# ([1.13](13_block.ipynb)).*
+# ([1.11](11_crossentropy.ipynb)), the table of tensors
+# ([1.13](13_block.ipynb)) and the page ([1.14](14_page.ipynb)).*
 #
 # ## Where we are
 
@@ -35,8 +35,9 @@ gpt2_diagram(lit="weights")
 # table once more.*
 #
 # The page of [chapter 1.14](14_page.ipynb) drew its matrices with the standard
-# deviation 0.02 and gave no reason. This chapter gives one, finds two matrices a
-# block that should have less, and builds `init_params`. At its end you can
+# deviation 0.02 and gave no reason. This chapter says why it must be about so small,
+# does what (1.10.6) asked of two matrices a block, and builds `init_params`. At its
+# end you can
 #
 # - say why weights must not begin equal;
 # - say how a weight's standard deviation changes the size of activations
@@ -326,7 +327,7 @@ verdict("std 0.2", 10 < excess[0.2] < 13, "10 to 13 nats too much")
 verdict("its favourite", favourite > 0.4, "has over 0.4 of a row")
 
 # %% [markdown]
-# With 0.2 a fresh model gives one token of the 4096 about half of all
+# With 0.2 a fresh model gives one token of the 4096 over 0.4 of all
 # probability, and nearly always it is a wrong one, which it would have to
 # unlearn before it could learn. (There (1.15.4) itself is off: it says 15.4 nats,
 # and here it was under 13. The moved bell has its middle at $C \sigma^2 = 31$,
@@ -425,11 +426,11 @@ print(f"drawn: {tables:,} in tables, {blocks:,} in blocks")
 # %% [markdown]
 # ## Why PyTorch's numbers
 #
-# [Chapter 1.17](17_model.ipynb) sets the model against PyTorch's. Every weight
-# is the one that PyTorch draws from the same seed, to within $2 \cdot 10^{-8}$, a
-# few last places of a float32. So a run can start from a bare seed and still be
-# compared, loss by loss. Losses from other weights differ by far more than rounding,
-# and a small mistake would hide there for ever.
+# [Chapter 1.17](17_model.ipynb) sets the model against PyTorch's. Its weights
+# are those that PyTorch draws from the same seed, to within $2 \cdot 10^{-8}$.
+# So a run can start from a bare seed and still be compared, loss by loss. Losses from
+# other weights differ by far more than rounding, and a small mistake would hide there
+# for ever.
 #
 # ## Take away
 #
@@ -439,7 +440,8 @@ print(f"drawn: {tables:,} in tables, {blocks:,} in blocks")
 #   possible.
 # - LayerNorm makes up for a $\sigma$ that is off. The residual sum grows with
 #   depth, hence $1/\sqrt{2L}$ on the matrices that write into the stream.
-# - Equal first weights let a run be compared with PyTorch's, number by number.
+# - The same first weights as PyTorch's let a run be compared with it, number by
+#   number.
 #
 # ## Exercises
 #

@@ -16,7 +16,9 @@
 # > One allocation holds every tensor of the model as a named view, so the
 # > footprint is known before training begins and never grows.
 #
-# *Reading time: 30 minutes. You need: the block of [chapter 1.13](13_block.ipynb).*
+# *Reading time: 30 minutes. You need: AdamW ([chapter 1.12](12_adamw.ipynb)), the
+# block ([chapter 1.13](13_block.ipynb)) and the page ([chapter
+# 1.14](14_page.ipynb)).*
 #
 # ## Where we are
 
@@ -30,9 +32,10 @@ gpt2_diagram(lit="arrays")
 # arrow is one. This chapter decides, for all of them at once, where they are.*
 #
 # The page of [chapter 1.14](14_page.ipynb) makes an array on each line, as a
-# framework does whenever a layer produces one, and how much memory that takes is
-# known only when it has run. We know all shapes beforehand, so we can do better: add up the sizes, ask the system for memory *once*, and give
-# every tensor its place. Such a block is called an *arena*. At the end of this
+# framework does whenever a layer produces one, and asks the system for memory again
+# and again. We know all shapes beforehand, so we can do better: add up the sizes, ask
+# for memory *once*, and give every tensor its place. Such a block is called an
+# *arena*. At the end of this
 # chapter you can
 #
 # - say what a view is, and what a shape and strides do to plain bytes;
@@ -272,7 +275,8 @@ verdict("the bits", hex(shared["b"]["y"][0]) == "0x3f800000", "are 1.0's")
 # of GELU, although the products that read them forward need them again backward.
 # They would take $C + C + 4C = 6C$ numbers a token and block, and their inputs are
 # kept anyway. So the backward pass computes them again, one block's at a time,
-# which costs no product. (`qkv` and `fch` would cost one each.)
+# which costs no product. (`qkv` and `fch` would cost one each.) The page kept these
+# too: its $16 C$ less these $6 C$ are our $10 C$.
 
 # %% imports of the layout tags=["export"] module="model.layout"
 import math
@@ -439,7 +443,7 @@ verdict(
 # %% [markdown]
 # ## The map
 #
-# The block of a GPT-2 124M that trains on four rows of 256 tokens, a line a group:
+# The arena of a GPT-2 124M that trains on four rows of 256 tokens, a line a group:
 
 # %% the shapes in letters tags=["hide-input"]
 LETTERS = {3: "L", 5: "B", 7: "T", 13: "maxT", 2: "NH", 22: "C", 66: "3C"}
@@ -747,7 +751,8 @@ verdict(f"{most} rows", fits, "fit, one more does not")
 # :::{admonition} Solution to exercise 3
 # :class: dropdown
 # `dln` could not: the product at the head writes it while it reads the gradient of
-# the logits. `dstream` could, just: it is cleared after that product, and then the
+# the logits. `dstream` could, just: it is cleared after that product (by the model,
+# between two calls, so not in the notes: [chapter 1.17](17_model.ipynb)), and then the
 # last LayerNorm adds to it from `dln`. But it must lie beside the arrays that the
 # blocks take turns with, not over them: they are in use at the same time. It would
 # save $BTC$ numbers of the $10\,L\,BTC$ and more that are kept.

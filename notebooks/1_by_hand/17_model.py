@@ -29,8 +29,8 @@ from llmnb.book.diagram import gpt2_diagram
 gpt2_diagram(lit="all")
 
 # %% [markdown]
-# *Figure 1.17.1. All boxes are built and all arrows are drawn. What is left is to
-# give every array its place, and to put a door in front.*
+# *Figure 1.17.1. All boxes are built, all arrows are drawn, and every array has its
+# place. What is left is to run the layers on the arrays, and to put a door in front.*
 #
 # The page of [chapter 1.14](14_page.ipynb) is GPT-2. To train for hours one wants
 # more: no array that is made anew in every step, no wrong batch that trains in
@@ -107,8 +107,8 @@ from llmnb.shapes import shapes
 #   `add=False` most layers overwrite. Only what layers always add to is set to 0 first:
 #   the LayerNorms' parameters and `wpe` (rows with `added` in the table of
 #   [chapter 1.13](13_block.ipynb)), and `dstream`, once the head's product is done.
-#   `wte` needs no zeros: the product at
-#   the head overwrites it, and the encoder adds to that at the end.
+#   `wte` needs no zeros: the product at the head overwrites it, and the encoder adds to
+#   that at the end.
 
 # %% the passes tags=["exporti"]
 # what a forward pass alone never writes, so that it takes no memory

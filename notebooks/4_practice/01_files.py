@@ -418,7 +418,7 @@ def unmade(path):
     Of `path` and those above it, what did not exist is removed if it is
     empty. Yields a list of Paths, to which others may be added.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # without links and ".."
     made = [x for x in (path, *path.parents) if not x.exists()][::-1]
     try:
         yield made

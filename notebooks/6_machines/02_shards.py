@@ -422,7 +422,7 @@ class Machines(Group):
     """
 
     def __init__(self, kind=""):
-        self.kind, self.ending = kind, []
+        self.kind = kind
         self._mpi = package("mpi4py.MPI", "mpi", "a group of processes")
         self._world = self._mpi.COMM_WORLD
         self.rank, self.size = self._world.rank, self._world.size
@@ -494,8 +494,6 @@ class Machines(Group):
 
     def close(self):
         """Watch no longer: this process is about to leave."""
-        while self.ending:
-            self.ending.pop()()
         if self._watch:
             self._watch.close()
 

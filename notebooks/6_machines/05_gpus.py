@@ -24,7 +24,7 @@
 # ## Where we are
 #
 # A rank of chapter 6.2 computes on the cores of its machine. If it has a GPU, the
-# gradients lie in the memory of that, and MPI does not reach there. This chapter
+# gradients lie in its memory, where MPI as a rule does not reach. This chapter
 # gives the group what it lacks. **No GPU has run it**: none was at hand. So it also
 # says what was tried in place of one, and what that cannot show. At the end of
 # it you can
@@ -53,10 +53,10 @@ from llmnb.book.verify import verdict
 # and the spreading of the updated parameters. Each is a sending and, but for the
 # last, an addition.
 #
-# The additions are kernels. Of the exchange the owner of a shard has what
-# arrived, a row for each block of each rank, and has to add the rows in the order of
-# the tree (4.13.3). Which rows to join is the same for all elements. So let it be a
-# list: for each row in order, its place and how many of those that wait it joins. A
+# The additions are kernels. After the exchange the owner of a shard holds rows, one
+# for each block of each rank, and must add them in the order of the tree (4.13.3).
+# Which rows to join is the same for all elements. So write it as a list: for each
+# row, in order, where it lies and how many waiting sums it joins. A
 # thread walks through that list with one element of each row, and a stack in
 # memory of its own. So each number is read once, and each sum written once; to add
 # two rows at a time would read and write three numbers for each addition.
@@ -117,8 +117,8 @@ def tree_sum(out, came, order, width):
 # stride through the whole array, and no rank has that. A group takes the pieces
 # of chapter 6.1 instead, 256 of them, each summed by one block of threads. A rank
 # sums those of its shard, all send each other these few numbers, and every GPU adds the
-# 256 in one order. So clipping comes out alike on all of them, and nothing
-# waits for a host.
+# 256 in one order. So clipping comes out alike on all of them, and where the sending
+# does not wait for a host, nothing does.
 
 
 # %% the squares of a piece tags=["export"] module="cuda.sums"
@@ -174,10 +174,11 @@ def clip_by_pieces(grads, max_norm, work, pieces):
 # %% [markdown]
 # ## Through the hosts
 #
-# Now the sending. What any cluster has is MPI, and its reach ends at the host's
-# memory. So the plainest way is down, across, and up again: a `Staged` group copies to
-# its host what it sends, lets the group that it wraps send it, and copies to its GPU
-# what has come. Everything else it leaves to that group.
+# Now the sending. What any cluster has is MPI, and unless it was built for GPUs
+# its reach ends at the host's memory. So the plainest way is down, across, and up
+# again: a `Staged` group copies to its host what it sends, lets the group that it
+# wraps send it, and copies to its GPU what has come. Everything else it leaves to
+# that group.
 
 # %% imports of the group tags=["export"] module="train.gpus"
 import platform
@@ -248,7 +249,7 @@ class Staged:
 #
 # `OnGPUs` is the `Sharded` of chapter 6.2 with the additions done by our kernels.
 # The memory for what arrives is in the model's block, and the list of the tree is
-# made once for each number of micro-batches: after that no step allocates.
+# made once for each number of micro-batches: after that no step allocates on the GPU.
 
 
 # %% the list of a tree tags=["export"] module="train.gpus"
@@ -278,8 +279,8 @@ print(tree_order([blocks_of(range(3)), blocks_of(range(3, 6))]))
 
 # %% [markdown]
 # Rank 0 has $0$ to $1$ and $2$; rank 1 has $3$, and $4$ to $5$. Rows 0 and 2 are
-# those of rank 0. Row 1, micro-batch 3, joins two: micro-batch 2, and then the pair before
-# it. Row 3 comes last, and joins the four.
+# those of rank 0. Row 1, micro-batch 3, joins two: micro-batch 2, and then the pair
+# before it. Row 3 comes last, and joins the four.
 
 
 # %% gradients that wait, on a GPU tags=["export"] module="train.gpus"
@@ -359,13 +360,13 @@ class OnGPUs(Sharded):
 # With a batch a rank, and no update to be skipped, nothing has to be decided on the
 # host between the batch and the new parameters. `_whole_step` is then all launches
 # and all sending, on one stream, and can be recorded as a graph if the group's
-# calls can. Over NCCL they can; through the hosts they cannot, and the loop calls
-# the parts of the step one by one.
+# calls can. NCCL's can, as its manual says; through the hosts they cannot, and the
+# loop calls the parts of the step one by one.
 #
 # ## Proof
 #
-# Ranks that are threads, each with a simulated GPU, share six micro-batches: one,
-# two or three of them. Two have two blocks each to send. The gradient is longer than
+# Ranks that are threads, each with a simulated GPU, share six micro-batches: one
+# rank, two or three. With two, each has two blocks to send. The gradient is longer than
 # the limit, so that a norm with other bits would show in every parameter.
 
 # %% an update on simulated GPUs
@@ -420,11 +421,11 @@ verdict("clipped", said[1] > config.clip, "the norm is above the limit")
 #
 # ## NCCL
 #
-# NVIDIA's *Collective Communications Library* sends from GPU to GPU, over
-# NVLink within a machine and over the network's cards between machines,
-# without the hosts' memory. Its calls are put on a stream, behind the kernels
-# that make the numbers and before those that read them. They return at
-# once. Of its functions we need ten, and one that puts an error into words. We
+# NVIDIA's *Collective Communications Library* sends from GPU to GPU, over NVLink
+# within a machine and over the network's cards between machines, without the
+# hosts' memory where the hardware allows. Its calls are put on a stream, behind
+# the kernels that make the numbers and before those that read them. They return
+# at once. Of its functions we need nine, and one that puts an error into words. We
 # call them as they are in C:
 
 # %% imports of NCCL tags=["export"] module="gpu.nccl"
@@ -452,7 +453,6 @@ _CALLS = {
     "ncclGetVersion": [ctypes.POINTER(_INT)],
     "ncclGetUniqueId": [ctypes.POINTER(_Key)],
     "ncclCommInitRank": [ctypes.POINTER(_PLACE), _INT, _Key, _INT],
-    "ncclCommDestroy": [_PLACE],
     "ncclCommGetAsyncError": [_PLACE, ctypes.POINTER(_INT)],
     "ncclGroupStart": [],
     "ncclGroupEnd": [],
@@ -540,8 +540,10 @@ class Communicator:
         _asked("ncclGroupStart")
         try:
             yield
-        finally:
-            _asked("ncclGroupEnd")
+        except BaseException:
+            _library().ncclGroupEnd()  # the first error is the one to tell
+            raise
+        _asked("ncclGroupEnd")
 
     def send(self, array, rank):
         """Send an array to a rank, which receives one as long."""
@@ -568,10 +570,6 @@ class Communicator:
             said = _library().ncclGetErrorString(code.value).decode()
             raise RuntimeError(f"NCCL: a call failed later: {said}")
 
-    def close(self):
-        """Leave the group, when all is done; all ranks do."""
-        _asked("ncclCommDestroy", self._place)
-
 
 def _numbers(array):
     """Where an array lies, and how many numbers it has."""
@@ -580,20 +578,24 @@ def _numbers(array):
 
 
 # %% [markdown]
-# The exchange is then a send to each rank and a receive from each, within one group; to
-# itself too, which NCCL does as a copy. Spreading is a broadcast of each owner's
-# shard. NCCL's *all-gather* would be one call, but wants parts of one length, and
-# our shards are as long as their pieces make them. Only arrays of GPUs go this way. What each
-# rank says, its loss, a signal, a tensor for the state, stays with MPI, and so does the
-# watch of chapter 6.2: a GPU that waits for a rank that is gone waits for ever, but
-# the watch runs on the host, and ends all.
+# The exchange is then a send to each rank and a receive from each,
+# between one start and one end; to itself too, which NCCL does as a copy.
+# Spreading is a broadcast of each owner's shard. NCCL's *all-gather* would be one
+# call, but wants parts of one length, and our shards are as long as their pieces
+# make them. Only arrays of GPUs go this way. What each rank says, its loss, a
+# signal, a tensor for the state, stays with MPI, and so does the watch of chapter
+# 6.2: a GPU that waits for a rank that is gone waits for ever, but the watch runs
+# on the host, and ends all. No rank takes its communicator down when it ends:
+# `ncclCommDestroy` waits until no recorded step holds a call of it, and the model's
+# step lives as long as the process.
 
 
 # %% over NCCL tags=["export"] module="train.gpus"
 class OverNCCL(Staged):
     """A group whose arrays lie on GPUs, and are sent over NCCL.
 
-    group: as for `Staged`; it hands out the key, and counts what is sent.
+    group: as for `Staged`; it hands out the key, and counts what is sent
+    (what a recorded step sends again is not counted).
     Raises ImportError where there is no NCCL, ValueError where ranks have
     different ones.
     """
@@ -605,7 +607,6 @@ class OverNCCL(Staged):
         check_alike(group, {"version of NCCL": str(nccl_version())})
         key = group.gather(new_key() if group.first else "")[0]
         self._nccl = Communicator(group.rank, group.size, key)
-        getattr(group, "ending", []).append(self._nccl.close)
 
     def gather(self, x):
         """As of the group within; tells, too, what has failed on a GPU."""
@@ -678,18 +679,18 @@ print(noted.sent // 4, "numbers to others")
 # whose number is its own among the ranks of its machine. Where a launcher has
 # shown each rank a GPU of its own, as `srun --gpus-per-task=1` does, that is
 # number 0 of one for all of them. So ranks compare what they
-# have got, not how many there are, and two with one GPU are refused:
+# have got, not how many there are, and two with one GPU are refused. The commands:
 #
 #     pip install -e ".[nccl]"
 #     mpirun -n 4 llmnb train --backend cuda --total-batch 2048
 #     mpirun -n 4 llmnb train --backend cuda --total-batch 2048 --group mpi
 #
 # The second line goes over NCCL, and ends with one error where it is missing. The
-# third goes through the hosts. On the simulator that is the only way,
-# unless `--group nccl` insists.
+# third goes through the hosts. On the simulator that is the way, unless
+# `--group nccl` insists.
 #
-# A rank that is gone is found by the watch. What ranks do not have in common, and what
-# NCCL refuses, ends all of them with one error, as in chapter 6.2.
+# A rank that is gone is found by the watch. What ranks do not have in common, and
+# what NCCL refuses, ends all of them with one error, as in chapter 6.2.
 
 
 # %% a group for a backend tags=["export"] module="train.gpus"
@@ -739,14 +740,16 @@ def _take_gpu(group, real, count):
 # %% [markdown]
 # ## Count it
 #
-# With $h$ blocks a rank, $P$ parameters and $R$ ranks, all ranks together send the
-# exchange and the parameters of (6.1.2), and the sums of 256 pieces:
+# With $h$ blocks a rank, $P$ parameters and $R$ ranks, all ranks together send $R$
+# times (6.1.2), and 256 sums to $R - 1$ others:
 #
 # $$ \text{bytes of all} = 4 (R - 1) \bigl( P (h + 1) + 256 \bigr) .
 # \tag{6.5.1} $$
 #
-# It is the same for both ways. Through the hosts each rank copies as much down
-# as it sends, and up as it receives, on top of it.
+# It is the same for both ways. Through the hosts come the copies on top of it. A rank
+# copies down its blocks, its own share with them, and the shard that it has updated,
+# $4 P (h + 1/R)$ bytes; up go what has come for its shard, and all parameters, $4 P
+# (h + 1)$.
 
 
 # %% counted
@@ -777,14 +780,15 @@ for R, h in (2, 2), (3, 1):
 #
 # Exchange and backward pass take turns, as on CPUs (chapter 6.3). Gradients that
 # wait take memory of the GPU, one each. `llmnb bench` of a group is for CPUs, and
-# `llmnb eval` of a group leaves to the launcher which GPU a rank sees. A group has one kind of
-# GPU, since ranks are compared by its name.
+# `llmnb eval` of a group leaves to the launcher which GPU a rank sees. A group has one
+# kind of GPU, since ranks are compared by its name.
 #
 # ## Take away
 #
-# - A group of GPUs needs two additions of its own, by a tree and by pieces; MPI keeps what is
-#   said, NCCL takes what is sent.
-# - Through the hosts works everywhere. Over NCCL a whole step can be one recorded launch.
+# - A group of GPUs needs two additions of its own, by a tree and by pieces; MPI keeps
+#   what is said, NCCL takes what is sent.
+# - Through the hosts needs no other library. Over NCCL a whole step is meant to be one
+#   recorded launch.
 # - The bits depend on there being a group, and not on how many are in it.
 # - A stand-in shows what is asked of a library, not what the library does.
 #
@@ -792,36 +796,39 @@ for R, h in (2, 2), (3, 1):
 #
 # `nccl4py` is NVIDIA's own way from Python to NCCL. Its communicators want devices
 # and streams of `cuda.core`, and so a driver, to be made at all; ours have those
-# of numba. Its lower half is the same functions in C, for which `ctypes` needs no package. And
-# NCCL's own sum, *reduce-scatter*, adds in an order that it chooses, by the
+# of numba. Its lower half is the same functions in C, for which `ctypes` needs no
+# package. And NCCL's own sum, *reduce-scatter*, adds in an order that it chooses, by the
 # number of ranks among others.
 #
 # ## Exercises
 #
 # **1** (★). A group of eight trains GPT-2's 124 million parameters with one batch a
-# rank. How many bytes does a GPU send in a step, and how long does that take at 400 gigabytes a
-# second, or through hosts whose bus moves 25?
+# rank. How many bytes does a GPU send in a step, and how long does that take at 400
+# gigabytes a second, or through hosts whose bus moves 25?
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
 # $8 \cdot 124 \cdot 10^6 \cdot 7/8$ bytes are 868 megabytes: 2.2 milliseconds over the
-# first. Through the hosts they go down once and as many come up: 69 milliseconds on
-# the buses alone, if nothing overlaps.
+# first. Through the hosts 558 megabytes go down and 992 come up: 62 milliseconds on
+# the bus alone, if nothing overlaps.
 # :::
 
 # %% exercise 1, checked tags=["hide-cell"]
 count = 8 * 124e6 * 7 / 8
-print(f"{count / 1e6:.0f} MB, {count / 400e9 * 1e3:.1f} ms,",
-      f"{2 * count / 25e9 * 1e3:.0f} ms")  # fmt: skip
+down, up = 4 * 124e6 * (1 + 1 / 8), 4 * 124e6 * 2
+print(f"{count / 1e6:.0f} MB, {count / 400e9 * 1e3:.1f} ms;",
+      f"{down / 1e6:.0f} and {up / 1e6:.0f} MB,",
+      f"{(down + up) / 25e9 * 1e3:.0f} ms")  # fmt: skip
 
 # %% [markdown]
-# **2** (★★). Add the rows of `tree_sum` from the first to the last, without the list. For
-# which numbers of ranks with one micro-batch each do the bits of the sum not change?
+# **2** (★★). Add the rows of `tree_sum` from the first to the last, without the list.
+# For which numbers of ranks with one micro-batch each do the bits of the sum not
+# change?
 #
 # :::{admonition} Solution to exercise 2
 # :class: dropdown
-# For one, two and three: $(0 + 1) + 2$ is the tree's order too. With four it
-# adds $(0 + 1) + (2 + 3)$, and the row after row does not.
+# For one, two and three: $(0 + 1) + 2$ is the tree's order too. With four the tree
+# adds $(0 + 1) + (2 + 3)$, and row after row is $((0 + 1) + 2) + 3$.
 # :::
 
 # %% exercise 2, checked tags=["hide-cell"]

@@ -688,11 +688,14 @@ import atexit
 import contextlib
 import gc
 import json
+import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numba
@@ -727,15 +730,14 @@ def _wanted(step):
 
 
 # %% what the helper does tags=["export"] module="model.ahead"
-def main():
+def compile_step(record, precision):
     """Compile what a training step wants, and a clip, from the last on.
 
-    The one argument of the process says of which model, in JSON.
+    record, precision: of a model, as `architecture_record` has it.
     """
     from llmnb.model.architectures import architecture_from  # Part 5
 
     gc.disable()
-    record, precision = json.loads(sys.argv[1])
     cfg = replace(architecture_from(record), num_layers=1, vocab_size=2)
     model = GPT2(cfg, 2, 2, "cpu", precision, seed=None)
 
@@ -753,6 +755,20 @@ def main():
         compile_one()
 
 
+def main():
+    """Compile ahead, until who asked for it is gone.
+
+    The one argument of the process is of `compile_step`, in JSON.
+    """
+
+    def outlive_nobody():
+        sys.stdin.read()  # ends when the process at its other end does
+        os._exit(0)
+
+    threading.Thread(target=outlive_nobody, daemon=True).start()
+    compile_step(*json.loads(sys.argv[1]))
+
+
 # %% [markdown]
 # While the helper is at a kernel there is a file beside the kernel's name, and
 # who wants that kernel waits, as long as the helper lives. The two put this
@@ -767,9 +783,11 @@ def _mark(path):
 def _read_or_mark(read, path):
     """In the helper: who finds no kernel will make it."""
     data = read(path)
-    if data is None:
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        if data is None:
             _mark(path).touch()
+        else:  # one that was ended may have left its mark
+            _mark(path).unlink(missing_ok=True)
     return data
 
 
@@ -781,17 +799,21 @@ def _write_and_unmark(write, path, data):
 
 def _await_and_read(read, helper, path):
     """In the process that trains."""
-    while helper.poll() is None and _mark(path).exists():
+    while _mark(path).exists() and not path.exists():
+        if helper.poll() is not None:
+            break
         time.sleep(0.005)
     return read(path)
 
 
 # %% [markdown]
 # By these files the helper says what it is at and what it has done, and that
-# is all that the two say to each other. If it fails, or is ended, the training
-# process finds fewer kernels and compiles them itself. A helper is started
-# once for each family and precision, which a file in the folder remembers, and
-# never for a process that has one thread to compute with.
+# is all that the two say to each other. (Its input is open as long as the
+# training process lives: when that ends, so does the helper.) If it fails, or
+# is ended, the training process finds fewer kernels and compiles them itself.
+# A helper is started once for each family and precision, which a file in the
+# folder remembers, and never for a process that has one thread to compute
+# with.
 #
 # While it compiles numba makes many objects and keeps most of them. Python's
 # garbage collector looks through all objects again and again and finds little
@@ -800,6 +822,12 @@ def _await_and_read(read, helper, path):
 
 
 # %% start it tags=["export"] module="model.ahead"
+HELPER = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); "
+    "from llmnb.model.ahead import main; main()"
+)
+
+
 def compile_ahead(cfg, precision="fp32"):
     """Have a second process compile a training step's kernels, once.
 
@@ -809,14 +837,15 @@ def compile_ahead(cfg, precision="fp32"):
     from llmnb.model.architectures import architecture_record  # Part 5
 
     folder = compiled.cache_folder()
-    if folder is None or numba.config.NUMBA_NUM_THREADS < 2:
+    if folder is None or numba.get_num_threads() < 2:
         return
     what = json.dumps([architecture_record(cfg), precision])
+    here = str(Path(__file__).parents[2])  # where this process found llmnb
     with contextlib.suppress(OSError):  # of a file that is there, for one
         (folder / f"{cfg.family}-{precision}.helped").touch(exist_ok=False)
         helper = subprocess.Popen(
-            [sys.executable, "-m", "llmnb.model.ahead", what],
-            stdin=subprocess.DEVNULL,
+            [sys.executable, "-P", "-c", HELPER, here, what],
+            stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

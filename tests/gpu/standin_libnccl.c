@@ -287,14 +287,6 @@ int ncclCommInitRank(struct comm **made, int size, struct key key, int rank) {
   return *made = comm, OK;
 }
 
-int ncclCommDestroy(struct comm *comm) {
-  if (!comm || comm->alive != 77)
-    return refuse(BAD_ARGUMENT, "ncclCommDestroy: that is no communicator");
-  if (depth) return refuse(BAD_USE, "ncclCommDestroy: a group is open");
-  munmap(comm->shared, sizeof *comm->shared);
-  return comm->alive = 0, OK;
-}
-
 int ncclCommGetAsyncError(struct comm *comm, int *code) {
   if (depth) *code = refuse(BAD_USE, "a group was not ended");
   else *code = comm->failed;

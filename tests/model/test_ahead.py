@@ -1,8 +1,11 @@
 """A helper compiles what a first step wants, and is only ever a help."""
 
 import json
+import os
+import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 from processes import output
@@ -13,10 +16,9 @@ from llmnb.model import ahead
 from llmnb.model.architectures import ARCHITECTURES, architecture_record
 
 WHOLE = """
-import json, sys
+import json
 from llmnb.model import ahead
-sys.argv[1:] = {what!r},
-ahead.main()
+ahead.compile_step(*json.loads({what!r}))
 """
 STEP = """
 import json
@@ -71,9 +73,43 @@ class Helper:
 def test_nobody_waits_for_a_helper_that_has_ended(tmp_path):
     path, helper = tmp_path / "a.kernel", Helper(3)
     look = partial(ahead._await_and_read, compiled._read, helper, path)
-    assert look() is None and helper.asked == 2
+    assert look() is None and helper.asked == 3
     ahead._mark(path).touch()
     assert look() is None and helper.asked == 0
+
+
+def test_a_mark_that_was_left_keeps_nobody(tmp_path):
+    """Of a helper that was killed at a kernel which then another made."""
+    path = tmp_path / "a.kernel"
+    compiled._write(path, b"made")
+    ahead._mark(path).touch()
+    helper = Helper(10**9)
+    found = ahead._await_and_read(compiled._read, helper, path)
+    assert found == b"made" and helper.asked == 10**9
+    assert ahead._read_or_mark(compiled._read, path) == b"made"
+    assert not ahead._mark(path).exists()
+
+
+def test_a_helper_reads_no_file_of_the_users(tmp_path):
+    """Of a name that it imports, where the user stands."""
+    (tmp_path / "numba.py").write_text("raise SystemExit('a stranger')")
+    llmnb = str(Path(ahead.__file__).parents[2])
+    command = [sys.executable, "-P", "-c", ahead.HELPER, llmnb, "not JSON"]
+    how = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    helper = subprocess.Popen(command, cwd=tmp_path, **how)
+    assert "JSONDecodeError" in helper.stderr.read()
+    helper.communicate()
+
+
+def test_a_helper_ends_with_the_process_that_started_it(tmp_path):
+    what = json.dumps([architecture_record(GPT2Config(*SIZES)), "fp32"])
+    llmnb = str(Path(ahead.__file__).parents[2])
+    command = [sys.executable, "-P", "-c", ahead.HELPER, llmnb, what]
+    env = {**os.environ, "LLMNB_CACHE": str(tmp_path)}
+    helper = subprocess.Popen(command, stdin=subprocess.PIPE, env=env)
+    helper.stdin.close()
+    assert helper.wait(30) == 0
+    assert len([*tmp_path.rglob("*.kernel")]) < 20
 
 
 def test_a_kernel_is_awaited(tmp_path):
@@ -101,11 +137,11 @@ def test_a_helper_is_started_once(tmp_path, monkeypatch):
     monkeypatch.setattr(ahead.gc, "freeze", lambda: None)
     monkeypatch.setattr(ahead.atexit, "register", lambda end, helper: None)
     monkeypatch.setattr(ahead.subprocess, "Popen", Popen)
-    monkeypatch.setattr(ahead.numba.config, "NUMBA_NUM_THREADS", 1)
+    monkeypatch.setattr(ahead.numba, "get_num_threads", lambda: 1)
     monkeypatch.setattr(compiled, "cache_folder", lambda: tmp_path)
     ahead.compile_ahead(cfg)
     assert not started  # with one thread
-    monkeypatch.setattr(ahead.numba.config, "NUMBA_NUM_THREADS", 2)
+    monkeypatch.setattr(ahead.numba, "get_num_threads", lambda: 2)
     for precision in ("fp32", "fp32", "fp64"):
         ahead.compile_ahead(cfg, precision)
     monkeypatch.setattr(compiled, "cache_folder", lambda: None)
