@@ -20,7 +20,7 @@ from llmnb.shapes import LIMITS, shapes
 
 # modules that layers are made with, and have no layer
 TOOLS = "jit tile microkernel bfloat16 panels peak math launch simulator warp "
-TOOLS += "elementwise ptx clock fragments toolkit"
+TOOLS += "elementwise ptx clock fragments toolkit nccl"
 TOOLS = {*TOOLS.split(), "graph", "model"}
 # what other modules have for them: it takes no arrays, makes views of them, or
 # is a part of a layer that has looked; the page's two passes take dicts of

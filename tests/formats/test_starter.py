@@ -164,8 +164,11 @@ def test_losses_that_are_none(pack, text, says):
 
 
 def test_a_folder_without_a_pack(pack):
-    with pytest.raises(ValueError, match="must hold one file .*, got 0"):
+    with pytest.raises(FileNotFoundError, match="no folder .*none"):
         list(accept(pack / "none"))
+    (pack / "empty").mkdir()
+    with pytest.raises(ValueError, match="must hold one file .*, got 0"):
+        list(accept(pack / "empty"))
     raw = (pack / "m_debug_state.bin").read_bytes()
     (pack / "n_debug_state.bin").write_bytes(raw)
     with pytest.raises(ValueError, match="must hold one file .*, got 2"):
