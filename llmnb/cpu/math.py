@@ -2,7 +2,7 @@
 
 """The exponential in vector instructions."""
 
-__all__ = ["T3", "T5", "T7", "T9", "T_NEAR", "fast_exp", "fast_tanh", "larger"]
+__all__ = ["T3", "T5", "T7", "T9", "T_NEAR", "fast_exp", "fast_tanh"]
 
 
 # imports of the fast exponential
@@ -104,10 +104,7 @@ def fast_tanh(x):
 # the larger of two
 @intrinsic
 def larger(typing, x, y):
-    """max(x, y) for compiled kernels, in a form that LLVM vectorises.
-
-    Derived in chapter 2.2.
-    """
+    """max(x, y) for compiled kernels, in a form that LLVM vectorises."""
 
     def codegen(context, builder, signature, args):
         number = args[0].type

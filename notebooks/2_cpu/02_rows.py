@@ -473,7 +473,7 @@ for name, function in (("math.exp", fill_by_library), ("fast_exp", fill)):
 # them). No rounding is involved, so no bit depends on the order.
 
 
-# %% the larger of two tags=["export"] module="cpu.math"
+# %% the larger of two tags=["exporti"] module="cpu.math"
 @intrinsic
 def larger(typing, x, y):
     """max(x, y) for compiled kernels, in a form that LLVM vectorises."""
