@@ -193,8 +193,11 @@ def test_nothing_moves_by_itself_or_against_the_readers_wish(browser, address):
         figure.page.wait_for_timeout(1200)
         assert figure.place.startswith("0 / ")
         figure.box.get_by_role("button", name="play").click()
-        figure.page.wait_for_timeout(1200)
-        assert figure.place.startswith("1 / ")
+        for _ in range(100):  # however slow the machine is just now
+            if not figure.place.startswith("0 / "):
+                break
+            figure.page.wait_for_timeout(200)
+        assert not figure.place.startswith("0 / ")
         figure.box.get_by_role("button", name="pause").click()
 
 
