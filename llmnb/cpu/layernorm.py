@@ -53,10 +53,8 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
     Derived in chapter 2.2.
     """
     C = inp.shape[-1]
-    rows = [a.reshape(-1, C) for a in (out, inp)]
-    _layernorm_forward(
-        rows[0], mean.reshape(-1), rstd.reshape(-1), rows[1], weight, bias
-    )
+    y, x = (a.reshape(-1, C) for a in (out, inp))
+    _layernorm_forward(y, mean.reshape(-1), rstd.reshape(-1), x, weight, bias)
 
 
 # the backward kernel

@@ -38,15 +38,20 @@ def _exp_float32(x):
     return p * np.int32((n + BIAS) * SHIFT).view(np.float32)
 
 
-def _exp(x):
-    raise NotImplementedError("for compiled code: call fast_exp")
+def _by_type(float32, other):
+    """For compiled code: one function for float32, another for the rest."""
+
+    def stub(x):
+        raise NotImplementedError("for compiled code")
+
+    @overload(stub, jit_options={"fastmath": {"contract"}})
+    def choose(x):
+        return float32 if x == numba.float32 else other
+
+    return stub
 
 
-@overload(_exp, jit_options={"fastmath": {"contract"}})
-def _choose_exp(x):
-    if x == numba.float32:
-        return _exp_float32
-    return lambda x: math.exp(x)
+_exp = _by_type(_exp_float32, lambda x: math.exp(x))
 
 
 # the fast exponential
@@ -78,15 +83,7 @@ def _tanh_float32(x):
 T_NEAR = np.float32(0.3)
 
 
-def _tanh(x):
-    raise NotImplementedError("for compiled code: call fast_tanh")
-
-
-@overload(_tanh, jit_options={"fastmath": {"contract"}})
-def _choose_tanh(x):
-    if x == numba.float32:
-        return _tanh_float32
-    return lambda x: math.tanh(x)
+_tanh = _by_type(_tanh_float32, lambda x: math.tanh(x))
 
 
 @inner

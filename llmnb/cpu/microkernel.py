@@ -95,10 +95,8 @@ def _tile_sums(builder, panels, depth, to, ahead, pairs, vectors):
         a, b, ahead, row = pointers
         _prefetch(builder, [ahead], write=False)
         _ask_row(builder, row, to, vectors)
-        columns = [
-            peek(builder, builder.gep(b, [I32(v * LANES)]), LANES)
-            for v in range(vectors)
-        ]
+        places = [builder.gep(b, [I32(v * LANES)]) for v in range(vectors)]
+        columns = [peek(builder, p, LANES) for p in places]
         new = []
         for i in range(ROWS):
             x = spread(builder, builder.load(builder.gep(a, [I32(i)])))
@@ -128,9 +126,8 @@ def multiply_tile(
     constant, how many of each line of b are taken. ahead: the address of
     memory that will be read soon, and its step from line to line, in bytes.
     """
-    signature = types.void(
-        out, at, start, bias, panels, INT, INT, INT, vectors, ahead
-    )
+    kinds = out, at, start, bias, panels, INT, INT, INT, vectors, ahead
+    signature = types.void(*kinds)
 
     def codegen(context, builder, signature, args):
         kinds = signature.args
@@ -205,12 +202,11 @@ def _load_across(builder, pointer, width):
     lines = [[] for _ in range(LANES)]
     for left in range(0, width, LANES):
         count = min(LANES, width - left)
-        rows = [
-            peek(builder, pointer(left + i, 0), LANES) for i in range(count)
-        ]
+        some = range(left, left + count)
+        rows = [peek(builder, pointer(i, 0), LANES) for i in some]
         side = 1 << (count - 1).bit_length()  # of a square
         rows += rows[:1] * (side - count)  # their columns are not stored
-        ahead = (pointer(left + i, 2 * LANES) for i in range(count))
+        ahead = (pointer(i, 2 * LANES) for i in some)
         _prefetch(builder, ahead, write=False)  # of the square after next
         columns = _transposed(builder, rows)
         for k, line in enumerate(lines):

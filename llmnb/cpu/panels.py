@@ -252,15 +252,11 @@ _compiled = []  # an address is good as long as its routine is kept
 @functools.cache
 def _routines(panel, number):
     """The Routines for two dtypes of NumPy, as a plain tuple."""
-    kinds = (types.CPointer(numba.from_dtype(d)) for d in (panel, number))
-    p, x = kinds
+    p, x = (types.CPointer(numba.from_dtype(d)) for d in (panel, number))
     pack = types.void(p, INT, x, BLOCK)
     multiply = types.void(x, x, x, p, x, PLACE, PAIR, SIZES, NEXT)
-    made = (
-        routine(_rows_routine, pack),
-        routine(_cols_routine, pack),
-        routine(_tiles_routine, multiply),
-    )
+    packers = routine(_rows_routine, pack), routine(_cols_routine, pack)
+    made = *packers, routine(_tiles_routine, multiply)
     _compiled.extend(made)
     return tuple(one.address for one in made)
 

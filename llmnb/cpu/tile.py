@@ -93,23 +93,25 @@ def spread(builder, number):
     return builder.shuffle_vector(vector, vector, constant(I32, [0] * LANES))
 
 
+def _called(builder, name, *args):
+    """What a function of LLVM's gives for vectors of one kind."""
+    kind = args[0].type
+    double = isinstance(kind.element, ir.DoubleType)
+    name = f"llvm.{name}.v{kind.count}f{64 if double else 32}"
+    kind = ir.FunctionType(kind, [kind] * len(args))
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(function, args)
+
+
 def multiply_add(builder, a, b, c):
     """a b + c of vectors, in one instruction where there is one."""
-    double = isinstance(a.type.element, ir.DoubleType)
-    name = f"llvm.fmuladd.v{a.type.count}f{64 if double else 32}"
-    kind = ir.FunctionType(a.type, [a.type] * 3)
-    function = cgutils.get_or_insert_function(builder.module, kind, name)
-    return builder.call(function, [a, b, c])
+    return _called(builder, "fmuladd", a, b, c)
 
 
 # add in order
 def plus(builder, a, b):
     """a + b of vectors, whose sum with others is not taken apart."""
-    double = isinstance(a.type.element, ir.DoubleType)
-    name = f"llvm.arithmetic.fence.v{a.type.count}f{64 if double else 32}"
-    kind = ir.FunctionType(a.type, [a.type])
-    function = cgutils.get_or_insert_function(builder.module, kind, name)
-    return builder.call(function, [builder.fadd(a, b)])
+    return _called(builder, "arithmetic.fence", builder.fadd(a, b))
 
 
 # the loop over the sum
@@ -129,9 +131,7 @@ def sum_loop(builder, depth, pointers, steps, sums, turn):
     here, sums = rest[: len(pointers)], rest[len(pointers) :]
     new = turn(here, sums)
     k = builder.add(k, k.type(1))
-    moved = [
-        builder.gep(p, [step]) for p, step in zip(here, steps, strict=True)
-    ]
+    moved = [builder.gep(p, [s]) for p, s in zip(here, steps, strict=True)]
     then = [k, *moved, *new]
     for phi, first, value in zip(phis, entry, then, strict=True):
         phi.add_incoming(first, before)

@@ -681,10 +681,8 @@ def team_backward(part, parts, address):
     given = arguments(address)
     dqkv, dout, qkv, out, lse, add = given[:6]
     x, my = Arrays(dqkv, dout, qkv, out, lse), _thread(part, given[6:])
-    NKV = my.sizes.NKV
-    for unit in range(
-        part, lse.size // my.sizes.NH // my.sizes.T * NKV, parts
-    ):
+    T, NH, NKV = my.sizes[:3]
+    for unit in range(part, lse.size // (NH * T) * NKV, parts):
         _backward_head(x, my, unit // NKV, unit % NKV, add)
 
 

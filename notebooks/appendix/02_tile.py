@@ -172,13 +172,19 @@ def spread(builder, number):
     return builder.shuffle_vector(vector, vector, constant(I32, [0] * LANES))
 
 
+def _called(builder, name, *args):
+    """What a function of LLVM's gives for vectors of one kind."""
+    kind = args[0].type
+    double = isinstance(kind.element, ir.DoubleType)
+    name = f"llvm.{name}.v{kind.count}f{64 if double else 32}"
+    kind = ir.FunctionType(kind, [kind] * len(args))
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(function, args)
+
+
 def multiply_add(builder, a, b, c):
     """a b + c of vectors, in one instruction where there is one."""
-    double = isinstance(a.type.element, ir.DoubleType)
-    name = f"llvm.fmuladd.v{a.type.count}f{64 if double else 32}"
-    kind = ir.FunctionType(a.type, [a.type] * 3)
-    function = cgutils.get_or_insert_function(builder.module, kind, name)
-    return builder.call(function, [a, b, c])
+    return _called(builder, "fmuladd", a, b, c)
 
 
 # %% [markdown]
@@ -190,11 +196,7 @@ def multiply_add(builder, a, b, c):
 # %% add in order tags=["exporti"]
 def plus(builder, a, b):
     """a + b of vectors, whose sum with others is not taken apart."""
-    double = isinstance(a.type.element, ir.DoubleType)
-    name = f"llvm.arithmetic.fence.v{a.type.count}f{64 if double else 32}"
-    kind = ir.FunctionType(a.type, [a.type])
-    function = cgutils.get_or_insert_function(builder.module, kind, name)
-    return builder.call(function, [builder.fadd(a, b)])
+    return _called(builder, "arithmetic.fence", builder.fadd(a, b))
 
 
 # %% [markdown]
@@ -230,9 +232,7 @@ def sum_loop(builder, depth, pointers, steps, sums, turn):
     here, sums = rest[: len(pointers)], rest[len(pointers) :]
     new = turn(here, sums)
     k = builder.add(k, k.type(1))
-    moved = [
-        builder.gep(p, [step]) for p, step in zip(here, steps, strict=True)
-    ]
+    moved = [builder.gep(p, [s]) for p, s in zip(here, steps, strict=True)]
     then = [k, *moved, *new]
     for phi, first, value in zip(phis, entry, then, strict=True):
         phi.add_incoming(first, before)
@@ -375,10 +375,8 @@ def _tile_sums(builder, panels, depth, to, ahead, pairs, vectors):
         a, b, ahead, row = pointers
         _prefetch(builder, [ahead], write=False)
         _ask_row(builder, row, to, vectors)
-        columns = [
-            peek(builder, builder.gep(b, [I32(v * LANES)]), LANES)
-            for v in range(vectors)
-        ]
+        places = [builder.gep(b, [I32(v * LANES)]) for v in range(vectors)]
+        columns = [peek(builder, p, LANES) for p in places]
         new = []
         for i in range(ROWS):
             x = spread(builder, builder.load(builder.gep(a, [I32(i)])))
@@ -413,9 +411,8 @@ def multiply_tile(
     constant, how many of each line of b are taken. ahead: the address of
     memory that will be read soon, and its step from line to line, in bytes.
     """
-    signature = types.void(
-        out, at, start, bias, panels, INT, INT, INT, vectors, ahead
-    )
+    kinds = out, at, start, bias, panels, INT, INT, INT, vectors, ahead
+    signature = types.void(*kinds)
 
     def codegen(context, builder, signature, args):
         kinds = signature.args
@@ -549,12 +546,11 @@ def _load_across(builder, pointer, width):
     lines = [[] for _ in range(LANES)]
     for left in range(0, width, LANES):
         count = min(LANES, width - left)
-        rows = [
-            peek(builder, pointer(left + i, 0), LANES) for i in range(count)
-        ]
+        some = range(left, left + count)
+        rows = [peek(builder, pointer(i, 0), LANES) for i in some]
         side = 1 << (count - 1).bit_length()  # of a square
         rows += rows[:1] * (side - count)  # their columns are not stored
-        ahead = (pointer(left + i, 2 * LANES) for i in range(count))
+        ahead = (pointer(i, 2 * LANES) for i in some)
         _prefetch(builder, ahead, write=False)  # of the square after next
         columns = _transposed(builder, rows)
         for k, line in enumerate(lines):
