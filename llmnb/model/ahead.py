@@ -117,10 +117,14 @@ def _write_and_unmark(write, path, data):
         _mark(path).unlink(missing_ok=True)
 
 
+PATIENCE = 60  # seconds, for one kernel: far more than any takes
+
+
 def _await_and_read(read, helper, path):
     """In the process that trains."""
+    end = time.monotonic() + PATIENCE
     while _mark(path).exists() and not path.exists():
-        if helper.poll() is not None:
+        if helper.poll() is not None or time.monotonic() > end:
             break
         time.sleep(0.005)
     return read(path)

@@ -797,10 +797,14 @@ def _write_and_unmark(write, path, data):
         _mark(path).unlink(missing_ok=True)
 
 
+PATIENCE = 60  # seconds, for one kernel: far more than any takes
+
+
 def _await_and_read(read, helper, path):
     """In the process that trains."""
+    end = time.monotonic() + PATIENCE
     while _mark(path).exists() and not path.exists():
-        if helper.poll() is not None:
+        if helper.poll() is not None or time.monotonic() > end:
             break
         time.sleep(0.005)
     return read(path)
@@ -809,8 +813,9 @@ def _await_and_read(read, helper, path):
 # %% [markdown]
 # By these files the helper says what it is at and what it has done, and that
 # is all that the two say to each other. (Its input is open as long as the
-# training process lives: when that ends, so does the helper.) If it fails, or
-# is ended, the training process finds fewer kernels and compiles them itself.
+# training process lives: when that ends, so does the helper.) If it fails, is
+# ended, or stands still for a minute, the training process finds fewer kernels
+# and compiles them itself.
 # A helper is started once for each family and precision, which a file in the
 # folder remembers, and never for a process that has one thread to compute
 # with.

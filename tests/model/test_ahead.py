@@ -78,6 +78,15 @@ def test_nobody_waits_for_a_helper_that_has_ended(tmp_path):
     assert look() is None and helper.asked == 0
 
 
+def test_nobody_waits_for_ever(tmp_path, monkeypatch):
+    """For a helper that was stopped at its work, say."""
+    path, helper = tmp_path / "a.kernel", Helper(10**9)
+    ahead._mark(path).touch()
+    monkeypatch.setattr(ahead, "PATIENCE", 0.05)
+    found = ahead._await_and_read(compiled._read, helper, path)
+    assert found is None and helper.asked < 10**9
+
+
 def test_a_mark_that_was_left_keeps_nobody(tmp_path):
     """Of a helper that was killed at a kernel which then another made."""
     path = tmp_path / "a.kernel"
