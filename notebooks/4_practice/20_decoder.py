@@ -70,7 +70,7 @@ from llmnb.checks import check_room
 
 
 # %% its memory tags=["export"] module="model.decode"
-POSITIONS = 128  # positions, of all texts, that are computed at once
+POSITIONS = 256  # positions, of all texts, that are computed at once
 FEWER = "fewer or shorter texts, or a smaller model, take less"
 LIGHT = 1 << 14  # numbers that one thread finishes before a second wakes
 
