@@ -73,7 +73,7 @@ def heads(step, params, num_heads, vocab_size):
 def sample(params, cfg, encoding, temperature):
     """What a checkpoint writes after the beginning of a class."""
     writer = Decoder(cfg, 1, 256)
-    writer.load(params)
+    writer.adopt(params)
     ids = generate(
         writer, encoding.encode_ordinary(PROMPT), 120, temperature, seed=1,
         stop=encoding.eot_token,
