@@ -461,6 +461,22 @@ def test_search_finds_a_chapter_by_its_subject(searching, path):
     assert f"notebooks/{place(path)}" in searching.evaluate(FOUND, subject)
 
 
+@pytest.mark.parametrize("disk", [False, True])
+def test_a_browser_that_cannot_unpack_gets_mathjax_plain(
+    browser, address, disk
+):
+    home = HTML.resolve().as_uri() if disk else address
+    with Visit(browser, home, 1280) as visit:
+        visit.page.add_init_script("delete window.DecompressionStream")
+        asked = []
+        visit.page.on("request", lambda request: asked.append(request.url))
+        page = visit.open("notebooks/1_by_hand/06_layernorm.html")
+        assert f"{home}/_static/mathjax/plain.js" in asked
+        assert page.evaluate(UNRENDERED) == []
+        assert page.locator("mjx-container").count() > 20
+        assert visit.trouble == []
+
+
 def test_pages_work_from_disk_without_a_server(browser):
     with Visit(browser, HTML.resolve().as_uri(), 1280) as visit:
         page = visit.open("notebooks/1_by_hand/06_layernorm.html")
