@@ -486,3 +486,38 @@ def test_pages_work_from_disk_without_a_server(browser):
         # here Chromium forbids the extracts, which are fetched, not the list
         page.goto(f"{visit.home}/search.html?q=attention")
         page.wait_for_selector("#search-results li a")
+
+
+# Accessibility, as axe sees it
+
+AXE_PAGES = """book/introduction search book/results book/api/llmnb.cpu.attention
+notebooks/1_by_hand/09_gelu notebooks/1_by_hand/14_page
+notebooks/1_by_hand/18_training notebooks/2_cpu/08_time
+notebooks/3_gpu/01_threads notebooks/4_practice/23_commands
+notebooks/5_modern/03_gated notebooks/6_machines/03_cost"""
+
+
+@pytest.mark.parametrize("name", AXE_PAGES.split())
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_axe_finds_nothing_to_mend(browser, address, name, width, scheme):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe
+    with Visit(browser, address, width, scheme) as visit:
+        found = axe().run(visit.open(f"{name}.html")).response["violations"]
+    assert [(x["id"], x["nodes"][0]["html"]) for x in found] == []
+
+
+# outputs whose lines are no longer than a verdict's
+NARROW = """[...document.querySelectorAll(".cell_output .highlight pre")]
+    .filter(x => x.offsetParent && x.textContent.split("\\n")
+        .every(line => line.length <= 48))
+    .map(x => [parseFloat(getComputedStyle(x).fontSize),
+        x.scrollWidth - x.clientWidth])"""
+
+
+def test_a_verdict_can_be_read_on_a_phone(browser, address):
+    with Visit(browser, address, 390) as visit:
+        page = visit.open("notebooks/1_by_hand/06_layernorm.html")
+        found = page.evaluate(NARROW)
+        assert len(found) > 3
+        assert min(size for size, _ in found) >= 12
+        assert max(over for _, over in found) <= 0

@@ -107,7 +107,7 @@ print("with a bend           ", bent)
 # usual ones, the more of it passes. From a table of $\Phi$ (the products from
 # more digits than are shown):
 #
-# | $x$ | $-2$ | $-1$ | $0$ | $1$ | $2$ |
+# | *x* | −2 | −1 | 0 | 1 | 2 |
 # |---|---|---|---|---|---|
 # | $\Phi(x)$ | 0.0228 | 0.1587 | 0.5 | 0.8413 | 0.9772 |
 # | $x\,\Phi(x)$ | −0.0455 | −0.1587 | 0 | 0.8413 | 1.9545 |

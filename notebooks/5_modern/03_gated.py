@@ -113,7 +113,7 @@ verdict(
 # A token has two gates, 1 and $-2$, and two values, 3 and 5. From a table of
 # SiLU (the products from more digits than are shown):
 #
-# | $x$ | $-2$ | $-1$ | $0$ | $1$ | $2$ |
+# | *x* | −2 | −1 | 0 | 1 | 2 |
 # |---|---|---|---|---|---|
 # | $\operatorname{sig}(x)$ | 0.1192 | 0.2689 | 0.5 | 0.7311 | 0.8808 |
 # | $\operatorname{silu}(x)$ | −0.2384 | −0.2689 | 0 | 0.7311 | 1.7616 |

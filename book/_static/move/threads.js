@@ -54,7 +54,7 @@ Move.kind("threads", (stage, data) => {
     view.cells[name] = cells;
     const tight = table || values.length > 12 ? " move-tight" : "";
     return make("div", { class: `move-array${tight}` },
-      make("h5", {},
+      make("p", { class: "move-name" },
         title(name) + (shared(name) ? " (shared memory)" : "")), grid);
   }
 
@@ -88,7 +88,7 @@ Move.kind("threads", (stage, data) => {
     view = { cells: {}, codes: {}, lines: {}, threads: {}, start: shapes() };
     const blocks = 1 + Math.max(...steps.map((step) => step[1]));
     stage.picture.replaceChildren(make("div", { class: "move-threads" },
-      drawCode(), make("div", {}, make("h5", {}, "threads"),
+      drawCode(), make("div", {}, make("p", { class: "move-name" }, "threads"),
         ...Array.from({ length: blocks }, (_, b) => drawBlock(b)),
         ...Object.entries(view.start).map(([name, array]) =>
           drawArray(name, array)))));
