@@ -490,8 +490,9 @@ def test_pages_work_from_disk_without_a_server(browser):
 
 # Accessibility, as axe sees it
 
-AXE_PAGES = """book/introduction search book/results book/api/llmnb.cpu.attention
-notebooks/1_by_hand/09_gelu notebooks/1_by_hand/14_page
+AXE_PAGES = """search book/intro book/glossary book/results
+book/api/llmnb.cpu.attention notebooks/1_by_hand/09_gelu
+notebooks/1_by_hand/14_page
 notebooks/1_by_hand/18_training notebooks/2_cpu/08_time
 notebooks/3_gpu/01_threads notebooks/4_practice/23_commands
 notebooks/5_modern/03_gated notebooks/6_machines/03_cost"""
