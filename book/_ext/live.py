@@ -120,7 +120,7 @@ class Account:
         self.balance = balance
 
     def deposit(self,'''
-NEXT = """<li><button type="button" disabled><code></code><i></i>\
+NEXT = """<li><button type="button" disabled><code>…</code><i></i>\
 <b></b></button></li>"""
 HEAD = """<label title="block {l}, head {h}"><input type="radio" \
 name="live-head" aria-label="block {l}, head {h}"{on}>\
