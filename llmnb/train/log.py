@@ -2,7 +2,7 @@
 
 """The log of a run: a row a step, safe on the disk, read back."""
 
-__all__ = ["add_to_log", "read_rows", "read_steps", "start_log", "sync_log"]
+__all__ = ["read_rows", "read_steps", "start_log", "sync_log"]
 
 
 # imports of log
@@ -23,37 +23,25 @@ def start_log(path, step=0):
     Derived in chapter 4.16.
     """
     old = read_steps(path) if step and Path(path).exists() else []
-    rows = [row for row in old if row.step < step]
-    if rows:
-        write_log(path, rows)
-    else:
-        Path(path).write_bytes((",".join(Step._fields) + "\n").encode())
-
-
-def add_to_log(path, *steps):
-    """Add the row of each `Step` to a log.
-
-    Derived in chapter 4.16.
-    """
-    with open(path, "ab") as file:
-        file.writelines(f"{log_row(step)}\n".encode() for step in steps)
+    write_log(path, [row for row in old if row.step < step])
 
 
 # rows that wait
-def log_steps(path, rows):
-    """Add rows to a log; returns those that must wait for it."""
+def log_steps(path, steps):
+    """Add the row of each `Step` to a log; returns those that must wait."""
     try:
-        add_to_log(path, *rows)
+        with open(path, "ab") as file:
+            file.writelines(f"{log_row(x)}\n".encode() for x in steps)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise  # the next state would have no room either
-        if len(rows) == 1:
+        if len(steps) == 1:
             why = error.strerror or error
             warnings.warn(
                 f"{path}: {why}; rows wait until it can be written",
                 stacklevel=3,
             )
-        return rows
+        return steps
     return []
 
 

@@ -225,29 +225,27 @@ def follow(run):
 
     Derived in chapter 4.16.
     """
-    at, log, rows = run.at, run.folder / "log.csv", []
-    steps = train(run.config, run.model, run.batches, run.validation, at)
+    feeds = run.batches, run.validation
+    steps = train(run.config, run.model, *feeds, run.at)
     with telling(run):
-        if not group_of(run.model).first:
-            yield from _assist(run, steps)
-            return
-        run.lock.check(hold=True)
-        start_log(log, at.step)
+        if group_of(run.model).first:
+            steps = _logged(run, steps)
         for step in steps:
-            run.lock.check(hold=True)
-            rows = log_steps(log, [*rows, step])
             if _due(run, step):
-                if not rows:
-                    sync_log(log)
                 save_state(run)
             yield step
 
 
-def _assist(run, steps):
-    """The steps of a process that is not its group's first."""
+def _logged(run, steps):
+    """Pass steps on, with a row of each in the log, safe before a state."""
+    log, rows = run.folder / "log.csv", []
+    run.lock.check(hold=True)
+    start_log(log, run.at.step)
     for step in steps:
-        if _due(run, step):
-            save_state(run)
+        run.lock.check(hold=True)
+        rows = log_steps(log, [*rows, step])
+        if _due(run, step) and not rows:
+            sync_log(log)
         yield step
 
 

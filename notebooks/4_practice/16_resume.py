@@ -76,34 +76,25 @@ from llmnb.train.loop import Step
 def start_log(path, step=0):
     """Begin a log.csv, or keep of an old one the rows before a step."""
     old = read_steps(path) if step and Path(path).exists() else []
-    rows = [row for row in old if row.step < step]
-    if rows:
-        write_log(path, rows)
-    else:
-        Path(path).write_bytes((",".join(Step._fields) + "\n").encode())
-
-
-def add_to_log(path, *steps):
-    """Add the row of each `Step` to a log."""
-    with open(path, "ab") as file:
-        file.writelines(f"{log_row(step)}\n".encode() for step in steps)
+    write_log(path, [row for row in old if row.step < step])
 
 
 # %% rows that wait tags=["exporti"] module="train.log"
-def log_steps(path, rows):
-    """Add rows to a log; returns those that must wait for it."""
+def log_steps(path, steps):
+    """Add the row of each `Step` to a log; returns those that must wait."""
     try:
-        add_to_log(path, *rows)
+        with open(path, "ab") as file:
+            file.writelines(f"{log_row(x)}\n".encode() for x in steps)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise  # the next state would have no room either
-        if len(rows) == 1:
+        if len(steps) == 1:
             why = error.strerror or error
             warnings.warn(
                 f"{path}: {why}; rows wait until it can be written",
                 stacklevel=3,
             )
-        return rows
+        return steps
     return []
 
 
@@ -419,9 +410,9 @@ def _check_run(state, config):
 
 
 # %% [markdown]
-# The loop needs no change. `follow` wraps one generator into another: it
-# takes each step from `train`, writes its row, saves the state when it is
-# time, and hands the step on.
+# The loop needs no change. `follow` wraps one generator into others: `_logged`
+# takes each step from `train`, writes its row, and hands the step on; `follow`
+# saves the state when it is time, and hands it on once more.
 
 
 # %% train and keep tags=["export"]
@@ -432,29 +423,27 @@ def follow(run):
     Raises OSError, in one sentence that says which checkpoint is the last
     good one, when something cannot be written; and as `train` does.
     """
-    at, log, rows = run.at, run.folder / "log.csv", []
-    steps = train(run.config, run.model, run.batches, run.validation, at)
+    feeds = run.batches, run.validation
+    steps = train(run.config, run.model, *feeds, run.at)
     with telling(run):
-        if not group_of(run.model).first:
-            yield from _assist(run, steps)
-            return
-        run.lock.check(hold=True)
-        start_log(log, at.step)
+        if group_of(run.model).first:
+            steps = _logged(run, steps)
         for step in steps:
-            run.lock.check(hold=True)
-            rows = log_steps(log, [*rows, step])
             if _due(run, step):
-                if not rows:
-                    sync_log(log)
                 save_state(run)
             yield step
 
 
-def _assist(run, steps):
-    """The steps of a process that is not its group's first."""
+def _logged(run, steps):
+    """Pass steps on, with a row of each in the log, safe before a state."""
+    log, rows = run.folder / "log.csv", []
+    run.lock.check(hold=True)
+    start_log(log, run.at.step)
     for step in steps:
-        if _due(run, step):
-            save_state(run)
+        run.lock.check(hold=True)
+        rows = log_steps(log, [*rows, step])
+        if _due(run, step) and not rows:
+            sync_log(log)
         yield step
 
 
