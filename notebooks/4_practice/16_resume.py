@@ -213,7 +213,6 @@ from llmnb.train.start import new_model
 from llmnb.train.state import (
     Run,
     differences,
-    first_batches,
     fingerprint,
     newest_state,
     restore,
@@ -259,8 +258,8 @@ def _locked(folder, group):
 # %% a run, ready tags=["exporti"]
 def _ready(lock, folder, config, data, state, group):
     """A `Run` at a state, or at its beginning; and a list of warnings."""
-    batches, validation = feeds = loaders(config, data)
-    text, begun, found = fingerprint(*feeds), {}, []
+    batches, validation = loaders(config, data)
+    text, begun, found = fingerprint(batches, validation), {}, []
     if group is not ALONE:
         from llmnb.train.gpus import placed  # Part 6
 
@@ -270,9 +269,12 @@ def _ready(lock, folder, config, data, state, group):
     if group.size > 1:
         _check_group(group, config, text, begun, state)
     if state:
-        found += _check_text(state, text, feeds)
-        found += differences(state.begun or begun, begun)
-        batches.state, begun = state.place, state.begun or begun
+        if state.text != text:
+            raise ValueError(
+                f"{folder}: the text is not the one it began with"
+            )
+        found = differences(state.begun, begun)
+        batches.state, begun = state.place, state.begun
         model, at = restore(state._replace(config=config), group), state.at
     else:
         model = new_model(config, data.encoding.n_vocab, group)
@@ -366,19 +368,6 @@ def _same_data(folder, config, state):
             f"{error}; if the text has moved, name its new place with "
             "--corpus or --shards"
         ) from None
-
-
-def _check_text(state, text, feeds):
-    """Raise if the text is another; warn if that cannot be said for sure."""
-    if state.text == text:
-        return []
-    if state.text == [*first_batches(feeds)]:
-        return [
-            f"{state.path} was written by an older llmnb: only the first "
-            "batch of the text was compared"
-        ]
-    folder = state.path.parent
-    raise ValueError(f"{folder}: the text is not the one it began with")
 
 
 # %% change it tags=["exporti"]
