@@ -3,8 +3,8 @@
 """Tokenizers of other models, read through libraries."""
 
 __all__ = [
-    "Foreign", "LETTERS", "foreign_gguf", "foreign_json",
-    "foreign_sentencepiece", "open_foreign",
+    "Foreign", "foreign_gguf", "foreign_json", "foreign_sentencepiece",
+    "open_foreign",
 ]
 
 
@@ -17,10 +17,8 @@ import numpy as np
 
 from llmnb.files import package, read_json, read_small, what_is
 from llmnb.formats.gguf import GGUFFile
-from llmnb.formats.letters import byte_letters
-
-
-LETTERS = byte_letters()
+from llmnb.formats.letters import LETTERS
+from llmnb.formats.vocabulary import library_json
 
 
 # the interface
@@ -110,17 +108,7 @@ def foreign_json(path):
 
     Derived in chapter 5.8.
     """
-    path = Path(path)
-    library = package("tokenizers", "modern", path)
-    raw = read_small(path, _LONGEST_FILE)
-    try:
-        theirs = library.Tokenizer.from_str(raw.decode("utf-8"))
-        said = json.loads(raw)
-    except Exception as error:  # the library has no class of its own for it
-        what = what_is(path) or f"not a tokenizer ({error!s:.200})"
-        raise ValueError(f"{path}: {what}") from None
-    theirs.no_truncation()
-    theirs.no_padding()
+    path, (theirs, said) = Path(path), library_json(path, _LONGEST_FILE)
     letters = '"ByteLevel"' in json.dumps(
         [said.get("pre_tokenizer"), said.get("decoder")]
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmnb.files import what_is
+from llmnb.files import package, what_is
 from llmnb.formats.published import pieces
 from llmnb.model.architectures import ARCHITECTURES
 from llmnb.model.tensors import tensor_table
@@ -37,9 +37,9 @@ class GGUFFile:
             if file.read(4) != b"GGUF":
                 what = what_is(path) or "it does not begin with GGUF"
                 raise ValueError(f"{path}: not a GGUF file ({what})")
-        gguf = _library(path)
+        gguf = package("gguf", "modern", path)
         try:
-            reader = _read(self.path, os.stat(path).st_mtime_ns)
+            reader = _read(gguf, self.path, os.stat(path).st_mtime_ns)
             self._fields = reader.fields
             self._tensors = {x.name: x for x in reader.tensors}
         except Exception as error:  # the library has no class of its own
@@ -75,25 +75,15 @@ class GGUFFile:
         return np.asarray(found, np.float32).reshape(self.shape(name))
 
 
-def _library(path):
-    try:
-        import gguf
-    except ImportError:
-        raise ImportError(
-            f"{path} needs the package gguf: pip install 'llmnb[modern]'"
-        ) from None
-    return gguf
-
-
 # read once
 @lru_cache(maxsize=1)
-def _read(path, when):
+def _read(gguf, path, when):
     """The library's reader of a file, as it was at a time.
 
     A vocabulary takes it seconds, and model, tokenizer and template are asked
     for one after the other.
     """
-    return _strict(_library(path).GGUFReader)(path)
+    return _strict(gguf.GGUFReader)(path)
 
 
 # no further than the end

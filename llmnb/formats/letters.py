@@ -2,7 +2,7 @@
 
 """The letters in which GPT-2's vocabulary writes bytes."""
 
-__all__ = ["byte_letters"]
+__all__ = ["LETTERS", "byte_letters"]
 
 
 # GPT-2's letters
@@ -18,3 +18,6 @@ def byte_letters():
     others = [x for x in range(256) if x not in plain]
     letters = {chr(x): x for x in plain}
     return letters | {chr(256 + i): x for i, x in enumerate(others)}
+
+
+LETTERS = byte_letters()

@@ -3,7 +3,7 @@
 """A model's tokenizer, in any file that it may lie in."""
 
 __all__ = [
-    "KEPT", "TOKENIZER_FILES", "encoding_of", "keep_encoding",
+    "KEPT", "TOKENIZER_FILES", "encoding_of", "keep_encoding", "library_json",
     "open_encoding", "read_encoding", "read_tokenizer", "read_tokenizer_json",
     "read_vocab", "tokenizer_beside", "tokenizer_of", "write_tokenizer",
 ]
@@ -20,7 +20,7 @@ from pathlib import Path
 from llmnb.files import package, read_json, read_small
 from llmnb.files import what_is, write_whole
 from llmnb.formats.checkpoint import find_model
-from llmnb.formats.letters import byte_letters
+from llmnb.formats.letters import LETTERS
 from llmnb.formats.llmc import (
     HEADER_BYTES, check_header, header_of, read_header,
 )
@@ -166,15 +166,14 @@ def read_vocab(path):
     if merges.is_file():
         return _merged(path, vocab, _read_merges(merges))
     tokens = sorted(vocab, key=vocab.get)
-    letters = byte_letters()
-    return encoding_of(path, [_bytes_of(path, x, letters) for x in tokens])
+    return encoding_of(path, [_bytes_of(path, x) for x in tokens])
 
 
-def _bytes_of(path, token, letters):
+def _bytes_of(path, token):
     """The bytes of a token that is written in letters."""
-    if not letters.keys() >= set(token):
+    if not LETTERS.keys() >= set(token):
         raise ValueError(f"{path}: {token!r:.80} has letters of no byte")
-    return bytes(letters[x] for x in token)
+    return bytes(LETTERS[x] for x in token)
 
 
 # read the merges
@@ -204,8 +203,7 @@ def _merged(path, vocab, merges, added=()):
     """
     from tiktoken import Encoding  # not before it is needed
 
-    letters = byte_letters()
-    plain = _joined(path, {x: vocab.get(x) for x in letters}, vocab, merges)
+    plain = _joined(path, {x: vocab.get(x) for x in LETTERS}, vocab, merges)
     rest = {x: n for x, n in vocab.items() if x not in plain}
     for x in rest:
         if x not in added and not re.fullmatch(r"<.*>|\[.*\]", x, re.DOTALL):
@@ -221,7 +219,7 @@ def _merged(path, vocab, merges, added=()):
         raise ValueError(
             f"{path}: has no {EOT}, by which texts begin and end here"
         )
-    ranks = {_bytes_of(path, x, letters): n for x, n in plain.items()}
+    ranks = {_bytes_of(path, x): n for x, n in plain.items()}
     return Encoding(
         path.stem, pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special
     )
@@ -250,6 +248,26 @@ _PROBE = (
 )
 
 
+def library_json(path, most):
+    """The library's tokenizer of a tokenizer.json, and what that holds.
+
+    most: the file's bytes, at most. Raises as `read_tokenizer_json`.
+
+    Derived in chapter 4.6.
+    """
+    library = package("tokenizers", "tokenizers", path)
+    raw = read_small(path, most)
+    try:
+        theirs = library.Tokenizer.from_str(raw.decode("utf-8"))
+        said = json.loads(raw)
+    except Exception as error:  # the library has no class of its own for it
+        what = what_is(path) or f"not a tokenizer ({error!s:.200})"
+        raise ValueError(f"{path}: {what}") from None
+    theirs.no_truncation()
+    theirs.no_padding()
+    return theirs, said
+
+
 def read_tokenizer_json(path):
     """The tiktoken.Encoding of a tokenizer.json, if it is of GPT-2's kind.
 
@@ -258,15 +276,7 @@ def read_tokenizer_json(path):
 
     Derived in chapter 4.6.
     """
-    tokenizers, path = package("tokenizers", "tokenizers", path), Path(path)
-    raw = read_small(path, _LONGEST_VOCAB)
-    try:
-        theirs = tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
-    except Exception as error:  # the library has no class of its own for it
-        what = what_is(path) or f"not a tokenizer ({error!s:.200})"
-        raise ValueError(f"{path}: {what}") from None
-    theirs.no_truncation()
-    theirs.no_padding()
+    path, (theirs, _) = Path(path), library_json(path, _LONGEST_VOCAB)
     model = json.loads(theirs.to_str())["model"]
     if model["type"] != "BPE" or theirs.get_vocab_size() > 65536:
         raise ValueError(

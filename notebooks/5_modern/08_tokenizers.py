@@ -59,10 +59,8 @@ import numpy as np
 
 from llmnb.files import package, read_json, read_small, what_is
 from llmnb.formats.gguf import GGUFFile
-from llmnb.formats.letters import byte_letters
-
-
-LETTERS = byte_letters()
+from llmnb.formats.letters import LETTERS
+from llmnb.formats.vocabulary import library_json
 
 # %% [markdown]
 # ## One interface
@@ -180,17 +178,7 @@ def foreign_json(path):
     tokenizer_config.json, beside it. Raises ImportError without the library
     and ValueError, naming the file, when it is no tokenizer.
     """
-    path = Path(path)
-    library = package("tokenizers", "modern", path)
-    raw = read_small(path, _LONGEST_FILE)
-    try:
-        theirs = library.Tokenizer.from_str(raw.decode("utf-8"))
-        said = json.loads(raw)
-    except Exception as error:  # the library has no class of its own for it
-        what = what_is(path) or f"not a tokenizer ({error!s:.200})"
-        raise ValueError(f"{path}: {what}") from None
-    theirs.no_truncation()
-    theirs.no_padding()
+    path, (theirs, said) = Path(path), library_json(path, _LONGEST_FILE)
     letters = '"ByteLevel"' in json.dumps(
         [said.get("pre_tokenizer"), said.get("decoder")]
     )

@@ -49,7 +49,7 @@ from llmnb.text.bpe import byte
 from datetime import datetime
 from pathlib import Path
 
-from llmnb.files import read_json, read_small
+from llmnb.files import package, read_json, read_small
 from llmnb.formats.checkpoint import find_model
 from llmnb.formats.gguf import GGUFFile
 
@@ -148,22 +148,16 @@ def render_chat(template, messages, bos="", eos=""):
 # %% the sandbox tags=["exporti"] module="formats.template"
 def _sandbox():
     """Jinja's sandbox, with the two functions that templates may call."""
-    try:
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
-    except ImportError:
-        raise ImportError(
-            "a chat needs the package jinja2: pip install 'llmnb[modern]'"
-        ) from None
+    jinja = package("jinja2.sandbox", "modern", "a chat")
 
     def refuse(message):
-        raise TemplateError(message)
+        raise ValueError(message)
 
     def forbid(x, name):
         kind = type(x).__name__
-        raise SecurityError(f"it asks for {name!r:.80} of a {kind}")
+        raise jinja.SecurityError(f"it asks for {name!r:.80} of a {kind}")
 
-    made = ImmutableSandboxedEnvironment(
+    made = jinja.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True,
         extensions=["jinja2.ext.loopcontrols"],
     )  # fmt: skip

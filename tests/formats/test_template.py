@@ -89,7 +89,7 @@ def test_what_fails_or_is_forbidden_is_one_error(template, says):
 
 
 def test_without_jinja_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "jinja2", None)
+    monkeypatch.setitem(sys.modules, "jinja2.sandbox", None)
     with pytest.raises(ImportError, match=r"pip install 'llmnb\[modern\]'"):
         render_chat(CHATML, HELLO)
 

@@ -11,9 +11,9 @@ from fuzz import header
 from spelling import merges_of, own_files, tokens_of, vocab_of
 
 from llmnb.config import GPT2Config
-from llmnb.formats import vocabulary
 from llmnb.formats.checkpoint import write_folder
 from llmnb.formats.foreign import Foreign
+from llmnb.formats.letters import byte_letters
 from llmnb.formats.vocabulary import (
     encoding_of,
     open_encoding,
@@ -39,7 +39,7 @@ def trained():
 
 
 def test_the_letters_of_gpt2():
-    letters = vocabulary.byte_letters()
+    letters = byte_letters()
     assert len(letters) == 256 and set(letters.values()) == set(range(256))
     # as every vocab.json of GPT-2 shows: a space is Ġ, a newline Ċ
     assert letters["Ġ"] == ord(" ") and letters["Ċ"] == ord("\n")
