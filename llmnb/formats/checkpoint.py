@@ -4,8 +4,8 @@
 
 __all__ = [
     "Opened", "STATE", "find_model", "first_not_finite", "open_model",
-    "read_checkpoint", "read_config", "state_record", "without_padding",
-    "write_folder", "write_model",
+    "read_config", "state_record", "without_padding", "write_folder",
+    "write_model",
 ]
 
 
@@ -190,7 +190,7 @@ class Opened(NamedTuple):
         ours = {}
         for name, shape in parameter_shapes(self.cfg).items():
             ours[name] = params[name]
-            label = f"read_checkpoint: {name}"
+            label = f"Opened.read: {name}"
             check_array(label, params[name], shape, written=True)
         self.fill(ours)
         if self.cfg.vocab_size != self.rows:
@@ -228,19 +228,6 @@ def read_config(path, tokens=None):
     Derived in chapter 4.4.
     """
     return open_model(path, tokens).cfg
-
-
-def read_checkpoint(path, cfg, params):
-    """Read a model's weights into arrays, as `Opened.read` does.
-
-    path: as for open_model; cfg: what read_config returned.
-
-    Derived in chapter 4.4.
-    """
-    found = open_model(path, cfg.vocab_size)
-    if found.cfg != cfg:
-        raise ValueError(f"{path}: holds {found.cfg}, not {cfg}")
-    found.read(params)
 
 
 # write any model

@@ -146,22 +146,27 @@ def _rope(said, made):
     return found
 
 
+# kinds of scaling, and the numbers that each takes
+_SCALINGS = {
+    "linear": ["factor"],
+    "llama3": ["factor", "low_freq_factor", "high_freq_factor",
+               "original_max_position_embeddings"],
+}  # fmt: skip
+
+
 def _scaling(said, part):
     kind = part.get("rope_type", part.get("type", "default"))
     if kind == "default":
         return None
-    names = {"linear": ["factor"]}
-    names["llama3"] = ["factor", "low_freq_factor", "high_freq_factor"]
-    names["llama3"] += ["original_max_position_embeddings"]
-    if kind not in list(names):
+    if kind not in [*_SCALINGS]:
         raise ValueError(
             f"{said.path}: rope_type must be default, linear or llama3, "
             f"got {kind!r:.80}"
         )
-    missing = [x for x in names[kind] if x not in part]
-    if missing:
-        raise ValueError(f"{said.path}: rope scaling lacks {missing[0]}")
-    return kind, *[part[x] for x in names[kind]]
+    for name in _SCALINGS[kind]:
+        if name not in part:
+            raise ValueError(f"{said.path}: rope scaling lacks {name}")
+    return kind, *[part[x] for x in _SCALINGS[kind]]
 
 
 # windows of both styles
@@ -223,7 +228,9 @@ def family_description(cfg):
     found |= {"hidden_act": act, "hidden_activation": act}
     found |= {"attention_bias": False, "mlp_bias": False}
     if cfg.rope_scaling:
-        found["rope_scaling"] = _described_scaling(*cfg.rope_scaling)
+        names = "rope_type", *_SCALINGS[cfg.rope_scaling[0]]
+        scaling = zip(names, cfg.rope_scaling, strict=True)
+        found["rope_scaling"] = dict(scaling)
     if cfg.local_theta:
         found["rope_local_base_freq"] = cfg.local_theta
     scale = cfg.attention_scale or cfg.head_size**-0.5
@@ -237,14 +244,6 @@ def family_description(cfg):
         found["layer_types"] = [kinds[x] for x in local]
         found["sliding_window"] = cfg.window
     return {name: x for name, x in found.items() if x is not None}
-
-
-def _described_scaling(kind, factor, low=None, high=None, length=None):
-    found = {"rope_type": kind, "factor": factor}
-    if kind == "llama3":
-        found |= {"low_freq_factor": low, "high_freq_factor": high}
-        found["original_max_position_embeddings"] = length
-    return found
 
 
 # check all tensors

@@ -47,6 +47,7 @@ folder = Path(tempfile.mkdtemp())
 
 # %% imports of the container tags=["export"]
 import json
+import math
 import zlib
 
 import numpy as np
@@ -223,18 +224,17 @@ class TensorFile:
         return self._table[name]["dtype"]
 
     def __getitem__(self, name):
-        kind, (start, stop) = self.dtype(name), self._span(name)
+        kind, shape = self.dtype(name), self.shape(name)
         if kind not in DTYPES:
             raise ValueError(f"{self.path}: {name} is {kind}, not a number")
-        offset, dtype = self._start + start, np.dtype(DTYPES[kind])
-        count = (stop - start) // dtype.itemsize
-        x = np.fromfile(self.path, dtype, count, offset=offset)
-        if x.size != count:
+        at = self._start + self._table[name]["data_offsets"][0]
+        x = np.fromfile(self.path, DTYPES[kind], math.prod(shape), offset=at)
+        if x.size != math.prod(shape):
             raise ValueError(f"{self.path}: ends within {name}")
         self._check(name, x)
         if kind == "BF16":
             x = from_bfloat16(x)
-        return x.reshape(self.shape(name))
+        return x.reshape(shape)
 
     def _check(self, name, x):
         """Raise unless an array has the sum it was written with, if any."""
@@ -244,9 +244,6 @@ class TensorFile:
                 f"{self.path}: {name} is damaged, its checksum is not the one "
                 "it was written with: take another copy, or write it anew"
             )
-
-    def _span(self, name):
-        return self._table[name]["data_offsets"]
 
 
 # %% any arrays, there and back

@@ -614,7 +614,7 @@ class Opened(NamedTuple):
         ours = {}
         for name, shape in parameter_shapes(self.cfg).items():
             ours[name] = params[name]
-            label = f"read_checkpoint: {name}"
+            label = f"Opened.read: {name}"
             check_array(label, params[name], shape, written=True)
         self.fill(ours)
         if self.cfg.vocab_size != self.rows:
@@ -647,17 +647,6 @@ def open_model(path, tokens=None):
 def read_config(path, tokens=None):
     """The configuration of a model on disk; path, tokens: as open_model's."""
     return open_model(path, tokens).cfg
-
-
-def read_checkpoint(path, cfg, params):
-    """Read a model's weights into arrays, as `Opened.read` does.
-
-    path: as for open_model; cfg: what read_config returned.
-    """
-    found = open_model(path, cfg.vocab_size)
-    if found.cfg != cfg:
-        raise ValueError(f"{path}: holds {found.cfg}, not {cfg}")
-    found.read(params)
 
 
 # %% [markdown]
@@ -717,7 +706,7 @@ for name, precision in (("whole.bin", "fp32"), ("half.bin", "bf16")):
     write_model(folder / name, CFG, model.params, precision)
 want = model.params["fcw"]
 for name, tol in (("whole.bin", 0), ("elsewhere", 0), ("half.bin", 2**-8)):
-    read_checkpoint(folder / name, read_config(folder / name), small)
+    open_model(folder / name).read(small)
     error = np.abs(small["fcw"] - want).max() / np.abs(want).max()
     verdict(name, error <= tol, f"within {tol}")
 

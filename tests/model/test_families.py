@@ -12,7 +12,7 @@ import pytest
 
 import llmnb
 from llmnb.book.verify import numerical_gradient
-from llmnb.formats.checkpoint import read_checkpoint, read_config, write_folder
+from llmnb.formats.checkpoint import open_model, read_config, write_folder
 from llmnb.formats.families import described_config
 from llmnb.formats.published import pieces
 from llmnb.model.architectures import (
@@ -146,7 +146,7 @@ def test_the_padding_is_cleared(tied, tmp_path):
     model = llmnb.Model(cfg, 1, 4, "reference")
     write_folder(tmp_path, cfg, model.params)
     found = {name: np.full_like(x, 9) for name, x in model.params.items()}
-    read_checkpoint(tmp_path, cfg, found)
+    open_model(tmp_path).read(found)
     for name, x in model.params.items():
         assert np.array_equal(found[name], x), name
 

@@ -593,8 +593,7 @@ def test_a_state_is_a_model(tmp_path):
 
 
 def test_a_damaged_state_is_no_model(good, whole):
-    file = TensorFile(good)
-    at = file._start + file._span("params.wte")[0]
+    at = TensorFile(good)._start  # where the first array begins, params.wte
     flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
     for data, why in (
         (whole[: len(whole) // 2], "not a whole safetensors file"),
