@@ -198,8 +198,7 @@ def _windows(said, made):
 
 def _scale(said):
     scalar = said.found.get("query_pre_attn_scalar")
-    head = said.found.get("head_dim")
-    if scalar is None or scalar == head:
+    if scalar is None or scalar == said.found.get("head_dim"):
         return {}
     number = isinstance(scalar, (int, float))
     if not number or not 0 < scalar <= sys.float_info.max:
@@ -229,8 +228,7 @@ def family_description(cfg):
     found |= {"attention_bias": False, "mlp_bias": False}
     if cfg.rope_scaling:
         names = "rope_type", *_SCALINGS[cfg.rope_scaling[0]]
-        scaling = zip(names, cfg.rope_scaling, strict=True)
-        found["rope_scaling"] = dict(scaling)
+        found["rope_scaling"] = dict(zip(names, cfg.rope_scaling, strict=True))
     if cfg.local_theta:
         found["rope_local_base_freq"] = cfg.local_theta
     scale = cfg.attention_scale or cfg.head_size**-0.5

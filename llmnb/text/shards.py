@@ -23,7 +23,7 @@ import numpy as np
 from llmnb.files import BESIDE, Lock, own_folder, read_json, write_whole
 from llmnb.formats.shard import shard_length, write_shard
 from llmnb.formats.vocabulary import KEPT, keep_encoding
-from llmnb.text.data import split
+from llmnb.text.data import check_int, split
 from llmnb.text.tokenizer import document_start, encode_text, token_dtype
 from llmnb.timing import cores
 
@@ -52,8 +52,7 @@ def _encode(encoding, pieces, endoftext=False):
     for first, text in pieces:
         if first:
             parts.append(before)
-        ids = encode_text(encoding, text, endoftext)
-        parts.append(ids.astype(kind))
+        parts.append(encode_text(encoding, text, endoftext).astype(kind))
     return np.concatenate(parts)
 
 
@@ -280,8 +279,7 @@ def shards_folder(path, force=False):
 def _clear(folder, force):
     """Remove what a kill left half written; with force, all that is ours."""
     for path in folder.iterdir():
-        match = OURS.fullmatch(path.name)
-        if match and (force or path.suffix == ".new"):
+        if OURS.fullmatch(path.name) and (force or path.suffix == ".new"):
             path.unlink()
 
 
@@ -419,10 +417,7 @@ def _check_options(options):
         ("val_tokens", 0, 2**63),
         ("limit", 0, 2**63),
     ):
-        if not least <= options[name] < below:
-            raise ValueError(
-                f"{name} must lie in [{least}, {below}), got {options[name]}"
-            )
+        check_int(name, options[name], least, below)
 
 
 def _check_end(folder, note):

@@ -74,17 +74,13 @@ def row_losses(model, rows):
         model.forward(tokens, targets)
         losses = np.asarray(model.memory["acts"]["losses"])
         for b, row in enumerate(batch):
-            yield _finite(losses[b, : len(row) - 1].astype(np.float64))
-
-
-def _finite(losses):
-    """The losses themselves: every score comes from them."""
-    if not np.isfinite(losses).all():
-        raise FloatingPointError(
-            f"the loss of a token is {losses[~np.isfinite(losses)][0]}: the "
-            "model computes no numbers, its weights may be too large"
-        )
-    return losses
+            found = losses[b, : len(row) - 1].astype(np.float64)
+            for wrong in found[~np.isfinite(found)]:
+                raise FloatingPointError(
+                    f"the loss of a token is {wrong}: the model computes no "
+                    "numbers, its weights may be too large"
+                )
+            yield found
 
 
 # the windows of a text
@@ -128,8 +124,7 @@ def text_losses(model, tokens, stride=None, bar=iter, group=ALONE):
     mine = group.share(len(plan))
     plan = plan[mine.start : mine.stop]
     rows = (tokens[start : end + 1] for start, _, end in plan)
-    losses = row_losses(model, rows)
-    pairs = zip(bar(plan), losses, strict=True)
+    pairs = zip(bar(plan), row_losses(model, rows), strict=True)
     for (start, first, _), loss in pairs:
         yield loss[first - start :]
 

@@ -52,9 +52,8 @@ def note_newest(run):
     """
     folder = run.folder.resolve()
     if folder.parent == RUNS.resolve() and _ordered()[-1:] != [folder.name]:
-        line = f"{folder.name}\n".encode("utf-8", "surrogateescape")
         with suppress(OSError), open(_ORDER, "ab") as file:
-            file.write(line)
+            file.write(f"{folder.name}\n".encode("utf-8", "surrogateescape"))
 
 
 _MODELS = "model.bin", "model.safetensors", "state_*.safetensors"

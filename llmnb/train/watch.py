@@ -65,8 +65,7 @@ def compare_runs(logs, window=20):
             mean = smooth(points, 1 if name == "learning_rate" else window)
             ax.plot(*mean, color=colour, label=run)
             if name == "loss":
-                dots = log.get("val_loss", _NONE)
-                ax.plot(*dots, "o", color=colour, ms=4)
+                ax.plot(*log.get("val_loss", _NONE), "o", color=colour, ms=4)
         ax.set(xlabel="step", ylabel=label)
         if name != "loss":
             ax.set_ylim(0, 1.1 * ax.get_ylim()[1])

@@ -219,7 +219,7 @@ print(training.shape, validation.shape)
 
 
 # %% check what is given tags=["exporti", "hide-input"]
-def _check_int(name, value, low, high):
+def check_int(name, value, low, high):
     """Raise unless value is an integer in [low, high)."""
     if not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be int, got {type(value).__name__}")
@@ -354,10 +354,10 @@ class _Bookmark:
                 f"got {sorted(state)}"
             )
         epoch, shard = state["epoch"], state["shard"]
-        _check_int("DataLoader: epoch", epoch, 0, 2**32)
-        _check_int("DataLoader: shard", shard, 0, len(self._epochs.shards))
+        check_int("DataLoader: epoch", epoch, 0, 2**32)
+        check_int("DataLoader: shard", shard, 0, len(self._epochs.shards))
         batches = self._epochs.enter(epoch, shard)
-        _check_int("DataLoader: position", state["position"], 0, batches)
+        check_int("DataLoader: position", state["position"], 0, batches)
         self._place = {name: int(value) for name, value in state.items()}
 
 
@@ -380,9 +380,9 @@ class DataLoader(_Bookmark):
     """
 
     def __init__(self, shards, batch_size, seq_len, seed=0, shuffle=True):
-        _check_int("DataLoader: batch_size", batch_size, 1, 2**31)
-        _check_int("DataLoader: seq_len", seq_len, 1, 2**31)
-        _check_int("DataLoader: seed", seed, 0, 2**32)
+        check_int("DataLoader: batch_size", batch_size, 1, 2**31)
+        check_int("DataLoader: seq_len", seq_len, 1, 2**31)
+        check_int("DataLoader: seed", seed, 0, 2**32)
         self._epochs = _Epochs(shards, batch_size, seq_len, seed, shuffle)
         self.shards, windows = self._epochs.shards, self._epochs.windows
         self.batches_per_epoch = sum(w // batch_size for w in windows)

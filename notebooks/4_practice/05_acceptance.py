@@ -189,9 +189,8 @@ def write_debug_state(path, cfg, state):
                 f"write_debug_state: {name} must have shape {shape}, "
                 f"got {arrays[name].shape}"
             )
-    header = header_of(_MAGIC, _VERSION, B, T)
     with replacing(path) as file:
-        file.write(header.tobytes())
+        file.write(header_of(_MAGIC, _VERSION, B, T).data)
         for name in parts:
             kind = _KINDS.get(name, "<f4")
             file.write(np.ascontiguousarray(arrays[name], kind).data)

@@ -253,8 +253,7 @@ def read_tokenizer(path):
     Raises ValueError, naming the file, when it is none of version 2, when
     it ends early or late, and for an empty token.
     """
-    versions = [_VERSION]
-    size, _, count, eot = read_header(path, _MAGIC, versions, 3)
+    size, _, count, eot = read_header(path, _MAGIC, [_VERSION], 3)
     # a token takes two bytes at least and 256 at most
     fits = 2 * count <= size - HEADER_BYTES <= 256 * count
     rows = (
@@ -295,8 +294,7 @@ def write_tokenizer(path, encoding):
                 f"number {number} has {len(token)}"
             )
         body.append(bytes([len(token)]) + token)
-    eot = encoding.eot_token
-    header = header_of(_MAGIC, _VERSION, count, eot)
+    header = header_of(_MAGIC, _VERSION, count, encoding.eot_token)
     write_whole(path, header.tobytes() + b"".join(body))
 
 
@@ -611,9 +609,8 @@ def tokenizer_of(path, vocab_size):
     if llmc and 50257 <= vocab_size <= 50304:
         return "gpt2"
     raise ValueError(
-        f"{path}: which tokenizer? None of "
-        f"{', '.join(TOKENIZER_FILES[:3])} lies "
-        "beside it: name it, as in --tokenizer gpt2"
+        f"{path}: which tokenizer? None of {', '.join(TOKENIZER_FILES[:3])} "
+        "lies beside it: name it, as in --tokenizer gpt2"
     )
 
 

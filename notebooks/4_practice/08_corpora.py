@@ -283,8 +283,7 @@ def _own_files(paths, field, skip_bad, tally):
     """Yield the documents of these files, and of all files in folders."""
     for path in map(Path, paths):
         for inner, named in files_of(path, tally):
-            how = nullcontext() if named else passing_over(inner, tally)
-            with how:
+            with nullcontext() if named else passing_over(inner, tally):
                 yield from _whole(inner, field, skip_bad, tally)
 
 
@@ -321,8 +320,7 @@ def load_corpus(
     elif source == "tinyshakespeare":
         texts = _speeches(_tinyshakespeare())
     else:
-        alone = isinstance(source, (str, os.PathLike))
-        paths = [source] if alone else source
+        paths = [source] if isinstance(source, (str, os.PathLike)) else source
         texts = _own_files(paths, field, skip_bad, tally)
     documents = list(_take(filter(None, texts), limit or sys.maxsize))
     if not documents:

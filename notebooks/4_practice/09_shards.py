@@ -106,9 +106,8 @@ def write_shard(path, tokens, vocab_size=None):
             f"{tokens.shape}"
         )
     kind = token_dtype(vocab_size or int(tokens.max()) + 1)
-    header = header_of(*_KINDS[kind.itemsize], tokens.size)
     with replacing(path) as file:
-        header.tofile(file)
+        header_of(*_KINDS[kind.itemsize], tokens.size).tofile(file)
         tokens.astype(kind.newbyteorder("<"), copy=False).tofile(file)
 
 
@@ -283,9 +282,8 @@ class Shards:
         return sum(self.lengths)
 
     def __array__(self, dtype=None, copy=None):
-        return np.concatenate(
-            list(map(_first_tokens, self.paths)), dtype=dtype
-        )
+        whole = [_first_tokens(path) for path in self.paths]
+        return np.concatenate(whole, dtype=dtype)
 
 
 # %% a sample of them tags=["export"]

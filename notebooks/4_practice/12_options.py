@@ -519,8 +519,7 @@ def landmarks(config, data):
     training text a sample of eight million tokens is counted.
     """
     V = data.encoding.n_vocab
-    what = "validate on"
-    batches = _loader(config, data.val_tokens, what, shuffle=False)
+    batches = _loader(config, data.val_tokens, "validate on", shuffle=False)
     count = min(config.eval_batches, batches.batches_per_epoch)
     targets = [batches.next_batch()[1].ravel().copy() for _ in range(count)]
     sample = sample_tokens(data.train_tokens, _LANDMARK_TOKENS)

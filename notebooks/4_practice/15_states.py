@@ -70,6 +70,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from hashlib import file_digest, sha256
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -239,20 +240,15 @@ def save_state(run):
 
     memory, path = run.model.memory, state_path(run.folder, run.at.step)
     group = group_of(run.model)
-    tensors = {
-        f"{kind}.{name}": memory[kind][name]
-        for kind in _GROUPS
-        for name in parameter_shapes(run.model.cfg)
-    }
-    for name, x in tensors.items():
-        if not hasattr(x, "collect"):  # all of it is here, or on a GPU
-            tensors[name] = np.asarray(x)
-    parts = {name: getattr(x, "part", x) for name, x in tensors.items()}
-    parts = {name: np.asarray(x) for name, x in parts.items()}
+    tensors = {}
+    for kind, name in product(_GROUPS, parameter_shapes(run.model.cfg)):
+        x = memory[kind][name]
+        spread = hasattr(x, "collect")  # else it is all here, or on a GPU
+        tensors[f"{kind}.{name}"] = x if spread else np.asarray(x)
+    parts = {n: np.asarray(getattr(x, "part", x)) for n, x in tensors.items()}
     for wrong in filter(None, group.gather(first_not_finite(parts))):
-        last = run.at.step - 1
         raise FloatingPointError(
-            f"after the update at step {last}, {wrong}: {GENTLER}"
+            f"after the update at step {run.at.step - 1}, {wrong}: {GENTLER}"
         )
     if not group.first:
         _hand_over(tensors)

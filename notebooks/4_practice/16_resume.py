@@ -232,8 +232,7 @@ def begin(folder, config, group=ALONE):
     """
     folder = Path(folder)
     with _locked(folder, group) as lock:
-        data = prepare(config)
-        return _ready(lock, folder, config, data, None, group)[0]
+        return _ready(lock, folder, config, prepare(config), None, group)[0]
 
 
 # %% its folder, locked tags=["exporti"]

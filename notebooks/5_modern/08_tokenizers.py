@@ -317,8 +317,7 @@ def foreign_sentencepiece(path):
     when it is no such model.
     """
     path = Path(path)
-    library = package("sentencepiece", "modern", path)
-    theirs = library.SentencePieceProcessor()
+    theirs = package("sentencepiece", "modern", path).SentencePieceProcessor()
     raw = read_small(path, _LONGEST_FILE)
     try:
         theirs.LoadFromSerializedProto(raw)
@@ -411,8 +410,7 @@ def _byte_level(file, library, cut):
         steps.append(before.ByteLevel(add_prefix_space=False))
     else:
         steps.append(before.Split(library.Regex(_CUTS[cut]), "isolated"))
-        whole = before.ByteLevel(add_prefix_space=False, use_regex=False)
-        steps.append(whole)
+        steps.append(before.ByteLevel(add_prefix_space=False, use_regex=False))
     theirs.pre_tokenizer = before.Sequence(steps)
     theirs.decoder = library.decoders.ByteLevel()
     if cut == "qwen2":

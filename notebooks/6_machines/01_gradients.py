@@ -353,7 +353,8 @@ class Rehearsal(Group):
                 out[rank, : stop - start] = other[start:stop]
         self._meet()  # until all have read
         if senders[self.rank]:
-            self.sent += self._others(spans) * array.itemsize
+            others = sum(b - a for a, b in spans) - (stop - start)
+            self.sent += others * array.itemsize
 
     def spread(self, array, spans):
         """Have all of an array, of which each has its own span."""
@@ -374,10 +375,6 @@ class Rehearsal(Group):
     def rest(self):
         """Wait for all; as threads do at each call."""
         self._meet()
-
-    def _others(self, spans):
-        """Elements of the spans of others."""
-        return sum(b - a for a, b in spans) - np.diff(spans[self.rank])[0]
 
 
 # %% rehearse tags=["export"] module="train.rehearsal"
@@ -401,8 +398,7 @@ def rehearse(size, work):
 
     with ThreadPoolExecutor(size) as pool:
         made = [pool.submit(part, rank) for rank in range(size)]
-    errors = [x.exception() for x in made if x.exception()]
-    for error in errors:
+    for error in [x.exception() for x in made if x.exception()]:
         if not isinstance(error, threading.BrokenBarrierError):
             raise error
     return [x.result() for x in made]
