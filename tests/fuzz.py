@@ -6,6 +6,7 @@ import tracemalloc
 import warnings
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 from llmnb.formats.published import INDEX
@@ -81,6 +82,15 @@ def damaged(data, read, good, bad):
         shutil.copy(good, bad)
     assert not isinstance(found, Exception) or len(str(found)) < 500
     return found
+
+
+def refused(says, read, path, *args, **how):
+    """Have a reader refuse a path in one line, which names it and says so."""
+    with pytest.raises(ValueError, match=says) as error:
+        read(path, *args, **how)
+    text = str(error.value)
+    assert str(path) in text and "\n" not in text
+    assert len(text.replace(str(path), "")) < 500
 
 
 def header(*numbers):

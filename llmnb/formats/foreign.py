@@ -109,9 +109,8 @@ def foreign_json(path):
     Derived in chapter 5.8.
     """
     path, (theirs, said) = Path(path), library_json(path, _LONGEST_FILE)
-    letters = '"ByteLevel"' in json.dumps(
-        [said.get("pre_tokenizer"), said.get("decoder")]
-    )
+    parts = said.get("pre_tokenizer"), said.get("decoder")
+    letters = '"ByteLevel"' in json.dumps(parts)
     return _of_library(path, theirs, letters, _ends_beside(path, theirs))
 
 
@@ -259,8 +258,9 @@ def foreign_gguf(path):
                 single=f"{text} $A", special_tokens=[(text, bos)]
             )
     except Exception as error:  # the library has no class of its own for it
+        why = " ".join(str(error).split())  # in one line
         raise ValueError(
-            f"{path}: its tokenizer is not whole ({error!s:.200})"
+            f"{path}: its tokenizer is not whole ({why:.200})"
         ) from None
     eos = file.get(f"{start}eos_token_id")
     return _of_library(path, theirs, True, (bos, eos))

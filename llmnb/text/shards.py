@@ -203,15 +203,13 @@ def conditions(sources, encoding, options):
 
     Derived in chapter 4.11.
     """
-    ranks = range(encoding.n_vocab - 1)
-    single = encoding.decode_single_token_bytes
+    marks = (x.mark.encode("utf-8", "surrogatepass") for x in sources)
+    single, ranks = encoding.decode_single_token_bytes, encoding.n_vocab - 1
     files = getattr(encoding, "files", {}).values()
     return {
         "options": options,
-        "corpus": _digest(
-            x.mark.encode("utf-8", "surrogatepass") for x in sources
-        ),
-        "tokenizer": _digest(chain(map(single, ranks), files)),
+        "corpus": _digest(marks),
+        "tokenizer": _digest(chain(map(single, range(ranks)), files)),
     }
 
 

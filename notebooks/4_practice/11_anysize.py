@@ -356,15 +356,13 @@ def _digest(texts):
 # %% what the work depends on tags=["export"]
 def conditions(sources, encoding, options):
     """What the shards of a corpus depend on, a dict: options, and hashes."""
-    ranks = range(encoding.n_vocab - 1)
-    single = encoding.decode_single_token_bytes
+    marks = (x.mark.encode("utf-8", "surrogatepass") for x in sources)
+    single, ranks = encoding.decode_single_token_bytes, encoding.n_vocab - 1
     files = getattr(encoding, "files", {}).values()
     return {
         "options": options,
-        "corpus": _digest(
-            x.mark.encode("utf-8", "surrogatepass") for x in sources
-        ),
-        "tokenizer": _digest(chain(map(single, ranks), files)),
+        "corpus": _digest(marks),
+        "tokenizer": _digest(chain(map(single, range(ranks)), files)),
     }
 
 

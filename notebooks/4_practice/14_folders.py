@@ -265,8 +265,7 @@ from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 
-from llmnb.files import own_folder, read_json, read_small
-from llmnb.files import what_is, write_whole
+from llmnb.files import own_folder, read_json, write_whole
 from llmnb.formats.vocabulary import keep_encoding, open_encoding
 from llmnb.model.gpt2 import GPT2
 from llmnb.timing import machine
@@ -399,15 +398,14 @@ def read_run(folder):
     """
     path = Path(folder) / "config.json"
     try:
-        raw = read_small(path, 1 << 20)
+        found = read_json(path)
     except FileNotFoundError as error:
         what = f"{error.strerror}; the folder of a run has one"
         raise FileNotFoundError(error.errno, what, str(path)) from None
     try:
-        return config_from(json.loads(raw)["config"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        what = what_is(path) or error
-        raise ValueError(f"{path} is not a run's: {what!s:.200}") from None
+        return config_from(found["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a run's: {error!s:.200}") from None
 
 
 def config_from(found):

@@ -51,6 +51,7 @@ folder = Path(tempfile.mkdtemp())
 
 # %% imports of GGUF tags=["export"]
 import os
+import re
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -58,7 +59,7 @@ from pathlib import Path
 import numpy as np
 
 from llmnb.files import package, what_is
-from llmnb.formats.published import pieces
+from llmnb.formats.published import check_tensors, pieces
 from llmnb.model.architectures import ARCHITECTURES
 from llmnb.model.tensors import tensor_table
 from llmnb.reference.rotary import rope_frequencies
@@ -212,6 +213,10 @@ class GGUFFile:
     def shape(self, name):
         """The shape of a tensor as NumPy has it, a tuple of int."""
         return tuple(int(n) for n in self._tensors[name].shape[::-1])
+
+    def dtype(self, name):
+        """The type that a tensor is read in, by its name in safetensors."""
+        return "F32"
 
     def __getitem__(self, name):
         x = self._tensors[name]
@@ -513,15 +518,9 @@ def open_gguf(path):
     file = GGUFFile(path)
     cfg = gguf_config(file)
     names = {gguf_name(x, cfg): place for x, place in pieces(cfg).items()}
-    for name, place in names.items():
-        if name not in file.names:
-            raise ValueError(f"{path}: has no tensor {name}")
-        if file.shape(name) != place.shape:
-            raise ValueError(
-                f"{path}: {name} must be {place.shape}, got {file.shape(name)}"
-            )
-    for name in sorted(set(file.names) - set(names) - {"rope_freqs.weight"}):
-        raise ValueError(f"{path}: a {cfg.family} has no tensor {name}")
+    tensors = {name: (file, name) for name in file.names}
+    factors = re.compile(r"rope_freqs\.weight")
+    check_tensors(path, cfg.family, tensors, names, factors)
     return cfg, partial(_read_gguf, file, cfg, names)
 
 

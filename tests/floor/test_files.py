@@ -112,6 +112,19 @@ def test_an_error_names_the_file_and_not_the_one_beside_it(tmp_path):
     assert error.value.filename == str(wanted)
 
 
+def test_a_folder_is_one_programs(tmp_path):
+    folder = tmp_path / "a" / "b"
+    assert files.own_folder(folder) == folder and folder.is_dir()
+    assert files.own_folder(folder) == folder, "an empty folder may be used"
+    (folder / "x").write_text("x")
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        files.own_folder(folder)
+    assert files.own_folder(folder, force=True) == folder
+    assert (folder / "x").exists()
+    with pytest.raises(FileExistsError, match="is a file"):
+        files.own_folder(folder / "x", force=True)
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_no_empty_folder_is_left_that_was_made(tmp_path, there):
     old, new = tmp_path / "old", tmp_path / "old" / "a" / "b"
