@@ -1,10 +1,12 @@
-"""Python in processes of its own."""
+"""Python in processes of its own; a web server."""
 
 import contextlib
 import os
 import subprocess
 import sys
+import threading
 import time
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +52,19 @@ def held(folder, then=""):
         yield process
     finally:
         process.communicate(timeout=60)
+
+
+@contextlib.contextmanager
+def served(handler):
+    """A web server on this machine, in a thread; gives its address."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        thread = threading.Thread(target=http.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{http.server_port}"
+        finally:
+            http.shutdown()
+            thread.join()
 
 
 def wait_for(condition, seconds=60):

@@ -12,7 +12,7 @@ from llmnb.train.feed import Data
 from llmnb.train.folder import run_folder
 from llmnb.train.log import read_steps
 from llmnb.train.options import TrainConfig
-from llmnb.train.run import begin, follow
+from llmnb.train.run import begin, finish, follow, resume
 
 SHAPE = {
     "num_layers": 1, "num_heads": 2, "channels": 16, "seq_len": 16,
@@ -50,6 +50,20 @@ def cut(folder, count, config=TINY):
 
 def weights(run):
     return run.model.memory.flat("params").copy()
+
+
+def cut_and_resumed(folder, count, config=TINY):
+    """Such a run, resumed, which must be the straight one; and that one."""
+    want, _ = straight(folder / "a", config)
+    cut(folder / "b", count, config)
+    run, warnings = resume(folder / "b")
+    assert (warnings, run.at.step) == ([], count - count % config.save_every)
+    list(follow(run))
+    assert np.array_equal(weights(run), weights(want)) and run.at == want.at
+    finish(want)
+    finish(run)
+    assert files_of(folder / "b") == files_of(folder / "a")
+    return run, want
 
 
 def log_of(folder):

@@ -2,14 +2,13 @@
 
 import json
 import os
-import shutil
 import sys
 import zlib
 from functools import partial
 
 import numpy as np
 import pytest
-from fuzz import cut_in_two, flip, put_number, tensors_of
+from fuzz import cut_in_two, flip, put_number, refused, tensors_of
 from measure import peak
 
 from llmnb import GPT2, GPT2Config
@@ -26,16 +25,19 @@ CFG = GPT2Config(
 
 
 @pytest.fixture
-def saved(tmp_path):
-    """A small model and the file it was saved in."""
-    model = GPT2(CFG, batch_size=1, seq_len=5, backend="reference")
+def model():
+    return GPT2(CFG, batch_size=1, seq_len=5, backend="reference")
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    """The file that it was saved in."""
     model.save_checkpoint(tmp_path / "model.bin")
-    return model, tmp_path / "model.bin"
+    return tmp_path / "model.bin"
 
 
-def test_the_bytes_are_llm_cs(saved):
-    model, path = saved
-    raw = path.read_bytes()
+def test_the_bytes_are_llm_cs(model, saved):
+    raw = saved.read_bytes()
     header = np.frombuffer(raw[:1024], "<i4")
     assert header[:8].tolist() == [20240326, 3, 9, 131, 2, 3, 15, 256]
     assert not header[8:254].any()
@@ -49,10 +51,9 @@ def test_the_bytes_are_llm_cs(saved):
     np.testing.assert_array_equal(body[-15:], model.params["lnfb"])
 
 
-def test_safetensors_are_hugging_faces(saved, tmp_path):
+def test_safetensors_are_hugging_faces(model, tmp_path):
     from safetensors.numpy import load_file
 
-    model, _ = saved
     model.save_checkpoint(tmp_path / "model.safetensors")
     tensors = load_file(tmp_path / "model.safetensors")
     assert len(tensors) == 4 + 2 * 12
@@ -83,35 +84,28 @@ def test_safetensors_are_hugging_faces(saved, tmp_path):
     ],
 )
 def test_a_bad_header_is_refused(saved, index, value, says):
-    _, path = saved
-    put_number(path, 4 * index, value)
-    with pytest.raises(ValueError, match="model.bin: .*") as error:
-        GPT2.from_checkpoint(path, 1, 5)
-    assert says in str(error.value)
+    put_number(saved, 4 * index, value)
+    refused(f"model.bin: .*{says}", GPT2.from_checkpoint, saved, 1, 5)
 
 
 @pytest.mark.parametrize("size", [0, 1023, 1024, 5000, 1 << 20])
 def test_a_file_of_another_length_is_refused(saved, size):
-    _, path = saved
-    os.truncate(path, size)
-    with pytest.raises(ValueError, match="bytes"):
-        read_config(path)
+    os.truncate(saved, size)
+    refused("bytes", read_config, saved)
 
 
 def test_float64_is_stored_as_float32(tmp_path):
     model = GPT2(CFG, 1, 5, "reference", "fp64")
     model.params["fcw"][...] = 1 / 3
     model.save_checkpoint(tmp_path / "double.bin")
-    again = GPT2.from_checkpoint(
-        tmp_path / "double.bin", 1, 5, "reference", "fp64"
-    )
+    how = 1, 5, "reference", "fp64"
+    again = GPT2.from_checkpoint(tmp_path / "double.bin", *how)
     assert again.params["fcw"].dtype == np.float64
     assert (again.params["fcw"] == np.float32(1 / 3)).all()
 
 
-def test_a_file_that_shrinks_while_it_is_read(saved, monkeypatch):
-    model, path = saved
-    half = path.read_bytes()[:9000]
+def test_a_file_that_shrinks_while_it_is_read(model, saved, monkeypatch):
+    half = saved.read_bytes()[:9000]
     fill = checkpoint.read_bin
 
     def shrink(path, *rest):
@@ -120,27 +114,24 @@ def test_a_file_that_shrinks_while_it_is_read(saved, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "read_bin", shrink)
     with pytest.raises(ValueError, match="model.bin: ends within wte"):
-        open_model(path, 131).read(model.params)
+        open_model(saved, 131).read(model.params)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
-def test_version_5_is_half_as_long(saved, tmp_path, precision):
-    model, path = saved
+def test_version_5_is_half_as_long(model, saved, tmp_path, precision):
     model.save_checkpoint(tmp_path / "half.bin", precision="bf16")
     raw = (tmp_path / "half.bin").read_bytes()
-    assert len(raw) - 1024 == (path.stat().st_size - 1024) // 2
+    assert len(raw) - 1024 == (saved.stat().st_size - 1024) // 2
     header = np.frombuffer(raw[:1024], "<i4")
     assert header[:8].tolist() == [20240326, 5, 9, 131, 2, 3, 15, 256]
-    again = GPT2.from_checkpoint(
-        tmp_path / "half.bin", 1, 5, "reference", precision
-    )
+    how = 1, 5, "reference", precision
+    again = GPT2.from_checkpoint(tmp_path / "half.bin", *how)
     for name, array in model.params.items():
         want = from_bfloat16(to_bfloat16(array))
         np.testing.assert_array_equal(again.params[name], want)
 
 
-def test_a_precision_that_a_format_lacks(saved, tmp_path):
-    model, _ = saved
+def test_a_precision_that_a_format_lacks(model, tmp_path):
     with pytest.raises(ValueError, match="precision must be one of 'fp32'"):
         model.save_checkpoint(tmp_path / "a.safetensors", precision="bf16")
     with pytest.raises(ValueError, match="'fp32', 'bf16', got 'fp16'"):
@@ -150,12 +141,11 @@ def test_a_precision_that_a_format_lacks(saved, tmp_path):
     assert not list(tmp_path.glob("a*"))
 
 
-def test_long_tensors_are_read_in_pieces(saved, monkeypatch):
-    model, path = saved
+def test_long_tensors_are_read_in_pieces(model, saved, monkeypatch):
     monkeypatch.setattr(llmc, "_PORTION", 7)
-    again = GPT2.from_checkpoint(path, 1, 5, "reference")
-    again.save_checkpoint(path.with_name("again.bin"))
-    assert path.with_name("again.bin").read_bytes() == path.read_bytes()
+    again = GPT2.from_checkpoint(saved, 1, 5, "reference")
+    again.save_checkpoint(saved.with_name("again.bin"))
+    assert saved.with_name("again.bin").read_bytes() == saved.read_bytes()
 
 
 # Hugging Face's layout
@@ -170,38 +160,34 @@ def same(model, path):
 
 
 @pytest.fixture
-def folder(saved, tmp_path):
-    """A small model and its model folder."""
-    model, _ = saved
+def folder(model, tmp_path):
+    """Its model folder."""
     write_folder(tmp_path / "folder", CFG, model.params)
-    return model, tmp_path / "folder"
+    return tmp_path / "folder"
 
 
 def rewrite(folder, tensors, metadata=None):
     write_tensors(folder / "model.safetensors", tensors, metadata)
 
 
-def test_a_folder_comes_back(folder):
-    model, path = folder
-    same(model, path)
-    same(model, path / "model.safetensors")
-    (path / "config.json").unlink()  # our metadata has the heads
-    same(model, path)
+def test_a_folder_comes_back(model, folder):
+    same(model, folder)
+    same(model, folder / "model.safetensors")
+    (folder / "config.json").unlink()  # our metadata has the heads
+    same(model, folder)
 
 
-def test_a_file_and_a_run_folder_come_back(saved):
-    model, path = saved
-    same(model, path)
-    same(model, path.parent)
+def test_a_file_and_a_run_folder_come_back(model, saved):
+    same(model, saved)
+    same(model, saved.parent)
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer."])
 @pytest.mark.parametrize("indexed", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_variants_of_the_layout(folder, prefix, indexed, tied):
+def test_the_variants_of_the_layout(model, folder, prefix, indexed, tied):
     """tied: one name of two, and a note, as safetensors' save_model has it."""
-    model, path = folder
-    tensors = {prefix + n: x for n, x in tensors_of(path).items()}
+    tensors = {prefix + n: x for n, x in tensors_of(folder).items()}
     mask = np.tril(np.ones((1, 1, 9, 9), np.uint8))
     for layer in range(2):
         tensors[f"{prefix}h.{layer}.attn.bias"] = mask
@@ -211,17 +197,16 @@ def test_the_variants_of_the_layout(folder, prefix, indexed, tied):
     if tied:
         del tensors[prefix + "wte.weight"]
     if indexed:
-        same(model, cut_in_two(path, tensors))
+        same(model, cut_in_two(folder, tensors))
     else:
-        rewrite(path, tensors, note if tied else None)
-    same(model, path)
+        rewrite(folder, tensors, note if tied else None)
+    same(model, folder)
 
 
-def test_half_precision_is_read(folder):
-    model, path = folder
-    halves = {n: x.astype(np.float16) for n, x in tensors_of(path).items()}
-    rewrite(path, halves)
-    again = GPT2.from_checkpoint(path, 1, 5, "reference")
+def test_half_precision_is_read(model, folder):
+    halves = {n: x.astype(np.float16) for n, x in tensors_of(folder).items()}
+    rewrite(folder, halves)
+    again = GPT2.from_checkpoint(folder, 1, 5, "reference")
     want = model.params["fcw"].astype(np.float16)
     np.testing.assert_array_equal(again.params["fcw"], want)
 
@@ -238,8 +223,7 @@ def bare(folder, cfg):
 @pytest.mark.parametrize("channels", [64, 128])  # one head, or two, or four
 def test_heads_without_a_config_are_asked_for(tmp_path, channels):
     model = bare(tmp_path, GPT2Config(5, 9, 1, 2, channels))
-    with pytest.raises(ValueError, match="how many heads.*config.json"):
-        read_config(tmp_path)
+    refused("how many heads.*config.json", read_config, tmp_path)
     (tmp_path / "config.json").write_text('{"n_head": 2}')
     same(model, tmp_path)
 
@@ -250,8 +234,7 @@ def test_heads_of_the_published_shapes_are_known(tmp_path, monkeypatch):
     monkeypatch.setitem(published.PUBLISHED, (1, 18), 6)
     same(bare(tmp_path, GPT2Config(5, 9, 1, 6, 18)), tmp_path)
     bare(tmp_path, GPT2Config(5, 9, 2, 6, 18))  # as wide, but not as deep
-    with pytest.raises(ValueError, match="how many heads"):
-        read_config(tmp_path)
+    refused("how many heads", read_config, tmp_path)
 
 
 def with_rows(path, rows):
@@ -266,13 +249,13 @@ def with_rows(path, rows):
 
 @pytest.mark.parametrize("kind", ["folder", "fp32", "bf16"])
 @pytest.mark.parametrize("rows", [132, 256])
-def test_rows_beyond_the_tokenizers_are_padding(folder, kind, rows):
-    model, path = folder
-    with_rows(path, rows)
-    wide = GPT2.from_checkpoint(path, 1, 5, "reference")
+def test_rows_beyond_the_tokenizers_are_padding(model, folder, kind, rows):
+    with_rows(folder, rows)
+    path = folder
+    wide = GPT2.from_checkpoint(folder, 1, 5, "reference")
     assert wide.cfg.vocab_size == rows
     if kind != "folder":
-        path = path / f"{kind}.bin"
+        path = folder / f"{kind}.bin"
         wide.save_checkpoint(path, kind)
     narrow = GPT2.from_checkpoint(path, 1, 5, "reference", tokens=131)
     assert narrow.cfg == CFG
@@ -288,28 +271,25 @@ def test_rows_beyond_the_tokenizers_are_padding(folder, kind, rows):
 @pytest.mark.parametrize("tokens", [132, 128, 1, 0])
 def test_rows_that_are_no_padding(folder, tokens):
     """More tokens than rows, or so few that the tokenizer is another."""
-    _, path = folder
     with pytest.raises(ValueError, match="has 131 tokens|positive integer"):
-        read_config(path, tokens)
+        read_config(folder, tokens)
 
 
-def test_the_padding_is_cleared(folder):
-    model, path = folder
+def test_the_padding_is_cleared(model, folder):
     model.params["wte"][...] = 7
-    open_model(path, 131).read(model.params)
+    open_model(folder, 131).read(model.params)
     assert not model.params["wte"][131:].any()
 
 
-def test_params_that_do_not_fit_stay_as_they_are(folder):
-    model, path = folder
+def test_params_that_do_not_fit_stay_as_they_are(model, folder):
     before = model.params["wte"].copy()
     before[0] += 1
     params = dict(model.params, wte=before.copy(), lnfb=np.zeros(14, "f4"))
     with pytest.raises(ValueError, match="lnfb must have shape"):
-        open_model(path, 131).read(params)
+        open_model(folder, 131).read(params)
     params["lnfb"] = np.zeros(15, "i4")
     with pytest.raises(TypeError, match="lnfb must be float32 or float64"):
-        open_model(path, 131).read(params)
+        open_model(folder, 131).read(params)
     np.testing.assert_array_equal(params["wte"], before)
 
 
@@ -317,8 +297,8 @@ def drop(name):
     return lambda tensors: tensors.pop(name)
 
 
-def put(name, value):
-    return lambda tensors: tensors.update({name: value})
+def put(name, shape, kind="f4"):
+    return lambda tensors: tensors.update({name: np.ones(shape, kind)})
 
 
 @pytest.mark.parametrize(
@@ -327,31 +307,22 @@ def put(name, value):
         (drop("wte.weight"), "no GPT-2, it has no tensor wte.weight"),
         (drop("h.1.attn.c_attn.bias"), "no tensor h.1.attn.c_attn.bias"),
         (drop("h.0.ln_1.weight"), "num_layers must be a positive integer"),
-        (put("wpe.weight", np.zeros(4, "f4")), "must be a matrix, got (4,)"),
+        (put("wpe.weight", 4), r"must be a matrix, got \(4,\)"),
         (
-            put("h.1.mlp.c_fc.weight", np.zeros((60, 15), "f4")),
-            "must be (15, 60), got (60, 15)",
+            put("h.1.mlp.c_fc.weight", (60, 15)),
+            r"must be \(15, 60\), got \(60, 15\)",
         ),
-        (put("ln_f.bias", np.zeros(15, "i4")), "must be a float, got I32"),
-        (put("score.weight", np.zeros(3, "f4")), "no tensor score.weight"),
-        (
-            put("transformer.ln_f.bias", np.zeros(15, "f4")),
-            "ln_f.bias comes twice",
-        ),
-        (
-            put("lm_head.weight", np.ones((131, 15), "f4")),
-            "lm_head.weight must equal wte.weight",
-        ),
+        (put("ln_f.bias", 15, "i4"), "must be a float, got I32"),
+        (put("score.weight", 3), "no tensor score.weight"),
+        (put("transformer.ln_f.bias", 15), "ln_f.bias comes twice"),
+        (put("lm_head.weight", (131, 15)), "head.weight must equal wte.weigh"),
     ],
 )
 def test_tensors_that_make_no_gpt2(folder, change, says):
-    _, path = folder
-    tensors = tensors_of(path)
+    tensors = tensors_of(folder)
     change(tensors)
-    rewrite(path, tensors)
-    with pytest.raises(ValueError, match="model.safetensors: ") as error:
-        GPT2.from_checkpoint(path, 1, 5)
-    assert says in str(error.value)
+    rewrite(folder, tensors)
+    refused(f"model.safetensors: .*{says}", GPT2.from_checkpoint, folder, 1, 5)
 
 
 def describe(path, **changes):
@@ -371,57 +342,44 @@ def describe(path, **changes):
         ("layer_norm_epsilon", 1e-6, "layer_norm_epsilon is 1e-06"),
         ("scale_attn_by_inverse_layer_idx", True, "is True, where"),
         ("activation_function", ["relu"], "is .'relu'., where"),
+        ("model_type", "x" * 500_000, "model_type is 'xxx"),
+        ("vocab_size", "x" * 500_000, "vocab_size is 'xxx"),
     ],
+    ids=range(11),
 )
 def test_a_config_that_does_not_fit(folder, name, value, says):
-    _, path = folder
-    rewrite(path, tensors_of(path))  # without our metadata
-    describe(path, **{name: value})
-    with pytest.raises(ValueError, match=says):
-        read_config(path)
+    rewrite(folder, tensors_of(folder))  # without our metadata
+    describe(folder, **{name: value})
+    refused(says, read_config, folder)
 
 
 def test_a_config_that_is_no_json(folder):
-    _, path = folder
     for raw in (b"{", b"[]", b"\xff\xfe", b"[" * 100_000):
-        (path / "config.json").write_bytes(raw)
-        with pytest.raises(ValueError, match="config.json: .*JSON"):
-            read_config(path)
+        (folder / "config.json").write_bytes(raw)
+        refused("config.json: .*JSON", read_config, folder)
 
 
 ELSEWHERE = ["../model.safetensors", "/etc/passwd", "..", "", "a/b", "..\\x"]
 ELSEWHERE += ["C:x", "a\0b", 3, None, ["x"]]
 
 
-@pytest.mark.parametrize("name", ELSEWHERE)
-def test_an_index_stays_in_its_folder(folder, name):
-    _, path = folder
-    index = cut_in_two(path, tensors_of(path))
+@pytest.mark.parametrize(
+    ("name", "error", "says"),
+    [(x, ValueError, "index.json: ") for x in ELSEWHERE]
+    + [
+        ("model-1.safetensors", ValueError, "has no tensor wpe.weight"),
+        ("gone.safetensors", FileNotFoundError, "gone.safetensors"),
+    ],
+)
+def test_an_index_stays_in_its_folder_and_is_true(folder, name, error, says):
+    index = cut_in_two(folder, tensors_of(folder))
     table = json.loads(index.read_text())
     table["weight_map"]["wpe.weight"] = name
     index.write_text(json.dumps(table))
-    with pytest.raises(ValueError, match="index.json: "):
-        read_config(path)
-
-
-def test_an_index_that_lies(folder):
-    _, path = folder
-    index = cut_in_two(path, tensors_of(path))
-    table = json.loads(index.read_text())["weight_map"]
-    table["wpe.weight"], table["wte.weight"] = (
-        table["wte.weight"],
-        table["wpe.weight"],
-    )
-    index.write_text(json.dumps({"weight_map": table}))
-    with pytest.raises(ValueError, match="has no tensor wpe.weight"):
-        read_config(index)
+    with pytest.raises(error, match=says):
+        read_config(folder)
     index.write_text(json.dumps({"weight_map": ["wte.weight"]}))
-    with pytest.raises(ValueError, match="must map tensors to files"):
-        read_config(index)
-    table["wpe.weight"] = "gone.safetensors"
-    index.write_text(json.dumps({"weight_map": table}))
-    with pytest.raises(FileNotFoundError, match="gone.safetensors"):
-        read_config(index)
+    refused("must map tensors to files", read_config, index)
 
 
 def test_a_folder_without_a_model(tmp_path):
@@ -429,21 +387,18 @@ def test_a_folder_without_a_model(tmp_path):
         read_config(tmp_path)
 
 
-def test_another_folders_config_is_left_alone(folder):
-    model, path = folder
-    (path / "config.json").write_text('{"config": {"steps": 3}}')
-    before = (path / "model.safetensors").stat().st_mtime_ns
-    with pytest.raises(ValueError, match="describes no gpt2"):
-        write_folder(path, CFG, model.params)
-    assert (path / "model.safetensors").stat().st_mtime_ns == before
-    assert (path / "config.json").read_text() == '{"config": {"steps": 3}}'
+def test_another_folders_config_is_left_alone(model, folder):
+    (folder / "config.json").write_text('{"config": {"steps": 3}}')
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    refused("describes no gpt2", write_folder, folder, CFG, model.params)
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    assert (folder / "config.json").read_text() == '{"config": {"steps": 3}}'
 
 
-def test_transformers_loads_the_folder(folder):
+def test_transformers_loads_the_folder(model, folder):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    model, path = folder
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(path).eval()
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
     tokens = np.random.default_rng(0).integers(0, 131, (1, 5))
     model.forward(tokens)
     with torch.no_grad():
@@ -456,9 +411,8 @@ def test_transformers_loads_the_folder(folder):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("at", [1024, 5000, -1, 4 * 200, 1020])
-def test_a_flipped_bit_of_a_bin_is_seen(saved, tmp_path, precision, at):
+def test_a_flipped_bit_of_a_bin_is_seen(model, tmp_path, precision, at):
     """In a weight, in what the header leaves empty, in the sum itself."""
-    model, _ = saved
     path = tmp_path / "flipped.bin"
     model.save_checkpoint(path, precision)
     open_model(path, 131).read(model.params)
@@ -468,18 +422,15 @@ def test_a_flipped_bit_of_a_bin_is_seen(saved, tmp_path, precision, at):
 
 
 def test_another_number_of_heads_is_seen(saved):
-    _, path = saved
-    put_number(path, 4 * 5, 5)  # divides the channels as well as 3 does
-    assert read_config(path).num_heads == 5
-    with pytest.raises(ValueError, match="is damaged"):
-        GPT2.from_checkpoint(path, 1, 5, "reference")
+    put_number(saved, 4 * 5, 5)  # divides the channels as well as 3 does
+    assert read_config(saved).num_heads == 5
+    refused("is damaged", GPT2.from_checkpoint, saved, 1, 5, "reference")
 
 
-def test_a_bin_without_a_checksum_is_read(saved):
-    model, path = saved
-    put_number(path, 4 * 254, 0)
-    put_number(path, 4 * 255, 0)
-    same(model, path)
+def test_a_bin_without_a_checksum_is_read(model, saved):
+    put_number(saved, 4 * 254, 0)
+    put_number(saved, 4 * 255, 0)
+    same(model, saved)
 
 
 def test_a_flipped_bit_of_the_heads_is_seen(tmp_path):
@@ -510,8 +461,7 @@ def test_a_flipped_bit_of_the_heads_is_seen(tmp_path):
 def test_a_folder_of_another_kind_says_so(tmp_path, name, write, what):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / name).write_bytes(write)
-    with pytest.raises(ValueError, match=f"{name}: this is .*{what}"):
-        read_config(tmp_path)
+    refused(f"{name}: this is .*{what}", read_config, tmp_path)
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -557,52 +507,35 @@ def test_files_are_read_and_written_a_tensor_at_a_time(tmp_path, monkeypatch):
     ],
 )
 def test_what_describes_a_model_is_small(folder, name, raw):
-    _, path = folder
-    (path / name).write_bytes(raw)
-    which = path if name == "config.json" else path / name
+    (folder / name).write_bytes(raw)
+    which = folder if name == "config.json" else folder / name
 
     def read():
-        with pytest.raises(ValueError, match=f"{name}: must have at most"):
-            read_config(which)
+        refused(f"{name}: must have at most", read_config, which)
 
     assert peak(read) < 1 << 20
-
-
-def test_a_long_value_makes_a_short_message(folder):
-    _, path = folder
-    for name in ("model_type", "vocab_size"):
-        shutil.copy(path / "config.json", path / "kept")
-        describe(path, **{name: "x" * 500_000})
-        with pytest.raises(ValueError, match=f"{name} is 'xxx") as error:
-            read_config(path)
-        assert len(str(error.value)) < 400
-        shutil.copy(path / "kept", path / "config.json")
 
 
 # numbers that are none
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("kind", ["a.bin", "a.safetensors", "bf16", "folder"])
+@pytest.mark.parametrize("name", ["a.bin", "a.safetensors", "b.bin", "folder"])
 @pytest.mark.parametrize("reader", [GPT2, Decoder])
 def test_weights_that_are_no_numbers_are_not_read(
-    saved, tmp_path, kind, value, reader
+    model, tmp_path, name, value, reader
 ):
-    model, _ = saved
     model.params["wte"][65] = value
-    if kind == "folder":
-        write_folder(tmp_path / kind, CFG, model.params)
+    if name == "folder":
+        write_folder(tmp_path / name, CFG, model.params)
     else:
-        precision = "bf16" if kind == "bf16" else "fp32"
-        kind = "b.bin" if kind == "bf16" else kind
-        model.save_checkpoint(tmp_path / kind, precision)
-    says = rf"{kind}.*: wte is {value} at \(65, 0\), where weights must"
-    with pytest.raises(ValueError, match=says):
-        reader.from_checkpoint(tmp_path / kind, 1, 5)
+        precision = "bf16" if name == "b.bin" else "fp32"
+        model.save_checkpoint(tmp_path / name, precision)
+    says = rf"{name}.*: wte is {value} at \(65, 0\), where weights must"
+    refused(says, reader.from_checkpoint, tmp_path / name, 1, 5)
 
 
-def test_numbers_whose_squares_are_too_large_are_read(saved, tmp_path):
-    model, _ = saved
+def test_numbers_whose_squares_are_too_large_are_read(model, tmp_path):
     model.params["wte"][65] = 3e38
     model.save_checkpoint(tmp_path / "a.bin")
     again = GPT2.from_checkpoint(tmp_path / "a.bin", 1, 5, "reference")

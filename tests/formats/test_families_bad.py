@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from fuzz import answer, cut_in_two, damaged, tensors_of
+from fuzz import answer, cut_in_two, damaged, refused, tensors_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llamas import FAMILIES, cfg_of
@@ -145,80 +145,48 @@ def tensor(name, x):
 
 
 NORM, Q = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
-BAD = {
-    "channels": (setting("hidden_size", 32), "q_proj.weight must be|embed_t"),
-    "rows": (setting("vocab_size", 22), r"must be \(22, 16\), got \(21, 16\)"),
-    "layers": (setting("num_hidden_layers", 3), "no tensor model.layers.2"),
-    "fewer layers": (
-        setting("num_hidden_layers", 1), "a llama has no tensor model.layers.1"
-    ),
-    "a billion layers": (
-        setting("num_hidden_layers", 10**9), "num_hidden_layers must be"
-    ),
-    "kv heads": (
-        setting("num_key_value_heads", 2), r"k_proj.weight must be \(16, 16\)"
-    ),
-    "kv heads that do not divide": (
-        setting("num_key_value_heads", 3), "num_kv_heads must be a divisor"
-    ),
-    "a head size that is odd": (
-        setting("head_dim", 7), "head_size must be even"
-    ),
-    "heads that do not divide": (
+BAD = [
+    (setting("hidden_size", 32), "q_proj.weight must be|embed_t"),
+    (setting("vocab_size", 22), r"must be \(22, 16\), got \(21, 16\)"),
+    (setting("num_hidden_layers", 3), "no tensor model.layers.2"),
+    (setting("num_hidden_layers", 1), "a llama has no tensor model.layers.1"),
+    (setting("num_hidden_layers", 10**9), "num_hidden_layers must be"),
+    (setting("num_key_value_heads", 2), r"k_proj.weight must be \(16, 16\)"),
+    (setting("num_key_value_heads", 3), "num_kv_heads must be a divisor"),
+    (setting("head_dim", 7), "head_size must be even"),
+    (
         {
             "config": lambda said: said.pop("head_dim")
             and said.update(num_attention_heads=3, num_key_value_heads=3)
         },
         "channels must be a multiple of num_heads = 3",
     ),
-    "hidden": (setting("intermediate_size", 65), "gate_proj.weight must be"),
-    "an activation": (
-        setting("hidden_activation", "relu"), "the activation must be"
-    ),
-    "a bias": (setting("attention_bias", True), "attention_bias must be"),
-    "a scaling": (
-        setting("rope_scaling", {"rope_type": "yarn", "factor": 2.0}),
-        "rope_type must be default, linear or llama3, got 'yarn'",
-    ),
-    "half a scaling": (
-        setting("rope_scaling", {"rope_type": "llama3", "factor": 2.0}),
-        "rope scaling lacks low_freq_factor",
-    ),
-    "eps": (setting("rms_norm_eps", 0), "norm_eps must be a positive number"),
-    "a missing tensor": (
-        {"tensors": lambda arrays: arrays.pop(NORM)},
-        "has no tensor model.norm.weight",
-    ),
-    "a tensor too many": (
-        tensor("model.layers.0.self_attn.q_proj.bias", np.zeros(16, "f4")),
-        "a llama has no tensor model.layers.0.self_attn.q_proj.bias",
-    ),
-    "another shape": (
-        tensor(NORM, np.ones(15, "f4")), r"must be \(16,\), got \(15,\)"
-    ),
-    "whole numbers": (
-        tensor(NORM, np.ones(16, "i4")), "must be a float, got I32"
-    ),
-    "a tied head of its own": (
-        {"family": "gemma"} | tensor("lm_head.weight", np.ones((21, 16))),
-        "lm_head.weight must equal the token table",
-    ),
-    "kinds of one layer of two": (
-        {"family": "gemma2"} | setting("layer_types", ["sliding_attention"]),
-        "layer_types must be a regular pattern, one for each layer",
-    ),
-    "no number": (tensor(NORM, np.full(16, np.nan, "f4")), "lnfw is nan at"),
-}  # fmt: skip
+    (setting("intermediate_size", 65), "gate_proj.weight must be"),
+    (setting("hidden_activation", "relu"), "the activation must be"),
+    (setting("attention_bias", True), "attention_bias must be"),
+    (setting("rope_scaling", {"rope_type": "yarn", "factor": 2.0}),
+     "rope_type must be default, linear or llama3, got 'yarn'"),
+    (setting("rope_scaling", {"rope_type": "llama3", "factor": 2.0}),
+     "rope scaling lacks low_freq_factor"),
+    (setting("rms_norm_eps", 0), "norm_eps must be a positive number"),
+    ({"tensors": lambda arrays: arrays.pop(NORM)},
+     "has no tensor model.norm.weight"),
+    (tensor("model.layers.0.self_attn.q_proj.bias", np.zeros(16, "f4")),
+     "a llama has no tensor model.layers.0.self_attn.q_proj.bias"),
+    (tensor(NORM, np.ones(15, "f4")), r"must be \(16,\), got \(15,\)"),
+    (tensor(NORM, np.ones(16, "i4")), "must be a float, got I32"),
+    ({"family": "gemma"} | tensor("lm_head.weight", np.ones((21, 16))),
+     "lm_head.weight must equal the token table"),
+    ({"family": "gemma2"} | setting("layer_types", ["sliding_attention"]),
+     "layer_types must be a regular pattern, one for each layer"),
+    (tensor(NORM, np.full(16, np.nan, "f4")), "lnfw is nan at"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_what_contradicts_itself_is_one_error(good, tmp_path, name):
-    change, says = BAD[name]
+@pytest.mark.parametrize(("change", "says"), BAD)
+def test_what_contradicts_itself_is_one_error(good, tmp_path, change, says):
     path = changed(good, tmp_path, **change)
-    with pytest.raises(ValueError, match=says) as error:
-        llmnb.load(path, 1, 2, "reference")
-    assert str(tmp_path) in str(error.value)
-    assert "\n" not in str(error.value)
+    refused(says, llmnb.load, path, 1, 2, "reference")
 
 
 @pytest.mark.parametrize(
@@ -234,10 +202,8 @@ def test_what_a_tied_model_does_not_need_is_left(good, tmp_path, name):
 
 def test_an_unknown_architecture_is_named(good, tmp_path):
     path = changed(good, tmp_path, **setting("model_type", "mamba"))
-    with pytest.raises(ValueError, match="'mamba'") as error:
-        llmnb.load(path, 1, 2, "reference")
-    assert "llama, mistral" in str(error.value)
-    assert str(tmp_path) in str(error.value)
+    says = "'mamba', where known are gpt2, llama, mistral"
+    refused(says, llmnb.load, path, 1, 2, "reference")
 
 
 def test_a_damaged_large_model_takes_no_memory(tmp_path):
@@ -253,7 +219,6 @@ def test_a_damaged_large_model_takes_no_memory(tmp_path):
 
     def read():
         for opened in (open_model, llmnb.load):
-            with pytest.raises(ValueError, match="embed_tokens.weight must"):
-                opened(tmp_path)
+            refused("embed_tokens.weight must", opened, tmp_path)
 
     assert peak(read) < 1 << 22

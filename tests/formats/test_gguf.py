@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzz import answer, mangled
-from hypothesis import HealthCheck, given, settings
+from fuzz import answer, mangled, refused
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from llamas import write_gguf
 
@@ -218,8 +218,7 @@ def test_k_quants_are_unpacked(tmp_path):
         kind = gguf.GGMLQuantizationType.Q6_K
         arrays["blk.0.ffn_up.weight"] = q6_k(256, 0.5), kind
 
-    path = tmp_path / "a.gguf"
-    write_model(path, cfg, params, arrays=replaced)
+    path = write_model(tmp_path / "a.gguf", cfg, params, arrays=replaced)
     _, found = read(path)
     assert (found["fcw"][0, 256:] == 0.5).all()
     assert np.array_equal(found["fcw"][0, :256], params["fcw"][0, :256])
@@ -235,8 +234,8 @@ def test_scaled_rotations_are_recognised(factor, tmp_path):
     def add(arrays):
         arrays["rope_freqs.weight"] = (plain / scaled).astype(np.float32)
 
-    path = tmp_path / "a.gguf"
-    write_model(path, cfg, random_params(cfg), arrays=add)
+    params = random_params(cfg)
+    path = write_model(tmp_path / "a.gguf", cfg, params, arrays=add)
     assert open_gguf(path)[0].rope_scaling == scaling
 
 
@@ -245,9 +244,8 @@ def test_a_linear_scaling_is_read(tmp_path):
         keys["llama.rope.scaling.type"] = "linear"
         keys["llama.rope.scaling.factor"] = 4.0
 
-    path = write_model(
-        tmp_path / "a.gguf", WIDE, random_params(WIDE), keys=add
-    )
+    params = random_params(WIDE)
+    path = write_model(tmp_path / "a.gguf", WIDE, params, keys=add)
     assert open_gguf(path)[0].rope_scaling == ("linear", 4.0)
 
 
@@ -263,84 +261,53 @@ def tensor(name, value):
     return {"arrays": lambda arrays: arrays.update({name: value})}
 
 
-BAD = {
-    "no blocks": (without("block_count"), "lacks llama.block_count"),
-    "no epsilon": (
-        without("attention.layer_norm_rms_epsilon"), "lacks llama.attention"
-    ),
-    "no heads": (setting("attention.head_count", 0), "num_heads must be"),
-    "a text": (setting("block_count", "two"), "num_layers must be"),
-    "a list": (
-        setting("attention.head_count_kv", [2, 2]), "num_kv_heads must be"
-    ),
-    "too many blocks": (setting("block_count", 2**30), "block_count is"),
-    "far too many": (setting("block_count", 2**31), "num_layers must be"),
-    "a block more": (setting("block_count", 3), "has no tensor blk.2."),
-    "a block less": (setting("block_count", 1), "a llama has no tensor blk"),
-    "part of a head": (setting("rope.dimension_count", 8), "the head size"),
-    "other values": (setting("attention.value_length", 8), "the head size"),
-    "kv heads": (setting("attention.head_count_kv", 3), "num_kv_heads"),
-    "hidden": (
-        setting("feed_forward_length", 97),
-        r"ffn_gate.weight must be \(97, 64\), got \(96, 64\)",
-    ),
-    "channels": (setting("embedding_length", 32), r"must be \(61, 32\)"),
-    "a scaling": (
-        setting("rope.scaling.type", "yarn"), "scaling 'yarn' is not known"
-    ),
-    "no factor": (
-        setting("rope.scaling.type", "linear"), "rope_scaling must be"
-    ),
-    "factors": (
-        tensor("rope_freqs.weight", np.full(8, 2, np.float32)),
-        "factors of rope_freqs.weight are not known",
-    ),
-    "few factors": (
-        tensor("rope_freqs.weight", np.full(3, 2, np.float32)),
-        "factors of rope_freqs.weight are not known",
-    ),
-    "another tensor": (
-        tensor("blk.0.attn_q.bias", np.zeros(64, np.float32)),
-        "a llama has no tensor blk.0.attn_q.bias",
-    ),
-    "no table": (
-        {"arrays": lambda arrays: arrays.pop("token_embd.weight")},
-        "has no table token_embd.weight",
-    ),
-    "a flat table": (
-        tensor("token_embd.weight", np.zeros(64, np.float32)),
-        "has no table token_embd.weight",
-    ),
-    "no weight": (
-        {"arrays": lambda arrays: arrays.pop("blk.1.ffn_up.weight")},
-        "has no tensor blk.1.ffn_up.weight",
-    ),
-    "not finite": (
-        tensor("output_norm.weight", np.full(64, np.inf, np.float32)),
-        "lnfw is inf at",
-    ),
-    "whole numbers": (
-        tensor("output_norm.weight", np.ones(64, np.int32)),
-        "output_norm.weight is I32, which gguf cannot unpack",
-    ),
-}  # fmt: skip
+BAD = [
+    (without("block_count"), "lacks llama.block_count"),
+    (without("attention.layer_norm_rms_epsilon"), "lacks llama.attention"),
+    (setting("attention.head_count", 0), "num_heads must be"),
+    (setting("block_count", "two"), "num_layers must be"),
+    (setting("attention.head_count_kv", [2, 2]), "num_kv_heads must be"),
+    (setting("block_count", 2**30), "block_count is"),
+    (setting("block_count", 2**31), "num_layers must be"),
+    (setting("block_count", 3), "has no tensor blk.2."),
+    (setting("block_count", 1), "a llama has no tensor blk"),
+    (setting("rope.dimension_count", 8), "the head size"),
+    (setting("attention.value_length", 8), "the head size"),
+    (setting("attention.head_count_kv", 3), "num_kv_heads"),
+    (setting("feed_forward_length", 97),
+     r"ffn_gate.weight must be \(97, 64\), got \(96, 64\)"),
+    (setting("embedding_length", 32), r"must be \(61, 32\)"),
+    (setting("rope.scaling.type", "yarn"), "scaling 'yarn' is not known"),
+    (setting("rope.scaling.type", "linear"), "rope_scaling must be"),
+    (tensor("rope_freqs.weight", np.full(8, 2, np.float32)),
+     "factors of rope_freqs.weight are not known"),
+    (tensor("rope_freqs.weight", np.full(3, 2, np.float32)),
+     "factors of rope_freqs.weight are not known"),
+    (tensor("blk.0.attn_q.bias", np.zeros(64, np.float32)),
+     "a llama has no tensor blk.0.attn_q.bias"),
+    ({"arrays": lambda arrays: arrays.pop("token_embd.weight")},
+     "has no table token_embd.weight"),
+    (tensor("token_embd.weight", np.zeros(64, np.float32)),
+     "has no table token_embd.weight"),
+    ({"arrays": lambda arrays: arrays.pop("blk.1.ffn_up.weight")},
+     "has no tensor blk.1.ffn_up.weight"),
+    (tensor("output_norm.weight", np.full(64, np.inf, np.float32)),
+     "lnfw is inf at"),
+    (tensor("output_norm.weight", np.ones(64, np.int32)),
+     "output_norm.weight is I32, which gguf cannot unpack"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_what_contradicts_itself_is_refused(name, tmp_path):
-    change, says = BAD[name]
-    path = tmp_path / "a.gguf"
-    write_model(path, WIDE, random_params(WIDE), **change)
-    with pytest.raises(ValueError, match=says) as error:
-        read(path)
-    assert str(path) in str(error.value)
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize(("change", "says"), BAD)
+def test_what_contradicts_itself_is_refused(change, says, tmp_path):
+    params = random_params(WIDE)
+    path = write_model(tmp_path / "a.gguf", WIDE, params, **change)
+    refused(says, read, path)
 
 
 def test_another_architecture_is_refused(tmp_path):
     path = write(tmp_path / "a.gguf", "mamba", {"mamba.block_count": 1}, {})
-    with pytest.raises(ValueError, match="one of llama, qwen3.*got 'mamba'"):
-        open_gguf(path)
+    refused("one of llama, qwen3.*got 'mamba'", open_gguf, path)
 
 
 def test_what_is_no_gguf_is_said_to_be_what_it_is(tmp_path):
@@ -353,8 +320,7 @@ def test_what_is_no_gguf_is_said_to_be_what_it_is(tmp_path):
         (b"GGUF\x09\0\0\0", "not a whole GGUF file"),
     ):
         path.write_bytes(raw)
-        with pytest.raises(ValueError, match=says):
-            open_gguf(path)
+        refused(says, open_gguf, path)
     with pytest.raises(FileNotFoundError):
         open_gguf(tmp_path / "b.gguf")
 
@@ -377,8 +343,7 @@ def test_a_length_that_lies_is_found_at_once(tmp_path):
     at = raw.index(b"llama.list") + len(b"llama.list") + 8
     assert raw[at : at + 8] == (3).to_bytes(8, "little")
     path.write_bytes(raw[:at] + (2**60).to_bytes(8, "little") + raw[at + 8 :])
-    with pytest.raises(ValueError, match="not a whole GGUF file"):
-        GGUFFile(path)
+    refused("not a whole GGUF file", GGUFFile, path)
 
 
 TINY = llmnb.LlamaConfig(8, 9, 1, 2, 8, hidden=8, tied=True)
@@ -387,19 +352,14 @@ TINY = llmnb.LlamaConfig(8, 9, 1, 2, 8, hidden=8, tied=True)
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     path = tmp_path_factory.mktemp("gguf") / "good.gguf"
-    write_model(path, TINY, random_params(TINY))
-    return path.read_bytes()
+    return write_model(path, TINY, random_params(TINY))
 
 
-@settings(
-    max_examples=300,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_a_damaged_file_gives_one_error(data, good, tmp_path):
-    raw = data.draw(mangled(good))
-    found = answer(read, tmp_path / "a.gguf", raw)
+def test_a_damaged_file_gives_one_error(data, good):
+    raw = data.draw(mangled(good.read_bytes()))
+    found = answer(read, good.with_name("a.gguf"), raw)
     if not isinstance(found, Exception):
         cfg, params = found
         assert all(np.isfinite(x).all() for x in params.values())

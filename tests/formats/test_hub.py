@@ -6,12 +6,14 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 
 import numpy as np
 import pytest
+from fuzz import flip
+from processes import served
 from spelling import vocab_of
 
 from llmnb.book.export import ROOT
@@ -104,14 +106,8 @@ def files(tmp_path_factory):
 def server(files):
     state = {"files": dict(files), "asked": [], "sent": [], "breaks": []}
     state["commit"] = COMMIT
-    http = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, state))
-    thread = threading.Thread(target=http.serve_forever)
-    thread.start()
-    state["url"] = f"http://127.0.0.1:{http.server_port}"
-    yield state
-    http.shutdown()
-    http.server_close()
-    thread.join()
+    with served(partial(Handler, state)) as state["url"]:
+        yield state
 
 
 # the command, for files that have other hashes than the published ones
@@ -150,13 +146,22 @@ def llmnb(url, cache, *args, **hashes):
     )
 
 
-def test_fetch_then_offline(server, files, tmp_path):
-    first = llmnb(server["url"], tmp_path, "fetch", "gpt2")
-    assert first.returncode == 0, first.stderr
-    folder = first.stdout.strip()
+@pytest.fixture
+def fetched(server, tmp_path):
+    """Fetch a model from the server; gives the folder."""
+
+    def run(name="gpt2", *args, **hashes):
+        run = llmnb(server["url"], tmp_path, "fetch", name, *args, **hashes)
+        assert run.returncode == 0, run.stderr
+        return Path(run.stdout.strip())
+
+    return run
+
+
+def test_fetch_then_offline(server, files, fetched):
+    folder = fetched()
     for name in SOURCES["gpt2"][3]:
-        with open(os.path.join(folder, name), "rb") as file:
-            assert file.read() == files[name]
+        assert (folder / name).read_bytes() == files[name]
     model = GPT2.from_checkpoint(folder, 1, 4, "reference")
     assert model.cfg == CFG
     asked = {path for _, path in server["asked"]}
@@ -165,15 +170,11 @@ def test_fetch_then_offline(server, files, tmp_path):
     assert not any("/main/" in x for x in asked)
     # again: nothing is sent twice; then without any server
     sent = len(server["sent"])
-    again = llmnb(server["url"], tmp_path, "fetch", "gpt2")
-    assert again.stdout == first.stdout
-    assert len(server["sent"]) == sent
-    offline = llmnb(server["url"], tmp_path, "fetch", "gpt2", "offline")
-    assert offline.returncode == 0
-    assert offline.stdout == first.stdout
+    assert fetched() == folder and len(server["sent"]) == sent
+    assert fetched("gpt2", "offline") == folder
 
 
-def test_a_broken_download_goes_on(server, files, tmp_path):
+def test_a_broken_download_goes_on(server, fetched, tmp_path):
     # longer than the library reads at once, so that half of it arrives
     big = np.random.default_rng(0).bytes(24 << 20)
     server["files"]["model.safetensors"] = big
@@ -181,20 +182,15 @@ def test_a_broken_download_goes_on(server, files, tmp_path):
     run = llmnb(server["url"], tmp_path, "fetch", "gpt2")
     if run.returncode:  # an old library leaves going on to the next call
         one_line(run, "cannot get gpt2")
-        run = llmnb(server["url"], tmp_path, "fetch", "gpt2")
-    assert run.returncode == 0, run.stderr
+    folder = fetched()
     starts = [at for name, at in server["sent"] if name == "model.safetensors"]
     assert starts[0] == 0 and starts[-1] > 0  # the rest, and not all again
-    path = os.path.join(run.stdout.strip(), "model.safetensors")
-    with open(path, "rb") as file:
-        assert file.read() == big
+    assert (folder / "model.safetensors").read_bytes() == big
 
 
-def test_the_starter_pack_is_a_dataset(server, tmp_path):
+def test_the_starter_pack_is_a_dataset(server, fetched):
     server["files"] = {x: x.encode() for x in SOURCES["starter-pack"][3]}
-    run = llmnb(server["url"], tmp_path, "fetch", "starter-pack")
-    assert run.returncode == 0, run.stderr
-    names = sorted(os.listdir(run.stdout.strip()))
+    names = sorted(os.listdir(fetched("starter-pack")))
     assert names == sorted(SOURCES["starter-pack"][3])
     asked = {path for _, path in server["asked"]}
     start = "/datasets/karpathy/llmc-starter-pack/resolve/"
@@ -205,28 +201,21 @@ def test_the_starter_pack_is_a_dataset(server, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "vocab.json"])
-def test_a_flipped_bit_in_the_cache_is_seen(server, tmp_path, name):
-    first = llmnb(server["url"], tmp_path, "fetch", "gpt2")
-    assert first.returncode == 0, first.stderr
-    path = os.path.join(first.stdout.strip(), name)
-    with open(path, "r+b") as file:
-        byte = file.read(20)[-1]
-        file.seek(19)
-        file.write(bytes([byte ^ 1]))
+def test_a_flipped_bit_in_the_cache_is_seen(server, fetched, tmp_path, name):
+    folder = fetched()
+    flip(folder / name, 19)
     for how in ((), ("offline",)):
         again = llmnb(server["url"], tmp_path, "fetch", "gpt2", *how)
         one_line(again, "is not what was published", "fetch again")
-    os.remove(os.path.realpath(path))
-    again = llmnb(server["url"], tmp_path, "fetch", "gpt2")
-    assert again.stdout == first.stdout, again.stderr
+    os.remove(os.path.realpath(folder / name))
+    assert fetched() == folder
 
 
-def test_a_file_that_is_not_the_published_one(server, tmp_path):
+def test_a_file_that_is_not_the_published_one(server, fetched, tmp_path):
     """Whatever hash the hub gives for it: ours is the one that counts."""
     raw = server["files"]["vocab.json"]
     right = {"vocab.json": hashlib.sha256(raw).hexdigest()}
-    run = llmnb(server["url"], tmp_path, "fetch", "gpt2", **right)
-    assert run.returncode == 0, run.stderr
+    fetched(**right)
     wrong = {"vocab.json": SOURCES["gpt2"][3]["vocab.json"]}
     run = llmnb(server["url"], tmp_path, "fetch", "gpt2", **wrong)
     one_line(run, wrong["vocab.json"], right["vocab.json"])
@@ -242,9 +231,8 @@ def test_what_is_fetched_is_pinned():
 def one_line(run, *says):
     assert run.returncode == 1 and not run.stdout
     last = run.stderr.splitlines()[-1]
-    assert last.startswith("llmnb: error: fetch") and "Traceback" not in (
-        run.stderr
-    )
+    assert last.startswith("llmnb: error: fetch")
+    assert "Traceback" not in run.stderr
     for text in says:
         assert text in last
 

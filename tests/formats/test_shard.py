@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from fuzz import header
+from fuzz import header, refused
 
 from llmnb.formats.shard import (
     Shards,
@@ -68,9 +68,8 @@ def test_shards_of_large_tokens_are_read_as_arrays_are(tmp_path):
     assert np.asarray(Shards(paths)).tolist() == whole
     sample = sample_tokens(Shards(paths), 8)
     assert sample.tolist() == whole[:4] + whole[999:1003]
-    loaders = [
-        DataLoader(x, 2, 7, seed=5) for x in (paths, [tokens, tokens % 65536])
-    ]
+    feeds = paths, [tokens, tokens % 65536]
+    loaders = [DataLoader(x, 2, 7, seed=5) for x in feeds]
     for _ in range(200):
         a, b = (loader.next_batch() for loader in loaders)
         assert np.array_equal(a, b)
@@ -87,22 +86,6 @@ def test_a_wide_shard_that_is_cut_short(tmp_path):
         loader.next_batch()
 
 
-@pytest.mark.parametrize(
-    "place, value, message",
-    [
-        (1, 1, "version must be 7, got 1"),
-        (2, 0, "token count must be positive, got 0"),
-        (2, 5, "size for 5 tokens must be 1044 bytes, got 1040"),
-    ],
-)
-def test_a_bad_wide_shard(tmp_path, place, value, message):
-    header = np.array([20240801, 7, 4] + [0] * 253, "<i4")
-    header[place] = value
-    (tmp_path / "a.bin").write_bytes(header.tobytes() + bytes(16))
-    with pytest.raises(ValueError, match=f"a.bin: the {message}"):
-        read_shard(tmp_path / "a.bin")
-
-
 def test_strided_tokens_are_written(tmp_path):
     write_shard(tmp_path / "a.bin", np.arange(10)[::-3])
     assert read_shard(tmp_path / "a.bin").tolist() == [9, 6, 3, 0]
@@ -112,11 +95,7 @@ def test_strided_tokens_are_written(tmp_path):
     "tokens, error, message",
     [
         ([], TypeError, "tokens must hold integers, got float64"),
-        (
-            np.empty(0, int),
-            ValueError,
-            r"must be 1 to 2147483647 .* got shape \(0,",
-        ),
+        (np.empty(0, int), ValueError, r"be 1 to 2147483647 .* got shape \(0"),
         ([1, -1], ValueError, r"must lie in \[0, 2147483648\), got -1"),
         ([1, 2**31], ValueError, r"must lie in .*\), got 2147483648"),
         ([1.0], TypeError, "tokens must hold integers, got float64"),
@@ -131,8 +110,12 @@ def test_bad_tokens(tmp_path, tokens, error, message):
 
 
 def shard(count, magic=20240520, version=1):
-    """A shard of four tokens whose header says that it has `count`."""
+    """A shard of eight bytes whose header says that it has `count` tokens."""
     return header(magic, version, count) + bytes(8)
+
+
+def wide(count, version=7):
+    return shard(count, 20240801, version)
 
 
 GOOD = shard(4)
@@ -146,32 +129,21 @@ GOOD = shard(4)
         (shard(4, 1), "magic number must be 20240520, got 1"),
         (shard(4, 20240326), "magic number .* got 20240326"),
         (shard(4, version=2), "version must be 1, got 2"),
-        (
-            shard(0),
-            "token count must be positive, got 0",
-        ),
-        (
-            shard(-4),
-            "token count must be positive, got -4",
-        ),
-        (
-            shard(5),
-            "size for 5 tokens must be 1034 bytes, got 1032",
-        ),
+        (shard(0), "token count must be positive, got 0"),
+        (shard(-4), "token count must be positive, got -4"),
+        (shard(5), "size for 5 tokens must be 1034 bytes, got 1032"),
         (GOOD[:-1], "4 tokens must be 1032 bytes, got 1031"),
         (GOOD + b"x", "4 tokens must be 1032 bytes, got 1033"),
-        (
-            shard(2**31 - 1),
-            "must be 4294968318 bytes, got 1032",
-        ),
+        (shard(2**31 - 1), "must be 4294968318 bytes, got 1032"),
+        (wide(2, 1), "version must be 7, got 1"),
+        (wide(0), "token count must be positive, got 0"),
+        (wide(3), "size for 3 tokens must be 1036 bytes, got 1032"),
     ],
 )
 def test_bad_shard(tmp_path, raw, message):
     path = tmp_path / "bad.bin"
     path.write_bytes(raw)
-    with pytest.raises(ValueError, match=message) as error:
-        read_shard(path)
-    assert str(error.value).startswith(f"{path}: ")
+    refused(f"bad.bin: .*{message}", read_shard, path)
     with pytest.raises(ValueError, match=message):
         DataLoader([path], 1, 1)
 
@@ -182,18 +154,12 @@ def test_a_shard_that_is_no_file(tmp_path):
     (tmp_path / "val.bin").symlink_to("/dev/zero")
     (tmp_path / "a.bin").mkdir()
     for name in ("train.bin", "val.bin", "a.bin"):
-        with pytest.raises(ValueError, match=f"{name}: .* be a regular file"):
-            read_shard(tmp_path / name)
+        refused(f"{name}: .* be a regular file", read_shard, tmp_path / name)
     with pytest.raises(ValueError, match="train.bin: .* be a regular file"):
         DataLoader(find_shards(tmp_path)[0], 1, 1)
 
 
 # folders of shards
-
-
-def test_the_length_of_a_shard(tmp_path):
-    write_shard(tmp_path / "a.bin", np.arange(300))
-    assert shard_length(tmp_path / "a.bin") == 300
 
 
 @pytest.mark.parametrize(
@@ -226,13 +192,10 @@ def test_many_shards_as_one_text(tmp_path):
         write_shard(path, np.arange(50) + 100 * k)
     shards = Shards(paths)
     assert len(shards) == 5000 and shards.paths == paths
-    assert np.asarray(shards).tolist() == [
-        100 * k + i for k in range(100) for i in range(50)
-    ]
+    whole = np.arange(50) + 100 * np.arange(100)[:, None]
+    assert np.array_equal(shards, whole.ravel())
     sample = sample_tokens(shards, 500)
-    assert sample.tolist() == [
-        100 * k + i for k in range(0, 100, 2) for i in range(10)
-    ]
+    assert np.array_equal(sample, whole[::2, :10].ravel())
     assert len(sample_tokens(shards, 10**9)) == 2500
     assert sample_tokens(np.arange(9), 4).tolist() == [0, 1, 2, 3]
     paths[7].write_bytes(b"")

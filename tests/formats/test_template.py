@@ -4,6 +4,8 @@ import json
 import sys
 
 import pytest
+from fuzz import refused
+from llamas import write_gguf
 
 from llmnb.formats.template import chat_template, render_chat
 
@@ -41,19 +43,14 @@ def test_transformers_renders_the_same(tmp_path):
         "{%- if add_generation_prompt is defined %}{{ '[answer]' }}{% endif %}"
     )
     model = tokenizers.models.WordLevel({"<s>": 0, "</s>": 1}, "<s>")
+    ends = {"bos_token": "<s>", "eos_token": "</s>"}
     theirs = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer(model),
-        bos_token="<s>",
-        eos_token="</s>",
+        tokenizer_object=tokenizers.Tokenizer(model), **ends
     )
     messages = [{"role": "system", "content": " be brief "}, *HELLO]
     messages += [{"role": "nobody", "content": "?"}]
-    want = theirs.apply_chat_template(
-        messages,
-        chat_template=template,
-        tokenize=False,
-        add_generation_prompt=True,
-    )
+    how = {"tokenize": False, "add_generation_prompt": True}
+    want = theirs.apply_chat_template(messages, chat_template=template, **how)
     assert render_chat(template, messages, "<s>", "</s>") == want
     assert want.endswith("hello</s>[answer]")
 
@@ -115,18 +112,11 @@ def test_a_template_is_found_where_it_lies(tmp_path):
 
 
 def test_a_template_is_found_in_a_gguf(tmp_path):
-    gguf = pytest.importorskip("gguf")
-    for template in (CHATML, None):
-        writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
-        if template:
-            writer.add_chat_template(template)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.close()
-        if template:
-            assert chat_template(tmp_path / "a.gguf") == template
+    path = tmp_path / "a.gguf"
+    write_gguf(path, {"tokenizer.chat_template": CHATML})
+    assert chat_template(path) == CHATML
     with pytest.raises(ValueError, match="has no chat template"):
-        chat_template(tmp_path / "a.gguf")
+        chat_template(write_gguf(tmp_path / "b.gguf", {}))
 
 
 @pytest.mark.parametrize(
@@ -141,12 +131,10 @@ def test_a_template_is_found_in_a_gguf(tmp_path):
     ],
 )
 def test_a_model_without_a_template_does_not_talk(said, tmp_path):
-    with pytest.raises(ValueError, match="has no chat template") as error:
-        chat_template(folder(tmp_path, tokenizer_config_json=said))
-    assert "llmnb generate" in str(error.value)
+    path = folder(tmp_path, tokenizer_config_json=said)
+    refused("has no chat template.*llmnb generate", chat_template, path)
 
 
 def test_a_template_that_is_no_text_is_refused(tmp_path):
     (folder(tmp_path) / "chat_template.jinja").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="chat_template.jinja"):
-        chat_template(tmp_path)
+    refused("chat_template.jinja", chat_template, tmp_path)

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from fuzz import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -44,8 +45,7 @@ def test_the_librarys_files_are_read(tmp_path):
     x = np.arange(6, dtype=np.float16).reshape(2, 3)
     save_file({"x": x}, tmp_path / "a", metadata={"k": "v"})
     file = TensorFile(tmp_path / "a")
-    assert file.metadata == {"k": "v"}
-    assert file.dtype("x") == "F16"
+    assert (file.metadata, file.dtype("x")) == ({"k": "v"}, "F16")
     assert np.array_equal(file["x"], x)
     with pytest.raises(KeyError):
         _ = file["y"]
@@ -79,20 +79,26 @@ def test_a_type_that_numpy_lacks(tmp_path):
         _ = TensorFile(tmp_path / "a")["x"]
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [
-        {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]},
-        {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]},
-        {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
-        {"dtype": "F32", "shape": [2**62, 4], "data_offsets": [0, 0]},
-        {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]},
-    ],
-)
-def test_a_table_that_lies_is_refused(tmp_path, entry):
-    by_hand(tmp_path / "a", {"x": entry}, bytes(8))
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
-        TensorFile(tmp_path / "a")
+def rows(*kinds):
+    """Tables of one row, whose dtype, shape and places do not go together."""
+    names = "dtype", "shape", "data_offsets"
+    return [{"x": dict(zip(names, x, strict=False))} for x in kinds]
+
+
+U8 = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
+LIES = rows(
+    ("F32", [2**40], [0, 2**42]), ("F32", [3], [0, 8]), ("F32", [2], [4, 12]),
+    ("F32", [2**62, 4], [0, 0]), ("F32", [-2], [0, 8]), ("x" * 5000,),
+) + [
+    {"__metadata__": {"llmnb.crc32": note}, "x": U8}
+    for note in ("3", "{", "[" * 9000, '"x"')
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("table", LIES, ids=range(len(LIES)))
+def test_a_table_that_lies_is_refused(tmp_path, table):
+    by_hand(tmp_path / "a", table, bytes(2 if "__metadata__" in table else 8))
+    refused("not a whole safetensors file", TensorFile, tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -100,15 +106,7 @@ def test_a_table_that_lies_is_refused(tmp_path, entry):
 )
 def test_no_table_at_all(tmp_path, raw):
     (tmp_path / "a").write_bytes(raw)
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
-        TensorFile(tmp_path / "a")
-
-
-def test_a_long_string_in_a_table_makes_a_short_message(tmp_path):
-    by_hand(tmp_path / "a", {"x": {"dtype": "x" * 5000}}, b"")
-    with pytest.raises(ValueError, match="not a whole safetensors") as error:
-        TensorFile(tmp_path / "a")
-    assert len(str(error.value)) < 300 + len(str(tmp_path))
+    refused("not a whole safetensors file", TensorFile, tmp_path / "a")
 
 
 @settings(deadline=None, max_examples=200)
@@ -152,15 +150,6 @@ def test_checksums_are_not_among_the_metadata(tmp_path):
     assert TensorFile(tmp_path / "b")["x"].tolist() == [1, 2, 3]
 
 
-def test_checksums_that_are_none(tmp_path):
-    entry = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
-    for note in ("3", "{", "[" * 9000, '"x"'):
-        table = {"__metadata__": {"llmnb.crc32": note}, "x": entry}
-        by_hand(tmp_path / "a", table, bytes(2))
-        with pytest.raises(ValueError, match="not a whole safetensors file"):
-            TensorFile(tmp_path / "a")
-
-
 def test_a_table_of_megabytes_is_refused_unread(tmp_path):
     row = b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
     head = b"{" + b",".join(row % i for i in range(170_000)) + b"}"
@@ -168,8 +157,7 @@ def test_a_table_of_megabytes_is_refused_unread(tmp_path):
     path.write_bytes(len(head).to_bytes(8, "little") + head)
 
     def read():
-        with pytest.raises(ValueError, match="a: not a whole .*too long"):
-            TensorFile(path)
+        refused("a: not a whole .*too long", TensorFile, path)
 
     assert peak(read) < 1 << 20
 

@@ -7,14 +7,15 @@ import json
 import os
 import socket
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fuzz import refused
 from large import TEXT, large_encoding
+from processes import served
 
 from llmnb.text import corpus, data, reader, tokenizer
 from llmnb.text.documents import sources
@@ -29,27 +30,19 @@ def library():
     return corpus.load_corpus("stdlib")
 
 
+LEFT_OUT = (  # of tests, of packages, and tables
+    "class Test_TestCase", "class ArrayPrintingOptions", "def get_include",
+    "build_time_vars = {", "decoding_table = (", "\0", "\r",
+)  # fmt: skip
+
+
 def test_stdlib_is_source_and_manual(library):
     text = "\n".join(library)
     assert len(text) > 2_000_000
-    assert "class JSONDecoder" in text
-    assert 'The "for" statement' in text
+    assert "class JSONDecoder" in text and 'The "for" statement' in text
     assert all(isinstance(x, str) and x for x in library)
-    assert "\0" not in text
-    assert "\r" not in text
-
-
-def test_stdlib_leaves_out_tests_and_packages(library):
-    text = "\n".join(library)
-    assert "class Test_TestCase" not in text
-    assert "class ArrayPrintingOptions" not in text
-    assert "def get_include" not in text
-    assert "build_time_vars = {" not in text
-    assert "decoding_table = (" not in text
-
-
-def test_stdlib_is_the_default_and_always_the_same(library):
-    assert corpus.load_corpus() == library
+    assert not [x for x in LEFT_OUT if x in text]
+    assert corpus.load_corpus() == library, "the default, always the same"
 
 
 def test_stdlib_starts_with_a_fair_sample(library):
@@ -65,10 +58,18 @@ def test_stdlib_starts_with_a_fair_sample(library):
     assert {True, False} == set(kinds)
 
 
-@pytest.mark.parametrize("limit", [0, -5])
-def test_bad_limit(limit):
-    with pytest.raises(ValueError, match=f"at least 1, got {limit}"):
-        corpus.load_corpus("stdlib", limit=limit)
+@pytest.mark.parametrize(
+    ("source", "limit", "error", "says"),
+    [
+        ("stdlib", 0, ValueError, "at least 1, got 0"),
+        ("stdlib", -5, ValueError, "at least 1, got -5"),
+        ("wikipedia", None, FileNotFoundError, "no file called wikipedia;"),
+        ([], None, ValueError, "no text in"),
+    ],
+)
+def test_a_corpus_that_is_none(source, limit, error, says):
+    with pytest.raises(error, match=says):
+        corpus.load_corpus(source, limit)
 
 
 def test_no_source_to_be_found(monkeypatch, tmp_path):
@@ -114,22 +115,10 @@ def test_limit_cuts_the_last_document(folder, limit):
     assert texts[:-1] == WANT[: len(texts) - 1]
 
 
-@pytest.mark.parametrize("name", ["image.png", "zero.dat"])
-def test_named_file_that_is_no_text(folder, name):
-    with pytest.raises(ValueError, match=f"{name} must be UTF-8 text"):
-        corpus.load_corpus(folder / name)
-
-
-def test_no_text_at_all(folder):
-    with pytest.raises(ValueError, match="no text in"):
-        corpus.load_corpus([folder / "empty.txt"])
-    with pytest.raises(ValueError, match="no text in"):
-        corpus.load_corpus([])
-
-
-def test_unknown_name():
-    with pytest.raises(FileNotFoundError, match="no file called wikipedia;"):
-        corpus.load_corpus("wikipedia")
+def test_a_named_file_that_has_no_text(folder):
+    for name in ("image.png", "zero.dat"):
+        refused(f"{name} must be UTF-8", corpus.load_corpus, folder / name)
+    refused("no text in", corpus.load_corpus, folder / "empty.txt")
 
 
 # what lies in folders
@@ -171,8 +160,7 @@ def test_only_files_are_read(tmp_path):
         os.chdir(place)
         said = "; passed over: links to folders 1, not files 5"
         assert read(tmp_path) == (["one", "one"], said)
-    with pytest.raises(ValueError, match="b.txt must be a regular file"):
-        read(tmp_path / "b.txt")
+    refused("b.txt must be a regular file", read, tmp_path / "b.txt")
     with pytest.raises(ValueError, match="null must be a regular file"):
         read("/dev/null")
     with pytest.raises(FileNotFoundError, match=r"no file called .*d\.txt"):
@@ -240,8 +228,7 @@ def test_a_declared_encoding_that_is_none_of_text_files(tmp_path, codec):
     (tmp_path / "a.py").write_bytes(raw)
     (tmp_path / "b.py").write_text("x = 1\n")
     assert read(tmp_path) == (["x = 1\n"], "; passed over: not text 1")
-    with pytest.raises(ValueError, match=r"a\.py must be UTF-8 text"):
-        read(tmp_path / "a.py")
+    refused(r"a\.py must be UTF-8 text", read, tmp_path / "a.py")
 
 
 CODECS = {
@@ -277,10 +264,7 @@ def test_runs_and_shards_are_no_text(tmp_path):
     texts, said = read(tmp_path)
     assert texts == ["mine/config.json", "mine/unfinished.json.txt/a.txt"]
     assert said == "; passed over: runs or shards 4"
-    with pytest.raises(
-        ValueError, match="no text in .*over: runs or shards 1"
-    ):
-        read(tmp_path / "runs" / "a")
+    refused("no text in .*: runs or shards 1", read, tmp_path / "runs" / "a")
 
 
 # every kind of file
@@ -305,8 +289,7 @@ def test_packed_files_and_json_lines_are_read(tmp_path, ending):
     assert read(tmp_path) == (texts, "")
     lines = tmp_path / f"a.jsonl{ending}"
     assert read(lines, limit=8)[0] == [texts[0], "t"]
-    with pytest.raises(ValueError, match=r":1: must have a field 'body'"):
-        read(lines, field="body")
+    refused(r":1: must have a field 'body'", read, lines, field="body")
     lines.write_bytes(packed(ending, b'{"body": "x", "text": 3}\n'))
     assert read(lines, field="body")[0] == ["x"]
 
@@ -340,8 +323,7 @@ def test_bad_records_are_counted_or_refused(tmp_path, bad, says):
     raw = b"\n".join([good[0], bad, good[1], bad, bad, good[2]])
     (tmp_path / "a.jsonl").write_bytes(raw)
     says = rf"a\.jsonl:2: .*{says}.*\(--skip-bad passes over"
-    with pytest.raises(ValueError, match=says):
-        read(tmp_path)
+    refused(says, read, tmp_path)
     got = read(tmp_path, skip_bad=True)
     assert got == (["0", "1", "2"], "; passed over: bad records 3")
 
@@ -350,49 +332,38 @@ def test_a_bomb_of_newlines_is_counted_in_seconds(tmp_path):
     raw = gzip.compress(b"\n" * 200_000_000 + b'{"text": 1}\n', 1)
     (tmp_path / "a.jsonl.gz").write_bytes(raw)
     start = time.perf_counter()
-    with pytest.raises(ValueError, match=r"gz:200000001: 'text' must be text"):
-        read(tmp_path)
+    refused(r"gz:200000001: 'text' must be text", read, tmp_path)
     assert time.perf_counter() - start < 20  # line by line it takes 40
 
 
 @pytest.mark.parametrize("blank", [b" \n", b"\r\n", b"\n \n\t\n", b" " * 9999])
 def test_blank_lines_are_counted(tmp_path, blank):
-    raw = (
-        blank * (2_000 if len(blank) > 999 else 30_000)
-        + b'\n{"text": "x"}\n'
-        + blank
-        + b"\n  [3]"
-    )
+    many, long = blank * 30_000, len(blank) > 999  # a line too long
+    many = blank * 2_000 if long else many
+    raw = many + b'\n{"text": "x"}\n' + blank + b"\n  [3]"
     (tmp_path / "a.jsonl").write_bytes(raw)
-    if len(blank) > 999:  # a line too long
-        with pytest.raises(ValueError, match=r"jsonl:1: a line must have"):
-            read(tmp_path)
-    else:
-        number = raw[:-5].count(b"\n") + 1
-        with pytest.raises(
-            ValueError, match=f"jsonl:{number}: must be a JSON"
-        ):
-            read(tmp_path)
+    number = 1 if long else raw.count(b"\n") + 1
+    says = "a line must have" if long else "must be a JSON"
+    refused(f"jsonl:{number}: {says}", read, tmp_path)
 
 
 def test_a_window_that_is_too_large_is_said(tmp_path):
     zstandard = pytest.importorskip("zstandard")
-    how = zstandard.ZstdCompressionParameters(window_log=28)
-    big = zstandard.ZstdCompressor(compression_params=how).compressobj()
-    wide = big.compress(b"text " * 99) + big.flush()
+
+    def with_window(log):
+        how = zstandard.ZstdCompressionParameters(window_log=log)
+        made = zstandard.ZstdCompressor(compression_params=how).compressobj()
+        return made.compress(b"text " * 99) + made.flush()
+
+    wide = with_window(28)
     (tmp_path / "a.zst").write_bytes(wide)
     told = r"a\.zst has a zstd window of 268,435,456 bytes, .*--long=31.*=27"
-    with pytest.raises(ValueError, match=told):
-        read(tmp_path)
+    refused(told, read, tmp_path)
     # behind other frames, with a header that two reads bring
     skip = b"\x50\x2a\x4d\x18" + (1010).to_bytes(4, "little") + bytes(1010)
     (tmp_path / "a.zst").write_bytes(skip + wide)
-    with pytest.raises(ValueError, match=told):
-        read(tmp_path)
-    how = zstandard.ZstdCompressionParameters(window_log=27)
-    fits = zstandard.ZstdCompressor(compression_params=how).compressobj()
-    raw = fits.compress(b"text " * 99) + fits.flush()
-    (tmp_path / "a.zst").write_bytes(raw)
+    refused(told, read, tmp_path)
+    (tmp_path / "a.zst").write_bytes(with_window(27))
     assert read(tmp_path) == (["text " * 99], "")
 
 
@@ -450,14 +421,9 @@ def server(monkeypatch):
             pass
 
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with HTTPServer(("127.0.0.1", 0), Handler) as http:
-        thread = threading.Thread(target=http.serve_forever, args=(0.01,))
-        thread.start()
-        address = f"http://127.0.0.1:{http.server_port}/input.txt"
-        monkeypatch.setattr(corpus, "SHAKESPEARE_URL", address)
+    with served(Handler) as address:
+        monkeypatch.setattr(corpus, "SHAKESPEARE_URL", f"{address}/input.txt")
         yield Handler
-        http.shutdown()
-        thread.join()
 
 
 def test_downloaded_once(play, server, capfd, monkeypatch):
@@ -468,8 +434,7 @@ def test_downloaded_once(play, server, capfd, monkeypatch):
     assert server.asked == 1
     assert os.listdir(play.parent) == ["tinyshakespeare.txt"]
     out, err = capfd.readouterr()
-    assert out == ""
-    assert "tinyshakespeare.txt" in err and "100%" in err
+    assert out == "" and "tinyshakespeare.txt" in err and "100%" in err
 
 
 def test_a_log_gets_no_bar_of_a_download(play, server, capfd):
@@ -477,16 +442,16 @@ def test_a_log_gets_no_bar_of_a_download(play, server, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_download_with_another_hash(play, server):
-    server.reply = b"something else"
-    with pytest.raises(ValueError, match="input.txt must have the SHA-256"):
-        corpus.load_corpus("tinyshakespeare")
-    assert os.listdir(play.parent) == []
-
-
-def test_download_refused(play, server):
-    server.status = 404
-    with pytest.raises(ConnectionError, match="404.*; put it as .*LLMNB_DATA"):
+@pytest.mark.parametrize(
+    ("reply", "status", "error", "says"),
+    [
+        (b"other", 200, ValueError, "input.txt must have the SHA-256"),
+        (b"", 404, ConnectionError, "404.*; put it as .*LLMNB_DATA"),
+    ],
+)
+def test_a_download_that_is_none(play, server, reply, status, error, says):
+    server.reply, server.status = reply, status
+    with pytest.raises(error, match=says):
         corpus.load_corpus("tinyshakespeare")
     assert os.listdir(play.parent) == []
 

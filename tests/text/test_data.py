@@ -94,10 +94,8 @@ def test_shards_are_shuffled():
 
 def test_windows_that_are_left_out_have_their_turn():
     loader = DataLoader([np.arange(29)], 4, 4, seed=0)
-    seen = {
-        int(n) for _ in range(20) for x, _ in epoch(loader) for n in x[:, 0]
-    }
-    assert seen == set(range(0, 28, 4))
+    batches = [x for _ in range(20) for x, _ in epoch(loader)]
+    assert {*np.ravel(batches)[::4]} == {*range(0, 28, 4)}
 
 
 @QUICK
@@ -139,10 +137,7 @@ def test_reset_goes_back_to_the_start():
 @pytest.mark.parametrize(
     "state, message",
     [
-        (
-            {"epoch": 0},
-            r"must have epoch, shard and position, got \['epoch'\]",
-        ),
+        ({"epoch": 0}, r"epoch, shard and position, got \['epoch'\]"),
         ({"epoch": -1, "shard": 0, "position": 0}, "epoch must lie in .*-1"),
         ({"epoch": 0, "shard": 2, "position": 0}, r"shard .* \[0, 2\), got 2"),
         ({"epoch": 0, "shard": 0, "position": 6}, r"position .* got 6"),
@@ -179,11 +174,7 @@ def test_bad_state(state, message):
         (([[]], 1, 1), ValueError, "0 tokens, .* 1 x 1 needs 2"),
         (([np.arange(9)], 0, 1), ValueError, "batch_size .*, got 0"),
         (([np.arange(9)], 1, 0), ValueError, "seq_len .*, got 0"),
-        (
-            ([np.arange(9)], 1, 1.5),
-            TypeError,
-            "seq_len must be int, got float",
-        ),
+        (([np.arange(9)], 1, 1.5), TypeError, "seq_len must be int, got flo"),
         (([np.arange(9)], 1, 1, -1), ValueError, "seed .*, got -1"),
         (([np.arange(9)], 1, 1, None), TypeError, "seed must be int"),
     ],

@@ -7,11 +7,12 @@ import random
 import sys
 import time
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzz import header, mangled
+from fuzz import header, mangled, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from large import TEXT, large_encoding
@@ -53,12 +54,10 @@ def tokens_of(folder):
     return np.concatenate([read_shard(x) for x in val + train])
 
 
-def make(folder, paths, encoding, workers=2, **options):
-    work = write_shards(
-        shards_folder(folder), sources(paths), encoding, OPTIONS | options,
-        workers=workers,
-    )  # fmt: skip
-    return [*work][-1]
+def make(folder, paths, encoding, workers=2, force=False, **options):
+    folder, options = shards_folder(folder, force), OPTIONS | options
+    how = encoding, options, force, workers
+    return [*write_shards(folder, sources(paths), *how)][-1]
 
 
 # where a text may be cut
@@ -96,14 +95,8 @@ def test_a_large_document_is_encoded_as_a_whole(tmp_path, encoding, name):
 def test_a_large_vocabulary_fills_shards_of_four_bytes(tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
     encoding, out = large_encoding(), tmp_path / "out"
-    for limit in (3, None):  # stopped, and gone on with
-        work = write_shards(
-            shards_folder(out), sources([tmp_path / "a.txt"]), encoding,
-            OPTIONS | {"shard_tokens": 700},
-        )  # fmt: skip
-        for _, _ in zip(work, range(limit or 10**6), strict=False):
-            pass
-        work.close()
+    begun(out, tmp_path / "a.txt", encoding)  # stopped, and gone on with
+    make(out, [tmp_path / "a.txt"], encoding)
     whole = corpus.encode_documents(encoding, [TEXT])
     assert whole.max() > 65_536
     got = tokens_of(out)
@@ -117,8 +110,7 @@ def test_text_without_a_place_to_cut(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"x" * (documents.UNCUT - 1))
     assert len(text_of(tmp_path / "a.txt")[0]) == documents.UNCUT - 1
     (tmp_path / "a.txt").write_bytes(b"x" * (documents.UNCUT + 1))
-    with pytest.raises(ValueError, match=r"a\.txt: a blank must come within"):
-        text_of(tmp_path / "a.txt")
+    refused(r"a\.txt: a blank must come within", text_of, tmp_path / "a.txt")
 
 
 # every kind of file
@@ -128,8 +120,7 @@ def compress(name, raw):
     if name.endswith(".gz"):
         return gzip.compress(raw)
     if name.endswith(".zst"):
-        zstandard = pytest.importorskip("zstandard")
-        return zstandard.ZstdCompressor().compress(raw)
+        return pytest.importorskip("zstandard").compress(raw)
     return raw
 
 
@@ -156,16 +147,14 @@ def test_bad_files_are_named(tmp_path, name, raw, message):
     if name.endswith("zst"):
         pytest.importorskip("zstandard")
     (tmp_path / name).write_bytes(raw)
-    with pytest.raises(ValueError, match=message):
-        text_of(tmp_path / name)
+    refused(message, text_of, tmp_path / name)
 
 
 def test_the_byte_that_is_wrong_in_a_large_file(tmp_path):
     raw = bytearray("aé " * 900_000, "utf-8")
     raw[3_000_001] = 0xFF
     (tmp_path / "a.txt").write_bytes(raw)
-    with pytest.raises(ValueError, match="at byte 3,000,00[01]"):
-        text_of(tmp_path / "a.txt")
+    refused("at byte 3,000,00[01]", text_of, tmp_path / "a.txt")
 
 
 def test_a_missing_zstandard_is_named(tmp_path, monkeypatch):
@@ -183,10 +172,19 @@ def test_a_bomb_takes_no_memory(tmp_path, ending, name):
     assert path.stat().st_size < 1_000_000
 
     def read():
-        with pytest.raises(ValueError, match="at most|zero byte"):
-            text_of(path)
+        refused("at most|zero byte", text_of, path)
 
     assert peak(read) < 120_000_000
+
+
+def begun(folder, path, encoding):
+    """A folder whose work is left after four reports."""
+    place = shards_folder(folder)
+    work = write_shards(place, sources([path]), encoding, OPTIONS)
+    for _ in range(4):
+        next(work)
+    work.close()
+    return folder
 
 
 # the fuzz: a result or one clear error
@@ -223,16 +221,11 @@ def test_fuzzed_notes(tmp_path_factory, encoding, data):
     source = folder.parent / "fuzz-source.txt"
     if not source.exists():
         source.write_text("the cat sat. " * 400)
-    out = folder / "out"
-    found = sources([source])
-    work = write_shards(shards_folder(out), found, encoding, OPTIONS)
-    for _ in range(4):
-        next(work)
-    work.close()
+    out = begun(folder / "out", source, encoding)
     note = out / shards.NOTE
     note.write_bytes(data.draw(mangled(note.read_bytes())))
     try:
-        list(write_shards(shards_folder(out), found, encoding, OPTIONS))
+        make(out, [source], encoding)
     except ValueError as error:
         assert "start anew" in str(error) or "place to go" in str(error)
     except FileNotFoundError as error:
@@ -302,18 +295,14 @@ def test_a_last_shard_that_is_full(tmp_path, encoding):
 
 def test_stopped_after_every_report(tmp_path, texts, encoding, small_batches):
     make(tmp_path / "whole", [texts], encoding)
-    found, stops = sources([texts]), 0
-    while True:
+    found, stops, left = sources([texts]), 0, True
+    while left:
         folder = shards_folder(tmp_path / "parts")
         work = write_shards(folder, found, encoding, OPTIONS, workers=2)
         stops += 1
-        reports = 0
-        for reports, _ in enumerate(work, 1):
-            if reports == 3 and stops < 40:
-                break
+        list(islice(work, 3 if stops < 40 else None))
         work.close()
-        if not (folder / shards.NOTE).exists():
-            break
+        left = (folder / shards.NOTE).exists()
     assert stops > 10
     assert written(tmp_path / "parts") == written(tmp_path / "whole")
 
@@ -346,10 +335,8 @@ def test_killed_at_every_renaming(tmp_path, texts, encoding, place):
     renames = 2 + 2 * (len(written(tmp_path / "whole")) - 1)
     for left in range(1, renames + 2):
         out = tmp_path / f"out{left}"
-        code = KILLED.format(
-            ranks=str(tmp_path / "ranks"),
-            out=str(out), texts=str(texts), options=options,
-        )  # fmt: skip
+        paths = {"ranks": str(tmp_path / "ranks"), "texts": str(texts)}
+        code = KILLED.format(**paths, out=str(out), options=options)
         got = python(code, left, place).returncode
         assert got == (9 if left <= renames else 0)
         if got:
@@ -360,23 +347,12 @@ def test_killed_at_every_renaming(tmp_path, texts, encoding, place):
 # what is refused
 
 
-def begun(folder, texts, encoding):
-    work = write_shards(
-        shards_folder(folder), sources([texts]), encoding, OPTIONS
-    )
-    for _ in range(4):
-        next(work)
-    work.close()
-    return folder
-
-
 def test_another_option_on_restart_is_refused(tmp_path, texts, encoding):
     out = begun(tmp_path / "out", texts, encoding)
     before = written(out)
     with pytest.raises(ValueError, match="shard_tokens 1000, not 2000"):
         make(out, [texts], encoding, shard_tokens=2000)
-    with pytest.raises(ValueError, match="the tokenizer has changed"):
-        make(out, [texts], tokenizer.byte())
+    refused("the tokenizer has changed", make, out, [texts], tokenizer.byte())
     assert written(out) == before
 
 
@@ -386,10 +362,8 @@ def test_another_corpus_on_restart_is_refused(tmp_path, encoding):
     out = begun(tmp_path / "out", path, encoding)
     path.write_text("the cat sat on the hat. " * 900)
     os.utime(path, ns=(1, 1))
-    with pytest.raises(ValueError, match="the corpus has changed"):
-        make(out, [path], encoding)
-    folder = shards_folder(out, force=True)
-    list(write_shards(folder, sources([path]), encoding, OPTIONS, force=True))
+    refused("the corpus has changed", make, out, [path], encoding)
+    make(out, [path], encoding, force=True)
     make(tmp_path / "whole", [path], encoding)
     assert written(out) == written(tmp_path / "whole")
 
@@ -397,20 +371,10 @@ def test_another_corpus_on_restart_is_refused(tmp_path, encoding):
 def test_a_lost_shard_on_restart_is_refused(tmp_path, texts, encoding):
     out = begun(tmp_path / "out", texts, encoding)
     write_shard(out / "val_000000.bin", [1, 2, 3])
-    with pytest.raises(ValueError, match=r"val_000000\.bin must have 1000"):
-        make(out, [texts], encoding)
+    refused(r"val_000000\.bin must have 1000", make, out, [texts], encoding)
     (out / "val_000000.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"val_000000\.bin"):
         make(out, [texts], encoding)
-
-
-def test_a_folder_in_use_is_refused(tmp_path, texts, encoding):
-    make(tmp_path / "out", [texts], encoding)
-    with pytest.raises(FileExistsError, match="is not empty"):
-        shards_folder(tmp_path / "out")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(FileExistsError, match="is a file"):
-        shards_folder(tmp_path / "file")
 
 
 def test_a_folder_of_another_process_is_refused(tmp_path, texts, encoding):
@@ -431,12 +395,10 @@ def test_a_folder_of_another_process_is_refused(tmp_path, texts, encoding):
 
 def test_a_folder_that_was_filled_meanwhile(tmp_path, texts, encoding):
     """Between the first look and the lock, another process did it all."""
-    folder = shards_folder(tmp_path / "out")
+    folder, found = shards_folder(tmp_path / "out"), sources([texts])
     make(tmp_path / "out", [texts], encoding)
     before = written(folder)
-    work = write_shards(
-        folder, sources([texts]), encoding, OPTIONS | {"shard_tokens": 700}
-    )
+    work = write_shards(folder, found, encoding, OPTIONS)
     with pytest.raises(FileExistsError, match="is not empty"):
         next(work)
     assert written(folder) == before
@@ -463,9 +425,7 @@ def test_force_removes_the_old_shards_and_nothing_else(
     make(out, [texts], encoding)
     (out / "notes.txt").write_text("mine")
     (out / "my_train_000001.bin").write_text("mine too")
-    folder = shards_folder(out, force=True)
-    options = OPTIONS | {"shard_tokens": 10**6}
-    list(write_shards(folder, sources([texts]), encoding, options, True))
+    make(out, [texts], encoding, force=True, shard_tokens=10**6)
     assert sorted(written(out)) == [
         "my_train_000001.bin", "notes.txt", "tokenizer.tiktoken",
         "train.bin", "val.bin",
@@ -477,9 +437,8 @@ def test_an_error_with_force_leaves_the_old_shards(tmp_path, texts, encoding):
     make(out, [texts], encoding)
     before = written(out)
     (tmp_path / "bad.jsonl").write_text("{")
-    bad = sources([tmp_path / "bad.jsonl"])
     with pytest.raises(ValueError, match="must be JSON"):
-        list(write_shards(out, bad, encoding, OPTIONS, True))
+        make(out, [tmp_path / "bad.jsonl"], encoding, force=True)
     assert written(out) == before
 
 
@@ -495,8 +454,7 @@ def test_an_error_with_force_leaves_the_old_shards(tmp_path, texts, encoding):
     ],
 )
 def test_bad_options(tmp_path, texts, encoding, options, message):
-    with pytest.raises(ValueError, match=message):
-        make(tmp_path / "out", [texts], encoding, **options)
+    refused(message, make, tmp_path / "out", [texts], encoding, **options)
 
 
 def test_no_text_at_all(tmp_path, encoding):

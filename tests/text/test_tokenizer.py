@@ -8,6 +8,7 @@ import pytest
 import regex
 import tiktoken
 import tiktoken.load
+from fuzz import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spelling import STORY, TEXT, tokens_of
@@ -15,15 +16,6 @@ from spelling import STORY, TEXT, tokens_of
 from llmnb.text import bpe, tokenizer
 
 QUICK = settings(max_examples=25, deadline=None, derandomize=True)
-
-
-@pytest.mark.parametrize("rank", ["9" * 5000, "1" * 10, "\u0663", "-1"])
-def test_ranks_that_are_no_numbers(tmp_path, rank):
-    path = tmp_path / "a.tiktoken"
-    path.write_text(f"YQ== {rank}\n", "utf-8")
-    with pytest.raises(ValueError, match=":1: the rank must be") as error:
-        tokenizer.load(path)
-    assert len(str(error.value)) < 400
 
 
 # files
@@ -55,8 +47,7 @@ def test_save_replaces_and_leaves_the_old_file_when_it_fails(story, tmp_path):
         mergeable_ranks={bytes([i]): i for i in range(256)},
         special_tokens={"<|stop|>": 256},
     )
-    with pytest.raises(ValueError, match=r"the last rank, got \['<|stop|>'\]"):
-        tokenizer.save(other, path)
+    refused(r"the last rank, got \['<|stop|>'\]", tokenizer.save, other, path)
     assert path.read_bytes() == before
     tokenizer.save(tokenizer.byte(), path)
     assert tokenizer.load(path).n_vocab == 257
@@ -76,9 +67,10 @@ BYTES = [line(bytes([i]), i) for i in range(256)]
         ([*BYTES, "é= 256"], ":257: the token must be base64"),
         ([*BYTES, "YWI="], ":257: a line must be a token and its rank"),
         ([*BYTES, "YWI= 256 1"], ":257: a line must be a token and its rank"),
-        ([*BYTES, "YWI= x"], ":257: the rank must be a whole number"),
-        ([*BYTES, "YWI= -1"], ":257: the rank must be a whole number"),
-        ([*BYTES, "YWI= 1.0"], ":257: the rank must be a whole number"),
+        *(
+            ([*BYTES, f"YWI= {x}"], ":257: the rank must be a whole number")
+            for x in ("x", "-1", "1.0", "9" * 5000, "1" * 10, "\u0663")
+        ),
         ([*BYTES, line(b"ab", 7)], ":257: rank 7 comes twice"),
         ([*BYTES, line(b"a", 256)], ":257: b'a' comes twice"),
         ([*BYTES, line(b"ab", 257)], "no token of rank 256"),
@@ -89,10 +81,7 @@ BYTES = [line(bytes([i]), i) for i in range(256)]
 def test_malformed_file(tmp_path, lines, message):
     path = tmp_path / "bad.tiktoken"
     path.write_text("\n".join(lines), "utf-8")
-    with pytest.raises(ValueError, match=message) as error:
-        tokenizer.load(path)
-    assert str(path) in str(error.value)
-    assert "\n" not in str(error.value)
+    refused(message, tokenizer.load, path)
 
 
 def test_blank_lines_and_windows_line_ends_are_read(tmp_path):

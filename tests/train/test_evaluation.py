@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 from commands import BYTES
+from fuzz import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,9 +51,8 @@ def model_of(batch_size, seq_len, precision="fp64"):
     model = GPT2(CFG, batch_size, seq_len, "reference", precision, seed=7)
     rng = np.random.RandomState(7)
     for name in ("wte", "wpe"):
-        model.params[name][: CFG.vocab_size] = rng.normal(
-            0, 0.5, model.params[name][: CFG.vocab_size].shape
-        )
+        known = model.params[name][: CFG.vocab_size]
+        known[:] = rng.normal(0, 0.5, known.shape)
     return model
 
 
@@ -165,17 +165,14 @@ def test_choices(tmp_path, batch_size):
     alone = model_of(1, 48)
     got = list(choices_of(model_of(batch_size, 48), examples))
     assert [x.label for x in got] == [0, 1, 2]
-    for example, choice in zip(examples, got, strict=True):
-        sums, means = [], []
-        for ending in example.endings:
-            row = np.concatenate([example.context, ending])
-            losses = plain_losses(alone, row)[len(example.context) - 1 :]
-            assert len(losses) == len(ending)
-            sums.append(losses.sum())
-            means.append(losses.mean())
+    for (first, endings, _), choice in zip(examples, got, strict=True):
+        rows = [np.concatenate([first, x]) for x in endings]
+        losses = [plain_losses(alone, x)[len(first) - 1 :] for x in rows]
+        assert [*map(len, losses)] == [*map(len, endings)]
+        means = [x.mean() for x in losses]
         assert np.allclose(choice.losses, means, atol=1e-12)
         assert choice.by_mean == np.argmin(means)
-        assert choice.by_sum == np.argmin(sums)
+        assert choice.by_sum == np.argmin([x.sum() for x in losses])
 
 
 def test_the_sum_prefers_short_endings():
@@ -262,9 +259,7 @@ def changed(raw, place, value, size):
 def test_bad_files(binary, change, message):
     path, _ = binary
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(ValueError, match=message) as error:
-        read_examples(path)
-    assert str(error.value).startswith(str(path))
+    refused(message, read_examples, path)
 
 
 @pytest.mark.parametrize(
@@ -284,40 +279,29 @@ def test_bad_files(binary, change, message):
     ],
 )
 def test_bad_lines(tmp_path, line, message):
-    good = lines_of(tmp_path / "a.jsonl").read_text()
+    path, byte, tally = tmp_path / "a.jsonl", tokenizer.byte(), Tally()
+    good = lines_of(path).read_text()
     bad = line if isinstance(line, str) else json.dumps(line)
-    (tmp_path / "a.jsonl").write_text(f"{good}\n{bad}")
-    with pytest.raises(ValueError, match=rf"a\.jsonl:4: ?.*{message}"):
-        read_examples_json(tmp_path / "a.jsonl", tokenizer.byte())
-
-
-def test_bad_lines_are_passed_over_when_asked_for(tmp_path):
-    good = lines_of(tmp_path / "a.jsonl").read_text()
-    bad = ['{"ctx": null}', "[", json.dumps({"ctx": "\ud800"}), '{"ctx": "a"}']
-    (tmp_path / "a.jsonl").write_text("\n".join([*bad[:2], good, *bad[2:]]))
-    byte, tally = tokenizer.byte(), Tally()
-    with pytest.raises(ValueError, match=r"a\.jsonl:1: 'ctx' must be text"):
-        read_examples_json(tmp_path / "a.jsonl", byte)
-    found = read_examples_json(tmp_path / "a.jsonl", byte, True, tally)
+    path.write_text(f"{good}\n{bad}\n{bad}")
+    refused(rf"a\.jsonl:4: ?.*{message}", read_examples_json, path, byte)
+    found = read_examples_json(path, byte, True, tally)
     assert [x.label for x in found] == [0, 1, 2]
-    assert tally.words() == "; passed over: bad records 4"
-    (tmp_path / "a.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="holds no example"):
-        read_examples_json(tmp_path / "a.jsonl", byte)
+    assert tally.words() == "; passed over: bad records 2"
+    path.write_text(bad)
+    refused("holds no example", read_examples_json, path, byte, True, tally)
 
 
 @pytest.mark.parametrize(
-    "example, message",
+    "examples, message",
     [
-        (Example(np.zeros(40_000, int), [[1]] * 4, 0), "less than 65536 byt"),
-        (Example(np.array([70_000]), [[1]] * 4, 0), "tokens below 65536"),
+        ([Example(np.zeros(40_000, int), [[1]] * 4, 0)], "less than 65536 by"),
+        ([Example(np.array([70_000]), [[1]] * 4, 0)], "tokens below 65536"),
+        ([], "no examples"),
     ],
 )
-def test_examples_that_cannot_be_written(tmp_path, example, message):
+def test_examples_that_cannot_be_written(tmp_path, examples, message):
     with pytest.raises(ValueError, match=message):
-        write_examples(tmp_path / "a.bin", [example])
-    with pytest.raises(ValueError, match="no examples"):
-        write_examples(tmp_path / "a.bin", [])
+        write_examples(tmp_path / "a.bin", examples)
     assert not list(tmp_path.iterdir())
 
 
@@ -404,10 +388,7 @@ def test_eval_says_what_it_left_out(saved, llmnb):
     [
         ("m.bin", "name a file: --text FILE or --hellaswag FILE"),
         ("none --text a.txt", "there is no run none"),
-        (
-            "m.bin --text a.txt --tokenizer gpt2",
-            "m.bin has 257 tokens, the tokenizer gpt2",
-        ),
+        ("m.bin --text a.txt --tokenizer gpt2", "tokens, the tokenizer gpt2"),
         ("m.bin --text a.txt", "m.bin: which tokenizer? None of"),
         ("m.bin --tokenizer byte --text none", "no file called none"),
         ("m.bin --tokenizer byte --text a.txt --stride 99", "lie in [1, 48]"),
@@ -418,16 +399,11 @@ def test_eval_says_what_it_left_out(saved, llmnb):
     ],
 )
 def test_mistakes_get_one_line(saved, llmnb, monkeypatch, command, message):
-    if "tokenizer gpt2" in command:
-        monkeypatch.setattr(
-            tokenizer, "gpt2", lambda: from_tokens("gpt2", TOKENS)
-        )
+    tokens = [bytes([i]) for i in range(256)] + [b"ab"]
+    monkeypatch.setattr(tokenizer, "gpt2", lambda: from_tokens("", tokens))
     (saved / "a.txt").write_text("text")
     code, _, err = llmnb("eval", *command.split())
     assert code == 1 and message in err and err.count("\n") == 1
-
-
-TOKENS = [bytes([i]) for i in range(256)] + [b"ab"]
 
 
 def test_more_ranks_than_windows():

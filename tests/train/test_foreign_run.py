@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from itertools import islice
 
 import numpy as np
 import pytest
@@ -16,7 +15,8 @@ from llamas import (
     write_llama,
     write_sentencepiece,
 )
-from runs import TINY, cut, files_of, straight, weights
+from runs import TINY, cut, cut_and_resumed, files_of, straight, weights
+from tiktoken import Encoding
 
 from llmnb.formats.foreign import Foreign
 from llmnb.formats.shard import read_shard, write_shard
@@ -60,25 +60,24 @@ def test_a_resumed_run_of_every_family_is_the_straight_run(
         shape["window"] = FAMILIES[family]["window"]
     config = replace(TINY, arch=family, backend=backend, **shape)
     assert config.micro_batches == 2
-    want, _ = straight(tmp_path / "a", config)
-    cut(tmp_path / "b", 8, config)
-    run, warnings = resume(tmp_path / "b")
-    assert (warnings, run.at.step) == ([], 5)
+    run, want = cut_and_resumed(tmp_path, 8, config)
     assert run.model.cfg == want.model.cfg and run.model.cfg.family == family
-    list(follow(run))
-    assert np.array_equal(weights(run), weights(want)) and run.at == want.at
-    finish(want)
-    finish(run)
-    assert files_of(tmp_path / "b") == files_of(tmp_path / "a")
     assert "model.safetensors" in files_of(tmp_path / "b")
     model, _, _ = load_run(tmp_path / "b")
     assert np.array_equal(model.memory.flat("params"), weights(run))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_is_tuned_with_its_own_tokenizer(tmp_path, corpus, family):
-    init = write_llama(tmp_path / "hub", family)
+@pytest.mark.parametrize(
+    ("family", "tokenizer", "name", "ends"),
+    [(x, write_json, "json", (0, 1)) for x in FAMILIES]
+    + [("llama", write_sentencepiece, "model", (1, 2))],
+)
+def test_a_family_is_tuned_with_its_own_tokenizer(
+    tmp_path, corpus, family, tokenizer, name, ends
+):
+    init = write_llama(tmp_path / "hub", family, tokenizer)
     config = starting_from(init, **corpus, **QUICK)
+    assert config.tokenizer == str(init / f"tokenizer.{name}")
     cfg = cfg_of(family)
     assert (config.arch, config.channels) == (family, 16)
     assert config.num_kv_heads == cfg.num_kv_heads
@@ -88,8 +87,7 @@ def test_a_family_is_tuned_with_its_own_tokenizer(tmp_path, corpus, family):
     assert run.model.cfg == start.cfg
     assert np.array_equal(weights(run), start.memory.flat("params"))
     list(follow(run))
-    other = begin(run_folder(tmp_path / "b"), config)
-    list(islice(follow(other), 3))
+    cut(tmp_path / "b", 3, config)
     again, _ = resume(tmp_path / "b")
     assert isinstance(again.data.encoding, Foreign)
     list(follow(again))
@@ -99,7 +97,7 @@ def test_a_family_is_tuned_with_its_own_tokenizer(tmp_path, corpus, family):
     _, encoding, _ = load_run(tmp_path / "a")
     want = open_encoding(init)
     assert encoding.encode_ordinary(TEXT) == want.encode_ordinary(TEXT)
-    assert (encoding.bos_token, encoding.eot_token) == (0, 1)
+    assert (encoding.bos_token, encoding.eot_token) == ends
 
 
 def test_options_that_contradict_the_checkpoint(tmp_path):
@@ -125,16 +123,12 @@ def test_documents_begin_as_the_tokenizer_says(tmp_path, begins):
     assert tokens.tolist() == [*want, *low, *want, *new]
     one = encode_documents(encoding, ["low<|endoftext|>new"], endoftext=True)
     assert one.tolist() == tokens.tolist()
+    gpt2s = tokenizer.byte()
+    assert document_start(gpt2s) == [256] == [text_start(gpt2s)]
 
 
-def test_gpt2s_documents_begin_as_ever():
-    encoding = tokenizer.byte()
-    assert document_start(encoding) == [256] == [text_start(encoding)]
-
-
-@pytest.mark.parametrize("begins", [True, False])
-def test_a_foreign_tokenizer_takes_long_blanks(tmp_path, begins):
-    write_json(tmp_path, begins)
+def test_a_foreign_tokenizer_takes_long_blanks(tmp_path):
+    write_json(tmp_path)
     encoding = open_encoding(tmp_path)
     text = "low" + " " * 100_000 + "new\n" * 3
     ids = tokenizer.encode_text(encoding, text)
@@ -154,21 +148,6 @@ def test_a_text_is_scored_behind_its_start(tmp_path, begins):
     assert score.nats == losses.sum()
 
 
-def test_a_sentencepiece_is_kept_and_found(tmp_path, corpus):
-    init = write_llama(tmp_path / "hub", tokenizer=write_sentencepiece)
-    config = starting_from(init, **corpus, **QUICK)
-    assert config.tokenizer == str(init / "tokenizer.model")
-    run = begin(run_folder(tmp_path / "a"), config)
-    list(islice(follow(run), 3))
-    run, _ = resume(tmp_path / "a")
-    list(follow(run))
-    finish(run)
-    _, encoding, _ = load_run(tmp_path / "a")
-    want = open_encoding(init)
-    assert encoding.encode_ordinary(TEXT) == want.encode_ordinary(TEXT)
-    assert encoding.bos_token == 1
-
-
 def test_a_run_in_a_folder_in_use_has_its_own_tokenizer_and_model(
     tmp_path, corpus
 ):
@@ -179,20 +158,16 @@ def test_a_run_in_a_folder_in_use_has_its_own_tokenizer_and_model(
     finish(straight(tmp_path / "a", plain)[0])
     assert weights_path(tmp_path / "a").name == "model.bin"
     tuned = starting_from(write_llama(tmp_path / "hub"), **QUICK, **corpus)
-    run = begin(run_folder(tmp_path / "a", force=True), tuned)
-    list(follow(run))
-    finish(run)
-    model, encoding, _ = load_run(tmp_path / "a")
-    assert model.cfg.family == "llama" and isinstance(encoding, Foreign)
-    names = {x.name for x in (tmp_path / "a").iterdir()}
-    assert not names & {"model.bin", "tokenizer.tiktoken"}
-    run = begin(run_folder(tmp_path / "a", force=True), plain)
-    list(follow(run))
-    finish(run)
-    model, encoding, _ = load_run(tmp_path / "a")
-    assert model.cfg.family == "gpt2" and encoding.n_vocab == 257
-    names = {x.name for x in (tmp_path / "a").iterdir()}
-    assert not names & {"model.safetensors", "tokenizer.json"}
+    for config, family, kind, gone in (
+        (tuned, "llama", Foreign, {"model.bin", "tokenizer.tiktoken"}),
+        (plain, "gpt2", Encoding, {"model.safetensors", "tokenizer.json"}),
+    ):
+        run = begin(run_folder(tmp_path / "a", force=True), config)
+        list(follow(run))
+        finish(run)
+        model, encoding, _ = load_run(tmp_path / "a")
+        assert model.cfg.family == family and type(encoding) is kind
+        assert not gone & {x.name for x in run.folder.iterdir()}
 
 
 def test_a_folder_with_another_tokenizer_is_not_written_over(tmp_path):
@@ -222,6 +197,8 @@ def test_a_json_of_gpt2s_kind_with_other_ends_stays_what_it_is(tmp_path):
 
 # more tokens than two bytes can number
 
+LARGE = {"num_layers": 1, "num_heads": 2, "channels": 8} | QUICK
+
 
 def large_shards(folder):
     """Shards of a text in 70,000 tokens, and its tokenizer."""
@@ -236,16 +213,9 @@ def large_shards(folder):
 def test_a_run_of_a_large_vocabulary_goes_on_from_shards(tmp_path, read_files):
     shards = large_shards(tmp_path / "shards")
     assert read_shard(shards / "val.bin").max() > 65_536
-    shape = {"num_layers": 1, "num_heads": 2, "channels": 8}
-    config = TrainConfig(**shape, **QUICK, shards=str(shards), arch="llama")
-    want = begin(run_folder(tmp_path / "a"), config)
-    assert want.model.cfg.vocab_size == 70_000
-    list(follow(want))
-    cut(tmp_path / "b", 3, config)
-    run, warnings = resume(tmp_path / "b")
-    assert warnings == []
-    list(follow(run))
-    assert np.array_equal(weights(run), weights(want))
+    config = TrainConfig(**LARGE, shards=str(shards), arch="llama")
+    run, _ = cut_and_resumed(tmp_path, 3, config)
+    assert run.model.cfg.vocab_size == 70_000
     assert all(np.isfinite(x) for x in run.at.losses)
 
 
@@ -253,11 +223,9 @@ def test_a_corpus_of_a_large_vocabulary_is_its_shards(tmp_path, read_files):
     """The text of a run is the same in shards and in memory."""
     shards = large_shards(tmp_path / "shards")
     (tmp_path / "a.txt").write_text(LETTERS)
-    shape = {"num_layers": 1, "num_heads": 2, "channels": 8}
     named = {"tokenizer": str(shards / "tokenizer.tiktoken")}
-    config = TrainConfig(
-        **shape, **QUICK, **named, corpus=(str(tmp_path / "a.txt"),)
-    )
+    named["corpus"] = (str(tmp_path / "a.txt"),)
+    config = TrainConfig(**LARGE, **named)
     data = prepare(config)
     write_shard(shards / "val.bin", data.val_tokens, 70_000)
     write_shard(shards / "train.bin", data.train_tokens, 70_000)
@@ -275,9 +243,7 @@ def test_a_corpus_of_a_large_vocabulary_is_its_shards(tmp_path, read_files):
 
 def test_the_record_of_a_run_names_its_architecture(tmp_path, corpus):
     init = write_llama(tmp_path / "hub", "gemma3_text")
-    run = begin(
-        run_folder(tmp_path / "a"), starting_from(init, **corpus, **QUICK)
-    )
+    run = cut(tmp_path / "a", 0, starting_from(init, **corpus, **QUICK))
     said = json.loads((tmp_path / "a" / "config.json").read_text())["config"]
     assert said["arch"] == "gemma3_text" and said["init"] == str(init)
     run.lock.release()

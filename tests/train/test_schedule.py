@@ -9,40 +9,27 @@ from hypothesis import strategies as st
 from llmnb.train.schedule import KINDS, learning_rate
 
 
-def test_warm_up_is_a_staircase():
-    for kind in KINDS:
-        rates = [learning_rate(s, 0.3, 3, 10, kind) for s in range(4)]
-        assert rates == pytest.approx([0.1, 0.2, 0.3, 0.3])
-
-
-def test_cosine():
-    # halfway down it is half way between peak and end
-    assert learning_rate(60, 2.0, 20, 100, "cosine", 0.5) == 1.5
-    want = 2.0 * (1 + math.cos(math.pi / 4)) / 2
-    assert learning_rate(40, 2.0, 20, 100) == pytest.approx(want)
-
-
-def test_linear():
-    assert learning_rate(40, 2.0, 20, 100, "linear") == pytest.approx(1.5)
-    assert learning_rate(60, 2.0, 20, 100, "linear", 0.5) == 1.5
-
-
-def test_constant():
-    rates = {learning_rate(s, 2.0, 0, 9, "constant", 0.1) for s in range(20)}
-    assert rates == {2.0}
-
-
-def test_wsd():
-    assert learning_rate(80, 2.0, 20, 100, "wsd") == 2.0
-    assert learning_rate(85, 2.0, 20, 100, "wsd") == pytest.approx(1.0)
-    want = 2.0 * (0.1 + 0.9 * (1 - math.sqrt(0.5)))
-    got = learning_rate(90, 2.0, 20, 100, "wsd", 0.1)
-    assert got == pytest.approx(want)
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_warm_up_starts_at_the_peak(kind):
+def test_warm_up_is_a_staircase(kind):
+    rates = [learning_rate(s, 0.3, 3, 10, kind) for s in range(4)]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.3])
     assert learning_rate(0, 0.7, 0, 100, kind, 0.1) == pytest.approx(0.7)
+
+
+@pytest.mark.parametrize(
+    ("kind", "step", "final", "rate"),
+    [
+        ("cosine", 40, 0.0, 1 + math.cos(math.pi / 4)),
+        ("cosine", 60, 0.5, 1.5),  # half way down, and so between the two
+        ("linear", 40, 0.0, 1.5), ("linear", 60, 0.5, 1.5),
+        ("constant", 20, 0.1, 2.0), ("constant", 120, 0.1, 2.0),
+        ("wsd", 80, 0.0, 2.0), ("wsd", 85, 0.0, 1.0),
+        ("wsd", 90, 0.1, 2.0 * (0.1 + 0.9 * (1 - math.sqrt(0.5)))),
+    ],
+)  # fmt: skip
+def test_the_way_down(kind, step, final, rate):
+    found = learning_rate(step, 2.0, 20, 100, kind, final)
+    assert found == pytest.approx(rate)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
