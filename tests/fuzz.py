@@ -1,5 +1,6 @@
 """Damaged copies of good files: a reader must answer or give one error."""
 
+import gzip
 import json
 import shutil
 import tracemalloc
@@ -91,6 +92,15 @@ def refused(says, read, path, *args, **how):
     text = str(error.value)
     assert str(path) in text and "\n" not in text
     assert len(text.replace(str(path), "")) < 500
+
+
+def packed(name, raw):
+    """Bytes as a file of that name holds them, by its ending."""
+    if name.endswith(".gz"):
+        return gzip.compress(raw, mtime=0)
+    if name.endswith(".zst"):
+        return pytest.importorskip("zstandard").compress(raw)
+    return raw
 
 
 def header(*numbers):

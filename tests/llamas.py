@@ -47,23 +47,45 @@ def cfg_of(family, vocab_size=300, **others):
     return ARCHITECTURES[family](*sizes, **FAMILIES[family], **others)
 
 
+def byte_level(text=TEXT, markup=MARKUP, size=300, digits=False):
+    """The library's byte-level BPE of a text; digits: each stands alone."""
+    library = pytest.importorskip("tokenizers")
+    before = library.pre_tokenizers
+    theirs = library.Tokenizer(library.models.BPE())
+    steps = [before.Digits(individual_digits=True)] * digits
+    steps.append(before.ByteLevel(add_prefix_space=False))
+    theirs.pre_tokenizer = before.Sequence(steps)
+    theirs.decoder = library.decoders.ByteLevel()
+    how = {"vocab_size": size, "special_tokens": markup}
+    how |= {"initial_alphabet": before.ByteLevel.alphabet()}
+    trainer = library.trainers.BpeTrainer(show_progress=False, **how)
+    theirs.train_from_iterator([text] * 4, trainer)
+    return theirs
+
+
+def sentencepiece(lines=(TEXT,), **how):
+    """The bytes of SentencePiece's BPE of some lines."""
+    library, file = pytest.importorskip("sentencepiece"), io.BytesIO()
+    library.SentencePieceTrainer.train(
+        sentence_iterator=iter([*lines] * 4), model_writer=file,
+        model_type="bpe", minloglevel=2, **how,
+    )  # fmt: skip
+    return file.getvalue()
+
+
+def begin_with(theirs, text, number):
+    """Have the library's tokenizer put a token before each text."""
+    library = pytest.importorskip("tokenizers")
+    theirs.post_processor = library.processors.TemplateProcessing(
+        single=f"{text} $A", special_tokens=[(text, number)]
+    )
+
+
 def write_json(folder, begins=True):
     """A byte-level tokenizer.json, and what says how a text begins."""
-    library = pytest.importorskip("tokenizers")
-    before = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    theirs = library.Tokenizer(library.models.BPE())
-    theirs.pre_tokenizer = before
-    theirs.decoder = library.decoders.ByteLevel()
-    alphabet = library.pre_tokenizers.ByteLevel.alphabet()
-    trainer = library.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=MARKUP, show_progress=False,
-        initial_alphabet=alphabet,
-    )  # fmt: skip
-    theirs.train_from_iterator([TEXT] * 4, trainer)
+    theirs = byte_level()
     if begins:
-        theirs.post_processor = library.processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", 0)]
-        )
+        begin_with(theirs, "<s>", 0)
     theirs.save(str(folder / "tokenizer.json"))
     said = {"bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(said))
@@ -71,13 +93,9 @@ def write_json(folder, begins=True):
 
 def write_sentencepiece(folder):
     """A tokenizer.model of SentencePiece's BPE, of 300 pieces."""
-    library, file = pytest.importorskip("sentencepiece"), io.BytesIO()
-    library.SentencePieceTrainer.train(
-        sentence_iterator=iter([TEXT] * 4), model_writer=file, vocab_size=300,
-        model_type="bpe", byte_fallback=True, hard_vocab_limit=False,
-        minloglevel=2,
-    )  # fmt: skip
-    (folder / "tokenizer.model").write_bytes(file.getvalue())
+    how = {"byte_fallback": True, "hard_vocab_limit": False}
+    raw = sentencepiece(vocab_size=300, **how)
+    (folder / "tokenizer.model").write_bytes(raw)
 
 
 def write_llama(folder, family="llama", tokenizer=write_json, **how):

@@ -1,6 +1,5 @@
 """Tokenizers of other models, which the tests train through libraries."""
 
-import io
 import json
 import sys
 
@@ -9,7 +8,7 @@ import pytest
 from fuzz import answer, mangled, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llamas import write_gguf
+from llamas import begin_with, byte_level, sentencepiece, write_gguf
 
 from llmnb.formats.foreign import (
     foreign_gguf,
@@ -19,7 +18,7 @@ from llmnb.formats.foreign import (
 )
 from llmnb.formats.vocabulary import open_encoding
 
-tokenizers = pytest.importorskip("tokenizers")
+pytest.importorskip("tokenizers")
 
 TEXT = (
     "The lowest of the newer towers fell in 1997; the newest, lower than "
@@ -33,33 +32,22 @@ PROBE = (
 MARKUP = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def byte_level(cut="smollm", size=330):
+def trained(cut="smollm", size=330):
     """A byte-level BPE, trained on a few lines."""
-    before, library = tokenizers.pre_tokenizers, tokenizers
-    theirs = library.Tokenizer(library.models.BPE())
-    steps = [before.Digits(individual_digits=True)] * (cut == "smollm")
-    steps.append(before.ByteLevel(add_prefix_space=False))
-    theirs.pre_tokenizer = before.Sequence(steps)
-    theirs.decoder = library.decoders.ByteLevel()
-    how = {"vocab_size": size, "special_tokens": MARKUP}
-    how |= {"initial_alphabet": before.ByteLevel.alphabet()}
-    trainer = library.trainers.BpeTrainer(show_progress=False, **how)
-    theirs.train_from_iterator([TEXT] * 4, trainer)
-    return theirs
+    return byte_level(TEXT, MARKUP, size, cut == "smollm")
 
 
-def folder_of(theirs, folder, eos="<|im_end|>", **config):
+def folder_of(theirs, folder):
     """A tokenizer.json, with what transformers writes beside it."""
-    folder.mkdir(exist_ok=True)
     theirs.save(str(folder / "tokenizer.json"))
-    said = {"bos_token": "<|im_start|>", "eos_token": eos} | config
+    said = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(said))
     return folder / "tokenizer.json"
 
 
 @pytest.fixture
 def theirs():
-    return byte_level()
+    return trained()
 
 
 @pytest.fixture
@@ -80,7 +68,7 @@ def test_a_text_has_the_librarys_tokens(ours, theirs):
 def kept(tmp_path_factory):
     """A tokenizer for many texts."""
     folder = tmp_path_factory.mktemp("foreign")
-    return foreign_json(folder_of(byte_level(), folder))
+    return foreign_json(folder_of(trained(), folder))
 
 
 @settings(max_examples=100, deadline=None)
@@ -132,9 +120,7 @@ def test_its_ends_come_from_the_files_beside_it(theirs, tmp_path):
 
 def test_a_begin_is_known_where_the_library_puts_one(theirs, tmp_path):
     start = theirs.token_to_id("<|im_start|>")
-    theirs.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]
-    )
+    begin_with(theirs, "<|im_start|>", start)
     ours = foreign_json(folder_of(theirs, tmp_path))
     assert ours.bos_token == start
     assert start not in ours.encode_ordinary(TEXT)
@@ -183,22 +169,13 @@ def test_what_is_no_tokenizer_is_refused(raw, says, tmp_path):
 # SentencePiece
 
 
-def sentencepiece(**how):
-    """The bytes of a SentencePiece BPE, trained on these lines."""
-    library, file = pytest.importorskip("sentencepiece"), io.BytesIO()
-    library.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT.splitlines() * 4), model_writer=file,
-        model_type="bpe", minloglevel=2, **how,
-    )  # fmt: skip
-    return file.getvalue()
-
-
 @pytest.fixture(scope="module")
 def proto():
-    """One with bytes to fall back on, as Llama 2's."""
+    """A SentencePiece BPE with bytes to fall back on, as Llama 2's."""
     return sentencepiece(
-        vocab_size=340, byte_fallback=True, character_coverage=0.99,
-        normalization_rule_name="identity", remove_extra_whitespaces=False,
+        TEXT.splitlines(), vocab_size=340, byte_fallback=True,
+        character_coverage=0.99, normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
     )  # fmt: skip
 
 
@@ -238,7 +215,8 @@ def test_what_is_no_sentencepiece_is_refused(tmp_path):
 
 def test_a_sentencepiece_without_an_end_is_refused(tmp_path):
     path = tmp_path / "tokenizer.model"
-    path.write_bytes(sentencepiece(vocab_size=80, eos_id=-1))
+    lines = TEXT.splitlines()
+    path.write_bytes(sentencepiece(lines, vocab_size=80, eos_id=-1))
     refused("token -1, which is none of 80", foreign_sentencepiece, path)
 
 
@@ -260,7 +238,7 @@ def tables(theirs):
 
 @pytest.mark.parametrize("cut", ["smollm", "gpt-2", "default"])
 def test_tables_in_a_gguf_cut_and_merge_alike(cut, tmp_path):
-    theirs = byte_level(cut)
+    theirs = trained(cut)
     keys = tables(theirs) | {"tokenizer.ggml.pre": cut}
     ours = open_foreign(write_gguf(tmp_path / "a.gguf", keys))
     for text in TEXT, PROBE:
@@ -363,27 +341,17 @@ def test_a_token_that_comes_twice_is_refused(theirs, tmp_path):
     refused("a token comes twice", foreign_gguf, path)
 
 
-@pytest.mark.parametrize(
-    ("name", "library", "extra"),
-    [
-        ("tokenizer.json", "tokenizers", "tokenizers"),
-        ("tokenizer.model", "sentencepiece", "modern"),
-    ],
-)
-def test_without_a_library_the_error_says_what_to_install(
-    name, library, extra, tmp_path, monkeypatch
-):
-    (tmp_path / name).write_bytes(b"{}")
-    monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ImportError, match=rf"package {library}.*\[{extra}\]"):
-        open_foreign(tmp_path / name)
+def test_without_sentencepiece_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ImportError, match=r"package sentencep.*\[modern\]"):
+        open_foreign("tokenizer.model")
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     """The folder of a small tokenizer, and its bytes."""
     folder = tmp_path_factory.mktemp("damaged")
-    path = folder_of(byte_level(size=262), folder)
+    path = folder_of(trained(size=262), folder)
     return path, path.read_bytes()
 
 

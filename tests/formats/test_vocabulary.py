@@ -12,7 +12,7 @@ from spelling import merges_of, own_files, tokens_of, vocab_of
 
 from llmnb.config import GPT2Config
 from llmnb.formats.checkpoint import write_folder
-from llmnb.formats.foreign import Foreign
+from llmnb.formats.foreign import Foreign, open_foreign
 from llmnb.formats.letters import byte_letters
 from llmnb.formats.vocabulary import (
     encoding_of,
@@ -285,8 +285,10 @@ def test_a_tokenizer_json_of_another_kind(tmp_path):
 def test_a_tokenizer_json_without_the_library(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match=r"pip install 'llmnb\[tokenizers\]"):
-        open_encoding(tmp_path)
+    says = r"package tokenizers: pip install 'llmnb\[tokenizers\]'"
+    for read in (open_encoding, open_foreign):
+        with pytest.raises(ImportError, match=says):
+            read(tmp_path / "tokenizer.json")
 
 
 # which tokenizer
@@ -300,15 +302,13 @@ def test_what_lies_beside_the_weights_is_taken(tmp_path, trained):
         refused("which tokenizer.*--tokenizer g", tokenizer_of, path, 258)
         # as many tokens as GPT-2's say nothing
         refused("which tokenizer", tokenizer_of, path, 50257)
-    write_tokenizer(tmp_path / "gpt2_tokenizer.bin", trained)
-    order = ["gpt2_tokenizer.bin", "tokenizer.json", "vocab.json"]
-    for name in [*order, "tokenizer.tiktoken"]:
-        if name == "vocab.json":
-            own_files(tmp_path, trained)
-        elif name == "tokenizer.tiktoken":
-            tokenizer.save(trained, tmp_path / name)
-        elif name == "tokenizer.json":
-            (tmp_path / name).write_text("{}")
+    for name, write in {
+        "gpt2_tokenizer.bin": lambda path: write_tokenizer(path, trained),
+        "tokenizer.json": lambda path: path.write_text("{}"),
+        "vocab.json": lambda _: own_files(tmp_path, trained),
+        "tokenizer.tiktoken": lambda path: tokenizer.save(trained, path),
+    }.items():
+        write(tmp_path / name)
         for path in (tmp_path, weights):
             assert tokenizer_of(path, 258) == str(tmp_path / name)
         if name != "tokenizer.json":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzz import refused
+from fuzz import packed, refused
 from large import TEXT, large_encoding
 from processes import served
 
@@ -268,14 +268,6 @@ def test_runs_and_shards_are_no_text(tmp_path):
 
 
 # every kind of file
-
-
-def packed(ending, raw):
-    if ending == ".gz":
-        return gzip.compress(raw)
-    if ending == ".zst":
-        return pytest.importorskip("zstandard").compress(raw)
-    return raw
 
 
 @pytest.mark.parametrize("ending", ["", ".gz", ".zst"])

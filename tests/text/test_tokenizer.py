@@ -47,7 +47,8 @@ def test_save_replaces_and_leaves_the_old_file_when_it_fails(story, tmp_path):
         mergeable_ranks={bytes([i]): i for i in range(256)},
         special_tokens={"<|stop|>": 256},
     )
-    refused(r"the last rank, got \['<|stop|>'\]", tokenizer.save, other, path)
+    with pytest.raises(ValueError, match=r"the last rank, got \['<|stop|>'\]"):
+        tokenizer.save(other, path)
     assert path.read_bytes() == before
     tokenizer.save(tokenizer.byte(), path)
     assert tokenizer.load(path).n_vocab == 257
