@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -434,11 +435,8 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
             if step.step == 7:
                 monkeypatch.setattr("llmnb.files.os.fsync", full)
     assert steps_in(run.folder) == [5]
-    message = str(error.value)
-    assert message.startswith("file: No space left") and "\n" not in message
-    assert message.endswith(
-        "the last checkpoint is state_00000005.safetensors"
-    )
+    says = "file: No space left.*; the last checkpoint is state_00000005.safe"
+    assert re.match(says, str(error.value)) and "\n" not in str(error.value)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
@@ -585,9 +583,7 @@ def test_a_damaged_state_is_no_model(good, whole):
         (whole.replace(b"stdlib", b"stdlob"), "params.wte is damaged"),
     ):
         good.write_bytes(data)
-        with pytest.raises(ValueError, match=why) as error:
-            GPT2.from_checkpoint(good, 1, 8, "reference")
-        assert str(good) in str(error.value)
+        refused(why, GPT2.from_checkpoint, good, 1, 8, "reference")
 
 
 def test_a_state_of_other_shapes_is_no_model(good):
