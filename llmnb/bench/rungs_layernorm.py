@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from llmnb.cuda.layernorm import EPS32, _blocks
+from llmnb.cuda.layernorm import EPS32, blocks
 from llmnb.gpu.launch import DEVICE, kernel
 from llmnb.gpu.simulator import cuda
 from llmnb.shapes import shapes
@@ -39,7 +39,7 @@ def _forward_thread(out, mean, rstd, inp, weight, bias):
 
 # a thread a row, the launch
 def _thread_a_row(out, mean, rstd, inp, weight, bias):
-    grid = _blocks(len(inp), 128)
+    grid = blocks(len(inp), 128)
     _forward_thread[grid, 128](out, mean, rstd, inp, weight, bias)
 
 

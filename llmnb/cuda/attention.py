@@ -181,7 +181,6 @@ def plain_score(scale):
 
 
 # the softmax of a tile
-@functools.cache
 def _tile_softmax(hs, G, R, rule):
     """softmax(weights, sums, s, top, total, first, start): (2.5.1).
 
@@ -214,7 +213,6 @@ def _tile_softmax(hs, G, R, rule):
 
 
 # the end of the rows
-@functools.cache
 def _tile_finish(hs, G, R):
     """finish(lse, b, h, sums, top, total, first): (2.5.2)."""
     PER = -(-hs // 32) * 4
@@ -339,7 +337,6 @@ def _attention_rows(D, dout, out):
 
 
 # weights and gradients of a tile
-@functools.cache
 def _tile_gradients(R, BY_KEY, rule):
     """gradients(s, ds, lse, D, b, h, first, start): (1.8.4), (1.8.8).
 
@@ -386,7 +383,6 @@ def _tile_share(R):
 
 
 # what both walks are made of
-@functools.cache
 def _pieces(hs, FOURS, BY_KEY, rule):
     """What both walks are made of."""
     R = _side(hs)

@@ -15,10 +15,11 @@ import math
 
 import numpy as np
 
-from llmnb.cuda.bf16_matmul import CHUNK, ZERO, add_sums, check_eights
-from llmnb.cuda.bf16_matmul import halves, pairs
+from llmnb.cuda.bf16_matmul import check_eights, halves, pairs, write_pair
 from llmnb.cuda.crossentropy import LOWEST, block_merged
-from llmnb.cuda.gelu import gelu_back, gelu_of
+from llmnb.cuda.gelu import ONE, gelu_back, gelu_of
+from llmnb.cuda.layernorm import EPS32
+from llmnb.cuda.matmul import CHUNK, ZERO, add_chunks
 from llmnb.gpu.fragments import pack, unpack
 from llmnb.gpu.launch import device, given_work, kernel
 from llmnb.gpu.simulator import cuda
@@ -87,15 +88,10 @@ def encoder_forward_bf16(out, inp, wte, wpe):
 
 
 # LayerNorm, forward
-_EPS = np.float32(1e-5)
-_ONE = np.float32(1)
-
-
 @kernel(launch_bounds=256)
-def _normalise(out, mean, rstd, inp, weight, bias, rows):
-    n, lane = cuda.grid(1) // 32, cuda.laneid
-    HALF = weight.size // 2
-    if n >= rows:
+def _normalise(out, mean, rstd, inp, weight, bias):
+    n, lane, HALF = cuda.grid(1) // 32, cuda.laneid, weight.size // 2
+    if n >= mean.size:
         return
     total = ZERO
     for i in range(lane, HALF, 32):
@@ -106,7 +102,7 @@ def _normalise(out, mean, rstd, inp, weight, bias, rows):
     for i in range(lane, HALF, 32):
         x, y = unpack(inp[n * HALF + i])
         total += (x - mu) * (x - mu) + (y - mu) * (y - mu)
-    r = _ONE / math.sqrt(warp_sum(total) / np.float32(weight.size) + _EPS)
+    r = ONE / math.sqrt(warp_sum(total) / np.float32(weight.size) + EPS32)
     for i in range(lane, HALF, 32):
         x, y = unpack(inp[n * HALF + i])
         x = (x - mu) * r * weight[2 * i] + bias[2 * i]
@@ -130,11 +126,8 @@ def layernorm_forward_bf16(out, mean, rstd, inp, weight, bias):
     Derived in chapter 3.16.
     """
     check_eights("layernorm_forward_bf16", weight.size)
-    rows = mean.size
-    _normalise[-(-rows // 8), 256](
-        pairs(out), mean.reshape(-1), rstd.reshape(-1), pairs(inp), weight,
-        bias, rows,
-    )  # fmt: skip
+    stats, grid = (mean.reshape(-1), rstd.reshape(-1)), -(-mean.size // 8)
+    _normalise[grid, 256](pairs(out), *stats, pairs(inp), weight, bias)
 
 
 # LayerNorm, backward
@@ -155,10 +148,9 @@ def _back_rows(dinp, dout, inp, weight, mean, rstd):
     for i in range(lane, HALF, 32):
         x, y = unpack(inp[n * HALF + i])
         u, v = unpack(dout[n * HALF + i])
-        p, q = unpack(dinp[n * HALF + i])
-        p += r * (u * weight[2 * i] - a - (x - mu) * r * b)
-        q += r * (v * weight[2 * i + 1] - a - (y - mu) * r * b)
-        dinp[n * HALF + i] = pack(p, q)
+        u = r * (u * weight[2 * i] - a - (x - mu) * r * b)
+        v = r * (v * weight[2 * i + 1] - a - (y - mu) * r * b)
+        write_pair(dinp, dinp, n * HALF + i, u, v, True)
 
 
 @kernel(launch_bounds=128)
@@ -211,8 +203,8 @@ def layernorm_backward_bf16(
     _back_rows[-(-rows // 8), 256](pairs(dinp), dy, x, weight, *stats)
     dw, db = work[: wanted // 2], work[wanted // 2 : wanted]
     _back_columns[(-(-C // 256), chunks), 128](dw, db, dy, x, *stats)
-    add_sums[-(-C // 128), 128](dweight, dw, chunks, 1)
-    add_sums[-(-C // 128), 128](dbias, db, chunks, 1)
+    add_chunks[-(-C // 128), 128](dweight, dw, chunks, 1)
+    add_chunks[-(-C // 128), 128](dbias, db, chunks, 1)
 
 
 # GELU
@@ -230,11 +222,7 @@ def _bend_back(dinp, dout, inp, add):
     if i < dinp.size:
         x, y = unpack(inp[i])
         u, v = unpack(dout[i])
-        u, v = gelu_back(u, x), gelu_back(v, y)
-        if add:
-            p, q = unpack(dinp[i])
-            u, v = u + p, v + q
-        dinp[i] = pack(u, v)
+        write_pair(dinp, dinp, i, gelu_back(u, x), gelu_back(v, y), add)
 
 
 @shapes("...!, ...~", halves())
@@ -327,9 +315,9 @@ def _slopes_of_row(dlogits, logits, n, HALF, k, shift, scale, V):
         if 2 * i < V:
             u, v = math.exp(x - shift), math.exp(y - shift)
         if k == 2 * i:
-            u -= _ONE
+            u -= ONE
         if k == 2 * i + 1:
-            v -= _ONE
+            v -= ONE
         dlogits[n * HALF + i] = pack(u * scale, v * scale)
 
 

@@ -7,7 +7,6 @@ __all__ = ["HalfBackend", "MISSING", "PRECISE"]
 
 # imports of the backend
 from functools import partial
-from inspect import signature
 
 import numpy as np
 
@@ -73,42 +72,32 @@ def _half_attention(ops, memory):
 
 
 # the layers
-def _half_layers(ops, memory, work):
+def _half_layers(ops, memory):
     """Put the layers in bfloat16 into ops, under the names of the others."""
-    from llmnb.cuda import bf16_modern  # Part 5
-
-    for module in (bf16_matmul, bf16_attention, bf16_layers, bf16_modern):
-        for name in module.__all__:
-            if not name.endswith("_bf16"):
-                continue
-            function = getattr(module, name)
-            if "work" in signature(function).parameters:
-                function = partial(function, work=work)
-            setattr(ops, name.removesuffix("_bf16"), function)
+    for name, layer in [*vars(ops).items()]:
+        if name.endswith("_bf16"):
+            setattr(ops, name.removesuffix("_bf16"), layer)
     masters, copies = memory.flat("params"), memory.flat("copies")
     stream = memory["stats"]["stream"]
-    encode, encode_back = ops.encoder_forward, ops.encoder_backward
-    embed, embed_back = ops.embedding_forward, ops.embedding_backward
+    encode_back, embed_back = ops.encoder_backward, ops.embedding_backward
     forward, backward = ops.matmul_forward, ops.matmul_backward
 
     def copy(weight):
         return _twin(weight, masters, copies)
 
-    def first(out, inp, wte, wpe):
+    def first(layer, *arrays):
         round_bf16(copies, masters)
-        encode(out, inp, wte, wpe)
+        layer(*arrays)
+
+    def widened(dout):
+        widen_bf16(stream.reshape(-1), dout)
+        return stream
 
     def last(dwte, dwpe, dout, inp):
-        widen_bf16(stream.reshape(-1), dout)
-        encode_back(dwte, dwpe, stream, inp)
-
-    def first_of_llama(out, inp, wte, scale):
-        round_bf16(copies, masters)
-        embed(out, inp, wte, scale)
+        encode_back(dwte, dwpe, widened(dout), inp)
 
     def last_of_llama(dwte, dout, inp, scale):
-        widen_bf16(stream.reshape(-1), dout)
-        embed_back(dwte, stream, inp, scale)
+        embed_back(dwte, widened(dout), inp, scale)
 
     def product(out, inp, weight, bias, residual=None):
         forward(out, inp, copy(weight), bias, residual)
@@ -117,9 +106,9 @@ def _half_layers(ops, memory, work):
         given = dinp, dweight, dbias, dout, inp
         backward(*given, copy(weight), *rest, **more)
 
-    ops.encoder_forward, ops.encoder_backward = first, last
-    ops.embedding_forward = first_of_llama
-    ops.embedding_backward = last_of_llama
+    ops.encoder_forward = partial(first, ops.encoder_forward)
+    ops.embedding_forward = partial(first, ops.embedding_forward)
+    ops.encoder_backward, ops.embedding_backward = last, last_of_llama
     ops.matmul_forward, ops.matmul_backward = product, product_back
     _half_attention(ops, memory)
 
@@ -141,14 +130,6 @@ class HalfBackend(model.Backend):
 
     Derived in chapter 3.16.
     """
-
-    def __init__(self, layers, precision):
-        super().__init__(layers, precision)
-        self._classifier = model.Classifier((
-            bf16_layers.crossentropy_softmax_forward_bf16,
-            bf16_layers.crossentropy_softmax_backward_bf16,
-            bf16_layers.fused_classifier_bf16,
-        ))  # fmt: skip
 
     def groups(self, cfg, batch_size, seq_len):
         """Scratch memory for the layers, and a place for AdamW's settings."""
@@ -181,10 +162,9 @@ class HalfBackend(model.Backend):
         """An Arena on the GPU, and the layers that work in it."""
         memory = _HalfArena(_half_layout(layout), model.zeros)
         self._work = memory["work"]["floats"]
-        self.ops = model.model_layers(self._work)
-        _half_layers(self.ops, memory, self._work)
-        self.ops.crossentropy_softmax_forward = self._classifier.forward
-        self.ops.crossentropy_softmax_backward = self._classifier.backward
+        self.ops = model.model_layers(self.ops, self._work)
+        _half_layers(self.ops, memory)
+        self._classifier = model.Classifier(self.ops)
         return memory
 
     def floats(self, array):

@@ -3,10 +3,10 @@
 """The layers of a Llama in bfloat16 on a GPU."""
 
 __all__ = [
-    "ONE", "embedding_forward_bf16", "geglu_backward_bf16",
-    "geglu_forward_bf16", "rmsnorm_backward_bf16", "rmsnorm_forward_bf16",
-    "rmsnorm_scratch_bf16", "rotary_backward_bf16", "rotary_forward_bf16",
-    "swiglu_backward_bf16", "swiglu_forward_bf16",
+    "embedding_forward_bf16", "geglu_backward_bf16", "geglu_forward_bf16",
+    "rmsnorm_backward_bf16", "rmsnorm_forward_bf16", "rmsnorm_scratch_bf16",
+    "rotary_backward_bf16", "rotary_forward_bf16", "swiglu_backward_bf16",
+    "swiglu_forward_bf16",
 ]
 
 
@@ -15,9 +15,9 @@ import math
 
 import numpy as np
 
-from llmnb.cuda.bf16_matmul import CHUNK, ZERO, add_sums, check_eights
-from llmnb.cuda.bf16_matmul import halves, pairs
-from llmnb.cuda.gated import _gelu, _silu
+from llmnb.cuda.bf16_matmul import check_eights, halves, pairs, write_pair
+from llmnb.cuda.gated import ONE, ZERO, _gelu, _silu
+from llmnb.cuda.matmul import CHUNK, add_chunks
 from llmnb.gpu.fragments import pack, unpack
 from llmnb.gpu.launch import given_work, kernel
 from llmnb.gpu.simulator import cuda
@@ -27,9 +27,6 @@ from llmnb.shapes import shapes
 
 
 # RMSNorm, forward
-ONE = np.float32(1)
-
-
 @kernel(launch_bounds=256)
 def _normalise(out, rstd, inp, weight, eps, offset):
     n, lane, HALF = cuda.grid(1) // 32, cuda.laneid, weight.size // 2
@@ -63,10 +60,9 @@ def rmsnorm_forward_bf16(out, rstd, inp, weight, eps=1e-5, offset=0.0):
     Derived in chapter 5.12.
     """
     check_eights("rmsnorm_forward_bf16", weight.size)
-    _normalise[-(-rstd.size // 8), 256](
-        pairs(out), rstd.reshape(-1), pairs(inp), weight, np.float32(eps),
-        np.float32(offset),
-    )  # fmt: skip
+    arrays = pairs(out), rstd.reshape(-1), pairs(inp), weight
+    numbers = np.float32(eps), np.float32(offset)
+    _normalise[-(-rstd.size // 8), 256](*arrays, *numbers)
 
 
 # RMSNorm, backward
@@ -87,10 +83,7 @@ def _back_rows(dinp, dout, inp, weight, rstd, offset, add):
         u, v = unpack(dout[n * HALF + i])
         u = r * (u * (weight[2 * i] + offset) - x * r * mean)
         v = r * (v * (weight[2 * i + 1] + offset) - y * r * mean)
-        if add:
-            p, q = unpack(dinp[n * HALF + i])
-            u, v = u + p, v + q
-        dinp[n * HALF + i] = pack(u, v)
+        write_pair(dinp, dinp, n * HALF + i, u, v, add)
 
 
 @kernel(launch_bounds=128)
@@ -137,12 +130,10 @@ def rmsnorm_backward_bf16(
     wanted = rmsnorm_scratch_bf16(rows, C)
     work = given_work("rmsnorm_backward_bf16", work, wanted, rstd)
     flat, dy, x = rstd.reshape(-1), pairs(dout), pairs(inp)
-    _back_rows[-(-rows // 8), 256](
-        pairs(dinp), dy, x, weight, flat, np.float32(offset), int(add)
-    )
-    chunks = -(-rows // CHUNK)
+    how, chunks = (np.float32(offset), int(add)), -(-rows // CHUNK)
+    _back_rows[-(-rows // 8), 256](pairs(dinp), dy, x, weight, flat, *how)
     _back_columns[(-(-C // 256), chunks), 128](work, dy, x, flat, C)
-    add_sums[-(-C // 128), 128](dweight, work, chunks, 1)
+    add_chunks[-(-C // 128), 128](dweight, work, chunks, 1)
 
 
 # rotary
@@ -219,11 +210,11 @@ _swiglu, _swiglu_back = _gate_kernels(_silu)
 _geglu, _geglu_back = _gate_kernels(_gelu)
 
 
-def _gate(layer, run, narrow, *arrays):
-    """Launch on rows; narrow: the array with H channels."""
-    H = narrow.shape[-1]
+def _gate(layer, run, *arrays):
+    """Launch on rows; the last array, inp, has 2 H channels."""
+    inp, H = arrays[-1], arrays[-1].shape[-1] // 2
     check_eights(layer, H)
-    run[-(-narrow.size // 512), 256](*map(pairs, arrays), H // 2)
+    run[-(-inp.size // 1024), 256](*map(pairs, arrays), H // 2)
 
 
 @shapes("B T H!, B T 2H", halves())
@@ -234,7 +225,7 @@ def swiglu_forward_bf16(out, inp):
 
     Derived in chapter 5.12.
     """
-    _gate("swiglu_forward_bf16", _swiglu, out, out, inp)
+    _gate("swiglu_forward_bf16", _swiglu, out, inp)
 
 
 @shapes("B T 2H!, B T H, B T 2H", halves())
@@ -245,7 +236,7 @@ def swiglu_backward_bf16(dinp, dout, inp):
 
     Derived in chapter 5.12.
     """
-    _gate("swiglu_backward_bf16", _swiglu_back, dout, dinp, dout, inp)
+    _gate("swiglu_backward_bf16", _swiglu_back, dinp, dout, inp)
 
 
 @shapes("B T H!, B T 2H", halves())
@@ -256,7 +247,7 @@ def geglu_forward_bf16(out, inp):
 
     Derived in chapter 5.12.
     """
-    _gate("geglu_forward_bf16", _geglu, out, out, inp)
+    _gate("geglu_forward_bf16", _geglu, out, inp)
 
 
 @shapes("B T 2H!, B T H, B T 2H", halves())
@@ -267,7 +258,7 @@ def geglu_backward_bf16(dinp, dout, inp):
 
     Derived in chapter 5.12.
     """
-    _gate("geglu_backward_bf16", _geglu_back, dout, dinp, dout, inp)
+    _gate("geglu_backward_bf16", _geglu_back, dinp, dout, inp)
 
 
 # token vectors

@@ -236,20 +236,27 @@ def cublas_forward(
 
     Derived in chapter 3.7.
     """
-    rows = _rows("cublas_forward", inp)
+    rows, work = _begun("cublas_forward", inp, work)
     OC, C = weight.shape
-    work = empty(WORKSPACE, like=inp) if work is None else work
     plan = forward_plan(rows, C, OC, bias is not None)
     places = _places(weight, inp, out, residual, bias)
     _enqueue(plan, places, residual is not None, work, tf32)
 
 
 # check the arrays
-def _rows(name, inp):
-    """The number of rows, where the library can be had."""
+def _begun(name, array, work, columns=0):
+    """How many rows an array has, and work, or a new one.
+
+    columns: of as many it must hold the sums. Raises RuntimeError where the
+    library cannot be had.
+    """
     if no_cublas():
         raise RuntimeError(f"{name}: {no_cublas()}")
-    return inp.size // inp.shape[-1]
+    rows = array.size // array.shape[-1]
+    sums = matmul_scratch(rows, columns)
+    if work is None:
+        work = empty(max(WORKSPACE, sums), like=array)
+    return rows, given_work(name, work, sums, array)
 
 
 # the linear layer, backward, by cuBLASLt
@@ -266,12 +273,8 @@ def cublas_backward(
 
     Derived in chapter 3.7.
     """
-    rows = _rows("cublas_backward", inp)
-    OC, C = weight.shape
-    sums = 0 if dbias is None else matmul_scratch(rows, OC)
-    if work is None:
-        work = empty(max(WORKSPACE, sums), like=inp)
-    given_work("cublas_backward", work, sums, inp)
+    (OC, C), name = weight.shape, "cublas_backward"
+    rows, work = _begun(name, inp, work, 0 if dbias is None else OC)
     places = _places(weight, dout, dinp)
     _enqueue(dinp_plan(rows, C, OC), places, add_dinp, work, tf32)
     places = _places(inp, dout, dweight)
@@ -292,8 +295,8 @@ def cublas_gelu_forward(
 
     Derived in chapter 3.7.
     """
-    rows = _rows("cublas_gelu_forward", inp)
-    (OC, C), work = _eights(weight, 0), _given(work, 0, inp)
+    rows, work = _begun("cublas_gelu_forward", inp, work)
+    OC, C = _eights(weight, 0)
     plan = forward_plan(rows, C, OC, True)
     if fused:
         plan = plan._replace(ends="GELU_AUX_BIAS")
@@ -315,9 +318,8 @@ def cublas_gelu_backward(
 
     Derived in chapter 3.7.
     """
-    rows = _rows("cublas_gelu_backward", dout)
     OC, C = _eights(weight, 1)
-    work = _given(work, matmul_scratch(rows, C), dout)
+    rows, work = _begun("cublas_gelu_backward", dout, work, C)
     plan = dinp_plan(rows, C, OC)
     if fused:
         plan = plan._replace(ends="DGELU_BGRAD")
@@ -339,8 +341,8 @@ def cublas_weight_backward(
 
     Derived in chapter 3.7.
     """
-    rows, (OC, C) = _rows("cublas_weight_backward", inp), dweight.shape
-    work = _given(work, matmul_scratch(rows, OC), inp)
+    OC, C = dweight.shape
+    rows, work = _begun("cublas_weight_backward", inp, work, OC)
     plan = dweight_plan(rows, C, OC)
     if fused:
         plan = plan._replace(ends="BGRADB")
@@ -359,10 +361,3 @@ def _eights(weight, axis):
             f"got {weight.shape[axis]}"
         )
     return weight.shape
-
-
-def _given(work, sums, like):
-    """The caller's work, if it holds so many sums, or else a new one."""
-    if work is None:
-        work = empty(max(WORKSPACE, sums), like=like)
-    return given_work("cuBLASLt", work, sums, like)

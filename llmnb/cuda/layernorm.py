@@ -22,7 +22,7 @@ EPS32 = np.float32(1e-5)  # a Python float would be float64
 LANES = 32  # threads of a warp
 
 
-def _blocks(n, size):
+def blocks(n, size):
     return -(-n // size)
 
 
@@ -50,7 +50,7 @@ def _forward_warp(out, mean, rstd, inp, weight, bias):
 
 # a warp a row, the launch
 def _warp_a_row(out, mean, rstd, inp, weight, bias):
-    grid = _blocks(len(inp), 256 // LANES)
+    grid = blocks(len(inp), 256 // LANES)
     _forward_warp[grid, 256](out, mean, rstd, inp, weight, bias)
 
 
@@ -118,8 +118,8 @@ def _kept_a_row(out, mean, rstd, inp, weight, bias):
     if not fours or C > MOST_KEPT:
         _warp_a_row(out, mean, rstd, inp, weight, bias)
         return
-    grid, block = _blocks(rows, KEPT_ROWS), KEPT_ROWS * LANES
-    forward = _forward_kept(_blocks(C, 256) * 256)
+    grid, block = blocks(rows, KEPT_ROWS), KEPT_ROWS * LANES
+    forward = _forward_kept(blocks(C, 256) * 256)
     forward[grid, block](out, mean, rstd, inp, weight, bias)
 
 
@@ -159,7 +159,7 @@ def _two_means(n, lane, dout, inp, weight, mu, r):
 # room for sums on their way
 def _parts(rows):
     """Into how many parts the rows are cut for dweight and dbias."""
-    return min(512, _blocks(rows, 4))
+    return min(512, blocks(rows, 4))
 
 
 def layernorm_scratch(rows, C):
@@ -212,18 +212,18 @@ def _backward_parts(table, dout, inp, mean, rstd):
 
 # the sums of the table
 @kernel(launch_bounds=512)
-def _add_table(dweight, dbias, table, parts):
+def _add_table(dweight, dbias, table, parts, width):
     tile = cuda.shared.array((16, 32), np.float32)
     warp, lane = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
     warps = cuda.blockDim.x // 32
     C, j = dweight.shape[0], cuda.blockIdx.x * 32 + lane
     total = np.float32(0)
-    if j < 2 * C:
+    if j < width:
         for k in range(warp, parts, warps):
-            total += table[k * 2 * C + j]
+            total += table[k * width + j]
     tile[warp, lane] = total
     cuda.syncthreads()
-    if warp == 0 and j < 2 * C:
+    if warp == 0 and j < width:
         total = np.float32(0)
         for k in range(warps):
             total += tile[k, lane]
@@ -233,10 +233,10 @@ def _add_table(dweight, dbias, table, parts):
             dbias[j - C] += total
 
 
-def _add_parts(dweight, dbias, table, parts):
-    grid = _blocks(2 * len(dweight), LANES)
-    block = LANES * min(16, parts)
-    _add_table[grid, block](dweight, dbias, table, parts)
+def add_parts(dweight, dbias, table, parts, width):
+    """Add the rows of a table to dweight and, from column C on, to dbias."""
+    grid, block = blocks(width, LANES), LANES * min(16, parts)
+    _add_table[grid, block](dweight, dbias, table, parts, width)
 
 
 # sums of parts, the launches
@@ -244,11 +244,11 @@ def _sums_of_parts(dinp, dweight, dbias, dout, inp, weight, stats, table):
     """stats: mean and rstd."""
     rows, C = inp.shape
     parts = _parts(rows)
-    grid = _blocks(rows, 256 // LANES)
+    grid = blocks(rows, 256 // LANES)
     _backward_rows[grid, 256](dinp, dout, inp, weight, *stats)
-    grid = _blocks(C, LANES), parts
+    grid = blocks(C, LANES), parts
     _backward_parts[grid, 128](table, dout, inp, *stats)
-    _add_parts(dweight, dbias, table, parts)
+    add_parts(dweight, dbias, table, parts, 2 * C)
 
 
 # sums of two over a block
@@ -337,9 +337,9 @@ def _rows_once(dinp, dweight, dbias, dout, inp, weight, stats, table):
     if not fours or C > 4 * MOST_THREADS:
         _sums_of_parts(dinp, dweight, dbias, dout, inp, weight, stats, table)
         return
-    parts, block = _parts(rows), _blocks(C, 4 * LANES) * LANES
+    parts, block = _parts(rows), blocks(C, 4 * LANES) * LANES
     _backward_block[parts, block](dinp, table, dout, inp, weight, *stats)
-    _add_parts(dweight, dbias, table, parts)
+    add_parts(dweight, dbias, table, parts, 2 * C)
 
 
 # layernorm, backward

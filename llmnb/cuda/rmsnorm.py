@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from llmnb.cuda.layernorm import _parts, add_parts, blocks
 from llmnb.gpu.launch import DEVICE, given_work, kernel
 from llmnb.gpu.simulator import cuda
 from llmnb.gpu.warp import block_sum, warp_sum
@@ -38,10 +39,6 @@ def _forward(out, rstd, inp, weight, eps, offset):
 
 
 # rmsnorm, forward, on a GPU
-def _blocks(n, size):
-    return -(-n // size)
-
-
 @shapes("B T C!, B T!, B T C, C", DEVICE, eps="above 0", offset="at least 0")
 def rmsnorm_forward(out, rstd, inp, weight, eps=1e-5, offset=0.0):
     """Divide each row of inp by its root mean square, then scale.
@@ -57,7 +54,7 @@ def rmsnorm_forward(out, rstd, inp, weight, eps=1e-5, offset=0.0):
     rows, C = rstd.size, len(weight)
     arrays = out.reshape(rows, C), rstd.reshape(rows), inp.reshape(rows, C)
     numbers = np.float32(eps), np.float32(offset)
-    _forward[_blocks(rows, 8), 256](*arrays, weight, *numbers)
+    _forward[blocks(rows, 8), 256](*arrays, weight, *numbers)
 
 
 # a block a row
@@ -80,32 +77,7 @@ def _backward(dinp, table, dout, inp, weight, rstd, offset, add):
             table[mine, i] += dy * hat
 
 
-# the sums of the table
-@kernel(launch_bounds=512)
-def _add_table(dweight, table):
-    tile = cuda.shared.array((16, 32), np.float32)
-    warp, lane = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
-    parts, C = table.shape
-    warps, i = cuda.blockDim.x // 32, cuda.blockIdx.x * 32 + lane
-    total = ZERO
-    if i < C:
-        for k in range(warp, parts, warps):
-            total += table[k, i]
-    tile[warp, lane] = total
-    cuda.syncthreads()
-    if warp == 0 and i < C:
-        total = ZERO
-        for k in range(warps):
-            total += tile[k, lane]
-        dweight[i] += total
-
-
 # rmsnorm, backward, on a GPU
-def _parts(rows):
-    """Into how many parts the rows are cut for dweight."""
-    return min(512, _blocks(rows, 4))
-
-
 def rmsnorm_scratch(rows, C):
     """How many floats rmsnorm_backward wants to work in; rows: B * T.
 
@@ -138,4 +110,4 @@ def rmsnorm_backward(
     table = work[:floats].reshape(parts, C)
     arrays = dx, table, dy, x, weight, rstd.reshape(rows)
     _backward[parts, 256](*arrays, np.float32(offset), int(add))
-    _add_table[_blocks(C, 32), 32 * min(16, parts)](dweight, table)
+    add_parts(dweight, dweight, work, parts, C)  # there is no dbias

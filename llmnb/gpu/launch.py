@@ -317,11 +317,10 @@ _current = types.SimpleNamespace(stream=0)
 
 def _kinds(args):
     """(dtype, ndim) of each argument of a launch; ndim 0 is a number."""
-    kinds = []
-    for x in args:
-        whole = "int64" if isinstance(x, int) else None
-        kinds.append((whole or x.dtype.name, getattr(x, "ndim", 0)))
-    return tuple(kinds)
+    return tuple(
+        ("int64" if isinstance(x, int) else x.dtype.name, np.ndim(x))
+        for x in args
+    )
 
 
 # a launch
@@ -358,9 +357,7 @@ class Kernel:
             )
         record((self, grid, block, _kinds(args)))
         if any(isinstance(x, DeviceArray) for x in args):
-            plain = [
-                x._array if isinstance(x, DeviceArray) else x for x in args
-            ]
+            plain = [getattr(x, "_array", x) for x in args]
             simulate(self.function, grid, block, plain)
         else:
             self.compiled()[grid, block, _current.stream](*args)

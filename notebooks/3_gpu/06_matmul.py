@@ -383,14 +383,14 @@ count("2", square_tiles)
 PROCESSORS = 108  # multiprocessors of an A100
 
 
-def _tile_size(rows, cols):
+def tile_size(rows, cols):
     tiles = -(-rows // 128) * -(-cols // 128)
     return 128 if tiles >= PROCESSORS else 64
 
 
 def register_tiles(p):
     """A product by 8 by 8 outputs a thread, of any sizes."""
-    tile = _tile_size(*p.out.shape)
+    tile = tile_size(*p.out.shape)
     made = tile_kernel(tile, 8, 8, p.along_a, p.along_b)
     launch(made, (tile, tile), tile * tile // 64, p)
 
@@ -647,7 +647,7 @@ def vectors(p):
     if any(x.shape[-1] % 4 for x in used) or not aligned(*used):
         register_tiles(p)
         return
-    tile = _tile_size(*p.out.shape)
+    tile = tile_size(*p.out.shape)
     made = _vector_kernel(tile, p.along_a, p.along_b)
     launch(made, (tile, tile), tile * tile // 64, p)
 
@@ -703,7 +703,7 @@ def _sum_chunks(work, dout):
 
 
 @kernel(launch_bounds=128)
-def _add_chunks(dbias, work, chunks, add):
+def add_chunks(dbias, work, chunks, add):
     c, cols, total = cuda.grid(1), dbias.size, ZERO
     if c < cols:
         for chunk in range(chunks):
@@ -726,7 +726,7 @@ def bias_gradient(dbias, dout, add, work):
     dout = as_rows(dout)
     across, chunks = -(-dbias.size // 128), -(-len(dout) // CHUNK)
     _sum_chunks[(across, chunks), 128](work, dout)
-    _add_chunks[across, 128](dbias, work, chunks, int(add))
+    add_chunks[across, 128](dbias, work, chunks, int(add))
 
 
 # %% [markdown]

@@ -357,20 +357,27 @@ def cublas_forward(
     RuntimeError with `no_cublas()` otherwise, and where the library has no
     kernel for the shape.
     """
-    rows = _rows("cublas_forward", inp)
+    rows, work = _begun("cublas_forward", inp, work)
     OC, C = weight.shape
-    work = empty(WORKSPACE, like=inp) if work is None else work
     plan = forward_plan(rows, C, OC, bias is not None)
     places = _places(weight, inp, out, residual, bias)
     _enqueue(plan, places, residual is not None, work, tf32)
 
 
 # %% check the arrays tags=["exporti"]
-def _rows(name, inp):
-    """The number of rows, where the library can be had."""
+def _begun(name, array, work, columns=0):
+    """How many rows an array has, and work, or a new one.
+
+    columns: of as many it must hold the sums. Raises RuntimeError where the
+    library cannot be had.
+    """
     if no_cublas():
         raise RuntimeError(f"{name}: {no_cublas()}")
-    return inp.size // inp.shape[-1]
+    rows = array.size // array.shape[-1]
+    sums = matmul_scratch(rows, columns)
+    if work is None:
+        work = empty(max(WORKSPACE, sums), like=array)
+    return rows, given_work(name, work, sums, array)
 
 
 # %% the linear layer, backward, by cuBLASLt tags=["export"]
@@ -385,12 +392,8 @@ def cublas_backward(
     llmnb's own kernel, in a fixed order; with it, work must also hold
     matmul_scratch(B * T, OC) elements.
     """
-    rows = _rows("cublas_backward", inp)
-    OC, C = weight.shape
-    sums = 0 if dbias is None else matmul_scratch(rows, OC)
-    if work is None:
-        work = empty(max(WORKSPACE, sums), like=inp)
-    given_work("cublas_backward", work, sums, inp)
+    (OC, C), name = weight.shape, "cublas_backward"
+    rows, work = _begun(name, inp, work, 0 if dbias is None else OC)
     places = _places(weight, dout, dinp)
     _enqueue(dinp_plan(rows, C, OC), places, add_dinp, work, tf32)
     places = _places(inp, dout, dweight)
@@ -472,8 +475,8 @@ def cublas_gelu_forward(
     fused: with an epilogue; else two kernels. work, tf32, what is raised: as
     for `cublas_forward`; ValueError, too, where OC is no multiple of 8.
     """
-    rows = _rows("cublas_gelu_forward", inp)
-    (OC, C), work = _eights(weight, 0), _given(work, 0, inp)
+    rows, work = _begun("cublas_gelu_forward", inp, work)
+    OC, C = _eights(weight, 0)
     plan = forward_plan(rows, C, OC, True)
     if fused:
         plan = plan._replace(ends="GELU_AUX_BIAS")
@@ -493,9 +496,8 @@ def cublas_gelu_backward(
     The rest as for `cublas_gelu_forward`, where C is no multiple of 8, and
     for `cublas_backward`.
     """
-    rows = _rows("cublas_gelu_backward", dout)
     OC, C = _eights(weight, 1)
-    work = _given(work, matmul_scratch(rows, C), dout)
+    rows, work = _begun("cublas_gelu_backward", dout, work, C)
     plan = dinp_plan(rows, C, OC)
     if fused:
         plan = plan._replace(ends="DGELU_BGRAD")
@@ -515,8 +517,8 @@ def cublas_weight_backward(
     add: False overwrites dweight; dbias always is. The rest as for
     `cublas_backward`, and fused as for `cublas_gelu_forward`.
     """
-    rows, (OC, C) = _rows("cublas_weight_backward", inp), dweight.shape
-    work = _given(work, matmul_scratch(rows, OC), inp)
+    OC, C = dweight.shape
+    rows, work = _begun("cublas_weight_backward", inp, work, OC)
     plan = dweight_plan(rows, C, OC)
     if fused:
         plan = plan._replace(ends="BGRADB")
@@ -535,13 +537,6 @@ def _eights(weight, axis):
             f"got {weight.shape[axis]}"
         )
     return weight.shape
-
-
-def _given(work, sums, like):
-    """The caller's work, if it holds so many sums, or else a new one."""
-    if work is None:
-        work = empty(max(WORKSPACE, sums), like=like)
-    return given_work("cuBLASLt", work, sums, like)
 
 
 # %% [markdown]

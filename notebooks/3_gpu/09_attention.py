@@ -395,7 +395,6 @@ def plain_score(scale):
 
 
 # %% the softmax of a tile tags=["exporti"] module="cuda.attention"
-@functools.cache
 def _tile_softmax(hs, G, R, rule):
     """softmax(weights, sums, s, top, total, first, start): (2.5.1).
 
@@ -428,7 +427,6 @@ def _tile_softmax(hs, G, R, rule):
 
 
 # %% the end of the rows tags=["exporti"] module="cuda.attention"
-@functools.cache
 def _tile_finish(hs, G, R):
     """finish(lse, b, h, sums, top, total, first): (2.5.2)."""
     PER = -(-hs // 32) * 4
@@ -656,7 +654,6 @@ verdict("the race", caught, "is caught")
 
 
 # %% weights and gradients of a tile tags=["exporti"] module="cuda.attention"
-@functools.cache
 def _tile_gradients(R, BY_KEY, rule):
     """gradients(s, ds, lse, D, b, h, first, start): (1.8.4), (1.8.8).
 
@@ -710,7 +707,6 @@ def _tile_share(R):
 
 
 # %% what both walks are made of tags=["exporti"] module="cuda.attention"
-@functools.cache
 def _pieces(hs, FOURS, BY_KEY, rule):
     """What both walks are made of."""
     R = _side(hs)

@@ -180,7 +180,7 @@ ADAMW_APPLY = (adamw_by_elements,)
 # %% AdamW of four elements tags=["exporti"]
 @device
 def _adamw(p, g, m, v, factors):
-    keep, new1, beta2, new2, root, eps, size = factors
+    keep, new1, beta2, new2, root, eps, size, _ = factors
     m += new1 * (g - m)
     v = beta2 * v + new2 * g * g
     spread = math.sqrt(v) / root + eps
@@ -193,9 +193,7 @@ def _adamw_by_fours(params, grads, m, v, settings, fours):
     k = 3 * fours + i  # where no four is left for this thread
     if i >= fours and k >= params.size:
         return
-    keep, new1, beta2, new2 = load4(settings, 0)
-    root, eps, size, _ = load4(settings, 4)
-    factors = keep, new1, beta2, new2, root, eps, size
+    factors = load4(settings, 0) + load4(settings, 4)
     if i < fours:
         p0, p1, p2, p3 = load4(params, 4 * i)
         g0, g1, g2, g3 = load4(grads, 4 * i)
@@ -470,6 +468,15 @@ def _shrink(grads, work, bits, max_norm, fours):
         grads[3 * fours + i] *= factor
 
 
+def shrink(grads, max_norm, work):
+    """Scale a flat array whose norm is in work[0]; nothing waits."""
+    if grads.size:
+        bits, fours = work[:1].view(np.int32), count_fours(grads)
+        most = np.float32(min(max_norm, LARGEST))
+        grid = -(-(grads.size - 3 * fours) // BLOCK)
+        _shrink[grid, BLOCK](grads, work, bits, most, fours)
+
+
 # %% the norm and the clip, for a graph tags=["export"]
 def clip_scratch():
     """The number of floats that the norm and the clip want as `work`."""
@@ -493,11 +500,7 @@ def clip_apply(grads, max_norm, work):
     graph may record it, with this `max_norm`.
     """
     _norm(work, grads)
-    if grads.size:
-        bits, fours = work[:1].view(np.int32), count_fours(grads)
-        most = np.float32(min(max_norm, LARGEST))
-        grid = -(-(grads.size - 3 * fours) // BLOCK)
-        _shrink[grid, BLOCK](grads, work, bits, most, fours)
+    shrink(grads, max_norm, work)
 
 
 # %% the norm and the clip, with an answer tags=["export"]

@@ -95,8 +95,7 @@ import numpy as np
 
 from llmnb import backend
 from llmnb.arena import Arena, put
-from llmnb.cuda import adamw, attention, crossentropy, encoder, gelu
-from llmnb.cuda import layernorm, matmul, residual
+from llmnb.cuda import adamw, attention, encoder, layernorm, matmul
 from llmnb.cuda.cublas import cublas_backward, cublas_forward
 from llmnb.cuda.cublas import cublas_scratch, no_cublas
 from llmnb.gpu.graph import Graph
@@ -159,9 +158,10 @@ def zeros(nbytes):
 # wants the logits in between; there one launch does the work of both
 # ([chapter 3.8](08_classifier.ipynb)).
 #
-# The models of Part 5 have layers that these chapters do not know yet. Their
-# modules are looked up when a model is made, and their linear layers have no
-# biases, whose gradients are what our products want scratch memory for.
+# The models of Part 5 have layers that these chapters do not know yet. So a model
+# looks its layers up in the room `llmnb.cuda` when it is made: all functions there
+# that declare the shapes of their arrays. The linear layers of those models have
+# no biases, whose gradients are what our products want scratch memory for.
 
 
 # %% is a GPU wanted in vain tags=["export"] module="cuda.model"
@@ -219,7 +219,7 @@ def model_layout(cfg, batch_size, seq_len, precision="fp32"):
         encoder.encoder_scratch(B * T),
     ]
     if cfg.bias:  # their gradients are sums over rows
-        wanted += [matmul.matmul_scratch(B * T, n * C) for n in (1, 3, 4)]
+        wanted.append(matmul.matmul_scratch(B * T, 4 * C))
     if cfg.family != "gpt2" and cfg.qk_norm:
         from llmnb.cuda.headnorm import headnorm_scratch  # Part 5
 
@@ -234,74 +234,52 @@ def model_layout(cfg, batch_size, seq_len, precision="fp32"):
 
 
 # %% the layers of a model tags=["export"] module="cuda.model"
-LAYERS = (
-    encoder, layernorm, matmul, attention, gelu, residual, crossentropy,
-    adamw,
-)  # fmt: skip
+def model_layers(room, work, precision="fp32"):
+    """The layers as a GPT2 calls them: none of them allocates.
 
-
-def _later_layers():
-    """The layers of Part 5, whose chapters come after this one."""
-    from llmnb.cuda import (
-        embedding, gated, headnorm, local, rmsnorm, rotary, softcap,
-    )  # fmt: skip
-
-    return embedding, gated, headnorm, local, rmsnorm, rotary, softcap
+    room: the module with all layers. work: as `model_layout` says. precision:
+    "fp32" or "tf32". Returns an object with the functions of the layers.
+    """
+    found = {k: x for k, x in vars(room).items() if hasattr(x, "arguments")}
+    if products() == "cublas":
+        tf32 = {"tf32": precision == "tf32"}
+        found["matmul_forward"] = partial(cublas_forward, **tf32)
+        found["matmul_backward"] = partial(cublas_backward, **tf32)
+    for name, function in found.items():
+        if "work" in signature(function).parameters:
+            found[name] = partial(function, work=work)
+    return SimpleNamespace(**found)
 
 
 class Classifier:
     """The classifier's two functions; within a step, both in one launch.
 
     While `whole` is set, backward is sure to follow forward, so forward waits
-    for it, and the fused function does the work of both. layers: the two
-    functions and the fused one; None for those of chapter 3.8.
+    for it, and the fused function does the work of both. ops: the layers, in
+    which it takes the place of the two.
     """
 
     whole = False
 
-    def __init__(self, layers=None):
-        self._apart = layers or (
-            crossentropy.crossentropy_softmax_forward,
-            crossentropy.crossentropy_softmax_backward,
-            crossentropy.fused_classifier,
-        )
+    def __init__(self, ops):
+        self._forward = ops.crossentropy_softmax_forward
+        self._backward = ops.crossentropy_softmax_backward
+        self._fused = ops.fused_classifier
+        ops.crossentropy_softmax_forward = self.forward
+        ops.crossentropy_softmax_backward = self.backward
 
     def forward(self, losses, lse, logits, targets, V):
         """As crossentropy_softmax_forward."""
         self._losses = losses
         if not self.whole:
-            self._apart[0](losses, lse, logits, targets, V)
+            self._forward(losses, lse, logits, targets, V)
 
     def backward(self, dlogits, dlosses, logits, lse, targets, V):
         """As crossentropy_softmax_backward."""
-        _, backward, fused = self._apart
         if self.whole:
-            fused(self._losses, lse, dlogits, dlosses, targets, V)
+            self._fused(self._losses, lse, dlogits, dlosses, targets, V)
         else:
-            backward(dlogits, dlosses, logits, lse, targets, V)
-
-
-def model_layers(work, precision="fp32", classifier=None):
-    """The layers as a GPT2 calls them: none of them allocates.
-
-    work: as `model_layout` says. precision: "fp32" or "tf32". classifier: a
-    `Classifier`, or None. Returns an object with the functions of all layers.
-    """
-    found = {}
-    for module in (*LAYERS, *_later_layers()):
-        for name in module.__all__:
-            found[name] = getattr(module, name)
-    if products() == "cublas":
-        tf32 = {"tf32": precision == "tf32"}
-        found["matmul_forward"] = partial(cublas_forward, **tf32)
-        found["matmul_backward"] = partial(cublas_backward, **tf32)
-    if classifier:
-        found["crossentropy_softmax_forward"] = classifier.forward
-        found["crossentropy_softmax_backward"] = classifier.backward
-    for name, function in found.items():
-        if callable(function) and "work" in signature(function).parameters:
-            found[name] = partial(function, work=work)
-    return SimpleNamespace(**found)
+            self._backward(dlogits, dlosses, logits, lse, targets, V)
 
 
 # %% the backend tags=["export"] module="cuda.model"
@@ -327,7 +305,7 @@ class Backend(backend.Backend):
                 stacklevel=4,
             )
         super().__init__(layers, precision)
-        self._graphs, self._classifier = {}, Classifier()
+        self._graphs = {}
 
     def groups(self, cfg, batch_size, seq_len):
         """Scratch memory for the layers, and a place for AdamW's settings."""
@@ -339,8 +317,8 @@ class Backend(backend.Backend):
         """An Arena on the GPU, and the layers that work in it."""
         memory = Arena(layout, zeros)
         self._work = memory["work"]["floats"]
-        how = self.precision, self._classifier
-        self.ops = model_layers(self._work, *how)
+        self.ops = model_layers(self.ops, self._work, self.precision)
+        self._classifier = Classifier(self.ops)
         return memory
 
     def fill(self, array, value):

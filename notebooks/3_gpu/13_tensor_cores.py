@@ -414,21 +414,15 @@ def cp_async_commit():
     running().copies.append([])
 
 
-def _land(groups):
-    """Let this lane's oldest groups of copies arrive."""
-    copies = running().copies
-    for group in copies[:groups]:
-        for shared, i, source, j, size in group:
-            zero = np.int32(0)
-            four = load4(source, j) if size else (zero, zero, zero, zero)
-            store4(shared, i, *four)
-    del copies[:groups]
-
-
 @instruction("cp.async.wait_group 0;", "", "")
 def cp_async_wait():
     """Wait until all groups of this lane have arrived."""
-    _land(len(running().copies) - 1)
+    lane = running()
+    groups, lane.copies = lane.copies[:-1], lane.copies[-1:]
+    for group in groups:
+        for shared, i, source, j, size in group:
+            four = load4(source, j) if size else 4 * (np.int32(0),)
+            store4(shared, i, *four)
 
 
 # %% [markdown]

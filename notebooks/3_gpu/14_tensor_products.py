@@ -47,7 +47,8 @@ import functools
 
 import numpy as np
 
-from llmnb.cuda.matmul import Product, as_rows, matmul_scratch
+from llmnb.cuda.matmul import CHUNK, ZERO, Product, add_chunks, as_rows
+from llmnb.cuda.matmul import matmul_scratch, tile_size
 from llmnb.gpu.fragments import cp_async, cp_async_commit, cp_async_wait
 from llmnb.gpu.fragments import ldmatrix, ldmatrix_trans, mma, pack, unpack
 from llmnb.gpu.launch import address, check_device, device, device_kind
@@ -194,6 +195,15 @@ def multiply(s, j, a, b):
 
 
 # %% the end of a product tags=["exporti"]
+@device
+def write_pair(out, start, i, x, y, add):
+    """out[i] = x and y, rounded, plus what start holds there if `add`."""
+    if add:
+        low, high = unpack(start[i])
+        x, y = x + low, y + high
+    out[i] = pack(x, y)
+
+
 def _finisher(wide, add, shift):
     """finish(out, start, bias, at, c, x, y): elements at and at + 1."""
 
@@ -212,17 +222,13 @@ def _finisher(wide, add, shift):
     @device
     def finish(out, start, bias, at, c, x, y):
         x, y = shifted(bias, c, x, y)
-        if add:
-            low, high = unpack(start[at // 2])
-            x, y = x + low, y + high
-        out[at // 2] = pack(x, y)
+        write_pair(out, start, at // 2, x, y, add)
 
     return finish_wide if wide else finish
 
 
 # %% bring both tiles tags=["exporti"]
 DEPTH = 32  # steps of the sum in a tile
-ZERO = np.float32(0)
 
 
 @functools.cache
@@ -341,19 +347,11 @@ def pairs(array):
 
 
 # %% launch a product tags=["exporti"]
-PROCESSORS = 108  # multiprocessors of an A100
-
-
-def _tile_size(rows, cols):
-    tiles = -(-rows // 128) * -(-cols // 128)
-    return 128 if tiles >= PROCESSORS else 64
-
-
 def tensor_product(p, tile=None):
     """A Product on tensor cores: factors in bfloat16; out in it or float32."""
     rows, cols = p.out.shape
     steps = p.a.shape[1 if p.along_a else 0]
-    tile = tile or _tile_size(rows, cols)
+    tile = tile or tile_size(rows, cols)
     wide, add = p.out.dtype == np.float32, p.start is not None
     out = p.out.reshape(-1) if wide else pairs(p.out)
     start = out
@@ -367,10 +365,12 @@ def tensor_product(p, tile=None):
     made[grid, 2 * tile](out, start, bias, *factors, rows, cols, steps)
 
 
+# %% [markdown]
+# The bias's gradient is summed in float32, by chunks of rows as in chapter 3.6,
+# two columns a thread.
+
+
 # %% the bias's gradient in float32 tags=["exporti"]
-CHUNK = 64  # rows that a thread adds up, as in chapter 3.6
-
-
 @kernel(launch_bounds=128)
 def _sum_pairs(work, dout, rows, cols):
     """Two columns a thread, CHUNK rows of them."""
@@ -384,24 +384,13 @@ def _sum_pairs(work, dout, rows, cols):
         work[chunk * cols + c], work[chunk * cols + c + 1] = x, y
 
 
-@kernel(launch_bounds=128)
-def add_sums(dbias, work, chunks, add):
-    c, total = cuda.grid(1), ZERO
-    if c < dbias.size:
-        for chunk in range(chunks):
-            total += work[chunk * dbias.size + c]
-        if add:
-            total += dbias[c]
-        dbias[c] = total
-
-
 def bias_gradient_bf16(dbias, dout, add, work):
     """Sum the rows of dout; work: of `matmul_scratch`."""
     rows, cols = dout.shape
     chunks = -(-rows // CHUNK)
     grid = -(-cols // 256), chunks
     _sum_pairs[grid, 128](work, pairs(dout), rows, cols)
-    add_sums[-(-cols // 128), 128](dbias, work, chunks, int(add))
+    add_chunks[-(-cols // 128), 128](dbias, work, chunks, int(add))
 
 
 # %% the layer, forward tags=["export"]

@@ -54,14 +54,15 @@ import math
 
 import numpy as np
 
-from llmnb.cuda.bf16_matmul import ZERO, filler, halves, multiply, pairs
-from llmnb.cuda.bf16_matmul import swizzle, taker
+from llmnb.cuda.attention import LOWEST, check_heads
+from llmnb.cuda.bf16_matmul import filler, halves, multiply, pairs, swizzle
+from llmnb.cuda.bf16_matmul import taker, write_pair
+from llmnb.cuda.matmul import ZERO
 from llmnb.gpu.fragments import cp_async_commit, cp_async_wait
 from llmnb.gpu.fragments import pack, unpack
 from llmnb.gpu.launch import device, given_work, kernel
 from llmnb.gpu.simulator import cuda
 from llmnb.gpu.warp import warp_sum
-from llmnb.reference.attention import count_heads
 from llmnb.shapes import shapes
 
 # %% [markdown]
@@ -79,7 +80,6 @@ from llmnb.shapes import shapes
 
 # %% the pieces tags=["exporti"]
 WIDTHS = 16, 32, 64  # channels of a head
-LOWEST = np.float32(-1e30)  # exp makes 0 of it, and it is no infinity
 
 
 @device
@@ -112,7 +112,6 @@ def as_factors(s, j):
 
 
 # %% products of a tile tags=["exporti"]
-@functools.cache
 def _weighted(hs):
     """weighted(o, s, tile, b): add the sums s, 16 by 64, times 64 rows."""
     right, PARTS = taker(hs // 8, False, False), hs // 16
@@ -149,7 +148,6 @@ def _quad_max(value):
     return max(value, cuda.shfl_xor_sync(0xFFFFFFFF, value, 2))
 
 
-@functools.cache
 def _softmax(hs):
     """softmax(s, o, top, total, scale, back): (2.5.1) for two rows a lane.
 
@@ -187,11 +185,12 @@ def _softmax(hs):
 
 # %% write rows tags=["exporti"]
 @functools.cache
-def _writer(hs):
+def _writer(hs, rest=False):
     """write(out, o, rows, at, pitch, scales, add): 16 rows of a head.
 
     rows: the warp's first and where they stop; at, pitch: in pairs; scales:
-    by what the rows of each half are multiplied.
+    by what the rows of each half are multiplied. rest: whether to write what
+    rounding leaves, and not to add.
     """
     PARTS = hs // 8
 
@@ -205,32 +204,12 @@ def _writer(hs):
                     i = r * pitch + at + 4 * n + (cuda.laneid & 3)
                     x = o[4 * n + 2 * half] * scales[half]
                     y = o[4 * n + 2 * half + 1] * scales[half]
-                    if add:
-                        low, high = unpack(out[i])
-                        x, y = x + low, y + high
-                    out[i] = pack(x, y)
+                    if rest:
+                        _, out[i] = in_two(x, y)
+                    else:
+                        write_pair(out, out, i, x, y, add)
 
     return write
-
-
-# %% what rounding leaves tags=["exporti"]
-@functools.cache
-def _leaver(hs):
-    """leave(rest, o, rows, at, pitch, scales): write what rounding left."""
-    SUMS, write = hs // 2, _writer(hs)
-
-    @device
-    def leave(rest, o, rows, at, pitch, scales):
-        for n in range(0, SUMS, 4):
-            for half in range(2):
-                i = n + 2 * half
-                x, y = o[i] * scales[half], o[i + 1] * scales[half]
-                low, high = unpack(pack(x, y))
-                o[i], o[i + 1] = x - low, y - high
-        scales[0] = scales[1] = np.float32(1)
-        write(rest, o, rows, at, pitch, scales, False)
-
-    return leave
 
 
 # %% the end of the rows tags=["exporti"]
@@ -245,7 +224,6 @@ def _finish(lse, at, top, total, t, T):
 
 
 # %% queries in registers, and their scores tags=["exporti"]
-@functools.cache
 def _scores(hs):
     """hold(q, tile, row): 16 queries; scores(s, q, tile, base): by 64 keys."""
     left, right = taker(hs // 8, True, True), taker(hs // 8, True, False)
@@ -276,8 +254,8 @@ def _scores(hs):
 def _forward_kernel(hs, keep):
     TILE, ROOM, SUMS, HEAD, Q = 32 * hs, 128 * hs, hs // 2, hs // 2, hs // 4
     fill, (hold, scores) = filler(64, hs // 8, 128), _scores(hs)
-    softmax, weighted, write = _softmax(hs), _weighted(hs), _writer(hs)
-    leave = _leaver(hs)
+    softmax, weighted = _softmax(hs), _weighted(hs)
+    write, leave = _writer(hs), _writer(hs, True)
 
     def attention_forward_bf16_tiles(out, lse, inp, T, NH, NKV, scale, rest):
         tile = cuda.shared.array(ROOM, np.int32, alignment=16)
@@ -321,7 +299,7 @@ def _forward_kernel(hs, keep):
         rows = row + first + 16 * warp, stop
         write(out, o, rows, h * HEAD, NH * HEAD, total, False)
         if keep:
-            leave(rest, o, rows, h * HEAD, NH * HEAD, total)
+            leave(rest, o, rows, h * HEAD, NH * HEAD, total, False)
 
     return kernel(attention_forward_bf16_tiles, launch_bounds=128)
 
@@ -351,14 +329,12 @@ def attention_forward_bf16(out, lse, inp, rest=None):
 # %% the heads tags=["exporti"]
 def _count_heads(name, out, lse, inp):
     """The Heads; raise for what the kernels cannot take."""
-    heads = count_heads(name, out, lse, inp)
+    heads = check_heads(name, out, lse, inp)
     if heads.hs not in WIDTHS:
         raise ValueError(
             f"{name}: in bfloat16 a head has {', '.join(map(str, WIDTHS))} "
             f"channels, got {heads.hs}"
         )
-    if not lse.size:
-        raise ValueError(f"{name}: lse must not be empty, got {lse.shape}")
     return heads
 
 
@@ -510,7 +486,6 @@ def _share(tile, base, factor, row, j):
 
 
 # %% four of the five products tags=["exporti"]
-@functools.cache
 def _key_parts(hs):
     """parts(sums, tile, own, head, u, start): add a tile of queries' part.
 
@@ -549,9 +524,11 @@ def _key_parts(hs):
 
 
 # %% a part of dq tags=["exporti"]
-@functools.cache
 def _query_part(hs):
-    """part(dq, tile, ds, k, row): 16 queries by hs, over 64 keys."""
+    """part(dq, tile, ds, k, row): 16 queries by hs, over 64 keys.
+
+    add(parts, dq, at, pitch, row, T, more): to a strip's array.
+    """
     left, right = taker(8, False, True), taker(hs // 8, False, False)
     PARTS, SUMS = hs // 16, hs // 2
 
@@ -567,28 +544,20 @@ def _query_part(hs):
                 multiply(dq, 8 * n, first, keys)
                 multiply(dq, 8 * n, second, keys)
 
-    return part
-
-
-@functools.cache
-def _part_adder(hs):
-    """add(parts, dq, at, pitch, row, T, more): to a strip's array."""
-    PARTS = hs // 8
-
     @device
     def add(parts, dq, at, pitch, row, T, more):
         for half in range(2):
             t = row + (cuda.laneid >> 2) + 8 * half
             if t < T:
                 i = at + t * pitch + 2 * (cuda.laneid & 3)
-                for n in range(PARTS):
+                for n in range(2 * PARTS):
                     for m in range(2):
                         value = dq[4 * n + 2 * half + m]
                         if more:
                             value += parts[i + 8 * n + m]
                         parts[i + 8 * n + m] = value
 
-    return add
+    return part, add
 
 
 # %% the kernel of the backward pass tags=["exporti"]
@@ -597,8 +566,7 @@ def _backward_kernel(hs):
     TILE, SUMS, HEAD, ROOM = 32 * hs, hs // 2, hs // 2, 128 * hs + 2 * REST
     V, Q, DO, DS = TILE, 2 * TILE, 3 * TILE, 4 * TILE
     fill, key_parts = filler(64, hs // 8, 128), _key_parts(hs)
-    part, add = _query_part(hs), _part_adder(hs)
-    write = _writer(hs)
+    (part, add), write = _query_part(hs), _writer(hs)
 
     def attention_backward_bf16_tiles(
         dinp, parts, dout, inp, lse, D, B, T, NH, NKV, scale, strips, more
@@ -661,12 +629,8 @@ def _sum_parts(dinp, parts, B, T, NH, NKV, hs, scale, strips, more):
         for strip in range(min(strips, row % T // 64 + 1)):
             at = 2 * (strip * B * T * C + i)
             x, y = x + parts[at], y + parts[at + 1]
-        x, y = x * scale, y * scale
         at = row * (NH + 2 * NKV) * hs // 2 + c
-        if more:
-            low, high = unpack(dinp[at])
-            x, y = x + low, y + high
-        dinp[at] = pack(x, y)
+        write_pair(dinp, dinp, at, x * scale, y * scale, more)
 
 
 # %% how many strips tags=["exporti"]
@@ -709,20 +673,14 @@ def attention_backward_bf16(
     wanted = attention_scratch_bf16(B, T, NH, NKV, hs)
     work = given_work(name, work, wanted, lse)
     D, parts = work[: lse.size], work[lse.size : wanted]
+    dx, dy, x, y = (pairs(z) for z in (dinp, dout, inp, out))
+    left, kept = (y, 0) if rest is None else (pairs(rest), 1)
+    _rows[-(-lse.size // 4), 128](D.reshape(B, NH, T), dy, y, left, kept)
     shape, strips = (B, T, NH, NKV), _strips(B, T, NKV)
-    scale, more = np.float32(1 / math.sqrt(hs)), int(add)
-    dx, dy, x = pairs(dinp), pairs(dout), pairs(inp)
-    left, kept = pairs(out if rest is None else rest), int(rest is not None)
-    rows, y = D.reshape(B, NH, T), pairs(out)
-    _rows[-(-lse.size // 4), 128](rows, dy, y, left, kept)
-    made = _backward_kernel(hs)
-    made[B * NKV * strips, 128](
-        dx, parts, dy, x, lse.reshape(-1), D, *shape, scale, strips, more
-    )
-    threads = B * T * NH * hs // 2
-    _sum_parts[-(-threads // 256), 256](
-        dx, parts, *shape, hs, scale, strips, more
-    )
+    how = np.float32(1 / math.sqrt(hs)), strips, int(add)
+    arrays, made = (dy, x, lse.reshape(-1), D), _backward_kernel(hs)
+    made[B * NKV * strips, 128](dx, parts, *arrays, *shape, *how)
+    _sum_parts[-(-y.size // 256), 256](dx, parts, *shape, hs, *how)
 
 
 # %% [markdown]

@@ -53,10 +53,11 @@ import math
 
 import numpy as np
 
-from llmnb.cuda.bf16_matmul import CHUNK, ZERO, add_sums, check_eights
-from llmnb.cuda.bf16_matmul import halves, pairs
+from llmnb.cuda.bf16_matmul import check_eights, halves, pairs, write_pair
 from llmnb.cuda.crossentropy import LOWEST, block_merged
-from llmnb.cuda.gelu import gelu_back, gelu_of
+from llmnb.cuda.gelu import ONE, gelu_back, gelu_of
+from llmnb.cuda.layernorm import EPS32
+from llmnb.cuda.matmul import CHUNK, ZERO, add_chunks
 from llmnb.gpu.fragments import pack, unpack
 from llmnb.gpu.launch import device, given_work, kernel
 from llmnb.gpu.simulator import cuda
@@ -236,15 +237,10 @@ def encoder_forward_bf16(out, inp, wte, wpe):
 
 
 # %% LayerNorm, forward tags=["export"] module="cuda.bf16_layers"
-_EPS = np.float32(1e-5)
-_ONE = np.float32(1)
-
-
 @kernel(launch_bounds=256)
-def _normalise(out, mean, rstd, inp, weight, bias, rows):
-    n, lane = cuda.grid(1) // 32, cuda.laneid
-    HALF = weight.size // 2
-    if n >= rows:
+def _normalise(out, mean, rstd, inp, weight, bias):
+    n, lane, HALF = cuda.grid(1) // 32, cuda.laneid, weight.size // 2
+    if n >= mean.size:
         return
     total = ZERO
     for i in range(lane, HALF, 32):
@@ -255,7 +251,7 @@ def _normalise(out, mean, rstd, inp, weight, bias, rows):
     for i in range(lane, HALF, 32):
         x, y = unpack(inp[n * HALF + i])
         total += (x - mu) * (x - mu) + (y - mu) * (y - mu)
-    r = _ONE / math.sqrt(warp_sum(total) / np.float32(weight.size) + _EPS)
+    r = ONE / math.sqrt(warp_sum(total) / np.float32(weight.size) + EPS32)
     for i in range(lane, HALF, 32):
         x, y = unpack(inp[n * HALF + i])
         x = (x - mu) * r * weight[2 * i] + bias[2 * i]
@@ -277,11 +273,8 @@ def layernorm_forward_bf16(out, mean, rstd, inp, weight, bias):
     anything.
     """
     check_eights("layernorm_forward_bf16", weight.size)
-    rows = mean.size
-    _normalise[-(-rows // 8), 256](
-        pairs(out), mean.reshape(-1), rstd.reshape(-1), pairs(inp), weight,
-        bias, rows,
-    )  # fmt: skip
+    stats, grid = (mean.reshape(-1), rstd.reshape(-1)), -(-mean.size // 8)
+    _normalise[grid, 256](pairs(out), *stats, pairs(inp), weight, bias)
 
 
 # %% LayerNorm, backward tags=["export"] module="cuda.bf16_layers"
@@ -302,10 +295,9 @@ def _back_rows(dinp, dout, inp, weight, mean, rstd):
     for i in range(lane, HALF, 32):
         x, y = unpack(inp[n * HALF + i])
         u, v = unpack(dout[n * HALF + i])
-        p, q = unpack(dinp[n * HALF + i])
-        p += r * (u * weight[2 * i] - a - (x - mu) * r * b)
-        q += r * (v * weight[2 * i + 1] - a - (y - mu) * r * b)
-        dinp[n * HALF + i] = pack(p, q)
+        u = r * (u * weight[2 * i] - a - (x - mu) * r * b)
+        v = r * (v * weight[2 * i + 1] - a - (y - mu) * r * b)
+        write_pair(dinp, dinp, n * HALF + i, u, v, True)
 
 
 @kernel(launch_bounds=128)
@@ -353,8 +345,8 @@ def layernorm_backward_bf16(
     _back_rows[-(-rows // 8), 256](pairs(dinp), dy, x, weight, *stats)
     dw, db = work[: wanted // 2], work[wanted // 2 : wanted]
     _back_columns[(-(-C // 256), chunks), 128](dw, db, dy, x, *stats)
-    add_sums[-(-C // 128), 128](dweight, dw, chunks, 1)
-    add_sums[-(-C // 128), 128](dbias, db, chunks, 1)
+    add_chunks[-(-C // 128), 128](dweight, dw, chunks, 1)
+    add_chunks[-(-C // 128), 128](dbias, db, chunks, 1)
 
 
 # %% GELU tags=["export"] module="cuda.bf16_layers"
@@ -372,11 +364,7 @@ def _bend_back(dinp, dout, inp, add):
     if i < dinp.size:
         x, y = unpack(inp[i])
         u, v = unpack(dout[i])
-        u, v = gelu_back(u, x), gelu_back(v, y)
-        if add:
-            p, q = unpack(dinp[i])
-            u, v = u + p, v + q
-        dinp[i] = pack(u, v)
+        write_pair(dinp, dinp, i, gelu_back(u, x), gelu_back(v, y), add)
 
 
 @shapes("...!, ...~", halves())
@@ -470,9 +458,9 @@ def _slopes_of_row(dlogits, logits, n, HALF, k, shift, scale, V):
         if 2 * i < V:
             u, v = math.exp(x - shift), math.exp(y - shift)
         if k == 2 * i:
-            u -= _ONE
+            u -= ONE
         if k == 2 * i + 1:
-            v -= _ONE
+            v -= ONE
         dlogits[n * HALF + i] = pack(u * scale, v * scale)
 
 
@@ -557,7 +545,6 @@ def fused_classifier_bf16(losses, lse, logits, dlosses, targets, V):
 
 # %% imports of the backend tags=["export"]
 from functools import partial
-from inspect import signature
 
 import numpy as np
 
@@ -622,42 +609,32 @@ def _half_attention(ops, memory):
 
 
 # %% the layers tags=["exporti"]
-def _half_layers(ops, memory, work):
+def _half_layers(ops, memory):
     """Put the layers in bfloat16 into ops, under the names of the others."""
-    from llmnb.cuda import bf16_modern  # Part 5
-
-    for module in (bf16_matmul, bf16_attention, bf16_layers, bf16_modern):
-        for name in module.__all__:
-            if not name.endswith("_bf16"):
-                continue
-            function = getattr(module, name)
-            if "work" in signature(function).parameters:
-                function = partial(function, work=work)
-            setattr(ops, name.removesuffix("_bf16"), function)
+    for name, layer in [*vars(ops).items()]:
+        if name.endswith("_bf16"):
+            setattr(ops, name.removesuffix("_bf16"), layer)
     masters, copies = memory.flat("params"), memory.flat("copies")
     stream = memory["stats"]["stream"]
-    encode, encode_back = ops.encoder_forward, ops.encoder_backward
-    embed, embed_back = ops.embedding_forward, ops.embedding_backward
+    encode_back, embed_back = ops.encoder_backward, ops.embedding_backward
     forward, backward = ops.matmul_forward, ops.matmul_backward
 
     def copy(weight):
         return _twin(weight, masters, copies)
 
-    def first(out, inp, wte, wpe):
+    def first(layer, *arrays):
         round_bf16(copies, masters)
-        encode(out, inp, wte, wpe)
+        layer(*arrays)
+
+    def widened(dout):
+        widen_bf16(stream.reshape(-1), dout)
+        return stream
 
     def last(dwte, dwpe, dout, inp):
-        widen_bf16(stream.reshape(-1), dout)
-        encode_back(dwte, dwpe, stream, inp)
-
-    def first_of_llama(out, inp, wte, scale):
-        round_bf16(copies, masters)
-        embed(out, inp, wte, scale)
+        encode_back(dwte, dwpe, widened(dout), inp)
 
     def last_of_llama(dwte, dout, inp, scale):
-        widen_bf16(stream.reshape(-1), dout)
-        embed_back(dwte, stream, inp, scale)
+        embed_back(dwte, widened(dout), inp, scale)
 
     def product(out, inp, weight, bias, residual=None):
         forward(out, inp, copy(weight), bias, residual)
@@ -666,9 +643,9 @@ def _half_layers(ops, memory, work):
         given = dinp, dweight, dbias, dout, inp
         backward(*given, copy(weight), *rest, **more)
 
-    ops.encoder_forward, ops.encoder_backward = first, last
-    ops.embedding_forward = first_of_llama
-    ops.embedding_backward = last_of_llama
+    ops.encoder_forward = partial(first, ops.encoder_forward)
+    ops.embedding_forward = partial(first, ops.embedding_forward)
+    ops.encoder_backward, ops.embedding_backward = last, last_of_llama
     ops.matmul_forward, ops.matmul_backward = product, product_back
     _half_attention(ops, memory)
 
@@ -688,14 +665,6 @@ class HalfBackend(model.Backend):
     model that has others, for channels that are no multiple of 8 and heads
     that tensor cores do not take.
     """
-
-    def __init__(self, layers, precision):
-        super().__init__(layers, precision)
-        self._classifier = model.Classifier((
-            bf16_layers.crossentropy_softmax_forward_bf16,
-            bf16_layers.crossentropy_softmax_backward_bf16,
-            bf16_layers.fused_classifier_bf16,
-        ))  # fmt: skip
 
     def groups(self, cfg, batch_size, seq_len):
         """Scratch memory for the layers, and a place for AdamW's settings."""
@@ -728,10 +697,9 @@ class HalfBackend(model.Backend):
         """An Arena on the GPU, and the layers that work in it."""
         memory = _HalfArena(_half_layout(layout), model.zeros)
         self._work = memory["work"]["floats"]
-        self.ops = model.model_layers(self._work)
-        _half_layers(self.ops, memory, self._work)
-        self.ops.crossentropy_softmax_forward = self._classifier.forward
-        self.ops.crossentropy_softmax_backward = self._classifier.backward
+        self.ops = model.model_layers(self.ops, self._work)
+        _half_layers(self.ops, memory)
+        self._classifier = model.Classifier(self.ops)
         return memory
 
     def floats(self, array):

@@ -645,6 +645,7 @@ import math
 
 import numpy as np
 
+from llmnb.cuda.layernorm import _parts, add_parts, blocks
 from llmnb.gpu.launch import DEVICE, given_work, kernel
 from llmnb.gpu.simulator import cuda
 from llmnb.gpu.warp import block_sum, warp_sum
@@ -673,10 +674,6 @@ def _forward(out, rstd, inp, weight, eps, offset):
 
 
 # %% rmsnorm, forward, on a GPU tags=["export"] module="cuda.rmsnorm"
-def _blocks(n, size):
-    return -(-n // size)
-
-
 @shapes("B T C!, B T!, B T C, C", DEVICE, eps="above 0", offset="at least 0")
 def rmsnorm_forward(out, rstd, inp, weight, eps=1e-5, offset=0.0):
     """Divide each row of inp by its root mean square, then scale.
@@ -690,14 +687,14 @@ def rmsnorm_forward(out, rstd, inp, weight, eps=1e-5, offset=0.0):
     rows, C = rstd.size, len(weight)
     arrays = out.reshape(rows, C), rstd.reshape(rows), inp.reshape(rows, C)
     numbers = np.float32(eps), np.float32(offset)
-    _forward[_blocks(rows, 8), 256](*arrays, weight, *numbers)
+    _forward[blocks(rows, 8), 256](*arrays, weight, *numbers)
 
 
 # %% [markdown]
 # Backward, a block takes every so-manieth row, and its threads share the row
 # out. Each has the same channels in all its rows, and adds its part of $dw$ to a
-# row of a table that is the block's own. A second launch adds the table up: no
-# atomic operation, and one order of additions whatever runs first.
+# row of a table that is the block's own. A second launch, LayerNorm's, adds the
+# table up: no atomic operation, and one order of additions whatever runs first.
 
 
 # %% a block a row tags=["exporti"] module="cuda.rmsnorm"
@@ -720,32 +717,7 @@ def _backward(dinp, table, dout, inp, weight, rstd, offset, add):
             table[mine, i] += dy * hat
 
 
-# %% the sums of the table tags=["exporti"] module="cuda.rmsnorm"
-@kernel(launch_bounds=512)
-def _add_table(dweight, table):
-    tile = cuda.shared.array((16, 32), np.float32)
-    warp, lane = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
-    parts, C = table.shape
-    warps, i = cuda.blockDim.x // 32, cuda.blockIdx.x * 32 + lane
-    total = ZERO
-    if i < C:
-        for k in range(warp, parts, warps):
-            total += table[k, i]
-    tile[warp, lane] = total
-    cuda.syncthreads()
-    if warp == 0 and i < C:
-        total = ZERO
-        for k in range(warps):
-            total += tile[k, lane]
-        dweight[i] += total
-
-
 # %% rmsnorm, backward, on a GPU tags=["export"] module="cuda.rmsnorm"
-def _parts(rows):
-    """Into how many parts the rows are cut for dweight."""
-    return min(512, _blocks(rows, 4))
-
-
 def rmsnorm_scratch(rows, C):
     """How many floats rmsnorm_backward wants to work in; rows: B * T."""
     return _parts(rows) * C
@@ -773,7 +745,7 @@ def rmsnorm_backward(
     table = work[:floats].reshape(parts, C)
     arrays = dx, table, dy, x, weight, rstd.reshape(rows)
     _backward[parts, 256](*arrays, np.float32(offset), int(add))
-    _add_table[_blocks(C, 32), 32 * min(16, parts)](dweight, table)
+    add_parts(dweight, dweight, work, parts, C)  # there is no dbias
 
 
 # %% the same results on the simulator

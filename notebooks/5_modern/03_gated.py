@@ -636,19 +636,13 @@ print(f"SwiGLU: {slow / fast:.1f} times as fast as NumPy")
 # %% imports of the GPU module tags=["export"] module="cuda.gated"
 import math
 
-import numpy as np
-
+from llmnb.cuda.gelu import CUBIC32, ONE, SLOPE32, THREE, ZERO
 from llmnb.gpu.launch import DEVICE, aligned, device, kernel
 from llmnb.gpu.simulator import cuda, load4, store4
 from llmnb.shapes import shapes
 
 
 # %% bends of one number, and their slopes tags=["exporti"] module="cuda.gated"
-ROOT32 = np.float32(2 * math.sqrt(2 / math.pi))
-CUBIC32 = np.float32(0.044715)
-ONE, ZERO, THREE = np.float32(1), np.float32(0), np.float32(3)
-
-
 @device
 def _silu(x):
     q = math.exp(-abs(x))
@@ -659,10 +653,10 @@ def _silu(x):
 
 @device
 def _gelu(x):
-    q = math.exp(-abs(ROOT32 * x * (ONE + CUBIC32 * x * x)))
+    q = math.exp(-abs(SLOPE32 * x * (ONE + CUBIC32 * x * x)))
     r = ONE / (ONE + q)
     sigma = (ONE if x > ZERO else q) * r
-    dv = ROOT32 * (ONE + THREE * CUBIC32 * x * x)
+    dv = SLOPE32 * (ONE + THREE * CUBIC32 * x * x)
     return x * sigma, sigma + x * dv * q * r * r
 
 

@@ -64,15 +64,8 @@ from llmnb.book.verify import verdict
 # %% imports of the sums tags=["export"] module="cuda.sums"
 import numpy as np
 
-from llmnb.cuda.adamw import (
-    LARGEST,
-    WARPS,
-    ZERO,
-    _root_of_sum,
-    _shrink,
-    clip_scratch,
-)
-from llmnb.cuda.elementwise import BLOCK, count_fours
+from llmnb.cuda.adamw import WARPS, ZERO, _root_of_sum, clip_scratch, shrink
+from llmnb.cuda.elementwise import BLOCK
 from llmnb.gpu.launch import DEVICE, device, given_work, kernel
 from llmnb.gpu.simulator import cuda
 from llmnb.gpu.warp import block_sum
@@ -164,11 +157,7 @@ def clip_by_pieces(grads, max_norm, work, pieces):
     """
     given_work("clip_by_pieces", work, clip_scratch(), grads)
     _root_of_sum[1, BLOCK](work, pieces)
-    if grads.size:
-        bits, fours = work[:1].view(np.int32), count_fours(grads)
-        most = np.float32(min(max_norm, LARGEST))
-        grid = -(-(grads.size - 3 * fours) // BLOCK)
-        _shrink[grid, BLOCK](grads, work, bits, most, fours)
+    shrink(grads, max_norm, work)
 
 
 # %% [markdown]
