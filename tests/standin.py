@@ -5,6 +5,7 @@ program of its own runs with it in the driver's place. The program finds two
 functions: counts(*names), and refused(), the first thing that was refused.
 """
 
+import json
 import shutil
 import subprocess
 import sys
@@ -79,3 +80,44 @@ def runner(environment):
     run.plain = partial(python, **environment)
     run.folder = environment["LD_LIBRARY_PATH"]
     return run
+
+
+STEPS = """
+import json, sys
+from llmnb import GPT2, GPT2Config
+from llmnb.model.architectures import PRESETS
+cfg, B, T, precision = json.loads(sys.argv[1])
+cfg = PRESETS[cfg] if isinstance(cfg, str) else GPT2Config(*cfg)
+model = GPT2(cfg, B, T, "cuda", precision, seed=None)
+batch, rows = np.zeros((2, B, T), int), []
+names = ("allocations", "launches", "recorded", "recorded_copies", "copies",
+         "recordings", "replays", "replayed", "refusals")
+for k in range(1, 5):
+    driver.standin_reset()
+    model.step(*batch, 1.0, step=k, decay=["wte"])
+    rows.append(dict(zip(names, counts(*names))))
+print(json.dumps([rows, refused(), model.memory.nbytes]))
+"""
+
+
+def check_steps(run, cfg, B, T, precision="fp32"):
+    """A step is recorded once and replayed; its launches, and the memory.
+
+    No allocation, and no copy but the batch, the settings, the results.
+    cfg: GPT2Config's arguments, or the name of a preset.
+    """
+    how = json.dumps([cfg, B, T, precision])
+    rows, refused, nbytes = json.loads(run(STEPS, how))
+    first, second, *later = rows
+    launches = first["launches"]
+    for row in rows:
+        assert row["allocations"] == row["recorded_copies"] == 0
+        assert row["copies"] == 6  # 2 of the batch, 2 of settings, 2 back
+        assert row["refusals"] == 0
+    assert second["recorded"] == second["replayed"] == launches
+    assert (second["launches"], second["recordings"]) == (0, 1)
+    for row in later:
+        assert row["launches"] == row["recorded"] == row["recordings"] == 0
+        assert (row["replays"], row["replayed"]) == (1, launches)
+    assert refused == ""
+    return launches, nbytes

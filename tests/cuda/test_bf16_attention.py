@@ -2,29 +2,16 @@
 
 import numpy as np
 import pytest
-from gpu import check_machine_code, tensor_instructions
+from gpu import check_machine_code, error, half, tensor_instructions
+from gpu import wide_half as wide
 
 from llmnb.cuda import attention_backward_bf16, attention_forward_bf16
 from llmnb.gpu.launch import empty, simulated, to_host
 from llmnb.gpu.simulator import watch
 from llmnb.reference import attention as reference
-from llmnb.reference.bfloat16 import from_bfloat16, to_bfloat16
+from llmnb.reference.bfloat16 import to_bfloat16
 
 MOST = 2e-3  # of any result's norm; rounding the result is 1.7e-3 of it
-
-
-def half(*shape, seed=0):
-    draw = np.random.default_rng(seed).normal(size=shape)
-    return to_bfloat16(draw.astype(np.float32))
-
-
-def wide(x):
-    return from_bfloat16(x).astype(float)
-
-
-def error(got, want):
-    assert np.isfinite(got).all()
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
 def by_hand(inp, dout, out, lse, hs, start):
@@ -52,20 +39,11 @@ def rounded(x):
     return wide(to_bfloat16(x.astype(np.float32)))
 
 
-def parts(x, NH, hs):
-    """Of queries, keys and values."""
-    width = NH * hs
-    rest = (x.shape[-1] - width) // 2
-    return x[..., :width], x[..., width:-rest], x[..., -rest:]
-
-
-def passes(B, T, NH, hs, NKV=None, add=False, races=True, seed=0):
-    """Both passes, their errors checked; returns dinp and what was seen."""
-    width = (NH + 2 * (NKV or NH)) * hs
-    inp, dout = (
-        half(B, T, width, seed=seed),
-        half(B, T, NH * hs, seed=seed + 1),
-    )
+def passes(B, T, NH, hs, NKV=1, add=False, races=True, seed=0):
+    """Both passes, their errors checked; returns what was seen."""
+    width = (NH + 2 * NKV) * hs
+    inp = half(B, T, width, seed=seed)
+    dout = half(B, T, NH * hs, seed=seed + 1)
     want, want_lse = np.empty(dout.shape), np.empty((B, NH, T))
     reference.attention_forward(want, want_lse, wide(inp))
     before = wide(half(B, T, width, seed=2)) * add
@@ -73,42 +51,35 @@ def passes(B, T, NH, hs, NKV=None, add=False, races=True, seed=0):
     start = half(B, T, width, seed=2) if add else np.full_like(inp, 0x7FC0)
     reference.attention_backward(grads, wide(dout), wide(inp), want, want_lse)
     there, dinp = simulated(inp), simulated(start)
-    out, lse = empty(dout.shape, np.uint16), empty((B, NH, T))
-    more = {"rest": empty(dout.shape, np.uint16)}
+    out, rest = (empty(dout.shape, np.uint16) for _ in range(2))
+    lse, grad = empty((B, NH, T)), simulated(dout)
     with watch(races) as seen:
-        attention_forward_bf16(out, lse, there, **more)
-        grad = simulated(dout)
-        attention_backward_bf16(dinp, grad, there, out, lse, add, **more)
-    out, rest = wide(to_host(out)), wide(to_host(more["rest"]))
+        attention_forward_bf16(out, lse, there, rest)
+        attention_backward_bf16(dinp, grad, there, out, lse, add, rest=rest)
     assert error(out, want) < MOST
-    assert error(out + rest, want) < 1e-5
+    assert error(wide(out) + wide(rest), want) < 1e-5
     assert np.abs(to_host(lse) - want_lse).max() < 2e-6
-    found = wide(to_host(dinp))
-    for got, right in zip(
-        parts(found, NH, hs), parts(grads, NH, hs), strict=True
-    ):
-        assert error(got, right) < MOST
+    found = wide(dinp)
+    ends = NH * hs, (NH + NKV) * hs  # of queries, and of keys
+    pairs = (np.split(x, ends, -1) for x in (found, grads))
+    assert all(error(*pair) < MOST for pair in zip(*pairs, strict=True))
     hand = by_hand(wide(inp), wide(dout), want, want_lse, hs, before)
     assert error(found, hand) < 3e-4  # nothing else is rounded
-    return to_host(dinp), seen
+    return seen
 
 
-def test_two_tiles_and_heads_that_share_keys():
-    passes(1, 67, 2, 16, NKV=1, add=True)
-
-
-def test_a_width_of_64_over_three_tiles():
-    """The third tile's part of dq comes from three strips."""
-    passes(1, 130, 1, 64, races=False)
-
-
-def test_few_rows_and_several_sequences():
-    passes(2, 3, 2, 32)
-
-
-@pytest.mark.parametrize("seed", (10, 20))
-def test_two_tiles_of_64_channels(seed):
-    passes(1, 66, 1, 64, races=False, seed=seed)
+@pytest.mark.parametrize(
+    ("shape", "how"),
+    [
+        ((1, 67, 2, 16), {"add": True}),  # heads that share keys
+        ((1, 130, 1, 64), {"races": False}),  # a part of dq from three strips
+        ((2, 3, 2, 32), {"NKV": 2}),
+        ((1, 66, 1, 64), {"races": False, "seed": 10}),
+        ((1, 66, 1, 64), {"races": False, "seed": 20}),
+    ],
+)
+def test_both_passes(shape, how):
+    passes(*shape, **how)
 
 
 def test_the_output_alone_has_not_the_rows_sums():
@@ -119,16 +90,14 @@ def test_the_output_alone_has_not_the_rows_sums():
     grads = np.zeros((1, 66, 48))
     reference.attention_forward(want, want_lse, wide(x[0]))
     reference.attention_backward(grads, wide(x[1]), wide(x[0]), want, want_lse)
-    out, rest, lse = (
-        empty(*how) for how in [((1, 66, 16), np.uint16)] * 2 + [((1, 1, 66),)]
-    )
-    dinp, errors = empty(grads.shape, np.uint16), []
+    out, rest = (empty((1, 66, 16), np.uint16) for _ in range(2))
+    lse, dinp, errors = empty((1, 1, 66)), empty(grads.shape, np.uint16), []
     with watch(races=False):
         attention_forward_bf16(out, lse, inp, rest)
-        for more in ({}, {"rest": rest}):
-            attention_backward_bf16(dinp, dout, inp, out, lse, False, **more)
-            dq = wide(to_host(dinp))[..., :16]
-            errors.append(error(dq, grads[..., :16]))
+        for kept in (None, rest):
+            given = dinp, dout, inp, out, lse, False
+            attention_backward_bf16(*given, rest=kept)
+            errors.append(error(wide(dinp)[..., :16], grads[..., :16]))
     assert errors[0] > 1.15 * errors[1]
 
 
@@ -141,7 +110,7 @@ def test_strips_of_several_tiles(monkeypatch):
 @pytest.mark.parametrize("hs", (16, 64))
 def test_machine_code(hs):
     """Nothing spilled; as many products as the chapter's table has."""
-    _, seen = passes(1, 2, 1, hs, races=False)
+    seen = passes(1, 2, 1, hs, races=False)
     check_machine_code(seen)
     found = list(tensor_instructions(seen, "attention_"))
     assert len(found) == 4  # two kernels, two generations
@@ -152,8 +121,6 @@ def test_machine_code(hs):
 
 
 def test_heads_of_other_widths_are_refused():
-    out, lse, inp = half(1, 2, 24), np.zeros((1, 1, 2), np.float32), None
-    inp = half(1, 2, 72)
-    there = [simulated(x) for x in (out, lse, inp)]
+    out, inp = simulated(half(1, 2, 24)), simulated(half(1, 2, 72))
     with pytest.raises(ValueError, match="16, 32, 64 channels, got 24"):
-        attention_forward_bf16(*there)
+        attention_forward_bf16(out, empty((1, 1, 2), like=out), inp)

@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from gpu import check_gradients, check_half, wide_half
+from gpu import check_five_steps, check_gradients, check_half, half, single
+from gpu import wide_half as widened
 
 from llmnb import GPT2
 from llmnb.cuda import rotary_forward_bf16
@@ -14,27 +15,12 @@ from llmnb.model.architectures import (
     MistralConfig,
     Qwen3Config,
 )
-from llmnb.reference.bfloat16 import to_bfloat16
 from llmnb.reference.rotary import rope_table
 
 B, T, C, H, hs = 2, 3, 72, 40, 16
 SIZES = 16, 61, 1, 2, 32
 SMALL = {"num_kv_heads": 1, "hidden": 64}
 BATCH = np.random.default_rng(3).integers(0, 61, (2, 1, 5))
-rng = np.random.default_rng(0)
-
-
-@pytest.fixture(autouse=True)
-def on_the_simulator(monkeypatch):
-    monkeypatch.setenv("LLMNB_CUDA", "simulator")
-
-
-def half(*shape):
-    return to_bfloat16(rng.normal(size=shape).astype(np.float32))
-
-
-def single(*shape):
-    return rng.normal(size=shape).astype(np.float32)
 
 
 @pytest.mark.parametrize("offset", (0.0, 1.0))
@@ -43,7 +29,7 @@ def test_rmsnorm(offset):
     arrays = half(B, T, C), rstd, inp, weight
     how = {"offset": offset}
     check_half("rmsnorm_forward", arrays, [0, 1], exact=[1], **how)
-    wide = wide_half(inp)
+    wide = widened(inp)
     rstd = (1 / np.sqrt((wide**2).mean(-1) + 1e-5)).astype(np.float32)
     for add in (True, False):
         arrays = half(B, T, C), single(C), half(B, T, C), inp, weight, rstd
@@ -68,7 +54,7 @@ def test_gates(kind):
 
 
 def test_token_vectors():
-    tokens = rng.integers(0, 9, (B, T)).astype(np.int32)
+    tokens = np.array([[0, 8, 3], [3, 1, 3]], np.int32)
     arrays = half(B, T, C), tokens, single(9, C)
     check_half("embedding_forward", arrays, [0], scale=3.0)
 
@@ -91,21 +77,12 @@ def test_gradients_are_those_of_float32_but_for_rounding(kind):
 
 
 def test_five_steps_go_along_those_of_float32():
-    """Losses within 4e-3, and the first gradient's norm within 1 %.
+    """The norm of the first gradient only.
 
-    The batch is that of GPT-2's test. With five tokens float32 itself parts
-    by more, where its weights differ by a rounding to bfloat16.
+    With five tokens float32 itself parts by more, where its weights differ by
+    a rounding to bfloat16.
     """
-    how = {"learning_rate": 1e-2, "max_norm": 1.0}
-    batch = np.random.default_rng(3).integers(0, 61, (2, 1, 16))
-    half, whole = (
-        np.array([made.step(*batch, step=s, **how) for s in range(1, 6)])
-        for made in pair(LlamaConfig(*SIZES, **SMALL), 16)
-    )
-    np.testing.assert_allclose(half[:, 0], whole[:, 0], rtol=0, atol=4e-3)
-    np.testing.assert_allclose(half[0, 1], whole[0, 1], rtol=1e-2)
-    assert whole[-1, 0] < whole[0, 0] - 1
-    assert (half[:, 0] != whole[:, 0]).any()
+    check_five_steps(*pair(LlamaConfig(*SIZES, **SMALL), 16), norms=1)
 
 
 @pytest.mark.parametrize(
@@ -122,22 +99,3 @@ def test_five_steps_go_along_those_of_float32():
 def test_a_model_without_its_layers_is_refused(cfg, what):
     with pytest.raises(ValueError, match=f"GPT2: .*{what}"):
         GPT2(cfg, 1, 5, "cuda", "bf16")
-
-
-STEPS = """
-from llmnb import GPT2
-from llmnb.model.architectures import PRESETS
-model = GPT2(PRESETS["smollm2-135m"], 1, 64, "cuda", "bf16", seed=None)
-batch = np.zeros((2, 1, 64), int)
-names = ("allocations", "recorded_copies", "refusals", "replays")
-for k in range(1, 4):
-    driver.standin_reset()
-    model.step(*batch, 1.0, step=k, decay=["wte"])
-    print(*counts(*names))
-"""
-
-
-def test_a_step_of_smollm2_is_one_graph(on_standin):
-    """A published Llama: its kernels compiled, and nothing allocated."""
-    rows = on_standin(STEPS).splitlines()
-    assert rows == ["0 0 0 0", "0 0 0 1", "0 0 0 1"]

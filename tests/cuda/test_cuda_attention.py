@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from gpu import check_machine_code, check_row, there
+from gpu import check_machine_code, check_row, single, there
 
 from llmnb import cuda as gpu
 from llmnb.gpu.launch import simulated, to_host
@@ -14,9 +14,8 @@ TOLERANCE = 1e-5  # exp is approximate on a GPU
 
 def arrays(B, T, NH, hs):
     """The backward pass's, from a forward pass in NumPy; it adds to ones."""
-    rng = np.random.default_rng(0)
-    inp = rng.normal(size=(B, T, 3 * NH * hs)).astype(np.float32)
-    dout = rng.normal(size=(B, T, NH * hs)).astype(np.float32)
+    inp = single(B, T, 3 * NH * hs, seed=0)
+    dout = single(B, T, NH * hs, seed=1)
     out, lse = np.empty_like(dout), np.empty((B, NH, T), np.float32)
     reference.attention_forward(out, lse, inp)
     ones = np.ones_like(inp)
@@ -50,15 +49,13 @@ def test_wide_heads(back, hs):
 
 
 def check_machine(found, fours):
+    """Shared memory takes four floats at once, global where rows fit."""
     for name, made in found.items():
         if not name.startswith("_"):
-            # shared memory takes four floats at once, and where rows are
-            # aligned global memory does
             assert made.vector_loads >= 16, name
-            assert ("ld.global.v4" in made.ptx) == fours, name
-            assert ("st.global.v4" in made.ptx) == fours, name
-            assert "ld.shared.v4" in made.ptx, name
-            assert "st.shared.v4" in made.ptx, name
+            for way in ("ld", "st"):
+                assert (f"{way}.global.v4" in made.ptx) == fours, name
+                assert f"{way}.shared.v4" in made.ptx, name
 
 
 @pytest.fixture
@@ -66,12 +63,12 @@ def launches(monkeypatch):
     """What a call launches, by name of the kernel, with nothing run."""
     monkeypatch.setattr("llmnb.gpu.launch.simulate", lambda *args: None)
 
-    def launched(hs, forward=True, backward=True):
+    def launched(hs, ways="fb"):
         a = there(arrays(1, 2, 1, hs))
         with watch() as seen:
-            if forward:
+            if "f" in ways:
                 gpu.attention_forward(a["out"], a["lse"], a["inp"])
-            if backward:
+            if "b" in ways:
                 gpu.attention_backward(*a.values())
         return seen
 
@@ -94,33 +91,25 @@ def test_machine_code_of_gpt2s_heads(launches):
 
 
 @pytest.mark.parametrize(
-    "hs, cc, forward, backward",
-    (
-        (5, (8, 0), True, False),
-        (128, (9, 0), False, True),
-        (256, (8, 0), True, True),
-    ),
+    "hs, cc, ways",
+    ((5, (8, 0), "f"), (128, (9, 0), "b"), (256, (8, 0), "fb")),
 )
-def test_machine_code_of_other_heads(
-    monkeypatch, launches, hs, cc, forward, backward
-):
+def test_machine_code_of_other_heads(monkeypatch, launches, hs, cc, ways):
     monkeypatch.setattr("gpu.GENERATIONS", [cc])
-    found = check_machine_code(launches(hs, forward, backward))
-    check_machine(found, hs % 4 == 0)
+    check_machine(check_machine_code(launches(hs, ways)), hs % 4 == 0)
 
 
 def test_large_scores_and_scores_that_grow():
     B, T, NH, hs = 1, 40, 1, 4
     a = arrays(B, T, NH, hs)
-    inp, dout = a["inp"], a["dout"]
+    inp = a["inp"]
     inp[..., :hs] = 20
     inp[..., hs : 2 * hs] = np.linspace(-50, 50, T)[:, None]
     want, lse = np.empty((B, T, hs)), np.empty((B, NH, T))
     reference.attention_forward(want, lse, inp.astype(np.float64))
-    given = [simulated(np.full_like(dout, np.nan))]
-    given += [simulated(np.zeros((B, NH, T), np.float32))]
-    gpu.attention_forward(*given, simulated(inp))
-    np.testing.assert_allclose(to_host(given[0]), want, rtol=0, atol=2e-3)
+    given = there(a)
+    gpu.attention_forward(given["out"], given["lse"], given["inp"])
+    np.testing.assert_allclose(to_host(given["out"]), want, rtol=0, atol=2e-3)
 
 
 def test_a_head_too_wide():

@@ -81,15 +81,10 @@ def extreme(shape):
     B, T, V, Vp = shape
     logits = np.zeros((B, T, Vp), np.float32)
     rows = logits.reshape(-1, Vp)[:, :V]
+    rising, rows[4:] = np.linspace(-80, 80, V), -1e30
     rows[0] = 80 * np.where(np.arange(V) % 3, 1, -1)
-    rows[1] = -80
-    rows[2] = np.linspace(-80, 80, V)
-    rows[3] = np.linspace(80, -80, V)
-    rows[4] = 1.5
-    rows[4, ::2] = -1e30
-    rows[5] = -1e30
-    rows[5, V - 1] = 3
-    rows[6] = -1e30
+    rows[1], rows[2], rows[3] = -80, rising, rising[::-1]
+    rows[4, 1::2], rows[5, V - 1] = 1.5, 3
     return logits
 
 
@@ -126,26 +121,23 @@ def test_machine_code(monkeypatch):
         layer.crossentropy_softmax_forward(*there(forward).values())
         layer.crossentropy_softmax_backward(*there(backward).values())
         loss_by_threads(*there(draw(GPT2)[0]).values())
-    made = check_machine_code(seen)
+    made = check_machine_code(seen, registers=64)
     names = "_loss_by_blocks", "_slopes_by_blocks", "_loss_by_threads"
     assert set(made) == set(names)
     for name, compiled in made.items():
         assert (compiled.vector_loads > 0) == ("blocks" in name), name
         assert (compiled.vector_stores > 0) == ("slopes" in name), name
         assert "ex2.approx" in compiled.ptx, name
-        assert compiled.registers <= 64
 
 
 def test_no_rows():
     """Of both passes: whole rows, and single numbers."""
-    rows = [simulated(np.zeros((0, 2, 4), "f4")) for _ in range(2)]
-    one, two = (simulated(np.zeros((0, 2), "f4")) for _ in range(2))
-    targets = simulated(np.zeros((0, 2), np.int32))
-    forward = layer.crossentropy_softmax_forward
-    backward = layer.crossentropy_softmax_backward
-    for run, arrays in (
-        (forward, (one, two, rows[0], targets)),
-        (backward, (rows[0], one, rows[1], two, targets)),
+    rows, one = (np.zeros(s, "f4") for s in ((0, 2, 4), (0, 2)))
+    targets = one.astype(np.int32)
+    for way, arrays in (
+        ("forward", (one, one, rows, targets)),
+        ("backward", (rows, one, rows, one, targets)),
     ):
+        run = getattr(layer, f"crossentropy_softmax_{way}")
         with pytest.raises(ValueError, match="crossentropy: B, T and Vp must"):
-            run(*arrays, 3)
+            run(*map(simulated, arrays), 3)

@@ -12,27 +12,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from gpu import check_linear, check_linear_back, near, single
 
 import llmnb.cuda.cublas as cublas
 from llmnb.bench import gpu
 from llmnb.bench.ladders import TINY
 from llmnb.gpu.launch import simulated, to_device, to_host
-from llmnb.reference import (
-    gelu_backward,
-    gelu_forward,
-    matmul_backward,
-    matmul_forward,
-)
+from llmnb.reference import gelu_backward, gelu_forward, matmul_forward
 
 SIZES = [(1, 1, 1), (1, 5, 3), (7, 1, 9), (3, 8, 4), (33, 17, 65)]
 SEARCHES = []
 ENDS = {
-    "DEFAULT": 1,
-    "BIAS": 4,
-    "GELU_AUX_BIAS": 164,
-    "DGELU_BGRAD": 208,
+    "DEFAULT": 1, "BIAS": 4, "GELU_AUX_BIAS": 164, "DGELU_BGRAD": 208,
     "BGRADB": 512,
-}
+}  # fmt: skip
 
 
 def by_columns(address, rows, cols, ld):
@@ -45,16 +38,9 @@ def by_columns(address, rows, cols, ld):
 class Library:
     """What of cublasLt our module calls, with descriptions as dicts."""
 
-    names = [
-        "TRANSA",
-        "TRANSB",
-        "EPILOGUE",
-        "BIAS_POINTER",
-        "EPILOGUE_AUX_POINTER",
-        "EPILOGUE_AUX_LD",
-        "MAX_WORKSPACE_BYTES",
-    ]
-    names += [f"MIN_ALIGNMENT_{x}_BYTES" for x in "ABCD"]
+    names = "TRANSA TRANSB EPILOGUE BIAS_POINTER EPILOGUE_AUX_POINTER "
+    names += "EPILOGUE_AUX_LD MAX_WORKSPACE_BYTES"
+    names = names.split() + [f"MIN_ALIGNMENT_{x}_BYTES" for x in "ABCD"]
     MatmulDescAttribute = MatmulPreferenceAttribute = {x: x for x in names}
     Epilogue = IntEnum("Epilogue", ENDS)
     matmul_heuristic_result_dtype = np.dtype(
@@ -115,10 +101,8 @@ class Library:
         size = len(right.T) if ends == "BGRADB" else D[0]
         vector = by_columns(product["BIAS_POINTER"], size, 1, size)
         if "GELU" in ends:
-            place, ld = (
-                product[f"EPILOGUE_AUX_{x}"] for x in ("POINTER", "LD")
-            )
-            aux = by_columns(place, *D[:2], ld)
+            place = product["EPILOGUE_AUX_POINTER"]
+            aux = by_columns(place, *D[:2], product["EPILOGUE_AUX_LD"])
         if ends in ("BIAS", "GELU_AUX_BIAS"):
             result = result + vector
         if ends == "GELU_AUX_BIAS":
@@ -172,88 +156,55 @@ def place(monkeypatch):
     cublas._prepared.cache_clear()
 
 
-def draw(rng, *shape):
-    return rng.normal(size=shape).astype(np.float32)
+def zeros(place, *shapes):
+    return [place(np.zeros(shape, np.float32)) for shape in shapes]
 
 
-@pytest.mark.parametrize("rows, C, OC", SIZES)
+@pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("residual", [True, False])
-def test_forward(place, rows, C, OC, bias, residual):
-    rng = np.random.default_rng(rows)
-    x, w = draw(rng, 1, rows, C), draw(rng, OC, C)
-    b = draw(rng, OC) if bias else None
-    r = draw(rng, 1, rows, OC) if residual else None
-    want = np.empty((1, rows, OC), np.float32)
-    matmul_forward(want, x, w, b, r)
-    for repeat in range(2):  # the second uses what was kept
-        out = place(np.full_like(want, np.nan))
-        there = [None if z is None else place(z) for z in (x, w, b, r)]
-        cublas.cublas_forward(out, *there)
-        error = np.abs(to_host(out) - want).max()
-        assert error < 1e-5 * np.abs(want).max() + 1e-6, repeat
+def test_forward(place, sizes, bias, residual):
+    how = {"bias": bias, "residual": residual, "tol": 1e-5}
+    for _ in range(2):  # the second uses what was kept
+        layer = cublas.cublas_forward
+        check_linear(layer, 1, *sizes, **how, places=[place])
 
 
-@pytest.mark.parametrize("rows, C, OC", SIZES)
+@pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("add", [(True, True), (False, True), (False, False)])
-def test_backward(place, rows, C, OC, add):
-    rng = np.random.default_rng(rows + C)
-    x, w = draw(rng, 1, rows, C), draw(rng, OC, C)
-    dy, dx = draw(rng, 1, rows, OC), draw(rng, 1, rows, C)
-    dw, db = draw(rng, OC, C), draw(rng, OC)
-    want = [z.astype(np.float64) for z in (dx, dw, db)]
-    exact = [z.astype(np.float64) for z in (dy, x, w)]
-    matmul_backward(*want, *exact, *add)
-    if not add[0]:
-        dx[...] = np.nan
-    if not add[1]:
-        dw[...], db[...] = np.nan, np.nan
-    got = [place(z) for z in (dx, dw, db)]
-    cublas.cublas_backward(*got, *[place(z) for z in (dy, x, w)], *add)
-    for a, b in zip(got, want, strict=True):
-        scale = max(1, np.abs(b).max())
-        assert np.abs(to_host(a) - b).max() < 1e-5 * scale
-
-
-def near(got, want):
-    got = to_host(got)
-    assert np.isfinite(got).all()
-    assert np.abs(got - want).max() < 1e-5 * max(1, np.abs(want).max())
+def test_backward(place, sizes, add):
+    how = {"add": add, "tol": 1e-5, "places": [place]}
+    check_linear_back(cublas.cublas_backward, 1, *sizes, **how)
 
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("rows, C, OC", [(7, 5, 8), (3, 8, 16), (33, 17, 64)])
 def test_gelu_at_the_end_of_a_product_and_back(place, rows, C, OC, fused):
     """Forward and backward of a block's second half, and their sums."""
-    rng = np.random.default_rng(rows)
-    x, w, b = draw(rng, 1, rows, C), draw(rng, OC, C), draw(rng, OC)
-    w2, dy = draw(rng, C, OC), draw(rng, 1, rows, C)
-    aux = np.empty((1, rows, OC))
+    x, w, b = single(1, rows, C), single(OC, C), single(OC)
+    w2, dy, how = single(C, OC), single(1, rows, C), {"fused": fused}
+    aux, want, grad = np.empty((3, 1, rows, OC))
     matmul_forward(aux, *(z.astype(float) for z in (x, w, b)))
-    want = np.empty_like(aux)
     gelu_forward(want, aux)
-    grad = np.empty_like(aux)
     gelu_backward(grad, dy.astype(float) @ w2, aux, add=False)
     for _ in range(2):  # the second with what was kept, elsewhere
-        out, kept, dx, db = (
-            place(np.full(z, np.nan, np.float32))
-            for z in (aux.shape, aux.shape, aux.shape, OC)
-        )
-        how = {"fused": fused}
+        shapes = aux.shape, aux.shape, aux.shape, OC
+        out, kept, dx, db = (np.full(z, np.nan, np.float32) for z in shapes)
+        out, kept, dx, db = map(place, (out, kept, dx, db))
         cublas.cublas_gelu_forward(out, kept, *map(place, (x, w, b)), **how)
-        near(kept, aux)
-        near(out, want)
+        near(kept, aux, 1e-5)
+        near(out, want, 1e-5)
         given = dx, db, place(dy), place(w2), kept
         cublas.cublas_gelu_backward(*given, **how)
-        near(dx, grad)
-        near(db, grad.sum((0, 1)))
+        near(dx, grad, 1e-5)
+        near(db, grad.sum((0, 1)), 1e-5)
     for add in (False, True):
-        start = draw(rng, OC, C)
+        start = single(OC, C)
         dw = place(start if add else np.full_like(start, np.nan))
         db = place(np.full(OC, np.nan, np.float32))
         cublas.cublas_weight_backward(dw, db, dx, place(x), add, **how)
-        near(dw, grad[0].T @ x[0] + start * add)
-        near(db, grad.sum((0, 1)))
+        near(dw, grad[0].T @ x[0] + start * add, 1e-5)
+        near(db, grad.sum((0, 1)), 1e-5)
 
 
 @pytest.mark.parametrize("name", gpu.ENDS)
@@ -277,45 +228,33 @@ def test_make_gpu_times_both_ways(place, monkeypatch, name):
 
 
 def test_rows_of_aux_are_eights(place):
-    x, w = (place(np.zeros(s, np.float32)) for s in ((1, 2, 4), (12, 4)))
-    b, out, aux = (
-        place(np.zeros(s, np.float32)) for s in (12, (1, 2, 12), (1, 2, 12))
-    )
+    x, w, w2, b = zeros(place, (1, 2, 4), (12, 4), (4, 12), 12)
+    out, aux = zeros(place, (1, 2, 12), (1, 2, 12))
     with pytest.raises(ValueError, match="rows of aux .* got 12"):
         cublas.cublas_gelu_forward(out, aux, x, w, b)
     with pytest.raises(ValueError, match="rows of aux .* got 12"):
-        cublas.cublas_gelu_backward(
-            out, b, x, place(np.zeros((4, 12), "f")), aux
-        )
+        cublas.cublas_gelu_backward(out, b, x, w2, aux)
 
 
 def test_a_description_is_made_once(place):
-    rng = np.random.default_rng(0)
-    x, w, out = (place(draw(rng, 1, 4, 4)) for _ in range(3))
-    for _ in range(3):
-        cublas.cublas_forward(out, x, w.reshape(4, 4), None)
-    assert cublas._prepared.cache_info().misses == 1
-    cublas.cublas_forward(out, x, w.reshape(4, 4), None, tf32=True)
-    assert cublas._prepared.cache_info().misses == 2
+    x, w, out = zeros(place, (1, 4, 4), (4, 4), (1, 4, 4))
+    for how, made in (({}, 1), ({}, 1), ({"tf32": True}, 2)):
+        cublas.cublas_forward(out, x, w, None, **how)
+        assert cublas._prepared.cache_info().misses == made
 
 
 def test_without_a_gpu_it_says_so():
     reason = cublas.no_cublas()
     if not reason:
         pytest.skip("there is a GPU with cuBLASLt")
-    x = simulated(np.zeros((1, 2, 3), np.float32))
-    w, out = (simulated(np.zeros(s, np.float32)) for s in ((2, 3), (1, 2, 2)))
+    x, w, out = zeros(simulated, (1, 2, 3), (2, 3), (1, 2, 2))
     with pytest.raises(RuntimeError, match="cublas_forward: .*" + reason[:9]):
         cublas.cublas_forward(out, x, w, None)
 
 
 def test_work_must_hold_the_sums_of_the_bias(place):
-    x = place(np.zeros((1, 130, 2), np.float32))
+    x, w, dx, dw, db = zeros(place, *2 * ((1, 130, 2), (3, 2)), 3)
     dy = place(np.ones((1, 130, 3), np.float32))
-    w = place(np.zeros((3, 2), np.float32))
-    db, dx, dw = (
-        place(np.zeros(s, np.float32)) for s in (3, (1, 130, 2), (3, 2))
-    )
     for work in (np.zeros(8, np.float32), np.zeros((2, 9), np.float32)):
         with pytest.raises(ValueError, match="cublas_backward: work must"):
             cublas.cublas_backward(dx, dw, db, dy, x, w, work=place(work))
@@ -361,12 +300,7 @@ def test_the_real_library_takes_the_descriptions(plan, tf32):
     product, *matrices = cublas._describe(plan, 256, 512, tf32)
     names = "TRANSA TRANSB COMPUTE_TYPE EPILOGUE"
     got = told("matmul_desc", lt.MatmulDescAttribute, product, names)
-    assert got == (
-        plan.transa,
-        plan.transb,
-        77 if tf32 else 68,
-        ENDS[plan.ends],
-    )
+    assert got == (*plan[:2], 77 if tf32 else 68, ENDS[plan.ends])
     if "GELU" in plan.ends:
         names = "BIAS_POINTER EPILOGUE_AUX_POINTER EPILOGUE_AUX_LD"
         got = told("matmul_desc", lt.MatmulDescAttribute, product, names)

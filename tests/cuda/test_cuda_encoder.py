@@ -6,12 +6,8 @@ from gpu import check_ladder, check_machine_code, draw, there
 
 from llmnb.bench.rungs_encoder import ENCODER_BACKWARD, ENCODER_FORWARD
 from llmnb.cpu import encoder as cpu
-from llmnb.cuda.encoder import (
-    encoder_backward,
-    encoder_forward,
-    encoder_scratch,
-    into_buckets,
-)
+from llmnb.cuda import encoder_backward, encoder_forward, encoder_scratch
+from llmnb.cuda.encoder import into_buckets
 from llmnb.gpu.launch import empty, simulated, to_host
 from llmnb.gpu.simulator import watch
 
@@ -21,11 +17,15 @@ BACKWARD = (*ENCODER_BACKWARD, encoder_backward)
 SHAPES = [(2, 3, 5, 1, 4), (3, 5, 32, 1, 9)]
 
 
+def run(way, shape, version):
+    name = f"encoder_{way}"
+    return check_ladder(name, draw(name, *shape), version)
+
+
 @pytest.mark.parametrize("version", range(1, 1 + len(FORWARD)))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_machine_code_forward(shape, version):
-    arrays = draw("encoder_forward", *shape)
-    seen = check_ladder("encoder_forward", arrays, version)
+    seen = run("forward", shape, version)
     (made,) = check_machine_code(seen).values()
     wide = version == len(FORWARD) and shape[2] % 4 == 0
     assert (made.vector_loads, made.vector_stores) == (2 * wide, wide)
@@ -34,8 +34,7 @@ def test_machine_code_forward(shape, version):
 @pytest.mark.parametrize("version", range(1, 1 + len(BACKWARD)))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_machine_code_backward(shape, version):
-    arrays = draw("encoder_backward", *shape)
-    seen = check_ladder("encoder_backward", arrays, version)
+    seen = run("backward", shape, version)
     found = check_machine_code(seen)
     wide = version == len(BACKWARD) and shape[2] % 4 == 0
     assert len(found) == (1 if version == 1 else 2 + wide)
@@ -74,10 +73,10 @@ def test_the_order_is_that_of_the_text(layer):
 def test_buckets_keep_the_order_of_the_text(rows):
     """Every place once, by what its token leaves, and in order within."""
     inp = np.random.default_rng(rows).integers(0, 50, rows, np.int32)
+    given = simulated(inp)
+    work = empty(encoder_scratch(rows), like=given)
     with watch():
-        order, starts, K = into_buckets(
-            simulated(inp), empty(encoder_scratch(rows), like=simulated(inp))
-        )
+        order, starts, K = into_buckets(given, work)
     order, starts = to_host(order), to_host(starts)
     assert -(-rows // 16) == K
     assert (order == np.argsort(inp % K, kind="stable")).all()
@@ -89,11 +88,9 @@ def test_the_search_does_not_grow_with_the_square_of_the_text():
     """Reads of tokens: four times the text, hardly more than four times."""
     seen = []
     for rows in (64, 256):
-        inp = np.arange(rows, dtype=np.int32)[None]
-        table = simulated(np.zeros((rows, 4), np.float32))
-        dout = simulated(np.zeros((1, rows, 4), np.float32))
-        arrays = table, simulated(np.zeros((rows, 4), "f4")), dout
+        arrays = *np.zeros((2, rows, 4), "f4"), np.zeros((1, rows, 4), "f4")
+        arrays += (np.arange(rows, dtype=np.int32)[None],)
         with watch() as counted:
-            encoder_backward(*arrays, simulated(inp))
+            encoder_backward(*map(simulated, arrays))
         seen.append(counted.reads)
     assert seen[1] < 7 * seen[0]

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gpu import stay_in_arena
+from gpu import SIMULATED, stay_in_arena
 
 import llmnb
 from llmnb.arena import put
 from llmnb.formats.families import described_config
-from llmnb.gpu import launch
 from llmnb.gpu.simulator import watch
 from llmnb.model.architectures import Gemma3Config
 
@@ -31,14 +30,6 @@ WIDTHS = {
     "gpt2 vectors": llmnb.GPT2Config(T, 61, 2, 3, 12),
 }  # fmt: skip
 ADAMW = {"learning_rate": 1e-2, "weight_decay": 0.1, "decay": ["qkvw", "fcw"]}
-SIMULATED = bool(launch.missing())
-
-
-@pytest.fixture(autouse=True)
-def asked(monkeypatch):
-    """Ask for the simulator, so that there is no warning."""
-    if SIMULATED:
-        monkeypatch.setenv("LLMNB_CUDA", "simulator")
 
 
 def config(name):
@@ -61,13 +52,10 @@ def pair(cfg):
     return exact, model, rng.integers(0, cfg.vocab_size, (2, 1, T))
 
 
-def host(model, group):
-    return np.asarray(model.memory.flat(group)).copy()
-
-
 def check_passes(cfg):
     exact, model, batch = pair(cfg)
-    put(model.memory.flat("grads"), np.full(host(model, "m").shape, 7.0))
+    grads = model.memory.flat("grads")
+    put(grads, np.full(grads.shape, 7.0))
     loss = model.forward(*batch)
     logits = model.logits
     assert np.array_equal(model.logits_at(4), logits[:, 4])

@@ -7,24 +7,20 @@ import pytest
 from gpu import check_ladder, check_machine_code, draw, there
 
 from llmnb.bench.rungs_layernorm import forward_by_threads
-from llmnb.cuda import layernorm
-from llmnb.cuda.layernorm import (
-    layernorm_backward,
-    layernorm_forward,
-    layernorm_scratch,
-)
-from llmnb.gpu.launch import simulated, to_host
+from llmnb.cuda import layernorm, layernorm_forward, layernorm_scratch
+from llmnb.gpu.launch import to_host
+
+BACK = "layernorm_backward"
 
 
-def forward(B, T, C, version=0):
+def forward(B, T, C):
     arrays = draw("layernorm_forward", B, T, C)
     arrays["inp"][...] = arrays["inp"] * 3 + 1
-    return check_ladder("layernorm_forward", arrays, version, 5e-6)
+    return check_ladder("layernorm_forward", arrays, tol=5e-6)
 
 
 def backward(B, T, C):
-    arrays = draw("layernorm_backward", B, T, C)
-    return check_ladder("layernorm_backward", arrays, tol=1e-5)
+    return check_ladder(BACK, draw(BACK, B, T, C), tol=1e-5)
 
 
 def names(seen):
@@ -33,9 +29,8 @@ def names(seen):
 
 def scalar_accesses(made):
     """How many instructions load or store one float in global memory."""
-    return len(
-        re.findall(r"(?:ld|st)\.global(?:\.(?!v4)\w+)*\.[fb]32", made.ptx)
-    )
+    pattern = r"(?:ld|st)\.global(?:\.(?!v4)\w+)*\.[fb]32"
+    return len(re.findall(pattern, made.ptx))
 
 
 def test_machine_code_forward():
@@ -58,26 +53,21 @@ def test_machine_code_backward():
 
 
 @pytest.mark.parametrize(
-    ("C", "kernel"),
-    [(256, "forward_kept"), (260, "_forward_warp"), (257, "_forward_warp")],
-)
-def test_long_rows_forward(C, kernel, monkeypatch):
-    """Here rows of up to 256 channels are kept; the rest falls back."""
-    monkeypatch.setattr(layernorm, "MOST_KEPT", 256)
-    assert names(forward(1, 1, C)) == [kernel]
-
-
-@pytest.mark.parametrize(
-    ("C", "kernel"),
+    ("run", "C", "kernel"),
     [
-        (256, "_backward_block"),
-        (260, "_backward_rows"),
-        (133, "_backward_rows"),
+        (forward, 256, "forward_kept"),
+        (forward, 260, "_forward_warp"),
+        (forward, 257, "_forward_warp"),
+        (backward, 256, "_backward_block"),
+        (backward, 260, "_backward_rows"),
+        (backward, 133, "_backward_rows"),
     ],
 )
-def test_long_rows_backward(C, kernel, monkeypatch):
+def test_long_rows(run, C, kernel, monkeypatch):
+    """Here rows of up to 256 channels are kept; the rest falls back."""
+    monkeypatch.setattr(layernorm, "MOST_KEPT", 256)
     monkeypatch.setattr(layernorm, "MOST_THREADS", 64)
-    assert names(backward(1, 1, C))[0] == kernel
+    assert names(run(1, 1, C))[0] == kernel
 
 
 def test_the_longest_rows():
@@ -93,20 +83,16 @@ def test_the_longest_rows():
 def test_every_row_is_counted_once(monkeypatch, rows):
     """The rows are cut into parts, here up to 8; none is lost."""
     monkeypatch.setattr(layernorm, "_parts", lambda n: min(8, -(-n // 4)))
-    ones = np.ones((1, rows, 4), np.float32)
-    sums = [simulated(np.zeros(4, np.float32)) for _ in range(2)]
-    flat = [simulated(np.zeros((1, rows), np.float32)) for _ in range(2)]
-    weight = simulated(np.ones(4, np.float32))
-    dinp, dout, inp = (simulated(ones) for _ in range(3))
-    layernorm_backward(dinp, *sums, dout, inp, weight, *flat)
-    np.testing.assert_array_equal(to_host(sums[0]), 0)
-    np.testing.assert_array_equal(to_host(sums[1]), rows)
+    given = {k: np.ones_like(x) for k, x in draw(BACK, 1, rows, 4).items()}
+    given = there(given | {"rstd": 0 * given["rstd"]})
+    layernorm.layernorm_backward(*given.values())
+    np.testing.assert_array_equal(to_host(given["dweight"]), 1)
+    np.testing.assert_array_equal(to_host(given["dbias"]), 1 + rows)
 
 
 def test_scratch():
-    assert layernorm_scratch(1, 5) == 10
-    assert layernorm_scratch(9, 5) == 3 * 10
-    assert layernorm_scratch(1 << 20, 768) == 512 * 2 * 768
+    for shape, parts in (((1, 5), 1), ((9, 5), 3), ((1 << 20, 768), 512)):
+        assert layernorm_scratch(*shape) == parts * 2 * shape[1]
 
 
 def test_a_constant_row_is_finite():

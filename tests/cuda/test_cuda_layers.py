@@ -4,30 +4,14 @@ Those of GPT-2 are drawn from the ladders' table, the others from that of
 tests/layers.py.
 """
 
+import gpu
+import layers
 import numpy as np
 import pytest
-from gpu import (
-    PLACES,
-    between,
-    both,
-    check_ladder,
-    check_machine_code,
-    check_problem,
-    draw,
-    there,
-)
+from gpu import PLACES, both, draw, near, there
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import (
-    IN_PLACE,
-    LAYERS,
-    NAMED,
-    arguments,
-    copied,
-    in_place,
-    problem,
-    problems,
-)
+from layers import LAYERS, NAMED, problem
 
 from llmnb import cuda, reference
 from llmnb.bench.ladders import LADDERS, TINY, ladder_named
@@ -40,33 +24,19 @@ TOLERANCE = {"attention": 1e-5, "layernorm": 1e-5, "crossentropy": 2e-5}
 # shorter than a warp, or longer; more positions than a tile or a vote has
 SIZES = {
     "encoder": [
-        (1, 1, 1),
-        (2, 3, 5, 1, 4),
-        (1, 7, 4, 1, 3),
-        (3, 5, 32, 1, 9),
-        (2, 2, 130, 1, 3),
-        (1, 2, 516, 1, 2),
-        (3, 23, 8, 1, 2),
+        (1, 1, 1), (2, 3, 5, 1, 4), (1, 7, 4, 1, 3), (3, 5, 32, 1, 9),
+        (2, 2, 130, 1, 3), (1, 2, 516, 1, 2), (3, 23, 8, 1, 2),
         (2, 33, 3, 1, 40),
     ],
     "layernorm": [
-        (1, 1, 3),
-        (1, 5, 32),
-        (3, 11, 33),
-        (1, 2, 1),
-        (2, 19, 4),
+        (1, 1, 3), (1, 5, 32), (3, 11, 33), (1, 2, 1), (2, 19, 4),
         (1, 5, 132),
     ],
     "attention": [
-        (1, 1, 1),
-        (2, 5, 1),
-        (1, 17, 3),
-        (1, 4, 10, 2),
-        (1, 33, 8),
-        (1, 2, 66),
-        (1, 3, 4),
+        (1, 1, 1), (2, 5, 1), (1, 17, 3), (1, 4, 10, 2), (1, 33, 8),
+        (1, 2, 66), (1, 3, 4),
     ],
-}
+}  # fmt: skip
 # a thread a number or a pair, no sums
 LIGHT = [w for x in ("rotary", "swiglu", "geglu") for w in NAMED[x].ways]
 OTHERS = {way: x for x in LAYERS if x.gpu for way in x.ways}
@@ -89,7 +59,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "sizes", "version"), CASES)
 def test_every_version_equals_the_reference(name, sizes, version):
     tolerance = TOLERANCE.get(home(name), 2e-6)
-    check_ladder(name, draw(name, *sizes), version, tolerance)
+    gpu.check_ladder(name, draw(name, *sizes), version, tolerance)
 
 
 @pytest.mark.parametrize(
@@ -98,9 +68,9 @@ def test_every_version_equals_the_reference(name, sizes, version):
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_layers_equal_the_reference(layer, data):
-    p = data.draw(problems(layer.name, np.float32, gpu=True))
+    p = data.draw(layers.problems(layer.name, np.float32, gpu=True))
     tol = 1e-5 if "attention" in layer.name else 5e-6
-    assert not any(seen.atomics for seen in check_problem(layer, p, tol))
+    assert not any(seen.atomics for seen in gpu.check_problem(layer, p, tol))
 
 
 def drawn(name, ladder_sizes, odd=False):
@@ -113,7 +83,7 @@ def drawn(name, ladder_sizes, odd=False):
     sizes = dict.fromkeys(layer.most, 3) if odd else layer.sized(*even)
     p = problem(layer, np.float32, sizes, **options)
     arrays = dict(both(layer, p))[name]
-    want = copied(arrays, np.float64)
+    want = layers.copied(arrays, np.float64)
     getattr(reference, name)(**want)
     want = {k: want[k] for k in layer.written(name)}
     return getattr(cuda, name), arrays, want
@@ -133,23 +103,20 @@ SHIFTED = [
 def test_an_array_may_begin_between_vectors(name, array, place):
     """Which `watch` refuses to read or write in fours there."""
     layer, arrays, expected = drawn(name, SIZE)
-    given = there(arrays, place, **{array: lambda x: between(x, place)})
+    given = there(arrays, place, **{array: lambda x: gpu.between(x, place)})
     with watch():
         layer(*given.values())
     for key, want in expected.items():
-        scale = max(1, np.abs(want).max())
-        error = np.abs(to_host(given[key]) - want).max()
-        assert error < 2e-5 * scale, key
+        near(given[key], want, 2e-5, key)
 
 
 def bits(name, backwards):
     """What a layer leaves when its blocks run from the first, or the last."""
     layer, arrays, expected = drawn(name, (2, 19, 36, 1, 61))
-    given, straight = there(arrays), np.ndindex
+    given, straight, step = there(arrays), np.ndindex, -1 if backwards else 1
     with pytest.MonkeyPatch.context() as patch:
-        if backwards:
-            turned = lambda size: reversed([*straight(size)])  # noqa: E731
-            patch.setattr("llmnb.gpu.simulator.np.ndindex", turned)
+        blocks = "llmnb.gpu.simulator.np.ndindex"
+        patch.setattr(blocks, lambda size: [*straight(size)][::step])
         layer(*given.values())
     return [to_host(given[k]) for k in expected]
 
@@ -161,9 +128,9 @@ def test_the_order_of_blocks_changes_no_bit(name):
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("layer, way, other", IN_PLACE)
+@pytest.mark.parametrize("layer, way, other", layers.IN_PLACE)
 def test_in_place(layer, way, other, place):
-    p = arguments(way, in_place(layer, way, np.float32))
+    p = layers.arguments(way, layers.in_place(layer, way, np.float32))
     first, found = next(iter(p)), []
     for same in (False, True):
         given = there(p, place)
@@ -206,8 +173,7 @@ def test_machine_code(name, odd):
     layer, arrays, _ = drawn(name, SIZE, odd)
     with watch() as seen:
         layer(*there(arrays).values())
-    for made in check_machine_code(seen).values():
-        assert made.registers <= (64 if name in LIGHT else 255)
+    gpu.check_machine_code(seen, registers=64 if name in LIGHT else 255)
 
 
 @pytest.mark.parametrize("name", LIGHT)

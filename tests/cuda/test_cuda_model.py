@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from gpu import check_machine_code
+from gpu import SIMULATED, check_machine_code
 from problems import batch, wide
-from runs import PLAIN
+from runs import PLAIN, small_data
 
 from llmnb import GPT2, GPT2Config
 from llmnb.arena import Arena, put
@@ -25,8 +25,7 @@ from llmnb.gpu.graph import Graph
 from llmnb.gpu.simulator import watch
 from llmnb.model.decode import Decoder
 from llmnb.model.generate import generate, window_logits
-from llmnb.text import tokenizer
-from llmnb.train.feed import Data, loaders
+from llmnb.train.feed import loaders
 from llmnb.train.folder import load_run, run_folder, save_run
 from llmnb.train.loop import Progress, evaluate, train_step
 from llmnb.train.run import begin, follow, resume
@@ -35,14 +34,7 @@ from llmnb.train.start import new_model
 SMALL = GPT2Config(5, 29, 1, 2, 8)
 DEEP = GPT2Config(7, 61, 2, 3, 12)
 ADAMW = {"learning_rate": 1e-2, "weight_decay": 0.1, "decay": ["wte", "fcw"]}
-SIMULATED = bool(launch.missing())
-
-
-@pytest.fixture(autouse=True)
-def asked(monkeypatch):
-    """Ask for the simulator, so that there is no warning."""
-    if SIMULATED:
-        monkeypatch.setenv("LLMNB_CUDA", "simulator")
+no_gpu_here = pytest.mark.skipif(not SIMULATED, reason="there is a GPU")
 
 
 def host(model, group):
@@ -121,14 +113,14 @@ def test_tf32_needs_the_librarys_products(monkeypatch):
         GPT2(SMALL, 1, 5, "cuda")
 
 
-@pytest.mark.skipif(not SIMULATED, reason="there is a GPU")
+@no_gpu_here
 def test_cublas_without_a_gpu(monkeypatch):
     monkeypatch.setenv("LLMNB_MATMUL", "cublas")
     with pytest.raises(ValueError, match="asks for cuBLASLt: "):
         GPT2(SMALL, 1, 5, "cuda")
 
 
-@pytest.mark.skipif(not SIMULATED, reason="there is a GPU")
+@no_gpu_here
 def test_without_a_gpu_one_warning_says_why(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -153,10 +145,8 @@ def test_layouts_agree(sizes):
 
 
 def test_fill():
-    def zeros(nbytes):
-        return launch.simulated(np.zeros(nbytes, np.uint8))
-
-    arena = Arena({"x": (np.float32, {"a": (3, 5), "b": (300,)})}, zeros)
+    layout = {"x": (np.float32, {"a": (3, 5), "b": (300,)})}
+    arena = Arena(layout, lambda n: launch.simulated(np.zeros(n, np.uint8)))
     with watch() as seen:
         fill(arena["x"]["b"], 1 / 3)
     assert not np.asarray(arena["x"]["a"]).any()
@@ -173,12 +163,7 @@ class Driver:
     def __getattr__(self, name):
         if name == "CUstreamCaptureMode":
             return SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
-
-        def call(*args):
-            self.calls.append(name)
-            return (0, "graph")
-
-        return call
+        return lambda *args: self.calls.append(name) or (0, "graph")
 
 
 @pytest.fixture
@@ -199,16 +184,16 @@ def driver(monkeypatch):
 
 def test_what_a_graph_asks_of_the_driver(driver):
     """Run, record and launch, launch; the stream is set while it records."""
-    streams = []
-    graph = Graph(lambda: streams.append(launch.stream_address()), like=None)
-    graph()
-    assert streams == [0] and driver.calls == []
-    graph()
-    begin_to_end = ["cuStreamBeginCapture", "cuStreamEndCapture"]
+    streams, begin_to_end = [], ["cuStreamBeginCapture", "cuStreamEndCapture"]
     made = ["cuGraphInstantiate", "cuGraphDestroy", "cuGraphLaunch"]
-    assert streams == [0, 5] and driver.calls == begin_to_end + made
-    graph()
-    assert streams == [0, 5] and driver.calls[5:] == ["cuGraphLaunch"]
+    graph = Graph(lambda: streams.append(launch.stream_address()), like=None)
+    for run_on, calls in (
+        ([0], []),
+        ([0, 5], begin_to_end + made),
+        ([0, 5], begin_to_end + made + ["cuGraphLaunch"]),
+    ):
+        graph()
+        assert (streams, driver.calls) == (run_on, calls)
 
 
 def test_a_failure_while_a_graph_is_recorded(driver):
@@ -235,13 +220,9 @@ RUN = replace(RUN, save_every=1, learning_rate=3e-3)
 
 @pytest.fixture
 def small_text(monkeypatch):
-    def prepare(config):
-        draw = np.random.default_rng(3)
-        tokens = draw.integers(0, 257, 400).astype(np.uint16)
-        return Data(tokenizer.byte(), tokens[:300], tokens[300:], "random")
-
-    monkeypatch.setattr("llmnb.train.feed.prepare", prepare)
-    return prepare(RUN)
+    data = small_data()
+    monkeypatch.setattr("llmnb.train.feed.prepare", lambda config: data)
+    return data
 
 
 def test_a_resumed_run_is_the_undisturbed_one(tmp_path, small_text):
@@ -310,7 +291,7 @@ def test_a_run_in_tf32_read_on_another_backend(small_text, tmp_path):
     assert config.precision == "tf32" and model.precision == "fp32"
 
 
-@pytest.mark.skipif(not SIMULATED, reason="there is a GPU")
+@no_gpu_here
 @pytest.mark.parametrize("command", ["train", "generate .", "verify ."])
 def test_a_command_refuses_a_gpu_that_is_not_there(
     llmnb, command, tmp_path, monkeypatch
@@ -322,7 +303,7 @@ def test_a_command_refuses_a_gpu_that_is_not_there(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(not SIMULATED, reason="there is a GPU")
+@no_gpu_here
 def test_a_run_from_the_command_line(llmnb, tmp_path):
     """Train and write, on the simulator that was asked for."""
     text = "one two three four five six seven eight " * 40

@@ -8,20 +8,7 @@ from processes import output
 
 from llmnb.bench.rungs_matmul import MATMUL_FORWARD
 from llmnb.gpu import launch
-from llmnb.gpu.launch import (
-    ALIGN,
-    DeviceArray,
-    address,
-    aligned,
-    check_device,
-    device,
-    empty,
-    kernel,
-    missing,
-    simulated,
-    to_device,
-    to_host,
-)
+from llmnb.gpu.launch import empty, kernel, missing, simulated, to_host
 from llmnb.gpu.ptx import compile_kernel, no_compiler
 from llmnb.gpu.simulator import cuda, load4, store4, watch
 from llmnb.gpu.toolkit import gpus
@@ -33,6 +20,10 @@ KINDS = (("float32", 1), ("float32", 1), ("int64", 0))
 def floats(*shape):
     size = int(np.prod(shape))
     return np.arange(size, dtype=np.float32).reshape(shape)
+
+
+def same(there, want):
+    np.testing.assert_array_equal(to_host(there), want)
 
 
 SAY = "from llmnb.gpu.launch import missing; print(missing())"
@@ -49,10 +40,8 @@ def test_without_numba_cuda():
         "u.find_spec = lambda n, *a: None if n == 'numba_cuda' "
         "else real(n, *a)\n"
     )
-    want = (
-        "numba-cuda is not installed: pip install 'llmnb[cuda]', or "
-        "'llmnb[ptx]' where there is no GPU"
-    )
+    want = "numba-cuda is not installed: pip install 'llmnb[cuda]', or "
+    want += "'llmnb[ptx]' where there is no GPU"
     code = "from llmnb.gpu.ptx import no_compiler; print(no_compiler())"
     assert output(hide + code) == want
     if not gpus():
@@ -75,11 +64,8 @@ def test_without_greenlet():
         "except ImportError as error:\n"
         "    print(error, '|', error.__cause__, error.__suppress_context__)"
     )
-    want = (
-        "the simulated GPU needs the package greenlet: "
-        "pip install 'llmnb[simulator]' | None True"
-    )
-    assert output(code) == want
+    want = "the simulated GPU needs the package greenlet: pip install "
+    assert output(code) == want + "'llmnb[simulator]' | None True"
 
 
 def test_llmnb_cuda_is_imported_only_when_asked_for():
@@ -106,40 +92,34 @@ def test_a_device_array_offers_what_numbas_offers():
     public = {n for n in dir(simulated(floats(2))) if not n.startswith("_")}
     assert public <= set(dir(DeviceNDArray)) | made
     for name in ("copy_to_host", "copy_to_device", "is_c_contiguous", "view"):
-        ours = inspect.signature(getattr(DeviceArray, name))
+        ours = inspect.signature(getattr(launch.DeviceArray, name))
         theirs = inspect.signature(getattr(DeviceNDArray, name))
         assert list(ours.parameters) == list(theirs.parameters), name
     for name in ("__len__", "__getitem__", "__array__"):
         assert hasattr(DeviceNDArray, name)
-    source = inspect.getsource(DeviceNDArray.__init__)
-    source += "".join(
-        inspect.getsource(c.__init__)
-        for c in DeviceNDArray.__mro__
-        if "__init__" in vars(c) and c is not object
-    )
+    kinds = [c for c in DeviceNDArray.__mro__[:-1] if "__init__" in vars(c)]
+    source = "".join(inspect.getsource(c.__init__) for c in kinds)
     for name in made & set(vars(simulated(floats(2)))):
         assert f"self.{name} =" in source, name
 
 
 def test_there_and_back():
     a = floats(3, 4)[:, ::2]
-    for there in (simulated(a), to_device(a)):
-        assert np.array_equal(to_host(there), a)
-        assert there.shape == (3, 2)
+    for there in (simulated(a), launch.to_device(a)):
+        same(there, a)
         sizes = there.ndim, there.size, there.nbytes, len(there)
-        assert sizes == (2, 6, 24, 3)
+        assert (there.shape, *sizes) == ((3, 2), 2, 6, 24, 3)
         assert there.is_c_contiguous()
         assert np.array_equal(np.asarray(there), a)
-    here = np.empty((3, 2), np.float32)
-    there = simulated(a)
+    here, there = np.empty((3, 2), np.float32), simulated(a)
     assert there.copy_to_host(here) is here
     assert np.array_equal(here, a)
     there.copy_to_device(here * 2)
-    assert np.array_equal(to_host(there), a * 2)
+    same(there, a * 2)
     there.copy_to_device(simulated(a))
     a[0] = 99  # copies are copies, both ways
     to_host(there)[1] = 99
-    assert np.array_equal(to_host(there), floats(3, 4)[:, ::2])
+    same(there, floats(3, 4)[:, ::2])
     assert isinstance(there[1, 1], np.float32)  # one element is a number
 
 
@@ -158,10 +138,10 @@ def test_views_share_memory():
 def test_every_allocation_is_aligned(size):
     a = [simulated(floats(size)) for _ in range(3)]
     a.append(empty(size, like=a[0]))
-    assert all(address(x) % ALIGN == 0 for x in a)
-    assert aligned(*a)
+    assert all(launch.address(x) % launch.ALIGN == 0 for x in a)
+    assert launch.aligned(*a)
     there = simulated(floats(9))
-    assert aligned(there[4:]) and not aligned(there, there[1:])
+    assert launch.aligned(there[4:]) and not launch.aligned(there, there[1:])
 
 
 @pytest.mark.parametrize(
@@ -175,16 +155,16 @@ def test_every_allocation_is_aligned(size):
     ],
 )
 def test_check_device(array, error, text):
-    check_device("x: a", simulated(floats(2, 3)), (2, 3))
-    check_device("x: a", simulated(np.arange(2)), (2,), np.int64)
+    launch.check_device("x: a", simulated(floats(2, 3)), (2, 3))
+    launch.check_device("x: a", simulated(np.arange(2)), (2,), np.int64)
     with pytest.raises(error, match=f"x: a must .*{text}"):
-        check_device("x: a", array, (2, 3))
+        launch.check_device("x: a", array, (2, 3))
 
 
 # kernels
 
 
-@device
+@launch.device
 def twice(x):
     return x + x
 
@@ -205,18 +185,16 @@ def copy4(out, inp, n):
 
 
 def test_a_launch():
-    inp = simulated(floats(50))
-    out = empty(50, like=inp)
-    assert double[2, 32](out, inp, 50) is None
-    assert np.array_equal(to_host(out), 2 * floats(50))
+    inp = simulated(floats(52))
     out = empty(52, like=inp)
-    copy4[1, 32](out, simulated(floats(52)), 52)
-    assert np.array_equal(to_host(out), floats(52))
-    assert (double.__name__, copy4.options) == (
-        "double",
-        {"launch_bounds": 64, "fastmath": False, "lto": False},
-    )
+    assert double[2, 32](out, inp, 52) is None
+    same(out, 2 * floats(52))
+    copy4[1, 32](out, inp, 52)
+    same(out, floats(52))
+    assert double.__name__ == "double"
     assert double.options == {"fastmath": True, "lto": False}
+    options = {"launch_bounds": 64, "fastmath": False, "lto": False}
+    assert copy4.options == options
 
 
 def test_a_python_float_is_refused():
@@ -249,12 +227,13 @@ def factory(factor):
 
 
 def test_streams_nest():
-    assert launch._current.stream == 0
+    now = launch._current
+    assert now.stream == 0
     with launch.stream("a"):
         with launch.stream("b"):
-            assert launch._current.stream == "b"
-        assert launch._current.stream == "a"
-    assert launch._current.stream == 0
+            assert now.stream == "b"
+        assert now.stream == "a"
+    assert now.stream == 0
 
 
 # compiled
@@ -285,7 +264,7 @@ def test_constants_of_a_factory_are_compiled_in():
     for factor in (1, 3):
         out = empty(4, like=inp)
         factory(np.float32(factor))[1, 32](out, inp, 4)
-        assert np.array_equal(to_host(out), 2 * factor * floats(4))
+        same(out, 2 * factor * floats(4))
     ptx = [compile_kernel(factory(np.float32(x)), KINDS).ptx for x in (3, 5)]
     for text, bits in zip(ptx, ("40400000", "40A00000"), strict=True):
         assert f"0f{bits}" in text
@@ -308,8 +287,7 @@ def test_what_is_wrong_with_a_kernel_is_seen():
             mine[i] = inp[i]
         out[0] = mine[n // 2]
 
-    made = compile_kernel(indexed, KINDS)
-    assert made.stack >= 256
+    assert compile_kernel(indexed, KINDS).stack >= 256
     assert compile_kernel(double, KINDS).stack == 0
 
     @kernel
@@ -326,13 +304,11 @@ def test_what_is_wrong_with_a_kernel_is_seen():
 def test_a_real_gpu_computes_the_same():
     if missing():
         pytest.skip(missing())
-    inp = to_device(floats(50))
-    out = empty(50)
+    inp, out = launch.to_device(floats(50)), empty(50)
     double[2, 32](out, inp, 50)
-    assert np.array_equal(to_host(out), 2 * floats(50))
-    out = empty(48)
+    same(out, 2 * floats(50))
     copy4[1, 32](out, inp, 48)
-    assert np.array_equal(to_host(out), floats(48))
+    same(out[:48], floats(48))
     with watch() as seen:
         double[2, 32](out, inp, 48)
     assert len(seen.launches) == 1  # noted there too

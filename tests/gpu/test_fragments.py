@@ -10,13 +10,7 @@ import numpy as np
 import pytest
 
 from llmnb.gpu import fragments
-from llmnb.gpu.simulator import (
-    BarrierError,
-    RaceError,
-    cuda,
-    simulate,
-    watch,
-)
+from llmnb.gpu.simulator import BarrierError, RaceError, cuda, simulate, watch
 from llmnb.reference.bfloat16 import from_bfloat16, to_bfloat16
 
 ZERO = np.float32(0)

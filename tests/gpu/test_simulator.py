@@ -6,19 +6,13 @@ import numpy as np
 import pytest
 from processes import output
 
+from llmnb.gpu import simulator
 from llmnb.gpu.launch import empty, kernel, simulated, to_host
-from llmnb.gpu.simulator import (
-    BarrierError,
-    RaceError,
-    cuda,
-    load4,
-    simulate,
-    store4,
-    watch,
-)
+from llmnb.gpu.simulator import BarrierError, RaceError, cuda, simulate, watch
 from llmnb.gpu.warp import block_sum, warp_sum
 
 ALL = 0xFFFFFFFF
+load4, store4 = simulator.load4, simulator.store4
 
 
 def ints(*shape):
@@ -27,6 +21,24 @@ def ints(*shape):
 
 def floats(*shape):
     return np.zeros(shape, np.float32)
+
+
+def placed(*shape):
+    """Zeros that begin at a multiple of 256 bytes."""
+    return simulated(floats(*shape))._array
+
+
+def seen_of(body, grid, block, *args):
+    with watch() as seen:
+        simulate(body, grid, block, args)
+    return seen
+
+
+def fails(kind, says, body, grid, block, *args):
+    """A launch under watch that raises an error; its notes."""
+    with pytest.raises(kind, match=says) as error:
+        seen_of(body, grid, block, *args)
+    return getattr(error.value, "__notes__", [])
 
 
 def test_every_thread_knows_its_place():
@@ -64,8 +76,7 @@ def test_a_barrier_lets_a_block_exchange():
         out[base + i] = tile[(i + 1) % n]
 
     inp, out = np.arange(144, dtype=np.float32), floats(144)
-    with watch() as seen:
-        simulate(rotate, 3, 48, (out, inp))
+    seen = seen_of(rotate, 3, 48, out, inp)
     want = np.roll(inp.reshape(3, 48), -1, axis=1).ravel()
     assert (out == want).all()
     assert seen.barriers == seen.threads == 144
@@ -79,9 +90,8 @@ def test_a_barrier_that_some_never_reach(some):
         out[cuda.threadIdx.x] = 1
 
     text = f"{some} of 64 threads wait for the block.*{64 - some} have ended"
-    with pytest.raises(BarrierError, match=text) as error:
-        simulate(torn, 2, 64, (ints(64),))
-    assert error.value.__notes__ == ["in torn, block (0, 0, 0)"]
+    notes = fails(BarrierError, text, torn, 2, 64, ints(64))
+    assert notes == ["in torn, block (0, 0, 0)"]
     # and the simulator is as good as new
     test_a_barrier_lets_a_block_exchange()
 
@@ -91,8 +101,7 @@ def test_part_of_a_warp_at_a_shuffle():
         if cuda.threadIdx.x != 5:
             out[0] = warp_sum(out[0])
 
-    with pytest.raises(BarrierError, match="31 for their warp"):
-        simulate(torn, 1, 32, (floats(1),))
+    fails(BarrierError, "31 for their warp", torn, 1, 32, floats(1))
 
 
 def test_two_kinds_of_barrier_at_once():
@@ -103,8 +112,7 @@ def test_two_kinds_of_barrier_at_once():
             cuda.syncwarp()
 
     text = "32 of 64 threads wait for the block, 8 for their warp, 24 have"
-    with pytest.raises(BarrierError, match=text):
-        simulate(torn, 1, 64, ())
+    fails(BarrierError, text, torn, 1, 64)
 
 
 def test_a_whole_warp_may_leave_before_shuffles():
@@ -160,11 +168,11 @@ def test_lanes_that_call_different_functions_do_not_meet():
     def vote():
         cuda.ballot_sync(ALL, True)
 
-    text = "lanes of a warp call shfl_xor and ballot"
-    with pytest.raises(BarrierError, match=text):
-        simulate(torn, 1, 32, (shuffle, vote))
-    with pytest.raises(BarrierError, match="syncwarp and shfl_xor"):
-        simulate(torn, 1, 32, (cuda.syncwarp, shuffle))
+    for text, first, second in (
+        ("lanes of a warp call shfl_xor and ballot", shuffle, vote),
+        ("syncwarp and shfl_xor", cuda.syncwarp, shuffle),
+    ):
+        fails(BarrierError, text, torn, 1, 32, first, second)
     simulate(torn, 1, 32, (vote, vote))
 
 
@@ -176,8 +184,7 @@ NO_GRIDS = 0, (1, 65536), (1, 1, 65536)
     "grid, block", [(1, x) for x in NO_BLOCKS] + [(x, 1) for x in NO_GRIDS]
 )
 def test_sizes_that_a_gpu_refuses(grid, block):
-    with pytest.raises(ValueError, match="a block has|a grid has"):
-        simulate(lambda: None, grid, block, ())
+    fails(ValueError, "a block has|a grid has", lambda: None, grid, block)
 
 
 def test_shared_memory_has_an_end():
@@ -186,8 +193,7 @@ def test_shared_memory_has_an_end():
             cuda.shared.array(n, np.float32)  # one place, one array
 
     simulate(share, 2, 2, (12288,))
-    with pytest.raises(MemoryError, match="49152 bytes"):
-        simulate(share, 1, 1, (12289,))
+    fails(MemoryError, "49152 bytes", share, 1, 1, 12289)
 
 
 def test_functions_of_a_factory_share_nothing():
@@ -209,14 +215,9 @@ def test_a_mask_or_a_block_that_the_simulator_does_not_know():
     def half(out):
         cuda.shfl_sync(0xFFFF, 1, 0)
 
-    with pytest.raises(ValueError, match="mask 0xFFFFFFFF alone.*0xffff"):
-        simulate(half, 1, 32, (floats(1),))
-
-    def odd(out):
-        cuda.syncwarp()
-
-    with pytest.raises(ValueError, match="whole warps.*40 threads"):
-        simulate(odd, 1, 40, (floats(1),))
+    text = "mask 0xFFFFFFFF alone.*0xffff"
+    fails(ValueError, text, half, 1, 32, floats(1))
+    fails(ValueError, "whole warps.*40 threads", cuda.syncwarp, 1, 40)
 
 
 def test_sums():
@@ -243,8 +244,7 @@ def test_atomics():
         cuda.atomic.add(two, (0, i % 2), i)
 
     out, two, old = floats(3), ints(1, 2), floats(64)
-    with watch() as seen:
-        simulate(count, 2, 32, (out, two, old))
+    seen = seen_of(count, 2, 32, out, two, old)
     assert (out == (22, 21, 21)).all()
     assert (two == (992, 1024)).all()
     assert sorted(old[::3]) == list(range(22))
@@ -292,8 +292,8 @@ def test_bounds(index):
         inp[index] = 1
 
     for body in (read, write):
-        with pytest.raises((IndexError, ValueError, TypeError)), watch():
-            simulate(body, 1, 1, (floats(1), floats(8)))
+        kinds = IndexError, ValueError, TypeError
+        fails(kinds, "", body, 1, 1, floats(1), floats(8))
 
 
 def test_bounds_name_the_array_and_the_thread():
@@ -303,13 +303,10 @@ def test_bounds_name_the_array_and_the_thread():
         return inp[0]  # a row, and no element
 
     shape = r"is no element of its shape \(2, 5\)"
-    text = rf"inp\[0, 5\] {shape}"
-    with pytest.raises(IndexError, match=text) as error, watch():
-        simulate(past, 3, (2, 2), (floats(2, 5), True))
+    text, given = rf"inp\[0, 5\] {shape}", (past, 3, (2, 2), floats(2, 5))
     note = "in past, thread (1, 0, 0) of block (2, 0, 0)"
-    assert error.value.__notes__ == [note]
-    with pytest.raises(IndexError, match=rf"inp\[0\] {shape}"), watch():
-        simulate(past, 1, 1, (floats(2, 5), False))
+    assert fails(IndexError, text, *given, True) == [note]
+    fails(IndexError, rf"inp\[0\] {shape}", *given, False)
 
 
 def test_a_vector_must_be_aligned_and_inside():
@@ -317,33 +314,26 @@ def test_a_vector_must_be_aligned_and_inside():
         a, b, c, d = load4(inp, i)
         store4(out, 0, a, b, c, d)
 
-    inp = simulated(np.arange(24, dtype=np.float32).reshape(4, 6))._array
-    out = simulated(floats(4))._array
-    with watch() as seen:
-        simulate(move, 1, 1, (out, inp, 20))
+    inp, out, badly = placed(4, 6), placed(4), "multiple of 16 bytes"
+    inp.flat = np.arange(24)
+    seen = seen_of(move, 1, 1, out, inp, 20)
     assert (out == (20, 21, 22, 23)).all()
     assert (seen.reads, seen.read_bytes) == (1, 16)
     assert (seen.writes, seen.written_bytes) == (1, 16)
     for i in (24, -4, 21, 23):
-        with pytest.raises(IndexError, match="inp: elements"), watch():
-            simulate(move, 1, 1, (out, inp, i))
+        fails(IndexError, "inp: elements", move, 1, 1, out, inp, i)
     for i in (1, 2, 18):
-        with pytest.raises(ValueError, match="multiple of 16 bytes"), watch():
-            simulate(move, 1, 1, (out, inp, i))
-    with pytest.raises(ValueError, match="out: element 0 is not"), watch():
-        simulate(move, 1, 1, (out.base[4:].view(np.float32)[:4], inp, 0))
-    gaps = simulated(floats(8, 8))._array[:, :4]
-    with pytest.raises(ValueError, match="without gaps"), watch():
-        simulate(load4, 1, 1, (gaps, 0))
+        fails(ValueError, badly, move, 1, 1, out, inp, i)
+    off = out.base[4:].view(np.float32)[:4]
+    fails(ValueError, "out: element 0 is not", move, 1, 1, off, inp, 0)
+    fails(ValueError, "without gaps", load4, 1, 1, placed(8, 8)[:, :4], 0)
 
     def shared(alignment):
         tile = cuda.shared.array(8, np.float32, alignment=alignment)
         store4(tile, 4, 1, 2, 3, 4)
 
-    with watch():
-        simulate(shared, 1, 1, (16,))
-    with pytest.raises(ValueError, match="multiple of 16 bytes"), watch():
-        simulate(shared, 1, 1, (None,))
+    seen_of(shared, 1, 1, 16)
+    fails(ValueError, badly, shared, 1, 1, None)
 
 
 # races
@@ -507,20 +497,13 @@ def test_a_vector_races_element_by_element():
         if i == 2:
             out[8] = 2
 
-    out = simulated(floats(12))._array
+    out = placed(12)
     text = "out, element 7: thread 1 of .* writes it.*by thread 0 of block"
-    with pytest.raises(RaceError, match=text), watch():
-        simulate(body, 1, 32, (out,))
+    fails(RaceError, text, body, 1, 32, out)
     assert not races(body, 1, 1, out)
 
 
 # counts
-
-
-def seen_of(body, grid, block, *args):
-    with watch() as seen:
-        simulate(body, grid, block, args)
-    return seen
 
 
 @pytest.mark.parametrize(
@@ -532,7 +515,7 @@ def test_sectors(stride, first, sectors):
     def read(inp):
         inp[first + cuda.threadIdx.x * stride]
 
-    seen = seen_of(read, 1, 32, simulated(floats(1024))._array)
+    seen = seen_of(read, 1, 32, placed(1024))
     assert (seen.requests, seen.sectors) == (1, sectors)
     assert (seen.reads, seen.read_bytes) == (32, 128)
 
@@ -542,7 +525,7 @@ def test_requests_of_loops_and_of_parts_of_warps():
         for i in range(cuda.threadIdx.x, n, 32):
             inp[i]
 
-    inp = simulated(floats(128))._array
+    inp = placed(128)
     seen = seen_of(loop, 1, 32, inp, 100)
     assert (seen.requests, seen.sectors, seen.reads) == (4, 13, 100)
     # five threads of the second warp, and nobody of the third
@@ -557,7 +540,7 @@ def test_requests_are_of_one_place_in_the_code():
         else:
             inp[cuda.threadIdx.x]
 
-    assert seen_of(two, 1, 32, simulated(floats(32))._array).requests == 2
+    assert seen_of(two, 1, 32, placed(32)).requests == 2
 
 
 @pytest.mark.parametrize(
@@ -608,21 +591,19 @@ def test_a_launch_within_a_kernel_is_refused():
     def outside(out):
         simulate(outside, 1, 4, (out,))
 
-    with pytest.raises(RuntimeError, match="cannot launch a kernel"):
-        simulate(outside, 2, 2, (ints(4),))
+    fails(RuntimeError, "cannot launch a kernel", outside, 2, 2, ints(4))
     test_a_barrier_lets_a_block_exchange()
 
 
 def test_an_error_names_thread_and_block():
-    def fails(out):
+    def seventy(out):
         cuda.syncthreads()
         if cuda.grid(1) == 70:
-            raise ZeroDivisionError("seventy")
+            raise ZeroDivisionError("70")
 
-    with pytest.raises(ZeroDivisionError, match="seventy") as error:
-        simulate(fails, 3, 32, (floats(1),))
-    note = "in fails, thread (6, 0, 0) of block (2, 0, 0)"
-    assert error.value.__notes__ == [note]
+    note = "in seventy, thread (6, 0, 0) of block (2, 0, 0)"
+    found = fails(ZeroDivisionError, "70", seventy, 3, 32, floats(1))
+    assert found == [note]
     test_a_barrier_lets_a_block_exchange()
 
 
@@ -650,15 +631,14 @@ def test_fibers_end_with_their_launch():
 
 
 def test_fibers_of_a_failed_launch_go():
-    def fails():
+    def forty():
         if cuda.threadIdx.x == 40:
             raise ZeroDivisionError
         cuda.syncthreads()
 
     def many():
         for _ in range(5):
-            with pytest.raises(ZeroDivisionError):
-                simulate(fails, 1, 64, ())
+            fails(ZeroDivisionError, "", forty, 1, 64)
 
     many()
     before = fibers()

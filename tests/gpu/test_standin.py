@@ -4,57 +4,15 @@ import json
 import os
 
 import pytest
-
-from llmnb.config import GPT2Config
-
-STEP = """
-import json, sys
-from llmnb import GPT2, GPT2Config
-cfg = GPT2Config(*json.loads(sys.argv[1]))
-B, T, steps = map(int, sys.argv[2:])
-model = GPT2(cfg, B, T, "cuda", seed=None)
-batch, rows = np.zeros((2, B, T), int), []
-names = ("allocations", "launches", "recorded", "recorded_copies", "copies",
-         "recordings", "replays", "replayed", "refusals")
-for k in range(1, steps + 1):
-    driver.standin_reset()
-    model.step(*batch, 1.0, step=k, decay=["wte"])
-    rows.append(dict(zip(names, counts(*names))))
-print(json.dumps([rows, refused(), model.memory.nbytes]))
-"""
-TINY = GPT2Config(8, 61, 2, 2, 16)
+from standin import check_steps
 
 
-def steps(on_standin, cfg, B, T):
-    sizes = json.dumps([*vars(cfg).values()])
-    return json.loads(on_standin(STEP, sizes, B, T, 4))
-
-
-@pytest.mark.parametrize(
-    ("cfg", "B", "T"),
-    [(TINY, 2, 8), (GPT2Config(), 16, 1024)],
-    ids=["tiny", "124M"],
-)
-def test_a_step_is_recorded_once_and_replayed(on_standin, cfg, B, T):
-    """No allocation, and no copy but the batch, the settings, the results.
-
-    At GPT-2's size the block is reserved and hardly touched.
-    """
-    rows, refused, nbytes = steps(on_standin, cfg, B, T)
-    assert refused == ""
-    first, second, *later = rows
-    for row in rows:
-        assert row["allocations"] == row["recorded_copies"] == 0
-        assert row["copies"] == 6  # 2 of the batch, 2 of settings, 2 back
-    launches = first["launches"]
-    assert launches > 20 * cfg.num_layers
-    assert second["recorded"] == second["replayed"] == launches
-    assert (second["launches"], second["recordings"]) == (0, 1)
-    for row in later:
-        assert row["launches"] == row["recorded"] == row["recordings"] == 0
-        assert (row["replays"], row["replayed"]) == (1, launches)
-    if cfg != TINY:
-        assert 11e9 < nbytes < 12e9
+def test_a_step_is_recorded_once_and_replayed(on_standin):
+    """At GPT-2's size the block is reserved and hardly touched."""
+    launches, _ = check_steps(on_standin, (8, 61, 2, 2, 16), 2, 8)
+    assert launches > 20 * 2
+    launches, nbytes = check_steps(on_standin, (), 16, 1024)
+    assert launches > 20 * 12 and 11e9 < nbytes < 12e9
 
 
 WRONG = """
@@ -208,9 +166,7 @@ def test_a_driver_without_a_gpu(on_standin):
 
 
 ROWS = """
-for name in ("row_stack",):
-    if hasattr(np, name):
-        delattr(np, name)
+vars(np).pop("row_stack", None)
 from llmnb.cuda import gelu_forward
 from llmnb.gpu.launch import to_device
 x = to_device(np.zeros((1, 8, 64), np.float32))
