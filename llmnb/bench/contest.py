@@ -15,9 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from llmnb.bench.clock import Clock, limits, no_times
-from llmnb.bench.ladders import (
-    GPT2_124M, LADDERS, is_float, ladder_named, version_name,
-)
+from llmnb.bench.ladders import GPT2_124M, LADDERS, is_float, ladder_named
 from llmnb.bench.peers import torch_on
 from llmnb.bench.race import take_turns
 from llmnb.cuda.cublas import no_cublas
@@ -164,8 +162,16 @@ def timed(ladder, versions, sizes, arguments, clock):
 
     Derived in chapter A.7.
     """
-    there, found = _placed(arguments, to_device), {}
+    there = _placed(arguments, to_device)
     runs = {k: _ready(ladder, x, sizes, there) for k, x in versions.items()}
+    rivals, found = _rivals(ladder, there)
+    seconds = in_turns(clock, runs | rivals)
+    return {k: {"seconds": x} for k, x in seconds.items()} | found
+
+
+def _rivals(ladder, there):
+    """Who runs a layer beside our versions, and why others cannot."""
+    runs, found = {}, {}
     if ladder.library and no_cublas():
         found["cuBLASLt"] = {"unmeasured": no_cublas()}
     elif ladder.library:
@@ -175,14 +181,18 @@ def timed(ladder, versions, sizes, arguments, clock):
         torch = torch_on("cuda")
     except (ImportError, NotImplementedError) as why:
         found["torch"] = {"unmeasured": str(why)}
-    else:  # on the memory of the same arrays
-        tensors = {
-            k: torch.as_tensor(v, device="cuda") if hasattr(v, "nbytes") else v
-            for k, v in there.items()
-        }
-        runs["torch"] = ladder.torch(torch, SimpleNamespace(**tensors))
-    seconds = in_turns(clock, runs)
-    return {k: {"seconds": x} for k, x in seconds.items()} | found
+    else:
+        tensors = SimpleNamespace(**_tensors(torch, there))
+        runs["torch"] = ladder.torch(torch, tensors)
+    return runs, found
+
+
+def _tensors(torch, there):
+    """PyTorch's view of our arrays; numbers stay."""
+    return {
+        k: torch.as_tensor(v, device="cuda") if hasattr(v, "nbytes") else v
+        for k, v in there.items()
+    }
 
 
 # the contest
@@ -206,14 +216,14 @@ def kernel_contests(layers=(), sizes=GPT2_124M, counted=None, bar=iter):
 def _contest(ladder, sizes, counted, clock, most):
     """What is known of all versions of a layer, with a GPU or without."""
     rows = {}
-    for number, function in enumerate(ladder.versions, 1):
+    for number, name in enumerate(ladder.names, 1):
         row, launches = count(ladder, number, counted)
         if not no_compiler():
             row["compiled"] = compiled(launches)
         wrong = row.get("wrong") or (clock and judge(ladder, number, sizes))
         if wrong or not clock:
             row["unmeasured"] = f"wrong: {wrong}" if wrong else no_times()
-        rows[version_name(function)] = row
+        rows[name] = row
     about = f"counted at {_words(row['sizes'])}"
     found = {"name": ladder.layer, "kind": "kernel", "work": 0, "limit": 0}
     if clock:
@@ -230,6 +240,11 @@ def _race(ladder, rows, sizes, clock, most):
     arguments = ladder.draw(sizes)
     for name, each in timed(ladder, good, sizes, arguments, clock).items():
         rows[name] = rows.get(name, {}) | each
+    return _goal(ladder, sizes, arguments, most)
+
+
+def _goal(ladder, sizes, arguments, most):
+    """The work of a layer, and what a GPU can do of it in a second."""
     if ladder.flops:
         return {"work": ladder.flops(sizes), "limit": most["fma_peak"]}
     least = ladder.least_bytes(arguments)

@@ -5,16 +5,15 @@
 __all__ = [
     "COUNTED", "GPT2_124M", "LADDERS", "LONG_ROWS", "Ladder", "Sizes", "TINY",
     "declared_shape", "drawn", "is_float", "ladder_named", "needed",
-    "version_name",
 ]
 
 
 # imports of the ladders
 import functools
-import importlib
 import importlib.util
 import inspect
 import re
+from importlib import import_module
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -137,14 +136,21 @@ class Ladder(NamedTuple):
     counted: Sizes = COUNTED
 
     @property
+    def declared(self):
+        """The layer's function in llmnb.cuda, with its line of shapes."""
+        return getattr(cuda, self.layer)
+
+    @property
     def versions(self):
         """The functions of the versions, in order; the last is the layer's."""
-        layer, rungs = getattr(cuda, self.layer), ()
-        home = layer.__module__.replace("cuda.", "bench.rungs_")
-        if importlib.util.find_spec(home):
-            plainer = importlib.import_module(home)
-            rungs = getattr(plainer, self.layer.upper(), ())
-        return (*rungs, layer)
+        home = self.declared.__module__.replace("cuda.", "bench.rungs_")
+        plainer = importlib.util.find_spec(home) and import_module(home)
+        return (*getattr(plainer, self.layer.upper(), ()), self.declared)
+
+    @property
+    def names(self):
+        """The names of the versions."""
+        return [x.__name__.strip("_") for x in self.versions]
 
     def function(self, version):
         """The layer in a version."""
@@ -153,13 +159,12 @@ class Ladder(NamedTuple):
     @property
     def results(self):
         """The names of the arrays that the layer writes, in its order."""
-        rows = needed(getattr(cuda, self.layer))
-        return [a.name for a in rows if a.written]
+        return [a.name for a in needed(self.declared) if a.written]
 
     def draw(self, sizes, seed=0):
         """The arguments as a dict of NumPy arrays and numbers."""
-        layer, how = getattr(cuda, self.layer), (self.any, self.changes)
-        a = SimpleNamespace(**drawn(layer, sizes.letters, seed, *how))
+        how = sizes.letters, seed, self.any, self.changes
+        a = SimpleNamespace(**drawn(self.declared, *how))
         self.settle(a)
         return vars(a)
 
@@ -183,18 +188,11 @@ class Ladder(NamedTuple):
         for name, array in arguments.items():
             size = getattr(array, "nbytes", 0)
             if name == self.table:
-                size = array[0].nbytes * len(np.unique(arguments["inp"]))
+                asked = {*arguments["inp"].ravel().tolist()}
+                size = array[0].nbytes * len(asked)
             twice = self.changes and name in self.results
             least += size * (1 + twice)
         return least
-
-
-def version_name(function):
-    """The name of a version's function, which may be a functools.partial.
-
-    Derived in chapter A.7.
-    """
-    return getattr(function, "func", function).__name__.strip("_")
 
 
 def is_float(x):

@@ -45,10 +45,8 @@ def library(name="libnvvm.so.4", roots=("/usr/local", "/opt", "/usr/lib")):
 
     Derived in chapter A.17.
     """
-    for root in roots:
-        for place in Path(root).glob(f"cuda*/**/{name}"):
-            return str(place.parent)
-    return ""
+    found = (x for root in roots for x in Path(root).glob(f"cuda*/**/{name}"))
+    return next((str(x.parent) for x in found), "")
 
 
 # start the measurement
@@ -59,12 +57,11 @@ def main(argv=None):
     """
     argv = sys.argv[1:] if argv is None else argv
     root = Path(__file__).parents[2]
-    paths = {
-        "PYTHONPATH": [str(root), str(install(root))],
-        "LD_LIBRARY_PATH": [library()],
-    }
     env = dict(os.environ)
-    for name, found in paths.items():
+    for name, *found in (
+        ("PYTHONPATH", str(root), str(install(root))),
+        ("LD_LIBRARY_PATH", library()),
+    ):
         every = [*found, os.environ.get(name, "")]
         env[name] = os.pathsep.join(filter(None, every))
     command = [sys.executable, "-m", "llmnb.bench.gpu", *argv]

@@ -43,10 +43,10 @@
 
 # %% imports of the ladders tags=["export"] module="bench.ladders"
 import functools
-import importlib
 import importlib.util
 import inspect
 import re
+from importlib import import_module
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -161,14 +161,21 @@ class Ladder(NamedTuple):
     counted: Sizes = COUNTED
 
     @property
+    def declared(self):
+        """The layer's function in llmnb.cuda, with its line of shapes."""
+        return getattr(cuda, self.layer)
+
+    @property
     def versions(self):
         """The functions of the versions, in order; the last is the layer's."""
-        layer, rungs = getattr(cuda, self.layer), ()
-        home = layer.__module__.replace("cuda.", "bench.rungs_")
-        if importlib.util.find_spec(home):
-            plainer = importlib.import_module(home)
-            rungs = getattr(plainer, self.layer.upper(), ())
-        return (*rungs, layer)
+        home = self.declared.__module__.replace("cuda.", "bench.rungs_")
+        plainer = importlib.util.find_spec(home) and import_module(home)
+        return (*getattr(plainer, self.layer.upper(), ()), self.declared)
+
+    @property
+    def names(self):
+        """The names of the versions."""
+        return [x.__name__.strip("_") for x in self.versions]
 
     def function(self, version):
         """The layer in a version."""
@@ -177,13 +184,12 @@ class Ladder(NamedTuple):
     @property
     def results(self):
         """The names of the arrays that the layer writes, in its order."""
-        rows = needed(getattr(cuda, self.layer))
-        return [a.name for a in rows if a.written]
+        return [a.name for a in needed(self.declared) if a.written]
 
     def draw(self, sizes, seed=0):
         """The arguments as a dict of NumPy arrays and numbers."""
-        layer, how = getattr(cuda, self.layer), (self.any, self.changes)
-        a = SimpleNamespace(**drawn(layer, sizes.letters, seed, *how))
+        how = sizes.letters, seed, self.any, self.changes
+        a = SimpleNamespace(**drawn(self.declared, *how))
         self.settle(a)
         return vars(a)
 
@@ -207,15 +213,11 @@ class Ladder(NamedTuple):
         for name, array in arguments.items():
             size = getattr(array, "nbytes", 0)
             if name == self.table:
-                size = array[0].nbytes * len(np.unique(arguments["inp"]))
+                asked = {*arguments["inp"].ravel().tolist()}
+                size = array[0].nbytes * len(asked)
             twice = self.changes and name in self.results
             least += size * (1 + twice)
         return least
-
-
-def version_name(function):
-    """The name of a version's function, which may be a functools.partial."""
-    return getattr(function, "func", function).__name__.strip("_")
 
 
 def is_float(x):
@@ -475,13 +477,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from llmnb.bench.clock import Clock, limits, no_times
-from llmnb.bench.ladders import (
-    GPT2_124M,
-    LADDERS,
-    is_float,
-    ladder_named,
-    version_name,
-)
+from llmnb.bench.ladders import GPT2_124M, LADDERS, is_float, ladder_named
 from llmnb.bench.peers import torch_on
 from llmnb.bench.race import take_turns
 from llmnb.cuda.cublas import no_cublas
@@ -618,8 +614,16 @@ def timed(ladder, versions, sizes, arguments, clock):
     library where the layer has one that starts. Returns a dict from name to
     a dict: seconds, or unmeasured.
     """
-    there, found = _placed(arguments, to_device), {}
+    there = _placed(arguments, to_device)
     runs = {k: _ready(ladder, x, sizes, there) for k, x in versions.items()}
+    rivals, found = _rivals(ladder, there)
+    seconds = in_turns(clock, runs | rivals)
+    return {k: {"seconds": x} for k, x in seconds.items()} | found
+
+
+def _rivals(ladder, there):
+    """Who runs a layer beside our versions, and why others cannot."""
+    runs, found = {}, {}
     if ladder.library and no_cublas():
         found["cuBLASLt"] = {"unmeasured": no_cublas()}
     elif ladder.library:
@@ -629,14 +633,18 @@ def timed(ladder, versions, sizes, arguments, clock):
         torch = torch_on("cuda")
     except (ImportError, NotImplementedError) as why:
         found["torch"] = {"unmeasured": str(why)}
-    else:  # on the memory of the same arrays
-        tensors = {
-            k: torch.as_tensor(v, device="cuda") if hasattr(v, "nbytes") else v
-            for k, v in there.items()
-        }
-        runs["torch"] = ladder.torch(torch, SimpleNamespace(**tensors))
-    seconds = in_turns(clock, runs)
-    return {k: {"seconds": x} for k, x in seconds.items()} | found
+    else:
+        tensors = SimpleNamespace(**_tensors(torch, there))
+        runs["torch"] = ladder.torch(torch, tensors)
+    return runs, found
+
+
+def _tensors(torch, there):
+    """PyTorch's view of our arrays; numbers stay."""
+    return {
+        k: torch.as_tensor(v, device="cuda") if hasattr(v, "nbytes") else v
+        for k, v in there.items()
+    }
 
 
 # %% the contest tags=["export"] module="bench.contest"
@@ -658,14 +666,14 @@ def kernel_contests(layers=(), sizes=GPT2_124M, counted=None, bar=iter):
 def _contest(ladder, sizes, counted, clock, most):
     """What is known of all versions of a layer, with a GPU or without."""
     rows = {}
-    for number, function in enumerate(ladder.versions, 1):
+    for number, name in enumerate(ladder.names, 1):
         row, launches = count(ladder, number, counted)
         if not no_compiler():
             row["compiled"] = compiled(launches)
         wrong = row.get("wrong") or (clock and judge(ladder, number, sizes))
         if wrong or not clock:
             row["unmeasured"] = f"wrong: {wrong}" if wrong else no_times()
-        rows[version_name(function)] = row
+        rows[name] = row
     about = f"counted at {_words(row['sizes'])}"
     found = {"name": ladder.layer, "kind": "kernel", "work": 0, "limit": 0}
     if clock:
@@ -682,6 +690,11 @@ def _race(ladder, rows, sizes, clock, most):
     arguments = ladder.draw(sizes)
     for name, each in timed(ladder, good, sizes, arguments, clock).items():
         rows[name] = rows.get(name, {}) | each
+    return _goal(ladder, sizes, arguments, most)
+
+
+def _goal(ladder, sizes, arguments, most):
+    """The work of a layer, and what a GPU can do of it in a second."""
     if ladder.flops:
         return {"work": ladder.flops(sizes), "limit": most["fma_peak"]}
     least = ladder.least_bytes(arguments)

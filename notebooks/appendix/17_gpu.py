@@ -45,7 +45,6 @@ import argparse
 import json
 import math
 import time
-from contextlib import contextmanager
 from functools import cache, partial
 from statistics import median
 from types import SimpleNamespace
@@ -55,7 +54,17 @@ import numpy as np
 from llmnb.arena import footprint, put
 from llmnb.bench.bench import CONFIGS, WARM_UP, _specs, _step_row
 from llmnb.bench.clock import Clock, limits, no_times
-from llmnb.bench.contest import TOLERANCE, _ready, in_turns, judge
+from llmnb.bench.contest import (
+    TOLERANCE,
+    _goal,
+    _placed,
+    _ready,
+    _rivals,
+    _tensors,
+    _words,
+    in_turns,
+    judge,
+)
 from llmnb.bench.ladders import (
     GPT2_124M,
     LADDERS,
@@ -63,7 +72,6 @@ from llmnb.bench.ladders import (
     declared_shape,
     ladder_named,
     needed,
-    version_name,
 )
 from llmnb.bench.peers import torch_on
 from llmnb.bench.race import Settings, facts_of, race, ratios
@@ -104,20 +112,16 @@ class Result:
         self.found = facts | {"contests": []}
         self.write()
 
-    def left(self):
-        """Seconds that are left."""
-        return self.end - time.monotonic()
-
     def write(self):
         """Write all of it beside its place, and rename."""
         with replacing(self.path) as file:
             file.write(json.dumps(self.found, indent=1).encode() + b"\n")
 
-    def contest(self, name, kind, about, **more):
+    def contest(self, name, kind, about):
         """Begin a contest, to which `rows` adds; a dict."""
-        found = {"name": name, "kind": kind, "about": about, **more}
-        self.found["contests"].append(found | {"contestants": []})
-        return self.found["contests"][-1]
+        found = {"name": name, "kind": kind, "about": about, "contestants": []}
+        self.found["contests"].append(found)
+        return found
 
     def rows(self, contest, names, measure, needs):
         """Add the rows that measure() returns by name, or why there are none.
@@ -125,7 +129,7 @@ class Result:
         names: whose they are. needs: seconds without which it is not begun.
         """
         start = time.monotonic()
-        if self.left() < needs:
+        if start + needs > self.end:
             found = dict.fromkeys(names, {"unmeasured": "no time was left"})
         else:
             try:
@@ -284,8 +288,7 @@ def layer_bytes(ladder, sizes, batch_size):
     """Bytes for judging and timing all versions of a layer, roughly."""
     letters = sizes._replace(B=batch_size).letters
     shapes = [
-        declared_shape(x, letters, ladder.any)
-        for x in needed(needed_layer(ladder))
+        declared_shape(x, letters, ladder.any) for x in needed(ladder.declared)
     ]
     wide = 0 if ladder.layer == "adamw_apply" else 6  # it is judged in part
     copies = len(ladder.versions) + 2 + wide
@@ -296,8 +299,7 @@ def _fitted(ladder, sizes, contest):
     """The sizes with as many sequences as fit; a contest tells them."""
     needs = partial(layer_bytes, ladder, sizes)
     sizes = sizes._replace(B=fitting_batch(sizes.B, needs, free_bytes()))
-    words = ", ".join(f"{k} = {v}" for k, v in sizes._asdict().items())
-    contest["about"] += f", timed at {words}"
+    contest["about"] += f", timed at {_words(sizes._asdict())}"
     return sizes
 
 
@@ -446,14 +448,13 @@ def _half_rows(layer, sizes, clock, torch, judging, contest):
 
 def _half_tensors(torch, there):
     """PyTorch's view of our arrays, and all of them in bfloat16."""
-    found = {}
-    for name, x in there.items():
-        if name in SINGLE:
-            found[name] = torch.as_tensor(x, device="cuda").bfloat16()
-        else:
-            bits = torch.as_tensor(x.view(np.int16), device="cuda")
-            found[name] = bits.view(torch.bfloat16)
-    return found
+    there = {
+        k: x if k in SINGLE else x.view(np.int16) for k, x in there.items()
+    }
+    return {
+        k: x.bfloat16() if k in SINGLE else x.view(torch.bfloat16)
+        for k, x in _tensors(torch, there).items()
+    }
 
 
 # %% [markdown]
@@ -478,8 +479,7 @@ def ask_steps(result, name, shape, settings):
     cfg, B, T = shape
     contest = result.contest(name, "step", f"batches of {B} times {T} tokens")
     specs = _specs(cfg, B, T, settings)
-    later = [k for k in specs if k.endswith("no graph")]
-    for who in [k for k in specs if k not in later] + later:
+    for who in sorted(specs, key=lambda k: k.endswith("no graph")):
         row = partial(_step, who, specs[who], settings, B * T)
         result.row(contest, who, row, needs=40)
         contest["ratios"] = ratios(contest["contestants"])
@@ -510,38 +510,26 @@ def drawn_by(torch, ladder, sizes, where="cuda"):
     """As `Ladder.draw`, but tensors, drawn where they are used."""
     letters, a = sizes.letters, SimpleNamespace()
     torch.manual_seed(1)
-    layer = needed_layer(ladder)
-    for x in needed(layer):
+    added = ladder.layer.endswith("_backward")
+    added = added and ladder.layer != "residual_backward"
+    for x in needed(ladder.declared):
         shape = declared_shape(x, letters, ladder.any)
         if x.limit:
             value = torch.randint(sizes.V, shape, dtype=torch.int32)
         elif x.written and not ladder.changes:
             value = torch.full(shape, math.nan, device=where)
-        elif x.written and ladder.layer in _ADDED:
+        elif x.written and added:
             value = torch.zeros(shape, device=where)  # as PyTorch begins
         else:
             value = torch.randn(shape, device=where)
         setattr(a, x.name, value.to(where))
-    for name in layer.arguments.below:
+    for name in ladder.declared.arguments.below:
         setattr(a, name, letters[name])
     _settled(torch, ladder, a)
     for name, x in vars(a).items():
         if isinstance(x, np.ndarray):
             setattr(a, name, torch.from_numpy(x).to(where))
     return vars(a)
-
-
-def needed_layer(ladder):
-    """The function of a ladder's layer, with its declared shapes."""
-    from llmnb import cuda
-
-    return getattr(cuda, ladder.layer)
-
-
-_ADDED = {
-    x.layer for x in LADDERS
-    if x.layer.endswith("_backward") and x.layer != "residual_backward"
-}  # fmt: skip
 
 
 # %% arguments that can be tags=["exporti"] module="bench.gpu"
@@ -614,34 +602,27 @@ def wrong_by(torch, got, want):
 
 
 # %% a version with link-time optimisation tags=["exporti"] module="bench.gpu"
-@contextmanager
-def _linked(kernels):
-    """Launch these kernels as link-time optimisation makes them."""
-    plain = {k: k._made for k in kernels}
-    for k in kernels:
-        if k not in _LINKED:
-            options = k.options | {"lto": True}
-            _LINKED[k] = Kernel(k.function, **options).compiled()
-        k._made = _LINKED[k]
-    try:
-        yield
-    finally:
-        for k, made in plain.items():
-            k._made = made
-
-
-_LINKED = {}
+@cache
+def _linked(kernel):
+    """What link-time optimisation makes of a kernel."""
+    options = kernel.options | {"lto": True}
+    return Kernel(kernel.function, **options).compiled()
 
 
 def _with_lto(run):
     """The same launches, linked; run() has been called before."""
     with watch() as seen:
         run()
-    kernels = {k for k, *_ in seen.launches}
+    plain = {k: k._made for k, *_ in seen.launches}
 
     def linked():
-        with _linked(kernels):
+        try:
+            for k in plain:
+                k._made = _linked(k)
             run()
+        finally:
+            for k, made in plain.items():
+                k._made = made
 
     return linked
 
@@ -657,11 +638,9 @@ def ask_kernels(result, sizes, judging):
     most, torch = limits(clock), _torch()
     for ladder in sorted(LADDERS, key=lambda x: x.flops is None):
         contest = result.contest(ladder.layer, "kernel", "in float32")
-        limit = most["fma_peak" if ladder.flops else "copy_bytes"]
-        contest |= {"work": 0, "limit": limit}
-        names = [version_name(x) for x in ladder.versions]
-        what = ladder, sizes, clock, torch, judging, contest
-        result.rows(contest, names, partial(_rows, *what), needs=15)
+        contest |= {"work": 0, "limit": 0}
+        what = ladder, sizes, clock, most, torch, judging, contest
+        result.rows(contest, ladder.names, partial(_rows, *what), needs=15)
 
 
 def _torch():
@@ -672,80 +651,43 @@ def _torch():
         return None
 
 
-def _rows(ladder, sizes, clock, torch, judging, contest):
+def _rows(ladder, sizes, clock, most, torch, judging, contest):
     """The rows of a layer by name; fills in what the contest is about."""
     sizes = _fitted(ladder, sizes, contest)
-    if torch:
-        drawn = drawn_by(torch, ladder, sizes)
-        want = expected_by(torch, ladder, drawn) if judging else {}
-    else:
-        drawn = ladder.draw(sizes)
-    found, runs = {}, {}
-    for number, function in enumerate(ladder.versions, 1):
-        name, there = version_name(function), _there(torch, drawn)
+    drawn = drawn_by(torch, ladder, sizes) if torch else ladder.draw(sizes)
+    want = expected_by(torch, ladder, drawn) if torch and judging else {}
+    found, runs, wrong = {}, {}, ""
+    for number, name in enumerate(ladder.names, 1):
+        there = _there(torch, drawn)
         run = _ready(ladder, number, sizes, there)
         run()
-        wrong = ""
-        if judging and torch:
+        if want:
             wrong = wrong_by(torch, _tensors(torch, there), want)
         elif judging:
             wrong = judge(ladder, number, TINY)
         if wrong:
             found[name] = {"unmeasured": f"wrong: {wrong}"}
-            continue
-        runs[name] = run
+        else:
+            runs[name] = run
     if runs:
-        name, run = list(runs.items())[-1]
+        name, run = [*runs.items()][-1]
         runs[f"{name}, LTO"] = _with_lto(run)
-    runs |= _rivals(torch, ladder, drawn)
-    times = in_turns(clock, runs, budget=0.5)
-    work = ladder.flops(sizes) if ladder.flops else _bytes(ladder, drawn)
-    contest["work"] = work
-    return found | {k: {"seconds": x} for k, x in times.items()}
+    rivals, others = _rivals(ladder, _there(torch, drawn))
+    times = in_turns(clock, runs | rivals, budget=0.5)
+    contest |= _goal(ladder, sizes, drawn, most)
+    return found | {k: {"seconds": x} for k, x in times.items()} | others
 
 
 # %% arrays of both sides tags=["exporti"] module="bench.gpu"
 def _there(torch, drawn):
     """Fresh copies of arguments, as arrays for our kernels."""
-    if torch:
-        share = partial(numba_cuda().as_cuda_array, sync=False)
-        return {
-            k: share(x.clone()) if hasattr(x, "clone") else x
-            for k, x in drawn.items()
-        }
+    if not torch:
+        return _placed(drawn, to_device)
+    share = partial(numba_cuda().as_cuda_array, sync=False)
     return {
-        k: to_device(x) if isinstance(x, np.ndarray) else x
+        k: share(x.clone()) if hasattr(x, "clone") else x
         for k, x in drawn.items()
     }
-
-
-def _tensors(torch, there):
-    """PyTorch's view of our arrays; numbers stay."""
-    return {
-        k: torch.as_tensor(x, device="cuda") if hasattr(x, "nbytes") else x
-        for k, x in there.items()
-    }
-
-
-def _rivals(torch, ladder, drawn):
-    """What is timed beside our versions, on arrays of its own."""
-    runs, there = {}, _there(torch, drawn)
-    if ladder.library and not no_cublas():
-        for name, run in ladder.library().items():
-            runs[name] = partial(run, *there.values())
-    if torch:
-        tensors = SimpleNamespace(**_tensors(torch, there))
-        runs["torch"] = ladder.torch(torch, tensors)
-    return runs
-
-
-def _bytes(ladder, drawn):
-    """The least bytes of a layer, whoever drew its arguments."""
-    arrays = {
-        k: x.cpu().numpy() if k == "inp" and hasattr(x, "cpu") else x
-        for k, x in drawn.items()
-    }
-    return ladder.least_bytes(arrays)
 
 
 # %% [markdown]
@@ -821,10 +763,10 @@ def _end_rows(name, sizes, clock, judging, contest):
 
 def _far(left):
     """Whether what both ways have left is further apart than FAR."""
-    for x, y in zip(left["apart"], left["fused"], strict=True):
-        if not np.linalg.norm(x - y) <= FAR * np.linalg.norm(x):
-            return True
-    return False
+    return not all(
+        np.linalg.norm(x - y) <= FAR * np.linalg.norm(x)
+        for x, y in zip(left["apart"], left["fused"], strict=True)
+    )
 
 
 # %% [markdown]
@@ -930,10 +872,8 @@ def install(root):
 
 def library(name="libnvvm.so.4", roots=("/usr/local", "/opt", "/usr/lib")):
     """The folder of a library of NVIDIA's toolkit; empty if nowhere."""
-    for root in roots:
-        for place in Path(root).glob(f"cuda*/**/{name}"):
-            return str(place.parent)
-    return ""
+    found = (x for root in roots for x in Path(root).glob(f"cuda*/**/{name}"))
+    return next((str(x.parent) for x in found), "")
 
 
 # %% start the measurement tags=["export"] module="bench.start"
@@ -941,12 +881,11 @@ def main(argv=None):
     """Install, find, and measure; ends with the measurement's code."""
     argv = sys.argv[1:] if argv is None else argv
     root = Path(__file__).parents[2]
-    paths = {
-        "PYTHONPATH": [str(root), str(install(root))],
-        "LD_LIBRARY_PATH": [library()],
-    }
     env = dict(os.environ)
-    for name, found in paths.items():
+    for name, *found in (
+        ("PYTHONPATH", str(root), str(install(root))),
+        ("LD_LIBRARY_PATH", library()),
+    ):
         every = [*found, os.environ.get(name, "")]
         env[name] = os.pathsep.join(filter(None, every))
     command = [sys.executable, "-m", "llmnb.bench.gpu", *argv]
