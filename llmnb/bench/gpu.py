@@ -41,7 +41,7 @@ from llmnb.cuda.bf16_attention import attention_scratch_bf16
 from llmnb.cuda.bf16_matmul import multiply
 from llmnb.cuda.cublas import no_cublas
 from llmnb.cuda.matmul import matmul_scratch
-from llmnb.files import replacing
+from llmnb.files import write_whole
 from llmnb.gpu.fragments import pack
 from llmnb.gpu.launch import Kernel, empty, kernel, to_device, to_host
 from llmnb.gpu.simulator import cuda, watch
@@ -68,8 +68,8 @@ class Result:
 
     def write(self):
         """Write all of it beside its place, and rename."""
-        with replacing(self.path) as file:
-            file.write(json.dumps(self.found, indent=1).encode() + b"\n")
+        text = json.dumps(self.found, indent=1) + "\n"
+        write_whole(self.path, text.encode())
 
     def contest(self, name, kind, about):
         """Begin a contest, to which `rows` adds; a dict."""
@@ -416,8 +416,8 @@ def ask_steps(result, name, shape, settings):
 
 
 def _step(name, spec, settings, tokens):
-    row = race({name: spec}, WARM_UP + settings.steps, settings)[name]
-    return _step_row({"name": name, **row}, tokens, 0)
+    (row,) = race({name: spec}, WARM_UP + settings.steps, settings)
+    return _step_row(row, tokens, 0)
 
 
 # arguments on the GPU

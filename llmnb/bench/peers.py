@@ -448,13 +448,9 @@ def llmc_contestant(spec):
     _llmc_folder(spec["folder"], spec["model"])
     screen, keyboard = pty.openpty()
     lines = os.fdopen(screen, errors="replace")
-    program = subprocess.Popen(
-        [spec["path"]],
-        cwd=spec["folder"],
-        stdin=subprocess.DEVNULL,
-        stdout=keyboard,
-        stderr=keyboard,
-    )
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": keyboard}
+    pipes |= {"stderr": keyboard, "cwd": spec["folder"]}
+    program = subprocess.Popen([spec["path"]], **pipes)
     os.close(keyboard)
 
     def sleep():

@@ -170,7 +170,7 @@ def _layers_table(row):
 
 
 # the bars
-def bars_figure(result, kind):
+def bars_figure(result, kind="kernel"):
     """A matplotlib figure: a panel a contest, a bar a contestant.
 
     kind: "step", of which milliseconds are drawn, or "kernel", of which

@@ -10,7 +10,6 @@ __all__ = [
 
 
 # imports of the ePub
-import json
 import posixpath
 import re
 import sys
@@ -19,6 +18,7 @@ from datetime import UTC, datetime
 from functools import partial
 from html import escape
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
@@ -258,15 +258,13 @@ def navigation(entries):
 
     Derived in chapter A.15.
     """
-    rows, part = [], ""
-    for x in entries:
-        if x.part != part:
-            rows += ["</ol></li>"] if part else []
-            rows += [f"<li><span>{escape(x.part)}</span><ol>"]
-            part = x.part
-        link = f'<a href="{file_of(x)}">{escape(x.title)}</a>'
-        rows += [f"<li>{link}</li>"]
-    rows += ["</ol></li>"] if part else []
+    rows = []
+    for part, inside in groupby(entries, key=lambda x: x.part):
+        rows += [f"<li><span>{escape(part)}</span><ol>"] if part else []
+        for x in inside:
+            link = f'<a href="{file_of(x)}">{escape(x.title)}</a>'
+            rows += [f"<li>{link}</li>"]
+        rows += ["</ol></li>"] if part else []
     body = f"<h1>{TITLE}</h1>" + '<nav epub:type="toc"><h2>Contents</h2><ol>'
     body += "\n".join(rows) + "</ol></nav>"
     return PAGE.format(title="Contents", body=body)

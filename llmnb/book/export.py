@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import jupytext
 
-from llmnb.files import replacing
+from llmnb.files import write_whole
 
 
 # one exported cell
@@ -241,7 +241,7 @@ def defined_names(node):
 
 # one module
 class Module(NamedTuple):
-    """A module to be written: its cells, trees, and the names it defines.
+    """A module to be written: its cells with their trees, and its names.
 
     `names` says of each name in which line it is defined; `public` lists
     those that stand in `__all__`.
@@ -250,17 +250,15 @@ class Module(NamedTuple):
     name: str
     chapter: Chapter
     cells: list
-    trees: list
     names: dict
     public: list
 
 
 def build_module(name, chapter):
     """Collect one module's cells; refuse a name that is defined twice."""
-    cells = [c for c in chapter.cells if c.module == name]
-    trees = [parse_cell(c) for c in cells]
+    cells = [(c, parse_cell(c)) for c in chapter.cells if c.module == name]
     names, public = {}, []
-    for cell, tree in zip(cells, trees, strict=True):
+    for cell, tree in cells:
         for node in tree.body:
             imported = isinstance(node, IMPORTS)
             for x in defined_names(node):
@@ -270,7 +268,7 @@ def build_module(name, chapter):
                 names[x] = f"{cell.path.name}:{node.lineno}"
                 if cell.public and not imported and x[0] != "_":
                     public.append(x)
-    return Module(name, chapter, cells, trees, names, public)
+    return Module(name, chapter, cells, names, public)
 
 
 # undefined names
@@ -278,11 +276,11 @@ def check_undefined(modules):
     """Refuse a name that nothing in its module defines."""
     texts = dict.fromkeys(modules, "")
     for name, module in modules.items():
-        for cell in module.cells:
+        for cell, _ in module.cells:
             texts[name] = cell.after(texts[name])
     for name, line, words in findings(texts, "F821"):
         text = f"{words} is not defined in llmnb.{name}"
-        modules[name].cells[0].fail(line, text)
+        modules[name].cells[0][0].fail(line, text)
 
 
 # the rooms of the package
@@ -312,7 +310,7 @@ def check_imports(module, modules):
     Inside a function a later chapter's name may be imported, and so may the
     appendix's anywhere, which stands beside the parts.
     """
-    for cell, tree in zip(module.cells, module.trees, strict=True):
+    for cell, tree in module.cells:
         for node in filter(lambda x: isinstance(x, IMPORTS), ast.walk(tree)):
             for source, name in names_from_llmnb(cell, node):
                 owner = exporter_of(modules, cell, node, source, name)
@@ -387,7 +385,7 @@ def render_module(module):
     parts.append(f'"""{chapter.modules[module.name]}"""\n')
     public = [f'"{x}"' for x in sorted(module.public)]
     parts.append(packed("__all__ = ", public, "[]"))
-    for cell, tree in zip(module.cells, module.trees, strict=True):
+    for cell, tree in module.cells:
         title = f"# {cell.name}\n" if cell.name else ""
         source = as_written(cell, tree, module).strip()
         parts.append(f"\n{title}{source}\n")
@@ -457,7 +455,7 @@ def render_index(modules):
     index = {}
     for module in modules.values():
         rows = index.setdefault(module.chapter.label, [])
-        for node in (node for tree in module.trees for node in tree.body):
+        for node in (node for _, tree in module.cells for node in tree.body):
             name = getattr(node, "name", None)
             if name in module.public:
                 doc = (ast.get_docstring(node) or "").partition("\n")[0]
@@ -586,8 +584,7 @@ def write_text(path, text):
     Derived in chapter A.10.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write(text.encode())
+    write_whole(path, text.encode())
 
 
 # compare and write

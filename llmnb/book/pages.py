@@ -3,8 +3,8 @@
 """The built book's pages in order, and a browser to read them."""
 
 __all__ = [
-    "BUILT", "CHROMIUM", "Entry", "READY", "ROOT", "TITLE", "heading",
-    "open_browser", "open_page", "read_contents",
+    "BUILT", "CHROMIUM", "Entry", "READY", "TITLE", "heading", "open_browser",
+    "open_page", "read_contents",
 ]
 
 
@@ -13,14 +13,14 @@ import html
 import re
 import shutil
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 
+from llmnb.book.export import ROOT
+
 
 # the pages in order
-ROOT = Path(__file__).parents[2] if "__file__" in globals() else Path("../..")
 BUILT = ROOT / "book" / "_build" / "html"
 TITLE = "llmnb: GPT-2 from its equations"
 
@@ -85,13 +85,10 @@ def open_browser():
     """
     from playwright.sync_api import sync_playwright
 
+    own = next(filter(None, map(shutil.which, CHROMIUM)), None)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=next(
-                filter(None, map(shutil.which, CHROMIUM)), None
-            ),
-            args=["--no-sandbox"],
-        )
+        launch = playwright.chromium.launch
+        browser = launch(executable_path=own, args=["--no-sandbox"])
         yield browser.new_page(color_scheme="light")
         browser.close()
 

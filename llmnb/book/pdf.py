@@ -16,7 +16,6 @@ import re
 import sys
 from html import escape
 from itertools import groupby
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urldefrag
 
@@ -82,14 +81,14 @@ class Sheets(NamedTuple):
     sections: list
 
 
-def print_page(page, entry, first, style="decimal"):
+def print_page(page, title, first, style="decimal"):
     """The bytes of a PDF of what the browser's page shows.
 
     Derived in chapter A.15.
     """
-    words = {"head": json.dumps(entry.title), "before": first - 1}
+    words = {"head": json.dumps(title), "before": first - 1, "style": style}
     page.emulate_media(media="print", color_scheme="light")
-    page.add_style_tag(content=PAPER % (words | {"style": style}))
+    page.add_style_tag(content=PAPER % words)
     page.evaluate(FIT)
     return page.pdf(prefer_css_page_size=True, print_background=True)
 
@@ -105,7 +104,7 @@ def print_entry(page, built, entry, first, ids):
     text = (built / entry.page).read_text("utf-8")
     own = re.findall(r'<section id="([^"]+)"', text)
     sections = page.evaluate(PLACES, sorted({*ids, *own}))
-    pdf = PdfReader(io.BytesIO(print_page(page, entry, first)))
+    pdf = PdfReader(io.BytesIO(print_page(page, entry.title, first)))
     places = {
         unquote(name.removeprefix("/")): (
             pdf.get_destination_page_number(x),
@@ -236,13 +235,8 @@ def add_outline(writer, before, printed):
             )
             for name, title in x.sections:
                 sheet, height = x.places.get(name, (0, None))
-                fit = Fit.xyz(top=height)
-                add(
-                    title=title,
-                    page_number=start + sheet,
-                    parent=chapter,
-                    fit=fit,
-                )
+                how = {"parent": chapter, "fit": Fit.xyz(top=height)}
+                add(title=title, page_number=start + sheet, **how)
 
 
 def merge(front, printed, built):
@@ -298,8 +292,7 @@ def make_pdf(built, path, part=""):
         open_page(page, built / entries[0].page)
         fill = "x => document.querySelector('article').innerHTML = x"
         page.evaluate(fill, front_matter(built, printed, part))
-        cover = Entry("", "Contents", "")
-        front = print_page(page, cover, 1, "lower-roman")
+        front = print_page(page, "Contents", 1, "lower-roman")
     merge(PdfReader(io.BytesIO(front)), printed, built).write(path)
 
 

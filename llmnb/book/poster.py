@@ -3,7 +3,7 @@
 """The sheet that holds the whole model: its code, its wiring."""
 
 __all__ = [
-    "LEGEND", "PAGE", "POSTER", "ROOT", "TITLE", "WORD", "coloured_words",
+    "LEGEND", "PAGE", "POSTER", "TITLE", "WORD", "coloured_words",
     "draw_poster", "is_stale", "main", "page_code", "source_hash",
     "write_poster",
 ]
@@ -15,16 +15,15 @@ import hashlib
 import keyword
 import re
 import sys
-from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from llmnb.book.diagram import PALETTE
+from llmnb.book.export import ROOT
 from llmnb.book.wiring import draw_wiring
 
 
 # the page's text
-ROOT = Path(__file__).parents[2] if "__file__" in globals() else Path("../..")
 PAGE = ROOT / "llmnb" / "reference" / "gpt2.py"
 POSTER = ROOT / "book" / "poster.pdf"
 

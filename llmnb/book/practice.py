@@ -12,7 +12,6 @@ __all__ = [
 # imports
 import ast
 import re
-from pathlib import Path
 
 import nbformat
 

@@ -8,7 +8,6 @@ __all__ = ["check_command", "in_group", "together"]
 # imports of together
 import contextlib
 import os
-import sys
 import time
 import traceback
 import warnings

@@ -451,10 +451,6 @@ def _specs(cfg, batch_size, seq_len, settings):
     return {k: x | shape for k, x in lineup(settings).items()}
 
 
-def _rows(found):
-    return [{"name": name, **row} for name, row in found.items()]
-
-
 def _check_together(cfg, batch_size, seq_len, settings):
     """Raise MemoryError when our own contestants alone do not fit."""
     ours = sum(
@@ -471,10 +467,10 @@ def _steps(name, cfg, batch_size, seq_len, settings, bar):
     """The contest of training steps on one shape."""
     _check_together(cfg, batch_size, seq_len, settings)
     specs = _specs(cfg, batch_size, seq_len, settings)
-    found = race(specs, WARM_UP + settings.steps, settings, bar)
     tokens = batch_size * seq_len
     flops = flops_per_token(cfg, seq_len) * tokens
-    rows = [_step_row(x, tokens, flops) for x in _rows(found)]
+    rows = race(specs, WARM_UP + settings.steps, settings, bar)
+    rows = [_step_row(row, tokens, flops) for row in rows]
     about = (
         f"{_model_words(cfg)}, {parameter_count(cfg):,} parameters; batches "
         f"of {batch_size} times {seq_len} tokens; {settings.steps} rounds of "
@@ -545,7 +541,7 @@ def _starts(cfg, batch_size, seq_len, settings, bar):
         "the small model, cold, with nothing compiled before, and warm, with "
         f"what the cold start compiled; {STARTS} starts"
     )
-    rows = _rows(race_starts(specs, settings, bar))
+    rows = race_starts(specs, settings, bar)
     found = {"name": "starts", "kind": "start", "about": about}
     return found | {"contestants": rows}
 
@@ -566,14 +562,10 @@ def losses_contest(precisions, settings, steps=20, config=CONFIGS["small"]):
     fp32. Raises FloatingPointError when a loss is not finite, and
     ChildProcessError when there are none of the CPU to compare with.
     """
-    runs = [("cpu", "fp32")] + [("cuda", x) for x in precisions]
-    (spec,) = _specs(*config, Settings()).values()
-    specs = {
-        f"{backend} {precision}": spec
-        | {"backend": backend, "precision": precision}
-        for backend, precision in runs
-    }
-    rows = _rows(race(specs, steps, settings._replace(turn=0)))
+    (spec,) = _specs(*config, Settings()).values()  # ours, on the CPU
+    specs, there = {"cpu fp32": spec}, spec | {"backend": "cuda"}
+    specs |= {f"cuda {x}": there | {"precision": x} for x in precisions}
+    rows = race(specs, steps, settings._replace(turn=0))
     if "unmeasured" in rows[0]:  # with which all others are compared
         raise ChildProcessError(f"{rows[0]['name']}: {rows[0]['unmeasured']}")
     want = rows[0]["loss"]
@@ -614,7 +606,7 @@ def bench_writers(cfg, prompt=64, count=64, settings=None):
         write_random(folder, cfg)
         spec["folder"] = folder
         specs = {k: spec | {"kind": kind} for k, kind in WRITERS.items()}
-        rows = _rows(race(specs, 1 + settings.steps, settings))
+        rows = race(specs, 1 + settings.steps, settings)
     for row in rows:
         if "unmeasured" in row:
             raise ChildProcessError(row["unmeasured"])

@@ -196,7 +196,7 @@ def _layers_table(row):
 
 
 # %% the bars tags=["export"] module="bench.report"
-def bars_figure(result, kind):
+def bars_figure(result, kind="kernel"):
     """A matplotlib figure: a panel a contest, a bar a contestant.
 
     kind: "step", of which milliseconds are drawn, or "kernel", of which
@@ -308,7 +308,7 @@ from llmnb.bench.report import bars_figure, layers_figure, report
 from llmnb.cli.options import GroupOptions, ThreadOptions, set_threads
 from llmnb.cli.options import shape_config, some_of
 from llmnb.config import GPT2Config
-from llmnb.files import replacing
+from llmnb.files import replacing, write_whole
 from llmnb.train.group import ALONE
 from llmnb.train.options import DataOptions, ModelOptions, option
 from llmnb.train.terminal import progress_bar
@@ -391,33 +391,29 @@ def _run(args, group):
         measure = partial(_ranks, group)
     elif args.total_batch:
         raise ValueError("--total-batch is of a group: start it with mpirun")
-    result = {"command": _command(sys.argv[1:]), **measure(args)}
+    result = measure(args)
     print(_json(result) if args.json == "-" else report(result))
     if group.first:
         _keep(args.json, result)
     if args.plot:
         from matplotlib import style
 
-        kinds = [x["kind"] for x in result["contests"]]
+        steps = "step" in [x["kind"] for x in result["contests"]]
         with style.context("default"), replacing(args.plot) as file:
-            draw = (
-                layers_figure
-                if "step" in kinds
-                else partial(bars_figure, kind="kernel")
-            )
+            draw = layers_figure if steps else bars_figure
             draw(result).savefig(file, format="png")
 
 
 def _json(result):
+    """A result as text, after the command that measured it."""
+    result = {"command": _command(sys.argv[1:])} | result
     return json.dumps(result, indent=1)
 
 
 def _keep(path, result):
     """Write a result, or what there is of it so far, if a file is wanted."""
     if path and path != "-":
-        result = {"command": _command(sys.argv[1:])} | result
-        with replacing(path) as file:
-            file.write(_json(result).encode() + b"\n")
+        write_whole(path, _json(result).encode() + b"\n")
 
 
 # %% measure steps and kernels tags=["exporti"] module="cli.bench"
@@ -425,9 +421,8 @@ def _steps(args):
     gpu = args.backend == "cuda"
     if args.kernels is not None and not gpu:
         raise ValueError("--kernels needs a GPU: add --backend cuda")
-    precisions = args.precision or ["fp32", "tf32" if gpu else "bf16"]
+    settings = _settings(args, ("fp32", "tf32" if gpu else "bf16"))
     bar = partial(progress_bar, unit="round", leave=False)
-    settings = _settings(args)._replace(precisions=tuple(precisions))
     keep = partial(_keep, args.json)
     result = bench(_configs_of(args), settings, args.start, bar, keep)
     if args.kernels is not None:
@@ -436,15 +431,11 @@ def _steps(args):
     return result
 
 
-def _settings(args):
-    return Settings(
-        against=tuple(args.against),
-        steps=args.steps,
-        threads=args.threads,
-        backend=args.backend,
-        torch_python=args.torch_python,
-        turn=args.turn,
-    )
+def _settings(args, precisions=("fp32",)):
+    """The Settings of a command, with precisions if it names none."""
+    _, *names = Settings._fields
+    options = {name: getattr(args, name) for name in names}
+    return Settings(args.precision or precisions, **options)
 
 
 # %% measure writing tags=["exporti"] module="cli.bench"
@@ -467,14 +458,8 @@ def _writers(args):
 
 # %% measure a group tags=["exporti"] module="cli.bench"
 _OF_ONE = (
-    "against",
-    "torch_python",
-    "turn",
-    "write",
-    "kernels",
-    "start",
-    "plot",
-)
+    "against", "torch_python", "turn", "write", "kernels", "start", "plot",
+)  # fmt: skip
 
 
 def _ranks(group, args):
@@ -490,9 +475,8 @@ def _ranks(group, args):
             )
     set_threads(args)
     check_command(args, group)
-    precisions = tuple(args.precision or ["fp32"])
-    settings = _settings(args)._replace(precisions=precisions)
-    return bench_group(group, _configs_of(args), settings, args.total_batch)
+    configs = _configs_of(args)
+    return bench_group(group, configs, _settings(args), args.total_batch)
 
 
 # %% the configurations tags=["exporti"] module="cli.bench"

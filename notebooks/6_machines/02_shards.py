@@ -622,7 +622,6 @@ except ValueError as error:
 # %% imports of together tags=["export"] module="cli.together"
 import contextlib
 import os
-import sys
 import time
 import traceback
 import warnings

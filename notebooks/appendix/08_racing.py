@@ -560,13 +560,9 @@ def llmc_contestant(spec):
     _llmc_folder(spec["folder"], spec["model"])
     screen, keyboard = pty.openpty()
     lines = os.fdopen(screen, errors="replace")
-    program = subprocess.Popen(
-        [spec["path"]],
-        cwd=spec["folder"],
-        stdin=subprocess.DEVNULL,
-        stdout=keyboard,
-        stderr=keyboard,
-    )
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": keyboard}
+    pipes |= {"stderr": keyboard, "cwd": spec["folder"]}
+    program = subprocess.Popen([spec["path"]], **pipes)
     os.close(keyboard)
 
     def sleep():
@@ -1007,13 +1003,13 @@ def race(specs, rounds, settings, bar=iter):
     On a GPU, whose memory does not hold them all, each runs alone, one after
     the other. specs: a dict from name to a spec, see `peers`. rounds: how
     many. bar: takes the rounds and gives them back, such as tqdm. Returns a
-    dict from name to a dict: for each key of a step's answer the list of its
+    list of rows, dicts: name; for each key of a step's answer the list of its
     values, one a round, and what the process knows about itself; or why it is
     unmeasured, which stops nobody else.
     """
     if settings.backend == "cuda" and len(specs) > 1:
         alone = [race({k: x}, rounds, settings, bar) for k, x in specs.items()]
-        return {name: row for each in alone for name, row in each.items()}
+        return [row for rows in alone for row in rows]
     found, runners = {}, {}
     with ExitStack() as stack:
         for name, spec in specs.items():
@@ -1032,7 +1028,7 @@ def race(specs, rounds, settings, bar=iter):
             each = [*each, _or_why(runners[name].finish)]
             why = next((x for x in each if "unmeasured" in x), None)
             found[name] = why or by_key(each[:-1]) | each[-1]
-    return {name: found[name] for name in specs}
+    return [{"name": name, **found[name]} for name in specs]
 
 
 def by_key(turns):
@@ -1058,12 +1054,8 @@ def ratios(rows, key="seconds"):
         for b in [x for x in seconds if x not in ours]:
             pairs = zip(seconds[a], seconds[b], strict=True)
             each = [x / y for x, y in pairs]
-            found = {
-                "ratio": median(each),
-                "low": min(each),
-                "high": max(each),
-            }
-            table.append({"ours": a, "peer": b, **found})
+            found = {"ours": a, "peer": b, "ratio": median(each)}
+            table.append(found | {"low": min(each), "high": max(each)})
     return table
 
 
@@ -1100,15 +1092,15 @@ def race_starts(specs, settings, bar=iter):
     """Seconds from starting a process to the end of its first step.
 
     specs, bar, settings: see `race`. In each of `STARTS` rounds each
-    contestant starts cold and then warm. Returns a dict from name to a dict:
-    cold and warm, lists of seconds, or unmeasured.
+    contestant starts cold and then warm. Returns a list of rows, dicts:
+    name; cold and warm, lists of seconds, or unmeasured.
     """
     starts = {k: partial(_start, k, x, settings) for k, x in specs.items()}
     turns = take_turns(starts, bar(range(STARTS)))
-    return {
-        name: each[0] if "unmeasured" in each[0] else by_key(each)
+    return [
+        {"name": name} | (each[0] if "unmeasured" in each[0] else by_key(each))
         for name, each in turns.items()
-    }
+    ]
 
 
 def _start(name, spec, settings):

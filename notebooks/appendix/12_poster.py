@@ -317,15 +317,14 @@ import hashlib
 import keyword
 import re
 import sys
-from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from llmnb.book.diagram import PALETTE
+from llmnb.book.export import ROOT
 from llmnb.book.wiring import draw_wiring
 
 # %% the page's text tags=["export"] module="book.poster"
-ROOT = Path(__file__).parents[2] if "__file__" in globals() else Path("../..")
 PAGE = ROOT / "llmnb" / "reference" / "gpt2.py"
 POSTER = ROOT / "book" / "poster.pdf"
 

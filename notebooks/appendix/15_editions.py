@@ -37,6 +37,7 @@
 
 # %% setup
 import tempfile
+from pathlib import Path
 
 from llmnb.book.verify import verdict
 
@@ -45,10 +46,11 @@ import html
 import re
 import shutil
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
 
 import yaml
+
+from llmnb.book.export import ROOT
 
 # %% [markdown]
 # ## The pages in order
@@ -59,7 +61,6 @@ import yaml
 # its chapters' numbers.
 
 # %% the pages in order tags=["export"]
-ROOT = Path(__file__).parents[2] if "__file__" in globals() else Path("../..")
 BUILT = ROOT / "book" / "_build" / "html"
 TITLE = "llmnb: GPT-2 from its equations"
 
@@ -142,13 +143,10 @@ def open_browser():
     """A page of a headless Chromium: the machine's own, or playwright's."""
     from playwright.sync_api import sync_playwright
 
+    own = next(filter(None, map(shutil.which, CHROMIUM)), None)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=next(
-                filter(None, map(shutil.which, CHROMIUM)), None
-            ),
-            args=["--no-sandbox"],
-        )
+        launch = playwright.chromium.launch
+        browser = launch(executable_path=own, args=["--no-sandbox"])
         yield browser.new_page(color_scheme="light")
         browser.close()
 
@@ -178,7 +176,6 @@ import re
 import sys
 from html import escape
 from itertools import groupby
-from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urldefrag
 
@@ -247,11 +244,11 @@ class Sheets(NamedTuple):
     sections: list
 
 
-def print_page(page, entry, first, style="decimal"):
+def print_page(page, title, first, style="decimal"):
     """The bytes of a PDF of what the browser's page shows."""
-    words = {"head": json.dumps(entry.title), "before": first - 1}
+    words = {"head": json.dumps(title), "before": first - 1, "style": style}
     page.emulate_media(media="print", color_scheme="light")
-    page.add_style_tag(content=PAPER % (words | {"style": style}))
+    page.add_style_tag(content=PAPER % words)
     page.evaluate(FIT)
     return page.pdf(prefer_css_page_size=True, print_background=True)
 
@@ -264,7 +261,7 @@ def print_entry(page, built, entry, first, ids):
     text = (built / entry.page).read_text("utf-8")
     own = re.findall(r'<section id="([^"]+)"', text)
     sections = page.evaluate(PLACES, sorted({*ids, *own}))
-    pdf = PdfReader(io.BytesIO(print_page(page, entry, first)))
+    pdf = PdfReader(io.BytesIO(print_page(page, entry.title, first)))
     places = {
         unquote(name.removeprefix("/")): (
             pdf.get_destination_page_number(x),
@@ -414,13 +411,8 @@ def add_outline(writer, before, printed):
             )
             for name, title in x.sections:
                 sheet, height = x.places.get(name, (0, None))
-                fit = Fit.xyz(top=height)
-                add(
-                    title=title,
-                    page_number=start + sheet,
-                    parent=chapter,
-                    fit=fit,
-                )
+                how = {"parent": chapter, "fit": Fit.xyz(top=height)}
+                add(title=title, page_number=start + sheet, **how)
 
 
 def merge(front, printed, built):
@@ -471,8 +463,7 @@ def make_pdf(built, path, part=""):
         open_page(page, built / entries[0].page)
         fill = "x => document.querySelector('article').innerHTML = x"
         page.evaluate(fill, front_matter(built, printed, part))
-        cover = Entry("", "Contents", "")
-        front = print_page(page, cover, 1, "lower-roman")
+        front = print_page(page, "Contents", 1, "lower-roman")
     merge(PdfReader(io.BytesIO(front)), printed, built).write(path)
 
 
@@ -500,7 +491,6 @@ def main(argv=None):
 # that a screen reader says.
 
 # %% imports of the ePub tags=["export"] module="book.epub"
-import json
 import posixpath
 import re
 import sys
@@ -509,6 +499,7 @@ from datetime import UTC, datetime
 from functools import partial
 from html import escape
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
@@ -763,15 +754,13 @@ CONTAINER = """<?xml version="1.0" encoding="utf-8"?>
 
 def navigation(entries):
     """The contents page: a list of the parts and their chapters."""
-    rows, part = [], ""
-    for x in entries:
-        if x.part != part:
-            rows += ["</ol></li>"] if part else []
-            rows += [f"<li><span>{escape(x.part)}</span><ol>"]
-            part = x.part
-        link = f'<a href="{file_of(x)}">{escape(x.title)}</a>'
-        rows += [f"<li>{link}</li>"]
-    rows += ["</ol></li>"] if part else []
+    rows = []
+    for part, inside in groupby(entries, key=lambda x: x.part):
+        rows += [f"<li><span>{escape(part)}</span><ol>"] if part else []
+        for x in inside:
+            link = f'<a href="{file_of(x)}">{escape(x.title)}</a>'
+            rows += [f"<li>{link}</li>"]
+        rows += ["</ol></li>"] if part else []
     body = f"<h1>{TITLE}</h1>" + '<nav epub:type="toc"><h2>Contents</h2><ol>'
     body += "\n".join(rows) + "</ol></nav>"
     return PAGE.format(title="Contents", body=body)

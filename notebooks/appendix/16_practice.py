@@ -37,7 +37,6 @@ from llmnb.book.verify import verdict
 # %% imports tags=["export"]
 import ast
 import re
-from pathlib import Path
 
 import nbformat
 
@@ -260,6 +259,8 @@ def main(argv=None):
 
 
 # %% LayerNorm, to fill in
+from pathlib import Path
+
 path = Path("../1_by_hand/06_layernorm.py")
 book = plain(path, practice=True)
 code = [x.source for x in book.cells if x.cell_type == "code"]
