@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from llmnb.book.export import chapter_label
+from llmnb.book.pages import CHROMIUM, READY
 
 ROOT = Path(__file__).parents[1]
 BOOK = ROOT / "book"
@@ -250,8 +251,7 @@ def address():
 def browser():
     if why_not_built():
         pytest.skip(why_not_built())
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next(filter(None, map(shutil.which, names)), None)
+    path = next(filter(None, map(shutil.which, CHROMIUM)), None)
     if path is None:
         pytest.skip("no Chromium on this machine")
     sync = pytest.importorskip("playwright.sync_api").sync_playwright
@@ -261,15 +261,10 @@ def browser():
         chromium.close()
 
 
-# Each picture is asked for and decoded: true once nothing is left to load.
-SETTLED = """async () => {
-    await window.MathJax?.startup?.promise;
-    for (const image of document.images) image.loading = "eager";
-    const images = [...document.images].map(x => x.decode().catch(() => 0));
-    await Promise.all([document.fonts.ready, ...images]);
-    const frame = x => requestAnimationFrame(() => requestAnimationFrame(x));
-    return new Promise(frame);
-}"""
+# Until what has been loaded is painted
+FRAMES = (
+    "new Promise(x => requestAnimationFrame(() => requestAnimationFrame(x)))"
+)
 
 
 class Visit:
@@ -306,7 +301,8 @@ class Visit:
         self.page.goto(f"{self.home}/{name}")
         if self.page.evaluate("!!document.querySelector('.math')"):
             self.page.wait_for_function("window.MathJax?.startup?.promise")
-        self.page.evaluate(SETTLED)
+        self.page.evaluate(READY)
+        self.page.evaluate(FRAMES)
         return self.page
 
     def __enter__(self):
@@ -314,6 +310,28 @@ class Visit:
 
     def __exit__(self, *error):
         self.context.close()
+
+
+@pytest.fixture
+def width():
+    """Of a window on a desk; `narrow` is one on a phone."""
+    return 1280
+
+
+narrow = pytest.mark.parametrize("width", [390])
+
+
+@pytest.fixture
+def scheme():
+    return "light"
+
+
+@pytest.fixture
+def visit(browser, address, width, scheme):
+    """A window for one test, in which nothing goes wrong."""
+    with Visit(browser, address, width, scheme) as visit:
+        yield visit
+        assert visit.trouble == []
 
 
 # MathJax shows an unknown command as red text, not as an error.
@@ -368,29 +386,36 @@ def pages_to_visit():
 
 
 @pytest.mark.parametrize("name", pages_to_visit())
-def test_page_renders(browser, address, name):
-    with Visit(browser, address, width=390) as visit:
-        page = visit.open(name)
-        found = page.evaluate(UNRENDERED) + page.evaluate(UNLOADED)
-        found += page.evaluate(RAW_TEX)
-        found += [f"at 390 px: {x}" for x in page.evaluate(TOO_WIDE)]
-        page.set_viewport_size({"width": 1280, "height": 844})
-        found += [f"at 1280 px: {x}" for x in page.evaluate(TOO_WIDE)]
-        assert visit.trouble + found == []
+@narrow
+def test_page_renders(visit, name):
+    page = visit.open(name)
+    found = page.evaluate(UNRENDERED) + page.evaluate(UNLOADED)
+    found += page.evaluate(RAW_TEX)
+    found += [f"at 390 px: {x}" for x in page.evaluate(TOO_WIDE)]
+    page.set_viewport_size({"width": 1280, "height": 844})
+    found += [f"at 1280 px: {x}" for x in page.evaluate(TOO_WIDE)]
+    assert visit.trouble + found == []
 
 
-# The contrast of WCAG 2 between a label and what it stands on.
+def luminance(colour):
+    """Of a colour such as rgb(1, 2, 3)."""
+    parts = [float(x) / 255 for x in re.findall(r"[\d.]+", colour)[:3]]
+    parts = [
+        x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4
+        for x in parts
+    ]
+    weights = 0.2126, 0.7152, 0.0722
+    return sum(w * x for w, x in zip(weights, parts, strict=True))
+
+
+def contrast(a, b):
+    """The contrast of WCAG 2 between two colours."""
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+# The mark of an exported cell, and its colours with what they stand on.
 EXPORT_MARK = """() => {
-    const rgb = c => c.match(/[\\d.]+/g).slice(0, 3).map(Number);
-    const light = c => {
-        const [r, g, b] = rgb(c).map(v => (v /= 255) <= 0.04045
-            ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-    };
-    const contrast = (a, b) => {
-        const [x, y] = [light(a), light(b)].sort((p, q) => q - p);
-        return (x + 0.05) / (y + 0.05);
-    };
     const page = getComputedStyle(document.body).backgroundColor;
     const label = document.querySelector(".export-label:not(.beside)");
     const input = label.parentElement.querySelector(".cell_input");
@@ -402,40 +427,38 @@ EXPORT_MARK = """() => {
         edge: parseFloat(style.borderLeftWidth),
         differs: style.borderLeftColor
             != getComputedStyle(plain).borderLeftColor,
-        edgeContrast: contrast(style.borderLeftColor, page),
-        textContrast: contrast(text.color, text.backgroundColor),
+        edgeColours: [style.borderLeftColor, page],
+        textColours: [text.color, text.backgroundColor],
     };
 }"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_exported_cells_are_marked(browser, address, scheme):
-    with Visit(browser, address, 1280, scheme) as visit:
-        page = visit.open("notebooks/1_by_hand/06_layernorm.html")
-        mark = page.evaluate(EXPORT_MARK)
+def test_exported_cells_are_marked(visit):
+    page = visit.open("notebooks/1_by_hand/06_layernorm.html")
+    mark = page.evaluate(EXPORT_MARK)
     assert mark["label"].startswith("exported to llmnb.")
     assert mark["edge"] >= 3
     assert mark["differs"]
-    assert mark["edgeContrast"] >= 3
-    assert mark["textContrast"] >= 4.5
+    assert contrast(*mark["edgeColours"]) >= 3
+    assert contrast(*mark["textColours"]) >= 4.5
 
 
-def test_solutions_are_folded_and_open(browser, address):
-    with Visit(browser, address, 390) as visit:
-        page = visit.open("notebooks/1_by_hand/06_layernorm.html")
-        cell = page.locator("details.fold:not(.exercise)").first
-        code = cell.locator("pre").first
-        assert not code.is_visible()
-        cell.locator("summary").click()
-        assert code.is_visible()
-        solution = page.locator("details.exercise").first
-        text, check = solution.locator("p").first, solution.locator("pre")
-        assert not text.is_visible()
-        assert not check.last.is_visible()
-        solution.locator("summary").click()
-        text.wait_for(state="visible")
-        assert check.last.is_visible()
-        assert visit.trouble == []
+@narrow
+def test_solutions_are_folded_and_open(visit):
+    page = visit.open("notebooks/1_by_hand/06_layernorm.html")
+    cell = page.locator("details.fold:not(.exercise)").first
+    code = cell.locator("pre").first
+    assert not code.is_visible()
+    cell.locator("summary").click()
+    assert code.is_visible()
+    solution = page.locator("details.exercise").first
+    text, check = solution.locator("p").first, solution.locator("pre")
+    assert not text.is_visible()
+    assert not check.last.is_visible()
+    solution.locator("summary").click()
+    text.wait_for(state="visible")
+    assert check.last.is_visible()
 
 
 @pytest.fixture(scope="module")

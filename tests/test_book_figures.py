@@ -3,6 +3,7 @@
 The pages are those that tests/test_book.py looks at.
 """
 
+# ruff: noqa: F401, F811, I001 (fixtures)
 import functools
 import json
 import re
@@ -19,14 +20,8 @@ import nbformat
 import numpy as np
 import pytest
 from PIL import Image
-from test_book import (  # noqa: F401
-    HTML,
-    Visit,
-    address,
-    browser,
-    built_pages,
-    why_not_built,
-)
+from test_book import HTML, address, browser, built_pages, contrast, narrow
+from test_book import scheme, visit, why_not_built, width
 
 from llmnb.book import notebook
 from llmnb.book.diagram import LAYERS, PALETTE
@@ -226,23 +221,6 @@ SIZES = """() => [...document.querySelector("svg.drawing")
     .map(x => 100 * Math.abs(x.getScreenCTM().d))"""
 
 
-def luminance(colour):
-    """Of a colour such as rgb(1, 2, 3)."""
-    parts = [int(x) / 255 for x in re.findall(r"\d+", colour)[:3]]
-    parts = [
-        x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4
-        for x in parts
-    ]
-    weights = 0.2126, 0.7152, 0.0722
-    return sum(w * x for w, x in zip(weights, parts, strict=True))
-
-
-def contrast(a, b):
-    """The contrast of WCAG 2 between two colours."""
-    low, high = sorted((luminance(a), luminance(b)))
-    return (high + 0.05) / (low + 0.05)
-
-
 def a_page(with_roadmap=False):
     """A built chapter with figures, the one on LayerNorm if it is there."""
     there = [
@@ -256,15 +234,12 @@ def a_page(with_roadmap=False):
     return max(there, key=lambda name: name.endswith("06_layernorm.html"))
 
 
-def test_colours_change_with_the_theme_and_keep_their_contrast(
-    browser,  # noqa: F811
-    address,  # noqa: F811
-):
+def test_colours_change_with_the_theme_and_keep_their_contrast(visit):
     name, found = a_page(), {}
-    for scheme in ("light", "dark"):
-        with Visit(browser, address, 1280, scheme) as visit:
-            page, found[scheme] = visit.open(name).evaluate(PAINTED)
-        for variable, colour in found[scheme].items():
+    for theme in ("light", "dark"):
+        visit.page.emulate_media(color_scheme=theme)
+        page, found[theme] = visit.open(name).evaluate(PAINTED)
+        for variable, colour in found[theme].items():
             least = {"--text": 4.5, "--line": 3}.get(variable[:6], 0)
             quiet = variable.endswith(("paper", "pale"))
             assert quiet or contrast(colour, page) >= least, variable
@@ -273,10 +248,10 @@ def test_colours_change_with_the_theme_and_keep_their_contrast(
     assert {"--text-ink", "--line-ink", "--fill-paper"} <= set(found["dark"])
 
 
-def test_the_roadmap_can_be_read_on_a_phone(browser, address):  # noqa: F811
+@narrow
+def test_the_roadmap_can_be_read_on_a_phone(visit):
     name = a_page(with_roadmap=True)
-    with Visit(browser, address, 390) as visit:
-        sizes = visit.open(name).evaluate(SIZES)
+    sizes = visit.open(name).evaluate(SIZES)
     assert len(sizes) >= 20
     assert min(sizes) >= 9
 
@@ -291,17 +266,14 @@ ON_A_PHONE = """() => [...document.querySelectorAll("svg.drawing")].map(x => {
 })"""
 
 
-def test_a_phone_shows_a_figure_whole_or_says_that_it_goes_on(
-    browser,  # noqa: F811
-    address,  # noqa: F811
-):
+@narrow
+def test_a_phone_shows_a_figure_whole_or_says_that_it_goes_on(visit):
     found = []
     for name in ("1_by_hand/07_matmul", "2_cpu/04_matmul"):
         if f"notebooks/{name}.html" not in built_pages():
             pytest.skip(f"{name} is not built")
-        with Visit(browser, address, 390) as visit:
-            page = visit.open(f"notebooks/{name}.html")
-            found += page.evaluate(ON_A_PHONE)
+        page = visit.open(f"notebooks/{name}.html")
+        found += page.evaluate(ON_A_PHONE)
     assert len(found) > 5
     for beyond, letters, cue in found:
         assert letters >= 5.7 or beyond > 1

@@ -1,3 +1,4 @@
+# ruff: noqa: F401, F811, I001 (fixtures of test_book.py)
 """Links with cards, search, names and weight of the rendered book.
 
 The fixtures are those of test_book.py, and so is what is skipped.
@@ -12,18 +13,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from test_book import (
-    BOOK,
-    CHAPTERS,
-    HTML,
-    ROOT,
-    Page,
-    Visit,
-    browser,  # noqa: F401 (a fixture)
-    built,  # noqa: F401
-    place,
-    why_not_built,
-)
+from test_book import BOOK, CHAPTERS, HTML, ROOT, Page, Visit, browser, built
+from test_book import narrow, place, scheme, visit, why_not_built, width
 
 from llmnb.book.export import chapter_label
 
@@ -204,7 +195,7 @@ def plain(html):
     return " ".join(re.sub(r"<[^>]+>", "", html).split())
 
 
-def test_a_chapter_has_one_name_everywhere(built, subjects):  # noqa: F811
+def test_a_chapter_has_one_name_everywhere(built, subjects):
     for page, name in subjects.items():
         if page not in built:
             pytest.skip("a book of some chapters only")
@@ -223,20 +214,20 @@ def test_a_chapter_has_one_name_everywhere(built, subjects):  # noqa: F811
             assert not re.match(r".*: ", plain(link)), (page, link)
 
 
-def test_the_first_page_leads_to_the_first_chapter(built, subjects):  # noqa: F811
+def test_the_first_page_leads_to_the_first_chapter(built, subjects):
     text = (HTML / "book" / "intro.html").read_text("utf-8")
     link = re.search(r'<a class="right-next"\s+href="([^"]+)"', text)[1]
     assert "notebooks/1_by_hand/01_" in link
 
 
-def test_index_html_says_what_it_is(built):  # noqa: F811
+def test_index_html_says_what_it_is(built):
     page = Page(HTML / "index.html")
     assert page.title
     assert len(page.description) > 60
     assert "book/intro.html" in page.links
 
 
-def test_equations_and_figures_have_ids_and_links(built):  # noqa: F811
+def test_equations_and_figures_have_ids_and_links(built):
     for path in CHAPTERS:
         name = f"notebooks/{place(path)}.html"
         if name not in built:
@@ -251,7 +242,7 @@ def test_equations_and_figures_have_ids_and_links(built):  # noqa: F811
                 assert want in built[name].ids, (name, want)
 
 
-def test_heads_tell_what_a_message_shows(built):  # noqa: F811
+def test_heads_tell_what_a_message_shows(built):
     text = (HTML / LAYERNORM).read_text("utf-8")
     for name in ("title", "description", "image"):
         assert f'property="og:{name}" content="' in text
@@ -259,7 +250,7 @@ def test_heads_tell_what_a_message_shows(built):  # noqa: F811
     assert "mybinder" not in text
 
 
-def test_every_icon_that_a_page_asks_for_is_drawn(built):  # noqa: F811
+def test_every_icon_that_a_page_asks_for_is_drawn(built):
     drawn = (BOOK / "_static" / "icons.css").read_text("utf-8")
     for name, page in built.items():
         for classes in page.classes:
@@ -269,7 +260,7 @@ def test_every_icon_that_a_page_asks_for_is_drawn(built):  # noqa: F811
                     assert f".{icon} {{ --icon" in drawn, (name, icon)
 
 
-def test_search_data_is_small(built):  # noqa: F811
+def test_search_data_is_small(built):
     assert (HTML / "_static/search-data.js").stat().st_size < 1_500_000
 
 
@@ -277,7 +268,7 @@ def test_search_data_is_small(built):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def disk():
+def address():
     if why_not_built():
         pytest.skip(why_not_built())
     return HTML.resolve().as_uri()
@@ -290,69 +281,63 @@ CARDS = (
 )
 
 
-def test_a_link_shows_a_card_of_its_target(browser, disk):  # noqa: F811
-    with Visit(browser, disk, 1280) as visit:
-        page = visit.open(LAYERNORM)
-        for link, text, inside in CARDS:
-            page.locator(link).first.hover()
-            page.wait_for_selector(f"{CARD} :is({inside})")
-            assert text in page.locator(CARD).inner_text()
-            box = page.locator(CARD).bounding_box()
-            assert box["x"] >= 0 and box["x"] + box["width"] <= 1280
-            page.keyboard.press("Escape")
-            assert page.locator(CARD).count() == 0
-        assert visit.trouble == []
-
-
-def test_a_card_opens_by_keyboard_and_is_named(browser, disk):  # noqa: F811
-    with Visit(browser, disk, 390, "dark") as visit:
-        page = visit.open(LAYERNORM)
-        page.keyboard.press("Tab")  # so that focus comes from the keyboard
-        page.locator('a[href="#eq-1-6-10"]').first.focus()
-        page.wait_for_selector(f"{CARD} mjx-container")
-        link = page.locator("[aria-describedby=preview-card]")
-        assert link.get_attribute("href") == "#eq-1-6-10"
+def test_a_link_shows_a_card_of_its_target(visit):
+    page = visit.open(LAYERNORM)
+    for link, text, inside in CARDS:
+        page.locator(link).first.hover()
+        page.wait_for_selector(f"{CARD} :is({inside})")
+        assert text in page.locator(CARD).inner_text()
         box = page.locator(CARD).bounding_box()
-        assert box["x"] >= 0 and box["x"] + box["width"] <= 390
-
-
-def test_names_and_terms_have_cards(browser, disk):  # noqa: F811
-    with Visit(browser, disk, 1280) as visit:
-        page = visit.open("notebooks/1_by_hand/01_learns.html")
-        page.locator("article a[href*='#term-']").first.hover()
-        page.wait_for_selector(f"{CARD} .card-text")
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 1280
         page.keyboard.press("Escape")
-        page = visit.open("notebooks/1_by_hand/08_attention.html")
-        name = page.locator("a.api-name[href*='attention']").first
-        name.hover()
-        page.wait_for_selector(f"{CARD} .card-code")
-        assert name.inner_text() in page.locator(CARD).inner_text()
-
-
-def test_comments_in_code_link_to_equations(browser, disk):  # noqa: F811
-    with Visit(browser, disk, 1280) as visit:
-        page = visit.open("notebooks/1_by_hand/01_learns.html")
-        links = page.locator(".highlight .c1 a[href='#eq-1-1-6']")
-        assert links.count() >= 2
-        source = "_modules/llmnb/reference/matmul.html"
-        if not (HTML / "notebooks/1_by_hand/07_matmul.html").exists():
-            pytest.skip("a book of some chapters only")
-        page = visit.open(source)
-        links = page.locator(".highlight a[href*='#eq-1-7-']")
-        assert links.count() >= 1
-
-
-def test_a_tap_follows_the_link(browser, disk):  # noqa: F811
-    with Visit(browser, disk, 390) as visit:
-        context = browser.new_context(
-            has_touch=True, viewport={"width": 390, "height": 844}
-        )
-        page = context.new_page()
-        page.goto(f"{visit.home}/{LAYERNORM}")
-        page.locator("article p a[href='01_learns.html']").first.tap()
-        page.wait_for_url("**/01_learns.html")
         assert page.locator(CARD).count() == 0
-        context.close()
+
+
+@pytest.mark.parametrize("width, scheme", [(390, "dark")])
+def test_a_card_opens_by_keyboard_and_is_named(visit):
+    page = visit.open(LAYERNORM)
+    page.keyboard.press("Tab")  # so that focus comes from the keyboard
+    page.locator('a[href="#eq-1-6-10"]').first.focus()
+    page.wait_for_selector(f"{CARD} mjx-container")
+    link = page.locator("[aria-describedby=preview-card]")
+    assert link.get_attribute("href") == "#eq-1-6-10"
+    box = page.locator(CARD).bounding_box()
+    assert box["x"] >= 0 and box["x"] + box["width"] <= 390
+
+
+def test_names_and_terms_have_cards(visit):
+    page = visit.open("notebooks/1_by_hand/01_learns.html")
+    page.locator("article a[href*='#term-']").first.hover()
+    page.wait_for_selector(f"{CARD} .card-text")
+    page.keyboard.press("Escape")
+    page = visit.open("notebooks/1_by_hand/08_attention.html")
+    name = page.locator("a.api-name[href*='attention']").first
+    name.hover()
+    page.wait_for_selector(f"{CARD} .card-code")
+    assert name.inner_text() in page.locator(CARD).inner_text()
+
+
+def test_comments_in_code_link_to_equations(visit):
+    page = visit.open("notebooks/1_by_hand/01_learns.html")
+    links = page.locator(".highlight .c1 a[href='#eq-1-1-6']")
+    assert links.count() >= 2
+    source = "_modules/llmnb/reference/matmul.html"
+    if not (HTML / "notebooks/1_by_hand/07_matmul.html").exists():
+        pytest.skip("a book of some chapters only")
+    page = visit.open(source)
+    links = page.locator(".highlight a[href*='#eq-1-7-']")
+    assert links.count() >= 1
+
+
+def test_a_tap_follows_the_link(browser, address):
+    phone = {"width": 390, "height": 844}
+    context = browser.new_context(has_touch=True, viewport=phone)
+    page = context.new_page()
+    page.goto(f"{address}/{LAYERNORM}")
+    page.locator("article p a[href='01_learns.html']").first.tap()
+    page.wait_for_url("**/01_learns.html")
+    assert page.locator(CARD).count() == 0
+    context.close()
 
 
 SEARCHES = {
@@ -363,37 +348,35 @@ SEARCHES = {
 }
 
 
-def test_search_as_you_type(browser, disk):  # noqa: F811
-    with Visit(browser, disk, 1280) as visit:
-        page = visit.open("book/notation.html")
-        page.keyboard.press("/")
-        box = page.locator("#pst-search-dialog input")
-        for query, wanted in SEARCHES.items():
-            box.fill(query)
-            page.wait_for_selector("#found mark")
-            page.wait_for_function(
-                "q => document.querySelector('#found').dataset.query === q",
-                arg=query,
-            )
-            titles = page.locator("#found .found-title").all_inner_texts()
-            assert set(titles[:2]) & set(wanted), (query, titles)
-            for text in page.locator("#found .found-text").all_inner_texts():
-                assert not re.match(r"(… )?(import|from) [\w.]+ import", text)
-        box.fill("xyzzyplugh")
-        page.wait_for_function(
-            "document.querySelector('.found-status').innerText"
-            ".startsWith('Nothing found')"
-        )
-        box.fill("how do I train")
+def test_search_as_you_type(visit):
+    page = visit.open("book/notation.html")
+    page.keyboard.press("/")
+    box = page.locator("#pst-search-dialog input")
+    for query, wanted in SEARCHES.items():
+        box.fill(query)
         page.wait_for_selector("#found mark")
-        page.keyboard.press("ArrowDown")
-        page.keyboard.press("Enter")
-        page.wait_for_url("**/18_training.html*")
-        page.wait_for_load_state("networkidle")
-        assert not visit.trouble, visit.trouble
+        page.wait_for_function(
+            "q => document.querySelector('#found').dataset.query === q",
+            arg=query,
+        )
+        titles = page.locator("#found .found-title").all_inner_texts()
+        assert set(titles[:2]) & set(wanted), (query, titles)
+        for text in page.locator("#found .found-text").all_inner_texts():
+            assert not re.match(r"(… )?(import|from) [\w.]+ import", text)
+    box.fill("xyzzyplugh")
+    page.wait_for_function(
+        "document.querySelector('.found-status').innerText"
+        ".startsWith('Nothing found')"
+    )
+    box.fill("how do I train")
+    page.wait_for_selector("#found mark")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/18_training.html*")
+    page.wait_for_load_state("networkidle")
 
 
-def loaded(browser, disk, name):  # noqa: F811
+def loaded(browser, address, name):
     """The files that a page loads before you scroll, with their sizes."""
     files = {}
 
@@ -403,7 +386,7 @@ def loaded(browser, disk, name):  # noqa: F811
             path = Path(unquote(parts.path))
             files[path] = path.stat().st_size
 
-    with Visit(browser, disk, 1280) as visit:
+    with Visit(browser, address, 1280) as visit:
         visit.page.on("request", note)
         visit.open(name)
     return files
@@ -416,9 +399,9 @@ def heaviest():
     return [x.relative_to(HTML).as_posix() for x in pages[-3:]]
 
 
-def test_pages_are_light(browser, disk):  # noqa: F811
+def test_pages_are_light(browser, address):
     for name in heaviest():
-        files = loaded(browser, disk, name)
+        files = loaded(browser, address, name)
         print(f"{name}: {sum(files.values()):,} bytes, {len(files)} files")
         assert sum(files.values()) < MOST_BYTES, (name, files)
         assert len(files) <= MOST_REQUESTS, (name, files)
@@ -431,12 +414,11 @@ CUT = """() => [...document.querySelectorAll("article table")]
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_the_results_fit(browser, disk, width):  # noqa: F811
-    with Visit(browser, disk, width) as visit:
-        page = visit.open("book/results.html")
-        assert page.evaluate(CUT) == []
-        heads = page.locator("article h2").all_inner_texts()
-        assert len(heads) == len(set(heads))
-        text = page.locator("article").inner_text()
-        assert not re.search(r"\b1 threads", text)
-        assert text.count("no GPU: ") <= 1
+def test_the_results_fit(visit):
+    page = visit.open("book/results.html")
+    assert page.evaluate(CUT) == []
+    heads = page.locator("article h2").all_inner_texts()
+    assert len(heads) == len(set(heads))
+    text = page.locator("article").inner_text()
+    assert not re.search(r"\b1 threads", text)
+    assert text.count("no GPU: ") <= 1

@@ -4,14 +4,15 @@ The notebooks' outputs first, then the built pages in a browser. As in
 test_book.py, the pages are skipped where they are not built.
 """
 
-# ruff: noqa: F811
+# ruff: noqa: F401, F811, I001 (fixtures)
 import json
 import math
 import re
 
 import numpy as np
 import pytest
-from test_book import HTML, ROOT, Visit, address, browser  # noqa: F401
+from test_book import HTML, ROOT, address, browser, narrow, scheme, visit
+from test_book import width
 
 from llmnb.arena import footprint
 from llmnb.book.moving import MIME
@@ -140,34 +141,33 @@ SHOWN = """() => [...document.querySelectorAll("figure.move")].map(x => {
 
 
 @pytest.mark.parametrize("name", FIGURES)
+@narrow
 def test_a_figure_moves_by_keys_and_buttons_fits_and_prints_its_still(
-    browser, address, name
+    visit, name
 ):
-    with Visit(browser, address, width=390) as visit:
-        for index in range(len(FIGURES[name])):
-            figure = Figure(visit, name, index)
-            label = figure.box.get_attribute("aria-label")
-            assert re.fullmatch(r"Figure \d\.\d+\.\d+", label)
-            figure.press("Home")
-            assert figure.place.startswith("0 / ")
-            first = figure.words
-            figure.press("ArrowRight")
-            assert figure.place.startswith("1 / ") and figure.words != first
-            figure.box.get_by_role("button", name="step", exact=True).click()
-            assert figure.place.startswith("2 / ")
-            figure.box.get_by_role("button", name="step back").click()
-            figure.press("ArrowLeft")
-            assert figure.words == first
-            figure.press("End")
-            count = int(figure.place.split(" / ")[1])
-            assert figure.place == f"{count} / {count}"
-        for width in (390, 1280):
-            figure.page.set_viewport_size({"width": width, "height": 844})
-            assert figure.page.evaluate(STICKS_OUT) == []
-        assert set(map(tuple, figure.page.evaluate(SHOWN))) == {(True, False)}
-        figure.page.emulate_media(media="print")
-        assert set(map(tuple, figure.page.evaluate(SHOWN))) == {(False, True)}
-        assert visit.trouble == []
+    for index in range(len(FIGURES[name])):
+        figure = Figure(visit, name, index)
+        label = figure.box.get_attribute("aria-label")
+        assert re.fullmatch(r"Figure \d\.\d+\.\d+", label)
+        figure.press("Home")
+        assert figure.place.startswith("0 / ")
+        first = figure.words
+        figure.press("ArrowRight")
+        assert figure.place.startswith("1 / ") and figure.words != first
+        figure.box.get_by_role("button", name="step", exact=True).click()
+        assert figure.place.startswith("2 / ")
+        figure.box.get_by_role("button", name="step back").click()
+        figure.press("ArrowLeft")
+        assert figure.words == first
+        figure.press("End")
+        count = int(figure.place.split(" / ")[1])
+        assert figure.place == f"{count} / {count}"
+    for size in (390, 1280):
+        figure.page.set_viewport_size({"width": size, "height": 844})
+        assert figure.page.evaluate(STICKS_OUT) == []
+    assert set(map(tuple, figure.page.evaluate(SHOWN))) == {(True, False)}
+    figure.page.emulate_media(media="print")
+    assert set(map(tuple, figure.page.evaluate(SHOWN))) == {(False, True)}
 
 
 def test_the_still_is_there_without_javascript(browser, address):
@@ -182,23 +182,22 @@ def test_the_still_is_there_without_javascript(browser, address):
     context.close()
 
 
-def test_nothing_moves_by_itself_or_against_the_readers_wish(browser, address):
-    with Visit(browser, address, width=1280) as visit:
-        figure = Figure(visit, "notebooks/2_cpu/05_attention")
-        bar = figure.box.locator(".move-sum i").first
-        time = "x => getComputedStyle(x).transitionDuration"
-        assert bar.evaluate(time) == "0.4s"
-        figure.page.emulate_media(reduced_motion="reduce")
-        assert bar.evaluate(time) == "0s"
-        figure.page.wait_for_timeout(1200)
-        assert figure.place.startswith("0 / ")
-        figure.box.get_by_role("button", name="play").click()
-        for _ in range(100):  # however slow the machine is just now
-            if not figure.place.startswith("0 / "):
-                break
-            figure.page.wait_for_timeout(200)
-        assert not figure.place.startswith("0 / ")
-        figure.box.get_by_role("button", name="pause").click()
+def test_nothing_moves_by_itself_or_against_the_readers_wish(visit):
+    figure = Figure(visit, "notebooks/2_cpu/05_attention")
+    bar = figure.box.locator(".move-sum i").first
+    time = "x => getComputedStyle(x).transitionDuration"
+    assert bar.evaluate(time) == "0.4s"
+    figure.page.emulate_media(reduced_motion="reduce")
+    assert bar.evaluate(time) == "0s"
+    figure.page.wait_for_timeout(1200)
+    assert figure.place.startswith("0 / ")
+    figure.box.get_by_role("button", name="play").click()
+    for _ in range(100):  # however slow the machine is just now
+        if not figure.place.startswith("0 / "):
+            break
+        figure.page.wait_for_timeout(200)
+    assert not figure.place.startswith("0 / ")
+    figure.box.get_by_role("button", name="pause").click()
 
 
 # What they show
@@ -231,34 +230,32 @@ RACES = """x => {
 }"""
 
 
-def test_threads_end_and_race_as_the_simulator_says(browser, address):
+def test_threads_end_and_race_as_the_simulator_says(visit):
     name = "notebooks/3_gpu/01_threads"
-    with Visit(browser, address, width=1280) as visit:
-        figure = Figure(visit, name, 1)
-        for walk in numbers(name, 1)["walks"]:
-            figure.choose(walk["name"])
-            for order in ("side by side", "one after the other"):
-                figure.choose(order)
-                want, races = filmed(walk, order == "side by side")
-                figure.press("End")
-                array = figure.box.locator(".move-array", has_text="out").last
-                shown = array.locator(".move-cell b").all_inner_texts()
-                got = [math.nan if x == "?" else float(x) for x in shown]
-                assert np.array_equal(got, want, equal_nan=True), walk["name"]
-                figure.press("Home")
-                seen = figure.box.evaluate(RACES)
-                assert (seen > 0) == (races > 0), walk["name"]
+    figure = Figure(visit, name, 1)
+    for walk in numbers(name, 1)["walks"]:
+        figure.choose(walk["name"])
+        for order in ("side by side", "one after the other"):
+            figure.choose(order)
+            want, races = filmed(walk, order == "side by side")
+            figure.press("End")
+            array = figure.box.locator(".move-array", has_text="out").last
+            shown = array.locator(".move-cell b").all_inner_texts()
+            got = [math.nan if x == "?" else float(x) for x in shown]
+            assert np.array_equal(got, want, equal_nan=True), walk["name"]
+            figure.press("Home")
+            seen = figure.box.evaluate(RACES)
+            assert (seen > 0) == (races > 0), walk["name"]
 
 
-def test_the_small_tile_is_the_product(browser, address):
+def test_the_small_tile_is_the_product(visit):
     name = "notebooks/3_gpu/06_matmul"
-    with Visit(browser, address, width=1280) as visit:
-        figure = Figure(visit, name)
-        figure.press("End")
-        arrays = numbers(name)["walks"][0]["arrays"]
-        a, b = (np.reshape(arrays[x][-1], arrays[x][:-1]) for x in "ab")
-        shown = figure.texts(".move-array:last-child .move-cell b")
-        assert list(map(float, shown)) == (a @ b.T).ravel().tolist()
+    figure = Figure(visit, name)
+    figure.press("End")
+    arrays = numbers(name)["walks"][0]["arrays"]
+    a, b = (np.reshape(arrays[x][-1], arrays[x][:-1]) for x in "ab")
+    shown = figure.texts(".move-array:last-child .move-cell b")
+    assert list(map(float, shown)) == (a @ b.T).ravel().tolist()
 
 
 def products_of(q, k):
@@ -277,26 +274,23 @@ def products_of(q, k):
     "name, index", [("06_matmul", 1), ("09_attention", 0), ("09_attention", 1)]
 )
 @pytest.mark.parametrize("order", ["side by side", "one after the other"])
-def test_owners_in_small_write_the_products(
-    browser, address, name, index, order
-):
+def test_owners_in_small_write_the_products(visit, name, index, order):
     name = f"notebooks/3_gpu/{name}"
-    with Visit(browser, address, width=1280) as visit:
-        figure = Figure(visit, name, index)
-        walks = numbers(name, index)["walks"]
-        for walk in walks:
-            if len(walks) > 1:
-                figure.choose(walk["name"])
-            figure.choose(order)
-            figure.press("End")
-            factors = [np.array(a[-1]) for a in walk["arrays"].values()][-2:]
-            for array, want in products_of(*factors)[walk["name"]].items():
-                box = figure.box.locator(".move-array").filter(
-                    has=figure.page.get_by_text(array, exact=True)
-                )
-                shown = box.locator(".move-cell b").all_inner_texts()
-                assert list(map(float, shown)) == want.ravel().tolist()
-            assert not any(s[9] for x in walk["steps"].values() for s in x)
+    figure = Figure(visit, name, index)
+    walks = numbers(name, index)["walks"]
+    for walk in walks:
+        if len(walks) > 1:
+            figure.choose(walk["name"])
+        figure.choose(order)
+        figure.press("End")
+        factors = [np.array(a[-1]) for a in walk["arrays"].values()][-2:]
+        for array, want in products_of(*factors)[walk["name"]].items():
+            box = figure.box.locator(".move-array").filter(
+                has=figure.page.get_by_text(array, exact=True)
+            )
+            shown = box.locator(".move-cell b").all_inner_texts()
+            assert list(map(float, shown)) == want.ravel().tolist()
+        assert not any(s[9] for x in walk["steps"].values() for s in x)
 
 
 AWKWARD = [
@@ -310,65 +304,62 @@ AWKWARD = [
 ]
 
 
-def test_merges_are_those_of_tiktoken(browser, address):
+def test_merges_are_those_of_tiktoken(visit):
     name = "notebooks/1_by_hand/02_tokens"
     data = numbers(name)
     pairs = np.array(data["pairs"].split(), int).reshape(-1, 2).tolist()
     tokens = [bytes([i]) for i in range(256)]
     for a, b in pairs:
         tokens.append(tokens[a] + tokens[b])
-    with Visit(browser, address, width=1280) as visit:
-        figure = Figure(visit, name)
-        for i, size in enumerate(data["sizes"]):
-            figure.slide("vocabulary", i)
-            encoding = bpe.from_tokens("cut", tokens[: size - 1])
-            for text in AWKWARD[: 7 if i in (1, 4) else 2]:
-                line = text.replace("\n", " ")  # a field has no line ends
-                figure.box.get_by_label("your text").fill(line)
-                figure.press("End")
-                shown = figure.texts(".move-piece small")
-                assert list(map(int, shown)) == encoding.encode_ordinary(line)
+    figure = Figure(visit, name)
+    for i, size in enumerate(data["sizes"]):
+        figure.slide("vocabulary", i)
+        encoding = bpe.from_tokens("cut", tokens[: size - 1])
+        for text in AWKWARD[: 7 if i in (1, 4) else 2]:
+            line = text.replace("\n", " ")  # a field has no line ends
+            figure.box.get_by_label("your text").fill(line)
+            figure.press("End")
+            shown = figure.texts(".move-piece small")
+            assert list(map(int, shown)) == encoding.encode_ordinary(line)
 
 
 SIZES = [(4, 256, 12, 768, 50257), (1, 16, 1, 64, 1000),
          (64, 1024, 48, 1600, 50257), (8, 128, 6, 384, 1000)]  # fmt: skip
 
 
-def test_the_arena_has_pythons_size(browser, address):
+def test_the_arena_has_pythons_size(visit):
     name = "notebooks/1_by_hand/16_memory"
-    with Visit(browser, address, width=1280) as visit:
-        figure = Figure(visit, name)
-        for B, T, L, C, V in SIZES:
-            for letter, value in zip("BTLC", (B, T, L, C), strict=True):
-                slider = figure.box.get_by_label(letter, exact=True)
-                for i in range(int(slider.get_attribute("max")) + 1):
-                    slider.fill(str(i))
-                    if slider.get_attribute("aria-valuetext") == str(value):
-                        break
-            figure.choose("50,257" if V == 50257 else "1,024")
-            cfg = GPT2Config(
-                max_seq_len=1024, vocab_size=V, num_layers=L,
-                num_heads=C // 64, channels=C,
-            )  # fmt: skip
-            want = sum(footprint(gpt2_layout(cfg, B, T)).values())
-            assert int(figure.data("total")) == want
+    figure = Figure(visit, name)
+    for B, T, L, C, V in SIZES:
+        for letter, value in zip("BTLC", (B, T, L, C), strict=True):
+            slider = figure.box.get_by_label(letter, exact=True)
+            for i in range(int(slider.get_attribute("max")) + 1):
+                slider.fill(str(i))
+                if slider.get_attribute("aria-valuetext") == str(value):
+                    break
+        figure.choose("50,257" if V == 50257 else "1,024")
+        cfg = GPT2Config(
+            max_seq_len=1024, vocab_size=V, num_layers=L,
+            num_heads=C // 64, channels=C,
+        )  # fmt: skip
+        want = sum(footprint(gpt2_layout(cfg, B, T)).values())
+        assert int(figure.data("total")) == want
 
 
 ROWS = ["1 0.2 1.5 0.4 2.6 0.9", "-3, -2, -1", "700 -700 710 1e3", "5"]
 
 
-def test_online_softmax_keeps_pythons_maximum_and_sum(browser, address):
-    with Visit(browser, address, width=1280) as visit:
-        figure = Figure(visit, "notebooks/2_cpu/05_attention")
-        for text in ROWS:
-            figure.box.get_by_label("scores").fill(text)
-            row = np.array(re.split("[ ,]+", text), float)
-            for end in range(4, len(row) + 4, 4):
-                figure.press("ArrowRight")
-                m = row[:end].max()
-                assert float(figure.data("m")) == m
-                total = float(figure.data("sum"))
-                assert total == pytest.approx(np.exp(row[:end] - m).sum())
+def test_online_softmax_keeps_pythons_maximum_and_sum(visit):
+    figure = Figure(visit, "notebooks/2_cpu/05_attention")
+    for text in ROWS:
+        figure.box.get_by_label("scores").fill(text)
+        row = np.array(re.split("[ ,]+", text), float)
+        for end in range(4, len(row) + 4, 4):
+            figure.press("ArrowRight")
+            m = row[:end].max()
+            assert float(figure.data("m")) == m
+            total = float(figure.data("sum"))
+            assert total == pytest.approx(np.exp(row[:end] - m).sum())
 
 
 def descend(name, rules, data, lr):
@@ -391,55 +382,52 @@ def descend(name, rules, data, lr):
     return w
 
 
-def test_optimisers_walk_as_in_python(browser, address):
+def test_optimisers_walk_as_in_python(visit):
     name = "notebooks/1_by_hand/12_adamw"
     data = numbers(name)
-    with Visit(browser, address, width=1280) as visit:
-        figure = Figure(visit, name)
-        slider = figure.box.get_by_label("learning rate")
-        for rule in data["rules"]:
-            figure.choose(rule)
-            for index in (None, 5, 20, 40):
-                if index is not None:
-                    slider.fill(str(index))
-                lr = float(slider.get_attribute("aria-valuetext"))
-                figure.press("End")
-                got = json.loads(figure.data("point"))
-                want = descend(rule, data["rules"], data, lr)
-                assert got == pytest.approx(want.tolist(), rel=1e-9), rule
-                flown = np.hypot(*(want - data["lowest"])) >= 1e3
-                assert ("flown apart" in figure.words) == flown
+    figure = Figure(visit, name)
+    slider = figure.box.get_by_label("learning rate")
+    for rule in data["rules"]:
+        figure.choose(rule)
+        for index in (None, 5, 20, 40):
+            if index is not None:
+                slider.fill(str(index))
+            lr = float(slider.get_attribute("aria-valuetext"))
+            figure.press("End")
+            got = json.loads(figure.data("point"))
+            want = descend(rule, data["rules"], data, lr)
+            assert got == pytest.approx(want.tolist(), rel=1e-9), rule
+            flown = np.hypot(*(want - data["lowest"])) >= 1e3
+            assert ("flown apart" in figure.words) == flown
 
 
-def test_a_panel_of_b_comes_once_and_one_of_a_each_time(browser, address):
+def test_a_panel_of_b_comes_once_and_one_of_a_each_time(visit):
     name = "notebooks/2_cpu/04_matmul"
     rows, columns = (numbers(name)[x] for x in ("rows", "columns"))
-    with Visit(browser, address, width=1280) as visit:
-        figure = Figure(visit, name)
-        for step in range(1, rows * columns + 1):
-            figure.press("ArrowRight")
-            assert int(figure.data("second")) == step
-            assert int(figure.data("third")) == -(-step // rows)
-            lit = figure.box.locator("rect.move-now").all()
-            a, b, tile = (x.bounding_box() for x in lit)
-            assert a["y"] == pytest.approx(tile["y"], abs=1)
-            assert b["x"] == pytest.approx(tile["x"], abs=1)
-        assert figure.words.startswith(f"Tile {rows * columns}: ")
+    figure = Figure(visit, name)
+    for step in range(1, rows * columns + 1):
+        figure.press("ArrowRight")
+        assert int(figure.data("second")) == step
+        assert int(figure.data("third")) == -(-step // rows)
+        lit = figure.box.locator("rect.move-now").all()
+        a, b, tile = (x.bounding_box() for x in lit)
+        assert a["y"] == pytest.approx(tile["y"], abs=1)
+        assert b["x"] == pytest.approx(tile["x"], abs=1)
+    assert figure.words.startswith(f"Tile {rows * columns}: ")
 
 
-def test_the_roof_is_the_lower_of_two_limits(browser, address):
+def test_the_roof_is_the_lower_of_two_limits(visit):
     name = "notebooks/2_cpu/04_matmul"
     data = numbers(name, 1)
-    with Visit(browser, address, width=1280) as visit:
-        figure = Figure(visit, name, 1)
-        for copy, peak in ((data["copy"], data["peak"]), (819, 19500)):
-            figure.box.get_by_label("memory, GB/s").fill(str(copy))
-            figure.box.get_by_label("arithmetic, GFLOP/s").fill(str(peak))
-            for layer, C, OC in data["layers"]:
-                figure.choose(layer)
-                figure.press("Home", "ArrowRight", "ArrowRight")
-                bytes_moved = 4 * (4 * C + C * OC + 4 * OC)  # N = 4
-                want = 2 * 4 * C * OC / bytes_moved
-                assert float(figure.data("intensity")) == pytest.approx(want)
-                roof = min(peak, copy * want)
-                assert float(figure.data("roof")) == pytest.approx(roof)
+    figure = Figure(visit, name, 1)
+    for copy, peak in ((data["copy"], data["peak"]), (819, 19500)):
+        figure.box.get_by_label("memory, GB/s").fill(str(copy))
+        figure.box.get_by_label("arithmetic, GFLOP/s").fill(str(peak))
+        for layer, C, OC in data["layers"]:
+            figure.choose(layer)
+            figure.press("Home", "ArrowRight", "ArrowRight")
+            bytes_moved = 4 * (4 * C + C * OC + 4 * OC)  # N = 4
+            want = 2 * 4 * C * OC / bytes_moved
+            assert float(figure.data("intensity")) == pytest.approx(want)
+            roof = min(peak, copy * want)
+            assert float(figure.data("roof")) == pytest.approx(roof)

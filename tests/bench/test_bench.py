@@ -21,7 +21,7 @@ from processes import wait_for
 from llmnb import cpu
 from llmnb.bench import bench as module
 from llmnb.bench import clock, peers, race
-from llmnb.bench.bench import CONFIGS, bench, losses_contest
+from llmnb.bench.bench import CONFIGS, bench
 from llmnb.bench.race import Settings, lineup, ratios
 from llmnb.bench.report import bars_figure, layers_figure, report, shares
 from llmnb.bench.stopwatch import Stopwatch, timed_step
@@ -39,6 +39,7 @@ from llmnb.model.tensors import flops_per_token, parameter_count
 
 ROOT = Path(__file__).parents[2]
 CFG = GPT2Config(16, 131, 3, 2, 16)
+LLAMA = LlamaConfig(16, 128, 2, 4, 16, num_kv_heads=2)
 SHAPE = {"model": dict(vars(CFG)), "batch_size": 2, "seq_len": 16}
 OURS = {"kind": "llmnb", "backend": "reference", "precision": "fp32"}
 REFERENCE = Settings(("fp32", "bf16"), (), 3, 1, "reference", turn=0)
@@ -59,16 +60,13 @@ def result():
 
 def fake_race(monkeypatch, **contestants):
     """What a race finds: for each contestant a last loss, and its facts."""
-    found = {
-        name.replace("_", " "): {
-            "loss": [3.0] * 4 + [loss],
-            "seconds": [9.0, 9.0, 2.0, 4.0, 3.0],
-            "peak_bytes": 1e6,
-            **facts,
-        }
+    seconds = [9.0, 9.0, 2.0, 4.0, 3.0]
+    rows = [
+        {"name": name.replace("_", " "), "loss": [3.0] * 4 + [loss]}
+        | {"seconds": seconds, "peak_bytes": 1e6, **facts}
         for name, (loss, facts) in contestants.items()
-    }
-    monkeypatch.setattr(module, "race", lambda *_: found)
+    ]
+    monkeypatch.setattr(module, "race", lambda *_: rows)
 
 
 @pytest.mark.parametrize("name", ["llmnb fp32", "torch"])
@@ -154,9 +152,8 @@ def test_serve():
 def test_a_turn_is_filled_with_steps():
     answers, seconds = [], iter([0.75, 0.5, 2.0])
     commands = io.StringIO("step 1\nstep 1\nfinish\n")
-    peers.serve(
-        lambda: {"seconds": next(seconds)}, dict, commands, answers.append
-    )
+    step = lambda: {"seconds": next(seconds)}  # noqa: E731
+    peers.serve(step, dict, commands, answers.append)
     assert [x.get("seconds") for x in answers] == [0.625, 2.0, None]
 
 
@@ -197,6 +194,12 @@ def test_a_contestant_that_is_ended(runner):
         ({"batch_size": "x"}, NotImplementedError, "batch_size must be a pos"),
         ({"precision": "tf32"}, NotImplementedError, "needs the backend 'cu"),
         ({"kind": "llmc"}, NotImplementedError, "has B=4 T=64 compiled in"),
+        (
+            {"kind": "llmc", "model": architecture_record(LLAMA)}
+            | {"batch_size": 4, "seq_len": 64},
+            NotImplementedError,
+            "trains GPT-2 only",
+        ),
         ({"model": {}, "kind": "llmnb-decoder"}, ChildProcessError, "me: 'pr"),
     ],
 )
@@ -249,7 +252,7 @@ def torch_python():
 
 def run_race(settings):
     specs = {k: SHAPE | x for k, x in lineup(settings).items()}
-    return race.race(specs, 5, settings)
+    return {x["name"]: x for x in race.race(specs, 5, settings)}
 
 
 def test_a_python_without_torch():
@@ -269,9 +272,6 @@ def test_torch_trains_the_same_model(name, torch_python):
     assert abs(row["loss"][0] - math.log(CFG.padded_vocab_size)) < 0.1
     assert row["loss"][-1] < row["loss"][0]
     assert row["threads"] == 1 and "torch" in row["versions"]
-
-
-LLAMA = LlamaConfig(16, 128, 2, 4, 16, num_kv_heads=2)
 
 
 def test_ours_and_torch_compute_the_same_llama():
@@ -325,13 +325,6 @@ def test_every_family_is_measured_and_has_no_peer(family):
             peers._torch_model(architecture_record(cfg))
 
 
-def test_llmc_is_told_no_llama(train_gpt2):
-    spec = {"model": architecture_record(LLAMA), "kind": "llmc"}
-    spec |= {"batch_size": 4, "seq_len": 64, "path": str(train_gpt2)}
-    with pytest.raises(NotImplementedError, match="trains GPT-2 only"):
-        race.Contestant("llm.c", spec, ONE_THREAD)
-
-
 FAKE = """#!{python}
 import os, time
 names = "gpt2_124M.bin", "dev/data/tinyshakespeare/tiny_shakespeare_val.bin"
@@ -356,7 +349,6 @@ def train_gpt2(tmp_path):
     return path
 
 
-@on_linux
 def ended(pid):
     """Whether a process is gone, or only waits to be waited for."""
     try:
@@ -365,6 +357,7 @@ def ended(pid):
         return True
 
 
+@on_linux
 def test_llmc_sleeps_between_its_steps(train_gpt2):
     spec = {**SHAPE, "kind": "llmc", "path": str(train_gpt2)}
     spec |= {"batch_size": 4, "seq_len": 64}
@@ -792,13 +785,14 @@ def test_our_contestant_on_a_gpu(gpu, graph):
 def test_losses_are_those_of_the_cpu(gpu, monkeypatch):
     def found(specs, rounds, settings, *_):
         if rounds != 20:
-            return {}
-        kinds = [(x["backend"], x["precision"]) for x in specs.values()]
-        assert kinds == [("cpu", "fp32"), ("cuda", "fp32"), ("cuda", "bf16"),
-                         ("cuda", "tf32")]  # fmt: skip
+            return []
+        kinds = {k: f"{x['backend']} {x['precision']}"
+                 for k, x in specs.items()}  # fmt: skip
+        names = ["cpu fp32", "cuda fp32", "cuda bf16", "cuda tf32"]
+        assert [*kinds] == [*kinds.values()] == names
         losses = [5.0, 3.0], [5.0, 2.5], None, [5.25, 3.0]
         rows = [{"loss": x} if x else {"unmeasured": "why"} for x in losses]
-        return dict(zip(specs, rows, strict=True))
+        return [{"name": x} | y for x, y in zip(names, rows, strict=True)]
 
     monkeypatch.setattr(module, "race", found)
     settings = Settings(("fp32", "bf16", "tf32"), backend="cuda")
@@ -811,10 +805,18 @@ def test_losses_are_those_of_the_cpu(gpu, monkeypatch):
     lines = lines_of(report(result))
     assert "| cuda tf32 | 2.5e-01 |" in lines
     assert "Not measured: cuda bf16 (why)." in lines
-    lost = {"loss": [math.inf]}
-    monkeypatch.setattr(module, "race", lambda specs, *_: {"cpu fp32": lost})
-    with pytest.raises(FloatingPointError, match="cpu fp32: the loss is inf"):
-        module.losses_contest(("fp32",), settings)
+    for row, error, message in (
+        (
+            {"loss": [math.inf]},
+            FloatingPointError,
+            "cpu fp32: the loss is inf",
+        ),
+        ({"unmeasured": "ended"}, ChildProcessError, "cpu fp32: ended"),
+    ):
+        rows = [{"name": "cpu fp32", **row}, {"name": "cuda", "loss": [1.0]}]
+        monkeypatch.setattr(module, "race", lambda *_, rows=rows: rows)
+        with pytest.raises(error, match=message):
+            module.losses_contest(("fp32",), settings)
 
 
 def test_layers_that_were_timed_apart(monkeypatch):
@@ -907,9 +909,10 @@ def test_a_race_of_writers(last, monkeypatch):
         row = {"first_seconds": [9.0, 1.0, 2.0], "seconds": [9.0] * 3}
         row["token_seconds"] = [9.0, 0.1, 0.2]
         tokens = [[1, 2], [1, 2], [1, 2]], [[1, 5], [1, 2], [1, last]]
-        return {
-            k: row | {"tokens": x} for k, x in zip(specs, tokens, strict=True)
-        }
+        return [
+            row | {"name": k, "tokens": x}
+            for k, x in zip(specs, tokens, strict=True)
+        ]
 
     monkeypatch.setattr(module, "race", found)
     result = module.bench_writers(CFG, 5, 6, TWO_TEXTS)
@@ -988,9 +991,10 @@ def test_who_ends_in_the_race_stops_nobody(monkeypatch):
     specs = {"a": {"rounds": 1}, "b": {"rounds": 3}}
     for backend in ("cpu", "cuda"):
         log.clear()
-        found = race.race(specs, 3, Settings(backend=backend))
-        assert found["a"] == {"unmeasured": "a: out of memory"}
-        assert found["b"] == {"seconds": [1.0] * 3, "peak_bytes": 7}
+        assert race.race(specs, 3, Settings(backend=backend)) == [
+            {"name": "a", "unmeasured": "a: out of memory"},
+            {"name": "b", "seconds": [1.0] * 3, "peak_bytes": 7},
+        ]
         alone = ["start a", "close a", "start b", "close b"]
         assert (log == alone) is (backend == "cuda")
 
@@ -1009,17 +1013,3 @@ def test_a_childs_path_keeps_what_it_was_given(monkeypatch, tmp_path):
     with pytest.raises(ChildProcessError, match="enough"):
         race.Contestant("me", {**SHAPE, **OURS}, ONE_THREAD)
     assert seen["PYTHONPATH"].split(os.pathsep)[1:] == [str(tmp_path)]
-
-
-def test_losses_want_those_of_the_cpu(monkeypatch):
-    none = {
-        "cpu fp32": {"unmeasured": "has ended"},
-        "cuda fp32": {"loss": [1]},
-    }
-    monkeypatch.setattr("llmnb.bench.bench.race", lambda *args: none)
-    monkeypatch.setattr(
-        "llmnb.bench.bench._rows",
-        lambda found: [{"name": n} | x for n, x in found.items()],
-    )
-    with pytest.raises(ChildProcessError, match="cpu fp32: has ended"):
-        losses_contest(["fp32"], Settings())

@@ -21,6 +21,30 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture
+def done(llmnb):
+    """Run a command that must succeed; gives its stdout."""
+
+    def run(*args):
+        code, out, err = llmnb(*args)
+        assert code == 0, err
+        return out
+
+    return run
+
+
+@pytest.fixture
+def failed(llmnb):
+    """Run a command that must end with code 1; gives its stderr."""
+
+    def run(*args):
+        code, _, err = llmnb(*args)
+        assert code == 1, err
+        return err
+
+    return run
+
+
+@pytest.fixture
 def hub(tmp_path):
     """A model folder whose 270 tokens are its own."""
     encoding = tokenizer.train("low lower lowest, newer newest " * 3, 270)

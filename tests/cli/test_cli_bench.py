@@ -29,7 +29,7 @@ def test_bench(llmnb, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     files = ["--json", "a.json", "--plot", "a.png"]
     code, out, err = llmnb("bench", "--steps", 2, *files, *SHORT)
-    assert code == 0
+    assert code == 0, err
     assert "tokens/s" in out and "matmul_backward" in out
     assert "Not measured: llmnb bf16" in out
     assert re.search("[1-4]/4", err)  # two rounds, two to warm up
@@ -40,11 +40,9 @@ def test_bench(llmnb, tmp_path, monkeypatch):
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_bench_prints_json(llmnb):
+def test_bench_prints_json(done):
     args = ["--steps", 1, "--precision", "fp32", "--json", "-"]
-    code, out, _ = llmnb("bench", *args, *SHORT, "--threads", 1)
-    assert code == 0
-    found = json.loads(out)
+    found = json.loads(done("bench", *args, *SHORT, "--threads", 1))
     assert found["threads"] == 1
     (row,) = found["contests"][0]["contestants"]
     assert row["name"] == "llmnb fp32" and row["threads"] == 1
@@ -76,13 +74,11 @@ def test_bench_takes_named_configurations(llmnb, monkeypatch):
     assert (start, started) == (False, True)
 
 
-def test_info(llmnb):
-    code, out, _ = llmnb("info")
-    assert code == 0
-    assert re.search(r"versions +llmnb \d", out)
+def test_info(done):
+    assert re.search(r"versions +llmnb \d", done("info"))
     args = "--num-layers 12 --num-heads 12 --channels 768 --seq-len 1024"
-    code, out, _ = llmnb("info", *args.split(), "--vocab-size", 50257)
-    assert "124,475,904" in out
+    args += " --vocab-size 50257"
+    assert "124,475,904" in done("info", *args.split())
     model = GPT2(GPT2Config(16, 300, 1, 2, 16), 2, 16, "reference")
     megabytes = f"{model.memory.nbytes / 1e6:.1f} MB"
-    assert megabytes in llmnb("info", *SMALL.split())[1]
+    assert megabytes in done("info", *SMALL.split())

@@ -12,27 +12,22 @@ from llmnb.formats.shard import read_shard, write_shard
 from llmnb.text import corpus, shards, tokenizer
 
 
-def test_data_then_train(llmnb, tmp_path):
+def test_data_then_train(done, tmp_path):
     (tmp_path / "a.txt").write_text("spam and eggs. " * 200, "utf-8")
-    code, out, _ = llmnb(
-        "data", "shards", "--corpus", "a.txt", "--vocab-size", 260
-    )
-    assert code == 0 and "llmnb train --shards shards" in out
+    ask = "data", "shards", "--corpus", "a.txt", "--vocab-size", 260
+    assert "llmnb train --shards shards" in done(*ask)
     names = sorted(x.name for x in (tmp_path / "shards").iterdir())
     assert names == ["tokenizer.tiktoken", "train.bin", "val.bin"]
     encoding = tokenizer.load(tmp_path / "shards" / "tokenizer.tiktoken")
     assert encoding.n_vocab == 260
-    parts = [
-        read_shard(tmp_path / "shards" / f"{x}.bin") for x in ("val", "train")
-    ]
+    parts = [read_shard(tmp_path / "shards" / f"{x}.bin") for x in PARTS]
     text = encoding.decode(np.concatenate(parts).tolist())
     assert text == "<|endoftext|>" + "spam and eggs. " * 200
-    code, out, _ = llmnb("train", "--shards", "shards", *TINY.split())
-    assert code == 0 and "shards in shards" in out
-    assert "260 tokens" in out
+    out = done("train", "--shards", "shards", *TINY.split())
+    assert "shards in shards" in out and "260 tokens" in out
 
 
-def test_data_goes_on_and_refuses_other_options(llmnb, tmp_path):
+def test_data_goes_on_and_refuses_other_options(done, failed, tmp_path):
     (tmp_path / "a.txt").write_text("spam and eggs. " * 900, "utf-8")
     ask = ["data", "out", "--corpus", "a.txt", "--tokenizer", "byte"]
     ask += ["--shard-tokens", 5000, "--val-tokens", 700]
@@ -47,39 +42,35 @@ def test_data_goes_on_and_refuses_other_options(llmnb, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "write_shard", write_two)
-        code, _, err = llmnb(*ask)
-    assert code == 1 and "out/train_000001.bin: No space left" in err
+        assert "out/train_000001.bin: No space left" in failed(*ask)
     names = {x.name for x in (tmp_path / "out").iterdir()}
     assert {"unfinished.json", "val.bin", "train_000000.bin"} < names
-    code, _, err = llmnb(*ask, "--limit", 99)
-    assert code == 1 and "begun with limit 0, not 99" in err
-    assert llmnb(*ask)[0] == 0
+    assert "begun with limit 0, not 99" in failed(*ask, "--limit", 99)
+    done(*ask)
     assert len(read_shard(tmp_path / "out" / "val.bin")) == 700
     ask[1] = "other"
-    assert llmnb(*ask)[0] == 0
+    done(*ask)
     for path in (tmp_path / "other").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
 
 
-def test_outputs_in_the_corpus_are_not_read(llmnb, tmp_path):
+def test_outputs_in_the_corpus_are_not_read(done, tmp_path):
     (tmp_path / "a.txt").write_text("spam and eggs. " * 900, "utf-8")
     ask = ["train", "--corpus", ".", "--out"]
-    code, first, _ = llmnb(*ask, "one", *TINY.split())
-    assert code == 0 and "1 documents, 13,500 characters\n" in first
+    first = done(*ask, "one", *TINY.split())
+    assert "1 documents, 13,500 characters\n" in first
     saved = (tmp_path / "one" / "model.bin").read_bytes()
     (tmp_path / "one" / "model.bin").unlink()
     (tmp_path / "one" / "state_00000006.safetensors").unlink()
-    assert llmnb("train", "--resume", "one")[0] == 0
+    done("train", "--resume", "one")
     assert (tmp_path / "one" / "model.bin").read_bytes() == saved
     size = "1 documents, 13,500 characters; passed over: runs or shards"
-    code, out, _ = llmnb(*ask, "two", *TINY.split())
-    assert code == 0 and f"{size} 1" in out
+    assert f"{size} 1" in done(*ask, "two", *TINY.split())
     assert (tmp_path / "two" / "model.bin").read_bytes() == saved
     data = ["data", "shards", "--corpus", ".", "--tokenizer", "byte"]
     seen = []
     for passed, again in ((2, []), (3, ["--force"])):
-        code, out, _ = llmnb(*data, *again)
-        assert code == 0 and f"{size} {passed}" in out
+        assert f"{size} {passed}" in done(*data, *again)
         files = tmp_path.glob("shards/*")
         seen.append({x.name: x.read_bytes() for x in files})
     assert seen[0] == seen[1]
@@ -98,33 +89,33 @@ def test_the_corpus_is_not_written_into(llmnb, tmp_path, monkeypatch, corpus):
     assert [x.name for x in Path().iterdir()] == ["a.txt"]
 
 
-def test_bad_records_and_the_special_token_in_every_command(llmnb, tmp_path):
+def test_bad_records_and_the_special_token_in_every_command(
+    llmnb, done, failed, tmp_path
+):
     """And train, data and eval read the same documents."""
     text = "spam<|endoftext|>eggs. " * 300
     lines = [json.dumps({"body": text})] * 2 + ["[", '{"body": null}']
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
         file.write("\n".join([*lines, '{"body": "\\ud800"}']))
     ask = ["--corpus", "a.jsonl.gz", "--field", "body"]
-    code, _, err = llmnb("data", "no", *ask, *BYTES)
-    assert code == 1 and "gz:3: must be JSON" in err and "--skip-bad p" in err
+    err = failed("data", "no", *ask, *BYTES)
+    assert "gz:3: must be JSON" in err and "--skip-bad p" in err
     said = "2 documents, 13,800 characters; passed over: bad records 3"
     more = "; <|endoftext|> as ordinary text: 600 (--endoftext"
     train = "train", *TINY.split()[4:], "--out"
     for out, flags in ("x", []), ("y", ["--endof"]):
         flags = ["--skip-bad", *flags, *BYTES]
         for command in (("data", out), (*train, f"run{out}")):
-            code, said_now, err = llmnb(*command, *ask, *flags)
-            assert code == 0 and said in said_now, err
+            said_now = done(*command, *ask, *flags)
+            assert said in said_now
             assert (more in said_now) == (out == "x")
         parts = [read_shard(tmp_path / out / f"{x}.bin") for x in PARTS]
         want = [text, text]
         ids = corpus.encode_documents(tokenizer.byte(), want, out == "y")
         assert np.array_equal(np.concatenate(parts), ids)
-        code, out, _ = llmnb(
-            "eval", "runx", "--text", "a.jsonl.gz", "--field", "body",
-            "--limit", 100, *flags[:-2],
-        )  # fmt: skip
-        assert code == 0 and "passed over" not in out  # none so early
+        few = "--text", "a.jsonl.gz", "--field", "body", "--limit", 100
+        said_now = done("eval", "runx", *few, *flags[:-2])
+        assert "passed over" not in said_now  # none so early
     prompt = "a<|endoftext|>b"
     code, out, err = llmnb("generate", "runx", "--prompt", prompt)
     assert code == 0 and err.startswith("<|endoftext|> in the prompt is ordin")
@@ -133,17 +124,17 @@ def test_bad_records_and_the_special_token_in_every_command(llmnb, tmp_path):
 
 
 def test_a_million_blanks_in_every_command(
-    llmnb, tmp_path, trained, monkeypatch
+    llmnb, done, tmp_path, trained, monkeypatch
 ):
     """Kinds of blanks, and their tokens, are tests/text's."""
     text = "spam and eggs. " * 99 + " " * 1_000_000 + "end"
     (tmp_path / "a.txt").write_text(text)
-    code, out, _ = llmnb("data", "out", "--corpus", "a.txt", *BYTES)
-    assert code == 0 and "1 documents, 1,001,488 characters" in out
+    out = done("data", "out", "--corpus", "a.txt", *BYTES)
+    assert "1 documents, 1,001,488 characters" in out
     ask = TINY.replace("--limit 30000", "--corpus a.txt").split()
-    assert llmnb("train", "--out", "run", *ask)[0] == 0
+    done("train", "--out", "run", *ask)
     cheap = lambda model, tokens, *_: [tokens[1:] * 0]  # noqa: E731
     monkeypatch.setattr("llmnb.train.evaluation.text_losses", cheap)
-    assert llmnb("eval", trained, "--text", "a.txt")[0] == 0
+    done("eval", trained, "--text", "a.txt")
     code, _, err = llmnb("generate", trained, "--prompt", text)
     assert code == 0 and "model sees the last" in err

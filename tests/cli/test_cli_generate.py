@@ -55,43 +55,35 @@ def test_generate_with_a_long_prompt(llmnb, trained):
     assert short[1][12:] == out[500:]
 
 
-def test_a_models_own_tokens_are_used(llmnb, tmp_path, hub):
+def test_a_models_own_tokens_are_used(done, tmp_path, hub):
     commands = [
         ["generate", hub, "--prompt", "low", "--tokens", 30],
         ["eval", hub, "--text", "a.txt"],
         ["generate", hub / "model.safetensors", "--prompt", "newest"],
     ]
     for command in commands:
-        code, out, err = llmnb(*command)
-        assert code == 0, err
-        assert llmnb(*command, "--tokenizer", "own.tiktoken")[1] == out
-    code, out, err = llmnb(
-        "train", "--init", hub, "--out", "run", *TUNE.split()
-    )
-    assert code == 0, err
-    assert "270 tokens" in out
+        assert done(*command, "--tokenizer", "own.tiktoken") == done(*command)
+    train = "train", "--init", hub, "--out", "run", *TUNE.split()
+    assert "270 tokens" in done(*train)
     run, own = tmp_path / "run" / "tokenizer.tiktoken", Path("own.tiktoken")
     assert run.read_bytes() == own.read_bytes()
-    assert llmnb("train", "--resume", "run", "--steps", 3)[0] == 0
+    done("train", "--resume", "run", "--steps", 3)
     # and for another corpus, a run's tokenizer and a folder's
     for name in ("run/tokenizer.tiktoken", hub, hub / "vocab.json"):
         args = ["--corpus", "a.txt", "--tokenizer", name, "--val-tokens", 30]
-        code, out, err = llmnb("data", "shards", "--force", *args)
-        assert code == 0, err
+        done("data", "shards", "--force", *args)
         made = tmp_path / "shards" / "tokenizer.tiktoken"
         assert made.read_bytes() == own.read_bytes()
 
 
-def test_a_text_may_end_in_token_0(llmnb, tmp_path, hub):
+def test_a_text_may_end_in_token_0(done, tmp_path, hub):
     own_files(hub, tokenizer.load("own.tiktoken"), ["<|endoftext|>"])
-    code, _, err = llmnb("train", "--init", hub, "--out", "run", *TUNE.split())
-    assert code == 0, err
+    done("train", "--init", hub, "--out", "run", *TUNE.split())
     kept = tokenizer.load(tmp_path / "run" / "tokenizer.tiktoken")
     assert (kept.eot_token, kept.n_vocab) == (0, 270)
-    prompt = ["--prompt", "lowest", "--tokens", 20]
-    assert llmnb("generate", "run", *prompt)[0] == 0
+    done("generate", "run", "--prompt", "lowest", "--tokens", 20)
     args = ["--corpus", "a.txt", "--tokenizer", hub, "--val-tokens", 30]
-    assert llmnb("data", "shards", *args)[0] == 0
+    done("data", "shards", *args)
     tokens = read_shard(tmp_path / "shards" / "val.bin")
     text = (tmp_path / "a.txt").read_text("utf-8")
     assert text.startswith(kept.decode(list(tokens[1:]))) and tokens[0] == 0
@@ -99,7 +91,7 @@ def test_a_text_may_end_in_token_0(llmnb, tmp_path, hub):
 
 @pytest.mark.parametrize("rows", [258, 300, 384])
 @pytest.mark.parametrize("name", ["m.bin", "m.safetensors", "hub"])
-def test_rows_without_a_token_are_never_drawn(llmnb, tmp_path, name, rows):
+def test_rows_without_a_token_are_never_drawn(done, tmp_path, name, rows):
     """They are by far the likeliest, and all others equally likely."""
     cfg = GPT2Config(32, rows, 1, 2, 16)
     model = GPT2(cfg, 1, 8, "reference")
@@ -113,14 +105,12 @@ def test_rows_without_a_token_are_never_drawn(llmnb, tmp_path, name, rows):
     byte = "--tokenizer", "byte"
     for backend in ("cpu", "reference"):
         how = ["--tokens", 60, "--backend", backend, "--samples", 2]
-        code, out, err = llmnb("generate", name, *byte, *how)
-        assert code == 0, err
+        out = done("generate", name, *byte, *how)
         assert len(out.encode("utf-8", "replace")) > 100
-    code, out, err = llmnb("eval", name, *byte, "--text", "a.txt")
-    assert code == 0, err
+    out = done("eval", name, *byte, "--text", "a.txt")
     assert f"{math.log(257):.4f} nats a token" in out
-    code, out, err = llmnb("train", "--init", name, *byte, *TUNE.split())
-    assert code == 0 and "16 channels, 257 tokens" in out, err
+    out = done("train", "--init", name, *byte, *TUNE.split())
+    assert "16 channels, 257 tokens" in out
     (log,) = tmp_path.glob("runs/*/log.csv")
     first = log.read_text("utf-8").splitlines()[1].split(",")
     assert float(first[1]) == pytest.approx(math.log(257), 1e-5)
@@ -129,11 +119,8 @@ def test_rows_without_a_token_are_never_drawn(llmnb, tmp_path, name, rows):
 
 
 @pytest.mark.parametrize("rows", [50257, 50258, 50304])
+@pytest.mark.usefixtures("gpt2")
 def test_a_model_of_llm_cs_is_gpt2s(llmnb, tmp_path, rows):
-    try:
-        tokenizer.gpt2()
-    except ConnectionError as error:
-        pytest.skip(str(error))
     cfg = GPT2Config(16, rows, 1, 1, 4)
     GPT2(cfg, 1, 1, "reference").save_checkpoint("m.bin")
     code, out, err = llmnb("generate", "m.bin", "--tokens", 5)

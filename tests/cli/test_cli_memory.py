@@ -24,39 +24,37 @@ from llmnb.model.gpt2 import GPT2
     ],
 )
 def test_too_little_memory_is_one_line(
-    llmnb, trained, tmp_path, free, command, says
+    failed, trained, tmp_path, free, command, says
 ):
     (tmp_path / "big.txt").write_text("spam " * 5000)
     free(20_000)
     before = {x: x.stat().st_mtime for x in trained.iterdir()}
-    code, _, err = llmnb(*command.format(run=trained).split())
-    assert code == 1 and err.count("\n") == 1 and says in err
+    err = failed(*command.format(run=trained).split())
+    assert err.count("\n") == 1 and says in err
     pattern = r"llmnb: error: needs [\d.]+ GB, this machine has 0.0 GB free:"
     assert re.match(pattern, err)
     assert {x: x.stat().st_mtime for x in trained.iterdir()} == before
 
 
-def test_memory_goes_by_what_is_asked(llmnb, trained, tmp_path, free):
+def test_memory_goes_by_what_is_asked(done, failed, trained, tmp_path, free):
     free(20_000_000)
     ask = ["generate", trained, "--tokens", 4, "--samples"]
-    assert llmnb(*ask, 100_000)[0] == 1
-    assert llmnb(*ask, 2)[0] == 0
+    failed(*ask, 100_000)
+    done(*ask, 2)
     model = GPT2(GPT2Config(16, 300, 1, 2, 16), 2, 16, "reference")
     free(3 * model.memory.nbytes // 2)  # one of them fits, but not two
     ask = ["bench", "--steps", 1, "--turn", 0, *SMALL.split()]
     ask += ["--precision", "fp32"]
-    code, _, err = llmnb(*ask, "fp64")
-    assert code == 1 and "fewer precisions" in err
-    assert llmnb(*ask)[0] == 0
+    assert "fewer precisions" in failed(*ask, "fp64")
+    done(*ask)
     (tmp_path / "big.txt").write_text("spam " * 200_000)
     (tmp_path / "big.jsonl").write_text('{"text": "spam"}\n' * 50_000)
     free(600_000)
     ask = ["train", *TINY.split(), "--corpus"]
-    assert llmnb(*ask, "big.txt")[0] == 0  # 30,000 characters of it
-    assert llmnb(*ask, "big.jsonl")[0] == 0
+    done(*ask, "big.txt")  # 30,000 characters of it
+    done(*ask, "big.jsonl")
 
 
-def test_info_describes_a_model_that_is_too_large(llmnb, free):
+def test_info_describes_a_model_that_is_too_large(done, free):
     free(1)
-    code, out, _ = llmnb("info", "--depth", 48, "--batch-size", 10**6)
-    assert code == 0 and "MB (params" in out
+    assert "MB (params" in done("info", "--depth", 48, "--batch-size", 10**6)

@@ -51,6 +51,7 @@ from llmnb.train.terminal import progress_bar
         ("train --threads 0", 1, "threads must lie in [1, "),
         ("train --threads 999", 1, "as many as there are cores, got 999"),
         ("train --backend quantum --limit 300000", 1, "quantum"),
+        ("train --arch mamba", 1, "arch must be one of 'gpt2', 'llama'"),
         ("generate", 1, "there is no run in runs/ here"),
         ("generate nowhere", 1, "there is no run nowhere"),
         ("generate . ", 1, ".: holds none of model.safetensors, "),
@@ -68,19 +69,21 @@ from llmnb.train.terminal import progress_bar
             "all of them for validation",
         ),
         ("chat nowhere", 1, "there is no model nowhere"),
+        # said before a model is looked for
+        ("chat nowhere --tokens 0", 1, "tokens must be at least 1"),
+        ("chat nowhere --context 1", 1, "context must be at least 2"),
+        ("chat nowhere --temperature -1", 1, "temperature must be at least 0"),
+        ("chat nowhere --top-p 2", 1, "top_p must be above 0"),
+        ("chat nowhere --seed -1", 1, "seed must be in"),
+        ("chat nowhere --transcript a/b", 1, "transcript: there is no folder"),
         ("verify nowhere", 1, "there is no folder nowhere"),
-        ("bench --steps 0 --backend reference", 1, "steps must be at least 1"),
-        ("bench --threads 0", 1, "threads must be at least 1, got 0"),
         ("bench --config big", 1, "no config 'big': choose from small, 124m"),
         ("bench --against nobody", 1, "no contestant 'nobody': choose from"),
-        ("bench --against llmc", 1, "no contestant 'llmc': choose from"),
-        ("bench --against llmc=no-file", 1, "no-file is not a program"),
         ("bench --kernels", 1, "--kernels needs a GPU: add --backend cuda"),
         ("bench --backend cuda --kernels gelo", 1, "no layer 'gelo': choose"),
         ("bench --backend cuda --write", 1, "--write times the backend cpu"),
         ("bench --json no/folder/a.json", 1, "there is no folder no/folder"),
         ("bench --write --config small", 1, "leave out --config, --against"),
-        ("bench --precision fp99", 1, "precision must be one of"),
         ("info --num-heads 7", 1, "multiple of num_heads"),
     ],
 )
@@ -335,7 +338,6 @@ def test_a_cold_start_says_what_it_waits_for(llmnb, tmp_path, monkeypatch):
     from llmnb.cpu import compiled
 
     assert cpu  # has its own folder from here on
-
     kernels = tmp_path / "kernels"
     kernels.mkdir()
     monkeypatch.setattr(compiled, "cache_folder", lambda: kernels)

@@ -11,7 +11,7 @@ from commands import FILES, TINY, interrupt, warnings_in
 from llmnb.model.gpt2 import GPT2
 
 
-def test_train_twice_makes_two_folders(llmnb, tmp_path):
+def test_train_twice_makes_two_folders(llmnb, done, tmp_path):
     code, out, err = llmnb("train", *TINY.split())
     assert code == 0
     assert "stdlib (Python " in out and "30,000 characters" in out
@@ -21,15 +21,14 @@ def test_train_twice_makes_two_folders(llmnb, tmp_path):
     assert sorted(x.name for x in run.iterdir()) == FILES
     sample = (run / "sample.txt").read_bytes().decode("utf-8")
     assert sample in out
-    code, out, _ = llmnb("train", *TINY.split())
-    assert code == 0
+    done("train", *TINY.split())
     second = tmp_path / "runs" / "stdlib-2"
     assert sorted(x.name for x in second.iterdir()) == FILES
     first = (run / "model.bin").read_bytes()
     assert first == (second / "model.bin").read_bytes()
 
 
-def test_train_refuses_a_folder_in_use(llmnb, tmp_path):
+def test_train_refuses_a_folder_in_use(llmnb, done, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x").write_text("x")
     code, out, err = llmnb("train", "--out", "mine", *TINY.split())
@@ -38,7 +37,7 @@ def test_train_refuses_a_folder_in_use(llmnb, tmp_path):
         "llmnb: error: mine exists and is not empty: choose another folder, "
         "or force it\n"
     )
-    assert llmnb("train", "--out", "mine", "--force", *TINY.split())[0] == 0
+    done("train", "--out", "mine", "--force", *TINY.split())
     assert {x.name for x in (tmp_path / "mine").iterdir()} == {*FILES, "x"}
 
 
@@ -65,11 +64,11 @@ def hangup():
     "names", ["SIGINT", "SIGTERM", "SIGHUP SIGHUP", "SIGINT SIGHUP"]
 )
 def test_a_signal_saves_and_the_run_goes_on(
-    llmnb, tmp_path, monkeypatch, hangup, names
+    llmnb, done, tmp_path, monkeypatch, hangup, names
 ):
     """A closed terminal saves, though it or another signal came before."""
     numbers = [getattr(signal, name) for name in names.split()]
-    llmnb("train", "--out", "whole", *TINY.split())
+    done("train", "--out", "whole", *TINY.split())
     with monkeypatch.context() as patch:
         interrupt(patch, 3, *numbers)
         before = [signal.getsignal(x) for x in numbers]
@@ -82,8 +81,7 @@ def test_a_signal_saves_and_the_run_goes_on(
     assert {"model.bin", "state_00000004.safetensors"} < found
     lines = (tmp_path / "cut" / "log.csv").read_text("utf-8").splitlines()
     assert len(lines) == 1 + 4
-    code, out, _ = llmnb("train", "--resume", "cut")
-    assert code == 0 and "resumes    at step 4 of 6" in out
+    assert "resumes    at step 4 of 6" in done("train", "--resume", "cut")
     a, b = (tmp_path / x / "model.bin" for x in ("whole", "cut"))
     assert a.read_bytes() == b.read_bytes()
 
@@ -114,47 +112,44 @@ def test_a_signal_while_the_model_is_saved_waits_for_it(
     assert (tmp_path / "run" / "model.bin").exists()
 
 
-def test_a_second_interrupt_stops_at_once(llmnb, tmp_path, monkeypatch):
+def test_a_second_interrupt_stops_at_once(llmnb, done, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt(patch, 3, signal.SIGINT, signal.SIGINT)
         code, _, err = llmnb("train", "--out", "cut", *TINY.split())
     assert code == 130 and "Traceback" not in err
     assert not list((tmp_path / "cut").glob("state_*"))
-    code, out, _ = llmnb("train", "--resume", "cut")
-    assert code == 0 and "resumes    at step 0 of 6" in out
+    assert "resumes    at step 0 of 6" in done("train", "--resume", "cut")
 
 
-def test_resume_with_a_text_that_has_moved(llmnb, tmp_path):
+def test_resume_with_a_text_that_has_moved(done, failed, tmp_path):
     (tmp_path / "a.txt").write_text("spam and eggs, " * 900)
-    _, out, _ = llmnb("train", "--corpus", "a.txt", *TINY.split())
+    out = done("train", "--corpus", "a.txt", *TINY.split())
     assert "a.txt: 1 documents, 13,500 characters" in out
     shutil.move("runs/a", "a")
-    llmnb("data", "here", "--corpus", "a.txt", "--tokenizer", "byte")
-    llmnb("train", "--out", "b", "--shards", "here", *TINY.split())
+    done("data", "here", "--corpus", "a.txt", "--tokenizer", "byte")
+    done("train", "--out", "b", "--shards", "here", *TINY.split())
     (tmp_path / "a.txt").rename(tmp_path / "b.txt")
     (tmp_path / "here").rename(tmp_path / "there")
     places = ("a", ["--corpus", "b.txt"]), ("b", ["--shards", "there"])
     for run, where in places:
         again = "train", "--resume", run, "--steps", 8
-        code, _, err = llmnb(*again)
-        assert code == 1 and "name its new place with --corpus or" in err
-        code, out, _ = llmnb(*again, *where)
-        assert code == 0 and "at step 6 of 8" in out
-        assert llmnb(*again)[0] == 0, "it knows by now"
+        assert "name its new place with --corpus or" in failed(*again)
+        assert "at step 6 of 8" in done(*again, *where)
+        done(*again)  # it knows by now
     (tmp_path / "c.txt").write_text("spam and eggs. " * 900)
-    code, _, err = llmnb("train", "--resume", "a", "--corpus", "c.txt")
-    assert code == 1 and "a: the text is not the one it began with" in err
+    err = failed("train", "--resume", "a", "--corpus", "c.txt")
+    assert "a: the text is not the one it began with" in err
 
 
-def test_samples_leave_no_trace(llmnb, tmp_path):
+def test_samples_leave_no_trace(done, tmp_path):
     """Nor do they of a run that accumulates, of a depth, on one batch."""
     for name, extra in (("a", []), ("b", ["--sample-every", 2])):
         args = re.sub("--num-heads 2 --channels 16", "", TINY)
         args = args.replace("--num-layers 1", "--depth 1").split()
         args += ["--total-batch", 128, "--overfit", "--backend", "cpu", *extra]
-        code, out, _ = llmnb("train", "--out", name, *args)
+        out = done("train", "--out", name, *args)
         assert "1 layers, 1 heads, 64 channels" in out
-        assert code == 0 and ("after 2 steps:" in out) == bool(extra)
+        assert ("after 2 steps:" in out) == bool(extra)
     for name in ("model.bin", "loss.png"):
         pair = [(tmp_path / x / name).read_bytes() for x in "ab"]
         assert pair[0] == pair[1]
