@@ -55,6 +55,12 @@ def hour():
     return model, encoding, params, live.round_params(params)
 
 
+def ids_of(text):
+    """A text's tokens, behind the one that begins it."""
+    encoding = hour()[1]
+    return [encoding.eot_token, *encoding.encode_ordinary(text)]
+
+
 def logits(params, ids):
     """What NumPy computes, a row for each token."""
     model, encoding, _, _ = hour()
@@ -154,9 +160,8 @@ def write(page, text, count, temperature, top_k=7):
 
 
 def test_the_logits_are_those_of_numpy(visit):
-    _, encoding, params, small = hour()
-    text = live.FIRST_TEXT
-    ids = [encoding.eot_token, *encoding.encode_ordinary(text)]
+    _, _, params, small = hour()
+    ids = ids_of(live.FIRST_TEXT)
     got = np.array(visit.page.evaluate(READ, ids))
     np.testing.assert_allclose(got, logits(small, ids), atol=1e-3, rtol=0)
     off = np.abs(got - logits(params, ids))
@@ -173,7 +178,7 @@ def test_a_text_that_goes_on_costs_only_its_new_tokens(visit):
 
 
 def test_the_tokens_are_those_of_tiktoken(visit):
-    _, encoding, _, _ = hour()
+    encoding = hour()[1]
     texts = [*AWKWARD, (ROOT / "book" / "glossary.md").read_text("utf-8")]
     texts += [p.read_text("utf-8") for p in (ROOT / "tests").glob("*.py")]
     got = visit.page.evaluate("texts => texts.map(words.encode)", texts)
@@ -197,30 +202,26 @@ def test_draws_and_windows_are_those_of_python(visit):
 
 
 def test_the_coldest_text_is_pythons_greedy_one(visit, rounded):
-    _, encoding, _, _ = hour()
-    ids = [encoding.eot_token, *encoding.encode_ordinary(SHORT)]
-    want = encoding.decode([*generate(rounded, ids, 30, temperature=0)])
+    want = generate(rounded, ids_of(SHORT), 30, temperature=0)
     got = write(visit.page, SHORT, 30, 0)
-    assert got.startswith(SHORT + want)
+    assert got.startswith(SHORT + hour()[1].decode([*want]))
 
 
 def test_a_seed_writes_what_it_writes_in_python(visit, rounded):
-    _, encoding, _, _ = hour()
-    ids = [encoding.eot_token, *encoding.encode_ordinary(SHORT)]
-    draws = generate(rounded, ids, 20, 0.8, 40, seed=7)
+    want = generate(rounded, ids_of(SHORT), 20, 0.8, 40, seed=7)
     got = write(visit.page, SHORT, 20, 0.8, top_k=5)
-    assert got.startswith(SHORT + encoding.decode([*draws]))
+    assert got.startswith(SHORT + hour()[1].decode([*want]))
 
 
 # What the page does
 
 
 def test_the_bars_are_the_likeliest_tokens_and_follow_typing(visit):
-    page, (_, encoding, _, small) = visit.page, hour()
+    page, small = visit.page, hour()[3]
     for text in ("import ", "import os\nfor i in "):
         fill(page, text)
-        ids = [encoding.eot_token, *encoding.encode_ordinary(text)]
-        best = np.argsort(-logits(small, ids)[-1], kind="stable")[:10]
+        last = logits(small, ids_of(text))[-1]
+        best = np.argsort(-last, kind="stable")[:10]
         assert [id for id, _ in bars(page)] == list(best)
     before = bars(page)
     page.focus(".live textarea")
@@ -292,11 +293,10 @@ def test_writing_at_once_goes_on_from_the_new_text(visit):
 
 
 def test_a_token_says_its_number_and_its_surprise(visit):
-    page, (_, encoding, _, small) = visit.page, hour()
-    text = "import os\nimport sys"
+    page, text = visit.page, "import os\nimport sys"
     fill(page, text)
-    ids = [encoding.eot_token, *encoding.encode_ordinary(text)]
-    z = logits(small, ids)[-2]
+    ids = ids_of(text)
+    z = logits(hour()[3], ids)[-2]
     cost = np.log(np.exp(z).sum()) - z[ids[-1]]
     told = page.inner_text(".live-token")
     assert f"token {ids[-1]}" in told
@@ -311,7 +311,7 @@ def test_a_head_looks_where_numpy_says(visit):
     from llmnb.reference.gpt2 import attend
 
     page, (model, encoding, _, small) = visit.page, hour()
-    ids = [encoding.eot_token, *encoding.encode_ordinary(live.FIRST_TEXT)]
+    ids = ids_of(live.FIRST_TEXT)
     row, heads = np.array([ids]), model.cfg.num_heads
     _, kept = forward(small, row, row, heads, encoding.n_vocab)
     want = attend(kept["blocks"][5]["qkv"], heads)[3][0, 3, -1]
@@ -326,9 +326,8 @@ def test_a_head_looks_where_numpy_says(visit):
 
 
 def test_a_long_text_is_cut_and_the_page_says_so(visit):
-    page, (_, encoding, _, small) = visit.page, hour()
-    text = "x = y + 1\n" * 70
-    ids = [encoding.eot_token, *encoding.encode_ordinary(text)]
+    page, text = visit.page, "x = y + 1\n" * 70
+    ids = ids_of(text)
     first = window_start(len(ids), 256)
     assert first > 0
     fill(page, text)
@@ -336,7 +335,7 @@ def test_a_long_text_is_cut_and_the_page_says_so(visit):
         ".live-status"
     )
     assert page.locator(".live-tokens .out").count() == first - 1
-    best = logits(small, ids[first:])[-1].argmax()
+    best = logits(hour()[3], ids[first:])[-1].argmax()
     assert bars(page)[0][0] == best
     fill(page, live.FIRST_TEXT)
     assert page.locator(".live-tokens .out").count() == 0

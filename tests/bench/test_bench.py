@@ -484,17 +484,12 @@ def test_ratios_are_taken_within_rounds():
     }
     rows = [{"name": k, "x": v} for k, v in seconds.items()]
     rows.append({"name": "llm.c", "unmeasured": "why"})
-    found = {(x["ours"], x["peer"]): x for x in ratios(rows, "x")}
-    assert len(found) == 4
-    numbers = [
-        [x[k] for k in ("ratio", "low", "high")]
-        for x in (
-            found["llmnb fp32", "torch"],
-            found["llmnb bf16", "torch"],
-            found["llmnb fp32", "llmnb fp32, no graph"],
-        )
+    assert [tuple(x.values()) for x in ratios(rows, "x")] == [
+        ("llmnb fp32", "llmnb fp32, no graph", 0.5, 0.5, 0.5),
+        ("llmnb fp32", "torch", 0.8, 0.5, 3.0),
+        ("llmnb bf16", "llmnb fp32, no graph", 1 / 8, 1 / 60, 1 / 2),
+        ("llmnb bf16", "torch", 0.2, 0.1, 0.5),
     ]
-    assert numbers == [[0.8, 0.5, 3.0], [0.2, 0.1, 0.5], [0.5, 0.5, 0.5]]
     assert ratios(rows[:1], "x") == ratios(rows) == []
 
 

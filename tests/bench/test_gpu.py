@@ -35,10 +35,9 @@ def test_rehearsed_from_end_to_end(on_standin, tmp_path, results_page):
     found = json.loads((tmp_path / "6.json").read_text("utf-8"))
     kinds = [x["kind"] for x in found["contests"]]
     assert kinds == ["gradients", *4 * ["kernel"], "step", *5 * ["kernel"]]
-    right, *halves, step, end, _, _, one, two = (
+    right, *halves, step, end, _, _, backward, gelu = (
         {y["name"]: y for y in x["contestants"]} for x in found["contests"]
     )
-    kernels = one, two
     assert "nvmath" in end["tf32 fused"]["unmeasured"]
     for precision in ("fp32", "bf16"):
         name = f"small {precision}"  # all is zero there
@@ -52,12 +51,9 @@ def test_rehearsed_from_end_to_end(on_standin, tmp_path, results_page):
         assert len(rows["llmnb bf16"]["seconds"]) >= 5
         assert {"seconds", "unmeasured"} & set(rows["torch bf16"])
     assert "unmeasured" in step["torch"] or "seconds" in step["torch"]
-    for rows, last in zip(
-        kernels, ("encoder_backward", "gelu_forward"), strict=True
-    ):
-        assert len(rows[last]["seconds"]) == len(
-            rows[f"{last}, LTO"]["seconds"]
-        )
+    for rows, last in ((backward, "encoder_backward"), (gelu, "gelu_forward")):
+        linked = rows[f"{last}, LTO"]["seconds"]
+        assert len(rows[last]["seconds"]) == len(linked)
     page = results_page.page({"6": found})
     assert "## On a GPU: a stand-in, no GPU" in page
     assert "No time has been measured" not in page
@@ -83,11 +79,7 @@ def test_every_row_is_on_disk_before_the_next(tmp_path):
 
     for name in "abc":
         result.row(contest, name, rows)
-    assert seen == [
-        [],
-        ["a"],
-        ["a", "b"],
-    ]
+    assert seen == [[], ["a"], ["a", "b"]]
     result.row(contest, "late", rows, needs=1e6)
     late = {"name": "late", "unmeasured": "no time was left"}
     assert contest["contestants"][-1] == late
@@ -174,56 +166,49 @@ def test_a_library_of_a_toolkit_is_found(tmp_path):
     assert start.library(roots=(tmp_path,)) == str(place)
 
 
-def test_the_measurement_starts_with_what_was_found(monkeypatch, tmp_path):
-    seen = {}
+@pytest.fixture
+def process(monkeypatch, tmp_path):
+    """One that is not started: the codes with which it ends, None being too
+    late, and what it is asked."""
+    seen = SimpleNamespace(codes=[], asked=[])
 
-    class Process:
-        def __init__(self, command, env, cwd):
-            seen.update(env=env, command=command)
+    def popen(command, env, cwd):
+        seen.command, seen.env = command, env
+        return seen
 
-        def wait(self, timeout=None):
-            return 7
+    def wait(timeout=None):
+        code = seen.codes.pop(0)
+        if code is None:
+            raise TimeoutError
+        return code
 
-    fake = SimpleNamespace(Popen=Process, TimeoutExpired=TimeoutError)
+    seen.wait, seen.send_signal = wait, seen.asked.append
+    seen.terminate = lambda: seen.asked.append("terminated")
+    fake = SimpleNamespace(Popen=popen, TimeoutExpired=TimeoutError)
     monkeypatch.setattr(start, "subprocess", fake)
     monkeypatch.setattr(start, "install", lambda root: tmp_path)
     monkeypatch.setattr(start, "library", lambda: "/nvvm")
+    return seen
+
+
+def test_the_measurement_starts_with_what_was_found(process, tmp_path):
+    process.codes += [7]
     with pytest.raises(SystemExit) as end:
         start.main(["--seconds", "9"])
     assert end.value.code == 7
-    assert seen["command"][1:] == ["-m", "llmnb.bench.gpu", "--seconds", "9"]
-    assert str(tmp_path) in seen["env"]["PYTHONPATH"]
-    assert seen["env"]["LD_LIBRARY_PATH"].startswith("/nvvm")
+    assert process.command[1:] == ["-m", "llmnb.bench.gpu", "--seconds", "9"]
+    assert str(tmp_path) in process.env["PYTHONPATH"]
+    assert process.env["LD_LIBRARY_PATH"].startswith("/nvvm")
 
 
 @pytest.mark.parametrize(
     "system, how", [("posix", signal.SIGINT), ("nt", "terminated")]
 )
-def test_a_measurement_that_takes_too_long(monkeypatch, system, how):
+def test_a_measurement_that_takes_too_long(process, monkeypatch, system, how):
     """It is asked to end as the system can ask; Windows has no SIGINT."""
-    seen = []
-
-    class Process:
-        def __init__(self, command, env, cwd):
-            pass
-
-        def wait(self, timeout=None):
-            if not seen:
-                raise TimeoutError
-            return 3
-
-        def send_signal(self, number):
-            seen.append(number)
-
-        def terminate(self):
-            seen.append("terminated")
-
-    fake = SimpleNamespace(Popen=Process, TimeoutExpired=TimeoutError)
+    process.codes += [None, 3]
     there = {"environ": os.environ, "pathsep": os.pathsep, "name": system}
-    monkeypatch.setattr(start, "subprocess", fake)
     monkeypatch.setattr(start, "os", SimpleNamespace(**there))
-    monkeypatch.setattr(start, "install", lambda root: "there")
-    monkeypatch.setattr(start, "library", lambda: "")
     with pytest.raises(SystemExit) as end:
         start.main([])
-    assert (end.value.code, seen) == (3, [how])
+    assert (end.value.code, process.asked) == (3, [how])
