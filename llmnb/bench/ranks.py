@@ -9,6 +9,7 @@ __all__ = ["bench_group", "group_contest", "timed_updates"]
 import gc
 import time
 from statistics import median
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -25,18 +26,11 @@ from llmnb.train.start import empty_model
 
 
 # batches that cost nothing
-class _Same:
+def _same(cfg, *shape):
     """A loader whose batches are all the same random tokens."""
-
-    def __init__(self, cfg, *shape):
-        draw = np.random.default_rng(0)
-        self._batch = draw.integers(0, cfg.vocab_size, (2, *shape), np.int32)
-
-    def next_batch(self):
-        return self._batch
-
-    def skip(self, count):
-        pass
+    draw = np.random.default_rng(0)
+    batch = draw.integers(0, cfg.vocab_size, (2, *shape), np.int32)
+    return SimpleNamespace(next_batch=lambda: batch, skip=lambda count: None)
 
 
 # the steps of a rank
@@ -51,7 +45,7 @@ def timed_updates(config, cfg, count, group=ALONE):
     """
     watch, rows, at = Stopwatch(group), [], Progress()
     model = empty_model(config, cfg, config.seed, watch)
-    batches = _Same(cfg, config.batch_size, config.seq_len)
+    batches = _same(cfg, config.batch_size, config.seq_len)
     for _ in range(WARM_UP + count):
         group.gather("all are here")
         watch.reset()

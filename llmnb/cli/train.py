@@ -146,7 +146,8 @@ def _run(args, group):
     this = begun(args, group)
     if not group.first:
         with _Stop(says=False) as stop:
-            _assist(this, stop)
+            for _ in _steps(this, stop):
+                pass
         return 0
     note_newest(this)
     data = this.data
@@ -206,11 +207,10 @@ class _Stop:
             again = signal.SIG_IGN if other == self.hangup else self.old[other]
             signal.signal(other, again)
         if self._says:
+            said = b"\nfinishing the step; once more to stop at once\n"
             # not print, which may be at work when the signal comes
             with suppress(OSError):
-                os.write(
-                    2, b"\nfinishing the step; once more to stop at once\n"
-                )
+                os.write(2, said)
 
     def __exit__(self, *error):
         for number, handler in self.old.items():
@@ -219,35 +219,29 @@ class _Stop:
 
 # follow a run
 def _follow(run, args, stop):
-    """Train to the end, or until a signal is noted; then save the state."""
+    """Train to the end, or until a signal is noted, and show it."""
     done, total, shown = run.at.step, run.config.steps, {}
     bar = progress_bar(total=total, initial=done, unit="step")
     with bar, _board(run, args) as board:
-        for step in follow(run):
+        for step in _steps(run, stop):
             board(step)
             _show(bar, run, step, shown)
             if run.kept[-1:] == [run.at.step]:
                 note_newest(run)
-            if _stopped(run, stop) and step.loss is not None:
+
+
+def _steps(run, stop):
+    """The steps of a run, until a signal is noted; then its state is saved."""
+    for step in follow(run):
+        yield step
+        # to this process, or to another of its group
+        found = max(group_of(run.model).gather(stop.signal))
+        if found:  # not stop.signal: one may have come since, here alone
+            stop.signal = found
+            if step.loss is not None:
                 with telling(run):
                     save_state(run)
                 return
-
-
-def _assist(run, stop):
-    """What `_follow` does, in a process that says nothing."""
-    for step in follow(run):
-        if _stopped(run, stop) and step.loss is not None:
-            save_state(run)
-            return
-
-
-def _stopped(run, stop):
-    """Whether a signal has come, to this process or another of its group."""
-    found = max(group_of(run.model).gather(stop.signal))
-    if found:
-        stop.signal = found
-    return found  # not stop.signal: one may have come since, here alone
 
 
 # show a step

@@ -989,10 +989,10 @@ def take_turns(turns, rounds, pause=0.0):
 
 
 # %% the race tags=["export"] module="bench.race"
-def _or_why(function):
+def _or_why(function, *args):
     """What a function returns; a dict that says why, where it cannot."""
     try:
-        return function()
+        return function(*args)
     except (NotImplementedError, ChildProcessError) as why:
         return {"unmeasured": str(why)}
 
@@ -1013,14 +1013,14 @@ def race(specs, rounds, settings, bar=iter):
     found, runners = {}, {}
     with ExitStack() as stack:
         for name, spec in specs.items():
-            runner = _or_why(partial(Contestant, name, spec, settings))
+            runner = _or_why(Contestant, name, spec, settings)
             if isinstance(runner, dict):
                 found[name] = runner
-                continue
-            stack.callback(runner.close)
-            runners[name] = runner
+            else:
+                runners[name] = runner
+                stack.callback(runner.close)
         steps = {
-            k: partial(_or_why, partial(x.step, settings.turn))
+            k: partial(_or_why, x.step, settings.turn)
             for k, x in runners.items()
         }
         turns = take_turns(steps, bar(range(rounds)), PAUSE)
@@ -1109,8 +1109,7 @@ def _start(name, spec, settings):
     with tempfile.TemporaryDirectory() as cache:
         for kind in ("cold", "warm"):
             begin = time.perf_counter()
-            start = partial(Contestant, name, spec, settings, cache)
-            runner = _or_why(start)
+            runner = _or_why(Contestant, name, spec, settings, cache)
             if isinstance(runner, dict):
                 return runner
             with closing(runner):
