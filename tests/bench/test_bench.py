@@ -312,17 +312,12 @@ def test_a_llama_races_torchs(family, torch_python):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma", "gemma2", "gemma3_text"])
-def test_every_family_is_measured_and_has_no_peer(family):
+def test_a_family_that_has_no_peer(family):
     """Whose computation nobody has written in PyTorch is said, not raced."""
+    pytest.importorskip("torch")
     cfg = ARCHITECTURES[family](16, 131, 2, 4, 16, num_kv_heads=2)
-    settings = Settings(("fp32",), (), 1, 1, "reference")
-    (contest,) = bench({"a": (cfg, 2, 8)}, settings)["contests"]
-    (row,) = contest["contestants"]
-    assert row["step_seconds"] > 0
-    json.dumps(contest)
-    if has_torch(sys.executable):
-        with pytest.raises(NotImplementedError, match="not for this"):
-            peers._torch_model(architecture_record(cfg))
+    with pytest.raises(NotImplementedError, match="not for this"):
+        peers._torch_model(architecture_record(cfg))
 
 
 FAKE = """#!{python}
