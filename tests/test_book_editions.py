@@ -23,7 +23,7 @@ from llmnb.book.export import ROOT, chapter_label, read_chapter, sources
 
 CHAPTERS = sources(ROOT / "notebooks")
 LAYERNORM = ROOT / "notebooks/1_by_hand/06_layernorm.py"
-XHTML = "{http://www.w3.org/1999/xhtml}"
+SVG, XHTML = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xhtml}"
 FEW = ["1.5 Encoder", "1.6 LayerNorm", "Glossary"]
 
 
@@ -143,6 +143,13 @@ def packed(built, tmp_path_factory):
         return {name: z.read(name) for name in z.namelist()}
 
 
+@pytest.fixture
+def trees(packed):
+    """The ePub's pages, parsed."""
+    pages = [x for x in packed if x.endswith(".xhtml")]
+    return {name: ElementTree.fromstring(packed[name]) for name in pages}
+
+
 def test_the_epub_lists_every_file_once(packed):
     package = ElementTree.fromstring(packed["book/package.opf"])
     items = package.findall(".//{*}item")
@@ -158,12 +165,7 @@ def test_the_epub_lists_every_file_once(packed):
     assert package.find(".//{*}language").text == "en"
 
 
-def test_the_epubs_links_and_images_lead_somewhere(packed):
-    trees = {
-        name: ElementTree.fromstring(text)
-        for name, text in packed.items()
-        if name.endswith(".xhtml")
-    }
+def test_the_epubs_links_and_images_lead_somewhere(packed, trees):
     places = {
         name: {x.get("id") for x in tree.iter()}
         for name, tree in trees.items()
@@ -179,21 +181,17 @@ def test_the_epubs_links_and_images_lead_somewhere(packed):
             assert not place or unquote(place) in places[file], (name, link)
 
 
-def test_the_epubs_equations_are_drawn_and_nothing_runs(packed):
-    tree = ElementTree.fromstring(
-        packed["book/p-1_by_hand-06_layernorm.xhtml"]
-    )
-    drawn = list(tree.iter("{http://www.w3.org/2000/svg}svg"))
+def test_the_epubs_equations_are_drawn_and_nothing_runs(trees):
+    tree = trees["book/p-1_by_hand-06_layernorm.xhtml"]
+    drawn = list(tree.iter(f"{SVG}svg"))
     assert sum(x.get("aria-label") is not None for x in drawn) > 40
-    for name, text in packed.items():
-        if name.endswith(".xhtml"):
-            tree = ElementTree.fromstring(text)
-            tags = {x.tag.rpartition("}")[2] for x in tree.iter()}
-            assert not tags & {"script", "button", "canvas", "iframe"}
-            for code in tree.iter(f"{XHTML}pre"):
-                code.clear()
-            seen = "".join(tree.itertext())
-            assert not re.search(r"\\(frac|sum|tag|partial)\b|\$\$", seen)
+    for tree in trees.values():
+        tags = {x.tag.rpartition("}")[2] for x in tree.iter()}
+        assert not tags & {"script", "button", "canvas", "iframe"}
+        for code in tree.iter(f"{XHTML}pre"):
+            code.clear()
+        seen = "".join(tree.itertext())
+        assert not re.search(r"\\(frac|sum|tag|partial)\b|\$\$", seen)
 
 
 # What SVG paints with, and what it may stand on: shapes, text, and groups of
@@ -204,15 +202,14 @@ PAINTED = {"svg", "g", "use", "path", "rect", "circle", "ellipse", "line"}
 PAINTED |= {"polyline", "polygon", "text", "tspan"}
 
 
-def test_the_epub_paints_nothing_but_shapes_and_letters(packed):
+def test_the_epub_paints_nothing_but_shapes_and_letters(trees):
     kinds = set()
-    for name, text in packed.items():
-        if name.endswith(".xhtml"):
-            for x in ElementTree.fromstring(text).iter():
-                kind = x.tag.removeprefix("{http://www.w3.org/2000/svg}")
-                kinds.add(kind)
-                found = PAINT & {*x.attrib}
-                assert not found or kind in PAINTED, (name, kind, found)
+    for name, tree in trees.items():
+        for x in tree.iter():
+            kind = x.tag.removeprefix(SVG)
+            kinds.add(kind)
+            found = PAINT & {*x.attrib}
+            assert not found or kind in PAINTED, (name, kind, found)
     assert {"path", "use", "image"} <= kinds
 
 

@@ -4,7 +4,6 @@
 
 __all__ = [
     "CONFIGS", "TOKEN_TIMES", "WARM_UP", "WRITERS", "bench", "bench_writers",
-    "losses_contest",
 ]
 
 
@@ -204,8 +203,6 @@ def losses_contest(precisions, settings, steps=20, config=CONFIGS["small"]):
     losses of the steps, and worst, the largest difference from the CPU's in
     fp32. Raises FloatingPointError when a loss is not finite, and
     ChildProcessError when there are none of the CPU to compare with.
-
-    Derived in chapter 2.8.
     """
     (spec,) = _specs(*config, Settings()).values()  # ours, on the CPU
     specs, there = {"cpu fp32": spec}, spec | {"backend": "cuda"}

@@ -2,14 +2,7 @@
 
 """Everything worth knowing from a GPU, in eight minutes."""
 
-__all__ = [
-    "ENDS", "FAR", "HALVES", "PRECISIONS", "Result", "SETTINGS", "SINGLE",
-    "SMALL", "ask_ends", "ask_halves", "ask_kernels", "ask_right",
-    "ask_steps", "drawn_by", "exact_gradients", "expected_by",
-    "fitting_batch", "free_bytes", "gradients", "graph_of_parts",
-    "half_apart", "half_arguments", "layer_bytes", "main", "measure",
-    "mma_peak", "model_bytes", "wrong_by",
-]
+__all__ = ["PRECISIONS", "Result", "SMALL", "main", "measure"]
 
 
 # imports of the measurement
@@ -109,8 +102,6 @@ def exact_gradients(cfg, rows, seq_len):
 
     Returns three things: the GPT2, whose weights are all float32's; its
     batch, tokens and targets (2, rows, T); its loss.
-
-    Derived in chapter A.17.
     """
     draw = np.random.default_rng(3)
     model = GPT2(cfg, rows, seq_len, "cpu", "fp64", seed=3)
@@ -128,8 +119,6 @@ def gradients(found, copies, precision):
     found: gives what `exact_gradients` does. copies: how often the batch is
     repeated on the GPU. Returns a dict: loss_apart; worst, the largest
     distance of a gradient over its norm, and tensor, whose it is.
-
-    Derived in chapter A.17.
     """
     exact, batch, want = found()
     rows = np.tile(batch, (1, copies, 1))
@@ -152,10 +141,7 @@ def gradients(found, copies, precision):
 
 
 def graph_of_parts(cfg, batch_size, seq_len, precision="fp32", steps=4):
-    """In how many of some steps a graph leaves the bits of its parts.
-
-    Derived in chapter A.17.
-    """
+    """In how many of some steps a graph leaves the bits of its parts."""
     shape = batch_size, seq_len, "cuda", precision
     whole, parts = (GPT2(cfg, *shape, seed=3) for _ in range(2))
     draw, same = np.random.default_rng(5), 0
@@ -176,8 +162,6 @@ def ask_right(result, shapes, precisions):
     """Compare gradients with float64, the graph with its parts.
 
     shapes: by name (cfg, rows that differ, copies of them, T).
-
-    Derived in chapter A.17.
     """
     about = "loss and gradients against float64 on the CPU, relative in norm"
     contest = result.contest("right", "gradients", about)
@@ -194,10 +178,7 @@ def ask_right(result, shapes, precisions):
 
 # what fits
 def free_bytes():
-    """Bytes that are free on the GPU.
-
-    Derived in chapter A.17.
-    """
+    """Bytes that are free on the GPU."""
     return numba_cuda().current_context().get_memory_info()[0]
 
 
@@ -205,8 +186,6 @@ def fitting_batch(batch_size, needs, free):
     """The batch size, halved until needs(it) bytes are free.
 
     Raises MemoryError, in one sentence, where one sequence does not fit.
-
-    Derived in chapter A.17.
     """
     while needs(batch_size) > free:
         if batch_size == 1:
@@ -219,18 +198,12 @@ def fitting_batch(batch_size, needs, free):
 
 
 def model_bytes(cfg, seq_len, batch_size):
-    """Bytes in which a GPT2 trains in float32, without scratch memory.
-
-    Derived in chapter A.17.
-    """
+    """Bytes in which a GPT2 trains in float32, without scratch memory."""
     return sum(footprint(gpt2_layout(cfg, batch_size, seq_len)).values())
 
 
 def layer_bytes(ladder, sizes, batch_size):
-    """Bytes for judging and timing all versions of a layer, roughly.
-
-    Derived in chapter A.17.
-    """
+    """Bytes for judging and timing all versions of a layer, roughly."""
     letters = sizes._replace(B=batch_size).letters
     shapes = [
         declared_shape(x, letters, ladder.any) for x in needed(ladder.declared)
@@ -269,10 +242,7 @@ def _mma_alone(out, turns):
 
 
 def mma_peak(clock):
-    """FLOP/s of `mma` in bfloat16 on registers alone.
-
-    Derived in chapter A.17.
-    """
+    """FLOP/s of `mma` in bfloat16 on registers alone."""
     grid = 8 * numba_cuda().get_current_device().MULTIPROCESSOR_COUNT
     out = to_device(np.full(256 * grid, 0.5, np.float32))
     run = partial(_mma_alone[grid, 256], out, _TURNS)
@@ -291,10 +261,7 @@ FAR = 2**-8  # relative in norm: who is further from float64 is wrong
 
 
 def half_arguments(ladder, sizes):
-    """A layer's arguments, all but `SINGLE` rounded to bfloat16 and back.
-
-    Derived in chapter A.17.
-    """
+    """A layer's arguments, all but `SINGLE` rounded to bfloat16 and back."""
     a = SimpleNamespace(**ladder.draw(sizes))
     for name, x in vars(a).items():
         if name not in SINGLE and np.isfinite(x).all():
@@ -309,8 +276,6 @@ def half_apart(ladder, drawn, there):
 
     drawn: arguments before, there: arrays after. Of attention two sequences
     are compared.
-
-    Derived in chapter A.17.
     """
     rows = ladder.checked if "attention" in ladder.layer else None
     want = ladder.expected({k: x[:rows] for k, x in drawn.items()})
@@ -325,10 +290,7 @@ def half_apart(ladder, drawn, there):
 
 
 def ask_halves(result, sizes, judging):
-    """Judge and time the layers in bfloat16; judging: as for kernels.
-
-    Derived in chapter A.17.
-    """
+    """Judge and time the layers in bfloat16; judging: as for kernels."""
     clock, torch = Clock(), _torch()
     peak, names = mma_peak(clock), ("llmnb bf16", "torch bf16")
     for layer in HALVES:
@@ -401,10 +363,7 @@ SETTINGS = Settings(
 
 
 def ask_steps(result, name, shape, settings):
-    """Time steps of every contestant on one shape, each alone.
-
-    Derived in chapter A.17.
-    """
+    """Time steps of every contestant on one shape, each alone."""
     cfg, B, T = shape
     contest = result.contest(name, "step", f"batches of {B} times {T} tokens")
     specs = _specs(cfg, B, T, settings)
@@ -422,10 +381,7 @@ def _step(name, spec, settings, tokens):
 
 # arguments on the GPU
 def drawn_by(torch, ladder, sizes, where="cuda"):
-    """As `Ladder.draw`, but tensors, drawn where they are used.
-
-    Derived in chapter A.17.
-    """
+    """As `Ladder.draw`, but tensors, drawn where they are used."""
     letters, a = sizes.letters, SimpleNamespace()
     torch.manual_seed(1)
     added = ladder.layer.endswith("_backward")
@@ -484,8 +440,6 @@ def expected_by(torch, ladder, arguments):
     """What a layer should leave, by name, from PyTorch in float64.
 
     Of AdamW the first 4,096 elements, from the reference.
-
-    Derived in chapter A.17.
     """
     if ladder.layer == "adamw_apply":
         few = {k: x[:4096].cpu().numpy().copy() for k, x in arguments.items()}
@@ -502,10 +456,7 @@ def expected_by(torch, ladder, arguments):
 
 
 def wrong_by(torch, got, want):
-    """What is wrong with results, tensors by name; empty if nothing is.
-
-    Derived in chapter A.17.
-    """
+    """What is wrong with results, tensors by name; empty if nothing is."""
     for name, x in want.items():
         y = got[name].reshape(-1)[: x.numel()].to(x.device)
         y, x = y.double(), x.reshape(-1)
@@ -549,8 +500,6 @@ def ask_kernels(result, sizes, judging):
 
     judging: whether a version must be right to be timed; not on a driver
     that computes nothing.
-
-    Derived in chapter A.17.
     """
     clock = Clock()
     most, torch = limits(clock), _torch()
@@ -616,10 +565,7 @@ _WAYS = [(p, way) for p in ("fp32", "tf32") for way in ("apart", "fused")]
 
 
 def ask_ends(result, sizes, judging):
-    """Time cuBLASLt's epilogues in turns with what they stand in for.
-
-    Derived in chapter A.17.
-    """
+    """Time cuBLASLt's epilogues in turns with what they stand in for."""
     clock, names = Clock(), [" ".join(x) for x in _WAYS]
     for name in ENDS:
         contest = result.contest(name, "kernel", "apart, and by an epilogue")

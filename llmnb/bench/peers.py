@@ -2,12 +2,7 @@
 
 """What a contestant's process runs: llmnb, PyTorch, llm.c, transformers."""
 
-__all__ = [
-    "CONTESTANTS", "decoder_contestant", "llmc_contestant",
-    "llmnb_contestant", "main", "peak_memory", "random_batch", "serve",
-    "torch_contestant", "torch_on", "transformers_contestant", "version_of",
-    "write_random",
-]
+__all__ = ["CONTESTANTS", "main", "peak_memory", "torch_on", "write_random"]
 
 
 # imports of the peers
@@ -52,8 +47,6 @@ def serve(step, facts, commands, reply):
     is the last dict, with the mean of the seconds. facts: a function that
     returns what to answer at the end. commands: a text file. reply: takes
     each answer, a dict.
-
-    Derived in chapter A.8.
     """
     waits = []
     while True:
@@ -79,8 +72,6 @@ def random_batch(spec):
 
     spec: a dict with model, batch_size and seq_len. Returns an int64 array
     (2, B, T).
-
-    Derived in chapter A.8.
     """
     import numpy as np
 
@@ -96,8 +87,6 @@ def llmnb_contestant(spec):
     spec: a dict with model, batch_size, seq_len, backend, precision, and on
     a GPU graph. Raises NotImplementedError, saying why, when the backend or
     the processor lacks the precision.
-
-    Derived in chapter A.8.
     """
     from llmnb.bench.stopwatch import Stopwatch, timed_step
     from llmnb.model.architectures import architecture_from
@@ -164,8 +153,6 @@ def version_of(name):
     """An installed package's version; None for one that is only on the path.
 
     A checkout that was copied onto a machine is such a one.
-
-    Derived in chapter A.8.
     """
     from importlib.metadata import PackageNotFoundError, version
 
@@ -336,8 +323,6 @@ def torch_contestant(spec):
     spec: a dict with model, batch_size, seq_len, compile, bf16, device and
     tf32. Raises ImportError where there is no torch, NotImplementedError
     where it finds no GPU, and for an architecture that has no peer.
-
-    Derived in chapter A.8.
     """
     device = spec["device"]
     torch = torch_on(device, spec["tf32"])
@@ -434,8 +419,6 @@ def llmc_contestant(spec):
     spec: a dict with path (of the program), folder (an empty one), model,
     batch_size and seq_len. Raises NotImplementedError, saying why, for
     sizes that are not those of the program.
-
-    Derived in chapter A.8.
     """
     if (spec["batch_size"], spec["seq_len"]) != (4, 64):
         raise NotImplementedError("has B=4 T=64 compiled in")
@@ -518,8 +501,6 @@ def decoder_contestant(spec):
 
     spec: a dict with folder (of a model), vocab_size, prompt and count:
     tokens to read and to write, at least 2.
-
-    Derived in chapter A.8.
     """
     from llmnb.model.decode import Decoder
     from llmnb.model.generate import generate
@@ -545,8 +526,6 @@ def transformers_contestant(spec):
 
     spec: as for decoder_contestant; the folder must be one that
     transformers reads. Raises ImportError where it is not installed.
-
-    Derived in chapter A.8.
     """
     import torch
     import transformers

@@ -3,8 +3,8 @@
 """A race in turns, on the same machine at the same time."""
 
 __all__ = [
-    "Contestant", "PAUSE", "PEERS", "STARTS", "Settings", "by_key",
-    "facts_of", "lineup", "race", "race_starts", "ratios", "take_turns",
+    "PAUSE", "PEERS", "STARTS", "Settings", "by_key", "facts_of", "lineup",
+    "race", "race_starts", "ratios", "take_turns",
 ]
 
 
@@ -79,8 +79,6 @@ class Contestant:
     None for the usual ones. Raises NotImplementedError, saying why, when
     there is nothing to measure, and ChildProcessError, in one sentence, when
     the process cannot do what it was asked.
-
-    Derived in chapter A.8.
     """
 
     def __init__(self, name, spec, settings, cache=None):

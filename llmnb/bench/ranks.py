@@ -2,7 +2,7 @@
 
 """The step of a group of processes, measured."""
 
-__all__ = ["bench_group", "group_contest", "timed_updates"]
+__all__ = ["bench_group"]
 
 
 # imports of the ranks
@@ -40,8 +40,6 @@ def timed_updates(config, cfg, count, group=ALONE):
     config: a TrainConfig, of which the batches count; cfg: the model's
     configuration. Returns of each update, but for `WARM_UP` before them, a
     dict: seconds; waiting, those in the group's calls; sent, bytes.
-
-    Derived in chapter 6.3.
     """
     watch, rows, at = Stopwatch(group), [], Progress()
     model = empty_model(config, cfg, config.seed, watch)
@@ -65,8 +63,6 @@ def group_contest(name, config, cfg, count, group):
 
     All processes call it, with the arguments of `timed_updates`; name: of
     the contest. Raises ValueError when the ranks cannot share an update.
-
-    Derived in chapter 6.3.
     """
     _check_shared(config, group)
     mine = {"updates": timed_updates(config, cfg, count, group)}

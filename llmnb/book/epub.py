@@ -2,11 +2,7 @@
 
 """The book for a reading device: an ePub without a script."""
 
-__all__ = [
-    "CONTAINER", "FORBIDDEN", "KEEP_TEX", "KINDS", "PACKAGE", "PAGE", "SHEET",
-    "TAKE", "file_of", "item_id", "main", "make_epub", "manifest",
-    "mend_links", "navigation", "take_page", "write_epub",
-]
+__all__ = ["main", "make_epub"]
 
 
 # imports of the ePub
@@ -158,20 +154,14 @@ th, td { border-bottom: 1px solid #ccd3da; padding: 0.2em 0.6em 0.2em 0; }
 
 
 def file_of(entry):
-    """The name of an entry's file in the ePub.
-
-    Derived in chapter A.15.
-    """
+    """The name of an entry's file in the ePub."""
     stem = entry.page.removesuffix(".html")
     stem = stem.removeprefix("notebooks/").removeprefix("book/")
     return "p-" + re.sub(r"\W+", "-", stem) + ".xhtml"
 
 
 def take_page(page, built, entry, names):
-    """An entry's article as XHTML, and the paths of its images.
-
-    Derived in chapter A.15.
-    """
+    """An entry's article as XHTML, and the paths of its images."""
     open_page(page, built / entry.page)
     if page.evaluate("!!window.MathJax?.startup?.document"):
         page.evaluate(KEEP_TEX)
@@ -189,8 +179,6 @@ def mend_links(pages):
     """Take off the ends of links to places that no page has.
 
     pages: dict from a file's name to its text. Returns such a dict.
-
-    Derived in chapter A.15.
     """
     places = {
         name: set(re.findall(r'\bid="([^"]+)"', text))
@@ -254,10 +242,7 @@ CONTAINER = """<?xml version="1.0" encoding="utf-8"?>
 
 
 def navigation(entries):
-    """The contents page: a list of the parts and their chapters.
-
-    Derived in chapter A.15.
-    """
+    """The contents page: a list of the parts and their chapters."""
     rows = []
     for part, inside in groupby(entries, key=lambda x: x.part):
         rows += [f"<li><span>{escape(part)}</span><ol>"] if part else []
@@ -271,10 +256,7 @@ def navigation(entries):
 
 
 def manifest(files):
-    """The lines of the manifest for a dict from names to contents.
-
-    Derived in chapter A.15.
-    """
+    """The lines of the manifest for a dict from names to contents."""
     for number, (name, text) in enumerate(files.items()):
         about = {"nav.xhtml": 'id="nav" properties="nav"'}
         drawn = name.endswith(".xhtml") and "<svg" in text
@@ -285,10 +267,7 @@ def manifest(files):
 
 
 def item_id(name, number):
-    """A page's name in the manifest is its file's; others are numbered.
-
-    Derived in chapter A.15.
-    """
+    """A page's name in the manifest is its file's; others are numbered."""
     return name.removesuffix(".xhtml") if "p-" in name[:2] else f"f{number}"
 
 
@@ -298,8 +277,6 @@ def write_epub(path, files, entries, when):
 
     entries: those whose pages are among the files, in order. when: the time
     of the edition, a datetime in UTC.
-
-    Derived in chapter A.15.
     """
     files = {"nav.xhtml": navigation(entries), "style.css": SHEET, **files}
     package = PACKAGE.format(

@@ -2,11 +2,7 @@
 
 """The book on paper: chapters printed by a browser, and merged."""
 
-__all__ = [
-    "FIT", "FRONT", "HREF", "PAPER", "PLACES", "Sheets", "add_outline",
-    "front_matter", "lead", "linked_places", "main", "make_pdf", "merge",
-    "place_of", "print_entry", "print_page",
-]
+__all__ = ["main", "make_pdf"]
 
 
 # imports of the PDF
@@ -70,8 +66,6 @@ class Sheets(NamedTuple):
     first: the number of its first sheet. places: dict from a place's name to
     its sheet, counted from 0, and its height on it. sections: pairs of a
     place's name and a title.
-
-    Derived in chapter A.15.
     """
 
     entry: Entry
@@ -82,10 +76,7 @@ class Sheets(NamedTuple):
 
 
 def print_page(page, title, first, style="decimal"):
-    """The bytes of a PDF of what the browser's page shows.
-
-    Derived in chapter A.15.
-    """
+    """The bytes of a PDF of what the browser's page shows."""
     words = {"head": json.dumps(title), "before": first - 1, "style": style}
     page.emulate_media(media="print", color_scheme="light")
     page.add_style_tag(content=PAPER % words)
@@ -94,10 +85,7 @@ def print_page(page, title, first, style="decimal"):
 
 
 def print_entry(page, built, entry, first, ids):
-    """Print an entry of the contents, numbered from `first`, as Sheets.
-
-    Derived in chapter A.15.
-    """
+    """Print an entry of the contents, numbered from `first`, as Sheets."""
     from pypdf import PdfReader
 
     open_page(page, built / entry.page)
@@ -120,10 +108,7 @@ HREF = re.compile(r'href="([^"#:]+\.html)#([^"]+)"')
 
 
 def linked_places(built, entries):
-    """Dict from each entry's page to the places in it that others link to.
-
-    Derived in chapter A.15.
-    """
+    """Dict from each entry's page to the places in it that others link to."""
     found = {x.page: set() for x in entries}
     top = built.resolve()
     for x in entries:
@@ -152,10 +137,7 @@ FRONT = """
 
 
 def front_matter(built, printed, part=""):
-    """The HTML of the title page and the contents; printed: list of Sheets.
-
-    Derived in chapter A.15.
-    """
+    """The HTML of the title page and the contents; printed: list of Sheets."""
     captions = [x.entry.part for x in printed if x.entry.part]
     text = FRONT % (escape(TITLE), escape(captions[0] if part else ""))
     for caption, rows in groupby(printed, key=lambda x: x.entry.part):
@@ -175,8 +157,6 @@ def place_of(link, built, own, printed):
     own: the Sheets that it stands on. printed: dict from a page's path to its
     Sheets. Returns "away" for a link into the web, None for one that leads
     nowhere in this edition.
-
-    Derived in chapter A.15.
     """
     address = link.get("/A", {}).get("/URI")
     place = str(link.get("/Dest", "")).removeprefix("/")
@@ -193,10 +173,7 @@ def place_of(link, built, own, printed):
 
 
 def lead(writer, links, before, built, own, printed):
-    """The annotations of a sheet, each led to its place in the whole.
-
-    Derived in chapter A.15.
-    """
+    """The annotations of a sheet, each led to its place in the whole."""
     from pypdf.generic import ArrayObject, FloatObject, NameObject, NullObject
 
     kept = ArrayObject()
@@ -217,10 +194,7 @@ def lead(writer, links, before, built, own, printed):
 
 # the outline
 def add_outline(writer, before, printed):
-    """Parts, chapters and sections as the outline of a PDF.
-
-    Derived in chapter A.15.
-    """
+    """Parts, chapters and sections as the outline of a PDF."""
     from pypdf.generic import Fit
 
     add = writer.add_outline_item
@@ -240,10 +214,7 @@ def add_outline(writer, before, printed):
 
 
 def merge(front, printed, built):
-    """One PDF of the front matter, a PdfReader, and a list of Sheets.
-
-    Derived in chapter A.15.
-    """
+    """One PDF of the front matter, a PdfReader, and a list of Sheets."""
     from pypdf import PdfWriter
     from pypdf.generic import NameObject, TextStringObject
 

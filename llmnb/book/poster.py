@@ -2,11 +2,7 @@
 
 """The sheet that holds the whole model: its code, its wiring."""
 
-__all__ = [
-    "LEGEND", "PAGE", "POSTER", "TITLE", "WORD", "coloured_words",
-    "draw_poster", "is_stale", "main", "page_code", "source_hash",
-    "write_poster",
-]
+__all__ = ["is_stale", "main", "source_hash", "write_poster"]
 
 
 # imports of the poster
@@ -32,8 +28,6 @@ def page_code(text):
     """The code of a module: no docstrings, no `__all__`, no comments.
 
     Returns lines; functions are parted by one blank line.
-
-    Derived in chapter A.12.
     """
     lines = text.splitlines()
     kept = []
@@ -57,10 +51,7 @@ WORD = re.compile(r"""#.*|"[^"]*"|\d+(?:\.\d+)?(?:e-?\d+)?|\w+|[^\w\s]""")
 
 
 def coloured_words(line):
-    """The words of a line of Python: (column, word, name of a colour).
-
-    Derived in chapter A.12.
-    """
+    """The words of a line of Python: (column, word, name of a colour)."""
     for x in WORD.finditer(line):
         colour = "blue" if x[0][0].isdigit() else "ink"
         colour = "green" if x[0][0] == '"' else colour
@@ -106,10 +97,7 @@ Proved in chapter 1.14 of llmnb."""
 
 
 def draw_poster(text):
-    """The sheet as a matplotlib Figure; text: of the page's module.
-
-    Derived in chapter A.12.
-    """
+    """The sheet as a matplotlib Figure; text: of the page's module."""
     fig = Figure(figsize=[x / 25.4 for x in SHEET])
     ax = fig.add_axes((0, 0, 1, 1))
     ax.set(xlim=(0, SHEET[0]), ylim=(SHEET[1], 0))

@@ -2,11 +2,7 @@
 
 """Chapters as plain notebooks, and as notebooks to fill in."""
 
-__all__ = [
-    "AWAY", "EXPORTED", "FOLD", "GO", "HOW", "LABEL", "ROLE", "TODO", "blank",
-    "functions", "here", "main", "own_imports", "plain", "plain_cell",
-    "plain_text",
-]
+__all__ = ["EXPORTED", "GO", "HOW", "main", "plain", "plain_cell"]
 
 
 # imports
@@ -23,10 +19,7 @@ TODO = 'raise NotImplementedError("your code here")'
 
 
 def functions(tree):
-    """The functions of a module's tree, and the methods of its classes.
-
-    Derived in chapter A.16.
-    """
+    """The functions of a module's tree, and the methods of its classes."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef):
             yield node
@@ -35,10 +28,7 @@ def functions(tree):
 
 
 def blank(source):
-    """Code with the bodies of its functions taken out, for you to write.
-
-    Derived in chapter A.16.
-    """
+    """Code with the bodies of its functions taken out, for you to write."""
     lines = source.splitlines()
     for node in reversed([*functions(ast.parse(source))]):
         documented = ast.get_docstring(node) is not None
@@ -59,8 +49,6 @@ def own_imports(source, modules):
     """Code whose imports from a chapter's own modules lead to the notebook.
 
     modules: their names without `llmnb.`, such as "reference.layernorm".
-
-    Derived in chapter A.16.
     """
     lines = source.splitlines()
     nodes = [*ast.walk(ast.parse(source))]
@@ -85,8 +73,6 @@ def here(module, name, modules):
     """What takes the place of one imported name; None if it stays.
 
     "pass" for a name that is in the notebook.
-
-    Derived in chapter A.16.
     """
     source = (module or "").removeprefix("llmnb").lstrip(".")
     ours = (module or "").partition(".")[0] == "llmnb"
@@ -108,10 +94,7 @@ LABEL = re.compile(r"^\([\w.:-]+\)=\n", re.M)
 
 
 def plain_text(text):
-    """Markdown without the book's markup.
-
-    Derived in chapter A.16.
-    """
+    """Markdown without the book's markup."""
     fold = "<details>\n<summary>{}</summary>\n\n{}\n</details>"
     text = FOLD.sub(lambda x: fold.format(x[1], x[3].rstrip() + "\n"), text)
     text = AWAY.sub(r"\1", text)

@@ -2,7 +2,7 @@
 
 """The wiring of GPT-2: every array, forward and backward."""
 
-__all__ = ["Pen", "draw_wiring", "wiring_figure"]
+__all__ = ["draw_wiring", "wiring_figure"]
 
 
 # imports of the wiring
@@ -31,8 +31,6 @@ class Pen:
     """What a wiring is drawn with: roads, boxes, names and circles.
 
     ax: matplotlib's axes. size: of the letters, in points.
-
-    Derived in chapter A.12.
     """
 
     def __init__(self, ax, size):

@@ -552,7 +552,7 @@ def _starts(cfg, batch_size, seq_len, settings, bar):
 # are compared whenever steps are timed on a GPU.
 
 
-# %% the same losses tags=["export"] module="bench.bench"
+# %% the same losses tags=["exporti"] module="bench.bench"
 def losses_contest(precisions, settings, steps=20, config=CONFIGS["small"]):
     """Train a small model on the CPU and on the GPU, from the same start.
 

@@ -293,7 +293,7 @@ def _same(cfg, *shape):
     return SimpleNamespace(next_batch=lambda: batch, skip=lambda count: None)
 
 
-# %% the steps of a rank tags=["export"] module="bench.ranks"
+# %% the steps of a rank tags=["exporti"] module="bench.ranks"
 def timed_updates(config, cfg, count, group=ALONE):
     """Train for some updates, in a group that all its processes call this in.
 
@@ -325,7 +325,7 @@ def timed_updates(config, cfg, count, group=ALONE):
 # report says so.
 
 
-# %% the group, and one rank alone tags=["export"] module="bench.ranks"
+# %% the group, and one rank alone tags=["exporti"] module="bench.ranks"
 def group_contest(name, config, cfg, count, group):
     """Measure the updates of a group, and those of one rank, as a contest.
 

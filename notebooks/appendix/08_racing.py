@@ -130,7 +130,7 @@ def peak_memory(pid="self"):
 # processor time that a wait cost, all threads together.
 
 
-# %% take orders tags=["export"] module="bench.peers"
+# %% take orders tags=["exporti"] module="bench.peers"
 def serve(step, facts, commands, reply):
     """Train for each line "step SECONDS" of a file, until another line.
 
@@ -158,7 +158,7 @@ def serve(step, facts, commands, reply):
     reply({"peak_bytes": peak_memory(), **waited, **facts()})
 
 
-# %% the batch tags=["export"] module="bench.peers"
+# %% the batch tags=["exporti"] module="bench.peers"
 def random_batch(spec):
     """Tokens and targets for a spec: the same for every contestant.
 
@@ -178,7 +178,7 @@ def random_batch(spec):
 # float32 twice would tell you that bfloat16 gains nothing.
 
 
-# %% our contestant tags=["export"] module="bench.peers"
+# %% our contestant tags=["exporti"] module="bench.peers"
 def llmnb_contestant(spec):
     """A step of a GPT2 and its facts: two functions for `serve`.
 
@@ -258,7 +258,7 @@ def _on_gpu(model, batch, numbers, graph):
     return step, facts
 
 
-# %% our facts tags=["export"] module="bench.peers"
+# %% our facts tags=["exporti"] module="bench.peers"
 def version_of(name):
     """An installed package's version; None for one that is only on the path.
 
@@ -434,7 +434,7 @@ def _torch_model(shape):
     return model
 
 
-# %% PyTorch's contestant tags=["export"] module="bench.peers"
+# %% PyTorch's contestant tags=["exporti"] module="bench.peers"
 def torch_contestant(spec):
     """A step of PyTorch's model and its facts: two functions for `serve`.
 
@@ -541,7 +541,7 @@ def _llmc_folder(folder, model):
         write_shard(data / name, tokens.astype(np.uint16))
 
 
-# %% llm.c's contestant tags=["export"] module="bench.peers"
+# %% llm.c's contestant tags=["exporti"] module="bench.peers"
 def llmc_contestant(spec):
     """A step of llm.c's train_gpt2, asleep between its steps, for `serve`.
 
@@ -630,7 +630,7 @@ def write_random(folder, cfg):
     write_folder(folder, cfg, _random_weights(cfg))
 
 
-# %% our writer tags=["export"] module="bench.peers"
+# %% our writer tags=["exporti"] module="bench.peers"
 def decoder_contestant(spec):
     """A text from a Decoder and its facts: two functions for `serve`.
 
@@ -655,7 +655,7 @@ def decoder_contestant(spec):
     return step, lambda: _our_facts("reference")
 
 
-# %% their writer tags=["export"] module="bench.peers"
+# %% their writer tags=["exporti"] module="bench.peers"
 def transformers_contestant(spec):
     """A text from transformers' generate, and its facts, for `serve`.
 
@@ -802,7 +802,7 @@ def _environment(threads, cache=None):
     return env
 
 
-# %% a contestant tags=["export"] module="bench.race"
+# %% a contestant tags=["exporti"] module="bench.race"
 class Contestant:
     """A process that runs `peers` and trains one step on command.
 

@@ -67,7 +67,7 @@ def _side(column, way):
     return COLUMNS[column] + way * HALF[column]
 
 
-# %% the pen tags=["export"]
+# %% the pen tags=["exporti"]
 class Pen:
     """What a wiring is drawn with: roads, boxes, names and circles.
 
@@ -324,7 +324,7 @@ from llmnb.book.diagram import PALETTE
 from llmnb.book.export import ROOT
 from llmnb.book.wiring import draw_wiring
 
-# %% the page's text tags=["export"] module="book.poster"
+# %% the page's text tags=["exporti"] module="book.poster"
 PAGE = ROOT / "llmnb" / "reference" / "gpt2.py"
 POSTER = ROOT / "book" / "poster.pdf"
 
@@ -350,7 +350,7 @@ def page_code(text):
     return kept
 
 
-# %% words and their colours tags=["export"] module="book.poster"
+# %% words and their colours tags=["exporti"] module="book.poster"
 # a comment, a string, a number, a name, or another sign
 WORD = re.compile(r"""#.*|"[^"]*"|\d+(?:\.\d+)?(?:e-?\d+)?|\w+|[^\w\s]""")
 
@@ -395,7 +395,7 @@ def _column(ax, x, y, lines):
             )
 
 
-# %% the sheet tags=["export"] module="book.poster"
+# %% the sheet tags=["exporti"] module="book.poster"
 TITLE = "GPT-2, forward and backward"
 LEGEND = """\
 Dark: the forward pass. Orange: gradients, flowing back.

@@ -189,7 +189,7 @@ from llmnb.book.pages import (
     read_contents,
 )
 
-# %% one chapter on paper tags=["export"] module="book.pdf"
+# %% one chapter on paper tags=["exporti"] module="book.pdf"
 PAPER = """
 @page {
     size: 176mm 250mm;
@@ -275,7 +275,7 @@ def print_entry(page, built, entry, first, ids):
 # %% [markdown]
 # Which places of a page do the others link to? Their text says so.
 
-# %% places that others link to tags=["export"] module="book.pdf"
+# %% places that others link to tags=["exporti"] module="book.pdf"
 HREF = re.compile(r'href="([^"#:]+\.html)#([^"]+)"')
 
 
@@ -309,7 +309,7 @@ verdict("a place", found["book/notation.html"] == {"sizes"}, "is linked to")
 # does not depend on them. Their text replaces the article of the book's first page,
 # whose look they get in that way.
 
-# %% the contents tags=["export"] module="book.pdf"
+# %% the contents tags=["exporti"] module="book.pdf"
 FRONT = """
 <style>
 .front-title { height: 200mm; padding-top: 60mm; break-after: page; }
@@ -347,7 +347,7 @@ def front_matter(built, printed, part=""):
 # sheet and a height. A link to a page that is not in the edition is no link on paper.
 
 
-# %% where a link leads tags=["export"] module="book.pdf"
+# %% where a link leads tags=["exporti"] module="book.pdf"
 def place_of(link, built, own, printed):
     """The sheet and height that a link's annotation leads to.
 
@@ -394,7 +394,7 @@ def lead(writer, links, before, built, own, printed):
 # the chapters' sections.
 
 
-# %% the outline tags=["export"] module="book.pdf"
+# %% the outline tags=["exporti"] module="book.pdf"
 def add_outline(writer, before, printed):
     """Parts, chapters and sections as the outline of a PDF."""
     from pypdf.generic import Fit
@@ -514,7 +514,7 @@ from llmnb.book.pages import (
     read_contents,
 )
 
-# %% one page, cleared tags=["export"] module="book.epub"
+# %% one page, cleared tags=["exporti"] module="book.epub"
 # names: a dict from a page's address to its file in the ePub; returns the
 # article as XHTML and the addresses of its images
 TAKE = """names => {
@@ -668,7 +668,7 @@ def take_page(page, built, entry, names):
 # their end: they lead to the page.
 
 
-# %% links that lead somewhere tags=["export"] module="book.epub"
+# %% links that lead somewhere tags=["exporti"] module="book.epub"
 def mend_links(pages):
     """Take off the ends of links to places that no page has.
 
@@ -708,7 +708,7 @@ verdict("another", "gone" not in mended, "loses one that is not")
 # the table of contents. The identifier stays the same from edition to edition, since
 # a device keeps your place by it.
 
-# %% contents and manifest tags=["export"] module="book.epub"
+# %% contents and manifest tags=["exporti"] module="book.epub"
 KINDS = {
     ".xhtml": "application/xhtml+xml",
     ".css": "text/css",
@@ -782,7 +782,7 @@ def item_id(name, number):
     return name.removesuffix(".xhtml") if "p-" in name[:2] else f"f{number}"
 
 
-# %% the file tags=["export"] module="book.epub"
+# %% the file tags=["exporti"] module="book.epub"
 def write_epub(path, files, entries, when):
     """Write an ePub of files, a dict from names to texts or bytes.
 

@@ -50,7 +50,7 @@ from llmnb.book.export import ROOT, read_chapter, sources, write_text
 # between two statements go with them, decorators and default values stay. A class
 # keeps its fields and loses the bodies of its methods.
 
-# %% take bodies out tags=["export"]
+# %% take bodies out tags=["exporti"]
 TODO = 'raise NotImplementedError("your code here")'
 
 
@@ -101,7 +101,7 @@ verdict("the body", "return" not in blank(full), "is gone")
 # imported, the notebook takes its place, under its name.
 
 
-# %% imports of the chapter's own names tags=["export"]
+# %% imports of the chapter's own names tags=["exporti"]
 def own_imports(source, modules):
     """Code whose imports from a chapter's own modules lead to the notebook.
 
@@ -154,7 +154,7 @@ print(own_imports(code, ["reference.layernorm"]))
 # notebooks, and roles. A fold becomes HTML's own, which notebooks know; such a link
 # becomes its words.
 
-# %% plain Markdown tags=["export"]
+# %% plain Markdown tags=["exporti"]
 FOLD = re.compile(
     r"^:::+\{[\w-]+\} *(.*)\n((?::[\w-]+:.*\n)*)((?:.*\n)*?):::+ *$", re.M
 )

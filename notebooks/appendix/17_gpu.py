@@ -165,7 +165,7 @@ class Result:
 # the reader what is near enough; a gradient that is not finite is an error.
 
 
-# %% gradients against float64 tags=["export"] module="bench.gpu"
+# %% gradients against float64 tags=["exporti"] module="bench.gpu"
 def exact_gradients(cfg, rows, seq_len):
     """A model in float64 on the CPU after one backward pass.
 
@@ -226,7 +226,7 @@ def graph_of_parts(cfg, batch_size, seq_len, precision="fp32", steps=4):
     return {"same_steps": int(same)}
 
 
-# %% the first contest tags=["export"] module="bench.gpu"
+# %% the first contest tags=["exporti"] module="bench.gpu"
 def ask_right(result, shapes, precisions):
     """Compare gradients with float64, the graph with its parts.
 
@@ -258,7 +258,7 @@ def ask_right(result, shapes, precisions):
 # the row says what the driver said.
 
 
-# %% what fits tags=["export"] module="bench.gpu"
+# %% what fits tags=["exporti"] module="bench.gpu"
 def free_bytes():
     """Bytes that are free on the GPU."""
     return numba_cuda().current_context().get_memory_info()[0]
@@ -324,7 +324,7 @@ def _fitted(ladder, sizes, contest):
 # memory; a library that uses it may well beat this limit.
 
 
-# %% the limit of mma tags=["export"] module="bench.gpu"
+# %% the limit of mma tags=["exporti"] module="bench.gpu"
 _TURNS = 1024  # of four products of 16 by 16 by 16
 
 
@@ -354,7 +354,7 @@ def mma_peak(clock):
     return grid * 8 * _TURNS * 4 * 2 * 16**3 / seconds
 
 
-# %% the second contest tags=["export"] module="bench.gpu"
+# %% the second contest tags=["exporti"] module="bench.gpu"
 HALVES = (
     "attention_backward", "attention_forward", "matmul_backward",
     "matmul_forward",
@@ -466,7 +466,7 @@ def _half_tensors(torch, there):
 # compiled in bf16, then the plainest.
 
 
-# %% the third contest tags=["export"] module="bench.gpu"
+# %% the third contest tags=["exporti"] module="bench.gpu"
 _RIVALS = "torch-compile-bf16 torch torch-compile-tf32 torch-tf32 torch-bf16"
 SETTINGS = Settings(
     ("bf16", "tf32", "fp32"), tuple(_RIVALS.split()), 10, backend="cuda",
@@ -505,7 +505,7 @@ def _step(name, spec, settings, tokens):
 # the host.
 
 
-# %% arguments on the GPU tags=["export"] module="bench.gpu"
+# %% arguments on the GPU tags=["exporti"] module="bench.gpu"
 def drawn_by(torch, ladder, sizes, where="cuda"):
     """As `Ladder.draw`, but tensors, drawn where they are used."""
     letters, a = sizes.letters, SimpleNamespace()
@@ -561,7 +561,7 @@ def _attended(torch, a):
         a.out[b] = (scores.softmax(-1) @ v).transpose(0, 1).reshape(T, C)
 
 
-# %% what should come out tags=["export"] module="bench.gpu"
+# %% what should come out tags=["exporti"] module="bench.gpu"
 def expected_by(torch, ladder, arguments):
     """What a layer should leave, by name, from PyTorch in float64.
 
@@ -627,7 +627,7 @@ def _with_lto(run):
     return linked
 
 
-# %% the fourth contest tags=["export"] module="bench.gpu"
+# %% the fourth contest tags=["exporti"] module="bench.gpu"
 def ask_kernels(result, sizes, judging):
     """Judge and time every version of every layer, most work first.
 
@@ -700,7 +700,7 @@ def _there(torch, drawn):
 # a GPU has said so the rows are unmeasured, with the reason.
 
 
-# %% epilogues tags=["export"] module="bench.gpu"
+# %% epilogues tags=["exporti"] module="bench.gpu"
 ENDS = (
     "cublas_gelu_forward", "cublas_gelu_backward", "cublas_weight_backward",
 )  # fmt: skip
