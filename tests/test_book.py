@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 BOOK = ROOT / "book"
 HTML = Path(os.environ.get("LLMNB_BOOK", BOOK / "_build" / "html"))
 CHAPTERS = sorted((ROOT / "notebooks").glob("*/[0-9]*.py"))
+LAYERNORM = "notebooks/1_by_hand/06_layernorm.html"
 EXPORTED = {"export", "exporti"}
 FLAGS = ["--headless", "--no-sandbox", "--no-first-run"]
 FLAGS += [f"--disable-{x}" for x in ("gpu", "quic", "component-update",
@@ -276,25 +277,21 @@ class Visit:
             viewport={"width": width, "height": 844}, color_scheme=scheme
         )
         self.page = self.context.new_page()
-        self.page.on("request", self.note_request)
-        self.page.on("console", self.note_console)
-        self.page.on("pageerror", lambda e: self.trouble.append(str(e)))
-        self.page.on("response", self.note_response)
-        self.page.on(
-            "requestfailed", lambda r: self.trouble.append(f"failed: {r.url}")
-        )
+        inside = home, "data:", "blob:"
+        for event, bad, words in (
+            ("pageerror", lambda x: True, "{}"),
+            ("requestfailed", lambda x: True, "failed: {.url}"),
+            ("request", lambda x: not x.url.startswith(inside),
+             "leaves the machine: {.url}"),
+            ("console", lambda x: x.type in ("error", "warning"),
+             "console: {.text}"),
+            ("response", lambda x: x.status >= 400, "{0.status}: {0.url}"),
+        ):  # fmt: skip
+            self.page.on(event, functools.partial(self.note, bad, words))
 
-    def note_request(self, request):
-        if not request.url.startswith((self.home, "data:", "blob:")):
-            self.trouble.append(f"leaves the machine: {request.url}")
-
-    def note_console(self, message):
-        if message.type in ("error", "warning"):
-            self.trouble.append(f"console: {message.text}")
-
-    def note_response(self, response):
-        if response.status >= 400:
-            self.trouble.append(f"{response.status}: {response.url}")
+    def note(self, bad, words, event):
+        if bad(event):
+            self.trouble.append(words.format(event))
 
     def open(self, name):
         """Show a page; returns when all that it loads is there."""
@@ -435,7 +432,7 @@ EXPORT_MARK = """() => {
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_exported_cells_are_marked(visit):
-    page = visit.open("notebooks/1_by_hand/06_layernorm.html")
+    page = visit.open(LAYERNORM)
     mark = page.evaluate(EXPORT_MARK)
     assert mark["label"].startswith("exported to llmnb.")
     assert mark["edge"] >= 3
@@ -446,7 +443,7 @@ def test_exported_cells_are_marked(visit):
 
 @narrow
 def test_solutions_are_folded_and_open(visit):
-    page = visit.open("notebooks/1_by_hand/06_layernorm.html")
+    page = visit.open(LAYERNORM)
     cell = page.locator("details.fold:not(.exercise)").first
     code = cell.locator("pre").first
     assert not code.is_visible()
@@ -502,7 +499,7 @@ def test_a_browser_that_cannot_unpack_gets_mathjax_plain(
 
 def test_pages_work_from_disk_without_a_server(browser):
     with Visit(browser, HTML.resolve().as_uri(), 1280) as visit:
-        page = visit.open("notebooks/1_by_hand/06_layernorm.html")
+        page = visit.open(LAYERNORM)
         assert page.evaluate(UNRENDERED) == []
         assert page.locator("mjx-container").count() > 20
         assert visit.trouble == []

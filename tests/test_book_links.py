@@ -13,12 +13,12 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from test_book import BOOK, CHAPTERS, HTML, ROOT, Page, Visit, browser, built
-from test_book import narrow, place, scheme, visit, why_not_built, width
+from test_book import BOOK, CHAPTERS, HTML, LAYERNORM, ROOT, Page, Visit
+from test_book import browser, built, narrow, place, scheme, visit
+from test_book import why_not_built, width
 
 from llmnb.book.export import chapter_label
 
-LAYERNORM = "notebooks/1_by_hand/06_layernorm.html"
 CARD = ".preview-card"
 MOST_BYTES, MOST_REQUESTS = 1_200_000, 15
 

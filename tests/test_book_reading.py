@@ -9,10 +9,10 @@ import re
 import sys
 
 import pytest
-from test_book import BOOK, CHAPTERS, EXPORTED, HTML, ROOT, address, browser
-from test_book import built, contrast, narrow, place, scheme, visit, width
+from test_book import BOOK, CHAPTERS, EXPORTED, HTML, LAYERNORM, ROOT, address
+from test_book import browser, built, contrast, narrow, place, scheme, visit
+from test_book import width
 
-LAYERNORM = "notebooks/1_by_hand/06_layernorm.html"
 ATTENTION = "notebooks/1_by_hand/08_attention.html"
 MEASURED = [p for p in CHAPTERS if p.parent.name == "1_by_hand"]
 PROSE = 35  # per cent of an article's height that is prose, at least
