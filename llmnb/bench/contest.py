@@ -143,10 +143,7 @@ def in_turns(clock, runs, budget=2.0, most=50):
 
     Derived in chapter A.7.
     """
-    turns = {
-        name: functools.partial(clock.seconds, run, clock.launching(run))
-        for name, run in runs.items()
-    }
+    turns = {name: clock.timer(run) for name, run in runs.items()}
     once = sum(turn() for turn in turns.values())
     rounds = int(budget / max(once, 1e-9))
     return take_turns(turns, range(min(max(rounds, 5), most)))

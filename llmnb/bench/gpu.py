@@ -245,9 +245,8 @@ def mma_peak(clock):
     """FLOP/s of `mma` in bfloat16 on registers alone."""
     grid = 8 * numba_cuda().get_current_device().MULTIPROCESSOR_COUNT
     out = to_device(np.full(256 * grid, 0.5, np.float32))
-    run = partial(_mma_alone[grid, 256], out, _TURNS)
-    host = clock.launching(run)
-    seconds = median(clock.seconds(run, host) for _ in range(20))
+    turn = clock.timer(partial(_mma_alone[grid, 256], out, _TURNS))
+    seconds = median(turn() for _ in range(20))
     return grid * 8 * _TURNS * 4 * 2 * 16**3 / seconds
 
 

@@ -185,24 +185,21 @@ class Clock:
         end.synchronize()
         return start.elapsed_time(end) / 1e3  # from milliseconds
 
-    def launching(self, run):
-        """Seconds that the host needs for run(), which only launches."""
+    def timer(self, run):
+        """A function: seconds that the GPU takes for what run() launches."""
         run()  # compiles
         self._wait()
         start = time.perf_counter()
         run()
-        spent = time.perf_counter() - start
+        launching = time.perf_counter() - start
         self._wait()
-        return spent
 
-    def seconds(self, run, launching):
-        """Seconds that the GPU takes for what run() launches.
+        def seconds():
+            for _ in range(1 + int(2 * launching / self._swept)):
+                self._sweep()
+            return self._between(run)
 
-        launching: what the host takes, from the method of that name.
-        """
-        for _ in range(1 + int(2 * launching / self._swept)):
-            self._sweep()
-        return self._between(run)
+        return seconds
 
 
 # %% the limits of a GPU tags=["export"] module="bench.clock"
@@ -226,8 +223,8 @@ def limits(clock):
         "copy_bytes": lambda: _copy[grid, 256](there, here),
     }
     for name, run in runs.items():
-        host = clock.launching(run)
-        work[name] /= median(clock.seconds(run, host) for _ in range(20))
+        seconds = clock.timer(run)
+        work[name] /= median(seconds() for _ in range(20))
     return work
 
 

@@ -597,10 +597,7 @@ def in_turns(clock, runs, budget=2.0, most=50):
     at most `most` are measured. Returns a dict from name to a list of
     seconds.
     """
-    turns = {
-        name: functools.partial(clock.seconds, run, clock.launching(run))
-        for name, run in runs.items()
-    }
+    turns = {name: clock.timer(run) for name, run in runs.items()}
     once = sum(turn() for turn in turns.values())
     rounds = int(budget / max(once, 1e-9))
     return take_turns(turns, range(min(max(rounds, 5), most)))

@@ -307,15 +307,16 @@ def gpu(monkeypatch):
     return gpu
 
 
-def test_the_clock_sweeps_before_the_first_mark(gpu):
-    timer = clock.Clock()
+@pytest.mark.parametrize(("launching", "sweeps"), [(2.1e-4, 5), (0.0, 1)])
+def test_the_clock_sweeps_before_the_first_mark(
+    gpu, monkeypatch, launching, sweeps
+):
+    timer, times = clock.Clock(), iter([0.0, launching])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    seconds = timer.timer(lambda: gpu.work("run", 3e-5))
     gpu.log.clear()
-    spent = timer.seconds(lambda: gpu.work("run", 3e-5), launching=2.1e-4)
-    assert spent == pytest.approx(3e-5)
-    assert gpu.log == ["sweep"] * 5 + ["mark", "run", "mark", "wait"]
-    gpu.log.clear()
-    timer.seconds(lambda: gpu.work("run", 3e-5), launching=0)
-    assert gpu.log[:2] == ["sweep", "mark"]
+    assert seconds() == pytest.approx(3e-5)
+    assert gpu.log == ["sweep"] * sweeps + ["mark", "run", "mark", "wait"]
 
 
 def test_versions_take_turns(gpu):
@@ -335,9 +336,7 @@ def test_the_limits_are_of_the_work_of_two_kernels(gpu, monkeypatch):
     for name, spent in took.items():
         run = {(16, 256): lambda *_, s=spent, n=name: gpu.work(n, s)}
         monkeypatch.setattr(clock, name, run)
-    timer = SimpleNamespace(
-        launching=lambda run: 2e-4, seconds=lambda run, host: between(gpu, run)
-    )
+    timer = SimpleNamespace(timer=lambda run: lambda: between(gpu, run))
     found = clock.limits(timer)
     flops = 2 * 16 * 8 * 4096 * 256 * 16  # of all threads of 16 blocks
     assert found["fma_peak"] == pytest.approx(flops / 1e-3)
