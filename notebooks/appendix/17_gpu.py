@@ -142,6 +142,7 @@ class Result:
         for name, row in found.items():
             contest["contestants"].append({"name": name} | row)
             print(f"{spent}: {name} {row.get('unmeasured', '')}", flush=True)
+        contest["ratios"] = ratios(contest["contestants"])
         self.write()
 
     def row(self, contest, name, measure, needs=5):
@@ -400,8 +401,6 @@ def ask_halves(result, sizes, judging):
         contest |= {"work": 0, "limit": peak}
         what = layer, sizes, clock, torch, judging, contest
         result.rows(contest, names, partial(_half_rows, *what), needs=20)
-        contest["ratios"] = ratios(contest["contestants"])
-    result.write()
 
 
 # %% one layer in bfloat16 tags=["exporti"] module="bench.gpu"
@@ -481,8 +480,6 @@ def ask_steps(result, name, shape, settings):
     for who in sorted(specs, key=lambda k: k.endswith("no graph")):
         row = partial(_step, who, specs[who], settings, B * T)
         result.row(contest, who, row, needs=40)
-        contest["ratios"] = ratios(contest["contestants"])
-    result.write()
 
 
 def _step(name, spec, settings, tokens):
