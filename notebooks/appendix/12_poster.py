@@ -268,13 +268,8 @@ def draw_wiring(ax, size=8.0, part="model"):
     if part not in ("model", "block"):
         raise ValueError(f"draw_wiring: no part is called {part!r}")
     pen, top, head = Pen(ax, size), 32, 172
-    lines = (
-        (STREAM, (20, head - LANE), FORWARD),
-        (DSTREAM, (head + LANE, 20), BACK),
-    )
-    for x, ends, colour in lines:
-        heads = (24, 66, 122, 158) if colour == FORWARD else (156, 100, 34, 25)
-        pen.trunk(x, ends, colour, heads)
+    pen.trunk(STREAM, (20, head - LANE), FORWARD, (24, 66, 122, 158))
+    pen.trunk(DSTREAM, (head + LANE, 20), BACK, (156, 100, 34, 25))
     _block(pen, top)
     if part == "model":
         _encoder(pen)

@@ -740,7 +740,7 @@ their TeX as alternative text; figures carry their captions.</meta>
 {items}
 </manifest>
 <spine>
-<itemref idref="nav"/>
+<itemref idref="nav.xhtml"/>
 {order}
 </spine>
 </package>
@@ -768,18 +768,13 @@ def navigation(entries):
 
 def manifest(files):
     """The lines of the manifest for a dict from names to contents."""
-    for number, (name, text) in enumerate(files.items()):
-        about = {"nav.xhtml": 'id="nav" properties="nav"'}
+    for name, text in files.items():
         drawn = name.endswith(".xhtml") and "<svg" in text
         more = ' properties="svg"' if drawn else ""
-        more = about.get(name, f'id="{item_id(name, number)}"{more}')
+        more = ' properties="nav"' if name == "nav.xhtml" else more
+        what = f'id="{name.replace("/", "-")}"{more}'
         kind = KINDS[posixpath.splitext(name)[1]]
-        yield f'<item {more} href="{name}" media-type="{kind}"/>'
-
-
-def item_id(name, number):
-    """A page's name in the manifest is its file's; others are numbered."""
-    return name.removesuffix(".xhtml") if "p-" in name[:2] else f"f{number}"
+        yield f'<item {what} href="{name}" media-type="{kind}"/>'
 
 
 # %% the file tags=["exporti"] module="book.epub"
@@ -795,9 +790,7 @@ def write_epub(path, files, entries, when):
         title=escape(TITLE),
         when=when.strftime("%Y-%m-%dT%H:%M:%SZ"),
         items="\n".join(manifest(files)),
-        order="\n".join(
-            f'<itemref idref="{item_id(file_of(x), 0)}"/>' for x in entries
-        ),
+        order="\n".join(f'<itemref idref="{file_of(x)}"/>' for x in entries),
     )
     whole = {"META-INF/container.xml": CONTAINER, "book/package.opf": package}
     whole |= {f"book/{name}": data for name, data in files.items()}
