@@ -510,16 +510,14 @@ def collect(chapters):
 
     Raises ExportError at the first defect.
     """
-    modules = {}
+    owners = {}
     for chapter in chapters:
-        for name in dict.fromkeys(c.module for c in chapter.cells):
-            if name in modules:
-                first = modules[name].chapter.place
-                cell = next(c for c in chapter.cells if c.module == name)
-                cell.fail(
-                    cell.line, f"llmnb.{name} already belongs to {first}"
-                )
-            modules[name] = build_module(name, chapter)
+        for cell in chapter.cells:
+            owner = owners.setdefault(cell.module, chapter)
+            if owner is not chapter:
+                text = f"llmnb.{cell.module} already belongs to {owner.place}"
+                cell.fail(cell.line, text)
+    modules = {name: build_module(name, x) for name, x in owners.items()}
     check_undefined(modules)
     for module in modules.values():
         check_imports(module, modules)
