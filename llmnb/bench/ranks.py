@@ -97,14 +97,12 @@ def _check_shared(config, group):
 
 def _alone(config, cfg, count):
     """The row of one rank that does the whole update."""
+    row = {"name": "one rank alone"}
     try:
         found = timed_updates(config, cfg, count)
     except MemoryError as why:
-        return {"name": "one rank alone", "unmeasured": str(why)}
-    return {
-        "name": "one rank alone",
-        "step_seconds": median(x["seconds"] for x in found),
-    }
+        return row | {"unmeasured": str(why)}
+    return row | {"step_seconds": median(x["seconds"] for x in found)}
 
 
 # its rows

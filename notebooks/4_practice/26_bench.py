@@ -206,17 +206,18 @@ def bars_figure(result, kind="kernel"):
     panels = []
     for contest in [x for x in result["contests"] if x["kind"] == kind]:
         rows = [x for x in contest["contestants"] if "seconds" in x]
-        numbers = [
-            [1e3 * s for s in x["seconds"]]
-            if kind == "step"
-            else [100 * share for share in shares(contest, x)]
-            for x in rows
-        ]
-        rows = [*zip(rows, numbers, strict=True)]
+        rows = [(x, _drawn(kind, contest, x)) for x in rows]
         panels += [(contest["name"], rows)] if rows else []
     labels = {"step": "milliseconds a step"}
     labels["kernel"] = "per cent of the GPU's peak, or of a copy"
     return _figure(panels, _draw_rows, labels[kind])
+
+
+def _drawn(kind, contest, row):
+    """The number of each round that a bar stands for."""
+    if kind == "step":
+        return [1e3 * x for x in row["seconds"]]
+    return [100 * x for x in shares(contest, row)]
 
 
 def _draw_rows(ax, rows, palette):
