@@ -1160,7 +1160,7 @@ verdict("one cell", len(changed) == 2 and not extra, "changes two files")
 
 # %% exercise 2 tags=["hide-cell"]
 def unused(module):
-    text = "".join(f"{cell.source}\n" for cell in module.cells)
+    text = "".join(f"{cell.source}\n" for cell, _ in module.cells)
     return [x for _, _, x in findings({module.name: text}, "F401")]
 
 
