@@ -223,13 +223,6 @@ def test_chapters_show_their_exported_cells_and_their_number(built):
         assert sum("chapter-number" in c for c in page.classes) == 1
 
 
-def test_the_search_index_knows_every_page(built):
-    text = (HTML / "searchindex.js").read_text("utf-8")
-    for path in CHAPTERS:
-        assert f'"notebooks/{place(path)}"' in text
-    assert "layernorm_backward" in text
-
-
 # The built pages, in a browser
 
 

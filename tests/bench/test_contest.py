@@ -52,27 +52,6 @@ def test_every_tuple_of_plainer_versions_has_a_ladder():
     assert seen >= 12
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_torch_does_the_same(name):
-    """PyTorch's operation, on a CPU, where V fills the padded rows."""
-    torch = pytest.importorskip("torch")
-    ladder = ladder_named(name)
-    arguments = ladder.draw(TINY._replace(V=128))
-    for key in ladder.results if ladder.changes else ():
-        if key.startswith("d") and name != "residual_backward":
-            arguments[key][...] = 0  # PyTorch writes where we add
-    want = ladder.expected(arguments)
-    tensors = {
-        k: torch.from_numpy(v.copy()) if isinstance(v, np.ndarray) else v
-        for k, v in arguments.items()
-    }
-    got = ladder.torch(torch, SimpleNamespace(**tensors))()
-    assert len(got) >= 1 or name == "adamw_apply"
-    for key, x in zip(ladder.results, got, strict=False):
-        x = x.detach().numpy().reshape(want[key].shape)
-        np.testing.assert_allclose(x, want[key], atol=3e-5, err_msg=key)
-
-
 def test_what_is_only_written_is_drawn_as_nothing():
     for ladder in LADDERS:
         drawn = ladder.draw(TINY)

@@ -106,6 +106,7 @@ def test_pytorch_in_float64_is_the_reference(ladder):
     assert gpu.wrong_by(torch, spoilt, got).startswith(f"{name} is ")
     spoilt = fine | {name: fine[name] * np.nan}
     assert "not finite" in gpu.wrong_by(torch, spoilt, got)
+    ladder.torch(torch, SimpleNamespace(**drawn))()  # it runs, AdamW's too
 
 
 @pytest.mark.parametrize("layer", gpu.HALVES)
