@@ -291,6 +291,7 @@ def test_a_link_shows_a_card_of_its_target(visit):
         assert box["x"] >= 0 and box["x"] + box["width"] <= 1280
         page.keyboard.press("Escape")
         assert page.locator(CARD).count() == 0
+    assert visit.trouble == []
 
 
 @pytest.mark.parametrize("width, scheme", [(390, "dark")])
@@ -374,6 +375,7 @@ def test_search_as_you_type(visit):
     page.keyboard.press("Enter")
     page.wait_for_url("**/18_training.html*")
     page.wait_for_load_state("networkidle")
+    assert visit.trouble == []
 
 
 def loaded(browser, address, name):

@@ -168,6 +168,7 @@ def test_a_figure_moves_by_keys_and_buttons_fits_and_prints_its_still(
     assert set(map(tuple, figure.page.evaluate(SHOWN))) == {(True, False)}
     figure.page.emulate_media(media="print")
     assert set(map(tuple, figure.page.evaluate(SHOWN))) == {(False, True)}
+    assert visit.trouble == []
 
 
 def test_the_still_is_there_without_javascript(browser, address):

@@ -136,6 +136,7 @@ def test_the_switch_opens_what_it_says(visit):
     state = press(page, "All")
     assert len(state["open"]) == state["count"] > 15
     assert press(page, "Read")["open"] == []
+    assert visit.trouble == []
 
 
 def test_the_switch_works_by_keyboard_and_keeps_the_place(visit):
@@ -187,6 +188,7 @@ def test_the_switch_works_without_storage(visit):
     page = look(visit)
     assert page.evaluate(STATE)["view"] == "read"
     assert len(press(page, "All")["open"]) > 15
+    assert visit.trouble == []
 
 
 def test_a_long_function_shows_its_outline_until_it_is_opened(visit):
