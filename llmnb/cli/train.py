@@ -234,14 +234,18 @@ def _steps(run, stop):
     """The steps of a run, until a signal is noted; then its state is saved."""
     for step in follow(run):
         yield step
-        # to this process, or to another of its group
-        found = max(group_of(run.model).gather(stop.signal))
-        if found:  # not stop.signal: one may have come since, here alone
-            stop.signal = found
-            if step.loss is not None:
-                with telling(run):
-                    save_state(run)
-                return
+        if _stopped(run, stop) and step.loss is not None:
+            with telling(run):
+                save_state(run)
+            return
+
+
+def _stopped(run, stop):
+    """Whether a signal has come, to this process or another of its group."""
+    found = max(group_of(run.model).gather(stop.signal))
+    if found:
+        stop.signal = found
+    return found  # not stop.signal: one may have come since, here alone
 
 
 # show a step
