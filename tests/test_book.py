@@ -483,7 +483,7 @@ def test_a_browser_that_cannot_unpack_gets_mathjax_plain(
         visit.page.add_init_script("delete window.DecompressionStream")
         asked = []
         visit.page.on("request", lambda request: asked.append(request.url))
-        page = visit.open("notebooks/1_by_hand/06_layernorm.html")
+        page = visit.open(LAYERNORM)
         assert f"{home}/_static/mathjax/plain.js" in asked
         assert page.evaluate(UNRENDERED) == []
         assert page.locator("mjx-container").count() > 20
@@ -513,10 +513,9 @@ notebooks/5_modern/03_gated notebooks/6_machines/03_cost"""
 
 @pytest.mark.parametrize("name", AXE_PAGES.split())
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-def test_axe_finds_nothing_to_mend(browser, address, name, width, scheme):
+def test_axe_finds_nothing_to_mend(visit, name):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe
-    with Visit(browser, address, width, scheme) as visit:
-        found = axe().run(visit.open(f"{name}.html")).response["violations"]
+    found = axe().run(visit.open(f"{name}.html")).response["violations"]
     assert [(x["id"], x["nodes"][0]["html"]) for x in found] == []
 
 
@@ -528,10 +527,9 @@ NARROW = """[...document.querySelectorAll(".cell_output .highlight pre")]
         x.scrollWidth - x.clientWidth])"""
 
 
-def test_a_verdict_can_be_read_on_a_phone(browser, address):
-    with Visit(browser, address, 390) as visit:
-        page = visit.open("notebooks/1_by_hand/06_layernorm.html")
-        found = page.evaluate(NARROW)
-        assert len(found) > 3
-        assert min(size for size, _ in found) >= 12
-        assert max(over for _, over in found) <= 0
+@narrow
+def test_a_verdict_can_be_read_on_a_phone(visit):
+    found = visit.open(LAYERNORM).evaluate(NARROW)
+    assert len(found) > 3
+    assert min(size for size, _ in found) >= 12
+    assert max(over for _, over in found) <= 0
