@@ -14,7 +14,8 @@ from test_book import browser, built, contrast, narrow, place, scheme, visit
 from test_book import width
 
 ATTENTION = "notebooks/1_by_hand/08_attention.html"
-MEASURED = [p for p in CHAPTERS if p.parent.name == "1_by_hand"]
+PARTS = "1_by_hand", "5_modern", "6_machines"
+MEASURED = [p for p in CHAPTERS if p.parent.name in PARTS]
 PROSE = 35  # per cent of an article's height that is prose, at least
 
 
@@ -91,6 +92,19 @@ def test_what_an_author_hides_is_in_a_fold(built):
             cell = text[start.end() :].split('<div class="cell ')[0]
             assert ' fold">' in cell, path.stem
         assert len(re.findall(pattern, text)) == len(both)
+
+
+def test_what_the_text_has_told_is_one_line(built):
+    """A long function of the package as well: no outline stands for it."""
+    found = 0
+    for path in CHAPTERS:
+        text = (HTML / f"notebooks/{place(path)}.html").read_text("utf-8")
+        for start in re.finditer(r'class="[^"]*tag_fold-input[^"]*">', text):
+            cell = text[start.end() :].split('<div class="cell ')[0]
+            assert ' fold">' in cell, path.stem
+            assert "brief" not in cell, path.stem
+            found += "tag_export" in start[0]
+    assert found >= 10
 
 
 def test_the_fonts_are_small_and_have_their_licences(built):
@@ -277,9 +291,10 @@ def test_a_chapter_is_mostly_read(visit):
     shares = {}
     page = visit.page
     for path in MEASURED:
-        page.goto(f"{address}/notebooks/{place(path)}.html")
-        page.wait_for_function("window.MathJax?.startup?.promise")
-        page.evaluate("MathJax.startup.promise")
+        page.goto(f"{visit.home}/notebooks/{place(path)}.html")
+        if page.evaluate("!!document.querySelector('.math')"):
+            page.wait_for_function("window.MathJax?.startup?.promise")
+            page.evaluate("MathJax.startup.promise")
         prose, height = page.evaluate(SHARE)
         shares[path.stem] = 100 * prose / height
         print(f"{path.stem:16} {shares[path.stem]:4.1f} % of {height:.0f}")

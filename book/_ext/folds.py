@@ -8,8 +8,10 @@ longer than a cell of the book should be. An exercise's
 solution, its code and its check go into one fold, and so does the closing
 table of the names that the package gained. What a fold holds follows
 from the cell alone, so that hardly a notebook needs a tag for it: `fold-input`
-where the text has said what the code does. `reading.js` opens the folds for
-the readers who want the code.
+where the text has said what the code does. A long function then has no
+signature in sight either; that is for one whose signature the reader knows, as
+that of a layer's second backend. `reading.js` opens the folds for the readers
+who want the code.
 """
 
 import ast
@@ -185,7 +187,8 @@ def fold_cell(cell, long):
     # what an author folded stays folded where the code is open
     classes += ["authors"] if AUTHORS & tags else []
     fold = Fold(title=name, size=lines_of(source), classes=classes)
-    brief = outline(source) if kind == "exported" else ""
+    known = kind != "exported" or TOLD in tags
+    brief = "" if known else outline(source)
     cell["classes"].append("folded")
     label = cell[0]
     if not brief and "export-label" in label["classes"]:
