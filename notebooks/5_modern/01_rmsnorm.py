@@ -67,7 +67,8 @@ rng = np.random.default_rng(8)
 # at every layer. Which of the two is it that helps? Take the experiment of
 # figure 1.6.2 again, 64 vectors and twelve matrices drawn a quarter too large,
 # and do only one of them before each matrix. The first vectors have a
-# mean of 3, so that there is something to take away.
+# mean of 3, so that there is something to take away. The *size* of numbers is again
+# the root of their mean square.
 
 
 # %% one half of LayerNorm at a time
@@ -91,13 +92,13 @@ def sizes(*before):
 
 curves = {
     "neither": sizes(),
-    "the mean taken away": sizes(centred),
-    "divided by the size": sizes(divided),
+    "mean taken away": sizes(centred),
+    "divided by size": sizes(divided),
     "both": sizes(centred, divided),
 }
-for name in ("neither", "the mean taken away"):
+for name in ("neither", "mean taken away"):
     verdict(name, curves[name][-1] > 5, "the numbers grow fivefold")
-for name in ("divided by the size", "both"):
+for name in ("divided by size", "both"):
     calm = 1 < min(curves[name]) < max(curves[name]) < 1.5
     verdict(name, calm, "they stay near 1.25")
 
@@ -113,6 +114,8 @@ for name in ("divided by the size", "both"):
 #
 # $$ W'_{oi} = W_{oi} - \frac1C \sum_j W_{ji} . \tag{5.1.1} $$
 #
+# For then each column of $W'$ sums to 0, and so does $W' x$, whatever $x$ is. The
+# biases of writers and the tokens' vectors lose their means in the same way.
 # A network with LayerNorm is so turned into one with RMSNorm that computes the
 # same. We can watch it happen. Eight tokens and three half blocks, each a
 # matrix to a wider layer, a bend and a matrix back:
@@ -259,9 +262,9 @@ x = rng.normal(size=(64, 4096)).astype(np.float32)
 norm = divided(x.astype(np.float64))
 exact = norm * (1 + w.astype(np.float64))
 orders = {
-    "product, then round": rounded(norm * (1 + w)),
-    "round, then product": rounded(rounded(norm) * (1 + w)),
-    "1 + w rounded too": rounded(rounded(norm) * rounded(1 + w)),
+    "product rounded": rounded(norm * (1 + w)),
+    "the norm too": rounded(rounded(norm) * (1 + w)),
+    "and 1 + w": rounded(rounded(norm) * rounded(1 + w)),
 }
 worst = {k: (np.abs(v / exact - 1)).max() for k, v in orders.items()}
 for k, limit in zip(worst, (1, 2, 3), strict=True):
@@ -269,9 +272,11 @@ for k, limit in zip(worst, (1, 2, 3), strict=True):
     verdict(k, inside, f"off by up to {limit} / 256")
 
 # %% [markdown]
-# Each rounding adds its share. llmnb need not choose: its arrays between the
+# A number that is rounded to eight bits is off by up to $1/256$ of itself, and each
+# rounding adds its share. llmnb need not choose: its arrays between the
 # layers are float32 even where products are taken in bfloat16, so a norm never
-# rounds to 16 bits. Against a library that does, this is where logits part.
+# rounds to 16 bits (but for training on a GPU, [chapter 5.12](12_bfloat16.ipynb)).
+# Against a library that does, this is where logits part.
 
 # %% [markdown]
 # ## Backward, derived
@@ -378,7 +383,7 @@ for offset in (0.0, 1.0):
 # %% [markdown]
 # A plausible mistake with Gemma's weights: the forward pass multiplies by
 # $1 + w$, and the backward pass, written for Llama, still by $w$. In a fresh
-# model $w$ is 0, no gradient passes, and nothing crashes.
+# model $w$ is 0, no gradient passes, and nothing crashes. The check catches it:
 
 
 # %% a gradient made wrong on purpose
@@ -394,6 +399,10 @@ try:
 except AssertionError:
     caught = True
 verdict("the mistake", caught, "is caught")
+
+# %% [markdown]
+# And the two directions of LayerNorm. A gradient of RMSNorm has no component
+# along its row, but for $\epsilon$, and it may have one along the constant vector:
 
 # %% the direction in which it is blind, and one in which it is not
 dinp, _ = gradients(rmsnorm_backward)
@@ -691,10 +700,11 @@ def rmsnorm_forward(out, rstd, inp, weight, eps=1e-5, offset=0.0):
 
 
 # %% [markdown]
-# Backward, a block takes every so-manieth row, and its threads share the row
-# out. Each has the same channels in all its rows, and adds its part of $dw$ to a
-# row of a table that is the block's own. A second launch, LayerNorm's, adds the
-# table up: no atomic operation, and one order of additions whatever runs first.
+# Backward, $n$ blocks share the rows: block $b$ takes rows $b$, $b + n$, $b + 2n$ and
+# so on, and its threads share each row out. A thread has the same channels in all
+# its rows, and adds its part of $dw$ to a row of a table that is the block's own. A
+# second launch, LayerNorm's, adds the table up: no atomic operation, and one order
+# of additions whatever runs first.
 
 
 # %% a block a row tags=["exporti"] module="cuda.rmsnorm"

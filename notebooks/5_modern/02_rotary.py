@@ -181,7 +181,10 @@ plt.show()
 # same.*
 #
 # What does a score make of it? Let every pair of the query be the same as that of
-# the key. By (5.2.4) the score at distance $u - t$ is then the mean of cosines.
+# the key, and all pairs of one length. A pair and itself, turned by an angle, have
+# the cosine of that angle as their dot product, but for the length squared. So
+# by (5.2.4) the score at distance $u - t$ is the mean of $\cos\,(u - t) f_i$ over the
+# pairs, if we call it 1 at distance 0.
 
 # %% a score by distance tags=["hide-input"]
 fig, ax = plt.subplots(figsize=(7.6, 2.8), dpi=100)
@@ -273,7 +276,7 @@ differ = bool(abs(scores[0, 7] - scores[7, 0]) > 0.1)
 print("distances 7 and -7 differ:", differ)
 
 # %% [markdown]
-# The last line says that direction counts: before is not after.
+# The output's last line says that direction counts: before is not after.
 #
 # ## Two layouts
 #
@@ -314,8 +317,8 @@ compare("permuted", moved, meant, tol=1e-12)
 
 # %% [markdown]
 # What if you forget the permutation? Nothing has the wrong shape, and no number is
-# out of range. At distance 0 nothing is turned: the first position, which
-# sees only itself, computes what it should to the last bit. The next ones see
+# out of range. At distance 0 a query and its key are turned alike: the first position,
+# which sees only itself, computes what it should. The next ones see
 # scores that are wrong by little, for only the fast pairs have moved.
 
 
@@ -404,8 +407,10 @@ verdict("sign forgotten", error > 0.1, "caught")
 # places ago. One head, whose scores are made of positions alone, learns it on
 # texts of 24 tokens; then it gets texts of 96. The first head has a vector for
 # each position, for its query and its key, as GPT-2 could make them. The second
-# has one query and one key for all positions, and turns them. The output is the
-# weighted mean of the tokens' rows of the identity, sharpened.
+# has one query and one key for all positions, and turns them. There are twelve tokens,
+# and each has a row of the identity for its value. So the output says how much
+# weight each token got, and eight times that are its logits. A guess has a loss of
+# $\ln 12 = 2.48$ nats.
 
 
 # %% one head, by hand
@@ -487,7 +492,7 @@ for (name, x), colour in zip(losses.items(), ("blue", "orange"), strict=True):
     ax.plot(np.arange(5, LONG), x, color=PALETTE[colour], label=name)
 ax.axhline(chance, color=PALETTE["grey"], lw=0.8, ls="--")
 ax.axvline(SHORT - 0.5, color=PALETTE["grey"], lw=0.8)
-ax.set(xlabel="position", ylabel="loss", ylim=(-0.2, None))
+ax.set(xlabel="position", ylabel="loss, nats", ylim=(-0.2, None))
 ax.legend()
 fig.tight_layout()
 plt.show()

@@ -21,22 +21,20 @@
 # *Reading time: 30 minutes. You need: GELU
 # ([chapter 1.9](../1_by_hand/09_gelu.ipynb)); for the last two sections chapters
 # [2.2](../2_cpu/02_rows.ipynb) and [3.5](../3_gpu/05_elementwise.ipynb).*
-
-# %% [markdown]
+#
 # ## Where we are
 #
-# In the second half of a block GPT-2 widens a token's vector to $4C$ hidden
-# numbers, bends each of them by GELU, and narrows them to $C$ again. Llama,
-# Mistral, Gemma and Qwen have three matrices there in place of two. This chapter
-# builds what stands between them. At its end you can
+# In the second half of a block GPT-2 widens a token's vector to $4C$ hidden numbers,
+# bends each of them by GELU, and narrows them to $C$ again. Llama, Mistral, Gemma and
+# Qwen have three matrices there in place of two. This chapter builds what stands
+# between them. At its end you can
 #
 # - say what a gate can compute that no layer of bends can, and what it is worse
 #   at;
 # - give the hidden width that makes three matrices as large as two;
 # - derive the gradient of a gate and of the value that it lets through;
 # - say what must be kept for the backward pass, and what is computed anew.
-
-# %% [markdown]
+#
 # ## Setup
 
 # %% setup
@@ -58,16 +56,16 @@ from llmnb.shapes import shapes
 # %% [markdown]
 # ## Why it is there
 #
-# Ask a feed-forward layer for the product of two of its inputs, $x_0 x_1$. It
-# is a thing one may well want: one channel says *how much*, another says *of
-# what*. A layer of bends computes each hidden number from one sum. For a large
-# sum GELU is as good as $\max(x, 0)$, and twice the sum gives twice the result.
-# So far out, where all sums are large, twice the input gives twice the output.
-# The product gives four times. No weights and no width can follow it there.
+# Ask a feed-forward layer for the product of two of its inputs, $x_0 x_1$. It is a
+# thing one may well want: one channel says *how much*, another says *of what*. A layer
+# of bends computes each hidden number from one sum. For a large sum GELU is as good as
+# $\max(x, 0)$, and twice the sum gives twice the result. So far out, where all sums are
+# large, twice the input gives twice the output. The product gives four times. No
+# weights and no width can follow it there.
 #
-# Now let one sum multiply another. *SiLU*, the sigmoid linear unit, also called
-# Swish, is the bend that such layers use most. It is a number times its own
-# *sigmoid*, a cousin of GELU with a simpler curve in the place of $\Phi$:
+# Now let one sum multiply another. *SiLU*, the sigmoid linear unit, also called Swish,
+# is the bend that such layers use most. It is a number times its own *sigmoid*, a
+# cousin of GELU with a simpler curve in the place of $\Phi$:
 #
 # $$ \operatorname{sig}(x) = \frac{1}{1 + e^{-x}} , \qquad
 #    \operatorname{silu}(x) = x \operatorname{sig}(x) . \tag{5.3.1} $$
@@ -118,8 +116,8 @@ verdict(
 # | $\operatorname{sig}(x)$ | 0.1192 | 0.2689 | 0.5 | 0.7311 | 0.8808 |
 # | $\operatorname{silu}(x)$ | −0.2384 | −0.2689 | 0 | 0.7311 | 1.7616 |
 #
-# The first gate lets $0.7311 \cdot 3 = 2.1932$ through. The second is almost
-# shut, and turns the sign: $-0.2384 \cdot 5 = -1.1920$.
+# The first gate lets $0.7311 \cdot 3 = 2.1932$ through. The second is almost shut, and
+# turns the sign: $-0.2384 \cdot 5 = -1.1920$.
 
 # %% two gates by hand
 gates, values = np.array([1.0, -2.0]), np.array([3.0, 5.0])
@@ -135,8 +133,7 @@ print(np.round(by_hand, 4))
 #
 # Gates and values come from one product with a matrix of $2H$ rows, the two
 # matrices one upon the other. One large product is faster than two small ones.
-
-# %% [markdown]
+#
 # ## Forward
 #
 # Call a gate $a$ and its value $u$. SwiGLU puts out
@@ -156,10 +153,10 @@ print(np.round(by_hand, 4))
 #
 # $$ H = \frac{8 C^2}{3 C} = \frac83\, C . \tag{5.3.5} $$
 #
-# It is rounded up to a number that suits the kernels: for $C = 768$ it is 2,048
-# as it stands; Llama 2 of 7 billion has $C = 4096$, $\frac83 C = 10{,}922.7$, and
-# takes 11,008, the next multiple of 256. Other models choose freely: Gemma 1 of 2
-# billion is eight times as wide as its stream.
+# It is rounded up to a number that suits the kernels: for $C = 768$ it is 2,048 as it
+# stands; Llama 2 of 7 billion has $C = 4096$, $\frac83 C = 10{,}922.7$, and takes
+# 11,008, the next multiple of 256. Other models choose freely: Gemma 1 of 2 billion is
+# eight times as wide as its stream.
 #
 # The sigmoid is written with $e^{-|x|}$, which is never above 1. For $x > 0$
 # it is (5.3.1); for the others top and bottom were multiplied by $e^x$.
@@ -226,8 +223,8 @@ compare("by hand", y[0, 0], by_hand, tol=1e-12)
 # that of GELU, (1.9.7), and the code asks `gelu_backward` for it, with
 # $dy\, u$ for the gradient of the bend's result.
 #
-# A shut gate sends almost nothing back to its value, but hears itself whether it
-# should have been open, the louder the larger the value is.
+# A shut gate sends almost nothing back to its value, but hears itself whether it should
+# have been open, the louder the larger the value is.
 #
 # **What to save.** Both gradients are functions of $a$ and $u$, that is of `inp`:
 # $2H = \frac{16}3 C$ numbers a token, where GPT-2 keeps $4C$. The result $y$ is
@@ -290,9 +287,9 @@ compare("SwiGLU", *gradient(swiglu_forward, swiglu_backward), tol=1e-8)
 compare("GeGLU", *gradient(geglu_forward, geglu_backward), tol=1e-8)
 
 # %% [markdown]
-# A gate is there twice, as the factor $a$ and inside the sigmoid. Whoever takes
-# the sigmoid for a fixed weight forgets the second term of (5.3.8), and is right
-# wherever a gate is wide open or shut:
+# A gate is there twice, as the factor $a$ and inside the sigmoid. Whoever takes the
+# sigmoid for a fixed weight forgets the second term of (5.3.8), and is right wherever a
+# gate is wide open or shut:
 
 
 # %% a gradient made wrong on purpose
@@ -312,13 +309,15 @@ verdict("the mistake", caught, "is caught")
 # %% [markdown]
 # ## A gate against a bend, at equal parameters
 #
-# That two gates can make a product is one thing; whether training finds it is
-# another, and so is what the gates cost. Let both layers learn. Each has 8
-# inputs, 8 outputs and no biases: GELU 32 hidden numbers, $4C$, in 512
-# weights; SwiGLU 21, $\frac83 C$ less a third, in 504. There are two things to
-# learn, from random inputs: the product of each channel and the next,
-# $x_i x_{i+1}$, and the distance between them, $|x_i - x_{i+1}|$, which has a
-# corner.
+# That two gates can make a product is one thing; whether training finds it is another,
+# and so is what the gates cost. Let both layers learn. Each has 8 inputs, 8 outputs and
+# no biases: GELU 32 hidden numbers, $4C$, in 512 weights; SwiGLU 21, $\frac83 C$ less a
+# third, in 504. There are two things to learn, from random inputs: the product of each
+# channel and the one before, $x_i x_{i-1}$, and the distance between them, $|x_i -
+# x_{i-1}|$, which has a corner. AdamW takes 1,500 steps with 64 new inputs each. Then
+# the layer is asked for inputs from half to four times the size of those that it
+# learned from. Its error is the root mean square of what it is off by, as a share of
+# that of the target: 1 is as bad as to answer 0 always.
 
 # %% a layer of 8 channels, trained
 from llmnb.reference.adamw import AdamW, adamw_update
@@ -391,25 +390,29 @@ for ax, goal in zip(axes, targets, strict=True):
     ax.axvline(1, color=PALETTE["grey"], lw=0.8, ls=":")
     ax.set(title=f"the {goal} of two channels", xlabel="size of the inputs")
     ax.spines[["top", "right"]].set_visible(False)
-axes[0].set(ylabel="error, as a share")
+axes[0].set(ylabel="error, as a share of the target")
 axes[0].legend(frameon=False)
 fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 5.3.1. Two layers of as many weights, trained on inputs of size 1
-# (dotted). Products: the gates err a fraction of what the bends do, and follow
-# further out than they were trained. Corners: the other way round, the gates
-# grow with the square of the input where the truth grows with the input.*
+# *Figure 5.3.1. Two layers of as many weights, trained on inputs of size 1 (dotted).
+# Products: the gates err a fraction of what the bends do, and follow further out than
+# they were trained. Corners: the other way round, the gates grow with the square of the
+# input where the truth grows with the input.*
 #
-# So a gate is not a better bend. It is another kind of function, of second
-# degree, where a bend is of first. Which of them a text needs more often, no toy
-# can tell; the paper that compared them on text credits the gates' success to
-# "divine benevolence". What they buy in Part 1's model, on the same text and with
-# as many weights, [chapter 5.5](05_architectures.ipynb) measures.
-
-# %% [markdown]
+# So a gate is not a better bend. It is another kind of function, of second degree,
+# where a bend is of first. Which of them a text needs more often, no toy can tell; the
+# paper that compared them on text credits the gates' success to "divine benevolence".
+# What they buy in Part 1's model, on the same text and with as many weights, [chapter
+# 5.5](05_architectures.ipynb) measures.
+#
 # ## See it
+#
+# Left, the two bends and their slopes, from the functions as they are: a value of 1
+# lets the bent gate through, and the gradient of the gate is then the slope. Right, the
+# output of one unit of SwiGLU for any gate and any value, as a map: along a line it is
+# the same, blue where positive, orange where negative.
 
 # %% bends, slopes, and a gated unit tags=["hide-input"]
 x = np.linspace(-5, 5, 401)
@@ -430,7 +433,7 @@ for (name, (bent, slope)), colour in zip(
 ):
     ax.plot(x, bent, color=PALETTE[colour], label=name)
     ax.plot(x, slope, "--", color=PALETTE[colour], label="its slope")
-ax.set(xlabel="gate", ylim=(-0.5, 3))
+ax.set(xlabel="gate", ylabel="bent gate, and slope", ylim=(-0.5, 3))
 ax.legend(frameon=False, loc="upper left")
 ax.spines[["top", "right"]].set_visible(False)
 ax, (a, u) = axes[1], np.meshgrid(x, x)
@@ -445,25 +448,22 @@ plt.show()
 # *Figure 5.3.2. Left: SiLU is a GELU that takes longer to shut, and its slope
 # overshoots 1 as well. Right: with an open gate a unit is a product, and its
 # lines of equal output are hyperbolas; with a shut gate it is near nothing.*
-
-# %% [markdown]
+#
 # ## Count it
 #
-# No parameters of its own. A number of `out` takes about 20 operations forward,
-# most in the exponential, and 30 backward, as against $3 \cdot 2 C$ in the
-# three products that it takes part in. There are $\frac83 C$ of them a token
-# and not $4C$, so there are fewer exponentials than in GPT-2, while $\frac{16}3
-# C$ numbers a token are kept in place of $4C$.
-
-# %% [markdown]
+# No parameters of its own. A number of `out` takes about 20 operations forward, most in
+# the exponential, and 30 backward, as against $3 \cdot 2 C$ in the three products that
+# it takes part in. There are $\frac83 C$ of them a token and not $4C$, so there are
+# fewer exponentials than in GPT-2, while $\frac{16}3 C$ numbers a token are kept in
+# place of $4C$.
+#
 # ## On a CPU
 #
-# The kernels take the sigmoid's form from
-# [chapter 2.2](../2_cpu/02_rows.ipynb): with $e^{-|x|}$ from `fast_exp`, which
-# vectorises. Both bends give their value and their slope together, since the
-# two share the exponential; where a kernel does not use the slope, the compiler
-# drops it. The kernels are made around a bend, so that each loop is written
-# once.
+# The kernels take the sigmoid's form from [chapter 2.2](../2_cpu/02_rows.ipynb): with
+# $e^{-|x|}$ from `fast_exp`, which vectorises. Both bends give their value and their
+# slope together, since the two share the exponential; where a kernel does not use the
+# slope, the compiler drops it. The kernels are made around a bend, so that each loop is
+# written once.
 
 # %% imports of the CPU module tags=["export"] module="cpu.gated"
 import math
@@ -531,10 +531,11 @@ _geglu, _geglu_back = _kernels(_gelu)
 
 # %% [markdown]
 # The halves of a row are an axis of their own in the kernels: `inp[n, 0, i]` is
-# a gate and `inp[n, 1, i]` its value. Threads share out the rows.
+# a gate and `inp[n, 1, i]` its value. Threads share out the rows. What users call has
+# the arguments of the functions in NumPy, here and on a GPU.
 
 
-# %% SwiGLU, compiled tags=["export"] module="cpu.gated"
+# %% SwiGLU, compiled tags=["export", "fold-input"] module="cpu.gated"
 @shapes("B T H!, B T 2H")
 def swiglu_forward(out, inp):
     """Multiply SiLU of the first half of each row by the second half.
@@ -560,7 +561,7 @@ def swiglu_backward(dinp, dout, inp):
     _swiglu_back(dx, dout.reshape(-1, H), x)
 
 
-# %% GeGLU, compiled tags=["export"] module="cpu.gated"
+# %% GeGLU, compiled tags=["export", "fold-input"] module="cpu.gated"
 @shapes("B T H!, B T 2H")
 def geglu_forward(out, inp):
     """Multiply GELU of the first half of each row by the second half.
@@ -628,10 +629,10 @@ print(f"SwiGLU: {slow / fast:.1f} times as fast as NumPy")
 # %% [markdown]
 # ## On a GPU
 #
-# As in [chapter 3.5](../3_gpu/05_elementwise.ipynb): a thread owns one number of
-# `out`, or four neighbours where the arrays begin at multiples of 16 bytes and 4
-# divides $H$. It reads their gates, and $H$ numbers later their values; backward
-# it writes both gradients. No thread needs another.
+# As in [chapter 3.5](../3_gpu/05_elementwise.ipynb): a thread owns one number of `out`,
+# or four neighbours where the arrays begin at multiples of 16 bytes and 4 divides $H$.
+# It reads their gates, and $H$ numbers later their values; backward it writes both
+# gradients. No thread needs another.
 
 # %% imports of the GPU module tags=["export"] module="cuda.gated"
 import math
@@ -739,7 +740,7 @@ def _launch(kernels, H, *arrays):
     run[-(-threads // BLOCK), BLOCK](*rows)
 
 
-# %% SwiGLU on a GPU tags=["export"] module="cuda.gated"
+# %% SwiGLU on a GPU tags=["export", "fold-input"] module="cuda.gated"
 @shapes("B T H!, B T 2H", DEVICE)
 def swiglu_forward(out, inp):
     """Multiply SiLU of the first half of each row by the second half.
@@ -762,7 +763,7 @@ def swiglu_backward(dinp, dout, inp):
     _launch(_swiglu_back, dout.shape[-1], dinp, dout, inp)
 
 
-# %% GeGLU on a GPU tags=["export"] module="cuda.gated"
+# %% GeGLU on a GPU tags=["export", "fold-input"] module="cuda.gated"
 @shapes("B T H!, B T 2H", DEVICE)
 def geglu_forward(out, inp):
     """Multiply GELU of the first half of each row by the second half.
@@ -805,8 +806,7 @@ for H in (8, 9):
 
 # %% [markdown]
 # These kernels have been simulated and compiled, and not run on a GPU.
-
-# %% [markdown]
+#
 # ## Take away
 #
 # - A gate multiplies one sum by another. Two gated units make a product without
@@ -815,17 +815,14 @@ for H in (8, 9):
 #   everything, and at equal parameters it is narrower: $\frac83 C$.
 # - Each factor's gradient has the other one in it; both inputs are kept, the
 #   result is not.
-
-# %% [markdown]
+#
 # ## Design note
 #
-# Gates and values could lie side by side, a gate and then its value, so that a
-# vector of four holds two whole units. Published files have two matrices: to
-# stack them is to copy each once, to interleave them to copy row by row, and
-# back for whoever saves. And two halves are two plain streams of memory, which
-# vectors read as well as one.
-
-# %% [markdown]
+# Gates and values could lie side by side, a gate and then its value, so that a vector
+# of four holds two whole units. Published files have two matrices: to stack them is to
+# copy each once, to interleave them to copy row by row, and back for whoever saves. And
+# two halves are two plain streams of memory, which vectors read as well as one.
+#
 # ## Exercises
 #
 # **1** (★). SiLU with a steeper sigmoid, $x \operatorname{sig}(\beta x)$, becomes
@@ -882,8 +879,7 @@ compare("GLU", *gradient(glu_forward, glu_backward), tol=1e-8)
 # - Shazeer (2020),
 #   [GLU Variants Improve Transformer](https://arxiv.org/abs/2002.05202): four
 #   pages, the tables at equal parameters, and the sentence quoted here.
-
-# %% [markdown]
+#
 # ## What llmnb gained
 
 # %% what llmnb gained

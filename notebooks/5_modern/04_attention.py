@@ -26,9 +26,8 @@
 #
 # ## Where we are
 #
-# Attention computes today what it computed in GPT-2. Five things around it are
-# new, and each answers to a trouble that came with size. At the end of this
-# chapter you can
+# Attention computes today what it computed in GPT-2. Five things around it are new, and
+# each answers to a trouble that came with size. At the end of this chapter you can
 #
 # - count the cache of a model, and say what sharing keys saves of it;
 # - say how far a stack of blocks sees of which each looks back a window;
@@ -51,13 +50,13 @@ rng = np.random.default_rng(4)
 # ## Keys that heads share
 #
 # A model that writes keeps the keys and values of all positions
-# ([chapter 4.19](../4_practice/19_cache.ipynb)). With $NKV$ heads of them, of
+# ([chapter 4.19](../4_practice/19_cache.ipynb)). With $NKV$ heads of them (*kv heads*), of
 # $hs$ channels each, a position leaves behind
 #
 # $$ 2\, L \cdot \mathrm{NKV} \cdot hs \text{ numbers} . \tag{5.4.1} $$
 #
 # In Llama 2 7B every head of queries has its own: 32 blocks, 32 heads, 128
-# channels. Stored in 16 bits, a text of 4,096 tokens takes
+# channels. With numbers of 16 bits this takes, for a token and for a text of 4,096:
 
 # %% the cache of some models
 #        blocks, heads of queries, of keys, size of a head
@@ -78,13 +77,13 @@ for name, (L, NH, NKV, hs) in models.items():
 # 2 GB for one text, beside weights of 13 GB; with eight texts at once the cache is
 # larger than the model. And all of it is read for each token.
 #
-# So let several heads of queries read the same keys and values. This is *grouped
-# query attention*; with one head of keys for all it is called *multi-query*.
-# [Chapter 1.8](../1_by_hand/08_attention.ipynb) has written attention for any
-# $NKV$ that divides $NH$, and so have all kernels since. Head $h$ of the
-# queries reads head $\lfloor h \cdot NKV / NH \rfloor$ of the keys, neighbours
-# share. Backward, a key that several heads read gets the sum of what each would
-# give it, (1.8.10) over all heads of its group.
+# So let several heads of queries read the same keys and values. This is *grouped query
+# attention*; with one head of keys for all it is called *multi-query*. [Chapter
+# 1.8](../1_by_hand/08_attention.ipynb) has written attention for any $NKV$ that divides
+# $NH$, and so have all kernels since. Head $h$ of the queries reads head $\lfloor h
+# \cdot NKV / NH \rfloor$ of the keys, neighbours share. Backward, a key that several
+# heads read gets the sum of what each would give it, (1.8.10) over all heads of its
+# group.
 
 
 # %% heads and the keys that they read tags=["hide-input"]
@@ -126,9 +125,9 @@ plt.show()
 # $$ o_{ti} = \sum_{t - W < u \le t} a_{tu}\, v_{ui} , \qquad
 #    a_{tu} = 0 \text{ elsewhere} . \tag{5.4.2} $$
 #
-# Nothing else changes, neither forward nor backward, for every sum of
-# chapter 1.8 runs over the positions that are seen. But what is kept, and what is
-# computed, no longer grows with the text. Of a text of $T \ge W$ positions,
+# Nothing else changes, neither forward nor backward, for every sum of chapter 1.8 runs
+# over the positions that are seen. But what is kept, and what is computed, no longer
+# grows with the text. Of a text of $T \ge W$ positions,
 #
 # $$ \sum_{t=0}^{T-1} \min(t + 1,\, W) = W T - \tfrac12 W (W - 1) \tag{5.4.3} $$
 #
@@ -136,10 +135,10 @@ plt.show()
 # the window is never read again.
 #
 # Does the model forget everything beyond? A position of block 2 reads positions of
-# block 1, which have read $W - 1$ positions further back: a stack of $L$ sees
-# $L\,(W - 1) + 1$ positions, though through many hands. Mistral 7B v0.1 has
-# $W = 4096$ in all of 32 blocks. Gemma 2 has a window in every other block only,
-# Gemma 3 in five of six, of 512 or 1,024 positions, and the sixth sees all.
+# block 1, which have read $W - 1$ positions further back: a stack of $L$ sees $L\,(W -
+# 1) + 1$ positions, though through many hands. Mistral 7B v0.1 has $W = 4096$ in all of
+# 32 blocks. Gemma 2 has a window in every other block only, Gemma 3 in five of six, of
+# 512 or 1,024 positions, and the sixth sees all.
 
 # %% by hand, and with three blocks
 W, T = 3, 12
@@ -171,10 +170,10 @@ plt.show()
 #
 # ## Scores that run away
 #
-# A softmax compares scores by their differences. Let all queries of a head grow,
-# and soon one weight is 1 and the others are 0. Then $a\,(1 - a)$ is 0 for all of
-# them, by (1.8.8) no gradient comes back, and nothing in the loss pulls the
-# queries down again. Watch it, as queries and keys grow:
+# A softmax compares scores by their differences. Let all queries of a head grow, and
+# soon one weight is 1 and the others are 0. Then $a\,(1 - a)$ is 0 for all of them, by
+# (1.8.8) no gradient comes back, and nothing in the loss pulls the queries down again.
+# Watch one query's largest weight as it and its 20 keys grow, plain and with two remedies:
 
 
 # %% queries that grow
@@ -213,8 +212,8 @@ verdict("norms", np.allclose(runs["norms"], runs["norms"][0]), "do not see it")
 # %% [markdown]
 # ### A soft cap
 #
-# Gemma 2 bends the scores. With $\tilde s_{tu}$ for the scaled product of
-# (1.8.1), and a *cap* $c$,
+# Gemma 2 bends the scores. With $\tilde s_{tu}$ for the scaled product of (1.8.1), and
+# a *cap* $c$,
 #
 # $$ s_{tu} = c \tanh \frac{\tilde s_{tu}}{c} . \tag{5.4.4} $$
 #
@@ -231,30 +230,31 @@ verdict("norms", np.allclose(runs["norms"], runs["norms"][0]), "do not see it")
 # $$ d\tilde s_{tu} = \Bigl( 1 - \tanh^2 \frac{\tilde s_{tu}}{c} \Bigr)\, ds_{tu}
 #    = \Bigl( 1 - \frac{s_{tu}^2}{c^2} \Bigr)\, ds_{tu} . \tag{5.4.6} $$
 #
-# $ds_{tu}$ is (1.8.8), and in (1.8.10) $d\tilde s_{tu}$ takes its place. So a cap
-# is no cure for a gradient that has died: far out, where a score is near $c$, its
-# slope is near 0 as well. It holds the weights apart before that. The mask comes
-# after the cap: $c \tanh(-\infty / c)$ would be $-c$, and the future visible.
+# $ds_{tu}$ is (1.8.8), and in (1.8.10) $d\tilde s_{tu}$ takes its place. So a cap is no
+# cure for a gradient that has died: where a score is near $c$, its slope is near 0 as
+# well. In the last column of the table every positive score has come there, and they
+# share the weight alike. What a cap gives is that a few scores which run ahead stop at
+# $c$, and the others still count. The mask comes after the cap: $c \tanh(-\infty / c)$
+# would be $-c$, and the future visible.
 #
 # ### Norms of queries and keys
 #
-# Qwen 3 and Gemma 3 take the other way: RMSNorm, over the $hs$ channels of each
-# head of queries and of keys, before they are turned by their position. One head of
-# one position is a row of (5.1.3), with weights $w$ that all heads share:
+# Qwen 3 and Gemma 3 take the other way: RMSNorm, over the $hs$ channels of each head of
+# queries and of keys, before they are turned by their position. One head of one
+# position is a row of (5.1.3), with weights $w$ that all heads share:
 #
 # $$ \hat q_{ti} = r_t\, q_{ti} , \qquad q'_{ti} = w_i\, \hat q_{ti} , \qquad
 #    r_t = \Bigl( \tfrac{1}{hs} \sum_i q_{ti}^2 + \epsilon \Bigr)^{-1/2} .
 #    \tag{5.4.7} $$
 #
-# A row so normed has the length $\sqrt{hs}$ at most, so a product of two is at
-# most $hs$, and the score, over $\sqrt{hs}$, at most
+# A row so normed has the length $\sqrt{hs}$ at most, so a product of two is at most
+# $hs$, and the score, over $\sqrt{hs}$, at most
 #
 # $$ |s_{tu}| \le \sqrt{hs}\; \max_i |w_i|^2 \tag{5.4.8} $$
 #
 # where queries and keys have the same $w$. It bounds the score as a cap does, and
-# unlike that it lets the gradient live: it removes only what would
-# make a query longer. The gradient is (5.1.9), per head, with
-# $d\hat q_{ti} = w_i\, dq'_{ti}$:
+# unlike that it lets the gradient live: it removes only what would make a query longer.
+# The gradient is (5.1.9), per head, with $d\hat q_{ti} = w_i\, dq'_{ti}$:
 #
 # $$ dq_{ti} = r_t \Bigl( d\hat q_{ti} - \hat q_{ti}\;
 #    \tfrac{1}{hs} \sum_j d\hat q_{tj}\, \hat q_{tj} \Bigr) , \qquad
@@ -265,11 +265,11 @@ verdict("norms", np.allclose(runs["norms"], runs["norms"][0]), "do not see it")
 #
 # ### The size of a head, and the scale
 #
-# In GPT-2 the heads together are as wide as the stream, $NH \cdot hs = C$.
-# Nothing asks for that: the first linear layer of attention makes
-# $(NH + 2 NKV)\, hs$ numbers of $C$, the last one $C$ of $NH \cdot hs$. Gemma has
-# heads of 256 channels, Qwen 3 of 128, whatever $C$ is. Nor need the scale be
-# $1/\sqrt{hs}$: Gemma 2 27B has heads of 128 and divides by $\sqrt{144}$.
+# In GPT-2 the heads together are as wide as the stream, $NH \cdot hs = C$. Nothing asks
+# for that: the first linear layer of attention makes $(NH + 2 NKV)\, hs$ numbers of
+# $C$, the last one $C$ of $NH \cdot hs$. Gemma has heads of 256 channels, Qwen 3 of
+# 128, whatever $C$ is. Nor need the scale be $1/\sqrt{hs}$: Gemma 2 27B has heads of
+# 128 and divides by $\sqrt{144}$.
 #
 # ## Forward
 #
@@ -279,9 +279,9 @@ verdict("norms", np.allclose(runs["norms"], runs["norms"][0]), "do not see it")
 # | `out`, `lse` | (B, T, NH hs), (B, NH, T) | as in chapter 1.8 |
 # | `rstd` | (B, T, NH + NKV) | of the norms: $r_t$ of each head |
 #
-# One function has all of it. A *rule* is a window, a scale and a cap, and each may
-# be missing. The scores keep their slope for the way back: the scale, times
-# (5.4.6) where there is a cap.
+# One function has all of it. A *rule* is a window, a scale and a cap, and each may be
+# missing. The scores keep their slope for the way back: the scale, times (5.4.6) where
+# there is a cap.
 
 # %% imports tags=["export"] module="reference.local"
 import numpy as np
@@ -547,9 +547,9 @@ want = numerical_gradient(norm_loss, weights)
 compare("their weights", dweights, want, tol=1e-8)
 
 # %% [markdown]
-# A plausible mistake: the cap is there forward and forgotten backward. With the
-# $c = 50$ of Gemma 2 and scores near 1 a cap changes a score by some $1/7500$. A
-# tolerance of a hundredth would see nothing; ours does.
+# A plausible mistake: the cap is there forward and forgotten backward. With the $c =
+# 50$ of Gemma 2 and scores near 1 a cap changes a score by some $1/7500$. A tolerance
+# of a hundredth would see nothing; ours does.
 
 
 # %% a gradient made wrong on purpose
@@ -600,7 +600,7 @@ plt.show()
 # Sharing keys leaves the operations of attention as they are, and spares weights:
 # `qkvw` has $(NH + 2 NKV)\, hs$ rows. A window of 4,096, of 32,768 positions:
 
-# %% pairs with a window, and places in a cache
+# %% pairs with a window, and places in a cache tags=["fold-input"]
 T, W = 32768, 4096
 pairs = W * T - W * (W - 1) // 2
 print(f"pairs:  {pairs / (T * (T + 1) // 2):.0%} of those without a window")
@@ -713,11 +713,11 @@ print(f"window: {near / whole:.2f} of the time, cap: {capped / whole:.2f}")
 # %% [markdown]
 # ## On a GPU
 #
-# The two walks of figure 3.9.1 become shorter, and the owners stay: a block of
-# threads that owns queries begins at the first tile of keys that its first row sees,
-# one that owns keys ends at the last query that sees its last key. The rule is a
-# constant of the kernels. Where there is no cap no tangent is compiled into
-# them, and a model of two kinds of blocks has two sets of kernels.
+# The two walks of figure 3.9.1 become shorter, and the owners stay: a block of threads
+# that owns queries begins at the first tile of keys that its first row sees, one that
+# owns keys ends at the last query that sees its last key. The rule is a constant of the
+# kernels. Where there is no cap no tangent is compiled into them, and a model of two
+# kinds of blocks has two sets of kernels.
 
 # %% imports of the GPU module tags=["export"] module="cuda.local"
 import functools
@@ -845,9 +845,9 @@ verdict("tiles", reads[0] < 0.7 * reads[1], "fewer with a window")
 #
 # ## Design note
 #
-# A window and a cap could have been two layers. They are one, because Gemma 2 has
-# both in one block. GPT-2's `attention_forward` stays beside it, on the same kernels:
-# a reader of Part 1 meets no argument that Part 1 does not need.
+# A window and a cap could have been two layers. They are one, because Gemma 2 has both
+# in one block. GPT-2's `attention_forward` stays, on the same kernels and without
+# arguments that Part 1 does not need.
 #
 # ## Exercises
 #

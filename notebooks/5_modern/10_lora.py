@@ -141,7 +141,8 @@ verdict("the book", after < before - 0.5, "is being learnt")
 # before, and its singular values: they say how much of the change lies along
 # one direction, a second one, and so on. The squares of all of them sum to the
 # square of the whole change. We ask how many directions hold half of it, and
-# how many would in a matrix of the same shape drawn at random.
+# how many would in a matrix of the same shape drawn at random. Here it is, in
+# all four matrices of the first block, fewer than three quarters as many:
 
 
 # %% directions of a change
@@ -467,7 +468,7 @@ def adapter_shapes(cfg, rank=8, targets=TARGETS):
 # gradient of a frozen matrix, an object without size stands in its place.
 
 
-# %% the model's memory tags=["exporti"]
+# %% the model's memory tags=["exporti", "fold-input"]
 class _Adapted(GPT2):
     """Its arena: gradients and averages are those of the adapters."""
 
@@ -504,7 +505,8 @@ class _Adapted(GPT2):
 
 # %% [markdown]
 # The rest is a `GPT2` with another update. (`llmnb.GPT2` is the model of every
-# architecture.)
+# architecture.) Making one draws $D$ and leaves $U$ at zero; `_apply` runs AdamW on
+# the adapters, with weight decay where it would apply to the matrix beside them.
 
 
 # %% the model tags=["export"]
@@ -635,7 +637,8 @@ plt.show()
 # ## A run
 #
 # The same steps as at the beginning, now with thin matrices of three ranks. The
-# rate is higher: with $U$ at zero, little moves at first.
+# rate is higher: with $U$ at zero, little moves at first. Of each model we take two
+# losses: on text of the book that it did not see, and on Python, which it knew before.
 
 # %% three ranks
 losses = {}
@@ -661,7 +664,7 @@ for name, (book_loss, python_loss) in points.items():
     ax.plot(book_loss, python_loss, "o", color=colour)
     ax.annotate(name, (book_loss, python_loss), (6, 4), color=colour,
                 textcoords="offset points")  # fmt: skip
-ax.set(xlabel="loss on the book", ylabel="loss on Python")
+ax.set(xlabel="loss on the book, nats a token", ylabel="loss on Python")
 ax.invert_xaxis()
 ax.margins(0.15)
 ax.spines[["top", "right"]].set_visible(False)

@@ -64,8 +64,8 @@ from llmnb.model.tensors import full_shape, tensor_table
 # - the block's backward functions write $dw_i$;
 # - AdamW reads $dw_i$, and then the next step overwrites it.
 #
-# Two others look at all gradients. Clipping needs their norm before it scales the
-# first ([chapter 1.12](../1_by_hand/12_adamw.ipynb)); the norm that a step reports
+# Who else reads gradients? Clipping needs the norm of all before it scales the
+# first ([chapter 1.12](../1_by_hand/12_adamw.ipynb)); the norm that a step only reports
 # can be added up block by block. The backward pass of block $i - 1$ reads the
 # stream's gradient, which was made with the old $w_i$, the activations and
 # $w_{i-1}$, but never $w_i$ again. And AdamW computes each parameter from its own
@@ -201,7 +201,7 @@ class InBackward(GPT2):
 # Not a tolerance this time: after three steps of either model the losses and
 # every parameter must be the same bits. Only the norm has one, for its squares are
 # added in another order. With GPT-2 and with a tied Llama, and with weight decay on
-# all tensors or on some:
+# all tensors or on some, as the lines say:
 
 # %% the same bits
 gpt2 = llmnb.GPT2Config(

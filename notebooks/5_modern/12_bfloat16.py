@@ -70,7 +70,10 @@ from llmnb.shapes import shapes
 #
 # It is chapter 3.16's LayerNorm without the mean and the shift: a warp for each
 # row, and a lane takes pairs. The sum of squares, the root and the factor are
-# float32; the row is rounded once, when it is written.
+# float32; the row is rounded once, when it is written. `unpack` makes two float32
+# numbers of a word of 32 bits, and `pack` rounds two and makes a word of them
+# ([chapter 3.13](../3_gpu/13_tensor_cores.ipynb)). Eight must divide the number of
+# channels, as all layers in bfloat16 have it.
 
 
 # %% RMSNorm, forward tags=["export"]
@@ -240,11 +243,15 @@ def rotary_backward_bf16(dx, table, heads, first=0):
 # ## Gates
 #
 # The gate's bend and its slope are [chapter 5.3](03_gated.ipynb)'s functions
-# of one number. A thread takes a word of gates and the word of values H
-# channels further on.
+# of one number, in float32. A thread takes a word of gates and the word of values H
+# channels further on. Forward it writes one word, both values times their bent
+# gates. Backward it reads the gradient of that word, and writes one of gates and
+# one of values, by (5.3.6). As in chapter 5.3 the kernels are made around a bend, so
+# SwiGLU and GeGLU are each two functions that launch them, with the arguments known
+# from there.
 
 
-# %% kernels around a bend tags=["export"]
+# %% kernels around a bend tags=["export", "fold-input"]
 def _gate_kernels(bend):
     @kernel(launch_bounds=256)
     def gate(out, inp, HALF):
@@ -320,7 +327,8 @@ def geglu_backward_bf16(dinp, dout, inp):
 # ## Token vectors
 #
 # They are read from the float32 masters, scaled where a Gemma wants it, and
-# rounded once.
+# rounded once. Backward there is nothing new: the stream's gradient is widened to
+# float32, and the function of chapter 5.5 adds its rows to the masters' gradient.
 
 
 # %% token vectors tags=["export"]
@@ -431,7 +439,7 @@ whole = np.array(ten_losses(backend="cpu"))
 fig, ax = plt.subplots(figsize=(5, 2.6), dpi=100)
 ax.plot(range(1, 11), whole, "o-", color=PALETTE["blue"], label="float32")
 ax.plot(range(1, 11), narrow, "x--", color=PALETTE["orange"], label="bfloat16")
-ax.set(xlabel="step", ylabel="loss")
+ax.set(xlabel="step", ylabel="loss, nats a token")
 ax.legend()
 fig.tight_layout()
 plt.show()
@@ -440,7 +448,7 @@ verdict("it learns", narrow[-1] < narrow[0] - 1, "by more than 1")
 
 # %% [markdown]
 # *Figure 5.12.1. The loss of ten steps of a Llama of one block, two heads of
-# queries and one of keys and values.*
+# queries and one of keys and values. The curves part by less than 0.02.*
 #
 # With five tokens in place of 16 the two part by more; but so do two float32
 # models there whose weights differ by one rounding to bfloat16: over five

@@ -121,6 +121,10 @@ def blocks_of(pieces):
     return [(start, stop) for start, stop, _ in tree.blocks]
 
 
+# %% [markdown]
+# For some numbers $n$ and $R$, the blocks of each rank, from a first micro-batch up to
+# and without a last:
+
 # %% blocks of some ranks
 for n, R in (8, 2), (8, 4), (12, 4), (12, 2):
     ranges = [range(r * n // R, (r + 1) * n // R) for r in range(R)]

@@ -300,11 +300,19 @@ for R, steps, again in (4, 5, False), (3, 4, True), (1, None, True):
     print(R, "leave", *sorted(x.stem for x in folder.glob("state_*")))
 verdict("4, 3, then 1", kept(folder) == kept(one), "the same bytes")
 
+# %% [markdown]
+# What a rank holds, in bytes: of one process, and of each of four ranks. The last
+# shard is a little shorter, for the pieces do not divide the model evenly.
+
 # %% what a rank holds
 sizes = rehearse(4, lambda g: new_model(config, 257, g).memory.sizes())
 whole = new_model(config, 257).memory.sizes()
 for kind in ("params", "grads", "m", "v"):
     print(kind, whole[kind], [x[kind] for x in sizes])
+
+
+# %% [markdown]
+# And a mistake: a rank that does not exchange gradients has weights of its own.
 
 
 # %% a mistake, caught

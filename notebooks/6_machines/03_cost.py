@@ -443,7 +443,8 @@ verdict("the report", "efficiency" in report(first), "has all columns")
 # $$ e = \frac{1}{1 + b_0 / b} , \qquad
 #    b_0 = \frac43 \beta F \left(1 - \frac1R\right) . \tag{6.3.5} $$
 #
-# $b_0$ is the number of tokens at which half of the time is lost. It depends on the
+# $b_0$ is the number of tokens at which half of the time is lost, and for many ranks
+# nearly $\frac43 \beta F$, as the cell computes it. It depends on the
 # machine alone: the better it computes, and the worse its wire, the more
 # tokens it must have. Attention, which (1.4.2) adds to $6P$, helps.
 #
@@ -624,8 +625,8 @@ for name in ("one machine", "1 Gbit/s", "10 Gbit/s"):
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
-# $b_0 = \frac43 \cdot 8 \cdot 10^{-9} \cdot 5 \cdot 10^{11} = 5333$ tokens; an
-# efficiency of 0.9 needs nine times that, 48,000.
+# For many machines $b_0 = \frac43 \cdot 8 \cdot 10^{-9} \cdot 5 \cdot 10^{11} = 5333$
+# tokens; an efficiency of 0.9 needs nine times that, 48,000.
 # :::
 
 # %% exercise 1, checked tags=["hide-cell"]
@@ -639,3 +640,10 @@ print(f"{b0:.0f} {9 * b0:.0f} {1 / (1 + 1 / 9):.2f}")
 #   MPP](https://doi.org/10.1016/S0167-8191(06)80021-9): where (6.3.1) is from.
 # - McCandlish et al. (2018), [An Empirical Model of Large-Batch
 #   Training](https://arxiv.org/abs/1812.06162): how large a batch is worth its tokens.
+#
+# ## What llmnb gained
+
+# %% what llmnb gained
+from llmnb.book.index import gained
+
+gained("6.3")

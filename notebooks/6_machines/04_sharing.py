@@ -231,7 +231,7 @@ said = f"read in {read:.2f} s, read and encoded in {both:.2f} s"
 print(f"{size / 1e6:.1f} million characters: {said}: {both / read:.0f} times")
 
 # %% [markdown]
-# Here, then, packed JSON lines are worth about a dozen threads, on one machine or on
+# Here, then, packed JSON lines are worth about ten threads, on one machine or on
 # several. Beyond, cut the corpus: `--corpus` takes some of the files, and as many
 # jobs as there are parts write folders of their own.
 #
