@@ -673,7 +673,7 @@ plt.show()
 
 # %% [markdown]
 # *Figure 5.10.2. What is learnt (to the right) and what is forgotten (upwards).
-# All runs lie along one line: the rank chooses how far along it a model goes.
+# All runs lie nearly along one line: the rank chooses how far along it a model goes.
 # A frozen weight with few directions learns less, and forgets less.*
 #
 # This model is small, and its new text is another language, so its token table
