@@ -205,19 +205,20 @@ compare("by hand", y[0, 0], by_hand, tol=1e-12)
 # $$ du = dy\, \operatorname{silu}(a) , \qquad
 #    da = dy\, u\, \frac{d \operatorname{silu}(a)}{d a} . \tag{5.3.6} $$
 #
-# The derivative of the sigmoid is that of $(1 + e^{-a})^{-1}$:
+# The derivative of the sigmoid is that of $(1 + e^{-a})^{-1}$, and as earlier
+# $e^{-a} / (1 + e^{-a})$ is $1 - \operatorname{sig}(a)$:
 #
 # $$ \frac{d \operatorname{sig}(a)}{d a} = \frac{e^{-a}}{(1 + e^{-a})^2}
-#    = \operatorname{sig}(a) \cdot \frac{e^{-a}}{1 + e^{-a}}
 #    = \operatorname{sig}(a)\, \bigl(1 - \operatorname{sig}(a)\bigr) .
 #    \tag{5.3.7} $$
 #
 # SiLU is $a \operatorname{sig}(a)$, a product again, so by (5.3.7)
 #
-# $$ \frac{d \operatorname{silu}(a)}{d a} = \operatorname{sig}(a)
-#    + a \operatorname{sig}(a)\, \bigl(1 - \operatorname{sig}(a)\bigr)
-#    = \operatorname{sig}(a)\, \Bigl(1 + a\, \bigl(1 - \operatorname{sig}(a)
-#    \bigr)\Bigr) . \tag{5.3.8} $$
+# $$ \begin{aligned}
+#    \frac{d \operatorname{silu}(a)}{d a} &= \operatorname{sig}(a)
+#    + a \operatorname{sig}(a)\, \bigl(1 - \operatorname{sig}(a)\bigr) \\
+#    &= \operatorname{sig}(a)\, \Bigl(1 + a\, \bigl(1 - \operatorname{sig}(a)
+#    \bigr)\Bigr) . \end{aligned} \tag{5.3.8} $$
 #
 # With (5.3.8) in (5.3.6) both gradients stand there. For GeGLU the slope is
 # that of GELU, (1.9.7), and the code asks `gelu_backward` for it, with

@@ -170,8 +170,11 @@ for name in "qkvw", "attprojw", "fcw", "fcprojw":
 #
 # $$ W = \begin{pmatrix} 1 & 0 & 2 \\ 0 & 1 & 1 \end{pmatrix} , \quad
 #    D = \begin{pmatrix} 1 & -1 & 1 \end{pmatrix} , \quad
-#    U = \begin{pmatrix} 3 \\ -1 \end{pmatrix} , \quad
-#    UD = \begin{pmatrix} 3 & -3 & 3 \\ -1 & 1 & -1 \end{pmatrix} . $$
+#    U = \begin{pmatrix} 3 \\ -1 \end{pmatrix} . $$
+#
+# Their product has the shape of $W$:
+#
+# $$ UD = \begin{pmatrix} 3 & -3 & 3 \\ -1 & 1 & -1 \end{pmatrix} . $$
 #
 # Every row of $UD$ is a multiple of $D$, every column one of $U$: a matrix of
 # *rank* 1. For $x = (1, 2, 3)$ the frozen road gives $Wx = (7, 5)$. The small
