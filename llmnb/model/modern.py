@@ -8,7 +8,9 @@ __all__ = ["modern_block", "modern_table"]
 # imports of the parts
 import math
 
-from llmnb.model.parts import ATTENTION, STD, Block, End, Part, Tensor
+from llmnb.model.parts import (
+    ATTENTION, STD, Block, End, Part, Tensor, product, product_backward,
+)
 from llmnb.reference.rotary import rope_table
 
 
@@ -136,24 +138,20 @@ def _attention(cfg, i):
     layer = "local_attention" if rule else "attention"
 
     def forward(ops, out, inp, residual, w, a, how):
-        ops.matmul_forward(a["qkv"], inp, w["qkvw"], None, **how)
+        product(ops, a["qkv"], inp, w, "qkv", **how)
         qkv = ready(ops, w, a, how.get("first", 0))
         attend = getattr(ops, f"{layer}_forward")
         attend(a["atty"], a["att_lse"], qkv, **rule, **how)
-        arrays = out, a["atty"], w["attprojw"], None
-        ops.matmul_forward(*arrays, residual=residual, **how)
+        product(ops, out, a["atty"], w, "attproj", residual, **how)
 
     def backward(ops, dinp, dout, inp, w, a, dw, d, add, how):
-        datty, dqkv = d["datty"], d["dqkv"]
-        options = {"add_dinp": False, "add_dweight": add} | how
-        arrays = dw["attprojw"], None, dout, a["atty"], w["attprojw"]
-        ops.matmul_backward(datty, *arrays, **options)
-        kept = ready(ops, w, a, turned=True), a["atty"], a["att_lse"]
+        datty, dqkv, y = d["datty"], d["dqkv"], a["atty"]
+        product_backward(ops, datty, dout, y, w, dw, "attproj", add, **how)
+        kept = ready(ops, w, a, turned=True), y, a["att_lse"]
         attend = getattr(ops, f"{layer}_backward")
         attend(dqkv, datty, *kept, add=False, **rule, **how)
         back(ops, w, a, dqkv, dw)
-        arrays = dw["qkvw"], None, dqkv, inp, w["qkvw"]
-        ops.matmul_backward(dinp, *arrays, **options)
+        product_backward(ops, dinp, dqkv, inp, w, dw, "qkv", add, **how)
 
     return Part(None, _attention_keeps, _attention_turns, forward, backward)
 
@@ -180,19 +178,16 @@ def _gated(cfg):
         return {"fcg": narrow, "dfcg": narrow, "dfch": wide}
 
     def forward(ops, out, inp, residual, w, a, how):
-        ops.matmul_forward(a["fch"], inp, w["fcw"], None, **how)
+        product(ops, a["fch"], inp, w, "fc", **how)
         getattr(ops, f"{kind}_forward")(a["fcg"], a["fch"])
-        arrays = out, a["fcg"], w["fcprojw"], None
-        ops.matmul_forward(*arrays, residual=residual, **how)
+        product(ops, out, a["fcg"], w, "fcproj", residual, **how)
 
     def backward(ops, dinp, dout, inp, w, a, dw, d, add, how):
-        options = {"add_dinp": False, "add_dweight": add} | how
-        getattr(ops, f"{kind}_forward")(a["fcg"], a["fch"])
-        arrays = dw["fcprojw"], None, dout, a["fcg"], w["fcprojw"]
-        ops.matmul_backward(d["dfcg"], *arrays, **options)
-        getattr(ops, f"{kind}_backward")(d["dfch"], d["dfcg"], a["fch"])
-        arrays = dw["fcw"], None, d["dfch"], inp, w["fcw"]
-        ops.matmul_backward(dinp, *arrays, **options)
+        dfch, dfcg, bent = d["dfch"], d["dfcg"], a["fcg"]
+        getattr(ops, f"{kind}_forward")(bent, a["fch"])
+        product_backward(ops, dfcg, dout, bent, w, dw, "fcproj", add, **how)
+        getattr(ops, f"{kind}_backward")(dfch, dfcg, a["fch"])
+        product_backward(ops, dinp, dfch, inp, w, dw, "fc", add, **how)
 
     return Part(None, keeps, turns, forward, backward)
 

@@ -5,7 +5,7 @@
 __all__ = [
     "ATTENTION", "Block", "ENCODER", "End", "FEEDFORWARDS", "GELU", "HEAD",
     "LAYERNORM", "NORMS", "Part", "STD", "Tensor", "block_backward",
-    "block_forward", "block_of",
+    "block_forward", "block_of", "product", "product_backward",
 ]
 
 
@@ -113,6 +113,26 @@ def _into_the_stream(cfg):
     return STD / math.sqrt(2 * cfg.num_layers)
 
 
+# a linear layer
+def product(ops, out, inp, w, name, residual=None, **how):
+    """A linear layer, of the weights in w whose name begins with `name`.
+
+    Derived in chapter 1.13.
+    """
+    weights = w[f"{name}w"], w.get(f"{name}b")
+    ops.matmul_forward(out, inp, *weights, residual=residual, **how)
+
+
+def product_backward(ops, dinp, dout, inp, w, dw, name, add, **how):
+    """Its backward pass; add: whether to add to the gradients in dw.
+
+    Derived in chapter 1.13.
+    """
+    grads = dw[f"{name}w"], dw.get(f"{name}b")
+    options = {"add_dinp": False, "add_dweight": add} | how
+    ops.matmul_backward(dinp, *grads, dout, inp, w[f"{name}w"], **options)
+
+
 # attention
 def _widths(cfg):
     """Of the packed queries, keys and values, and of attention's output."""
@@ -141,21 +161,17 @@ def _attention_turns(cfg, B, T):
 
 
 def _attention_forward(ops, out, inp, residual, w, a, how):
-    ops.matmul_forward(a["qkv"], inp, w["qkvw"], w.get("qkvb"), **how)
+    product(ops, a["qkv"], inp, w, "qkv", **how)
     ops.attention_forward(a["atty"], a["att_lse"], a["qkv"], **how)
-    weights = w["attprojw"], w.get("attprojb")
-    ops.matmul_forward(out, a["atty"], *weights, residual=residual, **how)
+    product(ops, out, a["atty"], w, "attproj", residual, **how)
 
 
 def _attention_backward(ops, dinp, dout, inp, w, a, dw, d, add, how):
     datty, dqkv = d["datty"], d["dqkv"]
-    grads, weight = (dw["attprojw"], dw.get("attprojb")), w["attprojw"]
-    options = {"add_dinp": False, "add_dweight": add} | how
-    ops.matmul_backward(datty, *grads, dout, a["atty"], weight, **options)
+    product_backward(ops, datty, dout, a["atty"], w, dw, "attproj", add, **how)
     kept = a["qkv"], a["atty"], a["att_lse"]
     ops.attention_backward(dqkv, datty, *kept, add=False, **how)
-    grads, weight = (dw["qkvw"], dw.get("qkvb")), w["qkvw"]
-    ops.matmul_backward(dinp, *grads, dqkv, inp, weight, **options)
+    product_backward(ops, dinp, dqkv, inp, w, dw, "qkv", add, **how)
 
 
 ATTENTION = Part(
@@ -185,21 +201,17 @@ def _gelu_turns(cfg, B, T):
 
 
 def _gelu_forward(ops, out, inp, residual, w, a, how):
-    ops.matmul_forward(a["fch"], inp, w["fcw"], w.get("fcb"), **how)
+    product(ops, a["fch"], inp, w, "fc", **how)
     ops.gelu_forward(a["fch_gelu"], a["fch"])
-    weights = w["fcprojw"], w.get("fcprojb")
-    ops.matmul_forward(out, a["fch_gelu"], *weights, residual=residual, **how)
+    product(ops, out, a["fch_gelu"], w, "fcproj", residual, **how)
 
 
 def _gelu_backward(ops, dinp, dout, inp, w, a, dw, d, add, how):
     dfch, bent = d["dfch"], a["fch_gelu"]
     ops.gelu_forward(bent, a["fch"])
-    grads, weight = (dw["fcprojw"], dw.get("fcprojb")), w["fcprojw"]
-    options = {"add_dinp": False, "add_dweight": add} | how
-    ops.matmul_backward(dfch, *grads, dout, bent, weight, **options)
+    product_backward(ops, dfch, dout, bent, w, dw, "fcproj", add, **how)
     ops.gelu_backward(dfch, dfch, a["fch"], add=False)
-    grads, weight = (dw["fcw"], dw.get("fcb")), w["fcw"]
-    ops.matmul_backward(dinp, *grads, dfch, inp, weight, **options)
+    product_backward(ops, dinp, dfch, inp, w, dw, "fc", add, **how)
 
 
 GELU = Part(
