@@ -10,7 +10,6 @@ import math
 
 import numpy as np
 
-from llmnb.backend import choose
 from llmnb.model.gpt2 import GPT2
 from llmnb.model.lora import HOSTS
 from llmnb.model.tensors import full_shape, tensor_table
@@ -36,16 +35,9 @@ class InBackward(GPT2):
     at once.
 
     Derived in chapter 5.11.
-
-    Derived in chapter 5.11.
     """
 
-    def __init__(
-        self, cfg, batch_size, seq_len, backend="cpu", precision="fp32",
-        seed=42,
-    ):  # fmt: skip
-        choose("InBackward: backend", backend, HOSTS)
-        super().__init__(cfg, batch_size, seq_len, backend, precision, seed)
+    backends = HOSTS
 
     def _allocate(self, layout):
         dtype, _ = layout["params"]

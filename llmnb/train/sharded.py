@@ -11,7 +11,6 @@ import math
 import numpy as np
 
 from llmnb.arena import put
-from llmnb.backend import choose
 from llmnb.cpu.adamw import PIECES, piece_length, shrink, squares
 from llmnb.model.gpt2 import GPT2
 from llmnb.train.exchange import exchange, shards
@@ -75,13 +74,6 @@ class Sharded(GPT2):
     def of(cls, group):
         """A class of models of this group."""
         return type(cls.__name__, (cls,), {"group": group})
-
-    def __init__(
-        self, cfg, batch_size, seq_len, backend="cpu", precision="fp32",
-        seed=42,
-    ):  # fmt: skip
-        choose("Sharded: backend", backend, self.backends)
-        super().__init__(cfg, batch_size, seq_len, backend, precision, seed)
 
     def _allocate(self, layout):
         dtype, shapes = layout["params"]

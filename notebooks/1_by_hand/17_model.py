@@ -220,15 +220,11 @@ class _Passes:
 class _Updates(_Passes):
     """What AdamW does with the gradients, and a whole step."""
 
-    def _tune(
-        self, learning_rate=1e-4, beta1=0.9, beta2=0.999, eps=1e-8,
-        weight_decay=0.01, step=1, decay=None,
-    ):  # fmt: skip
-        """Check AdamW's numbers, and keep them where _apply reads them."""
+    def _tune(self, rule, decay):
+        """Keep the settings, an AdamW, where _apply reads them."""
         for name in decay or ():
             choose("GPT2: a name in decay", name, self.params)
-        numbers = learning_rate, beta1, beta2, eps
-        rows = [AdamW(*numbers, x, step) for x in (weight_decay, 0.0)]
+        rows = [rule, rule._replace(weight_decay=0.0)]
         self._settings = self._machine.settings(self.memory, rows)
 
     def _apply(self, decay):
@@ -322,17 +318,14 @@ class GPT2(_Updates):
     and the kernels are simulated.
     """
 
+    backends = BACKENDS  # of this class
+
     def __init__(
-        self,
-        cfg,
-        batch_size,
-        seq_len,
-        backend="cpu",
-        precision="fp32",
+        self, cfg, batch_size, seq_len, backend="cpu", precision="fp32",
         seed=42,
-    ):
+    ):  # fmt: skip
         choose("GPT2: precision", precision, PRECISIONS)
-        choose("GPT2: backend", backend, BACKENDS)
+        choose(f"{type(self).__name__}: backend", backend, self.backends)
         _check_shape(cfg, batch_size, seq_len)
         machine = backend_named(backend, precision)
         super().__init__(cfg, batch_size, seq_len, machine)
@@ -347,26 +340,23 @@ class GPT2(_Updates):
 
     @classmethod
     def from_checkpoint(
-        cls,
-        path,
-        batch_size,
-        seq_len,
-        backend="cpu",
-        precision="fp32",
-        tokens=None,
-    ):
+        cls, path, batch_size, seq_len, backend="cpu", precision="fp32",
+        tokens=None, **others,
+    ):  # fmt: skip
         """A GPT2 with weights from disk, in any format that is known.
 
         path: llm.c's .bin, a .safetensors file or the index of several, or
         a model folder; tokens: how many its tokenizer has, if rows beyond
-        are to be padding; see llmnb.formats.checkpoint.open_model. Raises
-        ValueError, naming the file, when its sizes do not fit; OSError when
-        it cannot be read.
+        are to be padding; see llmnb.formats.checkpoint.open_model. others:
+        what a class made of this one takes besides. Raises ValueError,
+        naming the file, when its sizes do not fit; OSError when it cannot
+        be read.
         """
         from llmnb.formats.checkpoint import open_model
 
-        found, sizes = open_model(path, tokens), (batch_size, seq_len)
-        model = cls(found.cfg, *sizes, backend, precision, seed=None)
+        found = open_model(path, tokens)
+        how = batch_size, seq_len, backend, precision
+        model = cls(found.cfg, *how, seed=None, **others)
         model._fill_params(found.read)
         return model
 
@@ -489,22 +479,22 @@ class GPT2(_Updates):
         None for all of them. Raises ValueError for a value out of range and
         for a name that is no tensor's, RuntimeError before a backward.
         """
-        numbers = learning_rate, beta1, beta2, eps
-        self._tune(*numbers, weight_decay, step, decay)
+        numbers = learning_rate, beta1, beta2, eps, weight_decay, step
+        self._tune(AdamW(*numbers), decay)
         self._check_gradients("update")
         self._apply(decay)
 
     @shapes("-, -, -, above 0", **ADAMW_LIMITS)
-    def step(self, tokens, targets, max_norm=math.inf, **settings):
+    def step(self, tokens, targets, max_norm=math.inf, decay=None, **settings):
         """Train once; returns the loss and the norm of the gradients.
 
         The same as forward, backward, clip_gradients(max_norm) and
-        update(**settings), one after the other, and raises what they raise.
+        update(**settings, decay=decay), one after the other, and raises
+        what they raise.
         With the cuda backend it is one launch: see llmnb.gpu.graph.
         """
-        self._tune(**settings)
+        self._tune(AdamW(**settings), decay)
         self._take(tokens, self._checked("targets", targets))
-        decay = settings.get("decay")
         decay = decay if decay is None else tuple(decay)
         self._state, self._has_gradients = "backward", True
         whole = partial(self._whole_step, max_norm, decay)

@@ -63,7 +63,7 @@ import numpy as np
 
 from llmnb.backend import choose
 from llmnb.checks import FLOATS, check_fit
-from llmnb.formats.checkpoint import first_not_finite, open_model
+from llmnb.formats.checkpoint import first_not_finite
 from llmnb.formats.safetensors import TensorFile, write_tensors
 from llmnb.model.architectures import architecture_record
 from llmnb.model.gpt2 import GPT2
@@ -523,15 +523,17 @@ class LoRA(_Adapted):
     host. rank, targets: see `adapter_shapes`; alpha: alpha / rank is the
     scale of what they add. adapters and grads map the names of these
     matrices to arrays; params holds the weights, which no step changes. The
-    other methods are GPT2's; a name in decay means the matrices beside that
-    weight. Raises ValueError for a value out of range.
+    other methods are GPT2's: from_checkpoint takes rank, alpha and targets
+    too, and a name in decay means the matrices beside that weight. Raises
+    ValueError for a value out of range.
     """
+
+    backends = HOSTS
 
     def __init__(
         self, cfg, batch_size, seq_len, backend="cpu", precision="fp32",
         seed=42, *, rank=8, alpha=16.0, targets=TARGETS,
     ):  # fmt: skip
-        choose("LoRA: backend", backend, HOSTS)
         check_number("LoRA: alpha", alpha, "above 0")
         self._shapes = adapter_shapes(cfg, rank, targets)
         self.rank, self.targets = rank, tuple(targets)
@@ -548,23 +550,12 @@ class LoRA(_Adapted):
             x.fill(0)
             if name.endswith(".down"):
                 generator.normal_(x, std=1 / math.sqrt(x.shape[-1]))
+        self._forget()
+
+    def _forget(self):
+        """Let the averages be those of no step."""
         self.memory.flat("m").fill(0)
         self.memory.flat("v").fill(0)
-
-    @classmethod
-    def from_checkpoint(
-        cls, path, batch_size, seq_len, backend="cpu", precision="fp32",
-        tokens=None, **adapters,
-    ):  # fmt: skip
-        """A LoRA of the weights on disk; adapters: rank, alpha, targets.
-
-        The other arguments, and what is raised, as for GPT2.
-        """
-        found = open_model(path, tokens)
-        how = batch_size, seq_len, backend, precision, None
-        model = cls(found.cfg, *how, **adapters)
-        model._fill_params(found.read)
-        return model
 
     def _apply(self, decay):
         """AdamW on the adapters alone."""
@@ -758,8 +749,7 @@ def load_adapters(path, model):
         raise ValueError(f"{path}: {wrong}")
     for name, x in model.adapters.items():
         x[...] = found[name]
-    model.memory.flat("m").fill(0)
-    model.memory.flat("v").fill(0)
+    model._forget()
 
 
 # %% kept beside the model, and taken up again
@@ -796,8 +786,7 @@ def merge(model):
         for weight, d, u in zip(model.params[name], down, up, strict=True):
             weight += model.scale * u @ d
         up.fill(0)
-    model.memory.flat("m").fill(0)
-    model.memory.flat("v").fill(0)
+    model._forget()
 
 
 # %% merged, and like any other

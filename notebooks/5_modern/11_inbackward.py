@@ -49,7 +49,6 @@ import math
 
 import numpy as np
 
-from llmnb.backend import choose
 from llmnb.model.gpt2 import GPT2
 from llmnb.model.lora import HOSTS
 from llmnb.model.tensors import full_shape, tensor_table
@@ -125,16 +124,9 @@ class InBackward(GPT2):
     memory for every i: what the last block left, zeros for norms. backward,
     update and clip_gradients raise RuntimeError, for they need all gradients
     at once.
-
-    Derived in chapter 5.11.
     """
 
-    def __init__(
-        self, cfg, batch_size, seq_len, backend="cpu", precision="fp32",
-        seed=42,
-    ):  # fmt: skip
-        choose("InBackward: backend", backend, HOSTS)
-        super().__init__(cfg, batch_size, seq_len, backend, precision, seed)
+    backends = HOSTS
 
     def _allocate(self, layout):
         dtype, _ = layout["params"]
