@@ -125,6 +125,17 @@ def test_in_place(layer, way, other, backend, dtype):
         np.testing.assert_array_equal(same[other], want)
 
 
+@BACKENDS
+@pytest.mark.parametrize("name, value", (("layernorm", 3), ("rmsnorm", 0)))
+def test_a_row_that_a_norm_cannot_stretch_is_finite(name, value, backend):
+    layer = NAMED[name]
+    p = problem(layer, np.float32, layer.sized(1, 2, 16))
+    p["inp"][...] = value
+    p = passed(layer, backend, p)
+    assert np.abs(p["out"] - p.get("bias", 0)).max() < 1e-5
+    assert np.isfinite(p["dinp"]).all()
+
+
 @pytest.mark.parametrize("name", taking("bf16"))
 def test_bf16_wants_float32(name):
     layer = NAMED[name]

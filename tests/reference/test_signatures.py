@@ -1,18 +1,26 @@
 """What a layer takes: the same from every backend.
 
 tests/floor/test_shapes.py makes wrong arrays of each kind from what a layer
-says it takes; here two backends say it, each for itself.
+says it takes; here the backends say it, each for itself.
 """
+
+import inspect
 
 import pytest
 
-from llmnb import cpu, reference
+from llmnb import cpu, cuda, reference
 
-BOTH = [
+LAYERS = [
     name
     for name in reference.__all__
     if hasattr(getattr(reference, name), "arguments")
 ]
+OWN = {"work", "bf16", "version"}  # what only compiled layers take
+
+
+def parameters(layer):
+    found = inspect.signature(layer).parameters
+    return [x for name, x in found.items() if name not in OWN]
 
 
 def taken(layer):
@@ -28,10 +36,13 @@ def taken(layer):
     )
 
 
-@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("name", LAYERS)
 def test_the_backends_take_the_same(name):
-    assert taken(getattr(cpu, name)) == taken(getattr(reference, name))
+    want, compiled = getattr(reference, name), getattr(cpu, name)
+    assert taken(compiled) == taken(want)
+    for layer in compiled, getattr(cuda, name):
+        assert parameters(layer) == parameters(want)
 
 
 def test_all_layers_are_compared():
-    assert len(BOTH) == 33
+    assert len(LAYERS) == 33
