@@ -1,4 +1,4 @@
-"""Several threads; random batches and weights of a model."""
+"""Several threads; random batches and weights of a model; a distance."""
 
 import numba
 import numpy as np
@@ -34,3 +34,9 @@ def wide(model, seed=0):
     rng = np.random.default_rng(seed)
     put(flat, rng.normal(scale=0.5, size=flat.size))
     return model
+
+
+def relative(got, want):
+    """The norm of the difference over the norm."""
+    assert got.shape == want.shape
+    return np.linalg.norm(got - want) / np.linalg.norm(want)

@@ -99,23 +99,26 @@ def test_a_mark_that_was_left_keeps_nobody(tmp_path):
     assert not ahead._mark(path).exists()
 
 
+def start(what, **how):
+    """A helper in a process of its own."""
+    llmnb = str(Path(ahead.__file__).parents[2])
+    command = [sys.executable, "-P", "-c", ahead.HELPER, llmnb, what]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, **how)
+
+
 def test_a_helper_reads_no_file_of_the_users(tmp_path):
     """Of a name that it imports, where the user stands."""
     (tmp_path / "numba.py").write_text("raise SystemExit('a stranger')")
-    llmnb = str(Path(ahead.__file__).parents[2])
-    command = [sys.executable, "-P", "-c", ahead.HELPER, llmnb, "not JSON"]
-    how = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    helper = subprocess.Popen(command, cwd=tmp_path, **how)
+    how = {"stderr": subprocess.PIPE, "text": True}
+    helper = start("not JSON", cwd=tmp_path, **how)
     assert "JSONDecodeError" in helper.stderr.read()
     helper.communicate()
 
 
 def test_a_helper_ends_with_the_process_that_started_it(tmp_path):
     what = json.dumps([architecture_record(GPT2Config(*SIZES)), "fp32"])
-    llmnb = str(Path(ahead.__file__).parents[2])
-    command = [sys.executable, "-P", "-c", ahead.HELPER, llmnb, what]
     env = {**os.environ, "LLMNB_CACHE": str(tmp_path)}
-    helper = subprocess.Popen(command, stdin=subprocess.PIPE, env=env)
+    helper = start(what, env=env)
     helper.stdin.close()
     assert helper.wait(30) == 0
     assert len([*tmp_path.rglob("*.kernel")]) < 20

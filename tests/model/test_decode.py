@@ -6,31 +6,45 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import assert_threads_change_no_bit
 
 from llmnb import cpu
 from llmnb.config import GPT2Config
-from llmnb.cpu.attention import block_size
 from llmnb.model import decode
 from llmnb.model.architectures import PRESETS
-from llmnb.model.decode import POSITIONS, Decoder
-from llmnb.model.generate import generate, generate_samples
+from llmnb.model.decode import Decoder
+from llmnb.model.generate import generate_samples
 from llmnb.model.gpt2 import GPT2
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
 V, T = 131, 40
 CFG = GPT2Config(64, V, 3, 3, 30)
+TOKENS = st.integers(0, V - 1)
 
 
-def model_of(seq_len=T, batch_size=1, precision="fp32", cfg=CFG):
+def small(name, window=40):
+    """A preset's shape with small numbers; what makes it itself remains."""
+    cfg = PRESETS[name]
+    kv = {1: 1, cfg.num_heads: 4}.get(cfg.num_kv_heads, 2)
+    sizes = {"max_seq_len": 150, "vocab_size": V, "num_layers": 3}
+    sizes |= {"num_heads": 4, "num_kv_heads": kv, "channels": 24}
+    sizes |= {"head_size": 8, "hidden": 40}
+    if cfg.window:
+        sizes["window"] = window
+    if cfg.global_every:
+        sizes["global_every"] = 3 if cfg.global_every == 6 else 2
+    return replace(cfg, **sizes)
+
+
+def model_of(cfg=CFG, seq_len=T, batch_size=1, precision="fp32"):
+    """A model that is far from uniform, no norm or bias of which is idle."""
     model = GPT2(cfg, batch_size, seq_len, "cpu", precision)
     rng = np.random.RandomState(1)
-    scales = {"wte": 6, "wpe": 1}
-    for name, p in model.params.items():  # far from uniform
-        if name[-1] == "b":
-            p += rng.normal(0, 0.05, p.shape)
-        elif "ln" not in name:
-            p *= scales.get(name, 15)
-    model.params["wte"][V:] = 0
+    for name, p in model.params.items():
+        p *= 4 if p.ndim > 1 and name != "wte" else 1
+        p += rng.normal(0, 0.1, p.shape)
+        if name in ("wte", "head"):
+            p[V:] = 0
     return model
 
 
@@ -97,68 +111,38 @@ def test_a_window_has_the_bits_of_the_whole(
         first += new
 
 
-def test_embedding_has_the_bits_of_the_encoder():
-    wte, wpe = draws(V, 30), draws(9, 30, seed=1)
-    panels = np.empty(cpu.panels_shape(V, 30), np.float32)
-    cpu.pack_weight(panels, wte)
-    tokens = np.array([[0, 130, 5, 6], [7, 7, 129, 64]], np.int32)
-    got, want = np.empty((2, 2, 4, 30), np.float32)
-    cpu.embed_forward(got, tokens, panels, wpe, 0)
-    cpu.encoder_forward(want, tokens, wte, wpe)
-    assert np.array_equal(got, want)
-    cpu.embed_forward(got, tokens, panels, wpe, 5)
-    cpu.encoder_forward(want, tokens, wte, wpe[5:].copy())
-    assert np.array_equal(got, want)
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_threads_change_no_bit(threads):
-    import numba
-
-    if threads > numba.config.NUMBA_NUM_THREADS:
-        pytest.skip("this machine has one thread")
-    before = numba.get_num_threads()
-    numba.set_num_threads(threads)
-    try:
-        model, text = model_of(), [3, 1, 4, 1, 5]
-        got = Decoder.of(model).following([text])
-    finally:
-        numba.set_num_threads(before)
-    model.forward(np.array([text + [0] * (T - 5)]))
-    assert np.array_equal(got[0], model.logits[0, 4])
+def test_threads_change_no_bit():
+    model, text = model_of(), [3, 1, 4, 1, 5]
+    assert_threads_change_no_bit(lambda: Decoder.of(model).following([text]))
 
 
 # the decoder
 
 
+@pytest.mark.parametrize("name", [None, "mistral-7b-v0.1", "gemma-3-1b"])
 @few
 @given(st.data(), st.sampled_from(["fp32", "fp64"]))
-def test_logits_have_the_bits_of_the_model(data, precision):
-    """Whatever texts are asked for, in whatever order."""
-    model = model_of(T, 3, precision)
+def test_logits_have_the_bits_of_the_model(name, data, precision):
+    """Whatever texts are asked for, in whatever order.
+
+    They part within a window, before it and before the ring that holds it;
+    some are computed in parts.
+    """
+    cfg, most = (small(name, window=30), 150) if name else (CFG, T)
+    model = model_of(cfg, most, 3, precision)
     decoder, text = Decoder.of(model, 3), []
     for _ in range(6):
-        change = st.lists(st.integers(0, V - 1), max_size=6)
         kept = data.draw(st.integers(0, len(text)))
-        text = (text[:kept] + data.draw(change))[:T] or [1]
+        new, more = data.draw(st.tuples(TOKENS, st.integers(0, most)))
+        tail = (new + np.arange(more) ** 2) % V
+        text = [*text[:kept], *tail.tolist()][:most] or [1]
         rows = [[*text[:-1], x] for x in (text[-1], 0, 77)]
         rows = rows[: data.draw(st.integers(1, 3))]
         got = decoder.following(rows)
-        window = np.zeros((3, T), np.int32)
+        window = np.zeros((3, most), np.int32)
         window[: len(rows), : len(text)] = rows
         model.forward(window)
         assert np.array_equal(got, model.logits[: len(rows), len(text) - 1])
-
-
-def test_long_prompts_are_taken_in_parts():
-    length = POSITIONS + 50
-    cfg = GPT2Config(length, V, 2, 2, 16)
-    model = model_of(length, 2, cfg=cfg)
-    texts = np.random.RandomState(0).randint(0, V, (2, length))
-    model.forward(texts)
-    for rows in (1, 2):
-        got = Decoder.of(model, 2).following(texts[:rows])
-        assert np.array_equal(got, model.logits[:rows, -1])
 
 
 def test_texts_that_begin_alike_are_computed_once():
@@ -178,21 +162,16 @@ def test_an_interrupted_call_leaves_nothing_wrong(monkeypatch):
     decoder, text = Decoder.of(model_of()), [5, 6, 7, 8, 9]
     want = decoder.following([text]).copy()
     decoder.following([[1, 2, 3]])
-    layers = decode.LAYERS
+    whole = decode.block_forward
 
-    class Interrupted:
-        calls = 0
+    def interrupted(*args, **how):
+        whole(*args, **how)
+        raise KeyboardInterrupt
 
-        def __getattr__(self, name):
-            self.calls += 1
-            if self.calls == 12:
-                raise KeyboardInterrupt
-            return getattr(layers, name)
-
-    monkeypatch.setattr(decode, "LAYERS", Interrupted())
+    monkeypatch.setattr(decode, "block_forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
         decoder.following([text])
-    monkeypatch.setattr(decode, "LAYERS", layers)
+    monkeypatch.undo()
     assert np.array_equal(decoder.following([text]), want)
 
 
@@ -204,10 +183,8 @@ def test_loading_forgets_the_cache():
         p *= 1.1
     assert np.array_equal(decoder.following([[1, 2, 3]]), before)
     decoder.adopt(model.params)
-    model.forward(np.array([[1, 2, 3] + [0] * (T - 3)]))
-    assert np.array_equal(
-        decoder.following([[1, 2, 3]])[0], model.logits[0, 2]
-    )
+    want = Decoder.of(model).following([[1, 2, 3]])
+    assert np.array_equal(decoder.following([[1, 2, 3]]), want)
 
 
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
@@ -284,37 +261,11 @@ def test_positions_beyond_the_cache(first):
 # Part 5
 
 
-def small(name, window=40):
-    """A preset's shape with small numbers; what makes it itself remains."""
-    cfg = PRESETS[name]
-    kv = {1: 1, cfg.num_heads: 4}.get(cfg.num_kv_heads, 2)
-    sizes = {"max_seq_len": 150, "vocab_size": V, "num_layers": 3}
-    sizes |= {"num_heads": 4, "num_kv_heads": kv, "channels": 24}
-    sizes |= {"head_size": 8, "hidden": 40}
-    if cfg.window:
-        sizes["window"] = window
-    if cfg.global_every:
-        sizes["global_every"] = 3 if cfg.global_every == 6 else 2
-    return replace(cfg, **sizes)
-
-
-def modern(name, seq_len, batch_size=1, precision="fp32", window=40):
-    cfg = small(name, window)
-    model = GPT2(cfg, batch_size, seq_len, "cpu", precision)
-    rng = np.random.RandomState(1)
-    for key, p in model.params.items():
-        p *= 4 if p.ndim > 1 and key != "wte" else 1
-        p += rng.normal(0, 0.1, p.shape)
-        if key in ("wte", "head"):
-            p[V:] = 0
-    return model
-
-
 @pytest.mark.parametrize("precision", ["fp32", "fp64"])
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_has_the_bits_of_its_model(name, precision):
     length = 150
-    model = modern(name, length, 2, precision)
+    model = model_of(small(name), length, 2, precision)
     texts = np.random.RandomState(0).randint(0, V, (2, length))
     model.forward(texts)
     decoder = Decoder.of(model, 2)
@@ -323,29 +274,8 @@ def test_every_preset_has_the_bits_of_its_model(name, precision):
         assert np.array_equal(got, model.logits[:, end - 1]), end
 
 
-@few
-@given(st.data(), st.sampled_from(["mistral-7b-v0.1", "gemma-3-1b"]))
-def test_a_ring_gives_the_bits_whatever_is_asked(data, name):
-    """Texts part within the window, before it, and before the ring."""
-    model = modern(name, 150, 2, window=30)
-    decoder, text = Decoder.of(model, 2), []
-    for _ in range(6):
-        kept = data.draw(st.integers(0, len(text)))
-        more = data.draw(st.integers(0, 120))
-        new = data.draw(st.integers(0, V - 1))
-        tail = (new + np.arange(more) ** 2) % V
-        text = [*text[:kept], *tail.tolist()][:150] or [1]
-        rows = [[*text[:-1], x] for x in (text[-1], 5)]
-        rows = rows[: data.draw(st.integers(1, 2))]
-        got = decoder.following(rows)
-        window = np.zeros((2, 150), np.int32)
-        window[: len(rows), : len(text)] = rows
-        model.forward(window)
-        assert np.array_equal(got, model.logits[: len(rows), len(text) - 1])
-
-
 def test_texts_that_part_before_the_ring_are_computed_anew():
-    model = modern("mistral-7b-v0.1", 150)
+    model = model_of(small("mistral-7b-v0.1"), 150)
     decoder, seen = Decoder.of(model), []
     whole = decoder._extend
     decoder._extend = lambda t, first: (seen.append(first), whole(t, first))
@@ -359,45 +289,17 @@ def test_texts_that_part_before_the_ring_are_computed_anew():
     assert seen == [0, 99, 100, 70, 63, 0]
 
 
+@pytest.mark.parametrize("length", [100, 32768])
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_cache_holds_kv_heads_and_no_more_than_a_window(name):
-    cfg = small(name, window=100)
-    layout = decode.decoder_layout(cfg, 3, 150)["cache"][1]
-    whole = replace(PRESETS[name], max_seq_len=32768)
-    far = decode.decoder_layout(whole, 1, 32768)["cache"][1]
+def test_a_cache_holds_kv_heads_and_no_more_than_a_window(name, length):
+    cfg = replace(PRESETS[name], max_seq_len=length)
+    layout = decode.decoder_layout(cfg, 3, length)["cache"][1]
     for i in range(cfg.num_layers):
-        values, kept = layout[f"values{i}"], 150
-        if cfg.is_local(i):
-            kept = 100 + -100 % block_size(8)
-        kept = min(150, kept)
-        assert values[:3] == (3, cfg.num_kv_heads, kept)
-        keys = layout[f"keys{i}"]
-        assert keys[:2] == (3, cfg.num_kv_heads)
-        assert 0 <= keys[2] * keys[4] - kept < keys[4]
-    for i in range(whole.num_layers):
-        kept = far[f"values{i}"][2]
-        if whole.is_local(i):
-            assert whole.window <= kept < whole.window + 96
-        else:
-            assert kept == 32768
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_writes_the_same_texts(name):
-    """Beyond max_seq_len too, where the window slides."""
-    model = modern(name, 40)
-    for how in ({"temperature": 0}, {"top_k": 9}):
-        want = list(generate(model, [1, 2, 3], 60, seed=4, **how))
-        got = list(generate(Decoder.of(model), [1, 2, 3], 60, seed=4, **how))
-        assert got == want
-
-
-@pytest.mark.parametrize("name", ["llama-2-7b", "gemma-2-2b"])
-def test_samples_of_a_modern_model(name):
-    model = modern(name, 40)
-    ask = {"tokens": [1], "count": 50, "samples": 3, "seed": 3}
-    got = list(generate_samples(Decoder.of(model, 3), **ask))
-    assert got == list(generate_samples(model, **ask))
+        seen = min(length, cfg.window) if cfg.is_local(i) else length
+        keys, values = layout[f"keys{i}"], layout[f"values{i}"]
+        assert keys[:2] == values[:2] == (3, cfg.num_kv_heads)
+        assert seen <= values[2] <= min(length, seen + 95)
+        assert 0 <= keys[2] * keys[4] - values[2] < keys[4]
 
 
 # texts
@@ -405,25 +307,19 @@ def test_samples_of_a_modern_model(name):
 
 @settings(few, max_examples=12)
 @given(
-    st.lists(st.integers(0, V - 1), min_size=1, max_size=60),
+    st.lists(TOKENS, min_size=1, max_size=60),
     st.integers(0, 2**32 - 1),
     st.sampled_from([0, 0.5, 1, 2]),
     st.none() | st.integers(1, 50),
     st.none() | st.floats(0.1, 1),
+    st.none() | TOKENS,
 )
-def test_the_same_texts_with_and_without(prompt, seed, heat, top_k, top_p):
+def test_the_same_texts_with_and_without(
+    prompt, seed, heat, top_k, top_p, stop
+):
     """Beyond the window too: 60 tokens are drawn, 40 fit."""
     model = model_of()
-    draw = {"temperature": heat, "top_k": top_k, "top_p": top_p, "seed": seed}
-    want = list(generate(model, prompt, 60, **draw))
-    assert list(generate(Decoder.of(model), prompt, 60, **draw)) == want
-
-
-def test_the_same_samples_with_and_without():
-    model = model_of()
-    free = list(generate(model, [1], 60, seed=4))
-    ask = {"tokens": [1], "count": 60, "samples": 5, "seed": 3}
-    for stop in (None, free[20]):
-        want = list(generate_samples(model, **ask, stop=stop))
-        got = list(generate_samples(Decoder.of(model, 5), **ask, stop=stop))
-        assert got == want
+    ask = prompt, 60, 3, heat, top_k, top_p
+    how = {"seed": seed, "stop": stop}
+    want = list(generate_samples(model, *ask, **how))
+    assert list(generate_samples(Decoder.of(model, 3), *ask, **how)) == want

@@ -1,4 +1,4 @@
-"""The first weights: what is not drawn. What is, test_parity.py compares."""
+"""The first weights, in float64 too; test_parity.py compares them."""
 
 import numpy as np
 import pytest
@@ -21,23 +21,16 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("cfg", CONFIGS)
-def test_what_is_not_drawn(cfg):
+def test_float64_gets_the_float32_draws(cfg):
     params, double = empty_params(cfg), empty_params(cfg, np.float64)
     init_params(params, cfg, seed=2**32 - 1)
     init_params(double, cfg, seed=2**32 - 1)
-    assert not params["wte"][cfg.vocab_size :].any()
     for name, x in params.items():
         assert (x == double[name]).all(), name
-        if "ln" in name or name.endswith("b"):
-            assert (x == name.endswith("w")).all(), name
 
 
 def test_params_that_do_not_fit():
-    cfg = CONFIGS[0]
-    params = empty_params(cfg)
+    params = empty_params(CONFIGS[0])
     bad = {**params, "fcw": params["fcw"][:1]}
     with pytest.raises(ValueError, match="init_params: fcw must have shape"):
-        init_params(bad, cfg, seed=0)
-    bad = {**params, "lnfb": params["lnfb"].astype(np.int64)}
-    with pytest.raises(TypeError, match="init_params: lnfb must be float32"):
-        init_params(bad, cfg, seed=0)
+        init_params(bad, CONFIGS[0], seed=0)

@@ -1,6 +1,5 @@
 """The whole model: its gradient, both backends, wrong calls, the same bits."""
 
-import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +22,11 @@ ODD = GPT2Config(
 BACKENDS = ["reference", "cpu"]
 
 
+@pytest.fixture(autouse=True)
+def on_the_simulator(monkeypatch):
+    monkeypatch.setenv("LLMNB_CUDA", "simulator")
+
+
 def run(precision="fp32"):
     """Losses and last weights of a short run."""
     model, losses = GPT2(ODD, 3, 37, precision=precision, seed=7), []
@@ -37,15 +41,6 @@ def run(precision="fp32"):
 @pytest.fixture(scope="module")
 def once():
     return run()
-
-
-def test_a_rerun_gives_the_same_bits(once):
-    losses, params = run()
-    assert (losses == once[0]).all() and (params == once[1]).all()
-
-
-def test_the_number_of_threads_does_not_show():
-    assert_threads_change_no_bit(run)
 
 
 @pytest.fixture
@@ -71,11 +66,7 @@ def test_bf16_on_a_processor_without_it(once, monkeypatch):
     assert len(seen) == 1 and seen[0].filename == __file__
     assert (losses == once[0]).all() and (params == once[1]).all()
     with pytest.warns(UserWarning, match=message):
-        model = GPT2(TINY, 2, 3, precision="bf16")
-    assert model.precision == "fp32"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert GPT2(TINY, 2, 3).precision == "fp32"
+        assert GPT2(TINY, 2, 3, precision="bf16").precision == "fp32"
 
 
 def test_bf16_needs_the_cpu_backend(emulated):
@@ -126,11 +117,8 @@ def test_parts_of_a_batch_add_up(cfg, backend):
     ("backend", "precision", "tolerance"),
     [("cpu", "fp64", 1e-15), ("cuda", "fp32", 1e-6)],
 )
-def test_decay_reaches_the_tensors_named(
-    decay, backend, precision, tolerance, monkeypatch
-):
+def test_decay_reaches_the_tensors_named(decay, backend, precision, tolerance):
     """With no gradient, a step multiplies what decays and nothing else."""
-    monkeypatch.setenv("LLMNB_CUDA", "simulator")
     model = wide(GPT2(TINY, 1, 3, backend, precision))
     before = {name: np.array(x) for name, x in model.params.items()}
     model.forward(*batch(TINY, 1, 3))
@@ -163,6 +151,7 @@ RANGE = r"must lie in \[0, 5\), got"
         ([[0, 1, 2], [0, 5, 1]], ValueError, rf"{RANGE} 5 at \(1, 1\)"),
         ([[0, 1, 2], [0, -1, 1]], ValueError, rf"{RANGE} -1 at \(1, 1\)"),
         (np.zeros((2, 3)), TypeError, "must hold integers, got float64"),
+        (None, ValueError, rf"{SHAPE} \(\)"),
     ],
 )
 def test_bad_tokens(backend, tokens, error, says):
@@ -171,14 +160,13 @@ def test_bad_tokens(backend, tokens, error, says):
     with pytest.raises(error, match=f"GPT2.forward: tokens .*{says}"):
         model.forward(tokens, good)
     with pytest.raises(error, match=f"GPT2.forward: targets .*{says}"):
-        model.forward(good, tokens)
+        model.step(good, tokens)  # forward does without targets
 
 
 @pytest.mark.parametrize("refused", [True, False])
 @pytest.mark.parametrize("backend", ["reference", "cuda"])
-def test_a_batch_is_kept_until_the_next(refused, backend, monkeypatch):
+def test_a_batch_is_kept_until_the_next(refused, backend):
     """A refused one leaves no trace, and the caller's arrays are copied."""
-    monkeypatch.setenv("LLMNB_CUDA", "simulator")
     model = wide(GPT2(TINY, 2, 3, backend))
     tokens, targets = batch(TINY, 2, 3)
     model.forward(tokens, targets)
@@ -194,22 +182,34 @@ def test_a_batch_is_kept_until_the_next(refused, backend, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", "cuda"])
-def test_no_update_before_a_gradient(backend, monkeypatch):
-    monkeypatch.setenv("LLMNB_CUDA", "simulator")
+def test_calls_out_of_order(backend):
     model = GPT2(TINY, 2, 3, backend)
     tokens, targets = batch(TINY, 2, 3)
     before = np.array(model.memory.flat("params"))
-    for forward in (lambda: None, lambda: model.forward(tokens, targets)):
-        forward()
-        with pytest.raises(RuntimeError, match="GPT2.update: call backward"):
-            model.update()
-        early = "GPT2.clip_gradients: call backward first"
-        with pytest.raises(RuntimeError, match=early):
-            model.clip_gradients(1.0)
+    calls = {
+        "logits": (lambda: model.logits, "there are none; call forward"),
+        "backward": (model.backward, r"call forward\(tokens, targets\) first"),
+        "update": (model.update, "call backward first"),
+        "clip_gradients": (lambda: model.clip_gradients(1.0), "call backward"),
+    }
+
+    def refused(*names):
+        for name in names:
+            call, says = calls[name]
+            with pytest.raises(RuntimeError, match=f"GPT2.{name}: {says}"):
+                call()
+
+    refused(*calls)
+    assert model.forward(tokens) is None and model.logits.shape == (2, 3, 5)
+    refused("backward", "update", "clip_gradients")
+    model.forward(tokens, targets)
+    assert model.logits.shape == (2, 3, 5)
+    refused("update", "clip_gradients")
     assert np.array_equal(np.array(model.memory.flat("params")), before)
-    assert not np.array(model.memory.flat("v")).any()
     model.backward()
+    refused("logits", "backward")
     assert model.clip_gradients(1.0) > 0
+    assert not np.array(model.memory.flat("v")).any()
     model.update()
     assert np.array(model.memory.flat("v")).any()
 
@@ -226,10 +226,7 @@ def test_no_update_before_a_gradient(backend, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("backend", ["reference", "cpu", "cuda"])
-def test_a_steps_settings_are_looked_at_first(
-    backend, settings, error, says, monkeypatch
-):
-    monkeypatch.setenv("LLMNB_CUDA", "simulator")
+def test_a_steps_settings_are_looked_at_first(backend, settings, error, says):
     model = GPT2(TINY, 2, 3, backend)
     with pytest.raises(error, match=f"GPT2.step: {says}"):
         model.step(*batch(TINY, 2, 3), **settings)
@@ -238,27 +235,6 @@ def test_a_steps_settings_are_looked_at_first(
     if "max_norm" not in settings:
         with pytest.raises(error, match=f"GPT2.update: {says}"):
             model.update(**settings)
-
-
-def test_calls_out_of_order():
-    model = GPT2(TINY, 2, 3, "reference")
-    tokens, targets = batch(TINY, 2, 3)
-    early = r"call forward\(tokens, targets\) first"
-    with pytest.raises(RuntimeError, match="GPT2.logits: there are none"):
-        _ = model.logits
-    with pytest.raises(RuntimeError, match=early):
-        model.backward()
-    assert model.forward(tokens) is None
-    with pytest.raises(RuntimeError, match=early):
-        model.backward()
-    assert model.logits.shape == (2, 3, 5)
-    model.forward(tokens, targets)
-    assert model.logits.shape == (2, 3, 5)
-    model.backward()
-    with pytest.raises(RuntimeError, match="GPT2.logits: there are none"):
-        _ = model.logits
-    with pytest.raises(RuntimeError, match=early):
-        model.backward()
 
 
 @pytest.mark.parametrize(
@@ -283,14 +259,3 @@ def test_without_a_seed_the_weights_are_zero():
     flat = model.memory.flat("params")
     assert flat.size == parameter_count(TINY)
     assert not flat.any()
-
-
-def test_a_step_without_targets_is_refused():
-    """It would learn the targets of the step before."""
-    model = GPT2(TINY, 2, 3, backend="reference")
-    tokens, targets = batch(TINY, 2, 3)
-    model.step(tokens, targets)
-    before = model.memory.flat("params").copy()
-    with pytest.raises(ValueError, match="targets must have shape"):
-        model.step(tokens, None)
-    assert np.array_equal(model.memory.flat("params"), before)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from problems import relative
 
 from llmnb.config import GPT2Config
 from llmnb.model.gpt2 import GPT2
@@ -70,12 +71,6 @@ def load(name):
 @pytest.fixture(scope="module", params=CASES)
 def recorded(request):
     return load(request.param)
-
-
-def relative(got, want):
-    """The norm of the difference over the norm."""
-    assert got.shape == want.shape
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
 
 
 def errors(fixture, backend, precision):

@@ -4,9 +4,10 @@ import llmnb
 from llmnb.model.tensors import decaying
 
 
-def test_gpt2_decays_its_matrices_and_tables():
+def test_matrices_and_tables_decay():
     names = ["wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw"]
     assert decaying(llmnb.GPT2Config()) == names
+    assert decaying(llmnb.GemmaConfig()) == [x for x in names if x != "wpe"]
 
 
 def test_who_decays_lies_first_in_memory():

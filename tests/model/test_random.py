@@ -4,13 +4,13 @@ tests/data/parity_draws.json is written by record_parity.py, with torch.
 """
 
 import json
-import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from measure import peak
 
 from llmnb.model.random import (
     AT_ONCE,
@@ -22,25 +22,11 @@ from llmnb.model.random import (
 DATA = Path(__file__).parents[1] / "data"
 RECORDED = json.loads((DATA / "parity_draws.json").read_text("utf-8"))
 
-# torch 2.13.0 on a CPU with AVX2, each from torch.Generator().manual_seed(137)
-UNIFORMS = [
-    0.6256541013717651, 0.573381781578064, 0.6672714352607727,
-    0.746163547039032,
-]  # fmt: skip
-DOUBLES = [0.005233052323352139, 0.33817161944911545, 0.11974353184215525]
-
 
 def drawn(generator, n, mean=0.0, std=1.0):
     array = np.empty(n, np.float32)
     generator.normal_(array, mean, std)
     return array
-
-
-def test_words_do_not_depend_on_how_many_are_asked_for():
-    whole, parts = MersenneTwister(3), MersenneTwister(3)
-    want = whole.uint32(2000)
-    got = [parts.uint32(n) for n in (1, 623, 0, 1, 1375)]
-    assert (np.concatenate(got) == want).all()
 
 
 @given(seed=st.integers(0, 2**32 - 1))
@@ -50,10 +36,11 @@ def test_words_are_those_of_numpys_seeding_by_an_integer(seed):
     assert (MersenneTwister(seed).uint32(700) == want).all()
 
 
-def test_uniforms_are_pytorchs_exactly():
-    assert MersenneTwister(137).uniform(4).tolist() == UNIFORMS
-    twister = MersenneTwister(137)
-    assert [twister.uniform64() for _ in range(3)] == DOUBLES
+def test_recorded_draws():
+    generator = Generator(RECORDED["seed"])
+    for n, want in RECORDED["golden"].items():
+        got = drawn(generator, int(n))
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
 
 def test_uniforms_at_the_ends_of_the_words():
@@ -64,13 +51,6 @@ def test_uniforms_at_the_ends_of_the_words():
         assert 0 <= twister.uniform64() < 1
     normals = box_muller(np.full(16, 1 - 2**-24, np.float32), 0.0, 1.0)
     assert np.isfinite(normals).all()
-
-
-def test_recorded_draws():
-    generator = Generator(RECORDED["seed"])
-    for n, want in RECORDED["golden"].items():
-        got = drawn(generator, int(n))
-        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -89,31 +69,9 @@ def test_chunks_do_not_show(n):
     assert (generator.uint32(3) == after).all()
 
 
-@given(n=st.integers(0, 70))
-@settings(max_examples=25, deadline=None, derandomize=True)
-def test_float64_gets_the_float32_draws(n):
-    double = np.empty(n)
-    Generator(4).normal_(double, 0.25, 0.5)
-    single = np.empty(n, np.float32)
-    Generator(4).normal_(single, 0.25, 0.5)
-    assert (double == single).all()
-
-
-def test_shape_does_not_matter():
-    matrix = np.empty((5, 7, 3), np.float32)
-    Generator(6).normal_(matrix)
-    assert (matrix.ravel() == drawn(Generator(6), 105)).all()
-
-
 def test_no_large_temporaries():
     array = np.empty(1 << 22, np.float32)
-    generator = Generator(0)
-    generator.normal_(array[:16])
-    tracemalloc.start()
-    generator.normal_(array)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1_000_000
+    assert peak(lambda: Generator(0).normal_(array)) < 1_000_000
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 10**30, 1.0, "1", None, True])
@@ -129,9 +87,7 @@ def test_a_seed_that_is_none(seed):
 @pytest.mark.parametrize(
     ("array", "error", "message"),
     [
-        (np.empty(20, np.float16), TypeError, "float32 or float64"),
         (np.empty(20, np.int32), TypeError, "float32 or float64"),
-        ([0.0] * 20, TypeError, "a NumPy array, got list"),
         (np.empty((8, 8), np.float32)[:, :4], ValueError, "C-contiguous"),
         (np.broadcast_to(np.float32(0), 1), ValueError, "writeable"),
     ],
