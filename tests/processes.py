@@ -20,13 +20,20 @@ sys.stdin.read()
 """
 
 
-def python(code, *args, options=(), cwd=None, **environment):
-    """Run a program, and give its code, and what it wrote as text."""
+def python(
+    code, *args, program=sys.executable, options=(), without=(), cwd=None,
+    timeout=600, **environment,
+):  # fmt: skip
+    """Run a program, and give its code, and what it wrote as text.
+
+    without: how the names of variables begin that it is not to find.
+    """
+    env = {k: v for k, v in os.environ.items() if not k.startswith(without)}
     paths = str(ROOT), os.environ.get("PYTHONPATH", "")
-    path = {"PYTHONPATH": os.pathsep.join(paths)}
+    env["PYTHONPATH"] = os.pathsep.join(paths)
     return subprocess.run(
-        [sys.executable, *options, "-c", code, *map(str, args)],
-        cwd=cwd, env=os.environ | path | environment, timeout=600,
+        [program, *options, "-c", code, *map(str, args)],
+        cwd=cwd, env=env | environment, timeout=timeout,
         capture_output=True, text=True,
     )  # fmt: skip
 

@@ -32,16 +32,13 @@ ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
 ONE_THREAD = "one-thread"
 
 
-def masked(shape):
-    return {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": MASKS[shape]}
-
-
 def chosen(shape):
     """What has a process take a shape: few features, or the variable."""
     host = {k for k, has in llvm.get_host_cpu_features().items() if has}
     needed = MASKS.get(shape, "+nothing").replace("+", "").split(",")
     if ON_X86 and host.issuperset(needed):
-        return masked(shape)
+        features = {"NUMBA_CPU_FEATURES": MASKS[shape]}
+        return {"NUMBA_CPU_NAME": "generic"} | features
     return {"LLMNB_TILE": shape}
 
 

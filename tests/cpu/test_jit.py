@@ -109,22 +109,6 @@ def test_no_folder_to_write_to(copy):
     assert not list(copy.rglob("*.kernel"))
 
 
-def test_a_real_kernel_is_kept_and_recompiled(copy):
-    program = """
-import json, numpy
-from llmnb.cpu import residual
-a = numpy.ones((3, 5), numpy.float32)
-residual.residual_forward(out := numpy.zeros_like(a), a, a)
-(routine,) = residual._residual_forward.routines.values()
-print(json.dumps([float(out.sum()), routine.cache_hits]))
-"""
-    cache = copy / "cache"
-    assert run(copy, cache, program) == [30, 0]
-    assert run(copy, cache, program) == [30, 1]
-    edit(copy, "residual.py", "inp1[i] + inp2[i]", "inp1[i] - inp2[i]")
-    assert run(copy, cache, program) == [0, 0]
-
-
 def test_the_options_of_a_kernel():
     @jit.inner
     def ratio(a, b):

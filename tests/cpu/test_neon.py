@@ -7,11 +7,11 @@ It takes minutes: the emulator runs LLVM, too.
 import json
 import os
 import platform
-import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
-from processes import output
+from processes import output, python
 from test_tile import AT_A_SHAPE, CHOSEN
 
 from llmnb.cpu.tile import cpu_features
@@ -57,18 +57,10 @@ print(json.dumps(found))
 """
 
 
-def emulated(program, *args, **how):
-    """Run a program on ARM; returns what is known of its end."""
-    paths = str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")
-    env = {k: v for k, v in os.environ.items() if k[:5] not in OURS}
-    env["PYTHONPATH"] = os.pathsep.join(paths)
-    return subprocess.run(
-        [ARM, "-c", program, *args], cwd=TESTS, env=env | how,
-        timeout=7200, capture_output=True, text=True,
-    )  # fmt: skip
-
-
-OURS = "LLMNB", "NUMBA"
+# run a program on ARM
+emulated = partial(
+    python, program=ARM, cwd=TESTS, without=("LLMNB", "NUMBA"), timeout=7200
+)
 
 
 @pytest.fixture(scope="module")

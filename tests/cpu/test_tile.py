@@ -7,18 +7,18 @@ run in processes of their own, because a shape is chosen at import.
 import json
 import os
 import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numba
 import numpy as np
 import pytest
-from layers import NAMED, assert_near, draw, passed, results
-from tiles import AVX2, MASKS, ON_X86, OURS, SHAPES, chosen, masked
+from layers import NAMED, assert_near, copied, draw, passed, results
+from processes import python
+from tiles import AVX2, ON_X86, OURS, SHAPES, chosen
 
-from llmnb import cpu
+from llmnb import cpu, reference
 from llmnb.cpu import bfloat16, matmul, tile
 
 TESTS = Path(__file__).parents[1]
@@ -39,29 +39,11 @@ assert sys.argv[1] == f"{tile.ROWS}x{tile.VECTORS}x{tile.LANES}"
 options = ["-q", "-p", "no:cacheprovider", "-o", "addopts="]
 sys.exit(pytest.main(options + sys.argv[2:]))
 """
-THE_CHOICE = """
-from llmnb.cpu import tile
-print(f"{tile.ROWS}x{tile.VECTORS}x{tile.LANES}", *tile.cpu_features())
-"""
 x86_only = pytest.mark.skipif(not ON_X86, reason="features of x86")
 
 
-def python(program, *args, cache=None, **variables):
-    """Run a program in a new process with nothing set but what is asked."""
-    ours = ("LLMNB_", "NUMBA_CPU_")
-    env = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
-    paths = [str(TESTS), str(TESTS.parent), env.get("PYTHONPATH")]
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    if cache is not None:
-        variables["LLMNB_CACHE"] = str(cache)
-    return subprocess.run(
-        [sys.executable, "-c", program, *args],
-        cwd=TESTS,
-        env={**env, **variables},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+# a program in a new process with nothing set but what is asked
+alone = partial(python, cwd=TESTS, without=("LLMNB_", "NUMBA_CPU_"))
 
 
 @pytest.fixture(scope="module")
@@ -70,16 +52,15 @@ def processes(tmp_path_factory):
 
     Nearly all of their time goes into compiling, which takes one core.
     """
-    cache = tmp_path_factory.mktemp("kernels")
+    cache = str(tmp_path_factory.mktemp("kernels"))
     with ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2)) as pool:
         runs = {
             shape: pool.submit(
-                *(python, AT_A_SHAPE, shape, *CHOSEN),
-                cache=cache,
+                alone, AT_A_SHAPE, shape, *CHOSEN, LLMNB_CACHE=cache,
                 **chosen(shape),
             )
             for shape in OTHERS
-        }
+        }  # fmt: skip
         return {name: run.result() for name, run in runs.items()}
 
 
@@ -87,18 +68,6 @@ def processes(tmp_path_factory):
 def test_every_shape_computes_the_same(processes, shape):
     done = processes[shape]
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-@x86_only
-@pytest.mark.parametrize("shape", MASKS)
-def test_masked_features(shape):
-    """The choice; its products are those of the test before or, for this
-    machine's own tile, of the layers' tests."""
-    done = python(THE_CHOICE, **masked(shape))
-    assert done.returncode == 0, done.stderr
-    taken, *features = done.stdout.split()
-    assert taken == shape
-    assert sorted(features) == sorted(MASKS[shape][1:].split(",+"))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -184,6 +153,12 @@ def test_bf16_of_the_smallest_numbers(a, b, kept):
     assert out == (2.0 ** (a + b) if kept or not bfloat16.HALVES else 0)
 
 
+def of_rounded(layer, p, *names):
+    """What the reference makes in float64 of a problem with these rounded."""
+    p = copied(p, np.float64) | {name: nearest(p[name]) for name in names}
+    return results(layer, passed(layer, reference, p))
+
+
 BF16_SHAPES = [(1, 1, 1, 1), (2, 37, 51, 97), (1, 13, 801, 49), (3, 50, 64, 9)]
 
 
@@ -194,13 +169,7 @@ def test_bf16_products(shape, bias):
     layer, absent = NAMED["matmul"], ("residual",)
     absent += () if bias else ("bias", "dbias")
     p = draw("matmul", *shape, dtype=np.float32, absent=absent)
-    inp, dout, weight = (nearest(p[x]) for x in ("inp", "dout", "weight"))
-    rows, drows = (x.reshape(-1, x.shape[2]) for x in (inp, dout))
-    want = {
-        "out": inp @ weight.T + (p["bias"] if bias else 0),
-        "dinp": p["dinp"] + dout @ weight,
-        "dweight": p["dweight"] + drows.T @ rows,
-    }
+    want = of_rounded(layer, p, "inp", "dout", "weight")
     if bias:
         want["dbias"] = p["dbias"] + p["dout"].sum((0, 1), dtype=np.float64)
     assert_near(results(layer, passed(layer, cpu, p, bf16=True)), want, 2e-5)
@@ -209,66 +178,24 @@ def test_bf16_products(shape, bias):
             assert_near(results(layer, passed(layer, cpu, p)), want, 2e-5)
 
 
-def heads(x, NH, parts):
-    """(B, T, parts C) to (parts, B, NH, T, hs), in float64."""
-    B, T, _ = x.shape
-    x = x.astype(np.float64).reshape(B, T, parts, NH, -1)
-    return x.transpose(2, 0, 3, 1, 4)
-
-
-def transposed(x):
-    return np.swapaxes(x, -1, -2)
-
-
-def attention_of_rounded(inp, dout, out, NH):
-    """lse, out, dinp of rounded factors, and how far rounding may carry.
-
-    In float64. What kernels round again on the way, weights and gradients of
-    scores, is not rounded here. Each such number may be off by one part in
-    2^8, half a step of 8 bits, and so may each term of the sums it enters.
-    """
-    q, k, v = heads(nearest(inp), NH, 3)
-    dy, y = heads(nearest(dout), NH, 1)[0], heads(out, NH, 1)[0]
-    scale = 1 / np.sqrt(q.shape[-1])
-    scores = q @ transposed(k) * scale
-    future = np.triu(np.ones(scores.shape[-2:], bool), 1)
-    scores[..., future] = -np.inf
-    lse = np.log(np.exp(scores).sum(-1))
-    weights = np.exp(scores - lse[..., None])
-    D = (y * heads(dout, NH, 1)[0]).sum(-1, keepdims=True)
-    dscores = weights * (dy @ transposed(v) - D) * scale
-
-    def sums(w, ds, q, k, v, dy):
-        dv, dk, dq = transposed(w) @ dy, transposed(ds) @ q, ds @ k
-        parts = np.stack([dq, dk, dv]).transpose(1, 3, 0, 2, 4)
-        return (w @ v).transpose(0, 2, 1, 3).reshape(dout.shape), (
-            parts.reshape(inp.shape)
-        )
-
-    factors = weights, dscores, q, k, v, dy
-    allowed = [x / 256 for x in sums(*map(np.abs, factors))]
-    return (lse, *sums(*factors)), (np.zeros_like(lse), *allowed)
-
-
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1, 1), (2, 37, 3, 5), (1, 210, 2, 9)]
 )
 def test_bf16_attention(shape):
+    """That of rounded factors; what kernels round again on the way, weights
+    and gradients of scores, may be off by one part in 2^8."""
     (B, T, NH, hs), layer = shape, NAMED["attention"]
     p = draw("attention", B, T, 1, NH, hs, dtype=np.float32, add=False)
-    got = passed(layer, cpu, p, bf16=True)
-    found = [got[name] for name in ("lse", "out", "dinp")]
-    arrays = p["inp"], p["dout"], got["out"], NH
-    want, allowed = attention_of_rounded(*arrays)
-    for x, y, most in zip(found, want, allowed, strict=True):
-        float32 = 4e-6 * max(1, np.abs(y).max())
-        assert (np.abs(x - y) <= most + float32).all()
+    got = results(layer, passed(layer, cpu, p, bf16=True))
+    want = of_rounded(layer, p, "inp", "dout")
+    assert_near({"lse": got["lse"]}, {"lse": want["lse"]}, 4e-6)
+    assert_near(got, want, 3e-3)
     if T == 1:
         return
-    plain = passed(layer, cpu, p)
+    plain = results(layer, passed(layer, cpu, p))
     assert np.abs(plain["lse"] - got["lse"]).max() > 1e-4  # of the scores
     p["inp"] = nearest(p["inp"]).astype(np.float32)
-    rounded = passed(layer, cpu, p)
+    rounded = results(layer, passed(layer, cpu, p))
     assert np.abs(rounded["out"] - got["out"]).max() > 1e-4  # the weights
 
 
@@ -323,12 +250,10 @@ def test_the_sums_stay_in_registers(
     processor, features, precision, instruction, register, shape
 ):
     """Compiled for a processor that need not be this one, and not run."""
-    done = python(
-        *(COMPILE, precision),
-        LLMNB_CACHE="",
-        NUMBA_CPU_NAME=processor,
+    done = alone(
+        COMPILE, precision, LLMNB_CACHE="", NUMBA_CPU_NAME=processor,
         NUMBA_CPU_FEATURES=features,
-    )
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (assembly,) = json.loads(done.stdout)
     pattern = rf"\s+{instruction}\s.*%{register}(\d+)$"
