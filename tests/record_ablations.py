@@ -11,9 +11,9 @@ up to rounding in a fraction of the time: a minute a run.
 import gzip
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
+from recorded import DATA
 
 from llmnb.config import GPT2Config
 from llmnb.model.gpt2 import GPT2
@@ -22,7 +22,6 @@ from llmnb.text import tokenizer
 from llmnb.text.data import DataLoader
 from llmnb.train.schedule import learning_rate
 
-DATA = Path(__file__).parent / "data"
 B, T, V, STEPS, EVERY = 4, 64, 1024, 3000, 250
 SHAPE = T, V, 2, 4, 64  # max_seq_len, vocab_size, num_layers, num_heads, C
 DEFAULT = {"peak": 5e-3, "warmup": 150, "clip": 1.0, "beta2": 0.95}

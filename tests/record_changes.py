@@ -12,7 +12,8 @@ import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
-from record_ablations import DATA, DEFAULT, SHAPE, STEPS, losses, texts
+from record_ablations import DEFAULT, SHAPE, STEPS, losses, texts
+from recorded import DATA
 
 from llmnb.config import GPT2Config
 from llmnb.model import parts

@@ -8,10 +8,7 @@ smollm2 --seed 42` with the same questions gives the same answers on the same
 kind of machine.
 """
 
-import json
-import platform
-from datetime import date
-from pathlib import Path
+from recorded import BOOK, here, write_json
 
 import llmnb
 from llmnb.cli.chat import ChatOptions, Conversation
@@ -20,7 +17,6 @@ from llmnb.formats.vocabulary import open_encoding
 from llmnb.formats.wheels import WHEELS, fetch_wheel
 from llmnb.model.decode import Decoder
 
-PLACE = Path(__file__).parents[1] / "book" / "chat.json"
 QUESTIONS = (
     "What is a rainbow?",
     "Say that in one sentence that a child understands.",
@@ -46,12 +42,10 @@ def main():
         "top_p": options.top_p,
         "seed": options.seed,
         "llmnb": llmnb.__version__,
-        "processor": platform.machine(),
-        "date": date.today().isoformat(),
+        **here(),
         "messages": talk.messages,
     }
-    text = json.dumps(found, indent=1, ensure_ascii=False)
-    PLACE.write_text(text + "\n", "utf-8")
+    write_json(BOOK / "chat.json", found)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,11 @@ import math
 
 import numpy as np
 import torch
-from record_parity import DATA, SIZES, TorchGPT2, provenance
+from record_parity import SIZES, TorchGPT2, provenance
+from recorded import DATA
 from torch import nn
+
+from llmnb.formats.shard import read_shard
 
 B, T, STEPS, WARMUP, SEED = 8, 64, 200, 20, 42
 PEAK, FINAL = 2e-3, 2e-4
@@ -27,13 +30,6 @@ def learning_rate(step):
         return PEAK * (step + 1) / WARMUP
     part = (step - WARMUP) / (STEPS - WARMUP)
     return FINAL + (PEAK - FINAL) * 0.5 * (1 + math.cos(math.pi * part))
-
-
-def read_tokens(path):
-    header = np.fromfile(path, "<i4", 256)
-    tokens = np.fromfile(path, "<u2", offset=1024)
-    assert header[:3].tolist() == [20240520, 1, len(tokens)]
-    return torch.from_numpy(tokens.astype(np.int64))
 
 
 def curve(tokens, dtype, bf16=False):
@@ -86,7 +82,8 @@ def write(path, **columns):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    tokens = read_tokens(DATA / "curve_tokens.bin")
+    tokens = read_shard(DATA / "curve_tokens.bin").astype(np.int64)
+    tokens = torch.from_numpy(tokens)
     both = {"loss": torch.float32, "loss64": torch.float64}
     columns = {name: curve(tokens, dtype) for name, dtype in both.items()}
     write(DATA / "torch_curve.csv", **columns)

@@ -10,17 +10,16 @@ casts to float32 inside norms, rotation and softmax; for the float64 numbers
 these casts are to float64 instead.
 """
 
-import json
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 from record_parity import provenance
+from recorded import DATA, write_json
 from torch.nn import functional as F
 
-FOLDER = Path(__file__).parent / "data" / "families"
+FOLDER = DATA / "families"
 STEPS = 10
 SMALL = {
     "vocab_size": 61, "hidden_size": 24, "intermediate_size": 40,
@@ -141,8 +140,7 @@ def main():
     for name, (kind, others) in CASES.items():
         record(name, kind, others)
     facts = provenance() | {"transformers": transformers.__version__}
-    text = json.dumps(facts, indent=1) + "\n"
-    (FOLDER / "provenance.json").write_text(text)
+    write_json(FOLDER / "provenance.json", facts)
 
 
 if __name__ == "__main__":

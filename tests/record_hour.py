@@ -12,12 +12,12 @@ of the heads at checkpoints along the way; and what counting pays on the same
 validation text.
 """
 
-import json
 import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
+from recorded import BOOK, write_json
 
 from llmnb.formats.checkpoint import write_model
 from llmnb.model.decode import Decoder
@@ -35,7 +35,7 @@ from llmnb.train.folder import read_run, states, step_of
 from llmnb.train.landmarks import ngram_entropy
 from llmnb.train.log import read_steps
 
-HOUR = Path(__file__).parent.parent / "book" / "hour"
+HOUR = BOOK / "hour"
 SAMPLED = (0, 500, 1000, 2000, 4000, 8000, 12000)
 EVERY, REPEAT, PROMPT = 50, 60, "class "
 
@@ -72,8 +72,7 @@ def heads(step, params, num_heads, vocab_size):
 
 def sample(params, cfg, encoding, temperature):
     """What a checkpoint writes after the beginning of a class."""
-    writer = Decoder(cfg, 1, 256)
-    writer.adopt(params)
+    writer = Decoder(cfg, 1, 256).adopt(params)
     ids = generate(
         writer, encoding.encode_ordinary(PROMPT), 120, temperature, seed=1,
         stop=encoding.eot_token,
@@ -103,11 +102,6 @@ def landmarks(data, vocab_size):
     return {name: round(x, 4) for name, x in marks.items()}
 
 
-def write_json(name, found):
-    text = json.dumps(found, indent=1, ensure_ascii=False)
-    (HOUR / name).write_text(text + "\n", encoding="utf-8")
-
-
 def main(folder):
     HOUR.mkdir(exist_ok=True)
     config, data = read_run(folder), prepare(read_run(folder))
@@ -120,9 +114,10 @@ def main(folder):
         if step in SAMPLED:
             texts[step] = sample(params, cfg, encoding, 0.8)
     greedy = sample(params, cfg, encoding, 0)
-    write_json("heads.json", scores)
-    write_json("samples.json", {"after": texts, "greedy": greedy})
-    write_json("landmarks.json", landmarks(data, V))
+    write_json(HOUR / "heads.json", scores)
+    samples = {"after": texts, "greedy": greedy}
+    write_json(HOUR / "samples.json", samples)
+    write_json(HOUR / "landmarks.json", landmarks(data, V))
     write_model(HOUR / "model.bin", cfg, params, precision="bf16")
     log = thinned(read_steps(folder / "log.csv"))
     (HOUR / "log.csv").write_text(log, encoding="utf-8")

@@ -10,11 +10,11 @@ import gzip
 import io
 import json
 import sys
-from pathlib import Path
+
+from recorded import DATA
 
 from llmnb.text import corpus
 
-HERE = Path(__file__).parent
 CHARACTERS = 2_000_000
 
 
@@ -25,7 +25,7 @@ def main():
         for text in documents:
             line = json.dumps({"text": text}, ensure_ascii=False)
             file.write(line.encode() + b"\n")
-    (HERE / "data" / "library.jsonl.gz").write_bytes(packed.getvalue())
+    (DATA / "library.jsonl.gz").write_bytes(packed.getvalue())
     print(f"Python {sys.version.split()[0]}: {len(documents)} documents")
 
 

@@ -9,15 +9,13 @@ system counts: three steps on a batch of one sequence of 256 tokens, float32.
 
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import time
-from datetime import date
-from pathlib import Path
 
 import numpy as np
+from recorded import BOOK, here, write_json
 
 from llmnb.formats.vocabulary import open_encoding
 from llmnb.formats.wheels import WHEELS, fetch_wheel
@@ -25,10 +23,7 @@ from llmnb.model.gpt2 import GPT2
 from llmnb.model.inbackward import InBackward
 from llmnb.model.lora import LoRA
 
-PLACE = Path(__file__).parents[1] / "book" / "lora.json"
-TEXT = (
-    Path(__file__).parents[1] / "notebooks" / "1_by_hand" / "06_layernorm.py"
-)
+TEXT = BOOK.with_name("notebooks") / "1_by_hand" / "06_layernorm.py"
 KINDS = {
     "whole": (GPT2, {}),
     "inbackward": (InBackward, {}),
@@ -62,13 +57,12 @@ def measured(kind):
 
 def main():
     found = {"model": WHEELS["smollm2"][3], "seq_len": T, "rank": 8}
-    found |= {"processor": platform.machine(), "cores": os.cpu_count()}
-    found["date"] = date.today().isoformat()
+    found |= here() | {"cores": os.cpu_count()}
     for kind in KINDS:
         command = [sys.executable, __file__, kind]
         done = subprocess.run(command, check=True, capture_output=True)
         found[kind] = json.loads(done.stdout)
-    PLACE.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    write_json(BOOK / "lora.json", found)
 
 
 if __name__ == "__main__":

