@@ -8,6 +8,7 @@ versions, so that the record has one set of hashes for each such machine. Any
 other has no set: there, record one before a change, and compare after it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -95,17 +96,11 @@ def run_folder():
     """Hashes of the files of a trained run, without what the clock says."""
     from llmnb.cli.__main__ import main
 
-    before, found = os.getcwd(), {}
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        try:
-            Path("library.jsonl.gz").symlink_to(DATA / "library.jsonl.gz")
-            main(RUN.split())
-            for path in sorted(Path("run").iterdir()):
-                found[path.name] = digest(without_time(path))
-        finally:
-            os.chdir(before)
-    return found
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        Path("library.jsonl.gz").symlink_to(DATA / "library.jsonl.gz")
+        main(RUN.split())
+        files = sorted(Path("run").iterdir())
+        return {"run folder": {x.name: digest(without_time(x)) for x in files}}
 
 
 def without_time(path):
@@ -120,32 +115,30 @@ def without_time(path):
     return b"" if path.suffix == ".png" else path.read_bytes()
 
 
-def on_host():
-    """All hashes of the backends that compute on the processor."""
-    found = {}
-    for backend, precision in ON_HOST:
-        for number, shape in enumerate(SHAPES):
-            for clip in (False, True):
-                name = f"{backend} {precision} shape {number}"
-                name += " clipped" if clip else ""
-                how = shape, backend, precision, clip
-                found[name] = three_steps(*how)
-    return found
-
-
-def on_simulator():
-    """All hashes of the cuda backend, run by the simulator."""
+def cases(backends, numbers):
+    """Hashes of the shapes of some numbers, clipped and not, by name."""
     return {
-        f"cuda fp32 shape {number}{' clipped' if clip else ''}": three_steps(
-            SHAPES[number], "cuda", "fp32", clip
+        f"{backend} {precision} shape {n}{' clipped' * clip}": three_steps(
+            SHAPES[n], backend, precision, clip
         )
-        for number in (0, 3)
+        for backend, precision in backends
+        for n in numbers
         for clip in (False, True)
     }
 
 
+def on_host():
+    """All hashes of the backends that compute on the processor."""
+    return cases(ON_HOST, range(len(SHAPES)))
+
+
+def on_simulator():
+    """All hashes of the cuda backend, run by the simulator."""
+    return cases([("cuda", "fp32")], (0, 3))
+
+
 def main():
-    found = on_host() | on_simulator() | {"run folder": run_folder()}
+    found = on_host() | on_simulator() | run_folder()
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     if "--record" in sys.argv:
         record[machine()] = found

@@ -4,12 +4,12 @@ import ast
 import importlib
 import inspect
 import re
-import subprocess
-import sys
 import tomllib
 
 import chapter
 import pytest
+from count import code_lines
+from processes import output
 
 from llmnb.book.export import PARTS, ROOMS, ROOT
 
@@ -37,7 +37,7 @@ def test_import_is_light(name, heavy, seconds):
         f"heavy = set({heavy.split()}) & set(sys.modules);"
         f"assert not heavy, heavy; assert t < {seconds}, t"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    output(code)
 
 
 def test_the_front_door():
@@ -69,35 +69,6 @@ def test_public_names_are_documented_and_functions_are_short(name):
             assert lines <= 50, f"{name}.{node.name}: {lines} lines"
 
 
-@pytest.mark.parametrize("backend", ["cpu", "cuda"])
-def test_the_backends_have_the_same_layers(backend):
-    from llmnb import reference
-
-    there = importlib.import_module(f"llmnb.{backend}")
-    ends = ("_forward", "_backward", "_update", "_norm", "_gradients")
-    layers = [n for n in reference.__all__ if n.endswith(ends)]
-    assert len(layers) == 33, layers
-    extra = {"work", "bf16", "version"}  # what only compiled layers take
-    for name in layers:
-        want = inspect.signature(getattr(reference, name))
-        got = inspect.signature(getattr(there, name))
-        shared = [p for n, p in got.parameters.items() if n not in extra]
-        assert shared == list(want.parameters.values()), name
-
-
-def code_lines(path):
-    """Lines of a file that are neither blank, comment nor docstring."""
-    text = path.read_text("utf-8")
-    lines = [x.strip() for x in text.splitlines()]
-    count = sum(x != "" and x[0] != "#" for x in lines)
-    kinds = ast.Module, ast.FunctionDef, ast.ClassDef
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, kinds) and ast.get_docstring(node):
-            doc = node.body[0]
-            count -= sum(map(bool, lines[doc.lineno - 1 : doc.end_lineno]))
-    return count
-
-
 NUMPY = "config.py checks.py arena.py model/layout.py model/init.py "
 NUMPY += "model/gpt2.py reference/*.py"
 
@@ -113,8 +84,9 @@ NUMPY += "model/gpt2.py reference/*.py"
 def test_gpt2_and_its_compiled_backend_stay_small(files, least, most):
     paths = [p for x in files.split() for p in (ROOT / "llmnb").glob(x)]
     # the layers of Part 5 are other models'
-    paths = [p for p in paths if "/5_modern/" not in p.read_text("utf-8")[:99]]
-    assert least < sum(map(code_lines, paths)) < most
+    texts = [p.read_text("utf-8") for p in paths]
+    counts = [code_lines(x)[0] for x in texts if "/5_modern/" not in x[:99]]
+    assert least < sum(counts) < most
 
 
 def test_one_list_of_packages():
@@ -146,7 +118,7 @@ def test_the_readmes_program_runs(tmp_path):
     short = code.replace("range(1, 101)", "range(1, 3)")
     assert short != code
     short += "assert 0 < loss < 6, loss\n"
-    subprocess.run([sys.executable, "-c", short], cwd=tmp_path, check=True)
+    output(short, cwd=tmp_path)
     wrote = {p.name for p in tmp_path.iterdir()}
     assert wrote == {"model.bin", "model.safetensors"}
 
