@@ -3,8 +3,8 @@
 """The state of a run: all that one step hands to the next."""
 
 __all__ = [
-    "Run", "State", "differences", "fingerprint", "newest_state",
-    "read_state", "restore", "save_state", "surroundings",
+    "Run", "State", "differences", "fingerprint", "first_batches",
+    "newest_state", "read_state", "restore", "save_state", "surroundings",
 ]
 
 
@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import zlib
 from contextlib import suppress
 from dataclasses import asdict
 from hashlib import file_digest, sha256
@@ -92,6 +93,18 @@ def _digest(shards):
             file.seek(HEADER_BYTES)
             file_digest(file, lambda: digest)
     return digest.hexdigest()
+
+
+def first_batches(batches):
+    """What stood for `fingerprint` once: it saw the first batch alone.
+
+    Derived in chapter 4.15.
+    """
+    for loader in batches:
+        loader.reset()
+        first = zlib.crc32(b"".join(x.tobytes() for x in loader.next_batch()))
+        loader.reset()
+        yield [loader.batches_per_epoch, first]
 
 
 # what else decides the bits
@@ -217,7 +230,7 @@ class State(NamedTuple):
     """What a file of `save_state` holds, but for the arrays.
 
     cfg: the model's GPT2Config. place: of the DataLoader. text: as
-    `fingerprint` gives it. begun: as `surroundings` gives it.
+    `fingerprint` gives it. begun: as `surroundings` gives it, or empty.
 
     Derived in chapter 4.15.
     """
@@ -253,7 +266,7 @@ def read_state(path):
             Progress(**record["progress"]),
             record["place"],
             record["text"],
-            dict(record["begun"]),
+            dict(record.get("begun", {})),
         )
         _check_progress(state.at)
         _check_arrays(file, state)

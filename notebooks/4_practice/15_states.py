@@ -66,6 +66,7 @@ import json
 import math
 import os
 import platform
+import zlib
 from contextlib import suppress
 from dataclasses import asdict
 from hashlib import file_digest, sha256
@@ -141,6 +142,15 @@ def _digest(shards):
             file.seek(HEADER_BYTES)
             file_digest(file, lambda: digest)
     return digest.hexdigest()
+
+
+def first_batches(batches):
+    """What stood for `fingerprint` once: it saw the first batch alone."""
+    for loader in batches:
+        loader.reset()
+        first = zlib.crc32(b"".join(x.tobytes() for x in loader.next_batch()))
+        loader.reset()
+        yield [loader.batches_per_epoch, first]
 
 
 # %% [markdown]
@@ -306,7 +316,7 @@ class State(NamedTuple):
     """What a file of `save_state` holds, but for the arrays.
 
     cfg: the model's GPT2Config. place: of the DataLoader. text: as
-    `fingerprint` gives it. begun: as `surroundings` gives it.
+    `fingerprint` gives it. begun: as `surroundings` gives it, or empty.
     """
 
     path: Path
@@ -338,7 +348,7 @@ def read_state(path):
             Progress(**record["progress"]),
             record["place"],
             record["text"],
-            dict(record["begun"]),
+            dict(record.get("begun", {})),
         )
         _check_progress(state.at)
         _check_arrays(file, state)

@@ -213,6 +213,7 @@ from llmnb.train.start import new_model
 from llmnb.train.state import (
     Run,
     differences,
+    first_batches,
     fingerprint,
     newest_state,
     restore,
@@ -257,8 +258,8 @@ def _locked(folder, group):
 # %% a run, ready tags=["exporti"]
 def _ready(lock, folder, config, data, state, group):
     """A `Run` at a state, or at its beginning; and a list of warnings."""
-    batches, validation = loaders(config, data)
-    text, begun, found = fingerprint(batches, validation), {}, []
+    batches, validation = feeds = loaders(config, data)
+    text, begun, found = fingerprint(*feeds), {}, []
     if group is not ALONE:
         from llmnb.train.gpus import placed  # Part 6
 
@@ -268,12 +269,9 @@ def _ready(lock, folder, config, data, state, group):
     if group.size > 1:
         _check_group(group, config, text, begun, state)
     if state:
-        if state.text != text:
-            raise ValueError(
-                f"{folder}: the text is not the one it began with"
-            )
-        found = differences(state.begun, begun)
-        batches.state, begun = state.place, state.begun
+        found += _check_text(state, text, feeds)
+        found += differences(state.begun or begun, begun)
+        batches.state, begun = state.place, state.begun or begun
         model, at = restore(state._replace(config=config), group), state.at
     else:
         model = new_model(config, data.encoding.n_vocab, group)
@@ -367,6 +365,19 @@ def _same_data(folder, config, state):
             f"{error}; if the text has moved, name its new place with "
             "--corpus or --shards"
         ) from None
+
+
+def _check_text(state, text, feeds):
+    """Raise if the text is another; warn if that cannot be said for sure."""
+    if state.text == text:
+        return []
+    if state.text == [*first_batches(feeds)]:
+        return [
+            f"{state.path} was written by an older llmnb: only the first "
+            "batch of the text was compared"
+        ]
+    folder = state.path.parent
+    raise ValueError(f"{folder}: the text is not the one it began with")
 
 
 # %% change it tags=["exporti"]

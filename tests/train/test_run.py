@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -294,6 +295,31 @@ def test_a_fingerprint_keeps_one_shard_open(tmp_path):
     other = fingerprint(*loaders(config, data))
     assert other[0] != found[0], "where shards end is part of it"
     assert other[1] == found[1]
+
+
+def test_a_state_of_an_older_llmnb(tmp_path):
+    want = straight(tmp_path / "want")[0]
+    run = cut(tmp_path / "a", 7)
+    found = []
+    for loader in (run.batches, run.validation):
+        loader.reset()
+        first = b"".join(x.tobytes() for x in loader.next_batch())
+        found.append([loader.batches_per_epoch, zlib.crc32(first)])
+
+    def older(record):
+        del record["begun"]
+        record["text"] = found
+
+    rewrite(states(run.folder)[-1], older)
+    run, (warning,) = resume(tmp_path / "a")
+    assert "by an older llmnb: only the first batch of the text" in warning
+    list(follow(run))
+    assert np.array_equal(weights(run), weights(want))
+    cut(tmp_path / "b", 7)
+    found[1][1] ^= 1
+    rewrite(states(tmp_path / "b")[-1], older)
+    with pytest.raises(ValueError, match=ANOTHER):
+        resume(tmp_path / "b")
 
 
 def test_a_state_of_another_run(tmp_path):
