@@ -18,7 +18,7 @@ import numpy as np
 from llmnb.files import package, read_json, read_small, what_is
 from llmnb.formats.gguf import GGUFFile
 from llmnb.formats.letters import LETTERS
-from llmnb.formats.vocabulary import library_json
+from llmnb.formats.library import library_json
 
 
 # the interface

@@ -3,7 +3,7 @@
 """A model's tokenizer, in any file that it may lie in."""
 
 __all__ = [
-    "KEPT", "TOKENIZER_FILES", "encoding_of", "keep_encoding", "library_json",
+    "KEPT", "TOKENIZER_FILES", "encoding_of", "keep_encoding",
     "open_encoding", "read_encoding", "read_tokenizer", "read_tokenizer_json",
     "read_vocab", "tokenizer_beside", "tokenizer_of", "write_tokenizer",
 ]
@@ -17,10 +17,10 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from llmnb.files import package, read_json, read_small
-from llmnb.files import what_is, write_whole
+from llmnb.files import read_json, read_small, what_is, write_whole
 from llmnb.formats.checkpoint import find_model
 from llmnb.formats.letters import LETTERS
+from llmnb.formats.library import library_json
 from llmnb.formats.llmc import (
     HEADER_BYTES, check_header, header_of, read_header,
 )
@@ -244,26 +244,6 @@ _PROBE = (
     "It's 1,234.5 naïve  cafés:\n\n\tdef f(x):\r\n    return 'x'  # ok\n"
     "東京 ½ ① é \u00a0 \U0001f600 \x00\x7f I'LL we've don't__ \u2028end  "
 )
-
-
-def library_json(path, most):
-    """The library's tokenizer of a tokenizer.json, and what that holds.
-
-    most: the file's bytes, at most. Raises as `read_tokenizer_json`.
-
-    Derived in chapter 4.6.
-    """
-    library = package("tokenizers", "tokenizers", path)
-    raw = read_small(path, most)
-    try:
-        theirs = library.Tokenizer.from_str(raw.decode("utf-8"))
-        said = json.loads(raw)
-    except Exception as error:  # the library has no class of its own for it
-        what = what_is(path) or f"not a tokenizer ({error!s:.200})"
-        raise ValueError(f"{path}: {what}") from None
-    theirs.no_truncation()
-    theirs.no_padding()
-    return theirs, said
 
 
 def read_tokenizer_json(path):

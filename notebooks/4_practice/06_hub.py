@@ -8,6 +8,7 @@
 #     modules:
 #       formats.hub: "Published models, downloaded and checked."
 #       formats.letters: "The letters in which GPT-2's vocabulary writes bytes."
+#       formats.library: "A tokenizer.json as the library tokenizers reads it."
 #       formats.vocabulary: "A model's tokenizer, in any file that it may lie in."
 # ---
 
@@ -49,10 +50,10 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from llmnb.files import package, read_json, read_small
-from llmnb.files import what_is, write_whole
+from llmnb.files import read_json, read_small, what_is, write_whole
 from llmnb.formats.checkpoint import find_model
 from llmnb.formats.letters import LETTERS
+from llmnb.formats.library import library_json
 from llmnb.formats.llmc import (
     HEADER_BYTES,
     check_header,
@@ -522,13 +523,13 @@ verdict("vocab.json", got == trained.encode_ordinary(sample), "encodes alike")
 # and its merges. Whether that is right the library says itself: both must
 # encode a text that has something of everything alike.
 
-# %% read a tokenizer.json tags=["export"] module="formats.vocabulary"
-_PROBE = (
-    "It's 1,234.5 naïve  cafés:\n\n\tdef f(x):\r\n    return 'x'  # ok\n"
-    "東京 ½ ① é \u00a0 \U0001f600 \x00\x7f I'LL we've don't__ \u2028end  "
-)
+# %% imports of the library's reader tags=["export"] module="formats.library"
+import json
+
+from llmnb.files import package, read_small, what_is
 
 
+# %% a tokenizer.json, read tags=["export"] module="formats.library"
 def library_json(path, most):
     """The library's tokenizer of a tokenizer.json, and what that holds.
 
@@ -545,6 +546,13 @@ def library_json(path, most):
     theirs.no_truncation()
     theirs.no_padding()
     return theirs, said
+
+
+# %% read a tokenizer.json tags=["export"] module="formats.vocabulary"
+_PROBE = (
+    "It's 1,234.5 naïve  cafés:\n\n\tdef f(x):\r\n    return 'x'  # ok\n"
+    "東京 ½ ① é \u00a0 \U0001f600 \x00\x7f I'LL we've don't__ \u2028end  "
+)
 
 
 def read_tokenizer_json(path):
