@@ -57,7 +57,7 @@ def lines(path):
 
 
 def keys(path):
-    return [*json.loads(path.read_text("utf-8"))]
+    return {*json.loads(path.read_text("utf-8"))}
 
 
 # what is trained here
@@ -120,11 +120,10 @@ def test_settings_and_families(little, tmp_path, monkeypatch, script, name):
 
 def test_the_text(tmp_path, monkeypatch):
     """The kept file is of Python 3.11.7; all begin with some documents."""
-    (tmp_path / "data").mkdir()
-    monkeypatch.setattr(record_library, "HERE", tmp_path)
+    monkeypatch.setattr(record_library, "DATA", tmp_path)
     monkeypatch.setattr(record_library, "CHARACTERS", 20_000)
     record_library.main()
-    with gzip.open(tmp_path / "data" / LIBRARY.name, "rt", "utf-8") as file:
+    with gzip.open(tmp_path / LIBRARY.name, "rt", "utf-8") as file:
         texts = [json.loads(line)["text"] for line in file]
     assert sum(map(len, texts)) == 20_000
 
@@ -198,10 +197,10 @@ def test_the_conversation(published, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "ChatOptions", options)
     monkeypatch.setattr(script, "fetch_wheel", published)
     monkeypatch.setattr(script, "QUESTIONS", ("the", "new"))
-    monkeypatch.setattr(script, "PLACE", tmp_path / "chat.json")
+    monkeypatch.setattr(script, "BOOK", tmp_path)
     script.main()
-    assert keys(script.PLACE) == keys(BOOK / "chat.json")
-    said = json.loads(script.PLACE.read_text("utf-8"))["messages"]
+    assert keys(tmp_path / "chat.json") == keys(BOOK / "chat.json")
+    said = json.loads((tmp_path / "chat.json").read_text("utf-8"))["messages"]
     assert [x["role"] for x in said] == ["user", "assistant"] * 2
 
 
@@ -216,9 +215,9 @@ def test_fine_tuning(published, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "fetch_wheel", published)
     monkeypatch.setattr(script, "T", 8)
     monkeypatch.setattr(script, "subprocess", SimpleNamespace(run=run))
-    monkeypatch.setattr(script, "PLACE", tmp_path / "lora.json")
+    monkeypatch.setattr(script, "BOOK", tmp_path)
     script.main()
-    assert keys(script.PLACE) == keys(BOOK / "lora.json")
+    assert keys(tmp_path / "lora.json") == keys(BOOK / "lora.json")
 
 
 # several processes
@@ -229,11 +228,9 @@ def test_machines(tmp_path, monkeypatch):
     pytest.importorskip("resource")
     import record_machines as script
 
-    from llmnb.train import options
-
     tiny = {"num_layers": 1, "num_heads": 2, "channels": 16, "depth": 0}
     monkeypatch.setattr(
-        options, "TrainConfig", lambda **how: TrainConfig(**how | tiny)
+        script, "TrainConfig", lambda **how: TrainConfig(**how | tiny)
     )
     monkeypatch.setattr("numba.set_num_threads", lambda count: None)
     for name, value in {"B": 2, "T": 8, "V": 50}.items():
