@@ -10,6 +10,7 @@ __all__ = [
 
 # imports of options
 import math
+import os
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -224,6 +225,8 @@ class TrainConfig(
     """
 
     def __post_init__(self):
+        if isinstance(self.corpus, (str, os.PathLike)):  # one, not letters
+            object.__setattr__(self, "corpus", (self.corpus,))
         for each in fields(self):
             limits = each.metadata["range"]
             if limits[0] is not None:

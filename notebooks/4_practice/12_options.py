@@ -51,6 +51,7 @@ from llmnb.book.verify import verdict
 
 # %% imports of options tags=["export"]
 import math
+import os
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -263,6 +264,8 @@ class TrainConfig(
     """
 
     def __post_init__(self):
+        if isinstance(self.corpus, (str, os.PathLike)):  # one, not letters
+            object.__setattr__(self, "corpus", (self.corpus,))
         for each in fields(self):
             limits = each.metadata["range"]
             if limits[0] is not None:

@@ -85,6 +85,11 @@ def test_config_refuses(wrong, message):
         TrainConfig(**wrong)
 
 
+def test_a_corpus_alone_is_one(tmp_path):
+    for one in (str(tmp_path), tmp_path):
+        assert TrainConfig(corpus=one).corpus == (one,)
+
+
 def test_config_rates():
     config = TrainConfig(steps=100, learning_rate=1.0, warmup_fraction=0.1)
     rates = [config.rate(s) for s in range(100)]
