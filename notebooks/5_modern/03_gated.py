@@ -440,7 +440,9 @@ ax.spines[["top", "right"]].set_visible(False)
 ax, (a, u) = axes[1], np.meshgrid(x, x)
 signs = [PALETTE["orange"]] * 3 + [PALETTE["blue"]] * 3
 lines = ax.contour(a, u, silu(a) * u, [-8, -4, -1, 1, 4, 8], colors=signs)
-ax.clabel(lines, fmt="%d")
+places = [(1.2, 1.1), (2.2, 2.1), (3, 2.8), (-1.3, 3.6)]
+places += [(gate, -value) for gate, value in places]
+ax.clabel(lines, fmt="%d", manual=places)
 ax.set(xlabel="gate", ylabel="value", title="what SwiGLU lets through")
 fig.tight_layout()
 plt.show()
