@@ -4,6 +4,8 @@ import ast
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 import tomllib
 
 import chapter
@@ -67,6 +69,14 @@ def test_public_names_are_documented_and_functions_are_short(name):
             doc = ast.get_docstring(node, clean=False) or ""
             lines = node.end_lineno - node.lineno - doc.count("\n")
             assert lines <= 50, f"{name}.{node.name}: {lines} lines"
+
+
+def test_modules_use_what_they_import():
+    """The linter of the chapters sees only whether the chapter uses it."""
+    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "-q"]
+    ruff += ["--select", "F401", "--exclude", "__init__.py"]
+    found = subprocess.run([*ruff, ROOT / "llmnb"], capture_output=True)
+    assert (found.returncode, found.stdout) == (0, b"")
 
 
 NUMPY = "config.py checks.py arena.py model/layout.py model/init.py "

@@ -9,7 +9,6 @@ __all__ = ["attention_backward", "attention_forward"]
 import math
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
 from llmnb.cpu.jit import arguments, inlined, team

@@ -8,8 +8,6 @@ __all__ = ["Backend"]
 # imports of the backend
 import warnings
 
-import numpy as np
-
 from llmnb import backend
 from llmnb.cpu.panels import work_shape
 

@@ -10,8 +10,6 @@ __all__ = [
 # imports of the CPU module
 import math
 
-import numpy as np
-
 from llmnb.cpu.jit import arguments, inlined, share, team
 from llmnb.cpu.math import fast_exp
 from llmnb.shapes import shapes

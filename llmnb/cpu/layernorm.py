@@ -8,7 +8,6 @@ __all__ = ["layernorm_backward", "layernorm_forward"]
 # imports of the CPU module
 import math
 
-import numba
 import numpy as np
 
 from llmnb.cpu.jit import arguments, share, team

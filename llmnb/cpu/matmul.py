@@ -6,9 +6,6 @@ __all__ = ["matmul_backward", "matmul_forward"]
 
 
 # imports of the CPU module
-import numba
-import numpy as np
-
 from llmnb.cpu.jit import arguments, inlined, team
 from llmnb.cpu.microkernel import Place, moved, steps_per_line
 from llmnb.cpu.panels import (

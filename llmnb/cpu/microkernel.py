@@ -16,8 +16,8 @@ from numba.extending import intrinsic
 from llmnb.cpu.bfloat16 import multiply_add_pairs, pair, steps_in
 from llmnb.cpu.jit import inlined
 from llmnb.cpu.tile import (
-    COLS, I32, LANES, ROWS, VECTORS, constant, data, multiply_add, peek, plus,
-    spread, store, sum_loop,
+    COLS, I32, LANES, ROWS, constant, data, multiply_add, peek, plus, spread,
+    store, sum_loop,
 )
 
 

@@ -12,7 +12,6 @@ __all__ = [
 import json
 import re
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np

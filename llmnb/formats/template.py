@@ -7,7 +7,6 @@ __all__ = ["chat_template", "render_chat"]
 
 # imports of the template
 from datetime import datetime
-from pathlib import Path
 
 from llmnb.files import package, read_json, read_small
 from llmnb.formats.checkpoint import find_model

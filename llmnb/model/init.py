@@ -6,8 +6,6 @@ __all__ = ["init_params"]
 
 
 # imports
-import numpy as np
-
 from llmnb.checks import check_array
 from llmnb.model.tensors import parameter_shapes, tensor_table
 from llmnb.model.random import Generator

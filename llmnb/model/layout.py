@@ -9,8 +9,6 @@ __all__ = [
 
 
 # imports of the layout
-import math
-
 import numpy as np
 
 from llmnb.model.parts import block_of

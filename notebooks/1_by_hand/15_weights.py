@@ -50,6 +50,7 @@ gpt2_diagram(lit="weights")
 
 # %% setup
 import matplotlib.pyplot as plt
+import numpy as np
 
 from llmnb.book.diagram import PALETTE
 from llmnb.book.verify import verdict
@@ -57,8 +58,6 @@ from llmnb.config import GPT2Config
 from llmnb.reference.gelu import gelu_backward, gelu_forward
 
 # %% imports tags=["export"]
-import numpy as np
-
 from llmnb.checks import check_array
 from llmnb.model.tensors import parameter_shapes, tensor_table
 from llmnb.model.random import Generator

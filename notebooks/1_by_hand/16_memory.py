@@ -279,8 +279,6 @@ verdict("the bits", hex(shared["b"]["y"][0]) == "0x3f800000", "are 1.0's")
 # too: its $16 C$ less these $6 C$ are our $10 C$.
 
 # %% imports of the layout tags=["export"] module="model.layout"
-import math
-
 import numpy as np
 
 from llmnb.model.parts import block_of

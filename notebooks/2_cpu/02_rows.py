@@ -73,7 +73,6 @@ reference = SimpleNamespace(forward=forward_numpy, backward=backward_numpy)
 # %% imports of the CPU module tags=["export"] module="cpu.layernorm"
 import math
 
-import numba
 import numpy as np
 
 from llmnb.cpu.jit import arguments, share, team

@@ -351,9 +351,6 @@ moving("tiles", "a block of the product, tile by tile", rows=4, columns=6)
 # the result depends on it either.
 
 # %% imports of the CPU module tags=["exporti"]
-import numba
-import numpy as np
-
 from llmnb.cpu.jit import arguments, inlined, team
 from llmnb.cpu.microkernel import Place, moved, steps_per_line
 from llmnb.cpu.panels import (

@@ -243,7 +243,6 @@ compare("first version", check, out, tol=1e-12)
 import math
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
 from llmnb.cpu.jit import arguments, inlined, team

@@ -36,6 +36,7 @@ import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 from llmnb.book.diagram import PALETTE
 from llmnb.book.verify import compare, verdict
@@ -56,8 +57,6 @@ from llmnb.timing import fastest, machine
 
 # %% imports of the backend tags=["export"]
 import warnings
-
-import numpy as np
 
 from llmnb import backend
 from llmnb.cpu.panels import work_shape

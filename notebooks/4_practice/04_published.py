@@ -50,7 +50,6 @@ folder = Path(tempfile.mkdtemp())
 import json
 import re
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np

@@ -471,8 +471,6 @@ plt.show()
 # %% imports of the CPU module tags=["export"] module="cpu.gated"
 import math
 
-import numpy as np
-
 from llmnb.cpu.jit import arguments, inlined, share, team
 from llmnb.cpu.math import fast_exp
 from llmnb.shapes import shapes

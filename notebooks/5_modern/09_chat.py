@@ -48,7 +48,6 @@ from llmnb.text.bpe import byte
 
 # %% imports of the template tags=["export"] module="formats.template"
 from datetime import datetime
-from pathlib import Path
 
 from llmnb.files import package, read_json, read_small
 from llmnb.formats.checkpoint import find_model

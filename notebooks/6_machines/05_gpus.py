@@ -44,6 +44,7 @@ os.environ["LLMNB_CUDA"] = "simulator"  # here, even where there is a GPU
 import numpy as np
 
 from llmnb.book.verify import verdict
+from llmnb.train.exchange import blocks_of
 
 # %% [markdown]
 # ## What has to be done on a GPU
@@ -182,7 +183,7 @@ from llmnb.gpu.launch import empty, missing, to_device, to_host
 from llmnb.gpu.nccl import Communicator, nccl_version, new_key
 from llmnb.gpu.toolkit import gpus, numba_cuda
 from llmnb.model.gpt2 import GPT2
-from llmnb.train.exchange import BUFFER, blocks_of, exchange
+from llmnb.train.exchange import BUFFER, exchange
 from llmnb.train.group import GradientTree, Tree
 from llmnb.train.machines import check_alike
 from llmnb.train.sharded import Sharded

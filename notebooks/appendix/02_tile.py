@@ -268,7 +268,6 @@ from llmnb.cpu.tile import (
     I32,
     LANES,
     ROWS,
-    VECTORS,
     constant,
     data,
     multiply_add,
