@@ -124,7 +124,7 @@ def product(ops, out, inp, w, name, residual=None, **how):
 
 
 def product_backward(ops, dinp, dout, inp, w, dw, name, add, **how):
-    """Its backward pass; add: whether to add to the gradients in dw.
+    """A linear layer, backward; add: whether to add to what dw holds.
 
     Derived in chapter 1.13.
     """

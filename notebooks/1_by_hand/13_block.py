@@ -234,7 +234,7 @@ def product(ops, out, inp, w, name, residual=None, **how):
 
 
 def product_backward(ops, dinp, dout, inp, w, dw, name, add, **how):
-    """Its backward pass; add: whether to add to the gradients in dw."""
+    """A linear layer, backward; add: whether to add to what dw holds."""
     grads = dw[f"{name}w"], dw.get(f"{name}b")
     options = {"add_dinp": False, "add_dweight": add} | how
     ops.matmul_backward(dinp, *grads, dout, inp, w[f"{name}w"], **options)
