@@ -2,11 +2,15 @@
 
 """What a model asks of the machine that it runs on."""
 
-__all__ = ["BACKENDS", "Backend", "PRECISIONS", "backend_named", "choose"]
+__all__ = [
+    "BACKENDS", "Backend", "PRECISIONS", "backend_named", "choose", "noted",
+    "recorded",
+]
 
 
 # imports of the backend
 import importlib
+import threading
 
 import numpy as np
 
@@ -25,6 +29,40 @@ PRECISIONS = {
 }
 
 
+# calls that are noted down
+class _Notes(threading.local):
+    calls = None  # a list while they are written down
+
+
+_notes = _Notes()
+
+
+def noted(function, *args):
+    """Call a function, and note the call down where `recorded` listens.
+
+    Derived in chapter A.13.
+    """
+    if _notes.calls is not None:
+        _notes.calls.append((function, args))
+    return function(*args)
+
+
+def recorded(function):
+    """Call a function; returns the calls that it noted down, in order.
+
+    Each is a function and its arguments.
+
+    Derived in chapter A.13.
+    """
+    before, _notes.calls = _notes.calls, []
+    try:
+        function()
+        return _notes.calls
+    finally:
+        _notes.calls = before
+
+
+# what a model asks of a machine
 class Backend:
     """What a model asks of the machine that it runs on; here, NumPy's.
 
@@ -37,9 +75,11 @@ class Backend:
     """
 
     update = "adamw_update"  # the layer that a range of parameters goes to
+    replays = False  # whether its layers note down all that they do
 
     def __init__(self, layers, precision):
         self.ops, self.how, self.precision = layers, {}, precision
+        self._records = {}
 
     @property
     def dtype(self):
@@ -57,7 +97,7 @@ class Backend:
 
     def fill(self, array, value):
         """Write one number into all elements of an array."""
-        array.fill(value)
+        noted(array.fill, value)
 
     def floats(self, array):
         """An array of activations as the host's floats."""
@@ -78,6 +118,19 @@ class Backend:
     def norm(self):
         """The norm of the gradients that `clip` found, a float."""
         return self._norm
+
+    def again(self, key, function):
+        """Call what does the same each time, or replay what it did.
+
+        key: what it depends on besides the contents of its arrays.
+        """
+        if not self.replays:
+            function()
+        elif key not in self._records:
+            self._records[key] = recorded(function)
+        else:
+            for call, args in self._records[key]:
+                call(*args)
 
     def run(self, key, whole, params):
         """Call a whole step; key: what it depends on besides its arrays."""

@@ -145,10 +145,7 @@ def _step_row(row, tokens, flops):
     row["flops_per_second"] = flops / row["step_seconds"]
     row["memory_bytes"] = row.get("device_bytes", row["peak_bytes"])
     row["first_loss"] = losses[0]
-    if "layers" in row:
-        every = {x: row.pop(x)[WARM_UP:] for x in ("parts", "layers", "calls")}
-        row |= _layer_times(every)
-    elif "apart" in row:  # steps of their own, whose layers were timed
+    if "apart" in row:  # steps of their own, whose layers were timed
         row |= _layer_times(by_key(row.pop("apart")))
     return row
 

@@ -88,7 +88,6 @@ def llmnb_contestant(spec):
     a GPU graph. Raises NotImplementedError, saying why, when the backend or
     the processor lacks the precision.
     """
-    from llmnb.bench.stopwatch import Stopwatch, timed_step
     from llmnb.model.architectures import architecture_from
     from llmnb.model.gpt2 import GPT2
 
@@ -107,19 +106,34 @@ def llmnb_contestant(spec):
         from llmnb.model.ahead import compile_ahead
 
         compile_ahead(cfg, precision)
-    model.ops = Stopwatch(model.ops)
-    arena = {"arena_bytes": model.memory.nbytes}
-    return (
-        lambda: timed_step(model, *batch, next(numbers)),
-        lambda: arena | _our_facts(spec["backend"]),
-    )
+
+    def step():
+        loss = model.forward(*batch)
+        model.backward()
+        model.update(step=next(numbers))
+        return {"loss": loss}
+
+    def facts():
+        found = {"arena_bytes": model.memory.nbytes}
+        found |= _our_facts(spec["backend"])
+        return found | _apart(model, batch, numbers)
+
+    return step, facts
+
+
+def _apart(model, batch, numbers, wait=lambda: None):
+    """What each layer takes, in steps of their own."""
+    from llmnb.bench.stopwatch import Stopwatch, timed_step
+
+    model.ops = Stopwatch(model.ops, wait)
+    steps = [timed_step(model, *batch, next(numbers)) for _ in range(3)]
+    return {"apart": steps}
 
 
 # our contestant on a GPU
 def _on_gpu(model, batch, numbers, graph):
     """The step and the facts of a model on a GPU."""
     from llmnb.bench.clock import Clock, limits
-    from llmnb.bench.stopwatch import Stopwatch, timed_step
     from llmnb.gpu.toolkit import numba_cuda
 
     wait = numba_cuda().synchronize
@@ -141,9 +155,7 @@ def _on_gpu(model, batch, numbers, graph):
         found |= _our_facts("cuda") | limits(Clock())
         if graph:
             return found
-        model.ops = Stopwatch(model.ops, wait)
-        apart = [timed_step(model, *batch, next(numbers)) for _ in range(3)]
-        return found | {"apart": apart}
+        return found | _apart(model, batch, numbers, wait)
 
     return step, facts
 

@@ -45,9 +45,8 @@ def adamw_update(params, grads, m, v, settings):
 
     Derived in chapter 2.3.
     """
-    factors = settings.factors("adamw_update")
-    factors = tuple([params.dtype.type(x) for x in factors])
-    _adamw_update(params, grads, m, v, factors)
+    factors = map(params.dtype.type, settings.factors("adamw_update"))
+    _adamw_update(params, grads, m, v, tuple(factors))
 
 
 # the kernels
@@ -86,8 +85,7 @@ def global_norm(grads):
 
     Derived in chapter 2.3.
     """
-    sums = np.zeros(PIECES)
-    found = squares(grads, piece_length(grads.size))
+    sums, found = np.zeros(PIECES), squares(grads, piece_length(grads.size))
     sums[: found.size] = found
     return math.sqrt(sums.sum())
 

@@ -19,6 +19,8 @@ class Backend(backend.Backend):
     Derived in chapter 2.7.
     """
 
+    replays = True
+
     def __init__(self, layers, precision):
         if precision == "bf16" and not layers.has_bf16():
             warnings.warn(

@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from llmnb.backend import noted
 from llmnb.cpu.jit import arguments, share, team
 from llmnb.cpu.math import fast_exp, larger
 from llmnb.shapes import COMPILED, shapes
@@ -40,6 +41,7 @@ def _softmax_backward(part, parts, address):
         for i in range(V):
             dlogits[n, i] = scale * fast_exp(dlogits[n, i] - shift)
         dlogits[n, targets[n]] -= scale
+        dlogits[n, V:] = 0
 
 
 # the functions around them
@@ -76,6 +78,5 @@ def crossentropy_softmax_backward(dlogits, dlosses, logits, lse, targets, V):
     Derived in chapter 2.3.
     """
     if dlogits is not logits:
-        np.copyto(dlogits, logits)
+        noted(np.copyto, dlogits, logits)
     _softmax_backward(*_rows(dlogits, dlosses, lse, targets), V)
-    dlogits[..., V:] = 0

@@ -6,6 +6,7 @@ __all__ = ["embedding_backward", "embedding_forward"]
 
 
 # imports of the CPU's embedding
+from llmnb.backend import noted
 from llmnb.cpu.jit import inner
 from llmnb.shapes import COMPILED, shapes
 
@@ -41,7 +42,8 @@ def embedding_forward(out, inp, wte, scale=1.0):
     Derived in chapter 5.5.
     """
     rows = out.reshape(inp.size, out.shape[2])
-    _embedding_forward(rows, inp.reshape(-1), wte, wte.dtype.type(scale))
+    number = wte.dtype.type(scale)
+    noted(_embedding_forward, rows, inp.reshape(-1), wte, number)
 
 
 @shapes("Vp C!, B T C, B T of Vp", COMPILED, scale="above 0")
@@ -56,4 +58,4 @@ def embedding_backward(dwte, dout, inp, scale=1.0):
     """
     rows = dout.reshape(inp.size, dout.shape[2])
     number = dwte.dtype.type(scale)
-    _embedding_backward(dwte, rows, inp.reshape(-1), number)
+    noted(_embedding_backward, dwte, rows, inp.reshape(-1), number)

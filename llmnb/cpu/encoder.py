@@ -6,6 +6,7 @@ __all__ = ["encoder_backward", "encoder_forward"]
 
 
 # imports of the CPU version
+from llmnb.backend import noted
 from llmnb.cpu.jit import inner
 from llmnb.shapes import COMPILED, shapes
 
@@ -46,7 +47,7 @@ def encoder_forward(out, inp, wte, wpe):
     Derived in chapter 2.1.
     """
     rows = out.reshape(inp.size, out.shape[2])
-    _encoder_forward(rows, inp.reshape(-1), wte, wpe, inp.shape[1])
+    noted(_encoder_forward, rows, inp.reshape(-1), wte, wpe, inp.shape[1])
 
 
 # encoder, backward
@@ -64,5 +65,5 @@ def encoder_backward(dwte, dwpe, dout, inp):
 
     Derived in chapter 2.1.
     """
-    rows = dout.reshape(inp.size, dout.shape[2])
-    _encoder_backward(dwte, dwpe, rows, inp.reshape(-1), inp.shape[1])
+    rows, flat = dout.reshape(inp.size, dout.shape[2]), inp.reshape(-1)
+    noted(_encoder_backward, dwte, dwpe, rows, flat, inp.shape[1])

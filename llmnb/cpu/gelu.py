@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from llmnb.backend import noted
 from llmnb.cpu.jit import arguments, inlined, share, team
 from llmnb.cpu.math import fast_exp
 from llmnb.shapes import shapes
@@ -94,5 +95,5 @@ def gelu_backward(dinp, dout, inp, add=True):
         _gelu_backward(dx, dy, x)
     else:
         if dinp is not dout:
-            np.copyto(dinp, dout)
+            noted(np.copyto, dinp, dout)
         _gelu_backward_in_place(dx, x)

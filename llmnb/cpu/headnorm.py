@@ -10,7 +10,9 @@ import math
 
 import numpy as np
 
+from llmnb.backend import noted
 from llmnb.cpu.jit import arguments, share, team
+from llmnb.cpu.layernorm import add_rows
 from llmnb.reference.local import key_heads
 from llmnb.shapes import shapes
 
@@ -19,7 +21,7 @@ from llmnb.shapes import shapes
 @team
 def _headnorm_forward(part, parts, address):
     out, rstd, inp, qweight, kweight, NKV, eps, offset = arguments(address)
-    (rows, heads, hs), number = inp.shape, inp.dtype.type
+    (rows, _, hs), number = inp.shape, inp.dtype.type
     one, shift, small = number(1), number(offset), number(eps)
     mine, normed = share(rows, part, parts), rstd.shape[1]
     for n in range(mine.start, mine.stop):
@@ -32,9 +34,7 @@ def _headnorm_forward(part, parts, address):
             for i in range(hs):
                 y[i] = x[i] * r * (weight[i] + shift)
             rstd[n, h] = r
-        for h in range(normed, heads):
-            for i in range(hs):
-                out[n, h, i] = inp[n, h, i]
+        out[n, normed:] = inp[n, normed:]
 
 
 @team
@@ -46,6 +46,7 @@ def _headnorm_backward(part, parts, address):
     mine = share(len(dw), part, parts)
     for k in range(mine.start, mine.stop):
         some = share(rows, k, len(dw))
+        dw[k] = 0
         for n in range(some.start, some.stop):
             for h in range(normed):
                 which = 0 if h < queries else 1
@@ -99,9 +100,8 @@ def headnorm_backward(
     hs = qweight.size
     key_heads("headnorm_backward", inp, rstd, hs)
     dx, x = (a.reshape(-1, a.shape[2] // hs, hs) for a in (dinp, inp))
-    sums = np.zeros((min(64, -(-len(x) // 16)), 2, hs), inp.dtype)
+    sums = np.empty((min(64, -(-len(x) // 16)), 2, hs), inp.dtype)
     arrays = dx, sums, x, qweight, kweight, rstd.reshape(len(x), -1)
     _headnorm_backward(*arrays, float(offset))
-    dq, dk = sums.sum(axis=0)
-    dqweight += dq
-    dkweight += dk
+    noted(add_rows, dqweight, sums[:, 0])
+    noted(add_rows, dkweight, sums[:, 1])

@@ -22,6 +22,7 @@ from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.sigutils import normalize_signature
 from numba.extending import intrinsic, register_jitable
 
+from llmnb.backend import noted
 from llmnb.cpu.compiled import KernelCache, cache_folder
 
 
@@ -215,6 +216,13 @@ def _routine_for(function, args):
     return routine(function, types.void(types.int64, types.int64, address))
 
 
+def _launch(address, *args):
+    """Run a routine on as many threads as there are now."""
+    parts = 1 if _orphaned else numba.get_num_threads()
+    with _one_caller:
+        _begin(_loop().address, address, parts, *args)
+
+
 # the decorator for teams
 def team(function):
     """Compile a function that all threads run, each for its share.
@@ -231,11 +239,10 @@ def team(function):
     @functools.wraps(function)
     def call(*args):
         kinds = tuple([_kind(x) for x in args])
-        parts = 1 if _orphaned else numba.get_num_threads()
         with _one_caller:
             if kinds not in made:
                 made[kinds] = _routine_for(function, args)
-            _begin(_loop().address, made[kinds].address, parts, *args)
+        noted(_launch, made[kinds].address, *args)
 
     call.routines = made
     return call

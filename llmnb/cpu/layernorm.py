@@ -2,7 +2,7 @@
 
 """LayerNorm, compiled for the processor's cores."""
 
-__all__ = ["layernorm_backward", "layernorm_forward"]
+__all__ = ["add_rows", "layernorm_backward", "layernorm_forward"]
 
 
 # imports of the CPU module
@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 
+from llmnb.backend import noted
 from llmnb.cpu.jit import arguments, share, team
 from llmnb.shapes import shapes
 
@@ -21,8 +22,7 @@ EPS = 1e-5
 @team
 def _layernorm_forward(part, parts, address):
     out, mean, rstd, inp, weight, bias = arguments(address)
-    rows, C = inp.shape
-    number = inp.dtype.type
+    (rows, C), number = inp.shape, inp.dtype.type
     zero, one, size, eps = number(0), number(1), number(C), number(EPS)
     mine = share(rows, part, parts)
     for n in range(mine.start, mine.stop):
@@ -64,6 +64,7 @@ def _layernorm_backward(part, parts, address):
     mine, zero, size = share(len(dw), part, parts), number(0), number(C)
     for k in range(mine.start, mine.stop):
         some = share(rows, k, len(dw))
+        dw[k], db[k] = 0, 0
         for n in range(some.start, some.stop):
             mu, r = mean[n], rstd[n]
             a = b = zero
@@ -82,6 +83,14 @@ def _layernorm_backward(part, parts, address):
 
 
 # layernorm, backward
+def add_rows(total, rows):
+    """Add the sum of all rows to a vector, in place.
+
+    Derived in chapter 2.2.
+    """
+    total += rows.sum(axis=0)
+
+
 @shapes("B T C!, C!, C!, B T C, B T C, C, B T, B T")
 def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
     """Add LayerNorm's gradients to dinp, dweight and dbias.
@@ -95,8 +104,8 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
     """
     C = inp.shape[-1]
     dx, dy, x = (a.reshape(-1, C) for a in (dinp, dout, inp))
-    sums = np.zeros((2, min(64, -(-len(x) // 16)), C), inp.dtype)
+    sums = np.empty((2, min(64, -(-len(x) // 16)), C), inp.dtype)
     stats = mean.reshape(-1), rstd.reshape(-1)
     _layernorm_backward(dx, *sums, dy, x, weight, *stats)
-    dweight += sums[0].sum(axis=0)
-    dbias += sums[1].sum(axis=0)
+    noted(add_rows, dweight, sums[0])
+    noted(add_rows, dbias, sums[1])

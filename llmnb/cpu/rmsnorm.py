@@ -10,7 +10,9 @@ import math
 
 import numpy as np
 
+from llmnb.backend import noted
 from llmnb.cpu.jit import arguments, share, team
+from llmnb.cpu.layernorm import add_rows
 from llmnb.shapes import shapes
 
 
@@ -60,6 +62,7 @@ def _rmsnorm_backward(part, parts, address):
     mine = share(len(dw), part, parts)
     for k in range(mine.start, mine.stop):
         some = share(rows, k, len(dw))
+        dw[k] = 0
         for n in range(some.start, some.stop):
             r, mean = rstd[n], zero
             for i in range(C):
@@ -91,7 +94,7 @@ def rmsnorm_backward(
     """
     C = inp.shape[-1]
     dx, dy, x = (a.reshape(-1, C) for a in (dinp, dout, inp))
-    sums = np.zeros((min(64, -(-len(x) // 16)), C), inp.dtype)
+    sums = np.empty((min(64, -(-len(x) // 16)), C), inp.dtype)
     how = float(offset), bool(add)
     _rmsnorm_backward(dx, sums, dy, x, weight, rstd.reshape(-1), *how)
-    dweight += sums.sum(axis=0)
+    noted(add_rows, dweight, sums)

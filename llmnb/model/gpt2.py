@@ -88,23 +88,38 @@ class _Passes:
         arrays = a["losses"], a["lse"], a["logits"], targets
         self.ops.crossentropy_softmax_forward(*arrays, self.cfg.vocab_size)
 
-    def _head_backward(self, add, share):
+    def _weigh_losses(self, share=1.0):
+        """Write how much each token's loss counts in what is minimised."""
+        dlosses = self._acts["dlosses"]
+        self._machine.fill(dlosses, share / dlosses.size)
+
+    def _again(self, whole, *given):
+        """Call a pass, which the backend may replay from the second time on.
+
+        Not where others watch the layers: they want to see each call.
+        """
+        if self.ops is self._machine.ops:
+            key = whole.__name__, *given
+            self._machine.again(key, partial(whole, *given))
+        else:
+            whole(*given)
+
+    def _head_backward(self, add):
         """From the losses back to the end of the residual stream."""
         a, p, g, d = self._acts, self.params, self.grads, self._dacts
         dln, dstream, ends = d["dln"], d["dstream"], self._ends
-        self._machine.fill(a["dlosses"], share / a["dlosses"].size)
         how = add, self._how
         ends.head.backward(self.ops, dln, a, self._batch, p, g, *how)
         self._machine.fill(dstream, 0)
         x = self._layers[-1][1]["residual3"]
         ends.norm.backward(self.ops, "lnf", dstream, dln, x, p, a, g)
 
-    def _backward(self, add=False, share=1.0):
+    def _backward(self, add=False):
         if not add:
             for x in tensor_table(self.cfg):
                 if x.added:
                     self._machine.fill(self.grads[x.name], 0)
-        self._head_backward(add, share)
+        self._head_backward(add)
         for i in reversed(range(self.cfg.num_layers)):
             self._block_backward(i, add)
         d, tokens = self._dacts["dstream"], self._batch["tokens"]
@@ -153,9 +168,10 @@ class _Updates(_Passes):
 
     def _whole_step(self, max_norm, decay):
         """All of a step; nothing here waits for a GPU."""
-        self._forward()
-        self._classify()
-        self._backward()
+        self._again(self._forward)
+        self._again(self._classify)
+        self._weigh_losses()
+        self._again(self._backward)
         self._machine.clip(self.ops, self.memory.flat("grads"), max_norm)
         self._apply(decay)
 
@@ -262,11 +278,11 @@ class GPT2(_Updates):
         """
         self._take(tokens, targets)
         self._state = "logits"
-        self._forward()
+        self._again(self._forward)
         if targets is None:
             return None
         self._state = "loss"
-        self._classify()
+        self._again(self._classify)
         return self._loss()
 
     def _take(self, tokens, targets):
@@ -305,7 +321,8 @@ class GPT2(_Updates):
                 "GPT2.backward: call forward(tokens, targets) first"
             )
         self._state, self._has_gradients = "backward", True
-        self._backward(add, share)
+        self._weigh_losses(share)
+        self._again(self._backward, add)
 
     @property
     def logits(self):

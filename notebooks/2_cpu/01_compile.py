@@ -372,6 +372,7 @@ def sliced_backward(dwte, dwpe, dout, inp):
 # $n$ stands at position $n \bmod T$ of its text.
 
 # %% imports of the CPU version tags=["export"]
+from llmnb.backend import noted
 from llmnb.cpu.jit import inner
 from llmnb.shapes import COMPILED, shapes
 
@@ -406,6 +407,10 @@ def _encoder_backward(dwte, dwpe, dout, inp, T):
 # public functions of this part look first, by the same line as the reference,
 # and the encoder takes int32 alone: for each other type of integer numba
 # would compile again.
+#
+# `noted` calls the kernel with the arguments that follow, no more; that it may
+# also write the call down will be of use to the whole model
+# ([chapter A.13](../appendix/13_backend.ipynb)).
 
 
 # %% encoder, forward tags=["export"]
@@ -422,7 +427,7 @@ def encoder_forward(out, inp, wte, wpe):
     out of range or T exceeds T_max.
     """
     rows = out.reshape(inp.size, out.shape[2])
-    _encoder_forward(rows, inp.reshape(-1), wte, wpe, inp.shape[1])
+    noted(_encoder_forward, rows, inp.reshape(-1), wte, wpe, inp.shape[1])
 
 
 # %% encoder, backward tags=["export"]
@@ -438,8 +443,8 @@ def encoder_backward(dwte, dwpe, dout, inp):
     Raises as `encoder_forward` does. One thread adds all rows in the order
     of the text.
     """
-    rows = dout.reshape(inp.size, dout.shape[2])
-    _encoder_backward(dwte, dwpe, rows, inp.reshape(-1), inp.shape[1])
+    rows, flat = dout.reshape(inp.size, dout.shape[2]), inp.reshape(-1)
+    noted(_encoder_backward, dwte, dwpe, rows, flat, inp.shape[1])
 
 
 # %% [markdown]

@@ -75,6 +75,7 @@ import math
 
 import numpy as np
 
+from llmnb.backend import noted
 from llmnb.cpu.jit import arguments, share, team
 from llmnb.shapes import shapes
 
@@ -93,8 +94,7 @@ EPS = 1e-5
 @team
 def _layernorm_forward(part, parts, address):
     out, mean, rstd, inp, weight, bias = arguments(address)
-    rows, C = inp.shape
-    number = inp.dtype.type
+    (rows, C), number = inp.shape, inp.dtype.type
     zero, one, size, eps = number(0), number(1), number(C), number(EPS)
     mine = share(rows, part, parts)
     for n in range(mine.start, mine.stop):
@@ -164,6 +164,7 @@ def _layernorm_backward(part, parts, address):
     mine, zero, size = share(len(dw), part, parts), number(0), number(C)
     for k in range(mine.start, mine.stop):
         some = share(rows, k, len(dw))
+        dw[k], db[k] = 0, 0
         for n in range(some.start, some.stop):
             mu, r = mean[n], rstd[n]
             a = b = zero
@@ -183,10 +184,18 @@ def _layernorm_backward(part, parts, address):
 
 # %% [markdown]
 # The sums of the parts are the one thing that this layer allocates: up to
-# $64 \cdot 2\,C$ numbers, which are gone when it returns.
+# $64 \cdot 2\,C$ numbers. Adding them to the gradients is a line of NumPy. It
+# is `noted`, which calls it, and lets a model that does the same step again
+# repeat it without asking anew what is to be done
+# ([chapter A.13](../appendix/13_backend.ipynb)).
 
 
 # %% layernorm, backward tags=["export"] module="cpu.layernorm"
+def add_rows(total, rows):
+    """Add the sum of all rows to a vector, in place."""
+    total += rows.sum(axis=0)
+
+
 @shapes("B T C!, C!, C!, B T C, B T C, C, B T, B T")
 def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
     """Add LayerNorm's gradients to dinp, dweight and dbias.
@@ -198,11 +207,11 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
     """
     C = inp.shape[-1]
     dx, dy, x = (a.reshape(-1, C) for a in (dinp, dout, inp))
-    sums = np.zeros((2, min(64, -(-len(x) // 16)), C), inp.dtype)
+    sums = np.empty((2, min(64, -(-len(x) // 16)), C), inp.dtype)
     stats = mean.reshape(-1), rstd.reshape(-1)
     _layernorm_backward(dx, *sums, dy, x, weight, *stats)
-    dweight += sums[0].sum(axis=0)
-    dbias += sums[1].sum(axis=0)
+    noted(add_rows, dweight, sums[0])
+    noted(add_rows, dbias, sums[1])
 
 
 # %% [markdown]
@@ -571,6 +580,7 @@ import math
 
 import numpy as np
 
+from llmnb.backend import noted
 from llmnb.cpu.jit import arguments, inlined, share, team
 from llmnb.cpu.math import fast_exp
 from llmnb.shapes import shapes
@@ -665,7 +675,7 @@ def gelu_backward(dinp, dout, inp, add=True):
         _gelu_backward(dx, dy, x)
     else:
         if dinp is not dout:
-            np.copyto(dinp, dout)
+            noted(np.copyto, dinp, dout)
         _gelu_backward_in_place(dx, x)
 
 

@@ -49,6 +49,7 @@ import math
 
 import numpy as np
 
+from llmnb.backend import noted
 from llmnb.cpu.jit import arguments, share, team
 from llmnb.cpu.math import fast_exp, larger
 from llmnb.shapes import COMPILED, shapes
@@ -139,6 +140,7 @@ def _softmax_backward(part, parts, address):
         for i in range(V):
             dlogits[n, i] = scale * fast_exp(dlogits[n, i] - shift)
         dlogits[n, targets[n]] -= scale
+        dlogits[n, V:] = 0
 
 
 # %% [markdown]
@@ -178,9 +180,8 @@ def crossentropy_softmax_backward(dlogits, dlosses, logits, lse, targets, V):
     Columns from V on receive 0. Raises as the forward pass does.
     """
     if dlogits is not logits:
-        np.copyto(dlogits, logits)
+        noted(np.copyto, dlogits, logits)
     _softmax_backward(*_rows(dlogits, dlosses, lse, targets), V)
-    dlogits[..., V:] = 0
 
 
 # %% [markdown]
@@ -335,9 +336,8 @@ def adamw_update(params, grads, m, v, settings):
     applies to every element. Raises TypeError or ValueError for a wrong
     dtype or shape and for settings out of range.
     """
-    factors = settings.factors("adamw_update")
-    factors = tuple([params.dtype.type(x) for x in factors])
-    _adamw_update(params, grads, m, v, factors)
+    factors = map(params.dtype.type, settings.factors("adamw_update"))
+    _adamw_update(params, grads, m, v, tuple(factors))
 
 
 # %% the same numbers, in both precisions
@@ -418,8 +418,7 @@ def global_norm(grads):
     it. Raises TypeError or ValueError unless `grads` is flat and
     float32 or float64.
     """
-    sums = np.zeros(PIECES)
-    found = squares(grads, piece_length(grads.size))
+    sums, found = np.zeros(PIECES), squares(grads, piece_length(grads.size))
     sums[: found.size] = found
     return math.sqrt(sums.sum())
 

@@ -54,6 +54,11 @@ from llmnb.timing import fastest, machine
 # bfloat16 ([chapter 2.6](06_bfloat16.ipynb)), where the processor has such
 # products; where it has not, rounding would gain nothing, and the model
 # computes in float32 and says so.
+#
+# `replays` says that these layers note down all that they do, a launch of a kernel
+# or a line of NumPy. So a model asks them once what is to be done, and does the same
+# in each step that follows ([chapter A.13](../appendix/13_backend.ipynb)); [chapter
+# 2.8](08_time.ipynb) measures what that saves.
 
 # %% imports of the backend tags=["export"]
 import warnings
@@ -65,6 +70,8 @@ from llmnb.cpu.panels import work_shape
 # %% the backend tags=["export"]
 class Backend(backend.Backend):
     """The host with compiled layers: scratch for products, and bfloat16."""
+
+    replays = True
 
     def __init__(self, layers, precision):
         if precision == "bf16" and not layers.has_bf16():

@@ -199,10 +199,12 @@ for group, size in model.memory.sizes().items():
 
 # %% a product with parts left out
 from functools import partial
+from types import SimpleNamespace
 from unittest.mock import patch
 
 from numba import types
 
+from llmnb import cpu
 from llmnb.bench.peak import fma_peak
 from llmnb.cpu import matmul
 from llmnb.cpu.jit import arguments, routine, team
@@ -306,7 +308,10 @@ print(f"{'a step':22}{1000 * spent[0]:8.2f}{least:9.0%}{tiles:7.0%}")
 # checks the arrays, hands them over, and wakes the other threads. That takes
 # the same time whether the arrays are long or short. We count the launches of
 # a step, time an empty one, and run a step whose launches are left out
-# altogether: what it takes is Python's share.
+# altogether: what it takes is Python's share. We do that twice, first as the model
+# trains, replaying what its first step noted down
+# ([chapter A.13](../appendix/13_backend.ipynb)), and then with layers that are
+# watched, so that each of them is called in every step.
 
 # %% launches and Python tags=["nbval-ignore-output"]
 from llmnb.cpu import jit
@@ -331,15 +336,23 @@ given = row, row, grid, grid, (1, 2, 3), (1, 2, 3, 4, 5, 6, 7), True
 idle(*given)
 empty = len(launches) * fastest(idle, *given, runs=1000)
 with patch.object(jit, "_begin", lambda *a: None):
-    python = fastest(step, runs=20)
+    replayed = fastest(step, runs=20)
+    layers, model.ops = model.ops, SimpleNamespace(**vars(cpu))
+    called = fastest(step, runs=20)
+    model.ops = layers
 print(f"a step: {1000 * whole:.1f} ms, {len(launches)} launches")
-print(f"empty launches: {empty / whole:.1%}, Python: {python / whole:.1%}")
+print(f"empty launches            {empty / whole:6.1%}")
+print(f"Python, replaying         {replayed / whole:6.1%}")
+print(f"Python, calling the layers{called / whole:6.1%}")
 
 # %% [markdown]
-# A launch costs some microseconds itself and more than that before it, in
-# Python: for each array, is it of the right dtype and shape, does it overlap
-# another, which compiled routine takes such arrays? A wider model does more in
-# each launch and hardly notices; this one notices.
+# A launch itself costs some microseconds. Calling a layer costs more than that
+# before its first launch, all of it in Python: for each array, is it of the right
+# dtype and shape, does it overlap another, which compiled routine takes such
+# arrays? In a replay none of this is asked. What is left of Python is the handing
+# over of arguments, the check of the batch, and AdamW, whose numbers change from
+# step to step. A wider model does more in each launch and would hardly notice
+# either; this one notices.
 
 # %% [markdown]
 # ## What is measured
@@ -497,10 +510,7 @@ def _step_row(row, tokens, flops):
     row["flops_per_second"] = flops / row["step_seconds"]
     row["memory_bytes"] = row.get("device_bytes", row["peak_bytes"])
     row["first_loss"] = losses[0]
-    if "layers" in row:
-        every = {x: row.pop(x)[WARM_UP:] for x in ("parts", "layers", "calls")}
-        row |= _layer_times(every)
-    elif "apart" in row:  # steps of their own, whose layers were timed
+    if "apart" in row:  # steps of their own, whose layers were timed
         row |= _layer_times(by_key(row.pop("apart")))
     return row
 

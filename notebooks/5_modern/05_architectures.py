@@ -665,6 +665,7 @@ verdict("1 kv head", min(fewer) > max(losses["Llama"]), "costs a little")
 # needed, and the bits are the same at each run.
 
 # %% imports of the CPU's embedding tags=["export"] module="cpu.embedding"
+from llmnb.backend import noted
 from llmnb.cpu.jit import inner
 from llmnb.shapes import COMPILED, shapes
 
@@ -698,7 +699,8 @@ def embedding_forward(out, inp, wte, scale=1.0):
     Raises TypeError or ValueError before it computes anything.
     """
     rows = out.reshape(inp.size, out.shape[2])
-    _embedding_forward(rows, inp.reshape(-1), wte, wte.dtype.type(scale))
+    number = wte.dtype.type(scale)
+    noted(_embedding_forward, rows, inp.reshape(-1), wte, number)
 
 
 @shapes("Vp C!, B T C, B T of Vp", COMPILED, scale="above 0")
@@ -711,7 +713,7 @@ def embedding_backward(dwte, dout, inp, scale=1.0):
     """
     rows = dout.reshape(inp.size, dout.shape[2])
     number = dwte.dtype.type(scale)
-    _embedding_backward(dwte, rows, inp.reshape(-1), number)
+    noted(_embedding_backward, dwte, rows, inp.reshape(-1), number)
 
 
 # %% imports of the GPU's embedding tags=["export"] module="cuda.embedding"

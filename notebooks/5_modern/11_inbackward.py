@@ -142,6 +142,7 @@ class InBackward(GPT2):
         self._decay, self._squares = decay, 0.0
         self._forward()
         self._classify()
+        self._weigh_losses()
         self._backward()
         for x in tensor_table(self.cfg):
             if not x.stacked:

@@ -339,7 +339,8 @@ class OnGPUs(Sharded):
         rank, ranks = self.group.rank, self.group.size
         self._forward()
         self._classify()
-        self._backward(share=1 / ranks)
+        self._weigh_losses(1 / ranks)
+        self._backward()
         block = rank, rank + 1, self.memory.flat("grads")
         self.exchange([block], ranks)
         self._clip(max_norm)

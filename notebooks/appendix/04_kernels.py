@@ -79,7 +79,8 @@ def write_package(folder, decorator, factor):
     cpu.mkdir(parents=True, exist_ok=True)
     (folder / "llmnb" / "__init__.py").write_text("")
     (cpu / "__init__.py").write_text("")
-    for name in ("files.py", "cpu/compiled.py", "cpu/jit.py"):
+    names = "files backend arena checks cpu/compiled cpu/jit"
+    for name in [f"{x}.py" for x in names.split()]:
         text = files("llmnb").joinpath(name).read_text("utf-8")
         (folder / "llmnb" / name).write_text(text, "utf-8")
     top = "import numba\nfrom llmnb.cpu.jit import inner\n"
@@ -326,6 +327,7 @@ from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.sigutils import normalize_signature
 from numba.extending import intrinsic, register_jitable
 
+from llmnb.backend import noted
 from llmnb.cpu.compiled import KernelCache, cache_folder
 
 # %% a compiled function and its cache tags=["exporti"] module="cpu.jit"
@@ -582,6 +584,13 @@ def _routine_for(function, args):
     return routine(function, types.void(types.int64, types.int64, address))
 
 
+def _launch(address, *args):
+    """Run a routine on as many threads as there are now."""
+    parts = 1 if _orphaned else numba.get_num_threads()
+    with _one_caller:
+        _begin(_loop().address, address, parts, *args)
+
+
 # %% the decorator for teams tags=["export"] module="cpu.jit"
 def team(function):
     """Compile a function that all threads run, each for its share.
@@ -596,11 +605,10 @@ def team(function):
     @functools.wraps(function)
     def call(*args):
         kinds = tuple([_kind(x) for x in args])
-        parts = 1 if _orphaned else numba.get_num_threads()
         with _one_caller:
             if kinds not in made:
                 made[kinds] = _routine_for(function, args)
-            _begin(_loop().address, made[kinds].address, parts, *args)
+        noted(_launch, made[kinds].address, *args)
 
     call.routines = made
     return call

@@ -173,9 +173,11 @@ def random_batch(spec):
 
 
 # %% [markdown]
-# Our own contestant is a `GPT2` under a `Stopwatch`. A precision that the
-# backend or the processor lacks is refused, not replaced by another: timing
-# float32 twice would tell you that bfloat16 gains nothing.
+# Our own contestant is a `GPT2`. A precision that the backend or the processor
+# lacks is refused, not replaced by another: timing float32 twice would tell you
+# that bfloat16 gains nothing. A step that is replayed
+# ([chapter A.13](13_backend.ipynb)) does not call its layers, so these are timed
+# after the race, in three steps of their own.
 
 
 # %% our contestant tags=["exporti"] module="bench.peers"
@@ -186,7 +188,6 @@ def llmnb_contestant(spec):
     a GPU graph. Raises NotImplementedError, saying why, when the backend or
     the processor lacks the precision.
     """
-    from llmnb.bench.stopwatch import Stopwatch, timed_step
     from llmnb.model.architectures import architecture_from
     from llmnb.model.gpt2 import GPT2
 
@@ -205,12 +206,28 @@ def llmnb_contestant(spec):
         from llmnb.model.ahead import compile_ahead
 
         compile_ahead(cfg, precision)
-    model.ops = Stopwatch(model.ops)
-    arena = {"arena_bytes": model.memory.nbytes}
-    return (
-        lambda: timed_step(model, *batch, next(numbers)),
-        lambda: arena | _our_facts(spec["backend"]),
-    )
+
+    def step():
+        loss = model.forward(*batch)
+        model.backward()
+        model.update(step=next(numbers))
+        return {"loss": loss}
+
+    def facts():
+        found = {"arena_bytes": model.memory.nbytes}
+        found |= _our_facts(spec["backend"])
+        return found | _apart(model, batch, numbers)
+
+    return step, facts
+
+
+def _apart(model, batch, numbers, wait=lambda: None):
+    """What each layer takes, in steps of their own."""
+    from llmnb.bench.stopwatch import Stopwatch, timed_step
+
+    model.ops = Stopwatch(model.ops, wait)
+    steps = [timed_step(model, *batch, next(numbers)) for _ in range(3)]
+    return {"apart": steps}
 
 
 # %% [markdown]
@@ -221,15 +238,13 @@ def llmnb_contestant(spec):
 # and waits for the loss and for the norm, and the difference is what
 # capturing saves. `step` computes the norm of the gradients, so on a GPU all
 # contestants do, PyTorch too; nobody scales them. Layers cannot be told
-# apart inside a graph, nor without waiting after each of them. So the layers
-# are timed after the race, in three steps of their own.
+# apart without waiting after each of them, so the steps of their own do that.
 
 
 # %% our contestant on a GPU tags=["exporti"] module="bench.peers"
 def _on_gpu(model, batch, numbers, graph):
     """The step and the facts of a model on a GPU."""
     from llmnb.bench.clock import Clock, limits
-    from llmnb.bench.stopwatch import Stopwatch, timed_step
     from llmnb.gpu.toolkit import numba_cuda
 
     wait = numba_cuda().synchronize
@@ -251,9 +266,7 @@ def _on_gpu(model, batch, numbers, graph):
         found |= _our_facts("cuda") | limits(Clock())
         if graph:
             return found
-        model.ops = Stopwatch(model.ops, wait)
-        apart = [timed_step(model, *batch, next(numbers)) for _ in range(3)]
-        return found | {"apart": apart}
+        return found | _apart(model, batch, numbers, wait)
 
     return step, facts
 

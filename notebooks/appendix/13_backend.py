@@ -12,10 +12,10 @@
 # %% [markdown]
 # # Backends: what a model asks of its machine
 #
-# > A room of layers and eight short answers are all that a model needs to run on a
+# > A room of layers and nine short answers are all that a model needs to run on a
 # > machine of another kind.
 #
-# *Reading time: 8 minutes. You need: the model
+# *Reading time: 11 minutes. You need: the model
 # ([chapter 1.17](../1_by_hand/17_model.ipynb)).*
 
 # %% [markdown]
@@ -29,15 +29,17 @@
 #
 # - name everything that a model asks of the machine that it runs on;
 # - say which answers a new machine must give itself, and which it inherits;
-# - run the model on layers of your own.
+# - run the model on layers of your own;
+# - say when a pass may be replayed, and what it costs to ask each time.
 
 # %% [markdown]
 # ## Setup
 
 # %% setup
+from collections import Counter
 from types import SimpleNamespace
 
-from llmnb import reference
+from llmnb import cpu, reference
 from llmnb.book.verify import verdict
 from llmnb.config import GPT2Config
 from llmnb.model.gpt2 import GPT2
@@ -54,8 +56,25 @@ from llmnb.model.gpt2 import GPT2
 # than their products names a backend for one of them in `PRECISE`, as
 # [chapter 3.16](../3_gpu/16_bf16_training.ipynb) does.
 
+#
+# ## The same calls again
+#
+# The second step of a training run does what the first one did: the same layers, on
+# the same arrays, which hold other numbers. Yet before each of its calls Python
+# finds the arrays' names, and the layer asks again: are these arrays fit, do they
+# overlap, where are their rows, which compiled function takes them? With wide layers
+# nobody notices. For a small model it was a tenth of a step
+# ([chapter 2.8](../2_cpu/08_time.ipynb)).
+#
+# The answers are those of the first step. So let the first step write down what all
+# the asking came to: which functions were called in the end, and with what. The next
+# step calls these, one after the other. Who does the work, a kernel or a line of
+# NumPy, has itself called by `noted`, and `recorded` gathers the calls.
+# A record is of one thread, so that two models may learn at once.
+
 # %% imports of the backend tags=["export"]
 import importlib
+import threading
 
 import numpy as np
 
@@ -73,6 +92,35 @@ PRECISIONS = {
 }
 
 
+# %% calls that are noted down tags=["export"]
+class _Notes(threading.local):
+    calls = None  # a list while they are written down
+
+
+_notes = _Notes()
+
+
+def noted(function, *args):
+    """Call a function, and note the call down where `recorded` listens."""
+    if _notes.calls is not None:
+        _notes.calls.append((function, args))
+    return function(*args)
+
+
+def recorded(function):
+    """Call a function; returns the calls that it noted down, in order.
+
+    Each is a function and its arguments.
+    """
+    before, _notes.calls = _notes.calls, []
+    try:
+        function()
+        return _notes.calls
+    finally:
+        _notes.calls = before
+
+
+# %% what a model asks of a machine tags=["export"]
 class Backend:
     """What a model asks of the machine that it runs on; here, NumPy's.
 
@@ -83,9 +131,11 @@ class Backend:
     """
 
     update = "adamw_update"  # the layer that a range of parameters goes to
+    replays = False  # whether its layers note down all that they do
 
     def __init__(self, layers, precision):
         self.ops, self.how, self.precision = layers, {}, precision
+        self._records = {}
 
     @property
     def dtype(self):
@@ -103,7 +153,7 @@ class Backend:
 
     def fill(self, array, value):
         """Write one number into all elements of an array."""
-        array.fill(value)
+        noted(array.fill, value)
 
     def floats(self, array):
         """An array of activations as the host's floats."""
@@ -124,6 +174,19 @@ class Backend:
     def norm(self):
         """The norm of the gradients that `clip` found, a float."""
         return self._norm
+
+    def again(self, key, function):
+        """Call what does the same each time, or replay what it did.
+
+        key: what it depends on besides the contents of its arrays.
+        """
+        if not self.replays:
+            function()
+        elif key not in self._records:
+            self._records[key] = recorded(function)
+        else:
+            for call, args in self._records[key]:
+                call(*args)
 
     def run(self, key, whole, params):
         """Call a whole step; key: what it depends on besides its arrays."""
@@ -151,6 +214,57 @@ def backend_named(name, precision):
     kind = kind or getattr(layers, "Backend", Backend)
     return kind(layers, precision)
 
+
+# %% [markdown]
+# Replaying is right where three things hold.
+#
+# - *All work is noted.* What is not noted is done once and never again, so a backend
+#   says with `replays` that its layers keep to it. NumPy's do not, and are called.
+# - *Nothing depends on what is in the arrays.* A record has no `if`. Clipping has one,
+#   for it scales only gradients that are too long; so it is no pass, and is called.
+#   The same goes for numbers: AdamW's change from step to step.
+# - *Nobody watches.* Layers that were put in the model's place for them, as below, want
+#   to be called.
+#
+# What else a pass depends on is its key: `backward` has one record for gradients
+# that are written and one for gradients that are added. The arrays live as long
+# as the record, and so do the sums that a layer had allocated: a replay allocates
+# nothing.
+#
+# Here is a record. A model of one block has 27 layers to call in a step, and they come
+# to this many calls:
+
+# %% what a step comes to
+from llmnb.backend import recorded  # the list that the package's layers know
+
+small = GPT2Config(8, 20, num_layers=1, num_heads=2, channels=8)
+model = GPT2(small, 2, 8, backend="cpu")
+model.ops = SimpleNamespace(**vars(cpu))  # so that it keeps no record itself
+tokens = np.arange(16).reshape(2, 8)
+
+
+def passes():
+    model.forward(tokens, tokens)
+    model.backward()
+
+
+calls = recorded(passes)
+for kind, count in sorted(Counter(f.__name__ for f, _ in calls).items()):
+    print(f"{kind:<20} {count:>3}")
+
+# %% [markdown]
+# `_launch` is a kernel on all threads, the two of the encoder run on one, `add_rows`
+# adds up a norm's gradients and `fill` writes zeros. On the same tokens the calls lead
+# to the same gradients, with no model and no layer around them:
+
+# %% the calls alone
+want = [x.copy() for x in model.grads.values()]
+for x in model.grads.values():
+    x.fill(7)
+for function, given in calls:
+    function(*given)
+same = map(np.array_equal, model.grads.values(), want)
+verdict("all gradients", all(same), "are the same bits")
 
 # %% [markdown]
 # ## Layers of your own
@@ -197,6 +311,7 @@ verdict("their twins", calls["layernorm_backward"] == 2 * 3 + 1, "are 7")
 # - A machine is a room of layers and a `Backend`; what it does not say is done as
 #   NumPy does it.
 # - A precision is a property of a backend: one table says who has which.
+# - What is the same in every step is asked once, and what came of it is replayed.
 #
 # ## What llmnb gained
 

@@ -1,14 +1,18 @@
 """The whole model: its gradient, both backends, wrong calls, the same bits."""
 
 from dataclasses import replace
+from threading import Thread
+from types import SimpleNamespace
 
+import numba
 import numpy as np
 import pytest
 from curve import CURVE, recorded_batches, recorded_curve
-from llamas import cfg_of
+from llamas import FAMILIES, cfg_of
 from problems import assert_threads_change_no_bit, batch, wide
 
 from llmnb import GPT2, GPT2Config, cpu
+from llmnb.backend import noted, recorded
 from llmnb.model.tensors import parameter_count
 from llmnb.train.loop import train
 from llmnb.train.start import new_model
@@ -20,6 +24,7 @@ ODD = GPT2Config(
     max_seq_len=39, vocab_size=331, num_layers=2, num_heads=3, channels=51
 )
 BACKENDS = ["reference", "cpu"]
+LAYERS = [x for x in cpu.__all__ if x.endswith(("_forward", "_backward"))]
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +60,59 @@ def test_bf16_trains(once, emulated):
     assert losses == pytest.approx(once[0], rel=2e-3)
     assert (losses != once[0]).any() and (params != once[1]).any()
     assert_threads_change_no_bit(lambda: run("bf16"))
+
+
+@pytest.mark.parametrize("family", ["gpt2", *FAMILIES])
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_a_replayed_step_is_a_called_one(family, precision, monkeypatch):
+    """From the second step on no layer is called, and all is done."""
+    cfg = ODD if family == "gpt2" else cfg_of(family)
+    models = [GPT2(cfg, 3, 7, precision=precision, seed=5) for _ in range(2)]
+    models[0].ops = SimpleNamespace(**vars(cpu))  # watched, so always called
+
+    def step(model, number):
+        tokens, targets = batch(cfg, 3, 7, number)
+        loss = model.forward(tokens, targets)
+        model.backward(add=number == 3, share=0.25 * number)
+        model.update(1e-3, step=number)
+        return loss, *[x.copy() for x in model.grads.values()]
+
+    want = [step(models[0], number) for number in (1, 2, 3, 4)]
+    found = [step(models[1], 1)]
+    threads = numba.get_num_threads()
+    for number in (2, 3, 4):
+        if number != 3:  # whose gradients are added: another pass
+            for name in LAYERS:
+                monkeypatch.delattr(cpu, name)
+        numba.set_num_threads(1 if number == 4 else threads)
+        found.append(step(models[1], number))
+        numba.set_num_threads(threads)
+        monkeypatch.undo()
+    for x, y in zip(want, found, strict=True):
+        for a, b in zip(x, y, strict=True):
+            np.testing.assert_array_equal(a, b)
+    a, b = (model.memory.flat("params") for model in models)
+    np.testing.assert_array_equal(a, b)
+
+
+def test_what_is_noted_down():
+    """Only this thread's calls, and none once it is over or has failed."""
+    elsewhere = Thread(target=noted, args=(print, "elsewhere"))
+
+    def work(fails=False):
+        noted(elsewhere.start)
+        elsewhere.join()
+        noted(max, 1, 2)
+        if fails:
+            raise KeyboardInterrupt
+
+    calls = recorded(work)
+    assert calls == [(elsewhere.start, ()), (max, (1, 2))]
+    assert noted(min, 3, 4) == 3 and len(calls) == 2
+    elsewhere = Thread(target=print)
+    with pytest.raises(KeyboardInterrupt):
+        recorded(lambda: work(fails=True))
+    assert recorded(lambda: noted(max, 5, 6)) == [(max, (5, 6))]
 
 
 def test_bf16_on_a_processor_without_it(once, monkeypatch):
