@@ -84,17 +84,20 @@ def random_batch(spec):
 def llmnb_contestant(spec):
     """A step of a GPT2 and its facts: two functions for `serve`.
 
-    spec: a dict with model, batch_size, seq_len, backend, precision, and on
-    a GPU graph. Raises NotImplementedError, saying why, when the backend or
+    spec: a dict with model, batch_size, seq_len, backend, precision, on a
+    GPU graph, and perhaps in_backward. Raises NotImplementedError, saying why, when the backend or
     the processor lacks the precision.
     """
     from llmnb.model.architectures import architecture_from
     from llmnb.model.gpt2 import GPT2
+    from llmnb.model.inbackward import InBackward
 
+    lean = spec.get("in_backward", False)
     cfg, precision = architecture_from(spec["model"]), spec["precision"]
     sizes = spec["batch_size"], spec["seq_len"]
     try:
-        model = GPT2(cfg, *sizes, spec["backend"], precision)
+        made = InBackward if lean else GPT2
+        model = made(cfg, *sizes, spec["backend"], precision)
     except ValueError as why:
         raise NotImplementedError(why) from None
     if model.precision != precision:
@@ -108,6 +111,8 @@ def llmnb_contestant(spec):
         compile_ahead(cfg, precision)
 
     def step():
+        if lean:
+            return {"loss": model.step(*batch, step=next(numbers))[0]}
         loss = model.forward(*batch)
         model.backward()
         model.update(step=next(numbers))
@@ -116,7 +121,7 @@ def llmnb_contestant(spec):
     def facts():
         found = {"arena_bytes": model.memory.nbytes}
         found |= _our_facts(spec["backend"])
-        return found | _apart(model, batch, numbers)
+        return found if lean else found | _apart(model, batch, numbers)
 
     return step, facts
 

@@ -43,7 +43,8 @@ class Settings(NamedTuple):
     PATH is llm.c's compiled train_gpt2. steps: how many rounds are
     measured. threads: of each contestant, or None for all cores. backend:
     of `GPT2`. torch_python: the interpreter that has torch. turn: seconds of
-    training in a turn, at least.
+    training in a turn, at least. in_backward: whether a model that learns in
+    its backward pass takes part too.
 
     Derived in chapter A.8.
     """
@@ -55,6 +56,7 @@ class Settings(NamedTuple):
     backend: str = "cpu"
     torch_python: str = sys.executable
     turn: float = 1.0
+    in_backward: bool = False
 
 
 # the contestant's environment
@@ -178,6 +180,9 @@ def lineup(settings):
         ours = {"backend": settings.backend, "precision": precision}
         ours |= {"kind": "llmnb", "graph": True}
         specs[f"llmnb {precision}"] = ours
+        if settings.in_backward:
+            lean = ours | {"in_backward": True}
+            specs[f"llmnb {precision}, in backward"] = lean
         if on_gpu:
             specs[f"llmnb {precision}, no graph"] = ours | {"graph": False}
     for name in settings.against:

@@ -54,6 +54,9 @@ class BenchOptions:
     turn: float = option(
         Settings().turn, "seconds of training in a turn of each, at least"
     )
+    in_backward: bool = option(
+        False, "let llmnb race once more, learning in its backward pass"
+    )
     write: bool = option(
         False, "time tokens of a 124M model instead, against transformers"
     )

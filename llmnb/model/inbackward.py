@@ -30,9 +30,9 @@ class InBackward(GPT2):
     a block learns as soon as its gradients are there, and the next
     overwrites them. cfg, batch_size, seq_len, backend, precision, seed: as
     for GPT2, on the host. grads[name][i] of what every block has is the same
-    memory for every i: what the last block left, zeros for norms. backward,
-    update and clip_gradients raise RuntimeError, for they need all gradients
-    at once.
+    memory for every i, and that of the logits: after a step it holds what the
+    last block left. backward, update and clip_gradients raise RuntimeError,
+    for they need all gradients at once.
 
     Derived in chapter 5.11.
     """
@@ -40,37 +40,41 @@ class InBackward(GPT2):
     backends = HOSTS
 
     def _allocate(self, layout):
-        dtype, _ = layout["params"]
-        rows = tensor_table(self.cfg)
-        own = {x.name: x.shape if x.stacked else full_shape(x, self.cfg)
-               for x in rows}  # fmt: skip
-        super()._allocate(layout | {"grads": (dtype, own)})
-        grads, L = self.memory["grads"], self.cfg.num_layers
-        for name in [x.name for x in rows if x.stacked]:
-            grads[name] = _for_every_block(grads[name], L)
+        rows, (dtype, turns, over) = tensor_table(self.cfg), layout["block"]
+        self._in_blocks = [x for x in rows if x.stacked]
+        self._at_ends = [x for x in rows if not x.stacked]
+        ends = {x.name: full_shape(x, self.cfg) for x in self._at_ends}
+        turns = turns | {x.name: x.shape for x in self._in_blocks}
+        layout = layout | {"grads": (dtype, ends)}
+        super()._allocate(layout | {"block": (dtype, turns, over)})
+        grads, block = self.memory["grads"], self.memory["block"]
+        for x in self._in_blocks:
+            own = block.pop(x.name)
+            grads[x.name] = _for_every_block(own, self.cfg.num_layers)
 
     def _whole_step(self, max_norm, decay):
         self._decay, self._squares = decay, 0.0
-        self._forward()
-        self._classify()
+        self._again(self._forward)
+        self._again(self._classify)
         self._weigh_losses()
         self._backward()
-        for x in tensor_table(self.cfg):
-            if not x.stacked:
-                self._learn(x, self.memory, ...)
+        for x in self._at_ends:
+            self._learn(x, ...)
+
+    def _clear(self, rows):
+        """At the beginning of a pass only the ends: the logits are there."""
+        super()._clear(self._at_ends)
 
     def _block_backward(self, i, add):
-        super()._block_backward(i, add)
-        for x in tensor_table(self.cfg):
-            if x.stacked:
-                self._learn(x, self.memory, i)
-                if x.added:
-                    self._machine.fill(self.grads[x.name][i], 0)
+        super()._clear(self._in_blocks)
+        self._again(super()._block_backward, i, add)
+        for x in self._in_blocks:
+            self._learn(x, i)
 
-    def _learn(self, x, memory, i):
+    def _learn(self, x, i):
         """AdamW on a tensor, or on block i of it."""
-        groups = [memory[g][x.name][i] for g in ("params", "grads", "m", "v")]
-        flat = [array.reshape(-1) for array in groups]
+        groups = [self.memory[g] for g in ("params", "grads", "m", "v")]
+        flat = [tensors[x.name][i].reshape(-1) for tensors in groups]
         decays = self._decay is None or x.name in self._decay
         getattr(self.ops, self._machine.update)(
             *flat, self._settings[not decays]

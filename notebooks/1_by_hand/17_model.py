@@ -193,6 +193,12 @@ class _Passes:
         else:
             whole(*given)
 
+    def _clear(self, rows):
+        """Zeros for the gradients that layers add to; rows: of the table."""
+        for x in rows:
+            if x.added:
+                self._machine.fill(self.grads[x.name], 0)
+
     def _head_backward(self, add):
         """From the losses back to the end of the residual stream."""
         a, p, g, d = self._acts, self.params, self.grads, self._dacts
@@ -205,9 +211,7 @@ class _Passes:
 
     def _backward(self, add=False):
         if not add:
-            for x in tensor_table(self.cfg):
-                if x.added:
-                    self._machine.fill(self.grads[x.name], 0)
+            self._clear(tensor_table(self.cfg))
         self._head_backward(add)
         for i in reversed(range(self.cfg.num_layers)):
             self._block_backward(i, add)

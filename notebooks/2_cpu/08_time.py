@@ -470,6 +470,7 @@ def _check_together(cfg, batch_size, seq_len, settings):
         settings.backend in PRECISIONS[x] and (x != "bf16" or has_bf16())
         for x in settings.precisions
     )
+    ours *= 1 + settings.in_backward
     layout = gpt2_layout(cfg, batch_size, seq_len)
     if settings.backend != "cuda":
         size = ours * sum(footprint(layout).values())

@@ -105,12 +105,21 @@ gradients[2] = 7
 print(gradients.shape, place, gradients[0])
 
 # %% [markdown]
-# The model does the rest as it always does, block after block. Three methods
+# Which memory? When the first block goes back, the classifier is done with the
+# logits and their gradient. What the blocks take turns with lies over them already
+# ([chapter 1.16](../1_by_hand/16_memory.ipynb)), and a block's gradients are one
+# more thing of that kind. As long as the logits are the larger they cost nothing.
+#
+# The model does the rest as it always does, block after block. Four methods
 # differ: gradients are allocated for one block; a block's backward pass ends with
-# its learning; and a step ends with the learning of the ends alone. The
-# backward functions of norms *add* to their gradients, so those are zeroed for
-# the block that comes next. The norm that `step` returns is put together from
-# the tensors' norms: their squares add.
+# its learning; a step ends with the learning of the ends alone; and what
+# backward functions *add* to, the gradients of norms, is zeroed before each block
+# and not at the beginning, when the logits are still there. The norm that `step`
+# returns is put together from the tensors' norms: their squares add.
+#
+# What depends on nothing but its arrays is replayed from the second step on
+# ([appendix A.13](../appendix/13_backend.ipynb)): the forward pass, and each block's
+# backward pass. AdamW's numbers change, so its calls are made anew.
 
 
 # %% learn while going back tags=["export"]
@@ -121,45 +130,49 @@ class InBackward(GPT2):
     a block learns as soon as its gradients are there, and the next
     overwrites them. cfg, batch_size, seq_len, backend, precision, seed: as
     for GPT2, on the host. grads[name][i] of what every block has is the same
-    memory for every i: what the last block left, zeros for norms. backward,
-    update and clip_gradients raise RuntimeError, for they need all gradients
-    at once.
+    memory for every i, and that of the logits: after a step it holds what the
+    last block left. backward, update and clip_gradients raise RuntimeError,
+    for they need all gradients at once.
     """
 
     backends = HOSTS
 
     def _allocate(self, layout):
-        dtype, _ = layout["params"]
-        rows = tensor_table(self.cfg)
-        own = {x.name: x.shape if x.stacked else full_shape(x, self.cfg)
-               for x in rows}  # fmt: skip
-        super()._allocate(layout | {"grads": (dtype, own)})
-        grads, L = self.memory["grads"], self.cfg.num_layers
-        for name in [x.name for x in rows if x.stacked]:
-            grads[name] = _for_every_block(grads[name], L)
+        rows, (dtype, turns, over) = tensor_table(self.cfg), layout["block"]
+        self._in_blocks = [x for x in rows if x.stacked]
+        self._at_ends = [x for x in rows if not x.stacked]
+        ends = {x.name: full_shape(x, self.cfg) for x in self._at_ends}
+        turns = turns | {x.name: x.shape for x in self._in_blocks}
+        layout = layout | {"grads": (dtype, ends)}
+        super()._allocate(layout | {"block": (dtype, turns, over)})
+        grads, block = self.memory["grads"], self.memory["block"]
+        for x in self._in_blocks:
+            own = block.pop(x.name)
+            grads[x.name] = _for_every_block(own, self.cfg.num_layers)
 
     def _whole_step(self, max_norm, decay):
         self._decay, self._squares = decay, 0.0
-        self._forward()
-        self._classify()
+        self._again(self._forward)
+        self._again(self._classify)
         self._weigh_losses()
         self._backward()
-        for x in tensor_table(self.cfg):
-            if not x.stacked:
-                self._learn(x, self.memory, ...)
+        for x in self._at_ends:
+            self._learn(x, ...)
+
+    def _clear(self, rows):
+        """At the beginning of a pass only the ends: the logits are there."""
+        super()._clear(self._at_ends)
 
     def _block_backward(self, i, add):
-        super()._block_backward(i, add)
-        for x in tensor_table(self.cfg):
-            if x.stacked:
-                self._learn(x, self.memory, i)
-                if x.added:
-                    self._machine.fill(self.grads[x.name][i], 0)
+        super()._clear(self._in_blocks)
+        self._again(super()._block_backward, i, add)
+        for x in self._in_blocks:
+            self._learn(x, i)
 
-    def _learn(self, x, memory, i):
+    def _learn(self, x, i):
         """AdamW on a tensor, or on block i of it."""
-        groups = [memory[g][x.name][i] for g in ("params", "grads", "m", "v")]
-        flat = [array.reshape(-1) for array in groups]
+        groups = [self.memory[g] for g in ("params", "grads", "m", "v")]
+        flat = [tensors[x.name][i].reshape(-1) for tensors in groups]
         decays = self._decay is None or x.name in self._decay
         getattr(self.ops, self._machine.update)(
             *flat, self._settings[not decays]
@@ -237,9 +250,8 @@ for name, cfg in ("GPT-2", gpt2), ("Llama", llama):
 class Unzeroed(InBackward):
     def _block_backward(self, i, add):
         GPT2._block_backward(self, i, add)
-        for x in tensor_table(self.cfg):
-            if x.stacked:
-                self._learn(x, self.memory, i)
+        for x in self._in_blocks:
+            self._learn(x, i)
 
 
 losses = three_steps(Unzeroed, llama, None)[0]
@@ -250,11 +262,13 @@ verdict("not zeroed", wrong, "caught")
 # ## Count it
 #
 # With $P$ parameters, $Q$ of them in each block and $E$ at both ends, training
-# holds $4P$ numbers besides activations, and now
+# holds $4P$ numbers besides activations. Now it is
 #
-# $$ 3P + Q + E. \tag{5.11.3} $$
+# $$ 3P + Q + E, \tag{5.11.3} $$
 #
-# For SmolLM2 that is
+# and $3P + E$ where the logits are larger than the $Q$ gradients and what the blocks
+# take turns with. For SmolLM2 on 256 tokens they are, as its 49,152 tokens make
+# them:
 
 # %% numbers held
 smollm2 = llmnb.PRESETS["smollm2-135m"]
@@ -264,6 +278,8 @@ block = sum(math.prod(x.shape) for x in rows if x.stacked)
 ends = P - smollm2.num_layers * block
 print(f"{4 * 4 * P / 1e6:,.0f} MB before")
 print(f"{4 * (3 * P + block + ends) / 1e6:,.0f} MB in backward")
+print(f"{4 * block / 1e6:,.0f} MB of them over the logits,")
+print(f"which take {4 * 256 * smollm2.padded_vocab_size / 1e6:,.0f} MB")
 
 # %% [markdown]
 # `tests/record_lora.py` asked the system for the peak of a process that
@@ -317,8 +333,8 @@ plt.show()
 #
 # - A gradient lives from its backward function to its update.
 # - Let the update follow at once, and the blocks need one place for theirs.
-# - The same bits from $3P + Q + E$ numbers instead of $4P$; no clipping, no dropped
-#   steps, no accumulation.
+# - The same bits from $3P + Q + E$ numbers instead of $4P$, and $Q$ of them may lie
+#   over the logits; no clipping, no dropped steps, no accumulation.
 #
 # ## Design note
 #

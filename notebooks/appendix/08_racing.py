@@ -177,24 +177,28 @@ def random_batch(spec):
 # lacks is refused, not replaced by another: timing float32 twice would tell you
 # that bfloat16 gains nothing. A step that is replayed
 # ([chapter A.13](13_backend.ipynb)) does not call its layers, so these are timed
-# after the race, in three steps of their own.
+# after the race, in three steps of their own. A model that learns in its backward
+# pass ([chapter 5.11](../5_modern/11_inbackward.ipynb)) has no such parts.
 
 
 # %% our contestant tags=["exporti"] module="bench.peers"
 def llmnb_contestant(spec):
     """A step of a GPT2 and its facts: two functions for `serve`.
 
-    spec: a dict with model, batch_size, seq_len, backend, precision, and on
-    a GPU graph. Raises NotImplementedError, saying why, when the backend or
+    spec: a dict with model, batch_size, seq_len, backend, precision, on a
+    GPU graph, and perhaps in_backward. Raises NotImplementedError, saying why, when the backend or
     the processor lacks the precision.
     """
     from llmnb.model.architectures import architecture_from
     from llmnb.model.gpt2 import GPT2
+    from llmnb.model.inbackward import InBackward
 
+    lean = spec.get("in_backward", False)
     cfg, precision = architecture_from(spec["model"]), spec["precision"]
     sizes = spec["batch_size"], spec["seq_len"]
     try:
-        model = GPT2(cfg, *sizes, spec["backend"], precision)
+        made = InBackward if lean else GPT2
+        model = made(cfg, *sizes, spec["backend"], precision)
     except ValueError as why:
         raise NotImplementedError(why) from None
     if model.precision != precision:
@@ -208,6 +212,8 @@ def llmnb_contestant(spec):
         compile_ahead(cfg, precision)
 
     def step():
+        if lean:
+            return {"loss": model.step(*batch, step=next(numbers))[0]}
         loss = model.forward(*batch)
         model.backward()
         model.update(step=next(numbers))
@@ -216,7 +222,7 @@ def llmnb_contestant(spec):
     def facts():
         found = {"arena_bytes": model.memory.nbytes}
         found |= _our_facts(spec["backend"])
-        return found | _apart(model, batch, numbers)
+        return found if lean else found | _apart(model, batch, numbers)
 
     return step, facts
 
@@ -790,7 +796,8 @@ class Settings(NamedTuple):
     PATH is llm.c's compiled train_gpt2. steps: how many rounds are
     measured. threads: of each contestant, or None for all cores. backend:
     of `GPT2`. torch_python: the interpreter that has torch. turn: seconds of
-    training in a turn, at least.
+    training in a turn, at least. in_backward: whether a model that learns in
+    its backward pass takes part too.
     """
 
     precisions: tuple = ("fp32",)
@@ -800,6 +807,7 @@ class Settings(NamedTuple):
     backend: str = "cpu"
     torch_python: str = sys.executable
     turn: float = 1.0
+    in_backward: bool = False
 
 
 # %% the contestant's environment tags=["exporti"] module="bench.race"
@@ -921,6 +929,9 @@ def lineup(settings):
         ours = {"backend": settings.backend, "precision": precision}
         ours |= {"kind": "llmnb", "graph": True}
         specs[f"llmnb {precision}"] = ours
+        if settings.in_backward:
+            lean = ours | {"in_backward": True}
+            specs[f"llmnb {precision}, in backward"] = lean
         if on_gpu:
             specs[f"llmnb {precision}, no graph"] = ours | {"graph": False}
     for name in settings.against:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -168,9 +169,13 @@ def runner():
     runner.close()  # once more does no harm
 
 
-def test_a_contestant_trains_on_command(runner):
-    losses = [runner.step()["loss"] for _ in range(3)]
-    facts = runner.finish()
+@pytest.mark.parametrize("lean", [False, True])
+def test_a_contestant_trains_on_command(lean):
+    spec = {**SHAPE, **OURS, "in_backward": lean}
+    with closing(race.Contestant("me", spec, ONE_THREAD)) as runner:
+        losses = [runner.step()["loss"] for _ in range(3)]
+        facts = runner.finish()
+    assert ("apart" in facts) is not lean
     model = GPT2(CFG, 2, 16, "reference")
     model.ops = Stopwatch(model.ops)
     batch = peers.random_batch(SHAPE)
@@ -438,6 +443,8 @@ def test_who_races(train_gpt2):
     assert specs["torch"] == plain
     assert specs["torch-bf16"] == plain | {"bf16": True}
     assert specs["llm.c"] == {"kind": "llmc", "path": str(train_gpt2)}
+    lean = lineup(Settings(("fp32",), in_backward=True))
+    assert [*lean] == ["llmnb fp32", "llmnb fp32, in backward"]
 
 
 def test_torch_is_told_where_and_how(monkeypatch):

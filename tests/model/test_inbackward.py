@@ -38,8 +38,17 @@ def test_it_holds_one_blocks_gradients():
     whole, ours = llmnb.GPT2(cfg, 1, 8), InBackward(cfg, 1, 8)
     ends = 4 * sum(whole.params[x].size for x in ("wte", "wpe"))
     ends += 4 * sum(whole.params[x].size for x in ("lnfw", "lnfb"))
-    sizes = [model.memory.sizes()["grads"] - ends for model in (whole, ours)]
-    assert sizes[0] == 6 * sizes[1]
+    sizes, lean = whole.memory.sizes(), ours.memory.sizes()
+    assert lean["grads"] == ends
+    assert 6 * (lean["block"] - sizes["block"]) == sizes["grads"] - ends
+
+
+def test_a_blocks_gradients_lie_over_the_logits():
+    cfg = llmnb.GPT2Config(32, 5000, 2, 2, 16)
+    whole, ours = llmnb.GPT2(cfg, 1, 32), InBackward(cfg, 1, 32)
+    saved = 4 * sum(x.size for x in map(whole.grads.get, ours._layers[0][0]))
+    assert abs(whole.memory.nbytes - ours.memory.nbytes - saved) < 1000
+    assert np.shares_memory(ours.grads["fcw"], ours.memory["logits"]["logits"])
 
 
 def test_what_needs_all_gradients_is_refused():
