@@ -69,7 +69,8 @@ class _Passes:
             {n: self.grads[n][i] for n in stacked},
         )
 
-    def _forward(self):
+    def _stream(self):
+        """From the tokens to the end of the residual stream, normed."""
         a, p, ends = self._acts, self.params, self._ends
         x = a["encoded"]
         ends.encoder.forward(self.ops, x, self._batch["tokens"], p)
@@ -80,7 +81,11 @@ class _Passes:
             block_forward(block, self.ops, out, x, w, acts, **self._how)
             x = out
         ends.norm.forward(self.ops, "lnf", a["lnf"], x, p, a)
-        ends.head.forward(self.ops, a["logits"], a["lnf"], p, self._how)
+
+    def _forward(self):
+        a, head = self._acts, self._ends.head
+        self._stream()
+        head.forward(self.ops, a["logits"], a["lnf"], self.params, self._how)
 
     def _classify(self):
         """From the logits to each token's loss."""
@@ -113,12 +118,16 @@ class _Passes:
     def _head_backward(self, add):
         """From the losses back to the end of the residual stream."""
         a, p, g, d = self._acts, self.params, self.grads, self._dacts
-        dln, dstream, ends = d["dln"], d["dstream"], self._ends
-        how = add, self._how
-        ends.head.backward(self.ops, dln, a, self._batch, p, g, *how)
+        dln, dstream = d["dln"], d["dstream"]
+        self._logits_backward(dln, add)
         self._machine.fill(dstream, 0)
         x = self._layers[-1][1]["residual3"]
-        ends.norm.backward(self.ops, "lnf", dstream, dln, x, p, a, g)
+        self._ends.norm.backward(self.ops, "lnf", dstream, dln, x, p, a, g)
+
+    def _logits_backward(self, dln, add):
+        """From the losses through the logits; dln: the gradient of lnf."""
+        arrays = self._acts, self._batch, self.params, self.grads
+        self._ends.head.backward(self.ops, dln, *arrays, add, self._how)
 
     def _backward(self, add=False):
         if not add:

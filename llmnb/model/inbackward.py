@@ -22,17 +22,26 @@ def _for_every_block(array, L):
     return np.lib.stride_tricks.as_strided(array, shape, strides)
 
 
+# some tokens at a time
+ROWS = 768  # of the logits: two whole chains of the sums over tokens
+
+
+def _in_one_row(array):
+    """An array (B, T, ...) as (1, B T, ...)."""
+    return array.reshape(1, -1, *array.shape[2:])
+
+
 # learn while going back
 class InBackward(GPT2):
     """A model, of any architecture, that holds one block's gradients.
 
-    It learns as GPT2 does, to the bit, by `step` alone and without clipping:
-    a block learns as soon as its gradients are there, and the next
-    overwrites them. cfg, batch_size, seq_len, backend, precision, seed: as
-    for GPT2, on the host. grads[name][i] of what every block has is the same
-    memory for every i, and that of the logits: after a step it holds what the
-    last block left. backward, update and clip_gradients raise RuntimeError,
-    for they need all gradients at once.
+    It learns as GPT2 does, to the bit (with NumPy's layers: up to 768 tokens
+    in a batch), by `step` alone and without clipping: a block learns as soon
+    as its gradients are there, and the next overwrites them. cfg, batch_size,
+    seq_len, backend, precision, seed: as for GPT2, on the host. grads[name][i]
+    of what every block has is the same memory for every i, and that of the
+    logits: after a step it holds what the last block left. backward, update
+    and clip_gradients raise RuntimeError, for they need all gradients at once.
 
     Derived in chapter 5.11.
     """
@@ -54,8 +63,7 @@ class InBackward(GPT2):
 
     def _whole_step(self, max_norm, decay):
         self._decay, self._squares = decay, 0.0
-        self._again(self._forward)
-        self._again(self._classify)
+        self._again(self._stream)
         self._weigh_losses()
         self._backward()
         for x in self._at_ends:
@@ -64,6 +72,28 @@ class InBackward(GPT2):
     def _clear(self, rows):
         """At the beginning of a pass only the ends: the logits are there."""
         super()._clear(self._at_ends)
+
+    def _head_backward(self, add):
+        self._again(super()._head_backward, add)
+
+    def _logits_backward(self, dln, add):
+        """Logits, losses and gradients of ROWS tokens, then of the next."""
+        p, g, ops, head = self.params, self.grads, self.ops, self._ends.head
+        names = "lnf", "logits", "losses", "lse", "dlosses"
+        every = {name: self._acts[name] for name in names} | {"dln": dln}
+        every["targets"] = self._batch["targets"]
+        tokens, V = every["targets"].size, self.cfg.vocab_size
+        if tokens > ROWS:
+            every = {name: _in_one_row(x) for name, x in every.items()}
+        for first in range(0, tokens, ROWS):
+            a = {k: x[:, first : first + ROWS] for k, x in every.items()}
+            logits = every["logits"][:, : a["targets"].size]
+            a |= {"logits": logits, "V": V}  # the same place each time
+            head.forward(ops, logits, a["lnf"], p, self._how)
+            arrays = a["losses"], a["lse"], logits, a["targets"], V
+            ops.crossentropy_softmax_forward(*arrays)
+            how = add or first > 0, self._how
+            head.backward(ops, a["dln"], a, a, p, g, *how)
 
     def _block_backward(self, i, add):
         super()._clear(self._in_blocks)

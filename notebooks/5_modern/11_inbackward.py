@@ -98,6 +98,15 @@ def _for_every_block(array, L):
     return np.lib.stride_tricks.as_strided(array, shape, strides)
 
 
+# %% some tokens at a time tags=["exporti"]
+ROWS = 768  # of the logits: two whole chains of the sums over tokens
+
+
+def _in_one_row(array):
+    """An array (B, T, ...) as (1, B T, ...)."""
+    return array.reshape(1, -1, *array.shape[2:])
+
+
 # %% one place, three names
 place = np.zeros(2, np.float32)
 gradients = _for_every_block(place, 3)
@@ -110,29 +119,46 @@ print(gradients.shape, place, gradients[0])
 # ([chapter 1.16](../1_by_hand/16_memory.ipynb)), and a block's gradients are one
 # more thing of that kind. As long as the logits are the larger they cost nothing.
 #
-# The model does the rest as it always does, block after block. Four methods
-# differ: gradients are allocated for one block; a block's backward pass ends with
-# its learning; a step ends with the learning of the ends alone; and what
-# backward functions *add* to, the gradients of norms, is zeroed before each block
-# and not at the beginning, when the logits are still there. The norm that `step`
+# And the logits themselves? They are the largest activation, $V$ numbers for each
+# token, and a step needs them no longer than their gradient lives. So take 768
+# tokens at a time: their logits, losses and gradients, and then those of the next
+# 768 in the same place. The gradient of the table is a sum over tokens, and the
+# compiled product adds it up in chains of 384
+# ([chapter 2.4](../2_cpu/04_matmul.ipynb)). So two whole chains at a time give the
+# same bits. (NumPy's product has its own order; there the last bits differ from 769
+# tokens on.) The room for all logits is there still, for whoever asks for them after
+# `forward`; but a system hands out memory when it is first written
+# ([chapter 1.16](../1_by_hand/16_memory.ipynb)), and a step writes the first 768
+# rows only.
+#
+# It costs time, for the table's panels are packed anew and its gradient is read again
+# for every 768 tokens: with 1,024 tokens one per cent of a step of GPT-2 124M, on the
+# machine of `book/results/7-zen5-lean.json`.
+#
+# The model does the rest as it always does, block after block. A few methods
+# differ: gradients are allocated for one block; the logits come with their
+# gradients; a block's backward pass ends with its learning; a step ends with the
+# learning of the ends alone; and what backward functions *add* to, the gradients of
+# norms, is zeroed before each block and not at the beginning, when the logits are
+# still there. The norm that `step`
 # returns is put together from the tensors' norms: their squares add.
 #
 # What depends on nothing but its arrays is replayed from the second step on
-# ([appendix A.13](../appendix/13_backend.ipynb)): the forward pass, and each block's
-# backward pass. AdamW's numbers change, so its calls are made anew.
+# ([appendix A.13](../appendix/13_backend.ipynb)): the forward pass, the head's
+# backward pass, and each block's. AdamW's numbers change, so its calls are made anew.
 
 
 # %% learn while going back tags=["export"]
 class InBackward(GPT2):
     """A model, of any architecture, that holds one block's gradients.
 
-    It learns as GPT2 does, to the bit, by `step` alone and without clipping:
-    a block learns as soon as its gradients are there, and the next
-    overwrites them. cfg, batch_size, seq_len, backend, precision, seed: as
-    for GPT2, on the host. grads[name][i] of what every block has is the same
-    memory for every i, and that of the logits: after a step it holds what the
-    last block left. backward, update and clip_gradients raise RuntimeError,
-    for they need all gradients at once.
+    It learns as GPT2 does, to the bit (with NumPy's layers: up to 768 tokens
+    in a batch), by `step` alone and without clipping: a block learns as soon
+    as its gradients are there, and the next overwrites them. cfg, batch_size,
+    seq_len, backend, precision, seed: as for GPT2, on the host. grads[name][i]
+    of what every block has is the same memory for every i, and that of the
+    logits: after a step it holds what the last block left. backward, update
+    and clip_gradients raise RuntimeError, for they need all gradients at once.
     """
 
     backends = HOSTS
@@ -152,8 +178,7 @@ class InBackward(GPT2):
 
     def _whole_step(self, max_norm, decay):
         self._decay, self._squares = decay, 0.0
-        self._again(self._forward)
-        self._again(self._classify)
+        self._again(self._stream)
         self._weigh_losses()
         self._backward()
         for x in self._at_ends:
@@ -162,6 +187,28 @@ class InBackward(GPT2):
     def _clear(self, rows):
         """At the beginning of a pass only the ends: the logits are there."""
         super()._clear(self._at_ends)
+
+    def _head_backward(self, add):
+        self._again(super()._head_backward, add)
+
+    def _logits_backward(self, dln, add):
+        """Logits, losses and gradients of ROWS tokens, then of the next."""
+        p, g, ops, head = self.params, self.grads, self.ops, self._ends.head
+        names = "lnf", "logits", "losses", "lse", "dlosses"
+        every = {name: self._acts[name] for name in names} | {"dln": dln}
+        every["targets"] = self._batch["targets"]
+        tokens, V = every["targets"].size, self.cfg.vocab_size
+        if tokens > ROWS:
+            every = {name: _in_one_row(x) for name, x in every.items()}
+        for first in range(0, tokens, ROWS):
+            a = {k: x[:, first : first + ROWS] for k, x in every.items()}
+            logits = every["logits"][:, : a["targets"].size]
+            a |= {"logits": logits, "V": V}  # the same place each time
+            head.forward(ops, logits, a["lnf"], p, self._how)
+            arrays = a["losses"], a["lse"], logits, a["targets"], V
+            ops.crossentropy_softmax_forward(*arrays)
+            how = add or first > 0, self._how
+            head.backward(ops, a["dln"], a, a, p, g, *how)
 
     def _block_backward(self, i, add):
         super()._clear(self._in_blocks)

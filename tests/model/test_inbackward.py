@@ -7,7 +7,8 @@ import pytest
 from test_lora import CONFIGS, B, T, batch
 
 import llmnb
-from llmnb.model.inbackward import InBackward
+from llmnb.cpu.panels import DEPTH
+from llmnb.model.inbackward import ROWS, InBackward
 
 KINDS = [("reference", "fp64"), ("cpu", "fp32")]
 
@@ -49,6 +50,23 @@ def test_a_blocks_gradients_lie_over_the_logits():
     saved = 4 * sum(x.size for x in map(whole.grads.get, ours._layers[0][0]))
     assert abs(whole.memory.nbytes - ours.memory.nbytes - saved) < 1000
     assert np.shares_memory(ours.grads["fcw"], ours.memory["logits"]["logits"])
+
+
+def test_logits_of_some_tokens_at_a_time():
+    """The bits of all at once, and no other rows are written."""
+    assert ROWS % DEPTH == 0  # whole chains
+    cfg = llmnb.GPT2Config(300, 77, 1, 2, 16)
+    tokens = np.random.RandomState(5).randint(0, 77, (3, 2, 3, 300))
+    whole, ours = llmnb.GPT2(cfg, 3, 300), InBackward(cfg, 3, 300)
+    for step in 0, 1, 2:
+        want = whole.step(*tokens[step], step=step + 1)
+        assert ours.step(*tokens[step], step=step + 1)[0] == want[0]
+    for x, want in whole.params.items():
+        assert np.array_equal(ours.params[x], want), x
+    logits = ours._acts["logits"].reshape(900, -1)
+    over = ours.memory.sizes()["block"] // logits[0].nbytes + 1
+    assert over < ROWS and logits[:ROWS].any(axis=1).all()
+    assert not logits[ROWS:].any()
 
 
 def test_what_needs_all_gradients_is_refused():
