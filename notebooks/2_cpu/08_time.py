@@ -205,6 +205,7 @@ from unittest.mock import patch
 from numba import types
 
 from llmnb import cpu
+from llmnb.backend import recorded
 from llmnb.bench.peak import fma_peak
 from llmnb.cpu import matmul
 from llmnb.cpu.jit import arguments, routine, team
@@ -333,8 +334,8 @@ with patch.object(jit, "_begin", lambda *a: launches.append(begin(*a))):
     step()
 row, grid = np.zeros(4, np.float32), np.zeros((4, 4), np.float32)
 given = row, row, grid, grid, (1, 2, 3), (1, 2, 3, 4, 5, 6, 7), True
-idle(*given)
-empty = len(launches) * fastest(idle, *given, runs=1000)
+((launch, given),) = recorded(partial(idle, *given))
+empty = len(launches) * fastest(launch, *given, runs=1000)
 with patch.object(jit, "_begin", lambda *a: None):
     replayed = fastest(step, runs=20)
     layers, model.ops = model.ops, SimpleNamespace(**vars(cpu))
