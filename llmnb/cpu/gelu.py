@@ -43,25 +43,19 @@ def _slope(x, slope, cubic, one):
     return (one if x > 0 else q) * r + x * dv * q * r * r
 
 
-# the backward kernels
+# the backward kernel
 @team
 def _gelu_backward(part, parts, address):
-    dinp, dout, inp = arguments(address)
+    dinp, dout, inp, add = arguments(address)
     number, mine = inp.dtype.type, share(inp.size, part, parts)
     slope, cubic, one = number(SLOPE), number(CUBIC), number(1)
     dinp, dout, inp = dinp[mine], dout[mine], inp[mine]
-    for i in range(inp.size):
-        dinp[i] += dout[i] * _slope(inp[i], slope, cubic, one)
-
-
-@team
-def _gelu_backward_in_place(part, parts, address):
-    grad, inp = arguments(address)
-    number, mine = inp.dtype.type, share(inp.size, part, parts)
-    slope, cubic, one = number(SLOPE), number(CUBIC), number(1)
-    grad, inp = grad[mine], inp[mine]
-    for i in range(inp.size):
-        grad[i] *= _slope(inp[i], slope, cubic, one)
+    if add:
+        for i in range(inp.size):
+            dinp[i] += dout[i] * _slope(inp[i], slope, cubic, one)
+    else:
+        for i in range(inp.size):
+            dinp[i] *= _slope(inp[i], slope, cubic, one)
 
 
 # GELU, forward
@@ -90,10 +84,7 @@ def gelu_backward(dinp, dout, inp, add=True):
 
     Derived in chapter 2.2.
     """
-    dx, dy, x = dinp.reshape(-1), dout.reshape(-1), inp.reshape(-1)
-    if add:
-        _gelu_backward(dx, dy, x)
-    else:
-        if dinp is not dout:
-            noted(np.copyto, dinp, dout)
-        _gelu_backward_in_place(dx, x)
+    if not add and dinp is not dout:
+        noted(np.copyto, dinp, dout)
+    flat = [x.reshape(-1) for x in (dinp, dout, inp)]
+    _gelu_backward(*flat, bool(add))

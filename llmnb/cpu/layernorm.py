@@ -2,7 +2,7 @@
 
 """LayerNorm, compiled for the processor's cores."""
 
-__all__ = ["add_rows", "layernorm_backward", "layernorm_forward"]
+__all__ = ["layernorm_backward", "layernorm_forward"]
 
 
 # imports of the CPU module
@@ -82,15 +82,13 @@ def _layernorm_backward(part, parts, address):
                 db[k, i] += dout[n, i]
 
 
-# layernorm, backward
+# add the sums
 def add_rows(total, rows):
-    """Add the sum of all rows to a vector, in place.
-
-    Derived in chapter 2.2.
-    """
+    """Add the sum of all rows to a vector, in place."""
     total += rows.sum(axis=0)
 
 
+# layernorm, backward
 @shapes("B T C!, C!, C!, B T C, B T C, C, B T, B T")
 def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
     """Add LayerNorm's gradients to dinp, dweight and dbias.

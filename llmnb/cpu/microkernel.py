@@ -221,26 +221,26 @@ def _load_across(builder, pointer, width):
 # pack a square
 def _packer(load_square):
     @intrinsic(prefer_literal=True)
-    def pack(typing, panels, to, source, at, step, width):
-        signature = types.void(panels, INT, source, INT, INT, width)
+    def pack(typing, panels, to, source, at, step, width, line):
+        signature = types.void(panels, INT, source, INT, INT, width, line)
 
         def codegen(context, builder, signature, args):
             panels, source = (
                 data(context, builder, signature.args[i], args[i])
                 for i in (0, 2)
             )
-            _, to, _, at, step, _ = args
+            _, to, _, at, step, *_ = args
 
             def pointer(i, j):
                 down = builder.add(at, builder.mul(step, step.type(i)))
                 return builder.gep(source, [builder.add(down, at.type(j))])
 
-            width = signature.args[5].literal_value
+            width, line = (x.literal_value for x in signature.args[5:])
             lines = load_square(builder, pointer, width)
             per = steps_in(signature.args[0])
             for n in range(0, LANES, per):
                 for parts in zip(*lines[n : n + per], strict=True):
-                    first = n // per * width + parts[0][0]
+                    first = n // per * line + parts[0][0]
                     place = builder.add(to, to.type(first))
                     vectors = [vector for _, vector in parts]
                     x = vectors[0] if per == 1 else pair(builder, *vectors)

@@ -50,45 +50,60 @@ def _number(source, block, i, k):
 
 # pack what is left over
 @inlined
-def _pack_rest(panels, to, source, block, first, width):
-    """Pack from step `first` on, and all of a panel that is not full."""
+def _pack_rest(panels, to, source, block, lines, rows, depth, width):
+    """Pack what vectors have not: they did `depth` steps of some rows."""
     per = steps_per_line(panels)
-    lines = (block.depth + per - 1) // per
     for r in range(0, block.rows, width):
-        for k in range(
-            first if r + width <= block.rows else 0, block.depth, per
-        ):
+        done = min(width, max(0, rows - r))
+        end = min(width, (block.rows - r + LANES - 1) // LANES * LANES)
+        for k in range(depth if done == end else 0, block.depth, per):
             place = to + r * lines + k // per * width
-            for i in range(width):
+            for i in range(done if k < depth else 0, end):
                 low = high = _number(source, block, r + i, k)
                 if per == 2:
                     high = _number(source, block, r + i, k + 1)
                 pack_one(panels, place + i, low, high)
 
 
+# pack squares
+def _squares(count, width):
+    """Of `count` rows, into panels of `width`."""
+
+    @inlined
+    def pack(panels, to, source, block, lines, rows, depth):
+        (at, row, col, _, _), per = block, steps_per_line(panels)
+        if col == 1:
+            for r in range(rows[0], rows[1], count):
+                p, q = to + (r - r % width) * lines + r % width, at + r * row
+                for k in range(0, depth, LANES):
+                    x = p + k // per * width
+                    pack_across(panels, x, source, q + k, row, count, width)
+        else:
+            for k in range(0, depth, LANES):
+                p, q = to + k // per * width, at + k * col
+                for r in range(rows[0], rows[1], count):
+                    x = p + (r - r % width) * lines + r % width
+                    pack_along(panels, x, source, q + r, col, count, width)
+
+    return pack
+
+
 # pack a block
 def _packing(width):
+    whole, piece = _squares(width, width), _squares(LANES, width)
+    wide = width > LANES
+
     @inlined
     def pack(panels, to, source, block):
-        per = steps_per_line(panels)
+        per, straight = steps_per_line(panels), 1 in (block.row, block.col)
         lines = (block.depth + per - 1) // per
-        whole = block.rows - block.rows % width
-        body = block.depth - block.depth % LANES
-        if block.col == 1:
-            for r in range(0, whole, width):
-                for k in range(0, body, LANES):
-                    p = to + r * lines + k // per * width
-                    q = block.at + r * block.row + k
-                    pack_across(panels, p, source, q, block.row, width)
-        elif block.row == 1:
-            for k in range(0, body, LANES):
-                for r in range(0, whole, width):
-                    p = to + r * lines + k // per * width
-                    q = block.at + r + k * block.col
-                    pack_along(panels, p, source, q, block.col, width)
-        else:
-            body = 0
-        _pack_rest(panels, to, source, block, body, width)
+        depth = block.depth // LANES * LANES if straight else 0
+        rows = full = block.rows // width * width
+        whole(panels, to, source, block, lines, (0, full), depth)
+        if wide:
+            rows = block.rows // LANES * LANES
+            piece(panels, to, source, block, lines, (full, rows), depth)
+        _pack_rest(panels, to, source, block, lines, rows, depth, width)
 
     return pack
 
@@ -129,7 +144,7 @@ def _tiles_of(vectors):
     return tile
 
 
-_whole, _narrow = _tiles_of(VECTORS), _tiles_of(1)
+_whole, _pair, _narrow = _tiles_of(VECTORS), _tiles_of(2), _tiles_of(1)
 
 
 @inlined
@@ -142,7 +157,10 @@ def _tile(x, at, a, b, lines, chain, ask, cols):
     if cols > COLS - LANES:
         _whole(x, at, a, b, lines, chain, ask)
     else:
-        for j in range(0, cols, LANES):
+        done = 2 * LANES if VECTORS > 2 and cols > LANES else 0
+        if done:
+            _pair(x, at, a, b, lines, chain, ask)
+        for j in range(done, cols, LANES):
             _narrow(x, moved(at, 0, j), a, b + j, lines, chain, ask)
 
 
@@ -155,8 +173,7 @@ def _edge_tile(x, at, a, b, lines, chain, ask, rows, cols):
     for j in range(cols):
         spare[shift + j] = bias[at.bias + j * at.bias_col]
         for i in range(rows):
-            first = moved(at, i, j).start
-            spare[i * COLS + j] = start[first]
+            spare[i * COLS + j] = start[moved(at, i, j).start]
     place = Place(0, COLS, 0, COLS, 1, shift, 1)
     flat = Flat(spare, spare, spare, panels, spare)
     _tile(flat, place, a, b, lines, chain, ask, cols)

@@ -190,12 +190,13 @@ def _layernorm_backward(part, parts, address):
 # ([chapter A.13](../appendix/13_backend.ipynb)).
 
 
-# %% layernorm, backward tags=["export"] module="cpu.layernorm"
+# %% add the sums tags=["exporti"] module="cpu.layernorm"
 def add_rows(total, rows):
     """Add the sum of all rows to a vector, in place."""
     total += rows.sum(axis=0)
 
 
+# %% layernorm, backward tags=["export"] module="cpu.layernorm"
 @shapes("B T C!, C!, C!, B T C, B T C, C, B T, B T")
 def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
     """Add LayerNorm's gradients to dinp, dweight and dbias.
@@ -611,10 +612,10 @@ def _gelu_forward(part, parts, address):
 
 # %% [markdown]
 # The choice `one if x > 0 else q` is no branch: LLVM computes both and
-# selects. Backward comes in two kernels. In the model, `dinp` holds nothing
+# selects. Backward has two loops. In the model, `dinp` holds nothing
 # yet when GELU's gradient arrives, and to set it to zero first, only to add
 # to it, would be one more trip through memory. What is more, the model wants
-# the gradient in the place of the one that came in. So one kernel adds, and
+# the gradient in the place of the one that came in. So one loop adds, and
 # one multiplies in place. The slope is (2.2.3) in both.
 
 
@@ -627,25 +628,19 @@ def _slope(x, slope, cubic, one):
     return (one if x > 0 else q) * r + x * dv * q * r * r
 
 
-# %% the backward kernels tags=["exporti"] module="cpu.gelu"
+# %% the backward kernel tags=["exporti"] module="cpu.gelu"
 @team
 def _gelu_backward(part, parts, address):
-    dinp, dout, inp = arguments(address)
+    dinp, dout, inp, add = arguments(address)
     number, mine = inp.dtype.type, share(inp.size, part, parts)
     slope, cubic, one = number(SLOPE), number(CUBIC), number(1)
     dinp, dout, inp = dinp[mine], dout[mine], inp[mine]
-    for i in range(inp.size):
-        dinp[i] += dout[i] * _slope(inp[i], slope, cubic, one)
-
-
-@team
-def _gelu_backward_in_place(part, parts, address):
-    grad, inp = arguments(address)
-    number, mine = inp.dtype.type, share(inp.size, part, parts)
-    slope, cubic, one = number(SLOPE), number(CUBIC), number(1)
-    grad, inp = grad[mine], inp[mine]
-    for i in range(inp.size):
-        grad[i] *= _slope(inp[i], slope, cubic, one)
+    if add:
+        for i in range(inp.size):
+            dinp[i] += dout[i] * _slope(inp[i], slope, cubic, one)
+    else:
+        for i in range(inp.size):
+            dinp[i] *= _slope(inp[i], slope, cubic, one)
 
 
 # %% GELU, forward tags=["export"] module="cpu.gelu"
@@ -670,13 +665,10 @@ def gelu_backward(dinp, dout, inp, add=True):
     overwritten, and it may be dout itself.
     Raises TypeError or ValueError before it computes anything.
     """
-    dx, dy, x = dinp.reshape(-1), dout.reshape(-1), inp.reshape(-1)
-    if add:
-        _gelu_backward(dx, dy, x)
-    else:
-        if dinp is not dout:
-            noted(np.copyto, dinp, dout)
-        _gelu_backward_in_place(dx, x)
+    if not add and dinp is not dout:
+        noted(np.copyto, dinp, dout)
+    flat = [x.reshape(-1) for x in (dinp, dout, inp)]
+    _gelu_backward(*flat, bool(add))
 
 
 # %% [markdown]

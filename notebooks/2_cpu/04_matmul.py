@@ -414,11 +414,12 @@ def _multiply(part, parts, address):
     given = arguments(address)
     x, (sizes, where, steps, code, panels, work) = given[:5], given[5:]
     rows, cols, depth = sizes
-    down, across = rows, cols
-    if rows > cols:
-        down = -(-rows // (parts * ROWS)) * ROWS
+    down = -(-rows // (parts * ROWS)) * ROWS
+    across = -(-cols // (parts * COLS)) * COLS
+    if (down * cols, cols) < (rows * across, rows):
+        across = cols
     else:
-        across = -(-cols // (parts * COLS)) * COLS
+        down = rows
     i = part * down if down < rows else 0
     j = part * across if across < cols else 0
     if part == 0 or i + j > 0:
@@ -449,7 +450,7 @@ def _product(out, a, b, start=None, bias=None, work=None, bf16=False):
     (a, *a_steps), (b, *b_steps), (out, line, _) = map(_flat, (a, b, out))
     starts, shifts = (zeros, 0, 0), (zeros, 0)
     if start is not None:
-        start, *steps = _flat(start)
+        start, *steps = _flat(start.reshape(sizes[:2]))
         starts = 0, *steps
     if bias is not None:
         shifts = 0, 1
@@ -583,8 +584,6 @@ def matmul_forward(
     """
     check_bf16("matmul_forward", bf16, inp.dtype)
     OC, C = weight.shape
-    if residual is not None:
-        residual = residual.reshape(-1, OC)
     rows, out = inp.reshape(-1, C), out.reshape(-1, OC)
     _product(out, rows, weight.T, residual, bias, work, bf16)
 

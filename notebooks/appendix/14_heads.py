@@ -206,8 +206,7 @@ from llmnb.shapes import COMPILED, shapes
 @team
 def _softcap(part, parts, address):
     x, softcap = arguments(address)
-    number = x.dtype.type
-    cap, mine = number(softcap), share(x.size, part, parts)
+    cap, mine = x.dtype.type(softcap), share(x.size, part, parts)
     for i in range(mine.start, mine.stop):
         x[i] = cap * fast_tanh(x[i] / cap)
 
@@ -215,9 +214,8 @@ def _softcap(part, parts, address):
 @team
 def _capped_backward(part, parts, address):
     dlogits, dlosses, logits, lse, targets, V, softcap = arguments(address)
-    number = logits.dtype.type
+    number, mine = logits.dtype.type, share(len(logits), part, parts)
     one, cap = number(1), number(softcap)
-    mine = share(len(logits), part, parts)
     for n in range(mine.start, mine.stop):
         scale, shift, k = dlosses[n], lse[n], targets[n]
         t = logits[n, k] / cap

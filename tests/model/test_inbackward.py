@@ -55,8 +55,8 @@ def test_a_blocks_gradients_lie_over_the_logits():
 def test_logits_of_some_tokens_at_a_time():
     """The bits of all at once, and no other rows are written."""
     assert ROWS % DEPTH == 0  # whole chains
-    cfg = llmnb.GPT2Config(300, 77, 1, 2, 16)
-    tokens = np.random.RandomState(5).randint(0, 77, (3, 2, 3, 300))
+    cfg = llmnb.GPT2Config(300, 700, 1, 2, 16)
+    tokens = np.random.RandomState(5).randint(0, 700, (3, 2, 3, 300))
     whole, ours = llmnb.GPT2(cfg, 3, 300), InBackward(cfg, 3, 300)
     for step in 0, 1, 2:
         want = whole.step(*tokens[step], step=step + 1)
