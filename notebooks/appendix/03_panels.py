@@ -73,7 +73,7 @@ rng = np.random.default_rng(5)
 # A block begins somewhere in a flat array. From one of its rows to the next it
 # is `row` numbers further, and along the sum `col` numbers. A transposed matrix
 # is the same memory with the two exchanged. Whole squares go by vectors;
-# whatever is left over goes one number at a time, with zeros where a panel
+# whatever is left over goes one number at a time, with zeros where a vector
 # reaches beyond the matrix, because zeros add nothing to a sum.
 
 
@@ -208,6 +208,10 @@ for name, view in (("rows", x), ("columns", x.T), ("every other", x[::2])):
 # it. The spare tile has a row for the bias, which is added first there too: a
 # number does not depend on where its row lies in the batch, down to its last
 # bit.
+#
+# A panel of columns may end early. Then only the vectors that are there are
+# computed: two of them in a tile that is two vectors wide, a single one in the
+# narrowest, whose turns wait for its loads.
 
 
 # %% what a product works on tags=["exporti"]
