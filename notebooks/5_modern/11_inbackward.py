@@ -131,9 +131,8 @@ print(gradients.shape, place, gradients[0])
 # ([chapter 1.16](../1_by_hand/16_memory.ipynb)), and a step writes the first 768
 # rows only.
 #
-# It costs time, for the table's panels are packed anew and its gradient is read again
-# for every 768 tokens: with 1,024 tokens one per cent of a step of GPT-2 124M, on the
-# machine of `book/results/7-zen5-lean.json`.
+# It costs a little time, for the table's panels are packed anew and its gradient is
+# read again for every 768 tokens.
 #
 # The model does the rest as it always does, block after block. A few methods
 # differ: gradients are allocated for one block; the logits come with their
@@ -341,6 +340,19 @@ for kind in "whole", "inbackward", "lora":
 same = measured["inbackward"]["losses"] == measured["whole"]["losses"]
 verdict("SmolLM2, losses", same, "the bits of the whole")
 
+# %% [markdown]
+# `llmnb bench --in-backward` lets such a model race with the plain one and with
+# PyTorch. Here GPT-2 124M learns from 4 rows of 64 tokens, and from one of 1,024
+# ([results page](../../book/results.md)):
+
+# %% a race
+path = Path("../../book/results/7-zen5-lean.json")
+for contest in json.loads(path.read_text("utf-8"))["contests"]:
+    print(contest["name"])
+    for row in contest["contestants"]:
+        ms, size = 1e3 * row["step_seconds"], row["memory_bytes"] / 1e6
+        print(f"  {row['name']:<24}{size:6,.0f} MB{ms:8,.0f} ms a step")
+
 # %% what is held, and when tags=["hide-input"]
 L = smollm2.num_layers
 moments = np.arange(L + 1)  # the head, then the blocks from last to first
@@ -364,7 +376,7 @@ plt.show()
 # blocks. All of them come to 538 MB; where blocks learn at once it is 127 MB, 113
 # of them the token table's, from the first block on.*
 #
-# The process shrank by what was counted. LoRA takes less still, for it needs no
+# The processes shrank by what was counted. LoRA takes less still, for it needs no
 # averages of the frozen weights either, but it learns less.
 #
 # ## What it does not do
