@@ -85,8 +85,8 @@ def llmnb_contestant(spec):
     """A step of a GPT2 and its facts: two functions for `serve`.
 
     spec: a dict with model, batch_size, seq_len, backend, precision, on a
-    GPU graph, and perhaps in_backward. Raises NotImplementedError, saying why, when the backend or
-    the processor lacks the precision.
+    GPU graph, and perhaps in_backward. Raises NotImplementedError, saying
+    why, when the backend or the processor lacks the precision.
     """
     from llmnb.model.architectures import architecture_from
     from llmnb.model.gpt2 import GPT2
