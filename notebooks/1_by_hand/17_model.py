@@ -99,7 +99,7 @@ from llmnb.shapes import shapes
 #   1.13](13_block.ipynb), what stands before and after all blocks to `self._ends`, and
 #   the layers are `self.ops`, whoever wrote them.
 #   `self._machine` answers what else depends on what the model runs on ([appendix
-#   A.13](../appendix/13_backend.ipynb)); with NumPy each answer is a line. There,
+#   A.13](../appendix/13_backend.ipynb)); with NumPy most answers are a line. There,
 #   `_again` calls a pass; elsewhere it may replay what the pass did last time.
 # - The page's `dx` is one array, `dstream`, for all blocks, and the gradient of the
 #   logits takes the place of the logits.

@@ -291,8 +291,9 @@ print(f"{'a step':22}{1000 * spent[0]:8.2f}{least:9.0%}{tiles:7.0%}")
 # Of what is missing to the peak, about half is lost in the tiles, which begin
 # and end their sums and wait for panels from the second cache. They are
 # slowest in `dweight`: its sums go over the 256 tokens, and are short. The
-# rest is lost while the product packs. That is no matter of how fast memory
-# is, which could bring and take everything in a fraction of the time, but of
+# rest is lost while the product packs. Memory alone does not say why: it could move
+# all three matrices in an eighth of the time, and most of that goes on while the tiles
+# compute, for they ask for the next columns meanwhile. What counts is
 # how often a packed number is used. A weight is packed once for all tokens,
 # and 256 of them are not many. (The columns need not add up: a panel that was
 # just packed is in the cache, and the tiles that read it are faster for it.)
@@ -300,16 +301,17 @@ print(f"{'a step':22}{1000 * spent[0]:8.2f}{least:9.0%}{tiles:7.0%}")
 # So were the products improved. What looked slow was left out first, and only
 # what bought time by its absence was worth the work. Some of that bought
 # nothing when it was done, and is not there: wider blocks of columns, asking
-# the memory for the next packed panel too, spreading what is asked over all
-# tiles.
+# the memory for the next packed panel too, spreading over all tiles what is asked of
+# columns that lie side by side.
 #
 # ## What a launch costs
 #
-# A small model has another enemy. Each call of a kernel is a *launch*: Python
-# checks the arrays, hands them over, and wakes the other threads. That takes
-# the same time whether the arrays are long or short. We count the launches of
+# A small model has another enemy. To run a kernel, Python hands over its arrays and
+# wakes the other threads: a *launch*. Before it, the layer has checked the arrays. That
+# takes the same time whether they are long or short. We count the launches of
 # a step, time an empty one, and run a step whose launches are left out
-# altogether: what it takes is Python's share. We do that twice, first as the model
+# altogether. What is left is Python, and the little that runs on one thread without a
+# launch: the encoder, zeros, the last sums of the norms. We do that twice, first as the model
 # trains, replaying what its first step noted down
 # ([chapter A.13](../appendix/13_backend.ipynb)), and then with layers that are
 # watched, so that each of them is called in every step.
@@ -343,8 +345,8 @@ with patch.object(jit, "_begin", lambda *a: None):
     model.ops = layers
 print(f"a step: {1000 * whole:.1f} ms, {len(launches)} launches")
 print(f"empty launches            {empty / whole:6.1%}")
-print(f"Python, replaying         {replayed / whole:6.1%}")
-print(f"Python, calling the layers{called / whole:6.1%}")
+print(f"the rest, replaying       {replayed / whole:6.1%}")
+print(f"the rest, layers called   {called / whole:6.1%}")
 
 # %% [markdown]
 # A launch itself costs some microseconds. Calling a layer costs more than that

@@ -66,8 +66,8 @@ from llmnb.model.tensors import full_shape, tensor_table
 # Who else reads gradients? Clipping needs the norm of all before it scales the
 # first ([chapter 1.12](../1_by_hand/12_adamw.ipynb)); the norm that a step only reports
 # can be added up block by block. The backward pass of block $i - 1$ reads the
-# stream's gradient, which was made with the old $w_i$, the activations and
-# $w_{i-1}$, but never $w_i$ again. And AdamW computes each parameter from its own
+# activations, $w_{i-1}$ and the stream's gradient. That was made with the old $w_i$,
+# but $w_i$ itself is never read again. And AdamW computes each parameter from its own
 # weight, gradient and averages only, so the order in which tensors learn cannot
 # matter. So without clipping the two loops
 #
@@ -125,14 +125,14 @@ print(gradients.shape, place, gradients[0])
 # 768 in the same place. The gradient of the table is a sum over tokens, and the
 # compiled product adds it up in chains of 384
 # ([chapter 2.4](../2_cpu/04_matmul.ipynb)). So two whole chains at a time give the
-# same bits. (NumPy's product has its own order; there the last bits differ from 769
-# tokens on.) The room for all logits is there still, for whoever asks for them after
+# same bits. (NumPy's product has its own order; there the last bits may differ from
+# 769 tokens on.) The room for all logits is there still, for whoever asks for them after
 # `forward`; but a system hands out memory when it is first written
 # ([chapter 1.16](../1_by_hand/16_memory.ipynb)), and a step writes the first 768
 # rows only.
 #
-# It costs a little time, for the table's panels are packed anew and its gradient is
-# read again for every 768 tokens.
+# The table's panels are packed anew, and its gradient is read again, for every 768
+# tokens. That is a small part of what these tokens cost.
 #
 # The model does the rest as it always does, block after block. A few methods
 # differ: gradients are allocated for one block; the logits come with their
@@ -142,9 +142,10 @@ print(gradients.shape, place, gradients[0])
 # still there. The norm that `step`
 # returns is put together from the tensors' norms: their squares add.
 #
-# What depends on nothing but its arrays is replayed from the second step on
-# ([appendix A.13](../appendix/13_backend.ipynb)): the forward pass, the head's
-# backward pass, and each block's. AdamW's numbers change, so its calls are made anew.
+# Most of what depends on nothing but its arrays is replayed from the second step on
+# ([appendix A.13](../appendix/13_backend.ipynb)): the forward pass up to the last norm,
+# the head with its logits, and each block's backward pass. AdamW's numbers change, so
+# its calls are made anew.
 
 
 # %% learn while going back tags=["export"]
@@ -253,7 +254,8 @@ class InBackward(GPT2):
 # Not a tolerance this time: after three steps of either model the losses and
 # every parameter must be the same bits. Only the norm has one, for its squares are
 # added in another order. With GPT-2 and with a tied Llama, and with weight decay on
-# all tensors or on some, as the lines say:
+# all tensors or on some, as the lines say. A batch has 816 tokens, whose logits
+# come in two parts:
 
 # %% the same bits
 gpt2 = llmnb.GPT2Config(
@@ -264,12 +266,12 @@ llama = llmnb.LlamaConfig(
     num_kv_heads=2, tied=True,
 )  # fmt: skip
 rng = np.random.default_rng(511)
-tokens = rng.integers(0, 97, (3, 2, 17))
+tokens = rng.integers(0, 97, (3, 51, 17))
 
 
 def three_steps(made, cfg, decay):
     """Losses, norms and parameters after three steps."""
-    model, told = made(cfg, 2, 16), []
+    model, told = made(cfg, 51, 16), []
     for step, batch in enumerate(tokens, 1):
         how = {"step": step, "learning_rate": 1e-2, "decay": decay}
         told.append(model.step(batch[:, :-1], batch[:, 1:], **how))
@@ -289,7 +291,8 @@ for name, cfg in ("GPT-2", gpt2), ("Llama", llama):
 
 # %% [markdown]
 # A mistake that is easy to make: to leave the norms' gradients as they are for
-# the next block, which adds to them. The losses of later steps give it away.
+# the next block, which adds to them. (The first to go back even adds to what is left
+# of the logits.) The losses of later steps give it away.
 
 
 # %% a mistake, caught
@@ -313,8 +316,8 @@ verdict("not zeroed", wrong, "caught")
 # $$ 3P + Q + E, \tag{5.11.3} $$
 #
 # and $3P + E$ where the logits are larger than the $Q$ gradients and what the blocks
-# take turns with. For SmolLM2 on 256 tokens they are, as its 49,152 tokens make
-# them:
+# take turns with. For SmolLM2 on 256 tokens they are, for its vocabulary has 49,152
+# tokens:
 
 # %% numbers held
 smollm2 = llmnb.PRESETS["smollm2-135m"]
@@ -352,6 +355,11 @@ for contest in json.loads(path.read_text("utf-8"))["contests"]:
     for row in contest["contestants"]:
         ms, size = 1e3 * row["step_seconds"], row["memory_bytes"] / 1e6
         print(f"  {row['name']:<24}{size:6,.0f} MB{ms:8,.0f} ms a step")
+
+# %% [markdown]
+# With 256 tokens a step takes 3 % longer: AdamW is called for each tensor of each
+# block, and the norm is taken, which the plain model does not do in this race. With
+# 1,024 tokens the two differ by less than the rounds of the race do.
 
 # %% what is held, and when tags=["hide-input"]
 L = smollm2.num_layers
@@ -400,7 +408,8 @@ plt.show()
 # Could activations go the same way? What a block's backward pass has read is dead
 # too, but the forward pass writes all of them before the first is read. To hold
 # fewer, one has to compute them again, which is one more forward pass: about a third
-# more work. Here nothing is computed twice.
+# more work. Only what is cheap is computed twice here, the outputs of a block's two
+# norms and of its bend ([chapter 1.16](../1_by_hand/16_memory.ipynb)). No product is.
 #
 # ## Exercises
 #

@@ -119,8 +119,8 @@ def _pack_rest(panels, to, source, block, lines, rows, depth, width):
 # %% [markdown]
 # Where rows lie side by side (`row` is 1) the loop goes along them through all
 # panels first. Memory comes in *pages* of 4 KB, and the processor keeps a
-# short list of where the last ones are; neighbours share a page, so the list
-# is asked for fewer.
+# short list of where the last ones are; neighbours share a page, so fewer must be
+# looked up.
 
 
 # %% pack squares tags=["exporti"]
@@ -148,8 +148,8 @@ def _squares(count, width):
 
 # %% [markdown]
 # Full panels are packed first. Of one that is not full, as many rows as fill vectors
-# are packed in squares too: heads of 32 or of 64 channels never fill panels of 48,
-# and one number at a time would cost them more than their products.
+# are packed in squares too. With panels of 48, a head of 32 channels fills none, and
+# one of 64 fills one and leaves 16. One number at a time, packing them would take long.
 
 
 # %% pack a block tags=["exporti"]
@@ -201,17 +201,18 @@ for name, view in (("rows", x), ("columns", x.T), ("every other", x[::2])):
 #
 # A long sum is cut into chains of multiplications, of `chain` steps each. The
 # first chain of a tile adds start and bias; the others go on from `out`, which
-# is still in the nearest cache, because nothing else came between.
+# was written one chain ago and is still in a near cache.
 #
-# Tiles at the right and lower edge are computed in a spare tile, and only the
-# part that exists is copied to `out`. So nothing is ever written outside of
-# it. The spare tile has a row for the bias, which is added first there too: a
+# A tile that lacks rows, or whose last vector reaches beyond the matrix, is computed
+# in a spare tile, and only the part that exists is copied to `out`. So nothing is ever
+# written outside of it. The spare tile has a row for the bias, which is added first
+# there too: a
 # number does not depend on where its row lies in the batch, down to its last
 # bit.
 #
 # A panel of columns may end early. Then only the vectors that are there are
-# computed: two of them in a tile that is two vectors wide, a single one in the
-# narrowest, whose turns wait for its loads.
+# computed: two of them in a tile that is two vectors wide, a single one in a tile of
+# one, which is slow, for it has too few sums to hide the wait for its loads.
 
 
 # %% what a product works on tags=["exporti"]
@@ -288,10 +289,11 @@ def _edge_tile(x, at, a, b, lines, chain, ask, rows, cols):
 # %% [markdown]
 # What is packed next lies far away, in memory, and a tile takes its time with
 # what is near: so each of its turns asks for a line of the columns that come
-# next (chapter A.2). Along the sum, where a column is a piece of memory, each
-# chain of each tile takes a column. Where columns lie side by side, the last
-# tiles take them line by line. The first tiles of a block may ask for
-# nothing: what comes too early is gone again when it is needed.
+# next (chapter A.2). Where a column is a piece of memory along the sum, each chain of
+# each tile asks for one column, the last tile for the first ones; those that the first
+# tiles ask for may lie beyond the next panel, which does no harm. Where columns lie
+# side by side, the last tiles ask for them line by line, and the others for one
+# address again and again: what comes too early is gone when it is needed.
 
 
 # %% what a tile asks for tags=["exporti"]
@@ -464,7 +466,8 @@ def multiply_panels(code, x, at, pair, sizes, ahead):
 #
 # A chain is 384 steps of the sum: a panel of columns takes 24 KB for them in
 # float32 and 16 columns, and mostly stays in the first level while the panels
-# of rows pass by. Panels hold two chains, 768 steps, so that a tile of `out` is
+# of rows pass by. (With AVX-512 it has 48 columns and 72 KB, and comes from the
+# second level.) Panels hold two chains, 768 steps, so that a tile of `out` is
 # fetched once for both. Those of the rows take at most 264 rows, 811 KB, and
 # stay in the second level, or near it, while all columns pass by: 256 tokens
 # are one block. At most 768 columns are packed at a time for several blocks of

@@ -12,7 +12,7 @@
 # %% [markdown]
 # # Backends: what a model asks of its machine
 #
-# > A room of layers and nine short answers are all that a model needs to run on a
+# > A room of layers and eleven short answers are all that a model needs to run on a
 # > machine of another kind.
 #
 # *Reading time: 11 minutes. You need: the model
@@ -48,7 +48,8 @@ from llmnb.model.gpt2 import GPT2
 # ## The questions
 #
 # How is memory had, filled and written? What do an optimiser's settings look like
-# there? How is a whole step run? Written here for NumPy, each answer is a line. A
+# there? How is a whole step run? A *room* is a folder of the package with one function
+# for each layer. Written here for NumPy, most answers are a line. A
 # room of layers that answers some of them in another way has a class `Backend` of its
 # own, which inherits the others: [chapter 2.7](../2_cpu/07_step.ipynb) does it for
 # compiled layers, [chapter 3.11](../3_gpu/11_step.ipynb) for a GPU, where a whole
@@ -61,7 +62,7 @@ from llmnb.model.gpt2 import GPT2
 #
 # The second step of a training run does what the first one did: the same layers, on
 # the same arrays, which hold other numbers. Yet before each of its calls Python
-# finds the arrays' names, and the layer asks again: are these arrays fit, do they
+# looks the arrays up by name, and the layer asks again: are these arrays fit, do they
 # overlap, where are their rows, which compiled function takes them? With wide layers
 # nobody notices. For a small model it was a tenth of a step
 # ([chapter 2.8](../2_cpu/08_time.ipynb)).
@@ -223,16 +224,20 @@ def backend_named(name, precision):
 # - *Nothing depends on what is in the arrays.* A record has no `if`. Clipping has one,
 #   for it scales only gradients that are too long; so it is no pass, and is called.
 #   The same goes for numbers: AdamW's change from step to step.
-# - *Nobody watches.* Layers that were put in the model's place for them, as below, want
-#   to be called.
+# - *Nobody watches.* If `model.ops` was exchanged, as below, the new layers want to see
+#   each call.
 #
 # What else a pass depends on is its key: `backward` has one record for gradients
 # that are written and one for gradients that are added. The arrays live as long
-# as the record, and so do the sums that a layer had allocated: a replay allocates
-# nothing.
+# as the record, and so does the scratch that a layer had allocated: a replay takes it
+# again.
 #
-# Here is a record. A model of one block has 27 layers to call in a step, and they come
-# to this many calls:
+# The compiled room sets `replays`, and has answers of its own to `groups` and
+# `allocate`, for the scratch of its products. The GPU's answers all but `dtype`,
+# `floats` and `again` itself, and updates with another layer.
+#
+# Here is a record. The two passes of a model of one block call layers 27 times and
+# have nine arrays filled. It comes to these calls:
 
 # %% what a step comes to
 from llmnb.backend import recorded  # the list that the package's layers know
@@ -254,8 +259,10 @@ for kind, count in sorted(Counter(f.__name__ for f, _ in calls).items()):
 
 # %% [markdown]
 # `_launch` is a kernel on all threads, the two of the encoder run on one, `add_rows`
-# adds up a norm's gradients and `fill` writes zeros. On the same tokens the calls lead
-# to the same gradients, with no model and no layer around them:
+# adds up a norm's gradients and `fill` writes one number everywhere. The batch is
+# copied to its place before a pass begins, and that is not noted: the same record
+# serves for other tokens. On the same ones the calls lead to the same gradients, with
+# no model and no layer around them:
 
 # %% the calls alone
 want = [x.copy() for x in model.grads.values()]
