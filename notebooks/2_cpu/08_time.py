@@ -292,8 +292,8 @@ print(f"{'a step':22}{1000 * spent[0]:8.2f}{least:9.0%}{tiles:7.0%}")
 # and end their sums and wait for panels from the second cache. They are
 # slowest in `dweight`: its sums go over the 256 tokens, and are short. The
 # rest is lost while the product packs. Memory alone does not say why: it could move
-# all three matrices in an eighth of the time, and most of that goes on while the tiles
-# compute, for they ask for the next columns meanwhile. What counts is
+# all three matrices in less than a fifth of the time, and most of that goes on while
+# the tiles compute, for they ask for the next columns meanwhile. What counts is
 # how often a packed number is used. A weight is packed once for all tokens,
 # and 256 of them are not many. (The columns need not add up: a panel that was
 # just packed is in the cache, and the tiles that read it are faster for it.)
