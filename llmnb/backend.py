@@ -18,7 +18,7 @@ from llmnb.arena import Arena
 from llmnb.checks import check_room
 
 
-# what a model asks of a machine
+# which backends there are
 BACKENDS = ("reference", "cpu", "cuda")
 # precisions, and the backends that have them
 PRECISIONS = {

@@ -82,7 +82,7 @@ import numpy as np
 from llmnb.arena import Arena
 from llmnb.checks import check_room
 
-# %% what a model asks of a machine tags=["export"]
+# %% which backends there are tags=["export"]
 BACKENDS = ("reference", "cpu", "cuda")
 # precisions, and the backends that have them
 PRECISIONS = {
