@@ -181,6 +181,14 @@ def test_samples_are_the_texts_of_the_next_seeds(batch_size):
     assert len(set(zip(*steps, strict=True))) == 3
 
 
+def test_a_text_is_drawn_with_its_seed():
+    """By a model without weights, to which all tokens are alike."""
+    model = GPT2(CFG, 1, T, "reference", seed=None)
+    draws = np.random.RandomState(11).random_sample(9)
+    wanted = [int(u * V) for u in draws]
+    assert list(generate(model, [0], 9, seed=11)) == wanted
+
+
 def test_the_seed_after_the_last_is_the_first():
     steps = generate_samples(tiny_model(), [1], 5, 2, seed=2**32 - 1)
     second = [step[1] for step in steps]
