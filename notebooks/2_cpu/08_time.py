@@ -311,8 +311,8 @@ print(f"{'a step':22}{1000 * spent[0]:8.2f}{least:9.0%}{tiles:7.0%}")
 # takes the same time whether they are long or short. We count the launches of
 # a step, time an empty one, and run a step whose launches are left out
 # altogether. What is left is Python, and the little that runs on one thread without a
-# launch: the encoder, zeros, the last sums of the norms. We do that twice, first as the model
-# trains, replaying what its first step noted down
+# launch: the encoder, zeros, the last sums of the norms. We do that twice, first as the
+# model trains, replaying what its first step noted down
 # ([chapter A.13](../appendix/13_backend.ipynb)), and then with layers that are
 # watched, so that each of them is called in every step.
 

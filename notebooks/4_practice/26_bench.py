@@ -444,10 +444,10 @@ def _settings(args, precisions=("fp32",)):
 
 # %% measure writing tags=["exporti"] module="cli.bench"
 def _writers(args):
-    if args.config or args.against or args.plot:
+    if args.config or args.against or args.plot or args.in_backward:
         raise ValueError(
             "--write has a model and a rival of its own, and no picture: "
-            "leave out --config, --against and --plot"
+            "leave out --config, --against, --in-backward and --plot"
         )
     if args.backend != "cpu" or args.kernels is not None:
         raise ValueError("--write times the backend cpu alone")
@@ -462,7 +462,8 @@ def _writers(args):
 
 # %% measure a group tags=["exporti"] module="cli.bench"
 _OF_ONE = (
-    "against", "torch_python", "turn", "write", "kernels", "start", "plot",
+    "against", "torch_python", "turn", "in_backward", "write", "kernels",
+    "start", "plot",
 )  # fmt: skip
 
 

@@ -56,7 +56,6 @@ from llmnb.model.gpt2 import GPT2
 # step is recorded once and then played. A room whose precisions differ in more
 # than their products names a backend for one of them in `PRECISE`, as
 # [chapter 3.16](../3_gpu/16_bf16_training.ipynb) does.
-
 #
 # ## The same calls again
 #
@@ -64,7 +63,7 @@ from llmnb.model.gpt2 import GPT2
 # the same arrays, which hold other numbers. Yet before each of its calls Python
 # looks the arrays up by name, and the layer asks again: are these arrays fit, do they
 # overlap, where are their rows, which compiled function takes them? With wide layers
-# nobody notices. For a small model it was a tenth of a step
+# nobody notices. For a small model it is more than a tenth of a step
 # ([chapter 2.8](../2_cpu/08_time.ipynb)).
 #
 # The answers are those of the first step. So let the first step write down what all

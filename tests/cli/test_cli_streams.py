@@ -81,6 +81,7 @@ from llmnb.train.terminal import progress_bar
         ("bench --backend cuda --write", 1, "--write times the backend cpu"),
         ("bench --json no/folder/a.json", 1, "there is no folder no/folder"),
         ("bench --write --config small", 1, "leave out --config, --against"),
+        ("bench --write --in-backward", 1, "leave out --config, --against"),
         ("info --num-heads 7", 1, "multiple of num_heads"),
     ],
 )

@@ -358,6 +358,7 @@ def test_bench_measures_a_group(tmp_path):
     ("more", "words"),
     [
         (["--write"], "--write is of one process"),
+        (["--in-backward"], "--in-backward is of one process"),
         (["--total-batch", "96"], "a multiple of 64 tokens"),
         (["--backend", "reference"], "backend must be"),
     ],
