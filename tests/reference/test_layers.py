@@ -23,6 +23,7 @@ from layers import (
 from problems import assert_threads_change_no_bit
 
 from llmnb import cpu, reference
+from llmnb.backend import recorded
 from llmnb.book.verify import numerical_gradient
 from llmnb.cpu.panels import work_shape
 
@@ -54,6 +55,30 @@ def check_kernels(layer, p, dtype, own=False):
     want = results(layer, passed(layer, reference, copied(p, np.float64)))
     assert all(x.dtype == dtype for x in got.values())
     assert_near(got, want, layer.tol[dtype == np.float64])
+
+
+@EACH
+@pytest.mark.parametrize("add", (True, False))
+def test_what_is_noted_is_all_that_a_layer_does(layer, add):
+    """Its noted calls alone compute the same again, from the same arrays."""
+    sizes = {k: n if isinstance(n, int) else 3 for k, n in layer.most.items()}
+    flags = {k: add for k in layer.options if k.startswith("add")}
+    p = problem(layer, np.float32, sizes, **flags)
+    before = copied(p)
+
+    def passes():
+        for way in layer.ways:
+            getattr(cpu, way)(**arguments(way, p))
+
+    calls = recorded(passes)
+    want = results(layer, copied(p))
+    for name, x in before.items():
+        if isinstance(x, np.ndarray):
+            p[name][...] = x
+    for function, given_to in calls:
+        function(*given_to)
+    for name, x in results(layer, p).items():
+        np.testing.assert_array_equal(x, want[name], name)
 
 
 @EACH
