@@ -237,8 +237,7 @@ def attention_forward(out, lse, inp, work=None, bf16=False):
 
     Derived in chapter 2.5.
     """
-    arrays = out, lse, inp
-    made = prepared("attention_forward", arrays, (), work, bf16)
+    made = prepared("attention_forward", (out, lse, inp), (), work, bf16)
     team_forward(out.reshape(-1), lse, inp.reshape(-1), *made)
 
 
@@ -260,9 +259,8 @@ def prepared(layer, arrays, rule, work, bf16):
     check_bf16(layer, bf16, inp.dtype)
     NH, NKV, hs = count_heads(layer, out, lse, inp)
     block = block_size(hs)
-    sizes, places = (lse.shape[2], NH, NKV, hs, block), _places(block, hs)
-    made = sizes, look_of(hs, *rule), tuple(places)
-    return *made, *scratch(work, bf16, lse.dtype)
+    sizes, at = (lse.shape[2], NH, NKV, hs, block), tuple(_places(block, hs))
+    return sizes, look_of(hs, *rule), at, *scratch(work, bf16, lse.dtype)
 
 
 # what the backward pass works on
@@ -411,7 +409,6 @@ def attention_backward(
 
     Derived in chapter 2.5.
     """
-    arrays = out, lse, inp
-    made = prepared("attention_backward", arrays, (), work, bf16)
+    made = prepared("attention_backward", (out, lse, inp), (), work, bf16)
     flat = (x.reshape(-1) for x in (dinp, dout, inp, out, lse))
     team_backward(*flat, add, *made)

@@ -19,6 +19,7 @@ import llvmlite
 import numba
 from numba.core.caching import FunctionCache
 from numba.core.compiler import CompileResult
+from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
 from llmnb.files import replacing
@@ -118,10 +119,11 @@ class KernelCache(FunctionCache):
         name += hashlib.sha256((name + key).encode()).hexdigest()[:16]
         return self._cache_path / f"{name}.kernel"
 
-    def _load_overload(self, sig, target_context):
+    def load_overload(self, sig, target_context):
         data = _read(self._path(sig, target_context.codegen()))
         if data is None:
             return None
+        rtsys.initialize(target_context)
         return CompileResult._rebuild(target_context, *pickle.loads(data))
 
     def _save_overload(self, sig, data):

@@ -2,7 +2,7 @@
 
 """A model whose blocks learn while it goes back."""
 
-__all__ = ["InBackward"]
+__all__ = ["InBackward", "in_backward_layout"]
 
 
 # imports
@@ -31,6 +31,22 @@ def _in_one_row(array):
     return array.reshape(1, -1, *array.shape[2:])
 
 
+# the layout of its memory
+def in_backward_layout(cfg, layout):
+    """The layout of a model's memory, with gradients for one block.
+
+    cfg: of the model. layout: as gpt2_layout gives it. The gradients of what
+    is in no block stay where they are; one block's are among what blocks
+    take turns with.
+
+    Derived in chapter 5.11.
+    """
+    rows, (dtype, turns, over) = tensor_table(cfg), layout["block"]
+    ends = {x.name: full_shape(x, cfg) for x in rows if not x.stacked}
+    turns = turns | {x.name: x.shape for x in rows if x.stacked}
+    return layout | {"grads": (dtype, ends), "block": (dtype, turns, over)}
+
+
 # learn while going back
 class InBackward(GPT2):
     """A model, of any architecture, that holds one block's gradients.
@@ -49,13 +65,10 @@ class InBackward(GPT2):
     backends = HOSTS
 
     def _allocate(self, layout):
-        rows, (dtype, turns, over) = tensor_table(self.cfg), layout["block"]
+        rows = tensor_table(self.cfg)
         self._in_blocks = [x for x in rows if x.stacked]
         self._at_ends = [x for x in rows if not x.stacked]
-        ends = {x.name: full_shape(x, self.cfg) for x in self._at_ends}
-        turns = turns | {x.name: x.shape for x in self._in_blocks}
-        layout = layout | {"grads": (dtype, ends)}
-        super()._allocate(layout | {"block": (dtype, turns, over)})
+        super()._allocate(in_backward_layout(self.cfg, layout))
         grads, block = self.memory["grads"], self.memory["block"]
         for x in self._in_blocks:
             own = block.pop(x.name)

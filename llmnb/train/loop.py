@@ -220,14 +220,14 @@ def train_step(config, model, batches, at):
     batches: as in `accumulate`. at: a `Progress`, changed in place. skipped
     is 1 if the loss or the norm stood out, else 0. Raises
     FloatingPointError when one is not finite, before the update, or after
-    it where the GPU makes the step in one launch.
+    it where a step is made whole.
 
     Derived in chapter 4.13.
     """
     rate, settings = config.rate(at.step), _settings(config, model, at)
-    most, whole = config.clip or math.inf, _in_one_launch(config, model)
+    most, whole = config.clip or math.inf, _is_whole(config, model)
     if whole:
-        loss, norm = _launched(config, model, batches, most, settings)
+        loss, norm = _whole_step(config, model, batches, most, settings)
         _check_finite("loss", loss, at.step, rate)
     else:
         loss = accumulate(config, model, batches, at.step)
@@ -252,16 +252,18 @@ def _settings(config, model, at):
     }
 
 
-def _in_one_launch(config, model):
-    """Whether nothing has to be decided between a gradient and its use."""
+def _is_whole(config, model):
+    """Whether nothing is, or can be, decided between gradient and update."""
+    if config.in_backward:
+        return True
     group = group_of(model)
     many = config.micro_batches > group.size
     decides = many or config.skip_loss or config.skip_norm
     return model.backend == "cuda" and group.in_graph and not decides
 
 
-def _launched(config, model, batches, most, settings):
-    """A step in one launch, on this process's batch; its loss and norm."""
+def _whole_step(config, model, batches, most, settings):
+    """A whole step, on this process's batch; its loss and norm."""
     group, count = group_of(model), config.micro_batches
     mine = group.share(count)
     _skip(batches, mine.start)

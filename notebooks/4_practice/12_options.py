@@ -171,6 +171,10 @@ class UpdateOptions:
     )
     skip_window: int = option(128, "steps that an update is compared with", 2)
     overfit: bool = option(False, "learn the first batch again and again")
+    in_backward: bool = option(
+        False, "learn block by block while going back, which takes less "
+        "memory; wants --clip 0, one batch in an update, no skipping, a CPU",
+    )  # fmt: skip
 
 
 # %% what it keeps tags=["export"]
@@ -251,6 +255,18 @@ def _check_total(config):
         )
 
 
+def _check_in_backward(config):
+    """Blocks learn before the whole gradient, and its norm, are known."""
+    one = {0, config.batch_size * config.seq_len}
+    usable = dict.fromkeys(("clip", "skip_loss", "skip_norm"), {0})
+    usable |= {"total_batch": one, "backend": {"cpu", "reference"}}
+    for name, values in usable.items():
+        value = getattr(config, name)
+        if value not in values:
+            want = " or ".join(map(str, sorted(values)))
+            raise ValueError(f"in_backward wants {name} {want}, got {value}")
+
+
 # %% a run tags=["export"]
 @dataclass(frozen=True)
 class TrainConfig(
@@ -278,6 +294,8 @@ class TrainConfig(
             self.model(self.vocab_size)
         self.rate(0)
         _check_total(self)
+        if self.in_backward:
+            _check_in_backward(self)
 
     @property
     def micro_batches(self):
@@ -319,6 +337,7 @@ for wrong in (
     {"schedule": "stairs"},
     {"depth": 12, "channels": 512},
     {"total_batch": 700},
+    {"in_backward": True},
 ):
     try:
         TrainConfig(**wrong)

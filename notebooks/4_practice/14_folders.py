@@ -172,17 +172,21 @@ def new_model(config, vocab_size, group=ALONE):
         return empty_model(config, cfg, config.seed, group)
     path = weights_path(config.init)
     how = checked_size(config, read_config(path, vocab_size), group)
-    made = _model_class(group)
+    made = _model_class(config, group)
     return made.from_checkpoint(path, **how, tokens=vocab_size)
 
 
 def empty_model(config, cfg, seed=None, group=ALONE):
     """A GPT2 of a run, with first weights; without a seed, with none."""
     how = checked_size(config, cfg, group)
-    return _model_class(group)(cfg, **how, seed=seed)
+    return _model_class(config, group)(cfg, **how, seed=seed)
 
 
-def _model_class(group):
+def _model_class(config, group):
+    if config.in_backward:
+        from llmnb.model.inbackward import InBackward  # Part 5
+
+        return InBackward
     if group.on_gpus:
         from llmnb.train.gpus import OnGPUs  # Part 6
 
@@ -206,6 +210,10 @@ def checked_size(config, cfg, group=ALONE):
     if config.backend != "cuda":
         dtype = np.float64 if config.precision == "fp64" else np.float32
         layout = gpt2_layout(cfg, config.batch_size, config.seq_len, dtype)
+        if config.in_backward:
+            from llmnb.model.inbackward import in_backward_layout  # Part 5
+
+            layout = in_backward_layout(cfg, layout)
         sizes = footprint(layout)
         wait = waiting(group.share(config.micro_batches)) * sizes["grads"]
         others = (sizes["m"] + sizes["v"]) * (1 - 1 / group.size)

@@ -293,6 +293,10 @@ def _check_group(group, config, text, begun, state):
     """Raise ValueError unless all of a group can train, and the same."""
     from llmnb.train.machines import check_alike  # Part 6
 
+    if config.in_backward:
+        raise ValueError(
+            f"in_backward wants one process, got a group of {group.size}"
+        )
     if config.micro_batches % group.size:
         batch = config.batch_size * config.seq_len
         raise ValueError(

@@ -148,6 +148,20 @@ print(gradients.shape, place, gradients[0])
 # its calls are made anew.
 
 
+# %% the layout of its memory tags=["export"]
+def in_backward_layout(cfg, layout):
+    """The layout of a model's memory, with gradients for one block.
+
+    cfg: of the model. layout: as gpt2_layout gives it. The gradients of what
+    is in no block stay where they are; one block's are among what blocks
+    take turns with.
+    """
+    rows, (dtype, turns, over) = tensor_table(cfg), layout["block"]
+    ends = {x.name: full_shape(x, cfg) for x in rows if not x.stacked}
+    turns = turns | {x.name: x.shape for x in rows if x.stacked}
+    return layout | {"grads": (dtype, ends), "block": (dtype, turns, over)}
+
+
 # %% learn while going back tags=["export"]
 class InBackward(GPT2):
     """A model, of any architecture, that holds one block's gradients.
@@ -164,13 +178,10 @@ class InBackward(GPT2):
     backends = HOSTS
 
     def _allocate(self, layout):
-        rows, (dtype, turns, over) = tensor_table(self.cfg), layout["block"]
+        rows = tensor_table(self.cfg)
         self._in_blocks = [x for x in rows if x.stacked]
         self._at_ends = [x for x in rows if not x.stacked]
-        ends = {x.name: full_shape(x, self.cfg) for x in self._at_ends}
-        turns = turns | {x.name: x.shape for x in self._in_blocks}
-        layout = layout | {"grads": (dtype, ends)}
-        super()._allocate(layout | {"block": (dtype, turns, over)})
+        super()._allocate(in_backward_layout(self.cfg, layout))
         grads, block = self.memory["grads"], self.memory["block"]
         for x in self._in_blocks:
             own = block.pop(x.name)
@@ -345,6 +356,10 @@ same = measured["inbackward"]["losses"] == measured["whole"]["losses"]
 verdict("SmolLM2, losses", same, "the bits of the whole")
 
 # %% [markdown]
+# `llmnb train --in-backward --clip 0` makes a run of it, which can be stopped and
+# resumed as any other. It gives the weights of the run without `--in-backward`, to
+# the bit.
+#
 # `llmnb bench --in-backward` lets such a model race with the plain one and with
 # PyTorch. Here GPT-2 124M learns from 4 rows of 64 tokens, and from one of 1,024
 # ([results page](../../book/results.md)):

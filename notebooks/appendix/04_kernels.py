@@ -147,6 +147,7 @@ import llvmlite
 import numba
 from numba.core.caching import FunctionCache
 from numba.core.compiler import CompileResult
+from numba.core.runtime import rtsys
 from numba.core.serialize import dumps
 
 from llmnb.files import replacing
@@ -229,6 +230,11 @@ def _write(path, data):
 # `NUMBA_BOUNDSCHECK=1` puts a test before each index. numba forgets these, so
 # a kernel compiled under one of them would be loaded for good. They go into
 # the key as well.
+#
+# Before it asks, numba's own cache reads in all that numba knows of Python and
+# NumPy, as if it were to compile. Machine code needs none of it, so ours does not:
+# it only makes numba's counter of references ready, which machine code may call.
+# What is compiled after all reads the rest in then.
 
 # %% options that change the code tags=["exporti"]
 CHANGING = (
@@ -262,10 +268,11 @@ class KernelCache(FunctionCache):
         name += hashlib.sha256((name + key).encode()).hexdigest()[:16]
         return self._cache_path / f"{name}.kernel"
 
-    def _load_overload(self, sig, target_context):
+    def load_overload(self, sig, target_context):
         data = _read(self._path(sig, target_context.codegen()))
         if data is None:
             return None
+        rtsys.initialize(target_context)
         return CompileResult._rebuild(target_context, *pickle.loads(data))
 
     def _save_overload(self, sig, data):
