@@ -358,7 +358,8 @@ verdict("SmolLM2, losses", same, "the bits of the whole")
 # %% [markdown]
 # `llmnb train --in-backward --clip 0` makes a run of it, which can be stopped and
 # resumed as any other. It gives the weights of the run without `--in-backward`, to
-# the bit.
+# the bit. Its validations run `forward`, which writes all logits: a batch of more
+# than 768 tokens takes their whole room again.
 #
 # `llmnb bench --in-backward` lets such a model race with the plain one and with
 # PyTorch. Here GPT-2 124M learns from 4 rows of 64 tokens, and from one of 1,024
