@@ -72,6 +72,24 @@ def test_a_line_of_references_is_cut_at_each(extension):
     assert "".join(x for x, _ in targets.split(text, "here")) == text
 
 
+def test_a_reference_may_reach_over_the_end_of_a_line(extension):
+    import links
+    from docutils.core import publish_doctree
+    from docutils.nodes import reference
+
+    parser = pytest.importorskip("myst_parser.docutils_").Parser()
+    text = "A tree (chapter\n4.13), in figure\n6.1.1;\nand a line."
+    page = publish_doctree(text, parser=parser)
+    targets = object.__new__(links.Targets)
+    targets.address = lambda kind, number, page: f"{kind} {number}"
+    links.link_text(page, "here", targets)
+    found = {x.astext(): x["refuri"] for x in page.findall(reference)}
+    assert found == {
+        "chapter\n4.13": "chapter 4.13", "figure\n6.1.1": "fig 6.1.1",
+    }  # fmt: skip
+    assert page.astext() == text
+
+
 def test_docstrings_become_lists(extension):
     from docstrings import block_lines, columns, split
 

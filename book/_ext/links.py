@@ -128,8 +128,23 @@ def own_caption(text):
     return first is text and bool(CAPTION.match(text))
 
 
+def join_lines(doctree):
+    """Make one text of a paragraph's lines, which the parser keeps apart."""
+    texts = doctree.findall(nodes.Text)
+    for parent in {id(x.parent): x.parent for x in texts}.values():
+        joined = []
+        for child in parent.children:
+            pair = [*joined[-1:], child]
+            if len(pair) == 2 and all(isinstance(x, nodes.Text) for x in pair):
+                joined[-1] = nodes.Text(pair[0] + child)
+            else:
+                joined.append(child)
+        parent[:] = joined
+
+
 def link_text(doctree, docname, targets):
     """Make links of the references in a page's text."""
+    join_lines(doctree)
     for text in list(doctree.findall(nodes.Text)):
         if not REFERENCE.search(text) or is_closed(text.parent):
             continue
