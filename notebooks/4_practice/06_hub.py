@@ -234,10 +234,6 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
-# The tests do this at random: bytes flipped, files cut, numbers replaced by
-# huge ones, some hundreds of times for each reader. The answer is a result or
-# one error that names the file.
-#
 # ## The tokenizer's file
 #
 # llm.c decodes and does not encode, so its file holds no more than the bytes

@@ -344,10 +344,9 @@ for name in ("a.txt", "a.txt.gz", "a.jsonl"):
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
-# `a␣␣b`: the words are `a`, `␣`, `␣b`. Cut between the blanks: `a`, `␣` and
-# `␣b`, the same. Cut `a␣␣␣` (then `b` elsewhere): with three blanks before
-# `b` the words are `␣␣` and `␣b`; a cut after the first blank makes it `␣`,
-# `␣`, `␣b`. Four characters suffice with a line break: `\n\n\n` is one word.
+# Three blanks and a `b`: the words are `␣␣` and `␣b`, and a cut behind the first
+# blank makes them `␣`, `␣` and `␣b`. (So with three line breaks and a letter.) Two
+# blanks may be parted: `a␣␣b` has the words `a`, `␣` and `␣b`, cut or not.
 # :::
 
 # %% exercise 1, checked tags=["hide-cell"]

@@ -31,8 +31,8 @@ gpt2_diagram(lit="tokens")
 # is larger than the memory and the work takes hours.*
 #
 # The pieces of [chapter 4.10](10_pieces.ipynb) fit into memory. What remains
-# is time: one core takes days for a hundred gigabytes, and a power cut on the
-# second day loses the first. At the end of this chapter you can
+# is time: one core takes half a day for a hundred gigabytes, and a power cut in
+# its last hour loses all the others. At the end of this chapter you can
 #
 # - say why the shards do not depend on the number of cores;
 # - bound the memory of the work before it starts;
@@ -689,8 +689,8 @@ verdict("without drop", files_of("wrong") != files_of("one"), "is caught")
 #
 # With the default $s = 10^8$ that is 200 MB and little more, for any corpus.
 # The time is that of the encoder: $10^{10}$ tokens, some 45 GB of English, at
-# ten megabytes a second and core take 75 minutes of one core's time, and the
-# shards are 20 GB on the disk.
+# the 2.5 megabytes a second of one thread here take five hours of one core's time,
+# and the shards are 20 GB on the disk.
 
 # %% memory does not grow tags=["nbval-ignore-output"]
 import tracemalloc
@@ -756,8 +756,9 @@ plt.show()
 # on the number of workers, each of them leaves a short last shard, and one
 # huge file keeps one worker busy while the others rest. One reader and one
 # writer with encoders in between cost nothing here, because reading is so much
-# faster than encoding; past some thirty cores the reader would become the
-# limit, and several programs over parts of the corpus are the way out.
+# faster than encoding; past some ten cores, as [chapter
+# 6.4](../6_machines/04_sharing.ipynb) measures for packed JSON lines, the reader
+# becomes the limit, and several programs over parts of the corpus are the way out.
 
 # %% [markdown]
 # ## Exercises
@@ -768,11 +769,12 @@ plt.show()
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
-# The threads change neither batches nor their order. `BATCH` and `PIECE` do
-# change the batches, and `drop` counts tokens of a batch; but the batch is read
-# again from the place on, so a batch of another size has the same first tokens.
-# Only a batch that became shorter than `drop` would be refused. So even then
-# nothing wrong is written.
+# The threads change neither batches nor their order. `BATCH` does change the
+# batches, and `drop` counts tokens of a batch; but the batch is read again from
+# the place on, so a longer one has the same first tokens, and one that became
+# shorter than `drop` is refused. `PIECE` would break them: a place counts
+# pieces, and among pieces of another length the same number leads elsewhere in
+# a long document.
 # :::
 
 # %% exercise 1, checked tags=["hide-cell"]

@@ -247,9 +247,9 @@ verdict("sixty steps", final < steps[0].val_loss - 0.5, "have been worth it")
 # |---|---|
 # | `config.json` | the `TrainConfig`, the corpus, the landmarks, versions |
 # | `log.csv` | one line for every `Step` |
-# | `loss.png` | the figure above |
+# | `loss.png` | figure 4.14.1 |
 # | `model.bin` | the weights, in the format of [chapter 4.2](02_checkpoints.ipynb) |
-# | `state_*.safetensors` | what it takes to go on; see *Nothing lost* |
+# | `state_*.safetensors` | what it takes to go on; see [chapter 4.15](15_states.ipynb) |
 # | `tokenizer.tiktoken` | the tokenizer's ranks |
 #
 # Each file is written beside its place and renamed into it, by `replacing`

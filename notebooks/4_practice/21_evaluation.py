@@ -211,9 +211,9 @@ compare("a row alone", losses[1], next(row_losses(alone, rows[1:2])), 1e-12)
 # ## A text longer than the context
 #
 # A text of $N$ tokens, and a model that sees $T$ at a time. Cut the text into
-# stretches of $T$ and score each by itself: every token is scored once, but the
-# first token of a stretch has no context, the second has one token of it, and
-# so on. On average a token sees $(T+1)/2$ tokens, where it could see $T$.
+# stretches of $T$ and score each by itself, behind the one token before it: every
+# token is scored once, but the first of a stretch sees one token, the second two,
+# and so on. On average a token sees $(T+1)/2$ tokens, where it could see $T$.
 #
 # Let the windows overlap instead: each begins $s$ tokens behind the last one,
 # $1 \le s \le T$, and of each only the tokens are scored that the windows

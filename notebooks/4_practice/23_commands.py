@@ -29,6 +29,7 @@
 # |---|---|---|
 # | `llmnb train` | trains on a corpus, writes a run folder, resumes | [4.24](24_train.ipynb) |
 # | `llmnb generate RUN` | continues a prompt with a run's model | [4.25](25_use.ipynb) |
+# | `llmnb chat MODEL` | talks with a model | [5.9](../5_modern/09_chat.ipynb) |
 # | `llmnb data FOLDER` | turns text of any size into token shards | [4.25](25_use.ipynb) |
 # | `llmnb eval MODEL` | perplexity of a text, accuracy on HellaSwag | [4.25](25_use.ipynb) |
 # | `llmnb bench` | measures a training step, alone or against others | [4.26](26_bench.ipynb) |

