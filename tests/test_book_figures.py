@@ -116,6 +116,13 @@ def test_stored_figures_are_light_lines(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_no_figure_is_stored_as_its_name_alone(path):
+    """A Figure is shown only where pyplot has chosen how."""
+    named = [x for _, x in pictures(path, "text/plain") if "<Figure" in x]
+    assert len(named) <= len(pictures(path, LINES))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_stored_figures_use_the_palette(path):
     """Any other colour would be the same on a light page and a dark one."""
     known = {*PALETTE.values(), "#000000", "#ffffff", "#808080"}

@@ -37,7 +37,11 @@
 # %% setup
 from tempfile import TemporaryDirectory
 
+import matplotlib.pyplot as plt
+
 from llmnb.book.verify import verdict
+
+plt.switch_backend(plt.get_backend())  # shows figures made without pyplot
 
 # %% [markdown]
 # ## Watch a run
