@@ -2,24 +2,45 @@
 
 """Chat templates, rendered in a sandbox."""
 
-__all__ = ["chat_template", "render_chat"]
+__all__ = [
+    "TEMPLATE_FILE", "chat_template", "find_template", "keep_template",
+    "render_chat",
+]
 
 
 # imports of the template
 from datetime import datetime
+from pathlib import Path
 
-from llmnb.files import package, read_json, read_small
+from llmnb.files import package, read_json, read_small, write_whole
 from llmnb.formats.checkpoint import find_model
 from llmnb.formats.gguf import GGUFFile
 
 
 # a model's template
+TEMPLATE_FILE = "chat_template.jinja"
+
+
 def chat_template(path):
     """The chat template of a model on disk: a text in Jinja's language.
 
     path: as for llmnb.load. It lies in a GGUF file, in chat_template.jinja
     or in tokenizer_config.json. Raises ValueError when the model has none:
     then it is one that continues texts, and does not talk.
+
+    Derived in chapter 5.9.
+    """
+    found = find_template(path)
+    if found is None:
+        raise ValueError(
+            f"{path}: has no chat template, so it continues texts and does "
+            "not talk: use llmnb generate"
+        )
+    return found
+
+
+def find_template(path):
+    """As chat_template, but None where the model has none.
 
     Derived in chapter 5.9.
     """
@@ -30,16 +51,11 @@ def chat_template(path):
         found = GGUFFile(file).get("tokenizer.chat_template")
     else:
         found = _beside(file.parent)
-    if not isinstance(found, str):
-        raise ValueError(
-            f"{path}: has no chat template, so it continues texts and does "
-            "not talk: use llmnb generate"
-        )
-    return found
+    return found if isinstance(found, str) else None
 
 
 def _beside(folder):
-    own = folder / "chat_template.jinja"
+    own = folder / TEMPLATE_FILE
     if own.is_file():
         try:
             return read_small(own, 1 << 20).decode("utf-8")
@@ -53,6 +69,21 @@ def _beside(folder):
         found = {x.get("name"): x.get("template") for x in named}
         found = found.get("default")
     return found
+
+
+# keep a template
+def keep_template(template, folder):
+    """Write a chat template into a folder, as chat_template.jinja.
+
+    None removes one that was kept there before.
+
+    Derived in chapter 5.9.
+    """
+    kept = Path(folder, TEMPLATE_FILE)
+    if template is None:
+        kept.unlink(missing_ok=True)
+    else:
+        write_whole(kept, template.encode())
 
 
 # render it

@@ -202,6 +202,7 @@ from llmnb.train.folder import (
     sparing,
     state_path,
     states,
+    weights_path,
     write_log,
     write_record,
 )
@@ -227,13 +228,21 @@ def begin(folder, config, group=ALONE):
     """Make ready a new run in an existing folder; returns a `Run`.
 
     Locks the folder until `finish`, or until the Run is gone. Writes
-    config.json and the tokenizer, and removes the states of an older run
-    there. In a group all processes call it, and the first does the writing.
-    Raises ValueError, OSError, RuntimeError or MemoryError.
+    config.json, the tokenizer, and the chat template of a model that it
+    starts from, and removes the states of an older run there. In a group all
+    processes call it, and the first does the writing. Raises ValueError,
+    OSError, RuntimeError or MemoryError.
     """
+    from llmnb.formats.template import find_template, keep_template  # Part 5
+
     folder = Path(folder)
     with _locked(folder, group) as lock:
-        return _ready(lock, folder, config, prepare(config), None, group)[0]
+        init = config.init and weights_path(config.init)
+        template = find_template(init) if init else None
+        run, _ = _ready(lock, folder, config, prepare(config), None, group)
+        if group.first:
+            keep_template(template, folder)
+        return run
 
 
 # %% its folder, locked tags=["exporti"]
@@ -314,6 +323,7 @@ def _check_group(group, config, text, begun, state):
 _TOKENIZERS = "|".join(map(re.escape, KEPT))
 HALF = re.compile(
     r"(config\.json|log\.csv|loss\.png|sample\.txt|model\.(bin|safetensors)"
+    r"|chat_template\.jinja"
     rf"|state_[0-9]+\.safetensors|{_TOKENIZERS})" + BESIDE
 )
 

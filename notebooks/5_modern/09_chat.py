@@ -48,8 +48,9 @@ from llmnb.text.bpe import byte
 
 # %% imports of the template tags=["export"] module="formats.template"
 from datetime import datetime
+from pathlib import Path
 
-from llmnb.files import package, read_json, read_small
+from llmnb.files import package, read_json, read_small, write_whole
 from llmnb.formats.checkpoint import find_model
 from llmnb.formats.gguf import GGUFFile
 
@@ -78,6 +79,9 @@ chatml = """\
 
 
 # %% a model's template tags=["export"] module="formats.template"
+TEMPLATE_FILE = "chat_template.jinja"
+
+
 def chat_template(path):
     """The chat template of a model on disk: a text in Jinja's language.
 
@@ -85,14 +89,8 @@ def chat_template(path):
     or in tokenizer_config.json. Raises ValueError when the model has none:
     then it is one that continues texts, and does not talk.
     """
-    file = find_model(path)
-    if not file.exists():
-        raise FileNotFoundError(f"there is no model {path}")
-    if file.suffix == ".gguf":
-        found = GGUFFile(file).get("tokenizer.chat_template")
-    else:
-        found = _beside(file.parent)
-    if not isinstance(found, str):
+    found = find_template(path)
+    if found is None:
         raise ValueError(
             f"{path}: has no chat template, so it continues texts and does "
             "not talk: use llmnb generate"
@@ -100,8 +98,20 @@ def chat_template(path):
     return found
 
 
+def find_template(path):
+    """As chat_template, but None where the model has none."""
+    file = find_model(path)
+    if not file.exists():
+        raise FileNotFoundError(f"there is no model {path}")
+    if file.suffix == ".gguf":
+        found = GGUFFile(file).get("tokenizer.chat_template")
+    else:
+        found = _beside(file.parent)
+    return found if isinstance(found, str) else None
+
+
 def _beside(folder):
-    own = folder / "chat_template.jinja"
+    own = folder / TEMPLATE_FILE
     if own.is_file():
         try:
             return read_small(own, 1 << 20).decode("utf-8")
@@ -115,6 +125,25 @@ def _beside(folder):
         found = {x.get("name"): x.get("template") for x in named}
         found = found.get("default")
     return found
+
+
+# %% [markdown]
+# A run that starts from a model that talks ([chapter
+# 4.18](../4_practice/18_finetuning.ipynb)) keeps its template, so that `llmnb chat`
+# talks with what the run has made of it.
+
+
+# %% keep a template tags=["export"] module="formats.template"
+def keep_template(template, folder):
+    """Write a chat template into a folder, as chat_template.jinja.
+
+    None removes one that was kept there before.
+    """
+    kept = Path(folder, TEMPLATE_FILE)
+    if template is None:
+        kept.unlink(missing_ok=True)
+    else:
+        write_whole(kept, template.encode())
 
 
 # %% [markdown]

@@ -253,10 +253,9 @@ def test_a_run_that_is_not_over_talks_with_its_newest_weights(
     how = "--seq-len", 16, "--batch-size", 2, "--steps", 4, "--save-every", 2
     how += "--learning-rate", 0.1, "--backend", "reference"
     done("train", "--init", talker, "--corpus", page, "--out", "run", *how)
-
     Path("run", "model.bin").unlink()
-    assert "has no chat template" in failed("chat", "run")
-    Path("run", "chat_template.jinja").write_text(TEMPLATE)
+    kept = Path("run", "chat_template.jinja")
+    assert kept.read_text() == TEMPLATE
 
     def answer(folder):
         monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
@@ -265,6 +264,11 @@ def test_a_run_that_is_not_over_talks_with_its_newest_weights(
     last = answer("run")
     Path("run", "state_00000004.safetensors").unlink()
     assert len({last, answer("run"), answer(talker)}) == 3
+
+    new = "--tokenizer", "byte", "--seq-len", 16, "--steps", 1, "--force"
+    done("train", "--corpus", page, "--out", "run", *new, *how[-2:])
+    assert not kept.exists()
+    assert "has no chat template" in failed("chat", "run")
 
 
 def test_a_model_without_a_template_is_refused(talker, failed):
