@@ -97,3 +97,16 @@ def test_what_differs_between_machines_is_not_compared(path):
         shows = re.search(r"^print\(machine\(", cell.source, re.M)
         if cell.cell_type == "code" and shows:
             assert "nbval-ignore-output" in cell.metadata.tags, cell.id
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+def test_no_line_within_a_formula_begins_a_list(path):
+    """Of $L (W - and 1) + 1$ in two lines Markdown makes a list."""
+    begins = re.compile(r"\n *(?:[-+*>]|1[.)]) ")
+    for cell in notebook.from_source(path).cells:
+        if cell.cell_type != "markdown":
+            continue
+        for paragraph in re.split(r"\n *\n", cell.source):
+            for line in begins.finditer(paragraph):
+                before = paragraph[: line.start()].replace("$$", "")
+                assert before.count("$") % 2 == 0, paragraph

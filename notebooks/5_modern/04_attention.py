@@ -82,8 +82,7 @@ for name, (L, NH, NKV, hs) in models.items():
 # 1.8](../1_by_hand/08_attention.ipynb) has written attention for any $NKV$ that divides
 # $NH$, and so have all kernels since. Head $h$ of the queries reads head $\lfloor h
 # \cdot NKV / NH \rfloor$ of the keys, neighbours share. Backward, a key that several
-# heads read gets the sum of what each would give it, (1.8.10) over all heads of its
-# group.
+# heads read gets the sum of what each would give it, (1.8.10) over its group.
 
 
 # %% heads and the keys that they read tags=["hide-input"]
@@ -127,7 +126,8 @@ plt.show()
 #
 # Nothing else changes, neither forward nor backward, for every sum of chapter 1.8 runs
 # over the positions that are seen. But what is kept, and what is computed, no longer
-# grows with the text. Of a text of $T \ge W$ positions,
+# grows with the text. Of a text of $T \ge W$ positions each sees $W$, but the first
+# misses $W - 1$ of them, the next $W - 2$, and so on down to 1, so that
 #
 # $$ \sum_{t=0}^{T-1} \min(t + 1,\, W) = W T - \tfrac12 W (W - 1) \tag{5.4.3} $$
 #
@@ -135,10 +135,10 @@ plt.show()
 # the window is never read again.
 #
 # Does the model forget everything beyond? A position of block 2 reads positions of
-# block 1, which have read $W - 1$ positions further back: a stack of $L$ sees $L\,(W -
-# 1) + 1$ positions, though through many hands. Mistral 7B v0.1 has $W = 4096$ in all of
-# 32 blocks. Gemma 2 has a window in every other block only, Gemma 3 in five of six, of
-# 512 or 1,024 positions, and the sixth sees all.
+# block 1, which have read $W - 1$ positions further back: a stack of $L$ sees
+# $L\,(W - 1) + 1$ positions, though through many hands. Mistral 7B v0.1 has $W = 4096$
+# in all its blocks. Gemma 2 has a window in every other block only, Gemma 3 in five of
+# six, of 512 or 1,024 positions, and the sixth sees all.
 
 # %% by hand, and with three blocks
 W, T = 3, 12
@@ -267,8 +267,8 @@ verdict("norms", np.allclose(runs["norms"], runs["norms"][0]), "do not see it")
 #
 # In GPT-2 the heads together are as wide as the stream, $NH \cdot hs = C$. Nothing asks
 # for that: the first linear layer of attention makes $(NH + 2 NKV)\, hs$ numbers of
-# $C$, the last one $C$ of $NH \cdot hs$. Gemma has heads of 256 channels, Qwen 3 of
-# 128, whatever $C$ is. Nor need the scale be $1/\sqrt{hs}$: Gemma 2 27B has heads of
+# $C$, the last one $C$ of $NH \cdot hs$. Most Gemmas have heads of 256 channels, Qwen 3
+# of 128, whatever $C$ is. Nor need the scale be $1/\sqrt{hs}$: Gemma 2 27B has heads of
 # 128 and divides by $\sqrt{144}$.
 #
 # ## Forward
@@ -860,8 +860,8 @@ verdict("tiles", reads[0] < 0.7 * reads[1], "fewer with a window")
 #
 # :::{admonition} Solutions to exercises 1 and 2
 # :class: dropdown
-# 1: blocks 6, 12, 18 and 24 see all, 22 keep 512 places (in llmnb a little more, up to
-# whole blocks). 2: what each of the copies gets as its gradient is added up.
+# 1: every sixth block sees all, four of 26; 22 keep 512 places (in llmnb a little more,
+# up to whole blocks). 2: what each of the copies gets as its gradient is added up.
 # :::
 
 # %% exercises 1 and 2, checked tags=["hide-cell"]
