@@ -201,11 +201,11 @@ print(np.round(by_hand, 4))
 # $$ y_i = (1 + w_i)\, \hat x_i . \tag{5.1.4} $$
 #
 # It computes nothing that (5.1.3) could not. But a fresh model has $w = 0$ in
-# place of 1, and weight decay, which pulls every number towards 0
-# ([chapter 1.12](../1_by_hand/12_adamw.ipynb)), pulls the scale towards 1:
-# towards a norm that does nothing more, where in (5.1.3) it would pull towards
-# a layer that puts out nothing. The function has an argument `offset` for it,
-# 1 in Gemma and 0 elsewhere.
+# place of 1. And weight decay, for whoever applies it to norms too, pulls $w$
+# towards 0 and so the scale towards 1: towards a norm that does nothing more,
+# where in (5.1.3) it would pull towards a layer that puts out nothing. (In this
+# book norms do not decay, [chapter 1.12](../1_by_hand/12_adamw.ipynb).) The
+# function has an argument `offset` for it, 1 in Gemma and 0 elsewhere.
 
 
 # %% rmsnorm, forward tags=["export"] module="reference.rmsnorm"
@@ -795,9 +795,9 @@ for C in (36, 301):
 # ## Design note
 #
 # `offset` could have been left out: whoever loads a Gemma adds 1 to its weights,
-# and whoever saves one takes it away. But then weight decay would pull the scale
-# towards 0, and a weight stored in 16 bits would come back with the digits of
-# $1 + w$. A model should hold the numbers that its file holds.
+# and whoever saves one takes it away. But then weight decay on norms would pull
+# the scale towards 0, and a weight stored in 16 bits would come back with the
+# digits of $1 + w$. A model should hold the numbers that its file holds.
 
 # %% [markdown]
 # ## Exercises

@@ -312,8 +312,8 @@ verdict("the mistake", caught, "is caught")
 #
 # That two gates can make a product is one thing; whether training finds it is another,
 # and so is what the gates cost. Let both layers learn. Each has 8 inputs, 8 outputs and
-# no biases: GELU 32 hidden numbers, $4C$, in 512 weights; SwiGLU 21, $\frac83 C$ less a
-# third, in 504. There are two things to learn, from random inputs: the product of each
+# no biases: GELU 32 hidden numbers, $4C$, in 512 weights; SwiGLU 21, $\frac83 C$ rounded
+# down, in 504. There are two things to learn, from random inputs: the product of each
 # channel and the one before, $x_i x_{i-1}$, and the distance between them, $|x_i -
 # x_{i-1}|$, which has a corner. AdamW takes 1,500 steps with 64 new inputs each. Then
 # the layer is asked for inputs from half to four times the size of those that it
@@ -405,7 +405,7 @@ plt.show()
 # So a gate is not a better bend. It is another kind of function, of second degree,
 # where a bend is of first. Which of them a text needs more often, no toy can tell; the
 # paper that compared them on text credits the gates' success to "divine benevolence".
-# What they buy in Part 1's model, on the same text and with as many weights, [chapter
+# What they buy in Part 1's model, on the same text and with about as many weights, [chapter
 # 5.5](05_architectures.ipynb) measures.
 #
 # ## See it
