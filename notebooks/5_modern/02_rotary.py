@@ -281,8 +281,8 @@ print("distances 7 and -7 differ:", differ)
 # ## Two layouts
 #
 # Which two channels are a pair? Nothing in (5.2.2) says. The paper takes
-# neighbours, $2i$ and $2i + 1$, and so do Meta's own Llama files and most GGUF
-# files: the *interleaved* layout. Hugging Face's files, and we, take $i$ and
+# neighbours, $2i$ and $2i + 1$, and so do Meta's own Llama files and the GGUF files
+# of Llamas: the *interleaved* layout. Hugging Face's files, and we, take $i$ and
 # $i + hs / 2$, the *half-split* layout: a row is cut in two, and both halves are
 # read in order. The channels of a head have no order of their own, because
 # they come out of a matrix whose rows were learned. Reorder the rows of the

@@ -444,12 +444,12 @@ def _with_scaling(file, kind, cfg):
 # %% [markdown]
 # ## Rows back in order
 #
-# Two conventions of rotary positions turn other pairs of a head's channels: ours
-# and the hub's turn $i$ with $i + hs/2$, Meta's and llama.cpp's turn $2i$ with
-# $2i + 1$. Which channels are partners is a matter of their order alone, and
-# the order of a head's channels is that of the rows of the query's and the
-# key's weights. So a converter to GGUF has moved the rows of a Llama, and we
-# move them back:
+# Rotary positions have two layouts ([chapter 5.2](02_rotary.ipynb)): ours and the
+# hub's turns channel $i$ of a head with $i + hs/2$; Meta's, and llama.cpp's for a
+# Llama, turns $2i$ with $2i + 1$. Which channels are partners is a matter of their
+# order alone, and that is the order of the rows of the query's and the key's weights.
+# So a converter to GGUF has moved the rows of a Llama, and we move them back, by
+# (5.2.6):
 #
 # $$ \text{row } 2i \to i , \qquad
 #    \text{row } 2i + 1 \to i + \tfrac{hs}{2} . \tag{5.7.2} $$
