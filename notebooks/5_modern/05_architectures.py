@@ -319,7 +319,9 @@ def _rmsnorm(cfg):
 # turned. `ready` makes them in the forward pass. Without norms it turns in place,
 # and backward finds them turned. With norms it writes into `qkvn`, which all
 # blocks share, and backward makes them once more: cheaper than keeping them for
-# each block. A family without window, scale and cap takes GPT-2's own attention.
+# each block. The angles come from a table, or two: Gemma 3 turns by the base
+# 10,000 in blocks with a window, and by 1,000,000 in the others. A family without
+# window, scale and cap takes GPT-2's own attention.
 #
 # So the arrays go from hand to hand like this. The first product writes `qkv`.
 # Attention reads it, normed and turned, writes `atty`, and keeps `att_lse`. The
@@ -620,7 +622,7 @@ plt.show()
 # %% [markdown]
 # *Figure 5.5.3. Validation loss at the end of each run, a dot a seed, and the same in
 # numbers. Of the single changes only rotary positions stand apart from GPT-2 on the
-# better side; every family that has them lies there too.*
+# better side; the whole families all have them, and lie there too.*
 
 # %% what stands apart
 old, plain = losses["GPT-2"], losses["GPT-2 without biases"]
@@ -645,8 +647,8 @@ verdict("1 kv head", min(fewer) > max(losses["Llama"]), "costs a little")
 # At this size, two layers and 170,000 parameters, positions are what buys: a turn
 # costs no parameter, and the model need not learn 64 vectors to know who stands next
 # to whom. RMSNorm was never meant to lower a loss; it is cheaper. The gate gains
-# nothing here by itself, and its two seeds lie far apart: at the high rate of this
-# run some starts go badly. That large models gain from it is what others have
+# nothing here by itself. The two seeds of either lie far apart: at the high rate of
+# this run some starts go badly. That large models gain from gates is what others have
 # measured; these runs cannot show it. One head of keys and values in place of four
 # costs a few hundredths of a nat, and saves three quarters of the cache.
 
