@@ -27,7 +27,8 @@
 # compute. Their weights come as a folder: a `config.json`, and one or several
 # safetensors files. Reading it *wrongly*
 # is easy: a setting passed over changes what is computed, and nothing crashes. So
-# this chapter refuses whatever it does not know. At the end you can
+# this chapter refuses each value with which we would not compute what the file's
+# makers do. At the end you can
 #
 # - read both styles of a config.json, and say what each setting changes;
 # - find the rows of our arrays that a published tensor fills;
@@ -346,8 +347,9 @@ PRESETS = {
 # | base of short looks | `rope_local_base_freq` | `rope_parameters.sliding_attention.rope_theta` |
 # | which blocks look back a window | `sliding_window_pattern`, or the family's habit | `layer_types` |
 #
-# A name that we do not know is passed over only if it cannot change a result. Those
-# that can, and for which we have one value only, stand in a table.
+# A file names much else. Most of it changes no result, such as how the first weights
+# were drawn, and is passed over. The settings that change one, and for which we have
+# one value only, stand in a table, and any other value is refused.
 
 # %% imports of the families tags=["export"] module="formats.families"
 import json
@@ -836,7 +838,8 @@ print("only Llama: ", *sorted(plain - normed))
 # %% [markdown]
 # ## Take away
 #
-# - A setting that is passed over is a wrong model; what is unknown is refused.
+# - A setting that is passed over can be a wrong model; a value with which we do not
+#   compute is refused.
 # - A published tensor is a slice of rows of ours, and reading is a copy.
 # - Everything is checked from headers, before memory is taken.
 #
