@@ -316,9 +316,9 @@ verdict("both", ours.decode(ours.encode_ordinary(typed)) == typed, "come back")
 # %% [markdown]
 # ## tokenizer.model
 #
-# Llama 2, the first Mistrals and Gemma come with SentencePiece's own file. It
-# puts a space before a text, so that a word at its beginning is the token that
-# it is elsewhere; what comes back has that space too.
+# Llama 2, the first Mistrals and Gemma come with SentencePiece's own file. Those of
+# Llama and Mistral put a space before a text, so that a word at its beginning is the
+# token that it is elsewhere; what comes back has that space too. Gemma's does not.
 
 
 # %% tokenizer.model tags=["export"]

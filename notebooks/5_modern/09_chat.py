@@ -692,7 +692,7 @@ else:
 #
 # ## Exercises
 #
-# **1** (★). Write a template in which the model speaks first, with the words
+# **1** (★). Write a template that lets every answer begin with the words
 # "I think", and render it.
 #
 # :::{admonition} Solution to exercise 1
