@@ -138,11 +138,14 @@ verdict("the book", after < before - 0.5, "is being learnt")
 
 # %% [markdown]
 # What has this done to a weight? Take the difference of the matrices after and
-# before, and its singular values: they say how much of the change lies along
-# one direction, a second one, and so on. The squares of all of them sum to the
-# square of the whole change. We ask how many directions hold half of it, and
-# how many would in a matrix of the same shape drawn at random. Here it is, in
-# all four matrices of the first block, fewer than three quarters as many:
+# before. Every matrix is a sum of terms $\sigma\, u v^\top$, a number times a column
+# times a row, in which all $u$ have length 1 and stand at right angles to one
+# another, and all $v$ too. The numbers, largest first, are its *singular values*:
+# they say how much of the change lies along one direction, a second one, and so
+# on. Their squares sum to the square of the whole change. We ask how many
+# directions hold half of it, and how many would in a matrix of the same shape
+# drawn at random. Here it is, in all four matrices of the first block, fewer than
+# three quarters as many:
 
 
 # %% directions of a change
@@ -672,8 +675,8 @@ plt.show()
 #
 # This model is small, and its new text is another language, so its token table
 # would have to move, which no small road does: the whole wins by far. For a
-# model of the size of SmolLM2 that learns a manner and not a language the gap
-# is much smaller, as the papers below measured.
+# large model that learns a manner and not a language the gap is much smaller,
+# as the papers below measured.
 #
 # ## Keep, or merge
 #
