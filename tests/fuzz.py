@@ -8,6 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmnb.formats.published import INDEX
@@ -17,6 +18,12 @@ from llmnb.formats.safetensors import TensorFile, write_tensors
 ERRORS = (ValueError, TypeError, OSError)
 # numbers that headers lie with, as 4 or 8 little-endian bytes
 LIES = [0, 1, -1, 2**16, 2**31 - 1, -(2**31), 2**40, 2**63 - 1, -(2**63)]
+
+
+def fuzzed(count, **how):
+    """Have a test run so many times, with `data` that it can draw from."""
+    often = settings(deadline=None, max_examples=count, **how)
+    return lambda test: often(given(data=st.data())(test))
 
 
 @st.composite
@@ -113,6 +120,12 @@ def put_number(path, at, value, size=4):
     raw = bytearray(path.read_bytes())
     raw[at : at + size] = int(value).to_bytes(size, "little", signed=value < 0)
     path.write_bytes(raw)
+
+
+def describe(folder, **changes):
+    """Change what a model's config.json says."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
 
 
 def flip(path, at):

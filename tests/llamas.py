@@ -2,8 +2,10 @@
 
 import io
 import json
+import shutil
 
 import pytest
+from fuzz import cut_in_two, tensors_of
 
 from llmnb.formats.checkpoint import write_folder
 from llmnb.model.architectures import ARCHITECTURES
@@ -14,6 +16,12 @@ TEXT = (
     "towers has 12 windows, the wider ones 99. It isn't a wide window.\n"
 )
 MARKUP = ["<s>", "</s>", "<|im_start|>"]
+CHATML = (
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 FAMILIES = {
     "llama": {"num_kv_heads": 1},
     "mistral": {"num_kv_heads": 2, "window": 5},
@@ -45,6 +53,16 @@ def cfg_of(family, vocab_size=300, **others):
     """A configuration of two layers and 16 channels."""
     sizes = 32, vocab_size, 2, 2, 16
     return ARCHITECTURES[family](*sizes, **FAMILIES[family], **others)
+
+
+def write_both(folder, family):
+    """A small model in a folder of its family's name; and one as another
+    program writes it, without our record and in two files."""
+    cfg = cfg_of(family, 21)
+    whole, cut = folder / family, folder / f"{family}-cut"
+    write_folder(whole, cfg, GPT2(cfg, 1, 2, "reference").params)
+    shutil.copytree(whole, cut)
+    cut_in_two(cut, tensors_of(cut))
 
 
 def byte_level(text=TEXT, markup=MARKUP, size=300, digits=False):

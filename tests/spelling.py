@@ -2,6 +2,7 @@
 
 import json
 
+from fuzz import header
 from hypothesis import strategies as st
 
 from llmnb.formats.letters import byte_letters
@@ -24,6 +25,12 @@ def own_files(folder, encoding, before=(), behind=(), merges=True):
     if merges:
         (folder / "merges.txt").write_text("\n".join(lines) + "\n", "utf-8")
     return folder / "vocab.json"
+
+
+def tokenizer_bin(tokens, eot):
+    """The bytes of llm.c's file of some tokens."""
+    body = b"".join(bytes([len(x)]) + x for x in tokens)
+    return header(20240328, 2, len(tokens), eot) + body
 
 
 def merges_of(encoding):

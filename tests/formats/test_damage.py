@@ -5,21 +5,16 @@ import shutil
 
 import numpy as np
 import pytest
-from fuzz import cut_in_two, damaged, header, tensors_of
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from spelling import tokens_of, vocab_of
+from fuzz import cut_in_two, damaged, fuzzed, tensors_of
+from llamas import write_both
+from spelling import own_files, tokenizer_bin, tokens_of, vocab_of
 
 from llmnb import GPT2, GPT2Config
+from llmnb.formats import starter
 from llmnb.formats.checkpoint import write_folder
 from llmnb.formats.published import INDEX
 from llmnb.formats.safetensors import TensorFile, write_tensors
 from llmnb.formats.shard import read_shard, write_shard
-from llmnb.formats.starter import (
-    DebugState,
-    read_debug_state,
-    write_debug_state,
-)
 from llmnb.formats.vocabulary import open_encoding, read_tokenizer
 from llmnb.model.tensors import parameter_shapes
 from llmnb.text import tokenizer
@@ -34,6 +29,10 @@ def model(path):
     if path.name.startswith("model-"):
         whole = path.parent / INDEX
     return GPT2.from_checkpoint(whole, 1, 2, "reference")
+
+
+def merges(path):
+    return open_encoding(path.with_name("vocab.json"))
 
 
 def tensors(path):
@@ -65,10 +64,13 @@ READERS = {
     "model-1.safetensors": model, INDEX: model,
     "any.safetensors": tensors, "shard.bin": shard,
     "wide.bin": shard,
-    "state.bin": lambda path: read_debug_state(path, CFG),
+    "state.bin": lambda path: starter.read_debug_state(path, CFG),
     "tokens.bin": read_tokenizer, "encoding.bin": open_encoding,
     "vocab.json": open_encoding, "a.tiktoken": ranks,
-    "choices.bin": choices,
+    "own/merges.txt": merges, "choices.bin": choices,
+    "llama/model.safetensors": model, "llama-cut/config.json": model,
+    f"llama-cut/{INDEX}": model, "llama-cut/model-0.safetensors": model,
+    "gemma3_text-cut/config.json": model,
 }  # fmt: skip
 
 
@@ -93,20 +95,18 @@ def folders(tmp_path_factory):
     tokens = np.array([[0, 4], [2, 1]], np.int32)
     grads = {n: np.ones(s, "f4") for n, s in parameter_shapes(CFG).items()}
     state = tokens, tokens, np.zeros((2, 2, 5), np.float32), 1.5, grads
-    write_debug_state(good / "state.bin", CFG, DebugState(*state))
+    state = starter.DebugState(*state)
+    starter.write_debug_state(good / "state.bin", CFG, state)
     encoding = tokenizer.train("ab abc", 259)
     for name in ("tokens.bin", "encoding.bin"):
-        tokenizer_bin(good / name, encoding)
+        (good / name).write_bytes(tokenizer_bin(tokens_of(encoding), 258))
     (good / "vocab.json").write_text(json.dumps(vocab_of(encoding)))
+    (good / "own").mkdir()
+    own_files(good / "own", encoding)
     tokenizer.save(encoding, good / "a.tiktoken")
+    for family in ("llama", "gemma3_text"):
+        write_both(good, family)
     return good, shutil.copytree(good, tmp_path_factory.mktemp("bad") / "x")
-
-
-def tokenizer_bin(path, encoding):
-    """llm.c's file of an encoding, byte by byte."""
-    first = header(20240328, 2, encoding.n_vocab, encoding.eot_token)
-    body = b"".join(bytes([len(x)]) + x for x in tokens_of(encoding))
-    path.write_bytes(first + body)
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -115,8 +115,7 @@ def test_a_good_file_is_read(folders, name):
 
 
 @pytest.mark.parametrize("name", READERS)
-@settings(deadline=None, max_examples=150)
-@given(data=st.data())
+@fuzzed(150)
 def test_a_damaged_file_is_an_answer_or_one_error(folders, name, data):
     good, bad = folders
     damaged(data, READERS[name], good / name, bad / name)
@@ -125,6 +124,8 @@ def test_a_damaged_file_is_an_answer_or_one_error(folders, name, data):
 # what each file is taken for instead, by the number its reader wants
 NAMES = ["3.bin", "model.safetensors", "config.json", INDEX, "shard.bin"]
 NAMES += ["state.bin", "tokens.bin", "vocab.json", "a.tiktoken"]
+OPTIONAL = ["config.json", "own/merges.txt"]  # others need not be there
+NAMES += OPTIONAL[1:]
 OTHERS = {
     "a zip archive": b"PK\x03\x04" + bytes(2000),
     "a pickle": b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." + bytes(2000),
@@ -152,7 +153,7 @@ def test_a_file_that_is_something_else_says_so(folders, name, what):
         shutil.copy(good / name, bad / name)
 
 
-@pytest.mark.parametrize("name", sorted({*NAMES} - {"config.json"}))
+@pytest.mark.parametrize("name", [x for x in NAMES if x not in OPTIONAL])
 def test_a_file_that_is_not_there(tmp_path, name):
     with pytest.raises(FileNotFoundError, match=name):
         READERS[name](tmp_path / name)

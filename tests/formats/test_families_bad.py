@@ -1,66 +1,36 @@
 """Folders of other families that are damaged, or contradict themselves."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
-from fuzz import answer, cut_in_two, damaged, refused, tensors_of
-from hypothesis import given, settings
+from fuzz import answer, describe, fuzzed, refused, tensors_of
 from hypothesis import strategies as st
-from llamas import FAMILIES, cfg_of
+from llamas import FAMILIES, cfg_of, write_both
 from measure import peak
 
 import llmnb
 from llmnb.formats.checkpoint import open_model, write_folder
-from llmnb.formats.published import INDEX, RECORD
+from llmnb.formats.published import RECORD
 from llmnb.formats.safetensors import TensorFile, write_tensors
 from llmnb.model.gpt2 import GPT2
 
-
-def read(path):
-    """The model of a file, or that of the folder for its config.json."""
-    whole = path if path.suffix == ".safetensors" else path.parent
-    whole = path.parent / INDEX if path.name.startswith("model-") else whole
-    return llmnb.load(whole, 1, 1, "reference")
+# bytes that are damaged: tests/formats/test_damage.py
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    """Folders of every family, and two pieces of a Llama with an index."""
-    whole = tmp_path_factory.mktemp("families")
+def folders(tmp_path_factory):
+    """Models of every family."""
+    place = tmp_path_factory.mktemp("families")
     for family in FAMILIES:
-        cfg = cfg_of(family, 21)
-        params = GPT2(cfg, 1, 2, "reference").params
-        write_folder(whole / family, cfg, params)
-        cut = whole / f"{family}-cut"
-        shutil.copytree(whole / family, cut)
-        # as another program writes it: without our record, in two files
-        cut_in_two(cut, tensors_of(cut))
-    return whole
+        write_both(place, family)
+    return place
 
 
-@pytest.fixture(scope="module")
-def bad(good, tmp_path_factory):
-    return shutil.copytree(good, tmp_path_factory.mktemp("bad") / "x")
-
-
-NAMES = [
-    "llama/model.safetensors", "llama-cut/config.json", f"llama-cut/{INDEX}",
-    "llama-cut/model-0.safetensors", "gemma3_text-cut/config.json",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_good_folder_is_read(good, name):
-    assert read(good / name).cfg.vocab_size == 21
-
-
-@pytest.mark.parametrize("name", NAMES)
-@settings(deadline=None, max_examples=150)
-@given(data=st.data())
-def test_a_damaged_file_is_an_answer_or_one_error(good, bad, name, data):
-    damaged(data, read, good / name, bad / name)
+def load(path):
+    """The model of a file, or that of the folder for its config.json."""
+    whole = path.parent if path.name == "config.json" else path
+    return llmnb.load(whole, 1, 1, "reference")
 
 
 JUNK = [
@@ -80,14 +50,13 @@ KEYS = [
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(deadline=None, max_examples=250)
-@given(data=st.data())
+@fuzzed(250)
 def test_a_config_json_of_junk_is_an_answer_or_one_error(
-    good, bad, family, data
+    folders, family, data
 ):
     """Values of every kind in the place of every setting."""
-    path = bad / f"{family}-cut" / "config.json"
-    raw = (good / f"{family}-cut" / "config.json").read_bytes()
+    path = folders / f"{family}-cut" / "config.json"
+    raw = path.read_bytes()
     said = json.loads(raw)
     for _ in range(data.draw(st.integers(1, 3))):
         key = data.draw(st.sampled_from([*said, *KEYS]))
@@ -96,17 +65,16 @@ def test_a_config_json_of_junk_is_an_answer_or_one_error(
         else:
             said.pop(key, None)
     try:
-        found = answer(read, path, json.dumps(said).encode())
+        found = answer(load, path, json.dumps(said).encode())
         assert not isinstance(found, Exception) or len(str(found)) < 900
     finally:
         path.write_bytes(raw)
 
 
-@settings(deadline=None, max_examples=250)
-@given(data=st.data())
-def test_a_record_of_junk_is_an_answer_or_one_error(good, bad, data):
-    path = bad / "gemma3_text" / "model.safetensors"
-    file = TensorFile(good / "gemma3_text" / "model.safetensors")
+@fuzzed(250)
+def test_a_record_of_junk_is_an_answer_or_one_error(folders, data):
+    path = folders / "gemma3_text" / "junk.safetensors"
+    file = TensorFile(path.with_name("model.safetensors"))
     record = json.loads(file.metadata[RECORD])
     for _ in range(data.draw(st.integers(1, 3))):
         key = data.draw(st.sampled_from([*record, "family", "other"]))
@@ -116,11 +84,11 @@ def test_a_record_of_junk_is_an_answer_or_one_error(good, bad, data):
     kept = data.draw(st.integers(0, 9))
     note = {RECORD: json.dumps(record) if kept else text}
     write_tensors(path, arrays, file.metadata | note)
-    found = answer(read, path, path.read_bytes())
+    found = answer(load, path, path.read_bytes())
     assert not isinstance(found, Exception) or len(str(found)) < 900
 
 
-def changed(good, tmp_path, family="llama", config=None, tensors=None):
+def changed(tmp_path, family="llama", config=None, tensors=None):
     """A folder as another program writes it, one thing changed."""
     cfg = cfg_of(family, 21)
     params = GPT2(cfg, 1, 2, "reference").params
@@ -180,41 +148,31 @@ BAD = [
     ({"family": "gemma2"} | setting("layer_types", ["sliding_attention"]),
      "layer_types must be a regular pattern, one for each layer"),
     (tensor(NORM, np.full(16, np.nan, "f4")), "lnfw is nan at"),
+    (setting("model_type", "mamba"),
+     "'mamba', where known are gpt2, llama, mistral"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "says"), BAD)
-def test_what_contradicts_itself_is_one_error(good, tmp_path, change, says):
-    path = changed(good, tmp_path, **change)
-    refused(says, llmnb.load, path, 1, 2, "reference")
+def test_what_contradicts_itself_is_one_error(tmp_path, change, says):
+    refused(says, load, changed(tmp_path, **change))
 
 
 @pytest.mark.parametrize(
     "name", ["lm_head.weight", "model.layers.1.self_attn.rotary_emb.inv_freq"]
 )
-def test_what_a_tied_model_does_not_need_is_left(good, tmp_path, name):
+def test_what_a_tied_model_does_not_need_is_left(tmp_path, name):
     def more(arrays):
         arrays[name] = arrays["model.embed_tokens.weight"].copy()
 
-    path = changed(good, tmp_path, "gemma", tensors=more)
-    assert llmnb.load(path, 1, 2, "reference").cfg.tied
-
-
-def test_an_unknown_architecture_is_named(good, tmp_path):
-    path = changed(good, tmp_path, **setting("model_type", "mamba"))
-    says = "'mamba', where known are gpt2, llama, mistral"
-    refused(says, llmnb.load, path, 1, 2, "reference")
+    assert load(changed(tmp_path, "gemma", tensors=more)).cfg.tied
 
 
 def test_a_damaged_large_model_takes_no_memory(tmp_path):
     """One tensor is wrong, and a gigabyte is not allocated first."""
-    cfg = llmnb.LlamaConfig(8, 2**20, 1, 1, 256, hidden=64)
     small = llmnb.LlamaConfig(8, 21, 1, 1, 256, hidden=64)
-    params = GPT2(small, 1, 2, "reference").params
-    write_folder(tmp_path, small, params)
-    said = json.loads((tmp_path / "config.json").read_text())
-    said["vocab_size"] = cfg.vocab_size
-    (tmp_path / "config.json").write_text(json.dumps(said))
+    write_folder(tmp_path, small, GPT2(small, 1, 2, "reference").params)
+    describe(tmp_path, vocab_size=2**20)
     write_tensors(tmp_path / "model.safetensors", tensors_of(tmp_path))
 
     def read():
